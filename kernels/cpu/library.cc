@@ -1,0 +1,172 @@
+// The library's own few functions: the kernel tables, memory, and the thread pool. Compiled once, for every CPU.
+#include "abi.h"
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <sys/mman.h>
+#include <thread>
+#include <vector>
+
+namespace sdxl {
+
+static Entry *first_entry = nullptr;
+
+void add_entry(Entry *entry) {
+  entry->next = first_entry;
+  first_entry = entry;
+}
+
+namespace {
+
+int requested_threads = 0;
+
+int hardware_threads() {
+  const unsigned found = std::thread::hardware_concurrency();
+  return found == 0 ? 1 : static_cast<int>(found);
+}
+
+struct Job {
+  void (*body)(void *, int64_t, int64_t);
+  void *context;
+  int64_t count, grain;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> running{0};
+};
+
+// Workers spin briefly before they sleep: consecutive kernels arrive within microseconds of each other.
+class Pool {
+public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; i++) std::thread([this] { work(); }).detach();
+  }
+
+  void run(Job &job, int helpers) {
+    std::lock_guard<std::mutex> one_at_a_time(entry);
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      job.running.store(helpers);
+      current = &job;
+      places = helpers;
+      generation.fetch_add(1, std::memory_order_release);
+    }
+    wake.notify_all();
+    take(job);
+    while (job.running.load(std::memory_order_acquire) > 0) __builtin_ia32_pause();
+  }
+
+private:
+  static void take(Job &job) {
+    for (;;) {
+      const int64_t begin = job.next.fetch_add(job.grain);
+      if (begin >= job.count) return;
+      const int64_t end = begin + job.grain;
+      job.body(job.context, begin, end < job.count ? end : job.count);
+    }
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < 20000 && generation.load(std::memory_order_acquire) == seen; spin++) __builtin_ia32_pause();
+      Job *job = nullptr;
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return generation.load() != seen; });
+        seen = generation.load();
+        if (places > 0) {
+          places--;
+          job = current;
+        }
+      }
+      if (job == nullptr) continue;
+      take(*job);
+      job->running.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex entry, mutex;
+  std::condition_variable wake;
+  std::atomic<uint64_t> generation{0};
+  Job *current = nullptr;
+  int places = 0;
+};
+
+} // namespace
+
+int thread_count() { return requested_threads > 0 ? requested_threads : hardware_threads(); }
+
+void parallel_ranges(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), void *context) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  const int64_t ranges = (count + grain - 1) / grain;
+  const int helpers = static_cast<int>((ranges < thread_count() ? ranges : thread_count()) - 1);
+  if (helpers <= 0) {
+    for (int64_t begin = 0; begin < count; begin += grain) body(context, begin, begin + grain < count ? begin + grain : count);
+    return;
+  }
+  // Never destroyed: detached workers may outlive static destruction at exit.
+  static Pool *pool = new Pool(hardware_threads() - 1 > 15 ? hardware_threads() - 1 : 15);
+  Job job;
+  job.body = body;
+  job.context = context;
+  job.count = count;
+  job.grain = grain;
+  pool->run(job, helpers);
+}
+
+} // namespace sdxl
+
+using namespace sdxl;
+
+static const char *best_arch() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+#endif
+  return "portable";
+}
+
+extern "C" {
+
+// The instruction set that this machine runs best: avx512 | avx2 | portable.
+const char *sdxl_best_arch() { return best_arch(); }
+
+// "symbol signature\n" for every kernel compiled for `arch`.
+const char *sdxl_manifest(const char *arch) {
+  static std::string text;
+  text.clear();
+  for (Entry *entry = first_entry; entry != nullptr; entry = entry->next)
+    if (strcmp(entry->arch, arch) == 0) text.append(entry->symbol).append(" ").append(entry->signature).append("\n");
+  return text.c_str();
+}
+
+void *sdxl_kernel(const char *arch, const char *symbol) {
+  for (Entry *entry = first_entry; entry != nullptr; entry = entry->next)
+    if (strcmp(entry->arch, arch) == 0 && strcmp(entry->symbol, symbol) == 0) return entry->function;
+  return nullptr;
+}
+
+void sdxl_set_threads(int count) { requested_threads = count; }
+int sdxl_threads() { return thread_count(); }
+
+// 64-byte aligned memory, on huge pages where it is large enough to profit; null when there is none.
+void *sdxl_alloc(int64_t bytes) {
+  const size_t huge = size_t(2) << 20;
+  const size_t alignment = size_t(bytes) >= huge ? huge : 64;
+  void *memory = aligned_alloc(alignment, (size_t(bytes) + alignment - 1) / alignment * alignment);
+  if (memory != nullptr && alignment == huge) madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+  return memory;
+}
+
+void sdxl_free(void *memory) { free(memory); }
+void sdxl_copy(void *target, const void *source, int64_t bytes) { memcpy(target, source, size_t(bytes)); }
+void sdxl_zero(void *target, int64_t bytes) { memset(target, 0, size_t(bytes)); }
+}
