@@ -1,0 +1,129 @@
+// Files that are never half-written: bytes go to a temporary file in the same folder, are flushed to the disk, and take
+// the target's name in one rename. The system's error codes become sentences that say what to do.
+import { randomBytes } from 'node:crypto';
+import {
+  accessSync,
+  closeSync,
+  constants,
+  fsyncSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeSync,
+} from 'node:fs';
+import { dirname, join, resolve } from 'node:path';
+import { UserError } from './errors.ts';
+
+/** Linux moves at most 2^31 - 4096 bytes per call; larger reads and writes are cut into pieces of this size. */
+export const largestTransfer = 2 ** 30;
+
+/** Writes all of `bytes` at the file's current position. */
+export function writeFully(fd: number, bytes: Uint8Array): void {
+  for (let done = 0; done < bytes.byteLength; ) {
+    done += writeSync(fd, bytes, done, Math.min(largestTransfer, bytes.byteLength - done));
+  }
+}
+
+/**
+ * Replaces (or creates) `path` by what `write` puts into a temporary file beside it. If anything throws, the temporary
+ * file is removed and `path` is as it was. @throws UserError when the disk is full or the folder is missing or closed to us
+ */
+export function replaceAtomically(path: string, write: (temporaryPath: string, fd: number) => void): void {
+  const folder = dirname(resolve(path));
+  // Not derived from the target's name, which may already be as long as the file system allows.
+  const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
+  let fd: number | undefined;
+  try {
+    assertReplaceable(path);
+    fd = openSync(temporary, 'wx');
+    write(temporary, fd);
+    fsyncSync(fd);
+    closeSync(fd);
+    fd = undefined;
+    renameSync(temporary, path);
+    syncFolder(folder);
+  } catch (error) {
+    if (fd !== undefined) closeSync(fd);
+    rmSync(temporary, { force: true });
+    throw asUserError(error, path, temporary);
+  }
+}
+
+/** Writes `bytes` to `path`, all or nothing. @throws UserError as `replaceAtomically` */
+export function writeFileAtomic(path: string, bytes: Uint8Array | string): void {
+  const data = typeof bytes === 'string' ? new TextEncoder().encode(bytes) : bytes;
+  replaceAtomically(path, (_temporary, fd) => writeFully(fd, data));
+}
+
+/** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
+export function readJson(path: string): unknown {
+  let text: string;
+  try {
+    text = readFileSync(path, 'utf8');
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    const reason = (error as Error).message.replace(/\s+/g, ' ');
+    throw new UserError(`${path} is not valid JSON (${reason}): correct it, or download it again`);
+  }
+}
+
+/** Finds out before the long work starts that `path` could not be written at its end. @throws UserError */
+export function assertWritable(path: string): void {
+  try {
+    assertReplaceable(path);
+    const folder = dirname(resolve(path));
+    if (!statSync(folder).isDirectory())
+      throw new UserError(`${folder} is a file, not a folder: choose another path`);
+    accessSync(folder, constants.W_OK | constants.X_OK);
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+}
+
+// A rename would put a regular file in the place of a device such as /dev/null.
+function assertReplaceable(path: string): void {
+  const found = statSync(path, { throwIfNoEntry: false });
+  if (found?.isDirectory()) throw new UserError(`${path} is a folder: give the path of a file`);
+  if (found && !found.isFile()) throw new UserError(`${path} is not a regular file: give the path of a file`);
+}
+
+function syncFolder(folder: string): void {
+  if (process.platform === 'win32') return; // Windows cannot open a folder, and its rename is durable by itself.
+  const fd = openSync(folder, 'r');
+  try {
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
+}
+
+const reasons: Record<string, (path: string) => string> = {
+  ENOENT: (path) => `${path} does not exist, or its folder does not: check the path, or create the folder`,
+  ENOTDIR: (path) => `${path} lies under something that is not a folder: check the path`,
+  EISDIR: (path) => `${path} is a folder: give the path of a file`,
+  EACCES: (path) => `no permission for ${path}: change its permissions, or choose another folder`,
+  EPERM: (path) => `no permission for ${path}: change its permissions, or choose another folder`,
+  EROFS: (path) => `${path} is on a read-only disk: choose another folder`,
+  ENOSPC: (path) => `the disk is full while writing ${path}: free some space, or choose another disk`,
+  EDQUOT: (path) =>
+    `the disk quota is used up while writing ${path}: free some space, or choose another disk`,
+  EFBIG: (path) => `${path} would be larger than its file system or a limit allows: choose another disk`,
+  ENAMETOOLONG: (path) => `the name of ${path} is too long: choose a shorter one`,
+  ELOOP: (path) => `${path} is a symbolic link that leads back to itself: mend the link`,
+  EMFILE: (path) => `too many files are open to open ${path}: raise the limit with "ulimit -n"`,
+  EIO: (path) => `the disk failed at ${path}: check the disk`,
+};
+
+/** A system error as one sentence about `path` (or the file the system named); any other error as it was. */
+export function asUserError(error: unknown, path: string, temporaryPath?: string): unknown {
+  const { code, path: named } = error as NodeJS.ErrnoException;
+  const reason = code === undefined ? undefined : reasons[code];
+  if (!reason) return error;
+  return new UserError(reason(named === undefined || named === temporaryPath ? path : named));
+}

@@ -1,0 +1,343 @@
+// Checkpoints in safetensors: 8 bytes of little-endian header length, a JSON header, then the tensors' raw bytes end to
+// end (https://huggingface.co/docs/safetensors). Only the header is held in memory; a tensor is read when asked for, so
+// a file larger than memory is fine. The header comes from strangers, so all of it is checked before any of it is used.
+import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { bytesPerElement, type DType } from './dtype.ts';
+import { UserError } from './errors.ts';
+import { asUserError, largestTransfer, replaceAtomically, writeFully } from './files.ts';
+
+export interface TensorInfo {
+  name: string;
+  /** How `read` gives the elements; a stored type we do not compute with is listed as uint8 and refused by `read`. */
+  dtype: DType;
+  /** The header's own word for the type, such as 'F16'. */
+  storedAs: string;
+  shape: readonly number[];
+  /** From the beginning of the file. */
+  offset: number;
+  bytes: number;
+}
+
+export interface SafetensorsFile {
+  path: string;
+  /** In the order of the file. */
+  tensors: Map<string, TensorInfo>;
+  metadata: Record<string, string>;
+  /** The tensor's raw bytes, freshly allocated. @throws UserError for an absent tensor or unsupported type */
+  read(name: string): Uint8Array;
+  /** As `read`, into `target`, which is exactly as long as the tensor. */
+  readInto(name: string, target: Uint8Array): void;
+  close(): void;
+}
+
+export interface TensorEntry {
+  name: string;
+  dtype: DType;
+  shape: readonly number[];
+  /** Raw little-endian bytes, or how to make them when their turn to be written comes. */
+  bytes: Uint8Array | (() => Uint8Array);
+}
+
+const maxHeaderBytes = 100_000_000;
+const maxTensors = 100_000;
+
+const readable: Record<string, DType> = {
+  F32: 'float32',
+  F16: 'float16',
+  BF16: 'bfloat16',
+  I32: 'int32',
+  I64: 'int64',
+  U8: 'uint8',
+  BOOL: 'uint8',
+};
+
+const bitsPerElement: Record<string, number> = {
+  ...Object.fromEntries(['F64', 'I64', 'U64', 'C64'].map((word) => [word, 64])),
+  ...Object.fromEntries(['F32', 'I32', 'U32'].map((word) => [word, 32])),
+  ...Object.fromEntries(['F16', 'BF16', 'I16', 'U16'].map((word) => [word, 16])),
+  ...Object.fromEntries(['U8', 'I8', 'BOOL', 'F8_E4M3', 'F8_E5M2', 'F8_E8M0'].map((word) => [word, 8])),
+  ...Object.fromEntries(['F6_E2M3', 'F6_E3M2'].map((word) => [word, 6])),
+  F4: 4,
+};
+
+/** Opens `path` and checks its whole header. @throws UserError saying what is wrong with the file */
+export function openSafetensors(path: string): SafetensorsFile {
+  let fd: number | undefined;
+  try {
+    fd = openSync(path, 'r');
+    return safetensorsFile(path, fd, readHeader(path, fd));
+  } catch (error) {
+    if (fd !== undefined) closeSync(fd);
+    throw asUserError(error, path);
+  }
+}
+
+type Header = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
+
+function safetensorsFile(path: string, fd: number, header: Header): SafetensorsFile {
+  let open = true;
+  const find = (name: string): TensorInfo => {
+    if (!open) throw new Error(`${path} is closed`);
+    const info = header.tensors.get(name);
+    if (!info)
+      throw new UserError(`${path} has no tensor "${name}": check that it is the right kind of checkpoint`);
+    if (!Object.hasOwn(readable, info.storedAs)) {
+      const types = Object.keys(readable).join(', ');
+      throw new UserError(
+        `tensor "${name}" of ${path} has type ${info.storedAs}: convert it to one of ${types}`,
+      );
+    }
+    return info;
+  };
+  const readInto = (name: string, target: Uint8Array): void => {
+    const info = find(name);
+    if (target.byteLength !== info.bytes) {
+      throw new Error(`tensor "${name}" has ${info.bytes} bytes, the target ${target.byteLength}`);
+    }
+    readFully(path, fd, target, info.offset);
+  };
+  return {
+    path,
+    ...header,
+    readInto,
+    read: (name) => {
+      const target = new Uint8Array(find(name).bytes);
+      readInto(name, target);
+      return target;
+    },
+    close: () => {
+      if (open) closeSync(fd);
+      open = false;
+    },
+  };
+}
+
+function readFully(path: string, fd: number, target: Uint8Array, position: number): void {
+  for (let done = 0; done < target.byteLength; ) {
+    const wanted = Math.min(largestTransfer, target.byteLength - done);
+    const got = readSync(fd, target, done, wanted, position + done);
+    if (got === 0) throw new UserError(`${path} became shorter while it was read: download it again`);
+    done += got;
+  }
+}
+
+function readHeader(path: string, fd: number): Header {
+  const status = fstatSync(fd);
+  if (status.isDirectory()) throw new UserError(`${path} is a folder: give the path of a .safetensors file`);
+  if (status.size < 8) throw new UserError(`${path} is too short for a safetensors file: download it again`);
+  const start = new Uint8Array(Math.min(32, status.size));
+  readFully(path, fd, start, 0);
+  refuseOtherFormats(path, start);
+  const length = new DataView(start.buffer).getBigUint64(0, true);
+  if (length > maxHeaderBytes) {
+    throw new UserError(
+      `${path} claims a header of ${length} bytes (at most ${maxHeaderBytes}): it is not a safetensors file, or damaged; download it again`,
+    );
+  }
+  const dataStart = 8 + Number(length);
+  if (dataStart > status.size) {
+    throw new UserError(`${path} ends inside its header: it is truncated, download it again`);
+  }
+  const header = new Uint8Array(Number(length));
+  readFully(path, fd, header, 8);
+  const { tensors, metadata } = parseHeader(path, header, dataStart);
+  checkLayout(path, tensors, dataStart, status.size);
+  return { metadata, tensors: new Map(tensors.map((info) => [info.name, info])) };
+}
+
+function refuseOtherFormats(path: string, start: Uint8Array): void {
+  const isSafetensors = start[8] === 0x7b; // '{': a header's length may by chance look like the other formats' magic.
+  const isZip = start[0] === 0x50 && start[1] === 0x4b && start[2] === 3 && start[3] === 4;
+  const isPickle = start[0] === 0x80 && start[1] >= 2 && start[1] <= 5;
+  if (!isSafetensors && (isZip || isPickle)) {
+    throw new UserError(
+      `${path} is a PyTorch pickle, which can run any program when it is opened: use a .safetensors version of it`,
+    );
+  }
+  if (new TextDecoder('latin1').decode(start).startsWith('version https://git-lfs')) {
+    throw new UserError(`${path} is a Git LFS pointer and not the file itself: run "git lfs pull"`);
+  }
+}
+
+function parseHeader(path: string, bytes: Uint8Array, dataStart: number) {
+  let parsed: unknown;
+  let duplicate: string | undefined;
+  try {
+    const text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
+    parsed = JSON.parse(text);
+    duplicate = duplicateKey(text);
+  } catch {
+    throw new UserError(`the header of ${path} is not valid JSON: the file is damaged, download it again`);
+  }
+  if (duplicate !== undefined) {
+    throw new UserError(
+      `the header of ${path} names "${duplicate}" twice: the file is malformed, save it again or download another`,
+    );
+  }
+  if (!isRecord(parsed)) {
+    throw new UserError(`the header of ${path} is not a JSON object: the file is damaged, download it again`);
+  }
+  const { __metadata__: metadata = {}, ...entries } = parsed;
+  if (!isRecord(metadata) || Object.values(metadata).some((value) => typeof value !== 'string')) {
+    throw new UserError(
+      `"__metadata__" of ${path} is not a map of strings: save the file again with strings there`,
+    );
+  }
+  const named = Object.entries(entries);
+  if (named.length > maxTensors) {
+    throw new UserError(
+      `${path} has ${named.length} tensors, more than the ${maxTensors} allowed: split the file`,
+    );
+  }
+  const tensors = named.map(([name, entry]) => parseTensor(path, name, entry, dataStart));
+  return { tensors, metadata: metadata as Record<string, string> };
+}
+
+const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
+
+const isSizeList = (value: unknown): value is number[] =>
+  Array.isArray(value) && value.every((size) => Number.isSafeInteger(size) && size >= 0);
+
+function parseTensor(path: string, name: string, entry: unknown, dataStart: number): TensorInfo {
+  const bad = (what: string) =>
+    new UserError(`tensor "${name}" of ${path} ${what}: the file is damaged, download it again`);
+  if (!isRecord(entry)) throw bad('is not described by a JSON object');
+  const { dtype: storedAs, shape, data_offsets: offsets } = entry;
+  if (typeof storedAs !== 'string') throw bad('has no "dtype"');
+  if (!isSizeList(shape)) throw bad('has a "shape" that is not a list of whole numbers');
+  if (!isSizeList(offsets) || offsets.length !== 2)
+    throw bad('has "data_offsets" that are not two whole numbers');
+  const [begin, end] = offsets;
+  if (begin > end || !Number.isSafeInteger(dataStart + end))
+    throw bad(`has impossible offsets ${begin} to ${end}`);
+  if (Object.hasOwn(bitsPerElement, storedAs)) {
+    const bits = shape.reduce((product, size) => product * size, bitsPerElement[storedAs]);
+    // The reference reader refuses an overflow even if a later size is zero; a product beyond 2^53 fits no file either.
+    if (!productsAreSafe([bitsPerElement[storedAs], ...shape]))
+      throw bad(`has an impossible shape [${shape}]`);
+    if (bits !== (end - begin) * 8) {
+      throw bad(`has ${end - begin} bytes, but its shape [${shape}] of ${storedAs} needs ${bits / 8}`);
+    }
+  }
+  const dtype = Object.hasOwn(readable, storedAs) ? readable[storedAs] : 'uint8';
+  return { name, dtype, storedAs, shape, offset: dataStart + begin, bytes: end - begin };
+}
+
+function productsAreSafe(factors: readonly number[]): boolean {
+  let product = 1;
+  return factors.every((factor) => {
+    product *= factor;
+    return Number.isSafeInteger(product);
+  });
+}
+
+/** Sorts `tensors` by place and checks that they fill the file from `dataStart` to `fileBytes` without hole or overlap. */
+function checkLayout(path: string, tensors: TensorInfo[], dataStart: number, fileBytes: number): void {
+  tensors.sort((a, b) => a.offset - b.offset || a.bytes - b.bytes);
+  let end = dataStart;
+  for (const { name, offset, bytes } of tensors) {
+    if (offset !== end) {
+      const what = offset < end ? 'overlaps the tensor before it' : 'leaves a hole before it';
+      throw new UserError(
+        `tensor "${name}" of ${path} ${what}: the file is malformed, save it again or download another`,
+      );
+    }
+    end += bytes;
+    if (end > fileBytes) {
+      throw new UserError(`${path} ends inside tensor "${name}": it is truncated, download it again`);
+    }
+  }
+  if (end !== fileBytes) {
+    throw new UserError(
+      `${path} has ${fileBytes - end} bytes after its last tensor: the file is malformed, download it again`,
+    );
+  }
+}
+
+/** The first key that one object of the valid JSON `text` holds twice; JSON.parse silently keeps the last. */
+function duplicateKey(text: string): string | undefined {
+  const objects: Set<string>[] = [];
+  for (let i = 0; i < text.length; i++) {
+    const character = text[i];
+    if (character === '{') objects.push(new Set());
+    else if (character === '}') objects.pop();
+    else if (character === '"') {
+      const begin = i;
+      for (i++; text[i] !== '"'; i++) if (text[i] === '\\') i++;
+      let next = i + 1;
+      while (' \t\r\n'.includes(text[next] ?? '.')) next++;
+      if (text[next] !== ':') continue;
+      const key = JSON.parse(text.slice(begin, i + 1)) as string;
+      const keys = objects[objects.length - 1];
+      if (keys.has(key)) return key;
+      keys.add(key);
+    }
+  }
+  return undefined;
+}
+
+// The reference writer's order, widest type first and then by name, keeps every tensor aligned to its element.
+const writeOrder: readonly DType[] = ['int64', 'float32', 'int32', 'bfloat16', 'float16', 'uint8'];
+const storedNames: Record<DType, string> = {
+  float32: 'F32',
+  float16: 'F16',
+  bfloat16: 'BF16',
+  int32: 'I32',
+  int64: 'I64',
+  uint8: 'U8',
+};
+
+/**
+ * Writes a safetensors file, all or nothing. The header follows from types and shapes alone, so tensors given as
+ * functions are made one at a time. @throws UserError when the file cannot be written
+ */
+export function writeSafetensors(
+  path: string,
+  entries: Iterable<TensorEntry>,
+  metadata: Readonly<Record<string, string>> = {},
+): void {
+  const order = (entry: TensorEntry) => writeOrder.indexOf(entry.dtype);
+  const sorted = [...entries].sort((a, b) => order(a) - order(b) || (a.name < b.name ? -1 : 1));
+  const names = new Set(sorted.map((entry) => entry.name));
+  if (names.size !== sorted.length || names.has('__metadata__'))
+    throw new Error(`bad tensor names for ${path}`);
+  const header = encodeHeader(sorted, metadata);
+  replaceAtomically(path, (_temporary, fd) => {
+    writeFully(fd, header);
+    for (const entry of sorted) {
+      const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
+      if (bytes.byteLength !== byteLength(entry)) {
+        throw new Error(
+          `tensor "${entry.name}" has ${bytes.byteLength} bytes, its shape needs ${byteLength(entry)}`,
+        );
+      }
+      writeFully(fd, bytes);
+    }
+  });
+}
+
+const byteLength = ({ dtype, shape }: TensorEntry): number =>
+  shape.reduce((product, size) => product * size, bytesPerElement[dtype]);
+
+/** Length and JSON, padded with spaces so that the data begins at a multiple of 8 bytes. */
+function encodeHeader(
+  entries: readonly TensorEntry[],
+  metadata: Readonly<Record<string, string>>,
+): Uint8Array {
+  const fields: string[] = [];
+  if (Object.keys(metadata).length > 0) fields.push(`"__metadata__":${JSON.stringify(metadata)}`);
+  let offset = 0;
+  for (const entry of entries) {
+    const end = offset + byteLength(entry);
+    const description = { dtype: storedNames[entry.dtype], shape: entry.shape, data_offsets: [offset, end] };
+    fields.push(`${JSON.stringify(entry.name)}:${JSON.stringify(description)}`);
+    offset = end;
+  }
+  const json = new TextEncoder().encode(`{${fields.join(',')}}`);
+  const padded = Math.ceil(json.byteLength / 8) * 8;
+  const header = new Uint8Array(8 + padded).fill(0x20, 8);
+  new DataView(header.buffer).setBigUint64(0, BigInt(padded), true);
+  header.set(json, 8);
+  return header;
+}
