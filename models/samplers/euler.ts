@@ -1,0 +1,78 @@
+// Euler's method on dx/dsigma = (x - x_0(x; sigma)) / sigma, with the optional churn of noise of Karras et al. 2022
+// (arXiv:2206.00364, algorithm 2); the scheduler that SDXL's checkpoints name.
+import { combine, denoised } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+import type { Method, Plan, PlanOptions, Schedule } from './sampler.ts';
+import { discreteLevels, hasSpacedSigmas, sigmaToTimestep } from './sigmas.ts';
+import { finiteSigmas, linspace, spacedTimesteps } from './tables.ts';
+
+export function euler(config: SchedulerConfig): Method {
+  const table = finiteSigmas(config);
+  return {
+    order: 1,
+    schedule: (steps, custom) => eulerSchedule(config, table, steps, custom),
+    start: (plan) => (output, x, i, draw) => {
+      const sigma = plan.sigmas[i];
+      const { s_churn = 0, s_tmin = 0, s_tmax = Number.POSITIVE_INFINITY, s_noise = 1 } = plan.settings;
+      const churns = s_churn > 0 && sigma >= s_tmin && sigma <= s_tmax;
+      const gamma = churns ? Math.min(s_churn / (plan.sigmas.length - 1), Math.SQRT2 - 1) : 0;
+      const hat = sigma * (gamma + 1);
+      if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
+      // v was trained at sigma, not at the churned level: diffusers keeps sigma there.
+      const level = config.prediction_type === 'v_prediction' ? sigma : hat;
+      return towards(x, denoised(config.prediction_type, output, x, level), hat, plan.sigmas[i + 1]);
+    },
+  };
+}
+
+/** x moved from level `from` to level `to` along the line through x_0. */
+export function towards(x: Float32Array, x0: Float32Array, from: number, to: number): Float32Array {
+  const ratio = (to - from) / from;
+  return combine([1 + ratio, x], [-ratio, x0]);
+}
+
+/** Standard deviation to start from: with leading spacing the first sigma is below the last training step's. */
+export function startSigma(config: SchedulerConfig, sigmas: Float32Array): number {
+  const max = sigmas.reduce((a, b) => Math.max(a, b));
+  return config.timestep_spacing === 'leading' ? Math.sqrt(max * max + 1) : max;
+}
+
+/** The schedule of a method whose calls are its sigmas: the network sees x / sqrt(sigma^2 + 1). */
+export function sigmaSchedule(
+  config: SchedulerConfig,
+  timesteps: ArrayLike<number>,
+  sigmas: ArrayLike<number>,
+  inputSigmas?: Float32Array,
+): Schedule {
+  const levels = Float32Array.from(sigmas);
+  return {
+    timesteps: Float32Array.from(timesteps),
+    sigmas: levels,
+    initNoiseSigma: startSigma(config, levels),
+    inputSigmas: inputSigmas ?? levels,
+    marginal: (i) => ({ signal: 1, noise: levels[i] }),
+  };
+}
+
+function eulerSchedule(
+  config: SchedulerConfig,
+  table: Float32Array,
+  steps: number,
+  custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>,
+): Plan | Schedule {
+  if (custom.sigmas) {
+    const given = Float32Array.from(custom.sigmas);
+    const timesteps = given.subarray(0, -1).map((sigma) => sigmaToTimestep(sigma, table));
+    return sigmaSchedule(config, timesteps, given);
+  }
+  const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+  if (config.interpolation_type === 'log_linear' && !hasSpacedSigmas(config))
+    levels.sigmas = linspace(Math.log(table[table.length - 1]), Math.log(table[0]), steps + 1).map(Math.exp);
+  const last = config.final_sigmas_type === 'sigma_min' ? table[0] : 0;
+  return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, last]);
+}
+
+/** The caller's own timesteps, or the config's spacing. */
+export function customOrSpaced(config: SchedulerConfig, steps: number, own?: readonly number[]): Float64Array {
+  return own ? Float64Array.from(own) : Float64Array.from(spacedTimesteps(config, steps), Math.fround);
+}

@@ -1,0 +1,31 @@
+// Euler's method with ancestral noise, after k-diffusion: a step to sigma_down, then fresh noise of sigma_up, where
+// sigma_down^2 + sigma_up^2 = sigma_next^2 and sigma_up^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2.
+import { combine, denoised } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import type { Method } from './sampler.ts';
+import { discreteLevels } from './sigmas.ts';
+import { finiteSigmas } from './tables.ts';
+
+export function eulerAncestral(config: SchedulerConfig): Method {
+  const table = finiteSigmas(config);
+  return {
+    order: 1,
+    schedule(steps, custom) {
+      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
+    },
+    start: (plan) => (output, x, i, draw) => {
+      const sigma = plan.sigmas[i];
+      const { down, up } = ancestralLevels(sigma, plan.sigmas[i + 1]);
+      const moved = towards(x, denoised(config.prediction_type, output, x, sigma), sigma, down);
+      return combine([1, moved], [up, draw()]);
+    },
+  };
+}
+
+/** The level to step down to and the noise to add on top, so that both together have level `to`. */
+export function ancestralLevels(from: number, to: number): { down: number; up: number } {
+  const up = Math.sqrt((to * to * (from * from - to * to)) / (from * from));
+  return { up, down: Math.sqrt(to * to - up * up) };
+}

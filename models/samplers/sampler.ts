@@ -1,0 +1,187 @@
+// What a sampler is, and the one loop that drives every method: a method only lays out its timesteps and sigmas and gives
+// a step function that keeps its own history. Latents stay on the host as Float32Array between steps: they are tiny next
+// to a pass of the network, and the arithmetic is then the same on every device.
+import { UserError } from '../../io/errors.ts';
+import { combine } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+
+/** Settings of single methods, as diffusers passes them to `step`. */
+export interface StepSettings {
+  /** DDIM: 0 deterministic to 1 as noisy as DDPM (default 0). TCD: gamma, 0 to 1 (default 0.3). */
+  eta?: number;
+  /** Euler: stochasticity of Karras et al. 2022, algorithm 2. */
+  s_churn?: number;
+  s_tmin?: number;
+  s_tmax?: number;
+  s_noise?: number;
+  /** LMS: how many past derivatives to use (default 4). */
+  order?: number;
+}
+
+export interface PlanOptions extends StepSettings {
+  /** Image-to-image: the part of the steps to do, 0 to 1. */
+  strength?: number;
+  /** Start where a run with `denoisingEnd` of the same value left off (refiner); `strength` then has no effect. */
+  denoisingStart?: number;
+  /** Stop at this part of the training range, 0 to 1 (base of an ensemble). */
+  denoisingEnd?: number;
+  /** First and one-past-last index into timesteps, in place of the three above. */
+  begin?: number;
+  end?: number;
+  /** Own timesteps, falling, in place of the spacing. */
+  timesteps?: readonly number[];
+  /** Own sigmas, falling and ending with the final one (Euler only). */
+  sigmas?: readonly number[];
+}
+
+/** A method's layout of a whole run, before a part of it is chosen. */
+export interface Schedule {
+  /** What the network is handed at each call, falling; second-order methods call twice per step. */
+  timesteps: Float32Array;
+  /** Noise levels as diffusers' `scheduler.sigmas`, empty for methods that work on abar alone. */
+  sigmas: Float32Array;
+  /** Standard deviation of the noise to start from. */
+  initNoiseSigma: number;
+  /** The sigma by which call i's input is scaled, x / sqrt(sigma^2 + 1); absent when the network sees x itself. */
+  inputSigmas?: Float32Array;
+  /** Weights of x_0 and of the noise in the latents before call i. */
+  marginal(i: number): { signal: number; noise: number };
+}
+
+export interface Plan extends Schedule {
+  /** Calls of the network: end - begin. */
+  steps: number;
+  begin: number;
+  end: number;
+  settings: StepSettings;
+}
+
+export type Draw = () => Float32Array;
+export type Denoise = (x: Float32Array, timestep: number, i: number) => Float32Array;
+/** One call of `step`: the network's output at x, before call i, to the latents after it. */
+export type Step = (output: Float32Array, x: Float32Array, i: number, draw: Draw) => Float32Array;
+
+/** What a method's file provides. */
+export interface Method {
+  /** Network calls per step: 2 for Heun and its kin. */
+  order: 1 | 2;
+  schedule(steps: number, custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>): Schedule;
+  /** A step function with a fresh history. */
+  start(plan: Plan): Step;
+}
+
+export interface StepResult {
+  /** Index of the call into plan.timesteps. */
+  index: number;
+  timestep: number;
+  x: Float32Array;
+}
+
+export interface Sampler {
+  /** The diffusers class this follows. */
+  readonly name: string;
+  readonly config: SchedulerConfig;
+  readonly order: 1 | 2;
+  /** Lays out `steps` steps and chooses the part to run. */
+  plan(steps: number, options?: PlanOptions): Plan;
+  /** Latents of image `x0` as they stand before call `i` (default: the plan's first). */
+  addNoise(plan: Plan, x0: Float32Array, noise: Float32Array, i?: number): Float32Array;
+  /** What the network is handed at call `i`. */
+  scaleModelInput(plan: Plan, x: Float32Array, i: number): Float32Array;
+  /**
+   * Runs the plan from latents `x`. `denoise` gets the scaled model input and returns the network's output after
+   * guidance; `draw` returns standard normal noise of x's size. Yields after each call; `next(replacement)` goes on
+   * from other latents (inpainting). Returns the last latents.
+   */
+  run(
+    plan: Plan,
+    x: Float32Array,
+    denoise: Denoise,
+    draw: Draw,
+  ): Generator<StepResult, Float32Array, Float32Array | undefined>;
+}
+
+export function makeSampler(name: string, config: SchedulerConfig, method: Method): Sampler {
+  const sampler: Sampler = {
+    name,
+    config,
+    order: method.order,
+    plan(steps, options = {}) {
+      checkOptions(steps, config, options);
+      const schedule = method.schedule(options.timesteps?.length ?? steps, options);
+      const { begin, end } = chosenPart(schedule.timesteps, steps, method.order, config.num_train_timesteps, options);
+      const { eta, s_churn, s_tmin, s_tmax, s_noise, order } = options;
+      const settings = { eta, s_churn, s_tmin, s_tmax, s_noise, order };
+      return { ...schedule, steps: end - begin, begin, end, settings };
+    },
+    addNoise(plan, x0, noise, i = plan.begin) {
+      const weights = plan.marginal(i);
+      return combine([weights.signal, x0], [weights.noise, noise]);
+    },
+    scaleModelInput(plan, x, i) {
+      if (!plan.inputSigmas) return x;
+      const sigma = plan.inputSigmas[i];
+      return combine([1 / Math.sqrt(sigma * sigma + 1), x]);
+    },
+    *run(plan, x, denoise, draw) {
+      const step = method.start(plan);
+      for (let i = plan.begin; i < plan.end; i++) {
+        const timestep = plan.timesteps[i];
+        const output = denoise(sampler.scaleModelInput(plan, x, i), timestep, i);
+        x = step(output, x, i, draw);
+        x = (yield { index: i, timestep, x }) ?? x;
+      }
+      return x;
+    },
+  };
+  return sampler;
+}
+
+function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptions): void {
+  const total = config.num_train_timesteps;
+  if (!Number.isInteger(steps) || steps < 1 || steps > total)
+    throw new UserError(`the number of steps is ${steps}: give a whole number from 1 to ${total}`);
+  for (const key of ['strength', 'denoisingStart', 'denoisingEnd', 'eta'] as const) {
+    const value = options[key];
+    if (value !== undefined && !(value >= 0 && value <= 1))
+      throw new UserError(`${key} is ${value}: give a number from 0 to 1`);
+  }
+  if (options.denoisingStart !== undefined && options.denoisingStart >= (options.denoisingEnd ?? 1))
+    throw new UserError(
+      `denoisingStart ${options.denoisingStart} is not below denoisingEnd ${options.denoisingEnd ?? 1}: nothing is left to do`,
+    );
+}
+
+/**
+ * The part of the calls to run, as diffusers' SDXL pipelines choose it. A start is always on a whole step, as a
+ * second-order step cannot begin with its second call; an end may fall inside one, and then stays there.
+ */
+function chosenPart(
+  timesteps: Float32Array,
+  steps: number,
+  order: number,
+  total: number,
+  options: PlanOptions,
+): { begin: number; end: number } {
+  const cutoff = (part: number) => Math.round(total - part * total);
+  let [begin, end] = [0, timesteps.length];
+  if (options.denoisingStart !== undefined) {
+    const bound = cutoff(options.denoisingStart);
+    let left = timesteps.filter((t) => t < bound).length;
+    if (order === 2 && left % 2 === 0) left++;
+    begin = timesteps.length - left;
+  } else if (options.strength !== undefined) {
+    begin = Math.max(steps - Math.floor(steps * options.strength), 0) * order;
+  }
+  if (options.denoisingEnd !== undefined && options.denoisingEnd > 0 && options.denoisingEnd < 1) {
+    const bound = cutoff(options.denoisingEnd);
+    end = begin + timesteps.subarray(begin).filter((t) => t >= bound).length;
+  }
+  begin = options.begin ?? begin;
+  end = options.end ?? end;
+  if (begin >= end)
+    throw new UserError(
+      `these settings leave none of the ${steps} steps to run: raise strength, or give more steps`,
+    );
+  return { begin, end };
+}
