@@ -1,5 +1,6 @@
-// Files that are never half-written: bytes go to a temporary file in the same folder, are flushed to the disk, and take
-// the target's name in one rename. The system's error codes become sentences that say what to do.
+// Files that are never half-written: bytes go to a temporary file in the same folder, are flushed to the
+// disk, and take the target's name in one rename. The system's error codes become sentences that say what to
+// do.
 import { randomBytes } from 'node:crypto';
 import {
   accessSync,
@@ -16,7 +17,7 @@ import {
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from './errors.ts';
 
-/** Linux moves at most 2^31 - 4096 bytes per call; larger reads and writes are cut into pieces of this size. */
+/** Linux moves at most 2^31 - 4096 bytes per call; larger transfers are cut into pieces of this size. */
 export const largestTransfer = 2 ** 30;
 
 /** Writes all of `bytes` at the file's current position. */
@@ -27,26 +28,29 @@ export function writeFully(fd: number, bytes: Uint8Array): void {
 }
 
 /**
- * Replaces (or creates) `path` by what `write` puts into a temporary file beside it. If anything throws, the temporary
- * file is removed and `path` is as it was. @throws UserError when the disk is full or the folder is missing or closed to us
+ * Replaces (or creates) `path` by what `write` puts into a temporary file beside it. If anything throws, the
+ * temporary file is removed and `path` is as it was.
+ * @throws UserError when the disk is full, or the folder is missing or closed to us
  */
 export function replaceAtomically(path: string, write: (temporaryPath: string, fd: number) => void): void {
   const folder = dirname(resolve(path));
   // Not derived from the target's name, which may already be as long as the file system allows.
   const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
-  let fd: number | undefined;
   try {
     assertReplaceable(path);
-    fd = openSync(temporary, 'wx');
-    write(temporary, fd);
-    fsyncSync(fd);
-    closeSync(fd);
-    fd = undefined;
-    renameSync(temporary, path);
+    const fd = openSync(temporary, 'wx');
+    try {
+      write(temporary, fd);
+      fsyncSync(fd);
+      renameSync(temporary, path);
+    } catch (error) {
+      rmSync(temporary, { force: true });
+      throw error;
+    } finally {
+      closeSync(fd);
+    }
     syncFolder(folder);
   } catch (error) {
-    if (fd !== undefined) closeSync(fd);
-    rmSync(temporary, { force: true });
     throw asUserError(error, path, temporary);
   }
 }
@@ -94,7 +98,7 @@ function assertReplaceable(path: string): void {
 }
 
 function syncFolder(folder: string): void {
-  if (process.platform === 'win32') return; // Windows cannot open a folder, and its rename is durable by itself.
+  if (process.platform === 'win32') return; // Windows cannot open a folder.
   const fd = openSync(folder, 'r');
   try {
     fsyncSync(fd);

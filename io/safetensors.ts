@@ -1,6 +1,7 @@
-// Checkpoints in safetensors: 8 bytes of little-endian header length, a JSON header, then the tensors' raw bytes end to
-// end (https://huggingface.co/docs/safetensors). Only the header is held in memory; a tensor is read when asked for, so
-// a file larger than memory is fine. The header comes from strangers, so all of it is checked before any of it is used.
+// Checkpoints in safetensors: 8 bytes of little-endian header length, a JSON header, then the tensors' raw
+// bytes end to end (https://huggingface.co/docs/safetensors). Only the header is held in memory; a tensor is
+// read when asked for, so a file larger than memory is fine. The header comes from strangers, so all of it is
+// checked before any of it is used.
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
@@ -8,7 +9,10 @@ import { asUserError, largestTransfer, replaceAtomically, writeFully } from './f
 
 export interface TensorInfo {
   name: string;
-  /** How `read` gives the elements; a stored type we do not compute with is listed as uint8 and refused by `read`. */
+  /**
+   * How `read` gives the elements; a stored type we do not compute with is listed as uint8 and refused by
+   * `read`.
+   */
   dtype: DType;
   /** The header's own word for the type, such as 'F16'. */
   storedAs: string;
@@ -213,7 +217,8 @@ function parseTensor(path: string, name: string, entry: unknown, dataStart: numb
     throw bad(`has impossible offsets ${begin} to ${end}`);
   if (Object.hasOwn(bitsPerElement, storedAs)) {
     const bits = shape.reduce((product, size) => product * size, bitsPerElement[storedAs]);
-    // The reference reader refuses an overflow even if a later size is zero; a product beyond 2^53 fits no file either.
+    // The reference reader refuses an overflow even if a later size is zero; a product beyond 2^53 fits no
+    // file either.
     if (!productsAreSafe([bitsPerElement[storedAs], ...shape]))
       throw bad(`has an impossible shape [${shape}]`);
     if (bits !== (end - begin) * 8) {
@@ -232,7 +237,10 @@ function productsAreSafe(factors: readonly number[]): boolean {
   });
 }
 
-/** Sorts `tensors` by place and checks that they fill the file from `dataStart` to `fileBytes` without hole or overlap. */
+/**
+ * Sorts `tensors` by place and checks that they fill the file from `dataStart` to `fileBytes` without hole or
+ * overlap.
+ */
 function checkLayout(path: string, tensors: TensorInfo[], dataStart: number, fileBytes: number): void {
   tensors.sort((a, b) => a.offset - b.offset || a.bytes - b.bytes);
   let end = dataStart;
@@ -277,7 +285,8 @@ function duplicateKey(text: string): string | undefined {
   return undefined;
 }
 
-// The reference writer's order, widest type first and then by name, keeps every tensor aligned to its element.
+// The reference writer's order, widest type first and then by name, keeps every tensor aligned to its
+// element.
 const writeOrder: readonly DType[] = ['int64', 'float32', 'int32', 'bfloat16', 'float16', 'uint8'];
 const storedNames: Record<DType, string> = {
   float32: 'F32',

@@ -1,0 +1,152 @@
+// Pictures between files, 8-bit pixels and the model's floats. Decoding (sharp) gives what Pillow gives after
+// exif_transpose and convert('RGB'): alpha dropped, colour profiles ignored, 16 bits cut to 8. The float
+// conversions are diffusers' VaeImageProcessor (image_processor.py), in float32 step by step so that they
+// agree to the bit.
+import { readFileSync } from 'node:fs';
+import { UserError } from './errors.ts';
+import { asUserError, writeFileAtomic } from './files.ts';
+import { encodePng } from './png.ts';
+import { resize } from './resize.ts';
+
+/** Pixels row by row, the channels of a pixel together (h w c). */
+export interface Pixels {
+  width: number;
+  height: number;
+  channels: 1 | 3;
+  data: Uint8Array;
+}
+
+export interface Picture extends Pixels {
+  channels: 3;
+}
+
+/** A grey picture; white marks what inpainting repaints. */
+export interface Mask extends Pixels {
+  channels: 1;
+}
+
+const formats: readonly (string | undefined)[] = ['png', 'jpeg', 'webp'];
+
+/** Decodes a PNG, JPEG or WebP file. @throws UserError when it is missing, damaged or another format */
+export async function readPicture(path: string): Promise<Picture> {
+  let file: Uint8Array;
+  try {
+    file = readFileSync(path);
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+  return decodePicture(file, path);
+}
+
+/** As `readPicture`, from the bytes of a file; `name` is what error messages call it. */
+export async function decodePicture(file: Uint8Array, name: string): Promise<Picture> {
+  // Imported late: most commands never decode a picture.
+  const { default: sharp } = await import('sharp');
+  try {
+    const image = sharp(file, { ignoreIcc: true, failOn: 'error', autoOrient: true });
+    const { format } = await image.metadata();
+    if (!formats.includes(format)) throw new Error(`the format is ${format}`);
+    const { data, info } = await image
+      .removeAlpha()
+      .toColourspace('srgb')
+      .raw({ depth: 'uchar' })
+      .toBuffer({ resolveWithObject: true });
+    if (info.channels !== 3) throw new Error(`the picture has ${info.channels} channels`);
+    return { width: info.width, height: info.height, channels: 3, data: new Uint8Array(data) };
+  } catch (error) {
+    const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
+    throw new UserError(
+      `${name} cannot be read as a picture (${reason}): give a sound PNG, JPEG or WebP file`,
+    );
+  }
+}
+
+/** Decodes a picture as grey levels. @throws UserError as `readPicture` */
+export async function readMask(path: string): Promise<Mask> {
+  return toGrey(await readPicture(path));
+}
+
+/** Pillow's convert('L'): ITU-R 601 luma in 16-bit fixed point, rounded. */
+export function toGrey({ width, height, data: rgb }: Picture): Mask {
+  const data = new Uint8Array(width * height);
+  for (let i = 0; i < data.length; i++) {
+    data[i] = (rgb[3 * i] * 19595 + rgb[3 * i + 1] * 38470 + rgb[3 * i + 2] * 7471 + 0x8000) >> 16;
+  }
+  return { width, height, channels: 1, data };
+}
+
+/** Writes `picture` as PNG, all or nothing; `text` holds metadata such as the prompt. @throws UserError */
+export function writePng(path: string, picture: Pixels, text: Readonly<Record<string, string>> = {}): void {
+  writeFileAtomic(path, encodePng(picture, text));
+}
+
+/**
+ * The VAE shrinks pictures by 8, so their sides are cut down to multiples of 8 unless the caller says
+ * otherwise.
+ */
+const vaeSide = (side: number): number => side - (side % 8);
+
+/** One picture as the VAE takes it: [1, 3, h, w] in [-1, 1], resized by Lanczos to `width` x `height`. */
+export function preprocess(
+  picture: Picture,
+  width: number = vaeSide(picture.width),
+  height: number = vaeSide(picture.height),
+): { data: Float32Array; shape: [1, 3, number, number] } {
+  const { data: pixels } = resize(picture, width, height, 'lanczos');
+  const area = width * height;
+  const data = new Float32Array(3 * area);
+  for (let i = 0; i < area; i++) {
+    for (let c = 0; c < 3; c++) data[c * area + i] = 2 * Math.fround(pixels[3 * i + c] / 255) - 1;
+  }
+  return { data, shape: [1, 3, height, width] };
+}
+
+/**
+ * A mask as inpainting takes it: [1, 1, h, w], 1 where its grey level is at least one half. Resized before
+ * greying.
+ */
+export function preprocessMask(
+  mask: Picture | Mask,
+  width: number = vaeSide(mask.width),
+  height: number = vaeSide(mask.height),
+): { data: Float32Array; shape: [1, 1, number, number] } {
+  const resized = resize(mask, width, height, 'lanczos');
+  const { data: grey } = resized.channels === 3 ? toGrey(resized) : resized;
+  return {
+    data: Float32Array.from(grey, (value) => (value / 255 >= 0.5 ? 1 : 0)),
+    shape: [1, 1, height, width],
+  };
+}
+
+/** Decoded values [n, 3, h, w] to [n, h, w, 3] in [0, 1]: z / 2 + 0.5, clamped. */
+export function postprocess(z: Float32Array, shape: readonly number[]): Float32Array {
+  const [n, channels, height, width] = shape;
+  const area = height * width;
+  const out = new Float32Array(z.length);
+  for (let image = 0; image < n; image++) {
+    for (let c = 0; c < channels; c++) {
+      const plane = (image * channels + c) * area;
+      for (let i = 0; i < area; i++) {
+        const value = Math.fround(z[plane + i] * 0.5 + 0.5);
+        out[(image * area + i) * channels + c] = Math.min(1, Math.max(0, value));
+      }
+    }
+  }
+  return out;
+}
+
+/** Decoded values [n, 3, h, w] as n pictures, 255 v rounded half to even. */
+export function toPictures(z: Float32Array, shape: readonly number[]): Picture[] {
+  const [n, channels, height, width] = shape;
+  if (channels !== 3) throw new Error(`a picture has 3 channels, not ${channels}`);
+  const floats = postprocess(z, shape);
+  const size = 3 * height * width;
+  // A clamped array rounds as numpy does.
+  const bytes = Uint8ClampedArray.from(floats, (value) => Math.fround(value * 255));
+  return Array.from({ length: n }, (_, image) => ({
+    width,
+    height,
+    channels: 3,
+    data: new Uint8Array(bytes.buffer, image * size, size),
+  }));
+}

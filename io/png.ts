@@ -1,0 +1,98 @@
+// PNG encoding of 8-bit grey or RGB pictures (https://www.w3.org/TR/png-3). Our own because the pure
+// JavaScript encoders refuse text outside Latin-1, and prompts are kept in the file's text. Each row takes
+// the filter whose bytes, read as signed numbers, have the least sum of magnitudes: the specification's own
+// heuristic.
+import { crc32, deflateSync } from 'node:zlib';
+import type { Pixels } from './image.ts';
+
+/** The bytes of a PNG file; `text` becomes tEXt chunks, or iTXt (UTF-8) where Latin-1 does not suffice. */
+export function encodePng(picture: Pixels, text: Readonly<Record<string, string>> = {}): Uint8Array {
+  const { width, height, channels } = picture;
+  const header = new Uint8Array(13);
+  const view = new DataView(header.buffer);
+  view.setUint32(0, width);
+  view.setUint32(4, height);
+  // Bit depth and colour type; the zeros after them mean no interlacing and the only compression there is.
+  header.set([8, channels === 3 ? 2 : 0], 8);
+  return Buffer.concat([
+    Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a),
+    chunk('IHDR', header),
+    ...Object.entries(text).map(([keyword, value]) => textChunk(keyword, value)),
+    chunk('IDAT', deflateSync(filterRows(picture), { level: 4 })),
+    chunk('IEND', new Uint8Array(0)),
+  ]);
+}
+
+function chunk(type: string, data: Uint8Array): Uint8Array {
+  const bytes = Buffer.alloc(12 + data.byteLength);
+  bytes.writeUInt32BE(data.byteLength, 0);
+  bytes.write(type, 4, 'latin1');
+  bytes.set(data, 8);
+  bytes.writeUInt32BE(crc32(bytes.subarray(4, -4)), 8 + data.byteLength);
+  return bytes;
+}
+
+function textChunk(keyword: string, value: string): Uint8Array {
+  if (!/^[\x20-\x7e]{1,79}$/.test(keyword)) throw new Error(`"${keyword}" is not a PNG keyword`);
+  const text = value.replaceAll('\0', ''); // A zero byte would end the field.
+  if (/^[\n\x20-\x7e\xa0-\xff]*$/.test(text))
+    return chunk('tEXt', Buffer.from(`${keyword}\0${text}`, 'latin1'));
+  // After the keyword: uncompressed, method 0, no language tag, no translated keyword.
+  return chunk(
+    'iTXt',
+    Buffer.concat([Buffer.from(`${keyword}\0\0\0\0\0`, 'latin1'), Buffer.from(text, 'utf8')]),
+  );
+}
+
+/** Predicts a byte from the ones left, above and above left of it; indexed by filter type. */
+const predictors: readonly ((left: number, up: number, upLeft: number) => number)[] = [
+  () => 0,
+  (left) => left,
+  (_left, up) => up,
+  (left, up) => (left + up) >> 1,
+  (left, up, upLeft) => {
+    const toLeft = Math.abs(up - upLeft);
+    const toUp = Math.abs(left - upLeft);
+    const toUpLeft = Math.abs(left + up - 2 * upLeft);
+    if (toLeft <= toUp && toLeft <= toUpLeft) return left;
+    return toUp <= toUpLeft ? up : upLeft;
+  },
+];
+
+function filterRows({ data, width, height, channels }: Pixels): Uint8Array {
+  const rowBytes = width * channels;
+  const out = new Uint8Array(height * (1 + rowBytes));
+  const candidate = new Uint8Array(rowBytes);
+  for (let y = 0; y < height; y++) {
+    const row = data.subarray(y * rowBytes, (y + 1) * rowBytes);
+    const above = y === 0 ? new Uint8Array(rowBytes) : data.subarray((y - 1) * rowBytes, y * rowBytes);
+    let best = Number.POSITIVE_INFINITY;
+    predictors.forEach((_, type) => {
+      const cost = filterRow(type, row, above, channels, candidate);
+      if (cost >= best) return;
+      best = cost;
+      out[y * (1 + rowBytes)] = type;
+      out.set(candidate, y * (1 + rowBytes) + 1);
+    });
+  }
+  return out;
+}
+
+/** Filters `row` into `target` and returns the sum of magnitudes. */
+function filterRow(
+  type: number,
+  row: Uint8Array,
+  above: Uint8Array,
+  channels: number,
+  target: Uint8Array,
+): number {
+  const predict = predictors[type];
+  let cost = 0;
+  for (let i = 0; i < row.length; i++) {
+    const inside = i >= channels;
+    const rest = row[i] - predict(inside ? row[i - channels] : 0, above[i], inside ? above[i - channels] : 0);
+    target[i] = rest;
+    cost += Math.abs((rest << 24) >> 24);
+  }
+  return cost;
+}
