@@ -135,7 +135,7 @@ function readHeader(path: string, fd: number): Header {
   const length = new DataView(start.buffer).getBigUint64(0, true);
   if (length > maxHeaderBytes) {
     throw new UserError(
-      `${path} claims a header of ${length} bytes (at most ${maxHeaderBytes}): it is not a safetensors file, or damaged; download it again`,
+      `${path} claims a header of ${length} bytes, so it is damaged or no safetensors file: download it again`,
     );
   }
   const dataStart = 8 + Number(length);
@@ -150,12 +150,13 @@ function readHeader(path: string, fd: number): Header {
 }
 
 function refuseOtherFormats(path: string, start: Uint8Array): void {
-  const isSafetensors = start[8] === 0x7b; // '{': a header's length may by chance look like the other formats' magic.
+  // By chance a header's length may look like another format's magic; the '{' after it settles the matter.
+  const isSafetensors = start[8] === 0x7b;
   const isZip = start[0] === 0x50 && start[1] === 0x4b && start[2] === 3 && start[3] === 4;
   const isPickle = start[0] === 0x80 && start[1] >= 2 && start[1] <= 5;
   if (!isSafetensors && (isZip || isPickle)) {
     throw new UserError(
-      `${path} is a PyTorch pickle, which can run any program when it is opened: use a .safetensors version of it`,
+      `${path} is a PyTorch pickle, which can run any program when opened: use a .safetensors version of it`,
     );
   }
   if (new TextDecoder('latin1').decode(start).startsWith('version https://git-lfs')) {
@@ -175,7 +176,7 @@ function parseHeader(path: string, bytes: Uint8Array, dataStart: number) {
   }
   if (duplicate !== undefined) {
     throw new UserError(
-      `the header of ${path} names "${duplicate}" twice: the file is malformed, save it again or download another`,
+      `the header of ${path} names "${duplicate}" twice: save the file again, or download another`,
     );
   }
   if (!isRecord(parsed)) {
@@ -216,11 +217,9 @@ function parseTensor(path: string, name: string, entry: unknown, dataStart: numb
   if (begin > end || !Number.isSafeInteger(dataStart + end))
     throw bad(`has impossible offsets ${begin} to ${end}`);
   if (Object.hasOwn(bitsPerElement, storedAs)) {
-    const bits = shape.reduce((product, size) => product * size, bitsPerElement[storedAs]);
-    // The reference reader refuses an overflow even if a later size is zero; a product beyond 2^53 fits no
-    // file either.
-    if (!productsAreSafe([bitsPerElement[storedAs], ...shape]))
-      throw bad(`has an impossible shape [${shape}]`);
+    // As the reference reader, refuses an overflow even where a later size is zero.
+    const bits = checkedProduct([bitsPerElement[storedAs], ...shape]);
+    if (bits === undefined) throw bad(`has an impossible shape [${shape}]`);
     if (bits !== (end - begin) * 8) {
       throw bad(`has ${end - begin} bytes, but its shape [${shape}] of ${storedAs} needs ${bits / 8}`);
     }
@@ -229,12 +228,14 @@ function parseTensor(path: string, name: string, entry: unknown, dataStart: numb
   return { name, dtype, storedAs, shape, offset: dataStart + begin, bytes: end - begin };
 }
 
-function productsAreSafe(factors: readonly number[]): boolean {
+/** The product, or undefined where it or a product on the way leaves the exact integers. */
+function checkedProduct(factors: readonly number[]): number | undefined {
   let product = 1;
-  return factors.every((factor) => {
+  for (const factor of factors) {
     product *= factor;
-    return Number.isSafeInteger(product);
-  });
+    if (!Number.isSafeInteger(product)) return undefined;
+  }
+  return product;
 }
 
 /**
@@ -298,8 +299,9 @@ const storedNames: Record<DType, string> = {
 };
 
 /**
- * Writes a safetensors file, all or nothing. The header follows from types and shapes alone, so tensors given as
- * functions are made one at a time. @throws UserError when the file cannot be written
+ * Writes a safetensors file, all or nothing. The header follows from types and shapes alone, so tensors given
+ * as functions are made one at a time.
+ * @throws UserError when the file cannot be written
  */
 export function writeSafetensors(
   path: string,
