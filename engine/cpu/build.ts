@@ -1,0 +1,67 @@
+// Finding the native library: the one built in this checkout or shipped in the package, else one compiled earlier into
+// the user's cache, else compiled there now with make and g++ (about a minute). Nothing happens at install, because package
+// managers may forbid install scripts. Run as a program it builds build/libsdxl_cpu.so in the checkout, and never fails.
+import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync } from 'node:fs';
+import { homedir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { fileURLToPath, pathToFileURL } from 'node:url';
+
+/** The package's folder, whether this file runs from engine/cpu or from dist/engine/cpu. */
+const root = (() => {
+  let folder = dirname(fileURLToPath(import.meta.url));
+  while (!existsSync(join(folder, 'package.json'))) folder = dirname(folder);
+  return folder;
+})();
+const sources = join(root, 'kernels', 'cpu');
+const packaged = join(root, 'build', 'libsdxl_cpu.so');
+
+export type Found = { path: string } | { reason: string };
+let found: Found | undefined;
+
+/** The library's path, or why there is none. Compiles at most once per process. */
+export function findLibrary(): Found {
+  found ??= locate();
+  return found;
+}
+
+function locate(): Found {
+  if (process.platform !== 'linux') return { reason: `no kernel library is built for ${process.platform} yet` };
+  if (existsSync(packaged)) return { path: packaged };
+  const cached = join(cacheFolder(), `libsdxl_cpu-${sourceHash()}-${process.arch}.so`);
+  return existsSync(cached) ? { path: cached } : compile(cached);
+}
+
+function cacheFolder(): string {
+  return join(process.env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'sdxl', 'kernels');
+}
+
+function sourceHash(): string {
+  const hash = createHash('sha256');
+  for (const name of readdirSync(sources).sort()) hash.update(name).update(readFileSync(join(sources, name)));
+  return hash.digest('hex').slice(0, 16);
+}
+
+/** Builds into a folder of this process's own and renames, so that two programs starting at once do not collide. */
+function compile(target: string): Found {
+  const work = `${target}.${process.pid}`;
+  try {
+    mkdirSync(work, { recursive: true });
+  } catch (error) {
+    return { reason: `${dirname(target)} cannot be written (${(error as Error).message})` };
+  }
+  const out = join(work, 'libsdxl_cpu.so');
+  const made = spawnSync('make', ['-C', sources, '-j2', `OUT=${out}`], { encoding: 'utf8' });
+  if (made.error) return { reason: 'the kernel library is not built and make was not found; install make and g++' };
+  if (made.status !== 0) return { reason: `compiling the kernel library failed (${lastLine(made.stderr)}); install make and g++` };
+  renameSync(out, target);
+  return { path: target };
+}
+
+const lastLine = (text: string): string => text.trim().split('\n').at(-1) ?? '';
+
+if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) {
+  const built = compile(packaged);
+  if ('reason' in built) console.warn(`sdxl: no native kernels: ${built.reason}. The slow reference device will be used.`);
+}

@@ -1,0 +1,109 @@
+// A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels; `reference`
+// runs the record's own loops in TypeScript and needs no compiler. A GPU becomes a third value of the same interface.
+import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { findLibrary } from './cpu/build.ts';
+import { openCpuDriver } from './cpu/driver.ts';
+import { type Driver, MemoryPool } from './memory.ts';
+import type { Argument, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
+import { referenceDriver } from './reference.ts';
+import type { Tensor } from './tensor.ts';
+
+export type DeviceName = 'cpu' | 'reference';
+export type Direction = 'forward' | 'backward';
+
+export interface Device {
+  readonly name: DeviceName;
+  readonly driver: Driver;
+  readonly memory: MemoryPool;
+  /** Runs one direction of an op over tensors that are all allocated. */
+  execute<A>(record: OpRecord<A>, direction: Direction, tensors: Tensors, attrs: A): void;
+  /** target += source, in place, for gradients that reach a tensor twice. */
+  accumulate(target: Tensor, source: Tensor): void;
+}
+
+const opened = new Map<DeviceName, Device>();
+
+/** Opens a device once and returns the same one after; `auto` is the best that works, saying so when it is the slow one. */
+export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
+  if (name === 'cuda' || name.startsWith('cuda:')) {
+    throw new UserError('the cuda device is not built yet in this version; use --device cpu');
+  }
+  if (name !== 'auto' && name !== 'cpu' && name !== 'reference') {
+    throw new UserError(`unknown device "${name}"; the devices are auto, cpu and reference`);
+  }
+  if (name === 'reference') return once('reference', () => referenceDevice());
+  const library = findLibrary();
+  if ('path' in library) return once('cpu', () => nativeDevice(library.path));
+  if (name === 'cpu') throw new UserError(`the cpu device has no kernel library: ${library.reason}; or use --device reference`);
+  if (!opened.has('reference')) warn(`running on the slow reference device: ${library.reason}`);
+  return once('reference', () => referenceDevice());
+}
+
+function once(name: DeviceName, open: () => Device): Device {
+  const device = opened.get(name) ?? open();
+  opened.set(name, device);
+  return device;
+}
+
+function nativeDevice(library: string): Device {
+  const driver = openCpuDriver(library);
+  const address = (argument: Argument): bigint | number =>
+    argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
+  return {
+    name: 'cpu',
+    driver,
+    memory: new MemoryPool(driver),
+    execute(record, direction, tensors, attrs) {
+      const dtype = (record.storage ? tensors[record.storage] : storageTensor(tensors)).dtype;
+      const launch: Launch = (symbol, args) => driver.launch(`${symbol}_${dtype}`, args.map(address));
+      const run = direction === 'forward' ? record.forward : record.backward;
+      run?.(tensors, attrs, launch);
+    },
+    accumulate(target, source) {
+      const y = target.block.address;
+      driver.launch(`add_forward_${target.dtype}`, [y, y, source.block.address, target.size]);
+    },
+  };
+}
+
+/** The tensor whose dtype is in a kernel's name: the main input (mean, rstd and losses are float32 beside it). */
+function storageTensor(tensors: Tensors): Tensor {
+  return tensors.x ?? tensors.q ?? tensors.a ?? tensors.x0 ?? tensors.prediction ?? tensors.weight ?? tensors.dy;
+}
+
+function referenceDevice(): Device {
+  const driver = referenceDriver();
+  return {
+    name: 'reference',
+    driver,
+    memory: new MemoryPool(driver),
+    execute(record, direction, tensors, attrs) {
+      const arrays: RefTensors = {};
+      for (const [name, t] of Object.entries(tensors)) arrays[name] = { shape: t.shape, data: hostFloats(t) };
+      const run = direction === 'forward' ? record.reference.forward : record.reference.backward;
+      if (!run) throw new Error(`op ${record.name} has no reference ${direction}`);
+      run(arrays, attrs);
+      for (const [name, t] of Object.entries(tensors)) if (!isView(t)) storeFloats(t, arrays[name].data);
+    },
+    accumulate(target, source) {
+      const sum = hostFloats(target);
+      const more = hostFloats(source);
+      for (let i = 0; i < sum.length; i++) sum[i] += more[i];
+      if (!isView(target)) storeFloats(target, sum);
+    },
+  };
+}
+
+const isView = (t: Tensor): boolean => t.dtype === 'float32';
+
+/** float32 tensors are seen in place; every other type is converted to float32 and stored back after the op. */
+function hostFloats(t: Tensor): Float32Array {
+  const host = t.block.host as Uint8Array;
+  const bytes = host.subarray(0, t.size * bytesPerElement[t.dtype]);
+  return isView(t) ? new Float32Array(bytes.buffer, bytes.byteOffset, t.size) : decodeFloats(bytes, t.dtype);
+}
+
+function storeFloats(t: Tensor, values: ArrayLike<number>): void {
+  if (isFloat(t.dtype)) (t.block.host as Uint8Array).set(encodeNumbers(values, t.dtype));
+}

@@ -1,0 +1,144 @@
+// Reverse-mode differentiation: a tape of nodes, each holding the op, what it saved and its input nodes. Gradients are
+// summed in the order the tape is walked (newest op first), so a run repeats bit for bit.
+import type { OpRecord, Tensors } from './op.ts';
+import { keep, scope } from './scope.ts';
+import { empty, type Tensor, tensor } from './tensor.ts';
+
+let recording = true;
+let sequence = 0;
+
+export const isRecording = (): boolean => recording;
+
+/** Runs `fn` without noting anything on the tape: inference. */
+export function noGrad<R>(fn: () => R): R {
+  const before = recording;
+  recording = false;
+  try {
+    return fn();
+  } finally {
+    recording = before;
+  }
+}
+
+interface Edge {
+  name: string;
+  node: Node;
+  spec: { shape: readonly number[]; dtype: Tensor['dtype'] };
+}
+
+export class Node {
+  readonly order = sequence++;
+  /** For a leaf: the accumulated gradient. For an op: the gradient of its output, while backward runs. */
+  grad: Tensor | undefined;
+  /** Runs the op's backward and returns the gradients of its edges, in order. Undefined on a leaf or once spent. */
+  #pull: ((dy: Tensor) => Tensor[]) | undefined;
+  edges: Edge[] = [];
+  #saved: Tensor[] = [];
+
+  static ofOp<A>(record: OpRecord<A>, inputs: Tensors, outputs: Tensors, attrs: A): Node {
+    const node = new Node();
+    if (!record.backward) throw new Error(`op ${record.name} has no gradient, but one is wanted`);
+    for (const [name, t] of Object.entries(inputs)) {
+      if (t.node) node.edges.push({ name, node: t.node, spec: { shape: t.shape, dtype: t.dtype } });
+    }
+    const saved: Tensors = {};
+    for (const name of record.saves) {
+      const source = inputs[name] ?? outputs[name];
+      if (source) saved[name] = keep(source.handle());
+    }
+    node.#saved = Object.values(saved);
+    const { device, shape } = outputs.y;
+    node.#pull = (dy) => {
+      const gradients = node.edges.map(({ spec }) => empty(spec.shape, { device, dtype: spec.dtype }));
+      const all: Tensors = { ...saved, dy: dy.reshape(...shape) };
+      node.edges.forEach(({ name }, i) => {
+        all[`d${name}`] = gradients[i];
+      });
+      device.execute(record, 'backward', all, attrs);
+      return gradients;
+    };
+    return node;
+  }
+
+  /** A node whose gradients come from a function: used by gradient checkpointing. */
+  static ofFunction(edges: Edge[], saved: Tensor[], pull: (dy: Tensor) => Tensor[]): Node {
+    const node = new Node();
+    node.edges = edges;
+    node.#saved = saved;
+    node.#pull = pull;
+    return node;
+  }
+
+  pull(): Tensor[] {
+    if (!this.#pull || !this.grad) return [];
+    return this.#pull(this.grad);
+  }
+
+  /** Frees what was saved: a tape is walked once. */
+  spend(): void {
+    for (const t of this.#saved) t.release();
+    this.#saved = [];
+    this.#pull = undefined;
+    this.grad?.release();
+    this.grad = undefined;
+    this.edges = [];
+  }
+
+  get isLeaf(): boolean {
+    return this.#pull === undefined;
+  }
+}
+
+/** Marks a tensor as one whose gradient is wanted; read it from `gradOf` after backward. */
+export function requireGrad<T extends Tensor>(tensor: T): T {
+  tensor.node ??= new Node();
+  return tensor;
+}
+
+/** The gradient collected at a leaf so far (same shape and type as the leaf), or undefined. */
+export const gradOf = (leaf: Tensor): Tensor | undefined => leaf.node?.grad?.handle(leaf.shape);
+
+export function clearGrad(leaf: Tensor): void {
+  leaf.node?.grad?.release();
+  if (leaf.node) leaf.node.grad = undefined;
+}
+
+/** Walks the tape from `output` (seeded with `dy`, or ones) and adds to the gradient of every leaf it reaches. */
+export function backward(output: Tensor, dy?: Tensor): void {
+  const root = output.node;
+  if (!root) throw new Error('backward: nothing upstream of this tensor wants a gradient');
+  noGrad(() =>
+    scope(() => {
+      accumulate(root, dy ?? ones(output));
+      for (const node of newestFirst(root)) {
+        if (node.isLeaf) continue;
+        const edges = node.edges;
+        scope(() => node.pull().forEach((gradient, i) => accumulate(edges[i].node, gradient)));
+        node.spend();
+      }
+    }),
+  );
+}
+
+function accumulate(node: Node, gradient: Tensor): void {
+  if (node.grad) gradient.device.accumulate(node.grad, gradient);
+  else node.grad = keep(gradient.handle());
+}
+
+function ones(like: Tensor): Tensor {
+  return tensor(new Float32Array(like.size).fill(1), like.shape, { device: like.device, dtype: like.dtype });
+}
+
+function newestFirst(root: Node): Node[] {
+  const seen = new Set<Node>([root]);
+  const stack = [root];
+  for (let node = stack.pop(); node; node = stack.pop()) {
+    for (const edge of node.edges) {
+      if (!seen.has(edge.node)) {
+        seen.add(edge.node);
+        stack.push(edge.node);
+      }
+    }
+  }
+  return [...seen].sort((a, b) => b.order - a.order);
+}

@@ -1,0 +1,53 @@
+// The modules that own weights: linear, convolution, the norms and lookup tables, with the children names (`weight`,
+// `bias`) that every checkpoint format uses.
+import { type Module, module, type Parameter, parameter } from './module.ts';
+import { conv2d as conv2dOp, type Padding } from './ops/conv2d.ts';
+import { type Activation, linear as linearOp } from './ops/linear.ts';
+import { embedding as embeddingOp } from './ops/move.ts';
+import { groupNorm as groupNormOp, layerNorm as layerNormOp } from './ops/norm.ts';
+import type { Tensor } from './tensor.ts';
+
+type Weights = { weight: Parameter; bias: Parameter | undefined };
+type Affine = { weight: Parameter; bias: Parameter };
+
+export type Linear = Module<[x: Tensor, options?: { residual?: Tensor; activation?: Activation }], Tensor, Weights>;
+
+/** y = x W^T + b. For activation `geglu`, `outputs` counts both halves. */
+export const linear = (inputs: number, outputs: number, { bias = true }: { bias?: boolean } = {}): Linear =>
+  module(
+    { weight: parameter([outputs, inputs]), bias: bias ? parameter([outputs]) : undefined },
+    (m, x: Tensor, options?: { residual?: Tensor; activation?: Activation }) =>
+      linearOp(x, m.weight.tensor, m.bias?.tensor, options),
+  );
+
+export type Conv2d = Module<[x: Tensor, options?: { shift?: Tensor; residual?: Tensor }], Tensor, Weights>;
+
+/** A square kernel over [n, h, w, c]. Padding is one number for all sides, or [top, left, bottom, right]. */
+export function conv2d(
+  inputs: number,
+  outputs: number,
+  kernel: number,
+  { stride = 1, padding = 0 }: { stride?: number; padding?: number | Padding } = {},
+): Conv2d {
+  const sides: Padding = typeof padding === 'number' ? [padding, padding, padding, padding] : padding;
+  return module(
+    { weight: parameter([outputs, inputs, kernel, kernel], 'conv'), bias: parameter([outputs]) },
+    (m, x: Tensor, options?: { shift?: Tensor; residual?: Tensor }) =>
+      conv2dOp(x, m.weight.tensor, m.bias.tensor, { stride, padding: sides, ...options }),
+  );
+}
+
+export type Norm = Module<[x: Tensor], Tensor, Affine>;
+
+export const groupNorm = (groups: number, channels: number, { eps, silu = false }: { eps: number; silu?: boolean }): Norm =>
+  module({ weight: parameter([channels]), bias: parameter([channels]) }, (m, x: Tensor) =>
+    groupNormOp(x, m.weight.tensor, m.bias.tensor, { groups, eps, silu }),
+  );
+
+export const layerNorm = (channels: number, { eps = 1e-5 }: { eps?: number } = {}): Norm =>
+  module({ weight: parameter([channels]), bias: parameter([channels]) }, (m, x: Tensor) =>
+    layerNormOp(x, m.weight.tensor, m.bias.tensor, { eps }),
+  );
+
+export const embedding = (vocabulary: number, channels: number): Module<[ids: Tensor], Tensor, { weight: Parameter }> =>
+  module({ weight: parameter([vocabulary, channels]) }, (m, ids: Tensor) => embeddingOp(ids, m.weight.tensor));

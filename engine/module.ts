@@ -1,0 +1,114 @@
+// A module is a callable that owns named children. Child names are the checkpoint's own (snake_case), so the tree spells
+// every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
+// block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
+import { scope } from './scope.ts';
+import { ShapeError, sizeOf, type Tensor } from './tensor.ts';
+
+/** A weight: its shape as the checkpoint spells it, and its tensor once loaded. */
+export class Parameter {
+  /** The checkpoint's shape. Layout `conv` is stored [o, i, kh, kw] there and [o, kh, kw, i] in memory. */
+  readonly shape: readonly number[];
+  readonly layout: 'plain' | 'conv';
+  path = '';
+  #tensor: Tensor | undefined;
+
+  constructor(shape: readonly number[], layout: 'plain' | 'conv' = 'plain') {
+    this.shape = shape;
+    this.layout = layout;
+  }
+
+  /** The shape in memory. */
+  get memoryShape(): readonly number[] {
+    const [o, i, kh, kw] = this.shape;
+    return this.layout === 'conv' ? [o, kh, kw, i] : this.shape;
+  }
+
+  get size(): number {
+    return sizeOf(this.shape);
+  }
+
+  get loaded(): boolean {
+    return this.#tensor !== undefined;
+  }
+
+  get tensor(): Tensor {
+    if (!this.#tensor) throw new Error(`parameter ${this.path || `[${this.shape}]`} was used before it was loaded`);
+    return this.#tensor;
+  }
+
+  set tensor(value: Tensor) {
+    if (value.shape.join() !== this.memoryShape.join()) {
+      throw new ShapeError(`parameter ${this.path} is [${this.memoryShape}] in memory, given [${value.shape}]`);
+    }
+    if (this.#tensor !== value) this.#tensor?.release();
+    this.#tensor = value;
+  }
+
+  /** Frees the tensor; the parameter can be loaded again. */
+  unload(): void {
+    this.#tensor?.release();
+    this.#tensor = undefined;
+  }
+}
+
+export const parameter = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain'): Parameter => new Parameter(shape, layout);
+
+// biome-ignore lint/suspicious/noExplicitAny: a module's own argument types are kept by Module<…>; the tree walk needs none.
+export type AnyModule = { (...args: any[]): unknown; readonly children: Children };
+export type Child = AnyModule | Parameter | readonly (AnyModule | undefined)[] | undefined;
+export type Children = { readonly [name: string]: Child };
+
+export interface Module<A extends readonly unknown[], R, C extends Children = Children> {
+  (...args: A): R;
+  readonly children: C;
+}
+
+const paths = new WeakMap<object, string>();
+
+/** Joins children and a forward function into a callable; forward receives the children first. */
+export function module<C extends Children, A extends readonly unknown[], R>(
+  children: C,
+  forward: (children: C, ...args: A) => R,
+): Module<A, R, C> {
+  const call = (...args: A): R => {
+    try {
+      return scope(() => forward(children, ...args));
+    } catch (error) {
+      throw located(error, paths.get(call));
+    }
+  };
+  return Object.assign(call, { children });
+}
+
+/** Adds `in <path>` to a shape error, once, at the innermost module that has a path. */
+function located(error: unknown, path: string | undefined): unknown {
+  if (error instanceof ShapeError && path && !error.message.includes('\n    in ')) error.message += `\n    in ${path}`;
+  return error;
+}
+
+/** Every parameter by its checkpoint key, in tree order. Gives each module and parameter its path on the way. */
+export function namedParameters(root: AnyModule, prefix = ''): Map<string, Parameter> {
+  const found = new Map<string, Parameter>();
+  visit(root, prefix.replace(/\.$/, ''), found);
+  return found;
+}
+
+function visit(child: Child, path: string, found: Map<string, Parameter>): void {
+  if (child === undefined) return;
+  if (child instanceof Parameter) {
+    child.path = path;
+    found.set(path, child);
+  } else if (typeof child === 'function') {
+    paths.set(child, path);
+    for (const [name, grandchild] of Object.entries(child.children)) visit(grandchild, path ? `${path}.${name}` : name, found);
+  } else child.forEach((item, i) => void visit(item, `${path}.${i}`, found));
+}
+
+/** Number of weights, counted on shapes alone. */
+export const parameterCount = (root: AnyModule): number =>
+  [...namedParameters(root).values()].reduce((total, p) => total + p.size, 0);
+
+/** Frees every loaded parameter of the tree. */
+export function unload(root: AnyModule): void {
+  for (const p of namedParameters(root).values()) p.unload();
+}

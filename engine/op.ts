@@ -1,0 +1,88 @@
+// An op is one record: its shape rule, its forward and backward launches, and the plain loops that define it. The
+// reference loops are at once the definition, the fallback device and the oracle that tests hold every kernel against.
+// apply() is the only way an op runs: it allocates, executes, and notes on the tape what backward will need.
+import type { DType } from '../io/dtype.ts';
+import { isRecording, Node } from './grad.ts';
+import { empty, ShapeError, type Tensor } from './tensor.ts';
+
+export type Tensors = Record<string, Tensor>;
+export type Inputs = Record<string, Tensor | undefined>;
+/** Reference loops see plain arrays: Float32Array on the device, Float64Array in finite-difference tests. */
+export type Numbers = Float32Array | Float64Array;
+export interface RefTensor {
+  shape: readonly number[];
+  data: Numbers;
+}
+/** By name: inputs, outputs, `dy`, and `d<input>` where that gradient is wanted (undefined otherwise). */
+export type RefTensors = Record<string, RefTensor>;
+export type Argument = Tensor | number | undefined;
+/** Appends the storage dtype to `symbol` and runs it; undefined passes null. */
+export type Launch = (symbol: string, args: readonly Argument[]) => void;
+export interface Spec {
+  shape: readonly number[];
+  dtype: DType;
+}
+
+export interface Sample<A> {
+  /** Input shapes; an absent optional input is left out. `ints` names an int32 input and its exclusive upper bound. */
+  inputs: Record<string, readonly number[]>;
+  attrs: A;
+  ints?: Record<string, number>;
+}
+
+export interface OpRecord<A> {
+  readonly name: string;
+  /** Shapes and types of the outputs, `y` first: the only one that carries a gradient. Throws ShapeError. */
+  outputs(inputs: Tensors, attrs: A): Record<string, Spec>;
+  /** Inputs and outputs that backward reads, besides `dy`. */
+  readonly saves: readonly string[];
+  /** The tensor whose dtype names the kernel, where it is not the main input. */
+  readonly storage?: string;
+  forward(t: Tensors, attrs: A, launch: Launch): void;
+  /** Fills every `d<input>` that is present. Absent where an op has no gradient. */
+  backward?(t: Tensors, attrs: A, launch: Launch): void;
+  readonly reference: {
+    forward(t: RefTensors, attrs: A): void;
+    backward?(t: RefTensors, attrs: A): void;
+  };
+  readonly samples: readonly Sample<A>[];
+}
+
+/** Every op, by name: tests and benchmarks loop over it. */
+export const registry = new Map<string, OpRecord<never>>();
+
+export function defineOp<A>(record: OpRecord<A>): OpRecord<A> {
+  if (registry.has(record.name)) throw new Error(`op ${record.name} is defined twice`);
+  registry.set(record.name, record);
+  return record;
+}
+
+/** Runs an op on its inputs' device and returns its first output. */
+export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor {
+  const present = Object.fromEntries(Object.entries(inputs).filter(([, t]) => t !== undefined)) as Tensors;
+  const [first, ...rest] = Object.values(present);
+  const { device } = first;
+  for (const other of rest) {
+    if (other.device !== device) throw new ShapeError(`${record.name}: inputs are on ${device.name} and ${other.device.name}`);
+  }
+  const specs = record.outputs(present, attrs);
+  const outputs: Tensors = {};
+  for (const [name, spec] of Object.entries(specs)) outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
+  device.execute(record, 'forward', { ...present, ...outputs }, attrs);
+  if (isRecording() && Object.values(present).some((t) => t.node)) {
+    outputs.y.node = Node.ofOp(record, present, outputs, attrs);
+  }
+  return outputs.y;
+}
+
+/** Shared check: all named inputs hold one floating-point type, which is returned. */
+export function sameFloat(op: string, inputs: Tensors, ...names: string[]): DType {
+  const dtype = inputs[names[0]].dtype;
+  for (const name of names) {
+    const input = inputs[name];
+    if (input && input.dtype !== dtype) {
+      throw new ShapeError(`${op}: ${names[0]} is ${dtype}, ${name} is ${input.dtype}; cast one of them`);
+    }
+  }
+  return dtype;
+}

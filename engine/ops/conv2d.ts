@@ -1,0 +1,126 @@
+// Convolution of [n, h, w, c] with weight [o, kh, kw, c]: implicit GEMM, zero padding given side by side (the VAE's
+// encoder pads right and bottom only). Epilogue: bias, a per-image channel shift (the time embedding) and a residual.
+import { apply, defineOp, type RefTensors, sameFloat } from '../op.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+
+/** [top, left, bottom, right], in pixels. */
+export type Padding = readonly [number, number, number, number];
+
+interface ConvAttrs {
+  stride: number;
+  padding: Padding;
+}
+
+/** The kernels' integers: n h w c, oh ow o, kh kw, stride, top, left. */
+function dims(x: readonly number[], weight: readonly number[], { stride, padding }: ConvAttrs) {
+  const [n, h, w, c] = x;
+  const [o, kh, kw] = weight;
+  const [top, left, bottom, right] = padding;
+  const oh = Math.floor((h + top + bottom - kh) / stride) + 1;
+  const ow = Math.floor((w + left + right - kw) / stride) + 1;
+  return { n, h, w, c, oh, ow, o, kh, kw, stride, top, left };
+}
+
+const integers = (x: Tensor, weight: Tensor, attrs: ConvAttrs) => Object.values(dims(x.shape, weight.shape, attrs));
+
+const convOp = defineOp<ConvAttrs>({
+  name: 'conv2d',
+  outputs(t, attrs) {
+    const { x, weight, bias, shift, residual } = t;
+    if (x.shape.length !== 4 || weight.shape.length !== 4 || weight.shape[3] !== x.shape[3]) {
+      throw new ShapeError(
+        `conv2d: weight [${weight.shape}] takes ${weight.shape[3]} input channels, x [${x.shape}] has ${x.shape[3]}`,
+      );
+    }
+    const { n, oh, ow, o } = dims(x.shape, weight.shape, attrs);
+    const shape = [n, oh, ow, o];
+    if (oh < 1 || ow < 1) throw new ShapeError(`conv2d: x [${x.shape}] is smaller than the kernel [${weight.shape}]`);
+    if (bias && bias.size !== o) throw new ShapeError(`conv2d: bias [${bias.shape}] for ${o} output channels`);
+    if (shift && shift.shape.join() !== [n, o].join()) throw new ShapeError(`conv2d: shift [${shift.shape}] is not [${n},${o}]`);
+    if (residual && residual.shape.join() !== shape.join()) {
+      throw new ShapeError(`conv2d: residual [${residual.shape}] is added to y [${shape}]`);
+    }
+    return { y: { shape, dtype: sameFloat('conv2d', t, 'x', 'weight', 'bias', 'shift', 'residual') } };
+  },
+  saves: ['x', 'weight'],
+  forward(t, attrs, launch) {
+    launch('conv2d_forward', [t.y, t.x, t.weight, t.bias, t.shift, t.residual, ...integers(t.x, t.weight, attrs)]);
+  },
+  backward(t, attrs, launch) {
+    const ints = integers(t.x, t.weight, attrs);
+    const [n, oh, ow, o] = t.dy.shape;
+    if (t.dx) launch('conv2d_backward_x', [t.dx, t.dy, t.weight, ...ints]);
+    if (t.dweight) launch('conv2d_backward_weight', [t.dweight, t.dy, t.x, ...ints]);
+    if (t.dbias) launch('sum_forward', [t.dbias, t.dy, 1, n * oh * ow, o]);
+    if (t.dshift) launch('sum_forward', [t.dshift, t.dy, n, oh * ow, o]);
+    if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
+  },
+  reference: {
+    forward(t, attrs) {
+      const { y, bias, shift, residual } = t;
+      const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
+      for (let i = 0; i < y.data.length; i++) {
+        const [image, channel] = [Math.floor(i / (oh * ow * o)), i % o];
+        y.data[i] = (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
+      }
+      eachTap(t, attrs, (iy, ix, iw) => {
+        y.data[iy] += t.x.data[ix] * t.weight.data[iw];
+      });
+    },
+    backward(t, attrs) {
+      const { dy, dx, dweight, dbias, dshift, dresidual } = t;
+      const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
+      for (const gradient of [dx, dweight, dbias, dshift]) gradient?.data.fill(0);
+      dresidual?.data.set(dy.data);
+      for (let i = 0; i < dy.data.length; i++) {
+        if (dbias) dbias.data[i % o] += dy.data[i];
+        if (dshift) dshift.data[Math.floor(i / (oh * ow * o)) * o + (i % o)] += dy.data[i];
+      }
+      eachTap(t, attrs, (iy, ix, iw) => {
+        if (dx) dx.data[ix] += dy.data[iy] * t.weight.data[iw];
+        if (dweight) dweight.data[iw] += dy.data[iy] * t.x.data[ix];
+      });
+    },
+  },
+  samples: [
+    { inputs: { x: [1, 3, 3, 2], weight: [3, 3, 3, 2] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
+    {
+      inputs: { x: [2, 6, 5, 4], weight: [9, 3, 3, 4], bias: [9], shift: [2, 9], residual: [2, 6, 5, 9] },
+      attrs: { stride: 1, padding: [1, 1, 1, 1] },
+    },
+    { inputs: { x: [1, 7, 8, 5], weight: [4, 3, 3, 5], bias: [4] }, attrs: { stride: 2, padding: [1, 1, 1, 1] } },
+    { inputs: { x: [2, 6, 8, 3], weight: [8, 3, 3, 3], bias: [8] }, attrs: { stride: 2, padding: [0, 0, 1, 1] } },
+    { inputs: { x: [2, 4, 4, 16], weight: [7, 1, 1, 16], bias: [7] }, attrs: { stride: 1, padding: [0, 0, 0, 0] } },
+    { inputs: { x: [1, 5, 9, 18], weight: [33, 3, 3, 18] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
+  ],
+});
+
+/** Visits every product of the sum with its flat indexes in y, x and weight. */
+function eachTap(t: RefTensors, attrs: ConvAttrs, visit: (iy: number, ix: number, iw: number) => void): void {
+  const { n, h, w, c, oh, ow, o, kh, kw, stride, top, left } = dims(t.x.shape, t.weight.shape, attrs);
+  for (let image = 0; image < n; image++)
+    for (let i = 0; i < oh; i++)
+      for (let j = 0; j < ow; j++)
+        for (let p = 0; p < kh; p++)
+          for (let q = 0; q < kw; q++) {
+            const [row, column] = [i * stride + p - top, j * stride + q - left];
+            if (row < 0 || row >= h || column < 0 || column >= w) continue;
+            const ix = ((image * h + row) * w + column) * c;
+            const iy = ((image * oh + i) * ow + j) * o;
+            for (let k = 0; k < o; k++) {
+              const iw = ((k * kh + p) * kw + q) * c;
+              for (let channel = 0; channel < c; channel++) visit(iy + k, ix + channel, iw + channel);
+            }
+          }
+}
+
+/** x [n,h,w,c], weight [o,kh,kw,c], bias [o], shift [n,o], residual [n,oh,ow,o] → [n,oh,ow,o]. */
+export function conv2d(
+  x: Tensor,
+  weight: Tensor,
+  bias?: Tensor,
+  options: { stride?: number; padding?: Padding; shift?: Tensor; residual?: Tensor } = {},
+): Tensor {
+  const { stride = 1, padding = [0, 0, 0, 0], shift, residual } = options;
+  return apply(convOp, { x, weight, bias, shift, residual }, { stride, padding });
+}

@@ -1,0 +1,246 @@
+// y = activation(x W^T + bias) + residual, the matrix product with everything that can ride in its epilogue; and the
+// batched product of two tensors. W is [n, k] as checkpoints store it. With an activation, backward computes the
+// pre-activation again rather than keep it: one more product against an activation-sized buffer per layer.
+import { apply, defineOp, type Launch, type Numbers, sameFloat, type Tensors } from '../op.ts';
+import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import * as scalar from './math.ts';
+
+export type Activation = 'none' | 'silu' | 'gelu' | 'quick_gelu' | 'geglu';
+/** The kernels' number for each activation. */
+const activationCode: Record<Activation, number> = { none: 0, silu: 1, gelu: 2, quick_gelu: 3, geglu: 4 };
+const scalarOf = { none: scalar.identity, silu: scalar.silu, gelu: scalar.gelu, quick_gelu: scalar.quickGelu };
+
+interface LinearAttrs {
+  activation: Activation;
+}
+
+/** m rows, n columns of y, h columns before the activation (twice n for geglu), k inputs. */
+function dims(x: readonly number[], weight: readonly number[], activation: Activation) {
+  const [h, k] = weight;
+  return { m: x.slice(0, -1).reduce((a, b) => a * b, 1), n: activation === 'geglu' ? h / 2 : h, h, k };
+}
+
+const linearOp = defineOp<LinearAttrs>({
+  name: 'linear',
+  outputs(t, { activation }) {
+    const { x, weight, bias, residual } = t;
+    const k = x.shape.at(-1) as number;
+    if (weight.shape.length !== 2 || weight.shape[1] !== k) {
+      throw new ShapeError(`linear: weight [${weight.shape}] takes ${weight.shape[1]} inputs, x [${x.shape}] has ${k}`);
+    }
+    const { n, h } = dims(x.shape, weight.shape, activation);
+    const shape = [...x.shape.slice(0, -1), n];
+    if (bias && bias.size !== h) throw new ShapeError(`linear: bias [${bias.shape}] for ${h} outputs`);
+    if (residual && residual.shape.join() !== shape.join()) {
+      throw new ShapeError(`linear: residual [${residual.shape}] is added to y [${shape}]`);
+    }
+    return { y: { shape, dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual') } };
+  },
+  saves: ['x', 'weight', 'bias'],
+  forward(t, { activation }, launch) {
+    const { m, n, k } = dims(t.x.shape, t.weight.shape, activation);
+    launch('linear_forward', [t.y, t.x, t.weight, t.bias, t.residual, m, n, k, activationCode[activation]]);
+  },
+  backward(t, { activation }, launch) {
+    const { m, h, k } = dims(t.x.shape, t.weight.shape, activation);
+    const dh = preActivationGradient(t, activation, launch);
+    if (t.dx) launch('linear_backward_x', [t.dx, dh, t.weight, m, h, k]);
+    if (t.dweight) launch('linear_backward_weight', [t.dweight, dh, t.x, m, h, k]);
+    if (t.dbias) launch('sum_forward', [t.dbias, dh, 1, m, h]);
+    if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
+  },
+  reference: {
+    forward({ y, x, weight, bias, residual }, { activation }) {
+      const { m, n, h, k } = dims(x.shape, weight.shape, activation);
+      const pre = product(x.data, weight.data, bias?.data, m, h, k);
+      for (let i = 0; i < m * n; i++) {
+        const at = (column: number) => pre[Math.floor(i / n) * h + column];
+        const value =
+          activation === 'geglu' ? at(i % n) * scalar.gelu.f(at((i % n) + n)) : scalarOf[activation].f(pre[i]);
+        y.data[i] = value + (residual ? residual.data[i] : 0);
+      }
+    },
+    backward({ dx, dweight, dbias, dresidual, dy, x, weight, bias }, { activation }) {
+      const { m, n, h, k } = dims(x.shape, weight.shape, activation);
+      const pre = product(x.data, weight.data, bias?.data, m, h, k);
+      const dh = new Float64Array(m * h);
+      for (let i = 0; i < m * n; i++) {
+        const row = Math.floor(i / n) * h;
+        if (activation === 'geglu') {
+          const [a, b] = [pre[row + (i % n)], pre[row + (i % n) + n]];
+          dh[row + (i % n)] = dy.data[i] * scalar.gelu.f(b);
+          dh[row + (i % n) + n] = dy.data[i] * a * scalar.gelu.df(b);
+        } else dh[i] = dy.data[i] * scalarOf[activation].df(pre[i]);
+      }
+      dresidual?.data.set(dy.data);
+      dx?.data.fill(0);
+      dweight?.data.fill(0);
+      dbias?.data.fill(0);
+      for (let i = 0; i < m; i++)
+        for (let j = 0; j < h; j++) {
+          const g = dh[i * h + j];
+          if (dbias) dbias.data[j] += g;
+          for (let p = 0; p < k; p++) {
+            if (dx) dx.data[i * k + p] += g * weight.data[j * k + p];
+            if (dweight) dweight.data[j * k + p] += g * x.data[i * k + p];
+          }
+        }
+    },
+  },
+  samples: [
+    { inputs: { x: [1, 3], weight: [5, 3] }, attrs: { activation: 'none' } },
+    { inputs: { x: [2, 7, 20], weight: [33, 20], bias: [33] }, attrs: { activation: 'none' } },
+    { inputs: { x: [5, 16], weight: [8, 16], bias: [8], residual: [5, 8] }, attrs: { activation: 'silu' } },
+    { inputs: { x: [19, 31], weight: [17, 31], bias: [17], residual: [19, 17] }, attrs: { activation: 'gelu' } },
+    { inputs: { x: [3, 40], weight: [24, 40], bias: [24] }, attrs: { activation: 'quick_gelu' } },
+    { inputs: { x: [13, 24], weight: [38, 24], bias: [38], residual: [13, 19] }, attrs: { activation: 'geglu' } },
+  ],
+});
+
+function preActivationGradient(t: Tensors, activation: Activation, launch: Launch): Tensor {
+  if (activation === 'none') return t.dy;
+  const { m, n, h, k } = dims(t.x.shape, t.weight.shape, activation);
+  const like = { device: t.x.device, dtype: t.x.dtype };
+  const pre = empty([m, h], like);
+  const dh = empty([m, h], like);
+  launch('linear_forward', [pre, t.x, t.weight, t.bias, undefined, m, h, k, 0]);
+  if (activation === 'geglu') launch('geglu_backward', [dh, t.dy, pre, m, n]);
+  else launch(`${activation}_backward`, [dh, t.dy, pre, m * h]);
+  return dh;
+}
+
+function product(x: Numbers, weight: Numbers, bias: Numbers | undefined, m: number, n: number, k: number): Float64Array {
+  const y = new Float64Array(m * n);
+  for (let i = 0; i < m; i++)
+    for (let j = 0; j < n; j++) {
+      let total = bias ? bias[j] : 0;
+      for (let p = 0; p < k; p++) total += x[i * k + p] * weight[j * k + p];
+      y[i * n + j] = total;
+    }
+  return y;
+}
+
+/**
+ * activation(x W^T + bias) + residual. x [..., k], weight [n, k], bias [n], residual [..., n] → [..., n].
+ * `geglu` takes weight [2n, k] and gives the first half times gelu of the second (Shazeer 2020).
+ */
+export function linear(
+  x: Tensor,
+  weight: Tensor,
+  bias?: Tensor,
+  { residual, activation = 'none' }: { residual?: Tensor; activation?: Activation } = {},
+): Tensor {
+  return apply(linearOp, { x, weight, bias, residual }, { activation });
+}
+
+interface MatmulAttrs {
+  transA: boolean;
+  transB: boolean;
+}
+
+const batchOf = (shape: readonly number[]) => shape.slice(0, -2).reduce((p, d) => p * d, 1);
+
+function matmulDims(a: readonly number[], b: readonly number[], { transA, transB }: MatmulAttrs) {
+  const [ra, ca] = a.slice(-2);
+  const [rb, cb] = b.slice(-2);
+  const [m, k] = transA ? [ca, ra] : [ra, ca];
+  const [kb, n] = transB ? [cb, rb] : [rb, cb];
+  return { m, n, k, kb };
+}
+
+const matmulOp = defineOp<MatmulAttrs>({
+  name: 'matmul',
+  outputs(t, attrs) {
+    const { m, n, k, kb } = matmulDims(t.a.shape, t.b.shape, attrs);
+    if (k !== kb || batchOf(t.a.shape) !== batchOf(t.b.shape)) {
+      throw new ShapeError(`matmul: a [${t.a.shape}] and b [${t.b.shape}] do not chain (inner ${k} and ${kb})`);
+    }
+    return { y: { shape: [...t.a.shape.slice(0, -2), m, n], dtype: sameFloat('matmul', t, 'a', 'b') } };
+  },
+  saves: ['a', 'b'],
+  forward: (t, attrs, launch) => launchMatmul(launch, t.y, t.a, t.b, attrs.transA, attrs.transB),
+  backward(t, { transA, transB }, launch) {
+    if (t.da && !transA) launchMatmul(launch, t.da, t.dy, t.b, false, !transB);
+    if (t.da && transA) launchMatmul(launch, t.da, t.b, t.dy, transB, true);
+    if (t.db && !transB) launchMatmul(launch, t.db, t.a, t.dy, !transA, false);
+    if (t.db && transB) launchMatmul(launch, t.db, t.dy, t.a, true, transA);
+  },
+  reference: {
+    forward: ({ y, a, b }, attrs) => multiply(y, a, b, attrs.transA, attrs.transB),
+    backward(t, { transA, transB }) {
+      if (t.da && !transA) multiply(t.da, t.dy, t.b, false, !transB);
+      if (t.da && transA) multiply(t.da, t.b, t.dy, transB, true);
+      if (t.db && !transB) multiply(t.db, t.a, t.dy, !transA, false);
+      if (t.db && transB) multiply(t.db, t.dy, t.a, true, transA);
+    },
+  },
+  samples: [
+    { inputs: { a: [3, 5], b: [5, 7] }, attrs: { transA: false, transB: false } },
+    { inputs: { a: [2, 17, 9], b: [2, 33, 9] }, attrs: { transA: false, transB: true } },
+    { inputs: { a: [2, 9, 17], b: [2, 9, 20] }, attrs: { transA: true, transB: false } },
+    { inputs: { a: [6, 4], b: [8, 6] }, attrs: { transA: true, transB: true } },
+  ],
+});
+
+function launchMatmul(launch: Launch, c: Tensor, a: Tensor, b: Tensor, transA: boolean, transB: boolean): void {
+  const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
+  launch('matmul_forward', [c, a, b, batchOf(a.shape), m, n, k, Number(transA), Number(transB)]);
+}
+
+interface Matrix {
+  shape: readonly number[];
+  data: Numbers;
+}
+
+function multiply(c: Matrix, a: Matrix, b: Matrix, transA: boolean, transB: boolean): void {
+  const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
+  for (let z = 0; z < batchOf(a.shape); z++)
+    for (let i = 0; i < m; i++)
+      for (let j = 0; j < n; j++) {
+        let total = 0;
+        for (let p = 0; p < k; p++) {
+          const left = a.data[z * m * k + (transA ? p * m + i : i * k + p)];
+          total += left * b.data[z * k * n + (transB ? j * k + p : p * n + j)];
+        }
+        c.data[(z * m + i) * n + j] = total;
+      }
+}
+
+/** op(a) op(b) over equal leading batch axes; trans flags swap the last two axes of that input first. */
+export const matmul = (a: Tensor, b: Tensor, { transA = false, transB = false }: Partial<MatmulAttrs> = {}): Tensor =>
+  apply(matmulOp, { a, b }, { transA, transB });
+
+type None = Record<string, never>;
+
+const gegluOp = defineOp<None>({
+  name: 'geglu',
+  outputs: (t) => ({ y: { shape: [...t.x.shape.slice(0, -1), (t.x.shape.at(-1) as number) / 2], dtype: sameFloat('geglu', t, 'x') } }),
+  saves: ['x'],
+  forward: (t, _, launch) => launch('geglu_forward', [t.y, t.x, ...rowsOf(t.y.shape)]),
+  backward: (t, _, launch) => launch('geglu_backward', [t.dx, t.dy, t.x, ...rowsOf(t.dy.shape)]),
+  reference: {
+    forward({ y, x }) {
+      const [rows, c] = rowsOf(y.shape);
+      for (let r = 0; r < rows; r++)
+        for (let i = 0; i < c; i++) y.data[r * c + i] = x.data[2 * r * c + i] * scalar.gelu.f(x.data[(2 * r + 1) * c + i]);
+    },
+    backward({ dx, dy, x }) {
+      const [rows, c] = rowsOf(dy.shape);
+      for (let r = 0; r < rows; r++)
+        for (let i = 0; i < c; i++) {
+          const [a, b, g] = [x.data[2 * r * c + i], x.data[(2 * r + 1) * c + i], dy.data[r * c + i]];
+          dx.data[2 * r * c + i] = g * scalar.gelu.f(b);
+          dx.data[(2 * r + 1) * c + i] = g * a * scalar.gelu.df(b);
+        }
+    },
+  },
+  samples: [[1, 2], [3, 14], [5, 64]].map((x) => ({ inputs: { x }, attrs: {} })),
+});
+
+const rowsOf = (shape: readonly number[]): [number, number] => [
+  shape.slice(0, -1).reduce((p, d) => p * d, 1),
+  shape.at(-1) as number,
+];
+
+/** The first half of the last axis times gelu of the second. */
+export const geglu = (x: Tensor): Tensor => apply(gegluOp, { x }, {});

@@ -1,0 +1,78 @@
+// Training losses over [n, ...]: the mean over images of weight_i times the mean over elements, so that per-image
+// weights such as min-SNR multiply what an unweighted mean would give. The result has shape [1], float32.
+import { apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+
+interface LossAttrs {
+  delta: number;
+}
+
+interface Loss {
+  f(difference: number, delta: number): number;
+  df(difference: number, delta: number): number;
+}
+
+const huberFormula: Loss = {
+  f: (r, delta) => (Math.abs(r) <= delta ? 0.5 * r * r : delta * (Math.abs(r) - 0.5 * delta)),
+  df: (r, delta) => Math.max(-delta, Math.min(delta, r)),
+};
+
+function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
+  const tail = ({ delta }: LossAttrs) => (name === 'huber' ? [delta] : []);
+  const dims = (shape: readonly number[]): [number, number] => [shape[0], shape.slice(1).reduce((a, b) => a * b, 1)];
+  const each = (t: RefTensors, visit: (i: number, share: number, difference: number) => void) => {
+    const [n, inner] = dims(t.prediction.shape);
+    for (let i = 0; i < n * inner; i++) {
+      const weight = t.weights ? t.weights.data[Math.floor(i / inner)] : 1;
+      visit(i, weight / (n * inner), t.prediction.data[i] - t.target.data[i]);
+    }
+  };
+  return defineOp<LossAttrs>({
+    name,
+    outputs(t: Tensors) {
+      if (t.prediction.shape.join() !== t.target.shape.join()) {
+        throw new ShapeError(`${name}: prediction [${t.prediction.shape}] and target [${t.target.shape}] differ`);
+      }
+      sameFloat(name, t, 'prediction', 'target');
+      return { y: { shape: [1], dtype: 'float32' } };
+    },
+    saves: ['prediction', 'target', 'weights'],
+    forward: (t, a, launch) =>
+      launch(`${name}_forward`, [t.y, t.prediction, t.target, t.weights, ...dims(t.prediction.shape), ...tail(a)]),
+    backward(t, a, launch) {
+      if (t.dtarget || t.dweights) throw new Error(`${name}: only the prediction has a gradient`);
+      const inputs = [t.prediction, t.target, t.weights];
+      launch(`${name}_backward`, [t.dprediction, t.dy, ...inputs, ...dims(t.prediction.shape), ...tail(a)]);
+    },
+    reference: {
+      forward(t, { delta }) {
+        let total = 0;
+        each(t, (_, share, r) => {
+          total += share * f(r, delta);
+        });
+        t.y.data[0] = total;
+      },
+      backward(t, { delta }) {
+        each(t, (i, share, r) => {
+          t.dprediction.data[i] = t.dy.data[0] * share * df(r, delta);
+        });
+      },
+    },
+    samples: [
+      { inputs: { prediction: [1, 1], target: [1, 1] }, attrs: { delta: 0.5 } },
+      { inputs: { prediction: [3, 17], target: [3, 17], weights: [3] }, attrs: { delta: 0.5 } },
+      { inputs: { prediction: [2, 4, 4, 4], target: [2, 4, 4, 4] }, attrs: { delta: 0.5 } },
+    ],
+  });
+}
+
+const mseOp = defineLoss('mse', { f: (r) => r * r, df: (r) => 2 * r });
+const huberOp = defineLoss('huber', huberFormula);
+
+/** Mean squared error; weights [n] float32 multiply each image's mean. */
+export const mse = (prediction: Tensor, target: Tensor, weights?: Tensor): Tensor =>
+  apply(mseOp, { prediction, target, weights }, { delta: 0 });
+
+/** Huber loss as torch's huber_loss: quadratic within delta, linear beyond. */
+export const huber = (prediction: Tensor, target: Tensor, weights?: Tensor, delta = 1): Tensor =>
+  apply(huberOp, { prediction, target, weights }, { delta });

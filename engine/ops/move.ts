@@ -1,0 +1,294 @@
+// Ops that move elements: concat and slice along an axis, permute, nearest upsampling, row lookup. Tensors are always
+// contiguous, so each of these copies, once; reshape (tensor.ts) is the only view.
+import { apply, defineOp, type Numbers, sameFloat, type Tensors } from '../op.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+import { around, resolveAxis } from './reduce.ts';
+
+const partsOf = <T>(t: Record<string, T>, prefix: string, count: number): (T | undefined)[] =>
+  Array.from({ length: count }, (_, i) => t[`${prefix}${i}`]);
+
+interface ConcatAttrs {
+  axis: number;
+  lengths: readonly number[];
+}
+
+/** Where part i starts along the axis. */
+const startOf = (lengths: readonly number[], i: number): number => lengths.slice(0, i).reduce((a, b) => a + b, 0);
+
+const concatOp = defineOp<ConcatAttrs>({
+  name: 'concat',
+  outputs(t, { axis, lengths }) {
+    const names = lengths.map((_, i) => `x${i}`);
+    const others = (shape: readonly number[]) => shape.filter((_, i) => i !== axis).join();
+    for (const name of names) {
+      if (others(t[name].shape) !== others(t.x0.shape)) {
+        throw new ShapeError(`concat: [${t.x0.shape}] and [${t[name].shape}] differ outside axis ${axis}`);
+      }
+    }
+    const shape = t.x0.shape.map((d, i) => (i === axis ? startOf(lengths, lengths.length) : d));
+    return { y: { shape, dtype: sameFloat('concat', t, ...names) } };
+  },
+  saves: [],
+  forward(t, { axis, lengths }, launch) {
+    const [outer, n, inner] = around(t.y.shape, axis);
+    lengths.forEach((length, i) => {
+      launch('place_forward', [t.y, t[`x${i}`], outer, n, startOf(lengths, i), length, inner]);
+    });
+  },
+  backward(t, { axis, lengths }, launch) {
+    const [outer, n, inner] = around(t.dy.shape, axis);
+    partsOf<Tensor>(t, 'dx', lengths.length).forEach((dx, i) => {
+      if (dx) launch('slice_forward', [dx, t.dy, outer, n, startOf(lengths, i), lengths[i], inner]);
+    });
+  },
+  reference: {
+    forward(t, { axis, lengths }) {
+      const [outer, n, inner] = around(t.y.shape, axis);
+      lengths.forEach((length, i) => {
+        eachInSlice(outer, n, startOf(lengths, i), length, inner, (whole, part) => {
+          t.y.data[whole] = t[`x${i}`].data[part];
+        });
+      });
+    },
+    backward(t, { axis, lengths }) {
+      const [outer, n, inner] = around(t.dy.shape, axis);
+      partsOf(t, 'dx', lengths.length).forEach((dx, i) => {
+        eachInSlice(outer, n, startOf(lengths, i), lengths[i], inner, (whole, part) => {
+          if (dx) dx.data[part] = t.dy.data[whole];
+        });
+      });
+    },
+  },
+  samples: [
+    { inputs: { x0: [2], x1: [3] }, attrs: { axis: 0, lengths: [2, 3] } },
+    { inputs: { x0: [2, 3, 5], x1: [2, 3, 8] }, attrs: { axis: 2, lengths: [5, 8] } },
+    { inputs: { x0: [2, 1, 4], x1: [2, 5, 4], x2: [2, 2, 4] }, attrs: { axis: 1, lengths: [1, 5, 2] } },
+  ],
+});
+
+function eachInSlice(
+  outer: number,
+  n: number,
+  start: number,
+  length: number,
+  inner: number,
+  visit: (whole: number, part: number) => void,
+): void {
+  for (let o = 0; o < outer; o++)
+    for (let i = 0; i < length * inner; i++) visit((o * n + start) * inner + i, o * length * inner + i);
+}
+
+/** Joins tensors that agree in every other axis. */
+export function concat(tensors: readonly Tensor[], axis: number): Tensor {
+  const at = resolveAxis('concat', axis, tensors[0].shape.length);
+  const inputs = Object.fromEntries(tensors.map((t, i) => [`x${i}`, t]));
+  return apply(concatOp, inputs, { axis: at, lengths: tensors.map((t) => t.shape[at]) });
+}
+
+interface SliceAttrs {
+  axis: number;
+  start: number;
+  length: number;
+  size: number;
+}
+
+const sliceOp = defineOp<SliceAttrs>({
+  name: 'slice',
+  outputs(t, { axis, start, length }) {
+    if (start < 0 || length < 1 || start + length > t.x.shape[axis]) {
+      throw new ShapeError(`slice: ${start}..${start + length} of axis ${axis} of x [${t.x.shape}]`);
+    }
+    return { y: { shape: t.x.shape.map((d, i) => (i === axis ? length : d)), dtype: sameFloat('slice', t, 'x') } };
+  },
+  saves: [],
+  forward(t, { axis, start, length }, launch) {
+    const [outer, n, inner] = around(t.x.shape, axis);
+    launch('slice_forward', [t.y, t.x, outer, n, start, length, inner]);
+  },
+  backward(t: Tensors, { axis, start, length }, launch) {
+    const [outer, n, inner] = around(t.dx.shape, axis);
+    launch('fill_forward', [t.dx, t.dx.size, 0]);
+    launch('place_forward', [t.dx, t.dy, outer, n, start, length, inner]);
+  },
+  reference: {
+    forward({ y, x }, { axis, start, length }) {
+      const [outer, n, inner] = around(x.shape, axis);
+      eachInSlice(outer, n, start, length, inner, (whole, part) => {
+        y.data[part] = x.data[whole];
+      });
+    },
+    backward({ dx, dy }, { axis, start, length }) {
+      const [outer, n, inner] = around(dx.shape, axis);
+      dx.data.fill(0);
+      eachInSlice(outer, n, start, length, inner, (whole, part) => {
+        dx.data[whole] = dy.data[part];
+      });
+    },
+  },
+  samples: [
+    { inputs: { x: [5] }, attrs: { axis: 0, start: 1, length: 3, size: 5 } },
+    { inputs: { x: [2, 7, 5] }, attrs: { axis: 1, start: 2, length: 4, size: 7 } },
+    { inputs: { x: [3, 16] }, attrs: { axis: 1, start: 15, length: 1, size: 16 } },
+  ],
+});
+
+/** `length` entries of `axis` from `start`. */
+export function slice(x: Tensor, axis: number, start: number, length: number): Tensor {
+  const at = resolveAxis('slice', axis, x.shape.length);
+  return apply(sliceOp, { x }, { axis: at, start, length, size: x.shape[at] });
+}
+
+interface PermuteAttrs {
+  order: readonly number[];
+}
+
+/** Four output dimensions and the input stride behind each, missing leading axes as 1. */
+function permutation(shape: readonly number[], order: readonly number[]): number[] {
+  const strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
+  const lead = Array<number>(4 - order.length);
+  return [...lead.fill(1), ...order.map((i) => shape[i]), ...lead.map(() => 0), ...order.map((i) => strides[i])];
+}
+
+const inverse = (order: readonly number[]): number[] => order.map((_, i) => order.indexOf(i));
+
+const permuteOp = defineOp<PermuteAttrs>({
+  name: 'permute',
+  outputs(t, { order }) {
+    if (order.length > 4 || [...order].sort().join() !== t.x.shape.map((_, i) => i).join()) {
+      throw new ShapeError(`permute: order [${order}] for x [${t.x.shape}]`);
+    }
+    return { y: { shape: order.map((i) => t.x.shape[i]), dtype: sameFloat('permute', t, 'x') } };
+  },
+  saves: [],
+  forward: (t, { order }, launch) => launch('permute_forward', [t.y, t.x, ...permutation(t.x.shape, order)]),
+  backward: (t, { order }, launch) => launch('permute_forward', [t.dx, t.dy, ...permutation(t.dy.shape, inverse(order))]),
+  reference: {
+    forward: ({ y, x }, { order }) => permuteInto(y.data, x.data, permutation(x.shape, order)),
+    backward: ({ dx, dy }, { order }) => permuteInto(dx.data, dy.data, permutation(dy.shape, inverse(order))),
+  },
+  samples: [
+    { inputs: { x: [3, 5] }, attrs: { order: [1, 0] } },
+    { inputs: { x: [2, 3, 4] }, attrs: { order: [0, 2, 1] } },
+    { inputs: { x: [2, 3, 4, 5] }, attrs: { order: [0, 2, 3, 1] } },
+    { inputs: { x: [2, 7, 3, 16] }, attrs: { order: [0, 3, 1, 2] } },
+  ],
+});
+
+function permuteInto(y: Numbers, x: Numbers, [d0, d1, d2, d3, s0, s1, s2, s3]: number[]): void {
+  let at = 0;
+  for (let a = 0; a < d0; a++)
+    for (let b = 0; b < d1; b++)
+      for (let c = 0; c < d2; c++) for (let d = 0; d < d3; d++) y[at++] = x[a * s0 + b * s1 + c * s2 + d * s3];
+}
+
+/** Axis i of the result is axis order[i] of x; up to four axes. */
+export const permute = (x: Tensor, order: readonly number[]): Tensor => apply(permuteOp, { x }, { order });
+
+const imageInts = (x: readonly number[], y: readonly number[]) => [...x, y[1], y[2]];
+
+const upsampleOp = defineOp<{ height: number; width: number; from: readonly number[] }>({
+  name: 'upsample_nearest',
+  outputs(t, { height, width }) {
+    if (t.x.shape.length !== 4) throw new ShapeError(`upsample_nearest: x [${t.x.shape}] is not [n, h, w, c]`);
+    const [n, , , c] = t.x.shape;
+    return { y: { shape: [n, height, width, c], dtype: sameFloat('upsample_nearest', t, 'x') } };
+  },
+  saves: [],
+  forward: (t, _, launch) => launch('upsample_nearest_forward', [t.y, t.x, ...imageInts(t.x.shape, t.y.shape)]),
+  backward: (t, _, launch) => launch('upsample_nearest_backward', [t.dx, t.dy, ...imageInts(t.dx.shape, t.dy.shape)]),
+  reference: {
+    forward: ({ y, x }) => eachNearest(x.shape, y.shape, (big, small) => (y.data[big] = x.data[small])),
+    backward({ dx, dy }) {
+      dx.data.fill(0);
+      eachNearest(dx.shape, dy.shape, (big, small) => (dx.data[small] += dy.data[big]));
+    },
+  },
+  samples: [
+    { inputs: { x: [1, 2, 2, 3] }, attrs: { height: 4, width: 4, from: [1, 2, 2, 3] } },
+    { inputs: { x: [2, 3, 5, 17] }, attrs: { height: 5, width: 10, from: [2, 3, 5, 17] } },
+  ],
+});
+
+function eachNearest(small: readonly number[], big: readonly number[], visit: (big: number, small: number) => void): void {
+  const [n, h, w, c] = small;
+  const [, oh, ow] = big;
+  for (let image = 0; image < n; image++)
+    for (let i = 0; i < oh; i++)
+      for (let j = 0; j < ow; j++) {
+        const from = (image * h + Math.floor((i * h) / oh)) * w + Math.floor((j * w) / ow);
+        for (let k = 0; k < c; k++) visit(((image * oh + i) * ow + j) * c + k, from * c + k);
+      }
+}
+
+/** Nearest neighbour to [n, height, width, c], any size: row i reads floor(i h / height), as torch does. */
+export const upsampleNearest = (x: Tensor, height: number, width: number): Tensor =>
+  apply(upsampleOp, { x }, { height, width, from: x.shape });
+
+const embeddingOp = defineOp<Record<string, never>>({
+  name: 'embedding',
+  outputs(t) {
+    if (t.ids.dtype !== 'int32') throw new ShapeError(`embedding: ids are ${t.ids.dtype}, not int32`);
+    return { y: { shape: [...t.ids.shape, t.weight.shape[1]], dtype: sameFloat('embedding', t, 'weight') } };
+  },
+  saves: ['ids', 'weight'],
+  storage: 'weight',
+  forward: (t, _, launch) => launch('embedding_forward', [t.y, t.weight, t.ids, t.ids.size, t.weight.shape[1]]),
+  backward(t, _, launch) {
+    const [v, c] = t.weight.shape;
+    launch('embedding_backward', [t.dweight, t.dy, t.ids, t.ids.size, c, v]);
+  },
+  reference: {
+    forward({ y, ids, weight }) {
+      const c = weight.shape[1];
+      for (let i = 0; i < y.data.length; i++) y.data[i] = weight.data[ids.data[Math.floor(i / c)] * c + (i % c)];
+    },
+    backward({ dweight, dy, ids, weight }) {
+      const c = weight.shape[1];
+      dweight.data.fill(0);
+      for (let i = 0; i < dy.data.length; i++) dweight.data[ids.data[Math.floor(i / c)] * c + (i % c)] += dy.data[i];
+    },
+  },
+  samples: [
+    { inputs: { ids: [3], weight: [5, 4] }, attrs: {}, ints: { ids: 5 } },
+    { inputs: { ids: [2, 9], weight: [7, 17] }, attrs: {}, ints: { ids: 7 } },
+  ],
+});
+
+/** Rows of weight [v, c] at ids (int32, any shape) → [...ids, c]. Ids out of range are refused on the host. */
+export function embedding(ids: Tensor, weight: Tensor): Tensor {
+  return apply(embeddingOp, { ids, weight }, {});
+}
+
+const timestepOp = defineOp<{ dim: number; dtype: 'float32' | 'bfloat16' | 'float16'; flipSinToCos: boolean; shift: number }>({
+  name: 'timestep_embedding',
+  outputs: (t, { dim, dtype }) => ({ y: { shape: [...t.t.shape, dim], dtype } }),
+  saves: [],
+  storage: 'y',
+  forward: (t, { dim, flipSinToCos, shift }, launch) =>
+    launch('timestep_embedding_forward', [t.y, t.t, t.t.size, dim, Number(flipSinToCos), shift, 10000]),
+  reference: {
+    forward({ y, t }, { dim, flipSinToCos, shift }) {
+      const half = dim / 2;
+      for (let i = 0; i < t.data.length; i++)
+        for (let j = 0; j < half; j++) {
+          const angle = t.data[i] * Math.exp((-Math.log(10000) * j) / (half - shift));
+          y.data[i * dim + j + (flipSinToCos ? half : 0)] = Math.sin(angle);
+          y.data[i * dim + j + (flipSinToCos ? 0 : half)] = Math.cos(angle);
+        }
+    },
+  },
+  samples: [
+    { inputs: { t: [3] }, attrs: { dim: 16, dtype: 'float32', flipSinToCos: true, shift: 0 } },
+    { inputs: { t: [2, 6] }, attrs: { dim: 20, dtype: 'float32', flipSinToCos: false, shift: 1 } },
+  ],
+});
+
+/** Sinusoids of t (float32, any shape) → [...t, dim]; cosines first when flipSinToCos (DDPM; Vaswani et al. 2017). */
+export function timestepEmbedding(
+  t: Tensor,
+  dim: number,
+  options: { dtype?: 'float32' | 'bfloat16' | 'float16'; flipSinToCos?: boolean; shift?: number } = {},
+): Tensor {
+  const { dtype = 'float32', flipSinToCos = true, shift = 0 } = options;
+  return apply(timestepOp, { t }, { dim, dtype, flipSinToCos, shift });
+}

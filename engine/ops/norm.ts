@@ -1,0 +1,213 @@
+// Normalizations over channels-last tensors: group norm (Wu & He 2018) with SiLU folded in, layer norm, and softmax over
+// the last axis. Statistics are float32 whatever the storage, and are saved for backward.
+import { apply, defineOp, type RefTensor, type RefTensors, sameFloat } from '../op.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+import * as scalar from './math.ts';
+
+interface GroupNormAttrs {
+  groups: number;
+  eps: number;
+  silu: boolean;
+}
+
+/** [n, hw, c] of a tensor [n, ..., c]. */
+function imageDims(shape: readonly number[]): [number, number, number] {
+  return [shape[0], shape.slice(1, -1).reduce((a, b) => a * b, 1), shape.at(-1) as number];
+}
+
+function checkAffine(op: string, x: Tensor, weight: Tensor, bias: Tensor): void {
+  const c = x.shape.at(-1);
+  if (weight.size !== c || bias.size !== c) {
+    throw new ShapeError(`${op}: x [${x.shape}] has ${c} channels, weight [${weight.shape}] and bias [${bias.shape}] do not`);
+  }
+}
+
+const groupNormOp = defineOp<GroupNormAttrs>({
+  name: 'group_norm',
+  outputs(t, { groups }) {
+    checkAffine('group_norm', t.x, t.weight, t.bias);
+    if ((t.x.shape.at(-1) as number) % groups) {
+      throw new ShapeError(`group_norm: ${t.x.shape.at(-1)} channels of x [${t.x.shape}] do not divide into ${groups} groups`);
+    }
+    const statistics = { shape: [t.x.shape[0], groups], dtype: 'float32' } as const;
+    const dtype = sameFloat('group_norm', t, 'x', 'weight', 'bias');
+    return { y: { shape: t.x.shape, dtype }, mean: statistics, rstd: statistics };
+  },
+  saves: ['x', 'weight', 'bias', 'mean', 'rstd'],
+  forward(t, { groups, eps, silu }, launch) {
+    const [n, hw, c] = imageDims(t.x.shape);
+    launch('group_norm_forward', [t.y, t.mean, t.rstd, t.x, t.weight, t.bias, n, hw, c, groups, Number(silu), eps]);
+  },
+  backward(t, { groups, silu }, launch) {
+    const [n, hw, c] = imageDims(t.x.shape);
+    const gradients = [t.dx, t.dweight, t.dbias, t.dy];
+    launch('group_norm_backward', [...gradients, t.x, t.weight, t.bias, t.mean, t.rstd, n, hw, c, groups, Number(silu)]);
+  },
+  reference: {
+    forward(t, { groups, eps, silu }) {
+      eachGroup(t.x, groups, (group, indices, c) => {
+        const { mean, rstd } = statistics(t.x, indices, eps);
+        t.mean.data[group] = mean;
+        t.rstd.data[group] = rstd;
+        for (const i of indices) {
+          const z = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
+          t.y.data[i] = silu ? scalar.silu.f(z) : z;
+        }
+      });
+    },
+    backward(t, { groups, silu }) {
+      clearAffine(t);
+      eachGroup(t.x, groups, (group, indices, c) => {
+        const [mean, rstd] = [t.mean.data[group], t.rstd.data[group]];
+        const outer = (i: number, h: number) =>
+          silu ? t.dy.data[i] * scalar.silu.df(h * t.weight.data[i % c] + t.bias.data[i % c]) : t.dy.data[i];
+        normBackward(t, indices, c, mean, rstd, outer);
+      });
+    },
+  },
+  samples: [
+    groupSample([1, 4, 4, 8], 4, false),
+    groupSample([2, 3, 5, 6], 2, true),
+    groupSample([2, 7, 32], 32, true),
+    groupSample([1, 9, 9, 40], 4, true),
+    groupSample([1, 16, 16, 96], 32, false),
+  ],
+});
+
+function groupSample(x: number[], groups: number, silu: boolean) {
+  const c = x.at(-1) as number;
+  return { inputs: { x, weight: [c], bias: [c] }, attrs: { groups, eps: 1e-5, silu } };
+}
+
+function eachGroup(x: RefTensor, groups: number, visit: (group: number, indices: number[], c: number) => void): void {
+  const [n, hw, c] = imageDims(x.shape);
+  const width = c / groups;
+  for (let image = 0; image < n; image++)
+    for (let g = 0; g < groups; g++) {
+      const indices: number[] = [];
+      for (let p = 0; p < hw; p++)
+        for (let k = 0; k < width; k++) indices.push((image * hw + p) * c + g * width + k);
+      visit(image * groups + g, indices, c);
+    }
+}
+
+function statistics(x: RefTensor, indices: readonly number[], eps: number): { mean: number; rstd: number } {
+  let mean = 0;
+  for (const i of indices) mean += x.data[i] / indices.length;
+  let variance = 0;
+  for (const i of indices) variance += (x.data[i] - mean) ** 2 / indices.length;
+  return { mean, rstd: 1 / Math.sqrt(variance + eps) };
+}
+
+function clearAffine(t: RefTensors): void {
+  t.dweight?.data.fill(0);
+  t.dbias?.data.fill(0);
+}
+
+/** Adds one normalized set's share to dweight and dbias, and writes its dx. `outer` is dL/d(affine output). */
+function normBackward(
+  t: RefTensors,
+  indices: readonly number[],
+  c: number,
+  mean: number,
+  rstd: number,
+  outer: (i: number, h: number) => number,
+): void {
+  const normalized = indices.map((i) => (t.x.data[i] - mean) * rstd);
+  const dz = indices.map((i, j) => outer(i, normalized[j]));
+  let [meanG, meanGH] = [0, 0];
+  indices.forEach((i, j) => {
+    if (t.dweight) t.dweight.data[i % c] += dz[j] * normalized[j];
+    if (t.dbias) t.dbias.data[i % c] += dz[j];
+    const g = dz[j] * t.weight.data[i % c];
+    meanG += g / indices.length;
+    meanGH += (g * normalized[j]) / indices.length;
+  });
+  if (!t.dx) return;
+  indices.forEach((i, j) => {
+    t.dx.data[i] = rstd * (dz[j] * t.weight.data[i % c] - meanG - normalized[j] * meanGH);
+  });
+}
+
+/** x [n, ..., c], weight and bias [c]; groups of consecutive channels; `silu` applies x σ(x) to the result. */
+export const groupNorm = (
+  x: Tensor,
+  weight: Tensor,
+  bias: Tensor,
+  { groups, eps, silu = false }: { groups: number; eps: number; silu?: boolean },
+): Tensor => apply(groupNormOp, { x, weight, bias }, { groups, eps, silu });
+
+const rowsOf = (shape: readonly number[]): [number, number] => {
+  const c = shape.at(-1) as number;
+  return [shape.reduce((a, b) => a * b, 1) / c, c];
+};
+
+function eachRow(x: RefTensor, visit: (row: number, indices: number[], c: number) => void): void {
+  const [rows, c] = rowsOf(x.shape);
+  for (let row = 0; row < rows; row++) visit(row, Array.from({ length: c }, (_, i) => row * c + i), c);
+}
+
+const layerNormOp = defineOp<{ eps: number }>({
+  name: 'layer_norm',
+  outputs(t) {
+    checkAffine('layer_norm', t.x, t.weight, t.bias);
+    const statistics = { shape: t.x.shape.slice(0, -1), dtype: 'float32' } as const;
+    const dtype = sameFloat('layer_norm', t, 'x', 'weight', 'bias');
+    return { y: { shape: t.x.shape, dtype }, mean: statistics, rstd: statistics };
+  },
+  saves: ['x', 'weight', 'mean', 'rstd'],
+  forward: (t, { eps }, launch) =>
+    launch('layer_norm_forward', [t.y, t.mean, t.rstd, t.x, t.weight, t.bias, ...rowsOf(t.x.shape), eps]),
+  backward: (t, _, launch) =>
+    launch('layer_norm_backward', [t.dx, t.dweight, t.dbias, t.dy, t.x, t.weight, t.mean, t.rstd, ...rowsOf(t.x.shape)]),
+  reference: {
+    forward(t, { eps }) {
+      eachRow(t.x, (row, indices, c) => {
+        const { mean, rstd } = statistics(t.x, indices, eps);
+        t.mean.data[row] = mean;
+        t.rstd.data[row] = rstd;
+        for (const i of indices) t.y.data[i] = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
+      });
+    },
+    backward(t) {
+      clearAffine(t);
+      eachRow(t.x, (row, indices, c) => normBackward(t, indices, c, t.mean.data[row], t.rstd.data[row], (i) => t.dy.data[i]));
+    },
+  },
+  samples: [[2, 3], [5, 16], [3, 7, 33], [2, 320]].map((x) => ({
+    inputs: { x, weight: x.slice(-1), bias: x.slice(-1) },
+    attrs: { eps: 1e-5 },
+  })),
+});
+
+/** Normalizes the last axis of x [..., c]; weight and bias [c]. */
+export const layerNorm = (x: Tensor, weight: Tensor, bias: Tensor, { eps }: { eps: number }): Tensor =>
+  apply(layerNormOp, { x, weight, bias }, { eps });
+
+const softmaxOp = defineOp<Record<string, never>>({
+  name: 'softmax',
+  outputs: (t) => ({ y: { shape: t.x.shape, dtype: sameFloat('softmax', t, 'x') } }),
+  saves: ['y'],
+  forward: (t, _, launch) => launch('softmax_forward', [t.y, t.x, ...rowsOf(t.x.shape)]),
+  backward: (t, _, launch) => launch('softmax_backward', [t.dx, t.dy, t.y, ...rowsOf(t.y.shape)]),
+  storage: 'y',
+  reference: {
+    forward({ y, x }) {
+      eachRow(x, (_, indices) => {
+        const max = indices.reduce((m, i) => Math.max(m, x.data[i]), Number.NEGATIVE_INFINITY);
+        const total = indices.reduce((s, i) => s + Math.exp(x.data[i] - max), 0);
+        for (const i of indices) y.data[i] = Math.exp(x.data[i] - max) / total;
+      });
+    },
+    backward({ dx, dy, y }) {
+      eachRow(y, (_, indices) => {
+        const dot = indices.reduce((s, i) => s + y.data[i] * dy.data[i], 0);
+        for (const i of indices) dx.data[i] = y.data[i] * (dy.data[i] - dot);
+      });
+    },
+  },
+  samples: [[1, 1], [3, 9], [4, 77], [2, 1000]].map((x) => ({ inputs: { x }, attrs: {} })),
+});
+
+/** exp(x) normalized to sum 1 over the last axis. */
+export const softmax = (x: Tensor): Tensor => apply(softmaxOp, { x }, {});

@@ -1,0 +1,118 @@
+// A tensor: a contiguous, row-major, channels-last view of reference-counted device storage, with the tape node that
+// made it. Views (reshape) share storage and node, because gradients are kept by element order, not by shape.
+// Models never free: scopes do (scope.ts).
+import { bytesPerElement, type DType, decodeFloats, encodeNumbers } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import type { Device } from './device.ts';
+import type { Node } from './grad.ts';
+import type { Block } from './memory.ts';
+import { track } from './scope.ts';
+
+/** A shape or type that an op cannot take; the message names the op, both shapes and the numbers that disagree. */
+export class ShapeError extends UserError {
+  override readonly name = 'ShapeError';
+}
+
+interface Storage {
+  readonly device: Device;
+  readonly block: Block;
+  references: number;
+}
+
+export const sizeOf = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
+
+export class Tensor {
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+  readonly size: number;
+  /** The op that made it, or the leaf that collects its gradient; undefined when nothing upstream wants one. */
+  node: Node | undefined;
+  #storage: Storage;
+  #released = false;
+
+  constructor(storage: Storage, shape: readonly number[], dtype: DType, node?: Node) {
+    this.#storage = storage;
+    this.shape = shape;
+    this.dtype = dtype;
+    this.size = sizeOf(shape);
+    this.node = node;
+    storage.references++;
+    track(this);
+  }
+
+  get device(): Device {
+    return this.#storage.device;
+  }
+
+  get block(): Block {
+    if (this.#released) throw new Error(`a tensor of shape [${this.shape}] was used after its scope freed it`);
+    return this.#storage.block;
+  }
+
+  get byteLength(): number {
+    return this.size * bytesPerElement[this.dtype];
+  }
+
+  get requiresGrad(): boolean {
+    return this.node !== undefined;
+  }
+
+  /** The same elements under another shape; one entry may be -1. Shares storage and gradient. */
+  reshape(...shape: number[]): Tensor {
+    const known = sizeOf(shape.filter((d) => d !== -1));
+    const full = shape.map((d) => (d === -1 ? this.size / known : d));
+    if (sizeOf(full) !== this.size || full.some((d) => !Number.isInteger(d))) {
+      throw new ShapeError(`reshape: [${this.shape}] has ${this.size} elements, [${shape}] takes another number`);
+    }
+    return this.handle(full, this.node);
+  }
+
+  /** Another handle on the same storage, freed on its own. */
+  handle(shape: readonly number[] = this.shape, node: Node | undefined = undefined): Tensor {
+    void this.block;
+    return new Tensor(this.#storage, shape, this.dtype, node);
+  }
+
+  /** Downloads the elements as float32 numbers. A synchronisation point on asynchronous devices. */
+  floats(): Float32Array {
+    return decodeFloats(this.bytes(), this.dtype);
+  }
+
+  /** Downloads the raw little-endian bytes. */
+  bytes(): Uint8Array {
+    const out = new Uint8Array(this.byteLength);
+    this.device.driver.download(this.block, 0, out);
+    return out;
+  }
+
+  upload(bytes: Uint8Array, offset = 0): this {
+    this.device.driver.upload(this.block, offset, bytes);
+    return this;
+  }
+
+  /** Gives the storage back once no handle holds it. Called by scopes; calling twice is harmless. */
+  release(): void {
+    if (this.#released) return;
+    this.#released = true;
+    if (--this.#storage.references === 0) this.device.memory.give(this.#storage.block);
+  }
+}
+
+/** A tensor whose elements are whatever the memory held. */
+export function empty(shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
+  const dtype = options.dtype ?? 'float32';
+  const size = sizeOf(shape);
+  if (!shape.every((d) => Number.isInteger(d) && d >= 0)) throw new ShapeError(`a tensor cannot have the shape [${shape}]`);
+  if (size >= 2 ** 31) throw new ShapeError(`a tensor of shape [${shape}] has more than 2^31 - 1 elements`);
+  const block = options.device.memory.take(size * bytesPerElement[dtype]);
+  return new Tensor({ device: options.device, block, references: 0 }, shape, dtype);
+}
+
+/** A tensor of the given numbers, rounded to `dtype` (float32 unless named). */
+export function tensor(values: ArrayLike<number>, shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
+  if (values.length !== sizeOf(shape)) throw new ShapeError(`tensor: ${values.length} values do not fill [${shape}]`);
+  return empty(shape, options).upload(encodeNumbers(values, options.dtype ?? 'float32'));
+}
+
+export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor =>
+  empty(shape, options).upload(new Uint8Array(sizeOf(shape) * bytesPerElement[options.dtype ?? 'float32']));
