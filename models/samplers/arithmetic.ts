@@ -54,7 +54,12 @@ export function predictEpsilon(
 }
 
 /** x_0 from the network's output at x = x_0 + sigma epsilon (the network saw x / sqrt(sigma^2 + 1)). */
-export function denoised(type: PredictionType, output: Float32Array, x: Float32Array, sigma: number): Float32Array {
+export function denoised(
+  type: PredictionType,
+  output: Float32Array,
+  x: Float32Array,
+  sigma: number,
+): Float32Array {
   if (type === 'sample') return output;
   if (type === 'epsilon') return combine([1, x], [-sigma, output]);
   const variance = sigma * sigma + 1;

@@ -1,7 +1,7 @@
 // The configuration of a sampler, spelled as diffusers writes scheduler_config.json. Every scheduler class there has its
 // own set of options and its own defaults; an option that a class does not have is dropped, as diffusers'
 // `Class.from_config(other.config)` does, so one file serves every sampler.
-import { UserError, didYouMean } from '../../io/errors.ts';
+import { didYouMean, UserError } from '../../io/errors.ts';
 
 export interface SchedulerConfig {
   num_train_timesteps: number;
@@ -166,8 +166,12 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
   const config = { ...defaults, ...Object.fromEntries(known) } as SchedulerConfig;
   // A solver_type saved by another class means nothing here: diffusers puts the class's own in its place.
   const solvers = name === 'UniPCMultistepScheduler' ? ['bh1', 'bh2'] : ['midpoint', 'heun'];
-  if (defaults.solver_type && !solvers.includes(config.solver_type)) config.solver_type = defaults.solver_type;
-  if ([config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas].filter(Boolean).length > 1)
+  if (defaults.solver_type && !solvers.includes(config.solver_type))
+    config.solver_type = defaults.solver_type;
+  if (
+    [config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas].filter(Boolean).length >
+    1
+  )
     throw new UserError(
       'the scheduler config sets several of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas: keep one',
     );
@@ -180,7 +184,9 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
  */
 export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & { _class_name?: string } {
   if (typeof json !== 'object' || json === null || Array.isArray(json))
-    throw new UserError('scheduler_config.json does not hold a JSON object: take the file from a diffusers folder');
+    throw new UserError(
+      'scheduler_config.json does not hold a JSON object: take the file from a diffusers folder',
+    );
   const given = json as Record<string, unknown>;
   for (const [key, allowed] of Object.entries(choices)) {
     const value = given[key] as string | null | undefined;
@@ -204,6 +210,7 @@ function foreign(key: string, value: unknown): boolean {
   return (
     (key === 'solver_type' && value === 'logrho') ||
     (key === 'algorithm_type' && value === 'deis') ||
-    (key === 'variance_type' && ['learned', 'learned_range', 'fixed_small_log', 'fixed_large_log'].includes(String(value)))
+    (key === 'variance_type' &&
+      ['learned', 'learned_range', 'fixed_small_log', 'fixed_large_log'].includes(String(value)))
   );
 }

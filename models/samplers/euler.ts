@@ -73,6 +73,10 @@ function eulerSchedule(
 }
 
 /** The caller's own timesteps, or the config's spacing. */
-export function customOrSpaced(config: SchedulerConfig, steps: number, own?: readonly number[]): Float64Array {
+export function customOrSpaced(
+  config: SchedulerConfig,
+  steps: number,
+  own?: readonly number[],
+): Float64Array {
   return own ? Float64Array.from(own) : Float64Array.from(spacedTimesteps(config, steps), Math.fround);
 }

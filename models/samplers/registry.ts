@@ -1,36 +1,111 @@
 // Samplers by name: diffusers' class names, and the short names people use for them.
-import { UserError, didYouMean } from '../../io/errors.ts';
-import { type SchedulerClass, type SchedulerConfig, completeConfig, schedulerClasses } from './config.ts';
+import { didYouMean, UserError } from '../../io/errors.ts';
+import {
+  completeConfig,
+  type SchedulerClass,
+  type SchedulerConfig,
+  schedulerClasses,
+  schedulerDefaults,
+} from './config.ts';
+import { ddim } from './ddim.ts';
+import { ddpm } from './ddpm.ts';
+import { deis } from './deis.ts';
+import { dpmMultistep } from './dpm_multistep.ts';
+import { dpmSde } from './dpm_sde.ts';
+import { dpmSinglestep } from './dpm_singlestep.ts';
 import { euler } from './euler.ts';
 import { eulerAncestral } from './euler_ancestral.ts';
-import { type Method, type Sampler, makeSampler } from './sampler.ts';
+import { heun } from './heun.ts';
+import { kdpm2, kdpm2Ancestral } from './kdpm2.ts';
+import { lcm } from './lcm.ts';
+import { lms } from './lms.ts';
+import { pndm } from './pndm.ts';
+import { type Method, makeSampler, type Sampler } from './sampler.ts';
+import { tcd } from './tcd.ts';
+import { unipc } from './unipc.ts';
 
-const methods: Partial<Record<SchedulerClass, (config: SchedulerConfig) => Method>> = {
+const methods: Record<SchedulerClass, (config: SchedulerConfig) => Method> = {
   EulerDiscreteScheduler: euler,
   EulerAncestralDiscreteScheduler: eulerAncestral,
+  HeunDiscreteScheduler: heun,
+  KDPM2DiscreteScheduler: kdpm2,
+  KDPM2AncestralDiscreteScheduler: kdpm2Ancestral,
+  DPMSolverSDEScheduler: dpmSde,
+  LMSDiscreteScheduler: lms,
+  DDIMScheduler: ddim,
+  DDPMScheduler: ddpm,
+  PNDMScheduler: pndm,
+  DPMSolverMultistepScheduler: dpmMultistep,
+  DPMSolverSinglestepScheduler: dpmSinglestep,
+  DEISMultistepScheduler: deis,
+  UniPCMultistepScheduler: unipc,
+  LCMScheduler: lcm,
+  TCDScheduler: tcd,
 };
 
-interface ShortName {
+interface Choice {
   name: SchedulerClass;
   config?: Partial<SchedulerConfig>;
 }
 
-const shortNames: Record<string, ShortName> = {
+const sde: Partial<SchedulerConfig> = { algorithm_type: 'sde-dpmsolver++' };
+
+/** Any of these may be followed by _karras where its class has use_karras_sigmas. */
+const shortNames: Record<string, Choice> = {
   euler: { name: 'EulerDiscreteScheduler' },
   euler_a: { name: 'EulerAncestralDiscreteScheduler' },
+  ddim: { name: 'DDIMScheduler' },
+  ddpm: { name: 'DDPMScheduler' },
+  'dpm++2m': { name: 'DPMSolverMultistepScheduler' },
+  'dpm++2m_sde': { name: 'DPMSolverMultistepScheduler', config: sde },
+  'dpm++2s': { name: 'DPMSolverSinglestepScheduler' },
+  'dpm++sde': { name: 'DPMSolverSDEScheduler' },
+  dpm2: { name: 'KDPM2DiscreteScheduler' },
+  dpm2_a: { name: 'KDPM2AncestralDiscreteScheduler' },
+  heun: { name: 'HeunDiscreteScheduler' },
+  lms: { name: 'LMSDiscreteScheduler' },
+  pndm: { name: 'PNDMScheduler' },
+  unipc: { name: 'UniPCMultistepScheduler' },
+  deis: { name: 'DEISMultistepScheduler' },
+  lcm: { name: 'LCMScheduler' },
+  tcd: { name: 'TCDScheduler' },
 };
 
+const karras = Object.entries(shortNames)
+  .filter(([, { name }]) => 'use_karras_sigmas' in schedulerDefaults[name])
+  .map(([short, { name, config }]): [string, Choice] => [
+    `${short}_karras`,
+    { name, config: { ...config, use_karras_sigmas: true } },
+  ]);
+
+const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(karras) };
+
 /** The names to offer: short ones first, then diffusers' class names. */
-export const samplerNames: readonly string[] = [...Object.keys(shortNames), ...schedulerClasses];
+export const samplerNames: readonly string[] = [...Object.keys(choices), ...schedulerClasses];
 
 /**
  * The sampler of that name, in any common spelling ('DPM++ 2M Karras', 'dpmpp_2m_karras'). `config` is what a
  * scheduler_config.json gives; a short name's own settings (Karras sigmas, SDE) override it.
+ * @throws UserError for an unknown name, with the nearest known one
  */
 export function createSampler(name: string, config: Partial<SchedulerConfig> = {}): Sampler {
-  const found = schedulerClasses.find((known) => known === name);
-  const short: ShortName | undefined = found ? { name: found } : shortNames[name];
-  if (!short) throw new UserError(`unknown sampler "${name}"${didYouMean(name, samplerNames)}`);
-  const complete = completeConfig(short.name, { ...config, ...short.config });
-  return makeSampler(short.name, complete, methods[short.name]!(complete));
+  const wanted = plainSpelling(name);
+  const className = schedulerClasses.find((known) => plainSpelling(known) === wanted);
+  const short = Object.keys(choices).find((known) => plainSpelling(known) === wanted);
+  const choice = className ? { name: className, config: {} } : short ? choices[short] : undefined;
+  if (!choice) {
+    const hint = didYouMean(name, samplerNames) || `: choose one of ${Object.keys(shortNames).join(', ')}`;
+    throw new UserError(`unknown sampler "${name}"${hint}`);
+  }
+  const complete = completeConfig(choice.name, { ...config, ...choice.config });
+  return makeSampler(choice.name, complete, methods[choice.name](complete));
+}
+
+/** Without case, spaces and punctuation; "++" and "pp" are one, "ancestral" is "a". */
+function plainSpelling(name: string): string {
+  return name
+    .toLowerCase()
+    .replaceAll('++', 'pp')
+    .replace(/ancestral$/, 'a')
+    .replace(/[^a-z0-9]/g, '');
 }

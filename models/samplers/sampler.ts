@@ -109,7 +109,13 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
     plan(steps, options = {}) {
       checkOptions(steps, config, options);
       const schedule = method.schedule(options.timesteps?.length ?? steps, options);
-      const { begin, end } = chosenPart(schedule.timesteps, steps, method.order, config.num_train_timesteps, options);
+      const { begin, end } = chosenPart(
+        schedule.timesteps,
+        steps,
+        method.order,
+        config.num_train_timesteps,
+        options,
+      );
       const { eta, s_churn, s_tmin, s_tmax, s_noise, order } = options;
       const settings = { eta, s_churn, s_tmin, s_tmax, s_noise, order };
       return { ...schedule, steps: end - begin, begin, end, settings };

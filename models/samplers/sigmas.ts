@@ -6,7 +6,10 @@ import { interpolate, linspace, roundHalfEven } from './tables.ts';
 /** Whether the config lays out sigmas itself rather than reading them at the timesteps. */
 export function hasSpacedSigmas(config: SchedulerConfig): boolean {
   return Boolean(
-    config.use_karras_sigmas || config.use_exponential_sigmas || config.use_beta_sigmas || config.use_lu_lambdas,
+    config.use_karras_sigmas ||
+      config.use_exponential_sigmas ||
+      config.use_beta_sigmas ||
+      config.use_lu_lambdas,
   );
 }
 
@@ -48,7 +51,11 @@ export interface Levels {
 }
 
 /** Levels for the k-diffusion family: sigmas read at `timesteps`, or spaced between the first and last of those. */
-export function discreteLevels(config: SchedulerConfig, table: Float32Array, timesteps: Float64Array): Levels {
+export function discreteLevels(
+  config: SchedulerConfig,
+  table: Float32Array,
+  timesteps: Float64Array,
+): Levels {
   const sigmas = timesteps.map((t) => interpolate(table, t));
   if (!hasSpacedSigmas(config)) return { timesteps, sigmas };
   const spaced = spacedSigmas(config, sigmas[0], sigmas[sigmas.length - 1], timesteps.length);
@@ -59,7 +66,8 @@ export function discreteLevels(config: SchedulerConfig, table: Float32Array, tim
 export function solverLevels(config: SchedulerConfig, table: Float32Array, timesteps: Float64Array): Levels {
   if (!hasSpacedSigmas(config)) return { timesteps, sigmas: timesteps.map((t) => interpolate(table, t)) };
   const sigmas = spacedSigmas(config, table[table.length - 1], table[0], timesteps.length);
-  const rounds = (config.use_karras_sigmas || config.use_lu_lambdas) && config.beta_schedule !== 'squaredcos_cap_v2';
+  const rounds =
+    (config.use_karras_sigmas || config.use_lu_lambdas) && config.beta_schedule !== 'squaredcos_cap_v2';
   const whole = rounds ? roundHalfEven : Math.trunc;
   return { sigmas, timesteps: sigmas.map((sigma) => whole(sigmaToTimestep(sigma, table))) };
 }

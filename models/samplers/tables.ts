@@ -23,7 +23,9 @@ function trainedBetas(config: SchedulerConfig): Float32Array {
   if (config.trained_betas) return Float32Array.from(config.trained_betas);
   if (config.beta_schedule === 'linear') return torchLinspace(beta_start, beta_end, num_train_timesteps);
   if (config.beta_schedule === 'scaled_linear')
-    return torchLinspace(Math.sqrt(beta_start), Math.sqrt(beta_end), num_train_timesteps).map((root) => root * root);
+    return torchLinspace(Math.sqrt(beta_start), Math.sqrt(beta_end), num_train_timesteps).map(
+      (root) => root * root,
+    );
   return cosineBetas(num_train_timesteps);
 }
 
@@ -83,7 +85,9 @@ export function roundHalfEven(value: number): number {
 /** `count` values from `start` to `end` in float64, both included. */
 export function linspace(start: number, end: number, count: number): Float64Array {
   const step = (end - start) / (count - 1);
-  return Float64Array.from({ length: count }, (_, i) => (i > 0 && i === count - 1 ? end : start + (i && step * i)));
+  return Float64Array.from({ length: count }, (_, i) =>
+    i > 0 && i === count - 1 ? end : start + (i && step * i),
+  );
 }
 
 /**
@@ -117,7 +121,10 @@ function leadingTimesteps(config: SchedulerConfig, ratio: number, count: number)
 
 function trailingTimesteps(total: number, steps: number): Float64Array {
   const ratio = total / steps;
-  return Float64Array.from({ length: Math.ceil(total / ratio) }, (_, i) => roundHalfEven(total - i * ratio) - 1);
+  return Float64Array.from(
+    { length: Math.ceil(total / ratio) },
+    (_, i) => roundHalfEven(total - i * ratio) - 1,
+  );
 }
 
 /** The value at fractional index `at`, linear between neighbours and constant beyond the ends (numpy.interp). */

@@ -1,0 +1,42 @@
+// DPM++ SDE, after k-diffusion's sample_dpmpp_sde: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) of second order with
+// its midpoint at half the step in log sigma, and ancestral noise after both calls. diffusers takes the noise from a
+// Brownian tree so that runs with other step counts resemble each other; here each call draws fresh normal noise.
+import { combine, denoised } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import { ancestralLevels } from './euler_ancestral.ts';
+import { twice } from './heun.ts';
+import type { Method } from './sampler.ts';
+import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
+import { finiteSigmas } from './tables.ts';
+
+export function dpmSde(config: SchedulerConfig): Method {
+  const table = finiteSigmas(config);
+  return {
+    order: 2,
+    schedule(steps, custom) {
+      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const middle = (i: number) => Math.sqrt(levels.sigmas[(i - 1) / 2] * levels.sigmas[(i + 1) / 2]);
+      const sigmas = twice(levels.sigmas);
+      const inputs = Float32Array.from(sigmas, (sigma, i) => (i % 2 ? middle(i) : sigma));
+      const timesteps = twice(levels.timesteps).map((t, i) =>
+        i % 2 ? sigmaToTimestep(middle(i), table) : t,
+      );
+      return sigmaSchedule(config, timesteps, [...sigmas, 0], inputs);
+    },
+    start(plan) {
+      let start: Float32Array | undefined;
+      return (output, x, i, draw) => {
+        const second = start !== undefined;
+        const sigma = plan.sigmas[second ? i - 1 : i];
+        const next = plan.sigmas[second ? i : i + 1];
+        const x0 = denoised(config.prediction_type, output, x, plan.inputSigmas![i]);
+        if (next === 0) return towards(x, x0, sigma, 0);
+        const from = start ?? x;
+        start = second ? undefined : x;
+        const { down, up } = ancestralLevels(sigma, second ? next : plan.inputSigmas![i + 1]);
+        return combine([down / sigma, from], [1 - down / sigma, x0], [up, draw()]);
+      };
+    },
+  };
+}

@@ -1,0 +1,46 @@
+// Heun's second-order method, Karras et al. 2022 (arXiv:2206.00364, algorithm 1): an Euler step to the next sigma, then
+// the step again with the mean of the derivatives at both ends. The last step, to sigma 0, is Euler's alone.
+import { clipSample, combine, denoised } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import type { Method } from './sampler.ts';
+import { discreteLevels } from './sigmas.ts';
+import { finiteSigmas } from './tables.ts';
+
+export function heun(config: SchedulerConfig): Method {
+  const table = finiteSigmas(config);
+  return {
+    order: 2,
+    schedule(steps, custom) {
+      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const sigmas = [...twice(levels.sigmas), 0];
+      return sigmaSchedule(config, twice(levels.timesteps), sigmas);
+    },
+    start(plan) {
+      let first: { x: Float32Array; x0: Float32Array } | undefined;
+      return (output, x, i) => {
+        const sigma = plan.sigmas[i];
+        const x0 = clipSample(config, denoised(config.prediction_type, output, x, sigma));
+        if (!first) {
+          first = { x, x0 };
+          return towards(x, x0, sigma, plan.sigmas[i + 1]);
+        }
+        const from = plan.sigmas[i - 1];
+        const half = (sigma - from) / 2;
+        const start = first;
+        first = undefined;
+        return combine(
+          [1 + half / from, start.x],
+          [-half / from, start.x0],
+          [half / sigma, x],
+          [-half / sigma, x0],
+        );
+      };
+    },
+  };
+}
+
+/** a, b, b, c, c, ...: every entry but the first twice, as each step but the last ends where a second call is made. */
+export function twice(values: ArrayLike<number>): number[] {
+  return Array.from(values).flatMap((value, i) => (i === 0 ? [value] : [value, value]));
+}

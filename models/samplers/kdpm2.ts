@@ -1,0 +1,53 @@
+// DPM-Solver-2 in the form of Karras et al. 2022 (arXiv:2206.00364, algorithm 2 without churn), after k-diffusion: a step
+// to the geometric mean of two sigmas, and from there the derivative for the whole step. The ancestral variant aims at
+// sigma_down and adds noise of sigma_up.
+import { combine, denoised } from './arithmetic.ts';
+import type { SchedulerConfig } from './config.ts';
+import { customOrSpaced, sigmaSchedule } from './euler.ts';
+import { ancestralLevels } from './euler_ancestral.ts';
+import { twice } from './heun.ts';
+import type { Method } from './sampler.ts';
+import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
+import { finiteSigmas, roundHalfEven } from './tables.ts';
+
+export const kdpm2 = (config: SchedulerConfig): Method => midpointMethod(config, false);
+export const kdpm2Ancestral = (config: SchedulerConfig): Method => midpointMethod(config, true);
+
+function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
+  const table = finiteSigmas(config);
+  const target = (from: number, to: number) => (ancestral ? ancestralLevels(from, to) : { down: to, up: 0 });
+  return {
+    order: 2,
+    schedule(steps, custom) {
+      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const whole = config.use_karras_sigmas ? levels.timesteps.map(roundHalfEven) : levels.timesteps;
+      const sigmas = Float32Array.from([...levels.sigmas, 0]);
+      const between = (i: number) => Math.sqrt(sigmas[i - 1] * target(sigmas[i - 1], sigmas[i]).down);
+      const inputs = Float32Array.from(twice(sigmas), (sigma, i) => (i % 2 ? between((i + 1) / 2) : sigma));
+      const calls = 2 * steps - 1;
+      const timesteps = Array.from({ length: calls }, (_, i) =>
+        i % 2 ? sigmaToTimestep(inputs[i], table) : whole[i / 2],
+      );
+      return sigmaSchedule(config, timesteps, [...twice(sigmas), 0], inputs);
+    },
+    start(plan) {
+      let start: Float32Array | undefined;
+      return (output, x, i, draw) => {
+        const middle = plan.inputSigmas![i];
+        const x0 = denoised(config.prediction_type, output, x, middle);
+        if (!start) {
+          // The last step, to sigma 0, has no middle and goes all the way.
+          const to = i + 1 < plan.timesteps.length ? plan.inputSigmas![i + 1] : 0;
+          start = x;
+          return combine([to / middle, x], [1 - to / middle, x0]);
+        }
+        const from = start;
+        start = undefined;
+        const { down, up } = target(plan.sigmas[i - 1], plan.sigmas[i]);
+        const ratio = (down - plan.sigmas[i - 1]) / middle;
+        const moved = combine([1, from], [ratio, x], [-ratio, x0]);
+        return ancestral ? combine([1, moved], [up, draw()]) : moved;
+      };
+    },
+  };
+}
