@@ -141,8 +141,8 @@ export function toPictures(z: Float32Array, shape: readonly number[]): Picture[]
   if (channels !== 3) throw new Error(`a picture has 3 channels, not ${channels}`);
   const floats = postprocess(z, shape);
   const size = 3 * height * width;
-  // A clamped array rounds as numpy does.
-  const bytes = Uint8ClampedArray.from(floats, (value) => Math.fround(value * 255));
+  // Filling a clamped array rounds halves to even, as numpy does.
+  const bytes = new Uint8ClampedArray(floats.map((value) => 255 * value));
   return Array.from({ length: n }, (_, image) => ({
     width,
     height,

@@ -135,7 +135,7 @@ function readHeader(path: string, fd: number): Header {
   const length = new DataView(start.buffer).getBigUint64(0, true);
   if (length > maxHeaderBytes) {
     throw new UserError(
-      `${path} claims a header of ${length} bytes, so it is damaged or no safetensors file: download it again`,
+      `${path} claims a header of ${length} bytes, so it is damaged or not safetensors: download it again`,
     );
   }
   const dataStart = 8 + Number(length);

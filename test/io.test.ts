@@ -439,6 +439,15 @@ test('pixels: VaeImageProcessor', (t) => {
   allClose(t, 'postprocess: floats', postprocess(z, shape), golden.floats(expect.float_nhwc.tensor), exact);
   const pictures = Buffer.concat(toPictures(z, shape).map(({ data }) => data));
   t.ok(sameBytes(pictures, golden.bytes(expect.uint8.tensor)), 'postprocess: pictures');
+  const halves = Array.from({ length: 191 }, (_, i) => i + 64).filter(
+    (grey) => Math.fround(Math.fround((grey + 0.5) / 255) * 255) === grey + 0.5,
+  );
+  const [rounded] = toPictures(
+    Float32Array.from(Array(3).fill(halves).flat(), (grey) => 2 * Math.fround((grey + 0.5) / 255) - 1),
+    [1, 3, 1, halves.length],
+  );
+  const odd = halves.filter((grey, i) => rounded.data[3 * i] !== grey + (grey % 2)).length;
+  t.ok(halves.length > 50 && odd === 0, `${halves.length} halves are rounded to even`);
   const mask = cases.get('mask_preprocess')!;
   const maskTensor = mask.inputs?.mask ?? '';
   const [height, width] = golden.shape(maskTensor);
