@@ -3,9 +3,16 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openSafetensors } from '../io/safetensors.ts';
-import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import { createSampler } from '../models/samplers/registry.ts';
+import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
+import { createSampler, samplerNames } from '../models/samplers/registry.ts';
 import type { PlanOptions } from '../models/samplers/sampler.ts';
+import {
+  noised,
+  signalToNoise,
+  trainingSigmas,
+  trainingTables,
+  velocity,
+} from '../models/samplers/tables.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 
 const area = goldenArea('schedulers');
@@ -68,5 +75,125 @@ test('trajectories', (t) => {
     const relative = plan.initNoiseSigma / (golden.init_noise_sigma as number) - 1;
     t.ok(Math.abs(relative) < 1e-4, `${golden.id} initNoiseSigma`);
   }
+  t.end();
+});
+
+test('training tables', (t) => {
+  for (const golden of area.cases.filter((each) => each.call === 'training tables')) {
+    const config = completeConfig('DDPMScheduler', { ...sdxl, ...golden.config });
+    const tables = trainingTables(config);
+    const got = {
+      ...tables,
+      alphas_cumprod: tables.alphasCumprod,
+      sigmas: trainingSigmas(tables.alphasCumprod),
+    };
+    for (const [label, expected] of Object.entries(golden.expect))
+      allClose(
+        t,
+        `${golden.id} ${label}`,
+        got[label as keyof typeof got],
+        numbers(expected.tensor),
+        expected,
+      );
+  }
+  t.end();
+});
+
+test('noise for training', (t) => {
+  const golden = area.cases.find(({ id }) => id === 'add_noise_velocity_snr')!;
+  const { alphasCumprod } = trainingTables(completeConfig('DDPMScheduler', sdxl));
+  const [samples, noises] = [area.floats(golden.inputs!.sample), area.floats(golden.inputs!.noise)];
+  const abars = [...area.floats(golden.inputs!.timesteps)].map((timestep) => alphasCumprod[timestep]);
+  const size = samples.length / abars.length;
+  const each = (make: (x0: Float32Array, noise: Float32Array, abar: number) => Float32Array) =>
+    abars.flatMap((abar, n) => {
+      const part = [n * size, (n + 1) * size] as const;
+      return [...make(samples.subarray(...part), noises.subarray(...part), abar)];
+    });
+  const got: Record<string, number[]> = {
+    noisy: each(noised),
+    velocity: each(velocity),
+    snr: abars.map(signalToNoise),
+  };
+  for (const [label, expected] of Object.entries(golden.expect))
+    allClose(t, label, got[label], numbers(expected.tensor), expected);
+
+  const euler = area.cases.find(({ id }) => id === 'add_noise_euler')!;
+  const sampler = createSampler('euler', sdxl);
+  const plan = sampler.plan(20);
+  const noisy = [...area.floats(euler.inputs!.timesteps)].flatMap((timestep, n) => {
+    const part = [n * size, (n + 1) * size] as const;
+    const index = plan.timesteps.indexOf(timestep);
+    return [...sampler.addNoise(plan, samples.subarray(...part), noises.subarray(...part), index)];
+  });
+  allClose(t, euler.id, noisy, numbers(euler.expect.noisy.tensor), euler.expect.noisy);
+  t.end();
+});
+
+test('names', (t) => {
+  for (const spelling of ['DPM++ 2M Karras', 'dpmpp_2m_karras', 'dpm++2m_karras']) {
+    const { name, config } = createSampler(spelling, sdxl);
+    t.equal(`${name} ${config.use_karras_sigmas}`, 'DPMSolverMultistepScheduler true', spelling);
+  }
+  t.equal(createSampler('Euler a').name, 'EulerAncestralDiscreteScheduler');
+  for (const name of samplerNames) t.ok(createSampler(name, sdxl).plan(4).steps > 0, `${name} plans`);
+  t.throws(() => createSampler('eulr'), {
+    name: 'UserError',
+    message: /unknown sampler "eulr"; did you mean "euler"/,
+  });
+  t.throws(() => createSampler('DDIMSheduler'), { message: /did you mean "DDIMScheduler"/ });
+  t.throws(() => parseSchedulerConfig({ prediction_type: 'epsilom' }), {
+    name: 'UserError',
+    message: /"epsilon"/,
+  });
+  t.end();
+});
+
+test('runs and parts of runs', (t) => {
+  const noise = area.floats('noise');
+  for (const name of samplerNames) {
+    const sampler = createSampler(name, sdxl);
+    const run = (options: PlanOptions, x = noise) => {
+      const plan = sampler.plan(10, options);
+      let result = x;
+      for (const step of sampler.run(plan, x, model(noise), () => noise)) result = step.x;
+      return { plan, result };
+    };
+    const [once, again] = [run({}), run({})];
+    t.ok(
+      Buffer.from(once.result.buffer).equals(Buffer.from(again.result.buffer)),
+      `${name} repeats to the bit`,
+    );
+
+    const part = sampler.plan(10, { strength: 0.3 });
+    t.equal(part.begin, 7 * sampler.order, `${name} starts image-to-image at step 7`);
+    const base = sampler.plan(10, { denoisingEnd: 0.6 });
+    const refiner = sampler.plan(10, { denoisingStart: 0.6 });
+    t.ok(
+      base.timesteps.subarray(base.begin, base.end).every((timestep) => timestep >= 400),
+      `${name} base above`,
+    );
+    t.ok(refiner.begin === base.end || sampler.order === 2, `${name} refiner goes on where the base ended`);
+    t.equal(refiner.begin % sampler.order, 0, `${name} refiner starts with a whole step`);
+  }
+
+  const sampler = createSampler('euler', sdxl);
+  const plan = sampler.plan(5);
+  const zero = new Float32Array(noise.length);
+  const inputs: Float32Array[] = [];
+  const loop = sampler.run(
+    plan,
+    noise,
+    (x) => (inputs.push(x), noise),
+    () => noise,
+  );
+  loop.next();
+  loop.next(zero);
+  t.ok(
+    inputs[1].every((value) => value === 0),
+    'a run goes on from the latents given to next',
+  );
+  t.throws(() => sampler.plan(10, { strength: 0.01 }), { name: 'UserError' });
+  t.throws(() => sampler.plan(0), { name: 'UserError' });
   t.end();
 });

@@ -2,7 +2,7 @@
 // (arXiv:2206.00364, algorithm 2); the scheduler that SDXL's checkpoints name.
 import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import type { Method, Plan, PlanOptions, Schedule } from './sampler.ts';
+import type { Method, PlanOptions, Schedule } from './sampler.ts';
 import { discreteLevels, hasSpacedSigmas, sigmaToTimestep } from './sigmas.ts';
 import { finiteSigmas, linspace, spacedTimesteps } from './tables.ts';
 
@@ -59,7 +59,7 @@ function eulerSchedule(
   table: Float32Array,
   steps: number,
   custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>,
-): Plan | Schedule {
+): Schedule {
   if (custom.sigmas) {
     const given = Float32Array.from(custom.sigmas);
     const timesteps = given.subarray(0, -1).map((sigma) => sigmaToTimestep(sigma, table));

@@ -1,6 +1,7 @@
 // The tables a diffusion model is trained with (betas, cumulative products of alphas) and the timesteps a sampler visits.
 // The forward process is q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), Ho et al. 2020 (arXiv:2006.11239). Values are
 // float32 and follow torch's order of rounding, since checkpoints were trained with those very numbers.
+import { combine } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 
 const f32 = Math.fround;
@@ -133,4 +134,19 @@ export function interpolate(table: Float32Array, at: number): number {
   if (at >= table.length - 1) return table[table.length - 1];
   const low = Math.floor(at);
   return table[low] + (table[low + 1] - table[low]) * (at - low);
+}
+
+/** Signal-to-noise ratio abar / (1 - abar) of a training timestep. */
+export function signalToNoise(abar: number): number {
+  return abar / (1 - abar);
+}
+
+/** The training target of v-prediction, v = sqrt(abar) epsilon - sqrt(1 - abar) x_0 (arXiv:2202.00512, appendix D). */
+export function velocity(x0: Float32Array, noise: Float32Array, abar: number): Float32Array {
+  return combine([Math.sqrt(abar), noise], [-Math.sqrt(1 - abar), x0]);
+}
+
+/** x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon, the forward process in one step. */
+export function noised(x0: Float32Array, noise: Float32Array, abar: number): Float32Array {
+  return combine([Math.sqrt(abar), x0], [Math.sqrt(1 - abar), noise]);
 }
