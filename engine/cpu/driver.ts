@@ -1,7 +1,7 @@
 // The native CPU library behind the Driver interface, through koffi. The library is its own manifest: it lists each
 // kernel's symbol and parameter kinds (p pointer, i int, f float), and a call that does not match is refused here,
 // because C would not notice.
-import koffi from 'koffi';
+import koffi, { type TypeObject } from 'koffi';
 import type { Block, Driver } from '../memory.ts';
 
 type Native = (...args: readonly unknown[]) => unknown;
@@ -15,9 +15,9 @@ export interface CpuDriver extends Driver {
 }
 
 const parameterTypes: Record<string, string> = { p: 'void *', i: 'int', f: 'float' };
-const prototypes = new Map<string, koffi.TypeObject>();
+const prototypes = new Map<string, TypeObject>();
 
-function prototypeOf(signature: string): koffi.TypeObject {
+function prototypeOf(signature: string): TypeObject {
   const known = prototypes.get(signature);
   if (known) return known;
   const made = koffi.proto(`sdxl_kernel_${signature}`, 'void', [...signature].map((letter) => parameterTypes[letter]));
