@@ -1,0 +1,107 @@
+// PyTorch's CPU random numbers, bit for bit, against values drawn with PyTorch itself. Where the golden data grants a
+// tolerance (float64 Box-Muller, which rests on the C library) the test takes that tolerance and no more.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openSafetensors } from '../io/safetensors.ts';
+import { fma32 } from '../models/cephes_float.ts';
+import { type RandomDType, TorchGenerator } from '../models/torch_random.ts';
+import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+
+const area = goldenArea('rng');
+const file = openSafetensors(join(goldenFolder, 'cases', 'rng.safetensors'));
+const fileBytes = readFileSync(file.path);
+
+// float64 is no type of the project's own and large integers do not fit float32: these are read from the file's bytes.
+function golden(tensor: string): ArrayLike<number> {
+  const info = file.tensors.get(tensor);
+  if (!info) throw new Error(`no golden tensor ${tensor}`);
+  const raw = fileBytes.buffer.slice(fileBytes.byteOffset + info.offset).slice(0, info.bytes);
+  if (info.storedAs === 'F64') return new Float64Array(raw);
+  if (info.storedAs === 'I32') return new Int32Array(raw);
+  return info.storedAs === 'I64' ? Array.from(new BigInt64Array(raw), Number) : area.floats(tensor);
+}
+
+// JSON rounds seeds above 2^53; the case's name has every digit.
+function generatorOf(each: GoldenCase): TorchGenerator {
+  return new TorchGenerator(BigInt(/seed(\d+)/.exec(each.id)?.[1] ?? each.seed!));
+}
+
+interface Step {
+  fn: 'rand' | 'randn' | 'randint' | 'randperm';
+  n: number;
+  dtype: string;
+}
+
+function play(generator: TorchGenerator, { fn, n, dtype }: Step): ArrayLike<number> {
+  if (fn === 'randint') return generator.randint(0, 1000, n);
+  if (fn === 'randperm') return generator.randperm(n);
+  if (dtype === 'float64') return generator[fn](n, dtype);
+  return generator[fn](n, dtype as Exclude<RandomDType, 'float64'>);
+}
+
+// What a case computes, by label of its expectations.
+function results(each: GoldenCase): Record<string, ArrayLike<number>> {
+  const generator = generatorOf(each);
+  const [fn, a, b] = each.id.split('.');
+  if (each.id === 'raw_words') {
+    return { y: generator.rand(64).map((u) => u * 2 ** 24) };
+  }
+  if (each.id === 'global_generator') return { 0: generator.randn(72), 1: generator.randint(0, 1000, 5) };
+  if (each.id === 'sequence') {
+    return Object.fromEntries((each.steps as Step[]).map((step, i) => [i, play(generator, step)]));
+  }
+  if (each.id === 'randn.float32.large') {
+    const all = generator.randn(65536);
+    const indices = Array.from(area.floats(each.inputs!.indices));
+    return { y: indices.map((i) => all[i]), sum: [all.reduce((sum, value) => sum + value, 0)] };
+  }
+  if (fn === 'randint') return { y: generator.randint(Number(a), Number(b), 24) };
+  if (fn === 'randperm') return { y: generator.randperm(Number(a)) };
+  const n = elements(each.expect.y.tensor);
+  return { y: play(generator, { fn: fn as Step['fn'], n, dtype: a }) };
+}
+
+const elements = (tensor: string) => file.tensors.get(tensor)!.shape.reduce((a, b) => a * b, 1);
+
+test('every golden draw', async (t) => {
+  t.equal(area.cases.length, 173);
+  for (const each of area.cases) {
+    const got = results(each);
+    for (const [label, expected] of Object.entries(each.expect)) {
+      allClose(t, `${each.id} ${label}`, got[label], golden(expected.tensor), expected);
+    }
+  }
+});
+
+test('seeds and arguments', async (t) => {
+  const draws = (seed: number | bigint) => new TorchGenerator(seed).rand(3).join();
+  t.equal(draws(2 ** 32 + 5), draws(5), 'only the low 32 bits count');
+  t.equal(draws(-1), draws(0xffffffffn), 'a negative seed is its two’s complement');
+  t.equal(new TorchGenerator(1).randn(0).length, 0);
+  t.throws(() => new TorchGenerator(0.5), RangeError);
+  t.throws(() => new TorchGenerator(1).randint(3, 3, 1), RangeError);
+});
+
+test('fma32 rounds once', async (t) => {
+  const ulp = 2 ** -23;
+  // Sums in double that land on a false tie between two floats.
+  const a = 1 + ulp;
+  t.equal(fma32(a, 2 ** -24, 1), 1 + ulp, 'just above a tie goes up');
+  t.equal(fma32(1 - 2 ** -24, 2 ** -24, 1), 1, 'just below a tie goes down');
+  t.equal(fma32(2 ** -24, 1, 1), 1, 'a tie goes to even');
+  t.equal(fma32(-(2 ** -40), 2 ** -40, Math.fround(0.1)), Math.fround(0.1));
+  t.equal(fma32(2 ** -50, 2 ** -50, 1 + ulp * 3), 1 + ulp * 3);
+});
+
+test('the noise of a 1024 x 1024 picture takes well under 100 ms', async (t) => {
+  const times = Array.from({ length: 4 }, (_, seed) => {
+    const generator = new TorchGenerator(seed);
+    const start = performance.now();
+    generator.randn(65536);
+    return performance.now() - start;
+  });
+  const best = Math.min(...times);
+  t.comment(`best of ${times.length}: ${best.toFixed(1)} ms`);
+  t.ok(best < 100, `${best.toFixed(1)} ms`);
+});
