@@ -181,12 +181,11 @@ test('runs and parts of runs', (t) => {
   const plan = sampler.plan(5);
   const zero = new Float32Array(noise.length);
   const inputs: Float32Array[] = [];
-  const loop = sampler.run(
-    plan,
-    noise,
-    (x) => (inputs.push(x), noise),
-    () => noise,
-  );
+  const recorded = (x: Float32Array) => {
+    inputs.push(x);
+    return noise;
+  };
+  const loop = sampler.run(plan, noise, recorded, () => noise);
   loop.next();
   loop.next(zero);
   t.ok(
