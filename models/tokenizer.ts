@@ -1,0 +1,201 @@
+// CLIP's byte-level BPE tokenizer (Radford et al. 2021) as transformers runs it: normalise (NFC, spaces, lower case), cut out
+// special tokens, split into words, merge byte pairs by rank, and lay out BOS, text, EOS, padding.
+// The padding token is a special token like the others: in SDXL's second tokenizer it is "!", so every "!" in a
+// prompt is id 0 there, as it was when SDXL was trained.
+
+import { readFileSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import { UserError } from '../io/errors.ts';
+import { asUserError, readJson } from '../io/files.ts';
+import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
+
+export interface Tokenizer {
+  readonly modelMaxLength: number;
+  /**
+   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding. `truncated` is the end of the prompt that did not fit, as
+   * diffusers' warning shows it, and '' when all of it did.
+   */
+  encode(prompt: string): { ids: Int32Array; truncated: string };
+}
+
+/** What tokenizer_config.json says; other keys are passed over. */
+export interface TokenizerConfig {
+  model_max_length?: number;
+  bos_token?: TokenSetting;
+  eos_token?: TokenSetting;
+  pad_token?: TokenSetting;
+  unk_token?: TokenSetting;
+  added_tokens_decoder?: Record<string, AddedToken>;
+}
+type TokenSetting = string | AddedToken;
+
+interface AddedToken {
+  content: string;
+  /** Whether it is looked for in the normalised text (so also in capitals) or in the prompt as written. */
+  normalized?: boolean;
+}
+
+const clipLength = 77;
+
+/**
+ * The tokenizer in `folder`: vocab.json, merges.txt, and tokenizer_config.json or special_tokens_map.json if there.
+ * @throws UserError when a file is missing, unreadable or inconsistent
+ */
+export function loadTokenizer(folder: string): Tokenizer {
+  const optional = (name: string): object => {
+    const path = join(folder, name);
+    return statSync(path, { throwIfNoEntry: false }) ? asObject(readJson(path), path) : {};
+  };
+  const vocabPath = join(folder, 'vocab.json');
+  const vocab = asObject(readJson(vocabPath), vocabPath) as Record<string, number>;
+  const mergesPath = join(folder, 'merges.txt');
+  let merges: string;
+  try {
+    merges = readFileSync(mergesPath, 'utf8');
+  } catch (error) {
+    throw asUserError(error, mergesPath);
+  }
+  const config = { ...optional('special_tokens_map.json'), ...optional('tokenizer_config.json') };
+  return loadTokenizerFiles(vocab, merges, config, folder);
+}
+
+/**
+ * As `loadTokenizer`, from the files' contents. `where` names them in errors.
+ * @throws UserError when the vocabulary, merges and config do not fit together
+ */
+export function loadTokenizerFiles(
+  vocab: Record<string, number>,
+  merges: string,
+  config: TokenizerConfig = {},
+  where = 'the tokenizer',
+): Tokenizer {
+  const special = (setting: TokenSetting | undefined, standard: string): number => {
+    const content = contentOf(setting ?? standard);
+    const id = Object.hasOwn(vocab, content) ? vocab[content] : undefined;
+    if (!Number.isInteger(id)) {
+      throw new UserError(`${where} has no token "${content}" in vocab.json: download the tokenizer again`);
+    }
+    return id as number;
+  };
+  const eos = special(config.eos_token, '<|endoftext|>');
+  const layout = {
+    bos: special(config.bos_token, '<|startoftext|>'),
+    eos,
+    pad: special(config.pad_token, '<|endoftext|>'),
+    length: lengthOf(config, where),
+  };
+  const encoder = new BytePairEncoder(vocab, merges, special(config.unk_token, '<|endoftext|>'), where);
+  const tokens = specialTokens(config).map((token) => ({ ...token, id: special(token.content, '') }));
+  return clipTokenizer(encoder, tokens, layout, tokenStrings(vocab));
+}
+
+// Published configs without a limit hold 10^30 instead.
+function lengthOf({ model_max_length: length = clipLength }: TokenizerConfig, where: string): number {
+  if (length > 1e20) return clipLength;
+  if (Number.isInteger(length) && length >= 2) return length;
+  throw new UserError(
+    `${where} has model_max_length ${length}: correct it in tokenizer_config.json to ${clipLength}`,
+  );
+}
+
+interface Layout {
+  bos: number;
+  eos: number;
+  pad: number;
+  length: number;
+}
+
+type SpecialToken = Required<AddedToken> & { id: number };
+
+function clipTokenizer(
+  encoder: BytePairEncoder,
+  tokens: readonly SpecialToken[],
+  { bos, eos, pad, length }: Layout,
+  strings: readonly string[],
+): Tokenizer {
+  const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
+  const normalised = specialMatcher(tokens.filter((token) => token.normalized));
+  const textIds = (prompt: string): number[] => {
+    const ids: number[] = [];
+    for (const piece of asWritten(prompt)) {
+      if (typeof piece === 'number') ids.push(piece);
+      else {
+        for (const part of normalised(normalise(piece))) {
+          if (typeof part === 'number') ids.push(part);
+          else for (const [word] of part.matchAll(wordPattern)) encoder.encode(word, ids);
+        }
+      }
+    }
+    return ids;
+  };
+  return {
+    modelMaxLength: length,
+    encode(prompt) {
+      const text = textIds(prompt);
+      const kept = text.slice(0, length - 2);
+      const ids = new Int32Array(length).fill(pad);
+      ids.set([bos, ...kept, eos]);
+      return { ids, truncated: decode(text.slice(length - 2), strings) };
+    },
+  };
+}
+
+/** CLIP's word pattern. It runs on lower-cased text; whitespace is Unicode's, which JavaScript's \s is not quite. */
+const wordPattern = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+/gu;
+
+// Lower case goes code point by code point: String.toLowerCase on a whole word would give the final form of sigma.
+function normalise(text: string): string {
+  const spaced = text.normalize('NFC').replace(/\p{White_Space}+/gu, ' ');
+  return spaced.replace(/\P{ASCII}|[A-Z]/gu, (character) => character.toLowerCase());
+}
+
+/** Splits a text at the special tokens, which come out as ids. */
+function specialMatcher(tokens: readonly SpecialToken[]): (text: string) => (string | number)[] {
+  if (tokens.length === 0) return (text) => [text];
+  const ids = new Map(tokens.map(({ content, id }) => [content, id]));
+  const contents = [...ids.keys()].sort((a, b) => b.length - a.length);
+  const pattern = new RegExp(`(${contents.map(escapePattern).join('|')})`, 'u');
+  return (text) => text.split(pattern).map((piece, i) => (i % 2 ? (ids.get(piece) as number) : piece));
+}
+
+const escapePattern = (text: string) => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
+
+const contentOf = (setting: TokenSetting): string =>
+  typeof setting === 'string' ? setting : setting.content;
+
+// added_tokens_decoder is the last word; without it (as in older files), BOS, EOS and UNK are matched in the normalised
+// text unless they say otherwise, and a padding token given as a bare string as it is written.
+function specialTokens(config: TokenizerConfig): Required<AddedToken>[] {
+  const found = new Map<string, boolean>();
+  const add = (setting: TokenSetting, normalized: boolean) => {
+    const content = contentOf(setting);
+    const said = typeof setting === 'string' ? undefined : setting.normalized;
+    if (content !== '' && !found.has(content)) found.set(content, said ?? normalized);
+  };
+  for (const token of Object.values(config.added_tokens_decoder ?? {})) add(token, false);
+  add(config.bos_token ?? '<|startoftext|>', true);
+  add(config.eos_token ?? '<|endoftext|>', true);
+  add(config.unk_token ?? '<|endoftext|>', true);
+  if (config.pad_token) add(config.pad_token, false);
+  return Array.from(found, ([content, normalized]) => ({ content, normalized }));
+}
+
+function tokenStrings(vocab: Record<string, number>): string[] {
+  const strings: string[] = [];
+  for (const [token, id] of Object.entries(vocab)) strings[id] = token;
+  return strings;
+}
+
+// The decoder's clean-up (clean_up_tokenization_spaces): no space before punctuation and contractions.
+const cleanUps = [' .', ' ?', ' !', ' ,', " ' ", " n't", " 'm", " 's", " 've", " 're"] as const;
+
+function decode(ids: readonly number[], strings: readonly string[]): string {
+  const bytes = ids.flatMap((id) => bytesOfToken(strings[id] ?? ''));
+  const text = new TextDecoder().decode(Uint8Array.from(bytes)).replaceAll('</w>', ' ').trim();
+  return cleanUps.reduce((cleaned, mark) => cleaned.replaceAll(mark, mark.trim()), text);
+}
+
+function asObject(value: unknown, path: string): object {
+  if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value;
+  throw new UserError(`${path} does not hold a JSON object: download it again`);
+}

@@ -1,0 +1,101 @@
+// The tokenizers against token ids that transformers gave, for prompts chosen to be awkward.
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { UserError } from '../io/errors.ts';
+import { loadTokenizer, loadTokenizerFiles, type Tokenizer } from '../models/tokenizer.ts';
+import { goldenArea, goldenFolder } from './golden.ts';
+
+const area = goldenArea('text');
+const tokenizers = {
+  tokenizer: loadTokenizer(join(goldenFolder, 'tiny-sdxl', 'tokenizer')),
+  tokenizer_2: loadTokenizer(join(goldenFolder, 'tiny-sdxl', 'tokenizer_2')),
+};
+
+// The same tokenizer with room for every golden prompt.
+function longTokenizer(name: string): Tokenizer {
+  const folder = join(goldenFolder, 'tiny-sdxl', name);
+  const text = (file: string) => readFileSync(join(folder, file), 'utf8');
+  const config = { ...JSON.parse(text('tokenizer_config.json')), model_max_length: 300 };
+  return loadTokenizerFiles(JSON.parse(text('vocab.json')), text('merges.txt'), config);
+}
+
+for (const [name, tokenizer] of Object.entries(tokenizers)) {
+  test(`${name}: every golden prompt`, async (t) => {
+    const long = longTokenizer(name);
+    const { expect, prompts } = area.cases.find(({ id }) => id === `${name}_ids`)!;
+    const want = area.floats(expect.ids.tensor);
+    const all = area.cases.find(({ id }) => id === `${name}_ids_untruncated`)!;
+    const endToEnd = area.floats(all.expect.ids.tensor);
+    let start = 0;
+    for (const [i, prompt] of (prompts as string[]).entries()) {
+      const row = want.subarray(77 * i, 77 * (i + 1)).join(' ');
+      t.ok(tokenizer.encode(prompt).ids.join(' ') === row, `prompt ${i}`);
+      const count = (all.lengths as number[])[i];
+      const whole = endToEnd.subarray(start, start + count).join(' ');
+      t.ok(long.encode(prompt).ids.subarray(0, count).join(' ') === whole, `all of prompt ${i}`);
+      start += count;
+    }
+  });
+
+  test(`${name}: what a prompt loses`, async (t) => {
+    t.equal(tokenizer.encode('a photo of a cat').truncated, '');
+    const fits = Array(75).fill('the').join(' ');
+    t.equal(tokenizer.encode(fits).truncated, '', '75 tokens fit');
+    const { ids, truncated } = tokenizer.encode(`${fits} the End, don't you?`);
+    t.equal(truncated, "the end, don 't you?", 'the lost end, in lower case and with CLIP’s spaces');
+    t.equal(ids[76], 1999, 'the last id is still EOS');
+    t.equal(tokenizer.encode(`${fits} 猫 cat`).truncated, '猫 cat');
+  });
+
+  test(`${name}: long prompts take time in proportion`, async (t) => {
+    const time = (prompt: string) => {
+      const start = performance.now();
+      t.equal(tokenizer.encode(prompt).ids.length, 77);
+      return performance.now() - start;
+    };
+    for (const unit of ['a', 'a cat, ', '!', '(', '1', '<|endoftext|>', '\u0301', ' ']) {
+      const elapsed = time(unit.repeat(Math.ceil(100_000 / unit.length)));
+      t.ok(elapsed < 1000, `${encodeURI(unit)}: ${elapsed.toFixed(0)} ms`);
+    }
+  });
+}
+
+test('the padding token is special, where it is written and nowhere else', async (t) => {
+  const plain = tokenizers.tokenizer.encode('a!').ids;
+  const padded = tokenizers.tokenizer_2.encode('a!').ids;
+  t.equal(padded[2], 0);
+  t.equal(plain[2] === 0, false);
+  t.equal(padded[76], 0, 'padding of tokenizer_2');
+  t.equal(plain[76], 1999, 'padding of tokenizer');
+});
+
+test('files that are missing or do not fit', async (t) => {
+  const folder = t.testdir({});
+  const refused = (pattern: RegExp) => {
+    try {
+      loadTokenizer(folder);
+      t.fail(`no error like ${pattern}`);
+    } catch (error) {
+      t.ok(error instanceof UserError && pattern.test(error.message), String(error));
+    }
+  };
+  refused(/vocab\.json does not exist/);
+  writeFileSync(join(folder, 'vocab.json'), '[]');
+  refused(/vocab\.json does not hold a JSON object/);
+  writeFileSync(join(folder, 'vocab.json'), '{"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3}');
+  refused(/merges\.txt does not exist/);
+  writeFileSync(join(folder, 'merges.txt'), '#version: 0.2\na b</w>\n');
+  refused(/no token "<\|endoftext\|>"/);
+  const vocab = { a: 0, 'b</w>': 1, 'ab</w>': 2, '<|startoftext|>': 3, '<|endoftext|>': 4 };
+  writeFileSync(join(folder, 'vocab.json'), JSON.stringify(vocab));
+  t.equal(loadTokenizer(folder).encode('AB').ids.slice(0, 4).join(), '3,2,4,4');
+  writeFileSync(join(folder, 'merges.txt'), 'a c\n');
+  refused(/merge "a c"/);
+  rmSync(join(folder, 'merges.txt'));
+  mkdirSync(join(folder, 'merges.txt'));
+  refused(/is a folder/);
+  const short = loadTokenizerFiles(vocab, 'a b</w>', { model_max_length: 4, pad_token: '<|startoftext|>' });
+  t.equal(short.encode('ab ab ab').ids.join(), '3,2,2,4', 'in memory, with another length');
+  t.throws(() => loadTokenizerFiles(vocab, '', { model_max_length: 0 }), UserError);
+});
