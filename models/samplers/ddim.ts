@@ -5,8 +5,6 @@ import type { SchedulerConfig } from './config.ts';
 import type { Method, Schedule } from './sampler.ts';
 import { roundHalfEven, spacedTimesteps, trainingTables } from './tables.ts';
 
-const f32 = Math.fround;
-
 export function ddim(config: SchedulerConfig): Method {
   const { alphasCumprod } = trainingTables(config);
   const last = config.set_alpha_to_one ? 1 : alphasCumprod[0];
@@ -23,12 +21,9 @@ export function ddim(config: SchedulerConfig): Method {
       const x0 = clipSample(config, predictX0(config.prediction_type, output, x, alpha, sigma));
       const epsilon = predictEpsilon(config.prediction_type, output, x, alpha, sigma);
       const eta = plan.settings.eta ?? 0;
-      // Rounded as float32 throughout: from pure noise (zero terminal SNR) with eta 1 what is left for epsilon is the
-      // square root of a rounding error, and diffusers' result has that in it.
-      const remaining = f32(1 - before);
-      const variance = f32(f32(remaining / f32(1 - abar)) * f32(1 - f32(abar / before)));
-      const spread = f32(eta * f32(Math.sqrt(variance)));
-      const along = Math.sqrt(Math.max(f32(remaining - f32(spread * spread)), 0));
+      const spread = eta * Math.sqrt(((1 - before) / (1 - abar)) * (1 - abar / before));
+      // From pure noise (zero terminal SNR) with eta 1 nothing is left for epsilon, and rounding may fall below zero.
+      const along = Math.sqrt(Math.max(1 - before - spread * spread, 0));
       const moved = combine([Math.sqrt(before), x0], [along, epsilon]);
       return eta > 0 ? combine([1, moved], [spread, draw()]) : moved;
     },
