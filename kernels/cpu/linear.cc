@@ -1,0 +1,52 @@
+// Linear layers y = activation(x weight^T + bias) + residual with their gradients, and the batched matrix product.
+#include "gemm.h"
+
+namespace sdxl::ARCH {
+namespace {
+
+// weight[2n, k] in the column order that a GEGLU Output expects; places past the last column repeat it and are not written.
+template <class T> struct GegluWeight final : Rows<T> {
+  const T *weight;
+  int64_t n, k;
+  GegluWeight(const T *weight, int64_t n, int64_t k) : weight(weight), n(n), k(k) {}
+  const T *at(int64_t r, int64_t c, int, T *) const override {
+    const int64_t column = r / (2 * GEGLU_BLOCK) * GEGLU_BLOCK + r % GEGLU_BLOCK;
+    const int64_t inside = column < n ? column : n - 1;
+    return weight + (r / GEGLU_BLOCK % 2 * n + inside) * k + c;
+  }
+};
+
+template <class T>
+void linear_forward(T *y, const T *x, const T *weight, const T *bias, const T *residual, int m, int n, int k, int activation) {
+  Output<T> out{y, n};
+  out.bias = bias;
+  out.residual = residual;
+  out.activation = activation;
+  if (activation == GEGLU) {
+    const int64_t columns = (int64_t(n) + GEGLU_BLOCK - 1) / GEGLU_BLOCK * (2 * GEGLU_BLOCK);
+    gemm<T>(out, {Matrix<T>(x, k), false}, {GegluWeight<T>(weight, n, k), false}, m, columns, k);
+  } else gemm<T>(out, {Matrix<T>(x, k), false}, {Matrix<T>(weight, k), false}, m, n, k);
+}
+
+template <class T> void linear_backward_x(T *dx, const T *dy, const T *weight, int m, int n, int k) {
+  gemm<T>({dx, k}, {Matrix<T>(dy, n), false}, {Matrix<T>(weight, k), true}, m, k, n);
+}
+
+template <class T> void linear_backward_weight(T *dweight, const T *dy, const T *x, int m, int n, int k) {
+  gemm<T>({dweight, k}, {Matrix<T>(dy, n), true}, {Matrix<T>(x, k), true}, n, k, m);
+}
+
+template <class T> void matmul_forward(T *c, const T *a, const T *b, int batch, int m, int n, int k, int trans_a, int trans_b) {
+  for (int64_t i = 0; i < batch; i++) {
+    const Matrix<T> left(a + i * m * k, trans_a ? m : k), right(b + i * k * n, trans_b ? k : n);
+    gemm<T>({c + i * m * n, n}, {left, trans_a != 0}, {right, trans_b == 0}, m, n, k);
+  }
+}
+
+EXPORT_FLOATS(linear_forward, linear_forward)
+EXPORT_FLOATS(linear_backward_x, linear_backward_x)
+EXPORT_FLOATS(linear_backward_weight, linear_backward_weight)
+EXPORT_FLOATS(matmul_forward, matmul_forward)
+
+} // namespace
+} // namespace sdxl::ARCH
