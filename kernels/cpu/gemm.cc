@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <utility>
 #if defined(ARCH_avx512) || defined(ARCH_avx2)
 #include <immintrin.h>
 #endif
@@ -107,10 +108,46 @@ template <class T> void words_across_k(float *to, const T *from, const T *second
   } else widen_row(to, from, count);
 }
 
-// to[c][r] = from[r][c]
+typedef int lanes __attribute__((vector_size(LANES * 4)));
+
+// Element i of the interleaved halves of two vectors: first[0] second[0] first[1] ..., from element `start` on.
+template <int... I> constexpr lanes interleave(int start, std::integer_sequence<int, I...>) {
+  return lanes{(start + I / 2 + I % 2 * LANES)...};
+}
+
+inline vec load_part(const float *from, int count) {
+  vec value{};
+  memcpy(&value, from, size_t(count) * sizeof(float));
+  return value;
+}
+
+// to[c][r] = from[r][c] for one square of at most LANES x LANES: log2(LANES) perfect shuffles of the rows are a transpose.
+void transpose_square(float *to, int to_stride, const float *from, int from_stride, int rows, int columns) {
+  constexpr std::make_integer_sequence<int, LANES> places{};
+  vec v[LANES], u[LANES];
+  for (int r = 0; r < LANES; r++)
+    v[r] = r >= rows ? vec{} : columns == LANES ? vec(*(const loose_vec *)(from + r * from_stride)) : load_part(from + r * from_stride, columns);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < LANES; stage *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; i++) {
+      u[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], interleave(0, places));
+      u[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], interleave(LANES / 2, places));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) v[i] = u[i];
+  }
+  for (int c = 0; c < columns; c++) {
+    if (rows == LANES) *(loose_vec *)(to + c * to_stride) = v[c];
+    else memcpy(to + c * to_stride, &v[c], size_t(rows) * sizeof(float));
+  }
+}
+
 void transpose_words(float *to, int to_stride, const float *from, int from_stride, int rows, int columns) {
-  for (int c = 0; c < columns; c++)
-    for (int r = 0; r < rows; r++) to[c * to_stride + r] = from[r * from_stride + c];
+  for (int c = 0; c < columns; c += LANES)
+    for (int r = 0; r < rows; r += LANES)
+      transpose_square(to + c * to_stride + r, to_stride, from + r * from_stride + c, from_stride, std::min(LANES, rows - r),
+                       std::min(LANES, columns - c));
 }
 
 // ---- packing
@@ -160,10 +197,9 @@ template <class T> void pack_b(float *to, const Operand<T> &b, int64_t n, int co
 
 // ---- micro-kernel
 
-template <class T> inline vec multiply_add(vec sum, float a, vec b) {
+template <class T> inline vec multiply_add(vec sum, vec a, vec b) {
 #if defined(ARCH_avx512)
-  if constexpr (PAIR<T> == 2)
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(__builtin_bit_cast(int, a)), (__m512bh)b);
+  if constexpr (PAIR<T> == 2) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #endif
   return sum + a * b;
 }
@@ -180,7 +216,7 @@ template <class T, int ROWS> void micro_kernel(float *sums, int stride, const fl
     const vec b0 = *(const vec *)b, b1 = *(const vec *)(b + LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
-      const float x = a[i * A_STRIDE];
+      const vec x = a[i * A_STRIDE] - vec{};
       left[i] = multiply_add<T>(left[i], x, b0);
       right[i] = multiply_add<T>(right[i], x, b1);
     }
@@ -326,6 +362,56 @@ void compute_tile(const Output<T> &c, const Operand<T> &a, const float *packed, 
   }
 }
 
+constexpr int THIN_ROWS = 4, THIN_COLUMNS = 64;
+
+// A few rows times a B that lies along k: memory bound, so B is read in place, once.
+template <class T> void thin_product(const Output<T> &c, const Operand<T> &a, const Operand<T> &b, int m, int64_t n, int64_t k) {
+  constexpr int64_t step = KC * PAIR<T>;
+  const int64_t blocks = (k + step - 1) / step;
+  float *left = b_workspace.floats(blocks * THIN_ROWS * KC);
+  std::fill(left, left + blocks * THIN_ROWS * KC, 0.0f);
+  T scratch[SCRATCH];
+  for (int64_t block = 0; block < blocks; block++)
+    for (int i = 0; i < m; i++) {
+      const int count = int(std::min(step, k - block * step));
+      words_along_k(left + (block * THIN_ROWS + i) * KC, a.rows.at(i, block * step, count, scratch), count);
+    }
+  parallel_for(n, THIN_COLUMNS, [&](int64_t first, int64_t last) {
+    float values[THIN_ROWS][THIN_COLUMNS];
+    alignas(64) float right[KC];
+    T gathered[SCRATCH];
+    for (int64_t j = first; j < last; j++) {
+      vec sums[THIN_ROWS][2] = {};
+      for (int64_t block = 0; block < blocks; block++) {
+        const int count = int(std::min(step, k - block * step)), words = (count + PAIR<T> - 1) / PAIR<T>;
+        const T *row = b.rows.at(j, block * step, count, gathered);
+        const float *place = reinterpret_cast<const float *>(row);
+        if (sizeof(T) * PAIR<T> != sizeof(float) || count < step) {
+          std::fill(right + words / (2 * LANES) * (2 * LANES), right + std::min(KC, words + 2 * LANES), 0.0f);
+          words_along_k(right, row, count);
+          place = right;
+        }
+        for (int w = 0; w < words; w += 2 * LANES)
+          for (int i = 0; i < m; i++) {
+            const float *l = left + (block * THIN_ROWS + i) * KC + w;
+            sums[i][0] = multiply_add<T>(sums[i][0], *(const loose_vec *)l, *(const loose_vec *)(place + w));
+            sums[i][1] = multiply_add<T>(sums[i][1], *(const loose_vec *)(l + LANES), *(const loose_vec *)(place + w + LANES));
+          }
+      }
+      for (int i = 0; i < m; i++) {
+        const vec both = sums[i][0] + sums[i][1];
+        float total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += both[lane];
+        values[i][j - first] = total;
+      }
+    }
+    for (int i = 0; i < m; i++) {
+      if (c.activation == GEGLU) write_geglu_row(c, values[i], i, first, int(last - first));
+      else write_row(c, values[i], i, first, int(last - first));
+    }
+  });
+}
+
 // Columns of B to pack at once: few enough for the shared cache, many enough to pay for packing A again.
 int64_t chunk_columns(int64_t n, int64_t k) {
   constexpr int64_t budget = int64_t(3) << 20;
@@ -337,6 +423,7 @@ int64_t chunk_columns(int64_t n, int64_t k) {
 
 template <class T>
 void gemm(const Output<T> &c, const Operand<T> &a, const Operand<T> &b, int64_t m, int64_t n, int64_t k) {
+  if (m <= THIN_ROWS && !a.rows_are_k && !b.rows_are_k) return thin_product(c, a, b, int(m), n, k);
   constexpr int64_t step = KC * PAIR<T>;
   const int64_t blocks = std::max<int64_t>((k + step - 1) / step, 1), width = chunk_columns(n, (k + PAIR<T> - 1) / PAIR<T>);
   float *packed = b_workspace.floats(blocks * KC * ((width + NR - 1) / NR * NR));
