@@ -1,0 +1,272 @@
+// Models from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either finds what the other
+// downloaded: models--owner--name/{blobs/<hash>, refs/<revision>, snapshots/<commit>/<file> → ../../blobs/<hash>}.
+// The standard variables count: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names.
+import {
+  copyFileSync,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+} from 'node:fs';
+import { homedir } from 'node:os';
+import { dirname, join, relative } from 'node:path';
+import { UserError } from './errors.ts';
+import { asUserError, writeFileAtomic } from './files.ts';
+import { downloadBlob, NetworkError, networkError, type RemoteFile } from './hub_download.ts';
+
+export interface HubProgress {
+  file: string;
+  /** Bytes of all wanted files together. */
+  done: number;
+  total: number;
+}
+
+export interface HubOptions {
+  /** A branch, tag or commit; 'main' if absent. */
+  revision?: string;
+  /** The files wanted, by their paths in the repository; a list's files must all exist there. */
+  files: readonly string[] | ((name: string) => boolean);
+  onProgress?: (progress: HubProgress) => void;
+}
+
+/** Whether `text` reads as owner/name on the hub and is no path that exists here. */
+export function looksLikeHubId(text: string): boolean {
+  return /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/.test(text) && !/--|\.\./.test(text) && !existsSync(text);
+}
+
+/**
+ * Downloads what is missing of a model and returns its snapshot folder. Without a network, or with HF_HUB_OFFLINE, the
+ * cached snapshot serves. @throws UserError when the model, revision or files cannot be had, saying what to do
+ */
+export async function resolveHub(repoId: string, options: HubOptions): Promise<string> {
+  const repo = new HubRepo(repoId, options.revision ?? 'main');
+  const cached = repo.cachedSnapshot(options.files);
+  const pinned = isCommit(repo.revision) && Array.isArray(options.files);
+  if (cached && (isOffline() || pinned)) return cached;
+  if (isOffline())
+    throw new UserError(
+      `HF_HUB_OFFLINE is set and ${repoId} is not (wholly) in ${repo.folder}: unset it to download`,
+    );
+  try {
+    return await repo.download(options);
+  } catch (error) {
+    if (!(error instanceof NetworkError)) throw asUserError(error, repo.folder);
+    if (cached) return cached;
+    throw new UserError(
+      `cannot reach ${endpoint()} for ${repoId} (${error.message}): check the network, or give a local folder`,
+    );
+  }
+}
+
+interface Listing {
+  sha: string;
+  siblings: { rfilename: string; size?: number; blobId?: string; lfs?: { sha256: string; size: number } }[];
+}
+
+class HubRepo {
+  readonly id: string;
+  readonly revision: string;
+  readonly folder: string;
+
+  constructor(id: string, revision: string) {
+    if (!/^[\w.-]+\/[\w.-]+$/.test(id) || /--|\.\./.test(id)) {
+      throw new UserError(`"${id}" is no model on the hub: give it as owner/name`);
+    }
+    if (!isSafePath(revision))
+      throw new UserError(`"${revision}" is no revision: give a branch, a tag or a commit`);
+    this.id = id;
+    this.revision = revision;
+    this.folder = join(cacheFolder(), `models--${id.replace('/', '--')}`);
+  }
+
+  /** The snapshot in the cache, if it has every listed file (of a predicate: any). */
+  cachedSnapshot(files: HubOptions['files']): string | undefined {
+    const commit = isCommit(this.revision)
+      ? this.revision
+      : readText(join(this.folder, 'refs', this.revision));
+    if (commit === undefined || !isCommit(commit)) return undefined;
+    const snapshot = join(this.folder, 'snapshots', commit);
+    if (!existsSync(snapshot)) return undefined;
+    if (typeof files !== 'function') {
+      return files.every((name) => existsSync(join(snapshot, name))) ? snapshot : undefined;
+    }
+    const names = readdirSync(snapshot, { recursive: true, encoding: 'utf8' });
+    return names.some((name) => files(name.replaceAll('\\', '/'))) ? snapshot : undefined;
+  }
+
+  async download({ files, onProgress }: HubOptions): Promise<string> {
+    const { sha, siblings } = await this.#list();
+    const wanted = choose(this.id, siblings.map(remoteFile), files);
+    const snapshot = join(this.folder, 'snapshots', sha);
+    mkdirSync(join(this.folder, 'blobs'), { recursive: true });
+    const total = wanted.reduce((sum, { size }) => sum + size, 0);
+    let before = 0;
+    for (const file of wanted) {
+      const report = (done: number) => onProgress?.({ file: file.name, done: before + done, total });
+      await this.#fetchFile(file, snapshot, sha, report);
+      before += file.size;
+      report(0);
+    }
+    // Last, so that a half-downloaded snapshot never becomes what offline use finds.
+    if (this.revision !== sha) {
+      const ref = join(this.folder, 'refs', this.revision);
+      mkdirSync(dirname(ref), { recursive: true });
+      writeFileAtomic(ref, sha);
+    }
+    return snapshot;
+  }
+
+  async #fetchFile(
+    file: RemoteFile,
+    snapshot: string,
+    sha: string,
+    report: (done: number) => void,
+  ): Promise<void> {
+    const blob = join(this.folder, 'blobs', file.hash);
+    if (!existsSync(blob)) {
+      const path = file.name.split('/').map(encodeURIComponent).join('/');
+      const open = (_: RemoteFile, start: number) =>
+        this.#request(
+          `${endpoint()}/${this.id}/resolve/${sha}/${path}`,
+          start > 0 ? { range: `bytes=${start}-` } : {},
+        );
+      await downloadBlob(file, blob, open, report);
+    }
+    linkAtomically(blob, join(snapshot, file.name));
+  }
+
+  async #list(): Promise<Listing> {
+    const revision = encodeURIComponent(this.revision);
+    const response = await this.#request(
+      `${endpoint()}/api/models/${this.id}/revision/${revision}?blobs=true`,
+      {},
+    );
+    const listing = (await response.json().catch(() => undefined)) as Listing | undefined;
+    if (!listing || !isCommit(String(listing.sha)) || !Array.isArray(listing.siblings)) {
+      throw new UserError(`${endpoint()} does not answer like the Hugging Face hub: check HF_ENDPOINT`);
+    }
+    return listing;
+  }
+
+  async #request(url: string, headers: Record<string, string>): Promise<Response> {
+    const token = accessToken();
+    const authorization: Record<string, string> = token ? { authorization: `Bearer ${token}` } : {};
+    // Identity: a compressed body would not match its size, nor a range of it.
+    const response = await fetch(url, {
+      headers: { ...headers, ...authorization, 'accept-encoding': 'identity' },
+    }).catch((error: unknown) => {
+      throw networkError(error);
+    });
+    if (response.ok) return response;
+    await response.body?.cancel();
+    if (response.status >= 500) throw new NetworkError(`the hub answers ${response.status}`);
+    throw this.#refusal(response, token !== undefined);
+  }
+
+  // The hub also says 401 for models that do not exist, so as not to tell which private ones do.
+  #refusal(response: Response, hadToken: boolean): UserError {
+    const code = response.headers.get('x-error-code');
+    const { status } = response;
+    const { id, revision } = this;
+    if (code === 'GatedRepo' || (status === 403 && !code)) {
+      const mend = hadToken
+        ? 'with the account of your token'
+        : 'and set HF_TOKEN to a token of your account';
+      return new UserError(`${id} is gated: accept its terms at ${endpoint()}/${id} ${mend}`);
+    }
+    if (code === 'RevisionNotFound')
+      return new UserError(`${id} has no revision "${revision}": check its name`);
+    if (status === 429)
+      return new UserError(`${endpoint()} refuses more requests for now: wait some minutes and run again`);
+    if (status === 401 || status === 404) {
+      const mend = hadToken
+        ? 'whether your HF_TOKEN is valid and may read it'
+        : 'set HF_TOKEN if it is private';
+      return new UserError(
+        `the hub has no model ${id} that you may read (${status}): check the name, and ${mend}`,
+      );
+    }
+    return new UserError(`${endpoint()} refuses ${id} (status ${status}): try again later`);
+  }
+}
+
+function remoteFile({ rfilename, size, blobId, lfs }: Listing['siblings'][number]): RemoteFile {
+  const hash = lfs?.sha256 ?? blobId ?? '';
+  // The names become paths, so they are not taken on trust.
+  if (!isSafePath(rfilename) || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash)) {
+    throw new UserError(
+      `${endpoint()} lists "${rfilename}" in a way that is not safe to store: check HF_ENDPOINT`,
+    );
+  }
+  return { name: rfilename, size: lfs?.size ?? size ?? 0, hash };
+}
+
+function choose(id: string, all: RemoteFile[], files: HubOptions['files']): RemoteFile[] {
+  if (typeof files === 'function') {
+    const chosen = all.filter(({ name }) => files(name));
+    if (chosen.length > 0) return chosen;
+    throw new UserError(
+      `${id} on the hub has none of the files needed: check that it is the right kind of model`,
+    );
+  }
+  return files.map((name) => {
+    const found = all.find((file) => file.name === name);
+    if (found) return found;
+    throw new UserError(`${id} on the hub has no file ${name}: check the model's name and revision`);
+  });
+}
+
+// Relative, so that the cache can be moved; a copy where links are not allowed (Windows without developer mode).
+function linkAtomically(blob: string, path: string): void {
+  if (existsSync(path)) return;
+  mkdirSync(dirname(path), { recursive: true });
+  const temporary = `${path}.${process.pid}.tmp`;
+  rmSync(temporary, { force: true });
+  try {
+    symlinkSync(relative(dirname(path), blob), temporary);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EPERM') throw error;
+    copyFileSync(blob, temporary);
+  }
+  renameSync(temporary, path);
+}
+
+const isCommit = (text: string) => /^[0-9a-f]{40}$/.test(text);
+
+const isSafePath = (path: unknown): path is string =>
+  typeof path === 'string' &&
+  !/[\\:\0]/.test(path) &&
+  path.split('/').every((part) => !['', '.', '..'].includes(part));
+
+const expandHome = (path: string) => path.replace(/^~(?=$|[/\\])/, homedir());
+
+// Read at each call, so that a program may set them after importing this.
+function hfHome(): string {
+  const { HF_HOME, XDG_CACHE_HOME } = process.env;
+  return expandHome(HF_HOME || join(XDG_CACHE_HOME || join(homedir(), '.cache'), 'huggingface'));
+}
+
+function cacheFolder(): string {
+  const { HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE } = process.env;
+  return expandHome(HF_HUB_CACHE || HUGGINGFACE_HUB_CACHE || join(hfHome(), 'hub'));
+}
+
+const endpoint = () => (process.env.HF_ENDPOINT || 'https://huggingface.co').replace(/\/+$/, '');
+
+const isOffline = () => /^(1|on|yes|true)$/i.test(process.env.HF_HUB_OFFLINE ?? '');
+
+function accessToken(): string | undefined {
+  const { HF_TOKEN, HUGGING_FACE_HUB_TOKEN, HF_TOKEN_PATH } = process.env;
+  const token =
+    HF_TOKEN || HUGGING_FACE_HUB_TOKEN || readText(expandHome(HF_TOKEN_PATH || join(hfHome(), 'token')));
+  return token?.trim() || undefined;
+}
+
+function readText(path: string): string | undefined {
+  if (!lstatSync(path, { throwIfNoEntry: false })) return undefined;
+  return readFileSync(path, 'utf8').trim();
+}

@@ -1,0 +1,206 @@
+// The hub's downloader against a small hub of our own on 127.0.0.1.
+import { createHash } from 'node:crypto';
+import {
+  lstatSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { join } from 'node:path';
+import { type Test, test } from 'tap';
+import { UserError } from '../io/errors.ts';
+import { looksLikeHubId, resolveHub } from '../io/hub.ts';
+
+const sha = 'c'.repeat(40);
+const large = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * 7919) >> 3));
+const small = Buffer.from('{"a": 1}');
+const sha256 = createHash('sha256').update(large).digest('hex');
+const sha1 = createHash('sha1').update(`blob ${small.length}\0`).update(small).digest('hex');
+
+interface FakeHub {
+  requests: IncomingMessage[];
+  /** Answers instead of the hub when it returns true. */
+  intercept: (request: IncomingMessage, response: ServerResponse) => boolean;
+}
+
+function answer(hub: FakeHub, request: IncomingMessage, response: ServerResponse): void {
+  hub.requests.push(request);
+  if (hub.intercept(request, response)) return;
+  const url = request.url ?? '';
+  if (url.startsWith('/api/models/o/n/revision/')) {
+    const siblings = [
+      {
+        rfilename: 'unet/model.safetensors',
+        size: large.length,
+        blobId: 'd'.repeat(40),
+        lfs: { sha256, size: large.length },
+      },
+      { rfilename: 'config.json', size: small.length, blobId: sha1 },
+      { rfilename: 'README.md', size: 5, blobId: 'e'.repeat(40) },
+    ];
+    response.end(JSON.stringify({ sha, siblings }));
+    return;
+  }
+  const body = url.endsWith('model.safetensors') ? large : url.endsWith('config.json') ? small : undefined;
+  if (!body) {
+    response.writeHead(404, { 'x-error-code': 'RepoNotFound' }).end();
+    return;
+  }
+  const start = Number(/bytes=(\d+)-/.exec(request.headers.range ?? '')?.[1] ?? 0);
+  response.writeHead(start ? 206 : 200, { 'content-length': body.length - start });
+  response.end(body.subarray(start));
+}
+
+const names = [
+  'HF_HOME',
+  'HF_HUB_CACHE',
+  'HUGGINGFACE_HUB_CACHE',
+  'HF_ENDPOINT',
+  'HF_TOKEN',
+  'HUGGING_FACE_HUB_TOKEN',
+  'HF_TOKEN_PATH',
+  'HF_HUB_OFFLINE',
+];
+
+/** A fresh hub and an empty cache, both gone after the test. */
+async function fakeHub(
+  t: Test,
+): Promise<FakeHub & { home: string; repo: string; close: () => Promise<void> }> {
+  const hub: FakeHub = { requests: [], intercept: () => false };
+  const server = createServer((request, response) => answer(hub, request, response));
+  await new Promise<void>((ready) => server.listen(0, '127.0.0.1', ready));
+  for (const name of names) delete process.env[name];
+  const home = t.testdir({});
+  process.env.HF_HOME = home;
+  process.env.HF_ENDPOINT = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
+  const close = () =>
+    new Promise<void>((done) => {
+      server.closeAllConnections();
+      server.close(() => done());
+    });
+  t.teardown(close);
+  return Object.assign(hub, { home, repo: join(home, 'hub', 'models--o--n'), close });
+}
+
+const wanted = { files: ['config.json', 'unet/model.safetensors'] };
+
+async function refused(t: Test, promise: Promise<unknown>, pattern: RegExp): Promise<void> {
+  const error = await promise.then(
+    () => new Error('nothing was thrown'),
+    (reason: unknown) => reason,
+  );
+  t.ok(error instanceof UserError && pattern.test(error.message), String(error));
+}
+
+test('a download fills the shared cache', async (t) => {
+  const hub = await fakeHub(t);
+  const progress: number[] = [];
+  const folder = await resolveHub('o/n', { ...wanted, onProgress: ({ done }) => progress.push(done) });
+  t.equal(folder, join(hub.repo, 'snapshots', sha));
+  t.ok(readFileSync(join(folder, 'unet', 'model.safetensors')).equals(large), 'the bytes');
+  t.equal(readlinkSync(join(folder, 'unet', 'model.safetensors')), join('..', '..', '..', 'blobs', sha256));
+  t.equal(readlinkSync(join(folder, 'config.json')), join('..', '..', 'blobs', sha1));
+  t.equal(readFileSync(join(hub.repo, 'refs', 'main'), 'utf8'), sha);
+  t.equal(readdirSync(join(hub.repo, 'blobs')).length, 2, 'only the files wanted, nothing left over');
+  t.equal(progress.at(-1), large.length + small.length);
+  t.ok(
+    progress.every((done, i) => i === 0 || done >= progress[i - 1]),
+    'progress only grows',
+  );
+  t.equal(hub.requests[0].headers.authorization, undefined, 'no token, none sent');
+
+  await resolveHub('o/n', { files: (name) => name.endsWith('.json') });
+  t.equal(hub.requests.length, 4, 'what is there is not fetched again');
+  process.env.HF_HUB_OFFLINE = '1';
+  t.equal(await resolveHub('o/n', wanted), folder, 'offline');
+  t.equal(await resolveHub('o/n', { files: (name) => name === 'unet/model.safetensors' }), folder);
+  t.equal(hub.requests.length, 4);
+  process.env.HF_HUB_OFFLINE = '0';
+  await hub.close();
+  t.equal(await resolveHub('o/n', wanted), folder, 'without a network the cache serves');
+  await refused(t, resolveHub('o/other', wanted), /cannot reach .*ECONNREFUSED.*check the network/);
+});
+
+test('a cut connection resumes, also from an earlier process', async (t) => {
+  const hub = await fakeHub(t);
+  let cuts = 0;
+  hub.intercept = (request, response) => {
+    if (!request.url?.endsWith('model.safetensors') || cuts > 0) return false;
+    cuts++;
+    response.writeHead(200, { 'content-length': large.length });
+    response.write(large.subarray(0, 100_000), () => setTimeout(() => response.destroy(), 50));
+    return true;
+  };
+  const folder = await resolveHub('o/n', wanted);
+  t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'whole');
+  t.equal(hub.requests.at(-1)?.headers.range, 'bytes=100000-');
+
+  rmSync(join(hub.repo, 'blobs', sha256));
+  rmSync(join(folder, 'unet'), { recursive: true });
+  writeFileSync(join(hub.repo, 'blobs', `${sha256}.incomplete`), large.subarray(0, 5000));
+  utimesSync(join(hub.repo, 'blobs', `${sha256}.incomplete`), 1e9, 1e9);
+  await resolveHub('o/n', wanted);
+  t.equal(hub.requests.at(-1)?.headers.range, 'bytes=5000-', 'what another program left is continued');
+  t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'whole');
+});
+
+test('damaged bytes are refused and forgotten', async (t) => {
+  const hub = await fakeHub(t);
+  hub.intercept = (request, response) => {
+    if (!request.url?.endsWith('config.json')) return false;
+    response.end('{"a": 2}');
+    return true;
+  };
+  await refused(t, resolveHub('o/n', wanted), /config\.json arrived damaged/);
+  t.equal(readdirSync(join(hub.repo, 'blobs')).length, 0);
+  t.notOk(lstatSync(join(hub.repo, 'refs'), { throwIfNoEntry: false }), 'no ref to a broken snapshot');
+});
+
+test('tokens and refusals', async (t) => {
+  const hub = await fakeHub(t);
+  writeFileSync(join(hub.home, 'token'), 'hf_file\n');
+  await resolveHub('o/n', { files: ['config.json'] });
+  t.equal(hub.requests[0].headers.authorization, 'Bearer hf_file', 'the token file');
+  process.env.HF_TOKEN = 'hf_variable';
+  await resolveHub('o/n', { files: ['config.json'] });
+  t.equal(hub.requests.at(-1)?.headers.authorization, 'Bearer hf_variable', 'HF_TOKEN goes first');
+  await refused(t, resolveHub('o/n', { files: ['absent.json'] }), /has no file absent\.json/);
+  await refused(t, resolveHub('o/n', { files: () => false }), /none of the files needed/);
+  await refused(t, resolveHub('o/nothing', wanted), /no model o\/nothing/);
+  await refused(t, resolveHub('o/../n', wanted), /owner\/name/);
+  await refused(t, resolveHub('o/n', { ...wanted, revision: '../x' }), /is no revision/);
+  const status = (code: number, error: string) => {
+    hub.intercept = (_, response) => Boolean(response.writeHead(code, { 'x-error-code': error }).end());
+  };
+  status(403, 'GatedRepo');
+  await refused(t, resolveHub('o/n', wanted), /o\/n is gated: accept its terms at http.*\/o\/n/);
+  status(404, 'RevisionNotFound');
+  await refused(t, resolveHub('o/n', { ...wanted, revision: 'v9' }), /no revision "v9"/);
+  hub.intercept = (_, response) => Boolean(response.end('<html>'));
+  await refused(t, resolveHub('o/n', wanted), /does not answer like the Hugging Face hub/);
+  const siblings = [{ rfilename: '../../evil', size: 1, blobId: sha1 }];
+  hub.intercept = (_, response) => Boolean(response.end(JSON.stringify({ sha, siblings })));
+  await refused(t, resolveHub('o/n', { files: () => true }), /not safe to store/);
+  process.env.HF_HUB_OFFLINE = 'true';
+  await refused(t, resolveHub('o/absent', wanted), /HF_HUB_OFFLINE is set/);
+});
+
+test('two downloads at once', async (t) => {
+  const hub = await fakeHub(t);
+  const folders = await Promise.all([resolveHub('o/n', wanted), resolveHub('o/n', wanted)]);
+  t.equal(folders[0], folders[1]);
+  t.ok(readFileSync(join(folders[0], 'unet/model.safetensors')).equals(large), 'whole');
+  t.equal(readdirSync(join(hub.repo, 'blobs')).length, 2);
+});
+
+test('what looks like a model on the hub', async (t) => {
+  for (const id of ['stabilityai/stable-diffusion-xl-base-1.0', 'o/n']) t.ok(looksLikeHubId(id), id);
+  for (const other of ['io/hub.ts', './o/n', 'model.safetensors', '/o/n', 'a/b/c', '../n', 'o/a..b']) {
+    t.notOk(looksLikeHubId(other), other);
+  }
+});
