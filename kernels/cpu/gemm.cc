@@ -23,7 +23,7 @@ constexpr int LANES = 8, MR = 6;
 constexpr int LANES = 4, MR = 6;
 #endif
 constexpr int NR = 2 * LANES;
-constexpr int KC = 256;          // words of k in a block
+constexpr int KC = 128;          // words of k in a block
 constexpr int A_STRIDE = KC + 16; // not a power of two: MR rows must not share one cache set
 constexpr int TILE_COLUMNS = 512;
 constexpr int TILE_PANELS = 8;
@@ -349,9 +349,9 @@ void compute_tile(const Output<T> &c, const Operand<T> &a, const float *packed, 
     const int64_t end = std::min(k, at + step);
     const int words = int((end - at + PAIR<T> - 1) / PAIR<T>);
     pack_a(a_panel, a, rows.begin, rows.count(), at, end);
-    for (int j = 0; j < columns.count(); j += NR) {
+    for (int i = 0; i < rows.count(); i += MR)
+      for (int j = 0; j < columns.count(); j += NR) {
       const float *b = packed + (at / step * panels + (columns.begin - chunk.begin + j) / NR) * (KC * NR);
-      for (int i = 0; i < rows.count(); i += MR)
         micro_kernel_of<T>(std::min(MR, rows.count() - i), sums + int64_t(i) * stride + j, stride, a_panel + i * A_STRIDE, b, words, at > 0);
     }
   }
