@@ -1,6 +1,7 @@
-// Models from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either finds what the other
-// downloaded: models--owner--name/{blobs/<hash>, refs/<revision>, snapshots/<commit>/<file> → ../../blobs/<hash>}.
-// The standard variables count: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names.
+// Models from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either
+// finds what the other downloaded: models--owner--name/{blobs/<hash>, refs/<revision>,
+// snapshots/<commit>/<file> → ../../blobs/<hash>}. The standard variables count: HF_HOME, HF_HUB_CACHE,
+// HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names.
 import {
   copyFileSync,
   existsSync,
@@ -39,12 +40,14 @@ export function looksLikeHubId(text: string): boolean {
 }
 
 /**
- * Downloads what is missing of a model and returns its snapshot folder. Without a network, or with HF_HUB_OFFLINE, the
- * cached snapshot serves. @throws UserError when the model, revision or files cannot be had, saying what to do
+ * Downloads what is missing of a model and returns its snapshot folder. Without a network, or with
+ * HF_HUB_OFFLINE, the cached snapshot serves. @throws UserError when the model, revision or files cannot be
+ * had, saying what to do
  */
 export async function resolveHub(repoId: string, options: HubOptions): Promise<string> {
   const repo = new HubRepo(repoId, options.revision ?? 'main');
   const cached = repo.cachedSnapshot(options.files);
+  // A commit never changes: with every listed file here there is nothing to ask.
   const pinned = isCommit(repo.revision) && Array.isArray(options.files);
   if (cached && (isOffline() || pinned)) return cached;
   if (isOffline())
@@ -57,7 +60,8 @@ export async function resolveHub(repoId: string, options: HubOptions): Promise<s
     if (!(error instanceof NetworkError)) throw asUserError(error, repo.folder);
     if (cached) return cached;
     throw new UserError(
-      `cannot reach ${endpoint()} for ${repoId} (${error.message}): check the network, or give a local folder`,
+      `cannot reach ${endpoint()} for ${repoId} (${error.message}): ` +
+        'check the network, or give a local folder',
     );
   }
 }
@@ -220,7 +224,8 @@ function choose(id: string, all: RemoteFile[], files: HubOptions['files']): Remo
   });
 }
 
-// Relative, so that the cache can be moved; a copy where links are not allowed (Windows without developer mode).
+// Relative, so that the cache can be moved; a copy where links are not allowed (Windows without developer
+// mode).
 function linkAtomically(blob: string, path: string): void {
   if (existsSync(path)) return;
   mkdirSync(dirname(path), { recursive: true });

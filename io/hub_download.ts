@@ -1,6 +1,6 @@
-// One file from the Hugging Face hub into the cache: resumed where an earlier attempt stopped, checked against the
-// hub's hash, and given its name only then. A partial file carries its process's id, so two processes never write the
-// same one; whoever comes next takes over what a dead process left.
+// One file from the Hugging Face hub into the cache: resumed where an earlier attempt stopped, checked
+// against the hub's hash, and given its name only then. A partial file carries its process's id, so two
+// processes never write the same one; whoever comes next takes over what a dead process left.
 import { createHash, type Hash } from 'node:crypto';
 import {
   closeSync,
@@ -61,7 +61,8 @@ export async function downloadBlob(
         if (!(error instanceof NetworkError)) throw error;
         if (attempt === attempts)
           throw new UserError(
-            `the download of ${file.name} broke off ${attempts} times (${error.message}): check the network and run again, it continues where it stopped`,
+            `the download of ${file.name} broke off ${attempts} times (${error.message}): ` +
+              'check the network and run again, it continues where it stopped',
           );
         await delay(firstPause * 2 ** (attempt - 1));
       }
@@ -124,7 +125,8 @@ async function hashOf(file: RemoteFile, partial: string, length: number): Promis
   return hash;
 }
 
-// A name of our own for the partial file, holding what a dead process, or Python's library, left of it if there is any.
+// A name of our own for the partial file, holding what a dead process, or Python's library, left of it if
+// there is any.
 function claimPartial(target: string): string {
   const mine = freeName(target);
   const prefix = `${basename(target)}.`;
@@ -150,7 +152,8 @@ function freeName(target: string): string {
   }
 }
 
-// Python's library puts no process id into the name: one that grew within the last minute may still be written.
+// Python's library puts no process id into the name: one that grew within the last minute may still be
+// written.
 function isInUse(path: string, owner: string): boolean {
   if (!/^\d+$/.test(owner)) {
     const changed = statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? Date.now();

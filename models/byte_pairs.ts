@@ -1,9 +1,10 @@
-// Byte-pair encoding of one word (Sennrich et al. 2016, over bytes as in GPT-2): bytes become printable characters, the last
-// one carries "</w>", and the pair with the lowest rank is merged until none is left. A heap over a linked list keeps
-// a word of n bytes at n log n, as a prompt may be one word of any length.
+// Byte-pair encoding of one word (Sennrich et al. 2016, over bytes as in GPT-2): bytes become printable
+// characters, the last one carries "</w>", and the pair with the lowest rank is merged until none is left. A
+// heap over a linked list keeps a word of n bytes at n log n, as a prompt may be one word of any length.
 import { UserError } from '../io/errors.ts';
 
-// GPT-2's printable stand-ins: Latin-1's visible characters are themselves, the other bytes go to U+0100 and up.
+// GPT-2's printable stand-ins: Latin-1's visible characters are themselves, the other bytes go to U+0100 and
+// up.
 const characterOfByte: string[] = [];
 const byteOfCharacter = new Map<string, number>();
 for (let byte = 0, next = 0x100; byte < 256; byte++) {
@@ -60,7 +61,8 @@ export class BytePairEncoder {
       const [leftId, rightId, id] = [ids.get(left), ids.get(right ?? ''), ids.get(left + right)];
       if (rest.length > 0 || leftId === undefined || rightId === undefined || id === undefined) {
         throw new UserError(
-          `${where} has a merge "${line}" in merges.txt that vocab.json does not know: download both files again`,
+          `${where} has a merge "${line}" in merges.txt that vocab.json does not know: ` +
+            'download both files again',
         );
       }
       this.#merges.set(leftId * this.#pairBase + rightId, { rank, id });

@@ -1,6 +1,7 @@
-// Box-Muller in float32 as PyTorch's AVX2 code computes it: the single-precision log, sin and cos of the Cephes library
-// (Moshier 1989; vectorised as "avx_mathfun"), with fused multiply-adds. JavaScript has neither float32 arithmetic nor fma, so
-// each step is done in double and rounded once. Every constant is a float32.
+// Box-Muller in float32 as PyTorch's AVX2 code computes it: the single-precision log, sin and cos of the
+// Cephes library (Moshier 1989; vectorised as "avx_mathfun"), with fused multiply-adds. JavaScript has
+// neither float32 arithmetic nor fma, so each step is done in double and rounded once. Every constant is a
+// float32.
 
 const f64 = new Float64Array(1);
 const words = new Int32Array(f64.buffer); // low word first: little-endian, as every platform of Node
@@ -8,8 +9,8 @@ const f32 = new Float32Array(1);
 const f32Bits = new Int32Array(f32.buffer);
 
 /**
- * a * b + c of float32 numbers, rounded once to float32. The product is exact in double; the sum is rounded to odd
- * (Boldo & Melquiond 2008), so that the second rounding cannot see a false tie.
+ * a * b + c of float32 numbers, rounded once to float32. The product is exact in double; the sum is rounded
+ * to odd (Boldo & Melquiond 2008), so that the second rounding cannot see a false tie.
  */
 export function fma32(a: number, b: number, c: number): number {
   const product = a * b;

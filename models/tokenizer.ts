@@ -1,7 +1,7 @@
-// CLIP's byte-level BPE tokenizer (Radford et al. 2021) as transformers runs it: normalise (NFC, spaces, lower case), cut out
-// special tokens, split into words, merge byte pairs by rank, and lay out BOS, text, EOS, padding.
-// The padding token is a special token like the others: in SDXL's second tokenizer it is "!", so every "!" in a
-// prompt is id 0 there, as it was when SDXL was trained.
+// CLIP's byte-level BPE tokenizer (Radford et al. 2021) as transformers runs it: normalise (NFC, spaces,
+// lower case), cut out special tokens, split into words, merge byte pairs by rank, and lay out BOS, text,
+// EOS, padding. The padding token is a special token like the others: in SDXL's second tokenizer it is "!",
+// so every "!" in a prompt is id 0 there, as in diffusers.
 
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
@@ -12,8 +12,8 @@ import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
 export interface Tokenizer {
   readonly modelMaxLength: number;
   /**
-   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding. `truncated` is the end of the prompt that did not fit, as
-   * diffusers' warning shows it, and '' when all of it did.
+   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding. `truncated` is the end of the prompt that
+   * did not fit, as diffusers' warning shows it, and '' when all of it did.
    */
   encode(prompt: string): { ids: Int32Array; truncated: string };
 }
@@ -38,7 +38,8 @@ interface AddedToken {
 const clipLength = 77;
 
 /**
- * The tokenizer in `folder`: vocab.json, merges.txt, and tokenizer_config.json or special_tokens_map.json if there.
+ * The tokenizer in `folder`: vocab.json, merges.txt, and tokenizer_config.json or special_tokens_map.json if
+ * there.
  * @throws UserError when a file is missing, unreadable or inconsistent
  */
 export function loadTokenizer(folder: string): Tokenizer {
@@ -140,10 +141,14 @@ function clipTokenizer(
   };
 }
 
-/** CLIP's word pattern. It runs on lower-cased text; whitespace is Unicode's, which JavaScript's \s is not quite. */
+/**
+ * CLIP's word pattern. It runs on lower-cased text; whitespace is Unicode's, which JavaScript's \s is not
+ * quite.
+ */
 const wordPattern = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+/gu;
 
-// Lower case goes code point by code point: String.toLowerCase on a whole word would give the final form of sigma.
+// Lower case goes code point by code point: String.toLowerCase on a whole word would give the final form of
+// sigma.
 function normalise(text: string): string {
   const spaced = text.normalize('NFC').replace(/\p{White_Space}+/gu, ' ');
   return spaced.replace(/\P{ASCII}|[A-Z]/gu, (character) => character.toLowerCase());
@@ -163,8 +168,8 @@ const escapePattern = (text: string) => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\
 const contentOf = (setting: TokenSetting): string =>
   typeof setting === 'string' ? setting : setting.content;
 
-// added_tokens_decoder is the last word; without it (as in older files), BOS, EOS and UNK are matched in the normalised
-// text unless they say otherwise, and a padding token given as a bare string as it is written.
+// added_tokens_decoder is the last word; without it (as in older files), BOS, EOS and UNK are matched in the
+// normalised text unless they say otherwise, and a padding token given as a bare string as it is written.
 function specialTokens(config: TokenizerConfig): Required<AddedToken>[] {
   const found = new Map<string, boolean>();
   const add = (setting: TokenSetting, normalized: boolean) => {

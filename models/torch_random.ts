@@ -1,7 +1,8 @@
-// Random numbers equal bit for bit to those of PyTorch's CPU generator (the AVX2 build), so that a seed gives the same
-// picture here as in diffusers. Engine: the Mersenne Twister MT19937 (Matsumoto & Nishimura 1998). Normals: Box-Muller, in
-// blocks of 16 with Cephes' float32 polynomials (cephes_float.ts) from 16 elements on, one at a time in float64 below that.
-// Only float64 normals, and calls for fewer than 16, rest on the platform's log, sin and cos: their last bit may differ.
+// Random numbers equal bit for bit to those of PyTorch's CPU generator (the AVX2 build), so that a seed gives
+// the same picture here as in diffusers. Engine: the Mersenne Twister MT19937 (Matsumoto & Nishimura 1998).
+// Normals: Box-Muller, in blocks of 16 with Cephes' float32 polynomials (cephes_float.ts) from 16 elements
+// on, one at a time in float64 below that. Only float64 normals, and calls for fewer than 16, rest on the
+// platform's log, sin and cos: their last bit may differ.
 import { fromBfloat16, fromFloat16, toBfloat16, toFloat16 } from '../io/dtype.ts';
 import { boxMuller16 } from './cephes_float.ts';
 
@@ -11,7 +12,10 @@ const stateSize = 624;
 const middle = 397;
 const blockSize = 16;
 
-/** torch.Generator on the CPU. Calls advance one stream; the same calls in the same order give the same numbers. */
+/**
+ * torch.Generator on the CPU. Calls advance one stream; the same calls in the same order give the same
+ * numbers.
+ */
 export class TorchGenerator {
   readonly #state = new Uint32Array(stateSize);
   #next = stateSize;
@@ -41,7 +45,10 @@ export class TorchGenerator {
     return out;
   }
 
-  /** torch.randn of a contiguous tensor with `n` elements; the half types come as float32 holding the rounded values. */
+  /**
+   * torch.randn of a contiguous tensor with `n` elements; the half types come as float32 holding the rounded
+   * values.
+   */
   randn(n: number, dtype: 'float64'): Float64Array;
   randn(n: number, dtype?: Exclude<RandomDType, 'float64'>): Float32Array;
   randn(n: number, dtype: RandomDType = 'float32'): Float32Array | Float64Array {

@@ -1,5 +1,6 @@
-// PyTorch's CPU random numbers, bit for bit, against values drawn with PyTorch itself. Where the golden data grants a
-// tolerance (float64 Box-Muller, which rests on the C library) the test takes that tolerance and no more.
+// PyTorch's CPU random numbers, bit for bit, against values drawn with PyTorch itself. Where the golden data
+// grants a tolerance (float64 Box-Muller, which rests on the C library) the test takes that tolerance and no
+// more.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -12,7 +13,8 @@ const area = goldenArea('rng');
 const file = openSafetensors(join(goldenFolder, 'cases', 'rng.safetensors'));
 const fileBytes = readFileSync(file.path);
 
-// float64 is no type of the project's own and large integers do not fit float32: these are read from the file's bytes.
+// float64 is no type of the project's own and large integers do not fit float32: these are read from the
+// file's bytes.
 function golden(tensor: string): ArrayLike<number> {
   const info = file.tensors.get(tensor);
   if (!info) throw new Error(`no golden tensor ${tensor}`);
@@ -85,13 +87,12 @@ test('seeds and arguments', async (t) => {
 
 test('fma32 rounds once', async (t) => {
   const ulp = 2 ** -23;
-  // Sums in double that land on a false tie between two floats.
-  const a = 1 + ulp;
-  t.equal(fma32(a, 2 ** -24, 1), 1 + ulp, 'just above a tie goes up');
-  t.equal(fma32(1 - 2 ** -24, 2 ** -24, 1), 1, 'just below a tie goes down');
+  // (1 + ulp)(1 - ulp) is just below 1: the exact sums lie beside a tie, their doubles on it.
+  t.equal(fma32(1 + ulp, 2 ** -24 * (1 - ulp), 1 + ulp), 1 + ulp, 'just below a tie goes down');
+  t.equal(fma32(1 + ulp, -(2 ** -24) * (1 - ulp), 1 + ulp), 1 + ulp, 'just above a tie goes up');
   t.equal(fma32(2 ** -24, 1, 1), 1, 'a tie goes to even');
-  t.equal(fma32(-(2 ** -40), 2 ** -40, Math.fround(0.1)), Math.fround(0.1));
-  t.equal(fma32(2 ** -50, 2 ** -50, 1 + ulp * 3), 1 + ulp * 3);
+  t.equal(fma32(2 ** -24, 1, 1 + ulp), 1 + 2 * ulp, 'a tie goes to even');
+  t.equal(fma32(-(2 ** -40), 2 ** -40, Math.fround(0.1)), Math.fround(0.1), 'what is too small vanishes');
 });
 
 test('the noise of a 1024 x 1024 picture takes well under 100 ms', async (t) => {
