@@ -23,7 +23,7 @@ constexpr int LANES = 8, MR = 6;
 constexpr int LANES = 4, MR = 6;
 #endif
 constexpr int NR = 2 * LANES;
-constexpr int KC = 128;          // words of k in a block
+constexpr int KC = 128;           // words of k in a block
 constexpr int A_STRIDE = KC + 16; // not a power of two: MR rows must not share one cache set
 constexpr int TILE_COLUMNS = 512;
 constexpr int TILE_PANELS = 8;
@@ -349,11 +349,11 @@ void compute_tile(const Output<T> &c, const Operand<T> &a, const float *packed, 
     const int64_t end = std::min(k, at + step);
     const int words = int((end - at + PAIR<T> - 1) / PAIR<T>);
     pack_a(a_panel, a, rows.begin, rows.count(), at, end);
+    const float *first = packed + (at / step * panels + (columns.begin - chunk.begin) / NR) * (KC * NR);
     for (int i = 0; i < rows.count(); i += MR)
-      for (int j = 0; j < columns.count(); j += NR) {
-      const float *b = packed + (at / step * panels + (columns.begin - chunk.begin + j) / NR) * (KC * NR);
-        micro_kernel_of<T>(std::min(MR, rows.count() - i), sums + int64_t(i) * stride + j, stride, a_panel + i * A_STRIDE, b, words, at > 0);
-    }
+      for (int j = 0; j < columns.count(); j += NR)
+        micro_kernel_of<T>(std::min(MR, rows.count() - i), sums + int64_t(i) * stride + j, stride, a_panel + i * A_STRIDE,
+                           first + j * KC, words, at > 0);
   }
   for (int i = 0; i < rows.count(); i++) {
     float *values = sums + int64_t(i) * stride;
@@ -436,8 +436,10 @@ void gemm(const Output<T> &c, const Operand<T> &a, const Operand<T> &b, int64_t 
         pack_b(packed + i * (KC * NR), b, column, int(std::min<int64_t>(NR, chunk.end - column)), block * step, std::min(k, (block + 1) * step));
       }
     });
-    const int64_t height = MR * TILE_PANELS, across = TILE_COLUMNS;
-    const int64_t down = (m + height - 1) / height, along = (chunk.count() + across - 1) / across;
+    const int64_t height = MR * TILE_PANELS, down = (m + height - 1) / height;
+    int64_t across = TILE_COLUMNS; // narrower tiles where there are too few to share out evenly
+    while (across > 2 * GEGLU_BLOCK && down * (chunk.count() / across) < 6 * thread_count()) across /= 2;
+    const int64_t along = (chunk.count() + across - 1) / across;
     parallel_for(down * along, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; i++) {
         const int64_t row = i / along * height, column = chunk.begin + i % along * across;
