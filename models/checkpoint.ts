@@ -1,0 +1,199 @@
+// Reading a diffusers folder: one config.json and one or more .safetensors files per component. Weights are streamed
+// tensor by tensor into the device, so loading never holds more than one tensor beside the model itself.
+import { existsSync, readdirSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
+import { unscoped } from '../engine/scope.ts';
+import { empty } from '../engine/tensor.ts';
+import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { readJson } from '../io/files.ts';
+import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+
+export type Json = Record<string, unknown>;
+
+/** Weights by name, wherever they lie: `read` returns raw bytes in the checkpoint's own layout. */
+export interface WeightSource {
+  /** What error messages call it. */
+  readonly where: string;
+  readonly names: readonly string[];
+  info(name: string): { dtype: string; shape: readonly number[] } | undefined;
+  floats(name: string): Float32Array;
+  bytes(name: string): Uint8Array;
+  close(): void;
+}
+
+export interface ModelSource {
+  readonly kind: 'folder' | 'file';
+  readonly path: string;
+  readonly modelIndex: Json;
+  has(component: string): boolean;
+  /** The component's config (`scheduler` included). */
+  config(component: string): Json;
+  /** Where a tokenizer's files lie. */
+  folder(component: string): string;
+  weights(component: string): WeightSource;
+  load(component: string, module: AnyModule, device: Device, dtype: FloatDType): void;
+}
+
+/** Opens a diffusers folder; `variant` picks files such as diffusion_pytorch_model.fp16.safetensors first. */
+export function openModel(path: string, { variant }: { variant?: string } = {}): ModelSource {
+  if (!existsSync(path)) throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+  if (!statSync(path).isDirectory()) throw new UserError(`${path} is not a folder`);
+  const index = join(path, 'model_index.json');
+  if (!existsSync(index)) {
+    throw new UserError(`${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`);
+  }
+  const source: ModelSource = {
+    kind: 'folder',
+    path,
+    modelIndex: readJson(index) as Json,
+    has: (component) => existsSync(join(path, component)),
+    config(component) {
+      const folder = join(path, component);
+      const names = ['config.json', 'scheduler_config.json'].map((name) => join(folder, name));
+      const found = names.find((name) => existsSync(name));
+      if (!found) throw new UserError(`${path} has no ${component}/config.json; the model is incomplete, download it again`);
+      return readJson(found) as Json;
+    },
+    folder: (component) => join(path, component),
+    weights: (component) => openWeights(join(path, component), variant),
+    load(component, module, device, dtype) {
+      const weights = source.weights(component);
+      try {
+        loadParameters(module, weights, device, dtype);
+      } finally {
+        weights.close();
+      }
+    },
+  };
+  return source;
+}
+
+/** The weight files of a component folder: one file, or shards named by an index. */
+export function openWeights(folder: string, variant?: string): WeightSource {
+  if (!existsSync(folder)) throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
+  const present = readdirSync(folder).filter((name) => name.endsWith('.safetensors'));
+  const files = pickFiles(folder, present, variant).map((name) => openSafetensors(join(folder, name)));
+  return sourceOf(folder, files);
+}
+
+/** The plain files, or the variant's (`x.fp16.safetensors`, `x.fp16-00001-of-00002.safetensors`) where asked or alone. */
+function pickFiles(folder: string, present: readonly string[], variant: string | undefined): string[] {
+  const marked = (name: string) => /\.([a-z0-9_]+)(-\d{5}-of-\d{5})?\.safetensors$/i.exec(name)?.[1];
+  const plain = present.filter((name) => marked(name) === undefined);
+  const variants = present.filter((name) => marked(name) !== undefined);
+  const wanted = variant ? variants.filter((name) => marked(name) === variant) : plain.length ? plain : variants;
+  if (wanted.length === 0) {
+    const pickled = readdirSync(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
+    if (pickled) {
+      throw new UserError(
+        `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,
+      );
+    }
+    throw new UserError(`${folder} has no ${variant ? `${variant} ` : ''}.safetensors file; the model is incomplete, download it again`);
+  }
+  const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));
+  const shards = wanted.filter((name) => !whole.includes(name)).sort();
+  if (whole.length > 0) return [whole.sort()[0]];
+  const count = Number(/-of-(\d{5})\./.exec(shards[0])?.[1]);
+  if (shards.length !== count) {
+    throw new UserError(`${folder} has ${shards.length} of ${count} shards; download the missing ones`);
+  }
+  return shards;
+}
+
+/** Several safetensors files seen as one set of names. */
+export function sourceOf(where: string, files: readonly SafetensorsFile[]): WeightSource {
+  const holder = new Map<string, SafetensorsFile>();
+  for (const file of files) for (const name of file.tensors.keys()) holder.set(name, file);
+  const fileOf = (name: string): SafetensorsFile => {
+    const file = holder.get(name);
+    if (!file) throw new UserError(`${where} has no tensor ${name}`);
+    return file;
+  };
+  return {
+    where,
+    names: [...holder.keys()],
+    info: (name) => holder.get(name)?.tensors.get(name),
+    floats(name) {
+      const file = fileOf(name);
+      return decodeFloats(file.read(name), file.tensors.get(name)?.dtype ?? 'float32');
+    },
+    bytes: (name) => fileOf(name).read(name),
+    close() {
+      for (const file of files) file.close();
+    },
+  };
+}
+
+/** Names that published files carry and no parameter wants. */
+const ignorable = /(^|\.)(position_ids|logit_scale)$/;
+
+/** transformers 5 saves text_encoder's keys without the `text_model.` that published files have: accept both. */
+const spellings = (name: string): string[] => (name.startsWith('text_model.') ? [name, name.slice('text_model.'.length)] : [name]);
+
+/** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
+export function loadParameters(module: AnyModule, source: WeightSource, device: Device, dtype: FloatDType): void {
+  const parameters = namedParameters(module);
+  const stored = new Map<string, string>();
+  for (const name of parameters.keys()) {
+    const found = spellings(name).find((spelling) => source.info(spelling));
+    if (found) stored.set(name, found);
+  }
+  const used = new Set(stored.values());
+  const missing = [...parameters.keys()].filter((name) => !stored.has(name));
+  const extra = source.names.filter((name) => !used.has(name) && !ignorable.test(name));
+  const misshapen = [...stored].flatMap(([name, spelling]) => {
+    const [want, got] = [parameters.get(name)?.shape, source.info(spelling)?.shape];
+    return want?.join() === got?.join() ? [] : [`${name} is [${got}] and should be [${want}]`];
+  });
+  const problems = [listed('missing', missing), listed('unexpected', extra), listed('misshapen', misshapen)].filter(Boolean);
+  if (problems.length) throw new UserError(`${source.where} does not fit its config: ${problems.join('; ')}`);
+  for (const [name, spelling] of stored) {
+    fillParameter(parameters.get(name) as Parameter, spelling, source, device, dtype);
+  }
+}
+
+function listed(what: string, names: readonly string[]): string {
+  if (names.length === 0) return '';
+  const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
+  return `${what} ${names.slice(0, 8).join(', ')}${more}`;
+}
+
+function fillParameter(target: Parameter, name: string, source: WeightSource, device: Device, dtype: FloatDType): void {
+  const stored = source.info(name)?.dtype;
+  const raw = source.bytes(name);
+  const same = stored === dtype && dtype !== 'float32' && isFloat(dtype);
+  assertFinite(raw, stored, name, source.where);
+  const bytes = same ? raw : encodeNumbers(source.floats(name), dtype);
+  const laid = target.layout === 'conv' ? channelsLast(bytes, target.shape, bytesPerElement[dtype]) : bytes;
+  target.tensor = unscoped(() => empty(target.memoryShape, { device, dtype }).upload(laid));
+}
+
+/** NaN and infinities are told by the exponent bits alone: all ones. */
+function assertFinite(raw: Uint8Array, dtype: string | undefined, name: string, where: string): void {
+  const bad = () => new UserError(`${where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`);
+  const mask = dtype === 'float16' ? 0x7c00 : dtype === 'bfloat16' ? 0x7f80 : 0;
+  if (mask) {
+    const bits = new Uint16Array(raw.buffer, raw.byteOffset, raw.byteLength / 2);
+    for (let i = 0; i < bits.length; i++) if ((bits[i] & mask) === mask) throw bad();
+  } else if (dtype === 'float32') {
+    const bits = new Uint32Array(raw.buffer, raw.byteOffset, raw.byteLength / 4);
+    for (let i = 0; i < bits.length; i++) if ((bits[i] & 0x7f800000) === 0x7f800000) throw bad();
+  }
+}
+
+/** [o, i, kh, kw] → [o, kh, kw, i], on raw elements of `size` bytes. */
+export function channelsLast(bytes: Uint8Array, [o, i, kh, kw]: readonly number[], size: number): Uint8Array {
+  const taps = kh * kw;
+  if (taps === 1) return bytes;
+  const View = size === 4 ? Uint32Array : Uint16Array;
+  const from = new View(bytes.buffer, bytes.byteOffset, bytes.byteLength / size);
+  const to = new View(from.length);
+  for (let out = 0; out < o; out++)
+    for (let c = 0; c < i; c++)
+      for (let tap = 0; tap < taps; tap++) to[(out * taps + tap) * i + c] = from[(out * i + c) * taps + tap];
+  return new Uint8Array(to.buffer as ArrayBuffer);
+}

@@ -1,0 +1,138 @@
+// CLIP text encoders (Radford et al. 2021): ViT-L (quick_gelu) and OpenCLIP bigG (gelu, with a projection). SDXL reads
+// an inner layer's hidden states without the final norm, so layers past it run only when the pooled vector is wanted.
+import { embedding, layerNorm, linear } from '../engine/layers.ts';
+import { type Module, module } from '../engine/module.ts';
+import { attention } from '../engine/ops/attention.ts';
+import { add } from '../engine/ops/binary.ts';
+import { concat, slice } from '../engine/ops/move.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
+
+export interface TextConfig {
+  vocab_size: number;
+  hidden_size: number;
+  intermediate_size: number;
+  num_hidden_layers: number;
+  num_attention_heads: number;
+  max_position_embeddings: number;
+  hidden_act: 'quick_gelu' | 'gelu';
+  layer_norm_eps: number;
+  eos_token_id: number;
+  /** Width of the pooled projection; undefined for an encoder without one. */
+  projection_dim: number | undefined;
+}
+
+/** Reads text_encoder/config.json. The projection exists only in CLIPTextModelWithProjection. */
+export function parseTextConfig(json: Record<string, unknown>): TextConfig {
+  const number = (key: string, fallback?: number): number => {
+    const value = json[key] ?? fallback;
+    if (typeof value !== 'number') throw new UserError(`text encoder config.json: "${key}" is missing or not a number`);
+    return value;
+  };
+  const act = json.hidden_act ?? 'quick_gelu';
+  if (act !== 'quick_gelu' && act !== 'gelu') throw new UserError(`text encoder config.json: hidden_act "${act}" is not supported`);
+  const projected = (json.architectures as string[] | undefined)?.[0] === 'CLIPTextModelWithProjection';
+  return {
+    vocab_size: number('vocab_size'),
+    hidden_size: number('hidden_size'),
+    intermediate_size: number('intermediate_size'),
+    num_hidden_layers: number('num_hidden_layers'),
+    num_attention_heads: number('num_attention_heads'),
+    max_position_embeddings: number('max_position_embeddings', 77),
+    hidden_act: act,
+    layer_norm_eps: number('layer_norm_eps', 1e-5),
+    eos_token_id: number('eos_token_id', 2),
+    projection_dim: projected ? number('projection_dim') : undefined,
+  };
+}
+
+const selfAttention = (c: number, heads: number) =>
+  module(
+    { q_proj: linear(c, c), k_proj: linear(c, c), v_proj: linear(c, c), out_proj: linear(c, c) },
+    (m, x: Tensor, residual: Tensor) =>
+      m.out_proj(attention(m.q_proj(x), m.k_proj(x), m.v_proj(x), { heads, causal: true }), { residual }),
+  );
+
+const mlp = (c: number, inner: number, activation: TextConfig['hidden_act']) =>
+  module({ fc1: linear(c, inner), fc2: linear(inner, c) }, (m, x: Tensor, residual: Tensor) =>
+    m.fc2(m.fc1(x, { activation }), { residual }),
+  );
+
+const encoderLayer = (config: TextConfig) => {
+  const { hidden_size: c, layer_norm_eps: eps } = config;
+  return module(
+    {
+      layer_norm1: layerNorm(c, { eps }),
+      self_attn: selfAttention(c, config.num_attention_heads),
+      layer_norm2: layerNorm(c, { eps }),
+      mlp: mlp(c, config.intermediate_size, config.hidden_act),
+    },
+    (m, x: Tensor) => {
+      const h = m.self_attn(m.layer_norm1(x), x);
+      return m.mlp(m.layer_norm2(h), h);
+    },
+  );
+};
+
+export interface TextStates {
+  /** The asked-for entry of hidden_states, [n, 77, c], without the final norm. */
+  hidden: Tensor;
+  /** The final-normed state at EOS, projected: [n, projection_dim]. */
+  pooled: Tensor | undefined;
+}
+
+export type TextEncoder = Module<[ids: Tensor, options: { layer: number; pooled: boolean }], TextStates>;
+
+/**
+ * ids int32 [n, 77]. `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
+ * SDXL uses); `pooled` also runs the rest of the layers and the projection.
+ */
+export function textEncoder(config: TextConfig): TextEncoder {
+  const { hidden_size: c, num_hidden_layers: depth, projection_dim: projection } = config;
+  const textModel = module(
+    {
+      embeddings: module(
+        {
+          token_embedding: embedding(config.vocab_size, c),
+          position_embedding: embedding(config.max_position_embeddings, c),
+        },
+        (m, ids: Tensor) => {
+          const positions = Int32Array.from({ length: ids.shape[1] }, (_, i) => i);
+          return add(
+            m.token_embedding(ids),
+            m.position_embedding(tensor(positions, [positions.length], { device: ids.device, dtype: 'int32' })),
+          );
+        },
+      ),
+      encoder: module({ layers: Array.from({ length: depth }, () => encoderLayer(config)) }, (m, x: Tensor, upTo: number) =>
+        m.layers.slice(0, upTo).reduce((h, layer) => layer(h), x),
+      ),
+      final_layer_norm: layerNorm(c, { eps: config.layer_norm_eps }),
+    },
+    (m, ids: Tensor, layer: number, pooled: boolean) => {
+      const entry = layer < 0 ? depth + 1 + layer : layer;
+      if (entry < 0 || entry > depth) throw new UserError(`--clip-skip: layer ${layer} of a text encoder with ${depth} layers`);
+      const hidden = m.encoder(m.embeddings(ids), entry);
+      const rest = pooled ? m.encoder.children.layers.slice(entry).reduce((h, next) => next(h), hidden) : undefined;
+      return { hidden, final: rest && m.final_layer_norm(rest) };
+    },
+  );
+  const text_projection = projection === undefined ? undefined : linear(c, projection, { bias: false });
+  return module({ text_model: textModel, text_projection }, (m, ids: Tensor, options: { layer: number; pooled: boolean }) => {
+    const { hidden, final } = m.text_model(ids, options.layer, options.pooled);
+    return { hidden, pooled: final && m.text_projection?.(statesAtEos(final, ids, config.eos_token_id)) };
+  });
+}
+
+/** Row i of the result is the state at prompt i's EOS: the largest id where the config says 2 (as published), else the first equal one. */
+function statesAtEos(states: Tensor, ids: Tensor, eos: number): Tensor {
+  const bytes = ids.bytes();
+  const values = new Int32Array(bytes.buffer, bytes.byteOffset, ids.size);
+  const [n, length] = ids.shape;
+  const rows = Array.from({ length: n }, (_, i) => {
+    const row = values.subarray(i * length, (i + 1) * length);
+    const at = eos === 2 ? row.indexOf(row.reduce((a, b) => Math.max(a, b))) : Math.max(0, row.indexOf(eos));
+    return slice(slice(states, 0, i, 1), 1, at, 1);
+  });
+  return concat(rows, 0).reshape(n, -1);
+}

@@ -1,0 +1,273 @@
+// SDXL's UNet (Podell et al. 2023, section 2.1), base and refiner from one description: a table of levels, each with its
+// width and transformer depth; features pushed on the way down and popped on the way up. The tree spells diffusers' keys.
+// What stays the same over all steps of an image (keys and values of the prompt, the embedded sizes) is computed once
+// when the conditioning carries a StepCache; training passes none.
+import { conv2d, groupNorm, layerNorm, linear } from '../engine/layers.ts';
+import { type Module, module } from '../engine/module.ts';
+import { attention as attentionOp } from '../engine/ops/attention.ts';
+import { concat, timestepEmbedding } from '../engine/ops/move.ts';
+import { cast, silu } from '../engine/ops/unary.ts';
+import { keep } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import { downsample, type NormConfig, resnetChildren, upsample } from './blocks.ts';
+
+/** The fields of diffusers' unet/config.json that SDXL's UNets differ in. */
+export interface UNetConfig {
+  in_channels: number;
+  out_channels: number;
+  /** The latent's side that the model was trained for. */
+  sample_size: number;
+  block_out_channels: readonly number[];
+  layers_per_block: number;
+  down_block_types: readonly string[];
+  up_block_types: readonly string[];
+  /** Per level or one for all. Despite its name in diffusers, the NUMBER of heads. */
+  attention_head_dim: number | readonly number[];
+  transformer_layers_per_block: number | readonly number[];
+  cross_attention_dim: number;
+  addition_time_embed_dim: number;
+  projection_class_embeddings_input_dim: number;
+  norm_num_groups: number;
+  norm_eps: number;
+}
+
+/** Tensors that are computed at the first step of an image and used by all later ones, until release(). */
+export class StepCache {
+  #made = new Map<object, readonly Tensor[]>();
+
+  once(key: object, make: () => readonly Tensor[]): readonly Tensor[] {
+    const made = this.#made.get(key) ?? make().map(keep);
+    this.#made.set(key, made);
+    return made;
+  }
+
+  release(): void {
+    for (const tensors of this.#made.values()) for (const t of tensors) t.release();
+    this.#made.clear();
+  }
+}
+
+export interface Conditioning {
+  /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
+  context: Tensor;
+  /** The pooled prompt [n, projection_dim] in the model's type. */
+  text_embeds: Tensor;
+  /** float32 [n, 6]: original height, width, crop top, left, target height, width; refiner [n, 5]: aesthetic score last. */
+  time_ids: Tensor;
+  cache?: StepCache;
+}
+
+const once = (cache: StepCache | undefined, key: object, make: () => readonly Tensor[]): readonly Tensor[] =>
+  cache ? cache.once(key, make) : make();
+
+type Resnet = Module<[x: Tensor, temb: Tensor], Tensor>;
+type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
+
+/** `temb` [n, ctemb] has its SiLU already, as every block would apply the same one. */
+const resnet = (cin: number, cout: number, ctemb: number, norm: NormConfig): Resnet =>
+  module(
+    { ...resnetChildren(cin, cout, norm), time_emb_proj: linear(ctemb, cout) },
+    (m, x: Tensor, temb: Tensor) => {
+      const h = m.conv1(m.norm1(x), { shift: m.time_emb_proj(temb) });
+      return m.conv2(m.norm2(h), { residual: m.conv_shortcut?.(x) ?? x });
+    },
+  );
+
+const attentionChildren = (c: number, contextWidth: number) => ({
+  to_q: linear(c, c, { bias: false }),
+  to_k: linear(contextWidth, c, { bias: false }),
+  to_v: linear(contextWidth, c, { bias: false }),
+  to_out: [linear(c, c)],
+});
+
+/** residual + attention of x [n, l, c] over itself. */
+const selfAttention = (c: number, heads: number) =>
+  module(attentionChildren(c, c), (m, x: Tensor, residual: Tensor) =>
+    m.to_out[0](attentionOp(m.to_q(x), m.to_k(x), m.to_v(x), { heads }), { residual }),
+  );
+
+/** residual + attention of x [n, l, c] over the prompt. */
+const crossAttention = (c: number, contextWidth: number, heads: number) =>
+  module(attentionChildren(c, contextWidth), (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
+    const [k, v] = once(cache, m, () => [m.to_k(context), m.to_v(context)]);
+    return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
+  });
+
+/** residual + W2 GEGLU(W1 x) (Shazeer 2020). The keys are net.0.proj and net.2; net.1 was dropout. */
+const feedForward = (c: number) => {
+  const geglu = module({ proj: linear(c, 8 * c) }, (m, x: Tensor) => m.proj(x, { activation: 'geglu' }));
+  const out = linear(4 * c, c);
+  return module({ net: [geglu, undefined, out] }, (_, x: Tensor, residual: Tensor) => out(geglu(x), { residual }));
+};
+
+const transformerBlock = (c: number, contextWidth: number, heads: number) =>
+  module(
+    {
+      norm1: layerNorm(c),
+      attn1: selfAttention(c, heads),
+      norm2: layerNorm(c),
+      attn2: crossAttention(c, contextWidth, heads),
+      norm3: layerNorm(c),
+      ff: feedForward(c),
+    },
+    (m, x: Tensor, conditioning: Conditioning) => {
+      let h = m.attn1(m.norm1(x), x);
+      h = m.attn2(m.norm2(h), conditioning, h);
+      return m.ff(m.norm3(h), h);
+    },
+  );
+
+interface Level {
+  width: number;
+  heads: number;
+  /** Transformer blocks after each resnet; 0 for none. */
+  depth: number;
+}
+
+/** Transformer2DModel: channels last makes an image a token sequence without a transpose. */
+const transformer = ({ width: c, heads, depth }: Level, contextWidth: number, groups: number): Transformer =>
+  module(
+    {
+      norm: groupNorm(groups, c, { eps: 1e-6 }),
+      proj_in: linear(c, c),
+      transformer_blocks: times(depth, () => transformerBlock(c, contextWidth, heads)),
+      proj_out: linear(c, c),
+    },
+    (m, x: Tensor, conditioning: Conditioning) => {
+      const [n, height, width] = x.shape;
+      let h = m.proj_in(m.norm(x).reshape(n, height * width, c));
+      for (const block of m.transformer_blocks) h = block(h, conditioning);
+      return m.proj_out(h, { residual: x.reshape(n, height * width, c) }).reshape(n, height, width, c);
+    },
+  );
+
+const times = <T>(count: number, make: (i: number) => T): T[] => Array.from({ length: count }, (_, i) => make(i));
+
+/** Two linears with SiLU between, for the timestep and for the added conditions. */
+const embeddingMlp = (inputs: number, width: number) =>
+  module({ linear_1: linear(inputs, width), linear_2: linear(width, width) }, (m, x: Tensor, residual?: Tensor) =>
+    m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
+  );
+
+/** A level on the way down; returns everything the way up will want, the last entry being its output. */
+const downBlock = (resnets: Resnet[], attentions: (Transformer | undefined)[], downsamplers: ReturnType<typeof downsample>[]) =>
+  module({ resnets, attentions, downsamplers }, (m, x: Tensor, temb: Tensor, conditioning: Conditioning): Tensor[] => {
+    let h = x;
+    const features: Tensor[] = [];
+    m.resnets.forEach((resnet, i) => {
+      h = resnet(h, temb);
+      h = m.attentions[i]?.(h, conditioning) ?? h;
+      features.push(h);
+    });
+    for (const down of m.downsamplers) features.push((h = down(h)));
+    return features;
+  });
+
+/** A level on the way up: each resnet takes one feature off `skips`; upsampling aims at the size of the next. */
+const upBlock = (resnets: Resnet[], attentions: (Transformer | undefined)[], upsamplers: ReturnType<typeof upsample>[]) =>
+  module(
+    { resnets, attentions, upsamplers },
+    (m, x: Tensor, skips: Tensor[], temb: Tensor, conditioning: Conditioning): Tensor => {
+      let h = x;
+      m.resnets.forEach((resnet, i) => {
+        h = resnet(concat([h, skips.pop() as Tensor], 3), temb);
+        h = m.attentions[i]?.(h, conditioning) ?? h;
+      });
+      for (const up of m.upsamplers) {
+        const [, height, width] = (skips.at(-1) as Tensor).shape;
+        h = up(h, height, width);
+      }
+      return h;
+    },
+  );
+
+const midBlock = (resnets: [Resnet, Resnet], attentions: [Transformer]) =>
+  module({ resnets, attentions }, (m, x: Tensor, temb: Tensor, conditioning: Conditioning) =>
+    m.resnets[1](m.attentions[0](m.resnets[0](x, temb), conditioning), temb),
+  );
+
+const perLevel = (value: number | readonly number[], level: number): number =>
+  typeof value === 'number' ? value : value[level];
+
+/** Widths, heads and depths from the first level down, before block types decide where transformers are. */
+export const levelsOf = (config: UNetConfig): Level[] =>
+  config.block_out_channels.map((width, i) => ({
+    width,
+    heads: perLevel(config.attention_head_dim, i),
+    depth: perLevel(config.transformer_layers_per_block, i),
+  }));
+
+/** The levels as modules. Channel counts are pushed and popped here exactly as forward does with features. */
+function blocks(config: UNetConfig, ctemb: number) {
+  const levels = levelsOf(config);
+  const norm: NormConfig = { groups: config.norm_num_groups, eps: config.norm_eps };
+  const attention = (level: Level, type: string) =>
+    type.startsWith('CrossAttn') ? transformer(level, config.cross_attention_dim, norm.groups) : undefined;
+  let c = levels[0].width;
+  const skips = [c];
+  const to = (width: number, more = 0): Resnet => {
+    const made = resnet(c + more, width, ctemb, norm);
+    c = width;
+    return made;
+  };
+  const down_blocks = levels.map((level, i) => {
+    const resnets = times(config.layers_per_block, () => to(level.width));
+    const attentions = resnets.map(() => attention(level, config.down_block_types[i]));
+    const downsamplers = i < levels.length - 1 ? [downsample(c, [1, 1, 1, 1])] : [];
+    skips.push(...Array<number>(resnets.length + downsamplers.length).fill(c));
+    return downBlock(resnets, attentions, downsamplers);
+  });
+  const deepest = levels[levels.length - 1];
+  const mid_block = midBlock([to(c), to(c)], [transformer(deepest, config.cross_attention_dim, norm.groups)]);
+  const up_blocks = levels.toReversed().map((level, i) => {
+    const resnets = times(config.layers_per_block + 1, () => to(level.width, skips.pop()));
+    const attentions = resnets.map(() => attention(level, config.up_block_types[i]));
+    return upBlock(resnets, attentions, i < levels.length - 1 ? [upsample(c)] : []);
+  });
+  return { down_blocks, mid_block, up_blocks };
+}
+
+/**
+ * Predicts what the model was trained to predict (noise, for SDXL) from `sample` [n, h, w, in_channels] in the model's
+ * type and `timesteps` float32 [n]; returns [n, h, w, out_channels]. Any h and w.
+ */
+export function unet(config: UNetConfig) {
+  const width = config.block_out_channels[0];
+  const ctemb = 4 * width;
+  return module(
+    {
+      conv_in: conv2d(config.in_channels, width, 3, { padding: 1 }),
+      time_embedding: embeddingMlp(width, ctemb),
+      add_embedding: embeddingMlp(config.projection_class_embeddings_input_dim, ctemb),
+      ...blocks(config, ctemb),
+      conv_norm_out: groupNorm(config.norm_num_groups, width, { eps: config.norm_eps, silu: true }),
+      conv_out: conv2d(width, config.out_channels, 3, { padding: 1 }),
+    },
+    (m, sample: Tensor, timesteps: Tensor, conditioning: Conditioning): Tensor => {
+      const [added] = once(conditioning.cache, m.add_embedding, () => [
+        m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim)),
+      ]);
+      const time = cast(timestepEmbedding(timesteps, width), sample.dtype);
+      const temb = silu(m.time_embedding(time, added));
+
+      let h = m.conv_in(sample);
+      const skips = [h];
+      for (const block of m.down_blocks) {
+        skips.push(...block(h, temb, conditioning));
+        h = skips[skips.length - 1];
+      }
+      h = m.mid_block(h, temb, conditioning);
+      for (const block of m.up_blocks) h = block(h, skips, temb, conditioning);
+      return m.conv_out(m.conv_norm_out(h));
+    },
+  );
+}
+
+export type UNet = ReturnType<typeof unet>;
+
+/** [n, projection_dim + ids * dim]: the pooled prompt, then each id's sinusoids. */
+function addedConditions({ text_embeds, time_ids }: Conditioning, dim: number): Tensor {
+  const [n, ids] = time_ids.shape;
+  const embedded = timestepEmbedding(time_ids, dim).reshape(n, ids * dim);
+  return concat([text_embeds, cast(embedded, text_embeds.dtype)], 1);
+}

@@ -1,0 +1,206 @@
+// The autoencoder (Rombach et al. 2022) between pictures and latents: encoder, decoder, and both in overlapping tiles
+// for sizes that would not fit. Pictures are [n, h, w, 3] in [-1, 1]; latents are the VAE's own, not yet scaled.
+import { conv2d, groupNorm, linear } from '../engine/layers.ts';
+import { type AnyModule, module } from '../engine/module.ts';
+import { attention } from '../engine/ops/attention.ts';
+import { slice, upsampleNearest } from '../engine/ops/move.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
+import { blendTiles, tileStarts } from './tiles.ts';
+
+export interface VaeConfig {
+  in_channels: number;
+  out_channels: number;
+  latent_channels: number;
+  block_out_channels: readonly number[];
+  layers_per_block: number;
+  norm_num_groups: number;
+  sample_size: number;
+  scaling_factor: number;
+  use_quant_conv: boolean;
+  use_post_quant_conv: boolean;
+}
+
+/** Reads vae/config.json; absent switches take diffusers' defaults. */
+export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
+  if (!Array.isArray(json.block_out_channels)) {
+    throw new UserError('vae/config.json: "block_out_channels" is missing; is this an AutoencoderKL?');
+  }
+  const defaults = { in_channels: 3, out_channels: 3, latent_channels: 4, layers_per_block: 1, norm_num_groups: 32 };
+  const switches = { sample_size: 32, scaling_factor: 0.18215, use_quant_conv: true, use_post_quant_conv: true };
+  return { ...defaults, ...switches, ...(json as Partial<VaeConfig>) } as VaeConfig;
+}
+
+const EPS = 1e-6;
+
+const resnet = (config: VaeConfig, inputs: number, outputs: number) => {
+  const norm = (c: number) => groupNorm(config.norm_num_groups, c, { eps: EPS, silu: true });
+  return module(
+    {
+      norm1: norm(inputs),
+      conv1: conv2d(inputs, outputs, 3, { padding: 1 }),
+      norm2: norm(outputs),
+      conv2: conv2d(outputs, outputs, 3, { padding: 1 }),
+      conv_shortcut: inputs === outputs ? undefined : conv2d(inputs, outputs, 1),
+    },
+    (m, x: Tensor) => m.conv2(m.norm2(m.conv1(m.norm1(x))), { residual: m.conv_shortcut?.(x) ?? x }),
+  );
+};
+
+/** One head over all pixels, with biases, unlike the UNet's. */
+const pixelAttention = (config: VaeConfig, c: number) =>
+  module(
+    {
+      group_norm: groupNorm(config.norm_num_groups, c, { eps: EPS }),
+      to_q: linear(c, c),
+      to_k: linear(c, c),
+      to_v: linear(c, c),
+      to_out: [linear(c, c)],
+    },
+    (m, x: Tensor) => {
+      const [n, h, w] = x.shape;
+      const tokens = m.group_norm(x).reshape(n, h * w, c);
+      const mixed = attention(m.to_q(tokens), m.to_k(tokens), m.to_v(tokens), { heads: 1 });
+      return m.to_out[0](mixed, { residual: x.reshape(n, h * w, c) }).reshape(n, h, w, c);
+    },
+  );
+
+const middle = (config: VaeConfig, c: number) =>
+  module({ resnets: [resnet(config, c, c), resnet(config, c, c)], attentions: [pixelAttention(config, c)] }, (m, x: Tensor) =>
+    m.resnets[1](m.attentions[0](m.resnets[0](x))),
+  );
+
+const repeat = <T>(count: number, make: (i: number) => T): T[] => Array.from({ length: count }, (_, i) => make(i));
+
+/** A level of resnets and a last step that changes the size: down by a strided convolution, or up by nearest pixels. */
+function level(config: VaeConfig, layers: number, inputs: number, outputs: number, resize: 'down' | 'up' | undefined) {
+  // Half a pixel less on the top and left: zeros only right and below, as the original model was trained.
+  const down = resize === 'down' ? [module({ conv: conv2d(outputs, outputs, 3, { stride: 2, padding: [0, 0, 1, 1] }) }, call)] : undefined;
+  const up = resize === 'up' ? [module({ conv: conv2d(outputs, outputs, 3, { padding: 1 }) }, call)] : undefined;
+  return module(
+    {
+      resnets: repeat(layers, (i) => resnet(config, i === 0 ? inputs : outputs, outputs)),
+      downsamplers: down,
+      upsamplers: up,
+    },
+    (m, x: Tensor) => {
+      const h = m.resnets.reduce((y, res) => res(y), x);
+      if (m.upsamplers) return m.upsamplers[0](upsampleNearest(h, 2 * h.shape[1], 2 * h.shape[2]));
+      return m.downsamplers?.[0](h) ?? h;
+    },
+  );
+}
+
+const call = (m: { conv: (x: Tensor) => Tensor }, x: Tensor): Tensor => m.conv(x);
+
+const encoder = (config: VaeConfig) => {
+  const { block_out_channels: channels, latent_channels: latent } = config;
+  const last = channels[channels.length - 1];
+  return module(
+    {
+      conv_in: conv2d(config.in_channels, channels[0], 3, { padding: 1 }),
+      down_blocks: channels.map((c, i) =>
+        level(config, config.layers_per_block, channels[Math.max(0, i - 1)], c, i < channels.length - 1 ? 'down' : undefined),
+      ),
+      mid_block: middle(config, last),
+      conv_norm_out: groupNorm(config.norm_num_groups, last, { eps: EPS, silu: true }),
+      conv_out: conv2d(last, 2 * latent, 3, { padding: 1 }),
+    },
+    (m, x: Tensor) => {
+      const h = m.down_blocks.reduce((y, block) => block(y), m.conv_in(x));
+      return m.conv_out(m.conv_norm_out(m.mid_block(h)));
+    },
+  );
+};
+
+const decoder = (config: VaeConfig) => {
+  const channels = [...config.block_out_channels].reverse();
+  return module(
+    {
+      conv_in: conv2d(config.latent_channels, channels[0], 3, { padding: 1 }),
+      mid_block: middle(config, channels[0]),
+      up_blocks: channels.map((c, i) =>
+        level(config, config.layers_per_block + 1, channels[Math.max(0, i - 1)], c, i < channels.length - 1 ? 'up' : undefined),
+      ),
+      conv_norm_out: groupNorm(config.norm_num_groups, channels[channels.length - 1], { eps: EPS, silu: true }),
+      conv_out: conv2d(channels[channels.length - 1], config.out_channels, 3, { padding: 1 }),
+    },
+    (m, z: Tensor) => {
+      const h = m.up_blocks.reduce((y, block) => block(y), m.mid_block(m.conv_in(z)));
+      return m.conv_out(m.conv_norm_out(h));
+    },
+  );
+};
+
+export interface Moments {
+  mean: Tensor;
+  /** Log-variance as the model gives it; clamp to [-30, 20] before use. */
+  logvar: Tensor;
+}
+
+export interface Vae {
+  readonly config: VaeConfig;
+  /** The parameter tree, for loading. */
+  readonly module: AnyModule;
+  /** x [n, h, w, 3] in [-1, 1] → mean and log-variance, [n, h/8, w/8, 4] each. */
+  encode(x: Tensor, options?: { tiling?: boolean }): Moments;
+  /** z [n, h, w, 4], divided by scaling_factor already → [n, 8h, 8w, 3], not clamped. */
+  decode(z: Tensor, options?: { tiling?: boolean }): Tensor;
+}
+
+/** Share of a tile that overlaps its neighbour, as diffusers' tile_overlap_factor. */
+const OVERLAP = 0.25;
+
+export function vae(config: VaeConfig): Vae {
+  const { latent_channels: c } = config;
+  const tree = module(
+    {
+      encoder: encoder(config),
+      decoder: decoder(config),
+      quant_conv: config.use_quant_conv ? conv2d(2 * c, 2 * c, 1) : undefined,
+      post_quant_conv: config.use_post_quant_conv ? conv2d(c, c, 1) : undefined,
+    },
+    () => undefined,
+  );
+  const m = tree.children;
+  const ratio = 2 ** (config.block_out_channels.length - 1);
+  const latentTile = Math.floor(config.sample_size / ratio);
+  const moments = (x: Tensor) => {
+    const h = m.encoder(x);
+    return m.quant_conv?.(h) ?? h;
+  };
+  const picture = (z: Tensor) => m.decoder(m.post_quant_conv?.(z) ?? z);
+  return {
+    config,
+    module: tree,
+    encode: (x, { tiling = false } = {}) =>
+      scope(() => {
+        const fits = Math.max(x.shape[1], x.shape[2]) <= config.sample_size;
+        const h = tiling && !fits ? tiled(x, config.sample_size, latentTile, moments) : moments(x);
+        return { mean: slice(h, 3, 0, c), logvar: slice(h, 3, c, c) };
+      }),
+    decode: (z, { tiling = false } = {}) =>
+      scope(() => {
+        const fits = Math.max(z.shape[1], z.shape[2]) <= latentTile;
+        return tiling && !fits ? tiled(z, latentTile, config.sample_size, picture) : picture(z);
+      }),
+  };
+}
+
+/** Runs `body` over tiles of `tileIn` pixels and joins the results (tiles of `tileOut`) with a linear blend. */
+function tiled(x: Tensor, tileIn: number, tileOut: number, body: (tile: Tensor) => Tensor): Tensor {
+  const [, height, width] = x.shape;
+  const stride = Math.floor(tileIn * (1 - OVERLAP));
+  const rows = tileStarts(height, stride).map((top) =>
+    tileStarts(width, stride).map((left) =>
+      scope(() => {
+        const strip = slice(x, 1, top, Math.min(tileIn, height - top));
+        const y = body(slice(strip, 2, left, Math.min(tileIn, width - left)));
+        return { shape: y.shape, data: y.floats() };
+      }),
+    ),
+  );
+  const joined = blendTiles(rows, Math.floor(tileOut * OVERLAP), tileOut - Math.floor(tileOut * OVERLAP));
+  return tensor(joined.data, joined.shape, { device: x.device, dtype: x.dtype });
+}
