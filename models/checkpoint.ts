@@ -190,7 +190,7 @@ export function channelsLast(bytes: Uint8Array, [o, i, kh, kw]: readonly number[
   const taps = kh * kw;
   if (taps === 1) return bytes;
   const View = size === 4 ? Uint32Array : Uint16Array;
-  const from = new View(bytes.buffer, bytes.byteOffset, bytes.byteLength / size);
+  const from = new View(bytes.buffer as ArrayBuffer, bytes.byteOffset, bytes.byteLength / size);
   const to = new View(from.length);
   for (let out = 0; out < o; out++)
     for (let c = 0; c < i; c++)

@@ -1,7 +1,7 @@
 // SDXL's UNet (Podell et al. 2023, section 2.1), base and refiner from one description: a table of levels, each with its
 // width and transformer depth; features pushed on the way down and popped on the way up. The tree spells diffusers' keys.
 // What stays the same over all steps of an image (keys and values of the prompt, the embedded sizes) is computed once
-// when the conditioning carries a StepCache; training passes none.
+// when the conditioning carries a ContextCache; training passes none.
 import { conv2d, groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
@@ -9,6 +9,7 @@ import { concat, timestepEmbedding } from '../engine/ops/move.ts';
 import { cast, silu } from '../engine/ops/unary.ts';
 import { keep } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
 import { downsample, type NormConfig, resnetChildren, upsample } from './blocks.ts';
 
 /** The fields of diffusers' unet/config.json that SDXL's UNets differ in. */
@@ -31,8 +32,54 @@ export interface UNetConfig {
   norm_eps: number;
 }
 
+/** What config.json may say in one way only, because SDXL's UNets all say so. */
+const fixed: Record<string, unknown> = {
+  act_fn: 'silu',
+  addition_embed_type: 'text_time',
+  mid_block_type: 'UNetMidBlock2DCrossAttn',
+  use_linear_projection: true,
+  flip_sin_to_cos: true,
+  freq_shift: 0,
+};
+
+const isCount = (value: unknown): boolean => typeof value === 'number';
+const isList = (value: unknown, length: number): boolean => Array.isArray(value) && value.length === length;
+
+/** Reads unet/config.json. @throws UserError naming a field that is absent, or asks for another architecture */
+export function parseUNetConfig(json: Record<string, unknown>): UNetConfig {
+  const complain = (key: string, want: string) =>
+    new UserError(
+      `unet/config.json: "${key}" is ${JSON.stringify(json[key])}, not ${want}; is this an SDXL UNet?`,
+    );
+  for (const [key, want] of Object.entries(fixed)) {
+    if (key in json && json[key] !== want) throw complain(key, JSON.stringify(want));
+  }
+  const config = { sample_size: 128, norm_num_groups: 32, norm_eps: 1e-5, layers_per_block: 2, ...json };
+  const { block_out_channels: widths, ...rest } = config as Partial<UNetConfig>;
+  if (!Array.isArray(widths) || !widths.every(isCount))
+    throw complain('block_out_channels', 'a list of widths');
+  for (const key of ['down_block_types', 'up_block_types'] as const) {
+    if (!isList(rest[key], widths.length)) throw complain(key, `a list of ${widths.length} block types`);
+  }
+  for (const key of ['attention_head_dim', 'transformer_layers_per_block'] as const) {
+    if (!isCount(rest[key]) && !isList(rest[key], widths.length)) {
+      throw complain(key, `a number or a list of ${widths.length}`);
+    }
+  }
+  for (const key of counts) if (!isCount(rest[key])) throw complain(key, 'a number');
+  return config as unknown as UNetConfig;
+}
+
+const counts = [
+  'in_channels',
+  'out_channels',
+  'cross_attention_dim',
+  'addition_time_embed_dim',
+  'projection_class_embeddings_input_dim',
+] as const;
+
 /** Tensors that are computed at the first step of an image and used by all later ones, until release(). */
-export class StepCache {
+export class ContextCache {
   #made = new Map<object, readonly Tensor[]>();
 
   once(key: object, make: () => readonly Tensor[]): readonly Tensor[] {
@@ -47,17 +94,19 @@ export class StepCache {
   }
 }
 
+export const newContextCache = (): ContextCache => new ContextCache();
+
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
   context: Tensor;
   /** The pooled prompt [n, projection_dim] in the model's type. */
-  text_embeds: Tensor;
+  textEmbeds: Tensor;
   /** float32 [n, 6]: original height, width, crop top, left, target height, width; refiner [n, 5]: aesthetic score last. */
-  time_ids: Tensor;
-  cache?: StepCache;
+  timeIds: Tensor;
+  cache?: ContextCache;
 }
 
-const once = (cache: StepCache | undefined, key: object, make: () => readonly Tensor[]): readonly Tensor[] =>
+const once = (cache: ContextCache | undefined, key: object, make: () => readonly Tensor[]): readonly Tensor[] =>
   cache ? cache.once(key, make) : make();
 
 type Resnet = Module<[x: Tensor, temb: Tensor], Tensor>;
@@ -88,16 +137,21 @@ const selfAttention = (c: number, heads: number) =>
 
 /** residual + attention of x [n, l, c] over the prompt. */
 const crossAttention = (c: number, contextWidth: number, heads: number) =>
-  module(attentionChildren(c, contextWidth), (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
-    const [k, v] = once(cache, m, () => [m.to_k(context), m.to_v(context)]);
-    return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
-  });
+  module(
+    attentionChildren(c, contextWidth),
+    (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
+      const [k, v] = once(cache, m, () => [m.to_k(context), m.to_v(context)]);
+      return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
+    },
+  );
 
 /** residual + W2 GEGLU(W1 x) (Shazeer 2020). The keys are net.0.proj and net.2; net.1 was dropout. */
 const feedForward = (c: number) => {
   const geglu = module({ proj: linear(c, 8 * c) }, (m, x: Tensor) => m.proj(x, { activation: 'geglu' }));
   const out = linear(4 * c, c);
-  return module({ net: [geglu, undefined, out] }, (_, x: Tensor, residual: Tensor) => out(geglu(x), { residual }));
+  return module({ net: [geglu, undefined, out] }, (_, x: Tensor, residual: Tensor) =>
+    out(geglu(x), { residual }),
+  );
 };
 
 const transformerBlock = (c: number, contextWidth: number, heads: number) =>
@@ -141,30 +195,43 @@ const transformer = ({ width: c, heads, depth }: Level, contextWidth: number, gr
     },
   );
 
-const times = <T>(count: number, make: (i: number) => T): T[] => Array.from({ length: count }, (_, i) => make(i));
+const times = <T>(count: number, make: (i: number) => T): T[] =>
+  Array.from({ length: count }, (_, i) => make(i));
 
 /** Two linears with SiLU between, for the timestep and for the added conditions. */
 const embeddingMlp = (inputs: number, width: number) =>
-  module({ linear_1: linear(inputs, width), linear_2: linear(width, width) }, (m, x: Tensor, residual?: Tensor) =>
-    m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
+  module(
+    { linear_1: linear(inputs, width), linear_2: linear(width, width) },
+    (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
   );
 
 /** A level on the way down; returns everything the way up will want, the last entry being its output. */
-const downBlock = (resnets: Resnet[], attentions: (Transformer | undefined)[], downsamplers: ReturnType<typeof downsample>[]) =>
-  module({ resnets, attentions, downsamplers }, (m, x: Tensor, temb: Tensor, conditioning: Conditioning): Tensor[] => {
-    let h = x;
-    const features: Tensor[] = [];
-    m.resnets.forEach((resnet, i) => {
-      h = resnet(h, temb);
-      h = m.attentions[i]?.(h, conditioning) ?? h;
-      features.push(h);
-    });
-    for (const down of m.downsamplers) features.push((h = down(h)));
-    return features;
-  });
+const downBlock = (
+  resnets: Resnet[],
+  attentions: (Transformer | undefined)[],
+  downsamplers: ReturnType<typeof downsample>[],
+) =>
+  module(
+    { resnets, attentions, downsamplers },
+    (m, x: Tensor, temb: Tensor, conditioning: Conditioning): Tensor[] => {
+      let h = x;
+      const features: Tensor[] = [];
+      m.resnets.forEach((resnet, i) => {
+        h = resnet(h, temb);
+        h = m.attentions[i]?.(h, conditioning) ?? h;
+        features.push(h);
+      });
+      for (const down of m.downsamplers) features.push(down(h));
+      return features;
+    },
+  );
 
 /** A level on the way up: each resnet takes one feature off `skips`; upsampling aims at the size of the next. */
-const upBlock = (resnets: Resnet[], attentions: (Transformer | undefined)[], upsamplers: ReturnType<typeof upsample>[]) =>
+const upBlock = (
+  resnets: Resnet[],
+  attentions: (Transformer | undefined)[],
+  upsamplers: ReturnType<typeof upsample>[],
+) =>
   module(
     { resnets, attentions, upsamplers },
     (m, x: Tensor, skips: Tensor[], temb: Tensor, conditioning: Conditioning): Tensor => {
@@ -266,8 +333,8 @@ export function unet(config: UNetConfig) {
 export type UNet = ReturnType<typeof unet>;
 
 /** [n, projection_dim + ids * dim]: the pooled prompt, then each id's sinusoids. */
-function addedConditions({ text_embeds, time_ids }: Conditioning, dim: number): Tensor {
-  const [n, ids] = time_ids.shape;
-  const embedded = timestepEmbedding(time_ids, dim).reshape(n, ids * dim);
-  return concat([text_embeds, cast(embedded, text_embeds.dtype)], 1);
+function addedConditions({ textEmbeds, timeIds }: Conditioning, dim: number): Tensor {
+  const [n, ids] = timeIds.shape;
+  const embedded = timestepEmbedding(timeIds, dim).reshape(n, ids * dim);
+  return concat([textEmbeds, cast(embedded, textEmbeds.dtype)], 1);
 }

@@ -104,13 +104,16 @@ void parallel_ranges(int64_t count, int64_t grain, void (*body)(void *, int64_t,
   if (count <= 0) return;
   if (grain < 1) grain = 1;
   const int64_t ranges = (count + grain - 1) / grain;
-  const int helpers = static_cast<int>((ranges < thread_count() ? ranges : thread_count()) - 1);
+  // One worker fewer than cores, because the caller works too: more would only spin against it.
+  static const int workers = hardware_threads() - 1;
+  const int wanted = thread_count() - 1 < workers ? thread_count() - 1 : workers;
+  const int helpers = static_cast<int>(ranges - 1 < wanted ? ranges - 1 : wanted);
   if (helpers <= 0) {
     for (int64_t begin = 0; begin < count; begin += grain) body(context, begin, begin + grain < count ? begin + grain : count);
     return;
   }
   // Never destroyed: detached workers may outlive static destruction at exit.
-  static Pool *pool = new Pool(hardware_threads() - 1 > 15 ? hardware_threads() - 1 : 15);
+  static Pool *pool = new Pool(workers);
   Job job;
   job.body = body;
   job.context = context;
