@@ -98,7 +98,10 @@ function worstSlope(
   dy: Float64Array,
 ): number {
   const at = inputs[name].data;
-  const loss = () => referenceForward(record, sample, inputs).y.data.reduce((sum, y, i) => sum + y * dy[i], 0);
+  const loss = () => {
+    const y = referenceForward(record, sample, inputs).y.data;
+    return dy.reduce((sum, d, i) => sum + d * y[i], 0);
+  };
   let worst = 0;
   for (let i = 0; i < at.length; i += Math.max(1, Math.floor(at.length / 12))) {
     const kept = at[i];

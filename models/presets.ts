@@ -1,0 +1,94 @@
+// The published models' configurations, in the words of their config.json files (stabilityai/stable-diffusion-xl-base-1.0
+// and -refiner-1.0). Single-file checkpoints carry weights only and take these; a diffusers folder brings its own.
+import type { TextConfig } from './clip.ts';
+import type { UNetConfig } from './unet.ts';
+import type { VaeConfig } from './vae.ts';
+
+export const sdxlBase = {
+  in_channels: 4,
+  out_channels: 4,
+  sample_size: 128,
+  block_out_channels: [320, 640, 1280],
+  layers_per_block: 2,
+  down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'],
+  up_block_types: ['CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'],
+  attention_head_dim: [5, 10, 20],
+  transformer_layers_per_block: [1, 2, 10],
+  cross_attention_dim: 2048,
+  addition_time_embed_dim: 256,
+  projection_class_embeddings_input_dim: 2816,
+  norm_num_groups: 32,
+  norm_eps: 1e-5,
+} satisfies UNetConfig;
+
+export const sdxlRefiner = {
+  in_channels: 4,
+  out_channels: 4,
+  sample_size: 128,
+  block_out_channels: [384, 768, 1536, 1536],
+  layers_per_block: 2,
+  down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'],
+  up_block_types: ['UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'],
+  attention_head_dim: [6, 12, 24, 24],
+  transformer_layers_per_block: 4,
+  cross_attention_dim: 1280,
+  addition_time_embed_dim: 256,
+  projection_class_embeddings_input_dim: 2560,
+  norm_num_groups: 32,
+  norm_eps: 1e-5,
+} satisfies UNetConfig;
+
+export const sdxlVae = {
+  in_channels: 3,
+  out_channels: 3,
+  latent_channels: 4,
+  sample_size: 1024,
+  block_out_channels: [128, 256, 512, 512],
+  layers_per_block: 2,
+  norm_num_groups: 32,
+  scaling_factor: 0.13025,
+  use_quant_conv: true,
+  use_post_quant_conv: true,
+} satisfies VaeConfig;
+
+/** OpenAI's CLIP ViT-L/14, SDXL's first text encoder. */
+export const clipL = {
+  vocab_size: 49408,
+  hidden_size: 768,
+  intermediate_size: 3072,
+  num_hidden_layers: 12,
+  num_attention_heads: 12,
+  max_position_embeddings: 77,
+  hidden_act: 'quick_gelu',
+  layer_norm_eps: 1e-5,
+  projection_dim: undefined,
+  eos_token_id: 2,
+} satisfies TextConfig;
+
+/** OpenCLIP ViT-bigG/14, SDXL's second text encoder and the refiner's only one. */
+export const clipBigG = {
+  vocab_size: 49408,
+  hidden_size: 1280,
+  intermediate_size: 5120,
+  num_hidden_layers: 32,
+  num_attention_heads: 20,
+  max_position_embeddings: 77,
+  hidden_act: 'gelu',
+  layer_norm_eps: 1e-5,
+  projection_dim: 1280,
+  eos_token_id: 2,
+} satisfies TextConfig;
+
+/** The noise schedule that both were trained with (scheduler/scheduler_config.json). */
+export const sdxlScheduler = {
+  _class_name: 'EulerDiscreteScheduler',
+  num_train_timesteps: 1000,
+  beta_start: 0.00085,
+  beta_end: 0.012,
+  beta_schedule: 'scaled_linear',
+  prediction_type: 'epsilon',
+  timestep_spacing: 'leading',
+  steps_offset: 1,
+  interpolation_type: 'linear',
+  use_karras_sigmas: false,
+};
