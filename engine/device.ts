@@ -35,7 +35,8 @@ export function openDevice(name: string, warn: (line: string) => void = console.
   if (name === 'reference') return once('reference', () => referenceDevice());
   const library = findLibrary();
   if ('path' in library) return once('cpu', () => nativeDevice(library.path));
-  if (name === 'cpu') throw new UserError(`the cpu device has no kernel library: ${library.reason}; or use --device reference`);
+  if (name === 'cpu')
+    throw new UserError(`the cpu device has no kernel library: ${library.reason}; or use --device reference`);
   if (!opened.has('reference')) warn(`running on the slow reference device: ${library.reason}`);
   return once('reference', () => referenceDevice());
 }
@@ -69,7 +70,9 @@ function nativeDevice(library: string): Device {
 
 /** The tensor whose dtype is in a kernel's name: the main input (mean, rstd and losses are float32 beside it). */
 function storageTensor(tensors: Tensors): Tensor {
-  return tensors.x ?? tensors.q ?? tensors.a ?? tensors.x0 ?? tensors.prediction ?? tensors.weight ?? tensors.dy;
+  return (
+    tensors.x ?? tensors.q ?? tensors.a ?? tensors.x0 ?? tensors.prediction ?? tensors.weight ?? tensors.dy
+  );
 }
 
 function referenceDevice(): Device {

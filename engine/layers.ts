@@ -10,7 +10,11 @@ import type { Tensor } from './tensor.ts';
 type Weights = { weight: Parameter; bias: Parameter | undefined };
 type Affine = { weight: Parameter; bias: Parameter };
 
-export type Linear = Module<[x: Tensor, options?: { residual?: Tensor; activation?: Activation }], Tensor, Weights>;
+export type Linear = Module<
+  [x: Tensor, options?: { residual?: Tensor; activation?: Activation }],
+  Tensor,
+  Weights
+>;
 
 /** y = x W^T + b. For activation `geglu`, `outputs` counts both halves. */
 export const linear = (inputs: number, outputs: number, { bias = true }: { bias?: boolean } = {}): Linear =>
@@ -39,7 +43,11 @@ export function conv2d(
 
 export type Norm = Module<[x: Tensor], Tensor, Affine>;
 
-export const groupNorm = (groups: number, channels: number, { eps, silu = false }: { eps: number; silu?: boolean }): Norm =>
+export const groupNorm = (
+  groups: number,
+  channels: number,
+  { eps, silu = false }: { eps: number; silu?: boolean },
+): Norm =>
   module({ weight: parameter([channels]), bias: parameter([channels]) }, (m, x: Tensor) =>
     groupNormOp(x, m.weight.tensor, m.bias.tensor, { groups, eps, silu }),
   );
@@ -49,5 +57,10 @@ export const layerNorm = (channels: number, { eps = 1e-5 }: { eps?: number } = {
     layerNormOp(x, m.weight.tensor, m.bias.tensor, { eps }),
   );
 
-export const embedding = (vocabulary: number, channels: number): Module<[ids: Tensor], Tensor, { weight: Parameter }> =>
-  module({ weight: parameter([vocabulary, channels]) }, (m, ids: Tensor) => embeddingOp(ids, m.weight.tensor));
+export const embedding = (
+  vocabulary: number,
+  channels: number,
+): Module<[ids: Tensor], Tensor, { weight: Parameter }> =>
+  module({ weight: parameter([vocabulary, channels]) }, (m, ids: Tensor) =>
+    embeddingOp(ids, m.weight.tensor),
+  );

@@ -32,13 +32,16 @@ export class Parameter {
   }
 
   get tensor(): Tensor {
-    if (!this.#tensor) throw new Error(`parameter ${this.path || `[${this.shape}]`} was used before it was loaded`);
+    if (!this.#tensor)
+      throw new Error(`parameter ${this.path || `[${this.shape}]`} was used before it was loaded`);
     return this.#tensor;
   }
 
   set tensor(value: Tensor) {
     if (value.shape.join() !== this.memoryShape.join()) {
-      throw new ShapeError(`parameter ${this.path} is [${this.memoryShape}] in memory, given [${value.shape}]`);
+      throw new ShapeError(
+        `parameter ${this.path} is [${this.memoryShape}] in memory, given [${value.shape}]`,
+      );
     }
     if (this.#tensor !== value) this.#tensor?.release();
     this.#tensor = value;
@@ -51,7 +54,8 @@ export class Parameter {
   }
 }
 
-export const parameter = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain'): Parameter => new Parameter(shape, layout);
+export const parameter = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain'): Parameter =>
+  new Parameter(shape, layout);
 
 // biome-ignore lint/suspicious/noExplicitAny: a module's own argument types are kept by Module<…>; the tree walk needs none.
 export type AnyModule = { (...args: any[]): unknown; readonly children: Children };
@@ -82,7 +86,8 @@ export function module<C extends Children, A extends readonly unknown[], R>(
 
 /** Adds `in <path>` to a shape error, once, at the innermost module that has a path. */
 function located(error: unknown, path: string | undefined): unknown {
-  if (error instanceof ShapeError && path && !error.message.includes('\n    in ')) error.message += `\n    in ${path}`;
+  if (error instanceof ShapeError && path && !error.message.includes('\n    in '))
+    error.message += `\n    in ${path}`;
   return error;
 }
 
@@ -100,7 +105,8 @@ function visit(child: Child, path: string, found: Map<string, Parameter>): void 
     found.set(path, child);
   } else if (typeof child === 'function') {
     paths.set(child, path);
-    for (const [name, grandchild] of Object.entries(child.children)) visit(grandchild, path ? `${path}.${name}` : name, found);
+    for (const [name, grandchild] of Object.entries(child.children))
+      visit(grandchild, path ? `${path}.${name}` : name, found);
   } else child.forEach((item, i) => void visit(item, `${path}.${i}`, found));
 }
 

@@ -64,11 +64,13 @@ export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor 
   const [first, ...rest] = Object.values(present);
   const { device } = first;
   for (const other of rest) {
-    if (other.device !== device) throw new ShapeError(`${record.name}: inputs are on ${device.name} and ${other.device.name}`);
+    if (other.device !== device)
+      throw new ShapeError(`${record.name}: inputs are on ${device.name} and ${other.device.name}`);
   }
   const specs = record.outputs(present, attrs);
   const outputs: Tensors = {};
-  for (const [name, spec] of Object.entries(specs)) outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
+  for (const [name, spec] of Object.entries(specs))
+    outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
   device.execute(record, 'forward', { ...present, ...outputs }, attrs);
   if (isRecording() && Object.values(present).some((t) => t.node)) {
     outputs.y.node = Node.ofOp(record, present, outputs, attrs);

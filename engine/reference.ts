@@ -13,7 +13,8 @@ export function referenceDriver(): Driver {
     },
     free() {},
     upload: (block, offset, source) => block.host?.set(source, offset),
-    download: (block, offset, target) => target.set((block.host as Uint8Array).subarray(offset, offset + target.length)),
+    download: (block, offset, target) =>
+      target.set((block.host as Uint8Array).subarray(offset, offset + target.length)),
     launch(symbol) {
       throw new Error(`the reference device has no kernels, yet ${symbol} was launched`);
     },

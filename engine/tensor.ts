@@ -45,7 +45,8 @@ export class Tensor {
   }
 
   get block(): Block {
-    if (this.#released) throw new Error(`a tensor of shape [${this.shape}] was used after its scope freed it`);
+    if (this.#released)
+      throw new Error(`a tensor of shape [${this.shape}] was used after its scope freed it`);
     return this.#storage.block;
   }
 
@@ -62,7 +63,9 @@ export class Tensor {
     const known = sizeOf(shape.filter((d) => d !== -1));
     const full = shape.map((d) => (d === -1 ? this.size / known : d));
     if (sizeOf(full) !== this.size || full.some((d) => !Number.isInteger(d))) {
-      throw new ShapeError(`reshape: [${this.shape}] has ${this.size} elements, [${shape}] takes another number`);
+      throw new ShapeError(
+        `reshape: [${this.shape}] has ${this.size} elements, [${shape}] takes another number`,
+      );
     }
     return this.handle(full, this.node);
   }
@@ -102,15 +105,21 @@ export class Tensor {
 export function empty(shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
   const dtype = options.dtype ?? 'float32';
   const size = sizeOf(shape);
-  if (!shape.every((d) => Number.isInteger(d) && d >= 0)) throw new ShapeError(`a tensor cannot have the shape [${shape}]`);
+  if (!shape.every((d) => Number.isInteger(d) && d >= 0))
+    throw new ShapeError(`a tensor cannot have the shape [${shape}]`);
   if (size >= 2 ** 31) throw new ShapeError(`a tensor of shape [${shape}] has more than 2^31 - 1 elements`);
   const block = options.device.memory.take(size * bytesPerElement[dtype]);
   return new Tensor({ device: options.device, block, references: 0 }, shape, dtype);
 }
 
 /** A tensor of the given numbers, rounded to `dtype` (float32 unless named). */
-export function tensor(values: ArrayLike<number>, shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
-  if (values.length !== sizeOf(shape)) throw new ShapeError(`tensor: ${values.length} values do not fill [${shape}]`);
+export function tensor(
+  values: ArrayLike<number>,
+  shape: readonly number[],
+  options: { device: Device; dtype?: DType },
+): Tensor {
+  if (values.length !== sizeOf(shape))
+    throw new ShapeError(`tensor: ${values.length} values do not fill [${shape}]`);
   return empty(shape, options).upload(encodeNumbers(values, options.dtype ?? 'float32'));
 }
 

@@ -39,11 +39,14 @@ export interface ModelSource {
 
 /** Opens a diffusers folder; `variant` picks files such as diffusion_pytorch_model.fp16.safetensors first. */
 export function openModel(path: string, { variant }: { variant?: string } = {}): ModelSource {
-  if (!existsSync(path)) throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+  if (!existsSync(path))
+    throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
   if (!statSync(path).isDirectory()) throw new UserError(`${path} is not a folder`);
   const index = join(path, 'model_index.json');
   if (!existsSync(index)) {
-    throw new UserError(`${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`);
+    throw new UserError(
+      `${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`,
+    );
   }
   const source: ModelSource = {
     kind: 'folder',
@@ -54,7 +57,10 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
       const folder = join(path, component);
       const names = ['config.json', 'scheduler_config.json'].map((name) => join(folder, name));
       const found = names.find((name) => existsSync(name));
-      if (!found) throw new UserError(`${path} has no ${component}/config.json; the model is incomplete, download it again`);
+      if (!found)
+        throw new UserError(
+          `${path} has no ${component}/config.json; the model is incomplete, download it again`,
+        );
       return readJson(found) as Json;
     },
     folder: (component) => join(path, component),
@@ -73,7 +79,8 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
 
 /** The weight files of a component folder: one file, or shards named by an index. */
 export function openWeights(folder: string, variant?: string): WeightSource {
-  if (!existsSync(folder)) throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
+  if (!existsSync(folder))
+    throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
   const present = readdirSync(folder).filter((name) => name.endsWith('.safetensors'));
   const files = pickFiles(folder, present, variant).map((name) => openSafetensors(join(folder, name)));
   return sourceOf(folder, files);
@@ -84,7 +91,11 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
   const marked = (name: string) => /\.([a-z0-9_]+)(-\d{5}-of-\d{5})?\.safetensors$/i.exec(name)?.[1];
   const plain = present.filter((name) => marked(name) === undefined);
   const variants = present.filter((name) => marked(name) !== undefined);
-  const wanted = variant ? variants.filter((name) => marked(name) === variant) : plain.length ? plain : variants;
+  const wanted = variant
+    ? variants.filter((name) => marked(name) === variant)
+    : plain.length
+      ? plain
+      : variants;
   if (wanted.length === 0) {
     const pickled = readdirSync(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
     if (pickled) {
@@ -92,7 +103,9 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
         `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,
       );
     }
-    throw new UserError(`${folder} has no ${variant ? `${variant} ` : ''}.safetensors file; the model is incomplete, download it again`);
+    throw new UserError(
+      `${folder} has no ${variant ? `${variant} ` : ''}.safetensors file; the model is incomplete, download it again`,
+    );
   }
   const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));
   const shards = wanted.filter((name) => !whole.includes(name)).sort();
@@ -132,10 +145,16 @@ export function sourceOf(where: string, files: readonly SafetensorsFile[]): Weig
 const ignorable = /(^|\.)(position_ids|logit_scale)$/;
 
 /** transformers 5 saves text_encoder's keys without the `text_model.` that published files have: accept both. */
-const spellings = (name: string): string[] => (name.startsWith('text_model.') ? [name, name.slice('text_model.'.length)] : [name]);
+const spellings = (name: string): string[] =>
+  name.startsWith('text_model.') ? [name, name.slice('text_model.'.length)] : [name];
 
 /** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
-export function loadParameters(module: AnyModule, source: WeightSource, device: Device, dtype: FloatDType): void {
+export function loadParameters(
+  module: AnyModule,
+  source: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
   const parameters = namedParameters(module);
   const stored = new Map<string, string>();
   for (const name of parameters.keys()) {
@@ -149,7 +168,11 @@ export function loadParameters(module: AnyModule, source: WeightSource, device: 
     const [want, got] = [parameters.get(name)?.shape, source.info(spelling)?.shape];
     return want?.join() === got?.join() ? [] : [`${name} is [${got}] and should be [${want}]`];
   });
-  const problems = [listed('missing', missing), listed('unexpected', extra), listed('misshapen', misshapen)].filter(Boolean);
+  const problems = [
+    listed('missing', missing),
+    listed('unexpected', extra),
+    listed('misshapen', misshapen),
+  ].filter(Boolean);
   if (problems.length) throw new UserError(`${source.where} does not fit its config: ${problems.join('; ')}`);
   for (const [name, spelling] of stored) {
     fillParameter(parameters.get(name) as Parameter, spelling, source, device, dtype);
@@ -162,7 +185,13 @@ function listed(what: string, names: readonly string[]): string {
   return `${what} ${names.slice(0, 8).join(', ')}${more}`;
 }
 
-function fillParameter(target: Parameter, name: string, source: WeightSource, device: Device, dtype: FloatDType): void {
+function fillParameter(
+  target: Parameter,
+  name: string,
+  source: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
   const stored = source.info(name)?.dtype;
   const raw = source.bytes(name);
   const same = stored === dtype && dtype !== 'float32' && isFloat(dtype);
@@ -174,7 +203,8 @@ function fillParameter(target: Parameter, name: string, source: WeightSource, de
 
 /** NaN and infinities are told by the exponent bits alone: all ones. */
 function assertFinite(raw: Uint8Array, dtype: string | undefined, name: string, where: string): void {
-  const bad = () => new UserError(`${where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`);
+  const bad = () =>
+    new UserError(`${where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`);
   const mask = dtype === 'float16' ? 0x7c00 : dtype === 'bfloat16' ? 0x7f80 : 0;
   if (mask) {
     const bits = new Uint16Array(raw.buffer, raw.byteOffset, raw.byteLength / 2);

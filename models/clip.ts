@@ -26,11 +26,13 @@ export interface TextConfig {
 export function parseTextConfig(json: Record<string, unknown>): TextConfig {
   const number = (key: string, fallback?: number): number => {
     const value = json[key] ?? fallback;
-    if (typeof value !== 'number') throw new UserError(`text encoder config.json: "${key}" is missing or not a number`);
+    if (typeof value !== 'number')
+      throw new UserError(`text encoder config.json: "${key}" is missing or not a number`);
     return value;
   };
   const act = json.hidden_act ?? 'quick_gelu';
-  if (act !== 'quick_gelu' && act !== 'gelu') throw new UserError(`text encoder config.json: hidden_act "${act}" is not supported`);
+  if (act !== 'quick_gelu' && act !== 'gelu')
+    throw new UserError(`text encoder config.json: hidden_act "${act}" is not supported`);
   const projected = (json.architectures as string[] | undefined)?.[0] === 'CLIPTextModelWithProjection';
   return {
     vocab_size: number('vocab_size'),
@@ -100,28 +102,37 @@ export function textEncoder(config: TextConfig): TextEncoder {
           const positions = Int32Array.from({ length: ids.shape[1] }, (_, i) => i);
           return add(
             m.token_embedding(ids),
-            m.position_embedding(tensor(positions, [positions.length], { device: ids.device, dtype: 'int32' })),
+            m.position_embedding(
+              tensor(positions, [positions.length], { device: ids.device, dtype: 'int32' }),
+            ),
           );
         },
       ),
-      encoder: module({ layers: Array.from({ length: depth }, () => encoderLayer(config)) }, (m, x: Tensor, upTo: number) =>
-        m.layers.slice(0, upTo).reduce((h, layer) => layer(h), x),
+      encoder: module(
+        { layers: Array.from({ length: depth }, () => encoderLayer(config)) },
+        (m, x: Tensor, upTo: number) => m.layers.slice(0, upTo).reduce((h, layer) => layer(h), x),
       ),
       final_layer_norm: layerNorm(c, { eps: config.layer_norm_eps }),
     },
     (m, ids: Tensor, layer: number, pooled: boolean) => {
       const entry = layer < 0 ? depth + 1 + layer : layer;
-      if (entry < 0 || entry > depth) throw new UserError(`--clip-skip: layer ${layer} of a text encoder with ${depth} layers`);
+      if (entry < 0 || entry > depth)
+        throw new UserError(`--clip-skip: layer ${layer} of a text encoder with ${depth} layers`);
       const hidden = m.encoder(m.embeddings(ids), entry);
-      const rest = pooled ? m.encoder.children.layers.slice(entry).reduce((h, next) => next(h), hidden) : undefined;
+      const rest = pooled
+        ? m.encoder.children.layers.slice(entry).reduce((h, next) => next(h), hidden)
+        : undefined;
       return { hidden, final: rest && m.final_layer_norm(rest) };
     },
   );
   const text_projection = projection === undefined ? undefined : linear(c, projection, { bias: false });
-  return module({ text_model: textModel, text_projection }, (m, ids: Tensor, options: { layer: number; pooled: boolean }) => {
-    const { hidden, final } = m.text_model(ids, options.layer, options.pooled);
-    return { hidden, pooled: final && m.text_projection?.(statesAtEos(final, ids, config.eos_token_id)) };
-  });
+  return module(
+    { text_model: textModel, text_projection },
+    (m, ids: Tensor, options: { layer: number; pooled: boolean }) => {
+      const { hidden, final } = m.text_model(ids, options.layer, options.pooled);
+      return { hidden, pooled: final && m.text_projection?.(statesAtEos(final, ids, config.eos_token_id)) };
+    },
+  );
 }
 
 /** Row i of the result is the state at prompt i's EOS: the largest id where the config says 2 (as published), else the first equal one. */

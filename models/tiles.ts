@@ -28,7 +28,8 @@ function fade(from: Tile, tile: Tile, axis: 1 | 2, extent: number): void {
         const source = from.shape[axis] - span + i;
         const a = axis === 1 ? at(from, image, source, j) : at(from, image, j, source);
         const b = axis === 1 ? at(tile, image, i, j) : at(tile, image, j, i);
-        for (let k = 0; k < c; k++) tile.data[b + k] = from.data[a + k] * (1 - i / span) + tile.data[b + k] * (i / span);
+        for (let k = 0; k < c; k++)
+          tile.data[b + k] = from.data[a + k] * (1 - i / span) + tile.data[b + k] * (i / span);
       }
 }
 
@@ -44,7 +45,10 @@ export function blendTiles(rows: readonly (readonly Tile[])[], extent: number, k
   const widths = rows[0].map((tile) => Math.min(keep, tile.shape[2]));
   const [n, , , c] = rows[0][0].shape;
   const total = (lengths: readonly number[]) => lengths.reduce((a, b) => a + b, 0);
-  const joined: Tile = { shape: [n, total(heights), total(widths), c], data: new Float32Array(n * total(heights) * total(widths) * c) };
+  const joined: Tile = {
+    shape: [n, total(heights), total(widths), c],
+    data: new Float32Array(n * total(heights) * total(widths) * c),
+  };
   rows.forEach((row, i) => {
     row.forEach((tile, j) => {
       for (let image = 0; image < n; image++)

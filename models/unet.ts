@@ -106,8 +106,11 @@ export interface Conditioning {
   cache?: ContextCache;
 }
 
-const once = (cache: ContextCache | undefined, key: object, make: () => readonly Tensor[]): readonly Tensor[] =>
-  cache ? cache.once(key, make) : make();
+const once = (
+  cache: ContextCache | undefined,
+  key: object,
+  make: () => readonly Tensor[],
+): readonly Tensor[] => (cache ? cache.once(key, make) : make());
 
 type Resnet = Module<[x: Tensor, temb: Tensor], Tensor>;
 type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;

@@ -27,8 +27,19 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
   if (!Array.isArray(json.block_out_channels)) {
     throw new UserError('vae/config.json: "block_out_channels" is missing; is this an AutoencoderKL?');
   }
-  const defaults = { in_channels: 3, out_channels: 3, latent_channels: 4, layers_per_block: 1, norm_num_groups: 32 };
-  const switches = { sample_size: 32, scaling_factor: 0.18215, use_quant_conv: true, use_post_quant_conv: true };
+  const defaults = {
+    in_channels: 3,
+    out_channels: 3,
+    latent_channels: 4,
+    layers_per_block: 1,
+    norm_num_groups: 32,
+  };
+  const switches = {
+    sample_size: 32,
+    scaling_factor: 0.18215,
+    use_quant_conv: true,
+    use_post_quant_conv: true,
+  };
   return { ...defaults, ...switches, ...(json as Partial<VaeConfig>) } as VaeConfig;
 }
 
@@ -67,17 +78,29 @@ const pixelAttention = (config: VaeConfig, c: number) =>
   );
 
 const middle = (config: VaeConfig, c: number) =>
-  module({ resnets: [resnet(config, c, c), resnet(config, c, c)], attentions: [pixelAttention(config, c)] }, (m, x: Tensor) =>
-    m.resnets[1](m.attentions[0](m.resnets[0](x))),
+  module(
+    { resnets: [resnet(config, c, c), resnet(config, c, c)], attentions: [pixelAttention(config, c)] },
+    (m, x: Tensor) => m.resnets[1](m.attentions[0](m.resnets[0](x))),
   );
 
-const repeat = <T>(count: number, make: (i: number) => T): T[] => Array.from({ length: count }, (_, i) => make(i));
+const repeat = <T>(count: number, make: (i: number) => T): T[] =>
+  Array.from({ length: count }, (_, i) => make(i));
 
 /** A level of resnets and a last step that changes the size: down by a strided convolution, or up by nearest pixels. */
-function level(config: VaeConfig, layers: number, inputs: number, outputs: number, resize: 'down' | 'up' | undefined) {
+function level(
+  config: VaeConfig,
+  layers: number,
+  inputs: number,
+  outputs: number,
+  resize: 'down' | 'up' | undefined,
+) {
   // Half a pixel less on the top and left: zeros only right and below, as the original model was trained.
-  const down = resize === 'down' ? [module({ conv: conv2d(outputs, outputs, 3, { stride: 2, padding: [0, 0, 1, 1] }) }, call)] : undefined;
-  const up = resize === 'up' ? [module({ conv: conv2d(outputs, outputs, 3, { padding: 1 }) }, call)] : undefined;
+  const down =
+    resize === 'down'
+      ? [module({ conv: conv2d(outputs, outputs, 3, { stride: 2, padding: [0, 0, 1, 1] }) }, call)]
+      : undefined;
+  const up =
+    resize === 'up' ? [module({ conv: conv2d(outputs, outputs, 3, { padding: 1 }) }, call)] : undefined;
   return module(
     {
       resnets: repeat(layers, (i) => resnet(config, i === 0 ? inputs : outputs, outputs)),
@@ -101,7 +124,13 @@ const encoder = (config: VaeConfig) => {
     {
       conv_in: conv2d(config.in_channels, channels[0], 3, { padding: 1 }),
       down_blocks: channels.map((c, i) =>
-        level(config, config.layers_per_block, channels[Math.max(0, i - 1)], c, i < channels.length - 1 ? 'down' : undefined),
+        level(
+          config,
+          config.layers_per_block,
+          channels[Math.max(0, i - 1)],
+          c,
+          i < channels.length - 1 ? 'down' : undefined,
+        ),
       ),
       mid_block: middle(config, last),
       conv_norm_out: groupNorm(config.norm_num_groups, last, { eps: EPS, silu: true }),
@@ -121,9 +150,18 @@ const decoder = (config: VaeConfig) => {
       conv_in: conv2d(config.latent_channels, channels[0], 3, { padding: 1 }),
       mid_block: middle(config, channels[0]),
       up_blocks: channels.map((c, i) =>
-        level(config, config.layers_per_block + 1, channels[Math.max(0, i - 1)], c, i < channels.length - 1 ? 'up' : undefined),
+        level(
+          config,
+          config.layers_per_block + 1,
+          channels[Math.max(0, i - 1)],
+          c,
+          i < channels.length - 1 ? 'up' : undefined,
+        ),
       ),
-      conv_norm_out: groupNorm(config.norm_num_groups, channels[channels.length - 1], { eps: EPS, silu: true }),
+      conv_norm_out: groupNorm(config.norm_num_groups, channels[channels.length - 1], {
+        eps: EPS,
+        silu: true,
+      }),
       conv_out: conv2d(channels[channels.length - 1], config.out_channels, 3, { padding: 1 }),
     },
     (m, z: Tensor) => {

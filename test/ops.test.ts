@@ -66,7 +66,9 @@ function referenceForward(record: AnyRecord, sample: AnySample, inputs: RefTenso
 
 const differentiable = (record: AnyRecord, sample: AnySample) =>
   Object.keys(sample.inputs).filter(
-    (name) => !sample.ints?.[name] && !(['target', 'weights'].includes(name) && ['mse', 'huber'].includes(record.name)),
+    (name) =>
+      !sample.ints?.[name] &&
+      !(['target', 'weights'].includes(name) && ['mse', 'huber'].includes(record.name)),
   );
 
 test('gradients of the reference against float64 finite differences', (t) => {
@@ -78,11 +80,22 @@ test('gradients of the reference against float64 finite differences', (t) => {
       const dy = values(all.y.data.length, 99);
       const wanted = differentiable(record, sample);
       const gradients = Object.fromEntries(
-        wanted.map((name) => [`d${name}`, { shape: inputs[name].shape, data: new Float64Array(inputs[name].data.length) }]),
+        wanted.map((name) => [
+          `d${name}`,
+          { shape: inputs[name].shape, data: new Float64Array(inputs[name].data.length) },
+        ]),
       );
-      record.reference.backward?.({ ...all, ...gradients, dy: { shape: all.y.shape, data: dy } }, sample.attrs);
-      const worst = Math.max(...wanted.map((name) => worstSlope(record, sample, inputs, name, gradients[`d${name}`].data, dy)));
-      t.ok(worst < 1e-5, `${record.name} sample ${index}: worst relative slope error ${worst.toExponential(1)}`);
+      record.reference.backward?.(
+        { ...all, ...gradients, dy: { shape: all.y.shape, data: dy } },
+        sample.attrs,
+      );
+      const worst = Math.max(
+        ...wanted.map((name) => worstSlope(record, sample, inputs, name, gradients[`d${name}`].data, dy)),
+      );
+      t.ok(
+        worst < 1e-5,
+        `${record.name} sample ${index}: worst relative slope error ${worst.toExponential(1)}`,
+      );
     });
   }
   t.end();
@@ -127,7 +140,10 @@ function runOn(device: Device, record: AnyRecord, sample: AnySample, dtype: Floa
     const inputs = Object.fromEntries(
       Object.entries(inputValues(sample)).map(([name, { shape, data }]) => {
         const plain = ['t', 'weights'].includes(name);
-        const made = tensor(data, shape, { device, dtype: sample.ints?.[name] ? 'int32' : plain ? 'float32' : dtype });
+        const made = tensor(data, shape, {
+          device,
+          dtype: sample.ints?.[name] ? 'int32' : plain ? 'float32' : dtype,
+        });
         return [name, wanted.includes(name) ? requireGrad(made) : made];
       }),
     );
@@ -167,11 +183,18 @@ test('cpu kernels against the reference', { skip: 'reason' in library && library
         const adjusted = { ...sample, attrs: withDtype(sample.attrs, dtype) };
         const [got, want] = [runOn(cpu, record, adjusted, dtype), runOn(reference, record, adjusted, dtype)];
         const errors = [relativeError(got.y, want.y)];
-        for (const name of Object.keys(want.gradients)) errors.push(relativeError(got.gradients[name], want.gradients[name]));
+        for (const name of Object.keys(want.gradients))
+          errors.push(relativeError(got.gradients[name], want.gradients[name]));
         const worst = Math.max(...errors);
-        t.ok(worst <= tolerance[dtype], `${record.name} ${dtype} sample ${index}: relative error ${worst.toExponential(1)}`);
+        t.ok(
+          worst <= tolerance[dtype],
+          `${record.name} ${dtype} sample ${index}: relative error ${worst.toExponential(1)}`,
+        );
         const after = [cpu.memory.storages, reference.memory.storages];
-        t.ok(before.join() === after.join(), `${record.name} ${dtype} sample ${index}: live tensors ${before} → ${after}`);
+        t.ok(
+          before.join() === after.join(),
+          `${record.name} ${dtype} sample ${index}: live tensors ${before} → ${after}`,
+        );
       });
     }
   }

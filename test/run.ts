@@ -36,7 +36,9 @@ function run(file: string): Promise<void> {
       for (const line of telling) console.log(line.trim());
       if (crashed) console.log(`${file} ended with status ${status}:\n${output.slice(-3000)}`);
       const seconds = ((Date.now() - started) / 1000).toFixed(1);
-      console.log(`# ${file.slice(here.length + 1)}: ${count('pass')} passed, ${count('fail')} failed, ${seconds} s`);
+      console.log(
+        `# ${file.slice(here.length + 1)}: ${count('pass')} passed, ${count('fail')} failed, ${seconds} s`,
+      );
       resolve();
     });
   });

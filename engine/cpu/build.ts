@@ -27,7 +27,8 @@ export function findLibrary(): Found {
 }
 
 function locate(): Found {
-  if (process.platform !== 'linux') return { reason: `no kernel library is built for ${process.platform} yet` };
+  if (process.platform !== 'linux')
+    return { reason: `no kernel library is built for ${process.platform} yet` };
   if (existsSync(packaged)) return { path: packaged };
   const cached = join(cacheFolder(), `libsdxl_cpu-${sourceHash()}-${process.arch}.so`);
   return existsSync(cached) ? { path: cached } : compile(cached);
@@ -53,8 +54,10 @@ function compile(target: string): Found {
   }
   const out = join(work, 'libsdxl_cpu.so');
   const made = spawnSync('make', ['-C', sources, '-j2', `OUT=${out}`], { encoding: 'utf8' });
-  if (made.error) return { reason: 'the kernel library is not built and make was not found; install make and g++' };
-  if (made.status !== 0) return { reason: `compiling the kernel library failed (${lastLine(made.stderr)}); install make and g++` };
+  if (made.error)
+    return { reason: 'the kernel library is not built and make was not found; install make and g++' };
+  if (made.status !== 0)
+    return { reason: `compiling the kernel library failed (${lastLine(made.stderr)}); install make and g++` };
   renameSync(out, target);
   return { path: target };
 }
@@ -63,5 +66,6 @@ const lastLine = (text: string): string => text.trim().split('\n').at(-1) ?? '';
 
 if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) {
   const built = compile(packaged);
-  if ('reason' in built) console.warn(`sdxl: no native kernels: ${built.reason}. The slow reference device will be used.`);
+  if ('reason' in built)
+    console.warn(`sdxl: no native kernels: ${built.reason}. The slow reference device will be used.`);
 }

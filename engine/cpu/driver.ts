@@ -20,7 +20,11 @@ const prototypes = new Map<string, TypeObject>();
 function prototypeOf(signature: string): TypeObject {
   const known = prototypes.get(signature);
   if (known) return known;
-  const made = koffi.proto(`sdxl_kernel_${signature}`, 'void', [...signature].map((letter) => parameterTypes[letter]));
+  const made = koffi.proto(
+    `sdxl_kernel_${signature}`,
+    'void',
+    [...signature].map((letter) => parameterTypes[letter]),
+  );
   prototypes.set(signature, made);
   return made;
 }
@@ -35,7 +39,12 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
   const lookup = library.func('void *sdxl_kernel(const char *arch, const char *symbol)') as Native;
   const chosen = arch ?? String((library.func('const char *sdxl_best_arch()') as Native)());
   const manifest = String((library.func('const char *sdxl_manifest(const char *arch)') as Native)(chosen));
-  const symbols = new Map(manifest.trim().split('\n').map((line) => line.split(' ') as [string, string]));
+  const symbols = new Map(
+    manifest
+      .trim()
+      .split('\n')
+      .map((line) => line.split(' ') as [string, string]),
+  );
   const kernels = new Map<string, Native>();
 
   const kernel = (symbol: string, signature: string): Native => {
@@ -57,13 +66,16 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
     },
     free: (block) => void free(block.address),
     upload: (block, offset, source) => void upload(block.address + BigInt(offset), source, source.byteLength),
-    download: (block, offset, target) => void download(target, block.address + BigInt(offset), target.byteLength),
+    download: (block, offset, target) =>
+      void download(target, block.address + BigInt(offset), target.byteLength),
     launch(symbol, args) {
       const signature = symbols.get(symbol);
       if (signature === undefined) throw new Error(`the CPU library has no kernel ${symbol} for ${chosen}`);
       const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
       if (given !== signature.replace(/[if]/g, 'n')) {
-        throw new Error(`${symbol} takes (${signature}), got (${given}): p pointer, i int, f float, n number`);
+        throw new Error(
+          `${symbol} takes (${signature}), got (${given}): p pointer, i int, f float, n number`,
+        );
       }
       kernel(symbol, signature)(...args);
     },

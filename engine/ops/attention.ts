@@ -13,21 +13,30 @@ function dims(q: readonly number[], k: readonly number[], { heads }: AttentionAt
   return { n: q[0], heads, lq: q[1], lk: k[1], d: q[2] / heads };
 }
 
-const integers = (t: { q: { shape: readonly number[] }; k: { shape: readonly number[] } }, attrs: AttentionAttrs) => [
-  ...Object.values(dims(t.q.shape, t.k.shape, attrs)),
-  Number(attrs.causal),
-];
+const integers = (
+  t: { q: { shape: readonly number[] }; k: { shape: readonly number[] } },
+  attrs: AttentionAttrs,
+) => [...Object.values(dims(t.q.shape, t.k.shape, attrs)), Number(attrs.causal)];
 
 const attentionOp = defineOp<AttentionAttrs>({
   name: 'attention',
   outputs(t, attrs) {
     const { q, k, v } = t as { q: Tensor; k: Tensor; v: Tensor };
-    if (q.shape.length !== 3 || k.shape.join() !== v.shape.join() || q.shape[0] !== k.shape[0] || q.shape[2] !== k.shape[2]) {
+    if (
+      q.shape.length !== 3 ||
+      k.shape.join() !== v.shape.join() ||
+      q.shape[0] !== k.shape[0] ||
+      q.shape[2] !== k.shape[2]
+    ) {
       throw new ShapeError(`attention: q [${q.shape}], k [${k.shape}] and v [${v.shape}] do not fit`);
     }
-    if (q.shape[2] % attrs.heads) throw new ShapeError(`attention: ${q.shape[2]} channels do not divide into ${attrs.heads} heads`);
+    if (q.shape[2] % attrs.heads)
+      throw new ShapeError(`attention: ${q.shape[2]} channels do not divide into ${attrs.heads} heads`);
     const dtype = sameFloat('attention', t, 'q', 'k', 'v');
-    return { y: { shape: q.shape, dtype }, lse: { shape: [q.shape[0], attrs.heads, q.shape[1]], dtype: 'float32' } };
+    return {
+      y: { shape: q.shape, dtype },
+      lse: { shape: [q.shape[0], attrs.heads, q.shape[1]], dtype: 'float32' },
+    };
   },
   saves: ['q', 'k', 'v', 'y', 'lse'],
   forward: (t, attrs, launch) =>
@@ -53,7 +62,8 @@ const attentionOp = defineOp<AttentionAttrs>({
       t.y.data.fill(0);
       eachRow(t, attrs, ({ row, p, iq, keyAt, lse, d }) => {
         t.lse.data[row] = lse;
-        for (let j = 0; j < p.length; j++) for (let c = 0; c < d; c++) t.y.data[iq + c] += p[j] * t.v.data[keyAt(j) + c];
+        for (let j = 0; j < p.length; j++)
+          for (let c = 0; c < d; c++) t.y.data[iq + c] += p[j] * t.v.data[keyAt(j) + c];
       });
     },
     backward(t, attrs) {
@@ -115,10 +125,20 @@ function eachRow(t: RefTensors, attrs: AttentionAttrs, visit: (row: Row) => void
         const iq = (image * lq + i) * c + head * d;
         const keyAt = (j: number) => (image * lk + j) * c + head * d;
         const seen = attrs.causal ? Math.min(i + 1, lk) : lk;
-        const scores = Array.from({ length: seen }, (_, j) => attrs.scale * dotAt(t.q.data, iq, t.k.data, keyAt(j), d));
+        const scores = Array.from(
+          { length: seen },
+          (_, j) => attrs.scale * dotAt(t.q.data, iq, t.k.data, keyAt(j), d),
+        );
         const max = scores.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
         const lse = max + Math.log(scores.reduce((total, s) => total + Math.exp(s - max), 0));
-        visit({ row: (image * heads + head) * lq + i, iq, p: scores.map((s) => Math.exp(s - lse)), keyAt, lse, d });
+        visit({
+          row: (image * heads + head) * lq + i,
+          iq,
+          p: scores.map((s) => Math.exp(s - lse)),
+          keyAt,
+          lse,
+          d,
+        });
       }
 }
 

@@ -18,7 +18,8 @@ function binary(name: string, { f, da, db, linear }: Binary): (a: Tensor, b: Ten
   const record: OpRecord<None> = defineOp<None>({
     name,
     outputs(t) {
-      if (t.a.shape.join() !== t.b.shape.join()) throw new ShapeError(`${name}: [${t.a.shape}] and [${t.b.shape}] differ`);
+      if (t.a.shape.join() !== t.b.shape.join())
+        throw new ShapeError(`${name}: [${t.a.shape}] and [${t.b.shape}] differ`);
       return { y: { shape: t.a.shape, dtype: sameFloat(name, t, 'a', 'b') } };
     },
     saves: linear ? [] : ['a', 'b'],
@@ -51,12 +52,23 @@ function expand(b: Tensor, shape: readonly number[]): Tensor {
   const from = [...Array<number>(Math.max(0, shape.length - b.shape.length)).fill(1), ...b.shape];
   let out = b.reshape(...from);
   shape.forEach((d, axis) => {
-    if (from[axis] === 1 && d !== 1) out = broadcast(out.reshape(...out.shape.filter((_, i) => i !== axis)), axis, d);
+    if (from[axis] === 1 && d !== 1)
+      out = broadcast(out.reshape(...out.shape.filter((_, i) => i !== axis)), axis, d);
   });
   return out;
 }
 
 export const add = binary('add', { f: (a, b) => a + b, da: () => 1, db: () => 1, linear: { da: 1, db: 1 } });
-export const sub = binary('sub', { f: (a, b) => a - b, da: () => 1, db: () => -1, linear: { da: 1, db: -1 } });
+export const sub = binary('sub', {
+  f: (a, b) => a - b,
+  da: () => 1,
+  db: () => -1,
+  linear: { da: 1, db: -1 },
+});
 export const mul = binary('mul', { f: (a, b) => a * b, da: (_, b) => b, db: (a) => a, linear: undefined });
-export const div = binary('div', { f: (a, b) => a / b, da: (_, b) => 1 / b, db: (a, b) => -a / (b * b), linear: undefined });
+export const div = binary('div', {
+  f: (a, b) => a / b,
+  da: (_, b) => 1 / b,
+  db: (a, b) => -a / (b * b),
+  linear: undefined,
+});

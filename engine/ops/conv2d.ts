@@ -21,7 +21,8 @@ function dims(x: readonly number[], weight: readonly number[], { stride, padding
   return { n, h, w, c, oh, ow, o, kh, kw, stride, top, left };
 }
 
-const integers = (x: Tensor, weight: Tensor, attrs: ConvAttrs) => Object.values(dims(x.shape, weight.shape, attrs));
+const integers = (x: Tensor, weight: Tensor, attrs: ConvAttrs) =>
+  Object.values(dims(x.shape, weight.shape, attrs));
 
 const convOp = defineOp<ConvAttrs>({
   name: 'conv2d',
@@ -34,9 +35,12 @@ const convOp = defineOp<ConvAttrs>({
     }
     const { n, oh, ow, o } = dims(x.shape, weight.shape, attrs);
     const shape = [n, oh, ow, o];
-    if (oh < 1 || ow < 1) throw new ShapeError(`conv2d: x [${x.shape}] is smaller than the kernel [${weight.shape}]`);
-    if (bias && bias.size !== o) throw new ShapeError(`conv2d: bias [${bias.shape}] for ${o} output channels`);
-    if (shift && shift.shape.join() !== [n, o].join()) throw new ShapeError(`conv2d: shift [${shift.shape}] is not [${n},${o}]`);
+    if (oh < 1 || ow < 1)
+      throw new ShapeError(`conv2d: x [${x.shape}] is smaller than the kernel [${weight.shape}]`);
+    if (bias && bias.size !== o)
+      throw new ShapeError(`conv2d: bias [${bias.shape}] for ${o} output channels`);
+    if (shift && shift.shape.join() !== [n, o].join())
+      throw new ShapeError(`conv2d: shift [${shift.shape}] is not [${n},${o}]`);
     if (residual && residual.shape.join() !== shape.join()) {
       throw new ShapeError(`conv2d: residual [${residual.shape}] is added to y [${shape}]`);
     }
@@ -44,7 +48,15 @@ const convOp = defineOp<ConvAttrs>({
   },
   saves: ['x', 'weight'],
   forward(t, attrs, launch) {
-    launch('conv2d_forward', [t.y, t.x, t.weight, t.bias, t.shift, t.residual, ...integers(t.x, t.weight, attrs)]);
+    launch('conv2d_forward', [
+      t.y,
+      t.x,
+      t.weight,
+      t.bias,
+      t.shift,
+      t.residual,
+      ...integers(t.x, t.weight, attrs),
+    ]);
   },
   backward(t, attrs, launch) {
     const ints = integers(t.x, t.weight, attrs);
@@ -61,7 +73,8 @@ const convOp = defineOp<ConvAttrs>({
       const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
       for (let i = 0; i < y.data.length; i++) {
         const [image, channel] = [Math.floor(i / (oh * ow * o)), i % o];
-        y.data[i] = (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
+        y.data[i] =
+          (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
       }
       eachTap(t, attrs, (iy, ix, iw) => {
         y.data[iy] += t.x.data[ix] * t.weight.data[iw];
@@ -88,9 +101,18 @@ const convOp = defineOp<ConvAttrs>({
       inputs: { x: [2, 6, 5, 4], weight: [9, 3, 3, 4], bias: [9], shift: [2, 9], residual: [2, 6, 5, 9] },
       attrs: { stride: 1, padding: [1, 1, 1, 1] },
     },
-    { inputs: { x: [1, 7, 8, 5], weight: [4, 3, 3, 5], bias: [4] }, attrs: { stride: 2, padding: [1, 1, 1, 1] } },
-    { inputs: { x: [2, 6, 8, 3], weight: [8, 3, 3, 3], bias: [8] }, attrs: { stride: 2, padding: [0, 0, 1, 1] } },
-    { inputs: { x: [2, 4, 4, 16], weight: [7, 1, 1, 16], bias: [7] }, attrs: { stride: 1, padding: [0, 0, 0, 0] } },
+    {
+      inputs: { x: [1, 7, 8, 5], weight: [4, 3, 3, 5], bias: [4] },
+      attrs: { stride: 2, padding: [1, 1, 1, 1] },
+    },
+    {
+      inputs: { x: [2, 6, 8, 3], weight: [8, 3, 3, 3], bias: [8] },
+      attrs: { stride: 2, padding: [0, 0, 1, 1] },
+    },
+    {
+      inputs: { x: [2, 4, 4, 16], weight: [7, 1, 1, 16], bias: [7] },
+      attrs: { stride: 1, padding: [0, 0, 0, 0] },
+    },
     { inputs: { x: [1, 5, 9, 18], weight: [33, 3, 3, 18] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
   ],
 });

@@ -8,7 +8,12 @@ import * as scalar from './math.ts';
 export type Activation = 'none' | 'silu' | 'gelu' | 'quick_gelu' | 'geglu';
 /** The kernels' number for each activation. */
 const activationCode: Record<Activation, number> = { none: 0, silu: 1, gelu: 2, quick_gelu: 3, geglu: 4 };
-const scalarOf = { none: scalar.identity, silu: scalar.silu, gelu: scalar.gelu, quick_gelu: scalar.quickGelu };
+const scalarOf = {
+  none: scalar.identity,
+  silu: scalar.silu,
+  gelu: scalar.gelu,
+  quick_gelu: scalar.quickGelu,
+};
 
 interface LinearAttrs {
   activation: Activation;
@@ -26,7 +31,9 @@ const linearOp = defineOp<LinearAttrs>({
     const { x, weight, bias, residual } = t;
     const k = x.shape.at(-1) as number;
     if (weight.shape.length !== 2 || weight.shape[1] !== k) {
-      throw new ShapeError(`linear: weight [${weight.shape}] takes ${weight.shape[1]} inputs, x [${x.shape}] has ${k}`);
+      throw new ShapeError(
+        `linear: weight [${weight.shape}] takes ${weight.shape[1]} inputs, x [${x.shape}] has ${k}`,
+      );
     }
     const { n, h } = dims(x.shape, weight.shape, activation);
     const shape = [...x.shape.slice(0, -1), n];
@@ -56,7 +63,9 @@ const linearOp = defineOp<LinearAttrs>({
       for (let i = 0; i < m * n; i++) {
         const at = (column: number) => pre[Math.floor(i / n) * h + column];
         const value =
-          activation === 'geglu' ? at(i % n) * scalar.gelu.f(at((i % n) + n)) : scalarOf[activation].f(pre[i]);
+          activation === 'geglu'
+            ? at(i % n) * scalar.gelu.f(at((i % n) + n))
+            : scalarOf[activation].f(pre[i]);
         y.data[i] = value + (residual ? residual.data[i] : 0);
       }
     },
@@ -91,9 +100,15 @@ const linearOp = defineOp<LinearAttrs>({
     { inputs: { x: [1, 3], weight: [5, 3] }, attrs: { activation: 'none' } },
     { inputs: { x: [2, 7, 20], weight: [33, 20], bias: [33] }, attrs: { activation: 'none' } },
     { inputs: { x: [5, 16], weight: [8, 16], bias: [8], residual: [5, 8] }, attrs: { activation: 'silu' } },
-    { inputs: { x: [19, 31], weight: [17, 31], bias: [17], residual: [19, 17] }, attrs: { activation: 'gelu' } },
+    {
+      inputs: { x: [19, 31], weight: [17, 31], bias: [17], residual: [19, 17] },
+      attrs: { activation: 'gelu' },
+    },
     { inputs: { x: [3, 40], weight: [24, 40], bias: [24] }, attrs: { activation: 'quick_gelu' } },
-    { inputs: { x: [13, 24], weight: [38, 24], bias: [38], residual: [13, 19] }, attrs: { activation: 'geglu' } },
+    {
+      inputs: { x: [13, 24], weight: [38, 24], bias: [38], residual: [13, 19] },
+      attrs: { activation: 'geglu' },
+    },
   ],
 });
 
@@ -109,7 +124,14 @@ function preActivationGradient(t: Tensors, activation: Activation, launch: Launc
   return dh;
 }
 
-function product(x: Numbers, weight: Numbers, bias: Numbers | undefined, m: number, n: number, k: number): Float64Array {
+function product(
+  x: Numbers,
+  weight: Numbers,
+  bias: Numbers | undefined,
+  m: number,
+  n: number,
+  k: number,
+): Float64Array {
   const y = new Float64Array(m * n);
   for (let i = 0; i < m; i++)
     for (let j = 0; j < n; j++) {
@@ -153,7 +175,9 @@ const matmulOp = defineOp<MatmulAttrs>({
   outputs(t, attrs) {
     const { m, n, k, kb } = matmulDims(t.a.shape, t.b.shape, attrs);
     if (k !== kb || batchOf(t.a.shape) !== batchOf(t.b.shape)) {
-      throw new ShapeError(`matmul: a [${t.a.shape}] and b [${t.b.shape}] do not chain (inner ${k} and ${kb})`);
+      throw new ShapeError(
+        `matmul: a [${t.a.shape}] and b [${t.b.shape}] do not chain (inner ${k} and ${kb})`,
+      );
     }
     return { y: { shape: [...t.a.shape.slice(0, -2), m, n], dtype: sameFloat('matmul', t, 'a', 'b') } };
   },
@@ -182,7 +206,14 @@ const matmulOp = defineOp<MatmulAttrs>({
   ],
 });
 
-function launchMatmul(launch: Launch, c: Tensor, a: Tensor, b: Tensor, transA: boolean, transB: boolean): void {
+function launchMatmul(
+  launch: Launch,
+  c: Tensor,
+  a: Tensor,
+  b: Tensor,
+  transA: boolean,
+  transB: boolean,
+): void {
   const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
   launch('matmul_forward', [c, a, b, batchOf(a.shape), m, n, k, Number(transA), Number(transB)]);
 }
@@ -207,14 +238,22 @@ function multiply(c: Matrix, a: Matrix, b: Matrix, transA: boolean, transB: bool
 }
 
 /** op(a) op(b) over equal leading batch axes; trans flags swap the last two axes of that input first. */
-export const matmul = (a: Tensor, b: Tensor, { transA = false, transB = false }: Partial<MatmulAttrs> = {}): Tensor =>
-  apply(matmulOp, { a, b }, { transA, transB });
+export const matmul = (
+  a: Tensor,
+  b: Tensor,
+  { transA = false, transB = false }: Partial<MatmulAttrs> = {},
+): Tensor => apply(matmulOp, { a, b }, { transA, transB });
 
 type None = Record<string, never>;
 
 const gegluOp = defineOp<None>({
   name: 'geglu',
-  outputs: (t) => ({ y: { shape: [...t.x.shape.slice(0, -1), (t.x.shape.at(-1) as number) / 2], dtype: sameFloat('geglu', t, 'x') } }),
+  outputs: (t) => ({
+    y: {
+      shape: [...t.x.shape.slice(0, -1), (t.x.shape.at(-1) as number) / 2],
+      dtype: sameFloat('geglu', t, 'x'),
+    },
+  }),
   saves: ['x'],
   forward: (t, _, launch) => launch('geglu_forward', [t.y, t.x, ...rowsOf(t.y.shape)]),
   backward: (t, _, launch) => launch('geglu_backward', [t.dx, t.dy, t.x, ...rowsOf(t.dy.shape)]),
@@ -222,7 +261,8 @@ const gegluOp = defineOp<None>({
     forward({ y, x }) {
       const [rows, c] = rowsOf(y.shape);
       for (let r = 0; r < rows; r++)
-        for (let i = 0; i < c; i++) y.data[r * c + i] = x.data[2 * r * c + i] * scalar.gelu.f(x.data[(2 * r + 1) * c + i]);
+        for (let i = 0; i < c; i++)
+          y.data[r * c + i] = x.data[2 * r * c + i] * scalar.gelu.f(x.data[(2 * r + 1) * c + i]);
     },
     backward({ dx, dy, x }) {
       const [rows, c] = rowsOf(dy.shape);
@@ -234,7 +274,11 @@ const gegluOp = defineOp<None>({
         }
     },
   },
-  samples: [[1, 2], [3, 14], [5, 64]].map((x) => ({ inputs: { x }, attrs: {} })),
+  samples: [
+    [1, 2],
+    [3, 14],
+    [5, 64],
+  ].map((x) => ({ inputs: { x }, attrs: {} })),
 });
 
 const rowsOf = (shape: readonly number[]): [number, number] => [

@@ -19,7 +19,10 @@ const huberFormula: Loss = {
 
 function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
   const tail = ({ delta }: LossAttrs) => (name === 'huber' ? [delta] : []);
-  const dims = (shape: readonly number[]): [number, number] => [shape[0], shape.slice(1).reduce((a, b) => a * b, 1)];
+  const dims = (shape: readonly number[]): [number, number] => [
+    shape[0],
+    shape.slice(1).reduce((a, b) => a * b, 1),
+  ];
   const each = (t: RefTensors, visit: (i: number, share: number, difference: number) => void) => {
     const [n, inner] = dims(t.prediction.shape);
     for (let i = 0; i < n * inner; i++) {
@@ -31,14 +34,23 @@ function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
     name,
     outputs(t: Tensors) {
       if (t.prediction.shape.join() !== t.target.shape.join()) {
-        throw new ShapeError(`${name}: prediction [${t.prediction.shape}] and target [${t.target.shape}] differ`);
+        throw new ShapeError(
+          `${name}: prediction [${t.prediction.shape}] and target [${t.target.shape}] differ`,
+        );
       }
       sameFloat(name, t, 'prediction', 'target');
       return { y: { shape: [1], dtype: 'float32' } };
     },
     saves: ['prediction', 'target', 'weights'],
     forward: (t, a, launch) =>
-      launch(`${name}_forward`, [t.y, t.prediction, t.target, t.weights, ...dims(t.prediction.shape), ...tail(a)]),
+      launch(`${name}_forward`, [
+        t.y,
+        t.prediction,
+        t.target,
+        t.weights,
+        ...dims(t.prediction.shape),
+        ...tail(a),
+      ]),
     backward(t, a, launch) {
       if (t.dtarget || t.dweights) throw new Error(`${name}: only the prediction has a gradient`);
       const inputs = [t.prediction, t.target, t.weights];

@@ -13,7 +13,8 @@ interface ConcatAttrs {
 }
 
 /** Where part i starts along the axis. */
-const startOf = (lengths: readonly number[], i: number): number => lengths.slice(0, i).reduce((a, b) => a + b, 0);
+const startOf = (lengths: readonly number[], i: number): number =>
+  lengths.slice(0, i).reduce((a, b) => a + b, 0);
 
 const concatOp = defineOp<ConcatAttrs>({
   name: 'concat',
@@ -98,7 +99,9 @@ const sliceOp = defineOp<SliceAttrs>({
     if (start < 0 || length < 1 || start + length > t.x.shape[axis]) {
       throw new ShapeError(`slice: ${start}..${start + length} of axis ${axis} of x [${t.x.shape}]`);
     }
-    return { y: { shape: t.x.shape.map((d, i) => (i === axis ? length : d)), dtype: sameFloat('slice', t, 'x') } };
+    return {
+      y: { shape: t.x.shape.map((d, i) => (i === axis ? length : d)), dtype: sameFloat('slice', t, 'x') },
+    };
   },
   saves: [],
   forward(t, { axis, start, length }, launch) {
@@ -146,7 +149,12 @@ interface PermuteAttrs {
 function permutation(shape: readonly number[], order: readonly number[]): number[] {
   const strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
   const lead = Array<number>(4 - order.length);
-  return [...lead.fill(1), ...order.map((i) => shape[i]), ...lead.map(() => 0), ...order.map((i) => strides[i])];
+  return [
+    ...lead.fill(1),
+    ...order.map((i) => shape[i]),
+    ...lead.map(() => 0),
+    ...order.map((i) => strides[i]),
+  ];
 }
 
 const inverse = (order: readonly number[]): number[] => order.map((_, i) => order.indexOf(i));
@@ -161,7 +169,8 @@ const permuteOp = defineOp<PermuteAttrs>({
   },
   saves: [],
   forward: (t, { order }, launch) => launch('permute_forward', [t.y, t.x, ...permutation(t.x.shape, order)]),
-  backward: (t, { order }, launch) => launch('permute_forward', [t.dx, t.dy, ...permutation(t.dy.shape, inverse(order))]),
+  backward: (t, { order }, launch) =>
+    launch('permute_forward', [t.dx, t.dy, ...permutation(t.dy.shape, inverse(order))]),
   reference: {
     forward: ({ y, x }, { order }) => permuteInto(y.data, x.data, permutation(x.shape, order)),
     backward: ({ dx, dy }, { order }) => permuteInto(dx.data, dy.data, permutation(dy.shape, inverse(order))),
@@ -178,7 +187,8 @@ function permuteInto(y: Numbers, x: Numbers, [d0, d1, d2, d3, s0, s1, s2, s3]: n
   let at = 0;
   for (let a = 0; a < d0; a++)
     for (let b = 0; b < d1; b++)
-      for (let c = 0; c < d2; c++) for (let d = 0; d < d3; d++) y[at++] = x[a * s0 + b * s1 + c * s2 + d * s3];
+      for (let c = 0; c < d2; c++)
+        for (let d = 0; d < d3; d++) y[at++] = x[a * s0 + b * s1 + c * s2 + d * s3];
 }
 
 /** Axis i of the result is axis order[i] of x; up to four axes. */
@@ -189,13 +199,16 @@ const imageInts = (x: readonly number[], y: readonly number[]) => [...x, y[1], y
 const upsampleOp = defineOp<{ height: number; width: number; from: readonly number[] }>({
   name: 'upsample_nearest',
   outputs(t, { height, width }) {
-    if (t.x.shape.length !== 4) throw new ShapeError(`upsample_nearest: x [${t.x.shape}] is not [n, h, w, c]`);
+    if (t.x.shape.length !== 4)
+      throw new ShapeError(`upsample_nearest: x [${t.x.shape}] is not [n, h, w, c]`);
     const [n, , , c] = t.x.shape;
     return { y: { shape: [n, height, width, c], dtype: sameFloat('upsample_nearest', t, 'x') } };
   },
   saves: [],
-  forward: (t, _, launch) => launch('upsample_nearest_forward', [t.y, t.x, ...imageInts(t.x.shape, t.y.shape)]),
-  backward: (t, _, launch) => launch('upsample_nearest_backward', [t.dx, t.dy, ...imageInts(t.dx.shape, t.dy.shape)]),
+  forward: (t, _, launch) =>
+    launch('upsample_nearest_forward', [t.y, t.x, ...imageInts(t.x.shape, t.y.shape)]),
+  backward: (t, _, launch) =>
+    launch('upsample_nearest_backward', [t.dx, t.dy, ...imageInts(t.dx.shape, t.dy.shape)]),
   reference: {
     forward: ({ y, x }) => eachNearest(x.shape, y.shape, (big, small) => (y.data[big] = x.data[small])),
     backward({ dx, dy }) {
@@ -209,7 +222,11 @@ const upsampleOp = defineOp<{ height: number; width: number; from: readonly numb
   ],
 });
 
-function eachNearest(small: readonly number[], big: readonly number[], visit: (big: number, small: number) => void): void {
+function eachNearest(
+  small: readonly number[],
+  big: readonly number[],
+  visit: (big: number, small: number) => void,
+): void {
   const [n, h, w, c] = small;
   const [, oh, ow] = big;
   for (let image = 0; image < n; image++)
@@ -232,7 +249,8 @@ const embeddingOp = defineOp<Record<string, never>>({
   },
   saves: ['ids', 'weight'],
   storage: 'weight',
-  forward: (t, _, launch) => launch('embedding_forward', [t.y, t.weight, t.ids, t.ids.size, t.weight.shape[1]]),
+  forward: (t, _, launch) =>
+    launch('embedding_forward', [t.y, t.weight, t.ids, t.ids.size, t.weight.shape[1]]),
   backward(t, _, launch) {
     const [v, c] = t.weight.shape;
     launch('embedding_backward', [t.dweight, t.dy, t.ids, t.ids.size, c, v]);
@@ -240,12 +258,14 @@ const embeddingOp = defineOp<Record<string, never>>({
   reference: {
     forward({ y, ids, weight }) {
       const c = weight.shape[1];
-      for (let i = 0; i < y.data.length; i++) y.data[i] = weight.data[ids.data[Math.floor(i / c)] * c + (i % c)];
+      for (let i = 0; i < y.data.length; i++)
+        y.data[i] = weight.data[ids.data[Math.floor(i / c)] * c + (i % c)];
     },
     backward({ dweight, dy, ids, weight }) {
       const c = weight.shape[1];
       dweight.data.fill(0);
-      for (let i = 0; i < dy.data.length; i++) dweight.data[ids.data[Math.floor(i / c)] * c + (i % c)] += dy.data[i];
+      for (let i = 0; i < dy.data.length; i++)
+        dweight.data[ids.data[Math.floor(i / c)] * c + (i % c)] += dy.data[i];
     },
   },
   samples: [
@@ -259,7 +279,12 @@ export function embedding(ids: Tensor, weight: Tensor): Tensor {
   return apply(embeddingOp, { ids, weight }, {});
 }
 
-const timestepOp = defineOp<{ dim: number; dtype: 'float32' | 'bfloat16' | 'float16'; flipSinToCos: boolean; shift: number }>({
+const timestepOp = defineOp<{
+  dim: number;
+  dtype: 'float32' | 'bfloat16' | 'float16';
+  flipSinToCos: boolean;
+  shift: number;
+}>({
   name: 'timestep_embedding',
   outputs: (t, { dim, dtype }) => ({ y: { shape: [...t.t.shape, dim], dtype } }),
   saves: [],

@@ -18,7 +18,9 @@ function imageDims(shape: readonly number[]): [number, number, number] {
 function checkAffine(op: string, x: Tensor, weight: Tensor, bias: Tensor): void {
   const c = x.shape.at(-1);
   if (weight.size !== c || bias.size !== c) {
-    throw new ShapeError(`${op}: x [${x.shape}] has ${c} channels, weight [${weight.shape}] and bias [${bias.shape}] do not`);
+    throw new ShapeError(
+      `${op}: x [${x.shape}] has ${c} channels, weight [${weight.shape}] and bias [${bias.shape}] do not`,
+    );
   }
 }
 
@@ -27,7 +29,9 @@ const groupNormOp = defineOp<GroupNormAttrs>({
   outputs(t, { groups }) {
     checkAffine('group_norm', t.x, t.weight, t.bias);
     if ((t.x.shape.at(-1) as number) % groups) {
-      throw new ShapeError(`group_norm: ${t.x.shape.at(-1)} channels of x [${t.x.shape}] do not divide into ${groups} groups`);
+      throw new ShapeError(
+        `group_norm: ${t.x.shape.at(-1)} channels of x [${t.x.shape}] do not divide into ${groups} groups`,
+      );
     }
     const statistics = { shape: [t.x.shape[0], groups], dtype: 'float32' } as const;
     const dtype = sameFloat('group_norm', t, 'x', 'weight', 'bias');
@@ -36,12 +40,37 @@ const groupNormOp = defineOp<GroupNormAttrs>({
   saves: ['x', 'weight', 'bias', 'mean', 'rstd'],
   forward(t, { groups, eps, silu }, launch) {
     const [n, hw, c] = imageDims(t.x.shape);
-    launch('group_norm_forward', [t.y, t.mean, t.rstd, t.x, t.weight, t.bias, n, hw, c, groups, Number(silu), eps]);
+    launch('group_norm_forward', [
+      t.y,
+      t.mean,
+      t.rstd,
+      t.x,
+      t.weight,
+      t.bias,
+      n,
+      hw,
+      c,
+      groups,
+      Number(silu),
+      eps,
+    ]);
   },
   backward(t, { groups, silu }, launch) {
     const [n, hw, c] = imageDims(t.x.shape);
     const gradients = [t.dx, t.dweight, t.dbias, t.dy];
-    launch('group_norm_backward', [...gradients, t.x, t.weight, t.bias, t.mean, t.rstd, n, hw, c, groups, Number(silu)]);
+    launch('group_norm_backward', [
+      ...gradients,
+      t.x,
+      t.weight,
+      t.bias,
+      t.mean,
+      t.rstd,
+      n,
+      hw,
+      c,
+      groups,
+      Number(silu),
+    ]);
   },
   reference: {
     forward(t, { groups, eps, silu }) {
@@ -79,7 +108,11 @@ function groupSample(x: number[], groups: number, silu: boolean) {
   return { inputs: { x, weight: [c], bias: [c] }, attrs: { groups, eps: 1e-5, silu } };
 }
 
-function eachGroup(x: RefTensor, groups: number, visit: (group: number, indices: number[], c: number) => void): void {
+function eachGroup(
+  x: RefTensor,
+  groups: number,
+  visit: (group: number, indices: number[], c: number) => void,
+): void {
   const [n, hw, c] = imageDims(x.shape);
   const width = c / groups;
   for (let image = 0; image < n; image++)
@@ -144,7 +177,12 @@ const rowsOf = (shape: readonly number[]): [number, number] => {
 
 function eachRow(x: RefTensor, visit: (row: number, indices: number[], c: number) => void): void {
   const [rows, c] = rowsOf(x.shape);
-  for (let row = 0; row < rows; row++) visit(row, Array.from({ length: c }, (_, i) => row * c + i), c);
+  for (let row = 0; row < rows; row++)
+    visit(
+      row,
+      Array.from({ length: c }, (_, i) => row * c + i),
+      c,
+    );
 }
 
 const layerNormOp = defineOp<{ eps: number }>({
@@ -159,22 +197,40 @@ const layerNormOp = defineOp<{ eps: number }>({
   forward: (t, { eps }, launch) =>
     launch('layer_norm_forward', [t.y, t.mean, t.rstd, t.x, t.weight, t.bias, ...rowsOf(t.x.shape), eps]),
   backward: (t, _, launch) =>
-    launch('layer_norm_backward', [t.dx, t.dweight, t.dbias, t.dy, t.x, t.weight, t.mean, t.rstd, ...rowsOf(t.x.shape)]),
+    launch('layer_norm_backward', [
+      t.dx,
+      t.dweight,
+      t.dbias,
+      t.dy,
+      t.x,
+      t.weight,
+      t.mean,
+      t.rstd,
+      ...rowsOf(t.x.shape),
+    ]),
   reference: {
     forward(t, { eps }) {
       eachRow(t.x, (row, indices, c) => {
         const { mean, rstd } = statistics(t.x, indices, eps);
         t.mean.data[row] = mean;
         t.rstd.data[row] = rstd;
-        for (const i of indices) t.y.data[i] = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
+        for (const i of indices)
+          t.y.data[i] = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
       });
     },
     backward(t) {
       clearAffine(t);
-      eachRow(t.x, (row, indices, c) => normBackward(t, indices, c, t.mean.data[row], t.rstd.data[row], (i) => t.dy.data[i]));
+      eachRow(t.x, (row, indices, c) =>
+        normBackward(t, indices, c, t.mean.data[row], t.rstd.data[row], (i) => t.dy.data[i]),
+      );
     },
   },
-  samples: [[2, 3], [5, 16], [3, 7, 33], [2, 320]].map((x) => ({
+  samples: [
+    [2, 3],
+    [5, 16],
+    [3, 7, 33],
+    [2, 320],
+  ].map((x) => ({
     inputs: { x, weight: x.slice(-1), bias: x.slice(-1) },
     attrs: { eps: 1e-5 },
   })),
@@ -206,7 +262,12 @@ const softmaxOp = defineOp<Record<string, never>>({
       });
     },
   },
-  samples: [[1, 1], [3, 9], [4, 77], [2, 1000]].map((x) => ({ inputs: { x }, attrs: {} })),
+  samples: [
+    [1, 1],
+    [3, 9],
+    [4, 77],
+    [2, 1000],
+  ].map((x) => ({ inputs: { x }, attrs: {} })),
 });
 
 /** exp(x) normalized to sum 1 over the last axis. */

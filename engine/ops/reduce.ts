@@ -10,13 +10,16 @@ export function around(shape: readonly number[], axis: number): [number, number,
 
 export function resolveAxis(op: string, axis: number, rank: number): number {
   const resolved = axis < 0 ? axis + rank : axis;
-  if (!(resolved >= 0 && resolved < rank)) throw new ShapeError(`${op}: axis ${axis} of a tensor with ${rank} axes`);
+  if (!(resolved >= 0 && resolved < rank))
+    throw new ShapeError(`${op}: axis ${axis} of a tensor with ${rank} axes`);
   return resolved;
 }
 
 const sumOp = defineOp<{ axis: number }>({
   name: 'sum',
-  outputs: (t, { axis }) => ({ y: { shape: t.x.shape.filter((_, i) => i !== axis), dtype: sameFloat('sum', t, 'x') } }),
+  outputs: (t, { axis }) => ({
+    y: { shape: t.x.shape.filter((_, i) => i !== axis), dtype: sameFloat('sum', t, 'x') },
+  }),
   saves: ['x'],
   forward: (t, { axis }, launch) => launch('sum_forward', [t.y, t.x, ...around(t.x.shape, axis)]),
   backward: (t, { axis }, launch) => launch('broadcast_forward', [t.dx, t.dy, ...around(t.x.shape, axis)]),
@@ -41,7 +44,8 @@ const sumOp = defineOp<{ axis: number }>({
 });
 
 /** Sums over `axis`, which disappears. */
-export const sum = (x: Tensor, axis: number): Tensor => apply(sumOp, { x }, { axis: resolveAxis('sum', axis, x.shape.length) });
+export const sum = (x: Tensor, axis: number): Tensor =>
+  apply(sumOp, { x }, { axis: resolveAxis('sum', axis, x.shape.length) });
 
 const broadcastOp = defineOp<{ axis: number; count: number }>({
   name: 'broadcast',
@@ -65,7 +69,8 @@ const broadcastOp = defineOp<{ axis: number; count: number }>({
 });
 
 /** Repeats x `count` times along a new axis put at `axis`. */
-export const broadcast = (x: Tensor, axis: number, count: number): Tensor => apply(broadcastOp, { x }, { axis, count });
+export const broadcast = (x: Tensor, axis: number, count: number): Tensor =>
+  apply(broadcastOp, { x }, { axis, count });
 
 type Writable = Float32Array | Float64Array;
 function repeat(y: Writable, x: Writable, outer: number, count: number, inner: number): void {

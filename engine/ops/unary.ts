@@ -33,7 +33,10 @@ export const quickGelu = unary('quick_gelu', scalar.quickGelu);
 export const exp = unary('exp', { f: Math.exp, df: Math.exp });
 export const square = unary('square', { f: (x) => x * x, df: (x) => 2 * x });
 export const tanh = unary('tanh', { f: Math.tanh, df: (x) => 1 - Math.tanh(x) ** 2 });
-export const sigmoid = unary('sigmoid', { f: scalar.sigmoid, df: (x) => scalar.sigmoid(x) * (1 - scalar.sigmoid(x)) });
+export const sigmoid = unary('sigmoid', {
+  f: scalar.sigmoid,
+  df: (x) => scalar.sigmoid(x) * (1 - scalar.sigmoid(x)),
+});
 
 const scaleOp = defineOp<{ a: number; b: number }>({
   name: 'scale',
@@ -58,7 +61,8 @@ export const scale = (x: Tensor, a: number, b = 0): Tensor => apply(scaleOp, { x
 const castOp = defineOp<{ dtype: DType; from: DType }>({
   name: 'cast',
   outputs(t, { dtype }) {
-    if (!isFloat(dtype) || !isFloat(t.x.dtype)) throw new ShapeError(`cast: from ${t.x.dtype} to ${dtype} is not a float cast`);
+    if (!isFloat(dtype) || !isFloat(t.x.dtype))
+      throw new ShapeError(`cast: from ${t.x.dtype} to ${dtype} is not a float cast`);
     return { y: { shape: t.x.shape, dtype } };
   },
   saves: [],
@@ -68,8 +72,12 @@ const castOp = defineOp<{ dtype: DType; from: DType }>({
     forward: ({ y, x }) => y.data.set(x.data),
     backward: ({ dx, dy }) => dx.data.set(dy.data),
   },
-  samples: [[1], [31], [6, 16]].map((x) => ({ inputs: { x }, attrs: { dtype: 'float32', from: 'float32' } as const })),
+  samples: [[1], [31], [6, 16]].map((x) => ({
+    inputs: { x },
+    attrs: { dtype: 'float32', from: 'float32' } as const,
+  })),
 });
 
 /** The same numbers in another floating-point type; the tensor itself where it has that type already. */
-export const cast = (x: Tensor, dtype: DType): Tensor => (x.dtype === dtype ? x : apply(castOp, { x }, { dtype, from: x.dtype }));
+export const cast = (x: Tensor, dtype: DType): Tensor =>
+  x.dtype === dtype ? x : apply(castOp, { x }, { dtype, from: x.dtype });
