@@ -1,0 +1,360 @@
+// Published sizes, single-file checkpoints and LoRA files: the same weights under the original's keys are the same model,
+// merged adapters give diffusers' outputs, and files that do not fit are refused with a sentence that names what does not.
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import {
+  type AnyModule,
+  module,
+  namedParameters,
+  parameter,
+  parameterCount,
+  unload,
+} from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
+import { encodeNumbers } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { loadParameters, type ModelSource, openModel, openWeights } from '../models/checkpoint.ts';
+import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import { mergeLora } from '../models/lora.ts';
+import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/presets.ts';
+import { openSingleFile, unetKeyInSgm } from '../models/singlefile.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { parseVaeConfig, vae } from '../models/vae.ts';
+import { allClose, type GoldenArea, goldenArea, goldenFolder } from './golden.ts';
+
+const device = openDevice('auto');
+const golden = (name: string): string => join(goldenFolder, name);
+
+interface Assert {
+  ok(value: unknown, message: string): unknown;
+}
+
+function refuses(t: Assert, label: string, run: () => unknown, ...words: readonly RegExp[]): void {
+  let message = 'nothing was thrown';
+  let isUserError = false;
+  try {
+    run();
+  } catch (error) {
+    message = (error as Error).message;
+    isUserError = error instanceof UserError;
+  }
+  t.ok(isUserError && words.every((word) => word.test(message)), `${label}: ${message}`);
+}
+
+test('the presets have the published models’ sizes', (t) => {
+  t.equal(parameterCount(unet(sdxlBase)), 2_567_463_684, 'base UNet');
+  t.equal(parameterCount(unet(sdxlRefiner)), 2_259_526_660, 'refiner UNet');
+  t.equal(parameterCount(vae(sdxlVae).module), 83_653_863, 'VAE');
+  t.equal(parameterCount(textEncoder(clipL)), 123_060_480, 'CLIP-L');
+  t.equal(parameterCount(textEncoder(clipBigG)), 694_659_840, 'OpenCLIP bigG');
+  t.end();
+});
+
+test('UNet keys in the original’s words', (t) => {
+  const spelled: readonly (readonly [typeof sdxlBase | typeof sdxlRefiner, string, string])[] = [
+    [sdxlBase, 'conv_in.bias', 'input_blocks.0.0.bias'],
+    [sdxlBase, 'down_blocks.0.downsamplers.0.conv.bias', 'input_blocks.3.0.op.bias'],
+    [sdxlBase, 'down_blocks.2.resnets.0.conv_shortcut.bias', 'input_blocks.7.0.skip_connection.bias'],
+    [sdxlBase, 'mid_block.resnets.1.time_emb_proj.bias', 'middle_block.2.emb_layers.1.bias'],
+    [sdxlBase, 'up_blocks.1.upsamplers.0.conv.bias', 'output_blocks.5.2.conv.bias'],
+    [sdxlRefiner, 'up_blocks.0.upsamplers.0.conv.bias', 'output_blocks.2.1.conv.bias'],
+    [sdxlRefiner, 'up_blocks.2.attentions.2.proj_in.bias', 'output_blocks.8.1.proj_in.bias'],
+  ];
+  for (const [config, key, want] of spelled) t.equal(unetKeyInSgm(key, config), want);
+  for (const config of [sdxlBase, sdxlRefiner]) {
+    const keys = [...namedParameters(unet(config)).keys()];
+    t.equal(new Set(keys.map((key) => unetKeyInSgm(key, config))).size, keys.length, 'no two keys meet');
+  }
+  t.end();
+});
+
+/** Loads a component of `source` and hands its weights over as numbers, by name. */
+function weightsOf(source: ModelSource, component: string): Map<string, Float32Array> {
+  const config = source.config(component);
+  const builders: Record<string, () => AnyModule> = {
+    unet: () => unet(parseUNetConfig(config)),
+    vae: () => vae(parseVaeConfig(config)).module,
+    text_encoder: () => textEncoder(parseTextConfig(config)),
+    text_encoder_2: () => textEncoder(parseTextConfig(config)),
+  };
+  const model = builders[component]();
+  source.load(component, model, device, 'float32');
+  const weights = new Map([...namedParameters(model)].map(([name, p]) => [name, p.tensor.floats()]));
+  unload(model);
+  return weights;
+}
+
+const bytesOf = (values: Float32Array | undefined): Buffer =>
+  Buffer.from(values?.buffer ?? new ArrayBuffer(0), values?.byteOffset, values?.byteLength);
+
+test('a single file is the same model as its folder', (t) => {
+  const before = device.memory.storages;
+  for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner']) {
+    const whole = openModel(golden(folder));
+    const single = openSingleFile(golden(`${folder}-singlefile.safetensors`), { configs: golden(folder) });
+    for (const component of ['unet', 'vae', 'text_encoder', 'text_encoder_2']) {
+      t.equal(single.has(component), whole.has(component), `${folder} has ${component}`);
+      if (!whole.has(component)) continue;
+      const want = weightsOf(whole, component);
+      const got = weightsOf(single, component);
+      const differing = [...want].filter(([name, values]) => !bytesOf(values).equals(bytesOf(got.get(name))));
+      t.ok(
+        want.size > 50 && differing.length === 0,
+        `${folder} ${component}: ${differing.length} of ${want.size} differ`,
+      );
+    }
+  }
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+test('files that are no SDXL checkpoint are refused', (t) => {
+  refuses(t, 'a LoRA', () => openSingleFile(golden('lora/scaled_sgm.safetensors')), /not an SDXL checkpoint/);
+  refuses(
+    t,
+    'other sizes',
+    () => openSingleFile(golden('tiny-sdxl-singlefile.safetensors')),
+    /16 channels/,
+    /320/,
+  );
+  refuses(t, 'no file', () => openSingleFile(golden('absent.safetensors')), /does not exist/);
+  t.end();
+});
+
+test('a checkpoint that does not fit is one error that names everything', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-checkpoint-'));
+  t.teardown(() => rmSync(folder, { recursive: true }));
+  const entry = (name: string, shape: number[], values: number[]): TensorEntry => {
+    return { name, dtype: 'float32', shape, bytes: encodeNumbers(values, 'float32') };
+  };
+  const load = (name: string, entries: TensorEntry[]) => {
+    const at = join(folder, name);
+    mkdirSync(at);
+    writeSafetensors(join(at, 'model.safetensors'), entries);
+    const weights = openWeights(at);
+    const model = module({ a: parameter([2]), b: parameter([2, 2]) }, () => undefined);
+    try {
+      loadParameters(model, weights, device, 'float32');
+    } finally {
+      weights.close();
+      unload(model);
+    }
+  };
+  const before = device.memory.storages;
+  const wrong = [entry('b', [4], [1, 2, 3, 4]), entry('c', [1], [1])];
+  refuses(t, 'three faults', () => load('wrong', wrong), /missing a/, /unexpected c/, /misshapen b is \[4\]/);
+  const sick = [entry('a', [2], [1, Number.NaN]), entry('b', [2, 2], [1, 2, 3, 4])];
+  refuses(t, 'NaN', () => load('nan', sick), /tensor a holds NaN/);
+  const infinite = [entry('a', [2], [1, 2]), entry('b', [2, 2], [1, 2, 3, -Infinity])];
+  refuses(t, 'infinity', () => load('inf', infinite), /tensor b holds NaN or infinity/);
+  mkdirSync(join(folder, 'pickled'));
+  writeFileSync(join(folder, 'pickled', 'pytorch_model.bin'), 'x');
+  refuses(t, 'a pickle', () => openWeights(join(folder, 'pickled')), /pickle/, /safetensors/);
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+/** Golden [n, c, h, w] and our [n, h, w, c]. */
+function channelsMoved(values: Float32Array, [n, a, b]: readonly number[]): Float32Array {
+  const out = new Float32Array(values.length);
+  for (let image = 0; image < n; image++)
+    for (let i = 0; i < a; i++)
+      for (let j = 0; j < b; j++) out[(image * b + j) * a + i] = values[(image * a + i) * b + j];
+  return out;
+}
+
+function loraInputs(area: GoldenArea, inputs: Record<string, string>) {
+  const [n, c, h, w] = area.shape(inputs.sample);
+  const times = area.floats(inputs.timestep);
+  const timesteps = Float32Array.from({ length: n }, (_, i) => times[times.length === 1 ? 0 : i]);
+  const plain = (name: string) => tensor(area.floats(name), area.shape(name), { device });
+  return {
+    shape: [n, c, h, w],
+    sample: tensor(channelsMoved(area.floats(inputs.sample), [n, c, h * w]), [n, h, w, c], { device }),
+    timesteps: tensor(timesteps, [n], { device }),
+    conditioning: {
+      context: plain(inputs.encoder_hidden_states),
+      textEmbeds: plain(inputs.text_embeds),
+      timeIds: plain(inputs.time_ids),
+    },
+  };
+}
+
+function tinyUNet(folder = 'tiny-sdxl') {
+  const source = openModel(golden(folder));
+  const unetConfig = parseUNetConfig(source.config('unet'));
+  const model = unet(unetConfig);
+  source.load('unet', model, device, 'float32');
+  return { unet: model, unetConfig };
+}
+
+test('merged LoRAs give diffusers’ outputs', (t) => {
+  const area = goldenArea('lora');
+  const before = device.memory.storages;
+  for (const c of area.cases.filter(({ call }) => call === 'unet forward after load_lora_weights')) {
+    const targets = tinyUNet();
+    const { scale, adapter_weights: weights } = c.settings as {
+      scale: number | null;
+      adapter_weights: number[] | null;
+    };
+    const changed = (c.files as string[]).map((file, i) =>
+      mergeLora(targets, golden(file), weights?.[i] ?? scale ?? 1),
+    );
+    t.ok(
+      changed.every((count) => count === 136),
+      `${c.id}: ${changed} weights changed`,
+    );
+    const got = noGrad(() =>
+      scope(() => {
+        const { sample, timesteps, conditioning, shape } = loraInputs(
+          area,
+          c.inputs as Record<string, string>,
+        );
+        const out = targets.unet(sample, timesteps, conditioning);
+        return channelsMoved(out.floats(), [shape[0], shape[2] * shape[3], shape[1]]);
+      }),
+    );
+    allClose(t, c.id, got, area.floats(c.expect.sample.tensor), c.expect.sample);
+    unload(targets.unet);
+  }
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+test('every spelling of a LoRA reaches its weight', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-lora-'));
+  t.teardown(() => rmSync(folder, { recursive: true }));
+  const source = openModel(golden('tiny-sdxl'));
+  const targets = {
+    ...tinyUNet(),
+    text_encoder: textEncoder(parseTextConfig(source.config('text_encoder'))),
+  };
+  source.load('text_encoder', targets.text_encoder, device, 'float32');
+  const ones = (name: string, shape: number[], value: number): TensorEntry => ({
+    name,
+    dtype: 'float32',
+    shape,
+    bytes: encodeNumbers(Array<number>(shape.reduce((a, b) => a * b, 1)).fill(value), 'float32'),
+  });
+  const attn = 'down_blocks.1.attentions.0.transformer_blocks.0.attn1';
+  const layer = 'text_model.encoder.layers.1.self_attn.q_proj';
+  const cases: readonly (readonly [AnyModule, string, string, string, number[], number[]])[] = [
+    [
+      targets.unet,
+      `${attn}.to_q`,
+      `unet.${attn}.to_q.lora_A.weight`,
+      `unet.${attn}.to_q.lora_B.weight`,
+      [2, 24],
+      [24, 2],
+    ],
+    [
+      targets.unet,
+      `${attn}.to_q`,
+      `base_model.model.${attn}.to_q.lora_A.default.weight`,
+      `base_model.model.${attn}.to_q.lora_B.default.weight`,
+      [2, 24],
+      [24, 2],
+    ],
+    [
+      targets.unet,
+      `${attn}.to_out.0`,
+      `unet.${attn}.processor.to_out_lora.down.weight`,
+      `unet.${attn}.processor.to_out_lora.up.weight`,
+      [2, 24],
+      [24, 2],
+    ],
+    [
+      targets.unet,
+      'down_blocks.0.resnets.0.conv1',
+      'lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight',
+      'lora_unet_input_blocks_1_0_in_layers_2.lora_up.weight',
+      [2, 16, 3, 3],
+      [16, 2, 1, 1],
+    ],
+    [
+      targets.text_encoder,
+      layer,
+      `text_encoder.${layer}.lora_linear_layer.down.weight`,
+      `text_encoder.${layer}.lora_linear_layer.up.weight`,
+      [2, 32],
+      [32, 2],
+    ],
+    [
+      targets.text_encoder,
+      layer,
+      `lora_te1_${layer.replaceAll('.', '_')}.lora_down.weight`,
+      `lora_te1_${layer.replaceAll('.', '_')}.lora_up.weight`,
+      [2, 32],
+      [32, 2],
+    ],
+  ];
+  cases.forEach(([model, key, down, up, a, b], i) => {
+    const path = join(folder, `${i}.safetensors`);
+    writeSafetensors(path, [ones(down, a, 0.5), ones(up, b, 0.25)]);
+    const weight = namedParameters(model).get(`${key}.weight`);
+    const want = weight?.tensor.floats().map((x) => x + 3 * 2 * 0.5 * 0.25) ?? [];
+    mergeLora(targets, path, 3);
+    allClose(t, down, weight?.tensor.floats() ?? [], want, { atol: 1e-6, rtol: 0 });
+  });
+  unload(targets.unet);
+  unload(targets.text_encoder);
+  t.end();
+});
+
+test('the order of a convolution’s taps survives the merge', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-lora-'));
+  t.teardown(() => rmSync(folder, { recursive: true }));
+  const path = join(folder, 'conv.safetensors');
+  const down = Float32Array.from({ length: 16 * 9 }, (_, i) => i / 144);
+  const up = Float32Array.from({ length: 16 }, (_, i) => i - 8);
+  const name = 'lora_unet_down_blocks_0_resnets_0_conv1';
+  writeSafetensors(path, [
+    {
+      name: `${name}.lora_down.weight`,
+      dtype: 'float32',
+      shape: [1, 16, 3, 3],
+      bytes: encodeNumbers(down, 'float32'),
+    },
+    {
+      name: `${name}.lora_up.weight`,
+      dtype: 'float32',
+      shape: [16, 1, 1, 1],
+      bytes: encodeNumbers(up, 'float32'),
+    },
+  ]);
+  const targets = tinyUNet();
+  const weight = namedParameters(targets.unet).get('down_blocks.0.resnets.0.conv1.weight');
+  // Ours is [o, kh, kw, i]; the adapter's product is [o, i, kh, kw].
+  const want = weight?.tensor.floats().map((x, at) => {
+    const [o, tap, i] = [Math.floor(at / 144), Math.floor(at / 16) % 9, at % 16];
+    return x + up[o] * down[i * 9 + tap];
+  });
+  mergeLora(targets, path);
+  allClose(t, 'conv1', weight?.tensor.floats() ?? [], want ?? [], { atol: 1e-6, rtol: 1e-6 });
+  unload(targets.unet);
+  t.end();
+});
+
+test('a LoRA for another model is refused before anything changes', (t) => {
+  const refiner = tinyUNet('tiny-sdxl-refiner');
+  const weights = () => bytesOf([...namedParameters(refiner.unet).values()][20].tensor.floats());
+  const before = weights();
+  const run = () => mergeLora(refiner, golden('lora/scaled_kohya.safetensors'));
+  refuses(t, 'kohya', run, /LoRA/, /match no weight|another shape/);
+  refuses(
+    t,
+    'a model',
+    () => mergeLora(refiner, golden('tiny-sdxl/vae/diffusion_pytorch_model.safetensors')),
+    /match no weight/,
+    /and \d+ more/,
+  );
+  t.ok(weights().equals(before), 'weights are as they were');
+  unload(refiner.unet);
+  t.end();
+});
