@@ -1,7 +1,8 @@
-// Low-rank adapters (Hu et al. 2021) merged into loaded weights: W += scale * alpha / rank * B A, in float32. Read in the
-// three spellings in use: diffusers and peft (dots, lora_A/lora_B or lora.down/lora.up), kohya (underscores, `.alpha`),
-// and kohya with the original model's block names. Underscores cannot be split again, so names are matched by spelling
-// every weight of the model in all ways; a name that matches none is an error, as a silently lost layer would be.
+// Low-rank adapters (Hu et al. 2021) merged into loaded weights: W += scale * alpha / rank * B A, in float32.
+// Read in the three spellings in use: diffusers and peft (dots, lora_A/lora_B or lora.down/lora.up), kohya
+// (underscores, `.alpha`), and kohya with the original model's block names. Underscores cannot be split
+// again, so names are matched by spelling every weight of the model in all ways; a name that matches none is
+// an error, as a silently lost layer would be.
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -15,7 +16,9 @@ import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
 import { unetKeyInSgm } from './singlefile.ts';
 import type { UNetConfig } from './unet.ts';
 
-/** The models an adapter may change; parts of a file for an absent one are an error like any unmatched name. */
+/**
+ * The models an adapter may change; parts of a file for an absent one are an error like any unmatched name.
+ */
 export interface LoraTargets {
   unet: AnyModule;
   unetConfig: Pick<UNetConfig, 'layers_per_block' | 'up_block_types'>;
@@ -42,7 +45,10 @@ const suffixes: readonly (readonly [RegExp, Part])[] = [
   [/(\.lora)?\.alpha$/, 'alpha'],
 ];
 
-/** `module` without the part's suffix, in the file's spelling. Undefined for anything but a plain adapter's tensors. */
+/**
+ * `module` without the part's suffix, in the file's spelling. Undefined for anything but a plain adapter's
+ * tensors.
+ */
 function splitName(name: string): { module: string; part: Part } | undefined {
   for (const [suffix, part] of suffixes) {
     if (suffix.test(name)) return { module: plainModule(name.replace(suffix, '')), part };
@@ -50,7 +56,9 @@ function splitName(name: string): { module: string; part: Part } | undefined {
   return undefined;
 }
 
-/** Drops what wrappers put into a path: peft's root, and the attention processors of diffusers before 0.22. */
+/**
+ * Drops what wrappers put into a path: peft's root, and the attention processors of diffusers before 0.22.
+ */
 const plainModule = (module: string): string =>
   module
     .replace(/^base_model\.model\./, '')
@@ -82,7 +90,10 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
   return found;
 }
 
-/** Pairs the file's tensors with the model's weights. @throws UserError listing what matches nothing or fits badly */
+/**
+ * Pairs the file's tensors with the model's weights. @throws UserError listing what matches nothing or fits
+ * badly
+ */
 function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const updates = new Map<string, Update>();
@@ -110,7 +121,8 @@ function complain(file: SafetensorsFile, what: string, names: readonly string[])
   if (names.length === 0) return;
   const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
   throw new UserError(
-    `LoRA ${file.path}: ${names.length} of its names ${what}: ${names.slice(0, 8).join(', ')}${more}; use an adapter made for this model`,
+    `LoRA ${file.path}: ${names.length} of its names ${what}: ${names.slice(0, 8).join(', ')}${more}; ` +
+      'use an adapter made for this model',
   );
 }
 
@@ -124,7 +136,10 @@ function fits(file: SafetensorsFile, { target, down = '', up = '' }: Update): bo
   return ones && a[0] === b[1] && (linear ? product.slice(0, 2) : product).join() === target.shape.join();
 }
 
-/** scale * alpha / rank. Diffusers keeps alpha in the metadata, kohya in a tensor; without either it is the rank. */
+/**
+ * scale * alpha / rank. Diffusers keeps alpha in the metadata, kohya in a tensor; without either it is the
+ * rank.
+ */
 function factorOf(
   file: SafetensorsFile,
   module: string,
@@ -160,9 +175,11 @@ const floatsOf = (file: SafetensorsFile, name: string): Float32Array =>
   decodeFloats(file.read(name), file.tensors.get(name)?.dtype ?? 'float32');
 
 /**
- * Adds the adapter in `path`, times `scale`, to the loaded weights. Several adapters are merged one after the other;
- * merging with the negative scale takes one out again up to rounding. Returns how many weights changed.
- * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not fit
+ * Adds the adapter in `path`, times `scale`, to the loaded weights. Several adapters are merged one after the
+ * other; merging with the negative scale takes one out again up to rounding. Returns how many weights
+ * changed.
+ * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not
+ *   fit
  */
 export function mergeLora(targets: LoraTargets, path: string, scale = 1): number {
   const file = openSafetensors(path);

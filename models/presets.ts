@@ -1,5 +1,6 @@
-// The published models' configurations, in the words of their config.json files (stabilityai/stable-diffusion-xl-base-1.0
-// and -refiner-1.0). Single-file checkpoints carry weights only and take these; a diffusers folder brings its own.
+// The published models' configurations, in the words of their config.json files
+// (stabilityai/stable-diffusion-xl-base-1.0 and -refiner-1.0). Single-file checkpoints carry weights only and
+// take these; a diffusers folder brings its own.
 import type { TextConfig } from './clip.ts';
 import type { UNetConfig } from './unet.ts';
 import type { VaeConfig } from './vae.ts';

@@ -1,6 +1,7 @@
-// Checkpoints in one .safetensors file under the original (generative-models, "SGM") keys, as sd_xl_base_1.0 and
-// sd_xl_refiner_1.0 are published. Each diffusers key is spelled in the original's words and looked up, so whatever else
-// the file holds is passed over. The file has no configs: the published models' are taken, or those of a folder.
+// Checkpoints in one .safetensors file under the original (generative-models, "SGM") keys, as sd_xl_base_1.0
+// and sd_xl_refiner_1.0 are published. Each diffusers key is spelled in the original's words and looked up,
+// so whatever else the file holds is passed over. The file has no configs: the published models' are taken,
+// or those of a folder.
 import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
@@ -40,7 +41,10 @@ const unetWords: Record<string, string> = {
 
 type BlockLayout = Pick<UNetConfig, 'layers_per_block' | 'up_block_types'>;
 
-/** A UNet key in the original's words (without its `model.diffusion_model.`), where blocks are numbered in one row. */
+/**
+ * A UNet key in the original's words (without its `model.diffusion_model.`), where blocks are numbered in one
+ * row.
+ */
 export function unetKeyInSgm(key: string, { layers_per_block: layers, up_block_types }: BlockLayout): string {
   const resnetPart = (rest: string) => rest.replace(/^\w+/, (word) => resnetWords[word] ?? word);
   const found = /^(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)$/.exec(
@@ -78,7 +82,10 @@ const vaeWords: readonly (readonly [RegExp, string])[] = [
   [/conv_norm_out\./, 'norm_out.'],
 ];
 
-/** A VAE key in the original's words (without `first_stage_model.`); decoder levels count from the picture there. */
+/**
+ * A VAE key in the original's words (without `first_stage_model.`); decoder levels count from the picture
+ * there.
+ */
 export function vaeKeyInSgm(key: string, levels: number): string {
   const reversed = key.replace(/up_blocks\.(\d+)\./, (_, i) => `up.${levels - 1 - Number(i)}.`);
   return vaeWords.reduce((name, [pattern, word]) => name.replace(pattern, word), reversed);
@@ -95,7 +102,10 @@ const openClipWords: readonly (readonly [RegExp, string])[] = [
   [/mlp\.fc2\./, 'mlp.c_proj.'],
 ];
 
-/** A CLIPTextModelWithProjection key in OpenCLIP's words: q, k and v fused, and a bare projection the other way round. */
+/**
+ * A CLIPTextModelWithProjection key in OpenCLIP's words: q, k and v fused, and a bare projection the other
+ * way round.
+ */
 function openClipOrigin(key: string): Origin {
   if (key === 'text_projection.weight') return { name: 'text_projection', transposed: true };
   const name = openClipWords.reduce(
@@ -132,7 +142,10 @@ const layouts: readonly Layout[] = [
   },
 ];
 
-/** Opens base or refiner, told apart by where OpenCLIP stands. `configs` is a diffusers folder for sizes other than SDXL's. */
+/**
+ * Opens base or refiner, told apart by where OpenCLIP stands. `configs` is a diffusers folder for sizes other
+ * than SDXL's.
+ */
 export function openSingleFile(path: string, { configs }: { configs?: string } = {}): ModelSource {
   const file = openSafetensors(path);
   const layout = layouts.find(({ openClip }) => file.tensors.has(`${openClip}ln_final.weight`));
@@ -140,14 +153,16 @@ export function openSingleFile(path: string, { configs }: { configs?: string } =
   if (!layout || !convIn) {
     file.close();
     throw new UserError(
-      `${path} is not an SDXL checkpoint in one file: its UNet or its OpenCLIP text encoder is missing; give an SDXL base or refiner file, or a diffusers folder`,
+      `${path} is not an SDXL checkpoint in one file (no UNet or no OpenCLIP under the original keys); ` +
+        'give an SDXL base or refiner file, or a diffusers folder',
     );
   }
   const width = layout.unet.block_out_channels[0];
   if (!configs && convIn.shape[0] !== width) {
     file.close();
     throw new UserError(
-      `${path}: its UNet begins with ${convIn.shape[0]} channels, SDXL's with ${width}; name a diffusers folder with its configs`,
+      `${path}: its UNet begins with ${convIn.shape[0]} channels, SDXL's with ${width}; ` +
+        'name a diffusers folder with its configs',
     );
   }
   const folder = configs === undefined ? undefined : openModel(configs);
@@ -268,7 +283,9 @@ function translated(file: SafetensorsFile, origin: (key: string) => Origin): Wei
   };
 }
 
-/** The diffusers shape of a stored tensor; the original's attention in the VAE is written as 1x1 convolutions. */
+/**
+ * The diffusers shape of a stored tensor; the original's attention in the VAE is written as 1x1 convolutions.
+ */
 function shapeOf({ name, third, transposed }: Origin, shape: readonly number[]): readonly number[] {
   if (third !== undefined) return [shape[0] / 3, ...shape.slice(1)];
   if (transposed) return shape.toReversed();

@@ -1,5 +1,6 @@
-// Published sizes, single-file checkpoints and LoRA files: the same weights under the original's keys are the same model,
-// merged adapters give diffusers' outputs, and files that do not fit are refused with a sentence that names what does not.
+// Published sizes, single-file checkpoints and LoRA files: the same weights under the original's keys are the
+// same model, merged adapters give diffusers' outputs, and files that do not fit are refused with a sentence
+// that names what does not.
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
