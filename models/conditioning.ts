@@ -1,0 +1,177 @@
+// What the UNet is told besides the latents: prompts through one or two text encoders (diffusers' encode_prompt) and the
+// micro-conditioning numbers (Podell et al. 2023, section 2.2). Unconditional rows come first.
+import type { Device } from '../engine/device.ts';
+import { concat } from '../engine/ops/move.ts';
+import { cast, scale } from '../engine/ops/unary.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { TextEncoder } from './clip.ts';
+import type { Tokenizer } from './tokenizer.ts';
+
+/** One or two encoders in order; the last gives the pooled vector. The refiner has only the second. */
+export interface TextStack {
+  encoders: readonly { tokenizer: Tokenizer; encoder: TextEncoder }[];
+  /** Base: no negative prompt at all means zero embeddings rather than the embedding of "". */
+  forceZeros: boolean;
+}
+
+export interface Prompts {
+  prompt: readonly string[];
+  prompt_2?: readonly string[];
+  negative_prompt?: readonly string[];
+  negative_prompt_2?: readonly string[];
+  clip_skip?: number;
+}
+
+export interface Embeddings {
+  /** [rows, 77, c] and [rows, p]; rows are negative then positive when guided. */
+  context: Tensor;
+  pooled: Tensor;
+  /** Text that did not fit into 77 tokens, one entry for each prompt cut. */
+  truncated: string[];
+}
+
+const PENULTIMATE = -2;
+
+/** Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`. */
+export function encodePrompts(
+  stack: TextStack,
+  prompts: Prompts,
+  options: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
+): Embeddings {
+  const truncated: string[] = [];
+  const second = prompts.prompt_2 ?? prompts.prompt;
+  const layer = PENULTIMATE - (prompts.clip_skip ?? 0);
+  const positive = encode(stack, [prompts.prompt, second], layer, options.device, truncated);
+  const parts = [repeated(positive, options.copies)];
+  if (options.guided)
+    parts.unshift(repeated(negativeOf(stack, prompts, positive, options.device, truncated), options.copies));
+  return {
+    context: cast(
+      concat(
+        parts.map((p) => p.context),
+        0,
+      ),
+      options.dtype,
+    ),
+    pooled: cast(
+      concat(
+        parts.map((p) => p.pooled),
+        0,
+      ),
+      options.dtype,
+    ),
+    truncated,
+  };
+}
+
+type Encoded = Pick<Embeddings, 'context' | 'pooled'>;
+
+function negativeOf(
+  stack: TextStack,
+  prompts: Prompts,
+  positive: Encoded,
+  device: Device,
+  truncated: string[],
+): Encoded {
+  if (!prompts.negative_prompt && stack.forceZeros) {
+    return { context: scale(positive.context, 0), pooled: scale(positive.pooled, 0) };
+  }
+  const first = prompts.negative_prompt ?? prompts.prompt.map(() => '');
+  const second = first.map((text, i) => prompts.negative_prompt_2?.[i] || text);
+  // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
+  return encode(stack, [first, second], PENULTIMATE, device, truncated);
+}
+
+/** texts[0] goes to the first encoder, texts[1] to the second; a lone encoder is the second. */
+function encode(
+  stack: TextStack,
+  texts: readonly (readonly string[])[],
+  layer: number,
+  device: Device,
+  truncated: string[],
+): Encoded {
+  const lists = texts.slice(-stack.encoders.length);
+  const states = stack.encoders.map(({ tokenizer, encoder }, i) => {
+    const rows = lists[i].map((text) => tokenizer.encode(text));
+    for (const row of rows)
+      if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
+    const length = rows[0].ids.length;
+    const ids = new Int32Array(rows.length * length);
+    rows.forEach((row, r) => {
+      ids.set(row.ids, r * length);
+    });
+    const last = i === stack.encoders.length - 1;
+    return encoder(tensor(ids, [rows.length, length], { device, dtype: 'int32' }), { layer, pooled: last });
+  });
+  return {
+    context: concat(
+      states.map(({ hidden }) => hidden),
+      2,
+    ),
+    pooled: states[states.length - 1].pooled as Tensor,
+  };
+}
+
+/** Row i of the prompts becomes rows i*copies .. (i+1)*copies-1. */
+function repeated({ context, pooled }: Encoded, copies: number): Encoded {
+  if (copies === 1) return { context, pooled };
+  const [n, tokens, c] = context.shape;
+  const each = <T>(make: () => T): T[] => Array.from({ length: copies }, make);
+  return {
+    context: concat(
+      each(() => context.reshape(n, 1, tokens * c)),
+      1,
+    ).reshape(n * copies, tokens, c),
+    pooled: concat(
+      each(() => pooled.reshape(n, 1, -1)),
+      1,
+    ).reshape(n * copies, -1),
+  };
+}
+
+export type Size = readonly [height: number, width: number];
+
+export interface MicroConditioning {
+  original_size?: Size;
+  crops_coords_top_left?: readonly [top: number, left: number];
+  target_size?: Size;
+  negative_original_size?: Size;
+  negative_crops_coords_top_left?: readonly [top: number, left: number];
+  negative_target_size?: Size;
+  aesthetic_score?: number;
+  negative_aesthetic_score?: number;
+}
+
+/**
+ * Rows of time ids: (original h, w, crop top, left, target h, w), or for a model that wants an aesthetic score that score
+ * in place of the target. `interleaved` is text-to-image's order in diffusers: the [negative, positive] pair is repeated
+ * per image as a whole, so that with several images the rows alternate.
+ */
+export function timeIds(
+  micro: MicroConditioning,
+  size: Size,
+  options: { aesthetic: boolean; guided: boolean; images: number; interleaved: boolean },
+): number[][] {
+  const original = micro.original_size ?? size;
+  const target = micro.target_size ?? size;
+  const tail = (end: Size, score: number): readonly number[] => (options.aesthetic ? [score] : end);
+  const positive = [
+    ...original,
+    ...(micro.crops_coords_top_left ?? [0, 0]),
+    ...tail(target, micro.aesthetic_score ?? 6),
+  ];
+  // Text-to-image heeds the negative sizes only when both are given; the other pipelines fill each from its positive.
+  const given = !options.interleaved || (micro.negative_original_size && micro.negative_target_size);
+  const negative = given
+    ? [
+        ...(micro.negative_original_size ?? original),
+        ...(micro.negative_crops_coords_top_left ?? [0, 0]),
+        ...tail(micro.negative_target_size ?? target, micro.negative_aesthetic_score ?? 2.5),
+      ]
+    : positive;
+  const rows = options.guided ? [negative, positive] : [positive];
+  const each = (row: number[]) => Array.from({ length: options.images }, () => row);
+  if (!options.interleaved) return rows.flatMap(each);
+  return Array.from({ length: options.images }, () => rows).flat();
+}

@@ -1,0 +1,105 @@
+// Latents on the host: [n, c, h, w] float32 as torch draws and stores them, so that a seed means the same numbers. The
+// layout changes only on the way into and out of a model. Guidance and its rescale work here too.
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { Vae } from './vae.ts';
+
+export interface Latents {
+  /** [n, c, h, w]. */
+  shape: readonly number[];
+  data: Float32Array;
+}
+
+/** [n, c, h, w] numbers → a tensor [n, h, w, c]. */
+export function toDevice({ shape: [n, c, h, w], data }: Latents, device: Device, dtype: FloatDType): Tensor {
+  const out = new Float32Array(data.length);
+  for (let i = 0; i < n; i++)
+    for (let k = 0; k < c; k++)
+      for (let p = 0; p < h * w; p++) out[(i * h * w + p) * c + k] = data[(i * c + k) * h * w + p];
+  return tensor(out, [n, h, w, c], { device, dtype });
+}
+
+/** A tensor [n, h, w, c] → [n, c, h, w] numbers. */
+export function toHost(t: Tensor): Latents {
+  const [n, h, w, c] = t.shape;
+  const values = t.floats();
+  const data = new Float32Array(values.length);
+  for (let i = 0; i < n; i++)
+    for (let k = 0; k < c; k++)
+      for (let p = 0; p < h * w; p++) data[(i * c + k) * h * w + p] = values[(i * h * w + p) * c + k];
+  return { shape: [n, c, h, w], data };
+}
+
+/** A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. */
+export function encodeImage(
+  vae: Vae,
+  image: Latents,
+  device: Device,
+  draw: (count: number) => Float32Array,
+  tiling: boolean,
+): Latents {
+  return noGrad(() =>
+    scope(() => {
+      const moments = vae.encode(toDevice(image, device, 'float32'), { tiling });
+      const [mean, logvar] = [toHost(moments.mean), toHost(moments.logvar)];
+      const noise = draw(mean.data.length);
+      const data = mean.data.map((m, i) => {
+        const std = Math.exp(0.5 * Math.min(20, Math.max(-30, logvar.data[i])));
+        return Math.fround(m + Math.fround(std) * noise[i]) * vae.config.scaling_factor;
+      });
+      return { shape: mean.shape, data };
+    }),
+  );
+}
+
+/** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. One image at a time, to keep memory low. */
+export function decodeLatents(vae: Vae, latents: Latents, device: Device, tiling: boolean): Latents {
+  const [n, c, h, w] = latents.shape;
+  const images = Array.from({ length: n }, (_, i) => {
+    const data = latents.data
+      .slice(i * c * h * w, (i + 1) * c * h * w)
+      .map((x) => x / vae.config.scaling_factor);
+    return noGrad(() =>
+      scope(() => toHost(vae.decode(toDevice({ shape: [1, c, h, w], data }, device, 'float32'), { tiling }))),
+    );
+  });
+  const data = new Float32Array(n * images[0].data.length);
+  images.forEach((image, i) => {
+    data.set(image.data, i * image.data.length);
+  });
+  return { shape: [n, ...images[0].shape.slice(1)], data };
+}
+
+/** uncond + s (text - uncond) over [unconditional; conditional] rows, then rescaled toward the text's spread (Lin et al. 2023). */
+export function guide(
+  both: Float32Array,
+  images: number,
+  guidanceScale: number,
+  guidanceRescale: number,
+): Float32Array {
+  const half = both.length / 2;
+  const [uncond, text] = [both.subarray(0, half), both.subarray(half)];
+  const out = uncond.map((u, i) => Math.fround(u + guidanceScale * Math.fround(text[i] - u)));
+  if (guidanceRescale > 0) {
+    const size = half / images;
+    for (let i = 0; i < images; i++) {
+      const mine = out.subarray(i * size, (i + 1) * size);
+      const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
+      const factor = guidanceRescale * ratio + (1 - guidanceRescale);
+      for (let j = 0; j < size; j++) mine[j] *= factor;
+    }
+  }
+  return out;
+}
+
+/** Unbiased standard deviation, as torch's std. */
+function deviation(values: Float32Array): number {
+  let mean = 0;
+  for (const x of values) mean += x / values.length;
+  let spread = 0;
+  for (const x of values) spread += (x - mean) ** 2;
+  return Math.sqrt(spread / (values.length - 1));
+}
