@@ -113,7 +113,11 @@ export function backward(output: Tensor, dy?: Tensor): void {
       for (const node of newestFirst(root)) {
         if (node.isLeaf) continue;
         const edges = node.edges;
-        scope(() => node.pull().forEach((gradient, i) => accumulate(edges[i].node, gradient)));
+        scope(() => {
+          node.pull().forEach((gradient, i) => {
+            accumulate(edges[i].node, gradient);
+          });
+        });
         node.spend();
       }
     }),

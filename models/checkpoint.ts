@@ -48,13 +48,25 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
       `${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`,
     );
   }
+  return folderSource(path, readJson(index) as Json, (component) => join(path, component), variant);
+}
+
+/** A lone component's folder (config.json beside its weights, as a VAE is published), seen as a model that has only it. */
+export const openComponent = (path: string): ModelSource => folderSource(path, {}, () => path);
+
+function folderSource(
+  path: string,
+  modelIndex: Json,
+  folderOf: (component: string) => string,
+  variant?: string,
+): ModelSource {
   const source: ModelSource = {
     kind: 'folder',
     path,
-    modelIndex: readJson(index) as Json,
-    has: (component) => existsSync(join(path, component)),
+    modelIndex,
+    has: (component) => existsSync(folderOf(component)),
     config(component) {
-      const folder = join(path, component);
+      const folder = folderOf(component);
       const names = ['config.json', 'scheduler_config.json'].map((name) => join(folder, name));
       const found = names.find((name) => existsSync(name));
       if (!found)
@@ -63,8 +75,8 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
         );
       return readJson(found) as Json;
     },
-    folder: (component) => join(path, component),
-    weights: (component) => openWeights(join(path, component), variant),
+    folder: folderOf,
+    weights: (component) => openWeights(folderOf(component), variant),
     load(component, module, device, dtype) {
       const weights = source.weights(component);
       try {

@@ -1,432 +1,294 @@
-// SDXL's pipelines (diffusers' StableDiffusionXL*Pipeline) as one: text to image, image to image, inpainting and refining
-// differ in the latents they start from and in what follows a step. Latents stay on the host between steps, in torch's
-// NCHW order so that noise is drawn as torch draws it; they are turned to channels last on their way to the device.
+// From prompts to pictures: text to image, image to image, inpainting, and the refiner's share of an ensemble. The
+// request decides which: an image makes it image-to-image, a mask inpainting, latents a continuation. The denoising loop
+// is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
-import { openDevice } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { keep, scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { type Mask, type Picture, preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
 import {
-  encodePrompt,
+  encodePrompts,
   type MicroConditioning,
-  type PromptEmbedding,
-  type TextTower,
+  type Prompts,
+  type Size,
+  type TextStack,
   timeIds,
-  zeroEmbedding,
 } from './conditioning.ts';
-import { guide } from './guidance.ts';
-import { keepUnmasked, latentMask } from './inpaint.ts';
+import { decodeLatents, encodeImage, guide, type Latents, toDevice, toHost } from './latents.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 import { loadTokenizer } from './tokenizer.ts';
-import { TorchGenerator } from './torch_random.ts';
-import { newContextCache, parseUNetConfig, type UNetConfig, unet } from './unet.ts';
+import type { TorchGenerator } from './torch_random.ts';
+import { newContextCache, parseUNetConfig, type UNet, type UNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
-/** Latents [n, 4, h, w] on the host. */
-export interface Latents {
-  data: Float32Array;
-  shape: [number, number, number, number];
-}
-
-export interface Step {
-  /** Steps done, of how many. */
-  done: number;
-  total: number;
-  timestep: number;
-  latents: Latents;
-}
-
-export interface GenerateOptions extends MicroConditioning {
-  prompt: string | readonly string[];
-  prompt2?: string | readonly string[];
-  negativePrompt?: string | readonly string[];
-  negativePrompt2?: string | readonly string[];
-  /** Pixels, divisible by 8. Default: the picture's size, else what the model was trained for. */
-  width?: number;
-  height?: number;
-  steps?: number;
-  guidanceScale?: number;
-  guidanceRescale?: number;
-  scheduler?: string;
-  /** Overrides of the checkpoint's scheduler config. */
-  schedulerConfig?: Partial<SchedulerConfig>;
-  eta?: number;
-  /** One for all images, or one per image. */
-  seed: number | readonly number[];
-  imagesPerPrompt?: number;
-  clipSkip?: number;
-  /** Image to image: a picture, or latents from another run. */
-  image?: Picture | Latents;
-  /** Inpainting: white is repainted. */
-  mask?: Mask;
-  strength?: number;
-  denoisingStart?: number;
-  denoisingEnd?: number;
-  vaeTiling?: boolean;
-  onStep?: (step: Step) => void;
-  onTruncated?: (cutOff: string) => void;
-  /** Draws go on from these generators in place of `seed` (a refiner after its base). */
-  generators?: readonly TorchGenerator[];
-}
-
-export interface Generated {
-  latents: Latents;
-  /** The rows handed to the UNet, unconditional ones first as far as diffusers orders them so. */
-  timeIds: number[][];
-  /** All timesteps of the plan, before strength or denoising cut it. */
-  timesteps: Float32Array;
-  generators: readonly TorchGenerator[];
-}
-
 export interface Pipeline {
-  readonly device: Device;
-  readonly unetConfig: UNetConfig;
-  /** The loaded modules, for adapters. */
-  readonly modules: { unet: ReturnType<typeof unet>; towers: readonly TextTower[] };
-  /** Everything up to the final latents. */
-  generate(options: GenerateOptions): Promise<Generated>;
-  /** Final latents to pictures. */
-  decode(latents: Latents, options?: { tiling?: boolean }): Picture[];
-  /** As `decode`, the values in [-1, 1] before they are rounded: [n, 3, h, w]. */
-  decodeFloats(latents: Latents, options?: { tiling?: boolean }): Latents;
-  unload(): void;
-}
-
-export interface PipelineOptions {
-  device?: Device | string;
-  dtype?: FloatDType;
-  /** Takes the VAE from another model. */
-  vae?: ModelSource;
-}
-
-/** Loads text encoders, UNet and VAE. @throws UserError when the model is incomplete or damaged */
-export function createPipeline(source: ModelSource, options: PipelineOptions = {}): Pipeline {
-  const device = typeof options.device === 'object' ? options.device : openDevice(options.device ?? 'auto');
-  const dtype = options.dtype ?? 'float32';
-  const unetConfig = parseUNetConfig(source.config('unet'));
-  if (unetConfig.in_channels !== 4)
-    throw new UserError(
-      `the UNet of ${source.path} takes ${unetConfig.in_channels} channels; give a base or refiner model with 4`,
-    );
-  const towers = loadTowers(source, device, dtype);
-  const model = unet(unetConfig);
-  source.load('unet', model, device, dtype);
-  const autoencoder = loadVae(options.vae ?? source, device);
-  return pipeline(source, { device, dtype, unetConfig, towers, model, autoencoder });
-}
-
-function loadTowers(source: ModelSource, device: Device, dtype: FloatDType): TextTower[] {
-  const suffixes =
-    source.modelIndex.text_encoder !== undefined && source.has('text_encoder') ? ['', '_2'] : ['_2'];
-  return suffixes.map((suffix) => {
-    const encoder = textEncoder(parseTextConfig(source.config(`text_encoder${suffix}`)));
-    source.load(`text_encoder${suffix}`, encoder, device, dtype);
-    return { tokenizer: loadTokenizer(source.folder(`tokenizer${suffix}`)), encoder };
-  });
-}
-
-// SDXL's published VAE overflows in float16 and loses detail in bfloat16; it is small, so it always runs in float32.
-function loadVae(source: ModelSource, device: Device): Vae {
-  const model = vae(parseVaeConfig(source.config('vae')));
-  source.load('vae', model.module, device, 'float32');
-  return model;
-}
-
-interface Parts {
   device: Device;
   dtype: FloatDType;
+  text: TextStack;
+  unet: UNet;
   unetConfig: UNetConfig;
-  towers: readonly TextTower[];
-  model: ReturnType<typeof unet>;
-  autoencoder: Vae;
+  vae: Vae;
+  /** Wants an aesthetic score instead of the target size: the refiner. */
+  aesthetic: boolean;
+  scheduler: Partial<SchedulerConfig> & { _class_name?: string };
+  /** Pixels per latent. */
+  ratio: number;
+  /** The side that the model was trained at, in pixels. */
+  sampleSize: number;
+  release(): void;
 }
 
-function pipeline(source: ModelSource, parts: Parts): Pipeline {
-  const { device, autoencoder } = parts;
-  const decodeFloats = ({ data, shape }: Latents, { tiling = false } = {}): Latents =>
-    noGrad(() =>
-      scope(() => {
-        const scaled = data.map((value) => value / autoencoder.config.scaling_factor);
-        return download(autoencoder.decode(upload({ data: scaled, shape }, device), { tiling }));
-      }),
-    );
+/** Loads every component of a model; `vaeSource` replaces its VAE. The VAE runs in float32: in half precision it overflows. */
+export function loadPipeline(
+  source: ModelSource,
+  { device, dtype, vaeSource = source }: { device: Device; dtype: FloatDType; vaeSource?: ModelSource },
+): Pipeline {
+  const components = ['text_encoder', 'text_encoder_2'].filter((name) => source.has(name));
+  if (!components.includes('text_encoder_2'))
+    throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
+  const encoders = components.map((name) => {
+    const encoder = textEncoder(parseTextConfig(source.config(name)));
+    source.load(name, encoder, device, dtype);
+    return { encoder, tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))) };
+  });
+  const unetConfig = parseUNetConfig(source.config('unet'));
+  const denoiser = unet(unetConfig);
+  source.load('unet', denoiser, device, dtype);
+  const coder = vae(parseVaeConfig(vaeSource.config('vae')));
+  vaeSource.load('vae', coder.module, device, 'float32');
+  const ratio = 2 ** (coder.config.block_out_channels.length - 1);
   return {
     device,
-    unetConfig: parts.unetConfig,
-    modules: { unet: parts.model, towers: parts.towers },
-    generate: (options) => generate(source, parts, options),
-    decodeFloats,
-    decode(latents, options) {
-      const { data, shape } = decodeFloats(latents, options);
-      return toPictures(data, shape);
-    },
-    unload() {
-      for (const { encoder } of parts.towers) unload(encoder);
-      unload(parts.model);
-      unload(autoencoder.module);
+    dtype,
+    text: { encoders, forceZeros: source.modelIndex.force_zeros_for_empty_prompt !== false },
+    unet: denoiser,
+    unetConfig,
+    vae: coder,
+    aesthetic: source.modelIndex.requires_aesthetics_score === true,
+    scheduler: parseSchedulerConfig(source.config('scheduler')),
+    ratio,
+    sampleSize: ((source.config('unet').sample_size as number | undefined) ?? 128) * ratio,
+    release() {
+      for (const { encoder } of encoders) unload(encoder);
+      unload(denoiser);
+      unload(coder.module);
     },
   };
 }
 
-const list = (value: string | readonly string[]): readonly string[] =>
-  typeof value === 'string' ? [value] : value;
-
-/** Positive and, under guidance, negative embeddings, one per image. */
-function embedPrompts(
-  source: ModelSource,
-  { towers, device }: Parts,
-  options: GenerateOptions,
-  guided: boolean,
-): { positive: PromptEmbedding[]; negative: PromptEmbedding[] } {
-  const prompts = list(options.prompt);
-  const { negativePrompt, imagesPerPrompt = 1, clipSkip, onTruncated } = options;
-  const at = (value: string | readonly string[], i: number) => list(value)[i] ?? list(value)[0];
-  const repeat = (all: PromptEmbedding[]) =>
-    all.flatMap((one) => Array.from({ length: imagesPerPrompt }, () => one));
-  const positive = prompts.map((prompt, i) => {
-    const second = at(options.prompt2 ?? prompt, i) || prompt;
-    return encodePrompt(towers, [prompt, second], { device, clipSkip, onTruncated });
-  });
-  if (!guided) return { positive: repeat(positive), negative: [] };
-  const zeros = negativePrompt === undefined && source.modelIndex.force_zeros_for_empty_prompt === true;
-  const negative = positive.map((like, i) => {
-    if (zeros) return zeroEmbedding(like);
-    const text = at(negativePrompt ?? '', i);
-    const second = at(options.negativePrompt2 ?? text, i) || text;
-    return encodePrompt(towers, [text, second], { device, onTruncated });
-  });
-  return { positive: repeat(positive), negative: repeat(negative) };
+export interface Request extends Prompts, MicroConditioning {
+  /** Pixels; for image-to-image the picture's own size counts. */
+  height: number;
+  width: number;
+  num_inference_steps: number;
+  guidance_scale: number;
+  guidance_rescale?: number;
+  num_images_per_prompt?: number;
+  eta?: number;
+  /** One generator for all images, or one each. */
+  generators: readonly TorchGenerator[];
+  /** Replaces the checkpoint's scheduler or parts of its config. */
+  scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
+  /** [1, 3, h, w] in [-1, 1]. */
+  image?: Latents;
+  /** [1, 1, h, w], 1 where to paint anew. */
+  mask?: Latents;
+  strength?: number;
+  /** Latents of a base run that stopped at `denoising_start`. */
+  latents?: Latents;
+  denoising_start?: number;
+  denoising_end?: number;
+  vae_tiling?: boolean;
 }
 
-async function generate(source: ModelSource, parts: Parts, options: GenerateOptions): Promise<Generated> {
-  const count = list(options.prompt).length * (options.imagesPerPrompt ?? 1);
-  const { guidanceScale = 5, guidanceRescale } = options;
-  const guided = guidanceScale > 1;
-  const sampler = samplerOf(source, options);
-  const plan = planOf(sampler, options);
-  const [height, width] = sizeOf(parts, options);
-  const shape: Latents['shape'] = [count, 4, height / 8, width / 8];
-  const random = generatorsOf(options);
-  const draw = () => drawNoise(random, shape);
-  const start = noGrad(() => startLatents(parts, sampler, plan, shape, options, random));
-  const { positive, negative } = noGrad(() => embedPrompts(source, parts, options, guided));
-  const rows = timeIdRows(source, options, [height, width], count, guided);
-  const denoise = denoiser(parts, [...negative, ...positive], rows, shape);
-  const guidance = { scale: guidanceScale, rescale: guidanceRescale };
+export interface Progress {
+  /** Counted from 1. */
+  step: number;
+  steps: number;
+  timestep: number;
+  /** Scaled latents after the step, [n, c, h, w]. */
+  latents: Latents;
+}
+
+export interface Denoised {
+  latents: Latents;
+  timeIds: number[][];
+  timesteps: Float32Array;
+  /** Prompt text past the 77 tokens. */
+  truncated: string[];
+}
+
+/** The sampler that a request names, over the checkpoint's scheduler config. */
+export function samplerFor(
+  pipeline: Pick<Pipeline, 'scheduler'>,
+  request: Pick<Request, 'scheduler'>,
+): Sampler {
+  const { _class_name: own = 'EulerDiscreteScheduler', ...config } = pipeline.scheduler;
+  return createSampler(request.scheduler?.name ?? own, { ...config, ...request.scheduler?.config });
+}
+
+/** Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode(). */
+export function* denoise(pipeline: Pipeline, request: Request): Generator<Progress, Denoised> {
+  const sampler = samplerFor(pipeline, request);
+  const plan = sampler.plan(request.num_inference_steps, planOptions(request));
+  const images = request.prompt.length * (request.num_images_per_prompt ?? 1);
+  const guided = request.guidance_scale > 1;
+  const start = startingLatents(pipeline, request, sampler, plan, images);
+  const { shape } = start.latents;
+  const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
+  const ids = timeIds(request, size, {
+    aesthetic: pipeline.aesthetic,
+    guided,
+    images,
+    interleaved: request.image === undefined && request.latents === undefined,
+  });
+  const { model, truncated, release } = prepareModel(pipeline, request, shape, ids, guided);
   try {
-    const run = sampler.run(
-      plan,
-      start.latents,
-      (x, timestep) => {
-        const output = noGrad(() => denoise.run(x, timestep));
-        return guided ? guide(output, count, guidance) : output;
-      },
-      draw,
-    );
-    let next = run.next();
-    while (!next.done) {
-      const { index, timestep } = next.value;
-      const x = start.restore?.(next.value.x, index) ?? next.value.x;
-      options.onStep?.({
-        done: index - plan.begin + 1,
-        total: plan.steps,
-        timestep,
-        latents: { data: x, shape },
-      });
-      await new Promise((resolve) => setImmediate(resolve)); // lets progress be drawn and Ctrl-C be heard
-      next = run.next(x);
+    const loop = sampler.run(plan, start.latents.data, model, start.draw);
+    let turn = loop.next();
+    while (!turn.done) {
+      const x = start.afterStep?.(turn.value.x, turn.value.index) ?? turn.value.x;
+      const step = turn.value.index - plan.begin + 1;
+      yield { step, steps: plan.steps, timestep: turn.value.timestep, latents: { shape, data: x } };
+      turn = loop.next(x);
     }
-    const latents = { data: next.value, shape };
-    return { latents, timeIds: rows, timesteps: plan.timesteps, generators: random };
+    const timesteps = plan.timesteps.slice(plan.begin, plan.end);
+    return { latents: { shape, data: turn.value }, timeIds: ids, timesteps, truncated };
   } finally {
-    denoise.release();
+    release();
   }
 }
 
-function samplerOf(source: ModelSource, options: GenerateOptions): Sampler {
-  const config = parseSchedulerConfig(source.config('scheduler'));
-  return createSampler(options.scheduler ?? config._class_name ?? 'EulerDiscreteScheduler', {
-    ...config,
-    ...options.schedulerConfig,
-  });
+/** Latents → pictures [n, 3, h, w], about [-1, 1]. */
+export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>
+  decodeLatents(pipeline.vae, latents, pipeline.device, tiling);
+
+function planOptions(request: Request) {
+  const strength =
+    request.image && request.denoising_start === undefined ? (request.strength ?? 0.3) : undefined;
+  return {
+    strength,
+    denoisingStart: request.denoising_start,
+    denoisingEnd: request.denoising_end,
+    eta: request.eta,
+  };
 }
 
-function planOf(sampler: Sampler, options: GenerateOptions): Plan {
-  const { steps = 50, denoisingStart, denoisingEnd, eta, image } = options;
-  const strength = image ? (options.strength ?? 0.3) : undefined;
-  return sampler.plan(steps, { strength, denoisingStart, denoisingEnd, eta });
-}
-
-/** Height and width of the pictures. */
-function sizeOf({ unetConfig }: Parts, options: GenerateOptions): readonly [number, number] {
-  const { image } = options;
-  if (image && 'shape' in image) return [8 * image.shape[2], 8 * image.shape[3]];
-  const cut = (side: number) => side - (side % 8);
-  const trained = 8 * unetConfig.sample_size;
-  const height = options.height ?? (image ? cut(image.height) : trained);
-  const width = options.width ?? (image ? cut(image.width) : trained);
-  for (const [name, side] of Object.entries({ height, width }))
-    if (!Number.isInteger(side) || side < 8 || side % 8 !== 0)
-      throw new UserError(`the ${name} is ${side}: give a number of pixels divisible by 8`);
-  return [height, width];
-}
-
-const generatorsOf = ({ generators, seed }: GenerateOptions): readonly TorchGenerator[] =>
-  generators ?? [seed].flat().map((one) => new TorchGenerator(one as number));
-
-/** Standard normal numbers: one stream for the batch, or one for each image. */
-function drawNoise(random: readonly TorchGenerator[], [n, c, h, w]: Latents['shape']): Float32Array {
-  if (random.length === 1) return random[0].randn(n * c * h * w);
-  const out = new Float32Array(n * c * h * w);
-  for (let i = 0; i < n; i++) out.set(random[i].randn(c * h * w), i * c * h * w);
-  return out;
+/** The UNet under guidance as a function of scaled latents, with the prompts encoded and their keys and values cached. */
+function prepareModel(
+  pipeline: Pipeline,
+  request: Request,
+  shape: readonly number[],
+  ids: number[][],
+  guided: boolean,
+) {
+  const { device, dtype } = pipeline;
+  const rows = guided ? 2 * shape[0] : shape[0];
+  const copies = request.num_images_per_prompt ?? 1;
+  const { context, pooled, truncated } = noGrad(() =>
+    scope(() => {
+      const made = encodePrompts(pipeline.text, request, { guided, copies, device, dtype });
+      return { ...made, context: keep(made.context.handle()), pooled: keep(made.pooled.handle()) };
+    }),
+  );
+  const idTensor = keep(tensor(ids.flat(), [ids.length, ids[0].length], { device }));
+  const cache = newContextCache();
+  const model = (x: Float32Array, timestep: number): Float32Array =>
+    noGrad(() =>
+      scope(() => {
+        const doubled = guided ? new Float32Array(2 * x.length) : x;
+        if (guided) for (const at of [0, x.length]) doubled.set(x, at);
+        const sample = toDevice({ shape: [rows, ...shape.slice(1)], data: doubled }, device, dtype);
+        const times = tensor(new Float32Array(rows).fill(timestep), [rows], { device });
+        const output = toHost(
+          pipeline.unet(sample, times, { context, textEmbeds: pooled, timeIds: idTensor, cache }),
+        );
+        if (!guided) return output.data;
+        return guide(output.data, shape[0], request.guidance_scale, request.guidance_rescale ?? 0);
+      }),
+    );
+  const release = () => {
+    cache.release();
+    for (const t of [context, pooled, idTensor]) t.release();
+  };
+  return { model, truncated, release };
 }
 
 interface Start {
-  latents: Float32Array;
-  /** Inpainting: what the mask keeps, put back after call i. */
-  restore?: (x: Float32Array, i: number) => Float32Array;
+  latents: Latents;
+  draw: () => Float32Array;
+  /** Inpainting puts the known part back, noised to the level of the next step. */
+  afterStep?: (x: Float32Array, index: number) => Float32Array;
 }
 
-function startLatents(
-  parts: Parts,
-  sampler: Sampler,
-  plan: Plan,
-  shape: Latents['shape'],
-  options: GenerateOptions,
-  random: readonly TorchGenerator[],
-): Start {
-  const { image, mask, strength = 0.3 } = options;
-  const pure = (noise: Float32Array) => noise.map((value) => value * plan.initNoiseSigma);
-  if (!image) return { latents: pure(drawNoise(random, shape)) };
-  const [, , h, w] = shape;
-  const one = 'shape' in image ? image.data : encodePicture(parts, image, [h, w], options, random);
-  const original = repeatTo(one, shape[0] * shape[1] * h * w);
-  if (options.denoisingStart !== undefined) return { latents: original };
-  const noise = drawNoise(random, shape);
-  if (!mask) return { latents: sampler.addNoise(plan, original, noise) };
-  drawNoise(random, [1, shape[1], h, w]); // diffusers samples the masked picture too, for UNets that take it
-  const kept = latentMask(preprocessMask(mask, 8 * w, 8 * h).data, 8 * h, 8 * w);
-  return {
-    latents: strength === 1 ? pure(noise) : sampler.addNoise(plan, original, noise),
-    restore(x, i) {
-      const level = i + 1 < plan.end ? sampler.addNoise(plan, original, noise, i + 1) : original;
-      return keepUnmasked(x, level, kept);
-    },
-  };
-}
-
-function repeatTo(values: Float32Array, length: number): Float32Array {
-  const out = new Float32Array(length);
-  for (let i = 0; i < length; i += values.length) out.set(values, i);
+/** Standard normal noise of a batch: one stream, or one per image. */
+function drawNoise(generators: readonly TorchGenerator[], count: number): Float32Array {
+  if (generators.length === 1) return generators[0].randn(count) as Float32Array;
+  const out = new Float32Array(count);
+  const each = count / generators.length;
+  generators.forEach((generator, i) => {
+    out.set(generator.randn(each) as Float32Array, i * each);
+  });
   return out;
 }
 
-/** A sample of the VAE's distribution for the picture, scaled: [1, 4, h, w]. */
-function encodePicture(
-  { device, autoencoder }: Parts,
-  image: Picture,
-  [h, w]: readonly [number, number],
-  { vaeTiling: tiling }: GenerateOptions,
-  random: readonly TorchGenerator[],
-): Float32Array {
-  const x = preprocess(image, 8 * w, 8 * h);
-  const { mean, logvar } = scope(() => {
-    const moments = autoencoder.encode(upload(x, device), { tiling });
-    return { mean: download(moments.mean), logvar: download(moments.logvar).data };
-  });
-  const noise = random[0].randn(mean.data.length);
-  const factor = autoencoder.config.scaling_factor;
-  return mean.data.map((value, i) => {
-    const deviation = Math.fround(Math.exp(0.5 * Math.min(20, Math.max(-30, logvar[i]))));
-    return Math.fround(value + Math.fround(deviation * noise[i])) * factor;
-  });
-}
-
-/** Time ids, a row for each of the UNet's. */
-function timeIdRows(
-  source: ModelSource,
-  options: GenerateOptions,
-  size: readonly [number, number],
-  count: number,
-  guided: boolean,
-): number[][] {
-  const aesthetic = source.modelIndex.requires_aesthetics_score === true;
-  const fromText = options.image === undefined;
-  const { positive, negative } = timeIds(options, size, { aesthetic, negativeNeedsBoth: fromText });
-  const times = (row: number[]) => Array.from({ length: count }, () => row);
-  if (!guided) return times(positive);
-  // diffusers' text-to-image repeats the pair and not each half, so with several images the rows alternate.
-  return fromText
-    ? times(negative).flatMap((row) => [row, positive])
-    : [...times(negative), ...times(positive)];
-}
-
-/** The UNet over all rows; what does not change from step to step stays on the device until release(). */
-function denoiser(
-  { device, dtype, model }: Parts,
-  embeddings: readonly PromptEmbedding[],
-  rows: readonly number[][],
-  [, c, h, w]: Latents['shape'],
-): { run(x: Float32Array, timestep: number): Float32Array; release(): void } {
-  const n = embeddings.length;
-  const { tokens, hidden, pooled } = embeddings[0];
-  const cache = newContextCache();
-  const join = (parts: readonly Float32Array[]) => Float32Array.from(parts.flatMap((part) => [...part]));
-  const context = join(embeddings.map((one) => one.hidden));
-  const pooledRows = join(embeddings.map((one) => one.pooled));
-  const run = (x: Float32Array, timestep: number) =>
-    scope(() => {
-      const data = repeatTo(x, n * c * h * w);
-      const output = model(
-        upload({ data, shape: [n, c, h, w] }, device, dtype),
-        tensor(new Float32Array(n).fill(timestep), [n], { device }),
-        {
-          context: tensor(context, [n, tokens, hidden.length / tokens], { device, dtype }),
-          textEmbeds: tensor(pooledRows, [n, pooled.length], { device, dtype }),
-          timeIds: tensor(rows.flat(), [n, rows[0].length], { device }),
-          cache,
-        },
-      );
-      return download(output).data;
-    });
-  return { run, release: () => cache.release() };
-}
-
-type Planes = { data: Float32Array; shape: readonly number[] };
-
-/** [n, c, h, w] on the host to [n, h, w, c] on the device. */
-function upload(
-  { data, shape: [n, c, h, w] }: Planes,
-  device: Device,
-  dtype: FloatDType = 'float32',
-): Tensor {
-  const out = new Float32Array(data.length);
-  const area = h * w;
-  for (let i = 0; i < n * c; i++) {
-    const base = Math.floor(i / c) * c * area + (i % c);
-    for (let p = 0; p < area; p++) out[base + p * c] = data[i * area + p];
+function startingLatents(
+  pipeline: Pipeline,
+  request: Request,
+  sampler: Sampler,
+  plan: Plan,
+  images: number,
+): Start {
+  const { generators, image, mask } = request;
+  const channels = pipeline.vae.config.latent_channels;
+  if (request.latents) {
+    const { latents } = request;
+    return { latents, draw: () => drawNoise(generators, latents.data.length) };
   }
-  return tensor(out, [n, h, w, c], { device, dtype });
+  if (!image) {
+    const shape = [images, channels, request.height / pipeline.ratio, request.width / pipeline.ratio];
+    const count = shape.reduce((a, b) => a * b, 1);
+    const data = drawNoise(generators, count).map((x) => x * plan.initNoiseSigma);
+    return { latents: { shape, data }, draw: () => drawNoise(generators, count) };
+  }
+  const draw = (count: number) => drawNoise(generators, count);
+  const tiling = request.vae_tiling ?? false;
+  const known = repeat(encodeImage(pipeline.vae, image, pipeline.device, draw, tiling), images);
+  const noise = draw(known.data.length);
+  // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
+  if (mask) draw(known.data.length / images);
+  const fromNoise = mask && (request.strength ?? 0.3) >= 1;
+  const data = fromNoise
+    ? noise.map((x) => x * plan.initNoiseSigma)
+    : sampler.addNoise(plan, known.data, noise);
+  const start: Start = { latents: { shape: known.shape, data }, draw: () => draw(known.data.length) };
+  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
+  if (mask) start.afterStep = keepKnown(mask, known, knownAt);
+  return start;
 }
 
-/** The inverse of `upload`. */
-function download(t: Tensor): Latents {
-  const [n, h, w, c] = t.shape;
-  const values = t.floats();
-  const data = new Float32Array(values.length);
-  const area = h * w;
-  for (let i = 0; i < n * c; i++) {
-    const base = Math.floor(i / c) * c * area + (i % c);
-    for (let p = 0; p < area; p++) data[i * area + p] = values[base + p * c];
-  }
-  return { data, shape: [n, c, h, w] };
+function repeat({ shape, data }: Latents, images: number): Latents {
+  const out = new Float32Array(images * data.length);
+  for (let i = 0; i < images; i++) out.set(data, i * data.length);
+  return { shape: [images * shape[0], ...shape.slice(1)], data: out };
+}
+
+function keepKnown(mask: Latents, { shape }: Latents, knownAt: (index: number) => Float32Array) {
+  const [, , h, w] = shape;
+  const [, , mh, mw] = mask.shape;
+  // Nearest, as torch's interpolate picks them.
+  const small = Float32Array.from(
+    { length: h * w },
+    (_, p) => mask.data[Math.floor((Math.floor(p / w) * mh) / h) * mw + Math.floor(((p % w) * mw) / w)],
+  );
+  return (x: Float32Array, index: number): Float32Array => {
+    const known = knownAt(index + 1);
+    return x.map((value, i) => (1 - small[i % (h * w)]) * known[i] + small[i % (h * w)] * value);
+  };
 }

@@ -9,13 +9,13 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 
 /** The package's folder, whether this file runs from engine/cpu or from dist/engine/cpu. */
-const root = (() => {
+export const packageRoot = (() => {
   let folder = dirname(fileURLToPath(import.meta.url));
   while (!existsSync(join(folder, 'package.json'))) folder = dirname(folder);
   return folder;
 })();
-const sources = join(root, 'kernels', 'cpu');
-const packaged = join(root, 'build', 'libsdxl_cpu.so');
+const sources = join(packageRoot, 'kernels', 'cpu');
+const packaged = join(packageRoot, 'build', 'libsdxl_cpu.so');
 
 export type Found = { path: string } | { reason: string };
 let found: Found | undefined;

@@ -1,0 +1,43 @@
+// The `sdxl` program: parses the command line, runs a command, and turns errors into one sentence and an exit status:
+// 0 done, 2 a mistake that the user can mend, 130 interrupted. Anything else is a bug and shows its stack.
+import { Command, CommanderError } from 'commander';
+import { UserError } from '../io/errors.ts';
+import { version } from './about.ts';
+import { addDoctor } from './doctor.ts';
+import { addSample } from './sample.ts';
+
+/** Where a command writes: the result on `out`, everything else on `err`. */
+export interface Terminal {
+  out(text: string): void;
+  err(text: string): void;
+  /** Whether `err` is a screen that can redraw a line. */
+  live: boolean;
+}
+
+const processTerminal: Terminal = {
+  out: (text) => void process.stdout.write(text),
+  err: (text) => void process.stderr.write(text),
+  live: process.stderr.isTTY === true,
+};
+
+/** Runs one command line and returns the exit status. */
+export async function main(argv: readonly string[], terminal: Terminal = processTerminal): Promise<number> {
+  const program = new Command('sdxl')
+    .description('Stable Diffusion XL in TypeScript: sample pictures on this machine, without Python.')
+    .version(version, '--version')
+    .showHelpAfterError('(run with --help to see every option)')
+    .exitOverride()
+    .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
+  addSample(program, terminal);
+  addDoctor(program, terminal);
+  for (const command of program.commands) command.copyInheritedSettings(program);
+  try {
+    await program.parseAsync([...argv], { from: 'user' });
+    return 0;
+  } catch (error) {
+    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+    if (!(error instanceof UserError)) throw error;
+    terminal.err(`error: ${error.message}\n`);
+    return 2;
+  }
+}

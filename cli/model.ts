@@ -1,0 +1,54 @@
+// Finding a model by what the user typed: a diffusers folder, an original .safetensors file, or a Hugging Face hub id.
+import { existsSync, statSync } from 'node:fs';
+import { UserError } from '../io/errors.ts';
+import { looksLikeHubId, resolveHub } from '../io/hub.ts';
+import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { openSingleFile } from '../models/singlefile.ts';
+import type { Terminal } from './main.ts';
+import { progressBar } from './progress.ts';
+
+/** Files of a diffusers repository that sampling reads; half-precision variants are left alone. */
+const wanted = (name: string): boolean =>
+  /^(model_index\.json|(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\/[^/]+\.(json|txt|safetensors))$/.test(
+    name,
+  ) && !/\.(fp16|non_ema)(-\d+-of-\d+)?\.safetensors|flax|onnx|openvino/.test(name);
+
+export interface Locate {
+  terminal: Terminal;
+  quiet: boolean;
+  /** A diffusers folder that lends its configs and tokenizers to a single file. */
+  configs?: string;
+}
+
+/** Opens the model at `path`, downloading it first when that is a hub id. */
+export async function locateModel(path: string, { terminal, quiet, configs }: Locate): Promise<ModelSource> {
+  if (existsSync(path)) {
+    if (statSync(path).isDirectory()) return openModel(path);
+    if (path.endsWith('.safetensors')) return openSingleFile(path, { configs });
+    if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
+      throw new UserError(
+        `${path} is a pickle, which can run code when read and is refused; use a .safetensors file`,
+      );
+    }
+    throw new UserError(`${path} is not a model: give a diffusers folder, a .safetensors file or a hub id`);
+  }
+  if (!looksLikeHubId(path))
+    throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+  const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
+  const folder = await resolveHub(path, {
+    files: wanted,
+    onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
+  });
+  bar.end();
+  return openModel(folder);
+}
+
+/** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a whole model that has one. */
+export async function locateVae(path: string, options: Locate): Promise<ModelSource> {
+  const folder = existsSync(path)
+    ? path
+    : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
+  if (existsSync(`${folder}/model_index.json`) || !existsSync(`${folder}/config.json`))
+    return locateModel(folder, options);
+  return openComponent(folder);
+}

@@ -1,0 +1,63 @@
+// Reading option values: each reader takes the text after a flag and returns a value, or says in one sentence what the
+// flag takes. Checked before any weight is loaded.
+import { UserError } from '../io/errors.ts';
+import type { Size } from '../models/conditioning.ts';
+
+interface Bounds {
+  min?: number;
+  max?: number;
+  whole?: boolean;
+}
+
+/** A finite number within bounds. */
+export const number =
+  (
+    flag: string,
+    { min = Number.NEGATIVE_INFINITY, max = Number.POSITIVE_INFINITY, whole = false }: Bounds = {},
+  ) =>
+  (text: string): number => {
+    const value = Number(text);
+    if (
+      text.trim() === '' ||
+      !Number.isFinite(value) ||
+      value < min ||
+      value > max ||
+      (whole && !Number.isInteger(value))
+    ) {
+      const kind = whole ? 'a whole number' : 'a number';
+      const from = Number.isFinite(min) ? ` from ${min}` : '';
+      const to = Number.isFinite(max) ? ` to ${max}` : '';
+      throw new UserError(`${flag} takes ${kind}${from}${to}, not "${text}"`);
+    }
+    return value;
+  };
+
+/** Pixels of a side: latents are an eighth of it. */
+export const side =
+  (flag: string) =>
+  (text: string): number => {
+    const value = number(flag, { min: 8, whole: true })(text);
+    if (value % 8)
+      throw new UserError(
+        `${flag} ${value} is not divisible by 8; ${value - (value % 8)} or ${value + 8 - (value % 8)} is`,
+      );
+    return value;
+  };
+
+/** `WxH`, as people write sizes, to [height, width], as the model wants them. */
+export const size =
+  (flag: string) =>
+  (text: string): Size => {
+    const match = /^(\d+)x(\d+)$/i.exec(text);
+    if (!match) throw new UserError(`${flag} takes WIDTHxHEIGHT such as 1024x768, not "${text}"`);
+    return [Number(match[2]), Number(match[1])];
+  };
+
+/** `TOP,LEFT`. */
+export const corner =
+  (flag: string) =>
+  (text: string): [number, number] => {
+    const match = /^(\d+),(\d+)$/.exec(text);
+    if (!match) throw new UserError(`${flag} takes TOP,LEFT such as 0,0, not "${text}"`);
+    return [Number(match[1]), Number(match[2])];
+  };

@@ -1,0 +1,14 @@
+// The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
+export { openDevice } from './engine/device.ts';
+export { UserError } from './io/errors.ts';
+export { openModel } from './models/checkpoint.ts';
+export {
+  decode,
+  denoise,
+  loadPipeline,
+  type Pipeline,
+  type Progress,
+  type Request,
+} from './models/pipeline.ts';
+export { openSingleFile } from './models/singlefile.ts';
+export { TorchGenerator } from './models/torch_random.ts';
