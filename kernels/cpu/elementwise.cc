@@ -1,4 +1,5 @@
 // Elementwise kernels: y[i] = f(x[i]) and dx[i] = dy[i] f'(x[i]), binary arithmetic, scaling, GEGLU, fill and cast.
+// Each element is read before it is written, so an output may be one of the inputs.
 #include "simd.h"
 #include "threads.h"
 
@@ -6,59 +7,67 @@ namespace sdxl {
 namespace ARCH {
 namespace {
 
+// body(i, count) for consecutive vectors of `count` elements: LANES, fewer in the last.
+template <class F> inline void vectors(int64_t begin, int64_t end, F &&body) {
+  for (int64_t i = begin; i < end; i += LANES) body(i, end - i);
+}
+
 template <class F> void each(int n, F &&body) {
-  parallel_for(n, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) body(i);
-  });
+  parallel_for(n, GRAIN, [&](int64_t begin, int64_t end) { vectors(begin, end, body); });
 }
 
 struct Silu {
-  static float f(float x) { return x * sigmoid(x); }
-  static float df(float x) {
-    const float s = sigmoid(x);
+  static vf f(vf x) { return x * sigmoid(x); }
+  static vf df(vf x) {
+    const vf s = sigmoid(x);
     return s * (1.f + x * (1.f - s));
   }
 };
 struct Gelu {
-  static float f(float x) { return x * gelu_cdf(x); }
-  static float df(float x) { return gelu_cdf(x) + x * gelu_density(x); }
+  static vf f(vf x) { return gelu(x); }
+  static vf df(vf x) { return gelu_cdf(x) + x * gelu_density(x); }
 };
 struct QuickGelu {
-  static float f(float x) { return x * sigmoid(1.702f * x); }
-  static float df(float x) {
-    const float s = sigmoid(1.702f * x);
+  static vf f(vf x) { return x * sigmoid(1.702f * x); }
+  static vf df(vf x) {
+    const vf s = sigmoid(1.702f * x);
     return s * (1.f + 1.702f * x * (1.f - s));
   }
 };
 struct Exp {
-  static float f(float x) { return fast_exp(x); }
-  static float df(float x) { return fast_exp(x); }
+  static vf f(vf x) { return fast_exp(x); }
+  static vf df(vf x) { return fast_exp(x); }
+};
+struct Sqrt {
+  static vf f(vf x) { return sqrt(x); }
+  static vf df(vf x) { return 0.5f / sqrt(x); }
 };
 struct Square {
-  static float f(float x) { return x * x; }
-  static float df(float x) { return 2.f * x; }
+  static vf f(vf x) { return x * x; }
+  static vf df(vf x) { return 2.f * x; }
 };
+// tanh' = 4 s (1 - s) with s = sigmoid(2x) would cancel for large x; e / (1 + e)^2 with e = exp(-2|x|) does not.
 struct Tanh {
-  static float f(float x) { return tanhf(x); }
-  static float df(float x) {
-    const float y = tanhf(x);
-    return 1.f - y * y;
+  static vf f(vf x) { return fast_tanh(x); }
+  static vf df(vf x) {
+    const vf e = fast_exp(x < 0.f ? 2.f * x : -2.f * x), d = 1.f + e;
+    return 4.f * e / (d * d);
   }
 };
 struct Sigmoid {
-  static float f(float x) { return sigmoid(x); }
-  static float df(float x) {
-    const float s = sigmoid(x);
-    return s * (1.f - s);
+  static vf f(vf x) { return sigmoid(x); }
+  static vf df(vf x) {
+    const vf e = fast_exp(x < 0.f ? x : -x), d = 1.f + e;
+    return e / (d * d);
   }
 };
 
 template <class Op, class T> void unary(T *y, const T *x, int n) {
-  each(n, [&](int64_t i) { y[i] = from_float<T>(Op::f(to_float(x[i]))); });
+  each(n, [=](int64_t i, int64_t count) { store(y + i, Op::f(load(x + i, count)), count); });
 }
 
 template <class Op, class T> void unary_backward(T *dx, const T *dy, const T *x, int n) {
-  each(n, [&](int64_t i) { dx[i] = from_float<T>(to_float(dy[i]) * Op::df(to_float(x[i]))); });
+  each(n, [=](int64_t i, int64_t count) { store(dx + i, load(dy + i, count) * Op::df(load(x + i, count)), count); });
 }
 
 #define UNARY(name, Op) \
@@ -69,69 +78,73 @@ UNARY(silu, Silu)
 UNARY(gelu, Gelu)
 UNARY(quick_gelu, QuickGelu)
 UNARY(exp, Exp)
+UNARY(sqrt, Sqrt)
 UNARY(square, Square)
 UNARY(tanh, Tanh)
 UNARY(sigmoid, Sigmoid)
 
-#define BINARY(name, expression) \
-  template <class T> void name##_forward(T *y, const T *a_, const T *b_, int n) { \
-    each(n, [&](int64_t i) { \
-      const float a = to_float(a_[i]), b = to_float(b_[i]); \
-      y[i] = from_float<T>(expression); \
-    }); \
+#define BINARY(name, operation) \
+  template <class T> void name##_forward(T *y, const T *a, const T *b, int n) { \
+    each(n, [=](int64_t i, int64_t count) { store(y + i, load(a + i, count) operation load(b + i, count), count); }); \
   }
 
-BINARY(add, a + b)
-BINARY(sub, a - b)
-BINARY(mul, a * b)
-BINARY(div, a / b)
+BINARY(add, +)
+BINARY(sub, -)
+BINARY(mul, *)
+BINARY(div, /)
 
 template <class T> void mul_backward(T *da, T *db, const T *dy, const T *a, const T *b, int n) {
-  each(n, [&](int64_t i) {
-    const float g = to_float(dy[i]);
-    if (da) da[i] = from_float<T>(g * to_float(b[i]));
-    if (db) db[i] = from_float<T>(g * to_float(a[i]));
+  each(n, [=](int64_t i, int64_t count) {
+    const vf g = load(dy + i, count), x = load(a + i, count), y = load(b + i, count);
+    if (da) store(da + i, g * y, count);
+    if (db) store(db + i, g * x, count);
   });
 }
 
 template <class T> void div_backward(T *da, T *db, const T *dy, const T *a, const T *b, int n) {
-  each(n, [&](int64_t i) {
-    const float g = to_float(dy[i]) / to_float(b[i]);
-    if (da) da[i] = from_float<T>(g);
-    if (db) db[i] = from_float<T>(-g * to_float(a[i]) / to_float(b[i]));
+  each(n, [=](int64_t i, int64_t count) {
+    const vf x = load(a + i, count), y = load(b + i, count), g = load(dy + i, count) / y;
+    if (da) store(da + i, g, count);
+    if (db) store(db + i, -g * (x / y), count);
   });
 }
 
 template <class T> void scale_forward(T *y, const T *x, int n, float a, float b) {
-  each(n, [&](int64_t i) { y[i] = from_float<T>(a * to_float(x[i]) + b); });
+  each(n, [=](int64_t i, int64_t count) { store(y + i, load(x + i, count) * a + b, count); });
 }
 
 template <class T> void fill_forward(T *y, int n, float value) {
-  each(n, [&](int64_t i) { y[i] = from_float<T>(value); });
+  each(n, [=](int64_t i, int64_t count) { store(y + i, splat(value), count); });
 }
 
 template <class T> void geglu_forward(T *y, const T *x, int rows, int c) {
-  parallel_for(rows, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      for (int i = 0; i < c; i++)
-        y[r * c + i] = from_float<T>(to_float(x[2 * r * c + i]) * Gelu::f(to_float(x[(2 * r + 1) * c + i])));
+  parallel_for(rows, rows_per_range(c), [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const T *value = x + 2 * r * c, *gate = value + c;
+      T *out = y + r * c;
+      vectors(0, c, [=](int64_t i, int64_t count) {
+        store(out + i, load(value + i, count) * gelu(load(gate + i, count)), count);
+      });
+    }
   });
 }
 
 template <class T> void geglu_backward(T *dx, const T *dy, const T *x, int rows, int c) {
-  parallel_for(rows, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      for (int i = 0; i < c; i++) {
-        const float g = to_float(dy[r * c + i]);
-        const float a = to_float(x[2 * r * c + i]), b = to_float(x[(2 * r + 1) * c + i]);
-        dx[2 * r * c + i] = from_float<T>(g * Gelu::f(b));
-        dx[(2 * r + 1) * c + i] = from_float<T>(g * a * Gelu::df(b));
-      }
+  parallel_for(rows, rows_per_range(c), [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const T *value = x + 2 * r * c, *gate = value + c, *grad = dy + r * c;
+      T *dvalue = dx + 2 * r * c, *dgate = dvalue + c;
+      vectors(0, c, [=](int64_t i, int64_t count) {
+        const vf g = load(grad + i, count), h = load(value + i, count), b = load(gate + i, count), phi = gelu_cdf(b);
+        store(dvalue + i, g * (b * phi), count);
+        store(dgate + i, g * h * (phi + b * gelu_density(b)), count);
+      });
+    }
   });
 }
 
 template <class To, class From> void cast(To *y, const From *x, int n) {
-  each(n, [&](int64_t i) { y[i] = from_float<To>(to_float(x[i])); });
+  each(n, [=](int64_t i, int64_t count) { store(y + i, load(x + i, count), count); });
 }
 template <class From> void cast_to_float32(float *y, const From *x, int n) { cast(y, x, n); }
 template <class From> void cast_to_bfloat16(bf16 *y, const From *x, int n) { cast(y, x, n); }
@@ -142,6 +155,7 @@ EXPORT_BOTH(silu)
 EXPORT_BOTH(gelu)
 EXPORT_BOTH(quick_gelu)
 EXPORT_BOTH(exp)
+EXPORT_BOTH(sqrt)
 EXPORT_BOTH(square)
 EXPORT_BOTH(tanh)
 EXPORT_BOTH(sigmoid)
