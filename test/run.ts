@@ -21,7 +21,9 @@ let failed = 0;
 function run(file: string): Promise<void> {
   return new Promise((resolve) => {
     const started = Date.now();
-    const child = spawn(process.execPath, [file], { stdio: ['ignore', 'pipe', 'inherit'] });
+    // tap's own limit of 30 s per file would trip on a busy machine.
+    const env = { ...process.env, TAP_TIMEOUT: '600' };
+    const child = spawn(process.execPath, [file], { env, stdio: ['ignore', 'pipe', 'inherit'] });
     let output = '';
     child.stdout.on('data', (chunk: Buffer) => {
       output += chunk;
