@@ -1,31 +1,133 @@
-// Group norm (+SiLU) over [n, hw, c], layer norm and softmax over rows. Statistics are float32 sums of fixed chunks
-// combined in order; the variance is taken about the mean in a second pass, so a mean far above the spread costs nothing.
+// Group norm (+SiLU) over [n, hw, c], layer norm and softmax over rows. Group statistics are taken in one read: each chunk
+// of rows sums about its own first row, which is one of the summed values and so bounds what cancels however far the mean
+// lies from zero; chunks are then merged in order in float64 (Chan, Golub & LeVeque 1983). Chunks depend on the shape
+// alone, so results do not depend on the number of threads.
 #include "simd.h"
 #include "threads.h"
+
+#include <algorithm>
+#include <vector>
 
 namespace sdxl {
 namespace ARCH {
 namespace {
 
-// Rows per chunk: the unit of work, and of the order of summation.
-constexpr int CHUNK = 64;
+// Rows of a chunk: the unit of work, and of the order of summation.
+inline int chunk_rows(int c) { return std::clamp(65536 / c, 16, 256); }
 
-inline int chunks_of(int hw) { return (hw + CHUNK - 1) / CHUNK; }
+struct Chunks {
+  int n, hw, c, rows, per_image;
+  Chunks(int n, int hw, int c) : n(n), hw(hw), c(c), rows(chunk_rows(c)), per_image((hw + rows - 1) / rows) {}
+  int64_t count() const { return int64_t(n) * per_image; }
+  int rows_of(int64_t chunk) const { return std::min(rows, hw - int(chunk % per_image) * rows); }
+  int64_t image(int64_t chunk) const { return chunk / per_image; }
 
-struct Scratch {
-  float *data;
-  explicit Scratch(int64_t count) : data(new float[size_t(count)]()) {}
-  ~Scratch() { delete[] data; }
+  // body(chunk, its first row counted over all images, how many rows)
+  template <class F> void each(F &&body) const {
+    const int64_t grain = std::max<int64_t>(1, GRAIN / (int64_t(rows) * c));
+    parallel_for(count(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; chunk++)
+        body(chunk, image(chunk) * hw + chunk % per_image * rows, rows_of(chunk));
+    });
+  }
 };
 
-// Per chunk and channel: body(image, chunk, first, last, sums of `width` floats).
-template <class F> void each_chunk(int n, int hw, F &&body) {
-  const int chunks = chunks_of(hw);
-  parallel_for(int64_t(n) * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t job = begin; job < end; job++) {
-      const int chunk = int(job % chunks);
-      const int last = (chunk + 1) * CHUNK < hw ? (chunk + 1) * CHUNK : hw;
-      body(int(job / chunks), chunk, chunk * CHUNK, last);
+typedef std::vector<float> Row;
+
+// ---- group norm
+
+// mean and squares about it of each channel over `rows` rows of c.
+template <class T> void channel_moments(float *mean, float *squares, const T *x, int rows, int c) {
+  const float inverse = 1.f / float(rows);
+  for (int k = 0; k < c; k += LANES) {
+    const int count = c - k;
+    const vf first = load(x + k, count);
+    vf sum{}, square{};
+    for (int r = 1; r < rows; r++) {
+      const vf d = load(x + int64_t(r) * c + k, count) - first;
+      sum += d;
+      square += d * d;
+    }
+    store(mean + k, first + sum * inverse, count);
+    store(squares + k, square - sum * sum * inverse, count);
+  }
+}
+
+// The same per group of `width` channels, each over rows * width values.
+void group_moments(float *group_mean, float *group_squares, const float *mean, const float *squares, int rows, int groups, int width) {
+  for (int g = 0; g < groups; g++, mean += width, squares += width) {
+    float total = 0, spread = 0;
+    for (int k = 0; k < width; k++) total += mean[k];
+    const float centre = total / float(width);
+    for (int k = 0; k < width; k++) {
+      const float d = mean[k] - centre;
+      spread += squares[k] + float(rows) * d * d;
+    }
+    group_mean[g] = centre;
+    group_squares[g] = spread;
+  }
+}
+
+template <class T>
+void group_statistics(float *mean, float *rstd, const T *x, const Chunks &chunks, int groups, float eps) {
+  const int c = chunks.c, width = c / groups;
+  Row means(chunks.count() * groups), squares(chunks.count() * groups);
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
+    Row channel(2 * c);
+    channel_moments(channel.data(), channel.data() + c, x + first * c, rows, c);
+    group_moments(&means[chunk * groups], &squares[chunk * groups], channel.data(), channel.data() + c, rows, groups, width);
+  });
+  for (int64_t image = 0; image < chunks.n; image++)
+    for (int g = 0; g < groups; g++) {
+      double centre = 0, spread = 0, seen = 0;
+      for (int64_t chunk = image * chunks.per_image; chunk < (image + 1) * chunks.per_image; chunk++) {
+        const double rows = chunks.rows_of(chunk), d = means[chunk * groups + g] - centre;
+        spread += squares[chunk * groups + g] + d * d * rows * seen / (seen + rows) * width;
+        centre += d * rows / (seen + rows);
+        seen += rows;
+      }
+      mean[image * groups + g] = float(centre);
+      rstd[image * groups + g] = float(1. / std::sqrt(spread / (seen * width) + eps));
+    }
+}
+
+// Per channel of each image: the group's mean and rstd, and the layer's weight and bias as float.
+class Affine {
+public:
+  template <class T>
+  Affine(const float *mean, const float *rstd, const T *weight, const T *bias, int n, int c, int groups)
+      : c(c), means(int64_t(n) * c), rstds(int64_t(n) * c), weights(c), biases(c) {
+    for (int k = 0; k < c; k++) {
+      weights[k] = to_float(weight[k]);
+      biases[k] = to_float(bias[k]);
+    }
+    for (int64_t image = 0; image < n; image++)
+      for (int k = 0; k < c; k++) {
+        means[image * c + k] = mean[image * groups + k / (c / groups)];
+        rstds[image * c + k] = rstd[image * groups + k / (c / groups)];
+      }
+  }
+  vf mean(int64_t image, int k) const { return load(&means[image * c + k], c - k); }
+  vf rstd(int64_t image, int k) const { return load(&rstds[image * c + k], c - k); }
+  vf weight(int k) const { return load(&weights[k], c - k); }
+  vf bias(int k) const { return load(&biases[k], c - k); }
+  float weight_of(int k) const { return weights[k]; }
+
+private:
+  const int c;
+  Row means, rstds, weights, biases;
+};
+
+template <class T, bool silu> void group_apply(T *y, const T *x, const Affine &affine, const Chunks &chunks) {
+  const int c = chunks.c;
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
+    for (int k = 0; k < c; k += LANES) {
+      const vf mean = affine.mean(chunks.image(chunk), k), bias = affine.bias(k);
+      const vf factor = affine.rstd(chunks.image(chunk), k) * affine.weight(k);
+      for (int64_t at = first * c + k; at < (first + rows) * c; at += c) {
+        const vf z = (load(x + at, c - k) - mean) * factor + bias;
+        store(y + at, silu ? z * sigmoid(z) : z, c - k);
+      }
     }
   });
 }
@@ -33,142 +135,134 @@ template <class F> void each_chunk(int n, int hw, F &&body) {
 template <class T>
 void group_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int n, int hw, int c, int groups,
                         int silu, float eps) {
-  const int chunks = chunks_of(hw), width = c / groups;
-  Scratch sums(int64_t(n) * chunks * c), squares(int64_t(n) * chunks * c);
-  each_chunk(n, hw, [&](int image, int chunk, int first, int last) {
-    float *sum = sums.data + (int64_t(image) * chunks + chunk) * c;
-    for (int r = first; r < last; r++) {
-      const T *row = x + (int64_t(image) * hw + r) * c;
-      for (int k = 0; k < c; k++) sum[k] += to_float(row[k]);
+  const Chunks chunks(n, hw, c);
+  group_statistics(mean, rstd, x, chunks, groups, eps);
+  const Affine affine(mean, rstd, weight, bias, n, c, groups);
+  if (silu) group_apply<T, true>(y, x, affine, chunks);
+  else group_apply<T, false>(y, x, affine, chunks);
+}
+
+// Calls body(normalised x, gradient before SiLU, place, k) for the vectors of a chunk, a column of rows at a time.
+template <bool silu, class T, class F>
+void each_gradient(const T *dy, const T *x, const Affine &affine, int64_t image, int64_t first, int rows, int c, int k, F &&body) {
+  const vf mean = affine.mean(image, k), rstd = affine.rstd(image, k), weight = affine.weight(k), bias = affine.bias(k);
+  for (int64_t at = first * c + k; at < (first + rows) * c; at += c) {
+    const vf h = (load(x + at, c - k) - mean) * rstd;
+    vf dz = load(dy + at, c - k);
+    if constexpr (silu) {
+      const vf z = h * weight + bias, s = sigmoid(z);
+      dz = dz * s * (1.f + z * (1.f - s));
     }
-    // Squares about the chunk's own channel mean: combined below by Chan's formula.
-    float *square = squares.data + (int64_t(image) * chunks + chunk) * c;
-    const float inverse = 1.f / float(last - first);
-    for (int r = first; r < last; r++) {
-      const T *row = x + (int64_t(image) * hw + r) * c;
-      for (int k = 0; k < c; k++) {
-        const float d = to_float(row[k]) - sum[k] * inverse;
-        square[k] += d * d;
-      }
-    }
-  });
-  for (int image = 0; image < n; image++)
-    for (int g = 0; g < groups; g++) {
-      double total = 0;
-      for (int chunk = 0; chunk < chunks; chunk++)
-        for (int k = g * width; k < (g + 1) * width; k++) total += sums.data[(int64_t(image) * chunks + chunk) * c + k];
-      const double mu = total / (double(hw) * width);
-      double spread = 0;
-      for (int chunk = 0; chunk < chunks; chunk++) {
-        const int rows = (chunk + 1) * CHUNK < hw ? CHUNK : hw - chunk * CHUNK;
-        for (int k = g * width; k < (g + 1) * width; k++) {
-          const int64_t at = (int64_t(image) * chunks + chunk) * c + k;
-          const double d = sums.data[at] / double(rows) - mu;
-          spread += squares.data[at] + rows * d * d;
-        }
-      }
-      mean[image * groups + g] = float(mu);
-      rstd[image * groups + g] = float(1. / std::sqrt(spread / (double(hw) * width) + eps));
-    }
-  Scratch affine(int64_t(n) * 2 * c);
-  for (int image = 0; image < n; image++)
-    for (int k = 0; k < c; k++) {
-      const float a = rstd[image * groups + k / width] * to_float(weight[k]);
-      affine.data[int64_t(image) * 2 * c + k] = a;
-      affine.data[(int64_t(image) * 2 + 1) * c + k] = to_float(bias[k]);
-    }
-  each_chunk(n, hw, [&](int image, int, int first, int last) {
-    const float *a = affine.data + int64_t(image) * 2 * c, *b = a + c;
-    Scratch mu(c);
-    for (int k = 0; k < c; k++) mu.data[k] = mean[image * groups + k / width];
-    for (int r = first; r < last; r++) {
-      const T *row = x + (int64_t(image) * hw + r) * c;
-      T *out = y + (int64_t(image) * hw + r) * c;
-      if (silu) {
-        for (int k = 0; k < c; k++) {
-          const float z = (to_float(row[k]) - mu.data[k]) * a[k] + b[k];
-          out[k] = from_float<T>(z * sigmoid(z));
-        }
-      } else {
-        for (int k = 0; k < c; k++) out[k] = from_float<T>((to_float(row[k]) - mu.data[k]) * a[k] + b[k]);
-      }
+    body(at, h, dz);
+  }
+}
+
+// Over each image and channel, [n, c]: the sums of dz and of dz * h.
+template <bool silu, class T>
+void gradient_sums(std::vector<double> &dz, std::vector<double> &dzh, const T *dy, const T *x, const Affine &affine,
+                   const Chunks &chunks) {
+  const int c = chunks.c;
+  Row dz_sums(chunks.count() * c), dzh_sums(chunks.count() * c);
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
+    for (int k = 0; k < c; k += LANES) {
+      vf sum{}, product{};
+      each_gradient<silu>(dy, x, affine, chunks.image(chunk), first, rows, c, k, [&](int64_t, vf h, vf d) {
+        sum += d;
+        product += d * h;
+      });
+      store(&dz_sums[chunk * c + k], sum, c - k);
+      store(&dzh_sums[chunk * c + k], product, c - k);
     }
   });
+  for (int64_t chunk = 0; chunk < chunks.count(); chunk++) {
+    const int64_t to = chunks.image(chunk) * c, from = chunk * c;
+    for (int k = 0; k < c; k++) dz[to + k] += dz_sums[from + k];
+    for (int k = 0; k < c; k++) dzh[to + k] += dzh_sums[from + k];
+  }
+}
+
+// dx = rstd * (dz w - mean(dz w) - h mean(dz w h)), the means over the group.
+template <bool silu, class T>
+void group_input_gradient(T *dx, const T *dy, const T *x, const Affine &affine, const Chunks &chunks, int groups,
+                          const std::vector<double> &dz, const std::vector<double> &dzh) {
+  const int c = chunks.c, width = c / groups;
+  Row first_mean(int64_t(chunks.n) * c), second_mean(int64_t(chunks.n) * c);
+  for (int64_t start = 0; start < int64_t(chunks.n) * c; start += width) {
+    double first = 0, second = 0;
+    for (int64_t i = start; i < start + width; i++) {
+      first += dz[i] * affine.weight_of(int(i % c));
+      second += dzh[i] * affine.weight_of(int(i % c));
+    }
+    std::fill_n(&first_mean[start], width, float(first / (double(chunks.hw) * width)));
+    std::fill_n(&second_mean[start], width, float(second / (double(chunks.hw) * width)));
+  }
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
+    const int64_t image = chunks.image(chunk);
+    for (int k = 0; k < c; k += LANES) {
+      const vf rstd = affine.rstd(image, k), weight = affine.weight(k);
+      const vf mean = load(&first_mean[image * c + k], c - k), slope = load(&second_mean[image * c + k], c - k);
+      each_gradient<silu>(dy, x, affine, image, first, rows, c, k, [&](int64_t at, vf h, vf d) {
+        store(dx + at, rstd * (d * weight - mean - h * slope), c - k);
+      });
+    }
+  });
+}
+
+// to[k] = the sum over images of sums[n, c].
+template <class T> void sum_images(T *to, const std::vector<double> &sums, int c) {
+  for (int k = 0; k < c; k++) {
+    double total = 0;
+    for (size_t i = size_t(k); i < sums.size(); i += size_t(c)) total += sums[i];
+    to[k] = from_float<T>(float(total));
+  }
 }
 
 template <class T>
 void group_norm_backward(T *dx, T *dweight, T *dbias, const T *dy, const T *x, const T *weight, const T *bias, const float *mean,
                          const float *rstd, int n, int hw, int c, int groups, int silu) {
-  const int chunks = chunks_of(hw), width = c / groups;
-  const auto outer = [&](int image, int64_t at, int k, float &h) {
-    const int g = image * groups + k / width;
-    h = (to_float(x[at]) - mean[g]) * rstd[g];
-    const float dz = to_float(dy[at]);
-    if (!silu) return dz;
-    const float z = h * to_float(weight[k]) + to_float(bias[k]), s = sigmoid(z);
-    return dz * s * (1.f + z * (1.f - s));
-  };
-  Scratch dz_sums(int64_t(n) * chunks * c), dzh_sums(int64_t(n) * chunks * c);
-  each_chunk(n, hw, [&](int image, int chunk, int first, int last) {
-    float *dz_sum = dz_sums.data + (int64_t(image) * chunks + chunk) * c;
-    float *dzh_sum = dzh_sums.data + (int64_t(image) * chunks + chunk) * c;
-    for (int r = first; r < last; r++)
-      for (int k = 0; k < c; k++) {
-        float h;
-        const float dz = outer(image, (int64_t(image) * hw + r) * c + k, k, h);
-        dz_sum[k] += dz;
-        dzh_sum[k] += dz * h;
-      }
-  });
-  Scratch means(int64_t(n) * groups * 2), dw(c), db(c);
-  for (int image = 0; image < n; image++)
-    for (int k = 0; k < c; k++) {
-      double dz = 0, dzh = 0;
-      for (int chunk = 0; chunk < chunks; chunk++) {
-        dz += dz_sums.data[(int64_t(image) * chunks + chunk) * c + k];
-        dzh += dzh_sums.data[(int64_t(image) * chunks + chunk) * c + k];
-      }
-      dw.data[k] += float(dzh);
-      db.data[k] += float(dz);
-      float *group = means.data + (int64_t(image) * groups + k / width) * 2;
-      group[0] += float(dz * to_float(weight[k]) / (double(hw) * width));
-      group[1] += float(dzh * to_float(weight[k]) / (double(hw) * width));
-    }
-  for (int k = 0; k < c; k++) {
-    if (dweight) dweight[k] = from_float<T>(dw.data[k]);
-    if (dbias) dbias[k] = from_float<T>(db.data[k]);
-  }
+  const Chunks chunks(n, hw, c);
+  const Affine affine(mean, rstd, weight, bias, n, c, groups);
+  std::vector<double> dz(int64_t(n) * c), dzh(int64_t(n) * c);
+  if (silu) gradient_sums<true>(dz, dzh, dy, x, affine, chunks);
+  else gradient_sums<false>(dz, dzh, dy, x, affine, chunks);
+  if (dweight) sum_images(dweight, dzh, c);
+  if (dbias) sum_images(dbias, dz, c);
   if (!dx) return;
-  each_chunk(n, hw, [&](int image, int, int first, int last) {
-    for (int r = first; r < last; r++)
-      for (int k = 0; k < c; k++) {
-        const int g = image * groups + k / width;
-        const int64_t at = (int64_t(image) * hw + r) * c + k;
-        float h;
-        const float dz = outer(image, at, k, h);
-        dx[at] = from_float<T>(rstd[g] * (dz * to_float(weight[k]) - means.data[g * 2] - h * means.data[g * 2 + 1]));
-      }
-  });
+  if (silu) group_input_gradient<true>(dx, dy, x, affine, chunks, groups, dz, dzh);
+  else group_input_gradient<false>(dx, dy, x, affine, chunks, groups, dz, dzh);
+}
+
+// ---- layer norm
+
+// The sum over a row of term(k, lanes that count).
+template <class F> inline float row_sum(int c, F &&term) {
+  vf total{};
+  int k = 0;
+  for (; k + LANES <= c; k += LANES) total += term(k);
+  float sum = reduce_add(total);
+  if (k < c) {
+    const vf rest = term(k);
+    for (int i = 0; i < c - k; i++) sum += rest[i];
+  }
+  return sum;
 }
 
 template <class T>
 void layer_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int rows, int c, float eps) {
-  parallel_for(rows, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_per_range(c), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       const T *row = x + r * c;
-      float total = 0, spread = 0;
-#pragma GCC ivdep
-      for (int k = 0; k < c; k++) total += to_float(row[k]);
-      const float mu = total / float(c);
-      for (int k = 0; k < c; k++) {
-        const float d = to_float(row[k]) - mu;
-        spread += d * d;
-      }
-      const float scale = 1.f / std::sqrt(spread / float(c) + eps);
+      const float mu = row_sum(c, [&](int k) { return load(row + k, c - k); }) / float(c);
+      const float spread = row_sum(c, [&](int k) {
+        const vf d = load(row + k, c - k) - mu;
+        return d * d;
+      });
       mean[r] = mu;
-      rstd[r] = scale;
-      for (int k = 0; k < c; k++)
-        y[r * c + k] = from_float<T>((to_float(row[k]) - mu) * scale * to_float(weight[k]) + to_float(bias[k]));
+      rstd[r] = 1.f / sqrt(spread / float(c) + eps);
+      for (int k = 0; k < c; k += LANES) {
+        const vf h = (load(row + k, c - k) - mu) * rstd[r];
+        store(y + r * c + k, h * load(weight + k, c - k) + load(bias + k, c - k), c - k);
+      }
     }
   });
 }
@@ -176,57 +270,65 @@ void layer_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *wei
 template <class T>
 void layer_norm_backward(T *dx, T *dweight, T *dbias, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd,
                          int rows, int c) {
-  const int chunks = chunks_of(rows);
-  Scratch dw(int64_t(chunks) * c), db(int64_t(chunks) * c);
-  each_chunk(1, rows, [&](int, int chunk, int first, int last) {
-    float *dw_sum = dw.data + int64_t(chunk) * c, *db_sum = db.data + int64_t(chunk) * c;
-    for (int64_t r = first; r < last; r++) {
+  const Chunks chunks(1, rows, c);
+  Row weight_sums(chunks.count() * c), bias_sums(chunks.count() * c);
+  chunks.each([&](int64_t chunk, int64_t first, int count) {
+    for (int64_t r = first; r < first + count; r++) {
       const T *row = x + r * c, *grad = dy + r * c;
-      float mean_g = 0, mean_gh = 0;
-      for (int k = 0; k < c; k++) {
-        const float h = (to_float(row[k]) - mean[r]) * rstd[r], dz = to_float(grad[k]), g = dz * to_float(weight[k]);
-        dw_sum[k] += dz * h;
-        db_sum[k] += dz;
-        mean_g += g;
-        mean_gh += g * h;
+      float *weights = &weight_sums[chunk * c], *biases = &bias_sums[chunk * c];
+      const auto normal = [&](int k) { return (load(row + k, c - k) - mean[r]) * rstd[r]; };
+      const auto scaled = [&](int k) { return load(grad + k, c - k) * load(weight + k, c - k); };
+      for (int k = 0; k < c; k += LANES) {
+        const vf dz = load(grad + k, c - k);
+        store(weights + k, load(weights + k, c - k) + dz * normal(k), c - k);
+        store(biases + k, load(biases + k, c - k) + dz, c - k);
       }
-      mean_g /= float(c);
-      mean_gh /= float(c);
       if (!dx) continue;
-      for (int k = 0; k < c; k++) {
-        const float h = (to_float(row[k]) - mean[r]) * rstd[r];
-        dx[r * c + k] = from_float<T>(rstd[r] * (to_float(grad[k]) * to_float(weight[k]) - mean_g - h * mean_gh));
-      }
+      const float centre = row_sum(c, scaled) / float(c);
+      const float slope = row_sum(c, [&](int k) { return scaled(k) * normal(k); }) / float(c);
+      for (int k = 0; k < c; k += LANES) store(dx + r * c + k, rstd[r] * (scaled(k) - centre - normal(k) * slope), c - k);
     }
   });
-  for (int k = 0; k < c; k++) {
-    float weights = 0, biases = 0;
-    for (int chunk = 0; chunk < chunks; chunk++) {
-      weights += dw.data[int64_t(chunk) * c + k];
-      biases += db.data[int64_t(chunk) * c + k];
-    }
-    if (dweight) dweight[k] = from_float<T>(weights);
-    if (dbias) dbias[k] = from_float<T>(biases);
-  }
+  const auto total = [&](T *to, const Row &sums) {
+    std::vector<double> totals(c);
+    for (size_t i = 0; i < sums.size(); i += size_t(c))
+      for (int k = 0; k < c; k++) totals[k] += sums[i + k];
+    for (int k = 0; k < c; k++) to[k] = from_float<T>(float(totals[k]));
+  };
+  if (dweight) total(dweight, weight_sums);
+  if (dbias) total(dbias, bias_sums);
 }
 
+// ---- softmax
+
 template <class T> void softmax_forward(T *y, const T *x, int rows, int c) {
-  parallel_for(rows, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_per_range(c), [&](int64_t begin, int64_t end) {
+    Row exps(c + LANES);
     for (int64_t r = begin; r < end; r++) {
-      float max = to_float(x[r * c]), total = 0;
-      for (int k = 1; k < c; k++) max = to_float(x[r * c + k]) > max ? to_float(x[r * c + k]) : max;
-      for (int k = 0; k < c; k++) total += fast_exp(to_float(x[r * c + k]) - max);
-      for (int k = 0; k < c; k++) y[r * c + k] = from_float<T>(fast_exp(to_float(x[r * c + k]) - max) / total);
+      const T *row = x + r * c;
+      float most = to_float(row[0]);
+      vf mosts = splat(most);
+      int k = 0;
+      for (; k + LANES <= c; k += LANES) mosts = max(load(row + k), mosts);
+      most = reduce_max(mosts);
+      for (; k < c; k++) most = std::max(most, to_float(row[k]));
+      const float total = row_sum(c, [&](int k) {
+        const vf e = fast_exp(load(row + k, c - k) - most);
+        store(&exps[k], e);
+        return e;
+      });
+      const float inverse = 1.f / total;
+      for (int k = 0; k < c; k += LANES) store(y + r * c + k, load(&exps[k]) * inverse, c - k);
     }
   });
 }
 
 template <class T> void softmax_backward(T *dx, const T *dy, const T *y, int rows, int c) {
-  parallel_for(rows, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_per_range(c), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
-      float dot = 0;
-      for (int k = 0; k < c; k++) dot += to_float(dy[r * c + k]) * to_float(y[r * c + k]);
-      for (int k = 0; k < c; k++) dx[r * c + k] = from_float<T>(to_float(y[r * c + k]) * (to_float(dy[r * c + k]) - dot));
+      const T *grad = dy + r * c, *row = y + r * c;
+      const float dot = row_sum(c, [&](int k) { return load(grad + k, c - k) * load(row + k, c - k); });
+      for (int k = 0; k < c; k += LANES) store(dx + r * c + k, load(row + k, c - k) * (load(grad + k, c - k) - dot), c - k);
     }
   });
 }
