@@ -12,6 +12,14 @@ namespace sdxl {
 namespace ARCH {
 namespace {
 
+#if defined(ARCH_avx512)
+// bfloat16 by one instruction each way, which these kernels' rate rests on; it writes subnormal results as zero.
+inline vf load(const bf16 *p) { return vf(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)); }
+inline void store(bf16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(__m512(x))); }
+inline vf load(const bf16 *p, int64_t count) { return count >= LANES ? load(p) : load<bf16>(p, count); }
+inline void store(bf16 *p, vf x, int64_t count) { count >= LANES ? store(p, x) : store<bf16>(p, x, count); }
+#endif
+
 // Rows of a chunk: the unit of work, and of the order of summation.
 inline int chunk_rows(int c) { return std::clamp(65536 / c, 16, 256); }
 
