@@ -350,8 +350,8 @@ template <class T>
 void query_gradient(T *dq, const Backward<T> &b, int n, const Panels<T> &keys_across, const Panels<T> &values_across,
                     const Panels<T> &keys_along) {
   const int d = b.queries.d, words = int(Panels<T>::words_of(d)), lk = b.keys.l;
-  float ones[MR * ROWS];
-  fill(ones, 0, MR * ROWS, 1.f);
+  float ones[ROWS];
+  fill(ones, 0, ROWS, 1.f);
   each_tile(b.queries, n, [&] { return Workspace(d); }, [&](Workspace &w, int64_t head, int first) {
     const int rows = std::min(ROWS, b.queries.l - first), seen = seen_keys(first + rows - 1, lk, b.causal);
     const Tile query{w.left.data, words}, grad{w.right.data, words}, p{w.p.data, BLOCK}, ds{w.ds.data, BLOCK};
@@ -382,8 +382,8 @@ template <class T>
 void key_gradients(T *dk, T *dv, const Backward<T> &b, int n, const Panels<T> &queries_across, const Panels<T> &grads_across,
                    const Panels<T> &queries_along, const Panels<T> &grads_along) {
   const int d = b.keys.d, words = int(Panels<T>::words_of(d)), lq = b.queries.l;
-  float ones[MR * ROWS];
-  fill(ones, 0, MR * ROWS, 1.f);
+  float ones[ROWS];
+  fill(ones, 0, ROWS, 1.f);
   each_tile(b.keys, n, [&] { return Workspace(d); }, [&](Workspace &w, int64_t head, int first) {
     const int rows = std::min(ROWS, b.keys.l - first);
     const Tile key{w.left.data, words}, value{w.right.data, words}, p{w.p.data, BLOCK}, ds{w.ds.data, BLOCK};
