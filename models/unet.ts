@@ -10,7 +10,7 @@ import { cast, silu } from '../engine/ops/unary.ts';
 import { keep } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { downsample, type NormConfig, resnetChildren, upsample } from './blocks.ts';
+import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
 
 /** The fields of diffusers' unet/config.json that SDXL's UNets differ in. */
 export interface UNetConfig {
@@ -112,18 +112,7 @@ const once = (
   make: () => readonly Tensor[],
 ): readonly Tensor[] => (cache ? cache.once(key, make) : make());
 
-type Resnet = Module<[x: Tensor, temb: Tensor], Tensor>;
 type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
-
-/** `temb` [n, ctemb] has its SiLU already, as every block would apply the same one. */
-const resnet = (cin: number, cout: number, ctemb: number, norm: NormConfig): Resnet =>
-  module(
-    { ...resnetChildren(cin, cout, norm), time_emb_proj: linear(ctemb, cout) },
-    (m, x: Tensor, temb: Tensor) => {
-      const h = m.conv1(m.norm1(x), { shift: m.time_emb_proj(temb) });
-      return m.conv2(m.norm2(h), { residual: m.conv_shortcut?.(x) ?? x });
-    },
-  );
 
 const attentionChildren = (c: number, contextWidth: number) => ({
   to_q: linear(c, c, { bias: false }),
@@ -157,7 +146,7 @@ const feedForward = (c: number) => {
   );
 };
 
-const transformerBlock = (c: number, contextWidth: number, heads: number) =>
+export const transformerBlock = (c: number, contextWidth: number, heads: number) =>
   module(
     {
       norm1: layerNorm(c),
@@ -182,7 +171,11 @@ interface Level {
 }
 
 /** Transformer2DModel: channels last makes an image a token sequence without a transpose. */
-const transformer = ({ width: c, heads, depth }: Level, contextWidth: number, groups: number): Transformer =>
+export const transformer = (
+  { width: c, heads, depth }: Level,
+  contextWidth: number,
+  groups: number,
+): Transformer =>
   module(
     {
       norm: groupNorm(groups, c, { eps: 1e-6 }),
@@ -202,7 +195,7 @@ const times = <T>(count: number, make: (i: number) => T): T[] =>
   Array.from({ length: count }, (_, i) => make(i));
 
 /** Two linears with SiLU between, for the timestep and for the added conditions. */
-const embeddingMlp = (inputs: number, width: number) =>
+export const embeddingMlp = (inputs: number, width: number) =>
   module(
     { linear_1: linear(inputs, width), linear_2: linear(width, width) },
     (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
@@ -276,7 +269,7 @@ function blocks(config: UNetConfig, ctemb: number) {
   let c = levels[0].width;
   const skips = [c];
   const to = (width: number, more = 0): Resnet => {
-    const made = resnet(c + more, width, ctemb, norm);
+    const made = resnet(c + more, width, norm, ctemb);
     c = width;
     return made;
   };

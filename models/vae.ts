@@ -3,10 +3,11 @@
 import { conv2d, groupNorm, linear } from '../engine/layers.ts';
 import { type AnyModule, module } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
-import { slice, upsampleNearest } from '../engine/ops/move.ts';
+import { slice } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
+import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
 import { blendTiles, tileStarts } from './tiles.ts';
 
 export interface VaeConfig {
@@ -43,27 +44,13 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
   return { ...defaults, ...switches, ...(json as Partial<VaeConfig>) } as VaeConfig;
 }
 
-const EPS = 1e-6;
-
-const resnet = (config: VaeConfig, inputs: number, outputs: number) => {
-  const norm = (c: number) => groupNorm(config.norm_num_groups, c, { eps: EPS, silu: true });
-  return module(
-    {
-      norm1: norm(inputs),
-      conv1: conv2d(inputs, outputs, 3, { padding: 1 }),
-      norm2: norm(outputs),
-      conv2: conv2d(outputs, outputs, 3, { padding: 1 }),
-      conv_shortcut: inputs === outputs ? undefined : conv2d(inputs, outputs, 1),
-    },
-    (m, x: Tensor) => m.conv2(m.norm2(m.conv1(m.norm1(x))), { residual: m.conv_shortcut?.(x) ?? x }),
-  );
-};
+const normOf = (config: VaeConfig): NormConfig => ({ groups: config.norm_num_groups, eps: 1e-6 });
 
 /** One head over all pixels, with biases, unlike the UNet's. */
-const pixelAttention = (config: VaeConfig, c: number) =>
+export const pixelAttention = (c: number, { groups, eps }: NormConfig) =>
   module(
     {
-      group_norm: groupNorm(config.norm_num_groups, c, { eps: EPS }),
+      group_norm: groupNorm(groups, c, { eps }),
       to_q: linear(c, c),
       to_k: linear(c, c),
       to_v: linear(c, c),
@@ -77,63 +64,52 @@ const pixelAttention = (config: VaeConfig, c: number) =>
     },
   );
 
-const middle = (config: VaeConfig, c: number) =>
+const middle = (c: number, norm: NormConfig) =>
   module(
-    { resnets: [resnet(config, c, c), resnet(config, c, c)], attentions: [pixelAttention(config, c)] },
+    { resnets: [resnet(c, c, norm), resnet(c, c, norm)], attentions: [pixelAttention(c, norm)] },
     (m, x: Tensor) => m.resnets[1](m.attentions[0](m.resnets[0](x))),
   );
 
-const repeat = <T>(count: number, make: (i: number) => T): T[] =>
-  Array.from({ length: count }, (_, i) => make(i));
+const resnets = (count: number, inputs: number, outputs: number, norm: NormConfig): Resnet[] =>
+  Array.from({ length: count }, (_, i) => resnet(i === 0 ? inputs : outputs, outputs, norm));
 
-/** A level of resnets and a last step that changes the size: down by a strided convolution, or up by nearest pixels. */
-function level(
-  config: VaeConfig,
-  layers: number,
-  inputs: number,
-  outputs: number,
-  resize: 'down' | 'up' | undefined,
-) {
-  // Half a pixel less on the top and left: zeros only right and below, as the original model was trained.
-  const down =
-    resize === 'down'
-      ? [module({ conv: conv2d(outputs, outputs, 3, { stride: 2, padding: [0, 0, 1, 1] }) }, call)]
-      : undefined;
-  const up =
-    resize === 'up' ? [module({ conv: conv2d(outputs, outputs, 3, { padding: 1 }) }, call)] : undefined;
-  return module(
+const downLevel = (layers: number, inputs: number, outputs: number, norm: NormConfig, last: boolean) =>
+  module(
     {
-      resnets: repeat(layers, (i) => resnet(config, i === 0 ? inputs : outputs, outputs)),
-      downsamplers: down,
-      upsamplers: up,
+      resnets: resnets(layers, inputs, outputs, norm),
+      // Zeros only right and below, as the original model was trained.
+      downsamplers: last ? undefined : [downsample(outputs, [0, 0, 1, 1])],
     },
     (m, x: Tensor) => {
-      const h = m.resnets.reduce((y, res) => res(y), x);
-      if (m.upsamplers) return m.upsamplers[0](upsampleNearest(h, 2 * h.shape[1], 2 * h.shape[2]));
+      const h = m.resnets.reduce((y, block) => block(y), x);
       return m.downsamplers?.[0](h) ?? h;
     },
   );
-}
 
-const call = (m: { conv: (x: Tensor) => Tensor }, x: Tensor): Tensor => m.conv(x);
+const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConfig, last: boolean) =>
+  module(
+    {
+      resnets: resnets(layers, inputs, outputs, norm),
+      upsamplers: last ? undefined : [upsample(outputs)],
+    },
+    (m, x: Tensor) => {
+      const h = m.resnets.reduce((y, block) => block(y), x);
+      return m.upsamplers?.[0](h, 2 * h.shape[1], 2 * h.shape[2]) ?? h;
+    },
+  );
 
 const encoder = (config: VaeConfig) => {
-  const { block_out_channels: channels, latent_channels: latent } = config;
+  const { block_out_channels: channels, latent_channels: latent, layers_per_block: layers } = config;
+  const norm = normOf(config);
   const last = channels[channels.length - 1];
   return module(
     {
       conv_in: conv2d(config.in_channels, channels[0], 3, { padding: 1 }),
       down_blocks: channels.map((c, i) =>
-        level(
-          config,
-          config.layers_per_block,
-          channels[Math.max(0, i - 1)],
-          c,
-          i < channels.length - 1 ? 'down' : undefined,
-        ),
+        downLevel(layers, channels[Math.max(0, i - 1)], c, norm, i === channels.length - 1),
       ),
-      mid_block: middle(config, last),
-      conv_norm_out: groupNorm(config.norm_num_groups, last, { eps: EPS, silu: true }),
+      mid_block: middle(last, norm),
+      conv_norm_out: groupNorm(norm.groups, last, { eps: norm.eps, silu: true }),
       conv_out: conv2d(last, 2 * latent, 3, { padding: 1 }),
     },
     (m, x: Tensor) => {
@@ -145,24 +121,18 @@ const encoder = (config: VaeConfig) => {
 
 const decoder = (config: VaeConfig) => {
   const channels = [...config.block_out_channels].reverse();
+  const norm = normOf(config);
+  const layers = config.layers_per_block + 1;
+  const last = channels[channels.length - 1];
   return module(
     {
       conv_in: conv2d(config.latent_channels, channels[0], 3, { padding: 1 }),
-      mid_block: middle(config, channels[0]),
+      mid_block: middle(channels[0], norm),
       up_blocks: channels.map((c, i) =>
-        level(
-          config,
-          config.layers_per_block + 1,
-          channels[Math.max(0, i - 1)],
-          c,
-          i < channels.length - 1 ? 'up' : undefined,
-        ),
+        upLevel(layers, channels[Math.max(0, i - 1)], c, norm, i === channels.length - 1),
       ),
-      conv_norm_out: groupNorm(config.norm_num_groups, channels[channels.length - 1], {
-        eps: EPS,
-        silu: true,
-      }),
-      conv_out: conv2d(channels[channels.length - 1], config.out_channels, 3, { padding: 1 }),
+      conv_norm_out: groupNorm(norm.groups, last, { eps: norm.eps, silu: true }),
+      conv_out: conv2d(last, config.out_channels, 3, { padding: 1 }),
     },
     (m, z: Tensor) => {
       const h = m.up_blocks.reduce((y, block) => block(y), m.mid_block(m.conv_in(z)));
