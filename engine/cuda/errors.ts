@@ -1,0 +1,69 @@
+// The driver's result codes by their CUDA names, and the error that every failed call becomes: the call, the name, and
+// what the user can do about it.
+import { UserError } from '../../io/errors.ts';
+
+/** CUresult: the codes that the calls of api.ts can return. */
+export const cudaResults = {
+  CUDA_ERROR_INVALID_VALUE: 1,
+  CUDA_ERROR_OUT_OF_MEMORY: 2,
+  CUDA_ERROR_NOT_INITIALIZED: 3,
+  CUDA_ERROR_DEINITIALIZED: 4,
+  CUDA_ERROR_NO_DEVICE: 100,
+  CUDA_ERROR_INVALID_DEVICE: 101,
+  CUDA_ERROR_INVALID_IMAGE: 200,
+  CUDA_ERROR_INVALID_CONTEXT: 201,
+  CUDA_ERROR_NO_BINARY_FOR_GPU: 209,
+  CUDA_ERROR_ECC_UNCORRECTABLE: 214,
+  CUDA_ERROR_INVALID_PTX: 218,
+  CUDA_ERROR_JIT_COMPILER_NOT_FOUND: 221,
+  CUDA_ERROR_UNSUPPORTED_PTX_VERSION: 222,
+  CUDA_ERROR_INVALID_HANDLE: 400,
+  CUDA_ERROR_NOT_FOUND: 500,
+  CUDA_ERROR_NOT_READY: 600,
+  CUDA_ERROR_ILLEGAL_ADDRESS: 700,
+  CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: 701,
+  CUDA_ERROR_LAUNCH_TIMEOUT: 702,
+  CUDA_ERROR_CONTEXT_IS_DESTROYED: 709,
+  CUDA_ERROR_ASSERT: 710,
+  CUDA_ERROR_HARDWARE_STACK_ERROR: 714,
+  CUDA_ERROR_ILLEGAL_INSTRUCTION: 715,
+  CUDA_ERROR_MISALIGNED_ADDRESS: 716,
+  CUDA_ERROR_INVALID_ADDRESS_SPACE: 717,
+  CUDA_ERROR_INVALID_PC: 718,
+  CUDA_ERROR_LAUNCH_FAILED: 719,
+  CUDA_ERROR_NOT_SUPPORTED: 801,
+  CUDA_ERROR_UNKNOWN: 999,
+} as const;
+
+export type CudaResult = keyof typeof cudaResults;
+
+const mends: Partial<Record<CudaResult, string>> = {
+  CUDA_ERROR_OUT_OF_MEMORY: 'use a smaller size, fewer images or a half-precision --dtype',
+  CUDA_ERROR_NO_DEVICE: 'no NVIDIA GPU is visible to the driver; use --device cpu',
+  CUDA_ERROR_INVALID_DEVICE: 'there is no GPU of that number; see `sdxl doctor`',
+  CUDA_ERROR_UNSUPPORTED_PTX_VERSION: 'the NVIDIA driver is too old for these kernels; install r535 or later',
+  CUDA_ERROR_JIT_COMPILER_NOT_FOUND:
+    'the driver lacks its PTX compiler (libnvidia-ptxjitcompiler); reinstall it',
+  CUDA_ERROR_NO_BINARY_FOR_GPU: 'the GPU is older than Ampere (compute capability 8.0); use --device cpu',
+  CUDA_ERROR_ECC_UNCORRECTABLE: 'the GPU found a memory error; reset or replace it',
+};
+
+/** A driver call that failed. */
+export class CudaError extends UserError {
+  override readonly name: string = 'CudaError';
+  readonly result: CudaResult;
+  readonly call: string;
+
+  constructor(result: CudaResult, call: string, detail?: string) {
+    const mend = mends[result];
+    super(`${call} failed with ${result}${detail ? `: ${detail}` : ''}${mend ? `; ${mend}` : ''}`);
+    this.result = result;
+    this.call = call;
+  }
+}
+
+/** The name of a code that the driver returned. */
+export function resultName(code: number): CudaResult {
+  const found = Object.entries(cudaResults).find(([, value]) => value === code);
+  return (found?.[0] ?? 'CUDA_ERROR_UNKNOWN') as CudaResult;
+}

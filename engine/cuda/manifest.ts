@@ -1,0 +1,91 @@
+// A PTX file is its own manifest: each .entry lists its parameters. Here they are read, and a call's arguments are packed
+// into the block that cuLaunchKernel takes. The driver never checks that block, so count and kind are checked here.
+
+/** p a 64-bit pointer, i a 32-bit integer, f a float32, b bytes by value (a tensor map or a struct). */
+export type ParameterKind = 'p' | 'i' | 'f' | 'b';
+
+export interface Parameter {
+  readonly kind: ParameterKind;
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+export interface Entry {
+  readonly name: string;
+  readonly parameters: readonly Parameter[];
+  /** Size of the packed block. */
+  readonly bytes: number;
+}
+
+export type KernelArgument = bigint | number | Uint8Array;
+
+const sizes: Record<string, number> = {
+  u8: 1,
+  b8: 1,
+  s8: 1,
+  u32: 4,
+  s32: 4,
+  b32: 4,
+  f32: 4,
+  u64: 8,
+  s64: 8,
+  b64: 8,
+};
+const parameterPattern =
+  /\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+)?(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?[\w$]+(?:\[(\d+)\])?/;
+
+/** The entries of a PTX module by name. Throws on a parameter type that no kernel of ours may have. */
+export function readManifest(ptx: string): Map<string, Entry> {
+  const entries = new Map<string, Entry>();
+  for (const [, name, list] of ptx.matchAll(/\.entry\s+([\w$]+)\s*\(([^)]*)\)/g)) {
+    const parameters: Parameter[] = [];
+    let end = 0;
+    for (const text of list.split(',').filter((part) => part.trim())) {
+      const [, align, type, count] = parameterPattern.exec(text) ?? [];
+      const size = sizes[type];
+      if (!size) throw new Error(`kernel ${name} has a parameter of unknown type: ${text.trim()}`);
+      const alignment = Math.max(size, Number(align ?? 1));
+      const offset = Math.ceil(end / alignment) * alignment;
+      const bytes = size * Number(count ?? 1);
+      parameters.push({ kind: kindOf(type, count), offset, bytes });
+      end = offset + bytes;
+    }
+    entries.set(name, { name, parameters, bytes: end });
+  }
+  return entries;
+}
+
+function kindOf(type: string, count: string | undefined): ParameterKind {
+  if (count !== undefined) return 'b';
+  if (type === 'f32') return 'f';
+  return sizes[type] === 8 ? 'p' : 'i';
+}
+
+/** Packs a call's arguments; a wrong count or kind is an error that shows both lists. */
+export function packParameters(entry: Entry, args: readonly KernelArgument[]): Uint8Array {
+  const wanted = entry.parameters.map((p) => p.kind).join('');
+  const given = args.map(letter).join('');
+  if (given !== wanted.replace(/[if]/g, 'n')) {
+    throw new Error(
+      `${entry.name} takes (${wanted}), got (${given}): p pointer, i int, f float, n number, b bytes`,
+    );
+  }
+  const block = new Uint8Array(entry.bytes);
+  const view = new DataView(block.buffer);
+  entry.parameters.forEach(({ kind, offset, bytes }, i) => {
+    const value = args[i];
+    if (value instanceof Uint8Array) {
+      if (value.length !== bytes)
+        throw new Error(`${entry.name}: argument ${i} has ${value.length} bytes, not ${bytes}`);
+      block.set(value, offset);
+    } else if (typeof value === 'bigint') view.setBigUint64(offset, value, true);
+    else if (kind === 'f') view.setFloat32(offset, value, true);
+    else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(offset, value, true);
+    else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
+  });
+  return block;
+}
+
+function letter(value: KernelArgument): string {
+  return typeof value === 'bigint' ? 'p' : typeof value === 'number' ? 'n' : 'b';
+}
