@@ -1,6 +1,8 @@
 // The published models' configurations, in the words of their config.json files
 // (stabilityai/stable-diffusion-xl-base-1.0 and -refiner-1.0). Single-file checkpoints carry weights only and
-// take these; a diffusers folder brings its own.
+// take these; a diffusers folder brings its own. A preset is a whole model of them: what training from random weights
+// and benchmarks start from.
+import type { Json } from './checkpoint.ts';
 import type { TextConfig } from './clip.ts';
 import type { UNetConfig } from './unet.ts';
 import type { VaeConfig } from './vae.ts';
@@ -92,4 +94,34 @@ export const sdxlScheduler = {
   steps_offset: 1,
   interpolation_type: 'linear',
   use_karras_sigmas: false,
+};
+
+/** A whole model without weights. */
+export interface ModelPreset {
+  unet: UNetConfig;
+  vae: VaeConfig;
+  /** The refiner has none. */
+  text_encoder: TextConfig | undefined;
+  text_encoder_2: TextConfig;
+  scheduler: Json;
+  requires_aesthetics_score: boolean;
+}
+
+export const presets: Readonly<Record<string, ModelPreset>> = {
+  'sdxl-base': {
+    unet: sdxlBase,
+    vae: sdxlVae,
+    text_encoder: clipL,
+    text_encoder_2: clipBigG,
+    scheduler: sdxlScheduler,
+    requires_aesthetics_score: false,
+  },
+  'sdxl-refiner': {
+    unet: sdxlRefiner,
+    vae: sdxlVae,
+    text_encoder: undefined,
+    text_encoder_2: clipBigG,
+    scheduler: sdxlScheduler,
+    requires_aesthetics_score: true,
+  },
 };

@@ -1,0 +1,101 @@
+// Models from random weights: the spread that PyTorch's, transformers' and the original SDXL's initialisations have, the
+// same numbers for the same seed, and configs that read back as they were.
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { namedParameters, unload } from '../engine/module.ts';
+import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import { componentConfigs } from '../models/diffusers_config.ts';
+import { type ModelPreset, presets, sdxlScheduler } from '../models/presets.ts';
+import { randomModel } from '../models/random_weights.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { parseVaeConfig, vae } from '../models/vae.ts';
+
+const device = openDevice('auto');
+
+const tiny: ModelPreset = {
+  unet: {
+    ...presets['sdxl-base'].unet,
+    block_out_channels: [32, 64],
+    down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D'],
+    up_block_types: ['CrossAttnUpBlock2D', 'UpBlock2D'],
+    attention_head_dim: [1, 2],
+    transformer_layers_per_block: [0, 1],
+    cross_attention_dim: 64,
+  },
+  vae: { ...presets['sdxl-base'].vae, block_out_channels: [32, 32] },
+  text_encoder: {
+    ...presets['sdxl-base'].text_encoder!,
+    hidden_size: 32,
+    num_hidden_layers: 2,
+    vocab_size: 100,
+  },
+  text_encoder_2: { ...presets['sdxl-base'].text_encoder_2, hidden_size: 32, vocab_size: 100 },
+  scheduler: sdxlScheduler,
+  requires_aesthetics_score: false,
+};
+
+const deviation = (values: Float32Array): number =>
+  Math.sqrt(values.reduce((sum, x) => sum + x * x, 0) / values.length);
+
+test('random weights', (t) => {
+  const before = device.memory.storages;
+  const source = randomModel(tiny, { seed: 7 });
+  const net = unet(parseUNetConfig(source.config('unet')));
+  source.load('unet', net, device, 'float32');
+  const weights = new Map([...namedParameters(net)].map(([name, p]) => [name, p.tensor.floats()]));
+  const get = (name: string) => weights.get(name) as Float32Array;
+  const fanIn = 32 * 9;
+  const conv = get('down_blocks.0.resnets.0.conv1.weight');
+  t.ok(Math.max(...conv.map(Math.abs)) <= 1 / Math.sqrt(fanIn), 'uniform within 1/sqrt(fan in)');
+  t.ok(Math.abs(deviation(conv) * Math.sqrt(3 * fanIn) - 1) < 0.05, 'and filling that range');
+  t.ok(deviation(get('down_blocks.0.resnets.0.conv1.bias')) > 0, 'biases too');
+  t.same(new Set(get('down_blocks.0.resnets.0.norm1.weight')), new Set([1]), 'norms are one');
+  for (const name of [
+    'up_blocks.0.resnets.0.conv2.weight',
+    'mid_block.attentions.0.proj_out.bias',
+    'conv_out.weight',
+  ])
+    t.equal(deviation(get(name)), 0, `${name} starts at zero`);
+  randomModel(tiny, { seed: 7 }).load('unet', net, device, 'float32');
+  t.same(
+    namedParameters(net).get('conv_in.weight')?.tensor.floats(),
+    get('conv_in.weight'),
+    'same seed, same weights',
+  );
+  randomModel(tiny, { seed: 8 }).load('unet', net, device, 'float32');
+  t.not(
+    namedParameters(net).get('conv_in.weight')?.tensor.floats()[0],
+    get('conv_in.weight')[0],
+    'another seed',
+  );
+
+  const text = textEncoder(parseTextConfig(source.config('text_encoder')));
+  source.load('text_encoder', text, device, 'float32');
+  const clip = namedParameters(text);
+  const q = clip.get('text_model.encoder.layers.0.self_attn.q_proj.weight')!.tensor.floats();
+  t.ok(Math.abs(deviation(q) * Math.sqrt(32 * 4) - 1) < 0.1, 'CLIP queries as transformers starts them');
+  t.equal(
+    deviation(clip.get('text_model.encoder.layers.0.mlp.fc1.bias')!.tensor.floats()),
+    0,
+    'CLIP biases are zero',
+  );
+
+  const coder = vae(parseVaeConfig(source.config('vae')));
+  source.load('vae', coder.module, device, 'float32');
+  t.ok(
+    deviation(namedParameters(coder.module).get('decoder.conv_out.weight')!.tensor.floats()) > 0,
+    'no zeros in the VAE',
+  );
+  for (const tree of [net, text, coder.module]) unload(tree);
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+test('configs as diffusers writes them read back', (t) => {
+  const configs = componentConfigs(tiny);
+  t.match(parseUNetConfig(configs.unet), tiny.unet);
+  t.match(parseVaeConfig(configs.vae), tiny.vae);
+  t.same(parseTextConfig(configs.text_encoder), tiny.text_encoder);
+  t.same(parseTextConfig(configs.text_encoder_2), tiny.text_encoder_2);
+  t.end();
+});

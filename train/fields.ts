@@ -1,0 +1,158 @@
+// The checks behind a run file: a field is a default and a test of what may stand there, and a table of fields has the
+// same nesting as the run it describes. Filling a table from a user's object names every unknown key with the nearest
+// right one, and every value of the wrong kind with its place.
+import { didYouMean, UserError } from '../io/errors.ts';
+
+export interface Field<T> {
+  readonly kind: 'field';
+  readonly fallback: T;
+  /** What may stand here, in words, where `value` may not. */
+  readonly wants: string;
+  accepts(value: unknown): boolean;
+}
+
+/** A table with a field for every key of T; plain objects nest, anything else is one field. */
+export type Fields<T> = {
+  readonly [K in keyof T]-?: Field<T[K]> | (T[K] extends object ? Fields<T[K]> : never);
+};
+
+const field = <T>(fallback: T, wants: string, accepts: (value: unknown) => boolean): Field<T> => ({
+  kind: 'field',
+  fallback,
+  wants,
+  accepts,
+});
+
+interface Bounds {
+  min?: number;
+  max?: number;
+}
+
+const within = (value: unknown, { min = -Infinity, max = Infinity }: Bounds): boolean =>
+  typeof value === 'number' && Number.isFinite(value) && value >= min && value <= max;
+
+const range = ({ min, max }: Bounds): string =>
+  `${min === undefined ? '' : ` from ${min}`}${max === undefined ? '' : ` to ${max}`}`;
+
+export const number = (fallback: number, bounds: Bounds = {}): Field<number> =>
+  field(fallback, `a number${range(bounds)}`, (value) => within(value, bounds));
+
+export const whole = (fallback: number, bounds: Bounds = { min: 0 }): Field<number> =>
+  field(
+    fallback,
+    `a whole number${range(bounds)}`,
+    (value) => Number.isInteger(value) && within(value, bounds),
+  );
+
+export const text = (fallback: string): Field<string> =>
+  field(fallback, 'a text', (value) => typeof value === 'string');
+
+export const flag = (fallback: boolean): Field<boolean> =>
+  field(fallback, 'true or false', (value) => typeof value === 'boolean');
+
+export const choice = <T extends string>(fallback: T, ...choices: readonly T[]): Field<T> =>
+  field(fallback, choices.map((c) => `"${c}"`).join(' or '), (value) => choices.includes(value as T));
+
+/** A list whose entries all pass `entry`; of `length` entries where given. */
+export const list = <T>(fallback: readonly T[], entry: Field<T>, length?: number): Field<readonly T[]> =>
+  field(
+    fallback,
+    `a list of ${length === undefined ? '' : `${length} entries, each `}${entry.wants}`,
+    (value) =>
+      Array.isArray(value) && (length === undefined || value.length === length) && value.every(entry.accepts),
+  );
+
+/** A field that may also stay away. */
+export const optional = <T>(entry: Field<T>): Field<T | undefined> =>
+  field<T | undefined>(undefined, entry.wants, (value) => value === undefined || entry.accepts(value));
+
+/** One of two kinds. */
+export const either = <A, B>(a: Field<A>, b: Field<B>): Field<A | B> =>
+  field<A | B>(a.fallback, `${a.wants}, or ${b.wants}`, (value) => a.accepts(value) || b.accepts(value));
+
+/** An object that is taken as it stands; whoever uses it checks it. */
+export const object = <T extends object>(wants: string): Field<T | undefined> =>
+  field<T | undefined>(undefined, wants, isRecord);
+
+export function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
+}
+
+const isField = (entry: unknown): entry is Field<unknown> => isRecord(entry) && entry.kind === 'field';
+
+/** `given` with every absent key at its default. @throws UserError naming the first key that is unknown or unfit */
+export function fill<T>(fields: Fields<T>, given: unknown, where: string, path = ''): T {
+  if (!isRecord(given))
+    throw new UserError(`${where}: ${path || 'the run'} is ${show(given)}; write an object { ... }`);
+  for (const key of Object.keys(given)) {
+    if (!Object.hasOwn(fields, key)) {
+      throw new UserError(
+        `${where}: unknown key "${path}${key}"${didYouMean(key, Object.keys(fields)) || `; the keys here are ${Object.keys(fields).join(', ')}`}`,
+      );
+    }
+  }
+  const entries = Object.entries(fields as Record<string, unknown>).map(([key, entry]) => {
+    const value = given[key];
+    if (!isField(entry))
+      return [key, fill(entry as Fields<unknown>, value ?? {}, where, `${path}${key}.`)] as const;
+    if (value === undefined) return [key, entry.fallback] as const;
+    if (!entry.accepts(value))
+      throw new UserError(`${where}: "${path}${key}" is ${show(value)}; it takes ${entry.wants}`);
+    return [key, value] as const;
+  });
+  return Object.fromEntries(entries) as T;
+}
+
+const show = (value: unknown): string =>
+  typeof value === 'function' ? 'a function' : (JSON.stringify(value) ?? String(value)).slice(0, 80);
+
+/**
+ * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a
+ * number, a list is written as JSON or with commas. @throws UserError for a key that is not there or a value that does not fit
+ */
+export function override<T>(fields: Fields<T>, run: T, assignment: string): void {
+  const at = assignment.indexOf('=');
+  if (at < 1) throw new UserError(`--set takes KEY=VALUE such as optimizer.lr=5e-6, not "${assignment}"`);
+  const [path, written] = [assignment.slice(0, at), assignment.slice(at + 1)];
+  let table: unknown = fields;
+  let target: unknown = run;
+  const keys = path.split('.');
+  keys.forEach((key, i) => {
+    if (isField(table) || !isRecord(table) || !Object.hasOwn(table, key)) {
+      const known = isField(table) ? [] : Object.keys(table as object);
+      const near = didYouMean(key, known);
+      const prefix = keys.slice(0, i).join('.');
+      const suggestion = near && prefix ? near.replace('"', `"${prefix}.`) : near;
+      throw new UserError(
+        `--set ${assignment}: no key "${path}"${suggestion || (known.length ? `; the keys ${prefix ? `of ${prefix}` : 'here'} are ${known.join(', ')}` : '')}`,
+      );
+    }
+    table = table[key];
+    if (i < keys.length - 1) target = (target as Record<string, unknown>)[key];
+  });
+  if (!isField(table)) {
+    throw new UserError(
+      `--set ${assignment}: "${path}" is a group; name one of its keys: ${Object.keys(table as object).join(', ')}`,
+    );
+  }
+  const value = parse(written, table);
+  if (value === undefined) throw new UserError(`--set ${assignment}: "${path}" takes ${table.wants}`);
+  (target as Record<string, unknown>)[keys[keys.length - 1]] = value;
+}
+
+/** The readings of a written value that the field may accept, the plainest first. */
+function parse(written: string, entry: Field<unknown>): unknown {
+  const readings: unknown[] = [];
+  if (written.trim() !== '' && !Number.isNaN(Number(written))) readings.push(Number(written));
+  if (written === 'true' || written === 'false') readings.push(written === 'true');
+  try {
+    readings.push(JSON.parse(written));
+  } catch {
+    // Not JSON: a bare text or a list with commas.
+  }
+  const parts = written.split(',').map((part) => part.trim());
+  readings.push(parts.map(Number), parts, written);
+  const fitting = readings.filter((reading) => entry.accepts(reading));
+  // A key that holds a text takes "12" as that text.
+  return typeof entry.fallback === 'string' && entry.accepts(written) ? written : fitting[0];
+}
