@@ -72,7 +72,21 @@ export function goldenArea(name: string): GoldenArea {
   };
 }
 
-interface Assert {
+/** Values of a tensor of this shape with its axes in another order: axis i of the result is axis order[i]. */
+export function permuted(
+  values: ArrayLike<number>,
+  shape: readonly number[],
+  order: readonly number[],
+): Float32Array {
+  const strides = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
+  let from = [0];
+  for (const axis of order)
+    from = from.flatMap((start) => Array.from({ length: shape[axis] }, (_, i) => start + i * strides[axis]));
+  return Float32Array.from(from, (at) => values[at]);
+}
+
+/** What the helpers need of tap. */
+export interface Assert {
   ok(value: unknown, message: string): unknown;
 }
 
