@@ -3,6 +3,7 @@
 import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
+import { addBench } from './bench.ts';
 import { addDoctor } from './doctor.ts';
 import { addSample } from './sample.ts';
 
@@ -30,7 +31,8 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   addSample(program, terminal);
   addDoctor(program, terminal);
-  for (const command of program.commands) command.copyInheritedSettings(program);
+  addBench(program, terminal);
+  inherit(program);
   try {
     await program.parseAsync([...argv], { from: 'user' });
     return 0;
@@ -39,5 +41,13 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     if (!(error instanceof UserError)) throw error;
     terminal.err(`error: ${error.message}\n`);
     return 2;
+  }
+}
+
+/** Errors of subcommands are thrown and written as the program's own are. */
+function inherit(command: Command): void {
+  for (const child of command.commands) {
+    child.copyInheritedSettings(command);
+    inherit(child);
   }
 }

@@ -9,7 +9,7 @@ import type { Argument, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
 import type { Tensor } from './tensor.ts';
 
-export type DeviceName = 'cpu' | 'reference';
+export type DeviceName = 'cpu' | 'reference' | 'stand-in';
 export type Direction = 'forward' | 'backward';
 
 export interface Device {

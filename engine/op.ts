@@ -38,6 +38,8 @@ export interface OpRecord<A> {
   readonly saves: readonly string[];
   /** The tensor whose dtype names the kernel, where it is not the main input. */
   readonly storage?: string;
+  /** Floating-point operations of forward, a multiply-add counted as two; only the matrix families count theirs. */
+  flops?(t: Tensors, attrs: A): number;
   forward(t: Tensors, attrs: A, launch: Launch): void;
   /** Fills every `d<input>` that is present. Absent where an op has no gradient. */
   backward?(t: Tensors, attrs: A, launch: Launch): void;

@@ -82,6 +82,45 @@ export const clipBigG = {
   eos_token_id: 2,
 } satisfies TextConfig;
 
+/** The same graph at small widths, for tests and quick benchmarks: 64x64 pixels or larger. */
+export const sdxlTiny = {
+  ...sdxlBase,
+  sample_size: 16,
+  block_out_channels: [16, 24, 32],
+  attention_head_dim: [1, 2, 4],
+  transformer_layers_per_block: [1, 1, 2],
+  cross_attention_dim: 80,
+  addition_time_embed_dim: 16,
+  projection_class_embeddings_input_dim: 136,
+  norm_num_groups: 8,
+} satisfies UNetConfig;
+
+export const tinyVae = {
+  ...sdxlVae,
+  sample_size: 64,
+  block_out_channels: [16, 24, 32, 32],
+  norm_num_groups: 8,
+} satisfies VaeConfig;
+
+export const tinyClipL = {
+  ...clipL,
+  vocab_size: 2000,
+  hidden_size: 32,
+  intermediate_size: 128,
+  num_hidden_layers: 4,
+  num_attention_heads: 4,
+} satisfies TextConfig;
+
+export const tinyClipBigG = {
+  ...clipBigG,
+  vocab_size: 2000,
+  hidden_size: 48,
+  intermediate_size: 192,
+  num_hidden_layers: 4,
+  num_attention_heads: 6,
+  projection_dim: 40,
+} satisfies TextConfig;
+
 /** The noise schedule that both were trained with (scheduler/scheduler_config.json). */
 export const sdxlScheduler = {
   _class_name: 'EulerDiscreteScheduler',

@@ -10,7 +10,8 @@ const allowed: Record<string, readonly string[]> = {
   engine: ['io', 'engine'],
   models: ['io', 'engine', 'models'],
   train: ['io', 'engine', 'models', 'train'],
-  cli: ['io', 'engine', 'models', 'train', 'cli'],
+  bench: ['io', 'engine', 'models', 'train', 'bench'],
+  cli: ['io', 'engine', 'models', 'train', 'bench', 'cli'],
 };
 
 test('imports go one way', (t) => {

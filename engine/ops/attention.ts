@@ -39,6 +39,7 @@ const attentionOp = defineOp<AttentionAttrs>({
     };
   },
   saves: ['q', 'k', 'v', 'y', 'lse'],
+  flops: ({ q, k }, { causal }) => (4 * q.size * k.shape[1]) / (causal ? 2 : 1),
   forward: (t, attrs, launch) =>
     launch('attention_forward', [t.y, t.lse, t.q, t.k, t.v, ...integers(t as never, attrs), attrs.scale]),
   backward(t, attrs, launch) {

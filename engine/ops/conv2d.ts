@@ -47,6 +47,10 @@ const convOp = defineOp<ConvAttrs>({
     return { y: { shape, dtype: sameFloat('conv2d', t, 'x', 'weight', 'bias', 'shift', 'residual') } };
   },
   saves: ['x', 'weight'],
+  flops({ x, weight }, attrs) {
+    const { n, oh, ow } = dims(x.shape, weight.shape, attrs);
+    return 2 * n * oh * ow * weight.size;
+  },
   forward(t, attrs, launch) {
     launch('conv2d_forward', [
       t.y,

@@ -44,6 +44,7 @@ const linearOp = defineOp<LinearAttrs>({
     return { y: { shape, dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual') } };
   },
   saves: ['x', 'weight', 'bias'],
+  flops: ({ x, weight }) => 2 * x.size * weight.shape[0],
   forward(t, { activation }, launch) {
     const { m, n, k } = dims(t.x.shape, t.weight.shape, activation);
     launch('linear_forward', [t.y, t.x, t.weight, t.bias, t.residual, m, n, k, activationCode[activation]]);
@@ -182,6 +183,10 @@ const matmulOp = defineOp<MatmulAttrs>({
     return { y: { shape: [...t.a.shape.slice(0, -2), m, n], dtype: sameFloat('matmul', t, 'a', 'b') } };
   },
   saves: ['a', 'b'],
+  flops(t, attrs) {
+    const { m, n, k } = matmulDims(t.a.shape, t.b.shape, attrs);
+    return 2 * batchOf(t.a.shape) * m * n * k;
+  },
   forward: (t, attrs, launch) => launchMatmul(launch, t.y, t.a, t.b, attrs.transA, attrs.transB),
   backward(t, { transA, transB }, launch) {
     if (t.da && !transA) launchMatmul(launch, t.da, t.dy, t.b, false, !transB);

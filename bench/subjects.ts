@@ -1,0 +1,113 @@
+// What a benchmark can measure: the UNet, the VAE's decoder or the text encoders of a preset, built with random weights and
+// run once per call on random inputs of the size asked for.
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { type AnyModule, parameterCount, unload } from '../engine/module.ts';
+import { scope, unscoped } from '../engine/scope.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { type TextConfig, textEncoder } from '../models/clip.ts';
+import {
+  clipBigG,
+  clipL,
+  sdxlBase,
+  sdxlRefiner,
+  sdxlTiny,
+  sdxlVae,
+  tinyClipBigG,
+  tinyClipL,
+  tinyVae,
+} from '../models/presets.ts';
+import { type UNetConfig, unet } from '../models/unet.ts';
+import { type VaeConfig, vae } from '../models/vae.ts';
+import { fillRandom, uniforms } from './random_weights.ts';
+
+interface Preset {
+  unet: UNetConfig;
+  vae: VaeConfig;
+  text: readonly TextConfig[];
+}
+
+export const presets: Readonly<Record<string, Preset>> = {
+  'sdxl-base': { unet: sdxlBase, vae: sdxlVae, text: [clipL, clipBigG] },
+  'sdxl-refiner': { unet: sdxlRefiner, vae: sdxlVae, text: [clipBigG] },
+  tiny: { unet: sdxlTiny, vae: tinyVae, text: [tinyClipL, tinyClipBigG] },
+};
+
+export const subjectNames = ['unet', 'vae', 'text'] as const;
+export type SubjectName = (typeof subjectNames)[number];
+
+export interface Subject {
+  parameters: number;
+  /** One forward pass; what it makes is freed. */
+  run(): void;
+  release(): void;
+}
+
+export interface Sizes {
+  /** Pixels. */
+  width: number;
+  height: number;
+  batch: number;
+}
+
+const TOKENS = 77;
+
+/** Builds a subject on `device`, weights and inputs included. */
+export function buildSubject(
+  name: SubjectName,
+  preset: Preset,
+  { width, height, batch }: Sizes,
+  device: Device,
+  dtype: FloatDType,
+): Subject {
+  const random = (...shape: number[]): Tensor =>
+    unscoped(() => tensor(uniforms(sizeOf(shape), 1), shape, { device, dtype }));
+  const latents = () => random(batch, height / 8, width / 8, 4);
+  if (name === 'unet') {
+    const config = preset.unet;
+    const module = unet(config);
+    const ids = config.cross_attention_dim === sdxlRefiner.cross_attention_dim ? 5 : 6;
+    const sample = latents();
+    const times = unscoped(() => tensor(new Float32Array(batch).fill(500), [batch], { device }));
+    const timeIds = unscoped(() => tensor(new Float32Array(batch * ids).fill(512), [batch, ids], { device }));
+    const pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim;
+    const conditioning = {
+      context: random(batch, TOKENS, config.cross_attention_dim),
+      textEmbeds: random(batch, pooled),
+      timeIds,
+    };
+    const inputs = [sample, times, timeIds, conditioning.context, conditioning.textEmbeds];
+    return subject([module], inputs, device, dtype, () => void module(sample, times, conditioning));
+  }
+  if (name === 'vae') {
+    const coder = vae(preset.vae);
+    const z = latents();
+    return subject([coder.module], [z], device, dtype, () => void coder.decode(z));
+  }
+  const encoders = preset.text.map(textEncoder);
+  const ids = unscoped(() =>
+    tensor(new Int32Array(batch * TOKENS).fill(1), [batch, TOKENS], { device, dtype: 'int32' }),
+  );
+  return subject(encoders, [ids], device, dtype, () => {
+    for (const encoder of encoders) encoder(ids, { layer: -2, pooled: true });
+  });
+}
+
+function subject(
+  modules: readonly AnyModule[],
+  inputs: readonly Tensor[],
+  device: Device,
+  dtype: FloatDType,
+  forward: () => void,
+): Subject {
+  for (const module of modules) fillRandom(module, device, dtype);
+  return {
+    parameters: modules.reduce((total, module) => total + parameterCount(module), 0),
+    run: () => noGrad(() => scope(forward)),
+    release() {
+      for (const module of modules) unload(module);
+      for (const t of inputs) t.release();
+    },
+  };
+}

@@ -1,0 +1,131 @@
+// `sdxl bench`: how fast this machine runs a preset's models, or each op they are made of, on random weights.
+import { type Command, Option } from 'commander';
+import { benchForward, type ForwardReport } from '../bench/forward.ts';
+import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
+import { presets, type SubjectName, subjectNames } from '../bench/subjects.ts';
+import { openDevice } from '../engine/device.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { Terminal } from './main.ts';
+import { number, side } from './options.ts';
+import { progressBar } from './progress.ts';
+
+interface Options {
+  preset: string;
+  width?: number;
+  height?: number;
+  batch: number;
+  dtype: FloatDType | 'auto';
+  device: string;
+  runs: number;
+  op?: string;
+  json?: boolean;
+  quiet?: boolean;
+}
+
+const examples = `
+Examples:
+  sdxl bench unet --preset sdxl-base --width 512 --height 512
+  sdxl bench ops --preset sdxl-base --width 512 --height 512 --op attention --json`;
+
+export function addBench(program: Command, terminal: Terminal): void {
+  const choice = (flags: string, text: string, values: readonly string[]) =>
+    new Option(flags, text).choices(values);
+  const bench = program
+    .command('bench')
+    .description('time the models, or every op of theirs, with random weights')
+    .addHelpText('after', examples);
+  for (const subject of [...subjectNames, 'ops'] as const) {
+    bench
+      .command(subject)
+      .description(descriptions[subject])
+      .addOption(choice('--preset <NAME>', 'the model', Object.keys(presets)).default('sdxl-base'))
+      .option('--width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
+      .option('--height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
+      .option('--batch <N>', 'images', number('--batch', { min: 1, max: 64, whole: true }), 1)
+      .addOption(
+        choice('--dtype <NAME>', 'auto is bfloat16 on cpu, float32 for tiny and the VAE', [
+          'auto',
+          'float32',
+          'bfloat16',
+          'float16',
+        ]).default('auto'),
+      )
+      .option('--device <NAME>', 'auto, cpu or reference', 'auto')
+      .option('--runs <N>', 'timed runs', number('--runs', { min: 1, max: 1000, whole: true }), 3)
+      .option('--op <NAME>', 'ops: this one alone')
+      .option('--json', 'one JSON object on stdout')
+      .option('--quiet', 'no progress')
+      .action((options: Options) => run(subject, options, terminal));
+  }
+}
+
+const descriptions: Record<SubjectName | 'ops', string> = {
+  unet: 'one pass of the UNet',
+  vae: "the VAE's decoder",
+  text: 'the text encoders on 77 tokens',
+  ops: "each distinct op of the preset's models, alone",
+};
+
+function run(subject: SubjectName | 'ops', options: Options, terminal: Terminal): void {
+  const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
+  const trained = presets[options.preset].vae.sample_size;
+  const { width = trained, height = trained, batch, preset, runs, quiet = false } = options;
+  const small = preset === 'tiny' || subject === 'vae' || device.name === 'reference';
+  const dtype = options.dtype === 'auto' ? (small ? 'float32' : 'bfloat16') : options.dtype;
+  const sizes = { width, height, batch };
+  if (subject === 'ops') {
+    const cases = opCases(preset, sizes, dtype).filter(
+      ({ record }) => !options.op || record.name === options.op,
+    );
+    const bar = progressBar(terminal, 'ops', quiet);
+    const timings = cases.map((each, i) => {
+      const timing = timeCase(each, device);
+      bar.update(i + 1, cases.length);
+      return timing;
+    });
+    bar.end();
+    const absent = options.op ? [] : absentOps(cases);
+    if (options.json) {
+      terminal.out(`${JSON.stringify({ preset, ...sizes, dtype, device: device.name, timings, absent })}\n`);
+    } else terminal.out(opsTable(timings, absent));
+    return;
+  }
+  const bar = progressBar(terminal, `${preset} ${subject}`, quiet);
+  const onRun = (done: number) => bar.update(done + 1, runs + 1);
+  const report = benchForward(subject, { preset, ...sizes, dtype, runs, onRun }, device);
+  bar.end();
+  terminal.out(options.json ? `${JSON.stringify(report)}\n` : forwardTable(report));
+}
+
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+const milliseconds = (seconds: number): string => (seconds * 1000).toFixed(seconds < 0.1 ? 3 : 1);
+
+function forwardTable(r: ForwardReport): string {
+  const { median, min, max, runs } = r.seconds;
+  const lines = [
+    `${r.preset} ${r.subject}, ${r.width}x${r.height}, batch ${r.batch}, ${r.dtype} on ${r.device}`,
+    `parameters   ${r.parameters.toLocaleString('en')}`,
+    `median time  ${median.toFixed(3)} s of ${runs} (${min.toFixed(3)} to ${max.toFixed(3)})`,
+    `rate         ${r.tflops_per_second.toFixed(4)} TFLOP/s (${(r.flops / 1e12).toFixed(4)} TFLOP)`,
+    `peak memory  ${gib(r.peak_bytes)} in tensors, ${gib(r.peak_process_bytes)} in all`,
+    '',
+    `${'op'.padEnd(22)}${'calls'.padStart(7)}${'ms'.padStart(12)}${'share'.padStart(9)}`,
+  ];
+  for (const { op, calls, seconds, share } of r.ops) {
+    const percent = `${(100 * share).toFixed(1)} %`;
+    lines.push(
+      `${op.padEnd(22)}${String(calls || '').padStart(7)}${milliseconds(seconds).padStart(12)}${percent.padStart(9)}`,
+    );
+  }
+  return `${lines.join('\n')}\n`;
+}
+
+function opsTable(timings: readonly OpTiming[], absent: readonly string[]): string {
+  const head = `${'op'.padEnd(20)}${'calls'.padStart(6)}${'ms'.padStart(11)}${'GFLOP/s'.padStart(10)}${'GB/s'.padStart(8)}  shapes`;
+  const rows = timings.map((t) => {
+    const rate = t.gflops_per_second > 0 ? t.gflops_per_second.toFixed(1) : '';
+    return `${t.op.padEnd(20)}${String(t.count).padStart(6)}${milliseconds(t.seconds).padStart(11)}${rate.padStart(10)}${t.gb_per_second.toFixed(1).padStart(8)}  ${t.shapes}`;
+  });
+  const rest = absent.length ? [`not in these models' forward passes: ${absent.join(', ')}`] : [];
+  return `${[head, ...rows, ...rest].join('\n')}\n`;
+}

@@ -1,0 +1,43 @@
+// Watching a device at work. profiled() is the same device with a stopwatch around each op; a stand-in device allocates
+// and computes nothing, so a model run on it tells every op, shape and byte that the real run would need.
+import type { Device, Direction } from './device.ts';
+import { MemoryPool } from './memory.ts';
+import type { OpRecord, Tensors } from './op.ts';
+
+/** One op as it ran. `tensors` holds inputs and outputs by name; only their shapes and types outlive the call. */
+export interface OpCall {
+  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
+  record: OpRecord<any>;
+  direction: Direction;
+  tensors: Tensors;
+  attrs: unknown;
+  seconds: number;
+}
+
+/** `device` that tells `note` of every op it has run. Make all tensors on the returned device. */
+export const profiled = (device: Device, note: (call: OpCall) => void): Device => ({
+  ...device,
+  execute(record, direction, tensors, attrs) {
+    const began = performance.now();
+    device.execute(record, direction, tensors, attrs);
+    note({ record, direction, tensors, attrs, seconds: (performance.now() - began) / 1000 });
+  },
+});
+
+/** A device without memory or arithmetic: `memory.peak` is what the run would take, and every download reads zeros. */
+export function standInDevice(): Device {
+  const driver = {
+    allocate: (bytes: number) => ({ bytes, address: 0n }),
+    free() {},
+    upload() {},
+    download() {},
+    launch() {},
+  };
+  return {
+    name: 'stand-in',
+    driver,
+    memory: new MemoryPool(driver),
+    execute() {},
+    accumulate() {},
+  };
+}
