@@ -4,7 +4,9 @@ import { benchForward, type ForwardReport } from '../bench/forward.ts';
 import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
 import { presets, type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
+import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
 import type { Terminal } from './main.ts';
 import { number, side } from './options.ts';
 import { progressBar } from './progress.ts';
@@ -77,6 +79,10 @@ function run(subject: SubjectName | 'ops', options: Options, terminal: Terminal)
     const cases = opCases(preset, sizes, dtype).filter(
       ({ record }) => !options.op || record.name === options.op,
     );
+    if (cases.length === 0) {
+      const known = [...registry.keys()].join(', ');
+      throw new UserError(`these models never run an op "${options.op}"; the ops are ${known}`);
+    }
     const bar = progressBar(terminal, 'ops', quiet);
     const timings = cases.map((each, i) => {
       const timing = timeCase(each, device);

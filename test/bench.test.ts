@@ -1,0 +1,87 @@
+// The benchmark command and what it counts: the full-size UNet's arithmetic against PyTorch's own count, walked on the
+// device that computes nothing; and a small model measured for real.
+import { test } from 'tap';
+import { opCases } from '../bench/ops.ts';
+import { buildSubject, presets } from '../bench/subjects.ts';
+import { main } from '../cli/main.ts';
+import { openDevice } from '../engine/device.ts';
+import { profiled, standInDevice } from '../engine/profile.ts';
+
+const square = (side: number) => ({ width: side, height: side, batch: 1 });
+
+async function run(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
+  let [out, err] = ['', ''];
+  const terminal = {
+    out: (text: string) => void (out += text),
+    err: (text: string) => void (err += text),
+    live: false,
+  };
+  const status = await main(argv, terminal);
+  return { status, out, err };
+}
+
+test('operations are counted as torch.utils.flop_counter counts them', (t) => {
+  // FlopCounterMode over diffusers' UNet2DConditionModel; the VAE's decoder from a log of its calls in PyTorch.
+  const want = { unet: 6.76123639808e12, vae: 10.4704e12 };
+  for (const name of ['unet', 'vae'] as const) {
+    let flops = 0;
+    const device = profiled(standInDevice(), ({ record, tensors, attrs }) => {
+      flops += record.flops?.(tensors, attrs) ?? 0;
+    });
+    const subject = buildSubject(name, presets['sdxl-base'], square(1024), device, 'bfloat16');
+    subject.run();
+    t.ok(Math.abs(flops / want[name] - 1) < 1e-5, `${name}: ${flops}`);
+    subject.release();
+    t.equal(device.memory.live, 0);
+  }
+  t.end();
+});
+
+test('the stand-in device foretells the memory of a real run', (t) => {
+  const peak = (device: ReturnType<typeof openDevice>) => {
+    const before = device.memory.live;
+    device.memory.peak = before;
+    const subject = buildSubject('unet', presets.tiny, square(64), device, 'float32');
+    subject.run();
+    subject.release();
+    t.equal(device.memory.live, before);
+    return device.memory.peak - before;
+  };
+  t.equal(peak(standInDevice()), peak(openDevice('auto')));
+  t.end();
+});
+
+test('bench reports a forward pass', async (t) => {
+  const size = ['--width', '64', '--height', '48', '--batch', '2'];
+  const { status, out } = await run('bench', 'unet', '--preset', 'tiny', ...size, '--json', '--quiet');
+  t.equal(status, 0);
+  const report = JSON.parse(out);
+  t.match(report, { subject: 'unet', preset: 'tiny', width: 64, height: 48, batch: 2, dtype: 'float32' });
+  t.ok(report.seconds.median > 0 && report.flops > 0 && report.peak_bytes > 0 && report.parameters > 7e5);
+  const total = report.ops.reduce((sum: number, op: { share: number }) => sum + op.share, 0);
+  t.ok(Math.abs(total - 1) < 1e-6, `shares add up to ${total}`);
+  t.ok(report.ops.some((op: { op: string; calls: number }) => op.op === 'conv2d' && op.calls === 51));
+});
+
+test('bench times every op of the models, each distinct call once', async (t) => {
+  const { out } = await run('bench', 'ops', '--preset', 'tiny', '--op', 'attention', '--json', '--quiet');
+  const { timings } = JSON.parse(out);
+  t.equal(
+    timings.length,
+    opCases('tiny', square(64), 'float32').filter((c) => c.record.name === 'attention').length,
+  );
+  t.ok(timings.every((each: { seconds: number; gflops_per_second: number }) => each.gflops_per_second > 0));
+});
+
+test('a wrong benchmark is one sentence', async (t) => {
+  for (const [argv, word] of [
+    [['bench', 'unet', '--preset', 'tinny'], 'sdxl-refiner'],
+    [['bench', 'vae', '--width', '60'], 'divisible by 8'],
+    [['bench', 'text', '--dtype', 'int8'], 'bfloat16'],
+    [['bench', 'ops', '--preset', 'tiny', '--op', 'atention'], 'attention'],
+  ] as const) {
+    const { status, err } = await run(...argv, '--quiet');
+    t.equal(status, 2);
+    t.match(err, word);
+  }
+});
