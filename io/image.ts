@@ -38,16 +38,23 @@ export async function readPicture(path: string): Promise<Picture> {
   return decodePicture(file, path);
 }
 
-/** As `readPicture`, from the bytes of a file; `name` is what error messages call it. */
-export async function decodePicture(file: Uint8Array, name: string): Promise<Picture> {
+/**
+ * As `readPicture`, from the bytes of a file; `name` is what error messages call it. With `onWhite` what is transparent
+ * lies on white instead of showing the colours that were stored beneath it.
+ */
+export async function decodePicture(
+  file: Uint8Array,
+  name: string,
+  { onWhite = false }: { onWhite?: boolean } = {},
+): Promise<Picture> {
   // Imported late: most commands never decode a picture.
   const { default: sharp } = await import('sharp');
   try {
     const image = sharp(file, { ignoreIcc: true, failOn: 'error', autoOrient: true });
     const { format } = await image.metadata();
     if (!formats.includes(format)) throw new Error(`the format is ${format}`);
-    const { data, info } = await image
-      .removeAlpha()
+    const opaque = onWhite ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
+    const { data, info } = await opaque
       .toColourspace('srgb')
       .raw({ depth: 'uchar' })
       .toBuffer({ resolveWithObject: true });

@@ -1,0 +1,105 @@
+// The rows of metadata.jsonl and metadata.csv: a file name and one or more captions each. CSV is RFC 4180's: quoted
+// fields may hold commas, doubled quotes and line breaks.
+import { readFileSync } from 'node:fs';
+import { didYouMean, UserError } from '../../io/errors.ts';
+import { asUserError } from '../../io/files.ts';
+
+export interface MetadataRow {
+  file_name: string;
+  /** Trimmed, without empty ones. */
+  captions: string[];
+  /** Where the row begins, from 1. */
+  line: number;
+}
+
+/** Reads a metadata file. @throws UserError naming the line that cannot be read or the column that is not there */
+export function readMetadata(path: string, captionColumn: string): MetadataRow[] {
+  let text: string;
+  try {
+    text = readFileSync(path, 'utf8').replace(/^\uFEFF/, '');
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+  const records = path.endsWith('.csv') ? csvRecords(text, path) : jsonLines(text, path);
+  return records.map(({ record, line }) => {
+    for (const column of ['file_name', captionColumn]) {
+      if (!Object.hasOwn(record, column)) throw noColumn(`${path}:${line}`, column, Object.keys(record));
+    }
+    const name = record.file_name;
+    if (typeof name !== 'string' || name === '')
+      throw new UserError(`${path}:${line}: file_name is not a text: write the picture's path there`);
+    const captions = captionsOf(record[captionColumn]);
+    if (!captions)
+      throw new UserError(
+        `${path}:${line}: "${captionColumn}" is neither a text nor a list of texts: mend it`,
+      );
+    return { file_name: name, captions, line };
+  });
+}
+
+/** A caption, a list of them, or nothing at all as a list; undefined for anything else. */
+export function captionsOf(value: unknown): string[] | undefined {
+  const values = Array.isArray(value) ? value : [value ?? ''];
+  if (!values.every((entry) => typeof entry === 'string')) return undefined;
+  return values.map((entry: string) => entry.trim()).filter((entry) => entry !== '');
+}
+
+export function noColumn(where: string, column: string, columns: readonly string[]): UserError {
+  const hint = didYouMean(column, columns) || `; its columns are ${columns.join(', ')}`;
+  return new UserError(`${where} has no column "${column}"${hint}`);
+}
+
+interface Located {
+  record: Record<string, unknown>;
+  line: number;
+}
+
+function jsonLines(text: string, path: string): Located[] {
+  return text.split('\n').flatMap((source, i) => {
+    if (source.trim() === '') return [];
+    let record: unknown;
+    try {
+      record = JSON.parse(source);
+    } catch {
+      record = undefined;
+    }
+    if (typeof record !== 'object' || record === null || Array.isArray(record))
+      throw new UserError(`${path}:${i + 1} is not a JSON object: correct the line`);
+    return [{ record: record as Record<string, unknown>, line: i + 1 }];
+  });
+}
+
+function csvRecords(text: string, path: string): Located[] {
+  const [header, ...rows] = csvRows(text, path);
+  if (!header)
+    throw new UserError(`${path} is empty: write a line of column names and a line for each picture`);
+  return rows.map(({ fields, line }) => {
+    if (fields.length !== header.fields.length) {
+      throw new UserError(
+        `${path}:${line} has ${fields.length} fields where the first line names ${header.fields.length}: ` +
+          'put texts that hold commas in quotes',
+      );
+    }
+    return { record: Object.fromEntries(header.fields.map((name, i) => [name.trim(), fields[i]])), line };
+  });
+}
+
+function csvRows(text: string, path: string): { fields: string[]; line: number }[] {
+  const rows: { fields: string[]; line: number }[] = [];
+  const field = /(?:"((?:[^"]|"")*)"|([^",\r\n]*))(,|\r?\n|$)/y;
+  let fields: string[] = [];
+  let [line, begin] = [1, 1];
+  while (field.lastIndex < text.length) {
+    const match = field.exec(text);
+    if (!match)
+      throw new UserError(`${path}:${line} has a quote that does not end: double quotes inside a text`);
+    fields.push(match[1]?.replaceAll('""', '"') ?? match[2]);
+    line += match[0].split('\n').length - 1;
+    const ends = match[3] !== ',' || field.lastIndex === text.length;
+    if (match[3] === ',' && ends) fields.push('');
+    if (!ends) continue;
+    if (fields.length > 1 || fields[0] !== '') rows.push({ fields, line: begin });
+    [fields, begin] = [[], line];
+  }
+  return rows;
+}

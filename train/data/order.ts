@@ -1,0 +1,67 @@
+// The order of an epoch: every sample once, cut into updates. It is a pure function of seed, epoch and the samples' keys,
+// and the update is cut before the batches are: batch 8 and batch 4 with two accumulation steps see the same samples in the
+// same update. An update is of one bucket where the bucket can fill it; what is left over in all buckets is pooled, so no
+// sample is dropped and only an epoch's last update can be short.
+import { draws } from '../draws.ts';
+
+export interface MicroBatch {
+  bucket: number;
+  /** Indices into the samples; all of one bucket. */
+  samples: number[];
+}
+
+/** One optimizer step. Its loss is the mean over all its samples: weigh each batch by its share of them. */
+export type Update = MicroBatch[];
+
+export interface Placed {
+  /** `keyOf` the id. */
+  key: number;
+  bucket: number;
+}
+
+/** The updates of an epoch. `batch` samples at most go through the model at once, `batch * accumulation` into an update. */
+export function planEpoch(
+  samples: readonly Placed[],
+  { seed, epoch, batch, accumulation }: { seed: number; epoch: number; batch: number; accumulation: number },
+): Update[] {
+  const size = batch * accumulation;
+  const places = samples.map(({ key }) => {
+    const random = draws(seed, epoch, key, 'order');
+    return { sample: random.uniform(), update: random.uniform() };
+  });
+  const order = samples.map((_, i) => i).sort((a, b) => places[a].sample - places[b].sample || a - b);
+  const full: number[][] = [];
+  const waiting = new Map<number, number[]>();
+  for (const i of order) {
+    const queue = waiting.get(samples[i].bucket) ?? [];
+    queue.push(i);
+    waiting.set(samples[i].bucket, queue);
+    if (queue.length === size) {
+      full.push(queue);
+      waiting.delete(samples[i].bucket);
+    }
+  }
+  const left = [...waiting.entries()].sort(([a], [b]) => a - b).flatMap(([, queue]) => queue);
+  while (left.length >= size) full.push(left.splice(0, size));
+  // A bucket's updates fill up late where it is rare; shuffled anew, rare sizes are not kept for the end.
+  full.sort((a, b) => places[a[0]].update - places[b[0]].update || a[0] - b[0]);
+  if (left.length > 0) full.push(left);
+  return full.map((update) => split(update, samples, batch));
+}
+
+/** An update's samples, by bucket and then by batch, in the order they come. */
+function split(update: readonly number[], samples: readonly Placed[], batch: number): Update {
+  const byBucket = new Map<number, number[]>();
+  for (const i of update) byBucket.set(samples[i].bucket, [...(byBucket.get(samples[i].bucket) ?? []), i]);
+  return [...byBucket].flatMap(([bucket, members]) => {
+    const count = Math.ceil(members.length / batch);
+    return Array.from({ length: count }, (_, k) => ({
+      bucket,
+      samples: members.slice(k * batch, (k + 1) * batch),
+    }));
+  });
+}
+
+/** How many optimizer steps an epoch has. */
+export const updatesPerEpoch = (samples: number, batch: number, accumulation: number): number =>
+  Math.ceil(samples / (batch * accumulation));

@@ -1,0 +1,103 @@
+// One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]. What is
+// done is decided first, as numbers (Geometry): they go into the time ids and into the cache's keys, so that the model is
+// always told of the crop it sees. Resizing and rounding follow torchvision on Pillow pictures.
+import type { Picture } from '../../io/image.ts';
+import { type ResizeFilter, resize } from '../../io/resize.ts';
+import { type Size, timeIds } from '../../models/conditioning.ts';
+import { draws } from '../draws.ts';
+
+export interface Geometry {
+  /** Of the source, upright. */
+  original: Size;
+  resized: Size;
+  /** Where the crop begins in the resized picture, [top, left], before mirroring. */
+  crop: readonly [top: number, left: number];
+  target: Size;
+  flip: boolean;
+}
+
+export interface PictureOptions {
+  /** Crop at the centre rather than at random. */
+  center_crop: boolean;
+  /** Mirror every second picture, at random. */
+  random_flip: boolean;
+  interpolation: ResizeFilter;
+}
+
+export const pictureDefaults: PictureOptions = {
+  center_crop: false,
+  random_flip: false,
+  interpolation: 'lanczos',
+};
+
+/**
+ * The geometry of a picture's `variant`-th version. A run that caches k versions of each picture takes the epoch modulo k
+ * for the variant; one that caches none takes the epoch itself.
+ */
+export function geometryOf(
+  original: Size,
+  target: Size,
+  options: Pick<PictureOptions, 'center_crop' | 'random_flip'>,
+  { seed, key, variant }: { seed: number; key: number; variant: number },
+): Geometry {
+  const resized = coveringSize(original, target);
+  const room = [resized[0] - target[0], resized[1] - target[1]];
+  const place = draws(seed, variant, key, 'crop');
+  const begin = (side: number) => (options.center_crop ? halfOf(side) : place.integer(side + 1));
+  const crop = [begin(room[0]), begin(room[1])] as const;
+  const flip = options.random_flip && draws(seed, variant, key, 'flip').uniform() < 0.5;
+  return { original, resized, crop, target, flip };
+}
+
+/** The smallest size of `original`'s shape that covers `target`; the longer side is cut to whole pixels. */
+function coveringSize([height, width]: Size, [targetHeight, targetWidth]: Size): Size {
+  // Compared as products: exact, where quotients are not.
+  if (width * targetHeight >= height * targetWidth) {
+    return [targetHeight, Math.max(targetWidth, Math.trunc((targetHeight * width) / height))];
+  }
+  return [Math.max(targetHeight, Math.trunc((targetWidth * height) / width)), targetWidth];
+}
+
+/** Half of `side`, halves to even, as Python's round. */
+const halfOf = (side: number): number => (side % 4 === 3 ? (side + 1) / 2 : Math.floor(side / 2));
+
+/** The picture after `geometry`: [h, w, 3] in [-1, 1]. */
+export function preparePicture(
+  picture: Picture,
+  geometry: Geometry,
+  interpolation: ResizeFilter,
+): Float32Array {
+  const { resized, crop, target, flip } = geometry;
+  const { width, data } = resize(picture, resized[1], resized[0], interpolation);
+  const out = new Float32Array(target[0] * target[1] * 3);
+  let at = 0;
+  for (let y = crop[0]; y < crop[0] + target[0]; y++) {
+    for (let x = 0; x < target[1]; x++) {
+      const from = (y * width + crop[1] + (flip ? target[1] - 1 - x : x)) * 3;
+      for (let c = 0; c < 3; c++) out[at++] = 2 * Math.fround(data[from + c] / 255) - 1;
+    }
+  }
+  return out;
+}
+
+/**
+ * What the UNet is told: original h, w, crop top, left, target h, w; for a model that wants an aesthetic score, that score
+ * in place of the target. A mirrored crop counts from the other side, as if the picture had been mirrored first.
+ */
+export function timeIdsOf(
+  { original, resized, crop, target, flip }: Geometry,
+  aestheticScore?: number,
+): number[] {
+  const left = flip ? resized[1] - crop[1] - target[1] : crop[1];
+  const [row] = timeIds(
+    {
+      original_size: original,
+      crops_coords_top_left: [crop[0], left],
+      target_size: target,
+      aesthetic_score: aestheticScore,
+    },
+    target,
+    { aesthetic: aestheticScore !== undefined, guided: false, images: 1, interleaved: false },
+  );
+  return row;
+}

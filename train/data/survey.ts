@@ -1,0 +1,70 @@
+// The look at every picture before training starts: each is decoded once, so that a broken one is named now and not in the
+// third hour, and its size and the hash of its bytes are noted. What cannot be used is fatal, or skipped and listed, as the
+// run says. Few pictures are in memory at a time.
+import { createHash } from 'node:crypto';
+import { UserError } from '../../io/errors.ts';
+import { decodePicture } from '../../io/image.ts';
+import type { Size } from '../../models/conditioning.ts';
+import { type Dataset, type Example, keyOf } from './source.ts';
+
+export interface Sample extends Example {
+  /** Names the sample in the keys of random draws. */
+  key: number;
+  /** SHA-256 of the file's bytes. */
+  hash: string;
+  /** Upright, as the picture is seen. */
+  size: Size;
+}
+
+export interface SurveyOptions {
+  /** What becomes of broken pictures, and of captions without a picture and the reverse. */
+  broken: 'fatal' | 'skip';
+  onProgress?: (done: number, total: number) => void;
+}
+
+const atOnce = 4;
+
+/** Reads every example once. @throws UserError listing what is wrong, where that is fatal, or when nothing is left */
+export async function survey(
+  dataset: Dataset,
+  { broken, onProgress }: SurveyOptions,
+): Promise<{ samples: Sample[]; skipped: string[] }> {
+  const found: (Sample | string)[] = [];
+  let [next, done] = [0, 0];
+  const worker = async (): Promise<void> => {
+    for (let i = next++; i < dataset.examples.length; i = next++) {
+      found[i] = await look(dataset.examples[i]);
+      onProgress?.(++done, dataset.examples.length);
+    }
+  };
+  await Promise.all(Array.from({ length: atOnce }, worker));
+  const samples = found.filter((entry) => typeof entry !== 'string');
+  const skipped = [...dataset.problems, ...found.filter((entry) => typeof entry === 'string')];
+  if (skipped.length > 0 && (broken === 'fatal' || samples.length === 0)) {
+    throw unusable(skipped, samples.length);
+  }
+  return { samples, skipped };
+}
+
+/** The example with what was found, or what is wrong with it. */
+async function look(example: Example): Promise<Sample | string> {
+  try {
+    const file = await example.read();
+    const { height, width } = await decodePicture(file, example.id);
+    const hash = createHash('sha256').update(file).digest('hex');
+    return { ...example, key: keyOf(example.id), hash, size: [height, width] };
+  } catch (error) {
+    if (error instanceof UserError) return error.message;
+    throw error;
+  }
+}
+
+function unusable(problems: readonly string[], sound: number): UserError {
+  const shown = problems.slice(0, 8).join('; ');
+  const more = problems.length > 8 ? `; and ${problems.length - 8} more` : '';
+  const mend =
+    sound > 0 ? 'mend or remove them, or set dataset.broken to "skip"' : 'no picture is left to train on';
+  return new UserError(
+    `the dataset has ${problems.length} things that cannot be used (${shown}${more}): ${mend}`,
+  );
+}
