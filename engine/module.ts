@@ -69,6 +69,20 @@ export interface Module<A extends readonly unknown[], R, C extends Children = Ch
 
 const paths = new WeakMap<object, string>();
 
+type Watcher = (path: string, output: unknown, args: readonly unknown[]) => void;
+let watcher: Watcher | undefined;
+
+/** Runs `fn` and shows `see` every module call in it as it returns. namedParameters() must have given the paths before. */
+export function watchCalls<R>(see: Watcher, fn: () => R): R {
+  const before = watcher;
+  watcher = see;
+  try {
+    return fn();
+  } finally {
+    watcher = before;
+  }
+}
+
 /** Joins children and a forward function into a callable; forward receives the children first. */
 export function module<C extends Children, A extends readonly unknown[], R>(
   children: C,
@@ -76,7 +90,9 @@ export function module<C extends Children, A extends readonly unknown[], R>(
 ): Module<A, R, C> {
   const call = (...args: A): R => {
     try {
-      return scope(() => forward(children, ...args));
+      const output = scope(() => forward(children, ...args));
+      watcher?.(paths.get(call) ?? '', output, args);
+      return output;
     } catch (error) {
       throw located(error, paths.get(call));
     }

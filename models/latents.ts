@@ -33,6 +33,16 @@ export function toHost(t: Tensor): Latents {
   return { shape: [n, c, h, w], data };
 }
 
+/** The encoder's standard deviation: exp(logvar / 2), the log-variance clamped to [-30, 20] first. */
+export const posteriorStd = (logvar: Float32Array): Float32Array =>
+  logvar.map((v) => Math.exp(0.5 * Math.min(20, Math.max(-30, v))));
+
+/** A draw from what the VAE's encoder gives: mean + std * noise, element by element, not yet scaled. */
+export function samplePosterior(mean: Float32Array, logvar: Float32Array, noise: Float32Array): Float32Array {
+  const std = posteriorStd(logvar);
+  return mean.map((m, i) => m + std[i] * noise[i]);
+}
+
 /** A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. */
 export function encodeImage(
   vae: Vae,
@@ -45,12 +55,8 @@ export function encodeImage(
     scope(() => {
       const moments = vae.encode(toDevice(image, device, 'float32'), { tiling });
       const [mean, logvar] = [toHost(moments.mean), toHost(moments.logvar)];
-      const noise = draw(mean.data.length);
-      const data = mean.data.map((m, i) => {
-        const std = Math.exp(0.5 * Math.min(20, Math.max(-30, logvar.data[i])));
-        return Math.fround(m + Math.fround(std) * noise[i]) * vae.config.scaling_factor;
-      });
-      return { shape: mean.shape, data };
+      const sample = samplePosterior(mean.data, logvar.data, draw(mean.data.length));
+      return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
     }),
   );
 }

@@ -1,0 +1,132 @@
+// The text encoders against transformers and the pipeline's encode_prompt against diffusers (golden area text; its token
+// ids are tested in text.test.ts): hidden states, pooled vectors, gradients, embeddings of prompts.
+import { join } from 'node:path';
+import { test } from 'tap';
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { unload } from '../engine/module.ts';
+import { add, mul } from '../engine/ops/binary.ts';
+import { slice } from '../engine/ops/move.ts';
+import { sum } from '../engine/ops/reduce.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { parseTextConfig, type TextEncoder, textEncoder } from '../models/clip.ts';
+import { encodePrompts, type Prompts } from '../models/conditioning.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import {
+  checkActivations,
+  checkGradients,
+  compare,
+  devices,
+  plain,
+  scaleParameters,
+} from './models_golden.ts';
+
+const area = goldenArea('text');
+const NORMED = 'text_model.final_layer_norm';
+
+function checkForward(t: Assert, c: GoldenCase, encoder: TextEncoder, ids: Tensor): void {
+  for (const label of Object.keys(c.expect)) {
+    const entry = /^hidden_states\.(\d+)$/.exec(label)?.[1];
+    if (entry) compare(t, area, c, label, encoder(ids, { layer: Number(entry), pooled: false }).hidden);
+  }
+  // The goldens name what the final norm gives by its place in transformers' output.
+  const { last_hidden_state, text_embeds } = c.expect;
+  const seen = checkActivations(t, area, { ...c, expect: { [NORMED]: last_hidden_state } }, () => {
+    const { pooled } = encoder(ids, { layer: -2, pooled: true });
+    // Without a projection (text_encoder) no pooled vector is computed, as SDXL reads none.
+    if (text_embeds) compare(t, area, c, 'text_embeds', pooled as Tensor);
+  });
+  t.ok(seen.has(NORMED), `${c.id}: the final norm ran`);
+}
+
+/** sum(penultimate * cotangent), and the sum of the pooled vector where there is one. */
+function loss(encoder: TextEncoder, ids: Tensor, cotangent: Tensor, projected: boolean): Tensor {
+  const total = (x: Tensor) => sum(x.reshape(1, -1), 1);
+  const { hidden, pooled } = encoder(ids, { layer: -2, pooled: projected });
+  const first = total(mul(hidden, cotangent));
+  return pooled ? add(first, total(pooled)) : first;
+}
+
+function checkEncoder(t: Assert, c: GoldenCase, component: string, kind: string, device: Device): void {
+  const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const config = parseTextConfig(source.config(component));
+  const encoder = textEncoder(config);
+  source.load(component, encoder, device, 'float32');
+  scaleParameters(encoder, c);
+  scope(() => {
+    const stored = c.inputs?.ids as string;
+    const [rows, length] = area.shape(stored);
+    // The stored ids may hold more prompts than a case about the first one uses.
+    const used = kind === 'eps_probe' || kind === 'grads' ? 1 : rows;
+    const values = area.floats(stored).subarray(0, used * length);
+    const ids = tensor(values, [used, length], { device, dtype: 'int32' });
+    if (kind === 'grads') {
+      const cotangent = plain(area, c.cotangent as string, device);
+      const projected = config.projection_dim !== undefined;
+      checkGradients(t, area, c, encoder, {}, () => loss(encoder, ids, cotangent, projected));
+    } else if (kind === 'pooled_all') {
+      const { pooled } = noGrad(() => encoder(ids, { layer: -2, pooled: true }));
+      compare(t, area, c, 'text_embeds', pooled as Tensor);
+    } else noGrad(() => checkForward(t, c, encoder, ids));
+  });
+  unload(encoder);
+}
+
+type Settings = {
+  [K in keyof Prompts]?: K extends 'clip_skip' ? number : string | readonly string[];
+} & { num_images_per_prompt?: number; do_classifier_free_guidance?: boolean };
+
+function checkEncodePrompt(t: Assert, c: GoldenCase, { text, device }: Pipeline): void {
+  const settings = c.settings as Settings;
+  const list = (value: string | readonly string[] | undefined) =>
+    value === undefined ? undefined : ([] as string[]).concat(value);
+  const prompts: Prompts = {
+    prompt: list(settings.prompt) as string[],
+    prompt_2: list(settings.prompt_2),
+    negative_prompt: list(settings.negative_prompt),
+    negative_prompt_2: list(settings.negative_prompt_2),
+    clip_skip: settings.clip_skip,
+  };
+  const guided = settings.do_classifier_free_guidance ?? true;
+  const copies = settings.num_images_per_prompt ?? 1;
+  noGrad(() =>
+    scope(() => {
+      const got = encodePrompts(text, prompts, { guided, copies, device, dtype: 'float32' });
+      const rows = got.context.shape[0] / (guided ? 2 : 1);
+      const part = (from: number, negative: string) => {
+        compare(t, area, c, `${negative}prompt_embeds`, slice(got.context, 0, from, rows));
+        const pooled = negative ? 'negative_pooled_prompt_embeds' : 'pooled_prompt_embeds';
+        compare(t, area, c, pooled, slice(got.pooled, 0, from, rows));
+      };
+      if (guided) part(0, 'negative_');
+      part(guided ? rows : 0, '');
+    }),
+  );
+}
+
+for (const device of devices) {
+  test(`text encoders on ${device.name}`, (t) => {
+    const before = device.memory.storages;
+    for (const c of area.cases.filter(({ call }) => /^text_encoder/.test(call as string))) {
+      const [, component, kind] = /^(text_encoder(?:_2)?)_(.*)$/.exec(c.id) as RegExpExecArray;
+      checkEncoder(t, c, component, kind, device);
+    }
+    t.equal(device.memory.storages, before, 'live tensors');
+    t.end();
+  });
+
+  test(`encode_prompt on ${device.name}`, (t) => {
+    const before = device.memory.storages;
+    const cases = area.cases.filter(({ call }) => call === 'encode_prompt');
+    for (const name of ['tiny-sdxl', 'tiny-sdxl-refiner']) {
+      const pipeline = loadPipeline(openModel(join(goldenFolder, name)), { device, dtype: 'float32' });
+      for (const c of cases.filter((each) => each.pipeline === name)) checkEncodePrompt(t, c, pipeline);
+      pipeline.release();
+    }
+    t.equal(device.memory.storages, before, 'live tensors');
+    t.end();
+  });
+}
