@@ -1,39 +1,130 @@
-// `sdxl doctor`: what this machine offers the program, for a person or as JSON for a bug report.
-import { freemem, totalmem } from 'node:os';
+// `sdxl doctor`: what this machine offers the program, for a person or as JSON for a bug report. Each line that stands in
+// the way of full speed carries its mend.
+import { accessSync, constants, existsSync, readFileSync } from 'node:fs';
+import { cpus, totalmem } from 'node:os';
+import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
+import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
 import type { Terminal } from './main.ts';
+
+interface Finding {
+  name: string;
+  value: string | number;
+  /** What to do about it, where something is amiss. */
+  mend?: string;
+}
 
 export function addDoctor(program: Command, terminal: Terminal): void {
   program
     .command('doctor')
-    .description('tell what devices and kernels this machine has')
+    .description('tell what this machine can run, and what would make it run better')
     .option('--json', 'one JSON object on stdout')
     .action(({ json }: { json?: boolean }) => {
-      const report = examine();
-      if (json) terminal.out(`${JSON.stringify(report)}\n`);
-      else
-        for (const [name, value] of Object.entries(report))
-          terminal.out(`${`${name}:`.padEnd(18)}${value}\n`);
+      const findings = examine();
+      if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
+      else for (const finding of findings) terminal.out(asLine(finding));
     });
 }
 
-function examine(): Record<string, string | number> {
-  const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-  const library = findLibrary();
-  const base = { sdxl: version, node: process.version, platform: `${process.platform} ${process.arch}` };
-  const memory = `${gib(freemem())} free of ${gib(totalmem())}`;
-  if ('reason' in library)
-    return { ...base, memory, device: 'reference', kernels: `none: ${library.reason}` };
-  const driver = openCpuDriver(library.path);
+const asLine = ({ name, value, mend }: Finding): string =>
+  `${mend ? '!' : ' '} ${`${name}:`.padEnd(14)}${value}${mend ? `\n                → ${mend}` : ''}\n`;
+
+function asObject(findings: readonly Finding[]): Record<string, unknown> {
+  const mends = findings.filter(({ mend }) => mend).map(({ name, mend }) => [name, mend]);
   return {
-    ...base,
-    memory,
-    device: 'cpu',
-    instructions: driver.arch,
-    threads: driver.threads(),
-    kernels: `${driver.symbols.size} in ${library.path}`,
+    ...Object.fromEntries(findings.map(({ name, value }) => [name, value])),
+    mends: Object.fromEntries(mends),
   };
+}
+
+const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+
+function examine(): Finding[] {
+  return [
+    { name: 'sdxl', value: version },
+    node(),
+    { name: 'platform', value: `${process.platform} ${process.arch}` },
+    processor(),
+    ...kernels(),
+    gpu(),
+    memory(),
+    cache(),
+  ];
+}
+
+function node(): Finding {
+  const [major, minor] = process.versions.node.split('.').map(Number);
+  const old = major < 20 || (major === 20 && minor < 19);
+  return { name: 'node', value: process.version, mend: old ? 'install Node 20.19 or newer' : undefined };
+}
+
+/** The instruction sets that the kernels can use, as Linux lists them. */
+function processor(): Finding {
+  const model = cpus()[0]?.model ?? 'unknown';
+  const flags = existsSync('/proc/cpuinfo')
+    ? (/^flags\s*:(.*)$/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1] ?? '').split(' ')
+    : [];
+  const known = ['avx2', 'fma', 'f16c', 'avx512f', 'avx512_bf16', 'amx_bf16'].filter((f) =>
+    flags.includes(f),
+  );
+  return {
+    name: 'cpu',
+    value: `${model}, ${cpus().length} cores${known.length ? `, ${known.join(' ')}` : ''}`,
+  };
+}
+
+function kernels(): Finding[] {
+  const library = findLibrary();
+  if ('reason' in library) {
+    return [
+      { name: 'device', value: 'reference', mend: 'pictures take hours on it; see the next line' },
+      { name: 'kernels', value: `none: ${library.reason}`, mend: 'install make and g++, then run again' },
+    ];
+  }
+  const driver = openCpuDriver(library.path);
+  return [
+    { name: 'device', value: 'cpu' },
+    { name: 'instructions', value: driver.arch },
+    { name: 'threads', value: driver.threads() },
+    { name: 'kernels', value: `${driver.symbols.size} in ${library.path}` },
+  ];
+}
+
+/** The kernel module tells of a driver; without it no program sees a GPU. */
+function gpu(): Finding {
+  const path = '/proc/driver/nvidia/version';
+  if (!existsSync(path)) return { name: 'gpu', value: 'no NVIDIA driver is loaded' };
+  const found = /Kernel Module\D*([\d.]+)/.exec(readFileSync(path, 'utf8'))?.[1] ?? 'of unknown version';
+  return { name: 'gpu', value: `NVIDIA driver ${found}; this version of sdxl does not use it` };
+}
+
+/** What the kernel could give to programs, which is more than what lies free. */
+function memory(): Finding {
+  const available = existsSync('/proc/meminfo')
+    ? Number(/^MemAvailable:\s+(\d+)/m.exec(readFileSync('/proc/meminfo', 'utf8'))?.[1] ?? 0) * 1024
+    : totalmem();
+  return {
+    name: 'memory',
+    value: `${gib(available)} available of ${gib(totalmem())}`,
+    mend:
+      available < 12 * 2 ** 30
+        ? 'the full-size model wants 12 GiB in bfloat16: close programs, or draw at 512x512'
+        : undefined,
+  };
+}
+
+/** Where downloaded models are kept; shared with Python's huggingface_hub. */
+function cache(): Finding {
+  const folder = cacheFolder();
+  let nearest = folder;
+  while (!existsSync(nearest)) nearest = dirname(nearest);
+  try {
+    accessSync(nearest, constants.W_OK);
+    return { name: 'cache', value: existsSync(folder) ? folder : `${folder} (not made yet)` };
+  } catch {
+    return { name: 'cache', value: folder, mend: `make it writable, or set HF_HOME to a folder that is` };
+  }
 }

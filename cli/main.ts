@@ -5,7 +5,9 @@ import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
 import { addBench } from './bench.ts';
 import { addDoctor } from './doctor.ts';
+import { addInspect } from './inspect.ts';
 import { addSample } from './sample.ts';
+import { spelledOut } from './sample_options.ts';
 
 /** Where a command writes: the result on `out`, everything else on `err`. */
 export interface Terminal {
@@ -30,11 +32,12 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   addSample(program, terminal);
+  addInspect(program, terminal);
   addDoctor(program, terminal);
   addBench(program, terminal);
   inherit(program);
   try {
-    await program.parseAsync([...argv], { from: 'user' });
+    await program.parseAsync(argv[0] === 'sample' ? spelledOut(argv) : [...argv], { from: 'user' });
     return 0;
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;

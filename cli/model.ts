@@ -2,8 +2,9 @@
 import { existsSync, statSync } from 'node:fs';
 import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
+import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
-import { openSingleFile } from '../models/singlefile.ts';
+import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
 import type { Terminal } from './main.ts';
 import { progressBar } from './progress.ts';
 
@@ -24,7 +25,8 @@ export interface Locate {
 export async function locateModel(path: string, { terminal, quiet, configs }: Locate): Promise<ModelSource> {
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) return openModel(path);
-    if (path.endsWith('.safetensors')) return openSingleFile(path, { configs });
+    if (path.endsWith('.safetensors'))
+      return openSingleFile(path, configs ? { configs } : { tokenizers: await publishedTokenizers(path) });
     if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
       throw new UserError(
         `${path} is a pickle, which can run code when read and is refused; use a .safetensors file`,
@@ -43,12 +45,36 @@ export async function locateModel(path: string, { terminal, quiet, configs }: Lo
   return openModel(folder);
 }
 
+/** A single file has no tokenizers: SDXL's own, two megabytes, come from the hub's cache or the hub. */
+async function publishedTokenizers(path: string): Promise<string> {
+  const names = ['vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json'];
+  const files = ['tokenizer', 'tokenizer_2'].flatMap((folder) => names.map((name) => `${folder}/${name}`));
+  try {
+    return await resolveHub('stabilityai/stable-diffusion-xl-base-1.0', { files });
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    throw new UserError(
+      `${path} holds weights only, and SDXL's tokenizers could not be had (${error.message}); name a diffusers folder that has them with --configs`,
+    );
+  }
+}
+
 /** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a whole model that has one. */
 export async function locateVae(path: string, options: Locate): Promise<ModelSource> {
+  if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
+    return vaeOfFile(path);
   const folder = existsSync(path)
     ? path
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
   if (existsSync(`${folder}/model_index.json`) || !existsSync(`${folder}/config.json`))
     return locateModel(folder, options);
   return openComponent(folder);
+}
+
+/** A VAE alone in its file, or the one inside a whole model's file. */
+function vaeOfFile(path: string): ModelSource {
+  const file = openSafetensors(path);
+  const whole = singleFilePrefixes(file) !== undefined;
+  file.close();
+  return whole ? openSingleFile(path) : openVaeFile(path);
 }

@@ -6,7 +6,6 @@ import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { assertWritable } from '../io/files.ts';
 import {
   type Picture,
   preprocess,
@@ -18,7 +17,6 @@ import {
 } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import type { Size } from '../models/conditioning.ts';
 import type { Latents } from '../models/latents.ts';
 import { mergeLora } from '../models/lora.ts';
 import {
@@ -31,175 +29,25 @@ import {
   samplerFor,
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
-import { createSampler } from '../models/samplers/registry.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { version } from './about.ts';
 import type { Terminal } from './main.ts';
 import { locateModel, locateVae } from './model.ts';
-import { corner, number, side, size } from './options.ts';
+import { number } from './options.ts';
+import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
-
-interface Options {
-  model?: string;
-  configs?: string;
-  prompt: string;
-  prompt_2?: string;
-  negativePrompt?: string;
-  negativePrompt_2?: string;
-  width?: number;
-  height?: number;
-  steps: number;
-  guidanceScale: number;
-  guidanceRescale: number;
-  scheduler?: string;
-  karras?: boolean;
-  timestepSpacing?: SchedulerConfig['timestep_spacing'];
-  eta?: number;
-  seed?: number;
-  numImages: number;
-  clipSkip?: number;
-  originalSize?: Size;
-  cropsCoordsTopLeft?: [number, number];
-  targetSize?: Size;
-  negativeOriginalSize?: Size;
-  negativeCropsCoordsTopLeft?: [number, number];
-  negativeTargetSize?: Size;
-  image?: string;
-  mask?: string;
-  strength?: number;
-  refiner?: string;
-  denoisingEnd?: number;
-  denoisingStart?: number;
-  refinerGuidanceScale?: number;
-  aestheticScore: number;
-  negativeAestheticScore: number;
-  vae?: string;
-  vaeTiling?: boolean;
-  lora: string[];
-  device: string;
-  dtype: string;
-  output: string;
-  saveLatents?: string;
-  json?: boolean;
-  quiet?: boolean;
-}
-
-const examples = `
-Examples:
-  sdxl sample --model ./sdxl-base --prompt "yoda pokemon" --seed 1
-  sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
-  sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
-  sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
-
-The same seed gives the picture that diffusers gives with a CPU generator.`;
+import { addSampleOptions, checkSample, type SampleOptions } from './sample_options.ts';
 
 export function addSample(program: Command, terminal: Terminal): void {
-  const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
-  program
-    .command('sample')
-    .description('draw pictures from a prompt')
-    .option('--model <DIR|FILE|HUB_ID>', 'diffusers folder, original .safetensors file, or Hugging Face id')
-    .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
-    .requiredOption('--prompt <TEXT>', 'what to draw')
-    .option('--prompt-2 <TEXT>', 'prompt for the second text encoder (default: the prompt)')
-    .option('--negative-prompt <TEXT>', 'what not to draw')
-    .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
-    .option('--width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
-    .option('--height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
-    .option('--steps <N>', 'num_inference_steps', number('--steps', { min: 1, max: 1000, whole: true }), 50)
-    .option(
-      '--guidance-scale <F>',
-      '1 or less switches guidance off',
-      number('--guidance-scale', { min: 0 }),
-      5,
-    )
-    .option('--guidance-rescale <F>', 'against overexposure, 0 to 1', fraction('--guidance-rescale'), 0)
-    .option(
-      '--scheduler <NAME>',
-      "diffusers class or short name, e.g. euler_a, dpm++2m (default: the model's)",
-    )
-    .option('--karras', 'use_karras_sigmas')
-    .option('--timestep-spacing <NAME>', 'leading, trailing or linspace')
-    .option('--eta <F>', 'noise of DDIM, 0 to 1', fraction('--eta'))
-    .option(
-      '--seed <N>',
-      'default: random, and printed',
-      number('--seed', { min: 0, max: Number.MAX_SAFE_INTEGER, whole: true }),
-    )
-    .option(
-      '--num-images <N>',
-      'pictures from one seed',
-      number('--num-images', { min: 1, max: 64, whole: true }),
-      1,
-    )
-    .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))
-    .option('--original-size <WxH>', 'micro-conditioning', size('--original-size'))
-    .option('--crops-coords-top-left <TOP,LEFT>', 'micro-conditioning', corner('--crops-coords-top-left'))
-    .option('--target-size <WxH>', 'micro-conditioning', size('--target-size'))
-    .option('--negative-original-size <WxH>', 'micro-conditioning', size('--negative-original-size'))
-    .option(
-      '--negative-crops-coords-top-left <TOP,LEFT>',
-      'micro-conditioning',
-      corner('--negative-crops-coords-top-left'),
-    )
-    .option('--negative-target-size <WxH>', 'micro-conditioning', size('--negative-target-size'))
-    .option('--image <FILE>', 'start from this picture')
-    .option('--mask <FILE>', 'paint anew where this is white (needs --image)')
-    .option('--strength <F>', 'how far to leave the picture, 0 to 1 (default: 0.3)', fraction('--strength'))
-    .option('--refiner <DIR|FILE|HUB_ID>', 'a refiner to finish with')
-    .option(
-      '--denoising-end <F>',
-      'where the base stops and hands over its latents',
-      fraction('--denoising-end'),
-    )
-    .option(
-      '--denoising-start <F>',
-      'where the refiner starts (default: --denoising-end)',
-      fraction('--denoising-start'),
-    )
-    .option(
-      '--refiner-guidance-scale <F>',
-      'default: --guidance-scale',
-      number('--refiner-guidance-scale', { min: 0 }),
-    )
-    .option('--aesthetic-score <F>', 'told to the refiner', number('--aesthetic-score'), 6)
-    .option(
-      '--negative-aesthetic-score <F>',
-      'told to the refiner',
-      number('--negative-aesthetic-score'),
-      2.5,
-    )
-    .option('--vae <DIR|HUB_ID>', 'another VAE than the model has')
-    .option('--vae-tiling', 'decode in tiles, for large pictures')
-    .option(
-      '--lora <FILE[:SCALE]>',
-      'an adapter; may be given more than once',
-      (text, all: string[]) => [...all, text],
-      [],
-    )
-    .option('--device <NAME>', 'auto, cpu or reference', 'auto')
-    .option(
-      '--dtype <NAME>',
-      'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
-      'auto',
-    )
-    .option('--output <FILE>', 'PNG to write; several pictures are numbered', 'out.png')
-    .option('--save-latents <FILE>', 'also write the final latents as .safetensors')
-    .option('--json', 'one JSON object on stdout')
-    .option('--quiet', 'no progress')
-    .addHelpText('after', examples)
-    .action((options: Options) => sample(renamed(options), terminal));
+  const command = program.command('sample').description('draw pictures from a prompt');
+  addSampleOptions(command).action(async (options: SampleOptions) => {
+    if (options.from) applySettings(command, options.from);
+    await sample(command.opts<SampleOptions>(), terminal);
+  });
 }
 
-/** Commander spells `--prompt-2` as prompt-2 → prompt2; the request says prompt_2. */
-function renamed(options: Options): Options {
-  const raw = options as unknown as { prompt2?: string; negativePrompt2?: string };
-  return { ...options, prompt_2: raw.prompt2, negativePrompt_2: raw.negativePrompt2 };
-}
-
-async function sample(options: Options, terminal: Terminal): Promise<void> {
+async function sample(options: SampleOptions, terminal: Terminal): Promise<void> {
   const { quiet = false } = options;
-  check(options);
+  checkSample(options);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const locate = { terminal, quiet, configs: options.configs };
@@ -226,8 +74,8 @@ async function sample(options: Options, terminal: Terminal): Promise<void> {
     const sampled = Date.now();
     const images = decode(last, result.latents, options.vaeTiling);
     if (last !== base) last.release();
-    const parameters = describe(options, request, seed, samplerFor(base, request).name);
-    const files = writeAll(images, result.latents, options, parameters);
+    const text = pictureText(options, request, seed, samplerFor(base, request).name);
+    const files = writeAll(images, result.latents, options, text);
     const seconds = { load: loaded - started, sample: sampled - loaded, decode: Date.now() - sampled };
     report(options, terminal, files, seed, request, dtype, device, seconds);
   } finally {
@@ -235,36 +83,12 @@ async function sample(options: Options, terminal: Terminal): Promise<void> {
   }
 }
 
-/** What can be known to be wrong before anything is read. */
-function check(options: Options): void {
-  if (!options.model)
-    throw new UserError(
-      'no model given; name one with --model, such as --model stabilityai/stable-diffusion-xl-base-1.0',
-    );
-  if (options.scheduler) createSampler(options.scheduler);
-  if (options.timestepSpacing && !['leading', 'trailing', 'linspace'].includes(options.timestepSpacing)) {
-    throw new UserError(
-      `--timestep-spacing takes leading, trailing or linspace, not "${options.timestepSpacing}"`,
-    );
-  }
-  if (!['auto', 'float32', 'bfloat16', 'float16'].includes(options.dtype)) {
-    throw new UserError(`--dtype takes auto, float32, bfloat16 or float16, not "${options.dtype}"`);
-  }
-  if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
-  if (options.strength !== undefined && !options.image && !options.refiner)
-    throw new UserError('--strength needs --image or --refiner');
-  if (options.denoisingEnd !== undefined && !options.refiner && options.denoisingEnd === 0) {
-    throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
-  }
-  for (const file of [options.output, options.saveLatents]) if (file) assertWritable(file);
-}
-
 interface Inputs {
   image?: Picture;
   mask?: Latents;
 }
 
-async function readInputs(options: Options): Promise<Inputs> {
+async function readInputs(options: SampleOptions): Promise<Inputs> {
   if (!options.image) return {};
   const image = await readPicture(options.image);
   if (!options.mask) return { image };
@@ -303,7 +127,12 @@ function addLoras(pipeline: Pipeline, adapters: readonly string[]): void {
   }
 }
 
-function makeRequest(options: Options, pipeline: Pipeline, { image, mask }: Inputs, seed: number): Request {
+function makeRequest(
+  options: SampleOptions,
+  pipeline: Pipeline,
+  { image, mask }: Inputs,
+  seed: number,
+): Request {
   const floored = (pixels: number | undefined) =>
     pixels === undefined ? undefined : pixels - (pixels % pipeline.ratio);
   const width = options.width ?? floored(image?.width) ?? pipeline.sampleSize;
@@ -312,10 +141,10 @@ function makeRequest(options: Options, pipeline: Pipeline, { image, mask }: Inpu
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   return {
-    prompt: [options.prompt],
-    prompt_2: options.prompt_2 === undefined ? undefined : [options.prompt_2],
+    prompt: [options.prompt as string],
+    prompt_2: options.prompt2 === undefined ? undefined : [options.prompt2],
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
-    negative_prompt_2: options.negativePrompt_2 === undefined ? undefined : [options.negativePrompt_2],
+    negative_prompt_2: options.negativePrompt2 === undefined ? undefined : [options.negativePrompt2],
     clip_skip: options.clipSkip,
     width,
     height,
@@ -348,7 +177,7 @@ async function run(
   pipeline: Pipeline,
   request: Request,
   label: string,
-  options: Options,
+  options: SampleOptions,
   terminal: Terminal,
 ): Promise<Denoised> {
   const bar = progressBar(terminal, label, options.quiet ?? false);
@@ -373,7 +202,7 @@ function refine(
   base: Pipeline,
   request: Request,
   { latents }: Denoised,
-  options: Options,
+  options: SampleOptions,
   terminal: Terminal,
 ): Promise<Denoised> {
   const handover = options.denoisingStart ?? options.denoisingEnd;
@@ -400,27 +229,18 @@ function refine(
   );
 }
 
-/** Automatic1111's `parameters` text, which picture sites and other programs read. */
-function describe(options: Options, request: Request, seed: number, sampler: string): string {
-  const negative = options.negativePrompt ? `\nNegative prompt: ${options.negativePrompt}` : '';
-  const fields = [
-    `Steps: ${request.num_inference_steps}`,
-    `Sampler: ${sampler}`,
-    `CFG scale: ${request.guidance_scale}`,
-    `Seed: ${seed}`,
-    `Size: ${request.width}x${request.height}`,
-    `Version: sdxl ${version}`,
-  ];
-  return `${options.prompt}${negative}\n${fields.join(', ')}`;
-}
-
-function writeAll(images: Latents, latents: Latents, options: Options, parameters: string): string[] {
+function writeAll(
+  images: Latents,
+  latents: Latents,
+  options: SampleOptions,
+  text: Record<string, string>,
+): string[] {
   const pictures = toPictures(images.data, images.shape);
   const extension = extname(options.output);
   const stem = options.output.slice(0, options.output.length - extension.length);
   const files = pictures.map((picture, i) => {
     const file = pictures.length === 1 ? options.output : `${stem}-${i}${extension}`;
-    writePng(file, picture, { parameters });
+    writePng(file, picture, text);
     return file;
   });
   if (options.saveLatents) {
@@ -433,7 +253,7 @@ function writeAll(images: Latents, latents: Latents, options: Options, parameter
 }
 
 function report(
-  options: Options,
+  options: SampleOptions,
   terminal: Terminal,
   files: readonly string[],
   seed: number,

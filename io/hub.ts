@@ -255,7 +255,7 @@ function hfHome(): string {
   return expandHome(HF_HOME || join(XDG_CACHE_HOME || join(homedir(), '.cache'), 'huggingface'));
 }
 
-function cacheFolder(): string {
+export function cacheFolder(): string {
   const { HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE } = process.env;
   return expandHome(HF_HUB_CACHE || HUGGINGFACE_HUB_CACHE || join(hfHome(), 'hub'));
 }

@@ -1,8 +1,11 @@
 // PNG encoding of 8-bit grey or RGB pictures (https://www.w3.org/TR/png-3). Our own because the pure
 // JavaScript encoders refuse text outside Latin-1, and prompts are kept in the file's text. Each row takes
 // the filter whose bytes, read as signed numbers, have the least sum of magnitudes: the specification's own
-// heuristic.
-import { crc32, deflateSync } from 'node:zlib';
+// heuristic. Text is read back from anybody's PNG, pixels are not: a library does that.
+import { readFileSync } from 'node:fs';
+import { crc32, deflateSync, inflateSync } from 'node:zlib';
+import { UserError } from './errors.ts';
+import { asUserError } from './files.ts';
 import type { Pixels } from './image.ts';
 
 /** The bytes of a PNG file; `text` becomes tEXt chunks, or iTXt (UTF-8) where Latin-1 does not suffice. */
@@ -95,4 +98,51 @@ function filterRow(
     cost += Math.abs((rest << 24) >> 24);
   }
   return cost;
+}
+
+/**
+ * The text of a PNG file by keyword (tEXt, zTXt and iTXt). A chunk that is damaged is passed over.
+ * @throws UserError when the file cannot be read or is no PNG
+ */
+export function readPngText(path: string): Record<string, string> {
+  let file: Buffer;
+  try {
+    file = readFileSync(path);
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+  if (file.subarray(0, 8).toString('latin1') !== '\x89PNG\r\n\x1a\n')
+    throw new UserError(`${path} is not a PNG file; give one that carries its settings`);
+  const text: Record<string, string> = Object.create(null);
+  for (let at = 8; at + 12 <= file.length; ) {
+    const length = file.readUInt32BE(at);
+    const type = file.toString('latin1', at + 4, at + 8);
+    const data = file.subarray(at + 8, at + 8 + length);
+    const entry = data.length === length ? textOf(type, data) : undefined;
+    if (entry) text[entry[0]] = entry[1];
+    at += 12 + length;
+  }
+  return text;
+}
+
+/** A settings text is short: what unpacks to more than this is an attack or a mistake. */
+const longestText = 1 << 20;
+
+function textOf(type: string, data: Buffer): [keyword: string, value: string] | undefined {
+  const end = data.indexOf(0);
+  if (end < 1 || end > 79) return undefined;
+  const [keyword, rest] = [data.toString('latin1', 0, end), data.subarray(end + 1)];
+  const unpacked = (bytes: Buffer) => inflateSync(bytes, { maxOutputLength: longestText });
+  try {
+    if (type === 'tEXt') return [keyword, rest.toString('latin1')];
+    if (type === 'zTXt') return [keyword, unpacked(rest.subarray(1)).toString('latin1')];
+    if (type !== 'iTXt') return undefined;
+    const language = rest.indexOf(0, 2);
+    const translated = rest.indexOf(0, language + 1);
+    if (language < 0 || translated < 0) return undefined;
+    const value = rest.subarray(translated + 1);
+    return [keyword, (rest[0] ? unpacked(value) : value).toString('utf8')];
+  } catch {
+    return undefined;
+  }
 }

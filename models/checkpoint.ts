@@ -77,14 +77,8 @@ function folderSource(
     },
     folder: folderOf,
     weights: (component) => openWeights(folderOf(component), variant),
-    load(component, module, device, dtype) {
-      const weights = source.weights(component);
-      try {
-        loadParameters(module, weights, device, dtype);
-      } finally {
-        weights.close();
-      }
-    },
+    load: (component, module, device, dtype) =>
+      loadAndClose(module, source.weights(component), device, dtype),
   };
   return source;
 }
@@ -160,13 +154,8 @@ const ignorable = /(^|\.)(position_ids|logit_scale)$/;
 const spellings = (name: string): string[] =>
   name.startsWith('text_model.') ? [name, name.slice('text_model.'.length)] : [name];
 
-/** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
-export function loadParameters(
-  module: AnyModule,
-  source: WeightSource,
-  device: Device,
-  dtype: FloatDType,
-): void {
+/** How the weights of `source` meet the parameters of `module`: the stored name of each, and what does not fit. */
+export function matchParameters(module: AnyModule, source: WeightSource) {
   const parameters = namedParameters(module);
   const stored = new Map<string, string>();
   for (const name of parameters.keys()) {
@@ -185,9 +174,34 @@ export function loadParameters(
     listed('unexpected', extra),
     listed('misshapen', misshapen),
   ].filter(Boolean);
+  return { parameters, stored, problems };
+}
+
+/** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
+export function loadParameters(
+  module: AnyModule,
+  source: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
+  const { parameters, stored, problems } = matchParameters(module, source);
   if (problems.length) throw new UserError(`${source.where} does not fit its config: ${problems.join('; ')}`);
   for (const [name, spelling] of stored) {
     fillParameter(parameters.get(name) as Parameter, spelling, source, device, dtype);
+  }
+}
+
+/** loadParameters from a source that is used for nothing else. */
+export function loadAndClose(
+  module: AnyModule,
+  weights: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
+  try {
+    loadParameters(module, weights, device, dtype);
+  } finally {
+    weights.close();
   }
 }
 

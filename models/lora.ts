@@ -49,7 +49,7 @@ const suffixes: readonly (readonly [RegExp, Part])[] = [
  * `module` without the part's suffix, in the file's spelling. Undefined for anything but a plain adapter's
  * tensors.
  */
-function splitName(name: string): { module: string; part: Part } | undefined {
+export function loraPart(name: string): { module: string; part: Part } | undefined {
   for (const [suffix, part] of suffixes) {
     if (suffix.test(name)) return { module: plainModule(name.replace(suffix, '')), part };
   }
@@ -99,7 +99,7 @@ function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Upd
   const updates = new Map<string, Update>();
   const unmatched: string[] = [];
   for (const name of file.tensors.keys()) {
-    const split = splitName(name);
+    const split = loraPart(name);
     const target = split && known.get(split.module);
     if (!target) {
       unmatched.push(name);

@@ -2,11 +2,21 @@
 // and sd_xl_refiner_1.0 are published. Each diffusers key is spelled in the original's words and looked up,
 // so whatever else the file holds is passed over. The file has no configs: the published models' are taken,
 // or those of a folder.
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { readJson } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
-import { type Json, loadParameters, type ModelSource, openModel, type WeightSource } from './checkpoint.ts';
+import {
+  type Json,
+  loadAndClose,
+  type ModelSource,
+  openModel,
+  sourceOf,
+  type WeightSource,
+} from './checkpoint.ts';
 import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlScheduler, sdxlVae } from './presets.ts';
 import type { UNetConfig } from './unet.ts';
 
@@ -116,6 +126,8 @@ function openClipOrigin(key: string): Origin {
   return fused ? { name: `${fused[1]}.attn.in_proj_${fused[3]}`, third: 'qkv'.indexOf(fused[2]) } : { name };
 }
 
+const unetPrefix = 'model.diffusion_model.';
+const vaePrefix = 'first_stage_model.';
 const clipLPrefix = 'conditioner.embedders.0.transformer.';
 
 interface Layout {
@@ -142,13 +154,33 @@ const layouts: readonly Layout[] = [
   },
 ];
 
+/** Base or refiner, told apart by where OpenCLIP stands; undefined for anything else. */
+const layoutOf = (file: SafetensorsFile): Layout | undefined =>
+  layouts.find(({ openClip }) => file.tensors.has(`${openClip}ln_final.weight`));
+
+/** Which of a single file's tensors belong to which component, by the prefix of their names; none for another file. */
+export function singleFilePrefixes(file: SafetensorsFile): Record<string, string> | undefined {
+  const layout = layoutOf(file);
+  return (
+    layout && {
+      unet: unetPrefix,
+      vae: vaePrefix,
+      text_encoder: clipLPrefix,
+      text_encoder_2: layout.openClip,
+    }
+  );
+}
+
 /**
- * Opens base or refiner, told apart by where OpenCLIP stands. `configs` is a diffusers folder for sizes other
- * than SDXL's.
+ * Opens base or refiner. `configs` is a diffusers folder for sizes other than SDXL's; `tokenizers` is a folder that lends
+ * tokenizer/ and tokenizer_2/ alone, as the file has none.
  */
-export function openSingleFile(path: string, { configs }: { configs?: string } = {}): ModelSource {
+export function openSingleFile(
+  path: string,
+  { configs, tokenizers }: { configs?: string; tokenizers?: string } = {},
+): ModelSource {
   const file = openSafetensors(path);
-  const layout = layouts.find(({ openClip }) => file.tensors.has(`${openClip}ln_final.weight`));
+  const layout = layoutOf(file);
   const convIn = file.tensors.get('model.diffusion_model.input_blocks.0.0.weight');
   if (!layout || !convIn) {
     file.close();
@@ -179,23 +211,53 @@ export function openSingleFile(path: string, { configs }: { configs?: string } =
     config,
     folder(component) {
       if (folder) return folder.folder(component);
+      if (tokenizers) return join(tokenizers, component);
       throw new UserError(
         `${path} holds weights only, no ${component}: name a diffusers folder that has one`,
       );
     },
     weights: (component) =>
       translated(openSafetensors(path), componentKeys(component, layout, config).origin),
-    load(component, module: AnyModule, device, dtype) {
-      const weights = source.weights(component);
-      try {
-        loadParameters(module, weights, device, dtype);
-      } finally {
-        weights.close();
-      }
-    },
+    load: (component, module: AnyModule, device, dtype) =>
+      loadAndClose(module, source.weights(component), device, dtype),
   };
   file.close();
   return source;
+}
+
+/**
+ * Opens a VAE in one file, under the original keys (`encoder.down.0.block.0…`) or diffusers' own. Its config is the
+ * config.json beside it, else the published VAE's.
+ */
+export function openVaeFile(path: string): ModelSource {
+  const file = openSafetensors(path);
+  const [original, diffusers] = [
+    'decoder.up.0.block.0.conv1.weight',
+    'decoder.up_blocks.0.resnets.0.conv1.weight',
+  ];
+  const spelling = [original, diffusers].find((name) => file.tensors.has(name));
+  if (!spelling) {
+    file.close();
+    throw new UserError(`${path} is not a VAE in one file; give a VAE's folder or file, or a whole model`);
+  }
+  const beside = join(dirname(path), 'config.json');
+  const config = (): Json => (existsSync(beside) ? (readJson(beside) as Json) : sdxlVae);
+  const levels = () => (config().block_out_channels as number[]).length;
+  const weights = (): WeightSource =>
+    spelling === diffusers
+      ? sourceOf(path, [openSafetensors(path)])
+      : translated(openSafetensors(path), (key) => ({ name: vaeKeyInSgm(key, levels()) }));
+  file.close();
+  return {
+    kind: 'file',
+    path,
+    modelIndex: {},
+    has: (component) => component === 'vae',
+    config,
+    folder: () => dirname(path),
+    weights,
+    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
+  };
 }
 
 /** What the published model's folder says, as far as the file's shapes and marks do not say otherwise. */
@@ -235,11 +297,11 @@ function componentKeys(
   });
   if (component === 'unet') {
     const layout = config('unet') as unknown as UNetConfig;
-    return named('model.diffusion_model.', (key) => unetKeyInSgm(key, layout));
+    return named(unetPrefix, (key) => unetKeyInSgm(key, layout));
   }
   if (component === 'vae') {
     const levels = (config('vae').block_out_channels as number[]).length;
-    return named('first_stage_model.', (key) => vaeKeyInSgm(key, levels));
+    return named(vaePrefix, (key) => vaeKeyInSgm(key, levels));
   }
   if (component === 'text_encoder') return named(clipLPrefix, (key) => key);
   if (component !== 'text_encoder_2') return { prefix: '', origin: (key) => ({ name: key }) };

@@ -1,0 +1,101 @@
+// The settings that a picture carries: A1111's `parameters` text, which picture sites and other programs read, and our own
+// JSON under the keyword `sdxl`, which says everything. `--from` reads either back; the file comes from a stranger, so each
+// value goes through the same reader as if it had been typed.
+import type { Command } from 'commander';
+import { UserError } from '../io/errors.ts';
+import { readPngText } from '../io/png.ts';
+import type { Request } from '../models/pipeline.ts';
+import { version } from './about.ts';
+import type { SampleOptions } from './sample_options.ts';
+
+/** What of a request depends on this machine or this call rather than on the picture. */
+const local = ['from', 'output', 'saveLatents', 'json', 'quiet', 'device'];
+
+/** The texts to put into the PNG. `sampler` is the name of the class that ran. */
+export function pictureText(
+  options: SampleOptions,
+  { width, height, num_inference_steps, guidance_scale }: Request,
+  seed: number,
+  sampler: string,
+): Record<string, string> {
+  const negative = options.negativePrompt ? `\nNegative prompt: ${options.negativePrompt}` : '';
+  const fields = [
+    `Steps: ${num_inference_steps}`,
+    `Sampler: ${sampler}`,
+    `CFG scale: ${guidance_scale}`,
+    `Seed: ${seed}`,
+    `Size: ${width}x${height}`,
+    `Version: sdxl ${version}`,
+  ];
+  const settings = Object.entries({ ...options, width, height, seed })
+    .filter(([name, value]) => value !== undefined && !local.includes(name))
+    .map(([name, value]) => [name, typed(name, value)]);
+  return {
+    parameters: `${options.prompt}${negative}\n${fields.join(', ')}`,
+    sdxl: JSON.stringify(Object.fromEntries(settings)),
+  };
+}
+
+/** A value as it is typed after its flag: sizes are kept as [height, width] and typed as WIDTHxHEIGHT. */
+function typed(name: string, value: unknown): unknown {
+  if (!Array.isArray(value) || name === 'lora') return value;
+  return name.endsWith('Size') ? `${value[1]}x${value[0]}` : value.join(',');
+}
+
+/** Sets every option that was not typed to what the picture at `path` says. */
+export function applySettings(command: Command, path: string): void {
+  const settings = readSettings(path);
+  for (const option of command.options) {
+    const name = option.attributeName();
+    const value = settings[name];
+    const source = command.getOptionValueSource(name);
+    if (value === undefined || local.includes(name) || (source !== undefined && source !== 'default'))
+      continue;
+    const texts = (Array.isArray(value) ? value : [value]).map(String);
+    const read = (text: string, before: unknown): unknown =>
+      option.parseArg ? option.parseArg(text, before) : text;
+    const first: unknown = name === 'lora' ? [] : undefined;
+    const result =
+      typeof value === 'boolean' ? value : texts.reduce((before, text) => read(text, before), first);
+    command.setOptionValueWithSource(name, result, 'config');
+  }
+}
+
+function readSettings(path: string): Record<string, unknown> {
+  const text = readPngText(path);
+  if (text.sdxl !== undefined) {
+    try {
+      const settings: unknown = JSON.parse(text.sdxl);
+      if (typeof settings === 'object' && settings !== null) return settings as Record<string, unknown>;
+    } catch {
+      // Told below, as for a list or a number in its place.
+    }
+    throw new UserError(`the settings in ${path} are damaged; type them, or use another picture`);
+  }
+  if (text.parameters !== undefined) return fromA1111(text.parameters);
+  throw new UserError(`${path} carries no settings; --from takes a PNG as sdxl or A1111 wrote it`);
+}
+
+/** A1111 puts the prompt first, then perhaps `Negative prompt: `, then one line of `Name: value` fields. */
+function fromA1111(parameters: string): Record<string, unknown> {
+  const [body, last = ''] = splitLast(parameters);
+  const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
+  const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
+  const [width, height] = (field('Size') ?? '').split('x');
+  return {
+    prompt,
+    negativePrompt: negative,
+    steps: field('Steps'),
+    guidanceScale: field('CFG scale'),
+    seed: field('Seed'),
+    scheduler: field('Sampler'),
+    width: width || undefined,
+    height,
+  };
+}
+
+function splitLast(text: string): [string, string?] {
+  const at = text.lastIndexOf('\nSteps: ');
+  if (at < 0) return text.startsWith('Steps: ') ? ['', text] : [text];
+  return [text.slice(0, at), text.slice(at + 1)];
+}

@@ -1,0 +1,210 @@
+// What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
+// a VAE, a LoRA, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
+// fail to load is known without loading it.
+import { existsSync, statSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
+import type { AnyModule } from '../engine/module.ts';
+import { sizeOf } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
+import { readJson } from '../io/files.ts';
+import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
+import { parseTextConfig, textEncoder } from './clip.ts';
+import { loraPart } from './lora.ts';
+import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
+import { parseUNetConfig, unet } from './unet.ts';
+import { parseVaeConfig, vae } from './vae.ts';
+
+export interface Component {
+  name: string;
+  /** The class its config names, where it has one. */
+  class?: string;
+  tensors: number;
+  /** Elements of all tensors. */
+  parameters: number;
+  bytes: number;
+  /** Tensors by stored type, as the file spells it. */
+  dtypes: Record<string, number>;
+  problems: string[];
+}
+
+export interface Inspection {
+  path: string;
+  kind: string;
+  components: Component[];
+  /** Of a LoRA: its ranks, and how many layers of which model it changes. */
+  lora?: { ranks: number[]; layers: Record<string, number> };
+  metadata: Record<string, string>;
+  problems: string[];
+}
+
+/** @throws UserError when the path is neither a model's folder nor a safetensors file */
+export function inspect(path: string): Inspection {
+  if (!existsSync(path))
+    throw new UserError(`nothing at ${path}; give a model's folder or a .safetensors file`);
+  return statSync(path).isDirectory() ? inspectFolder(path) : inspectFile(path);
+}
+
+function inspectFolder(path: string): Inspection {
+  if (existsSync(join(path, 'model_index.json'))) return inspectPipeline(path);
+  const config = join(path, 'config.json');
+  if (!existsSync(config))
+    throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);
+  const json = readJson(config) as Json;
+  const component = inspectComponent(basename(path), json, () => openWeights(path));
+  const kind = `diffusers component: ${component.class ?? 'unknown class'}`;
+  return { path, kind, components: [component], metadata: {}, problems: component.problems };
+}
+
+function inspectPipeline(path: string): Inspection {
+  const source = openModel(path);
+  const named = Object.entries(source.modelIndex).filter(
+    ([, value]) => Array.isArray(value) && value.some((part) => part !== null),
+  );
+  const problems: string[] = [];
+  const components: Component[] = [];
+  for (const [name] of named) {
+    if (!source.has(name)) problems.push(`${name} is named in model_index.json and its folder is missing`);
+    else if (/^(unet|vae|text_encoder(_2)?)$/.test(name)) {
+      components.push(inspectComponent(name, source.config(name), () => source.weights(name)));
+    }
+  }
+  const refiner = source.modelIndex.requires_aesthetics_score === true;
+  const kind = `diffusers folder: ${refiner ? 'SDXL refiner' : String(source.modelIndex._class_name ?? 'unknown pipeline')}`;
+  problems.push(...components.flatMap((c) => c.problems.map((problem) => `${c.name}: ${problem}`)));
+  return { path, kind, components, metadata: {}, problems };
+}
+
+/** Holds a component's weights against what its config asks for; a config or file that cannot be read is a problem. */
+function inspectComponent(name: string, config: Json, open: () => WeightSource): Component {
+  const architectures = config.architectures as string[] | undefined;
+  const found = { name, class: (config._class_name as string | undefined) ?? architectures?.[0] };
+  let weights: WeightSource | undefined;
+  try {
+    weights = open();
+    const module = moduleOf(found.class, config);
+    const problems = module
+      ? matchParameters(module, weights).problems
+      : [`class ${found.class} is not one that SDXL has`];
+    return {
+      ...found,
+      ...summary(weights.names.map((key) => infoOf(weights as WeightSource, key))),
+      problems,
+    };
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    return { ...found, ...summary([]), problems: [error.message] };
+  } finally {
+    weights?.close();
+  }
+}
+
+type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes'>;
+
+const infoOf = (weights: WeightSource, name: string): Stored => weights.info(name) as TensorInfo;
+
+function moduleOf(className: string | undefined, config: Json): AnyModule | undefined {
+  if (className === 'UNet2DConditionModel') return unet(parseUNetConfig(config));
+  if (className === 'AutoencoderKL') return vae(parseVaeConfig(config)).module;
+  if (className?.startsWith('CLIPTextModel')) return textEncoder(parseTextConfig(config));
+  return undefined;
+}
+
+function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
+  const dtypes: Record<string, number> = {};
+  for (const { storedAs } of tensors) dtypes[storedAs] = (dtypes[storedAs] ?? 0) + 1;
+  return {
+    tensors: tensors.length,
+    parameters: tensors.reduce((sum, { shape }) => sum + sizeOf(shape), 0),
+    bytes: tensors.reduce((sum, { bytes }) => sum + bytes, 0),
+    dtypes,
+  };
+}
+
+function inspectFile(path: string): Inspection {
+  const file = openSafetensors(path);
+  try {
+    const names = [...file.tensors.keys()];
+    const base = { path, metadata: file.metadata };
+    const prefixes = singleFilePrefixes(file);
+    if (prefixes) return { ...base, ...inspectSingleFile(file, prefixes) };
+    if (names.some((name) => loraPart(name)?.part === 'down')) return { ...base, ...inspectLora(file) };
+    const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
+    if (names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name))) {
+      const source = openVaeFile(path);
+      const coder = inspectComponent('vae', { _class_name: 'AutoencoderKL', ...source.config('vae') }, () =>
+        source.weights('vae'),
+      );
+      const { problems } = coder;
+      return {
+        ...base,
+        kind: 'VAE in one file',
+        components: [{ ...components[0], name: 'vae', problems }],
+        problems,
+      };
+    }
+    const kind = kindOfComponent(names, existsSync(join(dirname(path), 'config.json')));
+    return { ...base, kind, components, problems: [] };
+  } finally {
+    file.close();
+  }
+}
+
+const kindOfComponent = (names: readonly string[], config: boolean): string => {
+  const beside = config ? '; give its folder to hold it against its config' : '';
+  if (names.includes('conv_in.weight') && names.includes('time_embedding.linear_1.weight'))
+    return `UNet weights under diffusers' keys${beside}`;
+  if (names.some((name) => /(^|\.)encoder\.layers\.0\.self_attn\./.test(name)))
+    return `text encoder weights${beside}`;
+  return `safetensors file of no kind that is known${beside}`;
+};
+
+function inspectSingleFile(
+  file: SafetensorsFile,
+  prefixes: Readonly<Record<string, string>>,
+): Omit<Inspection, 'path' | 'metadata'> {
+  const all = [...file.tensors.values()];
+  const owner = (name: string) =>
+    Object.keys(prefixes).find((component) => name.startsWith(prefixes[component])) ?? 'other';
+  const refiner = !all.some(({ name }) => owner(name) === 'text_encoder');
+  const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => ({
+    name,
+    ...summary(all.filter((tensor) => owner(tensor.name) === name)),
+    problems: [] as string[],
+  }));
+  const problems: string[] = [];
+  try {
+    const source = openSingleFile(file.path);
+    for (const component of components.filter(({ name }) => name !== 'other')) {
+      const classes: Record<string, string> = { unet: 'UNet2DConditionModel', vae: 'AutoencoderKL' };
+      const config = { _class_name: classes[component.name], ...source.config(component.name) };
+      const checked = inspectComponent(component.name, config, () => source.weights(component.name));
+      component.problems.push(...checked.problems);
+      problems.push(...checked.problems.map((problem) => `${component.name}: ${problem}`));
+    }
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    problems.push(error.message);
+  }
+  const kind = `original single file: SDXL ${refiner ? 'refiner' : 'base'}`;
+  return { kind, components, problems };
+}
+
+function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {
+  const ranks = new Set<number>();
+  const layers: Record<string, number> = {};
+  const problems: string[] = [];
+  const names = [...file.tensors.keys()];
+  for (const { name, shape } of file.tensors.values()) {
+    const split = loraPart(name);
+    if (!split) problems.push(`${name} is no part of a plain LoRA`);
+    if (split?.part !== 'down') continue;
+    ranks.add(shape[0]);
+    const target = /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?)(?=[._])/.exec(split.module)?.[0] ?? 'unet';
+    layers[target] = (layers[target] ?? 0) + 1;
+  }
+  const kohya = names.some((name) => name.startsWith('lora_'));
+  const components = [{ name: 'adapter', ...summary([...file.tensors.values()]), problems }];
+  const kind = `LoRA, ${kohya ? "kohya's" : "diffusers' (peft)"} keys`;
+  return { kind, components, lora: { ranks: [...ranks].sort((a, b) => a - b), layers }, problems };
+}
