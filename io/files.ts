@@ -36,6 +36,7 @@ export function replaceAtomically(path: string, write: (temporaryPath: string, f
   const folder = dirname(resolve(path));
   // Not derived from the target's name, which may already be as long as the file system allows.
   const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
+  holdInterrupt();
   try {
     assertReplaceable(path);
     const fd = openSync(temporary, 'wx');
@@ -53,6 +54,17 @@ export function replaceAtomically(path: string, write: (temporaryPath: string, f
   } catch (error) {
     throw asUserError(error, path, temporary);
   }
+}
+
+/**
+ * Ctrl-C ends a program at once, which is what people want, except between a temporary file and its rename: this defers
+ * it to the end of the running turn, when the file stands whole. Programs with a handler of their own decide themselves.
+ */
+function holdInterrupt(): void {
+  if (process.listenerCount('SIGINT') > 0) return;
+  const leave = () => process.exit(130);
+  process.on('SIGINT', leave);
+  setImmediate(() => setImmediate(() => process.off('SIGINT', leave)));
 }
 
 /** Writes `bytes` to `path`, all or nothing. @throws UserError as `replaceAtomically` */

@@ -1,4 +1,6 @@
 // The command line in process: a good run gives diffusers' picture; each mistake gives one sentence, status 2, no file.
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import {
   copyFileSync,
   cpSync,
@@ -13,7 +15,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { main } from '../cli/main.ts';
+import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
+import { readPngText } from '../io/png.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { goldenFolder, maxDifference } from './golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
@@ -98,6 +103,150 @@ test('mistakes', async (t) => {
     readdirSync(folder).some((name) => name.includes('.tmp')),
     'no temporary file is left',
   );
+  rmSync(folder, { recursive: true });
+});
+
+test('a picture gives its settings back', async (t) => {
+  const folder = scratch();
+  const [first, again] = [join(folder, 'first.png'), join(folder, 'again.png')];
+  const prompt = 'ein Fuchs, 狐, "quoted" <b>';
+  const made = await run(
+    ...['sample', '-m', model, '-p', prompt, '-n', 'rain', '-s', '7', '-W', '64', '-H', '72', '-o', first],
+    ...[
+      '--steps',
+      '3',
+      '--cfg-scale',
+      '2.5',
+      '--sampling-method=dpm++2m',
+      '--original-size',
+      '80x64',
+      '--quiet',
+    ],
+  );
+  t.equal(made.status, 0, `short and foreign flags are taken ${made.err}`);
+  const back = await run('sample', '--from', first, '-o', again, '--quiet');
+  t.equal(back.status, 0, `from its own picture ${back.err}`);
+  const [a, b] = [await readPicture(first), await readPicture(again)];
+  t.same([b.width, b.height], [64, 72]);
+  t.equal(maxDifference(a.data, b.data), 0, 'the same picture');
+  const text = readPngText(first);
+  t.match(text.parameters, /^ein Fuchs, 狐.*\nNegative prompt: rain\nSteps: 3, Sampler: DPMSolver.*Seed: 7/);
+
+  const foreign = join(folder, 'foreign.png');
+  const fields = 'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 64x64, Model: x';
+  writePng(foreign, a, { parameters: `a cat\nand a dog\nNegative prompt: rain\n${fields}` });
+  const a1111 = await run(
+    'sample',
+    '--from',
+    foreign,
+    '-m',
+    model,
+    '-o',
+    again,
+    '--json',
+    '--quiet',
+    '--seed',
+    '6',
+  );
+  t.equal(a1111.status, 0, `from A1111's text ${a1111.err}`);
+  t.same([JSON.parse(a1111.out).steps, JSON.parse(a1111.out).seed], [2, 6], 'a typed flag goes before');
+  t.match(readPngText(again).parameters, /^a cat\nand a dog\nNegative prompt: rain\n.*EulerAncestral/);
+
+  writePng(foreign, a, { sdxl: '{"width": "12"}' });
+  for (const [file, says] of [
+    [foreign, /--width 12 is not divisible by 8/],
+    [join(goldenFolder, 'png', 'input.png'), /carries no settings/],
+    [join(folder, 'absent.png'), /does not exist/],
+    [join(model, 'model_index.json'), /not a PNG/],
+  ] as const) {
+    const { status, err } = await run('sample', '--from', file, '-m', model, '-o', again);
+    t.ok(status === 2 && says.test(err), err.trim());
+  }
+  rmSync(folder, { recursive: true });
+});
+
+test('a VAE in one file, under either spelling, is the folder it came from', async (t) => {
+  const folder = scratch();
+  const draw = async (name: string, ...argv: string[]) => {
+    const output = join(folder, name);
+    const shape = ['--width', '64', '--height', '64', '--steps', '1', '--seed', '1', '--quiet'];
+    const { status, err } = await run('sample', '-m', model, '-p', 'x', '-o', output, ...shape, ...argv);
+    t.equal(status, 0, `${name} ${err}`);
+    return (await readPicture(output)).data;
+  };
+  const want = await draw('own.png');
+  const whole = openSafetensors(join(goldenFolder, 'tiny-sdxl-singlefile.safetensors'));
+  const prefix = 'first_stage_model.';
+  const part = [...whole.tensors.values()]
+    .filter(({ name }) => name.startsWith(prefix))
+    .map(({ name, dtype, shape }) => ({
+      name: name.slice(prefix.length),
+      dtype,
+      shape,
+      bytes: whole.read(name),
+    }));
+  whole.close();
+  const original = join(folder, 'sdxl_vae.safetensors');
+  writeSafetensors(original, part);
+  copyFileSync(join(model, 'vae', 'config.json'), join(folder, 'config.json'));
+  t.equal(maxDifference(await draw('original.png', '--vae', original), want), 0);
+  const diffusers = join(model, 'vae', 'diffusion_pytorch_model.safetensors');
+  t.equal(maxDifference(await draw('diffusers.png', '--vae', diffusers), want), 0);
+  const wrong = join(model, 'unet', 'diffusion_pytorch_model.safetensors');
+  t.match((await run('sample', '-m', model, '-p', 'x', '--vae', wrong)).err, /not a VAE/);
+  rmSync(folder, { recursive: true });
+});
+
+test('inspect tells what a checkpoint is', async (t) => {
+  const about = async (path: string) => JSON.parse((await run('inspect', path, '--json')).out);
+  const base = await about(model);
+  t.match(base.kind, /StableDiffusionXLPipeline/);
+  t.same(
+    base.components.map((c: { name: string; parameters: number }) => [c.name, c.parameters]),
+    [
+      ['text_encoder', 117_344],
+      ['text_encoder_2', 214_800],
+      ['unet', 714_660],
+      ['vae', 391_687],
+    ],
+  );
+  t.same(base.problems, []);
+  t.match((await about(join(goldenFolder, 'tiny-sdxl-refiner'))).kind, /refiner/);
+  t.match(
+    (await about(join(goldenFolder, 'tiny-sdxl-singlefile.safetensors'))).kind,
+    /single file: SDXL base/,
+  );
+  const lora = await about(join(goldenFolder, 'lora', 'scaled_kohya.safetensors'));
+  t.match(lora.kind, /kohya/);
+  t.same(lora.lora, { ranks: [4], layers: { lora_unet: 136 } });
+
+  const folder = scratch();
+  cpSync(model, folder, { recursive: true });
+  rmSync(join(folder, 'vae'), { recursive: true });
+  const file = join(folder, 'unet', 'diffusion_pytorch_model.safetensors');
+  const unet = openSafetensors(file);
+  const kept = [...unet.tensors.values()].slice(1).map(({ name, dtype, shape }) => {
+    return { name, dtype, shape, bytes: unet.read(name) };
+  });
+  unet.close();
+  writeSafetensors(file, [...kept, { name: 'stray', dtype: 'uint8', shape: [1], bytes: Uint8Array.of(1) }]);
+  const { status, out, err } = await run('inspect', folder, '--json');
+  t.equal(status, 2);
+  t.match(JSON.parse(out).problems.join(), /vae is named.*missing.*unet: missing .*unexpected stray/);
+  t.match(err, /2 more problems/);
+  rmSync(folder, { recursive: true });
+});
+
+test('an interrupt leaves whole files or none', async (t) => {
+  const folder = scratch();
+  const output = join(folder, 'x.png');
+  const program = join(packageRoot, 'bin', 'sdxl.js');
+  const argv = [program, 'sample', '-m', model, '-p', 'x', '--steps', '900', '-o', output];
+  const child = spawn(process.execPath, argv, { stdio: ['ignore', 'ignore', 'pipe'] });
+  child.stderr.once('data', () => child.kill('SIGINT'));
+  const [code, signal] = (await once(child, 'close')) as [number | null, string | null];
+  t.ok(code === 130 || signal === 'SIGINT', `status ${code}, signal ${signal}: a shell reports 130`);
+  t.same(readdirSync(folder), [], 'nothing is left');
   rmSync(folder, { recursive: true });
 });
 

@@ -3,7 +3,7 @@
 // managers may forbid install scripts. Run as a program it builds build/libsdxl_cpu.so in the checkout, and never fails.
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
@@ -52,20 +52,30 @@ function compile(target: string): Found {
   } catch (error) {
     return { reason: `${dirname(target)} cannot be written (${(error as Error).message})` };
   }
-  const out = join(work, 'libsdxl_cpu.so');
+  try {
+    const made = make(join(work, 'libsdxl_cpu.so'));
+    if ('path' in made) renameSync(made.path, target);
+    return 'path' in made ? { path: target } : made;
+  } finally {
+    rmSync(work, { recursive: true, force: true });
+  }
+}
+
+/** Brings the library `out` up to date, its objects beside it. */
+function make(out: string): Found {
   const made = spawnSync('make', ['-C', sources, '-j2', `OUT=${out}`], { encoding: 'utf8' });
   if (made.error)
     return { reason: 'the kernel library is not built and make was not found; install make and g++' };
   if (made.status !== 0)
     return { reason: `compiling the kernel library failed (${lastLine(made.stderr)}); install make and g++` };
-  renameSync(out, target);
-  return { path: target };
+  return { path: out };
 }
 
 const lastLine = (text: string): string => text.trim().split('\n').at(-1) ?? '';
 
 if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) {
-  const built = compile(packaged);
+  mkdirSync(dirname(packaged), { recursive: true });
+  const built = make(packaged);
   if ('reason' in built)
     console.warn(`sdxl: no native kernels: ${built.reason}. The slow reference device will be used.`);
 }
