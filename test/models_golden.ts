@@ -18,6 +18,26 @@ export const image = (area: GoldenArea, name: string, device: Device): Tensor =>
 export const plain = (area: GoldenArea, name: string, device: Device): Tensor =>
   tensor(area.floats(name), area.shape(name), { device, dtype: area.dtype(name) });
 
+/** What a case of the UNet is called with: `sample`, `timesteps` (stored for each row, or one for all) and `conditioning`. */
+export function unetInputs(area: GoldenArea, c: GoldenCase, device: Device) {
+  const names = c.inputs as Record<string, string>;
+  const n = area.shape(names.sample)[0];
+  const times = area.floats(names.timestep);
+  return {
+    sample: image(area, names.sample, device),
+    timesteps: tensor(
+      Float32Array.from({ length: n }, (_, i) => times[times.length === 1 ? 0 : i]),
+      [n],
+      { device },
+    ),
+    conditioning: {
+      context: plain(area, names.encoder_hidden_states, device),
+      textEmbeds: plain(area, names.text_embeds, device),
+      timeIds: plain(area, names.time_ids, device),
+    },
+  };
+}
+
 /** Numbers in the golden order: [n, h, w, c] becomes [n, c, h, w], other ranks are as they are. */
 const goldenOrder = (t: Tensor): Float32Array => (t.shape.length === 4 ? toHost(t).data : t.floats());
 

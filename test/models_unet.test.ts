@@ -8,7 +8,6 @@ import { unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { timestepEmbedding } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
@@ -18,29 +17,9 @@ import {
   compare,
   devices,
   image,
-  plain,
   scaleParameters,
+  unetInputs,
 } from './models_golden.ts';
-
-function inputsOf(area: GoldenArea, c: GoldenCase, device: Device) {
-  const names = c.inputs as Record<string, string>;
-  const n = area.shape(names.sample)[0];
-  const times = area.floats(names.timestep);
-  return {
-    sample: image(area, names.sample, device),
-    // One timestep for each row, or one for all.
-    timesteps: tensor(
-      Float32Array.from({ length: n }, (_, i) => times[times.length === 1 ? 0 : i]),
-      [n],
-      { device },
-    ),
-    conditioning: {
-      context: plain(area, names.encoder_hidden_states, device),
-      textEmbeds: plain(area, names.text_embeds, device),
-      timeIds: plain(area, names.time_ids, device),
-    },
-  };
-}
 
 function check(t: Assert, area: GoldenArea, c: GoldenCase, folder: string, device: Device): void {
   const source = openModel(join(goldenFolder, folder));
@@ -49,7 +28,7 @@ function check(t: Assert, area: GoldenArea, c: GoldenCase, folder: string, devic
   source.load('unet', model, device, 'float32');
   scaleParameters(model, c);
   scope(() => {
-    const { sample, timesteps, conditioning } = inputsOf(area, c, device);
+    const { sample, timesteps, conditioning } = unetInputs(area, c, device);
     const run = () => model(sample, timesteps, conditioning);
     if (c.id === 'gradients') {
       const target = image(area, c.inputs?.target as string, device);

@@ -2,7 +2,7 @@
 // 8-bit pictures within one level except for at most 0.1 % of the values.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openDevice } from '../engine/device.ts';
+import type { Device } from '../engine/device.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import type { Latents } from '../models/latents.ts';
@@ -16,10 +16,12 @@ import {
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { type Assert, allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { devices } from './models_golden.ts';
 
 const area = goldenArea('pipeline');
-const device = openDevice('auto');
+/** What the reference loops can do in seconds. */
+const few = ['t2i_clip_skip', 't2i_lcm', 't2i_no_guidance'];
 
 const list = (value: unknown): string[] | undefined =>
   value === undefined || value === null
@@ -70,8 +72,17 @@ function run(pipeline: Pipeline, request: Request): Denoised & { history: Float3
   }
 }
 
-test('pipelines', { timeout: 300_000 }, (t) => {
-  const before = device.memory.storages;
+for (const device of devices) {
+  const cases = area.cases.filter(({ id }) => device.name !== 'reference' || few.includes(id));
+  test(`pipelines on ${device.name}`, { timeout: 300_000 }, (t) => {
+    const before = device.memory.storages;
+    checkPipelines(t, cases, device);
+    t.equal(device.memory.storages, before, 'live tensors');
+    t.end();
+  });
+}
+
+function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device): void {
   const load = (name: string) =>
     loadPipeline(openModel(join(goldenFolder, name)), { device, dtype: 'float32' });
   const refiner = load('tiny-sdxl-refiner');
@@ -79,7 +90,7 @@ test('pipelines', { timeout: 300_000 }, (t) => {
     'tiny-sdxl': load('tiny-sdxl'),
     'tiny-sdxl-refiner': refiner,
   };
-  for (const c of area.cases) {
+  for (const c of cases) {
     const request = requestOf(c, c.settings as Record<string, unknown>);
     const result = run(pipelines[c.pipeline as string], request);
     let { latents, history } = result;
@@ -103,15 +114,9 @@ test('pipelines', { timeout: 300_000 }, (t) => {
     checkPixels(t, c, decode(pipelines[c.pipeline as string], latents));
   }
   for (const pipeline of Object.values(pipelines)) pipeline.release();
-  t.equal(device.memory.storages, before, 'live tensors');
-  t.end();
-});
+}
 
-function checkPixels(
-  t: { ok(value: unknown, message: string): unknown },
-  c: GoldenCase,
-  images: Latents,
-): void {
+function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
   const got = Buffer.concat(toPictures(images.data, images.shape).map((picture) => picture.data));
   const want = area.bytes(c.expect.image_uint8.tensor);
   let [off, far] = [0, 0];

@@ -6,7 +6,6 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
 import {
   type AnyModule,
   module,
@@ -15,8 +14,6 @@ import {
   parameterCount,
   unload,
 } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
@@ -27,7 +24,7 @@ import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/prese
 import { openSingleFile, unetKeyInSgm } from '../models/singlefile.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { parseVaeConfig, vae } from '../models/vae.ts';
-import { allClose, type GoldenArea, goldenArea, goldenFolder } from './golden.ts';
+import { allClose, goldenFolder } from './golden.ts';
 
 const device = openDevice('auto');
 const golden = (name: string): string => join(goldenFolder, name);
@@ -161,32 +158,6 @@ test('a checkpoint that does not fit is one error that names everything', (t) =>
   t.end();
 });
 
-/** Golden [n, c, h, w] and our [n, h, w, c]. */
-function channelsMoved(values: Float32Array, [n, a, b]: readonly number[]): Float32Array {
-  const out = new Float32Array(values.length);
-  for (let image = 0; image < n; image++)
-    for (let i = 0; i < a; i++)
-      for (let j = 0; j < b; j++) out[(image * b + j) * a + i] = values[(image * a + i) * b + j];
-  return out;
-}
-
-function loraInputs(area: GoldenArea, inputs: Record<string, string>) {
-  const [n, c, h, w] = area.shape(inputs.sample);
-  const times = area.floats(inputs.timestep);
-  const timesteps = Float32Array.from({ length: n }, (_, i) => times[times.length === 1 ? 0 : i]);
-  const plain = (name: string) => tensor(area.floats(name), area.shape(name), { device });
-  return {
-    shape: [n, c, h, w],
-    sample: tensor(channelsMoved(area.floats(inputs.sample), [n, c, h * w]), [n, h, w, c], { device }),
-    timesteps: tensor(timesteps, [n], { device }),
-    conditioning: {
-      context: plain(inputs.encoder_hidden_states),
-      textEmbeds: plain(inputs.text_embeds),
-      timeIds: plain(inputs.time_ids),
-    },
-  };
-}
-
 function tinyUNet(folder = 'tiny-sdxl') {
   const source = openModel(golden(folder));
   const unetConfig = parseUNetConfig(source.config('unet'));
@@ -194,39 +165,6 @@ function tinyUNet(folder = 'tiny-sdxl') {
   source.load('unet', model, device, 'float32');
   return { unet: model, unetConfig };
 }
-
-test('merged LoRAs give diffusers’ outputs', (t) => {
-  const area = goldenArea('lora');
-  const before = device.memory.storages;
-  for (const c of area.cases.filter(({ call }) => call === 'unet forward after load_lora_weights')) {
-    const targets = tinyUNet();
-    const { scale, adapter_weights: weights } = c.settings as {
-      scale: number | null;
-      adapter_weights: number[] | null;
-    };
-    const changed = (c.files as string[]).map((file, i) =>
-      mergeLora(targets, golden(file), weights?.[i] ?? scale ?? 1),
-    );
-    t.ok(
-      changed.every((count) => count === 136),
-      `${c.id}: ${changed} weights changed`,
-    );
-    const got = noGrad(() =>
-      scope(() => {
-        const { sample, timesteps, conditioning, shape } = loraInputs(
-          area,
-          c.inputs as Record<string, string>,
-        );
-        const out = targets.unet(sample, timesteps, conditioning);
-        return channelsMoved(out.floats(), [shape[0], shape[2] * shape[3], shape[1]]);
-      }),
-    );
-    allClose(t, c.id, got, area.floats(c.expect.sample.tensor), c.expect.sample);
-    unload(targets.unet);
-  }
-  t.equal(device.memory.storages, before, 'live tensors');
-  t.end();
-});
 
 test('every spelling of a LoRA reaches its weight', (t) => {
   const folder = mkdtempSync(join(tmpdir(), 'sdxl-lora-'));
