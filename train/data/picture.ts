@@ -1,7 +1,7 @@
 // One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]. What is
 // done is decided first, as numbers (Geometry): they go into the time ids and into the cache's keys, so that the model is
 // always told of the crop it sees. Resizing and rounding follow torchvision on Pillow pictures.
-import type { Picture } from '../../io/image.ts';
+import { decodePicture, type Picture } from '../../io/image.ts';
 import { type ResizeFilter, resize } from '../../io/resize.ts';
 import { type Size, timeIds } from '../../models/conditioning.ts';
 import { draws } from '../draws.ts';
@@ -60,6 +60,16 @@ function coveringSize([height, width]: Size, [targetHeight, targetWidth]: Size):
 
 /** Half of `side`, halves to even, as Python's round. */
 const halfOf = (side: number): number => (side % 4 === 3 ? (side + 1) / 2 : Math.floor(side / 2));
+
+/** A file's picture after `geometry`: [h, w, 3] in [-1, 1], what is transparent on white. @throws UserError */
+export async function readPixels(
+  file: Uint8Array,
+  name: string,
+  geometry: Geometry,
+  interpolation: ResizeFilter,
+): Promise<Float32Array> {
+  return preparePicture(await decodePicture(file, name, { onWhite: true }), geometry, interpolation);
+}
 
 /** The picture after `geometry`: [h, w, 3] in [-1, 1]. */
 export function preparePicture(

@@ -51,13 +51,14 @@ async function look(example: Example): Promise<Sample | string> {
   try {
     const file = await example.read();
     const { height, width } = await decodePicture(file, example.id);
-    const hash = createHash('sha256').update(file).digest('hex');
-    return { ...example, key: keyOf(example.id), hash, size: [height, width] };
+    return { ...example, key: keyOf(example.id), hash: contentHash(file), size: [height, width] };
   } catch (error) {
     if (error instanceof UserError) return error.message;
     throw error;
   }
 }
+
+export const contentHash = (file: Uint8Array): string => createHash('sha256').update(file).digest('hex');
 
 function unusable(problems: readonly string[], sound: number): UserError {
   const shown = problems.slice(0, 8).join('; ');

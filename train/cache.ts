@@ -1,0 +1,258 @@
+// What the frozen models say of the data, kept on disk: the VAE's moments of each picture (mean and log-variance, so that
+// latents are drawn anew each epoch) and the text encoders' embeddings of each caption. An entry's name is the hash of all
+// it depends on, so an entry that is there is right: an edited picture or caption has another name, and only its own entry
+// is made. Entries are whole or absent; the folder can be deleted at any time.
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { noGrad } from '../engine/grad.ts';
+import { type AnyModule, namedParameters } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { decodeFloats, type FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { asUserError } from '../io/files.ts';
+import type { ResizeFilter } from '../io/resize.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import { encodePrompts, type TextStack } from '../models/conditioning.ts';
+import type { Vae } from '../models/vae.ts';
+import { type Geometry, readPixels } from './data/picture.ts';
+import { contentHash, type Sample } from './data/survey.ts';
+
+/** Raise when an entry of the same name would hold something else. */
+const edition = 1;
+
+/** One picture, as it is shown in some epoch. */
+export interface View {
+  sample: Sample;
+  geometry: Geometry;
+}
+
+/** What the VAE gives for one view: [h, w, c] each, neither scaled nor clamped. */
+export interface PictureMoments {
+  mean: Float32Array;
+  logvar: Float32Array;
+}
+
+/** What the text encoders give for one caption: [77, c] and [p]. */
+export interface TextEmbeddings {
+  context: Float32Array;
+  pooled: Float32Array;
+}
+
+export interface Cache<Subject, Value> {
+  /** Makes what is not there and says how many that were. @throws UserError naming the subject that a model fails on */
+  fill(subjects: readonly Subject[], onProgress?: (done: number, total: number) => void): Promise<number>;
+  /** What `fill` has made. */
+  read(subject: Subject): Value;
+}
+
+/** The VAE works in the type of its weights; it may be unloaded when all is filled. */
+export function momentsCache(
+  folder: string,
+  vae: Vae,
+  interpolation: ResizeFilter,
+): Cache<View, PictureMoments> {
+  const encoder = modelHash(vae.module, vae.config);
+  const pathOf = ({ sample, geometry }: View) =>
+    entryPath(folder, 'moments', { picture: sample.hash, geometry, interpolation, encoder });
+  return {
+    read: (view) => readEntry(pathOf(view), 'mean', 'logvar', view.sample.id),
+    async fill(views, onProgress) {
+      const missing = [...new Map(views.map((view) => [pathOf(view), view]))].filter(
+        ([path]) => !isWhole(path),
+      );
+      const batches = equalSizes(missing.map(([, view]) => view));
+      let ahead = readViews(batches[0], interpolation);
+      let done = 0;
+      for (const [i, batch] of batches.entries()) {
+        const pixels = await ahead;
+        ahead = readViews(batches[i + 1], interpolation); // while the VAE works on these
+        ahead.catch(() => undefined); // told when it is awaited
+        encodeViews(vae, batch, pixels).forEach((moments, k) => {
+          writeEntry(pathOf(batch[k]), moments, `the VAE's moments of ${batch[k].sample.id}`);
+        });
+        onProgress?.((done += batch.length), missing.length);
+      }
+      return missing.length;
+    },
+  };
+}
+
+/** Batches of one size each, of no more pixels than one picture of 1024 x 1024 has. */
+function equalSizes(views: readonly View[]): View[][] {
+  const bySize = new Map<string, View[]>();
+  for (const view of views) {
+    const size = view.geometry.target.join();
+    bySize.set(size, [...(bySize.get(size) ?? []), view]);
+  }
+  return [...bySize.values()].flatMap((same) => {
+    const [height, width] = same[0].geometry.target;
+    return slices(same, Math.max(1, Math.floor(2 ** 20 / (height * width))));
+  });
+}
+
+const slices = <T>(items: readonly T[], size: number): T[][] =>
+  Array.from({ length: Math.ceil(items.length / size) }, (_, i) => items.slice(i * size, (i + 1) * size));
+
+async function readViews(views: readonly View[] = [], interpolation: ResizeFilter): Promise<Float32Array[]> {
+  return Promise.all(
+    views.map(async ({ sample, geometry }) => {
+      const file = await sample.read();
+      if (contentHash(file) !== sample.hash)
+        throw new UserError(`${sample.id} was changed while it was being prepared: start again`);
+      return readPixels(file, sample.id, geometry, interpolation);
+    }),
+  );
+}
+
+function encodeViews(vae: Vae, views: readonly View[], pixels: readonly Float32Array[]): PictureMoments[] {
+  const [height, width] = views[0].geometry.target;
+  const { device, dtype } = weightOf(vae.module);
+  const all = new Float32Array(views.length * height * width * 3);
+  pixels.forEach((values, i) => {
+    all.set(values, i * values.length);
+  });
+  return noGrad(() =>
+    scope(() => {
+      const { mean, logvar } = vae.encode(tensor(all, [views.length, height, width, 3], { device, dtype }));
+      const [means, logvars] = [rowsOf(mean), rowsOf(logvar)];
+      return views.map((_, i) => ({ mean: means[i], logvar: logvars[i] }));
+    }),
+  );
+}
+
+export interface TextCache extends Cache<string | undefined, TextEmbeddings> {
+  /** Those of the captions that do not fit into the encoders' 77 tokens and lose their ends. */
+  tooLong(captions: readonly string[]): string[];
+}
+
+/**
+ * A caption left away (undefined) is the model's own unconditional: zeros, or the embeddings of an empty text where
+ * `stack.forceZeros` is false. `configs` are the encoders' in their order: entries depend on them as on the weights.
+ */
+export function textCache(folder: string, stack: TextStack, configs: readonly unknown[]): TextCache {
+  const encoders = stack.encoders.map(({ encoder }, i) => modelHash(encoder, configs[i]));
+  const tokensOf = (text: string) => stack.encoders.map(({ tokenizer }) => tokenizer.encode(text));
+  const pathOf = (text: string) =>
+    entryPath(folder, 'text', { tokens: tokensOf(text).map(({ ids }) => [...ids]), encoders });
+  const read = (text: string): TextEmbeddings => readEntry(pathOf(text), 'context', 'pooled', `"${text}"`);
+  return {
+    tooLong: (captions) =>
+      captions.filter((text) => tokensOf(text).some(({ truncated }) => truncated !== '')),
+    read(text) {
+      const found = read(text ?? '');
+      if (text !== undefined || !stack.forceZeros) return found;
+      return { context: found.context.fill(0), pooled: found.pooled.fill(0) };
+    },
+    async fill(texts, onProgress) {
+      // The empty text is always there: what is left away takes at least its shape.
+      const all = ['', ...texts.map((text) => text ?? '')];
+      const missing = [...new Map(all.map((text) => [pathOf(text), text]))].filter(
+        ([path]) => !isWhole(path),
+      );
+      let done = 0;
+      for (const batch of slices(missing, 16)) {
+        encodeTexts(
+          stack,
+          batch.map(([, text]) => text),
+        ).forEach((embeddings, i) => {
+          writeEntry(batch[i][0], embeddings, `the text encoders' embeddings of "${batch[i][1]}"`);
+        });
+        onProgress?.((done += batch.length), missing.length);
+      }
+      return missing.length;
+    },
+  };
+}
+
+function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmbeddings[] {
+  const { device, dtype } = weightOf(stack.encoders[0].encoder);
+  return noGrad(() =>
+    scope(() => {
+      const options = { guided: false, copies: 1, device, dtype };
+      const { context, pooled } = encodePrompts(stack, { prompt: texts }, options);
+      const [contexts, pools] = [rowsOf(context), rowsOf(pooled)];
+      return texts.map((_, i) => ({ context: contexts[i], pooled: pools[i] }));
+    }),
+  );
+}
+
+/** The rows of the first axis, each an array of its own. */
+function rowsOf(t: Tensor): Float32Array[] {
+  const values = t.floats();
+  const size = values.length / t.shape[0];
+  return Array.from({ length: t.shape[0] }, (_, i) => values.slice(i * size, (i + 1) * size));
+}
+
+function weightOf(module: AnyModule): { device: Tensor['device']; dtype: FloatDType } {
+  const [first] = namedParameters(module).values();
+  return { device: first.tensor.device, dtype: first.tensor.dtype as FloatDType };
+}
+
+/** SHA-256 of a model's config, and its weights' names, types and bytes. Reads every weight: compute it once. */
+export function modelHash(module: AnyModule, config: unknown): string {
+  const hash = createHash('sha256').update(JSON.stringify(config));
+  for (const [name, { shape, tensor: weight }] of namedParameters(module)) {
+    hash.update(`${name} ${weight.dtype} ${shape.join()}\n`).update(weight.bytes());
+  }
+  return hash.digest('hex');
+}
+
+function entryPath(folder: string, kind: string, dependsOn: object): string {
+  const name = createHash('sha256')
+    .update(JSON.stringify({ edition, ...dependsOn }))
+    .digest('hex');
+  return join(folder, kind, name.slice(0, 2), `${name.slice(2, 40)}.safetensors`);
+}
+
+/** Whether the entry is there and as long as it says it is; a damaged one is made anew. */
+function isWhole(path: string): boolean {
+  if (!existsSync(path)) return false;
+  try {
+    openSafetensors(path).close();
+    return true;
+  } catch (error) {
+    if (error instanceof UserError) return false;
+    throw error;
+  }
+}
+
+function readEntry<A extends string, B extends string>(
+  path: string,
+  a: A,
+  b: B,
+  what: string,
+): Record<A | B, Float32Array> {
+  if (!existsSync(path)) throw new Error(`the cache has no entry for ${what}: fill() was not told of it`);
+  const file = openSafetensors(path);
+  try {
+    const entries = [a, b].map((name) => [name, decodeFloats(file.read(name), 'float32')]);
+    return Object.fromEntries(entries) as Record<A | B, Float32Array>;
+  } finally {
+    file.close();
+  }
+}
+
+function writeEntry(path: string, values: object, what: string): void {
+  const entries = Object.entries(values as Record<string, Float32Array>);
+  for (const [, data] of entries) {
+    if (!data.every(Number.isFinite))
+      throw new UserError(`${what} are not finite: run that model in float32, or use the fp16-fix VAE`);
+  }
+  try {
+    mkdirSync(dirname(path), { recursive: true });
+  } catch (error) {
+    throw asUserError(error, dirname(path));
+  }
+  writeSafetensors(
+    path,
+    entries.map(([name, data]) => ({
+      name,
+      dtype: 'float32',
+      shape: [data.length],
+      bytes: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
+    })),
+    { of: what },
+  );
+}
