@@ -1,14 +1,13 @@
 // The registry's ops one by one, at the shapes that a preset's models give them: each model is walked once on a device
 // that only notes what it is asked, and every distinct call is then timed alone on random numbers.
-import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
-import { apply, type OpRecord, registry } from '../engine/op.ts';
+import type { Device, Direction } from '../engine/device.ts';
+import { type OpRecord, registry, type Tensors } from '../engine/op.ts';
 import { profiled, standInDevice } from '../engine/profile.ts';
-import { scope } from '../engine/scope.ts';
-import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
-import type { DType, FloatDType } from '../io/dtype.ts';
+import { scope, unscoped } from '../engine/scope.ts';
+import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { type DType, type FloatDType, isFloat } from '../io/dtype.ts';
 import { uniforms } from './random_weights.ts';
-import { buildSubject, presets, type Sizes, subjectNames } from './subjects.ts';
+import { buildSubject, presets, type Sizes, type SubjectName, subjectNames } from './subjects.ts';
 import { median, stopwatch } from './timing.ts';
 
 interface Spec {
@@ -40,7 +39,12 @@ export interface OpTiming {
 }
 
 /** Every distinct op call of a preset's models at this size, in the order of the registry. */
-export function opCases(preset: string, sizes: Sizes, dtype: FloatDType): OpCase[] {
+export function opCases(
+  preset: string,
+  sizes: Sizes,
+  dtype: FloatDType,
+  subjects: readonly SubjectName[] = subjectNames,
+): OpCase[] {
   const found = new Map<string, OpCase>();
   const device = profiled(standInDevice(), ({ record, tensors, attrs }) => {
     const outputs = Object.keys(record.outputs(tensors, attrs));
@@ -57,7 +61,7 @@ export function opCases(preset: string, sizes: Sizes, dtype: FloatDType): OpCase
       found.set(key, { record, inputs, attrs, count: 1, flops: record.flops?.(tensors, attrs) ?? 0, bytes });
     }
   });
-  for (const name of subjectNames) {
+  for (const name of subjects) {
     const subject = buildSubject(name, presets[preset], sizes, device, name === 'vae' ? 'float32' : dtype);
     subject.run();
     subject.release();
@@ -66,34 +70,62 @@ export function opCases(preset: string, sizes: Sizes, dtype: FloatDType): OpCase
   return [...found.values()].sort((a, b) => order.indexOf(a.record.name) - order.indexOf(b.record.name));
 }
 
-/** Times one case: a warm-up, then runs for about `budget` seconds, three at least. */
-export function timeCase(
-  { record, inputs, attrs, count, flops, bytes }: OpCase,
+export interface Prepared {
+  /** Seconds of one call. */
+  once(): number;
+  release(): void;
+}
+
+/** Makes a case's tensors on `device`. Backward fills the gradient of every float input. */
+export function prepareCase(
+  { record, inputs, attrs }: OpCase,
+  direction: Direction,
   device: Device,
-  budget = 0.5,
-): OpTiming {
-  const seconds = noGrad(() =>
-    scope(() => {
-      const made = Object.fromEntries(
-        Object.entries(inputs).map(([name, spec]) => [name, randomInput(spec, device)]),
-      );
-      const once = () => stopwatch(() => void scope(() => void apply(record, made, attrs)));
-      const runs = Math.min(100, Math.max(3, Math.round(budget / once())));
-      return median(Array.from({ length: runs }, once));
-    }),
+): Prepared {
+  const made: Tensors = unscoped(() =>
+    Object.fromEntries(Object.entries(inputs).map(([name, spec]) => [name, randomInput(spec, device)])),
   );
-  const shapes = Object.entries(inputs)
-    .map(([name, { shape, dtype }]) => `${name} ${dtype} [${shape.join(', ')}]`)
-    .join('  ');
+  for (const [name, { shape, dtype }] of Object.entries(record.outputs(made, attrs)))
+    made[name] = unscoped(() => empty(shape, { device, dtype }));
+  const run = (which: Direction) => scope(() => device.execute(record, which, made, attrs));
+  run('forward');
+  if (direction === 'backward') {
+    made.dy = unscoped(() => randomInput(made.y, device));
+    for (const [name, { shape, dtype }] of Object.entries(inputs))
+      if (isFloat(dtype)) made[`d${name}`] = unscoped(() => empty(shape, { device, dtype }));
+  }
   return {
-    op: record.name,
-    shapes,
-    count,
-    seconds,
-    gflops_per_second: flops / seconds / 1e9,
-    gb_per_second: bytes / seconds / 1e9,
+    once: () => stopwatch(() => run(direction)),
+    release() {
+      for (const t of Object.values(made)) t.release();
+    },
   };
 }
+
+/** How many calls fill `budget` seconds when one takes `seconds`: 3 at least, 100 at most. */
+export const runsWithin = (budget: number, seconds: number): number =>
+  Math.min(100, Math.max(3, Math.round(budget / seconds)));
+
+/** Times one case's forward: a warm-up, then runs for about half a second. */
+export function timeCase(each: OpCase, device: Device): OpTiming {
+  const { once, release } = prepareCase(each, 'forward', device);
+  const seconds = median(Array.from({ length: runsWithin(0.5, once()) }, once));
+  release();
+  return {
+    op: each.record.name,
+    shapes: shapesOf(each),
+    count: each.count,
+    seconds,
+    gflops_per_second: each.flops / seconds / 1e9,
+    gb_per_second: each.bytes / seconds / 1e9,
+  };
+}
+
+/** "x float32 [1, 77, 48]  weight ...". */
+export const shapesOf = ({ inputs }: OpCase): string =>
+  Object.entries(inputs)
+    .map(([name, { shape, dtype }]) => `${name} ${dtype} [${shape.join(', ')}]`)
+    .join('  ');
 
 /** Uniform numbers; integers are row numbers and stay zero. */
 function randomInput({ shape, dtype }: Spec, device: Device): Tensor {

@@ -53,3 +53,17 @@ export function fillRandom(module: AnyModule, device: Device, dtype: FloatDType,
     if (device.name !== 'stand-in') p.tensor.upload(bytes(name, p));
   }
 }
+
+/** As fillRandom, but a transformer's blocks all hold its first one's weights: a big model in little memory. */
+export function fillSharingBlocks(module: AnyModule, device: Device, dtype: FloatDType): void {
+  const bytes = randomBytes(0, dtype);
+  const parameters = namedParameters(module);
+  for (const [name, p] of parameters) {
+    const first = parameters.get(
+      name.replace(/transformer_blocks\.\d+/, 'transformer_blocks.0'),
+    ) as Parameter;
+    p.tensor = unscoped(() =>
+      first === p ? empty(p.memoryShape, { device, dtype }).upload(bytes(name, p)) : first.tensor.handle(),
+    );
+  }
+}

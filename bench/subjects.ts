@@ -53,13 +53,14 @@ export interface Sizes {
 
 const TOKENS = 77;
 
-/** Builds a subject on `device`, weights and inputs included. */
+/** Builds a subject on `device`, weights (by `fill`) and inputs included. */
 export function buildSubject(
   name: SubjectName,
   preset: Preset,
   { width, height, batch }: Sizes,
   device: Device,
   dtype: FloatDType,
+  fill: typeof fillRandom = fillRandom,
 ): Subject {
   const random = (...shape: number[]): Tensor =>
     unscoped(() => tensor(uniforms(sizeOf(shape), 1), shape, { device, dtype }));
@@ -67,6 +68,7 @@ export function buildSubject(
   if (name === 'unet') {
     const config = preset.unet;
     const module = unet(config);
+    fill(module, device, dtype);
     const ids = config.cross_attention_dim === sdxlRefiner.cross_attention_dim ? 5 : 6;
     const sample = latents();
     const times = unscoped(() => tensor(new Float32Array(batch).fill(500), [batch], { device }));
@@ -78,30 +80,25 @@ export function buildSubject(
       timeIds,
     };
     const inputs = [sample, times, timeIds, conditioning.context, conditioning.textEmbeds];
-    return subject([module], inputs, device, dtype, () => void module(sample, times, conditioning));
+    return subject([module], inputs, () => void module(sample, times, conditioning));
   }
   if (name === 'vae') {
     const coder = vae(preset.vae);
+    fill(coder.module, device, dtype);
     const z = latents();
-    return subject([coder.module], [z], device, dtype, () => void coder.decode(z));
+    return subject([coder.module], [z], () => void coder.decode(z));
   }
   const encoders = preset.text.map(textEncoder);
+  for (const encoder of encoders) fill(encoder, device, dtype);
   const ids = unscoped(() =>
     tensor(new Int32Array(batch * TOKENS).fill(1), [batch, TOKENS], { device, dtype: 'int32' }),
   );
-  return subject(encoders, [ids], device, dtype, () => {
+  return subject(encoders, [ids], () => {
     for (const encoder of encoders) encoder(ids, { layer: -2, pooled: true });
   });
 }
 
-function subject(
-  modules: readonly AnyModule[],
-  inputs: readonly Tensor[],
-  device: Device,
-  dtype: FloatDType,
-  forward: () => void,
-): Subject {
-  for (const module of modules) fillRandom(module, device, dtype);
+function subject(modules: readonly AnyModule[], inputs: readonly Tensor[], forward: () => void): Subject {
   return {
     parameters: modules.reduce((total, module) => total + parameterCount(module), 0),
     run: () => noGrad(() => scope(forward)),

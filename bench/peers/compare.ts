@@ -1,0 +1,198 @@
+// Our kernels and whole UNet beside PyTorch's, in one run: `node dist/bench/peers/compare.js SECTION... [options]`. Both
+// sides get the same shapes, which the model itself gives, and as many threads; they take turns, so that whatever slows
+// the machine slows both, and medians are compared. Nothing is measured where torch is absent.
+import { execFileSync } from 'node:child_process';
+import { mkdirSync } from 'node:fs';
+import { cpus } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { pathToFileURL } from 'node:url';
+import { Command, Option } from 'commander';
+import { packageRoot } from '../../engine/cpu/build.ts';
+import { type Device, type Direction, openDevice } from '../../engine/device.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { writeFileAtomic } from '../../io/files.ts';
+import { type OpCase, opCases, prepareCase, runsWithin, shapesOf } from '../ops.ts';
+import { fillRandom, fillSharingBlocks } from '../random_weights.ts';
+import { buildSubject, presets, type SubjectName } from '../subjects.ts';
+import { median, stopwatch } from '../timing.ts';
+import { openPeer, type Peer } from './peer.ts';
+import { type Comparison, markdown, type Row } from './table.ts';
+
+interface Options {
+  preset: string;
+  width: number;
+  height: number;
+  batch: number;
+  dtypes: FloatDType[];
+  subject: SubjectName;
+  backward?: boolean;
+  shareBlocks?: boolean;
+  rounds: number;
+  threads: number;
+  python: string;
+  out: string;
+  name: string;
+}
+
+/** The ops of each section; what rides along (bias, residual, activation) is timed with them on both sides. */
+const sections: Record<string, readonly string[]> = {
+  gemm: ['linear'],
+  conv: ['conv2d'],
+  attention: ['attention'],
+  norm: ['group_norm', 'layer_norm'],
+  unet: [],
+};
+
+const list = (text: string): string[] => text.split(',');
+
+async function compare(names: readonly string[], options: Options): Promise<void> {
+  const peer = await openPeer(options.python, options.threads);
+  if ('reason' in peer) {
+    console.log(`skipped: PyTorch could not be started with ${options.python} (${peer.reason})`);
+    return;
+  }
+  const device = openDevice('cpu');
+  const rows: Row[] = [];
+  const began = new Date();
+  for (const section of names)
+    for (const dtype of options.dtypes) {
+      if (section === 'unet') rows.push(await compareUNet(dtype, options, device, peer));
+      else
+        for (const each of casesOf(section, dtype, options))
+          rows.push(await compareCase(section, each, dtype, options, device, peer));
+    }
+  peer.close();
+  const { width, height, batch, preset, subject, rounds, threads, shareBlocks = false } = options;
+  const facts = { preset, subject, width, height, batch, rounds, threads, share_blocks: shareBlocks };
+  const record: Comparison = {
+    ...facts,
+    cpu: cpus()[0].model,
+    date: began.toISOString(),
+    commit: execFileSync('git', ['-C', packageRoot, 'rev-parse', '--short', 'HEAD'], {
+      encoding: 'utf8',
+    }).trim(),
+    torch: peer.torch,
+    node: process.version,
+    rows,
+  };
+  mkdirSync(options.out, { recursive: true });
+  writeFileAtomic(join(options.out, `${options.name}.json`), `${JSON.stringify(record, null, 1)}\n`);
+  writeFileAtomic(join(options.out, `${options.name}.md`), markdown(record));
+}
+
+function casesOf(section: string, dtype: FloatDType, options: Options): OpCase[] {
+  const { width, height, batch, preset, subject } = options;
+  return opCases(preset, { width, height, batch }, dtype, [subject]).filter(({ record }) =>
+    sections[section].includes(record.name),
+  );
+}
+
+/** Inputs whose gradient costs PyTorch nothing or is not asked for here. */
+const passive = ['residual', 'shift'];
+
+async function compareCase(
+  section: string,
+  each: OpCase,
+  dtype: FloatDType,
+  { rounds, backward }: Options,
+  device: Device,
+  peer: Peer,
+): Promise<Row> {
+  const direction: Direction = backward ? 'backward' : 'forward';
+  const entries = Object.entries(each.inputs).filter(([name]) => !backward || !passive.includes(name));
+  const shown = { ...each, inputs: Object.fromEntries(entries) };
+  const ours = prepareCase(shown, direction, device);
+  const inputs = Object.fromEntries(entries.map(([name, { shape }]) => [name, shape]));
+  await peer.prepare({ op: each.record.name, direction, inputs, attrs: each.attrs, dtype });
+  const times = await takeTurns(ours.once, peer, rounds, 0.05);
+  ours.release();
+  device.memory.trim();
+  await peer.drop();
+  const factor = backward ? 2 : 1;
+  const row: Row = {
+    section,
+    op: each.record.name,
+    direction,
+    dtype,
+    shapes: shapesOf(shown),
+    count: each.count,
+    flops: factor * each.flops,
+    bytes: factor * each.bytes,
+    ...times,
+  };
+  return told(row);
+}
+
+/** One forward pass of the whole UNet. */
+async function compareUNet(dtype: FloatDType, options: Options, device: Device, peer: Peer): Promise<Row> {
+  const { preset, width, height, batch, rounds, shareBlocks = false } = options;
+  const sizes = { width, height, batch };
+  const fill = shareBlocks ? fillSharingBlocks : fillRandom;
+  const ours = buildSubject('unet', presets[preset], sizes, device, dtype, fill);
+  await peer.prepare({ unet: { preset, ...sizes, dtype, share_blocks: shareBlocks } });
+  const times = await takeTurns(() => stopwatch(() => ours.run()), peer, rounds, 0);
+  ours.release();
+  device.memory.trim();
+  await peer.drop();
+  const flops = opCases(preset, sizes, dtype, ['unet']).reduce(
+    (sum, each) => sum + each.count * each.flops,
+    0,
+  );
+  const shapes = `${width}x${height}, batch ${batch}`;
+  return told({
+    section: 'unet',
+    op: 'unet',
+    direction: 'forward',
+    dtype,
+    shapes,
+    count: 1,
+    flops,
+    bytes: 0,
+    ...times,
+  });
+}
+
+/** Warms both sides up, then alternates: in each round each side runs for about `turn` seconds. Medians over all calls. */
+async function takeTurns(once: () => number, peer: Peer, rounds: number, turn: number) {
+  once();
+  await peer.run(1);
+  const ourRuns = turn ? runsWithin(turn, once()) : 1;
+  const theirRuns = turn ? runsWithin(turn, (await peer.run(1))[0]) : 1;
+  const [ours, theirs]: number[][] = [[], []];
+  for (let round = 0; round < rounds; round++) {
+    for (let i = 0; i < ourRuns; i++) ours.push(once());
+    await sleep(5);
+    theirs.push(...(await peer.run(theirRuns)));
+    await sleep(5);
+  }
+  return { ours: median(ours), torch: median(theirs), runs: ours.length };
+}
+
+function told(row: Row): Row {
+  const ms = (seconds: number) => `${(seconds * 1000).toFixed(3)} ms`;
+  const what = `${row.op} ${row.direction} ${row.shapes}`;
+  console.log(`${(row.torch / row.ours).toFixed(2)}x  ours ${ms(row.ours)}  torch ${ms(row.torch)}  ${what}`);
+  return row;
+}
+
+const whole = (text: string): number => Number.parseInt(text, 10);
+
+const program = new Command('compare')
+  .argument('<sections...>', Object.keys(sections).join(', '))
+  .option('--preset <NAME>', 'whose shapes', 'sdxl-base')
+  .addOption(new Option('--subject <NAME>', 'the model whose ops are timed').default('unet'))
+  .option('--width <N>', 'pixels', whole, 512)
+  .option('--height <N>', 'pixels', whole, 512)
+  .option('--batch <N>', 'images', whole, 1)
+  .option('--dtypes <LIST>', 'by commas', list, ['float32', 'bfloat16'])
+  .option('--backward', 'time gradients instead')
+  .option('--share-blocks', 'unet: blocks of a transformer share weights on both sides, to fit memory')
+  .option('--rounds <N>', 'turns of each side', whole, 5)
+  .option('--threads <N>', 'of each side', whole, cpus().length)
+  .option('--python <PATH>', 'a Python that has torch', 'python3')
+  .option('--out <DIR>', 'folder of the record', join(packageRoot, 'bench', 'results'))
+  .option('--name <NAME>', 'file name of the record', 'cpu-peers')
+  .action(compare);
+
+if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) await program.parseAsync();
