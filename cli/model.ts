@@ -38,7 +38,7 @@ export async function locateModel(path: string, { terminal, quiet, configs }: Lo
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
   const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
   const folder = await resolveHub(path, {
-    files: wanted,
+    files: (all) => all.filter(wanted),
     onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
   });
   bar.end();

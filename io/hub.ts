@@ -1,4 +1,4 @@
-// Models from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either
+// Models and datasets from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either
 // finds what the other downloaded: models--owner--name/{blobs/<hash>, refs/<revision>,
 // snapshots/<commit>/<file> → ../../blobs/<hash>}. The standard variables count: HF_HOME, HF_HUB_CACHE,
 // HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names.
@@ -27,12 +27,17 @@ export interface HubProgress {
 }
 
 export interface HubOptions {
+  /** What kind of repository it is; 'model' if absent. */
+  repo_type?: 'model' | 'dataset';
   /** A branch, tag or commit; 'main' if absent. */
   revision?: string;
-  /** The files wanted, by their paths in the repository; a list's files must all exist there. */
-  files: readonly string[] | ((name: string) => boolean);
+  /** The files wanted, by their paths in the repository, all of which must exist there; or chosen from those that do. */
+  files: readonly string[] | ((all: readonly string[]) => readonly string[]);
   onProgress?: (progress: HubProgress) => void;
 }
+
+/** The repository is there, and has nothing that would be chosen. */
+export class NothingWantedError extends UserError {}
 
 /** Whether `text` reads as owner/name on the hub and is no path that exists here. */
 export function looksLikeHubId(text: string): boolean {
@@ -40,12 +45,12 @@ export function looksLikeHubId(text: string): boolean {
 }
 
 /**
- * Downloads what is missing of a model and returns its snapshot folder. Without a network, or with
- * HF_HUB_OFFLINE, the cached snapshot serves. @throws UserError when the model, revision or files cannot be
+ * Downloads what is missing of a model or dataset and returns its snapshot folder. Without a network, or with
+ * HF_HUB_OFFLINE, the cached snapshot serves. @throws UserError when the repository, revision or files cannot be
  * had, saying what to do
  */
 export async function resolveHub(repoId: string, options: HubOptions): Promise<string> {
-  const repo = new HubRepo(repoId, options.revision ?? 'main');
+  const repo = new HubRepo(repoId, options.repo_type ?? 'model', options.revision ?? 'main');
   const cached = repo.cachedSnapshot(options.files);
   // A commit never changes: with every listed file here there is nothing to ask.
   const pinned = isCommit(repo.revision) && Array.isArray(options.files);
@@ -73,21 +78,23 @@ interface Listing {
 
 class HubRepo {
   readonly id: string;
+  readonly type: 'model' | 'dataset';
   readonly revision: string;
   readonly folder: string;
 
-  constructor(id: string, revision: string) {
+  constructor(id: string, type: 'model' | 'dataset', revision: string) {
     if (!/^[\w.-]+\/[\w.-]+$/.test(id) || /--|\.\./.test(id)) {
-      throw new UserError(`"${id}" is no model on the hub: give it as owner/name`);
+      throw new UserError(`"${id}" is no ${type} on the hub: give it as owner/name`);
     }
     if (!isSafePath(revision))
       throw new UserError(`"${revision}" is no revision: give a branch, a tag or a commit`);
     this.id = id;
+    this.type = type;
     this.revision = revision;
-    this.folder = join(cacheFolder(), `models--${id.replace('/', '--')}`);
+    this.folder = join(cacheFolder(), `${type}s--${id.replace('/', '--')}`);
   }
 
-  /** The snapshot in the cache, if it has every listed file (of a predicate: any). */
+  /** The snapshot in the cache, if it has every listed file, or any of those that would be chosen. */
   cachedSnapshot(files: HubOptions['files']): string | undefined {
     const commit = isCommit(this.revision)
       ? this.revision
@@ -99,12 +106,13 @@ class HubRepo {
       return files.every((name) => existsSync(join(snapshot, name))) ? snapshot : undefined;
     }
     const names = readdirSync(snapshot, { recursive: true, encoding: 'utf8' });
-    return names.some((name) => files(name.replaceAll('\\', '/'))) ? snapshot : undefined;
+    const all = names.map((name) => name.replaceAll('\\', '/'));
+    return files(all).length > 0 ? snapshot : undefined;
   }
 
   async download({ files, onProgress }: HubOptions): Promise<string> {
     const { sha, siblings } = await this.#list();
-    const wanted = choose(this.id, siblings.map(remoteFile), files);
+    const wanted = choose(this, siblings.map(remoteFile), files);
     const snapshot = join(this.folder, 'snapshots', sha);
     mkdirSync(join(this.folder, 'blobs'), { recursive: true });
     const total = wanted.reduce((sum, { size }) => sum + size, 0);
@@ -134,19 +142,21 @@ class HubRepo {
     if (!existsSync(blob)) {
       const path = file.name.split('/').map(encodeURIComponent).join('/');
       const open = (_: RemoteFile, start: number) =>
-        this.#request(
-          `${endpoint()}/${this.id}/resolve/${sha}/${path}`,
-          start > 0 ? { range: `bytes=${start}-` } : {},
-        );
+        this.#request(`${this.#page}/resolve/${sha}/${path}`, start > 0 ? { range: `bytes=${start}-` } : {});
       await downloadBlob(file, blob, open, report);
     }
     linkAtomically(blob, join(snapshot, file.name));
   }
 
+  /** Where a browser finds it. */
+  get #page(): string {
+    return `${endpoint()}/${this.type === 'dataset' ? 'datasets/' : ''}${this.id}`;
+  }
+
   async #list(): Promise<Listing> {
     const revision = encodeURIComponent(this.revision);
     const response = await this.#request(
-      `${endpoint()}/api/models/${this.id}/revision/${revision}?blobs=true`,
+      `${endpoint()}/api/${this.type}s/${this.id}/revision/${revision}?blobs=true`,
       {},
     );
     const listing = (await response.json().catch(() => undefined)) as Listing | undefined;
@@ -180,7 +190,7 @@ class HubRepo {
       const mend = hadToken
         ? 'with the account of your token'
         : 'and set HF_TOKEN to a token of your account';
-      return new UserError(`${id} is gated: accept its terms at ${endpoint()}/${id} ${mend}`);
+      return new UserError(`${id} is gated: accept its terms at ${this.#page} ${mend}`);
     }
     if (code === 'RevisionNotFound')
       return new UserError(`${id} has no revision "${revision}": check its name`);
@@ -191,7 +201,7 @@ class HubRepo {
         ? 'whether your HF_TOKEN is valid and may read it'
         : 'set HF_TOKEN if it is private';
       return new UserError(
-        `the hub has no model ${id} that you may read (${status}): check the name, and ${mend}`,
+        `the hub has no ${this.type} ${id} that you may read (${status}): check the name, and ${mend}`,
       );
     }
     return new UserError(`${endpoint()} refuses ${id} (status ${status}): try again later`);
@@ -209,18 +219,18 @@ function remoteFile({ rfilename, size, blobId, lfs }: Listing['siblings'][number
   return { name: rfilename, size: lfs?.size ?? size ?? 0, hash };
 }
 
-function choose(id: string, all: RemoteFile[], files: HubOptions['files']): RemoteFile[] {
-  if (typeof files === 'function') {
-    const chosen = all.filter(({ name }) => files(name));
-    if (chosen.length > 0) return chosen;
-    throw new UserError(
-      `${id} on the hub has none of the files needed: check that it is the right kind of model`,
+function choose({ id, type }: HubRepo, all: RemoteFile[], files: HubOptions['files']): RemoteFile[] {
+  const wanted = typeof files === 'function' ? files(all.map(({ name }) => name)) : files;
+  if (wanted.length === 0) {
+    throw new NothingWantedError(
+      `${id} on the hub has none of the files needed: check that it is the right kind of ${type}`,
     );
   }
-  return files.map((name) => {
-    const found = all.find((file) => file.name === name);
+  const byName = new Map(all.map((file) => [file.name, file]));
+  return wanted.map((name) => {
+    const found = byName.get(name);
     if (found) return found;
-    throw new UserError(`${id} on the hub has no file ${name}: check the model's name and revision`);
+    throw new UserError(`${id} on the hub has no file ${name}: check the ${type}'s name and revision`);
   });
 }
 

@@ -114,11 +114,14 @@ test('a download fills the shared cache', async (t) => {
   );
   t.equal(hub.requests[0].headers.authorization, undefined, 'no token, none sent');
 
-  await resolveHub('o/n', { files: (name) => name.endsWith('.json') });
+  await resolveHub('o/n', { files: (all) => all.filter((name) => name.endsWith('.json')) });
   t.equal(hub.requests.length, 4, 'what is there is not fetched again');
   process.env.HF_HUB_OFFLINE = '1';
   t.equal(await resolveHub('o/n', wanted), folder, 'offline');
-  t.equal(await resolveHub('o/n', { files: (name) => name === 'unet/model.safetensors' }), folder);
+  t.equal(
+    await resolveHub('o/n', { files: (all) => all.filter((name) => name === 'unet/model.safetensors') }),
+    folder,
+  );
   t.equal(hub.requests.length, 4);
   process.env.HF_HUB_OFFLINE = '0';
   await hub.close();
@@ -170,7 +173,7 @@ test('tokens and refusals', async (t) => {
   await resolveHub('o/n', { files: ['config.json'] });
   t.equal(hub.requests.at(-1)?.headers.authorization, 'Bearer hf_variable', 'HF_TOKEN goes first');
   await refused(t, resolveHub('o/n', { files: ['absent.json'] }), /has no file absent\.json/);
-  await refused(t, resolveHub('o/n', { files: () => false }), /none of the files needed/);
+  await refused(t, resolveHub('o/n', { files: () => [] }), /none of the files needed/);
   await refused(t, resolveHub('o/nothing', wanted), /no model o\/nothing/);
   await refused(t, resolveHub('o/../n', wanted), /owner\/name/);
   await refused(t, resolveHub('o/n', { ...wanted, revision: '../x' }), /is no revision/);
@@ -185,7 +188,7 @@ test('tokens and refusals', async (t) => {
   await refused(t, resolveHub('o/n', wanted), /does not answer like the Hugging Face hub/);
   const siblings = [{ rfilename: '../../evil', size: 1, blobId: sha1 }];
   hub.intercept = (_, response) => Boolean(response.end(JSON.stringify({ sha, siblings })));
-  await refused(t, resolveHub('o/n', { files: () => true }), /not safe to store/);
+  await refused(t, resolveHub('o/n', { files: (all) => all }), /not safe to store/);
   process.env.HF_HUB_OFFLINE = 'true';
   await refused(t, resolveHub('o/absent', wanted), /HF_HUB_OFFLINE is set/);
 });

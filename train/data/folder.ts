@@ -113,7 +113,7 @@ function list(path: string): { files: string[]; folders: string[] } {
 }
 
 /** All files of a folder and its folders, by their paths from there. */
-function filesBelow(path: string, prefix = ''): string[] {
+export function filesBelow(path: string, prefix = ''): string[] {
   const { files, folders } = list(path);
   return [
     ...files.map((name) => prefix + name),

@@ -3,8 +3,12 @@
 // it: whether that is fatal is the run's decision (survey.ts).
 import { createHash } from 'node:crypto';
 import { existsSync, statSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { openFolder } from './folder.ts';
+import { type HubProgress, looksLikeHubId, NothingWantedError, resolveHub } from '../../io/hub.ts';
+import { filesBelow, openFolder } from './folder.ts';
+import { openParquetDataset } from './parquet.ts';
+import { chooseFiles } from './split.ts';
 
 export interface Example {
   /** The picture's path within the dataset, or its row; names it in messages. */
@@ -41,20 +45,60 @@ export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
 };
 
 /** Lists the examples of a dataset. @throws UserError when it is missing, has no example, or its metadata is damaged */
-export async function openDataset(given: Partial<DatasetOptions> & { path: string }): Promise<Dataset> {
+export async function openDataset(
+  given: Partial<DatasetOptions> & { path: string },
+  onProgress?: (progress: HubProgress) => void,
+): Promise<Dataset> {
   const options = { ...datasetDefaults, ...given };
   const { path } = options;
-  if (!existsSync(path)) {
+  const place = looksLikeHubId(path) ? await download(options, onProgress) : path;
+  if (!existsSync(place)) {
     throw new UserError(
       `no dataset at ${path}: give a folder of pictures, a .parquet file or a dataset id of the hub`,
     );
   }
-  if (!statSync(path).isDirectory())
-    throw new UserError(`the dataset ${path} is a file: give the folder that holds its pictures`);
-  const dataset = openFolder(path, options.caption_column);
+  const dataset = await openPlace(place, options);
   if (dataset.examples.length === 0) throw emptyDataset(path, dataset.problems);
   dataset.examples.sort((a, b) => (a.id < b.id ? -1 : 1));
   return dataset;
+}
+
+async function openPlace(place: string, options: DatasetOptions): Promise<Dataset> {
+  if (!statSync(place).isDirectory()) {
+    if (place.endsWith('.parquet')) return openParquetDataset(dirname(place), [basename(place)], options);
+    throw new UserError(
+      `the dataset ${place} is a file: give the folder that holds its pictures, or a .parquet`,
+    );
+  }
+  const { kind, names } = chooseFiles(filesBelow(place), options.split);
+  if (kind === 'pictures') return openFolder(place, options.caption_column);
+  if (names.length > 0) return openParquetDataset(place, names, options);
+  throw new UserError(
+    `${options.path} has no parquet file of the split "${options.split}": check dataset.split`,
+  );
+}
+
+async function download(
+  { path, revision, split }: DatasetOptions,
+  onProgress?: (progress: HubProgress) => void,
+): Promise<string> {
+  const files = (all: readonly string[]) => chooseFiles(all, split).names;
+  const get = (at: string) => resolveHub(path, { repo_type: 'dataset', revision: at, files, onProgress });
+  try {
+    const folder = await get(revision).catch((error: unknown) => {
+      if (!(error instanceof NothingWantedError) || revision !== datasetDefaults.revision) throw error;
+      // The hub itself keeps datasets of other formats as parquet files, on a branch of their own.
+      return get('refs/convert/parquet').catch(() => {
+        throw error;
+      });
+    });
+    // With pictures in a folder for each split, only that of this split has been asked for.
+    const ofSplit = join(folder, split);
+    return existsSync(ofSplit) ? ofSplit : folder;
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    throw new UserError(`no folder ${path} is here, and ${error.message}`);
+  }
 }
 
 function emptyDataset(path: string, problems: readonly string[]): UserError {

@@ -1,0 +1,105 @@
+// Tables in parquet, read a column or a row at a time through hyparquet: byte arrays stay bytes unless the file says that
+// they are text. Where a file has a page index, a row costs its page; where it has none, a row group is decoded whole and
+// the last two are kept, so that neighbours are free and memory stays small.
+import zlib from 'node:zlib';
+import type { FileMetaData } from 'hyparquet';
+import { UserError } from './errors.ts';
+import { asUserError } from './files.ts';
+
+export interface ParquetTable {
+  path: string;
+  /** The top-level columns. */
+  columns: readonly string[];
+  rows: number;
+  /** A whole column. @throws UserError when the file is damaged */
+  readColumn(column: string): Promise<unknown[]>;
+  /** One value. @throws UserError when the file is damaged */
+  readValue(column: string, row: number): Promise<unknown>;
+}
+
+const keptGroups = 2;
+
+/** Opens a parquet file and reads its footer. @throws UserError when it is missing or not parquet */
+export async function openParquet(path: string): Promise<ParquetTable> {
+  // Imported late: most commands never read a table.
+  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } = await import(
+    'hyparquet'
+  );
+  const told = async <T>(work: () => Promise<T>): Promise<T> => {
+    try {
+      return await work();
+    } catch (error) {
+      throw parquetError(error, path);
+    }
+  };
+  const { file, metadata } = await told(async () => {
+    const opened = await asyncBufferFromFile(path);
+    return { file: opened, metadata: await parquetMetadataAsync(opened) };
+  });
+  const read = async (column: string, rowStart: number, rowEnd: number): Promise<unknown[]> => {
+    const options = { file, metadata, rowStart, rowEnd, columns: [column], compressors, utf8: false };
+    const rows = await told(() => parquetReadObjects({ ...options, useOffsetIndex: true }));
+    return rows.map((row) => row[column]);
+  };
+  const groups = groupsOf(metadata);
+  const kept = new Map<string, Promise<unknown[]>>();
+  const readGroup = (column: string, start: number, end: number): Promise<unknown[]> => {
+    const key = `${column} ${start}`;
+    const found = kept.get(key) ?? read(column, start, end);
+    kept.delete(key);
+    kept.set(key, found); // the youngest is last
+    for (const old of [...kept.keys()].slice(0, -keptGroups)) kept.delete(old);
+    return found;
+  };
+  const rows = Number(metadata.num_rows);
+  return {
+    path,
+    columns: parquetSchema(metadata).children.map(({ element }) => element.name),
+    rows,
+    readColumn: (column) => read(column, 0, rows),
+    async readValue(column, row) {
+      const group = groups.find(({ end }) => row < end);
+      if (!group) throw new Error(`${path} has no row ${row}`);
+      if (group.indexed.has(column)) return (await read(column, row, row + 1))[0];
+      return (await readGroup(column, group.start, group.end))[row - group.start];
+    },
+  };
+}
+
+interface Group {
+  start: number;
+  end: number;
+  /** The columns of which single pages can be found. */
+  indexed: ReadonlySet<string>;
+}
+
+function groupsOf({ row_groups }: FileMetaData): Group[] {
+  let end = 0;
+  return row_groups.map(({ num_rows, columns }) => {
+    const start = end;
+    end += Number(num_rows);
+    const unindexed = columns.filter((chunk) => !chunk.offset_index_offset);
+    const without = new Set(unindexed.map((chunk) => chunk.meta_data?.path_in_schema[0] ?? ''));
+    const all = columns.map((chunk) => chunk.meta_data?.path_in_schema[0] ?? '');
+    return { start, end, indexed: new Set(all.filter((name) => !without.has(name))) };
+  });
+}
+
+// Zstandard came to Node with 22.15; snappy is hyparquet's own.
+const { zstdDecompressSync } = zlib as { zstdDecompressSync?: (bytes: Uint8Array) => Uint8Array };
+
+const compressors = {
+  GZIP: (bytes: Uint8Array) => zlib.gunzipSync(bytes),
+  BROTLI: (bytes: Uint8Array) => zlib.brotliDecompressSync(bytes),
+  ...(zstdDecompressSync && { ZSTD: zstdDecompressSync }),
+};
+
+function parquetError(error: unknown, path: string): unknown {
+  const told = asUserError(error, path);
+  if (told instanceof UserError) return told;
+  const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
+  const mend = /ZSTD/.test(reason)
+    ? 'use Node 22.15 or newer, or write it with another compression'
+    : 'download it again';
+  return new UserError(`${path} cannot be read as parquet (${reason}): ${mend}`);
+}
