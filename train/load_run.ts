@@ -1,0 +1,46 @@
+// Loading a run file: TypeScript (or JavaScript) that needs no build step, run through jiti because Node before 22 does not
+// strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
+import { existsSync, statSync } from 'node:fs';
+import { basename, resolve } from 'node:path';
+import { createJiti } from 'jiti';
+import { UserError } from '../io/errors.ts';
+import { presets } from '../models/presets.ts';
+import { defineRun, type Run, resolveRun } from './run.ts';
+
+/** What a run file sees as the package. */
+const sdxl = { defineRun, presets, UserError };
+
+/** The runs of a file, in order, with defaults and `--set` assignments applied. @throws UserError */
+export async function loadRuns(path: string, assignments: readonly string[] = []): Promise<Run[]> {
+  if (!existsSync(path)) throw new UserError(`no run file ${path}; give a .ts file such as configs/emoji.ts`);
+  if (statSync(path).isDirectory())
+    throw new UserError(`${path} is a folder; give a run file such as configs/emoji.ts`);
+  const given = await evaluate(path);
+  const stages = Array.isArray(given) ? given : [given];
+  if (stages.length === 0 || stages[0] === undefined)
+    throw new UserError(`${path} exports no run; write export default defineRun({ ... })`);
+  const stem = basename(path).replace(/\.[^.]*$/, '');
+  const runs = stages.map((stage, i) =>
+    resolveRun(stage, path, stages.length === 1 ? stem : `${stem}-${i + 1}`, assignments),
+  );
+  const twice = runs.find((run, i) => runs.some((other, j) => j < i && other.output === run.output));
+  if (twice) throw new UserError(`${path}: two runs write to ${twice.output}; give each its own name`);
+  return runs;
+}
+
+async function evaluate(path: string): Promise<unknown> {
+  const jiti = createJiti(import.meta.url, {
+    virtualModules: { sdxl },
+    fsCache: false,
+    moduleCache: false,
+    tryNative: false,
+  });
+  try {
+    const loaded = (await jiti.import(resolve(path))) as { default?: unknown };
+    return loaded.default;
+  } catch (error) {
+    if (error instanceof UserError) throw error;
+    const reason = (error instanceof Error ? error.message : String(error)).replace(/\s+/g, ' ').trim();
+    throw new UserError(`${path} cannot be loaded: ${reason}`);
+  }
+}

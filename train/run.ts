@@ -1,0 +1,278 @@
+// A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface
+// is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
+// or this file does not compile. Names are those of diffusers' training scripts where these have one.
+import type { ModelPreset } from '../models/presets.ts';
+import {
+  choice,
+  either,
+  type Fields,
+  fill,
+  flag,
+  list,
+  number,
+  object,
+  override,
+  text,
+  whole,
+} from './fields.ts';
+
+export interface Run {
+  /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
+  name: string;
+  /** Receives checkpoints, previews, the log and the final model. */
+  output: string;
+  seed: number;
+  /** A diffusers folder, an original .safetensors file, a hub id; or a preset, which starts from random weights. */
+  model: string | ModelPreset;
+  /** Another VAE than the model's: a folder or a hub id. Empty for the model's own. */
+  vae: string;
+  /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
+  dtype: 'float32' | 'bfloat16';
+  train: {
+    /** What is trained: the UNet's own weights, LoRA adapters on it, or the VAE. */
+    target: 'unet' | 'lora' | 'vae';
+    /** Of the UNet's weights, those whose key contains one of these; empty for all. */
+    parts: readonly string[];
+    /** Train both text encoders along with the UNet. */
+    text_encoders: boolean;
+    /** Recompute activations in the backward pass: less memory, a third more work. */
+    gradient_checkpointing: boolean;
+  };
+  lora: {
+    rank: number;
+    alpha: number;
+    /** Names of linear layers, as peft's target_modules. */
+    targets: readonly string[];
+  };
+  dataset: {
+    /** A folder, a .parquet file, or owner/name on the hub. */
+    path: string;
+    revision: string;
+    split: string;
+    image_column: string;
+    caption_column: string;
+    /** Pixels of the square that the buckets' areas match. */
+    resolution: number;
+    /** Group pictures of like aspect ratio; otherwise all are cropped to the square. */
+    buckets: boolean;
+    crop: 'center' | 'random';
+    /** Crops of one picture that are prepared, where they are random. */
+    crops: number;
+    random_flip: boolean;
+    /** Share of captions replaced by the unconditional embedding. */
+    caption_dropout: number;
+    /** Shuffle the parts of captions between commas. */
+    shuffle_tags: boolean;
+    /** What happens at a picture that cannot be read or a caption without one. */
+    broken: 'skip' | 'fail';
+    /** Where prepared latents and embeddings are kept; empty for a folder in `output`. */
+    cache: string;
+  };
+  /** Pictures in one pass. */
+  batch_size: number;
+  /** Passes summed into one update. */
+  gradient_accumulation_steps: number;
+  epochs: number;
+  /** Updates; 0 to count by epochs. */
+  steps: number;
+  objective: {
+    prediction_type: 'epsilon' | 'v_prediction';
+    loss: 'mse' | 'huber';
+    huber_delta: number;
+    /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
+    snr_gamma: number;
+    debiased: boolean;
+    zero_terminal_snr: boolean;
+    noise_offset: number;
+    pyramid_noise: number;
+    input_perturbation: number;
+    timesteps: 'uniform' | 'earlier' | 'later' | 'range' | 'cubic';
+    timestep_bias: number;
+    timestep_range: readonly number[];
+  };
+  vae_objective: {
+    l1: number;
+    mse: number;
+    kl: number;
+  };
+  optimizer: {
+    name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion';
+    lr: number;
+    betas: readonly number[];
+    eps: number;
+    weight_decay: number;
+    /** Adafactor's bound on the root mean square of an update. */
+    clip_threshold: number;
+    /** Adafactor's exponent of the second moment's decay. */
+    decay_rate: number;
+    /** Round bfloat16 weights up or down at random instead of keeping float32 masters. */
+    stochastic_rounding: boolean;
+    /** Global norm that gradients are clipped to; 0 for none. */
+    max_grad_norm: number;
+  };
+  lr_scheduler: {
+    name:
+      | 'constant'
+      | 'constant_with_warmup'
+      | 'linear'
+      | 'cosine'
+      | 'cosine_with_restarts'
+      | 'polynomial'
+      | 'piecewise_constant';
+    warmup_steps: number;
+    num_cycles: number;
+    power: number;
+    /** piecewise_constant: "1:10,0.1:20,0.01" as in diffusers. */
+    step_rules: string;
+  };
+  ema: {
+    /** Decay of the moving average of the weights; 0 for none. */
+    decay: number;
+  };
+  checkpoints: {
+    /** Updates between checkpoints; 0 for one at the end of each epoch. */
+    every_steps: number;
+    /** How many are kept. */
+    keep: number;
+  };
+  previews: {
+    prompts: readonly string[];
+    negative_prompt: string;
+    seed: number;
+    /** Updates between previews; 0 for every epoch. */
+    every_steps: number;
+    num_inference_steps: number;
+    guidance_scale: number;
+    /** A scheduler's name; empty for the model's. */
+    scheduler: string;
+  };
+  /** Updates between lines of the log. */
+  log_every: number;
+  /** Updates in a row that may fail on a loss that is not finite. */
+  max_nonfinite: number;
+}
+
+/** What a file may leave out: everything. */
+export type RunInput = {
+  [K in keyof Run]?: Run[K] extends readonly unknown[] | string | number ? Run[K] : Partial<Run[K]>;
+};
+
+const preset = object<ModelPreset>('a preset { unet, vae, text_encoder, text_encoder_2, scheduler, ... }');
+
+/** Defaults are the seed recipe's (diffengine's stable_diffusion_xl_pokemon_blip) where it says something. */
+export const fields: Fields<Run> = {
+  name: text(''),
+  output: text(''),
+  seed: whole(0),
+  model: either(text(''), preset) as never,
+  vae: text(''),
+  dtype: choice('float32', 'float32', 'bfloat16'),
+  train: {
+    target: choice('unet', 'unet', 'lora', 'vae'),
+    parts: list([], text('')),
+    text_encoders: flag(false),
+    gradient_checkpointing: flag(false),
+  },
+  lora: {
+    rank: whole(8, { min: 1 }),
+    alpha: number(8, { min: 0 }),
+    targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
+  },
+  dataset: {
+    path: text(''),
+    revision: text('main'),
+    split: text('train'),
+    image_column: text('image'),
+    caption_column: text('text'),
+    resolution: whole(1024, { min: 8 }),
+    buckets: flag(false),
+    crop: choice('random', 'center', 'random'),
+    crops: whole(1, { min: 1 }),
+    random_flip: flag(true),
+    caption_dropout: number(0, { min: 0, max: 1 }),
+    shuffle_tags: flag(false),
+    broken: choice('skip', 'skip', 'fail'),
+    cache: text(''),
+  },
+  batch_size: whole(1, { min: 1 }),
+  gradient_accumulation_steps: whole(1, { min: 1 }),
+  epochs: whole(50, { min: 1 }),
+  steps: whole(0),
+  objective: {
+    prediction_type: choice('epsilon', 'epsilon', 'v_prediction'),
+    loss: choice('mse', 'mse', 'huber'),
+    huber_delta: number(1, { min: 0 }),
+    snr_gamma: number(0, { min: 0 }),
+    debiased: flag(false),
+    zero_terminal_snr: flag(false),
+    noise_offset: number(0, { min: 0 }),
+    pyramid_noise: number(0, { min: 0 }),
+    input_perturbation: number(0, { min: 0 }),
+    timesteps: choice('uniform', 'uniform', 'earlier', 'later', 'range', 'cubic'),
+    timestep_bias: number(0.25, { min: 0, max: 1 }),
+    timestep_range: list([0.25, 0.75], number(0, { min: 0, max: 1 }), 2),
+  },
+  vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-6, { min: 0 }) },
+  optimizer: {
+    name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion'),
+    lr: number(1e-5, { min: 0 }),
+    betas: list([0.9, 0.999], number(0, { min: 0, max: 1 }), 2),
+    eps: number(1e-8, { min: 0 }),
+    weight_decay: number(1e-2, { min: 0 }),
+    clip_threshold: number(1, { min: 0 }),
+    decay_rate: number(-0.8, { max: 0 }),
+    stochastic_rounding: flag(false),
+    max_grad_norm: number(1, { min: 0 }),
+  },
+  lr_scheduler: {
+    name: choice(
+      'constant',
+      'constant',
+      'constant_with_warmup',
+      'linear',
+      'cosine',
+      'cosine_with_restarts',
+      'polynomial',
+      'piecewise_constant',
+    ),
+    warmup_steps: whole(0),
+    num_cycles: number(1, { min: 0 }),
+    power: number(1, { min: 0 }),
+    step_rules: text(''),
+  },
+  ema: { decay: number(0, { min: 0, max: 1 }) },
+  checkpoints: { every_steps: whole(0), keep: whole(3, { min: 1 }) },
+  previews: {
+    prompts: list([], text('')),
+    negative_prompt: text(''),
+    seed: whole(0),
+    every_steps: whole(0),
+    num_inference_steps: whole(50, { min: 1 }),
+    guidance_scale: number(5, { min: 0 }),
+    scheduler: text(''),
+  },
+  log_every: whole(1, { min: 1 }),
+  max_nonfinite: whole(5, { min: 1 }),
+};
+
+/**
+ * Describes a run, or several that are trained one after another. Gives back what it is given: its use is that an editor
+ * knows the keys.
+ */
+export function defineRun(...stages: RunInput[]): RunInput[] {
+  return stages;
+}
+
+/** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
+export function resolveRun(
+  given: unknown,
+  where: string,
+  name: string,
+  assignments: readonly string[] = [],
+): Run {
+  const run = fill(fields, given, where);
+  for (const assignment of assignments) override(fields, run, assignment);
+  run.name ||= name;
+  run.output ||= `runs/${run.name}`;
+  return run;
+}
