@@ -2,7 +2,7 @@
 // every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
 // block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
 import { scope } from './scope.ts';
-import { ShapeError, sizeOf, type Tensor } from './tensor.ts';
+import { LocatedError, ShapeError, sizeOf, type Tensor } from './tensor.ts';
 
 /** A weight: its shape as the checkpoint spells it, and its tensor once loaded. */
 export class Parameter {
@@ -100,9 +100,9 @@ export function module<C extends Children, A extends readonly unknown[], R>(
   return Object.assign(call, { children });
 }
 
-/** Adds `in <path>` to a shape error, once, at the innermost module that has a path. */
+/** Adds `in <path>` to an error that wants it, once, at the innermost module that has a path. */
 function located(error: unknown, path: string | undefined): unknown {
-  if (error instanceof ShapeError && path && !error.message.includes('\n    in '))
+  if (error instanceof LocatedError && path && !error.message.includes('\n    in '))
     error.message += `\n    in ${path}`;
   return error;
 }

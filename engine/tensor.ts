@@ -8,8 +8,11 @@ import type { Node } from './grad.ts';
 import type { Block } from './memory.ts';
 import { track } from './scope.ts';
 
+/** An error that a module adds its path to on the way out. */
+export class LocatedError extends UserError {}
+
 /** A shape or type that an op cannot take; the message names the op, both shapes and the numbers that disagree. */
-export class ShapeError extends UserError {
+export class ShapeError extends LocatedError {
   override readonly name = 'ShapeError';
 }
 

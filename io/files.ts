@@ -6,7 +6,9 @@ import {
   accessSync,
   closeSync,
   constants,
+  existsSync,
   fsyncSync,
+  mkdirSync,
   openSync,
   readFileSync,
   renameSync,
@@ -65,6 +67,32 @@ function holdInterrupt(): void {
   const leave = () => process.exit(130);
   process.on('SIGINT', leave);
   setImmediate(() => setImmediate(() => process.off('SIGINT', leave)));
+}
+
+/**
+ * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it. If anything throws,
+ * the temporary folder is removed and `path` is as it was. The files in it are flushed by whoever writes them.
+ * @throws UserError when the disk is full, or the parent is missing or closed to us
+ */
+export function replaceFolderAtomically(path: string, write: (temporaryPath: string) => void): void {
+  const parent = dirname(resolve(path));
+  const temporary = join(parent, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
+  const old = `${temporary}.old`;
+  try {
+    mkdirSync(temporary, { recursive: true });
+    write(temporary);
+    syncFolder(temporary);
+    // A folder cannot be renamed onto another one that has files.
+    const replaces = existsSync(path);
+    if (replaces) renameSync(path, old);
+    renameSync(temporary, path);
+    syncFolder(parent);
+    if (replaces) rmSync(old, { recursive: true, force: true });
+  } catch (error) {
+    if (existsSync(old) && !existsSync(path)) renameSync(old, path);
+    rmSync(temporary, { recursive: true, force: true });
+    throw asUserError(error, path, temporary);
+  }
 }
 
 /** Writes `bytes` to `path`, all or nothing. @throws UserError as `replaceAtomically` */

@@ -218,6 +218,11 @@ function fillParameter(
   device: Device,
   dtype: FloatDType,
 ): void {
+  // A stand-in device holds no numbers: none need to be read.
+  if (device.name === 'stand-in') {
+    target.tensor = unscoped(() => empty(target.memoryShape, { device, dtype }));
+    return;
+  }
   const stored = source.info(name)?.dtype;
   const raw = source.bytes(name);
   const same = stored === dtype && dtype !== 'float32' && isFloat(dtype);
@@ -252,4 +257,14 @@ export function channelsLast(bytes: Uint8Array, [o, i, kh, kw]: readonly number[
     for (let c = 0; c < i; c++)
       for (let tap = 0; tap < taps; tap++) to[(out * taps + tap) * i + c] = from[(out * i + c) * taps + tap];
   return new Uint8Array(to.buffer as ArrayBuffer);
+}
+
+/** [o, kh, kw, i] → [o, i, kh, kw], on raw elements of `size` bytes: what a checkpoint of [o, i, kh, kw] stores. */
+export function channelsFirst(
+  bytes: Uint8Array,
+  [o, i, kh, kw]: readonly number[],
+  size: number,
+): Uint8Array {
+  // The same turn with the roles of taps and channels exchanged.
+  return channelsLast(bytes, [o, kh * kw, i, 1], size);
 }

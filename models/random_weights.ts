@@ -5,7 +5,7 @@
 import type { Device } from '../engine/device.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { unscoped } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
+import { empty, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { channelsLast, type Json, type ModelSource } from './checkpoint.ts';
@@ -87,6 +87,11 @@ function clipInit({ hidden_size: c, num_hidden_layers: depth }: TextConfig): Ini
 function randomise(module: AnyModule, init: InitRule, seed: number, device: Device, dtype: FloatDType): void {
   const parameters = namedParameters(module);
   const generator = new TorchGenerator(seed);
+  if (device.name === 'stand-in') {
+    for (const parameter of parameters.values())
+      parameter.tensor = unscoped(() => empty(parameter.memoryShape, { device, dtype }));
+    return;
+  }
   for (const [name, parameter] of parameters) {
     const weight = parameters.get(name.replace(/\.bias$/, '.weight')) as Parameter;
     const rule = init(name, parameter, weight);

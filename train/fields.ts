@@ -62,17 +62,9 @@ export const list = <T>(fallback: readonly T[], entry: Field<T>, length?: number
       Array.isArray(value) && (length === undefined || value.length === length) && value.every(entry.accepts),
   );
 
-/** A field that may also stay away. */
-export const optional = <T>(entry: Field<T>): Field<T | undefined> =>
-  field<T | undefined>(undefined, entry.wants, (value) => value === undefined || entry.accepts(value));
-
-/** One of two kinds. */
-export const either = <A, B>(a: Field<A>, b: Field<B>): Field<A | B> =>
-  field<A | B>(a.fallback, `${a.wants}, or ${b.wants}`, (value) => a.accepts(value) || b.accepts(value));
-
-/** An object that is taken as it stands; whoever uses it checks it. */
-export const object = <T extends object>(wants: string): Field<T | undefined> =>
-  field<T | undefined>(undefined, wants, isRecord);
+/** A text, or an object that is taken as it stands; whoever uses it checks it. */
+export const textOrObject = <T extends object>(wants: string): Field<string | T> =>
+  field<string | T>('', wants, (value) => typeof value === 'string' || isRecord(value));
 
 export function isRecord(value: unknown): value is Record<string, unknown> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);

@@ -4,15 +4,14 @@
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
-  either,
   type Fields,
   fill,
   flag,
   list,
   number,
-  object,
   override,
   text,
+  textOrObject,
   whole,
 } from './fields.ts';
 
@@ -51,20 +50,26 @@ export interface Run {
     split: string;
     image_column: string;
     caption_column: string;
-    /** Pixels of the square that the buckets' areas match. */
+    /** Pixels of the square whose area all pictures take. */
     resolution: number;
-    /** Group pictures of like aspect ratio; otherwise all are cropped to the square. */
-    buckets: boolean;
-    crop: 'center' | 'random';
-    /** Crops of one picture that are prepared, where they are random. */
+    /** Group pictures by aspect ratio into SDXL's sizes; otherwise all are cropped to the square. */
+    aspect_ratio_buckets: boolean;
+    /** Crop at the centre rather than at random. */
+    center_crop: boolean;
+    /** Versions of one picture that are prepared, where crop or flip are drawn. */
     crops: number;
     random_flip: boolean;
-    /** Share of captions replaced by the unconditional embedding. */
-    caption_dropout: number;
-    /** Shuffle the parts of captions between commas. */
-    shuffle_tags: boolean;
-    /** What happens at a picture that cannot be read or a caption without one. */
-    broken: 'skip' | 'fail';
+    interpolation: 'lanczos' | 'bilinear';
+    /** Share of captions replaced by the model's unconditional. */
+    caption_dropout_rate: number;
+    caption_tag_dropout_rate: number;
+    shuffle_caption: boolean;
+    keep_tokens: number;
+    caption_separator: string;
+    /** What becomes of pictures that cannot be read, and of captions without a picture and the reverse. */
+    broken: 'skip' | 'fatal';
+    /** Told to a model that wants an aesthetic score: the refiner. */
+    aesthetic_score: number;
     /** Where prepared latents and embeddings are kept; empty for a folder in `output`. */
     cache: string;
   };
@@ -157,14 +162,14 @@ export type RunInput = {
   [K in keyof Run]?: Run[K] extends readonly unknown[] | string | number ? Run[K] : Partial<Run[K]>;
 };
 
-const preset = object<ModelPreset>('a preset { unet, vae, text_encoder, text_encoder_2, scheduler, ... }');
-
 /** Defaults are the seed recipe's (diffengine's stable_diffusion_xl_pokemon_blip) where it says something. */
 export const fields: Fields<Run> = {
   name: text(''),
   output: text(''),
   seed: whole(0),
-  model: either(text(''), preset) as never,
+  model: textOrObject<ModelPreset>(
+    'a folder, a .safetensors file, a hub id, or a preset { unet, vae, text_encoder, ... }',
+  ),
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
@@ -185,13 +190,18 @@ export const fields: Fields<Run> = {
     image_column: text('image'),
     caption_column: text('text'),
     resolution: whole(1024, { min: 8 }),
-    buckets: flag(false),
-    crop: choice('random', 'center', 'random'),
+    aspect_ratio_buckets: flag(false),
+    center_crop: flag(false),
     crops: whole(1, { min: 1 }),
-    random_flip: flag(true),
-    caption_dropout: number(0, { min: 0, max: 1 }),
-    shuffle_tags: flag(false),
-    broken: choice('skip', 'skip', 'fail'),
+    random_flip: flag(false),
+    interpolation: choice('lanczos', 'lanczos', 'bilinear'),
+    caption_dropout_rate: number(0, { min: 0, max: 1 }),
+    caption_tag_dropout_rate: number(0, { min: 0, max: 1 }),
+    shuffle_caption: flag(false),
+    keep_tokens: whole(0),
+    caption_separator: text(','),
+    broken: choice('fatal', 'fatal', 'skip'),
+    aesthetic_score: number(6),
     cache: text(''),
   },
   batch_size: whole(1, { min: 1 }),

@@ -1,0 +1,154 @@
+// A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or LoRA files),
+// their moving averages under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says where the
+// run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
+import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
+import { asUserError, readJson, replaceFolderAtomically } from '../io/files.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import type { Json } from '../models/checkpoint.ts';
+import { saveComponent, writeJson } from '../models/save.ts';
+import type { Run } from './run.ts';
+
+/** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
+export interface Position {
+  /** Updates made. */
+  step: number;
+  epoch: number;
+  /** Updates of this epoch that are done. */
+  update: number;
+}
+
+export interface State extends Position {
+  run: Run;
+  /** Names the samples: a resumed run must see the same ones. */
+  dataset: string;
+}
+
+/** One trained component: its config and its weights, averaged ones too where there is an EMA. */
+export interface SavedComponent {
+  name: string;
+  config: Json;
+  weights: readonly TensorEntry[];
+  ema?: readonly TensorEntry[];
+}
+
+const folderPattern = /^step-(\d{8})$/;
+
+export const checkpointsOf = (output: string): string => join(output, 'checkpoints');
+
+/** The complete checkpoints of a run, oldest first. A folder that was being written has another name. */
+export function listCheckpoints(output: string): string[] {
+  const folder = checkpointsOf(output);
+  if (!existsSync(folder)) return [];
+  return readdirSync(folder)
+    .filter((name) => folderPattern.test(name) && existsSync(join(folder, name, 'state.json')))
+    .sort()
+    .map((name) => join(folder, name));
+}
+
+/** Saves a checkpoint and returns its folder; then keeps the newest `keep`. @throws UserError; the old ones stay */
+export function saveCheckpoint(
+  output: string,
+  state: State,
+  components: readonly SavedComponent[],
+  optimizer: ReadonlyMap<string, Tensor>,
+  keep: number,
+): string {
+  const folder = checkpointsOf(output);
+  const path = join(folder, `step-${String(state.step).padStart(8, '0')}`);
+  try {
+    mkdirSync(folder, { recursive: true });
+  } catch (error) {
+    throw asUserError(error, folder);
+  }
+  removeUnfinished(folder);
+  replaceFolderAtomically(path, (temporary) => {
+    for (const { name, config, weights, ema } of components) {
+      saveComponent(join(temporary, name), name, config, weights);
+      if (ema) saveComponent(join(temporary, 'ema', name), name, config, ema);
+    }
+    const tensors = [...optimizer].map(
+      ([name, tensor]): TensorEntry => ({
+        name,
+        dtype: tensor.dtype,
+        shape: tensor.shape,
+        bytes: () => tensor.bytes(),
+      }),
+    );
+    writeSafetensors(join(temporary, 'optimizer.safetensors'), tensors);
+    writeJson(join(temporary, 'state.json'), state);
+  });
+  for (const old of listCheckpoints(output).slice(0, -keep)) rmSync(old, { recursive: true, force: true });
+  return path;
+}
+
+/** What killed runs left half-written. */
+function removeUnfinished(folder: string): void {
+  for (const name of readdirSync(folder)) {
+    if (/^\.sdxl-\d+-[0-9a-f]+\.tmp(\.old)?$/.test(name))
+      rmSync(join(folder, name), { recursive: true, force: true });
+  }
+}
+
+/** state.json of a checkpoint. @throws UserError when `path` is no checkpoint */
+export function readState(path: string): State {
+  const file = join(path, 'state.json');
+  if (!existsSync(file)) {
+    throw new UserError(
+      `${path} is not a checkpoint of a training run (it has no state.json); give a folder such as runs/NAME/checkpoints/step-00000200`,
+    );
+  }
+  return readJson(file) as State;
+}
+
+/** Fills tensors by name from a checkpoint's optimizer.safetensors. @throws UserError when names or sizes differ */
+export function loadOptimizer(path: string, into: ReadonlyMap<string, Tensor>): void {
+  const file = openSafetensors(join(path, 'optimizer.safetensors'));
+  try {
+    for (const [name, tensor] of into) {
+      const info = file.tensors.get(name);
+      if (!info || info.dtype !== tensor.dtype || info.shape.join() !== tensor.shape.join()) {
+        throw new UserError(
+          `${file.path} does not fit this run's optimizer: ${name} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${tensor.shape}]; resume with the run that wrote it`,
+        );
+      }
+      tensor.upload(file.read(name));
+    }
+  } finally {
+    file.close();
+  }
+}
+
+/** Keys that may change between the run that saved and the run that resumes, as they touch no number of the training. */
+const free = [
+  'name',
+  'output',
+  'epochs',
+  'steps',
+  'checkpoints',
+  'previews',
+  'log_every',
+  'max_nonfinite',
+  'dataset.cache',
+  'dataset.broken',
+  'dataset.path',
+];
+
+/** The first key in which two runs would train differently, with both values; undefined where there is none. */
+export function difference(a: unknown, b: unknown, path = ''): string | undefined {
+  if (free.includes(path)) return undefined;
+  if (isRecord(a) && isRecord(b)) {
+    for (const key of new Set([...Object.keys(a), ...Object.keys(b)])) {
+      const found = difference(a[key], b[key], path ? `${path}.${key}` : key);
+      if (found) return found;
+    }
+    return undefined;
+  }
+  const [was, is] = [JSON.stringify(a), JSON.stringify(b)];
+  return was === is ? undefined : `${path} was ${was} and is ${is}`;
+}
+
+const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
