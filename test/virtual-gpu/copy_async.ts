@@ -1,0 +1,89 @@
+// cp.async: a lane begins a copy from global to shared memory; it is complete only when the lane has waited for its group.
+// `late` lands it at the wait, with the destination poisoned until then; `early` at once; `random` either way.
+import { windows } from './emit.ts';
+import type { LaneCopies, Machine, PendingCopy } from './machine.ts';
+import { poison } from './memory.ts';
+import { copyAgent, makeKey, never } from './races.ts';
+import { fail } from './report.ts';
+
+export function newCopyAsync(m: Machine) {
+  return (
+    lane: number,
+    to: number,
+    high: number,
+    from: number,
+    bytes: number,
+    sourceBytes: number,
+    site: number,
+  ): void => {
+    if (to & (bytes - 1) || from & (bytes - 1)) {
+      fail(
+        m,
+        'misaligned',
+        `cp.async of ${bytes} bytes from 0x${from.toString(16)} to shared+0x${to.toString(16)}`,
+        lane,
+        site,
+      );
+    }
+    if (sourceBytes < 0 || sourceBytes > bytes)
+      fail(m, 'launch', `cp.async reads ${sourceBytes} of ${bytes} bytes`, lane, site);
+    for (let b = 0; b < sourceBytes; b++) {
+      if (high !== windows.global || m.global.shadow8[from + b] !== 3)
+        m.fault.G(lane, high, from, sourceBytes, true, site);
+    }
+    for (let b = 0; b < bytes; b += 4) {
+      if ((m.shared.shadow32[(to + b) >>> 2] & 0x01010101) !== 0x01010101)
+        m.fault.S(lane, 0, to, bytes, false, site);
+    }
+    if (sourceBytes > 0) m.race.globalRead(lane, from, sourceBytes, site);
+    m.race.sharedWrite(lane, to, bytes, site);
+    const copy: PendingCopy = { to, from, bytes, sourceBytes, done: false };
+    copiesOf(m, lane).current.push(copy);
+    markWriter(m, copy, makeKey(never, copyAgent, lane));
+    const { async } = m.schedule;
+    if (async === 'early' || (async === 'random' && m.random() < 0.5)) land(m, copy);
+    else for (let b = 0; b < bytes; b += 4) m.shared.i32[(to + b) >>> 2] = poison;
+  };
+}
+
+function copiesOf(m: Machine, lane: number): LaneCopies {
+  return (m.warp.copies[lane] ??= { current: [], groups: [] });
+}
+
+function land(m: Machine, copy: PendingCopy): void {
+  if (copy.done) return;
+  copy.done = true;
+  const { to, from, bytes, sourceBytes } = copy;
+  m.shared.u8.set(m.global.u8.subarray(from, from + sourceBytes), to);
+  m.shared.u8.fill(0, to + sourceBytes, to + bytes);
+  m.shared.shadow8.fill(3, to, to + bytes);
+}
+
+function markWriter(m: Machine, { to, bytes }: PendingCopy, key: number): void {
+  if (!m.detectRaces) return;
+  const grain = m.kernel.sharedGrain;
+  m.race.sharedCells.writer.fill(key, to >> grain, ((to + bytes - 1) >> grain) + 1);
+}
+
+export function commitGroup(m: Machine, lane: number): void {
+  const copies = copiesOf(m, lane);
+  copies.groups.push(copies.current);
+  copies.current = [];
+}
+
+/** Completes all but the lane's last `pending` groups: from now on it is the lane itself that wrote them. */
+export function waitGroup(m: Machine, lane: number, pending: number): void {
+  const copies = copiesOf(m, lane);
+  while (copies.groups.length > pending) {
+    for (const copy of copies.groups.shift() ?? []) {
+      land(m, copy);
+      markWriter(m, copy, makeKey(m.block.clocks[m.warp.id], m.warp.id, lane));
+    }
+  }
+}
+
+/** Copies that a lane never waited for are lost when it ends: nothing may rely on them, but they may still land. */
+export function outstandingCopies(copies: LaneCopies | undefined): number {
+  if (!copies) return 0;
+  return copies.current.length + copies.groups.reduce((n, g) => n + g.length, 0);
+}

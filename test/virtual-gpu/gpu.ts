@@ -1,0 +1,369 @@
+// The virtual GPU behind the driver API: what a CUDA program sees of it. Work runs when it is queued, so a fault is thrown
+// as a GpuReport by the launch that commits it; what a real driver refuses is refused here with the same CudaError.
+import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cuda/api.ts';
+import { CudaError } from '../../engine/cuda/errors.ts';
+import { loadModule } from './load.ts';
+import { type LoadedKernel, newMachine, type Schedule, sharedStart } from './machine.ts';
+import { initialised } from './memory.ts';
+import { parsePtx } from './parser.ts';
+import type { PtxModule } from './ptx.ts';
+import { GpuReport } from './report.ts';
+import { runGrid } from './schedule.ts';
+import { encodeIm2col, encodeTiled } from './tensor_map.ts';
+
+export interface VirtualGpuOptions {
+  readonly schedule?: Partial<Schedule>;
+  /** Look for races; true unless told otherwise. */
+  readonly races?: boolean;
+  /** What the device says it has. */
+  readonly memoryBytes?: number;
+  /** Room for all that is ever allocated: addresses are reused only when it is full. */
+  readonly arenaBytes?: number;
+  readonly capability?: readonly [major: number, minor: number];
+  /** As cuDriverGetVersion: 1000 major + 10 minor. */
+  readonly driverVersion?: number;
+}
+
+export interface Coverage {
+  readonly kernel: string;
+  readonly blocks: number;
+  readonly visited: number;
+  /** First instructions of the blocks never run, for a list of what the tests miss. */
+  readonly missed: readonly string[];
+}
+
+export interface VirtualGpu extends GpuApi {
+  setSchedule(schedule: Partial<Schedule>): void;
+  /** Per kernel name, over all modules loaded so far. */
+  coverage(): Coverage[];
+  liveAllocations(): number;
+  readonly stats: { instructions: number; matrixProducts: number; launches: number };
+}
+
+/** Shared memory a block may opt in to, by compute capability; others have 99 KiB. */
+const sharedOptin: Record<string, number> = { '8.0': 163, '8.7': 163, '9.0': 227, '10.0': 227 };
+/** The newest PTX version that a driver of a CUDA release reads. */
+const newestPtx = (driverVersion: number): number =>
+  driverVersion >= 13000
+    ? 9 + (driverVersion % 1000) / 100
+    : driverVersion >= 12000
+      ? 8 + (driverVersion % 1000) / 100
+      : 7.8;
+
+const parsed = new Map<string, PtxModule>();
+
+export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
+  const [major, minor] = options.capability ?? [8, 9];
+  const memoryBytes = options.memoryBytes ?? 2 ** 34;
+  const driverVersion = options.driverVersion ?? 13000;
+  const optin = (sharedOptin[`${major}.${minor}`] ?? 99) * 1024;
+  const m = newMachine({ arenaBytes: options.arenaBytes ?? 2 ** 28, registerWords: 2 ** 22 });
+  m.detectRaces = options.races ?? true;
+  Object.assign(m.schedule, options.schedule);
+  const stats = Object.assign(m.stats, { launches: 0 });
+
+  let nextHandle = 0x1000n;
+  const handles = new Map<bigint, unknown>();
+  const loadedKernels: LoadedKernel[] = [];
+  const sizes = new Map<bigint, number>();
+  let used = 0;
+
+  const register = (kind: string, value: unknown): bigint => {
+    nextHandle += 16n;
+    handles.set(nextHandle, { kind, value });
+    return nextHandle;
+  };
+  const find = <T>(call: string, kind: string, handle: bigint): T => {
+    const found = handles.get(handle) as { kind: string; value: T } | undefined;
+    if (found?.kind !== kind) throw new CudaError('CUDA_ERROR_INVALID_HANDLE', call, `no such ${kind}`);
+    return found.value;
+  };
+  const release = (call: string, kind: string, handle: bigint): void => {
+    find(call, kind, handle);
+    handles.delete(handle);
+  };
+
+  interface StreamState {
+    /** Work recorded for a graph, while one is captured. */
+    captured?: (() => void)[];
+  }
+  const defaultStream: StreamState = {};
+  const streamOf = (call: string, stream: bigint): StreamState =>
+    stream === 0n ? defaultStream : find<StreamState>(call, 'stream', stream);
+  const enqueue = (call: string, stream: bigint, work: () => void): void => {
+    const { captured } = streamOf(call, stream);
+    if (captured) captured.push(work);
+    else work();
+  };
+  const settle = (call: string, stream: bigint): void => {
+    if (streamOf(call, stream).captured)
+      throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'the stream is being captured');
+  };
+  /** The arena offset of `bytes` at an address, which have to lie in one live allocation. */
+  const range = (call: string, address: bigint, bytes: number): number => {
+    const offset = m.arena.resolve(address, bytes);
+    if (offset === undefined) {
+      const near = m.arena.describe(Number(address & 0xffffffffn));
+      throw new GpuReport(
+        'out of bounds',
+        `${call} of ${bytes} bytes at 0x${address.toString(16)} (${near})`,
+      );
+    }
+    return offset;
+  };
+  const { u8, shadow8 } = m.global;
+
+  const api: GpuApi = {
+    cuDriverGetVersion: () => driverVersion,
+    cuDeviceGetCount: () => 1,
+    cuDeviceGetName: () => 'virtual GPU',
+    cuDeviceTotalMem: () => memoryBytes,
+    cuDeviceGetAttribute(attribute, device) {
+      if (device !== 0) throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDeviceGetAttribute');
+      const values: Record<number, number> = {
+        [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK]: 48 * 1024,
+        [DeviceAttribute.MULTIPROCESSOR_COUNT]: 4,
+        [DeviceAttribute.COMPUTE_CAPABILITY_MAJOR]: major,
+        [DeviceAttribute.COMPUTE_CAPABILITY_MINOR]: minor,
+        [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN]: optin,
+        [DeviceAttribute.MEMORY_POOLS_SUPPORTED]: 1,
+      };
+      return values[attribute] ?? 0;
+    },
+    cuDevicePrimaryCtxRetain(device) {
+      if (device !== 0) throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDevicePrimaryCtxRetain');
+      return register('context', undefined);
+    },
+    cuDevicePrimaryCtxRelease() {},
+    cuCtxSetCurrent: (context) => find('cuCtxSetCurrent', 'context', context),
+    cuCtxSynchronize: () => settle('cuCtxSynchronize', 0n),
+
+    cuMemGetInfo: () => ({ free: memoryBytes - used, total: memoryBytes }),
+    cuMemAllocAsync(bytes, stream) {
+      settle('cuMemAllocAsync', stream);
+      if (bytes <= 0) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemAllocAsync', `${bytes} bytes`);
+      const address = used + bytes <= memoryBytes ? m.arena.allocate(bytes) : undefined;
+      if (address === undefined)
+        throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', 'cuMemAllocAsync', `${bytes} bytes`);
+      sizes.set(address, bytes);
+      used += bytes;
+      return address;
+    },
+    cuMemFreeAsync(pointer, stream) {
+      settle('cuMemFreeAsync', stream);
+      if (!m.arena.free(pointer)) {
+        throw new GpuReport(
+          'invalid free',
+          `cuMemFreeAsync(0x${pointer.toString(16)}): no live allocation starts there`,
+        );
+      }
+      used -= sizes.get(pointer) ?? 0;
+      sizes.delete(pointer);
+    },
+    cuMemAllocHost: (bytes) => new Uint8Array(bytes),
+    cuMemFreeHost() {},
+    cuMemcpyHtoDAsync(target, source, stream) {
+      enqueue('cuMemcpyHtoDAsync', stream, () => {
+        const to = range('cuMemcpyHtoDAsync', target, source.byteLength);
+        u8.set(source, to);
+        shadow8.fill(3, to, to + source.byteLength);
+      });
+    },
+    cuMemcpyDtoHAsync(target, source, stream) {
+      enqueue('cuMemcpyDtoHAsync', stream, () => {
+        const from = range('cuMemcpyDtoHAsync', source, target.byteLength);
+        for (let b = 0; b < target.byteLength; b++) {
+          if (shadow8[from + b] & initialised) continue;
+          const near = m.arena.describe(from + b);
+          throw new GpuReport(
+            'uninitialised',
+            `the host reads byte ${b} of ${target.byteLength}, ${near}, that nothing has written`,
+          );
+        }
+        target.set(u8.subarray(from, from + target.byteLength));
+      });
+    },
+    cuMemcpyDtoDAsync(target, source, bytes, stream) {
+      enqueue('cuMemcpyDtoDAsync', stream, () => {
+        const from = range('cuMemcpyDtoDAsync', source, bytes);
+        const to = range('cuMemcpyDtoDAsync', target, bytes);
+        u8.copyWithin(to, from, from + bytes);
+        shadow8.copyWithin(to, from, from + bytes);
+      });
+    },
+    cuMemsetD8Async(pointer, value, bytes, stream) {
+      enqueue('cuMemsetD8Async', stream, () => {
+        const to = range('cuMemsetD8Async', pointer, bytes);
+        u8.fill(value, to, to + bytes);
+        shadow8.fill(3, to, to + bytes);
+      });
+    },
+
+    cuModuleLoadData(ptx) {
+      const known = parsed.get(ptx) ?? parsePtx(ptx);
+      parsed.set(ptx, known);
+      const target = /^sm_(\d+)(\d)([af]?)$/.exec(known.target);
+      if (Number(known.version) > newestPtx(driverVersion)) {
+        throw new CudaError('CUDA_ERROR_UNSUPPORTED_PTX_VERSION', 'cuModuleLoadData', `PTX ${known.version}`);
+      }
+      const own = Number(target?.[1]) * 10 + Number(target?.[2]);
+      const here = major * 10 + minor;
+      if (!target || own > here || (target[3] && own !== here)) {
+        throw new CudaError(
+          'CUDA_ERROR_NO_BINARY_FOR_GPU',
+          'cuModuleLoadData',
+          `PTX for ${known.target} on sm_${here}`,
+        );
+      }
+      const loaded = loadModule(m, known);
+      loadedKernels.push(...loaded.kernels.values());
+      return register('module', loaded);
+    },
+    cuModuleUnload(module) {
+      const { globals } = find<{ globals: bigint[] }>('cuModuleUnload', 'module', module);
+      for (const address of globals) m.arena.free(address);
+      release('cuModuleUnload', 'module', module);
+    },
+    cuModuleGetFunction(module, name) {
+      const { kernels } = find<{ kernels: Map<string, LoadedKernel> }>(
+        'cuModuleGetFunction',
+        'module',
+        module,
+      );
+      const kernel = kernels.get(name);
+      if (!kernel) throw new CudaError('CUDA_ERROR_NOT_FOUND', 'cuModuleGetFunction', `no kernel ${name}`);
+      return register('kernel', { kernel, dynamicLimit: 48 * 1024 - (kernel.staticEnd - sharedStart) });
+    },
+    cuFuncGetAttribute(attribute, handle) {
+      const { kernel } = find<KernelState>('cuFuncGetAttribute', 'kernel', handle);
+      if (attribute === FunctionAttribute.MAX_THREADS_PER_BLOCK) return kernel.source.maxThreads;
+      if (attribute === FunctionAttribute.SHARED_SIZE_BYTES) return kernel.staticEnd - sharedStart;
+      return attribute === FunctionAttribute.LOCAL_SIZE_BYTES ? kernel.localBytes : 0;
+    },
+    cuFuncSetAttribute(handle, attribute, value) {
+      const state = find<KernelState>('cuFuncSetAttribute', 'kernel', handle);
+      if (attribute !== FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES) return;
+      if (value + state.kernel.staticEnd - sharedStart > optin) {
+        throw new CudaError(
+          'CUDA_ERROR_INVALID_VALUE',
+          'cuFuncSetAttribute',
+          `${value} bytes of dynamic shared memory`,
+        );
+      }
+      state.dynamicLimit = value;
+    },
+    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters) {
+      const { kernel, dynamicLimit } = find<KernelState>('cuLaunchKernel', 'kernel', handle);
+      const refuse = (detail: string): never => {
+        throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', `${kernel.source.name}: ${detail}`);
+      };
+      const { name, maxThreads, parameterBytes } = kernel.source;
+      const threads = block[0] * block[1] * block[2];
+      if ([...grid, ...block].some((n) => !Number.isInteger(n) || n < 1))
+        refuse(`grid [${grid}] of blocks [${block}]`);
+      if (grid[0] >= 2 ** 31 || grid[1] > 65535 || grid[2] > 65535) refuse(`grid [${grid}] is too large`);
+      if (block[2] > 64 || threads > maxThreads)
+        refuse(`${threads} threads exceed the kernel's ${maxThreads}`);
+      if (sharedBytes > dynamicLimit)
+        refuse(`${sharedBytes} bytes of dynamic shared memory exceed ${dynamicLimit}`);
+      if (parameters.length !== parameterBytes) {
+        const detail = `kernel ${name} takes ${parameterBytes} bytes of parameters, the launch brings ${parameters.length}`;
+        throw new GpuReport('launch', detail);
+      }
+      if (Math.ceil(threads / 32) * kernel.flow.planes * 32 > m.registers.length)
+        refuse('too many registers');
+      const packed = Uint8Array.from(parameters);
+      enqueue('cuLaunchKernel', stream, () => {
+        new Uint8Array(m.parameters.buffer).set(packed);
+        stats.launches++;
+        runGrid(m, kernel, grid, block, sharedBytes);
+      });
+    },
+
+    cuStreamCreate: () => register('stream', {}),
+    cuStreamDestroy: (stream) => release('cuStreamDestroy', 'stream', stream),
+    cuStreamSynchronize: (stream) => settle('cuStreamSynchronize', stream),
+    cuStreamWaitEvent(stream, event) {
+      streamOf('cuStreamWaitEvent', stream);
+      find('cuStreamWaitEvent', 'event', event);
+    },
+    cuEventCreate: () => register('event', { at: Number.NaN }),
+    cuEventDestroy: (event) => release('cuEventDestroy', 'event', event),
+    cuEventRecord(event, stream) {
+      const state = find<{ at: number }>('cuEventRecord', 'event', event);
+      enqueue('cuEventRecord', stream, () => {
+        state.at = performance.now();
+      });
+    },
+    cuEventSynchronize: (event) => find('cuEventSynchronize', 'event', event),
+    cuEventElapsedTime(start, end) {
+      const [a, b] = [start, end].map((e) => find<{ at: number }>('cuEventElapsedTime', 'event', e).at);
+      if (Number.isNaN(a + b))
+        throw new CudaError('CUDA_ERROR_INVALID_HANDLE', 'cuEventElapsedTime', 'not recorded');
+      return b - a;
+    },
+
+    cuTensorMapEncodeTiled: (map) => encodeTiled(m.tensorMaps, map),
+    cuTensorMapEncodeIm2col: (map) => encodeIm2col(m.tensorMaps, map),
+
+    cuStreamBeginCapture(stream) {
+      settle('cuStreamBeginCapture', stream);
+      if (stream === 0n)
+        throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuStreamBeginCapture', 'the default stream');
+      streamOf('cuStreamBeginCapture', stream).captured = [];
+    },
+    cuStreamEndCapture(stream) {
+      const state = streamOf('cuStreamEndCapture', stream);
+      if (!state.captured)
+        throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuStreamEndCapture', 'nothing is captured');
+      const graph = register('graph', state.captured);
+      state.captured = undefined;
+      return graph;
+    },
+    cuGraphInstantiate: (graph) =>
+      register('graph exec', [...find<(() => void)[]>('cuGraphInstantiate', 'graph', graph)]),
+    cuGraphLaunch(exec, stream) {
+      const work = find<(() => void)[]>('cuGraphLaunch', 'graph exec', exec);
+      enqueue('cuGraphLaunch', stream, () => {
+        for (const run of work) run();
+      });
+    },
+    cuGraphExecDestroy: (exec) => release('cuGraphExecDestroy', 'graph exec', exec),
+    cuGraphDestroy: (graph) => release('cuGraphDestroy', 'graph', graph),
+  };
+
+  return {
+    ...api,
+    stats,
+    setSchedule: (schedule) => Object.assign(m.schedule, schedule),
+    coverage: () => coverageOf(loadedKernels),
+    liveAllocations: () => sizes.size,
+  };
+}
+
+interface KernelState {
+  readonly kernel: LoadedKernel;
+  dynamicLimit: number;
+}
+
+function coverageOf(kernels: readonly LoadedKernel[]): Coverage[] {
+  const byName = new Map<string, { kernel: LoadedKernel; visits: Int32Array }>();
+  for (const kernel of kernels) {
+    const key = `${kernel.source.name} ${kernel.source.instructions.length}`;
+    const known = byName.get(key) ?? { kernel, visits: new Int32Array(kernel.visits.length) };
+    kernel.visits.forEach((n, k) => {
+      known.visits[k] += n;
+    });
+    byName.set(key, known);
+  }
+  return [...byName.values()].map(({ kernel, visits }) => {
+    const blocks = kernel.flow.blocks.filter((b) => b.instructions.length > 0 || b.branch);
+    const missed = blocks.filter((b) => visits[b.id] === 0);
+    return {
+      kernel: kernel.source.name,
+      blocks: blocks.length,
+      visited: blocks.length - missed.length,
+      missed: missed.map((b) => (b.instructions[0] ?? b.branch)?.text ?? ''),
+    };
+  });
+}

@@ -1,0 +1,268 @@
+// Happens-before race detection. Each warp has a clock and a vector of how far it has seen the others (raised by
+// barriers); memory is divided into cells as small as the kernel's smallest access, and each cell remembers its last
+// writer and readers as keys: clock << 12 | strong << 11 | agent << 5 | lane. An access races when the cell's other
+// access was by another lane at a clock that this warp has not seen. Lanes of a warp are ordered only by bar.warp.sync.
+// In global memory a cell also remembers the block; other blocks of the same grid are never ordered, save by flags.
+import { type Machine, sharedBytes } from './machine.ts';
+import { fail, quote } from './report.ts';
+
+type Access = (lane: number, ax: number, bytes: number, site: number) => void;
+
+export interface RaceDetector {
+  readonly sharedRead: Access;
+  readonly sharedWrite: Access;
+  readonly sharedReadStrong: Access;
+  readonly sharedWriteStrong: Access;
+  readonly globalRead: Access;
+  readonly globalWrite: Access;
+  readonly globalReadStrong: Access;
+  readonly globalWriteStrong: Access;
+  /** Forget the shared memory of the last block, of which `bytes` may have been touched. */
+  startBlock(bytes: number): void;
+  startGrid(blocks: number): void;
+  /** The number by which the running block is known among all blocks ever run. */
+  blockStamp(): number;
+  readonly sharedCells: SharedCells;
+}
+
+/** State of shared memory, open to the asynchronous copies. */
+export interface SharedCells {
+  readonly writer: Int32Array;
+  readonly writeSite: Int32Array;
+  /** Bit w: warp w has read since the last write, at readClock[32 cell + w]. */
+  readonly readers: Int32Array;
+  readonly readClock: Int32Array;
+  readonly lastRead: Int32Array;
+  readonly readSite: Int32Array;
+}
+
+const strongBit = 1 << 11;
+const identity = 2047;
+export const agentOf = (key: number): number => (key >>> 5) & 63;
+export const clockOf = (key: number): number => key >>> 12;
+export const makeKey = (clock: number, agent: number, lane: number): number =>
+  (clock << 12) | (agent << 5) | lane;
+/** A clock that nobody has seen: an asynchronous copy that is not waited for. */
+export const never = 0xfffff;
+/** The agent under which cp.async writes. */
+export const copyAgent = 62;
+
+export function newRaceDetector(m: Machine): RaceDetector {
+  const cells: SharedCells = {
+    ...{ writer: new Int32Array(sharedBytes), writeSite: new Int32Array(sharedBytes) },
+    ...{ readers: new Int32Array(sharedBytes), readClock: new Int32Array(32 * sharedBytes) },
+    ...{ lastRead: new Int32Array(sharedBytes), readSite: new Int32Array(sharedBytes) },
+  };
+  const { writer, writeSite, readers, readClock, lastRead, readSite } = cells;
+  const other = (key: number, site: number) => {
+    const who = agentOf(key) < 32 ? `thread ${agentOf(key) * 32 + (key & 31)}` : 'an asynchronous copy';
+    return `${who} at ${quote(m.kernel.source.instructions[site])}`;
+  };
+  const reportShared = (
+    kind: string,
+    lane: number,
+    cell: number,
+    key: number,
+    keySite: number,
+    site: number,
+  ): never => {
+    const at = `shared+0x${(cell << m.kernel.sharedGrain).toString(16)}`;
+    return fail(
+      m,
+      'race',
+      `${kind} on ${at} with ${other(key, keySite)} and no ordering between them`,
+      lane,
+      site,
+    );
+  };
+
+  const sharedRead = (lane: number, ax: number, bytes: number, site: number, strong: number) => {
+    if (!m.detectRaces) return;
+    const { warp, block } = m;
+    const w = warp.id;
+    const seen = warp.seen;
+    const me = (w << 5) | lane;
+    const clock = block.clocks[w];
+    const grain = m.kernel.sharedGrain;
+    const end = (ax + bytes - 1) >> grain;
+    for (let c = ax >> grain; c <= end; c++) {
+      const key = writer[c];
+      if (key !== 0 && (key & identity) !== me && key >>> 12 > seen[(key >>> 5) & 63] && !(key & strong)) {
+        const kind = agentOf(key) < 32 ? 'read-after-write' : 'read before the copy is waited for';
+        reportShared(kind, lane, c, key, writeSite[c], site);
+      }
+      readers[c] |= 1 << w;
+      readClock[c * 32 + w] = clock;
+      lastRead[c] = (clock << 12) | me;
+      readSite[c] = site;
+    }
+  };
+  const sharedWrite = (lane: number, ax: number, bytes: number, site: number, strong: number) => {
+    if (!m.detectRaces) return;
+    const { warp, block } = m;
+    const w = warp.id;
+    const seen = warp.seen;
+    const me = (w << 5) | lane;
+    const grain = m.kernel.sharedGrain;
+    const end = (ax + bytes - 1) >> grain;
+    const mine = (block.clocks[w] << 12) | strong | me;
+    for (let c = ax >> grain; c <= end; c++) {
+      const key = writer[c];
+      if (key !== 0 && (key & identity) !== me && key >>> 12 > seen[(key >>> 5) & 63] && !(key & strong)) {
+        reportShared('write-after-write', lane, c, key, writeSite[c], site);
+      }
+      let mask = readers[c];
+      if (mask !== 0) {
+        const last = lastRead[c];
+        if (agentOf(last) === w && (last & identity) !== me && last >>> 12 > seen[w]) {
+          reportShared('write-after-read', lane, c, last, readSite[c], site);
+        }
+        mask &= ~(1 << w);
+        while (mask !== 0) {
+          const reader = 31 - Math.clz32(mask);
+          mask &= ~(1 << reader);
+          if (readClock[c * 32 + reader] > seen[reader]) {
+            const key2 = agentOf(last) === reader ? last : makeKey(0, reader, 0);
+            reportShared('write-after-read', lane, c, key2, readSite[c], site);
+          }
+        }
+        readers[c] = 0;
+      }
+      writer[c] = mine;
+      writeSite[c] = site;
+    }
+  };
+
+  const globals = newGlobalRaces(m, other);
+  return {
+    sharedRead: (lane, ax, bytes, site) => sharedRead(lane, ax, bytes, site, 0),
+    sharedWrite: (lane, ax, bytes, site) => sharedWrite(lane, ax, bytes, site, 0),
+    sharedReadStrong: (lane, ax, bytes, site) => sharedRead(lane, ax, bytes, site, strongBit),
+    sharedWriteStrong: (lane, ax, bytes, site) => sharedWrite(lane, ax, bytes, site, strongBit),
+    globalRead: (lane, ax, bytes, site) => globals.read(lane, ax, bytes, site, 0),
+    globalWrite: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, 0),
+    globalReadStrong: (lane, ax, bytes, site) => globals.read(lane, ax, bytes, site, strongBit),
+    globalWriteStrong: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, strongBit),
+    startBlock(bytes) {
+      writer.fill(0, 0, bytes >> m.kernel.sharedGrain);
+      readers.fill(0, 0, bytes >> m.kernel.sharedGrain);
+      globals.startBlock();
+    },
+    startGrid: globals.startGrid,
+    blockStamp: globals.stamp,
+    sharedCells: cells,
+  };
+}
+
+/** The same for global memory, where cells outlive blocks: a stamp tells which block of which grid touched one last. */
+function newGlobalRaces(m: Machine, other: (key: number, site: number) => string) {
+  const count = m.global.u8.length;
+  const make = () => new Int32Array(count);
+  const [writeStamp, writeKey, writeSite] = [make(), make(), make()];
+  // The last reader, the last reader of the same block but another warp, and the last block but this one that read.
+  const [readStamp, readKey, readSite, readKey2, readOther] = [make(), make(), make(), make(), make()];
+  /** Stamps from `first` on are blocks of the running grid. */
+  let first = 1;
+  let stamp = 0;
+  let next = 1;
+
+  const report = (
+    kind: string,
+    lane: number,
+    cell: number,
+    blockStamp: number,
+    key: number,
+    keySite: number,
+    site: number,
+  ): never => {
+    const offset = cell << m.kernel.globalGrain;
+    const where = `global+0x${offset.toString(16)} (${m.arena.describe(offset)})`;
+    const block = blockStamp === stamp ? '' : `block number ${blockStamp - first} of the grid, `;
+    return fail(
+      m,
+      'race',
+      `${kind} on ${where} with ${block}${other(key, keySite)} and no ordering between them`,
+      lane,
+      site,
+    );
+  };
+  /** Whether the running warp has synchronised with another block's access through a flag. */
+  const acquired = (block: number, key: number) => {
+    const clock = m.warp.acquired.get(block);
+    return clock !== undefined && clock[agentOf(key)] >= clockOf(key);
+  };
+
+  const checkWriter = (kind: string, lane: number, c: number, me: number, strong: number, site: number) => {
+    const by = writeStamp[c];
+    if (by < first) return;
+    const key = writeKey[c];
+    if (key & strong) return;
+    if (by === stamp) {
+      if ((key & identity) !== me && key >>> 12 > m.warp.seen[(key >>> 5) & 63]) {
+        report(kind, lane, c, by, key, writeSite[c], site);
+      }
+    } else if (!acquired(by, key)) report(kind, lane, c, by, key, writeSite[c], site);
+  };
+
+  return {
+    stamp: () => stamp,
+    startGrid(blocks: number) {
+      first = next;
+      next += blocks;
+      stamp = first - 1;
+    },
+    startBlock() {
+      stamp++;
+    },
+    read(lane: number, ax: number, bytes: number, site: number, strong: number) {
+      if (!m.detectRaces) return;
+      const w = m.warp.id;
+      const me = (w << 5) | lane;
+      const grain = m.kernel.globalGrain;
+      const end = (ax + bytes - 1) >> grain;
+      const mine = (m.block.clocks[w] << 12) | me;
+      for (let c = ax >> grain; c <= end; c++) {
+        if (writeStamp[c] >= first) checkWriter('read-after-write', lane, c, me, strong, site);
+        if (strong) continue;
+        if (readStamp[c] !== stamp) {
+          readOther[c] = readStamp[c];
+          readStamp[c] = stamp;
+          readKey2[c] = 0;
+        } else if (((readKey[c] >>> 5) & 63) !== w) readKey2[c] = readKey[c];
+        readKey[c] = mine;
+        readSite[c] = site;
+      }
+    },
+    write(lane: number, ax: number, bytes: number, site: number, strong: number) {
+      if (!m.detectRaces) return;
+      const { warp } = m;
+      const w = warp.id;
+      const me = (w << 5) | lane;
+      const grain = m.kernel.globalGrain;
+      const end = (ax + bytes - 1) >> grain;
+      const mine = (m.block.clocks[w] << 12) | strong | me;
+      for (let c = ax >> grain; c <= end; c++) {
+        if (writeStamp[c] >= first) checkWriter('write-after-write', lane, c, me, strong, site);
+        const by = readStamp[c];
+        if (by >= first) {
+          const kind = 'write-after-read';
+          if (by === stamp) {
+            for (const key of [readKey[c], readKey2[c]]) {
+              if (key !== 0 && (key & identity) !== me && key >>> 12 > warp.seen[agentOf(key)]) {
+                report(kind, lane, c, by, key, readSite[c], site);
+              }
+            }
+            const before = readOther[c];
+            if (before >= first && !acquired(before, makeKey(0, 0, 0)))
+              report(kind, lane, c, before, 0, readSite[c], site);
+          } else if (!acquired(by, readKey[c])) report(kind, lane, c, by, readKey[c], readSite[c], site);
+          readStamp[c] = 0;
+          readOther[c] = 0;
+        }
+        writeStamp[c] = stamp;
+        writeKey[c] = mine;
+        writeSite[c] = site;
+      }
+    },
+  };
+}

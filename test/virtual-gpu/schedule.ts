@@ -1,0 +1,267 @@
+// Runs a grid: blocks one after another, the warps of a block in turns. A warp runs until it waits at a barrier or yields.
+// Lanes that part are groups, each at its own place; the group at the lowest place runs first and groups that meet are
+// joined, which with nvcc's layout reconverges where a GPU would.
+import { compileBlock } from './compile.ts';
+import { resetGridOrder } from './grid_order.ts';
+import {
+  agents,
+  type BlockState,
+  type Group,
+  type LoadedKernel,
+  type Machine,
+  sharedStart,
+  type Warp,
+} from './machine.ts';
+import { allocated, poison } from './memory.ts';
+import { countBits } from './numbers.ts';
+import { GpuReport, quote, whereIs } from './report.ts';
+import { runWarpInstruction } from './warp_ops.ts';
+
+export type Triple = readonly [number, number, number];
+
+/** Runs all blocks of a grid. The parameters are already in the machine's parameter block. */
+export function runGrid(
+  m: Machine,
+  kernel: LoadedKernel,
+  grid: Triple,
+  block: Triple,
+  dynamicBytes: number,
+): void {
+  const [bx, by] = block;
+  const threads = bx * by * block[2];
+  for (let t = 0; t < threads; t++) {
+    m.tidX[t] = t % bx;
+    m.tidY[t] = Math.floor(t / bx) % by;
+    m.tidZ[t] = Math.floor(t / (bx * by));
+  }
+  m.kernel = kernel;
+  m.dynamicBytes = dynamicBytes;
+  m.ntid.set(block);
+  m.nctaid.set(grid);
+  m.seed(m.schedule.seed);
+  const count = grid[0] * grid[1] * grid[2];
+  m.race.startGrid(count);
+  resetGridOrder(m);
+  for (const n of inOrder(
+    m,
+    Array.from({ length: count }, (_, k) => k),
+  )) {
+    m.ctaid.set([n % grid[0], Math.floor(n / grid[0]) % grid[1], Math.floor(n / (grid[0] * grid[1]))]);
+    runBlock(m, threads);
+  }
+}
+
+function inOrder<T>(m: Machine, items: T[]): T[] {
+  if (m.schedule.order === 'reverse') return items.reverse();
+  if (m.schedule.order === 'forward') return items;
+  for (let k = items.length - 1; k > 0; k--) {
+    const other = Math.floor(m.random() * (k + 1));
+    [items[k], items[other]] = [items[other], items[k]];
+  }
+  return items;
+}
+
+/** Turns in which nothing moved before it is called a deadlock: a failed try_wait may be spurious once or twice. */
+const idleTurns = 4;
+
+function runBlock(m: Machine, threads: number): void {
+  const { kernel } = m;
+  const end = m.dynamicBytes ? kernel.dynamicStart + m.dynamicBytes : kernel.staticEnd;
+  m.shared.shadow8.fill(0);
+  m.shared.shadow8.fill(allocated, sharedStart, end);
+  m.shared.i32.fill(poison, 0, (end + 3) >> 2);
+  prepareLocal(m, threads);
+  const block = (m.block = newBlock(kernel, threads));
+  m.registers.fill(poison, 0, block.warps.length * kernel.flow.planes * 32);
+  m.race.startBlock(end + 64);
+  for (let idle = 0; block.warps.some((w) => w.state !== 'done'); ) {
+    const before = block.progress;
+    const ready = block.warps.filter((w) => w.state === 'run' || w.state === 'yield');
+    for (const warp of inOrder(m, ready)) {
+      // An earlier warp of this turn may have ended the block's need for it, never its readiness.
+      enter(m, warp);
+      runWarp(m, warp);
+    }
+    if (completeWork(m, block.progress === before)) idle = 0;
+    else if (block.progress !== before) idle = 0;
+    else if (++idle >= idleTurns) throw new GpuReport('deadlock', describeBlock(m));
+  }
+  for (const work of block.pendingWork) {
+    if (work.describe())
+      throw new GpuReport(
+        'async',
+        `kernel ${kernel.source.name} block (${[...m.ctaid]}) ends while ${work.describe()}`,
+      );
+  }
+}
+
+/** Lets pending asynchronous work complete: at random, or because nothing else can move. True if some did. */
+function completeWork(m: Machine, stuck: boolean): boolean {
+  const random = m.schedule.async === 'random' ? m.random : undefined;
+  if (!stuck && !(random && random() < 0.5)) return false;
+  return m.block.pendingWork.some((work) => work.complete(random));
+}
+
+function newBlock(kernel: LoadedKernel, threads: number): BlockState {
+  const count = Math.ceil(threads / 32);
+  return {
+    warps: Array.from({ length: count }, (_, id): Warp => {
+      const lanes = Math.min(32, threads - id * 32);
+      const initial = lanes === 32 ? -1 : (1 << lanes) - 1;
+      return {
+        ...{ id, base: id * kernel.flow.planes * 32, initial, live: initial, state: 'run' },
+        groups: [{ pc: 0, mask: initial, parked: false }],
+        seen: new Int32Array(agents),
+        proxyFenced: new Int32Array(agents),
+        gpuFenced: new Int32Array(agents),
+        ...{ acquired: new Map(), observed: new Map(), copies: [] },
+      };
+    }),
+    barriers: new Map(),
+    clocks: new Int32Array(agents).fill(1),
+    progress: 0,
+    pendingWork: [],
+    extra: new Map(),
+  };
+}
+
+/** Local memory: each thread's own, with a gap between threads so that running over shows. */
+function prepareLocal(m: Machine, threads: number): void {
+  const { localBytes } = m.kernel;
+  if (localBytes === 0) return;
+  m.localStride = Math.ceil(localBytes / 16) * 16 + 16;
+  if (threads * m.localStride > m.local.u8.length)
+    throw new GpuReport(
+      'launch',
+      `${m.kernel.source.name}: ${localBytes} bytes of local memory a thread are too many here`,
+    );
+  m.local.shadow8.fill(0, 0, threads * m.localStride);
+  for (let t = 0; t < threads; t++)
+    m.local.shadow8.fill(allocated, t * m.localStride, t * m.localStride + localBytes);
+}
+
+function enter(m: Machine, warp: Warp): void {
+  m.warp = warp;
+  m.firstThread = warp.id * 32;
+  m.localBase = m.firstThread * m.localStride;
+  warp.state = 'run';
+}
+
+/** Blocks of code that a warp may run without a barrier: a loop that never ends is reported. */
+const stepLimit = 20_000_000;
+
+function runWarp(m: Machine, warp: Warp): void {
+  const { kernel } = m;
+  const { blocks } = kernel.flow;
+  const { groups } = warp;
+  for (let steps = 0; ; steps++) {
+    if (groups.length === 0) {
+      warp.state = 'done';
+      m.block.progress++;
+      return;
+    }
+    const group = groups.length === 1 && !groups[0].parked ? groups[0] : nextGroup(m, warp);
+    const block = blocks[group.pc];
+    kernel.visits[block.id]++;
+    if (block.kind === 'lanes') {
+      m.stats.instructions += (block.instructions.length + 1) * countBits(group.mask);
+      if (block.branch?.opcode === 'brx') branchByIndex(m, warp, group);
+      else {
+        const chunk = (kernel.chunks[block.id] ??= compileBlock(block, m, kernel.locate));
+        const taken = chunk(warp.base, group.mask);
+        if (taken === 0) group.pc = block.next;
+        else if (taken === group.mask) group.pc = block.targets[0];
+        else {
+          group.pc = block.next;
+          group.mask &= ~taken;
+          groups.push({ pc: block.targets[0], mask: taken, parked: false });
+        }
+      }
+    } else if (block.kind === 'exit') endLanes(warp, group);
+    else {
+      const outcome = runWarpInstruction(m, block.instructions[0], group);
+      if (outcome === 'park') group.parked = true;
+      else if (outcome === 'barrier') {
+        warp.state = 'barrier';
+        return;
+      } else {
+        group.pc = block.next;
+        if (outcome === 'yield') {
+          group.tired = true;
+          joinGroups(groups);
+          warp.state = 'yield';
+          return;
+        }
+      }
+    }
+    if (groups.length > 1) joinGroups(groups);
+    if (steps > stepLimit)
+      throw new GpuReport('timeout', `a warp runs on without end, ${whereIs(m, 0, quoteable(m, group))}`);
+  }
+}
+
+const quoteable = (m: Machine, { pc }: Group) => {
+  const block = m.kernel.flow.blocks[pc];
+  return block.instructions[0] ?? block.branch ?? m.kernel.source.instructions[0];
+};
+
+/** The runnable group at the lowest place, those that yielded last; none is a divergence. */
+function nextGroup(m: Machine, warp: Warp): Group {
+  const free = warp.groups.filter((g) => !g.parked);
+  const fresh = free.filter((g) => !g.tired);
+  if (fresh.length === 0) for (const g of free) g.tired = false;
+  const candidates = fresh.length ? fresh : free;
+  if (candidates.length) return candidates.reduce((a, b) => (b.pc < a.pc ? b : a));
+  const places = warp.groups.map((g) => `${countBits(g.mask)} thread(s) wait at ${quote(quoteable(m, g))}`);
+  const ended = countBits(warp.initial) - countBits(warp.live);
+  const first = warp.groups[0];
+  const where = whereIs(m, 31 - Math.clz32(first.mask & -first.mask), quoteable(m, first));
+  throw new GpuReport(
+    'divergence',
+    `in warp ${warp.id} ${places.join(', ')}, and ${ended} have ended: not all reach it, ${where}`,
+  );
+}
+
+function joinGroups(groups: Group[]): void {
+  for (let a = 0; a < groups.length; a++) {
+    for (let b = groups.length - 1; b > a; b--) {
+      if (groups[a].pc !== groups[b].pc) continue;
+      groups[a].mask |= groups[b].mask;
+      groups[a].parked = false;
+      groups.splice(b, 1);
+    }
+  }
+}
+
+function endLanes(warp: Warp, group: Group): void {
+  warp.live &= ~group.mask;
+  warp.groups.splice(warp.groups.indexOf(group), 1);
+  for (const other of warp.groups) other.parked = false;
+}
+
+/** brx.idx: each lane goes where its index says. */
+function branchByIndex(m: Machine, warp: Warp, group: Group): void {
+  const { branch, targets } = m.kernel.flow.blocks[group.pc];
+  const index = branch?.operands[0];
+  if (index?.kind !== 'register') throw new Error(`ptx: the virtual GPU does not know "${branch?.text}"`);
+  const byTarget = new Map<number, number>();
+  for (let l = 0; l < 32; l++) {
+    if (!((group.mask >>> l) & 1)) continue;
+    const target = targets[m.registers[warp.base + index.plane * 32 + l]];
+    if (target === undefined)
+      throw new GpuReport('out of bounds', `brx.idx beyond its table, ${whereIs(m, l, branch!)}`);
+    byTarget.set(target, (byTarget.get(target) ?? 0) | (1 << l));
+  }
+  warp.groups.splice(warp.groups.indexOf(group), 1);
+  for (const [pc, mask] of byTarget) warp.groups.push({ pc, mask, parked: false });
+}
+
+function describeBlock(m: Machine): string {
+  const waiting = m.block.warps
+    .filter((w) => w.state !== 'done')
+    .map((w) => `warp ${w.id} (${w.state}) at ${w.groups.map((g) => quote(quoteable(m, g))).join(' and ')}`);
+  const work = m.block.pendingWork.map((p) => p.describe()).filter((text) => text);
+  const done = m.block.warps.filter((w) => w.state === 'done').length;
+  const name = `kernel ${m.kernel.source.name} block (${[...m.ctaid]})`;
+  return `${name}: ${waiting.join('; ')}${done ? `; ${done} warp(s) have ended` : ''}${work.length ? `; ${work.join('; ')}` : ''}`;
+}

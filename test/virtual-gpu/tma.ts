@@ -1,0 +1,5 @@
+import type { Outcome, WarpCall } from './warp_ops.ts';
+
+export function bulkCopy({ i }: WarpCall): Outcome {
+  throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+}

@@ -1,0 +1,356 @@
+// Instructions that a warp runs as one: barriers, shuffles, votes, fences. Each returns what becomes of the lanes that
+// reached it. `.aligned` ones want every thread of the warp, the others those that their mask names; until they are all
+// there the group is parked, and a warp whose groups are all parked is a report of divergence.
+import { commitGroup, waitGroup } from './copy_async.ts';
+import { fenceGpu, joinAcquired, joinClock } from './grid_order.ts';
+import { type Group, type Machine, readRegister, type Warp, writeRegister } from './machine.ts';
+import { loadMatrix, multiplyMatrix, storeMatrix } from './matrix.ts';
+import { mbarrier } from './mbarrier.ts';
+import type { Instruction, Operand } from './ptx.ts';
+import { isWide } from './ptx.ts';
+import { fail, GpuReport } from './report.ts';
+import { bulkCopy } from './tma.ts';
+import { wgmma } from './wgmma.ts';
+
+/** next: go on; park: wait for other lanes; barrier: wait for other warps; yield: go on, after the others had a turn. */
+export type Outcome = 'next' | 'park' | 'barrier' | 'yield';
+
+/** A warp-wide instruction with the lanes that run it. */
+export interface WarpCall {
+  readonly m: Machine;
+  readonly i: Instruction;
+  readonly group: Group;
+  /** Lanes whose guard holds, and the lowest of them. */
+  readonly active: number;
+  readonly first: number;
+}
+
+type WarpInstruction = (call: WarpCall) => Outcome;
+
+/** The low 32 bits of a lane's operand. */
+export function laneValue({ m }: WarpCall, x: Operand, lane: number): number {
+  switch (x.kind) {
+    case 'register':
+      return readRegister(m, x, lane);
+    case 'integer':
+      return x.low;
+    case 'float':
+      return x.bits;
+    case 'symbol':
+      return m.kernel.locate(x.name).offset;
+    case 'address':
+      return (laneValue({ m } as WarpCall, x.base, lane) + x.offset) | 0;
+    case 'not':
+      return 1 - readRegister(m, x.operand as never, lane);
+    default:
+      throw new Error(`ptx: no value in a ${x.kind} operand`);
+  }
+}
+
+export function eachLane({ active }: WarpCall, run: (lane: number) => void): void {
+  for (let l = 0; l < 32; l++) if ((active >>> l) & 1) run(l);
+}
+
+export function setLane({ m }: WarpCall, x: Operand, lane: number, value: number): void {
+  if (x.kind !== 'register') return;
+  writeRegister(m, x, lane, value);
+  if (isWide(x.type)) m.registers[m.warp.base + x.plane * 32 + 32 + lane] = 0;
+}
+
+/** Every thread with which the warp began. */
+export const isWhole = ({ m, active }: WarpCall): boolean => active === m.warp.initial;
+
+/** Whether the lanes that a member mask names are here; names of ended threads are a fault. */
+function membersHere(call: WarpCall, mask: number): boolean {
+  if ((mask & ~call.active) === 0) return true;
+  if ((mask & ~call.m.warp.live) !== 0) {
+    const names = (mask >>> 0).toString(16);
+    fail(
+      call.m,
+      'divergence',
+      `the member mask 0x${names} names threads that have ended`,
+      call.first,
+      call.i,
+    );
+  }
+  return false;
+}
+
+/** A warp's clock moves on: what it did until now can be handed to others. Returns a snapshot of what it has seen. */
+export function releaseClock(m: Machine, warp: Warp): Int32Array {
+  const snapshot = Int32Array.from(warp.seen);
+  snapshot[warp.id] = m.block.clocks[warp.id]++;
+  return snapshot;
+}
+
+const barrier: WarpInstruction = (call) => {
+  const { m, i, first } = call;
+  const { warp, block } = m;
+  const what = i.modifiers.find((word) =>
+    ['warp', 'cluster', 'arrive', 'red', 'sync', 'wait'].includes(word),
+  );
+  if (what === 'warp') {
+    if (!membersHere(call, laneValue(call, i.operands[0], first))) return 'park';
+    warp.seen[warp.id] = block.clocks[warp.id]++;
+    return 'next';
+  }
+  if (what === 'cluster') return 'next';
+  if (!isWhole(call)) return 'park';
+  const reduce = what === 'red';
+  const [id, count] = reduce ? i.operands.slice(1, i.operands.length - 1) : i.operands;
+  const name = laneValue(call, id, first);
+  const threads = count ? laneValue(call, count, first) : block.warps.length * 32;
+  const state = block.barriers.get(name) ?? { expected: threads, arrived: [] };
+  if (state.expected !== threads) {
+    fail(m, 'barrier', `barrier ${name} is used with ${state.expected} and ${threads} threads`, first, i);
+  }
+  if (threads % 32) fail(m, 'barrier', `${threads} threads are no multiple of the warp size`, first, i);
+  block.barriers.set(name, state);
+  state.arrived.push(warp);
+  block.progress++;
+  if (reduce) voteAtBarrier(call, state.arrived.length);
+  if (what !== 'arrive') warp.waiting = call.group;
+  if (state.arrived.length * 32 < threads) return what === 'arrive' ? 'next' : 'barrier';
+  block.barriers.delete(name);
+  openBarrier(m, state.arrived);
+  return what === 'arrive' ? 'next' : 'yield';
+};
+
+/** All have arrived: each has seen what any has, and those that waited go on. */
+function openBarrier(m: Machine, arrived: readonly Warp[]): void {
+  const seen = new Int32Array(m.warp.seen.length);
+  const proxy = new Int32Array(seen.length);
+  const gpu = new Int32Array(seen.length);
+  const acquired = new Map<number, Int32Array>();
+  for (const w of arrived) {
+    joinClock(seen, releaseClock(m, w));
+    joinClock(proxy, w.proxyFenced);
+    joinClock(gpu, w.gpuFenced);
+    joinAcquired(acquired, w.acquired);
+  }
+  for (const w of arrived) {
+    joinClock(w.seen, seen);
+    joinClock(w.proxyFenced, proxy);
+    joinClock(w.gpuFenced, gpu);
+    joinAcquired(w.acquired, acquired);
+    if (w === m.warp || w.state !== 'barrier') continue;
+    w.state = 'run';
+    const group = w.waiting!;
+    group.pc = m.kernel.flow.blocks[group.pc].next;
+  }
+  finishVotes(m);
+}
+
+interface Votes {
+  readonly entries: { call: WarpCall; warp: Warp; values: number[] }[];
+}
+
+/** bar.red: each warp's predicates are kept until the barrier opens. */
+function voteAtBarrier(call: WarpCall, position: number): void {
+  const { m, i } = call;
+  if (position === 1) m.block.extra.set('votes', { entries: [] } satisfies Votes);
+  const votes = m.block.extra.get('votes') as Votes;
+  const predicate = i.operands[i.operands.length - 1];
+  const values: number[] = [];
+  eachLane(call, (l) => values.push(laneValue(call, predicate, l)));
+  votes.entries.push({ call, warp: m.warp, values });
+}
+
+function finishVotes(m: Machine): void {
+  const votes = m.block.extra.get('votes') as Votes | undefined;
+  if (!votes) return;
+  const { entries } = votes;
+  m.block.extra.delete('votes');
+  const all = entries.flatMap((entry) => entry.values);
+  const running = m.warp;
+  for (const { call, warp } of entries) {
+    m.warp = warp;
+    const how = call.i.modifiers;
+    const total = all.reduce((a, b) => a + (b ? 1 : 0), 0);
+    const value = how.includes('popc')
+      ? total
+      : how.includes('and')
+        ? Number(total === all.length)
+        : Number(total > 0);
+    eachLane(call, (l) => setLane(call, call.i.operands[0], l, value));
+  }
+  m.warp = running;
+}
+
+const shuffle: WarpInstruction = (call) => {
+  const { m, i, active } = call;
+  const [target, source, by, clamp, members] = i.operands;
+  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  const values = Int32Array.from({ length: 32 }, (_, l) => laneValue(call, source, l));
+  const mode = i.modifiers[1];
+  eachLane(call, (l) => {
+    const b = laneValue(call, by, l) & 31;
+    const c = laneValue(call, clamp, l);
+    const segment = (c >>> 8) & 31;
+    const max = (l & segment) | (c & 31 & ~segment);
+    let from: number;
+    if (mode === 'up') from = l - b;
+    else if (mode === 'down') from = l + b;
+    else if (mode === 'bfly') from = l ^ b;
+    else from = (l & segment) | (b & ~segment);
+    const inRange = mode === 'up' ? from >= max : from <= max;
+    if (!inRange) from = l;
+    if (!((active >>> from) & 1))
+      fail(m, 'divergence', `shfl reads lane ${from}, which is not taking part`, l, i);
+    const [data, flag] = target.kind === 'pair' ? [target.first, target.second] : [target, undefined];
+    setLane(call, data, l, values[from]);
+    if (flag) setLane(call, flag, l, inRange ? 1 : 0);
+  });
+  return 'next';
+};
+
+const vote: WarpInstruction = (call) => {
+  const { i, active } = call;
+  const [target, source, members] = i.operands;
+  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  let ballot = 0;
+  eachLane(call, (l) => {
+    if (laneValue(call, source, l)) ballot |= 1 << l;
+  });
+  const results: Record<string, number> = {
+    ballot,
+    any: Number(ballot !== 0),
+    all: Number(ballot === active),
+    uni: Number(ballot === 0 || ballot === active),
+  };
+  eachLane(call, (l) => setLane(call, target, l, results[i.modifiers[1]]));
+  return 'next';
+};
+
+const match: WarpInstruction = (call) => {
+  const { i, active, m } = call;
+  const [target, source, members] = i.operands;
+  if (i.modifiers.includes('b64')) throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  const value = (l: number) => laneValue(call, source, l);
+  eachLane(call, (l) => {
+    let same = 0;
+    for (let k = 0; k < 32; k++) if ((active >>> k) & 1 && value(k) === value(l)) same |= 1 << k;
+    const all = i.modifiers[0] === 'all' || i.modifiers[1] === 'all';
+    const [data, flag] = target.kind === 'pair' ? [target.first, target.second] : [target, undefined];
+    setLane(call, data, l, all && same !== active ? 0 : same);
+    if (flag) setLane(call, flag, l, Number(same === active));
+  });
+  m.stats.instructions++;
+  return 'next';
+};
+
+const reduce: WarpInstruction = (call) => {
+  const { i } = call;
+  const [target, source, members] = i.operands;
+  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  const values: number[] = [];
+  eachLane(call, (l) => values.push(laneValue(call, source, l)));
+  const isUnsigned = i.modifiers.includes('u32');
+  const operations: Record<string, (a: number, b: number) => number> = {
+    add: (a, b) => (a + b) | 0,
+    min: (a, b) => (isUnsigned ? Math.min(a >>> 0, b >>> 0) | 0 : Math.min(a, b)),
+    max: (a, b) => (isUnsigned ? Math.max(a >>> 0, b >>> 0) | 0 : Math.max(a, b)),
+    and: (a, b) => a & b,
+    or: (a, b) => a | b,
+    xor: (a, b) => a ^ b,
+  };
+  const total = values.reduce(operations[i.modifiers[1]]);
+  eachLane(call, (l) => setLane(call, target, l, total));
+  return 'next';
+};
+
+const fence: WarpInstruction = ({ m, i }) => {
+  const { warp, block } = m;
+  const words = i.modifiers;
+  if (words[0] === 'mbarrier_init' || words.some((w) => w.startsWith('async'))) {
+    joinClock(warp.proxyFenced, warp.seen);
+    warp.proxyFenced[warp.id] = block.clocks[warp.id]++;
+  } else if (!words.includes('cta')) fenceGpu(m);
+  return 'next';
+};
+
+const copy: WarpInstruction = (call) => {
+  const { m, i } = call;
+  const what = i.modifiers[1];
+  if (what === 'bulk') return bulkCopy(call);
+  if (what === 'mbarrier') return mbarrier(call);
+  eachLane(call, (l) => {
+    if (what === 'commit_group') commitGroup(m, l);
+    else if (what === 'wait_all') {
+      commitGroup(m, l);
+      waitGroup(m, l, 0);
+    } else waitGroup(m, l, laneValue(call, i.operands[0], l));
+  });
+  return 'next';
+};
+
+const elect: WarpInstruction = (call) => {
+  const [target, members] = call.i.operands;
+  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  eachLane(call, (l) => {
+    const [leader, flag] = target.kind === 'pair' ? [target.first, target.second] : [target, undefined];
+    setLane(call, leader, l, call.first);
+    if (flag) setLane(call, flag, l, Number(l === call.first));
+  });
+  return 'next';
+};
+
+const setMaxRegisters: WarpInstruction = (call) => {
+  const { m, i, first } = call;
+  if (!isWhole(call)) return 'park';
+  const n = laneValue(call, i.operands[0], first);
+  if (n % 8 || n < 24 || n > 256)
+    fail(m, 'launch', `setmaxnreg ${n} is no multiple of 8 from 24 to 256`, first, i);
+  return 'next';
+};
+
+const whole =
+  (run: (call: WarpCall) => void): WarpInstruction =>
+  (call) => {
+    if (!isWhole(call)) return 'park';
+    run(call);
+    return 'next';
+  };
+
+const instructions: Readonly<Record<string, WarpInstruction>> = {
+  bar: barrier,
+  barrier,
+  shfl: shuffle,
+  vote,
+  match,
+  redux: reduce,
+  activemask: (call) => {
+    eachLane(call, (l) => setLane(call, call.i.operands[0], l, call.active));
+    return 'next';
+  },
+  elect,
+  membar: fence,
+  fence,
+  cp: copy,
+  mma: whole(multiplyMatrix),
+  ldmatrix: whole(loadMatrix),
+  stmatrix: whole(storeMatrix),
+  wgmma,
+  mbarrier,
+  setmaxnreg: setMaxRegisters,
+  griddepcontrol: () => 'next',
+  nanosleep: () => 'yield',
+};
+
+/** Runs a warp-wide instruction for a group of lanes. */
+export function runWarpInstruction(m: Machine, i: Instruction, group: Group): Outcome {
+  let active = group.mask;
+  if (i.guard) {
+    active = 0;
+    for (let l = 0; l < 32; l++) {
+      if ((group.mask >>> l) & 1 && (readRegister(m, i.guard.register, l) !== 0) !== i.guard.negated)
+        active |= 1 << l;
+    }
+    if (active === 0) return 'next';
+  }
+  const run = instructions[i.opcode];
+  if (!run)
+    throw new GpuReport('launch', `the virtual GPU does not know "${i.text}" (PTX line ${i.ptxLine})`);
+  return run({ m, i, group, active, first: 31 - Math.clz32(active & -active) });
+}
