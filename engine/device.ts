@@ -47,8 +47,9 @@ function once(name: DeviceName, open: () => Device): Device {
   return device;
 }
 
-function nativeDevice(library: string): Device {
-  const driver = openCpuDriver(library);
+/** The native device over a library, for this machine's best instruction set or for `arch` (avx512, avx2, portable). */
+export function nativeDevice(library: string, arch?: string): Device {
+  const driver = openCpuDriver(library, arch);
   const address = (argument: Argument): bigint | number =>
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
   return {

@@ -2,6 +2,7 @@
 // never stored (FlashAttention, Dao 2022). Backward computes them again from the saved log-sum-exp.
 import { apply, defineOp, type RefTensors, sameFloat } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { awkwardSizes } from './samples.ts';
 
 interface AttentionAttrs {
   heads: number;
@@ -91,6 +92,11 @@ const attentionOp = defineOp<AttentionAttrs>({
     sample(1, 33, 33, 64, 1),
     sample(2, 9, 9, 32, 2, true),
     sample(1, 20, 13, 96, 2),
+    sample(1, 33, 17, 512, 1),
+    ...awkwardSizes.map(([lq, lk], i) => {
+      const [heads, d] = [1 + (i % 2), [64, 8, 40, 24, 80, 17, 128][i % 7]];
+      return sample(1 + (i % 3 > 1 ? 1 : 0), lq, lk, heads * d, heads, i % 5 === 4);
+    }),
   ],
 });
 

@@ -3,6 +3,7 @@
 import { apply, defineOp, type OpRecord, type RefTensors, sameFloat } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import { broadcast } from './reduce.ts';
+import { awkwardShapes } from './samples.ts';
 
 type None = Record<string, never>;
 
@@ -41,7 +42,10 @@ function binary(name: string, { f, da, db, linear }: Binary): (a: Tensor, b: Ten
         }
       },
     },
-    samples: [[1], [19], [3, 16], [2, 3, 5, 7], [999]].map((s) => ({ inputs: { a: s, b: s }, attrs: {} })),
+    samples: [[1], [19], [2, 3, 5, 7], [4099], ...awkwardShapes].map((s) => ({
+      inputs: { a: s, b: s },
+      attrs: {},
+    })),
   });
   return (a, b) => apply(record, { a, b: expand(b, a.shape) }, {});
 }

@@ -2,6 +2,7 @@
 // encoder pads right and bottom only). Epilogue: bias, a per-image channel shift (the time embedding) and a residual.
 import { apply, defineOp, type RefTensors, sameFloat } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
+import { awkwardSizes } from './samples.ts';
 
 /** [top, left, bottom, right], in pixels. */
 export type Padding = readonly [number, number, number, number];
@@ -118,6 +119,16 @@ const convOp = defineOp<ConvAttrs>({
       attrs: { stride: 1, padding: [0, 0, 0, 0] },
     },
     { inputs: { x: [1, 5, 9, 18], weight: [33, 3, 3, 18] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
+    ...awkwardSizes.map(([c, o], i) => {
+      const [n, h, w] = [1 + (i % 2), 3 + (i % 5), 3 + (i % 7)];
+      const [k, stride] = [[3, 3, 1, 3, 5][i % 5], 1 + (i % 3 > 1 ? 1 : 0)];
+      const p = k >> 1;
+      const padding: Padding = i % 4 === 3 ? [0, 0, 1, 1] : [p, p, p, p];
+      const { oh, ow } = dims([n, h, w, c], [o, k, k, c], { stride, padding });
+      const more = { bias: [o], shift: [n, o], residual: [n, oh, ow, o] };
+      const inputs = { x: [n, h, w, c], weight: [o, k, k, c], ...(i % 2 ? more : {}) };
+      return { inputs, attrs: { stride, padding } };
+    }),
   ],
 });
 

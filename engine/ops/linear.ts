@@ -4,10 +4,12 @@
 import { apply, defineOp, type Launch, type Numbers, sameFloat, type Tensors } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
+import { awkwardShapes, awkwardSizes } from './samples.ts';
 
 export type Activation = 'none' | 'silu' | 'gelu' | 'quick_gelu' | 'geglu';
 /** The kernels' number for each activation. */
 const activationCode: Record<Activation, number> = { none: 0, silu: 1, gelu: 2, quick_gelu: 3, geglu: 4 };
+const activations = Object.keys(activationCode) as Activation[];
 const scalarOf = {
   none: scalar.identity,
   silu: scalar.silu,
@@ -110,6 +112,13 @@ const linearOp = defineOp<LinearAttrs>({
       inputs: { x: [13, 24], weight: [38, 24], bias: [38], residual: [13, 19] },
       attrs: { activation: 'geglu' },
     },
+    { inputs: { x: [34, 290], weight: [530, 290], bias: [530] }, attrs: { activation: 'none' } },
+    ...awkwardSizes.map(([m, n, k], i) => {
+      const activation = activations[(i + 1) % activations.length];
+      const h = activation === 'geglu' ? 2 * n : n;
+      const more = { bias: [h], ...(i % 3 ? { residual: [m, n] } : {}) };
+      return { inputs: { x: [m, k], weight: [h, k], ...(i % 4 ? more : {}) }, attrs: { activation } };
+    }),
   ],
 });
 
@@ -208,6 +217,15 @@ const matmulOp = defineOp<MatmulAttrs>({
     { inputs: { a: [2, 17, 9], b: [2, 33, 9] }, attrs: { transA: false, transB: true } },
     { inputs: { a: [2, 9, 17], b: [2, 9, 20] }, attrs: { transA: true, transB: false } },
     { inputs: { a: [6, 4], b: [8, 6] }, attrs: { transA: true, transB: true } },
+    ...awkwardSizes.map(([m, n, k], i) => {
+      const [transA, transB] = [i % 2 > 0, i % 4 > 1];
+      const batch = i % 3 ? [1 + (i % 3)] : [];
+      const inputs = {
+        a: [...batch, ...(transA ? [k, m] : [m, k])],
+        b: [...batch, ...(transB ? [n, k] : [k, n])],
+      };
+      return { inputs, attrs: { transA, transB } };
+    }),
   ],
 });
 
@@ -279,11 +297,10 @@ const gegluOp = defineOp<None>({
         }
     },
   },
-  samples: [
-    [1, 2],
-    [3, 14],
-    [5, 64],
-  ].map((x) => ({ inputs: { x }, attrs: {} })),
+  samples: [[1, 2], [5, 64], ...awkwardShapes.map(([rows, c]) => [rows, 2 * c])].map((x) => ({
+    inputs: { x },
+    attrs: {},
+  })),
 });
 
 const rowsOf = (shape: readonly number[]): [number, number] => [

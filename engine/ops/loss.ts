@@ -2,6 +2,7 @@
 // weights such as min-SNR multiply what an unweighted mean would give. The result has shape [1], float32.
 import { apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
+import { awkwardSizes } from './samples.ts';
 
 interface LossAttrs {
   delta: number;
@@ -74,6 +75,11 @@ function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
       { inputs: { prediction: [1, 1], target: [1, 1] }, attrs: { delta: 0.5 } },
       { inputs: { prediction: [3, 17], target: [3, 17], weights: [3] }, attrs: { delta: 0.5 } },
       { inputs: { prediction: [2, 4, 4, 4], target: [2, 4, 4, 4] }, attrs: { delta: 0.5 } },
+      ...awkwardSizes.map(([a, b], i) => {
+        const x = [1 + (i % 4), a, b];
+        const inputs = { prediction: x, target: x };
+        return { inputs: i % 2 ? { ...inputs, weights: [x[0]] } : inputs, attrs: { delta: 0.5 } };
+      }),
     ],
   });
 }

@@ -3,6 +3,7 @@
 import { apply, defineOp, type Numbers, sameFloat, type Tensors } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import { around, resolveAxis } from './reduce.ts';
+import { awkwardSizes } from './samples.ts';
 
 const partsOf = <T>(t: Record<string, T>, prefix: string, count: number): (T | undefined)[] =>
   Array.from({ length: count }, (_, i) => t[`${prefix}${i}`]);
@@ -64,6 +65,11 @@ const concatOp = defineOp<ConcatAttrs>({
     { inputs: { x0: [2], x1: [3] }, attrs: { axis: 0, lengths: [2, 3] } },
     { inputs: { x0: [2, 3, 5], x1: [2, 3, 8] }, attrs: { axis: 2, lengths: [5, 8] } },
     { inputs: { x0: [2, 1, 4], x1: [2, 5, 4], x2: [2, 2, 4] }, attrs: { axis: 1, lengths: [1, 5, 2] } },
+    ...awkwardSizes.map(([a, b, c], i) => {
+      const [axis, x0] = [i % 3, [1 + (i % 4), a, b]];
+      const x1 = x0.map((d, at) => (at === axis ? c : d));
+      return { inputs: { x0, x1 }, attrs: { axis, lengths: [x0[axis], c] } };
+    }),
   ],
 });
 
@@ -132,6 +138,12 @@ const sliceOp = defineOp<SliceAttrs>({
     { inputs: { x: [5] }, attrs: { axis: 0, start: 1, length: 3, size: 5 } },
     { inputs: { x: [2, 7, 5] }, attrs: { axis: 1, start: 2, length: 4, size: 7 } },
     { inputs: { x: [3, 16] }, attrs: { axis: 1, start: 15, length: 1, size: 16 } },
+    ...awkwardSizes.map(([a, b, c], i) => {
+      const [axis, x] = [i % 3, [1 + (i % 4), a, b]];
+      const size = x[axis];
+      const length = 1 + (c % size);
+      return { inputs: { x }, attrs: { axis, start: (size - length) >> (i % 2), length, size } };
+    }),
   ],
 });
 
@@ -180,6 +192,17 @@ const permuteOp = defineOp<PermuteAttrs>({
     { inputs: { x: [2, 3, 4] }, attrs: { order: [0, 2, 1] } },
     { inputs: { x: [2, 3, 4, 5] }, attrs: { order: [0, 2, 3, 1] } },
     { inputs: { x: [2, 7, 3, 16] }, attrs: { order: [0, 3, 1, 2] } },
+    ...awkwardSizes.map(([a, b], i) => {
+      const orders = [
+        [1, 0],
+        [0, 2, 1],
+        [2, 1, 0],
+        [0, 2, 3, 1],
+        [3, 0, 2, 1],
+      ];
+      const order = orders[i % orders.length];
+      return { inputs: { x: [a, b, 1 + (i % 3), 2].slice(0, order.length) }, attrs: { order } };
+    }),
   ],
 });
 
@@ -219,6 +242,10 @@ const upsampleOp = defineOp<{ height: number; width: number; from: readonly numb
   samples: [
     { inputs: { x: [1, 2, 2, 3] }, attrs: { height: 4, width: 4, from: [1, 2, 2, 3] } },
     { inputs: { x: [2, 3, 5, 17] }, attrs: { height: 5, width: 10, from: [2, 3, 5, 17] } },
+    ...awkwardSizes.map(([c, a, b], i) => {
+      const x = [1 + (i % 2), 1 + (i % 5), 1 + (i % 7), c];
+      return { inputs: { x }, attrs: { height: 1 + (a % 11), width: 1 + (b % 13), from: x } };
+    }),
   ],
 });
 
@@ -271,6 +298,11 @@ const embeddingOp = defineOp<Record<string, never>>({
   samples: [
     { inputs: { ids: [3], weight: [5, 4] }, attrs: {}, ints: { ids: 5 } },
     { inputs: { ids: [2, 9], weight: [7, 17] }, attrs: {}, ints: { ids: 7 } },
+    ...awkwardSizes.map(([n, v, c]) => ({
+      inputs: { ids: [n], weight: [v, c] },
+      attrs: {},
+      ints: { ids: v },
+    })),
   ],
 });
 
@@ -305,6 +337,15 @@ const timestepOp = defineOp<{
   samples: [
     { inputs: { t: [3] }, attrs: { dim: 16, dtype: 'float32', flipSinToCos: true, shift: 0 } },
     { inputs: { t: [2, 6] }, attrs: { dim: 20, dtype: 'float32', flipSinToCos: false, shift: 1 } },
+    ...awkwardSizes.map(([n, half], i) => ({
+      inputs: { t: [n] },
+      attrs: {
+        dim: 2 * half,
+        dtype: 'float32' as const,
+        flipSinToCos: i % 2 > 0,
+        shift: half > 1 ? i % 2 : 0,
+      },
+    })),
   ],
 });
 

@@ -3,6 +3,7 @@
 import { apply, defineOp, type RefTensor, type RefTensors, sameFloat } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
+import { awkwardShapes, awkwardSizes } from './samples.ts';
 
 interface GroupNormAttrs {
   groups: number;
@@ -100,6 +101,11 @@ const groupNormOp = defineOp<GroupNormAttrs>({
     groupSample([2, 7, 32], 32, true),
     groupSample([1, 9, 9, 40], 4, true),
     groupSample([1, 16, 16, 96], 32, false),
+    // Of fewer than three numbers, any become ±1, and the gradient is what rounding leaves of zero.
+    ...awkwardSizes.map(([pixels], i) => {
+      const [groups, width] = [[32, 1, 8, 4][i % 4], pixels < 3 ? 10 : [1, 2, 10, 3, 20][i % 5]];
+      return groupSample([1 + (i % 2), pixels, groups * width], groups, i % 3 > 0);
+    }),
   ],
 });
 
@@ -225,12 +231,7 @@ const layerNormOp = defineOp<{ eps: number }>({
       );
     },
   },
-  samples: [
-    [2, 3],
-    [5, 16],
-    [3, 7, 33],
-    [2, 320],
-  ].map((x) => ({
+  samples: [[3, 7, 33], [2, 320], ...awkwardShapes.map(([rows, c]) => [rows, Math.max(3, c)])].map((x) => ({
     inputs: { x, weight: x.slice(-1), bias: x.slice(-1) },
     attrs: { eps: 1e-5 },
   })),
@@ -262,12 +263,7 @@ const softmaxOp = defineOp<Record<string, never>>({
       });
     },
   },
-  samples: [
-    [1, 1],
-    [3, 9],
-    [4, 77],
-    [2, 1000],
-  ].map((x) => ({ inputs: { x }, attrs: {} })),
+  samples: [[1, 1], [2, 1000], ...awkwardShapes].map((x) => ({ inputs: { x }, attrs: {} })),
 });
 
 /** exp(x) normalized to sum 1 over the last axis. */

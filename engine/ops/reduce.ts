@@ -2,6 +2,7 @@
 // sum runs in index order, so it repeats bit for bit.
 import { apply, defineOp, sameFloat } from '../op.ts';
 import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
+import { awkwardSizes } from './samples.ts';
 
 /** [outer, axis, inner] around `axis`. */
 export function around(shape: readonly number[], axis: number): [number, number, number] {
@@ -40,6 +41,7 @@ const sumOp = defineOp<{ axis: number }>({
     { inputs: { x: [3, 17] }, attrs: { axis: 1 } },
     { inputs: { x: [3, 17] }, attrs: { axis: 0 } },
     { inputs: { x: [2, 9, 5] }, attrs: { axis: 1 } },
+    ...awkwardSizes.map(([a, b, c], i) => ({ inputs: { x: [a, b, 1 + (c % 5)] }, attrs: { axis: i % 3 } })),
   ],
 });
 
@@ -65,6 +67,10 @@ const broadcastOp = defineOp<{ axis: number; count: number }>({
     { inputs: { x: [1] }, attrs: { axis: 0, count: 3 } },
     { inputs: { x: [4, 7] }, attrs: { axis: 1, count: 5 } },
     { inputs: { x: [2, 16] }, attrs: { axis: 2, count: 3 } },
+    ...awkwardSizes.map(([a, b, c], i) => ({
+      inputs: { x: [a, b] },
+      attrs: { axis: i % 3, count: 1 + (c % 5) },
+    })),
   ],
 });
 

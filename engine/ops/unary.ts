@@ -4,8 +4,11 @@ import { type DType, isFloat } from '../../io/dtype.ts';
 import { apply, defineOp, type OpRecord, sameFloat } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
+import { awkwardShapes } from './samples.ts';
 
 type None = Record<string, never>;
+
+const shapes = [[1], [7], [16], [2, 3, 4, 5], [4099], ...awkwardShapes];
 
 function unary(name: string, { f, df }: scalar.Scalar): (x: Tensor) => Tensor {
   const record: OpRecord<None> = defineOp<None>({
@@ -22,7 +25,7 @@ function unary(name: string, { f, df }: scalar.Scalar): (x: Tensor) => Tensor {
         for (let i = 0; i < x.data.length; i++) dx.data[i] = dy.data[i] * df(x.data[i]);
       },
     },
-    samples: [[1], [7], [16], [33, 5], [2, 3, 4, 5], [1000]].map((x) => ({ inputs: { x }, attrs: {} })),
+    samples: shapes.map((x) => ({ inputs: { x }, attrs: {} })),
   });
   return (x) => apply(record, { x }, {});
 }
@@ -52,7 +55,7 @@ const scaleOp = defineOp<{ a: number; b: number }>({
       for (let i = 0; i < dy.data.length; i++) dx.data[i] = a * dy.data[i];
     },
   },
-  samples: [[1], [17], [4, 33]].map((x) => ({ inputs: { x }, attrs: { a: 0.5, b: -2 } })),
+  samples: shapes.map((x) => ({ inputs: { x }, attrs: { a: 0.5, b: -2 } })),
 });
 
 /** a x + b with numbers a, b. */
@@ -72,7 +75,7 @@ const castOp = defineOp<{ dtype: DType; from: DType }>({
     forward: ({ y, x }) => y.data.set(x.data),
     backward: ({ dx, dy }) => dx.data.set(dy.data),
   },
-  samples: [[1], [31], [6, 16]].map((x) => ({
+  samples: shapes.map((x) => ({
     inputs: { x },
     attrs: { dtype: 'float32', from: 'float32' } as const,
   })),
