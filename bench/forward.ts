@@ -2,7 +2,8 @@
 import type { Device } from '../engine/device.ts';
 import { type OpCall, profiled } from '../engine/profile.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { buildSubject, presets, type Sizes, type SubjectName } from './subjects.ts';
+import { presets } from '../models/presets.ts';
+import { buildSubject, type Sizes, type SubjectName } from './subjects.ts';
 import { stopwatch, type Timing, timingOf } from './timing.ts';
 
 export interface OpShare {

@@ -7,32 +7,10 @@ import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { type TextConfig, textEncoder } from '../models/clip.ts';
-import {
-  clipBigG,
-  clipL,
-  sdxlBase,
-  sdxlRefiner,
-  sdxlTiny,
-  sdxlVae,
-  tinyClipBigG,
-  tinyClipL,
-  tinyVae,
-} from '../models/presets.ts';
-import { type UNetConfig, unet } from '../models/unet.ts';
-import { type VaeConfig, vae } from '../models/vae.ts';
-import { fillRandom, uniforms } from './random_weights.ts';
-
-interface Preset {
-  unet: UNetConfig;
-  vae: VaeConfig;
-  text: readonly TextConfig[];
-}
-
-export const presets: Readonly<Record<string, Preset>> = {
-  'sdxl-base': { unet: sdxlBase, vae: sdxlVae, text: [clipL, clipBigG] },
-  'sdxl-refiner': { unet: sdxlRefiner, vae: sdxlVae, text: [clipBigG] },
-  tiny: { unet: sdxlTiny, vae: tinyVae, text: [tinyClipL, tinyClipBigG] },
-};
+import type { ModelPreset } from '../models/presets.ts';
+import { unet } from '../models/unet.ts';
+import { vae } from '../models/vae.ts';
+import { fillRandom, uniforms } from './pool_weights.ts';
 
 export const subjectNames = ['unet', 'vae', 'text'] as const;
 export type SubjectName = (typeof subjectNames)[number];
@@ -56,7 +34,7 @@ const TOKENS = 77;
 /** Builds a subject on `device`, weights (by `fill`) and inputs included. */
 export function buildSubject(
   name: SubjectName,
-  preset: Preset,
+  preset: ModelPreset,
   { width, height, batch }: Sizes,
   device: Device,
   dtype: FloatDType,
@@ -69,7 +47,7 @@ export function buildSubject(
     const config = preset.unet;
     const module = unet(config);
     fill(module, device, dtype);
-    const ids = config.cross_attention_dim === sdxlRefiner.cross_attention_dim ? 5 : 6;
+    const ids = preset.requires_aesthetics_score ? 5 : 6;
     const sample = latents();
     const times = unscoped(() => tensor(new Float32Array(batch).fill(500), [batch], { device }));
     const timeIds = unscoped(() => tensor(new Float32Array(batch * ids).fill(512), [batch, ids], { device }));
@@ -88,7 +66,9 @@ export function buildSubject(
     const z = latents();
     return subject([coder.module], [z], () => void coder.decode(z));
   }
-  const encoders = preset.text.map(textEncoder);
+  const encoders = [preset.text_encoder, preset.text_encoder_2]
+    .filter((config): config is TextConfig => config !== undefined)
+    .map(textEncoder);
   for (const encoder of encoders) fill(encoder, device, dtype);
   const ids = unscoped(() =>
     tensor(new Int32Array(batch * TOKENS).fill(1), [batch, TOKENS], { device, dtype: 'int32' }),

@@ -2,11 +2,12 @@
 import { type Command, Option } from 'commander';
 import { benchForward, type ForwardReport } from '../bench/forward.ts';
 import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
-import { presets, type SubjectName, subjectNames } from '../bench/subjects.ts';
+import { type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
 import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { presets } from '../models/presets.ts';
 import type { Terminal } from './main.ts';
 import { number, side } from './options.ts';
 import { progressBar } from './progress.ts';

@@ -276,7 +276,9 @@ function report(
       device: device.name,
       seconds,
     };
-    terminal.out(`${JSON.stringify({ ...result, peak_bytes: device.memory.peak })}\n`);
+    terminal.out(
+      `${JSON.stringify({ ...result, peak_bytes: device.memory.peak, peak_process_bytes: process.resourceUsage().maxRSS * 1024 })}\n`,
+    );
   } else if (!options.quiet) {
     terminal.err(
       `${files.join(', ')} in ${((milliseconds.load + milliseconds.sample + milliseconds.decode) / 1000).toFixed(1)} s\n`,

@@ -163,4 +163,12 @@ export const presets: Readonly<Record<string, ModelPreset>> = {
     scheduler: sdxlScheduler,
     requires_aesthetics_score: true,
   },
+  tiny: {
+    unet: sdxlTiny,
+    vae: tinyVae,
+    text_encoder: tinyClipL,
+    text_encoder_2: tinyClipBigG,
+    scheduler: sdxlScheduler,
+    requires_aesthetics_score: false,
+  },
 };

@@ -2,10 +2,11 @@
 // device that computes nothing; and a small model measured for real.
 import { test } from 'tap';
 import { opCases } from '../bench/ops.ts';
-import { buildSubject, presets } from '../bench/subjects.ts';
+import { buildSubject } from '../bench/subjects.ts';
 import { main } from '../cli/main.ts';
 import { openDevice } from '../engine/device.ts';
 import { profiled, standInDevice } from '../engine/profile.ts';
+import { presets } from '../models/presets.ts';
 
 const square = (side: number) => ({ width: side, height: side, batch: 1 });
 
