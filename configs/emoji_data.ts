@@ -149,7 +149,13 @@ function readText(path: string): string | undefined {
 }
 
 if (import.meta.url === pathToFileURL(process.argv[1] ?? '').href) {
-  const folder = process.argv[2];
-  if (!folder) throw new UserError('give the folder to draw the emoji into');
-  console.log(await drawEmoji(folder));
+  try {
+    const folder = process.argv[2];
+    if (!folder) throw new UserError('no folder is given: name the one to draw the emoji into');
+    console.log(await drawEmoji(folder));
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    console.error(error.message);
+    process.exitCode = 2;
+  }
 }

@@ -26,11 +26,31 @@ const filters: Record<
   lanczos: { support: 3, weight: (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0) },
 };
 
-/** `picture` resized to `width` x `height` pixels; the same size gives the same picture back. */
-export function resize<P extends Pixels>(picture: P, width: number, height: number, filter: ResizeFilter): P {
-  if (filter === 'nearest') return resizeNearest(picture, width, height);
-  const wide = picture.width === width ? picture : resizeAxis(picture, 'width', width, filter);
-  return wide.height === height ? wide : resizeAxis(wide, 'height', height, filter);
+/** A part of the resized picture, in its pixels. */
+export interface Window {
+  left: number;
+  top: number;
+  width: number;
+  height: number;
+}
+
+/**
+ * `picture` resized to `width` x `height` pixels, or of that only the `window`: nothing outside is computed, so that even a
+ * picture that is all width can be cut from. The same size gives the same picture back.
+ */
+export function resize<P extends Pixels>(
+  picture: P,
+  width: number,
+  height: number,
+  filter: ResizeFilter,
+  window: Window = { left: 0, top: 0, width, height },
+): P {
+  const isSame = picture.width === width && picture.height === height;
+  if (isSame && window.width === width && window.height === height) return picture;
+  if (filter === 'nearest') return resizeNearest(picture, width, height, window);
+  const down = makeTaps(picture.height, height, window.top, window.height, filter);
+  const across = makeTaps(picture.width, width, window.left, window.width, filter);
+  return mixRows(mixColumns(rowsUnder(picture, down), across), down);
 }
 
 interface Taps {
@@ -42,20 +62,27 @@ interface Taps {
   size: number;
 }
 
-function makeTaps(inputSize: number, outputSize: number, filter: Exclude<ResizeFilter, 'nearest'>): Taps {
+/** The taps of `length` output pixels from `begin` on. */
+function makeTaps(
+  inputSize: number,
+  outputSize: number,
+  begin: number,
+  length: number,
+  filter: Exclude<ResizeFilter, 'nearest'>,
+): Taps {
   const { support, weight } = filters[filter];
   const scale = inputSize / outputSize;
   const stretch = Math.max(scale, 1);
   const reach = support * stretch;
   const size = Math.ceil(reach) * 2 + 1;
   const taps: Taps = {
-    first: new Int32Array(outputSize),
-    count: new Int32Array(outputSize),
-    weights: new Int32Array(outputSize * size),
+    first: new Int32Array(length),
+    count: new Int32Array(length),
+    weights: new Int32Array(length * size),
     size,
   };
-  for (let i = 0; i < outputSize; i++) {
-    const center = (i + 0.5) * scale;
+  for (let i = 0; i < length; i++) {
+    const center = (begin + i + 0.5) * scale;
     const first = Math.max(0, Math.trunc(center - reach + 0.5));
     const count = Math.min(inputSize, Math.trunc(center + reach + 0.5)) - first;
     const exact = Array.from({ length: count }, (_, x) => weight((x + first - center + 0.5) * (1 / stretch)));
@@ -71,58 +98,63 @@ function makeTaps(inputSize: number, outputSize: number, filter: Exclude<ResizeF
   return taps;
 }
 
-/** One pass. Sums are int32, as Pillow's are, which is also what JavaScript adds fastest. */
-function resizeAxis<P extends Pixels>(
-  picture: P,
-  axis: 'width' | 'height',
-  newSize: number,
-  filter: Exclude<ResizeFilter, 'nearest'>,
-): P {
-  const taps = makeTaps(picture[axis], newSize, filter);
-  const result = { ...picture, [axis]: newSize };
-  const data = new Uint8ClampedArray(result.width * result.height * picture.channels);
+/** The input rows that the vertical pass will read; its taps count from the first of them then. */
+function rowsUnder<P extends Pixels>(picture: P, { first, count }: Taps): P {
+  const begin = first[0];
+  const end = first[first.length - 1] + count[count.length - 1];
   const rowBytes = picture.width * picture.channels;
-  const newRowBytes = result.width * picture.channels;
-  for (let y = 0; y < result.height; y++) {
-    const out = data.subarray(y * newRowBytes, (y + 1) * newRowBytes);
-    if (axis === 'height') mixRows(out, picture.data, taps, y, rowBytes);
-    else mixColumns(out, picture.data.subarray(y * rowBytes, (y + 1) * rowBytes), taps, picture.channels);
-  }
-  return { ...result, data: new Uint8Array(data.buffer) };
+  for (let i = 0; i < first.length; i++) first[i] -= begin;
+  return { ...picture, height: end - begin, data: picture.data.subarray(begin * rowBytes, end * rowBytes) };
 }
 
 const half = 1 << (precisionBits - 1);
 
-/** Row `y` of the result: a weighted sum of whole rows. */
-function mixRows(out: Uint8ClampedArray, data: Uint8Array, taps: Taps, y: number, rowBytes: number): void {
-  const sums = new Int32Array(rowBytes).fill(half);
-  for (let k = 0; k < taps.count[y]; k++) {
-    const weight = taps.weights[y * taps.size + k];
-    const row = (taps.first[y] + k) * rowBytes;
-    for (let i = 0; i < rowBytes; i++) sums[i] += data[row + i] * weight;
-  }
-  for (let i = 0; i < rowBytes; i++) out[i] = sums[i] >> precisionBits;
-}
+// Sums are int32, as Pillow's are, which is also what JavaScript adds fastest.
 
-/** One row: each pixel a weighted sum of its neighbours. */
-function mixColumns(out: Uint8ClampedArray, row: Uint8Array, taps: Taps, channels: number): void {
-  const { first, count, weights, size } = taps;
-  for (let c = 0; c < channels; c++) {
-    for (let x = 0, at = c; at < out.length; x++, at += channels) {
-      let sum = half;
-      let from = first[x] * channels + c;
-      const end = x * size + count[x];
-      for (let k = x * size; k < end; k++, from += channels) sum = (sum + row[from] * weights[k]) | 0;
-      out[at] = sum >> precisionBits;
+/** The horizontal pass: each pixel a weighted sum of its neighbours in the row. */
+function mixColumns<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
+  const { channels, height, data } = picture;
+  const width = first.length;
+  const out = new Uint8ClampedArray(width * height * channels);
+  for (let y = 0; y < height; y++) {
+    const row = y * picture.width * channels;
+    for (let c = 0; c < channels; c++) {
+      let at = y * width * channels + c;
+      for (let x = 0; x < width; x++, at += channels) {
+        let sum = half;
+        let from = row + first[x] * channels + c;
+        const end = x * size + count[x];
+        for (let k = x * size; k < end; k++, from += channels) sum = (sum + data[from] * weights[k]) | 0;
+        out[at] = sum >> precisionBits;
+      }
     }
   }
+  return { ...picture, width, data: new Uint8Array(out.buffer) };
 }
 
-function resizeNearest<P extends Pixels>(picture: P, width: number, height: number): P {
+/** The vertical pass: each row a weighted sum of whole rows. */
+function mixRows<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
+  const rowBytes = picture.width * picture.channels;
+  const height = first.length;
+  const out = new Uint8ClampedArray(rowBytes * height);
+  const sums = new Int32Array(rowBytes);
+  for (let y = 0; y < height; y++) {
+    sums.fill(half);
+    for (let k = 0; k < count[y]; k++) {
+      const weight = weights[y * size + k];
+      const row = (first[y] + k) * rowBytes;
+      for (let i = 0; i < rowBytes; i++) sums[i] += picture.data[row + i] * weight;
+    }
+    for (let i = 0; i < rowBytes; i++) out[y * rowBytes + i] = sums[i] >> precisionBits;
+  }
+  return { ...picture, height, data: new Uint8Array(out.buffer) };
+}
+
+function resizeNearest<P extends Pixels>(picture: P, width: number, height: number, window: Window): P {
   const { channels } = picture;
-  const columns = nearestIndices(picture.width, width);
-  const rows = nearestIndices(picture.height, height);
-  const data = new Uint8Array(width * height * channels);
+  const columns = nearestIndices(picture.width, width, window.left, window.width);
+  const rows = nearestIndices(picture.height, height, window.top, window.height);
+  const data = new Uint8Array(window.width * window.height * channels);
   let at = 0;
   for (const row of rows) {
     for (const column of columns) {
@@ -130,19 +162,20 @@ function resizeNearest<P extends Pixels>(picture: P, width: number, height: numb
       for (let c = 0; c < channels; c++) data[at++] = picture.data[from + c];
     }
   }
-  return { ...picture, width, height, data };
+  return { ...picture, width: window.width, height: window.height, data };
 }
 
 /**
- * Pillow steps by adding the scale up rather than multiplying, which at exact pixel borders decides the
- * pixel.
+ * Of the input pixels that the output pixels take, `length` from `begin` on. Pillow steps by adding the scale up rather than
+ * multiplying, which at exact pixel borders decides the pixel.
  */
-function nearestIndices(inputSize: number, outputSize: number): Int32Array {
+function nearestIndices(inputSize: number, outputSize: number, begin: number, length: number): Int32Array {
   const scale = inputSize / outputSize;
+  const indices = new Int32Array(length);
   let position = scale * 0.5;
-  return Int32Array.from({ length: outputSize }, () => {
-    const index = Math.min(inputSize - 1, Math.trunc(position));
+  for (let i = 0; i < begin + length; i++) {
+    if (i >= begin) indices[i - begin] = Math.min(inputSize - 1, Math.trunc(position));
     position += scale;
-    return index;
-  });
+  }
+  return indices;
 }

@@ -420,6 +420,29 @@ test('resize: Pillow, to the bit', (t) => {
   }
   const picture = goldenPicture('picture');
   t.ok(sameBytes(resize(picture, picture.width, picture.height, 'lanczos').data, picture.data), 'same size');
+  for (const filter of ['lanczos', 'bicubic', 'bilinear', 'nearest'] as const) {
+    for (const [width, height] of [
+      [37, 91],
+      [picture.width, 20],
+      [picture.width, picture.height],
+    ]) {
+      const window = { left: 5, top: 3, width: 11, height: 14 };
+      const whole = resize(picture, width, height, filter);
+      const want = Uint8Array.from({ length: 11 * 14 * 3 }, (_, i) => {
+        const [y, x] = [Math.floor(i / 33), Math.floor(i / 3) % 11];
+        return whole.data[((3 + y) * width + 5 + x) * 3 + (i % 3)];
+      });
+      const got = resize(picture, width, height, filter, window);
+      t.strictSame([got.width, got.height], [11, 14]);
+      t.ok(sameBytes(got.data, want), `${filter} to ${width} x ${height}: a window is a part of the whole`);
+    }
+  }
+  const line: Picture = { width: 60_000, height: 1, channels: 3, data: new Uint8Array(180_000).fill(7) };
+  const window = { left: 30_000_000, top: 0, width: 64, height: 64 };
+  t.ok(
+    resize(line, 61_440_000, 1024, 'lanczos', window).data.every((value) => value === 7),
+    'all width',
+  );
   const grey = resize(toGrey(picture), 24, 16, 'lanczos');
   t.strictSame([grey.channels, grey.data.length], [1, 24 * 16], 'grey pictures');
   t.end();

@@ -78,12 +78,14 @@ export function preparePicture(
   interpolation: ResizeFilter,
 ): Float32Array {
   const { resized, crop, target, flip } = geometry;
-  const { width, data } = resize(picture, resized[1], resized[0], interpolation);
-  const out = new Float32Array(target[0] * target[1] * 3);
+  const [height, width] = target;
+  const window = { top: crop[0], left: crop[1], height, width };
+  const { data } = resize(picture, resized[1], resized[0], interpolation, window);
+  const out = new Float32Array(height * width * 3);
   let at = 0;
-  for (let y = crop[0]; y < crop[0] + target[0]; y++) {
-    for (let x = 0; x < target[1]; x++) {
-      const from = (y * width + crop[1] + (flip ? target[1] - 1 - x : x)) * 3;
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const from = (y * width + (flip ? width - 1 - x : x)) * 3;
       for (let c = 0; c < 3; c++) out[at++] = 2 * Math.fround(data[from + c] / 255) - 1;
     }
   }
