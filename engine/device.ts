@@ -88,13 +88,16 @@ function referenceDevice(): Device {
       const run = direction === 'forward' ? record.reference.forward : record.reference.backward;
       if (!run) throw new Error(`op ${record.name} has no reference ${direction}`);
       run(arrays, attrs);
-      for (const [name, t] of Object.entries(tensors)) if (!isView(t)) storeFloats(t, arrays[name].data);
+      for (const [name, t] of Object.entries(tensors)) {
+        const written = isFloat(t.dtype) || record.updates?.includes(name);
+        if (written && !isView(t)) storeNumbers(t, arrays[name].data);
+      }
     },
     accumulate(target, source) {
       const sum = hostFloats(target);
       const more = hostFloats(source);
       for (let i = 0; i < sum.length; i++) sum[i] += more[i];
-      if (!isView(target)) storeFloats(target, sum);
+      if (!isView(target)) storeNumbers(target, sum);
     },
   };
 }
@@ -108,6 +111,6 @@ function hostFloats(t: Tensor): Float32Array {
   return isView(t) ? new Float32Array(bytes.buffer, bytes.byteOffset, t.size) : decodeFloats(bytes, t.dtype);
 }
 
-function storeFloats(t: Tensor, values: ArrayLike<number>): void {
-  if (isFloat(t.dtype)) (t.block.host as Uint8Array).set(encodeNumbers(values, t.dtype));
+function storeNumbers(t: Tensor, values: ArrayLike<number>): void {
+  (t.block.host as Uint8Array).set(encodeNumbers(values, t.dtype));
 }

@@ -2,6 +2,7 @@
 // reference loops are at once the definition, the fallback device and the oracle that tests hold every kernel against.
 // apply() is the only way an op runs: it allocates, executes, and notes on the tape what backward will need.
 import type { DType } from '../io/dtype.ts';
+import type { Device } from './device.ts';
 import { isRecording, Node } from './grad.ts';
 import { empty, ShapeError, type Tensor } from './tensor.ts';
 
@@ -28,6 +29,10 @@ export interface Sample<A> {
   inputs: Record<string, readonly number[]>;
   attrs: A;
   ints?: Record<string, number>;
+  /** Inputs that have this type whatever type is tested. */
+  dtypes?: Record<string, DType>;
+  /** Inputs that hold no negative numbers. */
+  nonnegative?: readonly string[];
 }
 
 export interface OpRecord<A> {
@@ -40,6 +45,8 @@ export interface OpRecord<A> {
   readonly storage?: string;
   /** Floating-point operations of forward, a multiply-add counted as two; only the matrix families count theirs. */
   flops?(t: Tensors, attrs: A): number;
+  /** Inputs that forward changes in place: a step of an optimizer. Such an op runs by update() and has no gradient. */
+  readonly updates?: readonly string[];
   forward(t: Tensors, attrs: A, launch: Launch): void;
   /** Fills every `d<input>` that is present. Absent where an op has no gradient. */
   backward?(t: Tensors, attrs: A, launch: Launch): void;
@@ -62,13 +69,7 @@ export function defineOp<A>(record: OpRecord<A>): OpRecord<A> {
 
 /** Runs an op on its inputs' device and returns its first output. */
 export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor {
-  const present = Object.fromEntries(Object.entries(inputs).filter(([, t]) => t !== undefined)) as Tensors;
-  const [first, ...rest] = Object.values(present);
-  const { device } = first;
-  for (const other of rest) {
-    if (other.device !== device)
-      throw new ShapeError(`${record.name}: inputs are on ${device.name} and ${other.device.name}`);
-  }
+  const [present, device] = presentOn(record.name, inputs);
   const specs = record.outputs(present, attrs);
   const outputs: Tensors = {};
   for (const [name, spec] of Object.entries(specs))
@@ -78,6 +79,24 @@ export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor 
     outputs.y.node = Node.ofOp(record, present, outputs, attrs);
   }
   return outputs.y;
+}
+
+/** Runs an op that changes its `updates` in place and has no outputs. */
+export function update<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): void {
+  const [present, device] = presentOn(record.name, inputs);
+  record.outputs(present, attrs);
+  device.execute(record, 'forward', present, attrs);
+}
+
+/** The inputs that are there, and the one device that holds them all. */
+function presentOn(op: string, inputs: Inputs): [Tensors, Device] {
+  const present = Object.fromEntries(Object.entries(inputs).filter(([, t]) => t !== undefined)) as Tensors;
+  const [{ device }, ...rest] = Object.values(present);
+  for (const other of rest) {
+    if (other.device !== device)
+      throw new ShapeError(`${op}: inputs are on ${device.name} and ${other.device.name}`);
+  }
+  return [present, device];
 }
 
 /** Shared check: all named inputs hold one floating-point type, which is returned. */

@@ -3,9 +3,10 @@
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openDevice } from '../engine/device.ts';
+import { philox } from '../engine/philox.ts';
 import { scope } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
-import { draws, philox, streamOf } from '../train/draws.ts';
+import { draws, streamOf } from '../train/draws.ts';
 
 test('the known answers of Random123', (t) => {
   const answer = (counter: number[], key: number[]) => {

@@ -43,6 +43,8 @@ export interface GoldenArea {
   dtype(tensor: string): DType;
   /** A stored tensor's elements as numbers (row-major), rounded to float32 where they were recorded in float64. */
   floats(tensor: string): Float32Array;
+  /** As floats, but not rounded. */
+  doubles(tensor: string): Float64Array;
   bytes(tensor: string): Uint8Array;
 }
 
@@ -68,6 +70,10 @@ export function goldenArea(name: string): GoldenArea {
       info(tensor).storedAs === 'F64'
         ? Float32Array.from(doubles(file.path, info(tensor)))
         : decodeFloats(file.read(tensor), info(tensor).dtype),
+    doubles: (tensor) =>
+      info(tensor).storedAs === 'F64'
+        ? doubles(file.path, info(tensor))
+        : Float64Array.from(decodeFloats(file.read(tensor), info(tensor).dtype)),
     bytes: (tensor) => file.read(tensor),
   };
 }

@@ -1,20 +1,10 @@
 // Elementwise kernels: y[i] = f(x[i]) and dx[i] = dy[i] f'(x[i]), binary arithmetic, scaling, GEGLU, fill and cast.
 // Each element is read before it is written, so an output may be one of the inputs.
-#include "simd.h"
-#include "threads.h"
+#include "each.h"
 
 namespace sdxl {
 namespace ARCH {
 namespace {
-
-// body(i, count) for consecutive vectors of `count` elements: LANES, fewer in the last.
-template <class F> inline void vectors(int64_t begin, int64_t end, F &&body) {
-  for (int64_t i = begin; i < end; i += LANES) body(i, end - i);
-}
-
-template <class F> void each(int n, F &&body) {
-  parallel_for(n, GRAIN, [&](int64_t begin, int64_t end) { vectors(begin, end, body); });
-}
 
 struct Silu {
   static vf f(vf x) { return x * sigmoid(x); }

@@ -2,27 +2,13 @@
 // Elements 4j .. 4j+3 come from counter (j + offset as 64 bits, stream, 0) under the key (seed_low, seed_high), so any part
 // of a stream can be drawn by itself. The normals go through double logarithms and sines and are rounded once: every
 // instruction set gives the same bits.
+#include "philox.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace sdxl {
 namespace ARCH {
 namespace {
-
-struct Four {
-  uint32_t at[4];
-};
-
-Four philox(Four counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; round++) {
-    const uint64_t a = uint64_t(0xd2511f53u) * counter.at[0], b = uint64_t(0xcd9e8d57u) * counter.at[2];
-    counter = Four{{uint32_t(b >> 32) ^ counter.at[1] ^ key0, uint32_t(b),
-                    uint32_t(a >> 32) ^ counter.at[3] ^ key1, uint32_t(a)}};
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
-  }
-  return counter;
-}
 
 // As many bits as the type holds, so that rounding never reaches 1.
 template <class T> constexpr int uniform_bits();

@@ -1,18 +1,10 @@
 // Sum over one axis of [outer, axis, inner], its transpose, and the training losses. Sums run in index order within
 // fixed chunks, so the result does not depend on the number of threads.
-#include "simd.h"
-#include "threads.h"
+#include "each.h"
 
 namespace sdxl {
 namespace ARCH {
 namespace {
-
-struct Floats {
-  float *data;
-  explicit Floats(int64_t count) : data(new float[size_t(count)]) {}
-  ~Floats() { delete[] data; }
-  Floats(const Floats &) = delete;
-};
 
 // total[inner] = the sum of `rows` rows of x. A single column is summed along its vectors instead.
 template <class T> void add_rows(float *total, const T *x, int64_t rows, int64_t inner) {

@@ -1,0 +1,235 @@
+// One step of an optimizer on one parameter, as ops that update their inputs in place: AdamW and Lion, the moving average
+// of weights, and the sum of squares behind global-norm clipping. A weight may have a float32 `master` beside it; without
+// one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
+
+import { defineOp, type RefTensors, type Sample, type Tensors, update } from '../op.ts';
+import { philox, type Stream } from '../philox.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+
+/** What every step takes. Learning rates and decay are of this step. */
+export interface StepAttrs {
+  lr: number;
+  weightDecay: number;
+  /** Multiplies the gradient first: clipping. */
+  gradientScale: number;
+  /** Where stochastic rounding takes its bits; undefined rounds to nearest even. For bfloat16 weights without a master. */
+  rounding?: Stream;
+}
+
+/** The weight, its gradient in the same type, and the float32 master that is the weight's true value where there is one. */
+export interface StepInputs {
+  weight: Tensor;
+  gradient: Tensor;
+  master?: Tensor;
+}
+
+/** The shape rule of a step, which has no outputs: every tensor but `others` is as large as the weight. */
+export function checkStep(op: string, t: Tensors, others: readonly string[] = []): Record<string, never> {
+  for (const [name, { size, shape }] of Object.entries(t)) {
+    if (size !== t.weight.size && !others.includes(name))
+      throw new ShapeError(`${op}: ${name} [${shape}] does not fit weight [${t.weight.shape}]`);
+  }
+  if (t.gradient.dtype !== t.weight.dtype)
+    throw new ShapeError(`${op}: weight is ${t.weight.dtype}, its gradient ${t.gradient.dtype}`);
+  return {};
+}
+
+/** The kernels' last arguments. */
+export const roundingArguments = ({ rounding }: StepAttrs): number[] =>
+  rounding ? [1, rounding.seedLow, rounding.seedHigh, rounding.stream] : [0, 0, 0, 0];
+
+/** Replaces every weight by next(weight, scaled gradient, index), with the rounding that the attributes ask for. */
+export function eachWeight(
+  { weight, gradient, master }: RefTensors,
+  { gradientScale, rounding }: StepAttrs,
+  next: (weight: number, gradient: number, i: number) => number,
+): void {
+  const value = (master ?? weight).data;
+  const rounded = rounding && !master ? stochastic(rounding) : (x: number) => x;
+  for (let i = 0; i < value.length; i++) {
+    const x = next(value[i], gradient.data[i] * gradientScale, i);
+    if (master) master.data[i] = x;
+    weight.data[i] = rounded(x, i);
+  }
+}
+
+/** float32 to one of its two bfloat16 neighbours: element i takes 16 bits of the stream, eight elements to a block. */
+function stochastic({ seedLow, seedHigh, stream }: Stream): (x: number, i: number) => number {
+  const words = new Uint32Array(4);
+  const float = new Float32Array(1);
+  const bits = new Uint32Array(float.buffer);
+  let block = -1;
+  return (x, i) => {
+    if (i >>> 3 !== block) {
+      block = i >>> 3;
+      philox(words, block, 0, stream, 0, seedLow, seedHigh);
+    }
+    float[0] = x;
+    if (!Number.isFinite(x)) return x;
+    bits[0] = (bits[0] + ((words[(i & 7) >> 1] >>> ((i & 1) * 16)) & 0xffff)) & 0xffff0000;
+    return float[0];
+  };
+}
+
+export interface AdamAttrs extends StepAttrs {
+  betas: readonly [number, number];
+  eps: number;
+  /** 1 at the first step. */
+  step: number;
+}
+
+/** Decoupled weight decay, 1 - beta1, beta2, 1 - beta2, the step's size and the factor of sqrt(v), with bias corrections. */
+export function adamFactors({ lr, weightDecay, betas: [beta1, beta2], step }: AdamAttrs): number[] {
+  return [
+    1 - lr * weightDecay,
+    1 - beta1,
+    beta2,
+    1 - beta2,
+    lr / (1 - beta1 ** step),
+    1 / Math.sqrt(1 - beta2 ** step),
+  ];
+}
+
+/** Two sizes, each without and with a master; `states` are float32 and shaped like the weight. */
+function stepSamples<A extends StepAttrs>(states: readonly string[], attrs: A): Sample<A>[] {
+  const sample = (shape: readonly number[], more: readonly string[]): Sample<A> => ({
+    inputs: Object.fromEntries(['weight', 'gradient', ...more].map((name) => [name, shape])),
+    attrs,
+    dtypes: Object.fromEntries(more.map((name) => [name, 'float32'])),
+    nonnegative: ['exp_avg_sq'],
+  });
+  return [[5], [33, 70]].flatMap((shape) => [sample(shape, states), sample(shape, ['master', ...states])]);
+}
+
+const adamSample: AdamAttrs = {
+  lr: 0.01,
+  weightDecay: 0.1,
+  gradientScale: 0.5,
+  betas: [0.9, 0.999],
+  eps: 1e-8,
+  step: 3,
+};
+
+const adamwOp = defineOp<AdamAttrs>({
+  name: 'adamw',
+  outputs: (t) => checkStep('adamw', t),
+  saves: [],
+  storage: 'weight',
+  updates: ['weight', 'master', 'exp_avg', 'exp_avg_sq'],
+  forward: (t, attrs, launch) =>
+    launch('adamw_forward', [
+      t.weight,
+      t.master,
+      t.gradient,
+      t.exp_avg,
+      t.exp_avg_sq,
+      t.weight.size,
+      attrs.gradientScale,
+      ...adamFactors(attrs),
+      attrs.eps,
+      ...roundingArguments(attrs),
+    ]),
+  reference: {
+    forward(t, attrs) {
+      const [decay, rate1, beta2, rate2, size, correction] = adamFactors(attrs);
+      const [m, v] = [t.exp_avg.data, t.exp_avg_sq.data];
+      eachWeight(t, attrs, (w, g, i) => {
+        m[i] += rate1 * (g - m[i]);
+        v[i] = v[i] * beta2 + rate2 * g * g;
+        return w * decay - (size * m[i]) / (Math.sqrt(v[i]) * correction + attrs.eps);
+      });
+    },
+  },
+  samples: stepSamples(['exp_avg', 'exp_avg_sq'], adamSample),
+});
+
+/** One step of AdamW with torch's order of decay and bias corrections; exp_avg and exp_avg_sq are float32. */
+export const adamwStep = (
+  tensors: StepInputs & { exp_avg: Tensor; exp_avg_sq: Tensor },
+  attrs: AdamAttrs,
+): void => update(adamwOp, { ...tensors }, attrs);
+
+export interface LionAttrs extends StepAttrs {
+  betas: readonly [number, number];
+}
+
+const lionOp = defineOp<LionAttrs>({
+  name: 'lion',
+  outputs: (t) => checkStep('lion', t),
+  saves: [],
+  storage: 'weight',
+  updates: ['weight', 'master', 'exp_avg'],
+  forward(t, attrs, launch) {
+    const { lr, weightDecay, betas, gradientScale } = attrs;
+    const factors = [gradientScale, 1 - lr * weightDecay, 1 - betas[0], 1 - betas[1], lr];
+    const tensors = [t.weight, t.master, t.gradient, t.exp_avg];
+    launch('lion_forward', [...tensors, t.weight.size, ...factors, ...roundingArguments(attrs)]);
+  },
+  reference: {
+    forward(t, attrs) {
+      const { lr, weightDecay, betas } = attrs;
+      const m = t.exp_avg.data;
+      eachWeight(t, attrs, (w, g, i) => {
+        const sign = Math.sign(m[i] + (1 - betas[0]) * (g - m[i]));
+        m[i] += (1 - betas[1]) * (g - m[i]);
+        return w * (1 - lr * weightDecay) - lr * sign;
+      });
+    },
+  },
+  samples: stepSamples(['exp_avg'], { ...adamSample, betas: [0.9, 0.99] }),
+});
+
+/** One step of Lion: the sign of an interpolated momentum. exp_avg is float32. */
+export const lionStep = (tensors: StepInputs & { exp_avg: Tensor }, attrs: LionAttrs): void =>
+  update(lionOp, { ...tensors }, attrs);
+
+const emaOp = defineOp<{ decay: number }>({
+  name: 'ema',
+  outputs({ ema, weight }) {
+    if (ema.size !== weight.size)
+      throw new ShapeError(`ema: ema [${ema.shape}] does not fit weight [${weight.shape}]`);
+    return {};
+  },
+  saves: [],
+  storage: 'weight',
+  updates: ['ema'],
+  forward: (t, { decay }, launch) => launch('ema_forward', [t.ema, t.weight, t.weight.size, 1 - decay]),
+  reference: {
+    forward({ ema, weight }, { decay }) {
+      for (let i = 0; i < ema.data.length; i++) ema.data[i] -= (1 - decay) * (ema.data[i] - weight.data[i]);
+    },
+  },
+  samples: [[1], [7, 31]].map((shape) => ({
+    inputs: { ema: shape, weight: shape },
+    attrs: { decay: 0.9 },
+    dtypes: { ema: 'float32' },
+  })),
+});
+
+/** ema = decay ema + (1 - decay) weight; ema is float32. */
+export const emaStep = (ema: Tensor, weight: Tensor, decay: number): void =>
+  update(emaOp, { ema, weight }, { decay });
+
+const sumSquaresOp = defineOp<{ index: number }>({
+  name: 'sum_squares',
+  outputs: () => ({}),
+  saves: [],
+  updates: ['sums'],
+  forward: (t, { index }, launch) => launch('sum_squares_forward', [t.sums, t.x, t.x.size, index]),
+  reference: {
+    forward({ sums, x }, { index }) {
+      let total = 0;
+      for (const value of x.data) total += value * value;
+      sums.data[index] = total;
+    },
+  },
+  samples: [[1], [17], [40, 333]].map((x) => ({
+    inputs: { sums: [3], x },
+    attrs: { index: 1 },
+    dtypes: { sums: 'float32' },
+  })),
+});
+
+/** sums[index] = the sum of x's squares. Many tensors fill one `sums`, which is then downloaded once. */
+export const sumSquares = (x: Tensor, sums: Tensor, index: number): void =>
+  update(sumSquaresOp, { x, sums }, { index });

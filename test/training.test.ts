@@ -1,0 +1,203 @@
+// Training against diffusers' numbers (golden area training): three steps of losses, gradient norms, parameters, moments,
+// averages and learning rates; and the parts of the objective that golden data lacks, against their formulas.
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
+import { namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { toDevice, toHost } from '../models/latents.ts';
+import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
+import { clipGradients } from '../train/clip.ts';
+import { ema } from '../train/ema.ts';
+import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
+import { addNoise, diffusionLoss, type ObjectiveSettings, objectiveOf } from '../train/objective.ts';
+import { adamw } from '../train/optimizers/adamw.ts';
+import { optimize } from '../train/optimizers/rule.ts';
+import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+
+const device = openDevice('auto');
+const area = goldenArea('training');
+const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+const schedule: LrSchedule = {
+  name: 'constant',
+  warmup_steps: 0,
+  num_cycles: 1,
+  power: 1,
+  step_rules: '',
+};
+const plain: ObjectiveSettings = {
+  prediction_type: 'epsilon',
+  loss: 'mse',
+  huber_delta: 1,
+  snr_gamma: 0,
+  debiased: false,
+  zero_terminal_snr: false,
+  noise_offset: 0,
+  pyramid_noise: 0,
+  input_perturbation: 0,
+  timesteps: 'uniform',
+  timestep_bias: 0.25,
+  timestep_range: [0.25, 0.75],
+};
+
+/** Entry `step` along the first axis of a stored tensor, and its shape. */
+function entry(name: string, step: number): { shape: number[]; data: Float32Array } {
+  const [, ...shape] = area.shape(name);
+  const size = shape.reduce((a, b) => a * b, 1);
+  return { shape, data: area.floats(name).slice(step * size, (step + 1) * size) };
+}
+
+const onDevice = (name: string, step: number): Tensor => {
+  const { shape, data } = entry(name, step);
+  return tensor(data, shape, { device });
+};
+
+/** A stored [n, c, h, w] as our [n, h, w, c] numbers. */
+const channelsLast = (latents: { shape: number[]; data: Float32Array }) =>
+  scope(() => toDevice(latents, device, 'float32').floats());
+
+/** A tensor of the model as checkpoints lay it out. */
+const stored = (p: Parameter, t: Tensor): Float32Array =>
+  p.layout === 'conv' ? scope(() => toHost(t.handle(p.memoryShape)).data) : t.floats();
+
+interface Settings {
+  lr: number;
+  betas: [number, number];
+  eps: number;
+  weight_decay: number;
+  max_grad_norm: number;
+  lr_scheduler: LrSchedule['name'];
+  lr_warmup_steps: number;
+  prediction_type: 'epsilon' | 'v_prediction';
+  snr_gamma: number | null;
+  noise_offset: number;
+  gradient_accumulation: number;
+  ema_decay: number;
+}
+
+/** The loss of stored micro-batch `index`, on the tape. */
+function goldenLoss(model: UNet, settings: Settings, index: number): Tensor {
+  const objective = objectiveOf(
+    { ...plain, prediction_type: settings.prediction_type, snr_gamma: settings.snr_gamma ?? 0 },
+    source.config('scheduler'),
+  );
+  const latents = entry('data.latents', index);
+  const [n, c, h, w] = latents.shape;
+  const noise = channelsLast(entry('data.noise', index));
+  const offset = entry('data.offset', index).data;
+  for (let i = 0; i < noise.length; i++) {
+    const image = Math.floor(i / (h * w * c));
+    noise[i] += settings.noise_offset * offset[image * c + (i % c)];
+  }
+  const times = entry('data.timesteps', index).data;
+  return diffusionLoss(
+    model,
+    objective,
+    addNoise(objective, channelsLast(latents), [n, h, w, c], times, noise),
+    {
+      context: onDevice('data.prompt_embeds', index),
+      textEmbeds: onDevice('data.pooled', index),
+      timeIds: onDevice('data.time_ids', index),
+    },
+  );
+}
+
+test('three steps as diffusers makes them', (t) => {
+  const names = area.cases[0].parameter_names as string[];
+  const before = device.memory.storages;
+  for (const c of area.cases.filter(({ id }) => id !== 'lr_table')) {
+    const got = threeSteps(c, names);
+    for (const [label, expected] of Object.entries(c.expect))
+      allClose(t, `${c.id} ${label}`, got(label), area.doubles(expected.tensor), expected);
+  }
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+/** Trains and returns what the expectations' labels name. */
+function threeSteps(c: GoldenCase, names: string[]): (label: string) => ArrayLike<number> {
+  const settings = c.settings as unknown as Settings;
+  const model = unet(parseUNetConfig(source.config('unet')));
+  source.load('unet', model, device, 'float32');
+  const parameters = namedParameters(model);
+  for (const p of parameters.values()) requireGrad(p.tensor);
+  const optimizer = optimize(parameters, adamw(settings), {
+    ...settings,
+    stochastic_rounding: false,
+    seed: 0,
+  });
+  const averages = ema(parameters.keys(), optimizer.weightOf, settings.ema_decay);
+  const rows: Record<string, number[]> = {};
+  const note = (label: string, ...values: number[]) => (rows[label] = [...(rows[label] ?? []), ...values]);
+  for (let step = 0; step < 3; step++) {
+    const passes = settings.gradient_accumulation;
+    const share = tensor([1 / passes], [1], { device });
+    let loss = 0;
+    for (let pass = 0; pass < passes; pass++)
+      scope(() => {
+        const value = goldenLoss(model, settings, (step + pass) % 3);
+        backward(value, share);
+        loss += value.floats()[0] / passes;
+      });
+    share.release();
+    const lr = learningRate(
+      { ...schedule, name: settings.lr_scheduler, warmup_steps: settings.lr_warmup_steps },
+      settings.lr,
+      step,
+      3,
+    );
+    const { norm, scale } = clipGradients(parameters, settings.max_grad_norm);
+    optimizer.step(lr, scale);
+    note('losses', loss);
+    note('grad_norms', norm);
+    note('lrs', lr);
+    note('ema_decays', averages.step());
+    for (const p of parameters.values()) clearGrad(p.tensor);
+    const each = (label: string, of: (name: string) => Float32Array, measure: (x: Float32Array) => number) =>
+      note(label, ...names.map((name) => measure(of(name))));
+    const weight = (name: string) => (parameters.get(name) as Parameter).tensor.floats();
+    each('param_norms', weight, (x) => Math.sqrt(x.reduce((sum, value) => sum + value * value, 0)));
+    each('param_sums', weight, (x) => x.reduce((sum, value) => sum + value, 0));
+    each(
+      'ema_norms',
+      (name) => (averages.weights.get(name) as Tensor).floats(),
+      (x) => Math.sqrt(x.reduce((sum, value) => sum + value * value, 0)),
+    );
+  }
+  const tensors = new Map<string, Float32Array>();
+  for (const [name, p] of parameters) {
+    tensors.set(`param.${name}`, stored(p, p.tensor));
+    tensors.set(`ema.${name}`, stored(p, averages.weights.get(name) as Tensor));
+  }
+  for (const [name, state] of optimizer.state) tensors.set(name, state.floats());
+  averages.release();
+  optimizer.release();
+  unload(model);
+  return (label) => rows[label] ?? tensors.get(label) ?? [];
+}
+
+test('learning rates', (t) => {
+  const c = area.cases.find(({ id }) => id === 'lr_table') as GoldenCase;
+  const { base_lr, num_warmup_steps, num_training_steps } = c.settings as Record<string, number>;
+  const rows = c.rows as Partial<LrSchedule>[];
+  const got = rows.flatMap((row) =>
+    Array.from({ length: 105 }, (_, step) =>
+      learningRate(
+        { ...schedule, ...row, warmup_steps: num_warmup_steps },
+        base_lr,
+        step,
+        num_training_steps,
+      ),
+    ),
+  );
+  allClose(t, 'table', got, area.doubles(c.expect.lr.tensor), c.expect.lr);
+  const rules = { ...schedule, name: 'piecewise_constant', step_rules: '1:10,0.1:20,0.01' } as const;
+  const at = (step: number) => learningRate(rules, 1, step, 100);
+  t.same([0, 9, 10, 19, 20, 99].map(at), [1, 1, 0.1, 0.1, 0.01, 0.01]);
+  t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
+  t.throws(() => learningRate({ ...rules, step_rules: 'fast' }, 1, 0, 100), /step_rules/);
+  t.end();
+});

@@ -1,0 +1,53 @@
+// The exponential moving average of the trained weights, in float32, as diffusers' EMAModel: its decay rises with the
+// number of updates, so that early averages forget the start.
+
+import { noGrad } from '../engine/grad.ts';
+import { emaStep } from '../engine/ops/optimizer.ts';
+import { cast } from '../engine/ops/unary.ts';
+import { unscoped } from '../engine/scope.ts';
+import { type Tensor, zeros } from '../engine/tensor.ts';
+
+export interface Ema {
+  /** To be saved and loaded: `step`, and the average of each weight under its name. */
+  readonly state: ReadonlyMap<string, Tensor>;
+  /** The averages by name. */
+  readonly weights: ReadonlyMap<string, Tensor>;
+  /** Takes in the weights as they are now; returns the decay it used. */
+  step(): number;
+  release(): void;
+}
+
+/** The decay of update k, counted from 1: 0 at the first, then min(decay, (1 + n) / (10 + n)) with n = k - 1. */
+export const emaDecay = (decay: number, k: number): number => (k <= 1 ? 0 : Math.min(decay, k / (9 + k)));
+
+/** Averages of the tensors that `weightOf` gives for `names`, beginning as copies of them. */
+export function ema(names: Iterable<string>, weightOf: (name: string) => Tensor, decay: number): Ema {
+  const weights = new Map<string, Tensor>();
+  for (const name of names)
+    weights.set(
+      name,
+      unscoped(() => copy(weightOf(name))),
+    );
+  const [{ device }] = weights.values();
+  const counter = unscoped(() => zeros([1], { device, dtype: 'int32' }));
+  const state = new Map([['step', counter], ...weights]);
+  return {
+    state,
+    weights,
+    step() {
+      const k = counter.floats()[0] + 1;
+      counter.upload(new Uint8Array(Int32Array.of(k).buffer));
+      const used = emaDecay(decay, k);
+      for (const [name, average] of weights) emaStep(average, weightOf(name), used);
+      return used;
+    },
+    release() {
+      for (const t of state.values()) t.release();
+    },
+  };
+}
+
+function copy(weight: Tensor): Tensor {
+  if (weight.dtype !== 'float32') return noGrad(() => cast(weight, 'float32'));
+  return zeros(weight.shape, { device: weight.device }).upload(weight.bytes());
+}

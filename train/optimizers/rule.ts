@@ -1,0 +1,89 @@
+// What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights, and
+// the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it.
+import { gradOf, noGrad } from '../../engine/grad.ts';
+import type { Parameter } from '../../engine/module.ts';
+import type { StepAttrs, StepInputs } from '../../engine/ops/optimizer.ts';
+import { cast } from '../../engine/ops/unary.ts';
+import { scope, unscoped } from '../../engine/scope.ts';
+import { type Tensor, zeros } from '../../engine/tensor.ts';
+import type { DType } from '../../io/dtype.ts';
+import { streamOf } from '../draws.ts';
+
+export type Slots = Record<string, Tensor>;
+
+export interface Rule {
+  /** The tensors kept for a parameter, zero at the start, by the names that torch or transformers give them. */
+  slots(parameter: Parameter): Record<string, { shape: readonly number[]; dtype?: DType }>;
+  step(tensors: StepInputs, slots: Slots, context: StepAttrs & { step: number }): void;
+}
+
+export interface Optimizer {
+  /**
+   * Every tensor that must be saved and loaded (uploaded into) to go on bit for bit: `step`, `<slot>.<parameter>` and,
+   * where there are masters, `master.<parameter>`.
+   */
+  readonly state: ReadonlyMap<string, Tensor>;
+  /** Updates every parameter that has a gradient. `gradientScale` multiplies all gradients first. */
+  step(lr: number, gradientScale?: number): void;
+  /** The parameter's value at full precision: its float32 master where there is one. */
+  weightOf(name: string): Tensor;
+  release(): void;
+}
+
+export interface OptimizerOptions {
+  weight_decay: number;
+  /** For bfloat16 weights: round at random instead of keeping float32 masters. */
+  stochastic_rounding: boolean;
+  /** Keys the random bits of stochastic rounding. */
+  seed: number;
+}
+
+/** An optimizer over loaded parameters, by `rule`. The order of `parameters` is part of the rounding's key. */
+export function optimize(
+  parameters: ReadonlyMap<string, Parameter>,
+  rule: Rule,
+  { weight_decay, stochastic_rounding, seed }: OptimizerOptions,
+): Optimizer {
+  const [{ tensor: first }] = parameters.values();
+  const { device } = first;
+  const counter = unscoped(() => zeros([1], { device, dtype: 'int32' }));
+  const state = new Map([['step', counter]]);
+  const items = [...parameters].map(([name, parameter]) => {
+    const halves = parameter.tensor.dtype !== 'float32';
+    const master = halves && !stochastic_rounding ? masterOf(parameter.tensor) : undefined;
+    if (master) state.set(`master.${name}`, master);
+    const slots: Slots = {};
+    for (const [slot, { shape, dtype }] of Object.entries(rule.slots(parameter))) {
+      slots[slot] = unscoped(() => zeros(shape, { device, dtype }));
+      state.set(`${slot}.${name}`, slots[slot]);
+    }
+    return { parameter, master, slots };
+  });
+  return {
+    state,
+    step(lr, gradientScale = 1) {
+      const step = counter.floats()[0] + 1;
+      counter.upload(new Uint8Array(Int32Array.of(step).buffer));
+      items.forEach(({ parameter, master, slots }, index) => {
+        scope(() => {
+          const gradient = gradOf(parameter.tensor);
+          if (!gradient) return;
+          const rounds = parameter.tensor.dtype === 'bfloat16' && !master;
+          const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
+          const context = { lr, weightDecay: weight_decay, gradientScale, step, rounding };
+          rule.step({ weight: parameter.tensor, gradient, master }, slots, context);
+        });
+      });
+    },
+    weightOf(name) {
+      const weight = state.get(`master.${name}`) ?? parameters.get(name)?.tensor;
+      if (!weight) throw new Error(`the optimizer has no parameter ${name}`);
+      return weight;
+    },
+    release() {
+      for (const t of state.values()) t.release();
+    },
+  };
+}
+
+const masterOf = (weight: Tensor): Tensor => noGrad(() => unscoped(() => cast(weight, 'float32')));
