@@ -5,6 +5,7 @@ import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
 import { addBench } from './bench.ts';
 import { addDoctor } from './doctor.ts';
+import { addExport } from './export.ts';
 import { addInspect } from './inspect.ts';
 import { addSample } from './sample.ts';
 import { spelledOut } from './sample_options.ts';
@@ -32,6 +33,7 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   addSample(program, terminal);
+  addExport(program, terminal);
   addInspect(program, terminal);
   addDoctor(program, terminal);
   addBench(program, terminal);

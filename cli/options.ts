@@ -61,3 +61,14 @@ export const corner =
     if (!match) throw new UserError(`${flag} takes TOP,LEFT such as 0,0, not "${text}"`);
     return [Number(match[1]), Number(match[2])];
   };
+
+/** A file size such as 10GB (powers of ten, as diffusers' max_shard_size) or 10GiB. */
+export const bytes =
+  (flag: string) =>
+  (text: string): number => {
+    const match = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$/i.exec(text);
+    if (!match || Number(match[1]) === 0)
+      throw new UserError(`${flag} takes a size such as 10GB, not "${text}"`);
+    const power = ' KMGT'.indexOf(match[2].toUpperCase() || ' ');
+    return Math.floor(Number(match[1]) * (match[3] ? 1024 : 1000) ** power);
+  };

@@ -3,17 +3,14 @@
 // fail to load is known without loading it.
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
-import type { AnyModule } from '../engine/module.ts';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { readJson } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
-import { parseTextConfig, textEncoder } from './clip.ts';
+import { buildComponent, classOf } from './components.ts';
 import { loraPart } from './lora.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
-import { parseUNetConfig, unet } from './unet.ts';
-import { parseVaeConfig, vae } from './vae.ts';
 
 export interface Component {
   name: string;
@@ -77,14 +74,13 @@ function inspectPipeline(path: string): Inspection {
 
 /** Holds a component's weights against what its config asks for; a config or file that cannot be read is a problem. */
 function inspectComponent(name: string, config: Json, open: () => WeightSource): Component {
-  const architectures = config.architectures as string[] | undefined;
-  const found = { name, class: (config._class_name as string | undefined) ?? architectures?.[0] };
+  const found = { name, class: classOf(config) };
   let weights: WeightSource | undefined;
   try {
     weights = open();
-    const module = moduleOf(found.class, config);
-    const problems = module
-      ? matchParameters(module, weights).problems
+    const built = buildComponent(config);
+    const problems = built
+      ? matchParameters(built.module, weights).problems
       : [`class ${found.class} is not one that SDXL has`];
     return {
       ...found,
@@ -102,13 +98,6 @@ function inspectComponent(name: string, config: Json, open: () => WeightSource):
 type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes'>;
 
 const infoOf = (weights: WeightSource, name: string): Stored => weights.info(name) as TensorInfo;
-
-function moduleOf(className: string | undefined, config: Json): AnyModule | undefined {
-  if (className === 'UNet2DConditionModel') return unet(parseUNetConfig(config));
-  if (className === 'AutoencoderKL') return vae(parseVaeConfig(config)).module;
-  if (className?.startsWith('CLIPTextModel')) return textEncoder(parseTextConfig(config));
-  return undefined;
-}
 
 function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
   const dtypes: Record<string, number> = {};
@@ -132,9 +121,7 @@ function inspectFile(path: string): Inspection {
     const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
     if (names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name))) {
       const source = openVaeFile(path);
-      const coder = inspectComponent('vae', { _class_name: 'AutoencoderKL', ...source.config('vae') }, () =>
-        source.weights('vae'),
-      );
+      const coder = inspectComponent('vae', source.config('vae'), () => source.weights('vae'));
       const { problems } = coder;
       return {
         ...base,
@@ -176,9 +163,8 @@ function inspectSingleFile(
   try {
     const source = openSingleFile(file.path);
     for (const component of components.filter(({ name }) => name !== 'other')) {
-      const classes: Record<string, string> = { unet: 'UNet2DConditionModel', vae: 'AutoencoderKL' };
-      const config = { _class_name: classes[component.name], ...source.config(component.name) };
-      const checked = inspectComponent(component.name, config, () => source.weights(component.name));
+      const { name } = component;
+      const checked = inspectComponent(name, source.config(name), () => source.weights(name));
       component.problems.push(...checked.problems);
       problems.push(...checked.problems.map((problem) => `${component.name}: ${problem}`));
     }

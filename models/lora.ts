@@ -26,9 +26,15 @@ export interface LoraTargets {
   text_encoder_2?: AnyModule;
 }
 
-/** One weight's update: tensor names in the file, and the parameter they meet. */
-interface Update {
-  target: Parameter;
+/** A weight that an adapter can change, and its diffusers path with the component's name before it. */
+interface Target {
+  parameter: Parameter;
+  path: string;
+}
+
+/** One weight's update: tensor names in the file, and the weight they meet. */
+export interface Update {
+  target: Target;
   down?: string;
   up?: string;
   alpha?: string;
@@ -68,19 +74,20 @@ const plainModule = (module: string): string =>
     );
 
 /** Every spelling of every weight that an adapter can change. */
-function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTargets): Map<string, Parameter> {
-  const found = new Map<string, Parameter>();
+function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTargets): Map<string, Target> {
+  const found = new Map<string, Target>();
   const flat = (name: string) => name.replaceAll('.', '_');
   const note = (module: AnyModule | undefined, dotted: string, underscored: readonly string[]) => {
     if (!module) return;
     for (const [key, parameter] of namedParameters(module)) {
       if (!key.endsWith('.weight') || parameter.shape.length < 2) continue;
       const path = key.slice(0, -'.weight'.length);
-      found.set(`${dotted}.${path}`, parameter);
-      for (const prefix of underscored) found.set(prefix + flat(path), parameter);
+      const target = { parameter, path: `${dotted}.${path}` };
+      found.set(target.path, target);
+      for (const prefix of underscored) found.set(prefix + flat(path), target);
       if (module !== unet) continue;
-      found.set(path, parameter);
-      found.set(`lora_unet_${flat(unetKeyInSgm(key, unetConfig).replace(/\.weight$/, ''))}`, parameter);
+      found.set(path, target);
+      found.set(`lora_unet_${flat(unetKeyInSgm(key, unetConfig).replace(/\.weight$/, ''))}`, target);
     }
   };
   note(unet, 'unet', ['lora_unet_']);
@@ -94,7 +101,7 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
  * Pairs the file's tensors with the model's weights. @throws UserError listing what matches nothing or fits
  * badly
  */
-function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
+export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const updates = new Map<string, Update>();
   const unmatched: string[] = [];
@@ -128,39 +135,42 @@ function complain(file: SafetensorsFile, what: string, names: readonly string[])
 
 /** down [r, i, ...kernel] and up [o, r, ...ones] make the weight's own shape. */
 function fits(file: SafetensorsFile, { target, down = '', up = '' }: Update): boolean {
+  const { shape } = target.parameter;
   const [a, b] = [file.tensors.get(down)?.shape ?? [], file.tensors.get(up)?.shape ?? []];
   const product = [b[0], ...a.slice(1)];
   const ones = b.slice(2).every((size) => size === 1);
   // Some trainers write a linear layer's pair as 1x1 convolutions.
-  const linear = target.shape.length === 2 && product.slice(2).every((size) => size === 1);
-  return ones && a[0] === b[1] && (linear ? product.slice(0, 2) : product).join() === target.shape.join();
+  const linear = shape.length === 2 && product.slice(2).every((size) => size === 1);
+  return ones && a[0] === b[1] && (linear ? product.slice(0, 2) : product).join() === shape.join();
 }
 
-/**
- * scale * alpha / rank. Diffusers keeps alpha in the metadata, kohya in a tensor; without either it is the
- * rank.
- */
-function factorOf(
-  file: SafetensorsFile,
-  module: string,
-  { alpha, down = '' }: Update,
-  scale: number,
-): number {
-  const rank = file.tensors.get(down)?.shape[0] ?? 0;
-  const [component] = module.split('.');
-  const metadata = adapterMetadata(file);
-  const patterns = (metadata[`${component}.alpha_pattern`] ?? {}) as Record<string, number>;
-  const pattern = Object.keys(patterns).find((ending) => module.endsWith(`.${ending}`));
-  const written = (pattern ? patterns[pattern] : metadata[`${component}.lora_alpha`]) as number | undefined;
-  const value = alpha ? floatsOf(file, alpha)[0] : (written ?? rank);
-  const divisor = metadata[`${component}.use_rslora`] ? Math.sqrt(rank) : rank;
-  const factor = (scale * value) / divisor;
+/** scale * alpha / rank. */
+function factorOf(file: SafetensorsFile, module: string, update: Update, scale: number): number {
+  const factor = (scale * alphaOf(file, module, update)) / rankOf(file, update);
   if (!Number.isFinite(factor)) {
     throw new UserError(
       `LoRA ${file.path}: the alpha of ${module} is not a finite number; the file is damaged`,
     );
   }
   return factor;
+}
+
+export const rankOf = (file: SafetensorsFile, { down = '' }: Update): number =>
+  file.tensors.get(down)?.shape[0] ?? 0;
+
+/**
+ * An update's alpha: diffusers keeps it in the metadata, kohya in a tensor; without either it is the rank. Rank-stabilised
+ * adapters (alpha over the root of the rank) are told as what a plain one would say.
+ */
+export function alphaOf(file: SafetensorsFile, module: string, update: Update): number {
+  if (update.alpha) return floatsOf(file, update.alpha)[0];
+  const rank = rankOf(file, update);
+  const [component] = module.split('.');
+  const metadata = adapterMetadata(file);
+  const patterns = (metadata[`${component}.alpha_pattern`] ?? {}) as Record<string, number>;
+  const pattern = Object.keys(patterns).find((ending) => module.endsWith(`.${ending}`));
+  const written = (pattern ? patterns[pattern] : metadata[`${component}.lora_alpha`]) as number | undefined;
+  return (written ?? rank) * (metadata[`${component}.use_rslora`] ? Math.sqrt(rank) : 1);
 }
 
 function adapterMetadata(file: SafetensorsFile): Record<string, unknown> {
@@ -197,7 +207,11 @@ export function mergeLora(targets: LoraTargets, path: string, scale = 1): number
 }
 
 /** W += factor * B A, the sum in float32 and rounded once to the weight's own type. */
-function merge(file: SafetensorsFile, { target, down = '', up = '' }: Update, factor: number): void {
+function merge(
+  file: SafetensorsFile,
+  { target: { parameter: target }, down = '', up = '' }: Update,
+  factor: number,
+): void {
   const [rank, inputs, ...kernel] = file.tensors.get(down)?.shape ?? [];
   const taps = kernel.reduce((a, b) => a * b, 1);
   const { device, dtype } = target.tensor;

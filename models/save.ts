@@ -3,7 +3,7 @@
 import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Parameter } from '../engine/module.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import { sizeOf, type Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { asUserError, writeFileAtomic } from '../io/files.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
@@ -37,9 +37,65 @@ export function saveComponent(
   entries: readonly TensorEntry[],
 ): void {
   writeJson(join(folder, 'config.json'), config);
-  // What transformers and diffusers ask of a file before they read it.
-  writeSafetensors(join(folder, weightFile(component)), entries, { format: 'pt' });
+  saveWeights(folder, component, entries);
 }
+
+/** What transformers and diffusers ask of a file before they read it. */
+const metadata = { format: 'pt' };
+
+/** Writes a component's weights: one file, or above `maxShardSize` bytes several and the index that names them. */
+export function saveWeights(
+  folder: string,
+  component: string,
+  entries: readonly TensorEntry[],
+  maxShardSize = Number.POSITIVE_INFINITY,
+): void {
+  const file = weightFile(component);
+  const shards = shardsOf(entries, maxShardSize);
+  const number = (n: number) => String(n).padStart(5, '0');
+  const name = (i: number) =>
+    shards.length === 1 ? file : file.replace('.', `-${number(i + 1)}-of-${number(shards.length)}.`);
+  shards.forEach((shard, i) => {
+    writeSafetensors(join(folder, name(i)), shard, metadata);
+  });
+  if (shards.length === 1) return;
+  writeJson(join(folder, `${file}.index.json`), {
+    metadata: { total_size: entries.reduce((sum, entry) => sum + byteLength(entry), 0) },
+    weight_map: Object.fromEntries(shards.flatMap((shard, i) => shard.map((entry) => [entry.name, name(i)]))),
+  });
+}
+
+const byteLength = ({ dtype, shape }: TensorEntry): number => sizeOf(shape) * bytesPerElement[dtype];
+
+/** Fills one shard after another, in the entries' order; a tensor larger than a shard has one to itself. */
+function shardsOf(entries: readonly TensorEntry[], maxShardSize: number): TensorEntry[][] {
+  const shards: TensorEntry[][] = [[]];
+  let room = maxShardSize;
+  for (const entry of entries) {
+    const bytes = byteLength(entry);
+    if (bytes > room && shards[shards.length - 1].length > 0) {
+      shards.push([]);
+      room = maxShardSize;
+    }
+    shards[shards.length - 1].push(entry);
+    room -= bytes;
+  }
+  return shards;
+}
+
+/**
+ * Python's libraries tell 1 from 1.0, and transformers refuses a whole number in these; JavaScript's JSON has one kind of
+ * number, so a config that was read and written again would have lost the difference.
+ */
+const floatKeys = [
+  'attention_dropout',
+  'dropout',
+  'initializer_factor',
+  'initializer_range',
+  'layer_norm_eps',
+  'logit_scale_init_value',
+];
+const wholeFloat = new RegExp(`("(?:${floatKeys.join('|')})": -?\\d+)(?=[,\\n])`, 'g');
 
 /** Writes JSON as the libraries do, making the folder where needed. */
 export function writeJson(path: string, value: unknown): void {
@@ -48,5 +104,5 @@ export function writeJson(path: string, value: unknown): void {
   } catch (error) {
     throw asUserError(error, path);
   }
-  writeFileAtomic(path, `${JSON.stringify(value, null, 2)}\n`);
+  writeFileAtomic(path, `${JSON.stringify(value, null, 2)}\n`.replace(wholeFloat, '$1.0'));
 }

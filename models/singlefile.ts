@@ -17,11 +17,12 @@ import {
   sourceOf,
   type WeightSource,
 } from './checkpoint.ts';
+import { textJson, unetJson, vaeJson } from './diffusers_config.ts';
 import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlScheduler, sdxlVae } from './presets.ts';
 import type { UNetConfig } from './unet.ts';
 
 /** Where a diffusers tensor lies: under `name`, perhaps as one third of a fused matrix, or transposed. */
-interface Origin {
+export interface Origin {
   name: string;
   third?: number;
   transposed?: boolean;
@@ -241,7 +242,7 @@ export function openVaeFile(path: string): ModelSource {
     throw new UserError(`${path} is not a VAE in one file; give a VAE's folder or file, or a whole model`);
   }
   const beside = join(dirname(path), 'config.json');
-  const config = (): Json => (existsSync(beside) ? (readJson(beside) as Json) : sdxlVae);
+  const config = (): Json => (existsSync(beside) ? (readJson(beside) as Json) : vaeJson(sdxlVae));
   const levels = () => (config().block_out_channels as number[]).length;
   const weights = (): WeightSource =>
     spelling === diffusers
@@ -270,10 +271,10 @@ function publishedConfig(component: string, layout: Layout, file: SafetensorsFil
     ...(file.tensors.has('ztsnr') ? { rescale_betas_zero_snr: true } : {}),
   };
   const published: Record<string, Json> = {
-    unet: { ...layout.unet, in_channels: channels },
-    vae: sdxlVae,
-    text_encoder: { ...clipL, architectures: ['CLIPTextModel'] },
-    text_encoder_2: { ...clipBigG, architectures: ['CLIPTextModelWithProjection'] },
+    unet: { ...unetJson(layout.unet), in_channels: channels },
+    vae: vaeJson(sdxlVae),
+    text_encoder: textJson(clipL),
+    text_encoder_2: textJson(clipBigG),
     scheduler,
   };
   const found = published[component];
@@ -281,14 +282,23 @@ function publishedConfig(component: string, layout: Layout, file: SafetensorsFil
   return found;
 }
 
-interface ComponentKeys {
+export interface ComponentKeys {
+  /** What all of the component's names begin with. */
   prefix: string;
+  /** Where a diffusers key of the component lies. */
   origin(key: string): Origin;
 }
 
+/** How a whole model's components are spelled in one file: base, or the refiner with its one text encoder. */
+export const singleFileKeys = (
+  component: string,
+  config: (component: string) => Json,
+  { refiner }: { refiner: boolean },
+): ComponentKeys => componentKeys(component, layouts[refiner ? 1 : 0], config);
+
 function componentKeys(
   component: string,
-  { openClip }: Layout,
+  { openClip }: Pick<Layout, 'openClip'>,
   config: (component: string) => Json,
 ): ComponentKeys {
   const named = (prefix: string, spell: (key: string) => string): ComponentKeys => ({
@@ -345,16 +355,20 @@ function translated(file: SafetensorsFile, origin: (key: string) => Origin): Wei
   };
 }
 
+/** The original's VAE keeps the linear layers of its attention as 1x1 convolutions. */
+export const isVaeAttention = (name: string): boolean => /\.attn_1\.(q|k|v|proj_out)\.weight$/.test(name);
+
 /**
  * The diffusers shape of a stored tensor; the original's attention in the VAE is written as 1x1 convolutions.
  */
 function shapeOf({ name, third, transposed }: Origin, shape: readonly number[]): readonly number[] {
   if (third !== undefined) return [shape[0] / 3, ...shape.slice(1)];
   if (transposed) return shape.toReversed();
-  return /\.attn_1\.\w+\.weight$/.test(name) ? shape.slice(0, 2) : shape;
+  return isVaeAttention(name) ? shape.slice(0, 2) : shape;
 }
 
-function transposed(raw: Uint8Array, [rows, columns]: readonly number[], dtype: DType): Uint8Array {
+/** [rows, columns] → [columns, rows], on raw elements. */
+export function transposed(raw: Uint8Array, [rows, columns]: readonly number[], dtype: DType): Uint8Array {
   const size = bytesPerElement[dtype];
   const out = new Uint8Array(raw.byteLength);
   for (let i = 0; i < rows; i++)

@@ -1,0 +1,180 @@
+// `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
+import { existsSync, readdirSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Command } from 'commander';
+import { openDevice } from '../engine/device.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { didYouMean, UserError } from '../io/errors.ts';
+import { assertWritable } from '../io/files.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { type Json, type ModelSource, openModel } from '../models/checkpoint.ts';
+import { buildComponent } from '../models/components.ts';
+import { componentConfigs } from '../models/diffusers_config.ts';
+import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
+import { exportLora } from '../models/export_lora.ts';
+import { type LoraTargets, loraPart } from '../models/lora.ts';
+import { presets } from '../models/presets.ts';
+import { parseUNetConfig } from '../models/unet.ts';
+import { openCheckpoint } from '../train/checkpoint_source.ts';
+import type { Terminal } from './main.ts';
+import { type Locate, locateModel } from './model.ts';
+import { bytes } from './options.ts';
+import { progressBar } from './progress.ts';
+
+interface Options {
+  saveKeys?: string;
+  format: string;
+  dtype?: string;
+  maxShardSize: number;
+  ema?: boolean;
+  configs?: string;
+  device: string;
+  json?: boolean;
+  quiet?: boolean;
+}
+
+const formats = ['diffusers', 'single-file', 'lora-peft', 'lora-kohya'] as const;
+type Format = (typeof formats)[number];
+
+const examples = `
+Examples:
+  sdxl export runs/pokemon-blip/checkpoints/step-00010400 ./pokemon --save-keys unet --dtype float16
+  sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
+  sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
+  sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
+
+Weights are streamed, read back and compared; one forward pass through the result equals the source's.`;
+
+export function addExport(program: Command, terminal: Terminal): void {
+  program
+    .command('export <CHECKPOINT> <OUT>')
+    .description('write a model for diffusers and other programs, in their formats')
+    .option(
+      '--save-keys <NAMES>',
+      'components, with commas between: unet,vae,text_encoder,... or all (default: all)',
+    )
+    .option('--format <NAME>', formats.join(', '), 'diffusers')
+    .option('--dtype <NAME>', 'float32, bfloat16 or float16 (default: as it is stored)')
+    .option(
+      '--max-shard-size <SIZE>',
+      'of a weight file in a folder',
+      bytes('--max-shard-size'),
+      bytes('')('10GB'),
+    )
+    .option('--ema', 'the moving averages instead of the last weights')
+    .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
+    .option('--device <NAME>', 'where the forward passes run that are compared', 'auto')
+    .option('--json', 'one JSON object on stdout')
+    .option('--quiet', 'no progress')
+    .addHelpText('after', examples)
+    .action((from: string, out: string, options: Options) => run(from, out, options, terminal));
+}
+
+async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {
+  const format = oneOf('--format', options.format, formats);
+  const dtype = options.dtype && oneOf('--dtype', options.dtype, ['float32', 'bfloat16', 'float16'] as const);
+  refuseOccupied(out, format);
+  const adapter = adapterFile(from, options);
+  if (format.startsWith('lora') !== (adapter !== undefined)) {
+    throw new UserError(
+      adapter
+        ? `${from} is a LoRA; export it as --format lora-peft or lora-kohya`
+        : `${from} is a whole model, not a LoRA; export it as --format diffusers or single-file`,
+    );
+  }
+  const report = adapter
+    ? {
+        layers: exportLora(
+          adapter,
+          out,
+          format as 'lora-peft',
+          loraTargets(options.configs),
+          dtype as FloatDType,
+        ),
+      }
+    : await exportWeights(from, out, format, options, terminal);
+  if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, ...report })}\n`);
+  else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
+}
+
+const told = (report: Certificate | { layers: number }): string =>
+  'layers' in report
+    ? `${report.layers} layers`
+    : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} equals the source's`;
+
+function oneOf<T extends string>(flag: string, word: string, choices: readonly T[]): T {
+  const found = choices.find((choice) => choice === word);
+  if (!found)
+    throw new UserError(`${flag} takes ${choices.join(', ')}, not "${word}"${didYouMean(word, choices)}`);
+  return found;
+}
+
+/** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
+function refuseOccupied(out: string, format: Format): void {
+  if (format !== 'diffusers') assertWritable(out);
+  if (existsSync(out) && !(statSync(out).isDirectory() && readdirSync(out).length === 0))
+    throw new UserError(`${out} exists; remove it, or name another place`);
+}
+
+/** The LoRA file that `path` is or, as a checkpoint, holds. */
+function adapterFile(path: string, { ema }: Options): string | undefined {
+  if (!existsSync(path)) return undefined;
+  const inside = join(path, ...(ema ? ['ema'] : []), 'lora', 'pytorch_lora_weights.safetensors');
+  const candidate = statSync(path).isDirectory() ? inside : path;
+  if (!candidate.endsWith('.safetensors') || !existsSync(candidate)) return undefined;
+  const file = openSafetensors(candidate);
+  const found = [...file.tensors.keys()].some((name) => loraPart(name)?.part === 'down');
+  file.close();
+  return found ? candidate : undefined;
+}
+
+/** The model that an adapter is for, on shapes alone. */
+function loraTargets(configs: string | undefined): LoraTargets {
+  const source = configs === undefined ? undefined : openModel(configs);
+  const published = componentConfigs(presets['sdxl-base']);
+  const config = (name: string): Json | undefined =>
+    source ? (source.has(name) ? source.config(name) : undefined) : published[name];
+  const built = (name: string) => {
+    const json = config(name);
+    return json && buildComponent(json)?.module;
+  };
+  const unet = built('unet');
+  if (!unet) throw new UserError(`${configs} has no unet`);
+  return {
+    unet,
+    unetConfig: parseUNetConfig(config('unet') as Json),
+    text_encoder: built('text_encoder'),
+    text_encoder_2: built('text_encoder_2'),
+  };
+}
+
+async function exportWeights(
+  from: string,
+  out: string,
+  format: Format,
+  options: Options,
+  terminal: Terminal,
+): Promise<Certificate> {
+  const quiet = options.quiet ?? false;
+  const locate: Locate = { terminal, quiet, configs: options.configs };
+  const source: ModelSource = existsSync(join(from, 'state.json'))
+    ? await openCheckpoint(from, { ema: options.ema ?? false, base: (model) => locateModel(model, locate) })
+    : await locateModel(from, locate);
+  if (options.ema && !existsSync(join(from, 'state.json')))
+    throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
+  const bar = progressBar(terminal, 'tensors', quiet);
+  const request = {
+    save_keys: options.saveKeys?.split(',').map((key) => key.trim()) ?? [],
+    dtype: options.dtype as FloatDType | undefined,
+    max_shard_size: options.maxShardSize,
+    device: openDevice(options.device),
+    onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
+  };
+  try {
+    return format === 'single-file'
+      ? exportSingleFile(source, out, request)
+      : exportFolder(source, out, request);
+  } finally {
+    bar.end();
+  }
+}

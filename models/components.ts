@@ -1,0 +1,95 @@
+// A component by its config: the module that diffusers' or transformers' class of that name stands for, and one small
+// forward pass on fixed inputs, by which two copies of its weights can be told equal.
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import type { AnyModule } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { Json } from './checkpoint.ts';
+import { parseTextConfig, textEncoder } from './clip.ts';
+import { parseUNetConfig, unet } from './unet.ts';
+import { parseVaeConfig, vae } from './vae.ts';
+
+export interface Component {
+  module: AnyModule;
+  /** Runs the loaded module on inputs that depend on its shapes alone; the outputs, end to end. */
+  probe(device: Device, dtype: FloatDType): Float32Array;
+}
+
+/** The class that a config names. */
+export const classOf = (config: Json): string | undefined =>
+  (config._class_name as string | undefined) ?? (config.architectures as string[] | undefined)?.[0];
+
+/** Undefined for a class that SDXL has not. @throws UserError for a config that asks for what is not built */
+export function buildComponent(config: Json): Component | undefined {
+  const name = classOf(config);
+  if (name === 'UNet2DConditionModel') return unetComponent(config);
+  if (name === 'AutoencoderKL') return vaeComponent(config);
+  return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
+}
+
+const wave = (shape: readonly number[], device: Device, dtype: FloatDType): Tensor =>
+  tensor(
+    Float32Array.from({ length: sizeOf(shape) }, (_, i) => Math.sin(0.7 * i + (i % 13))),
+    shape,
+    { device, dtype },
+  );
+
+/** Downloads what `forward` makes, and frees it. */
+function outputs(forward: () => readonly (Tensor | undefined)[]): Float32Array {
+  const parts = noGrad(() => scope(() => forward().flatMap((t) => (t ? [t.floats()] : []))));
+  const joined = new Float32Array(parts.reduce((size, part) => size + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
+}
+
+function unetComponent(json: Json): Component {
+  const config = parseUNetConfig(json);
+  const module = unet(config);
+  const ids = 6;
+  // However the base and the refiner share these channels out, their sum is what the layer takes.
+  const pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim;
+  const side = 2 ** config.block_out_channels.length;
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => {
+      const conditioning = {
+        context: wave([1, 77, config.cross_attention_dim], device, dtype),
+        textEmbeds: wave([1, pooled], device, dtype),
+        timeIds: wave([1, ids], device, 'float32'),
+      };
+      const sample = wave([1, side, side, config.in_channels], device, dtype);
+      return [module(sample, tensor([500], [1], { device }), conditioning)];
+    });
+  return { module, probe };
+}
+
+function vaeComponent(json: Json): Component {
+  const coder = vae(parseVaeConfig(json));
+  const pixels = 2 * 2 ** (coder.config.block_out_channels.length - 1);
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => {
+      const { mean, logvar } = coder.encode(
+        wave([1, pixels, pixels, coder.config.in_channels], device, dtype),
+      );
+      return [mean, logvar, coder.decode(mean)];
+    });
+  return { module: coder.module, probe };
+}
+
+function textComponent(json: Json): Component {
+  const config = parseTextConfig(json);
+  const module = textEncoder(config);
+  const tokens = Int32Array.from({ length: 77 }, (_, i) => (i * 31) % config.vocab_size);
+  const probe = (device: Device) =>
+    outputs(() => {
+      const ids = tensor(tokens, [1, tokens.length], { device, dtype: 'int32' });
+      const { hidden, pooled } = module(ids, { layer: -2, pooled: true });
+      return [hidden, pooled];
+    });
+  return { module, probe };
+}

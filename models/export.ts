@@ -1,0 +1,304 @@
+// From one checkpoint format to another, tensor by tensor, without building the model: a diffusers folder (whole or in
+// parts, sharded where large) or the original single file. What is written is read back and held against what was meant, and
+// one forward pass through it must equal the source's. A missing or an extra tensor is an error before anything is written.
+import { createHash } from 'node:crypto';
+import { copyFileSync, existsSync, mkdirSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { unload } from '../engine/module.ts';
+import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { asUserError, replaceAtomically, replaceFolderAtomically } from '../io/files.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { type Json, type ModelSource, matchParameters, openModel, type WeightSource } from './checkpoint.ts';
+import { buildComponent } from './components.ts';
+import { saveWeights, writeJson } from './save.ts';
+import { openSingleFile } from './singlefile.ts';
+import { singleFileEntries } from './write_singlefile.ts';
+
+export const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
+const tokenizers = ['tokenizer', 'tokenizer_2'] as const;
+const exportable: readonly string[] = [...weightComponents, ...tokenizers, 'scheduler'];
+
+export interface ExportRequest {
+  /** Components to write; empty for all that the source has. */
+  save_keys: readonly string[];
+  /** The type of all weights; each tensor keeps its own if absent. */
+  dtype?: FloatDType;
+  /** Bytes of a weight file of a diffusers folder. */
+  max_shard_size: number;
+  /** Where the forward passes run that are compared. */
+  device: Device;
+  onProgress?: (progress: { done: number; total: number }) => void;
+}
+
+export interface Certificate {
+  /** Tensors read back and found equal to what was meant. */
+  tensors: number;
+  /** Of all weights written, in the order of names. */
+  sha256: string;
+  /** Components whose forward pass through the new files equals the source's. */
+  forward: string[];
+}
+
+/** Which of the source's components a request means. @throws UserError for a name the source has not */
+export function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
+  const present = exportable.filter((name) => hasComponent(source, name));
+  for (const key of keys.filter((name) => name !== 'all')) {
+    if (!present.includes(key))
+      throw new UserError(`--save-keys: ${source.path} has no ${key}; it has ${present.join(', ')}`);
+  }
+  return keys.length === 0 || keys.includes('all')
+    ? present
+    : exportable.filter((name) => keys.includes(name));
+}
+
+/** A single file has no folders for its scheduler and tokenizers, and lends or borrows them. */
+function hasComponent(source: ModelSource, name: string): boolean {
+  if (source.has(name)) return true;
+  try {
+    if (name === 'scheduler') return source.config(name) !== undefined;
+    return (
+      name.startsWith('tokenizer') &&
+      source.has(name.replace('tokenizer', 'text_encoder')) &&
+      existsSync(source.folder(name))
+    );
+  } catch (error) {
+    if (error instanceof UserError) return false;
+    throw error;
+  }
+}
+
+/** Weights in the type asked for, each made when its turn to be written comes and hashed on the way. */
+export class Outgoing {
+  readonly hashes = new Map<string, string>();
+  readonly #dtype: FloatDType | undefined;
+  readonly #open: WeightSource[] = [];
+
+  constructor(dtype: FloatDType | undefined) {
+    this.#dtype = dtype;
+  }
+
+  /** One component's tensors under diffusers' keys. @throws UserError listing what is missing or left over */
+  entries(source: ModelSource, component: string): TensorEntry[] {
+    const built = buildComponent(source.config(component));
+    if (!built) throw new UserError(`${source.path}: ${component} is of a class that SDXL has not`);
+    const weights = source.weights(component);
+    this.#open.push(weights);
+    const { stored, problems, parameters } = matchParameters(built.module, weights);
+    if (problems.length)
+      throw new UserError(`${weights.where} does not fit its config: ${problems.join('; ')}`);
+    return [...stored].map(([name, spelling]) => {
+      const from = weights.info(spelling)?.dtype as FloatDType;
+      const dtype = this.#dtype ?? from;
+      const shape = parameters.get(name)?.shape ?? [];
+      return { name, dtype, shape, bytes: () => converted(weights, spelling, from, dtype) };
+    });
+  }
+
+  /** The entries, noting the hash of what is written under `scope`/name. */
+  noted(scope: string, entries: readonly TensorEntry[]): TensorEntry[] {
+    return entries.map((entry) => ({
+      ...entry,
+      bytes: () => {
+        const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
+        this.hashes.set(`${scope}/${entry.name}`, sha256(bytes));
+        return bytes;
+      },
+    }));
+  }
+
+  close(): void {
+    for (const weights of this.#open) weights.close();
+  }
+}
+
+const sha256 = (bytes: Uint8Array | string): string => createHash('sha256').update(bytes).digest('hex');
+
+/** @throws UserError where float16 would turn a weight into infinity */
+function converted(weights: WeightSource, name: string, from: FloatDType, to: FloatDType): Uint8Array {
+  if (!isFloat(from)) throw new UserError(`${weights.where}: tensor ${name} is ${from}, not a float type`);
+  if (from === to) return weights.bytes(name);
+  const values = weights.floats(name);
+  if (to === 'float16') {
+    const large = values.find((value) => Math.abs(value) >= 65520);
+    if (large !== undefined)
+      throw new UserError(
+        `${weights.where}: tensor ${name} holds ${large}, more than float16 can; export it as bfloat16 or float32`,
+      );
+  }
+  return encodeNumbers(values, to);
+}
+
+/** Writes the chosen components as a diffusers folder; `out` appears whole or not at all. */
+export function exportFolder(source: ModelSource, out: string, request: ExportRequest): Certificate {
+  const chosen = chooseComponents(source, request.save_keys);
+  const outgoing = new Outgoing(request.dtype);
+  try {
+    const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
+    const plans = weighty.map((name) => [name, outgoing.entries(source, name)] as const);
+    const step = counter(plans.flatMap(([, entries]) => entries).length, request.onProgress);
+    let certificate: Certificate | undefined;
+    replaceFolderAtomically(out, (folder) => {
+      for (const [name, entries] of plans) {
+        writeJson(join(folder, name, 'config.json'), source.config(name));
+        const counted = outgoing.noted(name, entries).map((entry) => step.around(entry));
+        saveWeights(join(folder, name), name, counted, request.max_shard_size);
+      }
+      for (const name of chosen) copyPlain(source, name, join(folder, name));
+      writeJson(join(folder, 'model_index.json'), indexOf(source, chosen));
+      certificate = certify(source, openModel(folder), outgoing.hashes, weighty, request);
+    });
+    return certificate as unknown as Certificate;
+  } finally {
+    outgoing.close();
+  }
+}
+
+/** A scheduler's config and a tokenizer's files are kept as they are. */
+function copyPlain(source: ModelSource, name: string, folder: string): void {
+  if (name === 'scheduler') writeJson(join(folder, 'scheduler_config.json'), source.config(name));
+  if (!(tokenizers as readonly string[]).includes(name)) return;
+  const from = source.folder(name);
+  try {
+    mkdirSync(folder, { recursive: true });
+    for (const file of readdirSync(from)) copyFileSync(join(from, file), join(folder, file));
+  } catch (error) {
+    throw asUserError(error, folder);
+  }
+}
+
+/** The source's index, with what was left out marked so in diffusers' way. */
+function indexOf(source: ModelSource, chosen: readonly string[]): Json {
+  const classes: Record<string, [string, string]> = {
+    unet: ['diffusers', 'UNet2DConditionModel'],
+    vae: ['diffusers', 'AutoencoderKL'],
+    text_encoder: ['transformers', 'CLIPTextModel'],
+    text_encoder_2: ['transformers', 'CLIPTextModelWithProjection'],
+    tokenizer: ['transformers', 'CLIPTokenizer'],
+    tokenizer_2: ['transformers', 'CLIPTokenizer'],
+    scheduler: ['diffusers', 'EulerDiscreteScheduler'],
+  };
+  const named = exportable.map((name) => {
+    const known = source.modelIndex[name] as [string, string] | undefined;
+    if (!chosen.includes(name)) return [name, [null, null]];
+    if (known?.[0]) return [name, known];
+    const scheduler =
+      name === 'scheduler' ? (source.config(name)._class_name as string | undefined) : undefined;
+    return [name, scheduler ? ['diffusers', scheduler] : classes[name]];
+  });
+  return { ...source.modelIndex, ...Object.fromEntries(named) };
+}
+
+/** Writes all weights into one file under the original keys. */
+export function exportSingleFile(source: ModelSource, out: string, request: ExportRequest): Certificate {
+  const chosen = chooseComponents(source, request.save_keys);
+  const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
+  const needed = weightComponents.filter((name) => source.has(name));
+  if (needed.some((name) => !weighty.includes(name)))
+    throw new UserError(`a single file holds a whole model; export ${needed.join(', ')} together`);
+  const outgoing = new Outgoing(request.dtype);
+  try {
+    const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name));
+    const step = counter(entries.length, request.onProgress);
+    const counted = outgoing.noted('', entries).map((entry) => step.around(entry));
+    let forward: string[] = [];
+    replaceAtomically(out, (temporary) => {
+      writeSafetensors(temporary, counted, { format: 'pt' });
+      compareHashes(temporary, '', outgoing.hashes);
+      const written = openSingleFile(temporary, {
+        configs: source.kind === 'folder' ? source.path : undefined,
+      });
+      forward = weighty.filter((name) => sameForward(source, written, name, request));
+    });
+    return { tensors: entries.length, sha256: total(outgoing.hashes), forward };
+  } finally {
+    outgoing.close();
+  }
+}
+
+function counter(all: number, onProgress: ExportRequest['onProgress']) {
+  let done = 0;
+  return {
+    around: (entry: TensorEntry): TensorEntry => ({
+      ...entry,
+      bytes: () => {
+        const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
+        onProgress?.({ done: ++done, total: all });
+        return bytes;
+      },
+    }),
+  };
+}
+
+function certify(
+  source: ModelSource,
+  written: ModelSource,
+  hashes: ReadonlyMap<string, string>,
+  components: readonly string[],
+  request: ExportRequest,
+): Certificate {
+  for (const name of components) {
+    for (const file of readdirSync(join(written.path, name)).filter((f) => f.endsWith('.safetensors')))
+      compareHashes(join(written.path, name, file), name, hashes);
+  }
+  const forward = components.filter((name) => sameForward(source, written, name, request));
+  return { tensors: hashes.size, sha256: total(hashes), forward };
+}
+
+/** Reads a written file back. A difference is a broken disk or a bug, not a user's mistake. */
+function compareHashes(path: string, scope: string, hashes: ReadonlyMap<string, string>): void {
+  const file = openSafetensors(path);
+  try {
+    for (const name of file.tensors.keys()) {
+      if (sha256(file.read(name)) !== hashes.get(`${scope}/${name}`))
+        throw new UserError(`${path}: tensor ${name} reads back other than it was written; check the disk`);
+    }
+  } finally {
+    file.close();
+  }
+}
+
+const total = (hashes: ReadonlyMap<string, string>): string =>
+  sha256(
+    [...hashes]
+      .sort(([a], [b]) => (a < b ? -1 : 1))
+      .map(([name, hash]) => `${name} ${hash}\n`)
+      .join(''),
+  );
+
+/** Loads a component from both and compares one forward pass, bit for bit. */
+function sameForward(
+  source: ModelSource,
+  written: ModelSource,
+  name: string,
+  { device, dtype: asked }: ExportRequest,
+): true {
+  const dtype = asked ?? storedType(source, name);
+  const through = (model: ModelSource): Float32Array => {
+    const built = buildComponent(source.config(name));
+    if (!built) throw new Error(`${name} lost its class`);
+    try {
+      model.load(name, built.module, device, dtype);
+      return built.probe(device, dtype);
+    } finally {
+      unload(built.module);
+    }
+  };
+  const [want, got] = [through(source), through(written)];
+  if (Buffer.compare(Buffer.from(want.buffer), Buffer.from(got.buffer)) !== 0)
+    throw new UserError(`the exported ${name} computes other numbers than its source; nothing was kept`);
+  return true;
+}
+
+/** The type that most of a component's weights take in memory: its first tensor's. */
+function storedType(source: ModelSource, name: string): FloatDType {
+  const weights = source.weights(name);
+  try {
+    const built = buildComponent(source.config(name));
+    const [first] = built ? matchParameters(built.module, weights).stored.values() : [];
+    return weights.info(first)?.dtype as FloatDType;
+  } finally {
+    weights.close();
+  }
+}

@@ -1,0 +1,253 @@
+// Exports against the golden models: the same weights as a folder and as one file, written by the libraries themselves, must
+// come out of each other; LoRA files likewise. What goes wrong leaves nothing behind.
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { main } from '../cli/main.ts';
+import { decodeFloats } from '../io/dtype.ts';
+import { readJson } from '../io/files.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import { openWeights } from '../models/checkpoint.ts';
+import { goldenFolder } from './golden.ts';
+
+const golden = (name: string) => join(goldenFolder, name);
+const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-export-'));
+
+async function run(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
+  let [out, err] = ['', ''];
+  const terminal = {
+    out: (text: string) => void (out += text),
+    err: (text: string) => void (err += text),
+    live: false,
+  };
+  const status = await main(['export', ...argv], terminal);
+  return { status, out, err };
+}
+
+/** Every tensor as `shape: values`, by name. */
+function contents(path: string): Map<string, string> {
+  const file = openSafetensors(path);
+  const found = new Map(
+    [...file.tensors.values()].map(({ name, shape, dtype }) => {
+      return [name, `${shape}: ${decodeFloats(file.read(name), dtype)}`];
+    }),
+  );
+  file.close();
+  return found;
+}
+
+function componentContents(folder: string): Map<string, string> {
+  const weights = openWeights(folder);
+  const found = new Map(weights.names.map((n) => [n, `${weights.info(n)?.shape}: ${weights.floats(n)}`]));
+  weights.close();
+  return found;
+}
+
+const components: Record<string, string[]> = {
+  'tiny-sdxl': ['unet', 'vae', 'text_encoder', 'text_encoder_2'],
+  'tiny-sdxl-refiner': ['unet', 'vae', 'text_encoder_2'],
+};
+
+test('folders and single files come out of each other', async (t) => {
+  const folder = scratch();
+  for (const [model, names] of Object.entries(components)) {
+    const single = join(folder, `${model}.safetensors`);
+    const made = await run(golden(model), single, '--format', 'single-file', '--dtype', 'float16', '--json');
+    t.equal(made.status, 0, made.err);
+    t.same(JSON.parse(made.out).forward, names, 'every component ran');
+    const [got, want] = [contents(single), contents(golden(`${model}-singlefile.safetensors`))];
+    t.same([...got.keys()].sort(), [...want.keys()].sort(), `${model}: the keys`);
+    t.ok(
+      [...want].every(([name, values]) => got.get(name) === values),
+      `${model}: shapes and numbers`,
+    );
+
+    const back = join(folder, model);
+    const args = ['--configs', golden(model), '--quiet'];
+    t.equal((await run(golden(`${model}-singlefile.safetensors`), back, ...args)).status, 0);
+    for (const name of names) {
+      const [ours, theirs] = [
+        componentContents(join(back, name)),
+        componentContents(join(golden(model), name)),
+      ];
+      // transformers 5 leaves out a prefix that published files have and that we write.
+      const spelled = (key: string) => (theirs.has(key) ? key : key.replace(/^text_model\./, ''));
+      t.equal(ours.size, theirs.size, `${model} ${name}: as many tensors`);
+      t.ok(
+        [...ours].every(([key, values]) => theirs.get(spelled(key)) === values),
+        `${model} ${name}: numbers`,
+      );
+    }
+    const text = readFileSync(join(back, 'text_encoder_2', 'config.json'), 'utf8');
+    t.match(text, /"initializer_factor": 1\.0,/, `${model}: what Python reads as a float stays one`);
+    const index = readJson(join(back, 'model_index.json')) as Record<string, unknown>;
+    const wanted = readJson(join(golden(model), 'model_index.json')) as Record<string, unknown>;
+    for (const name of names) t.same(index[name], wanted[name], `${model}: model_index.json names ${name}`);
+  }
+  rmSync(folder, { recursive: true });
+});
+
+test('large weights are sharded, and chosen parts are a folder of their own', async (t) => {
+  const out = join(scratch(), 'model');
+  const { status, err } = await run(
+    golden('tiny-sdxl'),
+    out,
+    '--save-keys',
+    'unet,scheduler',
+    '--max-shard-size',
+    '500kB',
+  );
+  t.equal(status, 0, err);
+  t.same(readdirSync(out).sort(), ['model_index.json', 'scheduler', 'unet']);
+  const shards = readdirSync(join(out, 'unet')).filter((name) => name.endsWith('.safetensors'));
+  t.ok(shards.length > 2, `${shards.length} shards`);
+  const index = readJson(join(out, 'unet', 'diffusion_pytorch_model.safetensors.index.json')) as {
+    metadata: { total_size: number };
+    weight_map: Record<string, string>;
+  };
+  t.equal(index.metadata.total_size, 714_660 * 2);
+  t.ok(Object.values(index.weight_map).every((file) => shards.includes(file)));
+  const [got, want] = [componentContents(join(out, 'unet')), componentContents(golden('tiny-sdxl/unet'))];
+  t.same(got, want);
+  rmSync(join(out, '..'), { recursive: true });
+});
+
+test('LoRA files change their spelling and nothing else', async (t) => {
+  const folder = scratch();
+  const configs = ['--configs', golden('tiny-sdxl'), '--quiet'];
+  const made = async (from: string, name: string, format: string, ...more: string[]) => {
+    const out = join(folder, name);
+    const { status, err } = await run(from, out, '--format', format, ...configs, ...more);
+    t.equal(status, 0, `${name} ${err}`);
+    return contents(out);
+  };
+  const [plain, scaled] = [
+    golden('lora/plain_diffusers.safetensors'),
+    golden('lora/scaled_diffusers.safetensors'),
+  ];
+  t.same(await made(plain, 'plain', 'lora-peft'), contents(plain), 'diffusers to diffusers');
+  const kohya = golden('lora/scaled_kohya.safetensors');
+  t.same(
+    await made(scaled, 'kohya', 'lora-kohya', '--dtype', 'float16'),
+    contents(kohya),
+    'to kohya, alpha from the metadata',
+  );
+  const sgm = golden('lora/scaled_sgm.safetensors');
+  t.same(
+    await made(sgm, 'renamed', 'lora-kohya'),
+    contents(kohya),
+    "the original's block names to diffusers'",
+  );
+  await made(kohya, 'peft.safetensors', 'lora-peft');
+  const again = await made(join(folder, 'peft.safetensors'), 'again', 'lora-kohya');
+  t.same(again, contents(kohya), 'kohya, diffusers, kohya: alpha survives');
+  rmSync(folder, { recursive: true });
+});
+
+test('a training checkpoint: trained parts or their averages, the rest from the model it began with', async (t) => {
+  const folder = scratch();
+  const checkpoint = join(folder, 'step-00000001');
+  for (const [target, factor] of [
+    ['unet', 2],
+    ['ema/unet', 3],
+  ] as const) {
+    mkdirSync(join(checkpoint, target), { recursive: true });
+    cpSync(golden('tiny-sdxl/unet/config.json'), join(checkpoint, target, 'config.json'));
+    const from = openSafetensors(golden('tiny-sdxl/unet/diffusion_pytorch_model.safetensors'));
+    const entries = [...from.tensors.values()].map(({ name, shape, dtype }) => {
+      const values = decodeFloats(from.read(name), dtype).map((value) => value * factor);
+      return { name, shape, dtype: 'float32' as const, bytes: new Uint8Array(values.buffer) };
+    });
+    from.close();
+    writeSafetensors(join(checkpoint, target, 'diffusion_pytorch_model.safetensors'), entries);
+  }
+  writeFileSync(join(checkpoint, 'state.json'), JSON.stringify({ run: { model: golden('tiny-sdxl') } }));
+  const first = (path: string) => [...componentContents(path).values()][0].split(/[ ,]/).at(-1);
+  const own = Number(first(golden('tiny-sdxl/unet')));
+  for (const [name, factor, flags] of [
+    ['last', 2, []],
+    ['averaged', 3, ['--ema']],
+  ] as const) {
+    const out = join(folder, name);
+    const { status, err } = await run(checkpoint, out, '--quiet', ...flags);
+    t.equal(status, 0, err);
+    t.equal(Number(first(join(out, 'unet'))), own * factor, name);
+    t.ok(existsSync(join(out, 'vae', 'config.json')) && existsSync(join(out, 'tokenizer', 'merges.txt')));
+  }
+  rmSync(folder, { recursive: true });
+});
+
+test('mistakes leave nothing behind', async (t) => {
+  const folder = scratch();
+  const lacking = join(folder, 'lacking');
+  cpSync(golden('tiny-sdxl'), lacking, { recursive: true });
+  const file = join(lacking, 'unet', 'diffusion_pytorch_model.safetensors');
+  const unet = openSafetensors(file);
+  const all = [...unet.tensors.values()].map(({ name, dtype, shape }) => ({
+    name,
+    dtype,
+    shape,
+    bytes: unet.read(name),
+  }));
+  unet.close();
+  writeSafetensors(file, all.slice(1));
+  const large = join(folder, 'large');
+  cpSync(golden('tiny-sdxl'), large, { recursive: true });
+  const bias = {
+    name: 'conv_out.bias',
+    dtype: 'float32' as const,
+    shape: [4],
+    bytes: new Uint8Array(Float32Array.of(0, 7e4, 0, 0).buffer),
+  };
+  writeSafetensors(join(large, 'unet', 'diffusion_pytorch_model.safetensors'), [
+    ...all.filter(({ name }) => name !== bias.name),
+    bias,
+  ]);
+  const out = join(folder, 'out');
+  const lora = golden('lora/plain_diffusers.safetensors');
+  const cases: [label: string, argv: string[], says: RegExp][] = [
+    [
+      'unknown --save-keys',
+      [golden('tiny-sdxl'), out, '--save-keys', 'unet,controlnet'],
+      /no controlnet; it has unet, vae, text_encoder, .*scheduler/,
+    ],
+    ['missing tensor', [lacking, out], /missing add_embedding\.linear_1\.bias/],
+    [
+      'missing tensor, one file',
+      [lacking, out, '--format', 'single-file'],
+      /missing add_embedding\.linear_1\.bias/,
+    ],
+    ['more than float16 holds', [large, out, '--dtype', 'float16'], /conv_out\.bias holds 70000.*bfloat16/],
+    ['unknown format', [golden('tiny-sdxl'), out, '--format', 'diffuser'], /did you mean "diffusers"/],
+    ['unknown type', [golden('tiny-sdxl'), out, '--dtype', 'fp16'], /--dtype takes/],
+    ['a size that is none', [golden('tiny-sdxl'), out, '--max-shard-size', 'big'], /--max-shard-size takes/],
+    ['something in the way', [golden('tiny-sdxl'), lacking], /exists; remove it/],
+    ['no source', [join(folder, 'absent'), out], /no model at/],
+    ['--ema of a model', [golden('tiny-sdxl'), out, '--ema'], /no moving averages/],
+    [
+      'a part as a single file',
+      [golden('tiny-sdxl'), out, '--format', 'single-file', '--save-keys', 'unet'],
+      /whole model/,
+    ],
+    ['a LoRA as a folder', [lora, out], /is a LoRA/],
+    ['a LoRA for another model', [lora, out, '--format', 'lora-kohya'], /have another shape|match no weight/],
+    ['a model as a LoRA', [golden('tiny-sdxl'), out, '--format', 'lora-kohya'], /not a LoRA/],
+  ];
+  for (const [label, argv, says] of cases) {
+    const { status, err } = await run(...argv, '--quiet');
+    t.ok(status === 2 && says.test(err) && err.trim().split('\n').length === 1, `${label}: ${err.trim()}`);
+    t.notOk(existsSync(out), `${label}: nothing written`);
+  }
+  t.same(readdirSync(folder).sort(), ['lacking', 'large'], 'no temporary file is left');
+  rmSync(folder, { recursive: true });
+});
