@@ -6,7 +6,14 @@ import type { Device } from '../engine/device.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { unscoped } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
-import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
+import {
+  bytesPerElement,
+  decodeFloats,
+  encodeNumbers,
+  type FloatDType,
+  isFloat,
+  typedView,
+} from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJson } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
@@ -226,24 +233,28 @@ function fillParameter(
   const stored = source.info(name)?.dtype;
   const raw = source.bytes(name);
   const same = stored === dtype && dtype !== 'float32' && isFloat(dtype);
-  assertFinite(raw, stored, name, source.where);
+  if (!allFinite(raw, stored)) {
+    throw new UserError(
+      `${source.where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`,
+    );
+  }
   const bytes = same ? raw : encodeNumbers(source.floats(name), dtype);
+  if (!same && !allFinite(bytes, dtype)) {
+    throw new UserError(
+      `${source.where}: tensor ${name} holds numbers too large for ${dtype}; use --dtype bfloat16 or float32`,
+    );
+  }
   const laid = target.layout === 'conv' ? channelsLast(bytes, target.shape, bytesPerElement[dtype]) : bytes;
   target.tensor = unscoped(() => empty(target.memoryShape, { device, dtype }).upload(laid));
 }
 
 /** NaN and infinities are told by the exponent bits alone: all ones. */
-function assertFinite(raw: Uint8Array, dtype: string | undefined, name: string, where: string): void {
-  const bad = () =>
-    new UserError(`${where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`);
-  const mask = dtype === 'float16' ? 0x7c00 : dtype === 'bfloat16' ? 0x7f80 : 0;
-  if (mask) {
-    const bits = new Uint16Array(raw.buffer, raw.byteOffset, raw.byteLength / 2);
-    for (let i = 0; i < bits.length; i++) if ((bits[i] & mask) === mask) throw bad();
-  } else if (dtype === 'float32') {
-    const bits = new Uint32Array(raw.buffer, raw.byteOffset, raw.byteLength / 4);
-    for (let i = 0; i < bits.length; i++) if ((bits[i] & 0x7f800000) === 0x7f800000) throw bad();
-  }
+function allFinite(raw: Uint8Array, dtype: string | undefined): boolean {
+  const mask = { float32: 0x7f800000, bfloat16: 0x7f80, float16: 0x7c00 }[dtype ?? ''];
+  if (mask === undefined) return true;
+  const bits = typedView(raw, dtype === 'float32' ? 'int32' : 'float16') as Int32Array | Uint16Array;
+  for (let i = 0; i < bits.length; i++) if ((bits[i] & mask) === mask) return false;
+  return true;
 }
 
 /** [o, i, kh, kw] → [o, kh, kw, i], on raw elements of `size` bytes. */

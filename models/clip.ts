@@ -117,7 +117,9 @@ export function textEncoder(config: TextConfig): TextEncoder {
     (m, ids: Tensor, layer: number, pooled: boolean) => {
       const entry = layer < 0 ? depth + 1 + layer : layer;
       if (entry < 0 || entry > depth)
-        throw new UserError(`--clip-skip: layer ${layer} of a text encoder with ${depth} layers`);
+        throw new UserError(
+          `--clip-skip: of a text encoder's ${depth} layers at most ${depth - 1} can be skipped`,
+        );
       const hidden = m.encoder(m.embeddings(ids), entry);
       const rest = pooled
         ? m.encoder.children.layers.slice(entry).reduce((h, next) => next(h), hidden)

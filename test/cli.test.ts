@@ -87,6 +87,7 @@ test('mistakes', async (t) => {
     ['mask without image', ['--model', model, '--mask', mask], /--image/],
     ['no model', [], /--model/],
     ['unknown device', ['--model', model, '--device', 'tpu'], /unknown device/],
+    ['clip skip past the encoder', ['--model', model, '--clip-skip', '4'], /at most 3 can be skipped/],
   ];
   const target = join(folder, 'result.png');
   for (const [label, argv, says] of cases) {
@@ -97,6 +98,7 @@ test('mistakes', async (t) => {
   }
   const unwritable = await run('sample', '--model', model, '--prompt', 'x', '--quiet', '--output', output);
   t.equal(unwritable.status, 2, 'unwritable output');
+  t.match(unwritable.err, /out does not exist.*create the folder\n$/, 'unwritable output: one sentence');
   t.equal((await run('sample', '--model', model)).status, 2, 'missing prompt');
   t.equal((await run('sampel')).status, 2, 'unknown command');
   t.notOk(
