@@ -5,6 +5,9 @@
 import { defineOp, type RefTensors, type Sample, type Tensors, update } from '../op.ts';
 import { philox, type Stream } from '../philox.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
+import { awkwardShapes } from './samples.ts';
+
+const shapes = [[1], [4099], [40, 333], ...awkwardShapes];
 
 /** What every step takes. Learning rates and decay are of this step. */
 export interface StepAttrs {
@@ -90,7 +93,7 @@ export function adamFactors({ lr, weightDecay, betas: [beta1, beta2], step }: Ad
   ];
 }
 
-/** Two sizes, each without and with a master; `states` are float32 and shaped like the weight. */
+/** Every other shape has a master; `states` are float32 and shaped like the weight. */
 function stepSamples<A extends StepAttrs>(states: readonly string[], attrs: A): Sample<A>[] {
   const sample = (shape: readonly number[], more: readonly string[]): Sample<A> => ({
     inputs: Object.fromEntries(['weight', 'gradient', ...more].map((name) => [name, shape])),
@@ -98,7 +101,7 @@ function stepSamples<A extends StepAttrs>(states: readonly string[], attrs: A): 
     dtypes: Object.fromEntries(more.map((name) => [name, 'float32'])),
     nonnegative: ['exp_avg_sq'],
   });
-  return [[5], [33, 70]].flatMap((shape) => [sample(shape, states), sample(shape, ['master', ...states])]);
+  return shapes.map((shape, i) => sample(shape, i % 2 ? ['master', ...states] : states));
 }
 
 const adamSample: AdamAttrs = {
@@ -199,7 +202,7 @@ const emaOp = defineOp<{ decay: number }>({
       for (let i = 0; i < ema.data.length; i++) ema.data[i] -= (1 - decay) * (ema.data[i] - weight.data[i]);
     },
   },
-  samples: [[1], [7, 31]].map((shape) => ({
+  samples: shapes.map((shape) => ({
     inputs: { ema: shape, weight: shape },
     attrs: { decay: 0.9 },
     dtypes: { ema: 'float32' },
@@ -223,7 +226,7 @@ const sumSquaresOp = defineOp<{ index: number }>({
       sums.data[index] = total;
     },
   },
-  samples: [[1], [17], [40, 333]].map((x) => ({
+  samples: shapes.map((x) => ({
     inputs: { sums: [3], x },
     attrs: { index: 1 },
     dtypes: { sums: 'float32' },
