@@ -89,7 +89,7 @@ function load(e: Emitter, i: Instruction): void {
   const targets = elements(i.operands[0]);
   const address = addressOf(i, 1);
   if (spaceOf(i) === 'param') {
-    loadParameter(e, i, address, targets, type);
+    loadParameter(e, address, targets, type);
     return;
   }
   inSpace(e, i, address, (space) => {
@@ -114,13 +114,7 @@ function extended(target: Operand, type: string, value: string): string {
   return target.kind === 'register' && bytesOf(target.type) === 2 ? `(${whole})&65535` : whole;
 }
 
-function loadParameter(
-  e: Emitter,
-  i: Instruction,
-  address: Address,
-  targets: readonly Operand[],
-  type: string,
-): void {
+function loadParameter(e: Emitter, address: Address, targets: readonly Operand[], type: string): void {
   if (address.base.kind === 'symbol' && address.base.name.startsWith('retval')) {
     e.setInt(targets[0], '0');
     return;

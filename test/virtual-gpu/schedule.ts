@@ -148,7 +148,7 @@ function enter(m: Machine, warp: Warp): void {
 }
 
 /** Blocks of code that a warp may run without a barrier: a loop that never ends is reported. */
-const stepLimit = 20_000_000;
+const stepLimit = 2_000_000;
 
 function runWarp(m: Machine, warp: Warp): void {
   const { kernel } = m;

@@ -1,0 +1,91 @@
+// How the tests run one kernel: arrays go to the virtual GPU, the kernel is launched, arrays come back. A fault throws.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Dim3 } from '../../engine/cuda/api.ts';
+import { type KernelArgument, packParameters, readManifest } from '../../engine/cuda/manifest.ts';
+import { packageRoot } from '../golden.ts';
+import { openVirtualGpu, type VirtualGpu, type VirtualGpuOptions } from './gpu.ts';
+import type { Schedule } from './machine.ts';
+
+type Values =
+  | Float32Array
+  | Int32Array
+  | Uint32Array
+  | Uint16Array
+  | Uint8Array
+  | BigInt64Array
+  | Float64Array;
+
+export const bytesOf = (values: Values): Uint8Array =>
+  new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+
+/** The text of test/virtual-gpu/kernels/<name>.ptx. */
+export const testPtx = (name: string): string =>
+  readFileSync(join(packageRoot, 'test', 'virtual-gpu', 'kernels', `${name}.ptx`), 'utf8');
+
+export interface Bench {
+  readonly gpu: VirtualGpu;
+  /** Uploads values. */
+  give(values: Values): bigint;
+  /** Allocates without writing. */
+  room(bytes: number): bigint;
+  floats(address: bigint, count: number): Float32Array;
+  ints(address: bigint, count: number): Int32Array;
+  launch(
+    ptx: string,
+    kernel: string,
+    grid: number | Dim3,
+    block: number,
+    args: readonly KernelArgument[],
+    sharedBytes?: number,
+  ): void;
+}
+
+export function newBench(options: VirtualGpuOptions = {}): Bench {
+  const gpu = openVirtualGpu({ arenaBytes: 2 ** 24, ...options });
+  const room = (bytes: number) => gpu.cuMemAllocAsync(bytes, 0n);
+  const take = <T extends Values>(into: T, address: bigint): T => {
+    gpu.cuMemcpyDtoHAsync(bytesOf(into), address, 0n);
+    return into;
+  };
+  return {
+    gpu,
+    room,
+    give(values) {
+      const address = room(values.byteLength);
+      gpu.cuMemcpyHtoDAsync(address, bytesOf(values), 0n);
+      return address;
+    },
+    floats: (address, count) => take(new Float32Array(count), address),
+    ints: (address, count) => take(new Int32Array(count), address),
+    launch(ptx, kernel, grid, block, args, sharedBytes = 0) {
+      const entry = readManifest(ptx).get(kernel);
+      if (!entry) throw new Error(`no kernel ${kernel} in this PTX`);
+      const handle = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(ptx), kernel);
+      if (sharedBytes > 48 * 1024) gpu.cuFuncSetAttribute(handle, 8, sharedBytes);
+      const blocks: Dim3 = typeof grid === 'number' ? [grid, 1, 1] : grid;
+      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, packParameters(entry, args));
+    },
+  };
+}
+
+/** The schedules under which the tests run every kernel. */
+export const schedules: readonly Schedule[] = [
+  { async: 'late', order: 'forward', seed: 1 },
+  { async: 'early', order: 'reverse', seed: 1 },
+  { async: 'random', order: 'random', seed: 7 },
+];
+
+/** Repeatable numbers from -1 to 1 with few bits, so that sums in any order are close. */
+export function numbersFrom(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = (Math.imul(state, 1103515245) + 12345) | 0;
+    return ((state >>> 9) & 1023) / 512 - 1;
+  };
+}
+
+export const floatsFrom = (count: number, seed: number): Float32Array => {
+  const next = numbersFrom(seed);
+  return Float32Array.from({ length: count }, next);
+};
