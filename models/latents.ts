@@ -72,11 +72,17 @@ export function decodeLatents(vae: Vae, latents: Latents, device: Device, tiling
       scope(() => toHost(vae.decode(toDevice({ shape: [1, c, h, w], data }, device, 'float32'), { tiling }))),
     );
   });
-  const data = new Float32Array(n * images[0].data.length);
-  images.forEach((image, i) => {
-    data.set(image.data, i * image.data.length);
+  return stacked(images);
+}
+
+/** Batches of one shape as one batch. */
+export function stacked(parts: readonly Latents[]): Latents {
+  const [{ shape, data }] = parts;
+  const out = new Float32Array(parts.length * data.length);
+  parts.forEach((part, i) => {
+    out.set(part.data, i * data.length);
   });
-  return { shape: [n, ...images[0].shape.slice(1)], data };
+  return { shape: [parts.length * shape[0], ...shape.slice(1)], data: out };
 }
 
 /** uncond + s (text - uncond) over [unconditional; conditional] rows, then rescaled toward the text's spread (Lin et al. 2023). */

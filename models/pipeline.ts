@@ -18,7 +18,7 @@ import {
   type TextStack,
   timeIds,
 } from './conditioning.ts';
-import { decodeLatents, encodeImage, guide, type Latents, toDevice, toHost } from './latents.ts';
+import { decodeLatents, encodeImage, guide, type Latents, stacked, toDevice, toHost } from './latents.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
@@ -176,7 +176,8 @@ function planOptions(request: Request) {
     strength,
     denoisingStart: request.denoising_start,
     denoisingEnd: request.denoising_end,
-    eta: request.eta,
+    // Diffusers' pipelines hand every sampler that takes eta a 0, and so overrule TCD's own default of 0.3.
+    eta: request.eta ?? 0,
   };
 }
 
@@ -245,7 +246,7 @@ function startingLatents(
   plan: Plan,
   images: number,
 ): Start {
-  const { generators, image, mask } = request;
+  const { generators, image } = request;
   const channels = pipeline.vae.config.latent_channels;
   if (request.latents) {
     const { latents } = request;
@@ -257,26 +258,42 @@ function startingLatents(
     const data = drawNoise(generators, count).map((x) => x * plan.initNoiseSigma);
     return { latents: { shape, data }, draw: () => drawNoise(generators, count) };
   }
-  const draw = (count: number) => drawNoise(generators, count);
-  const tiling = request.vae_tiling ?? false;
-  const known = repeat(encodeImage(pipeline.vae, image, pipeline.device, draw, tiling), images);
-  const noise = draw(known.data.length);
-  // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
-  if (mask) draw(known.data.length / images);
-  const fromNoise = mask && (request.strength ?? 0.3) >= 1;
-  const data = fromNoise
-    ? noise.map((x) => x * plan.initNoiseSigma)
-    : sampler.addNoise(plan, known.data, noise);
-  const start: Start = { latents: { shape: known.shape, data }, draw: () => draw(known.data.length) };
-  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
-  if (mask) start.afterStep = keepKnown(mask, known, knownAt);
-  return start;
+  return startingFromImage(pipeline, { ...request, image }, sampler, plan, images);
 }
 
-function repeat({ shape, data }: Latents, images: number): Latents {
-  const out = new Float32Array(images * data.length);
-  for (let i = 0; i < images; i++) out.set(data, i * data.length);
-  return { shape: [images * shape[0], ...shape.slice(1)], data: out };
+/** Image-to-image and inpainting; the order of draws is diffusers'. */
+function startingFromImage(
+  pipeline: Pipeline,
+  request: Request & { image: Latents },
+  sampler: Sampler,
+  plan: Plan,
+  images: number,
+): Start {
+  const { generators, image, mask, strength = 0.3, vae_tiling: tiling = false } = request;
+  // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
+  const encoders = mask ? generators.slice(0, 1) : generators;
+  const encoded = encoders.map((own) =>
+    encodeImage(pipeline.vae, image, pipeline.device, (count) => drawNoise([own], count), tiling),
+  );
+  const known = stacked(encoded.length === images ? encoded : Array<Latents>(images).fill(encoded[0]));
+  const draw = () => drawNoise(generators, known.data.length);
+  // Told where to start, diffusers takes the picture for one that has its noise already.
+  const noisy = request.denoising_start !== undefined;
+  if (!mask) {
+    const data = noisy ? known.data : sampler.addNoise(plan, known.data, draw());
+    return { latents: { shape: known.shape, data }, draw };
+  }
+  const noise = draw();
+  // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
+  drawNoise(encoders, known.data.length / images);
+  const pure = () => noise.map((x) => x * plan.initNoiseSigma);
+  const noised = () => (strength >= 1 ? pure() : sampler.addNoise(plan, known.data, noise));
+  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
+  return {
+    latents: { shape: known.shape, data: noisy ? known.data : noised() },
+    draw,
+    afterStep: keepKnown(mask, known, knownAt),
+  };
 }
 
 function keepKnown(mask: Latents, { shape }: Latents, knownAt: (index: number) => Float32Array) {

@@ -5,7 +5,7 @@ import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
-import type { Latents } from '../models/latents.ts';
+import { encodeImage, type Latents } from '../models/latents.ts';
 import {
   type Denoised,
   decode,
@@ -16,7 +16,7 @@ import {
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { type Assert, allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { type Assert, allClose, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 
 const area = goldenArea('pipeline');
@@ -115,6 +115,47 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
   }
   for (const pipeline of Object.values(pipelines)) pipeline.release();
 }
+
+/** What no golden call shows; the expectations are read from diffusers' pipelines. */
+test('draws and defaults of calls that no golden covers', (t) => {
+  const [device] = devices;
+  const before = device.memory.storages;
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  const seeded = (...seeds: number[]) => ({ generators: seeds.map((seed) => new TorchGenerator(seed)) });
+  const base = { prompt: ['a fox'], height: 64, width: 64, num_inference_steps: 4, guidance_scale: 1 };
+  const latents = (more: Partial<Request>) => run(pipeline, { ...base, ...seeded(1), ...more }).latents.data;
+
+  const tcd = { scheduler: { name: 'TCDScheduler' } };
+  const [plain, still, noisy] = [{}, { eta: 0 }, { eta: 0.3 }].map((more) => latents({ ...tcd, ...more }));
+  t.equal(maxDifference(plain, still), 0, 'a pipeline hands TCD eta 0');
+  t.ok(maxDifference(plain, noisy) > 0.1, 'and not its own 0.3');
+
+  const c = area.cases.find(({ id }) => id === 'img2img_0.7') as GoldenCase;
+  const image = requestOf(c, c.settings as Record<string, unknown>).image as Latents;
+  const half = { image, strength: 0.5 };
+  const [together, first, second] = [
+    latents({ ...half, num_images_per_prompt: 2, ...seeded(1, 2) }),
+    latents({ ...half, ...seeded(1) }),
+    latents({ ...half, ...seeded(2) }),
+  ];
+  const apart = Float32Array.of(...first, ...second);
+  t.ok(maxDifference(together, apart) < 1e-4, 'each generator draws its image as if it were alone');
+
+  const known = encodeImage(
+    pipeline.vae,
+    image,
+    device,
+    (n) => new TorchGenerator(1).randn(n) as Float32Array,
+    false,
+  );
+  const start = { denoising_start: 0.5 };
+  const went = maxDifference(latents({ image, ...start }), latents({ latents: known, ...start }));
+  t.equal(went, 0, 'with denoising_start a picture is taken to have its noise already');
+
+  pipeline.release();
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
 
 function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
   const got = Buffer.concat(toPictures(images.data, images.shape).map((picture) => picture.data));

@@ -202,6 +202,7 @@ test('runs and parts of runs', (t) => {
     inputs[1].every((value) => value === 0),
     'a run goes on from the latents given to next',
   );
+  t.equal(sampler.plan(1000, { denoisingEnd: 0.7995 }).end, 801, '200.5 is rounded to 200, as Python rounds');
   t.throws(() => sampler.plan(10, { strength: 0.01 }), { name: 'UserError' });
   t.throws(() => sampler.plan(0), { name: 'UserError' });
   t.end();

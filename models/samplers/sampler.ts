@@ -4,6 +4,7 @@
 import { UserError } from '../../io/errors.ts';
 import { combine } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
+import { roundHalfEven } from './tables.ts';
 
 /** Settings of single methods, as diffusers passes them to `step`. */
 export interface StepSettings {
@@ -169,7 +170,7 @@ function chosenPart(
   total: number,
   options: PlanOptions,
 ): { begin: number; end: number } {
-  const cutoff = (part: number) => Math.round(total - part * total);
+  const cutoff = (part: number) => roundHalfEven(total - part * total);
   let [begin, end] = [0, timesteps.length];
   if (options.denoisingStart !== undefined) {
     const bound = cutoff(options.denoisingStart);
