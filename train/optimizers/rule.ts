@@ -11,9 +11,15 @@ import { streamOf } from '../draws.ts';
 
 export type Slots = Record<string, Tensor>;
 
+/** A tensor kept for a parameter, zero at the start; float32 unless it says otherwise. */
+export interface Slot {
+  shape: readonly number[];
+  dtype?: DType;
+}
+
 export interface Rule {
-  /** The tensors kept for a parameter, zero at the start, by the names that torch or transformers give them. */
-  slots(parameter: Parameter): Record<string, { shape: readonly number[]; dtype?: DType }>;
+  /** What is kept for a parameter, by the names that torch or transformers give. */
+  slots(parameter: Parameter): Record<string, Slot>;
   step(tensors: StepInputs, slots: Slots, context: StepAttrs & { step: number }): void;
 }
 

@@ -1,0 +1,231 @@
+// Optimizers that golden data lacks, against numbers from transformers' Adafactor and float64; bfloat16 weights with
+// masters and with stochastic rounding; clipping. Three steps on a matrix, a convolution and a vector each time.
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { clearGrad, requireGrad } from '../engine/grad.ts';
+import { Parameter } from '../engine/module.ts';
+import { keep } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { bytesPerElement, type FloatDType } from '../io/dtype.ts';
+import { channelsLast } from '../models/checkpoint.ts';
+import { clipGradients } from '../train/clip.ts';
+import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
+import { allClose } from './golden.ts';
+
+const device = openDevice('auto');
+const settings: OptimizerSettings = {
+  name: 'adamw',
+  betas: [0.9, 0.99],
+  eps: 1e-8,
+  weight_decay: 0.1,
+  clip_threshold: 1,
+  decay_rate: -0.8,
+  stochastic_rounding: false,
+};
+const shapes = [[3, 4], [2, 2, 3, 3], [5]];
+const sizeOf = (shape: readonly number[]) => shape.reduce((a, b) => a * b, 1);
+
+/** Numbers in the checkpoint's order as a tensor of the parameter. */
+function laid(p: Parameter, values: Float32Array, dtype: FloatDType): Tensor {
+  const bytes = new Uint8Array(values.buffer);
+  const floats =
+    p.layout === 'conv'
+      ? new Float32Array(channelsLast(bytes, p.shape, bytesPerElement.float32).buffer)
+      : values;
+  return keep(tensor(floats, p.memoryShape, { device, dtype }));
+}
+
+/** And back. */
+function checkpointOrder(p: Parameter, values: Float32Array): number[] {
+  if (p.layout !== 'conv') return [...values];
+  const [o, i, kh, kw] = p.shape;
+  return Array.from({ length: p.size }, (_, at) => {
+    const [tap, rest] = [at % (kh * kw), Math.floor(at / (kh * kw))];
+    return values[(Math.floor(rest / i) * kh * kw + tap) * i + (rest % i)];
+  }).slice(0, o * i * kh * kw);
+}
+
+function parametersOf(dtype: FloatDType): Map<string, Parameter> {
+  return new Map(
+    shapes.map((shape, k) => {
+      const p = new Parameter(shape, shape.length === 4 ? 'conv' : 'plain');
+      const values = Float32Array.from({ length: sizeOf(shape) }, (_, i) => Math.cos(1 + 0.7 * i + k));
+      p.tensor = requireGrad(laid(p, values, dtype));
+      return [`p${k}`, p];
+    }),
+  );
+}
+
+const gradientAt = (k: number, step: number, i: number) =>
+  0.1 * Math.sin(1 + 1.3 * i + k + 2.1 * step) * (1 + (i % 3));
+
+function setGradients(parameters: Map<string, Parameter>, step: number): void {
+  [...parameters.values()].forEach((p, k) => {
+    clearGrad(p.tensor);
+    const values = Float32Array.from({ length: p.size }, (_, i) => gradientAt(k, step, i));
+    if (p.tensor.node) p.tensor.node.grad = laid(p, values, p.tensor.dtype as FloatDType);
+  });
+}
+
+/** Weights after three steps at rate 0.05, in the checkpoint's order. */
+function threeSteps(given: Partial<OptimizerSettings>, dtype: FloatDType = 'float32'): number[] {
+  const parameters = parametersOf(dtype);
+  const optimizer = createOptimizer(parameters, { ...settings, ...given }, 1);
+  for (let step = 0; step < 3; step++) {
+    setGradients(parameters, step);
+    optimizer.step(0.05);
+  }
+  const out = [...parameters.values()].flatMap((p) => checkpointOrder(p, p.tensor.floats()));
+  free(parameters, optimizer);
+  return out;
+}
+
+function free(parameters: Map<string, Parameter>, optimizer: { release(): void }): void {
+  for (const p of parameters.values()) {
+    clearGrad(p.tensor);
+    p.unload();
+  }
+  optimizer.release();
+}
+
+// transformers 5.18.0, Adafactor(lr=0.05, weight_decay=0.1, scale_parameter=False, relative_step=False, clip_threshold=…).
+// biome-ignore format: a table of numbers
+const adafactorAt1 = [
+  0.5303988, -0.1184507, -0.6920738, -0.9658304, -0.7791493, -0.185681, 0.4720134, 0.9297521, 0.9400417, 0.522957, -0.1438274, -0.7586121,
+  -0.4090709, -0.8854862, -0.9660714, -0.5562778, 0.0940559, 0.6951753, 0.9947352, 0.81548, 0.2551892, -0.4272512, -0.9084004, -0.9426261,
+  -0.5651686, 0.0983681, 0.7279446, 0.9749826, 0.7996743, 0.2249439, -0.4388739, -0.9163398, -0.9468529, -0.5369024, 0.1251754, 0.7041185,
+  1.0068774, 0.7783132, 0.2068867, -0.4538424, -0.8902158, -0.9399056, -0.5193058, 0.1302674, 0.7446666, 0.9549139, 0.7810821, 0.2137297,
+  -1.0129271, -0.8532694, -0.284397, 0.3479695, 0.8805966,
+];
+// biome-ignore format: a table of numbers
+const adafactorAtHalf = [
+  0.531308, -0.1221475, -0.7086831, -0.9752074, -0.779584, -0.1965257, 0.4670802, 0.9218799, 0.9376481, 0.520445, -0.1434116, -0.7475047,
+  -0.4094451, -0.8882183, -0.959383, -0.561151, 0.0903422, 0.6966376, 0.988, 0.8093925, 0.2514948, -0.4258959, -0.9029914, -0.9455273,
+  -0.5589706, 0.1006951, 0.7189922, 0.9788469, 0.7965453, 0.2281632, -0.4391461, -0.9101455, -0.9452302, -0.5380673, 0.1221706, 0.7127941,
+  0.9954786, 0.7809549, 0.2109098, -0.4541494, -0.9002097, -0.9391307, -0.522276, 0.1327543, 0.7385644, 0.9699328, 0.7774553, 0.2062254,
+  -0.993866, -0.8457587, -0.2941873, 0.3607051, 0.8776309,
+];
+
+test('Adafactor takes the steps that transformers takes', (t) => {
+  const before = device.memory.storages;
+  const close = { atol: 1e-6, rtol: 0 };
+  allClose(t, 'clip_threshold 1', threeSteps({ name: 'adafactor' }), adafactorAt1, close);
+  const half = threeSteps({ name: 'adafactor', clip_threshold: 0.5 });
+  allClose(t, 'clip_threshold 0.5', half, adafactorAtHalf, close);
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
+test('Lion, in float64 by its formula', (t) => {
+  const want = shapes.flatMap((shape, k) =>
+    Array.from({ length: sizeOf(shape) }, (_, i) => {
+      let [w, m] = [Math.cos(1 + 0.7 * i + k), 0];
+      for (let step = 0; step < 3; step++) {
+        const g = gradientAt(k, step, i);
+        w = w * (1 - 0.05 * 0.1) - 0.05 * Math.sign(0.9 * m + 0.1 * g);
+        m = 0.99 * m + 0.01 * g;
+      }
+      return w;
+    }),
+  );
+  allClose(t, 'weights', threeSteps({ name: 'lion' }), want, { atol: 1e-6, rtol: 0 });
+  t.end();
+});
+
+test('bfloat16 weights: masters follow float32, stochastic rounding keeps the mean', (t) => {
+  for (const name of ['adamw', 'adafactor', 'lion'] as const) {
+    const want = threeSteps({ name });
+    allClose(t, `${name} with masters`, threeSteps({ name }, 'bfloat16'), want, {
+      atol: 0.005,
+      rtol: 2 ** -8,
+    });
+  }
+  t.end();
+});
+
+/** The mean of 40,000 weights of 1 after `steps` updates of -1e-4 each, a fortieth of what nearest rounding could see. */
+function drift(
+  stochastic_rounding: boolean,
+  steps: number,
+): { mean: number; distinct: number; state: string[] } {
+  const p = new Parameter([200, 200]);
+  const ones = new Float32Array(p.size).fill(1);
+  p.tensor = requireGrad(keep(tensor(ones, p.shape, { device, dtype: 'bfloat16' })));
+  const parameters = new Map([['p', p]]);
+  const optimizer = createOptimizer(
+    parameters,
+    { ...settings, name: 'lion', weight_decay: 0, stochastic_rounding },
+    7,
+  );
+  for (let step = 0; step < steps; step++) {
+    clearGrad(p.tensor);
+    if (p.tensor.node) p.tensor.node.grad = keep(tensor(ones, p.shape, { device, dtype: 'bfloat16' }));
+    optimizer.step(1e-4);
+  }
+  const values = p.tensor.floats();
+  const state = [...optimizer.state.keys()];
+  free(parameters, optimizer);
+  return {
+    mean: values.reduce((sum, x) => sum + x, 0) / values.length,
+    distinct: new Set(values).size,
+    state,
+  };
+}
+
+test('stochastic rounding is unbiased', (t) => {
+  const { mean, distinct, state } = drift(true, 50);
+  // Below 1 bfloat16 steps by 2^-8; 50 updates of 1e-4 are 5e-3, the mean's own deviation 2.2e-5.
+  t.ok(Math.abs(mean - 0.995) < 8e-5, `mean ${mean}, want 0.995`);
+  t.ok(distinct > 1 && distinct < 12, `${distinct} neighbouring values`);
+  t.same(state, ['step', 'exp_avg.p'], 'no masters are kept');
+  const mastered = drift(false, 50);
+  t.equal(mastered.distinct, 1);
+  t.ok(Math.abs(mastered.mean - 0.995) < 2 ** -9, `with masters ${mastered.mean}`);
+  t.same(mastered.state, ['step', 'master.p', 'exp_avg.p']);
+  t.end();
+});
+
+test('both devices round the same weights to the same bits', (t) => {
+  const results = ['auto', 'reference'].map((name) => {
+    const on = openDevice(name);
+    const p = new Parameter([37]);
+    const values = Float32Array.from({ length: 37 }, (_, i) => Math.sin(i) + 2);
+    p.tensor = requireGrad(keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' })));
+    const optimizer = createOptimizer(
+      new Map([['p', p]]),
+      { ...settings, name: 'lion', weight_decay: 0, stochastic_rounding: true },
+      3,
+    );
+    if (p.tensor.node) p.tensor.node.grad = keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' }));
+    // A power of two, so that the sum is exact before it is rounded.
+    optimizer.step(2 ** -9);
+    const bits = Buffer.from(p.tensor.bytes()).toString('hex');
+    free(new Map([['p', p]]), optimizer);
+    return bits;
+  });
+  t.equal(results[0], results[1]);
+  t.end();
+});
+
+test('clipping: the global norm, its factor, and who is not finite', (t) => {
+  const parameters = parametersOf('float32');
+  setGradients(parameters, 0);
+  const squares = shapes.flatMap((shape, k) =>
+    Array.from({ length: sizeOf(shape) }, (_, i) => gradientAt(k, 0, i) ** 2),
+  );
+  const norm = Math.sqrt(squares.reduce((a, b) => a + b, 0));
+  const clipped = clipGradients(parameters, 0.5);
+  t.ok(Math.abs(clipped.norm - norm) < 1e-6 * norm, `norm ${clipped.norm}`);
+  t.ok(Math.abs(clipped.scale - 0.5 / (norm + 1e-6)) < 1e-6);
+  t.equal(clipGradients(parameters, 100).scale, 1);
+  t.equal(clipGradients(parameters, 0).scale, 1, 'no clipping');
+  t.equal(clipped.nonfinite, undefined);
+  const bad = new Float32Array(36).fill(1);
+  bad[35] = Number.NaN;
+  const p1 = parameters.get('p1') as Parameter;
+  clearGrad(p1.tensor);
+  if (p1.tensor.node) p1.tensor.node.grad = laid(p1, bad, 'float32');
+  t.equal(clipGradients(parameters, 1).nonfinite, 'p1');
+  free(parameters, { release() {} });
+  t.end();
+});

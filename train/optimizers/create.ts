@@ -1,0 +1,41 @@
+// The optimizers by the names a run file gives them.
+import type { Parameter } from '../../engine/module.ts';
+import { UserError } from '../../io/errors.ts';
+import { adafactor } from './adafactor.ts';
+import { adamw } from './adamw.ts';
+import { lion } from './lion.ts';
+import { type Optimizer, optimize, type Rule } from './rule.ts';
+
+export interface OptimizerSettings {
+  name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion';
+  betas: readonly [number, number];
+  eps: number;
+  weight_decay: number;
+  /** Adafactor's bound on the root mean square of an update. */
+  clip_threshold: number;
+  /** Adafactor's exponent of the second moment's decay. */
+  decay_rate: number;
+  /** Round bfloat16 weights up or down at random instead of keeping float32 masters. */
+  stochastic_rounding: boolean;
+}
+
+const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => Rule> = {
+  adamw,
+  adafactor,
+  adamw8bit() {
+    throw new UserError('optimizer.name "adamw8bit" is not built yet; use "adamw" or "adafactor"');
+  },
+  lion,
+};
+
+/** An optimizer over loaded parameters; `seed` keys stochastic rounding. */
+export const createOptimizer = (
+  parameters: ReadonlyMap<string, Parameter>,
+  settings: OptimizerSettings,
+  seed: number,
+): Optimizer =>
+  optimize(parameters, rules[settings.name](settings), {
+    weight_decay: settings.weight_decay,
+    stochastic_rounding: settings.stochastic_rounding,
+    seed,
+  });
