@@ -1,15 +1,19 @@
 // A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels; `reference`
-// runs the record's own loops in TypeScript and needs no compiler. A GPU becomes a third value of the same interface.
+// runs the record's own loops in TypeScript and needs no compiler. `cuda` launches
+// PTX on an NVIDIA GPU; cuda:N is the N-th.
 import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { findLibrary } from './cpu/build.ts';
 import { openCpuDriver } from './cpu/driver.ts';
+import type { GpuApi } from './cuda/api.ts';
+import { openCudaDriver } from './cuda/device.ts';
+import { openCudaLibrary } from './cuda/driver.ts';
 import { type Driver, MemoryPool } from './memory.ts';
 import type { Argument, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
 import type { Tensor } from './tensor.ts';
 
-export type DeviceName = 'cpu' | 'reference' | 'stand-in';
+export type DeviceName = 'cpu' | 'reference' | 'stand-in' | `cuda:${number}`;
 export type Direction = 'forward' | 'backward';
 
 export interface Device {
@@ -26,11 +30,13 @@ const opened = new Map<DeviceName, Device>();
 
 /** Opens a device once and returns the same one after; `auto` is the best that works, saying so when it is the slow one. */
 export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
-  if (name === 'cuda' || name.startsWith('cuda:')) {
-    throw new UserError('the cuda device is not built yet in this version; use --device cpu');
+  const gpu = /^cuda(?::(\d+))?$/.exec(name);
+  if (gpu) {
+    const ordinal = Number(gpu[1] ?? 0);
+    return once(`cuda:${ordinal}`, () => cudaDevice(openCudaLibrary(), ordinal));
   }
   if (name !== 'auto' && name !== 'cpu' && name !== 'reference') {
-    throw new UserError(`unknown device "${name}"; the devices are auto, cpu and reference`);
+    throw new UserError(`unknown device "${name}"; the devices are auto, cpu, cuda, cuda:N and reference`);
   }
   if (name === 'reference') return once('reference', () => referenceDevice());
   const library = findLibrary();
@@ -50,12 +56,23 @@ function once(name: DeviceName, open: () => Device): Device {
 /** The native device over a library, for this machine's best instruction set or for `arch` (avx512, avx2, portable). */
 export function nativeDevice(library: string, arch?: string): Device {
   const driver = openCpuDriver(library, arch);
+  return kernelDevice('cpu', driver, new MemoryPool(driver));
+}
+
+/** The GPU `ordinal` behind a driver API: libcuda's, or the virtual GPU's in tests. */
+export function cudaDevice(api: GpuApi, ordinal = 0): Device {
+  const driver = openCudaDriver(api, ordinal);
+  return kernelDevice(`cuda:${ordinal}`, driver, driver.memory);
+}
+
+/** A device that launches kernels by symbol. */
+function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Device {
   const address = (argument: Argument): bigint | number =>
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
   return {
-    name: 'cpu',
+    name,
     driver,
-    memory: new MemoryPool(driver),
+    memory,
     execute(record, direction, tensors, attrs) {
       const dtype = (record.storage ? tensors[record.storage] : storageTensor(tensors)).dtype;
       const launch: Launch = (symbol, args) => driver.launch(`${symbol}_${dtype}`, args.map(address));

@@ -5,57 +5,20 @@ import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
-import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
-import {
-  apply,
-  type OpRecord,
-  type RefTensors,
-  registry,
-  type Sample,
-  type Spec,
-  update,
-} from '../engine/op.ts';
-import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { type RefTensors, registry, type Spec } from '../engine/op.ts';
+import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import '../engine/ops/adafactor.ts';
-import '../engine/ops/attention.ts';
-import '../engine/ops/binary.ts';
-import '../engine/ops/conv2d.ts';
-import '../engine/ops/linear.ts';
-import '../engine/ops/loss.ts';
-import '../engine/ops/move.ts';
-import '../engine/ops/norm.ts';
-import '../engine/ops/optimizer.ts';
-import '../engine/ops/reduce.ts';
-import '../engine/ops/unary.ts';
-
-// biome-ignore lint/suspicious/noExplicitAny: the registry's records differ in their attributes.
-type AnyRecord = OpRecord<any>;
-type AnySample = Sample<unknown>;
-
-/** Deterministic values in [-1.5, 1.5] away from zero, so that quotients and kinks stay differentiable. */
-function values(count: number, seed: number): Float64Array {
-  let state = (seed * 2654435761 + 12345) >>> 0;
-  return Float64Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    const u = state / 2 ** 32;
-    return Math.fround((u < 0.5 ? -1 : 1) * (0.3 + 1.2 * ((u * 2) % 1)));
-  });
-}
-
-const size = (shape: readonly number[]) => shape.reduce((a, b) => a * b, 1);
-
-function inputValues(sample: AnySample): Record<string, { shape: readonly number[]; data: Float64Array }> {
-  return Object.fromEntries(
-    Object.entries(sample.inputs).map(([name, shape], i) => {
-      const signed = values(size(shape), i + 1);
-      const data = sample.nonnegative?.includes(name) ? signed.map(Math.abs) : signed;
-      const bound = sample.ints?.[name];
-      return [name, { shape, data: bound ? data.map((_, j) => (j * 7 + 3) % bound) : data }];
-    }),
-  );
-}
+import {
+  type AnyRecord,
+  type AnySample,
+  differentiable,
+  inputValues,
+  relativeError,
+  runOn,
+  size,
+  values,
+  withDtype,
+} from './op_cases.ts';
 
 /** Runs a record's reference loops in float64 and returns all its tensors. */
 function referenceForward(record: AnyRecord, sample: AnySample, inputs: RefTensors): RefTensors {
@@ -75,13 +38,6 @@ function referenceForward(record: AnyRecord, sample: AnySample, inputs: RefTenso
   record.reference.forward(all, sample.attrs);
   return all;
 }
-
-const differentiable = (record: AnyRecord, sample: AnySample) =>
-  Object.keys(sample.inputs).filter(
-    (name) =>
-      !sample.ints?.[name] &&
-      !(['target', 'weights'].includes(name) && ['mse', 'huber'].includes(record.name)),
-  );
 
 test('every op has twenty samples and more', (t) => {
   for (const { name, samples } of registry.values())
@@ -148,56 +104,6 @@ function worstSlope(
   return worst;
 }
 
-interface Outcome {
-  y: Float32Array;
-  /** By input: its gradient or, where the op updates it in place, its new value. */
-  gradients: Record<string, Float32Array>;
-}
-
-function runOn(device: Device, record: AnyRecord, sample: AnySample, dtype: FloatDType): Outcome {
-  return scope(() => {
-    const wanted = record.backward ? differentiable(record, sample) : [];
-    const inputs = Object.fromEntries(
-      Object.entries(inputValues(sample)).map(([name, { shape, data }]) => {
-        const plain = ['t', 'weights'].includes(name);
-        const made = tensor(data, shape, {
-          device,
-          dtype: sample.dtypes?.[name] ?? (sample.ints?.[name] ? 'int32' : plain ? 'float32' : dtype),
-        });
-        return [name, wanted.includes(name) ? requireGrad(made) : made];
-      }),
-    );
-    if (record.updates) {
-      update(record, inputs, sample.attrs);
-      const changed = Object.entries(inputs).filter(([name]) => record.updates?.includes(name));
-      return {
-        y: new Float32Array(),
-        gradients: Object.fromEntries(changed.map(([k, t]) => [k, t.floats()])),
-      };
-    }
-    const y = apply(record, inputs, sample.attrs);
-    const gradients: Record<string, Float32Array> = {};
-    if (wanted.length) {
-      backward(y, tensor(values(y.size, 99), y.shape, { device, dtype: y.dtype }));
-      for (const name of wanted) {
-        gradients[name] = (gradOf(inputs[name]) as Tensor).floats();
-        clearGrad(inputs[name]);
-      }
-    }
-    return { y: y.floats(), gradients };
-  });
-}
-
-/** Error relative to the largest magnitude, as a root mean square (the square of it is the NMSE). */
-function relativeError(got: Float32Array, want: Float32Array): number {
-  let [error, norm] = [0, 0];
-  for (let i = 0; i < want.length; i++) {
-    error += (got[i] - want[i]) ** 2;
-    norm += want[i] ** 2;
-  }
-  return Math.sqrt(error / (norm || 1));
-}
-
 /** Storage rounding, and for float32 the order of summation. */
 const tolerance: Record<FloatDType, number> = { float32: 2e-6, bfloat16: 8e-3, float16: 1e-3 };
 
@@ -233,9 +139,3 @@ test('cpu kernels against the reference', { skip: 'reason' in library && library
   }
   t.end();
 });
-
-/** Ops whose attributes name their output type are run at that type. */
-function withDtype(attrs: unknown, dtype: FloatDType): unknown {
-  const named = attrs as { dtype?: FloatDType; from?: FloatDType };
-  return named.dtype ? { ...named, dtype, ...(named.from ? { from: dtype } : {}) } : attrs;
-}

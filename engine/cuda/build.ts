@@ -1,0 +1,179 @@
+// Builds kernels/ptx from kernels/cuda with nvcc (`npm run build:kernels`): each family once per storage type, for
+// compute_80, so that every card since Ampere runs it. The PTX is committed and users need no toolkit. ptxas then assembles
+// each file for four generations, and REPORT.md tables registers, shared memory, spills and stack. `--check` builds
+// elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that older drivers
+// take it; of the line table only the lines of our own files are kept.
+import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { basename, join } from 'node:path';
+import { pathToFileURL } from 'node:url';
+import { packageRoot } from '../cpu/build.ts';
+import { ptxFolder, ptxName, storageTypes } from './kernels.ts';
+
+const sources = join(packageRoot, 'kernels', 'cuda');
+const generations = ['sm_80', 'sm_89', 'sm_90', 'sm_120'] as const;
+/** What mma.sync on bfloat16, cp.async and ldmatrix need: drivers since CUDA 11.0 take it. */
+const PTX_VERSION = '7.0';
+
+const familyNames = (): string[] =>
+  readdirSync(sources)
+    .filter((name) => name.endsWith('.cu'))
+    .map((name) => basename(name, '.cu'))
+    .sort();
+
+/** A digest of a family's source and the headers, kept in its PTX: a test sees stale PTX without nvcc. */
+export function sourceDigest(family: string): string {
+  const hash = createHash('sha256');
+  for (const name of readdirSync(sources).sort()) {
+    if (name.endsWith('.cuh') || name === `${family}.cu`)
+      hash.update(name).update(readFileSync(join(sources, name)));
+  }
+  return hash.digest('hex').slice(0, 16);
+}
+
+/** Every PTX file that the sources make: its name, and the digest that it should carry. */
+export const expectedFiles = (): { name: string; digest: string }[] =>
+  familyNames().flatMap((family) =>
+    storageTypes.map((dtype) => ({ name: ptxName(family, dtype), digest: sourceDigest(family) })),
+  );
+
+function run(command: string, args: readonly string[]): string {
+  const ran = spawnSync(command, args, { encoding: 'utf8' });
+  if (ran.error) throw new Error(`${command} was not found; install the CUDA toolkit`);
+  if (ran.status !== 0) throw new Error(`${command} ${args.join(' ')}\n${ran.stderr}`);
+  return ran.stderr + ran.stdout;
+}
+
+function compile(family: string, dtype: string, folder: string): string {
+  const out = join(folder, ptxName(family, dtype));
+  const define = `-DT_${dtype.toUpperCase()}`;
+  run('nvcc', ['-ptx', '-arch=compute_80', '-lineinfo', define, '-o', out, join(sources, `${family}.cu`)]);
+  const text = `// kernels/cuda/${family}.cu as ${dtype}, sources ${sourceDigest(family)}\n${tidy(readFileSync(out, 'utf8'))}`;
+  writeFileSync(out, text);
+  return text;
+}
+
+/** nvcc's PTX without comments and blank lines, with the lines of our own files and nothing else of the line table. */
+export function tidy(ptx: string): string {
+  const ours = new Map<string, string>();
+  for (const [, number, path] of ptx.matchAll(/^\s*\.file\s+(\d+)\s+"([^"]+)"/gm)) {
+    if (path.startsWith(sources)) ours.set(number, `\t.file\t${number} "kernels/cuda/${basename(path)}"`);
+  }
+  const lines: string[] = [];
+  let place = '';
+  for (const line of ptx.replace(/\.section\s+\.debug_str\s*\{[^}]*\}/g, '').split('\n')) {
+    const text = line.trim();
+    const [, file, row] = /^\.loc\s+(\d+)\s+(\d+)/.exec(text) ?? [];
+    if (file) {
+      if (ours.has(file) && row !== '0') place = `\t.loc ${file} ${row} 0`;
+      continue;
+    }
+    if (text === '' || text.startsWith('//') || text.startsWith('.file')) continue;
+    if (place && /^[@a-z]/.test(text)) {
+      lines.push(place);
+      place = '';
+    }
+    const short = line.replace(/\b\w+_param_(\d+)/g, 'p$1').replace(/^\t(\w[\w.]*) \t/, '\t$1 ');
+    lines.push(text.startsWith('.version') ? `.version ${PTX_VERSION}` : short);
+  }
+  return `${dedupe(lines).join('\n')}\n${[...ours.values()].join('\n')}\n`;
+}
+
+/** Drops a place that repeats the last one within an entry. */
+function dedupe(lines: readonly string[]): string[] {
+  let last = '';
+  return lines.filter((line) => {
+    if (line.includes('.entry')) last = '';
+    if (!line.startsWith('\t.loc')) return true;
+    const fresh = line !== last;
+    last = line;
+    return fresh;
+  });
+}
+
+interface Resources {
+  registers: number;
+  shared: number;
+  stack: number;
+  spills: number;
+}
+
+/** What ptxas says of every entry of a file, for one generation. */
+function assemble(path: string, generation: string, scratch: string): Map<string, Resources> {
+  const log = run('ptxas', ['-v', `-arch=${generation}`, path, '-o', join(scratch, `${generation}.cubin`)]);
+  const found = new Map<string, Resources>();
+  const pattern =
+    /Compiling entry function '(\w+)'[\s\S]*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads[\s\S]*?Used (\d+) registers([^\n]*)/g;
+  for (const [, entry, stack, stores, loads, registers, rest] of log.matchAll(pattern)) {
+    const shared = Number(/(\d+) bytes smem/.exec(rest)?.[1] ?? 0);
+    found.set(entry, {
+      registers: Number(registers),
+      shared,
+      stack: Number(stack),
+      spills: Number(stores) + Number(loads),
+    });
+  }
+  return found;
+}
+
+function report(scratch: string, names: readonly string[]): string {
+  const rows: string[] = [];
+  for (const name of names) {
+    const tables = generations.map((g) => assemble(join(ptxFolder, name), g, scratch));
+    for (const entry of tables[0].keys()) {
+      const each = tables.map((table) => table.get(entry) as Resources);
+      const worst = (pick: (r: Resources) => number) => Math.max(...each.map(pick));
+      const cells = [...each.map((r) => r.registers), worst((r) => r.shared), worst((r) => r.spills)];
+      rows.push(`| ${entry} | ${cells.join(' | ')} | ${worst((r) => r.stack)} |`);
+    }
+  }
+  return [
+    '# What ptxas makes of the kernels',
+    '',
+    'Written by `npm run build:kernels`. Registers per thread in each generation; static shared memory, spilled bytes and',
+    'stack in bytes, the most of the four. Dynamic shared memory is given at launch (engine/cuda/plan*.ts).',
+    '',
+    `| kernel | ${generations.join(' | ')} | shared | spills | stack |`,
+    `|---|${generations.map(() => '---|').join('')}---|---|---|`,
+    ...rows,
+    '',
+  ].join('\n');
+}
+
+function main(check: boolean, only: readonly string[]): void {
+  const folder = check ? mkdtempSync(join(tmpdir(), 'sdxl-ptx-')) : ptxFolder;
+  const scratch = check ? folder : mkdtempSync(join(tmpdir(), 'sdxl-ptxas-'));
+  try {
+    const stale: string[] = [];
+    for (const family of familyNames().filter((name) => only.length === 0 || only.includes(name))) {
+      for (const dtype of storageTypes) {
+        const text = compile(family, dtype, folder);
+        const name = ptxName(family, dtype);
+        console.log(`${name} ${(text.length / 1024).toFixed(0)} KiB`);
+        if (check && readFileSync(join(ptxFolder, name), 'utf8') !== text) stale.push(name);
+      }
+    }
+    if (stale.length) {
+      console.error(`stale: ${stale.join(', ')}; run npm run build:kernels`);
+      process.exitCode = 1;
+    }
+    if (check || only.length) return;
+    const names = expectedFiles().map(({ name }) => name);
+    for (const name of readdirSync(ptxFolder)) {
+      if (name.endsWith('.ptx') && !names.includes(name)) rmSync(join(ptxFolder, name));
+    }
+    writeFileSync(join(ptxFolder, 'REPORT.md'), report(scratch, names));
+  } finally {
+    rmSync(scratch, { recursive: true, force: true });
+  }
+}
+
+if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) {
+  const args = process.argv.slice(2);
+  main(
+    args.includes('--check'),
+    args.filter((name) => !name.startsWith('--')),
+  );
+}

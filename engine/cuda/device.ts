@@ -1,0 +1,160 @@
+// The engine's Driver on an NVIDIA GPU, behind the calls of api.ts: one context and one stream, memory in stream order, and
+// kernels by symbol. A symbol's plan turns a call into launches; the PTX they need is loaded when first asked for. Blocks
+// that a plan uses between its launches go back to the pool at once, because whoever takes them next runs later in the
+// same stream.
+import { type Block, type Driver, MemoryPool } from '../memory.ts';
+import {
+  DeviceAttribute,
+  type Dim3,
+  FunctionAttribute,
+  type GpuApi,
+  type Kernel,
+  type Stream,
+} from './api.ts';
+import { CudaError } from './errors.ts';
+import { readPtx } from './kernels.ts';
+import { type Entry, packParameters, readManifest } from './manifest.ts';
+import type { KernelLaunch, LaunchArguments, PlanContext } from './plan.ts';
+import { plans } from './plans.ts';
+
+/** Dynamic shared memory that a kernel may have without asking. */
+const DEFAULT_SHARED_BYTES = 48 * 1024;
+
+export interface CudaDriver extends Driver {
+  readonly memory: MemoryPool;
+  readonly name: string;
+  /** Compute capability as major * 10 + minor. */
+  readonly capability: number;
+  readonly multiprocessors: number;
+  readonly stream: Stream;
+  /** Waits for everything queued. */
+  synchronize(): void;
+}
+
+interface Loaded {
+  readonly kernel: Kernel;
+  readonly entry: Entry;
+  sharedBytes: number;
+}
+
+/** Opens GPU `ordinal`. Throws CudaError where there is none, or an older one than Ampere. */
+export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
+  const count = api.cuDeviceGetCount();
+  if (ordinal >= count)
+    throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDeviceGet', `${count} GPUs are visible`);
+  const attribute = (name: keyof typeof DeviceAttribute) =>
+    api.cuDeviceGetAttribute(DeviceAttribute[name], ordinal);
+  const capability = 10 * attribute('COMPUTE_CAPABILITY_MAJOR') + attribute('COMPUTE_CAPABILITY_MINOR');
+  if (capability < 80) {
+    const found = `${api.cuDeviceGetName(ordinal)} has compute capability ${capability / 10}`;
+    throw new CudaError('CUDA_ERROR_NO_BINARY_FOR_GPU', 'cuDeviceGetAttribute', found);
+  }
+  api.cuCtxSetCurrent(api.cuDevicePrimaryCtxRetain(ordinal));
+  const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
+  const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
+  const kernels = new KernelTable(api);
+
+  const allocate = (bytes: number): Block | undefined => {
+    try {
+      return { bytes, address: api.cuMemAllocAsync(bytes, stream) };
+    } catch (error) {
+      if (error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY') return undefined;
+      throw error;
+    }
+  };
+
+  const driver: Omit<CudaDriver, 'memory'> = {
+    name: api.cuDeviceGetName(ordinal),
+    capability,
+    multiprocessors,
+    stream,
+    allocate,
+    free: (block) => api.cuMemFreeAsync(block.address, stream),
+    upload: (block, offset, source) => api.cuMemcpyHtoDAsync(block.address + BigInt(offset), source, stream),
+    download(block, offset, target) {
+      api.cuMemcpyDtoHAsync(target, block.address + BigInt(offset), stream);
+      api.cuStreamSynchronize(stream);
+    },
+    synchronize: () => api.cuStreamSynchronize(stream),
+    launch(symbol, args) {
+      const [op, dtype] = splitSymbol(symbol);
+      const used: Block[] = [];
+      const context: PlanContext = {
+        elementBytes: dtype === 'float32' ? 4 : 2,
+        multiprocessors,
+        workspace(bytes) {
+          const taken = memory.take(bytes);
+          used.push(taken);
+          return taken.address;
+        },
+      };
+      try {
+        for (const launch of planned(op, args, context)) kernels.launch(launch, dtype, stream);
+      } finally {
+        for (const taken of used) memory.give(taken);
+      }
+    },
+  };
+  const memory = new MemoryPool(driver);
+  return { ...driver, memory };
+}
+
+/** `silu_forward_bfloat16` as `silu_forward` and `bfloat16`. */
+function splitSymbol(symbol: string): [string, string] {
+  const at = symbol.lastIndexOf('_');
+  return [symbol.slice(0, at), symbol.slice(at + 1)];
+}
+
+/** The launches of a call, once it is checked against the plan's signature. Throws where there is no such kernel. */
+export function planned(op: string, args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const plan = plans.get(op);
+  if (!plan) throw new Error(`the GPU has no kernel ${op}`);
+  const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
+  if (plan.signature && given !== plan.signature.replace(/[if]/g, 'n')) {
+    throw new Error(`${op} takes (${plan.signature}), got (${given}): p pointer, i int, f float, n number`);
+  }
+  return plan.launches(args, context).filter(({ grid }) => grid.every((n) => n > 0));
+}
+
+/** The kernels found so far: a PTX file is loaded and compiled by the driver when its first kernel is launched. */
+class KernelTable {
+  readonly #api: GpuApi;
+  readonly #modules = new Map<string, { module: bigint; manifest: Map<string, Entry> }>();
+  readonly #kernels = new Map<string, Loaded>();
+
+  constructor(api: GpuApi) {
+    this.#api = api;
+  }
+
+  launch({ family, entry, grid, block, shared, args }: KernelLaunch, dtype: string, stream: Stream): void {
+    const found = this.#find(family, `${entry}_${dtype}`, dtype);
+    if (shared > found.sharedBytes) {
+      this.#api.cuFuncSetAttribute(found.kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared);
+      found.sharedBytes = shared;
+    }
+    const threads: Dim3 = [block, 1, 1];
+    this.#api.cuLaunchKernel(found.kernel, grid, threads, shared, stream, packParameters(found.entry, args));
+  }
+
+  #find(family: string, symbol: string, dtype: string): Loaded {
+    const known = this.#kernels.get(symbol);
+    if (known) return known;
+    const { module, manifest } = this.#module(family, dtype);
+    const entry = manifest.get(symbol);
+    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx has no kernel ${symbol}`);
+    const kernel = this.#api.cuModuleGetFunction(module, symbol);
+    const made = { kernel, entry, sharedBytes: DEFAULT_SHARED_BYTES };
+    this.#kernels.set(symbol, made);
+    return made;
+  }
+
+  #module(family: string, dtype: string): { module: bigint; manifest: Map<string, Entry> } {
+    const key = `${family}_${dtype}`;
+    const known = this.#modules.get(key);
+    if (known) return known;
+    const ptx = readPtx(family, dtype);
+    const made = { module: this.#api.cuModuleLoadData(ptx), manifest: readManifest(ptx) };
+    this.#modules.set(key, made);
+    return made;
+  }
+}

@@ -1,0 +1,106 @@
+// How each kernel symbol runs on a GPU. Most symbols are one entry of the same name and parameters, and a plan only says
+// how large its grid is; sums, norms and the matrix families are several launches with workspace between them. Every cut
+// of a sum depends on the shape, and for split products on the number of multiprocessors: a run repeats on its device.
+import type { Dim3 } from './api.ts';
+
+/** What the engine passes: tensors' addresses and numbers, 0n for an absent tensor. */
+export type LaunchArgument = bigint | number;
+export type LaunchArguments = readonly LaunchArgument[];
+
+export interface KernelLaunch {
+  /** The PTX file, and the entry in it without its storage type. */
+  readonly family: string;
+  readonly entry: string;
+  readonly grid: Dim3;
+  readonly block: number;
+  /** Dynamic shared memory, in bytes. */
+  readonly shared: number;
+  readonly args: LaunchArguments;
+}
+
+export interface PlanContext {
+  readonly elementBytes: 2 | 4;
+  readonly multiprocessors: number;
+  /** Device memory for the launches of this plan alone. */
+  workspace(bytes: number): bigint;
+}
+
+export interface Plan {
+  /** The parameters (p pointer, i int, f float) where no entry has the symbol's own name. */
+  readonly signature?: string;
+  launches(args: LaunchArguments, context: PlanContext): KernelLaunch[];
+}
+
+export const THREADS = 256;
+/** Elements that a thread takes at once; common.cuh's PACK. */
+export const PACK = 4;
+const BLOCKS_PER_MULTIPROCESSOR = 32;
+
+export const divideUp = (a: number, b: number): number => Math.ceil(a / b);
+
+/** A launch of `jobs` jobs, several to a block, whose kernel walks on by its grid where there are more. */
+export function walking(
+  family: string,
+  entry: string,
+  jobs: number,
+  perBlock: number,
+  args: LaunchArguments,
+  { multiprocessors }: PlanContext,
+): KernelLaunch {
+  const blocks = Math.min(divideUp(jobs, perBlock), multiprocessors * BLOCKS_PER_MULTIPROCESSOR);
+  return { family, entry, grid: [Math.max(blocks, 1), 1, 1], block: THREADS, shared: 0, args };
+}
+
+/** A plan of one launch of the symbol itself; `jobs` counts what blocks share out, `perBlock` of them to a block. */
+export function single(
+  family: string,
+  symbol: string,
+  jobs: (args: readonly number[]) => number,
+  perBlock: number,
+): [string, Plan] {
+  const launches = (args: LaunchArguments, context: PlanContext) => [
+    walking(family, symbol, jobs(args.map(Number)), perBlock, args, context),
+  ];
+  return [symbol, { launches }];
+}
+
+/** Packs of `inner` elements in `rows` rows. */
+const packs = (rows: number, inner: number): number => rows * divideUp(inner, PACK);
+const perElement = (family: string, symbol: string, countAt: number) =>
+  single(family, symbol, (args) => divideUp(args[countAt], PACK), THREADS);
+const pieces = (args: readonly number[]): number => args[2] * divideUp(args[5] * args[6], 4096);
+
+const unary = ['silu', 'gelu', 'quick_gelu', 'exp', 'sqrt', 'square', 'tanh', 'sigmoid'];
+const casts = ['float32', 'bfloat16', 'float16'].map((to) => `cast_to_${to}_forward`);
+
+/** Elementwise kernels, kernels that move elements, random numbers, and optimizer steps. */
+export const simplePlans: readonly (readonly [string, Plan])[] = [
+  ...unary.flatMap((name) => [
+    perElement('elementwise', `${name}_forward`, 2),
+    perElement('elementwise', `${name}_backward`, 3),
+  ]),
+  ...['add', 'sub', 'mul', 'div'].map((name) => perElement('elementwise', `${name}_forward`, 3)),
+  ...['mul', 'div'].map((name) => perElement('elementwise', `${name}_backward`, 5)),
+  ...['scale_forward', ...casts].map((name) => perElement('elementwise', name, 2)),
+  perElement('elementwise', 'fill_forward', 1),
+  single('elementwise', 'geglu_forward', ([, , rows]) => rows, 1),
+  single('elementwise', 'geglu_backward', ([, , , rows]) => rows, 1),
+  single('move', 'embedding_forward', ([, , , rows]) => rows, 1),
+  single('move', 'embedding_backward', (args) => args[5], 1),
+  single('move', 'slice_forward', pieces, 1),
+  single('move', 'place_forward', pieces, 1),
+  single(
+    'move',
+    'permute_forward',
+    ([, , d0, d1, d2, d3]) => d0 * d1 * divideUp(d2, 32) * divideUp(d3, 32),
+    1,
+  ),
+  single('move', 'upsample_nearest_forward', ([, , n, , , c, oh, ow]) => packs(n * oh * ow, c), THREADS),
+  single('move', 'upsample_nearest_backward', ([, , n, h, w, c]) => packs(n * h * w, c), THREADS),
+  single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
+  perElement('random', 'normal_forward', 1),
+  perElement('random', 'uniform_forward', 1),
+  perElement('optimizer', 'adamw_forward', 5),
+  perElement('optimizer', 'lion_forward', 4),
+  perElement('optimizer', 'ema_forward', 2),
+];

@@ -1,0 +1,228 @@
+// Plans of the matrix products: which tile, how k is split, and the launch that joins split sums. The large tile (128 x 128)
+// needs operands whose rows are whole 16-byte chunks and enough tiles to fill the device; k is split where tiles are few.
+// The thresholds are reasoned, not measured.
+import {
+  divideUp,
+  type KernelLaunch,
+  type LaunchArgument,
+  type LaunchArguments,
+  PACK,
+  type Plan,
+  type PlanContext,
+  THREADS,
+  walking,
+} from './plan.ts';
+
+const GEGLU = 4;
+const GEGLU_BLOCK = 32;
+const STAGES = 3;
+const SLAB_BYTES = 16 * 72 * 4; // gemm.cuh: 16 rows of SLAB_STRIDE floats
+
+interface Tile {
+  readonly name: 'large' | 'small';
+  readonly side: number;
+  readonly shared: number;
+}
+
+/** gemm.cuh's shapes: four warps each; a step along k is 64 bytes. The stages also hold the slabs of the epilogue. */
+const large: Tile = { name: 'large', side: 128, shared: Math.max(STAGES * 2 * 128 * 64, 8 * SLAB_BYTES) };
+const small: Tile = { name: 'small', side: 64, shared: Math.max(STAGES * 2 * 64 * 64, 4 * SLAB_BYTES) };
+const TILE_THREADS = 128;
+
+interface Size {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  readonly batch: number;
+}
+
+interface Choice {
+  readonly tile: Tile;
+  readonly splits: number;
+  readonly kPart: number;
+}
+
+function choose(
+  { m, n, k, batch }: Size,
+  whole: number,
+  canSplit: boolean,
+  { elementBytes, multiprocessors }: PlanContext,
+): Choice {
+  const step = 64 / elementBytes;
+  const tilesOf = (tile: Tile) => divideUp(m, tile.side) * divideUp(n, tile.side) * batch;
+  // Tiles too few for the device are made up for by splitting k, as long as a split keeps 16 steps.
+  const splitsOf = (tile: Tile, perMultiprocessor: number) =>
+    canSplit
+      ? Math.max(
+          1,
+          Math.min(
+            Math.floor((perMultiprocessor * multiprocessors) / tilesOf(tile)),
+            Math.floor(k / (16 * step)),
+            16,
+          ),
+        )
+      : 1;
+  const fits = elementBytes === 2 && whole === 3 && m > 64 && n > 64;
+  const tile = fits && tilesOf(large) * splitsOf(large, 2) >= 0.75 * multiprocessors ? large : small;
+  const kPart = divideUp(divideUp(k, splitsOf(tile, tile === large ? 2 : 4)), step) * step;
+  return { tile, splits: Math.max(1, divideUp(k, kPart)), kPart: Math.max(kPart, step) };
+}
+
+interface Product extends Size {
+  readonly layout: 'nt' | 'nn' | 'tn';
+  readonly a: bigint;
+  readonly b: bigint;
+  readonly y: bigint;
+  readonly aStride: number;
+  readonly bStride: number;
+  readonly bias?: LaunchArgument;
+  readonly residual?: LaunchArgument;
+  readonly activation?: number;
+  /** Batches are outer * innerBatches + inner; elements from one to the next. */
+  readonly innerBatches?: number;
+  readonly aBatch?: readonly [outer: number, inner: number];
+  readonly bBatch?: readonly [outer: number, inner: number];
+  readonly yBatch?: number;
+  /** Float sums [batch, m, n] instead of y and its epilogue. */
+  readonly sums?: bigint;
+}
+
+/** Whether every row of an operand is whole chunks, given what must be a multiple of a chunk. */
+const isWhole = (lengths: readonly number[], { elementBytes }: PlanContext): boolean =>
+  lengths.every((length) => length % (16 / elementBytes) === 0);
+
+function join(
+  y: LaunchArgument,
+  partial: bigint,
+  extras: readonly LaunchArgument[],
+  [m, n, rowsPerShift, activation, splits]: readonly number[],
+  context: PlanContext,
+): KernelLaunch {
+  const args = [y, partial, ...extras, m, n, rowsPerShift, activation, splits];
+  return walking('gemm', 'gemm_join', m * divideUp(n, PACK), THREADS, args, context);
+}
+
+/** The launches of one product, or of a batch of them. */
+export function product(p: Product, context: PlanContext): KernelLaunch[] {
+  const { layout, m, k, batch, bias = 0n, residual = 0n, activation = 0, sums } = p;
+  const [along, bAlong] = [layout[0] === 'n', layout[1] === 't'];
+  const half = activation === GEGLU ? p.n : 0;
+  const n = half ? divideUp(p.n, GEGLU_BLOCK) * 2 * GEGLU_BLOCK : p.n;
+  const [aBatch, bBatch, yBatch] = [p.aBatch ?? [0, 0], p.bBatch ?? [0, 0], p.yBatch ?? 0];
+  const aWhole = isWhole([along ? k : m, p.aStride, ...aBatch], context);
+  const bWhole = isWhole([bAlong ? k : n, p.bStride, ...bBatch], context);
+  const whole = Number(aWhole) + 2 * Number(bWhole);
+  const canSplit = batch === 1 && !half && sums === undefined;
+  const choice = choose({ m, n, k, batch }, whole, canSplit, context);
+  const { tile, splits, kPart } = choice;
+  const partial = sums ?? (splits > 1 ? context.workspace(splits * m * n * 4) : 0n);
+  const first: KernelLaunch = {
+    family: 'gemm',
+    entry: `gemm_${layout}_${tile.name}`,
+    grid: [divideUp(m, tile.side) * divideUp(n, tile.side), 1, batch * splits],
+    block: TILE_THREADS,
+    shared: tile.shared,
+    args: [
+      ...[p.y, partial, p.a, p.b, bias, 0n, residual, m, n, k, p.aStride, p.bStride, p.n],
+      ...[p.innerBatches ?? 1, ...aBatch, ...bBatch, yBatch, 1, activation, half, splits, kPart, whole],
+    ],
+  };
+  if (splits === 1) return [first];
+  return [first, join(p.y, partial, [bias, 0n, residual], [m, n, 1, activation, splits], context)];
+}
+
+type Pointers = readonly bigint[];
+
+function linearForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, a, b, bias, residual] = args as Pointers;
+  const [m, n, k, activation] = args.slice(5).map(Number);
+  const size = { m, n, k, batch: 1, aStride: k, bStride: k };
+  return product({ layout: 'nt', a, b, y, bias, residual, activation, ...size }, context);
+}
+
+function linearBackwardX(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, a, b] = args as Pointers;
+  const [m, n, k] = args.slice(3).map(Number);
+  return product({ layout: 'nn', a, b, y, m, n: k, k: n, batch: 1, aStride: n, bStride: k }, context);
+}
+
+function linearBackwardWeight(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, a, b] = args as Pointers;
+  const [m, n, k] = args.slice(3).map(Number);
+  return product({ layout: 'tn', a, b, y, m: n, n: k, k: m, batch: 1, aStride: n, bStride: k }, context);
+}
+
+function matmulForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, a, b] = args as Pointers;
+  const [batch, m, n, k, transA, transB] = args.slice(3).map(Number);
+  const shape = { a, y, m, n, k, batch, aStride: transA ? m : k };
+  const batches = { aBatch: [m * k, 0], bBatch: [k * n, 0], yBatch: m * n } as const;
+  if (!transA) {
+    const layout = transB ? 'nt' : 'nn';
+    return product({ layout, b, bStride: transB ? k : n, ...shape, ...batches }, context);
+  }
+  if (!transB) return product({ layout: 'tn', b, bStride: n, ...shape, ...batches }, context);
+  // Both turned: rare enough that B is turned back first.
+  const turned = context.workspace(batch * k * n * context.elementBytes);
+  const jobs = batch * divideUp(k, 32) * divideUp(n, 32);
+  const permuted = [turned, b, 1, batch, k, n, 0, n * k, 1, k];
+  return [
+    walking('move', 'permute_forward', jobs, 1, permuted, context),
+    ...product({ layout: 'tn', b: turned, bStride: n, ...shape, ...batches }, context),
+  ];
+}
+
+interface Convolution extends Size {
+  readonly entry: string;
+  readonly whole: boolean;
+  readonly pointers: Pointers;
+  readonly epilogue: Pointers;
+  readonly rowsPerShift: number;
+}
+
+/** `pointers` begin with the output; the kernel takes the partial sums right after it. */
+function convolution(c: Convolution, geometry: readonly number[], context: PlanContext): KernelLaunch[] {
+  const whole = c.whole ? 3 : 0;
+  const { tile, splits, kPart } = choose(c, whole, true, context);
+  const partial = splits > 1 ? context.workspace(splits * c.m * c.n * 4) : 0n;
+  const [y, ...inputs] = c.pointers;
+  const first: KernelLaunch = {
+    family: 'conv2d',
+    entry: `${c.entry}_${tile.name}`,
+    grid: [divideUp(c.m, tile.side) * divideUp(c.n, tile.side), 1, splits],
+    block: TILE_THREADS,
+    shared: tile.shared,
+    args: [y, partial, ...inputs, ...geometry, splits, kPart, whole],
+  };
+  if (splits === 1) return [first];
+  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
+  return [first, join(y, partial, extras, [c.m, c.n, c.rowsPerShift, 0, splits], context)];
+}
+
+function convPlan(
+  symbol: string,
+  pointerCount: number,
+  sizes: (geometry: readonly number[]) => readonly [m: number, n: number, k: number],
+): [string, Plan] {
+  const launches = (args: LaunchArguments, context: PlanContext) => {
+    const pointers = args.slice(0, pointerCount) as Pointers;
+    const geometry = args.slice(pointerCount).map(Number);
+    const [m, n, k] = sizes(geometry);
+    const [, , , c, oh, ow, o] = geometry;
+    const epilogue = pointers.slice(3);
+    const whole = isWhole([c, o], context);
+    const size = { m, n, k, batch: 1, whole, pointers, epilogue, rowsPerShift: oh * ow };
+    return convolution({ entry: symbol, ...size }, geometry, context);
+  };
+  return [symbol, { signature: 'p'.repeat(pointerCount) + 'i'.repeat(12), launches }];
+}
+
+export const matrixPlans: readonly (readonly [string, Plan])[] = [
+  ['linear_forward', { signature: 'pppppiiii', launches: linearForward }],
+  ['linear_backward_x', { signature: 'pppiii', launches: linearBackwardX }],
+  ['linear_backward_weight', { signature: 'pppiii', launches: linearBackwardWeight }],
+  ['matmul_forward', { signature: 'pppiiiiii', launches: matmulForward }],
+  convPlan('conv2d_forward', 6, ([n, , , c, oh, ow, o, kh, kw]) => [n * oh * ow, o, kh * kw * c]),
+  convPlan('conv2d_backward_x', 3, ([n, h, w, c, , , o, kh, kw]) => [n * h * w, c, kh * kw * o]),
+  convPlan('conv2d_backward_weight', 3, ([n, , , c, oh, ow, o, kh, kw]) => [o, kh * kw * c, n * oh * ow]),
+];

@@ -1,0 +1,189 @@
+// Plans of sums, losses and norms: partial results per chunk of rows, then one small launch that joins them in order.
+import {
+  divideUp,
+  type KernelLaunch,
+  type LaunchArgument,
+  type LaunchArguments,
+  PACK,
+  type Plan,
+  type PlanContext,
+  single,
+  THREADS,
+  walking,
+} from './plan.ts';
+
+const LOSS_CHUNK = 4096; // reduce.cu
+const SQUARES_CHUNK = 8192; // optimizer.cu
+const FLOAT = 4;
+
+function block(
+  family: string,
+  entry: string,
+  grid: readonly [number, number],
+  shared: number,
+  args: LaunchArguments,
+): KernelLaunch {
+  return { family, entry, grid: [grid[0], grid[1], 1], block: THREADS, shared, args };
+}
+
+/** What sum_chunk of reduce.cu shares out: a warp to a row where inner is 1, else a thread to a pack. */
+const sumJobs = (rows: number, inner: number): number => rows * (inner === 1 ? 32 : divideUp(inner, PACK));
+
+/** A long axis with few sums beside it is cut into about 64 chunks, or more where sums are fewer still. */
+function sumChunks(outer: number, axis: number, inner: number): number {
+  const wanted = Math.min(256, Math.max(1, Math.floor(65536 / Math.max(sumJobs(outer, inner), 256))));
+  return Math.max(1, Math.min(wanted, Math.floor(axis / 32)));
+}
+
+function sumPlan(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, x] = args;
+  const [outer, axis, inner] = args.slice(2).map(Number);
+  const length = divideUp(axis, sumChunks(outer, axis, inner));
+  const chunks = Math.max(1, divideUp(axis, length));
+  if (chunks === 1) return [walking('reduce', 'sum_forward', sumJobs(outer, inner), THREADS, args, context)];
+  const partial = context.workspace(outer * chunks * inner * FLOAT);
+  const many = [partial, x, outer, axis, inner, length, chunks];
+  const few = [y, partial, outer, chunks, inner];
+  return [
+    walking('reduce', 'sum_partial', sumJobs(outer * chunks, inner), THREADS, many, context),
+    walking('reduce', 'sum_finish', sumJobs(outer, inner), THREADS, few, context),
+  ];
+}
+
+function lossPlan(name: string, signature: string): [string, Plan] {
+  const launches = (args: LaunchArguments, context: PlanContext) => {
+    const [y, prediction, target, weights, n, inner, delta = 0] = args;
+    const chunks = Number(n) * divideUp(Number(inner), LOSS_CHUNK);
+    const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
+    const each = [partial, prediction, target, n, inner, delta];
+    return [
+      walking('reduce', `${name}_partial`, chunks, 1, each, context),
+      { ...block('reduce', 'loss_finish', [1, 1], 0, [y, partial, weights, n, inner]), block: 1 },
+    ];
+  };
+  return [`${name}_forward`, { signature, launches }];
+}
+
+function sumSquares(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [sums, x, n, index] = args;
+  const chunks = divideUp(Number(n), SQUARES_CHUNK);
+  const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
+  return [
+    walking('optimizer', 'sum_squares_partial', chunks, 1, [partial, x, n], context),
+    block('optimizer', 'sum_squares_finish', [1, 1], 0, [sums, partial, chunks, index]),
+  ];
+}
+
+/** Rows of a chunk of [rows, c]: enough work for a block, and enough blocks for a device. */
+const chunkRows = (c: number): number => Math.min(128, Math.max(8, Math.floor(32768 / c)));
+
+/** Dynamic shared memory of norm.cu's Columns: two sums per lane and channel. */
+function columnBytes(c: number): number {
+  const lanes = Math.floor(THREADS / Math.min(divideUp(c, PACK), THREADS));
+  return 2 * lanes * c * FLOAT;
+}
+
+function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, mean, rstd, x, weight, bias] = args;
+  const [n, hw, c, groups, silu, eps] = args.slice(6).map(Number);
+  const rows = chunkRows(c);
+  const chunks = divideUp(hw, rows);
+  const partial = context.workspace(n * chunks * groups * 2 * FLOAT);
+  const apply = [y, mean, rstd, x, weight, bias, hw, c, groups, silu, rows];
+  return [
+    block('norm', 'group_norm_partial', [chunks, n], columnBytes(c), [partial, x, hw, c, groups, rows]),
+    block('norm', 'group_norm_finish', [divideUp(n * groups * 32, THREADS), 1], 0, [
+      mean,
+      rstd,
+      partial,
+      n,
+      hw,
+      c,
+      groups,
+      rows,
+      eps,
+    ]),
+    block('norm', 'group_norm_apply', [chunks, n], 0, apply),
+  ];
+}
+
+/** The launches that join per-chunk sums [images, chunks, 2, c] and write the gradients of weight and bias. */
+function weightGradients(
+  sums: bigint,
+  partial: bigint,
+  [dweight, dbias]: readonly LaunchArgument[],
+  images: number,
+  chunks: number,
+  c: number,
+): KernelLaunch[] {
+  const join = block('norm', 'norm_sum_chunks', [divideUp(images * 2 * c, THREADS), 1], 0, [
+    sums,
+    partial,
+    images,
+    chunks,
+    2 * c,
+  ]);
+  if (!dweight && !dbias) return [join];
+  const finish = [dweight, dbias, sums, images, c];
+  return [join, block('norm', 'norm_backward_weight', [divideUp(c, THREADS), 1], 0, finish)];
+}
+
+function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [dx, dweight, dbias, ...inputs] = args.slice(0, 9);
+  const [n, hw, c, groups, silu] = args.slice(9).map(Number);
+  const rows = chunkRows(c);
+  const chunks = divideUp(hw, rows);
+  const partial = context.workspace(n * chunks * 2 * c * FLOAT);
+  const sums = context.workspace(n * 2 * c * FLOAT);
+  const shape = [hw, c, groups, silu, rows];
+  const made = [
+    block('norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [partial, ...inputs, ...shape]),
+    ...weightGradients(sums, partial, [dweight, dbias], n, chunks, c),
+  ];
+  if (!dx) return made;
+  const last = [dx, sums, ...inputs, ...shape];
+  return [...made, block('norm', 'group_norm_backward_x', [chunks, n], 2 * groups * FLOAT, last)];
+}
+
+function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [dx, dweight, dbias, dy, x, weight, mean, rstd] = args;
+  const [total, c] = args.slice(8).map(Number);
+  const made: KernelLaunch[] = [];
+  if (dx) made.push(ownRow('layer_norm_backward_x', [dx, dy, x, weight, mean, rstd, total, c], total));
+  if (!dweight && !dbias) return made;
+  const rows = Math.max(16, divideUp(total, 128));
+  const chunks = divideUp(total, rows);
+  const partial = context.workspace(chunks * 2 * c * FLOAT);
+  const sums = context.workspace(2 * c * FLOAT);
+  const first = [partial, dy, x, mean, rstd, total, c, rows];
+  return [
+    ...made,
+    block('norm', 'layer_norm_backward_partial', [chunks, 1], columnBytes(c), first),
+    ...weightGradients(sums, partial, [dweight, dbias], 1, chunks, c),
+  ];
+}
+
+/** A warp to each row. */
+const ownRow = (entry: string, args: LaunchArguments, rows: number): KernelLaunch =>
+  block('norm', entry, [divideUp(rows, THREADS / 32), 1], 0, args);
+
+const ofRows = (symbol: string, rowsAt: number): [string, Plan] => [
+  symbol,
+  { launches: (args) => [ownRow(symbol, args, Number(args[rowsAt]))] },
+];
+
+export const reducePlans: readonly (readonly [string, Plan])[] = [
+  ['sum_forward', { launches: sumPlan }],
+  single('reduce', 'broadcast_forward', ([, , o, a, inner]) => o * a * divideUp(inner, PACK), THREADS),
+  lossPlan('mse', 'ppppii'),
+  lossPlan('huber', 'ppppiif'),
+  single('reduce', 'mse_backward', (a) => a[5] * divideUp(a[6], PACK), THREADS),
+  single('reduce', 'huber_backward', (a) => a[5] * divideUp(a[6], PACK), THREADS),
+  ['group_norm_forward', { signature: 'ppppppiiiiif', launches: groupNormForward }],
+  ['group_norm_backward', { signature: 'pppppppppiiiii', launches: groupNormBackward }],
+  ofRows('layer_norm_forward', 6),
+  ['layer_norm_backward', { signature: 'ppppppppii', launches: layerNormBackward }],
+  ['sum_squares_forward', { signature: 'ppii', launches: sumSquares }],
+  ofRows('softmax_forward', 2),
+  ofRows('softmax_backward', 3),
+];
