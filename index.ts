@@ -10,5 +10,8 @@ export {
   type Progress,
   type Request,
 } from './models/pipeline.ts';
+export type { ModelPreset } from './models/presets.ts';
+export { presets } from './models/presets.ts';
 export { openSingleFile } from './models/singlefile.ts';
 export { TorchGenerator } from './models/torch_random.ts';
+export { defineRun, type Run, type RunInput } from './train/run.ts';

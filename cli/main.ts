@@ -9,6 +9,7 @@ import { addExport } from './export.ts';
 import { addInspect } from './inspect.ts';
 import { addSample } from './sample.ts';
 import { spelledOut } from './sample_options.ts';
+import { addTrain } from './train.ts';
 
 /** Where a command writes: the result on `out`, everything else on `err`. */
 export interface Terminal {
@@ -35,6 +36,7 @@ export async function main(argv: readonly string[], terminal: Terminal = process
   addSample(program, terminal);
   addExport(program, terminal);
   addInspect(program, terminal);
+  addTrain(program, terminal);
   addDoctor(program, terminal);
   addBench(program, terminal);
   inherit(program);

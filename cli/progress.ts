@@ -1,8 +1,10 @@
-// One line of progress with the time left: redrawn in place on a screen, a plain line now and then when piped.
+// One line of progress with the time left: redrawn in place on a screen; when piped, a plain line at each quarter and
+// after every minute.
 import type { Terminal } from './main.ts';
 
 export interface Bar {
-  update(done: number, total: number): void;
+  /** `note` is what else there is to say, such as the loss. */
+  update(done: number, total: number, note?: string): void;
   end(): void;
 }
 
@@ -14,21 +16,29 @@ const clock = (seconds: number): string => {
 export function progressBar(terminal: Terminal, label: string, quiet: boolean): Bar {
   const started = Date.now();
   let lastShare = -1;
-  const line = (done: number, total: number): string => {
+  let lastLine = started;
+  let first: number | undefined;
+  const line = (done: number, total: number, note: string): string => {
     const elapsed = (Date.now() - started) / 1000;
-    const rate = elapsed > 0 ? done / elapsed : 0;
+    // What was done before the bar began (a resumed run) says nothing about the speed.
+    first ??= done - 1;
+    const rate = elapsed > 0 ? (done - first) / elapsed : 0;
     const left = rate > 0 ? clock((total - done) / rate) : '?';
     const speed = rate >= 1 ? `${rate.toFixed(1)} it/s` : `${(1 / (rate || 1)).toFixed(1)} s/it`;
-    return `${label} ${done}/${total}  ${speed}  ${left} left`;
+    return `${label} ${done}/${total}  ${note && `${note}  `}${speed}  ${left} left`;
   };
   return {
-    update(done, total) {
+    update(done, total, note = '') {
       if (quiet) return;
       const share = Math.floor((4 * done) / total);
+      const text = line(done, total, note);
       if (terminal.live) {
         const filled = Math.round((24 * done) / total);
-        terminal.err(`\r\x1b[K[${'#'.repeat(filled)}${'.'.repeat(24 - filled)}] ${line(done, total)}`);
-      } else if (share !== lastShare) terminal.err(`${line(done, total)}\n`);
+        terminal.err(`\r\x1b[K[${'#'.repeat(filled)}${'.'.repeat(24 - filled)}] ${text}`);
+      } else if (share !== lastShare || Date.now() - lastLine > 60_000) {
+        terminal.err(`${text}\n`);
+        lastLine = Date.now();
+      }
       lastShare = share;
     },
     end() {

@@ -5,7 +5,7 @@ import { UserError } from '../io/errors.ts';
 
 // GPT-2's printable stand-ins: Latin-1's visible characters are themselves, the other bytes go to U+0100 and
 // up.
-const characterOfByte: string[] = [];
+export const characterOfByte: string[] = [];
 const byteOfCharacter = new Map<string, number>();
 for (let byte = 0, next = 0x100; byte < 256; byte++) {
   const visible = (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xff && byte !== 0xad);

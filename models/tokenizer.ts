@@ -147,6 +147,10 @@ function clipTokenizer(
  */
 const wordPattern = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+/gu;
 
+/** A prompt's words as byte-pair encoding sees them. */
+export const wordsOf = (prompt: string): string[] =>
+  Array.from(normalise(prompt).matchAll(wordPattern), ([word]) => word);
+
 // Lower case goes code point by code point: String.toLowerCase on a whole word would give the final form of
 // sigma.
 function normalise(text: string): string {

@@ -1,6 +1,6 @@
 // A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or LoRA files),
-// their moving averages under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says where the
-// run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
+// the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
+// where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
 import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
@@ -69,20 +69,20 @@ export function saveCheckpoint(
       saveComponent(join(temporary, name), name, config, weights);
       if (ema) saveComponent(join(temporary, 'ema', name), name, config, ema);
     }
-    const tensors = [...optimizer].map(
-      ([name, tensor]): TensorEntry => ({
-        name,
-        dtype: tensor.dtype,
-        shape: tensor.shape,
-        bytes: () => tensor.bytes(),
-      }),
-    );
-    writeSafetensors(join(temporary, 'optimizer.safetensors'), tensors);
+    writeSafetensors(join(temporary, 'optimizer.safetensors'), entriesOf(optimizer));
     writeJson(join(temporary, 'state.json'), state);
   });
   for (const old of listCheckpoints(output).slice(0, -keep)) rmSync(old, { recursive: true, force: true });
   return path;
 }
+
+const entriesOf = (state: ReadonlyMap<string, Tensor>): TensorEntry[] =>
+  [...state].map(([name, tensor]) => ({
+    name,
+    dtype: tensor.dtype,
+    shape: tensor.shape,
+    bytes: () => tensor.bytes(),
+  }));
 
 /** What killed runs left half-written. */
 function removeUnfinished(folder: string): void {
@@ -103,15 +103,15 @@ export function readState(path: string): State {
   return readJson(file) as State;
 }
 
-/** Fills tensors by name from a checkpoint's optimizer.safetensors. @throws UserError when names or sizes differ */
-export function loadOptimizer(path: string, into: ReadonlyMap<string, Tensor>): void {
-  const file = openSafetensors(join(path, 'optimizer.safetensors'));
+/** Fills tensors by name from a file of a checkpoint. @throws UserError when names or sizes differ */
+export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): void {
+  const file = openSafetensors(path);
   try {
     for (const [name, tensor] of into) {
       const info = file.tensors.get(name);
       if (!info || info.dtype !== tensor.dtype || info.shape.join() !== tensor.shape.join()) {
         throw new UserError(
-          `${file.path} does not fit this run's optimizer: ${name} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${tensor.shape}]; resume with the run that wrote it`,
+          `${path} does not fit this run: ${name} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${tensor.shape}]; resume with the run that wrote it`,
         );
       }
       tensor.upload(file.read(name));

@@ -53,13 +53,20 @@ export const flag = (fallback: boolean): Field<boolean> =>
 export const choice = <T extends string>(fallback: T, ...choices: readonly T[]): Field<T> =>
   field(fallback, choices.map((c) => `"${c}"`).join(' or '), (value) => choices.includes(value as T));
 
-/** A list whose entries all pass `entry`; of `length` entries where given. */
-export const list = <T>(fallback: readonly T[], entry: Field<T>, length?: number): Field<readonly T[]> =>
+/** A list whose entries all pass `entry`. */
+export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly T[]> =>
   field(
     fallback,
-    `a list of ${length === undefined ? '' : `${length} entries, each `}${entry.wants}`,
-    (value) =>
-      Array.isArray(value) && (length === undefined || value.length === length) && value.every(entry.accepts),
+    `a list, each entry ${entry.wants}`,
+    (value) => Array.isArray(value) && value.every(entry.accepts),
+  );
+
+/** Two entries that both pass `entry`. */
+export const pair = <T>(fallback: readonly [T, T], entry: Field<T>): Field<readonly [T, T]> =>
+  field(
+    fallback,
+    `a list of two, each ${entry.wants}`,
+    (value) => Array.isArray(value) && value.length === 2 && value.every(entry.accepts),
   );
 
 /** A text, or an object that is taken as it stands; whoever uses it checks it. */

@@ -10,6 +10,7 @@ import {
   list,
   number,
   override,
+  pair,
   text,
   textOrObject,
   whole,
@@ -93,7 +94,7 @@ export interface Run {
     input_perturbation: number;
     timesteps: 'uniform' | 'earlier' | 'later' | 'range' | 'cubic';
     timestep_bias: number;
-    timestep_range: readonly number[];
+    timestep_range: readonly [number, number];
   };
   vae_objective: {
     l1: number;
@@ -103,7 +104,7 @@ export interface Run {
   optimizer: {
     name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion';
     lr: number;
-    betas: readonly number[];
+    betas: readonly [number, number];
     eps: number;
     weight_decay: number;
     /** Adafactor's bound on the root mean square of an update. */
@@ -220,13 +221,13 @@ export const fields: Fields<Run> = {
     input_perturbation: number(0, { min: 0 }),
     timesteps: choice('uniform', 'uniform', 'earlier', 'later', 'range', 'cubic'),
     timestep_bias: number(0.25, { min: 0, max: 1 }),
-    timestep_range: list([0.25, 0.75], number(0, { min: 0, max: 1 }), 2),
+    timestep_range: pair([0.25, 0.75], number(0, { min: 0, max: 1 })),
   },
-  vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-6, { min: 0 }) },
+  vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
   optimizer: {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion'),
     lr: number(1e-5, { min: 0 }),
-    betas: list([0.9, 0.999], number(0, { min: 0, max: 1 }), 2),
+    betas: pair([0.9, 0.999], number(0, { min: 0, max: 1 })),
     eps: number(1e-8, { min: 0 }),
     weight_decay: number(1e-2, { min: 0 }),
     clip_threshold: number(1, { min: 0 }),

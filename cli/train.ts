@@ -1,0 +1,160 @@
+// `sdxl train` and `sdxl plan`: a run file to a trained model, or to what training it would take. Runs of one file are
+// trained in order. Ctrl-C saves and leaves; a second one leaves at once.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Command } from 'commander';
+import { openDevice } from '../engine/device.ts';
+import { UserError } from '../io/errors.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { loadRuns } from '../train/load_run.ts';
+import { describe } from '../train/plan.ts';
+import type { Run } from '../train/run.ts';
+import { type Locate, openMaterials, openSession } from '../train/session.ts';
+import type { Report } from '../train/task.ts';
+import { type Outcome, train } from '../train/trainer.ts';
+import type { Terminal } from './main.ts';
+import { locateModel, locateVae } from './model.ts';
+import { type Bar, progressBar } from './progress.ts';
+
+interface Options {
+  set: string[];
+  resume?: boolean | string;
+  only?: string;
+  device: string;
+  quiet?: boolean;
+}
+
+export function addTrain(program: Command, terminal: Terminal): void {
+  addShared(program.command('train').description('train a model by a run file'))
+    .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
+    .option('--device <NAME>', 'auto, cpu or reference', 'auto')
+    .action((file: string, options: Options) => trainAll(file, options, terminal));
+  addShared(program.command('plan').description('tell what training by a run file would take')).action(
+    (file: string, options: Options) => planAll(file, options, terminal),
+  );
+}
+
+const addShared = (command: Command): Command =>
+  command
+    .argument('<RUN.ts>', 'a file that exports defineRun({ ... })')
+    .option(
+      '--set <KEY=VALUE>',
+      'override a key of the run, such as optimizer.lr=5e-6; may be given more than once',
+      (text, all: string[]) => [...all, text],
+      [],
+    )
+    .option('--only <NAME>', 'of several runs in the file, this one')
+    .option('--quiet', 'no progress');
+
+async function chosenRuns(file: string, { set, only }: Options): Promise<Run[]> {
+  const runs = await loadRuns(file, set);
+  if (only === undefined) return runs;
+  const chosen = runs.filter(({ name }) => name === only);
+  if (chosen.length === 0)
+    throw new UserError(
+      `--only ${only}: ${file} has no such run, it has ${runs.map(({ name }) => name).join(', ')}`,
+    );
+  return chosen;
+}
+
+async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
+  const { locate, report } = tools(terminal, options.quiet);
+  for (const run of await chosenRuns(file, options)) {
+    const materials = await openMaterials(run, locate, report);
+    terminal.out(`${describe(materials).join('\n')}\n`);
+  }
+}
+
+async function trainAll(file: string, options: Options, terminal: Terminal): Promise<void> {
+  const runs = await chosenRuns(file, options);
+  if (typeof options.resume === 'string' && runs.length > 1)
+    throw new UserError(
+      `--resume ${options.resume}: ${file} has several runs; say with --only which one it belongs to`,
+    );
+  const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
+  const { locate, report } = tools(terminal, options.quiet);
+  for (const run of runs) {
+    if (options.resume === true && isFinished(run)) {
+      report.line(`${run.name} is finished: ${join(run.output, 'final')}`);
+      continue;
+    }
+    const checkpoint = startOf(run, options.resume);
+    const materials = await openMaterials(run, locate, report);
+    for (const line of describe(materials)) report.line(line);
+    if (checkpoint) report.line(`resuming from ${checkpoint}`);
+    const session = openSession(materials, device);
+    const { outcome, signal } = await interruptible(report, (stop) =>
+      train(session, report, stop, checkpoint),
+    ).finally(session.release);
+    report.line(`${outcome.stopped ? 'stopped; saved' : 'done:'} ${outcome.folder}`);
+    if (signal) {
+      process.exitCode = signal === 'SIGINT' ? 130 : 143;
+      return;
+    }
+  }
+}
+
+const isFinished = (run: Run): boolean => existsSync(join(run.output, 'final'));
+
+/** The checkpoint to go on from. @throws UserError rather than train over what an earlier run has left */
+function startOf(run: Run, resume: Options['resume']): string | undefined {
+  if (typeof resume === 'string') return resume;
+  const newest = listCheckpoints(run.output).at(-1);
+  if (resume) return newest;
+  if (newest || isFinished(run)) {
+    throw new UserError(
+      `${run.output} holds a run already; go on with --resume, remove it, or train elsewhere with --set output=FOLDER`,
+    );
+  }
+  return undefined;
+}
+
+/** Runs `work` so that the first Ctrl-C asks it to stop. The second finds no handler of ours and ends the program. */
+async function interruptible(
+  report: Report,
+  work: (stop: { readonly asked: boolean }) => Promise<Outcome>,
+): Promise<{ outcome: Outcome; signal: NodeJS.Signals | undefined }> {
+  const stop = { asked: false };
+  let signal: NodeJS.Signals | undefined;
+  const ask = (name: NodeJS.Signals) => {
+    stop.asked = true;
+    signal = name;
+    release();
+    report.line('stopping after this update and saving; once more to leave at once');
+  };
+  const release = () => {
+    for (const name of ['SIGINT', 'SIGTERM'] as const) process.off(name, ask);
+  };
+  for (const name of ['SIGINT', 'SIGTERM'] as const) process.on(name, ask);
+  try {
+    return { outcome: await work(stop), signal };
+  } finally {
+    release();
+  }
+}
+
+function tools(terminal: Terminal, quiet = false): { locate: Locate; report: Report } {
+  const where = { terminal, quiet };
+  let bar: { label: string; bar: Bar } | undefined;
+  const end = () => {
+    bar?.bar.end();
+    bar = undefined;
+  };
+  return {
+    locate: { model: (path) => locateModel(path, where), vae: (path) => locateVae(path, where) },
+    report: {
+      line(text) {
+        end();
+        terminal.err(`${text}\n`);
+      },
+      progress(label, done, total, note) {
+        if (bar?.label !== label) {
+          end();
+          bar = { label, bar: progressBar(terminal, label, quiet) };
+        }
+        bar.bar.update(done, total, note);
+        if (done === total) end();
+      },
+    },
+  };
+}

@@ -1,0 +1,92 @@
+// The small model that ships: Fluent emoji at 64x64 pixels, trained from random weights on a CPU. First the VAE; then the
+// UNet and both text encoders together, on its latents. All weights in float16 take 13.5 MB.
+//   npx sdxl train configs/emoji.ts
+import { defineRun, type ModelPreset, presets } from 'sdxl';
+import { drawEmoji } from './emoji_data.ts';
+
+const text = {
+  vocab_size: 2048,
+  hidden_size: 64,
+  intermediate_size: 256,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  max_position_embeddings: 77,
+  layer_norm_eps: 1e-5,
+  eos_token_id: 2,
+};
+
+const model: ModelPreset = {
+  ...presets['sdxl-base'],
+  unet: {
+    ...presets['sdxl-base'].unet,
+    sample_size: 16,
+    block_out_channels: [48, 96, 128],
+    attention_head_dim: [1, 2, 2],
+    transformer_layers_per_block: [0, 1, 1],
+    layers_per_block: 1,
+    cross_attention_dim: 128,
+    addition_time_embed_dim: 32,
+    projection_class_embeddings_input_dim: 64 + 6 * 32,
+    norm_num_groups: 8,
+  },
+  vae: {
+    ...presets['sdxl-base'].vae,
+    sample_size: 64,
+    block_out_channels: [24, 48, 64],
+    layers_per_block: 1,
+    norm_num_groups: 8,
+    scaling_factor: 1,
+  },
+  text_encoder: { ...text, hidden_act: 'quick_gelu', projection_dim: undefined },
+  text_encoder_2: { ...text, hidden_act: 'gelu', projection_dim: 64 },
+};
+
+const dataset = { path: await drawEmoji('data/emoji'), resolution: 64, center_crop: true };
+
+export default defineRun(
+  {
+    name: 'emoji-vae',
+    model,
+    train: { target: 'vae' },
+    vae_objective: { kl: 1e-4 },
+    dtype: 'bfloat16',
+    dataset: { ...dataset, random_flip: true, crops: 2 },
+    batch_size: 16,
+    steps: 6000,
+    optimizer: { lr: 1e-3, weight_decay: 0, betas: [0.9, 0.99] },
+    lr_scheduler: { name: 'cosine', warmup_steps: 100 },
+    ema: { decay: 0.999 },
+    checkpoints: { every_steps: 500 },
+    previews: { prompts: ['reconstructions'], every_steps: 500 },
+  },
+  {
+    name: 'emoji',
+    model,
+    vae: 'runs/emoji-vae/final/vae',
+    train: { text_encoders: true },
+    dtype: 'bfloat16',
+    dataset: { ...dataset, caption_dropout_rate: 0.1 },
+    batch_size: 32,
+    steps: 12000,
+    objective: { snr_gamma: 5 },
+    optimizer: { lr: 1e-3, weight_decay: 0.01, betas: [0.9, 0.99] },
+    lr_scheduler: { name: 'cosine', warmup_steps: 200 },
+    ema: { decay: 0.9995 },
+    checkpoints: { every_steps: 500 },
+    previews: {
+      prompts: [
+        'red heart',
+        'red apple',
+        'grinning face',
+        'cat face',
+        'flag france',
+        'yoda pokemon',
+        'blue circle',
+        'pizza',
+      ],
+      num_inference_steps: 25,
+      guidance_scale: 4,
+      every_steps: 1000,
+    },
+  },
+);

@@ -1,0 +1,154 @@
+// Training as a whole, on the tiny golden model and a folder of a few pictures: a run leaves everything it promises; a run
+// that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
+import { createHash } from 'node:crypto';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { readPicture, writePng } from '../io/image.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { loadPipeline } from '../models/pipeline.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { readLog } from '../train/log.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { openMaterials, openSession } from '../train/session.ts';
+import { type Outcome, train } from '../train/trainer.ts';
+import { goldenFolder } from './golden.ts';
+
+const device = openDevice('auto');
+const model = join(goldenFolder, 'tiny-sdxl');
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-train-'));
+const pictures = join(folder, 'pictures');
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+mkdirSync(pictures);
+for (let i = 0; i < 6; i++) {
+  const data = Uint8Array.from({ length: 3 * 40 * 48 }, (_, at) => (at * (i + 3)) % 251);
+  writePng(join(pictures, `${i}.png`), { width: 48, height: 40, channels: 3, data });
+  writeFileSync(join(pictures, `${i}.txt`), `picture ${i}\nstripes, number ${i}, colours\n`);
+}
+
+const silent = { line() {}, progress() {} };
+const locate = {
+  model: async (path: string) => openModel(path),
+  vae: async (path: string) => openModel(path),
+};
+
+/** Trains in this process; `until` asks to stop at that step. */
+async function run(
+  input: RunInput,
+  { until, checkpoint }: { until?: number; checkpoint?: string } = {},
+): Promise<Outcome> {
+  const resolved = resolveRun(input, 'test', 'test');
+  const session = openSession(await openMaterials(resolved, locate, silent), device);
+  const stop = { asked: false };
+  const progress = (label: string, done: number) => {
+    if (label === 'training' && done === until) stop.asked = true;
+  };
+  try {
+    return await train(session, { ...silent, progress }, stop, checkpoint);
+  } finally {
+    session.release();
+  }
+}
+
+/** Everything that decides how a run goes on: weights, averages, optimizer. */
+function digest(checkpoint: string): string {
+  const hash = createHash('sha256');
+  for (const name of readdirSync(checkpoint, { recursive: true, encoding: 'utf8' }).sort())
+    if (name.endsWith('.safetensors')) hash.update(name).update(readFileSync(join(checkpoint, name)));
+  return hash.digest('hex');
+}
+
+const basic = (output: string): RunInput => ({
+  output: join(folder, output),
+  model,
+  seed: 3,
+  steps: 5,
+  batch_size: 2,
+  gradient_accumulation_steps: 2,
+  dataset: {
+    path: pictures,
+    resolution: 32,
+    random_flip: true,
+    crops: 2,
+    caption_dropout_rate: 0.3,
+    cache: join(folder, 'cache'),
+  },
+  optimizer: { lr: 1e-3 },
+  lr_scheduler: { name: 'cosine', warmup_steps: 1 },
+  ema: { decay: 0.9 },
+  checkpoints: { every_steps: 2, keep: 2 },
+});
+
+test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
+  const before = device.memory.storages;
+  const previews = { prompts: ['stripes', 'a picture'], num_inference_steps: 2, every_steps: 2 };
+  const whole = { ...basic('whole'), previews };
+  const { folder: final } = await run(whole);
+  const output = whole.output as string;
+  t.same(
+    listCheckpoints(output).map((path) => path.slice(-8)),
+    ['00000004', '00000005'],
+    'the newest two checkpoints',
+  );
+  t.equal(readLog(join(output, 'log.jsonl')).length, 5, 'a line an update');
+  t.match(readFileSync(join(output, 'loss.svg'), 'utf8'), /<polyline/, 'a loss curve');
+  const sheet = await readPicture(join(output, 'previews.png'));
+  t.same([sheet.width, sheet.height], [4 + 2 * 36, 4 + 3 * 36], 'three rows of two previews');
+  t.ok(readdirSync(join(output, 'tensorboard')).length === 1, 'an event file');
+  loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
+  t.pass('the finished model opens');
+
+  const broken = { ...basic('broken'), previews };
+  const first = await run(broken, { until: 3 });
+  t.equal(first.stopped, true);
+  t.equal(first.position.step, 3, 'stopped after the update');
+  await run(broken, { checkpoint: first.folder });
+  const newest = (path: string) => listCheckpoints(path).at(-1) as string;
+  t.equal(
+    digest(newest(broken.output as string)),
+    digest(newest(output)),
+    'the same weights, optimizer and EMA',
+  );
+  t.same(
+    readLog(join(broken.output as string, 'log.jsonl')).map(({ step, loss }) => [step, loss]),
+    readLog(join(output, 'log.jsonl')).map(({ step, loss }) => [step, loss]),
+    'the same losses, each once',
+  );
+  t.equal(device.memory.storages, before, 'live tensors');
+});
+
+test('a batch and its halves see the same draws', async (t) => {
+  const losses = async (output: string, batch_size: number, gradient_accumulation_steps: number) => {
+    const input = { ...basic(output), batch_size, gradient_accumulation_steps, steps: 3 };
+    await run(input);
+    return readLog(join(input.output as string, 'log.jsonl')).map(({ loss }) => loss);
+  };
+  const [whole, halves] = [await losses('four', 4, 1), await losses('two', 2, 2)];
+  whole.forEach((loss, i) => {
+    t.ok(Math.abs(loss - halves[i]) < 1e-5 * loss, `update ${i + 1}: ${loss} and ${halves[i]}`);
+  });
+});
+
+test('a VAE and a model from a preset with its text encoders', async (t) => {
+  const output = join(folder, 'vae');
+  await run({
+    ...basic('vae'),
+    train: { target: 'vae' },
+    steps: 2,
+    previews: { prompts: ['reconstructions'] },
+  });
+  t.ok(existsSync(join(output, 'previews.png')));
+  const { scaling_factor } = JSON.parse(readFileSync(join(output, 'final', 'vae', 'config.json'), 'utf8'));
+  t.ok(scaling_factor > 0 && scaling_factor !== 0.13025, 'the scale is measured');
+});

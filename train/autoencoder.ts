@@ -1,0 +1,113 @@
+// Training a VAE (Kingma & Welling 2013; Rombach et al. 2022, without their discriminator): pictures through encoder, one
+// draw of the posterior and decoder, and the loss of vae_objective.ts. At the end the latents' spread is measured over the
+// pictures and becomes scaling_factor, so that a UNet trained on them sees unit variance.
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { unload } from '../engine/module.ts';
+import { add, mul } from '../engine/ops/binary.ts';
+import { cast, exp, scale } from '../engine/ops/unary.ts';
+import { scope } from '../engine/scope.ts';
+import { sizeOf, tensor } from '../engine/tensor.ts';
+import { type Picture, toPictures } from '../io/image.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import { toHost } from '../models/latents.ts';
+import { parseVaeConfig, type Vae, vae } from '../models/vae.ts';
+import { draws } from './draws.ts';
+import { type Pictures, readView, spread, stack, viewIn } from './pictures.ts';
+import { grid } from './preview.ts';
+import type { Run } from './run.ts';
+
+import { component, lend, type Task, type Weights } from './task.ts';
+import { vaeLoss } from './vae_objective.ts';
+
+interface Inputs {
+  shape: readonly number[];
+  /** [n, h, w, 3]. */
+  pictures: Float32Array;
+  /** [n, h / ratio, w / ratio, latent channels]. */
+  noise: Float32Array;
+}
+
+/** Pictures shown in a preview, and measured for the scale. */
+const shown = 8;
+const measured = 256;
+
+export function autoencoderTask(
+  run: Run,
+  pictures: Pictures,
+  source: ModelSource,
+  device: Device,
+): Task<Inputs> {
+  const config = { ...source.config('vae') };
+  const coder = vae(parseVaeConfig(config));
+  source.load('vae', coder.module, device, run.dtype);
+  const trained = component('vae', config, coder.module);
+  const ratio = 2 ** (coder.config.block_out_channels.length - 1);
+  const shapes = (bucket: number, n: number) => {
+    const [h, w] = pictures.buckets[bucket];
+    return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
+  };
+  /** One picture's numbers from the VAE with other weights. */
+  const once = async <R>(
+    index: number,
+    weights: Weights,
+    fn: (vae: Vae, x: ReturnType<typeof tensor>) => R,
+  ): Promise<R> => {
+    const picture = await readView(viewIn(0, index, pictures, run), run);
+    const other = vae(coder.config);
+    lend(trained, other.module, weights);
+    const { picture: shape } = shapes(pictures.bucketOf[index], 1);
+    try {
+      return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
+    } finally {
+      unload(other.module);
+    }
+  };
+  const all = pictures.samples.map((_, i) => i);
+  return {
+    components: [trained],
+    frozen: [],
+    async prepare({ bucket, samples }, epoch) {
+      const pixels = samples.map((i) => readView(viewIn(epoch, i, pictures, run), run));
+      const { picture, latent } = shapes(bucket, samples.length);
+      const noise = samples.map((i) => {
+        const { key } = pictures.samples[i];
+        return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
+      });
+      return { shape: picture, pictures: stack(await Promise.all(pixels)), noise: stack(noise) };
+    },
+    blank({ bucket, samples }) {
+      const { picture, latent } = shapes(bucket, samples.length);
+      const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
+      return { shape: picture, pictures: zeros(picture), noise: zeros(latent) };
+    },
+    loss({ shape, pictures: pixels, noise }) {
+      const x = tensor(pixels, shape, { device, dtype: run.dtype });
+      const moments = coder.encode(x);
+      const draw = tensor(noise, moments.mean.shape, { device, dtype: run.dtype });
+      const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), draw));
+      return vaeLoss(run.vae_objective, coder.decode(z), x, moments);
+    },
+    /** Columns of a picture above what the VAE makes of it. */
+    async preview(weights) {
+      const columns: Picture[] = [];
+      for (const i of spread(all, shown)) {
+        const pair = await once(i, weights, (other, x) =>
+          [x, other.decode(other.encode(x).mean)].map(toHost),
+        );
+        columns.push(grid(pair.map(({ data, shape }) => toPictures(data, shape))));
+      }
+      return columns;
+    },
+    async finish(weights) {
+      let [sum, squares, count] = [0, 0, 0];
+      for (const i of spread(all, measured)) {
+        const mean = await once(i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
+        for (const value of mean) [sum, squares, count] = [sum + value, squares + value * value, count + 1];
+      }
+      const variance = squares / count - (sum / count) ** 2;
+      config.scaling_factor = Number((1 / Math.sqrt(variance)).toPrecision(6));
+    },
+    release: () => unload(coder.module),
+  };
+}

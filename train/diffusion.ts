@@ -1,0 +1,209 @@
+// Training the UNet, alone or with the text encoders: latents drawn anew each epoch from their cached moments, captions
+// chosen each epoch, time ids from the true crop, and the loss of objective.ts. A caption that is left away becomes what the
+// model is given without a prompt: zeros (the base model), or the embedding of an empty text.
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { unload } from '../engine/module.ts';
+import { mul } from '../engine/ops/binary.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import { encodePrompts } from '../models/conditioning.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { unet } from '../models/unet.ts';
+import { momentsCache, type PictureMoments, type TextEmbeddings, textCache } from './cache.ts';
+import { allCaptions, captionOf } from './data/caption.ts';
+import { timeIdsOf } from './data/picture.ts';
+import { draws } from './draws.ts';
+import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf } from './objective.ts';
+import { type Pictures, stack, viewIn } from './pictures.ts';
+import { samplePreviews } from './preview.ts';
+import type { Run } from './run.ts';
+import { type Component, component, lend, type Task, type Weights } from './task.ts';
+
+interface Inputs {
+  noised: NoisedBatch;
+  timeIds: number[][];
+  /** Texts, undefined where left away, for encoders that run in the pass; or what the cache has of them. */
+  text: { captions: (string | undefined)[] } | { embeddings: TextEmbeddings[] };
+}
+
+export function diffusionTask(
+  run: Run,
+  pictures: Pictures,
+  source: ModelSource,
+  vaeSource: ModelSource,
+  device: Device,
+): Task<Inputs> {
+  const pipeline = loadPipeline(source, { device, dtype: run.dtype, vaeSource });
+  const objective = objectiveOf(run.objective, source.config('scheduler'));
+  const names = pipeline.text.encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
+  const configs = names.map((name) => source.config(name));
+  const { parts, text_encoders } = run.train;
+  const isTrained = (key: string) => parts.length === 0 || parts.some((part) => key.includes(part));
+  const net = component('unet', source.config('unet'), pipeline.unet, isTrained);
+  const texts = pipeline.text.encoders.map(({ encoder }, i) => component(names[i], configs[i], encoder));
+  const coder = component('vae', vaeSource.config('vae'), pipeline.vae.module);
+  const components = text_encoders ? [net, ...texts] : [net];
+
+  const cacheFolder = run.dataset.cache || join(run.output, 'cache');
+  const captions = text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
+  // Hashing the encoders reads all their weights, so the caches are made when they are first asked for.
+  const moments = lazily(() => momentsCache(cacheFolder, pipeline.vae, run.dataset.interpolation));
+  const embeddings = lazily(() => textCache(cacheFolder, pipeline.text, configs));
+
+  const latentShape = (bucket: number, n: number): number[] => {
+    const [h, w] = pictures.buckets[bucket];
+    return [n, h / pipeline.ratio, w / pipeline.ratio, pipeline.vae.config.latent_channels];
+  };
+  return {
+    components,
+    frozen: text_encoders ? [coder] : [coder, ...texts],
+    async fillCache(report) {
+      const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
+        pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
+      ).flat();
+      await moments().fill(views, (done, total) => report.progress('encoding pictures', done, total));
+      if (!captions) return;
+      await embeddings().fill(captions, (done, total) => report.progress('encoding captions', done, total));
+      for (const text of embeddings().tooLong(captions))
+        report.line(`the end of this caption is not seen, it has more than 77 tokens: "${text}"`);
+    },
+    async prepare({ bucket, samples }, epoch) {
+      const views = samples.map((i) => viewIn(epoch, i, pictures, run));
+      const ids = views.map(({ sample }) => sample.key);
+      const latents = views.map((view) =>
+        drawLatents(
+          moments().read(view),
+          pipeline.vae.config.scaling_factor,
+          run.seed,
+          epoch,
+          view.sample.key,
+        ),
+      );
+      const chosen = views.map(({ sample: { captions: choices, key } }) =>
+        captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
+      );
+      const [, height, width] = latentShape(bucket, 1);
+      return {
+        noised: noiseBatch(objective, { ids, epoch, latents: stack(latents), height, width }, run.seed),
+        timeIds: views.map(({ geometry }) =>
+          timeIdsOf(geometry, pipeline.aesthetic ? run.dataset.aesthetic_score : undefined),
+        ),
+        text: captions
+          ? { embeddings: chosen.map((caption) => embeddings().read(caption)) }
+          : { captions: chosen },
+      };
+    },
+    blank({ bucket, samples }) {
+      const n = samples.length;
+      const shape = latentShape(bucket, n);
+      const zeros = new Float32Array(sizeOf(shape));
+      return {
+        noised: { shape, sample: zeros, timesteps: new Float32Array(n), target: zeros },
+        timeIds: Array.from({ length: n }, () => Array<number>(pipeline.aesthetic ? 5 : 6).fill(0)),
+        text: { captions: Array<string>(n).fill('') },
+      };
+    },
+    loss({ noised, timeIds, text }) {
+      const embedded =
+        'embeddings' in text
+          ? upload(pipeline, text.embeddings)
+          : text_encoders
+            ? encode(pipeline, text.captions)
+            : noGrad(() => encode(pipeline, text.captions));
+      return diffusionLoss(pipeline.unet, objective, noised, {
+        context: embedded.context,
+        textEmbeds: embedded.pooled,
+        timeIds: tensor(timeIds.flat(), [timeIds.length, timeIds[0].length], { device }),
+      });
+    },
+    async preview(weights) {
+      const [height, width] = pictures.buckets[0];
+      const other = averaged(pipeline, components, weights);
+      try {
+        return await samplePreviews(other, run.previews, { height, width });
+      } finally {
+        if (other !== pipeline) releaseLent(other, pipeline);
+      }
+    },
+    release: () => pipeline.release(),
+  };
+}
+
+function lazily<T>(make: () => T): () => T {
+  let made: T | undefined;
+  return () => (made ??= make());
+}
+
+/** Scaled latents [h, w, c] drawn from the moments, anew each epoch. */
+function drawLatents(
+  { mean, logvar }: PictureMoments,
+  scaling: number,
+  seed: number,
+  epoch: number,
+  key: number,
+): Float32Array {
+  const noise = draws(seed, epoch, key, 'moments').normals(mean.length);
+  const deviation = (i: number) => Math.exp(0.5 * Math.min(20, Math.max(-30, logvar[i])));
+  return mean.map((m, i) => (m + deviation(i) * noise[i]) * scaling);
+}
+
+interface Embedded {
+  /** [n, 77, c]. */
+  context: Tensor;
+  /** [n, p]. */
+  pooled: Tensor;
+}
+
+function upload({ device, dtype, unetConfig }: Pipeline, rows: readonly TextEmbeddings[]): Embedded {
+  const n = rows.length;
+  const context = stack(rows.map((row) => row.context));
+  const pooled = stack(rows.map((row) => row.pooled));
+  const width = unetConfig.cross_attention_dim;
+  return {
+    context: tensor(context, [n, context.length / (n * width), width], { device, dtype }),
+    pooled: tensor(pooled, [n, pooled.length / n], { device, dtype }),
+  };
+}
+
+/** Captions through the encoders; the rows of those left away are zero where the model wants that. */
+function encode({ text, device, dtype }: Pipeline, captions: readonly (string | undefined)[]): Embedded {
+  const { context, pooled } = encodePrompts(
+    text,
+    { prompt: captions.map((caption) => caption ?? '') },
+    { guided: false, copies: 1, device, dtype },
+  );
+  if (!text.forceZeros || captions.every((caption) => caption !== undefined)) return { context, pooled };
+  const masked = (x: Tensor): Tensor => {
+    const each = x.size / captions.length;
+    const mask = new Float32Array(x.size).fill(1);
+    captions.forEach((caption, i) => {
+      if (caption === undefined) mask.fill(0, i * each, (i + 1) * each);
+    });
+    return mul(x, tensor(mask, x.shape, { device, dtype }));
+  };
+  return { context: masked(context), pooled: masked(pooled) };
+}
+
+/** The pipeline with other weights in what is trained; the pipeline itself where there are none. */
+function averaged(pipeline: Pipeline, [net, ...texts]: readonly Component[], weights: Weights): Pipeline {
+  if (!weights) return pipeline;
+  const other = unet(pipeline.unetConfig);
+  lend(net, other, weights);
+  const encoders = pipeline.text.encoders.map((pair, i) => {
+    if (!texts[i]) return pair;
+    const encoder = textEncoder(parseTextConfig(texts[i].config));
+    lend(texts[i], encoder, weights);
+    return { ...pair, encoder };
+  });
+  return { ...pipeline, unet: other, text: { ...pipeline.text, encoders } };
+}
+
+function releaseLent(lent: Pipeline, owner: Pipeline): void {
+  unload(lent.unet);
+  lent.text.encoders.forEach(({ encoder }, i) => {
+    if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
+  });
+}

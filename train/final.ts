@@ -1,0 +1,61 @@
+// The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
+// that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
+// there is none: a preset's random weights, or an original single file.
+import { cpSync, existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { UserError } from '../io/errors.ts';
+import { replaceFolderAtomically } from '../io/files.ts';
+import type { Json, ModelSource } from '../models/checkpoint.ts';
+import { saveComponent, weightEntries, writeJson } from '../models/save.ts';
+import type { Session } from './session.ts';
+
+const tokenizers = ['tokenizer', 'tokenizer_2'];
+
+/** Writes the finished model and returns its folder. @throws UserError */
+export async function writeFinal(session: Session): Promise<string> {
+  const { run, task, ema, source, vaeSource } = session;
+  await task.finish?.(ema?.weights);
+  const folder = join(run.output, 'final');
+  replaceFolderAtomically(folder, (temporary) => {
+    for (const { name, config, parameters } of task.components) {
+      const weights = weightEntries(
+        parameters,
+        (key, own) => ema?.weights.get(`${name}.${key}`) ?? own.tensor,
+      );
+      saveComponent(join(temporary, name), name, config, weights);
+    }
+    if (run.train.target === 'vae') return;
+    for (const { name, config, parameters } of task.frozen) {
+      const from = folderOf(name === 'vae' ? vaeSource : source, name);
+      if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
+      else saveComponent(join(temporary, name), name, config, weightEntries(parameters));
+    }
+    for (const name of tokenizers) {
+      const from = folderOf(source, name);
+      if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
+    }
+    writeJson(join(temporary, 'scheduler', 'scheduler_config.json'), schedulerConfig(session));
+    writeJson(join(temporary, 'model_index.json'), source.modelIndex);
+  });
+  return folder;
+}
+
+/** Where a source keeps a component's files, if it does. */
+function folderOf(source: ModelSource, component: string): string | undefined {
+  try {
+    const folder = source.folder(component);
+    return existsSync(folder) ? folder : undefined;
+  } catch (error) {
+    if (error instanceof UserError) return undefined;
+    throw error;
+  }
+}
+
+/** The model's scheduler, saying what the model was now trained to predict. */
+function schedulerConfig({ run, source }: Session): Json {
+  const { prediction_type, zero_terminal_snr } = run.objective;
+  const config = { ...source.config('scheduler'), prediction_type };
+  return zero_terminal_snr
+    ? { ...config, rescale_betas_zero_snr: true, timestep_spacing: 'trailing' }
+    : config;
+}

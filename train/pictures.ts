@@ -1,0 +1,86 @@
+// A run's pictures: which there are, the sizes they are cropped to, and what is done to each in an epoch.
+import { createHash } from 'node:crypto';
+import { UserError } from '../io/errors.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import type { Size } from '../models/conditioning.ts';
+import type { View } from './cache.ts';
+import { bucketSizes, nearestBucket } from './data/buckets.ts';
+import { geometryOf, readPixels } from './data/picture.ts';
+import { openDataset } from './data/source.ts';
+import { type Sample, survey } from './data/survey.ts';
+import type { Run } from './run.ts';
+import type { Report } from './task.ts';
+
+export interface Pictures {
+  samples: readonly Sample[];
+  buckets: readonly Size[];
+  /** By sample, the index of its bucket. */
+  bucketOf: readonly number[];
+  /** Names the samples and their contents: a resumed run must see the same ones. */
+  hash: string;
+}
+
+/** Looks at every picture of a run. Sides will be multiples of `step`. @throws UserError */
+export async function openPictures(run: Run, step: number, report: Report): Promise<Pictures> {
+  const { path, resolution, aspect_ratio_buckets, broken } = run.dataset;
+  if (!path) throw new UserError('the run names no dataset; set dataset.path to a folder or a hub id');
+  if (resolution % step)
+    throw new UserError(
+      `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
+    );
+  const dataset = await openDataset(run.dataset);
+  const onProgress = (done: number, total: number) => report.progress('looking at pictures', done, total);
+  const { samples, skipped } = await survey(dataset, { broken, onProgress });
+  for (const problem of skipped) report.line(`skipped: ${problem}`);
+  const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
+  const names = samples.map(({ id, hash }) => `${id} ${hash}`).join('\n');
+  return {
+    samples,
+    buckets,
+    bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
+    hash: createHash('sha256').update(names).digest('hex'),
+  };
+}
+
+/** Pixels that sides divide by: what the VAE shrinks by, times what the UNet halves where that is trained. */
+export function sideStep(
+  source: ModelSource,
+  vaeSource: ModelSource,
+  target: Run['train']['target'],
+): number {
+  const halvings = (component: string, from: ModelSource) =>
+    (from.config(component).block_out_channels as number[]).length - 1;
+  return 2 ** (halvings('vae', vaeSource) + (target === 'vae' ? 0 : halvings('unet', source)));
+}
+
+/** How sample `index` is shown in an epoch: a run that prepares k versions of each picture shows them in turn. */
+export function viewIn(epoch: number, index: number, pictures: Pictures, run: Run): View {
+  const sample = pictures.samples[index];
+  const target = pictures.buckets[pictures.bucketOf[index]];
+  const variant = epoch % run.dataset.crops;
+  return {
+    sample,
+    geometry: geometryOf(sample.size, target, run.dataset, { seed: run.seed, key: sample.key, variant }),
+  };
+}
+
+/** The view's pixels [h, w, 3] in [-1, 1]. */
+export const readView = async ({ sample, geometry }: View, run: Run): Promise<Float32Array> =>
+  readPixels(await sample.read(), sample.id, geometry, run.dataset.interpolation);
+
+/** Arrays end to end: the rows of a batch. */
+export function stack(parts: readonly Float32Array[]): Float32Array {
+  const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
+  }
+  return out;
+}
+
+/** About `count` entries, evenly spread. */
+export function spread<T>(values: readonly T[], count: number): T[] {
+  const stride = Math.max(1, Math.floor(values.length / count));
+  return values.filter((_, i) => i % stride === 0).slice(0, count);
+}

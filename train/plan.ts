@@ -1,0 +1,26 @@
+// A run told before it starts: what was resolved, and what it will take. Printed by `sdxl plan` and before every training.
+import { foretell, type Materials } from './session.ts';
+
+/** The plan in lines. */
+export function describe(materials: Materials): string[] {
+  const { run, pictures, updatesPerEpoch, total, source } = materials;
+  const effective = run.batch_size * run.gradient_accumulation_steps;
+  const { trained, all, bytes } = foretell(materials);
+  const counts = pictures.buckets.map((_, i) => pictures.bucketOf.filter((b) => b === i).length);
+  const buckets = pictures.buckets.flatMap(([h, w], i) => (counts[i] ? [`${w}x${h} (${counts[i]})`] : []));
+  const epochs = (total / updatesPerEpoch).toFixed(total % updatesPerEpoch ? 1 : 0);
+  return [
+    `run         ${run.name}, into ${run.output}`,
+    `model       ${source.path}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
+    `images      ${pictures.samples.length} from ${run.dataset.path}`,
+    `buckets     ${buckets.join(', ')}`,
+    `batch       ${effective} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
+    `updates     ${total}: ${updatesPerEpoch} an epoch, ${epochs} epochs`,
+    `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained)} of ${count(all)} parameters`,
+    `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
+    `memory      ${(bytes / 2 ** 30).toFixed(2)} GiB at the most, estimated`,
+  ];
+}
+
+const count = (n: number): string =>
+  n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(2)} M` : `${n}`;

@@ -1,0 +1,124 @@
+// Pictures while a run trains: the same prompts and seeds each time, as PNGs in previews/step-N/, and one contact sheet
+// with a row for each time, so that the rows show the model learn. The sheet is made from the files on disk: a resumed run
+// goes on with it.
+import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { asUserError } from '../io/files.ts';
+import { type Picture, readPicture, toPictures, writePng } from '../io/image.ts';
+import { resize } from '../io/resize.ts';
+import { decode, denoise, type Pipeline } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import type { Run } from './run.ts';
+
+/** Pixels of a picture in the sheet, at most; and between pictures. */
+const cell = 192;
+const gap = 4;
+
+/** One picture a prompt; prompt i has the seed `seed + i`, so that four times one prompt gives four pictures. */
+export async function samplePreviews(
+  pipeline: Pipeline,
+  previews: Run['previews'],
+  size: { height: number; width: number },
+): Promise<Picture[]> {
+  const pictures: Picture[] = [];
+  for (const [i, prompt] of previews.prompts.entries()) {
+    const loop = denoise(pipeline, {
+      prompt: [prompt],
+      negative_prompt: previews.negative_prompt ? [previews.negative_prompt] : undefined,
+      ...size,
+      num_inference_steps: previews.num_inference_steps,
+      guidance_scale: previews.guidance_scale,
+      scheduler: previews.scheduler ? { name: previews.scheduler } : undefined,
+      generators: [new TorchGenerator(previews.seed + i)],
+    });
+    let turn = loop.next();
+    while (!turn.done) {
+      // Signals are heard between the steps.
+      await new Promise((resolve) => setImmediate(resolve));
+      turn = loop.next();
+    }
+    const images = decode(pipeline, turn.value.latents);
+    pictures.push(...toPictures(images.data, images.shape));
+  }
+  return pictures;
+}
+
+const folderOf = (output: string): string => join(output, 'previews');
+const stepName = (step: number): string => `step-${String(step).padStart(8, '0')}`;
+
+/** Writes the pictures of a step and the contact sheet anew; tells where that is and its size. */
+export async function writePreviews(
+  output: string,
+  step: number,
+  pictures: readonly Picture[],
+  prompts: readonly string[],
+): Promise<{ path: string; width: number; height: number }> {
+  const folder = join(folderOf(output), stepName(step));
+  try {
+    mkdirSync(folder, { recursive: true });
+  } catch (error) {
+    throw asUserError(error, folder);
+  }
+  pictures.forEach((picture, i) => {
+    writePng(join(folder, `${i}.png`), picture, { parameters: `${prompts[i] ?? ''}\nstep ${step}` });
+  });
+  const path = join(output, 'previews.png');
+  const sheet = await contactSheet(folderOf(output));
+  writePng(path, sheet, { prompts: prompts.join('\n') });
+  return { path, width: sheet.width, height: sheet.height };
+}
+
+/** Removes what a resumed run will draw again. */
+export function rewindPreviews(output: string, step: number): void {
+  for (const name of stepFolders(folderOf(output)))
+    if (Number(name.slice('step-'.length)) > step) rmSync(join(folderOf(output), name), { recursive: true });
+}
+
+const stepFolders = (folder: string): string[] =>
+  existsSync(folder)
+    ? readdirSync(folder)
+        .filter((name) => /^step-\d{8}$/.test(name))
+        .sort()
+    : [];
+
+/** A row for each step, oldest first, its pictures from left to right. */
+async function contactSheet(folder: string): Promise<Picture> {
+  const rows: Picture[][] = [];
+  for (const name of stepFolders(folder)) {
+    const files = readdirSync(join(folder, name)).filter((file) => /^\d+\.png$/.test(file));
+    files.sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
+    const pictures: Picture[] = [];
+    for (const file of files) pictures.push(thumbnail(await readPicture(join(folder, name, file))));
+    rows.push(pictures);
+  }
+  return grid(rows);
+}
+
+function thumbnail(picture: Picture): Picture {
+  const share = Math.min(1, cell / Math.max(picture.width, picture.height));
+  if (share === 1) return picture;
+  const side = (length: number) => Math.max(1, Math.round(length * share));
+  return resize(picture, side(picture.width), side(picture.height), 'lanczos');
+}
+
+/** Pictures in rows on white, each row as high as its highest picture. */
+export function grid(rows: readonly (readonly Picture[])[]): Picture {
+  const across = (row: readonly Picture[]) => row.reduce((sum, { width }) => sum + width + gap, gap);
+  const down = (row: readonly Picture[]) => row.reduce((most, { height }) => Math.max(most, height), 0);
+  const width = Math.max(gap, ...rows.map(across));
+  const height = rows.reduce((sum, row) => sum + down(row) + gap, gap);
+  const sheet: Picture = { width, height, channels: 3, data: new Uint8Array(3 * width * height).fill(255) };
+  let top = gap;
+  for (const row of rows) {
+    let left = gap;
+    for (const picture of row) {
+      for (let y = 0; y < picture.height; y++) {
+        const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
+        sheet.data.set(line, 3 * ((top + y) * width + left));
+      }
+      left += picture.width + gap;
+    }
+    top += down(row) + gap;
+  }
+  return sheet;
+}

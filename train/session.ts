@@ -1,0 +1,183 @@
+// Everything a run needs before its first update: the pictures looked at, the model loaded or begun at random, the task, the
+// optimizer and the moving average; and, to resume, all of these as a checkpoint left them. The same session on the
+// stand-in device, which holds no numbers, foretells the memory.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
+import type { Parameter } from '../engine/module.ts';
+import { standInDevice } from '../engine/profile.ts';
+import { scope } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { channelsLast, loadParameters, type ModelSource, openWeights } from '../models/checkpoint.ts';
+import { randomModel } from '../models/random_weights.ts';
+import { autoencoderTask } from './autoencoder.ts';
+import { difference, loadTensors, type Position, readState } from './checkpoint.ts';
+import { updatesPerEpoch } from './data/order.ts';
+import { openDataset } from './data/source.ts';
+import { diffusionTask } from './diffusion.ts';
+import { type Ema, ema } from './ema.ts';
+import { createOptimizer } from './optimizers/create.ts';
+import type { Optimizer } from './optimizers/rule.ts';
+import { openPictures, type Pictures, sideStep } from './pictures.ts';
+import type { Run } from './run.ts';
+import { type Report, type Task, trainedParameters } from './task.ts';
+import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
+
+/** How models are found by what the user wrote: the command line brings downloads. */
+export interface Locate {
+  model(path: string): Promise<ModelSource>;
+  vae(path: string): Promise<ModelSource>;
+}
+
+/** What a run is made of, before any weight is on a device. */
+export interface Materials {
+  run: Run;
+  source: ModelSource;
+  vaeSource: ModelSource;
+  pictures: Pictures;
+  updatesPerEpoch: number;
+  /** Updates in all. */
+  total: number;
+}
+
+export interface Session extends Materials {
+  device: Device;
+  task: Task;
+  parameters: ReadonlyMap<string, Parameter>;
+  optimizer: Optimizer;
+  ema: Ema | undefined;
+  release(): void;
+}
+
+/** @throws UserError for whatever is missing or unfit */
+export async function openMaterials(run: Run, locate: Locate, report: Report): Promise<Materials> {
+  const source = await openSource(run, locate);
+  const vaeSource = run.vae ? await locate.vae(run.vae) : source;
+  const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
+  const perEpoch = updatesPerEpoch(pictures.samples.length, run.batch_size, run.gradient_accumulation_steps);
+  return {
+    run,
+    source,
+    vaeSource,
+    pictures,
+    updatesPerEpoch: perEpoch,
+    total: run.steps || run.epochs * perEpoch,
+  };
+}
+
+/** The model that a run starts from: what its path holds, or a preset's random weights with tokenizers from its captions. */
+async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
+  if (run.model === '')
+    throw new UserError(
+      'the run names no model; set model to a folder, a .safetensors file, a hub id or a preset',
+    );
+  if (typeof run.model === 'string') return locate.model(run.model);
+  const tokenizers = join(run.output, 'tokenizers');
+  if (run.train.target !== 'vae' && !existsSync(join(tokenizers, 'tokenizer_2', 'tokenizer_config.json'))) {
+    const { vocab_size, max_position_embeddings: length } = run.model.text_encoder_2;
+    const { examples } = await openDataset(run.dataset);
+    const captions = examples.flatMap((example) => example.captions);
+    writeTokenizers(tokenizers, learnVocabulary(captions, vocab_size), length);
+  }
+  return randomModel(run.model, { seed: run.seed, tokenizers });
+}
+
+/** Loads the weights onto `device`. @throws UserError */
+export function openSession(materials: Materials, device: Device): Session {
+  const { run, source, vaeSource, pictures } = materials;
+  const task: Task =
+    run.train.target === 'vae'
+      ? autoencoderTask(run, pictures, vaeSource, device)
+      : diffusionTask(run, pictures, source, vaeSource, device);
+  const parameters = trainedParameters(task.components);
+  if (parameters.size === 0)
+    throw new UserError(`train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet`);
+  for (const parameter of parameters.values()) requireGrad(parameter.tensor);
+  const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
+  const average =
+    run.ema.decay > 0 ? ema(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay) : undefined;
+  return {
+    ...materials,
+    device,
+    task,
+    parameters,
+    optimizer,
+    ema: average,
+    release() {
+      task.release();
+      optimizer.release();
+      average?.release();
+    },
+  };
+}
+
+/** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
+export function resumeSession(session: Session, checkpoint: string): Position {
+  const { run, pictures, task, device, optimizer } = session;
+  const state = readState(checkpoint);
+  const differs = difference(state.run, run);
+  if (differs) {
+    throw new UserError(
+      `${checkpoint} is of another run: ${differs}; resume with the run file that wrote it, or start anew with another output`,
+    );
+  }
+  if (state.dataset !== pictures.hash) {
+    throw new UserError(
+      `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
+    );
+  }
+  for (const { name, module, trained, parameters } of task.components) {
+    const [first] = parameters.values();
+    const weights = openWeights(join(checkpoint, name));
+    try {
+      loadParameters(module, weights, device, first.tensor.dtype as FloatDType);
+    } finally {
+      weights.close();
+    }
+    for (const key of trained) requireGrad((parameters.get(key) as Parameter).tensor);
+  }
+  loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
+  if (session.ema) resumeEma(session, session.ema, join(checkpoint, 'ema'));
+  return { step: state.step, epoch: state.epoch, update: state.update };
+}
+
+function resumeEma({ task, optimizer }: Session, { state, weights }: Ema, folder: string): void {
+  for (const { name, trained, parameters } of task.components) {
+    const source = openWeights(join(folder, name));
+    try {
+      for (const key of trained) {
+        const { layout, shape } = parameters.get(key) as Parameter;
+        const bytes = encodeNumbers(source.floats(key), 'float32');
+        weights.get(`${name}.${key}`)?.upload(layout === 'conv' ? channelsLast(bytes, shape, 4) : bytes);
+      }
+    } finally {
+      source.close();
+    }
+  }
+  // Both count the same updates.
+  state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
+}
+
+/** The most device memory that an update takes (the largest pass, backward and step, run without numbers), and counts. */
+export function foretell(materials: Materials): { bytes: number; trained: number; all: number } {
+  const { run, pictures } = materials;
+  const device = standInDevice();
+  const session = openSession(materials, device);
+  const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
+  const bucket = pictures.bucketOf.reduce(
+    (best, b) => (area(b) > area(best) ? b : best),
+    pictures.bucketOf[0],
+  );
+  const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
+  scope(() => backward(session.task.loss(session.task.blank({ bucket, samples }))));
+  session.optimizer.step(0);
+  session.ema?.step();
+  for (const parameter of session.parameters.values()) clearGrad(parameter.tensor);
+  const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
+  const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
+  session.release();
+  return { bytes: device.memory.peak, trained: sizes(session.parameters.values()), all: sizes(all) };
+}

@@ -1,0 +1,84 @@
+// What the loop trains, as the loop sees it: components with trained weights, a way to make one pass's inputs on the host,
+// and a loss over them. The UNet with its text encoders is one task (diffusion.ts), the VAE another (autoencoder.ts).
+import { noGrad } from '../engine/grad.ts';
+import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
+import { cast } from '../engine/ops/unary.ts';
+import { unscoped } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import type { Picture } from '../io/image.ts';
+import type { Json } from '../models/checkpoint.ts';
+import type { MicroBatch } from './data/order.ts';
+
+/** Tells the user what happens. */
+export interface Report {
+  line(text: string): void;
+  /** Something long is `done` of `total`; `note` is what else there is to say. */
+  progress(label: string, done: number, total: number, note?: string): void;
+}
+
+export interface Component {
+  /** Its folder in a diffusers model. */
+  name: string;
+  config: Json;
+  module: AnyModule;
+  /** All its weights by checkpoint key. */
+  parameters: ReadonlyMap<string, Parameter>;
+  /** The keys of those that are trained. */
+  trained: readonly string[];
+}
+
+/** Other tensors in place of trained parameters, by `component.key`: the moving averages. */
+export type Weights = ReadonlyMap<string, Tensor> | undefined;
+
+export interface Task<Inputs = unknown> {
+  components: readonly Component[];
+  /** What else the model is made of. */
+  frozen: readonly Component[];
+  /** What is computed once and kept on disk: latents and embeddings. */
+  fillCache?(report: Report): Promise<void>;
+  /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. */
+  prepare(batch: MicroBatch, epoch: number): Promise<Inputs>;
+  /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
+  blank(batch: MicroBatch): Inputs;
+  /** The mean loss over the pass's samples, [1] float32, on the tape. */
+  loss(inputs: Inputs): Tensor;
+  /** What the model makes now, with `weights` in place of what is trained. */
+  preview(weights: Weights): Promise<Picture[]>;
+  /** The last word on configs, before the finished model is written. */
+  finish?(weights: Weights): Promise<void>;
+  release(): void;
+}
+
+export function component(
+  name: string,
+  config: Json,
+  module: AnyModule,
+  isTrained: (key: string) => boolean = () => true,
+): Component {
+  const parameters = namedParameters(module);
+  return { name, config, module, parameters, trained: [...parameters.keys()].filter(isTrained) };
+}
+
+/** The trained parameters of all components by `component.key`: the names that optimizer and averages know. */
+export const trainedParameters = (components: readonly Component[]): Map<string, Parameter> =>
+  new Map(
+    components.flatMap(({ name, parameters, trained }) =>
+      trained.map((key) => [`${name}.${key}`, parameters.get(key) as Parameter] as const),
+    ),
+  );
+
+/**
+ * Lends a fresh module tree of the same shape the weights of `from`, with `weights` in place of what is trained. Only
+ * weights of another type are copied. Unload the tree when done.
+ */
+export function lend(from: Component, to: AnyModule, weights: Weights): void {
+  for (const [key, parameter] of namedParameters(to)) {
+    const own = (from.parameters.get(key) as Parameter).tensor;
+    const tensor = weights?.get(`${from.name}.${key}`) ?? own;
+    parameter.tensor = unscoped(() =>
+      tensor.dtype === own.dtype
+        ? tensor.handle(parameter.memoryShape)
+        : noGrad(() => cast(tensor, own.dtype)),
+    );
+  }
+}

@@ -1,0 +1,204 @@
+// The loop: updates made of passes, each a batch through the model and back; clipping, the optimizer's step, the moving
+// average; and between updates whatever is due: a line of the log, a checkpoint, previews. Between two updates a run is
+// nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
+import { mkdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { backward, clearGrad } from '../engine/grad.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
+import { asUserError, writeFileAtomic } from '../io/files.ts';
+import { weightEntries } from '../models/save.ts';
+import { type Position, type SavedComponent, saveCheckpoint } from './checkpoint.ts';
+import { type Clipping, clipGradients } from './clip.ts';
+import { lossCurve } from './curve.ts';
+import { planEpoch, type Update } from './data/order.ts';
+import { writeFinal } from './final.ts';
+import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
+import { learningRate } from './lr_schedule.ts';
+import { firstBadTensor } from './nonfinite.ts';
+import { rewindPreviews, writePreviews } from './preview.ts';
+import { resumeSession, type Session } from './session.ts';
+import type { Report } from './task.ts';
+import { openEventFile } from './tensorboard.ts';
+
+export interface Outcome {
+  position: Position;
+  /** The folder of the last checkpoint, or of the finished model. */
+  folder: string;
+  /** Ended by the caller's wish rather than by the plan. */
+  stopped: boolean;
+}
+
+/** Where a run's files lie in its output. */
+const logFile = (output: string): string => join(output, 'log.jsonl');
+
+/** Trains until the plan is done or `stop.asked`, from `checkpoint` where one is given. @throws UserError */
+export async function train(
+  session: Session,
+  report: Report,
+  stop: { readonly asked: boolean },
+  checkpoint?: string,
+): Promise<Outcome> {
+  const { run, pictures, total, task } = session;
+  makeFolder(run.output);
+  let position: Position = { step: 0, epoch: 0, update: 0 };
+  if (checkpoint) position = resumeSession(session, checkpoint);
+  rewindLog(logFile(run.output), position.step);
+  rewindPreviews(run.output, position.step);
+  await task.fillCache?.(report);
+  const journal = openJournal(session, report);
+  const placed = pictures.samples.map(({ key }, i) => ({ key, bucket: pictures.bucketOf[i] }));
+  const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
+  let folder = checkpoint ?? '';
+  let failures = 0;
+  while (position.step < total) {
+    const updates = planEpoch(placed, { ...sizes, epoch: position.epoch });
+    for (const update of updates.slice(position.update)) {
+      const made = await makeUpdate(session, update, position);
+      position = after(position, updates.length);
+      const endOfEpoch = position.update === 0;
+      failures = made.skipped ? failures + 1 : 0;
+      journal.note(position, made, update);
+      if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
+      if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
+      const done = position.step === total;
+      const { every_steps } = run.checkpoints;
+      if (done || stop.asked || isDue(every_steps, position.step, endOfEpoch))
+        folder = save(session, position);
+      if (done || isDue(run.previews.every_steps, position.step, endOfEpoch))
+        await journal.preview(position.step);
+      if (done) break;
+      if (stop.asked) return { position, folder, stopped: true };
+      await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
+    }
+  }
+  const curve = lossCurve(readLog(logFile(run.output)), `${run.name}: loss`);
+  writeFileAtomic(join(run.output, 'loss.svg'), curve);
+  return { position, folder: await writeFinal(session), stopped: false };
+}
+
+const isDue = (every: number, step: number, endOfEpoch: boolean): boolean =>
+  every > 0 ? step % every === 0 : endOfEpoch;
+
+const after = ({ step, epoch, update }: Position, updates: number): Position =>
+  update + 1 === updates
+    ? { step: step + 1, epoch: epoch + 1, update: 0 }
+    : { step: step + 1, epoch, update: update + 1 };
+
+interface Made {
+  /** The mean over the update's samples. */
+  loss: number;
+  lr: number;
+  grad_norm: number;
+  /** Why the weights were left as they were. */
+  skipped?: string;
+}
+
+/** All passes of an update, and the step if loss and gradients are finite. */
+async function makeUpdate(session: Session, update: Update, position: Position): Promise<Made> {
+  const { run, parameters, optimizer, ema, total } = session;
+  const { loss, bad } = await runPasses(session, update, position.epoch);
+  const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
+  let clipping: Clipping = { norm: Number.NaN, scale: 1 };
+  let skipped = bad && `the loss is ${loss}; the first tensor that is not finite is ${bad}`;
+  if (!skipped) {
+    clipping = clipGradients(parameters, run.optimizer.max_grad_norm);
+    if (clipping.nonfinite) skipped = `the gradient of ${clipping.nonfinite} is not finite`;
+  }
+  if (!skipped) {
+    optimizer.step(lr, clipping.scale);
+    ema?.step();
+  }
+  for (const parameter of parameters.values()) clearGrad(parameter.tensor);
+  return { loss, lr, grad_norm: clipping.norm, skipped };
+}
+
+/** Forward and backward of every pass; gradients add up. Stops at a loss that is not finite, and names the tensor. */
+async function runPasses(
+  { task, device }: Session,
+  update: Update,
+  epoch: number,
+): Promise<{ loss: number; bad?: string }> {
+  const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
+  let mean = 0;
+  for (const pass of update) {
+    const inputs = await task.prepare(pass, epoch);
+    const share = pass.samples.length / samples;
+    const loss = scope(() => {
+      const y = task.loss(inputs);
+      const value = y.floats()[0];
+      if (Number.isFinite(value)) backward(y, tensor([share], [1], { device }));
+      return value;
+    });
+    if (!Number.isFinite(loss)) return { loss, bad: firstBadTensor(task, inputs, device) };
+    mean += share * loss;
+    await new Promise((resolve) => setImmediate(resolve));
+  }
+  return { loss: mean };
+}
+
+function gaveUp({ skipped }: Made, failures: number, step: number, folder: string): UserError {
+  const mend = folder ? `resume from ${folder}` : 'start again';
+  return new UserError(
+    `training stopped at step ${step}: ${failures} updates in a row were not finite (${skipped}); lower optimizer.lr and ${mend}`,
+  );
+}
+
+function save({ run, task, pictures, optimizer, ema }: Session, position: Position): string {
+  const components = task.components.map(
+    ({ name, config, parameters }): SavedComponent => ({
+      name,
+      config,
+      weights: weightEntries(parameters),
+      ema: ema && weightEntries(parameters, (key, own) => ema.weights.get(`${name}.${key}`) ?? own.tensor),
+    }),
+  );
+  const state = { ...position, run, dataset: pictures.hash };
+  return saveCheckpoint(run.output, state, components, optimizer.state, run.checkpoints.keep);
+}
+
+/** What a run tells while it goes: the progress line, the log, TensorBoard, previews. */
+function openJournal({ run, task, ema, device, total }: Session, report: Report) {
+  const events = openEventFile(join(run.output, 'tensorboard'));
+  let [since, seen] = [Date.now(), 0];
+  return {
+    note({ step, epoch }: Position, { loss, lr, grad_norm, skipped }: Made, update: Update): void {
+      seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
+      if (step % run.log_every === 0 || step === total || skipped) {
+        const images_per_second = (1000 * seen) / Math.max(1, Date.now() - since);
+        [since, seen] = [Date.now(), 0];
+        const entry: LogEntry = { step, epoch, loss, lr, grad_norm, images_per_second, skipped };
+        appendLog(logFile(run.output), entry);
+        events.scalars(step, { loss, lr, grad_norm, images_per_second });
+      }
+      const memory = `${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`;
+      report.progress(
+        'training',
+        step,
+        total,
+        `loss ${loss.toFixed(4)}, lr ${lr.toPrecision(3)}, peak ${memory}`,
+      );
+    },
+    async preview(step: number): Promise<void> {
+      if (run.previews.prompts.length === 0) return;
+      const sheet = await writePreviews(
+        run.output,
+        step,
+        await task.preview(ema?.weights),
+        run.previews.prompts,
+      );
+      const { width, height } = sheet;
+      events.image(step, 'previews', readFileSync(sheet.path), width, height);
+      since = Date.now(); // the rate is of training alone
+    },
+  };
+}
+
+function makeFolder(path: string): void {
+  try {
+    mkdirSync(path, { recursive: true });
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+}
