@@ -10,9 +10,14 @@ let sequence = 0;
 export const isRecording = (): boolean => recording;
 
 /** Runs `fn` without noting anything on the tape: inference. */
-export function noGrad<R>(fn: () => R): R {
+export const noGrad = <R>(fn: () => R): R => withRecording(false, fn);
+
+/** Runs `fn` noting what it does on the tape, even inside noGrad. */
+export const recorded = <R>(fn: () => R): R => withRecording(true, fn);
+
+function withRecording<R>(wanted: boolean, fn: () => R): R {
   const before = recording;
-  recording = false;
+  recording = wanted;
   try {
     return fn();
   } finally {
@@ -20,7 +25,10 @@ export function noGrad<R>(fn: () => R): R {
   }
 }
 
-interface Edge {
+/** From the gradient of an output to those of the edges; undefined where there is none. */
+type Pull = (dy: Tensor) => (Tensor | undefined)[];
+
+export interface Edge {
   name: string;
   node: Node;
   spec: { shape: readonly number[]; dtype: Tensor['dtype'] };
@@ -31,7 +39,7 @@ export class Node {
   /** For a leaf: the accumulated gradient. For an op: the gradient of its output, while backward runs. */
   grad: Tensor | undefined;
   /** Runs the op's backward and returns the gradients of its edges, in order. Undefined on a leaf or once spent. */
-  #pull: ((dy: Tensor) => Tensor[]) | undefined;
+  #pull: Pull | undefined;
   edges: Edge[] = [];
   #saved: Tensor[] = [];
 
@@ -61,7 +69,7 @@ export class Node {
   }
 
   /** A node whose gradients come from a function: used by gradient checkpointing. */
-  static ofFunction(edges: Edge[], saved: Tensor[], pull: (dy: Tensor) => Tensor[]): Node {
+  static ofFunction(edges: Edge[], saved: Tensor[], pull: Pull): Node {
     const node = new Node();
     node.edges = edges;
     node.#saved = saved;
@@ -69,7 +77,7 @@ export class Node {
     return node;
   }
 
-  pull(): Tensor[] {
+  pull(): (Tensor | undefined)[] {
     if (!this.#pull || !this.grad) return [];
     return this.#pull(this.grad);
   }
@@ -115,7 +123,7 @@ export function backward(output: Tensor, dy?: Tensor): void {
         const edges = node.edges;
         scope(() => {
           node.pull().forEach((gradient, i) => {
-            accumulate(edges[i].node, gradient);
+            if (gradient) accumulate(edges[i].node, gradient);
           });
         });
         node.spend();

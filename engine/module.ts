@@ -126,6 +126,13 @@ function visit(child: Child, path: string, found: Map<string, Parameter>): void 
   } else child.forEach((item, i) => void visit(item, `${path}.${i}`, found));
 }
 
+/** Whether any loaded parameter below `child` collects a gradient. */
+export function isTrained(child: Child): boolean {
+  if (child === undefined) return false;
+  if (child instanceof Parameter) return child.loaded && child.tensor.requiresGrad;
+  return (typeof child === 'function' ? Object.values(child.children) : child).some(isTrained);
+}
+
 /** Number of weights, counted on shapes alone. */
 export const parameterCount = (root: AnyModule): number =>
   [...namedParameters(root).values()].reduce((total, p) => total + p.size, 0);

@@ -43,14 +43,26 @@ export function scope<R>(fn: () => R): R {
   }
 }
 
-function* tensorsIn(value: unknown): Generator<Tensor> {
+/** The tensors in a value, its arrays and its plain objects. */
+export function* tensorsIn(value: unknown): Generator<Tensor> {
   if (typeof value !== 'object' || value === null) return;
   if (isTensor(value)) yield value;
   else if (Array.isArray(value)) for (const item of value) yield* tensorsIn(item);
-  else if (Object.getPrototypeOf(value) === Object.prototype) {
+  else if (isPlain(value)) {
     for (const item of Object.values(value)) yield* tensorsIn(item);
   }
 }
+
+/** A copy of a value in which `replace` has had each tensor that tensorsIn finds. */
+export function mapTensors(value: unknown, replace: (tensor: Tensor) => Tensor): unknown {
+  if (typeof value !== 'object' || value === null) return value;
+  if (isTensor(value)) return replace(value);
+  if (Array.isArray(value)) return value.map((item) => mapTensors(item, replace));
+  if (!isPlain(value)) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, mapTensors(item, replace)]));
+}
+
+const isPlain = (value: object): boolean => Object.getPrototypeOf(value) === Object.prototype;
 
 // By shape rather than by class: importing the class would make scope and tensor import each other at run time.
 const isTensor = (value: object): value is Tensor => 'dtype' in value && 'release' in value;

@@ -2,6 +2,7 @@
 // width and transformer depth; features pushed on the way down and popped on the way up. The tree spells diffusers' keys.
 // What stays the same over all steps of an image (keys and values of the prompt, the embedded sizes) is computed once
 // when the conditioning carries a ContextCache; training passes none.
+import { checkpointed } from '../engine/checkpointing.ts';
 import { conv2d, groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
@@ -113,6 +114,8 @@ const once = (
 ): readonly Tensor[] => (cache ? cache.once(key, make) : make());
 
 type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
+/** What becomes of a resnet or transformer block: itself, or itself with gradient checkpointing. */
+type Wrap = typeof checkpointed;
 
 const attentionChildren = (c: number, contextWidth: number) => ({
   to_q: linear(c, c, { bias: false }),
@@ -175,12 +178,13 @@ export const transformer = (
   { width: c, heads, depth }: Level,
   contextWidth: number,
   groups: number,
+  wrap: Wrap = (block) => block,
 ): Transformer =>
   module(
     {
       norm: groupNorm(groups, c, { eps: 1e-6 }),
       proj_in: linear(c, c),
-      transformer_blocks: times(depth, () => transformerBlock(c, contextWidth, heads)),
+      transformer_blocks: times(depth, () => wrap(transformerBlock(c, contextWidth, heads))),
       proj_out: linear(c, c),
     },
     (m, x: Tensor, conditioning: Conditioning) => {
@@ -261,11 +265,13 @@ export const levelsOf = (config: UNetConfig): Level[] =>
   }));
 
 /** The levels as modules. Channel counts are pushed and popped here exactly as forward does with features. */
-function blocks(config: UNetConfig, ctemb: number) {
+function blocks(config: UNetConfig, ctemb: number, wrap: Wrap) {
   const levels = levelsOf(config);
   const norm: NormConfig = { groups: config.norm_num_groups, eps: config.norm_eps };
   const attention = (level: Level, type: string) =>
-    type.startsWith('CrossAttn') ? transformer(level, config.cross_attention_dim, norm.groups) : undefined;
+    type.startsWith('CrossAttn')
+      ? transformer(level, config.cross_attention_dim, norm.groups, wrap)
+      : undefined;
   let c = levels[0].width;
   const skips = [c];
   const to = (width: number, more = 0): Resnet => {
@@ -281,7 +287,10 @@ function blocks(config: UNetConfig, ctemb: number) {
     return downBlock(resnets, attentions, downsamplers);
   });
   const deepest = levels[levels.length - 1];
-  const mid_block = midBlock([to(c), to(c)], [transformer(deepest, config.cross_attention_dim, norm.groups)]);
+  const mid_block = midBlock(
+    [to(c), to(c)],
+    [transformer(deepest, config.cross_attention_dim, norm.groups, wrap)],
+  );
   const up_blocks = levels.toReversed().map((level, i) => {
     const resnets = times(config.layers_per_block + 1, () => to(level.width, skips.pop()));
     const attentions = resnets.map(() => attention(level, config.up_block_types[i]));
@@ -292,9 +301,10 @@ function blocks(config: UNetConfig, ctemb: number) {
 
 /**
  * Predicts what the model was trained to predict (noise, for SDXL) from `sample` [n, h, w, in_channels] in the model's
- * type and `timesteps` float32 [n]; returns [n, h, w, out_channels]. Any h and w.
+ * type and `timesteps` float32 [n]; returns [n, h, w, out_channels]. Any h and w. With gradient checkpointing, resnets and
+ * transformer blocks run again in backward instead of keeping their activations.
  */
-export function unet(config: UNetConfig) {
+export function unet(config: UNetConfig, { gradientCheckpointing = false } = {}) {
   const width = config.block_out_channels[0];
   const ctemb = 4 * width;
   return module(
@@ -302,7 +312,7 @@ export function unet(config: UNetConfig) {
       conv_in: conv2d(config.in_channels, width, 3, { padding: 1 }),
       time_embedding: embeddingMlp(width, ctemb),
       add_embedding: embeddingMlp(config.projection_class_embeddings_input_dim, ctemb),
-      ...blocks(config, ctemb),
+      ...blocks(config, ctemb, gradientCheckpointing ? checkpointed : (block) => block),
       conv_norm_out: groupNorm(config.norm_num_groups, width, { eps: config.norm_eps, silu: true }),
       conv_out: conv2d(width, config.out_channels, 3, { padding: 1 }),
     },

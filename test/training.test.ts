@@ -3,7 +3,7 @@
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
-import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
+import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
@@ -79,7 +79,12 @@ interface Settings {
 }
 
 /** The loss of stored micro-batch `index`, on the tape. */
-function goldenLoss(model: UNet, settings: Settings, index: number): Tensor {
+function goldenLoss(
+  model: UNet,
+  settings: Settings,
+  index: number,
+  context = onDevice('data.prompt_embeds', index),
+): Tensor {
   const objective = objectiveOf(
     { ...plain, prediction_type: settings.prediction_type, snr_gamma: settings.snr_gamma ?? 0 },
     source.config('scheduler'),
@@ -98,7 +103,7 @@ function goldenLoss(model: UNet, settings: Settings, index: number): Tensor {
     objective,
     addNoise(objective, channelsLast(latents), [n, h, w, c], times, noise),
     {
-      context: onDevice('data.prompt_embeds', index),
+      context,
       textEmbeds: onDevice('data.pooled', index),
       timeIds: onDevice('data.time_ids', index),
     },
@@ -199,5 +204,51 @@ test('learning rates', (t) => {
   t.same([0, 9, 10, 19, 20, 99].map(at), [1, 1, 0.1, 0.1, 0.01, 0.01]);
   t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
   t.throws(() => learningRate({ ...rules, step_rules: 'fast' }, 1, 0, 100), /step_rules/);
+  t.end();
+});
+
+/** Loss, gradients and peak memory of one pass over the first stored batch. */
+function onePass(gradientCheckpointing: boolean) {
+  const model = unet(parseUNetConfig(source.config('unet')), { gradientCheckpointing });
+  source.load('unet', model, device, 'float32');
+  const parameters = namedParameters(model);
+  for (const p of parameters.values()) requireGrad(p.tensor);
+  const context = requireGrad(onDevice('data.prompt_embeds', 0));
+  const held = device.memory.live;
+  let afterForward = 0;
+  const loss = scope(() => {
+    const value = goldenLoss(model, area.cases[0].settings as unknown as Settings, 0, context);
+    afterForward = device.memory.live - held;
+    backward(value);
+    return value.floats()[0];
+  });
+  const gradients = new Map(
+    [...parameters].map(([name, p]) => [name, scope(() => gradOf(p.tensor)?.floats()) as Float32Array]),
+  );
+  gradients.set('context', scope(() => gradOf(context)?.floats()) as Float32Array);
+  for (const t of [context, ...[...parameters.values()].map((p) => p.tensor)]) clearGrad(t);
+  context.release();
+  unload(model);
+  return { loss, gradients, afterForward };
+}
+
+test('gradient checkpointing gives the same gradients and keeps less', (t) => {
+  const before = device.memory.storages;
+  const [plainly, checkpointed] = [onePass(false), onePass(true)];
+  t.equal(checkpointed.loss, plainly.loss);
+  const differing = [...plainly.gradients].filter(([name, want]) =>
+    Buffer.compare(Buffer.from(want.buffer), Buffer.from(checkpointed.gradients.get(name)!.buffer)),
+  );
+  // The prompt's gradient sums what each block's keys and values give, block by block instead of all in a row.
+  t.same(
+    differing.map(([name]) => name).filter((name) => name !== 'context'),
+    [],
+    `${plainly.gradients.size} gradients`,
+  );
+  const prompts = [checkpointed, plainly].map(({ gradients }) => gradients.get('context') as Float32Array);
+  allClose(t, 'the gradient of the prompt', prompts[0], prompts[1], { atol: 1e-8, rtol: 1e-5 });
+  const share = checkpointed.afterForward / plainly.afterForward;
+  t.ok(share < 0.5, `the tape holds ${(100 * share).toFixed(0)} % of what it holds without`);
+  t.equal(device.memory.storages, before, 'live tensors');
   t.end();
 });
