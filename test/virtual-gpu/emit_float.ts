@@ -91,15 +91,26 @@ const fma: Emit = (e, i, type) => {
     return e.line('}');
   }
   const value =
-    mode === 'rn' || !mode ? `num.fma(${x},${y},${z})` : `num.fmaRounded(${x},${y},${z},'${mode}')`;
+    mode === 'rn' || !mode ? `num.fma(${x},${y},${z})` : `num.addRounded(${x}*${y},${z},'${mode}')`;
   const limited = i.modifiers.includes('sat') ? `num.saturate(${value})` : value;
   e.setFloat(d, i.modifiers.includes('ftz') ? `num.flush(${limited})` : limited);
 };
 
+/** add and sub: JavaScript's float64 sum is already rounded, which directed rounding must not see. */
+const sum =
+  (sign: '' | '-'): Emit =>
+  (e, i, type) => {
+    const [d, a, b] = i.operands;
+    const mode = rounding(i);
+    if (type !== 'f32' || !mode || mode === 'rn') return binary((x, y) => `${x}+${sign}${y}`)(e, i, type);
+    const value = `num.addRounded(${read(e, i, a, type)},${sign}${read(e, i, b, type)},'${mode}')`;
+    write(e, i, d, type, value);
+  };
+
 /** Opcode to emitter, for float operand types. */
 export const floatInstructions: Readonly<Record<string, Emit>> = {
-  add: binary((x, y) => `${x}+${y}`),
-  sub: binary((x, y) => `${x}-${y}`),
+  add: sum(''),
+  sub: sum('-'),
   mul: binary((x, y) => `${x}*${y}`),
   div: binary((x, y) => `${x}/${y}`),
   min: binary((x, y) => `num.floatMin(${x},${y})`),

@@ -93,8 +93,12 @@ function neighbour(x: number, up: boolean): number {
   return floats[0];
 }
 
-export const fmaRounded = (x: number, y: number, z: number, mode: 'rz' | 'rm' | 'rp'): number =>
-  roundFloat(addToOdd(x * y, z), mode);
+/** p + z rounded once in a direction; an exact zero of unlike addends is -0 when that is down. */
+export function addRounded(p: number, z: number, mode: 'rz' | 'rm' | 'rp'): number {
+  const sum = addToOdd(p, z);
+  if (sum === 0 && mode === 'rm') return Object.is(p, 0) && Object.is(z, 0) ? 0 : -0;
+  return roundFloat(sum, mode);
+}
 
 /** fma.rn.f64 by a split product; exact but for results near the ends of the exponent range. */
 export function fma64(x: number, y: number, z: number): number {
