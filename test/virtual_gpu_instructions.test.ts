@@ -299,7 +299,7 @@ const sameFloat = (p: number, q: number) => Object.is(p, q) || (Number.isNaN(p) 
 
 /** An exact zero sum of unlike signs is -0 when rounding down. */
 const zeroSum = (p: number, q: number, sum: number, mode: RoundingMode) =>
-  mode === 'rm' && p === -q && !(Object.is(p, 0) && Object.is(q, 0)) ? -0 : sum;
+  mode === 'rm' && p === -q && Number.isFinite(p) && !(Object.is(p, 0) && Object.is(q, 0)) ? -0 : sum;
 
 test('float32 arithmetic rounds once', (t) => {
   const [x, y, z] = floatTriples();
