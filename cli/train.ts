@@ -59,8 +59,11 @@ async function chosenRuns(file: string, { set, only }: Options): Promise<Run[]> 
 
 async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
   const { locate, report } = tools(terminal, options.quiet);
-  for (const run of await chosenRuns(file, options)) {
-    const materials = await openMaterials(run, locate, report);
+  const runs = await chosenRuns(file, options);
+  for (const run of runs) {
+    // The VAE that an earlier run of the file will make has the model's own shape.
+    const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
+    const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report);
     terminal.out(`${describe(materials).join('\n')}\n`);
   }
 }

@@ -57,7 +57,7 @@ export default defineRun(
     lr_scheduler: { name: 'cosine', warmup_steps: 100 },
     ema: { decay: 0.999 },
     checkpoints: { every_steps: 500 },
-    previews: { prompts: ['reconstructions'], every_steps: 500 },
+    previews: { every_steps: 500 },
   },
   {
     name: 'emoji',

@@ -146,7 +146,6 @@ test('a VAE and a model from a preset with its text encoders', async (t) => {
     ...basic('vae'),
     train: { target: 'vae' },
     steps: 2,
-    previews: { prompts: ['reconstructions'] },
   });
   t.ok(existsSync(join(output, 'previews.png')));
   const { scaling_factor } = JSON.parse(readFileSync(join(output, 'final', 'vae', 'config.json'), 'utf8'));

@@ -79,7 +79,11 @@ export function momentsCache(
   };
 }
 
-/** Batches of one size each, of no more pixels than one picture of 1024 x 1024 has. */
+/** How many pictures of a size the VAE takes at once: no more pixels than one of 1024 x 1024 has. */
+export const picturesAtOnce = (height: number, width: number, count: number): number =>
+  Math.min(count, Math.max(1, Math.floor(2 ** 20 / (height * width))));
+
+/** Batches of one size each. */
 function equalSizes(views: readonly View[]): View[][] {
   const bySize = new Map<string, View[]>();
   for (const view of views) {
@@ -88,7 +92,7 @@ function equalSizes(views: readonly View[]): View[][] {
   }
   return [...bySize.values()].flatMap((same) => {
     const [height, width] = same[0].geometry.target;
-    return slices(same, Math.max(1, Math.floor(2 ** 20 / (height * width))));
+    return slices(same, picturesAtOnce(height, width, same.length));
   });
 }
 

@@ -6,13 +6,20 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { mul } from '../engine/ops/binary.ts';
-import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { scope } from '../engine/scope.ts';
+import { sizeOf, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
-import { momentsCache, type PictureMoments, type TextEmbeddings, textCache } from './cache.ts';
+import {
+  momentsCache,
+  type PictureMoments,
+  picturesAtOnce,
+  type TextEmbeddings,
+  textCache,
+} from './cache.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
@@ -96,12 +103,17 @@ export function diffusionTask(
           : { captions: chosen },
       };
     },
+    rehearseCache() {
+      const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
+      const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
+      noGrad(() => scope(() => void pipeline.vae.encode(zeros(shape, { device }))));
+    },
     blank({ bucket, samples }) {
       const n = samples.length;
       const shape = latentShape(bucket, n);
-      const zeros = new Float32Array(sizeOf(shape));
+      const nothing = new Float32Array(sizeOf(shape));
       return {
-        noised: { shape, sample: zeros, timesteps: new Float32Array(n), target: zeros },
+        noised: { shape, sample: nothing, timesteps: new Float32Array(n), target: nothing },
         timeIds: Array.from({ length: n }, () => Array<number>(pipeline.aesthetic ? 5 : 6).fill(0)),
         text: { captions: Array<string>(n).fill('') },
       };
@@ -120,6 +132,7 @@ export function diffusionTask(
       });
     },
     async preview(weights) {
+      if (run.previews.prompts.length === 0) return [];
       const [height, width] = pictures.buckets[0];
       const other = averaged(pipeline, components, weights);
       try {

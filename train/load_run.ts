@@ -34,6 +34,7 @@ async function evaluate(path: string): Promise<unknown> {
     fsCache: false,
     moduleCache: false,
     tryNative: false,
+    interopDefault: false, // a default export and nothing else is a run
   });
   try {
     const loaded = (await jiti.import(resolve(path))) as { default?: unknown };

@@ -1,7 +1,6 @@
 // Everything a run needs before its first update: the pictures looked at, the model loaded or begun at random, the task, the
 // optimizer and the moving average; and, to resume, all of these as a checkpoint left them. The same session on the
 // stand-in device, which holds no numbers, foretells the memory.
-import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
@@ -14,7 +13,7 @@ import { UserError } from '../io/errors.ts';
 import { channelsLast, loadParameters, type ModelSource, openWeights } from '../models/checkpoint.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
-import { difference, loadTensors, type Position, readState } from './checkpoint.ts';
+import { difference, listCheckpoints, loadTensors, type Position, readState } from './checkpoint.ts';
 import { updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
@@ -76,7 +75,8 @@ async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
     );
   if (typeof run.model === 'string') return locate.model(run.model);
   const tokenizers = join(run.output, 'tokenizers');
-  if (run.train.target !== 'vae' && !existsSync(join(tokenizers, 'tokenizer_2', 'tokenizer_config.json'))) {
+  // A resumed run keeps the tokenizers it has.
+  if (run.train.target !== 'vae' && listCheckpoints(run.output).length === 0) {
     const { vocab_size, max_position_embeddings: length } = run.model.text_encoder_2;
     const { examples } = await openDataset(run.dataset);
     const captions = examples.flatMap((example) => example.captions);
@@ -161,7 +161,7 @@ function resumeEma({ task, optimizer }: Session, { state, weights }: Ema, folder
   state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
 }
 
-/** The most device memory that an update takes (the largest pass, backward and step, run without numbers), and counts. */
+/** The most device memory that an update takes (caching, the largest pass, backward and step, all run without numbers), and counts. */
 export function foretell(materials: Materials): { bytes: number; trained: number; all: number } {
   const { run, pictures } = materials;
   const device = standInDevice();
@@ -172,6 +172,7 @@ export function foretell(materials: Materials): { bytes: number; trained: number
     pictures.bucketOf[0],
   );
   const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
+  session.task.rehearseCache?.();
   scope(() => backward(session.task.loss(session.task.blank({ bucket, samples }))));
   session.optimizer.step(0);
   session.ema?.step();

@@ -38,11 +38,13 @@ export interface Task<Inputs = unknown> {
   fillCache?(report: Report): Promise<void>;
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. */
   prepare(batch: MicroBatch, epoch: number): Promise<Inputs>;
+  /** The most memory that filling the cache takes, done once without numbers. */
+  rehearseCache?(): void;
   /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
   blank(batch: MicroBatch): Inputs;
   /** The mean loss over the pass's samples, [1] float32, on the tape. */
   loss(inputs: Inputs): Tensor;
-  /** What the model makes now, with `weights` in place of what is trained. */
+  /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. */
   preview(weights: Weights): Promise<Picture[]>;
   /** The last word on configs, before the finished model is written. */
   finish?(weights: Weights): Promise<void>;

@@ -40,13 +40,16 @@ export async function train(
   stop: { readonly asked: boolean },
   checkpoint?: string,
 ): Promise<Outcome> {
-  const { run, pictures, total, task } = session;
+  const { run, pictures, total, task, device } = session;
   makeFolder(run.output);
   let position: Position = { step: 0, epoch: 0, update: 0 };
   if (checkpoint) position = resumeSession(session, checkpoint);
   rewindLog(logFile(run.output), position.step);
   rewindPreviews(run.output, position.step);
   await task.fillCache?.(report);
+  // What follows needs other sizes, and its peak is what the plan foretold.
+  device.memory.trim();
+  device.memory.peak = device.memory.live;
   const journal = openJournal(session, report);
   const placed = pictures.samples.map(({ key }, i) => ({ key, bucket: pictures.bucketOf[i] }));
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
@@ -161,35 +164,30 @@ function save({ run, task, pictures, optimizer, ema }: Session, position: Positi
 /** What a run tells while it goes: the progress line, the log, TensorBoard, previews. */
 function openJournal({ run, task, ema, device, total }: Session, report: Report) {
   const events = openEventFile(join(run.output, 'tensorboard'));
-  let [since, seen] = [Date.now(), 0];
+  let [since, seen, rate] = [Date.now(), 0, Number.NaN];
   return {
     note({ step, epoch }: Position, { loss, lr, grad_norm, skipped }: Made, update: Update): void {
       seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
       if (step % run.log_every === 0 || step === total || skipped) {
-        const images_per_second = (1000 * seen) / Math.max(1, Date.now() - since);
+        rate = (1000 * seen) / Math.max(1, Date.now() - since);
         [since, seen] = [Date.now(), 0];
-        const entry: LogEntry = { step, epoch, loss, lr, grad_norm, images_per_second, skipped };
+        const entry: LogEntry = { step, epoch, loss, lr, grad_norm, images_per_second: rate, skipped };
         appendLog(logFile(run.output), entry);
-        events.scalars(step, { loss, lr, grad_norm, images_per_second });
+        events.scalars(step, { loss, lr, grad_norm, images_per_second: rate });
       }
-      const memory = `${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`;
-      report.progress(
-        'training',
-        step,
-        total,
-        `loss ${loss.toFixed(4)}, lr ${lr.toPrecision(3)}, peak ${memory}`,
-      );
+      const told = [
+        `loss ${loss.toFixed(4)}`,
+        `lr ${Number(lr.toPrecision(3))}`,
+        Number.isNaN(rate) ? '' : `${rate.toFixed(1)} images/s`,
+        `peak ${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`,
+      ];
+      report.progress('training', step, total, told.filter(Boolean).join(', '));
     },
     async preview(step: number): Promise<void> {
-      if (run.previews.prompts.length === 0) return;
-      const sheet = await writePreviews(
-        run.output,
-        step,
-        await task.preview(ema?.weights),
-        run.previews.prompts,
-      );
-      const { width, height } = sheet;
-      events.image(step, 'previews', readFileSync(sheet.path), width, height);
+      const pictures = await task.preview(ema?.weights);
+      if (pictures.length === 0) return;
+      const { path, width, height } = await writePreviews(run.output, step, pictures, run.previews.prompts);
+      events.image(step, 'previews', readFileSync(path), width, height);
       since = Date.now(); // the rate is of training alone
     },
   };

@@ -1,0 +1,263 @@
+// `sdxl train` and `sdxl plan` from the command line: every mistake is one clear sentence with status 2, and what was there
+// before stays as it was.
+import { spawnSync } from 'node:child_process';
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { main } from '../cli/main.ts';
+import { writePng } from '../io/image.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { goldenFolder, packageRoot } from './golden.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-train-cli-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const model = join(goldenFolder, 'tiny-sdxl');
+
+/** A folder of pictures with captions beside them. */
+function dataset(name: string, count: number): string {
+  const path = join(folder, name);
+  mkdirSync(path);
+  for (let i = 0; i < count; i++) {
+    const data = Uint8Array.from({ length: 3 * 32 * 32 }, (_, at) => (at * (i + 2)) % 255);
+    writePng(join(path, `${i}.png`), { width: 32, height: 32, channels: 3, data });
+    writeFileSync(join(path, `${i}.txt`), `picture ${i}`);
+  }
+  return path;
+}
+
+const sound = dataset('sound', 4);
+
+/** Writes a run file; `text` replaces its object where given. */
+function runFile(name: string, keys: object, text?: string): string {
+  const run = {
+    output: join(folder, `${name}-out`),
+    model,
+    steps: 2,
+    dataset: { path: sound, resolution: 32 },
+    optimizer: { lr: 1e-4 },
+    ...keys,
+  };
+  const path = join(folder, `${name}.ts`);
+  writeFileSync(
+    path,
+    `import { defineRun } from 'sdxl';\n${text ?? `export default defineRun(${JSON.stringify(run)});`}\n`,
+  );
+  return path;
+}
+
+async function sdxl(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
+  let [out, err] = ['', ''];
+  const terminal = {
+    out: (text: string) => void (out += text),
+    err: (text: string) => void (err += text),
+    live: false,
+  };
+  return { status: await main(argv, terminal), out, err };
+}
+
+interface Checks {
+  equal(a: unknown, b: unknown, message: string): unknown;
+  match(a: string, b: RegExp, message: string): unknown;
+}
+
+async function refuses(t: Checks, what: string, sentence: RegExp, ...argv: string[]): Promise<void> {
+  const { status, err } = await sdxl(...argv, '--quiet');
+  const errors = err.split('\n').filter((line) => line.startsWith('error: '));
+  t.equal(status, 2, `${what}: status 2`);
+  t.equal(errors.length, 1, `${what}: one sentence`);
+  t.match(errors[0] ?? '', sentence, `${what}: ${errors[0]}`);
+}
+
+test('run files', async (t) => {
+  await refuses(t, 'no file', /no run file .*nothing\.ts/, 'train', join(folder, 'nothing.ts'));
+  const file = (name: string, keys: object, text?: string) => ['train', runFile(name, keys, text)];
+  await refuses(
+    t,
+    'unknown key',
+    /unknown key "optimizer\.lrr"; did you mean "lr"/,
+    ...file('a', { optimizer: { lrr: 1 } }),
+  );
+  await refuses(
+    t,
+    'wrong type',
+    /"optimizer\.lr" is "high"; it takes a number/,
+    ...file('b', { optimizer: { lr: 'high' } }),
+  );
+  await refuses(t, 'syntax error', /cannot be loaded: /, ...file('c', {}, 'export default defineRun({;'));
+  await refuses(
+    t,
+    'throws',
+    /cannot be loaded: no coffee/,
+    ...file('d', {}, "throw new Error('no coffee');"),
+  );
+  await refuses(t, 'exports nothing', /exports no run/, ...file('e', {}, 'export const run = 1;'));
+  await refuses(t, 'no model', /names no model/, ...file('f', { model: '' }));
+  await refuses(
+    t,
+    'no such model',
+    /no model at .*nowhere/,
+    ...file('g', { model: join(folder, 'nowhere') }),
+  );
+  const good = runFile('good', {});
+  const set = (assignment: string) => ['train', good, '--set', assignment];
+  await refuses(
+    t,
+    '--set unknown',
+    /no key "optimizer\.lrr"; did you mean "optimizer\.lr"/,
+    ...set('optimizer.lrr=1'),
+  );
+  await refuses(t, '--set group', /"optimizer" is a group/, ...set('optimizer=1'));
+  await refuses(t, '--set type', /"steps" takes a whole number/, ...set('steps=many'));
+  await refuses(t, '--set nothing', /takes KEY=VALUE/, ...set('steps'));
+  await refuses(
+    t,
+    'contradiction',
+    /zero_terminal_snr needs prediction_type/,
+    ...set('objective.zero_terminal_snr=true'),
+  );
+  await refuses(t, 'parts', /matches no weight/, ...set('train.parts=nothing'));
+  await refuses(t, 'resolution', /not divisible by/, ...set('dataset.resolution=36'));
+  t.notOk(existsSync(join(folder, 'good-out', 'checkpoints')), 'nothing was trained');
+});
+
+test('datasets', async (t) => {
+  const using = (name: string, path: string, more: object = {}) => [
+    'train',
+    runFile(`data-${name}`, { dataset: { path, resolution: 32, ...more } }),
+  ];
+  await refuses(
+    t,
+    'missing folder',
+    /no dataset at .*absent|no folder .*absent/,
+    ...using('missing', join(folder, 'absent')),
+  );
+  mkdirSync(join(folder, 'empty'));
+  await refuses(t, 'empty', /has no picture with a caption/, ...using('empty', join(folder, 'empty')));
+  await refuses(t, 'none named', /names no dataset/, ...using('none', ''));
+  const lonely = dataset('lonely', 3);
+  rmSync(join(lonely, '1.txt'));
+  await refuses(t, 'picture without caption', /1\.png has no caption/, ...using('lonely', lonely));
+  const orphan = dataset('orphan', 3);
+  rmSync(join(orphan, '1.png'));
+  await refuses(
+    t,
+    'caption without picture',
+    /1\.txt is a caption without a picture/,
+    ...using('orphan', orphan),
+  );
+  const corrupt = dataset('corrupt', 3);
+  writeFileSync(
+    join(corrupt, '1.jpg'),
+    Buffer.concat([Buffer.from('ffd8ffe000104a464946', 'hex'), Buffer.alloc(300, 7)]),
+  );
+  rmSync(join(corrupt, '1.png'));
+  await refuses(t, 'corrupt JPEG', /1\.jpg cannot be read as a picture/, ...using('corrupt', corrupt));
+  const { status, err } = await sdxl(...using('skip', corrupt, { broken: 'skip' }));
+  t.equal(status, 0, 'skipped where the run says so');
+  t.match(err, /skipped: .*1\.jpg/, 'and listed');
+});
+
+test('checkpoints', async (t) => {
+  const file = runFile('kept', { checkpoints: { every_steps: 1 } });
+  const output = join(folder, 'kept-out');
+  t.equal((await sdxl('train', file, '--quiet')).status, 0);
+  const [first] = listCheckpoints(output);
+  const names = () => readdirSync(join(output, 'checkpoints')).join();
+  const before = names();
+  await refuses(t, 'output in use', /holds a run already; go on with --resume/, 'train', file);
+  await refuses(
+    t,
+    'no checkpoint',
+    /is not a checkpoint of a training run/,
+    'train',
+    file,
+    '--resume',
+    folder,
+  );
+  const other = ['--set', 'optimizer.lr=0.5', '--set', 'steps=9'];
+  await refuses(
+    t,
+    "another run's",
+    /is of another run: optimizer\.lr was 0\.0001 and is 0\.5/,
+    'train',
+    file,
+    '--resume',
+    first,
+    ...other,
+  );
+  const elsewhere = runFile('elsewhere', { dataset: { path: dataset('others', 5), resolution: 32 } });
+  await refuses(t, 'other pictures', /was trained on other pictures/, 'train', elsewhere, '--resume', first);
+  const damaged = join(folder, 'damaged');
+  cpSync(first, damaged, { recursive: true });
+  truncateSync(join(damaged, 'optimizer.safetensors'), 1000);
+  await refuses(
+    t,
+    'truncated',
+    /optimizer\.safetensors/,
+    'train',
+    runFile('fresh', { steps: 9 }),
+    '--resume',
+    damaged,
+  );
+  t.equal(names(), before, 'the checkpoints are as they were');
+  t.equal((await sdxl('train', file, '--resume', '--quiet')).status, 0, 'a finished run resumed is no error');
+});
+
+test('a learning rate that diverges stops with the tensor named', async (t) => {
+  const file = runFile('wild', { optimizer: { lr: 1e30, max_grad_norm: 0 }, steps: 50, max_nonfinite: 3 });
+  await refuses(t, 'diverges', /3 updates in a row were not finite .*lower optimizer\.lr/, 'train', file);
+  const log = readFileSync(join(folder, 'wild-out', 'log.jsonl'), 'utf8');
+  t.match(
+    log,
+    /"skipped":"the loss is .*first tensor that is not finite is .*(of|weight) /,
+    'the log names it',
+  );
+});
+
+test('a full disk leaves the old checkpoint', (t) => {
+  const file = runFile('full', { steps: 3, checkpoints: { every_steps: 1, keep: 1 } });
+  const output = join(folder, 'full-out');
+  const program = join(packageRoot, 'bin', 'sdxl.js');
+  const command = (limit: string, more: string) =>
+    spawnSync('bash', ['-c', `${limit} exec node "$0" train "$1" --quiet ${more}`, program, file], {
+      encoding: 'utf8',
+    });
+  t.equal(command('', '--set steps=1 ').status, 0);
+  rmSync(join(output, 'final'), { recursive: true });
+  const [old] = listCheckpoints(output);
+  const { status, stderr } = command('ulimit -f 1000;', '--resume');
+  t.equal(status, 2, stderr);
+  t.match(stderr, /error: .*would be larger than .*limit allows/, 'one sentence');
+  t.same(listCheckpoints(output), [old], 'the old checkpoint stays');
+  t.equal(readdirSync(join(output, 'checkpoints')).length, 1, 'nothing half-written beside it');
+  t.equal(command('', '--resume').status, 0, 'and can be resumed');
+  t.end();
+});
+
+test('plan', async (t) => {
+  const { status, out } = await sdxl(
+    'plan',
+    runFile('plan', { batch_size: 2, gradient_accumulation_steps: 2 }),
+    '--quiet',
+  );
+  t.equal(status, 0);
+  for (const line of [
+    /images +4 /,
+    /batch +4 \(2 x 2/,
+    /updates +2: 1 an epoch, 2 epochs/,
+    /trained +unet: 714660/,
+    /memory +0\.\d+ GiB/,
+  ])
+    t.match(out, line);
+});
