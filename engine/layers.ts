@@ -24,7 +24,10 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
       linearOp(x, m.weight.tensor, m.bias?.tensor, options),
   );
 
-export type Conv2d = Module<[x: Tensor, options?: { shift?: Tensor; residual?: Tensor }], Tensor, Weights>;
+export type Conv2d = Module<[x: Tensor, options?: { shift?: Tensor; residual?: Tensor }], Tensor, Weights> & {
+  readonly stride: number;
+  readonly padding: Padding;
+};
 
 /** A square kernel over [n, h, w, c]. Padding is one number for all sides, or [top, left, bottom, right]. */
 export function conv2d(
@@ -34,11 +37,12 @@ export function conv2d(
   { stride = 1, padding = 0 }: { stride?: number; padding?: number | Padding } = {},
 ): Conv2d {
   const sides: Padding = typeof padding === 'number' ? [padding, padding, padding, padding] : padding;
-  return module(
+  const layer = module(
     { weight: parameter([outputs, inputs, kernel, kernel], 'conv'), bias: parameter([outputs]) },
     (m, x: Tensor, options?: { shift?: Tensor; residual?: Tensor }) =>
       conv2dOp(x, m.weight.tensor, m.bias.tensor, { stride, padding: sides, ...options }),
   );
+  return Object.assign(layer, { stride, padding: sides });
 }
 
 export type Norm = Module<[x: Tensor], Tensor, Affine>;

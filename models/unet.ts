@@ -143,9 +143,8 @@ const crossAttention = (c: number, contextWidth: number, heads: number) =>
 /** residual + W2 GEGLU(W1 x) (Shazeer 2020). The keys are net.0.proj and net.2; net.1 was dropout. */
 const feedForward = (c: number) => {
   const geglu = module({ proj: linear(c, 8 * c) }, (m, x: Tensor) => m.proj(x, { activation: 'geglu' }));
-  const out = linear(4 * c, c);
-  return module({ net: [geglu, undefined, out] }, (_, x: Tensor, residual: Tensor) =>
-    out(geglu(x), { residual }),
+  return module({ net: [geglu, undefined, linear(4 * c, c)] as const }, (m, x: Tensor, residual: Tensor) =>
+    m.net[2](m.net[0](x), { residual }),
   );
 };
 
