@@ -56,6 +56,12 @@ public:
     }
     wake.notify_all();
     take(job);
+    {
+      // All ranges are taken: a helper that the system has not woken by now is not waited for.
+      std::lock_guard<std::mutex> lock(mutex);
+      job.running.fetch_sub(places);
+      places = 0;
+    }
     while (job.running.load(std::memory_order_acquire) > 0) __builtin_ia32_pause();
   }
 

@@ -9,11 +9,14 @@ template <class T> struct GegluWeight final : Rows<T> {
   const T *weight;
   int64_t n, k;
   GegluWeight(const T *weight, int64_t n, int64_t k) : weight(weight), n(n), k(k) {}
-  const T *at(int64_t r, int64_t c, int, T *) const override {
-    const int64_t column = r / (2 * GEGLU_BLOCK) * GEGLU_BLOCK + r % GEGLU_BLOCK;
-    const int64_t inside = column < n ? column : n - 1;
-    return weight + (r / GEGLU_BLOCK % 2 * n + inside) * k + c;
+  void fetch(const T **to, Range rows, Range columns, T *) const override {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      const int64_t column = r / (2 * GEGLU_BLOCK) * GEGLU_BLOCK + r % GEGLU_BLOCK;
+      const int64_t inside = column < n ? column : n - 1;
+      *to++ = weight + (r / GEGLU_BLOCK % 2 * n + inside) * k + columns.begin;
+    }
   }
+  int strips(Strip<T> *, Range, Range) const override { return -1; }
 };
 
 template <class T>

@@ -1,0 +1,86 @@
+// The micro-kernel: up to MR rows of A times one panel of B, sums kept in registers. A is read where it lies, row by row
+// (rows `stride` words apart, k along a row) or k-major (`stride` words from one k to the next); B is a packed panel
+// [words][vectors * LANES]. A word is a float or two bfloat16 for the dot product instruction.
+#pragma once
+#include "simd.h"
+
+#include <utility>
+#if defined(ARCH_avx512)
+#include <immintrin.h>
+#endif
+
+namespace sdxl::ARCH {
+namespace {
+
+#if defined(ARCH_avx512)
+constexpr int MR = 14;
+#else
+constexpr int MR = 6;
+#endif
+constexpr int PANEL = 2 * LANES; // columns of a panel of B; half of it where B has no more columns than that
+
+template <bool DOT> inline vf multiply_add(vf sum, vf a, vf b) {
+#if defined(ARCH_avx512)
+  if constexpr (DOT) return vf(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+#endif
+  return sum + a * b;
+}
+
+// Minus zero keeps every bit of the word.
+inline vf broadcast(const float *word) {
+  float x;
+  memcpy(&x, word, sizeof x);
+  return x - vf{};
+}
+
+// sums[ROWS][VECTORS * LANES] (+)= A[ROWS][words] B
+template <bool DOT, bool K_MAJOR, int VECTORS, int ROWS>
+void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stride, const float *b, int words, bool add) {
+  constexpr int HALF = (ROWS + 1) / 2; // two base pointers, so that few registers reach all rows
+  vf total[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) total[i][v] = vf{};
+  const float *low = a, *high = a + HALF * stride;
+  for (int w = 0; w < words; w++) {
+    vf right[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) {
+      right[v] = load(b + v * LANES);
+      __builtin_prefetch(b + (16 * VECTORS + v) * LANES);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      const vf left = broadcast(K_MAJOR ? low + i : i < HALF ? low + i * stride : high + (i - HALF) * stride);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add<DOT>(total[i][v], left, right[v]);
+    }
+    b += VECTORS * LANES;
+    low += K_MAJOR ? stride : 1;
+    high++;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) {
+      float *to = sums + i * sums_stride + v * LANES;
+      store(to, add ? load(to) + total[i][v] : total[i][v]);
+    }
+}
+
+typedef void (*MicroKernel)(float *, int64_t, const float *, int64_t, const float *, int, bool);
+
+template <bool DOT, bool K_MAJOR, int VECTORS, int... I> MicroKernel kernel_of_rows(int rows, std::integer_sequence<int, I...>) {
+  static constexpr MicroKernel kernels[] = {micro_kernel<DOT, K_MAJOR, VECTORS, I + 1>...};
+  return kernels[rows - 1];
+}
+
+template <bool DOT> MicroKernel kernel_for(bool k_major, int vectors, int rows) {
+  constexpr std::make_integer_sequence<int, MR> all{};
+  if (k_major) return vectors == 1 ? kernel_of_rows<DOT, true, 1>(rows, all) : kernel_of_rows<DOT, true, 2>(rows, all);
+  return vectors == 1 ? kernel_of_rows<DOT, false, 1>(rows, all) : kernel_of_rows<DOT, false, 2>(rows, all);
+}
+
+} // namespace
+} // namespace sdxl::ARCH
