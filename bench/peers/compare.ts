@@ -167,13 +167,20 @@ async function takeTurns(once: () => number, peer: Peer, rounds: number, turn: n
     theirs.push(...(await peer.run(theirRuns)));
     await sleep(5);
   }
-  return { ours: median(ours), torch: median(theirs), runs: ours.length };
+  return {
+    ours: median(ours),
+    torch: median(theirs),
+    ours_best: Math.min(...ours),
+    torch_best: Math.min(...theirs),
+    runs: ours.length,
+  };
 }
 
 function told(row: Row): Row {
   const ms = (seconds: number) => `${(seconds * 1000).toFixed(3)} ms`;
   const what = `${row.op} ${row.direction} ${row.shapes}`;
-  console.log(`${(row.torch / row.ours).toFixed(2)}x  ours ${ms(row.ours)}  torch ${ms(row.torch)}  ${what}`);
+  const [ratio, best] = [row.torch / row.ours, row.torch_best / row.ours_best].map((x) => x.toFixed(2));
+  console.log(`${ratio}x (best ${best}x)  ours ${ms(row.ours)}  torch ${ms(row.torch)}  ${what}`);
   return row;
 }
 

@@ -6,6 +6,8 @@
 #include "threads.h"
 
 #include <algorithm>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace sdxl {
@@ -20,12 +22,15 @@ inline vf load(const bf16 *p, int64_t count) { return count >= LANES ? load(p) :
 inline void store(bf16 *p, vf x, int64_t count) { count >= LANES ? store(p, x) : store<bf16>(p, x, count); }
 #endif
 
-// Rows of a chunk: the unit of work, and of the order of summation.
-inline int chunk_rows(int c) { return std::clamp(65536 / c, 16, 256); }
-
+// Images cut into chunks of rows: the unit of work, and of the order of summation. They are nearly equal and even in
+// number, so that two threads get the same share.
 struct Chunks {
   int n, hw, c, rows, per_image;
-  Chunks(int n, int hw, int c) : n(n), hw(hw), c(c), rows(chunk_rows(c)), per_image((hw + rows - 1) / rows) {}
+  Chunks(int n, int hw, int c) : n(n), hw(hw), c(c) {
+    const int64_t wanted = (int64_t(hw) * c / 32768 + 2) / 2 * 2;
+    rows = std::max(8, int((hw + wanted - 1) / wanted));
+    per_image = (hw + rows - 1) / rows;
+  }
   int64_t count() const { return int64_t(n) * per_image; }
   int rows_of(int64_t chunk) const { return std::min(rows, hw - int(chunk % per_image) * rows); }
   int64_t image(int64_t chunk) const { return chunk / per_image; }
@@ -42,98 +47,135 @@ struct Chunks {
 
 typedef std::vector<float> Row;
 
-// x / (1 + e^-x) to what T keeps. AVX-512 scales by powers of two and guesses reciprocals to 2^-14: enough for two-byte T
-// as it is, and for float after one step of Newton's.
-template <class T> inline vf silu_of(vf x) {
+// x / (1 + e^-x) of W vectors, to what T keeps. AVX-512 scales by powers of two and guesses reciprocals to 2^-14: enough for
+// two-byte T as it is, and for float after one step of Newton's. The W go side by side: a dozen instructions that wait for
+// each other would leave the units idle.
+template <class T, int W> inline void silu(vf (&x)[W]) {
 #if defined(ARCH_avx512)
-  const vf t = min(x * -1.44269504f, splat(126.f));
-  const __m512 n = _mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vf r = t - vf(n);
-  vf p;
-  if constexpr (sizeof(T) == 2) {
-    p = r * 0.0558012f + 0.2402265f;
-    p = p * r + 0.6931284f;
+  constexpr bool half = sizeof(T) == 2;
+  vf r[W], p[W];
+  __m512 n[W];
+  const auto each = [](auto &&step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i++) step(i);
+  };
+  each([&](int i) { r[i] = x[i] * -1.44269504f; });
+  // Newton's step would make NaN of an infinite power.
+  if constexpr (!half) each([&](int i) { r[i] = vf(_mm512_min_ps(__m512(r[i]), __m512(splat(126.f)))); });
+  each([&](int i) { n[i] = _mm512_roundscale_ps(__m512(r[i]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); });
+  each([&](int i) { r[i] -= vf(n[i]); });
+  if constexpr (half) {
+    each([&](int i) { p[i] = r[i] * 0.0558012f + 0.2402265f; });
+    each([&](int i) { p[i] = p[i] * r[i] + 0.6931284f; });
   } else {
-    p = r * 1.3333558e-3f + 9.6181291e-3f;
-    p = p * r + 5.5504109e-2f;
-    p = p * r + 2.4022651e-1f;
-    p = p * r + 6.9314718e-1f;
+    each([&](int i) { p[i] = r[i] * 1.3333558e-3f + 9.6181291e-3f; });
+    each([&](int i) { p[i] = p[i] * r[i] + 5.5504109e-2f; });
+    each([&](int i) { p[i] = p[i] * r[i] + 2.4022651e-1f; });
+    each([&](int i) { p[i] = p[i] * r[i] + 6.9314718e-1f; });
   }
-  const vf below = vf(_mm512_scalef_ps(__m512(p * r + 1.f), n)) + 1.f;
-  const vf guess = vf(_mm512_rcp14_ps(__m512(below)));
-  return sizeof(T) == 2 ? x * guess : x * (guess * (2.f - below * guess));
+  each([&](int i) { p[i] = p[i] * r[i] + 1.f; });
+  each([&](int i) { p[i] = vf(_mm512_scalef_ps(__m512(p[i]), n[i])) + 1.f; });
+  each([&](int i) { r[i] = vf(_mm512_rcp14_ps(__m512(p[i]))); });
+  each([&](int i) { x[i] *= r[i]; });
+  if constexpr (!half) each([&](int i) { x[i] *= 2.f - p[i] * r[i]; });
 #else
-  return x * sigmoid(x);
+  for (vf &each : x) each *= sigmoid(each);
 #endif
+}
+
+// Calls body(k, lanes) for each vector of a row of c: `lanes` is the constant LANES but for what may be left at the end, so
+// that loads and stores of whole vectors cost no test.
+template <class F> inline void each_vector(int c, F &&body) {
+  int k = 0;
+  for (; k + LANES <= c; k += LANES) body(k, std::integral_constant<int, LANES>());
+  if (k < c) body(k, c - k);
+}
+
+inline vf first_lanes(vf x, int count) {
+  vi place;
+  for (int i = 0; i < LANES; i++) place[i] = i;
+  return place < count ? x : vf{};
+}
+
+// The sum of term(k, lanes) over a row: four sums side by side, as one would wait for its own last addition.
+template <class F> inline float row_sum(int c, F &&term) {
+  constexpr std::integral_constant<int, LANES> all;
+  vf totals[4] = {};
+  int k = 0;
+  for (; k + 4 * LANES <= c; k += 4 * LANES)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) totals[i] += term(k + i * LANES, all);
+  for (; k + LANES <= c; k += LANES) totals[0] += term(k, all);
+  if (k < c) totals[1] += first_lanes(term(k, c - k), c - k);
+  return reduce_add((totals[0] + totals[1]) + (totals[2] + totals[3]));
 }
 
 // ---- group norm
 
-// mean and squares about it of each channel over `rows` rows of c. Rows go by fours, so that memory is read in order and
-// the running sums are touched a quarter as often.
+// mean and squares about it of each channel over `rows` rows of c. Rows go by eights, so that memory is read in order and
+// the running sums are touched an eighth as often.
 template <class T> void channel_moments(float *mean, float *squares, const T *x, int rows, int c) {
   std::fill_n(mean, c, 0.f);
   std::fill_n(squares, c, 0.f);
   const auto add_rows = [&](const T *row, auto how_many) {
-    for (int k = 0; k < c; k += LANES) {
-      const vf shift = load(x + k, c - k);
-      vf sum = load(mean + k, c - k), square = load(squares + k, c - k);
+    each_vector(c, [&](int k, auto lanes) {
+      const vf shift = load(x + k, lanes);
+      vf sum = load(mean + k, lanes), square = load(squares + k, lanes);
+#pragma GCC unroll 8
       for (int i = 0; i < how_many(); i++) {
-        const vf d = load(row + int64_t(i) * c + k, c - k) - shift;
+        const vf d = load(row + int64_t(i) * c + k, lanes) - shift;
         sum += d;
         square += d * d;
       }
-      store(mean + k, sum, c - k);
-      store(squares + k, square, c - k);
-    }
+      store(mean + k, sum, lanes);
+      store(squares + k, square, lanes);
+    });
   };
   int r = 0;
-  for (; r + 4 <= rows; r += 4) add_rows(x + int64_t(r) * c, [] { return 4; });
+  for (; r + 8 <= rows; r += 8) add_rows(x + int64_t(r) * c, [] { return 8; });
   for (; r < rows; r++) add_rows(x + int64_t(r) * c, [] { return 1; });
   const float inverse = 1.f / float(rows);
-  for (int k = 0; k < c; k += LANES) {
-    const vf sum = load(mean + k, c - k);
-    store(mean + k, load(x + k, c - k) + sum * inverse, c - k);
-    store(squares + k, load(squares + k, c - k) - sum * sum * inverse, c - k);
-  }
-}
-
-// The same per group of `width` channels, each over rows * width values.
-void group_moments(float *group_mean, float *group_squares, const float *mean, const float *squares, int rows, int groups, int width) {
-  for (int g = 0; g < groups; g++, mean += width, squares += width) {
-    float total = 0, spread = 0;
-    for (int k = 0; k < width; k++) total += mean[k];
-    const float centre = total / float(width);
-    for (int k = 0; k < width; k++) {
-      const float d = mean[k] - centre;
-      spread += squares[k] + float(rows) * d * d;
-    }
-    group_mean[g] = centre;
-    group_squares[g] = spread;
-  }
+  each_vector(c, [&](int k, auto lanes) {
+    const vf sum = load(mean + k, lanes);
+    store(mean + k, load(x + k, lanes) + sum * inverse, lanes);
+    store(squares + k, load(squares + k, lanes) - sum * sum * inverse, lanes);
+  });
 }
 
 template <class T>
 void group_statistics(float *mean, float *rstd, const T *x, const Chunks &chunks, int groups, float eps) {
   const int c = chunks.c, width = c / groups;
-  Row means(chunks.count() * groups), squares(chunks.count() * groups);
+  const int64_t all = chunks.count() * c;
+  const std::unique_ptr<float[]> means(new float[all]), squares(new float[all]);
   chunks.each([&](int64_t chunk, int64_t first, int rows) {
-    Row channel(2 * c);
-    channel_moments(channel.data(), channel.data() + c, x + first * c, rows, c);
-    group_moments(&means[chunk * groups], &squares[chunk * groups], channel.data(), channel.data() + c, rows, groups, width);
+    channel_moments(&means[chunk * c], &squares[chunk * c], x + first * c, rows, c);
   });
-  for (int64_t image = 0; image < chunks.n; image++)
-    for (int g = 0; g < groups; g++) {
-      double centre = 0, spread = 0, seen = 0;
-      for (int64_t chunk = image * chunks.per_image; chunk < (image + 1) * chunks.per_image; chunk++) {
-        const double rows = chunks.rows_of(chunk), d = means[chunk * groups + g] - centre;
-        spread += squares[chunk * groups + g] + d * d * rows * seen / (seen + rows) * width;
-        centre += d * rows / (seen + rows);
-        seen += rows;
+  std::vector<double> centre(c), spread(c);
+  for (int64_t image = 0; image < chunks.n; image++) {
+    centre.assign(c, 0);
+    spread.assign(c, 0);
+    double seen = 0;
+    for (int64_t chunk = image * chunks.per_image; chunk < (image + 1) * chunks.per_image; chunk++) {
+      const double rows = chunks.rows_of(chunk), part = rows / (seen + rows);
+      for (int k = 0; k < c; k++) {
+        const double d = means[chunk * c + k] - centre[k];
+        spread[k] += squares[chunk * c + k] + d * d * part * seen;
+        centre[k] += d * part;
       }
-      mean[image * groups + g] = float(centre);
-      rstd[image * groups + g] = float(1. / std::sqrt(spread / (seen * width) + eps));
+      seen += rows;
     }
+    for (int g = 0; g < groups; g++) {
+      double total = 0, square = 0;
+      for (int k = g * width; k < (g + 1) * width; k++) total += centre[k];
+      const double middle = total / width;
+      for (int k = g * width; k < (g + 1) * width; k++) {
+        const double d = centre[k] - middle;
+        square += spread[k] + seen * d * d;
+      }
+      mean[image * groups + g] = float(middle);
+      rstd[image * groups + g] = float(1. / std::sqrt(square / (seen * width) + eps));
+    }
+  }
 }
 
 // Per channel of each image: the group's mean and rstd, and the layer's weight and bias as float.
@@ -147,13 +189,16 @@ public:
       weights[k] = to_float(weight[k]);
       biases[k] = to_float(bias[k]);
     }
+    const int width = c / groups;
     for (int64_t image = 0; image < n; image++)
-      for (int k = 0; k < c; k++) {
-        means[image * c + k] = mean[image * groups + k / (c / groups)];
-        rstds[image * c + k] = rstd[image * groups + k / (c / groups)];
-        factors[image * c + k] = rstds[image * c + k] * weights[k];
-        shifts[image * c + k] = biases[k] - means[image * c + k] * factors[image * c + k];
-      }
+      for (int g = 0; g < groups; g++)
+        for (int k = g * width; k < (g + 1) * width; k++) {
+          const int64_t at = image * c + k;
+          means[at] = mean[image * groups + g];
+          rstds[at] = rstd[image * groups + g];
+          factors[at] = rstds[at] * weights[k];
+          shifts[at] = biases[k] - means[at] * factors[at];
+        }
   }
   vf mean(int64_t image, int k) const { return load(&means[image * c + k], c - k); }
   vf rstd(int64_t image, int k) const { return load(&rstds[image * c + k], c - k); }
@@ -169,21 +214,29 @@ private:
   Row means, rstds, factors, shifts, weights, biases;
 };
 
-template <class T, bool silu> void group_apply(T *y, const T *x, const Affine &affine, const Chunks &chunks) {
+template <class T, bool with_silu> void group_apply(T *y, const T *x, const Affine &affine, const Chunks &chunks) {
+  constexpr int W = 4;
   const int c = chunks.c;
   chunks.each([&, c](int64_t chunk, int64_t first, int rows) {
     const float *factors = affine.factors_of(chunks.image(chunk)), *shifts = affine.shifts_of(chunks.image(chunk));
-    const auto value = [](vf in, vf factor, vf shift) {
-      const vf z = in * factor + shift;
-      return silu ? silu_of<T>(z) : z;
-    };
     for (int64_t r = first; r < first + rows; r++) {
       const T *row = x + r * c;
       T *out = y + r * c;
       int k = 0;
-      for (; k + LANES <= c; k += LANES) store(out + k, value(load(row + k), load(factors + k), load(shifts + k)));
-      const int rest = c - k;
-      if (rest > 0) store(out + k, value(load(row + k, rest), load(factors + k, rest), load(shifts + k, rest)), rest);
+      for (; k + W * LANES <= c; k += W * LANES) {
+        vf z[W];
+#pragma GCC unroll 4
+        for (int i = 0; i < W; i++) z[i] = load(row + k + i * LANES) * load(factors + k + i * LANES) + load(shifts + k + i * LANES);
+        if (with_silu) silu<T>(z);
+#pragma GCC unroll 4
+        for (int i = 0; i < W; i++) store(out + k + i * LANES, z[i]);
+      }
+      each_vector(c - k, [&, k](int more, auto lanes) {
+        const int at = k + more;
+        vf z[1] = {load(row + at, lanes) * load(factors + at, lanes) + load(shifts + at, lanes)};
+        if (with_silu) silu<T>(z);
+        store(out + at, z[0], lanes);
+      });
     }
   });
 }
@@ -290,35 +343,23 @@ void group_norm_backward(T *dx, T *dweight, T *dbias, const T *dy, const T *x, c
 
 // ---- layer norm
 
-// The sum over a row of term(k, lanes that count).
-template <class F> inline float row_sum(int c, F &&term) {
-  vf total{};
-  int k = 0;
-  for (; k + LANES <= c; k += LANES) total += term(k);
-  float sum = reduce_add(total);
-  if (k < c) {
-    const vf rest = term(k);
-    for (int i = 0; i < c - k; i++) sum += rest[i];
-  }
-  return sum;
-}
-
 template <class T>
 void layer_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int rows, int c, float eps) {
   parallel_for(rows, rows_per_range(c), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       const T *row = x + r * c;
-      const float mu = row_sum(c, [&](int k) { return load(row + k, c - k); }) / float(c);
-      const float spread = row_sum(c, [&](int k) {
-        const vf d = load(row + k, c - k) - mu;
+      const float mu = row_sum(c, [&](int k, auto lanes) { return load(row + k, lanes); }) / float(c);
+      const float spread = row_sum(c, [&](int k, auto lanes) {
+        const vf d = load(row + k, lanes) - mu;
         return d * d;
       });
+      const float inverse = 1.f / sqrt(spread / float(c) + eps);
       mean[r] = mu;
-      rstd[r] = 1.f / sqrt(spread / float(c) + eps);
-      for (int k = 0; k < c; k += LANES) {
-        const vf h = (load(row + k, c - k) - mu) * rstd[r];
-        store(y + r * c + k, h * load(weight + k, c - k) + load(bias + k, c - k), c - k);
-      }
+      rstd[r] = inverse;
+      each_vector(c, [&](int k, auto lanes) {
+        const vf h = (load(row + k, lanes) - mu) * inverse;
+        store(y + r * c + k, h * load(weight + k, lanes) + load(bias + k, lanes), lanes);
+      });
     }
   });
 }
@@ -340,8 +381,8 @@ void layer_norm_backward(T *dx, T *dweight, T *dbias, const T *dy, const T *x, c
         store(biases + k, load(biases + k, c - k) + dz, c - k);
       }
       if (!dx) continue;
-      const float centre = row_sum(c, scaled) / float(c);
-      const float slope = row_sum(c, [&](int k) { return scaled(k) * normal(k); }) / float(c);
+      const float centre = row_sum(c, [&](int k, int) { return scaled(k); }) / float(c);
+      const float slope = row_sum(c, [&](int k, int) { return scaled(k) * normal(k); }) / float(c);
       for (int k = 0; k < c; k += LANES) store(dx + r * c + k, rstd[r] * (scaled(k) - centre - normal(k) * slope), c - k);
     }
   });
@@ -368,8 +409,8 @@ template <class T> void softmax_forward(T *y, const T *x, int rows, int c) {
       for (; k + LANES <= c; k += LANES) mosts = max(load(row + k), mosts);
       most = reduce_max(mosts);
       for (; k < c; k++) most = std::max(most, to_float(row[k]));
-      const float total = row_sum(c, [&](int k) {
-        const vf e = fast_exp(load(row + k, c - k) - most);
+      const float total = row_sum(c, [&](int k, auto lanes) {
+        const vf e = fast_exp(load(row + k, lanes) - most);
         store(&exps[k], e);
         return e;
       });
@@ -383,7 +424,7 @@ template <class T> void softmax_backward(T *dx, const T *dy, const T *y, int row
   parallel_for(rows, rows_per_range(c), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       const T *grad = dy + r * c, *row = y + r * c;
-      const float dot = row_sum(c, [&](int k) { return load(grad + k, c - k) * load(row + k, c - k); });
+      const float dot = row_sum(c, [&](int k, auto lanes) { return load(grad + k, lanes) * load(row + k, lanes); });
       for (int k = 0; k < c; k += LANES) store(dx + r * c + k, load(row + k, c - k) * (load(grad + k, c - k) - dot), c - k);
     }
   });
