@@ -48,7 +48,7 @@ function problem(record: AnyRecord, sample: AnySample, dtype: FloatDType): strin
 const dtypes = ['float32', 'bfloat16', 'float16'] as const;
 
 /** Not built yet. */
-const missing = ['attention', 'adafactor'];
+const missing = ['adafactor'];
 
 for (const record of registry.values()) {
   if (missing.includes(record.name)) continue;

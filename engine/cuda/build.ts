@@ -23,13 +23,19 @@ const familyNames = (): string[] =>
     .map((name) => basename(name, '.cu'))
     .sort();
 
-/** A digest of a family's source and the headers, kept in its PTX: a test sees stale PTX without nvcc. */
-export function sourceDigest(family: string): string {
+/** A source and the headers of ours that it includes, in order. */
+function includesOf(name: string, seen = new Set<string>()): Set<string> {
+  seen.add(name);
+  const text = readFileSync(join(sources, name), 'utf8');
+  for (const [, header] of text.matchAll(/#include "([^"]+)"/g))
+    if (!seen.has(header)) includesOf(header, seen);
+  return seen;
+}
+
+/** A digest of a family's source and headers, kept in its PTX: a test sees stale PTX without nvcc. */
+function sourceDigest(family: string): string {
   const hash = createHash('sha256');
-  for (const name of readdirSync(sources).sort()) {
-    if (name.endsWith('.cuh') || name === `${family}.cu`)
-      hash.update(name).update(readFileSync(join(sources, name)));
-  }
+  for (const name of includesOf(`${family}.cu`)) hash.update(name).update(readFileSync(join(sources, name)));
   return hash.digest('hex').slice(0, 16);
 }
 
@@ -75,7 +81,11 @@ export function tidy(ptx: string): string {
       lines.push(place);
       place = '';
     }
-    const short = line.replace(/\b\w+_param_(\d+)/g, 'p$1').replace(/^\t(\w[\w.]*) \t/, '\t$1 ');
+    const short = line
+      .replace(/\b\w+_param_(\d+)/g, 'p$1')
+      .replace(/\$L__BB\d+_/g, '$L')
+      .replace(/ +\t/g, ' ')
+      .replace(/, +/g, ',');
     lines.push(text.startsWith('.version') ? `.version ${PTX_VERSION}` : short);
   }
   return `${dedupe(lines).join('\n')}\n${[...ours.values()].join('\n')}\n`;

@@ -82,7 +82,10 @@ interface Product extends Size {
   readonly innerBatches?: number;
   readonly aBatch?: readonly [outer: number, inner: number];
   readonly bBatch?: readonly [outer: number, inner: number];
-  readonly yBatch?: number;
+  readonly yBatch?: readonly [outer: number, inner: number];
+  readonly yStride?: number;
+  /** A's rows lie on chunk boundaries, and zeros fill them up to the next one. */
+  readonly aPadded?: boolean;
   /** Float sums [batch, m, n] instead of y and its epilogue. */
   readonly sums?: bigint;
 }
@@ -108,8 +111,8 @@ export function product(p: Product, context: PlanContext): KernelLaunch[] {
   const [along, bAlong] = [layout[0] === 'n', layout[1] === 't'];
   const half = activation === GEGLU ? p.n : 0;
   const n = half ? divideUp(p.n, GEGLU_BLOCK) * 2 * GEGLU_BLOCK : p.n;
-  const [aBatch, bBatch, yBatch] = [p.aBatch ?? [0, 0], p.bBatch ?? [0, 0], p.yBatch ?? 0];
-  const aWhole = isWhole([along ? k : m, p.aStride, ...aBatch], context);
+  const [aBatch, bBatch, yBatch] = [p.aBatch ?? [0, 0], p.bBatch ?? [0, 0], p.yBatch ?? [0, 0]];
+  const aWhole = isWhole([p.aPadded ? 0 : along ? k : m, p.aStride, ...aBatch], context);
   const bWhole = isWhole([bAlong ? k : n, p.bStride, ...bBatch], context);
   const whole = Number(aWhole) + 2 * Number(bWhole);
   const canSplit = batch === 1 && !half && sums === undefined;
@@ -123,8 +126,8 @@ export function product(p: Product, context: PlanContext): KernelLaunch[] {
     block: TILE_THREADS,
     shared: tile.shared,
     args: [
-      ...[p.y, partial, p.a, p.b, bias, 0n, residual, m, n, k, p.aStride, p.bStride, p.n],
-      ...[p.innerBatches ?? 1, ...aBatch, ...bBatch, yBatch, 1, activation, half, splits, kPart, whole],
+      ...[p.y, partial, p.a, p.b, bias, 0n, residual, m, n, k, p.aStride, p.bStride, p.n, p.yStride ?? p.n],
+      ...[p.innerBatches ?? 1, ...aBatch, ...bBatch, ...yBatch, 1, activation, half, splits, kPart, whole],
     ],
   };
   if (splits === 1) return [first];
@@ -156,7 +159,7 @@ function matmulForward(args: LaunchArguments, context: PlanContext): KernelLaunc
   const [y, a, b] = args as Pointers;
   const [batch, m, n, k, transA, transB] = args.slice(3).map(Number);
   const shape = { a, y, m, n, k, batch, aStride: transA ? m : k };
-  const batches = { aBatch: [m * k, 0], bBatch: [k * n, 0], yBatch: m * n } as const;
+  const batches = { aBatch: [m * k, 0], bBatch: [k * n, 0], yBatch: [m * n, 0] } as const;
   if (!transA) {
     const layout = transB ? 'nt' : 'nn';
     return product({ layout, b, bStride: transB ? k : n, ...shape, ...batches }, context);

@@ -1,6 +1,12 @@
 // Every kernel symbol's plan, by its name without the storage type.
 import { type Plan, simplePlans } from './plan.ts';
+import { attentionPlans } from './plan_attention.ts';
 import { matrixPlans } from './plan_matrix.ts';
 import { reducePlans } from './plan_reduce.ts';
 
-export const plans: ReadonlyMap<string, Plan> = new Map([...simplePlans, ...reducePlans, ...matrixPlans]);
+export const plans: ReadonlyMap<string, Plan> = new Map([
+  ...simplePlans,
+  ...reducePlans,
+  ...matrixPlans,
+  ...attentionPlans,
+]);

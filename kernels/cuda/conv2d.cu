@@ -93,18 +93,18 @@ struct TapMajorWeight {
 #define CONV2D(shape, S) \
   KERNEL_OF(S::COUNT, conv2d_forward_##shape)(T *y, float *partial, const T *x, const T *weight, const T *bias, const T *shift, \
                                               const T *residual, GEOMETRY, TAIL) { \
-    const Output out = {y, partial, bias, shift, residual, o, oh * ow, NONE}; \
+    const Output out = {y, partial, bias, shift, residual, o, o, oh * ow, NONE}; \
     const Problem size = {n * oh * ow, o, kh * kw * c, splits, k_part}; \
     gemm<S, true, true, false>(out, InputTaps{x, GEOMETRY_OF}, Matrix{weight, o, size.k, size.k}, size, whole & 1, whole & 2); \
   } \
   KERNEL_OF(S::COUNT, conv2d_backward_x_##shape)(T *dx, float *partial, const T *dy, const T *weight, GEOMETRY, TAIL) { \
-    const Output out = {dx, partial, nullptr, nullptr, nullptr, c, 1, NONE}; \
+    const Output out = {dx, partial, nullptr, nullptr, nullptr, c, c, 1, NONE}; \
     const Problem size = {n * h * w, c, kh * kw * o, splits, k_part}; \
     gemm<S, true, false, false>(out, OutputTaps{dy, GEOMETRY_OF}, TapMajorWeight{weight, o, kh * kw, c}, size, whole & 1, whole & 2); \
   } \
   KERNEL_OF(S::COUNT, conv2d_backward_weight_##shape)(T *dweight, float *partial, const T *dy, const T *x, GEOMETRY, TAIL) { \
     const Problem size = {o, kh * kw * c, n * oh * ow, splits, k_part}; \
-    const Output out = {dweight, partial, nullptr, nullptr, nullptr, size.n, 1, NONE}; \
+    const Output out = {dweight, partial, nullptr, nullptr, nullptr, size.n, size.n, 1, NONE}; \
     gemm<S, false, false, false>(out, Matrix{dy, size.k, o, o}, InputTaps{x, GEOMETRY_OF}, size, whole & 1, whole & 2); \
   }
 

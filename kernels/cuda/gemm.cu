@@ -6,13 +6,13 @@
 // inner_batches + inner, with a stride each for A, B and Y. `half`: see Weight. `whole`: bit 0 A, bit 1 B.
 #define PARAMETERS \
   T *y, float *partial, const T *a, const T *b, const T *bias, const T *shift, const T *residual, int m, int n, int k, int a_stride, \
-      int b_stride, int columns, int inner_batches, int a_outer, int a_inner, int b_outer, int b_inner, int y_batch, \
-      int rows_per_shift, int activation, int half, int splits, int k_part, int whole
+      int b_stride, int columns, int y_stride, int inner_batches, int a_outer, int a_inner, int b_outer, int b_inner, int y_outer, \
+      int y_inner, int rows_per_shift, int activation, int half, int splits, int k_part, int whole
 
 #define GEMM(name, S, A_ALONG, B_ALONG, ACTIVE, BView, ...) \
   KERNEL_OF(S::COUNT, gemm_##name)(PARAMETERS) { \
     const int batch = blockIdx.z / splits, outer = batch / inner_batches, inner = batch % inner_batches; \
-    const Output out = {y + int64_t(batch) * y_batch, partial, bias, shift, residual, columns, rows_per_shift, activation}; \
+    const Output out = {y + int64_t(outer) * y_outer + int64_t(inner) * y_inner, partial, bias, shift, residual, columns, y_stride, rows_per_shift, activation}; \
     const Matrix left = {a + int64_t(outer) * a_outer + int64_t(inner) * a_inner, A_ALONG ? m : k, A_ALONG ? k : m, a_stride}; \
     const BView right = {{b + int64_t(outer) * b_outer + int64_t(inner) * b_inner, B_ALONG ? n : k, B_ALONG ? k : n, b_stride} __VA_ARGS__}; \
     gemm<S, A_ALONG, B_ALONG, ACTIVE>(out, left, right, Problem{m, n, k, splits, k_part}, whole & 1, whole & 2); \
@@ -48,7 +48,7 @@ template <int WIDTH> DEVICE void join(const Output &out, const float *partial, i
 
 KERNEL(gemm_join)(T *y, const float *partial, const T *bias, const T *shift, const T *residual, int m, int n, int rows_per_shift,
                   int activation, int splits) {
-  const Output out = {y, nullptr, bias, shift, residual, n, rows_per_shift, activation};
+  const Output out = {y, nullptr, bias, shift, residual, n, n, rows_per_shift, activation};
   if (n % PACK == 0) join<PACK>(out, partial, m, n, splits);
   else join<1>(out, partial, m, n, splits);
 }

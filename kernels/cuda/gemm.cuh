@@ -12,12 +12,12 @@ enum Activation { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3, GEGLU = 4 };
 constexpr int GEGLU_BLOCK = 32;
 
 // y[row, col] = activation(sum + bias[col] + shift[row / rows_per_shift, col]) + residual[row, col]; absent parts are null.
-// With `partial` the plain sums go there instead, [batch and split][m][n].
+// Rows of y lie `stride` apart. With `partial` the plain sums go there instead, [batch and split][m][n].
 struct Output {
   T *y;
   float *partial;
   const T *bias, *shift, *residual;
-  int columns, rows_per_shift, activation;
+  int columns, stride, rows_per_shift, activation;
 };
 
 // The product's size. A k-range of `k_part` (a multiple of BLOCK_K) is one split; blockIdx.z counts splits within batches.
@@ -254,9 +254,8 @@ template <bool ACTIVE, int WIDTH> DEVICE void write_few(const Output &out, Few<W
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) value.at[j] = activate(value.at[j], gate.at[j], out.activation);
   }
-  const int64_t at = int64_t(row) * out.columns + column;
-  if (out.residual != nullptr) add_few(value, out.residual + at);
-  store_few(out.y + at, value);
+  if (out.residual != nullptr) add_few(value, out.residual + int64_t(row) * out.columns + column);
+  store_few(out.y + int64_t(row) * out.stride + column, value);
 }
 
 // Rows of a warp's slab, whose first result is (row, column) of C. GEGLU's slab is 32 columns and their 32 gates.
@@ -332,7 +331,7 @@ DEVICE void gemm(const Output &out, const A &a_view, const B &b_view, const Prob
   constexpr int STRIPS = Sums<S>::DOWN < 2 ? Sums<S>::DOWN : 2;
   static_assert(S::WARPS * 16 * STRIPS * SLAB_STRIDE * 4 <= STAGES * STAGE_BYTES, "slabs fit where the stages were");
   float *slab = reinterpret_cast<float *>(shared) + warp * 16 * STRIPS * SLAB_STRIDE;
-  const bool packs = (out.partial ? size.n : out.columns) % PACK == 0;
+  const bool packs = out.partial ? size.n % PACK == 0 : out.columns % PACK == 0 && out.stride % PACK == 0 && uint64_t(out.y) % sizeof(Stored<T>) == 0;
 #pragma unroll 1
   for (int turn = 0; turn < Sums<S>::DOWN / STRIPS; turn++) {
     __syncwarp();

@@ -367,51 +367,30 @@ KERNEL(layer_norm_backward_partial)(float *partial, const T *dy, const T *x, con
   }
 }
 
+// Softmax over a whole row stands in few models: lanes take single elements.
 KERNEL(softmax_forward)(T *y, const T *x, int rows, int c) {
-  const int row = own_row();
+  const int row = own_row(), lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const bool aligned = c % PACK == 0;
   const T *from = x + int64_t(row) * c;
   float most = to_float(from[0]), total = 0;
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++)
-      if (j < count) most = fmaxf(most, in.at[j]);
-  });
+#pragma unroll 2
+  for (int k = lane; k < c; k += 32) most = fmaxf(most, to_float(from[k]));
   most = warp_max(most);
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++)
-      if (j < count) total += expf(in.at[j] - most);
-  });
+#pragma unroll 2
+  for (int k = lane; k < c; k += 32) total += expf(to_float(from[k]) - most);
   const float inverse = 1.f / warp_sum(total);
-  each_in_row(c, [&](int k, int count) {
-    Pack value = load(from + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) value.at[j] = expf(value.at[j] - most) * inverse;
-    store(y + int64_t(row) * c + k, value, count, aligned);
-  });
+#pragma unroll 2
+  for (int k = lane; k < c; k += 32) y[int64_t(row) * c + k] = from_float<T>(expf(to_float(from[k]) - most) * inverse);
 }
 
 KERNEL(softmax_backward)(T *dx, const T *dy, const T *y, int rows, int c) {
-  const int row = own_row();
+  const int row = own_row(), lane = threadIdx.x % 32;
   if (row >= rows) return;
-  const bool aligned = c % PACK == 0;
-  const T *grad = dy + int64_t(row) * c, *out = y + int64_t(row) * c;
+  const int64_t first = int64_t(row) * c;
   float dot = 0;
-  each_in_row(c, [&](int k, int count) {
-    const Pack g = load(grad + k, count, aligned), p = load(out + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) dot += g.at[j] * p.at[j];
-  });
+#pragma unroll 2
+  for (int k = lane; k < c; k += 32) dot += to_float(dy[first + k]) * to_float(y[first + k]);
   dot = warp_sum(dot);
-  each_in_row(c, [&](int k, int count) {
-    Pack g = load(grad + k, count, aligned);
-    const Pack p = load(out + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) g.at[j] = p.at[j] * (g.at[j] - dot);
-    store(dx + int64_t(row) * c + k, g, count, aligned);
-  });
+#pragma unroll 2
+  for (int k = lane; k < c; k += 32) dx[first + k] = from_float<T>(to_float(y[first + k]) * (to_float(dy[first + k]) - dot));
 }
