@@ -17,7 +17,7 @@ export type SubjectName = (typeof subjectNames)[number];
 
 export interface Subject {
   parameters: number;
-  /** One forward pass; what it makes is freed. */
+  /** One forward pass or update; what it makes is freed. */
   run(): void;
   release(): void;
 }
@@ -40,31 +40,26 @@ export function buildSubject(
   dtype: FloatDType,
   fill: typeof fillRandom = fillRandom,
 ): Subject {
-  const random = (...shape: number[]): Tensor =>
-    unscoped(() => tensor(uniforms(sizeOf(shape), 1), shape, { device, dtype }));
-  const latents = () => random(batch, height / 8, width / 8, 4);
   if (name === 'unet') {
-    const config = preset.unet;
-    const module = unet(config);
+    const module = unet(preset.unet);
     fill(module, device, dtype);
-    const ids = preset.requires_aesthetics_score ? 5 : 6;
-    const sample = latents();
-    const times = unscoped(() => tensor(new Float32Array(batch).fill(500), [batch], { device }));
-    const timeIds = unscoped(() => tensor(new Float32Array(batch * ids).fill(512), [batch, ids], { device }));
-    const pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim;
-    const conditioning = {
-      context: random(batch, TOKENS, config.cross_attention_dim),
-      textEmbeds: random(batch, pooled),
-      timeIds,
-    };
-    const inputs = [sample, times, timeIds, conditioning.context, conditioning.textEmbeds];
-    return subject([module], inputs, () => void module(sample, times, conditioning));
+    const { sample, times, conditioning, release } = unetInputs(
+      preset,
+      { width, height, batch },
+      device,
+      dtype,
+    );
+    return subject([module], release, () => void module(sample, times, conditioning));
   }
   if (name === 'vae') {
     const coder = vae(preset.vae);
     fill(coder.module, device, dtype);
-    const z = latents();
-    return subject([coder.module], [z], () => void coder.decode(z));
+    const z = random([batch, height / 8, width / 8, 4], device, dtype);
+    return subject(
+      [coder.module],
+      () => z.release(),
+      () => void coder.decode(z),
+    );
   }
   const encoders = [preset.text_encoder, preset.text_encoder_2]
     .filter((config): config is TextConfig => config !== undefined)
@@ -73,18 +68,49 @@ export function buildSubject(
   const ids = unscoped(() =>
     tensor(new Int32Array(batch * TOKENS).fill(1), [batch, TOKENS], { device, dtype: 'int32' }),
   );
-  return subject(encoders, [ids], () => {
-    for (const encoder of encoders) encoder(ids, { layer: -2, pooled: true });
-  });
+  return subject(
+    encoders,
+    () => ids.release(),
+    () => {
+      for (const encoder of encoders) encoder(ids, { layer: -2, pooled: true });
+    },
+  );
 }
 
-function subject(modules: readonly AnyModule[], inputs: readonly Tensor[], forward: () => void): Subject {
+const random = (shape: readonly number[], device: Device, dtype: FloatDType): Tensor =>
+  unscoped(() => tensor(uniforms(sizeOf(shape), 1), shape, { device, dtype }));
+
+/** What a UNet is called with, at this size. */
+export function unetInputs(
+  { unet: config, requires_aesthetics_score }: ModelPreset,
+  { width, height, batch }: Sizes,
+  device: Device,
+  dtype: FloatDType,
+) {
+  const ids = requires_aesthetics_score ? 5 : 6;
+  const same = (value: number, shape: number[]) =>
+    unscoped(() => tensor(new Float32Array(sizeOf(shape)).fill(value), shape, { device }));
+  const pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim;
+  const sample = random([batch, height / 8, width / 8, config.in_channels], device, dtype);
+  const times = same(500, [batch]);
+  const conditioning = {
+    context: random([batch, TOKENS, config.cross_attention_dim], device, dtype),
+    textEmbeds: random([batch, pooled], device, dtype),
+    timeIds: same(512, [batch, ids]),
+  };
+  const release = () => {
+    for (const t of [sample, times, ...Object.values(conditioning)]) t.release();
+  };
+  return { sample, times, conditioning, release };
+}
+
+function subject(modules: readonly AnyModule[], release: () => void, forward: () => void): Subject {
   return {
     parameters: modules.reduce((total, module) => total + parameterCount(module), 0),
     run: () => noGrad(() => scope(forward)),
     release() {
       for (const module of modules) unload(module);
-      for (const t of inputs) t.release();
+      release();
     },
   };
 }

@@ -1,6 +1,6 @@
 // `sdxl bench`: how fast this machine runs a preset's models, or each op they are made of, on random weights.
 import { type Command, Option } from 'commander';
-import { benchForward, type ForwardReport } from '../bench/forward.ts';
+import { benchModel, type ModelReport } from '../bench/model.ts';
 import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
 import { type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
@@ -21,6 +21,7 @@ interface Options {
   device: string;
   runs: number;
   op?: string;
+  loraRank?: number;
   json?: boolean;
   quiet?: boolean;
 }
@@ -28,6 +29,7 @@ interface Options {
 const examples = `
 Examples:
   sdxl bench unet --preset sdxl-base --width 512 --height 512
+  sdxl bench train --preset sdxl-base --width 256 --height 256 --lora-rank 8
   sdxl bench ops --preset sdxl-base --width 512 --height 512 --op attention --json`;
 
 export function addBench(program: Command, terminal: Terminal): void {
@@ -35,10 +37,10 @@ export function addBench(program: Command, terminal: Terminal): void {
     new Option(flags, text).choices(values);
   const bench = program
     .command('bench')
-    .description('time the models, or every op of theirs, with random weights')
+    .description('time the models, their training or every op of theirs, with random weights')
     .addHelpText('after', examples);
-  for (const subject of [...subjectNames, 'ops'] as const) {
-    bench
+  for (const subject of [...subjectNames, 'train', 'ops'] as const) {
+    const command = bench
       .command(subject)
       .description(descriptions[subject])
       .addOption(choice('--preset <NAME>', 'the model', Object.keys(presets)).default('sdxl-base'))
@@ -55,21 +57,30 @@ export function addBench(program: Command, terminal: Terminal): void {
       )
       .option('--device <NAME>', 'auto, cpu or reference', 'auto')
       .option('--runs <N>', 'timed runs', number('--runs', { min: 1, max: 1000, whole: true }), 3)
-      .option('--op <NAME>', 'ops: this one alone')
       .option('--json', 'one JSON object on stdout')
       .option('--quiet', 'no progress')
       .action((options: Options) => run(subject, options, terminal));
+    if (subject === 'ops') command.option('--op <NAME>', 'this one alone');
+    if (subject === 'train')
+      command.option(
+        '--lora-rank <N>',
+        'train adapters of this rank on the attention layers in place of the weights',
+        number('--lora-rank', { min: 1, max: 1024, whole: true }),
+      );
   }
 }
 
-const descriptions: Record<SubjectName | 'ops', string> = {
+type Subject = SubjectName | 'train' | 'ops';
+
+const descriptions: Record<Subject, string> = {
   unet: 'one pass of the UNet',
   vae: "the VAE's decoder",
   text: 'the text encoders on 77 tokens',
+  train: 'one update of the UNet: gradient checkpointing, Adafactor',
   ops: "each distinct op of the preset's models, alone",
 };
 
-function run(subject: SubjectName | 'ops', options: Options, terminal: Terminal): void {
+function run(subject: Subject, options: Options, terminal: Terminal): void {
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const trained = presets[options.preset].vae.sample_size;
   const { width = trained, height = trained, batch, preset, runs, quiet = false } = options;
@@ -99,29 +110,33 @@ function run(subject: SubjectName | 'ops', options: Options, terminal: Terminal)
   }
   const bar = progressBar(terminal, `${preset} ${subject}`, quiet);
   const onRun = (done: number) => bar.update(done + 1, runs + 1);
-  const report = benchForward(subject, { preset, ...sizes, dtype, runs, onRun }, device);
+  const report = benchModel(
+    subject,
+    { preset, ...sizes, dtype, runs, loraRank: options.loraRank, onRun },
+    device,
+  );
   bar.end();
-  terminal.out(options.json ? `${JSON.stringify(report)}\n` : forwardTable(report));
+  terminal.out(options.json ? `${JSON.stringify(report)}\n` : modelTable(report));
 }
 
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const milliseconds = (seconds: number): string => (seconds * 1000).toFixed(seconds < 0.1 ? 3 : 1);
 
-function forwardTable(r: ForwardReport): string {
+function modelTable(r: ModelReport): string {
   const { median, min, max, runs } = r.seconds;
   const lines = [
-    `${r.preset} ${r.subject}, ${r.width}x${r.height}, batch ${r.batch}, ${r.dtype} on ${r.device}`,
+    `${r.preset} ${r.subject}${r.lora_rank ? ` (LoRA, rank ${r.lora_rank})` : ''}, ${r.width}x${r.height}, batch ${r.batch}, ${r.dtype} on ${r.device}`,
     `parameters   ${r.parameters.toLocaleString('en')}`,
     `median time  ${median.toFixed(3)} s of ${runs} (${min.toFixed(3)} to ${max.toFixed(3)})`,
     `rate         ${r.tflops_per_second.toFixed(4)} TFLOP/s (${(r.flops / 1e12).toFixed(4)} TFLOP)`,
     `peak memory  ${gib(r.peak_bytes)} in tensors, ${gib(r.peak_process_bytes)} in all`,
     '',
-    `${'op'.padEnd(22)}${'calls'.padStart(7)}${'ms'.padStart(12)}${'share'.padStart(9)}`,
+    `${'op'.padEnd(26)}${'calls'.padStart(7)}${'ms'.padStart(12)}${'share'.padStart(9)}`,
   ];
   for (const { op, calls, seconds, share } of r.ops) {
     const percent = `${(100 * share).toFixed(1)} %`;
     lines.push(
-      `${op.padEnd(22)}${String(calls || '').padStart(7)}${milliseconds(seconds).padStart(12)}${percent.padStart(9)}`,
+      `${op.padEnd(26)}${String(calls || '').padStart(7)}${milliseconds(seconds).padStart(12)}${percent.padStart(9)}`,
     );
   }
   return `${lines.join('\n')}\n`;

@@ -64,6 +64,30 @@ test('bench reports a forward pass', async (t) => {
   t.ok(report.ops.some((op: { op: string; calls: number }) => op.op === 'conv2d' && op.calls === 51));
 });
 
+test('bench times an update, of all weights or of adapters', async (t) => {
+  const update = async (...more: string[]) => {
+    const { out } = await run(
+      'bench',
+      'train',
+      '--preset',
+      'tiny',
+      '--runs',
+      '1',
+      '--json',
+      '--quiet',
+      ...more,
+    );
+    return JSON.parse(out);
+  };
+  const [whole, adapters] = [await update(), await update('--lora-rank', '4')];
+  t.equal(whole.parameters, 714_660);
+  t.equal(adapters.parameters, 39_104);
+  t.ok(whole.flops > adapters.flops, 'frozen weights need no gradients');
+  const calls = (name: string) => whole.ops.find((op: { op: string }) => op.op === name).calls;
+  t.equal(calls('linear backward'), 213);
+  t.equal(calls('adafactor'), 620, 'one step for each parameter');
+});
+
 test('bench times every op of the models, each distinct call once', async (t) => {
   const { out } = await run('bench', 'ops', '--preset', 'tiny', '--op', 'attention', '--json', '--quiet');
   const { timings } = JSON.parse(out);

@@ -1,27 +1,32 @@
-// One model's forward pass: median time, rate, memory, and which ops the time went to.
+// One model's forward pass, or one update of its training: median time, rate, memory, and which ops the time went to.
 import type { Device } from '../engine/device.ts';
+import type { Tensors } from '../engine/op.ts';
 import { type OpCall, profiled } from '../engine/profile.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { presets } from '../models/presets.ts';
 import { buildSubject, type Sizes, type SubjectName } from './subjects.ts';
 import { stopwatch, type Timing, timingOf } from './timing.ts';
+import { buildUpdate } from './update.ts';
 
 export interface OpShare {
   op: string;
   calls: number;
-  /** Per forward pass, and as a part of it. */
+  /** Per pass or update, and as a part of it. */
   seconds: number;
   share: number;
 }
 
-export interface ForwardReport extends Sizes {
-  subject: SubjectName;
+export interface ModelReport extends Sizes {
+  subject: SubjectName | 'train';
+  /** Of adapters, where they are what is trained. */
+  lora_rank?: number;
   preset: string;
   dtype: FloatDType;
   device: string;
+  /** Of the model; of a training run, those that are trained. */
   parameters: number;
   seconds: Timing;
-  /** Of the matrix products, convolutions and attention of one pass. */
+  /** Of the matrix products, convolutions and attention of one pass or update, recomputed ones included. */
   flops: number;
   tflops_per_second: number;
   /** Bytes of tensors at most, and of the whole process. */
@@ -30,24 +35,33 @@ export interface ForwardReport extends Sizes {
   ops: OpShare[];
 }
 
-export interface ForwardOptions extends Sizes {
+export interface ModelOptions extends Sizes {
   preset: string;
   dtype: FloatDType;
   runs: number;
+  loraRank?: number;
   onRun?: (run: number) => void;
 }
 
 /** Runs `subject` once to warm up and `runs` times for the record. */
-export function benchForward(subject: SubjectName, options: ForwardOptions, device: Device): ForwardReport {
-  const { preset, width, height, batch, dtype, runs, onRun } = options;
+export function benchModel(
+  subject: SubjectName | 'train',
+  options: ModelOptions,
+  device: Device,
+): ModelReport {
+  const { preset, width, height, batch, dtype, runs, loraRank, onRun } = options;
   let calls: OpCall[] = [];
   const watched = profiled(device, (call) => calls.push({ ...call, tensors: {} }));
   let flops = 0;
-  const counted = profiled(watched, ({ record, tensors, attrs }) => {
-    flops += record.flops?.(tensors, attrs) ?? 0;
+  const counted = profiled(watched, ({ record, direction, tensors, attrs }) => {
+    if (record.flops)
+      flops += record.flops(tensors, attrs) * (direction === 'backward' ? gradients(tensors) : 1);
   });
   const sizes = { width, height, batch };
-  const model = buildSubject(subject, presets[preset], sizes, counted, dtype);
+  const model =
+    subject === 'train'
+      ? buildUpdate(presets[preset], sizes, counted, dtype, loraRank)
+      : buildSubject(subject, presets[preset], sizes, counted, dtype);
   model.run();
   onRun?.(0);
   flops = 0;
@@ -63,6 +77,7 @@ export function benchForward(subject: SubjectName, options: ForwardOptions, devi
   const total = seconds.reduce((sum, s) => sum + s, 0);
   return {
     subject,
+    lora_rank: loraRank,
     preset,
     ...sizes,
     dtype,
@@ -77,12 +92,17 @@ export function benchForward(subject: SubjectName, options: ForwardOptions, devi
   };
 }
 
+/** Forward's operations that a backward costs: one share for each operand's gradient; attention's three are two and a half. */
+const gradients = (t: Tensors): number =>
+  t.dq || t.dk || t.dv ? 2.5 : [t.dx, t.dweight, t.da, t.db].filter(Boolean).length;
+
 /** By op, the slowest first; what no op accounts for comes last. */
 function shares(calls: readonly OpCall[], total: number, runs: number): OpShare[] {
   const found = new Map<string, OpShare>();
-  for (const { record, seconds } of calls) {
-    const entry = found.get(record.name) ?? { op: record.name, calls: 0, seconds: 0, share: 0 };
-    found.set(record.name, entry);
+  for (const { record, direction, seconds } of calls) {
+    const op = direction === 'forward' ? record.name : `${record.name} backward`;
+    const entry = found.get(op) ?? { op, calls: 0, seconds: 0, share: 0 };
+    found.set(op, entry);
     entry.calls++;
     entry.seconds += seconds;
   }
