@@ -95,6 +95,15 @@ export function replaceFolderAtomically(path: string, write: (temporaryPath: str
   }
 }
 
+/** Makes a folder and those above it, if they are not there. @throws UserError */
+export function makeFolder(path: string): void {
+  try {
+    mkdirSync(path, { recursive: true });
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+}
+
 /** Writes `bytes` to `path`, all or nothing. @throws UserError as `replaceAtomically` */
 export function writeFileAtomic(path: string, bytes: Uint8Array | string): void {
   const data = typeof bytes === 'string' ? new TextEncoder().encode(bytes) : bytes;

@@ -2,14 +2,7 @@
 // is replaced in the module tree by one with two more children, so its keys stay what they were and the adapter's are peft's
 // (`...to_q.lora_A.weight`). lora.ts merges adapters that are done.
 import type { Conv2d, Linear } from '../engine/layers.ts';
-import {
-  type AnyModule,
-  type Child,
-  type Children,
-  module,
-  type Parameter,
-  parameter,
-} from '../engine/module.ts';
+import { type AnyModule, type Child, module, type Parameter, parameter } from '../engine/module.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { conv2d } from '../engine/ops/conv2d.ts';
 import { type Activation, linear } from '../engine/ops/linear.ts';

@@ -47,8 +47,15 @@ export interface Pipeline {
 /** Loads every component of a model; `vaeSource` replaces its VAE. The VAE runs in float32: in half precision it overflows. */
 export function loadPipeline(
   source: ModelSource,
-  { device, dtype, vaeSource = source }: { device: Device; dtype: FloatDType; vaeSource?: ModelSource },
+  options: {
+    device: Device;
+    dtype: FloatDType;
+    vaeSource?: ModelSource;
+    /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
+    gradientCheckpointing?: boolean;
+  },
 ): Pipeline {
+  const { device, dtype, vaeSource = source, gradientCheckpointing } = options;
   const components = ['text_encoder', 'text_encoder_2'].filter((name) => source.has(name));
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
@@ -58,7 +65,7 @@ export function loadPipeline(
     return { encoder, tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))) };
   });
   const unetConfig = parseUNetConfig(source.config('unet'));
-  const denoiser = unet(unetConfig);
+  const denoiser = unet(unetConfig, { gradientCheckpointing });
   source.load('unet', denoiser, device, dtype);
   const coder = vae(parseVaeConfig(vaeSource.config('vae')));
   vaeSource.load('vae', coder.module, device, 'float32');

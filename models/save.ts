@@ -1,17 +1,18 @@
 // Writing a model's components as diffusers keeps them: a folder each, with config.json beside one .safetensors file.
 // Weights are downloaded and turned back to [o, i, kh, kw] one at a time.
-import { mkdirSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import type { Parameter } from '../engine/module.ts';
 import { sizeOf, type Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
-import { asUserError, writeFileAtomic } from '../io/files.ts';
+import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { channelsFirst, type Json } from './checkpoint.ts';
 
-/** The name of a component's weight file: transformers' for text encoders, diffusers' for the rest. */
-export const weightFile = (component: string): string =>
-  component.startsWith('text_encoder') ? 'model.safetensors' : 'diffusion_pytorch_model.safetensors';
+/** The name of a component's weight file: transformers' for text encoders, diffusers' for adapters and the rest. */
+export function weightFile(component: string): string {
+  if (component === 'lora') return 'pytorch_lora_weights.safetensors';
+  return component.startsWith('text_encoder') ? 'model.safetensors' : 'diffusion_pytorch_model.safetensors';
+}
 
 /** Parameters by checkpoint key, each with the tensor whose numbers are saved (its own unless `tensorOf` says otherwise). */
 export function weightEntries(
@@ -29,19 +30,22 @@ export function weightEntries(
   });
 }
 
-/** Writes FOLDER/config.json and the weights. @throws UserError when the disk is full or closed to us */
-export function saveComponent(
-  folder: string,
-  component: string,
-  config: Json,
-  entries: readonly TensorEntry[],
-): void {
-  writeJson(join(folder, 'config.json'), config);
-  saveWeights(folder, component, entries);
+export interface SavedComponent {
+  /** Names the weight file; `lora` for adapters. */
+  name: string;
+  /** config.json; adapters have none. */
+  config?: Json;
+  /** Of the weight file. */
+  metadata?: Readonly<Record<string, string>>;
+  weights: readonly TensorEntry[];
 }
 
-/** What transformers and diffusers ask of a file before they read it. */
-const metadata = { format: 'pt' };
+/** Writes FOLDER/config.json and the weights. @throws UserError when the disk is full or closed to us */
+export function saveComponent(folder: string, { name, config, metadata, weights }: SavedComponent): void {
+  makeFolder(folder);
+  if (config) writeJson(join(folder, 'config.json'), config);
+  saveWeights(folder, name, weights, Number.POSITIVE_INFINITY, metadata);
+}
 
 /** Writes a component's weights: one file, or above `maxShardSize` bytes several and the index that names them. */
 export function saveWeights(
@@ -49,6 +53,7 @@ export function saveWeights(
   component: string,
   entries: readonly TensorEntry[],
   maxShardSize = Number.POSITIVE_INFINITY,
+  metadata: Readonly<Record<string, string>> = {},
 ): void {
   const file = weightFile(component);
   const shards = shardsOf(entries, maxShardSize);
@@ -56,7 +61,8 @@ export function saveWeights(
   const name = (i: number) =>
     shards.length === 1 ? file : file.replace('.', `-${number(i + 1)}-of-${number(shards.length)}.`);
   shards.forEach((shard, i) => {
-    writeSafetensors(join(folder, name(i)), shard, metadata);
+    // The format is what transformers and diffusers ask of a file before they read it.
+    writeSafetensors(join(folder, name(i)), shard, { format: 'pt', ...metadata });
   });
   if (shards.length === 1) return;
   writeJson(join(folder, `${file}.index.json`), {
@@ -99,10 +105,6 @@ const wholeFloat = new RegExp(`("(?:${floatKeys.join('|')})": -?\\d+)(?=[,\\n])`
 
 /** Writes JSON as the libraries do, making the folder where needed. */
 export function writeJson(path: string, value: unknown): void {
-  try {
-    mkdirSync(join(path, '..'), { recursive: true });
-  } catch (error) {
-    throw asUserError(error, path);
-  }
+  makeFolder(dirname(path));
   writeFileAtomic(path, `${JSON.stringify(value, null, 2)}\n`.replace(wholeFloat, '$1.0'));
 }

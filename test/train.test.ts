@@ -16,7 +16,11 @@ import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { parseTextConfig } from '../models/clip.ts';
+import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
+import { parseUNetConfig } from '../models/unet.ts';
+import { parseVaeConfig } from '../models/vae.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
@@ -140,7 +144,76 @@ test('a batch and its halves see the same draws', async (t) => {
   });
 });
 
-test('a VAE and a model from a preset with its text encoders', async (t) => {
+/** Trains a run whole, and again stopped at the first update and resumed: the same checkpoint, or the names that differ. */
+async function resumes(
+  t: { equal(a: unknown, b: unknown, message: string): unknown },
+  name: string,
+  more: RunInput,
+) {
+  const input = (output: string): RunInput => ({ ...basic(output), steps: 3, ...more });
+  const whole = await run(input(`${name}-whole`));
+  const first = await run(input(`${name}-broken`), { until: 1 });
+  await run(input(`${name}-broken`), { checkpoint: first.folder });
+  const [a, b] = ['whole', 'broken'].map(
+    (end) => listCheckpoints(join(folder, `${name}-${end}`)).at(-1) as string,
+  );
+  t.equal(digest(a), digest(b), `${name}: resumed bit for bit`);
+  return whole.folder;
+}
+
+test('LoRA with gradient checkpointing', async (t) => {
+  const final = await resumes(t, 'lora', {
+    train: { target: 'lora', gradient_checkpointing: true },
+    lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] },
+    previews: { prompts: ['stripes'], num_inference_steps: 1 },
+  });
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
+  const targets = {
+    unet: pipeline.unet,
+    unetConfig: pipeline.unetConfig,
+    text_encoder: undefined,
+    text_encoder_2: undefined,
+  };
+  t.ok(mergeLora(targets, join(final, 'pytorch_lora_weights.safetensors')) > 10, 'its file merges');
+  pipeline.release();
+});
+
+test('chosen parts in bfloat16 with float32 masters', async (t) => {
+  const final = await resumes(t, 'parts', { dtype: 'bfloat16', train: { parts: ['attn2'] } });
+  const [before, after] = [openModel(model), openModel(final)].map((source) => source.weights('unet'));
+  const changed = after.names.filter((name) => {
+    const [a, b] = [before.floats(name), after.floats(name)];
+    return a.some((x, i) => Math.abs(x - b[i]) > 0.01 * Math.abs(x) + 1e-6);
+  });
+  t.ok(
+    changed.length > 0 && changed.every((name) => name.includes('attn2')),
+    `${changed.length} weights changed`,
+  );
+  for (const weights of [before, after]) weights.close();
+});
+
+test('a model from a preset, with its text encoders and a vocabulary of its own', async (t) => {
+  const json = (component: string) => openModel(model).config(component);
+  const shorter = { vocab_size: 600, max_position_embeddings: 20 };
+  const final = await resumes(t, 'preset', {
+    model: {
+      unet: parseUNetConfig(json('unet')),
+      vae: parseVaeConfig(json('vae')),
+      text_encoder: { ...parseTextConfig(json('text_encoder')), ...shorter },
+      text_encoder_2: { ...parseTextConfig(json('text_encoder_2')), ...shorter },
+      scheduler: json('scheduler'),
+      requires_aesthetics_score: false,
+    },
+    train: { text_encoders: true },
+  });
+  const pipeline = loadPipeline(openModel(final), { device, dtype: 'float32' });
+  const [{ ids }] = pipeline.text.encoders.map(({ tokenizer }) => tokenizer.encode('stripes, number 3'));
+  t.equal(ids.length, 20, 'tokens as the preset says');
+  t.ok(ids.indexOf(ids.reduce((a, b) => Math.max(a, b))) < 8, "the captions' words are merged");
+  pipeline.release();
+});
+
+test('a VAE', async (t) => {
   const output = join(folder, 'vae');
   await run({
     ...basic('vae'),

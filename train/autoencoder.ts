@@ -3,7 +3,7 @@
 // pictures and becomes scaling_factor, so that a UNet trained on them sees unit variance.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { unload } from '../engine/module.ts';
+import { namedParameters, unload } from '../engine/module.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { cast, exp, scale } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
@@ -55,7 +55,7 @@ export function autoencoderTask(
   ): Promise<R> => {
     const picture = await readView(viewIn(0, index, pictures, run), run);
     const other = vae(coder.config);
-    lend(trained, other.module, weights);
+    lend(trained, namedParameters(other.module), weights);
     const { picture: shape } = shapes(pictures.bucketOf[index], 1);
     try {
       return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));

@@ -3,7 +3,7 @@
 // it depends on, so an entry that is there is right: an edited picture or caption has another name, and only its own entry
 // is made. Entries are whole or absent; the folder can be deleted at any time.
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters } from '../engine/module.ts';
@@ -11,7 +11,7 @@ import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { decodeFloats, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError } from '../io/files.ts';
+import { makeFolder } from '../io/files.ts';
 import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
@@ -244,11 +244,7 @@ function writeEntry(path: string, values: object, what: string): void {
     if (!data.every(Number.isFinite))
       throw new UserError(`${what} are not finite: run that model in float32, or use the fp16-fix VAE`);
   }
-  try {
-    mkdirSync(dirname(path), { recursive: true });
-  } catch (error) {
-    throw asUserError(error, dirname(path));
-  }
+  makeFolder(dirname(path));
   writeSafetensors(
     path,
     entries.map(([name, data]) => ({

@@ -1,14 +1,13 @@
-// A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or LoRA files),
+// A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or adapters in lora/),
 // the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
 // where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
-import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, readJson, replaceFolderAtomically } from '../io/files.ts';
+import { makeFolder, readJson, replaceFolderAtomically } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import type { Json } from '../models/checkpoint.ts';
-import { saveComponent, writeJson } from '../models/save.ts';
+import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
 import type { Run } from './run.ts';
 
 /** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
@@ -26,11 +25,8 @@ export interface State extends Position {
   dataset: string;
 }
 
-/** One trained component: its config and its weights, averaged ones too where there is an EMA. */
-export interface SavedComponent {
-  name: string;
-  config: Json;
-  weights: readonly TensorEntry[];
+/** A trained component, with averaged weights too where there is an EMA. */
+export interface TrainedComponent extends SavedComponent {
   ema?: readonly TensorEntry[];
 }
 
@@ -52,22 +48,19 @@ export function listCheckpoints(output: string): string[] {
 export function saveCheckpoint(
   output: string,
   state: State,
-  components: readonly SavedComponent[],
+  components: readonly TrainedComponent[],
   optimizer: ReadonlyMap<string, Tensor>,
   keep: number,
 ): string {
   const folder = checkpointsOf(output);
   const path = join(folder, `step-${String(state.step).padStart(8, '0')}`);
-  try {
-    mkdirSync(folder, { recursive: true });
-  } catch (error) {
-    throw asUserError(error, folder);
-  }
+  makeFolder(folder);
   removeUnfinished(folder);
   replaceFolderAtomically(path, (temporary) => {
-    for (const { name, config, weights, ema } of components) {
-      saveComponent(join(temporary, name), name, config, weights);
-      if (ema) saveComponent(join(temporary, 'ema', name), name, config, ema);
+    for (const component of components) {
+      const { name, ema } = component;
+      saveComponent(join(temporary, name), component);
+      if (ema) saveComponent(join(temporary, 'ema', name), { ...component, weights: ema });
     }
     writeSafetensors(join(temporary, 'optimizer.safetensors'), entriesOf(optimizer));
     writeJson(join(temporary, 'state.json'), state);

@@ -4,11 +4,12 @@
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { unload } from '../engine/module.ts';
+import { namedParameters, unload } from '../engine/module.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor, zeros } from '../engine/tensor.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
+import { addLora } from '../models/adapters.ts';
+import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
@@ -22,6 +23,7 @@ import {
 } from './cache.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
+import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf } from './objective.ts';
 import { type Pictures, stack, viewIn } from './pictures.ts';
@@ -43,16 +45,19 @@ export function diffusionTask(
   vaeSource: ModelSource,
   device: Device,
 ): Task<Inputs> {
-  const pipeline = loadPipeline(source, { device, dtype: run.dtype, vaeSource });
+  const { parts, text_encoders, gradient_checkpointing: gradientCheckpointing, target } = run.train;
+  const pipeline = loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing });
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const names = pipeline.text.encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
   const configs = names.map((name) => source.config(name));
-  const { parts, text_encoders } = run.train;
   const isTrained = (key: string) => parts.length === 0 || parts.some((part) => key.includes(part));
   const net = component('unet', source.config('unet'), pipeline.unet, isTrained);
   const texts = pipeline.text.encoders.map(({ encoder }, i) => component(names[i], configs[i], encoder));
   const coder = component('vae', vaeSource.config('vae'), pipeline.vae.module);
-  const components = text_encoders ? [net, ...texts] : [net];
+  // Made after `net`, whose weights are those of the model alone.
+  const trained = target === 'lora' ? adapters(run, pipeline) : net;
+  const components = text_encoders ? [trained, ...texts] : [trained];
+  const untrained = [...(target === 'lora' ? [net] : []), coder, ...(text_encoders ? [] : texts)];
 
   const cacheFolder = run.dataset.cache || join(run.output, 'cache');
   const captions = text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
@@ -66,7 +71,7 @@ export function diffusionTask(
   };
   return {
     components,
-    frozen: text_encoders ? [coder] : [coder, ...texts],
+    frozen: untrained,
     async fillCache(report) {
       const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
         pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
@@ -134,7 +139,7 @@ export function diffusionTask(
     async preview(weights) {
       if (run.previews.prompts.length === 0) return [];
       const [height, width] = pictures.buckets[0];
-      const other = averaged(pipeline, components, weights);
+      const other = averaged(run, pipeline, net, components, weights);
       try {
         return await samplePreviews(other, run.previews, { height, width });
       } finally {
@@ -200,15 +205,47 @@ function encode({ text, device, dtype }: Pipeline, captions: readonly (string | 
   return { context: masked(context), pooled: masked(pooled) };
 }
 
+/** LoRA adapters on the loaded UNet as a component: peft's keys, and its config in the file's metadata as diffusers reads it. */
+function adapters({ lora, seed }: Run, { unet: net }: Pipeline): Component {
+  const { rank, alpha, targets } = lora;
+  const uniforms = (name: string, count: number) => {
+    const source = draws(seed, 0, keyOf(name), 'weights');
+    return Float32Array.from({ length: count }, () => source.uniform());
+  };
+  const added = [...addLora(net, lora, uniforms)].map(([key, p]) => [`unet.${key}`, p] as const);
+  const config = {
+    'unet.peft_type': 'LORA',
+    'unet.r': rank,
+    'unet.lora_alpha': alpha,
+    'unet.target_modules': targets,
+  };
+  return {
+    name: 'lora',
+    metadata: { lora_adapter_metadata: JSON.stringify(config) },
+    parameters: new Map(added),
+    trained: added.map(([key]) => key),
+  };
+}
+
 /** The pipeline with other weights in what is trained; the pipeline itself where there are none. */
-function averaged(pipeline: Pipeline, [net, ...texts]: readonly Component[], weights: Weights): Pipeline {
+function averaged(
+  { lora }: Run,
+  pipeline: Pipeline,
+  net: Component,
+  [trained, ...texts]: readonly Component[],
+  weights: Weights,
+): Pipeline {
   if (!weights) return pipeline;
   const other = unet(pipeline.unetConfig);
-  lend(net, other, weights);
+  lend(net, namedParameters(other), weights);
+  if (trained !== net) {
+    const added = addLora(other, lora, (_, count) => new Float32Array(count));
+    lend(trained, new Map([...added].map(([key, p]) => [`unet.${key}`, p])), weights);
+  }
   const encoders = pipeline.text.encoders.map((pair, i) => {
     if (!texts[i]) return pair;
-    const encoder = textEncoder(parseTextConfig(texts[i].config));
-    lend(texts[i], encoder, weights);
+    const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
+    lend(texts[i], namedParameters(encoder), weights);
     return { ...pair, encoder };
   });
   return { ...pipeline, unet: other, text: { ...pipeline.text, encoders } };

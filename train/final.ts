@@ -1,13 +1,14 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
 // that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
-// there is none: a preset's random weights, or an original single file.
+// there is none: a preset's random weights, or an original single file. A VAE or a LoRA stands alone.
 import { cpSync, existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { replaceFolderAtomically } from '../io/files.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
-import { saveComponent, weightEntries, writeJson } from '../models/save.ts';
+import { saveComponent, writeJson } from '../models/save.ts';
 import type { Session } from './session.ts';
+import { saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
@@ -17,18 +18,17 @@ export async function writeFinal(session: Session): Promise<string> {
   await task.finish?.(ema?.weights);
   const folder = join(run.output, 'final');
   replaceFolderAtomically(folder, (temporary) => {
-    for (const { name, config, parameters } of task.components) {
-      const weights = weightEntries(
-        parameters,
-        (key, own) => ema?.weights.get(`${name}.${key}`) ?? own.tensor,
-      );
-      saveComponent(join(temporary, name), name, config, weights);
+    for (const component of task.components) {
+      const { name } = component;
+      // Adapters lie at the top, where diffusers and `sdxl sample --lora` look for them.
+      saveComponent(name === 'lora' ? temporary : join(temporary, name), saved(component, ema?.weights));
     }
-    if (run.train.target === 'vae') return;
-    for (const { name, config, parameters } of task.frozen) {
+    if (run.train.target !== 'unet') return;
+    for (const component of task.frozen) {
+      const { name } = component;
       const from = folderOf(name === 'vae' ? vaeSource : source, name);
       if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
-      else saveComponent(join(temporary, name), name, config, weightEntries(parameters));
+      else saveComponent(join(temporary, name), saved(component));
     }
     for (const name of tokenizers) {
       const from = folderOf(source, name);

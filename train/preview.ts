@@ -1,9 +1,9 @@
 // Pictures while a run trains: the same prompts and seeds each time, as PNGs in previews/step-N/, and one contact sheet
 // with a row for each time, so that the rows show the model learn. The sheet is made from the files on disk: a resumed run
 // goes on with it.
-import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
-import { asUserError } from '../io/files.ts';
+import { makeFolder } from '../io/files.ts';
 import { type Picture, readPicture, toPictures, writePng } from '../io/image.ts';
 import { resize } from '../io/resize.ts';
 import { decode, denoise, type Pipeline } from '../models/pipeline.ts';
@@ -54,11 +54,7 @@ export async function writePreviews(
   prompts: readonly string[],
 ): Promise<{ path: string; width: number; height: number }> {
   const folder = join(folderOf(output), stepName(step));
-  try {
-    mkdirSync(folder, { recursive: true });
-  } catch (error) {
-    throw asUserError(error, folder);
-  }
+  makeFolder(folder);
   pictures.forEach((picture, i) => {
     writePng(join(folder, `${i}.png`), picture, { parameters: `${prompts[i] ?? ''}\nstep ${step}` });
   });

@@ -8,21 +8,21 @@ import type { Parameter } from '../engine/module.ts';
 import { standInDevice } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { channelsLast, loadParameters, type ModelSource, openWeights } from '../models/checkpoint.ts';
+import { channelsLast, type ModelSource, openWeights } from '../models/checkpoint.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, listCheckpoints, loadTensors, type Position, readState } from './checkpoint.ts';
 import { updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
-import { type Ema, ema } from './ema.ts';
+import { type Ema, ema as startEma } from './ema.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import type { Run } from './run.ts';
-import { type Report, type Task, trainedParameters } from './task.ts';
+import { type Component, type Report, type Task, trainedParameters } from './task.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 
 /** How models are found by what the user wrote: the command line brings downloads. */
@@ -98,7 +98,9 @@ export function openSession(materials: Materials, device: Device): Session {
   for (const parameter of parameters.values()) requireGrad(parameter.tensor);
   const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
   const average =
-    run.ema.decay > 0 ? ema(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay) : undefined;
+    run.ema.decay > 0
+      ? startEma(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay)
+      : undefined;
   return {
     ...materials,
     device,
@@ -116,7 +118,7 @@ export function openSession(materials: Materials, device: Device): Session {
 
 /** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
 export function resumeSession(session: Session, checkpoint: string): Position {
-  const { run, pictures, task, device, optimizer } = session;
+  const { run, pictures, task, optimizer, ema } = session;
   const state = readState(checkpoint);
   const differs = difference(state.run, run);
   if (differs) {
@@ -129,36 +131,44 @@ export function resumeSession(session: Session, checkpoint: string): Position {
       `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
     );
   }
-  for (const { name, module, trained, parameters } of task.components) {
-    const [first] = parameters.values();
-    const weights = openWeights(join(checkpoint, name));
-    try {
-      loadParameters(module, weights, device, first.tensor.dtype as FloatDType);
-    } finally {
-      weights.close();
-    }
-    for (const key of trained) requireGrad((parameters.get(key) as Parameter).tensor);
+  for (const component of task.components) {
+    const { name, parameters } = component;
+    loadTrained(component, join(checkpoint, name), (key) => (parameters.get(key) as Parameter).tensor);
+    if (ema)
+      loadTrained(
+        component,
+        join(checkpoint, 'ema', name),
+        (key) => ema.weights.get(`${name}.${key}`) as Tensor,
+      );
   }
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
-  if (session.ema) resumeEma(session, session.ema, join(checkpoint, 'ema'));
+  // The average counts the same updates as the optimizer.
+  ema?.state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
   return { step: state.step, epoch: state.epoch, update: state.update };
 }
 
-function resumeEma({ task, optimizer }: Session, { state, weights }: Ema, folder: string): void {
-  for (const { name, trained, parameters } of task.components) {
-    const source = openWeights(join(folder, name));
-    try {
-      for (const key of trained) {
-        const { layout, shape } = parameters.get(key) as Parameter;
-        const bytes = encodeNumbers(source.floats(key), 'float32');
-        weights.get(`${name}.${key}`)?.upload(layout === 'conv' ? channelsLast(bytes, shape, 4) : bytes);
+/** Uploads what a checkpoint has of a component's trained weights into the tensors that `tensorOf` gives. */
+function loadTrained(
+  { trained, parameters }: Component,
+  folder: string,
+  tensorOf: (key: string) => Tensor,
+): void {
+  const source = openWeights(folder);
+  try {
+    for (const key of trained) {
+      const { layout, shape } = parameters.get(key) as Parameter;
+      const [tensor, info] = [tensorOf(key), source.info(key)];
+      if (info?.dtype !== tensor.dtype || info.shape.join() !== shape.join()) {
+        throw new UserError(
+          `${folder} does not fit this run: ${key} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${shape}]; resume with the run that wrote it`,
+        );
       }
-    } finally {
-      source.close();
+      const bytes = source.bytes(key);
+      tensor.upload(layout === 'conv' ? channelsLast(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
     }
+  } finally {
+    source.close();
   }
-  // Both count the same updates.
-  state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
 }
 
 /** The most device memory that an update takes (caching, the largest pass, backward and step, all run without numbers), and counts. */

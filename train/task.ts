@@ -7,6 +7,7 @@ import { unscoped } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { Picture } from '../io/image.ts';
 import type { Json } from '../models/checkpoint.ts';
+import { type SavedComponent, weightEntries } from '../models/save.ts';
 import type { MicroBatch } from './data/order.ts';
 
 /** Tells the user what happens. */
@@ -17,10 +18,11 @@ export interface Report {
 }
 
 export interface Component {
-  /** Its folder in a diffusers model. */
+  /** Its folder in a diffusers model; `lora` for adapters. */
   name: string;
-  config: Json;
-  module: AnyModule;
+  config?: Json;
+  /** Of its weight file. */
+  metadata?: Readonly<Record<string, string>>;
   /** All its weights by checkpoint key. */
   parameters: ReadonlyMap<string, Parameter>;
   /** The keys of those that are trained. */
@@ -58,7 +60,7 @@ export function component(
   isTrained: (key: string) => boolean = () => true,
 ): Component {
   const parameters = namedParameters(module);
-  return { name, config, module, parameters, trained: [...parameters.keys()].filter(isTrained) };
+  return { name, config, parameters, trained: [...parameters.keys()].filter(isTrained) };
 }
 
 /** The trained parameters of all components by `component.key`: the names that optimizer and averages know. */
@@ -69,12 +71,23 @@ export const trainedParameters = (components: readonly Component[]): Map<string,
     ),
   );
 
+/** A component as it is saved, with `weights` in place of what is trained. */
+export const saved = (
+  { name, config, metadata, parameters }: Component,
+  weights?: Weights,
+): SavedComponent => ({
+  name,
+  config,
+  metadata,
+  weights: weightEntries(parameters, (key, own) => weights?.get(`${name}.${key}`) ?? own.tensor),
+});
+
 /**
- * Lends a fresh module tree of the same shape the weights of `from`, with `weights` in place of what is trained. Only
+ * Lends the parameters of a fresh module tree of the same shape the weights of `from`, with `weights` in place of what is trained. Only
  * weights of another type are copied. Unload the tree when done.
  */
-export function lend(from: Component, to: AnyModule, weights: Weights): void {
-  for (const [key, parameter] of namedParameters(to)) {
+export function lend(from: Component, to: ReadonlyMap<string, Parameter>, weights: Weights): void {
+  for (const [key, parameter] of to) {
     const own = (from.parameters.get(key) as Parameter).tensor;
     const tensor = weights?.get(`${from.name}.${key}`) ?? own;
     parameter.tensor = unscoped(() =>

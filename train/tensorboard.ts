@@ -1,9 +1,9 @@
 // TensorBoard event files (tensorflow/core/util/event.proto): TFRecords of protocol buffers, of which we need three
 // messages. A record is its length, the length's masked CRC-32C, the bytes, and their masked CRC-32C; appended whole, so a
 // killed run loses at most its last record, which TensorBoard passes over.
-import { appendFileSync, mkdirSync } from 'node:fs';
+import { appendFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { asUserError } from '../io/files.ts';
+import { asUserError, makeFolder } from '../io/files.ts';
 
 export interface EventFile {
   scalars(step: number, values: Readonly<Record<string, number>>): void;
@@ -22,7 +22,7 @@ export function openEventFile(folder: string, now: () => number = Date.now): Eve
     }
   };
   const event = (fields: readonly Uint8Array[]) => write(Buffer.concat([double(1, now() / 1000), ...fields]));
-  mkdirSync(folder, { recursive: true });
+  makeFolder(folder);
   event([text(3, 'brain.Event:2')]);
   const summary = (step: number, values: readonly Uint8Array[]) =>
     event([integer(2, step), bytes(5, Buffer.concat(values.map((value) => bytes(1, value))))]);

@@ -1,15 +1,14 @@
 // The loop: updates made of passes, each a batch through the model and back; clipping, the optimizer's step, the moving
 // average; and between updates whatever is due: a line of the log, a checkpoint, previews. Between two updates a run is
 // nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
-import { mkdirSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { backward, clearGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, writeFileAtomic } from '../io/files.ts';
-import { weightEntries } from '../models/save.ts';
-import { type Position, type SavedComponent, saveCheckpoint } from './checkpoint.ts';
+import { makeFolder, writeFileAtomic } from '../io/files.ts';
+import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
 import { type Clipping, clipGradients } from './clip.ts';
 import { lossCurve } from './curve.ts';
 import { planEpoch, type Update } from './data/order.ts';
@@ -19,7 +18,7 @@ import { learningRate } from './lr_schedule.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import { rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
-import type { Report } from './task.ts';
+import { type Report, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
 
 export interface Outcome {
@@ -150,11 +149,9 @@ function gaveUp({ skipped }: Made, failures: number, step: number, folder: strin
 
 function save({ run, task, pictures, optimizer, ema }: Session, position: Position): string {
   const components = task.components.map(
-    ({ name, config, parameters }): SavedComponent => ({
-      name,
-      config,
-      weights: weightEntries(parameters),
-      ema: ema && weightEntries(parameters, (key, own) => ema.weights.get(`${name}.${key}`) ?? own.tensor),
+    (component): TrainedComponent => ({
+      ...saved(component),
+      ema: ema && saved(component, ema.weights).weights,
     }),
   );
   const state = { ...position, run, dataset: pictures.hash };
@@ -191,12 +188,4 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
       since = Date.now(); // the rate is of training alone
     },
   };
-}
-
-function makeFolder(path: string): void {
-  try {
-    mkdirSync(path, { recursive: true });
-  } catch (error) {
-    throw asUserError(error, path);
-  }
 }
