@@ -9,7 +9,7 @@ import { addExport } from './export.ts';
 import { addInspect } from './inspect.ts';
 import { addSample } from './sample.ts';
 import { spelledOut } from './sample_options.ts';
-import { addTrain } from './train.ts';
+import { addTrain, Stopped } from './train.ts';
 
 /** Where a command writes: the result on `out`, everything else on `err`. */
 export interface Terminal {
@@ -45,6 +45,7 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     return 0;
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+    if (error instanceof Stopped) return error.status;
     if (!(error instanceof UserError)) throw error;
     terminal.err(`error: ${error.message}\n`);
     return 2;

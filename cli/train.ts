@@ -24,6 +24,16 @@ interface Options {
   quiet?: boolean;
 }
 
+/** A signal has ended the work in good order; `status` is the program's, as shells count. */
+export class Stopped extends Error {
+  readonly status: number;
+
+  constructor(status: number) {
+    super('stopped by a signal');
+    this.status = status;
+  }
+}
+
 export function addTrain(program: Command, terminal: Terminal): void {
   addShared(program.command('train').description('train a model by a run file'))
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
@@ -90,10 +100,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
       train(session, report, stop, checkpoint),
     ).finally(session.release);
     report.line(`${outcome.stopped ? 'stopped; saved' : 'done:'} ${outcome.folder}`);
-    if (signal) {
-      process.exitCode = signal === 'SIGINT' ? 130 : 143;
-      return;
-    }
+    if (signal) throw new Stopped(signal === 'SIGINT' ? 130 : 143);
   }
 }
 
