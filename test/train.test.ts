@@ -22,11 +22,12 @@ import { loadPipeline } from '../models/pipeline.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
+import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
 import { openMaterials, openSession } from '../train/session.ts';
 import { type Outcome, train } from '../train/trainer.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenFolder, packageRoot } from './golden.ts';
 
 const device = openDevice('auto');
 const model = join(goldenFolder, 'tiny-sdxl');
@@ -211,6 +212,24 @@ test('a model from a preset, with its text encoders and a vocabulary of its own'
   t.equal(ids.length, 20, 'tokens as the preset says');
   t.ok(ids.indexOf(ids.reduce((a, b) => Math.max(a, b))) < 8, "the captions' words are merged");
   pipeline.release();
+});
+
+test('the refiner, which has one text encoder and an aesthetic score', async (t) => {
+  const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
+  const plain = basic('refiner');
+  const dataset = { ...plain.dataset, resolution: 64 };
+  const { folder: final } = await run({ ...plain, model: refiner, dataset, ema: { decay: 0 }, steps: 2 });
+  loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
+  t.same(openModel(final).modelIndex, openModel(refiner).modelIndex);
+});
+
+test('every recipe in configs/ is a run', async (t) => {
+  const recipes = readdirSync(join(packageRoot, 'configs')).filter((name) => /^(?!emoji).*\.ts$/.test(name));
+  t.ok(recipes.length >= 3);
+  for (const name of recipes) {
+    const [recipe] = await loadRuns(join(packageRoot, 'configs', name), ['dataset.path=here']);
+    t.equal(recipe.dataset.path, 'here', name);
+  }
 });
 
 test('a VAE', async (t) => {

@@ -1,0 +1,29 @@
+// LoRA adapters on the base model's attention, for a style or a subject from a few dozen pictures: rank 8, AdamW 1e-4, as
+// diffusers' train_text_to_image_lora_sdxl.py. The result is runs/lora/final/pytorch_lora_weights.safetensors.
+//   npx sdxl train configs/lora.ts --set dataset.path=FOLDER
+//   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora runs/lora/final/pytorch_lora_weights.safetensors --prompt ...
+import { defineRun } from 'sdxl';
+
+export default defineRun({
+  name: 'lora',
+  model: 'stabilityai/stable-diffusion-xl-base-1.0',
+  vae: 'madebyollin/sdxl-vae-fp16-fix',
+  dtype: 'bfloat16',
+  train: { target: 'lora', gradient_checkpointing: true },
+  lora: { rank: 8, alpha: 8, targets: ['to_q', 'to_k', 'to_v', 'to_out.0'] },
+  dataset: {
+    path: 'pictures',
+    resolution: 1024,
+    aspect_ratio_buckets: true,
+    center_crop: true,
+    caption_dropout_rate: 0.05,
+  },
+  batch_size: 1,
+  gradient_accumulation_steps: 4,
+  steps: 1000,
+  objective: { snr_gamma: 5 },
+  optimizer: { lr: 1e-4 },
+  lr_scheduler: { name: 'constant_with_warmup', warmup_steps: 50 },
+  checkpoints: { every_steps: 100 },
+  previews: { prompts: ['a portrait', 'a landscape'], num_inference_steps: 30, every_steps: 100 },
+});
