@@ -1,0 +1,92 @@
+// What a run writes for other programs and people: TensorBoard's records, the loss curve, the vocabulary.
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { loadTokenizer } from '../models/tokenizer.ts';
+import { lossCurve } from '../train/curve.ts';
+import { crc32c, openEventFile } from '../train/tensorboard.ts';
+import { learnVocabulary, writeTokenizers } from '../train/vocabulary.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-files-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+/** The checksum as TFRecords mask it. */
+const masked = (data: Uint8Array): number => {
+  const c = crc32c(data);
+  return (((c >>> 15) | (c << 17)) + 0xa282ead8) >>> 0;
+};
+
+test('TensorBoard records', (t) => {
+  t.equal(crc32c(Buffer.from('123456789')), 0xe3069283, "CRC-32C's check value");
+  t.equal(crc32c(Buffer.alloc(32)), 0x8a9136aa, 'RFC 3720, 32 zeros');
+  const events = openEventFile(join(folder, 'events'), () => 1.5e12);
+  events.scalars(300, { loss: 0.5 });
+  const [name] = readdirSync(join(folder, 'events'));
+  t.match(name, /^events\.out\.tfevents\.1500000000\./);
+  const file = readFileSync(join(folder, 'events', name));
+  const messages: Buffer[] = [];
+  for (let at = 0; at < file.length; ) {
+    const length = Number(file.readBigUInt64LE(at));
+    t.equal(file.readUInt32LE(at + 8), masked(file.subarray(at, at + 8)), 'the length is checked');
+    const message = file.subarray(at + 12, at + 12 + length);
+    t.equal(file.readUInt32LE(at + 12 + length), masked(message), 'the message is checked');
+    messages.push(message);
+    at += 16 + length;
+  }
+  // Written out by hand from event.proto: wall_time = 1 (double), step = 2, file_version = 3, summary = 5 { value = 1 }.
+  const wall = Buffer.alloc(9);
+  wall[0] = 0x09;
+  wall.writeDoubleLE(1.5e9, 1);
+  t.equal(
+    messages[0].toString('hex'),
+    `${wall.toString('hex')}1a0d${Buffer.from('brain.Event:2').toString('hex')}`,
+  );
+  const value = `0a04${Buffer.from('loss').toString('hex')}150000003f`;
+  t.equal(messages[1].toString('hex'), `${wall.toString('hex')}10ac022a0d0a0b${value}`);
+  t.end();
+});
+
+test('the loss curve', (t) => {
+  const entries = Array.from({ length: 400 }, (_, i) => ({
+    step: i + 1,
+    epoch: 0,
+    loss: i === 7 ? Number.NaN : 2 * Math.exp(-i / 50) + 0.01,
+    lr: 1,
+    grad_norm: 1,
+    images_per_second: 1,
+  }));
+  const svg = lossCurve(entries, 'a < b');
+  t.match(svg, /a &lt; b/, 'the title is escaped');
+  t.notMatch(svg, /NaN|Infinity/, 'what is not finite is left out');
+  const [, smooth] = [...svg.matchAll(/points="([^"]+)"/g)].map(([, points]) =>
+    points.split(' ').map((point) => Number(point.split(',')[1])),
+  );
+  t.ok(smooth[0] < smooth[smooth.length - 1], 'falling losses go down the page');
+  t.match(lossCurve([], 'nothing yet'), /<svg/, 'no entries, no error');
+  t.end();
+});
+
+test('a vocabulary from captions', (t) => {
+  const captions = Array.from({ length: 50 }, (_, i) => `red heart number ${i}, Red Apple`);
+  const vocabulary = learnVocabulary(captions, 560);
+  t.same(vocabulary, learnVocabulary(captions, 560), 'the same each time');
+  t.ok(Object.keys(vocabulary.vocab).length <= 560);
+  writeTokenizers(folder, vocabulary, 16);
+  const [first, second] = ['tokenizer', 'tokenizer_2'].map((name) => loadTokenizer(join(folder, name)));
+  const { vocab } = vocabulary;
+  const [begin, end] = [vocab['<|startoftext|>'], vocab['<|endoftext|>']];
+  const words = [vocab['red</w>'], vocab['heart</w>']];
+  t.same([...first.encode('red heart').ids], [begin, ...words, ...Array<number>(13).fill(end)]);
+  t.same(
+    [...second.encode('RED heart').ids],
+    [begin, ...words, end, ...Array<number>(12).fill(0)],
+    'padded with "!"',
+  );
+  t.equal(end, Math.max(...Object.values(vocab)), 'the end of text has the largest id, as CLIP looks for it');
+  t.ok(
+    first.encode('zebra ☃').ids.every((id) => id <= end),
+    'other words are spelt in bytes',
+  );
+  t.end();
+});
