@@ -7,6 +7,7 @@ import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import '../engine/ops/adafactor.ts';
+import '../engine/ops/adamw_8bit.ts';
 import '../engine/ops/attention.ts';
 import '../engine/ops/binary.ts';
 import '../engine/ops/conv2d.ts';

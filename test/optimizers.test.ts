@@ -4,6 +4,7 @@ import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { clearGrad, requireGrad } from '../engine/grad.ts';
 import { Parameter } from '../engine/module.ts';
+import { dynamicMap } from '../engine/ops/adamw_8bit.ts';
 import { keep } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { bytesPerElement, type FloatDType } from '../io/dtype.ts';
@@ -227,5 +228,55 @@ test('clipping: the global norm, its factor, and who is not finite', (t) => {
   if (p1.tensor.node) p1.tensor.node.grad = laid(p1, bad, 'float32');
   t.equal(clipGradients(parameters, 1).nonfinite, 'p1');
   free(parameters, { release() {} });
+  t.end();
+});
+
+test('AdamW with moments of a byte: the map of bitsandbytes, and steps near those of float32 moments', (t) => {
+  const at = [0, 1, 64, 126, 127, 128, 129, 190, 254, 255];
+  // From create_dynamic_map's formula in torch.
+  const signed = [-0.9929687, -0.9789063, -0.09859375, -5.5e-7, 0, 5.5e-7, 3.25e-6, 0.09859375, 0.9929687, 1];
+  const unsigned = [
+    0, 3.25e-7, 0.012109376, 0.09929688, 0.10351563, 0.11054687, 0.11757813, 0.54648435, 0.99648438, 1,
+  ];
+  const [first, second] = [dynamicMap(true), dynamicMap(false)];
+  allClose(
+    t,
+    'signed',
+    at.map((i) => first[i]),
+    signed,
+    { atol: 0, rtol: 1e-6 },
+  );
+  allClose(
+    t,
+    'unsigned',
+    at.map((i) => second[i]),
+    unsigned,
+    { atol: 0, rtol: 1e-6 },
+  );
+  const p = (name: 'adamw' | 'adamw8bit') => {
+    const weights = new Parameter([50, 100]);
+    weights.tensor = requireGrad(keep(tensor(new Float32Array(5000), weights.shape, { device })));
+    const parameters = new Map([['p', weights]]);
+    const optimizer = createOptimizer(parameters, { ...settings, name, weight_decay: 0 }, 1);
+    for (let step = 0; step < 20; step++) {
+      clearGrad(weights.tensor);
+      const values = Float32Array.from(
+        { length: 5000 },
+        (_, i) => Math.sin(1 + i) + 0.3 * Math.sin(i * step),
+      );
+      if (weights.tensor.node) weights.tensor.node.grad = keep(tensor(values, weights.shape, { device }));
+      optimizer.step(0.01);
+    }
+    const result = { values: weights.tensor.floats(), slots: [...optimizer.state.keys()] };
+    free(parameters, optimizer);
+    return result;
+  };
+  const [full, small] = [p('adamw'), p('adamw8bit')];
+  t.same(small.slots, ['step', 'state1.p', 'state2.p', 'absmax1.p', 'absmax2.p']);
+  const difference = full.values.reduce((sum, x, i) => sum + Math.abs(x - small.values[i]), 0);
+  const moved = full.values.reduce((sum, x) => sum + Math.abs(x), 0);
+  t.ok(difference < 0.03 * moved, `differs by ${((100 * difference) / moved).toFixed(2)} % of the way gone`);
+  const tiny = threeSteps({ name: 'adamw8bit' });
+  t.same(tiny, threeSteps({ name: 'adamw' }), 'small parameters keep float32 moments');
   t.end();
 });

@@ -1,8 +1,8 @@
 // The optimizers by the names a run file gives them.
 import type { Parameter } from '../../engine/module.ts';
-import { UserError } from '../../io/errors.ts';
 import { adafactor } from './adafactor.ts';
 import { adamw } from './adamw.ts';
+import { adamw8bit } from './adamw_8bit.ts';
 import { lion } from './lion.ts';
 import { type Optimizer, optimize, type Rule } from './rule.ts';
 
@@ -22,9 +22,7 @@ export interface OptimizerSettings {
 const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => Rule> = {
   adamw,
   adafactor,
-  adamw8bit() {
-    throw new UserError('optimizer.name "adamw8bit" is not built yet; use "adamw" or "adafactor"');
-  },
+  adamw8bit,
   lion,
 };
 
