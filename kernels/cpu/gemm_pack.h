@@ -55,7 +55,7 @@ template <int... I> constexpr vi step_lanes(int step, int odd, std::integer_sequ
 
 template <int STEP> inline void transpose_step(vf *v) {
   constexpr std::make_integer_sequence<int, LANES> all{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
     if (i & STEP) continue;
     const vf a = v[i], b = v[i + STEP];
@@ -70,38 +70,53 @@ inline void transpose(vf *v) {
   transpose_step<2>(v);
   if constexpr (LANES > 4) transpose_step<4>(v);
   if constexpr (LANES > 8) transpose_step<8>(v);
+#pragma GCC unroll 16
   for (int i = 0; i < LANES; i += 4) std::swap(v[i + 1], v[i + 2]); // steps 1 and 2 leave them crossed
+}
+
+// to[word][row], `stride` words from one word to the next: LANES words along k of LANES rows, of which `rows` exist and
+// `count` elements of k are left. The next block of each row, `ahead` elements on, is fetched meanwhile.
+template <class T> inline void pack_square(float *to, int stride, const T *const *from, int rows, int at, int count, int ahead) {
+  vf square[LANES];
+  if (rows >= LANES && count >= LANES * PAIR<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      square[i] = words_along_k(from[i] + at, LANES * PAIR<T>);
+      __builtin_prefetch(from[i] + at + ahead);
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + i * stride, square[i]);
+    return;
+  }
+  for (int i = 0; i < LANES; i++) square[i] = i < rows ? words_along_k(from[i] + at, count) : vf{};
+  transpose(square);
+  for (int i = 0; i < std::min(LANES, words_of<T>(count)); i++) store(to + i * stride, square[i]);
 }
 
 // One panel of B, `columns` of at most `width`, at k, into to[words][width], zero beyond the columns.
 template <class T> void pack_b(float *to, int width, const Operand<T> &b, Range columns, Range k) {
   const int words = words_of<T>(k.count()), count = columns.count();
   const T *from[2 * KC];
-  if (b.rows_are_k) {
-    T scratch[2 * KC * PANEL];
-    b.rows.fetch(from, k, columns, scratch);
-    for (int w = 0; w < words; w++) {
-      const T *first = from[w * PAIR<T>], *second = PAIR<T> == 2 && 2 * w + 1 < k.count() ? from[2 * w + 1] : nullptr;
-      __builtin_prefetch(first + width);
-      if (second != nullptr) __builtin_prefetch(second + width);
-      for (int j = 0; j < width; j += LANES)
-        store(to + w * width + j, j < count ? words_across_k(first + j, second == nullptr ? second : second + j, count - j) : vf{});
-    }
+  T scratch[2 * KC * PANEL];
+  if (!b.rows_are_k) {
+    b.rows.fetch(from, columns, k, scratch);
+    for (int j = 0; j < width; j += LANES)
+      for (int w = 0; w < words; w += LANES)
+        pack_square(to + w * width + j, width, from + j, count - j, w * PAIR<T>, k.count() - w * PAIR<T>, k.count());
     return;
   }
-  T scratch[2 * KC * PANEL];
-  b.rows.fetch(from, columns, k, scratch);
-  for (int j = 0; j < width; j += LANES)
-    for (int w = 0; w < words; w += LANES) {
-      vf square[LANES];
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) {
-        square[i] = j + i < count ? words_along_k(from[j + i] + w * PAIR<T>, k.count() - w * PAIR<T>) : vf{};
-        if (j + i < count) __builtin_prefetch(from[j + i] + w * PAIR<T> + k.count()); // the next block of the row
-      }
-      transpose(square);
-      for (int i = 0; i < std::min(LANES, words - w); i++) store(to + (w + i) * width + j, square[i]);
+  b.rows.fetch(from, k, columns, scratch);
+  for (int w = 0; w < words; w++) {
+    const T *first = from[w * PAIR<T>], *second = PAIR<T> == 2 && 2 * w + 1 < k.count() ? from[2 * w + 1] : nullptr;
+    __builtin_prefetch(first + width);
+    if (second != nullptr) __builtin_prefetch(second + width);
+    for (int j = 0; j < width; j += LANES) {
+      const T *next = second == nullptr ? second : second + j;
+      if (j + LANES <= count) store(to + w * width + j, words_across_k(first + j, next, LANES));
+      else store(to + w * width + j, j < count ? words_across_k(first + j, next, count - j) : vf{});
     }
+  }
 }
 
 // Rows of A in the micro-kernel's hands: `count` rows from `row` on, at `words` words of k from word `at` on.
