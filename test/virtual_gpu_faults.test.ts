@@ -1,45 +1,13 @@
 // The detectors detect: every planted fault is reported as what it is, and the same kernel without it passes under the same
 // settings. Faults are planted in the launch, in the PTX text, or in kernels that were written wrong.
 import { test } from 'tap';
-import { CudaError } from '../engine/cuda/errors.ts';
-import type { VirtualGpuOptions } from './virtual-gpu/gpu.ts';
+import { checkFaults as check, outcome, without } from './virtual-gpu/fault_cases.ts';
 import { survivors, synchronisationMutants } from './virtual-gpu/mutants.ts';
 import { fromBf16, toBf16 } from './virtual-gpu/numbers.ts';
-import { GpuReport } from './virtual-gpu/report.ts';
 import { type Bench, floatsFrom, newBench, schedules, testPtx } from './virtual-gpu/run_kernel.ts';
 
 const basic = testPtx('basic');
 const hgemm = testPtx('hgemm');
-
-/** What a run ends with: the kind of its report, `refused` by the driver, `wrong`, or `nothing`. */
-function outcome(run: () => undefined | boolean): { kind: string; message: string } {
-  try {
-    return run() === false ? { kind: 'wrong', message: 'a wrong result' } : { kind: 'nothing', message: '' };
-  } catch (error) {
-    if (error instanceof GpuReport) return { kind: error.kind, message: error.message };
-    if (error instanceof CudaError) return { kind: 'refused', message: error.message };
-    throw error;
-  }
-}
-
-/** Takes the n-th statement that matches out of a kernel of a PTX file. */
-function without(ptx: string, kernel: string, what: RegExp, n = 0): string {
-  const found = synchronisationMutants(ptx, (name) => name === kernel).filter((m) => what.test(m.name));
-  if (!found[n]) throw new Error(`${kernel} has no ${n}. ${what}`);
-  return found[n].ptx;
-}
-
-type Fault = readonly [name: string, expected: RegExp, run: (bench: Bench) => undefined | boolean];
-
-function check(title: string, faults: readonly Fault[], options: VirtualGpuOptions = {}): void {
-  test(title, (t) => {
-    for (const [name, expected, run] of faults) {
-      const { kind, message } = outcome(() => run(newBench(options)));
-      t.match(kind, expected, `${name}: ${message || kind}`);
-    }
-    t.end();
-  });
-}
 
 /** vadd of 1000 elements, with one of its operands as the case wants it. */
 const vadd = (

@@ -208,6 +208,13 @@ for (const bits of [16, 32, 64] as const) {
   });
 }
 
+test('a true predicate may be written -1', (t) => {
+  const body =
+    'mov.pred %p1, -1; not.pred %p2, %p1; selp.u32 %r1, 1, 0, %p1; selp.u32 %r2, 2, 0, %p2; add.s32 %d, %r1, %r2;';
+  t.same(run(body, 'u32', ['u32'], [whole([0n])]), Array(32).fill(1n));
+  t.end();
+});
+
 test('bit fields', (t) => {
   const [x, y] = integerPairs(32);
   const at = x.map((_, i) => BigInt((i * 5) % 37));

@@ -1,5 +1,7 @@
 // cp.async: a lane begins a copy from global to shared memory; it is complete only when the lane has waited for its group.
 // `late` lands it at the wait, with the destination poisoned until then; `early` at once; `random` either way.
+
+import { newAgent } from './async_agents.ts';
 import { windows } from './emit.ts';
 import type { LaneCopies, Machine, PendingCopy } from './machine.ts';
 import { poison } from './memory.ts';
@@ -82,8 +84,45 @@ export function waitGroup(m: Machine, lane: number, pending: number): void {
   }
 }
 
-/** Copies that a lane never waited for are lost when it ends: nothing may rely on them, but they may still land. */
-export function outstandingCopies(copies: LaneCopies | undefined): number {
-  if (!copies) return 0;
-  return copies.current.length + copies.groups.reduce((n, g) => n + g.length, 0);
+/**
+ * cp.async.mbarrier.arrive: once all copies that the lane has begun have landed, `arrive` runs; whoever waits for the
+ * mbarrier has then seen them.
+ */
+export function landForBarrier(
+  m: Machine,
+  lane: number,
+  barrier: { seen: Int32Array },
+  arrive: () => void,
+): void {
+  const copies = copiesOf(m, lane);
+  const begun = [...copies.current, ...copies.groups.flat()].filter((copy) => !copy.signalled);
+  const { agent, clock } = newAgent(m.block);
+  for (const copy of begun) copy.signalled = true;
+  const finish = () => {
+    for (const copy of begun) {
+      land(m, copy);
+      markWriter(m, copy, makeKey(clock, agent, 0));
+    }
+    barrier.seen[agent] = Math.max(barrier.seen[agent], clock);
+    arrive();
+    m.block.progress++;
+  };
+  if (m.schedule.async === 'early') {
+    finish();
+    return;
+  }
+  const known = m.block.extra.get('arrivals') as (() => void)[] | undefined;
+  const arrivals = known ?? [];
+  arrivals.push(finish);
+  if (known) return;
+  m.block.extra.set('arrivals', arrivals);
+  m.block.pendingWork.push({
+    complete(random) {
+      const [next] = arrivals.splice(random ? Math.floor(random() * arrivals.length) : 0, 1);
+      next?.();
+      return next !== undefined;
+    },
+    describe: () =>
+      arrivals.length ? `${arrivals.length} arrival(s) of asynchronous copies are pending` : '',
+  });
 }

@@ -125,7 +125,13 @@ export function newEmitter(locate: Locate): Emitter {
   };
   const predicate = (x: Operand): string => {
     if (x.kind === 'not') return `(1-${predicate(x.operand)})`;
-    return x.kind === 'register' ? name(x) : x.kind === 'integer' ? String(x.low) : refuse('predicate', x);
+    return x.kind === 'register'
+      ? name(x)
+      : x.kind === 'integer'
+        ? x.low
+          ? '1'
+          : '0'
+        : refuse('predicate', x);
   };
 
   const line = (text: string) => {

@@ -43,6 +43,8 @@ export interface PendingCopy {
   readonly bytes: number;
   readonly sourceBytes: number;
   done: boolean;
+  /** An mbarrier will be told of it. */
+  signalled?: boolean;
 }
 
 export interface LaneCopies {

@@ -12,10 +12,12 @@ import {
   sharedStart,
   type Warp,
 } from './machine.ts';
+import { describeMbarriers } from './mbarrier.ts';
 import { allocated, poison } from './memory.ts';
 import { countBits } from './numbers.ts';
 import { GpuReport, quote, whereIs } from './report.ts';
 import { runWarpInstruction } from './warp_ops.ts';
+import { noteRegisters } from './wgmma.ts';
 
 export type Triple = readonly [number, number, number];
 
@@ -167,6 +169,7 @@ function runWarp(m: Machine, warp: Warp): void {
       m.stats.instructions += (block.instructions.length + 1) * countBits(group.mask);
       if (block.branch?.opcode === 'brx') branchByIndex(m, warp, group);
       else {
+        if (warp.wgmma) noteRegisters(m, block);
         const chunk = (kernel.chunks[block.id] ??= compileBlock(block, m, kernel.locate));
         const taken = chunk(warp.base, group.mask);
         if (taken === 0) group.pc = block.next;
@@ -260,7 +263,8 @@ function describeBlock(m: Machine): string {
   const waiting = m.block.warps
     .filter((w) => w.state !== 'done')
     .map((w) => `warp ${w.id} (${w.state}) at ${w.groups.map((g) => quote(quoteable(m, g))).join(' and ')}`);
-  const work = m.block.pendingWork.map((p) => p.describe()).filter((text) => text);
+  const pending = m.block.pendingWork.map((p) => p.describe());
+  const work = [...pending, describeMbarriers(m.block)].filter((text) => text);
   const done = m.block.warps.filter((w) => w.state === 'done').length;
   const name = `kernel ${m.kernel.source.name} block (${[...m.ctaid]})`;
   return `${name}: ${waiting.join('; ')}${done ? `; ${done} warp(s) have ended` : ''}${work.length ? `; ${work.join('; ')}` : ''}`;

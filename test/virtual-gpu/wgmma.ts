@@ -1,5 +1,215 @@
-import type { Outcome, WarpCall } from './warp_ops.ts';
+// wgmma of sm_90a: a warpgroup's matrix product whose operands are read from shared memory through 64-bit descriptors, and
+// whose accumulators are in flight from mma_async until its group is waited for. Each warp computes its own 16 rows, when
+// it waits; until then touching an accumulator is a fault. The layouts are CUTLASS's canonical ones.
+import { readAsync } from './async_agents.ts';
+import type { Block } from './flow.ts';
+import { defines, reads } from './flow.ts';
+import type { Machine, Warp } from './machine.ts';
+import { a, b, registersIn, unpackA } from './matrix.ts';
+import * as num from './numbers.ts';
+import type { Instruction, Operand, Register } from './ptx.ts';
+import { fail } from './report.ts';
+import { isWhole, laneValue, type Outcome, type WarpCall } from './warp_ops.ts';
 
-export function wgmma({ i }: WarpCall): Outcome {
-  throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+interface Descriptor {
+  readonly address: number;
+  /** Byte offsets between core matrices: leading dimension and stride. */
+  readonly leading: number;
+  readonly stride: number;
+  /** 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes. */
+  readonly swizzle: number;
+}
+
+interface Product {
+  readonly i: Instruction;
+  readonly columns: number;
+  readonly type: string;
+  readonly accumulators: readonly Register[];
+  /** Four registers of 32 lanes, or a descriptor. */
+  readonly a: readonly Int32Array[] | Descriptor;
+  readonly b: Descriptor;
+  readonly accumulate: boolean;
+  readonly sign: number;
+  readonly transposeA: boolean;
+  readonly transposeB: boolean;
+}
+
+interface WgmmaState {
+  current: Product[];
+  readonly groups: Product[][];
+  /** A wgmma.fence has been executed, and since then ordinary code wrote these registers. */
+  fenced: boolean;
+  readonly unfenced: Set<Register>;
+  inFlight: Set<Register>;
+}
+
+function stateOf(warp: Warp): WgmmaState {
+  warp.wgmma ??= { current: [], groups: [], fenced: false, unfenced: new Set(), inFlight: new Set() };
+  return warp.wgmma as WgmmaState;
+}
+
+export function wgmma(call: WarpCall): Outcome {
+  const { m, i, first } = call;
+  if (!isWhole(call)) return 'park';
+  const state = stateOf(m.warp);
+  switch (i.modifiers[0]) {
+    case 'fence':
+      state.fenced = true;
+      state.unfenced.clear();
+      return 'next';
+    case 'commit_group':
+      state.groups.push(state.current);
+      state.current = [];
+      return 'next';
+    case 'wait_group': {
+      const left = laneValue(call, i.operands[0], first);
+      while (state.groups.length > left) for (const product of state.groups.shift()!) compute(m, product);
+      state.inFlight = new Set([...state.groups.flat(), ...state.current].flatMap((p) => p.accumulators));
+      return 'next';
+    }
+    default:
+      begin(call, state);
+      return 'next';
+  }
+}
+
+function begin(call: WarpCall, state: WgmmaState): void {
+  const { m, i } = call;
+  const shape = /^m64n(\d+)k16$/.exec(i.modifiers.find((word) => word.startsWith('m64')) ?? '');
+  const type = i.modifiers.at(-1) ?? '';
+  if (!shape || !['bf16', 'f16'].includes(type) || !i.modifiers.includes('f32')) {
+    throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+  }
+  if ((m.warp.id | 3) >= m.block.warps.length) fail(m, 'wgmma', 'the warpgroup is not complete', 0, i);
+  const accumulators = registersIn(i.operands[0]);
+  if (!state.fenced || accumulators.some((r) => state.unfenced.has(r))) {
+    fail(m, 'async', 'wgmma.mma_async without a wgmma.fence after its accumulators were written', 0, i);
+  }
+  const fromRegisters = i.operands[1].kind === 'vector';
+  const number = (x: Operand | undefined) => (x ? laneValue(call, x, 0) : 0);
+  const rest = i.operands.slice(3);
+  state.current.push({
+    ...{ i, columns: Number(shape[1]), type, accumulators },
+    a: fromRegisters
+      ? registersIn(i.operands[1]).map((r) =>
+          Int32Array.from({ length: 32 }, (_, l) => laneValue(call, r, l)),
+        )
+      : descriptor(call, i.operands[1]),
+    b: descriptor(call, i.operands[2]),
+    accumulate: number(rest[0]) !== 0,
+    sign: number(rest[1]) * number(rest[2]),
+    transposeA: !fromRegisters && number(rest[3]) !== 0,
+    transposeB: number(fromRegisters ? rest[3] : rest[4]) !== 0,
+  });
+  for (const r of accumulators) state.inFlight.add(r);
+  m.stats.matrixProducts++;
+}
+
+function descriptor(call: WarpCall, x: Operand): Descriptor {
+  const { m, i } = call;
+  if (x.kind !== 'register') throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+  const at = m.warp.base + x.plane * 32;
+  const [low, high] = [m.registers[at], m.registers[at + 32]];
+  for (let l = 1; l < 32; l++) {
+    if (m.registers[at + l] !== low || m.registers[at + 32 + l] !== high) {
+      fail(m, 'wgmma', 'the descriptor differs between threads', l, i);
+    }
+  }
+  if ((high >>> 17) & 7) fail(m, 'wgmma', 'the virtual GPU knows no descriptor with a base offset', 0, i);
+  const field = (bits: number) => (bits & 0x3fff) << 4;
+  return { address: field(low), leading: field(low >>> 16), stride: field(high), swizzle: high >>> 30 };
+}
+
+/** Byte address of element (row or column `mn`, `k`) of a 2-byte operand. */
+function elementAddress(d: Descriptor, mn: number, k: number, transposed: boolean): number {
+  const mask = [0, 0x70, 0x30, 0x10][d.swizzle];
+  let ax: number;
+  if (!transposed) {
+    // Rows of the swizzle's span, eight to a group; without swizzle 16-byte rows of 8 x 8 core matrices.
+    ax = d.address + (mn >> 3) * d.stride;
+    if (d.swizzle === 0) ax += (mn & 7) * 16 + (k >> 3) * d.leading + (k & 7) * 2;
+    else ax += (mn & 7) * (256 >> d.swizzle) + k * 2;
+  } else if (d.swizzle === 0)
+    ax = d.address + (mn >> 3) * d.stride + (mn & 7) * 2 + (k & 7) * 16 + (k >> 3) * d.leading;
+  else {
+    const width = 128 >> d.swizzle;
+    ax =
+      d.address +
+      Math.floor(mn / width) * d.leading +
+      (mn % width) * 2 +
+      (k & 7) * width * 2 +
+      (k >> 3) * d.stride;
+  }
+  return ax ^ ((ax >>> 3) & mask);
+}
+
+/** Reads 16 columns of `count` rows of an operand into floats. */
+function readOperand(
+  m: Machine,
+  p: Product,
+  d: Descriptor,
+  transposed: boolean,
+  from: number,
+  count: number,
+  into: Float32Array,
+): void {
+  for (let row = 0; row < count; row++) {
+    for (let k = 0; k < 16; k++) {
+      const ax = elementAddress(d, from + row, k, transposed);
+      if (transposed || (k & 1) === 0) readAsync(m, ax & ~3, 4, m.warp, 0, p.i);
+      const bits = m.shared.u16[ax >>> 1];
+      into[row * 16 + k] = p.type === 'bf16' ? num.fromBf16(bits) : num.fromF16(bits);
+    }
+  }
+}
+
+function compute(m: Machine, p: Product): void {
+  const source = p.a;
+  if ('address' in source) readOperand(m, p, source, p.transposeA, (m.warp.id & 3) * 16, 16, a);
+  else unpackA(16, p.type, (j, l) => source[j][l]);
+  readOperand(m, p, p.b, p.transposeB, 0, p.columns, b);
+  const { floats } = m;
+  const at = (r: Register) => m.warp.base + r.plane * 32;
+  for (let j = 0; j < p.columns / 8; j++) {
+    const [p0, p1, p2, p3] = p.accumulators.slice(4 * j, 4 * j + 4).map(at);
+    for (let l = 0; l < 32; l++) {
+      const ra = (l >> 2) * 16;
+      const rb = (j * 8 + (l & 3) * 2) * 16;
+      let [s0, s1, s2, s3] = [0, 0, 0, 0];
+      for (let q = 0; q < 16; q++) {
+        s0 += a[ra + q] * b[rb + q];
+        s1 += a[ra + q] * b[rb + 16 + q];
+        s2 += a[ra + 128 + q] * b[rb + q];
+        s3 += a[ra + 128 + q] * b[rb + 16 + q];
+      }
+      const keep = p.accumulate ? 1 : 0;
+      floats[p0 + l] = (keep && floats[p0 + l]) + p.sign * s0;
+      floats[p1 + l] = (keep && floats[p1 + l]) + p.sign * s1;
+      floats[p2 + l] = (keep && floats[p2 + l]) + p.sign * s2;
+      floats[p3 + l] = (keep && floats[p3 + l]) + p.sign * s3;
+    }
+  }
+}
+
+const usage = new WeakMap<Block, { touched: Register[]; written: Register[] }>();
+
+/** Ordinary code of a warp that has used wgmma: it may not touch accumulators in flight; what it writes needs a fence. */
+export function noteRegisters(m: Machine, block: Block): void {
+  const state = m.warp.wgmma as WgmmaState;
+  let known = usage.get(block);
+  if (!known) {
+    // Moves are left out: the compiler renames registers with them wherever it likes.
+    const real = block.instructions.filter((i) => i.opcode !== 'mov');
+    known = {
+      touched: block.instructions.flatMap((i) => [...defines(i), ...reads(i)]),
+      written: real.flatMap(defines),
+    };
+    usage.set(block, known);
+  }
+  const touched = known.touched.find((r) => state.inFlight.has(r));
+  if (touched) {
+    const i = block.instructions.find((x) => [...defines(x), ...reads(x)].includes(touched))!;
+    fail(m, 'async', `register ${touched.name} is touched while wgmma has it in flight`, 0, i);
+  }
+  for (const r of known.written) state.unfenced.add(r);
 }
