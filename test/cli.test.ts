@@ -19,7 +19,7 @@ import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { goldenFolder, maxDifference } from './golden.ts';
+import { goldenFolder, goldenSingleFile, maxDifference } from './golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
 
@@ -177,7 +177,7 @@ test('a VAE in one file, under either spelling, is the folder it came from', asy
     return (await readPicture(output)).data;
   };
   const want = await draw('own.png');
-  const whole = openSafetensors(join(goldenFolder, 'tiny-sdxl-singlefile.safetensors'));
+  const whole = openSafetensors(goldenSingleFile('tiny-sdxl'));
   const prefix = 'first_stage_model.';
   const part = [...whole.tensors.values()]
     .filter(({ name }) => name.startsWith(prefix))
@@ -214,10 +214,7 @@ test('inspect tells what a checkpoint is', async (t) => {
   );
   t.same(base.problems, []);
   t.match((await about(join(goldenFolder, 'tiny-sdxl-refiner'))).kind, /refiner/);
-  t.match(
-    (await about(join(goldenFolder, 'tiny-sdxl-singlefile.safetensors'))).kind,
-    /single file: SDXL base/,
-  );
+  t.match((await about(goldenSingleFile('tiny-sdxl'))).kind, /single file: SDXL base/);
   const lora = await about(join(goldenFolder, 'lora', 'scaled_kohya.safetensors'));
   t.match(lora.kind, /kohya/);
   t.same(lora.lora, { ranks: [4], layers: { lora_unet: 136 } });

@@ -18,7 +18,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { readJson } from '../io/files.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { openWeights } from '../models/checkpoint.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenFolder, goldenSingleFile } from './golden.ts';
 
 const golden = (name: string) => join(goldenFolder, name);
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-export-'));
@@ -65,7 +65,7 @@ test('folders and single files come out of each other', async (t) => {
     const made = await run(golden(model), single, '--format', 'single-file', '--dtype', 'float16', '--json');
     t.equal(made.status, 0, made.err);
     t.same(JSON.parse(made.out).forward, names, 'every component ran');
-    const [got, want] = [contents(single), contents(golden(`${model}-singlefile.safetensors`))];
+    const [got, want] = [contents(single), contents(goldenSingleFile(model))];
     t.same([...got.keys()].sort(), [...want.keys()].sort(), `${model}: the keys`);
     t.ok(
       [...want].every(([name, values]) => got.get(name) === values),
@@ -74,7 +74,7 @@ test('folders and single files come out of each other', async (t) => {
 
     const back = join(folder, model);
     const args = ['--configs', golden(model), '--quiet'];
-    t.equal((await run(golden(`${model}-singlefile.safetensors`), back, ...args)).status, 0);
+    t.equal((await run(goldenSingleFile(model), back, ...args)).status, 0);
     for (const name of names) {
       const [ours, theirs] = [
         componentContents(join(back, name)),

@@ -1,10 +1,14 @@
 // Reading the golden data (cases made with diffusers, test/golden/README.md) and comparing arrays without tap's deep
 // equality, which is quadratic on large arrays: every comparison is one boolean with the worst element in its message.
-import { closeSync, openSync, readFileSync, readSync } from 'node:fs';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { type DType, decodeFloats } from '../io/dtype.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { brotliDecompressSync } from 'node:zlib';
+import { type DType, decodeFloats, encodeNumbers, typedView } from '../io/dtype.ts';
+import { writeFileAtomic } from '../io/files.ts';
+import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 
 /** The package's folder: the nearest ancestor of this file with a package.json. */
 export const packageRoot = (() => {
@@ -43,40 +47,127 @@ export interface GoldenArea {
   dtype(tensor: string): DType;
   /** A stored tensor's elements as numbers (row-major), rounded to float32 where they were recorded in float64. */
   floats(tensor: string): Float32Array;
-  /** As floats, but not rounded. */
+  /** Exactly as recorded, in every type. */
   doubles(tensor: string): Float64Array;
   bytes(tensor: string): Uint8Array;
 }
 
 let document: { areas: Record<string, { about: string; cases: GoldenCase[] }> } | undefined;
 
+const unpacked = (path: string): Buffer => brotliDecompressSync(readFileSync(join(goldenFolder, path)));
+const unpackedJson = (path: string): unknown => JSON.parse(unpacked(path).toString());
+
 export function goldenArea(name: string): GoldenArea {
-  document ??= JSON.parse(readFileSync(join(goldenFolder, 'cases.json'), 'utf8')) as NonNullable<
-    typeof document
-  >;
-  const file: SafetensorsFile = openSafetensors(join(goldenFolder, 'cases', `${name}.safetensors`));
+  document ??= unpackedJson('cases.json.br') as NonNullable<typeof document>;
   const area = document.areas[name];
-  const info = (tensor: string) => {
-    const found = file.tensors.get(tensor);
-    if (!found) throw new Error(`golden area ${name} has no tensor ${tensor}`);
-    return found;
-  };
+  const tensors = packedTensors(`cases/${name}.safetensors.br`);
+  const dtype = (tensor: string) => storedTypes[tensors(tensor).storedAs];
+  const floats = (tensor: string) => decodeFloats(tensors(tensor).bytes(), dtype(tensor));
   return {
     about: area.about,
     cases: area.cases,
-    shape: (tensor) => [...info(tensor).shape],
-    dtype: (tensor) => info(tensor).dtype,
+    dtype,
+    shape: (tensor) => [...tensors(tensor).shape],
+    bytes: (tensor) => tensors(tensor).bytes(),
     floats: (tensor) =>
-      info(tensor).storedAs === 'F64'
-        ? Float32Array.from(doubles(file.path, info(tensor)))
-        : decodeFloats(file.read(tensor), info(tensor).dtype),
-    doubles: (tensor) =>
-      info(tensor).storedAs === 'F64'
-        ? doubles(file.path, info(tensor))
-        : Float64Array.from(decodeFloats(file.read(tensor), info(tensor).dtype)),
-    bytes: (tensor) => file.read(tensor),
+      tensors(tensor).storedAs === 'F64'
+        ? Float32Array.from(float64s(tensors(tensor).bytes()))
+        : floats(tensor),
+    doubles(tensor) {
+      const { storedAs, bytes } = tensors(tensor);
+      if (storedAs === 'F64') return float64s(bytes());
+      if (storedAs === 'I64') return Float64Array.from(typedView(bytes(), 'int64'), Number);
+      if (storedAs === 'I32') return Float64Array.from(typedView(bytes(), 'int32'), Number);
+      return Float64Array.from(floats(tensor));
+    },
   };
 }
+
+/** float64, which some sums were recorded in, is no storage type of ours. */
+const storedTypes: Record<string, DType> = {
+  F32: 'float32',
+  F16: 'float16',
+  BF16: 'bfloat16',
+  I32: 'int32',
+  I64: 'int64',
+  U8: 'uint8',
+};
+const float64s = (bytes: Uint8Array) =>
+  new Float64Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 8);
+
+interface PackedTensor {
+  storedAs: string;
+  shape: readonly number[];
+  bytes(): Uint8Array;
+}
+
+type Header = Record<string, { dtype: string; shape: number[]; data_offsets: [number, number] }>;
+
+/**
+ * A safetensors file as golden_pack.ts leaves it: brotli over a file in which the bytes of each tensor lie plane by plane
+ * (all first bytes of its elements, then all second ones), because floats compress better so.
+ */
+function packedTensors(path: string): (name: string) => PackedTensor {
+  const file = unpacked(path);
+  const start = 8 + Number(file.readBigUInt64LE(0));
+  const header = JSON.parse(file.toString('utf8', 8, start)) as Header;
+  return (name) => {
+    if (!header[name]) throw new Error(`${path} has no tensor ${name}`);
+    const { dtype, shape, data_offsets } = header[name];
+    const [from, to] = data_offsets.map((offset) => start + offset);
+    const count = shape.reduce((a, b) => a * b, 1);
+    return { storedAs: dtype, shape, bytes: () => transposed(file.subarray(from, to), count) };
+  };
+}
+
+/** Rows of `length` bytes as columns. From planes back to elements, `length` is the number of elements. */
+export function transposed(bytes: Uint8Array, length: number): Uint8Array {
+  const rows = bytes.length / length;
+  const out = new Uint8Array(bytes.length);
+  for (let row = 0; row < rows; row++)
+    for (let i = 0; i < length; i++) out[i * rows + row] = bytes[row * length + i];
+  return out;
+}
+
+/** How an original single file is put together from its diffusers folder's tensors, all as float16. */
+export interface SingleFileRecipe {
+  sha256: string;
+  /** The file's own, as text. */
+  header: string;
+  /** In the order of the data: component/tensor, several joined end to end; `T ` before it transposes a matrix. */
+  parts: string[][];
+}
+
+/**
+ * The single file of a golden folder, byte for byte as it was made with diffusers' and the original's keys. It is not kept,
+ * because its numbers are the folder's: it is put together in the temporary folder, and its hash checked.
+ */
+export function goldenSingleFile(folder: string): string {
+  const { sha256, header, parts } = unpackedJson(`${folder}-singlefile.json.br`) as SingleFileRecipe;
+  const path = join(tmpdir(), `sdxl-golden-${sha256.slice(0, 16)}`, `${folder}-singlefile.safetensors`);
+  if (existsSync(path)) return path;
+  const components = new Map<string, SafetensorsFile>();
+  const halves = (part: string): Uint8Array => {
+    const [, turned, component, name] = /^(T )?([^/]+)\/(.*)$/.exec(part) as RegExpExecArray;
+    const file = components.get(component) ?? openComponent(join(goldenFolder, folder, component));
+    components.set(component, file);
+    const { dtype, shape } = file.tensors.get(name) as TensorInfo;
+    const values = decodeFloats(file.read(name), dtype);
+    return encodeNumbers(turned ? permuted(values, shape, [1, 0]) : values, 'float16');
+  };
+  const size = Buffer.alloc(8);
+  size.writeBigUInt64LE(BigInt(Buffer.byteLength(header)));
+  const bytes = Buffer.concat([size, Buffer.from(header), ...parts.flat().map(halves)]);
+  for (const file of components.values()) file.close();
+  if (createHash('sha256').update(bytes).digest('hex') !== sha256)
+    throw new Error(`${path} put together from test/golden/${folder} is not what diffusers made`);
+  mkdirSync(dirname(path), { recursive: true });
+  writeFileAtomic(path, bytes);
+  return path;
+}
+
+const openComponent = (folder: string): SafetensorsFile =>
+  openSafetensors(join(folder, readdirSync(folder).find((name) => name.endsWith('.safetensors')) as string));
 
 /** Values of a tensor of this shape with its axes in another order: axis i of the result is axis order[i]. */
 export function permuted(
@@ -128,13 +219,4 @@ export function maxDifference(got: ArrayLike<number>, want: ArrayLike<number>): 
     if (!(difference <= worst)) worst = Number.isNaN(difference) ? Number.POSITIVE_INFINITY : difference;
   }
   return worst;
-}
-
-/** Some sums were recorded in float64, which is no storage type of ours: read here, past the reader that refuses it. */
-function doubles(path: string, { offset, bytes }: { offset: number; bytes: number }): Float64Array {
-  const out = new Float64Array(bytes / 8);
-  const fd = openSync(path, 'r');
-  readSync(fd, out, 0, bytes, offset);
-  closeSync(fd);
-  return out;
 }

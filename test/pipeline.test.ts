@@ -13,6 +13,7 @@ import {
   loadPipeline,
   type Pipeline,
   type Request,
+  samplerFor,
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -111,7 +112,13 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
       area.floats(c.expect.time_ids.tensor),
       c.expect.time_ids,
     );
-    checkPixels(t, c, decode(pipelines[c.pipeline as string], latents));
+    const images = decode(pipelines[c.pipeline as string], latents);
+    const shown = images.data.map((x) => Math.min(1, Math.max(0, x / 2 + 0.5)));
+    const { image, scheduler_timesteps: times } = c.expect;
+    if (image) allClose(t, `${c.id} image`, shown, area.floats(image.tensor), image);
+    const whole = samplerFor(pipelines[c.pipeline as string], request).plan(request.num_inference_steps);
+    allClose(t, `${c.id} timesteps`, whole.timesteps, area.floats(times.tensor), times);
+    checkPixels(t, c, images);
   }
   for (const pipeline of Object.values(pipelines)) pipeline.release();
 }

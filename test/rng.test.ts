@@ -1,28 +1,12 @@
 // PyTorch's CPU random numbers, bit for bit, against values drawn with PyTorch itself. Where the golden data
 // grants a tolerance (float64 Box-Muller, which rests on the C library) the test takes that tolerance and no
 // more.
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
 import { test } from 'tap';
-import { openSafetensors } from '../io/safetensors.ts';
 import { fma32 } from '../models/cephes_float.ts';
 import { type RandomDType, TorchGenerator } from '../models/torch_random.ts';
-import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { allClose, type GoldenCase, goldenArea } from './golden.ts';
 
 const area = goldenArea('rng');
-const file = openSafetensors(join(goldenFolder, 'cases', 'rng.safetensors'));
-const fileBytes = readFileSync(file.path);
-
-// float64 is no type of the project's own and large integers do not fit float32: these are read from the
-// file's bytes.
-function golden(tensor: string): ArrayLike<number> {
-  const info = file.tensors.get(tensor);
-  if (!info) throw new Error(`no golden tensor ${tensor}`);
-  const raw = fileBytes.buffer.slice(fileBytes.byteOffset + info.offset).slice(0, info.bytes);
-  if (info.storedAs === 'F64') return new Float64Array(raw);
-  if (info.storedAs === 'I32') return new Int32Array(raw);
-  return info.storedAs === 'I64' ? Array.from(new BigInt64Array(raw), Number) : area.floats(tensor);
-}
 
 // JSON rounds seeds above 2^53; the case's name has every digit.
 function generatorOf(each: GoldenCase): TorchGenerator {
@@ -64,14 +48,14 @@ function results(each: GoldenCase): Record<string, ArrayLike<number>> {
   return { y: play(generator, { fn: fn as Step['fn'], n, dtype: a }) };
 }
 
-const elements = (tensor: string) => file.tensors.get(tensor)!.shape.reduce((a, b) => a * b, 1);
+const elements = (tensor: string) => area.shape(tensor).reduce((a, b) => a * b, 1);
 
 test('every golden draw', async (t) => {
   t.equal(area.cases.length, 173);
   for (const each of area.cases) {
     const got = results(each);
     for (const [label, expected] of Object.entries(each.expect)) {
-      allClose(t, `${each.id} ${label}`, got[label], golden(expected.tensor), expected);
+      allClose(t, `${each.id} ${label}`, got[label], area.doubles(expected.tensor), expected);
     }
   }
 });

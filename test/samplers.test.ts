@@ -2,7 +2,6 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openSafetensors } from '../io/safetensors.ts';
 import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, samplerNames } from '../models/samplers/registry.ts';
 import type { PlanOptions } from '../models/samplers/sampler.ts';
@@ -19,16 +18,6 @@ const area = goldenArea('schedulers');
 const sdxl = parseSchedulerConfig(
   JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
 );
-
-const tensorFile = join(goldenFolder, 'cases', 'schedulers.safetensors');
-const { tensors } = openSafetensors(tensorFile);
-
-/** A stored tensor, also of float64, a type checkpoints do not use and the reader therefore refuses. */
-function numbers(name: string): ArrayLike<number> {
-  const info = tensors.get(name)!;
-  if (info.storedAs !== 'F64') return area.floats(name);
-  return new Float64Array(readFileSync(tensorFile).buffer.slice(info.offset, info.offset + info.bytes));
-}
 
 /** The network every trajectory was made with. */
 function model(noise: Float32Array) {
@@ -85,7 +74,7 @@ test('trajectories', (t) => {
       trajectory: Float32Array.from(trajectory.flatMap((x) => [...x])),
     };
     for (const [label, expected] of Object.entries(want))
-      close(t, `${golden.id} ${label}`, got[label], numbers(expected.tensor), expected);
+      close(t, `${golden.id} ${label}`, got[label], area.doubles(expected.tensor), expected);
     t.equal(sampler.order, golden.order, `${golden.id} order`);
     t.equal(drawsLeft, 0, `${golden.id} uses every draw`);
     const relative = plan.initNoiseSigma / (golden.init_noise_sigma as number) - 1;
@@ -104,7 +93,13 @@ test('training tables', (t) => {
       sigmas: trainingSigmas(tables.alphasCumprod),
     };
     for (const [label, expected] of Object.entries(golden.expect))
-      close(t, `${golden.id} ${label}`, got[label as keyof typeof got], numbers(expected.tensor), expected);
+      close(
+        t,
+        `${golden.id} ${label}`,
+        got[label as keyof typeof got],
+        area.doubles(expected.tensor),
+        expected,
+      );
   }
   t.end();
 });
@@ -126,7 +121,7 @@ test('noise for training', (t) => {
     snr: abars.map(signalToNoise),
   };
   for (const [label, expected] of Object.entries(golden.expect))
-    close(t, label, got[label], numbers(expected.tensor), expected);
+    close(t, label, got[label], area.doubles(expected.tensor), expected);
 
   const euler = area.cases.find(({ id }) => id === 'add_noise_euler')!;
   const sampler = createSampler('euler', sdxl);
@@ -136,7 +131,7 @@ test('noise for training', (t) => {
     const index = plan.timesteps.indexOf(timestep);
     return [...sampler.addNoise(plan, samples.subarray(...part), noises.subarray(...part), index)];
   });
-  close(t, euler.id, noisy, numbers(euler.expect.noisy.tensor), euler.expect.noisy);
+  close(t, euler.id, noisy, area.doubles(euler.expect.noisy.tensor), euler.expect.noisy);
   t.end();
 });
 

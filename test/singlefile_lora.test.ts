@@ -24,7 +24,7 @@ import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/prese
 import { openSingleFile, unetKeyInSgm } from '../models/singlefile.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { parseVaeConfig, vae } from '../models/vae.ts';
-import { allClose, goldenFolder } from './golden.ts';
+import { allClose, goldenFolder, goldenSingleFile } from './golden.ts';
 
 const device = openDevice('auto');
 const golden = (name: string): string => join(goldenFolder, name);
@@ -95,7 +95,7 @@ test('a single file is the same model as its folder', (t) => {
   const before = device.memory.storages;
   for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner']) {
     const whole = openModel(golden(folder));
-    const single = openSingleFile(golden(`${folder}-singlefile.safetensors`), { configs: golden(folder) });
+    const single = openSingleFile(goldenSingleFile(folder), { configs: golden(folder) });
     for (const component of ['unet', 'vae', 'text_encoder', 'text_encoder_2']) {
       t.equal(single.has(component), whole.has(component), `${folder} has ${component}`);
       if (!whole.has(component)) continue;
@@ -114,13 +114,7 @@ test('a single file is the same model as its folder', (t) => {
 
 test('files that are no SDXL checkpoint are refused', (t) => {
   refuses(t, 'a LoRA', () => openSingleFile(golden('lora/scaled_sgm.safetensors')), /not an SDXL checkpoint/);
-  refuses(
-    t,
-    'other sizes',
-    () => openSingleFile(golden('tiny-sdxl-singlefile.safetensors')),
-    /16 channels/,
-    /320/,
-  );
+  refuses(t, 'other sizes', () => openSingleFile(goldenSingleFile('tiny-sdxl')), /16 channels/, /320/);
   refuses(t, 'no file', () => openSingleFile(golden('absent.safetensors')), /does not exist/);
   t.end();
 });

@@ -50,9 +50,10 @@ for (const [name, tokenizer] of Object.entries(tokenizers)) {
 
   test(`${name}: long prompts take time in proportion`, async (t) => {
     const time = (prompt: string) => {
-      const start = performance.now();
+      // The processor's time: the clock also counts what else runs on the machine.
+      const start = process.cpuUsage();
       t.equal(tokenizer.encode(prompt).ids.length, 77);
-      return performance.now() - start;
+      return process.cpuUsage(start).user / 1000;
     };
     for (const unit of ['a', 'a cat, ', '!', '(', '1', '<|endoftext|>', '\u0301', ' ']) {
       const elapsed = time(unit.repeat(Math.ceil(100_000 / unit.length)));

@@ -1,0 +1,92 @@
+// Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases and their
+// tensors are compressed; a single file becomes a recipe, as its numbers are the folder's; the refiner's VAE becomes a link to
+// the base's, which it equals; tokenizer.json and pictures that no test reads are left out.
+import { createHash } from 'node:crypto';
+import { cpSync, existsSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { brotliCompressSync, constants } from 'node:zlib';
+import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
+import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { goldenFolder, permuted, type SingleFileRecipe, transposed } from './golden.ts';
+
+const from = process.argv[2];
+
+function pack(path: string, bytes: Buffer): void {
+  const { BROTLI_PARAM_QUALITY, BROTLI_PARAM_LGWIN } = constants;
+  const params = { [BROTLI_PARAM_QUALITY]: 11, [BROTLI_PARAM_LGWIN]: 24 };
+  writeFileSync(join(goldenFolder, `${path}.br`), brotliCompressSync(bytes, { params }));
+}
+
+/** The file with each tensor's bytes plane by plane. */
+function planes(path: string): Buffer {
+  const file = openSafetensors(path);
+  const bytes = readFileSync(path);
+  for (const { offset, bytes: length, shape } of file.tensors.values()) {
+    const width = length / shape.reduce((a, b) => a * b, 1);
+    bytes.set(transposed(bytes.subarray(offset, offset + length), width), offset);
+  }
+  file.close();
+  return bytes;
+}
+
+const digest = (bytes: Uint8Array): string => createHash('sha256').update(bytes).digest('hex');
+
+/** Every tensor of a folder as float16, as it is and transposed, by the hash of its bytes. */
+function tensorsOf(folder: string): Map<string, string> {
+  const found = new Map<string, string>();
+  for (const component of readdirSync(folder)) {
+    const name = existsSync(join(folder, component, 'config.json'))
+      ? readdirSync(join(folder, component)).find((each) => each.endsWith('.safetensors'))
+      : undefined;
+    if (!name) continue;
+    const file = openSafetensors(join(folder, component, name));
+    for (const { name: tensor, dtype, shape } of file.tensors.values()) {
+      const values = decodeFloats(file.read(tensor), dtype);
+      const note = (numbers: Float32Array, part: string) => {
+        const hash = digest(encodeNumbers(numbers, 'float16'));
+        if (!found.has(hash)) found.set(hash, part);
+      };
+      note(values, `${component}/${tensor}`);
+      if (shape.length === 2) note(permuted(values, shape, [1, 0]), `T ${component}/${tensor}`);
+    }
+    file.close();
+  }
+  return found;
+}
+
+/** One of the folder's tensors, or three end to end (OpenCLIP's fused q, k and v). */
+function partsOf(file: SafetensorsFile, name: string, known: ReadonlyMap<string, string>): string[] {
+  const bytes = file.read(name);
+  for (const count of [1, 3]) {
+    const parts = Array.from({ length: count }, (_, i) =>
+      known.get(digest(bytes.subarray((i * bytes.length) / count, ((i + 1) * bytes.length) / count))),
+    );
+    if (parts.every((part) => part !== undefined)) return parts;
+  }
+  throw new Error(`${file.path}: ${name} is not made of the folder's tensors`);
+}
+
+function recipe(folder: string): SingleFileRecipe {
+  const path = join(from, `${folder}-singlefile.safetensors`);
+  const file = openSafetensors(path);
+  const bytes = readFileSync(path);
+  const known = tensorsOf(join(from, folder));
+  const header = bytes.toString('utf8', 8, 8 + Number(bytes.readBigUInt64LE(0)));
+  return {
+    sha256: digest(bytes),
+    header,
+    parts: [...file.tensors.keys()].map((name) => partsOf(file, name, known)),
+  };
+}
+
+// README.md describes what is packed, and so is written here.
+const unread =
+  /README\.md$|tokenizer\.json$|-singlefile\.safetensors$|cases\.json$|cases\/.*\.safetensors$|png\/(?!input|t2i_cfg5)/;
+cpSync(from, goldenFolder, { recursive: true, filter: (path) => !unread.test(path) });
+pack('cases.json', readFileSync(join(from, 'cases.json')));
+for (const name of readdirSync(join(from, 'cases'))) pack(`cases/${name}`, planes(join(from, 'cases', name)));
+for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner'])
+  pack(`${folder}-singlefile.json`, Buffer.from(JSON.stringify(recipe(folder))));
+const weights = join('vae', 'diffusion_pytorch_model.safetensors');
+rmSync(join(goldenFolder, 'tiny-sdxl-refiner', weights), { force: true });
+symlinkSync(join('..', '..', 'tiny-sdxl', weights), join(goldenFolder, 'tiny-sdxl-refiner', weights));
