@@ -1,8 +1,182 @@
-// The driver API on libcuda.
+// The calls of api.ts on the NVIDIA driver's own library through koffi: no toolkit and no runtime library. A call that does
+// not return CUDA_SUCCESS throws CudaError. Handles and device addresses cross as 64-bit integers. What a call writes
+// through pointers comes back from one small scratch block, which is also where launch parameters are laid out: the driver
+// copies them before cuLaunchKernel returns.
+import koffi from 'koffi';
 import { UserError } from '../../io/errors.ts';
-import type { GpuApi } from './api.ts';
+import type { GpuApi, Im2colMap, TiledMap } from './api.ts';
+import { CudaError, resultName } from './errors.ts';
 
-/** Opens the NVIDIA driver's library. */
-export function openCudaLibrary(): GpuApi {
-  throw new UserError('the cuda device is not built yet in this version; use --device cpu');
+const libraryName = process.platform === 'win32' ? 'nvcuda.dll' : 'libcuda.so.1';
+type Native = (...args: readonly unknown[]) => number;
+
+/** h handle or device address, i int, z size, f float, b host bytes, o scratch address. */
+const types: Record<string, string> = {
+  h: 'uint64_t',
+  i: 'int',
+  z: 'size_t',
+  f: 'float',
+  b: 'void *',
+  o: 'uint64_t',
+};
+
+const SCRATCH_BYTES = 8192;
+/** Where in the scratch block the packed parameters lie, and the list that points to them. */
+const PARAMETERS = 1024;
+const EXTRA = 512;
+
+/** Opens the NVIDIA driver's library, or the one at `path`. Throws where there is none. */
+export function openCudaLibrary(path = libraryName): GpuApi {
+  let library: ReturnType<typeof koffi.load>;
+  try {
+    library = koffi.load(path);
+  } catch {
+    throw new UserError(
+      `${path} was not found: the cuda device needs the NVIDIA driver, r535 or later; or use --device cpu`,
+    );
+  }
+  const scratch = koffi.alloc('uint8', SCRATCH_BYTES) as bigint;
+  const memory = new DataView(koffi.view(scratch, SCRATCH_BYTES));
+  const known = new Map<string, Native>();
+  const functionOf = (symbol: string, signature: string): Native => {
+    const found = known.get(symbol);
+    if (found) return found;
+    const made = library.func(
+      symbol,
+      'int',
+      [...signature].map((letter) => types[letter]),
+    ) as unknown as Native;
+    known.set(symbol, made);
+    return made;
+  };
+  /** Calls `symbol`, whose public name may lack its version suffix. */
+  const call = (symbol: string, signature: string, ...args: readonly unknown[]): void => {
+    const code = functionOf(symbol, signature)(...args);
+    if (code !== 0) throw new CudaError(resultName(code), symbol.replace(/_v\d$/, ''), describe(code));
+  };
+  const describe = (code: number): string | undefined =>
+    resultName(code) === 'CUDA_ERROR_UNKNOWN' ? `code ${code}` : undefined;
+  const word = (at = 0): bigint => memory.getBigUint64(at, true);
+  const int = (): number => memory.getInt32(0, true);
+  /** A call that writes one handle or address to its first parameter. */
+  const made = (symbol: string, signature: string, ...args: readonly unknown[]): bigint => {
+    call(symbol, `o${signature}`, scratch, ...args);
+    return word();
+  };
+  call('cuInit', 'i', 0);
+
+  const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
+    const aligned = (scratch + 4096n + 63n) & ~63n;
+    const u64 = (values: readonly number[]) => new BigUint64Array(values.map(BigInt));
+    const sizes = [
+      map.dataType,
+      map.globalDim.length,
+      map.globalAddress,
+      u64(map.globalDim),
+      u64(map.globalStrides),
+    ];
+    const last = [new Uint32Array(map.elementStrides), 0, map.swizzle, 2, 0];
+    call(symbol, `oiihbb${signature}biiii`, aligned, ...sizes, ...own, ...last);
+    const start = Number(aligned - scratch);
+    return new Uint8Array(memory.buffer.slice(start, start + 128));
+  };
+
+  return {
+    cuDriverGetVersion() {
+      call('cuDriverGetVersion', 'o', scratch);
+      return int();
+    },
+    cuDeviceGetCount() {
+      call('cuDeviceGetCount', 'o', scratch);
+      return int();
+    },
+    cuDeviceGetName(device) {
+      call('cuDeviceGetName', 'oii', scratch, 256, device);
+      return koffi.decode(scratch, 'char', 256).replace(/\0[\s\S]*$/, '');
+    },
+    cuDeviceTotalMem: (device) => Number(made('cuDeviceTotalMem_v2', 'i', device)),
+    cuDeviceGetAttribute(attribute, device) {
+      call('cuDeviceGetAttribute', 'oii', scratch, attribute, device);
+      return int();
+    },
+    cuDevicePrimaryCtxRetain: (device) => made('cuDevicePrimaryCtxRetain', 'i', device),
+    cuDevicePrimaryCtxRelease: (device) => call('cuDevicePrimaryCtxRelease_v2', 'i', device),
+    cuCtxSetCurrent: (context) => call('cuCtxSetCurrent', 'h', context),
+    cuCtxSynchronize: () => call('cuCtxSynchronize', ''),
+
+    cuMemGetInfo() {
+      call('cuMemGetInfo_v2', 'oo', scratch, scratch + 8n);
+      return { free: Number(word()), total: Number(word(8)) };
+    },
+    cuMemAllocAsync: (bytes, stream) => made('cuMemAllocAsync', 'zh', bytes, stream),
+    cuMemFreeAsync: (pointer, stream) => call('cuMemFreeAsync', 'hh', pointer, stream),
+    cuMemAllocHost: (bytes) => new Uint8Array(koffi.view(made('cuMemAllocHost_v2', 'z', bytes), bytes)),
+    cuMemFreeHost: (pinned) => call('cuMemFreeHost', 'b', pinned),
+    cuMemcpyHtoDAsync: (target, source, stream) =>
+      call('cuMemcpyHtoDAsync_v2', 'hbzh', target, source, source.byteLength, stream),
+    cuMemcpyDtoHAsync: (target, source, stream) =>
+      call('cuMemcpyDtoHAsync_v2', 'bhzh', target, source, target.byteLength, stream),
+    cuMemcpyDtoDAsync: (target, source, bytes, stream) =>
+      call('cuMemcpyDtoDAsync_v2', 'hhzh', target, source, bytes, stream),
+    cuMemsetD8Async: (pointer, value, bytes, stream) =>
+      call('cuMemsetD8Async', 'hizh', pointer, value, bytes, stream),
+
+    cuModuleLoadData: (ptx) => made('cuModuleLoadData', 'b', Buffer.from(`${ptx}\0`, 'latin1')),
+    cuModuleUnload: (module) => call('cuModuleUnload', 'h', module),
+    cuModuleGetFunction: (module, name) =>
+      made('cuModuleGetFunction', 'hb', module, Buffer.from(`${name}\0`, 'latin1')),
+    cuFuncGetAttribute(attribute, kernel) {
+      call('cuFuncGetAttribute', 'oih', scratch, attribute, kernel);
+      return int();
+    },
+    cuFuncSetAttribute: (kernel, attribute, value) =>
+      call('cuFuncSetAttribute', 'hii', kernel, attribute, value),
+    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters) {
+      if (parameters.byteLength > SCRATCH_BYTES - PARAMETERS)
+        throw new Error(`a kernel with ${parameters.byteLength} bytes of parameters`);
+      new Uint8Array(memory.buffer).set(parameters, PARAMETERS);
+      memory.setBigUint64(EXTRA - 8, BigInt(parameters.byteLength), true);
+      // CU_LAUNCH_PARAM_BUFFER_POINTER 1, its address, CU_LAUNCH_PARAM_BUFFER_SIZE 2, the size's address, END 0.
+      const extra = [1n, scratch + BigInt(PARAMETERS), 2n, scratch + BigInt(EXTRA - 8), 0n];
+      extra.forEach((value, i) => {
+        memory.setBigUint64(EXTRA + 8 * i, value, true);
+      });
+      const shape = [...grid, ...block, sharedBytes];
+      call('cuLaunchKernel', 'hiiiiiiihho', kernel, ...shape, stream, 0n, scratch + BigInt(EXTRA));
+    },
+
+    cuStreamCreate: (flags) => made('cuStreamCreate', 'i', flags),
+    cuStreamDestroy: (stream) => call('cuStreamDestroy_v2', 'h', stream),
+    cuStreamSynchronize: (stream) => call('cuStreamSynchronize', 'h', stream),
+    cuStreamWaitEvent: (stream, event) => call('cuStreamWaitEvent', 'hhi', stream, event, 0),
+    cuEventCreate: (flags) => made('cuEventCreate', 'i', flags),
+    cuEventDestroy: (event) => call('cuEventDestroy_v2', 'h', event),
+    cuEventRecord: (event, stream) => call('cuEventRecord', 'hh', event, stream),
+    cuEventSynchronize: (event) => call('cuEventSynchronize', 'h', event),
+    cuEventElapsedTime(start, end) {
+      call('cuEventElapsedTime', 'ohh', scratch, start, end);
+      return memory.getFloat32(0, true);
+    },
+
+    cuTensorMapEncodeTiled: (map) =>
+      encode('cuTensorMapEncodeTiled', 'b', map, [new Uint32Array(map.boxDim)]),
+    cuTensorMapEncodeIm2col: (map) =>
+      encode('cuTensorMapEncodeIm2col', 'bbii', map, [
+        new Int32Array(map.pixelBoxLowerCorner),
+        new Int32Array(map.pixelBoxUpperCorner),
+        map.channelsPerPixel,
+        map.pixelsPerColumn,
+      ]),
+
+    // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    cuStreamBeginCapture: (stream) => call('cuStreamBeginCapture_v2', 'hi', stream, 1),
+    cuStreamEndCapture(stream) {
+      call('cuStreamEndCapture', 'ho', stream, scratch);
+      return word();
+    },
+    cuGraphInstantiate: (graph) => made('cuGraphInstantiateWithFlags', 'hh', graph, 0n),
+    cuGraphLaunch: (exec, stream) => call('cuGraphLaunch', 'hh', exec, stream),
+    cuGraphExecDestroy: (exec) => call('cuGraphExecDestroy', 'h', exec),
+    cuGraphDestroy: (graph) => call('cuGraphDestroy', 'h', graph),
+  };
 }
