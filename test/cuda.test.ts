@@ -47,11 +47,7 @@ function problem(record: AnyRecord, sample: AnySample, dtype: FloatDType): strin
 /** Every sample of a small op, a third of the others in each type: all are met in some type. */
 const dtypes = ['float32', 'bfloat16', 'float16'] as const;
 
-/** Not built yet. */
-const missing = ['adafactor'];
-
 for (const record of registry.values()) {
-  if (missing.includes(record.name)) continue;
   test(`${record.name} on the virtual GPU`, (t) => {
     dtypes.forEach((dtype, d) => {
       const chosen = record.samples.map((sample, i) => [i, sample] as const);
@@ -71,7 +67,6 @@ test('every kernel of the CPU library is planned, with the same parameters', (t)
   );
   const entries = new Map([...manifests.values()].flatMap((manifest) => [...manifest]));
   for (const [symbol, signature] of openCpuDriver(library.path).symbols) {
-    if (missing.some((name) => symbol.startsWith(name))) continue;
     const plan = plans.get(symbol.slice(0, symbol.lastIndexOf('_')));
     const own = entries
       .get(symbol)

@@ -41,7 +41,11 @@ interface Loaded {
 export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
   const count = api.cuDeviceGetCount();
   if (ordinal >= count)
-    throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDeviceGet', `${count} GPUs are visible`);
+    throw new CudaError(
+      'CUDA_ERROR_INVALID_DEVICE',
+      'cuDeviceGet',
+      `${count} GPU${count === 1 ? '' : 's'} visible`,
+    );
   const attribute = (name: keyof typeof DeviceAttribute) =>
     api.cuDeviceGetAttribute(DeviceAttribute[name], ordinal);
   const capability = 10 * attribute('COMPUTE_CAPABILITY_MAJOR') + attribute('COMPUTE_CAPABILITY_MINOR');
@@ -113,7 +117,7 @@ export function planned(op: string, args: LaunchArguments, context: PlanContext)
   if (plan.signature && given !== plan.signature.replace(/[if]/g, 'n')) {
     throw new Error(`${op} takes (${plan.signature}), got (${given}): p pointer, i int, f float, n number`);
   }
-  return plan.launches(args, context).filter(({ grid }) => grid.every((n) => n > 0));
+  return plan.launches(args, context).filter(({ grid }) => !grid.includes(0));
 }
 
 /** The kernels found so far: a PTX file is loaded and compiled by the driver when its first kernel is launched. */

@@ -1,5 +1,6 @@
 // Every kernel symbol's plan, by its name without the storage type.
 import { type Plan, simplePlans } from './plan.ts';
+import { adafactorPlans } from './plan_adafactor.ts';
 import { attentionPlans } from './plan_attention.ts';
 import { matrixPlans } from './plan_matrix.ts';
 import { reducePlans } from './plan_reduce.ts';
@@ -9,4 +10,5 @@ export const plans: ReadonlyMap<string, Plan> = new Map([
   ...reducePlans,
   ...matrixPlans,
   ...attentionPlans,
+  ...adafactorPlans,
 ]);

@@ -1,41 +1,7 @@
 // Elementwise optimizer steps, each one pass over a parameter: AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023),
 // the moving average of weights, and the sum of squares behind global-norm clipping. State is float32, as is all
-// arithmetic. A weight lies in T, with a float32 master beside it or none; without one, bfloat16 may be rounded up or down
-// at random, with the odds that keep the mean, from 16 bits per element of a Philox stream.
-#include "philox.cuh"
-
-struct Weights {
-  T *weight;
-  float *master;
-  int stochastic;
-  uint32_t seed_low, seed_high, stream;
-
-  __device__ Pack read(uint32_t i, int count) const { return master ? load(master + i, count) : load(weight + i, count); }
-
-  __device__ void write(uint32_t i, Pack x, int count) const {
-    if (master) store(master + i, x, count);
-#if defined(T_BFLOAT16)
-    if (!master && stochastic) {
-      // Eight elements to a block of four words; this pack has the first or the last two of them.
-      const uint4 words = philox(make_uint4(i / 8, 0, stream, 0), seed_low, seed_high);
-      const uint32_t first = i % 8 ? words.z : words.x, second = i % 8 ? words.w : words.y;
-      const uint32_t random[PACK] = {first & 0xffffu, first >> 16, second & 0xffffu, second >> 16};
-#pragma unroll
-      for (int j = 0; j < PACK; j++) {
-        const uint32_t bits = __float_as_uint(x.at[j]);
-        const uint32_t moved = (bits & 0x7f800000u) != 0x7f800000u ? bits + random[j] : bits;
-        // A NaN whose bits all lie below the cut would turn into an infinity.
-        const uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0u;
-        x.at[j] = __uint_as_float((moved | nan) & 0xffff0000u);
-      }
-    }
-#endif
-    store(weight + i, x, count);
-  }
-};
-
-#define ROUNDING int stochastic, int seed_low, int seed_high, int stream
-#define WEIGHTS Weights{weight, master, stochastic, uint32_t(seed_low), uint32_t(seed_high), uint32_t(stream)}
+// arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
+#include "optimizer.cuh"
 
 KERNEL(adamw_forward)(T *weight, float *master, const T *gradient, float *exp_avg, float *exp_avg_sq, int n, float gradient_scale,
                       float decay, float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,

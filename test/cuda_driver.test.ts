@@ -1,0 +1,68 @@
+// The koffi binding to the driver, against a stand-in library compiled here: every argument must arrive where the C ABI
+// puts it, results must come back, and each failure must be a named error. And the cuda device where there is no GPU.
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openCudaLibrary } from '../engine/cuda/driver.ts';
+import { cudaDevice, openDevice } from '../engine/device.ts';
+import { exp, silu } from '../engine/ops/unary.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
+import { packageRoot } from './golden.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-stub-'));
+const path = join(folder, 'libstub.so');
+const source = join(packageRoot, 'test', 'stub_libcuda.c');
+const compiled = spawnSync('g++', ['-x', 'c', '-shared', '-fPIC', '-w', '-o', path, source]);
+
+test('calls through koffi', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
+  const api = openCudaLibrary(path);
+  t.equal(api.cuDriverGetVersion(), 13000);
+  t.equal(api.cuDeviceGetName(0), 'stub 0');
+  t.equal(api.cuDeviceTotalMem(0), 80 * 2 ** 30);
+  t.same(api.cuMemGetInfo(), { free: 5, total: 2 ** 36 });
+  const pinned = api.cuMemAllocHost(4096);
+  pinned[4095] = 1;
+  api.cuMemFreeHost(pinned);
+
+  const device = cudaDevice(api);
+  scope(() => {
+    const x = tensor([1, 2, 3, -4], [4], { device });
+    t.same([...silu(x).floats()], [2, 4, 6, -8], 'upload, module, launch, download');
+    t.throws(() => exp(x), { message: /cuModuleGetFunction failed with CUDA_ERROR_NOT_FOUND/ });
+  });
+  t.equal(device.memory.storages, 0);
+  t.throws(() => device.memory.take(2 ** 41), {
+    name: 'UserError',
+    message: /out of memory: 2048.00 GiB wanted/,
+  });
+  t.throws(() => api.cuStreamSynchronize(5n), { message: /CUDA_ERROR_INVALID_HANDLE/ });
+  t.end();
+});
+
+test('no driver, no such GPU, too old a GPU: one sentence each', (t) => {
+  t.throws(() => openCudaLibrary(join(folder, 'none.so')), { name: 'UserError', message: /NVIDIA driver/ });
+  t.throws(() => openDevice('cuda:x'), { message: /unknown device "cuda:x"/ });
+  t.throws(() => cudaDevice(openVirtualGpu(), 3), { message: /CUDA_ERROR_INVALID_DEVICE.*1 GPU/ });
+  const turing = openVirtualGpu({ capability: [7, 5] });
+  t.throws(() => cudaDevice(turing), { message: /compute capability 7.5; the GPU is older than Ampere/ });
+  t.end();
+});
+
+test('a launch with wrong parameters, and a kernel that is not there', (t) => {
+  const { driver, memory } = cudaDevice(openVirtualGpu());
+  const { address } = memory.take(256);
+  t.throws(() => driver.launch('silu_forward_float32', [address, address]), {
+    message: /silu_forward_float32 takes \(ppi\), got \(pp\)/,
+  });
+  t.throws(() => driver.launch('linear_forward_float32', [address, 3, address]), {
+    message: /linear_forward takes \(pppppiiii\), got \(pnp\)/,
+  });
+  t.throws(() => driver.launch('flip_forward_float32', []), { message: /no kernel flip_forward/ });
+  t.end();
+});
+
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));

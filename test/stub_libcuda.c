@@ -1,0 +1,57 @@
+// A stand-in for libcuda.so.1 with host memory, for the test of the koffi binding: it checks what each call was given, and
+// its only kernel doubles. It knows nothing of PTX; the virtual GPU does that.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint64_t Handle;
+static const Handle CONTEXT = 0x7fff12345678ull, STREAM = 0xabcdef, MODULE = 77, KERNEL = 99;
+
+int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
+int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
+int cuDeviceGetCount(int *count) { return *count = 1, 0; }
+int cuDeviceGetName(char *name, int length, int device) { return snprintf(name, (size_t)length, "stub %d", device), 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = 85899345920ull, device; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 132 : 1;
+  return device;
+}
+int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = CONTEXT, device; }
+int cuCtxSetCurrent(Handle context) { return context == CONTEXT ? 0 : 201; }
+int cuStreamCreate(Handle *stream, unsigned flags) { return *stream = STREAM, flags == 1 ? 0 : 1; }
+int cuStreamSynchronize(Handle stream) { return stream == STREAM ? 0 : 400; }
+int cuMemGetInfo_v2(size_t *unused, size_t *total) { return *unused = 5, *total = 1ull << 36, 0; }
+int cuMemAllocHost_v2(void **memory, size_t bytes) { return *memory = malloc(bytes), 0; }
+int cuMemFreeHost(void *memory) { return free(memory), 0; }
+int cuMemAllocAsync(Handle *address, size_t bytes, Handle stream) {
+  if (stream != STREAM) return 400;
+  if (bytes > 1ull << 40) return 2;
+  return *address = (Handle)malloc(bytes), 0;
+}
+int cuMemFreeAsync(Handle address, Handle stream) { return free((void *)address), stream == STREAM ? 0 : 400; }
+int cuMemcpyHtoDAsync_v2(Handle to, const void *from, size_t bytes, Handle stream) {
+  return memcpy((void *)to, from, bytes), stream == STREAM ? 0 : 400;
+}
+int cuMemcpyDtoHAsync_v2(void *to, Handle from, size_t bytes, Handle stream) {
+  return memcpy(to, (void *)from, bytes), stream == STREAM ? 0 : 400;
+}
+int cuModuleLoadData(Handle *module, const char *text) { return *module = MODULE, strstr(text, ".entry silu_forward_") ? 0 : 218; }
+int cuModuleGetFunction(Handle *kernel, Handle module, const char *name) {
+  *kernel = KERNEL;
+  return module == MODULE && strcmp(name, "silu_forward_float32") == 0 ? 0 : 500;
+}
+
+// (y, x, n) in one packed block, as CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE give it.
+int cuLaunchKernel(Handle kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned bytes,
+                   Handle stream, void **parameters, void **extra) {
+  if (kernel != KERNEL || stream != STREAM || parameters || bytes) return 1;
+  if (gx != 1 || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1) return 1;
+  if ((uint64_t)extra[0] != 1 || (uint64_t)extra[2] != 2 || extra[4] || *(size_t *)extra[3] != 20) return 701;
+  char *block = extra[1];
+  float *y = *(float **)block;
+  const float *x = *(float **)(block + 8);
+  const int n = *(int *)(block + 16);
+  for (int i = 0; i < n; i++) y[i] = 2 * x[i];
+  return 0;
+}
