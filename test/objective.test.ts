@@ -1,0 +1,166 @@
+// The parts of the objective that golden data lacks, against their formulas: weights by signal-to-noise ratio, the spread of
+// timesteps, kinds of noise, and that a batch's split changes no draw. The VAE's loss against float64.
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
+import { sdxlScheduler } from '../models/presets.ts';
+import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import { draws } from '../train/draws.ts';
+import {
+  drawNoise,
+  drawTimestep,
+  lossWeight,
+  noiseBatch,
+  type ObjectiveSettings,
+  objectiveOf,
+} from '../train/objective.ts';
+import { vaeLoss } from '../train/vae_objective.ts';
+import { allClose } from './golden.ts';
+
+const device = openDevice('auto');
+const scheduler = parseSchedulerConfig(sdxlScheduler);
+const plain: ObjectiveSettings = {
+  prediction_type: 'epsilon',
+  loss: 'mse',
+  huber_delta: 1,
+  snr_gamma: 0,
+  debiased: false,
+  zero_terminal_snr: false,
+  noise_offset: 0,
+  pyramid_noise: 0,
+  input_perturbation: 0,
+  timesteps: 'uniform',
+  timestep_bias: 0.25,
+  timestep_range: [0.25, 0.75],
+};
+const v = { ...plain, prediction_type: 'v_prediction' } as const;
+const exact = { atol: 1e-6, rtol: 1e-6 };
+
+test('weights by signal-to-noise ratio', (t) => {
+  const abars = [0.9, 0.5, 0.1]; // ratios 9, 1 and 1/9
+  const weights = (settings: ObjectiveSettings) => abars.map((abar) => lossWeight(settings, abar));
+  allClose(t, 'none', weights(plain), [1, 1, 1], exact);
+  allClose(t, 'min-SNR', weights({ ...plain, snr_gamma: 5 }), [5 / 9, 1, 1], exact);
+  allClose(t, 'min-SNR, v', weights({ ...v, snr_gamma: 5 }), [5 / 10, 1 / 2, 1 / 10], exact);
+  allClose(t, 'debiased', weights({ ...plain, debiased: true }), [1 / 3, 1, 3], exact);
+  allClose(t, 'debiased, v', weights({ ...v, debiased: true }), [3 / 10, 1 / 2, 3 / 10], exact);
+  // The error of v is that of epsilon times (s + 1) / s, so either way an error of x_0 must weigh the same.
+  const shares = abars.map((abar, i) => {
+    const s = abar / (1 - abar);
+    const [e, w] = [weights({ ...plain, debiased: true }), weights({ ...v, debiased: true })];
+    return (w[i] * (s + 1)) / (e[i] * s);
+  });
+  allClose(t, 'debiased weighs x_0 alike', shares, [1, 1, 1], exact);
+  t.equal(lossWeight({ ...v, snr_gamma: 5 }, 0), 0, 'pure noise');
+  t.end();
+});
+
+test('zero-terminal SNR', (t) => {
+  const { alphasCumprod } = objectiveOf({ ...v, zero_terminal_snr: true }, scheduler);
+  t.equal(alphasCumprod[999], 0);
+  const usual = objectiveOf(v, scheduler).alphasCumprod;
+  t.ok(usual[999] > 0.004 && Math.abs(alphasCumprod[0] - usual[0]) < 1e-6);
+  t.throws(() => objectiveOf({ ...plain, zero_terminal_snr: true }, scheduler), /v_prediction/);
+  t.throws(() => objectiveOf({ ...plain, debiased: true, snr_gamma: 5 }, scheduler), /choose one/);
+  t.end();
+});
+
+test('timesteps: each policy has its own spread', (t) => {
+  const count = 20_000;
+  /** Shares of draws in the four quarters of the timesteps. */
+  const quarters = (settings: Partial<ObjectiveSettings>) => {
+    const objective = objectiveOf({ ...plain, ...settings }, scheduler);
+    const shares = [0, 0, 0, 0];
+    for (let i = 0; i < count; i++) {
+      const drawn = drawTimestep(objective, 1, 0, i);
+      if (!(Number.isInteger(drawn) && drawn >= 0 && drawn < 1000)) t.fail(`timestep ${drawn}`);
+      shares[Math.floor(drawn / 250)] += 1 / count;
+    }
+    return shares;
+  };
+  const near = { atol: 0.012, rtol: 0 };
+  allClose(t, 'uniform', quarters({}), [0.25, 0.25, 0.25, 0.25], near);
+  allClose(t, 'earlier', quarters({ timesteps: 'earlier' }), [5 / 8, 1 / 8, 1 / 8, 1 / 8], near);
+  allClose(t, 'later', quarters({ timesteps: 'later' }), [1 / 8, 1 / 8, 1 / 8, 5 / 8], near);
+  allClose(t, 'range', quarters({ timesteps: 'range' }), [1 / 12, 5 / 12, 5 / 12, 1 / 12], near);
+  // (1 - u^3) T lies below q T when u > cbrt(1 - q).
+  const below = [0, 0.25, 0.5, 0.75, 1].map((q) => 1 - Math.cbrt(1 - q));
+  const cubic = [0, 1, 2, 3].map((i) => below[i + 1] - below[i]);
+  allClose(t, 'cubic', quarters({ timesteps: 'cubic' }), cubic, near);
+  t.end();
+});
+
+test('noise: offset, pyramid and perturbation', (t) => {
+  const shape = [16, 16, 4] as const;
+  const white = drawNoise(plain, shape, 3, 1, 7);
+  const offset = draws(3, 1, 7, 'offset').normals(4);
+  allClose(t, 'white', white, draws(3, 1, 7, 'noise').normals(1024), { atol: 0, rtol: 0 });
+  allClose(
+    t,
+    'offset is one number a channel',
+    drawNoise({ ...plain, noise_offset: 0.1 }, shape, 3, 1, 7),
+    white.map((x, i) => x + 0.1 * offset[i % 4]),
+    exact,
+  );
+  const pyramid = drawNoise({ ...plain, pyramid_noise: 0.9 }, [64, 64, 4], 3, 1, 7);
+  const mean = pyramid.reduce((sum, x) => sum + x, 0) / pyramid.length;
+  const variance = pyramid.reduce((sum, x) => sum + (x - mean) ** 2, 0) / pyramid.length;
+  t.ok(Math.abs(variance - 1) < 1e-3, `variance ${variance}`);
+  let neighbours = 0;
+  for (let i = 4; i < pyramid.length; i++)
+    neighbours += ((pyramid[i] - mean) * (pyramid[i - 4] - mean)) / pyramid.length;
+  t.ok(neighbours > 0.3, `neighbours agree: ${neighbours.toFixed(2)}`);
+
+  const latents = { ids: [7], epoch: 1, latents: new Float32Array(1024), height: 16, width: 16 };
+  const objective = objectiveOf({ ...plain, input_perturbation: 0.1 }, scheduler);
+  const { sample, target, timesteps } = noiseBatch(objective, latents, 3);
+  const more = draws(3, 1, 7, 'perturbation').normals(1024);
+  const strength = Math.sqrt(1 - objective.alphasCumprod[timesteps[0]]);
+  allClose(t, 'the target is the noise alone', target, white, exact);
+  const seen = white.map((x, i) => strength * (x + 0.1 * more[i]));
+  allClose(t, 'the network sees more', sample, seen, exact);
+  t.end();
+});
+
+test('splitting a batch changes no draw', (t) => {
+  const settings = { ...v, noise_offset: 0.1, pyramid_noise: 0.5, input_perturbation: 0.1, snr_gamma: 5 };
+  const objective = objectiveOf(settings, scheduler);
+  const batch = (ids: number[]) => {
+    const latents = new Float32Array(ids.flatMap((id) => [...draws(id, 0, 0, 'moments').normals(8 * 6 * 4)]));
+    return noiseBatch(objective, { ids, epoch: 2, latents, height: 8, width: 6 }, 11);
+  };
+  const [whole, first, second] = [batch([5, 9, 2, 40]), batch([5, 9]), batch([2, 40])];
+  for (const key of ['sample', 'target', 'timesteps', 'weights'] as const) {
+    const parts = [...(first[key] as Float32Array), ...(second[key] as Float32Array)];
+    allClose(t, key, parts, whole[key] as Float32Array, { atol: 0, rtol: 0 });
+  }
+  t.same(whole.shape, [4, 8, 6, 4]);
+  t.end();
+});
+
+test("the VAE's loss", (t) => {
+  const shape = [2, 4, 4, 3];
+  const values = (seed: number, count: number) => draws(seed, 0, 0, 'noise').normals(count);
+  const [y, x, mean, logvar] = [values(1, 96), values(2, 96), values(3, 32), values(4, 32)];
+  const loss = (l1: number, mse: number, kl: number) =>
+    scope(
+      () =>
+        vaeLoss({ l1, mse, kl }, tensor(y, shape, { device }), tensor(x, shape, { device }), {
+          mean: tensor(mean, [2, 2, 2, 4], { device }),
+          logvar: tensor(logvar, [2, 2, 2, 4], { device }),
+        }).floats()[0],
+    );
+  const average = (terms: ArrayLike<number>) =>
+    Array.from(terms).reduce((sum, term) => sum + term, 0) / terms.length;
+  const absolute = average(y.map((value, i) => Math.abs(value - x[i])));
+  const squared = average(y.map((value, i) => (value - x[i]) ** 2));
+  const divergence = average(mean.map((m, i) => 0.5 * (m * m + Math.exp(logvar[i]) - 1 - logvar[i])));
+  const close = { atol: 1e-5, rtol: 1e-5 };
+  // Near zero |x| is rounded off within a quarter of an 8-bit level: less by 1/1024 at most.
+  t.ok(Math.abs(loss(1, 0, 0) - absolute) < 1 / 1024, `L1 ${loss(1, 0, 0)}, want ${absolute}`);
+  allClose(t, 'mean squared error', [loss(0, 2, 0)], [2 * squared], close);
+  allClose(t, 'divergence', [loss(0, 0, 1)], [divergence], close);
+  allClose(t, 'all three', [loss(1, 2, 0.5)], [loss(1, 0, 0) + 2 * squared + 0.5 * divergence], close);
+  t.end();
+});
