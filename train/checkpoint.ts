@@ -114,7 +114,10 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
   }
 }
 
-/** Keys that may change between the run that saved and the run that resumes, as they touch no number of the training. */
+/**
+ * Keys that may change between the run that saved and the run that resumes: they touch no number of the training, but that
+ * another end gives a schedule that falls another shape from there on. Pictures are compared by content, not by path.
+ */
 const free = [
   'name',
   'output',
