@@ -1,5 +1,7 @@
 // Finding a model by what the user typed: a diffusers folder, an original .safetensors file, or a Hugging Face hub id.
 import { existsSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import { packageRoot } from '../engine/cpu/build.ts';
 import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
@@ -13,6 +15,9 @@ const wanted = (name: string): boolean =>
   /^(model_index\.json|(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\/[^/]+\.(json|txt|safetensors))$/.test(
     name,
   ) && !/\.(fp16|non_ema)(-\d+-of-\d+)?\.safetensors|flax|onnx|openvino/.test(name);
+
+/** The small model in the package: what is drawn from when none is named. */
+export const shippedModel = join(packageRoot, 'assets', 'emoji');
 
 export interface Locate {
   terminal: Terminal;

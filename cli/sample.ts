@@ -31,7 +31,7 @@ import {
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import type { Terminal } from './main.ts';
-import { locateModel, locateVae } from './model.ts';
+import { locateModel, locateVae, shippedModel } from './model.ts';
 import { number } from './options.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
@@ -45,13 +45,16 @@ export function addSample(program: Command, terminal: Terminal): void {
   });
 }
 
-async function sample(options: SampleOptions, terminal: Terminal): Promise<void> {
-  const { quiet = false } = options;
-  checkSample(options);
+async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
+  checkSample(given);
+  const { quiet = false, model = shippedModel } = given;
+  const options = { ...given, model };
+  if (!given.model && !quiet)
+    terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const locate = { terminal, quiet, configs: options.configs };
-  const source = await locateModel(options.model as string, locate);
+  const source = await locateModel(model, locate);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
   const dtype = chooseDtype(options.dtype, source, device);

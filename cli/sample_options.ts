@@ -56,6 +56,7 @@ export interface SampleOptions {
 
 const examples = `
 Examples:
+  sdxl sample --prompt "red heart"
   sdxl sample --model ./sdxl-base --prompt "yoda pokemon" --seed 1
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
@@ -86,7 +87,7 @@ export function addSampleOptions(command: Command): Command {
   return command
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
-      'diffusers folder, original .safetensors file, or Hugging Face id',
+      'diffusers folder, original .safetensors file, or Hugging Face id (default: a small emoji model)',
     )
     .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
     .option('-p, --prompt <TEXT>', 'what to draw')
@@ -185,10 +186,6 @@ export function addSampleOptions(command: Command): Command {
 
 /** What can be known to be wrong before anything is read. */
 export function checkSample(options: SampleOptions): void {
-  if (!options.model)
-    throw new UserError(
-      'no model given; name one with --model, such as --model stabilityai/stable-diffusion-xl-base-1.0',
-    );
   if (options.prompt === undefined)
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
   if (options.scheduler) createSampler(options.scheduler);

@@ -85,7 +85,6 @@ test('mistakes', async (t) => {
     ],
     ['mask of another size', ['--model', model, '--image', picture, '--mask', mask], /same size/],
     ['mask without image', ['--model', model, '--mask', mask], /--image/],
-    ['no model', [], /--model/],
     ['unknown device', ['--model', model, '--device', 'tpu'], /unknown device/],
     ['clip skip past the encoder', ['--model', model, '--clip-skip', '4'], /at most 3 can be skipped/],
   ];
@@ -246,6 +245,29 @@ test('an interrupt leaves whole files or none', async (t) => {
   const [code, signal] = (await once(child, 'close')) as [number | null, string | null];
   t.ok(code === 130 || signal === 'SIGINT', `status ${code}, signal ${signal}: a shell reports 130`);
   t.same(readdirSync(folder), [], 'nothing is left');
+  rmSync(folder, { recursive: true });
+});
+
+test('without a model the small one that comes along draws', async (t) => {
+  const folder = scratch();
+  for (const prompt of ['red heart', 'yoda pokemon']) {
+    const output = join(folder, `${prompt}.png`);
+    const { status, err } = await run(
+      'sample',
+      '--prompt',
+      prompt,
+      '--steps',
+      '4',
+      '--seed',
+      '1',
+      '--output',
+      output,
+    );
+    t.equal(status, 0, err);
+    t.match(err, /^using the emoji model that comes with sdxl/);
+    const { width, height } = await readPicture(output);
+    t.same([width, height], [64, 64]);
+  }
   rmSync(folder, { recursive: true });
 });
 
