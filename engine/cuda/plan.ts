@@ -103,4 +103,6 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   perElement('optimizer', 'adamw_forward', 5),
   perElement('optimizer', 'lion_forward', 4),
   perElement('optimizer', 'ema_forward', 2),
+  // A warp takes a block of 256 elements.
+  single('adamw_8bit', 'adamw_8bit_forward', (args) => divideUp(args[7], 256), THREADS / 32),
 ];
