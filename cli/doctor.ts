@@ -6,6 +6,7 @@ import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
+import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
 import type { Terminal } from './main.ts';
@@ -93,12 +94,24 @@ function kernels(): Finding[] {
   ];
 }
 
-/** The kernel module tells of a driver; without it no program sees a GPU. */
+/** The first GPU as its driver tells of it: name, memory, and how new a kernel's PTX may be. */
 function gpu(): Finding {
-  const path = '/proc/driver/nvidia/version';
-  if (!existsSync(path)) return { name: 'gpu', value: 'no NVIDIA driver is loaded' };
-  const found = /Kernel Module\D*([\d.]+)/.exec(readFileSync(path, 'utf8'))?.[1] ?? 'of unknown version';
-  return { name: 'gpu', value: `NVIDIA driver ${found}; this version of sdxl does not use it` };
+  try {
+    const api = openCudaLibrary();
+    const version = api.cuDriverGetVersion();
+    const cuda = `${Math.floor(version / 1000)}.${Math.floor((version % 1000) / 10)}`;
+    const name = api.cuDeviceGetName(0);
+    const memory = gib(api.cuDeviceTotalMem(0));
+    return {
+      name: 'gpu',
+      value: `${name}, ${memory}, driver for CUDA ${cuda} and its PTX; --device cuda uses it`,
+    };
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    if (!existsSync('/proc/driver/nvidia/version'))
+      return { name: 'gpu', value: 'no NVIDIA driver is loaded' };
+    return { name: 'gpu', value: 'an NVIDIA driver that cannot be used', mend: reason };
+  }
 }
 
 /** What the kernel could give to programs, which is more than what lies free. */

@@ -26,10 +26,10 @@ DEVICE float unsigned_value(int at) {
   return centre(level, at + 1 - parts, parts);
 }
 
-// The nearest value's number: how many midpoints lie below x.
+// The nearest value's number: how many midpoints lie below x. Not unrolled, as sixteen copies of it would be most of the PTX.
 DEVICE int nearest(const float *map, float x) {
   int at = 0;
-#pragma unroll
+#pragma unroll 1
   for (int half = 128; half > 0; half /= 2)
     if (0.5f * (map[at + half - 1] + map[at + half]) < x) at += half;
   return at;
