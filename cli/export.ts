@@ -14,11 +14,12 @@ import { type Certificate, exportFolder, exportSingleFile } from '../models/expo
 import { exportLora } from '../models/export_lora.ts';
 import { type LoraTargets, loraPart } from '../models/lora.ts';
 import { presets } from '../models/presets.ts';
+import { weightFile } from '../models/save.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import type { Terminal } from './main.ts';
-import { type Locate, locateModel } from './model.ts';
-import { bytes } from './options.ts';
+import { type Locate, locateModel, locateVae } from './model.ts';
+import { bytes, devices } from './options.ts';
 import { progressBar } from './progress.ts';
 
 interface Options {
@@ -63,7 +64,7 @@ export function addExport(program: Command, terminal: Terminal): void {
     )
     .option('--ema', 'the moving averages instead of the last weights')
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
-    .option('--device <NAME>', 'where the forward passes run that are compared', 'auto')
+    .option('--device <NAME>', `where the forward passes run that are compared: ${devices}`, 'auto')
     .option('--json', 'one JSON object on stdout')
     .option('--quiet', 'no progress')
     .addHelpText('after', examples)
@@ -116,16 +117,16 @@ function refuseOccupied(out: string, format: Format): void {
     throw new UserError(`${out} exists; remove it, or name another place`);
 }
 
-/** The LoRA file that `path` is or, as a checkpoint, holds. */
+/** The LoRA file that `path` is or, as a checkpoint or a finished run's folder, holds. */
 function adapterFile(path: string, { ema }: Options): string | undefined {
-  if (!existsSync(path)) return undefined;
-  const inside = join(path, ...(ema ? ['ema'] : []), 'lora', 'pytorch_lora_weights.safetensors');
-  const candidate = statSync(path).isDirectory() ? inside : path;
-  if (!candidate.endsWith('.safetensors') || !existsSync(candidate)) return undefined;
-  const file = openSafetensors(candidate);
-  const found = [...file.tensors.keys()].some((name) => loraPart(name)?.part === 'down');
+  const name = weightFile('lora');
+  const places = [[], [name], [...(ema ? ['ema'] : []), 'lora', name]].map((parts) => join(path, ...parts));
+  const found = places.find((place) => place.endsWith('.safetensors') && existsSync(place));
+  if (!found) return undefined;
+  const file = openSafetensors(found);
+  const isAdapter = [...file.tensors.keys()].some((key) => loraPart(key)?.part === 'down');
   file.close();
-  return found ? candidate : undefined;
+  return isAdapter ? found : undefined;
 }
 
 /** The model that an adapter is for, on shapes alone. */
@@ -158,7 +159,10 @@ async function exportWeights(
   const quiet = options.quiet ?? false;
   const locate: Locate = { terminal, quiet, configs: options.configs };
   const source: ModelSource = existsSync(join(from, 'state.json'))
-    ? await openCheckpoint(from, { ema: options.ema ?? false, base: (model) => locateModel(model, locate) })
+    ? await openCheckpoint(from, {
+        ema: options.ema ?? false,
+        locate: { model: (path) => locateModel(path, locate), vae: (path) => locateVae(path, locate) },
+      })
     : await locateModel(from, locate);
   if (options.ema && !existsSync(join(from, 'state.json')))
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);

@@ -13,26 +13,18 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { main } from '../cli/main.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { readJson } from '../io/files.ts';
+import { writePng } from '../io/image.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { openWeights } from '../models/checkpoint.ts';
+import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 
 const golden = (name: string) => join(goldenFolder, name);
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-export-'));
 
-async function run(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const terminal = {
-    out: (text: string) => void (out += text),
-    err: (text: string) => void (err += text),
-    live: false,
-  };
-  const status = await main(['export', ...argv], terminal);
-  return { status, out, err };
-}
+const run = (...argv: string[]) => sdxl('export', ...argv);
 
 /** Every tensor as `shape: values`, by name. */
 function contents(path: string): Map<string, string> {
@@ -171,7 +163,8 @@ test('a training checkpoint: trained parts or their averages, the rest from the 
     from.close();
     writeSafetensors(join(checkpoint, target, 'diffusion_pytorch_model.safetensors'), entries);
   }
-  writeFileSync(join(checkpoint, 'state.json'), JSON.stringify({ run: { model: golden('tiny-sdxl') } }));
+  const began = { model: golden('tiny-sdxl'), vae: '', objective: { prediction_type: 'epsilon' } };
+  writeFileSync(join(checkpoint, 'state.json'), JSON.stringify({ run: began }));
   const first = (path: string) => [...componentContents(path).values()][0].split(/[ ,]/).at(-1);
   const own = Number(first(golden('tiny-sdxl/unet')));
   for (const [name, factor, flags] of [
@@ -184,6 +177,78 @@ test('a training checkpoint: trained parts or their averages, the rest from the 
     t.equal(Number(first(join(out, 'unet'))), own * factor, name);
     t.ok(existsSync(join(out, 'vae', 'config.json')) && existsSync(join(out, 'tokenizer', 'merges.txt')));
   }
+  rmSync(folder, { recursive: true });
+});
+
+test('what the trainer itself saves: adapters, and a model from random weights', async (t) => {
+  const folder = scratch();
+  const pictures = join(folder, 'pictures');
+  mkdirSync(pictures);
+  for (const i of [0, 1]) {
+    const data = Uint8Array.from({ length: 3 * 32 * 32 }, (_, at) => (at * (i + 3)) % 255);
+    writePng(join(pictures, `${i}.png`), { width: 32, height: 32, channels: 3, data });
+    writeFileSync(join(pictures, `${i}.txt`), `picture ${i}`);
+  }
+  const trained = async (name: string, keys: object): Promise<string> => {
+    const output = join(folder, name);
+    const run = { output, steps: 1, dataset: { path: pictures, resolution: 32 }, ...keys };
+    const file = join(folder, `${name}.ts`);
+    const text = `import { defineRun, presets } from 'sdxl';\nconst run = ${JSON.stringify(run)};\n`;
+    const model = 'model' in keys ? 'run.model' : 'presets.tiny';
+    writeFileSync(file, `${text}export default defineRun({ ...run, model: ${model} });\n`);
+    const { status, err } = await sdxl('train', file, '--quiet');
+    t.equal(status, 0, err);
+    return output;
+  };
+  const lora = await trained('lora', { model: golden('tiny-sdxl'), train: { target: 'lora' } });
+  for (const [name, from] of [
+    ['final', 'final'],
+    ['checkpoint', 'checkpoints/step-00000001'],
+  ]) {
+    const out = join(folder, `${name}.safetensors`);
+    const args = ['--format', 'lora-kohya', '--configs', golden('tiny-sdxl'), '--quiet'];
+    const { status, err } = await run(join(lora, from), out, ...args);
+    t.equal(status, 0, `${name} ${err}`);
+    t.ok(
+      [...contents(out).keys()].every((key) => key.startsWith('lora_unet_')),
+      `${name}: kohya's keys`,
+    );
+  }
+
+  const vae = golden('tiny-sdxl/vae');
+  const objective = { prediction_type: 'v_prediction' };
+  const made = await trained('scratch', {
+    vae,
+    objective,
+    train: { text_encoders: true },
+    ema: { decay: 0.9 },
+  });
+  const out = join(folder, 'exported');
+  const { status, err } = await run(join(made, 'checkpoints', 'step-00000001'), out, '--ema', '--quiet');
+  t.equal(status, 0, err);
+  const index = readJson(join(out, 'model_index.json')) as Record<string, unknown>;
+  t.equal(index._class_name, 'StableDiffusionXLPipeline');
+  for (const name of ['unet', 'vae', 'text_encoder', 'text_encoder_2']) {
+    const [ours, final] = [componentContents(join(out, name)), componentContents(join(made, 'final', name))];
+    t.same(ours, final, `${name} is what the finished run has`);
+  }
+  t.same(
+    readJson(join(out, 'scheduler', 'scheduler_config.json')),
+    readJson(join(made, 'final', 'scheduler', 'scheduler_config.json')),
+  );
+  const drawn = [
+    'sample',
+    '-m',
+    out,
+    '-p',
+    'picture 1',
+    '--steps',
+    '1',
+    '-o',
+    join(folder, 'x.png'),
+    '--quiet',
+  ];
+  t.equal((await sdxl(...drawn)).status, 0, 'it draws');
   rmSync(folder, { recursive: true });
 });
 

@@ -1,42 +1,56 @@
 // A training checkpoint seen as a model: what was trained comes from it, everything else from the model that the run began
-// with. Reading needs no knowledge of the optimizer.
+// with, as in the run's own final folder. Reading needs no knowledge of the optimizer.
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { readJson } from '../io/files.ts';
-import { type ModelSource, openComponent } from '../models/checkpoint.ts';
+import { type Json, type ModelSource, openComponent } from '../models/checkpoint.ts';
+import { randomModel } from '../models/random_weights.ts';
+import { readState } from './checkpoint.ts';
+import { trainedScheduler } from './final.ts';
+import type { Locate } from './session.ts';
 
 export interface CheckpointOptions {
   /** The moving averages where the checkpoint has them, instead of the last weights. */
   ema: boolean;
-  /** Opens the model that the run names: a path or a hub id. */
-  base: (model: string) => Promise<ModelSource>;
+  locate: Locate;
 }
 
 /** @throws UserError when the folder is no checkpoint or has no moving averages */
-export async function openCheckpoint(path: string, { ema, base }: CheckpointOptions): Promise<ModelSource> {
-  const { run } = readJson(join(path, 'state.json')) as { run?: { model?: unknown } };
+export async function openCheckpoint(path: string, { ema, locate }: CheckpointOptions): Promise<ModelSource> {
+  const { run } = readState(path);
   if (ema && !existsSync(join(path, 'ema')))
     throw new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
-  const trained = (component: string): ModelSource | undefined => {
+  const preset = typeof run.model !== 'string';
+  // runs/NAME/checkpoints/step-N: a run from random weights learnt its tokenizers beside its checkpoints.
+  const tokenizers = join(dirname(dirname(path)), 'tokenizers');
+  const origin =
+    typeof run.model === 'string'
+      ? await locate.model(run.model)
+      : randomModel(run.model, { seed: run.seed, tokenizers });
+  const ownVae = run.vae ? await locate.vae(run.vae) : undefined;
+  const sourceOf = (component: string): ModelSource => {
     const folders = [...(ema ? [join(path, 'ema', component)] : []), join(path, component)];
     const found = folders.find((folder) => existsSync(folder));
-    return found === undefined ? undefined : openComponent(found);
+    if (found !== undefined) return openComponent(found);
+    return component === 'vae' && ownVae ? ownVae : origin;
   };
-  const origin = typeof run?.model === 'string' ? await base(run.model) : undefined;
-  const of = (component: string): ModelSource => {
-    const found = trained(component) ?? origin;
-    if (!found) throw new UserError(`${path} has no ${component}, and its run began from random weights`);
-    return found;
+  const has = (component: string): boolean => {
+    const from = sourceOf(component);
+    if (from !== origin || !preset) return from.has(component);
+    // Random weights are no part of what was trained.
+    return component === 'scheduler' || existsSync(join(tokenizers, component));
   };
   return {
     kind: 'folder',
     path,
-    modelIndex: origin?.modelIndex ?? {},
-    has: (component) => trained(component) !== undefined || (origin?.has(component) ?? false),
-    config: (component) => of(component).config(component),
-    folder: (component) => of(component).folder(component),
-    weights: (component) => of(component).weights(component),
-    load: (component, module, device, dtype) => of(component).load(component, module, device, dtype),
+    modelIndex: origin.modelIndex,
+    has,
+    config(component): Json {
+      const config = sourceOf(component).config(component);
+      return component === 'scheduler' ? trainedScheduler(config, run) : config;
+    },
+    folder: (component) => sourceOf(component).folder(component),
+    weights: (component) => sourceOf(component).weights(component),
+    load: (component, module, device, dtype) => sourceOf(component).load(component, module, device, dtype),
   };
 }

@@ -7,6 +7,7 @@ import { UserError } from '../io/errors.ts';
 import { replaceFolderAtomically } from '../io/files.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
+import type { Run } from './run.ts';
 import type { Session } from './session.ts';
 import { saved } from './task.ts';
 
@@ -34,7 +35,10 @@ export async function writeFinal(session: Session): Promise<string> {
       const from = folderOf(source, name);
       if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
     }
-    writeJson(join(temporary, 'scheduler', 'scheduler_config.json'), schedulerConfig(session));
+    writeJson(
+      join(temporary, 'scheduler', 'scheduler_config.json'),
+      trainedScheduler(source.config('scheduler'), run),
+    );
     writeJson(join(temporary, 'model_index.json'), source.modelIndex);
   });
   return folder;
@@ -52,10 +56,9 @@ function folderOf(source: ModelSource, component: string): string | undefined {
 }
 
 /** The model's scheduler, saying what the model was now trained to predict. */
-function schedulerConfig({ run, source }: Session): Json {
-  const { prediction_type, zero_terminal_snr } = run.objective;
-  const config = { ...source.config('scheduler'), prediction_type };
-  return zero_terminal_snr
-    ? { ...config, rescale_betas_zero_snr: true, timestep_spacing: 'trailing' }
-    : config;
+export function trainedScheduler(config: Json, { objective }: Run): Json {
+  const trained = { ...config, prediction_type: objective.prediction_type };
+  return objective.zero_terminal_snr
+    ? { ...trained, rescale_betas_zero_snr: true, timestep_spacing: 'trailing' }
+    : trained;
 }
