@@ -3,23 +3,12 @@
 import { test } from 'tap';
 import { opCases } from '../bench/ops.ts';
 import { buildSubject } from '../bench/subjects.ts';
-import { main } from '../cli/main.ts';
 import { openDevice } from '../engine/device.ts';
 import { profiled, standInDevice } from '../engine/profile.ts';
 import { presets } from '../models/presets.ts';
+import { sdxl as run } from './command_line.ts';
 
 const square = (side: number) => ({ width: side, height: side, batch: 1 });
-
-async function run(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const terminal = {
-    out: (text: string) => void (out += text),
-    err: (text: string) => void (err += text),
-    live: false,
-  };
-  const status = await main(argv, terminal);
-  return { status, out, err };
-}
 
 test('operations are counted as torch.utils.flop_counter counts them', (t) => {
   // FlopCounterMode over diffusers' UNet2DConditionModel; the VAE's decoder from a log of its calls in PyTorch.

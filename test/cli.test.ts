@@ -14,25 +14,14 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { main } from '../cli/main.ts';
 import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import { sdxl as run } from './command_line.ts';
 import { goldenFolder, goldenSingleFile, maxDifference } from './golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
-
-async function run(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const terminal = {
-    out: (text: string) => (out += text),
-    err: (text: string) => (err += text),
-    live: false,
-  };
-  const status = await main(argv, terminal as never);
-  return { status, out, err };
-}
 
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-cli-'));
 
@@ -76,6 +65,7 @@ test('mistakes', async (t) => {
     ['folder without model_index.json', ['--model', noIndex], /model_index\.json/],
     ['truncated weights', ['--model', damaged], /unet.*download it again/],
     ['pickle', ['--model', pickle], /pickle/],
+    ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     ['width not divisible by 8', ['--model', model, '--width', '100'], /divisible by 8/],
     ['unknown scheduler', ['--model', model, '--scheduler', 'eulr'], /did you mean "euler"/],
     [

@@ -5,9 +5,9 @@ import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, wri
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { main } from '../cli/main.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';
 
 const UNET = join('unet', 'diffusion_pytorch_model.safetensors');
@@ -137,17 +137,12 @@ test('damaged checkpoints', async (t) => {
     const model = join(folder, 'model');
     cpSync(join(goldenFolder, 'tiny-sdxl'), model, { recursive: true });
     damage(model);
-    let said = '';
-    const terminal = { out: () => undefined, err: (text: string) => (said += text), live: false };
     const argv = ['--width', '64', '--height', '64', '--steps', '1', '--dtype', 'float16', '--quiet'];
     const files = ['--output', join(folder, 'x.png'), '--save-latents', join(folder, 'x.safetensors')];
-    const status = await main(
-      ['sample', '--model', model, '--prompt', 'x', ...argv, ...files],
-      terminal as never,
-    );
+    const { status, err } = await sdxl('sample', '--model', model, '--prompt', 'x', ...argv, ...files);
     t.equal(status, 2, `${flaw}: status`);
-    t.equal(said.trim().split('\n').length, 1, `${flaw}: one line`);
-    for (const word of says) t.match(said, word, `${flaw}: ${said.trim()}`);
+    t.equal(err.trim().split('\n').length, 1, `${flaw}: one line`);
+    for (const word of says) t.match(err, word, `${flaw}: ${err.trim()}`);
     t.equal(readdirSync(folder).join(), 'model', `${flaw}: no file is left`);
     rmSync(folder, { recursive: true });
   }

@@ -7,6 +7,7 @@ import { tensor } from '../engine/tensor.ts';
 import { sdxlScheduler } from '../models/presets.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { draws } from '../train/draws.ts';
+import { fill } from '../train/fields.ts';
 import {
   drawNoise,
   drawTimestep,
@@ -15,25 +16,14 @@ import {
   type ObjectiveSettings,
   objectiveOf,
 } from '../train/objective.ts';
+import { fields } from '../train/run.ts';
 import { vaeLoss } from '../train/vae_objective.ts';
 import { allClose } from './golden.ts';
 
 const device = openDevice('auto');
 const scheduler = parseSchedulerConfig(sdxlScheduler);
-const plain: ObjectiveSettings = {
-  prediction_type: 'epsilon',
-  loss: 'mse',
-  huber_delta: 1,
-  snr_gamma: 0,
-  debiased: false,
-  zero_terminal_snr: false,
-  noise_offset: 0,
-  pyramid_noise: 0,
-  input_perturbation: 0,
-  timesteps: 'uniform',
-  timestep_bias: 0.25,
-  timestep_range: [0.25, 0.75],
-};
+/** What a run has that says nothing: epsilon, mean squared error, no weights. */
+const plain = fill(fields, {}, 'defaults').objective;
 const v = { ...plain, prediction_type: 'v_prediction' } as const;
 const exact = { atol: 1e-6, rtol: 1e-6 };
 

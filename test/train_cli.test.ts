@@ -15,9 +15,9 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { main } from '../cli/main.ts';
 import { writePng } from '../io/image.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
+import { sdxl } from './command_line.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-train-cli-'));
@@ -54,16 +54,6 @@ function runFile(name: string, keys: object, text?: string): string {
     `import { defineRun } from 'sdxl';\n${text ?? `export default defineRun(${JSON.stringify(run)});`}\n`,
   );
   return path;
-}
-
-async function sdxl(...argv: string[]): Promise<{ status: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const terminal = {
-    out: (text: string) => void (out += text),
-    err: (text: string) => void (err += text),
-    live: false,
-  };
-  return { status: await main(argv, terminal), out, err };
 }
 
 interface Checks {

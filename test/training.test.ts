@@ -12,10 +12,12 @@ import { toDevice, toHost } from '../models/latents.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
+import { fill } from '../train/fields.ts';
 import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
-import { addNoise, diffusionLoss, type ObjectiveSettings, objectiveOf } from '../train/objective.ts';
+import { addNoise, diffusionLoss, objectiveOf } from '../train/objective.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
+import { fields } from '../train/run.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 
 const device = openDevice('auto');
@@ -28,20 +30,8 @@ const schedule: LrSchedule = {
   power: 1,
   step_rules: '',
 };
-const plain: ObjectiveSettings = {
-  prediction_type: 'epsilon',
-  loss: 'mse',
-  huber_delta: 1,
-  snr_gamma: 0,
-  debiased: false,
-  zero_terminal_snr: false,
-  noise_offset: 0,
-  pyramid_noise: 0,
-  input_perturbation: 0,
-  timesteps: 'uniform',
-  timestep_bias: 0.25,
-  timestep_range: [0.25, 0.75],
-};
+/** What a run has that says nothing: epsilon, mean squared error, no weights. */
+const plain = fill(fields, {}, 'defaults').objective;
 
 /** Entry `step` along the first axis of a stored tensor, and its shape. */
 function entry(name: string, step: number): { shape: number[]; data: Float32Array } {
