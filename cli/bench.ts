@@ -9,7 +9,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/presets.ts';
 import type { Terminal } from './main.ts';
-import { number, side } from './options.ts';
+import { devices, number, side } from './options.ts';
 import { progressBar } from './progress.ts';
 
 interface Options {
@@ -55,7 +55,7 @@ export function addBench(program: Command, terminal: Terminal): void {
           'float16',
         ]).default('auto'),
       )
-      .option('--device <NAME>', 'auto, cpu or reference', 'auto')
+      .option('--device <NAME>', devices, 'auto')
       .option('--runs <N>', 'timed runs', number('--runs', { min: 1, max: 1000, whole: true }), 3)
       .option('--json', 'one JSON object on stdout')
       .option('--quiet', 'no progress')

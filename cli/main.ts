@@ -28,7 +28,7 @@ const processTerminal: Terminal = {
 /** Runs one command line and returns the exit status. */
 export async function main(argv: readonly string[], terminal: Terminal = processTerminal): Promise<number> {
   const program = new Command('sdxl')
-    .description('Stable Diffusion XL in TypeScript: sample pictures on this machine, without Python.')
+    .description('Stable Diffusion XL in TypeScript: sample it, train it, export it, without Python.')
     .version(version, '--version')
     .showHelpAfterError('(run with --help to see every option)')
     .exitOverride()

@@ -68,6 +68,8 @@ async function publishedTokenizers(path: string): Promise<string> {
 export async function locateVae(path: string, options: Locate): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
     return vaeOfFile(path);
+  if (!existsSync(path) && !looksLikeHubId(path))
+    throw new UserError(`no VAE at ${path}; give its folder, its .safetensors file or a hub id`);
   const folder = existsSync(path)
     ? path
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });

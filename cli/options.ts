@@ -3,6 +3,9 @@
 import { UserError } from '../io/errors.ts';
 import type { Size } from '../models/conditioning.ts';
 
+/** What --device takes, for the help. */
+export const devices = 'auto, cpu, cuda[:N] or reference';
+
 interface Bounds {
   min?: number;
   max?: number;

@@ -6,7 +6,7 @@ import { assertWritable } from '../io/files.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
-import { corner, number, side, size } from './options.ts';
+import { corner, devices, number, side, size } from './options.ts';
 
 export interface SampleOptions {
   model?: string;
@@ -167,7 +167,7 @@ export function addSampleOptions(command: Command): Command {
       (text, all: string[]) => [...all, text],
       [],
     )
-    .option('--device <NAME>', 'auto, cpu or reference', 'auto')
+    .option('--device <NAME>', devices, 'auto')
     .option(
       '--dtype <NAME>',
       'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',

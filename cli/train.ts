@@ -14,6 +14,7 @@ import type { Report } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
 import type { Terminal } from './main.ts';
 import { locateModel, locateVae } from './model.ts';
+import { devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
 
 interface Options {
@@ -37,7 +38,7 @@ export class Stopped extends Error {
 export function addTrain(program: Command, terminal: Terminal): void {
   addShared(program.command('train').description('train a model by a run file'))
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
-    .option('--device <NAME>', 'auto, cpu or reference', 'auto')
+    .option('--device <NAME>', devices, 'auto')
     .action((file: string, options: Options) => trainAll(file, options, terminal));
   addShared(program.command('plan').description('tell what training by a run file would take')).action(
     (file: string, options: Options) => planAll(file, options, terminal),

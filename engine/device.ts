@@ -1,6 +1,5 @@
-// A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels; `reference`
-// runs the record's own loops in TypeScript and needs no compiler. `cuda` launches
-// PTX on an NVIDIA GPU; cuda:N is the N-th.
+// A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels, `cuda:N` PTX on
+// the N-th NVIDIA GPU; `reference` runs the record's own loops in TypeScript and needs no compiler.
 import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { findLibrary } from './cpu/build.ts';

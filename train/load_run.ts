@@ -2,7 +2,6 @@
 // strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
 import { existsSync, statSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
-import { createJiti } from 'jiti';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/presets.ts';
 import { defineRun, type Run, resolveRun } from './run.ts';
@@ -29,6 +28,8 @@ export async function loadRuns(path: string, assignments: readonly string[] = []
 }
 
 async function evaluate(path: string): Promise<unknown> {
+  // Loaded here, as only run files need it and every command would wait for it.
+  const { createJiti } = await import('jiti');
   const jiti = createJiti(import.meta.url, {
     virtualModules: { sdxl },
     fsCache: false,
