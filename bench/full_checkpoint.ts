@@ -2,43 +2,31 @@
 // bfloat16 (7 GB, removed after) and samples from it with the program itself, two steps at 512x512 under guidance.
 //   node dist/bench/full_checkpoint.js [FOLDER]
 import { spawnSync } from 'node:child_process';
-import { cpSync, mkdirSync, mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs';
+import { cpSync, mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { packageRoot } from '../engine/cpu/build.ts';
-import { type AnyModule, namedParameters } from '../engine/module.ts';
-import { writeFileAtomic } from '../io/files.ts';
-import { writeSafetensors } from '../io/safetensors.ts';
-import { textEncoder } from '../models/clip.ts';
+import { namedParameters } from '../engine/module.ts';
+import { buildComponent, type Component } from '../models/components.ts';
 import { componentConfigs, modelIndex } from '../models/diffusers_config.ts';
 import { presets } from '../models/presets.ts';
-import { unet } from '../models/unet.ts';
-import { vae } from '../models/vae.ts';
+import { saveComponent, writeJson } from '../models/save.ts';
 import { randomBytes } from './pool_weights.ts';
 
 const base = presets['sdxl-base'];
 const dtype = 'bfloat16';
 
 function writeModel(folder: string): void {
-  const modules: Record<string, AnyModule> = {
-    unet: unet(base.unet),
-    vae: vae(base.vae).module,
-    text_encoder: textEncoder(base.text_encoder!),
-    text_encoder_2: textEncoder(base.text_encoder_2),
-  };
-  const json = (path: string, value: unknown) =>
-    writeFileAtomic(join(folder, path), `${JSON.stringify(value, null, 2)}\n`);
-  json('model_index.json', modelIndex(base));
   const bytes = randomBytes(0, dtype);
-  for (const [component, config] of Object.entries(componentConfigs(base))) {
-    mkdirSync(join(folder, component));
-    json(`${component}/${component === 'scheduler' ? 'scheduler_config' : 'config'}.json`, config);
-    if (!modules[component]) continue;
-    const file = component.startsWith('text') ? 'model.safetensors' : 'diffusion_pytorch_model.safetensors';
-    const entries = [...namedParameters(modules[component])].map(([name, p]) => {
-      return { name, dtype, shape: p.shape, bytes: () => bytes(name, p) } as const;
+  writeJson(join(folder, 'model_index.json'), modelIndex(base));
+  const { scheduler, ...configs } = componentConfigs(base);
+  writeJson(join(folder, 'scheduler', 'scheduler_config.json'), scheduler);
+  for (const [name, config] of Object.entries(configs)) {
+    const { module } = buildComponent(config) as Component;
+    const weights = [...namedParameters(module)].map(([key, p]) => {
+      return { name: key, dtype, shape: p.shape, bytes: () => bytes(key, p) } as const;
     });
-    writeSafetensors(join(folder, component, file), entries);
+    saveComponent(join(folder, name), { name, config, weights });
   }
   // Any tokenizer of CLIP's kind serves; the tests' small one is at hand.
   for (const name of ['tokenizer', 'tokenizer_2'])

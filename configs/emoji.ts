@@ -1,45 +1,9 @@
 // The small model that ships: Fluent emoji at 64x64 pixels, trained from random weights on a CPU. First the VAE; then the
 // UNet and both text encoders together, on its latents. All weights in float16 take 13.5 MB.
 //   npx sdxl train configs/emoji.ts
-import { defineRun, type ModelPreset, presets } from 'sdxl';
+import { defineRun } from 'sdxl';
+import { emojiModel as model } from '../models/presets.ts';
 import { drawEmoji } from './emoji_data.ts';
-
-const text = {
-  vocab_size: 2048,
-  hidden_size: 64,
-  intermediate_size: 256,
-  num_hidden_layers: 3,
-  num_attention_heads: 2,
-  max_position_embeddings: 77,
-  layer_norm_eps: 1e-5,
-  eos_token_id: 2,
-};
-
-const model: ModelPreset = {
-  ...presets['sdxl-base'],
-  unet: {
-    ...presets['sdxl-base'].unet,
-    sample_size: 16,
-    block_out_channels: [48, 96, 128],
-    attention_head_dim: [1, 2, 2],
-    transformer_layers_per_block: [0, 1, 1],
-    layers_per_block: 1,
-    cross_attention_dim: 128,
-    addition_time_embed_dim: 32,
-    projection_class_embeddings_input_dim: 64 + 6 * 32,
-    norm_num_groups: 8,
-  },
-  vae: {
-    ...presets['sdxl-base'].vae,
-    sample_size: 64,
-    block_out_channels: [24, 48, 64],
-    layers_per_block: 1,
-    norm_num_groups: 8,
-    scaling_factor: 1,
-  },
-  text_encoder: { ...text, hidden_act: 'quick_gelu', projection_dim: undefined },
-  text_encoder_2: { ...text, hidden_act: 'gelu', projection_dim: 64 },
-};
 
 const dataset = { path: await drawEmoji('data/emoji'), resolution: 64, center_crop: true };
 

@@ -31,10 +31,10 @@ export function writeFully(fd: number, bytes: Uint8Array): void {
 
 /**
  * Replaces (or creates) `path` by what `write` puts into a temporary file beside it. If anything throws, the
- * temporary file is removed and `path` is as it was.
+ * temporary file is removed and `path` is as it was. Returns what `write` does.
  * @throws UserError when the disk is full, or the folder is missing or closed to us
  */
-export function replaceAtomically(path: string, write: (temporaryPath: string, fd: number) => void): void {
+export function replaceAtomically<R>(path: string, write: (temporaryPath: string, fd: number) => R): R {
   const folder = dirname(resolve(path));
   // Not derived from the target's name, which may already be as long as the file system allows.
   const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
@@ -42,8 +42,9 @@ export function replaceAtomically(path: string, write: (temporaryPath: string, f
   try {
     assertReplaceable(path);
     const fd = openSync(temporary, 'wx');
+    let result: R;
     try {
-      write(temporary, fd);
+      result = write(temporary, fd);
       fsyncSync(fd);
       renameSync(temporary, path);
     } catch (error) {
@@ -53,6 +54,7 @@ export function replaceAtomically(path: string, write: (temporaryPath: string, f
       closeSync(fd);
     }
     syncFolder(folder);
+    return result;
   } catch (error) {
     throw asUserError(error, path, temporary);
   }
@@ -72,15 +74,16 @@ function holdInterrupt(): void {
 /**
  * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it. If anything throws,
  * the temporary folder is removed and `path` is as it was. The files in it are flushed by whoever writes them.
+ * Returns what `write` does.
  * @throws UserError when the disk is full, or the parent is missing or closed to us
  */
-export function replaceFolderAtomically(path: string, write: (temporaryPath: string) => void): void {
+export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: string) => R): R {
   const parent = dirname(resolve(path));
   const temporary = join(parent, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
   const old = `${temporary}.old`;
   try {
     mkdirSync(temporary, { recursive: true });
-    write(temporary);
+    const result = write(temporary);
     syncFolder(temporary);
     // A folder cannot be renamed onto another one that has files.
     const replaces = existsSync(path);
@@ -88,6 +91,7 @@ export function replaceFolderAtomically(path: string, write: (temporaryPath: str
     renameSync(temporary, path);
     syncFolder(parent);
     if (replaces) rmSync(old, { recursive: true, force: true });
+    return result;
   } catch (error) {
     if (existsSync(old) && !existsSync(path)) renameSync(old, path);
     rmSync(temporary, { recursive: true, force: true });

@@ -18,21 +18,26 @@ export function componentConfigs(preset: ModelPreset): Record<string, Json> {
   };
 }
 
-/** model_index.json. */
+/** The library and class of each component of an SDXL model, as model_index.json names them. */
+export const componentClasses: Readonly<Record<string, readonly [library: string, className: string]>> = {
+  unet: ['diffusers', 'UNet2DConditionModel'],
+  vae: ['diffusers', 'AutoencoderKL'],
+  text_encoder: ['transformers', 'CLIPTextModel'],
+  text_encoder_2: ['transformers', 'CLIPTextModelWithProjection'],
+  tokenizer: ['transformers', 'CLIPTokenizer'],
+  tokenizer_2: ['transformers', 'CLIPTokenizer'],
+  scheduler: ['diffusers', 'EulerDiscreteScheduler'],
+};
+
+/** model_index.json. The refiner has no first text encoder. */
 export function modelIndex(preset: ModelPreset): Json {
   const base = !preset.requires_aesthetics_score;
-  const text = (name: string) => ['transformers', name];
-  const first = base
-    ? { text_encoder: text('CLIPTextModel'), tokenizer: text('CLIPTokenizer') }
-    : { text_encoder: [null, null], tokenizer: [null, null], requires_aesthetics_score: true };
+  const none = [null, null];
   return {
     _class_name: base ? 'StableDiffusionXLPipeline' : 'StableDiffusionXLImg2ImgPipeline',
     force_zeros_for_empty_prompt: base,
-    ...first,
-    text_encoder_2: text('CLIPTextModelWithProjection'),
-    tokenizer_2: text('CLIPTokenizer'),
-    unet: ['diffusers', 'UNet2DConditionModel'],
-    vae: ['diffusers', 'AutoencoderKL'],
+    ...componentClasses,
+    ...(base ? {} : { text_encoder: none, tokenizer: none, requires_aesthetics_score: true }),
     scheduler: ['diffusers', String(preset.scheduler._class_name)],
   };
 }

@@ -12,6 +12,7 @@ import { asUserError, replaceAtomically, replaceFolderAtomically } from '../io/f
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type Json, type ModelSource, matchParameters, openModel, type WeightSource } from './checkpoint.ts';
 import { buildComponent } from './components.ts';
+import { componentClasses } from './diffusers_config.ts';
 import { saveWeights, writeJson } from './save.ts';
 import { openSingleFile } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
@@ -69,14 +70,14 @@ function hasComponent(source: ModelSource, name: string): boolean {
   }
 }
 
-/** Weights in the type asked for, each made when its turn to be written comes and hashed on the way. */
-export class Outgoing {
+/** Weights in the type asked for, each made when its turn to be written comes, hashed and counted on the way. */
+class Outgoing {
   readonly hashes = new Map<string, string>();
-  readonly #dtype: FloatDType | undefined;
+  readonly #request: ExportRequest;
   readonly #open: WeightSource[] = [];
 
-  constructor(dtype: FloatDType | undefined) {
-    this.#dtype = dtype;
+  constructor(request: ExportRequest) {
+    this.#request = request;
   }
 
   /** One component's tensors under diffusers' keys. @throws UserError listing what is missing or left over */
@@ -90,19 +91,20 @@ export class Outgoing {
       throw new UserError(`${weights.where} does not fit its config: ${problems.join('; ')}`);
     return [...stored].map(([name, spelling]) => {
       const from = weights.info(spelling)?.dtype as FloatDType;
-      const dtype = this.#dtype ?? from;
+      const dtype = this.#request.dtype ?? from;
       const shape = parameters.get(name)?.shape ?? [];
       return { name, dtype, shape, bytes: () => converted(weights, spelling, from, dtype) };
     });
   }
 
-  /** The entries, noting the hash of what is written under `scope`/name. */
-  noted(scope: string, entries: readonly TensorEntry[]): TensorEntry[] {
+  /** The entries, noting the hash of what is written under `scope`/name, and that it is one more of `total`. */
+  noted(scope: string, entries: readonly TensorEntry[], total: number): TensorEntry[] {
     return entries.map((entry) => ({
       ...entry,
       bytes: () => {
         const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
         this.hashes.set(`${scope}/${entry.name}`, sha256(bytes));
+        this.#request.onProgress?.({ done: this.hashes.size, total });
         return bytes;
       },
     }));
@@ -133,23 +135,21 @@ function converted(weights: WeightSource, name: string, from: FloatDType, to: Fl
 /** Writes the chosen components as a diffusers folder; `out` appears whole or not at all. */
 export function exportFolder(source: ModelSource, out: string, request: ExportRequest): Certificate {
   const chosen = chooseComponents(source, request.save_keys);
-  const outgoing = new Outgoing(request.dtype);
+  const outgoing = new Outgoing(request);
   try {
     const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
     const plans = weighty.map((name) => [name, outgoing.entries(source, name)] as const);
-    const step = counter(plans.flatMap(([, entries]) => entries).length, request.onProgress);
-    let certificate: Certificate | undefined;
-    replaceFolderAtomically(out, (folder) => {
+    const count = plans.flatMap(([, entries]) => entries).length;
+    return replaceFolderAtomically(out, (folder) => {
       for (const [name, entries] of plans) {
         writeJson(join(folder, name, 'config.json'), source.config(name));
-        const counted = outgoing.noted(name, entries).map((entry) => step.around(entry));
-        saveWeights(join(folder, name), name, counted, request.max_shard_size);
+        const noted = outgoing.noted(name, entries, count);
+        saveWeights(join(folder, name), name, noted, request.max_shard_size);
       }
       for (const name of chosen) copyPlain(source, name, join(folder, name));
       writeJson(join(folder, 'model_index.json'), indexOf(source, chosen));
-      certificate = certify(source, openModel(folder), outgoing.hashes, weighty, request);
+      return certify(source, openModel(folder), outgoing.hashes, weighty, request);
     });
-    return certificate as unknown as Certificate;
   } finally {
     outgoing.close();
   }
@@ -170,22 +170,13 @@ function copyPlain(source: ModelSource, name: string, folder: string): void {
 
 /** The source's index, with what was left out marked so in diffusers' way. */
 function indexOf(source: ModelSource, chosen: readonly string[]): Json {
-  const classes: Record<string, [string, string]> = {
-    unet: ['diffusers', 'UNet2DConditionModel'],
-    vae: ['diffusers', 'AutoencoderKL'],
-    text_encoder: ['transformers', 'CLIPTextModel'],
-    text_encoder_2: ['transformers', 'CLIPTextModelWithProjection'],
-    tokenizer: ['transformers', 'CLIPTokenizer'],
-    tokenizer_2: ['transformers', 'CLIPTokenizer'],
-    scheduler: ['diffusers', 'EulerDiscreteScheduler'],
-  };
   const named = exportable.map((name) => {
     const known = source.modelIndex[name] as [string, string] | undefined;
     if (!chosen.includes(name)) return [name, [null, null]];
     if (known?.[0]) return [name, known];
     const scheduler =
       name === 'scheduler' ? (source.config(name)._class_name as string | undefined) : undefined;
-    return [name, scheduler ? ['diffusers', scheduler] : classes[name]];
+    return [name, scheduler ? ['diffusers', scheduler] : componentClasses[name]];
   });
   return { ...source.modelIndex, ...Object.fromEntries(named) };
 }
@@ -197,38 +188,22 @@ export function exportSingleFile(source: ModelSource, out: string, request: Expo
   const needed = weightComponents.filter((name) => source.has(name));
   if (needed.some((name) => !weighty.includes(name)))
     throw new UserError(`a single file holds a whole model; export ${needed.join(', ')} together`);
-  const outgoing = new Outgoing(request.dtype);
+  const outgoing = new Outgoing(request);
   try {
     const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name));
-    const step = counter(entries.length, request.onProgress);
-    const counted = outgoing.noted('', entries).map((entry) => step.around(entry));
-    let forward: string[] = [];
-    replaceAtomically(out, (temporary) => {
-      writeSafetensors(temporary, counted, { format: 'pt' });
+    const noted = outgoing.noted('', entries, entries.length);
+    return replaceAtomically(out, (temporary) => {
+      writeSafetensors(temporary, noted, { format: 'pt' });
       compareHashes(temporary, '', outgoing.hashes);
       const written = openSingleFile(temporary, {
         configs: source.kind === 'folder' ? source.path : undefined,
       });
-      forward = weighty.filter((name) => sameForward(source, written, name, request));
+      const forward = weighty.filter((name) => sameForward(source, written, name, request));
+      return { tensors: entries.length, sha256: total(outgoing.hashes), forward };
     });
-    return { tensors: entries.length, sha256: total(outgoing.hashes), forward };
   } finally {
     outgoing.close();
   }
-}
-
-function counter(all: number, onProgress: ExportRequest['onProgress']) {
-  let done = 0;
-  return {
-    around: (entry: TensorEntry): TensorEntry => ({
-      ...entry,
-      bytes: () => {
-        const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
-        onProgress?.({ done: ++done, total: all });
-        return bytes;
-      },
-    }),
-  };
 }
 
 function certify(

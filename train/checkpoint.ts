@@ -8,6 +8,7 @@ import { UserError } from '../io/errors.ts';
 import { makeFolder, readJson, replaceFolderAtomically } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
+import { isRecord } from './fields.ts';
 import type { Run } from './run.ts';
 
 /** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
@@ -145,6 +146,3 @@ export function difference(a: unknown, b: unknown, path = ''): string | undefine
   const [was, is] = [JSON.stringify(a), JSON.stringify(b)];
   return was === is ? undefined : `${path} was ${was} and is ${is}`;
 }
-
-const isRecord = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);

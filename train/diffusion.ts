@@ -12,6 +12,7 @@ import { addLora } from '../models/adapters.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { encodePrompts } from '../models/conditioning.ts';
+import { samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
 import {
@@ -164,8 +165,7 @@ function drawLatents(
   key: number,
 ): Float32Array {
   const noise = draws(seed, epoch, key, 'moments').normals(mean.length);
-  const deviation = (i: number) => Math.exp(0.5 * Math.min(20, Math.max(-30, logvar[i])));
-  return mean.map((m, i) => (m + deviation(i) * noise[i]) * scaling);
+  return samplePosterior(mean, logvar, noise).map((z) => z * scaling);
 }
 
 interface Embedded {

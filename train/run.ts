@@ -15,6 +15,9 @@ import {
   textOrObject,
   whole,
 } from './fields.ts';
+import type { LrSchedule } from './lr_schedule.ts';
+import type { ObjectiveSettings } from './objective.ts';
+import type { OptimizerSettings } from './optimizers/create.ts';
 
 export interface Run {
   /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
@@ -81,56 +84,18 @@ export interface Run {
   epochs: number;
   /** Updates; 0 to count by epochs. */
   steps: number;
-  objective: {
-    prediction_type: 'epsilon' | 'v_prediction';
-    loss: 'mse' | 'huber';
-    huber_delta: number;
-    /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
-    snr_gamma: number;
-    debiased: boolean;
-    zero_terminal_snr: boolean;
-    noise_offset: number;
-    pyramid_noise: number;
-    input_perturbation: number;
-    timesteps: 'uniform' | 'earlier' | 'later' | 'range' | 'cubic';
-    timestep_bias: number;
-    timestep_range: readonly [number, number];
-  };
+  objective: ObjectiveSettings;
   vae_objective: {
     l1: number;
     mse: number;
     kl: number;
   };
-  optimizer: {
-    name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion';
+  optimizer: OptimizerSettings & {
     lr: number;
-    betas: readonly [number, number];
-    eps: number;
-    weight_decay: number;
-    /** Adafactor's bound on the root mean square of an update. */
-    clip_threshold: number;
-    /** Adafactor's exponent of the second moment's decay. */
-    decay_rate: number;
-    /** Round bfloat16 weights up or down at random instead of keeping float32 masters. */
-    stochastic_rounding: boolean;
     /** Global norm that gradients are clipped to; 0 for none. */
     max_grad_norm: number;
   };
-  lr_scheduler: {
-    name:
-      | 'constant'
-      | 'constant_with_warmup'
-      | 'linear'
-      | 'cosine'
-      | 'cosine_with_restarts'
-      | 'polynomial'
-      | 'piecewise_constant';
-    warmup_steps: number;
-    num_cycles: number;
-    power: number;
-    /** piecewise_constant: "1:10,0.1:20,0.01" as in diffusers. */
-    step_rules: string;
-  };
+  lr_scheduler: LrSchedule;
   ema: {
     /** Decay of the moving average of the weights; 0 for none. */
     decay: number;

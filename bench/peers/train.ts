@@ -11,9 +11,9 @@ import { namedParameters, parameterCount, unload } from '../../engine/module.ts'
 import { scope, unscoped } from '../../engine/scope.ts';
 import { sizeOf, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
-import { sdxlBase, sdxlScheduler } from '../../models/presets.ts';
+import { emojiModel } from '../../models/presets.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
-import { type UNetConfig, unet } from '../../models/unet.ts';
+import { unet } from '../../models/unet.ts';
 import { clipGradients } from '../../train/clip.ts';
 import { fill } from '../../train/fields.ts';
 import { diffusionLoss, objectiveOf } from '../../train/objective.ts';
@@ -23,18 +23,7 @@ import { fillRandom, uniforms } from '../pool_weights.ts';
 
 const batch = 32;
 const [warm, timed] = [4, 14];
-const config: UNetConfig = {
-  ...sdxlBase,
-  sample_size: 16,
-  block_out_channels: [48, 96, 128],
-  attention_head_dim: [1, 2, 2],
-  transformer_layers_per_block: [0, 1, 1],
-  layers_per_block: 1,
-  cross_attention_dim: 128,
-  addition_time_embed_dim: 32,
-  projection_class_embeddings_input_dim: 256,
-  norm_num_groups: 8,
-};
+const { unet: config, scheduler } = emojiModel;
 /** The same in torch_unet.py's words. */
 const network = {
   channels: config.block_out_channels,
@@ -57,7 +46,7 @@ function ours(dtype: FloatDType) {
   for (const p of parameters.values()) requireGrad(p.tensor);
   const run = fill(fields, {}, 'the defaults');
   const optimizer = createOptimizer(parameters, run.optimizer, 0);
-  const objective = objectiveOf(run.objective, parseSchedulerConfig({ ...sdxlScheduler }));
+  const objective = objectiveOf(run.objective, parseSchedulerConfig(scheduler));
   const shape = [batch, 16, 16, 4];
   const random = (...of: number[]) => uniforms(sizeOf(of), 1);
   const conditioning = unscoped(() => ({
