@@ -82,6 +82,8 @@ export function tidy(ptx: string): string {
       place = '';
     }
     const short = line
+      // nvcc marks names of this file's own with a hash of the path it was called with.
+      .replace(/_INTERNAL_[0-9a-f]{8}_(\d+_\w+?_cu)_[0-9a-f]{8}/g, '_INTERNAL_00000000_$1_00000000')
       .replace(/\b\w+_param_(\d+)/g, 'p$1')
       .replace(/\$L__BB\d+_/g, '$L')
       .replace(/ +\t/g, ' ')

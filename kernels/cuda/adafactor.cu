@@ -115,17 +115,10 @@ KERNEL(adafactor_vector_squares)(float *partial, const T *gradient, const float 
   update_squares(partial, gradient, uint32_t(n), gradient_scale, Whole{exp_avg_sq});
 }
 
-// size[0] = lr / max(1, rms / clip_threshold): one block, its threads' sums joined in order.
+// size[0] = lr / max(1, rms / clip_threshold): one block.
 KERNEL(adafactor_size)(float *size, const float *partial, int chunks, int n, float lr, float clip_threshold) {
-  __shared__ double lanes[THREADS];
-  double total = 0;
-#pragma unroll 1
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) total += double(partial[chunk]);
-  lanes[threadIdx.x] = total;
-  __syncthreads();
+  const double total = joined(partial, chunks);
   if (threadIdx.x > 0) return;
-#pragma unroll 1
-  for (int i = 1; i < THREADS; i++) total += lanes[i];
   const double excess = sqrt(total / double(n)) / double(clip_threshold);
   size[0] = float(double(lr) / (excess > 1 ? excess : 1));
 }

@@ -72,16 +72,8 @@ KERNEL(sum_squares_partial)(float *partial, const T *x, int n) {
   }
 }
 
-// One block: its threads take every 256th chunk, then one adds their sums in order.
+// One block.
 KERNEL(sum_squares_finish)(float *sums, const float *partial, int chunks, int index) {
-  __shared__ double lanes[THREADS];
-  double total = 0;
-#pragma unroll 1
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) total += double(partial[chunk]);
-  lanes[threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-#pragma unroll 1
-  for (int i = 1; i < THREADS; i++) total += lanes[i];
-  sums[index] = float(total);
+  const double total = joined(partial, chunks);
+  if (threadIdx.x == 0) sums[index] = float(total);
 }

@@ -34,5 +34,20 @@ struct Weights {
   }
 };
 
+// One block adds `count` float32 sums in double: its threads take every 256th, and the first adds theirs in order.
+// Thread 0 returns the sum, the others 0.
+DEVICE double joined(const float *partial, int count) {
+  __shared__ double lanes[THREADS];
+  double total = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += THREADS) total += double(partial[i]);
+  lanes[threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.x > 0) return 0;
+#pragma unroll 1
+  for (int i = 1; i < THREADS; i++) total += lanes[i];
+  return total;
+}
+
 #define ROUNDING int stochastic, int seed_low, int seed_high, int stream
 #define WEIGHTS Weights{weight, master, stochastic, uint32_t(seed_low), uint32_t(seed_high), uint32_t(stream)}
