@@ -1,13 +1,11 @@
 // The cuda device on the virtual GPU: every op of the registry against the reference, in each storage type, through the
 // same allocator, plans, launches and PTX that a real GPU gets. Samples are spread over the types, so that every kernel meets
 // several shapes. Live tensors return to their count.
-import { existsSync, readFileSync } from 'node:fs';
-import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { expectedFiles } from '../engine/cuda/build.ts';
-import { ptxFolder } from '../engine/cuda/kernels.ts';
+import { readPtx } from '../engine/cuda/kernels.ts';
 import { readManifest } from '../engine/cuda/manifest.ts';
 import { plans } from '../engine/cuda/plans.ts';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
@@ -62,10 +60,9 @@ for (const record of registry.values()) {
 test('every kernel of the CPU library is planned, with the same parameters', (t) => {
   const library = findLibrary();
   if ('reason' in library) return t.end();
-  const manifests = new Map(
-    expectedFiles().map(({ name }) => [name, readManifest(readFileSync(join(ptxFolder, name), 'utf8'))]),
+  const entries = new Map(
+    expectedFiles().flatMap(({ family, dtype }) => [...readManifest(readPtx(family, dtype))]),
   );
-  const entries = new Map([...manifests.values()].flatMap((manifest) => [...manifest]));
   for (const [symbol, signature] of openCpuDriver(library.path).symbols) {
     const plan = plans.get(symbol.slice(0, symbol.lastIndexOf('_')));
     const own = entries
@@ -78,9 +75,8 @@ test('every kernel of the CPU library is planned, with the same parameters', (t)
 });
 
 test('the committed PTX is made from the committed sources', (t) => {
-  for (const { name, digest } of expectedFiles()) {
-    const path = join(ptxFolder, name);
-    t.ok(existsSync(path) && readFileSync(path, 'utf8').split('\n')[0].includes(digest), name);
+  for (const { family, dtype, digest } of expectedFiles()) {
+    t.ok(readPtx(family, dtype).split('\n')[0].includes(digest), `${family} ${dtype}`);
   }
   t.end();
 });

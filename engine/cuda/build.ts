@@ -1,21 +1,23 @@
 // Builds kernels/ptx from kernels/cuda with nvcc (`npm run build:kernels`): each family once per storage type, for
-// compute_80, so that every card since Ampere runs it. The PTX is committed and users need no toolkit. ptxas then assembles
-// each file for four generations, and REPORT.md tables registers, shared memory, spills and stack. `--check` builds
-// elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that older drivers
-// take it; of the line table only the lines of our own files are kept.
+// compute_80, so that every card since Ampere runs it, and families for Hopper for compute_90a. The PTX is committed,
+// gzipped, and users need no toolkit. ptxas then assembles each file, and REPORT.md tables what it makes of each kernel.
+// `--check` builds elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that
+// older drivers take it; of the line table only the lines of our own files are kept.
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import { gzipSync } from 'node:zlib';
 import { packageRoot } from '../cpu/build.ts';
-import { ptxFolder, ptxName, storageTypes } from './kernels.ts';
+import { forHopper, ptxFolder, ptxName, readPtx, typesOf } from './kernels.ts';
 
 const sources = join(packageRoot, 'kernels', 'cuda');
 const generations = ['sm_80', 'sm_89', 'sm_90', 'sm_120'] as const;
-/** What mma.sync on bfloat16, cp.async and ldmatrix need: drivers since CUDA 11.0 take it. */
-const PTX_VERSION = '7.0';
+const hopper = ['sm_90a'] as const;
+/** What mma.sync on bfloat16, cp.async and ldmatrix need: drivers since CUDA 11.0 take it. wgmma and TMA need CUDA 12.0. */
+const versionFor = (family: string): string => (forHopper(family) ? '8.0' : '7.0');
 
 const familyNames = (): string[] =>
   readdirSync(sources)
@@ -39,10 +41,10 @@ function sourceDigest(family: string): string {
   return hash.digest('hex').slice(0, 16);
 }
 
-/** Every PTX file that the sources make: its name, and the digest that it should carry. */
-export const expectedFiles = (): { name: string; digest: string }[] =>
+/** Every PTX file that the sources make, and the digest that it should carry. */
+export const expectedFiles = (): { family: string; dtype: string; digest: string }[] =>
   familyNames().flatMap((family) =>
-    storageTypes.map((dtype) => ({ name: ptxName(family, dtype), digest: sourceDigest(family) })),
+    typesOf(family).map((dtype) => ({ family, dtype, digest: sourceDigest(family) })),
   );
 
 function run(command: string, args: readonly string[]): string {
@@ -52,17 +54,19 @@ function run(command: string, args: readonly string[]): string {
   return ran.stderr + ran.stdout;
 }
 
+/** The PTX of a family in one storage type; `folder` is for nvcc's own file. */
 function compile(family: string, dtype: string, folder: string): string {
-  const out = join(folder, ptxName(family, dtype));
+  const out = join(folder, `${family}_${dtype}.ptx`);
+  const arch = forHopper(family) ? '-arch=compute_90a' : '-arch=compute_80';
   const define = `-DT_${dtype.toUpperCase()}`;
-  run('nvcc', ['-ptx', '-arch=compute_80', '-lineinfo', define, '-o', out, join(sources, `${family}.cu`)]);
-  const text = `// kernels/cuda/${family}.cu as ${dtype}, sources ${sourceDigest(family)}\n${tidy(readFileSync(out, 'utf8'))}`;
-  writeFileSync(out, text);
-  return text;
+  run('nvcc', ['-ptx', '-std=c++17', arch, '-lineinfo', define, '-o', out, join(sources, `${family}.cu`)]);
+  const body = tidy(readFileSync(out, 'utf8'), versionFor(family));
+  rmSync(out);
+  return `// kernels/cuda/${family}.cu as ${dtype}, sources ${sourceDigest(family)}\n${body}`;
 }
 
 /** nvcc's PTX without comments and blank lines, with the lines of our own files and nothing else of the line table. */
-export function tidy(ptx: string): string {
+export function tidy(ptx: string, version: string): string {
   const ours = new Map<string, string>();
   for (const [, number, path] of ptx.matchAll(/^\s*\.file\s+(\d+)\s+"([^"]+)"/gm)) {
     if (path.startsWith(sources)) ours.set(number, `\t.file\t${number} "kernels/cuda/${basename(path)}"`);
@@ -88,7 +92,7 @@ export function tidy(ptx: string): string {
       .replace(/\$L__BB\d+_/g, '$L')
       .replace(/ +\t/g, ' ')
       .replace(/, +/g, ',');
-    lines.push(text.startsWith('.version') ? `.version ${PTX_VERSION}` : short);
+    lines.push(text.startsWith('.version') ? `.version ${version}` : short);
   }
   return `${dedupe(lines).join('\n')}\n${[...ours.values()].join('\n')}\n`;
 }
@@ -112,8 +116,10 @@ interface Resources {
   spills: number;
 }
 
-/** What ptxas says of every entry of a file, for one generation. */
-function assemble(path: string, generation: string, scratch: string): Map<string, Resources> {
+/** What ptxas says of every entry of a module, for one generation. */
+function assemble(ptx: string, generation: string, scratch: string): Map<string, Resources> {
+  const path = join(scratch, `${generation}.ptx`);
+  writeFileSync(path, ptx);
   const log = run('ptxas', ['-v', `-arch=${generation}`, path, '-o', join(scratch, `${generation}.cubin`)]);
   const found = new Map<string, Resources>();
   const pattern =
@@ -130,53 +136,100 @@ function assemble(path: string, generation: string, scratch: string): Map<string
   return found;
 }
 
-function report(scratch: string, names: readonly string[]): string {
-  const rows: string[] = [];
-  for (const name of names) {
-    const tables = generations.map((g) => assemble(join(ptxFolder, name), g, scratch));
-    for (const entry of tables[0].keys()) {
-      const each = tables.map((table) => table.get(entry) as Resources);
-      const worst = (pick: (r: Resources) => number) => Math.max(...each.map(pick));
-      const cells = [...each.map((r) => r.registers), worst((r) => r.shared), worst((r) => r.spills)];
-      rows.push(`| ${entry} | ${cells.join(' | ')} | ${worst((r) => r.stack)} |`);
-    }
-  }
+const worst = (each: readonly Resources[], pick: (r: Resources) => number) => Math.max(...each.map(pick));
+
+/** A row per kernel: registers in each generation, then the most that any of them needs of the rest. */
+function rowsOf(family: string, dtype: string, arches: readonly string[], scratch: string): string[] {
+  const ptx = readPtx(family, dtype);
+  const tables = arches.map((arch) => assemble(ptx, arch, scratch));
+  return [...tables[0].keys()].map((entry) => {
+    const each = tables.map((table) => table.get(entry) as Resources);
+    const cells = [
+      ...each.map((r) => r.registers),
+      worst(each, (r) => r.shared),
+      worst(each, (r) => r.spills),
+    ];
+    const matrix = forHopper(family) ? ` ${hopperInstructions(ptx, entry)} |` : '';
+    return `| ${entry} | ${cells.join(' | ')} | ${worst(each, (r) => r.stack)} |${matrix}`;
+  });
+}
+
+/** How often an entry's text has wgmma and TMA. */
+function hopperInstructions(ptx: string, entry: string): string {
+  const body = ptx.slice(ptx.indexOf(`.entry ${entry}(`)).split('\n.visible .entry')[0];
+  const count = (pattern: RegExp) => [...body.matchAll(pattern)].length;
+  return `${count(/wgmma\.mma_async/g)} | ${count(/cp\.async\.bulk\.tensor/g)}`;
+}
+
+function table(columns: readonly string[], rows: readonly string[]): string[] {
+  return [`| kernel | ${columns.join(' | ')} |`, `|---|${columns.map(() => '---|').join('')}`, ...rows];
+}
+
+function report(scratch: string): string {
+  const rows = (arches: readonly string[], wanted: (family: string) => boolean) =>
+    expectedFiles()
+      .filter(({ family }) => wanted(family))
+      .flatMap(({ family, dtype }) => rowsOf(family, dtype, arches, scratch));
+  const resources = ['shared', 'spills', 'stack'];
+  const ours = rows(hopper, forHopper);
+  const hopperTable = [
+    '',
+    '## For Hopper alone',
+    '',
+    ...table([...hopper, ...resources, 'wgmma', 'TMA'], ours),
+  ];
   return [
     '# What ptxas makes of the kernels',
     '',
     'Written by `npm run build:kernels`. Registers per thread in each generation; static shared memory, spilled bytes and',
-    'stack in bytes, the most of the four. Dynamic shared memory is given at launch (engine/cuda/plan*.ts).',
+    'stack in bytes, the most of all. Dynamic shared memory is given at launch (engine/cuda/plan*.ts).',
     '',
-    `| kernel | ${generations.join(' | ')} | shared | spills | stack |`,
-    `|---|${generations.map(() => '---|').join('')}---|---|---|`,
-    ...rows,
+    ...table(
+      [...generations, ...resources],
+      rows(generations, (family) => !forHopper(family)),
+    ),
+    ...(ours.length ? hopperTable : []),
     '',
   ].join('\n');
 }
 
-function main(check: boolean, only: readonly string[]): void {
-  const folder = check ? mkdtempSync(join(tmpdir(), 'sdxl-ptx-')) : ptxFolder;
-  const scratch = check ? folder : mkdtempSync(join(tmpdir(), 'sdxl-ptxas-'));
+function readIfThere(family: string, dtype: string): string | undefined {
   try {
-    const stale: string[] = [];
-    for (const family of familyNames().filter((name) => only.length === 0 || only.includes(name))) {
-      for (const dtype of storageTypes) {
-        const text = compile(family, dtype, folder);
-        const name = ptxName(family, dtype);
-        console.log(`${name} ${(text.length / 1024).toFixed(0)} KiB`);
-        if (check && readFileSync(join(ptxFolder, name), 'utf8') !== text) stale.push(name);
-      }
-    }
-    if (stale.length) {
-      console.error(`stale: ${stale.join(', ')}; run npm run build:kernels`);
+    return readPtx(family, dtype);
+  } catch {
+    return undefined;
+  }
+}
+
+/** Builds the families named, or all; gives the files whose text has changed. Only then are they written, if at all. */
+function buildAll(check: boolean, only: readonly string[], scratch: string): string[] {
+  const changed: string[] = [];
+  for (const { family, dtype } of expectedFiles()) {
+    if (only.length && !only.includes(family)) continue;
+    const text = compile(family, dtype, scratch);
+    const name = ptxName(family, dtype);
+    console.log(`${name} ${(text.length / 1024).toFixed(0)} KiB of text`);
+    if (readIfThere(family, dtype) === text) continue;
+    changed.push(name);
+    if (!check) writeFileSync(join(ptxFolder, name), gzipSync(text, { level: 9 }));
+  }
+  return changed;
+}
+
+function main(check: boolean, only: readonly string[]): void {
+  const scratch = mkdtempSync(join(tmpdir(), 'sdxl-ptx-'));
+  try {
+    const changed = buildAll(check, only, scratch);
+    if (check && changed.length) {
+      console.error(`stale: ${changed.join(', ')}; run npm run build:kernels`);
       process.exitCode = 1;
     }
     if (check || only.length) return;
-    const names = expectedFiles().map(({ name }) => name);
+    const names = expectedFiles().map(({ family, dtype }) => ptxName(family, dtype));
     for (const name of readdirSync(ptxFolder)) {
-      if (name.endsWith('.ptx') && !names.includes(name)) rmSync(join(ptxFolder, name));
+      if (name.includes('.ptx') && !names.includes(name)) rmSync(join(ptxFolder, name));
     }
-    writeFileSync(join(ptxFolder, 'REPORT.md'), report(scratch, names));
+    writeFileSync(join(ptxFolder, 'REPORT.md'), report(scratch));
   } finally {
     rmSync(scratch, { recursive: true, force: true });
   }

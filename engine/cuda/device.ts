@@ -84,8 +84,12 @@ export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
       const [op, dtype] = splitSymbol(symbol);
       const used: Block[] = [];
       const context: PlanContext = {
+        dtype: dtype as PlanContext['dtype'],
         elementBytes: dtype === 'float32' ? 4 : 2,
         multiprocessors,
+        hopper: capability === 90,
+        tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
+        im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),
         workspace(bytes) {
           const taken = memory.take(bytes);
           used.push(taken);
@@ -145,7 +149,7 @@ class KernelTable {
     if (known) return known;
     const { module, manifest } = this.#module(family, dtype);
     const entry = manifest.get(symbol);
-    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx has no kernel ${symbol}`);
+    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.gz has no kernel ${symbol}`);
     const kernel = this.#api.cuModuleGetFunction(module, symbol);
     const made = { kernel, entry, sharedBytes: DEFAULT_SHARED_BYTES };
     this.#kernels.set(symbol, made);

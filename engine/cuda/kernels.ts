@@ -1,11 +1,17 @@
-// Where the kernels' PTX lies: one file per family and storage type, `kernels/ptx/<family>_<dtype>.ptx`, loaded when first
-// a kernel of it is launched.
+// Where the kernels' PTX lies, gzipped: one file per family and storage type, `kernels/ptx/<family>_<dtype>.ptx.gz`, loaded
+// when first a kernel of it is launched. A family whose name ends in _sm90 is for Hopper alone (compute capability 9.0): it
+// uses instructions that no other GPU has, and comes in the half types only.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { gunzipSync } from 'node:zlib';
 import { packageRoot } from '../cpu/build.ts';
 
 export const storageTypes = ['float32', 'bfloat16', 'float16'] as const;
 export const ptxFolder = join(packageRoot, 'kernels', 'ptx');
-export const ptxName = (family: string, dtype: string): string => `${family}_${dtype}.ptx`;
-export const readPtx = (family: string, dtype: string): string =>
-  readFileSync(join(ptxFolder, ptxName(family, dtype)), 'utf8');
+export const ptxName = (family: string, dtype: string): string => `${family}_${dtype}.ptx.gz`;
+export const readPtx = (family: string, dtype: string, folder = ptxFolder): string =>
+  gunzipSync(readFileSync(join(folder, ptxName(family, dtype)))).toString('latin1');
+
+export const forHopper = (family: string): boolean => family.endsWith('_sm90');
+export const typesOf = (family: string): readonly string[] =>
+  forHopper(family) ? storageTypes.slice(1) : storageTypes;

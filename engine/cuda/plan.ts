@@ -1,7 +1,9 @@
 // How each kernel symbol runs on a GPU. Most symbols are one entry of the same name and parameters, and a plan only says
 // how large its grid is; sums, norms and the matrix families are several launches with workspace between them. Every cut
 // of a sum depends on the shape, and for split products on the number of multiprocessors: a run repeats on its device.
-import type { Dim3 } from './api.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import type { Dim3, Im2colMap, TiledMap } from './api.ts';
+import type { KernelArgument } from './manifest.ts';
 
 /** What the engine passes: tensors' addresses and numbers, 0n for an absent tensor. */
 export type LaunchArgument = bigint | number;
@@ -15,14 +17,20 @@ export interface KernelLaunch {
   readonly block: number;
   /** Dynamic shared memory, in bytes. */
   readonly shared: number;
-  readonly args: LaunchArguments;
+  readonly args: readonly KernelArgument[];
 }
 
 export interface PlanContext {
+  readonly dtype: FloatDType;
   readonly elementBytes: 2 | 4;
   readonly multiprocessors: number;
+  /** Compute capability 9.0, which alone runs the families that end in _sm90. */
+  readonly hopper: boolean;
   /** Device memory for the launches of this plan alone. */
   workspace(bytes: number): bigint;
+  /** Tensor maps over device memory, to be passed to a kernel by value. */
+  tiledMap(map: TiledMap): Uint8Array;
+  im2colMap(map: Im2colMap): Uint8Array;
 }
 
 export interface Plan {
