@@ -8,7 +8,7 @@ import type { GpuApi } from './cuda/api.ts';
 import { openCudaDriver } from './cuda/device.ts';
 import { openCudaLibrary } from './cuda/driver.ts';
 import { type Driver, MemoryPool } from './memory.ts';
-import type { Argument, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
+import type { Argument, Call, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
 import type { Tensor } from './tensor.ts';
 
@@ -21,6 +21,8 @@ export interface Device {
   readonly memory: MemoryPool;
   /** Runs one direction of an op over tensors that are all allocated. */
   execute<A>(record: OpRecord<A>, direction: Direction, tensors: Tensors, attrs: A): void;
+  /** Runs the forward of calls that are independent of each other, if it can in fewer launches. */
+  executeAll(calls: readonly Call[]): void;
   /** target += source, in place, for gradients that reach a tensor twice. */
   accumulate(target: Tensor, source: Tensor): void;
 }
@@ -68,15 +70,32 @@ export function cudaDevice(api: GpuApi, ordinal = 0): Device {
 function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Device {
   const address = (argument: Argument): bigint | number =>
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
+  const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
+    (storage ? tensors[storage] : storageTensor(tensors)).dtype;
   return {
     name,
     driver,
     memory,
     execute(record, direction, tensors, attrs) {
-      const dtype = (record.storage ? tensors[record.storage] : storageTensor(tensors)).dtype;
+      const dtype = typeOf(record, tensors);
       const launch: Launch = (symbol, args) => driver.launch(`${symbol}_${dtype}`, args.map(address));
       const run = direction === 'forward' ? record.forward : record.backward;
       run?.(tensors, attrs, launch);
+    },
+    executeAll(calls) {
+      const bySymbol = new Map<string, (bigint | number)[][]>();
+      for (const { record, tensors, attrs } of calls) {
+        const dtype = typeOf(record, tensors);
+        record.forward(tensors, attrs, (symbol, args) => {
+          const list = bySymbol.get(`${symbol}_${dtype}`) ?? [];
+          bySymbol.set(`${symbol}_${dtype}`, list);
+          list.push(args.map(address));
+        });
+      }
+      for (const [symbol, list] of bySymbol) {
+        if (driver.launchAll) driver.launchAll(symbol, list);
+        else for (const args of list) driver.launch(symbol, args);
+      }
     },
     accumulate(target, source) {
       const y = target.block.address;
@@ -98,6 +117,9 @@ function referenceDevice(): Device {
     name: 'reference',
     driver,
     memory: new MemoryPool(driver),
+    executeAll(calls) {
+      for (const { record, tensors, attrs } of calls) this.execute(record, 'forward', tensors, attrs);
+    },
     execute(record, direction, tensors, attrs) {
       const arrays: RefTensors = {};
       for (const [name, t] of Object.entries(tensors)) arrays[name] = { shape: t.shape, data: hostFloats(t) };

@@ -19,6 +19,8 @@ export interface Driver {
   download(block: Block, offset: number, target: Uint8Array): void;
   /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
   launch(symbol: string, args: readonly (bigint | number)[]): void;
+  /** Runs a kernel over several lists of arguments that are independent of each other, in fewer launches than lists. */
+  launchAll?(symbol: string, calls: readonly (readonly (bigint | number)[])[]): void;
 }
 
 export class MemoryPool {

@@ -57,6 +57,14 @@ export interface OpRecord<A> {
   readonly samples: readonly Sample<A>[];
 }
 
+/** An op's forward over tensors that are all there. */
+export interface Call {
+  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
+  readonly record: OpRecord<any>;
+  readonly tensors: Tensors;
+  readonly attrs: unknown;
+}
+
 /** Every op, by name: tests and benchmarks loop over it. */
 // biome-ignore lint/suspicious/noExplicitAny: records differ in their attributes; whoever loops passes a record its own samples.
 export const registry = new Map<string, OpRecord<any>>();
@@ -81,11 +89,31 @@ export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor 
   return outputs.y;
 }
 
-/** Runs an op that changes its `updates` in place and has no outputs. */
-export function update<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): void {
-  const [present, device] = presentOn(record.name, inputs);
-  record.outputs(present, attrs);
-  device.execute(record, 'forward', present, attrs);
+/** One call of an op that changes its `updates` in place and has no outputs. */
+export interface Update {
+  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
+  readonly record: OpRecord<any>;
+  readonly inputs: Inputs;
+  readonly attrs: unknown;
+}
+
+export const updateOf = <A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Update => ({
+  record,
+  inputs,
+  attrs,
+});
+
+/** Runs updates that are independent of each other: no two change the same elements. A device may run many in one launch. */
+export function update(updates: readonly Update[]): void {
+  const byDevice = new Map<Device, Call[]>();
+  for (const { record, inputs, attrs } of updates) {
+    const [tensors, device] = presentOn(record.name, inputs);
+    record.outputs(tensors, attrs);
+    const calls = byDevice.get(device) ?? [];
+    byDevice.set(device, calls);
+    calls.push({ record, tensors, attrs });
+  }
+  for (const [device, calls] of byDevice) device.executeAll(calls);
 }
 
 /** The inputs that are there, and the one device that holds them all. */

@@ -2,7 +2,7 @@
 // device, and the distance between two results.
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
-import { apply, type OpRecord, type Sample, update } from '../engine/op.ts';
+import { apply, type OpRecord, type Sample, update, updateOf } from '../engine/op.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
@@ -75,7 +75,7 @@ export function runOn(device: Device, record: AnyRecord, sample: AnySample, dtyp
       }),
     );
     if (record.updates) {
-      update(record, inputs, sample.attrs);
+      update([updateOf(record, inputs, sample.attrs)]);
       const changed = Object.entries(inputs).filter(([name]) => record.updates?.includes(name));
       return {
         y: new Float32Array(),

@@ -2,6 +2,7 @@
 // max_norm / (norm + 1e-6) where that is below 1. The factor is returned and applied by the optimizer as it reads them.
 import { gradOf } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
+import { update } from '../engine/op.ts';
 import { sumSquares } from '../engine/ops/optimizer.ts';
 import { scope } from '../engine/scope.ts';
 import { zeros } from '../engine/tensor.ts';
@@ -20,10 +21,11 @@ export function clipGradients(parameters: ReadonlyMap<string, Parameter>, maxNor
   return scope(() => {
     const [{ tensor }] = parameters.values();
     const sums = zeros([parameters.size], { device: tensor.device });
-    [...parameters.values()].forEach((parameter, i) => {
+    const measures = [...parameters.values()].map((parameter, i) => {
       const gradient = gradOf(parameter.tensor);
-      if (gradient) sumSquares(gradient, sums, i);
+      return gradient ? sumSquares(gradient, sums, i) : [];
     });
+    update(measures.flat());
     const values = sums.floats();
     const bad = values.findIndex((value) => !Number.isFinite(value));
     const norm = Math.sqrt(values.reduce((total, value) => total + value, 0));

@@ -2,6 +2,7 @@
 // number of updates, so that early averages forget the start.
 
 import { noGrad } from '../engine/grad.ts';
+import { update } from '../engine/op.ts';
 import { emaStep } from '../engine/ops/optimizer.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
@@ -38,7 +39,7 @@ export function ema(names: Iterable<string>, weightOf: (name: string) => Tensor,
       const k = counter.floats()[0] + 1;
       counter.upload(new Uint8Array(Int32Array.of(k).buffer));
       const used = emaDecay(decay, k);
-      for (const [name, average] of weights) emaStep(average, weightOf(name), used);
+      update([...weights].map(([name, average]) => emaStep(average, weightOf(name), used)));
       return used;
     },
     release() {

@@ -14,7 +14,7 @@ import {
 import { CudaError } from './errors.ts';
 import { readPtx } from './kernels.ts';
 import { type Entry, packParameters, readManifest } from './manifest.ts';
-import type { KernelLaunch, LaunchArguments, PlanContext } from './plan.ts';
+import type { KernelLaunch, LaunchArguments, Plan, PlanContext } from './plan.ts';
 import { plans } from './plans.ts';
 
 /** Dynamic shared memory that a kernel may have without asking. */
@@ -80,29 +80,38 @@ export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
       api.cuStreamSynchronize(stream);
     },
     synchronize: () => api.cuStreamSynchronize(stream),
-    launch(symbol, args) {
-      const [op, dtype] = splitSymbol(symbol);
-      const used: Block[] = [];
-      const context: PlanContext = {
-        dtype: dtype as PlanContext['dtype'],
-        elementBytes: dtype === 'float32' ? 4 : 2,
-        multiprocessors,
-        hopper: capability === 90,
-        tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
-        im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),
-        workspace(bytes) {
-          const taken = memory.take(bytes);
-          used.push(taken);
-          return taken.address;
-        },
-      };
-      try {
-        for (const launch of planned(op, args, context)) kernels.launch(launch, dtype, stream);
-      } finally {
-        for (const taken of used) memory.give(taken);
-      }
-    },
+    launch: (symbol, args) => run(symbol, (op, context) => planned(op, args, context)),
+    launchAll: (symbol, calls) => run(symbol, (op, context) => plannedTogether(op, calls, context)),
   };
+  /** Makes a symbol's launches and queues them; what they have between them goes back to the pool. */
+  function run(symbol: string, launches: (op: string, context: PlanContext) => Iterable<KernelLaunch>): void {
+    const [op, dtype] = splitSymbol(symbol);
+    const used: Block[] = [];
+    const workspace = (bytes: number): Block => {
+      const taken = memory.take(bytes);
+      used.push(taken);
+      return taken;
+    };
+    const context: PlanContext = {
+      dtype: dtype as PlanContext['dtype'],
+      elementBytes: dtype === 'float32' ? 4 : 2,
+      multiprocessors,
+      hopper: capability === 90,
+      tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
+      im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),
+      workspace: (bytes) => workspace(bytes).address,
+      upload(bytes) {
+        const block = workspace(bytes.byteLength);
+        driver.upload(block, 0, bytes);
+        return block.address;
+      },
+    };
+    try {
+      for (const launch of launches(op, context)) kernels.launch(launch, dtype, stream);
+    } finally {
+      for (const taken of used) memory.give(taken);
+    }
+  }
   const memory = new MemoryPool(driver);
   return { ...driver, memory };
 }
@@ -113,15 +122,32 @@ function splitSymbol(symbol: string): [string, string] {
   return [symbol.slice(0, at), symbol.slice(at + 1)];
 }
 
-/** The launches of a call, once it is checked against the plan's signature. Throws where there is no such kernel. */
-export function planned(op: string, args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+/** A symbol's plan, once arguments are checked against its signature. Throws where there is no such kernel. */
+function planFor(op: string, args: LaunchArguments): Plan {
   const plan = plans.get(op);
   if (!plan) throw new Error(`the GPU has no kernel ${op}`);
   const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
   if (plan.signature && given !== plan.signature.replace(/[if]/g, 'n')) {
     throw new Error(`${op} takes (${plan.signature}), got (${given}): p pointer, i int, f float, n number`);
   }
-  return plan.launches(args, context).filter(({ grid }) => !grid.includes(0));
+  return plan;
+}
+
+const hasWork = ({ grid }: KernelLaunch): boolean => !grid.includes(0);
+
+/** The launches of a call. */
+export const planned = (op: string, args: LaunchArguments, context: PlanContext): KernelLaunch[] =>
+  planFor(op, args).launches(args, context).filter(hasWork);
+
+/** The launches of independent calls: all together where the plan can, else each when the one before is queued. */
+function* plannedTogether(
+  op: string,
+  calls: readonly LaunchArguments[],
+  context: PlanContext,
+): Iterable<KernelLaunch> {
+  const each = calls.map((args) => planFor(op, args));
+  if (each[0]?.together) yield* each[0].together(calls, context).filter(hasWork);
+  else for (const args of calls) yield* planned(op, args, context);
 }
 
 /** The kernels found so far: a PTX file is loaded and compiled by the driver when its first kernel is launched. */

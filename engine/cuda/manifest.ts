@@ -86,6 +86,19 @@ export function packParameters(entry: Entry, args: readonly KernelArgument[]): U
   return block;
 }
 
+/** Arguments as a C struct of 8-byte pointers (p), ints (i) and floats (f), padded to a multiple of 8 bytes. */
+export function packStruct(signature: string, args: readonly KernelArgument[]): Uint8Array {
+  const parameters: Parameter[] = [];
+  let end = 0;
+  for (const kind of signature as Iterable<ParameterKind>) {
+    const bytes = kind === 'p' ? 8 : 4;
+    const offset = Math.ceil(end / bytes) * bytes;
+    parameters.push({ kind, offset, bytes });
+    end = offset + bytes;
+  }
+  return packParameters({ name: 'a row', parameters, bytes: Math.ceil(end / 8) * 8 }, args);
+}
+
 function letter(value: KernelArgument): string {
   return typeof value === 'bigint' ? 'p' : typeof value === 'number' ? 'n' : 'b';
 }

@@ -28,6 +28,8 @@ export interface PlanContext {
   readonly hopper: boolean;
   /** Device memory for the launches of this plan alone. */
   workspace(bytes: number): bigint;
+  /** The same, with these bytes in it. */
+  upload(bytes: Uint8Array): bigint;
   /** Tensor maps over device memory, to be passed to a kernel by value. */
   tiledMap(map: TiledMap): Uint8Array;
   im2colMap(map: Im2colMap): Uint8Array;
@@ -37,6 +39,8 @@ export interface Plan {
   /** The parameters (p pointer, i int, f float) where no entry has the symbol's own name. */
   readonly signature?: string;
   launches(args: LaunchArguments, context: PlanContext): KernelLaunch[];
+  /** The launches of several calls that are independent of each other, where they are fewer than one by one. */
+  together?(calls: readonly LaunchArguments[], context: PlanContext): KernelLaunch[];
 }
 
 export const THREADS = 256;
@@ -108,9 +112,6 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
   perElement('random', 'normal_forward', 1),
   perElement('random', 'uniform_forward', 1),
-  perElement('optimizer', 'adamw_forward', 5),
-  perElement('optimizer', 'lion_forward', 4),
-  perElement('optimizer', 'ema_forward', 2),
   // A warp takes a block of 256 elements.
   single('adamw_8bit', 'adamw_8bit_forward', (args) => divideUp(args[7], 256), THREADS / 32),
 ];

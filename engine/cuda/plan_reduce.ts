@@ -13,7 +13,6 @@ import {
 } from './plan.ts';
 
 const LOSS_CHUNK = 4096; // reduce.cu
-const SQUARES_CHUNK = 8192; // optimizer.cu
 const FLOAT = 4;
 
 function block(
@@ -62,16 +61,6 @@ function lossPlan(name: string, signature: string): [string, Plan] {
     ];
   };
   return [`${name}_forward`, { signature, launches }];
-}
-
-function sumSquares(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
-  const [sums, x, n, index] = args;
-  const chunks = divideUp(Number(n), SQUARES_CHUNK);
-  const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
-  return [
-    walking('optimizer', 'sum_squares_partial', chunks, 1, [partial, x, n], context),
-    block('optimizer', 'sum_squares_finish', [1, 1], 0, [sums, partial, chunks, index]),
-  ];
 }
 
 /** Rows of a chunk of [rows, c]: enough work for a block, and enough blocks for a device. */
@@ -183,7 +172,6 @@ export const reducePlans: readonly (readonly [string, Plan])[] = [
   ['group_norm_backward', { signature: 'pppppppppiiiii', launches: groupNormBackward }],
   ofRows('layer_norm_forward', 6),
   ['layer_norm_backward', { signature: 'ppppppppii', launches: layerNormBackward }],
-  ['sum_squares_forward', { signature: 'ppii', launches: sumSquares }],
   ofRows('softmax_forward', 2),
   ofRows('softmax_backward', 3),
 ];

@@ -3,6 +3,7 @@ import { type Plan, simplePlans } from './plan.ts';
 import { adafactorPlans } from './plan_adafactor.ts';
 import { attentionPlans } from './plan_attention.ts';
 import { matrixPlans } from './plan_matrix.ts';
+import { optimizerPlans } from './plan_optimizer.ts';
 import { reducePlans } from './plan_reduce.ts';
 
 export const plans: ReadonlyMap<string, Plan> = new Map([
@@ -11,4 +12,5 @@ export const plans: ReadonlyMap<string, Plan> = new Map([
   ...matrixPlans,
   ...attentionPlans,
   ...adafactorPlans,
+  ...optimizerPlans,
 ]);

@@ -1,7 +1,7 @@
 // One step of Adafactor (Shazeer & Stern 2018) with the options of transformers' `Adafactor(relative_step=False,
 // scale_parameter=False)` and no momentum. A tensor of two axes or more keeps the means of its squared gradients along its
 // last two axes as the checkpoint lays it out: a convolution's are kh and kw, so its state is two thirds of its size.
-import { defineOp, type RefTensors, type Sample, update } from '../op.ts';
+import { defineOp, type RefTensors, type Sample, type Update, updateOf } from '../op.ts';
 import type { Tensor } from '../tensor.ts';
 import { checkStep, eachWeight, roundingArguments, type StepAttrs, type StepInputs } from './optimizer.ts';
 import { awkwardSizes } from './samples.ts';
@@ -137,5 +137,5 @@ export interface AdafactorSlots {
 }
 
 /** One step; a vector has exp_avg_sq, any other weight the two factors in the shapes of factorShapes. All are float32. */
-export const adafactorStep = (tensors: StepInputs & AdafactorSlots, attrs: AdafactorAttrs): void =>
-  update(adafactorOp, { ...tensors }, attrs);
+export const adafactorStep = (tensors: StepInputs & AdafactorSlots, attrs: AdafactorAttrs): Update =>
+  updateOf(adafactorOp, { ...tensors }, attrs);

@@ -1,6 +1,6 @@
 // One step of AdamW whose moments take a byte each (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"), as
 // bitsandbytes' AdamW8bit: blocks of 256 elements with a largest magnitude each, and a byte that names one of 256 values.
-import { defineOp, type RefTensors, type Sample, update } from '../op.ts';
+import { defineOp, type RefTensors, type Sample, type Update, updateOf } from '../op.ts';
 import type { Tensor } from '../tensor.ts';
 import {
   type AdamAttrs,
@@ -123,4 +123,4 @@ function samples(): Sample<AdamAttrs>[] {
 export const adamw8bitStep = (
   tensors: StepInputs & { state1: Tensor; state2: Tensor; absmax1: Tensor; absmax2: Tensor },
   attrs: AdamAttrs,
-): void => update(adamw8bitOp, { ...tensors }, attrs);
+): Update => updateOf(adamw8bitOp, { ...tensors }, attrs);

@@ -2,7 +2,7 @@
 // of weights, and the sum of squares behind global-norm clipping. A weight may have a float32 `master` beside it; without
 // one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
 
-import { defineOp, type RefTensors, type Sample, type Tensors, update } from '../op.ts';
+import { defineOp, type RefTensors, type Sample, type Tensors, type Update, updateOf } from '../op.ts';
 import { philox, type Stream } from '../philox.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import { awkwardShapes } from './samples.ts';
@@ -150,7 +150,7 @@ const adamwOp = defineOp<AdamAttrs>({
 export const adamwStep = (
   tensors: StepInputs & { exp_avg: Tensor; exp_avg_sq: Tensor },
   attrs: AdamAttrs,
-): void => update(adamwOp, { ...tensors }, attrs);
+): Update => updateOf(adamwOp, { ...tensors }, attrs);
 
 export interface LionAttrs extends StepAttrs {
   betas: readonly [number, number];
@@ -183,8 +183,8 @@ const lionOp = defineOp<LionAttrs>({
 });
 
 /** One step of Lion: the sign of an interpolated momentum. exp_avg is float32. */
-export const lionStep = (tensors: StepInputs & { exp_avg: Tensor }, attrs: LionAttrs): void =>
-  update(lionOp, { ...tensors }, attrs);
+export const lionStep = (tensors: StepInputs & { exp_avg: Tensor }, attrs: LionAttrs): Update =>
+  updateOf(lionOp, { ...tensors }, attrs);
 
 const emaOp = defineOp<{ decay: number }>({
   name: 'ema',
@@ -210,8 +210,8 @@ const emaOp = defineOp<{ decay: number }>({
 });
 
 /** ema = decay ema + (1 - decay) weight; ema is float32. */
-export const emaStep = (ema: Tensor, weight: Tensor, decay: number): void =>
-  update(emaOp, { ema, weight }, { decay });
+export const emaStep = (ema: Tensor, weight: Tensor, decay: number): Update =>
+  updateOf(emaOp, { ema, weight }, { decay });
 
 const sumSquaresOp = defineOp<{ index: number }>({
   name: 'sum_squares',
@@ -234,5 +234,5 @@ const sumSquaresOp = defineOp<{ index: number }>({
 });
 
 /** sums[index] = the sum of x's squares. Many tensors fill one `sums`, which is then downloaded once. */
-export const sumSquares = (x: Tensor, sums: Tensor, index: number): void =>
-  update(sumSquaresOp, { x, sums }, { index });
+export const sumSquares = (x: Tensor, sums: Tensor, index: number): Update =>
+  updateOf(sumSquaresOp, { x, sums }, { index });

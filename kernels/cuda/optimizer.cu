@@ -1,79 +1,146 @@
-// Elementwise optimizer steps, each one pass over a parameter: AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023),
-// the moving average of weights, and the sum of squares behind global-norm clipping. State is float32, as is all
-// arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
+// Elementwise optimizer steps, each one pass over all parameters in one launch: AdamW (Loshchilov & Hutter 2019), Lion (Chen
+// et al. 2023), the moving average of weights, and the sum of squares behind global-norm clipping. A parameter is a row, the
+// arguments of the CPU's kernel packed as a struct; rows are cut into chunks, and blocks walk over the chunks of all rows.
+// State is float32, as is all arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
 #include "optimizer.cuh"
 
-KERNEL(adamw_forward)(T *weight, float *master, const T *gradient, float *exp_avg, float *exp_avg_sq, int n, float gradient_scale,
-                      float decay, float one_minus_beta1, float beta2, float one_minus_beta2, float step_size,
-                      float inverse_correction2, float eps, ROUNDING) {
-  const Weights weights = WEIGHTS;
-  each_pack(n, [=](uint32_t i, int count) {
-    const Pack g = load(gradient + i, count);
-    Pack m = load(exp_avg + i, count), v = load(exp_avg_sq + i, count), w = weights.read(i, count);
+// Elements of a chunk, and of a float32 sum of squares before sums are joined in double.
+constexpr int ROW_CHUNK = 8192;
+
+// body(row, chunk of the row, its number) for every chunk; chunks of row r are numbered from first_chunk[r]. The row is a copy,
+// or it would be read again after every store.
+template <class Row, class F> DEVICE void each_chunk(const Row *rows, const int *first_chunk, int count, F &&body) {
+  const int chunks = first_chunk[count];
+  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    int row = 0, beyond = count;
+    while (beyond - row > 1) {
+      const int middle = (row + beyond) / 2;
+      if (first_chunk[middle] <= chunk) row = middle;
+      else beyond = middle;
+    }
+    const Row own = rows[row];
+    body(own, chunk - first_chunk[row], chunk);
+  }
+}
+
+// body(row, i, count) for every pack of every row.
+template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
+  each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
+    const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(row.n));
+    for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) body(row, i, int(end - i));
+  });
+}
+
+struct Rounding {
+  int stochastic, seed_low, seed_high, stream;
+};
+
+template <class Row> DEVICE Weights weights_of(const Row &row) {
+  const Rounding &r = row.rounding;
+  return {row.weight, row.master, r.stochastic, uint32_t(r.seed_low), uint32_t(r.seed_high), uint32_t(r.stream)};
+}
+
+struct AdamwRow {
+  T *weight;
+  float *master;
+  const T *gradient;
+  float *exp_avg, *exp_avg_sq;
+  int n;
+  float gradient_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, eps;
+  Rounding rounding;
+};
+
+KERNEL(adamw_rows)(const AdamwRow *rows, const int *first_chunk, int count) {
+  each_row_pack(rows, first_chunk, count, [](const AdamwRow &row, uint32_t i, int count) {
+    const Weights weights = weights_of(row);
+    const Pack g = load(row.gradient + i, count);
+    Pack m = load(row.exp_avg + i, count), v = load(row.exp_avg_sq + i, count), w = weights.read(i, count);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
-      const float scaled = g.at[j] * gradient_scale;
-      m.at[j] += one_minus_beta1 * (scaled - m.at[j]);
-      v.at[j] = v.at[j] * beta2 + one_minus_beta2 * scaled * scaled;
-      w.at[j] = w.at[j] * decay - step_size * (m.at[j] / (sqrtf(v.at[j]) * inverse_correction2 + eps));
+      const float scaled = g.at[j] * row.gradient_scale;
+      m.at[j] += row.one_minus_beta1 * (scaled - m.at[j]);
+      v.at[j] = v.at[j] * row.beta2 + row.one_minus_beta2 * scaled * scaled;
+      w.at[j] = w.at[j] * row.decay - row.step_size * (m.at[j] / (sqrtf(v.at[j]) * row.inverse_correction2 + row.eps));
     }
-    store(exp_avg + i, m, count);
-    store(exp_avg_sq + i, v, count);
+    store(row.exp_avg + i, m, count);
+    store(row.exp_avg_sq + i, v, count);
     weights.write(i, w, count);
   });
 }
 
-KERNEL(lion_forward)(T *weight, float *master, const T *gradient, float *exp_avg, int n, float gradient_scale, float decay,
-                     float one_minus_beta1, float one_minus_beta2, float lr, ROUNDING) {
-  const Weights weights = WEIGHTS;
-  each_pack(n, [=](uint32_t i, int count) {
-    const Pack g = load(gradient + i, count);
-    Pack m = load(exp_avg + i, count), w = weights.read(i, count);
+struct LionRow {
+  T *weight;
+  float *master;
+  const T *gradient;
+  float *exp_avg;
+  int n;
+  float gradient_scale, decay, one_minus_beta1, one_minus_beta2, lr;
+  Rounding rounding;
+};
+
+KERNEL(lion_rows)(const LionRow *rows, const int *first_chunk, int count) {
+  each_row_pack(rows, first_chunk, count, [](const LionRow &row, uint32_t i, int count) {
+    const Weights weights = weights_of(row);
+    const Pack g = load(row.gradient + i, count);
+    Pack m = load(row.exp_avg + i, count), w = weights.read(i, count);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
-      const float scaled = g.at[j] * gradient_scale, c = m.at[j] + one_minus_beta1 * (scaled - m.at[j]);
-      m.at[j] += one_minus_beta2 * (scaled - m.at[j]);
-      w.at[j] = w.at[j] * decay - lr * (c > 0.f ? 1.f : c < 0.f ? -1.f : c);
+      const float scaled = g.at[j] * row.gradient_scale, c = m.at[j] + row.one_minus_beta1 * (scaled - m.at[j]);
+      m.at[j] += row.one_minus_beta2 * (scaled - m.at[j]);
+      w.at[j] = w.at[j] * row.decay - row.lr * (c > 0.f ? 1.f : c < 0.f ? -1.f : c);
     }
-    store(exp_avg + i, m, count);
+    store(row.exp_avg + i, m, count);
     weights.write(i, w, count);
   });
 }
 
-KERNEL(ema_forward)(float *ema, const T *weight, int n, float one_minus_decay) {
-  each_pack(n, [=](uint32_t i, int count) {
-    Pack old = load(ema + i, count);
-    const Pack now = load(weight + i, count);
+struct EmaRow {
+  float *ema;
+  const T *weight;
+  int n;
+  float one_minus_decay;
+};
+
+KERNEL(ema_rows)(const EmaRow *rows, const int *first_chunk, int count) {
+  each_row_pack(rows, first_chunk, count, [](const EmaRow &row, uint32_t i, int count) {
+    Pack old = load(row.ema + i, count);
+    const Pack now = load(row.weight + i, count);
 #pragma unroll
-    for (int j = 0; j < PACK; j++) old.at[j] -= one_minus_decay * (old.at[j] - now.at[j]);
-    store(ema + i, old, count);
+    for (int j = 0; j < PACK; j++) old.at[j] -= row.one_minus_decay * (old.at[j] - now.at[j]);
+    store(row.ema + i, old, count);
   });
 }
 
-// ---- the sum of squares: float32 within a chunk that depends on n alone, double over chunks
+// ---- the sum of squares: float32 within a chunk of its tensor, double over chunks
 
-constexpr int SQUARES_CHUNK = 8192;
+struct SquaresRow {
+  float *sums;
+  const T *x;
+  int n, index;
+};
 
-KERNEL(sum_squares_partial)(float *partial, const T *x, int n) {
+// partial[chunk], over the chunks of all rows.
+KERNEL(sum_squares_partial)(float *partial, const SquaresRow *rows, const int *first_chunk, int count) {
   __shared__ float scratch[THREADS / 32];
-  const uint32_t chunks = (uint32_t(n) + SQUARES_CHUNK - 1) / SQUARES_CHUNK;
-  for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const uint32_t start = chunk * SQUARES_CHUNK;
-    const int count = min(uint32_t(SQUARES_CHUNK), uint32_t(n) - start);
+  each_chunk(rows, first_chunk, count, [&](const SquaresRow &row, int chunk, int number) {
+    const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(row.n));
     float total = 0;
-    for (int i = threadIdx.x * PACK; i < count; i += THREADS * PACK) {
-      const Pack p = load(x + start + i, count - i);
+    for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) {
+      const Pack p = load(row.x + i, int(end - i));
 #pragma unroll
       for (int j = 0; j < PACK; j++) total += p.at[j] * p.at[j];
     }
     total = block_sum(total, scratch);
-    if (threadIdx.x == 0) partial[chunk] = total;
+    if (threadIdx.x == 0) partial[number] = total;
     __syncthreads();
-  }
+  });
 }
 
-// One block.
-KERNEL(sum_squares_finish)(float *sums, const float *partial, int chunks, int index) {
-  const double total = joined(partial, chunks);
-  if (threadIdx.x == 0) sums[index] = float(total);
+// A block to each row.
+KERNEL(sum_squares_finish)(const float *partial, const SquaresRow *rows, const int *first_chunk, int count) {
+  for (int row = blockIdx.x; row < count; row += gridDim.x) {
+    const double total = joined(partial + first_chunk[row], first_chunk[row + 1] - first_chunk[row]);
+    if (threadIdx.x == 0) rows[row].sums[rows[row].index] = float(total);
+    __syncthreads();
+  }
 }

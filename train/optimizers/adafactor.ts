@@ -20,6 +20,6 @@ export const adafactor = ({ clip_threshold, decay_rate }: AdafactorOptions): Rul
   },
   step(tensors, slots, context) {
     const options = { eps: EPS, clipThreshold: clip_threshold, decayRate: decay_rate };
-    adafactorStep({ ...tensors, ...slots }, { ...context, ...options });
+    return adafactorStep({ ...tensors, ...slots }, { ...context, ...options });
   },
 });

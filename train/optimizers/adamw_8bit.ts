@@ -18,7 +18,7 @@ export function adamw8bit(options: { betas: readonly [number, number]; eps: numb
     step(tensors, slots, context) {
       const { state1, state2, absmax1, absmax2 } = slots;
       if (!state1) return plain.step(tensors, slots, context);
-      adamw8bitStep({ ...tensors, state1, state2, absmax1, absmax2 }, { ...context, ...options });
+      return adamw8bitStep({ ...tensors, state1, state2, absmax1, absmax2 }, { ...context, ...options });
     },
   };
 }

@@ -2,6 +2,7 @@
 // the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it.
 import { gradOf, noGrad } from '../../engine/grad.ts';
 import type { Parameter } from '../../engine/module.ts';
+import { type Update, update } from '../../engine/op.ts';
 import type { StepAttrs, StepInputs } from '../../engine/ops/optimizer.ts';
 import { cast } from '../../engine/ops/unary.ts';
 import { scope, unscoped } from '../../engine/scope.ts';
@@ -20,7 +21,7 @@ export interface Slot {
 export interface Rule {
   /** What is kept for a parameter, by the names that torch or transformers give. */
   slots(parameter: Parameter): Record<string, Slot>;
-  step(tensors: StepInputs, slots: Slots, context: StepAttrs & { step: number }): void;
+  step(tensors: StepInputs, slots: Slots, context: StepAttrs & { step: number }): Update;
 }
 
 export interface Optimizer {
@@ -70,15 +71,16 @@ export function optimize(
     step(lr, gradientScale = 1) {
       const step = counter.floats()[0] + 1;
       counter.upload(new Uint8Array(Int32Array.of(step).buffer));
-      items.forEach(({ parameter, master, slots }, index) => {
-        scope(() => {
+      scope(() => {
+        const updates = items.map(({ parameter, master, slots }, index) => {
           const gradient = gradOf(parameter.tensor);
-          if (!gradient) return;
+          if (!gradient) return [];
           const rounds = parameter.tensor.dtype === 'bfloat16' && !master;
           const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
           const context = { lr, weightDecay: weight_decay, gradientScale, step, rounding };
-          rule.step({ weight: parameter.tensor, gradient, master }, slots, context);
+          return rule.step({ weight: parameter.tensor, gradient, master }, slots, context);
         });
+        update(updates.flat());
       });
     },
     weightOf(name) {
