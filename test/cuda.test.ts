@@ -8,18 +8,11 @@ import { expectedFiles } from '../engine/cuda/build.ts';
 import { readPtx } from '../engine/cuda/kernels.ts';
 import { readManifest } from '../engine/cuda/manifest.ts';
 import { plans } from '../engine/cuda/plans.ts';
-import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { cudaDevice, openDevice } from '../engine/device.ts';
 import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { type AnyRecord, type AnySample, relativeError, runOn, withDtype } from './op_cases.ts';
+import { type AnyRecord, type AnySample, gpuErrors } from './op_cases.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
-
-/**
- * The square root of the NMSE: 1e-7 for float32, and 1e-5 for the half types. Where a gradient passes through an
- * intermediate that is itself rounded to the half type (an activation's input, attention's probabilities), 2.5e-5.
- */
-const tolerance: Record<FloatDType, number> = { float32: 3.1e-4, bfloat16: 3.1e-3, float16: 3.1e-3 };
-const throughStorage = { names: ['linear', 'attention'], tolerance: 5e-3 };
 
 const gpu = openVirtualGpu();
 const device = cudaDevice(gpu);
@@ -27,19 +20,11 @@ const reference = openDevice('reference');
 
 /** What is wrong with one sample in one type; undefined where nothing is. */
 function problem(record: AnyRecord, sample: AnySample, dtype: FloatDType): string | undefined {
-  const adjusted = { ...sample, attrs: withDtype(sample.attrs, dtype) };
-  const live = () => `${device.memory.storages} and ${reference.memory.storages}`;
-  const before = live();
-  const [want, got] = [reference, device].map((on: Device) => runOn(on, record, adjusted, dtype));
-  const loose = dtype !== 'float32' && throughStorage.names.includes(record.name);
-  const bound = loose ? throughStorage.tolerance : tolerance[dtype];
-  const errors = Object.keys(want.gradients).map(
-    (name) => [name, relativeError(got.gradients[name], want.gradients[name]), bound] as const,
-  );
-  errors.push(['y', relativeError(got.y, want.y), tolerance[dtype]]);
-  const bad = errors.filter(([, error, most]) => !(error <= most));
-  if (bad.length) return bad.map(([name, error]) => `${name} ${error.toExponential(1)}`).join(', ');
-  return live() === before ? undefined : `live tensors ${before} → ${live()}`;
+  const errors = gpuErrors(device, reference, record, sample, dtype);
+  const bad = errors.filter(({ error, bound }) => !(error <= bound));
+  return bad.length
+    ? bad.map(({ name, error }) => `${name} ${error.toExponential(1)}`).join(', ')
+    : undefined;
 }
 
 /** Every sample of a small op, a third of the others in each type: all are met in some type. */
