@@ -2,7 +2,7 @@
 // print. Exit status is tap's. Arguments are passed on: `npm test -- dist/test/ops.test.js`.
 import { spawn } from 'node:child_process';
 import { readdirSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const here = dirname(fileURLToPath(import.meta.url));
@@ -38,9 +38,7 @@ function run(file: string): Promise<void> {
       for (const line of telling) console.log(line.trim());
       if (crashed) console.log(`${file} ended with status ${status}:\n${output.slice(-3000)}`);
       const seconds = ((Date.now() - started) / 1000).toFixed(1);
-      console.log(
-        `# ${file.slice(here.length + 1)}: ${count('pass')} passed, ${count('fail')} failed, ${seconds} s`,
-      );
+      console.log(`# ${basename(file)}: ${count('pass')} passed, ${count('fail')} failed, ${seconds} s`);
       resolve();
     });
   });

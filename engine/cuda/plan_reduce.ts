@@ -63,8 +63,12 @@ function lossPlan(name: string, signature: string): [string, Plan] {
   return [`${name}_forward`, { signature, launches }];
 }
 
-/** Rows of a chunk of [rows, c]: enough work for a block, and enough blocks for a device. */
-const chunkRows = (c: number): number => Math.min(128, Math.max(8, Math.floor(32768 / c)));
+/**
+ * Rows of a block of [rows, c]. Memory is kept busy by many blocks; where a block's sums are joined afterwards, it has
+ * twice the rows, so that joining stays small. Reasoned, not measured.
+ */
+const rowsToSum = (c: number): number => Math.min(128, Math.max(8, Math.floor(16384 / c)));
+const rowsToWrite = (c: number): number => Math.min(64, Math.max(4, Math.floor(8192 / c)));
 
 /** Dynamic shared memory of norm.cu's Columns: two sums per lane and channel. */
 function columnBytes(c: number): number {
@@ -75,10 +79,10 @@ function columnBytes(c: number): number {
 function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, mean, rstd, x, weight, bias] = args;
   const [n, hw, c, groups, silu, eps] = args.slice(6).map(Number);
-  const rows = chunkRows(c);
+  const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
   const chunks = divideUp(hw, rows);
   const partial = context.workspace(n * chunks * groups * 2 * FLOAT);
-  const apply = [y, mean, rstd, x, weight, bias, hw, c, groups, silu, rows];
+  const apply = [y, mean, rstd, x, weight, bias, hw, c, groups, silu, own];
   return [
     block('norm', 'group_norm_partial', [chunks, n], columnBytes(c), [partial, x, hw, c, groups, rows]),
     block('norm', 'group_norm_finish', [divideUp(n * groups * 32, THREADS), 1], 0, [
@@ -92,7 +96,7 @@ function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLa
       rows,
       eps,
     ]),
-    block('norm', 'group_norm_apply', [chunks, n], 0, apply),
+    block('norm', 'group_norm_apply', [divideUp(hw, own), n], 0, apply),
   ];
 }
 
@@ -120,18 +124,23 @@ function weightGradients(
 function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [dx, dweight, dbias, ...inputs] = args.slice(0, 9);
   const [n, hw, c, groups, silu] = args.slice(9).map(Number);
-  const rows = chunkRows(c);
+  const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
   const chunks = divideUp(hw, rows);
   const partial = context.workspace(n * chunks * 2 * c * FLOAT);
   const sums = context.workspace(n * 2 * c * FLOAT);
-  const shape = [hw, c, groups, silu, rows];
+  const shape = [hw, c, groups, silu];
   const made = [
-    block('norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [partial, ...inputs, ...shape]),
+    block('norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [
+      partial,
+      ...inputs,
+      ...shape,
+      rows,
+    ]),
     ...weightGradients(sums, partial, [dweight, dbias], n, chunks, c),
   ];
   if (!dx) return made;
-  const last = [dx, sums, ...inputs, ...shape];
-  return [...made, block('norm', 'group_norm_backward_x', [chunks, n], 2 * groups * FLOAT, last)];
+  const last = [dx, sums, ...inputs, ...shape, own];
+  return [...made, block('norm', 'group_norm_backward_x', [divideUp(hw, own), n], 2 * groups * FLOAT, last)];
 }
 
 function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {

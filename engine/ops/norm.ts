@@ -231,7 +231,20 @@ const layerNormOp = defineOp<{ eps: number }>({
       );
     },
   },
-  samples: [[3, 7, 33], [2, 320], ...awkwardShapes.map(([rows, c]) => [rows, Math.max(3, c)])].map((x) => ({
+  // The GPU keeps rows of up to 640 and of up to 1280 in registers, if they are whole packs of four.
+  samples: [
+    ...[
+      [3, 7, 33],
+      [2, 320],
+      [3, 640],
+      [5, 600],
+      [2, 1280],
+      [3, 644],
+      [2, 1284],
+      [1, 641],
+    ],
+    ...awkwardShapes.map(([rows, c]) => [rows, Math.max(3, c)]),
+  ].map((x) => ({
     inputs: { x, weight: x.slice(-1), bias: x.slice(-1) },
     attrs: { eps: 1e-5 },
   })),

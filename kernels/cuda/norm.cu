@@ -38,7 +38,7 @@ KERNEL(group_norm_partial)(float *partial, const T *x, int hw, int c, int groups
       const int k = p * PACK;
       const Pack shift = load(from + k, c - k, columns.aligned);
       Pack sum = {}, square = {};
-#pragma unroll 2
+#pragma unroll 4
       for (int r = columns.lane; r < count; r += columns.lanes) {
         const Pack in = load(from + int64_t(r) * c + k, c - k, columns.aligned);
 #pragma unroll
@@ -139,7 +139,7 @@ KERNEL(group_norm_apply)(T *y, const float *mean, const float *rstd, const T *x,
       factor.at[j] = affine.rstd.at[j] * affine.weight.at[j];
       shift.at[j] = affine.bias.at[j] - affine.mean.at[j] * factor.at[j];
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int r = columns.lane; r < count; r += columns.lanes) {
       const int64_t at = first + int64_t(r) * c + k;
       Pack value = load(x + at, c - k, columns.aligned);
@@ -269,27 +269,62 @@ KERNEL(group_norm_backward_x)(T *dx, const float *sums, const T *dy, const T *x,
 
 // ---- rows: a warp to a row
 
-// body(k, count) for the packs of a row of c that fall to this lane.
-template <class F> DEVICE void each_in_row(int c, F &&body) {
+constexpr int WARP_PACK = 32 * PACK; // elements of a row that a warp takes at once
+
+// A lane's share of a row. With N > 0 it is N packs in registers, in storage type and all on their way at once, of a row of
+// whole packs (640, 768 and 1280 in SDXL); with 0 any number, each read again where it is used.
+template <int N> struct Row {
+  const T *from;
+  int c;
+  Stored<T> kept[N > 0 ? N : 1];
+
+  __device__ Row(const T *from, int c) : from(from), c(c) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (place(i) < c) kept[i] = *reinterpret_cast<const Stored<T> *>(from + place(i));
+  }
+  __device__ static int place(int i) { return i * WARP_PACK + threadIdx.x % 32 * PACK; }
+  // The pack at k, the i-th of this lane.
+  __device__ Pack at(int i, int k) const {
+    if constexpr (N == 0) return load(from + k, c - k, c % PACK == 0);
+    Pack x;
+#pragma unroll
+    for (int j = 0; j < PACK; j++) x.at[j] = to_float(kept[i].at[j]);
+    return x;
+  }
+};
+
+// body(i, k, count) for each pack of a lane: its number, place, and how many elements of it lie in the row.
+template <int N, class F> DEVICE void each_pack_of(int c, F &&body) {
+  if constexpr (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (Row<N>::place(i) < c) body(i, Row<N>::place(i), PACK);
+  } else {
 #pragma unroll 1
-  for (int k = threadIdx.x % 32 * PACK; k < c; k += 32 * PACK) body(k, c - k);
+    for (int k = Row<N>::place(0); k < c; k += WARP_PACK) body(0, k, c - k);
+  }
 }
+
+// Calls f<N> for the N that holds rows of c.
+#define FOR_ROWS_OF(c, f, ...)                                                    \
+  if (c % PACK == 0 && c <= 5 * WARP_PACK) f<5>(__VA_ARGS__);                     \
+  else if (c % PACK == 0 && c <= 10 * WARP_PACK) f<10>(__VA_ARGS__);              \
+  else f<0>(__VA_ARGS__)
 
 DEVICE int own_row() { return (blockIdx.x * THREADS + threadIdx.x) / 32; }
 
-KERNEL(layer_norm_forward)(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int rows, int c, float eps) {
-  const int row = own_row();
-  if (row >= rows) return;
-  const bool aligned = c % PACK == 0;
-  const T *from = x + int64_t(row) * c;
+template <int N> DEVICE void normalise(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int c, float eps) {
+  const bool aligned = N > 0 || c % PACK == 0;
+  const Row<N> row(x, c);
   float total = 0, spread = 0;
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned);
+  each_pack_of<N>(c, [&](int i, int k, int) {
+    const Pack in = row.at(i, k);
     total += (in.at[0] + in.at[1]) + (in.at[2] + in.at[3]);
   });
   const float mu = warp_sum(total) / float(c);
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned);
+  each_pack_of<N>(c, [&](int i, int k, int count) {
+    const Pack in = row.at(i, k);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
       const float d = j < count ? in.at[j] - mu : 0.f;
@@ -297,28 +332,32 @@ KERNEL(layer_norm_forward)(T *y, float *mean, float *rstd, const T *x, const T *
     }
   });
   const float scale = 1.f / sqrtf(warp_sum(spread) / float(c) + eps);
-  each_in_row(c, [&](int k, int count) {
-    Pack value = load(from + k, count, aligned);
+  each_pack_of<N>(c, [&](int i, int k, int count) {
+    Pack value = row.at(i, k);
     const Pack w = load(weight + k, count, aligned), b = load(bias + k, count, aligned);
 #pragma unroll
     for (int j = 0; j < PACK; j++) value.at[j] = (value.at[j] - mu) * scale * w.at[j] + b.at[j];
-    store(y + int64_t(row) * c + k, value, count, aligned);
+    store(y + k, value, count, aligned);
   });
   if (threadIdx.x % 32 == 0) {
-    mean[row] = mu;
-    rstd[row] = scale;
+    *mean = mu;
+    *rstd = scale;
   }
 }
 
-KERNEL(layer_norm_backward_x)(T *dx, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int rows, int c) {
+KERNEL(layer_norm_forward)(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int rows, int c, float eps) {
   const int row = own_row();
   if (row >= rows) return;
-  const bool aligned = c % PACK == 0;
-  const T *from = x + int64_t(row) * c, *grad = dy + int64_t(row) * c;
-  const float mu = mean[row], scale = rstd[row];
+  const int64_t first = int64_t(row) * c;
+  FOR_ROWS_OF(c, normalise, y + first, mean + row, rstd + row, x + first, weight, bias, c, eps);
+}
+
+template <int N> DEVICE void normalise_backward(T *dx, const T *dy, const T *x, const T *weight, float mu, float scale, int c) {
+  const bool aligned = N > 0 || c % PACK == 0;
+  const Row<N> row(x, c), grad(dy, c);
   float centre = 0, slope = 0;
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned), g = load(grad + k, count, aligned), w = load(weight + k, count, aligned);
+  each_pack_of<N>(c, [&](int i, int k, int count) {
+    const Pack in = row.at(i, k), g = grad.at(i, k), w = load(weight + k, count, aligned);
 #pragma unroll
     for (int j = 0; j < PACK; j++) { // past the end g is 0
       centre += g.at[j] * w.at[j];
@@ -327,13 +366,20 @@ KERNEL(layer_norm_backward_x)(T *dx, const T *dy, const T *x, const T *weight, c
   });
   centre = warp_sum(centre) / float(c);
   slope = warp_sum(slope) / float(c);
-  each_in_row(c, [&](int k, int count) {
-    const Pack in = load(from + k, count, aligned), w = load(weight + k, count, aligned);
-    Pack g = load(grad + k, count, aligned);
+  each_pack_of<N>(c, [&](int i, int k, int count) {
+    const Pack in = row.at(i, k), w = load(weight + k, count, aligned);
+    Pack g = grad.at(i, k);
 #pragma unroll
     for (int j = 0; j < PACK; j++) g.at[j] = scale * (g.at[j] * w.at[j] - centre - (in.at[j] - mu) * scale * slope);
-    store(dx + int64_t(row) * c + k, g, count, aligned);
+    store(dx + k, g, count, aligned);
   });
+}
+
+KERNEL(layer_norm_backward_x)(T *dx, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int rows, int c) {
+  const int row = own_row();
+  if (row >= rows) return;
+  const int64_t first = int64_t(row) * c;
+  FOR_ROWS_OF(c, normalise_backward, dx + first, dy + first, x + first, weight, mean[row], rstd[row], c);
 }
 
 // partial[chunk, 2, c]: the sums over a chunk of rows of dy and of dy times the normalised x.
