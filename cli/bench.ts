@@ -8,9 +8,9 @@ import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/presets.ts';
-import type { Terminal } from './main.ts';
 import { devices, number, side } from './options.ts';
 import { progressBar } from './progress.ts';
+import type { Terminal } from './terminal.ts';
 
 interface Options {
   preset: string;

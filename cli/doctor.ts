@@ -9,7 +9,7 @@ import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
-import type { Terminal } from './main.ts';
+import type { Terminal } from './terminal.ts';
 
 interface Finding {
   name: string;

@@ -17,10 +17,10 @@ import { presets } from '../models/presets.ts';
 import { weightFile } from '../models/save.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
-import type { Terminal } from './main.ts';
 import { type Locate, locateModel, locateVae } from './model.ts';
 import { bytes, devices } from './options.ts';
 import { progressBar } from './progress.ts';
+import type { Terminal } from './terminal.ts';
 
 interface Options {
   saveKeys?: string;

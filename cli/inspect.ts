@@ -2,7 +2,7 @@
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { type Inspection, inspect } from '../models/inspect.ts';
-import type { Terminal } from './main.ts';
+import type { Terminal } from './terminal.ts';
 
 const examples = `
 Examples:

@@ -9,15 +9,8 @@ import { addExport } from './export.ts';
 import { addInspect } from './inspect.ts';
 import { addSample } from './sample.ts';
 import { spelledOut } from './sample_options.ts';
-import { addTrain, Stopped } from './train.ts';
-
-/** Where a command writes: the result on `out`, everything else on `err`. */
-export interface Terminal {
-  out(text: string): void;
-  err(text: string): void;
-  /** Whether `err` is a screen that can redraw a line. */
-  live: boolean;
-}
+import { Stopped, type Terminal } from './terminal.ts';
+import { addTrain } from './train.ts';
 
 const processTerminal: Terminal = {
   out: (text) => void process.stdout.write(text),

@@ -7,8 +7,8 @@ import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
-import type { Terminal } from './main.ts';
 import { progressBar } from './progress.ts';
+import type { Terminal } from './terminal.ts';
 
 /** Files of a diffusers repository that sampling reads; half-precision variants are left alone. */
 const wanted = (name: string): boolean =>

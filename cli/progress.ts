@@ -1,6 +1,6 @@
 // One line of progress with the time left: redrawn in place on a screen; when piped, a plain line at each quarter and
 // after every minute.
-import type { Terminal } from './main.ts';
+import type { Terminal } from './terminal.ts';
 
 export interface Bar {
   /** `note` is what else there is to say, such as the loss. */

@@ -6,15 +6,8 @@ import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import {
-  type Picture,
-  preprocess,
-  preprocessMask,
-  readMask,
-  readPicture,
-  toPictures,
-  writePng,
-} from '../io/image.ts';
+import { preprocess, preprocessMask, readMask, readPicture, toPictures, writePng } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import type { Latents } from '../models/latents.ts';
@@ -30,12 +23,12 @@ import {
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import type { Terminal } from './main.ts';
 import { locateModel, locateVae, shippedModel } from './model.ts';
 import { number } from './options.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
 import { addSampleOptions, checkSample, type SampleOptions } from './sample_options.ts';
+import type { Terminal } from './terminal.ts';
 
 export function addSample(program: Command, terminal: Terminal): void {
   const command = program.command('sample').description('draw pictures from a prompt');

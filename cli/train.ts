@@ -12,10 +12,10 @@ import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
-import type { Terminal } from './main.ts';
 import { locateModel, locateVae } from './model.ts';
 import { devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
+import { Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
   set: string[];
@@ -23,16 +23,6 @@ interface Options {
   only?: string;
   device: string;
   quiet?: boolean;
-}
-
-/** A signal has ended the work in good order; `status` is the program's, as shells count. */
-export class Stopped extends Error {
-  readonly status: number;
-
-  constructor(status: number) {
-    super('stopped by a signal');
-    this.status = status;
-  }
 }
 
 export function addTrain(program: Command, terminal: Terminal): void {

@@ -5,25 +5,9 @@
 import { readFileSync } from 'node:fs';
 import { UserError } from './errors.ts';
 import { asUserError, writeFileAtomic } from './files.ts';
+import type { Mask, Picture, Pixels } from './pixels.ts';
 import { encodePng } from './png.ts';
 import { resize } from './resize.ts';
-
-/** Pixels row by row, the channels of a pixel together (h w c). */
-export interface Pixels {
-  width: number;
-  height: number;
-  channels: 1 | 3;
-  data: Uint8Array;
-}
-
-export interface Picture extends Pixels {
-  channels: 3;
-}
-
-/** A grey picture; white marks what inpainting repaints. */
-export interface Mask extends Pixels {
-  channels: 1;
-}
 
 const formats: readonly (string | undefined)[] = ['png', 'jpeg', 'webp'];
 

@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs';
 import { crc32, deflateSync, inflateSync } from 'node:zlib';
 import { UserError } from './errors.ts';
 import { asUserError } from './files.ts';
-import type { Pixels } from './image.ts';
+import type { Pixels } from './pixels.ts';
 
 /** The bytes of a PNG file; `text` becomes tEXt chunks, or iTXt (UTF-8) where Latin-1 does not suffice. */
 export function encodePng(picture: Pixels, text: Readonly<Record<string, string>> = {}): Uint8Array {

@@ -2,7 +2,7 @@
 // are judged on pictures resized so: a horizontal pass, then a vertical one, each a weighted sum in fixed
 // point with 22 fraction bits, rounded and clipped to 8 bits in between. The filter widens when shrinking.
 // "nearest" is an affine lookup instead.
-import type { Pixels } from './image.ts';
+import type { Pixels } from './pixels.ts';
 
 export type ResizeFilter = 'lanczos' | 'bicubic' | 'bilinear' | 'nearest';
 

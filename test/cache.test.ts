@@ -15,7 +15,7 @@ import { openDevice } from '../engine/device.ts';
 import { namedParameters } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
-import type { Picture } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { encodePrompts } from '../models/conditioning.ts';

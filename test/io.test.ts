@@ -26,7 +26,6 @@ import {
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readJson, replaceAtomically, writeFileAtomic } from '../io/files.ts';
 import {
-  type Picture,
   postprocess,
   preprocess,
   preprocessMask,
@@ -36,6 +35,7 @@ import {
   toPictures,
   writePng,
 } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
 import { type ResizeFilter, resize } from '../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';

@@ -4,7 +4,8 @@
 import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { makeFolder } from '../io/files.ts';
-import { type Picture, readPicture, toPictures, writePng } from '../io/image.ts';
+import { readPicture, toPictures, writePng } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
 import { decode, denoise, type Pipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';

@@ -5,7 +5,7 @@ import { type AnyModule, namedParameters, type Parameter } from '../engine/modul
 import { cast } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import type { Picture } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { type SavedComponent, weightEntries } from '../models/save.ts';
 import type { MicroBatch } from './data/order.ts';

@@ -5,8 +5,8 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, normalize, relative } from 'node:path';
 import { asUserError } from '../../io/files.ts';
+import type { Dataset } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
-import type { Dataset } from './source.ts';
 
 const pictureName = /\.(png|jpe?g|webp)$/i;
 const otherPictureName = /\.(gif|bmp|tiff?|avif|heic|jxl|svg)$/i;

@@ -3,8 +3,8 @@
 import { join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { openParquet, type ParquetTable } from '../../io/parquet.ts';
+import type { Dataset, DatasetOptions, Example } from './dataset.ts';
 import { captionsOf, noColumn } from './metadata.ts';
-import type { Dataset, DatasetOptions, Example } from './source.ts';
 
 /** Lists the rows of several files, named from `folder`, as one dataset. @throws UserError when a file is damaged or lacks a column */
 export async function openParquetDataset(

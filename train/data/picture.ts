@@ -1,7 +1,8 @@
 // One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]. What is
 // done is decided first, as numbers (Geometry): they go into the time ids and into the cache's keys, so that the model is
 // always told of the crop it sees. Resizing and rounding follow torchvision on Pillow pictures.
-import { decodePicture, type Picture } from '../../io/image.ts';
+import { decodePicture } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
 import { type ResizeFilter, resize } from '../../io/resize.ts';
 import { type Size, timeIds } from '../../models/conditioning.ts';
 import { draws } from '../draws.ts';

@@ -6,43 +6,10 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { type HubProgress, looksLikeHubId, NothingWantedError, resolveHub } from '../../io/hub.ts';
+import { type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
 import { filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
 import { chooseFiles } from './split.ts';
-
-export interface Example {
-  /** The picture's path within the dataset, or its row; names it in messages. */
-  id: string;
-  /** The choices for its caption, at least one. */
-  captions: string[];
-  /** The bytes of its PNG, JPEG or WebP file. @throws UserError */
-  read(): Promise<Uint8Array>;
-}
-
-export interface Dataset {
-  /** Sorted by id, so that the order does not depend on the disk. */
-  examples: Example[];
-  /** Captions without a picture and the reverse, one sentence each. */
-  problems: string[];
-}
-
-export interface DatasetOptions {
-  /** A folder, a .parquet file, a folder of .parquet files, or owner/name on the Hugging Face hub. */
-  path: string;
-  /** Hub: a branch, tag or commit. */
-  revision: string;
-  /** Hub: which part of the dataset. */
-  split: string;
-  image_column: string;
-  caption_column: string;
-}
-
-export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
-  revision: 'main',
-  split: 'train',
-  image_column: 'image',
-  caption_column: 'text',
-};
 
 /** Lists the examples of a dataset. @throws UserError when it is missing, has no example, or its metadata is damaged */
 export async function openDataset(

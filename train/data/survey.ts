@@ -5,7 +5,8 @@ import { createHash } from 'node:crypto';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import type { Size } from '../../models/conditioning.ts';
-import { type Dataset, type Example, keyOf } from './source.ts';
+import type { Dataset, Example } from './dataset.ts';
+import { keyOf } from './source.ts';
 
 export interface Sample extends Example {
   /** Names the sample in the keys of random draws. */
