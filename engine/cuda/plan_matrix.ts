@@ -12,6 +12,13 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
+import {
+  choose as chooseHopper,
+  hopperProduct,
+  isWalkable,
+  type ProductKind,
+  type Slabs,
+} from './plan_sm90.ts';
 
 const GEGLU = 4;
 const GEGLU_BLOCK = 32;
@@ -105,8 +112,52 @@ function join(
   return walking('gemm', 'gemm_join', m * divideUp(n, PACK), THREADS, args, context);
 }
 
+/** One stride from batch to batch, where there is one. */
+function slabStride(p: Product, [outer, inner]: readonly [number, number] = [0, 0]): number {
+  const { batch, innerBatches = 1 } = p;
+  return innerBatches === 1 ? outer : innerBatches === batch ? inner : 0;
+}
+
+/** The launches on Hopper's own instructions, where the tensors allow it. */
+function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined {
+  const { layout, m, n, k, batch: slabs, bias = 0n, residual = 0n, activation = 0, sums } = p;
+  if (!context.hopper || context.elementBytes !== 2 || m < 64 || n < 16 || n % 8 !== 0) return undefined;
+  const [along, bAlong, half] = [layout[0] === 'n', layout[1] === 't', activation === GEGLU];
+  const shaped = (rows: number, columns: number, swap: boolean) =>
+    swap ? { rows: columns, columns: rows, slabs } : { rows, columns, slabs };
+  const a: Slabs = {
+    address: p.a,
+    ...shaped(m, k, !along),
+    stride: p.aStride,
+    slabStride: slabStride(p, p.aBatch),
+  };
+  const b: Slabs = {
+    ...{ address: p.b, ...shaped(half ? 2 * n : n, k, !bAlong) },
+    ...{ stride: p.bStride, slabStride: slabStride(p, p.bBatch) },
+  };
+  const stride = p.yStride ?? n;
+  const y: Slabs = { address: p.y, rows: m, columns: n, slabs, stride, slabStride: slabStride(p, p.yBatch) };
+  const extras = [bias, residual].map(BigInt);
+  const walkable = [a, b, ...(sums === undefined ? [y, { ...y, address: extras[1] }] : [])].every(isWalkable);
+  if (!walkable || extras[0] % 4n !== 0n || (residual && stride !== n)) return undefined;
+  const size = { kind: (half ? 'geglu' : layout) as ProductKind, m, n, steps: divideUp(k, 64), slabs };
+  const canSplit = slabs === 1 && !half && sums === undefined;
+  const choice = chooseHopper(size, canSplit, context.multiprocessors);
+  const address = sums ?? (choice.splits > 1 ? context.workspace(choice.splits * m * n * 4) : undefined);
+  const partial = address === undefined ? undefined : { address, row: n, slab: m * n, part: m * n * slabs };
+  const whole = { ...size, a, b, y, bias: extras[0], residual: extras[1], activation: half ? 0 : activation };
+  const first = hopperProduct(whole, choice, partial, context);
+  if (choice.splits === 1) return [first];
+  return [
+    first,
+    join(p.y, address as bigint, [bias, 0n, residual], [m, n, 1, activation, choice.splits], context),
+  ];
+}
+
 /** The launches of one product, or of a batch of them. */
 export function product(p: Product, context: PlanContext): KernelLaunch[] {
+  const hopper = onHopper(p, context);
+  if (hopper) return hopper;
   const { layout, m, k, batch, bias = 0n, residual = 0n, activation = 0, sums } = p;
   const [along, bAlong] = [layout[0] === 'n', layout[1] === 't'];
   const half = activation === GEGLU ? p.n : 0;

@@ -41,6 +41,10 @@ template <int STAGES> struct Ring {
   __device__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
+  __device__ void skip(int stages) {
+    parity ^= (stage + stages) / STAGES & 1;
+    stage = (stage + stages) % STAGES;
+  }
 };
 
 // ---- roles of warps
@@ -215,3 +219,7 @@ template <bool A_ACROSS, bool B_ACROSS, int COUNT> DEVICE void wgmma(float (&d)[
 template <bool B_ACROSS, int COUNT> DEVICE void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   WgmmaFromRegisters<2 * COUNT, B_ACROSS>::multiply(d, a, b, accumulate);
 }
+
+// An entry of one producer warpgroup and two consumers; one block fills a multiprocessor.
+constexpr int WARPGROUP = 128;
+#define KERNEL_SM90(name) extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) JOIN(name, DTYPE)

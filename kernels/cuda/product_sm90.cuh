@@ -1,0 +1,325 @@
+// The main loop of Hopper's matrix products: C[m, n] = A[m, k] B[k, n] with float32 sums, for gemm_sm90.cu and
+// conv2d_sm90.cu. A block stays on its multiprocessor and takes items (a tile of C, a slab, a part of k) in turn. Its
+// producer warp copies tiles of A and B by TMA into a ring of stages, a step of 64 k each; two warpgroups multiply them with
+// wgmma. They share a tile, 64 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
+// other's products: the order of the ring keeps their turns, there is no other agreement between them.
+// A residual is brought by TMA into the very place where y is then rounded to and stored from.
+// What the stages read is the Source: begin(work) once an item, load(step, stage, barrier) for each step.
+#pragma once
+#include "sm90.cuh"
+
+enum Activation { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3 };
+// What an epilogue may meet besides a residual: nothing; bias and activation; bias and gates; bias and shift.
+enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
+
+constexpr int STEP = 64; // k of a stage
+constexpr int GROUPS = 2;
+
+// Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
+constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
+
+template <int N_, bool PINGPONG_, int STAGES_> struct Tile {
+  static constexpr int M = 128, N = N_, STAGES = STAGES_;
+  static constexpr bool PINGPONG = PINGPONG_;
+  static constexpr int BLOCKS = PINGPONG ? 2 : 1; // of 64 rows in a warpgroup
+  static constexpr int A_BYTES = M * STEP * 2, B_BYTES = N * STEP * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+};
+
+// ---- operands in shared memory: descriptors of 64 rows of A, of all of B
+
+// A tile of WIDTH m or n. ALONG: [WIDTH][64 k], else chunks of [64 k][span].
+template <int WIDTH, bool ALONG> struct OperandTile {
+  static constexpr int SPAN = ALONG ? 128 : span_of(WIDTH);
+  static constexpr int CHUNK_BYTES = STEP * SPAN, CHUNK = SPAN / 2, CHUNKS = WIDTH / CHUNK; // where not ALONG
+  static constexpr int BYTES_64 = 64 * STEP * 2;                                           // of 64 m
+  static constexpr int K16 = ALONG ? 32 : 16 * SPAN;
+  static __device__ uint64_t describe(uint32_t tile) {
+    return ALONG ? descriptor_along(tile) : descriptor_across<SPAN>(tile, CHUNK_BYTES);
+  }
+  // Brings a tile from a map [slab][m or n][k], box [1][rows][64], or [slab][k][m or n], box [1][64][CHUNK].
+  static __device__ void load(uint32_t to, const TensorMap &map, uint32_t barrier, int place, int k, int slab) {
+    if constexpr (ALONG) load_box(to, map, barrier, k, place, slab);
+    else
+#pragma unroll
+      for (int i = 0; i < CHUNKS; i++) load_box(to + i * CHUNK_BYTES, map, barrier, place + i * CHUNK, k, slab);
+  }
+};
+
+// ---- items
+
+// How C is cut: tiles down and across, slabs (batches, or taps of a weight's gradient), and k into parts of `part_steps`.
+struct Cut {
+  int down, across, slabs, items, steps, part_steps;
+};
+
+struct Work {
+  int m, n, slab, part, first, end; // first row and column; steps from `first` to `end`
+};
+
+// Neighbours in order share a band of tiles, so that what they read stays in L2.
+template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
+  constexpr int BAND = 8;
+  const int tiles = cut.down * cut.across, tile = item % tiles, layer = item / tiles;
+  const int band = tile / (BAND * cut.across), inside = tile % (BAND * cut.across), height = min(BAND, cut.down - band * BAND);
+  const int part = layer / cut.slabs, first = part * cut.part_steps;
+  return {(band * BAND + inside % height) * S::M, inside / height * COLUMNS, layer % cut.slabs, part,
+          first, min(cut.steps, first + cut.part_steps)};
+}
+
+// ---- epilogue
+
+// y[row, col] = activation(sum + bias[col] + shift[row / rows_per_shift, col]) + residual[row, col]; absent parts are null.
+// The maps of y and residual are [slab][row][col] with boxes of 64 rows and span_of(the tile's columns) bytes. With
+// `partial` the plain sums go there instead; its strides are in floats. GEGLU's gates use bias[columns + col].
+struct Output {
+  const TensorMap &y, &residual;
+  float *partial;
+  const T *bias, *shift;
+  int rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part;
+};
+
+struct Pair {
+  float low, high;
+};
+DEVICE Pair unpack(uint32_t x) {
+#if defined(T_BFLOAT16)
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+#else
+  return {to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)})};
+#endif
+}
+DEVICE Pair load_pair(const T *p) { return unpack(*reinterpret_cast<const uint32_t *>(p)); }
+
+DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// x times the normal distribution's Phi(z), by Abramowitz and Stegun 7.1.26 (error of Phi below 1e-7): no branch, so that a
+// hundred of them in a row stay short.
+DEVICE float times_cdf(float x, float z) {
+  const float a = fabsf(z) * 0.70710678f, t = fast_reciprocal(1.f + 0.3275911f * a);
+  const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  const float tail = 0.5f * p * fast_exp2(-1.44269504f * a * a); // Phi(-|z|)
+  return x * (z < 0.f ? tail : 1.f - tail);
+}
+
+// The sums of a warpgroup's BLOCKS of 64 rows as y. With GEGLU the tile's right half are the gates of its left half.
+template <class S, Kind KIND> struct Epilogue {
+  static constexpr bool GATED = KIND == GEGLU;
+  static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
+  static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
+  static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES, BYTES = S::BLOCKS * BLOCK_BYTES;
+  const Output &out;
+  const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
+  const int group, thread;
+
+  // body(address, row, column) for each box.
+  template <class F> __device__ void each_box(const Work &work, F &&body) const {
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < BOXES; j++)
+        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::PINGPONG ? i : group), work.n + j * BOX);
+  }
+
+  // Before the products of an item: once the last y has left, its place is filled with the residual, zeros outside C.
+  __device__ void prepare(const Work &work) const {
+    if (thread == 0) {
+      stores_wait_read<0>();
+      if (out.has_residual) {
+        mbarrier_arrive_expect(arrived, BYTES);
+        each_box(work, [&](uint32_t to, int row, int column) { load_box(to, out.residual, arrived, column, row, work.slab); });
+      }
+    }
+    __syncwarp();
+  }
+
+  // Changes the sums in place.
+  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
+    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
+    const int column = work.n + lane % 4 * 2;
+    if (out.partial != nullptr) return write_partial(sums, work, row, column);
+    if constexpr (KIND != PLAIN)
+      if (out.bias != nullptr) add_bias(sums, column);
+    if constexpr (KIND == IMAGE)
+      if (out.shift != nullptr) add_shift(sums, row, column);
+    if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
+    if (out.has_residual) mbarrier_wait(arrived, parity);
+    else named_barrier(1 + group, WARPGROUP); // the last y has left
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; j += 2) {
+        float *value = sums[i] + 4 * j;
+        const uint32_t at = place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES +
+                            swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
+        uint32_t rounded[4];
+        if (out.has_residual) {
+          load_matrices(rounded, at);
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const Pair more = unpack(rounded[e]);
+            value[2 * e] += more.low, value[2 * e + 1] += more.high;
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) rounded[e] = round_pair(value[2 * e], value[2 * e + 1]);
+        store_matrices(at, rounded);
+      }
+    fence_async_proxy();
+    named_barrier(1 + group, WARPGROUP);
+    if (thread == 0) {
+      each_box(work, [&](uint32_t from, int row, int column) {
+        if (row < out.rows && column < out.columns) store_box(out.y, from, column, row, work.slab);
+      });
+      stores_commit();
+    }
+    __syncwarp();
+  }
+
+  // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
+  __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], int column) const {
+#pragma unroll
+    for (int j = 0; j < S::N / 8; j++) {
+      const int c = column + 8 * (j % (COLUMNS / 8));
+      if (c >= out.columns) continue;
+      const Pair more = load_pair(out.bias + c + (j < COLUMNS / 8 ? 0 : out.columns));
+#pragma unroll
+      for (int i = 0; i < S::BLOCKS; i++) {
+        sums[i][4 * j] += more.low, sums[i][4 * j + 2] += more.low;
+        sums[i][4 * j + 1] += more.high, sums[i][4 * j + 3] += more.high;
+      }
+    }
+  }
+
+  __device__ void add_shift(float (&sums)[S::BLOCKS][S::N / 2], int row, int column) const {
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int r = row + 64 * i + 8 * half;
+        if (r >= out.rows) continue;
+        const T *from = out.shift + r / out.rows_per_shift * int64_t(out.columns) + column;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+          if (column + 8 * j >= out.columns) continue;
+          const Pair more = load_pair(from + 8 * j);
+          sums[i][4 * j + 2 * half] += more.low, sums[i][4 * j + 2 * half + 1] += more.high;
+        }
+      }
+  }
+
+  // body(x, gate) for each sum.
+  template <class F> __device__ void each_sum(float (&sums)[S::BLOCKS][S::N / 2], F &&body) const {
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+      for (int e = 0; e < COLUMNS / 2; e++) sums[i][e] = body(sums[i][e], sums[i][GATED ? e + COLUMNS / 2 : e]);
+  }
+  __device__ void activate(float (&sums)[S::BLOCKS][S::N / 2]) const {
+    if constexpr (GATED) each_sum(sums, [](float x, float gate) { return times_cdf(x * gate, gate); });
+    else if (out.activation == GELU) each_sum(sums, [](float x, float) { return times_cdf(x, x); });
+    else if (out.activation != NONE) {
+      const float scale = out.activation == SILU ? -1.44269504f : -1.702f * 1.44269504f; // exp(-x), exp(-1.702 x)
+      each_sum(sums, [=](float x, float) { return x * fast_reciprocal(1.f + fast_exp2(scale * x)); });
+    }
+  }
+
+  __device__ void write_partial(const float (&sums)[S::BLOCKS][S::N / 2], const Work &work, int row, int column) const {
+    float *to = out.partial + work.part * int64_t(out.partial_part) + work.slab * int64_t(out.partial_slab) + column;
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int r = row + 64 * i + 8 * half;
+        if (r >= out.rows) continue;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++)
+          if (column + 8 * j < out.columns)
+            *reinterpret_cast<float2 *>(to + int64_t(r) * out.partial_row + 8 * j) =
+                make_float2(sums[i][4 * j + 2 * half], sums[i][4 * j + 2 * half + 1]);
+      }
+  }
+};
+
+// ---- the product
+
+extern __shared__ __align__(1024) uint8_t shared[];
+
+template <class S, bool A_ALONG, bool B_ALONG, Kind KIND, class Source>
+DEVICE void product(Source source, const Output &out, const Cut &cut) {
+  typedef Epilogue<S, KIND> Finish;
+  typedef OperandTile<S::M, A_ALONG> A;
+  typedef OperandTile<S::N, B_ALONG> B;
+  __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + GROUPS];
+  const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES, arrived = empty + 8 * S::STAGES;
+  const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::STAGES; i++) {
+      mbarrier_init(full + 8 * i, 1);
+      mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS)); // a lane of each warp that reads the stage
+    }
+    for (int i = 0; i < GROUPS; i++) mbarrier_init(arrived + 8 * i, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < WARPGROUP) {
+    registers_shrink_to<40>();
+    if (threadIdx.x < 32 && elect_one()) {
+      Ring<S::STAGES> ring;
+      for (int item = blockIdx.x; item < cut.items; item += gridDim.x) {
+        const Work work = work_of<S, Finish::COLUMNS>(item, cut);
+        source.begin(work);
+        for (int step = work.first; step < work.end; step++, ring.next()) {
+          const uint32_t stage = stages + ring.stage * S::STAGE_BYTES, barrier = full + 8 * ring.stage;
+          mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+          mbarrier_arrive_expect(barrier, S::STAGE_BYTES);
+          source.load(step, stage, stage + S::A_BYTES, barrier);
+        }
+      }
+    }
+  } else {
+    registers_grow_to<232>();
+    const int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+    const Finish finish = {out, stages + S::STAGES * S::STAGE_BYTES + group * Finish::BYTES, arrived + 8 * group, group, thread};
+    Ring<S::STAGES> ring;
+    uint32_t residuals = 0; // items done: the parity of `arrived`
+    float sums[S::BLOCKS][S::N / 2];
+    for (int item = blockIdx.x, turn = 0; item < cut.items; item += gridDim.x, turn ^= 1) {
+      const Work work = work_of<S, Finish::COLUMNS>(item, cut);
+      if (S::PINGPONG && turn != group) {
+        ring.skip(work.end - work.first);
+        continue;
+      }
+      finish.prepare(work);
+      uint32_t last = 0; // the barrier of the stage before, free when its products are done
+      for (int step = work.first; step < work.end; step++, ring.next()) {
+        const uint32_t a = stages + ring.stage * S::STAGE_BYTES + (S::PINGPONG ? 0 : group * A::BYTES_64);
+        const uint64_t a_tile = A::describe(a), b_tile = B::describe(stages + ring.stage * S::STAGE_BYTES + S::A_BYTES);
+        mbarrier_wait(full + 8 * ring.stage, ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int q = 0; q < STEP / 16; q++)
+#pragma unroll
+          for (int i = 0; i < S::BLOCKS; i++)
+            wgmma<!A_ALONG, !B_ALONG>(sums[i], advance(a_tile, q * A::K16 + i * A::BYTES_64), advance(b_tile, q * B::K16),
+                                      step > work.first || q > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > work.first && thread % 32 == 0) mbarrier_arrive(last);
+        last = empty + 8 * ring.stage;
+      }
+      wgmma_wait<0>();
+      if (thread % 32 == 0) mbarrier_arrive(last);
+      __syncwarp();
+      finish.write(sums, work, residuals++ & 1);
+    }
+    if (thread == 0) stores_wait_read<0>();
+  }
+}
