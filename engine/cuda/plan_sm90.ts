@@ -20,7 +20,7 @@ const tiles = {
   '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true, stages: 4 },
   '80': { name: '80', n: 80, pingpong: false, stages: 7 },
 } as const satisfies Record<string, Tile>;
-type TileName = keyof typeof tiles;
+export type TileName = keyof typeof tiles;
 
 export type ProductKind = 'nt' | 'nn' | 'tn' | 'geglu';
 const everyTile = Object.keys(tiles) as TileName[];
@@ -71,8 +71,9 @@ function cycles(
   const columns = kind === 'geglu' ? width / 2 : width;
   const items = divideUp(m, ROWS) * divideUp(n, columns) * slabs * splits;
   const rounds = divideUp(items, multiprocessors);
-  // A step of 128 x width x 64 takes 4 x width cycles of the tensor cores, and its operands come at about 64 bytes a cycle.
-  const step = Math.max(4 * width, 2 * (ROWS + width));
+  // A step of 128 x width x 64 takes 4 x width cycles of the tensor cores. Its operands come from L2 at some 40 bytes a cycle:
+  // the fastest published kernels with tiles of 128 x 256 and no multicast imply 34.
+  const step = Math.max(4 * width, (2 * STEP * (ROWS + width)) / 40);
   const products = divideUp(steps, splits) * step;
   // An epilogue of 128 rows by one warpgroup hides behind the other's products, all but the last.
   const epilogue = 8 * columns;
@@ -82,16 +83,20 @@ function cycles(
   return 1500 + busy + joined;
 }
 
+/** The parts that `wanted` splits come to: none is empty. */
+const partsOf = (steps: number, wanted: number): number =>
+  divideUp(steps, divideUp(steps, Math.min(steps, wanted)));
+
 /** The fastest by the model; k is only split where that leaves whole runs of steps. */
 export function choose(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
   const known = overrides.get(keyOf(size));
-  if (known) return known;
+  if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
   const most = canSplit ? Math.max(1, Math.min(16, Math.floor(size.steps / 8))) : 1;
   let best: Choice = { tile: '160_pingpong', splits: 1 };
   let least = Number.POSITIVE_INFINITY;
   for (const tile of tilesOf[size.kind]) {
     for (let wanted = 1; wanted <= most; wanted++) {
-      const splits = divideUp(size.steps, divideUp(size.steps, wanted)); // none is empty
+      const splits = partsOf(size.steps, wanted);
       const time = cycles(size, { tile, splits }, multiprocessors);
       if (time < least) [best, least] = [{ tile, splits }, time];
     }

@@ -2,7 +2,8 @@
 // conv2d_sm90.cu. A block stays on its multiprocessor and takes items (a tile of C, a slab, a part of k) in turn. Its
 // producer warp copies tiles of A and B by TMA into a ring of stages, a step of 64 k each; two warpgroups multiply them with
 // wgmma. They share a tile, 64 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
-// other's products: the order of the ring keeps their turns, there is no other agreement between them.
+// other's products. A warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's
+// phase from the one two before, so no one may wait that far ahead.
 // A residual is brought by TMA into the very place where y is then rounded to and stored from.
 // What the stages read is the Source: begin(work) once an item, load(step, stage, barrier) for each step.
 #pragma once
@@ -257,15 +258,16 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   typedef Epilogue<S, KIND> Finish;
   typedef OperandTile<S::M, A_ALONG> A;
   typedef OperandTile<S::N, B_ALONG> B;
-  __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + GROUPS];
-  const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES, arrived = empty + 8 * S::STAGES;
+  __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + 2 * GROUPS];
+  const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES;
+  const uint32_t arrived = empty + 8 * S::STAGES, turns = arrived + 8 * GROUPS; // of a warpgroup's residual, and its turn
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);
       mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS)); // a lane of each warp that reads the stage
     }
-    for (int i = 0; i < GROUPS; i++) mbarrier_init(arrived + 8 * i, 1);
+    for (int i = 0; i < GROUPS; i++) mbarrier_init(arrived + 8 * i, 1), mbarrier_init(turns + 8 * i, 4);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -289,7 +291,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     const int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
     const Finish finish = {out, stages + S::STAGES * S::STAGE_BYTES + group * Finish::BYTES, arrived + 8 * group, group, thread};
     Ring<S::STAGES> ring;
-    uint32_t residuals = 0; // items done: the parity of `arrived`
+    uint32_t done = 0; // items
     float sums[S::BLOCKS][S::N / 2];
     for (int item = blockIdx.x, turn = 0; item < cut.items; item += gridDim.x, turn ^= 1) {
       const Work work = work_of<S, Finish::COLUMNS>(item, cut);
@@ -298,6 +300,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
         continue;
       }
       finish.prepare(work);
+      if constexpr (S::PINGPONG) mbarrier_wait(turns + 8 * group, (done ^ group ^ 1) & 1); // the first turn is group 0's
       uint32_t last = 0; // the barrier of the stage before, free when its products are done
       for (int step = work.first; step < work.end; step++, ring.next()) {
         const uint32_t a = stages + ring.stage * S::STAGE_BYTES + (S::PINGPONG ? 0 : group * A::BYTES_64);
@@ -315,10 +318,11 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
         if (step > work.first && thread % 32 == 0) mbarrier_arrive(last);
         last = empty + 8 * ring.stage;
       }
+      if (S::PINGPONG && thread % 32 == 0) mbarrier_arrive(turns + 8 * (group ^ 1));
       wgmma_wait<0>();
       if (thread % 32 == 0) mbarrier_arrive(last);
       __syncwarp();
-      finish.write(sums, work, residuals++ & 1);
+      finish.write(sums, work, done++ & 1);
     }
     if (thread == 0) stores_wait_read<0>();
   }

@@ -17,6 +17,8 @@ export interface VirtualGpuOptions {
   readonly races?: boolean;
   /** What the device says it has. */
   readonly memoryBytes?: number;
+  /** Plans cut their work by it; 4 unless told otherwise. */
+  readonly multiprocessors?: number;
   /** Room for all that is ever allocated: addresses are reused only when it is full. */
   readonly arenaBytes?: number;
   readonly capability?: readonly [major: number, minor: number];
@@ -122,7 +124,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       if (device !== 0) throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDeviceGetAttribute');
       const values: Record<number, number> = {
         [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK]: 48 * 1024,
-        [DeviceAttribute.MULTIPROCESSOR_COUNT]: 4,
+        [DeviceAttribute.MULTIPROCESSOR_COUNT]: options.multiprocessors ?? 4,
         [DeviceAttribute.COMPUTE_CAPABILITY_MAJOR]: major,
         [DeviceAttribute.COMPUTE_CAPABILITY_MINOR]: minor,
         [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN]: optin,
