@@ -2,6 +2,7 @@
 // the N-th NVIDIA GPU; `reference` runs the record's own loops in TypeScript and needs no compiler.
 import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { eagerStep, type Observe, recordedStep, type Step } from './capture.ts';
 import { findLibrary } from './cpu/build.ts';
 import { openCpuDriver } from './cpu/driver.ts';
 import type { GpuApi } from './cuda/api.ts';
@@ -25,6 +26,8 @@ export interface Device {
   executeAll(calls: readonly Call[]): void;
   /** target += source, in place, for gradients that reach a tensor twice. */
   accumulate(target: Tensor, source: Tensor): void;
+  /** `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone. */
+  step(fn: () => Tensor): Step;
 }
 
 const opened = new Map<DeviceName, Device>();
@@ -49,8 +52,12 @@ export function openDevice(name: string, warn: (line: string) => void = console.
 }
 
 function once(name: DeviceName, open: () => Device): Device {
-  const device = opened.get(name) ?? open();
-  opened.set(name, device);
+  return opened.get(name) ?? adopt(open());
+}
+
+/** Makes a device that the caller has opened the one that openDevice() gives under its name. */
+export function adopt(device: Device): Device {
+  opened.set(device.name, device);
   return device;
 }
 
@@ -72,11 +79,24 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
   const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
     (storage ? tensors[storage] : storageTensor(tensors)).dtype;
+  let note: ((t: Tensor) => void) | undefined;
+  const observe: Observe = (see, fn) => {
+    note = see;
+    try {
+      fn();
+    } finally {
+      note = undefined;
+    }
+  };
   return {
     name,
     driver,
     memory,
+    step(fn) {
+      return driver.capture ? recordedStep(this, observe, fn) : eagerStep(fn);
+    },
     execute(record, direction, tensors, attrs) {
+      if (note) for (const t of Object.values(tensors)) note(t);
       const dtype = typeOf(record, tensors);
       const launch: Launch = (symbol, args) => driver.launch(`${symbol}_${dtype}`, args.map(address));
       const run = direction === 'forward' ? record.forward : record.backward;
@@ -117,6 +137,7 @@ function referenceDevice(): Device {
     name: 'reference',
     driver,
     memory: new MemoryPool(driver),
+    step: eagerStep,
     executeAll(calls) {
       for (const { record, tensors, attrs } of calls) this.execute(record, 'forward', tensors, attrs);
     },

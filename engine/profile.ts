@@ -1,5 +1,6 @@
 // Watching a device at work. profiled() is the same device with a stopwatch around each op; a stand-in device allocates
 // and computes nothing, so a model run on it tells every op, shape and byte that the real run would need.
+import { eagerStep } from './capture.ts';
 import type { Device, Direction } from './device.ts';
 import { MemoryPool } from './memory.ts';
 import type { OpRecord, Tensors } from './op.ts';
@@ -17,6 +18,7 @@ export interface OpCall {
 /** `device` that tells `note` of every op it has run. Make all tensors on the returned device. */
 export const profiled = (device: Device, note: (call: OpCall) => void): Device => ({
   ...device,
+  step: eagerStep,
   execute(record, direction, tensors, attrs) {
     const began = performance.now();
     device.execute(record, direction, tensors, attrs);
@@ -40,6 +42,7 @@ export function standInDevice(): Device {
     name: 'stand-in',
     driver,
     memory: new MemoryPool(driver),
+    step: eagerStep,
     execute() {},
     executeAll() {},
     accumulate() {},

@@ -6,7 +6,8 @@
 #include <string.h>
 
 typedef uint64_t Handle;
-static const Handle CONTEXT = 0x7fff12345678ull, STREAM = 0xabcdef, MODULE = 77, KERNEL = 99;
+static const Handle CONTEXT = 0x7fff12345678ull, STREAM = 0xabcdef, MODULE = 77, KERNEL = 99, POOL = 0x5000,
+                    EVENT = 0x6000;
 
 int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
@@ -22,6 +23,14 @@ int cuCtxSetCurrent(Handle context) { return context == CONTEXT ? 0 : 201; }
 int cuStreamCreate(Handle *stream, unsigned flags) { return *stream = STREAM, flags == 1 ? 0 : 1; }
 int cuStreamSynchronize(Handle stream) { return stream == STREAM ? 0 : 400; }
 int cuMemGetInfo_v2(size_t *unused, size_t *total) { return *unused = 5, *total = 1ull << 36, 0; }
+int cuDeviceGetDefaultMemPool(Handle *pool, int device) { return *pool = POOL, device; }
+int cuMemPoolSetAttribute(Handle pool, int attribute, const uint64_t *value) {
+  return pool == POOL && attribute == 4 && *value == UINT64_MAX ? 0 : 1;
+}
+int cuMemPoolTrimTo(Handle pool, size_t keep) { return pool == POOL && keep == 0 ? 0 : 1; }
+int cuEventCreate(Handle *event, unsigned flags) { return *event = EVENT, flags == 2 ? 0 : 1; }
+int cuEventRecord(Handle event, Handle stream) { return event == EVENT && stream == STREAM ? 0 : 400; }
+int cuEventSynchronize(Handle event) { return event == EVENT ? 0 : 400; }
 int cuMemAllocHost_v2(void **memory, size_t bytes) { return *memory = malloc(bytes), 0; }
 int cuMemFreeHost(void *memory) { return free(memory), 0; }
 int cuMemAllocAsync(Handle *address, size_t bytes, Handle stream) {

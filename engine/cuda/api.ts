@@ -1,6 +1,6 @@
 // The CUDA driver API as the engine sees it: the calls of cuda.h that the `cuda` device makes, under their own names, with
 // results returned instead of written through pointers. Three things stand behind this interface: libcuda through koffi,
-// the virtual GPU of the tests, and a wrapper that makes the n-th call fail. A call that does not return CUDA_SUCCESS
+// the virtual GPU of the tests, and a wrapper of theirs that makes the n-th call fail. A call that does not return CUDA_SUCCESS
 // throws CudaError. Handles and addresses are bigints, 0n is null (and the default stream).
 import type { CudaResult } from './errors.ts';
 
@@ -12,6 +12,7 @@ export type Module = bigint;
 export type Kernel = bigint;
 export type Graph = bigint;
 export type GraphExec = bigint;
+export type MemPool = bigint;
 
 export type Dim3 = readonly [x: number, y: number, z: number];
 
@@ -34,6 +35,9 @@ export const FunctionAttribute = {
   /** Set before a launch whose dynamic shared memory exceeds 48 KiB. */
   MAX_DYNAMIC_SHARED_SIZE_BYTES: 8,
 } as const;
+
+/** CUmemPool_attribute: bytes that a pool keeps when the stream is synchronized. */
+export const RELEASE_THRESHOLD = 4;
 
 /** CUtensorMapDataType. */
 export const TensorMapDataType = {
@@ -83,6 +87,11 @@ export interface GpuApi {
   cuCtxSynchronize(): void;
 
   cuMemGetInfo(): { free: number; total: number };
+  /** The pool that cuMemAllocAsync takes from. */
+  cuDeviceGetDefaultMemPool(device: number): MemPool;
+  cuMemPoolSetAttribute(pool: MemPool, attribute: number, value: bigint): void;
+  /** Gives all but `keep` bytes of what is free in the pool back to the system. */
+  cuMemPoolTrimTo(pool: MemPool, keep: number): void;
   cuMemAllocAsync(bytes: number, stream: Stream): DevicePointer;
   cuMemFreeAsync(pointer: DevicePointer, stream: Stream): void;
   /** Pinned host memory for staging; give the same array to cuMemFreeHost. */

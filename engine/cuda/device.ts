@@ -3,22 +3,14 @@
 // that a plan uses between its launches go back to the pool at once, because whoever takes them next runs later in the
 // same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
-import {
-  DeviceAttribute,
-  type Dim3,
-  FunctionAttribute,
-  type GpuApi,
-  type Kernel,
-  type Stream,
-} from './api.ts';
+import { DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
-import { readPtx } from './kernels.ts';
-import { type Entry, packParameters, readManifest } from './manifest.ts';
+import { recordGraph } from './graph.ts';
+import { guarded } from './guard.ts';
+import { KernelTable } from './kernel_table.ts';
 import type { KernelLaunch, LaunchArguments, Plan, PlanContext } from './plan.ts';
 import { plans } from './plans.ts';
-
-/** Dynamic shared memory that a kernel may have without asking. */
-const DEFAULT_SHARED_BYTES = 48 * 1024;
+import { openStaging } from './staging.ts';
 
 export interface CudaDriver extends Driver {
   readonly memory: MemoryPool;
@@ -31,14 +23,10 @@ export interface CudaDriver extends Driver {
   synchronize(): void;
 }
 
-interface Loaded {
-  readonly kernel: Kernel;
-  readonly entry: Entry;
-  sharedBytes: number;
-}
-
 /** Opens GPU `ordinal`. Throws CudaError where there is none, or an older one than Ampere. */
-export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
+export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
+  let lastKernel: string | undefined;
+  const api = guarded(unguarded, () => lastKernel);
   const count = api.cuDeviceGetCount();
   if (ordinal >= count)
     throw new CudaError(
@@ -53,12 +41,23 @@ export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
     const found = `${api.cuDeviceGetName(ordinal)} has compute capability ${capability / 10}`;
     throw new CudaError('CUDA_ERROR_NO_BINARY_FOR_GPU', 'cuDeviceGetAttribute', found);
   }
+  if (!attribute('MEMORY_POOLS_SUPPORTED'))
+    throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuDeviceGetAttribute', 'the GPU has no memory pools');
   api.cuCtxSetCurrent(api.cuDevicePrimaryCtxRetain(ordinal));
+  // Freed memory stays in the driver's pool until trim(): it would else go back to the system at each synchronization.
+  const pool = api.cuDeviceGetDefaultMemPool(ordinal);
+  api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
   const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
   const kernels = new KernelTable(api);
+  const staging = openStaging(api, stream);
+  let capturing = false;
+  const notInCapture = (what: string): void => {
+    if (capturing) throw new Error(`${what} in a step that is being captured`);
+  };
 
   const allocate = (bytes: number): Block | undefined => {
+    notInCapture('memory was allocated');
     try {
       return { bytes, address: api.cuMemAllocAsync(bytes, stream) };
     } catch (error) {
@@ -74,10 +73,35 @@ export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
     stream,
     allocate,
     free: (block) => api.cuMemFreeAsync(block.address, stream),
-    upload: (block, offset, source) => api.cuMemcpyHtoDAsync(block.address + BigInt(offset), source, stream),
-    download(block, offset, target) {
-      api.cuMemcpyDtoHAsync(target, block.address + BigInt(offset), stream);
+    trim() {
+      // Frees are in stream order: only what the stream has passed can go.
       api.cuStreamSynchronize(stream);
+      api.cuMemPoolTrimTo(pool, 0);
+    },
+    room: () => api.cuMemGetInfo(),
+    upload(block, offset, source) {
+      notInCapture('bytes were uploaded');
+      staging.upload(block.address + BigInt(offset), source);
+    },
+    download(block, offset, target) {
+      notInCapture('a tensor was read');
+      staging.download(target, block.address + BigInt(offset));
+    },
+    capture(queue) {
+      notInCapture('another capture was begun');
+      const replay = recordGraph(api, stream, () => {
+        capturing = true;
+        try {
+          queue();
+        } finally {
+          capturing = false;
+        }
+      });
+      const launch = () => {
+        notInCapture('a step was replayed');
+        replay.launch();
+      };
+      return { ...replay, launch };
     },
     synchronize: () => api.cuStreamSynchronize(stream),
     launch: (symbol, args) => run(symbol, (op, context) => planned(op, args, context)),
@@ -107,7 +131,7 @@ export function openCudaDriver(api: GpuApi, ordinal = 0): CudaDriver {
       },
     };
     try {
-      for (const launch of launches(op, context)) kernels.launch(launch, dtype, stream);
+      for (const launch of launches(op, context)) lastKernel = kernels.launch(launch, dtype, stream);
     } finally {
       for (const taken of used) memory.give(taken);
     }
@@ -148,47 +172,4 @@ function* plannedTogether(
   const each = calls.map((args) => planFor(op, args));
   if (each[0]?.together) yield* each[0].together(calls, context).filter(hasWork);
   else for (const args of calls) yield* planned(op, args, context);
-}
-
-/** The kernels found so far: a PTX file is loaded and compiled by the driver when its first kernel is launched. */
-class KernelTable {
-  readonly #api: GpuApi;
-  readonly #modules = new Map<string, { module: bigint; manifest: Map<string, Entry> }>();
-  readonly #kernels = new Map<string, Loaded>();
-
-  constructor(api: GpuApi) {
-    this.#api = api;
-  }
-
-  launch({ family, entry, grid, block, shared, args }: KernelLaunch, dtype: string, stream: Stream): void {
-    const found = this.#find(family, `${entry}_${dtype}`, dtype);
-    if (shared > found.sharedBytes) {
-      this.#api.cuFuncSetAttribute(found.kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared);
-      found.sharedBytes = shared;
-    }
-    const threads: Dim3 = [block, 1, 1];
-    this.#api.cuLaunchKernel(found.kernel, grid, threads, shared, stream, packParameters(found.entry, args));
-  }
-
-  #find(family: string, symbol: string, dtype: string): Loaded {
-    const known = this.#kernels.get(symbol);
-    if (known) return known;
-    const { module, manifest } = this.#module(family, dtype);
-    const entry = manifest.get(symbol);
-    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.gz has no kernel ${symbol}`);
-    const kernel = this.#api.cuModuleGetFunction(module, symbol);
-    const made = { kernel, entry, sharedBytes: DEFAULT_SHARED_BYTES };
-    this.#kernels.set(symbol, made);
-    return made;
-  }
-
-  #module(family: string, dtype: string): { module: bigint; manifest: Map<string, Entry> } {
-    const key = `${family}_${dtype}`;
-    const known = this.#modules.get(key);
-    if (known) return known;
-    const ptx = readPtx(family, dtype);
-    const made = { module: this.#api.cuModuleLoadData(ptx), manifest: readManifest(ptx) };
-    this.#modules.set(key, made);
-    return made;
-  }
 }

@@ -24,6 +24,7 @@ const SCRATCH_BYTES = 8192;
 /** Where in the scratch block the packed parameters lie, and the list that points to them. */
 const PARAMETERS = 1024;
 const EXTRA = 512;
+const PARAMETER_BYTES = EXTRA - 8;
 
 /** Opens the NVIDIA driver's library, or the one at `path`. Throws where there is none. */
 export function openCudaLibrary(path = libraryName): GpuApi {
@@ -37,6 +38,7 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   }
   const scratch = koffi.alloc('uint8', SCRATCH_BYTES) as bigint;
   const memory = new DataView(koffi.view(scratch, SCRATCH_BYTES));
+  const bytes = new Uint8Array(memory.buffer);
   const known = new Map<string, Native>();
   const functionOf = (symbol: string, signature: string): Native => {
     const found = known.get(symbol);
@@ -52,8 +54,9 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   /** Calls `symbol`, whose public name may lack its version suffix. */
   const call = (symbol: string, signature: string, ...args: readonly unknown[]): void => {
     const code = functionOf(symbol, signature)(...args);
-    if (code !== 0) throw new CudaError(resultName(code), symbol.replace(/_v\d$/, ''), describe(code));
+    if (code !== 0) throw failed(code, symbol.replace(/_v\d$/, ''));
   };
+  const failed = (code: number, symbol: string) => new CudaError(resultName(code), symbol, describe(code));
   const describe = (code: number): string | undefined =>
     resultName(code) === 'CUDA_ERROR_UNKNOWN' ? `code ${code}` : undefined;
   const word = (at = 0): bigint => memory.getBigUint64(at, true);
@@ -64,6 +67,13 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     return word();
   };
   call('cuInit', 'i', 0);
+
+  // CU_LAUNCH_PARAM_BUFFER_POINTER 1, its address, CU_LAUNCH_PARAM_BUFFER_SIZE 2, the size's address, END 0.
+  const extra = scratch + BigInt(EXTRA);
+  const list = [1n, scratch + BigInt(PARAMETERS), 2n, scratch + BigInt(PARAMETER_BYTES), 0n];
+  new BigUint64Array(memory.buffer, EXTRA, list.length).set(list);
+  memory.setBigUint64(PARAMETER_BYTES, 0n, true);
+  const launch = functionOf('cuLaunchKernel', 'hiiiiiiihho');
 
   const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
     const aligned = (scratch + 4096n + 63n) & ~63n;
@@ -108,6 +118,10 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       call('cuMemGetInfo_v2', 'oo', scratch, scratch + 8n);
       return { free: Number(word()), total: Number(word(8)) };
     },
+    cuDeviceGetDefaultMemPool: (device) => made('cuDeviceGetDefaultMemPool', 'i', device),
+    cuMemPoolSetAttribute: (pool, attribute, value) =>
+      call('cuMemPoolSetAttribute', 'hib', pool, attribute, BigUint64Array.of(value)),
+    cuMemPoolTrimTo: (pool, keep) => call('cuMemPoolTrimTo', 'hz', pool, keep),
     cuMemAllocAsync: (bytes, stream) => made('cuMemAllocAsync', 'zh', bytes, stream),
     cuMemFreeAsync: (pointer, stream) => call('cuMemFreeAsync', 'hh', pointer, stream),
     cuMemAllocHost: (bytes) => new Uint8Array(koffi.view(made('cuMemAllocHost_v2', 'z', bytes), bytes)),
@@ -132,17 +146,14 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     cuFuncSetAttribute: (kernel, attribute, value) =>
       call('cuFuncSetAttribute', 'hii', kernel, attribute, value),
     cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters) {
-      if (parameters.byteLength > SCRATCH_BYTES - PARAMETERS)
-        throw new Error(`a kernel with ${parameters.byteLength} bytes of parameters`);
-      new Uint8Array(memory.buffer).set(parameters, PARAMETERS);
-      memory.setBigUint64(EXTRA - 8, BigInt(parameters.byteLength), true);
-      // CU_LAUNCH_PARAM_BUFFER_POINTER 1, its address, CU_LAUNCH_PARAM_BUFFER_SIZE 2, the size's address, END 0.
-      const extra = [1n, scratch + BigInt(PARAMETERS), 2n, scratch + BigInt(EXTRA - 8), 0n];
-      extra.forEach((value, i) => {
-        memory.setBigUint64(EXTRA + 8 * i, value, true);
-      });
-      const shape = [...grid, ...block, sharedBytes];
-      call('cuLaunchKernel', 'hiiiiiiihho', kernel, ...shape, stream, 0n, scratch + BigInt(EXTRA));
+      const { byteLength } = parameters;
+      if (byteLength > SCRATCH_BYTES - PARAMETERS) throw new Error(`${byteLength} bytes of parameters`);
+      bytes.set(parameters, PARAMETERS);
+      memory.setUint32(PARAMETER_BYTES, byteLength, true);
+      const [gx, gy, gz] = grid;
+      const [bx, by, bz] = block;
+      const code = launch(kernel, gx, gy, gz, bx, by, bz, sharedBytes, stream, 0n, extra);
+      if (code !== 0) throw failed(code, 'cuLaunchKernel');
     },
 
     cuStreamCreate: (flags) => made('cuStreamCreate', 'i', flags),

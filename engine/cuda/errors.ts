@@ -8,6 +8,7 @@ export const cudaResults = {
   CUDA_ERROR_OUT_OF_MEMORY: 2,
   CUDA_ERROR_NOT_INITIALIZED: 3,
   CUDA_ERROR_DEINITIALIZED: 4,
+  CUDA_ERROR_DEVICE_UNAVAILABLE: 46,
   CUDA_ERROR_NO_DEVICE: 100,
   CUDA_ERROR_INVALID_DEVICE: 101,
   CUDA_ERROR_INVALID_IMAGE: 200,
@@ -32,10 +33,15 @@ export const cudaResults = {
   CUDA_ERROR_INVALID_PC: 718,
   CUDA_ERROR_LAUNCH_FAILED: 719,
   CUDA_ERROR_NOT_SUPPORTED: 801,
+  CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: 803,
+  CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: 901,
   CUDA_ERROR_UNKNOWN: 999,
 } as const;
 
 export type CudaResult = keyof typeof cudaResults;
+
+const report = 'run again, and if it comes back report it with the output of `sdxl doctor --json`';
+const reinstall = 'the kernels of this package are damaged or of another version; install it again';
 
 const mends: Partial<Record<CudaResult, string>> = {
   CUDA_ERROR_OUT_OF_MEMORY: 'use a smaller size, fewer images or a half-precision --dtype',
@@ -46,6 +52,21 @@ const mends: Partial<Record<CudaResult, string>> = {
     'the driver lacks its PTX compiler (libnvidia-ptxjitcompiler); reinstall it',
   CUDA_ERROR_NO_BINARY_FOR_GPU: 'the GPU is older than Ampere (compute capability 8.0); use --device cpu',
   CUDA_ERROR_ECC_UNCORRECTABLE: 'the GPU found a memory error; reset or replace it',
+  CUDA_ERROR_LAUNCH_TIMEOUT:
+    'the system ended a kernel that ran too long; use a GPU without a screen, or a smaller size',
+  CUDA_ERROR_ILLEGAL_ADDRESS: report,
+  CUDA_ERROR_ASSERT: report,
+  CUDA_ERROR_HARDWARE_STACK_ERROR: report,
+  CUDA_ERROR_ILLEGAL_INSTRUCTION: report,
+  CUDA_ERROR_MISALIGNED_ADDRESS: report,
+  CUDA_ERROR_INVALID_ADDRESS_SPACE: report,
+  CUDA_ERROR_INVALID_PC: report,
+  CUDA_ERROR_LAUNCH_FAILED: report,
+  CUDA_ERROR_INVALID_IMAGE: reinstall,
+  CUDA_ERROR_INVALID_PTX: reinstall,
+  CUDA_ERROR_NOT_FOUND: reinstall,
+  CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: "the driver's library and kernel module differ; restart the machine",
+  CUDA_ERROR_DEVICE_UNAVAILABLE: 'another program has the GPU to itself; wait for it, or use another GPU',
 };
 
 /** A driver call that failed. */

@@ -63,27 +63,40 @@ function kindOf(type: string, count: string | undefined): ParameterKind {
 
 /** Packs a call's arguments; a wrong count or kind is an error that shows both lists. */
 export function packParameters(entry: Entry, args: readonly KernelArgument[]): Uint8Array {
-  const wanted = entry.parameters.map((p) => p.kind).join('');
-  const given = args.map(letter).join('');
-  if (given !== wanted.replace(/[if]/g, 'n')) {
-    throw new Error(
-      `${entry.name} takes (${wanted}), got (${given}): p pointer, i int, f float, n number, b bytes`,
-    );
-  }
   const block = new Uint8Array(entry.bytes);
-  const view = new DataView(block.buffer);
-  entry.parameters.forEach(({ kind, offset, bytes }, i) => {
-    const value = args[i];
-    if (value instanceof Uint8Array) {
+  packInto(new DataView(block.buffer), entry, args);
+  return block;
+}
+
+/** The same into a block of at least the entry's size, which allocates nothing. */
+export function packInto(view: DataView, entry: Entry, args: readonly KernelArgument[]): void {
+  const { parameters } = entry;
+  if (args.length !== parameters.length) throw mismatch(entry, args);
+  for (let i = 0; i < args.length; i++) {
+    const [{ kind, offset, bytes }, value] = [parameters[i], args[i]];
+    if (typeof value === 'bigint') {
+      if (kind !== 'p') throw mismatch(entry, args);
+      view.setBigUint64(offset, value, true);
+    } else if (typeof value === 'number') {
+      if (kind === 'f') view.setFloat32(offset, value, true);
+      else if (kind !== 'i') throw mismatch(entry, args);
+      else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(offset, value, true);
+      else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
+    } else {
+      if (kind !== 'b') throw mismatch(entry, args);
       if (value.length !== bytes)
         throw new Error(`${entry.name}: argument ${i} has ${value.length} bytes, not ${bytes}`);
-      block.set(value, offset);
-    } else if (typeof value === 'bigint') view.setBigUint64(offset, value, true);
-    else if (kind === 'f') view.setFloat32(offset, value, true);
-    else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(offset, value, true);
-    else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
-  });
-  return block;
+      new Uint8Array(view.buffer, view.byteOffset + offset, bytes).set(value);
+    }
+  }
+}
+
+function mismatch(entry: Entry, args: readonly KernelArgument[]): Error {
+  const wanted = entry.parameters.map((p) => p.kind).join('');
+  const given = args.map(letter).join('');
+  return new Error(
+    `${entry.name} takes (${wanted}), got (${given}): p pointer, i int, f float, n number, b bytes`,
+  );
 }
 
 /** Arguments as a C struct of 8-byte pointers (p), ints (i) and floats (f), padded to a multiple of 8 bytes. */

@@ -2,6 +2,7 @@
 // as a GpuReport by the launch that commits it; what a real driver refuses is refused here with the same CudaError.
 import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
+import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
 import { type LoadedKernel, newMachine, type Schedule, sharedStart } from './machine.ts';
 import { initialised } from './memory.ts';
@@ -53,6 +54,7 @@ const newestPtx = (driverVersion: number): number =>
       : 7.8;
 
 const parsed = new Map<string, PtxModule>();
+const POOL = 0x5000n;
 
 export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const [major, minor] = options.capability ?? [8, 9];
@@ -114,6 +116,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     return offset;
   };
   const { u8, shadow8 } = m.global;
+  const host = openHostMemory();
 
   const api: GpuApi = {
     cuDriverGetVersion: () => driverVersion,
@@ -138,7 +141,10 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     },
     cuDevicePrimaryCtxRelease() {},
     cuCtxSetCurrent: (context) => find('cuCtxSetCurrent', 'context', context),
-    cuCtxSynchronize: () => settle('cuCtxSynchronize', 0n),
+    cuCtxSynchronize() {
+      settle('cuCtxSynchronize', 0n);
+      host.settleAll();
+    },
 
     cuMemGetInfo: () => ({ free: memoryBytes - used, total: memoryBytes }),
     cuMemAllocAsync(bytes, stream) {
@@ -162,13 +168,21 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       used -= sizes.get(pointer) ?? 0;
       sizes.delete(pointer);
     },
-    cuMemAllocHost: (bytes) => new Uint8Array(bytes),
-    cuMemFreeHost() {},
+    cuDeviceGetDefaultMemPool: () => POOL,
+    cuMemPoolSetAttribute(pool) {
+      if (pool !== POOL) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolSetAttribute');
+    },
+    cuMemPoolTrimTo(pool) {
+      if (pool !== POOL) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolTrimTo');
+    },
+    cuMemAllocHost: (bytes) => host.pin(bytes),
+    cuMemFreeHost: (memory) => host.unpin(memory),
     cuMemcpyHtoDAsync(target, source, stream) {
       enqueue('cuMemcpyHtoDAsync', stream, () => {
         const to = range('cuMemcpyHtoDAsync', target, source.byteLength);
         u8.set(source, to);
         shadow8.fill(3, to, to + source.byteLength);
+        host.reads(source, stream);
       });
     },
     cuMemcpyDtoHAsync(target, source, stream) {
@@ -182,7 +196,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
             `the host reads byte ${b} of ${target.byteLength}, ${near}, that nothing has written`,
           );
         }
-        target.set(u8.subarray(from, from + target.byteLength));
+        host.writes(target, u8.slice(from, from + target.byteLength), stream);
       });
     },
     cuMemcpyDtoDAsync(target, source, bytes, stream) {
@@ -284,22 +298,28 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
 
     cuStreamCreate: () => register('stream', {}),
     cuStreamDestroy: (stream) => release('cuStreamDestroy', 'stream', stream),
-    cuStreamSynchronize: (stream) => settle('cuStreamSynchronize', stream),
+    cuStreamSynchronize(stream) {
+      settle('cuStreamSynchronize', stream);
+      host.settle(stream);
+    },
     cuStreamWaitEvent(stream, event) {
       streamOf('cuStreamWaitEvent', stream);
       find('cuStreamWaitEvent', 'event', event);
     },
-    cuEventCreate: () => register('event', { at: Number.NaN }),
+    cuEventCreate: () => register('event', { at: Number.NaN, stream: 0n, copies: 0 }),
     cuEventDestroy: (event) => release('cuEventDestroy', 'event', event),
     cuEventRecord(event, stream) {
-      const state = find<{ at: number }>('cuEventRecord', 'event', event);
+      const state = find<EventState>('cuEventRecord', 'event', event);
       enqueue('cuEventRecord', stream, () => {
-        state.at = performance.now();
+        Object.assign(state, { at: performance.now(), stream, copies: host.queued(stream) });
       });
     },
-    cuEventSynchronize: (event) => find('cuEventSynchronize', 'event', event),
+    cuEventSynchronize(event) {
+      const { stream, copies } = find<EventState>('cuEventSynchronize', 'event', event);
+      host.settle(stream, copies);
+    },
     cuEventElapsedTime(start, end) {
-      const [a, b] = [start, end].map((e) => find<{ at: number }>('cuEventElapsedTime', 'event', e).at);
+      const [a, b] = [start, end].map((e) => find<EventState>('cuEventElapsedTime', 'event', e).at);
       if (Number.isNaN(a + b))
         throw new CudaError('CUDA_ERROR_INVALID_HANDLE', 'cuEventElapsedTime', 'not recorded');
       return b - a;
@@ -341,6 +361,13 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     coverage: () => coverageOf(loadedKernels),
     liveAllocations: () => sizes.size,
   };
+}
+
+interface EventState {
+  at: number;
+  /** Where it was recorded, after how many copies from and to pinned memory. */
+  stream: bigint;
+  copies: number;
 }
 
 interface KernelState {

@@ -1,0 +1,93 @@
+// Copies between the host and a GPU through pinned memory, which alone the GPU reads by itself: two buffers in turns, so
+// that the next piece is copied into one while the other is on its way, and an upload returns before it has arrived. Weights
+// thus stream to the device while the next are being read. Small copies go directly: the driver takes them along at once.
+import type { DevicePointer, Event, GpuApi, Stream } from './api.ts';
+import { CudaError } from './errors.ts';
+
+const PIECE_BYTES = 16 * 2 ** 20;
+const DIRECT_BYTES = 64 * 2 ** 10;
+const DISABLE_TIMING = 2; // CU_EVENT_DISABLE_TIMING
+
+interface Buffer {
+  readonly bytes: Uint8Array;
+  /** Recorded after the last copy that uses the buffer. */
+  readonly done: Event;
+  busy: boolean;
+}
+
+export interface Staging {
+  upload(target: DevicePointer, source: Uint8Array): void;
+  /** Returns when the bytes are there. */
+  download(target: Uint8Array, source: DevicePointer): void;
+}
+
+export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTES): Staging {
+  let buffers: readonly Buffer[] | undefined;
+  let turn = 0;
+  /** The buffer whose turn it is, free to be used; undefined where the system has no memory to pin. */
+  const next = (): Buffer | undefined => {
+    buffers ??= pin(api, pieceBytes);
+    if (buffers.length === 0) return undefined;
+    const buffer = buffers[turn++ % buffers.length];
+    if (buffer.busy) api.cuEventSynchronize(buffer.done);
+    buffer.busy = false;
+    return buffer;
+  };
+  const queued = (buffer: Buffer): void => {
+    api.cuEventRecord(buffer.done, stream);
+    buffer.busy = true;
+  };
+  return {
+    upload(target, source) {
+      for (let at = 0; at < source.byteLength; at += pieceBytes) {
+        const piece = source.subarray(at, at + pieceBytes);
+        const buffer = source.byteLength > DIRECT_BYTES ? next() : undefined;
+        if (!buffer) api.cuMemcpyHtoDAsync(target + BigInt(at), piece, stream);
+        else {
+          buffer.bytes.set(piece);
+          api.cuMemcpyHtoDAsync(target + BigInt(at), buffer.bytes.subarray(0, piece.byteLength), stream);
+          queued(buffer);
+        }
+      }
+    },
+    download(target, source) {
+      let onItsWay: { buffer: Buffer; at: number; length: number } | undefined;
+      const arrive = (): void => {
+        if (!onItsWay) return;
+        const { buffer, at, length } = onItsWay;
+        api.cuEventSynchronize(buffer.done);
+        buffer.busy = false;
+        target.set(buffer.bytes.subarray(0, length), at);
+      };
+      for (let at = 0; at < target.byteLength; at += pieceBytes) {
+        const length = Math.min(pieceBytes, target.byteLength - at);
+        const buffer = target.byteLength > DIRECT_BYTES ? next() : undefined;
+        if (!buffer) api.cuMemcpyDtoHAsync(target.subarray(at, at + length), source + BigInt(at), stream);
+        else {
+          api.cuMemcpyDtoHAsync(buffer.bytes.subarray(0, length), source + BigInt(at), stream);
+          queued(buffer);
+          arrive();
+          onItsWay = { buffer, at, length };
+        }
+      }
+      if (onItsWay) arrive();
+      else api.cuStreamSynchronize(stream);
+    },
+  };
+}
+
+function pin(api: GpuApi, bytes: number): Buffer[] {
+  const made: Buffer[] = [];
+  try {
+    for (let i = 0; i < 2; i++)
+      made.push({ bytes: api.cuMemAllocHost(bytes), done: api.cuEventCreate(DISABLE_TIMING), busy: false });
+    return made;
+  } catch (error) {
+    if (!(error instanceof CudaError) || error.result !== 'CUDA_ERROR_OUT_OF_MEMORY') throw error;
+    for (const buffer of made) {
+      api.cuMemFreeHost(buffer.bytes);
+      api.cuEventDestroy(buffer.done);
+    }
+    return [];
+  }
+}
