@@ -101,7 +101,7 @@ async function readInputs(options: SampleOptions): Promise<Inputs> {
 function chooseDtype(asked: string, source: ModelSource, device: Device): FloatDType {
   if (asked !== 'auto') return asked as FloatDType;
   const channels = source.config('unet').block_out_channels as number[];
-  return device.name === 'cpu' && channels[0] >= 256 ? 'bfloat16' : 'float32';
+  return device.name !== 'reference' && channels[0] >= 256 ? 'bfloat16' : 'float32';
 }
 
 function addLoras(pipeline: Pipeline, adapters: readonly string[]): void {
@@ -157,6 +157,7 @@ function makeRequest(
     denoising_end: options.denoisingEnd,
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
+    last: true,
     original_size: options.originalSize,
     crops_coords_top_left: options.cropsCoordsTopLeft,
     target_size: options.targetSize,

@@ -12,7 +12,7 @@ import {
   requireGrad,
 } from './grad.ts';
 import { type Children, isTrained, type Module } from './module.ts';
-import { keep, mapTensors, tensorsIn } from './scope.ts';
+import { keep, mapTensors, onFailure, tensorsIn } from './scope.ts';
 import type { Tensor } from './tensor.ts';
 
 /**
@@ -37,7 +37,10 @@ function taped<A extends readonly unknown[]>(module: Module<A, Tensor>, args: A)
   );
   y.node = Node.ofFunction(edges, [...saved.values()], (dy) => {
     const leaves = new Map(inputs.map((t) => [t, (saved.get(t) as Tensor).handle()]));
-    for (const t of wanted) requireGrad(leaves.get(t) as Tensor);
+    for (const t of wanted) {
+      const leaf = requireGrad(leaves.get(t) as Tensor);
+      onFailure(() => clearGrad(leaf));
+    }
     const again = recorded(() =>
       module(...(mapTensors(args, (t) => leaves.get(t) as Tensor) as unknown as A)),
     );

@@ -1,7 +1,7 @@
 // Reverse-mode differentiation: a tape of nodes, each holding the op, what it saved and its input nodes. Gradients are
 // summed in the order the tape is walked (newest op first), so a run repeats bit for bit.
 import type { OpRecord, Tensors } from './op.ts';
-import { keep, scope } from './scope.ts';
+import { keep, onFailure, scope } from './scope.ts';
 import { empty, type Tensor, tensor } from './tensor.ts';
 
 let recording = true;
@@ -55,6 +55,7 @@ export class Node {
       if (source) saved[name] = keep(source.handle());
     }
     node.#saved = Object.values(saved);
+    onFailure(() => node.spend());
     const { device, shape } = outputs.y;
     node.#pull = (dy) => {
       const gradients = node.edges.map(({ spec }) => empty(spec.shape, { device, dtype: spec.dtype }));
@@ -74,6 +75,7 @@ export class Node {
     node.edges = edges;
     node.#saved = saved;
     node.#pull = pull;
+    onFailure(() => node.spend());
     return node;
   }
 

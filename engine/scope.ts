@@ -2,16 +2,31 @@
 // scopes, so model code never does. JavaScript's collector cannot see device memory, which rules out finalizers.
 import type { Tensor } from './tensor.ts';
 
-let current: Set<Tensor> | undefined;
+interface Scope {
+  readonly tensors: Set<Tensor>;
+  /** What else to free if the scope ends in an error: what the tape saved. */
+  readonly undo: (() => void)[];
+}
+
+let current: Scope | undefined;
+/** What built() would free. */
+let lasting: Set<Tensor> | undefined;
 
 /** Called by every new tensor: it belongs to the innermost open scope. */
 export function track(tensor: Tensor): void {
-  current?.add(tensor);
+  if (current) current.tensors.add(tensor);
+  else lasting?.add(tensor);
+}
+
+/** Has `undo` called if the scope that is open now, or one around it, ends in an error. */
+export function onFailure(undo: () => void): void {
+  current?.undo.push(undo);
 }
 
 /** Takes a tensor out of its scope: it lives until release() (parameters, optimizer state, caches). */
 export function keep<T extends Tensor>(tensor: T): T {
-  current?.delete(tensor);
+  current?.tensors.delete(tensor);
+  lasting?.add(tensor);
   return tensor;
 }
 
@@ -26,20 +41,41 @@ export function unscoped<R>(fn: () => R): R {
   }
 }
 
+/** Runs `fn`, which makes tensors that outlive it (a model, an optimizer), and frees them if it ends in an error. */
+export function built<R>(fn: () => R): R {
+  const outer = lasting;
+  const mine = new Set<Tensor>();
+  lasting = mine;
+  try {
+    const result = fn();
+    for (const tensor of mine) outer?.add(tensor);
+    return result;
+  } catch (error) {
+    for (const tensor of mine) tensor.release();
+    throw error;
+  } finally {
+    lasting = outer;
+  }
+}
+
 /** Runs `fn` and frees the tensors it made but does not return (found in arrays and plain objects too). */
 export function scope<R>(fn: () => R): R {
   const outer = current;
-  const mine = new Set<Tensor>();
+  const mine: Scope = { tensors: new Set(), undo: [] };
   current = mine;
   try {
     const result = fn();
     for (const tensor of tensorsIn(result)) {
-      if (mine.delete(tensor)) outer?.add(tensor);
+      if (mine.tensors.delete(tensor)) outer?.tensors.add(tensor);
     }
+    for (const undo of mine.undo) outer?.undo.push(undo);
     return result;
+  } catch (error) {
+    for (const undo of mine.undo) undo();
+    throw error;
   } finally {
     current = outer;
-    for (const tensor of mine) tensor.release();
+    for (const tensor of mine.tensors) tensor.release();
   }
 }
 

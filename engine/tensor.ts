@@ -91,6 +91,12 @@ export class Tensor {
     return out;
   }
 
+  /** Uploads numbers, rounded to its type. */
+  set(values: ArrayLike<number>): this {
+    checkCount(values.length, this.shape);
+    return this.upload(encodeNumbers(values, this.dtype));
+  }
+
   upload(bytes: Uint8Array, offset = 0): this {
     this.device.driver.upload(this.block, offset, bytes);
     return this;
@@ -121,9 +127,12 @@ export function tensor(
   shape: readonly number[],
   options: { device: Device; dtype?: DType },
 ): Tensor {
-  if (values.length !== sizeOf(shape))
-    throw new ShapeError(`tensor: ${values.length} values do not fill [${shape}]`);
-  return empty(shape, options).upload(encodeNumbers(values, options.dtype ?? 'float32'));
+  checkCount(values.length, shape);
+  return empty(shape, options).set(values);
+}
+
+function checkCount(count: number, shape: readonly number[]): void {
+  if (count !== sizeOf(shape)) throw new ShapeError(`tensor: ${count} values do not fill [${shape}]`);
 }
 
 export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor =>

@@ -14,12 +14,18 @@ export interface Latents {
 }
 
 /** [n, c, h, w] numbers → a tensor [n, h, w, c]. */
-export function toDevice({ shape: [n, c, h, w], data }: Latents, device: Device, dtype: FloatDType): Tensor {
+export function toDevice(latents: Latents, device: Device, dtype: FloatDType): Tensor {
+  const [n, c, h, w] = latents.shape;
+  return tensor(channelsLast(latents), [n, h, w, c], { device, dtype });
+}
+
+/** [n, c, h, w] numbers in the order [n, h, w, c]. */
+export function channelsLast({ shape: [n, c, h, w], data }: Latents): Float32Array {
   const out = new Float32Array(data.length);
   for (let i = 0; i < n; i++)
     for (let k = 0; k < c; k++)
       for (let p = 0; p < h * w; p++) out[(i * h * w + p) * c + k] = data[(i * c + k) * h * w + p];
-  return tensor(out, [n, h, w, c], { device, dtype });
+  return out;
 }
 
 /** A tensor [n, h, w, c] → [n, c, h, w] numbers. */

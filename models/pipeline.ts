@@ -2,29 +2,22 @@
 // request decides which: an image makes it image-to-image, a mask inpainting, latents a continuation. The denoising loop
 // is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
+import { holding } from '../engine/memory.ts';
 import { unload } from '../engine/module.ts';
-import { keep, scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
+import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
-import {
-  encodePrompts,
-  type MicroConditioning,
-  type Prompts,
-  type Size,
-  type TextStack,
-  timeIds,
-} from './conditioning.ts';
-import { decodeLatents, encodeImage, guide, type Latents, stacked, toDevice, toHost } from './latents.ts';
+import { type MicroConditioning, type Prompts, type Size, type TextStack, timeIds } from './conditioning.ts';
+import { openDenoiser } from './denoiser.ts';
+import { decodeLatents, encodeImage, type Latents, stacked } from './latents.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 import { loadTokenizer } from './tokenizer.ts';
 import type { TorchGenerator } from './torch_random.ts';
-import { newContextCache, parseUNetConfig, type UNet, type UNetConfig, unet } from './unet.ts';
+import { parseUNetConfig, type UNet, type UNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
 export interface Pipeline {
@@ -45,30 +38,32 @@ export interface Pipeline {
 }
 
 /** Loads every component of a model; `vaeSource` replaces its VAE. The VAE runs in float32: in half precision it overflows. */
-export function loadPipeline(
-  source: ModelSource,
-  options: {
-    device: Device;
-    dtype: FloatDType;
-    vaeSource?: ModelSource;
-    /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
-    gradientCheckpointing?: boolean;
-  },
-): Pipeline {
+export const loadPipeline = (source: ModelSource, options: LoadOptions): Pipeline =>
+  built(() => load(source, options));
+
+interface LoadOptions {
+  device: Device;
+  dtype: FloatDType;
+  vaeSource?: ModelSource;
+  /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
+  gradientCheckpointing?: boolean;
+}
+
+function load(source: ModelSource, options: LoadOptions): Pipeline {
   const { device, dtype, vaeSource = source, gradientCheckpointing } = options;
   const components = ['text_encoder', 'text_encoder_2'].filter((name) => source.has(name));
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const encoders = components.map((name) => {
     const encoder = textEncoder(parseTextConfig(source.config(name)));
-    source.load(name, encoder, device, dtype);
+    holding(name, () => source.load(name, encoder, device, dtype));
     return { encoder, tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))) };
   });
   const unetConfig = parseUNetConfig(source.config('unet'));
   const denoiser = unet(unetConfig, { gradientCheckpointing });
-  source.load('unet', denoiser, device, dtype);
+  holding('unet', () => source.load('unet', denoiser, device, dtype));
   const coder = vae(parseVaeConfig(vaeSource.config('vae')));
-  vaeSource.load('vae', coder.module, device, 'float32');
+  holding('vae', () => vaeSource.load('vae', coder.module, device, 'float32'));
   const ratio = 2 ** (coder.config.block_out_channels.length - 1);
   return {
     device,
@@ -112,6 +107,8 @@ export interface Request extends Prompts, MicroConditioning {
   denoising_start?: number;
   denoising_end?: number;
   vae_tiling?: boolean;
+  /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */
+  last?: boolean;
 }
 
 export interface Progress {
@@ -155,9 +152,9 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
     images,
     interleaved: request.image === undefined && request.latents === undefined,
   });
-  const { model, truncated, release } = prepareModel(pipeline, request, shape, ids, guided);
+  const { predict, truncated, release } = openDenoiser(pipeline, request, shape, ids, guided);
   try {
-    const loop = sampler.run(plan, start.latents.data, model, start.draw);
+    const loop = sampler.run(plan, start.latents.data, predict, start.draw);
     let turn = loop.next();
     while (!turn.done) {
       const x = start.afterStep?.(turn.value.x, turn.value.index) ?? turn.value.x;
@@ -169,6 +166,10 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
     return { latents: { shape, data: turn.value }, timeIds: ids, timesteps, truncated };
   } finally {
     release();
+    if (request.last) {
+      unload(pipeline.unet);
+      pipeline.device.memory.trim();
+    }
   }
 }
 
@@ -186,46 +187,6 @@ function planOptions(request: Request) {
     // Diffusers' pipelines hand every sampler that takes eta a 0, and so overrule TCD's own default of 0.3.
     eta: request.eta ?? 0,
   };
-}
-
-/** The UNet under guidance as a function of scaled latents, with the prompts encoded and their keys and values cached. */
-function prepareModel(
-  pipeline: Pipeline,
-  request: Request,
-  shape: readonly number[],
-  ids: number[][],
-  guided: boolean,
-) {
-  const { device, dtype } = pipeline;
-  const rows = guided ? 2 * shape[0] : shape[0];
-  const copies = request.num_images_per_prompt ?? 1;
-  const { context, pooled, truncated } = noGrad(() =>
-    scope(() => {
-      const made = encodePrompts(pipeline.text, request, { guided, copies, device, dtype });
-      return { ...made, context: keep(made.context.handle()), pooled: keep(made.pooled.handle()) };
-    }),
-  );
-  const idTensor = keep(tensor(ids.flat(), [ids.length, ids[0].length], { device }));
-  const cache = newContextCache();
-  const model = (x: Float32Array, timestep: number): Float32Array =>
-    noGrad(() =>
-      scope(() => {
-        const doubled = guided ? new Float32Array(2 * x.length) : x;
-        if (guided) for (const at of [0, x.length]) doubled.set(x, at);
-        const sample = toDevice({ shape: [rows, ...shape.slice(1)], data: doubled }, device, dtype);
-        const times = tensor(new Float32Array(rows).fill(timestep), [rows], { device });
-        const output = toHost(
-          pipeline.unet(sample, times, { context, textEmbeds: pooled, timeIds: idTensor, cache }),
-        );
-        if (!guided) return output.data;
-        return guide(output.data, shape[0], request.guidance_scale, request.guidance_rescale ?? 0);
-      }),
-    );
-  const release = () => {
-    cache.release();
-    for (const t of [context, pooled, idTensor]) t.release();
-  };
-  return { model, truncated, release };
 }
 
 interface Start {

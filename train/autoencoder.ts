@@ -3,6 +3,7 @@
 // pictures and becomes scaling_factor, so that a UNet trained on them sees unit variance.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
+import { holding } from '../engine/memory.ts';
 import { namedParameters, unload } from '../engine/module.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { cast, exp, scale } from '../engine/ops/unary.ts';
@@ -41,7 +42,7 @@ export function autoencoderTask(
 ): Task<Inputs> {
   const config = { ...source.config('vae') };
   const coder = vae(parseVaeConfig(config));
-  source.load('vae', coder.module, device, run.dtype);
+  holding('vae', () => source.load('vae', coder.module, device, run.dtype));
   const trained = component('vae', config, coder.module);
   const ratio = 2 ** (coder.config.block_out_channels.length - 1);
   const shapes = (bucket: number, n: number) => {

@@ -2,10 +2,11 @@
 // number of updates, so that early averages forget the start.
 
 import { noGrad } from '../engine/grad.ts';
+import { holding } from '../engine/memory.ts';
 import { update } from '../engine/op.ts';
 import { emaStep } from '../engine/ops/optimizer.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { unscoped } from '../engine/scope.ts';
+import { built, unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
 
 export interface Ema {
@@ -22,7 +23,10 @@ export interface Ema {
 export const emaDecay = (decay: number, k: number): number => (k <= 1 ? 0 : Math.min(decay, k / (9 + k)));
 
 /** Averages of the tensors that `weightOf` gives for `names`, beginning as copies of them. */
-export function ema(names: Iterable<string>, weightOf: (name: string) => Tensor, decay: number): Ema {
+export const ema = (names: Iterable<string>, weightOf: (name: string) => Tensor, decay: number): Ema =>
+  holding('averages', () => built(() => startEma(names, weightOf, decay)));
+
+function startEma(names: Iterable<string>, weightOf: (name: string) => Tensor, decay: number): Ema {
   const weights = new Map<string, Tensor>();
   for (const name of names)
     weights.set(

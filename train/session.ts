@@ -6,7 +6,7 @@ import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { standInDevice } from '../engine/profile.ts';
-import { scope } from '../engine/scope.ts';
+import { built, scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
@@ -86,7 +86,10 @@ async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
 }
 
 /** Loads the weights onto `device`. @throws UserError */
-export function openSession(materials: Materials, device: Device): Session {
+export const openSession = (materials: Materials, device: Device): Session =>
+  built(() => startSession(materials, device));
+
+function startSession(materials: Materials, device: Device): Session {
   const { run, source, vaeSource, pictures } = materials;
   const task: Task =
     run.train.target === 'vae'

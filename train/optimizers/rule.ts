@@ -1,11 +1,12 @@
 // What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights, and
 // the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it.
 import { gradOf, noGrad } from '../../engine/grad.ts';
+import { holding } from '../../engine/memory.ts';
 import type { Parameter } from '../../engine/module.ts';
 import { type Update, update } from '../../engine/op.ts';
 import type { StepAttrs, StepInputs } from '../../engine/ops/optimizer.ts';
 import { cast } from '../../engine/ops/unary.ts';
-import { scope, unscoped } from '../../engine/scope.ts';
+import { built, scope, unscoped } from '../../engine/scope.ts';
 import { type Tensor, zeros } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';
 import { streamOf } from '../draws.ts';
@@ -47,6 +48,14 @@ export interface OptimizerOptions {
 
 /** An optimizer over loaded parameters, by `rule`. The order of `parameters` is part of the rounding's key. */
 export function optimize(
+  parameters: ReadonlyMap<string, Parameter>,
+  rule: Rule,
+  options: OptimizerOptions,
+): Optimizer {
+  return holding('optimizer', () => built(() => startOptimizer(parameters, rule, options)));
+}
+
+function startOptimizer(
   parameters: ReadonlyMap<string, Parameter>,
   rule: Rule,
   { weight_decay, stochastic_rounding, seed }: OptimizerOptions,
