@@ -1,5 +1,6 @@
 // conv2d, channels last, as matrix products over an implicit im2col: k (or n) runs over taps x channels, and a tap outside
-// the image reads zeros. The gradient of x is the same product over dy, for one phase of the stride at a time: the pixels
+// the image reads zeros. Taps side by side in a row of the kernel read pixels side by side in memory, so away from the image's
+// sides they are one run, read in place; that is what makes few channels cheap. The gradient of x is the same product over dy, for one phase of the stride at a time: the pixels
 // y = phase (mod stride) are fed by the same few taps, so no product with a zero is made.
 #include "gemm.h"
 
@@ -14,8 +15,15 @@ struct Shape {
 };
 
 struct Tap {
-  int y, x, index; // offset in the source, place in the weight's [kh][kw]
+  int y, x, index;   // offset in the source, place in the weight's [kh][kw]
+  int following = 0; // how many taps after it each read the next pixel of the same row
 };
+
+std::vector<Tap> joined(std::vector<Tap> taps) {
+  for (size_t i = taps.size(); i-- > 1;)
+    if (taps[i].y == taps[i - 1].y && taps[i].x == taps[i - 1].x + 1) taps[i - 1].following = taps[i].following + 1;
+  return taps;
+}
 
 // Row r is pixel (image, y, x) of a grid; its columns are [taps][channels], the pixels (y, x) * step + tap of the source.
 template <class T> struct Taps final : Rows<T> {
@@ -27,56 +35,80 @@ template <class T> struct Taps final : Rows<T> {
       : data(data), channels(channels), source_height(source_height), source_width(source_width), height(height), width(width),
         step(step), taps(taps) {}
 
-  int64_t run() const override { return channels; }
+  // Taps that are read as one: at the sides of an image they come apart into short pieces, which narrow ones have too many of.
+  int64_t together() const { return width < 32 || taps.empty() ? 1 : taps[0].following + 1; }
+  int64_t run() const override { return channels * together(); }
 
-  const T *source(int64_t image, int64_t y, int64_t x) const {
-    return y < 0 || y >= source_height || x < 0 || x >= source_width ? nullptr
-                                                                    : data + ((image * source_height + y) * source_width + x) * channels;
+  const T *source(int64_t image, int64_t y, int64_t x) const { return data + ((image * source_height + y) * source_width + x) * channels; }
+
+  // Pixels whose `count` taps from `first` on all lie inside.
+  Range inside(const Tap &first, int64_t count) const {
+    const int64_t room = source_width - count - first.x;
+    return {std::max<int64_t>(0, (step - 1 - first.x) / step), room < 0 ? 0 : room / step + 1};
   }
 
   void fetch(const T **to, Range rows, Range columns, T *scratch) const override {
-    const int64_t count = columns.count(), tap = columns.begin / channels, offset = columns.begin % channels;
+    const int64_t count = columns.count(), offset = columns.begin % channels, end = rows.end;
+    const Tap &first = taps[columns.begin / channels];
+    const bool one_run = offset + count <= (first.following + 1) * channels;
+    const Range whole = inside(first, (offset + count - 1) / channels + 1);
     int64_t x = rows.begin % width, y = rows.begin / width % height, image = rows.begin / (width * height);
-    for (int64_t r = rows.begin; r < rows.end; r++, scratch += count) {
-      const T *from = source(image, y * step + taps[tap].y, x * step + taps[tap].x);
-      if (from != nullptr && offset + count <= channels) *to++ = from + offset;
-      else {
+    for (int64_t r = rows.begin; r < end;) {
+      const int64_t v = y * step + first.y;
+      if (one_run && v >= 0 && v < source_height && x >= whole.begin && x < whole.end) {
+        const T *from = source(image, v, x * step + first.x) + offset;
+        const int64_t stop = std::min({whole.end, width, x + end - r});
+        for (; x < stop; x++, r++, from += step * channels) *to++ = from;
+      } else {
+        gather(scratch, image, y, x, &first, offset, count);
         *to++ = scratch;
-        int64_t at = offset;
-        for (int64_t done = 0, t = tap; done < count; t++, at = 0) {
-          const int64_t run = std::min(channels - at, count - done);
-          from = source(image, y * step + taps[t].y, x * step + taps[t].x);
-          if (from == nullptr) memset(scratch + done, 0, size_t(run) * sizeof(T));
-          else memcpy(scratch + done, from + at, size_t(run) * sizeof(T));
-          done += run;
-        }
+        scratch += count;
+        x++, r++;
       }
-      if (++x == width) {
+      if (x == width) {
         x = 0;
         if (++y == height) y = 0, image++;
       }
     }
   }
 
+  // `count` elements of a pixel's row from channel `at` of a tap on.
+  void gather(T *into, int64_t image, int64_t y, int64_t x, const Tap *tap, int64_t at, int64_t count) const {
+    while (count > 0) {
+      const int64_t v = y * step + tap->y, u = x * step + tap->x;
+      const bool found = v >= 0 && v < source_height && u >= 0 && u < source_width;
+      const int64_t many = found ? std::min<int64_t>(tap->following + 1, source_width - u) : 1;
+      const int64_t run = std::min(many * channels - at, count);
+      if (found) memcpy(into, source(image, v, u) + at, size_t(run) * sizeof(T));
+      else memset(into, 0, size_t(run) * sizeof(T));
+      into += run, count -= run, tap += many, at = 0;
+    }
+  }
+
   int strips(Strip<T> *to, Range rows, Range columns) const override {
     constexpr int64_t SHORTEST = 32; // elements of a run worth a micro-kernel of their own
-    const int64_t runs = (columns.end - 1) / channels - columns.begin / channels + 1;
-    if (channels < SHORTEST || width < 4 || !spreads<T>(step * channels) || (rows.count() / width + 2) * runs > MAX_STRIPS) return -1;
+    if (run() < SHORTEST || width < 4 || !spreads<T>(step * channels)) return -1;
     int found = 0;
-    for (int64_t c = columns.begin; c < columns.end;) {
-      const Tap &tap = taps[c / channels];
-      const int64_t end = std::min(columns.end, (c / channels + 1) * channels);
-      for (int64_t r = rows.begin; r < rows.end;) {
-        const int64_t x = r % width, y = r / width % height * step + tap.y, last = std::min(width, x + rows.end - r);
-        // The pixels of this row that the tap finds inside the source.
-        const int64_t low = std::max(x, tap.x >= 0 ? 0 : (-tap.x + step - 1) / step);
-        const int64_t high = std::min(last, source_width > tap.x ? (source_width - 1 - tap.x) / step + 1 : 0);
-        if (y >= 0 && y < source_height && low < high)
-          to[found++] = {source(r / (width * height), y, low * step + tap.x) + c % channels, step * channels,
-                         int(r - rows.begin + low - x), int(high - low), {c, end}};
-        r += last - x;
+    for (int64_t c = columns.begin, end; c < columns.end; c = end) {
+      const int64_t first = c / channels, last = (first / together() + 1) * together() - 1;
+      end = std::min(columns.end, (last + 1) * channels);
+      // Those on either side of it go one by one.
+      const Range whole = inside(taps[first], last - first + 1);
+      for (int64_t r = rows.begin, x, stop; r < rows.end; r += stop - x) {
+        x = r % width, stop = std::min(width, x + rows.end - r);
+        const int64_t v = r / width % height * step + taps[first].y;
+        if (v < 0 || v >= source_height) continue;
+        for (int64_t px = x, next; px < stop; px = next) {
+          next = px >= whole.begin && px < whole.end ? std::min(stop, whole.end) : px + 1;
+          const int64_t u = px * step + taps[first].x; // where the first tap reads
+          const Range seen{std::max(c, (first - std::min<int64_t>(u, 0)) * channels),
+                           std::min(end, (first + source_width - u) * channels)};
+          if (seen.begin >= seen.end) continue;
+          if (found == MAX_STRIPS) return -1;
+          const T *pixels = source(r / (width * height), v, u) + seen.begin - first * channels;
+          to[found++] = {pixels, step * channels, int(r - rows.begin + px - x), int(next - px), seen};
+        }
       }
-      c = end;
     }
     return found;
   }
@@ -99,17 +131,18 @@ template <class T> struct TapMajorWeight final : Rows<T> {
 std::vector<Tap> forward_taps(const Shape &s) {
   std::vector<Tap> taps;
   for (int i = 0; i < s.kh * s.kw; i++) taps.push_back({i / s.kw - s.pad_top, i % s.kw - s.pad_left, i});
-  return taps;
+  return joined(std::move(taps));
 }
 
-// The taps that reach input pixels (top, left) + stride * (y, x), as offsets of the output pixel from (y, x).
+// The taps that reach input pixels (top, left) + stride * (y, x), as offsets of the output pixel from (y, x). Backwards, so
+// that these grow along a row.
 std::vector<Tap> phase_taps(const Shape &s, int top, int left) {
   std::vector<Tap> taps;
-  for (int i = 0; i < s.kh * s.kw; i++) {
+  for (int i = s.kh * s.kw; i-- > 0;) {
     const int y = top + s.pad_top - i / s.kw, x = left + s.pad_left - i % s.kw;
     if (y % s.stride == 0 && x % s.stride == 0) taps.push_back({y / s.stride, x / s.stride, i});
   }
-  return taps;
+  return joined(std::move(taps));
 }
 
 template <class T> Taps<T> input_taps(const T *x, const Shape &s, const std::vector<Tap> &taps) {
