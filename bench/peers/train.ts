@@ -1,54 +1,76 @@
-// Updates of the emoji model's UNet beside PyTorch's, taking turns in one run: forward, backward, clipping at norm 1 and
-// AdamW, batch 32. Prints the medians and their ratio as JSON; one clear line where torch is absent.
-//   node dist/bench/peers/train.js [PYTHON]
+// Updates of the emoji model's UNet and VAE beside PyTorch's, taking turns in one run: forward, backward, clipping at norm 1
+// and AdamW. Prints the medians and their ratio as JSON; one clear line where torch is absent.
+//   node dist/bench/peers/train.js [PYTHON [unet | vae]]
 import { spawn } from 'node:child_process';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { packageRoot } from '../../engine/cpu/build.ts';
-import { openDevice } from '../../engine/device.ts';
+import { type Device, openDevice } from '../../engine/device.ts';
 import { backward, clearGrad, requireGrad } from '../../engine/grad.ts';
-import { namedParameters, parameterCount, unload } from '../../engine/module.ts';
+import { type AnyModule, namedParameters, parameterCount, unload } from '../../engine/module.ts';
+import { add, mul } from '../../engine/ops/binary.ts';
+import { exp, scale } from '../../engine/ops/unary.ts';
 import { scope, unscoped } from '../../engine/scope.ts';
-import { sizeOf, tensor } from '../../engine/tensor.ts';
+import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { emojiModel } from '../../models/presets.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
 import { unet } from '../../models/unet.ts';
+import { vae } from '../../models/vae.ts';
 import { clipGradients } from '../../train/clip.ts';
 import { fill } from '../../train/fields.ts';
 import { diffusionLoss, objectiveOf } from '../../train/objective.ts';
 import { createOptimizer } from '../../train/optimizers/create.ts';
 import { fields } from '../../train/run.ts';
+import { vaeLoss } from '../../train/vae_objective.ts';
 import { fillRandom, uniforms } from '../pool_weights.ts';
 
-const batch = 32;
 const [warm, timed] = [4, 14];
-const { unet: config, scheduler } = emojiModel;
-/** The same in torch_unet.py's words. */
-const network = {
-  channels: config.block_out_channels,
-  layers: config.layers_per_block,
-  depth: config.transformer_layers_per_block,
-  heads: config.attention_head_dim,
-  ctx: config.cross_attention_dim,
-  groups: config.norm_num_groups,
-  add_dim: config.addition_time_embed_dim,
-  add_in: config.projection_class_embeddings_input_dim,
-};
+const { unet: unetConfig, vae: vaeConfig, scheduler } = emojiModel;
 
-/** Our side: `update` takes one and returns its milliseconds. */
-function ours(dtype: FloatDType) {
-  const device = openDevice('cpu');
-  device.memory.peak = device.memory.live;
-  const net = unet(config);
-  fillRandom(net, device, dtype);
-  const parameters = namedParameters(net);
-  for (const p of parameters.values()) requireGrad(p.tensor);
-  const run = fill(fields, {}, 'the defaults');
-  const optimizer = createOptimizer(parameters, run.optimizer, 0);
+/** What is timed: batches as configs/emoji.ts has them, and the network in the words of torch_train.py. */
+const networks = {
+  unet: {
+    batch: 32,
+    peer: {
+      channels: unetConfig.block_out_channels,
+      layers: unetConfig.layers_per_block,
+      depth: unetConfig.transformer_layers_per_block,
+      heads: unetConfig.attention_head_dim,
+      ctx: unetConfig.cross_attention_dim,
+      groups: unetConfig.norm_num_groups,
+      add_dim: unetConfig.addition_time_embed_dim,
+      add_in: unetConfig.projection_class_embeddings_input_dim,
+    },
+    open: openUnet,
+  },
+  vae: {
+    batch: 16,
+    peer: {
+      channels: vaeConfig.block_out_channels,
+      layers: vaeConfig.layers_per_block,
+      groups: vaeConfig.norm_num_groups,
+      latent: vaeConfig.latent_channels,
+    },
+    open: openVae,
+  },
+};
+type Name = keyof typeof networks;
+
+/** A network, its loss on the tape over fixed inputs, and those inputs. */
+interface Opened {
+  net: AnyModule;
+  loss(): Tensor;
+  inputs: readonly Tensor[];
+}
+
+const random = (...shape: number[]): Float32Array => uniforms(sizeOf(shape), 1);
+const run = fill(fields, {}, 'the defaults');
+
+function openUnet(device: Device, dtype: FloatDType, batch: number): Opened {
+  const net = unet(unetConfig);
   const objective = objectiveOf(run.objective, parseSchedulerConfig(scheduler));
   const shape = [batch, 16, 16, 4];
-  const random = (...of: number[]) => uniforms(sizeOf(of), 1);
   const conditioning = unscoped(() => ({
     context: tensor(random(batch, 77, 128), [batch, 77, 128], { device, dtype }),
     textEmbeds: tensor(random(batch, 64), [batch, 64], { device, dtype }),
@@ -61,19 +83,54 @@ function ours(dtype: FloatDType) {
     target: random(...shape),
   };
   return {
+    net,
+    loss: () => diffusionLoss(net, objective, noised, conditioning),
+    inputs: Object.values(conditioning),
+  };
+}
+
+function openVae(device: Device, dtype: FloatDType, batch: number): Opened {
+  const coder = vae(vaeConfig);
+  const [shape, latent] = [
+    [batch, 64, 64, 3],
+    [batch, 16, 16, 4],
+  ];
+  const [x, draw] = unscoped(() => [shape, latent].map((of) => tensor(random(...of), of, { device, dtype })));
+  return {
+    net: coder.module,
+    loss() {
+      const moments = coder.encode(x);
+      const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), draw));
+      return vaeLoss(run.vae_objective, coder.decode(z), x, moments);
+    },
+    inputs: [x, draw],
+  };
+}
+
+/** Our side: `update` takes one and returns its milliseconds. */
+function ours(name: Name, dtype: FloatDType) {
+  const device = openDevice('cpu');
+  device.memory.peak = device.memory.live;
+  const { batch, open } = networks[name];
+  const { net, loss, inputs } = open(device, dtype, batch);
+  fillRandom(net, device, dtype);
+  const parameters = namedParameters(net);
+  for (const p of parameters.values()) requireGrad(p.tensor);
+  const optimizer = createOptimizer(parameters, run.optimizer, 0);
+  return {
     parameters: parameterCount(net),
     peakMiB: () => Math.round(device.memory.peak / 2 ** 20),
     release() {
       unload(net);
       optimizer.release();
-      for (const t of Object.values(conditioning)) t.release();
+      for (const t of inputs) t.release();
     },
     update() {
       const began = performance.now();
       scope(() => {
-        const loss = diffusionLoss(net, objective, noised, conditioning);
-        loss.floats();
-        backward(loss);
+        const y = loss();
+        y.floats();
+        backward(y);
       });
       optimizer.step(1e-4, clipGradients(parameters, 1).scale);
       for (const p of parameters.values()) clearGrad(p.tensor);
@@ -82,9 +139,10 @@ function ours(dtype: FloatDType) {
   };
 }
 
-async function compare(python: string, dtype: FloatDType): Promise<void> {
+async function compare(python: string, name: Name, dtype: FloatDType): Promise<void> {
+  const { batch, peer: network } = networks[name];
   const script = join(packageRoot, 'bench', 'peers', 'torch_train.py');
-  const child = spawn(python, [script, JSON.stringify(network), String(batch), dtype, '2'], {
+  const child = spawn(python, [script, name, JSON.stringify(network), String(batch), dtype, '2'], {
     stdio: ['pipe', 'pipe', 'ignore'],
   });
   child.on('error', () => undefined); // told below: it prints no line
@@ -95,7 +153,7 @@ async function compare(python: string, dtype: FloatDType): Promise<void> {
     return;
   }
   const peer = JSON.parse(hello.value) as { torch: string; parameters: number };
-  const mine = ours(dtype);
+  const mine = ours(name, dtype);
   const times: [number[], number[]] = [[], []];
   for (let i = 0; i < warm + timed; i++) {
     const a = mine.update();
@@ -110,6 +168,7 @@ async function compare(python: string, dtype: FloatDType): Promise<void> {
   const same = peer.parameters === mine.parameters;
   console.log(
     JSON.stringify({
+      network: name,
       dtype,
       batch,
       parameters: mine.parameters,
@@ -122,4 +181,7 @@ async function compare(python: string, dtype: FloatDType): Promise<void> {
   );
 }
 
-for (const dtype of ['float32', 'bfloat16'] as const) await compare(process.argv[2] ?? 'python3', dtype);
+const [python = 'python3', only] = process.argv.slice(2);
+for (const name of Object.keys(networks) as Name[])
+  for (const dtype of ['float32', 'bfloat16'] as const)
+    if (!only || only === name) await compare(python, name, dtype);

@@ -119,6 +119,10 @@ const convOp = defineOp<ConvAttrs>({
       attrs: { stride: 1, padding: [0, 0, 0, 0] },
     },
     { inputs: { x: [1, 5, 9, 18], weight: [33, 3, 3, 18] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
+    // Wide enough that taps side by side are read as one run.
+    { inputs: { x: [2, 2, 33, 12], weight: [5, 3, 3, 12] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
+    { inputs: { x: [1, 3, 66, 12], weight: [3, 3, 3, 12] }, attrs: { stride: 2, padding: [0, 0, 1, 1] } },
+    { inputs: { x: [1, 2, 35, 7], weight: [2, 5, 5, 7] }, attrs: { stride: 1, padding: [2, 2, 2, 2] } },
     ...awkwardSizes.map(([c, o], i) => {
       const [n, h, w] = [1 + (i % 2), 3 + (i % 5), 3 + (i % 7)];
       const [k, stride] = [[3, 3, 1, 3, 5][i % 5], 1 + (i % 3 > 1 ? 1 : 0)];
