@@ -12,12 +12,18 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
+import { hopperConvolution } from './plan_conv2d_sm90.ts';
 import {
+  across,
+  along,
   choose as chooseHopper,
-  hopperProduct,
+  type HopperProduct,
+  hopperLaunch,
+  hopperTakes,
   isWalkable,
   type ProductKind,
   type Slabs,
+  STEP,
 } from './plan_sm90.ts';
 
 const GEGLU = 4;
@@ -120,37 +126,65 @@ function slabStride(p: Product, [outer, inner]: readonly [number, number] = [0, 
 
 /** The launches on Hopper's own instructions, where the tensors allow it. */
 function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined {
-  const { layout, m, n, k, batch: slabs, bias = 0n, residual = 0n, activation = 0, sums } = p;
-  if (!context.hopper || context.elementBytes !== 2 || m < 64 || n < 16 || n % 8 !== 0) return undefined;
-  const [along, bAlong, half] = [layout[0] === 'n', layout[1] === 't', activation === GEGLU];
-  const shaped = (rows: number, columns: number, swap: boolean) =>
-    swap ? { rows: columns, columns: rows, slabs } : { rows, columns, slabs };
-  const a: Slabs = {
-    address: p.a,
-    ...shaped(m, k, !along),
-    stride: p.aStride,
-    slabStride: slabStride(p, p.aBatch),
-  };
-  const b: Slabs = {
-    ...{ address: p.b, ...shaped(half ? 2 * n : n, k, !bAlong) },
-    ...{ stride: p.bStride, slabStride: slabStride(p, p.bBatch) },
-  };
-  const stride = p.yStride ?? n;
-  const y: Slabs = { address: p.y, rows: m, columns: n, slabs, stride, slabStride: slabStride(p, p.yBatch) };
-  const extras = [bias, residual].map(BigInt);
-  const walkable = [a, b, ...(sums === undefined ? [y, { ...y, address: extras[1] }] : [])].every(isWalkable);
-  if (!walkable || extras[0] % 4n !== 0n || (residual && stride !== n)) return undefined;
-  const size = { kind: (half ? 'geglu' : layout) as ProductKind, m, n, steps: divideUp(k, 64), slabs };
-  const canSplit = slabs === 1 && !half && sums === undefined;
-  const choice = chooseHopper(size, canSplit, context.multiprocessors);
-  const address = sums ?? (choice.splits > 1 ? context.workspace(choice.splits * m * n * 4) : undefined);
-  const partial = address === undefined ? undefined : { address, row: n, slab: m * n, part: m * n * slabs };
-  const whole = { ...size, a, b, y, bias: extras[0], residual: extras[1], activation: half ? 0 : activation };
-  const first = hopperProduct(whole, choice, partial, context);
-  if (choice.splits === 1) return [first];
+  const { layout, m, n, k, batch: slabs, activation = 0, sums } = p;
+  if (!hopperTakes(m, n, context)) return undefined;
+  const [half, stride] = [activation === GEGLU, p.yStride ?? n];
+  const [bias, residual] = [p.bias ?? 0n, p.residual ?? 0n].map(BigInt);
+  const tensor = (
+    address: bigint,
+    rows: number,
+    columns: number,
+    stride: number,
+    batch = p.yBatch,
+  ): Slabs => ({
+    ...{ address, rows, columns, slabs, stride, slabStride: slabStride(p, batch) },
+  });
+  const [aAlong, bAlong, h] = [layout[0] === 'n', layout[1] === 't', half ? 2 * n : n];
+  const a = tensor(p.a, aAlong ? m : k, aAlong ? k : m, p.aStride, p.aBatch);
+  const b = tensor(p.b, bAlong ? h : k, bAlong ? k : h, p.bStride, p.bBatch);
+  const y = tensor(p.y, m, n, stride);
+  const walked = sums === undefined ? [a, b, y, { ...y, address: residual }] : [a, b];
+  if (!walked.every(isWalkable) || bias % 4n !== 0n || (residual && stride !== n)) return undefined;
+  const kind: ProductKind = half ? 'geglu' : layout;
+  return hopperLaunches(
+    {
+      ...{ family: 'gemm_sm90', kind, m, n, steps: divideUp(k, STEP), slabs, y, bias, residual },
+      a: aAlong ? along(a) : across(a),
+      b: bAlong ? along(b, 2) : across(b), // two boxes: values and gates, or halves
+      own: (tile) => [half ? 0 : activation, half ? n : tile.n / 2],
+    },
+    { sums, strides: [n, m * n], canSplit: slabs === 1 && !half, extras: [bias, 0n, residual], activation },
+    context,
+  );
+}
+
+interface Joining {
+  /** Float sums instead of y. */
+  readonly sums?: bigint;
+  /** Of partial sums, from row to row and slab to slab. */
+  readonly strides: readonly [row: number, slab: number];
+  readonly canSplit: boolean;
+  /** Bias, shift and residual, as join() takes them. */
+  readonly extras: readonly bigint[];
+  readonly activation?: number;
+  readonly rowsPerShift?: number;
+}
+
+/** The launch of a product on Hopper, and the one that joins its sums if k is split. */
+function hopperLaunches(
+  p: HopperProduct,
+  { sums, strides: [row, slab], canSplit, extras, activation = 0, rowsPerShift = 1 }: Joining,
+  context: PlanContext,
+): KernelLaunch[] {
+  const choice = chooseHopper(p, canSplit && sums === undefined, context.multiprocessors);
+  const [m, n, splits] = [p.m, p.n * p.slabs, choice.splits];
+  const address = splits > 1 ? context.workspace(splits * m * n * 4) : sums;
+  const partial = address === undefined ? undefined : { address, row, slab };
+  const first = hopperLaunch({ ...p, partial }, choice, context);
+  if (splits === 1) return [first];
   return [
     first,
-    join(p.y, address as bigint, [bias, 0n, residual], [m, n, 1, activation, choice.splits], context),
+    join(p.y.address, address as bigint, extras, [m, n, rowsPerShift, activation, splits], context),
   ];
 }
 
@@ -234,8 +268,23 @@ interface Convolution extends Size {
   readonly rowsPerShift: number;
 }
 
+/** The same for a convolution. */
+function convolutionOnHopper(
+  c: Convolution,
+  geometry: readonly number[],
+  context: PlanContext,
+): KernelLaunch[] | undefined {
+  const p = hopperConvolution(c.entry, c.pointers, geometry, context);
+  if (!p) return undefined;
+  const strides = [p.n * p.slabs, p.n] as const;
+  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
+  return hopperLaunches(p, { strides, canSplit: true, extras, rowsPerShift: c.rowsPerShift }, context);
+}
+
 /** `pointers` begin with the output; the kernel takes the partial sums right after it. */
 function convolution(c: Convolution, geometry: readonly number[], context: PlanContext): KernelLaunch[] {
+  const hopper = convolutionOnHopper(c, geometry, context);
+  if (hopper) return hopper;
   const whole = c.whole ? 3 : 0;
   const { tile, splits, kPart } = choose(c, whole, true, context);
   const partial = splits > 1 ? context.workspace(splits * c.m * c.n * 4) : 0n;

@@ -3,6 +3,7 @@
 // model of the time picks the tile; `overrides` holds what a measurement says better. The model's numbers are reasoned
 // from the hardware's rates, not measured.
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
+import type { KernelArgument } from './manifest.ts';
 import { divideUp, type KernelLaunch, type PlanContext } from './plan.ts';
 
 export interface Tile {
@@ -18,28 +19,34 @@ const tiles = {
   '256': { name: '256', n: 256, pingpong: false, stages: 3 },
   '160': { name: '160', n: 160, pingpong: false, stages: 5 },
   '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true, stages: 4 },
+  '128_pingpong': { name: '128_pingpong', n: 128, pingpong: true, stages: 5 },
   '80': { name: '80', n: 80, pingpong: false, stages: 7 },
 } as const satisfies Record<string, Tile>;
 export type TileName = keyof typeof tiles;
 
-export type ProductKind = 'nt' | 'nn' | 'tn' | 'geglu';
-const everyTile = Object.keys(tiles) as TileName[];
-const tilesOf: Record<ProductKind, readonly TileName[]> = {
-  nt: everyTile,
-  nn: everyTile,
-  tn: everyTile,
+/** The entries' names after their family's: gemm_sm90_nt_160. */
+export type ProductKind = 'nt' | 'nn' | 'tn' | 'geglu' | 'forward' | 'backward_x' | 'backward_weight';
+const gemmTiles: readonly TileName[] = ['256', '160', '160_pingpong', '80'];
+const gradientTiles: readonly TileName[] = ['256', '160', '128_pingpong'];
+export const tilesOf: Record<ProductKind, readonly TileName[]> = {
+  nt: gemmTiles,
+  nn: gemmTiles,
+  tn: gemmTiles,
   geglu: ['256', '160_pingpong'],
+  forward: ['256', '160', '160_pingpong', '128_pingpong'],
+  backward_x: gradientTiles,
+  backward_weight: gradientTiles,
 };
 
 const ROWS = 128;
-const STEP = 64;
+export const STEP = 64;
 const THREADS = 384;
 const BLOCK_ROWS = 64;
 
 /** Elements in a row of a shared tile that is `width` elements wide: product_sm90.cuh's span_of. */
-const boxColumns = (width: number): number => (width % 64 === 0 ? 64 : width % 32 === 0 ? 32 : 16);
-const swizzleOf = (columns: number): number =>
-  ({ 64: TensorMapSwizzle.B128, 32: TensorMapSwizzle.B64, 16: TensorMapSwizzle.B32 })[columns] as number;
+export const boxColumns = (width: number): number => (width % 64 === 0 ? 64 : width % 32 === 0 ? 32 : 16);
+/** Columns of C in a tile: GEGLU's tile is half gates. */
+const columnsOf = (kind: ProductKind, { n }: Tile): number => (kind === 'geglu' ? n / 2 : n);
 
 export interface Choice {
   readonly tile: TileName;
@@ -68,7 +75,7 @@ function cycles(
   multiprocessors: number,
 ): number {
   const { n: width, pingpong } = tiles[tile];
-  const columns = kind === 'geglu' ? width / 2 : width;
+  const columns = columnsOf(kind, tiles[tile]);
   const items = divideUp(m, ROWS) * divideUp(n, columns) * slabs * splits;
   const rounds = divideUp(items, multiprocessors);
   // A step of 128 x width x 64 takes 4 x width cycles of the tensor cores. Its operands come from L2 at some 40 bytes a cycle:
@@ -104,6 +111,10 @@ export function choose(size: ProductSize, canSplit: boolean, multiprocessors: nu
   return best;
 }
 
+/** Whether a product is worth a tile, and y's rows begin where TMA can store them. */
+export const hopperTakes = (m: number, n: number, { hopper, elementBytes }: PlanContext): boolean =>
+  hopper && elementBytes === 2 && m >= 64 && n >= 16 && n % 8 === 0;
+
 /** A tensor [slabs][rows][columns]; strides in elements. */
 export interface Slabs {
   readonly address: bigint;
@@ -118,74 +129,71 @@ export interface Slabs {
 export const isWalkable = ({ address, stride, slabs = 1, slabStride = 0 }: Slabs): boolean =>
   address % 16n === 0n && stride % 8 === 0 && (slabs === 1 || (slabStride % 8 === 0 && slabStride > 0));
 
-export function slabMap(
-  { address, rows, columns, slabs = 1, stride, slabStride = 0 }: Slabs,
-  boxRows: number,
-  box: number,
-  { dtype, tiledMap }: PlanContext,
-): Uint8Array {
+/** A map of it with boxes of `boxRows` rows of `box` elements. */
+function slabMap(tensor: Slabs, boxRows: number, box: number, { dtype, tiledMap }: PlanContext): Uint8Array {
+  const { address, rows, columns, slabs = 1, stride, slabStride = 0 } = tensor;
   return tiledMap({
-    dataType: TensorMapDataType[dtype === 'float16' ? 'FLOAT16' : 'BFLOAT16'],
-    globalAddress: address,
+    ...mapOf(address, box, dtype),
     globalDim: [columns, rows, slabs],
     globalStrides: [2 * stride, 2 * (slabs > 1 ? slabStride : stride * rows)],
     elementStrides: [1, 1, 1],
-    swizzle: swizzleOf(box),
     boxDim: [box, boxRows, 1],
   });
 }
 
-/** An operand's map: boxes of `rows` m or n by 64 k, or of 64 k by a chunk of the tile's width. */
-const operandMap = (tensor: Slabs, along: boolean, rows: number, width: number, context: PlanContext) =>
-  along ? slabMap(tensor, rows, STEP, context) : slabMap(tensor, STEP, boxColumns(width), context);
+/** What all maps say alike of rows of `box` elements in shared memory. */
+export const mapOf = (address: bigint, box: number, dtype: PlanContext['dtype']) => ({
+  dataType: TensorMapDataType[dtype === 'float16' ? 'FLOAT16' : 'BFLOAT16'],
+  globalAddress: address,
+  swizzle: { 64: TensorMapSwizzle.B128, 32: TensorMapSwizzle.B64, 16: TensorMapSwizzle.B32 }[box] as number,
+});
+
+/** An operand's map for a tile that is `width` m or n wide. */
+export type Operand = (width: number, context: PlanContext) => Uint8Array;
+/** Of a tensor whose rows lie along k: boxes of 64 k and a `share` of the width. */
+export const along =
+  (tensor: Slabs, share = 1): Operand =>
+  (width, context) =>
+    slabMap(tensor, width / share, STEP, context);
+/** Of a tensor that has a row for each k: boxes of 64 of them. */
+export const across =
+  (tensor: Slabs): Operand =>
+  (width, context) =>
+    slabMap(tensor, STEP, boxColumns(width), context);
 
 export interface HopperProduct extends ProductSize {
-  readonly a: Slabs;
-  readonly b: Slabs;
+  readonly family: string;
+  readonly a: Operand;
+  readonly b: Operand;
   readonly y: Slabs;
   readonly bias: bigint;
   readonly residual: bigint;
-  readonly activation: number;
+  /** Where C's float sums go instead of y, by rows, slabs and parts; strides in floats. */
+  readonly partial?: { readonly address: bigint; readonly row: number; readonly slab: number };
+  /** The entry's own parameters. */
+  own(tile: Tile): readonly KernelArgument[];
 }
 
-/** Where C's float sums go instead of y. */
-export interface Partial {
-  readonly address: bigint;
-  readonly row: number;
-  readonly slab: number;
-  readonly part: number;
-}
-const nowhere: Partial = { address: 0n, row: 0, slab: 0, part: 0 };
-
-/** The launch of a linear layer's or matmul's product. */
-export function hopperProduct(
-  p: HopperProduct,
-  choice: Choice,
-  partial: Partial | undefined,
-  context: PlanContext,
-): KernelLaunch {
+export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanContext): KernelLaunch {
   const tile = tiles[choice.tile];
-  const gated = p.kind === 'geglu';
-  const columns = gated ? tile.n / 2 : tile.n;
-  const [aAlong, bAlong] = [p.kind !== 'tn', p.kind === 'nt' || gated];
-  const sums = partial ?? nowhere;
-  // With sums alone there may be no y: any map stands for it.
-  const a = operandMap(p.a, aAlong, ROWS, ROWS, context);
-  const yMap = (address: bigint) => slabMap({ ...p.y, address }, BLOCK_ROWS, boxColumns(columns), context);
-  const y = partial ? a : yMap(p.y.address);
+  const columns = columnsOf(p.kind, tile);
+  const a = p.a(ROWS, context);
+  const map = (address: bigint) => slabMap({ ...p.y, address }, BLOCK_ROWS, boxColumns(columns), context);
+  // Any map stands for what is absent.
+  const y = p.partial ? a : map(p.y.address);
+  const sums = p.partial ?? { address: 0n, row: 0, slab: 0 };
   const [down, across] = [divideUp(p.m, ROWS), divideUp(p.n, columns)];
   const items = down * across * p.slabs * choice.splits;
   return {
-    family: 'gemm_sm90',
-    entry: `gemm_sm90_${p.kind}_${tile.name}`,
+    family: p.family,
+    entry: `${p.family}_${p.kind}_${tile.name}`,
     grid: [Math.min(items, context.multiprocessors), 1, 1],
     block: THREADS,
     shared: sharedBytes(tile, columns),
     args: [
-      ...[a, operandMap(p.b, bAlong, tile.n / 2, tile.n, context), y],
-      ...[p.residual ? yMap(p.residual) : y, sums.address, p.bias],
-      ...[p.m, p.n, p.activation, Number(p.residual !== 0n), sums.row, sums.slab, sums.part],
-      ...[gated ? p.n : tile.n / 2, down, across, p.slabs, items, p.steps, divideUp(p.steps, choice.splits)],
+      ...[a, p.b(tile.n, context), y, p.residual ? map(p.residual) : y, sums.address, p.bias, p.m, p.n],
+      ...[Number(p.residual !== 0n), sums.row, sums.slab, p.m * p.n * p.slabs, down, across, p.slabs],
+      ...[items, p.steps, divideUp(p.steps, choice.splits), ...p.own(tile)],
     ],
   };
 }

@@ -18,27 +18,18 @@ template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
 };
 
 #define GEMM(name, S, A_ALONG, B_ALONG, KIND) \
-  KERNEL_SM90(gemm_sm90_##name)(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, \
-                                const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap residual, float *partial, \
-                                const T *bias, int rows, int columns, int activation, \
-                                int has_residual, int partial_row, int partial_slab, int partial_part, int second, int down, int across, \
-                                int slabs, int items, int steps, int part_steps) { \
-    const Output out = {y, residual, partial, bias, nullptr, rows, columns, 1, activation, has_residual, partial_row, partial_slab, partial_part}; \
-    product<S, A_ALONG, B_ALONG, KIND>(Matrices<S, A_ALONG, B_ALONG>{a, b, second}, out, Cut{down, across, slabs, items, steps, part_steps}); \
+  KERNEL_SM90(gemm_sm90_##name)(PRODUCT, int activation, int second) { \
+    const Output out = PRODUCT_OUTPUT(nullptr, 1, activation); \
+    product<S, A_ALONG, B_ALONG, KIND>(Matrices<S, A_ALONG, B_ALONG>{a, b, second}, out, PRODUCT_CUT); \
   }
-
-typedef Tile<256, false, 3> Wide;
-typedef Tile<160, false, 5> Even;
-typedef Tile<160, true, 4> EvenPingpong;
-typedef Tile<80, false, 7> Narrow;
 
 #define LAYOUTS(tile, S) \
   GEMM(nt_##tile, S, true, true, LINEAR) \
   GEMM(nn_##tile, S, true, false, PLAIN) \
   GEMM(tn_##tile, S, false, false, PLAIN)
-LAYOUTS(256, Wide)
-LAYOUTS(160, Even)
-LAYOUTS(160_pingpong, EvenPingpong)
-LAYOUTS(80, Narrow)
-GEMM(geglu_256, Wide, true, true, GEGLU)
-GEMM(geglu_160_pingpong, EvenPingpong, true, true, GEGLU)
+LAYOUTS(256, Tile256)
+LAYOUTS(160, Tile160)
+LAYOUTS(160_pingpong, Tile160Pingpong)
+LAYOUTS(80, Tile80)
+GEMM(geglu_256, Tile256, true, true, GEGLU)
+GEMM(geglu_160_pingpong, Tile160Pingpong, true, true, GEGLU)

@@ -327,3 +327,20 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     if (thread == 0) stores_wait_read<0>();
   }
 }
+
+// ---- entries
+
+typedef Tile<256, false, 3> Tile256;
+typedef Tile<160, false, 5> Tile160;
+typedef Tile<160, true, 4> Tile160Pingpong;
+typedef Tile<128, true, 5> Tile128Pingpong;
+typedef Tile<80, false, 7> Tile80;
+
+// What every entry takes before its own parameters (engine/cuda/plan_sm90.ts), and what product() makes of it.
+#define PRODUCT \
+  const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap y, \
+      const __grid_constant__ TensorMap residual, float *partial, const T *bias, int rows, int columns, int has_residual, int partial_row, \
+      int partial_slab, int partial_part, int down, int across, int slabs, int items, int steps, int part_steps
+#define PRODUCT_OUTPUT(shift, rows_per_shift, activation) \
+  {y, residual, partial, bias, shift, rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part}
+#define PRODUCT_CUT Cut{down, across, slabs, items, steps, part_steps}

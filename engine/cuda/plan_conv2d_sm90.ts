@@ -1,0 +1,103 @@
+// conv2d's products on Hopper (conv2d_sm90.cu): what their operands, sizes and grids of pixels are. TMA's im2col walks a grid
+// of base pixels over the image, row by row and image by image, which it takes from the corners of a bounding box.
+import type { PlanContext } from './plan.ts';
+import { divideUp } from './plan.ts';
+import {
+  across,
+  along,
+  boxColumns,
+  type HopperProduct,
+  hopperTakes,
+  mapOf,
+  type Operand,
+  type Slabs,
+  STEP,
+} from './plan_sm90.ts';
+
+/** Pixel (x, y) of the grid stands at (x * stride + left, y * stride + top) of the image [n, h, w, channels]. */
+interface Grid {
+  readonly address: bigint;
+  readonly image: readonly [n: number, h: number, w: number, channels: number];
+  readonly height: number;
+  readonly width: number;
+  readonly stride: number;
+  readonly top: number;
+  readonly left: number;
+}
+
+/** `width` pixels of 64 channels, or where the pixels lie along k, 64 pixels of a chunk of the tile's width of channels. */
+const pixels =
+  (g: Grid, alongChannels: boolean): Operand =>
+  (width, { dtype, im2colMap }) => {
+    const [n, h, w, c] = g.image;
+    const channels = alongChannels ? STEP : boxColumns(width);
+    return im2colMap({
+      ...mapOf(g.address, channels, dtype),
+      globalDim: [c, w, h, n],
+      globalStrides: [2 * c, 2 * w * c, 2 * h * w * c],
+      elementStrides: [1, g.stride, g.stride, 1],
+      ...{ pixelBoxLowerCorner: [g.left, g.top], pixelBoxUpperCorner: upperCorner(g) },
+      ...{ channelsPerPixel: channels, pixelsPerColumn: alongChannels ? width : STEP },
+    });
+  };
+
+/** Base pixels stay below the image's end plus this, so that there are width x height of them. */
+const upperCorner = ({ image: [, h, w], width, height, stride, left, top }: Grid): number[] => [
+  left + (width - 1) * stride + 1 - w,
+  top + (height - 1) * stride + 1 - h,
+];
+
+const isGrid = (g: Grid): boolean =>
+  [g.left, g.top, ...upperCorner(g)].every((corner) => corner >= -128 && corner < 128) && g.stride <= 8;
+
+/** The product under a convolution's symbol; undefined where these kernels do not take it. */
+export function hopperConvolution(
+  symbol: string,
+  pointers: readonly bigint[],
+  geometry: readonly number[],
+  context: PlanContext,
+): Omit<HopperProduct, 'partial'> | undefined {
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft] = geometry;
+  if (c % 8 || o % 8 || pointers.some((at) => at % 16n !== 0n)) return undefined;
+  const [taps, forward] = [kh * kw, symbol === 'conv2d_forward'];
+  const [address, first, second, bias = 0n, shift = 0n, residual = 0n] = pointers;
+  const x = { image: [n, h, w, c], height: oh, width: ow, stride, top: -padTop, left: -padLeft } as const;
+  const weight = (at: bigint): Slabs => ({
+    ...{ address: at, rows: o, columns: c, slabs: taps, stride: taps * c, slabStride: c },
+  });
+  const product = (
+    [rows, columns, steps, slabs]: readonly number[],
+    g: Grid,
+    rest: Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'>,
+  ) => {
+    if (!hopperTakes(rows, columns, context) || !isGrid(g)) return undefined;
+    const grid = [g.width, g.height, g.stride, g.left, g.top, taps, kw, divideUp(g.image[3], STEP)];
+    const own = () => [...(forward ? [shift, oh * ow] : []), ...grid];
+    return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, own, ...rest };
+  };
+  const matrix = (at: bigint, rows: number, columns: number): Slabs => ({
+    address: at,
+    rows,
+    columns,
+    stride: columns,
+  });
+  if (forward) {
+    const g = { address: first, ...x };
+    const sizes = [n * oh * ow, o, taps * divideUp(c, STEP), 1];
+    const operands = { a: pixels(g, true), b: along(weight(second)), y: matrix(address, n * oh * ow, o) };
+    return product(sizes, g, { kind: 'forward', ...operands });
+  }
+  if (symbol === 'conv2d_backward_weight') {
+    const g = { address: second, ...x };
+    const sizes = [o, c, divideUp(n * oh * ow, STEP), taps];
+    const operands = { a: across(matrix(first, n * oh * ow, o)), b: pixels(g, false), y: weight(address) };
+    return product(sizes, g, { kind: 'backward_weight', ...operands });
+  }
+  // Strides leave holes between the pixels that a tap of dx sees.
+  if (stride !== 1) return undefined;
+  const [top, left] = [padTop - kh + 1, padLeft - kw + 1];
+  const g = { address: first, image: [n, oh, ow, o], height: h, width: w, stride, top, left } as const;
+  const sizes = [n * h * w, c, taps * divideUp(o, STEP), 1];
+  const operands = { a: pixels(g, true), b: across(weight(second)), y: matrix(address, n * h * w, c) };
+  return product(sizes, g, { kind: 'backward_x', ...operands });
+}

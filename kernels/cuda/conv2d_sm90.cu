@@ -1,0 +1,72 @@
+// conv2d on Hopper, channels last, as matrix products whose image operand TMA gathers (im2col): a tile's rows are pixels of
+// a walked grid, each read at the offset of a tap, with zeros outside the image. k runs over taps x channels, each tap's
+// channels padded with zeros to whole steps. The weight [o, taps, c] is a map [taps][o][c] in all three products.
+// Forward walks y's pixels over x; the gradient of x (stride 1) walks x's pixels over dy with the taps turned round; the
+// gradient of the weight has the pixels along k and a tap as its slab.
+#include "product_sm90.cuh"
+
+// Pixel (x, y) of a grid of width x height stands at (x * stride + left, y * stride + top) of the image.
+struct Grid {
+  int width, height, stride, left, top;
+};
+
+// Pixels from number `p` of the grid on, at the offset of a tap.
+DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down) {
+  const int row = p / g.width, image = row / g.height;
+  load_pixels(to, map, barrier, channel, (p - row * g.width) * g.stride + g.left, (row - image * g.height) * g.stride + g.top, image, right, down);
+}
+
+// Forward, or with TURNED the gradient of x.
+template <class S, bool TURNED> struct Pixels {
+  const TensorMap &image, &weight;
+  const Grid grid;
+  const int taps, taps_across, channel_steps;
+  int m, n;
+  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+    const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = TURNED ? taps - 1 - tap : tap;
+    load_grid(to_a, image, barrier, channel, m, grid, seen % taps_across, seen / taps_across);
+    OperandTile<S::N, !TURNED>::load(to_b, weight, barrier, n, channel, tap);
+  }
+};
+
+template <class S> struct WeightGradient {
+  typedef OperandTile<S::N, false> B;
+  const TensorMap &dy, &image;
+  const Grid grid;
+  const int taps_across;
+  int m, n, tap;
+  __device__ void begin(const Work &work) { m = work.m, n = work.n, tap = work.slab; }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+    OperandTile<S::M, false>::load(to_a, dy, barrier, m, step * STEP, 0);
+#pragma unroll
+    for (int i = 0; i < B::CHUNKS; i++)
+      load_grid(to_b + i * B::CHUNK_BYTES, image, barrier, n + i * B::CHUNK, step * STEP, grid, tap % taps_across, tap / taps_across);
+  }
+};
+
+#define GRID int width, int height, int stride, int left, int top, int taps, int taps_across, int channel_steps
+#define GRID_OF Grid{width, height, stride, left, top}
+
+#define FORWARD(tile, S) \
+  KERNEL_SM90(conv2d_sm90_forward_##tile)(PRODUCT, const T *shift, int rows_per_shift, GRID) { \
+    const Output out = PRODUCT_OUTPUT(shift, rows_per_shift, NONE); \
+    product<S, true, true, IMAGE>(Pixels<S, false>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
+  }
+#define BACKWARD(tile, S) \
+  KERNEL_SM90(conv2d_sm90_backward_x_##tile)(PRODUCT, GRID) { \
+    const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
+    product<S, true, false, PLAIN>(Pixels<S, true>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
+  } \
+  KERNEL_SM90(conv2d_sm90_backward_weight_##tile)(PRODUCT, GRID) { \
+    const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
+    product<S, false, false, PLAIN>(WeightGradient<S>{a, b, GRID_OF, taps_across}, out, PRODUCT_CUT); \
+  }
+
+FORWARD(256, Tile256)
+FORWARD(160, Tile160)
+FORWARD(160_pingpong, Tile160Pingpong)
+FORWARD(128_pingpong, Tile128Pingpong)
+BACKWARD(256, Tile256)
+BACKWARD(160, Tile160)
+BACKWARD(128_pingpong, Tile128Pingpong)
