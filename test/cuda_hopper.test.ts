@@ -6,25 +6,21 @@ import { keyOf, overrides, type ProductKind, type TileName, tilesOf } from '../e
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { type AnyRecord, type AnySample, relativeError, runOn } from './op_cases.ts';
+import { type AnyRecord, type AnySample, gpuErrors } from './op_cases.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 import { schedules } from './virtual-gpu/run_kernel.ts';
 
 const gpu = openVirtualGpu({ capability: [9, 0], multiprocessors: 1 });
 const device = cudaDevice(gpu);
 const reference = openDevice('reference');
-const record = (name: string) => registry.get(name) as AnyRecord;
 
-/** Names whose gradient or result is not the reference's. */
+/** Results and gradients that are not the reference's. */
 function problem(op: string, sample: AnySample, dtype: FloatDType): string | undefined {
-  const [want, got] = [reference, device].map((on) => runOn(on, record(op), sample, dtype));
-  const errors = Object.keys(want.gradients).map(
-    (name) => [name, relativeError(got.gradients[name], want.gradients[name])] as const,
-  );
-  const bad = [...errors, ['y', relativeError(got.y, want.y)] as const].filter(
-    ([name, e]) => !(e <= (name === 'y' ? 3.1e-3 : 5e-3)),
-  );
-  return bad.length ? bad.map(([name, e]) => `${name} ${e.toExponential(1)}`).join(', ') : undefined;
+  const errors = gpuErrors(device, reference, registry.get(op) as AnyRecord, sample, dtype);
+  const bad = errors.filter(({ error, bound }) => !(error <= bound));
+  return bad.length
+    ? bad.map(({ name, error }) => `${name} ${error.toExponential(1)}`).join(', ')
+    : undefined;
 }
 
 interface Product {
