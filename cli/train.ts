@@ -2,8 +2,9 @@
 // trained in order. Ctrl-C saves and leaves; a second one leaves at once.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
+import { standInCuda } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
@@ -30,9 +31,13 @@ export function addTrain(program: Command, terminal: Terminal): void {
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
     .option('--device <NAME>', devices, 'auto')
     .action((file: string, options: Options) => trainAll(file, options, terminal));
-  addShared(program.command('plan').description('tell what training by a run file would take')).action(
-    (file: string, options: Options) => planAll(file, options, terminal),
-  );
+  addShared(program.command('plan').description('tell what training by a run file would take'))
+    .addOption(
+      new Option('--device <NAME>', 'whose memory to plan; needs no GPU')
+        .choices(['cpu', 'cuda'])
+        .default('cpu'),
+    )
+    .action((file: string, options: Options) => planAll(file, options, terminal));
 }
 
 const addShared = (command: Command): Command =>
@@ -61,11 +66,12 @@ async function chosenRuns(file: string, { set, only }: Options): Promise<Run[]> 
 async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
   const { locate, report } = tools(terminal, options.quiet);
   const runs = await chosenRuns(file, options);
+  const planned = options.device === 'cuda' ? standInCuda() : undefined;
   for (const run of runs) {
     // The VAE that an earlier run of the file will make has the model's own shape.
     const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
     const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report);
-    terminal.out(`${describe(materials).join('\n')}\n`);
+    terminal.out(`${describe(materials, planned).join('\n')}\n`);
   }
 }
 
@@ -84,7 +90,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     }
     const checkpoint = startOf(run, options.resume);
     const materials = await openMaterials(run, locate, report);
-    for (const line of describe(materials)) report.line(line);
+    for (const line of describe(materials, device)) report.line(line);
     if (checkpoint) report.line(`resuming from ${checkpoint}`);
     const session = openSession(materials, device);
     const { outcome, signal } = await interruptible(report, (stop) =>

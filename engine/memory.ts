@@ -24,6 +24,8 @@ export interface Driver {
   room?(): { free: number; total: number };
   upload(block: Block, offset: number, source: Uint8Array): void;
   download(block: Block, offset: number, target: Uint8Array): void;
+  /** Fills the first bytes with zeros, where that is quicker than an upload of them. */
+  clear?(block: Block, bytes: number): void;
   /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
   launch(symbol: string, args: readonly (bigint | number)[]): void;
   /** Runs it for each of several argument lists that are independent of each other, in one launch where it can. */

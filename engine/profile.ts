@@ -1,7 +1,9 @@
 // Watching a device at work. profiled() is the same device with a stopwatch around each op; a stand-in device allocates
 // and computes nothing, so a model run on it tells every op, shape and byte that the real run would need.
 import { eagerStep } from './capture.ts';
-import type { Device, Direction } from './device.ts';
+import type { CudaDriver } from './cuda/device.ts';
+import { anyHopper, type StandInGpu, standInApi } from './cuda/stand_in.ts';
+import { cudaDevice, type Device, type Direction } from './device.ts';
 import { MemoryPool } from './memory.ts';
 import type { OpRecord, Tensors } from './op.ts';
 
@@ -36,6 +38,7 @@ export function standInDevice(): Device {
     free() {},
     upload() {},
     download() {},
+    clear() {},
     launch() {},
   };
   return {
@@ -47,4 +50,18 @@ export function standInDevice(): Device {
     executeAll() {},
     accumulate() {},
   };
+}
+
+/** The cuda device on a GPU that counts memory alone: as the stand-in device, and with the workspaces of a GPU's plans. */
+export const standInCuda = (gpu: StandInGpu = anyHopper): Device => ({
+  ...cudaDevice(standInApi(gpu)),
+  name: 'stand-in',
+});
+
+/** The stand-in that plans as `device` does. */
+export function standInFor({ driver }: Device): Device {
+  const { capability, multiprocessors } = driver as Partial<CudaDriver>;
+  if (!capability || !multiprocessors) return standInDevice();
+  const generation = [Math.floor(capability / 10), capability % 10] as const;
+  return standInCuda({ ...anyHopper, capability: generation, multiprocessors });
 }

@@ -135,5 +135,10 @@ function checkCount(count: number, shape: readonly number[]): void {
   if (count !== sizeOf(shape)) throw new ShapeError(`tensor: ${count} values do not fill [${shape}]`);
 }
 
-export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor =>
-  empty(shape, options).upload(new Uint8Array(sizeOf(shape) * bytesPerElement[options.dtype ?? 'float32']));
+export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor => {
+  const made = empty(shape, options);
+  const { driver } = options.device;
+  if (!driver.clear) return made.upload(new Uint8Array(made.byteLength));
+  driver.clear(made.block, made.byteLength);
+  return made;
+};

@@ -250,4 +250,6 @@ test('plan', async (t) => {
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
+  const gpu = await sdxl('plan', runFile('plan', {}), '--quiet', '--device', 'cuda');
+  t.match(gpu.out, /memory +0\.\d+ GiB at the most, estimated\n/, 'on a GPU, without one');
 });

@@ -1,11 +1,13 @@
 // A run told before it starts: what was resolved, and what it will take. Printed by `sdxl plan` and before every training.
+import type { Device } from '../engine/device.ts';
+import { standInFor } from '../engine/profile.ts';
 import { foretell, type Materials } from './session.ts';
 
-/** The plan in lines. */
-export function describe(materials: Materials): string[] {
+/** The plan in lines, with the memory that it takes on `device`. */
+export function describe(materials: Materials, device?: Device): string[] {
   const { run, pictures, updatesPerEpoch, total, source } = materials;
   const effective = run.batch_size * run.gradient_accumulation_steps;
-  const { trained, all, bytes } = foretell(materials);
+  const { trained, all, bytes } = foretell(materials, device && standInFor(device));
   const counts = pictures.buckets.map((_, i) => pictures.bucketOf.filter((b) => b === i).length);
   const buckets = pictures.buckets.flatMap(([h, w], i) => (counts[i] ? [`${w}x${h} (${counts[i]})`] : []));
   const epochs = (total / updatesPerEpoch).toFixed(total % updatesPerEpoch ? 1 : 0);
@@ -18,8 +20,14 @@ export function describe(materials: Materials): string[] {
     `updates     ${total}: ${updatesPerEpoch} an epoch, ${epochs} epochs`,
     `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained)} of ${count(all)} parameters`,
     `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
-    `memory      ${(bytes / 2 ** 30).toFixed(2)} GiB at the most, estimated`,
+    `memory      ${(bytes / 2 ** 30).toFixed(2)} GiB at the most, estimated${there(device)}`,
   ];
+}
+
+/** What the device has of it, where it tells. */
+function there(device: Device | undefined): string {
+  const room = device?.name === 'stand-in' ? undefined : device?.driver.room?.();
+  return room ? `; ${(room.free / 2 ** 30).toFixed(2)} GiB are free on ${device?.name}` : '';
 }
 
 const count = (n: number): string =>

@@ -174,10 +174,15 @@ function loadTrained(
   }
 }
 
-/** The most device memory that an update takes (caching, the largest pass, backward and step, all run without numbers), and counts. */
-export function foretell(materials: Materials): { bytes: number; trained: number; all: number } {
+/**
+ * The most device memory that an update takes (caching, the largest pass, backward and step, all run on a device without
+ * numbers), and counts.
+ */
+export function foretell(
+  materials: Materials,
+  device = standInDevice(),
+): { bytes: number; trained: number; all: number } {
   const { run, pictures } = materials;
-  const device = standInDevice();
   const session = openSession(materials, device);
   const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
   const bucket = pictures.bucketOf.reduce(

@@ -87,6 +87,9 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       notInCapture('a tensor was read');
       staging.download(target, block.address + BigInt(offset));
     },
+    clear(block, bytes) {
+      if (bytes > 0) api.cuMemsetD8Async(block.address, 0, bytes, stream);
+    },
     capture(queue) {
       notInCapture('another capture was begun');
       const replay = recordGraph(api, stream, () => {

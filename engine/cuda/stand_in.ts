@@ -1,0 +1,87 @@
+// A GPU driver without a GPU: it counts memory and forgets all else. The cuda device on it makes every plan, takes every
+// workspace and packs every launch, so that a run tells what memory it would take on a GPU of this kind.
+import { DeviceAttribute, type GpuApi } from './api.ts';
+import { CudaError } from './errors.ts';
+
+export interface StandInGpu {
+  /** Device memory. */
+  readonly bytes: number;
+  readonly capability: readonly [major: number, minor: number];
+  readonly multiprocessors: number;
+}
+
+/** An H100 or H200 has 132 multiprocessors, and more memory than any plan asks for. */
+export const anyHopper: StandInGpu = { bytes: 2 ** 50, capability: [9, 0], multiprocessors: 132 };
+
+export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): GpuApi {
+  const sizes = new Map<bigint, number>();
+  let used = 0;
+  let next = 1n << 30n;
+  const handle = (): bigint => ++next;
+  const nothing = (): void => {};
+  const attributes: Record<number, number> = {
+    [DeviceAttribute.MULTIPROCESSOR_COUNT]: multiprocessors,
+    [DeviceAttribute.COMPUTE_CAPABILITY_MAJOR]: capability[0],
+    [DeviceAttribute.COMPUTE_CAPABILITY_MINOR]: capability[1],
+    [DeviceAttribute.MEMORY_POOLS_SUPPORTED]: 1,
+  };
+  return {
+    cuDriverGetVersion: () => 13000,
+    cuDeviceGetCount: () => 1,
+    cuDeviceGetName: () => 'a stand-in',
+    cuDeviceTotalMem: () => bytes,
+    cuDeviceGetAttribute: (attribute) => attributes[attribute] ?? 0,
+    cuDevicePrimaryCtxRetain: handle,
+    cuDevicePrimaryCtxRelease: nothing,
+    cuCtxSetCurrent: nothing,
+    cuCtxSynchronize: nothing,
+    cuMemGetInfo: () => ({ free: bytes - used, total: bytes }),
+    cuDeviceGetDefaultMemPool: handle,
+    cuMemPoolSetAttribute: nothing,
+    cuMemPoolTrimTo: nothing,
+    cuMemAllocAsync(size) {
+      if (used + size > bytes) throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', 'cuMemAllocAsync');
+      const address = next;
+      next += BigInt(Math.ceil(size / 256) * 256);
+      sizes.set(address, size);
+      used += size;
+      return address;
+    },
+    cuMemFreeAsync(pointer) {
+      used -= sizes.get(pointer) ?? 0;
+      sizes.delete(pointer);
+    },
+    // Without memory to pin, copies are not even staged.
+    cuMemAllocHost() {
+      throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', 'cuMemAllocHost');
+    },
+    cuMemFreeHost: nothing,
+    cuMemcpyHtoDAsync: nothing,
+    cuMemcpyDtoHAsync: nothing,
+    cuMemcpyDtoDAsync: nothing,
+    cuMemsetD8Async: nothing,
+    cuModuleLoadData: handle,
+    cuModuleUnload: nothing,
+    cuModuleGetFunction: handle,
+    cuFuncGetAttribute: () => 0,
+    cuFuncSetAttribute: nothing,
+    cuLaunchKernel: nothing,
+    cuStreamCreate: handle,
+    cuStreamDestroy: nothing,
+    cuStreamSynchronize: nothing,
+    cuStreamWaitEvent: nothing,
+    cuEventCreate: handle,
+    cuEventDestroy: nothing,
+    cuEventRecord: nothing,
+    cuEventSynchronize: nothing,
+    cuEventElapsedTime: () => 0,
+    cuTensorMapEncodeTiled: () => new Uint8Array(128),
+    cuTensorMapEncodeIm2col: () => new Uint8Array(128),
+    cuStreamBeginCapture: nothing,
+    cuStreamEndCapture: handle,
+    cuGraphInstantiate: handle,
+    cuGraphLaunch: nothing,
+    cuGraphExecDestroy: nothing,
+    cuGraphDestroy: nothing,
+  };
+}

@@ -1,0 +1,105 @@
+// What SDXL takes of a GPU's memory, by the allocator's own plan: the cuda device with all its plans and workspaces, on a GPU
+// that counts memory alone and has no more than the card in question. On real ones the driver keeps some for itself.
+import { join } from 'node:path';
+import { test } from 'tap';
+import { attention } from '../engine/ops/attention.ts';
+import { standInCuda, standInDevice } from '../engine/profile.ts';
+import { scope } from '../engine/scope.ts';
+import { empty } from '../engine/tensor.ts';
+import { decode, denoise, loadPipeline, type Request } from '../models/pipeline.ts';
+import { presets } from '../models/presets.ts';
+import { randomModel } from '../models/random_weights.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { foretell } from '../train/session.ts';
+import { goldenFolder } from './golden.ts';
+
+const GIB = 2 ** 30;
+/** For the context, the kernels' code and what the driver's own pool wastes. */
+const DRIVERS_SHARE = 0.75 * GIB;
+/** By compute capability: what Ada and Hopper plan differs, and so may the workspaces. */
+const cards = [
+  { capability: [8, 9], multiprocessors: 24 },
+  { capability: [9, 0], multiprocessors: 132 },
+] as const;
+
+// The golden tokenizers' ids lie within the real vocabulary.
+const source = randomModel(presets['sdxl-base'], { seed: 0, tokenizers: join(goldenFolder, 'tiny-sdxl') });
+
+/** Draws a picture of 1024x1024 with guidance in bfloat16; gives the most bytes of tensors. */
+function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request>): number {
+  const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
+  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16' });
+  const loop = denoise(pipeline, {
+    prompt: ['a red fox in the snow'],
+    ...{ height: 1024, width: 1024, num_inference_steps: 5, guidance_scale: 5, ...more },
+    generators: [new TorchGenerator(1)],
+  });
+  let turn = loop.next();
+  while (!turn.done) turn = loop.next();
+  decode(pipeline, turn.value.latents, more.vae_tiling);
+  pipeline.release();
+  return device.memory.peak;
+}
+
+test('a picture of 1024x1024 in bfloat16', (t) => {
+  for (const card of cards) {
+    const on = `sm_${card.capability.join('')}`;
+    const kept = draw(card, 16 * GIB, {});
+    t.ok(kept < 12 * GIB, `${on}, all kept for the next picture: ${(kept / GIB).toFixed(2)} GiB`);
+    t.doesNotThrow(() => draw(card, 12 * GIB, { last: true }), `${on}: within 12 GiB`);
+    t.doesNotThrow(() => draw(card, 8 * GIB, { last: true, vae_tiling: true }), `${on}: within 8 GiB`);
+    t.throws(() => draw(card, 6 * GIB, {}), {
+      name: 'MemoryError',
+      message: /^out of memory: .* wanted while these hold it: unet \d\.\d\d GiB, text_encoder_2 \d/,
+    });
+  }
+  t.end();
+});
+
+/** What `sdxl plan` foretells of a run on one picture of 1024x1024, within the card's memory. */
+function train(card: (typeof cards)[number], bytes: number, input: RunInput): number {
+  const dataset = { path: 'pictures', resolution: 1024 };
+  const run = resolveRun(
+    { model: 'sdxl', output: 'out', dtype: 'bfloat16', dataset, ...input },
+    'plan',
+    'plan',
+  );
+  const read = () => Promise.reject(new Error('a plan reads no pixels'));
+  const samples = [{ id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read }];
+  const pictures = { samples, buckets: [[1024, 1024]] as const, bucketOf: [0], hash: '' };
+  const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
+  const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
+  return foretell(materials, device).bytes;
+}
+
+test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
+  const gradient_checkpointing = true;
+  const gib = (bytes: number) => `${(bytes / GIB).toFixed(1)} GiB`;
+  for (const card of cards) {
+    const on = `sm_${card.capability.join('')}`;
+    const full = train(card, 80e9, { train: { gradient_checkpointing } });
+    t.ok(full > 30 * GIB && full < 80e9, `${on}: all weights, AdamW with float32 masters, ${gib(full)}`);
+    const lora = train(card, 16e9, { train: { target: 'lora', gradient_checkpointing } });
+    t.ok(lora > 6 * GIB && lora < 16e9, `${on}: LoRA, ${gib(lora)}`);
+    t.throws(() => train(card, 24e9, { train: { gradient_checkpointing } }), {
+      message: /optimizer \d+\.\d\d GiB/,
+    });
+  }
+  t.end();
+});
+
+test("a GPU's workspaces are counted: the VAE's attention goes by pieces of 256 MiB of scores", (t) => {
+  const peak = (device: ReturnType<typeof standInDevice>) => {
+    scope(() => {
+      const x = empty([1, 16_384, 512], { device });
+      attention(x, x, x, { heads: 1 });
+    });
+    return device.memory.peak;
+  };
+  const [cpu, cuda] = [standInDevice(), standInCuda()].map(peak);
+  const workspace = (cuda - cpu) / 2 ** 20;
+  // Beside them, the split sums of a product.
+  t.ok(workspace >= 256 && workspace <= 1.5 * 256, `${workspace} MiB`);
+  t.end();
+});
