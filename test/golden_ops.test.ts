@@ -1,7 +1,7 @@
 // Golden area `ops`: single operations and small blocks of the models against torch, outputs and gradients. The goldens are
 // [n, c, h, w] and [n, heads, tokens, d] where ours are [n, h, w, c] and [n, tokens, heads * d]: converted here, both ways.
 import { test } from 'tap';
-import { type Device, openDevice } from '../engine/device.ts';
+import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
@@ -19,6 +19,7 @@ import { guide } from '../models/latents.ts';
 import { type Conditioning, embeddingMlp, transformer, transformerBlock } from '../models/unet.ts';
 import { pixelAttention } from '../models/vae.ts';
 import { type Assert, allClose, type GoldenCase, goldenArea, permuted } from './golden.ts';
+import { devices } from './models_golden.ts';
 
 const area = goldenArea('ops');
 
@@ -210,7 +211,7 @@ function runBlock(t: Assert, c: GoldenCase, device: Device, build: Block, label:
   unload(block);
 }
 
-for (const device of new Set([openDevice('auto'), openDevice('reference')])) {
+for (const device of devices) {
   test(`golden ops on ${device.name}`, (t) => {
     for (const c of area.cases) {
       const before = device.memory.storages;

@@ -7,9 +7,15 @@ import { scope } from '../engine/scope.ts';
 import { Tensor, tensor } from '../engine/tensor.ts';
 import { toDevice, toHost } from '../models/latents.ts';
 import { type Assert, allClose, type GoldenArea, type GoldenCase, permuted } from './golden.ts';
+import { openGpu } from './gpu/device.ts';
 
-/** The best device of this machine, and the loops that define the ops. */
-export const devices: readonly Device[] = [...new Set([openDevice('auto'), openDevice('reference')])];
+/** After the test file's name `--device=cuda:0` runs it on that GPU alone; gpu/run.ts does so. */
+const named = process.argv.find((arg) => arg.startsWith('--device='))?.slice('--device='.length);
+
+/** The best device of this machine, and the loops that define the ops; or the one that the command line names. */
+export const devices: readonly Device[] = named
+  ? [openGpu(named).device]
+  : [...new Set([openDevice('auto'), openDevice('reference')])];
 
 /** A golden picture or latent [n, c, h, w] as our [n, h, w, c]. */
 export const image = (area: GoldenArea, name: string, device: Device): Tensor =>

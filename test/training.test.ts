@@ -2,7 +2,6 @@
 // averages and learning rates; and the parts of the objective that golden data lacks, against their formulas.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openDevice } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
@@ -19,8 +18,9 @@ import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { fields } from '../train/run.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { devices } from './models_golden.ts';
 
-const device = openDevice('auto');
+const [device] = devices;
 const area = goldenArea('training');
 const source = openModel(join(goldenFolder, 'tiny-sdxl'));
 const schedule: LrSchedule = {

@@ -1,27 +1,26 @@
 // What sm_90a adds on the virtual GPU: TMA, mbarriers and wgmma give right results under every schedule, and each way of
 // getting their synchronisation wrong is reported.
 import { test } from 'tap';
-import { TensorMapDataType, TensorMapSwizzle } from '../engine/cuda/api.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
+import { sizeOf } from '../engine/tensor.ts';
 import { checkFaults, type Fault, without } from './virtual-gpu/fault_cases.ts';
 import type { VirtualGpuOptions } from './virtual-gpu/gpu.ts';
+import {
+  bf16Map,
+  halves,
+  hopper,
+  im2colShape,
+  runCopySignal,
+  runIm2col,
+  runWgemm,
+  runWgmmaSmall,
+  type WgemmShape,
+} from './virtual-gpu/hopper_runs.ts';
 import { survivors, synchronisationMutants } from './virtual-gpu/mutants.ts';
-import { fromBf16, toBf16 } from './virtual-gpu/numbers.ts';
-import { type Bench, floatsFrom, newBench, schedules, testPtx } from './virtual-gpu/run_kernel.ts';
+import { fromBf16 } from './virtual-gpu/numbers.ts';
+import { type Bench, floatsFrom, newBench, schedules } from './virtual-gpu/run_kernel.ts';
 
-const hopper = testPtx('hopper');
 const onHopper: VirtualGpuOptions = { capability: [9, 0] };
-
-const halves = (count: number, seed: number) => Uint16Array.from(floatsFrom(count, seed), toBf16);
-const map = (dims: readonly number[], strides: readonly number[], address: bigint) => ({
-  ...{
-    dataType: TensorMapDataType.BFLOAT16,
-    globalAddress: address,
-    globalDim: dims,
-    globalStrides: strides,
-  },
-  ...{ elementStrides: dims.map(() => 1), swizzle: TensorMapSwizzle.B128 },
-});
 
 /** Whether got[m, n] is a[m, k] b[n, k]^T. */
 function isProduct(
@@ -42,60 +41,21 @@ function isProduct(
   return true;
 }
 
-interface Shape {
-  readonly m?: number;
-  readonly n?: number;
-  readonly k?: number;
-  readonly flags?: number;
-  readonly sharedBytes?: number;
-}
-
-function wgemm(
-  bench: Bench,
-  ptx = hopper,
-  { m = 128, n = 64, k = 320, flags = 0, sharedBytes }: Shape = {},
-): boolean {
+function wgemm(bench: Bench, ptx = hopper, shape: WgemmShape = {}): boolean {
+  const { m = 128, n = 64, k = 320 } = shape;
   const [a, b] = [halves(m * k, 1), halves(n * k, 2)];
-  const d = bench.room(m * n * 4);
-  const [mapA, mapB] = [
-    [a, m, 128],
-    [b, n, 64],
-  ].map(([values, rows, box]) =>
-    bench.gpu.cuTensorMapEncodeTiled({
-      ...map([k, rows as number], [k * 2], bench.give(values as Uint16Array)),
-      boxDim: [64, box as number],
-    }),
-  );
-  const grid = [Math.ceil(n / 64), Math.ceil(m / 128), 1] as const;
-  bench.launch(ptx, 'wgemm', grid, 384, [mapA, mapB, d, m, n, k, flags], sharedBytes ?? 3 * 24576 + 1024);
-  return isProduct(bench.floats(d, m * n), a, b, m, n, k);
+  return isProduct(runWgemm(bench, a, b, shape, ptx), a, b, m, n, k);
 }
 
 function small(bench: Bench, ptx = hopper): boolean {
   const [a, b] = [halves(64 * 16, 3), halves(8 * 16, 4)];
-  const d = bench.room(64 * 8 * 4);
-  bench.launch(ptx, 'wgmma_small', 1, 128, [bench.give(a), bench.give(b), d]);
-  return isProduct(bench.floats(d, 512), a, b, 64, 8, 16);
+  return isProduct(runWgmmaSmall(bench, a, b, ptx), a, b, 64, 8, 16);
 }
 
-/** One tap of a 3 x 3 convolution with padding 1 over [2, 10, 12, 64], 64 pixels from (7, 3) on. */
 function im2col(bench: Bench, ptx = hopper): boolean {
-  const [n, h, w, c] = [2, 10, 12, 64];
-  const x = halves(n * h * w * c, 5);
-  const y = bench.room(64 * 128);
-  const mapX = bench.gpu.cuTensorMapEncodeIm2col({
-    ...map([c, w, h, n], [c * 2, w * c * 2, h * w * c * 2], bench.give(x)),
-    ...{
-      pixelBoxLowerCorner: [-1, -1],
-      pixelBoxUpperCorner: [-1, -1],
-      channelsPerPixel: 64,
-      pixelsPerColumn: 64,
-    },
-  });
-  const mapY = bench.gpu.cuTensorMapEncodeTiled({ ...map([64, 64], [128], y), boxDim: [64, 64] });
-  bench.launch(ptx, 'im2col', 1, 32, [mapX, mapY, 7, 3], 8192 + 1024);
-  const got = new Uint16Array(bench.ints(y, 2048).buffer);
-  return got.every((value, at) => {
+  const [, h, w, c] = im2colShape;
+  const x = halves(sizeOf(im2colShape), 5);
+  return runIm2col(bench, x, ptx).every((value, at) => {
     const pixel = 3 * w + 7 + Math.floor(at / c);
     const [image, row, column] = [
       Math.floor(pixel / (h * w)),
@@ -109,9 +69,7 @@ function im2col(bench: Bench, ptx = hopper): boolean {
 
 function copySignal(bench: Bench, ptx = hopper): boolean {
   const x = floatsFrom(512, 6);
-  const y = bench.room(2048);
-  bench.launch(ptx, 'copy_signal', 1, 128, [bench.give(x), y]);
-  return bench.floats(y, 512).every((v, i) => v === x[(i + 128) % 512] * 2);
+  return runCopySignal(bench, x, ptx).every((v, i) => v === x[(i + 128) % 512] * 2);
 }
 
 for (const schedule of schedules) {
@@ -203,7 +161,7 @@ checkFaults(
 
 test('tensor maps that a driver refuses are refused', (t) => {
   const { gpu } = newBench(onHopper);
-  const good = { ...map([64, 8], [128], 0x7f4000001000n), boxDim: [64, 8] };
+  const good = { ...bf16Map([64, 8], [128], 0x7f4000001000n), boxDim: [64, 8] };
   const cases: [string, object][] = [
     ['address', { globalAddress: 0x7f4000001008n }],
     ['stride', { globalStrides: [130] }],

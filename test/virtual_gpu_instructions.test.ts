@@ -11,95 +11,23 @@ import {
   float32,
   type RoundingMode,
 } from './virtual-gpu/exact.ts';
+import {
+  type Bits,
+  f32,
+  floatTriples,
+  fromF32,
+  halfBits,
+  integerPairs,
+  runInstruction,
+  unpacked,
+  whole,
+} from './virtual-gpu/instruction.ts';
+import { type MmaType, runMma } from './virtual-gpu/mma.ts';
 import { newBench } from './virtual-gpu/run_kernel.ts';
 
-/** One value a thread, as bits; 64-bit types and narrower ones alike. */
-type Bits = bigint[];
-
-const sizes: Record<string, number> = { 16: 2, 32: 4, 64: 8 };
-const sizeOf = (type: string) => sizes[type.slice(-2)];
-
-function packed(values: Bits, bytes: number): Uint8Array {
-  const out = new Uint8Array(values.length * bytes);
-  const view = new DataView(out.buffer);
-  values.forEach((v, i) => {
-    for (let b = 0; b < bytes; b++) view.setUint8(i * bytes + b, Number((v >> BigInt(8 * b)) & 255n));
-  });
-  return out;
-}
-
-function unpacked(bytes: Uint8Array, size: number): Bits {
-  return Array.from({ length: bytes.length / size }, (_, i) => {
-    let v = 0n;
-    for (let b = size - 1; b >= 0; b--) v = (v << 8n) | BigInt(bytes[i * size + b]);
-    return v;
-  });
-}
-
-/**
- * Runs `body` on a warp's worth of threads at a time: inputs are in %a, %b, %c (registers of `types`), the result is what
- * it leaves in %d (of type `out`). Memory is read and written as bits.
- */
-function run(body: string, out: string, types: readonly string[], inputs: readonly Bits[]): Bits {
-  const names = ['a', 'b', 'c'].slice(0, types.length);
-  const access = (type: string) => `b${sizeOf(type) * 8}`;
-  const register = (type: string) => (type.startsWith('f') ? type : access(type));
-  const ptx = `.version 7.0
-.target sm_80
-.address_size 64
-.visible .entry op(.param .u64 out${names.map((n) => `, .param .u64 in_${n}`).join('')})
-{
-.reg .pred %p<4>; .reg .b16 %h<8>; .reg .b32 %i, %n, %t, %r<8>; .reg .f32 %f<8>; .reg .b64 %at, %o, %w<8>;
-.reg .${register(out)} %d;
-${names.map((n, k) => `.reg .${register(types[k])} %${n};`).join('\n')}
-mov.u32 %i, %ctaid.x; mov.u32 %n, %ntid.x; mov.u32 %t, %tid.x; mad.lo.s32 %i, %i, %n, %t;
-${names
-  .map(
-    (n, k) => `mul.wide.u32 %o, %i, ${sizeOf(types[k])};
-ld.param.u64 %at, [in_${n}]; add.s64 %at, %at, %o; ld.global.${register(types[k])} %${n}, [%at];`,
-  )
-  .join('\n')}
-${body}
-mul.wide.u32 %o, %i, ${sizeOf(out)};
-ld.param.u64 %at, [out]; add.s64 %at, %at, %o; st.global.${register(out)} [%at], %d;
-ret;
-}`;
-  const bench = newBench();
-  const count = inputs[0].length;
-  const to = bench.room(count * sizeOf(out));
-  const from = inputs.map((values, k) => bench.give(packed(values, sizeOf(types[k]))));
-  bench.launch(ptx, 'op', Math.ceil(count / 32), 32, [to, ...from]);
-  const got = new Uint8Array(count * sizeOf(out));
-  bench.gpu.cuMemcpyDtoHAsync(got, to, 0n);
-  return unpacked(got, sizeOf(out));
-}
-
-/** Pads to whole warps with the first value. */
-const whole = (values: Bits): Bits => [...values, ...Array((32 - (values.length % 32)) % 32).fill(values[0])];
-
-let state = 99;
-const random = (bits: number): bigint => {
-  let v = 0n;
-  for (let b = 0; b < bits; b += 16) {
-    state = (Math.imul(state, 1664525) + 1013904223) | 0;
-    v = (v << 16n) | BigInt((state >>> 12) & 0xffff);
-  }
-  return BigInt.asUintN(bits, v);
-};
-
-/** Every pair of awkward values and as many random ones. */
-function integerPairs(bits: number): [Bits, Bits] {
-  const top = 1n << BigInt(bits - 1);
-  const edges = [0n, 1n, 2n, 3n, 31n, 32n, 33n, top - 1n, top, top + 1n, 2n * top - 1n, 2n * top - 2n];
-  const x: Bits = [];
-  const y: Bits = [];
-  for (const p of edges) for (const q of edges) x.push(p) && y.push(q);
-  while (x.length % 32 || x.length < 256) {
-    x.push(random(bits));
-    y.push(random(bits) >> (random(16) % BigInt(bits)));
-  }
-  return [x, y];
-}
+/** One value a thread of what `body` leaves in %d, on a virtual GPU of its own. */
+const run = (body: string, out: string, types: readonly string[], inputs: readonly Bits[]): Bits =>
+  unpacked(runInstruction(newBench(), body, out, types, inputs), Number(out.slice(-2)) / 8);
 
 const hex = (values: Bits) => values.map((v) => v.toString(16)).join(' ');
 
@@ -264,44 +192,6 @@ test('bit fields', (t) => {
 
 // Floats
 
-const f32 = (x: number): bigint => BigInt(new Uint32Array(Float32Array.of(x).buffer)[0]);
-const fromF32 = (b: bigint): number => new Float32Array(Uint32Array.of(Number(b)).buffer)[0];
-
-const floatEdges = [
-  ...[
-    0,
-    -0,
-    1,
-    -1,
-    1.5,
-    2 ** -149,
-    -(2 ** -149),
-    2 ** -126,
-    2 ** 24 + 2,
-    65504,
-    65520,
-    3.4028234663852886e38,
-  ],
-  ...[Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY, Number.NaN, 1 / 3, -1e-40, 16777215],
-].map(Math.fround);
-
-/** Awkward triples: edges, random ones near each other, and sums that fall on a tie of float32. */
-function floatTriples(): [number[], number[], number[]] {
-  const triples: number[][] = [];
-  for (const p of floatEdges)
-    for (const q of floatEdges) triples.push([p, q, floatEdges[triples.length % 18]]);
-  for (let i = 0; i < 400; i++) {
-    const scale = () => fromF32((random(32) & 0x807fffffn) | (BigInt(110 + (i % 36)) << 23n));
-    triples.push([scale(), scale(), scale()]);
-    const c = scale();
-    const ulp = 2 ** (Number((f32(c) >> 23n) & 255n) - 150);
-    const near = 1 + (i & 1 ? 1 : -1) * 2 ** -(15 + (i % 8));
-    triples.push([near, Math.fround(((2 - near) * ulp * (i & 2 ? 1 : -1)) / 2), c]);
-  }
-  while (triples.length % 32) triples.push([1, 1, 1]);
-  return [0, 1, 2].map((k) => triples.map((v) => Math.fround(v[k]))) as [number[], number[], number[]];
-}
-
 const sameFloat = (p: number, q: number) => Object.is(p, q) || (Number.isNaN(p) && Number.isNaN(q));
 
 /** An exact zero sum of unlike signs is -0 when rounding down. */
@@ -360,23 +250,6 @@ test('float comparisons and NaN', (t) => {
   }
   t.end();
 });
-
-/** Bits of a 16-bit float from a number that it can hold. */
-function halfBits(x: number, format: typeof float16): bigint {
-  if (Number.isNaN(x)) return 0x7fffn;
-  const fractionBits = BigInt(format.precision - 1);
-  const sign = x < 0 || Object.is(x, -0) ? 0x8000n : 0n;
-  const size = Math.abs(x);
-  const infinity = format === float16 ? 0x7c00n : 0x7f80n;
-  if (size === Number.POSITIVE_INFINITY) return sign | infinity;
-  const normal = 2 ** (format.least + format.precision - 1);
-  if (size < normal) return sign | BigInt(size / 2 ** format.least);
-  const e = Math.floor(Math.log2(size));
-  const exponent = size >= 2 ** (e + 1) ? e + 1 : size < 2 ** e ? e - 1 : e;
-  const bias = format === float16 ? 15 : 127;
-  const fraction = BigInt((size / 2 ** exponent - 1) * 2 ** (format.precision - 1));
-  return sign | (BigInt(exponent + bias) << fractionBits) | fraction;
-}
 
 test('conversions', (t) => {
   const [x] = floatTriples();
@@ -614,70 +487,17 @@ atom.global.${name} %r3, [%w1], %r2; mul.wide.u32 %w3, %r1, 4; add.s64 %w2, %w2,
 });
 
 /** mma.sync over random small integers, whose products and sums are exact in every type. */
-function product(k: number, type: string, accumulator: 'f32' | 'f16'): { got: number[]; want: number[] } {
+function product(k: number, type: MmaType, accumulator: 'f32' | 'f16'): { got: number[]; want: number[] } {
   const small = (seed: number) => (((seed * 2654435761) >>> 7) % 7) - 3;
   const a = Array.from({ length: 16 * k }, (_, i) => small(i + 1));
   const b = Array.from({ length: k * 8 }, (_, i) => small(i + 1000));
-  const tf32 = type === 'tf32';
-  const format = type === 'f16' ? float16 : bfloat16;
-  const bits = (x: number) => Number(tf32 ? f32(x) : halfBits(x, format));
-  // Fragments as the PTX ISA tabulates them: group = lane / 4 is a row of A, a column of B; its four threads share a row.
-  const step = tf32 ? 1 : 2;
-  const span = 4 * step;
-  const words = (row: number, column: number) =>
-    tf32 ? bits(a[row * k + column]) : bits(a[row * k + column]) | (bits(a[row * k + column + 1]) << 16);
-  const wordsB = (row: number, column: number) =>
-    tf32 ? bits(b[row * 8 + column]) : bits(b[row * 8 + column]) | (bits(b[(row + 1) * 8 + column]) << 16);
-  const nA = (16 * k) / 32 / step;
-  const nB = (8 * k) / 32 / step;
-  const fa = new Uint32Array(32 * nA);
-  const fb = new Uint32Array(32 * nB);
-  for (let l = 0; l < 32; l++) {
-    for (let j = 0; j < nA; j++)
-      fa[l * nA + j] = words((l >> 2) + (j % 2) * 8, (l % 4) * step + Math.floor(j / 2) * span);
-    for (let j = 0; j < nB; j++) fb[l * nB + j] = wordsB((l % 4) * step + j * span, l >> 2);
-  }
-  const list = (letter: string, n: number) => Array.from({ length: n }, (_, j) => `%${letter}${j}`);
-  const nD = accumulator === 'f32' ? 4 : 2;
-  const register = accumulator === 'f32' ? 'f32' : 'b32';
-  const load = (letter: string, n: number, from: string) =>
-    `mul.wide.u32 %o, %l, ${n * 4}; ld.param.u64 %w, [${from}]; add.s64 %w, %w, %o;
-${list(letter, n)
-  .map((r, j) => `ld.global.b32 ${r}, [%w+${4 * j}];`)
-  .join('\n')}`;
-  const ptx = `.version 7.0\n.target sm_80\n.address_size 64
-.visible .entry op(.param .u64 d, .param .u64 a, .param .u64 b)
-{ .reg .b32 %l, %a<8>, %b<8>; .reg .${register} %d<4>; .reg .b64 %w, %o; mov.u32 %l, %laneid;
-${load('a', nA, 'a')}
-${load('b', nB, 'b')}
-${list('d', nD)
-  .map((r) => `mov.${register} ${r}, ${register === 'f32' ? '0f40000000' : '0x40004000'};`)
-  .join('\n')}
-mma.sync.aligned.m16n8k${k}.row.col.${accumulator}.${type}.${type}.${accumulator} {${list('d', nD)}}, {${list('a', nA)}}, {${list('b', nB)}}, {${list('d', nD)}};
-mul.wide.u32 %o, %l, ${4 * nD}; ld.param.u64 %w, [d]; add.s64 %w, %w, %o;
-${list('d', nD)
-  .map((r, j) => `st.global.b32 [%w+${4 * j}], ${r};`)
-  .join('\n')}
-ret; }`;
-  const bench = newBench();
-  const d = bench.room(32 * 4 * nD);
-  bench.launch(ptx, 'op', 1, 32, [d, bench.give(fa), bench.give(fb)]);
-  const raw = new Uint8Array(32 * 4 * nD);
-  bench.gpu.cuMemcpyDtoHAsync(raw, d, 0n);
-  const out = Array<number>(128);
-  for (let l = 0; l < 32; l++) {
-    for (let j = 0; j < 4; j++) {
-      const at = ((l >> 2) + (j >> 1) * 8) * 8 + (l % 4) * 2 + (j & 1);
-      const half = new DataView(raw.buffer).getUint16(l * 8 + j * 2, true);
-      out[at] = nD === 4 ? new Float32Array(raw.buffer)[l * 4 + j] : half;
-    }
-  }
+  const got = runMma(newBench(), { k, type, accumulator, a, b });
   const want = Array.from({ length: 128 }, (_, i) => {
     let sum = 2;
     for (let q = 0; q < k; q++) sum += a[Math.floor(i / 8) * k + q] * b[q * 8 + (i % 8)];
-    return nD === 4 ? sum : Number(halfBits(sum, float16));
+    return accumulator === 'f32' ? sum : Number(halfBits(sum, float16));
   });
-  return { got: out, want };
+  return { got, want };
 }
 
 test('mma.sync', (t) => {

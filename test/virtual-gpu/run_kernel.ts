@@ -1,7 +1,7 @@
 // How the tests run one kernel: arrays go to the virtual GPU, the kernel is launched, arrays come back. A fault throws.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Dim3 } from '../../engine/cuda/api.ts';
+import type { Dim3, GpuApi } from '../../engine/cuda/api.ts';
 import { type KernelArgument, packParameters, readManifest } from '../../engine/cuda/manifest.ts';
 import { packageRoot } from '../golden.ts';
 import { openVirtualGpu, type VirtualGpu, type VirtualGpuOptions } from './gpu.ts';
@@ -23,12 +23,13 @@ export const bytesOf = (values: Values): Uint8Array =>
 export const testPtx = (name: string): string =>
   readFileSync(join(packageRoot, 'test', 'virtual-gpu', 'kernels', `${name}.ptx`), 'utf8');
 
-export interface Bench {
-  readonly gpu: VirtualGpu;
+export interface Bench<Gpu extends GpuApi = VirtualGpu> {
+  readonly gpu: Gpu;
   /** Uploads values. */
   give(values: Values): bigint;
   /** Allocates without writing. */
   room(bytes: number): bigint;
+  bytes(address: bigint, count: number): Uint8Array;
   floats(address: bigint, count: number): Float32Array;
   ints(address: bigint, count: number): Int32Array;
   launch(
@@ -41,11 +42,15 @@ export interface Bench {
   ): void;
 }
 
-export function newBench(options: VirtualGpuOptions = {}): Bench {
-  const gpu = openVirtualGpu({ arenaBytes: 2 ** 24, ...options });
+export const newBench = (options: VirtualGpuOptions = {}): Bench =>
+  benchOn(openVirtualGpu({ arenaBytes: 2 ** 24, ...options }));
+
+/** A bench on any GPU whose context is current. */
+export function benchOn<Gpu extends GpuApi>(gpu: Gpu): Bench<Gpu> {
   const room = (bytes: number) => gpu.cuMemAllocAsync(bytes, 0n);
   const take = <T extends Values>(into: T, address: bigint): T => {
     gpu.cuMemcpyDtoHAsync(bytesOf(into), address, 0n);
+    gpu.cuStreamSynchronize(0n);
     return into;
   };
   return {
@@ -56,6 +61,7 @@ export function newBench(options: VirtualGpuOptions = {}): Bench {
       gpu.cuMemcpyHtoDAsync(address, bytesOf(values), 0n);
       return address;
     },
+    bytes: (address, count) => take(new Uint8Array(count), address),
     floats: (address, count) => take(new Float32Array(count), address),
     ints: (address, count) => take(new Int32Array(count), address),
     launch(ptx, kernel, grid, block, args, sharedBytes = 0) {

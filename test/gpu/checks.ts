@@ -1,0 +1,148 @@
+// What `npm run test:gpu` runs, as sections of cases: micro-kernels against the virtual GPU, every sample of every op in
+// each storage type against the reference, whole models against `cpu`, and the golden tests, which hold float32 against
+// diffusers' numbers.
+import { spawnSync } from 'node:child_process';
+import { join } from 'node:path';
+import type { Case, Result, Section } from '../../bench/gpu/sections.ts';
+import { DeviceAttribute } from '../../engine/cuda/api.ts';
+import { storageTypes } from '../../engine/cuda/kernels.ts';
+import { openDevice } from '../../engine/device.ts';
+import { registry } from '../../engine/op.ts';
+import { packageRoot } from '../golden.ts';
+import { type AnyRecord, gpuErrors } from '../op_cases.ts';
+import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
+import { benchOn } from '../virtual-gpu/run_kernel.ts';
+import { modelErrors, pipelineSteps, trainingStep, type Work } from '../whole_models.ts';
+import { type Gpu, openGpu } from './device.ts';
+import { type MicroKernel, microKernels } from './micro.ts';
+
+export interface Check extends Result {
+  /** The largest error of the case, and the bound that it had. */
+  error: number;
+  bound: number;
+  /** Assertions in it, where they are many. */
+  count?: number;
+  /** The device lacks what it needs. */
+  skipped?: string;
+}
+
+/** A case knows its row of the table. */
+export interface CheckCase extends Case<Check> {
+  readonly type: string;
+}
+export interface CheckSection extends Section<Check> {
+  cases(): readonly CheckCase[];
+}
+
+const cache = new Map<string, Gpu>();
+/** Opened when a case first needs it: the parent reads labels alone and opens none. */
+function gpuOf(name: string): Gpu {
+  const gpu = cache.get(name) ?? openGpu(name);
+  cache.set(name, gpu);
+  return gpu;
+}
+
+export function checkSections(device: string): CheckSection[] {
+  const micros = microKernels();
+  const groups = [...new Set(micros.map(({ group }) => group))];
+  return [
+    ...groups.map((group) => ({
+      name: `micro ${group}`,
+      cases: () => micros.filter((kernel) => kernel.group === group).map((kernel) => micro(kernel, device)),
+    })),
+    ...[...registry.values()].map((record) => ({
+      name: `op ${record.name}`,
+      cases: () => samples(record, device),
+    })),
+    ...Object.entries(models).map(([name, work]) => ({
+      name: `model ${name}`,
+      cases: () => storageTypes.map((dtype) => model(name, work, dtype, device)),
+    })),
+    ...golden.map((file) => ({
+      name: `golden ${file.replace('models_', '')}`,
+      cases: () => [goldenFile(file, device)],
+    })),
+  ];
+}
+
+function micro(kernel: MicroKernel, device: string): CheckCase {
+  return {
+    label: kernel.name,
+    type: '',
+    run() {
+      const { api, ordinal } = gpuOf(device);
+      const capability = [
+        DeviceAttribute.COMPUTE_CAPABILITY_MAJOR,
+        DeviceAttribute.COMPUTE_CAPABILITY_MINOR,
+      ].map((attribute) => api.cuDeviceGetAttribute(attribute, ordinal));
+      if (kernel.hopper && capability.join('.') !== '9.0')
+        return { error: 0, bound: 0, skipped: 'compute capability 9.0' };
+      const simulated = openVirtualGpu({ arenaBytes: 2 ** 24, capability: [9, 0] });
+      const got = kernel.run(benchOn(api));
+      const { error, problem } = kernel.agree(got, kernel.run(benchOn(simulated)));
+      return { error, bound: 0, problem };
+    },
+  };
+}
+
+const short = (x: number) => x.toExponential(1);
+
+/** The worst of several errors, each against its bound. */
+function worst(errors: readonly { name: string; error: number; bound: number }[]): Check {
+  const bad = errors.filter(({ error, bound }) => !(error <= bound));
+  const [most] = [...errors].sort((a, b) => (b.error / b.bound || 0) - (a.error / a.bound || 0));
+  const told = bad.map(({ name, error, bound }) => `${name} ${short(error)}, at most ${short(bound)}`);
+  return { error: most.error, bound: most.bound, ...(bad.length ? { problem: told.join('; ') } : {}) };
+}
+
+const samples = (record: AnyRecord, device: string): CheckCase[] =>
+  storageTypes.flatMap((dtype) =>
+    record.samples.map((sample, i) => ({
+      label: `${dtype} sample ${i} ${JSON.stringify(sample.inputs)}`,
+      type: dtype,
+      run: () => worst(gpuErrors(gpuOf(device).device, openDevice('reference'), record, sample, dtype)),
+    })),
+  );
+
+const models: Record<string, Work> = { pipeline: pipelineSteps, 'training step': trainingStep };
+
+const model = (
+  name: string,
+  work: Work,
+  dtype: (typeof storageTypes)[number],
+  device: string,
+): CheckCase => ({
+  label: `${name} in ${dtype}`,
+  type: dtype,
+  run: () => worst(modelErrors(gpuOf(device).device, openDevice('cpu'), work, dtype)),
+});
+
+const golden = [
+  'golden_ops',
+  'models_text',
+  'models_vae',
+  'models_unet',
+  'models_lora',
+  'pipeline',
+  'training',
+];
+
+/** A test file of its own, run on the device: its assertions are the cases. */
+const goldenFile = (file: string, device: string): CheckCase => ({
+  label: `${file}.test.js`,
+  type: 'float32',
+  run() {
+    const script = join(packageRoot, 'dist', 'test', `${file}.test.js`);
+    const env = { ...process.env, TAP_TIMEOUT: '600' };
+    const child = spawnSync(process.execPath, [script, `--device=${device}`], { env, encoding: 'utf8' });
+    const total = /^# \{ total: \d+.*\}$/m.exec(child.stdout)?.[0] ?? '';
+    const count = (word: string) => Number(new RegExp(`${word}: (\\d+)`).exec(total)?.[1] ?? 0);
+    const failed = [...child.stdout.matchAll(/^\s*not ok \d+ - (.*)$/gm)].map(([, text]) => text);
+    const ended = child.signal ?? `status ${child.status}`;
+    const good = child.status === 0 && count('pass') > 0;
+    const problem = good
+      ? undefined
+      : `${file}.test.js ended with ${ended}: ${failed.join('; ') || child.stderr.slice(-500)}`;
+    return { error: count('fail'), bound: 0, count: count('pass') + count('fail'), problem };
+  },
+});

@@ -1,0 +1,127 @@
+// Whole models at work on any device, for comparing one with another: the tiny golden pipeline (text encoders, UNet under
+// guidance, VAE, four steps) and one step of training. Float32 agrees within its sums' order. In the half types devices
+// round every activation in their own places, so what is asked is that one is as near to the float32 result as the other.
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
+import { namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { clipGradients } from '../train/clip.ts';
+import { ema } from '../train/ema.ts';
+import { fill } from '../train/fields.ts';
+import { addNoise, diffusionLoss, objectiveOf } from '../train/objective.ts';
+import { adamw } from '../train/optimizers/adamw.ts';
+import { optimize } from '../train/optimizers/rule.ts';
+import { fields } from '../train/run.ts';
+import { goldenFolder } from './golden.ts';
+import { relativeError } from './op_cases.ts';
+
+const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+
+/** Root mean square errors relative to the whole: float32's own, and how much farther than the CPU a half type may be. */
+const FLOAT32 = 1e-5;
+const FARTHER = 2; // one bit less
+
+export type Results = Record<string, Float32Array>;
+export type Work = (device: Device, dtype: FloatDType) => Results;
+
+/** What a device's error is, and what it may be. */
+export interface ModelError {
+  name: string;
+  error: number;
+  bound: number;
+}
+
+/** The errors of what `work` gives on `device` against the `cpu`. Live tensors must return to their count. */
+export function modelErrors(device: Device, cpu: Device, work: Work, dtype: FloatDType): ModelError[] {
+  const run = (on: Device, type: FloatDType): Results => {
+    const before = on.memory.storages;
+    const results = work(on, type);
+    if (on.memory.storages !== before)
+      throw new Error(`live tensors on ${on.name} in ${type}: ${before} → ${on.memory.storages}`);
+    return results;
+  };
+  const want = run(cpu, 'float32');
+  const got = run(device, dtype);
+  const own = dtype === 'float32' ? undefined : run(cpu, dtype);
+  return Object.keys(got).map((name) => ({
+    name,
+    error: relativeError(got[name], want[name]),
+    bound: own ? FARTHER * relativeError(own[name], want[name]) : FLOAT32,
+  }));
+}
+
+/** Latents after four guided steps, and in float32 the decoded picture: the VAE is float32 whatever the rest is. */
+export function pipelineSteps(device: Device, dtype: FloatDType): Results {
+  const pipeline = loadPipeline(source, { device, dtype });
+  const loop = denoise(pipeline, {
+    prompt: ['a red fox in the snow'],
+    negative_prompt: ['blurry'],
+    ...{ height: 32, width: 32, num_inference_steps: 4, guidance_scale: 5 },
+    generators: [new TorchGenerator(3)],
+  });
+  let turn = loop.next();
+  while (!turn.done) turn = loop.next();
+  const { latents } = turn.value;
+  const results: Results = { latents: latents.data };
+  if (dtype === 'float32') results.picture = decode(pipeline, latents).data;
+  pipeline.release();
+  return results;
+}
+
+/** One update of the tiny UNet on fixed noise, with float32 masters where the weights are halves. */
+export function trainingStep(device: Device, dtype: FloatDType): Results {
+  const model = unet(parseUNetConfig(source.config('unet')));
+  source.load('unet', model, device, dtype);
+  const parameters = namedParameters(model);
+  for (const p of parameters.values()) requireGrad(p.tensor);
+  const settings = { betas: [0.9, 0.999] as const, eps: 1e-8, weight_decay: 1e-2 };
+  const optimizer = optimize(parameters, adamw(settings), {
+    ...settings,
+    stochastic_rounding: false,
+    seed: 0,
+  });
+  const averages = ema(parameters.keys(), optimizer.weightOf, 0.99);
+  const random = new TorchGenerator(5);
+  const normals = (...shape: number[]) => random.randn(sizeOf(shape)) as Float32Array;
+  const objective = objectiveOf(fill(fields, {}, 'defaults').objective, source.config('scheduler'));
+  const noised = addNoise(
+    objective,
+    normals(1, 4, 4, 4),
+    [1, 4, 4, 4],
+    new Float32Array([500]),
+    normals(1, 4, 4, 4),
+  );
+  const loss = scope(() => {
+    const value = diffusionLoss(model, objective, noised, {
+      context: tensor(normals(1, 77, 80), [1, 77, 80], { device, dtype }),
+      textEmbeds: tensor(normals(1, 40), [1, 40], { device, dtype }),
+      timeIds: tensor([32, 32, 0, 0, 32, 32], [1, 6], { device }),
+    });
+    backward(value);
+    return value.floats();
+  });
+  const joined = (of: (name: string, p: Parameter) => Tensor) =>
+    scope(() => Float32Array.from([...parameters].flatMap(([name, p]) => [...of(name, p).floats()])));
+  const gradients = joined((_, p) => gradOf(p.tensor) as Tensor);
+  const { norm, scale } = clipGradients(parameters, 1);
+  optimizer.step(1e-3, scale);
+  averages.step();
+  for (const p of parameters.values()) clearGrad(p.tensor);
+  const results = {
+    ...{ loss, gradients, norm: Float32Array.of(norm) },
+    moments: joined((name) => optimizer.state.get(`exp_avg.${name}`) as Tensor),
+    weights: joined((name) => optimizer.weightOf(name)),
+    averages: joined((name) => averages.weights.get(name) as Tensor),
+  };
+  averages.release();
+  optimizer.release();
+  unload(model);
+  return results;
+}
