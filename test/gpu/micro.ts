@@ -5,6 +5,7 @@ import type { GpuApi } from '../../engine/cuda/api.ts';
 import type { Bench } from '../virtual-gpu/run_kernel.ts';
 import type { Agree } from './agreement.ts';
 import { arithmeticKernels } from './micro_arithmetic.ts';
+import { hopperKernels } from './micro_hopper.ts';
 import { matrixKernels } from './micro_matrix.ts';
 import { memoryKernels } from './micro_memory.ts';
 
@@ -22,6 +23,7 @@ export const microKernels = (): MicroKernel[] => [
   ...arithmeticKernels(),
   ...memoryKernels(),
   ...matrixKernels(),
+  ...hopperKernels(),
 ];
 
 /** The instructions of a PTX text, each with all its modifiers. */

@@ -159,6 +159,7 @@ function predicates(): MicroKernel[] {
     ...'lt ge gt eq ne le'.split(' ').map((how) => compare(`setp.${how}.s32`, 'u32', [x, y])),
     ...'lt ge gt le'.split(' ').map((how) => compare(`setp.${how}.u32`, 'u32', [x, y])),
     compare('setp.eq.b32', 'u32', [x, y]),
+    compare('setp.ne.b32', 'u32', [x, y]),
     ...'eq.s64 ne.s64 lt.s64 eq.b64 ge.u64'.split(' ').map((how) => compare(`setp.${how}`, 'u64', pairs[64])),
     ...['eq.s16', 'ne.s16'].map((how) => compare(`setp.${how}`, 'u16', pairs[16])),
     ...'lt le gt ge eq neu ltu leu gtu geu nan num'

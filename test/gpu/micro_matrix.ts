@@ -1,30 +1,17 @@
-// Micro-kernels of the matrix instructions, and of what surrounds them on Hopper. Small integers have exact sums, so those
-// agree to the bit. Of other numbers a tensor core drops bits below those of the largest term: the bound allows each of the
-// terms 2^-23 of it.
-
-import { sizeOf } from '../../engine/tensor.ts';
+// Micro-kernels of mma.sync. Small integers have exact sums, so those agree to the bit. Of other numbers a tensor core drops
+// bits below those of the largest term: the bound allows each of the terms 2^-23 of it.
 import { bfloat16, exactRounding, float16 } from '../virtual-gpu/exact.ts';
-import {
-  halves,
-  hopper,
-  im2colShape,
-  runCopySignal,
-  runIm2col,
-  runWgemm,
-  runWgmmaSmall,
-  type WgemmShape,
-} from '../virtual-gpu/hopper_runs.ts';
 import { type MmaType, mmaPtx, runMma } from '../virtual-gpu/mma.ts';
-import { fromBf16, toBf16 } from '../virtual-gpu/numbers.ts';
 import { bytesOf, floatsFrom } from '../virtual-gpu/run_kernel.ts';
 import { sameBits, within } from './agreement.ts';
 import type { MicroKernel } from './micro.ts';
 
 const small = (i: number) => (((i * 2654435761) >>> 7) % 7) - 3;
-const integers = (count: number, seed: number) => Array.from({ length: count }, (_, i) => small(i + seed));
+export const integers = (count: number, seed: number) =>
+  Array.from({ length: count }, (_, i) => small(i + seed));
 
 /** What a tensor core may drop from each sum of row i of a and row j of b, on top of `start`. */
-function bounds(
+export function bounds(
   a: ArrayLike<number>,
   b: (j: number, q: number) => number,
   [m, n, k]: readonly number[],
@@ -57,52 +44,6 @@ function mma(k: number, type: MmaType, exact: boolean): MicroKernel {
   };
 }
 
-const bits = (values: ArrayLike<number>) => Uint16Array.from(values, toBf16);
-const numbers = (values: Uint16Array) => Float64Array.from(values, fromBf16);
-/** Without the source lines, whose names of functions are not in the file: the virtual GPU reads them, ptxas would refuse. */
-const assembled = hopper.replace(/^\s*\.(loc|file)\b.*$/gm, '');
-const onHopper = { group: 'hopper', ptx: assembled, hopper: true } as const;
-
-function wgemm(shape: WgemmShape, exact: boolean): MicroKernel {
-  const { m = 128, n = 64, k = 320 } = shape;
-  const make = (count: number, seed: number) => (exact ? bits(integers(count, seed)) : halves(count, seed));
-  const [a, b] = [make(m * k, 1), make(n * k, 2)];
-  const right = numbers(b);
-  return {
-    ...onHopper,
-    name: `TMA and wgmma.m64n64k16, ${m} x ${n} x ${k}, ${exact ? 'integers' : 'random'}`,
-    run: (bench) => bytesOf(runWgemm(bench, a, b, shape, assembled)),
-    agree: exact ? sameBits('f32') : within(bounds(numbers(a), (j, q) => right[j * k + q], [m, n, k], 0)),
-  };
-}
-
-function hopperKernels(): MicroKernel[] {
-  const [a, b] = [bits(integers(64 * 16, 3)), bits(integers(8 * 16, 4))];
-  return [
-    wgemm({}, true),
-    wgemm({}, false),
-    wgemm({ m: 200, n: 136, k: 104 }, true),
-    {
-      ...onHopper,
-      name: 'wgmma.m64n8k16 without swizzle',
-      run: (bench) => bytesOf(runWgmmaSmall(bench, a, b, assembled)),
-      agree: sameBits('f32'),
-    },
-    {
-      ...onHopper,
-      name: 'TMA im2col load, tiled store',
-      run: (bench) => bytesOf(runIm2col(bench, halves(sizeOf(im2colShape), 5), assembled)),
-      agree: sameBits('u16'),
-    },
-    {
-      ...onHopper,
-      name: 'cp.async that signals an mbarrier, bulk store',
-      run: (bench) => bytesOf(runCopySignal(bench, floatsFrom(512, 6), assembled)),
-      agree: sameBits('f32'),
-    },
-  ];
-}
-
 export const matrixKernels = (): MicroKernel[] => [
   ...(
     [
@@ -114,5 +55,4 @@ export const matrixKernels = (): MicroKernel[] => [
       [4, 'tf32'],
     ] as const
   ).flatMap(([k, type]) => [mma(k, type, true), mma(k, type, false)]),
-  ...hopperKernels(),
 ];

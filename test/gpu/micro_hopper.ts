@@ -1,0 +1,251 @@
+// Micro-kernels of what sm_90a adds: wgmma of every width that our kernels use, boxes by TMA in each swizzle as they lie in
+// shared memory, stmatrix; and the kernels of virtual-gpu/kernels/hopper.cu, where all of it works together.
+import { type GpuApi, TensorMapDataType, TensorMapSwizzle } from '../../engine/cuda/api.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import {
+  halves,
+  hopper,
+  im2colShape,
+  runCopySignal,
+  runIm2col,
+  runWgemm,
+  runWgmmaSmall,
+  type WgemmShape,
+} from '../virtual-gpu/hopper_runs.ts';
+import { fromBf16, toBf16, toF16 } from '../virtual-gpu/numbers.ts';
+import { type Bench, bytesOf, floatsFrom } from '../virtual-gpu/run_kernel.ts';
+import { type Agree, sameBits, within } from './agreement.ts';
+import type { MicroKernel } from './micro.ts';
+import { bounds, integers } from './micro_matrix.ts';
+
+const THREADS = 128;
+const onHopper = { group: 'hopper', hopper: true } as const;
+
+const kernel = (parameters: string, registers: string, body: string) => `.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry op(${parameters})
+{
+.reg .pred %p<4>; .reg .b32 %t, %s, %b, %n, %x, %y, %z, %r<8>; .reg .b64 %m, %to, %from, %o, %w<8>; ${registers}
+mov.u32 %t, %tid.x;
+${body}
+ret;
+}`;
+
+/** %n bytes between global %from or %to and shared memory from %s on, by all threads. */
+const copyWords = (label: string, move: string) => `shl.b32 %r1, %t, 2;
+${label}: setp.ge.u32 %p1, %r1, %n; @%p1 bra ${label}_END; cvt.u64.u32 %o, %r1; add.s32 %r2, %s, %r1;
+${move}
+add.s32 %r1, %r1, ${4 * THREADS}; bra ${label};
+${label}_END:`;
+const toShared = 'add.s64 %w3, %from, %o; ld.global.u32 %r3, [%w3]; st.shared.u32 [%r2], %r3;';
+const toGlobal = 'ld.shared.u32 %r3, [%r2]; add.s64 %w3, %to, %o; st.global.u32 [%w3], %r3;';
+
+// wgmma
+
+/** The operands as 8 x 8 core matrices of 128 bytes: 128 bytes apart along k, 256 along m or n. */
+function coreMatrices(values: Uint16Array): Uint16Array {
+  return values.map(
+    (_, i) =>
+      values[
+        (Math.floor(i / 128) * 8 + (Math.floor(i / 8) % 8)) * 16 + (Math.floor(i / 64) % 2) * 8 + (i % 8)
+      ],
+  );
+}
+
+const DESCRIPTOR = '0x1000080000'; // 128 >> 4 at bit 16, 256 >> 4 at bit 32
+
+/** One wgmma of 64 x n x 16; each thread stores its sums as it holds them. With `registers` a comes from them. */
+function wgmmaPtx(n: number, type: string, registers: boolean): string {
+  const sums = Array.from({ length: n / 2 }, (_, i) => `%d${i}`);
+  const descriptor = (at: string, to: string) =>
+    `mov.u32 %r4, ${at}; shr.u32 %r4, %r4, 4; cvt.u64.u32 ${to}, %r4; or.b64 ${to}, ${to}, ${DESCRIPTOR};`;
+  const operand = registers ? '{%a0, %a1, %a2, %a3}' : '%w1';
+  const flags = registers ? '1, 1, 0' : '1, 1, 0, 0';
+  return kernel(
+    '.param .u64 to, .param .u64 a, .param .u64 b',
+    `.reg .f32 %d<${n / 2}>; .reg .b32 %a<4>; .shared .align 128 .b8 sa[2048]; .shared .align 128 .b8 sb[${n * 32}];`,
+    `ld.param.u64 %from, [a]; mov.u32 %s, sa; mov.u32 %n, 2048; ${copyWords('A', toShared)}
+mul.wide.u32 %o, %t, 16; add.s64 %w3, %from, %o; ld.global.v4.b32 {%a0, %a1, %a2, %a3}, [%w3];
+ld.param.u64 %from, [b]; mov.u32 %s, sb; mov.u32 %n, ${n * 32}; ${copyWords('B', toShared)}
+fence.proxy.async.shared::cta; bar.sync 0;
+${descriptor('sa', '%w1')} ${descriptor('sb', '%w2')}
+${sums.map((d) => `mov.f32 ${d}, 0f40000000;`).join(' ')}
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n${n}k16.f32.${type}.${type} {${sums.join(', ')}}, ${operand}, %w2, 1, ${flags};
+wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+ld.param.u64 %to, [to]; mul.wide.u32 %o, %t, ${2 * n}; add.s64 %to, %to, %o;
+${sums.map((d, i) => `st.global.f32 [%to+${4 * i}], ${d};`).join(' ')}`,
+  );
+}
+
+function wgmma(n: number, type: 'bf16' | 'f16', exact: boolean, registers = false): MicroKernel {
+  const encode = type === 'bf16' ? toBf16 : toF16;
+  const values = (count: number, seed: number) =>
+    Uint16Array.from(exact ? integers(count, seed) : floatsFrom(count, seed), encode);
+  const ptx = wgmmaPtx(n, type, registers);
+  const [a, b] = [values(64 * 16, n), values(n * 16, n + 1)];
+  const run = (bench: Bench<GpuApi>) => {
+    const to = bench.room(64 * n * 4);
+    // Registers take a as it comes, for their bits are what matters, not their places.
+    const from = [registers ? a : coreMatrices(a), coreMatrices(b)].map((each) => bench.give(each));
+    bench.launch(ptx, 'op', 1, THREADS, [to, ...from]);
+    return bench.bytes(to, 64 * n * 4);
+  };
+  // Terms are at most 1, sums begin at 2: see micro_matrix.ts.
+  const agree = exact ? sameBits('f32') : within(Array(64 * n).fill(18 * 2 * 2 ** -23));
+  const kind = `${exact ? 'integers' : 'random'}${registers ? ', a in registers' : ''}`;
+  return { ...onHopper, name: `wgmma.m64n${n}k16 ${type}, ${kind}`, ptx, run, agree };
+}
+
+// TMA
+
+const mapParameters =
+  '.param .align 64 .b8 map[128], .param .u64 data, .param .u32 x, .param .u32 y, .param .u32 z, .param .u32 bytes';
+const tile = '.shared .align 1024 .b8 tile[16384]; .shared .align 8 .b8 barrier[8];';
+const readMap = `mov.u32 %s, tile; mov.u32 %b, barrier; mov.b64 %m, map; cvta.param.u64 %m, %m;
+ld.param.u32 %x, [x]; ld.param.u32 %y, [y]; ld.param.u32 %z, [z]; ld.param.u32 %n, [bytes]; setp.ne.b32 %p2, %t, 0;`;
+
+const loadPtx = kernel(
+  mapParameters,
+  tile,
+  `${readMap} @%p2 bra ISSUED;
+mbarrier.init.shared::cta.b64 [%b], 1; fence.mbarrier_init.release.cluster;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %n;
+cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];
+ISSUED: bar.sync 0;
+TRY: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%b], 0; @%p3 bra THERE; bra TRY;
+THERE: ld.param.u64 %to, [data]; ${copyWords('OUT', toGlobal)}`,
+);
+
+const storePtx = kernel(
+  mapParameters,
+  tile,
+  `${readMap} ld.param.u64 %from, [data]; ${copyWords('IN', toShared)}
+fence.proxy.async.shared::cta; bar.sync 0; @%p2 bra STORED;
+cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%m, {%x, %y, %z}], [%s];
+cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
+STORED:`,
+);
+
+/** [3, 20, 80] halves; a box of `columns` x 12 x 2 begins at (x, y, z), outside on some sides. */
+const [SLABS, ROWS, COLUMNS] = [3, 20, 80];
+
+function box(
+  how: 'load' | 'store',
+  swizzle: keyof typeof TensorMapSwizzle,
+  columns: number,
+  at: readonly number[],
+): MicroKernel {
+  const ptx = how === 'load' ? loadPtx : storePtx;
+  const bytes = columns * 12 * 2 * 2;
+  const run = (bench: Bench<GpuApi>) => {
+    const global = halves(SLABS * ROWS * COLUMNS, 8);
+    const tensor = bench.give(global);
+    const map = bench.gpu.cuTensorMapEncodeTiled({
+      dataType: TensorMapDataType.BFLOAT16,
+      globalAddress: tensor,
+      globalDim: [COLUMNS, ROWS, SLABS],
+      globalStrides: [COLUMNS * 2, ROWS * COLUMNS * 2],
+      elementStrides: [1, 1, 1],
+      swizzle: TensorMapSwizzle[swizzle],
+      boxDim: [columns, 12, 2],
+    });
+    const data = how === 'load' ? bench.room(bytes) : bench.give(halves(bytes / 2, 9));
+    bench.launch(ptx, 'op', 1, THREADS, [map, data, ...at, bytes]);
+    return how === 'load' ? bench.bytes(data, bytes) : bench.bytes(tensor, global.byteLength);
+  };
+  const name = `TMA ${how} 3d, swizzle ${swizzle}, ${columns} columns at ${at.join(', ')}`;
+  return { ...onHopper, name, ptx, run, agree: sameBits('u16') };
+}
+
+// stmatrix
+
+const stmatrixPtx = (trans: string) =>
+  kernel(
+    '.param .u64 to, .param .u64 from',
+    '.reg .b32 %a<4>; .shared .align 128 .b8 tile[2048];',
+    `ld.param.u64 %to, [to]; ld.param.u64 %from, [from]; mov.u32 %s, tile; mov.u32 %n, 2048;
+mul.wide.u32 %o, %t, 16; add.s64 %w3, %from, %o; ld.global.v4.b32 {%a0, %a1, %a2, %a3}, [%w3];
+shl.b32 %r5, %t, 4; add.s32 %r5, %r5, %s;
+stmatrix.sync.aligned.m8n8.x4${trans}.shared.b16 [%r5], {%a0, %a1, %a2, %a3};
+bar.sync 0; ${copyWords('OUT', toGlobal)}`,
+  );
+
+const stmatrix = (trans: string): MicroKernel => {
+  const ptx = stmatrixPtx(trans);
+  const run = (bench: Bench<GpuApi>) => {
+    const to = bench.room(2048);
+    bench.launch(ptx, 'op', 1, THREADS, [to, bench.give(halves(1024, 10))]);
+    return bench.bytes(to, 2048);
+  };
+  return { ...onHopper, name: `stmatrix.x4${trans}`, ptx, run, agree: sameBits('u16') };
+};
+
+// Whole kernels
+
+/** Without the source lines, whose names of functions are not in the file: the virtual GPU reads them, ptxas would refuse. */
+const assembled = hopper.replace(/^\s*\.(loc|file)\b.*$/gm, '');
+
+function whole(
+  name: string,
+  run: (bench: Bench<GpuApi>) => Parameters<typeof bytesOf>[0],
+  agree: Agree,
+): MicroKernel {
+  return { ...onHopper, name, ptx: assembled, run: (bench) => bytesOf(run(bench)), agree };
+}
+
+const bf16 = (values: ArrayLike<number>) => Uint16Array.from(values, toBf16);
+
+function wgemm(shape: WgemmShape, exact: boolean): MicroKernel {
+  const { m = 128, n = 64, k = 320 } = shape;
+  const make = (count: number, seed: number) => (exact ? bf16(integers(count, seed)) : halves(count, seed));
+  const [a, b] = [make(m * k, 1), make(n * k, 2)];
+  const [left, right] = [a, b].map((bits) => Float64Array.from(bits, fromBf16));
+  const agree = exact ? sameBits('f32') : within(bounds(left, (j, q) => right[j * k + q], [m, n, k], 0));
+  const name = `TMA and wgmma, ${m} x ${n} x ${k}, ${exact ? 'integers' : 'random'}`;
+  return whole(name, (bench) => runWgemm(bench, a, b, shape, assembled), agree);
+}
+
+const wholeKernels = (): MicroKernel[] => [
+  wgemm({}, true),
+  wgemm({}, false),
+  wgemm({ m: 200, n: 136, k: 104 }, true),
+  whole(
+    'wgmma of operands that threads wrote',
+    (bench) => runWgmmaSmall(bench, bf16(integers(64 * 16, 3)), bf16(integers(8 * 16, 4)), assembled),
+    sameBits('f32'),
+  ),
+  whole(
+    'TMA im2col load, tiled store',
+    (bench) => runIm2col(bench, halves(sizeOf(im2colShape), 5), assembled),
+    sameBits('u16'),
+  ),
+  whole(
+    'cp.async that signals an mbarrier, bulk store',
+    (bench) => runCopySignal(bench, floatsFrom(512, 6), assembled),
+    sameBits('f32'),
+  ),
+];
+
+export const hopperKernels = (): MicroKernel[] => [
+  ...([8, 64, 80, 96, 128, 160, 256] as const).flatMap((n) => [
+    wgmma(n, 'bf16', true),
+    wgmma(n, 'f16', true),
+  ]),
+  wgmma(160, 'bf16', false),
+  wgmma(256, 'f16', false),
+  wgmma(64, 'bf16', true, true),
+  wgmma(64, 'f16', true, true),
+  ...(['load', 'store'] as const).flatMap((how) => [
+    box(how, 'NONE', 16, [0, 0, 0]),
+    box(how, 'B32', 16, [32, 5, 1]),
+    box(how, 'B64', 32, [16, 3, 0]),
+    box(how, 'B128', 64, [0, 0, 1]),
+    box(how, 'B128', 64, [40, 11, 2]),
+    box(how, 'B128', 64, [-8, -3, -1]),
+  ]),
+  stmatrix(''),
+  stmatrix('.trans'),
+  ...wholeKernels(),
+];
