@@ -9,6 +9,7 @@ import {
   type PlanContext,
   THREADS,
 } from './plan.ts';
+import { hopperForward, isForHopper } from './plan_attention_sm90.ts';
 import { product } from './plan_matrix.ts';
 
 const FLASH_HEAD = 64;
@@ -125,6 +126,7 @@ function forward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, lse, q, k, v] = args as readonly bigint[];
   const s = sizesOf(args.slice(5));
   const { n, heads, lq, lk, causal, scale } = s;
+  if (isForHopper(s, context)) return hopperForward(args, s, context);
   if (isFlash(s, context))
     return [
       flash('forward', lq, QUERIES, (QUERIES / ROWS) * TILE_BYTES + 4 * TILE_BYTES, [y, lse, q, k, v], s),

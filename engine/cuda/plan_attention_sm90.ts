@@ -1,0 +1,80 @@
+// Plans of attention on Hopper: heads 64 wide in the half types, whose tiles TMA brings by maps over [n, l, heads * 64].
+import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
+import { divideUp, type KernelLaunch, type LaunchArgument, type PlanContext } from './plan.ts';
+
+const HEAD = 64;
+/** Rows of a warpgroup, of a tile of two, and of a warp, which stores on its own. */
+const ROWS = 64;
+const TILE = 128;
+const WARP_ROWS = 16;
+const TILE_BYTES = TILE * HEAD * 2;
+const HALF_TILE_BYTES = TILE_BYTES / 2;
+const WARP = 32;
+const WARPGROUP = 4 * WARP;
+/** What a block of shared memory may lack of the swizzle's alignment. */
+const ALIGNMENT = 1024;
+
+export interface HopperSizes {
+  readonly n: number;
+  readonly heads: number;
+  readonly lq: number;
+  readonly lk: number;
+  readonly d: number;
+  readonly causal: number;
+  readonly scale: number;
+}
+
+export const isForHopper = ({ d }: HopperSizes, { hopper, elementBytes }: PlanContext): boolean =>
+  hopper && elementBytes === 2 && d === HEAD;
+
+/** Boxes of `rows` rows of one head of [n, l, heads * 64]. */
+const mapOf =
+  ({ n, heads }: HopperSizes, context: PlanContext) =>
+  (address: LaunchArgument, l: number, rows: number): Uint8Array =>
+    context.tiledMap({
+      dataType: context.dtype === 'float16' ? TensorMapDataType.FLOAT16 : TensorMapDataType.BFLOAT16,
+      globalAddress: address as bigint,
+      globalDim: [heads * HEAD, l, n],
+      globalStrides: [heads * HEAD * 2, l * heads * HEAD * 2],
+      elementStrides: [1, 1, 1],
+      boxDim: [HEAD, rows, 1],
+      swizzle: TensorMapSwizzle.B128,
+    });
+
+const KEY_STAGES = 4;
+/** Two tiles of queries, rings of keys and values, results on their way out, and what one warpgroup hands to the other. */
+const FORWARD_SHARED =
+  ALIGNMENT + 2 * TILE_BYTES + 2 * KEY_STAGES * TILE_BYTES + TILE_BYTES + 36 * WARPGROUP * 4;
+
+/** So many keys, or fewer, are all kept: the text's 77. Three warpgroups and a warp share two heads' keys and values. */
+const FEW_KEYS = 80;
+const FEW_GROUPS = 3;
+const FEW_QUERY_STAGES = 9;
+const FEW_SHARED =
+  ALIGNMENT + FEW_QUERY_STAGES * HALF_TILE_BYTES + 4 * FEW_KEYS * HEAD * 2 + FEW_GROUPS * HALF_TILE_BYTES;
+
+export function hopperForward(
+  [y, lse, q, k, v]: readonly LaunchArgument[],
+  s: HopperSizes,
+  context: PlanContext,
+): KernelLaunch[] {
+  const { n, heads, lq, lk, causal, scale } = s;
+  const map = mapOf(s, context);
+  const isFew = lk <= FEW_KEYS;
+  const keys = isFew ? FEW_KEYS : TILE;
+  const perHead = divideUp(lq, ROWS);
+  const units = n * heads * perHead;
+  return [
+    {
+      family: 'attention_sm90',
+      entry: isFew ? 'attention_hopper_few_forward' : 'attention_hopper_forward',
+      grid: [Math.min(units, context.multiprocessors), 1, 1],
+      block: isFew ? FEW_GROUPS * WARPGROUP + WARP : 3 * WARPGROUP,
+      shared: isFew ? FEW_SHARED : FORWARD_SHARED,
+      args: [
+        ...[map(q, lq, ROWS), map(k, lk, keys), map(v, lk, keys), map(y, lq, WARP_ROWS), lse],
+        ...[heads, lq, lk, causal, scale, units, perHead],
+      ],
+    },
+  ];
+}
