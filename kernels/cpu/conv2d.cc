@@ -87,7 +87,7 @@ template <class T> struct Taps final : Rows<T> {
 
   int strips(Strip<T> *to, Range rows, Range columns) const override {
     constexpr int64_t SHORTEST = 32; // elements of a run worth a micro-kernel of their own
-    if (run() < SHORTEST || width < 4 || !spreads<T>(step * channels)) return -1;
+    if (run() < SHORTEST || width < 4 || !in_words<T>(step * channels)) return -1;
     int found = 0;
     for (int64_t c = columns.begin, end; c < columns.end; c = end) {
       const int64_t first = c / channels, last = (first / together() + 1) * together() - 1;

@@ -1,6 +1,7 @@
 // The packed matrix product (after BLIS, Van Zee & van de Geijn 2015): tiles of C, each summed over blocks of k in a buffer
 // that stays in the second-level cache. A is read in place where its layout allows. B is packed a chunk of columns at a
-// time for all threads, or, where one tile holds all rows of C and so meets a panel of B once, by the tile itself.
+// time for all threads, or, where one tile holds all rows of C and so meets a panel of B once, by the tile itself. Where
+// both lie along k, few rows change places with B: weights are then read in place, once, and the few rows are packed.
 #include "gemm.h"
 #include "gemm_output.h"
 #include "gemm_pack.h"
@@ -66,22 +67,68 @@ template <class T> struct Product {
   const Operand<T> &a, &b;
   int64_t m, n, k;
   Blocks<T> blocks;
-  int width; // of a panel of B
+  bool flipped = false; // the product is C^T = B^T A^T, and a tile has all of its columns
+
+  // Of the panel of B where `left` columns are left.
+  int width_of(int64_t left) const {
+    return left <= LANES ? LANES : flipped && left > PANEL && left <= WIDE_PANEL ? WIDE_PANEL : PANEL;
+  }
+  int most_rows() const { return flipped && n > PANEL && (n - 1) / LANES % 2 == 0 ? WIDE_MR : MR; }
+};
+
+inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// Brings near what a tile will need while it is computed: each step asks for the lines of a few rows.
+template <class T> class Ahead {
+public:
+  // What the next block reads of A.
+  void read(const Operand<T> &a, Range rows, Range k) {
+    if (a.rows_are_k || rows.count() <= 0) return;
+    int found = a.rows.strips(strips, rows, k);
+    if (found < 0 && a.rows.run() == 0) { // rows that are copied lie somewhere too
+      const T *from[TILE_ROWS];
+      a.rows.fetch(from, rows, k, nullptr);
+      for (found = 0; found < rows.count(); found++) strips[found] = {from[found], 0, found, 1, k};
+    }
+    for (int i = 0; i < found; i++) total += strips[i].count;
+    count = std::max(found, 0);
+  }
+  // Where the tile's sums go.
+  void write(const Output<T> &c, Range rows, Range columns) {
+    if (c.grid.image_width != 0) return;
+    if (c.activation == GEGLU) columns = {columns.begin / 2, columns.end / 2};
+    const int64_t at = rows.begin * c.columns + columns.begin;
+    strips[count++] = {c.y + at, c.columns, 0, rows.count(), columns};
+    total += rows.count();
+  }
+  void share(int steps) { per_step = (total + steps - 1) / std::max(steps, 1); }
+  void step() {
+    for (int i = 0; i < per_step && strip < count; i++) {
+      const Strip<T> &s = strips[strip];
+      const char *from = reinterpret_cast<const char *>(s.data + row * s.stride), *end = from + s.columns.count() * sizeof(T);
+      for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+      if (++row == s.count) row = 0, strip++;
+    }
+  }
+
+private:
+  Strip<T> strips[MAX_STRIPS + 1];
+  int count = 0, total = 0, per_step = 0, strip = 0, row = 0;
 };
 
 // One tile of C: rows x columns, all of k. `packed` holds the columns of `chunk` of B, or is null: then B is packed here.
 template <class T>
-void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range rows, Range columns) {
-  const int64_t panels = (chunk.count() + p.width - 1) / p.width, stride = (columns.count() + p.width - 1) / p.width * p.width;
-  float *sums = sums_workspace.floats(rows.count() * stride);
+void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range rows, Range columns, Range next) {
+  const int64_t chunk_stride = whole_vectors(chunk.count()), stride = whole_vectors(columns.count());
+  float *sums = sums_workspace.floats(whole_vectors(rows.count()) * stride);
   float *space = a_workspace.floats(TILE_ROWS * (A_STRIDE + LANES));
   T *scratch = reinterpret_cast<T *>(scratch_workspace.floats(2 * KC * TILE_ROWS));
-  alignas(64) float panel[KC * PANEL];
+  alignas(64) float panel[KC * WIDE_PANEL];
   Piece pieces[MAX_PIECES];
   bool add = false;
   for (int64_t block = 0; block < p.blocks.count; block++) {
     const Range k = p.blocks[block];
-    const int words = words_of<T>(k.count()), count = left_pieces(pieces, p.a, rows, k, space, scratch);
+    const int words = words_of<T>(k.count()), count = left_pieces(pieces, p.a, rows, k, p.most_rows(), space, scratch);
     if (!add) {
       int covered = 0;
       for (int i = 0; i < count; i++) covered += pieces[i].at == 0 ? pieces[i].count : TILE_ROWS + 1;
@@ -90,35 +137,45 @@ void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range r
         add = true;
       }
     }
-    for (int64_t j = columns.begin; j < columns.end; j += p.width) {
-      const float *right = packed + (k.begin / PAIR<T> * panels + (j - chunk.begin) / p.width * words) * p.width;
+    const int panels = int((columns.count() + PANEL - 1) / PANEL);
+    const bool last = block + 1 == p.blocks.count;
+    Ahead<T> ahead;
+    ahead.read(p.a, last ? next : rows, p.blocks[last ? 0 : block + 1]);
+    if (last) ahead.write(p.c, p.flipped ? columns : rows, p.flipped ? rows : columns);
+    ahead.share(panels * count);
+    for (int64_t j = columns.begin, width; j < columns.end; j += width) {
+      width = p.width_of(columns.end - j);
+      const float *right = packed + k.begin / PAIR<T> * chunk_stride + (j - chunk.begin) * words;
       if (packed == nullptr) {
-        pack_b(panel, p.width, p.b, {j, std::min(columns.end, j + p.width)}, k);
+        pack_b(panel, int(width), p.b, {j, std::min(columns.end, j + width)}, k);
         right = panel;
       }
       for (int i = 0; i < count; i++) {
         const Piece &piece = pieces[i];
-        kernel_for<PAIR<T> == 2>(p.a.rows_are_k, p.width / LANES, piece.count)(
-            sums + piece.row * stride + j - columns.begin, stride, piece.data, piece.stride, right + piece.at * p.width, piece.words, add);
+        ahead.step();
+        kernel_for<PAIR<T> == 2>(p.a.rows_are_k, int(width / LANES), piece.count)(
+            sums + piece.row * stride + j - columns.begin, stride, piece.data, piece.stride, right + piece.at * width, piece.words, add);
       }
     }
     add = true;
   }
   if (!add) std::fill(sums, sums + rows.count() * stride, 0.0f);
-  write_tile(p.c, sums, stride, rows, columns);
+  if (p.flipped) write_flipped_tile(p.c, sums, stride, rows, columns);
+  else write_tile(p.c, sums, stride, rows, columns);
 }
 
 // Packs the chunk into to[block][panel][words][width].
 template <class T> void pack_chunk(float *to, const Product<T> &p, Range chunk) {
-  const int64_t panels = (chunk.count() + p.width - 1) / p.width;
-  parallel_for(panels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++)
-      for (int64_t block = 0; block < p.blocks.count; block++) {
-        const Range k = p.blocks[block];
-        const int64_t column = chunk.begin + panel * p.width;
-        pack_b(to + (k.begin / PAIR<T> * panels + panel * words_of<T>(k.count())) * p.width, p.width, p.b,
-               {column, std::min(chunk.end, column + p.width)}, k);
-      }
+  const int64_t panels = (chunk.count() + PANEL - 1) / PANEL;
+  parallel_for(panels * p.blocks.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const Range k = p.blocks[i % p.blocks.count];
+      const int64_t at = i / p.blocks.count * PANEL, left = chunk.count() - at;
+      if (at > 0 && left <= LANES && p.width_of(left + PANEL) == WIDE_PANEL) continue; // the panel before has them
+      const int width = p.width_of(left);
+      pack_b(to + k.begin / PAIR<T> * whole_vectors(chunk.count()) + at * words_of<T>(k.count()), width, p.b,
+             {chunk.begin + at, std::min(chunk.end, chunk.begin + at + width)}, k);
+    }
   });
 }
 
@@ -135,9 +192,19 @@ template <class T> void compute_columns(const Product<T> &p, const float *packed
   parallel_for(down * along, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
       const int64_t row = i / along * height, column = chunk.begin + i % along * width;
-      compute_tile(p, packed, chunk, {row, std::min(p.m, row + height)}, {column, std::min(chunk.end, column + width)});
+      const int64_t next = (i + thread_count()) / along * height; // where this thread most likely goes on
+      compute_tile(p, packed, chunk, {row, std::min(p.m, row + height)}, {column, std::min(chunk.end, column + width)},
+                   {next, std::min(p.m, next + height)});
     }
   });
+}
+
+// C^T = B^T A^T for few rows of A: packing B would cost as much as several of them.
+template <class T> void flipped_product(const Product<T> &p) {
+  const int64_t words = p.blocks.count == 0 ? 0 : words_of<T>(p.k) + LANES;
+  float *packed = b_workspace.floats(words * whole_vectors(p.n));
+  pack_chunk(packed, p, {0, p.n});
+  compute_columns(p, packed, {0, p.n}, tile_columns(p.m, MIDDLE_ROWS, 1), p.n);
 }
 
 constexpr int THIN_ROWS = 4, THIN_COLUMNS = 64;
@@ -176,8 +243,10 @@ template <class T> void thin_product(const Product<T> &p) {
 
 template <class T>
 void gemm(const Output<T> &c, const Operand<T> &a, const Operand<T> &b, int64_t m, int64_t n, int64_t k) {
-  const Product<T> p{c, a, b, m, n, k, {k, a.rows_are_k ? 0 : a.rows.run()}, n <= LANES ? LANES : PANEL};
+  const bool flipped = m <= TILE_ROWS && !a.rows_are_k && !b.rows_are_k;
+  const Product<T> p{c, a, b, m, n, k, {k, a.rows_are_k ? 0 : a.rows.run()}};
   if (m <= THIN_ROWS && !a.rows_are_k && !b.rows_are_k && a.rows.run() == 0 && b.rows.run() == 0) return thin_product(p);
+  if (flipped) return flipped_product<T>({c, b, a, n, m, k, {k, 0}, true});
   if (m <= TILE_ROWS) return compute_columns(p, nullptr, {0, n}, m, tile_columns(n, std::max<int64_t>(SUMS / m / COLUMN_STEP, 1) * COLUMN_STEP, 1));
   const int64_t down = (m + MIDDLE_ROWS - 1) / MIDDLE_ROWS, height = (m + down - 1) / down;
   const int64_t words = p.blocks.count == 0 ? 0 : words_of<T>(k) + LANES, width = tile_columns(n, TILE_COLUMNS, down);

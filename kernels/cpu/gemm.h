@@ -36,10 +36,8 @@ template <class T> struct Rows {
   virtual int64_t run() const { return 0; }
 };
 
-// Rows 4096 bytes apart share one set of the first-level cache, so such rows are better copied than read in place.
-template <class T> constexpr bool spreads(int64_t stride) {
-  return stride % PAIR<T> == 0 && stride * int64_t(sizeof(T)) % 4096 != 0;
-}
+// Rows that far apart can be read in place, as words.
+template <class T> constexpr bool in_words(int64_t stride) { return stride % PAIR<T> == 0; }
 
 template <class T> struct Matrix final : Rows<T> {
   const T *data;
@@ -49,7 +47,7 @@ template <class T> struct Matrix final : Rows<T> {
     for (int i = 0; i < rows.count(); i++) to[i] = data + (rows.begin + i) * stride + columns.begin;
   }
   int strips(Strip<T> *to, Range rows, Range columns) const override {
-    if (!spreads<T>(stride)) return -1;
+    if (!in_words<T>(stride)) return -1;
     to[0] = {data + rows.begin * stride + columns.begin, stride, 0, rows.count(), columns};
     return 1;
   }

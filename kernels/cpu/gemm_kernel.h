@@ -14,10 +14,14 @@ namespace {
 
 #if defined(ARCH_avx512)
 constexpr int MR = 14;
+constexpr int WIDE_MR = 9;
 #else
 constexpr int MR = 6;
+constexpr int WIDE_MR = 4;
 #endif
-constexpr int PANEL = 2 * LANES; // columns of a panel of B; half of it where B has no more columns than that
+// Columns of a panel of B: two vectors; one where B has no more columns than that; three to end an odd number of vectors,
+// which leave registers for WIDE_MR rows.
+constexpr int PANEL = 2 * LANES, WIDE_PANEL = 3 * LANES;
 
 template <bool DOT> inline vf multiply_add(vf sum, vf a, vf b) {
 #if defined(ARCH_avx512)
@@ -40,12 +44,12 @@ void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stri
   vf total[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; v++) total[i][v] = vf{};
   const float *low = a, *high = a + HALF * stride;
   for (int w = 0; w < words; w++) {
     vf right[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; v++) {
       right[v] = load(b + v * LANES);
       __builtin_prefetch(b + (16 * VECTORS + v) * LANES);
@@ -53,7 +57,7 @@ void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stri
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
       const vf left = broadcast(K_MAJOR ? low + i : i < HALF ? low + i * stride : high + (i - HALF) * stride);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add<DOT>(total[i][v], left, right[v]);
     }
     b += VECTORS * LANES;
@@ -62,7 +66,7 @@ void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stri
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; v++) {
       float *to = sums + i * sums_stride + v * LANES;
       store(to, add ? load(to) + total[i][v] : total[i][v]);
@@ -76,10 +80,15 @@ template <bool DOT, bool K_MAJOR, int VECTORS, int... I> MicroKernel kernel_of_r
   return kernels[rows - 1];
 }
 
-template <bool DOT> MicroKernel kernel_for(bool k_major, int vectors, int rows) {
+template <bool DOT, bool K_MAJOR> MicroKernel kernel_of(int vectors, int rows) {
   constexpr std::make_integer_sequence<int, MR> all{};
-  if (k_major) return vectors == 1 ? kernel_of_rows<DOT, true, 1>(rows, all) : kernel_of_rows<DOT, true, 2>(rows, all);
-  return vectors == 1 ? kernel_of_rows<DOT, false, 1>(rows, all) : kernel_of_rows<DOT, false, 2>(rows, all);
+  constexpr std::make_integer_sequence<int, WIDE_MR> few{};
+  if (vectors == 3) return kernel_of_rows<DOT, K_MAJOR, 3>(rows, few);
+  return vectors == 1 ? kernel_of_rows<DOT, K_MAJOR, 1>(rows, all) : kernel_of_rows<DOT, K_MAJOR, 2>(rows, all);
+}
+
+template <bool DOT> MicroKernel kernel_for(bool k_major, int vectors, int rows) {
+  return k_major ? kernel_of<DOT, true>(vectors, rows) : kernel_of<DOT, false>(vectors, rows);
 }
 
 } // namespace

@@ -9,7 +9,7 @@
 namespace sdxl::ARCH {
 namespace {
 
-constexpr int KC = 160;           // words of k in a block at most
+constexpr int KC = 320;           // words of k in a block at most
 constexpr int TILE_ROWS = 256;    // rows of a tile at most
 constexpr int A_STRIDE = KC + 16; // an odd number of cache lines: MR rows must not share one cache set
 
@@ -98,7 +98,7 @@ template <class T> inline void pack_square(float *to, int stride, const T *const
 template <class T> void pack_b(float *to, int width, const Operand<T> &b, Range columns, Range k) {
   const int words = words_of<T>(k.count()), count = columns.count();
   const T *from[2 * KC];
-  T scratch[2 * KC * PANEL];
+  T scratch[2 * KC * WIDE_PANEL];
   if (!b.rows_are_k) {
     b.rows.fetch(from, columns, k, scratch);
     for (int j = 0; j < width; j += LANES)
@@ -127,9 +127,13 @@ struct Piece {
 };
 constexpr int MAX_PIECES = MAX_STRIPS + TILE_ROWS;
 
-// Cuts rows into evenly high pieces of at most MR.
-inline int cut(Piece *to, Piece strip, int64_t row_step) {
-  const int pieces = (strip.count + MR - 1) / MR;
+// Rows a multiple of 4096 bytes apart share one set of the first-level cache: as many as it certainly has room for.
+constexpr int SAME_SET_ROWS = 7;
+
+// Cuts rows into evenly high pieces of at most `most`.
+inline int cut(Piece *to, Piece strip, int64_t row_step, int most) {
+  if (row_step * int64_t(sizeof(float)) % 4096 == 0) most = std::min(most, SAME_SET_ROWS);
+  const int pieces = (strip.count + most - 1) / most;
   for (int i = 0; i < pieces; i++) {
     const int begin = strip.count * i / pieces, end = strip.count * (i + 1) / pieces;
     to[i] = {strip.data + begin * row_step, strip.stride, strip.row + begin, end - begin, strip.at, strip.words};
@@ -138,8 +142,9 @@ inline int cut(Piece *to, Piece strip, int64_t row_step) {
 }
 
 // A's rows at k, in place or packed into space[TILE_ROWS * (A_STRIDE + LANES)]; k-major where a.rows_are_k. Gathers through
-// scratch[PAIR * KC * TILE_ROWS]. Returns the number of pieces.
-template <class T> int left_pieces(Piece *to, const Operand<T> &a, Range rows, Range k, float *space, T *scratch) {
+// scratch[PAIR * KC * TILE_ROWS]. Returns the number of pieces, of at most `most` rows.
+template <class T>
+int left_pieces(Piece *to, const Operand<T> &a, Range rows, Range k, int most, float *space, T *scratch) {
   const int words = words_of<T>(k.count());
   Strip<T> strips[MAX_STRIPS];
   if (WORDS_IN_PLACE<T> && !a.rows_are_k) {
@@ -148,12 +153,12 @@ template <class T> int left_pieces(Piece *to, const Operand<T> &a, Range rows, R
     for (int i = 0; i < found; i++) {
       const Strip<T> &s = strips[i];
       const int at = int(s.columns.begin - k.begin) / PAIR<T>, stride = int(s.stride / PAIR<T>);
-      pieces += cut(to + pieces, {reinterpret_cast<const float *>(s.data), stride, s.first, s.count, at, words_of<T>(s.columns.count())}, stride);
+      pieces += cut(to + pieces, {reinterpret_cast<const float *>(s.data), stride, s.first, s.count, at, words_of<T>(s.columns.count())}, stride, most);
     }
     if (found >= 0) return pieces;
   }
   if (PAIR<T> == 1 && WORDS_IN_PLACE<T> && a.rows_are_k && a.rows.strips(strips, k, rows) == 1)
-    return cut(to, {reinterpret_cast<const float *>(strips[0].data), strips[0].stride, 0, rows.count(), 0, words}, 1);
+    return cut(to, {reinterpret_cast<const float *>(strips[0].data), strips[0].stride, 0, rows.count(), 0, words}, 1, most);
   const T *from[TILE_ROWS > 2 * KC ? TILE_ROWS : 2 * KC];
   if (a.rows_are_k) {
     a.rows.fetch(from, k, rows, scratch);
@@ -163,13 +168,13 @@ template <class T> int left_pieces(Piece *to, const Operand<T> &a, Range rows, R
       for (int j = 0; j < rows.count(); j += LANES)
         store(space + w * stride + j, words_across_k(first + j, second == nullptr ? second : second + j, rows.count() - j));
     }
-    return cut(to, {space, stride, 0, rows.count(), 0, words}, 1);
+    return cut(to, {space, stride, 0, rows.count(), 0, words}, 1, most);
   }
   a.rows.fetch(from, rows, k, scratch);
   for (int i = 0; i < rows.count(); i++)
     for (int w = 0; w < words; w += LANES)
       store(space + i * A_STRIDE + w, words_along_k(from[i] + w * PAIR<T>, k.count() - w * PAIR<T>));
-  return cut(to, {space, A_STRIDE, 0, rows.count(), 0, words}, A_STRIDE);
+  return cut(to, {space, A_STRIDE, 0, rows.count(), 0, words}, A_STRIDE, most);
 }
 
 } // namespace

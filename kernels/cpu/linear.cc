@@ -1,6 +1,8 @@
 // Linear layers y = activation(x weight^T + bias) + residual with their gradients, and the batched matrix product.
 #include "gemm.h"
 
+#include <algorithm>
+
 namespace sdxl::ARCH {
 namespace {
 
@@ -16,7 +18,17 @@ template <class T> struct GegluWeight final : Rows<T> {
       *to++ = weight + (r / GEGLU_BLOCK % 2 * n + inside) * k + columns.begin;
     }
   }
-  int strips(Strip<T> *, Range, Range) const override { return -1; }
+  int strips(Strip<T> *to, Range rows, Range columns) const override {
+    if (!in_words<T>(k) || n % GEGLU_BLOCK != 0) return -1;
+    int found = 0;
+    for (int64_t r = rows.begin, next; r < rows.end; r = next) {
+      next = std::min(rows.end, (r / GEGLU_BLOCK + 1) * GEGLU_BLOCK);
+      const T *first;
+      fetch(&first, {r, r + 1}, columns, nullptr);
+      to[found++] = {first, k, int(r - rows.begin), int(next - r), columns};
+    }
+    return found;
+  }
 };
 
 template <class T>

@@ -2,7 +2,7 @@
 // of rows sums about its own first row, which is one of the summed values and so bounds what cancels however far the mean
 // lies from zero; chunks are then merged in order in float64 (Chan, Golub & LeVeque 1983). Chunks depend on the shape
 // alone, so results do not depend on the number of threads.
-#include "simd.h"
+#include "finish.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -13,14 +13,6 @@
 namespace sdxl {
 namespace ARCH {
 namespace {
-
-#if defined(ARCH_avx512)
-// bfloat16 by one instruction each way, which these kernels' rate rests on; it writes subnormal results as zero.
-inline vf load(const bf16 *p) { return vf(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)); }
-inline void store(bf16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(__m512(x))); }
-inline vf load(const bf16 *p, int64_t count) { return count >= LANES ? load(p) : load<bf16>(p, count); }
-inline void store(bf16 *p, vf x, int64_t count) { count >= LANES ? store(p, x) : store<bf16>(p, x, count); }
-#endif
 
 // Images cut into chunks of rows: the unit of work, and of the order of summation. They are nearly equal and even in
 // number, so that two threads get the same share.
@@ -46,42 +38,6 @@ struct Chunks {
 };
 
 typedef std::vector<float> Row;
-
-// x / (1 + e^-x) of W vectors, to what T keeps. AVX-512 scales by powers of two and guesses reciprocals to 2^-14: enough for
-// two-byte T as it is, and for float after one step of Newton's. The W go side by side: a dozen instructions that wait for
-// each other would leave the units idle.
-template <class T, int W> inline void silu(vf (&x)[W]) {
-#if defined(ARCH_avx512)
-  constexpr bool half = sizeof(T) == 2;
-  vf r[W], p[W];
-  __m512 n[W];
-  const auto each = [](auto &&step) {
-#pragma GCC unroll 4
-    for (int i = 0; i < W; i++) step(i);
-  };
-  each([&](int i) { r[i] = x[i] * -1.44269504f; });
-  // Newton's step would make NaN of an infinite power.
-  if constexpr (!half) each([&](int i) { r[i] = vf(_mm512_min_ps(__m512(r[i]), __m512(splat(126.f)))); });
-  each([&](int i) { n[i] = _mm512_roundscale_ps(__m512(r[i]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); });
-  each([&](int i) { r[i] -= vf(n[i]); });
-  if constexpr (half) {
-    each([&](int i) { p[i] = r[i] * 0.0558012f + 0.2402265f; });
-    each([&](int i) { p[i] = p[i] * r[i] + 0.6931284f; });
-  } else {
-    each([&](int i) { p[i] = r[i] * 1.3333558e-3f + 9.6181291e-3f; });
-    each([&](int i) { p[i] = p[i] * r[i] + 5.5504109e-2f; });
-    each([&](int i) { p[i] = p[i] * r[i] + 2.4022651e-1f; });
-    each([&](int i) { p[i] = p[i] * r[i] + 6.9314718e-1f; });
-  }
-  each([&](int i) { p[i] = p[i] * r[i] + 1.f; });
-  each([&](int i) { p[i] = vf(_mm512_scalef_ps(__m512(p[i]), n[i])) + 1.f; });
-  each([&](int i) { r[i] = vf(_mm512_rcp14_ps(__m512(p[i]))); });
-  each([&](int i) { x[i] *= r[i]; });
-  if constexpr (!half) each([&](int i) { x[i] *= 2.f - p[i] * r[i]; });
-#else
-  for (vf &each : x) each *= sigmoid(each);
-#endif
-}
 
 // Calls body(k, lanes) for each vector of a row of c: `lanes` is the constant LANES but for what may be left at the end, so
 // that loads and stores of whole vectors cost no test.
