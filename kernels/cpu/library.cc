@@ -2,6 +2,7 @@
 #include "abi.h"
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -26,8 +27,9 @@ namespace {
 int requested_threads = 0;
 
 int hardware_threads() {
-  const unsigned found = std::thread::hardware_concurrency();
-  return found == 0 ? 1 : static_cast<int>(found);
+  // Asked once: the answer comes from a file, which takes as long as a small kernel.
+  static const int found = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return found;
 }
 
 struct Job {
