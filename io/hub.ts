@@ -1,7 +1,7 @@
 // Models and datasets from the Hugging Face hub, in the cache folder that Python's huggingface_hub uses, so that either
 // finds what the other downloaded: models--owner--name/{blobs/<hash>, refs/<revision>,
 // snapshots/<commit>/<file> → ../../blobs/<hash>}. The standard variables count: HF_HOME, HF_HUB_CACHE,
-// HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names.
+// HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names, and those that name a proxy.
 import {
   copyFileSync,
   existsSync,
@@ -18,6 +18,7 @@ import { dirname, join, relative } from 'node:path';
 import { UserError } from './errors.ts';
 import { asUserError, writeFileAtomic } from './files.ts';
 import { downloadBlob, NetworkError, networkError, type RemoteFile } from './hub_download.ts';
+import { fetchOf } from './proxy.ts';
 
 export interface HubProgress {
   file: string;
@@ -170,10 +171,12 @@ class HubRepo {
     const token = accessToken();
     const authorization: Record<string, string> = token ? { authorization: `Bearer ${token}` } : {};
     // Identity: a compressed body would not match its size, nor a range of it.
-    const response = await fetch(url, {
-      headers: { ...headers, ...authorization, 'accept-encoding': 'identity' },
+    const response = await fetchOf(url, {
+      ...headers,
+      ...authorization,
+      'accept-encoding': 'identity',
     }).catch((error: unknown) => {
-      throw networkError(error);
+      throw error instanceof UserError ? error : networkError(error);
     });
     if (response.ok) return response;
     await response.body?.cancel();

@@ -10,7 +10,7 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { type AddressInfo, connect } from 'node:net';
 import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { UserError } from '../io/errors.ts';
@@ -191,6 +191,57 @@ test('tokens and refusals', async (t) => {
   await refused(t, resolveHub('o/n', { files: (all) => all }), /not safe to store/);
   process.env.HF_HUB_OFFLINE = 'true';
   await refused(t, resolveHub('o/absent', wanted), /HF_HUB_OFFLINE is set/);
+});
+
+test('through a proxy that the environment names', async (t) => {
+  const hub = await fakeHub(t);
+  const port = Number(new URL(process.env.HF_ENDPOINT as string).port);
+  const tunnels: string[] = [];
+  const proxy = createServer().on('connect', (request, client, head) => {
+    tunnels.push(`${request.url} ${request.headers['proxy-authorization']}`);
+    const server = connect(port, '127.0.0.1', () => {
+      client.write('HTTP/1.1 200 Connection established\r\n\r\n');
+      server.write(head);
+      server.pipe(client).pipe(server);
+    });
+    for (const end of [server, client]) end.on('error', () => [server, client].map((each) => each.destroy()));
+  });
+  await new Promise<void>((ready) => proxy.listen(0, '127.0.0.1', ready));
+  const proxyPort = (proxy.address() as AddressInfo).port;
+  t.teardown(() => {
+    for (const name of ['HTTP_PROXY', 'NO_PROXY']) delete process.env[name];
+    proxy.closeAllConnections();
+    proxy.close();
+  });
+  // Only the proxy knows such a host.
+  process.env.HF_ENDPOINT = 'http://hub.invalid';
+  process.env.HTTP_PROXY = `http://me:p%40ss@127.0.0.1:${proxyPort}`;
+  process.env.HF_TOKEN = 'hf_secret';
+  let redirected: IncomingMessage | undefined;
+  hub.intercept = (request, response) => {
+    if (!request.url?.includes('/resolve/') || !request.url.endsWith('model.safetensors')) return false;
+    if (request.headers.host === 'hub.invalid')
+      response.writeHead(302, { location: `http://cdn.invalid:81${request.url}` }).end('elsewhere');
+    else {
+      redirected = request;
+      response.end(large);
+    }
+    return true;
+  };
+  const folder = await resolveHub('o/n', wanted);
+  t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'the bytes');
+  const login = `Basic ${Buffer.from('me:p@ss').toString('base64')}`;
+  t.same([...new Set(tunnels)], [`hub.invalid:80 ${login}`, `cdn.invalid:81 ${login}`]);
+  t.equal(hub.requests[0].headers.authorization, 'Bearer hf_secret');
+  t.equal(redirected?.headers.authorization, undefined, 'the token stays with its host');
+
+  process.env.NO_PROXY = 'localhost, .invalid';
+  await refused(t, resolveHub('o/else', wanted), /cannot reach http:\/\/hub\.invalid/);
+  delete process.env.NO_PROXY;
+  process.env.HTTP_PROXY = '127.0.0.1:1';
+  await refused(t, resolveHub('o/else', wanted), /the proxy 127\.0\.0\.1:1: ECONNREFUSED/);
+  process.env.HTTP_PROXY = 'socks5://127.0.0.1:1';
+  await refused(t, resolveHub('o/else', wanted), /HTTP_PROXY is "socks5/);
 });
 
 test('two downloads at once', async (t) => {
