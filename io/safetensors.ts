@@ -247,6 +247,11 @@ function checkLayout(path: string, tensors: TensorInfo[], dataStart: number, fil
   let end = dataStart;
   for (const { name, offset, bytes } of tensors) {
     if (offset !== end) {
+      const outside = tensors.find((each) => each.offset + each.bytes > fileBytes);
+      if (outside)
+        throw new UserError(
+          `tensor "${outside.name}" of ${path} has offsets outside the file: the file is malformed, download it again`,
+        );
       const what = offset < end ? 'overlaps the tensor before it' : 'leaves a hole before it';
       throw new UserError(
         `tensor "${name}" of ${path} ${what}: the file is malformed, save it again or download another`,

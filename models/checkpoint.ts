@@ -214,8 +214,9 @@ export function loadAndClose(
 
 function listed(what: string, names: readonly string[]): string {
   if (names.length === 0) return '';
-  const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
-  return `${what} ${names.slice(0, 8).join(', ')}${more}`;
+  const most = 100;
+  const more = names.length > most ? ` and ${names.length - most} more` : '';
+  return `${what} ${names.slice(0, most).join(', ')}${more}`;
 }
 
 function fillParameter(
