@@ -32,13 +32,10 @@ Examples:
   sdxl bench train --preset sdxl-base --width 256 --height 256 --lora-rank 8
   sdxl bench ops --preset sdxl-base --width 512 --height 512 --op attention --json`;
 
-export function addBench(program: Command, terminal: Terminal): void {
+export function addBench(bench: Command, terminal: Terminal): void {
   const choice = (flags: string, text: string, values: readonly string[]) =>
     new Option(flags, text).choices(values);
-  const bench = program
-    .command('bench')
-    .description('time the models, their training or every op of theirs, with random weights')
-    .addHelpText('after', examples);
+  bench.addHelpText('after', examples);
   for (const subject of [...subjectNames, 'train', 'ops'] as const) {
     const command = bench
       .command(subject)

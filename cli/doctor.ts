@@ -18,16 +18,12 @@ interface Finding {
   mend?: string;
 }
 
-export function addDoctor(program: Command, terminal: Terminal): void {
-  program
-    .command('doctor')
-    .description('tell what this machine can run, and what would make it run better')
-    .option('--json', 'one JSON object on stdout')
-    .action(({ json }: { json?: boolean }) => {
-      const findings = examine();
-      if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
-      else for (const finding of findings) terminal.out(asLine(finding));
-    });
+export function addDoctor(command: Command, terminal: Terminal): void {
+  command.option('--json', 'one JSON object on stdout').action(({ json }: { json?: boolean }) => {
+    const findings = examine();
+    if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
+    else for (const finding of findings) terminal.out(asLine(finding));
+  });
 }
 
 const asLine = ({ name, value, mend }: Finding): string =>

@@ -46,10 +46,8 @@ Examples:
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's.`;
 
-export function addExport(program: Command, terminal: Terminal): void {
-  program
-    .command('export <CHECKPOINT> <OUT>')
-    .description('write a model for diffusers and other programs, in their formats')
+export function addExport(command: Command, terminal: Terminal): void {
+  command
     .option(
       '--save-keys <NAMES>',
       'components, with commas between: unet,vae,text_encoder,... or all (default: all)',

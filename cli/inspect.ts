@@ -11,10 +11,8 @@ Examples:
 
 Problems are what would keep it from loading; with any, the exit status is 2.`;
 
-export function addInspect(program: Command, terminal: Terminal): void {
-  program
-    .command('inspect <FILE|DIR>')
-    .description('tell what is in a checkpoint: kind, tensors, types, sizes, problems')
+export function addInspect(command: Command, terminal: Terminal): void {
+  command
     .option('--json', 'one JSON object on stdout')
     .addHelpText('after', examples)
     .action((path: string, { json }: { json?: boolean }) => {

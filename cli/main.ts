@@ -3,14 +3,54 @@
 import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
-import { addBench } from './bench.ts';
-import { addDoctor } from './doctor.ts';
-import { addExport } from './export.ts';
-import { addInspect } from './inspect.ts';
-import { addSample } from './sample.ts';
-import { spelledOut } from './sample_options.ts';
+import { spelledOut } from './aliases.ts';
 import { Stopped, type Terminal } from './terminal.ts';
-import { addTrain } from './train.ts';
+
+interface CommandFile {
+  usage: string;
+  description: string;
+  /** Gives the command its options and its action. */
+  load: () => Promise<(command: Command, terminal: Terminal) => void>;
+}
+
+/** In the order of the help. Only the file of the command that is called is loaded, so that help answers at once. */
+const commands: readonly CommandFile[] = [
+  {
+    usage: 'sample',
+    description: 'draw pictures from a prompt',
+    load: async () => (await import('./sample.ts')).addSample,
+  },
+  {
+    usage: 'export <CHECKPOINT> <OUT>',
+    description: 'write a model for diffusers and other programs, in their formats',
+    load: async () => (await import('./export.ts')).addExport,
+  },
+  {
+    usage: 'inspect <FILE|DIR>',
+    description: 'tell what is in a checkpoint: kind, tensors, types, sizes, problems',
+    load: async () => (await import('./inspect.ts')).addInspect,
+  },
+  {
+    usage: 'train <RUN.ts>',
+    description: 'train a model by a run file, which exports defineRun({ ... })',
+    load: async () => (await import('./train.ts')).addTrain,
+  },
+  {
+    usage: 'plan <RUN.ts>',
+    description: 'tell what training by a run file would take',
+    load: async () => (await import('./train.ts')).addPlan,
+  },
+  {
+    usage: 'doctor',
+    description: 'tell what this machine can run, and what would make it run better',
+    load: async () => (await import('./doctor.ts')).addDoctor,
+  },
+  {
+    usage: 'bench',
+    description: 'time the models, their training or every op of theirs, with random weights',
+    load: async () => (await import('./bench.ts')).addBench,
+  },
+];
 
 const processTerminal: Terminal = {
   out: (text) => void process.stdout.write(text),
@@ -26,12 +66,11 @@ export async function main(argv: readonly string[], terminal: Terminal = process
     .showHelpAfterError('(run with --help to see every option)')
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
-  addSample(program, terminal);
-  addExport(program, terminal);
-  addInspect(program, terminal);
-  addTrain(program, terminal);
-  addDoctor(program, terminal);
-  addBench(program, terminal);
+  const called = argv[0] === 'help' ? argv[1] : argv[0];
+  for (const { usage, description, load } of commands) {
+    const command = program.command(usage).description(description);
+    if (command.name() === called) (await load())(command, terminal);
+  }
   inherit(program);
   try {
     await program.parseAsync(argv[0] === 'sample' ? spelledOut(argv) : [...argv], { from: 'user' });

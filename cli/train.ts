@@ -26,12 +26,15 @@ interface Options {
   quiet?: boolean;
 }
 
-export function addTrain(program: Command, terminal: Terminal): void {
-  addShared(program.command('train').description('train a model by a run file'))
+export function addTrain(command: Command, terminal: Terminal): void {
+  addShared(command)
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
     .option('--device <NAME>', devices, 'auto')
     .action((file: string, options: Options) => trainAll(file, options, terminal));
-  addShared(program.command('plan').description('tell what training by a run file would take'))
+}
+
+export function addPlan(command: Command, terminal: Terminal): void {
+  addShared(command)
     .addOption(
       new Option('--device <NAME>', 'whose memory to plan; needs no GPU')
         .choices(['cpu', 'cuda'])
@@ -42,7 +45,6 @@ export function addTrain(program: Command, terminal: Terminal): void {
 
 const addShared = (command: Command): Command =>
   command
-    .argument('<RUN.ts>', 'a file that exports defineRun({ ... })')
     .option(
       '--set <KEY=VALUE>',
       'override a key of the run, such as optimizer.lr=5e-6; may be given more than once',

@@ -1,0 +1,18 @@
+// The names that users of stable-diffusion.cpp and of A1111 type for flags of `sdxl sample`, beside diffusers' own.
+
+/** Other programs' words for our flags. */
+const aliases: Readonly<Record<string, string>> = {
+  '--cfg-scale': '--guidance-scale',
+  '--sampling-method': '--scheduler',
+  '--sampler': '--scheduler',
+  '--batch-count': '--num-images',
+  '--init-img': '--image',
+  '--num-inference-steps': '--steps',
+};
+
+/** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */
+export const spelledOut = (argv: readonly string[]): string[] =>
+  argv.map((word) => {
+    const [flag, ...rest] = word.split('=');
+    return Object.hasOwn(aliases, flag) ? [aliases[flag], ...rest].join('=') : word;
+  });
