@@ -1,99 +1,123 @@
-// Our exports in the real diffusers: each is loaded there and must give the latents that `sdxl sample` gives from the same
-// seed, within 1e-3 of their largest. Needs Python with torch, transformers, peft and diffusers; says so and stops where they
-// are absent. Run by `npm run test:interop`, PYTHONPATH included.
+// `sdxl` beside the real diffusers: our exports must load there, and both must draw the same latents from the same seed, to
+// 1e-3 of the largest, for every call of calls.ts. Needs Python with torch, transformers, peft and diffusers (PYTHONPATH
+// counts); says so and stops where they are absent. Run by `npm run test:interop`; words after it choose calls by label.
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { main } from '../../cli/main.ts';
 import type { Terminal } from '../../cli/terminal.ts';
 import { packageRoot } from '../../engine/cpu/build.ts';
 import { decodeFloats } from '../../io/dtype.ts';
+import { readPicture, writePng } from '../../io/image.ts';
+import { resize } from '../../io/resize.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
+import { adapter, allCalls, argvOf, base, type Call } from './calls.ts';
 
-const golden = join(packageRoot, 'test', 'golden');
-const base = join(golden, 'tiny-sdxl');
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
-const terminal: Terminal = { out: () => {}, err: (text) => void process.stderr.write(text), live: false };
-const job = { prompt: 'a red fox', width: 128, height: 128, steps: 5, guidance_scale: 5, seed: 11 };
+let said = '';
+const terminal: Terminal = { out: () => {}, err: (text) => void (said += text), live: false };
 
 async function sdxl(...argv: string[]): Promise<void> {
+  said = '';
   const status = await main([...argv, '--quiet'], terminal);
-  if (status !== 0) throw new Error(`sdxl ${argv.join(' ')} ended with status ${status}`);
+  if (status !== 0) throw new Error(`sdxl ${argv.join(' ')} ended with status ${status}: ${said}`);
 }
 
-function latents(path: string): Float32Array {
+function latents(path: string): { values: Float32Array; shape: string } {
   const file = openSafetensors(path);
   const values = decodeFloats(file.read('latents'), 'float32');
+  const shape = file.tensors.get('latents')?.shape.join() as string;
   file.close();
-  return values;
+  return { values, shape };
 }
 
-/** What diffusers draws; undefined where it is absent. */
-function theirs(model: string, lora?: string): Float32Array | undefined {
-  const out = join(folder, 'theirs.safetensors');
-  const script = join(packageRoot, 'test', 'interop', 'diffusers_peer.py');
-  const argument = JSON.stringify({ ...job, model, lora, configs: base, out });
-  const { status, stdout, stderr } = spawnSync('python3', [script, argument], { encoding: 'utf8' });
-  if (status === 3 || status === null) {
-    console.log(`SKIPPED: diffusers cannot be loaded here (${stdout?.trim() || 'no python3'})`);
-    return undefined;
-  }
-  if (status !== 0) throw new Error(stderr.slice(-2000));
-  return latents(out);
+/** A picture and a mask of sides that 8 does not divide, the mask with greys. */
+async function oddPictures(): Promise<[image: string, mask: string]> {
+  const [image, mask] = ['odd.png', 'odd-mask.png'].map((name) => join(folder, name));
+  const [width, height] = [117, 149];
+  const given = await readPicture(join(packageRoot, 'test', 'golden', 'png', 'input.png'));
+  writePng(image, { ...given, width, height, data: resize(given, width, height, 'bicubic').data });
+  const disc = (x: number, y: number) => (Math.hypot(x - 60, y - 70) < 40 ? 255 : 0);
+  const grey = (x: number, y: number) => (y > 125 ? [0, 127, 130, 255][Math.floor(x / 30)] : disc(x, y));
+  const data = Uint8Array.from({ length: width * height }, (_, i) => grey(i % width, Math.floor(i / width)));
+  writePng(mask, { width, height, channels: 1, data });
+  return [image, mask];
 }
 
-async function ours(model: string, ...more: string[]): Promise<Float32Array> {
-  const out = join(folder, 'ours.safetensors');
-  await sdxl(
-    ...['sample', '--model', model, '--prompt', job.prompt, '--seed', String(job.seed)],
-    ...['--width', '128', '--height', '128', '--steps', String(job.steps), '--dtype', 'float32'],
-    ...['--output', join(folder, 'x.png'), '--save-latents', out, ...more],
-  );
-  return latents(out);
+interface Job extends Call {
+  /** What `sdxl` draws it from, where that is not the same. */
+  ours?: string[];
+  configs?: string;
 }
 
-function compare(label: string, got: Float32Array, want: Float32Array): boolean {
-  const largest = want.reduce((max, value) => Math.max(max, Math.abs(value)), 0);
-  const error = got.reduce((max, value, i) => Math.max(max, Math.abs(value - want[i])), 0) / largest;
-  const ok = got.length === want.length && error <= 1e-3;
-  console.log(
-    `${ok ? 'ok' : 'NOT OK'}  ${label}: largest difference ${error.toExponential(1)} of the largest latent`,
-  );
-  return ok;
-}
-
-async function all(): Promise<number> {
+/** The tiny model as we export it, drawn from by diffusers; ours draws from the original. */
+async function exports(): Promise<Job[]> {
   const exported = join(folder, 'exported');
   await sdxl('export', base, exported, '--dtype', 'float16', '--max-shard-size', '600kB');
   const single = join(folder, 'single.safetensors');
   await sdxl('export', base, single, '--format', 'single-file', '--dtype', 'float16');
-  const lora = join(golden, 'lora', 'scaled_kohya.safetensors');
-  const adapters = ['lora-peft', 'lora-kohya'].map((format) => [
-    format,
-    join(folder, `${format}.safetensors`),
-  ]);
-  for (const [format, out] of adapters)
-    await sdxl('export', lora, out, '--format', format, '--configs', base);
-  const plain = await ours(base);
-  const adapted = await ours(base, '--lora', lora);
-  const jobs: [label: string, want: Float32Array, model: string, lora?: string][] = [
-    ['a sharded folder', plain, exported],
-    ['a single file', plain, single],
-    ...adapters.map(([format, out]): [string, Float32Array, string, string] => [format, adapted, base, out]),
+  const settings = {
+    prompt: 'a red fox',
+    width: 128,
+    height: 128,
+    num_inference_steps: 5,
+    guidance_scale: 5,
+  };
+  const call: Call = { label: '', pipeline: 'text2img', model: base, seed: 11, settings };
+  const jobs: Job[] = [
+    { ...call, label: 'export: a sharded folder', model: exported, ours: argvOf(call) },
+    { ...call, label: 'export: a single file', model: single, configs: base, ours: argvOf(call) },
   ];
-  let failed = 0;
-  for (const [label, want, model, adapter] of jobs) {
-    const got = theirs(model, adapter);
-    if (!got) return 0;
-    if (!compare(label, got, want)) failed++;
+  for (const format of ['lora-peft', 'lora-kohya']) {
+    const out = join(folder, `${format}.safetensors`);
+    await sdxl('export', adapter, out, '--format', format, '--configs', base);
+    const ours = argvOf({ ...call, loras: [[adapter, 1]] });
+    jobs.push({ ...call, label: `export: ${format}`, loras: [[out, 1]], ours });
   }
+  return jobs;
+}
+
+/** Has diffusers draw them all; false where it is absent. */
+function drawTheirs(jobs: readonly (Job & { out: string })[]): boolean {
+  const list = join(folder, 'jobs.jsonl');
+  writeFileSync(list, jobs.map((job) => `${JSON.stringify(job)}\n`).join(''));
+  const script = join(packageRoot, 'test', 'interop', 'diffusers_peer.py');
+  const { status, stdout, stderr } = spawnSync('python3', [script, list], { encoding: 'utf8' });
+  if (status === 3 || status === null) {
+    console.log(`SKIPPED: diffusers cannot be loaded here (${stdout?.trim() || 'no python3'})`);
+    return false;
+  }
+  if (status !== 0) throw new Error(stderr.slice(-2000));
+  return true;
+}
+
+async function compare(job: Job & { out: string }): Promise<boolean> {
+  const saved = join(folder, 'ours.safetensors');
+  const files = ['--output', join(folder, 'x.png'), '--save-latents', saved];
+  await sdxl(...(job.ours ?? argvOf(job)), ...files);
+  const [got, want] = [latents(saved), latents(job.out)];
+  const largest = want.values.reduce((max, value) => Math.max(max, Math.abs(value)), 0);
+  const error = got.values.reduce((max, value, i) => Math.max(max, Math.abs(value - want.values[i])), 0);
+  const ok = got.shape === want.shape && error <= 1e-3 * largest;
+  const told = `largest difference ${(error / largest).toExponential(1)} of the largest latent`;
+  console.log(`${ok ? 'ok' : 'NOT OK'}  ${job.label}: ${told}`);
+  return ok;
+}
+
+async function all(words: readonly string[]): Promise<number> {
+  const jobs = [...(await exports()), ...allCalls(...(await oddPictures()))]
+    .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
+    .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
+  if (!drawTheirs(jobs)) return 0;
+  let failed = 0;
+  for (const job of jobs) if (!(await compare(job))) failed++;
   console.log(`${jobs.length - failed} passed, ${failed} failed`);
   return failed;
 }
 
 try {
-  process.exitCode = (await all()) === 0 ? 0 : 1;
+  process.exitCode = (await all(process.argv.slice(2))) === 0 ? 0 : 1;
 } finally {
   rmSync(folder, { recursive: true });
 }

@@ -1,0 +1,217 @@
+// What `npm run test:interop` draws with both programs: every scheduler with every spacing, and calls that no golden case
+// has. A call is written in diffusers' words; its flags follow from them.
+import { join } from 'node:path';
+import { packageRoot } from '../../engine/cpu/build.ts';
+import { schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
+
+const golden = join(packageRoot, 'test', 'golden');
+export const base = join(golden, 'tiny-sdxl');
+const refiner = join(golden, 'tiny-sdxl-refiner');
+export const adapter = join(golden, 'lora', 'scaled_kohya.safetensors');
+const plainAdapter = join(golden, 'lora', 'plain_diffusers.safetensors');
+
+type Settings = Record<string, string | number | readonly number[]>;
+
+/** One picture, or several, as diffusers is called for it. */
+export interface Call {
+  label: string;
+  pipeline: 'text2img' | 'img2img' | 'inpaint';
+  model: string;
+  seed: number;
+  /** Keyword arguments of the pipeline; pictures by their paths. */
+  settings: Settings;
+  scheduler?: { class?: string; config?: Record<string, unknown> };
+  loras?: readonly (readonly [file: string, scale: number])[];
+  /** What then works over the latents, with the same generator and scheduler. */
+  refiner?: { model: string; settings: Settings };
+}
+
+const common = { prompt: 'a red fox', num_inference_steps: 5, guidance_scale: 5 };
+
+/** DPM++ SDE takes its noise from a Brownian tree in diffusers, seeded apart from the generator: not comparable. */
+const schedulers = schedulerClasses
+  .filter((name) => name !== 'DPMSolverSDEScheduler')
+  .flatMap((name) =>
+    ['leading', 'trailing', 'linspace'].flatMap((timestep_spacing) => {
+      const karras = 'use_karras_sigmas' in schedulerDefaults[name] ? [false, true] : [false];
+      return karras.map((use_karras_sigmas) => ({
+        label: `${name}, ${timestep_spacing}${use_karras_sigmas ? ', Karras' : ''}`,
+        scheduler: {
+          class: name,
+          config: use_karras_sigmas ? { timestep_spacing, use_karras_sigmas } : { timestep_spacing },
+        },
+      }));
+    }),
+  );
+
+const small = { height: 64, width: 64 };
+const named = (name: string) => ({ scheduler: { class: name } });
+type Short = Partial<Omit<Call, 'label' | 'pipeline'>>;
+
+const textToImage: Record<string, Short> = {
+  'sides that differ': { settings: { width: 72, height: 200 } },
+  'guidance rescale': { settings: { guidance_scale: 7.5, guidance_rescale: 0.7 } },
+  'barely any guidance': { settings: { guidance_scale: 1.01 } },
+  'guidance 0': { settings: { guidance_scale: 0 } },
+  'one step': { settings: { num_inference_steps: 1 } },
+  'no text': { settings: { prompt: '' } },
+  'a prompt past 77 tokens': { settings: { prompt: 'a very long prompt about a fox '.repeat(20) } },
+  'two prompts, two negative ones, clip skip': {
+    settings: {
+      ...{ prompt_2: 'painting of a fox', negative_prompt: 'ugly', negative_prompt_2: 'hands', clip_skip: 2 },
+    },
+  },
+  'a second negative prompt alone': { settings: { negative_prompt_2: 'bad hands' } },
+  'all micro-conditioning, two images': {
+    settings: {
+      ...{ original_size: [100, 200], crops_coords_top_left: [3, 8], target_size: [96, 64] },
+      ...{ negative_original_size: [50, 60], negative_crops_coords_top_left: [1, 2] },
+      ...{ negative_target_size: [33, 44], num_images_per_prompt: 2 },
+    },
+  },
+  'one negative size alone': { settings: { negative_original_size: [50, 60] } },
+  'three images': { settings: { num_images_per_prompt: 3, negative_prompt: 'x' } },
+  'two images, ancestral': {
+    settings: { num_images_per_prompt: 2 },
+    ...named('EulerAncestralDiscreteScheduler'),
+  },
+  'DDIM with noise': { settings: { eta: 0.4 }, ...named('DDIMScheduler') },
+  'TCD with noise': { settings: { eta: 0.3 }, ...named('TCDScheduler') },
+  'DPM++ 2M SDE Karras': {
+    scheduler: {
+      class: 'DPMSolverMultistepScheduler',
+      config: { algorithm_type: 'sde-dpmsolver++', use_karras_sigmas: true },
+    },
+  },
+  'Heun that stops on its way': {
+    settings: { denoising_end: 0.55, num_inference_steps: 7 },
+    ...named('HeunDiscreteScheduler'),
+  },
+  'an adapter at 0.6': { loras: [[adapter, 0.6]] },
+  'two adapters': {
+    loras: [
+      [plainAdapter, 0.6],
+      [adapter, -0.4],
+    ],
+  },
+};
+
+/** The golden picture is 128x128; `odd` is 117x149 and is cut to 112x144. */
+function overPictures(odd: string, oddMask: string): Record<string, [Call['pipeline'], Short]> {
+  const image = { image: odd, num_inference_steps: 9 };
+  const masked = { image: odd, mask_image: oddMask, width: 112, height: 144, num_inference_steps: 6 };
+  const over = Object.fromEntries(
+    schedulerClasses
+      .filter((name) => name !== 'DPMSolverSDEScheduler')
+      .map((name): [string, [Call['pipeline'], Short]] => [
+        `image to image, ${name}`,
+        ['img2img', { settings: { ...image, strength: 0.55 }, ...named(name) }],
+      ]),
+  );
+  return {
+    ...over,
+    'image to image at the default strength': ['img2img', { settings: image }],
+    'image to image from nothing but its noise': ['img2img', { settings: { ...image, strength: 1 } }],
+    'image to image, corner and sizes': [
+      'img2img',
+      {
+        settings: {
+          ...{ ...image, strength: 0.6, num_images_per_prompt: 2, crops_coords_top_left: [3, 8] },
+          ...{ target_size: [33, 22], negative_original_size: [50, 60] },
+        },
+      },
+    ],
+    'image to image, a part of the way': [
+      'img2img',
+      { settings: { ...image, denoising_start: 0.4, denoising_end: 0.8 } },
+    ],
+    'inpainting at the default strength': ['inpaint', { settings: masked }],
+    'inpainting at 0.6, two images': [
+      'inpaint',
+      { settings: { ...masked, strength: 0.6, num_images_per_prompt: 2 } },
+    ],
+    'inpainting at 1, ancestral': [
+      'inpaint',
+      { settings: { ...masked, strength: 1 }, ...named('EulerAncestralDiscreteScheduler') },
+    ],
+    'inpainting, Heun': ['inpaint', { settings: masked, ...named('HeunDiscreteScheduler') }],
+    'inpainting at another size': ['inpaint', { settings: { ...masked, width: 80, height: 96 } }],
+  };
+}
+
+const steps = { num_inference_steps: 10 };
+const hands = (at: number, more: Settings = {}, scheduler?: Call['scheduler']): Short => ({
+  settings: { ...steps, ...more, denoising_end: at },
+  refiner: { model: refiner, settings: { ...common, ...steps, ...more, denoising_start: at } },
+  scheduler,
+});
+const refined: Record<string, Short> = {
+  'base and refiner': hands(0.8, { negative_prompt: 'bad' }),
+  'base and refiner, two images': hands(0.6, { num_images_per_prompt: 2 }),
+  'base and refiner, DPM++ 2M': hands(0.7, {}, { class: 'DPMSolverMultistepScheduler' }),
+  'base and refiner, ancestral': hands(0.7, {}, { class: 'EulerAncestralDiscreteScheduler' }),
+  'refiner over finished pictures': {
+    settings: { ...steps, num_images_per_prompt: 2 },
+    refiner: { model: refiner, settings: { ...common, ...steps, num_images_per_prompt: 2, strength: 0.5 } },
+  },
+  'refiner over a finished picture at its default': {
+    settings: steps,
+    refiner: {
+      model: refiner,
+      settings: { ...common, ...steps, aesthetic_score: 7.5, negative_aesthetic_score: 1 },
+    },
+  },
+};
+
+export function allCalls(odd: string, oddMask: string): Call[] {
+  const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
+    ...schedulers.map(({ label, scheduler }, i): [string, 'text2img', Short] => [
+      label,
+      'text2img',
+      { scheduler, settings: { num_inference_steps: 3 + (i % 6) } },
+    ]),
+    ...Object.entries({ ...textToImage, ...refined }).map(([label, call]): [string, 'text2img', Short] => [
+      label,
+      'text2img',
+      call,
+    ]),
+    ...Object.entries(overPictures(odd, oddMask)).map(
+      ([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call],
+    ),
+  ];
+  return short.map(([label, pipeline, call], i) => {
+    const size = pipeline === 'text2img' ? small : {};
+    const settings = { ...common, ...size, ...call.settings };
+    return { ...{ label, pipeline, model: base, seed: 100 + i }, ...call, settings };
+  });
+}
+
+const flags: Readonly<Record<string, string>> = {
+  num_inference_steps: 'steps',
+  num_images_per_prompt: 'num-images',
+  mask_image: 'mask',
+};
+const flag = (name: string) => `--${flags[name] ?? name.replaceAll('_', '-')}`;
+
+/** diffusers has sizes as (height, width), flags as WIDTHxHEIGHT. */
+function typed(name: string, value: Settings[string]): string {
+  if (typeof value !== 'object') return String(value);
+  return name.endsWith('size') ? value.toReversed().join('x') : value.join(',');
+}
+
+/** The same call for `sdxl sample`. */
+export function argvOf({ model, seed, settings, scheduler, loras = [], refiner: second }: Call): string[] {
+  const own = ['strength', 'aesthetic_score', 'negative_aesthetic_score'];
+  const later = Object.entries(second?.settings ?? {}).filter(([name]) => own.includes(name));
+  const { algorithm_type, use_karras_sigmas, timestep_spacing } = scheduler?.config ?? {};
+  const sde = algorithm_type === 'sde-dpmsolver++';
+  return [
+    ...['sample', '--model', model, '--seed', String(seed), '--dtype', 'float32'],
+    ...[...Object.entries(settings), ...later].flatMap(([name, value]) => [flag(name), typed(name, value)]),
+    ...(scheduler?.class ? ['--scheduler', sde ? 'dpm++2m_sde' : scheduler.class] : []),
+    ...(use_karras_sigmas ? ['--karras'] : []),
+    ...(timestep_spacing ? ['--timestep-spacing', String(timestep_spacing)] : []),
+    ...loras.flatMap(([file, scale]) => ['--lora', `${file}:${scale}`]),
+    ...(second ? ['--refiner', second.model] : []),
+  ];
+}
