@@ -1,10 +1,14 @@
 // The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
 export { openDevice } from './engine/device.ts';
 export { UserError } from './io/errors.ts';
+export { resolveHub } from './io/hub.ts';
+export { preprocess, preprocessMask, readMask, readPicture, toPictures, writePng } from './io/image.ts';
 export { openModel } from './models/checkpoint.ts';
+export { mergeLora } from './models/lora.ts';
 export {
   decode,
   denoise,
+  denoiseToEnd,
   loadPipeline,
   type Pipeline,
   type Progress,

@@ -1,6 +1,6 @@
 // Finding a model by what the user typed: a diffusers folder, an original .safetensors file, or a Hugging Face hub id.
 import { existsSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { packageRoot } from '../engine/cpu/build.ts';
 import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
@@ -10,11 +10,28 @@ import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singl
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
-/** Files of a diffusers repository that sampling reads; half-precision variants are left alone. */
-const wanted = (name: string): boolean =>
-  /^(model_index\.json|(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\/[^/]+\.(json|txt|safetensors))$/.test(
-    name,
-  ) && !/\.(fp16|non_ema)(-\d+-of-\d+)?\.safetensors|flax|onnx|openvino/.test(name);
+/**
+ * The files of a diffusers repository that sampling reads. A component's variants (`x.fp16.safetensors` and their like)
+ * are left alone where it has plain weights, as the two hold the same numbers; one that has fp16 alone gives that.
+ */
+export function neededFiles(all: readonly string[]): string[] {
+  const folders = /^(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\//;
+  const variant = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
+  const weights = all.filter(
+    (name) =>
+      /^[^/]+\/[^/]+\.safetensors$/.test(name) && folders.test(name) && !/flax|onnx|openvino/.test(name),
+  );
+  const chosen = weights.filter((name) => {
+    const mine = weights.filter((other) => dirname(other) === dirname(name));
+    const best = mine.some((other) => variant(other) === undefined) ? undefined : 'fp16';
+    return variant(name) === best;
+  });
+  const texts = /^(model_index\.json|[^/]+\/[^/]+\.(json|txt))$/;
+  return all.filter(
+    (name) =>
+      chosen.includes(name) || name === 'model_index.json' || (folders.test(name) && texts.test(name)),
+  );
+}
 
 /** The small model in the package: what is drawn from when none is named. */
 export const shippedModel = join(packageRoot, 'assets', 'emoji');
@@ -30,8 +47,11 @@ export interface Locate {
 export async function locateModel(path: string, { terminal, quiet, configs }: Locate): Promise<ModelSource> {
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) return openModel(path);
-    if (path.endsWith('.safetensors'))
-      return openSingleFile(path, configs ? { configs } : { tokenizers: await publishedTokenizers(path) });
+    if (path.endsWith('.safetensors')) {
+      // Opened first, so that a file that is no model is refused before anything is downloaded for it.
+      const source = openSingleFile(path, { configs });
+      return configs ? source : openSingleFile(path, { tokenizers: await publishedTokenizers(path) });
+    }
     if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
       throw new UserError(
         `${path} is a pickle, which can run code when read and is refused; use a .safetensors file`,
@@ -43,7 +63,7 @@ export async function locateModel(path: string, { terminal, quiet, configs }: Lo
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
   const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
   const folder = await resolveHub(path, {
-    files: (all) => all.filter(wanted),
+    files: neededFiles,
     onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
   });
   bar.end();

@@ -29,7 +29,9 @@ export function pictureText(
   ];
   const settings = Object.entries({ ...options, width, height, seed })
     .filter(([name, value]) => value !== undefined && !local.includes(name))
-    .map(([name, value]) => [name, typed(name, value)]);
+    .map(([name, value]): [string, unknown] => [name, typed(name, value)])
+    // In one order, so that settings read back with --from give the same file.
+    .sort(([a], [b]) => (a < b ? -1 : 1));
   return {
     parameters: `${options.prompt}${negative}\n${fields.join(', ')}`,
     sdxl: JSON.stringify(Object.fromEntries(settings)),

@@ -1,11 +1,11 @@
-// The flags of `sdxl sample`: diffusers' words, and beside them the names that users of stable-diffusion.cpp and of A1111
-// type. What can be known to be wrong with a request is refused here, before any weight is read.
+// The flags of `sdxl sample`: diffusers' words (other programs' are in aliases.ts). What can be known to be wrong with a request is refused here, before any weight is read.
+import { existsSync } from 'node:fs';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
-import { createSampler } from '../models/samplers/registry.ts';
+import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { corner, devices, number, side, size } from './options.ts';
 
 export interface SampleOptions {
@@ -45,7 +45,7 @@ export interface SampleOptions {
   negativeAestheticScore: number;
   vae?: string;
   vaeTiling?: boolean;
-  lora: string[];
+  lora?: string[];
   device: string;
   dtype: string;
   output: string;
@@ -62,55 +62,42 @@ Examples:
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
+Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
+and the spellings of other programs are taken, such as "DPM++ 2M Karras".
+
 The same seed gives the picture that diffusers gives with a CPU generator.`;
-
-/** Other programs' words for our flags. */
-const aliases: Readonly<Record<string, string>> = {
-  '--cfg-scale': '--guidance-scale',
-  '--sampling-method': '--scheduler',
-  '--sampler': '--scheduler',
-  '--batch-count': '--num-images',
-  '--init-img': '--image',
-  '--num-inference-steps': '--steps',
-};
-
-/** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */
-export const spelledOut = (argv: readonly string[]): string[] =>
-  argv.map((word) => {
-    const [flag, ...rest] = word.split('=');
-    return Object.hasOwn(aliases, flag) ? [aliases[flag], ...rest].join('=') : word;
-  });
 
 /** Declares every flag on `command`; values are read and bounded here, before anything is loaded. */
 export function addSampleOptions(command: Command): Command {
   const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
   return command
+    .optionsGroup('Model:')
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
       'diffusers folder, original .safetensors file, or Hugging Face id (default: a small emoji model)',
     )
     .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
-    .option('-p, --prompt <TEXT>', 'what to draw')
+    .option('--vae <DIR|FILE|HUB_ID>', 'another VAE than the model has')
+    .option(
+      '--lora <FILE[:SCALE]>',
+      'an adapter merged into the weights, such as style.safetensors:0.8; may be given more than once',
+      (text, all: string[] = []) => [...all, text],
+    )
+    .option('--device <NAME>', devices, 'auto')
+    .option(
+      '--dtype <NAME>',
+      'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
+      'auto',
+    )
+    .optionsGroup('Prompt:')
+    .option('-p, --prompt <TEXT>', 'what to draw, up to 77 tokens')
     .option('--prompt-2 <TEXT>', 'prompt for the second text encoder (default: the prompt)')
     .option('-n, --negative-prompt <TEXT>', 'what not to draw')
     .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
+    .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))
+    .optionsGroup('Picture:')
     .option('-W, --width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
     .option('-H, --height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
-    .option('--steps <N>', 'num_inference_steps', number('--steps', { min: 1, max: 1000, whole: true }), 50)
-    .option(
-      '--guidance-scale <F>',
-      '1 or less switches guidance off',
-      number('--guidance-scale', { min: 0 }),
-      5,
-    )
-    .option('--guidance-rescale <F>', 'against overexposure, 0 to 1', fraction('--guidance-rescale'), 0)
-    .option(
-      '--scheduler <NAME>',
-      "diffusers class or short name, e.g. euler_a, dpm++2m (default: the model's)",
-    )
-    .option('--karras', 'use_karras_sigmas')
-    .option('--timestep-spacing <NAME>', 'leading, trailing or linspace')
-    .option('--eta <F>', 'noise of DDIM, 0 to 1', fraction('--eta'))
     .option(
       '-s, --seed <N>',
       'default: random, and printed',
@@ -122,24 +109,68 @@ export function addSampleOptions(command: Command): Command {
       number('--num-images', { min: 1, max: 64, whole: true }),
       1,
     )
-    .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))
-    .option('--original-size <WxH>', 'micro-conditioning', size('--original-size'))
-    .option('--crops-coords-top-left <TOP,LEFT>', 'micro-conditioning', corner('--crops-coords-top-left'))
-    .option('--target-size <WxH>', 'micro-conditioning', size('--target-size'))
-    .option('--negative-original-size <WxH>', 'micro-conditioning', size('--negative-original-size'))
+    .option('--vae-tiling', 'decode in tiles, for large pictures')
+    .optionsGroup('Steps:')
+    .option('--steps <N>', 'num_inference_steps', number('--steps', { min: 1, max: 1000, whole: true }), 50)
+    .option(
+      '--guidance-scale <F>',
+      'how closely to follow the prompt; 1 or less switches guidance off',
+      number('--guidance-scale', { min: 0 }),
+      5,
+    )
+    .option(
+      '--guidance-rescale <F>',
+      'against overexposure at high guidance, 0 to 1',
+      fraction('--guidance-rescale'),
+      0,
+    )
+    .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
+    .option('--karras', 'use_karras_sigmas, as in DPM++ 2M Karras')
+    .option('--timestep-spacing <NAME>', 'leading, trailing or linspace')
+    .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'))
+    .optionsGroup('Micro-conditioning (what the model is told of the training picture):')
+    .option(
+      '--original-size <WxH>',
+      "its size before scaling (default: the picture's)",
+      size('--original-size'),
+    )
+    .option(
+      '--crops-coords-top-left <TOP,LEFT>',
+      'where it was cropped (default: 0,0)',
+      corner('--crops-coords-top-left'),
+    )
+    .option('--target-size <WxH>', "its size after (default: the picture's)", size('--target-size'))
+    .option(
+      '--negative-original-size <WxH>',
+      'the same for the negative prompt',
+      size('--negative-original-size'),
+    )
     .option(
       '--negative-crops-coords-top-left <TOP,LEFT>',
-      'micro-conditioning',
+      'the same for the negative prompt',
       corner('--negative-crops-coords-top-left'),
     )
-    .option('--negative-target-size <WxH>', 'micro-conditioning', size('--negative-target-size'))
+    .option(
+      '--negative-target-size <WxH>',
+      'the same for the negative prompt',
+      size('--negative-target-size'),
+    )
+    .optionsGroup('Over a picture:')
     .option('-i, --image <FILE>', 'start from this picture')
     .option('--mask <FILE>', 'paint anew where this is white (needs --image)')
-    .option('--strength <F>', 'how far to leave the picture, 0 to 1 (default: 0.3)', fraction('--strength'))
-    .option('--refiner <DIR|FILE|HUB_ID>', 'a refiner to finish with')
+    .option(
+      '--strength <F>',
+      "how far to leave the picture, 0 to 1 (default: 0.3; with --mask 0.9999; both are diffusers')",
+      fraction('--strength'),
+    )
+    .optionsGroup('Refiner:')
+    .option(
+      '--refiner <DIR|FILE|HUB_ID>',
+      'a refiner that finishes: over the whole picture at --strength, or from --denoising-end on',
+    )
     .option(
       '--denoising-end <F>',
-      'where the base stops and hands over its latents',
+      'where the base stops and hands over its latents, 0 to 1',
       fraction('--denoising-end'),
     )
     .option(
@@ -159,29 +190,25 @@ export function addSampleOptions(command: Command): Command {
       number('--negative-aesthetic-score'),
       2.5,
     )
-    .option('--vae <DIR|FILE|HUB_ID>', 'another VAE than the model has')
-    .option('--vae-tiling', 'decode in tiles, for large pictures')
-    .option(
-      '--lora <FILE[:SCALE]>',
-      'an adapter; may be given more than once',
-      (text, all: string[]) => [...all, text],
-      [],
-    )
-    .option('--device <NAME>', devices, 'auto')
-    .option(
-      '--dtype <NAME>',
-      'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
-      'auto',
-    )
+    .optionsGroup('Files:')
     .option(
       '--from <FILE.png>',
       'take the settings that a picture of ours (or of A1111) carries; flags go before them',
     )
     .option('-o, --output <FILE>', 'PNG to write; several pictures are numbered', 'out.png')
-    .option('--save-latents <FILE>', 'also write the final latents as .safetensors')
-    .option('--json', 'one JSON object on stdout')
+    .option(
+      '--save-latents <FILE>',
+      'also write the final latents, as diffusers gives them with output_type="latent"',
+    )
+    .option('--json', 'one JSON object on stdout: files, seed, size, seconds, peak memory')
     .option('--quiet', 'no progress')
     .addHelpText('after', examples);
+}
+
+/** `FILE:SCALE` as typed after --lora. */
+export function loraOf(text: string): { file: string; scale: number } {
+  const [, file, scale] = /^(.*?)(?::(-?[\d.]+))?$/s.exec(text) as RegExpExecArray;
+  return { file, scale: scale === undefined ? 1 : number('--lora FILE:SCALE')(scale) };
 }
 
 /** What can be known to be wrong before anything is read. */
@@ -200,8 +227,15 @@ export function checkSample(options: SampleOptions): void {
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
   if (options.strength !== undefined && !options.image && !options.refiner)
     throw new UserError('--strength needs --image or --refiner');
-  if (options.denoisingEnd !== undefined && !options.refiner && options.denoisingEnd === 0) {
+  if (options.denoisingStart !== undefined && !options.image && !options.refiner)
+    throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
+  if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
-  }
+  for (const { file } of (options.lora ?? []).map(loraOf))
+    if (!existsSync(file)) throw new UserError(`--lora: no file ${file}`);
+  if (!/\.png$/i.test(options.output))
+    throw new UserError(
+      `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,
+    );
   for (const file of [options.output, options.saveLatents]) if (file) assertWritable(file);
 }

@@ -156,17 +156,16 @@ export function timeIds(
   const original = micro.original_size ?? size;
   const target = micro.target_size ?? size;
   const tail = (end: Size, score: number): readonly number[] => (options.aesthetic ? [score] : end);
-  const positive = [
-    ...original,
-    ...(micro.crops_coords_top_left ?? [0, 0]),
-    ...tail(target, micro.aesthetic_score ?? 6),
-  ];
-  // Text-to-image heeds the negative sizes only when both are given; the other pipelines fill each from its positive.
+  const corner = micro.crops_coords_top_left ?? [0, 0];
+  const positive = [...original, ...corner, ...tail(target, micro.aesthetic_score ?? 6)];
+  // Text-to-image heeds the negative sizes only when both are given; the other pipelines fill each from its positive. Of
+  // the base, diffusers' others put the positive corner into the negative row whatever is asked; ours when none is.
   const given = !options.interleaved || (micro.negative_original_size && micro.negative_target_size);
   const negative = given
     ? [
         ...(micro.negative_original_size ?? original),
-        ...(micro.negative_crops_coords_top_left ?? [0, 0]),
+        ...(micro.negative_crops_coords_top_left ??
+          (options.interleaved || options.aesthetic ? [0, 0] : corner)),
         ...tail(micro.negative_target_size ?? target, micro.negative_aesthetic_score ?? 2.5),
       ]
     : positive;

@@ -7,13 +7,15 @@ import {
   existsSync,
   mkdtempSync,
   readdirSync,
+  readFileSync,
   rmSync,
   truncateSync,
   writeFileSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { test } from 'tap';
+import { neededFiles } from '../cli/model.ts';
 import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
@@ -22,6 +24,8 @@ import { sdxl as run } from './command_line.ts';
 import { goldenFolder, goldenSingleFile, maxDifference } from './golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
+const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
+const lora = join(goldenFolder, 'lora', 'scaled_kohya.safetensors');
 
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-cli-'));
 
@@ -59,12 +63,44 @@ test('mistakes', async (t) => {
   copyFileSync(join(goldenFolder, 'png', 'input.png'), picture);
   const mask = join(folder, 'mask.png');
   writePng(mask, { width: 8, height: 8, channels: 1, data: new Uint8Array(64) });
+  const disguised = join(folder, 'disguised.safetensors');
+  writeFileSync(disguised, 'PK\x03\x04 archive/data.pkl and more');
+  const inpainting = join(folder, 'inpainting');
+  cpSync(model, inpainting, { recursive: true });
+  const unetConfig = join(inpainting, 'unet', 'config.json');
+  const config = JSON.parse(readFileSync(unetConfig, 'utf8'));
+  writeFileSync(unetConfig, JSON.stringify({ ...config, in_channels: 9 }));
   const output = join(folder, 'out', 'x.png');
   const cases: [label: string, argv: string[], says: RegExp][] = [
     ['unknown model path', ['--model', join(folder, 'absent')], /no model at/],
     ['folder without model_index.json', ['--model', noIndex], /model_index\.json/],
     ['truncated weights', ['--model', damaged], /unet.*download it again/],
     ['pickle', ['--model', pickle], /pickle/],
+    ['pickle by another name', ['--model', disguised], /disguised.* is a PyTorch pickle, which can run/],
+    ['a whole model that is a LoRA', ['--model', lora], /not an SDXL checkpoint in one file/],
+    [
+      'an inpainting model',
+      ['--model', inpainting],
+      /takes 9 channels.*inpaint with a base model and --mask/,
+    ],
+    ['no such LoRA', ['--model', damaged, '--lora', join(folder, 'absent:0.5')], /no file .*absent$/m],
+    ['a picture that is no PNG', ['--model', damaged, '--output', join(folder, 'x.jpg')], /ends in \.png/],
+    [
+      'a start with nothing to go on from',
+      ['--model', damaged, '--denoising-start', '0.5'],
+      /--refiner or --im/,
+    ],
+    ['too many steps for LCM', ['--model', damaged, '--scheduler', 'lcm', '--steps', '51'], /distilled on/],
+    [
+      'a strength that leaves nothing',
+      ['--model', damaged, '--image', picture, '--strength', '0.01'],
+      /leave none of the 50 steps/,
+    ],
+    [
+      'the same in the refiner',
+      ['--model', damaged, '--refiner', refiner, '--strength', '0.01'],
+      /leave none of the 50 steps/,
+    ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     ['width not divisible by 8', ['--model', model, '--width', '100'], /divisible by 8/],
     ['unknown scheduler', ['--model', model, '--scheduler', 'eulr'], /did you mean "euler"/],
@@ -188,6 +224,101 @@ test('a VAE in one file, under either spelling, is the folder it came from', asy
   rmSync(folder, { recursive: true });
 });
 
+test('base and refiner', async (t) => {
+  const folder = scratch();
+  const shape = ['--width', '64', '--height', '64', '--steps', '5', '--seed', '1', '--num-images', '2'];
+  const long = 'one two three four five six seven eight nine ten '.repeat(9);
+  const draw = async (...argv: string[]) => {
+    const saved = join(folder, 'latents.safetensors');
+    const files = ['-o', join(folder, 'x.png'), '--save-latents', saved];
+    const said = await run(
+      'sample',
+      '-m',
+      model,
+      '-p',
+      long,
+      '--refiner',
+      refiner,
+      ...shape,
+      ...files,
+      ...argv,
+    );
+    t.equal(said.status, 0, said.err);
+    const file = openSafetensors(saved);
+    const latents = Buffer.from(file.read('latents'));
+    t.same(file.tensors.get('latents')?.shape, [2, 4, 8, 8], 'latents as diffusers has them');
+    file.close();
+    return { latents, lines: said.err.split('\n') };
+  };
+  const { latents: handed, lines } = await draw('--denoising-end', '0.6');
+  const warnings = lines.flatMap((line, i) => (/^warning: .* 77 tokens/.test(line) ? [i] : []));
+  t.equal(warnings.length, 1, 'what was cut off, once for both encoders and both stages');
+  t.ok(lines[warnings[0] + 1].startsWith('sampling 1/3'), 'before the steps');
+  t.ok(handed.equals((await draw('--denoising-start', '0.6')).latents), 'either end says where they meet');
+  t.notOk(handed.equals((await draw('--denoising-end', '0.6', '--scheduler', 'ddim')).latents));
+  const { lines: finished } = await draw('--strength', '0.4');
+  t.ok(
+    finished.some((line) => /sampling 5\/5/.test(line)) &&
+      finished.some((line) => /refining 2\/2/.test(line)),
+    'or the refiner works over finished pictures',
+  );
+  rmSync(folder, { recursive: true });
+});
+
+test('a picture and a mask without a size', async (t) => {
+  const folder = scratch();
+  const grey = (width: number, height: number, channels: 1 | 3, value: number) => ({
+    ...{ width, height, channels },
+    data: new Uint8Array(width * height * channels).fill(value),
+  });
+  const [image, mask, output] = ['image', 'mask', 'x'].map((name) => join(folder, `${name}.png`));
+  writePng(image, grey(70, 66, 3, 90));
+  writePng(mask, grey(70, 66, 1, 255));
+  const argv = ['-i', image, '--mask', mask, '-o', output, '--steps', '2', '--quiet'];
+  const { status, err } = await run('sample', '-m', model, '-p', 'x', ...argv);
+  t.equal(status, 0, err);
+  const drawn = await readPicture(output);
+  t.same([drawn.width, drawn.height], [64, 64], "the picture's, cut to whole latents");
+  rmSync(folder, { recursive: true });
+});
+
+test('the files that a hub model is asked for', (t) => {
+  const from = (...all: string[]) => neededFiles(all);
+  const unet = 'unet/diffusion_pytorch_model';
+  const other = ['README.md', 'sd_xl_base_1.0.safetensors', 'unet/model.onnx', 'vae_1_0/config.json'];
+  const needed = [
+    'model_index.json',
+    'unet/config.json',
+    'tokenizer/merges.txt',
+    'scheduler/scheduler_config.json',
+  ];
+  t.same(from(...other, ...needed), needed);
+  t.same(from(`${unet}.safetensors`, `${unet}.fp16.safetensors`), [`${unet}.safetensors`], 'plain weights');
+  t.same(from(`${unet}.fp16.safetensors`, `${unet}.non_ema.safetensors`), [`${unet}.fp16.safetensors`]);
+  const shards = [1, 2].map((i) => `${unet}-0000${i}-of-00002.safetensors`);
+  t.same(from(...shards, `${unet}.fp16-00001-of-00002.safetensors`), shards, 'shards');
+  const index = `${unet}.safetensors.index.json`;
+  t.same(from(...shards, index), [...shards, index]);
+  t.end();
+});
+
+test('help loads no command: it answers at once', (t) => {
+  const seen = new Set<string>();
+  const visit = (file: string) => {
+    if (seen.has(file)) return;
+    seen.add(file);
+    const imports = readFileSync(file, 'utf8').matchAll(/^import .*?from ["'](\.[^"']+)["'];/gms);
+    for (const [, path] of imports) visit(join(dirname(file), path));
+  };
+  visit(join(packageRoot, 'dist', 'cli', 'main.js'));
+  t.ok(seen.size > 2, [...seen].join(' '));
+  t.same(
+    [...seen].filter((file) => /dist.(engine.(?!cpu.build)|models|train)/.test(file)),
+    [],
+  );
+  t.end();
+});
+
 test('inspect tells what a checkpoint is', async (t) => {
   const about = async (path: string) => JSON.parse((await run('inspect', path, '--json')).out);
   const base = await about(model);
@@ -204,9 +335,9 @@ test('inspect tells what a checkpoint is', async (t) => {
   t.same(base.problems, []);
   t.match((await about(join(goldenFolder, 'tiny-sdxl-refiner'))).kind, /refiner/);
   t.match((await about(goldenSingleFile('tiny-sdxl'))).kind, /single file: SDXL base/);
-  const lora = await about(join(goldenFolder, 'lora', 'scaled_kohya.safetensors'));
-  t.match(lora.kind, /kohya/);
-  t.same(lora.lora, { ranks: [4], layers: { lora_unet: 136 } });
+  const adapter = await about(lora);
+  t.match(adapter.kind, /kohya/);
+  t.same(adapter.lora, { ranks: [4], layers: { lora_unet: 136 } });
 
   const folder = scratch();
   cpSync(model, folder, { recursive: true });

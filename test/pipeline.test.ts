@@ -5,6 +5,7 @@ import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { encodeImage, type Latents } from '../models/latents.ts';
 import {
   type Denoised,
@@ -123,6 +124,24 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
   for (const pipeline of Object.values(pipelines)) pipeline.release();
 }
 
+test('time ids that no golden shows, read from diffusers', (t) => {
+  const micro = { original_size: [9, 8], crops_coords_top_left: [1, 2], target_size: [7, 6] } as const;
+  const rows = (more: MicroConditioning, aesthetic: boolean, interleaved: boolean) =>
+    timeIds({ ...micro, ...more }, [5, 4], { guided: true, images: 1, aesthetic, interleaved });
+  t.same(rows({}, false, true)[0], [9, 8, 1, 2, 7, 6], 'text to image without negative sizes');
+  const sizes = { negative_original_size: [3, 3], negative_target_size: [2, 2] } as const;
+  t.same(rows(sizes, false, true)[0], [3, 3, 0, 0, 2, 2], 'with both');
+  t.same(
+    rows({ negative_original_size: [3, 3] }, false, true)[0],
+    [9, 8, 1, 2, 7, 6],
+    'with one: not heeded',
+  );
+  t.same(rows({ negative_original_size: [3, 3] }, false, false)[0], [3, 3, 1, 2, 7, 6], 'over a picture');
+  t.same(rows({ negative_crops_coords_top_left: [4, 4] }, false, false)[0], [9, 8, 4, 4, 7, 6], 'asked for');
+  t.same(rows({}, true, false)[0], [9, 8, 0, 0, 2.5], 'refiner');
+  t.end();
+});
+
 /** What no golden call shows; the expectations are read from diffusers' pipelines. */
 test('draws and defaults of calls that no golden covers', (t) => {
   const [device] = devices;
@@ -158,6 +177,19 @@ test('draws and defaults of calls that no golden covers', (t) => {
   const start = { denoising_start: 0.5 };
   const went = maxDifference(latents({ image, ...start }), latents({ latents: known, ...start }));
   t.equal(went, 0, 'with denoising_start a picture is taken to have its noise already');
+
+  const again = run(pipeline, { ...base, ...seeded(3), latents: known, strength: 0.5 });
+  t.equal(again.timesteps.length, 2, 'finished latents are worked over at the strength');
+  const noised = latents({ latents: known, strength: 0.5 });
+  t.ok(maxDifference(noised, known.data) > 0.1, 'under noise of their own');
+
+  // All black: everything is kept, so the result is the picture's encoding, whatever came before.
+  const mask = { shape: [1, 1, ...image.shape.slice(2)], data: new Float32Array(image.data.length / 3) };
+  const whole = run(pipeline, { ...base, ...seeded(1), image, mask });
+  t.equal(whole.timesteps.length, 3, 'inpainting does 0.9999 of the steps');
+  t.equal(maxDifference(whole.latents.data, known.data), 0, 'what the mask keeps');
+  const handed = { latents: { ...known, data: known.data.map((x) => x + 1) }, denoising_start: 0.5 };
+  t.equal(maxDifference(latents({ image, mask, ...handed }), known.data), 0, 'and keeps in the refiner');
 
   pipeline.release();
   t.equal(device.memory.storages, before, 'live tensors');

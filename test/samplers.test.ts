@@ -144,7 +144,7 @@ test('names', (t) => {
   for (const name of samplerNames) t.ok(createSampler(name, sdxl).plan(4).steps > 0, `${name} plans`);
   t.throws(() => createSampler('eulr'), {
     name: 'UserError',
-    message: /unknown sampler "eulr"; did you mean "euler"/,
+    message: /unknown scheduler "eulr"; did you mean "euler"/,
   });
   t.throws(() => createSampler('DDIMSheduler'), { message: /did you mean "DDIMScheduler"/ });
   t.throws(() => parseSchedulerConfig({ prediction_type: 'epsilom' }), {

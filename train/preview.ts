@@ -7,7 +7,7 @@ import { makeFolder } from '../io/files.ts';
 import { readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
-import { decode, denoise, type Pipeline } from '../models/pipeline.ts';
+import { decode, denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import type { Run } from './run.ts';
 
@@ -23,7 +23,7 @@ export async function samplePreviews(
 ): Promise<Picture[]> {
   const pictures: Picture[] = [];
   for (const [i, prompt] of previews.prompts.entries()) {
-    const loop = denoise(pipeline, {
+    const { latents } = await denoiseToEnd(pipeline, {
       prompt: [prompt],
       negative_prompt: previews.negative_prompt ? [previews.negative_prompt] : undefined,
       ...size,
@@ -32,13 +32,7 @@ export async function samplePreviews(
       scheduler: previews.scheduler ? { name: previews.scheduler } : undefined,
       generators: [new TorchGenerator(previews.seed + i)],
     });
-    let turn = loop.next();
-    while (!turn.done) {
-      // Signals are heard between the steps.
-      await new Promise((resolve) => setImmediate(resolve));
-      turn = loop.next();
-    }
-    const images = decode(pipeline, turn.value.latents);
+    const images = decode(pipeline, latents);
     pictures.push(...toPictures(images.data, images.shape));
   }
   return pictures;

@@ -80,6 +80,9 @@ const karras = Object.entries(shortNames)
 
 const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(karras) };
 
+/** The short names without their Karras forms. */
+export const shortSchedulerNames: readonly string[] = Object.keys(shortNames);
+
 /** The names to offer: short ones first, then diffusers' class names. */
 export const samplerNames: readonly string[] = [...Object.keys(choices), ...schedulerClasses];
 
@@ -94,8 +97,8 @@ export function createSampler(name: string, config: Partial<SchedulerConfig> = {
   const short = Object.keys(choices).find((known) => plainSpelling(known) === wanted);
   const choice = className ? { name: className, config: {} } : short ? choices[short] : undefined;
   if (!choice) {
-    const hint = didYouMean(name, samplerNames) || `: choose one of ${Object.keys(shortNames).join(', ')}`;
-    throw new UserError(`unknown sampler "${name}"${hint}`);
+    const hint = didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
+    throw new UserError(`unknown scheduler "${name}"${hint}`);
   }
   const complete = completeConfig(choice.name, { ...config, ...choice.config });
   return makeSampler(choice.name, complete, methods[choice.name](complete));

@@ -1,0 +1,93 @@
+// What the flags of `sdxl sample` come to: the pictures they name, read, and the requests for the base and the refiner.
+import { UserError } from '../io/errors.ts';
+import { preprocess, preprocessMask, readMask, readPicture } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import type { Latents } from '../models/latents.ts';
+import type { Request, Sizes } from '../models/pipeline.ts';
+import type { SchedulerConfig } from '../models/samplers/config.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import type { SampleOptions } from './sample_options.ts';
+
+export interface Inputs {
+  image?: Picture;
+  mask?: Awaited<ReturnType<typeof readMask>>;
+}
+
+export async function readInputs(options: SampleOptions): Promise<Inputs> {
+  if (!options.image) return {};
+  const image = await readPicture(options.image);
+  if (!options.mask) return { image };
+  const mask = await readMask(options.mask);
+  if (mask.width !== image.width || mask.height !== image.height) {
+    throw new UserError(
+      `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,
+    );
+  }
+  return { image, mask };
+}
+
+/** The base's request. A picture's own size counts, cut to whole latents, where none is given. */
+export function baseRequest(
+  options: SampleOptions,
+  { ratio, sampleSize }: Sizes,
+  { image, mask }: Inputs,
+  seed: number,
+): Request {
+  const floored = (pixels: number | undefined) =>
+    pixels === undefined ? undefined : pixels - (pixels % ratio);
+  const width = options.width ?? floored(image?.width) ?? sampleSize;
+  const height = options.height ?? floored(image?.height) ?? sampleSize;
+  const config: Partial<SchedulerConfig> = {};
+  if (options.karras) config.use_karras_sigmas = true;
+  if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
+  return {
+    prompt: [options.prompt as string],
+    prompt_2: options.prompt2 === undefined ? undefined : [options.prompt2],
+    negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
+    negative_prompt_2: options.negativePrompt2 === undefined ? undefined : [options.negativePrompt2],
+    clip_skip: options.clipSkip,
+    width,
+    height,
+    num_inference_steps: options.steps,
+    guidance_scale: options.guidanceScale,
+    guidance_rescale: options.guidanceRescale,
+    num_images_per_prompt: options.numImages,
+    eta: options.eta,
+    generators: [new TorchGenerator(seed)],
+    scheduler: { name: options.scheduler, config },
+    image: image && preprocess(image, width, height),
+    mask: mask && preprocessMask(mask, width, height),
+    strength: options.strength,
+    denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
+    denoising_start: options.refiner ? undefined : options.denoisingStart,
+    vae_tiling: options.vaeTiling,
+    last: true,
+    original_size: options.originalSize,
+    crops_coords_top_left: options.cropsCoordsTopLeft,
+    target_size: options.targetSize,
+    negative_original_size: options.negativeOriginalSize,
+    negative_crops_coords_top_left: options.negativeCropsCoordsTopLeft,
+    negative_target_size: options.negativeTargetSize,
+    aesthetic_score: options.aestheticScore,
+    negative_aesthetic_score: options.negativeAestheticScore,
+  };
+}
+
+/** Where the refiner takes over the base's latents; undefined where it works over the finished picture. */
+const handover = (options: SampleOptions): number | undefined =>
+  options.denoisingStart ?? options.denoisingEnd;
+
+/**
+ * The refiner goes on from the base's latents, with the same generator and scheduler, or noises those of the finished
+ * picture again. A mask's picture stays beside them, as what the mask keeps.
+ */
+export const refinerRequest = (options: SampleOptions, base: Request, latents: Latents): Request => ({
+  ...base,
+  guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
+  image: base.mask && base.image,
+  latents,
+  // With --image the strength is the base's.
+  strength: options.image ? 0.3 : options.strength,
+  denoising_end: undefined,
+  denoising_start: handover(options),
+});

@@ -1,0 +1,126 @@
+// What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
+// earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
+// of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
+import type { Device } from '../engine/device.ts';
+import { encodeImage, type Latents, stacked } from './latents.ts';
+import type { Plan, Sampler } from './samplers/sampler.ts';
+import type { TorchGenerator } from './torch_random.ts';
+import type { Vae } from './vae.ts';
+
+/** The part of a request that says where the loop begins. */
+export interface StartRequest {
+  /** Pixels; for image-to-image the picture's own size counts. */
+  height: number;
+  width: number;
+  /** One generator for all images, or one each. */
+  generators: readonly TorchGenerator[];
+  /** [1, 3, h, w] in [-1, 1]. */
+  image?: Latents;
+  /** [1, 1, h, w], 1 where to paint anew. */
+  mask?: Latents;
+  /** The part of the steps to do over a picture: 0.3 where absent, 0.9999 with a mask. */
+  strength?: number;
+  /** Latents to go on from: with their noise where `denoising_start` says so, else a finished picture's. */
+  latents?: Latents;
+  denoising_start?: number;
+  vae_tiling?: boolean;
+}
+
+/** What a picture is encoded with. `ratio` is pixels per latent. */
+interface Coder {
+  device: Device;
+  vae: Vae;
+  ratio: number;
+}
+
+export interface Start {
+  latents: Latents;
+  draw: () => Float32Array;
+  /** Inpainting puts the known part back, noised to the level of the next step. */
+  afterStep?: (x: Float32Array, index: number) => Float32Array;
+}
+
+/** The part of the steps that are done over a picture where the request does not say: diffusers' two defaults. */
+export const strengthOf = ({ strength, mask }: Pick<StartRequest, 'strength' | 'mask'>): number =>
+  strength ?? (mask ? 0.9999 : 0.3);
+
+/** Standard normal noise of a batch: one stream, or one per image. */
+function drawNoise(generators: readonly TorchGenerator[], count: number): Float32Array {
+  if (generators.length === 1) return generators[0].randn(count) as Float32Array;
+  const out = new Float32Array(count);
+  const each = count / generators.length;
+  generators.forEach((generator, i) => {
+    out.set(generator.randn(each) as Float32Array, i * each);
+  });
+  return out;
+}
+
+export function startOf(
+  coder: Coder,
+  request: StartRequest,
+  sampler: Sampler,
+  plan: Plan,
+  images: number,
+): Start {
+  const { generators, image, latents } = request;
+  if (image) return overPicture(coder, { ...request, image }, sampler, plan, images);
+  // What comes from a run that stopped on its way has its noise; a finished picture gets it here.
+  if (latents) {
+    const draw = () => drawNoise(generators, latents.data.length);
+    if (request.denoising_start !== undefined) return { latents, draw };
+    return { latents: { ...latents, data: sampler.addNoise(plan, latents.data, draw()) }, draw };
+  }
+  const channels = coder.vae.config.latent_channels;
+  const shape = [images, channels, request.height / coder.ratio, request.width / coder.ratio];
+  const count = shape.reduce((a, b) => a * b, 1);
+  const draw = () => drawNoise(generators, count);
+  return { latents: { shape, data: draw().map((x) => x * plan.initNoiseSigma) }, draw };
+}
+
+/** Image-to-image and inpainting. With latents beside the picture, those go on and the picture is what a mask keeps. */
+function overPicture(
+  coder: Coder,
+  request: StartRequest & { image: Latents },
+  sampler: Sampler,
+  plan: Plan,
+  images: number,
+): Start {
+  const { generators, image, mask, vae_tiling: tiling = false } = request;
+  // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
+  const encoders = mask ? generators.slice(0, 1) : generators;
+  const encoded = encoders.map((own) =>
+    encodeImage(coder.vae, image, coder.device, (count) => drawNoise([own], count), tiling),
+  );
+  const known = stacked(encoded.length === images ? encoded : Array<Latents>(images).fill(encoded[0]));
+  const { shape } = known;
+  const from = request.latents?.data ?? known.data;
+  const draw = () => drawNoise(generators, known.data.length);
+  // Told where to start, diffusers takes the picture for one that has its noise already.
+  const noisy = request.denoising_start !== undefined;
+  if (!mask) return { latents: { shape, data: noisy ? from : sampler.addNoise(plan, from, draw()) }, draw };
+  const noise = draw();
+  // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
+  drawNoise(encoders, known.data.length / images);
+  const pure = () => noise.map((x) => x * plan.initNoiseSigma);
+  const noised = () => (strengthOf(request) >= 1 ? pure() : sampler.addNoise(plan, from, noise));
+  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
+  return {
+    latents: { shape, data: noisy ? from : noised() },
+    draw,
+    afterStep: keepKnown(mask, known, knownAt),
+  };
+}
+
+function keepKnown(mask: Latents, { shape }: Latents, knownAt: (index: number) => Float32Array) {
+  const [, , h, w] = shape;
+  const [, , mh, mw] = mask.shape;
+  // Nearest, as torch's interpolate picks them.
+  const small = Float32Array.from(
+    { length: h * w },
+    (_, p) => mask.data[Math.floor((Math.floor(p / w) * mh) / h) * mw + Math.floor(((p % w) * mw) / w)],
+  );
+  return (x: Float32Array, index: number): Float32Array => {
+    const known = knownAt(index + 1);
+    return x.map((value, i) => (1 - small[i % (h * w)]) * known[i] + small[i % (h * w)] * value);
+  };
+}
