@@ -84,12 +84,17 @@ function record(device: Device, observe: Observe, fn: () => Tensor, demand: Dema
   try {
     const reserve = memory.reserve(demand, () => {
       let y: Tensor | undefined;
-      replay = driver.capture?.(() =>
-        observe(note, () => {
-          y = unscoped(() => scope(fn));
-        }),
-      );
-      return y as Tensor;
+      try {
+        replay = driver.capture?.(() =>
+          observe(note, () => {
+            y = unscoped(() => scope(fn));
+          }),
+        );
+        return y as Tensor;
+      } catch (error) {
+        y?.release();
+        throw error;
+      }
     });
     return { replay: replay as Replay, memory: reserve, inputs: [...inputs.values()] };
   } catch (error) {
