@@ -6,12 +6,12 @@ import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
-import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
+import { gpus } from './doctor_gpu.ts';
 import type { Terminal } from './terminal.ts';
 
-interface Finding {
+export interface Finding {
   name: string;
   value: string | number;
   /** What to do about it, where something is amiss. */
@@ -46,7 +46,7 @@ function examine(): Finding[] {
     { name: 'platform', value: `${process.platform} ${process.arch}` },
     processor(),
     ...kernels(),
-    gpu(),
+    ...gpus(),
     memory(),
     cache(),
   ];
@@ -88,26 +88,6 @@ function kernels(): Finding[] {
     { name: 'threads', value: driver.threads() },
     { name: 'kernels', value: `${driver.symbols.size} in ${library.path}` },
   ];
-}
-
-/** The first GPU as its driver tells of it: name, memory, and how new a kernel's PTX may be. */
-function gpu(): Finding {
-  try {
-    const api = openCudaLibrary();
-    const version = api.cuDriverGetVersion();
-    const cuda = `${Math.floor(version / 1000)}.${Math.floor((version % 1000) / 10)}`;
-    const name = api.cuDeviceGetName(0);
-    const memory = gib(api.cuDeviceTotalMem(0));
-    return {
-      name: 'gpu',
-      value: `${name}, ${memory}, driver for CUDA ${cuda} and its PTX; --device cuda uses it`,
-    };
-  } catch (error) {
-    const reason = error instanceof Error ? error.message : String(error);
-    if (!existsSync('/proc/driver/nvidia/version'))
-      return { name: 'gpu', value: 'no NVIDIA driver is loaded' };
-    return { name: 'gpu', value: 'an NVIDIA driver that cannot be used', mend: reason };
-  }
 }
 
 /** What the kernel could give to programs, which is more than what lies free. */

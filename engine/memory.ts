@@ -210,14 +210,16 @@ export class MemoryPool {
   }
 
   #exhausted(size: number): string {
-    const gib = (n: number) => `${(n / 2 ** 30).toFixed(2)} GiB`;
     const holders = [...this.#owned].filter(([, bytes]) => bytes > 0).sort((a, b) => b[1] - a[1]);
-    const told = holders.map(([name, bytes]) => `${name} ${gib(bytes)}`).join(', ') || 'nothing';
+    const told = holders.map(([name, bytes]) => `${name} ${readable(bytes)}`).join(', ') || 'nothing';
     const room = this.#driver.room?.();
-    const left = room ? `; ${gib(room.free)} of the device's ${gib(room.total)} are free` : '';
-    return `out of memory: ${gib(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
+    const left = room ? `; ${readable(room.free)} of the device's ${readable(room.total)} are free` : '';
+    return `out of memory: ${readable(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
   }
 }
+
+const readable = (bytes: number): string =>
+  bytes >= 2 ** 30 / 10 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
 function bucket(bytes: number): number {
   if (bytes <= 256) return 256;

@@ -1,6 +1,7 @@
 // A module is a callable that owns named children. Child names are the checkpoint's own (snake_case), so the tree spells
 // every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
 // block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
+import { clearGrad } from './grad.ts';
 import { scope } from './scope.ts';
 import { LocatedError, ShapeError, sizeOf, type Tensor } from './tensor.ts';
 
@@ -47,8 +48,9 @@ export class Parameter {
     this.#tensor = value;
   }
 
-  /** Frees the tensor; the parameter can be loaded again. */
+  /** Frees the tensor and what gradient it has; the parameter can be loaded again. */
   unload(): void {
+    if (this.#tensor) clearGrad(this.#tensor);
     this.#tensor?.release();
     this.#tensor = undefined;
   }

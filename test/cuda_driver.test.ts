@@ -38,7 +38,7 @@ test('calls through koffi', { skip: compiled.status !== 0 && 'no C compiler' }, 
   t.throws(() => device.memory.take(2 ** 41), {
     name: 'MemoryError',
     message:
-      /out of memory: 2048.00 GiB wanted while these hold it: nothing; 0.00 GiB of the device's 64.00 GiB are/,
+      /out of memory: 2048.00 GiB wanted while these hold it: nothing; 0.0 MiB of the device's 64.00 GiB are/,
   });
   // Several pieces of the staging buffers, the last not full.
   const large = new Uint8Array(40 * 2 ** 20 + 5).map((_, i) => i % 251);

@@ -100,7 +100,7 @@ test('where no more memory can be had, at each allocation in turn: told who hold
     t.ok(error instanceof UserError, `allocation ${at}`);
     t.match(
       error?.message,
-      /^out of memory: \d\.\d\d GiB wanted while these hold it: .*; 1\.00 GiB of the device's 1\.00 GiB are free; use a smaller size, fewer images or a half-precision --dtype$/,
+      /^out of memory: \d\.\d MiB wanted while these hold it: .*; 1\.00 GiB of the device's 1\.00 GiB are free; use a smaller size, fewer images or a half-precision --dtype$/,
     );
     t.same([device.memory.storages, device.memory.live], [0, live], `live tensors after ${at}`);
     failing.heal();
@@ -120,7 +120,7 @@ test('the message names the holders, the largest first', (t) => {
   });
   failing.fail('cuMemAllocAsync', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
   t.throws(() => device.memory.take(2 ** 25), {
-    message: /0.03 GiB wanted.*optimizer 0.01 GiB, tensors at work 0.00 GiB/,
+    message: /32.0 MiB wanted.*optimizer 8.0 MiB, tensors at work 4.0 MiB/,
   });
   optimizer.release();
   weight.unload();

@@ -19,6 +19,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   return device;
 }
 int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = CONTEXT, device; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
 int cuCtxSetCurrent(Handle context) { return context == CONTEXT ? 0 : 201; }
 int cuStreamCreate(Handle *stream, unsigned flags) { return *stream = STREAM, flags == 1 ? 0 : 1; }
 int cuStreamSynchronize(Handle stream) { return stream == STREAM ? 0 : 400; }

@@ -15,6 +15,9 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { findLibrary } from '../engine/cpu/build.ts';
+import { CudaError } from '../engine/cuda/errors.ts';
+import { adopt, nativeDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
@@ -252,4 +255,51 @@ test('plan', async (t) => {
     t.match(out, line);
   const gpu = await sdxl('plan', runFile('plan', {}), '--quiet', '--device', 'cuda');
   t.match(gpu.out, /memory +0\.\d+ GiB at the most, estimated\n/, 'on a GPU, without one');
+});
+
+test('a device that fails amid an update or a checkpoint leaves the last checkpoint whole', async (t) => {
+  const library = findLibrary();
+  if ('reason' in library) return;
+  const device = adopt(nativeDevice(library.path));
+  const { launch, download } = device.driver;
+  /** Calls so far of each kind, and which call of one kind fails. */
+  const calls = { launch: 0, download: 0 };
+  let failing: { kind: keyof typeof calls; at: number } | undefined;
+  const count = (kind: keyof typeof calls, call: string) => {
+    calls[kind]++;
+    if (kind === failing?.kind && calls[kind] >= failing.at)
+      throw new CudaError('CUDA_ERROR_ILLEGAL_ADDRESS', call);
+  };
+  device.driver.launch = (symbol, args) => {
+    count('launch', 'cuLaunchKernel');
+    launch(symbol, args);
+  };
+  device.driver.download = (block, offset, target) => {
+    count('download', 'cuMemcpyDtoHAsync');
+    download(block, offset, target);
+  };
+  const train = (name: string, ...more: string[]) => {
+    const file = runFile(name, { steps: 3, batch_size: 4, checkpoints: { every_steps: 1 } });
+    return sdxl('train', file, '--device', 'cpu', '--quiet', ...more);
+  };
+  const finished = (name: string) =>
+    readFileSync(join(folder, `${name}-out`, 'final', 'unet', 'diffusion_pytorch_model.safetensors'));
+  t.equal((await train('unbroken')).status, 0);
+  const whole = { ...calls };
+  // Most launches are of updates, and most downloads of checkpoints.
+  for (const kind of ['launch', 'download'] as const) {
+    const what = `failing-${kind}`;
+    failing = { kind, at: calls[kind] + Math.round(0.6 * whole[kind]) };
+    const { status, err } = await train(what);
+    t.equal(status, 2, `${what}: status 2`);
+    const errors = err.split('\n').filter((line) => line.startsWith('error: '));
+    t.equal(errors.length, 1, `${what}: one sentence`);
+    t.match(errors[0], /CUDA_ERROR_ILLEGAL_ADDRESS; run again/);
+    t.equal(device.memory.storages, 0, `${what}: nothing is held`);
+    const kept = listCheckpoints(join(folder, `${what}-out`));
+    t.ok(kept.length > 0 && kept.length < 3, `${what}: ${kept.length} checkpoints`);
+    failing = undefined;
+    t.equal((await train(what, '--resume')).status, 0, `${what}: resumes`);
+    t.ok(finished(what).equals(finished('unbroken')), `${what}: ends as if it had never failed`);
+  }
 });
