@@ -9,7 +9,7 @@ import {
   type PlanContext,
   THREADS,
 } from './plan.ts';
-import { hopperForward, isForHopper } from './plan_attention_sm90.ts';
+import { hopperBackward, hopperForward, isForHopper } from './plan_attention_sm90.ts';
 import { product } from './plan_matrix.ts';
 
 const FLASH_HEAD = 64;
@@ -147,6 +147,7 @@ function forward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
 function backward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [dq, dk, dv, dy, y, lse, q, k, v] = args as readonly bigint[];
   const s = sizesOf(args.slice(9));
+  if (isForHopper(s, context)) return hopperBackward(args, s, context);
   const { n, heads, lq, lk, d, causal, scale } = s;
   const z = n * heads;
   const delta = context.workspace(z * lq * 4);

@@ -1,6 +1,6 @@
 // Plans of attention on Hopper: heads 64 wide in the half types, whose tiles TMA brings by maps over [n, l, heads * 64].
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
-import { divideUp, type KernelLaunch, type LaunchArgument, type PlanContext } from './plan.ts';
+import { divideUp, type KernelLaunch, type LaunchArgument, type PlanContext, THREADS } from './plan.ts';
 
 const HEAD = 64;
 /** Rows of a warpgroup, of a tile of two, and of a warp, which stores on its own. */
@@ -74,6 +74,47 @@ export function hopperForward(
       args: [
         ...[map(q, lq, ROWS), map(k, lk, keys), map(v, lk, keys), map(y, lq, WARP_ROWS), lse],
         ...[heads, lq, lk, causal, scale, units, perHead],
+      ],
+    },
+  ];
+}
+
+const BACKWARD_STAGES = 3;
+/** Floats of a tile's rows: log-sum-exp and delta. */
+const ROW_FLOATS = 2 * TILE;
+/** Own tiles, a ring of the other side's and of its rows, and two gradients on their way out. */
+const BACKWARD_SHARED =
+  ALIGNMENT + (2 + 2 * BACKWARD_STAGES + 2) * TILE_BYTES + BACKWARD_STAGES * ROW_FLOATS * 4;
+
+export function hopperBackward(
+  [dq, dk, dv, dy, y, lse, q, k, v]: readonly LaunchArgument[],
+  s: HopperSizes,
+  context: PlanContext,
+): KernelLaunch[] {
+  const { n, heads, lq, lk, causal, scale } = s;
+  const map = mapOf(s, context);
+  const z = n * heads;
+  const [keyBlocks, queryBlocks] = [divideUp(lk, TILE), divideUp(lq, TILE)];
+  const rows = context.workspace(z * queryBlocks * ROW_FLOATS * 4);
+  return [
+    {
+      family: 'attention_backward_sm90',
+      entry: 'attention_hopper_rows',
+      grid: [divideUp(z * queryBlocks * TILE * 8, THREADS), 1, 1],
+      block: THREADS,
+      shared: 0,
+      args: [rows, dy, y, lse, heads, lq, queryBlocks, n],
+    },
+    {
+      family: 'attention_backward_sm90',
+      entry: 'attention_hopper_backward',
+      grid: [z * (keyBlocks + queryBlocks), 1, 1],
+      block: 3 * WARPGROUP,
+      shared: BACKWARD_SHARED,
+      args: [
+        ...[map(q, lq, TILE), map(k, lk, TILE), map(v, lk, TILE), map(dy, lq, TILE)],
+        ...[map(dq, lq, WARP_ROWS), map(dk, lk, WARP_ROWS), map(dv, lk, WARP_ROWS), rows],
+        ...[z, heads, lq, lk, causal, scale, keyBlocks, queryBlocks],
       ],
     },
   ];

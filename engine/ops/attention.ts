@@ -93,6 +93,10 @@ const attentionOp = defineOp<AttentionAttrs>({
     sample(2, 9, 9, 32, 2, true),
     sample(1, 20, 13, 96, 2),
     sample(1, 33, 17, 512, 1),
+    // Heads of 64 with more keys than the text has.
+    sample(1, 70, 130, 64, 1),
+    sample(2, 5, 81, 128, 2),
+    sample(1, 65, 90, 64, 1, true),
     ...awkwardSizes.map(([lq, lk], i) => {
       const [heads, d] = [1 + (i % 2), [64, 8, 40, 24, 80, 17, 128][i % 7]];
       return sample(1 + (i % 3 > 1 ? 1 : 0), lq, lk, heads * d, heads, i % 5 === 4);

@@ -3,29 +3,10 @@
 // (FlashAttention 3, Shah 2024). While one warpgroup takes its softmax the other has the tensor cores: they pass a turn by
 // named barriers. A block walks an even share of all 64-row pieces; one left over is done by both warpgroups, half the
 // keys each, so that no shape wastes a wave.
-#include "sm90.cuh"
+#include "attention_sm90.cuh"
 
-constexpr float MASKED = -1e30f, LOG2E = 1.44269504f;
-constexpr int HEAD = 64, ROWS = 64;                    // width of a head; rows of a warpgroup
-constexpr uint32_t HALF_TILE = ROWS * HEAD * 2, TILE = 2 * HALF_TILE;
-constexpr uint32_t STAGING = 16 * HEAD * 2;            // a warp's results on their way to memory
+constexpr float MASKED = -1e30f;
 
-// A named barrier of sm90.cuh without waiting, for those who let others through.
-DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-// Keeps the compiler from moving reads and writes of accumulators across this place.
-template <int COUNT> DEVICE void hold(float (&d)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-#define MAP const __grid_constant__ TensorMap
-
-// 2^x to two units in the last place; subnormal results become zero.
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // Over the four lanes that share a row.
 DEVICE float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -34,31 +15,6 @@ DEVICE float row_max(float x) {
 DEVICE float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// Swizzled tiles begin at multiples of 1024 bytes.
-extern __shared__ __align__(1024) uint8_t shared[];
-DEVICE uint32_t shared_base() { return (shared_address(shared) + 1023) & ~1023u; }
-
-// Where a thread's sums are: its lane's first row in the warpgroup, and the lane.
-struct Place {
-  int warp, lane, row;
-  __device__ Place() : warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), row(warp * 16 + lane / 4) {}
-};
-
-// sums = a b^T over the width of a head.
-template <int N> DEVICE void scores_of(float (&sums)[N], uint64_t a, uint64_t b) {
-#pragma unroll
-  for (int k = 0; k < HEAD / 16; k++) wgmma<false, false>(sums, advance(a, 32 * k), advance(b, 32 * k), k > 0);
-}
-// sums += p b, with b's rows the columns of p.
-template <int N> DEVICE void add_product(float (&sums)[32], const uint32_t (&p)[N][4], uint64_t b) {
-#pragma unroll
-  for (int k = 0; k < N; k++) wgmma<true>(sums, p[k], advance(b, 2048 * k), true);
-}
-template <int N> DEVICE void round_all(uint32_t (&p)[N][4], const float (&x)[8 * N]) {
-#pragma unroll
-  for (int i = 0; i < 4 * N; i++) p[i / 4][i % 4] = round_pair(x[2 * i], x[2 * i + 1]);
 }
 
 // The columns that a row does not see. `seen` counts those that it does.
@@ -99,27 +55,6 @@ struct Running {
   }
 };
 
-DEVICE void scale_rows(float (&x)[32], float low, float high) {
-#pragma unroll
-  for (int i = 0; i < 32; i++) x[i] *= i / 2 % 2 ? high : low;
-}
-
-// Rounds a warp's 16 x 64 sums into its staging, from where TMA writes the rows that exist.
-DEVICE void store_rows(const TensorMap &map, uint32_t staging, const float (&x)[32], int column, int row, int image, int lane) {
-  uint32_t rounded[4][4];
-  round_all(rounded, x);
-  stores_wait_read<0>();
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 4; j++) store_matrices(staging + swizzled<128>(lane % 16, 2 * j + lane / 16), rounded[j]);
-  fence_async_proxy();
-  __syncwarp();
-  if (lane == 0) {
-    store_box(map, staging, column, row, image);
-    stores_commit();
-  }
-}
-
 // The results of a warpgroup's rows from `first` on: sums over their totals, and the log-sum-exp.
 DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, float (&out)[32], const Running &softmax, int heads,
                         int head, int first, int lq, float scale, const Place &at) {
@@ -148,12 +83,6 @@ struct Walk {
     return true;
   }
 };
-
-DEVICE uint32_t at_ring(const uint64_t *barriers, int i) { return shared_address(barriers) + 8 * i; }
-// What a warp has done with; one lane says so for it.
-DEVICE void release(uint32_t barrier, const Place &at) {
-  if (at.lane == 0) mbarrier_arrive(barrier);
-}
 
 // ---- forward over any number of keys: a producer and two consumers
 
