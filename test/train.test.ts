@@ -66,6 +66,10 @@ async function run(
   }
 }
 
+/** What the log says of each update: step, loss, validation loss. */
+const losses = (output: string) =>
+  readLog(join(output, 'log.jsonl')).map(({ step, loss, validation_loss }) => [step, loss, validation_loss]);
+
 /** Everything that decides how a run goes on: weights, averages, optimizer. */
 function digest(checkpoint: string): string {
   const hash = createHash('sha256');
@@ -98,7 +102,8 @@ const basic = (output: string): RunInput => ({
 test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
   const before = device.memory.storages;
   const previews = { prompts: ['stripes', 'a picture'], num_inference_steps: 2, every_steps: 2 };
-  const whole = { ...basic('whole'), previews };
+  const validation = { samples: 4, every_steps: 2 };
+  const whole = { ...basic('whole'), previews, validation };
   const { folder: final } = await run(whole);
   const output = whole.output as string;
   t.same(
@@ -114,7 +119,7 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
   loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
   t.pass('the finished model opens');
 
-  const broken = { ...basic('broken'), previews };
+  const broken = { ...basic('broken'), previews, validation };
   const first = await run(broken, { until: 3 });
   t.equal(first.stopped, true);
   t.equal(first.position.step, 3, 'stopped after the update');
@@ -125,10 +130,11 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
     digest(newest(output)),
     'the same weights, optimizer and EMA',
   );
+  t.same(losses(broken.output as string), losses(output), 'the same losses, each once');
   t.same(
-    readLog(join(broken.output as string, 'log.jsonl')).map(({ step, loss }) => [step, loss]),
-    readLog(join(output, 'log.jsonl')).map(({ step, loss }) => [step, loss]),
-    'the same losses, each once',
+    losses(output).flatMap(([step, , measured]) => (measured === undefined ? [] : [step])),
+    [2, 4, 5],
+    'the validation loss is measured when it is due, and at the end',
   );
   t.equal(device.memory.storages, before, 'live tensors');
 });
@@ -143,6 +149,25 @@ test('a batch and its halves see the same draws', async (t) => {
   whole.forEach((loss, i) => {
     t.ok(Math.abs(loss - halves[i]) < 1e-5 * loss, `update ${i + 1}: ${loss} and ${halves[i]}`);
   });
+});
+
+test('the validation loss sees the same draws each time, with the averaged weights', async (t) => {
+  for (const target of ['unet', 'vae'] as const) {
+    const still = `still-${target}`;
+    const task: RunInput = { train: { target }, validation: { samples: 6, every_steps: 1 }, steps: 3 };
+    await run({ ...basic(still), ...task, optimizer: { lr: 0 } });
+    const [first, ...others] = losses(join(folder, still));
+    const same = others.every(([, , measured]) => measured === first[2]);
+    t.ok(first[2] && same, `${target}: weights that stand still have one validation loss, ${first[2]}`);
+    t.not(others[0][1], first[1], 'while the updates differ in theirs');
+    const moved = async (output: string, decay: number) => {
+      await run({ ...basic(output), ...task, ema: { decay } });
+      return losses(join(folder, output))[2];
+    };
+    const [own, averaged] = [await moved(`own-${target}`, 0), await moved(`averaged-${target}`, 0.9)];
+    t.equal(own[1], averaged[1], 'an average changes no update');
+    t.not(own[2], averaged[2], 'but the validation loss is its own');
+  }
 });
 
 /** Trains a run whole, and again stopped at the first update and resumed: the same checkpoint, or the names that differ. */

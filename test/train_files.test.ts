@@ -63,6 +63,10 @@ test('the loss curve', (t) => {
     points.split(' ').map((point) => Number(point.split(',')[1])),
   );
   t.ok(smooth[0] < smooth[smooth.length - 1], 'falling losses go down the page');
+  t.notMatch(svg, /validation/, 'nothing was measured');
+  const measured = entries.map((entry, i) => (i % 100 ? entry : { ...entry, validation_loss: 1 - i / 500 }));
+  const [validation] = [...lossCurve(measured, 'both').matchAll(/d62728" [^>]*points="([^"]+)"/g)];
+  t.equal(validation[1].split(' ').length, 4, 'a line through what was measured');
   t.match(lossCurve([], 'nothing yet'), /<svg/, 'no entries, no error');
   t.end();
 });

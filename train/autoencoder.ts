@@ -49,6 +49,12 @@ export function autoencoderTask(
     const [h, w] = pictures.buckets[bucket];
     return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
   };
+  /** The VAE with other weights, to be unloaded. */
+  const lent = (weights: Weights): Vae => {
+    const other = vae(coder.config);
+    lend(trained, namedParameters(other.module), weights);
+    return other;
+  };
   /** One picture's numbers from the VAE with other weights. */
   const once = async <R>(
     index: number,
@@ -56,8 +62,7 @@ export function autoencoderTask(
     fn: (vae: Vae, x: ReturnType<typeof tensor>) => R,
   ): Promise<R> => {
     const picture = await readView(viewIn(0, index, pictures, run), run);
-    const other = vae(coder.config);
-    lend(trained, namedParameters(other.module), weights);
+    const other = lent(weights);
     const { picture: shape } = shapes(pictures.bucketOf[index], 1);
     try {
       return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
@@ -83,12 +88,15 @@ export function autoencoderTask(
       const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
       return { shape: picture, pictures: zeros(picture), noise: zeros(latent) };
     },
-    loss({ shape, pictures: pixels, noise }) {
+    loss({ shape, pictures: pixels, noise }, weights) {
+      const used = weights ? lent(weights) : coder;
       const x = tensor(pixels, shape, { device, dtype: run.dtype });
-      const moments = coder.encode(x);
+      const moments = used.encode(x);
       const draw = tensor(noise, moments.mean.shape, { device, dtype: run.dtype });
       const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), draw));
-      return vaeLoss(run.vae_objective, coder.decode(z), x, moments);
+      const loss = vaeLoss(run.vae_objective, used.decode(z), x, moments);
+      if (used !== coder) unload(used.module);
+      return loss;
     },
     /** Columns of a picture above what the VAE makes of it. */
     async preview(weights) {

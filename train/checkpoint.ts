@@ -126,6 +126,7 @@ const free = [
   'steps',
   'checkpoints',
   'previews',
+  'validation',
   'log_every',
   'max_nonfinite',
   'dataset.cache',

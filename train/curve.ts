@@ -1,5 +1,5 @@
 // The loss curve as an SVG: every update's loss faint, and its running mean (Adam's bias-corrected exponential one) over
-// it, on a logarithmic axis where the loss falls by more than ten times.
+// it, and the validation loss where one was measured; on a logarithmic axis where the loss falls by more than ten times.
 import type { LogEntry } from './log.ts';
 
 const [width, height] = [800, 400];
@@ -12,7 +12,9 @@ export function lossCurve(entries: readonly LogEntry[], title: string): string {
   const sound = entries.filter(({ loss }) => Number.isFinite(loss) && loss > 0);
   const smooth = runningMean(sound.map(({ loss }) => loss));
   const last = Math.max(1, sound.at(-1)?.step ?? 1);
-  const [low, high] = bounds(smooth);
+  const measured = entries.filter(({ validation_loss: value = 0 }) => value > 0);
+  const validation = measured.map(({ validation_loss }) => validation_loss as number);
+  const [low, high] = bounds([...smooth, ...validation]);
   const logarithmic = high / low > 10;
   const scale = (value: number) => (logarithmic ? Math.log10(value) : value);
   const [floor, ceiling] = [scale(low), scale(high)];
@@ -21,9 +23,9 @@ export function lossCurve(entries: readonly LogEntry[], title: string): string {
     const share = (scale(value) - floor) / (ceiling - floor);
     return top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, share)));
   };
-  const line = (values: readonly number[], style: string) => {
-    const stride = Math.max(1, Math.ceil(sound.length / mostPoints));
-    const points = sound.flatMap(({ step }, i) =>
+  const line = (values: readonly number[], style: string, at = sound) => {
+    const stride = Math.max(1, Math.ceil(at.length / mostPoints));
+    const points = at.flatMap(({ step }, i) =>
       i % stride ? [] : [`${x(step).toFixed(1)},${y(values[i]).toFixed(1)}`],
     );
     return `<polyline fill="none" ${style} points="${points.join(' ')}"/>`;
@@ -52,6 +54,12 @@ export function lossCurve(entries: readonly LogEntry[], title: string): string {
       'stroke="#1f77b4" stroke-opacity="0.25"',
     ),
     line(smooth, 'stroke="#1f77b4" stroke-width="2"'),
+    ...(measured.length > 0
+      ? [
+          line(validation, 'stroke="#d62728" stroke-width="2"', measured),
+          `<text x="${width - right}" y="20" text-anchor="end" fill="#d62728">validation</text>`,
+        ]
+      : []),
     '</svg>',
     '',
   ].join('\n');

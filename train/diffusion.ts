@@ -124,18 +124,21 @@ export function diffusionTask(
         text: { captions: Array<string>(n).fill('') },
       };
     },
-    loss({ noised, timeIds, text }) {
+    loss({ noised, timeIds, text }, weights) {
+      const other = averaged(run, pipeline, net, components, weights);
       const embedded =
         'embeddings' in text
-          ? upload(pipeline, text.embeddings)
+          ? upload(other, text.embeddings)
           : text_encoders
-            ? encode(pipeline, text.captions)
-            : noGrad(() => encode(pipeline, text.captions));
-      return diffusionLoss(pipeline.unet, objective, noised, {
+            ? encode(other, text.captions)
+            : noGrad(() => encode(other, text.captions));
+      const loss = diffusionLoss(other.unet, objective, noised, {
         context: embedded.context,
         textEmbeds: embedded.pooled,
         timeIds: tensor(timeIds.flat(), [timeIds.length, timeIds[0].length], { device }),
       });
+      releaseLent(other, pipeline);
+      return loss;
     },
     async preview(weights) {
       if (run.previews.prompts.length === 0) return [];
@@ -144,7 +147,7 @@ export function diffusionTask(
       try {
         return await samplePreviews(other, run.previews, { height, width });
       } finally {
-        if (other !== pipeline) releaseLent(other, pipeline);
+        releaseLent(other, pipeline);
       }
     },
     release: () => pipeline.release(),
@@ -252,6 +255,7 @@ function averaged(
 }
 
 function releaseLent(lent: Pipeline, owner: Pipeline): void {
+  if (lent === owner) return;
   unload(lent.unet);
   lent.text.encoders.forEach(({ encoder }, i) => {
     if (encoder !== owner.text.encoders[i].encoder) unload(encoder);

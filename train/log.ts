@@ -11,6 +11,8 @@ export interface LogEntry {
   grad_norm: number;
   /** Pictures per second since the last entry. */
   images_per_second: number;
+  /** After the update, where it was measured. */
+  validation_loss?: number;
   /** Why the update was not made. */
   skipped?: string;
 }

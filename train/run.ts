@@ -117,6 +117,13 @@ export interface Run {
     /** A scheduler's name; empty for the model's. */
     scheduler: string;
   };
+  /** The loss of the averaged weights on noise, timesteps and captions that no update draws, each time the same. */
+  validation: {
+    /** Pictures it is measured on, evenly spread over the dataset; 0 for none. */
+    samples: number;
+    /** Updates between; 0 for every epoch. */
+    every_steps: number;
+  };
   /** Updates between lines of the log. */
   log_every: number;
   /** Updates in a row that may fail on a loss that is not finite. */
@@ -227,6 +234,7 @@ export const fields: Fields<Run> = {
     guidance_scale: number(5, { min: 0 }),
     scheduler: text(''),
   },
+  validation: { samples: whole(0), every_steps: whole(0) },
   log_every: whole(1, { min: 1 }),
   max_nonfinite: whole(5, { min: 1 }),
 };

@@ -44,8 +44,8 @@ export interface Task<Inputs = unknown> {
   rehearseCache?(): void;
   /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
   blank(batch: MicroBatch): Inputs;
-  /** The mean loss over the pass's samples, [1] float32, on the tape. */
-  loss(inputs: Inputs): Tensor;
+  /** The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. */
+  loss(inputs: Inputs, weights?: Weights): Tensor;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. */
   preview(weights: Weights): Promise<Picture[]>;
   /** The last word on configs, before the finished model is written. */

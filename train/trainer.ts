@@ -20,6 +20,7 @@ import { rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
 import { type Report, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
+import { validationLoss } from './validation.ts';
 
 export interface Outcome {
   position: Position;
@@ -61,10 +62,12 @@ export async function train(
       position = after(position, updates.length);
       const endOfEpoch = position.update === 0;
       failures = made.skipped ? failures + 1 : 0;
-      journal.note(position, made, update);
+      const done = position.step === total;
+      const measured =
+        run.validation.samples > 0 && (done || isDue(run.validation.every_steps, position.step, endOfEpoch));
+      journal.note(position, made, update, measured ? await validationLoss(session) : undefined);
       if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
       if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
-      const done = position.step === total;
       const { every_steps } = run.checkpoints;
       if (done || stop.asked || isDue(every_steps, position.step, endOfEpoch))
         folder = save(session, position);
@@ -163,14 +166,20 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
   const events = openEventFile(join(run.output, 'tensorboard'));
   let [since, seen, rate] = [Date.now(), 0, Number.NaN];
   return {
-    note({ step, epoch }: Position, { loss, lr, grad_norm, skipped }: Made, update: Update): void {
+    note(
+      { step, epoch }: Position,
+      { loss, lr, grad_norm, skipped }: Made,
+      update: Update,
+      validation_loss?: number,
+    ): void {
       seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
-      if (step % run.log_every === 0 || step === total || skipped) {
+      if (step % run.log_every === 0 || step === total || skipped || validation_loss !== undefined) {
         rate = (1000 * seen) / Math.max(1, Date.now() - since);
         [since, seen] = [Date.now(), 0];
-        const entry: LogEntry = { step, epoch, loss, lr, grad_norm, images_per_second: rate, skipped };
+        const scalars = { loss, lr, grad_norm, images_per_second: rate };
+        const entry: LogEntry = { step, epoch, ...scalars, validation_loss, skipped };
         appendLog(logFile(run.output), entry);
-        events.scalars(step, { loss, lr, grad_norm, images_per_second: rate });
+        events.scalars(step, validation_loss === undefined ? scalars : { ...scalars, validation_loss });
       }
       const told = [
         `loss ${loss.toFixed(4)}`,
