@@ -267,7 +267,10 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       mbarrier_init(full + 8 * i, 1);
       mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS)); // a lane of each warp that reads the stage
     }
-    for (int i = 0; i < GROUPS; i++) mbarrier_init(arrived + 8 * i, 1), mbarrier_init(turns + 8 * i, 4);
+    for (int i = 0; i < GROUPS; i++) {
+      mbarrier_init(arrived + 8 * i, 1);
+      if (S::PINGPONG) mbarrier_init(turns + 8 * i, 4);
+    }
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -278,6 +281,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       for (int item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Work work = work_of<S, Finish::COLUMNS>(item, cut);
         source.begin(work);
+#pragma unroll 1
         for (int step = work.first; step < work.end; step++, ring.next()) {
           const uint32_t stage = stages + ring.stage * S::STAGE_BYTES, barrier = full + 8 * ring.stage;
           mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
@@ -302,6 +306,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       finish.prepare(work);
       if constexpr (S::PINGPONG) mbarrier_wait(turns + 8 * group, (done ^ group ^ 1) & 1); // the first turn is group 0's
       uint32_t last = 0; // the barrier of the stage before, free when its products are done
+#pragma unroll 1
       for (int step = work.first; step < work.end; step++, ring.next()) {
         const uint32_t a = stages + ring.stage * S::STAGE_BYTES + (S::PINGPONG ? 0 : group * A::BYTES_64);
         const uint64_t a_tile = A::describe(a), b_tile = B::describe(stages + ring.stage * S::STAGE_BYTES + S::A_BYTES);
