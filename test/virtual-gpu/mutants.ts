@@ -48,6 +48,15 @@ export function synchronisationMutants(
   return mutants;
 }
 
+/** A module of one kernel, for quick parsing where a file has many. */
+export function moduleOf(ptx: string, kernel: string): string {
+  const [head, ...entries] = ptx.split('\n.visible .entry ');
+  const own = entries.find((text) => text.startsWith(`${kernel}(`));
+  if (own === undefined) throw new Error(`no kernel ${kernel} in this PTX`);
+  const files = own === entries.at(-1) ? [] : [...ptx.matchAll(/^\t\.file.*$/gm)].map(([line]) => line);
+  return [head, `.visible .entry ${own}`, ...files].join('\n');
+}
+
 /** What stands in an instruction's place: nothing, or a wait that has always succeeded. */
 function substitute(i: Instruction): string {
   const [predicate] = i.operands;

@@ -117,37 +117,61 @@ export function swizzled(swizzle: number, ax: number): number {
   return ax ^ ((ax >>> 3) & mask);
 }
 
+type Visit = (global: number, shared: number, bytes: number) => void;
+
 /**
- * Calls `visit` for each element of the box at `coordinates`, in the order in which they lie in shared memory: its byte
- * offset from the tensor's start, or -1 outside the tensor, and its byte offset within the box before swizzling.
+ * Calls `visit` for the pieces of the box at `coordinates`, in the order in which they lie in shared memory: byte offset from
+ * the tensor's start, or -1 outside the tensor, byte offset within the box before swizzling, and bytes: 16, which swizzles
+ * keep together, or an element where the tensor's edge or a stride parts them.
  */
 export function walkBox(
   map: TensorMap,
   coordinates: readonly number[],
   offsets: readonly number[],
-  visit: (global: number, shared: number) => void,
+  visit: Visit,
 ): void {
   if (map.kind === 'tiled') walkTile(map, coordinates, visit);
   else walkPixels(map, coordinates, offsets, visit);
 }
 
-function walkTile(
+/** A row of `count` elements from coordinate `from` of the innermost dimension; -1 as its offset: all of it lies outside. */
+function walkRow(
   map: TensorMap,
-  coordinates: readonly number[],
-  visit: (g: number, s: number) => void,
+  from: number,
+  count: number,
+  offset: number,
+  shared: number,
+  visit: Visit,
 ): void {
+  const { elementBytes: size, dims, elementStrides } = map;
+  const piece = map.kind === 'tiled' && elementStrides[0] !== 1 ? 1 : 16 / size;
+  const step = map.kind === 'tiled' ? elementStrides[0] : 1;
+  const at = (c: number) => (offset >= 0 && c >= 0 && c < dims[0] ? offset + c * size : -1);
+  for (let n = 0; n < count; n += piece) {
+    const c = from + n * step;
+    const whole =
+      n + piece <= count && at(c) < 0 === at(c + piece - 1) < 0 && (offset < 0 || c >= 0 || c + piece <= 0);
+    if (whole) visit(at(c), shared + n * size, piece * size);
+    else
+      for (let e = n; e < Math.min(count, n + piece); e++)
+        visit(at(from + e * step), shared + e * size, size);
+  }
+}
+
+function walkTile(map: TensorMap, coordinates: readonly number[], visit: Visit): void {
   const index = map.box.map(() => 0);
-  const count = map.box.reduce((a, b) => a * b, 1);
+  const row = map.box[0];
+  const count = map.box.reduce((a, b) => a * b, 1) / row;
   for (let n = 0; n < count; n++) {
     let inside = true;
     let offset = 0;
-    index.forEach((at, d) => {
-      const c = coordinates[d] + at * map.elementStrides[d];
+    for (let d = 1; d < index.length; d++) {
+      const c = coordinates[d] + index[d] * map.elementStrides[d];
       if (c < 0 || c >= map.dims[d]) inside = false;
       offset += c * map.strides[d];
-    });
-    visit(inside ? offset : -1, n * map.elementBytes);
-    for (let d = 0; d < index.length && ++index[d] === map.box[d]; d++) index[d] = 0;
+    }
+    walkRow(map, coordinates[0], row, inside ? offset : -1, n * row * map.elementBytes, visit);
+    for (let d = 1; d < index.length && ++index[d] === map.box[d]; d++) index[d] = 0;
   }
 }
 
@@ -156,12 +180,11 @@ function walkPixels(
   map: TensorMap,
   coordinates: readonly number[],
   offsets: readonly number[],
-  visit: (g: number, s: number) => void,
+  visit: Visit,
 ): void {
   const spatial = map.dims.length - 2;
   const [channels, pixels] = map.box;
   const pixel = coordinates.slice(1);
-  let shared = 0;
   for (let p = 0; p < pixels; p++) {
     let inside = pixel[spatial] >= 0 && pixel[spatial] < map.dims[spatial + 1];
     let offset = pixel[spatial] * map.strides[spatial + 1];
@@ -170,10 +193,7 @@ function walkPixels(
       if (c < 0 || c >= map.dims[d + 1]) inside = false;
       offset += c * map.strides[d + 1];
     }
-    for (let c = coordinates[0]; c < coordinates[0] + channels; c++) {
-      visit(inside && c >= 0 && c < map.dims[0] ? offset + c * map.elementBytes : -1, shared);
-      shared += map.elementBytes;
-    }
+    walkRow(map, coordinates[0], channels, inside ? offset : -1, p * channels * map.elementBytes, visit);
     let d = 0;
     for (; d < spatial; d++) {
       pixel[d] += map.elementStrides[d + 1];

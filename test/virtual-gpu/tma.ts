@@ -103,8 +103,8 @@ function tensorCopy(call: WarpCall, lane: number, isStore: boolean): BulkCopy {
   return {
     ...base(call, lane, shared, boxBytes(map)),
     pieces(visit) {
-      walkBox(map, coordinates, offsets, (global, within) => {
-        visit(global < 0 ? -1 : origin + global, swizzled(map.swizzle, shared + within), map.elementBytes);
+      walkBox(map, coordinates, offsets, (global, within, bytes) => {
+        visit(global < 0 ? -1 : origin + global, swizzled(map.swizzle, shared + within), bytes);
       });
     },
   };

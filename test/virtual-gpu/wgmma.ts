@@ -143,7 +143,7 @@ function elementAddress(d: Descriptor, mn: number, k: number, transposed: boolea
   return ax ^ ((ax >>> 3) & mask);
 }
 
-/** Reads 16 columns of `count` rows of an operand into floats. */
+/** Reads 16 columns of `count` rows of an operand into floats, in the 16-byte pieces that every layout keeps together. */
 function readOperand(
   m: Machine,
   p: Product,
@@ -153,12 +153,18 @@ function readOperand(
   count: number,
   into: Float32Array,
 ): void {
-  for (let row = 0; row < count; row++) {
-    for (let k = 0; k < 16; k++) {
+  const { u16 } = m.shared;
+  const value = p.type === 'bf16' ? num.fromBf16 : num.fromF16;
+  const [rows, columns] = transposed ? [count >> 3, 16] : [count, 2];
+  const [rowStep, columnStep] = transposed ? [8, 1] : [1, 8];
+  const step = transposed ? 16 : 1;
+  for (let r = 0; r < rows; r++) {
+    for (let c = 0; c < columns; c++) {
+      const [row, k] = [r * rowStep, c * columnStep];
       const ax = elementAddress(d, from + row, k, transposed);
-      if (transposed || (k & 1) === 0) readAsync(m, ax & ~3, 4, m.warp, 0, p.i);
-      const bits = m.shared.u16[ax >>> 1];
-      into[row * 16 + k] = p.type === 'bf16' ? num.fromBf16(bits) : num.fromF16(bits);
+      readAsync(m, ax, 16, m.warp, 0, p.i);
+      const to = row * 16 + k;
+      for (let e = 0; e < 8; e++) into[to + e * step] = value(u16[(ax >>> 1) + e]);
     }
   }
 }
@@ -169,9 +175,9 @@ function compute(m: Machine, p: Product): void {
   else unpackA(16, p.type, (j, l) => source[j][l]);
   readOperand(m, p, p.b, p.transposeB, 0, p.columns, b);
   const { floats } = m;
-  const at = (r: Register) => m.warp.base + r.plane * 32;
+  const at = (n: number) => m.warp.base + p.accumulators[n].plane * 32;
   for (let j = 0; j < p.columns / 8; j++) {
-    const [p0, p1, p2, p3] = p.accumulators.slice(4 * j, 4 * j + 4).map(at);
+    const [p0, p1, p2, p3] = [at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3)];
     for (let l = 0; l < 32; l++) {
       const ra = (l >> 2) * 16;
       const rb = (j * 8 + (l & 3) * 2) * 16;
