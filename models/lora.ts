@@ -83,7 +83,8 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
       if (!key.endsWith('.weight') || parameter.shape.length < 2) continue;
       const path = key.slice(0, -'.weight'.length);
       const target = { parameter, path: `${dotted}.${path}` };
-      found.set(target.path, target);
+      // transformers 5 leaves `text_model.` out of the text encoders' keys.
+      for (const each of [path, path.replace(/^text_model\./, '')]) found.set(`${dotted}.${each}`, target);
       for (const prefix of underscored) found.set(prefix + flat(path), target);
       if (module !== unet) continue;
       found.set(path, target);

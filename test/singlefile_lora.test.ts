@@ -221,6 +221,14 @@ test('every spelling of a LoRA reaches its weight', (t) => {
     [
       targets.text_encoder,
       layer,
+      `text_encoder.${layer.replace('text_model.', '')}.lora_A.weight`,
+      `text_encoder.${layer.replace('text_model.', '')}.lora_B.weight`,
+      [2, 32],
+      [32, 2],
+    ],
+    [
+      targets.text_encoder,
+      layer,
       `lora_te1_${layer.replaceAll('.', '_')}.lora_down.weight`,
       `lora_te1_${layer.replaceAll('.', '_')}.lora_up.weight`,
       [2, 32],

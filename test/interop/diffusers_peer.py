@@ -13,6 +13,8 @@ except ImportError as error:
     sys.exit(3)
 
 torch.set_grad_enabled(False)
+# The models are tiny: threads would wait for each other more than they work.
+torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 CLASSES = {
     "text2img": diffusers.StableDiffusionXLPipeline,

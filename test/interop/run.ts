@@ -8,10 +8,11 @@ import { join } from 'node:path';
 import { main } from '../../cli/main.ts';
 import type { Terminal } from '../../cli/terminal.ts';
 import { packageRoot } from '../../engine/cpu/build.ts';
-import { decodeFloats } from '../../io/dtype.ts';
+import { decodeFloats, encodeNumbers } from '../../io/dtype.ts';
 import { readPicture, writePng } from '../../io/image.ts';
 import { resize } from '../../io/resize.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
+import { TorchGenerator } from '../../models/torch_random.ts';
 import { adapter, allCalls, argvOf, base, type Call } from './calls.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
@@ -78,6 +79,57 @@ async function exports(): Promise<Job[]> {
   return jobs;
 }
 
+/**
+ * Adapters of text encoders and of one layer of the UNet, in peft's and in kohya's spelling. Under transformers 5 diffusers
+ * loads the first encoder's only by the names that it has there, without `text_model.`, which kohya's do not become.
+ */
+function textAdapters(): Job[] {
+  const layers: [component: string, kohya: string, path: string, width: number][] = [
+    ['text_encoder', 'te1', 'text_model.encoder.layers.1.self_attn.q_proj', 32],
+    ['text_encoder', 'te1', 'text_model.encoder.layers.2.mlp.fc1', 32],
+    ['text_encoder_2', 'te2', 'text_model.encoder.layers.0.self_attn.out_proj', 48],
+    ['text_encoder_2', 'te2', 'text_model.encoder.layers.2.self_attn.v_proj', 48],
+    ['unet', 'unet', 'mid_block.attentions.0.transformer_blocks.0.attn1.to_q', 32],
+  ];
+  const generator = new TorchGenerator(5);
+  const entry = (name: string, shape: number[]): TensorEntry => {
+    const values = generator.randn(shape.reduce((a, b) => a * b, 1)) as Float32Array;
+    return { name, dtype: 'float32', shape, bytes: encodeNumbers(values, 'float32') };
+  };
+  const pairs = layers.map(([component, kohya, path, width]) => ({
+    names: {
+      peft: `${component}.${component === 'text_encoder' ? path.slice('text_model.'.length) : path}`,
+      kohya: `lora_${kohya}_${path.replaceAll('.', '_')}`,
+    },
+    down: entry('', [4, width]),
+    up: entry('', [path.endsWith('fc1') ? 4 * width : width, 4]),
+  }));
+  const alpha = { ...entry('', []), bytes: encodeNumbers(Float32Array.of(4), 'float32') };
+  return (['peft', 'kohya'] as const).map((spelling) => {
+    const [down, up] = spelling === 'peft' ? ['lora_A', 'lora_B'] : ['lora_down', 'lora_up'];
+    const file = join(folder, `text-${spelling}.safetensors`);
+    const loadable = pairs.filter(({ names }) => spelling === 'peft' || !names.kohya.startsWith('lora_te1'));
+    const entries = loadable.flatMap((pair) => {
+      const name = pair.names[spelling];
+      return [
+        { ...pair.down, name: `${name}.${down}.weight` },
+        { ...pair.up, name: `${name}.${up}.weight` },
+        ...(spelling === 'kohya' ? [{ ...alpha, name: `${name}.alpha` }] : []),
+      ];
+    });
+    writeSafetensors(file, entries);
+    const settings = {
+      prompt: 'a red fox',
+      width: 64,
+      height: 64,
+      num_inference_steps: 4,
+      guidance_scale: 5,
+    };
+    const call: Call = { label: '', pipeline: 'text2img', model: base, seed: 12, settings };
+    return { ...call, label: `an adapter of the text encoders, ${spelling}`, loras: [[file, 0.3]] };
+  });
+}
+
 /** Has diffusers draw them all; false where it is absent. */
 function drawTheirs(jobs: readonly (Job & { out: string })[]): boolean {
   const list = join(folder, 'jobs.jsonl');
@@ -106,7 +158,7 @@ async function compare(job: Job & { out: string }): Promise<boolean> {
 }
 
 async function all(words: readonly string[]): Promise<number> {
-  const jobs = [...(await exports()), ...allCalls(...(await oddPictures()))]
+  const jobs = [...(await exports()), ...textAdapters(), ...allCalls(...(await oddPictures()))]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   if (!drawTheirs(jobs)) return 0;
