@@ -90,11 +90,15 @@ function fromA1111(parameters: string): Record<string, unknown> {
     steps: field('Steps'),
     guidanceScale: field('CFG scale'),
     seed: field('Seed'),
-    scheduler: field('Sampler'),
+    scheduler: schedulerOf(field('Sampler'), field('Schedule type')),
     width: width || undefined,
     height,
   };
 }
+
+/** Newer A1111 keeps Karras' sigmas in a field of their own. */
+const schedulerOf = (sampler: string | undefined, type: string | undefined) =>
+  sampler && type === 'Karras' && !/karras/i.test(sampler) ? `${sampler} Karras` : sampler;
 
 function splitLast(text: string): [string, string?] {
   const at = text.lastIndexOf('\nSteps: ');

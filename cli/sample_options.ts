@@ -215,7 +215,11 @@ export function loraOf(text: string): { file: string; scale: number } {
 export function checkSample(options: SampleOptions): void {
   if (options.prompt === undefined)
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
-  if (options.scheduler) createSampler(options.scheduler);
+  const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
+  if (sampler && options.karras && !('use_karras_sigmas' in sampler.config))
+    throw new UserError(
+      `--karras: ${sampler.name} has no Karras sigmas; leave it out, or use dpm++2m or euler`,
+    );
   if (options.timestepSpacing && !['leading', 'trailing', 'linspace'].includes(options.timestepSpacing)) {
     throw new UserError(
       `--timestep-spacing takes leading, trailing or linspace, not "${options.timestepSpacing}"`,

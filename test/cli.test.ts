@@ -90,6 +90,11 @@ test('mistakes', async (t) => {
       ['--model', damaged, '--denoising-start', '0.5'],
       /--refiner or --im/,
     ],
+    [
+      'Karras where there is none',
+      ['--model', damaged, '--scheduler', 'ddim', '--karras'],
+      /no Karras sigmas/,
+    ],
     ['too many steps for LCM', ['--model', damaged, '--scheduler', 'lcm', '--steps', '51'], /distilled on/],
     [
       'a strength that leaves nothing',
@@ -160,7 +165,8 @@ test('a picture gives its settings back', async (t) => {
   t.match(text.parameters, /^ein Fuchs, 狐.*\nNegative prompt: rain\nSteps: 3, Sampler: DPMSolver.*Seed: 7/);
 
   const foreign = join(folder, 'foreign.png');
-  const fields = 'Steps: 2, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 64x64, Model: x';
+  const fields =
+    'Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x64, Model: x';
   writePng(foreign, a, { parameters: `a cat\nand a dog\nNegative prompt: rain\n${fields}` });
   const a1111 = await run(
     'sample',
@@ -177,7 +183,8 @@ test('a picture gives its settings back', async (t) => {
   );
   t.equal(a1111.status, 0, `from A1111's text ${a1111.err}`);
   t.same([JSON.parse(a1111.out).steps, JSON.parse(a1111.out).seed], [2, 6], 'a typed flag goes before');
-  t.match(readPngText(again).parameters, /^a cat\nand a dog\nNegative prompt: rain\n.*EulerAncestral/);
+  t.match(readPngText(again).parameters, /^a cat\nand a dog\nNegative prompt: rain\n.*DPMSolverMultistep/);
+  t.match(JSON.parse(readPngText(again).sdxl).scheduler, /karras/i, 'with the sigmas of the schedule type');
 
   writePng(foreign, a, { sdxl: '{"width": "12"}' });
   for (const [file, says] of [

@@ -140,7 +140,17 @@ test('names', (t) => {
     const { name, config } = createSampler(spelling, sdxl);
     t.equal(`${name} ${config.use_karras_sigmas}`, 'DPMSolverMultistepScheduler true', spelling);
   }
-  t.equal(createSampler('Euler a').name, 'EulerAncestralDiscreteScheduler');
+  for (const [spelling, name] of [
+    ['Euler a', 'EulerAncestralDiscreteScheduler'],
+    ['k_euler_ancestral', 'EulerAncestralDiscreteScheduler'],
+    ['K_DPM_2', 'KDPM2DiscreteScheduler'],
+    ['DPMSolverMultistep', 'DPMSolverMultistepScheduler'],
+    ['PLMS', 'PNDMScheduler'],
+  ])
+    t.equal(createSampler(spelling).name, name, spelling);
+  t.equal(createSampler('PLMS').config.skip_prk_steps, true, 'PLMS is PNDM without Runge-Kutta steps');
+  const { algorithm_type, solver_type, use_karras_sigmas } = createSampler('DPM++ 2M SDE Heun Karras').config;
+  t.same([algorithm_type, solver_type, use_karras_sigmas], ['sde-dpmsolver++', 'heun', true]);
   for (const name of samplerNames) t.ok(createSampler(name, sdxl).plan(4).steps > 0, `${name} plans`);
   t.throws(() => createSampler('eulr'), {
     name: 'UserError',

@@ -58,6 +58,7 @@ const shortNames: Record<string, Choice> = {
   ddpm: { name: 'DDPMScheduler' },
   'dpm++2m': { name: 'DPMSolverMultistepScheduler' },
   'dpm++2m_sde': { name: 'DPMSolverMultistepScheduler', config: sde },
+  'dpm++2m_sde_heun': { name: 'DPMSolverMultistepScheduler', config: { ...sde, solver_type: 'heun' } },
   'dpm++2s': { name: 'DPMSolverSinglestepScheduler' },
   'dpm++sde': { name: 'DPMSolverSDEScheduler' },
   dpm2: { name: 'KDPM2DiscreteScheduler' },
@@ -65,6 +66,7 @@ const shortNames: Record<string, Choice> = {
   heun: { name: 'HeunDiscreteScheduler' },
   lms: { name: 'LMSDiscreteScheduler' },
   pndm: { name: 'PNDMScheduler' },
+  plms: { name: 'PNDMScheduler', config: { skip_prk_steps: true } },
   unipc: { name: 'UniPCMultistepScheduler' },
   deis: { name: 'DEISMultistepScheduler' },
   lcm: { name: 'LCMScheduler' },
@@ -104,11 +106,13 @@ export function createSampler(name: string, config: Partial<SchedulerConfig> = {
   return makeSampler(choice.name, complete, methods[choice.name](complete));
 }
 
-/** Without case, spaces and punctuation; "++" and "pp" are one, "ancestral" is "a". */
+/** Without case, spaces, punctuation, k-diffusion's `k_` and `Scheduler`; "++" and "pp" are one, "ancestral" is "a". */
 function plainSpelling(name: string): string {
   return name
     .toLowerCase()
     .replaceAll('++', 'pp')
+    .replace(/^k_/, '')
+    .replace(/scheduler$/, '')
     .replace(/ancestral$/, 'a')
     .replace(/[^a-z0-9]/g, '');
 }
