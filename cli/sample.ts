@@ -7,6 +7,7 @@ import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
+import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { Latents } from '../models/latents.ts';
 import { mergeLora } from '../models/lora.ts';
 import {
@@ -61,6 +62,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   let pipeline = load(source);
   try {
     addLoras(pipeline, options.lora ?? []);
+    if (options.fp8) feedForwardToFp8(pipeline.unet);
     const sampler = samplerFor(pipeline, request).name;
     if (!quiet)
       terminal.err(`seed ${seed}, ${request.width}x${request.height}, ${dtype} on ${device.name}\n`);
@@ -70,6 +72,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
       // One after the other: together they would take twice the memory.
       pipeline.release();
       pipeline = load(refinerSource);
+      if (options.fp8) feedForwardToFp8(pipeline.unet);
       latents = await stage(pipeline, refinerRequest(options, request, latents), 'refining');
     }
     const sampled = Date.now();

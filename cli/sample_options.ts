@@ -48,6 +48,7 @@ export interface SampleOptions {
   lora?: string[];
   device: string;
   dtype: string;
+  fp8?: boolean;
   output: string;
   saveLatents?: string;
   json?: boolean;
@@ -191,6 +192,10 @@ export function addSampleOptions(command: Command): Command {
       2.5,
     )
     .optionsGroup('Files:')
+    .option(
+      '--fp8',
+      "the UNet's feed-forward layers in 8-bit floats: faster on Hopper alone, less exact anywhere",
+    )
     .option(
       '--from <FILE.png>',
       'take the settings that a picture of ours (or of A1111) carries; flags go before them',

@@ -2,6 +2,7 @@
 // `bias`) that every checkpoint format uses.
 import { type Module, module, type Parameter, parameter } from './module.ts';
 import { conv2d as conv2dOp, type Padding } from './ops/conv2d.ts';
+import { linearFp8 } from './ops/fp8.ts';
 import { type Activation, linear as linearOp } from './ops/linear.ts';
 import { embedding as embeddingOp } from './ops/move.ts';
 import { groupNorm as groupNormOp, layerNorm as layerNormOp } from './ops/norm.ts';
@@ -21,7 +22,9 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
   module(
     { weight: parameter([outputs, inputs]), bias: bias ? parameter([outputs]) : undefined },
     (m, x: Tensor, options?: { residual?: Tensor; activation?: Activation }) =>
-      linearOp(x, m.weight.tensor, m.bias?.tensor, options),
+      m.weight.fp8
+        ? linearFp8(x, m.weight.fp8, m.bias?.tensor, options)
+        : linearOp(x, m.weight.tensor, m.bias?.tensor, options),
   );
 
 export type Conv2d = Module<[x: Tensor, options?: { shift?: Tensor; residual?: Tensor }], Tensor, Weights> & {

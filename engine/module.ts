@@ -2,6 +2,7 @@
 // every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
 // block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
 import { clearGrad } from './grad.ts';
+import type { Fp8Weight } from './ops/fp8.ts';
 import { scope } from './scope.ts';
 import { LocatedError, ShapeError, sizeOf, type Tensor } from './tensor.ts';
 
@@ -12,6 +13,7 @@ export class Parameter {
   readonly layout: 'plain' | 'conv';
   path = '';
   #tensor: Tensor | undefined;
+  #fp8: Fp8Weight | undefined;
 
   constructor(shape: readonly number[], layout: 'plain' | 'conv' = 'plain') {
     this.shape = shape;
@@ -29,7 +31,7 @@ export class Parameter {
   }
 
   get loaded(): boolean {
-    return this.#tensor !== undefined;
+    return this.#tensor !== undefined || this.#fp8 !== undefined;
   }
 
   get tensor(): Tensor {
@@ -48,11 +50,22 @@ export class Parameter {
     this.#tensor = value;
   }
 
-  /** Frees the tensor and what gradient it has; the parameter can be loaded again. */
+  /** The weight in 8-bit floats, where it has taken the tensor's place: for linear layers, and for sampling alone. */
+  get fp8(): Fp8Weight | undefined {
+    return this.#fp8;
+  }
+
+  set fp8(value: Fp8Weight) {
+    this.unload();
+    this.#fp8 = value;
+  }
+
+  /** Frees what is loaded and what gradient it has; the parameter can be loaded again. */
   unload(): void {
     if (this.#tensor) clearGrad(this.#tensor);
-    this.#tensor?.release();
+    for (const t of [this.#tensor, this.#fp8?.bytes, this.#fp8?.scale]) t?.release();
     this.#tensor = undefined;
+    this.#fp8 = undefined;
   }
 }
 

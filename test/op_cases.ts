@@ -11,6 +11,7 @@ import '../engine/ops/adamw_8bit.ts';
 import '../engine/ops/attention.ts';
 import '../engine/ops/binary.ts';
 import '../engine/ops/conv2d.ts';
+import '../engine/ops/fp8.ts';
 import '../engine/ops/linear.ts';
 import '../engine/ops/loss.ts';
 import '../engine/ops/move.ts';

@@ -26,7 +26,7 @@ import {
   STEP,
 } from './plan_sm90.ts';
 
-const GEGLU = 4;
+export const GEGLU = 4;
 const GEGLU_BLOCK = 32;
 const STAGES = 3;
 const SLAB_BYTES = 16 * 72 * 4; // gemm.cuh: 16 rows of SLAB_STRIDE floats
@@ -171,7 +171,7 @@ interface Joining {
 }
 
 /** The launch of a product on Hopper, and the one that joins its sums if k is split. */
-function hopperLaunches(
+export function hopperLaunches(
   p: HopperProduct,
   { sums, strides: [row, slab], canSplit, extras, activation = 0, rowsPerShift = 1 }: Joining,
   context: PlanContext,
@@ -221,7 +221,7 @@ export function product(p: Product, context: PlanContext): KernelLaunch[] {
 
 type Pointers = readonly bigint[];
 
-function linearForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+export function linearForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, a, b, bias, residual] = args as Pointers;
   const [m, n, k, activation] = args.slice(5).map(Number);
   const size = { m, n, k, batch: 1, aStride: k, bStride: k };

@@ -25,7 +25,10 @@ const tiles = {
 export type TileName = keyof typeof tiles;
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
-export type ProductKind = 'nt' | 'nn' | 'tn' | 'geglu' | 'forward' | 'backward_x' | 'backward_weight';
+export type ProductKind =
+  | ('nt' | 'nn' | 'tn' | 'geglu')
+  | ('e4m3' | 'e4m3_geglu')
+  | ('forward' | 'backward_x' | 'backward_weight');
 const gemmTiles: readonly TileName[] = ['256', '160', '160_pingpong', '80'];
 const gradientTiles: readonly TileName[] = ['256', '160', '128_pingpong'];
 export const tilesOf: Record<ProductKind, readonly TileName[]> = {
@@ -33,6 +36,8 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   nn: gemmTiles,
   tn: gemmTiles,
   geglu: ['256', '160_pingpong'],
+  e4m3: ['256', '160_pingpong'],
+  e4m3_geglu: ['256', '160_pingpong'],
   forward: ['256', '160', '160_pingpong', '128_pingpong'],
   backward_x: gradientTiles,
   backward_weight: gradientTiles,
@@ -46,7 +51,7 @@ const BLOCK_ROWS = 64;
 /** Elements in a row of a shared tile that is `width` elements wide: product_sm90.cuh's span_of. */
 export const boxColumns = (width: number): number => (width % 64 === 0 ? 64 : width % 32 === 0 ? 32 : 16);
 /** Columns of C in a tile: GEGLU's tile is half gates. */
-const columnsOf = (kind: ProductKind, { n }: Tile): number => (kind === 'geglu' ? n / 2 : n);
+const columnsOf = (kind: ProductKind, { n }: Tile): number => (kind.endsWith('geglu') ? n / 2 : n);
 
 export interface Choice {
   readonly tile: TileName;
@@ -60,7 +65,7 @@ export interface ProductSize {
   readonly kind: ProductKind;
   readonly m: number;
   readonly n: number;
-  /** Steps of 64 along k. */
+  /** Steps of 64 along k, 128 where elements are bytes. */
   readonly steps: number;
   readonly slabs: number;
 }
@@ -78,7 +83,7 @@ function cycles(
   const columns = columnsOf(kind, tiles[tile]);
   const items = divideUp(m, ROWS) * divideUp(n, columns) * slabs * splits;
   const rounds = divideUp(items, multiprocessors);
-  // A step of 128 x width x 64 takes 4 x width cycles of the tensor cores. Its operands come from L2 at some 40 bytes a cycle:
+  // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Its operands come from L2 at some 40 bytes a cycle:
   // the fastest published kernels with tiles of 128 x 256 and no multicast imply 34.
   const step = Math.max(4 * width, (2 * STEP * (ROWS + width)) / 40);
   const products = divideUp(steps, splits) * step;
@@ -129,6 +134,16 @@ export interface Slabs {
 export const isWalkable = ({ address, stride, slabs = 1, slabStride = 0 }: Slabs): boolean =>
   address % 16n === 0n && stride % 8 === 0 && (slabs === 1 || (slabStride % 8 === 0 && slabStride > 0));
 
+/** A map of a matrix of bytes with boxes of `boxRows` rows of 128; a row is `columns` long. */
+const byteMap = ({ address, rows, columns }: Slabs, boxRows: number, { tiledMap }: PlanContext): Uint8Array =>
+  tiledMap({
+    ...{ dataType: TensorMapDataType.UINT8, globalAddress: address, swizzle: TensorMapSwizzle.B128 },
+    globalDim: [columns, rows, 1],
+    globalStrides: [columns, columns * rows],
+    elementStrides: [1, 1, 1],
+    boxDim: [2 * STEP, boxRows, 1],
+  });
+
 /** A map of it with boxes of `boxRows` rows of `box` elements. */
 function slabMap(tensor: Slabs, boxRows: number, box: number, { dtype, tiledMap }: PlanContext): Uint8Array {
   const { address, rows, columns, slabs = 1, stride, slabStride = 0 } = tensor;
@@ -155,6 +170,11 @@ export const along =
   (tensor: Slabs, share = 1): Operand =>
   (width, context) =>
     slabMap(tensor, width / share, STEP, context);
+/** The same of bytes. */
+export const bytesAlong =
+  (tensor: Slabs, share = 1): Operand =>
+  (width, context) =>
+    byteMap(tensor, width / share, context);
 /** Of a tensor that has a row for each k: boxes of 64 of them. */
 export const across =
   (tensor: Slabs): Operand =>
@@ -179,7 +199,8 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
   const columns = columnsOf(p.kind, tile);
   const a = p.a(ROWS, context);
   const map = (address: bigint) => slabMap({ ...p.y, address }, BLOCK_ROWS, boxColumns(columns), context);
-  // Any map stands for what is absent.
+  // Any map stands for what is absent. Where sums are joined, the join adds the residual.
+  const residual = p.partial ? 0n : p.residual;
   const y = p.partial ? a : map(p.y.address);
   const sums = p.partial ?? { address: 0n, row: 0, slab: 0 };
   const [down, across] = [divideUp(p.m, ROWS), divideUp(p.n, columns)];
@@ -191,8 +212,8 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
     block: THREADS,
     shared: sharedBytes(tile, columns),
     args: [
-      ...[a, p.b(tile.n, context), y, p.residual ? map(p.residual) : y, sums.address, p.bias, p.m, p.n],
-      ...[Number(p.residual !== 0n), sums.row, sums.slab, p.m * p.n * p.slabs, down, across, p.slabs],
+      ...[a, p.b(tile.n, context), y, residual ? map(residual) : y, sums.address, p.bias, p.m, p.n],
+      ...[Number(residual !== 0n), sums.row, sums.slab, p.m * p.n * p.slabs, down, across, p.slabs],
       ...[items, p.steps, divideUp(p.steps, choice.splits), ...p.own(tile)],
     ],
   };

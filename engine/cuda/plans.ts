@@ -2,6 +2,7 @@
 import { type Plan, simplePlans } from './plan.ts';
 import { adafactorPlans } from './plan_adafactor.ts';
 import { attentionPlans } from './plan_attention.ts';
+import { fp8Plans } from './plan_fp8.ts';
 import { matrixPlans } from './plan_matrix.ts';
 import { optimizerPlans } from './plan_optimizer.ts';
 import { reducePlans } from './plan_reduce.ts';
@@ -13,4 +14,5 @@ export const plans: ReadonlyMap<string, Plan> = new Map([
   ...attentionPlans,
   ...adafactorPlans,
   ...optimizerPlans,
+  ...fp8Plans,
 ]);

@@ -1,14 +1,28 @@
 // y = activation(x W^T + bias) + residual, the matrix product with everything that can ride in its epilogue; and the
 // batched product of two tensors. W is [n, k] as checkpoints store it. With an activation, backward computes the
 // pre-activation again rather than keep it: one more product against an activation-sized buffer per layer.
-import { apply, defineOp, type Launch, type Numbers, sameFloat, type Tensors } from '../op.ts';
+import {
+  apply,
+  defineOp,
+  type Launch,
+  type Numbers,
+  type RefTensors,
+  sameFloat,
+  type Tensors,
+} from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 
 export type Activation = 'none' | 'silu' | 'gelu' | 'quick_gelu' | 'geglu';
 /** The kernels' number for each activation. */
-const activationCode: Record<Activation, number> = { none: 0, silu: 1, gelu: 2, quick_gelu: 3, geglu: 4 };
+export const activationCode: Record<Activation, number> = {
+  none: 0,
+  silu: 1,
+  gelu: 2,
+  quick_gelu: 3,
+  geglu: 4,
+};
 const activations = Object.keys(activationCode) as Activation[];
 const scalarOf = {
   none: scalar.identity,
@@ -22,27 +36,45 @@ interface LinearAttrs {
 }
 
 /** m rows, n columns of y, h columns before the activation (twice n for geglu), k inputs. */
-function dims(x: readonly number[], weight: readonly number[], activation: Activation) {
+export function dims(x: readonly number[], weight: readonly number[], activation: Activation) {
   const [h, k] = weight;
   return { m: x.slice(0, -1).reduce((a, b) => a * b, 1), n: activation === 'geglu' ? h / 2 : h, h, k };
+}
+
+/** The shape of y; throws where weight, bias or residual does not fit x. */
+export function checkLinear(op: string, t: Tensors, activation: Activation): readonly number[] {
+  const { x, weight, bias, residual } = t;
+  const k = x.shape.at(-1) as number;
+  if (weight.shape.length !== 2 || weight.shape[1] !== k) {
+    throw new ShapeError(
+      `${op}: weight [${weight.shape}] takes ${weight.shape[1]} inputs, x [${x.shape}] has ${k}`,
+    );
+  }
+  const { n, h } = dims(x.shape, weight.shape, activation);
+  const shape = [...x.shape.slice(0, -1), n];
+  if (bias && bias.size !== h) throw new ShapeError(`${op}: bias [${bias.shape}] for ${h} outputs`);
+  if (residual && residual.shape.join() !== shape.join()) {
+    throw new ShapeError(`${op}: residual [${residual.shape}] is added to y [${shape}]`);
+  }
+  return shape;
+}
+
+/** y of t's x, weight, bias and residual. */
+export function linearReference({ y, x, weight, bias, residual }: RefTensors, activation: Activation): void {
+  const { m, n, h, k } = dims(x.shape, weight.shape, activation);
+  const pre = product(x.data, weight.data, bias?.data, m, h, k);
+  for (let i = 0; i < m * n; i++) {
+    const at = (column: number) => pre[Math.floor(i / n) * h + column];
+    const value =
+      activation === 'geglu' ? at(i % n) * scalar.gelu.f(at((i % n) + n)) : scalarOf[activation].f(pre[i]);
+    y.data[i] = value + (residual ? residual.data[i] : 0);
+  }
 }
 
 const linearOp = defineOp<LinearAttrs>({
   name: 'linear',
   outputs(t, { activation }) {
-    const { x, weight, bias, residual } = t;
-    const k = x.shape.at(-1) as number;
-    if (weight.shape.length !== 2 || weight.shape[1] !== k) {
-      throw new ShapeError(
-        `linear: weight [${weight.shape}] takes ${weight.shape[1]} inputs, x [${x.shape}] has ${k}`,
-      );
-    }
-    const { n, h } = dims(x.shape, weight.shape, activation);
-    const shape = [...x.shape.slice(0, -1), n];
-    if (bias && bias.size !== h) throw new ShapeError(`linear: bias [${bias.shape}] for ${h} outputs`);
-    if (residual && residual.shape.join() !== shape.join()) {
-      throw new ShapeError(`linear: residual [${residual.shape}] is added to y [${shape}]`);
-    }
+    const shape = checkLinear('linear', t, activation);
     return { y: { shape, dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual') } };
   },
   saves: ['x', 'weight', 'bias'],
@@ -60,18 +92,7 @@ const linearOp = defineOp<LinearAttrs>({
     if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
   },
   reference: {
-    forward({ y, x, weight, bias, residual }, { activation }) {
-      const { m, n, h, k } = dims(x.shape, weight.shape, activation);
-      const pre = product(x.data, weight.data, bias?.data, m, h, k);
-      for (let i = 0; i < m * n; i++) {
-        const at = (column: number) => pre[Math.floor(i / n) * h + column];
-        const value =
-          activation === 'geglu'
-            ? at(i % n) * scalar.gelu.f(at((i % n) + n))
-            : scalarOf[activation].f(pre[i]);
-        y.data[i] = value + (residual ? residual.data[i] : 0);
-      }
-    },
+    forward: (t, { activation }) => linearReference(t, activation),
     backward({ dx, dweight, dbias, dresidual, dy, x, weight, bias }, { activation }) {
       const { m, n, h, k } = dims(x.shape, weight.shape, activation);
       const pre = product(x.data, weight.data, bias?.data, m, h, k);

@@ -1,5 +1,9 @@
 // Linear layers y = activation(x weight^T + bias) + residual with their gradients, and the batched matrix product.
+#include "fp8.h"
 #include "gemm.h"
+#include "threads.h"
+
+#include <vector>
 
 #include <algorithm>
 
@@ -43,6 +47,24 @@ void linear_forward(T *y, const T *x, const T *weight, const T *bias, const T *r
   } else gemm<T>(out, {Matrix<T>(x, k), false}, {Matrix<T>(weight, k), false}, m, n, k);
 }
 
+// Numbers of e4m3 bytes in storage type.
+template <class T> std::vector<T> from_fp8(const uint8_t *bytes, const float *scale, int64_t count) {
+  std::vector<T> values(count);
+  parallel_for(count, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) values[i] = from_float<T>(from_e4m3(bytes[i]) * scale[0]);
+  });
+  return values;
+}
+
+// CPUs multiply no 8-bit floats: both operands are turned back first.
+template <class T>
+void linear_fp8_forward(T *y, const uint8_t *x, const float *x_scale, const uint8_t *weight, const float *weight_scale, const T *bias,
+                        const T *residual, int m, int n, int k, int activation) {
+  const int64_t h = activation == GEGLU ? 2 * int64_t(n) : n;
+  const std::vector<T> left = from_fp8<T>(x, x_scale, int64_t(m) * k), right = from_fp8<T>(weight, weight_scale, h * k);
+  linear_forward<T>(y, left.data(), right.data(), bias, residual, m, n, k, activation);
+}
+
 template <class T> void linear_backward_x(T *dx, const T *dy, const T *weight, int m, int n, int k) {
   gemm<T>({dx, k}, {Matrix<T>(dy, n), false}, {Matrix<T>(weight, k), true}, m, k, n);
 }
@@ -59,6 +81,7 @@ template <class T> void matmul_forward(T *c, const T *a, const T *b, int batch, 
 }
 
 EXPORT_FLOATS(linear_forward, linear_forward)
+EXPORT_FLOATS(linear_fp8_forward, linear_fp8_forward)
 EXPORT_FLOATS(linear_backward_x, linear_backward_x)
 EXPORT_FLOATS(linear_backward_weight, linear_backward_weight)
 EXPORT_FLOATS(matmul_forward, matmul_forward)

@@ -253,7 +253,8 @@ template <class S, Kind KIND> struct Epilogue {
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
-template <class S, bool A_ALONG, bool B_ALONG, Kind KIND, class Source>
+// FP8: the operands are bytes, 128 k to a row as 64 halves are, and source.scale() brings the sums back.
+template <class S, bool A_ALONG, bool B_ALONG, Kind KIND, bool FP8 = false, class Source>
 DEVICE void product(Source source, const Output &out, const Cut &cut) {
   typedef Epilogue<S, KIND> Finish;
   typedef OperandTile<S::M, A_ALONG> A;
@@ -315,9 +316,12 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 #pragma unroll
         for (int q = 0; q < STEP / 16; q++)
 #pragma unroll
-          for (int i = 0; i < S::BLOCKS; i++)
-            wgmma<!A_ALONG, !B_ALONG>(sums[i], advance(a_tile, q * A::K16 + i * A::BYTES_64), advance(b_tile, q * B::K16),
-                                      step > work.first || q > 0);
+          for (int i = 0; i < S::BLOCKS; i++) {
+            const uint64_t left = advance(a_tile, q * A::K16 + i * A::BYTES_64), right = advance(b_tile, q * B::K16);
+            const bool accumulate = step > work.first || q > 0;
+            if constexpr (FP8) wgmma_fp8(sums[i], left, right, accumulate);
+            else wgmma<!A_ALONG, !B_ALONG>(sums[i], left, right, accumulate);
+          }
         wgmma_commit();
         wgmma_wait<1>();
         if (step > work.first && thread % 32 == 0) mbarrier_arrive(last);
@@ -327,6 +331,13 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       wgmma_wait<0>();
       if (thread % 32 == 0) mbarrier_arrive(last);
       __syncwarp();
+      if constexpr (FP8) {
+        const float scale = source.scale();
+#pragma unroll
+        for (int i = 0; i < S::BLOCKS; i++)
+#pragma unroll
+          for (int e = 0; e < S::N / 2; e++) sums[i][e] *= scale;
+      }
       finish.write(sums, work, done++ & 1);
     }
     if (thread == 0) stores_wait_read<0>();

@@ -186,6 +186,8 @@ DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor
 
 // d (+)= a b; without `accumulate` d is overwritten. A_ACROSS, B_ACROSS: which operand lies across k.
 template <int N, bool A_ACROSS, bool B_ACROSS> struct Wgmma;
+// Of bytes of e4m3, both along k: 32 of them are as long as 16 halves.
+template <int N> struct WgmmaFp8;
 // a in registers, as the A fragments of mma.sync: a warp's own 16 rows.
 template <int N, bool B_ACROSS> struct WgmmaFromRegisters;
 
@@ -196,6 +198,14 @@ template <int N, bool B_ACROSS> struct WgmmaFromRegisters;
                    " {" WGMMA_##groups "}, %" p0 ", %" p1 ", p, 1, 1, %" p3 ", %" p4 ";\n}" \
                    : WGMMA_D##groups \
                    : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_ACROSS)), "n"(int(B_ACROSS))); \
+    } \
+  }; \
+  template <> struct WgmmaFp8<N> { \
+    static __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3" \
+                   " {" WGMMA_##groups "}, %" p0 ", %" p1 ", p, 1, 1;\n}" \
+                   : WGMMA_D##groups \
+                   : "l"(a), "l"(b), "r"(int(accumulate))); \
     } \
   }; \
   template <bool B_ACROSS> struct WgmmaFromRegisters<N, B_ACROSS> { \
@@ -215,6 +225,9 @@ WGMMA(256, 16, "128", "129", "130", "131", "132", "133", "134")
 
 template <bool A_ACROSS, bool B_ACROSS, int COUNT> DEVICE void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {
   Wgmma<2 * COUNT, A_ACROSS, B_ACROSS>::multiply(d, a, b, accumulate);
+}
+template <int COUNT> DEVICE void wgmma_fp8(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {
+  WgmmaFp8<2 * COUNT>::multiply(d, a, b, accumulate);
 }
 template <bool B_ACROSS, int COUNT> DEVICE void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   WgmmaFromRegisters<2 * COUNT, B_ACROSS>::multiply(d, a, b, accumulate);

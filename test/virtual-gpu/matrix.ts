@@ -72,9 +72,9 @@ export function storeMatrix(call: WarpCall): void {
   });
 }
 
-/** a[row * k + column] and b[column * k + row] of the fragments, as floats; large enough for wgmma's 256 columns. */
-export const a = new Float32Array(16 * 16);
-export const b = new Float32Array(256 * 16);
+/** a[row * k + column] and b[column * k + row] of the fragments, as floats; large enough for wgmma's 256 columns of 32 bytes. */
+export const a = new Float32Array(16 * 32);
+export const b = new Float32Array(256 * 32);
 const aBits = new Int32Array(a.buffer);
 const bBits = new Int32Array(b.buffer);
 

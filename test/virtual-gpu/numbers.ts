@@ -158,6 +158,15 @@ export function toBf16(x: number): number {
   return ((b + 0x7fff + ((b >>> 16) & 1)) >>> 16) & 0xffff;
 }
 
+/** The number of an e4m3 byte: bias 7, no infinities, all ones NaN. */
+export function fromE4m3(code: number): number {
+  const exponent = (code >> 3) & 15;
+  const mantissa = code & 7;
+  if (exponent === 15 && mantissa === 7) return Number.NaN;
+  const magnitude = exponent === 0 ? mantissa / 512 : (8 + mantissa) * 2 ** (exponent - 10);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
 /** cvt.rz.bf16.f32 */
 export const truncateBf16 = (x: number): number => (Number.isNaN(x) ? 0x7fff : bitsOfFloat(x) >>> 16);
 export const fromBf16 = (bits: number): number => floatOfBits(bits << 16);

@@ -23,6 +23,8 @@ interface Descriptor {
 interface Product {
   readonly i: Instruction;
   readonly columns: number;
+  /** 16 halves, or 32 bytes of e4m3. */
+  readonly k: number;
   readonly type: string;
   readonly accumulators: readonly Register[];
   /** Four registers of 32 lanes, or a descriptor. */
@@ -75,9 +77,10 @@ export function wgmma(call: WarpCall): Outcome {
 
 function begin(call: WarpCall, state: WgmmaState): void {
   const { m, i } = call;
-  const shape = /^m64n(\d+)k16$/.exec(i.modifiers.find((word) => word.startsWith('m64')) ?? '');
+  const shape = /^m64n(\d+)k(16|32)$/.exec(i.modifiers.find((word) => word.startsWith('m64')) ?? '');
   const type = i.modifiers.at(-1) ?? '';
-  if (!shape || !['bf16', 'f16'].includes(type) || !i.modifiers.includes('f32')) {
+  const types = shape?.[2] === '32' ? ['e4m3'] : ['bf16', 'f16'];
+  if (!shape || !types.includes(type) || !i.modifiers.includes('f32')) {
     throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   }
   if ((m.warp.id | 3) >= m.block.warps.length) fail(m, 'wgmma', 'the warpgroup is not complete', 0, i);
@@ -89,7 +92,7 @@ function begin(call: WarpCall, state: WgmmaState): void {
   const number = (x: Operand | undefined) => (x ? laneValue(call, x, 0) : 0);
   const rest = i.operands.slice(3);
   state.current.push({
-    ...{ i, columns: Number(shape[1]), type, accumulators },
+    ...{ i, columns: Number(shape[1]), k: Number(shape[2]), type, accumulators },
     a: fromRegisters
       ? registersIn(i.operands[1]).map((r) =>
           Int32Array.from({ length: 32 }, (_, l) => laneValue(call, r, l)),
@@ -120,15 +123,15 @@ function descriptor(call: WarpCall, x: Operand): Descriptor {
   return { address: field(low), leading: field(low >>> 16), stride: field(high), swizzle: high >>> 30 };
 }
 
-/** Byte address of element (row or column `mn`, `k`) of a 2-byte operand. */
-function elementAddress(d: Descriptor, mn: number, k: number, transposed: boolean): number {
+/** Byte address of element (row or column `mn`, `k`) of an operand of `size` bytes an element, 2 where transposed. */
+function elementAddress(d: Descriptor, mn: number, k: number, transposed: boolean, size: number): number {
   const mask = [0, 0x70, 0x30, 0x10][d.swizzle];
   let ax: number;
   if (!transposed) {
     // Rows of the swizzle's span, eight to a group; without swizzle 16-byte rows of 8 x 8 core matrices.
     ax = d.address + (mn >> 3) * d.stride;
-    if (d.swizzle === 0) ax += (mn & 7) * 16 + (k >> 3) * d.leading + (k & 7) * 2;
-    else ax += (mn & 7) * (256 >> d.swizzle) + k * 2;
+    if (d.swizzle === 0) ax += (mn & 7) * 16 + ((k * size) >> 4) * d.leading + ((k * size) & 15);
+    else ax += (mn & 7) * (256 >> d.swizzle) + k * size;
   } else if (d.swizzle === 0)
     ax = d.address + (mn >> 3) * d.stride + (mn & 7) * 2 + (k & 7) * 16 + (k >> 3) * d.leading;
   else {
@@ -143,7 +146,7 @@ function elementAddress(d: Descriptor, mn: number, k: number, transposed: boolea
   return ax ^ ((ax >>> 3) & mask);
 }
 
-/** Reads 16 columns of `count` rows of an operand into floats, in the 16-byte pieces that every layout keeps together. */
+/** Reads the columns of `count` rows of an operand into floats, in the 16-byte pieces that every layout keeps together. */
 function readOperand(
   m: Machine,
   p: Product,
@@ -153,24 +156,32 @@ function readOperand(
   count: number,
   into: Float32Array,
 ): void {
-  const { u16 } = m.shared;
-  const value = p.type === 'bf16' ? num.fromBf16 : num.fromF16;
-  const [rows, columns] = transposed ? [count >> 3, 16] : [count, 2];
-  const [rowStep, columnStep] = transposed ? [8, 1] : [1, 8];
-  const step = transposed ? 16 : 1;
+  const size = 32 / p.k;
+  const value = readerOf(m, p.type);
+  const piece = 16 / size;
+  const [rows, columns] = transposed ? [count >> 3, p.k] : [count, p.k / piece];
+  const [rowStep, columnStep] = transposed ? [8, 1] : [1, piece];
+  const step = transposed ? p.k : 1;
   for (let r = 0; r < rows; r++) {
     for (let c = 0; c < columns; c++) {
       const [row, k] = [r * rowStep, c * columnStep];
-      const ax = elementAddress(d, from + row, k, transposed);
+      const ax = elementAddress(d, from + row, k, transposed, size);
       readAsync(m, ax, 16, m.warp, 0, p.i);
-      const to = row * 16 + k;
-      for (let e = 0; e < 8; e++) into[to + e * step] = value(u16[(ax >>> 1) + e]);
+      const to = row * p.k + k;
+      for (let e = 0; e < piece; e++) into[to + e * step] = value(ax / size + e);
     }
   }
 }
 
+/** The number at a place of shared memory, counted in elements of a type. */
+function readerOf({ shared: { u8, u16 } }: Machine, type: string): (at: number) => number {
+  if (type === 'e4m3') return (at) => num.fromE4m3(u8[at]);
+  const from = type === 'bf16' ? num.fromBf16 : num.fromF16;
+  return (at) => from(u16[at]);
+}
+
 function compute(m: Machine, p: Product): void {
-  const source = p.a;
+  const { k, a: source } = p;
   if ('address' in source) readOperand(m, p, source, p.transposeA, (m.warp.id & 3) * 16, 16, a);
   else unpackA(16, p.type, (j, l) => source[j][l]);
   readOperand(m, p, p.b, p.transposeB, 0, p.columns, b);
@@ -179,14 +190,14 @@ function compute(m: Machine, p: Product): void {
   for (let j = 0; j < p.columns / 8; j++) {
     const [p0, p1, p2, p3] = [at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3)];
     for (let l = 0; l < 32; l++) {
-      const ra = (l >> 2) * 16;
-      const rb = (j * 8 + (l & 3) * 2) * 16;
+      const ra = (l >> 2) * k;
+      const rb = (j * 8 + (l & 3) * 2) * k;
       let [s0, s1, s2, s3] = [0, 0, 0, 0];
-      for (let q = 0; q < 16; q++) {
+      for (let q = 0; q < k; q++) {
         s0 += a[ra + q] * b[rb + q];
-        s1 += a[ra + q] * b[rb + 16 + q];
-        s2 += a[ra + 128 + q] * b[rb + q];
-        s3 += a[ra + 128 + q] * b[rb + 16 + q];
+        s1 += a[ra + q] * b[rb + k + q];
+        s2 += a[ra + 8 * k + q] * b[rb + q];
+        s3 += a[ra + 8 * k + q] * b[rb + k + q];
       }
       const keep = p.accumulate ? 1 : 0;
       floats[p0 + l] = (keep && floats[p0 + l]) + p.sign * s0;
