@@ -126,6 +126,9 @@ for (const schedule of schedules) {
       ['control: last block with both fences', /nothing/, (b) => gridSum(b, 'grid_sum')],
       ['last block without the releasing fence', /race/, (b) => gridSum(b, 'bad_grid_sum_release')],
       ['last block without the acquiring fence', /race/, (b) => gridSum(b, 'bad_grid_sum_acquire')],
+      ['control: warps that hand over to each other', /nothing/, (b) => handOff(b)],
+      ['a write after bar.arrive', /race/, (b) => handOff(b, 'st.shared.u32 [%mine], %t;')],
+      ['a read after bar.arrive', /race|uninit/, (b) => handOff(b, 'ld.shared.u32 %v, [%theirs];')],
     ],
     { schedule },
   );
@@ -135,6 +138,24 @@ for (const schedule of schedules) {
 function missingWarp(bench: Bench): undefined {
   const ptx = basic.replace('bar.sync 1, 64;', 'bar.sync 1, 96;');
   bench.launch(ptx, 'named_barrier', 1, 128, [bench.give(floatsFrom(64, 1)), bench.room(256)]);
+}
+
+/**
+ * The first warp writes, arrives at barrier 1 and waits at 2 for the second, which waits at 1 first. `late` is written by the
+ * first warp after its arrival, which nothing orders before the second's read.
+ */
+function handOff(bench: Bench, late = ''): boolean {
+  const ptx = `.version 7.0\n.target sm_80\n.address_size 64
+.visible .entry hand_off(.param .u64 to)
+{ .reg .pred %p; .reg .b32 %t, %s, %mine, %theirs, %v; .reg .b64 %to, %o; .shared .align 4 .b8 tile[256];
+ld.param.u64 %to, [to]; mov.u32 %t, %tid.x; mov.u32 %s, tile; mad.lo.s32 %mine, %t, 4, %s; xor.b32 %v, %t, 32;
+mad.lo.s32 %theirs, %v, 4, %s; setp.lt.u32 %p, %t, 32; @!%p bra SECOND;
+st.shared.u32 [%mine], %t; bar.arrive 1, 64; ${late} bar.sync 2, 64; ld.shared.u32 %v, [%theirs]; bra.uni BOTH;
+SECOND: bar.sync 1, 64; ld.shared.u32 %v, [%theirs]; st.shared.u32 [%mine], %t; bar.arrive 2, 64;
+BOTH: mul.wide.u32 %o, %t, 4; add.s64 %to, %to, %o; st.global.u32 [%to], %v; ret; }`;
+  const to = bench.room(256);
+  bench.launch(ptx, 'hand_off', 1, 64, [to]);
+  return bench.ints(to, 64).every((v, t) => v === (t ^ 32));
 }
 
 const tooLate = hgemm.replaceAll('cp.async.wait_group 1;', 'cp.async.wait_group 2;');

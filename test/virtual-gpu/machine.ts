@@ -80,7 +80,14 @@ export interface Warp {
 
 export interface BarrierState {
   readonly expected: number;
-  readonly arrived: Warp[];
+  /** Warps that have come, and those of them that wait: bar.arrive does not. */
+  count: number;
+  readonly waiting: Warp[];
+  /** What those that came had seen, as they came. */
+  readonly seen: VectorClock;
+  readonly proxyFenced: VectorClock;
+  readonly gpuFenced: VectorClock;
+  readonly acquired: Map<number, VectorClock>;
 }
 
 /** The block that runs now. */

@@ -3,7 +3,14 @@
 // there the group is parked, and a warp whose groups are all parked is a report of divergence.
 import { commitGroup, waitGroup } from './copy_async.ts';
 import { fenceGpu, joinAcquired, joinClock } from './grid_order.ts';
-import { type Group, type Machine, readRegister, type Warp, writeRegister } from './machine.ts';
+import {
+  type BarrierState,
+  type Group,
+  type Machine,
+  readRegister,
+  type Warp,
+  writeRegister,
+} from './machine.ts';
 import { loadMatrix, multiplyMatrix, storeMatrix } from './matrix.ts';
 import { mbarrier } from './mbarrier.ts';
 import type { Instruction, Operand } from './ptx.ts';
@@ -100,40 +107,48 @@ const barrier: WarpInstruction = (call) => {
   const [id, count] = reduce ? i.operands.slice(1, i.operands.length - 1) : i.operands;
   const name = laneValue(call, id, first);
   const threads = count ? laneValue(call, count, first) : block.warps.length * 32;
-  const state = block.barriers.get(name) ?? { expected: threads, arrived: [] };
+  const state = block.barriers.get(name) ?? newBarrier(threads, warp.seen.length);
   if (state.expected !== threads) {
     fail(m, 'barrier', `barrier ${name} is used with ${state.expected} and ${threads} threads`, first, i);
   }
   if (threads % 32) fail(m, 'barrier', `${threads} threads are no multiple of the warp size`, first, i);
   block.barriers.set(name, state);
-  state.arrived.push(warp);
+  arrive(m, state);
   block.progress++;
-  if (reduce) voteAtBarrier(call, state.arrived.length);
-  if (what !== 'arrive') warp.waiting = call.group;
-  if (state.arrived.length * 32 < threads) return what === 'arrive' ? 'next' : 'barrier';
+  if (reduce) voteAtBarrier(call, state.count);
+  if (what !== 'arrive') {
+    warp.waiting = call.group;
+    state.waiting.push(warp);
+  }
+  if (state.count * 32 < threads) return what === 'arrive' ? 'next' : 'barrier';
   block.barriers.delete(name);
-  openBarrier(m, state.arrived);
+  openBarrier(m, state);
   return what === 'arrive' ? 'next' : 'yield';
 };
 
-/** All have arrived: each has seen what any has, and those that waited go on. */
-function openBarrier(m: Machine, arrived: readonly Warp[]): void {
-  const seen = new Int32Array(m.warp.seen.length);
-  const proxy = new Int32Array(seen.length);
-  const gpu = new Int32Array(seen.length);
-  const acquired = new Map<number, Int32Array>();
-  for (const w of arrived) {
-    joinClock(seen, releaseClock(m, w));
-    joinClock(proxy, w.proxyFenced);
-    joinClock(gpu, w.gpuFenced);
-    joinAcquired(acquired, w.acquired);
-  }
-  for (const w of arrived) {
+const newBarrier = (expected: number, agents: number): BarrierState => ({
+  ...{ expected, count: 0, waiting: [], acquired: new Map() },
+  ...{ seen: new Int32Array(agents), proxyFenced: new Int32Array(agents), gpuFenced: new Int32Array(agents) },
+});
+
+/** The barrier takes what the warp has done so far, and nothing that it does after an arrival without waiting. */
+function arrive(m: Machine, state: BarrierState): void {
+  const { warp } = m;
+  state.count++;
+  joinClock(state.seen, releaseClock(m, warp));
+  joinClock(state.proxyFenced, warp.proxyFenced);
+  joinClock(state.gpuFenced, warp.gpuFenced);
+  joinAcquired(state.acquired, warp.acquired);
+}
+
+/** All have come: those that waited have seen what any had, and go on. */
+function openBarrier(m: Machine, { waiting, seen, proxyFenced, gpuFenced, acquired }: BarrierState): void {
+  for (const w of waiting) {
     joinClock(w.seen, seen);
-    joinClock(w.proxyFenced, proxy);
-    joinClock(w.gpuFenced, gpu);
+    joinClock(w.proxyFenced, proxyFenced);
+    joinClock(w.gpuFenced, gpuFenced);
     joinAcquired(w.acquired, acquired);
-    if (w === m.warp || w.state !== 'barrier') continue;
+    if (w === m.warp) continue;
     w.state = 'run';
     const group = w.waiting!;
     group.pc = m.kernel.flow.blocks[group.pc].next;
