@@ -60,7 +60,7 @@ export function benchModel(
   const sizes = { width, height, batch };
   const model =
     subject === 'train'
-      ? buildUpdate(presets[preset], sizes, counted, dtype, loraRank)
+      ? buildUpdate(presets[preset], sizes, counted, dtype, { loraRank })
       : buildSubject(subject, presets[preset], sizes, counted, dtype);
   model.run();
   onRun?.(0);

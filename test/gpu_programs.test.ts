@@ -6,6 +6,9 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { type Compared, compared, type Peer } from '../bench/gpu/compare.ts';
+import type { Key, Measure } from '../bench/gpu/gpu.ts';
+import { totalOf } from '../bench/gpu/report.ts';
 import { type Outcome, type Result, runSections, type Section } from '../bench/gpu/sections.ts';
 import { expectedFiles } from '../engine/cuda/build.ts';
 import { readPtx } from '../engine/cuda/kernels.ts';
@@ -138,5 +141,87 @@ test('test:gpu on the virtual GPU', (t) => {
     stderr: /no section begins with "op slize"/,
   });
   t.match(run('--device', 'tpu'), { status: 2, stderr: /unknown device "tpu"/ });
+  t.end();
+});
+
+const bench = (...args: string[]) =>
+  spawnSync(process.execPath, [join(packageRoot, 'dist', 'test', 'gpu', 'bench.js'), ...args], {
+    encoding: 'utf8',
+    timeout: 120_000,
+  });
+
+test('bench:gpu on the virtual GPU, beside a peer', (t) => {
+  const out = join(folder, 'bench');
+  const peer = join(folder, 'peer.json');
+  const rows = [
+    { section: 'norm', name: 'group_norm eager', b: 2, c: 16, h: 4, w: 4, silu: true, us: 9 },
+    { section: 'norm', name: 'group_norm compiled', b: 2, c: 16, h: 4, w: 4, silu: true, us: 8, graph_us: 4 },
+  ];
+  writeFileSync(peer, JSON.stringify({ meta: { torch: '2.11', gpu: 'none' }, results: rows }));
+  const args = ['--device', 'virtual', '--smoke', '--only', 'copy,norm,adamw', '--out', out, '--peer', peer];
+  const { status, stdout } = bench(...args);
+  t.match(stdout, /\d+ measured, 0 failed, 0 not run\n$/);
+  t.equal(status, 0);
+  const record = JSON.parse(readFileSync(join(out, 'ours.json'), 'utf8'));
+  const beside = record.rows.filter((row: Compared) => row.theirs_us !== undefined);
+  t.match(beside, [{ section: 'norm', theirs: 'group_norm compiled', theirs_us: 4 }]);
+  t.equal(beside[0].ratio, beside[0].ours_us / 4);
+  t.ok(beside[0].rel_err > 0 && beside[0].rel_err < 1e-2);
+  t.match(readFileSync(join(out, 'report.md'), 'utf8'), /# tiny at 32x32 on virtual GPU[\s\S]*PyTorch 2\.11/);
+  t.end();
+});
+
+const measured = (key: Key, us: number, more: Partial<Measure> = {}): Measure => ({
+  name: 'ours',
+  key,
+  timing: { us, p10: us, p90: us, samples: 50, drift_pct: 0 },
+  ...more,
+});
+
+test("a peer's rows are found by shape, the fastest of them counts", (t) => {
+  const shape = { b: 2, h: 10, lq: 4096, lk: 4096, d: 64 };
+  const product = { m: 8192, n: 5120, k: 640, bias: true };
+  const peer: Peer = {
+    meta: {},
+    results: [
+      { section: 'sdpa', name: 'flash fwd b2', ...shape, us: 300 },
+      { section: 'sdpa', name: 'cudnn fwd b2', ...shape, us: 290, graph_us: 250 },
+      { section: 'sdpa', name: 'cudnn bwd b2', ...shape, us: 700 },
+      { section: 'sdpa', name: 'efficient fwd b2', ...shape, error: 'no kernel' },
+      { section: 'gemm', name: 'linear', ...product, variant: 'fwd', us: 90 },
+      { section: 'gemm', name: 'TOTAL of one UNet forward fwd', us: 9 },
+      { section: 'geglu', name: 'geglu compiled', m: 8192, c: 2560, us: 30 },
+      { section: 'unet', name: 'CUDA graph b2 latent 128 bf16', us: 40_000 },
+      { section: 'compile', name: 'default b2 latent 128 + CUDA graph', us: 30_000 },
+      { section: 'train', name: 'train b8', batch: 8, ckpt: true, amp: false, us: 1e6 },
+    ],
+  };
+  const ratio = (section: string, key: Key, us: number) => compared(section, measured(key, us), peer).ratio;
+  t.equal(ratio('attention', { ...shape, variant: 'fwd' }, 200), 0.8);
+  t.equal(ratio('attention backward', { ...shape, variant: 'bwd' }, 350), 0.5);
+  t.equal(ratio('attention', { ...shape, lk: 77, variant: 'fwd' }, 200), undefined);
+  t.equal(ratio('gemm', { ...product, variant: 'fwd' }, 45), 0.5);
+  t.equal(ratio('geglu', { ...product, variant: 'fwd' }, 60), 0.5, 'two kernels against one');
+  t.equal(ratio('geglu', { ...product, m: 64, variant: 'fwd' }, 60), undefined, 'not half of it');
+  t.equal(ratio('unet', { how: 'graph', batch: 2 }, 15_000), 0.5);
+  t.equal(ratio('train', { batch: 8, ckpt: true }, 5e5), 0.5);
+  const row = compared('gemm', measured({}, 10, { flops: 5e9, bytes: 1e6 }), undefined);
+  t.match(row, { tflops: 500, gbps: 100, theirs_us: undefined });
+  t.end();
+});
+
+test('a pass is its calls by their counts, and half a peer is none', (t) => {
+  const row = (us: number, count: number, theirs?: number) => ({
+    ...compared('norm', measured({}, us, { count, bytes: us * 1e6 }), undefined),
+    theirs_us: theirs,
+  });
+  t.match(totalOf([row(10, 2, 20), row(5, 4, 5), row(1, 0)]), {
+    ours_us: 40,
+    theirs_us: 60,
+    ratio: 40 / 60,
+    count: 6,
+  });
+  t.match(totalOf([row(10, 2, 20), row(5, 4)]), { ours_us: 40, theirs_us: undefined, ratio: undefined });
+  t.equal(totalOf([row(10, 2)]), undefined);
   t.end();
 });

@@ -20,6 +20,7 @@ export type Dim3 = readonly [x: number, y: number, z: number];
 export const DeviceAttribute = {
   MAX_SHARED_MEMORY_PER_BLOCK: 8,
   MULTIPROCESSOR_COUNT: 16,
+  L2_CACHE_SIZE: 38,
   COMPUTE_CAPABILITY_MAJOR: 75,
   COMPUTE_CAPABILITY_MINOR: 76,
   MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: 97,

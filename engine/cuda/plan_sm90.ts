@@ -99,19 +99,22 @@ function cycles(
 const partsOf = (steps: number, wanted: number): number =>
   divideUp(steps, divideUp(steps, Math.min(steps, wanted)));
 
-/** The fastest by the model; k is only split where that leaves whole runs of steps. */
+/** Every tile and split that a product may have; k is only split where that leaves whole runs of steps. */
+export function candidates({ kind, steps }: ProductSize, canSplit: boolean): Choice[] {
+  const most = canSplit ? Math.max(1, Math.min(16, Math.floor(steps / 8))) : 1;
+  const splits = new Set(Array.from({ length: most }, (_, i) => partsOf(steps, i + 1)));
+  return tilesOf[kind].flatMap((tile) => [...splits].map((parts) => ({ tile, splits: parts })));
+}
+
+/** The one that was measured to be the fastest, or else the fastest by the model. */
 export function choose(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
   const known = overrides.get(keyOf(size));
   if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
-  const most = canSplit ? Math.max(1, Math.min(16, Math.floor(size.steps / 8))) : 1;
   let best: Choice = { tile: '160_pingpong', splits: 1 };
   let least = Number.POSITIVE_INFINITY;
-  for (const tile of tilesOf[size.kind]) {
-    for (let wanted = 1; wanted <= most; wanted++) {
-      const splits = partsOf(size.steps, wanted);
-      const time = cycles(size, { tile, splits }, multiprocessors);
-      if (time < least) [best, least] = [{ tile, splits }, time];
-    }
+  for (const choice of candidates(size, canSplit)) {
+    const time = cycles(size, choice, multiprocessors);
+    if (time < least) [best, least] = [choice, time];
   }
   return best;
 }

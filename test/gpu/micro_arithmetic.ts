@@ -118,6 +118,8 @@ function wideIntegers(): MicroKernel[] {
     ...'add.s64 add.u64 sub.s64 mul.lo.s64 and.b64 or.b64 xor.b64'
       .split(' ')
       .map((name) => sixtyFour(name, 2)),
+    // A zero divisor is left to the machine, and so is the one quotient that overflows.
+    sixtyFour('div.s64', 2, [x.map((v) => v >> 1n), y.map((v) => v || 3n)]),
     ...['shl.b64', 'shr.u64', 'shr.s64'].map((name) => sixtyFour(name, 2, [x, counts])),
     lanes(
       'integer',

@@ -160,6 +160,15 @@ ${stepShared('%r8', '%r9', 4)} ld.shared.u32 %r2, [%r8]; ${storeWord()}`,
       THREADS * 4,
     ),
     memory(
+      'bar.arrive',
+      // The first warp writes and arrives, the second waits and reads; then the other way round.
+      `${oneWord} ${stepShared('%r8', '%t', 4)} xor.b32 %r9, %t, 32; ${stepShared('%r7', '%r9', 4)} setp.lt.u32 %p1, %t, 32;
+@!%p1 bra READ; st.shared.u32 [%r8], %r1; bar.arrive 1, 64; bar.sync 2, 64; ld.shared.u32 %r2, [%r7]; bra.uni BOTH;
+READ: bar.sync 1, 64; ld.shared.u32 %r2, [%r7]; st.shared.u32 [%r8], %r1; bar.arrive 2, 64;
+BOTH: ${storeWord()}`,
+      THREADS * 4,
+    ),
+    memory(
       'st.volatile.shared.f32',
       `${step('%at', '%in', 4)} ld.global.f32 %f1, [%at]; ${stepShared('%r8', '%t', 4)} st.volatile.shared.f32 [%r8], %f1; bar.sync 0;
 xor.b32 %r9, %t, 33; ${stepShared('%r8', '%r9', 4)} ld.shared.u32 %r2, [%r8]; ${storeWord()}`,

@@ -1,0 +1,31 @@
+// What the benchmarks of this folder run on, and what each of them gives.
+import type { GpuApi } from '../../engine/cuda/api.ts';
+import type { Device } from '../../engine/device.ts';
+import type { Case, Result } from './sections.ts';
+import type { Timing } from './timer.ts';
+
+export interface BenchGpu {
+  readonly api: GpuApi;
+  readonly ordinal: number;
+  readonly device: Device;
+}
+
+/** What is compared with another program's measurement of the same thing. */
+export type Key = Readonly<Record<string, string | number | boolean>>;
+
+export interface Measure extends Result {
+  name: string;
+  key: Key;
+  timing: Timing;
+  /** Calls in one pass of the model. */
+  count?: number;
+  flops?: number;
+  /** Read once and written once. */
+  bytes?: number;
+  /** Against float32 on the same device. */
+  rel_err?: number;
+  /** Other figures, each under a name with its unit. */
+  more?: Readonly<Record<string, number>>;
+}
+
+export type BenchCase = Case<Measure>;

@@ -1,0 +1,227 @@
+// Whole models on a GPU: the UNet's step under guidance as the host launches it and replayed from a graph, the VAE's decoder, the
+// text encoders, a whole picture, and updates of training. Random weights: only their size and spread matter here.
+import { join } from 'node:path';
+import { packageRoot } from '../../engine/cpu/build.ts';
+import type { Device } from '../../engine/device.ts';
+import { noGrad } from '../../engine/grad.ts';
+import { unload } from '../../engine/module.ts';
+import { profiled, standInDevice } from '../../engine/profile.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import type { ModelSource } from '../../models/checkpoint.ts';
+import { decode, denoise, loadPipeline, type Pipeline } from '../../models/pipeline.ts';
+import { type ModelPreset, presets } from '../../models/presets.ts';
+import { randomModel } from '../../models/random_weights.ts';
+import { TorchGenerator } from '../../models/torch_random.ts';
+import { newContextCache, unet } from '../../models/unet.ts';
+import { fillRandom } from '../pool_weights.ts';
+import { buildSubject, type SubjectName, unetInputs } from '../subjects.ts';
+import { median } from '../timing.ts';
+import { buildUpdate } from '../update.ts';
+import type { BenchCase } from './gpu.ts';
+import type { Workshop } from './kernels.ts';
+import type { BenchSection, Scale } from './shapes.ts';
+import type { Timer, Timing } from './timer.ts';
+
+type Shop = () => Workshop;
+
+/** Timed runs of a whole model. */
+const RUNS = 50;
+/** Runs before them: two, and one that records the step's graph. */
+const WARM = 3;
+
+interface Timed {
+  timing: Timing;
+  more: Record<string, number>;
+}
+
+/** Device time between events, and the wall clock's for the same runs, which has the host's own work in it. */
+function timed(timer: Timer, device: Device, runs: number, work: () => void): Timed {
+  device.memory.peak = device.memory.live;
+  for (let i = 0; i < WARM; i++) work();
+  timer.sync();
+  const walls: number[] = [];
+  const timing = timer.events(runs, () => {
+    const began = performance.now();
+    work();
+    walls.push(performance.now() - began);
+  });
+  const began = performance.now();
+  work();
+  timer.sync();
+  const more = {
+    host_ms: median(walls),
+    wall_ms: performance.now() - began,
+    peak_gib: device.memory.peak / 2 ** 30,
+  };
+  return { timing, more };
+}
+
+/** Operations of the matrix products, convolutions and attention of one pass, walked on a device that computes nothing. */
+function passFlops(name: SubjectName, { preset, side }: Scale, batch: number): number {
+  let flops = 0;
+  const device = profiled(standInDevice(), ({ record, tensors, attrs }) => {
+    flops += record.flops?.(tensors, attrs) ?? 0;
+  });
+  const model = buildSubject(name, presets[preset], { width: side, height: side, batch }, device, 'bfloat16');
+  model.run();
+  model.release();
+  return flops;
+}
+
+function subject(shop: Shop, name: SubjectName, batch: number, dtype: FloatDType, scale: Scale): BenchCase {
+  const label = `${name} batch ${batch} ${dtype}, launched`;
+  return {
+    label,
+    run() {
+      const { gpu, timer } = shop();
+      const { device } = gpu;
+      const sizes = { width: scale.side, height: scale.side, batch };
+      const flops = passFlops(name, scale, batch);
+      const model = buildSubject(name, presets[scale.preset], sizes, device, dtype);
+      const { timing, more } = timed(timer, device, RUNS, () => model.run());
+      model.release();
+      device.memory.trim();
+      return { name: label, key: { subject: name, how: 'eager', batch }, timing, flops, more };
+    },
+  };
+}
+
+/** One step of the base UNet on two rows, from a graph: all of it, and as sampling has it with the prompt's part cached. */
+function replayed(shop: Shop, scale: Scale, cached: boolean): BenchCase {
+  const label = `unet batch 2 bfloat16, replayed${cached ? ', prompt cached' : ''}`;
+  return {
+    label,
+    run() {
+      const { gpu, timer } = shop();
+      const { device } = gpu;
+      const preset: ModelPreset = presets[scale.preset];
+      const module = unet(preset.unet);
+      fillRandom(module, device, 'bfloat16');
+      const sizes = { width: scale.side, height: scale.side, batch: 2 };
+      const { sample, times, conditioning, release } = unetInputs(preset, sizes, device, 'bfloat16');
+      const cache = cached ? newContextCache() : undefined;
+      const step = device.step(() => noGrad(() => module(sample, times, { ...conditioning, cache })));
+      let output: Tensor | undefined;
+      const work = () =>
+        step.run((y) => {
+          output = y;
+        });
+      const { timing, more } = timed(timer, device, RUNS, work);
+      const finite = (output as Tensor).floats().every(Number.isFinite);
+      step.release();
+      cache?.release();
+      unload(module);
+      release();
+      device.memory.trim();
+      const key = { subject: 'unet', how: 'graph', batch: 2 };
+      const flops = cached ? undefined : passFlops('unet', scale, 2);
+      const problem = finite ? {} : { problem: 'the output is not finite' };
+      return { name: label, key: cached ? { ...key, cached } : key, timing, flops, more, ...problem };
+    },
+  };
+}
+
+function picture(shop: Shop, scale: Scale): BenchCase {
+  const steps = scale.smoke ? 4 : 30;
+  const label = `image, ${steps} steps, guidance 5`;
+  return {
+    label,
+    run() {
+      const { gpu, timer } = shop();
+      const { device } = gpu;
+      const pipeline = randomPipeline(presets[scale.preset], device);
+      const draw = (count: number) => {
+        const began = performance.now();
+        const loop = denoise(pipeline, {
+          prompt: ['a red fox in the snow'],
+          ...{ height: scale.side, width: scale.side, num_inference_steps: count, guidance_scale: 5 },
+          generators: [new TorchGenerator(1)],
+        });
+        let turn = loop.next();
+        while (!turn.done) turn = loop.next();
+        timer.sync();
+        const denoised = performance.now();
+        const { data } = decode(pipeline, turn.value.latents);
+        const ended = performance.now();
+        return { all: ended - began, decoding: ended - denoised, finite: data.every(Number.isFinite) };
+      };
+      const first = draw(steps);
+      const all = Array.from({ length: scale.smoke ? 1 : 5 }, () => draw(steps));
+      pipeline.release();
+      device.memory.trim();
+      const us = all.map((each) => each.all * 1000).sort((a, b) => a - b);
+      const timing = { us: median(us), p10: us[0], p90: us[us.length - 1], samples: us.length, drift_pct: 0 };
+      const more = {
+        first_ms: first.all,
+        vae_ms: median(all.map(({ decoding }) => decoding)),
+        peak_gib: device.memory.peak / 2 ** 30,
+      };
+      const problem = all.every(({ finite }) => finite) ? {} : { problem: 'the picture is not finite' };
+      return { name: `${label}, wall clock`, key: { subject: 'image', steps }, timing, more, ...problem };
+    },
+  };
+}
+
+/** A pipeline of this preset, its weights from the benchmarks' pool: drawing 3.5 billion numbers would take minutes. */
+function randomPipeline(preset: ModelPreset, device: Device): Pipeline {
+  const source: ModelSource = {
+    ...randomModel(preset, { seed: 0, tokenizers: join(packageRoot, 'assets', 'emoji') }),
+    load: (_, module, on, dtype) => fillRandom(module, on, dtype),
+  };
+  return loadPipeline(source, { device, dtype: 'bfloat16' });
+}
+
+function training(shop: Shop, scale: Scale, batch: number, checkpointing: boolean): BenchCase {
+  const label = `train batch ${batch} bfloat16 AdamW, ${checkpointing ? 'checkpointed' : 'no checkpointing'}`;
+  return {
+    label,
+    run() {
+      const { gpu, timer } = shop();
+      const { device } = gpu;
+      const preset = presets[scale.preset];
+      const sizes = { width: scale.side, height: scale.side, batch };
+      const update = buildUpdate(preset, sizes, device, 'bfloat16', { optimizer: 'adamw', checkpointing });
+      const { timing, more } = timed(timer, device, 6, () => update.run());
+      update.release();
+      device.memory.trim();
+      // Forward and two products backward; what checkpointing computes again is not counted.
+      const flops = 3 * passFlops('unet', scale, batch);
+      const images_per_s = (batch * 1e6) / timing.us;
+      return {
+        name: label,
+        key: { subject: 'train', batch, ckpt: checkpointing },
+        timing,
+        flops,
+        more: { ...more, images_per_s },
+      };
+    },
+  };
+}
+
+export function modelSections(shop: Shop, scale: Scale): BenchSection[] {
+  const batches = scale.smoke ? [1] : [1, 4, 8];
+  return [
+    {
+      name: 'unet',
+      cases: () => [
+        replayed(shop, scale, false),
+        replayed(shop, scale, true),
+        subject(shop, 'unet', 2, 'bfloat16', scale),
+      ],
+    },
+    {
+      name: 'vae',
+      cases: () => (['float32', 'bfloat16'] as const).map((dtype) => subject(shop, 'vae', 1, dtype, scale)),
+    },
+    { name: 'text', cases: () => [subject(shop, 'text', 2, 'bfloat16', scale)] },
+    { name: 'image', cases: () => [picture(shop, scale)] },
+    {
+      name: 'train',
+      cases: () => [
+        ...batches.map((batch) => training(shop, scale, batch, true)),
+        training(shop, scale, 1, false),
+      ],
+    },
+  ];
+}

@@ -1,0 +1,229 @@
+// The kernels that are timed, as sections: every matrix product, convolution, attention and norm of one UNet pass under
+// guidance (batch 2), at the shapes that the model itself asks for, forward and backward; the VAE decoder's convolutions; a
+// large square product; optimizer steps; copies. Keys are what a peer's measurement of the same call is found by.
+
+import type { CudaDriver } from '../../engine/cuda/device.ts';
+import type { Direction } from '../../engine/device.ts';
+import { type OpRecord, registry } from '../../engine/op.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { type OpCase, opCases } from '../ops.ts';
+import type { BenchCase, Key, Measure } from './gpu.ts';
+import { inType, kernelCase, nameOf, type Workshop } from './kernels.ts';
+import type { Section } from './sections.ts';
+
+export interface Scale {
+  readonly preset: string;
+  /** Pixels along a side. */
+  readonly side: number;
+  /** Tiny shapes and few samples, to prove the program. */
+  readonly smoke: boolean;
+}
+
+type Shop = () => Workshop;
+export type BenchSection = Section<Measure>;
+
+const DTYPE: FloatDType = 'bfloat16';
+
+interface LinearAttrs {
+  activation: string;
+}
+interface ConvAttrs {
+  stride: number;
+}
+interface AttentionAttrs {
+  heads: number;
+}
+interface NormAttrs {
+  silu?: boolean;
+}
+
+/** The peer's names for the numbers that tell a call from others of its kind. */
+function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
+  const shape = (name: string): readonly number[] => inputs[name]?.shape ?? [];
+  const variant = direction === 'forward' ? 'fwd' : 'bwd';
+  const rows = (x: readonly number[]) => x.slice(0, -1).reduce((a, b) => a * b, 1);
+  if (record.name === 'linear') {
+    const [n, k] = shape('weight');
+    const { activation } = attrs as LinearAttrs;
+    return { m: rows(shape('x')), n, k, bias: 'bias' in inputs, activation, variant };
+  }
+  if (record.name === 'conv2d') {
+    const [b, h, w, c] = shape('x');
+    const [cout, k] = shape('weight');
+    return { b, c, h, w, cout, k, stride: (attrs as ConvAttrs).stride, variant };
+  }
+  if (record.name === 'attention') {
+    const [[b, lq, inner], [, lk]] = [shape('q'), shape('k')];
+    const h = (attrs as AttentionAttrs).heads;
+    return { b, h, lq, lk, d: inner / h, variant };
+  }
+  const x = shape('x');
+  if (record.name === 'layer_norm') return { m: rows(x), c: x.at(-1) as number, variant };
+  const tokens = x.slice(1, -1).reduce((a, b) => a * b, 1);
+  return { b: x[0], c: x.at(-1) as number, tokens, silu: (attrs as NormAttrs).silu === true, variant };
+}
+
+const sectionOf: Record<string, string> = {
+  linear: 'gemm',
+  conv2d: 'conv',
+  attention: 'attention',
+  group_norm: 'norm',
+  layer_norm: 'ln',
+};
+
+/** Sections of one UNet pass. */
+function modelSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[] {
+  const unet = once(() => opCases(preset, { width: side, height: side, batch: 2 }, DTYPE, ['unet']));
+  const picked = (section: string): OpCase[] => {
+    const found = unet().filter((op) => (isGeglu(op) ? 'geglu' : sectionOf[op.record.name]) === section);
+    return smoke ? found.slice(0, 2) : found;
+  };
+  const cases = (section: string, direction: Direction): BenchCase[] =>
+    picked(section).map((op) =>
+      kernelCase(shop, { op, direction, name: nameOf(op, direction), key: keyOf(op, direction) }),
+    );
+  const extra = (section: string): BenchCase[] =>
+    section === 'gemm'
+      ? [square(shop, smoke ? 64 : 8192)]
+      : section === 'conv'
+        ? vaeConvolutions(shop, { preset, side, smoke })
+        : [];
+  const names = [...Object.values(sectionOf), 'geglu'];
+  return [
+    ...names.map((name) => ({ name, cases: () => [...cases(name, 'forward'), ...extra(name)] })),
+    ...names.map((name) => ({ name: `${name} backward`, cases: () => cases(name, 'backward') })),
+  ];
+}
+
+const isGeglu = ({ record, attrs }: OpCase) =>
+  record.name === 'linear' && (attrs as LinearAttrs).activation === 'geglu';
+
+function once<T>(make: () => T): () => T {
+  let made: T | undefined;
+  return () => (made ??= make());
+}
+
+const op = (name: string) => registry.get(name) as OpRecord<unknown>;
+
+function square(shop: Shop, side: number): BenchCase {
+  const shape = [side, side];
+  const inputs = { x: { shape, dtype: DTYPE }, weight: { shape, dtype: DTYPE } };
+  const attrs = { activation: 'none' };
+  const call: OpCase = { record: op('linear'), inputs, attrs, count: 0, flops: 2 * side ** 3, bytes: 0 };
+  return kernelCase(shop, {
+    op: call,
+    direction: 'forward',
+    name: nameOf(call, 'forward'),
+    key: keyOf(call, 'forward'),
+  });
+}
+
+/** One picture; the decoder runs in float32 by default, but its convolutions are timed as a peer times them. */
+function vaeConvolutions(shop: Shop, { preset, side, smoke }: Scale): BenchCase[] {
+  const all = opCases(preset, { width: side, height: side, batch: 1 }, DTYPE, ['vae']).filter(
+    ({ record }) => record.name === 'conv2d',
+  );
+  return (smoke ? all.slice(0, 1) : all).map((each) => {
+    const call = { ...inType(each, DTYPE), count: 0 };
+    const key = keyOf(call, 'forward');
+    return kernelCase(shop, { op: call, direction: 'forward', name: `vae ${nameOf(call, 'forward')}`, key });
+  });
+}
+
+/** AdamW over flat parameters, its moments in float32. */
+function adamw(shop: Shop, count: number, dtype: FloatDType): BenchCase {
+  const shape = [count];
+  const single = { shape, dtype: 'float32' } as const;
+  const inputs = {
+    weight: { shape, dtype },
+    gradient: { shape, dtype },
+    exp_avg: single,
+    exp_avg_sq: single,
+  };
+  const label = `adamw ${(count / 1e6).toFixed(0)}M ${dtype}, moments in float32`;
+  return {
+    label,
+    run() {
+      const { gpu, timer, buffers } = shop();
+      const tensors = Object.fromEntries(
+        Object.entries(inputs).map(([name, spec]) => [
+          name,
+          buffers.random(spec, name === 'weight' ? 1 : 1e-2, name !== 'exp_avg_sq'),
+        ]),
+      );
+      const attrs = {
+        lr: 1e-5,
+        weightDecay: 1e-2,
+        gradientScale: 1,
+        betas: [0.9, 0.999],
+        eps: 1e-8,
+        step: 10,
+      };
+      const record = op('adamw');
+      const timing = timer.time(1, () => gpu.device.execute(record, 'forward', tensors, attrs));
+      for (const t of Object.values(tensors)) t.release();
+      gpu.device.memory.trim();
+      const half = dtype === 'float32' ? 4 : 2;
+      // Weight and moments are read and written, the gradient read.
+      const bytes = count * (3 * half + 16);
+      return { name: label, key: { params: count, dtype }, timing, bytes };
+    },
+  };
+}
+
+/** Device memory copied by the driver, read and written; and what one more launch costs. */
+function copies(shop: Shop, { smoke }: Scale): BenchCase[] {
+  const copy = (mib: number): BenchCase => ({
+    label: `copy ${mib} MiB`,
+    run() {
+      const { gpu, timer, buffers } = shop();
+      const { stream } = gpu.device.driver as CudaDriver;
+      const size = mib * 2 ** 20;
+      const spec = { shape: [size / 2], dtype: DTYPE };
+      const sets = Array.from({ length: timer.setsFor(2 * size) }, () => [
+        buffers.random(spec),
+        buffers.empty(spec),
+      ]);
+      const timing = timer.time(sets.length, (set) => {
+        const [from, to] = sets[set].map((t) => t.block.address);
+        gpu.api.cuMemcpyDtoDAsync(to, from, size, stream);
+      });
+      for (const t of sets.flat()) t.release();
+      gpu.device.memory.trim();
+      return { name: `copy ${mib} MiB`, key: { mib }, timing, bytes: 2 * size };
+    },
+  });
+  const elementwise = (name: string, count: number): BenchCase => ({
+    label: `${name}, ${count} elements`,
+    run() {
+      const { gpu, timer, buffers } = shop();
+      const spec = { shape: [count], dtype: DTYPE };
+      const sets = Array.from({ length: timer.setsFor(4 * count) }, () => {
+        const x = buffers.random(spec);
+        return { x, y: buffers.empty(spec) };
+      });
+      const record = op('silu');
+      const timing = timer.time(sets.length, (set) => gpu.device.execute(record, 'forward', sets[set], {}));
+      for (const { x, y } of sets) {
+        x.release();
+        y.release();
+      }
+      gpu.device.memory.trim();
+      return { name: `${name}, ${count} elements`, key: { count }, timing, bytes: 4 * count };
+    },
+  });
+  const sizes = smoke ? [1] : [64, 512, 4096];
+  return [...sizes.map(copy), elementwise('silu', smoke ? 4096 : 2 ** 27), elementwise('launch of silu', 64)];
+}
+
+export const kernelSections = (shop: Shop, scale: Scale): BenchSection[] => [
+  { name: 'copy', cases: () => copies(shop, scale) },
+  ...modelSections(shop, scale),
+  {
+    name: 'adamw',
+    cases: () =>
+      (['bfloat16', 'float32'] as const).flatMap((dtype) =>
+        (scale.smoke ? [5000] : [1e8, 5e8, 1e9]).map((count) => adamw(shop, count, dtype)),
+      ),
+  },
+];

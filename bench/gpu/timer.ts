@@ -1,0 +1,114 @@
+// Device time of a call by CUDA events: in a graph, where the host does not show, and launched one by one, as a caller without
+// a graph has it. Calls rotate over several sets of buffers, together larger than three times the L2 cache.
+import {
+  DeviceAttribute,
+  type Event,
+  type GpuApi,
+  type GraphExec,
+  type Stream,
+} from '../../engine/cuda/api.ts';
+import { median } from '../timing.ts';
+
+/** Microseconds of one call. */
+export interface Timing {
+  /** Median of the replays, or of the launches where there is no graph. */
+  us: number;
+  p10: number;
+  p90: number;
+  samples: number;
+  /** How far the medians of the run's two halves lie apart. */
+  drift_pct: number;
+  /** Launched one by one: device time between events, and the host's own time for the launch. */
+  eager_us?: number;
+  launch_us?: number;
+}
+
+export interface Timer {
+  /** Sets of buffers to rotate over, when one is this large. */
+  setsFor(bytes: number): number;
+  /** Times `call(set)`, which must only launch, on memory that its first run has taken. */
+  time(sets: number, call: (set: number) => void, least?: number): Timing;
+  /** Times work that cannot be captured, or captures itself. */
+  events(samples: number, work: () => void): Timing;
+  sync(): void;
+}
+
+/** Replays of a timing, at least; about how long a graph is, and how many calls it has at most. */
+const SAMPLES = 50;
+const GRAPH_US = 1000;
+const MOST_CALLS = 400;
+const DEFAULT_L2 = 50 * 2 ** 20;
+
+export function openTimer(
+  { api, ordinal, stream }: { api: GpuApi; ordinal: number; stream: Stream },
+  smoke: boolean,
+): Timer {
+  const l2 = api.cuDeviceGetAttribute(DeviceAttribute.L2_CACHE_SIZE, ordinal) || DEFAULT_L2;
+  const marks: Event[] = [];
+  const mark = (i: number): void => {
+    marks[i] ??= api.cuEventCreate(0);
+    api.cuEventRecord(marks[i], stream);
+  };
+  const sync = () => api.cuStreamSynchronize(stream);
+  /** Microseconds between one mark and the next of `count` runs of `work`. */
+  const between = (count: number, work: () => void): number[] => {
+    mark(0);
+    for (let i = 1; i <= count; i++) {
+      work();
+      mark(i);
+    }
+    sync();
+    return Array.from({ length: count }, (_, i) => api.cuEventElapsedTime(marks[i], marks[i + 1]) * 1000);
+  };
+  const enough = (least = SAMPLES) => (smoke ? 2 : least);
+
+  return {
+    sync,
+    setsFor: (bytes) => (smoke ? 2 : Math.max(2, Math.min(64, Math.ceil((3 * l2) / bytes)))),
+    time(sets, call, least) {
+      for (let set = 0; set < sets; set++) call(set);
+      sync();
+      const estimate = Math.max(0.5, between(3, () => call(0))[2]);
+      const rounds = smoke ? 1 : Math.ceil(Math.min(GRAPH_US / estimate, MOST_CALLS) / sets);
+      const calls = sets * Math.max(1, rounds);
+      const exec = capture(api, stream, () => {
+        for (let i = 0; i < calls; i++) call(i % sets);
+      });
+      const replay = () => api.cuGraphLaunch(exec, stream);
+      between(2, replay);
+      const replayed = between(enough(least), replay).map((us) => us / calls);
+      api.cuGraphExecDestroy(exec);
+      const began = performance.now();
+      let launch = 0;
+      const [eager] = between(1, () => {
+        for (let i = 0; i < calls; i++) call(i % sets);
+        launch = ((performance.now() - began) * 1000) / calls;
+      });
+      return { ...summary(replayed), eager_us: eager / calls, launch_us: launch };
+    },
+    events: (samples, work) => summary(between(smoke ? 1 : samples, work)),
+  };
+}
+
+function capture(api: GpuApi, stream: Stream, queue: () => void): GraphExec {
+  api.cuStreamBeginCapture(stream);
+  try {
+    queue();
+  } catch (error) {
+    api.cuGraphDestroy(api.cuStreamEndCapture(stream));
+    throw error;
+  }
+  const graph = api.cuStreamEndCapture(stream);
+  const exec = api.cuGraphInstantiate(graph);
+  api.cuGraphDestroy(graph);
+  return exec;
+}
+
+function summary(us: readonly number[]): Timing {
+  const sorted = [...us].sort((a, b) => a - b);
+  const at = (part: number) => sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * part))];
+  const half = us.length >> 1;
+  const [first, second] = half ? [median(us.slice(0, half)), median(us.slice(half))] : [1, 1];
+  const drift = (100 * Math.abs(first - second)) / Math.min(first, second);
+  return { us: median(us), p10: at(0.1), p90: at(0.9), samples: us.length, drift_pct: drift || 0 };
+}
