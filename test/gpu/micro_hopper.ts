@@ -106,6 +106,9 @@ const tile = '.shared .align 1024 .b8 tile[16384]; .shared .align 8 .b8 barrier[
 const readMap = `mov.u32 %s, tile; mov.u32 %b, barrier; mov.b64 %m, map; cvta.param.u64 %m, %m;
 ld.param.u32 %x, [x]; ld.param.u32 %y, [y]; ld.param.u32 %z, [z]; ld.param.u32 %n, [bytes]; setp.ne.b32 %p2, %t, 0;`;
 
+const whenLoaded = `TRY: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%b], 0; @%p3 bra THERE; bra TRY;
+THERE: ld.param.u64 %to, [data]; ${copyWords('OUT', toGlobal)}`;
+
 const loadPtx = kernel(
   mapParameters,
   tile,
@@ -114,8 +117,7 @@ mbarrier.init.shared::cta.b64 [%b], 1; fence.mbarrier_init.release.cluster;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %n;
 cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];
 ISSUED: bar.sync 0;
-TRY: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%b], 0; @%p3 bra THERE; bra TRY;
-THERE: ld.param.u64 %to, [data]; ${copyWords('OUT', toGlobal)}`,
+${whenLoaded}`,
 );
 
 const storePtx = kernel(
@@ -157,6 +159,27 @@ function box(
   };
   const name = `TMA ${how} 3d, swizzle ${swizzle}, ${columns} columns at ${at.join(', ')}`;
   return { ...onHopper, name, ptx, run, agree: sameBits('u16') };
+}
+
+const bulkPtx = kernel(
+  '.param .u64 data, .param .u64 from, .param .u32 bytes',
+  tile,
+  `mov.u32 %s, tile; mov.u32 %b, barrier; ld.param.u64 %from, [from]; ld.param.u32 %n, [bytes]; setp.ne.b32 %p2, %t, 0;
+@%p2 bra ISSUED; mbarrier.init.shared::cta.b64 [%b], 1; fence.mbarrier_init.release.cluster;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %n;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%s], [%from], %n, [%b];
+ISSUED: bar.sync 0;
+${whenLoaded}`,
+);
+
+function bulkLoad(): MicroKernel {
+  const bytes = 1008;
+  const run = (bench: Bench<GpuApi>) => {
+    const data = bench.room(bytes);
+    bench.launch(bulkPtx, 'op', 1, THREADS, [data, bench.give(halves(bytes / 2, 12)), bytes]);
+    return bench.bytes(data, bytes);
+  };
+  return { ...onHopper, name: 'bulk copy to shared memory', ptx: bulkPtx, run, agree: sameBits('u16') };
 }
 
 // stmatrix
@@ -245,6 +268,7 @@ export const hopperKernels = (): MicroKernel[] => [
     box(how, 'B128', 64, [40, 11, 2]),
     box(how, 'B128', 64, [-8, -3, -1]),
   ]),
+  bulkLoad(),
   stmatrix(''),
   stmatrix('.trans'),
   ...wholeKernels(),
