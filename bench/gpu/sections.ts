@@ -97,6 +97,8 @@ interface Ending {
 }
 
 const LOST_CONTEXT = 70;
+/** Seconds that a process may take to begin its first case. */
+const START = 60;
 
 /** Starts a child and hears it out, until it ends or is ended. */
 function watch<R>(
@@ -114,11 +116,11 @@ function watch<R>(
     child.kill('SIGKILL');
   };
   let stall: NodeJS.Timeout;
-  const rewind = () => {
+  const rewind = (start = 0) => {
     clearTimeout(stall);
-    stall = setTimeout(() => stop(`no end after ${caseLimit} seconds`), caseLimit * 1000);
+    stall = setTimeout(() => stop(`no end after ${caseLimit} seconds`), (start + caseLimit) * 1000);
   };
-  rewind();
+  rewind(START);
   const overall = setTimeout(() => stop('out of time'), left);
   child.stderr?.on('data', (chunk: Buffer) => {
     errors = (errors + chunk).slice(-2000);
