@@ -37,9 +37,37 @@ inline vf broadcast(const float *word) {
   return x - vf{};
 }
 
+// One row: its few sums would each wait for the one before, so k is shared out to several of them.
+template <bool DOT, bool K_MAJOR, int VECTORS>
+void row_kernel(float *sums, const float *a, int64_t stride, const float *b, int words, bool add) {
+  constexpr int WAYS = 4;
+  vf total[WAYS][VECTORS];
+#pragma GCC unroll 4
+  for (int i = 0; i < WAYS; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) total[i][v] = vf{};
+  const auto step = [&](int i) {
+    const vf left = broadcast(a);
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add<DOT>(total[i][v], left, load(b + v * LANES));
+    a += K_MAJOR ? stride : 1;
+    b += VECTORS * LANES;
+  };
+  int w = 0;
+  for (; w + WAYS <= words; w += WAYS)
+#pragma GCC unroll 4
+    for (int i = 0; i < WAYS; i++) step(i);
+  for (; w < words; w++) step(0);
+  for (int v = 0; v < VECTORS; v++) {
+    const vf sum = (total[0][v] + total[1][v]) + (total[2][v] + total[3][v]);
+    store(sums + v * LANES, add ? load(sums + v * LANES) + sum : sum);
+  }
+}
+
 // sums[ROWS][VECTORS * LANES] (+)= A[ROWS][words] B
 template <bool DOT, bool K_MAJOR, int VECTORS, int ROWS>
 void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stride, const float *b, int words, bool add) {
+  if constexpr (ROWS == 1) return row_kernel<DOT, K_MAJOR, VECTORS>(sums, a, stride, b, words, add);
   constexpr int HALF = (ROWS + 1) / 2; // two base pointers, so that few registers reach all rows
   vf total[ROWS][VECTORS];
 #pragma GCC unroll 16
