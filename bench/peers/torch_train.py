@@ -1,6 +1,7 @@
 """Updates of a small SDXL UNet or VAE in torch, timed one by one: the opponent of train.ts. One line on stdin is one update.
 
-Arguments: unet or vae, the network's numbers as JSON, batch, dtype (bfloat16 is autocast over float32 weights), threads.
+Arguments: unet or vae, the network's numbers as JSON, batch, dtype (bfloat16 is autocast over float32 weights), threads,
+and the name of time's clock.
 """
 import json
 import sys
@@ -40,6 +41,7 @@ def vae_loss(cfg, batch):
 def main():
     name, cfg, batch, dtype = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(int(sys.argv[5]))
+    clock = getattr(time, sys.argv[6])
     net, forward, loss = {"unet": unet_loss, "vae": vae_loss}[name](cfg, batch)
     net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
@@ -54,9 +56,9 @@ def main():
 
     print(json.dumps({"torch": torch.__version__, "parameters": sum(p.numel() for p in net.parameters())}), flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began = clock()
         update()
-        print(1000 * (time.perf_counter() - began), flush=True)
+        print(1000 * (clock() - began), flush=True)
 
 
 main()

@@ -1,9 +1,12 @@
 // Updates of the emoji model's UNet and VAE beside PyTorch's, taking turns in one run: forward, backward, clipping at norm 1
 // and AdamW. Prints the medians and their ratio as JSON; one clear line where torch is absent.
-//   node dist/bench/peers/train.js [PYTHON [unet | vae]]
+// With --processor-time it counts each process's own time on the cores: on one core that is what a busy machine disturbs least.
+//   [taskset -c 0] node dist/bench/peers/train.js [PYTHON [unet | vae]] [--processor-time]
 import { spawn } from 'node:child_process';
+import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
+import { parseArgs } from 'node:util';
 import { packageRoot } from '../../engine/cpu/build.ts';
 import { type Device, openDevice } from '../../engine/device.ts';
 import { backward, clearGrad, requireGrad } from '../../engine/grad.ts';
@@ -107,6 +110,20 @@ function openVae(device: Device, dtype: FloatDType, batch: number): Opened {
   };
 }
 
+const { positionals, values } = parseArgs({
+  allowPositionals: true,
+  options: { 'processor-time': { type: 'boolean', default: false } },
+});
+const [python = 'python3', only] = positionals;
+const threads = availableParallelism();
+const clock = values['processor-time'] ? 'process_time' : 'perf_counter';
+/** In milliseconds. */
+const now = (): number => {
+  if (clock === 'perf_counter') return performance.now();
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 1000;
+};
+
 /** Our side: `update` takes one and returns its milliseconds. */
 function ours(name: Name, dtype: FloatDType) {
   const device = openDevice('cpu');
@@ -126,7 +143,7 @@ function ours(name: Name, dtype: FloatDType) {
       for (const t of inputs) t.release();
     },
     update() {
-      const began = performance.now();
+      const began = now();
       scope(() => {
         const y = loss();
         y.floats();
@@ -134,7 +151,7 @@ function ours(name: Name, dtype: FloatDType) {
       });
       optimizer.step(1e-4, clipGradients(parameters, 1).scale);
       for (const p of parameters.values()) clearGrad(p.tensor);
-      return performance.now() - began;
+      return now() - began;
     },
   };
 }
@@ -142,9 +159,13 @@ function ours(name: Name, dtype: FloatDType) {
 async function compare(python: string, name: Name, dtype: FloatDType): Promise<void> {
   const { batch, peer: network } = networks[name];
   const script = join(packageRoot, 'bench', 'peers', 'torch_train.py');
-  const child = spawn(python, [script, name, JSON.stringify(network), String(batch), dtype, '2'], {
-    stdio: ['pipe', 'pipe', 'ignore'],
-  });
+  const child = spawn(
+    python,
+    [script, name, JSON.stringify(network), String(batch), dtype, String(threads), clock],
+    {
+      stdio: ['pipe', 'pipe', 'ignore'],
+    },
+  );
   child.on('error', () => undefined); // told below: it prints no line
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
   const hello = await lines.next();
@@ -170,6 +191,8 @@ async function compare(python: string, name: Name, dtype: FloatDType): Promise<v
     JSON.stringify({
       network: name,
       dtype,
+      threads,
+      clock,
       batch,
       parameters: mine.parameters,
       same_network: same,
@@ -181,7 +204,6 @@ async function compare(python: string, name: Name, dtype: FloatDType): Promise<v
   );
 }
 
-const [python = 'python3', only] = process.argv.slice(2);
 for (const name of Object.keys(networks) as Name[])
   for (const dtype of ['float32', 'bfloat16'] as const)
     if (!only || only === name) await compare(python, name, dtype);
