@@ -119,6 +119,19 @@ test('run files', async (t) => {
     /zero_terminal_snr needs prediction_type/,
     ...set('objective.zero_terminal_snr=true'),
   );
+  await refuses(
+    t,
+    'a range that ends before it begins',
+    /timestep_range begins at 0\.75 and ends at 0\.25/,
+    ...set('objective.timestep_range=0.75,0.25'),
+  );
+  await refuses(
+    t,
+    'rules of a schedule',
+    /lr_scheduler\.step_rules is ""; write/,
+    ...set('lr_scheduler.name=piecewise_constant'),
+  );
+  await refuses(t, "the previews' scheduler", /Eulr/, ...set('previews.scheduler=Eulr'));
   await refuses(t, 'parts', /matches no weight/, ...set('train.parts=nothing'));
   await refuses(t, 'resolution', /not divisible by/, ...set('dataset.resolution=36'));
   t.notOk(existsSync(join(folder, 'good-out', 'checkpoints')), 'nothing was trained');

@@ -13,7 +13,7 @@ import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { samplePosterior } from '../models/latents.ts';
-import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
 import {
   momentsCache,
@@ -28,7 +28,7 @@ import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf } from './objective.ts';
 import { type Pictures, stack, viewIn } from './pictures.ts';
-import { samplePreviews } from './preview.ts';
+import { samplePreviews, schedulerOf } from './preview.ts';
 import type { Run } from './run.ts';
 import { type Component, component, lend, type Task, type Weights } from './task.ts';
 
@@ -48,6 +48,7 @@ export function diffusionTask(
 ): Task<Inputs> {
   const { parts, text_encoders, gradient_checkpointing: gradientCheckpointing, target } = run.train;
   const pipeline = loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing });
+  samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const names = pipeline.text.encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
   const configs = names.map((name) => source.config(name));

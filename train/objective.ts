@@ -73,6 +73,11 @@ export function objectiveOf(settings: ObjectiveSettings, given: Partial<Schedule
   }
   if (settings.snr_gamma > 0 && settings.debiased)
     throw new UserError('objective.snr_gamma and objective.debiased are two weightings; choose one');
+  const [begin, end] = settings.timestep_range;
+  if (begin > end)
+    throw new UserError(
+      `objective.timestep_range begins at ${begin} and ends at ${end}; write the smaller share first`,
+    );
   const { alphasCumprod } = trainingTables({ ...scheduler, rescale_betas_zero_snr: rescaled });
   return { settings, alphasCumprod };
 }

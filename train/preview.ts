@@ -29,7 +29,7 @@ export async function samplePreviews(
       ...size,
       num_inference_steps: previews.num_inference_steps,
       guidance_scale: previews.guidance_scale,
-      scheduler: previews.scheduler ? { name: previews.scheduler } : undefined,
+      scheduler: schedulerOf(previews),
       generators: [new TorchGenerator(previews.seed + i)],
     });
     const images = decode(pipeline, latents);
@@ -37,6 +37,10 @@ export async function samplePreviews(
   }
   return pictures;
 }
+
+/** The scheduler that previews ask for; undefined for the model's own. */
+export const schedulerOf = ({ scheduler }: Run['previews']): { name: string } | undefined =>
+  scheduler ? { name: scheduler } : undefined;
 
 const folderOf = (output: string): string => join(output, 'previews');
 const stepName = (step: number): string => `step-${String(step).padStart(8, '0')}`;

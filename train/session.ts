@@ -18,6 +18,7 @@ import { updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
+import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
@@ -57,14 +58,9 @@ export async function openMaterials(run: Run, locate: Locate, report: Report): P
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   const perEpoch = updatesPerEpoch(pictures.samples.length, run.batch_size, run.gradient_accumulation_steps);
-  return {
-    run,
-    source,
-    vaeSource,
-    pictures,
-    updatesPerEpoch: perEpoch,
-    total: run.steps || run.epochs * perEpoch,
-  };
+  const total = run.steps || run.epochs * perEpoch;
+  learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses rules that cannot be read, before any work
+  return { run, source, vaeSource, pictures, updatesPerEpoch: perEpoch, total };
 }
 
 /** The model that a run starts from: what its path holds, or a preset's random weights with tokenizers from its captions. */
