@@ -98,7 +98,11 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     const { outcome, signal } = await interruptible(report, (stop) =>
       train(session, report, stop, checkpoint),
     ).finally(session.release);
-    report.line(`${outcome.stopped ? 'stopped; saved' : 'done:'} ${outcome.folder}`);
+    report.line(
+      outcome.folder
+        ? `${outcome.stopped ? 'stopped; saved' : 'done:'} ${outcome.folder}`
+        : 'stopped before the first update; what is prepared is kept',
+    );
     if (signal) throw new Stopped(signal === 'SIGINT' ? 130 : 143);
   }
 }

@@ -197,6 +197,15 @@ test('embeddings are the encoders, and an edited caption costs one entry', async
     1,
     'another config',
   );
+  // A signal comes between two batches of 16, while the event loop turns.
+  const many = Array.from({ length: 40 }, (_, i) => `fox ${i}`);
+  let asked = false;
+  const stopping = (done: number) => {
+    if (done === 16) setImmediate(() => (asked = true));
+    return !asked;
+  };
+  t.equal(await cache.fill(many, stopping), 32, 'signals are heard, and what is made stays');
+  t.equal(await cache.fill(many), 8, 'to go on from');
   const long = Array(90).fill('fox').join(' ');
   t.strictSame(cache.tooLong(['a fox', long]), [long]);
 });

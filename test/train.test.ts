@@ -51,13 +51,13 @@ const locate = {
 /** Trains in this process; `until` asks to stop at that step. */
 async function run(
   input: RunInput,
-  { until, checkpoint }: { until?: number; checkpoint?: string } = {},
+  { until, during = 'training', checkpoint }: { until?: number; during?: string; checkpoint?: string } = {},
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
   const session = openSession(await openMaterials(resolved, locate, silent), device);
   const stop = { asked: false };
   const progress = (label: string, done: number) => {
-    if (label === 'training' && done === until) stop.asked = true;
+    if (label === during && until !== undefined && done >= until) stop.asked = true;
   };
   try {
     return await train(session, { ...silent, progress }, stop, checkpoint);
@@ -168,6 +168,17 @@ test('the validation loss sees the same draws each time, with the averaged weigh
     t.equal(own[1], averaged[1], 'an average changes no update');
     t.not(own[2], averaged[2], 'but the validation loss is its own');
   }
+});
+
+test('a run stopped while it prepares leaves what is prepared, and nothing else', async (t) => {
+  const input = { ...basic('early'), steps: 1 };
+  const cached = { ...input, dataset: { ...input.dataset, cache: join(folder, 'early-cache') } };
+  for (const during of ['encoding pictures', 'encoding captions']) {
+    const { stopped, folder: saved, position } = await run(cached, { during, until: 1 });
+    t.same([stopped, saved, position.step], [true, '', 0], during);
+    t.same(listCheckpoints(input.output as string), [], 'no checkpoint');
+  }
+  t.equal((await run(cached)).stopped, false, 'and begins anew');
 });
 
 /** Trains a run whole, and again stopped at the first update and resumed: the same checkpoint, or the names that differ. */

@@ -41,8 +41,11 @@ export interface TextEmbeddings {
 }
 
 export interface Cache<Subject, Value> {
-  /** Makes what is not there and says how many that were. @throws UserError naming the subject that a model fails on */
-  fill(subjects: readonly Subject[], onProgress?: (done: number, total: number) => void): Promise<number>;
+  /**
+   * Makes what is not there and says how many that were; signals are heard meanwhile. Stops where `onProgress` returns false:
+   * what is made stays. @throws UserError naming the subject that a model fails on
+   */
+  fill(subjects: readonly Subject[], onProgress?: (done: number, total: number) => unknown): Promise<number>;
   /** What `fill` has made. */
   read(subject: Subject): Value;
 }
@@ -72,9 +75,10 @@ export function momentsCache(
         encodeViews(vae, batch, pixels).forEach((moments, k) => {
           writeEntry(pathOf(batch[k]), moments, `the VAE's moments of ${batch[k].sample.id}`);
         });
-        onProgress?.((done += batch.length), missing.length);
+        done += batch.length;
+        if (onProgress?.(done, missing.length) === false) break;
       }
-      return missing.length;
+      return done;
     },
   };
 }
@@ -163,9 +167,11 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
         ).forEach((embeddings, i) => {
           writeEntry(batch[i][0], embeddings, `the text encoders' embeddings of "${batch[i][1]}"`);
         });
-        onProgress?.((done += batch.length), missing.length);
+        done += batch.length;
+        if (onProgress?.(done, missing.length) === false) break;
+        await new Promise((resolve) => setImmediate(resolve));
       }
-      return missing.length;
+      return done;
     },
   };
 }

@@ -74,13 +74,17 @@ export function diffusionTask(
   return {
     components,
     frozen: untrained,
-    async fillCache(report) {
+    async fillCache(report, stop) {
+      const tell = (label: string) => (done: number, total: number) => {
+        report.progress(label, done, total);
+        return !stop.asked;
+      };
       const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
         pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
       ).flat();
-      await moments().fill(views, (done, total) => report.progress('encoding pictures', done, total));
-      if (!captions) return;
-      await embeddings().fill(captions, (done, total) => report.progress('encoding captions', done, total));
+      await moments().fill(views, tell('encoding pictures'));
+      if (!captions || stop.asked) return;
+      await embeddings().fill(captions, tell('encoding captions'));
       for (const text of embeddings().tooLong(captions))
         report.line(`the end of this caption is not seen, it has more than 77 tokens: "${text}"`);
     },

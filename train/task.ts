@@ -36,8 +36,8 @@ export interface Task<Inputs = unknown> {
   components: readonly Component[];
   /** What else the model is made of. */
   frozen: readonly Component[];
-  /** What is computed once and kept on disk: latents and embeddings. */
-  fillCache?(report: Report): Promise<void>;
+  /** What is computed once and kept on disk: latents and embeddings. Left unfinished once `stop.asked`. */
+  fillCache?(report: Report, stop: { readonly asked: boolean }): Promise<void>;
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. */
   prepare(batch: MicroBatch, epoch: number): Promise<Inputs>;
   /** The most memory that filling the cache takes, done once without numbers. */

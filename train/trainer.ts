@@ -24,7 +24,7 @@ import { validationLoss } from './validation.ts';
 
 export interface Outcome {
   position: Position;
-  /** The folder of the last checkpoint, or of the finished model. */
+  /** The folder of the last checkpoint, or of the finished model; empty where the run was stopped before its first update. */
   folder: string;
   /** Ended by the caller's wish rather than by the plan. */
   stopped: boolean;
@@ -46,7 +46,8 @@ export async function train(
   if (checkpoint) position = resumeSession(session, checkpoint);
   rewindLog(logFile(run.output), position.step);
   rewindPreviews(run.output, position.step);
-  await task.fillCache?.(report);
+  await task.fillCache?.(report, stop);
+  if (stop.asked) return { position, folder: checkpoint ?? '', stopped: true };
   // What follows needs other sizes, and its peak is what the plan foretold.
   device.memory.trim();
   device.memory.peak = device.memory.live;
