@@ -11,7 +11,7 @@ import { loadRuns } from '../train/load_run.ts';
 import { describe } from '../train/plan.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession } from '../train/session.ts';
-import type { Report } from '../train/task.ts';
+import type { Report, Stop } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
 import { locateModel, locateVae } from './model.ts';
 import { devices } from './options.ts';
@@ -125,7 +125,7 @@ function startOf(run: Run, resume: Options['resume']): string | undefined {
 /** Runs `work` so that the first Ctrl-C asks it to stop. The second finds no handler of ours and ends the program. */
 async function interruptible(
   report: Report,
-  work: (stop: { readonly asked: boolean }) => Promise<Outcome>,
+  work: (stop: Stop) => Promise<Outcome>,
 ): Promise<{ outcome: Outcome; signal: NodeJS.Signals | undefined }> {
   const stop = { asked: false };
   let signal: NodeJS.Signals | undefined;

@@ -190,7 +190,10 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
   }
 }
 
-/** denoise() to its end. Between the steps others have their turn: signals are heard, a server answers. */
+/**
+ * denoise() to its end. Between the steps others have their turn: signals are heard, a server answers. `onStep` may leave by
+ * throwing.
+ */
 export async function denoiseToEnd(
   pipeline: Pipeline,
   request: Request,
@@ -200,7 +203,11 @@ export async function denoiseToEnd(
   for (;;) {
     const turn = loop.next();
     if (turn.done) return turn.value;
-    onStep(turn.value);
+    try {
+      onStep(turn.value);
+    } catch (error) {
+      loop.throw(error); // frees what the loop holds, and throws on
+    }
     await new Promise((resolve) => setImmediate(resolve));
   }
 }

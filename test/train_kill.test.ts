@@ -27,7 +27,7 @@ const steps = 100;
 const kills = 20;
 const program = join(packageRoot, 'bin', 'sdxl.js');
 
-function runFile(name: string): string {
+function runFile(name: string, more: object = {}): string {
   const run = {
     output: join(folder, name),
     model: join(goldenFolder, 'tiny-sdxl'),
@@ -39,6 +39,7 @@ function runFile(name: string): string {
     ema: { decay: 0.99 },
     // Nearly always at a checkpoint, so that most kills fall into the writing of one.
     checkpoints: { every_steps: 1, keep: 2 },
+    ...more,
   };
   const path = join(folder, `${name}.ts`);
   writeFileSync(
@@ -102,20 +103,36 @@ test('twenty kills', { timeout: 600_000 }, async (t) => {
   t.same(left, [], 'nothing half-written is left');
 });
 
-test('Ctrl-C saves and leaves', async (t) => {
-  const child = spawn(process.execPath, [program, 'train', runFile('stopped')], {
-    stdio: ['ignore', 'ignore', 'pipe'],
-  });
+/** Starts a run and sends it SIGINT `delay` milliseconds after its first update. */
+async function interrupted(file: string, delay: number): Promise<{ status: number | null; said: string }> {
+  const child = spawn(process.execPath, [program, 'train', file], { stdio: ['ignore', 'ignore', 'pipe'] });
   let said = '';
   let asked = false;
   child.stderr.on('data', (text: Buffer) => {
     said += text;
-    if (!asked && said.includes('training ')) asked = child.kill('SIGINT');
+    if (asked || !said.includes('training ')) return;
+    asked = true;
+    setTimeout(() => child.kill('SIGINT'), delay);
   });
-  const status = await new Promise((resolve) => child.on('close', resolve));
+  const status = await new Promise<number | null>((resolve) => child.on('close', resolve));
+  return { status, said };
+}
+
+test('Ctrl-C saves and leaves', async (t) => {
+  const { status, said } = await interrupted(runFile('stopped'), 0);
   t.equal(status, 130);
   t.match(said, /stopping after this update and saving/);
   const [newest] = listCheckpoints(join(folder, 'stopped')).slice(-1);
   t.match(said, new RegExp(`stopped; saved ${newest}`));
   t.ok(readState(newest).step < steps);
+});
+
+test('Ctrl-C while previews are drawn leaves them, and saves updates that no checkpoint has yet', async (t) => {
+  const previews = { prompts: Array(200).fill('endless'), num_inference_steps: 1000, every_steps: 1 };
+  const checkpoints = { every_steps: 50 };
+  const { status, said } = await interrupted(runFile('drawing', { previews, checkpoints }), 1500);
+  t.equal(status, 130, said);
+  const [only] = listCheckpoints(join(folder, 'drawing'));
+  t.match(said, new RegExp(`stopped; saved ${only}`));
+  t.equal(readState(only).step, 1);
 });

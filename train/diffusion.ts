@@ -145,12 +145,12 @@ export function diffusionTask(
       releaseLent(other, pipeline);
       return loss;
     },
-    async preview(weights) {
+    async preview(weights, stop) {
       if (run.previews.prompts.length === 0) return [];
       const [height, width] = pictures.buckets[0];
       const other = averaged(run, pipeline, net, components, weights);
       try {
-        return await samplePreviews(other, run.previews, { height, width });
+        return await samplePreviews(other, run.previews, { height, width }, stop);
       } finally {
         releaseLent(other, pipeline);
       }

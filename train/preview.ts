@@ -10,30 +10,47 @@ import { resize } from '../io/resize.ts';
 import { decode, denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import type { Run } from './run.ts';
+import type { Stop } from './task.ts';
 
 /** Pixels of a picture in the sheet, at most; and between pictures. */
 const cell = 192;
 const gap = 4;
 
-/** One picture a prompt; prompt i has the seed `seed + i`, so that four times one prompt gives four pictures. */
+/** What ends a preview that the user no longer waits for. */
+class Left extends Error {}
+
+/** One picture a prompt, or none at all once `stop.asked`; prompt i has the seed `seed + i`, so that four times one prompt gives four pictures. */
 export async function samplePreviews(
   pipeline: Pipeline,
   previews: Run['previews'],
   size: { height: number; width: number },
+  stop: Stop,
 ): Promise<Picture[]> {
   const pictures: Picture[] = [];
-  for (const [i, prompt] of previews.prompts.entries()) {
-    const { latents } = await denoiseToEnd(pipeline, {
-      prompt: [prompt],
-      negative_prompt: previews.negative_prompt ? [previews.negative_prompt] : undefined,
-      ...size,
-      num_inference_steps: previews.num_inference_steps,
-      guidance_scale: previews.guidance_scale,
-      scheduler: schedulerOf(previews),
-      generators: [new TorchGenerator(previews.seed + i)],
-    });
-    const images = decode(pipeline, latents);
-    pictures.push(...toPictures(images.data, images.shape));
+  const leave = () => {
+    if (stop.asked) throw new Left();
+  };
+  try {
+    for (const [i, prompt] of previews.prompts.entries()) {
+      const { latents } = await denoiseToEnd(
+        pipeline,
+        {
+          prompt: [prompt],
+          negative_prompt: previews.negative_prompt ? [previews.negative_prompt] : undefined,
+          ...size,
+          num_inference_steps: previews.num_inference_steps,
+          guidance_scale: previews.guidance_scale,
+          scheduler: schedulerOf(previews),
+          generators: [new TorchGenerator(previews.seed + i)],
+        },
+        leave,
+      );
+      const images = decode(pipeline, latents);
+      pictures.push(...toPictures(images.data, images.shape));
+    }
+  } catch (error) {
+    if (error instanceof Left) return [];
+    throw error;
   }
   return pictures;
 }

@@ -17,6 +17,11 @@ export interface Report {
   progress(label: string, done: number, total: number, note?: string): void;
 }
 
+/** Whether the user wants to leave; looked at wherever something long may be left. */
+export interface Stop {
+  readonly asked: boolean;
+}
+
 export interface Component {
   /** Its folder in a diffusers model; `lora` for adapters. */
   name: string;
@@ -37,7 +42,7 @@ export interface Task<Inputs = unknown> {
   /** What else the model is made of. */
   frozen: readonly Component[];
   /** What is computed once and kept on disk: latents and embeddings. Left unfinished once `stop.asked`. */
-  fillCache?(report: Report, stop: { readonly asked: boolean }): Promise<void>;
+  fillCache?(report: Report, stop: Stop): Promise<void>;
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. */
   prepare(batch: MicroBatch, epoch: number): Promise<Inputs>;
   /** The most memory that filling the cache takes, done once without numbers. */
@@ -46,8 +51,8 @@ export interface Task<Inputs = unknown> {
   blank(batch: MicroBatch): Inputs;
   /** The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. */
   loss(inputs: Inputs, weights?: Weights): Tensor;
-  /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. */
-  preview(weights: Weights): Promise<Picture[]>;
+  /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
+  preview(weights: Weights, stop: Stop): Promise<Picture[]>;
   /** The last word on configs, before the finished model is written. */
   finish?(weights: Weights): Promise<void>;
   release(): void;

@@ -18,7 +18,7 @@ import { learningRate } from './lr_schedule.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import { rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
-import { type Report, saved } from './task.ts';
+import { type Report, type Stop, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
 import { validationLoss } from './validation.ts';
 
@@ -37,7 +37,7 @@ const logFile = (output: string): string => join(output, 'log.jsonl');
 export async function train(
   session: Session,
   report: Report,
-  stop: { readonly asked: boolean },
+  stop: Stop,
   checkpoint?: string,
 ): Promise<Outcome> {
   const { run, pictures, total, task, device } = session;
@@ -70,10 +70,12 @@ export async function train(
       if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
       if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
       const { every_steps } = run.checkpoints;
-      if (done || stop.asked || isDue(every_steps, position.step, endOfEpoch))
-        folder = save(session, position);
-      if (done || isDue(run.previews.every_steps, position.step, endOfEpoch))
-        await journal.preview(position.step);
+      const saves = done || isDue(every_steps, position.step, endOfEpoch);
+      if (saves) folder = save(session, position);
+      if (!stop.asked && (done || isDue(run.previews.every_steps, position.step, endOfEpoch)))
+        await journal.preview(position.step, stop);
+      // Asked during the update, or during the previews after it.
+      if (stop.asked && !saves) folder = save(session, position);
       if (done) break;
       if (stop.asked) return { position, folder, stopped: true };
       await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
@@ -190,8 +192,8 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
       ];
       report.progress('training', step, total, told.filter(Boolean).join(', '));
     },
-    async preview(step: number): Promise<void> {
-      const pictures = await task.preview(ema?.weights);
+    async preview(step: number, stop: Stop): Promise<void> {
+      const pictures = await task.preview(ema?.weights, stop);
       if (pictures.length === 0) return;
       const { path, width, height } = await writePreviews(run.output, step, pictures, run.previews.prompts);
       events.image(step, 'previews', readFileSync(path), width, height);
