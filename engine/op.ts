@@ -80,13 +80,19 @@ export function apply<A>(record: OpRecord<A>, inputs: Inputs, attrs: A): Tensor 
   const [present, device] = presentOn(record.name, inputs);
   const specs = record.outputs(present, attrs);
   const outputs: Tensors = {};
-  for (const [name, spec] of Object.entries(specs))
-    outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
-  device.execute(record, 'forward', { ...present, ...outputs }, attrs);
-  if (isRecording() && Object.values(present).some((t) => t.node)) {
-    outputs.y.node = Node.ofOp(record, present, outputs, attrs);
+  const tensors = { ...present };
+  for (const name in specs) {
+    const { shape, dtype } = specs[name];
+    tensors[name] = outputs[name] = empty(shape, { device, dtype });
   }
+  device.execute(record, 'forward', tensors, attrs);
+  if (isRecording() && anyOnTape(present)) outputs.y.node = Node.ofOp(record, present, outputs, attrs);
   return outputs.y;
+}
+
+function anyOnTape(tensors: Tensors): boolean {
+  for (const name in tensors) if (tensors[name].node) return true;
+  return false;
 }
 
 /** One call of an op that changes its `updates` in place and has no outputs. */
@@ -118,12 +124,16 @@ export function update(updates: readonly Update[]): void {
 
 /** The inputs that are there, and the one device that holds them all. */
 function presentOn(op: string, inputs: Inputs): [Tensors, Device] {
-  const present = Object.fromEntries(Object.entries(inputs).filter(([, t]) => t !== undefined)) as Tensors;
-  const [{ device }, ...rest] = Object.values(present);
-  for (const other of rest) {
-    if (other.device !== device)
-      throw new ShapeError(`${op}: inputs are on ${device.name} and ${other.device.name}`);
+  const present: Tensors = {};
+  let device: Device | undefined;
+  for (const name in inputs) {
+    const t = inputs[name];
+    if (!t) continue;
+    present[name] = t;
+    device ??= t.device;
+    if (t.device !== device) throw new ShapeError(`${op}: inputs are on ${device.name} and ${t.device.name}`);
   }
+  if (!device) throw new ShapeError(`${op} was given no tensor`);
   return [present, device];
 }
 

@@ -153,11 +153,18 @@ function splitSymbol(symbol: string): [string, string] {
 function planFor(op: string, args: LaunchArguments): Plan {
   const plan = plans.get(op);
   if (!plan) throw new Error(`the GPU has no kernel ${op}`);
-  const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
-  if (plan.signature && given !== plan.signature.replace(/[if]/g, 'n')) {
+  if (plan.signature !== undefined && !fits(plan.signature, args)) {
+    const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
     throw new Error(`${op} takes (${plan.signature}), got (${given}): p pointer, i int, f float, n number`);
   }
   return plan;
+}
+
+function fits(signature: string, args: LaunchArguments): boolean {
+  if (signature.length !== args.length) return false;
+  for (let i = 0; i < args.length; i++)
+    if ((typeof args[i] === 'bigint') !== (signature[i] === 'p')) return false;
+  return true;
 }
 
 const hasWork = ({ grid }: KernelLaunch): boolean => !grid.includes(0);
