@@ -3,7 +3,7 @@
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
-import { modelErrors, pipelineSteps, trainingStep } from './whole_models.ts';
+import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep } from './whole_models.ts';
 
 const device = cudaDevice(openVirtualGpu({ races: false }));
 const cpu = openDevice('cpu');
@@ -22,3 +22,18 @@ for (const [label, work] of [
     t.end();
   });
 }
+
+test('a UNet on Hopper: tensor maps and wgmma, replayed and with gradients', (t) => {
+  const gpu = openVirtualGpu({ capability: [9, 0], races: false });
+  for (const { name, error, bound } of modelErrors(cudaDevice(gpu), cpu, replaysAndGradients, 'bfloat16')) {
+    const shown = `${error.toExponential(2)}, at most ${bound.toExponential(2)}`;
+    t.ok(bound > 0 && error <= bound, `${name}: ${shown}`);
+  }
+  const ran = gpu.coverage().filter(({ visited }) => visited > 0);
+  for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_sm90_backward', 'attention_hopper'])
+    t.ok(
+      ran.some(({ kernel }) => kernel.startsWith(kind)),
+      `${kind} has run`,
+    );
+  t.end();
+});

@@ -1,17 +1,18 @@
 // Whole models at work on any device, for comparing one with another: the tiny golden pipeline (text encoders, UNet under
-// guidance, VAE, four steps) and one step of training. Float32 agrees within its sums' order. In the half types devices
+// guidance, VAE, four steps), one step of training, and a UNet wide enough for Hopper's kernels. Float32 agrees within its sums' order. In the half types devices
 // round every activation in their own places, so what is asked is that one is as near to the float32 result as the other.
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
-import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
+import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
 import { namedParameters, type Parameter, unload } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
-import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { mse } from '../engine/ops/loss.ts';
+import { scope, unscoped } from '../engine/scope.ts';
+import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
+import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
 import { fill } from '../train/fields.ts';
@@ -122,6 +123,53 @@ export function trainingStep(device: Device, dtype: FloatDType): Results {
   };
   averages.release();
   optimizer.release();
+  unload(model);
+  return results;
+}
+
+/** Two levels wide enough for Hopper's tiles, with heads of 64. */
+const wide: Partial<UNetConfig> = {
+  block_out_channels: [32, 64],
+  down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D'],
+  up_block_types: ['CrossAttnUpBlock2D', 'UpBlock2D'],
+  layers_per_block: 1,
+  attention_head_dim: 1,
+  transformer_layers_per_block: 1,
+};
+
+/** A UNet of random weights: three runs of one step, of which a GPU replays the last, and the gradients of a loss. */
+export function replaysAndGradients(device: Device, dtype: FloatDType): Results {
+  const random = new TorchGenerator(9);
+  const made = (shape: readonly number[], scale = 1) =>
+    tensor(
+      (random.randn(sizeOf(shape)) as Float32Array).map((x) => x * scale),
+      shape,
+      { device, dtype },
+    );
+  const model = unet({ ...parseUNetConfig(source.config('unet')), ...wide });
+  const parameters = [...namedParameters(model).values()];
+  for (const p of parameters)
+    p.tensor = unscoped(() => made(p.memoryShape, p.shape.length > 1 ? Math.sqrt(p.shape[0] / p.size) : 1));
+  const results: Results = {};
+  scope(() => {
+    const x = empty([1, 16, 16, 4], { device, dtype });
+    const times = tensor([500], [1], { device });
+    const conditioning = {
+      ...{ context: made([1, 77, 80]), textEmbeds: made([1, 40]) },
+      timeIds: tensor([32, 32, 0, 0, 32, 32], [1, 6], { device }),
+    };
+    const step = device.step(() => noGrad(() => model(x, times, conditioning)));
+    for (let run = 0; run < 3; run++) {
+      x.set(random.randn(x.size) as Float32Array);
+      results[`run ${run}`] = step.run((y) => y.floats());
+    }
+    step.release();
+    for (const p of parameters) requireGrad(p.tensor);
+    scope(() => backward(mse(model(x, times, conditioning), made([1, 16, 16, 4]))));
+    results.gradients = Float32Array.from(
+      parameters.flatMap((p) => [...(gradOf(p.tensor) as Tensor).floats()]),
+    );
+  });
   unload(model);
   return results;
 }

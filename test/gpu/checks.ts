@@ -12,7 +12,7 @@ import { packageRoot } from '../golden.ts';
 import { type AnyRecord, gpuErrors } from '../op_cases.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 import { benchOn } from '../virtual-gpu/run_kernel.ts';
-import { modelErrors, pipelineSteps, trainingStep, type Work } from '../whole_models.ts';
+import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep, type Work } from '../whole_models.ts';
 import { type Gpu, openGpu } from './device.ts';
 import { type MicroKernel, microKernels } from './micro.ts';
 
@@ -104,7 +104,11 @@ const samples = (record: AnyRecord, device: string): CheckCase[] =>
     })),
   );
 
-const models: Record<string, Work> = { pipeline: pipelineSteps, 'training step': trainingStep };
+const models: Record<string, Work> = {
+  pipeline: pipelineSteps,
+  'training step': trainingStep,
+  'replays and gradients': replaysAndGradients,
+};
 
 const model = (
   name: string,
