@@ -96,7 +96,7 @@ export function prepareCase(
       if (isFloat(dtype)) made[`d${name}`] = unscoped(() => empty(shape, { device, dtype }));
   }
   return {
-    once: () => stopwatch(() => run(direction)),
+    once: () => stopwatch(() => run(direction), device),
     release() {
       for (const t of Object.values(made)) t.release();
     },

@@ -1,4 +1,5 @@
 // The few lines of statistics that every benchmark shares.
+import type { Device } from '../engine/device.ts';
 
 export interface Timing {
   /** Seconds. */
@@ -21,21 +22,11 @@ export const timingOf = (seconds: readonly number[]): Timing => ({
   runs: seconds.length,
 });
 
-/** Wall-clock seconds of one call. */
-export function stopwatch(body: () => void): number {
+/** Wall-clock seconds of one call, with all that it has queued on the device. */
+export function stopwatch(body: () => void, { driver }: Device): number {
+  driver.synchronize?.();
   const began = performance.now();
   body();
+  driver.synchronize?.();
   return (performance.now() - began) / 1000;
-}
-
-/** Runs `body` once to warm up, then `runs` times. */
-export function timed(runs: number, body: () => void, onRun?: (run: number) => void): Timing {
-  body();
-  onRun?.(0);
-  const seconds: number[] = [];
-  for (let run = 1; run <= runs; run++) {
-    seconds.push(stopwatch(body));
-    onRun?.(run);
-  }
-  return timingOf(seconds);
 }

@@ -30,6 +30,8 @@ export interface Driver {
   launch(symbol: string, args: readonly (bigint | number)[]): void;
   /** Runs it for each of several argument lists that are independent of each other, in one launch where it can. */
   launchAll?(symbol: string, calls: readonly (readonly (bigint | number)[])[]): void;
+  /** Waits for what was queued, where calls return before they are done. */
+  synchronize?(): void;
   /** Records the launches that `queue` makes, to be run again as they are. Nothing may be allocated or copied in it. */
   capture?(queue: () => void): Replay;
 }

@@ -17,16 +17,23 @@ export interface OpCall {
   seconds: number;
 }
 
-/** `device` that tells `note` of every op it has run. Make all tensors on the returned device. */
-export const profiled = (device: Device, note: (call: OpCall) => void): Device => ({
+/**
+ * `device` that tells `note` of every op it has run. Make all tensors on the returned device. A device that queues its work is
+ * waited for after each op, which takes its time; `isOn` can switch the watching off.
+ */
+export const profiled = (device: Device, note: (call: OpCall) => void, isOn = () => true): Device => ({
   ...device,
   step: eagerStep,
   execute(record, direction, tensors, attrs) {
+    if (!isOn()) return device.execute(record, direction, tensors, attrs);
+    device.driver.synchronize?.();
     const began = performance.now();
     device.execute(record, direction, tensors, attrs);
+    device.driver.synchronize?.();
     note({ record, direction, tensors, attrs, seconds: (performance.now() - began) / 1000 });
   },
   executeAll(calls) {
+    if (!isOn()) return device.executeAll(calls);
     for (const { record, tensors, attrs } of calls) this.execute(record, 'forward', tensors, attrs);
   },
 });

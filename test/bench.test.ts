@@ -1,10 +1,11 @@
 // The benchmark command and what it counts: the full-size UNet's arithmetic against PyTorch's own count, walked on the
 // device that computes nothing; and a small model measured for real.
 import { test } from 'tap';
+import { benchModel } from '../bench/model.ts';
 import { opCases } from '../bench/ops.ts';
 import { buildSubject } from '../bench/subjects.ts';
-import { openDevice } from '../engine/device.ts';
-import { profiled, standInDevice } from '../engine/profile.ts';
+import { type Device, openDevice } from '../engine/device.ts';
+import { profiled, standInCuda, standInDevice } from '../engine/profile.ts';
 import { presets } from '../models/presets.ts';
 import { sdxl as run } from './command_line.ts';
 
@@ -51,6 +52,36 @@ test('bench reports a forward pass', async (t) => {
   const total = report.ops.reduce((sum: number, op: { share: number }) => sum + op.share, 0);
   t.ok(Math.abs(total - 1) < 1e-6, `shares add up to ${total}`);
   t.ok(report.ops.some((op: { op: string; calls: number }) => op.op === 'conv2d' && op.calls === 51));
+});
+
+test('a device that queues its work is waited for, and watched op by op in a run of its own', (t) => {
+  const report = (device: Device) =>
+    benchModel('unet', { preset: 'tiny', ...square(64), dtype: 'float32', runs: 2 }, device);
+  const gpu = standInCuda();
+  let waits = 0;
+  const told: number[] = [];
+  gpu.driver.synchronize = () => void waits++;
+  const runs = report({
+    ...gpu,
+    execute(record, direction, tensors, attrs) {
+      told.push(waits);
+      gpu.execute(record, direction, tensors, attrs);
+    },
+  });
+  const calls = told.length / 4;
+  t.equal(
+    new Set(told.slice(0, 3 * calls)).size,
+    3,
+    'warming up and the two timed runs wait at their ends alone',
+  );
+  t.equal(new Set(told.slice(3 * calls)).size, calls, 'the watched run waits for each op');
+  const here = report(openDevice('cpu'));
+  const counts = ({ flops, ops }: typeof here) => [
+    flops,
+    ...ops.map(({ op, calls }) => `${op} ${calls}`).sort(),
+  ];
+  t.same(counts(runs), counts(here));
+  t.end();
 });
 
 test('bench times an update, of all weights or of adapters', async (t) => {

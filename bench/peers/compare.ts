@@ -132,7 +132,7 @@ async function compareUNet(dtype: FloatDType, options: Options, device: Device, 
   const fill = shareBlocks ? fillSharingBlocks : fillRandom;
   const ours = buildSubject('unet', presets[preset], sizes, device, dtype, fill);
   await peer.prepare({ unet: { preset, ...sizes, dtype, share_blocks: shareBlocks } });
-  const times = await takeTurns(() => stopwatch(() => ours.run()), peer, rounds, 0);
+  const times = await takeTurns(() => stopwatch(() => ours.run(), device), peer, rounds, 0);
   ours.release();
   device.memory.trim();
   await peer.drop();
