@@ -116,13 +116,20 @@ async function compareCase(
     op: each.record.name,
     direction,
     dtype,
-    shapes: shapesOf(shown),
+    shapes: shapesOf(shown) + activationOf(each.attrs),
     count: each.count,
     flops: factor * each.flops,
     bytes: factor * each.bytes,
     ...times,
   };
   return told(row);
+}
+
+/** What both sides apply to the result: "  +silu", or nothing. */
+function activationOf(attrs: unknown): string {
+  const { silu, activation = 'none' } = attrs as { silu?: boolean; activation?: string };
+  const name = silu ? 'silu' : activation;
+  return name === 'none' ? '' : `  +${name}`;
 }
 
 /** One forward pass of the whole UNet. */

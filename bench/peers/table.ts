@@ -80,27 +80,24 @@ function table(rows: readonly Row[]): string {
     (row.torch / row.ours).toFixed(2),
     (row.torch_best / row.ours_best).toFixed(2),
   ];
-  const sum = (of: (row: Row) => number) => rows.reduce((total, row) => total + row.count * of(row), 0);
-  const all = {
-    ...rows[0],
-    flops: sum((r) => r.flops),
-    bytes: sum((r) => r.bytes),
-    ours: sum((r) => r.ours),
-    torch: sum((r) => r.torch),
-    ours_best: sum((r) => r.ours_best),
-    torch_best: sum((r) => r.torch_best),
+  const total = (name: string, of: readonly Row[]) => {
+    const sum = (what: (row: Row) => number) => of.reduce((all, row) => all + row.count * what(row), 0);
+    const all = {
+      ...of[0],
+      flops: sum((r) => r.flops),
+      bytes: sum((r) => r.bytes),
+      ours: sum((r) => r.ours),
+      torch: sum((r) => r.torch),
+      ours_best: sum((r) => r.ours_best),
+      torch_best: sum((r) => r.torch_best),
+    };
+    const calls = sum(() => 1);
+    return line(cells(name, calls, all));
   };
   const body = rows.map((row) => line(cells(brief(row), row.count, row)));
-  if (rows.length > 1)
-    body.push(
-      line(
-        cells(
-          '**all calls of a pass**',
-          sum(() => 1),
-          all,
-        ),
-      ),
-    );
+  const silu = rows.filter((row) => row.shapes.endsWith('+silu'));
+  if (silu.length > 1) body.push(total('**all calls with SiLU**', silu));
+  if (rows.length > 1) body.push(total('**all calls of a pass**', rows));
   const head = [
     'shapes',
     'calls',

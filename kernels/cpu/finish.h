@@ -22,22 +22,23 @@ inline void store(bf16 *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_m
 inline vf load(const bf16 *p, int64_t count) { return count >= LANES ? load(p) : load<bf16>(p, count); }
 inline void store(bf16 *p, vf x, int64_t count) { count >= LANES ? store(p, x) : store<bf16>(p, x, count); }
 
-// 2^x, to 1e-4 relative for a two-byte T and to 2e-7 for float.
+// 2^x, to 1e-4 relative for a two-byte T and to 2e-7 for float: scalef rounds its exponent down itself.
 template <class T, int W> inline void powers_of_two(vf (&x)[W]) {
-  vf p[W], n[W];
-  side_by_side<W>([&](int i) { n[i] = vf(_mm512_roundscale_ps(__m512(x[i]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); });
-  side_by_side<W>([&](int i) { x[i] -= n[i]; });
+  vf p[W], r[W];
   if constexpr (sizeof(T) == 2) {
-    side_by_side<W>([&](int i) { p[i] = x[i] * 0.0558012f + 0.2402265f; });
-    side_by_side<W>([&](int i) { p[i] = p[i] * x[i] + 0.6931284f; });
+    side_by_side<W>([&](int i) { r[i] = vf(_mm512_reduce_ps(__m512(x[i]), _MM_FROUND_TO_NEG_INF)); });
+    side_by_side<W>([&](int i) { p[i] = r[i] * 0.07706705f + 0.22764499f; });
+    side_by_side<W>([&](int i) { p[i] = p[i] * r[i] + 0.69511679f; });
   } else {
-    side_by_side<W>([&](int i) { p[i] = x[i] * 1.3333558e-3f + 9.6181291e-3f; });
-    side_by_side<W>([&](int i) { p[i] = p[i] * x[i] + 5.5504109e-2f; });
-    side_by_side<W>([&](int i) { p[i] = p[i] * x[i] + 2.4022651e-1f; });
-    side_by_side<W>([&](int i) { p[i] = p[i] * x[i] + 6.9314718e-1f; });
+    side_by_side<W>([&](int i) { r[i] = vf(_mm512_reduce_ps(__m512(x[i]), _MM_FROUND_TO_NEAREST_INT)); });
+    side_by_side<W>([&](int i) { x[i] -= r[i]; });
+    side_by_side<W>([&](int i) { p[i] = r[i] * 1.3333558e-3f + 9.6181291e-3f; });
+    side_by_side<W>([&](int i) { p[i] = p[i] * r[i] + 5.5504109e-2f; });
+    side_by_side<W>([&](int i) { p[i] = p[i] * r[i] + 2.4022651e-1f; });
+    side_by_side<W>([&](int i) { p[i] = p[i] * r[i] + 6.9314718e-1f; });
   }
-  side_by_side<W>([&](int i) { p[i] = p[i] * x[i] + 1.f; });
-  side_by_side<W>([&](int i) { x[i] = vf(_mm512_scalef_ps(__m512(p[i]), __m512(n[i]))); });
+  side_by_side<W>([&](int i) { p[i] = p[i] * r[i] + 1.f; });
+  side_by_side<W>([&](int i) { x[i] = vf(_mm512_scalef_ps(__m512(p[i]), __m512(x[i]))); });
 }
 
 // x[i] *= 1 / d[i]

@@ -207,35 +207,41 @@ template <class T> void flipped_product(const Product<T> &p) {
   compute_columns(p, packed, {0, p.n}, tile_columns(p.m, MIDDLE_ROWS, 1), p.n);
 }
 
-constexpr int THIN_ROWS = 4, THIN_COLUMNS = 64;
+constexpr int THIN_ROWS = 4, THIN_COLUMNS = 32;
+
+// to[i] = left[i] * right over k: M rows of words, `stride` apart, with sums in registers.
+template <class T, int M> inline void thin_column(float *to, int64_t to_stride, const float *left, int64_t stride, const T *right, int64_t k) {
+  constexpr int64_t STEP = LANES * PAIR<T>;
+  vf sums[M][2] = {};
+  const auto add = [&](int part, int64_t at, vf x) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) sums[i][part] = multiply_add<PAIR<T> == 2>(sums[i][part], load(left + i * stride + at / PAIR<T>), x);
+  };
+  int64_t at = 0;
+  for (; at + 2 * STEP <= k; at += 2 * STEP) {
+    add(0, at, words_along_k(right + at, int(STEP)));
+    add(1, at + STEP, words_along_k(right + at + STEP, int(STEP)));
+  }
+  for (; at < k; at += STEP) add(0, at, words_along_k(right + at, int(k - at)));
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i++) to[i * to_stride] = reduce_add(sums[i][0] + sums[i][1]);
+}
 
 // A few rows times a B that lies along k: memory bound, so B is read in place, once.
-template <class T> void thin_product(const Product<T> &p) {
-  const int m = int(p.m);
-  const int64_t words = words_of<T>(p.k), stride = (words + LANES - 1) / LANES * LANES;
-  float *left = b_workspace.floats(THIN_ROWS * stride);
-  const T *from[THIN_COLUMNS];
-  p.a.rows.fetch(from, {0, m}, {0, p.k}, nullptr);
-  for (int i = 0; i < m; i++)
-    for (int64_t w = 0; w < words; w += LANES)
+template <class T, int M> void thin_product(const Product<T> &p) {
+  const int64_t stride = whole_vectors(words_of<T>(p.k));
+  float *left = b_workspace.floats(M * stride);
+  const T *from[M];
+  p.a.rows.fetch(from, {0, M}, {0, p.k}, nullptr);
+  for (int i = 0; i < M; i++)
+    for (int64_t w = 0; w < stride; w += LANES)
       store(left + i * stride + w, words_along_k(from[i] + w * PAIR<T>, int(p.k - w * PAIR<T>)));
   parallel_for(p.n, THIN_COLUMNS, [&](int64_t first, int64_t last) {
-    float values[THIN_ROWS][THIN_COLUMNS];
+    float values[M][THIN_COLUMNS];
     const T *row[THIN_COLUMNS];
     p.b.rows.fetch(row, {first, last}, {0, p.k}, nullptr);
-    for (int64_t j = first; j < last; j++) {
-      const T *right = row[j - first];
-      vf sums[THIN_ROWS][2] = {};
-      for (int64_t w = 0; w < words; w += 2 * LANES) {
-        const vf x = words_along_k(right + w * PAIR<T>, int(p.k - w * PAIR<T>));
-        for (int i = 0; i < m; i++) sums[i][0] = multiply_add<PAIR<T> == 2>(sums[i][0], load(left + i * stride + w), x);
-        if (w + LANES >= words) break;
-        const vf next = words_along_k(right + (w + LANES) * PAIR<T>, int(p.k - (w + LANES) * PAIR<T>));
-        for (int i = 0; i < m; i++) sums[i][1] = multiply_add<PAIR<T> == 2>(sums[i][1], load(left + i * stride + w + LANES), next);
-      }
-      for (int i = 0; i < m; i++) values[i][j - first] = reduce_add(sums[i][0] + sums[i][1]);
-    }
-    write_tile(p.c, values[0], THIN_COLUMNS, {0, m}, {first, last});
+    for (int64_t j = 0; j < last - first; j++) thin_column<T, M>(&values[0][j], THIN_COLUMNS, left, stride, row[j], p.k);
+    write_tile(p.c, values[0], THIN_COLUMNS, {0, M}, {first, last});
   });
 }
 
@@ -243,10 +249,14 @@ template <class T> void thin_product(const Product<T> &p) {
 
 template <class T>
 void gemm(const Output<T> &c, const Operand<T> &a, const Operand<T> &b, int64_t m, int64_t n, int64_t k) {
-  const bool flipped = m <= TILE_ROWS && !a.rows_are_k && !b.rows_are_k;
+  if (m <= 0 || n <= 0) return;
+  const bool along_k = !a.rows_are_k && !b.rows_are_k;
   const Product<T> p{c, a, b, m, n, k, {k, a.rows_are_k ? 0 : a.rows.run()}};
-  if (m <= THIN_ROWS && !a.rows_are_k && !b.rows_are_k && a.rows.run() == 0 && b.rows.run() == 0) return thin_product(p);
-  if (flipped) return flipped_product<T>({c, b, a, n, m, k, {k, 0}, true});
+  if (m <= THIN_ROWS && along_k && a.rows.run() == 0 && b.rows.run() == 0) {
+    constexpr void (*thin[])(const Product<T> &) = {thin_product<T, 1>, thin_product<T, 2>, thin_product<T, 3>, thin_product<T, 4>};
+    return thin[m - 1](p);
+  }
+  if (m <= TILE_ROWS && along_k) return flipped_product<T>({c, b, a, n, m, k, {k, 0}, true});
   if (m <= TILE_ROWS) return compute_columns(p, nullptr, {0, n}, m, tile_columns(n, std::max<int64_t>(SUMS / m / COLUMN_STEP, 1) * COLUMN_STEP, 1));
   const int64_t down = (m + MIDDLE_ROWS - 1) / MIDDLE_ROWS, height = (m + down - 1) / down;
   const int64_t words = p.blocks.count == 0 ? 0 : words_of<T>(k) + LANES, width = tile_columns(n, TILE_COLUMNS, down);

@@ -1,12 +1,11 @@
-// Group norm (+SiLU) over [n, hw, c], layer norm and softmax over rows. Group statistics are taken in one read: each chunk
-// of rows sums about its own first row, which is one of the summed values and so bounds what cancels however far the mean
-// lies from zero; chunks are then merged in order in float64 (Chan, Golub & LeVeque 1983). Chunks depend on the shape
-// alone, so results do not depend on the number of threads.
+// Group norm (+SiLU) over [n, hw, c], layer norm and softmax over rows. Group statistics are taken in one read: sums of
+// values and squares about a number that lies among them, the group's mean in one row, so that little cancels however far
+// the mean lies from zero. Chunks of rows are summed in float32 and added up in order in float64. Chunks depend on the
+// shape alone, so results do not depend on the number of threads.
 #include "finish.h"
 #include "threads.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -19,7 +18,7 @@ namespace {
 struct Chunks {
   int n, hw, c, rows, per_image;
   Chunks(int n, int hw, int c) : n(n), hw(hw), c(c) {
-    const int64_t wanted = (int64_t(hw) * c / 32768 + 2) / 2 * 2;
+    const int64_t wanted = (int64_t(hw) * c / 65536 + 2) / 2 * 2;
     rows = std::max(8, int((hw + wanted - 1) / wanted));
     per_image = (hw + rows - 1) / rows;
   }
@@ -68,70 +67,77 @@ template <class F> inline float row_sum(int c, F &&term) {
 
 // ---- group norm
 
-// mean and squares about it of each channel over `rows` rows of c. Rows go by eights, so that memory is read in order and
-// the running sums are touched an eighth as often.
-template <class T> void channel_moments(float *mean, float *squares, const T *x, int rows, int c) {
-  std::fill_n(mean, c, 0.f);
+// Sums of (x - centre) and its square over each channel of `rows` rows of c. Rows go by eights, so that memory is read in
+// order and the running sums are touched an eighth as often.
+template <class T> void channel_sums(float *sums, float *squares, const float *centre, const T *x, int rows, int c) {
+  std::fill_n(sums, c, 0.f);
   std::fill_n(squares, c, 0.f);
   const auto add_rows = [&](const T *row, auto how_many) {
     each_vector(c, [&](int k, auto lanes) {
-      const vf shift = load(x + k, lanes);
-      vf sum = load(mean + k, lanes), square = load(squares + k, lanes);
+      const vf shift = load(centre + k);
+      vf sum = load(sums + k), square = load(squares + k);
 #pragma GCC unroll 8
       for (int i = 0; i < how_many(); i++) {
         const vf d = load(row + int64_t(i) * c + k, lanes) - shift;
         sum += d;
         square += d * d;
       }
-      store(mean + k, sum, lanes);
-      store(squares + k, square, lanes);
+      store(sums + k, sum);
+      store(squares + k, square);
     });
   };
   int r = 0;
   for (; r + 8 <= rows; r += 8) add_rows(x + int64_t(r) * c, [] { return 8; });
   for (; r < rows; r++) add_rows(x + int64_t(r) * c, [] { return 1; });
-  const float inverse = 1.f / float(rows);
-  each_vector(c, [&](int k, auto lanes) {
-    const vf sum = load(mean + k, lanes);
-    store(mean + k, load(x + k, lanes) + sum * inverse, lanes);
-    store(squares + k, load(squares + k, lanes) - sum * sum * inverse, lanes);
-  });
+}
+
+// The sum of `count` floats, which are followed by a vector more.
+inline float sum_of(const float *x, int count) {
+  vf total = first_lanes(load(x + count / LANES * LANES), count % LANES);
+  for (int k = 0; k + LANES <= count; k += LANES) total += load(x + k);
+  return reduce_add(total);
+}
+
+// Floats that a thread keeps between calls.
+inline float *scratch(int64_t count) {
+  static thread_local Row memory;
+  if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+  return memory.data();
 }
 
 template <class T>
 void group_statistics(float *mean, float *rstd, const T *x, const Chunks &chunks, int groups, float eps) {
-  const int c = chunks.c, width = c / groups;
-  const int64_t all = chunks.count() * c;
-  const std::unique_ptr<float[]> means(new float[all]), squares(new float[all]);
-  chunks.each([&](int64_t chunk, int64_t first, int rows) {
-    channel_moments(&means[chunk * c], &squares[chunk * c], x + first * c, rows, c);
-  });
-  std::vector<double> centre(c), spread(c);
+  const int c = chunks.c, width = c / groups, padded = c + LANES;
+  // Per image: each channel's centre, its group's mean in the middle row.
+  Row centres(int64_t(chunks.n) * padded);
   for (int64_t image = 0; image < chunks.n; image++) {
-    centre.assign(c, 0);
-    spread.assign(c, 0);
-    double seen = 0;
-    for (int64_t chunk = image * chunks.per_image; chunk < (image + 1) * chunks.per_image; chunk++) {
-      const double rows = chunks.rows_of(chunk), part = rows / (seen + rows);
-      for (int k = 0; k < c; k++) {
-        const double d = means[chunk * c + k] - centre[k];
-        spread[k] += squares[chunk * c + k] + d * d * part * seen;
-        centre[k] += d * part;
-      }
-      seen += rows;
-    }
-    for (int g = 0; g < groups; g++) {
-      double total = 0, square = 0;
-      for (int k = g * width; k < (g + 1) * width; k++) total += centre[k];
-      const double middle = total / width;
-      for (int k = g * width; k < (g + 1) * width; k++) {
-        const double d = centre[k] - middle;
-        square += spread[k] + seen * d * d;
-      }
-      mean[image * groups + g] = float(middle);
-      rstd[image * groups + g] = float(1. / std::sqrt(square / (seen * width) + eps));
-    }
+    const T *row = x + (image * chunks.hw + chunks.hw / 2) * c;
+    float *centre = &centres[image * padded];
+    each_vector(c, [&](int k, auto lanes) { store(centre + k, load(row + k, lanes)); });
+    for (int g = 0; g < groups; g++) std::fill_n(centre + g * width, width, sum_of(centre + g * width, width) / float(width));
   }
+  // Per chunk and group: the sum and the sum of squares about the centre.
+  std::vector<float> partial(size_t(chunks.count() * groups * 2));
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
+    float *sums = scratch(2 * padded), *squares = sums + padded, *to = &partial[size_t(chunk * groups * 2)];
+    channel_sums(sums, squares, &centres[chunks.image(chunk) * padded], x + first * c, rows, c);
+    for (int g = 0; g < groups; g++) {
+      *to++ = sum_of(sums + g * width, width);
+      *to++ = sum_of(squares + g * width, width);
+    }
+  });
+  const double count = double(chunks.hw) * width;
+  for (int64_t image = 0; image < chunks.n; image++)
+    for (int g = 0; g < groups; g++) {
+      double sum = 0, square = 0;
+      for (int64_t chunk = image * chunks.per_image; chunk < (image + 1) * chunks.per_image; chunk++) {
+        sum += partial[size_t((chunk * groups + g) * 2)];
+        square += partial[size_t((chunk * groups + g) * 2 + 1)];
+      }
+      const double from_centre = sum / count;
+      mean[image * groups + g] = float(centres[image * padded + g * width] + from_centre);
+      rstd[image * groups + g] = float(1. / std::sqrt(std::max(0., square / count - from_centre * from_centre) + eps));
+    }
 }
 
 // Per channel of each image: the group's mean and rstd, and the layer's weight and bias as float.
