@@ -98,36 +98,29 @@ function matrixFactors(t: RefTensors, attrs: AdafactorAttrs): (i: number) => num
   return (i) => 1 / Math.sqrt(row[rowOf(i)] / meanOf(i)) / Math.sqrt(col[colOf(i)]);
 }
 
+export function adafactorSample(weight: readonly number[], i: number): Sample<AdafactorAttrs> {
+  const attrs = { lr: 0.01, weightDecay: 0.1, gradientScale: 0.5, eps: 1e-30, decayRate: -0.8 };
+  const factors = factorShapes(weight);
+  const states: Record<string, readonly number[]> = factors
+    ? { exp_avg_sq_row: factors.row, exp_avg_sq_col: factors.col }
+    : { exp_avg_sq: weight };
+  const master: Record<string, readonly number[]> = i % 2 ? { master: weight } : {};
+  return {
+    inputs: { weight, gradient: weight, ...master, ...states },
+    attrs: { ...attrs, clipThreshold: i % 3 ? 1 : 0.5, step: 1 + (i % 4) },
+    dtypes: Object.fromEntries(['master', ...Object.keys(states)].map((name) => [name, 'float32'])),
+    nonnegative: Object.keys(states),
+  };
+}
+
 function samples(): Sample<AdafactorAttrs>[] {
-  const attrs: AdafactorAttrs = {
-    lr: 0.01,
-    weightDecay: 0.1,
-    gradientScale: 0.5,
-    eps: 1e-30,
-    clipThreshold: 1,
-    decayRate: -0.8,
-    step: 3,
-  };
-  const sample = (weight: readonly number[], i: number): Sample<AdafactorAttrs> => {
-    const factors = factorShapes(weight);
-    const states: Record<string, readonly number[]> = factors
-      ? { exp_avg_sq_row: factors.row, exp_avg_sq_col: factors.col }
-      : { exp_avg_sq: weight };
-    const master: Record<string, readonly number[]> = i % 2 ? { master: weight } : {};
-    return {
-      inputs: { weight, gradient: weight, ...master, ...states },
-      attrs: { ...attrs, clipThreshold: i % 3 ? 1 : 0.5, step: 1 + (i % 4) },
-      dtypes: Object.fromEntries(['master', ...Object.keys(states)].map((name) => [name, 'float32'])),
-      nonnegative: Object.keys(states),
-    };
-  };
   const shapes = [
     ...awkwardSizes.map(([a, b, c], i) => [[a], [a, b], [a % 8 || 1, 3, 3, c], [a, 1, 1, c]][i % 4]),
     [300, 200],
     [20_000],
     [5, 3, 2, 40],
   ];
-  return shapes.map(sample);
+  return shapes.map(adafactorSample);
 }
 
 export interface AdafactorSlots {

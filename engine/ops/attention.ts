@@ -69,11 +69,12 @@ const attentionOp = defineOp<AttentionAttrs>({
       });
     },
     backward(t, attrs) {
-      const { dq, dk, dv, dy, q, k, v } = t;
+      const { dq, dk, dv, dy, y, q, k, v } = t;
       for (const gradient of [dq, dk, dv]) gradient?.data.fill(0);
       eachRow(t, attrs, ({ p, iq, keyAt, d }) => {
         const dp = p.map((_, j) => dotAt(dy.data, iq, v.data, keyAt(j), d));
-        const mean = p.reduce((total, pj, j) => total + pj * dp[j], 0);
+        // The mean of dp under p, which is what dy has of y.
+        const mean = dotAt(dy.data, iq, y.data, iq, d);
         for (let j = 0; j < p.length; j++) {
           const ds = p[j] * (dp[j] - mean) * attrs.scale;
           for (let c = 0; c < d; c++) {

@@ -146,12 +146,9 @@ const linearOp = defineOp<LinearAttrs>({
 function preActivationGradient(t: Tensors, activation: Activation, launch: Launch): Tensor {
   if (activation === 'none') return t.dy;
   const { m, n, h, k } = dims(t.x.shape, t.weight.shape, activation);
-  const like = { device: t.x.device, dtype: t.x.dtype };
-  const pre = empty([m, h], like);
-  const dh = empty([m, h], like);
-  launch('linear_forward', [pre, t.x, t.weight, t.bias, undefined, m, h, k, 0]);
-  if (activation === 'geglu') launch('geglu_backward', [dh, t.dy, pre, m, n]);
-  else launch(`${activation}_backward`, [dh, t.dy, pre, m * h]);
+  const dh = empty([m, h], { device: t.x.device, dtype: t.x.dtype });
+  const code = activationCode[activation];
+  launch('linear_backward_activation', [dh, t.dy, t.x, t.weight, t.bias, m, n, k, code]);
   return dh;
 }
 

@@ -67,8 +67,9 @@ const concatOp = defineOp<ConcatAttrs>({
     { inputs: { x0: [2, 1, 4], x1: [2, 5, 4], x2: [2, 2, 4] }, attrs: { axis: 1, lengths: [1, 5, 2] } },
     ...awkwardSizes.map(([a, b, c], i) => {
       const [axis, x0] = [i % 3, [1 + (i % 4), a, b]];
-      const x1 = x0.map((d, at) => (at === axis ? c : d));
-      return { inputs: { x0, x1 }, attrs: { axis, lengths: [x0[axis], c] } };
+      const length = axis === 0 ? 1 + (c % 5) : c;
+      const x1 = x0.map((d, at) => (at === axis ? length : d));
+      return { inputs: { x0, x1 }, attrs: { axis, lengths: [x0[axis], length] } };
     }),
   ],
 });
@@ -201,7 +202,8 @@ const permuteOp = defineOp<PermuteAttrs>({
         [3, 0, 2, 1],
       ];
       const order = orders[i % orders.length];
-      return { inputs: { x: [a, b, 1 + (i % 3), 2].slice(0, order.length) }, attrs: { order } };
+      const x = order.length === 4 ? [1 + (a % 33), b, 1 + (i % 3), 2] : [a, b, 1 + (i % 3)];
+      return { inputs: { x: x.slice(0, order.length) }, attrs: { order } };
     }),
   ],
 });
@@ -325,7 +327,7 @@ const timestepOp = defineOp<{
     launch('timestep_embedding_forward', [t.y, t.t, t.t.size, dim, Number(flipSinToCos), shift, 10000]),
   reference: {
     forward({ y, t }, { dim, flipSinToCos, shift }) {
-      const half = dim / 2;
+      const half = Math.floor(dim / 2);
       for (let i = 0; i < t.data.length; i++)
         for (let j = 0; j < half; j++) {
           const angle = t.data[i] * Math.exp((-Math.log(10000) * j) / (half - shift));
@@ -337,6 +339,7 @@ const timestepOp = defineOp<{
   samples: [
     { inputs: { t: [3] }, attrs: { dim: 16, dtype: 'float32', flipSinToCos: true, shift: 0 } },
     { inputs: { t: [2, 6] }, attrs: { dim: 20, dtype: 'float32', flipSinToCos: false, shift: 1 } },
+    { inputs: { t: [5] }, attrs: { dim: 15, dtype: 'float32', flipSinToCos: true, shift: 0 } },
     ...awkwardSizes.map(([n, half], i) => ({
       inputs: { t: [n] },
       attrs: {

@@ -64,10 +64,11 @@ template <class S> struct alignas(PACK * sizeof(S)) Stored {
   S at[PACK];
 };
 
-// The first `count` of four elements (the rest read as 0 and are not written). `aligned`: p lies on a pack's boundary.
-template <class S> DEVICE Pack load(const S *p, int count, bool aligned = true) {
+// Four neighbours where `whole`: p then lies on a pack's boundary. Otherwise the first `count` of them, one by one: the rest
+// read as 0 and are not written. Rows of whole packs are told apart by their length alone, so no tail is tested for in them.
+template <class S> DEVICE Pack load(const S *p, int count, bool whole) {
   Pack x;
-  if (aligned && count >= PACK) {
+  if (whole) {
     const Stored<S> in = *reinterpret_cast<const Stored<S> *>(p);
 #pragma unroll
     for (int i = 0; i < PACK; i++) x.at[i] = to_float(in.at[i]);
@@ -77,9 +78,10 @@ template <class S> DEVICE Pack load(const S *p, int count, bool aligned = true) 
   }
   return x;
 }
+template <class S> DEVICE Pack load(const S *p, int count) { return load(p, count, count >= PACK); }
 
-template <class S> DEVICE void store(S *p, const Pack &x, int count, bool aligned = true) {
-  if (aligned && count >= PACK) {
+template <class S> DEVICE void store(S *p, const Pack &x, int count, bool whole) {
+  if (whole) {
     Stored<S> out;
 #pragma unroll
     for (int i = 0; i < PACK; i++) out.at[i] = from_float<S>(x.at[i]);
@@ -90,6 +92,7 @@ template <class S> DEVICE void store(S *p, const Pack &x, int count, bool aligne
       if (i < count) p[i] = from_float<S>(x.at[i]);
   }
 }
+template <class S> DEVICE void store(S *p, const Pack &x, int count) { store(p, x, count, count >= PACK); }
 
 // body(i, count) for every pack of n elements, over the whole grid.
 template <class F> DEVICE void each_pack(int n, F &&body) {

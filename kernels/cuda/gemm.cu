@@ -52,3 +52,44 @@ KERNEL(gemm_join)(T *y, const float *partial, const T *bias, const T *shift, con
   if (n % PACK == 0) join<PACK>(out, partial, m, n, splits);
   else join<1>(out, partial, m, n, splits);
 }
+
+DEVICE Pack plus(Pack x, const Pack &y) {
+#pragma unroll
+  for (int j = 0; j < PACK; j++) x.at[j] += y.at[j];
+  return x;
+}
+
+// The derivative of gemm.cuh's activate(), GEGLU apart.
+DEVICE float slope(float x, int activation) {
+  if (activation == GELU) return gelu_cdf(x) + x * gelu_density(x);
+  const float rate = activation == SILU ? 1.f : 1.702f, s = sigmoid(rate * x);
+  return s * (1.f + rate * x * (1.f - s));
+}
+
+// dh = dy times the activation's slope at sums + bias, for the gradients of a linear layer: its product, computed again, stays
+// in float32 until here, as the slope of a rounded number is not the rounded slope. GEGLU has 2n columns of sums, bias and dh.
+KERNEL(linear_slope)(T *dh, const T *dy, const float *sums, const T *bias, int m, int n, int activation) {
+  const bool gated = activation == GEGLU, aligned = n % PACK == 0;
+  const uint32_t across = (n + PACK - 1) / PACK;
+  for (uint32_t job = blockIdx.x * blockDim.x + threadIdx.x; job < m * across; job += gridDim.x * blockDim.x) {
+    const int row = job / across, column = job % across * PACK, count = n - column;
+    const int64_t at = int64_t(row) * (gated ? 2 * n : n) + column;
+    Pack g = load(dy + int64_t(row) * n + column, count, aligned), x = load(sums + at, count, aligned);
+    if (bias != nullptr) x = plus(x, load(bias + column, count, aligned));
+    if (gated) {
+      Pack gate = load(sums + at + n, count, aligned);
+      if (bias != nullptr) gate = plus(gate, load(bias + n + column, count, aligned));
+#pragma unroll
+      for (int j = 0; j < PACK; j++) {
+        const float z = gate.at[j], phi = gelu_cdf(z);
+        gate.at[j] = g.at[j] * x.at[j] * (phi + z * gelu_density(z));
+        g.at[j] *= z * phi;
+      }
+      store(dh + at + n, gate, count, aligned);
+    } else {
+#pragma unroll
+      for (int j = 0; j < PACK; j++) g.at[j] *= slope(x.at[j], activation);
+    }
+    store(dh + at, g, count, aligned);
+  }
+}

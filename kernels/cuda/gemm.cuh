@@ -324,17 +324,17 @@ DEVICE void gemm(const Output &out, const A &a_view, const B &b_view, const Prob
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     next = next + 1 == STAGES ? 0 : next + 1;
   }
-  copies_wait<0>();
-  __syncthreads();
+  __syncthreads(); // all copies were waited for: the groups of the last turns are empty
 
   // Two strips of 16 rows at a time. One loop with the strips picked inside it: the epilogue's text is long.
   constexpr int STRIPS = Sums<S>::DOWN < 2 ? Sums<S>::DOWN : 2;
   static_assert(S::WARPS * 16 * STRIPS * SLAB_STRIDE * 4 <= STAGES * STAGE_BYTES, "slabs fit where the stages were");
   float *slab = reinterpret_cast<float *>(shared) + warp * 16 * STRIPS * SLAB_STRIDE;
-  const bool packs = out.partial ? size.n % PACK == 0 : out.columns % PACK == 0 && out.stride % PACK == 0 && uint64_t(out.y) % sizeof(Stored<T>) == 0;
+  // Where B's rows lie across and are whole chunks, so are those of y.
+  const bool packs = (LARGE && !B_ALONG) || (out.partial ? size.n % PACK == 0 : out.columns % PACK == 0 && out.stride % PACK == 0 && uint64_t(out.y) % sizeof(Stored<T>) == 0);
 #pragma unroll 1
   for (int turn = 0; turn < Sums<S>::DOWN / STRIPS; turn++) {
-    __syncwarp();
+    if (turn > 0) __syncwarp();
 #pragma unroll
     for (int i = 0; i < Sums<S>::DOWN; i++)
       if (i / STRIPS == turn) sums.to_slab(slab + 16 * (i % STRIPS) * SLAB_STRIDE, i, lane);

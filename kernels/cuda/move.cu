@@ -9,7 +9,6 @@ DEVICE void copy_row(T *to, const T *from, int count, bool aligned) {
     if (aligned && left == PACK) *reinterpret_cast<Stored<T> *>(to + i) = *reinterpret_cast<const Stored<T> *>(from + i);
     else {
 #pragma unroll 1
-#pragma unroll 1
       for (int j = 0; j < left; j++) to[i + j] = from[i + j];
     }
   }

@@ -145,7 +145,8 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
     const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
     const int column = work.n + lane % 4 * 2;
-    if (out.partial != nullptr) return write_partial(sums, work, row, column);
+    if constexpr (!GATED)
+      if (out.partial != nullptr) return write_partial(sums, work, row, column);
     if constexpr (KIND != PLAIN)
       if (out.bias != nullptr) add_bias(sums, column);
     if constexpr (KIND == IMAGE)
