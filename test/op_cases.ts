@@ -106,51 +106,11 @@ export function relativeError(got: Float32Array, want: Float32Array): number {
   return Math.sqrt(error / (norm || 1));
 }
 
-/**
- * What a GPU kernel may differ from the reference by, as the square root of the NMSE: 1e-7 for float32, and 1e-5 for the half
- * types. Where a gradient passes through an intermediate that is itself rounded to the half type (an activation's input,
- * attention's probabilities), 2.5e-5.
- */
-export const gpuTolerance: Record<FloatDType, number> = {
-  float32: 3.1e-4,
-  bfloat16: 3.1e-3,
-  float16: 3.1e-3,
-};
-const throughStorage = { names: ['linear', 'attention'], tolerance: 5e-3 };
-
-export interface GpuError {
-  /** `y`, or the input whose gradient or new value it is. */
-  name: string;
-  error: number;
-  bound: number;
-}
-
-/** The errors of one sample in one type on `device` against `reference`. Throws where live tensors do not return to their count. */
-export function gpuErrors(
-  device: Device,
-  reference: Device,
-  record: AnyRecord,
-  sample: AnySample,
-  dtype: FloatDType,
-): GpuError[] {
-  const adjusted = { ...sample, attrs: withDtype(sample.attrs, dtype) };
-  const live = () => `${device.memory.storages} and ${reference.memory.storages}`;
-  const before = live();
-  const [want, got] = [reference, device].map((on) => runOn(on, record, adjusted, dtype));
-  const loose = dtype !== 'float32' && throughStorage.names.includes(record.name);
-  const bound = loose ? throughStorage.tolerance : gpuTolerance[dtype];
-  const errors = Object.keys(want.gradients).map((name) => ({
-    name,
-    error: relativeError(got.gradients[name], want.gradients[name]),
-    bound,
-  }));
-  errors.push({ name: 'y', error: relativeError(got.y, want.y), bound: gpuTolerance[dtype] });
-  if (live() !== before) throw new Error(`live tensors ${before} → ${live()}`);
-  return errors;
-}
-
-/** Ops whose attributes name their output type are run at that type. */
-export function withDtype(attrs: unknown, dtype: FloatDType): unknown {
+/** Ops whose attributes name their output type are run at that type; casts go from it to each type in turn. */
+export function withDtype(attrs: unknown, dtype: FloatDType, index = 0): unknown {
   const named = attrs as { dtype?: FloatDType; from?: FloatDType };
-  return named.dtype ? { ...named, dtype, ...(named.from ? { from: dtype } : {}) } : attrs;
+  if (!named.dtype) return attrs;
+  if (!named.from) return { ...named, dtype };
+  const types = ['float32', 'bfloat16', 'float16'] as const;
+  return { ...named, from: dtype, dtype: types[(types.indexOf(dtype) + index) % 3] };
 }

@@ -9,7 +9,8 @@ import { storageTypes } from '../../engine/cuda/kernels.ts';
 import { openDevice } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
 import { packageRoot } from '../golden.ts';
-import { type AnyRecord, gpuErrors } from '../op_cases.ts';
+import type { AnyRecord } from '../op_cases.ts';
+import { gpuErrors } from '../op_exact.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 import { benchOn } from '../virtual-gpu/run_kernel.ts';
 import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep, type Work } from '../whole_models.ts';
@@ -100,7 +101,7 @@ const samples = (record: AnyRecord, device: string): CheckCase[] =>
     record.samples.map((sample, i) => ({
       label: `${dtype} sample ${i} ${JSON.stringify(sample.inputs)}`,
       type: dtype,
-      run: () => worst(gpuErrors(gpuOf(device).device, openDevice('reference'), record, sample, dtype)),
+      run: () => worst(gpuErrors(gpuOf(device).device, record, sample, dtype)),
     })),
   );
 

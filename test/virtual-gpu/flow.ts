@@ -7,6 +7,8 @@ import { bytesOf, isLabel, registersOf } from './ptx.ts';
 export interface Block {
   readonly id: number;
   kind: 'lanes' | 'warp' | 'exit';
+  /** Whether control flow can enter here: where a basic block begins, and is not just cut. */
+  entered: boolean;
   readonly instructions: Instruction[];
   /** The branch that ends the block, if any. */
   branch?: Instruction;
@@ -112,16 +114,18 @@ function cut(kernel: Kernel): Block[] {
   const open = (): Block => {
     const made: Block = {
       ...{ id: blocks.length, kind: 'lanes', instructions: [], next: blocks.length + 1, targets: [] },
-      ...{ liveIn: new Set(), liveOut: new Set() },
+      ...{ entered: false, liveIn: new Set(), liveOut: new Set() },
     };
     blocks.push(made);
     return made;
   };
   let current = open();
+  current.entered = true;
   const isFresh = () => current.instructions.length === 0 && !current.branch;
   for (const item of kernel.code) {
     if (isLabel(item)) {
       if (!isFresh()) current = open();
+      current.entered = true;
       starts.set(item, current.id);
     } else if (isWarpWide(item)) {
       if (!isFresh()) current = open();
@@ -133,6 +137,7 @@ function cut(kernel: Kernel): Block[] {
       if (item.opcode === 'brx' && !isFresh()) current = open();
       current.branch = item;
       current = open();
+      current.entered = true;
     } else {
       current.instructions.push(item);
       if (current.instructions.length >= chunkLength) current = open();

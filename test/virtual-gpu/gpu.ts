@@ -2,6 +2,7 @@
 // as a GpuReport by the launch that commits it; what a real driver refuses is refused here with the same CudaError.
 import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
+import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
 import { type LoadedKernel, newMachine, type Schedule, sharedStart } from './machine.ts';
@@ -27,18 +28,12 @@ export interface VirtualGpuOptions {
   readonly driverVersion?: number;
 }
 
-export interface Coverage {
-  readonly kernel: string;
-  readonly blocks: number;
-  readonly visited: number;
-  /** First instructions of the blocks never run, for a list of what the tests miss. */
-  readonly missed: readonly string[];
-}
-
 export interface VirtualGpu extends GpuApi {
   setSchedule(schedule: Partial<Schedule>): void;
   /** Per kernel name, over all modules loaded so far. */
   coverage(): Coverage[];
+  /** Counts coverage from here on. */
+  clearCoverage(): void;
   liveAllocations(): number;
   readonly stats: { instructions: number; matrixProducts: number; launches: number };
 }
@@ -359,6 +354,9 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     stats,
     setSchedule: (schedule) => Object.assign(m.schedule, schedule),
     coverage: () => coverageOf(loadedKernels),
+    clearCoverage() {
+      for (const { visits } of loadedKernels) visits.fill(0);
+    },
     liveAllocations: () => sizes.size,
   };
 }
@@ -373,26 +371,4 @@ interface EventState {
 interface KernelState {
   readonly kernel: LoadedKernel;
   dynamicLimit: number;
-}
-
-function coverageOf(kernels: readonly LoadedKernel[]): Coverage[] {
-  const byName = new Map<string, { kernel: LoadedKernel; visits: Int32Array }>();
-  for (const kernel of kernels) {
-    const key = `${kernel.source.name} ${kernel.source.instructions.length}`;
-    const known = byName.get(key) ?? { kernel, visits: new Int32Array(kernel.visits.length) };
-    kernel.visits.forEach((n, k) => {
-      known.visits[k] += n;
-    });
-    byName.set(key, known);
-  }
-  return [...byName.values()].map(({ kernel, visits }) => {
-    const blocks = kernel.flow.blocks.filter((b) => b.instructions.length > 0 || b.branch);
-    const missed = blocks.filter((b) => visits[b.id] === 0);
-    return {
-      kernel: kernel.source.name,
-      blocks: blocks.length,
-      visited: blocks.length - missed.length,
-      missed: missed.map((b) => (b.instructions[0] ?? b.branch)?.text ?? ''),
-    };
-  });
 }

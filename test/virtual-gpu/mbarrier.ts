@@ -96,12 +96,12 @@ function arrive(call: WarpCall, lane: number): void {
   if (at > 0) setLane(call, i.operands[0], lane, 0);
 }
 
-/** Whether the phase of the given parity is over; acquires it if so. */
-function tryWait(call: WarpCall, lane: number): boolean {
+/** Whether the phase of the given parity is over; acquires it if so, and if it `may` succeed. */
+function tryWait(call: WarpCall, lane: number, may: boolean): boolean {
   const { m, i } = call;
   if (!i.modifiers.includes('parity')) throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   const b = findMbarrier(call, laneValue(call, i.operands[1], lane), lane);
-  const over = (b.phase & 1) !== (laneValue(call, i.operands[2], lane) & 1);
+  const over = may && (b.phase & 1) !== (laneValue(call, i.operands[2], lane) & 1);
   setLane(call, i.operands[0], lane, over ? 1 : 0);
   if (over) {
     joinClock(m.warp.seen, b.doneSeen);
@@ -127,13 +127,16 @@ export function mbarrier(call: WarpCall): Outcome {
   const { m, i } = call;
   const what = i.opcode === 'cp' ? 'copies' : i.modifiers[0];
   let outcome: Outcome = 'next';
+  // try_wait may fail though the phase is over; that a warp has tried is then progress.
+  const fails = what === 'try_wait' && m.schedule.async === 'random' && m.random() < 0.25;
+  if (fails) m.block.progress++;
   eachLane(call, (lane) => {
     if (what === 'copies') arriveAfterCopies(call, lane);
     else if (what === 'init') initialise(call, lane);
     else if (what === 'inval') mbarriers(m.block).delete(laneValue(call, i.operands[0], lane));
     else if (what === 'arrive' || what === 'expect_tx') arrive(call, lane);
     else if (what === 'try_wait' || what === 'test_wait') {
-      if (!tryWait(call, lane)) outcome = 'yield';
+      if (!tryWait(call, lane, !fails)) outcome = 'yield';
     } else throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   });
   return outcome;

@@ -1,0 +1,235 @@
+// Shapes beyond the records' own, each with a number of multiprocessors: plans cut their work by it, so that small shapes
+// reach the kernels that real ones do. On Ampere's path large tiles need operands in whole chunks and tiles enough for the
+// device; k is split where it is long and tiles are few. On Hopper's a tile is forced, as the model of the time would choose
+// the same one for all small shapes; one multiprocessor makes a block take all items in turn, so that its ring goes round.
+import type { TileName } from '../engine/cuda/plan_sm90.ts';
+import { adafactorSample } from '../engine/ops/adafactor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { type AnyRecord, type AnySample, withDtype } from './op_cases.ts';
+
+export interface FurtherSample {
+  readonly sample: AnySample;
+  readonly multiprocessors: number;
+  /** How many such updates run in one launch. */
+  readonly together?: number;
+  /** Run on Hopper alone; every product in `tile`, its k in `splits`, where those are given. */
+  readonly hopper?: { readonly tile?: TileName; readonly splits?: number };
+}
+
+type Extra = 'bias' | 'shift' | 'residual';
+
+interface Layer {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  readonly activation?: string;
+  readonly extras?: readonly Extra[];
+  readonly splits?: number;
+}
+
+function linear({ m, n, k, activation = 'none', extras = [] }: Layer): AnySample {
+  const h = activation === 'geglu' ? 2 * n : n;
+  const optional = { bias: [h], residual: [m, n], shift: [] };
+  const chosen = extras.map((name) => [name, optional[name]] as const);
+  return { inputs: { x: [m, k], weight: [h, k], ...Object.fromEntries(chosen) }, attrs: { activation } };
+}
+
+/** The same with operands in 8-bit floats. */
+function fp8(layer: Layer): AnySample {
+  const { inputs, attrs } = linear(layer);
+  const { x, weight, ...more } = inputs;
+  return {
+    inputs: { x, x_scale: [1], weight, weight_scale: [1], ...more },
+    attrs: { ...(attrs as object), dtype: 'float32' },
+    ints: { x: 56, weight: 56 },
+    dtypes: { x: 'uint8', weight: 'uint8', x_scale: 'float32', weight_scale: 'float32' },
+    nonnegative: ['x_scale', 'weight_scale'],
+  };
+}
+
+type Padding = readonly [top: number, left: number, bottom: number, right: number];
+
+interface Convolution {
+  readonly x: readonly [n: number, h: number, w: number, c: number];
+  readonly o: number;
+  readonly side: number;
+  readonly stride?: number;
+  readonly padding?: Padding;
+  readonly extras?: readonly Extra[];
+  readonly splits?: number;
+}
+
+function conv2d({ x, o, side, stride = 1, padding = [0, 0, 0, 0], extras = [] }: Convolution): AnySample {
+  const [n, h, w, c] = x;
+  const oh = Math.floor((h + padding[0] + padding[2] - side) / stride) + 1;
+  const ow = Math.floor((w + padding[1] + padding[3] - side) / stride) + 1;
+  const optional = { bias: [o], shift: [n, o], residual: [n, oh, ow, o] };
+  const chosen = extras.map((name) => [name, optional[name]] as const);
+  return {
+    inputs: { x, weight: [o, side, side, c], ...Object.fromEntries(chosen) },
+    attrs: { stride, padding },
+  };
+}
+
+function attention([n, heads, lq, lk, d]: readonly number[], causal: boolean): AnySample {
+  const c = heads * d;
+  return {
+    inputs: { q: [n, lq, c], k: [n, lk, c], v: [n, lk, c] },
+    attrs: { heads, causal, scale: d ** -0.5 },
+  };
+}
+
+function groupNorm(x: readonly number[], groups: number, silu: boolean): AnySample {
+  const c = [x.at(-1) as number];
+  return { inputs: { x, weight: c, bias: c }, attrs: { groups, eps: 1e-5, silu } };
+}
+
+const all: readonly Extra[] = ['bias', 'shift', 'residual'];
+const around: Padding = [1, 1, 1, 1];
+const one = (sample: AnySample): FurtherSample => ({ sample, multiprocessors: 1 });
+
+const layers: readonly Layer[] = [
+  { m: 136, n: 144, k: 136, extras: ['bias'] },
+  { m: 130, n: 129, k: 72, activation: 'quick_gelu', extras: ['bias', 'residual'] },
+  { m: 129, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
+  { m: 70, n: 75, k: 64, activation: 'geglu', extras: ['bias'] },
+  { m: 80, n: 72, k: 40, activation: 'silu' },
+  { m: 80, n: 72, k: 40, activation: 'gelu' },
+  { m: 72, n: 72, k: 1096, activation: 'gelu', extras: ['bias', 'residual'] },
+  { m: 72, n: 77, k: 1096, activation: 'silu', extras: ['residual'] },
+  { m: 1100, n: 72, k: 72 },
+  // Small tiles with k in splits.
+  { m: 9, n: 66, k: 1100, activation: 'quick_gelu', extras: ['bias', 'residual'] },
+  { m: 9, n: 40, k: 1100, extras: ['bias'] },
+  { m: 1100, n: 24, k: 27 },
+];
+
+const images: readonly Convolution[] = [
+  { x: [1, 12, 13, 72], o: 80, side: 3, padding: around, extras: all },
+  { x: [2, 17, 15, 72], o: 72, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
+  { x: [1, 8, 9, 128], o: 72, side: 3, padding: around, extras: all },
+  { x: [1, 33, 33, 72], o: 72, side: 1 },
+  { x: [1, 5, 5, 120], o: 23, side: 3, padding: around, extras: all },
+  { x: [1, 13, 12, 40], o: 24, side: 3, padding: around },
+  { x: [1, 5, 5, 120], o: 120, side: 3, padding: around, extras: ['shift'] },
+];
+
+const hopperLayers: readonly Layer[] = [
+  { m: 200, n: 168, k: 136, extras: ['bias', 'residual'] },
+  { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'], splits: 2 },
+  { m: 200, n: 328, k: 64, activation: 'silu', extras: ['residual'], splits: 2 },
+];
+const hopperGated: readonly Layer[] = [
+  { m: 150, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
+  { m: 64, n: 88, k: 200, activation: 'geglu' },
+  { m: 130, n: 264, k: 64, activation: 'geglu', extras: ['bias'] },
+];
+const byteLayers: readonly Layer[] = [
+  { m: 70, n: 144, k: 160, activation: 'gelu', extras: ['bias', 'residual'] },
+  { m: 130, n: 200, k: 528, extras: ['bias'], splits: 2 },
+  { m: 129, n: 320, k: 144, activation: 'silu' },
+  { m: 70, n: 136, k: 80, activation: 'geglu', extras: ['bias'] },
+  { m: 130, n: 264, k: 64, activation: 'geglu' },
+  { m: 64, n: 88, k: 208, activation: 'geglu', extras: ['bias', 'residual'] },
+];
+const hopperImages: readonly Convolution[] = [
+  { x: [2, 9, 11, 72], o: 80, side: 3, padding: around, extras: all },
+  { x: [3, 13, 12, 40], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'], splits: 2 },
+  { x: [1, 10, 13, 200], o: 72, side: 1, extras: ['shift'] },
+  { x: [2, 9, 8, 136], o: 200, side: 3, padding: around },
+];
+
+/** Each of the shapes in each of the tiles, on Hopper. */
+function tiled<S extends Layer | Convolution>(
+  tiles: readonly TileName[],
+  shapes: readonly S[],
+  sampleOf: (shape: S) => AnySample,
+): FurtherSample[] {
+  return tiles.flatMap((tile) =>
+    shapes.map((shape) => ({
+      sample: sampleOf(shape),
+      multiprocessors: 1,
+      hopper: { tile, splits: shape.splits ?? 1 },
+    })),
+  );
+}
+
+const furtherSamples: Record<string, readonly FurtherSample[]> = {
+  linear: [
+    ...layers.map((layer) => one(linear(layer))),
+    ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
+    ...tiled(['256', '160_pingpong'], hopperGated, linear),
+  ],
+  linear_fp8: tiled(['256', '160_pingpong'], byteLayers, fp8),
+  conv2d: [
+    ...images.map((image) => one(conv2d(image))),
+    ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
+  ],
+  attention: [
+    one(attention([1, 1, 136, 132, 512], false)),
+    one(attention([1, 2, 70, 72, 80], true)),
+    one(attention([1, 1, 200, 210, 40], false)),
+    one(attention([1, 1, 210, 200, 64], true)),
+    ...[
+      [1, 3, 129, 77, false],
+      [1, 1, 388, 390, true],
+      [1, 1, 63, 128, false],
+    ].map(([n, heads, lq, lk, causal]) => ({
+      sample: attention([n, heads, lq, lk, 64].map(Number), causal === true),
+      multiprocessors: 1,
+      hopper: {},
+    })),
+    ...[
+      [1, 1, 1, 1, false],
+      [2, 1, 128, 129, false],
+      [1, 2, 77, 80, true],
+      [1, 1, 200, 270, false],
+    ].map(([n, heads, lq, lk, causal]) => ({
+      sample: attention([n, heads, lq, lk, 64].map(Number), causal === true),
+      multiprocessors: 4,
+      hopper: {},
+    })),
+  ],
+  sum: [
+    one({ inputs: { x: [2, 1500, 7] }, attrs: { axis: 1 } }),
+    one({ inputs: { x: [700, 8] }, attrs: { axis: 0 } }),
+    one({ inputs: { x: [3, 900] }, attrs: { axis: 1 } }),
+  ],
+  // More channels than a block holds, rows for every unrolled copy of a loop, and more chunks than a warp has lanes.
+  group_norm: [
+    one(groupNorm([1, 300, 10], 2, true)),
+    one(groupNorm([1, 300, 11], 1, false)),
+    one(groupNorm([2, 301, 12], 3, true)),
+    one(groupNorm([1, 5, 1030], 2, true)),
+    one(groupNorm([1, 4500, 3], 1, false)),
+  ],
+  layer_norm: [one({ inputs: { x: [5, 1030], weight: [1030], bias: [1030] }, attrs: { eps: 1e-5 } })],
+  // More jobs than the grid has blocks: what a block leaves in shared memory has to be read before its next job writes there.
+  permute: [one({ inputs: { x: [40, 2, 3, 2] }, attrs: { order: [0, 2, 3, 1] } })],
+  mse: [one({ inputs: { prediction: [40, 50], target: [40, 50], weights: [40] }, attrs: { delta: 0.5 } })],
+  huber: [one({ inputs: { prediction: [40, 50], target: [40, 50], weights: [40] }, attrs: { delta: 0.5 } })],
+  adafactor: [
+    one(adafactorSample([600, 500], 0)),
+    one(adafactorSample([290_001], 1)),
+    one(adafactorSample([7], 0)),
+  ],
+  sum_squares: [
+    one({ inputs: { sums: [3], x: [300_000] }, attrs: { index: 1 }, dtypes: { sums: 'float32' } }),
+    {
+      ...one({ inputs: { sums: [3], x: [10] }, attrs: { index: 1 }, dtypes: { sums: 'float32' } }),
+      together: 40,
+    },
+  ],
+};
+
+/** All that an op is run on in a storage type: its record's samples, and these. */
+export function samplesOf(record: AnyRecord, dtype: FloatDType): FurtherSample[] {
+  const own = record.samples.map((sample): FurtherSample => ({ sample, multiprocessors: 4 }));
+  const several = record.updates ? own.slice(-2).map((further) => ({ ...further, together: 3 })) : [];
+  return [...own, ...several, ...(furtherSamples[record.name] ?? [])]
+    .filter(({ hopper }) => !hopper || dtype !== 'float32')
+    .map((further, i) => {
+      const { sample } = further;
+      return { ...further, sample: { ...sample, attrs: withDtype(sample.attrs, dtype, i) } };
+    });
+}

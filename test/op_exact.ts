@@ -1,0 +1,177 @@
+// An op's kernels held against its reference loops in float64, over the same numbers: inputs rounded to storage, and for
+// backward the outputs that the kernels themselves saved. So what is measured is what the kernels add, not what storage had
+// already lost, and the reference rounds nothing.
+import type { Device } from '../engine/device.ts';
+import { type RefTensors, update, updateOf } from '../engine/op.ts';
+import { scope } from '../engine/scope.ts';
+import { empty, type Tensor, tensor } from '../engine/tensor.ts';
+import { type DType, decodeFloats, encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
+import {
+  type AnyRecord,
+  type AnySample,
+  differentiable,
+  inputValues,
+  size,
+  values,
+  withDtype,
+} from './op_cases.ts';
+
+/** The most that a GPU kernel may differ by: NMSE, the error's energy over the result's. */
+const gpuTolerance: Record<FloatDType, number> = { float32: 1e-7, bfloat16: 1e-5, float16: 1e-5 };
+/** Where both operands are turned back from 8-bit floats into storage first, each number of them is rounded once more. */
+const throughBytes = { op: 'linear_fp8', tolerance: 1e-4 };
+/** Results of so few numbers do not average: rounding one number to bfloat16 can be off by the square root of 2^-16. */
+const FEW = 16;
+const toleranceOf = (dtype: FloatDType, count: number): number =>
+  dtype === 'bfloat16' && count < FEW ? 2 ** -16 : gpuTolerance[dtype];
+
+/** By name: outputs, gradients as `d<input>`, and inputs that the op changes. */
+export type Results = Record<string, Float32Array>;
+
+function typeOf(sample: AnySample, name: string, dtype: FloatDType): DType {
+  const plain = ['t', 'weights'].includes(name);
+  return sample.dtypes?.[name] ?? (sample.ints?.[name] ? 'int32' : plain ? 'float32' : dtype);
+}
+
+const slopes = (count: number): Float64Array => values(count, 99);
+
+/** Runs a sample's forward and backward on a device; an update `together` with more of the same. */
+export function runKernels(
+  device: Device,
+  record: AnyRecord,
+  sample: AnySample,
+  dtype: FloatDType,
+  together = 1,
+): Results {
+  const tensors = () => {
+    const made: Record<string, Tensor> = {};
+    for (const [name, { shape, data }] of Object.entries(inputValues(sample)))
+      made[name] = tensor(data, shape, { device, dtype: typeOf(sample, name, dtype) });
+    return made;
+  };
+  return scope(() => {
+    if (record.updates) {
+      const all = Array.from({ length: together }, tensors);
+      update(all.map((inputs) => updateOf(record, inputs, sample.attrs)));
+      const last = Object.entries(all.at(-1) as Record<string, Tensor>);
+      return floatsOf(last.filter(([name]) => record.updates?.includes(name)));
+    }
+    const inputs = tensors();
+    const outputs: Record<string, Tensor> = {};
+    for (const [name, spec] of Object.entries(record.outputs(inputs, sample.attrs)))
+      outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
+    const all = { ...inputs, ...outputs };
+    device.execute(record, 'forward', all, sample.attrs);
+    const gradients: Record<string, Tensor> = {};
+    if (record.backward) {
+      for (const name of differentiable(record, sample))
+        gradients[`d${name}`] = empty(inputs[name].shape, inputs[name]);
+      const saved = Object.fromEntries(
+        record.saves.filter((name) => name in all).map((name) => [name, all[name]]),
+      );
+      const dy = tensor(slopes(outputs.y.size), outputs.y.shape, outputs.y);
+      device.execute(record, 'backward', { ...saved, ...gradients, dy }, sample.attrs);
+    }
+    return floatsOf(Object.entries({ ...outputs, ...gradients }));
+  });
+}
+
+const floatsOf = (tensors: readonly (readonly [string, Tensor])[]): Results =>
+  Object.fromEntries(tensors.map(([name, t]) => [name, t.floats()]));
+
+const rounded = (data: ArrayLike<number>, dtype: DType): Float64Array =>
+  isFloat(dtype)
+    ? Float64Array.from(decodeFloats(encodeNumbers(data, dtype), dtype))
+    : Float64Array.from(data);
+
+/** The same by the reference in float64; backward reads the outputs that `made` holds, as the kernels read theirs. */
+export function runExactly(
+  record: AnyRecord,
+  sample: AnySample,
+  dtype: FloatDType,
+  made: Results,
+): Record<string, Float64Array> {
+  const inputs: RefTensors = {};
+  for (const [name, { shape, data }] of Object.entries(inputValues(sample)))
+    inputs[name] = { shape, data: rounded(data, typeOf(sample, name, dtype)) };
+  if (record.updates) {
+    record.reference.forward(inputs, sample.attrs);
+    return Object.fromEntries(
+      record.updates.filter((name) => name in inputs).map((name) => [name, inputs[name].data]),
+    ) as Record<string, Float64Array>;
+  }
+  const known = Object.fromEntries(
+    Object.entries(inputs).map(([name, { shape, data }]) => [
+      name,
+      { shape, dtype: typeOf(sample, name, dtype), size: data.length } as Tensor,
+    ]),
+  );
+  const outputs: RefTensors = {};
+  const specs = record.outputs(known, sample.attrs);
+  for (const [name, { shape }] of Object.entries(specs))
+    outputs[name] = { shape, data: new Float64Array(size(shape)) };
+  record.reference.forward({ ...inputs, ...outputs }, sample.attrs);
+  const gradients: RefTensors = {};
+  if (record.reference.backward) {
+    for (const name of differentiable(record, sample))
+      gradients[`d${name}`] = { shape: inputs[name].shape, data: new Float64Array(inputs[name].data.length) };
+    const saved: RefTensors = {};
+    for (const name of record.saves)
+      if (inputs[name]) saved[name] = inputs[name];
+      else if (outputs[name])
+        saved[name] = { shape: outputs[name].shape, data: Float64Array.from(made[name]) };
+    const { shape, data } = outputs.y;
+    const dy = { shape, data: rounded(slopes(data.length), specs.y.dtype) };
+    record.reference.backward({ ...saved, ...gradients, dy }, sample.attrs);
+  }
+  return Object.fromEntries(
+    Object.entries({ ...outputs, ...gradients }).map(([name, { data }]) => [name, data]),
+  ) as Record<string, Float64Array>;
+}
+
+/** The energy of the error over that of `want`. */
+export function nmse(got: ArrayLike<number>, want: ArrayLike<number>): number {
+  let [error, norm] = [0, 0];
+  for (let i = 0; i < want.length; i++) {
+    error += (got[i] - want[i]) ** 2;
+    norm += want[i] ** 2;
+  }
+  return error / (norm || 1);
+}
+
+export interface GpuError {
+  /** `y`, a gradient `d<input>`, or an input that the op changes. */
+  readonly name: string;
+  readonly error: number;
+  readonly bound: number;
+}
+
+/** The NMSE of all that one sample makes in one type; a cast may end in a coarser type than it began in. */
+export function errorsOf(record: AnyRecord, sample: AnySample, dtype: FloatDType, made: Results): GpuError[] {
+  const to = (sample.attrs as { dtype?: FloatDType }).dtype ?? dtype;
+  const want = runExactly(record, sample, dtype, made);
+  return Object.entries(want).map(([name, values]) => ({
+    name,
+    error: nmse(made[name], values),
+    bound: Math.max(
+      toleranceOf(dtype, values.length),
+      toleranceOf(to, values.length),
+      dtype !== 'float32' && record.name === throughBytes.op ? throughBytes.tolerance : 0,
+    ),
+  }));
+}
+
+/** The errors of one sample on a device. Throws where live tensors do not return to their count. */
+export function gpuErrors(
+  device: Device,
+  record: AnyRecord,
+  given: AnySample,
+  dtype: FloatDType,
+): GpuError[] {
+  const sample = { ...given, attrs: withDtype(given.attrs, dtype) };
+  const before = device.memory.storages;
+  const errors = errorsOf(record, sample, dtype, runKernels(device, record, sample, dtype));
+  if (device.memory.storages !== before)
+    throw new Error(`live tensors ${before} → ${device.memory.storages}`);
+  return errors;
+}
