@@ -29,7 +29,7 @@ test('a UNet on Hopper: tensor maps and wgmma, replayed and with gradients', (t)
     const shown = `${error.toExponential(2)}, at most ${bound.toExponential(2)}`;
     t.ok(bound > 0 && error <= bound, `${name}: ${shown}`);
   }
-  const ran = gpu.coverage().filter(({ visited }) => visited > 0);
+  const ran = gpu.coverage().filter(({ entered }) => entered.size > 0);
   for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_sm90_backward', 'attention_hopper'])
     t.ok(
       ran.some(({ kernel }) => kernel.startsWith(kind)),
