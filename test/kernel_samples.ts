@@ -117,7 +117,7 @@ const images: readonly Convolution[] = [
 const hopperLayers: readonly Layer[] = [
   { m: 200, n: 168, k: 136, extras: ['bias', 'residual'] },
   { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'], splits: 2 },
-  { m: 200, n: 328, k: 64, activation: 'silu', extras: ['residual'], splits: 2 },
+  { m: 200, n: 328, k: 264, activation: 'silu', extras: ['residual'], splits: 2 },
 ];
 const hopperGated: readonly Layer[] = [
   { m: 150, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
@@ -135,8 +135,8 @@ const byteLayers: readonly Layer[] = [
 const hopperImages: readonly Convolution[] = [
   { x: [2, 9, 11, 72], o: 80, side: 3, padding: around, extras: all },
   { x: [3, 13, 12, 40], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'], splits: 2 },
-  { x: [1, 10, 13, 200], o: 72, side: 1, extras: ['shift'] },
-  { x: [2, 9, 8, 136], o: 200, side: 3, padding: around },
+  { x: [1, 10, 13, 264], o: 264, side: 1, extras: all },
+  { x: [2, 9, 8, 264], o: 264, side: 1, splits: 2 },
 ];
 
 /** Each of the shapes in each of the tiles, on Hopper. */
