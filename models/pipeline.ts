@@ -180,13 +180,10 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
       turn = loop.next(x);
     }
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
+    if (request.last) unload(pipeline.unet);
     return { latents: { shape, data: turn.value }, timeIds: ids, timesteps };
   } finally {
     release();
-    if (request.last) {
-      unload(pipeline.unet);
-      pipeline.device.memory.trim();
-    }
   }
 }
 

@@ -7,6 +7,8 @@ export interface FailingGpu {
   readonly api: GpuApi;
   /** The `at`-th call from now (counted from 1) fails; with `always` all after it do too. */
   fail(call: keyof GpuApi, result: CudaResult, options?: { at?: number; always?: boolean }): void;
+  /** Calls of one kind so far. */
+  made(call: keyof GpuApi): number;
   /** Whether a failure that was asked for has come. */
   readonly failed: boolean;
   /** Fails no more. */
@@ -16,8 +18,10 @@ export interface FailingGpu {
 export function failingGpu(api: GpuApi): FailingGpu {
   let planned: { call: string; result: CudaResult; left: number; always: boolean } | undefined;
   let failed = false;
+  const counts = new Map<string, number>();
   const wrap = (name: string, call: (...args: unknown[]) => unknown) => {
     return (...args: unknown[]): unknown => {
+      counts.set(name, (counts.get(name) ?? 0) + 1);
       if (planned?.call === name && --planned.left <= 0 && (planned.left === 0 || planned.always)) {
         failed = true;
         throw new CudaError(planned.result, name);
@@ -33,6 +37,7 @@ export function failingGpu(api: GpuApi): FailingGpu {
       planned = { call, result, left: at, always };
       failed = false;
     },
+    made: (call) => counts.get(call) ?? 0,
     get failed() {
       return failed;
     },
