@@ -139,6 +139,12 @@ const hopperImages: readonly Convolution[] = [
   { x: [2, 9, 8, 264], o: 264, side: 1, splits: 2 },
 ];
 
+/** Batches of products, in every pairing of layouts. */
+function matmul(transA: boolean, transB: boolean): FurtherSample {
+  const inputs = { a: transA ? [2, 40, 72] : [2, 72, 40], b: transB ? [2, 88, 40] : [2, 40, 88] };
+  return { sample: { inputs, attrs: { transA, transB } }, multiprocessors: 1, hopper: {} };
+}
+
 /** Each of the shapes in each of the tiles, on Hopper. */
 function tiled<S extends Layer | Convolution>(
   tiles: readonly TileName[],
@@ -161,12 +167,14 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     ...tiled(['256', '160_pingpong'], hopperGated, linear),
   ],
   linear_fp8: tiled(['256', '160_pingpong'], byteLayers, fp8),
+  matmul: [matmul(false, false), matmul(false, true), matmul(true, false)],
   conv2d: [
     ...images.map((image) => one(conv2d(image))),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
   ],
   attention: [
     one(attention([1, 1, 136, 132, 512], false)),
+    { ...one(attention([1, 2, 72, 80, 80], false)), hopper: {} },
     one(attention([1, 2, 70, 72, 80], true)),
     one(attention([1, 1, 200, 210, 40], false)),
     one(attention([1, 1, 210, 200, 64], true)),

@@ -15,7 +15,7 @@ export interface Tile {
 }
 
 /** product_sm90.cuh's tiles. 160 divides SDXL's widths (multiples of 320) into whole waves of 132 multiprocessors. */
-const tiles = {
+export const tiles = {
   '256': { name: '256', n: 256, pingpong: false, stages: 3 },
   '160': { name: '160', n: 160, pingpong: false, stages: 5 },
   '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true, stages: 4 },

@@ -1,0 +1,65 @@
+// The choice of Hopper's tiles at the sizes of SDXL, by the plans alone: no kernel runs here (kernel_proof.ts runs them).
+import { test } from 'tap';
+import { planned } from '../engine/cuda/device.ts';
+import type { PlanContext } from '../engine/cuda/plan.ts';
+import { choose, keyOf, overrides, type ProductKind, tiles, tilesOf } from '../engine/cuda/plan_sm90.ts';
+
+/** What the plans see of an H200. */
+const h200: PlanContext = {
+  ...{ dtype: 'bfloat16', elementBytes: 2, multiprocessors: 132, hopper: true },
+  ...{
+    upload: () => 256n,
+    workspace: () => 256n,
+    tiledMap: () => new Uint8Array(128),
+    im2colMap: () => new Uint8Array(128),
+  },
+};
+
+test('tiles fill the multiprocessors at the sizes of SDXL', (t) => {
+  const sizes: readonly [ProductKind, m: number, n: number, k: number][] = [
+    ['nt', 2048, 1280, 1280],
+    ['nt', 2048, 3840, 1280],
+    ['nt', 2048, 1280, 5120],
+    ['nt', 8192, 640, 640],
+    ['nt', 8192, 640, 2560],
+    ['geglu', 2048, 5120, 1280],
+    ['geglu', 8192, 2560, 640],
+    ['forward', 32768, 320, 2880],
+    ['forward', 8192, 640, 5760],
+    ['forward', 2048, 1280, 11520],
+  ];
+  for (const [kind, m, n, k] of sizes) {
+    const choice = choose({ kind, m, n, steps: k / 64, slabs: 1 }, false, 132);
+    const columns = tiles[choice.tile].n / (kind === 'geglu' ? 2 : 1);
+    const items = Math.ceil(m / 128) * Math.ceil(n / columns);
+    const used = (m * n) / (Math.ceil(items / 132) * 132 * 128 * columns);
+    t.ok(used > 0.9, `${kind} ${m} x ${n} x ${k}: tile ${choice.tile} uses ${used.toFixed(2)}`);
+  }
+  t.end();
+});
+
+test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other kernels', (t) => {
+  const linear = (m: number, n: number, k: number, x = 256n) =>
+    planned('linear_forward', [256n, x, 256n, 0n, 0n, m, n, k, 0], h200);
+  for (const tile of tilesOf.nt) {
+    overrides.set(keyOf({ kind: 'nt', m: 256, n: 320, steps: 5, slabs: 1 }), { tile, splits: 1 });
+    const [launch] = linear(256, 320, 320);
+    t.ok(launch.entry.endsWith(tile));
+    t.ok(launch.shared + 1024 <= 227 * 1024, `${tile}: ${launch.shared} bytes`);
+  }
+  overrides.clear();
+  const families = [
+    linear(2048, 1280, 1280),
+    linear(2, 1280, 1280),
+    linear(2048, 1276, 1280),
+    linear(2048, 1280, 1276),
+    linear(2048, 1280, 1280, 264n),
+  ].map(([launch]) => launch.family);
+  t.same(families, ['gemm_sm90', 'gemm', 'gemm', 'gemm', 'gemm']);
+  const [split, join] = linear(128, 320, 8192);
+  t.same([split.entry, join?.entry], ['gemm_sm90_nt_80', 'gemm_join']);
+  const strided = [256n, 256n, 256n, 2, 64, 64, 320, 32, 32, 320, 3, 3, 2, 1, 1];
+  t.equal(planned('conv2d_backward_x', strided, h200)[0].family, 'conv2d');
+  t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
+  t.end();
+});
