@@ -10,7 +10,7 @@
 #include "sm90.cuh"
 
 enum Activation { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3 };
-// What an epilogue may meet besides a residual: nothing; bias and activation; bias and gates; bias and shift.
+// What an epilogue may meet: nothing; or a residual, and bias and activation, bias and gates, or bias and shift.
 enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
 
 constexpr int STEP = 64; // k of a stage
@@ -89,7 +89,16 @@ DEVICE Pair unpack(uint32_t x) {
   return {to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)})};
 #endif
 }
-DEVICE Pair load_pair(const T *p) { return unpack(*reinterpret_cast<const uint32_t *>(p)); }
+// Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
+DEVICE Pair load_pair(const T *p, int at, int end) {
+  uint32_t x;
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.nc.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
+  return unpack(x);
+}
+DEVICE void store_pair(float *p, float low, float high, int at, int end) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p st.global.v2.f32 [%0], {%1, %2};\n}" ::"l"(p + at), "f"(low), "f"(high), "r"(at), "r"(end)
+               : "memory");
+}
 
 DEVICE float fast_exp2(float x) {
   float y;
@@ -113,6 +122,7 @@ DEVICE float times_cdf(float x, float z) {
 // The sums of a warpgroup's BLOCKS of 64 rows as y. With GEGLU the tile's right half are the gates of its left half.
 template <class S, Kind KIND> struct Epilogue {
   static constexpr bool GATED = KIND == GEGLU;
+  __device__ bool has_residual() const { return KIND != PLAIN && out.has_residual; }
   static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
   static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
   static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES, BYTES = S::BLOCKS * BLOCK_BYTES;
@@ -133,7 +143,7 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ void prepare(const Work &work) const {
     if (thread == 0) {
       stores_wait_read<0>();
-      if (out.has_residual) {
+      if (has_residual()) {
         mbarrier_arrive_expect(arrived, BYTES);
         each_box(work, [&](uint32_t to, int row, int column) { load_box(to, out.residual, arrived, column, row, work.slab); });
       }
@@ -145,14 +155,14 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
     const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
     const int column = work.n + lane % 4 * 2;
-    if constexpr (!GATED)
+    if constexpr (!GATED) // which is never split
       if (out.partial != nullptr) return write_partial(sums, work, row, column);
     if constexpr (KIND != PLAIN)
       if (out.bias != nullptr) add_bias(sums, column);
     if constexpr (KIND == IMAGE)
       if (out.shift != nullptr) add_shift(sums, row, column);
     if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
-    if (out.has_residual) mbarrier_wait(arrived, parity);
+    if (has_residual()) mbarrier_wait(arrived, parity);
     else named_barrier(1 + group, WARPGROUP); // the last y has left
 #pragma unroll
     for (int i = 0; i < S::BLOCKS; i++)
@@ -162,7 +172,7 @@ template <class S, Kind KIND> struct Epilogue {
         const uint32_t at = place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES +
                             swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
         uint32_t rounded[4];
-        if (out.has_residual) {
+        if (has_residual()) {
           load_matrices(rounded, at);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
@@ -189,9 +199,8 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], int column) const {
 #pragma unroll
     for (int j = 0; j < S::N / 8; j++) {
-      const int c = column + 8 * (j % (COLUMNS / 8));
-      if (c >= out.columns) continue;
-      const Pair more = load_pair(out.bias + c + (j < COLUMNS / 8 ? 0 : out.columns));
+      const T *from = out.bias + column + (j < COLUMNS / 8 ? 0 : out.columns);
+      const Pair more = load_pair(from, 8 * (j % (COLUMNS / 8)), out.columns - column);
 #pragma unroll
       for (int i = 0; i < S::BLOCKS; i++) {
         sums[i][4 * j] += more.low, sums[i][4 * j + 2] += more.low;
@@ -206,12 +215,10 @@ template <class S, Kind KIND> struct Epilogue {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int r = row + 64 * i + 8 * half;
-        if (r >= out.rows) continue;
         const T *from = out.shift + r / out.rows_per_shift * int64_t(out.columns) + column;
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; j++) {
-          if (column + 8 * j >= out.columns) continue;
-          const Pair more = load_pair(from + 8 * j);
+          const Pair more = load_pair(from, 8 * j, r < out.rows ? out.columns - column : 0);
           sums[i][4 * j + 2 * half] += more.low, sums[i][4 * j + 2 * half + 1] += more.high;
         }
       }
@@ -240,12 +247,10 @@ template <class S, Kind KIND> struct Epilogue {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int r = row + 64 * i + 8 * half;
-        if (r >= out.rows) continue;
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; j++)
-          if (column + 8 * j < out.columns)
-            *reinterpret_cast<float2 *>(to + int64_t(r) * out.partial_row + 8 * j) =
-                make_float2(sums[i][4 * j + 2 * half], sums[i][4 * j + 2 * half + 1]);
+          store_pair(to + int64_t(r) * out.partial_row, sums[i][4 * j + 2 * half], sums[i][4 * j + 2 * half + 1], 8 * j,
+                     r < out.rows ? out.columns - column : 0);
       }
   }
 };
