@@ -13,6 +13,7 @@ import {
   runCopySignal,
   runIm2col,
   runWgemm,
+  runWgmmaRegisters,
   runWgmmaSmall,
   type WgemmShape,
 } from './virtual-gpu/hopper_runs.ts';
@@ -52,6 +53,11 @@ function small(bench: Bench, ptx = hopper): boolean {
   return isProduct(runWgmmaSmall(bench, a, b, ptx), a, b, 64, 8, 16);
 }
 
+function fromRegisters(bench: Bench, ptx = hopper): boolean {
+  const [a, b] = [halves(64 * 32, 3), halves(8 * 32, 4)];
+  return isProduct(runWgmmaRegisters(bench, a, b, ptx), a, b, 64, 8, 32);
+}
+
 function im2col(bench: Bench, ptx = hopper): boolean {
   const [, h, w, c] = im2colShape;
   const x = halves(sizeOf(im2colShape), 5);
@@ -79,6 +85,7 @@ for (const schedule of schedules) {
       t.ok(wgemm(newBench(options), hopper, shape), `wgemm ${JSON.stringify(shape)}`);
     }
     t.ok(small(newBench(options)), 'wgmma of operands without swizzle');
+    t.ok(fromRegisters(newBench(options)), 'wgmma with an operand in registers');
     t.ok(im2col(newBench(options)), 'im2col load and tiled store');
     t.ok(copySignal(newBench(options)), 'cp.async that signals an mbarrier, plain bulk store');
     t.end();
@@ -117,6 +124,16 @@ for (const schedule of schedules) {
       'barrier missing before wgmma',
       /race|uninitialised/,
       (b) => small(b, mutant('wgmma_small', /bar\.sync/)),
+    ],
+    [
+      'operand in registers not fenced',
+      /async/,
+      (b) => fromRegisters(b, mutant('wgmma_registers', /wgmma\.fence/)),
+    ],
+    [
+      'operand in registers overwritten in flight',
+      /async/,
+      (b) => fromRegisters(b, mutant('wgmma_registers', /wgmma\.wait_group/)),
     ],
     [
       'im2col: box not waited for',
@@ -179,7 +196,7 @@ test('tensor maps that a driver refuses are refused', (t) => {
 test('synchronisation mutants of the Hopper kernels die', (t) => {
   const runs: Record<string, (bench: Bench, ptx: string) => boolean> = {
     wgemm: (bench, ptx) => wgemm(bench, ptx, { k: 640 }),
-    ...{ wgmma_small: small, im2col, copy_signal: copySignal },
+    ...{ wgmma_small: small, wgmma_registers: fromRegisters, im2col, copy_signal: copySignal },
   };
   const mutants = synchronisationMutants(hopper);
   const alive = survivors(mutants, ({ kernel, ptx }) => {

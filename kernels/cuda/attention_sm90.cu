@@ -154,6 +154,7 @@ KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y
       mbarrier_arrive_expect(at_ring(s.query_full, q), walk.alone ? HALF_TILE : TILE);
       for (int half = 0; half < (walk.alone ? 1 : 2); half++)
         load_box(query_tiles + q * TILE + half * HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row + half * ROWS, image);
+#pragma unroll 1
       for (int tile = 0; tile < tiles; tile++, step++) {
         const int stage = step % STAGES, fresh = step / STAGES % 2 ^ 1;
         mbarrier_wait(at_ring(s.key_empty, stage), fresh);
@@ -282,6 +283,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
   const int first_head = begin / per_head, last_head = (end - 1) / per_head;
   if (threadIdx.x >= GROUPS * WARPGROUP) {
     if (!elect_one()) return;
+#pragma unroll 1
     for (int unit = begin, loaded = -1; unit < end; unit++) {
       const int head = unit / per_head, column = head % heads * HEAD, image = head / heads;
       const int turn = (unit - begin) / GROUPS, stage = (unit - begin) % GROUPS * QUERY_STAGES + turn % QUERY_STAGES;
@@ -305,6 +307,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
   int present = -1;
   // Goes on to a later head; each one in between is given back as well.
   const auto meet = [&](int head) {
+#pragma unroll 1
     while (present < head - first_head) {
       if (present >= 0) release(at_ring(s.head_empty, present % 2), at);
       present++;

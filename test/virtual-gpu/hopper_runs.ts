@@ -45,6 +45,13 @@ export function runWgemm(
   return bench.floats(d, m * n);
 }
 
+/** [64, 32] times [8, 32] transposed, a from registers. */
+export function runWgmmaRegisters(bench: Bench, a: Uint16Array, b: Uint16Array, ptx = hopper): Float32Array {
+  const d = bench.room(64 * 8 * 4);
+  bench.launch(ptx, 'wgmma_registers', 1, 128, [bench.give(a), bench.give(b), d]);
+  return bench.floats(d, 512);
+}
+
 /** a[64, 16] b[8, 16]^T by one wgmma of operands without swizzle. */
 export function runWgmmaSmall(
   bench: Bench<GpuApi>,

@@ -27,6 +27,8 @@ interface Product {
   readonly k: number;
   readonly type: string;
   readonly accumulators: readonly Register[];
+  /** Registers of operand a, where it is not in shared memory. */
+  readonly fragments: readonly Register[];
   /** Four registers of 32 lanes, or a descriptor. */
   readonly a: readonly Int32Array[] | Descriptor;
   readonly b: Descriptor;
@@ -43,10 +45,19 @@ interface WgmmaState {
   fenced: boolean;
   readonly unfenced: Set<Register>;
   inFlight: Set<Register>;
+  /** Registers that products in flight read as their operand a: others may read them too, but not write. */
+  operands: Set<Register>;
 }
 
 function stateOf(warp: Warp): WgmmaState {
-  warp.wgmma ??= { current: [], groups: [], fenced: false, unfenced: new Set(), inFlight: new Set() };
+  warp.wgmma ??= {
+    current: [],
+    groups: [],
+    fenced: false,
+    unfenced: new Set(),
+    inFlight: new Set(),
+    operands: new Set(),
+  };
   return warp.wgmma as WgmmaState;
 }
 
@@ -66,7 +77,9 @@ export function wgmma(call: WarpCall): Outcome {
     case 'wait_group': {
       const left = laneValue(call, i.operands[0], first);
       while (state.groups.length > left) for (const product of state.groups.shift()!) compute(m, product);
-      state.inFlight = new Set([...state.groups.flat(), ...state.current].flatMap((p) => p.accumulators));
+      const products = [...state.groups.flat(), ...state.current];
+      state.inFlight = new Set(products.flatMap((p) => p.accumulators));
+      state.operands = new Set(products.flatMap((p) => p.fragments));
       return 'next';
     }
     default:
@@ -85,18 +98,17 @@ function begin(call: WarpCall, state: WgmmaState): void {
   }
   if ((m.warp.id | 3) >= m.block.warps.length) fail(m, 'wgmma', 'the warpgroup is not complete', 0, i);
   const accumulators = registersIn(i.operands[0]);
-  if (!state.fenced || accumulators.some((r) => state.unfenced.has(r))) {
-    fail(m, 'async', 'wgmma.mma_async without a wgmma.fence after its accumulators were written', 0, i);
-  }
   const fromRegisters = i.operands[1].kind === 'vector';
+  const fragments = fromRegisters ? registersIn(i.operands[1]) : [];
+  if (!state.fenced || [...accumulators, ...fragments].some((r) => state.unfenced.has(r))) {
+    fail(m, 'async', 'wgmma.mma_async without a wgmma.fence after its registers were written', 0, i);
+  }
   const number = (x: Operand | undefined) => (x ? laneValue(call, x, 0) : 0);
   const rest = i.operands.slice(3);
   state.current.push({
-    ...{ i, columns: Number(shape[1]), k: Number(shape[2]), type, accumulators },
+    ...{ i, columns: Number(shape[1]), k: Number(shape[2]), type, accumulators, fragments },
     a: fromRegisters
-      ? registersIn(i.operands[1]).map((r) =>
-          Int32Array.from({ length: 32 }, (_, l) => laneValue(call, r, l)),
-        )
+      ? fragments.map((r) => Int32Array.from({ length: 32 }, (_, l) => laneValue(call, r, l)))
       : descriptor(call, i.operands[1]),
     b: descriptor(call, i.operands[2]),
     accumulate: number(rest[0]) !== 0,
@@ -105,6 +117,7 @@ function begin(call: WarpCall, state: WgmmaState): void {
     transposeB: number(fromRegisters ? rest[3] : rest[4]) !== 0,
   });
   for (const r of accumulators) state.inFlight.add(r);
+  for (const r of fragments) state.operands.add(r);
   m.stats.matrixProducts++;
 }
 
@@ -222,6 +235,11 @@ export function noteRegisters(m: Machine, block: Block): void {
       written: real.flatMap(defines),
     };
     usage.set(block, known);
+  }
+  const overwritten = known.written.find((r) => state.operands.has(r));
+  if (overwritten) {
+    const i = block.instructions.find((x) => defines(x).includes(overwritten))!;
+    fail(m, 'async', `register ${overwritten.name} is written while wgmma still reads it`, 0, i);
   }
   const touched = known.touched.find((r) => state.inFlight.has(r));
   if (touched) {

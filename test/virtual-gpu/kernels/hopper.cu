@@ -135,6 +135,31 @@ extern "C" __global__ void wgmma_small(const __nv_bfloat16 *a, const __nv_bfloat
   out[(row + 8) * 8 + column] = d[2], out[(row + 8) * 8 + column + 1] = d[3];
 }
 
+// The same with 32 along k in two steps whose a comes from registers, which a product in flight still reads.
+extern "C" __global__ void wgmma_registers(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *out) {
+  __shared__ __align__(128) __nv_bfloat16 sb[2][8 * 16];
+  const int t = threadIdx.x, lane = t & 31, row = (t >> 5) * 16 + lane / 4, column = lane % 4 * 2;
+  for (int step = 0; step < 2; step++) sb[step][t % 16 / 8 * 64 + t / 16 * 8 + t % 8] = b[t / 16 * 32 + step * 16 + t % 16];
+  fence_proxy();
+  __syncthreads();
+  float d[4] = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int step = 0; step < 2; step++) {
+    uint32_t x[4];
+    for (int i = 0; i < 4; i++)
+      x[i] = reinterpret_cast<const uint32_t *>(a)[((row + i % 2 * 8) * 32 + step * 16 + i / 2 * 8 + column) / 2];
+    const uint64_t db = shared_address(sb[step]) >> 4 | (uint64_t)(128 >> 4) << 16 | (uint64_t)(256 >> 4) << 32;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(db));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  }
+  out[row * 8 + column] = d[0], out[row * 8 + column + 1] = d[1];
+  out[(row + 8) * 8 + column] = d[2], out[(row + 8) * 8 + column + 1] = d[3];
+}
+
 // 64 pixels of 64 channels, shifted by (1, 2) as one tap of a 3 x 3 filter, loaded by im2col and stored again by TMA.
 extern "C" __global__ void im2col(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
                                   int x, int y) {
