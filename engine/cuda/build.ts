@@ -2,16 +2,17 @@
 // compute_80, so that every card since Ampere runs it, and families for Hopper for compute_90a. The PTX is committed,
 // gzipped, and users need no toolkit. ptxas then assembles each file, and REPORT.md tables what it makes of each kernel.
 // `--check` builds elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that
-// older drivers take it; of the line table only the lines of our own files are kept.
+// older drivers take it; of the line table only the lines of our own files are kept. The history of the hard kernels
+// (kernels/lab) is built beside its sources, in bfloat16 alone: no program loads it.
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { basename, join } from 'node:path';
+import { basename, dirname, join, relative } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { gzipSync } from 'node:zlib';
 import { packageRoot } from '../cpu/build.ts';
-import { forHopper, ptxFolder, ptxName, readPtx, typesOf } from './kernels.ts';
+import { forHopper, labFolder, ptxFolder, ptxName, readPtx, typesOf } from './kernels.ts';
 
 const sources = join(packageRoot, 'kernels', 'cuda');
 const generations = ['sm_80', 'sm_89', 'sm_90', 'sm_120'] as const;
@@ -19,33 +20,48 @@ const hopper = ['sm_90a'] as const;
 /** What mma.sync on bfloat16, cp.async and ldmatrix need: drivers since CUDA 11.0 take it. wgmma and TMA need CUDA 12.0. */
 const versionFor = (family: string): string => (forHopper(family) ? '8.0' : '7.0');
 
-const familyNames = (): string[] =>
-  readdirSync(sources)
+const familyNames = (folder: string): string[] =>
+  readdirSync(folder)
     .filter((name) => name.endsWith('.cu'))
     .map((name) => basename(name, '.cu'))
     .sort();
 
 /** A source and the headers of ours that it includes, in order. */
-function includesOf(name: string, seen = new Set<string>()): Set<string> {
-  seen.add(name);
-  const text = readFileSync(join(sources, name), 'utf8');
-  for (const [, header] of text.matchAll(/#include "([^"]+)"/g))
-    if (!seen.has(header)) includesOf(header, seen);
+function includesOf(path: string, seen = new Set<string>()): Set<string> {
+  seen.add(path);
+  for (const [, header] of readFileSync(path, 'utf8').matchAll(/#include "([^"]+)"/g)) {
+    const included = join(dirname(path), header);
+    if (!seen.has(included)) includesOf(included, seen);
+  }
   return seen;
 }
 
 /** A digest of a family's source and headers, kept in its PTX: a test sees stale PTX without nvcc. */
-function sourceDigest(family: string): string {
+function sourceDigest(source: string): string {
   const hash = createHash('sha256');
-  for (const name of includesOf(`${family}.cu`)) hash.update(name).update(readFileSync(join(sources, name)));
+  for (const path of includesOf(source)) hash.update(basename(path)).update(readFileSync(path));
   return hash.digest('hex').slice(0, 16);
 }
 
+export interface PtxFile {
+  readonly family: string;
+  readonly dtype: string;
+  readonly digest: string;
+  readonly source: string;
+  /** Where its PTX lies. */
+  readonly folder: string;
+}
+
+const filesOf = (from: string, folder: string, types: (family: string) => readonly string[]): PtxFile[] =>
+  familyNames(from).flatMap((family) => {
+    const source = join(from, `${family}.cu`);
+    return types(family).map((dtype) => ({ family, dtype, digest: sourceDigest(source), source, folder }));
+  });
+
 /** Every PTX file that the sources make, and the digest that it should carry. */
-export const expectedFiles = (): { family: string; dtype: string; digest: string }[] =>
-  familyNames().flatMap((family) =>
-    typesOf(family).map((dtype) => ({ family, dtype, digest: sourceDigest(family) })),
-  );
+export const expectedFiles = (): PtxFile[] => filesOf(sources, ptxFolder, typesOf);
+/** The same of the history of kernels. */
+export const labFiles = (): PtxFile[] => filesOf(labFolder, labFolder, () => ['bfloat16']);
 
 function run(command: string, args: readonly string[]): string {
   const ran = spawnSync(command, args, { encoding: 'utf8' });
@@ -54,22 +70,23 @@ function run(command: string, args: readonly string[]): string {
   return ran.stderr + ran.stdout;
 }
 
-/** The PTX of a family in one storage type; `folder` is for nvcc's own file. */
-function compile(family: string, dtype: string, folder: string): string {
-  const out = join(folder, `${family}_${dtype}.ptx`);
+/** The PTX of a family in one storage type; `scratch` is for nvcc's own file. */
+function compile({ family, dtype, digest, source }: PtxFile, scratch: string): string {
+  const out = join(scratch, `${family}_${dtype}.ptx`);
   const arch = forHopper(family) ? '-arch=compute_90a' : '-arch=compute_80';
   const define = `-DT_${dtype.toUpperCase()}`;
-  run('nvcc', ['-ptx', '-std=c++17', arch, '-lineinfo', define, '-o', out, join(sources, `${family}.cu`)]);
+  run('nvcc', ['-ptx', '-std=c++17', arch, '-lineinfo', define, '-o', out, source]);
   const body = tidy(readFileSync(out, 'utf8'), versionFor(family));
   rmSync(out);
-  return `// kernels/cuda/${family}.cu as ${dtype}, sources ${sourceDigest(family)}\n${body}`;
+  return `// ${relative(packageRoot, source)} as ${dtype}, sources ${digest}\n${body}`;
 }
 
 /** nvcc's PTX without comments and blank lines, with the lines of our own files and nothing else of the line table. */
 export function tidy(ptx: string, version: string): string {
   const ours = new Map<string, string>();
   for (const [, number, path] of ptx.matchAll(/^\s*\.file\s+(\d+)\s+"([^"]+)"/gm)) {
-    if (path.startsWith(sources)) ours.set(number, `\t.file\t${number} "kernels/cuda/${basename(path)}"`);
+    const own = relative(packageRoot, path);
+    if (own.startsWith('kernels')) ours.set(number, `\t.file\t${number} "${own}"`);
   }
   const lines: string[] = [];
   let place = '';
@@ -193,9 +210,9 @@ function report(scratch: string): string {
   ].join('\n');
 }
 
-function readIfThere(family: string, dtype: string): string | undefined {
+function readIfThere({ family, dtype, folder }: PtxFile): string | undefined {
   try {
-    return readPtx(family, dtype);
+    return readPtx(family, dtype, folder);
   } catch {
     return undefined;
   }
@@ -204,14 +221,14 @@ function readIfThere(family: string, dtype: string): string | undefined {
 /** Builds the families named, or all; gives the files whose text has changed. Only then are they written, if at all. */
 function buildAll(check: boolean, only: readonly string[], scratch: string): string[] {
   const changed: string[] = [];
-  for (const { family, dtype } of expectedFiles()) {
-    if (only.length && !only.includes(family)) continue;
-    const text = compile(family, dtype, scratch);
-    const name = ptxName(family, dtype);
+  for (const file of [...expectedFiles(), ...labFiles()]) {
+    if (only.length && !only.includes(file.family)) continue;
+    const text = compile(file, scratch);
+    const name = ptxName(file.family, file.dtype);
     console.log(`${name} ${(text.length / 1024).toFixed(0)} KiB of text`);
-    if (readIfThere(family, dtype) === text) continue;
+    if (readIfThere(file) === text) continue;
     changed.push(name);
-    if (!check) writeFileSync(join(ptxFolder, name), gzipSync(text, { level: 9 }));
+    if (!check) writeFileSync(join(file.folder, name), gzipSync(text, { level: 9 }));
   }
   return changed;
 }

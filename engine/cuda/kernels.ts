@@ -8,6 +8,8 @@ import { packageRoot } from '../cpu/build.ts';
 
 export const storageTypes = ['float32', 'bfloat16', 'float16'] as const;
 export const ptxFolder = join(packageRoot, 'kernels', 'ptx');
+/** The history of the hard kernels, sources and PTX: kernels/lab/README.md. */
+export const labFolder = join(packageRoot, 'kernels', 'lab');
 export const ptxName = (family: string, dtype: string): string => `${family}_${dtype}.ptx.gz`;
 export const readPtx = (family: string, dtype: string, folder = ptxFolder): string =>
   gunzipSync(readFileSync(join(folder, ptxName(family, dtype)))).toString('latin1');

@@ -81,3 +81,68 @@ DEVICE uint32_t at_ring(const uint64_t *barriers, int i) { return shared_address
 DEVICE void release(uint32_t barrier, const Place &at) {
   if (at.lane == 0) mbarrier_arrive(barrier);
 }
+
+// ---- forward
+
+constexpr float MASKED = -1e30f;                       // a score that is not seen
+
+// Over the four lanes that share a row.
+DEVICE float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+DEVICE float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// The columns that a row does not see. `seen` counts those that it does.
+template <int N> DEVICE void mask(float (&scores)[N], int seen_low, int seen_high, int lane) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int column = i / 4 * 8 + i % 2 + lane % 4 * 2;
+    if (column >= (i / 2 % 2 ? seen_high : seen_low)) scores[i] = MASKED;
+  }
+}
+
+// A row's largest score and its sum of weights relative to that, this lane's share of it; for two rows.
+struct Running {
+  float most[2] = {MASKED, MASKED}, sum[2] = {0, 0};
+
+  // Scores become weights relative to the largest until now, in units of `factor` powers of two. What was summed before
+  // has to shrink.
+  template <int N> __device__ void take(float (&scores)[N], float (&shrink)[2], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float next = most[half];
+#pragma unroll
+      for (int i = 2 * half; i < N; i += 4) next = fmaxf(next, fmaxf(scores[i], scores[i + 1]));
+      next = row_max(next);
+      shrink[half] = exp2_of((most[half] - next) * factor);
+      const float offset = next * factor;
+      float total = 0;
+#pragma unroll
+      for (int i = 2 * half; i < N; i += 4)
+#pragma unroll
+        for (int e = i; e < i + 2; e++) {
+          scores[e] = exp2_of(scores[e] * factor - offset);
+          total += scores[e];
+        }
+      most[half] = next;
+      sum[half] = sum[half] * shrink[half] + total;
+    }
+  }
+};
+
+// The results of a warpgroup's rows from `first` on: sums over their totals, and the log-sum-exp.
+DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, float (&out)[32], const Running &softmax, int heads,
+                        int head, int first, int lq, float scale, const Place &at) {
+  const float low = row_sum(softmax.sum[0]), high = row_sum(softmax.sum[1]);
+  scale_rows(out, 1.f / low, 1.f / high);
+  store_rows(map_y, staging + at.warp * STAGING, out, head % heads * HEAD, first + at.warp * 16, head / heads, at.lane);
+  const int row = first + at.row;
+  if (at.lane % 4 == 0) {
+    if (row < lq) lse[int64_t(head) * lq + row] = softmax.most[0] * scale + logf(low);
+    if (row + 8 < lq) lse[int64_t(head) * lq + row + 8] = softmax.most[1] * scale + logf(high);
+  }
+}
