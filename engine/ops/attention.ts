@@ -98,6 +98,7 @@ const attentionOp = defineOp<AttentionAttrs>({
     sample(1, 70, 130, 64, 1),
     sample(2, 5, 81, 128, 2),
     sample(1, 65, 90, 64, 1, true),
+    sample(1, 66, 130, 256, 4),
     ...awkwardSizes.map(([lq, lk], i) => {
       const [heads, d] = [1 + (i % 2), [64, 8, 40, 24, 80, 17, 128][i % 7]];
       return sample(1 + (i % 3 > 1 ? 1 : 0), lq, lk, heads * d, heads, i % 5 === 4);

@@ -10,7 +10,7 @@ struct Walk {
   int unit, end, per_head, head, row;
   bool alone;
   __device__ Walk(int units, int per_head)
-      : unit(int64_t(blockIdx.x) * units / gridDim.x), end(int64_t(blockIdx.x + 1) * units / gridDim.x), per_head(per_head) {}
+      : unit(share_begin(units, blockIdx.x)), end(share_begin(units, blockIdx.x + 1)), per_head(per_head) {}
   __device__ bool next() {
     if (unit >= end) return false;
     head = unit / per_head;
@@ -89,8 +89,8 @@ KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y
       const int column = walk.head % heads * HEAD, image = walk.head / heads, q = work % 2, tiles = tiles_of();
       mbarrier_wait(at_ring(s.query_empty, q), work / 2 % 2 ^ 1);
       mbarrier_arrive_expect(at_ring(s.query_full, q), walk.alone ? HALF_TILE : TILE);
-      for (int half = 0; half < (walk.alone ? 1 : 2); half++)
-        load_box(query_tiles + q * TILE + half * HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row + half * ROWS, image);
+      load_box(query_tiles + q * TILE, map_q, at_ring(s.query_full, q), column, walk.row, image);
+      if (!walk.alone) load_box(query_tiles + q * TILE + HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row + ROWS, image);
 #pragma unroll 1
       for (int tile = 0; tile < tiles; tile++, step++) {
         const int stage = step % STAGES, fresh = step / STAGES % 2 ^ 1;
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
-  const int begin = int64_t(blockIdx.x) * units / gridDim.x, end = int64_t(blockIdx.x + 1) * units / gridDim.x;
+  const int begin = share_begin(units, blockIdx.x), end = share_begin(units, blockIdx.x + 1);
   const int first_head = begin / per_head, last_head = (end - 1) / per_head;
   if (threadIdx.x >= GROUPS * WARPGROUP) {
     if (!elect_one()) return;

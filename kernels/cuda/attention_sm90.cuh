@@ -86,6 +86,12 @@ DEVICE void release(uint32_t barrier, const Place &at) {
 
 constexpr float MASKED = -1e30f;                       // a score that is not seen
 
+// The first of this block's even share of `units`; the next block's is this one's end.
+DEVICE int share_begin(int units, int block) {
+  const int each = units / gridDim.x, more = units % gridDim.x;
+  return block * each + min(block, more);
+}
+
 // Over the four lanes that share a row.
 DEVICE float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -142,7 +148,7 @@ DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, fl
   store_rows(map_y, staging + at.warp * STAGING, out, head % heads * HEAD, first + at.warp * 16, head / heads, at.lane);
   const int row = first + at.row;
   if (at.lane % 4 == 0) {
-    if (row < lq) lse[int64_t(head) * lq + row] = softmax.most[0] * scale + logf(low);
-    if (row + 8 < lq) lse[int64_t(head) * lq + row + 8] = softmax.most[1] * scale + logf(high);
+    if (row < lq) lse[int64_t(head) * lq + row] = softmax.most[0] * scale + __logf(low);
+    if (row + 8 < lq) lse[int64_t(head) * lq + row + 8] = softmax.most[1] * scale + __logf(high);
   }
 }
