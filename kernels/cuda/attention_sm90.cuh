@@ -64,8 +64,6 @@ DEVICE void scale_rows(float (&x)[32], float low, float high) {
 DEVICE void store_rows(const TensorMap &map, uint32_t staging, const float (&x)[32], int column, int row, int image, int lane) {
   uint32_t rounded[4][4];
   round_all(rounded, x);
-  stores_wait_read<0>();
-  __syncwarp();
 #pragma unroll
   for (int j = 0; j < 4; j++) store_matrices(staging + swizzled<128>(lane % 16, 2 * j + lane / 16), rounded[j]);
   fence_async_proxy();
@@ -145,6 +143,9 @@ DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, fl
                         int head, int first, int lq, float scale, const Place &at) {
   const float low = row_sum(softmax.sum[0]), high = row_sum(softmax.sum[1]);
   scale_rows(out, 1.f / low, 1.f / high);
+  // The results before these have left the staging.
+  stores_wait_read<0>();
+  __syncwarp();
   store_rows(map_y, staging + at.warp * STAGING, out, head % heads * HEAD, first + at.warp * 16, head / heads, at.lane);
   const int row = first + at.row;
   if (at.lane % 4 == 0) {
