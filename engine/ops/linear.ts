@@ -134,6 +134,8 @@ const linearOp = defineOp<LinearAttrs>({
       attrs: { activation: 'geglu' },
     },
     { inputs: { x: [34, 290], weight: [530, 290], bias: [530] }, attrs: { activation: 'none' } },
+    { inputs: { x: [4, 32], weight: [256, 32], bias: [256] }, attrs: { activation: 'geglu' } },
+    { inputs: { x: [1, 40], weight: [140, 40] }, attrs: { activation: 'geglu' } },
     ...awkwardSizes.map(([m, n, k], i) => {
       const activation = activations[(i + 1) % activations.length];
       const h = activation === 'geglu' ? 2 * n : n;

@@ -207,7 +207,8 @@ template <class T> void flipped_product(const Product<T> &p) {
   compute_columns(p, packed, {0, p.n}, tile_columns(p.m, MIDDLE_ROWS, 1), p.n);
 }
 
-constexpr int THIN_ROWS = 4, THIN_COLUMNS = 32;
+constexpr int THIN_ROWS = 4, THIN_COLUMNS = 64;
+static_assert(THIN_COLUMNS % (2 * GEGLU_BLOCK) == 0, "values and their gates leave together");
 
 // to[i] = left[i] * right over k: M rows of words, `stride` apart, with sums in registers.
 template <class T, int M> inline void thin_column(float *to, int64_t to_stride, const float *left, int64_t stride, const T *right, int64_t k) {
