@@ -25,22 +25,33 @@ export interface Emoji {
   svg: string;
 }
 
+/** How many times an emoji stands in a dataset. */
+export type Copies = (emoji: Emoji) => number;
+
+/** What small models draw worst, and what is asked of this one: the eight flags and some twenty fruits, ten times each. */
+export const flagsAndFruit: Copies = ({ kind, keywords }) =>
+  kind === kindWords.Flags || keywords.includes('fruit') ? 10 : 1;
+
 /** Draws every emoji into `folder` at `side` x `side` pixels, unless they are there already, and returns the folder. */
-export async function drawEmoji(folder: string, side = 64): Promise<string> {
-  const edited = `${edition} ${side}\n`;
+export async function drawEmoji(folder: string, copies: Copies = () => 1, side = 64): Promise<string> {
+  const all = allEmoji();
+  const counts = all.map(copies);
+  const edited = `${edition} ${side} ${counts.join('')}\n`;
   const stamp = join(folder, 'edition.txt');
   if (readText(stamp) === edited) return folder;
   mkdirSync(folder, { recursive: true });
   rmSync(stamp, { force: true });
   const rows: string[] = [];
   const list: string[] = [];
-  const all = allEmoji();
   for (const [i, emoji] of all.entries()) {
     const { rgba, png } = await draw(emoji, side);
     const colours = coloursOf(rgba);
     const file_name = `${emoji.name.replaceAll(' ', '-')}.png`;
-    writeFileSync(join(folder, file_name), png);
-    rows.push(JSON.stringify({ file_name, text: captionsOf(emoji, colours) }));
+    for (let copy = 1; copy <= counts[i]; copy++) {
+      const own = copy === 1 ? file_name : file_name.replace('.png', `-${copy}.png`);
+      writeFileSync(join(folder, own), png);
+      rows.push(JSON.stringify({ file_name: own, text: captionsOf(emoji, colours) }));
+    }
     if (isJudged(i, all.length))
       list.push(JSON.stringify({ file_name, ...judgedPrompt(emoji, colours, list.length) }));
   }

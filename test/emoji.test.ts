@@ -3,7 +3,7 @@ import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { colourName, coloursOf } from '../configs/emoji_colours.ts';
-import { allEmoji, drawEmoji } from '../configs/emoji_data.ts';
+import { allEmoji, drawEmoji, flagsAndFruit } from '../configs/emoji_data.ts';
 import { openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
 
@@ -85,4 +85,22 @@ test('drawn, they are a dataset', async (t) => {
   const before = statSync(join(folder, 'metadata.jsonl')).mtimeMs;
   await drawEmoji(folder);
   t.equal(statSync(join(folder, 'metadata.jsonl')).mtimeMs, before, 'drawn once');
+});
+
+test('flags and fruit can be drawn ten times, under names of their own', async (t) => {
+  const all = allEmoji();
+  const often = all.filter((emoji) => flagsAndFruit(emoji) > 1).map(({ name }) => name);
+  t.equal(often.length, 32);
+  for (const name of ['rainbow flag', 'chequered flag', 'red apple', 'tangerine'])
+    t.ok(often.includes(name), name);
+  t.notOk(often.includes('flag in hole'), 'golf');
+  const folder = await drawEmoji(join(t.testdir({}), 'flags'), flagsAndFruit);
+  const { examples, problems } = await openDataset({ path: folder });
+  t.equal(examples.length, 1593 + 9 * 32);
+  t.strictSame(problems, []);
+  const [one, ten] = ['red-apple.png', 'red-apple-10.png'].map((name) =>
+    examples.find(({ id }) => id === name),
+  );
+  t.strictSame(one?.captions, ten?.captions);
+  t.same(await one?.read(), await ten?.read());
 });
