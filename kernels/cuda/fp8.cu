@@ -32,7 +32,7 @@ KERNEL(fp8_scale_partial)(float *partial, const T *x, int n) {
   for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const uint32_t start = chunk * SCALE_CHUNK, end = min(start + SCALE_CHUNK, uint32_t(n));
     float most = 0;
-#pragma unroll 4
+#pragma unroll 1
     for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) {
       const Pack p = load(x + i, int(end - i));
 #pragma unroll
