@@ -328,12 +328,14 @@ const timestepOp = defineOp<{
   reference: {
     forward({ y, t }, { dim, flipSinToCos, shift }) {
       const half = Math.floor(dim / 2);
-      for (let i = 0; i < t.data.length; i++)
+      for (let i = 0; i < t.data.length; i++) {
+        if (dim % 2) y.data[(i + 1) * dim - 1] = 0;
         for (let j = 0; j < half; j++) {
           const angle = t.data[i] * Math.exp((-Math.log(10000) * j) / (half - shift));
           y.data[i * dim + j + (flipSinToCos ? half : 0)] = Math.sin(angle);
           y.data[i * dim + j + (flipSinToCos ? 0 : half)] = Math.cos(angle);
         }
+      }
     },
   },
   samples: [
