@@ -55,13 +55,13 @@ function coreMatrices(values: Uint16Array): Uint16Array {
 
 const DESCRIPTOR = '0x1000080000'; // 128 >> 4 at bit 16, 256 >> 4 at bit 32
 
-/** One wgmma of 64 x n x 16; each thread stores its sums as it holds them. With `registers` a comes from them. */
+/** One wgmma of 64 x n x 16, of bytes x 32; each thread stores its sums as it holds them. With `registers` a comes from them. */
 function wgmmaPtx(n: number, type: string, registers: boolean): string {
   const sums = Array.from({ length: n / 2 }, (_, i) => `%d${i}`);
   const descriptor = (at: string, to: string) =>
     `mov.u32 %r4, ${at}; shr.u32 %r4, %r4, 4; cvt.u64.u32 ${to}, %r4; or.b64 ${to}, ${to}, ${DESCRIPTOR};`;
   const operand = registers ? '{%a0, %a1, %a2, %a3}' : '%w1';
-  const flags = registers ? '1, 1, 0' : '1, 1, 0, 0';
+  const [k, flags] = type === 'e4m3' ? [32, '1, 1'] : [16, registers ? '1, 1, 0' : '1, 1, 0, 0'];
   return kernel(
     '.param .u64 to, .param .u64 a, .param .u64 b',
     `.reg .f32 %d<${n / 2}>; .reg .b32 %a<4>; .shared .align 128 .b8 sa[2048]; .shared .align 128 .b8 sb[${n * 32}];`,
@@ -72,7 +72,7 @@ fence.proxy.async.shared::cta; bar.sync 0;
 ${descriptor('sa', '%w1')} ${descriptor('sb', '%w2')}
 ${sums.map((d) => `mov.f32 ${d}, 0f40000000;`).join(' ')}
 wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n${n}k16.f32.${type}.${type} {${sums.join(', ')}}, ${operand}, %w2, 1, ${flags};
+wgmma.mma_async.sync.aligned.m64n${n}k${k}.f32.${type}.${type} {${sums.join(', ')}}, ${operand}, %w2, 1, ${flags};
 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
 ld.param.u64 %to, [to]; mul.wide.u32 %o, %t, ${2 * n}; add.s64 %to, %to, %o;
 ${sums.map((d, i) => `st.global.f32 [%to+${4 * i}], ${d};`).join(' ')}`,
@@ -96,6 +96,27 @@ function wgmma(n: number, type: 'bf16' | 'f16', exact: boolean, registers = fals
   const agree = exact ? sameBits('f32') : within(Array(64 * n).fill(18 * 2 * 2 ** -23));
   const kind = `${exact ? 'integers' : 'random'}${registers ? ', a in registers' : ''}`;
   return { ...onHopper, name: `wgmma.m64n${n}k16 ${type}, ${kind}`, ptx, run, agree };
+}
+
+/** Bytes of e4m3, two to a half's place: rows are as long, and core matrices as large. */
+function wgmmaOfBytes(n: number): MicroKernel {
+  const codes = [0x00, 0x38, 0x40, 0xb8, 0xc0]; // 0, 1, 2, -1, -2
+  const byte = (x: number) => codes[Math.abs(x) % codes.length];
+  const pairs = (count: number, seed: number) => {
+    const [low, high] = [integers(count, seed), integers(count, seed + 7)];
+    return Uint16Array.from({ length: count }, (_, i) => byte(low[i]) | (byte(high[i]) << 8));
+  };
+  const ptx = wgmmaPtx(n, 'e4m3', false);
+  const [a, b] = [pairs(64 * 16, n), pairs(n * 16, n + 1)];
+  const run = (bench: Bench<GpuApi>) => {
+    const to = bench.room(64 * n * 4);
+    bench.launch(ptx, 'op', 1, THREADS, [
+      to,
+      ...[coreMatrices(a), coreMatrices(b)].map((each) => bench.give(each)),
+    ]);
+    return bench.bytes(to, 64 * n * 4);
+  };
+  return { ...onHopper, name: `wgmma.m64n${n}k32 e4m3, integers`, ptx, run, agree: sameBits('f32') };
 }
 
 // TMA
@@ -256,6 +277,8 @@ export const hopperKernels = (): MicroKernel[] => [
     wgmma(n, 'bf16', true),
     wgmma(n, 'f16', true),
   ]),
+  wgmmaOfBytes(160),
+  wgmmaOfBytes(256),
   wgmma(160, 'bf16', false),
   wgmma(256, 'f16', false),
   wgmma(64, 'bf16', true, true),
