@@ -4,7 +4,7 @@
 //   npx sdxl train configs/emoji.ts
 import { defineRun, type RunInput } from 'sdxl';
 import { emojiModel as model } from '../models/presets.ts';
-import { drawEmoji, flagsAndFruit } from './emoji_data.ts';
+import { drawEmoji } from './emoji_data.ts';
 
 const dataset = { path: await drawEmoji('data/emoji'), resolution: 64, center_crop: true };
 const captioned = { ...dataset, caption_dropout_rate: 0.1 };
@@ -82,7 +82,7 @@ export default defineRun(
     ...unet,
     name: 'emoji-flags',
     model: 'runs/emoji-velocity/final',
-    dataset: { ...captioned, path: await drawEmoji('data/emoji-flags', flagsAndFruit) },
+    dataset: { ...captioned, path: await drawEmoji('data/emoji-flags', { flagsAndFruit: 10 }) },
     steps: 1900,
     objective: velocity,
     optimizer: { ...optimizer, lr: 7e-4 },

@@ -25,20 +25,19 @@ export interface Emoji {
   svg: string;
 }
 
-/** How many times an emoji stands in a dataset. */
-export type Copies = (emoji: Emoji) => number;
+/** What small models draw worst and people ask for first: eight flags and two dozen fruits and vegetables. */
+export const isFlagOrFruit = ({ kind, keywords }: Emoji): boolean =>
+  kind === kindWords.Flags || keywords.includes('fruit');
 
-/** What small models draw worst, and what is asked of this one: the eight flags and some twenty fruits, ten times each. */
-export const flagsAndFruit: Copies = ({ kind, keywords }) =>
-  kind === kindWords.Flags || keywords.includes('fruit') ? 10 : 1;
-
-/** Draws every emoji into `folder` at `side` x `side` pixels, unless they are there already, and returns the folder. */
-export async function drawEmoji(folder: string, copies: Copies = () => 1, side = 64): Promise<string> {
-  const all = allEmoji();
-  const counts = all.map(copies);
-  const edited = `${edition} ${side} ${counts.join('')}\n`;
+/**
+ * Draws every emoji into `folder` at `side` x `side` pixels, flags and fruit `flagsAndFruit` times each, unless they are
+ * there already, and returns the folder. Every load of a run file comes by here, so nothing is read before the stamp.
+ */
+export async function drawEmoji(folder: string, { flagsAndFruit = 1, side = 64 } = {}): Promise<string> {
+  const edited = `${edition} ${side} ${flagsAndFruit}\n`;
   const stamp = join(folder, 'edition.txt');
   if (readText(stamp) === edited) return folder;
+  const all = allEmoji();
   mkdirSync(folder, { recursive: true });
   rmSync(stamp, { force: true });
   const rows: string[] = [];
@@ -47,7 +46,8 @@ export async function drawEmoji(folder: string, copies: Copies = () => 1, side =
     const { rgba, png } = await draw(emoji, side);
     const colours = coloursOf(rgba);
     const file_name = `${emoji.name.replaceAll(' ', '-')}.png`;
-    for (let copy = 1; copy <= counts[i]; copy++) {
+    const copies = isFlagOrFruit(emoji) ? flagsAndFruit : 1;
+    for (let copy = 1; copy <= copies; copy++) {
       const own = copy === 1 ? file_name : file_name.replace('.png', `-${copy}.png`);
       writeFileSync(join(folder, own), png);
       rows.push(JSON.stringify({ file_name: own, text: captionsOf(emoji, colours) }));
