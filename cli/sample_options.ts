@@ -1,4 +1,5 @@
-// The flags of `sdxl sample`: diffusers' words (other programs' are in aliases.ts). What can be known to be wrong with a request is refused here, before any weight is read.
+// The flags of `sdxl sample`: diffusers' words (other programs' are in aliases.ts). What can be known to be wrong with a
+// request is refused here, before any weight is read.
 import { existsSync } from 'node:fs';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
@@ -89,6 +90,10 @@ export function addSampleOptions(command: Command): Command {
       '--dtype <NAME>',
       'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
       'auto',
+    )
+    .option(
+      '--fp8',
+      "the UNet's feed-forward layers in 8-bit floats: faster on Hopper alone, less exact anywhere",
     )
     .optionsGroup('Prompt:')
     .option('-p, --prompt <TEXT>', 'what to draw, up to 77 tokens')
@@ -192,10 +197,6 @@ export function addSampleOptions(command: Command): Command {
       2.5,
     )
     .optionsGroup('Files:')
-    .option(
-      '--fp8',
-      "the UNet's feed-forward layers in 8-bit floats: faster on Hopper alone, less exact anywhere",
-    )
     .option(
       '--from <FILE.png>',
       'take the settings that a picture of ours (or of A1111) carries; flags go before them',
