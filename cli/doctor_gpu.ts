@@ -6,7 +6,7 @@ import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { OLDEST_DRIVER, ptxCeiling, versionName } from '../engine/cuda/versions.ts';
 import type { Finding } from './doctor.ts';
 
-/** What a picture of 1024x1024 in bfloat16 takes of a GPU (test/memory_plan.test.ts). */
+/** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/memory_plan.test.ts). */
 const PICTURE_BYTES = 7.25 * 2 ** 30;
 
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
