@@ -9,7 +9,7 @@ import {
   type PlanContext,
   THREADS,
 } from './plan.ts';
-import { hopperBackward, hopperForward, isForHopper } from './plan_attention_sm90.ts';
+import { type AttentionSizes, hopperBackward, hopperForward, isForHopper } from './plan_attention_sm90.ts';
 import { product } from './plan_matrix.ts';
 
 const FLASH_HEAD = 64;
@@ -20,22 +20,12 @@ const TILE_BYTES = ROWS * FLASH_HEAD * 2;
 /** Most bytes of scores, gradients of scores and their rounded copies at a time. */
 const PIECE_BYTES = 256 * 2 ** 20;
 
-interface Sizes {
-  readonly n: number;
-  readonly heads: number;
-  readonly lq: number;
-  readonly lk: number;
-  readonly d: number;
-  readonly causal: number;
-  readonly scale: number;
-}
-
-function sizesOf(args: LaunchArguments): Sizes {
+function sizesOf(args: LaunchArguments): AttentionSizes {
   const [n, heads, lq, lk, d, causal, scale] = args.map(Number);
   return { n, heads, lq, lk, d, causal, scale };
 }
 
-const isFlash = ({ d }: Sizes, { elementBytes }: PlanContext): boolean =>
+const isFlash = ({ d }: AttentionSizes, { elementBytes }: PlanContext): boolean =>
   elementBytes === 2 && d <= FLASH_HEAD && d % 8 === 0;
 
 function flash(
@@ -44,7 +34,7 @@ function flash(
   perBlock: number,
   shared: number,
   pointers: LaunchArguments,
-  { n, heads, lq, lk, d, causal, scale }: Sizes,
+  { n, heads, lq, lk, d, causal, scale }: AttentionSizes,
 ): KernelLaunch {
   return {
     family: 'attention',
@@ -67,7 +57,7 @@ const byRows = (entry: string, rows: number, args: LaunchArguments): KernelLaunc
 });
 
 /** The products of a head with its rows of q, k, v, y and their gradients, as batches over images and heads. */
-function pieces(s: Sizes, context: PlanContext) {
+function pieces(s: AttentionSizes, context: PlanContext) {
   const { n, heads, lq, lk, d } = s;
   const c = heads * d;
   const rowBytes = BigInt(c * context.elementBytes);

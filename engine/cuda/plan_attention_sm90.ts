@@ -14,7 +14,8 @@ const WARPGROUP = 4 * WARP;
 /** What a block of shared memory may lack of the swizzle's alignment. */
 const ALIGNMENT = 1024;
 
-export interface HopperSizes {
+/** Queries [n, lq, heads * d], keys and values [n, lk, heads * d]. */
+export interface AttentionSizes {
   readonly n: number;
   readonly heads: number;
   readonly lq: number;
@@ -24,12 +25,12 @@ export interface HopperSizes {
   readonly scale: number;
 }
 
-export const isForHopper = ({ d }: HopperSizes, { hopper, elementBytes }: PlanContext): boolean =>
+export const isForHopper = ({ d }: AttentionSizes, { hopper, elementBytes }: PlanContext): boolean =>
   hopper && elementBytes === 2 && d === HEAD;
 
 /** Boxes of `rows` rows of one head of [n, l, heads * 64]. */
 const mapOf =
-  ({ n, heads }: HopperSizes, context: PlanContext) =>
+  ({ n, heads }: AttentionSizes, context: PlanContext) =>
   (address: LaunchArgument, l: number, rows: number): Uint8Array =>
     context.tiledMap({
       dataType: context.dtype === 'float16' ? TensorMapDataType.FLOAT16 : TensorMapDataType.BFLOAT16,
@@ -55,7 +56,7 @@ const FEW_SHARED =
 
 export function hopperForward(
   [y, lse, q, k, v]: readonly LaunchArgument[],
-  s: HopperSizes,
+  s: AttentionSizes,
   context: PlanContext,
 ): KernelLaunch[] {
   const { n, heads, lq, lk, causal, scale } = s;
@@ -88,7 +89,7 @@ const BACKWARD_SHARED =
 
 export function hopperBackward(
   [dq, dk, dv, dy, y, lse, q, k, v]: readonly LaunchArgument[],
-  s: HopperSizes,
+  s: AttentionSizes,
   context: PlanContext,
 ): KernelLaunch[] {
   const { n, heads, lq, lk, causal, scale } = s;
