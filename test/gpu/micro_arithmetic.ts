@@ -54,6 +54,9 @@ function integers(): MicroKernel[] {
       inputs.slice(0, arity),
       sameBits(bitsType(out)),
     );
+  /** Those whose text is more than name and operands. */
+  const spelled = (name: string, body: string, inputs: readonly Bits[]) =>
+    lanes('integer', name, body, Array(1 + inputs.length).fill('u32'), inputs, sameBits('u32'));
   const binary =
     'add.s32 sub.s32 mul.lo.s32 mul.hi.s32 mul.hi.u32 min.s32 max.s32 min.u32 max.u32 and.b32 or.b32 xor.b32';
   const unary = 'not.b32 neg.s32 abs.s32 clz.b32 brev.b32 popc.b32';
@@ -64,38 +67,10 @@ function integers(): MicroKernel[] {
     ...['div.s32', 'div.u32', 'rem.s32', 'rem.u32'].map((name) => of(name, 2, [dividends, divisors])),
     ...['shl.b32', 'shr.u32', 'shr.s32'].map((name) => of(name, 2, [x, counts])),
     ...['mul.wide.s32', 'mul.wide.u32'].map((name) => of(name, 2, [x, y], 'u64')),
-    lanes(
-      'integer',
-      'bfi.b32',
-      'bfi.b32 %d, %a, %b, %c, 7;',
-      ['u32', 'u32', 'u32', 'u32'],
-      [x, y, counts],
-      sameBits('u32'),
-    ),
-    lanes(
-      'integer',
-      'bfe.u32',
-      'bfe.u32 %d, %a, %b, 9;',
-      ['u32', 'u32', 'u32'],
-      [x, counts],
-      sameBits('u32'),
-    ),
-    lanes(
-      'integer',
-      'lop3.b32',
-      'lop3.b32 %d, %a, %b, %c, 0x96;',
-      ['u32', 'u32', 'u32', 'u32'],
-      [x, y, z],
-      sameBits('u32'),
-    ),
-    lanes(
-      'integer',
-      'shf.l.wrap.b32',
-      'shf.l.wrap.b32 %d, %a, %b, %c;',
-      ['u32', 'u32', 'u32', 'u32'],
-      [x, y, counts],
-      sameBits('u32'),
-    ),
+    spelled('bfi.b32', 'bfi.b32 %d, %a, %b, %c, 7;', [x, y, counts]),
+    spelled('bfe.u32', 'bfe.u32 %d, %a, %b, 9;', [x, counts]),
+    spelled('lop3.b32', 'lop3.b32 %d, %a, %b, %c, 0x96;', [x, y, z]),
+    spelled('shf.l.wrap.b32', 'shf.l.wrap.b32 %d, %a, %b, %c;', [x, y, counts]),
   ];
 }
 
