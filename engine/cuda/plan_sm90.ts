@@ -83,8 +83,8 @@ function cycles(
   const columns = columnsOf(kind, tiles[tile]);
   const items = divideUp(m, ROWS) * divideUp(n, columns) * slabs * splits;
   const rounds = divideUp(items, multiprocessors);
-  // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Its operands come from L2 at some 40 bytes a cycle:
-  // the fastest published kernels with tiles of 128 x 256 and no multicast imply 34.
+  // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Its operands come from L2 at
+  // some 40 bytes a cycle: the fastest published kernels with tiles of 128 x 256 and no multicast imply 34.
   const step = Math.max(4 * width, (2 * STEP * (ROWS + width)) / 40);
   const products = divideUp(steps, splits) * step;
   // An epilogue of 128 rows by one warpgroup hides behind the other's products, all but the last.

@@ -1,7 +1,8 @@
 // conv2d, channels last, as matrix products over an implicit im2col: k (or n) runs over taps x channels, and a tap outside
 // the image reads zeros. Taps side by side in a row of the kernel read pixels side by side in memory, so away from the image's
-// sides they are one run, read in place; that is what makes few channels cheap. The gradient of x is the same product over dy, for one phase of the stride at a time: the pixels
-// y = phase (mod stride) are fed by the same few taps, so no product with a zero is made.
+// sides they are one run, read in place; that is what makes few channels cheap. The gradient of x is the same product over
+// dy, for one phase of the stride at a time: the pixels y = phase (mod stride) are fed by the same few taps, so no product
+// with a zero is made.
 #include "gemm.h"
 
 #include <algorithm>

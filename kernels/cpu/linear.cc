@@ -4,9 +4,8 @@
 #include "gemm.h"
 #include "threads.h"
 
-#include <vector>
-
 #include <algorithm>
+#include <vector>
 
 namespace sdxl::ARCH {
 namespace {
