@@ -22,10 +22,12 @@ export function progressBar(terminal: Terminal, label: string, quiet: boolean): 
     const elapsed = (Date.now() - started) / 1000;
     // What was done before the bar began (a resumed run) says nothing about the speed.
     first ??= done - 1;
-    const rate = elapsed > 0 ? (done - first) / elapsed : 0;
-    const left = rate > 0 ? clock((total - done) / rate) : '?';
-    const speed = rate >= 1 ? `${rate.toFixed(1)} it/s` : `${(1 / (rate || 1)).toFixed(1)} s/it`;
-    return `${label} ${done}/${total}  ${note && `${note}  `}${speed}  ${left} left`;
+    const head = `${label} ${done}/${total}${note && `  ${note}`}`;
+    // A bar that has just begun, perhaps with this very update, knows no speed yet.
+    if (elapsed < 0.1) return head;
+    const rate = (done - first) / elapsed;
+    const speed = rate >= 1 ? `${rate.toFixed(1)} it/s` : `${(1 / rate).toFixed(1)} s/it`;
+    return `${head}  ${speed}  ${clock((total - done) / rate)} left`;
   };
   return {
     update(done, total, note = '') {

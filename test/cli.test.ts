@@ -16,6 +16,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { neededFiles } from '../cli/model.ts';
+import { progressBar } from '../cli/progress.ts';
 import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
@@ -28,6 +29,17 @@ const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
 const lora = join(goldenFolder, 'lora', 'scaled_kohya.safetensors');
 
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-cli-'));
+
+test('progress tells a speed only when it knows one', async (t) => {
+  const lines: string[] = [];
+  const terminal = { live: false, out: () => {}, err: (text: string) => void lines.push(text) };
+  const bar = progressBar(terminal, 'encoding pictures', false);
+  bar.update(512, 1591);
+  await new Promise((done) => setTimeout(done, 200));
+  bar.update(1591, 1591, 'loss 0.5');
+  t.equal(lines[0], 'encoding pictures 512/1591\n');
+  t.match(lines[1], /^encoding pictures 1591\/1591 {2}loss 0\.5 {2}\d+\.\d it\/s {2}0s left\n$/);
+});
 
 test('sample draws the golden picture and reports it', async (t) => {
   const folder = scratch();
