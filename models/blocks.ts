@@ -1,22 +1,38 @@
 // The pieces that the UNet and the VAE share: the residual block and the two changes of resolution, named and shaped as
 // in diffusers. Activations are [n, h, w, c]; sums ride in the epilogue of the convolution before them.
-import { conv2d, groupNorm, linear } from '../engine/layers.ts';
+import { conv2d, groupNorm, type Linear, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import type { Padding } from '../engine/ops/conv2d.ts';
-import { upsampleNearest } from '../engine/ops/move.ts';
+import { embedding, upsampleNearest } from '../engine/ops/move.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import { type ContextCache, once } from './context_cache.ts';
 
 export interface NormConfig {
   groups: number;
   eps: number;
 }
 
-export type Resnet = Module<[x: Tensor, temb?: Tensor], Tensor>;
+/** When an image is denoised, as the resnets see it. */
+export interface Time {
+  /** The time's embedding [n, ctemb], with its SiLU, as every block would apply the same one; of a schedule [steps * n, ctemb]. */
+  temb: Tensor;
+  /** Of a schedule: the number of the step, int32 [1]. */
+  step?: Tensor;
+  cache?: ContextCache;
+}
+
+/** A layer of the time, for n images. Of a schedule it runs once, on all steps, and each step looks its rows up. */
+function atTime(layer: Linear, { temb, step, cache }: Time, n: number): Tensor {
+  if (!step) return layer(temb);
+  const [rows] = once(cache, layer, () => [layer(temb)]);
+  return embedding(step, rows.reshape(temb.shape[0] / n, -1)).reshape(n, -1);
+}
+
+export type Resnet = Module<[x: Tensor, time?: Time], Tensor>;
 
 /**
  * ResnetBlock2D: two norms with SiLU, two 3x3 convolutions, and a 1x1 on the way past where the width changes. `ctemb` is
- * the width of the UNet's time embedding, `temb` [n, ctemb] has its SiLU already, as every block would apply the same one.
- * The VAE's blocks have neither.
+ * the width of the UNet's time embedding. The VAE's blocks have none.
  */
 export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, ctemb?: number): Resnet =>
   module(
@@ -28,8 +44,9 @@ export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, c
       conv2: conv2d(cout, cout, 3, { padding: 1 }),
       conv_shortcut: cin === cout ? undefined : conv2d(cin, cout, 1),
     },
-    (m, x: Tensor, temb?: Tensor) => {
-      const h = m.conv1(m.norm1(x), { shift: temb && m.time_emb_proj?.(temb) });
+    (m, x: Tensor, time?: Time) => {
+      const shift = m.time_emb_proj && time && atTime(m.time_emb_proj, time, x.shape[0]);
+      const h = m.conv1(m.norm1(x), { shift });
       return m.conv2(m.norm2(h), { residual: m.conv_shortcut?.(x) ?? x });
     },
   );

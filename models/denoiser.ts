@@ -1,27 +1,28 @@
-// The UNet as the sampler sees it: a function of scaled latents and a timestep, under guidance. What stays over an image is
-// done once: the prompts are encoded, their keys and values kept, and one pass becomes a step of the device, which a GPU
-// replays from a recording.
+// The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What stays over an
+// image is done once: the prompts are encoded, their keys and values kept, and what the resnets take of each call's time;
+// one pass becomes a step of the device, which a GPU replays from a recording.
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, tensor } from '../engine/tensor.ts';
 import { encodePrompts } from './conditioning.ts';
+import { newContextCache } from './context_cache.ts';
 import { channelsLast, guide, toHost } from './latents.ts';
 import type { Pipeline, Request } from './pipeline.ts';
-import { newContextCache } from './unet.ts';
 
 export interface Denoiser {
-  /** The network's output at latents x [n, c, h, w], guided. */
-  predict(x: Float32Array, timestep: number): Float32Array;
+  /** The network's output at latents x [n, c, h, w] and the i-th time, guided. */
+  predict(x: Float32Array, i: number): Float32Array;
   /** Prompt text past the 77 tokens. */
   truncated: string[];
   release(): void;
 }
 
-/** `shape` is the latents' [n, c, h, w], `ids` the rows of time ids. */
+/** `timesteps` are those of all calls, `shape` is the latents' [n, c, h, w], `ids` the rows of time ids. */
 export function openDenoiser(
   pipeline: Pipeline,
   request: Request,
+  timesteps: Float32Array,
   shape: readonly number[],
   ids: number[][],
   guided: boolean,
@@ -30,6 +31,7 @@ export function openDenoiser(
   const [images, c, h, w] = shape;
   const rows = guided ? 2 * images : images;
   const copies = request.num_images_per_prompt ?? 1;
+  const each = (time: number) => Array<number>(rows).fill(time);
   const cache = newContextCache();
   const made = noGrad(() =>
     scope(() => {
@@ -39,7 +41,8 @@ export function openDenoiser(
         pooled: encoded.pooled,
         timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
         sample: empty([rows, h, w, c], { device, dtype }),
-        times: empty([rows], { device }),
+        times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
+        step: empty([1], { device, dtype: 'int32' }),
       };
       for (const t of Object.values(inputs)) keep(t);
       return { ...inputs, truncated: encoded.truncated };
@@ -49,23 +52,23 @@ export function openDenoiser(
     for (const { encoder } of pipeline.text.encoders) unload(encoder);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, sample, times, truncated } = made;
+  const { context, pooled, timeIds, sample, times, step, truncated } = made;
   const conditioning = { context, textEmbeds: pooled, timeIds, cache };
-  const step = device.step(() => noGrad(() => pipeline.unet(sample, times, conditioning)));
+  const pass = device.step(() => noGrad(() => pipeline.unet(sample, { times, step }, conditioning)));
   return {
-    predict(x, timestep) {
+    predict(x, i) {
       const doubled = guided ? new Float32Array(2 * x.length) : x;
       if (guided) for (const at of [0, x.length]) doubled.set(x, at);
       sample.set(channelsLast({ shape: [rows, c, h, w], data: doubled }));
-      times.set(new Float32Array(rows).fill(timestep));
-      const { data } = step.run(toHost);
+      step.set([i]);
+      const { data } = pass.run(toHost);
       return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;
     },
     truncated,
     release() {
-      step.release();
+      pass.release();
       cache.release();
-      for (const t of [context, pooled, timeIds, sample, times]) t.release();
+      for (const t of [context, pooled, timeIds, sample, times, step]) t.release();
     },
   };
 }

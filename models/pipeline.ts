@@ -14,7 +14,7 @@ import { openDenoiser } from './denoiser.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
-import type { Sampler } from './samplers/sampler.ts';
+import type { Denoise, Sampler } from './samplers/sampler.ts';
 import { type StartRequest, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
 import { parseUNetConfig, type UNet, type UNetConfig, unet } from './unet.ts';
@@ -163,9 +163,11 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
     images,
     interleaved: request.image === undefined && request.latents === undefined,
   });
-  const { predict, truncated, release } = openDenoiser(pipeline, request, shape, ids, guided);
+  const timesteps = plan.timesteps.slice(plan.begin, plan.end);
+  const { predict, truncated, release } = openDenoiser(pipeline, request, timesteps, shape, ids, guided);
   try {
-    const loop = sampler.run(plan, start.latents.data, predict, start.draw);
+    const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
+    const loop = sampler.run(plan, start.latents.data, denoiseAt, start.draw);
     let turn = loop.next();
     while (!turn.done) {
       const x = start.afterStep?.(turn.value.x, turn.value.index) ?? turn.value.x;
@@ -179,7 +181,6 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
       };
       turn = loop.next(x);
     }
-    const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     if (request.last) unload(pipeline.unet);
     return { latents: { shape, data: turn.value }, timeIds: ids, timesteps };
   } finally {

@@ -1,17 +1,19 @@
 // SDXL's UNet (Podell et al. 2023, section 2.1), base and refiner from one description: a table of levels, each with its
 // width and transformer depth; features pushed on the way down and popped on the way up. The tree spells diffusers' keys.
-// What stays the same over all steps of an image (keys and values of the prompt, the embedded sizes) is computed once
-// when the conditioning carries a ContextCache; training passes none.
+// What does not depend on the latents (keys and values of the prompt, the embedded sizes and times) is computed once an
+// image when the conditioning carries a ContextCache; training passes none.
 import { checkpointed } from '../engine/checkpointing.ts';
 import { conv2d, groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
 import { concat, timestepEmbedding } from '../engine/ops/move.ts';
+import { broadcast } from '../engine/ops/reduce.ts';
 import { cast, silu } from '../engine/ops/unary.ts';
-import { keep } from '../engine/scope.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import { Tensor } from '../engine/tensor.ts';
+import type { DType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
+import { downsample, type NormConfig, type Resnet, resnet, type Time, upsample } from './blocks.ts';
+import { type ContextCache, once } from './context_cache.ts';
 
 /** The fields of diffusers' unet/config.json that SDXL's UNets differ in. */
 export interface UNetConfig {
@@ -79,24 +81,6 @@ const counts = [
   'projection_class_embeddings_input_dim',
 ] as const;
 
-/** Tensors that are computed at the first step of an image and used by all later ones, until release(). */
-export class ContextCache {
-  #made = new Map<object, readonly Tensor[]>();
-
-  once(key: object, make: () => readonly Tensor[]): readonly Tensor[] {
-    const made = this.#made.get(key) ?? make().map(keep);
-    this.#made.set(key, made);
-    return made;
-  }
-
-  release(): void {
-    for (const tensors of this.#made.values()) for (const t of tensors) t.release();
-    this.#made.clear();
-  }
-}
-
-export const newContextCache = (): ContextCache => new ContextCache();
-
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
   context: Tensor;
@@ -106,12 +90,6 @@ export interface Conditioning {
   timeIds: Tensor;
   cache?: ContextCache;
 }
-
-const once = (
-  cache: ContextCache | undefined,
-  key: object,
-  make: () => readonly Tensor[],
-): readonly Tensor[] => (cache ? cache.once(key, make) : make());
 
 type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
 /** What becomes of a resnet or transformer block: itself, or itself with gradient checkpointing. */
@@ -212,11 +190,11 @@ const downBlock = (
 ) =>
   module(
     { resnets, attentions, downsamplers },
-    (m, x: Tensor, temb: Tensor, conditioning: Conditioning): Tensor[] => {
+    (m, x: Tensor, time: Time, conditioning: Conditioning): Tensor[] => {
       let h = x;
       const features: Tensor[] = [];
       m.resnets.forEach((resnet, i) => {
-        h = resnet(h, temb);
+        h = resnet(h, time);
         h = m.attentions[i]?.(h, conditioning) ?? h;
         features.push(h);
       });
@@ -233,10 +211,10 @@ const upBlock = (
 ) =>
   module(
     { resnets, attentions, upsamplers },
-    (m, x: Tensor, skips: Tensor[], temb: Tensor, conditioning: Conditioning): Tensor => {
+    (m, x: Tensor, skips: Tensor[], time: Time, conditioning: Conditioning): Tensor => {
       let h = x;
       m.resnets.forEach((resnet, i) => {
-        h = resnet(concat([h, skips.pop() as Tensor], 3), temb);
+        h = resnet(concat([h, skips.pop() as Tensor], 3), time);
         h = m.attentions[i]?.(h, conditioning) ?? h;
       });
       for (const up of m.upsamplers) {
@@ -248,8 +226,8 @@ const upBlock = (
   );
 
 const midBlock = (resnets: [Resnet, Resnet], attentions: [Transformer]) =>
-  module({ resnets, attentions }, (m, x: Tensor, temb: Tensor, conditioning: Conditioning) =>
-    m.resnets[1](m.attentions[0](m.resnets[0](x, temb), conditioning), temb),
+  module({ resnets, attentions }, (m, x: Tensor, time: Time, conditioning: Conditioning) =>
+    m.resnets[1](m.attentions[0](m.resnets[0](x, time), conditioning), time),
   );
 
 const perLevel = (value: number | readonly number[], level: number): number =>
@@ -298,9 +276,33 @@ function blocks(config: UNetConfig, ctemb: number, wrap: Wrap) {
   return { down_blocks, mid_block, up_blocks };
 }
 
+/** All times that an image is denoised at, float32 [steps, n], and the number of the one to take now, int32 [1]. */
+export interface Schedule {
+  times: Tensor;
+  step: Tensor;
+}
+
+/** SiLU of the embedded time and added conditions; of a schedule, of all its times at once. */
+function embedTime(
+  embedding: ReturnType<typeof embeddingMlp>,
+  times: Tensor | Schedule,
+  added: Tensor,
+  { width, dtype, cache }: { width: number; dtype: DType; cache?: ContextCache },
+): Time {
+  const embed = (t: Tensor, residual: Tensor): Tensor =>
+    silu(embedding(cast(timestepEmbedding(t, width), dtype), residual));
+  if (times instanceof Tensor) return { temb: embed(times, added) };
+  const { times: all, step } = times;
+  const [steps, n] = all.shape;
+  const [temb] = once(cache, embedding, () => [
+    embed(all.reshape(steps * n), broadcast(added, 0, steps).reshape(steps * n, -1)),
+  ]);
+  return { temb, step, cache };
+}
+
 /**
  * Predicts what the model was trained to predict (noise, for SDXL) from `sample` [n, h, w, in_channels] in the model's
- * type and `timesteps` float32 [n]; returns [n, h, w, out_channels]. Any h and w. With gradient checkpointing, resnets and
+ * type and `times` float32 [n] or a schedule; returns [n, h, w, out_channels]. Any h and w. With gradient checkpointing, resnets and
  * transformer blocks run again in backward instead of keeping their activations.
  */
 export function unet(config: UNetConfig, { gradientCheckpointing = false } = {}) {
@@ -315,21 +317,21 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
       conv_norm_out: groupNorm(config.norm_num_groups, width, { eps: config.norm_eps, silu: true }),
       conv_out: conv2d(width, config.out_channels, 3, { padding: 1 }),
     },
-    (m, sample: Tensor, timesteps: Tensor, conditioning: Conditioning): Tensor => {
-      const [added] = once(conditioning.cache, m.add_embedding, () => [
+    (m, sample: Tensor, times: Tensor | Schedule, conditioning: Conditioning): Tensor => {
+      const { cache } = conditioning;
+      const [added] = once(cache, m.add_embedding, () => [
         m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim)),
       ]);
-      const time = cast(timestepEmbedding(timesteps, width), sample.dtype);
-      const temb = silu(m.time_embedding(time, added));
+      const time = embedTime(m.time_embedding, times, added, { width, dtype: sample.dtype, cache });
 
       let h = m.conv_in(sample);
       const skips = [h];
       for (const block of m.down_blocks) {
-        skips.push(...block(h, temb, conditioning));
+        skips.push(...block(h, time, conditioning));
         h = skips[skips.length - 1];
       }
-      h = m.mid_block(h, temb, conditioning);
-      for (const block of m.up_blocks) h = block(h, skips, temb, conditioning);
+      h = m.mid_block(h, time, conditioning);
+      for (const block of m.up_blocks) h = block(h, skips, time, conditioning);
       return m.conv_out(m.conv_norm_out(h));
     },
   );

@@ -2,14 +2,19 @@
 // submodule, and the gradients of every parameter and of three inputs.
 import { join } from 'node:path';
 import { test } from 'tap';
-import type { Device } from '../engine/device.ts';
+import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
+import { cudaDevice, type Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { unload } from '../engine/module.ts';
+import { namedParameters, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { timestepEmbedding } from '../engine/ops/move.ts';
+import { profiled } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
+import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
+import { newContextCache } from '../models/context_cache.ts';
+import { presets } from '../models/presets.ts';
+import { parseUNetConfig, type Schedule, type UNet, unet } from '../models/unet.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import {
   checkActivations,
@@ -47,9 +52,30 @@ function check(t: Assert, area: GoldenArea, c: GoldenCase, folder: string, devic
       for (const [label, got] of Object.entries(sinusoids)) compare(t, area, c, label, got);
       const unseen = Object.keys(c.expect).filter((label) => !seen.has(label));
       t.ok(unseen.sort().join() === 'add_time_proj,out,time_proj', `${c.id}: modules not seen: ${unseen}`);
-    } else compare(t, area, c, 'sample', noGrad(run));
+    } else {
+      compare(t, area, c, 'sample', noGrad(run));
+      for (const stepped of noGrad(() => scheduled(model, { sample, timesteps, conditioning }, device)))
+        compare(t, area, c, 'sample', stepped);
+    }
   });
   unload(model);
+}
+
+/** The same as the middle one of three steps of a schedule: the first time, when all is made, and from what was kept. */
+function scheduled(
+  model: UNet,
+  { sample, timesteps, conditioning }: ReturnType<typeof unetInputs>,
+  device: Device,
+): Tensor[] {
+  const now = timesteps.floats();
+  const times = tensor([...now.map((t) => t + 1), ...now, ...now.map((t) => t / 2)], [3, now.length], {
+    device,
+  });
+  const step = tensor([1], [1], { device, dtype: 'int32' });
+  const cache = newContextCache();
+  const outputs = [1, 2].map(() => model(sample, { times, step }, { ...conditioning, cache }));
+  cache.release();
+  return outputs;
 }
 
 for (const device of devices) {
@@ -66,3 +92,51 @@ for (const device of devices) {
     });
   }
 }
+
+test("an image's schedule: what follows from the time alone is made once, and a step looks it up", (t) => {
+  let launches = 0;
+  const api = { ...standInApi(anyHopper), cuLaunchKernel: () => void launches++ };
+  const ops = new Map<string, number>();
+  const device = profiled(cudaDevice(api), ({ record: { name }, tensors: { x } }) => {
+    const op = name === 'linear' && x.shape[0] === 2 && x.shape.length === 2 ? 'linear of the time' : name;
+    ops.set(op, (ops.get(op) ?? 0) + 1);
+  });
+  const dtype = 'bfloat16';
+  const { unet: config } = presets['sdxl-base'];
+  const model = unet(config);
+  for (const p of namedParameters(model).values()) p.tensor = empty(p.memoryShape, { device, dtype });
+  scope(() => {
+    const conditioning = {
+      context: empty([2, 77, config.cross_attention_dim], { device, dtype }),
+      textEmbeds: empty([2, 1280], { device, dtype }),
+      timeIds: empty([2, 6], { device }),
+    };
+    const sample = empty([2, 128, 128, 4], { device, dtype });
+    /** Ops and launches of an image's second step. */
+    const second = (times: Tensor | Schedule) => {
+      const cache = newContextCache();
+      const step = () => noGrad(() => scope(() => void model(sample, times, { ...conditioning, cache })));
+      step();
+      launches = 0;
+      ops.clear();
+      step();
+      cache.release();
+      const counts = ['timestep_embedding', 'cast', 'silu', 'linear of the time', 'embedding'].map(
+        (name) => ops.get(name) ?? 0,
+      );
+      return { counts, launches };
+    };
+    const each = second(empty([2], { device }));
+    const kept = second({
+      times: empty([30, 2], { device }),
+      step: empty([1], { device, dtype: 'int32' }),
+    });
+    t.same(each.counts, [1, 1, 1, 2 + 17, 0], 'two layers of the embedding and one of each resnet');
+    t.same(kept.counts, [0, 0, 0, 0, 17]);
+    const saved = each.launches - kept.launches;
+    t.ok(saved >= 1 + 1 + 1 + 2, `${saved} of ${each.launches} launches are saved`);
+  });
+  unload(model);
+  t.equal(device.memory.storages, 0, 'live tensors');
+  t.end();
+});

@@ -1,0 +1,29 @@
+// What all denoising steps of an image share, computed at the first and used by the later ones: keys and values of the
+// prompt, the embedded sizes, and what each resnet makes of every time of the schedule. Training shares nothing.
+import { keep } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
+
+/** Tensors by what made them (a module), until release(). */
+export class ContextCache {
+  #made = new Map<object, readonly Tensor[]>();
+
+  once(key: object, make: () => readonly Tensor[]): readonly Tensor[] {
+    const made = this.#made.get(key) ?? make().map(keep);
+    this.#made.set(key, made);
+    return made;
+  }
+
+  release(): void {
+    for (const tensors of this.#made.values()) for (const t of tensors) t.release();
+    this.#made.clear();
+  }
+}
+
+export const newContextCache = (): ContextCache => new ContextCache();
+
+/** What `make` makes: the first time of an image, or where there is no cache each time. */
+export const once = (
+  cache: ContextCache | undefined,
+  key: object,
+  make: () => readonly Tensor[],
+): readonly Tensor[] => (cache ? cache.once(key, make) : make());
