@@ -33,15 +33,17 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
   const { writer, writeSite, readers, readClock } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
   const { seen, id } = op.warp;
-  for (let c = from >> grain; c <= (from + bytes - 1) >> grain; c++) {
-    const at = `shared+0x${(c << grain).toString(16)}`;
+  const nameOf = (c: number) => `shared+0x${(c << grain).toString(16)}`;
+  const mine = makeKey(op.clock, op.agent, 0);
+  const end = (from + bytes - 1) >> grain;
+  for (let c = from >> grain; c <= end; c++) {
     const key = writer[c];
     if (key !== 0 && agentOf(key) !== id && clockOf(key) > seen[agentOf(key)]) {
       const place = quote(m.kernel.source.instructions[writeSite[c]]);
       fail(
         m,
         'race',
-        `the copy overwrites ${at}, which ${who(key)} wrote at ${place} and which is not ordered before it`,
+        `the copy overwrites ${nameOf(c)}, which ${who(key)} wrote at ${place} and which is not ordered before it`,
         op.lane,
         op.i,
       );
@@ -50,10 +52,16 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
       const w = 31 - Math.clz32(mask);
       mask &= ~(1 << w);
       if (w !== id && readClock[c * 32 + w] > seen[w]) {
-        fail(m, 'race', `the copy overwrites ${at}, which warp ${w} may still be reading`, op.lane, op.i);
+        fail(
+          m,
+          'race',
+          `the copy overwrites ${nameOf(c)}, which warp ${w} may still be reading`,
+          op.lane,
+          op.i,
+        );
       }
     }
-    writer[c] = makeKey(op.clock, op.agent, 0);
+    writer[c] = mine;
     writeSite[c] = op.i.site;
     readers[c] = 0;
   }
@@ -71,35 +79,43 @@ export function readAsync(
   lane: number,
   i: Instruction,
 ): void {
-  const x = ax >>> 2;
-  for (let k = 0; k < bytes >> 2; k++) {
-    if (m.shared.shadow32[x + k] !== 0x03030303) m.fault.S(lane, 0, ax + 4 * k, 4, true, i.site);
+  const { shadow32 } = m.shared;
+  for (let k = 0; k < bytes; k += 4) {
+    if (shadow32[(ax + k) >>> 2] !== 0x03030303) m.fault.S(lane, 0, ax + k, 4, true, i.site);
   }
   if (!m.detectRaces) return;
-  const { writer, writeSite, readers, readClock, lastRead, readSite } = m.race.sharedCells;
+  const { writer, readers, readClock, lastRead, readSite } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
-  for (let c = ax >> grain; c <= (ax + bytes - 1) >> grain; c++) {
+  const { id, seen, proxyFenced } = warp;
+  const clock = m.block.clocks[id];
+  const mine = makeKey(clock, id, lane);
+  const end = (ax + bytes - 1) >> grain;
+  for (let c = ax >> grain; c <= end; c++) {
     const key = writer[c];
     if (key !== 0) {
-      const at = `shared+0x${(c << grain).toString(16)}`;
-      const by = `${who(key)} at ${quote(m.kernel.source.instructions[writeSite[c]])}`;
       const agent = agentOf(key);
-      if (agent !== warp.id && clockOf(key) > warp.seen[agent]) {
-        fail(m, 'race', `the async proxy reads ${at}, not ordered after its writer, ${by}`, lane, i);
-      }
-      if (agent < first && warp.proxyFenced[agent] < clockOf(key)) {
-        fail(
-          m,
-          'proxy fence',
-          `the async proxy reads ${at}, written by ${by}, without fence.proxy.async between`,
-          lane,
-          i,
-        );
-      }
+      if (agent !== id && clockOf(key) > seen[agent]) unordered(m, c, false, lane, i);
+      if (agent < first && proxyFenced[agent] < clockOf(key)) unordered(m, c, true, lane, i);
     }
-    readers[c] |= 1 << warp.id;
-    readClock[c * 32 + warp.id] = m.block.clocks[warp.id];
-    lastRead[c] = makeKey(m.block.clocks[warp.id], warp.id, lane);
+    readers[c] |= 1 << id;
+    readClock[c * 32 + id] = clock;
+    lastRead[c] = mine;
     readSite[c] = i.site;
   }
+}
+
+/** The fault of reading a cell through the async proxy too early, or where only the fence is missing. */
+function unordered(m: Machine, cell: number, isOrdered: boolean, lane: number, i: Instruction): never {
+  const { writer, writeSite } = m.race.sharedCells;
+  const at = `shared+0x${(cell << m.kernel.sharedGrain).toString(16)}`;
+  const by = `${who(writer[cell])} at ${quote(m.kernel.source.instructions[writeSite[cell]])}`;
+  return isOrdered
+    ? fail(
+        m,
+        'proxy fence',
+        `the async proxy reads ${at}, written by ${by}, without fence.proxy.async between`,
+        lane,
+        i,
+      )
+    : fail(m, 'race', `the async proxy reads ${at}, not ordered after its writer, ${by}`, lane, i);
 }

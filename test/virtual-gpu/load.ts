@@ -104,10 +104,12 @@ function symbolsOf(kernel: Kernel): Set<string> {
   return names;
 }
 
-/** log2 of the smallest access of a kernel to a space, at most 16 bytes. */
+/** log2 of the smallest access of a kernel to a space, at most 16 bytes: so many move TMA, ldmatrix and stmatrix at a time. */
 function grainOf(kernel: Kernel, space: 'shared' | 'global'): number {
   let smallest = 16;
   for (const i of kernel.instructions) {
+    const [size] = i.opcode === 'cp' && i.modifiers[1] !== 'bulk' ? i.operands.slice(2) : [];
+    if (size?.kind === 'integer') smallest = Math.min(smallest, size.low);
     if (!['ld', 'st', 'atom', 'red', 'ldu'].includes(i.opcode)) continue;
     const words = i.modifiers.map((word) => word.split('::')[0]);
     const other = ['param', 'local', 'const', space === 'shared' ? 'global' : 'shared'];
@@ -116,6 +118,5 @@ function grainOf(kernel: Kernel, space: 'shared' | 'global'): number {
     const count = Math.max(...i.operands.map((x) => (x.kind === 'vector' ? x.elements.length : 1)));
     smallest = Math.min(smallest, bytesOf(type) * count);
   }
-  if (kernel.instructions.some((i) => i.opcode === 'cp')) smallest = Math.min(smallest, 4);
   return Math.log2(smallest);
 }

@@ -3,7 +3,7 @@
 // float64 and rounded once; a tensor core rounds in its own way, so results are compared with a tolerance.
 import { readRegister } from './machine.ts';
 import * as num from './numbers.ts';
-import type { Operand, Register } from './ptx.ts';
+import type { Instruction, Operand, Register } from './ptx.ts';
 import type { WarpCall } from './warp_ops.ts';
 import { laneValue } from './warp_ops.ts';
 
@@ -11,25 +11,27 @@ export function registersIn(x: Operand): readonly Register[] {
   return (x.kind === 'vector' ? x.elements : [x]) as readonly Register[];
 }
 
-/** Byte offsets of the eight rows of matrix `j`, given by lanes 8j to 8j+7; each is tested and told to the detectors. */
-function matrixRows(call: WarpCall, address: Operand, j: number, load: boolean): number[] {
+/** Where the rows of the matrices lie, in halves: row r of matrix j at 8 j + r. */
+const rowAt = new Int32Array(32);
+
+/** Takes the rows' addresses from the lanes; each is tested and told to the detectors. */
+function findRows(call: WarpCall, address: Operand, count: number, load: boolean): void {
   const { m, i } = call;
-  return Array.from({ length: 8 }, (_, r) => {
-    const lane = j * 8 + r;
+  const { shadow32 } = m.shared;
+  const want = load ? 0x03030303 : 0x01010101;
+  for (let lane = 0; lane < 8 * count; lane++) {
     const ax = laneValue(call, address, lane);
     const x = ax >>> 2;
-    const shadow = m.shared.shadow32;
-    const want = load ? 0x03030303 : 0x01010101;
     let good = (ax & 15) === 0;
-    for (let k = 0; k < 4; k++) good &&= (shadow[x + k] & want) === want;
+    for (let k = 0; k < 4; k++) good &&= (shadow32[x + k] & want) === want;
     if (!good) m.fault.S(lane, 0, ax, 16, load, i.site);
     if (load) m.race.sharedRead(lane, ax, 16, i.site);
     else {
-      shadow.fill(0x03030303, x, x + 4);
+      shadow32.fill(0x03030303, x, x + 4);
       m.race.sharedWrite(lane, ax, 16, i.site);
     }
-    return ax >>> 1;
-  });
+    rowAt[lane] = ax >>> 1;
+  }
 }
 
 const matrixCount = (words: readonly string[]): number =>
@@ -40,34 +42,33 @@ export function loadMatrix(call: WarpCall): void {
   const halves = m.shared.u16;
   const targets = registersIn(i.operands[0]);
   const transposed = i.modifiers.includes('trans');
-  const all = Array.from({ length: matrixCount(i.modifiers) }, (_, j) =>
-    matrixRows(call, i.operands[1], j, true),
-  );
-  all.forEach((rows, j) => {
+  const count = matrixCount(i.modifiers);
+  findRows(call, i.operands[1], count, true);
+  for (let j = 0; j < count; j++) {
     const plane = m.warp.base + targets[j].plane * 32;
     for (let l = 0; l < 32; l++) {
       const c = (l & 3) * 2;
       const r = l >> 2;
       m.registers[plane + l] = transposed
-        ? halves[rows[c] + r] | (halves[rows[c + 1] + r] << 16)
-        : halves[rows[r] + c] | (halves[rows[r] + c + 1] << 16);
+        ? halves[rowAt[8 * j + c] + r] | (halves[rowAt[8 * j + c + 1] + r] << 16)
+        : halves[rowAt[8 * j + r] + c] | (halves[rowAt[8 * j + r] + c + 1] << 16);
     }
-  });
+  }
 }
 
 export function storeMatrix(call: WarpCall): void {
   const { m, i } = call;
   const halves = m.shared.u16;
   const transposed = i.modifiers.includes('trans');
-  registersIn(i.operands[1]).forEach((source, j) => {
-    const rows = matrixRows(call, i.operands[0], j, false);
+  const sources = registersIn(i.operands[1]);
+  findRows(call, i.operands[0], sources.length, false);
+  sources.forEach((source, j) => {
     for (let l = 0; l < 32; l++) {
       const c = (l & 3) * 2;
       const r = l >> 2;
       const value = readRegister(m, source, l);
-      const [low, high] = transposed ? [rows[c] + r, rows[c + 1] + r] : [rows[r] + c, rows[r] + c + 1];
-      halves[low] = value & 0xffff;
-      halves[high] = value >>> 16;
+      halves[transposed ? rowAt[8 * j + c] + r : rowAt[8 * j + r] + c] = value & 0xffff;
+      halves[transposed ? rowAt[8 * j + c + 1] + r : rowAt[8 * j + r] + c + 1] = value >>> 16;
     }
   });
 }
@@ -95,71 +96,98 @@ export function unpackPair(
   }
 }
 
-/** Fills `a` from 16-bit fragments of k = 8 or 16 columns held by `value(register, lane)`. */
-export function unpackA(k: number, type: string, value: (register: number, lane: number) => number): void {
-  for (let l = 0; l < 32; l++) {
-    for (let j = 0; j < k / 4; j++) {
+/** A fragment's registers: 32 lanes from each of these places on. */
+interface Fragment {
+  readonly bits: Int32Array;
+  readonly places: readonly number[];
+}
+
+/** Fills `a` from a 16-bit fragment of k = 8 or 16 columns. */
+export function unpackA(k: number, type: string, { bits, places }: Fragment): void {
+  for (let j = 0; j < k / 4; j++) {
+    const from = places[j];
+    for (let l = 0; l < 32; l++) {
       const at = ((l >> 2) + (j & 1) * 8) * k + (l & 3) * 2 + (j >> 1) * 8;
-      unpackPair(a, aBits, at, value(j, l), type);
+      unpackPair(a, aBits, at, bits[from + l], type);
     }
   }
 }
 
-function unpackB(k: number, type: string, value: (register: number, lane: number) => number): void {
-  for (let l = 0; l < 32; l++) {
-    for (let j = 0; j < k / 8; j++)
-      unpackPair(b, bBits, (l >> 2) * k + (l & 3) * 2 + j * 8, value(j, l), type);
+function unpackB(k: number, type: string, { bits, places }: Fragment): void {
+  for (let j = 0; j < k / 8; j++) {
+    const from = places[j];
+    for (let l = 0; l < 32; l++)
+      unpackPair(b, bBits, (l >> 2) * k + (l & 3) * 2 + j * 8, bits[from + l], type);
   }
 }
 
 /** tf32 fragments hold one element a register; the low 13 bits of a float32 do not count. */
-function unpackTf32(k: number, value: (operand: number, register: number, lane: number) => number): void {
+function unpackTf32(k: number, first: Fragment, second: Fragment): void {
   for (let l = 0; l < 32; l++) {
     const row = l >> 2;
     const column = l & 3;
     for (let j = 0; j < k / 2; j++)
-      aBits[(row + (j & 1) * 8) * k + column + (j >> 1) * 4] = value(0, j, l) & ~0x1fff;
-    for (let j = 0; j < k / 4; j++) bBits[row * k + column + j * 4] = value(1, j, l) & ~0x1fff;
+      aBits[(row + (j & 1) * 8) * k + column + (j >> 1) * 4] = first.bits[first.places[j] + l] & ~0x1fff;
+    for (let j = 0; j < k / 4; j++)
+      bBits[row * k + column + j * 4] = second.bits[second.places[j] + l] & ~0x1fff;
   }
+}
+
+interface Form {
+  readonly type: string;
+  readonly k: number;
+  /** Whether sums are halves. */
+  readonly isHalf: boolean;
+  /** d, a, b, c. */
+  readonly operands: readonly (readonly Register[])[];
+}
+
+const forms = new WeakMap<Instruction, Form>();
+
+function formOf(i: Instruction): Form {
+  const known = forms.get(i);
+  if (known) return known;
+  const shape = /^m16n8k(\d+)$/.exec(i.modifiers.find((word) => word.startsWith('m16n8')) ?? '');
+  const type = i.modifiers.at(-2) ?? '';
+  if (!shape || !['bf16', 'f16', 'tf32'].includes(type))
+    throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
+  const form = {
+    ...{ type, k: Number(shape[1]), isHalf: i.modifiers.at(-1) === 'f16' },
+    operands: i.operands.map(registersIn),
+  };
+  forms.set(i, form);
+  return form;
 }
 
 /** mma.sync.aligned.m16n8k{4,8,16}.row.col.{f32,f16}.T.T.{f32,f16} for T bf16, f16 or tf32. */
 export function multiplyMatrix({ m, i }: WarpCall): void {
-  const shape = /^m16n8k(\d+)$/.exec(i.modifiers.find((word) => word.startsWith('m16n8')) ?? '');
-  const type = i.modifiers.at(-2) ?? '';
-  const k = Number(shape?.[1]);
-  if (!shape || !['bf16', 'f16', 'tf32'].includes(type))
-    throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
-  const [d, first, second, c] = i.operands.map(registersIn);
-  const at = (r: Register) => m.warp.base + r.plane * 32;
-  const value = (registers: readonly Register[]) => (j: number, l: number) =>
-    m.registers[at(registers[j]) + l];
-  if (type === 'tf32') unpackTf32(k, (operand, j, l) => value(operand ? second : first)(j, l));
-  else {
-    unpackA(k, type, value(first));
-    unpackB(k, type, value(second));
-  }
-  const isHalf = i.modifiers.at(-1) === 'f16';
-  const from = c.map(at);
-  const to = d.map(at);
+  const { type, k, isHalf, operands } = formOf(i);
   const { floats, registers } = m;
+  const [to, first, second, from] = operands.map((list) => list.map((r) => m.warp.base + r.plane * 32));
+  const left = { bits: registers, places: first };
+  const right = { bits: registers, places: second };
+  if (type === 'tf32') unpackTf32(k, left, right);
+  else {
+    unpackA(k, type, left);
+    unpackB(k, type, right);
+  }
   for (let l = 0; l < 32; l++) {
-    const ra = (l >> 2) * k;
-    const rb = (l & 3) * 2 * k;
-    const c0 = isHalf ? num.fromF16(registers[from[0] + l] & 0xffff) : floats[from[0] + l];
-    const c1 = isHalf ? num.fromF16(registers[from[0] + l] >>> 16) : floats[from[1] + l];
-    const c2 = isHalf ? num.fromF16(registers[from[1] + l] & 0xffff) : floats[from[2] + l];
-    const c3 = isHalf ? num.fromF16(registers[from[1] + l] >>> 16) : floats[from[3] + l];
-    let [s0, s1, s2, s3] = [c0, c1, c2, c3];
-    for (let q = 0; q < k; q++) {
-      const x = a[ra + q];
-      const y = a[ra + 8 * k + q];
-      const u = b[rb + q];
-      const v = b[rb + k + q];
-      s0 += x * u;
-      s1 += x * v;
-      s2 += y * u;
-      s3 += y * v;
+    // Not as an array: one for each lane of each product would keep the collector busy.
+    let s0 = isHalf ? num.fromF16(registers[from[0] + l] & 0xffff) : floats[from[0] + l];
+    let s1 = isHalf ? num.fromF16(registers[from[0] + l] >>> 16) : floats[from[1] + l];
+    let s2 = isHalf ? num.fromF16(registers[from[1] + l] & 0xffff) : floats[from[2] + l];
+    let s3 = isHalf ? num.fromF16(registers[from[1] + l] >>> 16) : floats[from[3] + l];
+    let x = (l >> 2) * k;
+    let u = (l & 3) * 2 * k;
+    for (const end = x + k; x < end; x++, u++) {
+      const x0 = a[x];
+      const x1 = a[x + 8 * k];
+      const u0 = b[u];
+      const u1 = b[u + k];
+      s0 += x0 * u0;
+      s1 += x0 * u1;
+      s2 += x1 * u0;
+      s3 += x1 * u1;
     }
     if (isHalf) {
       registers[to[0] + l] = num.toF16(s0) | (num.toF16(s1) << 16);

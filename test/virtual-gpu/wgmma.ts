@@ -20,7 +20,8 @@ interface Descriptor {
   readonly swizzle: number;
 }
 
-interface Product {
+/** What an instruction's text says of its product. */
+interface Form {
   readonly i: Instruction;
   readonly columns: number;
   /** 16 halves, or 32 bytes of e4m3. */
@@ -29,8 +30,11 @@ interface Product {
   readonly accumulators: readonly Register[];
   /** Registers of operand a, where it is not in shared memory. */
   readonly fragments: readonly Register[];
+}
+
+interface Product extends Form {
   /** Four registers of 32 lanes, or a descriptor. */
-  readonly a: readonly Int32Array[] | Descriptor;
+  readonly a: Int32Array | Descriptor;
   readonly b: Descriptor;
   readonly accumulate: boolean;
   readonly sign: number;
@@ -88,28 +92,39 @@ export function wgmma(call: WarpCall): Outcome {
   }
 }
 
-function begin(call: WarpCall, state: WgmmaState): void {
-  const { m, i } = call;
+const forms = new WeakMap<Instruction, Form>();
+
+function formOf(i: Instruction): Form {
+  const known = forms.get(i);
+  if (known) return known;
   const shape = /^m64n(\d+)k(16|32)$/.exec(i.modifiers.find((word) => word.startsWith('m64')) ?? '');
   const type = i.modifiers.at(-1) ?? '';
   const types = shape?.[2] === '32' ? ['e4m3'] : ['bf16', 'f16'];
   if (!shape || !types.includes(type) || !i.modifiers.includes('f32')) {
     throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   }
+  const form = {
+    ...{ i, columns: Number(shape[1]), k: Number(shape[2]), type, accumulators: registersIn(i.operands[0]) },
+    fragments: i.operands[1].kind === 'vector' ? registersIn(i.operands[1]) : [],
+  };
+  forms.set(i, form);
+  return form;
+}
+
+function begin(call: WarpCall, state: WgmmaState): void {
+  const { m, i } = call;
+  const form = formOf(i);
+  const { accumulators, fragments } = form;
   if ((m.warp.id | 3) >= m.block.warps.length) fail(m, 'wgmma', 'the warpgroup is not complete', 0, i);
-  const accumulators = registersIn(i.operands[0]);
-  const fromRegisters = i.operands[1].kind === 'vector';
-  const fragments = fromRegisters ? registersIn(i.operands[1]) : [];
-  if (!state.fenced || [...accumulators, ...fragments].some((r) => state.unfenced.has(r))) {
+  const isUnfenced = (r: Register) => state.unfenced.has(r);
+  if (!state.fenced || (state.unfenced.size && (accumulators.some(isUnfenced) || fragments.some(isUnfenced))))
     fail(m, 'async', 'wgmma.mma_async without a wgmma.fence after its registers were written', 0, i);
-  }
+  const fromRegisters = fragments.length > 0;
   const number = (x: Operand | undefined) => (x ? laneValue(call, x, 0) : 0);
   const rest = i.operands.slice(3);
   state.current.push({
-    ...{ i, columns: Number(shape[1]), k: Number(shape[2]), type, accumulators, fragments },
-    a: fromRegisters
-      ? fragments.map((r) => Int32Array.from({ length: 32 }, (_, l) => laneValue(call, r, l)))
-      : descriptor(call, i.operands[1]),
+    ...form,
+    a: fromRegisters ? heldBy(m, fragments) : descriptor(call, i.operands[1]),
     b: descriptor(call, i.operands[2]),
     accumulate: number(rest[0]) !== 0,
     sign: number(rest[1]) * number(rest[2]),
@@ -119,6 +134,16 @@ function begin(call: WarpCall, state: WgmmaState): void {
   for (const r of accumulators) state.inFlight.add(r);
   for (const r of fragments) state.operands.add(r);
   m.stats.matrixProducts++;
+}
+
+/** What registers hold now, 32 lanes each. */
+function heldBy(m: Machine, registers: readonly Register[]): Int32Array {
+  const held = new Int32Array(32 * registers.length);
+  registers.forEach(({ plane }, n) => {
+    const from = m.warp.base + plane * 32;
+    for (let l = 0; l < 32; l++) held[32 * n + l] = m.registers[from + l];
+  });
+  return held;
 }
 
 function descriptor(call: WarpCall, x: Operand): Descriptor {
@@ -170,53 +195,65 @@ function readOperand(
   into: Float32Array,
 ): void {
   const size = 32 / p.k;
-  const value = readerOf(m, p.type);
+  const values = valuesOf(p.type);
+  const { u8, u16 } = m.shared;
+  const held = size === 1 ? u8 : u16;
   const piece = 16 / size;
-  const [rows, columns] = transposed ? [count >> 3, p.k] : [count, p.k / piece];
   const [rowStep, columnStep] = transposed ? [8, 1] : [1, piece];
   const step = transposed ? p.k : 1;
-  for (let r = 0; r < rows; r++) {
-    for (let c = 0; c < columns; c++) {
-      const [row, k] = [r * rowStep, c * columnStep];
+  for (let row = 0; row < count; row += rowStep) {
+    for (let k = 0; k < p.k; k += columnStep) {
       const ax = elementAddress(d, from + row, k, transposed, size);
       readAsync(m, ax, 16, m.warp, 0, p.i);
+      const at = ax / size;
       const to = row * p.k + k;
-      for (let e = 0; e < piece; e++) into[to + e * step] = value(ax / size + e);
+      for (let e = 0; e < piece; e++) into[to + e * step] = values[held[at + e]];
     }
   }
 }
 
-/** The number at a place of shared memory, counted in elements of a type. */
-function readerOf({ shared: { u8, u16 } }: Machine, type: string): (at: number) => number {
-  if (type === 'e4m3') return (at) => num.fromE4m3(u8[at]);
-  const from = type === 'bf16' ? num.fromBf16 : num.fromF16;
-  return (at) => from(u16[at]);
+const tables = new Map<string, Float32Array>();
+
+/** The number that each code of a type stands for. */
+function valuesOf(type: string): Float32Array {
+  const known = tables.get(type);
+  if (known) return known;
+  const value = { e4m3: num.fromE4m3, bf16: num.fromBf16, f16: num.fromF16 }[type]!;
+  const table = Float32Array.from({ length: type === 'e4m3' ? 2 ** 8 : 2 ** 16 }, (_, code) => value(code));
+  tables.set(type, table);
+  return table;
 }
 
 function compute(m: Machine, p: Product): void {
-  const { k, a: source } = p;
+  const { k, a: source, accumulate, sign } = p;
   if ('address' in source) readOperand(m, p, source, p.transposeA, (m.warp.id & 3) * 16, 16, a);
-  else unpackA(16, p.type, (j, l) => source[j][l]);
+  else unpackA(16, p.type, { bits: source, places: [0, 32, 64, 96] });
   readOperand(m, p, p.b, p.transposeB, 0, p.columns, b);
   const { floats } = m;
   const at = (n: number) => m.warp.base + p.accumulators[n].plane * 32;
   for (let j = 0; j < p.columns / 8; j++) {
     const [p0, p1, p2, p3] = [at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3)];
     for (let l = 0; l < 32; l++) {
-      const ra = (l >> 2) * k;
-      const rb = (j * 8 + (l & 3) * 2) * k;
-      let [s0, s1, s2, s3] = [0, 0, 0, 0];
-      for (let q = 0; q < k; q++) {
-        s0 += a[ra + q] * b[rb + q];
-        s1 += a[ra + q] * b[rb + k + q];
-        s2 += a[ra + 8 * k + q] * b[rb + q];
-        s3 += a[ra + 8 * k + q] * b[rb + k + q];
+      let x = (l >> 2) * k;
+      let u = (j * 8 + (l & 3) * 2) * k;
+      let s0 = 0;
+      let s1 = 0;
+      let s2 = 0;
+      let s3 = 0;
+      for (const end = x + k; x < end; x++, u++) {
+        const x0 = a[x];
+        const x1 = a[x + 8 * k];
+        const u0 = b[u];
+        const u1 = b[u + k];
+        s0 += x0 * u0;
+        s1 += x0 * u1;
+        s2 += x1 * u0;
+        s3 += x1 * u1;
       }
-      const keep = p.accumulate ? 1 : 0;
-      floats[p0 + l] = (keep && floats[p0 + l]) + p.sign * s0;
-      floats[p1 + l] = (keep && floats[p1 + l]) + p.sign * s1;
-      floats[p2 + l] = (keep && floats[p2 + l]) + p.sign * s2;
-      floats[p3 + l] = (keep && floats[p3 + l]) + p.sign * s3;
+      floats[p0 + l] = (accumulate ? floats[p0 + l] : 0) + sign * s0;
+      floats[p1 + l] = (accumulate ? floats[p1 + l] : 0) + sign * s1;
+      floats[p2 + l] = (accumulate ? floats[p2 + l] : 0) + sign * s2;
+      floats[p3 + l] = (accumulate ? floats[p3 + l] : 0) + sign * s3;
     }
   }
 }
