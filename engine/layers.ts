@@ -1,5 +1,6 @@
 // The modules that own weights: linear, convolution, the norms and lookup tables, with the children names (`weight`,
 // `bias`) that every checkpoint format uses.
+import { conv2dDoubled } from './doubled.ts';
 import { type Module, module, type Parameter, parameter } from './module.ts';
 import { conv2d as conv2dOp, type Padding } from './ops/conv2d.ts';
 import { linearFp8 } from './ops/fp8.ts';
@@ -27,7 +28,14 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
         : linearOp(x, m.weight.tensor, m.bias?.tensor, options),
   );
 
-export type Conv2d = Module<[x: Tensor, options?: { shift?: Tensor; residual?: Tensor }], Tensor, Weights> & {
+export interface ConvOptions {
+  shift?: Tensor;
+  residual?: Tensor;
+  /** Of a 3x3 kernel with padding 1: its doubledTaps(), to convolve x doubled by nearest neighbour. */
+  doubled?: readonly Tensor[];
+}
+
+export type Conv2d = Module<[x: Tensor, options?: ConvOptions], Tensor, Weights> & {
   readonly stride: number;
   readonly padding: Padding;
 };
@@ -42,8 +50,10 @@ export function conv2d(
   const sides: Padding = typeof padding === 'number' ? [padding, padding, padding, padding] : padding;
   const layer = module(
     { weight: parameter([outputs, inputs, kernel, kernel], 'conv'), bias: parameter([outputs]) },
-    (m, x: Tensor, options?: { shift?: Tensor; residual?: Tensor }) =>
-      conv2dOp(x, m.weight.tensor, m.bias.tensor, { stride, padding: sides, ...options }),
+    (m, x: Tensor, { doubled, ...options }: ConvOptions = {}) =>
+      doubled
+        ? conv2dDoubled(x, doubled, m.bias.tensor)
+        : conv2dOp(x, m.weight.tensor, m.bias.tensor, { stride, padding: sides, ...options }),
   );
   return Object.assign(layer, { stride, padding: sides });
 }

@@ -1,12 +1,12 @@
 // Low-rank adapters (Hu et al. 2021) that train on a live model: y = W x + alpha / rank * B (A x). A layer that is adapted
 // is replaced in the module tree by one with two more children, so its keys stay what they were and the adapter's are peft's
 // (`...to_q.lora_A.weight`). lora.ts merges adapters that are done.
-import type { Conv2d, Linear } from '../engine/layers.ts';
+import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';
 import { type AnyModule, type Child, module, type Parameter, parameter } from '../engine/module.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { conv2d } from '../engine/ops/conv2d.ts';
 import { type Activation, linear } from '../engine/ops/linear.ts';
-import { slice } from '../engine/ops/move.ts';
+import { slice, upsampleNearest } from '../engine/ops/move.ts';
 import { gelu, quickGelu, scale, silu } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
@@ -123,9 +123,11 @@ function adaptConv(base: Conv2d, { rank, alpha }: LoraConfig) {
       lora_A: weightOnly([rank, inputs, kh, kw], 'conv'),
       lora_B: weightOnly([outputs, rank, 1, 1], 'conv'),
     },
-    (m, x: Tensor, options?: { shift?: Tensor; residual?: Tensor }) => {
+    (m, x: Tensor, options: ConvOptions = {}) => {
       const { stride, padding } = base;
-      const down = conv2d(x, m.lora_A.children.weight.tensor, undefined, { stride, padding });
+      const [, h, w] = x.shape;
+      const seen = options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x;
+      const down = conv2d(seen, m.lora_A.children.weight.tensor, undefined, { stride, padding });
       const residual = base(x, options);
       return conv2d(scale(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
     },

@@ -1,5 +1,7 @@
 // The pieces that the UNet and the VAE share: the residual block and the two changes of resolution, named and shaped as
 // in diffusers. Activations are [n, h, w, c]; sums ride in the epilogue of the convolution before them.
+import { doubledTaps } from '../engine/doubled.ts';
+import { isRecording } from '../engine/grad.ts';
 import { conv2d, groupNorm, type Linear, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import type { Padding } from '../engine/ops/conv2d.ts';
@@ -55,8 +57,19 @@ export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, c
 export const downsample = (c: number, padding: Padding): Module<[x: Tensor], Tensor> =>
   module({ conv: conv2d(c, c, 3, { stride: 2, padding }) }, (m, x: Tensor) => m.conv(x));
 
-/** Nearest neighbour to [n, height, width, c], then a 3x3 convolution. */
-export const upsample = (c: number): Module<[x: Tensor, height: number, width: number], Tensor> =>
-  module({ conv: conv2d(c, c, 3, { padding: 1 }) }, (m, x: Tensor, height: number, width: number) =>
-    m.conv(upsampleNearest(x, height, width)),
+/**
+ * Nearest neighbour to [n, height, width, c], then a 3x3 convolution. Where the weight can be kept over an image in the form
+ * that this takes, and no gradient of it is wanted, an exact double is convolved without being made.
+ */
+export const upsample = (
+  c: number,
+): Module<[x: Tensor, height: number, width: number, cache?: ContextCache], Tensor> =>
+  module(
+    { conv: conv2d(c, c, 3, { padding: 1 }) },
+    (m, x: Tensor, height: number, width: number, cache?: ContextCache) => {
+      const [, h, w] = x.shape;
+      if (!cache || isRecording() || height !== 2 * h || width !== 2 * w)
+        return m.conv(upsampleNearest(x, height, width));
+      return m.conv(x, { doubled: cache.once(m, () => doubledTaps(m.conv.children.weight.tensor)) });
+    },
   );

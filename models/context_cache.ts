@@ -1,5 +1,6 @@
-// What all denoising steps of an image share, computed at the first and used by the later ones: keys and values of the
-// prompt, the embedded sizes, and what each resnet makes of every time of the schedule. Training shares nothing.
+// What the steps of an image share, or the tiles of its decoding, computed at the first and used by the later ones: keys and
+// values of the prompt, the embedded sizes, what each resnet makes of every time of the schedule, and the upsamplers' weights
+// for doubled images. Training shares nothing.
 import { keep } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 

@@ -219,7 +219,7 @@ const upBlock = (
       });
       for (const up of m.upsamplers) {
         const [, height, width] = (skips.at(-1) as Tensor).shape;
-        h = up(h, height, width);
+        h = up(h, height, width, conditioning.cache);
       }
       return h;
     },

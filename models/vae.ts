@@ -8,6 +8,7 @@ import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
+import { type ContextCache, newContextCache } from './context_cache.ts';
 import { blendTiles, tileStarts } from './tiles.ts';
 
 export interface VaeConfig {
@@ -92,9 +93,9 @@ const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConf
       resnets: resnets(layers, inputs, outputs, norm),
       upsamplers: last ? undefined : [upsample(outputs)],
     },
-    (m, x: Tensor) => {
+    (m, x: Tensor, cache: ContextCache) => {
       const h = m.resnets.reduce((y, block) => block(y), x);
-      return m.upsamplers?.[0](h, 2 * h.shape[1], 2 * h.shape[2]) ?? h;
+      return m.upsamplers?.[0](h, 2 * h.shape[1], 2 * h.shape[2], cache) ?? h;
     },
   );
 
@@ -134,8 +135,8 @@ const decoder = (config: VaeConfig) => {
       conv_norm_out: groupNorm(norm.groups, last, { eps: norm.eps, silu: true }),
       conv_out: conv2d(last, config.out_channels, 3, { padding: 1 }),
     },
-    (m, z: Tensor) => {
-      const h = m.up_blocks.reduce((y, block) => block(y), m.mid_block(m.conv_in(z)));
+    (m, z: Tensor, cache: ContextCache) => {
+      const h = m.up_blocks.reduce((y, block) => block(y, cache), m.mid_block(m.conv_in(z)));
       return m.conv_out(m.conv_norm_out(h));
     },
   );
@@ -178,7 +179,6 @@ export function vae(config: VaeConfig): Vae {
     const h = m.encoder(x);
     return m.quant_conv?.(h) ?? h;
   };
-  const picture = (z: Tensor) => m.decoder(m.post_quant_conv?.(z) ?? z);
   return {
     config,
     module: tree,
@@ -190,8 +190,14 @@ export function vae(config: VaeConfig): Vae {
       }),
     decode: (z, { tiling = false } = {}) =>
       scope(() => {
+        const cache = newContextCache();
+        const picture = (part: Tensor) => m.decoder(m.post_quant_conv?.(part) ?? part, cache);
         const fits = Math.max(z.shape[1], z.shape[2]) <= latentTile;
-        return tiling && !fits ? tiled(z, latentTile, config.sample_size, picture) : picture(z);
+        try {
+          return tiling && !fits ? tiled(z, latentTile, config.sample_size, picture) : picture(z);
+        } finally {
+          cache.release();
+        }
       }),
   };
 }
