@@ -51,6 +51,38 @@ test('calls through koffi', { skip: compiled.status !== 0 && 'no C compiler' }, 
   t.end();
 });
 
+test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
+  const api = openCudaLibrary(path);
+  const stream = api.cuStreamCreate(1);
+  const kernel = api.cuModuleGetFunction(
+    api.cuModuleLoadData('.entry silu_forward_'),
+    'silu_forward_float32',
+  );
+  const [y, x] = [api.cuMemAllocAsync(16, stream), api.cuMemAllocAsync(16, stream)];
+  api.cuMemcpyHtoDAsync(x, new Uint8Array(Float32Array.of(1, 2, 3, -4).buffer), stream);
+  const parameters = new DataView(new ArrayBuffer(20));
+  parameters.setBigUint64(0, y, true);
+  parameters.setBigUint64(8, x, true);
+  parameters.setInt32(16, 4, true);
+  const launch = (blocks: number, cluster: number) =>
+    api.cuLaunchKernel(
+      kernel,
+      [blocks, 1, 1],
+      [256, 1, 1],
+      0,
+      stream,
+      new Uint8Array(parameters.buffer),
+      cluster,
+    );
+  launch(2, 2);
+  const back = new Uint8Array(16);
+  api.cuMemcpyDtoHAsync(back, y, stream);
+  t.same([...new Float32Array(back.buffer)], [2, 4, 6, -8]);
+  launch(1, 1);
+  t.throws(() => launch(2, 4), { message: /cuLaunchKernelEx failed with CUDA_ERROR_INVALID_VALUE/ });
+  t.end();
+});
+
 test('a launch from JavaScript', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
   const device = cudaDevice(openCudaLibrary(path));
   scope(() => {

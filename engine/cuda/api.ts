@@ -112,7 +112,8 @@ export interface GpuApi {
   cuFuncSetAttribute(kernel: Kernel, attribute: number, value: number): void;
   /**
    * Queues a kernel. `parameters` is the packed parameter block (CU_LAUNCH_PARAM_BUFFER_POINTER) that packParameters
-   * of manifest.ts makes from the .entry's own list; the driver does not check it, so the packing does.
+   * of manifest.ts makes from the .entry's own list; the driver does not check it, so the packing does. With `cluster` that
+   * many neighbours along x run together (cuLaunchKernelEx).
    */
   cuLaunchKernel(
     kernel: Kernel,
@@ -121,6 +122,7 @@ export interface GpuApi {
     sharedBytes: number,
     stream: Stream,
     parameters: Uint8Array,
+    cluster?: number,
   ): void;
 
   cuStreamCreate(flags: number): Stream;

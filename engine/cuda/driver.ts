@@ -25,6 +25,9 @@ const SCRATCH_BYTES = 8192;
 const PARAMETERS = 1024;
 const EXTRA = 512;
 const PARAMETER_BYTES = EXTRA - 8;
+/** And what a launch of clusters takes. */
+const CONFIG = 640;
+const ATTRIBUTE = 704;
 
 /** Opens the NVIDIA driver's library, or the one at `path`. Throws where there is none. */
 export function openCudaLibrary(path = libraryName): GpuApi {
@@ -74,6 +77,11 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   new BigUint64Array(memory.buffer, EXTRA, list.length).set(list);
   memory.setBigUint64(PARAMETER_BYTES, 0n, true);
   const launch = functionOf('cuLaunchKernel', 'hiiiiiiihho');
+  // A CUlaunchConfig of one attribute, a cluster's dimensions (id 4): grid, block and shared bytes come at each launch.
+  memory.setBigUint64(CONFIG + 40, scratch + BigInt(ATTRIBUTE), true);
+  memory.setUint32(CONFIG + 48, 1, true);
+  const attribute = [4, 0, 1, 1, 1];
+  new Uint32Array(memory.buffer, ATTRIBUTE, attribute.length).set(attribute);
 
   const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
     const aligned = (scratch + 4096n + 63n) & ~63n;
@@ -145,13 +153,20 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     },
     cuFuncSetAttribute: (kernel, attribute, value) =>
       call('cuFuncSetAttribute', 'hii', kernel, attribute, value),
-    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters) {
+    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters, cluster = 1) {
       const { byteLength } = parameters;
       if (byteLength > SCRATCH_BYTES - PARAMETERS) throw new Error(`${byteLength} bytes of parameters`);
       bytes.set(parameters, PARAMETERS);
       memory.setUint32(PARAMETER_BYTES, byteLength, true);
       const [gx, gy, gz] = grid;
       const [bx, by, bz] = block;
+      if (cluster > 1) {
+        new Uint32Array(memory.buffer, CONFIG, 7).set([gx, gy, gz, bx, by, bz, sharedBytes]);
+        memory.setBigUint64(CONFIG + 32, stream, true);
+        memory.setUint32(ATTRIBUTE + 8, cluster, true);
+        call('cuLaunchKernelEx', 'ohho', scratch + BigInt(CONFIG), kernel, 0n, extra);
+        return;
+      }
       const code = launch(kernel, gx, gy, gz, bx, by, bz, sharedBytes, stream, 0n, extra);
       if (code !== 0) throw failed(code, 'cuLaunchKernel');
     },

@@ -34,7 +34,11 @@ export class KernelTable {
     this.#read = read;
   }
 
-  launch({ family, entry, grid, block, shared, args }: KernelLaunch, dtype: string, stream: Stream): string {
+  launch(
+    { family, entry, grid, block, shared, args, cluster }: KernelLaunch,
+    dtype: string,
+    stream: Stream,
+  ): string {
     const found = this.#find(family, `${entry}_${dtype}`, dtype);
     if (shared > found.sharedBytes) {
       this.#api.cuFuncSetAttribute(found.kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared);
@@ -42,7 +46,7 @@ export class KernelTable {
     }
     packInto(found.view, found.entry, args);
     const threads: Dim3 = [block, 1, 1];
-    this.#api.cuLaunchKernel(found.kernel, grid, threads, shared, stream, found.parameters);
+    this.#api.cuLaunchKernel(found.kernel, grid, threads, shared, stream, found.parameters, cluster);
     return found.entry.name;
   }
 

@@ -15,6 +15,8 @@ export interface KernelLaunch {
   readonly entry: string;
   readonly grid: Dim3;
   readonly block: number;
+  /** Blocks of a cluster, neighbours along x; 1 unless told. */
+  readonly cluster?: number;
   /** Dynamic shared memory, in bytes. */
   readonly shared: number;
   readonly args: readonly KernelArgument[];

@@ -1,7 +1,8 @@
 // Micro-kernels of what sm_90a adds: wgmma of every width that our kernels use, boxes by TMA in each swizzle as they lie in
-// shared memory, stmatrix; and the kernels of virtual-gpu/kernels/hopper.cu, where all of it works together.
+// shared memory, stmatrix; and the kernels of virtual-gpu/kernels/hopper.cu and cluster.cu, where all of it works together.
 import { type GpuApi, TensorMapDataType, TensorMapSwizzle } from '../../engine/cuda/api.ts';
 import { sizeOf } from '../../engine/tensor.ts';
+import { clusterPtx, runExchange, runMulticast } from '../virtual-gpu/cluster_runs.ts';
 import {
   halves,
   hopper,
@@ -229,14 +230,17 @@ const stmatrix = (trans: string): MicroKernel => {
 // Whole kernels
 
 /** Without the source lines, whose names of functions are not in the file: the virtual GPU reads them, ptxas would refuse. */
-const assembled = hopper.replace(/^\s*\.(loc|file)\b.*$/gm, '');
+const withoutLines = (ptx: string) => ptx.replace(/^\s*\.(loc|file)\b.*$/gm, '');
+const assembled = withoutLines(hopper);
+const clusters = withoutLines(clusterPtx);
 
 function whole(
   name: string,
   run: (bench: Bench<GpuApi>) => Parameters<typeof bytesOf>[0],
   agree: Agree,
+  ptx = assembled,
 ): MicroKernel {
-  return { ...onHopper, name, ptx: assembled, run: (bench) => bytesOf(run(bench)), agree };
+  return { ...onHopper, name, ptx, run: (bench) => bytesOf(run(bench)), agree };
 }
 
 const bf16 = (values: ArrayLike<number>) => Uint16Array.from(values, toBf16);
@@ -250,6 +254,27 @@ function wgemm(shape: WgemmShape, exact: boolean): MicroKernel {
   const name = `TMA and wgmma, ${m} x ${n} x ${k}, ${exact ? 'integers' : 'random'}`;
   return whole(name, (bench) => runWgemm(bench, a, b, shape, assembled), agree);
 }
+
+/** Clusters of blocks, by the kernels of virtual-gpu/kernels/cluster.cu. */
+const ofClusters = (cluster: number): MicroKernel[] => {
+  const shape = { cluster, blocks: 8 };
+  return [
+    whole(
+      `shared memory of the other blocks of ${cluster}`,
+      (bench) => runExchange(bench, shape, clusters),
+      sameBits('u32'),
+      clusters,
+    ),
+    ...(['multicast', 'multicast_pixels'] as const).map((kernel) =>
+      whole(
+        `TMA ${kernel} to ${cluster} blocks`,
+        (bench) => runMulticast(kernel, bench, shape, clusters),
+        sameBits('u16'),
+        clusters,
+      ),
+    ),
+  ];
+};
 
 const wholeKernels = (): MicroKernel[] => [
   wgemm({}, true),
@@ -295,4 +320,5 @@ export const hopperKernels = (): MicroKernel[] => [
   stmatrix(''),
   stmatrix('.trans'),
   ...wholeKernels(),
+  ...[1, 2, 4].flatMap(ofClusters),
 ];

@@ -3,21 +3,19 @@
 import type { BlockState, Machine, Warp } from './machine.ts';
 import type { Instruction } from './ptx.ts';
 import { agentOf, clockOf, makeKey } from './races.ts';
-import { fail, quote } from './report.ts';
+import { fail, quote, threadName } from './report.ts';
 
 const first = 32;
 const count = 29;
 
 /** A number and a clock for a new asynchronous operation. */
 export function newAgent(block: BlockState): { agent: number; clock: number } {
-  const made = (block.extra.get('agents') as number | undefined) ?? 0;
-  block.extra.set('agents', made + 1);
-  const agent = first + (made % count);
+  const agent = first + (block.cluster.operations++ % count);
   return { agent, clock: ++block.clocks[agent] };
 }
 
-const who = (key: number): string =>
-  agentOf(key) < first ? `thread ${agentOf(key) * 32 + (key & 31)}` : 'another asynchronous copy';
+const who = (m: Machine, key: number): string =>
+  agentOf(key) < first ? threadName(m, key) : 'another asynchronous copy';
 
 interface Operation {
   readonly agent: number;
@@ -32,7 +30,7 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
   if (!m.detectRaces) return;
   const { writer, writeSite, readers, readClock } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
-  const { seen, id } = op.warp;
+  const { seen, agent: id } = op.warp;
   const nameOf = (c: number) => `shared+0x${(c << grain).toString(16)}`;
   const mine = makeKey(op.clock, op.agent, 0);
   const end = (from + bytes - 1) >> grain;
@@ -43,7 +41,7 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
       fail(
         m,
         'race',
-        `the copy overwrites ${nameOf(c)}, which ${who(key)} wrote at ${place} and which is not ordered before it`,
+        `the copy overwrites ${nameOf(c)}, which ${who(m, key)} wrote at ${place} and which is not ordered before it`,
         op.lane,
         op.i,
       );
@@ -86,7 +84,7 @@ export function readAsync(
   if (!m.detectRaces) return;
   const { writer, readers, readClock, lastRead, readSite } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
-  const { id, seen, proxyFenced } = warp;
+  const { agent: id, seen, proxyFenced } = warp;
   const clock = m.block.clocks[id];
   const mine = makeKey(clock, id, lane);
   const end = (ax + bytes - 1) >> grain;
@@ -108,7 +106,7 @@ export function readAsync(
 function unordered(m: Machine, cell: number, isOrdered: boolean, lane: number, i: Instruction): never {
   const { writer, writeSite } = m.race.sharedCells;
   const at = `shared+0x${(cell << m.kernel.sharedGrain).toString(16)}`;
-  const by = `${who(writer[cell])} at ${quote(m.kernel.source.instructions[writeSite[cell]])}`;
+  const by = `${who(m, writer[cell])} at ${quote(m.kernel.source.instructions[writeSite[cell]])}`;
   return isOrdered
     ? fail(
         m,

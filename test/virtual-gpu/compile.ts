@@ -1,6 +1,7 @@
 // A block of straight-line PTX as one JavaScript function that loops over the lanes of a mask: registers that live across
 // blocks are loaded from the warp's register file, computed on as local variables, and stored back. Compiled when first
 // run, so unrolled variants that a shape never enters cost nothing.
+import { clusterFunctions } from './cluster.ts';
 import { type Locate, newEmitter, variable } from './emit.ts';
 import { convert, floatInstructions, isFloat } from './emit_float.ts';
 import { integerInstructions } from './emit_integer.ts';
@@ -33,10 +34,11 @@ function environment(m: Machine): Record<string, unknown> {
     ...views('S', m.shared),
     ...views('L', m.local),
     ...{ m, num, R: m.registers, F: m.floats, fround: Math.fround, parameters: m.parameters },
-    ...{ fault: m.fault, race: m.race, atomic: m.atomic, copyAsync: m.copyAsync },
+    ...{ fault: m.fault, race: m.race, atomic: m.atomic, copyAsync: m.copyAsync, ...clusterFunctions(m) },
   };
 }
 
+/** For the block that runs now, and those of its rank in other clusters: what they see of shared memory is the same. */
 export function compileBlock(block: Block, machine: Machine, locate: Locate): Chunk {
   const names = environment(machine);
   const source = generate(block, locate);

@@ -2,6 +2,7 @@
 // `late` lands it at the wait, with the destination poisoned until then; `early` at once; `random` either way.
 
 import { newAgent } from './async_agents.ts';
+import { inBlock } from './cluster.ts';
 import { windows } from './emit.ts';
 import type { LaneCopies, Machine, PendingCopy } from './machine.ts';
 import { poison } from './memory.ts';
@@ -79,7 +80,7 @@ export function waitGroup(m: Machine, lane: number, pending: number): void {
   while (copies.groups.length > pending) {
     for (const copy of copies.groups.shift() ?? []) {
       land(m, copy);
-      markWriter(m, copy, makeKey(m.block.clocks[m.warp.id], m.warp.id, lane));
+      markWriter(m, copy, makeKey(m.block.clocks[m.warp.agent], m.warp.agent, lane));
     }
   }
 }
@@ -98,15 +99,17 @@ export function landForBarrier(
   const begun = [...copies.current, ...copies.groups.flat()].filter((copy) => !copy.signalled);
   const { agent, clock } = newAgent(m.block);
   for (const copy of begun) copy.signalled = true;
-  const finish = () => {
-    for (const copy of begun) {
-      land(m, copy);
-      markWriter(m, copy, makeKey(clock, agent, 0));
-    }
-    barrier.seen[agent] = Math.max(barrier.seen[agent], clock);
-    arrive();
-    m.block.progress++;
-  };
+  const { block } = m;
+  const finish = () =>
+    inBlock(m, block, () => {
+      for (const copy of begun) {
+        land(m, copy);
+        markWriter(m, copy, makeKey(clock, agent, 0));
+      }
+      barrier.seen[agent] = Math.max(barrier.seen[agent], clock);
+      arrive();
+      block.progress++;
+    });
   if (m.schedule.async === 'early') {
     finish();
     return;

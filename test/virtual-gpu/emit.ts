@@ -198,8 +198,8 @@ const specials: Record<string, string> = {
   '%clock': '(m.clock++|0)',
   '%clock64': '(m.clock++|0)',
   '%globaltimer': '(m.clock++|0)',
-  '%cluster_ctarank': '0',
-  '%cluster_nctarank': '1',
+  '%cluster_ctarank': 'm.block.rank',
+  '%cluster_nctarank': 'm.block.cluster.blocks.length',
   WARP_SZ: '32',
   '%warpsize': '32',
 };
@@ -210,7 +210,10 @@ function special(register: string): string {
   if (known) return known;
   const vector = /^%(ctaid|ntid|nctaid)\.([xyz])$/.exec(register);
   if (vector) return `m.${vector[1]}[${'xyz'.indexOf(vector[2])}]`;
-  const cluster = /^%(cluster_ctaid|cluster_nctaid)\.[xyz]$/.exec(register);
+  // Clusters lie along x.
+  const cluster = /^%(cluster_ctaid|cluster_nctaid)\.([xyz])$/.exec(register);
+  if (cluster && cluster[2] === 'x')
+    return specials[cluster[1] === 'cluster_ctaid' ? '%cluster_ctarank' : '%cluster_nctarank'];
   if (cluster) return cluster[1] === 'cluster_ctaid' ? '0' : '1';
   throw new Error(`ptx: the virtual GPU has no special register ${register}`);
 }

@@ -33,7 +33,13 @@ function openAddress(e: Emitter, address: Address, space: string): void {
 /** Runs `body` in the space that the address names, or for a generic address in the one its window says. */
 function inSpace(e: Emitter, i: Instruction, address: Address, body: (space: Space) => void): void {
   const space = spaceOf(i);
-  if (space === 'const') {
+  if (i.modifiers.includes('shared::cluster')) {
+    openAddress(e, address, 'shared');
+    // The names of the memory views, for the block that the address names.
+    e.line(`{const {SI,SF,SH,SB,SS32,SS16,SS8,race,fault,offset}=reach(l,ax,${i.site});{const ax=offset;`);
+    body('S');
+    e.line('}}');
+  } else if (space === 'const') {
     e.line(`{const ax=(${e.int(address.base)}+${address.offset})|0,ah=${windows.global};`);
     body('G');
   } else {
@@ -158,7 +164,7 @@ function atomic(e: Emitter, i: Instruction): void {
   const type = typeOf(i);
   const wide = bytesOf(type) === 8;
   const bits = (x: Operand | undefined) => (x ? (wide ? e.wide(x).join() : `${e.int(x)},0`) : '0,0');
-  if (pointer.kind !== 'address' || value.kind === 'vector') {
+  if (pointer.kind !== 'address' || value.kind === 'vector' || i.modifiers.includes('shared::cluster')) {
     e.unsupported(i);
     return;
   }
@@ -234,11 +240,19 @@ function convertAddress(e: Emitter, i: Instruction): void {
   else e.setWide(d, low, String(windows[space as 'shared' | 'local']));
 }
 
+/** mapa.shared::cluster: where a place of this block's shared memory lies in another block's. */
+function mapAddress(e: Emitter, i: Instruction): void {
+  if (!i.modifiers.includes('shared::cluster') || isWide(typeOf(i))) e.unsupported(i);
+  const [to, from, rank] = i.operands;
+  e.setInt(to, `mapa(l,${e.int(from)},${e.int(rank)},${i.site})`);
+}
+
 const ignore = (): void => {};
 
 /** Opcodes that move data, whatever their type. */
 export const memoryInstructions: Readonly<Record<string, (e: Emitter, i: Instruction) => void>> = {
   mov: move,
+  mapa: mapAddress,
   cvta: convertAddress,
   ld: load,
   ldu: load,

@@ -263,7 +263,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       }
       state.dynamicLimit = value;
     },
-    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters) {
+    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, cluster = 1) {
       const { kernel, dynamicLimit } = find<KernelState>('cuLaunchKernel', 'kernel', handle);
       const refuse = (detail: string): never => {
         throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', `${kernel.source.name}: ${detail}`);
@@ -281,13 +281,16 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         const detail = `kernel ${name} takes ${parameterBytes} bytes of parameters, the launch brings ${parameters.length}`;
         throw new GpuReport('launch', detail);
       }
-      if (Math.ceil(threads / 32) * kernel.flow.planes * 32 > m.registers.length)
-        refuse('too many registers');
+      if (cluster > 1 && (major < 9 || cluster > 8 || grid[0] % cluster))
+        refuse(`clusters of ${cluster} blocks in a grid [${grid}]`);
+      const warps = Math.ceil(threads / 32) * cluster;
+      if (warps > 32) refuse(`the virtual GPU runs 32 warps together, not ${warps}`);
+      if (warps * kernel.flow.planes * 32 > m.registers.length) refuse('too many registers');
       const packed = Uint8Array.from(parameters);
       enqueue('cuLaunchKernel', stream, () => {
         new Uint8Array(m.parameters.buffer).set(packed);
         stats.launches++;
-        runGrid(m, kernel, grid, block, sharedBytes);
+        runGrid(m, kernel, grid, block, sharedBytes, cluster);
       });
     },
 

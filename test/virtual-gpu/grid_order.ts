@@ -28,10 +28,10 @@ export function release(m: Machine, ax: number, whole: boolean): void {
   const { warp, block } = m;
   if (whole) fenceGpu(m);
   const fenced = warp.gpuFenced;
-  if (fenced[warp.id] === 0 && warp.acquired.size === 0) return;
+  if (fenced[warp.agent] === 0 && warp.acquired.size === 0) return;
   const flags = releases.get(m)!;
   const known = flags.get(ax) ?? new Map<number, VectorClock>();
-  joinInto(known, new Map([[m.race.blockStamp(), fenced]]));
+  joinInto(known, new Map([[m.race.globals.stamp(), fenced]]));
   joinInto(known, warp.acquired);
   flags.set(ax, known);
   block.progress++;
@@ -47,7 +47,7 @@ export function observe(m: Machine, ax: number, whole: boolean): void {
 export function fenceGpu(m: Machine): void {
   const { warp, block } = m;
   joinClock(warp.gpuFenced, warp.seen);
-  warp.gpuFenced[warp.id] = block.clocks[warp.id]++;
+  warp.gpuFenced[warp.agent] = block.clocks[warp.agent]++;
   joinInto(warp.acquired, warp.observed);
   warp.observed.clear();
 }

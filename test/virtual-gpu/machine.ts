@@ -1,5 +1,5 @@
 // The state of the virtual GPU: memories, the register file that all kernels share, and who runs now. Generated code and
-// the detectors work on this one object; blocks of a grid run one after another, warps of a block take turns.
+// the detectors work on this one object; clusters of a grid (mostly of one block) run one after another, their warps take turns.
 import { newAtomics } from './atomics.ts';
 import type { Chunk } from './compile.ts';
 import { newCopyAsync } from './copy_async.ts';
@@ -54,6 +54,9 @@ export interface LaneCopies {
 
 export interface Warp {
   readonly id: number;
+  readonly block: BlockState;
+  /** Its number among all warps of the cluster, by which the happens-before order knows it. */
+  readonly agent: number;
   /** First word of its registers in the register file. */
   readonly base: number;
   readonly groups: Group[];
@@ -90,12 +93,30 @@ export interface BarrierState {
   readonly acquired: Map<number, VectorClock>;
 }
 
-/** The block that runs now. */
+/** Blocks that run together and reach each other's shared memory; mostly one. Their warps are agents of one order. */
+export interface Cluster {
+  readonly blocks: BlockState[];
+  /** Each agent's own clock. */
+  readonly clocks: Int32Array;
+  /** Asynchronous operations that have begun. */
+  operations: number;
+  /** What cluster.ts keeps of barrier.cluster. */
+  barrier?: unknown;
+}
+
+/** A block of the cluster that runs now. */
 export interface BlockState {
+  readonly cluster: Cluster;
+  /** Its number in the cluster, and its coordinates in the grid. */
+  readonly rank: number;
+  readonly ctaid: readonly number[];
   readonly warps: Warp[];
   readonly barriers: Map<number, BarrierState>;
-  /** Each warp's own clock. */
+  /** The cluster's. */
   readonly clocks: Int32Array;
+  /** Until when, by their clocks, agents of other blocks have reached this one's shared memory, and where. */
+  readonly reached: VectorClock;
+  readonly reachedAt: Int32Array;
   /** Counts whatever may let a waiting warp go on, to tell a deadlock. */
   progress: number;
   /** Registers from which asynchronous work continues (TMA); each returns false once nothing is left to complete. */
@@ -108,8 +129,8 @@ export interface LoadedKernel {
   readonly source: Kernel;
   readonly flow: Flow;
   readonly locate: Locate;
-  /** Compiled blocks, filled when first run; `visits` counts runs for coverage. */
-  readonly chunks: (Chunk | undefined)[];
+  /** Compiled blocks by the rank of the block in its cluster, filled when first run; `visits` counts runs for coverage. */
+  readonly chunks: (Chunk | undefined)[][];
   readonly visits: Int32Array;
   /** End of static shared memory, start of dynamic shared memory, bytes of local memory a thread. */
   readonly staticEnd: number;
@@ -123,7 +144,8 @@ export interface LoadedKernel {
 export interface Machine {
   readonly arena: Arena;
   readonly global: Memory;
-  readonly shared: Memory;
+  /** Of the block that runs now, as `race` is. */
+  shared: Memory;
   readonly local: Memory;
   readonly registers: Int32Array;
   readonly floats: Float32Array;
@@ -152,7 +174,9 @@ export interface Machine {
   clock: number;
 
   readonly fault: Faults;
-  readonly race: RaceDetector;
+  race: RaceDetector;
+  /** Shared memory and its detector by the rank of a block in its cluster. */
+  readonly ranks: { readonly shared: Memory; readonly race: RaceDetector }[];
   readonly atomic: ReturnType<typeof newAtomics>;
   readonly copyAsync: ReturnType<typeof newCopyAsync>;
 
@@ -206,7 +230,7 @@ export function newMachine({ arenaBytes, registerWords }: MachineOptions): Machi
     atomic: newAtomics(m),
     copyAsync: newCopyAsync(m),
   };
-  return Object.assign(m, late);
+  return Object.assign(m, late, { ranks: [{ shared: m.shared, race: late.race }] });
 }
 
 /** A lane's value of a register, as bits. */

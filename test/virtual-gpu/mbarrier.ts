@@ -1,13 +1,17 @@
 // mbarrier objects of shared memory: pending arrivals, expected bytes of asynchronous copies, and a phase that ends when
 // both are spent. Arriving releases what the warp has done, a wait that succeeds acquires what all arrivals of the phase
 // released. Their state is kept beside shared memory, by address; a kernel that looks inside one is a bug anyway.
+import { blockAt, noteReach } from './cluster.ts';
 import { landForBarrier } from './copy_async.ts';
 import { joinClock } from './grid_order.ts';
 import { agents, type BlockState, type VectorClock } from './machine.ts';
+import type { Operand } from './ptx.ts';
 import { fail } from './report.ts';
 import { eachLane, laneValue, type Outcome, releaseClock, setLane, type WarpCall } from './warp_ops.ts';
 
 export interface Mbarrier {
+  /** In whose shared memory it is. */
+  readonly block: BlockState;
   readonly address: number;
   readonly count: number;
   pending: number;
@@ -33,21 +37,32 @@ function mbarriers(block: BlockState): Map<number, Mbarrier> {
   return made;
 }
 
-/** The initialised object at a shared address; it may be used only by those who have seen its initialisation. */
-export function findMbarrier(call: WarpCall, address: number, lane: number): Mbarrier {
+/** The initialised object at an offset in the block's shared memory; only those may use it who have seen its initialisation. */
+export function findMbarrier(call: WarpCall, block: BlockState, address: number, lane: number): Mbarrier {
   const { m, i } = call;
-  const found = mbarriers(m.block).get(address);
+  const found = mbarriers(block).get(address);
   const name = `mbarrier at shared+0x${(address >>> 0).toString(16)}`;
   if (!found) return fail(m, 'mbarrier', `the ${name} was never initialised`, lane, i);
-  const own = found.initWarp === m.warp.id && found.initLane === lane;
+  const own = found.initWarp === m.warp.agent && found.initLane === lane;
   if (!own && found.initClock > m.warp.seen[found.initWarp]) {
     fail(m, 'race', `the ${name} is used without ordering after its mbarrier.init`, lane, i);
   }
   return found;
 }
 
+/** The object that an operand names in this block, or where the space is shared::cluster in another. */
+function mbarrierAt(call: WarpCall, operand: Operand, lane: number): Mbarrier {
+  const { m, i } = call;
+  const address = laneValue(call, operand, lane);
+  if (!i.modifiers.includes('shared::cluster')) return findMbarrier(call, m.block, address, lane);
+  const { block, offset } = blockAt(m, address, lane, i.site);
+  const found = findMbarrier(call, block, offset, lane);
+  noteReach(m, block, lane, i.site);
+  return found;
+}
+
 /** Ends phases that have nothing left to wait for. */
-export function settlePhase(block: BlockState, b: Mbarrier): void {
+export function settlePhase(b: Mbarrier): void {
   while (b.pending === 0 && b.bytes === 0) {
     b.phase++;
     b.pending = b.count;
@@ -55,7 +70,7 @@ export function settlePhase(block: BlockState, b: Mbarrier): void {
     b.doneFenced = b.fenced;
     b.seen = Int32Array.from(b.seen);
     b.fenced = Int32Array.from(b.fenced);
-    block.progress++;
+    b.block.progress++;
   }
 }
 
@@ -67,10 +82,10 @@ function initialise(call: WarpCall, lane: number): void {
     m.fault.S(lane, 0, address, 8, false, i.site);
   }
   mbarriers(m.block).set(address, {
-    ...{ address, count, pending: count, bytes: 0, phase: 0 },
+    ...{ block: m.block, address, count, pending: count, bytes: 0, phase: 0 },
     ...{ seen: new Int32Array(agents), fenced: new Int32Array(agents) },
     ...{ doneSeen: new Int32Array(agents), doneFenced: new Int32Array(agents) },
-    ...{ initWarp: m.warp.id, initLane: lane, initClock: m.block.clocks[m.warp.id] },
+    ...{ initWarp: m.warp.agent, initLane: lane, initClock: m.block.clocks[m.warp.agent] },
   });
   m.block.progress++;
 }
@@ -79,7 +94,7 @@ function initialise(call: WarpCall, lane: number): void {
 function arrive(call: WarpCall, lane: number): void {
   const { m, i } = call;
   const at = i.operands.findIndex((x) => x.kind === 'address');
-  const b = findMbarrier(call, laneValue(call, i.operands[at], lane), lane);
+  const b = mbarrierAt(call, i.operands[at], lane);
   const given = i.operands[at + 1];
   const number = given ? laneValue(call, given, lane) : undefined;
   const expects = i.modifiers.includes('expect_tx');
@@ -92,7 +107,7 @@ function arrive(call: WarpCall, lane: number): void {
     b.pending -= count;
   }
   m.block.progress++;
-  settlePhase(m.block, b);
+  settlePhase(b);
   if (at > 0) setLane(call, i.operands[0], lane, 0);
 }
 
@@ -100,7 +115,7 @@ function arrive(call: WarpCall, lane: number): void {
 function tryWait(call: WarpCall, lane: number, may: boolean): boolean {
   const { m, i } = call;
   if (!i.modifiers.includes('parity')) throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
-  const b = findMbarrier(call, laneValue(call, i.operands[1], lane), lane);
+  const b = mbarrierAt(call, i.operands[1], lane);
   const over = may && (b.phase & 1) !== (laneValue(call, i.operands[2], lane) & 1);
   setLane(call, i.operands[0], lane, over ? 1 : 0);
   if (over) {
@@ -113,12 +128,12 @@ function tryWait(call: WarpCall, lane: number, may: boolean): boolean {
 /** cp.async.mbarrier.arrive: the arrival comes when the lane's copies have landed. */
 function arriveAfterCopies(call: WarpCall, lane: number): void {
   const { m, i } = call;
-  const b = findMbarrier(call, laneValue(call, i.operands[0], lane), lane);
+  const b = mbarrierAt(call, i.operands[0], lane);
   // Without .noinc the arrival to come is counted first, so that it leaves the count as it was.
   if (!i.modifiers.includes('noinc')) b.pending++;
   landForBarrier(m, lane, b, () => {
     b.pending--;
-    settlePhase(m.block, b);
+    settlePhase(b);
   });
 }
 

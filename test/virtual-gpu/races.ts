@@ -2,9 +2,9 @@
 // barriers); memory is divided into cells as small as the kernel's smallest access, and each cell remembers its last
 // writer and readers as keys: clock << 12 | strong << 11 | agent << 5 | lane. An access races when the cell's other
 // access was by another lane at a clock that this warp has not seen. Lanes of a warp are ordered only by bar.warp.sync.
-// In global memory a cell also remembers the block; other blocks of the same grid are never ordered, save by flags.
+// In global memory a cell also remembers the cluster; other clusters of the same grid are never ordered, save by flags.
 import { type Machine, sharedBytes } from './machine.ts';
-import { fail, quote } from './report.ts';
+import { fail, quote, threadName } from './report.ts';
 
 type Access = (lane: number, ax: number, bytes: number, site: number) => void;
 
@@ -19,9 +19,7 @@ export interface RaceDetector {
   readonly globalWriteStrong: Access;
   /** Forget the shared memory of the last block, of which `bytes` may have been touched. */
   startBlock(bytes: number): void;
-  startGrid(blocks: number): void;
-  /** The number by which the running block is known among all blocks ever run. */
-  blockStamp(): number;
+  readonly globals: GlobalRaces;
   readonly sharedCells: SharedCells;
 }
 
@@ -47,7 +45,8 @@ export const never = 0xfffff;
 /** The agent under which cp.async writes. */
 export const copyAgent = 62;
 
-export function newRaceDetector(m: Machine): RaceDetector {
+/** The detector of a machine, or with `globals`, those of one, that of another shared memory. */
+export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
   const cells: SharedCells = {
     ...{ writer: new Int32Array(sharedBytes), writeSite: new Int32Array(sharedBytes) },
     ...{ readers: new Int32Array(sharedBytes), readClock: new Int32Array(32 * sharedBytes) },
@@ -55,7 +54,7 @@ export function newRaceDetector(m: Machine): RaceDetector {
   };
   const { writer, writeSite, readers, readClock, lastRead, readSite } = cells;
   const other = (key: number, site: number) => {
-    const who = agentOf(key) < 32 ? `thread ${agentOf(key) * 32 + (key & 31)}` : 'an asynchronous copy';
+    const who = agentOf(key) < 32 ? threadName(m, key) : 'an asynchronous copy';
     return `${who} at ${quote(m.kernel.source.instructions[site])}`;
   };
   const reportShared = (
@@ -79,7 +78,7 @@ export function newRaceDetector(m: Machine): RaceDetector {
   const sharedRead = (lane: number, ax: number, bytes: number, site: number, strong: number) => {
     if (!m.detectRaces) return;
     const { warp, block } = m;
-    const w = warp.id;
+    const w = warp.agent;
     const seen = warp.seen;
     const me = (w << 5) | lane;
     const clock = block.clocks[w];
@@ -100,7 +99,7 @@ export function newRaceDetector(m: Machine): RaceDetector {
   const sharedWrite = (lane: number, ax: number, bytes: number, site: number, strong: number) => {
     if (!m.detectRaces) return;
     const { warp, block } = m;
-    const w = warp.id;
+    const w = warp.agent;
     const seen = warp.seen;
     const me = (w << 5) | lane;
     const grain = m.kernel.sharedGrain;
@@ -133,7 +132,7 @@ export function newRaceDetector(m: Machine): RaceDetector {
     }
   };
 
-  const globals = newGlobalRaces(m, other);
+  const globals = known ?? newGlobalRaces(m, other);
   return {
     sharedRead: (lane, ax, bytes, site) => sharedRead(lane, ax, bytes, site, 0),
     sharedWrite: (lane, ax, bytes, site) => sharedWrite(lane, ax, bytes, site, 0),
@@ -146,22 +145,22 @@ export function newRaceDetector(m: Machine): RaceDetector {
     startBlock(bytes) {
       writer.fill(0, 0, bytes >> m.kernel.sharedGrain);
       readers.fill(0, 0, bytes >> m.kernel.sharedGrain);
-      globals.startBlock();
     },
-    startGrid: globals.startGrid,
-    blockStamp: globals.stamp,
+    globals,
     sharedCells: cells,
   };
 }
 
-/** The same for global memory, where cells outlive blocks: a stamp tells which block of which grid touched one last. */
+type GlobalRaces = ReturnType<typeof newGlobalRaces>;
+
+/** The same for global memory, where cells outlive clusters: a stamp tells which of which grid touched one last. */
 function newGlobalRaces(m: Machine, other: (key: number, site: number) => string) {
   const count = m.global.u8.length;
   const make = () => new Int32Array(count);
   const [writeStamp, writeKey, writeSite] = [make(), make(), make()];
   // The last reader, the last reader of the same block but another warp, and the last block but this one that read.
   const [readStamp, readKey, readSite, readKey2, readOther] = [make(), make(), make(), make(), make()];
-  /** Stamps from `first` on are blocks of the running grid. */
+  /** Stamps from `first` on are clusters of the running grid. */
   let first = 1;
   let stamp = 0;
   let next = 1;
@@ -177,7 +176,8 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
   ): never => {
     const offset = cell << m.kernel.globalGrain;
     const where = `global+0x${offset.toString(16)} (${m.arena.describe(offset)})`;
-    const block = blockStamp === stamp ? '' : `block number ${blockStamp - first} of the grid, `;
+    const unit = m.block.cluster.blocks.length > 1 ? 'cluster' : 'block';
+    const block = blockStamp === stamp ? '' : `${unit} number ${blockStamp - first} of the grid, `;
     return fail(
       m,
       'race',
@@ -205,18 +205,19 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
   };
 
   return {
+    /** The number by which the running cluster is known among all ever run. */
     stamp: () => stamp,
-    startGrid(blocks: number) {
+    startGrid(clusters: number) {
       first = next;
-      next += blocks;
+      next += clusters;
       stamp = first - 1;
     },
-    startBlock() {
+    startCluster() {
       stamp++;
     },
     read(lane: number, ax: number, bytes: number, site: number, strong: number) {
       if (!m.detectRaces) return;
-      const w = m.warp.id;
+      const w = m.warp.agent;
       const me = (w << 5) | lane;
       const grain = m.kernel.globalGrain;
       const end = (ax + bytes - 1) >> grain;
@@ -236,7 +237,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
     write(lane: number, ax: number, bytes: number, site: number, strong: number) {
       if (!m.detectRaces) return;
       const { warp } = m;
-      const w = warp.id;
+      const w = warp.agent;
       const me = (w << 5) | lane;
       const grain = m.kernel.globalGrain;
       const end = (ax + bytes - 1) >> grain;

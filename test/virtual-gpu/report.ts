@@ -20,6 +20,7 @@ export type ReportKind =
   | 'proxy fence'
   | 'tensor map'
   | 'wgmma'
+  | 'cluster'
   | 'leak'
   | 'invalid free';
 
@@ -38,6 +39,14 @@ export class GpuReport extends Error {
 export function quote(i: Instruction | undefined): string {
   if (!i) return '(unknown)';
   return `"${i.text}" (PTX line ${i.ptxLine}${i.source ? `, ${i.source}` : ''})`;
+}
+
+/** The thread of a key of the happens-before order (races.ts). */
+export function threadName({ block: { cluster, warps } }: Machine, key: number): string {
+  const [agent, lane] = [(key >>> 5) & 63, key & 31];
+  const rank = Math.floor(agent / warps.length);
+  const thread = `thread ${(agent % warps.length) * 32 + lane}`;
+  return cluster.blocks.length > 1 ? `${thread} of the cluster's block ${rank}` : thread;
 }
 
 /** `kernel gemm block (0,1,0) thread (3,0,0) at "..."` for a lane of the warp that runs now. */

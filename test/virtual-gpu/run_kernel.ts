@@ -39,6 +39,7 @@ export interface Bench<Gpu extends GpuApi = VirtualGpu> {
     block: number,
     args: readonly KernelArgument[],
     sharedBytes?: number,
+    cluster?: number,
   ): void;
 }
 
@@ -64,13 +65,14 @@ export function benchOn<Gpu extends GpuApi>(gpu: Gpu): Bench<Gpu> {
     bytes: (address, count) => take(new Uint8Array(count), address),
     floats: (address, count) => take(new Float32Array(count), address),
     ints: (address, count) => take(new Int32Array(count), address),
-    launch(ptx, kernel, grid, block, args, sharedBytes = 0) {
+    launch(ptx, kernel, grid, block, args, sharedBytes = 0, cluster = 1) {
       const entry = readManifest(ptx).get(kernel);
       if (!entry) throw new Error(`no kernel ${kernel} in this PTX`);
       const handle = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(ptx), kernel);
       if (sharedBytes > 48 * 1024) gpu.cuFuncSetAttribute(handle, 8, sharedBytes);
       const blocks: Dim3 = typeof grid === 'number' ? [grid, 1, 1] : grid;
-      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, packParameters(entry, args));
+      const parameters = packParameters(entry, args);
+      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, parameters, cluster);
     },
   };
 }

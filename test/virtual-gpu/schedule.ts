@@ -1,11 +1,13 @@
-// Runs a grid: blocks one after another, the warps of a block in turns. A warp runs until it waits at a barrier or yields.
+// Runs a grid: blocks, or clusters of them, one after another, the warps of one in turns. A warp runs until it waits at a barrier or yields.
 // Lanes that part are groups, each at its own place; the group at the lowest place runs first and groups that meet are
 // joined, which with nvcc's layout reconverges where a GPU would.
+import { checkReached, enterBlock } from './cluster.ts';
 import { compileBlock } from './compile.ts';
 import { resetGridOrder } from './grid_order.ts';
 import {
   agents,
   type BlockState,
+  type Cluster,
   type Group,
   type LoadedKernel,
   type Machine,
@@ -21,13 +23,14 @@ import { noteRegisters } from './wgmma.ts';
 
 export type Triple = readonly [number, number, number];
 
-/** Runs all blocks of a grid. The parameters are already in the machine's parameter block. */
+/** Runs all blocks of a grid, in clusters along x. The parameters are already in the machine's parameter block. */
 export function runGrid(
   m: Machine,
   kernel: LoadedKernel,
   grid: Triple,
   block: Triple,
   dynamicBytes: number,
+  clusterBlocks: number,
 ): void {
   const [bx, by] = block;
   const threads = bx * by * block[2];
@@ -41,15 +44,18 @@ export function runGrid(
   m.ntid.set(block);
   m.nctaid.set(grid);
   m.seed(m.schedule.seed);
-  const count = grid[0] * grid[1] * grid[2];
-  m.race.startGrid(count);
+  const count = (grid[0] * grid[1] * grid[2]) / clusterBlocks;
+  m.race.globals.startGrid(count);
   resetGridOrder(m);
   for (const n of inOrder(
     m,
     Array.from({ length: count }, (_, k) => k),
   )) {
-    m.ctaid.set([n % grid[0], Math.floor(n / grid[0]) % grid[1], Math.floor(n / (grid[0] * grid[1]))]);
-    runBlock(m, threads);
+    const places = Array.from({ length: clusterBlocks }, (_, rank) => {
+      const at = n * clusterBlocks + rank;
+      return [at % grid[0], Math.floor(at / grid[0]) % grid[1], Math.floor(at / (grid[0] * grid[1]))];
+    });
+    runCluster(m, threads, places);
   }
 }
 
@@ -66,52 +72,87 @@ function inOrder<T>(m: Machine, items: T[]): T[] {
 /** Turns in which nothing moved before it is called a deadlock: a failed try_wait may be spurious once or twice. */
 const idleTurns = 4;
 
-function runBlock(m: Machine, threads: number): void {
-  const { kernel } = m;
-  const end = m.dynamicBytes ? kernel.dynamicStart + m.dynamicBytes : kernel.staticEnd;
-  m.shared.shadow8.fill(0);
-  m.shared.shadow8.fill(allocated, sharedStart, end);
-  m.shared.i32.fill(poison, 0, (end + 3) >> 2);
-  prepareLocal(m, threads);
-  const block = (m.block = newBlock(kernel, threads));
-  m.registers.fill(poison, 0, block.warps.length * kernel.flow.planes * 32);
-  m.race.startBlock(end + 64);
-  for (let idle = 0; block.warps.some((w) => w.state !== 'done'); ) {
-    const before = block.progress;
-    const ready = block.warps.filter((w) => w.state === 'run' || w.state === 'yield');
+function runCluster(m: Machine, threads: number, places: readonly (readonly number[])[]): void {
+  const { blocks } = newCluster(m.kernel, threads, places);
+  const warps = blocks.flatMap((b) => b.warps);
+  prepareLocal(m, threads * blocks.length);
+  m.registers.fill(poison, 0, warps.length * m.kernel.flow.planes * 32);
+  m.race.globals.startCluster();
+  for (const block of blocks) prepareShared(m, block);
+  const progress = () => blocks.reduce((sum, b) => sum + b.progress, 0);
+  const running = new Set(blocks);
+  for (let idle = 0; running.size; ) {
+    const before = progress();
+    const ready = warps.filter((w) => w.state === 'run' || w.state === 'yield');
     for (const warp of inOrder(m, ready)) {
       // An earlier warp of this turn may have ended the block's need for it, never its readiness.
       enter(m, warp);
       runWarp(m, warp);
     }
-    if (completeWork(m, block.progress === before)) idle = 0;
-    else if (block.progress !== before) idle = 0;
-    else if (++idle >= idleTurns) throw new GpuReport('deadlock', describeBlock(m));
+    if (completeWork(m, blocks, progress() === before)) idle = 0;
+    else if (progress() !== before) idle = 0;
+    else if (++idle >= idleTurns)
+      throw new GpuReport('deadlock', [...running].map((b) => describeBlock(m, b)).join('; '));
+    for (const block of running)
+      if (block.warps.every((w) => w.state === 'done')) endBlock(m, running, block);
   }
+  for (const block of blocks) checkReached(m, block);
+}
+
+function prepareShared(m: Machine, block: BlockState): void {
+  enterBlock(m, block);
+  const end = m.dynamicBytes ? m.kernel.dynamicStart + m.dynamicBytes : m.kernel.staticEnd;
+  m.shared.shadow8.fill(0);
+  m.shared.shadow8.fill(allocated, sharedStart, end);
+  m.shared.i32.fill(poison, 0, (end + 3) >> 2);
+  m.race.startBlock(end + 64);
+}
+
+function endBlock(m: Machine, running: Set<BlockState>, block: BlockState): void {
+  running.delete(block);
   for (const work of block.pendingWork) {
     if (work.describe())
       throw new GpuReport(
         'async',
-        `kernel ${kernel.source.name} block (${[...m.ctaid]}) ends while ${work.describe()}`,
+        `kernel ${m.kernel.source.name} block (${block.ctaid}) ends while ${work.describe()}`,
       );
   }
 }
 
 /** Lets pending asynchronous work complete: at random, or because nothing else can move. True if some did. */
-function completeWork(m: Machine, stuck: boolean): boolean {
+function completeWork(m: Machine, blocks: readonly BlockState[], stuck: boolean): boolean {
   const random = m.schedule.async === 'random' ? m.random : undefined;
   if (!stuck && !(random && random() < 0.5)) return false;
-  return m.block.pendingWork.some((work) => work.complete(random));
+  const work = blocks.flatMap((b) => b.pendingWork);
+  return work.some((one) => one.complete(random));
 }
 
-function newBlock(kernel: LoadedKernel, threads: number): BlockState {
+function newCluster(kernel: LoadedKernel, threads: number, places: readonly (readonly number[])[]): Cluster {
+  const cluster: Cluster = { blocks: [], clocks: new Int32Array(agents).fill(1), operations: 0 };
+  cluster.blocks.push(...places.map((ctaid, rank) => newBlock(kernel, threads, cluster, rank, ctaid)));
+  return cluster;
+}
+
+function newBlock(
+  kernel: LoadedKernel,
+  threads: number,
+  cluster: Cluster,
+  rank: number,
+  ctaid: readonly number[],
+): BlockState {
   const count = Math.ceil(threads / 32);
-  return {
-    warps: Array.from({ length: count }, (_, id): Warp => {
+  const block: BlockState = {
+    ...{ cluster, rank, ctaid, warps: [], barriers: new Map(), clocks: cluster.clocks },
+    ...{ reached: new Int32Array(agents), reachedAt: new Int32Array(agents) },
+    ...{ progress: 0, pendingWork: [], extra: new Map() },
+  };
+  block.warps.push(
+    ...Array.from({ length: count }, (_, id): Warp => {
       const lanes = Math.min(32, threads - id * 32);
       const initial = lanes === 32 ? -1 : (1 << lanes) - 1;
+      const agent = rank * count + id;
       return {
-        ...{ id, base: id * kernel.flow.planes * 32, initial, live: initial, state: 'run' },
+        ...{ id, block, agent, base: agent * kernel.flow.planes * 32, initial, live: initial, state: 'run' },
         groups: [{ pc: 0, mask: initial, parked: false }],
         seen: new Int32Array(agents),
         proxyFenced: new Int32Array(agents),
@@ -119,12 +160,8 @@ function newBlock(kernel: LoadedKernel, threads: number): BlockState {
         ...{ acquired: new Map(), observed: new Map(), copies: [] },
       };
     }),
-    barriers: new Map(),
-    clocks: new Int32Array(agents).fill(1),
-    progress: 0,
-    pendingWork: [],
-    extra: new Map(),
-  };
+  );
+  return block;
 }
 
 /** Local memory: each thread's own, with a gap between threads so that running over shows. */
@@ -143,9 +180,10 @@ function prepareLocal(m: Machine, threads: number): void {
 }
 
 function enter(m: Machine, warp: Warp): void {
+  if (m.block !== warp.block) enterBlock(m, warp.block);
   m.warp = warp;
   m.firstThread = warp.id * 32;
-  m.localBase = m.firstThread * m.localStride;
+  m.localBase = warp.agent * 32 * m.localStride;
   warp.state = 'run';
 }
 
@@ -155,6 +193,7 @@ const stepLimit = 2_000_000;
 function runWarp(m: Machine, warp: Warp): void {
   const { kernel } = m;
   const { blocks } = kernel.flow;
+  const chunks = (kernel.chunks[warp.block.rank] ??= []);
   const { groups } = warp;
   for (let steps = 0; ; steps++) {
     if (groups.length === 0) {
@@ -170,7 +209,7 @@ function runWarp(m: Machine, warp: Warp): void {
       if (block.branch?.opcode === 'brx') branchByIndex(m, warp, group);
       else {
         if (warp.wgmma) noteRegisters(m, block);
-        const chunk = (kernel.chunks[block.id] ??= compileBlock(block, m, kernel.locate));
+        const chunk = (chunks[block.id] ??= compileBlock(block, m, kernel.locate));
         const taken = chunk(warp.base, group.mask);
         if (taken === 0) group.pc = block.next;
         else if (taken === group.mask) group.pc = block.targets[0];
@@ -188,8 +227,8 @@ function runWarp(m: Machine, warp: Warp): void {
         warp.state = 'barrier';
         return;
       } else {
-        group.pc = block.next;
-        if (outcome === 'yield') {
+        if (outcome !== 'again') group.pc = block.next;
+        if (outcome === 'yield' || outcome === 'again') {
           group.tired = true;
           joinGroups(groups);
           warp.state = 'yield';
@@ -259,13 +298,13 @@ function branchByIndex(m: Machine, warp: Warp, group: Group): void {
   for (const [pc, mask] of byTarget) warp.groups.push({ pc, mask, parked: false });
 }
 
-function describeBlock(m: Machine): string {
-  const waiting = m.block.warps
+function describeBlock(m: Machine, block: BlockState): string {
+  const waiting = block.warps
     .filter((w) => w.state !== 'done')
     .map((w) => `warp ${w.id} (${w.state}) at ${w.groups.map((g) => quote(quoteable(m, g))).join(' and ')}`);
-  const pending = m.block.pendingWork.map((p) => p.describe());
-  const work = [...pending, describeMbarriers(m.block)].filter((text) => text);
-  const done = m.block.warps.filter((w) => w.state === 'done').length;
-  const name = `kernel ${m.kernel.source.name} block (${[...m.ctaid]})`;
+  const pending = block.pendingWork.map((p) => p.describe());
+  const work = [...pending, describeMbarriers(block)].filter((text) => text);
+  const done = block.warps.filter((w) => w.state === 'done').length;
+  const name = `kernel ${m.kernel.source.name} block (${block.ctaid})`;
   return `${name}: ${waiting.join('; ')}${done ? `; ${done} warp(s) have ended` : ''}${work.length ? `; ${work.join('; ')}` : ''}`;
 }

@@ -2,8 +2,9 @@
 // bytes they brought; stores belong to bulk groups, and read shared memory until their group is waited for. As with
 // cp.async they complete late, early or at random; what the kernel may not rely on shows as poison or wrong data.
 import { newAgent, readAsync, writeAsync } from './async_agents.ts';
+import { blockAt, inBlock, noteReach } from './cluster.ts';
 import { windows } from './emit.ts';
-import type { Machine, Warp } from './machine.ts';
+import type { BlockState, Machine, Warp } from './machine.ts';
 import { findMbarrier, type Mbarrier, settlePhase } from './mbarrier.ts';
 import { allocated, poison } from './memory.ts';
 import type { Address, Instruction, Operand } from './ptx.ts';
@@ -20,7 +21,8 @@ interface BulkCopy {
   readonly bytes: number;
   readonly agent: number;
   readonly clock: number;
-  pieces(visit: (global: number, shared: number, bytes: number) => void): void;
+  /** For a copy from or to `to` in shared memory. */
+  pieces(to: number, visit: (global: number, shared: number, bytes: number) => void): void;
 }
 
 interface BulkGroups {
@@ -59,21 +61,44 @@ function start(call: WarpCall, lane: number, groups: BulkGroups): void {
   const isTensor = words.includes('tensor');
   // The first space named after `bulk` or the tensor's rank is the target.
   const isStore = words.find((word) => /^(shared|global)/.test(word)) === 'global';
-  if (words.some((word) => word.startsWith('multicast') || word === 'reduce')) {
-    throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
-  }
+  if (words.includes('reduce')) throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   const copy = isTensor ? tensorCopy(call, lane, isStore) : plainCopy(call, lane, isStore);
-  checkShared(m, copy);
   m.block.progress++;
   if (isStore) {
-    copy.pieces((_, shared, bytes) => readAsync(m, shared & ~3, Math.max(4, bytes), m.warp, lane, i));
+    checkShared(m, copy);
+    copy.pieces(copy.shared, (_, shared, bytes) =>
+      readAsync(m, shared & ~3, Math.max(4, bytes), m.warp, lane, i),
+    );
     groups.current.push(copy);
     if (m.schedule.async === 'early') finishStore(m, copy);
     else watchStores(m);
     return;
   }
   const barrier = i.operands.findLast((x): x is Address => x.kind === 'address')!;
-  load(call, copy, laneValue(call, isTensor ? i.operands[2] : barrier, lane));
+  const signal = laneValue(call, isTensor ? i.operands[2] : barrier, lane);
+  for (const { block, shared, at } of targets(call, copy, signal))
+    inBlock(m, block, () => load(call, { ...copy, shared, ...newAgent(block) }, at));
+}
+
+/** Where a load goes, with the mbarrier it signals there: one block, or by multicast the same places in several. */
+function targets(call: WarpCall, { shared, lane }: BulkCopy, signal: number) {
+  const { m, i } = call;
+  const [to, barrier] = [shared, signal].map((address) => blockAt(m, address, lane, i.site));
+  if (to.block !== barrier.block)
+    fail(m, 'cluster', 'the copy and its mbarrier are in different blocks', lane, i);
+  const target = (block: BlockState) => ({ block, shared: to.offset, at: barrier.offset });
+  if (!i.modifiers.includes('multicast::cluster')) return [target(to.block)];
+  const mask = laneValue(call, i.operands[i.operands.length - 1], lane) & 0xffff;
+  const { blocks } = m.block.cluster;
+  if (mask === 0 || mask >>> blocks.length)
+    fail(
+      m,
+      'cluster',
+      `multicast to blocks 0x${mask.toString(16)} of a cluster of ${blocks.length}`,
+      lane,
+      i,
+    );
+  return blocks.filter((_, rank) => (mask >>> rank) & 1).map(target);
 }
 
 function base(call: WarpCall, lane: number, shared: number, bytes: number): Omit<BulkCopy, 'pieces'> {
@@ -102,9 +127,9 @@ function tensorCopy(call: WarpCall, lane: number, isStore: boolean): BulkCopy {
   const origin = Number(map.base & 0xffffffffn);
   return {
     ...base(call, lane, shared, boxBytes(map)),
-    pieces(visit) {
+    pieces(to, visit) {
       walkBox(map, coordinates, offsets, (global, within, bytes) => {
-        visit(global < 0 ? -1 : origin + global, swizzled(map.swizzle, shared + within), bytes);
+        visit(global < 0 ? -1 : origin + global, swizzled(map.swizzle, to + within), bytes);
       });
     },
   };
@@ -139,7 +164,7 @@ function plainCopy(call: WarpCall, lane: number, isStore: boolean): BulkCopy {
   if (shared % 16 || global % 16 || bytes % 16) {
     fail(m, 'misaligned', `a bulk copy of ${bytes} bytes needs 16-byte alignment`, lane, i);
   }
-  return { ...base(call, lane, shared, bytes), pieces: (visit) => visit(global, shared, bytes) };
+  return { ...base(call, lane, shared, bytes), pieces: (at, visit) => visit(global, at, bytes) };
 }
 
 function checkShared(m: Machine, { shared, bytes, lane, i }: BulkCopy): void {
@@ -157,8 +182,11 @@ function checkShared(m: Machine, { shared, bytes, lane, i }: BulkCopy): void {
 
 function load(call: WarpCall, copy: BulkCopy, address: number): void {
   const { m, i } = call;
-  const { lane, shared, bytes } = copy;
-  const b = findMbarrier(call, address, lane);
+  const { lane, shared, bytes, agent } = copy;
+  checkShared(m, copy);
+  const { block } = m;
+  const b = findMbarrier(call, block, address, lane);
+  noteReach(m, block, lane, i.site, agent);
   if (m.detectRaces && m.warp.proxyFenced[b.initWarp] < b.initClock) {
     const name = `mbarrier at shared+0x${address.toString(16)}`;
     fail(
@@ -170,7 +198,7 @@ function load(call: WarpCall, copy: BulkCopy, address: number): void {
     );
   }
   writeAsync(m, copy, shared, bytes);
-  const land = () => finishLoad(m, copy, b);
+  const land = () => inBlock(m, block, () => finishLoad(m, copy, b));
   if (m.schedule.async === 'early') {
     land();
     return;
@@ -181,7 +209,7 @@ function load(call: WarpCall, copy: BulkCopy, address: number): void {
 
 function finishLoad(m: Machine, copy: BulkCopy, b: Mbarrier): void {
   const { u8, shadow8 } = m.shared;
-  copy.pieces((global, shared, bytes) => {
+  copy.pieces(copy.shared, (global, shared, bytes) => {
     if (global < 0) u8.fill(0, shared, shared + bytes);
     else {
       readGlobal(m, copy, global, bytes);
@@ -192,7 +220,7 @@ function finishLoad(m: Machine, copy: BulkCopy, b: Mbarrier): void {
   b.bytes -= copy.bytes;
   b.seen[copy.agent] = Math.max(b.seen[copy.agent], copy.clock);
   m.block.progress++;
-  settlePhase(m.block, b);
+  settlePhase(b);
 }
 
 /** The tensor's own bytes have to be allocated and written, whoever reads them. */
@@ -208,7 +236,7 @@ function finishStore(m: Machine, copy: BulkCopy): void {
   const done = finished(m);
   if (done.has(copy)) return;
   done.add(copy);
-  copy.pieces((global, shared, bytes) => {
+  copy.pieces(copy.shared, (global, shared, bytes) => {
     if (global < 0) return;
     for (let k = 0; k < bytes; k++) {
       if (!((m.global.shadow8[global + k] ?? 0) & allocated)) {

@@ -1,6 +1,7 @@
 // Instructions that a warp runs as one: barriers, shuffles, votes, fences. Each returns what becomes of the lanes that
 // reached it. `.aligned` ones want every thread of the warp, the others those that their mask names; until they are all
 // there the group is parked, and a warp whose groups are all parked is a report of divergence.
+import { clusterBarrier } from './cluster.ts';
 import { commitGroup, waitGroup } from './copy_async.ts';
 import { fenceGpu, joinAcquired, joinClock } from './grid_order.ts';
 import {
@@ -19,8 +20,11 @@ import { fail, GpuReport } from './report.ts';
 import { bulkCopy } from './tma.ts';
 import { wgmma } from './wgmma.ts';
 
-/** next: go on; park: wait for other lanes; barrier: wait for other warps; yield: go on, after the others had a turn. */
-export type Outcome = 'next' | 'park' | 'barrier' | 'yield';
+/**
+ * next: go on; park: wait for other lanes; barrier: wait for other warps; yield: go on, after the others had a turn; again: the
+ * same instruction after that.
+ */
+export type Outcome = 'next' | 'park' | 'barrier' | 'yield' | 'again';
 
 /** A warp-wide instruction with the lanes that run it. */
 export interface WarpCall {
@@ -86,7 +90,7 @@ function membersHere(call: WarpCall, mask: number): boolean {
 /** A warp's clock moves on: what it did until now can be handed to others. Returns a snapshot of what it has seen. */
 export function releaseClock(m: Machine, warp: Warp): Int32Array {
   const snapshot = Int32Array.from(warp.seen);
-  snapshot[warp.id] = m.block.clocks[warp.id]++;
+  snapshot[warp.agent] = m.block.clocks[warp.agent]++;
   return snapshot;
 }
 
@@ -98,10 +102,10 @@ const barrier: WarpInstruction = (call) => {
   );
   if (what === 'warp') {
     if (!membersHere(call, laneValue(call, i.operands[0], first))) return 'park';
-    warp.seen[warp.id] = block.clocks[warp.id]++;
+    warp.seen[warp.agent] = block.clocks[warp.agent]++;
     return 'next';
   }
-  if (what === 'cluster') return 'next';
+  if (what === 'cluster') return clusterBarrier(call);
   if (!isWhole(call)) return 'park';
   const reduce = what === 'red';
   const [id, count] = reduce ? i.operands.slice(1, i.operands.length - 1) : i.operands;
@@ -280,7 +284,7 @@ const fence: WarpInstruction = ({ m, i }) => {
   const words = i.modifiers;
   if (words[0] === 'mbarrier_init' || words.some((w) => w.startsWith('async'))) {
     joinClock(warp.proxyFenced, warp.seen);
-    warp.proxyFenced[warp.id] = block.clocks[warp.id]++;
+    warp.proxyFenced[warp.agent] = block.clocks[warp.agent]++;
   } else if (!words.includes('cta')) fenceGpu(m);
   return 'next';
 };

@@ -1,0 +1,77 @@
+// The kernels of kernels/cluster.cu as calls: arrays in, arrays out, on the virtual GPU or a real one.
+import type { GpuApi } from '../../engine/cuda/api.ts';
+import { bf16Map, halves } from './hopper_runs.ts';
+import { type Bench, testPtx } from './run_kernel.ts';
+
+export const clusterPtx = testPtx('cluster');
+
+export interface ClusterShape {
+  /** Blocks of a cluster, and of the grid. */
+  readonly cluster?: number;
+  readonly blocks?: number;
+  readonly steps?: number;
+  readonly flags?: number;
+}
+
+/** Blocks that write into each other's shared memory: pairs (from the block before, to the block after), 64 a block. */
+export function runExchange(
+  bench: Bench<GpuApi>,
+  { cluster = 2, blocks = 4, flags = 0 }: ClusterShape = {},
+  ptx = clusterPtx,
+): Int32Array {
+  const x = Int32Array.from({ length: blocks * 64 }, (_, i) => 1000 + i);
+  const y = bench.room(blocks * 128 * 4);
+  bench.launch(ptx, 'exchange', blocks, 64, [bench.give(x), y, flags], 0, cluster);
+  return bench.ints(y, blocks * 128);
+}
+
+/** What it should give. */
+export function exchanged({ cluster = 2, blocks = 4 }: ClusterShape = {}): Int32Array {
+  return Int32Array.from({ length: blocks * 128 }, (_, at) => {
+    const [block, t, own] = [Math.floor(at / 128), Math.floor((at % 128) / 2), at % 2];
+    const [first, rank] = [block - (block % cluster), block % cluster];
+    const before = first + ((rank + cluster - 1) % cluster);
+    return 1000 + (own ? block * 64 + 63 - t : before * 64 + t);
+  });
+}
+
+/** Halves that a step brings to each block: two boxes of 8 rows or pixels of 64. */
+const STEP_HALVES = 1024;
+
+type Multicast = 'multicast' | 'multicast_pixels';
+
+/** [rows][64] halves, or an image [1][rows / 8][9][64] of which the pixels 1 to 8 of each row are read. */
+const inputOf = (kernel: Multicast, steps: number) =>
+  halves(kernel === 'multicast' ? steps * STEP_HALVES : steps * 2 * 9 * 64, 21);
+
+/** Two boxes a step, brought to all blocks of a cluster by turns: what each block saw. */
+export function runMulticast(
+  kernel: Multicast,
+  bench: Bench<GpuApi>,
+  { cluster = 2, blocks = 4, steps = 5, flags = 0 }: ClusterShape = {},
+  ptx = clusterPtx,
+): Uint16Array {
+  const x = bench.give(inputOf(kernel, steps));
+  const rows = 16 * steps;
+  const map =
+    kernel === 'multicast'
+      ? bench.gpu.cuTensorMapEncodeTiled({
+          ...bf16Map([64, rows, 1], [128, 128 * rows], x),
+          ...{ boxDim: [64, 8, 1], swizzle: 0 },
+        })
+      : bench.gpu.cuTensorMapEncodeIm2col({
+          ...bf16Map([64, 9, rows / 8, 1], [128, 9 * 128, 9 * 128 * (rows / 8)], x),
+          ...{ pixelBoxLowerCorner: [0, 0], pixelBoxUpperCorner: [-1, 0], swizzle: 0 },
+          ...{ channelsPerPixel: 64, pixelsPerColumn: 8 },
+        });
+  const y = bench.room(blocks * steps * STEP_HALVES * 2);
+  bench.launch(ptx, kernel, blocks, 64, [map, y, steps, flags], 0, cluster);
+  return new Uint16Array(bench.ints(y, (blocks * steps * STEP_HALVES) / 2).buffer);
+}
+
+/** What it should give. */
+export function multicasted(kernel: Multicast, { blocks = 4, steps = 5 }: ClusterShape = {}): Uint16Array {
+  const x = inputOf(kernel, steps);
+  const seen = kernel === 'multicast' ? x : x.filter((_, i) => i % (9 * 64) >= 64);
+  return Uint16Array.from({ length: blocks * seen.length }, (_, i) => seen[i % seen.length]);
+}
