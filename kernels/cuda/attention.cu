@@ -11,13 +11,6 @@ constexpr float MASKED = -1e30f;
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x to two units in the last place; subnormal results become zero.
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 constexpr int WARPS = 4, COUNT = WARPS * 32;
 constexpr int BLOCK = 64;                              // rows of the other side per step
 constexpr int HEAD = 64, CHUNKS = HEAD / CHUNK;        // narrower heads are padded with zeros
@@ -104,16 +97,6 @@ template <int STRIPS> DEVICE void add_product(Strip (&sums)[STRIPS], const Strip
 }
 
 extern __shared__ __align__(128) uint8_t shared[];
-
-// Over the four lanes that share a row.
-DEVICE float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-DEVICE float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // ---- forward: a block has 128 queries, a warp two strips of 16
 

@@ -8,8 +8,6 @@ constexpr int HEAD = 64, ROWS = 64;                    // width of a head; rows 
 constexpr uint32_t HALF_TILE = ROWS * HEAD * 2, TILE = 2 * HALF_TILE;
 constexpr uint32_t STAGING = 16 * HEAD * 2;            // a warp's results on their way to memory
 
-// A named barrier of sm90.cuh without waiting, for those who let others through.
-DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Plain bytes by TMA: 16-byte boundaries.
 DEVICE void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
@@ -24,12 +22,6 @@ template <int COUNT> DEVICE void hold(float (&d)[COUNT]) {
 
 #define MAP const __grid_constant__ TensorMap
 
-// 2^x to two units in the last place; subnormal results become zero.
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // Swizzled tiles begin at multiples of 1024 bytes.
 extern __shared__ __align__(1024) uint8_t shared[];
 DEVICE uint32_t shared_base() { return (shared_address(shared) + 1023) & ~1023u; }
@@ -88,16 +80,6 @@ constexpr float MASKED = -1e30f;                       // a score that is not se
 DEVICE int share_begin(int units, int block) {
   const int each = units / gridDim.x, more = units % gridDim.x;
   return block * each + min(block, more);
-}
-
-// Over the four lanes that share a row.
-DEVICE float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-DEVICE float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 // The columns that a row does not see. `seen` counts those that it does.

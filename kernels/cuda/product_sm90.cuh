@@ -100,11 +100,6 @@ DEVICE void store_pair(float *p, float low, float high, int at, int end) {
                : "memory");
 }
 
-DEVICE float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 DEVICE float fast_reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -115,7 +110,7 @@ DEVICE float fast_reciprocal(float x) {
 DEVICE float times_cdf(float x, float z) {
   const float a = fabsf(z) * 0.70710678f, t = fast_reciprocal(1.f + 0.3275911f * a);
   const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float tail = 0.5f * p * fast_exp2(-1.44269504f * a * a); // Phi(-|z|)
+  const float tail = 0.5f * p * exp2_of(-1.44269504f * a * a); // Phi(-|z|)
   return x * (z < 0.f ? tail : 1.f - tail);
 }
 
@@ -236,7 +231,7 @@ template <class S, Kind KIND> struct Epilogue {
     else if (out.activation == GELU) each_sum(sums, [](float x, float) { return times_cdf(x, x); });
     else if (out.activation != NONE) {
       const float scale = out.activation == SILU ? -1.44269504f : -1.702f * 1.44269504f; // exp(-x), exp(-1.702 x)
-      each_sum(sums, [=](float x, float) { return x * fast_reciprocal(1.f + fast_exp2(scale * x)); });
+      each_sum(sums, [=](float x, float) { return x * fast_reciprocal(1.f + exp2_of(scale * x)); });
     }
   }
 

@@ -61,6 +61,9 @@ template <int count> DEVICE void registers_grow_to() { asm volatile("setmaxnreg.
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads.
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// The same without waiting, for those who let others through.
+DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- TMA. Coordinates run from the innermost dimension outwards.
 
 // What this thread wrote to shared memory is seen by TMA stores and wgmma of whoever it synchronises with afterwards.

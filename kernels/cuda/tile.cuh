@@ -4,6 +4,13 @@
 #pragma once
 #include "common.cuh"
 
+// 2^x to two units in the last place; subnormal results become zero.
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Elements of a chunk.
 constexpr int CHUNK = 16 / sizeof(T);
 
@@ -63,6 +70,16 @@ DEVICE uint32_t round_pair(float low, float high) {
   pair = first | second << 16;
 #endif
   return pair;
+}
+
+// Over the four lanes that share a row of d.
+DEVICE float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+DEVICE float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 // Fragments of a from a tile [m][k]: 16 rows from `m`, 16 columns from `k`.
