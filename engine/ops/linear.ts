@@ -136,6 +136,7 @@ const linearOp = defineOp<LinearAttrs>({
     { inputs: { x: [34, 290], weight: [530, 290], bias: [530] }, attrs: { activation: 'none' } },
     { inputs: { x: [4, 32], weight: [256, 32], bias: [256] }, attrs: { activation: 'geglu' } },
     { inputs: { x: [1, 40], weight: [140, 40] }, attrs: { activation: 'geglu' } },
+    { inputs: { x: [144, 12], weight: [20, 12] }, attrs: { activation: 'none' } },
     ...awkwardSizes.map(([m, n, k], i) => {
       const activation = activations[(i + 1) % activations.length];
       const h = activation === 'geglu' ? 2 * n : n;

@@ -21,6 +21,7 @@ constexpr int64_t SUMS = 64 << 10;       // floats of a tile's sums
 constexpr int64_t CHUNK = 3 << 20;       // words of B packed at once: few enough for the shared cache
 constexpr int MIDDLE_ROWS = 128;         // rows of a tile where C has more than TILE_ROWS
 constexpr int TILE_COLUMNS = 320;        // columns of such a tile at most
+constexpr int FLIPPED_COLUMNS = 128;     // columns of a tile of a flipped product at most
 constexpr int COLUMN_STEP = 2 * GEGLU_BLOCK;
 
 // Memory that a thread keeps between calls.
@@ -67,7 +68,7 @@ template <class T> struct Product {
   const Operand<T> &a, &b;
   int64_t m, n, k;
   Blocks<T> blocks;
-  bool flipped = false; // the product is C^T = B^T A^T, and a tile has all of its columns
+  bool flipped = false; // the product is C^T = B^T A^T
 
   // Of the panel of B where `left` columns are left.
   int width_of(int64_t left) const {
@@ -78,47 +79,9 @@ template <class T> struct Product {
 
 inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// Brings near what a tile will need while it is computed: each step asks for the lines of a few rows.
-template <class T> class Ahead {
-public:
-  // What the next block reads of A.
-  void read(const Operand<T> &a, Range rows, Range k) {
-    if (a.rows_are_k || rows.count() <= 0) return;
-    int found = a.rows.strips(strips, rows, k);
-    if (found < 0 && a.rows.run() == 0) { // rows that are copied lie somewhere too
-      const T *from[TILE_ROWS];
-      a.rows.fetch(from, rows, k, nullptr);
-      for (found = 0; found < rows.count(); found++) strips[found] = {from[found], 0, found, 1, k};
-    }
-    for (int i = 0; i < found; i++) total += strips[i].count;
-    count = std::max(found, 0);
-  }
-  // Where the tile's sums go.
-  void write(const Output<T> &c, Range rows, Range columns) {
-    if (c.grid.image_width != 0) return;
-    if (c.activation == GEGLU) columns = {columns.begin / 2, columns.end / 2};
-    const int64_t at = rows.begin * c.columns + columns.begin;
-    strips[count++] = {c.y + at, c.columns, 0, rows.count(), columns};
-    total += rows.count();
-  }
-  void share(int steps) { per_step = (total + steps - 1) / std::max(steps, 1); }
-  void step() {
-    for (int i = 0; i < per_step && strip < count; i++) {
-      const Strip<T> &s = strips[strip];
-      const char *from = reinterpret_cast<const char *>(s.data + row * s.stride), *end = from + s.columns.count() * sizeof(T);
-      for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
-      if (++row == s.count) row = 0, strip++;
-    }
-  }
-
-private:
-  Strip<T> strips[MAX_STRIPS + 1];
-  int count = 0, total = 0, per_step = 0, strip = 0, row = 0;
-};
-
 // One tile of C: rows x columns, all of k. `packed` holds the columns of `chunk` of B, or is null: then B is packed here.
 template <class T>
-void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range rows, Range columns, Range next) {
+void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range rows, Range columns) {
   const int64_t chunk_stride = whole_vectors(chunk.count()), stride = whole_vectors(columns.count());
   float *sums = sums_workspace.floats(whole_vectors(rows.count()) * stride);
   float *space = a_workspace.floats(TILE_ROWS * (A_STRIDE + LANES));
@@ -137,12 +100,6 @@ void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range r
         add = true;
       }
     }
-    const int panels = int((columns.count() + PANEL - 1) / PANEL);
-    const bool last = block + 1 == p.blocks.count;
-    Ahead<T> ahead;
-    ahead.read(p.a, last ? next : rows, p.blocks[last ? 0 : block + 1]);
-    if (last) ahead.write(p.c, p.flipped ? columns : rows, p.flipped ? rows : columns);
-    ahead.share(panels * count);
     for (int64_t j = columns.begin, width; j < columns.end; j += width) {
       width = p.width_of(columns.end - j);
       const float *right = packed + k.begin / PAIR<T> * chunk_stride + (j - chunk.begin) * words;
@@ -152,7 +109,6 @@ void compute_tile(const Product<T> &p, const float *packed, Range chunk, Range r
       }
       for (int i = 0; i < count; i++) {
         const Piece &piece = pieces[i];
-        ahead.step();
         kernel_for<PAIR<T> == 2>(p.a.rows_are_k, int(width / LANES), piece.count)(
             sums + piece.row * stride + j - columns.begin, stride, piece.data, piece.stride, right + piece.at * width, piece.words, add);
       }
@@ -191,10 +147,10 @@ template <class T> void compute_columns(const Product<T> &p, const float *packed
   const int64_t along = (chunk.count() + width - 1) / width, down = (p.m + height - 1) / height;
   parallel_for(down * along, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t row = i / along * height, column = chunk.begin + i % along * width;
-      const int64_t next = (i + thread_count()) / along * height; // where this thread most likely goes on
-      compute_tile(p, packed, chunk, {row, std::min(p.m, row + height)}, {column, std::min(chunk.end, column + width)},
-                   {next, std::min(p.m, next + height)});
+      // Flipped, a thread goes down the rows of its share of the columns, whose panels stay in its cache.
+      const int64_t row = (p.flipped ? i % down : i / along) * height;
+      const int64_t column = chunk.begin + (p.flipped ? i / down : i % along) * width;
+      compute_tile(p, packed, chunk, {row, std::min(p.m, row + height)}, {column, std::min(chunk.end, column + width)});
     }
   });
 }
@@ -204,7 +160,8 @@ template <class T> void flipped_product(const Product<T> &p) {
   const int64_t words = p.blocks.count == 0 ? 0 : words_of<T>(p.k) + LANES;
   float *packed = b_workspace.floats(words * whole_vectors(p.n));
   pack_chunk(packed, p, {0, p.n});
-  compute_columns(p, packed, {0, p.n}, tile_columns(p.m, MIDDLE_ROWS, 1), p.n);
+  const int64_t tiles = (p.n + FLIPPED_COLUMNS - 1) / FLIPPED_COLUMNS, even = (p.n + tiles - 1) / tiles;
+  compute_columns(p, packed, {0, p.n}, tile_columns(p.m, MIDDLE_ROWS, 1), (even + PANEL - 1) / PANEL * PANEL);
 }
 
 constexpr int THIN_ROWS = 4, THIN_COLUMNS = 64;

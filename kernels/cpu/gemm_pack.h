@@ -75,14 +75,14 @@ inline void transpose(vf *v) {
 }
 
 // to[word][row], `stride` words from one word to the next: LANES words along k of LANES rows, of which `rows` exist and
-// `count` elements of k are left. The next block of each row, `ahead` elements on, is fetched meanwhile.
-template <class T> inline void pack_square(float *to, int stride, const T *const *from, int rows, int at, int count, int ahead) {
+// `count` elements of k are left. What lies four squares on in each row is fetched meanwhile.
+template <class T> inline void pack_square(float *to, int stride, const T *const *from, int rows, int at, int count) {
   vf square[LANES];
   if (rows >= LANES && count >= LANES * PAIR<T>) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
       square[i] = words_along_k(from[i] + at, LANES * PAIR<T>);
-      __builtin_prefetch(from[i] + at + ahead);
+      __builtin_prefetch(from[i] + at + 4 * LANES * PAIR<T>);
     }
     transpose(square);
 #pragma GCC unroll 16
@@ -103,7 +103,7 @@ template <class T> void pack_b(float *to, int width, const Operand<T> &b, Range 
     b.rows.fetch(from, columns, k, scratch);
     for (int j = 0; j < width; j += LANES)
       for (int w = 0; w < words; w += LANES)
-        pack_square(to + w * width + j, width, from + j, count - j, w * PAIR<T>, k.count() - w * PAIR<T>, k.count());
+        pack_square(to + w * width + j, width, from + j, count - j, w * PAIR<T>, k.count() - w * PAIR<T>);
     return;
   }
   b.rows.fetch(from, k, columns, scratch);

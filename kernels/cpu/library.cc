@@ -32,19 +32,42 @@ int hardware_threads() {
   return found;
 }
 
+// The ranges in as many equal shares as threads. A thread first takes its own, which are the same ones in the next kernel
+// over as many rows, so that it finds them in its cache; then what others have left.
 struct Job {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  static constexpr int MOST = 64;
   void (*body)(void *, int64_t, int64_t);
   void *context;
   int64_t count, grain;
-  std::atomic<int64_t> next{0};
+  int shares;
+  Share share[MOST];
   std::atomic<int> running{0};
+
+  Job(void (*body)(void *, int64_t, int64_t), void *context, int64_t count, int64_t grain, int threads)
+      : body(body), context(context), count(count), grain(grain), shares(std::min(threads, MOST)) {
+    const int64_t ranges = (count + grain - 1) / grain;
+    for (int i = 0; i < shares; i++) {
+      share[i].next.store(ranges * i / shares * grain, std::memory_order_relaxed);
+      share[i].end = std::min(count, ranges * (i + 1) / shares * grain);
+    }
+  }
+  void work(int thread) {
+    for (int i = 0; i < shares; i++) {
+      Share &from = share[(thread + i) % shares];
+      for (int64_t begin; (begin = from.next.fetch_add(grain)) < from.end;) body(context, begin, std::min(begin + grain, from.end));
+    }
+  }
 };
 
 // Workers spin briefly before they sleep: consecutive kernels arrive within microseconds of each other.
 class Pool {
 public:
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; i++) std::thread([this] { work(); }).detach();
+    for (int i = 0; i < workers; i++) std::thread([this, i] { work(i + 1); }).detach();
   }
 
   void run(Job &job, int helpers) {
@@ -57,7 +80,7 @@ public:
       generation.fetch_add(1, std::memory_order_release);
     }
     wake.notify_all();
-    take(job);
+    job.work(0);
     {
       // All ranges are taken: a helper that the system has not woken by now is not waited for.
       std::lock_guard<std::mutex> lock(mutex);
@@ -68,16 +91,7 @@ public:
   }
 
 private:
-  static void take(Job &job) {
-    for (;;) {
-      const int64_t begin = job.next.fetch_add(job.grain);
-      if (begin >= job.count) return;
-      const int64_t end = begin + job.grain;
-      job.body(job.context, begin, end < job.count ? end : job.count);
-    }
-  }
-
-  void work() {
+  void work(int thread) {
     uint64_t seen = 0;
     for (;;) {
       for (int spin = 0; spin < 20000 && generation.load(std::memory_order_acquire) == seen; spin++) __builtin_ia32_pause();
@@ -92,7 +106,7 @@ private:
         }
       }
       if (job == nullptr) continue;
-      take(*job);
+      job->work(thread);
       job->running.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -122,11 +136,7 @@ void parallel_ranges(int64_t count, int64_t grain, void (*body)(void *, int64_t,
   }
   // Never destroyed: detached workers may outlive static destruction at exit.
   static Pool *pool = new Pool(workers);
-  Job job;
-  job.body = body;
-  job.context = context;
-  job.count = count;
-  job.grain = grain;
+  Job job(body, context, count, grain, helpers + 1);
   pool->run(job, helpers);
 }
 
