@@ -29,12 +29,17 @@ interface Options {
   subject: SubjectName;
   backward?: boolean;
   shareBlocks?: boolean;
+  opponents: Opponent[];
+  diffusers?: string;
   rounds: number;
   threads: number;
   python: string;
   out: string;
   name: string;
 }
+
+/** The UNet in plain torch, channels last; or diffusers' own, as it comes or channels last. */
+type Opponent = 'torch' | 'diffusers' | 'diffusers-channels-last';
 
 /** The ops of each section; what rides along (bias, residual, activation) is timed with them on both sides. */
 const sections: Record<string, readonly string[]> = {
@@ -58,7 +63,9 @@ async function compare(names: readonly string[], options: Options): Promise<void
   const began = new Date();
   for (const section of names)
     for (const dtype of options.dtypes) {
-      if (section === 'unet') rows.push(await compareUNet(dtype, options, device, peer));
+      if (section === 'unet')
+        for (const opponent of options.opponents)
+          rows.push(await compareUNet(opponent, dtype, options, device, peer));
       else
         for (const each of casesOf(section, dtype, options))
           rows.push(await compareCase(section, each, dtype, options, device, peer));
@@ -133,12 +140,20 @@ function activationOf(attrs: unknown): string {
 }
 
 /** One forward pass of the whole UNet. */
-async function compareUNet(dtype: FloatDType, options: Options, device: Device, peer: Peer): Promise<Row> {
-  const { preset, width, height, batch, rounds, shareBlocks = false } = options;
+async function compareUNet(
+  opponent: Opponent,
+  dtype: FloatDType,
+  options: Options,
+  device: Device,
+  peer: Peer,
+): Promise<Row> {
+  const { preset, width, height, batch, rounds, shareBlocks = false, diffusers: source = '' } = options;
+  if (opponent !== 'torch' && (!source || preset !== 'sdxl-base'))
+    throw new Error(`${opponent} needs --diffusers with the folder of its source, and --preset sdxl-base`);
   const sizes = { width, height, batch };
   const fill = shareBlocks ? fillSharingBlocks : fillRandom;
   const ours = buildSubject('unet', presets[preset], sizes, device, dtype, fill);
-  await peer.prepare({ unet: { preset, ...sizes, dtype, share_blocks: shareBlocks } });
+  await peer.prepare({ unet: { opponent, source, preset, ...sizes, dtype, share_blocks: shareBlocks } });
   const times = await takeTurns(() => stopwatch(() => ours.run(), device), peer, rounds, 0);
   ours.release();
   device.memory.trim();
@@ -147,7 +162,8 @@ async function compareUNet(dtype: FloatDType, options: Options, device: Device, 
     (sum, each) => sum + each.count * each.flops,
     0,
   );
-  const shapes = `${width}x${height}, batch ${batch}`;
+  const beside = opponent === 'torch' ? '' : `, beside ${opponent}`;
+  const shapes = `${width}x${height}, batch ${batch}${beside}`;
   return told({
     section: 'unet',
     op: 'unet',
@@ -203,6 +219,8 @@ const program = new Command('compare')
   .option('--dtypes <LIST>', 'by commas', list, ['float32', 'bfloat16'])
   .option('--backward', 'time gradients instead')
   .option('--share-blocks', 'unet: blocks of a transformer share weights on both sides, to fit memory')
+  .option('--opponents <LIST>', 'unet: torch, diffusers, diffusers-channels-last, by commas', list, ['torch'])
+  .option('--diffusers <DIR>', "the folder of diffusers' source, for its UNet")
   .option('--rounds <N>', 'turns of each side', whole, 5)
   .option('--threads <N>', 'of each side', whole, cpus().length)
   .option('--python <PATH>', 'a Python that has torch', 'python3')

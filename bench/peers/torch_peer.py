@@ -1,8 +1,8 @@
 """PyTorch's side of the comparison: reads one JSON request a line and answers each with one.
 
-{"prepare": {"op", "direction", "inputs": {name: shape}, "attrs", "dtype"}} or {"prepare": {"op": "unet", ...}} sets up
-a case, {"run": n} times it n times, {"drop": true} frees it. Inputs are channels last, as our ops take them; each op is
-written with the calls that diffusers' model makes. Nothing but torch is imported.
+{"prepare": {"op", "direction", "inputs": {name: shape}, "attrs", "dtype"}} or {"prepare": {"unet": {...}}} sets up a case,
+{"run": n} times it n times, {"drop": true} frees it. Inputs are channels last, as our ops take them; each op is written
+with the calls that diffusers' model makes. Nothing but torch is imported, unless diffusers itself is asked for.
 """
 import gc
 import json
@@ -78,7 +78,11 @@ def prepare_op(op, direction, inputs, attrs, dtype):
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
-def prepare_unet(preset, width, height, batch, dtype, share_blocks):
+def prepare_unet(opponent, source, preset, width, height, batch, dtype, share_blocks):
+    if opponent != "torch":
+        import torch_diffusers
+        channels_last = opponent == "diffusers-channels-last"
+        return torch_diffusers.prepare(source, width, height, batch, DTYPES[dtype], share_blocks, channels_last)
     cfg = {"sdxl-base": torch_unet.SDXL, "tiny": torch_unet.TINY}[preset]
     net = torch_unet.build(cfg, DTYPES[dtype], share_blocks)
     x = torch_unet.inputs(cfg, batch, height // 8, width // 8, DTYPES[dtype])
