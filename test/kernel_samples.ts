@@ -114,15 +114,17 @@ const images: readonly Convolution[] = [
   { x: [1, 5, 5, 120], o: 120, side: 3, padding: around, extras: ['shift'] },
 ];
 
+// Each way through the epilogue without splits, which leave it to the join; more rows of tiles than a band has.
 const hopperLayers: readonly Layer[] = [
-  { m: 200, n: 168, k: 136, extras: ['bias', 'residual'] },
-  { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'], splits: 2 },
-  { m: 200, n: 328, k: 264, activation: 'silu', extras: ['residual'], splits: 2 },
+  { m: 200, n: 264, k: 136, extras: ['bias', 'residual'] },
+  { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'] },
+  { m: 1032, n: 176, k: 64, activation: 'silu', extras: ['residual'] },
+  { m: 70, n: 72, k: 264, activation: 'quick_gelu', extras: ['bias', 'residual'], splits: 3 },
 ];
 const hopperGated: readonly Layer[] = [
   { m: 150, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
   { m: 64, n: 88, k: 200, activation: 'geglu' },
-  { m: 130, n: 264, k: 64, activation: 'geglu', extras: ['bias'] },
+  { m: 130, n: 168, k: 64, activation: 'geglu', extras: ['bias'] },
 ];
 const byteLayers: readonly Layer[] = [
   { m: 70, n: 144, k: 160, activation: 'gelu', extras: ['bias', 'residual'] },
@@ -133,10 +135,10 @@ const byteLayers: readonly Layer[] = [
   { m: 64, n: 88, k: 208, activation: 'geglu', extras: ['bias', 'residual'] },
 ];
 const hopperImages: readonly Convolution[] = [
-  { x: [2, 9, 11, 72], o: 80, side: 3, padding: around, extras: all },
-  { x: [3, 13, 12, 40], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'], splits: 2 },
-  { x: [1, 10, 13, 264], o: 264, side: 1, extras: all },
-  { x: [2, 9, 8, 264], o: 264, side: 1, splits: 2 },
+  { x: [2, 9, 9, 40], o: 64, side: 3, padding: around, extras: all },
+  { x: [3, 9, 12, 24], o: 72, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
+  { x: [1, 10, 13, 200], o: 264, side: 1, extras: all },
+  { x: [2, 9, 8, 264], o: 72, side: 1, extras: all, splits: 2 },
 ];
 
 /** Batches of products, in every pairing of layouts. */
@@ -179,9 +181,10 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(attention([1, 1, 200, 210, 40], false)),
     one(attention([1, 1, 210, 200, 64], true)),
     ...[
-      [1, 3, 129, 77, false],
+      [1, 2, 330, 77, false], // pieces enough of one head for each warpgroup's ring to go round
       [1, 1, 388, 390, true],
       [1, 1, 63, 128, false],
+      [2, 3, 9, 33, false], // warpgroups that pass over heads
     ].map(([n, heads, lq, lk, causal]) => ({
       sample: attention([n, heads, lq, lk, 64].map(Number), causal === true),
       multiprocessors: 1,

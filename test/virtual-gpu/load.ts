@@ -1,6 +1,6 @@
 // From a parsed module to kernels ready to run: control flow, places of shared, local and global variables. Shared
 // variables are placed as awkwardly as their declared alignment allows, because ptxas may do the same.
-import { analyse } from './flow.ts';
+import { analyse, type Flow } from './flow.ts';
 import { type LoadedKernel, type Machine, sharedStart } from './machine.ts';
 import { allocated, initialised } from './memory.ts';
 import type { Kernel, Operand, PtxModule, Variable } from './ptx.ts';
@@ -46,6 +46,15 @@ function initialise(m: Machine, v: Variable, offset: number): void {
   m.global.shadow8.fill(allocated | initialised, offset, offset + v.bytes);
 }
 
+/** A kernel that several machines load is analysed once. */
+const flows = new WeakMap<Kernel, Flow>();
+
+function flowOf(kernel: Kernel): Flow {
+  const flow = flows.get(kernel) ?? analyse(kernel);
+  flows.set(kernel, flow);
+  return flow;
+}
+
 function loadKernel(kernel: Kernel, ptx: PtxModule, globals: ReadonlyMap<string, number>): LoadedKernel {
   const named = symbolsOf(kernel);
   const candidates = [...kernel.variables, ...ptx.variables].filter((v) => named.has(v.name));
@@ -69,7 +78,7 @@ function loadKernel(kernel: Kernel, ptx: PtxModule, globals: ReadonlyMap<string,
     local.set(v.name, localBytes);
     localBytes += v.bytes;
   }
-  const flow = analyse(kernel);
+  const flow = flowOf(kernel);
   return {
     ...{ source: kernel, flow, staticEnd, dynamicStart, localBytes },
     chunks: [],
