@@ -102,6 +102,7 @@ const layers: readonly Layer[] = [
   { m: 9, n: 66, k: 1100, activation: 'quick_gelu', extras: ['bias', 'residual'] },
   { m: 9, n: 40, k: 1100, extras: ['bias'] },
   { m: 1100, n: 24, k: 27 },
+  { m: 9, n: 1600, k: 27 },
 ];
 
 const images: readonly Convolution[] = [
@@ -112,6 +113,9 @@ const images: readonly Convolution[] = [
   { x: [1, 5, 5, 120], o: 23, side: 3, padding: around, extras: all },
   { x: [1, 13, 12, 40], o: 24, side: 3, padding: around },
   { x: [1, 5, 5, 120], o: 120, side: 3, padding: around, extras: ['shift'] },
+  // Pixels in splits, for few channels.
+  { x: [1, 33, 33, 8], o: 16, side: 1 },
+  { x: [1, 40, 41, 3], o: 5, side: 1 },
 ];
 
 // Each way through the epilogue without splits, which leave it to the join; more rows of tiles than a band has.
