@@ -82,7 +82,10 @@ export const clipBigG = {
   eos_token_id: 2,
 } satisfies TextConfig;
 
-/** The same graph at small widths, for tests and quick benchmarks: 64x64 pixels or larger. */
+/**
+ * The same graph at small widths, for tests and quick benchmarks: 64x64 pixels or larger. Its text encoders have a row for each
+ * token of the tokenizers that ship (assets/emoji).
+ */
 export const sdxlTiny = {
   ...sdxlBase,
   sample_size: 16,
@@ -104,7 +107,7 @@ export const tinyVae = {
 
 export const tinyClipL = {
   ...clipL,
-  vocab_size: 2000,
+  vocab_size: 2048,
   hidden_size: 32,
   intermediate_size: 128,
   num_hidden_layers: 4,
@@ -113,7 +116,7 @@ export const tinyClipL = {
 
 export const tinyClipBigG = {
   ...clipBigG,
-  vocab_size: 2000,
+  vocab_size: 2048,
   hidden_size: 48,
   intermediate_size: 192,
   num_hidden_layers: 4,

@@ -12,6 +12,7 @@ import { totalOf } from '../bench/gpu/report.ts';
 import { type Outcome, type Result, runSections, type Section } from '../bench/gpu/sections.ts';
 import { expectedFiles } from '../engine/cuda/build.ts';
 import { readPtx } from '../engine/cuda/kernels.ts';
+import { type Choice, type ProductKind, tilesOf } from '../engine/cuda/plan_sm90.ts';
 import { packageRoot } from './golden.ts';
 import { sameBits, ulps, within } from './gpu/agreement.ts';
 import { microKernels, opcodesOf } from './gpu/micro.ts';
@@ -168,6 +169,28 @@ test('bench:gpu on the virtual GPU, beside a peer', (t) => {
   t.equal(beside[0].ratio, beside[0].ours_us / 4);
   t.ok(beside[0].rel_err > 0 && beside[0].rel_err < 1e-2);
   t.match(readFileSync(join(out, 'report.md'), 'utf8'), /# tiny at 32x32 on virtual GPU[\s\S]*PyTorch 2\.11/);
+  t.end();
+});
+
+test('bench:gpu --tune: each kind of product by every tile, and a table that --choices reads', (t) => {
+  const out = join(folder, 'tune');
+  const tuned = bench('--device', 'virtual', '--smoke', '--tune', '--out', out);
+  t.match(tuned.stdout, /4 measured, 0 failed, 0 not run\n$/);
+  t.equal(tuned.status, 0);
+  const choices = JSON.parse(readFileSync(join(out, 'choices.json'), 'utf8'));
+  t.same(
+    Object.keys(choices)
+      .map((key) => key.split(' ')[0])
+      .sort(),
+    ['geglu', 'nn', 'nt', 'tn'],
+  );
+  for (const [key, { tile, splits }] of Object.entries<Choice>(choices)) {
+    t.ok(tilesOf[key.split(' ')[0] as ProductKind].includes(tile), `${key}: ${tile}`);
+    t.equal(splits, 1);
+  }
+  const table = ['--choices', join(out, 'choices.json')];
+  const again = bench('--device', 'virtual', '--smoke', '--only', 'ln', '--out', out, ...table);
+  t.match(again.stdout, /4 measured, 0 failed, 0 not run\n$/);
   t.end();
 });
 

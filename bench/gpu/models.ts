@@ -27,33 +27,38 @@ import type { Timer, Timing } from './timer.ts';
 
 type Shop = () => Workshop;
 
-/** Timed runs of a whole model. */
-const RUNS = 50;
-/** Runs before them: two, and one that records the step's graph. */
+/** Runs of a whole model before those that are timed: two, and one that records the step's graph. */
 const WARM = 3;
+const RUNS = 50;
+/** Where a run only proves the program, as few as do it. */
+const runsOf = ({ smoke }: Scale, { warm = WARM, runs = RUNS } = {}) =>
+  smoke ? { warm, runs: 1 } : { warm: WARM, runs };
 
 interface Timed {
   timing: Timing;
   more: Record<string, number>;
 }
 
-/** Device time between events, and the wall clock's for the same runs, which has the host's own work in it. */
-function timed(timer: Timer, device: Device, runs: number, work: () => void): Timed {
+/** Device time between events, the host's own time for the same runs, and a run's share of the wall clock. */
+function timed(
+  timer: Timer,
+  device: Device,
+  { warm, runs }: ReturnType<typeof runsOf>,
+  work: () => void,
+): Timed {
   device.memory.peak = device.memory.live;
-  for (let i = 0; i < WARM; i++) work();
+  for (let i = 0; i < warm; i++) work();
   timer.sync();
   const walls: number[] = [];
+  const started = performance.now();
   const timing = timer.events(runs, () => {
     const began = performance.now();
     work();
     walls.push(performance.now() - began);
   });
-  const began = performance.now();
-  work();
-  timer.sync();
   const more = {
     host_ms: median(walls),
-    wall_ms: performance.now() - began,
+    wall_ms: (performance.now() - started) / runs,
     peak_gib: device.memory.peak / 2 ** 30,
   };
   return { timing, more };
@@ -81,7 +86,7 @@ function subject(shop: Shop, name: SubjectName, batch: number, dtype: FloatDType
       const sizes = { width: scale.side, height: scale.side, batch };
       const flops = passFlops(name, scale, batch);
       const model = buildSubject(name, presets[scale.preset], sizes, device, dtype);
-      const { timing, more } = timed(timer, device, RUNS, () => model.run());
+      const { timing, more } = timed(timer, device, runsOf(scale, { warm: 1 }), () => model.run());
       model.release();
       device.memory.trim();
       return { name: label, key: { subject: name, how: 'eager', batch }, timing, flops, more };
@@ -111,7 +116,7 @@ function replayed(shop: Shop, scale: Scale, cached: boolean): BenchCase {
         step.run((y) => {
           output = y;
         });
-      const { timing, more } = timed(timer, device, RUNS, work);
+      const { timing, more } = timed(timer, device, runsOf(scale), work);
       const finite = (output as Tensor).floats().every(Number.isFinite);
       step.release();
       cache?.release();
@@ -152,7 +157,7 @@ function picture(shop: Shop, scale: Scale): BenchCase {
         return { all: ended - began, decoding: ended - denoised, finite: data.every(Number.isFinite) };
       };
       const first = draw(steps);
-      const all = Array.from({ length: scale.smoke ? 1 : 5 }, () => draw(steps));
+      const all = scale.smoke ? [first] : Array.from({ length: 5 }, () => draw(steps));
       pipeline.release();
       device.memory.trim();
       const us = all.map((each) => each.all * 1000).sort((a, b) => a - b);
@@ -187,7 +192,7 @@ function training(shop: Shop, scale: Scale, batch: number, checkpointing: boolea
       const preset = presets[scale.preset];
       const sizes = { width: scale.side, height: scale.side, batch };
       const update = buildUpdate(preset, sizes, device, 'bfloat16', { optimizer: 'adamw', checkpointing });
-      const { timing, more } = timed(timer, device, 6, () => update.run());
+      const { timing, more } = timed(timer, device, runsOf(scale, { warm: 1, runs: 6 }), () => update.run());
       update.release();
       device.memory.trim();
       // Forward and two products backward; what checkpointing computes again is not counted.

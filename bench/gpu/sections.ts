@@ -32,7 +32,7 @@ export type Outcome<R extends Result> = { section: string; label: string; second
 );
 
 export interface Run<R extends Result> {
-  /** The child's program, and what it is called with before `--section NAME --from N`. */
+  /** The child's program, and what it is called with before `--limit S --case-limit S --section NAME --from N`. */
   readonly script: string;
   readonly args: readonly string[];
   readonly sections: readonly Section<R>[];
@@ -76,7 +76,8 @@ async function runSection<R extends Result>(
         run.note({ section: name, label, seconds: 0, status: 'not run', problem });
       return;
     }
-    const args = [run.script, ...run.args, '--section', name, '--from', String(next)];
+    const limits = ['--limit', String(left / 1000), '--case-limit', String(run.caseLimit)];
+    const args = [run.script, ...run.args, ...limits, '--section', name, '--from', String(next)];
     const { ended, why, seconds } = await watch<R>(args, left, run.caseLimit, (index, result, took) => {
       if (index !== next) throw new Error(`${name}: the child tells of case ${index}, not ${next}`);
       run.note({ section: name, label: labels[next++], seconds: took, status: 'ran', result });

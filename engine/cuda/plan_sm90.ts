@@ -120,8 +120,11 @@ export function choose(size: ProductSize, canSplit: boolean, multiprocessors: nu
 }
 
 /** Whether a product is worth a tile, and y's rows begin where TMA can store them. */
-export const hopperTakes = (m: number, n: number, { hopper, elementBytes }: PlanContext): boolean =>
-  hopper && elementBytes === 2 && m >= 64 && n >= 16 && n % 8 === 0;
+export const hopperTakes = (
+  m: number,
+  n: number,
+  { hopper, elementBytes }: Pick<PlanContext, 'hopper' | 'elementBytes'>,
+): boolean => hopper && elementBytes === 2 && m >= 64 && n >= 16 && n % 8 === 0;
 
 /** A tensor [slabs][rows][columns]; strides in elements. */
 export interface Slabs {
