@@ -78,6 +78,39 @@ function copySignal(bench: Bench, ptx = hopper): boolean {
   return runCopySignal(bench, x, ptx).every((v, i) => v === x[(i + 128) % 512] * 2);
 }
 
+/** The lanes of a warp write a row that the first of them stores: bar.warp.sync alone orders them. */
+const row = `.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry row(.param .u64 y) {
+  .reg .pred %p<2>;
+  .reg .b32 %r<4>;
+  .reg .b64 %rd<3>;
+  .shared .align 16 .b8 s[128];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, s;
+  mad.lo.u32 %r3, %r1, 4, %r2;
+  st.shared.u32 [%r3], %r1;
+  fence.proxy.async.shared::cta;
+  bar.warp.sync -1;
+  setp.ne.u32 %p1, %r1, 0;
+  @%p1 bra END;
+  ld.param.u64 %rd1, [y];
+  cvta.to.global.u64 %rd2, %rd1;
+  cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], 128;
+  cp.async.bulk.commit_group;
+  cp.async.bulk.wait_group 0;
+END:
+  ret;
+}
+`;
+
+function storedRow(bench: Bench, ptx = row): boolean {
+  const y = bench.room(128);
+  bench.launch(ptx, 'row', 1, 32, [y]);
+  return bench.ints(y, 32).every((value, i) => value === i);
+}
+
 for (const schedule of schedules) {
   test(`TMA, mbarriers and wgmma, ${schedule.async} copies, ${schedule.order} order`, (t) => {
     const options = { ...onHopper, schedule };
@@ -87,6 +120,7 @@ for (const schedule of schedules) {
     t.ok(small(newBench(options)), 'wgmma of operands without swizzle');
     t.ok(fromRegisters(newBench(options)), 'wgmma with an operand in registers');
     t.ok(im2col(newBench(options)), 'im2col load and tiled store');
+    t.ok(storedRow(newBench(options)), "a warp's row, stored by one lane");
     t.ok(copySignal(newBench(options)), 'cp.async that signals an mbarrier, plain bulk store');
     t.end();
   });
@@ -155,6 +189,7 @@ for (const schedule of schedules) {
       /proxy fence/,
       (b) => copySignal(b, mutant('copy_signal', /fence\.proxy/)),
     ],
+    ['lanes not in step before one stores', /race/, (b) => storedRow(b, without(row, 'row', /warp\.sync/))],
   ];
   checkFaults(`planted faults, ${schedule.async}, ${schedule.order}`, faults, { ...onHopper, schedule });
 }

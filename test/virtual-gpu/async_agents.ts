@@ -17,6 +17,12 @@ export function newAgent(block: BlockState): { agent: number; clock: number } {
 const who = (m: Machine, key: number): string =>
   agentOf(key) < first ? threadName(m, key) : 'another asynchronous copy';
 
+/** Reads as one, with no lane before another: wgmma's of its operands. */
+export const allLanes = -1;
+/** Whether an access was this very thread's: other lanes of its warp have to be ordered before it by bar.warp.sync. */
+const isOwn = (key: number, warp: number, lane: number): boolean =>
+  agentOf(key) === warp && (lane === allLanes || (key & 31) === lane);
+
 interface Operation {
   readonly agent: number;
   readonly clock: number;
@@ -28,7 +34,7 @@ interface Operation {
 /** An asynchronous copy is about to overwrite shared memory: all earlier accesses have to be ordered before its issue. */
 export function writeAsync(m: Machine, op: Operation, from: number, bytes: number): void {
   if (!m.detectRaces) return;
-  const { writer, writeSite, readers, readClock } = m.race.sharedCells;
+  const { writer, writeSite, readers, readClock, lastRead } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
   const { seen, agent: id } = op.warp;
   const nameOf = (c: number) => `shared+0x${(c << grain).toString(16)}`;
@@ -36,7 +42,7 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
   const end = (from + bytes - 1) >> grain;
   for (let c = from >> grain; c <= end; c++) {
     const key = writer[c];
-    if (key !== 0 && agentOf(key) !== id && clockOf(key) > seen[agentOf(key)]) {
+    if (key !== 0 && !isOwn(key, id, op.lane) && clockOf(key) > seen[agentOf(key)]) {
       const place = quote(m.kernel.source.instructions[writeSite[c]]);
       fail(
         m,
@@ -49,7 +55,8 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
     for (let mask = readers[c]; mask !== 0; ) {
       const w = 31 - Math.clz32(mask);
       mask &= ~(1 << w);
-      if (w !== id && readClock[c * 32 + w] > seen[w]) {
+      const own = w === id && isOwn(lastRead[c], id, op.lane);
+      if (!own && readClock[c * 32 + w] > seen[w]) {
         fail(
           m,
           'race',
@@ -66,8 +73,8 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
 }
 
 /**
- * A read of shared memory through the async proxy (TMA stores, wgmma operands): its writer has to be ordered before, and
- * where that was a thread, its write has to be fenced towards that proxy.
+ * A read of shared memory through the async proxy, by a lane (TMA stores) or by all of a warp (wgmma's operands): its writer
+ * has to be ordered before, and where that was a thread, its write has to be fenced towards that proxy.
  */
 export function readAsync(
   m: Machine,
@@ -78,26 +85,42 @@ export function readAsync(
   i: Instruction,
 ): void {
   const { shadow32 } = m.shared;
+  const teller = Math.max(0, lane);
   for (let k = 0; k < bytes; k += 4) {
-    if (shadow32[(ax + k) >>> 2] !== 0x03030303) m.fault.S(lane, 0, ax + k, 4, true, i.site);
+    if (shadow32[(ax + k) >>> 2] !== 0x03030303) m.fault.S(teller, 0, ax + k, 4, true, i.site);
   }
   if (!m.detectRaces) return;
   const { writer, readers, readClock, lastRead, readSite } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
   const { agent: id, seen, proxyFenced } = warp;
   const clock = m.block.clocks[id];
-  const mine = makeKey(clock, id, lane);
+  const mine = makeKey(clock, id, teller);
   const end = (ax + bytes - 1) >> grain;
   for (let c = ax >> grain; c <= end; c++) {
     const key = writer[c];
     if (key !== 0) {
       const agent = agentOf(key);
-      if (agent !== id && clockOf(key) > seen[agent]) unordered(m, c, false, lane, i);
-      if (agent < first && proxyFenced[agent] < clockOf(key)) unordered(m, c, true, lane, i);
+      if (!isOwn(key, id, lane) && clockOf(key) > seen[agent]) unordered(m, c, false, teller, i);
+      if (agent < first && proxyFenced[agent] < clockOf(key)) unordered(m, c, true, teller, i);
     }
     readers[c] |= 1 << id;
     readClock[c * 32 + id] = clock;
     lastRead[c] = mine;
+    readSite[c] = i.site;
+  }
+}
+
+/** A store's read ends where a lane waits for its group: only who is ordered after that may write there. */
+export function endRead(m: Machine, ax: number, bytes: number, lane: number, i: Instruction): void {
+  if (!m.detectRaces) return;
+  const { readers, readClock, lastRead, readSite } = m.race.sharedCells;
+  const { agent: id } = m.warp;
+  const clock = m.block.clocks[id];
+  const end = (ax + bytes - 1) >> m.kernel.sharedGrain;
+  for (let c = ax >> m.kernel.sharedGrain; c <= end; c++) {
+    readers[c] |= 1 << id;
+    readClock[c * 32 + id] = clock;
+    lastRead[c] = makeKey(clock, id, lane);
     readSite[c] = i.site;
   }
 }

@@ -120,8 +120,8 @@ export function landForBarrier(
   if (known) return;
   m.block.extra.set('arrivals', arrivals);
   m.block.pendingWork.push({
-    complete(random) {
-      const [next] = arrivals.splice(random ? Math.floor(random() * arrivals.length) : 0, 1);
+    complete(pick) {
+      const [next] = arrivals.splice(pick(arrivals.length), 1);
       next?.();
       return next !== undefined;
     },

@@ -11,8 +11,8 @@ import type { Kernel, Register } from './ptx.ts';
 import { newRaceDetector, type RaceDetector } from './races.ts';
 import type { TensorMap } from './tensor_map.ts';
 
-/** How asynchronous copies complete: as late as the kernel allows, at once, or either by the seed. */
-export type AsyncMode = 'late' | 'early' | 'random';
+/** How asynchronous copies complete: as late as the kernel allows in order or the newest first, at once, or by the seed. */
+export type AsyncMode = 'late' | 'newest' | 'early' | 'random';
 /** In which order blocks and warps run. */
 export type WarpOrder = 'forward' | 'reverse' | 'random';
 
@@ -93,6 +93,9 @@ export interface BarrierState {
   readonly acquired: Map<number, VectorClock>;
 }
 
+/** Which of `count` waiting pieces of work completes next. */
+export type Pick = (count: number) => number;
+
 /** Blocks that run together and reach each other's shared memory; mostly one. Their warps are agents of one order. */
 export interface Cluster {
   readonly blocks: BlockState[];
@@ -120,7 +123,7 @@ export interface BlockState {
   /** Counts whatever may let a waiting warp go on, to tell a deadlock. */
   progress: number;
   /** Registers from which asynchronous work continues (TMA); each returns false once nothing is left to complete. */
-  readonly pendingWork: { complete(random: (() => number) | undefined): boolean; describe(): string }[];
+  readonly pendingWork: { complete(pick: Pick): boolean; describe(): string }[];
   readonly extra: Map<string, unknown>;
 }
 

@@ -1,6 +1,7 @@
 // Mutants: a kernel file with one synchronisation taken away or weakened. A test that runs a file's kernels under the
 // virtual GPU should fail for each of them; those that still pass are either equivalent (a barrier that nothing needs) or
 // show what the tests or the detectors miss.
+import { analyse, type Block } from './flow.ts';
 import { parsePtx } from './parser.ts';
 import type { Instruction } from './ptx.ts';
 
@@ -9,6 +10,8 @@ export interface Mutant {
   /** What was done: `without "bar.sync 0" (PTX line 80, gemm.cu:31)`. */
   readonly name: string;
   readonly ptx: string;
+  /** The basic block that the change is in, as coverage counts them. */
+  readonly block: number;
 }
 
 const synchronises = (i: Instruction): boolean => {
@@ -27,12 +30,15 @@ export function synchronisationMutants(
   const mutants: Mutant[] = [];
   for (const kernel of parsePtx(ptx).kernels.values()) {
     if (!wanted(kernel.name)) continue;
+    const { blocks } = analyse(kernel);
     for (const i of kernel.instructions.filter(synchronises)) {
+      const block = basicBlockOf(blocks, i);
       const at = `"${i.text}" (PTX line ${i.ptxLine}${i.source ? `, ${i.source}` : ''})`;
       mutants.push({
         kernel: kernel.name,
         name: `without ${at}`,
         ptx: replaceStatement(ptx, i, substitute(i)),
+        block,
       });
       const count = i.operands[0];
       if (i.modifiers.includes('wait_group') && count?.kind === 'integer') {
@@ -41,11 +47,19 @@ export function synchronisationMutants(
           kernel: kernel.name,
           name: `${weaker} for ${at}`,
           ptx: replaceStatement(ptx, i, `${weaker};`),
+          block,
         });
       }
     }
   }
   return mutants;
+}
+
+/** Straight-line code is cut into several blocks, of which the first is entered. */
+function basicBlockOf(blocks: readonly Block[], i: Instruction): number {
+  let at = blocks.findIndex(({ instructions }) => instructions.includes(i));
+  while (at > 0 && !blocks[at].entered) at--;
+  return blocks[at].id;
 }
 
 /** A module of one kernel, for quick parsing where a file has many. */

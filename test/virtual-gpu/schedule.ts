@@ -121,10 +121,12 @@ function endBlock(m: Machine, running: Set<BlockState>, block: BlockState): void
 
 /** Lets pending asynchronous work complete: at random, or because nothing else can move. True if some did. */
 function completeWork(m: Machine, blocks: readonly BlockState[], stuck: boolean): boolean {
-  const random = m.schedule.async === 'random' ? m.random : undefined;
-  if (!stuck && !(random && random() < 0.5)) return false;
+  const { async } = m.schedule;
+  if (!stuck && !(async === 'random' && m.random() < 0.5)) return false;
+  const pick = (count: number) =>
+    async === 'random' ? Math.floor(m.random() * count) : async === 'newest' ? count - 1 : 0;
   const work = blocks.flatMap((b) => b.pendingWork);
-  return work.some((one) => one.complete(random));
+  return work.some((one) => one.complete(pick));
 }
 
 function newCluster(kernel: LoadedKernel, threads: number, places: readonly (readonly number[])[]): Cluster {

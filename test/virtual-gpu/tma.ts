@@ -1,7 +1,7 @@
 // cp.async.bulk: copies that the TMA unit makes, of boxes of a tensor or of plain bytes. Loads signal an mbarrier with the
 // bytes they brought; stores belong to bulk groups, and read shared memory until their group is waited for. As with
 // cp.async they complete late, early or at random; what the kernel may not rely on shows as poison or wrong data.
-import { newAgent, readAsync, writeAsync } from './async_agents.ts';
+import { endRead, newAgent, readAsync, writeAsync } from './async_agents.ts';
 import { blockAt, inBlock, noteReach } from './cluster.ts';
 import { windows } from './emit.ts';
 import type { BlockState, Machine, Warp } from './machine.ts';
@@ -41,7 +41,11 @@ export function bulkCopy(call: WarpCall): Outcome {
       groups.current = [];
     } else if (words[2] === 'wait_group') {
       const left = laneValue(call, i.operands[0], lane);
-      while (groups.groups.length > left) for (const copy of groups.groups.shift()!) finishStore(m, copy);
+      while (groups.groups.length > left)
+        for (const copy of groups.groups.shift()!) {
+          finishStore(m, copy);
+          copy.pieces(copy.shared, (_, shared, bytes) => endRead(m, shared, bytes, lane, copy.i));
+        }
     } else start(call, lane, groups);
   });
   return 'next';
@@ -261,8 +265,8 @@ function pendingLoads(m: Machine): (() => void)[] {
   const loads: (() => void)[] = [];
   m.block.extra.set('loads', loads);
   m.block.pendingWork.push({
-    complete(random) {
-      const [land] = loads.splice(random ? Math.floor(random() * loads.length) : 0, 1);
+    complete(pick) {
+      const [land] = loads.splice(pick(loads.length), 1);
       land?.();
       return land !== undefined;
     },

@@ -1,7 +1,7 @@
 // wgmma of sm_90a: a warpgroup's matrix product whose operands are read from shared memory through 64-bit descriptors, and
 // whose accumulators are in flight from mma_async until its group is waited for. Each warp computes its own 16 rows, when
 // it waits; until then touching an accumulator is a fault. The layouts are CUTLASS's canonical ones.
-import { readAsync } from './async_agents.ts';
+import { allLanes, readAsync } from './async_agents.ts';
 import type { Block } from './flow.ts';
 import { defines, reads } from './flow.ts';
 import type { Machine, Warp } from './machine.ts';
@@ -204,7 +204,7 @@ function readOperand(
   for (let row = 0; row < count; row += rowStep) {
     for (let k = 0; k < p.k; k += columnStep) {
       const ax = elementAddress(d, from + row, k, transposed, size);
-      readAsync(m, ax, 16, m.warp, 0, p.i);
+      readAsync(m, ax, 16, m.warp, allLanes, p.i);
       const at = ax / size;
       const to = row * p.k + k;
       for (let e = 0; e < piece; e++) into[to + e * step] = values[held[at + e]];
