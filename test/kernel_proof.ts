@@ -64,7 +64,7 @@ function errorOf(record: AnyRecord, sample: AnySample, dtype: FloatDType, got: R
   return bad.length ? bad.map((e) => `${e.name}: NMSE ${e.error.toExponential(1)}`).join(', ') : undefined;
 }
 
-const sameBits = (a: Results, b: Results): boolean =>
+export const sameBits = (a: Results, b: Results): boolean =>
   Object.entries(a).every(([name, x]) => Buffer.from(x.buffer).equals(Buffer.from(b[name].buffer)));
 
 /** Runs a sample under every schedule: right under the first, the same to the bit under the others, and nothing left behind. */

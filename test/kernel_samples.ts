@@ -189,6 +189,10 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
       [1, 1, 388, 390, true],
       [1, 1, 63, 128, false],
       [2, 3, 9, 33, false], // warpgroups that pass over heads
+      // One piece of 64 rows, whose keys both warpgroups share, and more of them than the ring holds.
+      [1, 1, 60, 1030, false],
+      // The same twice over, within the ring.
+      [1, 2, 60, 200, false],
     ].map(([n, heads, lq, lk, causal]) => ({
       sample: attention([n, heads, lq, lk, 64].map(Number), causal === true),
       multiprocessors: 1,
