@@ -3,7 +3,7 @@
 // into panels of 32-bit words (a float, or with AVX-512 two bfloat16 neighbours along the summed axis) that every product
 // reads from; exponentials are powers of two. Backward runs twice, over query tiles for dq and over key tiles for dk and
 // dv, so that no two threads add to one gradient and its bits repeat.
-#include "simd.h"
+#include "gemm_pack.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -21,17 +21,11 @@ constexpr int VECTORS = 4;
 #else
 constexpr int VECTORS = 2;
 #endif
-constexpr int MR = 6;                  // rows of a micro-tile of MR x VECTORS registers
+constexpr int TILE_MR = 6;             // rows of a micro-tile of TILE_MR x VECTORS registers
 constexpr int WIDTH = VECTORS * LANES; // columns of a panel
-constexpr int ROWS = 96;               // rows of the tile that a job owns; a multiple of MR
+constexpr int ROWS = 96;               // rows of the tile that a job owns; a multiple of TILE_MR
 constexpr int BLOCK = 128;             // rows of the other side per step; a multiple of WIDTH
 constexpr float MASKED = -1e30f, LOG2E = 1.44269504f, LN2 = 0.69314718f;
-
-// Elements to a word of T.
-template <class T> constexpr int PAIR = 1;
-#if defined(ARCH_avx512)
-template <> constexpr int PAIR<bf16> = 2;
-#endif
 
 inline vf larger(vf a, vf b) {
 #if defined(ARCH_avx512)
@@ -84,30 +78,23 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 // ---- products
 
-template <class T> inline vf multiply_add(vf sum, float a, vf b) {
-#if defined(ARCH_avx512)
-  if constexpr (PAIR<T> == 2) return vf(_mm512_dpbf16_ps(__m512(sum), __m512bh(splat(a)), __m512bh(b)));
-#endif
-  return sum + a * b;
-}
-
-// c[MR, NV * LANES] = c * factors (nothing where null) + a[MR, words] b[words, panel]
+// c[TILE_MR, NV * LANES] = c * factors (nothing where null) + a[TILE_MR, words] b[words, panel]
 template <class T, int NV>
 void micro_tile(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int words, const float *factors) {
-  vf sums[MR][NV];
+  vf sums[TILE_MR][NV];
 #pragma GCC unroll 6
-  for (int r = 0; r < MR; r++)
+  for (int r = 0; r < TILE_MR; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) sums[r][v] = factors ? load(c + r * c_stride + v * LANES) * factors[r] : vf{};
   for (int k = 0; k < words; k++) {
 #pragma GCC unroll 6
-    for (int r = 0; r < MR; r++)
+    for (int r = 0; r < TILE_MR; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++)
-        sums[r][v] = multiply_add<T>(sums[r][v], a[r * a_stride + k], load(b + int64_t(k) * WIDTH + v * LANES));
+        sums[r][v] = multiply_add<PAIR<T> == 2>(sums[r][v], splat(a[r * a_stride + k]), load(b + int64_t(k) * WIDTH + v * LANES));
   }
 #pragma GCC unroll 6
-  for (int r = 0; r < MR; r++)
+  for (int r = 0; r < TILE_MR; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
@@ -117,13 +104,13 @@ struct Tile {
   int64_t stride;
 };
 
-// c[rows, columns] = c * factors + a b, with b in panels `panel_stride` apart. Rows run on to a multiple of MR and columns
+// c[rows, columns] = c * factors + a b, with b in panels `panel_stride` apart. Rows run on to a multiple of TILE_MR and columns
 // to one of LANES: what lies there must be readable and is overwritten.
 template <class T>
 void product(Tile c, Tile a, const float *b, int64_t panel_stride, int rows, int columns, int words, const float *factors) {
   for (int column = 0; column < columns; column += WIDTH, b += panel_stride) {
     const int vectors = std::min(VECTORS, (columns - column + LANES - 1) / LANES);
-    for (int r = 0; r < rows; r += MR) {
+    for (int r = 0; r < rows; r += TILE_MR) {
       float *to = c.data + r * c.stride + column;
       const float *from = a.data + r * a.stride, *factor = factors ? factors + r : nullptr;
       if (vectors == VECTORS) micro_tile<T, VECTORS>(to, c.stride, from, a.stride, b, words, factor);
@@ -152,44 +139,31 @@ template <class T> void to_words(float *to, const T *from, int count) {
     for (int i = 0; i < count; i++) to[i] = to_float(from[i]);
 }
 
-// `rows` rows of a head as the left operand [rows, words of d], zero up to a multiple of MR.
+// `rows` rows of a head as the left operand [rows, words of d], zero up to a multiple of TILE_MR.
 template <class T> void pack_tile(Tile to, const T *x, const Side &side, int64_t head, int first, int rows) {
   for (int r = 0; r < rows; r++) to_words(to.data + r * to.stride, x + side.at(head, first + r), side.d);
-  for (int64_t i = rows * to.stride; i < round_up(rows, MR) * to.stride; i++) to.data[i] = 0;
+  for (int64_t i = rows * to.stride; i < round_up(rows, TILE_MR) * to.stride; i++) to.data[i] = 0;
 }
 
 // Rows first .. first + WIDTH of a head as one panel that sums over d: [words of d][WIDTH rows], absent rows zero.
 template <class T> void pack_across(float *to, const T *x, const Side &side, int64_t head, int first) {
-  constexpr int STEP = 16;
-  float square[WIDTH][STEP];
   const int rows = std::min(WIDTH, side.l - first);
-  for (int k = 0; k < side.d; k += STEP * PAIR<T>) {
-    const int count = std::min(STEP * PAIR<T>, side.d - k), words = (count + PAIR<T> - 1) / PAIR<T>;
-    for (int r = 0; r < WIDTH; r++) {
-      if (r < rows) to_words(square[r], x + side.at(head, first + r) + k, count);
-      else memset(square[r], 0, sizeof square[r]);
-    }
-    for (int w = 0; w < words; w++, to += WIDTH)
-      for (int r = 0; r < WIDTH; r++) memcpy(to + r, &square[r][w], 4);
-  }
+  const T *from[WIDTH];
+  for (int r = 0; r < rows; r++) from[r] = x + side.at(head, first + r);
+  for (int r = 0; r < WIDTH; r += LANES)
+    for (int k = 0; k < side.d; k += LANES * PAIR<T>) pack_square(to + k / PAIR<T> * WIDTH + r, WIDTH, from + r, rows - r, k, side.d - k);
 }
 
 // The same rows within panels that sum over rows: [panel of d][words of rows][WIDTH of d], `panel_stride` between panels.
 template <class T> void pack_along(float *to, int64_t panel_stride, const T *x, const Side &side, int64_t head, int first) {
-  static const T zeros[WIDTH] = {};
   for (int k = 0; k < side.d; k += WIDTH, to += panel_stride) {
     const int count = std::min(WIDTH, side.d - k);
     for (int r = 0; r < WIDTH; r += PAIR<T>) {
       float *words = to + r / PAIR<T> * WIDTH;
-      const T *row = first + r < side.l ? x + side.at(head, first + r) + k : zeros;
-      if (count < WIDTH) memset(words, 0, WIDTH * 4);
-      if constexpr (PAIR<T> == 2) {
-        const T *next = first + r + 1 < side.l ? x + side.at(head, first + r + 1) + k : zeros;
-        uint32_t pairs[WIDTH];
-        for (int i = 0; i < count; i++) pairs[i] = row[i].bits | uint32_t(next[i].bits) << 16;
-        memcpy(words, pairs, size_t(count) * 4);
-      } else
-        for (int i = 0; i < count; i++) words[i] = to_float(row[i]);
+      const T *row = first + r < side.l ? x + side.at(head, first + r) + k : nullptr;
+      const T *next = PAIR<T> == 2 && first + r + 1 < side.l ? row + side.stride() : nullptr;
+      for (int i = 0; i < WIDTH; i += LANES)
+        store(words + i, row != nullptr && i < count ? words_across_k(row + i, next == nullptr ? next : next + i, count - i) : vf{});
     }
   }
 }
@@ -241,14 +215,14 @@ inline void fill(float *row, int first, int last, float value) {
   for (int j = first; j < last; j++) row[j] = value;
 }
 
-// Scores of one query and a block of `count` keys (a multiple of LANES) become probabilities relative to the running
-// maximum, in units of `factor` powers of two; returns what earlier sums must be multiplied by.
-template <class T> float softmax_step(float *row, int count, float factor, float &max, float &sum) {
+inline float largest_of(const float *row, int count, float max) {
   vf most = splat(max);
   for (int j = 0; j < count; j += LANES) most = larger(most, load(row + j));
-  const float next = reduce_max(most);
-  const float shrink = exp2_of<false>(splat((max - next) * factor))[0];
-  const vf offset = splat(next * factor);
+  return reduce_max(most);
+}
+
+// Scores become probabilities relative to exp2(offset), in units of `factor` powers of two; returns their sum.
+template <class T> float probabilities(float *row, int count, float factor, float offset) {
   vf total{};
   for (int j = 0; j < count; j += LANES) {
     const vf p = exp2_of<PAIR<T> == 2>(load(row + j) * factor - offset);
@@ -256,9 +230,20 @@ template <class T> float softmax_step(float *row, int count, float factor, float
     store(row + j, p);
   }
   round_row<T>(row, count);
-  max = next;
-  sum = sum * shrink + reduce_add(total);
-  return shrink;
+  return reduce_add(total);
+}
+
+// Scores of `rows` queries and a block of `count` keys (a multiple of LANES) become probabilities relative to the running
+// maxima; shrink[r] is what earlier sums of a query must be multiplied by.
+template <class T> void softmax_step(Tile scores, int rows, int count, float factor, float *max, float *sum, float *shrink) {
+  for (int r = 0; r < rows; r++) {
+    const float next = largest_of(scores.data + r * scores.stride, count, max[r]);
+    shrink[r] = (max[r] - next) * factor;
+    max[r] = next;
+  }
+  for (int r = 0; r < rows; r += LANES) store(shrink + r, exp2_of<false>(load(shrink + r)));
+  for (int r = 0; r < rows; r++)
+    sum[r] = sum[r] * shrink[r] + probabilities<T>(scores.data + r * scores.stride, count, factor, max[r] * factor);
 }
 
 inline int seen_keys(int row, int lk, int causal) { return causal ? std::min(row + 1, lk) : lk; }
@@ -284,17 +269,15 @@ template <class T> struct Forward {
     for (int j = 0; j < seen; j += BLOCK) {
       const int count = std::min(BLOCK, seen - j), padded = int(round_up(count, LANES));
       product<T>(block, left, keys.from(head, j), keys.panel, rows, padded, words, nullptr);
-      for (int r = 0; r < rows; r++) {
-        float *row = block.data + r * BLOCK;
-        fill(row, std::clamp(seen_keys(first + r, lk, causal) - j, 0, count), padded, MASKED);
-        shrink[r] = softmax_step<T>(row, padded, scale * LOG2E, max[r], sum[r]);
-      }
+      for (int r = 0; r < rows; r++)
+        fill(block.data + r * BLOCK, std::clamp(seen_keys(first + r, lk, causal) - j, 0, count), padded, MASKED);
+      softmax_step<T>(block, rows, padded, scale * LOG2E, max, sum, shrink);
       product<T>(out, block, values.from(head, j), values.panel, rows, d, int(Panels<T>::words_of(count)), shrink);
     }
     for (int r = 0; r < rows; r++) {
       const float inverse = 1.f / sum[r], *row = out.data + r * out.stride;
       T *to = y + queries.at(head, first + r);
-      for (int c = 0; c < d; c++) to[c] = from_float<T>(row[c] * inverse);
+      for (int c = 0; c < d; c += LANES) store(to + c, load(row + c) * inverse, d - c);
       lse[head * queries.l + first + r] = max[r] * scale + logf(sum[r]);
     }
   }
