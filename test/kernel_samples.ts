@@ -221,6 +221,20 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(groupNorm([2, 301, 12], 3, true)),
     one(groupNorm([1, 5, 1030], 2, true)),
     one(groupNorm([1, 4500, 3], 1, false)),
+    // Clusters of one to eight blocks, some with rows for every unrolled copy, fewer rows than others, or none.
+    ...(
+      [
+        [[1, 35, 1024], 2, true, 1],
+        [[2, 9, 24], 6, false, 4],
+        [[1, 75, 40], 4, true, 4],
+        [[1, 37, 1000], 2, false, 4],
+        [[1, 35, 8], 2, true, 8],
+      ] as const
+    ).map(([x, groups, silu, multiprocessors]) => ({
+      sample: groupNorm(x, groups, silu),
+      multiprocessors,
+      hopper: {},
+    })),
   ],
   layer_norm: [one({ inputs: { x: [5, 1030], weight: [1030], bias: [1030] }, attrs: { eps: 1e-5 } })],
   // More jobs than the grid has blocks: what a block leaves in shared memory has to be read before its next job writes there.

@@ -34,6 +34,7 @@ const opsOf: Record<string, readonly string[]> = {
   conv2d_sm90: ['conv2d'],
   fp8_sm90: ['linear_fp8'],
   gemm_sm90: ['linear'],
+  norm_sm90: ['group_norm'],
 };
 
 export interface Job {

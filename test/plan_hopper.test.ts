@@ -63,3 +63,38 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
   t.end();
 });
+
+test("the base UNet's group norms at 1024x1024, two images: one launch where a block can keep its rows", (t) => {
+  const norms: readonly (readonly [count: number, side: number, c: number])[] = [
+    [8, 128, 320],
+    [1, 64, 320],
+    [1, 32, 640],
+    [11, 64, 640],
+    [2, 128, 640],
+    [1, 64, 960],
+    [1, 128, 960],
+    [16, 32, 1280],
+    [1, 64, 1280],
+    [1, 32, 1920],
+    [1, 64, 1920],
+    [2, 32, 2560],
+  ];
+  let single = 0;
+  for (const [count, side, c] of norms) {
+    const launches = planned(
+      'group_norm_forward',
+      [256n, 256n, 256n, 256n, 256n, 256n, 2, side * side, c, 32, 1, 1e-5],
+      h200,
+    );
+    const [{ grid, cluster = 1, block, shared }] = launches;
+    if (launches.length > 1) continue;
+    single += count;
+    const name = `${side} x ${side} x ${c}: ${grid.join(' x ')} blocks in clusters of ${cluster}`;
+    t.ok(cluster <= 8 && grid[0] % cluster === 0 && cluster * block <= 1024, name);
+    t.ok(shared <= 227 * 1024, `${name}: ${shared} bytes`);
+    const blocks = grid[0] * grid[1];
+    t.ok(blocks / (Math.ceil(blocks / 132) * 132) > 0.9, name);
+  }
+  t.equal(single, 45, 'all but the widest');
+  t.end();
+});

@@ -11,6 +11,7 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
+import { groupNormOnHopper } from './plan_norm_sm90.ts';
 
 const LOSS_CHUNK = 4096; // reduce.cu
 const FLOAT = 4;
@@ -77,6 +78,8 @@ function columnBytes(c: number): number {
 }
 
 function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const hopper = groupNormOnHopper(args, context);
+  if (hopper) return hopper;
   const [y, mean, rstd, x, weight, bias] = args;
   const [n, hw, c, groups, silu, eps] = args.slice(6).map(Number);
   const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
