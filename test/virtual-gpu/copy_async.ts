@@ -57,15 +57,19 @@ function land(m: Machine, copy: PendingCopy): void {
   if (copy.done) return;
   copy.done = true;
   const { to, from, bytes, sourceBytes } = copy;
-  m.shared.u8.set(m.global.u8.subarray(from, from + sourceBytes), to);
-  m.shared.u8.fill(0, to + sourceBytes, to + bytes);
-  m.shared.shadow8.fill(3, to, to + bytes);
+  const { u8, shadow32 } = m.shared;
+  const source = m.global.u8;
+  // By hand: a copy is so short that the calls of set and fill would take longer than what they do.
+  for (let b = 0; b < sourceBytes; b++) u8[to + b] = source[from + b];
+  for (let b = sourceBytes; b < bytes; b++) u8[to + b] = 0;
+  for (let b = 0; b < bytes; b += 4) shadow32[(to + b) >>> 2] = 0x03030303;
 }
 
 function markWriter(m: Machine, { to, bytes }: PendingCopy, key: number): void {
   if (!m.detectRaces) return;
   const grain = m.kernel.sharedGrain;
-  m.race.sharedCells.writer.fill(key, to >> grain, ((to + bytes - 1) >> grain) + 1);
+  const { writer } = m.race.sharedCells;
+  for (let c = to >> grain, end = (to + bytes - 1) >> grain; c <= end; c++) writer[c] = key;
 }
 
 export function commitGroup(m: Machine, lane: number): void {

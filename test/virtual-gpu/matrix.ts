@@ -96,16 +96,13 @@ export function unpackPair(
   }
 }
 
-/** A fragment's registers: 32 lanes from each of these places on. */
-interface Fragment {
-  readonly bits: Int32Array;
-  readonly places: readonly number[];
-}
+/** Where the registers of a fragment lie, 32 lanes each. */
+type Places = readonly number[];
 
-/** Fills `a` from a 16-bit fragment of k = 8 or 16 columns. */
-export function unpackA(k: number, type: string, { bits, places }: Fragment): void {
+/** Fills `a` from a 16-bit fragment of k = 8 or 16 columns, whose places in `bits` begin at `base`. */
+export function unpackA(k: number, type: string, bits: Int32Array, base: number, places: Places): void {
   for (let j = 0; j < k / 4; j++) {
-    const from = places[j];
+    const from = base + places[j];
     for (let l = 0; l < 32; l++) {
       const at = ((l >> 2) + (j & 1) * 8) * k + (l & 3) * 2 + (j >> 1) * 8;
       unpackPair(a, aBits, at, bits[from + l], type);
@@ -113,23 +110,22 @@ export function unpackA(k: number, type: string, { bits, places }: Fragment): vo
   }
 }
 
-function unpackB(k: number, type: string, { bits, places }: Fragment): void {
+function unpackB(k: number, type: string, bits: Int32Array, base: number, places: Places): void {
   for (let j = 0; j < k / 8; j++) {
-    const from = places[j];
+    const from = base + places[j];
     for (let l = 0; l < 32; l++)
       unpackPair(b, bBits, (l >> 2) * k + (l & 3) * 2 + j * 8, bits[from + l], type);
   }
 }
 
 /** tf32 fragments hold one element a register; the low 13 bits of a float32 do not count. */
-function unpackTf32(k: number, first: Fragment, second: Fragment): void {
+function unpackTf32(k: number, bits: Int32Array, base: number, first: Places, second: Places): void {
   for (let l = 0; l < 32; l++) {
     const row = l >> 2;
     const column = l & 3;
     for (let j = 0; j < k / 2; j++)
-      aBits[(row + (j & 1) * 8) * k + column + (j >> 1) * 4] = first.bits[first.places[j] + l] & ~0x1fff;
-    for (let j = 0; j < k / 4; j++)
-      bBits[row * k + column + j * 4] = second.bits[second.places[j] + l] & ~0x1fff;
+      aBits[(row + (j & 1) * 8) * k + column + (j >> 1) * 4] = bits[base + first[j] + l] & ~0x1fff;
+    for (let j = 0; j < k / 4; j++) bBits[row * k + column + j * 4] = bits[base + second[j] + l] & ~0x1fff;
   }
 }
 
@@ -138,8 +134,8 @@ interface Form {
   readonly k: number;
   /** Whether sums are halves. */
   readonly isHalf: boolean;
-  /** d, a, b, c. */
-  readonly operands: readonly (readonly Register[])[];
+  /** d, a, b, c, from the start of a warp's registers on. */
+  readonly operands: readonly Places[];
 }
 
 const forms = new WeakMap<Instruction, Form>();
@@ -153,7 +149,7 @@ function formOf(i: Instruction): Form {
     throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
   const form = {
     ...{ type, k: Number(shape[1]), isHalf: i.modifiers.at(-1) === 'f16' },
-    operands: i.operands.map(registersIn),
+    operands: i.operands.map((x) => registersIn(x).map(({ plane }) => plane * 32)),
   };
   forms.set(i, form);
   return form;
@@ -163,20 +159,20 @@ function formOf(i: Instruction): Form {
 export function multiplyMatrix({ m, i }: WarpCall): void {
   const { type, k, isHalf, operands } = formOf(i);
   const { floats, registers } = m;
-  const [to, first, second, from] = operands.map((list) => list.map((r) => m.warp.base + r.plane * 32));
-  const left = { bits: registers, places: first };
-  const right = { bits: registers, places: second };
-  if (type === 'tf32') unpackTf32(k, left, right);
+  const { base } = m.warp;
+  const [to, first, second, from] = operands;
+  if (type === 'tf32') unpackTf32(k, registers, base, first, second);
   else {
-    unpackA(k, type, left);
-    unpackB(k, type, right);
+    unpackA(k, type, registers, base, first);
+    unpackB(k, type, registers, base, second);
   }
   for (let l = 0; l < 32; l++) {
+    const at = base + l;
     // Not as an array: one for each lane of each product would keep the collector busy.
-    let s0 = isHalf ? num.fromF16(registers[from[0] + l] & 0xffff) : floats[from[0] + l];
-    let s1 = isHalf ? num.fromF16(registers[from[0] + l] >>> 16) : floats[from[1] + l];
-    let s2 = isHalf ? num.fromF16(registers[from[1] + l] & 0xffff) : floats[from[2] + l];
-    let s3 = isHalf ? num.fromF16(registers[from[1] + l] >>> 16) : floats[from[3] + l];
+    let s0 = isHalf ? num.fromF16(registers[at + from[0]] & 0xffff) : floats[at + from[0]];
+    let s1 = isHalf ? num.fromF16(registers[at + from[0]] >>> 16) : floats[at + from[1]];
+    let s2 = isHalf ? num.fromF16(registers[at + from[1]] & 0xffff) : floats[at + from[2]];
+    let s3 = isHalf ? num.fromF16(registers[at + from[1]] >>> 16) : floats[at + from[3]];
     let x = (l >> 2) * k;
     let u = (l & 3) * 2 * k;
     for (const end = x + k; x < end; x++, u++) {
@@ -190,13 +186,13 @@ export function multiplyMatrix({ m, i }: WarpCall): void {
       s3 += x1 * u1;
     }
     if (isHalf) {
-      registers[to[0] + l] = num.toF16(s0) | (num.toF16(s1) << 16);
-      registers[to[1] + l] = num.toF16(s2) | (num.toF16(s3) << 16);
+      registers[at + to[0]] = num.toF16(s0) | (num.toF16(s1) << 16);
+      registers[at + to[1]] = num.toF16(s2) | (num.toF16(s3) << 16);
     } else {
-      floats[to[0] + l] = s0;
-      floats[to[1] + l] = s1;
-      floats[to[2] + l] = s2;
-      floats[to[3] + l] = s3;
+      floats[at + to[0]] = s0;
+      floats[at + to[1]] = s1;
+      floats[at + to[2]] = s2;
+      floats[at + to[3]] = s3;
     }
   }
   m.stats.matrixProducts++;

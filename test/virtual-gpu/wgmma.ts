@@ -227,7 +227,7 @@ function valuesOf(type: string): Float32Array {
 function compute(m: Machine, p: Product): void {
   const { k, a: source, accumulate, sign } = p;
   if ('address' in source) readOperand(m, p, source, p.transposeA, (m.warp.id & 3) * 16, 16, a);
-  else unpackA(16, p.type, { bits: source, places: [0, 32, 64, 96] });
+  else unpackA(16, p.type, source, 0, [0, 32, 64, 96]);
   readOperand(m, p, p.b, p.transposeB, 0, p.columns, b);
   const { floats } = m;
   const at = (n: number) => m.warp.base + p.accumulators[n].plane * 32;
