@@ -1,6 +1,6 @@
-// No synchronisation of Hopper's main loop can be taken away unnoticed: the kernel of a shared tile and the one whose
-// warpgroups take turns, with and without a residual. One multiprocessor makes a block take all items, so that the ring of
-// stages goes round. What mutants_equivalent.ts lists may live.
+// No synchronisation of Hopper's main loop can be taken away unnoticed: the kernel of a shared tile, by a block alone and by a
+// pair, and the one whose warpgroups take turns, with and without a residual. One multiprocessor makes a block, or a pair, take
+// all items, so that the ring of stages goes round. What mutants_equivalent.ts lists may live.
 import { test } from 'tap';
 import { readPtx } from '../engine/cuda/kernels.ts';
 import { keyOf, overrides, type TileName } from '../engine/cuda/plan_sm90.ts';
@@ -17,6 +17,7 @@ import { schedules } from './virtual-gpu/run_kernel.ts';
 
 interface Case {
   readonly tile: TileName;
+  readonly paired?: boolean;
   readonly m: number;
   readonly n: number;
   readonly k: number;
@@ -35,12 +36,17 @@ function layers(device: Device, { m, n, k }: Case): Float32Array[] {
 const cases: readonly Case[] = [
   { tile: '80', m: 200, n: 168, k: 136 },
   { tile: '160_pingpong', m: 200, n: 328, k: 136 },
+  { tile: '80', paired: true, m: 270, n: 168, k: 136 },
 ];
 
 for (const one of cases) {
-  test(`synchronisation mutants of the tile ${one.tile} die`, (t) => {
-    const { tile, m, n, k } = one;
-    overrides.set(keyOf({ kind: 'nt', m, n, steps: Math.ceil(k / 64), slabs: 1 }), { tile, splits: 1 });
+  test(`synchronisation mutants of the tile ${one.tile}${one.paired ? ' in pairs' : ''} die`, (t) => {
+    const { tile, paired, m, n, k } = one;
+    overrides.set(keyOf({ kind: 'nt', m, n, steps: Math.ceil(k / 64), slabs: 1 }), {
+      tile,
+      splits: 1,
+      paired,
+    });
     const ptx = moduleOf(readPtx('gemm_sm90', 'bfloat16'), `gemm_sm90_nt_${tile}_bfloat16`);
     const want = layers(openDevice('reference'), one);
     const runUnder = (schedule: Schedule, text: string) => {
@@ -54,7 +60,9 @@ for (const one of cases) {
       for (const schedule of schedules) runUnder(schedule, text);
     };
     run(ptx);
-    const mutants = synchronisationMutants(ptx);
+    // A block alone meets no other; the blocks of a pair begin together.
+    const unused = paired ? /bar\.sync 0/ : /barrier\.cluster/;
+    const mutants = synchronisationMutants(ptx).filter(({ name }) => !unused.test(name));
     t.ok(mutants.length > 30, `${mutants.length} mutants`);
     const alive = survivors(mutants, (mutant) => run(mutant.ptx));
     const verdicts = alive.map(({ kernel, name }) => ({ kernel, mutant: name, alive: true }));

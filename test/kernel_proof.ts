@@ -52,10 +52,10 @@ export function machineOf({ multiprocessors, hopper }: FurtherSample): Machine {
 }
 
 /** Has every product on Hopper use the sample's tile, where its kind comes in it. */
-export function forceTile({ hopper: { tile, splits = 1 } = {} }: FurtherSample): void {
+export function forceTile({ hopper: { tile, splits = 1, paired } = {} }: FurtherSample): void {
   overrides.get = (size) => {
     const own = tilesOf[size.split(' ')[0] as ProductKind];
-    return tile && { tile: own.includes(tile) ? tile : own[0], splits };
+    return tile && { tile: own.includes(tile) ? tile : own[0], splits, paired };
   };
 }
 
@@ -102,7 +102,7 @@ export function runJob({ op, dtype }: Job): Check[] {
   return samplesOf(record, dtype).map((further) => {
     const { sample, hopper } = further;
     const shapes = `[${Object.values(sample.inputs).join('] [')}]`;
-    const name = `${op} ${dtype} ${shapes}${hopper ? ` on Hopper ${hopper.tile ?? ''}` : ''}`;
+    const name = `${op} ${dtype} ${shapes}${hopper ? ` on Hopper ${hopper.tile ?? ''}${hopper.paired ? ' in pairs' : ''}` : ''}`;
     const machine = machineOf(further);
     machine.launched.clear();
     forceTile(further);

@@ -12,8 +12,8 @@ export interface FurtherSample {
   readonly multiprocessors: number;
   /** How many such updates run in one launch. */
   readonly together?: number;
-  /** Run on Hopper alone; every product in `tile`, its k in `splits`, where those are given. */
-  readonly hopper?: { readonly tile?: TileName; readonly splits?: number };
+  /** Run on Hopper alone; every product in `tile`, its k in `splits`, by pairs of blocks, where those are given. */
+  readonly hopper?: { readonly tile?: TileName; readonly splits?: number; readonly paired?: boolean };
 }
 
 type Extra = 'bias' | 'shift' | 'residual';
@@ -145,6 +145,23 @@ const hopperImages: readonly Convolution[] = [
   { x: [2, 9, 8, 264], o: 72, side: 1, extras: all, splits: 2 },
 ];
 
+/** For pairs of blocks: an odd number of tiles down, whose last pair has one outside C, and several items to a pair. */
+const pairedLayers: readonly Layer[] = [
+  { m: 270, n: 168, k: 200, extras: ['bias', 'residual'] },
+  { m: 200, n: 328, k: 264, activation: 'silu', splits: 2 },
+];
+const pairedGated: readonly Layer[] = [
+  { m: 270, n: 136, k: 264, activation: 'geglu', extras: ['bias', 'residual'] },
+];
+const pairedBytes: readonly Layer[] = [
+  { m: 270, n: 200, k: 528, extras: ['bias'], splits: 2 },
+  { m: 270, n: 136, k: 272, activation: 'geglu', extras: ['bias', 'residual'] },
+];
+const pairedImages: readonly Convolution[] = [
+  { x: [2, 9, 17, 72], o: 80, side: 3, padding: around, extras: all },
+  { x: [3, 13, 12, 40], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'], splits: 2 },
+];
+
 /** Batches of products, in every pairing of layouts. */
 function matmul(transA: boolean, transB: boolean): FurtherSample {
   const inputs = { a: transA ? [2, 40, 72] : [2, 72, 40], b: transB ? [2, 88, 40] : [2, 40, 88] };
@@ -156,12 +173,13 @@ function tiled<S extends Layer | Convolution>(
   tiles: readonly TileName[],
   shapes: readonly S[],
   sampleOf: (shape: S) => AnySample,
+  paired = false,
 ): FurtherSample[] {
   return tiles.flatMap((tile) =>
     shapes.map((shape) => ({
       sample: sampleOf(shape),
       multiprocessors: 1,
-      hopper: { tile, splits: shape.splits ?? 1 },
+      hopper: { tile, splits: shape.splits ?? 1, paired },
     })),
   );
 }
@@ -171,12 +189,18 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     ...layers.map((layer) => one(linear(layer))),
     ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
     ...tiled(['256', '160_pingpong'], hopperGated, linear),
+    ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
+    ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
   ],
-  linear_fp8: tiled(['256', '160_pingpong'], byteLayers, fp8),
+  linear_fp8: [
+    ...tiled(['256', '160_pingpong'], byteLayers, fp8),
+    ...tiled(['256', '160_pingpong'], pairedBytes, fp8, true),
+  ],
   matmul: [matmul(false, false), matmul(false, true), matmul(true, false)],
   conv2d: [
     ...images.map((image) => one(conv2d(image))),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
+    ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
   ],
   attention: [
     one(attention([1, 1, 136, 132, 512], false)),

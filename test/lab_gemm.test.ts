@@ -1,7 +1,7 @@
 // The history of the matrix product in kernels/lab, on the virtual GPU: each step computes what the op `linear` does, at those
 // of its samples that the steps take, and at sizes beyond a tile. The last step is the program's own kernel.
 import { test } from 'tap';
-import { TensorMapDataType, TensorMapSwizzle } from '../engine/cuda/api.ts';
+import { type Dim3, TensorMapDataType, TensorMapSwizzle } from '../engine/cuda/api.ts';
 import { labFolder, readPtx } from '../engine/cuda/kernels.ts';
 import { registry } from '../engine/op.ts';
 import { type AnyRecord, relativeError, size, values } from './op_cases.ts';
@@ -26,22 +26,28 @@ const steps = {
   gemm_2_tiles: { threads: 128, rows: 64, columns: 64 },
   gemm_3_wgmma: { threads: 256, rows: 128, columns: 128 },
   gemm_4_ring: { threads: 384, rows: 128, columns: 160 },
+  gemm_5_pair: { threads: 384, rows: 128, columns: 160 },
 } as const;
 
 const map = (bench: Bench, address: bigint, rows: number, k: number, boxRows: number) =>
   bench.gpu.cuTensorMapEncodeTiled({
     ...{ dataType: TensorMapDataType.BFLOAT16, globalAddress: address, swizzle: TensorMapSwizzle.B128 },
-    ...{ globalDim: [k, rows], globalStrides: [2 * k], elementStrides: [1, 1], boxDim: [64, boxRows] },
+    ...{ globalDim: [k, rows, 1], globalStrides: [2 * k, 2 * k * rows] },
+    ...{ elementStrides: [1, 1, 1], boxDim: [64, boxRows, 1] },
   });
 
 function run(bench: Bench, step: keyof typeof steps, [m, n, k]: Sizes, x: bigint, w: bigint): Float32Array {
   const { threads, rows, columns } = steps[step];
   const y = bench.room(m * n * 2);
-  const grid = [Math.ceil(n / columns), Math.ceil(m / rows), 1] as const;
-  if (step === 'gemm_4_ring') {
-    const maps = [map(bench, x, m, k, rows), map(bench, w, n, k, columns)];
-    bench.launch(ptx, step, grid, threads, [y, ...maps, m, n, k], 4 * (rows + columns) * 128 + 1024);
-  } else bench.launch(ptx, step, grid, threads, [y, x, w, m, n, k]);
+  const [across, down] = [Math.ceil(n / columns), Math.ceil(m / rows)];
+  const shared = 4 * (rows + columns) * 128 + 1024;
+  const launch = (grid: Dim3, boxRows: number, cluster: number) => {
+    const maps = [map(bench, x, m, k, rows), map(bench, w, n, k, boxRows)];
+    bench.launch(ptx, step, grid, threads, [y, ...maps, m, n, k], shared, cluster);
+  };
+  if (step === 'gemm_4_ring') launch([across, down, 1], columns, 1);
+  else if (step === 'gemm_5_pair') launch([2 * Math.ceil(down / 2), across, 1], columns / 2, 2);
+  else bench.launch(ptx, step, [across, down, 1], threads, [y, x, w, m, n, k]);
   return Float32Array.from(new Uint16Array(bench.ints(y, (m * n) / 2).buffer), fromBf16);
 }
 

@@ -2,7 +2,17 @@
 import { test } from 'tap';
 import { planned } from '../engine/cuda/device.ts';
 import type { PlanContext } from '../engine/cuda/plan.ts';
-import { choose, keyOf, overrides, type ProductKind, tiles, tilesOf } from '../engine/cuda/plan_sm90.ts';
+import {
+  candidates,
+  choose,
+  cycles,
+  keyOf,
+  overrides,
+  type ProductKind,
+  type ProductSize,
+  tiles,
+  tilesOf,
+} from '../engine/cuda/plan_sm90.ts';
 
 /** What the plans see of an H200. */
 const h200: PlanContext = {
@@ -96,5 +106,46 @@ test("the base UNet's group norms at 1024x1024, two images: one launch where a b
     t.ok(blocks / (Math.ceil(blocks / 132) * 132) > 0.9, name);
   }
   t.equal(single, 45, 'all but the widest');
+  t.end();
+});
+
+test('large products run in pairs of blocks, small ones alone', (t) => {
+  const size = (kind: ProductKind, m: number, n: number, k: number): ProductSize => ({
+    ...{ kind, m, n, steps: k / 64, slabs: 1 },
+  });
+  const large = [
+    size('nt', 2048, 1280, 1280),
+    size('geglu', 2048, 5120, 1280),
+    size('forward', 32768, 320, 2880),
+    size('backward_x', 2048, 1280, 11520),
+  ];
+  for (const one of large) {
+    const choice = choose(one, false, 132);
+    t.ok(choice.paired, keyOf(one));
+    const alone = candidates(one, false).filter(({ paired }) => !paired);
+    t.ok(alone.every((other) => cycles(one, other, 132) > cycles(one, choice, 132)));
+  }
+  for (const one of [size('nt', 128, 5120, 1280), size('nt', 2048, 320, 128), size('nt', 257, 16, 64)])
+    t.notOk(choose(one, false, 132).paired, keyOf(one));
+  t.end();
+});
+
+test('pairs take an even number of tiles down and of blocks', (t) => {
+  const grids = [2048, 300, 1920].map((m) => {
+    const key = keyOf({ kind: 'nt', m, n: 320, steps: 20, slabs: 1 });
+    overrides.set(key, { tile: '160', splits: 1, paired: true });
+    const [{ grid, cluster, args }] = planned('linear_forward', [256n, 256n, 256n, 0n, 0n, m, 320, 1280, 0], {
+      ...h200,
+      multiprocessors: 31,
+    });
+    const [down, across, , items] = args.slice(12, 16);
+    return [cluster, grid[0], down, across, items];
+  });
+  overrides.clear();
+  t.same(grids, [
+    [2, 30, 16, 2, 32],
+    [2, 8, 4, 2, 8],
+    [2, 30, 16, 2, 32],
+  ]);
   t.end();
 });

@@ -41,6 +41,7 @@ for (const schedule of schedules) {
       { cluster: 4, blocks: 8 },
       { cluster: 1, blocks: 2 },
       { cluster: 8, blocks: 8, steps: 1 },
+      { missing: 3 },
     ]) {
       const name = JSON.stringify(shape);
       t.ok(exchange(newBench(options), clusterPtx, shape), `shared memory of other blocks ${name}`);

@@ -1,5 +1,5 @@
-// `--tune`: each product of the UNet's linear layers by every tile and split that its plan could choose. The fastest go into
-// a table by the plan's own key, which `--choices` hands back to the plans in a later run.
+// `--tune`: each product of the UNet's linear layers by every tile and split, alone and in pairs, that its plan could choose.
+// The fastest go into a table by the plan's own key, which `--choices` hands back to the plans in a later run.
 import {
   type Choice,
   candidates,
@@ -68,8 +68,8 @@ function tune(shop: () => Workshop, size: ProductSize, launch: (shop: Workshop) 
       release();
       const [best] = all.sort((a, b) => a.timing.us - b.timing.us);
       const tuned = { key: label, choice: best.choice, us: best.timing.us, planned_us: planned.us };
-      const { tile, splits } = best.choice;
-      const name = `${label}: tile ${tile}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
+      const { tile, splits, paired } = best.choice;
+      const name = `${label}: tile ${tile}${paired ? ' in pairs' : ''}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
       const flops = 2 * size.m * size.n * size.steps * STEP * (size.kind === 'geglu' ? 2 : 1);
       return { name, key: { product: label }, timing: best.timing, flops, tuned };
     },

@@ -84,7 +84,7 @@ export function hopperConvolution(
   if (forward) {
     const g = { address: first, ...x };
     const sizes = [n * oh * ow, o, taps * divideUp(c, STEP), 1];
-    const operands = { a: pixels(g, true), b: along(weight(second)), y: matrix(address, n * oh * ow, o) };
+    const operands = { a: pixels(g, true), b: along(weight(second), 2), y: matrix(address, n * oh * ow, o) };
     return product(sizes, g, { kind: 'forward', ...operands });
   }
   if (symbol === 'conv2d_backward_weight') {

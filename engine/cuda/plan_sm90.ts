@@ -1,7 +1,7 @@
-// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu): which tile, how k is cut, and the tensor maps of the
-// operands. The half types only, and only where TMA can walk the tensors: rows that begin on 16-byte boundaries. A small
-// model of the time picks the tile; `overrides` holds what a measurement says better. The model's numbers are reasoned
-// from the hardware's rates, not measured.
+// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu): which tile, how k is cut, whether blocks work in
+// pairs, and the tensor maps of the operands. The half types only, and only where TMA can walk the tensors: rows that begin on
+// 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says better. The model's
+// numbers are reasoned from the hardware's rates, not measured.
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
 import type { KernelArgument } from './manifest.ts';
 import { divideUp, type KernelLaunch, type PlanContext } from './plan.ts';
@@ -56,6 +56,8 @@ const columnsOf = (kind: ProductKind, { n }: Tile): number => (kind.endsWith('ge
 export interface Choice {
   readonly tile: TileName;
   readonly splits: number;
+  /** Two blocks, one tile below the other, share B's (product_sm90.cuh). */
+  readonly paired?: boolean;
 }
 
 /** Choices that a measurement made, by `kind m x n x k x slabs`; they go before the model's. */
@@ -73,37 +75,58 @@ export interface ProductSize {
 export const keyOf = ({ kind, m, n, steps, slabs }: ProductSize): string =>
   [kind, m, n, steps, slabs].join(' ');
 
+/**
+ * Bytes a cycle that a multiprocessor gets from L2 when all of them read: what the fastest published product with tiles of
+ * 128 x 256 and no multicast (fast.cu, 704 TFLOP/s at 1.755 GHz) must have read. kernels/lab/README.md predicts by it too.
+ */
+const L2_BYTES = 36;
+/** Cycles that a pair waits: for its blocks to begin and end together, and for the slower of them now and then. */
+const PAIRING = 1000;
+
+/** Tiles down, an even number of them for pairs. */
+const tilesDown = (m: number, paired = false): number =>
+  (paired ? 2 : 1) * divideUp(m, paired ? 2 * ROWS : ROWS);
+/** Multiprocessors that blocks are shared out to: pairs need two at a time. */
+const blocksOf = (multiprocessors: number, paired = false): number =>
+  paired ? Math.max(2, multiprocessors - (multiprocessors % 2)) : multiprocessors;
+
 /** Clock cycles, roughly, from the first load to the last store. */
-function cycles(
+export function cycles(
   { m, n, steps, slabs, kind }: ProductSize,
-  { tile, splits }: Choice,
+  { tile, splits, paired }: Choice,
   multiprocessors: number,
 ): number {
   const { n: width, pingpong } = tiles[tile];
   const columns = columnsOf(kind, tiles[tile]);
-  const items = divideUp(m, ROWS) * divideUp(n, columns) * slabs * splits;
-  const rounds = divideUp(items, multiprocessors);
-  // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Its operands come from L2 at
-  // some 40 bytes a cycle: the fastest published kernels with tiles of 128 x 256 and no multicast imply 34.
-  const step = Math.max(4 * width, (2 * STEP * (ROWS + width)) / 40);
+  const items = tilesDown(m, paired) * divideUp(n, columns) * slabs * splits;
+  const rounds = divideUp(items, blocksOf(multiprocessors, paired));
+  // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Of a pair each reads half of B.
+  const read = 2 * STEP * (ROWS + (paired ? width / 2 : width));
+  const step = Math.max(4 * width, read / L2_BYTES);
   const products = divideUp(steps, splits) * step;
   // An epilogue of 128 rows by one warpgroup hides behind the other's products, all but the last.
   const epilogue = 8 * columns;
   const busy = pingpong ? rounds * products + epilogue : rounds * (products + epilogue / 2);
   // Split sums are written, read and joined by a second launch, at about 16 bytes a cycle.
   const joined = splits > 1 ? 3000 + (m * n * slabs * (8 * splits + 2)) / (16 * multiprocessors) : 0;
-  return 1500 + busy + joined;
+  return 1500 + busy + joined + (paired ? PAIRING : 0);
 }
 
 /** The parts that `wanted` splits come to: none is empty. */
 const partsOf = (steps: number, wanted: number): number =>
   divideUp(steps, divideUp(steps, Math.min(steps, wanted)));
 
-/** Every tile and split that a product may have; k is only split where that leaves whole runs of steps. */
-export function candidates({ kind, steps }: ProductSize, canSplit: boolean): Choice[] {
+/**
+ * Every tile and split that a product may have, alone and in pairs; k is only split where that leaves whole runs of steps, and
+ * pairs need two tiles down.
+ */
+export function candidates({ kind, m, steps }: ProductSize, canSplit: boolean): Choice[] {
   const most = canSplit ? Math.max(1, Math.min(16, Math.floor(steps / 8))) : 1;
   const splits = new Set(Array.from({ length: most }, (_, i) => partsOf(steps, i + 1)));
-  return tilesOf[kind].flatMap((tile) => [...splits].map((parts) => ({ tile, splits: parts })));
+  const alone = tilesOf[kind].flatMap((tile) =>
+    [...splits].map((parts): Choice => ({ tile, splits: parts })),
+  );
+  return m > ROWS ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
 }
 
 /** The one that was measured to be the fastest, or else the fastest by the model. */
@@ -209,12 +232,14 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
   const residual = p.partial ? 0n : p.residual;
   const y = p.partial ? a : map(p.y.address);
   const sums = p.partial ?? { address: 0n, row: 0, slab: 0 };
-  const [down, across] = [divideUp(p.m, ROWS), divideUp(p.n, columns)];
+  const { paired } = choice;
+  const [down, across] = [tilesDown(p.m, paired), divideUp(p.n, columns)];
   const items = down * across * p.slabs * choice.splits;
   return {
     family: p.family,
     entry: `${p.family}_${p.kind}_${tile.name}`,
-    grid: [Math.min(items, context.multiprocessors), 1, 1],
+    grid: [Math.min(items, blocksOf(context.multiprocessors, paired)), 1, 1],
+    ...(paired ? { cluster: 2 } : {}),
     block: THREADS,
     shared: sharedBytes(tile, columns),
     args: [

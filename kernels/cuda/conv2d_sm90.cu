@@ -10,10 +10,11 @@ struct Grid {
   int width, height, stride, left, top;
 };
 
-// Pixels from number `p` of the grid on, at the offset of a tap.
-DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down) {
-  const int row = p / g.width, image = row / g.height;
-  load_pixels(to, map, barrier, channel, (p - row * g.width) * g.stride + g.left, (row - image * g.height) * g.stride + g.top, image, right, down);
+// Pixels from number `p` of the grid on, at the offset of a tap; to this block, or to those of a cluster.
+DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down, uint16_t blocks = 0) {
+  const int row = p / g.width, image = row / g.height, x = (p - row * g.width) * g.stride + g.left, y = (row - image * g.height) * g.stride + g.top;
+  if (blocks) load_pixels_to(blocks, to, map, barrier, channel, x, y, image, right, down);
+  else load_pixels(to, map, barrier, channel, x, y, image, right, down);
 }
 
 // Forward, or with TURNED the gradient of x.
@@ -23,10 +24,10 @@ template <class S, bool TURNED> struct Pixels {
   const int taps, taps_across, channel_steps;
   int m, n;
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = TURNED ? taps - 1 - tap : tap;
     load_grid(to_a, image, barrier, channel, m, grid, seen % taps_across, seen / taps_across);
-    OperandTile<S::N, !TURNED>::load(to_b, weight, barrier, n, channel, tap);
+    OperandTile<S::N, !TURNED>::load(cluster, to_b, weight, barrier, n, channel, tap);
   }
 };
 
@@ -37,11 +38,13 @@ template <class S> struct WeightGradient {
   const int taps_across;
   int m, n, tap;
   __device__ void begin(const Work &work) { m = work.m, n = work.n, tap = work.slab; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, false>::load(to_a, dy, barrier, m, step * STEP, 0);
 #pragma unroll
     for (int i = 0; i < B::CHUNKS; i++)
-      load_grid(to_b + i * B::CHUNK_BYTES, image, barrier, n + i * B::CHUNK, step * STEP, grid, tap % taps_across, tap / taps_across);
+      if (cluster.blocks == 1 || i % 2 == cluster.rank)
+        load_grid(to_b + i * B::CHUNK_BYTES, image, barrier, n + i * B::CHUNK, step * STEP, grid, tap % taps_across, tap / taps_across,
+                  cluster.blocks == 1 ? 0 : BOTH);
   }
 };
 

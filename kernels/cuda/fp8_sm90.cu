@@ -9,10 +9,9 @@ template <class S> struct Bytes {
   const int second; // rows from B's first half tile to its second
   int m, n, slab;
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     load_box(to_a, a, barrier, step * STEP_BYTES, m, slab);
-    load_box(to_b, b, barrier, step * STEP_BYTES, n, slab);
-    load_box(to_b + S::B_BYTES / 2, b, barrier, step * STEP_BYTES, n + second, slab);
+    OperandTile<S::N, true>::load(cluster, to_b, b, barrier, n, step * STEP_BYTES, slab, second);
   }
   __device__ float scale() const { return *a_scale * *b_scale; }
 };

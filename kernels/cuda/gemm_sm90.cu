@@ -8,12 +8,9 @@ template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
   const int second; // rows from B's first half tile to its second, where B lies along k
   int m, n, slab;
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier) const {
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, A_ALONG>::load(to_a, a, barrier, m, step * STEP, slab);
-    if constexpr (B_ALONG) {
-      load_box(to_b, b, barrier, step * STEP, n, slab);
-      load_box(to_b + S::B_BYTES / 2, b, barrier, step * STEP, n + second, slab);
-    } else OperandTile<S::N, false>::load(to_b, b, barrier, n, step * STEP, slab);
+    OperandTile<S::N, B_ALONG>::load(cluster, to_b, b, barrier, n, step * STEP, slab, second);
   }
 };
 

@@ -7,9 +7,6 @@
 
 extern __shared__ __align__(16) uint8_t shared[];
 
-// What a thread has before it arrives is seen by every thread of the cluster that has waited.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The float at `address` of another block's shared memory.
 DEVICE float load_remote(uint32_t address, int rank) {
   float x;

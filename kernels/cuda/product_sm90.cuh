@@ -5,7 +5,10 @@
 // other's products. A warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's
 // phase from the one two before, so no one may wait that far ahead.
 // A residual is brought by TMA into the very place where y is then rounded to and stored from.
-// What the stages read is the Source: begin(work) once an item, load(step, stage, barrier) for each step.
+// Two blocks of a cluster may take tiles one below the other and share B's, the wider operand: what L2 gives is what holds
+// large products back, and a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
+// brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
+// What the stages read is the Source: begin(work) once an item, load(step, stage, barrier, cluster) for each step.
 #pragma once
 #include "sm90.cuh"
 
@@ -15,6 +18,7 @@ enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
 
 constexpr int STEP = 64; // k of a stage
 constexpr int GROUPS = 2;
+constexpr uint16_t BOTH = 3; // blocks of a pair
 
 // Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
 constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
@@ -25,6 +29,12 @@ template <int N_, bool PINGPONG_, int STAGES_> struct Tile {
   static constexpr int BLOCKS = PINGPONG ? 2 : 1; // of 64 rows in a warpgroup
   static constexpr int A_BYTES = M * STEP * 2, B_BYTES = N * STEP * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 };
+
+// A box of B, which is part number `part` of its tile: the blocks of a pair bring every other one, to both.
+DEVICE void load_part(const Cluster &cluster, int part, uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z) {
+  if (cluster.blocks == 1) load_box(to, map, barrier, x, y, z);
+  else if (part % 2 == cluster.rank) load_box_to(BOTH, to, map, barrier, x, y, z);
+}
 
 // ---- operands in shared memory: descriptors of 64 rows of A, of all of B
 
@@ -37,12 +47,22 @@ template <int WIDTH, bool ALONG> struct OperandTile {
   static __device__ uint64_t describe(uint32_t tile) {
     return ALONG ? descriptor_along(tile) : descriptor_across<SPAN>(tile, CHUNK_BYTES);
   }
-  // Brings a tile from a map [slab][m or n][k], box [1][rows][64], or [slab][k][m or n], box [1][64][CHUNK].
+  // Brings A's tile from a map [slab][m][k], box [1][WIDTH][64], or [slab][k][m], box [1][64][CHUNK].
   static __device__ void load(uint32_t to, const TensorMap &map, uint32_t barrier, int place, int k, int slab) {
     if constexpr (ALONG) load_box(to, map, barrier, k, place, slab);
     else
 #pragma unroll
       for (int i = 0; i < CHUNKS; i++) load_box(to + i * CHUNK_BYTES, map, barrier, place + i * CHUNK, k, slab);
+  }
+  // B's, with n for m; along k in two boxes of half the rows, `second` rows apart.
+  static __device__ void load(const Cluster &cluster, uint32_t to, const TensorMap &map, uint32_t barrier, int place, int k, int slab,
+                              int second = WIDTH / 2) {
+    if constexpr (ALONG) {
+      load_part(cluster, 0, to, map, barrier, k, place, slab);
+      load_part(cluster, 1, to + WIDTH / 2 * SPAN, map, barrier, k, place + second, slab);
+    } else
+#pragma unroll
+      for (int i = 0; i < CHUNKS; i++) load_part(cluster, i, to + i * CHUNK_BYTES, map, barrier, place + i * CHUNK, k, slab);
   }
 };
 
@@ -57,7 +77,8 @@ struct Work {
   int m, n, slab, part, first, end; // first row and column; steps from `first` to `end`
 };
 
-// Neighbours in order share a band of tiles, so that what they read stays in L2.
+// Neighbours in order share a band of tiles, so that what they read stays in L2. With an even number of tiles down, items
+// 2i and 2i + 1 are one below the other: a pair's, of which the last may lie outside C.
 template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
   constexpr int BAND = 8;
   const int tiles = cut.down * cut.across, tile = item % tiles, layer = item / tiles;
@@ -264,10 +285,11 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES;
   const uint32_t arrived = empty + 8 * S::STAGES, turns = arrived + 8 * GROUPS; // of a warpgroup's residual, and its turn
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
+  const Cluster cluster;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);
-      mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS)); // a lane of each warp that reads the stage
+      mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS) * cluster.blocks); // a lane of each warp that reads what it lets bring
     }
     for (int i = 0; i < GROUPS; i++) {
       mbarrier_init(arrived + 8 * i, 1);
@@ -275,7 +297,8 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     }
     fence_mbarrier_init();
   }
-  __syncthreads();
+  if (cluster.blocks > 1) cluster.sync();
+  else __syncthreads();
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<40>();
     if (threadIdx.x < 32 && elect_one()) {
@@ -288,7 +311,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
           const uint32_t stage = stages + ring.stage * S::STAGE_BYTES, barrier = full + 8 * ring.stage;
           mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
           mbarrier_arrive_expect(barrier, S::STAGE_BYTES);
-          source.load(step, stage, stage + S::A_BYTES, barrier);
+          source.load(step, stage, stage + S::A_BYTES, barrier, cluster);
         }
       }
     }
@@ -325,12 +348,12 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
           }
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > work.first && thread % 32 == 0) mbarrier_arrive(last);
+        if (step > work.first && thread % 32 < cluster.blocks) mbarrier_arrive_at(last, thread % 32);
         last = empty + 8 * ring.stage;
       }
       if (S::PINGPONG && thread % 32 == 0) mbarrier_arrive(turns + 8 * (group ^ 1));
       wgmma_wait<0>();
-      if (thread % 32 == 0) mbarrier_arrive(last);
+      if (thread % 32 < cluster.blocks) mbarrier_arrive_at(last, thread % 32);
       __syncwarp();
       if constexpr (FP8) {
         const float scale = source.scale();
@@ -343,6 +366,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     }
     if (thread == 0) stores_wait_read<0>();
   }
+  if (cluster.blocks > 1) cluster.sync(); // the other's last arrivals come here
 }
 
 // ---- entries

@@ -1,5 +1,5 @@
 // Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): mbarriers, TMA copies between
-// tensors and shared memory, wgmma and its descriptors, setmaxnreg. Shared memory is named by its 32-bit address
+// tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg. Shared memory is named by its 32-bit address
 // (shared_address of tile.cuh). A loaded tile is rows of one swizzle span (128, 64 or 32 bytes), 64, 32 or 16 elements:
 // an operand "along k" (K-major) has a row of 64 k per m or n, one "across k" (MN-major) a row of m or n per k, in as many
 // chunks of rows as its width has spans. Operand chunks start on multiples of 1024 bytes.
@@ -64,6 +64,29 @@ DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;"
 // The same without waiting, for those who let others through.
 DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// ---- clusters: blocks that run together, in which a variable in shared memory lies at the same address. A launch without
+// clusters has one block in each. TMA can bring a box to all of them at once.
+
+// What a thread has before it arrives is seen by every thread of the cluster that has waited.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+struct Cluster {
+  uint32_t blocks, rank;
+  __device__ Cluster() {
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  }
+  // All threads of all blocks. Before it, nothing of another block may be touched; after the last, nothing any more.
+  __device__ void sync() const { cluster_arrive(), cluster_wait(); }
+};
+// At the barrier of that place in block `rank`. It says that wgmma has read a stage; what a thread wrote would want
+// .release.cluster, which fences at every step.
+DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
+
 // ---- TMA. Coordinates run from the innermost dimension outwards.
 
 // What this thread wrote to shared memory is seen by TMA stores and wgmma of whoever it synchronises with afterwards.
@@ -95,6 +118,22 @@ DEVICE void load_pixels(uint32_t to, const TensorMap &map, uint32_t barrier, int
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2], "
       "{%7, %8};" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(image), "h"(uint16_t(right)), "h"(uint16_t(down))
+      : "memory");
+}
+
+// The same to those blocks of a cluster whose bits are set: to this place, and told to this barrier, in each.
+DEVICE void load_box_to(uint16_t blocks, uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], "
+      "[%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+}
+DEVICE void load_pixels_to(uint16_t blocks, uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int x, int y, int image, int right, int down) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2], {%7, %8}, %9;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(image), "h"(uint16_t(right)), "h"(uint16_t(down)), "h"(blocks)
       : "memory");
 }
 

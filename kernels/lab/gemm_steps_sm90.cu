@@ -103,29 +103,34 @@ extern "C" __global__ void __launch_bounds__(256) gemm_3_wgmma(T *y, const T *x,
 }
 
 // Step 4: a warp brings tiles of 128 x 160 x 64 by TMA into a ring of four stages, ahead of the products.
-extern "C" __global__ void __launch_bounds__(384, 1)
-    gemm_4_ring(T *y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, int m, int n, int k) {
-  constexpr int STAGES = 4, A_BYTES = 128 * 128, STAGE_BYTES = A_BYTES + 160 * 128;
+// Step 5: two blocks of a cluster, one tile below the other, share w's: either brings half of it to both.
+constexpr int STAGES = 4, A_BYTES = 128 * 128, B_BYTES = 160 * 128, STAGE_BYTES = A_BYTES + B_BYTES;
+
+template <bool PAIRED> DEVICE void ring_of_stages(T *y, const TensorMap &x, const TensorMap &w, const Size &s, int m0, int n0) {
+  constexpr int BLOCKS = PAIRED ? 2 : 1;
   extern __shared__ __align__(1024) uint8_t stages[];
   __shared__ __align__(8) uint64_t barriers[2 * STAGES];
   const uint32_t base = (shared_address(stages) + 1023) & ~1023u, full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int m0 = blockIdx.y * 128, n0 = blockIdx.x * 160;
+  const Cluster cluster;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, 8);
+    for (int i = 0; i < STAGES; i++) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, 8 * BLOCKS);
     fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (PAIRED) cluster.sync();
+  else __syncthreads();
   Ring<STAGES> ring;
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<40>();
     if (threadIdx.x < 32 && elect_one()) {
 #pragma unroll 1
-      for (int k0 = 0; k0 < k; k0 += 64, ring.next()) {
+      for (int k0 = 0; k0 < s.k; k0 += 64, ring.next()) {
         const uint32_t stage = base + ring.stage * STAGE_BYTES, barrier = full + 8 * ring.stage;
         mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         mbarrier_arrive_expect(barrier, STAGE_BYTES);
-        load_box(stage, x, barrier, k0, m0);
-        load_box(stage + A_BYTES, w, barrier, k0, n0);
+        load_box(stage, x, barrier, k0, m0, 0);
+        const int half = cluster.rank;
+        if constexpr (PAIRED) load_box_to(3, stage + A_BYTES + half * (B_BYTES / 2), w, barrier, k0, n0 + 80 * half, 0);
+        else load_box(stage + A_BYTES, w, barrier, k0, n0, 0);
       }
     }
   } else {
@@ -133,14 +138,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const int group = threadIdx.x / WARPGROUP - 1;
     float sums[80];
 #pragma unroll 1
-    for (int k0 = 0; k0 < k; k0 += 64, ring.next()) {
+    for (int k0 = 0; k0 < s.k; k0 += 64, ring.next()) {
       const uint32_t stage = base + ring.stage * STAGE_BYTES;
       mbarrier_wait(full + 8 * ring.stage, ring.parity);
       multiply_stage<160>(sums, stage + group * 8192, stage + A_BYTES, k0 > 0);
       wgmma_wait<0>();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * ring.stage);
+      if (threadIdx.x % 32 < BLOCKS) mbarrier_arrive_at(empty + 8 * ring.stage, threadIdx.x % 32);
       __syncwarp();
     }
-    put_sums<160>(y, {m, n, k}, sums, m0 + 64 * group, n0);
+    put_sums<160>(y, s, sums, m0 + 64 * group, n0);
   }
+  if constexpr (PAIRED) cluster.sync();
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gemm_4_ring(T *y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, int m, int n, int k) {
+  ring_of_stages<false>(y, x, w, {m, n, k}, blockIdx.y * 128, blockIdx.x * 160);
+}
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gemm_5_pair(T *y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, int m, int n, int k) {
+  ring_of_stages<true>(y, x, w, {m, n, k}, blockIdx.x * 128, blockIdx.y * 160);
 }

@@ -321,4 +321,10 @@ export const hopperKernels = (): MicroKernel[] => [
   stmatrix('.trans'),
   ...wholeKernels(),
   ...[1, 2, 4].flatMap(ofClusters),
+  whole(
+    'TMA multicast_pixels of images that are not there',
+    (bench) => runMulticast('multicast_pixels', bench, { missing: 3 }, clusters),
+    sameBits('u16'),
+    clusters,
+  ),
 ];

@@ -10,6 +10,8 @@ export interface ClusterShape {
   readonly cluster?: number;
   readonly blocks?: number;
   readonly steps?: number;
+  /** Images of multicast_pixels that are not there: zeros. */
+  readonly missing?: number;
   readonly flags?: number;
 }
 
@@ -40,27 +42,27 @@ const STEP_HALVES = 1024;
 
 type Multicast = 'multicast' | 'multicast_pixels';
 
-/** [rows][64] halves, or an image [1][rows / 8][9][64] of which the pixels 1 to 8 of each row are read. */
-const inputOf = (kernel: Multicast, steps: number) =>
-  halves(kernel === 'multicast' ? steps * STEP_HALVES : steps * 2 * 9 * 64, 21);
+const IMAGE_HALVES = 9 * 64;
+/** [16 steps][64] halves, or images [2 steps][1][9][64] of which the pixels 1 to 8 are read. */
+const inputOf = (kernel: Multicast, steps: number, missing: number) =>
+  halves(kernel === 'multicast' ? steps * STEP_HALVES : (2 * steps - missing) * IMAGE_HALVES, 21);
 
 /** Two boxes a step, brought to all blocks of a cluster by turns: what each block saw. */
 export function runMulticast(
   kernel: Multicast,
   bench: Bench<GpuApi>,
-  { cluster = 2, blocks = 4, steps = 5, flags = 0 }: ClusterShape = {},
+  { cluster = 2, blocks = 4, steps = 5, missing = 0, flags = 0 }: ClusterShape = {},
   ptx = clusterPtx,
 ): Uint16Array {
-  const x = bench.give(inputOf(kernel, steps));
-  const rows = 16 * steps;
+  const x = bench.give(inputOf(kernel, steps, missing));
   const map =
     kernel === 'multicast'
       ? bench.gpu.cuTensorMapEncodeTiled({
-          ...bf16Map([64, rows, 1], [128, 128 * rows], x),
+          ...bf16Map([64, 16 * steps, 1], [128, 2048 * steps], x),
           ...{ boxDim: [64, 8, 1], swizzle: 0 },
         })
       : bench.gpu.cuTensorMapEncodeIm2col({
-          ...bf16Map([64, 9, rows / 8, 1], [128, 9 * 128, 9 * 128 * (rows / 8)], x),
+          ...bf16Map([64, 9, 1, 2 * steps - missing], [128, 2 * IMAGE_HALVES, 2 * IMAGE_HALVES], x),
           ...{ pixelBoxLowerCorner: [0, 0], pixelBoxUpperCorner: [-1, 0], swizzle: 0 },
           ...{ channelsPerPixel: 64, pixelsPerColumn: 8 },
         });
@@ -70,8 +72,12 @@ export function runMulticast(
 }
 
 /** What it should give. */
-export function multicasted(kernel: Multicast, { blocks = 4, steps = 5 }: ClusterShape = {}): Uint16Array {
-  const x = inputOf(kernel, steps);
-  const seen = kernel === 'multicast' ? x : x.filter((_, i) => i % (9 * 64) >= 64);
-  return Uint16Array.from({ length: blocks * seen.length }, (_, i) => seen[i % seen.length]);
+export function multicasted(
+  kernel: Multicast,
+  { blocks = 4, steps = 5, missing = 0 }: ClusterShape = {},
+): Uint16Array {
+  const x = inputOf(kernel, steps, missing);
+  const seen = kernel === 'multicast' ? x : x.filter((_, i) => i % IMAGE_HALVES >= 64);
+  const all = steps * STEP_HALVES;
+  return Uint16Array.from({ length: blocks * all }, (_, i) => seen[i % all] ?? 0);
 }

@@ -101,14 +101,14 @@ extern "C" __global__ void multicast(const __grid_constant__ CUtensorMap map, ui
   });
 }
 
-// Eight pixels of 64 channels from (0, part) on, at the tap (1, 0).
+// The eight pixels of 64 channels of image `part`, at the tap (1, 0).
 extern "C" __global__ void multicast_pixels(const __grid_constant__ CUtensorMap map, uint32_t *y, int steps, int flags) {
   bring(y, steps, flags, [&](uint32_t to, uint32_t barrier, int part, uint16_t mask) {
     const uint16_t right = 1, down = 0;
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, "
         "%5, %6}], [%2], {%7, %8}, %9;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(0), "r"(0), "r"(part), "r"(0), "h"(right), "h"(down), "h"(mask)
+        "l"(&map), "r"(barrier), "r"(0), "r"(0), "r"(0), "r"(part), "h"(right), "h"(down), "h"(mask)
         : "memory");
   });
 }
