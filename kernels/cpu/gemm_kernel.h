@@ -22,6 +22,7 @@ constexpr int WIDE_MR = 4;
 // Columns of a panel of B: two vectors; one where B has no more columns than that; three to end an odd number of vectors,
 // which leave registers for WIDE_MR rows.
 constexpr int PANEL = 2 * LANES, WIDE_PANEL = 3 * LANES;
+constexpr int LINE = 16; // words of a cache line
 
 template <bool DOT> inline vf multiply_add(vf sum, vf a, vf b) {
 #if defined(ARCH_avx512)
@@ -89,6 +90,11 @@ void micro_kernel(float *sums, int64_t sums_stride, const float *a, int64_t stri
       for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add<DOT>(total[i][v], left, right[v]);
     }
     b += VECTORS * LANES;
+    // A row a word: its line two lines on, and near the end the rows below, which most likely come next.
+    if (!K_MAJOR && w % LINE < ROWS) {
+      const bool ends = w + 2 * LINE >= words;
+      __builtin_prefetch(a + (w % LINE + (ends ? ROWS : 0)) * stride + w + 2 * LINE - (ends ? words : 0));
+    }
     low += K_MAJOR ? stride : 1;
     high++;
   }
