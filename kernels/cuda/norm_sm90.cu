@@ -9,9 +9,9 @@ extern __shared__ __align__(16) uint8_t shared[];
 
 // The float at `address` of another block's shared memory.
 DEVICE float load_remote(uint32_t address, int rank) {
-  float x;
-  asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.f32 %0, [at];\n}" : "=f"(x) : "r"(address), "r"(rank) : "memory");
-  return x;
+  uint32_t x;
+  asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.u32 %0, [at];\n}" : "=r"(x) : "r"(address), "r"(rank) : "memory");
+  return __uint_as_float(x);
 }
 
 // A warp to each group of the slab.
