@@ -57,7 +57,7 @@ test('the loss curve', (t) => {
     images_per_second: 1,
   }));
   const svg = lossCurve(entries, 'a < b');
-  t.match(svg, /a &lt; b/, 'the title is escaped');
+  t.match(svg, /<title>a &lt; b<\/title>/, 'the title is escaped');
   t.notMatch(svg, /NaN|Infinity/, 'what is not finite is left out');
   const [, smooth] = [...svg.matchAll(/points="([^"]+)"/g)].map(([, points]) =>
     points.split(' ').map((point) => Number(point.split(',')[1])),
