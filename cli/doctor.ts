@@ -8,15 +8,8 @@ import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
-import { gpus } from './doctor_gpu.ts';
+import { type Finding, gpus } from './doctor_gpu.ts';
 import type { Terminal } from './terminal.ts';
-
-export interface Finding {
-  name: string;
-  value: string | number;
-  /** What to do about it, where something is amiss. */
-  mend?: string;
-}
 
 export function addDoctor(command: Command, terminal: Terminal): void {
   command.option('--json', 'one JSON object on stdout').action(({ json }: { json?: boolean }) => {

@@ -4,7 +4,13 @@ import { existsSync } from 'node:fs';
 import { DeviceAttribute, type GpuApi } from '../engine/cuda/api.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { OLDEST_DRIVER, ptxCeiling, versionName } from '../engine/cuda/versions.ts';
-import type { Finding } from './doctor.ts';
+
+export interface Finding {
+  name: string;
+  value: string | number;
+  /** What to do about it, where something is amiss. */
+  mend?: string;
+}
 
 /** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/memory_plan.test.ts). */
 const PICTURE_BYTES = 7.25 * 2 ** 30;

@@ -1,7 +1,7 @@
 // The packed matrix product (after BLIS, Van Zee & van de Geijn 2015): tiles of C, each summed over blocks of k in a buffer
 // that stays in the second-level cache. A is read in place where its layout allows. B is packed a chunk of columns at a
 // time for all threads, or, where one tile holds all rows of C and so meets a panel of B once, by the tile itself. Where
-// both lie along k, few rows change places with B: weights are then read in place, once, and the few rows are packed.
+// both lie along k, few rows change places with B: weights are then read in place, and the few rows are packed.
 #include "gemm.h"
 #include "gemm_output.h"
 #include "gemm_pack.h"
