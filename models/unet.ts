@@ -92,7 +92,7 @@ export interface Conditioning {
 }
 
 type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
-/** What becomes of a resnet or transformer block: itself, or itself with gradient checkpointing. */
+/** What becomes of a transformer block: itself, or itself with gradient checkpointing. */
 type Wrap = typeof checkpointed;
 
 const attentionChildren = (c: number, contextWidth: number) => ({
@@ -302,7 +302,7 @@ function embedTime(
 
 /**
  * Predicts what the model was trained to predict (noise, for SDXL) from `sample` [n, h, w, in_channels] in the model's
- * type and `times` float32 [n] or a schedule; returns [n, h, w, out_channels]. Any h and w. With gradient checkpointing, resnets and
+ * type and `times` float32 [n] or a schedule; returns [n, h, w, out_channels]. Any h and w. With gradient checkpointing,
  * transformer blocks run again in backward instead of keeping their activations.
  */
 export function unet(config: UNetConfig, { gradientCheckpointing = false } = {}) {
