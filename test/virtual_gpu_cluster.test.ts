@@ -110,6 +110,24 @@ test('synchronisation mutants of clusters die', (t) => {
   t.end();
 });
 
+test('a graph keeps the clusters of its launches', (t) => {
+  const bench = newBench(onHopper);
+  const { gpu } = bench;
+  const stream = gpu.cuStreamCreate(1);
+  gpu.cuStreamBeginCapture(stream);
+  const y = bench.room(4 * 128 * 4);
+  const x = Int32Array.from({ length: 256 }, (_, i) => 1000 + i);
+  const parameters = new DataView(new ArrayBuffer(20));
+  parameters.setBigUint64(0, bench.give(x), true);
+  parameters.setBigUint64(8, y, true);
+  const kernel = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(clusterPtx), 'exchange');
+  gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, new Uint8Array(parameters.buffer), 2);
+  const graph = gpu.cuStreamEndCapture(stream);
+  gpu.cuGraphLaunch(gpu.cuGraphInstantiate(graph), stream);
+  t.ok(same(bench.ints(y, 512), exchanged()));
+  t.end();
+});
+
 test('clusters are refused before Hopper', (t) => {
   t.throws(() => exchange(newBench({ capability: [8, 9] })), { name: 'CudaError' });
   t.end();
