@@ -16,8 +16,10 @@ export const anyHopper: StandInGpu = { bytes: 2 ** 50, capability: [9, 0], multi
 export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): GpuApi {
   const sizes = new Map<bigint, number>();
   let used = 0;
+  let handles = 0n;
+  const handle = (): bigint => ++handles;
+  // Plans ask where a tensor begins: on a multiple of 256, as on a GPU.
   let next = 1n << 30n;
-  const handle = (): bigint => ++next;
   const nothing = (): void => {};
   const attributes: Record<number, number> = {
     [DeviceAttribute.MULTIPROCESSOR_COUNT]: multiprocessors,
