@@ -8,11 +8,13 @@ import { noGrad } from '../engine/grad.ts';
 import { namedParameters, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { timestepEmbedding } from '../engine/ops/move.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { profiled } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { newContextCache } from '../models/context_cache.ts';
+import { toHost } from '../models/latents.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig, type Schedule, type UNet, unet } from '../models/unet.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
@@ -25,6 +27,7 @@ import {
   scaleParameters,
   unetInputs,
 } from './models_golden.ts';
+import { relativeError } from './op_cases.ts';
 
 function check(t: Assert, area: GoldenArea, c: GoldenCase, folder: string, device: Device): void {
   const source = openModel(join(goldenFolder, folder));
@@ -78,11 +81,13 @@ function scheduled(
   return outputs;
 }
 
+const models = [
+  ['unet', 'tiny-sdxl'],
+  ['unet_refiner', 'tiny-sdxl-refiner'],
+] as const;
+
 for (const device of devices) {
-  for (const [name, folder] of [
-    ['unet', 'tiny-sdxl'],
-    ['unet_refiner', 'tiny-sdxl-refiner'],
-  ]) {
+  for (const [name, folder] of models) {
     test(`${name} on ${device.name}`, (t) => {
       const area = goldenArea(name);
       const before = device.memory.storages;
@@ -92,6 +97,39 @@ for (const device of devices) {
     });
   }
 }
+
+test('in bfloat16 what is kept over an image, summed taps among it, adds little to the distance from diffusers', (t) => {
+  const [device] = devices;
+  const dtype = 'bfloat16';
+  for (const [name, folder] of models) {
+    const area = goldenArea(name);
+    const source = openModel(join(goldenFolder, folder));
+    const model = unet(parseUNetConfig(source.config('unet')));
+    source.load('unet', model, device, dtype);
+    for (const c of area.cases.filter(({ expect, scale_parameters }) => expect.sample && !scale_parameters))
+      noGrad(() =>
+        scope(() => {
+          const { sample, timesteps, conditioning } = unetInputs(area, c, device);
+          const { context, textEmbeds, timeIds } = conditioning;
+          const inputs = {
+            sample: cast(sample, dtype),
+            timesteps,
+            conditioning: { context: cast(context, dtype), textEmbeds: cast(textEmbeds, dtype), timeIds },
+          };
+          const want = area.floats(c.expect.sample.tensor);
+          const error = (y: Tensor) => relativeError(toHost(y).data, want);
+          const alone = error(model(inputs.sample, timesteps, inputs.conditioning));
+          const [kept] = scheduled(model, inputs, device).map(error);
+          t.ok(
+            kept <= 1.1 * alone,
+            `${name} ${c.id}: ${(100 * kept).toFixed(2)} %, ${(100 * alone).toFixed(2)} % without`,
+          );
+        }),
+      );
+    unload(model);
+  }
+  t.end();
+});
 
 test("an image's schedule: what follows from the time alone is made once, and a step looks it up", (t) => {
   let launches = 0;
