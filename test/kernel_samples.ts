@@ -159,7 +159,7 @@ const pairedBytes: readonly Layer[] = [
 ];
 const pairedImages: readonly Convolution[] = [
   { x: [2, 9, 17, 72], o: 80, side: 3, padding: around, extras: all },
-  { x: [3, 13, 12, 40], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'], splits: 2 },
+  { x: [5, 9, 12, 24], o: 136, side: 1, extras: ['bias'] },
 ];
 
 /** Batches of products, in every pairing of layouts. */
