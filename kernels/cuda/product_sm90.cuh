@@ -289,10 +289,10 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);
-      mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS) * cluster.blocks); // a lane of each warp that reads what it lets bring
+      mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS) * cluster.blocks); // a lane of each warp that reads
     }
     for (int i = 0; i < GROUPS; i++) {
-      mbarrier_init(arrived + 8 * i, 1);
+      if (KIND != PLAIN) mbarrier_init(arrived + 8 * i, 1);
       if (S::PINGPONG) mbarrier_init(turns + 8 * i, 4);
     }
     fence_mbarrier_init();
