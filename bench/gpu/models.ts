@@ -133,7 +133,7 @@ function replayed(shop: Shop, scale: Scale, cached: boolean): BenchCase {
 }
 
 function picture(shop: Shop, scale: Scale): BenchCase {
-  const steps = scale.smoke ? 4 : 30;
+  const steps = scale.smoke ? 2 : 30;
   const label = `image, ${steps} steps, guidance 5`;
   return {
     label,
