@@ -131,12 +131,14 @@ const hopperGated: readonly Layer[] = [
   { m: 130, n: 168, k: 64, activation: 'geglu', extras: ['bias'] },
 ];
 const byteLayers: readonly Layer[] = [
-  { m: 70, n: 144, k: 160, activation: 'gelu', extras: ['bias', 'residual'] },
+  // Several items to a warpgroup, each with a residual.
+  { m: 70, n: 504, k: 160, activation: 'gelu', extras: ['bias', 'residual'] },
   { m: 130, n: 200, k: 528, extras: ['bias'], splits: 2 },
   { m: 129, n: 320, k: 144, activation: 'silu' },
   { m: 70, n: 136, k: 80, activation: 'geglu', extras: ['bias'] },
   { m: 130, n: 264, k: 64, activation: 'geglu' },
-  { m: 64, n: 88, k: 208, activation: 'geglu', extras: ['bias', 'residual'] },
+  // More steps than stages.
+  { m: 64, n: 88, k: 720, activation: 'geglu', extras: ['bias', 'residual'] },
 ];
 const hopperImages: readonly Convolution[] = [
   { x: [2, 9, 9, 40], o: 64, side: 3, padding: around, extras: all },
