@@ -12,6 +12,8 @@ export interface FurtherSample {
   readonly multiprocessors: number;
   /** How many such updates run in one launch. */
   readonly together?: number;
+  /** Meant for large tiles, which float32 has none of. */
+  readonly large?: true;
   /** Run on Hopper alone; every product in `tile`, its k in `splits`, by pairs of blocks, where those are given. */
   readonly hopper?: { readonly tile?: TileName; readonly splits?: number; readonly paired?: boolean };
 }
@@ -87,8 +89,9 @@ function groupNorm(x: readonly number[], groups: number, silu: boolean): AnySamp
 const all: readonly Extra[] = ['bias', 'shift', 'residual'];
 const around: Padding = [1, 1, 1, 1];
 const one = (sample: AnySample): FurtherSample => ({ sample, multiprocessors: 1 });
+const large = (sample: AnySample): FurtherSample => ({ ...one(sample), large: true });
 
-const layers: readonly Layer[] = [
+const largeLayers: readonly Layer[] = [
   { m: 136, n: 144, k: 136, extras: ['bias'] },
   { m: 130, n: 129, k: 72, activation: 'quick_gelu', extras: ['bias', 'residual'] },
   { m: 129, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
@@ -98,21 +101,28 @@ const layers: readonly Layer[] = [
   { m: 72, n: 72, k: 1096, activation: 'gelu', extras: ['bias', 'residual'] },
   { m: 72, n: 77, k: 1096, activation: 'silu', extras: ['residual'] },
   { m: 1100, n: 72, k: 72 },
-  // Small tiles with k in splits.
+];
+// Small tiles with k in splits.
+const layers: readonly Layer[] = [
   { m: 9, n: 66, k: 1100, activation: 'quick_gelu', extras: ['bias', 'residual'] },
-  { m: 9, n: 40, k: 1100, extras: ['bias'] },
+  { m: 9, n: 40, k: 1100, activation: 'gelu', extras: ['bias', 'residual'] },
+  { m: 5, n: 34, k: 1100, activation: 'gelu', extras: ['bias'] },
+  { m: 7, n: 28, k: 1100, activation: 'silu', extras: ['residual'] },
   { m: 1100, n: 24, k: 27 },
   { m: 9, n: 1600, k: 27 },
 ];
 
-const images: readonly Convolution[] = [
+const largeImages: readonly Convolution[] = [
   { x: [1, 12, 13, 72], o: 80, side: 3, padding: around, extras: all },
   { x: [2, 17, 15, 72], o: 72, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
   { x: [1, 8, 9, 128], o: 72, side: 3, padding: around, extras: all },
   { x: [1, 33, 33, 72], o: 72, side: 1 },
+];
+const images: readonly Convolution[] = [
   { x: [1, 5, 5, 120], o: 23, side: 3, padding: around, extras: all },
   { x: [1, 13, 12, 40], o: 24, side: 3, padding: around },
   { x: [1, 5, 5, 120], o: 120, side: 3, padding: around, extras: ['shift'] },
+  { x: [1, 9, 8, 24], o: 24, side: 3, stride: 2, padding: [0, 0, 1, 1] },
   // Pixels in splits, for few channels.
   { x: [1, 33, 33, 8], o: 16, side: 1 },
   { x: [1, 40, 41, 3], o: 5, side: 1 },
@@ -188,6 +198,7 @@ function tiled<S extends Layer | Convolution>(
 
 const furtherSamples: Record<string, readonly FurtherSample[]> = {
   linear: [
+    ...largeLayers.map((layer) => large(linear(layer))),
     ...layers.map((layer) => one(linear(layer))),
     ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
     ...tiled(['256', '160_pingpong'], hopperGated, linear),
@@ -200,12 +211,13 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
   ],
   matmul: [matmul(false, false), matmul(false, true), matmul(true, false)],
   conv2d: [
+    ...largeImages.map((image) => large(conv2d(image))),
     ...images.map((image) => one(conv2d(image))),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
   ],
   attention: [
-    one(attention([1, 1, 136, 132, 512], false)),
+    large(attention([1, 1, 130, 68, 512], false)),
     { ...one(attention([1, 2, 72, 80, 80], false)), hopper: {} },
     one(attention([1, 2, 70, 72, 80], true)),
     one(attention([1, 1, 200, 210, 40], false)),
@@ -286,7 +298,7 @@ export function samplesOf(record: AnyRecord, dtype: FloatDType): FurtherSample[]
   const own = record.samples.map((sample): FurtherSample => ({ sample, multiprocessors: 4 }));
   const several = record.updates ? own.slice(-2).map((further) => ({ ...further, together: 3 })) : [];
   return [...own, ...several, ...(furtherSamples[record.name] ?? [])]
-    .filter(({ hopper }) => !hopper || dtype !== 'float32')
+    .filter(({ hopper, large }) => !(hopper || large) || dtype !== 'float32')
     .map((further, i) => {
       const { sample } = further;
       return { ...further, sample: { ...sample, attrs: withDtype(sample.attrs, dtype, i) } };
