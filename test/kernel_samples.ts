@@ -170,7 +170,7 @@ const pairedBytes: readonly Layer[] = [
   { m: 270, n: 136, k: 272, activation: 'geglu', extras: ['bias', 'residual'] },
 ];
 const pairedImages: readonly Convolution[] = [
-  { x: [2, 9, 17, 72], o: 80, side: 3, padding: around, extras: all },
+  { x: [2, 9, 17, 40], o: 64, side: 3, padding: around, extras: all },
   { x: [5, 9, 12, 24], o: 136, side: 1, extras: ['bias'] },
 ];
 
