@@ -5,7 +5,7 @@ Only diffusers' source folder is needed (and what it imports); nothing is downlo
 import sys
 
 import torch
-from torch import nn
+import torch_unet
 
 SDXL = dict(
     sample_size=128, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280),
@@ -16,32 +16,12 @@ SDXL = dict(
     use_linear_projection=True)
 
 
-def build(source, dtype, share_blocks, memory_format):
+def prepare(source, width, height, batch, dtype, share_blocks, channels_last):
     sys.path.insert(0, source)
     from diffusers import UNet2DConditionModel
 
-    was = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            net = UNet2DConditionModel(**SDXL)
-        if share_blocks:
-            for mod in net.modules():
-                blocks = getattr(mod, "transformer_blocks", None)
-                if blocks is not None:
-                    mod.transformer_blocks = nn.ModuleList([blocks[0]] * len(blocks))
-        net = net.to_empty(device="cpu")
-        for mod in net.modules():
-            if hasattr(mod, "reset_parameters"):
-                mod.reset_parameters()
-    finally:
-        torch.set_default_dtype(was)
-    return net.to(memory_format=memory_format).requires_grad_(False).eval()
-
-
-def prepare(source, width, height, batch, dtype, share_blocks, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    net = build(source, dtype, share_blocks, memory_format)
+    net = torch_unet.build(lambda: UNet2DConditionModel(**SDXL), dtype, share_blocks, memory_format)
     x = torch.randn(batch, 4, height // 8, width // 8, dtype=dtype).to(memory_format=memory_format)
     ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype).repeat(batch, 1)
     states, pooled = torch.randn(batch, 77, 2048, dtype=dtype), torch.randn(batch, 1280, dtype=dtype)

@@ -84,7 +84,7 @@ def prepare_unet(opponent, source, preset, width, height, batch, dtype, share_bl
         channels_last = opponent == "diffusers-channels-last"
         return torch_diffusers.prepare(source, width, height, batch, DTYPES[dtype], share_blocks, channels_last)
     cfg = {"sdxl-base": torch_unet.SDXL, "tiny": torch_unet.TINY}[preset]
-    net = torch_unet.build(cfg, DTYPES[dtype], share_blocks)
+    net = torch_unet.build(lambda: torch_unet.UNet(**cfg), DTYPES[dtype], share_blocks)
     x = torch_unet.inputs(cfg, batch, height // 8, width // 8, DTYPES[dtype])
     return lambda: net(*x)
 

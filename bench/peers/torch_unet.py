@@ -200,21 +200,21 @@ def inputs(cfg, batch, height, width, dtype):
     return x, torch.full((batch,), 500.0), torch.randn(batch, 77, cfg["ctx"], dtype=dtype), pooled, ids
 
 
-def build(cfg, dtype, share_blocks):
-    """The UNet with torch's default random weights. `share_blocks`: a transformer's blocks all hold its first one's weights."""
+def build(make, dtype, share_blocks, memory_format=torch.channels_last):
+    """make()'s net with torch's default random weights. `share_blocks`: a transformer's blocks all hold its first one's weights."""
     was = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            net = UNet(**cfg)
-        if share_blocks:
-            for mod in net.modules():
-                if isinstance(mod, Transformer):
-                    mod.transformer_blocks = nn.ModuleList([mod.transformer_blocks[0]] * len(mod.transformer_blocks))
+            net = make()
+        for mod in net.modules() if share_blocks else ():
+            blocks = getattr(mod, "transformer_blocks", None)
+            if blocks is not None:
+                mod.transformer_blocks = nn.ModuleList([blocks[0]] * len(blocks))
         net = net.to_empty(device="cpu")
         for mod in net.modules():
             if hasattr(mod, "reset_parameters"):
                 mod.reset_parameters()
     finally:
         torch.set_default_dtype(was)
-    return net.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+    return net.to(memory_format=memory_format).requires_grad_(False).eval()
