@@ -285,6 +285,8 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(adafactorSample([290_001], 1)),
     one(adafactorSample([7], 0)),
   ],
+  // More chunks than blocks, which write their shared memory again.
+  fp8_scale: [one({ inputs: { x: [270_000] }, attrs: {} })],
   sum_squares: [
     one({ inputs: { sums: [3], x: [300_000] }, attrs: { index: 1 }, dtypes: { sums: 'float32' } }),
     {
