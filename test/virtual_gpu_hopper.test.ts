@@ -111,6 +111,16 @@ function storedRow(bench: Bench, ptx = row): boolean {
   return bench.ints(y, 32).every((value, i) => value === i);
 }
 
+/** Half an operand's register taken apart and put together again by moves, before or after the fence of its wgmma. */
+const repacked = (place: 'before' | 'after'): string =>
+  hopper.replace(
+    /(wgmma\.fence\.sync\.aligned;)((?:(?!wgmma\.fence)[\s\S])*?wgmma\.mma_async\S* \{[^}]*\}, \{(%r\d+),)/,
+    (_, fence: string, rest: string, register: string) => {
+      const moves = `{\n.reg .b16 low, high;\nmov.b32 {low, high}, ${register};\nmov.b32 ${register}, {low, high};\n}\n`;
+      return place === 'before' ? `${moves}${fence}${rest}` : `${fence}\n${moves}${rest}`;
+    },
+  );
+
 for (const schedule of schedules) {
   test(`TMA, mbarriers and wgmma, ${schedule.async} copies, ${schedule.order} order`, (t) => {
     const options = { ...onHopper, schedule };
@@ -119,6 +129,7 @@ for (const schedule of schedules) {
     }
     t.ok(small(newBench(options)), 'wgmma of operands without swizzle');
     t.ok(fromRegisters(newBench(options)), 'wgmma with an operand in registers');
+    t.ok(fromRegisters(newBench(options), repacked('before')), 'an operand packed before the fence');
     t.ok(im2col(newBench(options)), 'im2col load and tiled store');
     t.ok(storedRow(newBench(options)), "a warp's row, stored by one lane");
     t.ok(copySignal(newBench(options)), 'cp.async that signals an mbarrier, plain bulk store');
@@ -164,6 +175,7 @@ for (const schedule of schedules) {
       /async/,
       (b) => fromRegisters(b, mutant('wgmma_registers', /wgmma\.fence/)),
     ],
+    ['operand packed after the fence', /async/, (b) => fromRegisters(b, repacked('after'))],
     [
       'operand in registers overwritten in flight',
       /async/,

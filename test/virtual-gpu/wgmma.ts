@@ -265,8 +265,8 @@ export function noteRegisters(m: Machine, block: Block): void {
   const state = m.warp.wgmma as WgmmaState;
   let known = usage.get(block);
   if (!known) {
-    // Moves are left out: the compiler renames registers with them wherever it likes.
-    const real = block.instructions.filter((i) => i.opcode !== 'mov');
+    // Plain moves are left out: the compiler renames registers with them wherever it likes.
+    const real = block.instructions.filter((i) => i.opcode !== 'mov' || i.operands[1]?.kind === 'vector');
     known = {
       touched: block.instructions.flatMap((i) => [...defines(i), ...reads(i)]),
       written: real.flatMap(defines),
