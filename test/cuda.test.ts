@@ -13,7 +13,7 @@ import { type Check, type Job, provableOps, type Summary } from './kernel_proof.
 import { type Coverage, mergeCoverage } from './virtual-gpu/coverage.ts';
 import { schedules } from './virtual-gpu/run_kernel.ts';
 
-// 600 s of processor time beside much other work, so at most five minutes of two free cores; a busy machine takes longer.
+// Four and a half minutes on two free cores; beside much other work it takes longer.
 tap.setTimeout(30 * 60 * 1000);
 
 const SHAPES = 3;
