@@ -28,12 +28,10 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
         : linearOp(x, m.weight.tensor, m.bias?.tensor, options),
   );
 
-export interface ConvOptions {
-  shift?: Tensor;
-  residual?: Tensor;
-  /** Of a 3x3 kernel with padding 1: its doubledTaps(), to convolve x doubled by nearest neighbour. */
-  doubled?: readonly Tensor[];
-}
+/** `doubled`, of a 3x3 kernel with padding 1: its doubledTaps(), to convolve x doubled by nearest neighbour. Nothing else then. */
+export type ConvOptions =
+  | { shift?: Tensor; residual?: Tensor; doubled?: undefined }
+  | { doubled: readonly Tensor[]; shift?: undefined; residual?: undefined };
 
 export type Conv2d = Module<[x: Tensor, options?: ConvOptions], Tensor, Weights> & {
   readonly stride: number;

@@ -39,7 +39,7 @@ struct Job {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  static constexpr int MOST = 64;
+  static constexpr int MOST = 64; // threads beyond begin with another's share
   void (*body)(void *, int64_t, int64_t);
   void *context;
   int64_t count, grain;
