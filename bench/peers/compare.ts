@@ -39,7 +39,8 @@ interface Options {
 }
 
 /** The UNet in plain torch, channels last; or diffusers' own, as it comes or channels last. */
-type Opponent = 'torch' | 'diffusers' | 'diffusers-channels-last';
+const opponents = ['torch', 'diffusers', 'diffusers-channels-last'] as const;
+type Opponent = (typeof opponents)[number];
 
 /** The ops of each section; what rides along (bias, residual, activation) is timed with them on both sides. */
 const sections: Record<string, readonly string[]> = {
@@ -53,6 +54,13 @@ const sections: Record<string, readonly string[]> = {
 const list = (text: string): string[] => text.split(',');
 
 async function compare(names: readonly string[], options: Options): Promise<void> {
+  const unknown = options.opponents.find((name) => !opponents.includes(name));
+  if (unknown) program.error(`--opponents: ${unknown} is none of ${opponents.join(', ')}`, { exitCode: 2 });
+  const theirs = options.opponents.some((name) => name !== 'torch');
+  if (theirs && (!options.diffusers || options.preset !== 'sdxl-base'))
+    program.error("diffusers' UNet needs --diffusers DIR, where its source lies, and --preset sdxl-base", {
+      exitCode: 2,
+    });
   const peer = await openPeer(options.python, options.threads);
   if ('reason' in peer) {
     console.log(`skipped: PyTorch could not be started with ${options.python} (${peer.reason})`);
@@ -148,8 +156,6 @@ async function compareUNet(
   peer: Peer,
 ): Promise<Row> {
   const { preset, width, height, batch, rounds, shareBlocks = false, diffusers: source = '' } = options;
-  if (opponent !== 'torch' && (!source || preset !== 'sdxl-base'))
-    throw new Error(`${opponent} needs --diffusers with the folder of its source, and --preset sdxl-base`);
   const sizes = { width, height, batch };
   const fill = shareBlocks ? fillSharingBlocks : fillRandom;
   const ours = buildSubject('unet', presets[preset], sizes, device, dtype, fill);
@@ -219,7 +225,7 @@ const program = new Command('compare')
   .option('--dtypes <LIST>', 'by commas', list, ['float32', 'bfloat16'])
   .option('--backward', 'time gradients instead')
   .option('--share-blocks', 'unet: blocks of a transformer share weights on both sides, to fit memory')
-  .option('--opponents <LIST>', 'unet: torch, diffusers, diffusers-channels-last, by commas', list, ['torch'])
+  .option('--opponents <LIST>', `unet: ${opponents.join(', ')}, by commas`, list, ['torch'])
   .option('--diffusers <DIR>', "the folder of diffusers' source, for its UNet")
   .option('--rounds <N>', 'turns of each side', whole, 5)
   .option('--threads <N>', 'of each side', whole, cpus().length)
