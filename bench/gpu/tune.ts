@@ -28,8 +28,8 @@ export type TunedMeasure = Measure & { tuned?: Tuned };
 
 const STEP = 64;
 const halves = { hopper: true, elementBytes: 2 } as const;
-/** Pixels along a side at which the tiny model's layers have rows enough for a tile. */
-const SMOKE_SIDE = 128;
+/** Pixels along a side at which the tiny model's layers have rows enough for two tiles, so that pairs are tried. */
+const SMOKE_SIDE = 192;
 
 /** The products of a linear layer [m, k] x [n, k]: forward, and with the gradients of x and of the weight. */
 function productsOf(m: number, n: number, k: number, gated: boolean): ProductSize[] {
