@@ -40,12 +40,22 @@ export interface OpTiming {
 }
 
 /** Every distinct op call of a preset's models at this size, in the order of the registry. */
-export function opCases(
+export const opCases = (
   preset: string,
   sizes: Sizes,
   dtype: FloatDType,
   subjects: readonly SubjectName[] = subjectNames,
-): OpCase[] {
+): OpCase[] =>
+  casesOf((device) => {
+    for (const name of subjects) {
+      const subject = buildSubject(name, presets[preset], sizes, device, name === 'vae' ? 'float32' : dtype);
+      subject.run();
+      subject.release();
+    }
+  });
+
+/** Every distinct op call of `run`, which is given a device that computes nothing. */
+export function casesOf(run: (device: Device) => void): OpCase[] {
   const found = new Map<string, OpCase>();
   const device = profiled(standInDevice(), ({ record, tensors, attrs }) => {
     const outputs = Object.keys(record.outputs(tensors, attrs));
@@ -62,11 +72,7 @@ export function opCases(
       found.set(key, { record, inputs, attrs, count: 1, flops: record.flops?.(tensors, attrs) ?? 0, bytes });
     }
   });
-  for (const name of subjects) {
-    const subject = buildSubject(name, presets[preset], sizes, device, name === 'vae' ? 'float32' : dtype);
-    subject.run();
-    subject.release();
-  }
+  run(device);
   const order = [...registry.keys()];
   return [...found.values()].sort((a, b) => order.indexOf(a.record.name) - order.indexOf(b.record.name));
 }

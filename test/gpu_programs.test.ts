@@ -10,6 +10,7 @@ import { type Compared, compared, type Peer } from '../bench/gpu/compare.ts';
 import type { Key, Measure } from '../bench/gpu/gpu.ts';
 import { totalOf } from '../bench/gpu/report.ts';
 import { type Outcome, type Result, runSections, type Section } from '../bench/gpu/sections.ts';
+import { tuneSection } from '../bench/gpu/tune.ts';
 import { expectedFiles } from '../engine/cuda/build.ts';
 import { readPtx } from '../engine/cuda/kernels.ts';
 import { type Choice, type ProductKind, tilesOf } from '../engine/cuda/plan_sm90.ts';
@@ -175,14 +176,14 @@ test('bench:gpu on the virtual GPU, beside a peer', (t) => {
 test('bench:gpu --tune: each kind of product by every tile, and a table that --choices reads', (t) => {
   const out = join(folder, 'tune');
   const tuned = bench('--device', 'virtual', '--smoke', '--tune', '--out', out);
-  t.match(tuned.stdout, /4 measured, 0 failed, 0 not run\n$/);
+  t.match(tuned.stdout, /7 measured, 0 failed, 0 not run\n$/);
   t.equal(tuned.status, 0);
   const choices = JSON.parse(readFileSync(join(out, 'choices.json'), 'utf8'));
   t.same(
     Object.keys(choices)
       .map((key) => key.split(' ')[0])
       .sort(),
-    ['geglu', 'nn', 'nt', 'tn'],
+    ['backward_weight', 'backward_x', 'forward', 'geglu', 'nn', 'nt', 'tn'],
   );
   for (const [key, { tile, splits }] of Object.entries<Choice>(choices)) {
     t.ok(tilesOf[key.split(' ')[0] as ProductKind].includes(tile), `${key}: ${tile}`);
@@ -191,6 +192,33 @@ test('bench:gpu --tune: each kind of product by every tile, and a table that --c
   const table = ['--choices', join(out, 'choices.json')];
   const again = bench('--device', 'virtual', '--smoke', '--only', 'ln', '--out', out, ...table);
   t.match(again.stdout, /4 measured, 0 failed, 0 not run\n$/);
+  t.end();
+});
+
+test('bench:gpu --tune: what it tries at the size of SDXL', (t) => {
+  const noGpu = () => {
+    throw new Error('products are listed without a GPU');
+  };
+  const scale = { preset: 'sdxl-base', side: 1024, smoke: false };
+  const labels = tuneSection(noGpu, scale)
+    .cases()
+    .map(({ label }) => label);
+  t.equal(new Set(labels).size, labels.length);
+  for (const key of [
+    'nt 8192 640 10 1',
+    'geglu 2048 5120 20 1',
+    'nn 8192 640 80 1',
+    'tn 10240 1280 32 1',
+    'forward 32768 320 45 1', // a resnet's 3x3
+    'forward 8192 320 45 1', // of stride 2
+    'forward 8192 640 5 1', // a shortcut's 1x1
+    'forward 8192 640 40 1', // an upsampler's 2x2, as sampling has it
+    'forward 32768 640 90 1', // and its 3x3, as training has it
+    'backward_x 32768 640 90 1',
+    'backward_weight 640 640 512 9',
+  ])
+    t.ok(labels.includes(key), key);
+  t.notOk(labels.includes('backward_x 8192 640 40 1'), 'no gradient goes through the 2x2');
   t.end();
 });
 

@@ -7,6 +7,7 @@ import {
   choose,
   cycles,
   keyOf,
+  lookupsOf,
   overrides,
   type ProductKind,
   type ProductSize,
@@ -71,6 +72,37 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   const strided = [256n, 256n, 256n, 2, 64, 64, 320, 32, 32, 320, 3, 3, 2, 1, 1];
   t.equal(planned('conv2d_backward_x', strided, h200)[0].family, 'conv2d');
   t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
+  t.same(
+    lookupsOf(() => planned('conv2d_backward_x', strided, h200)),
+    [],
+  );
+  t.end();
+});
+
+test('a product is looked up by the key under which a measured choice goes before the model', (t) => {
+  const size = [2, 64, 64, 320, 64, 64, 640, 3, 3, 1, 1, 1];
+  const calls = {
+    'nn 8192 320 10 1': ['linear_backward_x', [256n, 256n, 256n, 8192, 640, 320]],
+    'tn 640 320 128 1': ['linear_backward_weight', [256n, 256n, 256n, 8192, 640, 320]],
+    'backward_x 8192 320 90 1': ['conv2d_backward_x', [256n, 256n, 256n, ...size]],
+    'backward_weight 640 320 128 9': ['conv2d_backward_weight', [256n, 256n, 256n, ...size]],
+  } as const;
+  for (const [key, [symbol, args]] of Object.entries(calls)) {
+    const plan = () => planned(symbol, args, h200);
+    t.same(
+      lookupsOf(plan).map(({ size, canSplit }) => [keyOf(size), canSplit]),
+      [[key, true]],
+    );
+    const [kind] = key.split(' ');
+    overrides.set(key, { tile: '256', splits: 2, paired: true });
+    const [{ entry, cluster }, join] = plan();
+    t.ok(entry.endsWith(`${kind}_256`), entry);
+    t.same([cluster, join.entry], [2, 'gemm_join']);
+    overrides.set(key, { tile: '160', splits: 1 });
+    t.ok(plan()[0].entry.endsWith(`${kind}_160`));
+    t.equal(plan().length, 1);
+  }
+  overrides.clear();
   t.end();
 });
 

@@ -39,7 +39,10 @@ function deviationOf(name: string, shape: readonly number[]): number {
 }
 
 /** A set of tensors: inputs, outputs after one forward, and for backward dy and the gradients. */
-function prepare({ gpu, buffers }: Workshop, { op, direction }: KernelCase): Tensors {
+export function prepare(
+  { gpu, buffers }: { gpu: Pick<BenchGpu, 'device'>; buffers: Buffers },
+  { op, direction }: Pick<KernelCase, 'op' | 'direction'>,
+): Tensors {
   const { record, inputs, attrs } = op;
   const made: Tensors = Object.fromEntries(
     Object.entries(inputs).map(([name, spec]) => [name, buffers.random(spec, deviationOf(name, spec.shape))]),
@@ -54,10 +57,14 @@ function prepare({ gpu, buffers }: Workshop, { op, direction }: KernelCase): Ten
   return made;
 }
 
-const run = ({ device }: BenchGpu, { record, attrs }: OpCase, direction: Direction, t: Tensors): void =>
-  scope(() => device.execute(record, direction, t, attrs));
+const run = (
+  { device }: Pick<BenchGpu, 'device'>,
+  { record, attrs }: OpCase,
+  direction: Direction,
+  t: Tensors,
+): void => scope(() => device.execute(record, direction, t, attrs));
 
-const release = (tensors: Tensors): void => {
+export const release = (tensors: Tensors): void => {
   for (const t of Object.values(tensors)) t.release();
 };
 

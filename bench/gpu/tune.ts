@@ -1,19 +1,31 @@
-// `--tune`: each product of the UNet's linear layers by every tile and split, alone and in pairs, that its plan could choose.
-// The fastest go into a table by the plan's own key, which `--choices` hands back to the plans in a later run.
+// `--tune`: each product of the UNet, forward and backward, by every tile and split, alone and in pairs, that its plan could
+// choose. The fastest go into a table by the plan's own key, which `--choices` hands back to the plans in a later run. Which
+// products there are the plans tell themselves: every launch is planned once on a GPU that only counts.
+import type { CudaDriver } from '../../engine/cuda/device.ts';
 import {
   type Choice,
   candidates,
-  hopperTakes,
   keyOf,
+  type Lookup,
+  lookupsOf,
   overrides,
-  type ProductKind,
-  type ProductSize,
 } from '../../engine/cuda/plan_sm90.ts';
+import type { Device, Direction } from '../../engine/device.ts';
+import { noGrad } from '../../engine/grad.ts';
+import type { Launch, OpRecord, Tensors } from '../../engine/op.ts';
+import { standInCuda } from '../../engine/profile.ts';
 import { scope } from '../../engine/scope.ts';
+import { empty } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { opCases } from '../ops.ts';
+import { newContextCache } from '../../models/context_cache.ts';
+import { type ModelPreset, presets } from '../../models/presets.ts';
+import { unet } from '../../models/unet.ts';
+import { casesOf, type OpCase } from '../ops.ts';
+import { fillRandom } from '../pool_weights.ts';
+import { unetInputs } from '../subjects.ts';
+import type { TensorSpec } from './buffers.ts';
 import type { BenchCase, Measure } from './gpu.ts';
-import type { inType, Workshop } from './kernels.ts';
+import { prepare, release, type Workshop } from './kernels.ts';
 import type { BenchSection, Scale } from './shapes.ts';
 
 /** A measured choice beside what the model of the plan would choose. */
@@ -26,114 +38,130 @@ export interface Tuned {
 
 export type TunedMeasure = Measure & { tuned?: Tuned };
 
-const STEP = 64;
-const halves = { hopper: true, elementBytes: 2 } as const;
-/** Pixels along a side at which the tiny model's layers have rows enough for two tiles, so that pairs are tried. */
+/** A launch whose plan looks up a tile: the `index`-th of an op's direction. */
+interface Product extends Lookup {
+  readonly op: OpCase;
+  readonly direction: Direction;
+  readonly index: number;
+}
+
+const DTYPE = 'bfloat16';
+/** The tiny model at a width and a size where each kind has a product with two tiles of rows, so that pairs are tried. */
+const smokeModel: ModelPreset = {
+  ...presets.tiny,
+  unet: { ...presets.tiny.unet, block_out_channels: [16, 24, 160] },
+};
 const SMOKE_SIDE = 192;
 
-/** The products of a linear layer [m, k] x [n, k]: forward, and with the gradients of x and of the weight. */
-function productsOf(m: number, n: number, k: number, gated: boolean): ProductSize[] {
-  const size = (kind: ProductKind, a: number, b: number, along: number): ProductSize => ({
-    kind,
-    ...{ m: a, n: b, steps: Math.ceil(along / STEP), slabs: 1 },
+/** The UNet's calls on two rows: as sampling makes them, with the image's part cached, or as training does. */
+const unetCalls = (model: ModelPreset, side: number, cached: boolean): OpCase[] =>
+  casesOf((device) => {
+    const module = unet(model.unet);
+    fillRandom(module, device, DTYPE);
+    const sizes = { width: side, height: side, batch: 2 };
+    const { sample, times, conditioning } = unetInputs(model, sizes, device, DTYPE);
+    const cache = cached ? newContextCache() : undefined;
+    noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache })));
   });
-  const forward = gated ? size('geglu', m, n / 2, k) : size('nt', m, n, k);
-  return [forward, size('nn', m, k, n), size('tn', n, k, m)];
-}
 
-/** Whether a plan would look a product up: its operands have rows that TMA can walk. */
-const isPlanned = ({ m, n }: ProductSize, layer: readonly number[]): boolean =>
-  hopperTakes(m, n, halves) && layer.every((length) => length % 8 === 0);
-
-/** Times one product by every candidate. */
-function tune(shop: () => Workshop, size: ProductSize, launch: (shop: Workshop) => TuneRun): BenchCase {
-  const label = keyOf(size);
-  return {
-    label,
-    run(): TunedMeasure {
-      const opened = shop();
-      const { timer } = opened;
-      const { run, release } = launch(opened);
-      const timeOf = (choice: Choice | undefined) => {
-        if (choice) overrides.set(label, choice);
-        else overrides.delete(label);
-        return timer.time(1, run, 10);
-      };
-      const planned = timeOf(undefined);
-      const all = candidates(size, size.kind !== 'geglu').map((choice) => ({
-        choice,
-        timing: timeOf(choice),
-      }));
-      overrides.delete(label);
-      release();
-      const [best] = all.sort((a, b) => a.timing.us - b.timing.us);
-      const tuned = { key: label, choice: best.choice, us: best.timing.us, planned_us: planned.us };
-      const { tile, splits, paired } = best.choice;
-      const name = `${label}: tile ${tile}${paired ? ' in pairs' : ''}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
-      const flops = 2 * size.m * size.n * size.steps * STEP * (size.kind === 'geglu' ? 2 : 1);
-      return { name, key: { product: label }, timing: best.timing, flops, tuned };
+/** An op's launches, each to be run alone over what a run of them all has left in the tensors. */
+function launchesOf(
+  device: Device,
+  { op: { record, attrs }, direction }: Pick<Product, 'op' | 'direction'>,
+  tensors: Tensors,
+): (() => void)[] {
+  const calls: Parameters<Launch>[] = [];
+  const noted: OpRecord<unknown> = {
+    ...record,
+    [direction](t: Tensors, own: unknown, launch: Launch) {
+      record[direction]?.(t, own, (...call) => {
+        calls.push(call);
+        launch(...call);
+      });
     },
   };
+  device.execute(noted, direction, tensors, attrs);
+  return calls.map((call) => {
+    const alone: OpRecord<unknown> = { ...record, forward: (_t, _attrs, launch) => launch(...call) };
+    return () => device.execute(alone, 'forward', tensors, attrs);
+  });
 }
 
-interface TuneRun {
-  run(): void;
-  release(): void;
+/** Every product that plans for Hopper look up in these calls, by key. */
+function productsOf(model: ModelPreset, side: number): Map<string, Product> {
+  const device = standInCuda();
+  const made = ({ shape, dtype }: TensorSpec) => empty(shape, { device, dtype });
+  const shop = { gpu: { device }, buffers: { random: made, empty: made } };
+  const found = new Map<string, Product>();
+  const note = (op: OpCase, direction: Direction) =>
+    scope(() =>
+      launchesOf(device, { op, direction }, prepare(shop, { op, direction })).forEach((launch, index) => {
+        for (const lookup of lookupsOf(launch)) {
+          const key = keyOf(lookup.size);
+          if (!found.has(key)) found.set(key, { ...lookup, op, direction, index });
+        }
+      }),
+    );
+  const isProduct = ({ record }: OpCase) => record.flops !== undefined;
+  for (const op of unetCalls(model, side, true).filter(isProduct)) note(op, 'forward');
+  for (const op of unetCalls(model, side, false).filter(isProduct)) {
+    note(op, 'forward');
+    note(op, 'backward');
+  }
+  return found;
+}
+
+/** The smallest product of each kind that may run in pairs. */
+function smallest(products: ReadonlyMap<string, Product>): Map<string, Product> {
+  const flops = ({ size: { m, n, steps, slabs } }: Product) => m * n * steps * slabs;
+  const inPairs = [...products].filter(([, { size }]) =>
+    candidates(size, false).some(({ paired }) => paired),
+  );
+  const sorted = inPairs.sort(([, a], [, b]) => flops(b) - flops(a));
+  return new Map(new Map(sorted.map((entry) => [entry[1].size.kind, entry])).values());
+}
+
+/** Times one product by every candidate. */
+function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
+  const { gpu, timer } = shop;
+  const { op, size, canSplit } = product;
+  if ((gpu.device.driver as CudaDriver).capability !== 90)
+    throw new UserError('tiles are chosen by measurement for compute capability 9.0 alone');
+  const tensors = prepare(shop, product);
+  const [planned, all] = scope(() => {
+    const run = launchesOf(gpu.device, product, tensors)[product.index];
+    const time = () => timer.time(1, run, 10);
+    overrides.delete(key);
+    const planned = time();
+    const all = candidates(size, canSplit).map((choice) => {
+      overrides.set(key, choice);
+      return { choice, timing: time() };
+    });
+    overrides.delete(key);
+    return [planned, all] as const;
+  });
+  release(tensors);
+  gpu.device.memory.trim();
+  const [{ choice, timing }] = all.sort((a, b) => a.timing.us - b.timing.us);
+  const tuned = { key, choice, us: timing.us, planned_us: planned.us };
+  const { tile, splits, paired } = choice;
+  const name = `${key}: tile ${tile}${paired ? ' in pairs' : ''}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
+  return { name, key: { product: key }, timing, flops: op.flops, tuned };
 }
 
 export function tuneSection(shop: () => Workshop, { preset, side, smoke }: Scale): BenchSection {
   return {
     name: 'tune',
     cases() {
-      const [width, height] = smoke ? [SMOKE_SIDE, SMOKE_SIDE] : [side, side];
-      const sizes = { width, height, batch: 2 };
-      const layers = opCases(preset, sizes, 'bfloat16', ['unet']).filter(
-        ({ record }) => record.name === 'linear',
+      const products = smoke
+        ? smallest(productsOf(smokeModel, SMOKE_SIDE))
+        : productsOf(presets[preset], side);
+      return [...products].map(
+        ([label, product]): BenchCase => ({
+          label,
+          run: () => tune(shop(), label, product),
+        }),
       );
-      const found = new Map<string, BenchCase>();
-      for (const layer of layers) {
-        const { x, weight } = layer.inputs;
-        const [rows, k] = weight.shape;
-        const m = x.shape.reduce((a, b) => a * b, 1) / k;
-        const gated = (layer.attrs as { activation: string }).activation === 'geglu';
-        productsOf(m, rows, k, gated).forEach((size, i) => {
-          const key = keyOf(size);
-          if (!found.has(key) && isPlanned(size, [rows, k]))
-            found.set(
-              key,
-              tune(shop, size, (opened) => linearRun(opened, layer, i)),
-            );
-        });
-      }
-      const cases = [...found.values()];
-      const kindOf = ({ label }: BenchCase) => label.split(' ')[0];
-      return smoke
-        ? cases.filter((each, i) => cases.findIndex((other) => kindOf(other) === kindOf(each)) === i)
-        : cases;
-    },
-  };
-}
-
-/** Product 0 of a layer is its forward, 1 the gradient of x, 2 that of the weight. */
-function linearRun({ gpu, buffers }: Workshop, layer: ReturnType<typeof inType>, product: number): TuneRun {
-  const { device } = gpu;
-  if (Number((device.driver as { capability?: number }).capability) !== 90)
-    throw new UserError('tiles are chosen by measurement for compute capability 9.0 alone');
-  const { record, inputs, attrs } = layer;
-  const made = Object.fromEntries(
-    Object.entries(inputs).map(([name, spec]) => [name, buffers.random(spec, name === 'weight' ? 0.02 : 1)]),
-  );
-  for (const [name, spec] of Object.entries(record.outputs(made, attrs))) made[name] = buffers.empty(spec);
-  if (product > 0) {
-    made.dy = buffers.random(made.y);
-    const name = product === 1 ? 'x' : 'weight';
-    made[`d${name}`] = buffers.empty(inputs[name]);
-  }
-  return {
-    run: () => scope(() => device.execute(record, product ? 'backward' : 'forward', made, attrs)),
-    release() {
-      for (const t of Object.values(made)) t.release();
-      device.memory.trim();
     },
   };
 }

@@ -129,8 +129,29 @@ export function candidates({ kind, m, steps }: ProductSize, canSplit: boolean): 
   return m > ROWS ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
 }
 
+/** A product whose tile a plan has asked for, and whether k may be split there. */
+export interface Lookup {
+  readonly size: ProductSize;
+  readonly canSplit: boolean;
+}
+
+let note: ((lookup: Lookup) => void) | undefined;
+
+/** What plans look up while `launch` runs. */
+export function lookupsOf(launch: () => void): Lookup[] {
+  const found: Lookup[] = [];
+  note = (lookup) => void found.push(lookup);
+  try {
+    launch();
+  } finally {
+    note = undefined;
+  }
+  return found;
+}
+
 /** The one that was measured to be the fastest, or else the fastest by the model. */
 export function choose(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
+  note?.({ size, canSplit });
   const known = overrides.get(keyOf(size));
   if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
   let best: Choice = { tile: '160_pingpong', splits: 1 };
