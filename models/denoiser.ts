@@ -1,14 +1,33 @@
 // The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What stays over an
 // image is done once: the prompts are encoded, their keys and values kept, and what the resnets take of each call's time;
 // one pass becomes a step of the device, which a GPU replays from a recording.
+import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, tensor } from '../engine/tensor.ts';
-import { encodePrompts } from './conditioning.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
 import { channelsLast, guide, toHost } from './latents.ts';
-import type { Pipeline, Request } from './pipeline.ts';
+import type { UNet } from './unet.ts';
+
+/** The part of a request that says what to denoise towards, and how strongly. */
+export interface GuidanceRequest extends Prompts {
+  guidance_scale: number;
+  guidance_rescale?: number;
+  num_images_per_prompt?: number;
+  /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */
+  last?: boolean;
+}
+
+/** The part of a pipeline that predicts from prompts. */
+export interface GuidedModel {
+  device: Device;
+  dtype: FloatDType;
+  text: TextStack;
+  unet: UNet;
+}
 
 export interface Denoiser {
   /** The network's output at latents x [n, c, h, w] and the i-th time, guided. */
@@ -20,14 +39,13 @@ export interface Denoiser {
 
 /** `timesteps` are those of all calls, `shape` is the latents' [n, c, h, w], `ids` the rows of time ids. */
 export function openDenoiser(
-  pipeline: Pipeline,
-  request: Request,
+  { device, dtype, text, unet }: GuidedModel,
+  request: GuidanceRequest,
   timesteps: Float32Array,
   shape: readonly number[],
   ids: number[][],
   guided: boolean,
 ): Denoiser {
-  const { device, dtype } = pipeline;
   const [images, c, h, w] = shape;
   const rows = guided ? 2 * images : images;
   const copies = request.num_images_per_prompt ?? 1;
@@ -35,7 +53,7 @@ export function openDenoiser(
   const cache = newContextCache();
   const made = noGrad(() =>
     scope(() => {
-      const encoded = encodePrompts(pipeline.text, request, { guided, copies, device, dtype });
+      const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
       const inputs = {
         context: encoded.context,
         pooled: encoded.pooled,
@@ -49,12 +67,12 @@ export function openDenoiser(
     }),
   );
   if (request.last) {
-    for (const { encoder } of pipeline.text.encoders) unload(encoder);
+    for (const { encoder } of text.encoders) unload(encoder);
     device.memory.trim();
   }
   const { context, pooled, timeIds, sample, times, step, truncated } = made;
   const conditioning = { context, textEmbeds: pooled, timeIds, cache };
-  const pass = device.step(() => noGrad(() => pipeline.unet(sample, { times, step }, conditioning)));
+  const pass = device.step(() => noGrad(() => unet(sample, { times, step }, conditioning)));
   return {
     predict(x, i) {
       const doubled = guided ? new Float32Array(2 * x.length) : x;

@@ -9,15 +9,15 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
-import { type MicroConditioning, type Prompts, type Size, type TextStack, timeIds } from './conditioning.ts';
-import { openDenoiser } from './denoiser.ts';
+import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
+import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Sampler } from './samplers/sampler.ts';
 import { type StartRequest, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
-import { parseUNetConfig, type UNet, type UNetConfig, unet } from './unet.ts';
+import { parseUNetConfig, type UNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
 export interface Sizes {
@@ -27,11 +27,7 @@ export interface Sizes {
   sampleSize: number;
 }
 
-export interface Pipeline extends Sizes {
-  device: Device;
-  dtype: FloatDType;
-  text: TextStack;
-  unet: UNet;
+export interface Pipeline extends GuidedModel, Sizes {
   unetConfig: UNetConfig;
   vae: Vae;
   /** Wants an aesthetic score instead of the target size: the refiner. */
@@ -104,17 +100,12 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
     );
 }
 
-export interface Request extends Prompts, MicroConditioning, StartRequest {
+export interface Request extends GuidanceRequest, MicroConditioning, StartRequest {
   num_inference_steps: number;
-  guidance_scale: number;
-  guidance_rescale?: number;
-  num_images_per_prompt?: number;
   eta?: number;
   /** Replaces the checkpoint's scheduler or parts of its config. */
   scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
   denoising_end?: number;
-  /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */
-  last?: boolean;
 }
 
 export interface Progress {
