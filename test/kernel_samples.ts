@@ -132,7 +132,8 @@ const images: readonly Convolution[] = [
 const hopperLayers: readonly Layer[] = [
   { m: 200, n: 264, k: 136, extras: ['bias', 'residual'] },
   { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'] },
-  { m: 129, n: 64, k: 64, extras: ['bias'] }, // fewer steps than stages: the ring orders nothing between two items
+  // Fewer steps than stages: the ring orders nothing between two items, of three, so that a warpgroup of two in turn has two.
+  { m: 257, n: 64, k: 64, extras: ['bias'] },
   { m: 1032, n: 176, k: 64, activation: 'silu', extras: ['residual'] },
   { m: 70, n: 72, k: 264, activation: 'quick_gelu', extras: ['bias', 'residual'], splits: 3 },
 ];
