@@ -30,8 +30,8 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
 
 /** `doubled`, of a 3x3 kernel with padding 1: its doubledTaps(), to convolve x doubled by nearest neighbour. Nothing else then. */
 export type ConvOptions =
-  | { shift?: Tensor; residual?: Tensor; doubled?: undefined }
-  | { doubled: readonly Tensor[]; shift?: undefined; residual?: undefined };
+  | { shift?: Tensor; residual?: Tensor; skip?: Tensor; doubled?: undefined }
+  | { doubled: readonly Tensor[]; shift?: undefined; residual?: undefined; skip?: undefined };
 
 export type Conv2d = Module<[x: Tensor, options?: ConvOptions], Tensor, Weights> & {
   readonly stride: number;
@@ -56,18 +56,22 @@ export function conv2d(
   return Object.assign(layer, { stride, padding: sides });
 }
 
-export type Norm = Module<[x: Tensor], Tensor, Affine>;
-
+/** `channels` counts x's and those of a skip connection beside it. */
 export const groupNorm = (
   groups: number,
   channels: number,
   { eps, silu = false }: { eps: number; silu?: boolean },
-): Norm =>
-  module({ weight: parameter([channels]), bias: parameter([channels]) }, (m, x: Tensor) =>
-    groupNormOp(x, m.weight.tensor, m.bias.tensor, { groups, eps, silu }),
+): Module<[x: Tensor, options?: { skip?: Tensor }], Tensor, Affine> =>
+  module(
+    { weight: parameter([channels]), bias: parameter([channels]) },
+    (m, x: Tensor, { skip }: { skip?: Tensor } = {}) =>
+      groupNormOp(x, m.weight.tensor, m.bias.tensor, { groups, eps, silu, skip }),
   );
 
-export const layerNorm = (channels: number, { eps = 1e-5 }: { eps?: number } = {}): Norm =>
+export const layerNorm = (
+  channels: number,
+  { eps = 1e-5 }: { eps?: number } = {},
+): Module<[x: Tensor], Tensor, Affine> =>
   module({ weight: parameter([channels]), bias: parameter([channels]) }, (m, x: Tensor) =>
     layerNormOp(x, m.weight.tensor, m.bias.tensor, { eps }),
   );

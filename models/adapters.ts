@@ -127,7 +127,8 @@ function adaptConv(base: Conv2d, { rank, alpha }: LoraConfig) {
       const { stride, padding } = base;
       const [, h, w] = x.shape;
       const seen = options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x;
-      const down = conv2d(seen, m.lora_A.children.weight.tensor, undefined, { stride, padding });
+      const { skip } = options;
+      const down = conv2d(seen, m.lora_A.children.weight.tensor, undefined, { stride, padding, skip });
       const residual = base(x, options);
       return conv2d(scale(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
     },

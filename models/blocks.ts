@@ -5,7 +5,7 @@ import { isRecording } from '../engine/grad.ts';
 import { conv2d, groupNorm, type Linear, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import type { Padding } from '../engine/ops/conv2d.ts';
-import { embedding, upsampleNearest } from '../engine/ops/move.ts';
+import { concat, embedding, upsampleNearest } from '../engine/ops/move.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
 
@@ -30,11 +30,11 @@ function atTime(layer: Linear, { temb, step, cache }: Time, n: number): Tensor {
   return embedding(step, rows.reshape(temb.shape[0] / n, -1)).reshape(n, -1);
 }
 
-export type Resnet = Module<[x: Tensor, time?: Time], Tensor>;
+export type Resnet = Module<[x: Tensor, options?: { time?: Time; skip?: Tensor }], Tensor>;
 
 /**
  * ResnetBlock2D: two norms with SiLU, two 3x3 convolutions, and a 1x1 on the way past where the width changes. `ctemb` is
- * the width of the UNet's time embedding. The VAE's blocks have none.
+ * the width of the UNet's time embedding. The VAE's blocks have none. `cin` counts the channels of a skip connection too.
  */
 export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, ctemb?: number): Resnet =>
   module(
@@ -46,10 +46,11 @@ export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, c
       conv2: conv2d(cout, cout, 3, { padding: 1 }),
       conv_shortcut: cin === cout ? undefined : conv2d(cin, cout, 1),
     },
-    (m, x: Tensor, time?: Time) => {
+    (m, x: Tensor, { time, skip }: { time?: Time; skip?: Tensor } = {}) => {
       const shift = m.time_emb_proj && time && atTime(m.time_emb_proj, time, x.shape[0]);
-      const h = m.conv1(m.norm1(x), { shift });
-      return m.conv2(m.norm2(h), { residual: m.conv_shortcut?.(x) ?? x });
+      const h = m.conv1(m.norm1(x, { skip }), { shift });
+      const past = m.conv_shortcut?.(x, { skip }) ?? (skip ? concat([x, skip], 3) : x);
+      return m.conv2(m.norm2(h), { residual: past });
     },
   );
 

@@ -194,7 +194,7 @@ const downBlock = (
       let h = x;
       const features: Tensor[] = [];
       m.resnets.forEach((resnet, i) => {
-        h = resnet(h, time);
+        h = resnet(h, { time });
         h = m.attentions[i]?.(h, conditioning) ?? h;
         features.push(h);
       });
@@ -214,7 +214,7 @@ const upBlock = (
     (m, x: Tensor, skips: Tensor[], time: Time, conditioning: Conditioning): Tensor => {
       let h = x;
       m.resnets.forEach((resnet, i) => {
-        h = resnet(concat([h, skips.pop() as Tensor], 3), time);
+        h = resnet(h, { time, skip: skips.pop() });
         h = m.attentions[i]?.(h, conditioning) ?? h;
       });
       for (const up of m.upsamplers) {
@@ -227,7 +227,7 @@ const upBlock = (
 
 const midBlock = (resnets: [Resnet, Resnet], attentions: [Transformer]) =>
   module({ resnets, attentions }, (m, x: Tensor, time: Time, conditioning: Conditioning) =>
-    m.resnets[1](m.attentions[0](m.resnets[0](x, time), conditioning), time),
+    m.resnets[1](m.attentions[0](m.resnets[0](x, { time }), conditioning), { time }),
   );
 
 const perLevel = (value: number | readonly number[], level: number): number =>

@@ -90,7 +90,7 @@ type Block = (
 const blocks: Record<string, Block> = {
   'resnet block (UNet)': (size, p) => {
     const block = resnet(size('p.conv1.weight', 1), size('p.conv1.weight', 0), p, size('temb', 1));
-    return [block, (t) => block(t.x, { temb: silu(t.temb) })];
+    return [block, (t) => block(t.x, { time: { temb: silu(t.temb) } })];
   },
   'resnet block (VAE: no time embedding, eps 1e-6)': (size, p) => {
     const block = resnet(size('p.conv1.weight', 1), size('p.conv1.weight', 0), p);

@@ -53,6 +53,8 @@ type Padding = readonly [top: number, left: number, bottom: number, right: numbe
 
 interface Convolution {
   readonly x: readonly [n: number, h: number, w: number, c: number];
+  /** Channels beside x's. */
+  readonly skip?: number;
   readonly o: number;
   readonly side: number;
   readonly stride?: number;
@@ -61,14 +63,16 @@ interface Convolution {
   readonly splits?: number;
 }
 
-function conv2d({ x, o, side, stride = 1, padding = [0, 0, 0, 0], extras = [] }: Convolution): AnySample {
+function conv2d(image: Convolution): AnySample {
+  const { x, skip = 0, o, side, stride = 1, padding = [0, 0, 0, 0], extras = [] } = image;
   const [n, h, w, c] = x;
   const oh = Math.floor((h + padding[0] + padding[2] - side) / stride) + 1;
   const ow = Math.floor((w + padding[1] + padding[3] - side) / stride) + 1;
   const optional = { bias: [o], shift: [n, o], residual: [n, oh, ow, o] };
   const chosen = extras.map((name) => [name, optional[name]] as const);
+  const beside: Record<string, number[]> = skip ? { skip: [n, h, w, skip] } : {};
   return {
-    inputs: { x, weight: [o, side, side, c], ...Object.fromEntries(chosen) },
+    inputs: { x, ...beside, weight: [o, side, side, c + skip], ...Object.fromEntries(chosen) },
     attrs: { stride, padding },
   };
 }
@@ -81,9 +85,10 @@ function attention([n, heads, lq, lk, d]: readonly number[], causal: boolean): A
   };
 }
 
-function groupNorm(x: readonly number[], groups: number, silu: boolean): AnySample {
-  const c = [x.at(-1) as number];
-  return { inputs: { x, weight: c, bias: c }, attrs: { groups, eps: 1e-5, silu } };
+function groupNorm(x: readonly number[], groups: number, silu: boolean, skip = 0): AnySample {
+  const c = [(x.at(-1) as number) + skip];
+  const beside: Record<string, number[]> = skip ? { skip: [...x.slice(0, -1), skip] } : {};
+  return { inputs: { x, ...beside, weight: c, bias: c }, attrs: { groups, eps: 1e-5, silu } };
 }
 
 const all: readonly Extra[] = ['bias', 'shift', 'residual'];
@@ -117,6 +122,7 @@ const largeImages: readonly Convolution[] = [
   { x: [2, 17, 15, 72], o: 72, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
   { x: [1, 8, 9, 128], o: 72, side: 3, padding: around, extras: all },
   { x: [1, 33, 33, 72], o: 72, side: 1 },
+  { x: [1, 9, 8, 72], skip: 56, o: 72, side: 1, extras: ['bias'] },
 ];
 const images: readonly Convolution[] = [
   { x: [1, 5, 5, 120], o: 23, side: 3, padding: around, extras: all },
@@ -157,6 +163,9 @@ const hopperImages: readonly Convolution[] = [
   { x: [3, 9, 12, 24], o: 72, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
   { x: [1, 10, 13, 200], o: 264, side: 1, extras: all },
   { x: [2, 9, 8, 264], o: 72, side: 1, extras: all, splits: 2 },
+  // Channels in two tensors: x's not in whole steps, more steps of either than stages; both within each tap.
+  { x: [1, 9, 8, 200], skip: 520, o: 72, side: 1, extras: ['bias'] },
+  { x: [1, 9, 8, 72], skip: 24, o: 64, side: 3, padding: around },
 ];
 
 /** For pairs of blocks: an odd number of tiles down, whose last pair has one outside C, and several items to a pair. */
@@ -174,6 +183,7 @@ const pairedBytes: readonly Layer[] = [
 const pairedImages: readonly Convolution[] = [
   { x: [2, 9, 17, 40], o: 64, side: 3, padding: around, extras: all },
   { x: [5, 9, 12, 24], o: 136, side: 1, extras: ['bias'] },
+  { x: [3, 9, 12, 128], skip: 72, o: 80, side: 1, extras: ['bias'] },
 ];
 
 /** Batches of products, in every pairing of layouts. */
@@ -261,6 +271,9 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(groupNorm([2, 301, 12], 3, true)),
     one(groupNorm([1, 5, 1030], 2, true)),
     one(groupNorm([1, 4500, 3], 1, false)),
+    // A group in both tensors, and packs that are.
+    one(groupNorm([1, 40, 8], 2, true, 12)),
+    one(groupNorm([2, 10, 6], 2, false, 10)),
     // Clusters of one to eight blocks, some with rows for every unrolled copy, fewer rows than others, or none.
     ...(
       [
@@ -269,9 +282,12 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
         [[1, 75, 40], 4, true, 4],
         [[1, 37, 1000], 2, false, 4],
         [[1, 35, 8], 2, true, 8],
+        // A slab in both tensors, and slabs in one of them each.
+        [[1, 35, 24], 4, true, 4, 16],
+        [[2, 9, 8], 2, false, 4, 8],
       ] as const
-    ).map(([x, groups, silu, multiprocessors]) => ({
-      sample: groupNorm(x, groups, silu),
+    ).map(([x, groups, silu, multiprocessors, skip]) => ({
+      sample: groupNorm(x, groups, silu, skip),
       multiprocessors,
       hopper: {},
     })),

@@ -74,8 +74,8 @@ export function scaleParameters(module: AnyModule, c: GoldenCase): void {
 }
 
 /**
- * A call's output without what we fold into it and diffusers adds outside: the residual (another argument of the output's
- * shape) and the time embedding's shift of each channel.
+ * A call's output without what we fold into it and diffusers adds outside: the residual (by this name, or a further argument
+ * of the output's shape) and the time embedding's shift of each channel.
  */
 function alone(output: Tensor, args: readonly unknown[]): Float32Array {
   const [, ...more] = args.flatMap((arg) =>
@@ -86,7 +86,7 @@ function alone(output: Tensor, args: readonly unknown[]): Float32Array {
   for (const [name, extra] of more) {
     if (!(extra instanceof Tensor)) continue;
     const outside = extra.floats();
-    if (extra.shape.join() === output.shape.join())
+    if ((name === '' || name === 'residual') && extra.shape.join() === output.shape.join())
       for (let i = 0; i < values.length; i++) values[i] -= outside[i];
     else if (name === 'shift') {
       const each = output.size / output.shape[0];

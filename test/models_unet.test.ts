@@ -7,16 +7,18 @@ import { cudaDevice, type Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { namedParameters, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
-import { timestepEmbedding } from '../engine/ops/move.ts';
+import { concat, timestepEmbedding } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { profiled } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
-import { empty, type Tensor, tensor } from '../engine/tensor.ts';
+import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { resnet } from '../models/blocks.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { newContextCache } from '../models/context_cache.ts';
 import { toHost } from '../models/latents.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig, type Schedule, type UNet, unet } from '../models/unet.ts';
+import { draws } from '../train/draws.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import {
   checkActivations,
@@ -135,8 +137,10 @@ test("an image's schedule: what follows from the time alone is made once, and a 
   let launches = 0;
   const api = { ...standInApi(anyHopper), cuLaunchKernel: () => void launches++ };
   const ops = new Map<string, number>();
-  const device = profiled(cudaDevice(api), ({ record: { name }, tensors: { x } }) => {
-    const op = name === 'linear' && x.shape[0] === 2 && x.shape.length === 2 ? 'linear of the time' : name;
+  const device = profiled(cudaDevice(api), ({ record: { name }, tensors: { x, x0 } }) => {
+    const ofTime = name === 'linear' && x.shape[0] === 2 && x.shape.length === 2;
+    const ofImages = name === 'concat' && x0.shape.length === 4 && x0.shape[3] !== 4;
+    const op = ofTime ? 'linear of the time' : ofImages ? 'skip connection joined' : name;
     ops.set(op, (ops.get(op) ?? 0) + 1);
   });
   const dtype = 'bfloat16';
@@ -173,8 +177,34 @@ test("an image's schedule: what follows from the time alone is made once, and a 
     t.same(kept.counts, [0, 0, 0, 0, 17]);
     const saved = each.launches - kept.launches;
     t.ok(saved >= 1 + 1 + 1 + 2, `${saved} of ${each.launches} launches are saved`);
+    t.notOk(ops.has('skip connection joined'));
   });
   unload(model);
   t.equal(device.memory.storages, 0, 'live tensors');
+  t.end();
+});
+
+let seed = 0;
+const normal = (shape: readonly number[], device: Device): Tensor => {
+  const source = draws(5, 0, seed++, 'weights');
+  return tensor(source.normals(sizeOf(shape)), shape, { device });
+};
+
+test('a resnet takes a skip connection as it takes the joined image, with a 1x1 convolution past it or without', (t) => {
+  for (const device of devices)
+    for (const cout of [16, 24]) {
+      const block = resnet(24, cout, { groups: 4, eps: 1e-5 });
+      const [x, skip] = [16, 8].map((c) => normal([2, 5, 6, c], device));
+      for (const p of namedParameters(block).values()) p.tensor = normal(p.memoryShape, device);
+      noGrad(() =>
+        scope(() => {
+          const want = block(concat([x, skip], 3)).floats();
+          const error = relativeError(block(x, { skip }).floats(), want);
+          t.ok(error < 1e-6, `${device.name}, 24 to ${cout} channels: ${error.toExponential(1)}`);
+        }),
+      );
+      unload(block);
+      for (const each of [x, skip]) each.release();
+    }
   t.end();
 });

@@ -107,25 +107,25 @@ test('a product is looked up by the key under which a measured choice goes befor
 });
 
 test("the base UNet's group norms at 1024x1024, two images: one launch where a block can keep its rows", (t) => {
-  const norms: readonly (readonly [count: number, side: number, c: number])[] = [
+  const norms: readonly (readonly [count: number, side: number, c: number, skip?: number])[] = [
     [8, 128, 320],
     [1, 64, 320],
     [1, 32, 640],
     [11, 64, 640],
-    [2, 128, 640],
-    [1, 64, 960],
-    [1, 128, 960],
+    [2, 128, 640, 320],
+    [1, 64, 960, 320],
+    [1, 128, 960, 320],
     [16, 32, 1280],
-    [1, 64, 1280],
-    [1, 32, 1920],
-    [1, 64, 1920],
-    [2, 32, 2560],
+    [1, 64, 1280, 640],
+    [1, 32, 1920, 640],
+    [1, 64, 1920, 640],
+    [2, 32, 2560, 1280],
   ];
   let single = 0;
-  for (const [count, side, c] of norms) {
+  for (const [count, side, c, skip = 0] of norms) {
     const launches = planned(
       'group_norm_forward',
-      [256n, 256n, 256n, 256n, 256n, 256n, 2, side * side, c, 32, 1, 1e-5],
+      [256n, 256n, 256n, 256n, skip ? 256n : 0n, 256n, 256n, 2, side * side, c, c - skip, 32, 1, 1e-5],
       h200,
     );
     const [{ grid, cluster = 1, block, shared }] = launches;
@@ -138,6 +138,34 @@ test("the base UNet's group norms at 1024x1024, two images: one launch where a b
     t.ok(blocks / (Math.ceil(blocks / 132) * 132) > 0.9, name);
   }
   t.equal(single, 45, 'all but the widest');
+  t.end();
+});
+
+test('a skip connection is read where it lies: one launch, which no copy precedes where TMA and packs can walk it', (t) => {
+  const norm = (own: number) =>
+    planned('group_norm_forward', [...Array(7).fill(256n), 2, 64, 64, own, 2, 1, 1e-5], h200);
+  t.same(
+    norm(40).map(({ family }) => family),
+    ['norm_sm90'],
+  );
+  t.same(
+    norm(42).map(({ family }) => family),
+    ['move', 'move', 'norm_sm90'],
+  );
+  const shortcut = (own: number) =>
+    planned(
+      'conv2d_forward',
+      [...Array(4).fill(256n), 0n, 0n, 256n, 2, 128, 128, 960, 128, 128, 320, 1, 1, 1, 0, 0, own],
+      h200,
+    );
+  t.same(
+    shortcut(640).map(({ family }) => family),
+    ['conv2d_sm90'],
+  );
+  t.same(
+    shortcut(644).map(({ family }) => family),
+    ['conv2d'],
+  );
   t.end();
 });
 

@@ -37,7 +37,7 @@ interface NormAttrs {
   silu?: boolean;
 }
 
-/** The peer's names for the numbers that tell a call from others of its kind. */
+/** The peer's names for the numbers that tell a call from others of its kind; its images come with the skip connection joined. */
 function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
   const shape = (name: string): readonly number[] => inputs[name]?.shape ?? [];
   const variant = direction === 'forward' ? 'fwd' : 'bwd';
@@ -48,8 +48,8 @@ function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
     return { m: rows(shape('x')), n, k, bias: 'bias' in inputs, activation, variant };
   }
   if (record.name === 'conv2d') {
-    const [b, h, w, c] = shape('x');
-    const [cout, k] = shape('weight');
+    const [b, h, w] = shape('x');
+    const [cout, k, , c] = shape('weight');
     return { b, c, h, w, cout, k, stride: (attrs as ConvAttrs).stride, variant };
   }
   if (record.name === 'attention') {
@@ -60,7 +60,7 @@ function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
   const x = shape('x');
   if (record.name === 'layer_norm') return { m: rows(x), c: x.at(-1) as number, variant };
   const tokens = x.slice(1, -1).reduce((a, b) => a * b, 1);
-  return { b: x[0], c: x.at(-1) as number, tokens, silu: (attrs as NormAttrs).silu === true, variant };
+  return { b: x[0], c: shape('weight')[0], tokens, silu: (attrs as NormAttrs).silu === true, variant };
 }
 
 const sectionOf: Record<string, string> = {

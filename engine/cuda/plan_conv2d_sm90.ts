@@ -1,5 +1,6 @@
 // conv2d's products on Hopper (conv2d_sm90.cu): what their operands, sizes and grids of pixels are. TMA's im2col walks a grid
 // of base pixels over the image, row by row and image by image, which it takes from the corners of a bounding box.
+import type { KernelArgument } from './manifest.ts';
 import type { PlanContext } from './plan.ts';
 import { divideUp } from './plan.ts';
 import {
@@ -10,8 +11,10 @@ import {
   hopperTakes,
   mapOf,
   type Operand,
+  ROWS,
   type Slabs,
   STEP,
+  type Tile,
 } from './plan_sm90.ts';
 
 /** Pixel (x, y) of the grid stands at (x * stride + left, y * stride + top) of the image [n, h, w, channels]. */
@@ -57,11 +60,14 @@ export function hopperConvolution(
   geometry: readonly number[],
   context: PlanContext,
 ): Omit<HopperProduct, 'partial'> | undefined {
-  const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft] = geometry;
-  if (c % 8 || o % 8 || pointers.some((at) => at % 16n !== 0n)) return undefined;
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft, own = c] = geometry;
+  if (c % 8 || o % 8 || own % 8 || pointers.some((at) => at % 16n !== 0n)) return undefined;
   const [taps, forward] = [kh * kw, symbol === 'conv2d_forward'];
-  const [address, first, second, bias = 0n, shift = 0n, residual = 0n] = pointers;
-  const x = { image: [n, h, w, c], height: oh, width: ow, stride, top: -padTop, left: -padLeft } as const;
+  const [address, first, second, bias = 0n, shift = 0n, residual = 0n, skip = 0n] = pointers;
+  const image = (at: bigint, channels: number): Grid => ({
+    ...{ address: at, image: [n, h, w, channels], height: oh, width: ow },
+    ...{ stride, top: -padTop, left: -padLeft },
+  });
   const weight = (at: bigint): Slabs => ({
     ...{ address: at, rows: o, columns: c, slabs: taps, stride: taps * c, slabStride: c },
   });
@@ -69,11 +75,12 @@ export function hopperConvolution(
     [rows, columns, steps, slabs]: readonly number[],
     g: Grid,
     rest: Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'>,
+    parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
   ) => {
     if (!hopperTakes(rows, columns, context) || !isGrid(g)) return undefined;
     const grid = [g.width, g.height, g.stride, g.left, g.top, taps, kw, divideUp(g.image[3], STEP)];
-    const own = () => [...(forward ? [shift, oh * ow] : []), ...grid];
-    return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, own, ...rest };
+    const entry = { own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
+    return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, ...entry, ...rest };
   };
   const matrix = (at: bigint, rows: number, columns: number): Slabs => ({
     address: at,
@@ -82,13 +89,16 @@ export function hopperConvolution(
     stride: columns,
   });
   if (forward) {
-    const g = { address: first, ...x };
-    const sizes = [n * oh * ow, o, taps * divideUp(c, STEP), 1];
+    const [g, beside] = [image(first, own), image(skip, c - own)];
+    const skipSteps = divideUp(c - own, STEP);
+    const sizes = [n * oh * ow, o, taps * (divideUp(own, STEP) + skipSteps), 1];
     const operands = { a: pixels(g, true), b: along(weight(second), 2), y: matrix(address, n * oh * ow, o) };
-    return product(sizes, g, { kind: 'forward', ...operands });
+    return product(sizes, g, { kind: 'forward', ...operands }, (grid, a) => [
+      ...[shift, oh * ow, ...grid, skipSteps ? pixels(beside, true)(ROWS, context) : a, skipSteps, own],
+    ]);
   }
   if (symbol === 'conv2d_backward_weight') {
-    const g = { address: second, ...x };
+    const g = image(second, c);
     const sizes = [o, c, divideUp(n * oh * ow, STEP), taps];
     const operands = { a: across(matrix(first, n * oh * ow, o)), b: pixels(g, false), y: weight(address) };
     return product(sizes, g, { kind: 'backward_weight', ...operands });

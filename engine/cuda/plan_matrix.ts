@@ -318,6 +318,7 @@ function convolution(c: Convolution, geometry: readonly number[], context: PlanC
 function convPlan(
   symbol: string,
   pointerCount: number,
+  integerCount: number,
   sizes: (geometry: readonly number[]) => readonly [m: number, n: number, k: number],
 ): [string, Plan] {
   const launches = (args: LaunchArguments, context: PlanContext) => {
@@ -325,12 +326,13 @@ function convPlan(
     const geometry = args.slice(pointerCount).map(Number);
     const [m, n, k] = sizes(geometry);
     const [, , , c, oh, ow, o] = geometry;
-    const epilogue = pointers.slice(3);
-    const whole = isWhole([c, o], context);
+    const own = geometry[12] ?? c; // of x's channels, before skip's
+    const epilogue = pointers.slice(3, 6);
+    const whole = isWhole([c, o, own], context);
     const size = { m, n, k, batch: 1, whole, pointers, epilogue, rowsPerShift: oh * ow };
     return convolution({ entry: symbol, ...size }, geometry, context);
   };
-  return [symbol, { signature: 'p'.repeat(pointerCount) + 'i'.repeat(12), launches }];
+  return [symbol, { signature: 'p'.repeat(pointerCount) + 'i'.repeat(integerCount), launches }];
 }
 
 export const matrixPlans: readonly (readonly [string, Plan])[] = [
@@ -339,7 +341,7 @@ export const matrixPlans: readonly (readonly [string, Plan])[] = [
   ['linear_backward_x', { signature: 'pppiii', launches: linearBackwardX }],
   ['linear_backward_weight', { signature: 'pppiii', launches: linearBackwardWeight }],
   ['matmul_forward', { signature: 'pppiiiiii', launches: matmulForward }],
-  convPlan('conv2d_forward', 6, ([n, , , c, oh, ow, o, kh, kw]) => [n * oh * ow, o, kh * kw * c]),
-  convPlan('conv2d_backward_x', 3, ([n, h, w, c, , , o, kh, kw]) => [n * h * w, c, kh * kw * o]),
-  convPlan('conv2d_backward_weight', 3, ([n, , , c, oh, ow, o, kh, kw]) => [o, kh * kw * c, n * oh * ow]),
+  convPlan('conv2d_forward', 7, 13, ([n, , , c, oh, ow, o, kh, kw]) => [n * oh * ow, o, kh * kw * c]),
+  convPlan('conv2d_backward_x', 3, 12, ([n, h, w, c, , , o, kh, kw]) => [n * h * w, c, kh * kw * o]),
+  convPlan('conv2d_backward_weight', 3, 12, ([n, , , c, oh, ow, o, kh, kw]) => [o, kh * kw * c, n * oh * ow]),
 ];

@@ -52,7 +52,7 @@ export function groupNormCut(
 
 /** The launch of group_norm_forward; undefined where this kernel does not take it. */
 export function groupNormOnHopper(args: LaunchArguments, context: PlanContext): KernelLaunch[] | undefined {
-  const [n, hw, c, groups, silu, eps] = args.slice(6).map(Number);
+  const [n, hw, c, own, groups, silu, eps] = args.slice(7).map(Number);
   const cut = groupNormCut([n, hw, c, groups], context);
   if (!cut) return undefined;
   const { slabGroups, blocks, threads, share, shared } = cut;
@@ -64,7 +64,7 @@ export function groupNormOnHopper(args: LaunchArguments, context: PlanContext): 
       block: threads,
       cluster: blocks,
       shared,
-      args: [...args.slice(0, 6), hw, c, groups, slabGroups, blocks, share, silu, eps],
+      args: [...args.slice(0, 7), hw, c, own, groups, slabGroups, blocks, share, silu, eps],
     },
   ];
 }

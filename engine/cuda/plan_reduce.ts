@@ -78,16 +78,19 @@ function columnBytes(c: number): number {
 }
 
 function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [y, mean, rstd, x, skip, weight, bias] = args;
+  const [n, hw, c, own, groups, silu, eps] = args.slice(7).map(Number);
+  if (own < c && own % PACK) return groupNormOfJoined(args, context);
   const hopper = groupNormOnHopper(args, context);
   if (hopper) return hopper;
-  const [y, mean, rstd, x, weight, bias] = args;
-  const [n, hw, c, groups, silu, eps] = args.slice(6).map(Number);
-  const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
+  const [rows, written] = [rowsToSum(c), rowsToWrite(c)];
   const chunks = divideUp(hw, rows);
   const partial = context.workspace(n * chunks * groups * 2 * FLOAT);
-  const apply = [y, mean, rstd, x, weight, bias, hw, c, groups, silu, own];
+  const apply = [y, mean, rstd, x, skip, weight, bias, hw, c, own, groups, silu, written];
   return [
-    block('norm', 'group_norm_partial', [chunks, n], columnBytes(c), [partial, x, hw, c, groups, rows]),
+    block('norm', 'group_norm_partial', [chunks, n], columnBytes(c), [
+      ...[partial, x, skip, hw, c, own, groups, rows],
+    ]),
     block('norm', 'group_norm_finish', [divideUp(n * groups * 32, THREADS), 1], 0, [
       mean,
       rstd,
@@ -99,8 +102,21 @@ function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLa
       rows,
       eps,
     ]),
-    block('norm', 'group_norm_apply', [divideUp(hw, own), n], 0, apply),
+    block('norm', 'group_norm_apply', [divideUp(hw, written), n], 0, apply),
   ];
+}
+
+/** Where x's channels are not whole packs, skip is laid beside it first. */
+function groupNormOfJoined(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const [x, skip] = args.slice(3, 5);
+  const [n, hw, c, own] = args.slice(7).map(Number);
+  const whole = context.workspace(n * hw * c * context.elementBytes);
+  const place = (from: LaunchArgument, start: number, length: number) => {
+    const jobs = n * hw * divideUp(length, 4096);
+    return walking('move', 'place_forward', jobs, 1, [whole, from, n * hw, c, start, length, 1], context);
+  };
+  const joined = [...args.slice(0, 3), whole, 0n, ...args.slice(5, 10), c, ...args.slice(11)];
+  return [place(x, 0, own), place(skip, own, c - own), ...groupNormForward(joined, context)];
 }
 
 /** The launches that join per-chunk sums [images, chunks, 2, c] and write the gradients of weight and bias. */
@@ -180,7 +196,7 @@ export const reducePlans: readonly (readonly [string, Plan])[] = [
   lossPlan('huber', 'ppppiif'),
   single('reduce', 'mse_backward', (a) => a[5] * divideUp(a[6], PACK), THREADS),
   single('reduce', 'huber_backward', (a) => a[5] * divideUp(a[6], PACK), THREADS),
-  ['group_norm_forward', { signature: 'ppppppiiiiif', launches: groupNormForward }],
+  ['group_norm_forward', { signature: 'pppppppiiiiiif', launches: groupNormForward }],
   ['group_norm_backward', { signature: 'pppppppppiiiii', launches: groupNormBackward }],
   ofRows('layer_norm_forward', 6),
   ['layer_norm_backward', { signature: 'ppppppppii', launches: layerNormBackward }],

@@ -43,7 +43,7 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   backward_weight: gradientTiles,
 };
 
-const ROWS = 128;
+export const ROWS = 128;
 export const STEP = 64;
 const THREADS = 384;
 const BLOCK_ROWS = 64;
@@ -240,8 +240,8 @@ export interface HopperProduct extends ProductSize {
   readonly residual: bigint;
   /** Where C's float sums go instead of y, by rows, slabs and parts; strides in floats. */
   readonly partial?: { readonly address: bigint; readonly row: number; readonly slab: number };
-  /** The entry's own parameters. */
-  own(tile: Tile): readonly KernelArgument[];
+  /** The entry's own parameters; A's map stands for what is absent. */
+  own(tile: Tile, a: Uint8Array): readonly KernelArgument[];
 }
 
 export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanContext): KernelLaunch {
@@ -266,7 +266,7 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
     args: [
       ...[a, p.b(tile.n, context), y, residual ? map(residual) : y, sums.address, p.bias, p.m, p.n],
       ...[Number(residual !== 0n), sums.row, sums.slab, p.m * p.n * p.slabs, down, across, p.slabs],
-      ...[items, p.steps, divideUp(p.steps, choice.splits), ...p.own(tile)],
+      ...[items, p.steps, divideUp(p.steps, choice.splits), ...p.own(tile, a)],
     ],
   };
 }

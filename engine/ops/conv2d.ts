@@ -1,8 +1,9 @@
 // Convolution of [n, h, w, c] with weight [o, kh, kw, c]: implicit GEMM, zero padding given side by side (the VAE's
 // encoder pads right and bottom only). Epilogue: bias, a per-image channel shift (the time embedding) and a residual.
-import { apply, defineOp, type RefTensors, sameFloat } from '../op.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { apply, defineOp, type RefTensors, type Sample, sameFloat } from '../op.ts';
+import { empty, ShapeError, type Tensor } from '../tensor.ts';
 import { awkwardSizes } from './samples.ts';
+import { joinedReference, launchPlace, launchSlice, partsOf, shapeBeside } from './skip.ts';
 
 /** [top, left, bottom, right], in pixels. */
 export type Padding = readonly [number, number, number, number];
@@ -22,22 +23,23 @@ function dims(x: readonly number[], weight: readonly number[], { stride, padding
   return { n, h, w, c, oh, ow, o, kh, kw, stride, top, left };
 }
 
-const integers = (x: Tensor, weight: Tensor, attrs: ConvAttrs) =>
-  Object.values(dims(x.shape, weight.shape, attrs));
+const integers = (x: readonly number[], weight: readonly number[], attrs: ConvAttrs) =>
+  Object.values(dims(x, weight, attrs));
 
 const convOp = defineOp<ConvAttrs>({
   name: 'conv2d',
   outputs(t, attrs) {
-    const { x, weight, bias, shift, residual } = t;
-    if (x.shape.length !== 4 || weight.shape.length !== 4 || weight.shape[3] !== x.shape[3]) {
+    const { weight, bias, shift, residual } = t;
+    const x = shapeBeside('conv2d', t.x, t.skip);
+    if (x.length !== 4 || weight.shape.length !== 4 || weight.shape[3] !== x[3]) {
       throw new ShapeError(
-        `conv2d: weight [${weight.shape}] takes ${weight.shape[3]} input channels, x [${x.shape}] has ${x.shape[3]}`,
+        `conv2d: weight [${weight.shape}] takes ${weight.shape[3]} input channels, x [${x}] has ${x[3]}`,
       );
     }
-    const { n, oh, ow, o } = dims(x.shape, weight.shape, attrs);
+    const { n, oh, ow, o } = dims(x, weight.shape, attrs);
     const shape = [n, oh, ow, o];
     if (oh < 1 || ow < 1)
-      throw new ShapeError(`conv2d: x [${x.shape}] is smaller than the kernel [${weight.shape}]`);
+      throw new ShapeError(`conv2d: x [${x}] is smaller than the kernel [${weight.shape}]`);
     if (bias && bias.size !== o)
       throw new ShapeError(`conv2d: bias [${bias.shape}] for ${o} output channels`);
     if (shift && shift.shape.join() !== [n, o].join())
@@ -45,60 +47,71 @@ const convOp = defineOp<ConvAttrs>({
     if (residual && residual.shape.join() !== shape.join()) {
       throw new ShapeError(`conv2d: residual [${residual.shape}] is added to y [${shape}]`);
     }
-    return { y: { shape, dtype: sameFloat('conv2d', t, 'x', 'weight', 'bias', 'shift', 'residual') } };
+    return {
+      y: { shape, dtype: sameFloat('conv2d', t, 'x', 'skip', 'weight', 'bias', 'shift', 'residual') },
+    };
   },
-  saves: ['x', 'weight'],
+  saves: ['x', 'skip', 'weight'],
   flops({ x, weight }, attrs) {
     const { n, oh, ow } = dims(x.shape, weight.shape, attrs);
     return 2 * n * oh * ow * weight.size;
   },
   forward(t, attrs, launch) {
-    launch('conv2d_forward', [
-      t.y,
-      t.x,
-      t.weight,
-      t.bias,
-      t.shift,
-      t.residual,
-      ...integers(t.x, t.weight, attrs),
-    ]);
+    const ints = integers(shapeBeside('conv2d', t.x, t.skip), t.weight.shape, attrs);
+    const extras = [t.bias, t.shift, t.residual, t.skip];
+    launch('conv2d_forward', [t.y, t.x, t.weight, ...extras, ...ints, t.x.shape[3]]);
   },
   backward(t, attrs, launch) {
-    const ints = integers(t.x, t.weight, attrs);
     const [n, oh, ow, o] = t.dy.shape;
-    if (t.dx) launch('conv2d_backward_x', [t.dx, t.dy, t.weight, ...ints]);
-    if (t.dweight) launch('conv2d_backward_weight', [t.dweight, t.dy, t.x, ...ints]);
+    for (const { name, part, start } of partsOf(t.x, t.skip)) {
+      const shape = [...t.weight.shape.slice(0, 3), part.shape[3]];
+      const ints = integers(part.shape, shape, attrs);
+      const own = () => (t.skip ? empty(shape, { device: part.device, dtype: part.dtype }) : undefined);
+      const dx = t[`d${name}`];
+      if (dx) {
+        const weight = own();
+        if (weight) launchSlice(launch, t.weight, weight, start);
+        launch('conv2d_backward_x', [dx, t.dy, weight ?? t.weight, ...ints]);
+      }
+      if (t.dweight) {
+        const dweight = own();
+        launch('conv2d_backward_weight', [dweight ?? t.dweight, t.dy, part, ...ints]);
+        if (dweight) launchPlace(launch, t.dweight, dweight, start);
+      }
+    }
     if (t.dbias) launch('sum_forward', [t.dbias, t.dy, 1, n * oh * ow, o]);
     if (t.dshift) launch('sum_forward', [t.dshift, t.dy, n, oh * ow, o]);
     if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
   },
   reference: {
-    forward(t, attrs) {
-      const { y, bias, shift, residual } = t;
-      const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
-      for (let i = 0; i < y.data.length; i++) {
-        const [image, channel] = [Math.floor(i / (oh * ow * o)), i % o];
-        y.data[i] =
-          (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
-      }
-      eachTap(t, attrs, (iy, ix, iw) => {
-        y.data[iy] += t.x.data[ix] * t.weight.data[iw];
-      });
-    },
-    backward(t, attrs) {
-      const { dy, dx, dweight, dbias, dshift, dresidual } = t;
-      const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
-      for (const gradient of [dx, dweight, dbias, dshift]) gradient?.data.fill(0);
-      dresidual?.data.set(dy.data);
-      for (let i = 0; i < dy.data.length; i++) {
-        if (dbias) dbias.data[i % o] += dy.data[i];
-        if (dshift) dshift.data[Math.floor(i / (oh * ow * o)) * o + (i % o)] += dy.data[i];
-      }
-      eachTap(t, attrs, (iy, ix, iw) => {
-        if (dx) dx.data[ix] += dy.data[iy] * t.weight.data[iw];
-        if (dweight) dweight.data[iw] += dy.data[iy] * t.x.data[ix];
-      });
-    },
+    forward: (tensors, attrs) =>
+      joinedReference(tensors, (t) => {
+        const { y, bias, shift, residual } = t;
+        const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
+        for (let i = 0; i < y.data.length; i++) {
+          const [image, channel] = [Math.floor(i / (oh * ow * o)), i % o];
+          y.data[i] =
+            (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
+        }
+        eachTap(t, attrs, (iy, ix, iw) => {
+          y.data[iy] += t.x.data[ix] * t.weight.data[iw];
+        });
+      }),
+    backward: (tensors, attrs) =>
+      joinedReference(tensors, (t) => {
+        const { dy, dx, dweight, dbias, dshift, dresidual } = t;
+        const { oh, ow, o } = dims(t.x.shape, t.weight.shape, attrs);
+        for (const gradient of [dx, dweight, dbias, dshift]) gradient?.data.fill(0);
+        dresidual?.data.set(dy.data);
+        for (let i = 0; i < dy.data.length; i++) {
+          if (dbias) dbias.data[i % o] += dy.data[i];
+          if (dshift) dshift.data[Math.floor(i / (oh * ow * o)) * o + (i % o)] += dy.data[i];
+        }
+        eachTap(t, attrs, (iy, ix, iw) => {
+          if (dx) dx.data[ix] += dy.data[iy] * t.weight.data[iw];
+          if (dweight) dweight.data[iw] += dy.data[iy] * t.x.data[ix];
+        });
+      }),
   },
   samples: [
     { inputs: { x: [1, 3, 3, 2], weight: [3, 3, 3, 2] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
@@ -123,6 +136,10 @@ const convOp = defineOp<ConvAttrs>({
     { inputs: { x: [2, 2, 33, 12], weight: [5, 3, 3, 12] }, attrs: { stride: 1, padding: [1, 1, 1, 1] } },
     { inputs: { x: [1, 3, 66, 12], weight: [3, 3, 3, 12] }, attrs: { stride: 2, padding: [0, 0, 1, 1] } },
     { inputs: { x: [1, 2, 35, 7], weight: [2, 5, 5, 7] }, attrs: { stride: 1, padding: [2, 2, 2, 2] } },
+    skipSample([2, 5, 6, 24], 8, [20, 1, 1], true),
+    skipSample([1, 4, 5, 6], 7, [9, 3, 3], false),
+    skipSample([2, 3, 3, 3], 10, [5, 1, 1], true),
+    skipSample([1, 4, 34, 32], 40, [8, 3, 3], false),
     ...awkwardSizes.map(([c, o], i) => {
       const [n, h, w] = [1 + (i % 2), 3 + (i % 5), 3 + (i % 7)];
       const [k, stride] = [[3, 3, 1, 3, 5][i % 5], 1 + (i % 3 > 1 ? 1 : 0)];
@@ -135,6 +152,18 @@ const convOp = defineOp<ConvAttrs>({
     }),
   ],
 });
+
+function skipSample(
+  x: readonly number[],
+  beside: number,
+  [o, kh, kw]: readonly number[],
+  more: boolean,
+): Sample<ConvAttrs> {
+  const [n, h, w, c] = x;
+  const extras: Record<string, readonly number[]> = more ? { bias: [o], residual: [n, h, w, o] } : {};
+  const inputs = { x, skip: [n, h, w, beside], weight: [o, kh, kw, c + beside], ...extras };
+  return { inputs, attrs: { stride: 1, padding: [kh >> 1, kw >> 1, kh >> 1, kw >> 1] } };
+}
 
 /** Visits every product of the sum with its flat indexes in y, x and weight. */
 function eachTap(t: RefTensors, attrs: ConvAttrs, visit: (iy: number, ix: number, iw: number) => void): void {
@@ -155,13 +184,16 @@ function eachTap(t: RefTensors, attrs: ConvAttrs, visit: (iy: number, ix: number
           }
 }
 
-/** x [n,h,w,c], weight [o,kh,kw,c], bias [o], shift [n,o], residual [n,oh,ow,o] → [n,oh,ow,o]. */
+/**
+ * x [n,h,w,c], weight [o,kh,kw,c], bias [o], shift [n,o], residual [n,oh,ow,o] → [n,oh,ow,o]. With `skip` [n,h,w,cs]
+ * beside x, as skip.ts says, weight is [o,kh,kw,c+cs].
+ */
 export function conv2d(
   x: Tensor,
   weight: Tensor,
   bias?: Tensor,
-  options: { stride?: number; padding?: Padding; shift?: Tensor; residual?: Tensor } = {},
+  options: { stride?: number; padding?: Padding; shift?: Tensor; residual?: Tensor; skip?: Tensor } = {},
 ): Tensor {
-  const { stride = 1, padding = [0, 0, 0, 0], shift, residual } = options;
-  return apply(convOp, { x, weight, bias, shift, residual }, { stride, padding });
+  const { stride = 1, padding = [0, 0, 0, 0], shift, residual, skip } = options;
+  return apply(convOp, { x, skip, weight, bias, shift, residual }, { stride, padding });
 }

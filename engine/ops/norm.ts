@@ -1,9 +1,10 @@
 // Normalizations over channels-last tensors: group norm (Wu & He 2018) with SiLU folded in, layer norm, and softmax over
 // the last axis. Statistics are float32 whatever the storage, and are saved for backward.
 import { apply, defineOp, type RefTensor, type RefTensors, sameFloat } from '../op.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { empty, ShapeError, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
+import { joinedReference, launchGradients, launchJoined, shapeBeside } from './skip.ts';
 
 interface GroupNormAttrs {
   groups: number;
@@ -16,11 +17,11 @@ function imageDims(shape: readonly number[]): [number, number, number] {
   return [shape[0], shape.slice(1, -1).reduce((a, b) => a * b, 1), shape.at(-1) as number];
 }
 
-function checkAffine(op: string, x: Tensor, weight: Tensor, bias: Tensor): void {
-  const c = x.shape.at(-1);
+function checkAffine(op: string, shape: readonly number[], weight: Tensor, bias: Tensor): void {
+  const c = shape.at(-1);
   if (weight.size !== c || bias.size !== c) {
     throw new ShapeError(
-      `${op}: x [${x.shape}] has ${c} channels, weight [${weight.shape}] and bias [${bias.shape}] do not`,
+      `${op}: x [${shape}] has ${c} channels, weight [${weight.shape}] and bias [${bias.shape}] do not`,
     );
   }
 }
@@ -28,72 +29,57 @@ function checkAffine(op: string, x: Tensor, weight: Tensor, bias: Tensor): void 
 const groupNormOp = defineOp<GroupNormAttrs>({
   name: 'group_norm',
   outputs(t, { groups }) {
-    checkAffine('group_norm', t.x, t.weight, t.bias);
-    if ((t.x.shape.at(-1) as number) % groups) {
+    const shape = shapeBeside('group_norm', t.x, t.skip);
+    checkAffine('group_norm', shape, t.weight, t.bias);
+    if ((shape.at(-1) as number) % groups) {
       throw new ShapeError(
-        `group_norm: ${t.x.shape.at(-1)} channels of x [${t.x.shape}] do not divide into ${groups} groups`,
+        `group_norm: ${shape.at(-1)} channels of x [${shape}] do not divide into ${groups} groups`,
       );
     }
-    const statistics = { shape: [t.x.shape[0], groups], dtype: 'float32' } as const;
-    const dtype = sameFloat('group_norm', t, 'x', 'weight', 'bias');
-    return { y: { shape: t.x.shape, dtype }, mean: statistics, rstd: statistics };
+    const statistics = { shape: [shape[0], groups], dtype: 'float32' } as const;
+    const dtype = sameFloat('group_norm', t, 'x', 'skip', 'weight', 'bias');
+    return { y: { shape, dtype }, mean: statistics, rstd: statistics };
   },
-  saves: ['x', 'weight', 'bias', 'mean', 'rstd'],
+  saves: ['x', 'skip', 'weight', 'bias', 'mean', 'rstd'],
   forward(t, { groups, eps, silu }, launch) {
-    const [n, hw, c] = imageDims(t.x.shape);
-    launch('group_norm_forward', [
-      t.y,
-      t.mean,
-      t.rstd,
-      t.x,
-      t.weight,
-      t.bias,
-      n,
-      hw,
-      c,
-      groups,
-      Number(silu),
-      eps,
-    ]);
+    const outcome = [t.y, t.mean, t.rstd];
+    const sizes = [...imageDims(t.y.shape), t.x.shape.at(-1) as number, groups, Number(silu), eps];
+    launch('group_norm_forward', [...outcome, t.x, t.skip, t.weight, t.bias, ...sizes]);
   },
   backward(t, { groups, silu }, launch) {
-    const [n, hw, c] = imageDims(t.x.shape);
-    const gradients = [t.dx, t.dweight, t.dbias, t.dy];
-    launch('group_norm_backward', [
-      ...gradients,
-      t.x,
-      t.weight,
-      t.bias,
-      t.mean,
-      t.rstd,
-      n,
-      hw,
-      c,
-      groups,
-      Number(silu),
-    ]);
+    const x = t.skip ? launchJoined(launch, t.x, t.skip) : t.x;
+    const { shape, device, dtype } = x;
+    const dx = t.skip && (t.dx || t.dskip) ? empty(shape, { device, dtype }) : t.dx;
+    const inputs = [t.dy, x, t.weight, t.bias, t.mean, t.rstd];
+    const sizes = [...imageDims(shape), groups, Number(silu)];
+    launch('group_norm_backward', [dx, t.dweight, t.dbias, ...inputs, ...sizes]);
+    if (t.skip && dx) launchGradients(launch, t, dx);
   },
   reference: {
-    forward(t, { groups, eps, silu }) {
-      eachGroup(t.x, groups, (group, indices, c) => {
-        const { mean, rstd } = statistics(t.x, indices, eps);
-        t.mean.data[group] = mean;
-        t.rstd.data[group] = rstd;
-        for (const i of indices) {
-          const z = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
-          t.y.data[i] = silu ? scalar.silu.f(z) : z;
-        }
-      });
-    },
-    backward(t, { groups, silu }) {
-      clearAffine(t);
-      eachGroup(t.x, groups, (group, indices, c) => {
-        const [mean, rstd] = [t.mean.data[group], t.rstd.data[group]];
-        const outer = (i: number, h: number) =>
-          silu ? t.dy.data[i] * scalar.silu.df(h * t.weight.data[i % c] + t.bias.data[i % c]) : t.dy.data[i];
-        normBackward(t, indices, c, mean, rstd, outer);
-      });
-    },
+    forward: (tensors, { groups, eps, silu }) =>
+      joinedReference(tensors, (t) =>
+        eachGroup(t.x, groups, (group, indices, c) => {
+          const { mean, rstd } = statistics(t.x, indices, eps);
+          t.mean.data[group] = mean;
+          t.rstd.data[group] = rstd;
+          for (const i of indices) {
+            const z = (t.x.data[i] - mean) * rstd * t.weight.data[i % c] + t.bias.data[i % c];
+            t.y.data[i] = silu ? scalar.silu.f(z) : z;
+          }
+        }),
+      ),
+    backward: (tensors, { groups, silu }) =>
+      joinedReference(tensors, (t) => {
+        clearAffine(t);
+        eachGroup(t.x, groups, (group, indices, c) => {
+          const [mean, rstd] = [t.mean.data[group], t.rstd.data[group]];
+          const outer = (i: number, h: number) =>
+            silu
+              ? t.dy.data[i] * scalar.silu.df(h * t.weight.data[i % c] + t.bias.data[i % c])
+              : t.dy.data[i];
+          normBackward(t, indices, c, mean, rstd, outer);
+        });
+      }),
   },
   samples: [
     groupSample([1, 4, 4, 8], 4, false),
@@ -101,6 +87,9 @@ const groupNormOp = defineOp<GroupNormAttrs>({
     groupSample([2, 7, 32], 32, true),
     groupSample([1, 9, 9, 40], 4, true),
     groupSample([1, 16, 16, 96], 32, false),
+    groupSample([2, 3, 5, 6], 3, true, 9),
+    groupSample([1, 6, 7, 8], 2, false, 12),
+    groupSample([2, 70, 40], 32, true, 24),
     // Of fewer than three numbers, any become ±1, and the gradient is what rounding leaves of zero.
     ...awkwardSizes.map(([pixels], i) => {
       const [groups, width] = [[32, 1, 8, 4][i % 4], pixels < 3 ? 10 : [1, 2, 10, 3, 20][i % 5]];
@@ -109,9 +98,10 @@ const groupNormOp = defineOp<GroupNormAttrs>({
   ],
 });
 
-function groupSample(x: number[], groups: number, silu: boolean) {
-  const c = x.at(-1) as number;
-  return { inputs: { x, weight: [c], bias: [c] }, attrs: { groups, eps: 1e-5, silu } };
+function groupSample(x: number[], groups: number, silu: boolean, beside = 0) {
+  const c = (x.at(-1) as number) + beside;
+  const skip: Record<string, number[]> = beside ? { skip: [...x.slice(0, -1), beside] } : {};
+  return { inputs: { x, ...skip, weight: [c], bias: [c] }, attrs: { groups, eps: 1e-5, silu } };
 }
 
 function eachGroup(
@@ -168,13 +158,16 @@ function normBackward(
   });
 }
 
-/** x [n, ..., c], weight and bias [c]; groups of consecutive channels; `silu` applies x σ(x) to the result. */
+/**
+ * x [n, ..., c], weight and bias [c]; groups of consecutive channels; `silu` applies x σ(x) to the result. With `skip`
+ * [n, ..., cs] beside x, as skip.ts says, weight and bias are [c + cs].
+ */
 export const groupNorm = (
   x: Tensor,
   weight: Tensor,
   bias: Tensor,
-  { groups, eps, silu = false }: { groups: number; eps: number; silu?: boolean },
-): Tensor => apply(groupNormOp, { x, weight, bias }, { groups, eps, silu });
+  { groups, eps, silu = false, skip }: { groups: number; eps: number; silu?: boolean; skip?: Tensor },
+): Tensor => apply(groupNormOp, { x, skip, weight, bias }, { groups, eps, silu });
 
 const rowsOf = (shape: readonly number[]): [number, number] => {
   const c = shape.at(-1) as number;
@@ -194,7 +187,7 @@ function eachRow(x: RefTensor, visit: (row: number, indices: number[], c: number
 const layerNormOp = defineOp<{ eps: number }>({
   name: 'layer_norm',
   outputs(t) {
-    checkAffine('layer_norm', t.x, t.weight, t.bias);
+    checkAffine('layer_norm', t.x.shape, t.weight, t.bias);
     const statistics = { shape: t.x.shape.slice(0, -1), dtype: 'float32' } as const;
     const dtype = sameFloat('layer_norm', t, 'x', 'weight', 'bias');
     return { y: { shape: t.x.shape, dtype }, mean: statistics, rstd: statistics };

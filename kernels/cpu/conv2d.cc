@@ -26,21 +26,32 @@ std::vector<Tap> joined(std::vector<Tap> taps) {
   return taps;
 }
 
-// Row r is pixel (image, y, x) of a grid; its columns are [taps][channels], the pixels (y, x) * step + tap of the source.
-template <class T> struct Taps final : Rows<T> {
+// Channels of a source that lie together: `width` of each pixel, from channel `begin` on.
+template <class T> struct Part {
   const T *data;
+  int64_t begin, width;
+};
+
+// Row r is pixel (image, y, x) of a grid; its columns are [taps][channels], the pixels (y, x) * step + tap of the source. The
+// first channels may lie in one tensor and the last in another; taps are then not joined.
+template <class T> struct Taps final : Rows<T> {
+  Part<T> first_part, last_part;
   int64_t channels, source_height, source_width, height, width, step;
   const std::vector<Tap> &taps;
   Taps(const T *data, int64_t channels, int64_t source_height, int64_t source_width, int64_t height, int64_t width, int64_t step,
        const std::vector<Tap> &taps)
-      : data(data), channels(channels), source_height(source_height), source_width(source_width), height(height), width(width),
-        step(step), taps(taps) {}
+      : first_part{data, 0, channels}, last_part{nullptr, channels, 0}, channels(channels), source_height(source_height),
+        source_width(source_width), height(height), width(width), step(step), taps(taps) {}
+
+  const Part<T> &part_of(int64_t channel) const { return channel < last_part.begin ? first_part : last_part; }
 
   // Taps that are read as one: at the sides of an image they come apart into short pieces, which narrow ones have too many of.
   int64_t together() const { return width < 32 || taps.empty() ? 1 : taps[0].following + 1; }
   int64_t run() const override { return channels * together(); }
 
-  const T *source(int64_t image, int64_t y, int64_t x) const { return data + ((image * source_height + y) * source_width + x) * channels; }
+  const T *source(const Part<T> &part, int64_t image, int64_t y, int64_t x) const {
+    return part.data + ((image * source_height + y) * source_width + x) * part.width;
+  }
 
   // Pixels whose `count` taps from `first` on all lie inside.
   Range inside(const Tap &first, int64_t count) const {
@@ -51,15 +62,16 @@ template <class T> struct Taps final : Rows<T> {
   void fetch(const T **to, Range rows, Range columns, T *scratch) const override {
     const int64_t count = columns.count(), offset = columns.begin % channels, end = rows.end;
     const Tap &first = taps[columns.begin / channels];
-    const bool one_run = offset + count <= (first.following + 1) * channels;
+    const Part<T> &part = part_of(offset);
+    const bool one_run = offset - part.begin + count <= (first.following + 1) * part.width;
     const Range whole = inside(first, (offset + count - 1) / channels + 1);
     int64_t x = rows.begin % width, y = rows.begin / width % height, image = rows.begin / (width * height);
     for (int64_t r = rows.begin; r < end;) {
       const int64_t v = y * step + first.y;
       if (one_run && v >= 0 && v < source_height && x >= whole.begin && x < whole.end) {
-        const T *from = source(image, v, x * step + first.x) + offset;
+        const T *from = source(part, image, v, x * step + first.x) + offset - part.begin;
         const int64_t stop = std::min({whole.end, width, x + end - r});
-        for (; x < stop; x++, r++, from += step * channels) *to++ = from;
+        for (; x < stop; x++, r++, from += step * part.width) *to++ = from;
       } else {
         gather(scratch, image, y, x, &first, offset, count);
         *to++ = scratch;
@@ -76,23 +88,26 @@ template <class T> struct Taps final : Rows<T> {
   // `count` elements of a pixel's row from channel `at` of a tap on.
   void gather(T *into, int64_t image, int64_t y, int64_t x, const Tap *tap, int64_t at, int64_t count) const {
     while (count > 0) {
+      const Part<T> &part = part_of(at);
       const int64_t v = y * step + tap->y, u = x * step + tap->x;
       const bool found = v >= 0 && v < source_height && u >= 0 && u < source_width;
       const int64_t many = found ? std::min<int64_t>(tap->following + 1, source_width - u) : 1;
-      const int64_t run = std::min(many * channels - at, count);
-      if (found) memcpy(into, source(image, v, u) + at, size_t(run) * sizeof(T));
+      const int64_t run = std::min(part.begin + many * part.width - at, count);
+      if (found) memcpy(into, source(part, image, v, u) + at - part.begin, size_t(run) * sizeof(T));
       else memset(into, 0, size_t(run) * sizeof(T));
-      into += run, count -= run, tap += many, at = 0;
+      into += run, count -= run, at += run;
+      if (at >= channels) tap += many, at = 0;
     }
   }
 
   int strips(Strip<T> *to, Range rows, Range columns) const override {
     constexpr int64_t SHORTEST = 32; // elements of a run worth a micro-kernel of their own
-    if (run() < SHORTEST || width < 4 || !in_words<T>(step * channels)) return -1;
+    if (run() < SHORTEST || width < 4 || !in_words<T>(step * first_part.width) || !in_words<T>(step * last_part.width)) return -1;
     int found = 0;
     for (int64_t c = columns.begin, end; c < columns.end; c = end) {
       const int64_t first = c / channels, last = (first / together() + 1) * together() - 1;
-      end = std::min(columns.end, (last + 1) * channels);
+      const Part<T> &part = part_of(c - first * channels);
+      end = std::min(columns.end, part.begin + part.width < channels ? first * channels + part.width : (last + 1) * channels);
       // Those on either side of it go one by one.
       const Range whole = inside(taps[first], last - first + 1);
       for (int64_t r = rows.begin, x, stop; r < rows.end; r += stop - x) {
@@ -106,8 +121,8 @@ template <class T> struct Taps final : Rows<T> {
                            std::min(end, (first + source_width - u) * channels)};
           if (seen.begin >= seen.end) continue;
           if (found == MAX_STRIPS) return -1;
-          const T *pixels = source(r / (width * height), v, u) + seen.begin - first * channels;
-          to[found++] = {pixels, step * channels, int(r - rows.begin + px - x), int(next - px), seen};
+          const T *pixels = source(part, r / (width * height), v, u) + seen.begin - first * channels - part.begin;
+          to[found++] = {pixels, step * part.width, int(r - rows.begin + px - x), int(next - px), seen};
         }
       }
     }
@@ -150,18 +165,25 @@ template <class T> Taps<T> input_taps(const T *x, const Shape &s, const std::vec
   return {x, s.c, s.h, s.w, s.oh, s.ow, s.stride, taps};
 }
 
+// The first `own` channels are x's, the others skip's.
 template <class T>
-void conv2d_forward(T *y, const T *x, const T *weight, const T *bias, const T *shift, const T *residual, int n, int h, int w, int c,
-                    int oh, int ow, int o, int kh, int kw, int stride, int pad_top, int pad_left) {
+void conv2d_forward(T *y, const T *x, const T *weight, const T *bias, const T *shift, const T *residual, const T *skip, int n, int h, int w,
+                    int c, int oh, int ow, int o, int kh, int kw, int stride, int pad_top, int pad_left, int own) {
   const Shape s{n, h, w, c, oh, ow, o, kh, kw, stride, pad_top, pad_left};
-  const std::vector<Tap> taps = forward_taps(s);
+  std::vector<Tap> taps = forward_taps(s);
+  Taps<T> image = input_taps(x, s, taps);
+  if (skip != nullptr) {
+    image.first_part.width = own;
+    image.last_part = {skip, own, c - own};
+    for (Tap &tap : taps) tap.following = 0;
+  }
   const int64_t k = int64_t(kh) * kw * c;
   Output<T> out{y, o};
   out.bias = bias;
   out.shift = shift;
   out.rows_per_shift = int64_t(oh) * ow;
   out.residual = residual;
-  gemm<T>(out, {input_taps(x, s, taps), false}, {Matrix<T>(weight, k), false}, int64_t(n) * oh * ow, o, k);
+  gemm<T>(out, {image, false}, {Matrix<T>(weight, k), false}, int64_t(n) * oh * ow, o, k);
 }
 
 template <class T>

@@ -67,6 +67,21 @@ template <class F> inline float row_sum(int c, F &&term) {
 
 // ---- group norm
 
+// What of an image's channels lie together: rows of `width`, which are the channels from `begin` on.
+template <class T> struct Part {
+  const T *data;
+  int begin, width;
+};
+
+// The first channels of each row lie in x, the last, if there are any, in skip.
+template <class T> struct Image {
+  Part<T> parts[2];
+  int count;
+  Image(const T *x, const T *skip, int own, int c) : parts{{x, 0, own}, {skip, own, c - own}}, count(own < c ? 2 : 1) {}
+  const Part<T> *begin() const { return parts; }
+  const Part<T> *end() const { return parts + count; }
+};
+
 // Sums of (x - centre) and its square over each channel of `rows` rows of c. Rows go by eights, so that memory is read in
 // order and the running sums are touched an eighth as often.
 template <class T> void channel_sums(float *sums, float *squares, const float *centre, const T *x, int rows, int c) {
@@ -106,21 +121,25 @@ inline float *scratch(int64_t count) {
 }
 
 template <class T>
-void group_statistics(float *mean, float *rstd, const T *x, const Chunks &chunks, int groups, float eps) {
+void group_statistics(float *mean, float *rstd, const Image<T> &x, const Chunks &chunks, int groups, float eps) {
   const int c = chunks.c, width = c / groups, padded = c + LANES;
   // Per image: each channel's centre, its group's mean in the middle row.
   Row centres(int64_t(chunks.n) * padded);
   for (int64_t image = 0; image < chunks.n; image++) {
-    const T *row = x + (image * chunks.hw + chunks.hw / 2) * c;
     float *centre = &centres[image * padded];
-    each_vector(c, [&](int k, auto lanes) { store(centre + k, load(row + k, lanes)); });
+    for (const Part<T> &part : x) {
+      const T *row = part.data + (image * chunks.hw + chunks.hw / 2) * part.width;
+      each_vector(part.width, [&](int k, auto lanes) { store(centre + part.begin + k, load(row + k, lanes), lanes); });
+    }
     for (int g = 0; g < groups; g++) std::fill_n(centre + g * width, width, sum_of(centre + g * width, width) / float(width));
   }
   // Per chunk and group: the sum and the sum of squares about the centre.
   std::vector<float> partial(size_t(chunks.count() * groups * 2));
   chunks.each([&](int64_t chunk, int64_t first, int rows) {
     float *sums = scratch(2 * padded), *squares = sums + padded, *to = &partial[size_t(chunk * groups * 2)];
-    channel_sums(sums, squares, &centres[chunks.image(chunk) * padded], x + first * c, rows, c);
+    const float *centre = &centres[chunks.image(chunk) * padded];
+    for (const Part<T> &part : x)
+      channel_sums(sums + part.begin, squares + part.begin, centre + part.begin, part.data + first * part.width, rows, part.width);
     for (int g = 0; g < groups; g++) {
       *to++ = sum_of(sums + g * width, width);
       *to++ = sum_of(squares + g * width, width);
@@ -176,41 +195,45 @@ private:
   Row means, rstds, factors, shifts, weights, biases;
 };
 
-template <class T, bool with_silu> void group_apply(T *y, const T *x, const Affine &affine, const Chunks &chunks) {
+// y = SiLU(x * factor + shift) of `c` neighbours in a row.
+template <class T, bool with_silu> void apply_row(T *y, const T *x, const float *factors, const float *shifts, int c) {
   constexpr int W = 4;
-  const int c = chunks.c;
-  chunks.each([&, c](int64_t chunk, int64_t first, int rows) {
+  int k = 0;
+  for (; k + W * LANES <= c; k += W * LANES) {
+    vf z[W];
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i++) z[i] = load(x + k + i * LANES) * load(factors + k + i * LANES) + load(shifts + k + i * LANES);
+    if (with_silu) silu<T>(z);
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i++) store(y + k + i * LANES, z[i]);
+  }
+  each_vector(c - k, [&, k](int more, auto lanes) {
+    const int at = k + more;
+    vf z[1] = {load(x + at, lanes) * load(factors + at, lanes) + load(shifts + at, lanes)};
+    if (with_silu) silu<T>(z);
+    store(y + at, z[0], lanes);
+  });
+}
+
+template <class T, bool with_silu> void group_apply(T *y, const Image<T> &x, const Affine &affine, const Chunks &chunks) {
+  chunks.each([&](int64_t chunk, int64_t first, int rows) {
     const float *factors = affine.factors_of(chunks.image(chunk)), *shifts = affine.shifts_of(chunks.image(chunk));
-    for (int64_t r = first; r < first + rows; r++) {
-      const T *row = x + r * c;
-      T *out = y + r * c;
-      int k = 0;
-      for (; k + W * LANES <= c; k += W * LANES) {
-        vf z[W];
-#pragma GCC unroll 4
-        for (int i = 0; i < W; i++) z[i] = load(row + k + i * LANES) * load(factors + k + i * LANES) + load(shifts + k + i * LANES);
-        if (with_silu) silu<T>(z);
-#pragma GCC unroll 4
-        for (int i = 0; i < W; i++) store(out + k + i * LANES, z[i]);
-      }
-      each_vector(c - k, [&, k](int more, auto lanes) {
-        const int at = k + more;
-        vf z[1] = {load(row + at, lanes) * load(factors + at, lanes) + load(shifts + at, lanes)};
-        if (with_silu) silu<T>(z);
-        store(out + at, z[0], lanes);
-      });
-    }
+    for (int64_t r = first; r < first + rows; r++)
+      for (const Part<T> &part : x)
+        apply_row<T, with_silu>(y + r * chunks.c + part.begin, part.data + r * part.width, factors + part.begin, shifts + part.begin,
+                                part.width);
   });
 }
 
 template <class T>
-void group_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int n, int hw, int c, int groups,
-                        int silu, float eps) {
+void group_norm_forward(T *y, float *mean, float *rstd, const T *x, const T *skip, const T *weight, const T *bias, int n, int hw, int c,
+                        int own, int groups, int silu, float eps) {
   const Chunks chunks(n, hw, c);
-  group_statistics(mean, rstd, x, chunks, groups, eps);
+  const Image<T> image(x, skip, own, c);
+  group_statistics(mean, rstd, image, chunks, groups, eps);
   const Affine affine(mean, rstd, weight, bias, n, c, groups);
-  if (silu) group_apply<T, true>(y, x, affine, chunks);
-  else group_apply<T, false>(y, x, affine, chunks);
+  if (silu) group_apply<T, true>(y, image, affine, chunks);
+  else group_apply<T, false>(y, image, affine, chunks);
 }
 
 // Calls body(normalised x, gradient before SiLU, place, k) for the vectors of a chunk, a column of rows at a time.

@@ -6,15 +6,18 @@ struct Geometry {
   int n, h, w, c, oh, ow, o, kh, kw, stride, pad_top, pad_left;
 };
 
-// Columns are [kh][kw][channels]: which tap a column is, and where in its channels.
+// Columns are [kh][kw][channels]: which tap a column is, and where its channel lies in the first pixel of an image whose pixels
+// are `stride` channels.
 struct Tap {
-  int i, j, channel; // i < 0: past the last column
+  int i, j; // i < 0: past the last column
+  const T *channel;
+  int stride;
 };
 
-DEVICE Tap tap_of(int column, int channels, const Geometry &g) {
+DEVICE Tap tap_of(int column, const T *data, int channels, const Geometry &g) {
   const int tap = column / channels;
-  if (tap >= g.kh * g.kw) return {-1, 0, 0};
-  return {tap / g.kw, tap % g.kw, column - tap * channels};
+  if (tap >= g.kh * g.kw) return {-1, 0, data, 0};
+  return {tap / g.kw, tap % g.kw, data + column - tap * channels, channels};
 }
 
 // Where a pixel's taps begin; y is far below zero past the last pixel.
@@ -38,11 +41,24 @@ struct InputTaps {
     const Pixel p = pixel_of(r, g.n, g.oh, g.ow);
     return {p.image, p.y * g.stride - g.pad_top, p.x * g.stride - g.pad_left};
   }
-  __device__ Column column(int c) const { return tap_of(c, g.c, g); }
+  __device__ Column column(int c) const { return tap_of(c, data, g.c, g); }
   __device__ const T *at(const Line &p, const Column &tap) const {
     const int y = p.y + tap.i, x = p.x + tap.j;
     if (tap.i < 0 || uint32_t(y) >= uint32_t(g.h) || uint32_t(x) >= uint32_t(g.w)) return nullptr;
-    return data + int64_t((p.image * g.h + y) * g.w + x) * g.c + tap.channel;
+    return tap.channel + int64_t((p.image * g.h + y) * g.w + x) * tap.stride;
+  }
+};
+
+// The same where the first `own` channels are those of `data`, the others those of `skip`.
+struct InputTapsBeside : InputTaps {
+  const T *skip;
+  int own;
+  __device__ Column column(int c) const {
+    Tap tap = InputTaps::column(c);
+    const int channel = tap.channel - data;
+    tap.stride = channel < own ? own : g.c - own;
+    if (channel >= own) tap.channel = skip + channel - own;
+    return tap;
   }
 };
 
@@ -56,7 +72,7 @@ struct OutputTaps {
     const Pixel p = pixel_of(r, g.n, g.h, g.w);
     return {p.image, p.y + g.pad_top, p.x + g.pad_left};
   }
-  __device__ Column column(int c) const { return tap_of(c, g.o, g); }
+  __device__ Column column(int c) const { return tap_of(c, data, g.o, g); }
   __device__ const T *at(const Line &p, const Column &tap) const {
     int y = p.y - tap.i, x = p.x - tap.j;
     if (tap.i < 0 || y < 0 || x < 0) return nullptr;
@@ -66,7 +82,7 @@ struct OutputTaps {
       x /= g.stride;
     }
     if (y >= g.oh || x >= g.ow) return nullptr;
-    return data + int64_t((p.image * g.oh + y) * g.ow + x) * g.o + tap.channel;
+    return tap.channel + int64_t((p.image * g.oh + y) * g.ow + x) * g.o;
   }
 };
 
@@ -92,10 +108,10 @@ struct TapMajorWeight {
 
 #define CONV2D(shape, S) \
   KERNEL_OF(S::COUNT, conv2d_forward_##shape)(T *y, float *partial, const T *x, const T *weight, const T *bias, const T *shift, \
-                                              const T *residual, GEOMETRY, TAIL) { \
+                                              const T *residual, const T *skip, GEOMETRY, int own, TAIL) { \
     const Output out = {y, partial, bias, shift, residual, o, o, oh * ow, NONE}; \
     const Problem size = {n * oh * ow, o, kh * kw * c, splits, k_part}; \
-    gemm<S, true, true, false>(out, InputTaps{x, GEOMETRY_OF}, Matrix{weight, o, size.k, size.k}, size, whole & 1, whole & 2); \
+    gemm<S, true, true, false>(out, InputTapsBeside{{x, GEOMETRY_OF}, skip, own}, Matrix{weight, o, size.k, size.k}, size, whole & 1, whole & 2); \
   } \
   KERNEL_OF(S::COUNT, conv2d_backward_x_##shape)(T *dx, float *partial, const T *dy, const T *weight, GEOMETRY, TAIL) { \
     const Output out = {dx, partial, nullptr, nullptr, nullptr, c, c, 1, NONE}; \

@@ -17,17 +17,34 @@ DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int c
   else load_pixels(to, map, barrier, channel, x, y, image, right, down);
 }
 
-// Forward, or with TURNED the gradient of x.
-template <class S, bool TURNED> struct Pixels {
-  const TensorMap &image, &weight;
+// Forward. The last channels may be those of a second image, `skip`: a range of k of its own behind the `own` channels of the
+// first, which end in the middle of a step of the weight where they are not whole steps; the image has zeros there.
+template <class S> struct Pixels {
+  const TensorMap &image, &skip, &weight;
+  const Grid grid;
+  const int taps_across, channel_steps, skip_steps, own;
+  int m, n;
+  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
+    const int steps = channel_steps + skip_steps, tap = step / steps, inside = step - tap * steps;
+    const bool second = inside >= channel_steps;
+    const int channel = (second ? inside - channel_steps : inside) * STEP;
+    load_grid(to_a, second ? skip : image, barrier, channel, m, grid, tap % taps_across, tap / taps_across);
+    OperandTile<S::N, true>::load(cluster, to_b, weight, barrier, n, second ? own + channel : channel, tap);
+  }
+};
+
+// The gradient of x.
+template <class S> struct TurnedPixels {
+  const TensorMap &dy, &weight;
   const Grid grid;
   const int taps, taps_across, channel_steps;
   int m, n;
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = TURNED ? taps - 1 - tap : tap;
-    load_grid(to_a, image, barrier, channel, m, grid, seen % taps_across, seen / taps_across);
-    OperandTile<S::N, !TURNED>::load(cluster, to_b, weight, barrier, n, channel, tap);
+    const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = taps - 1 - tap;
+    load_grid(to_a, dy, barrier, channel, m, grid, seen % taps_across, seen / taps_across);
+    OperandTile<S::N, false>::load(cluster, to_b, weight, barrier, n, channel, tap);
   }
 };
 
@@ -52,14 +69,15 @@ template <class S> struct WeightGradient {
 #define GRID_OF Grid{width, height, stride, left, top}
 
 #define FORWARD(tile, S) \
-  KERNEL_SM90(conv2d_sm90_forward_##tile)(PRODUCT, const T *shift, int rows_per_shift, GRID) { \
+  KERNEL_SM90(conv2d_sm90_forward_##tile)(PRODUCT, const T *shift, int rows_per_shift, GRID, const __grid_constant__ TensorMap skip, \
+                                          int skip_steps, int own) { \
     const Output out = PRODUCT_OUTPUT(shift, rows_per_shift, NONE); \
-    product<S, true, true, IMAGE>(Pixels<S, false>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
+    product<S, true, true, IMAGE>(Pixels<S>{a, skip, b, GRID_OF, taps_across, channel_steps, skip_steps, own}, out, PRODUCT_CUT); \
   }
 #define BACKWARD(tile, S) \
   KERNEL_SM90(conv2d_sm90_backward_x_##tile)(PRODUCT, GRID) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
-    product<S, true, false, PLAIN>(Pixels<S, true>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
+    product<S, true, false, PLAIN>(TurnedPixels<S>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
   } \
   KERNEL_SM90(conv2d_sm90_backward_weight_##tile)(PRODUCT, GRID) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \

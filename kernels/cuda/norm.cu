@@ -2,7 +2,7 @@
 // of rows sums about its own first row, which is one of the summed values and so bounds what cancels however far the mean
 // lies from zero; chunks are then merged in a fixed tree (Chan, Golub & LeVeque 1983). Chunks depend on the shape alone
 // (engine/cuda/plan.ts), so results repeat bit for bit.
-#include "common.cuh"
+#include "norm.cuh"
 
 extern __shared__ __align__(16) float shared[];
 
@@ -26,21 +26,24 @@ DEVICE float lane_sum(const float *values, const Columns &columns, int k) {
 
 // ---- group norm. A block takes `rows` rows of one image: blockIdx.x is the chunk, blockIdx.y the image.
 
-// partial[image, chunk, group] = mean and squares about it.
-KERNEL(group_norm_partial)(float *partial, const T *x, int hw, int c, int groups, int rows) {
+// partial[image, chunk, group] = mean and squares about it. A pack of channels lies in x or in skip as a whole.
+KERNEL(group_norm_partial)(float *partial, const T *x, const T *skip, int hw, int c, int own, int groups, int rows) {
   const Columns columns(c);
+  const Image image = {x, skip, own, c};
   const int start = blockIdx.x * rows, count = min(rows, hw - start);
-  const T *from = x + (int64_t(blockIdx.y) * hw + start) * c;
+  const int64_t first = int64_t(blockIdx.y) * hw + start;
   float *sums = shared, *squares = shared + columns.lanes * c;
   if (columns.lane < columns.lanes)
 #pragma unroll 1
     for (int p = columns.column; p < columns.packs; p += columns.width) {
       const int k = p * PACK;
-      const Pack shift = load(from + k, c - k, columns.aligned);
+      const T *from = image.at(first, k);
+      const int stride = image.stride(k);
+      const Pack shift = load(from, c - k, columns.aligned);
       Pack sum = {}, square = {};
 #pragma unroll 4
       for (int r = columns.lane; r < count; r += columns.lanes) {
-        const Pack in = load(from + int64_t(r) * c + k, c - k, columns.aligned);
+        const Pack in = load(from + int64_t(r) * stride, c - k, columns.aligned);
 #pragma unroll
         for (int j = 0; j < PACK; j++) {
           const float d = in.at[j] - shift.at[j];
@@ -56,7 +59,7 @@ KERNEL(group_norm_partial)(float *partial, const T *x, int hw, int c, int groups
   for (int k = threadIdx.x; k < c; k += THREADS) {
     const float sum = lane_sum(sums, columns, k), mean = sum / float(count);
     squares[k] = lane_sum(squares, columns, k) - sum * mean;
-    sums[k] = to_float(from[k]) + mean;
+    sums[k] = to_float(*image.at(first, k)) + mean;
   }
   __syncthreads();
   const int width = c / groups;
@@ -123,15 +126,18 @@ struct Affine {
   }
 };
 
-KERNEL(group_norm_apply)(T *y, const float *mean, const float *rstd, const T *x, const T *weight, const T *bias, int hw, int c,
-                         int groups, int with_silu, int rows) {
+KERNEL(group_norm_apply)(T *y, const float *mean, const float *rstd, const T *x, const T *skip, const T *weight, const T *bias, int hw,
+                         int c, int own, int groups, int with_silu, int rows) {
   const Columns columns(c);
+  const Image image = {x, skip, own, c};
   const int start = blockIdx.x * rows, count = min(rows, hw - start);
-  const int64_t first = (int64_t(blockIdx.y) * hw + start) * c;
+  const int64_t first = int64_t(blockIdx.y) * hw + start;
   if (columns.lane >= columns.lanes) return;
 #pragma unroll 1
   for (int p = columns.column; p < columns.packs; p += columns.width) {
     const int k = p * PACK;
+    const T *from = image.at(first, k);
+    const int stride = image.stride(k);
     const Affine affine(mean, rstd, weight, bias, k, columns, groups);
     Pack factor, shift;
 #pragma unroll
@@ -141,14 +147,13 @@ KERNEL(group_norm_apply)(T *y, const float *mean, const float *rstd, const T *x,
     }
 #pragma unroll 4
     for (int r = columns.lane; r < count; r += columns.lanes) {
-      const int64_t at = first + int64_t(r) * c + k;
-      Pack value = load(x + at, c - k, columns.aligned);
+      Pack value = load(from + int64_t(r) * stride, c - k, columns.aligned);
 #pragma unroll
       for (int j = 0; j < PACK; j++) {
         const float z = value.at[j] * factor.at[j] + shift.at[j];
         value.at[j] = with_silu ? silu(z) : z;
       }
-      store(y + at, value, c - k, columns.aligned);
+      store(y + (first + r) * c + k, value, c - k, columns.aligned);
     }
   }
 }

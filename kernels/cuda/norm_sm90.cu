@@ -3,6 +3,7 @@
 // What the other blocks have summed is read from their shared memory.
 // A block sums a group about one of its own values, which bounds what cancels however far the mean lies from zero; the blocks'
 // moments are then merged in order (Chan, Golub & LeVeque 1983). How a tensor is cut is up to engine/cuda/plan_norm_sm90.ts.
+#include "norm.cuh"
 #include "sm90.cuh"
 
 extern __shared__ __align__(16) uint8_t shared[];
@@ -17,28 +18,32 @@ DEVICE float load_remote(uint32_t address, int rank) {
 // A warp to each group of the slab.
 #define EACH_GROUP(g) _Pragma("unroll 1") for (int g = threadIdx.x / 32; g < slab_groups; g += int(blockDim.x) / 32)
 
+// The first `own` channels lie in x, the others in skip, whole packs in each.
 // blockIdx.x is the slab times `blocks`, plus the rank in the cluster; blockIdx.y is the image. A block has `share` rows, the last
 // ones fewer or none. A slab is whole packs wide, at most one for each thread.
-KERNEL(group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int hw, int c, int groups,
-                           int slab_groups, int blocks, int share, int with_silu, float eps) {
+KERNEL(group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, const T *skip, const T *weight, const T *bias, int hw, int c,
+                           int own, int groups, int slab_groups, int blocks, int share, int with_silu, float eps) {
   const int width = c / groups, slab = slab_groups * width, first_group = int(blockIdx.x) / blocks * slab_groups;
   const int rank = int(blockIdx.x) % blocks, start = rank * share, count = max(0, min(share, hw - start));
   const int packs = slab / PACK, lanes = int(blockDim.x) / packs, lane = threadIdx.x / packs, k = int(threadIdx.x) % packs * PACK;
   const int own_lane = threadIdx.x % 32, channel = first_group * width;
-  const int64_t first = (int64_t(blockIdx.y) * hw + start) * c + channel;
+  const int64_t first = int64_t(blockIdx.y) * hw + start;
+  const Image image = {x, skip, own, c};
   // Of each group, what the others read and the outcome; each thread's sums; the rows.
   float *moments = reinterpret_cast<float *>(shared), *outcome = moments + 2 * slab_groups;
   float *sums = outcome + 2 * slab_groups, *squares = sums + blockDim.x * PACK;
   T *rows = reinterpret_cast<T *>(squares + blockDim.x * PACK);
 
   if (lane < lanes) {
+    const T *from = image.at(first, channel + k);
+    const int stride = image.stride(channel + k);
     Pack shift = {}, sum = {}, square = {};
     if (count > 0)
 #pragma unroll
-      for (int j = 0; j < PACK; j++) shift.at[j] = to_float(x[first + (k + j) / width * width]);
+      for (int j = 0; j < PACK; j++) shift.at[j] = to_float(*image.at(first, channel + (k + j) / width * width));
 #pragma unroll 32
     for (int r = lane; r < count; r += lanes) {
-      const Stored<T> in = *reinterpret_cast<const Stored<T> *>(x + first + int64_t(r) * c + k);
+      const Stored<T> in = *reinterpret_cast<const Stored<T> *>(from + int64_t(r) * stride);
       *reinterpret_cast<Stored<T> *>(rows + r * slab + k) = in;
 #pragma unroll
       for (int j = 0; j < PACK; j++) {
@@ -105,7 +110,7 @@ KERNEL(group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, const T *
         const float z = value.at[j] * factor.at[j] + shift.at[j];
         value.at[j] = with_silu ? __fdividef(z, 1.f + exp2_of(-1.44269504f * z)) : z;
       }
-      store(y + first + int64_t(r) * c + k, value, PACK, true);
+      store(y + (first + r) * c + channel + k, value, PACK, true);
     }
   }
   cluster_wait();
