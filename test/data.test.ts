@@ -1,5 +1,5 @@
 // Training data: sources, the survey, geometry, buckets, order and captions. Expected numbers are by hand or by
-// torchvision's formulas; the pixels of resizing are held to Pillow in io.test.ts.
+// torchvision's formulas; the pixels of resizing are held to Pillow in pictures.test.ts.
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import sharp from 'sharp';

@@ -1,5 +1,5 @@
 // Damaged checkpoints through the command line, one flaw at a time in a copy of the tiny model: one sentence that names the
-// file or the tensor, status 2, and nothing left behind. (The reader's own hostile headers are in io.test.ts; mistakes in
+// file or the tensor, status 2, and nothing left behind. (The reader's own hostile headers are in safetensors.test.ts; mistakes in
 // the flags in cli.test.ts.)
 import { cpSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';

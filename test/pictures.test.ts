@@ -1,0 +1,214 @@
+// Pictures: resizing against Pillow and processing against diffusers (golden area `image`), PNG and every other kind of file.
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { decode } from 'fast-png';
+import sharp from 'sharp';
+import { test } from 'tap';
+import { UserError } from '../io/errors.ts';
+import {
+  postprocess,
+  preprocess,
+  preprocessMask,
+  readMask,
+  readPicture,
+  toGrey,
+  toPictures,
+  writePng,
+} from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import { encodePng } from '../io/png.ts';
+import { type ResizeFilter, resize } from '../io/resize.ts';
+import { allClose, goldenArea, goldenFolder, maxDifference } from './golden.ts';
+import { at, exact, folder, randomNumbers, sameBytes } from './io_helpers.ts';
+
+const golden = goldenArea('image');
+
+function goldenPicture(tensor: string): Picture {
+  const [height, width] = golden.shape(tensor);
+  return { width, height, channels: 3, data: golden.bytes(tensor) };
+}
+
+test('resize: Pillow, to the bit', (t) => {
+  for (const { id, inputs, expect } of golden.cases.filter((found) => found.id.startsWith('resize_'))) {
+    const [, filter, width, height] = /^resize_([a-z]+)_(\d+)x(\d+)$/.exec(id) ?? [];
+    const picture = goldenPicture(inputs?.picture ?? '');
+    const got = resize(picture, Number(width), Number(height), filter as ResizeFilter);
+    const want = golden.bytes(expect.y.tensor);
+    t.ok(sameBytes(got.data, want), `${id}: largest difference ${maxDifference(got.data, want)}`);
+  }
+  const picture = goldenPicture('picture');
+  t.ok(sameBytes(resize(picture, picture.width, picture.height, 'lanczos').data, picture.data), 'same size');
+  for (const filter of ['lanczos', 'bicubic', 'bilinear', 'nearest'] as const) {
+    for (const [width, height] of [
+      [37, 91],
+      [picture.width, 20],
+      [picture.width, picture.height],
+    ]) {
+      const window = { left: 5, top: 3, width: 11, height: 14 };
+      const whole = resize(picture, width, height, filter);
+      const want = Uint8Array.from({ length: 11 * 14 * 3 }, (_, i) => {
+        const [y, x] = [Math.floor(i / 33), Math.floor(i / 3) % 11];
+        return whole.data[((3 + y) * width + 5 + x) * 3 + (i % 3)];
+      });
+      const got = resize(picture, width, height, filter, window);
+      t.strictSame([got.width, got.height], [11, 14]);
+      t.ok(sameBytes(got.data, want), `${filter} to ${width} x ${height}: a window is a part of the whole`);
+    }
+  }
+  const line: Picture = { width: 60_000, height: 1, channels: 3, data: new Uint8Array(180_000).fill(7) };
+  const window = { left: 30_000_000, top: 0, width: 64, height: 64 };
+  t.ok(
+    resize(line, 61_440_000, 1024, 'lanczos', window).data.every((value) => value === 7),
+    'all width',
+  );
+  const grey = resize(toGrey(picture), 24, 16, 'lanczos');
+  t.strictSame([grey.channels, grey.data.length], [1, 24 * 16], 'grey pictures');
+  t.end();
+});
+
+test('pixels: VaeImageProcessor', (t) => {
+  const cases = new Map(golden.cases.map((found) => [found.id, found]));
+  for (const id of ['preprocess', 'preprocess_exact']) {
+    const { inputs, expect } = cases.get(id)!;
+    const { data, shape } = preprocess(goldenPicture(inputs?.picture ?? ''));
+    t.strictSame(shape, golden.shape(expect.y.tensor), `${id}: shape`);
+    allClose(t, `${id} to the bit`, data, golden.floats(expect.y.tensor), exact);
+  }
+  const { inputs, expect } = cases.get('postprocess')!;
+  const z = golden.floats(inputs?.z ?? '');
+  const shape = golden.shape(inputs?.z ?? '');
+  allClose(t, 'postprocess: floats', postprocess(z, shape), golden.floats(expect.float_nhwc.tensor), exact);
+  const pictures = Buffer.concat(toPictures(z, shape).map(({ data }) => data));
+  t.ok(sameBytes(pictures, golden.bytes(expect.uint8.tensor)), 'postprocess: pictures');
+  const halves = Array.from({ length: 191 }, (_, i) => i + 64).filter(
+    (grey) => Math.fround(Math.fround((grey + 0.5) / 255) * 255) === grey + 0.5,
+  );
+  const [rounded] = toPictures(
+    Float32Array.from(Array(3).fill(halves).flat(), (grey) => 2 * Math.fround((grey + 0.5) / 255) - 1),
+    [1, 3, 1, halves.length],
+  );
+  const odd = halves.filter((grey, i) => rounded.data[3 * i] !== grey + (grey % 2)).length;
+  t.ok(halves.length > 50 && odd === 0, `${halves.length} halves are rounded to even`);
+  const mask = cases.get('mask_preprocess')!;
+  const maskTensor = mask.inputs?.mask ?? '';
+  const [height, width] = golden.shape(maskTensor);
+  const got = preprocessMask({ width, height, channels: 1, data: golden.bytes(maskTensor) });
+  t.strictSame(got.shape, golden.shape(mask.expect.y.tensor), 'mask: shape');
+  allClose(t, 'mask', got.data, golden.floats(mask.expect.y.tensor), exact);
+  t.end();
+});
+
+test('png: our encoder, judged by two decoders', async (t) => {
+  const random = randomNumbers(3);
+  const smooth = goldenPicture('picture');
+  const noise: Picture = {
+    width: 33,
+    height: 7,
+    channels: 3,
+    data: Uint8Array.from({ length: 693 }, () => random() * 256),
+  };
+  const dot: Picture = { width: 1, height: 1, channels: 3, data: Uint8Array.of(1, 2, 3) };
+  for (const picture of [smooth, noise, dot, toGrey(smooth)]) {
+    const label = `${picture.width}x${picture.height}x${picture.channels}`;
+    const bytes = encodePng(picture);
+    const judged = decode(bytes, { checkCrc: true });
+    t.strictSame(
+      [judged.width, judged.height, judged.channels],
+      [picture.width, picture.height, picture.channels],
+      label,
+    );
+    t.ok(sameBytes(judged.data as Uint8Array, picture.data), `${label}: fast-png`);
+    const space = picture.channels === 1 ? 'b-w' : 'srgb';
+    const data = await sharp(bytes).toColourspace(space).raw().toBuffer();
+    t.ok(sameBytes(data, picture.data), `${label}: sharp`);
+  }
+  t.end();
+});
+
+test('png: text metadata', async (t) => {
+  const path = at('text.png');
+  const text = { parameters: 'ein Fuchs, 狐 🦊\nSteps: 30', Software: 'sdxl ± ü' };
+  writePng(path, goldenPicture('picture'), text);
+  const bytes = readFileSync(path);
+  t.equal(decode(bytes, { checkCrc: true }).text.Software, text.Software, 'Latin-1 is tEXt');
+  const { comments = [] } = await sharp(bytes).metadata();
+  const found = comments.find(({ keyword }) => keyword === 'parameters')?.text;
+  t.equal(found, text.parameters, 'other text is iTXt');
+  t.ok(sameBytes((await readPicture(path)).data, golden.bytes('picture')));
+  t.throws(() => encodePng(goldenPicture('picture'), { 'schlüssel€': '' }), /not a PNG keyword/);
+  t.end();
+});
+
+test('pictures: every kind is read as 8-bit RGB', async (t) => {
+  const rgb = Uint8Array.from({ length: 4 * 6 * 3 }, (_, i) => (i * 37) % 256);
+  const picture: Picture = { width: 6, height: 4, channels: 3, data: rgb };
+  const raw = { width: 6, height: 4, channels: 3 } as const;
+  const withAlpha = Uint8Array.from({ length: 96 }, (_, i) =>
+    i % 4 === 3 ? (i * 5) % 256 : rgb[Math.floor(i / 4) * 3 + (i % 4)],
+  );
+  const path = at('kind.png');
+  const reads = async (bytes: Uint8Array, want: Uint8Array, label: string) => {
+    writeFileSync(path, bytes);
+    const got = await readPicture(path);
+    t.ok(sameBytes(got.data, want), `${label}: largest difference ${maxDifference(got.data, want)}`);
+  };
+  await reads(
+    await sharp(withAlpha, { raw: { ...raw, channels: 4 } })
+      .png()
+      .toBuffer(),
+    rgb,
+    'alpha is dropped',
+  );
+  await reads(await sharp(rgb, { raw }).webp({ lossless: true }).toBuffer(), rgb, 'lossless WebP');
+  const grey = toGrey(picture).data;
+  const greyAsRgb = Uint8Array.from({ length: 72 }, (_, i) => grey[Math.floor(i / 3)]);
+  await reads(encodePng(toGrey(picture)), greyAsRgb, 'grey');
+  t.ok(sameBytes((await readMask(path)).data, grey), 'a grey file is its own mask');
+  const { encode } = await import('fast-png');
+  const deep = Uint16Array.from(rgb, (value, i) => value * 256 + ((i * 91) % 256));
+  await reads(encode({ width: 6, height: 4, channels: 3, depth: 16, data: deep }), rgb, '16-bit RGB');
+  const deepGrey = Uint16Array.from(grey, (value, i) => value * 256 + ((i * 91) % 256));
+  await reads(
+    encode({ width: 6, height: 4, channels: 1, depth: 16, data: deepGrey }),
+    greyAsRgb,
+    '16-bit grey',
+  );
+  writeFileSync(path, await sharp(rgb, { raw }).png().withMetadata({ orientation: 6 }).toBuffer());
+  const turned = await readPicture(path);
+  t.strictSame([turned.width, turned.height], [4, 6], 'EXIF orientation');
+  t.strictSame([...turned.data.subarray(0, 3)], [...rgb.subarray(54, 57)], 'a quarter turn clockwise');
+  t.end();
+});
+
+test('pictures: what cannot be read is refused in one sentence', async (t) => {
+  const sound = readFileSync(join(goldenFolder, 'png', 'input.png'));
+  const rgb = { width: 64, height: 64, channels: 3, background: '#36c' } as const;
+  const jpeg = await sharp({ create: rgb }).jpeg().toBuffer();
+  const damaged = Buffer.from(sound);
+  damaged.fill(0xaa, 200, 400);
+  const files: [string, Uint8Array][] = [
+    ['empty', new Uint8Array(0)],
+    ['text', Buffer.from('not a picture\nat all')],
+    ['truncated PNG', sound.subarray(0, sound.length >> 1)],
+    ['damaged PNG', damaged],
+    ['truncated JPEG', jpeg.subarray(0, jpeg.length - 40)],
+    ['SVG', Buffer.from('<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>')],
+    ['GIF', await sharp({ create: rgb }).gif().toBuffer()],
+  ];
+  const path = at('bad.png');
+  for (const [label, bytes] of files) {
+    writeFileSync(path, bytes);
+    const error = await readPicture(path).then(
+      () => undefined,
+      (reason: unknown) => reason,
+    );
+    const message = error instanceof Error ? error.message : 'no error';
+    t.ok(
+      error instanceof UserError && message.includes(path) && !message.includes('\n'),
+      `${label}: ${message}`,
+    );
+  }
+  await t.rejects(readPicture(at('absent.png')), /does not exist/);
+  await t.rejects(readMask(folder), /is a folder/);
+  t.end();
+});
