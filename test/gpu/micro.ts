@@ -1,6 +1,6 @@
 // Micro-kernels: one small PTX kernel per instruction that our kernels use, with its inputs. Each runs on the device and on
 // the virtual GPU, and the results must agree. What the virtual GPU gets right is tested apart, against exact arithmetic
-// (virtual_gpu_instructions.test.ts); here it is shown to be what a GPU does.
+// (virtual_gpu_integers, _floats and _lanes.test.ts); here it is shown to be what a GPU does.
 import type { GpuApi } from '../../engine/cuda/api.ts';
 import type { Bench } from '../virtual-gpu/run_kernel.ts';
 import type { Agree } from './agreement.ts';

@@ -2,7 +2,7 @@
 // compares it with a real GPU share. Operands are the awkward ones of each type and as many random ones.
 import type { GpuApi } from '../../engine/cuda/api.ts';
 import { float16 } from './exact.ts';
-import type { Bench } from './run_kernel.ts';
+import { type Bench, newBench } from './run_kernel.ts';
 
 /** One value a thread, as bits; 64-bit types and narrower ones alike. */
 export type Bits = bigint[];
@@ -71,6 +71,10 @@ export function runInstruction(
   bench.launch(instructionPtx(body, out, types), 'op', Math.ceil(count / 32), 32, [to, ...from]);
   return bench.bytes(to, count * sizeOf(out));
 }
+
+/** One value a thread of what `body` leaves in %d, on a virtual GPU of its own. */
+export const run = (body: string, out: string, types: readonly string[], inputs: readonly Bits[]): Bits =>
+  unpacked(runInstruction(newBench(), body, out, types, inputs), sizeOf(out));
 
 /** Pads to whole warps with the first value. */
 export const whole = (values: Bits): Bits => [
