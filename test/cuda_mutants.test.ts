@@ -3,7 +3,7 @@
 import { test } from 'tap';
 import { judge, unexplained } from './mutant_judge.ts';
 
-for (const family of ['reduce', 'move', 'optimizer', 'norm', 'adamw_8bit']) {
+for (const family of ['reduce', 'move', 'optimizer', 'norm', 'group_norm', 'adamw_8bit']) {
   test(`synchronisation mutants of ${family} die`, (t) => {
     const verdicts = judge({ family, dtype: 'bfloat16' });
     t.ok(verdicts.length > 0, `${verdicts.length} mutants`);

@@ -71,7 +71,7 @@ function lossPlan(name: string, signature: string): [string, Plan] {
 const rowsToSum = (c: number): number => Math.min(128, Math.max(8, Math.floor(16384 / c)));
 const rowsToWrite = (c: number): number => Math.min(64, Math.max(4, Math.floor(8192 / c)));
 
-/** Dynamic shared memory of norm.cu's Columns: two sums per lane and channel. */
+/** Dynamic shared memory of norm.cuh's Columns: two sums per lane and channel. */
 function columnBytes(c: number): number {
   const lanes = Math.floor(THREADS / Math.min(divideUp(c, PACK), THREADS));
   return 2 * lanes * c * FLOAT;
@@ -88,10 +88,10 @@ function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLa
   const partial = context.workspace(n * chunks * groups * 2 * FLOAT);
   const apply = [y, mean, rstd, x, skip, weight, bias, hw, c, own, groups, silu, written];
   return [
-    block('norm', 'group_norm_partial', [chunks, n], columnBytes(c), [
+    block('group_norm', 'group_norm_partial', [chunks, n], columnBytes(c), [
       ...[partial, x, skip, hw, c, own, groups, rows],
     ]),
-    block('norm', 'group_norm_finish', [divideUp(n * groups * 32, THREADS), 1], 0, [
+    block('group_norm', 'group_norm_finish', [divideUp(n * groups * 32, THREADS), 1], 0, [
       mean,
       rstd,
       partial,
@@ -102,7 +102,7 @@ function groupNormForward(args: LaunchArguments, context: PlanContext): KernelLa
       rows,
       eps,
     ]),
-    block('norm', 'group_norm_apply', [divideUp(hw, written), n], 0, apply),
+    block('group_norm', 'group_norm_apply', [divideUp(hw, written), n], 0, apply),
   ];
 }
 
@@ -149,7 +149,7 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
   const sums = context.workspace(n * 2 * c * FLOAT);
   const shape = [hw, c, groups, silu];
   const made = [
-    block('norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [
+    block('group_norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [
       partial,
       ...inputs,
       ...shape,
@@ -159,7 +159,10 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
   ];
   if (!dx) return made;
   const last = [dx, sums, ...inputs, ...shape, own];
-  return [...made, block('norm', 'group_norm_backward_x', [divideUp(hw, own), n], 2 * groups * FLOAT, last)];
+  return [
+    ...made,
+    block('group_norm', 'group_norm_backward_x', [divideUp(hw, own), n], 2 * groups * FLOAT, last),
+  ];
 }
 
 function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
