@@ -64,6 +64,7 @@ test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' },
   parameters.setBigUint64(0, y, true);
   parameters.setBigUint64(8, x, true);
   parameters.setInt32(16, 4, true);
+  const offsets = [0, 8, 16];
   const launch = (blocks: number, cluster: number) =>
     api.cuLaunchKernel(
       kernel,
@@ -72,6 +73,7 @@ test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' },
       0,
       stream,
       new Uint8Array(parameters.buffer),
+      offsets,
       cluster,
     );
   launch(2, 2);

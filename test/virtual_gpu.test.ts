@@ -205,8 +205,8 @@ test('a captured graph runs when it is launched, each time', (t) => {
   new DataView(parameters.buffer).setBigUint64(0, x, true);
   parameters[8] = 2;
   gpu.cuStreamBeginCapture(stream);
-  gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, stream, parameters);
-  gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, stream, parameters);
+  gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, stream, parameters, [0, 8]);
+  gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, stream, parameters, [0, 8]);
   const exec = gpu.cuGraphInstantiate(gpu.cuStreamEndCapture(stream));
   t.equal(gpu.stats.launches, 0, 'capturing runs nothing');
   gpu.cuGraphLaunch(exec, stream);

@@ -121,7 +121,8 @@ test('a graph keeps the clusters of its launches', (t) => {
   parameters.setBigUint64(0, bench.give(x), true);
   parameters.setBigUint64(8, y, true);
   const kernel = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(clusterPtx), 'exchange');
-  gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, new Uint8Array(parameters.buffer), 2);
+  const packed = new Uint8Array(parameters.buffer);
+  gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, packed, [0, 8, 16], 2);
   const graph = gpu.cuStreamEndCapture(stream);
   gpu.cuGraphLaunch(gpu.cuGraphInstantiate(graph), stream);
   t.ok(same(bench.ints(y, 512), exchanged()));

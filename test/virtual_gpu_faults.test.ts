@@ -67,7 +67,7 @@ check('addresses', [
 
 function launchRaw(bench: Bench, bytes: number): undefined {
   const kernel = bench.gpu.cuModuleGetFunction(bench.gpu.cuModuleLoadData(basic), 'vadd');
-  bench.gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, 0n, new Uint8Array(bytes));
+  bench.gpu.cuLaunchKernel(kernel, [1, 1, 1], [32, 1, 1], 0, 0n, new Uint8Array(bytes), [0, 8, 16, 24]);
 }
 
 const sgemm = (bench: Bench, ptx = basic): boolean => {

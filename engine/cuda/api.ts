@@ -111,9 +111,9 @@ export interface GpuApi {
   cuFuncGetAttribute(attribute: number, kernel: Kernel): number;
   cuFuncSetAttribute(kernel: Kernel, attribute: number, value: number): void;
   /**
-   * Queues a kernel. `parameters` is the packed parameter block (CU_LAUNCH_PARAM_BUFFER_POINTER) that packParameters
-   * of manifest.ts makes from the .entry's own list; the driver does not check it, so the packing does. With `cluster` that
-   * many neighbours along x run together (cuLaunchKernelEx).
+   * Queues a kernel. `parameters` is the packed parameter block that packParameters of manifest.ts makes from the .entry's
+   * own list, and `offsets` says where in it each of them begins; the driver checks neither, so the packing does. With
+   * `cluster` that many neighbours along x run together (cuLaunchKernelEx).
    */
   cuLaunchKernel(
     kernel: Kernel,
@@ -122,6 +122,7 @@ export interface GpuApi {
     sharedBytes: number,
     stream: Stream,
     parameters: Uint8Array,
+    offsets: readonly number[],
     cluster?: number,
   ): void;
 

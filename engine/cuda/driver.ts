@@ -1,7 +1,9 @@
 // The calls of api.ts on the NVIDIA driver's own library through koffi: no toolkit and no runtime library. A call that does
 // not return CUDA_SUCCESS throws CudaError. Handles and device addresses cross as 64-bit integers. What a call writes
 // through pointers comes back from one small scratch block, which is also where launch parameters are laid out: the driver
-// copies them before cuLaunchKernel returns.
+// copies them before cuLaunchKernel returns. Each goes by its own pointer (kernelParams), not in one buffer (extra): a buffer
+// must have the device's layout, which PTX does not tell. On Hopper ptxas moves a list of tensor maps 48 bytes on, so that
+// they begin on a multiple of 64 in constant memory.
 import koffi from 'koffi';
 import { UserError } from '../../io/errors.ts';
 import type { GpuApi, Im2colMap, TiledMap } from './api.ts';
@@ -21,10 +23,10 @@ const types: Record<string, string> = {
 };
 
 const SCRATCH_BYTES = 8192;
-/** Where in the scratch block the packed parameters lie, and the list that points to them. */
-const PARAMETERS = 1024;
-const EXTRA = 512;
-const PARAMETER_BYTES = EXTRA - 8;
+/** Where in the scratch block the packed parameters lie, and the list of pointers to them. */
+const PARAMETERS = 2048;
+const POINTERS = 1024;
+const MOST_PARAMETERS = (PARAMETERS - POINTERS) / 8;
 /** And what a launch of clusters takes. */
 const CONFIG = 640;
 const ATTRIBUTE = 704;
@@ -71,12 +73,18 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   };
   call('cuInit', 'i', 0);
 
-  // CU_LAUNCH_PARAM_BUFFER_POINTER 1, its address, CU_LAUNCH_PARAM_BUFFER_SIZE 2, the size's address, END 0.
-  const extra = scratch + BigInt(EXTRA);
-  const list = [1n, scratch + BigInt(PARAMETERS), 2n, scratch + BigInt(PARAMETER_BYTES), 0n];
-  new BigUint64Array(memory.buffer, EXTRA, list.length).set(list);
-  memory.setBigUint64(PARAMETER_BYTES, 0n, true);
-  const launch = functionOf('cuLaunchKernel', 'hiiiiiiihho');
+  const pointers = new BigUint64Array(memory.buffer, POINTERS, MOST_PARAMETERS);
+  /** A kernel's list of pointers, by its offsets. */
+  const lists = new WeakMap<readonly number[], BigUint64Array>();
+  const listOf = (offsets: readonly number[]): BigUint64Array => {
+    const known = lists.get(offsets);
+    if (known) return known;
+    const list = BigUint64Array.from(offsets, (offset) => scratch + BigInt(PARAMETERS + offset));
+    lists.set(offsets, list);
+    return list;
+  };
+  const kernelParams = scratch + BigInt(POINTERS);
+  const launch = functionOf('cuLaunchKernel', 'hiiiiiiihoh');
   // A CUlaunchConfig of one attribute, a cluster's dimensions (id 4): grid, block and shared bytes come at each launch.
   memory.setBigUint64(CONFIG + 40, scratch + BigInt(ATTRIBUTE), true);
   memory.setUint32(CONFIG + 48, 1, true);
@@ -153,21 +161,22 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     },
     cuFuncSetAttribute: (kernel, attribute, value) =>
       call('cuFuncSetAttribute', 'hii', kernel, attribute, value),
-    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters, cluster = 1) {
+    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters, offsets, cluster = 1) {
       const { byteLength } = parameters;
-      if (byteLength > SCRATCH_BYTES - PARAMETERS) throw new Error(`${byteLength} bytes of parameters`);
+      if (byteLength > SCRATCH_BYTES - PARAMETERS || offsets.length > MOST_PARAMETERS)
+        throw new Error(`${byteLength} bytes of ${offsets.length} parameters`);
       bytes.set(parameters, PARAMETERS);
-      memory.setUint32(PARAMETER_BYTES, byteLength, true);
+      pointers.set(listOf(offsets));
       const [gx, gy, gz] = grid;
       const [bx, by, bz] = block;
       if (cluster > 1) {
         new Uint32Array(memory.buffer, CONFIG, 7).set([gx, gy, gz, bx, by, bz, sharedBytes]);
         memory.setBigUint64(CONFIG + 32, stream, true);
         memory.setUint32(ATTRIBUTE + 8, cluster, true);
-        call('cuLaunchKernelEx', 'ohho', scratch + BigInt(CONFIG), kernel, 0n, extra);
+        call('cuLaunchKernelEx', 'ohoh', scratch + BigInt(CONFIG), kernel, kernelParams, 0n);
         return;
       }
-      const code = launch(kernel, gx, gy, gz, bx, by, bz, sharedBytes, stream, 0n, extra);
+      const code = launch(kernel, gx, gy, gz, bx, by, bz, sharedBytes, stream, kernelParams, 0n);
       if (code !== 0) throw failed(code, 'cuLaunchKernel');
     },
 

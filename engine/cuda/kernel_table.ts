@@ -15,6 +15,7 @@ interface Loaded {
   /** Where its parameters are packed: the driver has copied them when the launch returns. */
   readonly parameters: Uint8Array;
   readonly view: DataView;
+  readonly offsets: readonly number[];
   sharedBytes: number;
 }
 
@@ -46,7 +47,8 @@ export class KernelTable {
     }
     packInto(found.view, found.entry, args);
     const threads: Dim3 = [block, 1, 1];
-    this.#api.cuLaunchKernel(found.kernel, grid, threads, shared, stream, found.parameters, cluster);
+    const { kernel, parameters, offsets } = found;
+    this.#api.cuLaunchKernel(kernel, grid, threads, shared, stream, parameters, offsets, cluster);
     return found.entry.name;
   }
 
@@ -59,7 +61,8 @@ export class KernelTable {
     const kernel = this.#api.cuModuleGetFunction(module, symbol);
     const parameters = new Uint8Array(entry.bytes);
     const view = new DataView(parameters.buffer);
-    const made = { kernel, entry, parameters, view, sharedBytes: DEFAULT_SHARED_BYTES };
+    const offsets = entry.parameters.map(({ offset }) => offset);
+    const made = { kernel, entry, parameters, view, offsets, sharedBytes: DEFAULT_SHARED_BYTES };
     this.#kernels.set(symbol, made);
     return made;
   }

@@ -263,12 +263,12 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       }
       state.dynamicLimit = value;
     },
-    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, cluster = 1) {
+    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, offsets, cluster = 1) {
       const { kernel, dynamicLimit } = find<KernelState>('cuLaunchKernel', 'kernel', handle);
       const refuse = (detail: string): never => {
         throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', `${kernel.source.name}: ${detail}`);
       };
-      const { name, maxThreads, parameterBytes } = kernel.source;
+      const { name, maxThreads, parameters: own, parameterBytes } = kernel.source;
       const threads = block[0] * block[1] * block[2];
       if ([...grid, ...block].some((n) => !Number.isInteger(n) || n < 1))
         refuse(`grid [${grid}] of blocks [${block}]`);
@@ -281,12 +281,18 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         const detail = `kernel ${name} takes ${parameterBytes} bytes of parameters, the launch brings ${parameters.length}`;
         throw new GpuReport('launch', detail);
       }
+      if (offsets.length !== own.length)
+        throw new GpuReport('launch', `kernel ${name} takes ${own.length} parameters, not ${offsets.length}`);
       if (cluster > 1 && (major < 9 || cluster > 8 || grid[0] % cluster))
         refuse(`clusters of ${cluster} blocks in a grid [${grid}]`);
       const warps = Math.ceil(threads / 32) * cluster;
       if (warps > 32) refuse(`the virtual GPU runs 32 warps together, not ${warps}`);
       if (warps * kernel.flow.planes * 32 > m.registers.length) refuse('too many registers');
-      const packed = Uint8Array.from(parameters);
+      // As the driver does: each parameter from where it lies to the kernel's own place for it.
+      const packed = new Uint8Array(parameterBytes);
+      own.forEach(({ offset, bytes }, i) => {
+        packed.set(parameters.subarray(offsets[i], offsets[i] + bytes), offset);
+      });
       enqueue('cuLaunchKernel', stream, () => {
         new Uint8Array(m.parameters.buffer).set(packed);
         stats.launches++;

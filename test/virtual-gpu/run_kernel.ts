@@ -72,7 +72,8 @@ export function benchOn<Gpu extends GpuApi>(gpu: Gpu): Bench<Gpu> {
       if (sharedBytes > 48 * 1024) gpu.cuFuncSetAttribute(handle, 8, sharedBytes);
       const blocks: Dim3 = typeof grid === 'number' ? [grid, 1, 1] : grid;
       const parameters = packParameters(entry, args);
-      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, parameters, cluster);
+      const offsets = entry.parameters.map(({ offset }) => offset);
+      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, parameters, offsets, cluster);
     },
   };
 }
