@@ -4,7 +4,7 @@ import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
 import { spelledOut } from './aliases.ts';
-import { Stopped, type Terminal } from './terminal.ts';
+import { ownTerminal, Stopped, type Terminal } from './terminal.ts';
 
 interface CommandFile {
   usage: string;
@@ -52,14 +52,8 @@ const commands: readonly CommandFile[] = [
   },
 ];
 
-const processTerminal: Terminal = {
-  out: (text) => void process.stdout.write(text),
-  err: (text) => void process.stderr.write(text),
-  live: process.stderr.isTTY === true,
-};
-
 /** Runs one command line and returns the exit status. */
-export async function main(argv: readonly string[], terminal: Terminal = processTerminal): Promise<number> {
+export async function main(argv: readonly string[], terminal: Terminal = ownTerminal()): Promise<number> {
   const program = new Command('sdxl')
     .description('Stable Diffusion XL in TypeScript: sample it, train it, export it, without Python.')
     .version(version, '--version')

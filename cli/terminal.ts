@@ -1,4 +1,5 @@
 // What every command has of the program around it: where it writes, and how it says that a signal ended it.
+import { asUserError } from '../io/files.ts';
 
 /** Where a command writes: the result on `out`, everything else on `err`. */
 export interface Terminal {
@@ -6,6 +7,25 @@ export interface Terminal {
   err(text: string): void;
   /** Whether `err` is a screen that can redraw a line. */
   live: boolean;
+}
+
+/**
+ * The process's own streams. A reader who has left (`sdxl ... | head -1`) ends nothing: the rest goes nowhere, and training
+ * goes on. A result that cannot be written for another reason is an error, and comes last of a command.
+ */
+export function ownTerminal(): Terminal {
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code === 'EPIPE') return;
+    const { message } = asUserError(error, 'the standard output') as Error;
+    process.stderr.write(`error: ${message}\n`);
+    process.exit(2);
+  });
+  process.stderr.on('error', () => {});
+  return {
+    out: (text) => void process.stdout.write(text),
+    err: (text) => void process.stderr.write(text),
+    live: process.stderr.isTTY === true,
+  };
 }
 
 /** A signal has ended the work in good order; `status` is the program's, as shells count. */

@@ -2,10 +2,12 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import {
+  closeSync,
   copyFileSync,
   cpSync,
   existsSync,
   mkdtempSync,
+  openSync,
   readdirSync,
   readFileSync,
   rmSync,
@@ -386,6 +388,27 @@ test('an interrupt leaves whole files or none', async (t) => {
   t.ok(code === 130 || signal === 'SIGINT', `status ${code}, signal ${signal}: a shell reports 130`);
   t.same(readdirSync(folder), [], 'nothing is left');
   rmSync(folder, { recursive: true });
+});
+
+test('a reader who leaves ends nothing, a result that cannot be written is an error', async (t) => {
+  const ended = async (stdout: 'pipe' | number, left?: 'stdout' | 'stderr') => {
+    const program = join(packageRoot, 'bin', 'sdxl.js');
+    const child = spawn(process.execPath, [program, 'inspect', model], { stdio: ['ignore', stdout, 'pipe'] });
+    if (left) child[left]?.destroy();
+    let err = '';
+    child.stderr?.on('data', (text) => void (err += text));
+    const [code] = (await once(child, 'close')) as [number | null];
+    return { code, err };
+  };
+  t.same(await ended('pipe', 'stdout'), { code: 0, err: '' });
+  t.same(await ended('pipe', 'stderr'), { code: 0, err: '' });
+  if (process.platform === 'linux') {
+    const full = openSync('/dev/full', 'w');
+    const { code, err } = await ended(full);
+    closeSync(full);
+    t.equal(code, 2);
+    t.match(err, /^error: the disk is full while writing the standard output: .*\n$/);
+  }
 });
 
 test('without a model the small one that comes along draws', async (t) => {
