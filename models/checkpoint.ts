@@ -32,7 +32,6 @@ export interface WeightSource {
 }
 
 export interface ModelSource {
-  readonly kind: 'folder' | 'file';
   readonly path: string;
   readonly modelIndex: Json;
   has(component: string): boolean;
@@ -68,7 +67,6 @@ function folderSource(
   variant?: string,
 ): ModelSource {
   const source: ModelSource = {
-    kind: 'folder',
     path,
     modelIndex,
     has: (component) => existsSync(folderOf(component)),

@@ -14,7 +14,7 @@ import { type Json, type ModelSource, matchParameters, openModel, type WeightSou
 import { buildComponent } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
 import { saveWeights, writeJson } from './save.ts';
-import { openSingleFile } from './singlefile.ts';
+import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
 export const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
@@ -190,14 +190,13 @@ export function exportSingleFile(source: ModelSource, out: string, request: Expo
     throw new UserError(`a single file holds a whole model; export ${needed.join(', ')} together`);
   const outgoing = new Outgoing(request);
   try {
-    const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name));
+    const marks = hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];
+    const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name), marks);
     const noted = outgoing.noted('', entries, entries.length);
     return replaceAtomically(out, (temporary) => {
       writeSafetensors(temporary, noted, { format: 'pt' });
       compareHashes(temporary, '', outgoing.hashes);
-      const written = openSingleFile(temporary, {
-        configs: source.kind === 'folder' ? source.path : undefined,
-      });
+      const written = openSingleFile(temporary, { configs: source });
       const forward = weighty.filter((name) => sameForward(source, written, name, request));
       return { tensors: entries.length, sha256: total(outgoing.hashes), forward };
     });

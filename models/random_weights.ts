@@ -27,7 +27,6 @@ export function randomModel(
     return configs[component];
   };
   return {
-    kind: 'folder',
     path: 'random weights',
     modelIndex: modelIndex(preset),
     has: (component) => configs[component] !== undefined,

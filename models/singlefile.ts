@@ -173,12 +173,12 @@ export function singleFilePrefixes(file: SafetensorsFile): Record<string, string
 }
 
 /**
- * Opens base or refiner. `configs` is a diffusers folder for sizes other than SDXL's; `tokenizers` is a folder that lends
- * tokenizer/ and tokenizer_2/ alone, as the file has none.
+ * Opens base or refiner. `configs` is a diffusers folder (or a model) for sizes other than SDXL's; `tokenizers` is a folder
+ * that lends tokenizer/ and tokenizer_2/ alone, as the file has none.
  */
 export function openSingleFile(
   path: string,
-  { configs, tokenizers }: { configs?: string; tokenizers?: string } = {},
+  { configs, tokenizers }: { configs?: string | ModelSource; tokenizers?: string } = {},
 ): ModelSource {
   const file = openSafetensors(path);
   const layout = layoutOf(file);
@@ -198,11 +198,12 @@ export function openSingleFile(
         'name a diffusers folder with its configs',
     );
   }
-  const folder = configs === undefined ? undefined : openModel(configs);
-  const config = (component: string): Json =>
-    folder?.config(component) ?? publishedConfig(component, layout, file);
+  const folder = typeof configs === 'string' ? openModel(configs) : configs;
+  const config = (component: string): Json => {
+    const found = folder?.config(component) ?? publishedConfig(component, layout, file);
+    return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
+  };
   const source: ModelSource = {
-    kind: 'file',
     path,
     modelIndex: folder?.modelIndex ?? layout.modelIndex,
     has: (component) => {
@@ -250,7 +251,6 @@ export function openVaeFile(path: string): ModelSource {
       : translated(openSafetensors(path), (key) => ({ name: vaeKeyInSgm(key, levels()) }));
   file.close();
   return {
-    kind: 'file',
     path,
     modelIndex: {},
     has: (component) => component === 'vae',
@@ -261,21 +261,30 @@ export function openVaeFile(path: string): ModelSource {
   };
 }
 
-/** What the published model's folder says, as far as the file's shapes and marks do not say otherwise. */
+/** Two empty tensors by which fine-tunes say how they were trained: a file has no scheduler's config. */
+const marks: Readonly<Record<string, Json>> = {
+  v_pred: { prediction_type: 'v_prediction' },
+  ztsnr: { rescale_betas_zero_snr: true },
+};
+
+const markedSchedule = (file: SafetensorsFile): Json =>
+  Object.assign({}, ...Object.keys(marks).map((name) => (file.tensors.has(name) ? marks[name] : {})));
+
+/** The marks that a file needs for this scheduler's config. */
+export const scheduleMarks = (scheduler: Json): string[] =>
+  Object.keys(marks).filter((name) =>
+    Object.entries(marks[name]).every(([key, value]) => scheduler[key] === value),
+  );
+
+/** What the published model's folder says, as far as the file's shapes do not say otherwise. */
 function publishedConfig(component: string, layout: Layout, file: SafetensorsFile): Json {
   const channels = file.tensors.get('model.diffusion_model.input_blocks.0.0.weight')?.shape[1];
-  const scheduler = {
-    ...sdxlScheduler,
-    // Two empty tensors by which fine-tunes say how they were trained.
-    ...(file.tensors.has('v_pred') ? { prediction_type: 'v_prediction' } : {}),
-    ...(file.tensors.has('ztsnr') ? { rescale_betas_zero_snr: true } : {}),
-  };
   const published: Record<string, Json> = {
     unet: { ...unetJson(layout.unet), in_channels: channels },
     vae: vaeJson(sdxlVae),
     text_encoder: textJson(clipL),
     text_encoder_2: textJson(clipBigG),
-    scheduler,
+    scheduler: { ...sdxlScheduler },
   };
   const found = published[component];
   if (!found) throw new UserError(`${file.path} has no ${component}`);

@@ -1,18 +1,19 @@
 // The original single file's tensors from a model under diffusers' keys: the other direction of singlefile.ts, through the
 // same spelling. Fused matrices are put together from their thirds, the bare text projection is turned, and the VAE's
-// attention goes back to 1x1 convolutions.
+// attention goes back to 1x1 convolutions. How the model predicts is marked by empty tensors, as other programs look for them.
 import type { TensorEntry } from '../io/safetensors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { isVaeAttention, type Origin, singleFileKeys, transposed } from './singlefile.ts';
 
-/** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. */
+/** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. `marks` are empty. */
 export function singleFileEntries(
   source: ModelSource,
   components: readonly string[],
   entriesOf: (component: string) => TensorEntry[],
+  marks: readonly string[],
 ): TensorEntry[] {
   const refiner = !source.has('text_encoder');
-  return components.flatMap((component) => {
+  const weights = components.flatMap((component) => {
     const { origin } = singleFileKeys(component, source.config, { refiner });
     const parts = new Map<string, { from: Origin; entry: TensorEntry }[]>();
     for (const entry of entriesOf(component)) {
@@ -21,6 +22,10 @@ export function singleFileEntries(
     }
     return [...parts].map(([name, group]) => (group.length > 1 ? fused(name, group) : plain(name, group[0])));
   });
+  return [
+    ...weights,
+    ...marks.map((name) => ({ name, dtype: 'float32' as const, shape: [0], bytes: new Uint8Array() })),
+  ];
 }
 
 const bytesOf = ({ bytes }: TensorEntry): Uint8Array => (typeof bytes === 'function' ? bytes() : bytes);

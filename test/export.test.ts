@@ -18,6 +18,7 @@ import { readJson } from '../io/files.ts';
 import { writePng } from '../io/image.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { openWeights } from '../models/checkpoint.ts';
+import { openSingleFile } from '../models/singlefile.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 
@@ -249,6 +250,20 @@ test('what the trainer itself saves: adapters, and a model from random weights',
     '--quiet',
   ];
   t.equal((await sdxl(...drawn)).status, 0, 'it draws');
+
+  const trainedOn = { ...objective, zero_terminal_snr: true };
+  const tuned = await trained('tuned', { model: golden('tiny-sdxl'), objective: trainedOn });
+  const single = join(folder, 'tuned.safetensors');
+  const file = await run(
+    ...[join(tuned, 'checkpoints', 'step-00000001'), single, '--format', 'single-file', '--quiet'],
+  );
+  t.equal(file.status, 0, file.err);
+  t.ok(
+    ['v_pred', 'ztsnr'].every((mark) => contents(single).has(mark)),
+    'it says how it predicts',
+  );
+  const scheduler = openSingleFile(single, { configs: golden('tiny-sdxl') }).config('scheduler');
+  t.match(scheduler, { prediction_type: 'v_prediction', rescale_betas_zero_snr: true });
   rmSync(folder, { recursive: true });
 });
 

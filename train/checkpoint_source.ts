@@ -41,7 +41,6 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
     return component === 'scheduler' || existsSync(join(tokenizers, component));
   };
   return {
-    kind: 'folder',
     path,
     modelIndex: origin.modelIndex,
     has,
