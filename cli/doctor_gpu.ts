@@ -3,6 +3,7 @@
 import { existsSync } from 'node:fs';
 import { DeviceAttribute, type GpuApi } from '../engine/cuda/api.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
+import { CudaError } from '../engine/cuda/errors.ts';
 import { OLDEST_DRIVER, ptxCeiling, versionName } from '../engine/cuda/versions.ts';
 
 export interface Finding {
@@ -25,7 +26,8 @@ export function gpus(open: () => GpuApi = openCudaLibrary): Finding[] {
     const count = api.cuDeviceGetCount();
     return [driver(api), ...Array.from({ length: count }, (_, ordinal) => gpu(api, ordinal))];
   } catch (error) {
-    if (!existsSync('/proc/driver/nvidia/version'))
+    // A library that refuses has a reason to tell, wherever its driver is loaded: under WSL and Windows there is no such file.
+    if (!(error instanceof CudaError) && !existsSync('/proc/driver/nvidia/version'))
       return [{ name: 'gpu', value: 'no NVIDIA driver is loaded' }];
     return [{ name: 'gpu', value: 'an NVIDIA driver that cannot be used', mend: reasonOf(error) }];
   }

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { gpus } from '../cli/doctor_gpu.ts';
 import type { GpuApi } from '../engine/cuda/api.ts';
+import { CudaError } from '../engine/cuda/errors.ts';
 import { adopt, cudaDevice } from '../engine/device.ts';
 import { UserError } from '../io/errors.ts';
 import { readPicture } from '../io/image.ts';
@@ -105,7 +106,7 @@ test('a whole process over a library that is called libcuda.so.1', (t) => {
   t.equal(drawn.status, 2, drawn.stderr);
   t.match(
     drawn.stderr,
-    /^error: cuModule\w+ failed with CUDA_ERROR_\w+; the kernels of this package are damaged.*\n$/,
+    /^error: cuModule\w+ failed with CUDA_ERROR_INVALID_PTX: ptxas: .*; the kernels of this package are damaged.*\n$/,
   );
   t.end();
 });
@@ -130,5 +131,9 @@ test('doctor: each GPU, its driver, and the mend for each', (t) => {
     throw new UserError('libcuda.so.1 was not found');
   });
   t.match(none[0], { name: 'gpu', value: /NVIDIA driver/ });
+  const refused = gpus(() => {
+    throw new CudaError('CUDA_ERROR_SYSTEM_NOT_READY', 'cuInit');
+  });
+  t.match(refused[0], { name: 'gpu', value: /cannot be used/, mend: /cuInit failed.*nvidia-fabricmanager/ });
   t.end();
 });

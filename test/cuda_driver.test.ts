@@ -5,6 +5,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { FunctionAttribute } from '../engine/cuda/api.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { exp, silu } from '../engine/ops/unary.ts';
@@ -82,6 +83,62 @@ test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' },
   t.same([...new Float32Array(back.buffer)], [2, 4, 6, -8]);
   launch(1, 1);
   t.throws(() => launch(2, 4), { message: /cuLaunchKernelEx failed with CUDA_ERROR_INVALID_VALUE/ });
+  t.end();
+});
+
+test('every other call', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
+  const api = openCudaLibrary(path);
+  const stream = api.cuStreamCreate(1);
+  const [a, b] = [api.cuMemAllocAsync(8, stream), api.cuMemAllocAsync(8, stream)];
+  const read = (from: bigint) => {
+    const inside = new Uint8Array(12);
+    api.cuMemcpyDtoHAsync(inside.subarray(3, 11), from, stream);
+    return [...inside];
+  };
+  api.cuMemsetD8Async(a, 7, 8, stream);
+  api.cuMemcpyHtoDAsync(a, Uint8Array.of(1, 2, 3, 4).subarray(1, 3), stream);
+  api.cuMemcpyDtoDAsync(b, a + 1n, 4, stream);
+  t.same(read(a), [0, 0, 0, 2, 3, 7, 7, 7, 7, 7, 7, 0]);
+  t.same(read(b).slice(3, 7), [3, 7, 7, 7]);
+
+  const module = api.cuModuleLoadData('.entry silu_forward_');
+  const kernel = api.cuModuleGetFunction(module, 'silu_forward_float32');
+  t.equal(api.cuFuncGetAttribute(FunctionAttribute.NUM_REGS, kernel), 104);
+  api.cuFuncSetAttribute(kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, 232448);
+  t.throws(() => api.cuFuncSetAttribute(kernel, 9, 1), {
+    message: /code 912, CUDA_ERROR_INVALID_CLUSTER_SIZE/,
+  });
+  t.throws(() => api.cuModuleLoadData('.version 99'), {
+    message: /INVALID_PTX: ptxas: .version {2}is no module;/,
+  });
+  api.cuModuleUnload(module);
+
+  const event = api.cuEventCreate(2);
+  api.cuStreamWaitEvent(stream, event);
+  t.equal(api.cuEventElapsedTime(event, event), 1.5);
+  api.cuEventDestroy(event);
+  api.cuStreamBeginCapture(stream);
+  const graph = api.cuStreamEndCapture(stream);
+  const exec = api.cuGraphInstantiate(graph);
+  api.cuGraphDestroy(graph);
+  api.cuGraphLaunch(exec, stream);
+  api.cuGraphExecDestroy(exec);
+  api.cuCtxSynchronize();
+  api.cuStreamDestroy(stream);
+
+  // No interleaving (0), L2 lines of 128 bytes (2), zeros outside (0).
+  const said = (map: Uint8Array) => [...new BigInt64Array(map.buffer)].map(Number);
+  const common = { dataType: 9, globalAddress: 0x7f0000000010n, swizzle: 3 };
+  const tiled = { globalDim: [64, 2 ** 32, 5], globalStrides: [128, 2 ** 39], elementStrides: [1, 1, 2] };
+  t.same(said(api.cuTensorMapEncodeTiled({ ...common, ...tiled, boxDim: [64, 256, 1] })), [
+    ...[9, 3, 0x7f0000000010, 64, 5, 128, 2 ** 39, 64, 1, 1, 2, 0, 3, 2, 0, -1],
+  ]);
+  const image = { globalDim: [8, 9, 10, 11], globalStrides: [16, 144, 1440], elementStrides: [1, 2, 2, 1] };
+  const corners = { pixelBoxLowerCorner: [-1, -2], pixelBoxUpperCorner: [-128, 127] };
+  const sizes = { channelsPerPixel: 64, pixelsPerColumn: 128 };
+  t.same(said(api.cuTensorMapEncodeIm2col({ ...common, ...image, ...corners, ...sizes })), [
+    ...[9, 4, 0x7f0000000010, 11, 1440, -1, -2, -128, 127, 64, 128, 2, 0, 3, 2, 0],
+  ]);
   t.end();
 });
 

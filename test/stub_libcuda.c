@@ -7,7 +7,7 @@
 
 typedef uint64_t Handle;
 static const Handle CONTEXT = 0x7fff12345678ull, STREAM = 0xabcdef, MODULE = 77, KERNEL = 99, POOL = 0x5000,
-                    EVENT = 0x6000;
+                    EVENT = 0x6000, GRAPH = 0x7000, EXEC = 0x8000;
 
 int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
@@ -46,7 +46,34 @@ int cuMemcpyHtoDAsync_v2(Handle to, const void *from, size_t bytes, Handle strea
 int cuMemcpyDtoHAsync_v2(void *to, Handle from, size_t bytes, Handle stream) {
   return memcpy(to, (void *)from, bytes), stream == STREAM ? 0 : 400;
 }
+int cuMemcpyDtoDAsync_v2(Handle to, Handle from, size_t bytes, Handle stream) {
+  return memcpy((void *)to, (void *)from, bytes), stream == STREAM ? 0 : 400;
+}
+int cuMemsetD8Async(Handle to, unsigned char value, size_t bytes, Handle stream) {
+  return memset((void *)to, value, bytes), stream == STREAM ? 0 : 400;
+}
+int cuCtxSynchronize(void) { return 0; }
+int cuStreamDestroy_v2(Handle stream) { return stream == STREAM ? 0 : 400; }
+int cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) { return stream == STREAM && event == EVENT && !flags ? 0 : 400; }
+int cuEventDestroy_v2(Handle event) { return event == EVENT ? 0 : 400; }
+int cuEventElapsedTime(float *milliseconds, Handle start, Handle end) { return *milliseconds = 1.5f, start == EVENT && end == EVENT ? 0 : 400; }
+// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL is 1.
+int cuStreamBeginCapture_v2(Handle stream, int mode) { return stream == STREAM && mode == 1 ? 0 : 1; }
+int cuStreamEndCapture(Handle stream, Handle *graph) { return *graph = GRAPH, stream == STREAM ? 0 : 400; }
+int cuGraphInstantiateWithFlags(Handle *exec, Handle graph, unsigned long long flags) { return *exec = EXEC, graph == GRAPH && !flags ? 0 : 400; }
+int cuGraphLaunch(Handle exec, Handle stream) { return exec == EXEC && stream == STREAM ? 0 : 400; }
+int cuGraphExecDestroy(Handle exec) { return exec == EXEC ? 0 : 400; }
+int cuGraphDestroy(Handle graph) { return graph == GRAPH ? 0 : 400; }
 int cuModuleLoadData(Handle *module, const char *text) { return *module = MODULE, strstr(text, ".entry silu_forward_") ? 0 : 218; }
+// CU_JIT_ERROR_LOG_BUFFER is 5 and its size 6; the size stands where its pointer would.
+int cuModuleLoadDataEx(Handle *module, const char *text, unsigned count, const int *options, void **values) {
+  if (count != 2 || options[0] != 5 || options[1] != 6) return 1;
+  return snprintf(values[0], (size_t)values[1], "ptxas: %.9s\nis no module\n", text), 218;
+}
+int cuGetErrorName(int code, const char **name) { return *name = code == 912 ? "CUDA_ERROR_INVALID_CLUSTER_SIZE" : 0, *name == 0; }
+int cuModuleUnload(Handle module) { return module == MODULE ? 0 : 400; }
+int cuFuncGetAttribute(int *value, int attribute, Handle kernel) { return *value = 100 + attribute, kernel == KERNEL ? 0 : 400; }
+int cuFuncSetAttribute(Handle kernel, int attribute, int value) { return kernel == KERNEL && attribute == 8 && value == 232448 ? 0 : 912; }
 int cuModuleGetFunction(Handle *kernel, Handle module, const char *name) {
   *kernel = KERNEL;
   return module == MODULE && strcmp(name, "silu_forward_float32") == 0 ? 0 : 500;
@@ -82,4 +109,19 @@ int cuLaunchKernelEx(const Config *config, Handle kernel, void **parameters, voi
   if (cluster->id != 4 || cluster->x != 2 || cluster->y != 1 || cluster->z != 1) return 1;
   return cuLaunchKernel(kernel, 1, config->grid[1], config->grid[2], config->block[0], config->block[1], config->block[2],
                         config->shared, config->stream, parameters, extra);
+}
+
+// A tensor map that repeats what it was made of.
+int cuTensorMapEncodeTiled(int64_t *map, int type, unsigned rank, Handle address, const uint64_t *dims, const uint64_t *strides,
+                           const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
+  const int64_t said[16] = {type,   rank,     address,  dims[0],    dims[2], strides[0], strides[1], box[0],
+                            box[2], steps[0], steps[2], interleave, swizzle, promotion,  fill,       -1};
+  return memcpy(map, said, sizeof said), (uint64_t)map % 64 || rank != 3;
+}
+int cuTensorMapEncodeIm2col(int64_t *map, int type, unsigned rank, Handle address, const uint64_t *dims, const uint64_t *strides,
+                            const int *lower, const int *upper, unsigned channels, unsigned pixels, const uint32_t *steps,
+                            int interleave, int swizzle, int promotion, int fill) {
+  const int64_t said[16] = {type,     rank,     address,  dims[3],  strides[2], lower[0],   lower[1], upper[0],
+                            upper[1], channels, pixels,   steps[1], interleave, swizzle,    promotion, fill};
+  return memcpy(map, said, sizeof said), (uint64_t)map % 64 || rank != 4;
 }

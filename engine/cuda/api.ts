@@ -161,4 +161,5 @@ export const stickyResults: ReadonlySet<CudaResult> = new Set<CudaResult>([
   'CUDA_ERROR_INVALID_PC',
   'CUDA_ERROR_LAUNCH_FAILED',
   'CUDA_ERROR_ECC_UNCORRECTABLE',
+  'CUDA_ERROR_CONTAINED',
 ]);

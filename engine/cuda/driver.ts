@@ -23,6 +23,8 @@ const types: Record<string, string> = {
 };
 
 const SCRATCH_BYTES = 8192;
+/** Of a CUtensorMap in cuda.h; the driver asks for 64. */
+const SCRATCH_ALIGNMENT = 128n;
 /** Where in the scratch block the packed parameters lie, and the list of pointers to them. */
 const PARAMETERS = 2048;
 const POINTERS = 1024;
@@ -30,6 +32,9 @@ const MOST_PARAMETERS = (PARAMETERS - POINTERS) / 8;
 /** And what a launch of clusters takes. */
 const CONFIG = 640;
 const ATTRIBUTE = 704;
+/** What the driver's compiler says of PTX that it refuses. */
+const LOG = 2048;
+const LOG_BYTES = 2048;
 
 /** Opens the NVIDIA driver's library, or the one at `path`. Throws where there is none. */
 export function openCudaLibrary(path = libraryName): GpuApi {
@@ -41,7 +46,8 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       `${path} was not found: the cuda device needs the NVIDIA driver, r535 or later; or use --device cpu`,
     );
   }
-  const scratch = koffi.alloc('uint8', SCRATCH_BYTES) as bigint;
+  const begin = koffi.alloc('uint8', SCRATCH_BYTES + Number(SCRATCH_ALIGNMENT)) as bigint;
+  const scratch = (begin + SCRATCH_ALIGNMENT - 1n) & -SCRATCH_ALIGNMENT;
   const memory = new DataView(koffi.view(scratch, SCRATCH_BYTES));
   const bytes = new Uint8Array(memory.buffer);
   const known = new Map<string, Native>();
@@ -62,8 +68,13 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     if (code !== 0) throw failed(code, symbol.replace(/_v\d$/, ''));
   };
   const failed = (code: number, symbol: string) => new CudaError(resultName(code), symbol, describe(code));
-  const describe = (code: number): string | undefined =>
-    resultName(code) === 'CUDA_ERROR_UNKNOWN' ? `code ${code}` : undefined;
+  const text = (at: bigint, length: number): string =>
+    koffi.decode(at, 'char', length).replace(/\0[\s\S]*$/, '');
+  const describe = (code: number): string | undefined => {
+    if (resultName(code) !== 'CUDA_ERROR_UNKNOWN') return undefined;
+    const told = functionOf('cuGetErrorName', 'io')(code, scratch) === 0;
+    return told ? `code ${code}, ${koffi.decode(scratch, 'char *')}` : `code ${code}`;
+  };
   const word = (at = 0): bigint => memory.getBigUint64(at, true);
   const int = (): number => memory.getInt32(0, true);
   /** A call that writes one handle or address to its first parameter. */
@@ -92,7 +103,6 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   new Uint32Array(memory.buffer, ATTRIBUTE, attribute.length).set(attribute);
 
   const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
-    const aligned = (scratch + 4096n + 63n) & ~63n;
     const u64 = (values: readonly number[]) => new BigUint64Array(values.map(BigInt));
     const sizes = [
       map.dataType,
@@ -102,9 +112,20 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       u64(map.globalStrides),
     ];
     const last = [new Uint32Array(map.elementStrides), 0, map.swizzle, 2, 0];
-    call(symbol, `oiihbb${signature}biiii`, aligned, ...sizes, ...own, ...last);
-    const start = Number(aligned - scratch);
-    return new Uint8Array(memory.buffer.slice(start, start + 128));
+    call(symbol, `oiihbb${signature}biiii`, scratch, ...sizes, ...own, ...last);
+    return bytes.slice(0, 128);
+  };
+
+  /** Why PTX is invalid: what the compiler says when it is asked once more. */
+  const invalid = (image: Uint8Array): CudaError => {
+    bytes.fill(0, LOG, LOG + LOG_BYTES);
+    // CU_JIT_ERROR_LOG_BUFFER and CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES, and their values in the place of pointers.
+    const values = BigUint64Array.of(scratch + BigInt(LOG), BigInt(LOG_BYTES - 1));
+    functionOf('cuModuleLoadDataEx', 'obibb')(scratch, image, 2, Int32Array.of(5, 6), values);
+    const log = text(scratch + BigInt(LOG), LOG_BYTES)
+      .trim()
+      .replace(/\s*\n\s*/g, '; ');
+    return new CudaError('CUDA_ERROR_INVALID_PTX', 'cuModuleLoadData', log || undefined);
   };
 
   return {
@@ -118,7 +139,7 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     },
     cuDeviceGetName(device) {
       call('cuDeviceGetName', 'oii', scratch, 256, device);
-      return koffi.decode(scratch, 'char', 256).replace(/\0[\s\S]*$/, '');
+      return text(scratch, 256);
     },
     cuDeviceTotalMem: (device) => Number(made('cuDeviceTotalMem_v2', 'i', device)),
     cuDeviceGetAttribute(attribute, device) {
@@ -151,7 +172,12 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     cuMemsetD8Async: (pointer, value, bytes, stream) =>
       call('cuMemsetD8Async', 'hizh', pointer, value, bytes, stream),
 
-    cuModuleLoadData: (ptx) => made('cuModuleLoadData', 'b', Buffer.from(`${ptx}\0`, 'latin1')),
+    cuModuleLoadData(ptx) {
+      const image = Buffer.from(`${ptx}\0`, 'latin1');
+      const code = functionOf('cuModuleLoadData', 'ob')(scratch, image);
+      if (code === 0) return word();
+      throw resultName(code) === 'CUDA_ERROR_INVALID_PTX' ? invalid(image) : failed(code, 'cuModuleLoadData');
+    },
     cuModuleUnload: (module) => call('cuModuleUnload', 'h', module),
     cuModuleGetFunction: (module, name) =>
       made('cuModuleGetFunction', 'hb', module, Buffer.from(`${name}\0`, 'latin1')),

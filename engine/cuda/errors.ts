@@ -8,6 +8,7 @@ export const cudaResults = {
   CUDA_ERROR_OUT_OF_MEMORY: 2,
   CUDA_ERROR_NOT_INITIALIZED: 3,
   CUDA_ERROR_DEINITIALIZED: 4,
+  CUDA_ERROR_STUB_LIBRARY: 34,
   CUDA_ERROR_DEVICE_UNAVAILABLE: 46,
   CUDA_ERROR_NO_DEVICE: 100,
   CUDA_ERROR_INVALID_DEVICE: 101,
@@ -18,6 +19,7 @@ export const cudaResults = {
   CUDA_ERROR_INVALID_PTX: 218,
   CUDA_ERROR_JIT_COMPILER_NOT_FOUND: 221,
   CUDA_ERROR_UNSUPPORTED_PTX_VERSION: 222,
+  CUDA_ERROR_CONTAINED: 226,
   CUDA_ERROR_INVALID_HANDLE: 400,
   CUDA_ERROR_NOT_FOUND: 500,
   CUDA_ERROR_NOT_READY: 600,
@@ -33,7 +35,9 @@ export const cudaResults = {
   CUDA_ERROR_INVALID_PC: 718,
   CUDA_ERROR_LAUNCH_FAILED: 719,
   CUDA_ERROR_NOT_SUPPORTED: 801,
+  CUDA_ERROR_SYSTEM_NOT_READY: 802,
   CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: 803,
+  CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE: 804,
   CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: 901,
   CUDA_ERROR_UNKNOWN: 999,
 } as const;
@@ -65,6 +69,12 @@ const mends: Partial<Record<CudaResult, string>> = {
   CUDA_ERROR_INVALID_IMAGE: reinstall,
   CUDA_ERROR_INVALID_PTX: reinstall,
   CUDA_ERROR_NOT_FOUND: reinstall,
+  CUDA_ERROR_STUB_LIBRARY: "the libcuda.so.1 that was found is the toolkit's stub; install the NVIDIA driver",
+  CUDA_ERROR_CONTAINED: 'the GPU found a memory error and shut this program out; run again',
+  CUDA_ERROR_SYSTEM_NOT_READY:
+    'the links between the GPUs are not up; start nvidia-fabricmanager, or wait for it',
+  CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE:
+    'the libcuda.so.1 that was found is of a cuda-compat package, which this GPU does not take; remove it',
   CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: "the driver's library and kernel module differ; restart the machine",
   CUDA_ERROR_DEVICE_UNAVAILABLE: 'another program has the GPU to itself; wait for it, or use another GPU',
 };

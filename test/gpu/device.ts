@@ -4,6 +4,7 @@ import { spawnSync } from 'node:child_process';
 import { packageRoot } from '../../engine/cpu/build.ts';
 import { DeviceAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { openCudaLibrary } from '../../engine/cuda/driver.ts';
+import { versionName } from '../../engine/cuda/versions.ts';
 import { cudaDevice, type Device } from '../../engine/device.ts';
 import { UserError } from '../../io/errors.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
@@ -49,7 +50,7 @@ export function describeGpu({ api, ordinal }: Api, commit = said('git', 'rev-par
     node: process.version,
   };
   const { gpu, cuda, driver, date } = described;
-  const text = `${gpu}, compute capability ${capability}, CUDA ${cuda / 1000}, driver ${driver}; ${date}, commit ${commit}`;
+  const text = `${gpu}, compute capability ${capability}, CUDA ${versionName(cuda)}, driver ${driver}; ${date}, commit ${commit}`;
   return { ...described, text };
 }
 
