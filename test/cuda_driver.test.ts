@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { FunctionAttribute } from '../engine/cuda/api.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
+import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { exp, silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
@@ -162,6 +163,35 @@ test('a launch from JavaScript', { skip: compiled.status !== 0 && 'no C compiler
       t.comment(`${what}: ${microseconds.toFixed(2)} microseconds`);
     }
   });
+  t.end();
+});
+
+test('two GPUs in one process: each call finds the context of its own', (t) => {
+  let now = 0n;
+  const gpu = (own: bigint) => {
+    const api = standInApi(anyHopper);
+    const inOwn =
+      <A extends unknown[], R>(call: (...args: A) => R) =>
+      (...args: A): R => {
+        t.equal(now, own);
+        return call(...args);
+      };
+    return cudaDevice({
+      ...api,
+      cuDevicePrimaryCtxRetain: () => own,
+      cuCtxSetCurrent(context) {
+        now = context;
+      },
+      cuMemAllocAsync: inOwn(api.cuMemAllocAsync),
+      cuModuleLoadData: inOwn(api.cuModuleLoadData),
+      cuLaunchKernel: inOwn(api.cuLaunchKernel),
+    });
+  };
+  const devices = [gpu(1n), gpu(2n)];
+  for (const { driver, memory } of [...devices, ...devices]) {
+    const { address } = memory.take(2 ** 20);
+    driver.launch('silu_forward_float32', [address, address, 1]);
+  }
   t.end();
 });
 

@@ -3,7 +3,7 @@
 // that a plan uses between its launches go back to the pool at once, because whoever takes them next runs later in the
 // same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
-import { DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
+import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
@@ -23,10 +23,19 @@ export interface CudaDriver extends Driver {
   synchronize(): void;
 }
 
+/** The driver whose context is current, of all of this process. */
+let current: GpuApi | undefined;
+
 /** Opens GPU `ordinal`. Throws CudaError where there is none, or an older one than Ampere. */
 export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   let lastKernel: string | undefined;
-  const api = guarded(unguarded, () => lastKernel);
+  let context: Context | undefined;
+  const enter = (): void => {
+    if (context === undefined || current === api) return;
+    unguarded.cuCtxSetCurrent(context);
+    current = api;
+  };
+  const api: GpuApi = guarded(unguarded, () => lastKernel, enter);
   const count = api.cuDeviceGetCount();
   if (ordinal >= count)
     throw new CudaError(
@@ -43,7 +52,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   }
   if (!attribute('MEMORY_POOLS_SUPPORTED'))
     throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuDeviceGetAttribute', 'the GPU has no memory pools');
-  api.cuCtxSetCurrent(api.cuDevicePrimaryCtxRetain(ordinal));
+  context = api.cuDevicePrimaryCtxRetain(ordinal);
   // Freed memory stays in the driver's pool until trim(): it would else go back to the system at each synchronization.
   const pool = api.cuDeviceGetDefaultMemPool(ordinal);
   api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);

@@ -15,8 +15,8 @@ const givingBack: ReadonlySet<string> = new Set<keyof GpuApi>([
   'cuGraphDestroy',
 ]);
 
-/** `api`, shut once its context is lost; `lastKernel` names what was queued last. */
-export function guarded(api: GpuApi, lastKernel: () => string | undefined): GpuApi {
+/** `api`, shut once its context is lost; `lastKernel` names what was queued last, `enter` goes before each call. */
+export function guarded(api: GpuApi, lastKernel: () => string | undefined, enter: () => void): GpuApi {
   let lost: CudaError | undefined;
   const guard = (name: string, call: (...args: unknown[]) => unknown) => {
     return (...args: unknown[]): unknown => {
@@ -25,6 +25,7 @@ export function guarded(api: GpuApi, lastKernel: () => string | undefined): GpuA
         throw new CudaError(lost.result, name, `the GPU was lost before, in ${lost.call}`);
       }
       try {
+        enter();
         return call(...args);
       } catch (error) {
         if (!(error instanceof CudaError) || !stickyResults.has(error.result)) throw error;
