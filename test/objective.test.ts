@@ -56,6 +56,20 @@ test('zero-terminal SNR', (t) => {
   t.end();
 });
 
+test('a run that says nothing predicts what its model predicts', (t) => {
+  const predicted = (settings: ObjectiveSettings, own: string) =>
+    objectiveOf(settings, { ...scheduler, prediction_type: own }).settings.prediction_type;
+  t.equal(predicted(plain, 'epsilon'), 'epsilon');
+  t.equal(predicted(plain, 'v_prediction'), 'v_prediction');
+  t.equal(predicted(v, 'epsilon'), 'v_prediction', 'or what it says');
+  t.throws(() => predicted(plain, 'sample'), /teach it another with objective\.prediction_type/);
+  t.throws(
+    () => objectiveOf(plain, { ...scheduler, rescale_betas_zero_snr: true }),
+    /the model's rescale_betas_zero_snr needs objective\.prediction_type/,
+  );
+  t.end();
+});
+
 test('timesteps: each policy has its own spread', (t) => {
   const count = 20_000;
   /** Shares of draws in the four quarters of the timesteps. */

@@ -18,7 +18,7 @@ import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { adopt, nativeDevice } from '../engine/device.ts';
-import { writePng } from '../io/image.ts';
+import { readPicture, writePng } from '../io/image.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
@@ -116,7 +116,7 @@ test('run files', async (t) => {
   await refuses(
     t,
     'contradiction',
-    /zero_terminal_snr needs prediction_type/,
+    /zero_terminal_snr needs objective\.prediction_type/,
     ...set('objective.zero_terminal_snr=true'),
   );
   await refuses(
@@ -251,6 +251,24 @@ test('a full disk leaves the old checkpoint', (t) => {
   t.end();
 });
 
+test('previews sample as the model is trained to predict, like the finished model', async (t) => {
+  const file = runFile('velocity', {
+    steps: 1,
+    objective: { prediction_type: 'v_prediction', zero_terminal_snr: true },
+    previews: { prompts: ['a cat'], num_inference_steps: 2, seed: 7 },
+  });
+  t.equal((await sdxl('train', file, '--quiet')).status, 0);
+  const output = join(folder, 'velocity-out');
+  const drawn = join(folder, 'velocity.png');
+  const { status, err } = await sdxl(
+    ...['sample', '-m', join(output, 'final'), '-p', 'a cat', '-s', '7', '--steps', '2'],
+    ...['-W', '32', '-H', '32', '-o', drawn, '--quiet'],
+  );
+  t.equal(status, 0, err);
+  const preview = join(output, 'previews', 'step-00000001', '0.png');
+  t.same((await readPicture(preview)).data, (await readPicture(drawn)).data);
+});
+
 test('plan', async (t) => {
   const { status, out } = await sdxl(
     'plan',
@@ -263,6 +281,7 @@ test('plan', async (t) => {
     /batch +4 \(2 x 2/,
     /updates +2: 1 an epoch, 2 epochs/,
     /trained +unet: 714660/,
+    /objective +epsilon, mse/,
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);

@@ -6,7 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { type Json, type ModelSource, openComponent } from '../models/checkpoint.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { readState } from './checkpoint.ts';
-import { trainedScheduler } from './final.ts';
+import { trainedScheduler } from './objective.ts';
 import type { Locate } from './session.ts';
 
 export interface CheckpointOptions {
@@ -46,7 +46,7 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
     has,
     config(component): Json {
       const config = sourceOf(component).config(component);
-      return component === 'scheduler' ? trainedScheduler(config, run) : config;
+      return component === 'scheduler' ? trainedScheduler(config, run.objective) : config;
     },
     folder: (component) => sourceOf(component).folder(component),
     weights: (component) => sourceOf(component).weights(component),

@@ -14,6 +14,7 @@ import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
+import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { unet } from '../models/unet.ts';
 import {
   momentsCache,
@@ -26,7 +27,7 @@ import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
-import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf } from './objective.ts';
+import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf, trainedScheduler } from './objective.ts';
 import { type Pictures, stack, viewIn } from './pictures.ts';
 import { samplePreviews, schedulerOf } from './preview.ts';
 import type { Run } from './run.ts';
@@ -47,7 +48,10 @@ export function diffusionTask(
   device: Device,
 ): Task<Inputs> {
   const { parts, text_encoders, gradient_checkpointing: gradientCheckpointing, target } = run.train;
-  const pipeline = loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing });
+  const pipeline: Pipeline = {
+    ...loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing }),
+    scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
+  };
   samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const names = pipeline.text.encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];

@@ -5,9 +5,9 @@ import { cpSync, existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { replaceFolderAtomically } from '../io/files.ts';
-import type { Json, ModelSource } from '../models/checkpoint.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
-import type { Run } from './run.ts';
+import { trainedScheduler } from './objective.ts';
 import type { Session } from './session.ts';
 import { saved } from './task.ts';
 
@@ -37,7 +37,7 @@ export async function writeFinal(session: Session): Promise<string> {
     }
     writeJson(
       join(temporary, 'scheduler', 'scheduler_config.json'),
-      trainedScheduler(source.config('scheduler'), run),
+      trainedScheduler(source.config('scheduler'), run.objective),
     );
     writeJson(join(temporary, 'model_index.json'), source.modelIndex);
   });
@@ -53,12 +53,4 @@ function folderOf(source: ModelSource, component: string): string | undefined {
     if (error instanceof UserError) return undefined;
     throw error;
   }
-}
-
-/** The model's scheduler, saying what the model was now trained to predict. */
-export function trainedScheduler(config: Json, { objective }: Run): Json {
-  const trained = { ...config, prediction_type: objective.prediction_type };
-  return objective.zero_terminal_snr
-    ? { ...trained, rescale_betas_zero_snr: true, timestep_spacing: 'trailing' }
-    : trained;
 }

@@ -6,13 +6,14 @@ import { cast } from '../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { combine } from '../models/samplers/arithmetic.ts';
-import { completeConfig, type SchedulerConfig } from '../models/samplers/config.ts';
+import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity } from '../models/samplers/tables.ts';
 import type { Conditioning, UNet } from '../models/unet.ts';
 import { draws } from './draws.ts';
 
 export interface ObjectiveSettings {
-  prediction_type: 'epsilon' | 'v_prediction';
+  /** What the network says of a noised picture; empty for what the model's scheduler says that it does. */
+  prediction_type: '' | 'epsilon' | 'v_prediction';
   loss: 'mse' | 'huber';
   huber_delta: number;
   /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
@@ -54,21 +55,43 @@ export interface NoisedBatch {
 }
 
 export interface Objective {
-  settings: ObjectiveSettings;
+  settings: ObjectiveSettings & { prediction_type: 'epsilon' | 'v_prediction' };
   /** abar_t by timestep. */
   alphasCumprod: Float32Array;
+}
+
+/** The model's scheduler config as it is of the trained model: previews and the finished model sample by it. */
+export function trainedScheduler(
+  config: Readonly<Record<string, unknown>>,
+  { prediction_type, zero_terminal_snr }: Pick<ObjectiveSettings, 'prediction_type' | 'zero_terminal_snr'>,
+): Record<string, unknown> {
+  return {
+    ...config,
+    ...(prediction_type ? { prediction_type } : {}),
+    ...(zero_terminal_snr ? { rescale_betas_zero_snr: true, timestep_spacing: 'trailing' } : {}),
+  };
 }
 
 /**
  * The objective over a model's noise schedule, whatever sampler its scheduler_config.json names.
  * @throws UserError for settings that contradict each other
  */
-export function objectiveOf(settings: ObjectiveSettings, given: Partial<SchedulerConfig>): Objective {
-  const scheduler = completeConfig('DDPMScheduler', given);
-  const rescaled = settings.zero_terminal_snr || scheduler.rescale_betas_zero_snr;
-  if (rescaled && settings.prediction_type === 'epsilon') {
+export function objectiveOf(
+  settings: ObjectiveSettings,
+  given: Readonly<Record<string, unknown>>,
+): Objective {
+  const scheduler = completeConfig('DDPMScheduler', parseSchedulerConfig(trainedScheduler(given, settings)));
+  const { prediction_type } = scheduler;
+  if (prediction_type === 'sample')
     throw new UserError(
-      'objective.zero_terminal_snr needs prediction_type "v_prediction": at the last timestep there is nothing but noise, so predicting it teaches nothing',
+      'the model predicts the picture itself (prediction_type "sample"), which is not trained here: teach it another with objective.prediction_type',
+    );
+  if (scheduler.rescale_betas_zero_snr && prediction_type === 'epsilon') {
+    const asker = settings.zero_terminal_snr
+      ? 'objective.zero_terminal_snr'
+      : "the model's rescale_betas_zero_snr";
+    throw new UserError(
+      `${asker} needs objective.prediction_type "v_prediction": at the last timestep there is nothing but noise, so predicting it teaches nothing`,
     );
   }
   if (settings.snr_gamma > 0 && settings.debiased)
@@ -78,8 +101,8 @@ export function objectiveOf(settings: ObjectiveSettings, given: Partial<Schedule
     throw new UserError(
       `objective.timestep_range begins at ${begin} and ends at ${end}; write the smaller share first`,
     );
-  const { alphasCumprod } = trainingTables({ ...scheduler, rescale_betas_zero_snr: rescaled });
-  return { settings, alphasCumprod };
+  const { alphasCumprod } = trainingTables(scheduler);
+  return { settings: { ...settings, prediction_type }, alphasCumprod };
 }
 
 /** Draws timesteps and noise for a batch and makes what the network sees and what it should say. */

@@ -1,6 +1,7 @@
 // A run told before it starts: what was resolved, and what it will take. Printed by `sdxl plan` and before every training.
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
+import { objectiveOf } from './objective.ts';
 import { foretell, type Materials } from './session.ts';
 
 /** The plan in lines, with the memory that it takes on `device`. */
@@ -19,9 +20,16 @@ export function describe(materials: Materials, device?: Device): string[] {
     `batch       ${effective} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${total}: ${updatesPerEpoch} an epoch, ${epochs} epochs`,
     `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained)} of ${count(all)} parameters`,
+    ...(run.train.target === 'vae' ? [] : [`objective   ${objective(materials)}`]),
     `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     `memory      ${(bytes / 2 ** 30).toFixed(2)} GiB at the most, estimated${there(device)}`,
   ];
+}
+
+/** What the network predicts, which the model's scheduler may decide, and the loss of it. */
+function objective({ run, source }: Materials): string {
+  const { prediction_type, loss } = objectiveOf(run.objective, source.config('scheduler')).settings;
+  return `${prediction_type}, ${loss}`;
 }
 
 /** What the device has of it, where it tells. */

@@ -182,7 +182,7 @@ export const fields: Fields<Run> = {
   epochs: whole(50, { min: 1 }),
   steps: whole(0),
   objective: {
-    prediction_type: choice('epsilon', 'epsilon', 'v_prediction'),
+    prediction_type: choice('', '', 'epsilon', 'v_prediction'),
     loss: choice('mse', 'mse', 'huber'),
     huber_delta: number(1, { min: 0 }),
     snr_gamma: number(0, { min: 0 }),
