@@ -3,7 +3,7 @@
 import { test } from 'tap';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { sizeOf } from '../engine/tensor.ts';
-import { checkFaults, type Fault, without } from './virtual-gpu/fault_cases.ts';
+import { checkFaults, type Fault, outcome, without } from './virtual-gpu/fault_cases.ts';
 import type { VirtualGpuOptions } from './virtual-gpu/gpu.ts';
 import {
   bf16Map,
@@ -17,6 +17,7 @@ import {
   runWgmmaSmall,
   type WgemmShape,
 } from './virtual-gpu/hopper_runs.ts';
+import type { WarpOrder } from './virtual-gpu/machine.ts';
 import { survivors, synchronisationMutants } from './virtual-gpu/mutants.ts';
 import { fromBf16 } from './virtual-gpu/numbers.ts';
 import { type Bench, floatsFrom, newBench, schedules } from './virtual-gpu/run_kernel.ts';
@@ -121,6 +122,53 @@ const repacked = (place: 'before' | 'after'): string =>
     },
   );
 
+/** A kernel's text with the first match changed; what is planted before an instruction has a scope and names of its own. */
+function changed(ptx: string, kernel: string, what: RegExp, by: (...found: string[]) => string): string {
+  const [before, after] = ptx.split(`.entry ${kernel}(`);
+  if (!what.test(after)) throw new Error(`${kernel} has no ${what}`);
+  return `${before}.entry ${kernel}(${after.replace(what, by)}`;
+}
+const ofWarp = (shift: number, number: string, then: string) =>
+  `{\n.reg .b32 warp;\n.reg .b64 wide;\n.reg .pred p;\nmov.u32 warp, %tid.x;\nshr.u32 warp, warp, ${shift};\nand.b32 warp, warp, ${number};\n${then}\n}\n`;
+
+const product = /wgmma\.mma_async[^;]*\}, (%rd\d+), (%rd\d+), (\d)([^;]*);/;
+/** Each warp of a warpgroup gives another leading offset, which a tile along k in swizzled rows does not use. */
+const otherDescriptors = changed(hopper, 'wgemm', product, (all, _, b) =>
+  ofWarp(5, '3', `cvt.u64.u32 wide, warp;\nshl.b64 wide, wide, 16;\nadd.s64 ${b}, ${b}, wide;\n${all}`),
+);
+/** The last warp of each warpgroup leaves a product out. */
+const threeWarps = changed(hopper, 'wgemm', product, (all) =>
+  ofWarp(5, '3', `setp.eq.u32 p, warp, 3;\n@p bra OVER;\n${all}\nOVER:`),
+);
+/** Every other lane adds to sums that are zero. */
+const someAccumulate = changed(hopper, 'wgmma_small', product, (all, _, __, scale, rest) =>
+  ofWarp(0, '1', `setp.eq.u32 p, warp, 1;\n${all.replace(`, ${scale}${rest}`, `, p${rest}`)}`),
+);
+const moreBits = changed(hopper, 'wgmma_small', product, (all, a) => `or.b64 ${a}, ${a}, 16384;\n${all}`);
+const registers = (from: string, to: string) =>
+  changed(hopper, 'wgemm', new RegExp(`setmaxnreg\\.${from};`), () => `setmaxnreg.${to};`);
+/** Only the first warp of its warpgroup gives registers back. */
+const oneWarpShrinks = changed(hopper, 'wgemm', /setmaxnreg\.dec[^;]*;/, (all) =>
+  ofWarp(5, '3', `setp.ne.u32 p, warp, 0;\n@p bra OVER;\n${all}\nOVER:`),
+);
+const initsOnly = (kernel: string) =>
+  changed(hopper, kernel, /fence\.proxy\.async[^;]*;/, () => 'fence.mbarrier_init.release.cluster;');
+const counted = (kernel: string, what: string, count: number) =>
+  changed(hopper, kernel, new RegExp(`(mbarrier\\.${what}[^;]*), %r\\d+;`), (_, all) => `${all}, ${count};`);
+const loadedOver = (fence: string) =>
+  changed(
+    hopper,
+    'im2col',
+    /cp\.async\.bulk\.tensor\.4d\S* \[(%r\d+)\]/,
+    (all, to) => `st.shared.u32 [${to}], 7;\n${fence}\n${all}`,
+  );
+const farOffset = changed(
+  hopper,
+  'im2col',
+  /cp\.async\.bulk\.tensor\.4d[^;]*\{%rs\d+, ?(%rs\d+)\};/,
+  (all, down) => `mov.u16 ${down}, 300;\n${all}`,
+);
+
 for (const schedule of schedules) {
   test(`TMA, mbarriers and wgmma, ${schedule.async} copies, ${schedule.order} order`, (t) => {
     const options = { ...onHopper, schedule };
@@ -201,6 +249,41 @@ for (const schedule of schedules) {
       /proxy fence/,
       (b) => copySignal(b, mutant('copy_signal', /fence\.proxy/)),
     ],
+    ['descriptors differ between warps', /wgmma/, (b) => wgemm(b, otherDescriptors)],
+    ['a warp leaves a product out', /wgmma/, (b) => wgemm(b, threeWarps)],
+    ['lanes differ in whether they accumulate', /wgmma/, (b) => small(b, someAccumulate)],
+    ['a descriptor of more than its fields', /wgmma/, (b) => small(b, moreBits)],
+    [
+      'more registers asked for than were given back',
+      /deadlock/,
+      (b) => wgemm(b, registers('inc.sync.aligned.u32 232', 'inc.sync.aligned.u32 240')),
+    ],
+    [
+      'fewer registers asked for than held',
+      /launch/,
+      (b) => wgemm(b, registers('inc.sync.aligned.u32 232', 'inc.sync.aligned.u32 160')),
+    ],
+    ['only one warp gives registers back', /deadlock/, (b) => wgemm(b, oneWarpShrinks)],
+    ['fence.mbarrier_init for what wgmma reads', /proxy fence/, (b) => small(b, initsOnly('wgmma_small'))],
+    [
+      'fence.mbarrier_init for what a bulk store reads',
+      /proxy fence/,
+      (b) => copySignal(b, initsOnly('copy_signal')),
+    ],
+    [
+      'more bytes than an mbarrier counts',
+      /mbarrier/,
+      (b) => im2col(b, counted('im2col', 'arrive', 2 ** 20)),
+    ],
+    ['an mbarrier of no arrivals', /mbarrier/, (b) => im2col(b, counted('im2col', 'init', 0))],
+    ['im2col: an offset beyond its bits', /tensor map/, (b) => im2col(b, farOffset)],
+    ['a load over what a thread wrote', /proxy fence/, (b) => im2col(b, loadedOver(''))],
+    ['the same, fenced', /nothing/, (b) => im2col(b, loadedOver('fence.proxy.async.shared::cta;'))],
+    [
+      'a barrier that is not there',
+      /barrier/,
+      (b) => storedRow(b, row.replace('bar.warp.sync -1;', 'bar.sync 16, 32;')),
+    ],
     ['lanes not in step before one stores', /race/, (b) => storedRow(b, without(row, 'row', /warp\.sync/))],
   ];
   checkFaults(`planted faults, ${schedule.async}, ${schedule.order}`, faults, { ...onHopper, schedule });
@@ -223,6 +306,19 @@ checkFaults(
   onHopper,
 );
 
+test('a kernel that counts on lane 0 to be elected is found out', (t) => {
+  const elected = row
+    .replace('setp.ne.u32 %p1, %r1, 0;', 'elect.sync _|%p1, -1;\n  not.pred %p1, %p1;')
+    .replace('cp.async.bulk.commit_group', '@%p2 cp.async.bulk.commit_group')
+    .replace('ld.param', 'setp.eq.u32 %p2, %r1, 0;\n  ld.param')
+    .replace('.pred %p<2>', '.pred %p<3>');
+  const under = (order: WarpOrder) =>
+    outcome(() => storedRow(newBench({ ...onHopper, schedule: { async: 'late', order, seed: 1 } }), elected));
+  t.equal(under('forward').kind, 'nothing');
+  t.equal(under('reverse').kind, 'async');
+  t.end();
+});
+
 test('tensor maps that a driver refuses are refused', (t) => {
   const { gpu } = newBench(onHopper);
   const good = { ...bf16Map([64, 8], [128], 0x7f4000001000n), boxDim: [64, 8] };
@@ -237,6 +333,22 @@ test('tensor maps that a driver refuses are refused', (t) => {
   for (const [name, change] of cases) {
     t.throws(() => gpu.cuTensorMapEncodeTiled({ ...good, ...change }), CudaError, name);
   }
+  const pixels = {
+    ...bf16Map([64, 300, 300, 2], [128, 38400, 11520000], 0x7f4000001000n),
+    ...{ pixelBoxLowerCorner: [-128, -1], pixelBoxUpperCorner: [127, -1] },
+    ...{ channelsPerPixel: 64, pixelsPerColumn: 64 },
+  };
+  const pixelCases: [string, object][] = [
+    ['lower corner', { pixelBoxLowerCorner: [-129, -1] }],
+    ['upper corner', { pixelBoxUpperCorner: [128, -1] }],
+    ['empty box', { globalDim: [64, 300, 3, 2], pixelBoxUpperCorner: [0, -4] }],
+    ['channels', { channelsPerPixel: 4 }],
+    ['swizzle span', { channelsPerPixel: 72 }],
+    ['pixels', { pixelsPerColumn: 1025 }],
+  ];
+  gpu.cuTensorMapEncodeIm2col(pixels);
+  for (const [name, change] of pixelCases)
+    t.throws(() => gpu.cuTensorMapEncodeIm2col({ ...pixels, ...change }), CudaError, name);
   t.end();
 });
 

@@ -36,7 +36,7 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
   if (!m.detectRaces) return;
   const { writer, writeSite, readers, readClock, lastRead } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
-  const { seen, agent: id } = op.warp;
+  const { seen, proxyFenced, agent: id } = op.warp;
   const nameOf = (c: number) => `shared+0x${(c << grain).toString(16)}`;
   const mine = makeKey(op.clock, op.agent, 0);
   const end = (from + bytes - 1) >> grain;
@@ -51,6 +51,11 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
         op.lane,
         op.i,
       );
+    }
+    if (key !== 0 && agentOf(key) < first && proxyFenced[agentOf(key)] < clockOf(key)) {
+      const by = `${who(m, key)} at ${quote(m.kernel.source.instructions[writeSite[c]])}`;
+      const what = `the copy overwrites ${nameOf(c)}, written by ${by}, without fence.proxy.async between`;
+      fail(m, 'proxy fence', what, op.lane, op.i);
     }
     for (let mask = readers[c]; mask !== 0; ) {
       const w = 31 - Math.clz32(mask);

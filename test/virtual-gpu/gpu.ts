@@ -5,7 +5,7 @@ import { CudaError } from '../../engine/cuda/errors.ts';
 import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
-import { type LoadedKernel, newMachine, type Schedule, sharedStart } from './machine.ts';
+import { type LoadedKernel, newMachine, type Schedule } from './machine.ts';
 import { initialised } from './memory.ts';
 import { parsePtx } from './parser.ts';
 import type { PtxModule } from './ptx.ts';
@@ -243,18 +243,18 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       );
       const kernel = kernels.get(name);
       if (!kernel) throw new CudaError('CUDA_ERROR_NOT_FOUND', 'cuModuleGetFunction', `no kernel ${name}`);
-      return register('kernel', { kernel, dynamicLimit: 48 * 1024 - (kernel.staticEnd - sharedStart) });
+      return register('kernel', { kernel, dynamicLimit: 48 * 1024 - kernel.staticBytes });
     },
     cuFuncGetAttribute(attribute, handle) {
       const { kernel } = find<KernelState>('cuFuncGetAttribute', 'kernel', handle);
       if (attribute === FunctionAttribute.MAX_THREADS_PER_BLOCK) return kernel.source.maxThreads;
-      if (attribute === FunctionAttribute.SHARED_SIZE_BYTES) return kernel.staticEnd - sharedStart;
+      if (attribute === FunctionAttribute.SHARED_SIZE_BYTES) return kernel.staticBytes;
       return attribute === FunctionAttribute.LOCAL_SIZE_BYTES ? kernel.localBytes : 0;
     },
     cuFuncSetAttribute(handle, attribute, value) {
       const state = find<KernelState>('cuFuncSetAttribute', 'kernel', handle);
       if (attribute !== FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES) return;
-      if (value + state.kernel.staticEnd - sharedStart > optin) {
+      if (value + state.kernel.staticBytes > optin) {
         throw new CudaError(
           'CUDA_ERROR_INVALID_VALUE',
           'cuFuncSetAttribute',

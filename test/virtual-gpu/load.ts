@@ -69,7 +69,11 @@ function loadKernel(kernel: Kernel, ptx: PtxModule, globals: ReadonlyMap<string,
   // Dynamic shared memory is promised 16-byte alignment, whatever its declaration says.
   let dynamicStart = Math.ceil(staticEnd / 16) * 16;
   if (dynamicStart % 32 === 0) dynamicStart += 16;
-  for (const v of candidates.filter((c) => c.dynamic)) shared.set(v.name, dynamicStart);
+  const dynamic = candidates.filter((c) => c.dynamic);
+  for (const v of dynamic) shared.set(v.name, dynamicStart);
+  // ptxas rounds what is static up to where it has dynamic shared memory begin.
+  const alignment = Math.max(1, ...dynamic.map((v) => v.align));
+  const staticBytes = Math.ceil((staticEnd - sharedStart) / alignment) * alignment;
 
   const local = new Map<string, number>();
   let localBytes = 0;
@@ -80,7 +84,7 @@ function loadKernel(kernel: Kernel, ptx: PtxModule, globals: ReadonlyMap<string,
   }
   const flow = flowOf(kernel);
   return {
-    ...{ source: kernel, flow, staticEnd, dynamicStart, localBytes },
+    ...{ source: kernel, flow, staticEnd, staticBytes, dynamicStart, localBytes },
     chunks: [],
     visits: new Int32Array(flow.blocks.length),
     sharedGrain: grainOf(kernel, 'shared'),

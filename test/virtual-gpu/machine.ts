@@ -135,8 +135,9 @@ export interface LoadedKernel {
   /** Compiled blocks by the rank of the block in its cluster, filled when first run; `visits` counts runs for coverage. */
   readonly chunks: (Chunk | undefined)[][];
   readonly visits: Int32Array;
-  /** End of static shared memory, start of dynamic shared memory, bytes of local memory a thread. */
+  /** End of static shared memory, and what it counts as, start of dynamic shared memory, bytes of local memory a thread. */
   readonly staticEnd: number;
+  readonly staticBytes: number;
   readonly dynamicStart: number;
   readonly localBytes: number;
   /** log2 of the smallest access to each space: the grain of race detection. */

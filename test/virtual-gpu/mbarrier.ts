@@ -4,7 +4,7 @@
 import { blockAt, noteReach } from './cluster.ts';
 import { landForBarrier } from './copy_async.ts';
 import { joinClock } from './grid_order.ts';
-import { agents, type BlockState, type VectorClock } from './machine.ts';
+import { agents, type BlockState, type Machine, type VectorClock } from './machine.ts';
 import type { Operand } from './ptx.ts';
 import { fail } from './report.ts';
 import { eachLane, laneValue, type Outcome, releaseClock, setLane, type WarpCall } from './warp_ops.ts';
@@ -27,7 +27,12 @@ export interface Mbarrier {
   readonly initWarp: number;
   readonly initLane: number;
   readonly initClock: number;
+  /** When that warp fenced it by fence.mbarrier_init, towards whoever is ordered after that. */
+  fencedClock: number;
 }
+
+/** Arrivals and bytes of a phase that an mbarrier can count. */
+const COUNTS = 2 ** 20 - 1;
 
 function mbarriers(block: BlockState): Map<number, Mbarrier> {
   const known = block.extra.get('mbarriers') as Map<number, Mbarrier> | undefined;
@@ -81,14 +86,29 @@ function initialise(call: WarpCall, lane: number): void {
   if (address & 7 || (m.shared.shadow32[address >>> 2] & 0x01010101) !== 0x01010101) {
     m.fault.S(lane, 0, address, 8, false, i.site);
   }
+  if (count < 1 || count > COUNTS) fail(m, 'mbarrier', `${count} arrivals are not 1 to ${COUNTS}`, lane, i);
   mbarriers(m.block).set(address, {
     ...{ block: m.block, address, count, pending: count, bytes: 0, phase: 0 },
     ...{ seen: new Int32Array(agents), fenced: new Int32Array(agents) },
     ...{ doneSeen: new Int32Array(agents), doneFenced: new Int32Array(agents) },
     ...{ initWarp: m.warp.agent, initLane: lane, initClock: m.block.clocks[m.warp.agent] },
+    fencedClock: Number.POSITIVE_INFINITY,
   });
   m.block.progress++;
 }
+
+/** fence.mbarrier_init: of what this warp wrote it covers nothing but mbarriers. */
+export function fenceInits({ block, warp }: Machine): void {
+  for (const b of mbarriers(block).values())
+    if (b.initWarp === warp.agent) b.fencedClock = Math.min(b.fencedClock, block.clocks[warp.agent]);
+  block.clocks[warp.agent]++;
+}
+
+/** Whether whoever runs now knows that the initialisation was fenced, for mbarriers alone or for the async proxy. */
+export const isInitFenced = ({ warp }: Machine, b: Mbarrier): boolean =>
+  (b.initWarp === warp.agent
+    ? b.fencedClock < Number.POSITIVE_INFINITY
+    : warp.seen[b.initWarp] >= b.fencedClock) || warp.proxyFenced[b.initWarp] >= b.initClock;
 
 /** mbarrier.arrive and mbarrier.expect_tx, alone or as one. */
 function arrive(call: WarpCall, lane: number): void {
@@ -99,6 +119,7 @@ function arrive(call: WarpCall, lane: number): void {
   const number = given ? laneValue(call, given, lane) : undefined;
   const expects = i.modifiers.includes('expect_tx');
   if (expects) b.bytes += number ?? 0;
+  if (b.bytes > COUNTS) fail(m, 'mbarrier', `${b.bytes} bytes are more than ${COUNTS}`, lane, i);
   if (i.modifiers[0] === 'arrive') {
     const count = expects ? 1 : (number ?? 1);
     if (b.pending < count) fail(m, 'mbarrier', 'more arrivals than the barrier was initialised for', lane, i);

@@ -49,9 +49,14 @@ export function encodeIm2col(maps: TensorMap[], map: Im2colMap): Uint8Array {
   if (rank < 3) refuse(`rank ${rank} is below 3`);
   if (box[0] > 256 || box[1] > 1024) refuse(`${box[0]} channels by ${box[1]} pixels exceed 256 by 1024`);
   if (box[0] * size > swizzleSpan[map.swizzle]) refuse('the channels exceed the swizzle span');
+  if ((box[0] * size) % 16) refuse(`the channels of ${box[0] * size} bytes are no multiple of 16`);
   const [lower, upper] = [map.pixelBoxLowerCorner, map.pixelBoxUpperCorner];
   if (lower.length !== rank - 2 || upper.length !== rank - 2)
     refuse('corners need one number per spatial dimension');
+  const limit = 2 ** (Math.floor(16 / (rank - 2)) - 1);
+  if ([...lower, ...upper].some((n) => n < -limit || n >= limit))
+    refuse(`corners [${lower}] and [${upper}] are not within ${-limit} to ${limit - 1}`);
+  if (lower.some((n, d) => n >= map.globalDim[d + 1] + upper[d])) refuse('the box of pixels is empty');
   return append(maps, { ...common(map, size), kind: 'im2col', box, lower, upper });
 }
 

@@ -5,7 +5,7 @@ import { endRead, newAgent, readAsync, writeAsync } from './async_agents.ts';
 import { blockAt, inBlock, noteReach } from './cluster.ts';
 import { windows } from './emit.ts';
 import type { BlockState, Machine, Warp } from './machine.ts';
-import { findMbarrier, type Mbarrier, settlePhase } from './mbarrier.ts';
+import { findMbarrier, isInitFenced, type Mbarrier, settlePhase } from './mbarrier.ts';
 import { allocated, poison } from './memory.ts';
 import type { Address, Instruction, Operand } from './ptx.ts';
 import { fail } from './report.ts';
@@ -127,7 +127,10 @@ function tensorCopy(call: WarpCall, lane: number, isStore: boolean): BulkCopy {
       i,
     );
   }
-  const offsets = elementsOf(i.operands[3]).map((x) => laneValue(call, x, lane));
+  const offsets = map.kind === 'im2col' ? elementsOf(i.operands[3]).map((x) => laneValue(call, x, lane)) : [];
+  const largest = 2 ** Math.floor(16 / (map.dims.length - 2)) - 1;
+  if (offsets.some((n) => n < 0 || n >= largest))
+    fail(m, 'tensor map', `offsets [${offsets}] of a pixel are not below ${largest}`, lane, i);
   const origin = Number(map.base & 0xffffffffn);
   return {
     ...base(call, lane, shared, boxBytes(map)),
@@ -191,7 +194,7 @@ function load(call: WarpCall, copy: BulkCopy, address: number): void {
   const { block } = m;
   const b = findMbarrier(call, block, address, lane);
   noteReach(m, block, lane, i.site, agent);
-  if (m.detectRaces && m.warp.proxyFenced[b.initWarp] < b.initClock) {
+  if (m.detectRaces && !isInitFenced(m, b)) {
     const name = `mbarrier at shared+0x${address.toString(16)}`;
     fail(
       m,

@@ -13,11 +13,12 @@ import {
   writeRegister,
 } from './machine.ts';
 import { loadMatrix, multiplyMatrix, storeMatrix } from './matrix.ts';
-import { mbarrier } from './mbarrier.ts';
+import { fenceInits, mbarrier } from './mbarrier.ts';
 import type { Instruction, Operand } from './ptx.ts';
 import { isWide } from './ptx.ts';
 import { fail, GpuReport } from './report.ts';
 import { bulkCopy } from './tma.ts';
+import { setMaxRegisters } from './warpgroup.ts';
 import { wgmma } from './wgmma.ts';
 
 /**
@@ -111,6 +112,7 @@ const barrier: WarpInstruction = (call) => {
   const [id, count] = reduce ? i.operands.slice(1, i.operands.length - 1) : i.operands;
   const name = laneValue(call, id, first);
   const threads = count ? laneValue(call, count, first) : block.warps.length * 32;
+  if (name < 0 || name > 15) fail(m, 'barrier', `there is no barrier ${name}, only 0 to 15`, first, i);
   const state = block.barriers.get(name) ?? newBarrier(threads, warp.seen.length);
   if (state.expected !== threads) {
     fail(m, 'barrier', `barrier ${name} is used with ${state.expected} and ${threads} threads`, first, i);
@@ -282,7 +284,8 @@ const reduce: WarpInstruction = (call) => {
 const fence: WarpInstruction = ({ m, i }) => {
   const { warp, block } = m;
   const words = i.modifiers;
-  if (words[0] === 'mbarrier_init' || words.some((w) => w.startsWith('async'))) {
+  if (words[0] === 'mbarrier_init') fenceInits(m);
+  else if (words.some((w) => w.startsWith('async'))) {
     joinClock(warp.proxyFenced, warp.seen);
     warp.proxyFenced[warp.agent] = block.clocks[warp.agent]++;
   } else if (!words.includes('cta')) fenceGpu(m);
@@ -307,20 +310,13 @@ const copy: WarpInstruction = (call) => {
 const elect: WarpInstruction = (call) => {
   const [target, members] = call.i.operands;
   if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  // Any lane may lead, always the same one of the same members.
+  const elected = call.m.schedule.order === 'reverse' ? 31 - Math.clz32(call.active) : call.first;
   eachLane(call, (l) => {
     const [leader, flag] = target.kind === 'pair' ? [target.first, target.second] : [target, undefined];
-    setLane(call, leader, l, call.first);
-    if (flag) setLane(call, flag, l, Number(l === call.first));
+    setLane(call, leader, l, elected);
+    if (flag) setLane(call, flag, l, Number(l === elected));
   });
-  return 'next';
-};
-
-const setMaxRegisters: WarpInstruction = (call) => {
-  const { m, i, first } = call;
-  if (!isWhole(call)) return 'park';
-  const n = laneValue(call, i.operands[0], first);
-  if (n % 8 || n < 24 || n > 256)
-    fail(m, 'launch', `setmaxnreg ${n} is no multiple of 8 from 24 to 256`, first, i);
   return 'next';
 };
 

@@ -10,6 +10,7 @@ import * as num from './numbers.ts';
 import type { Instruction, Operand, Register } from './ptx.ts';
 import { fail } from './report.ts';
 import { isWhole, laneValue, type Outcome, type WarpCall } from './warp_ops.ts';
+import { runAsWarpgroup } from './warpgroup.ts';
 
 interface Descriptor {
   readonly address: number;
@@ -115,22 +116,28 @@ function begin(call: WarpCall, state: WgmmaState): void {
   const { m, i } = call;
   const form = formOf(i);
   const { accumulators, fragments } = form;
-  if ((m.warp.id | 3) >= m.block.warps.length) fail(m, 'wgmma', 'the warpgroup is not complete', 0, i);
   const isUnfenced = (r: Register) => state.unfenced.has(r);
   if (!state.fenced || (state.unfenced.size && (accumulators.some(isUnfenced) || fragments.some(isUnfenced))))
     fail(m, 'async', 'wgmma.mma_async without a wgmma.fence after its registers were written', 0, i);
   const fromRegisters = fragments.length > 0;
   const number = (x: Operand | undefined) => (x ? laneValue(call, x, 0) : 0);
   const rest = i.operands.slice(3);
-  state.current.push({
+  const accumulates = number(rest[0]);
+  for (let l = 1; l < 32; l++)
+    if (laneValue(call, rest[0], l) !== accumulates)
+      fail(m, 'wgmma', 'whether to accumulate differs between threads', l, i);
+  const product = {
     ...form,
     a: fromRegisters ? heldBy(m, fragments) : descriptor(call, i.operands[1]),
     b: descriptor(call, i.operands[2]),
-    accumulate: number(rest[0]) !== 0,
+    accumulate: accumulates !== 0,
     sign: number(rest[1]) * number(rest[2]),
     transposeA: !fromRegisters && number(rest[3]) !== 0,
     transposeB: number(fromRegisters ? rest[3] : rest[4]) !== 0,
-  });
+  };
+  const words = [product.b, ...('address' in product.a ? [product.a] : [])];
+  runAsWarpgroup(call, [accumulates, ...words.flatMap((d) => Object.values(d))].join());
+  state.current.push(product);
   for (const r of accumulators) state.inFlight.add(r);
   for (const r of fragments) state.operands.add(r);
   m.stats.matrixProducts++;
@@ -157,6 +164,8 @@ function descriptor(call: WarpCall, x: Operand): Descriptor {
     }
   }
   if ((high >>> 17) & 7) fail(m, 'wgmma', 'the virtual GPU knows no descriptor with a base offset', 0, i);
+  if (low & 0xc000c000 || high & 0x3ff1c000)
+    fail(m, 'wgmma', 'the descriptor has bits outside its fields', 0, i);
   const field = (bits: number) => (bits & 0x3fff) << 4;
   return { address: field(low), leading: field(low >>> 16), stride: field(high), swizzle: high >>> 30 };
 }
