@@ -3,6 +3,7 @@
 import { test } from 'tap';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { sizeOf } from '../engine/tensor.ts';
+import { hopperKernels } from './gpu/micro_hopper.ts';
 import { checkFaults, type Fault, outcome, without } from './virtual-gpu/fault_cases.ts';
 import type { VirtualGpuOptions } from './virtual-gpu/gpu.ts';
 import {
@@ -305,6 +306,14 @@ checkFaults(
   ],
   onHopper,
 );
+
+test('sums of 8-bit products keep 13 bits of mantissa', (t) => {
+  const kernel = hopperKernels().find(({ name }) => name === 'wgmma.m64n64k32 e4m3, random')!;
+  const sums = new Int32Array(Uint8Array.from(kernel.run(newBench(onHopper))).buffer);
+  t.ok(sums.every((bits) => (bits & 0x3ff) === 0));
+  t.ok(sums.filter((bits) => bits & 0x400).length > sums.length / 4, 'and the 13th is used');
+  t.end();
+});
 
 test('a kernel that counts on lane 0 to be elected is found out', (t) => {
   const elected = row
