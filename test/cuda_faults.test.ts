@@ -4,6 +4,7 @@ import { test } from 'tap';
 import { type GpuApi, stickyResults } from '../engine/cuda/api.ts';
 import { type CudaResult, cudaResults } from '../engine/cuda/errors.ts';
 import { KernelTable } from '../engine/cuda/kernel_table.ts';
+import { openStaging } from '../engine/cuda/staging.ts';
 import { cudaDevice, type Device } from '../engine/device.ts';
 import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
 import { Parameter } from '../engine/module.ts';
@@ -134,6 +135,38 @@ test('without memory to pin, copies go directly', (t) => {
   const numbers = Float32Array.from({ length: 50_000 }, (_, i) => i);
   scope(() => t.ok(same(tensor(numbers, [50_000], { device }).floats(), numbers)));
   t.ok(failing.failed);
+  t.end();
+});
+
+test('an upload may be overwritten at once, whatever its size and wherever it lies', (t) => {
+  for (const pinned of [true, false]) {
+    const { gpu, failing } = openFailing();
+    if (!pinned) failing.fail('cuMemAllocHost', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+    const stream = gpu.cuStreamCreate(1);
+    const staging = openStaging(failing.api, stream, 4096);
+    const sizes = [5, 256, 1, 3000, 900, 4096, 70_000, 4095, 300, 4097, 12];
+    const whole = Uint8Array.from({ length: sizes.reduce((a, b) => a + b) }, (_, i) => (i * 7) % 251);
+    const to = gpu.cuMemAllocAsync(whole.length, stream);
+    let at = 0;
+    for (const size of sizes) {
+      const source = whole.slice(at, at + size);
+      staging.upload(to + BigInt(at), source);
+      source.fill(0);
+      at += size;
+    }
+    const back = new Uint8Array(whole.length);
+    for (const size of [50, 80_000]) {
+      const part = back.subarray(0, size);
+      staging.download(part, to);
+      t.equal(Buffer.compare(part, whole.subarray(0, size)), 0, `${part.length} bytes back`);
+      back.fill(0);
+    }
+  }
+  const gpu = openVirtualGpu();
+  const source = Uint8Array.of(1, 2);
+  gpu.cuMemcpyHtoDAsync(gpu.cuMemAllocAsync(2, 0n), source, 0n);
+  source[0] = 3;
+  t.throws(() => gpu.cuStreamSynchronize(0n), { message: /the host wrote memory that a copy/ });
   t.end();
 });
 

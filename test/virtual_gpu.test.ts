@@ -91,6 +91,7 @@ for (const schedule of schedules) {
     bench.launch(basic, 'half_in_place', 3, 32, [h, 77]);
     const doubled = new Uint16Array(77);
     bench.gpu.cuMemcpyDtoHAsync(bytesOf(doubled), h, 0n);
+    bench.gpu.cuStreamSynchronize(0n);
     t.same(
       doubled,
       Uint16Array.from(floatsFrom(77, 9), (v) => toF16(2 * v)),
@@ -214,6 +215,7 @@ test('a captured graph runs when it is launched, each time', (t) => {
   gpu.cuStreamSynchronize(stream);
   const got = new Uint16Array(2);
   gpu.cuMemcpyDtoHAsync(bytesOf(got), x, stream);
+  gpu.cuStreamSynchronize(stream);
   t.same(got, Uint16Array.of(toF16(16), toF16(32)));
   t.end();
 });

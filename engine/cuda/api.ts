@@ -98,7 +98,7 @@ export interface GpuApi {
   /** Pinned host memory for staging; give the same array to cuMemFreeHost. */
   cuMemAllocHost(bytes: number): Uint8Array;
   cuMemFreeHost(memory: Uint8Array): void;
-  /** From pinned memory the source must stay unchanged until the stream is synchronized. */
+  /** The source must stay as it is until the stream is synchronized, wherever it lies. */
   cuMemcpyHtoDAsync(target: DevicePointer, source: Uint8Array, stream: Stream): void;
   /** The bytes are valid once the stream is synchronized. */
   cuMemcpyDtoHAsync(target: Uint8Array, source: DevicePointer, stream: Stream): void;

@@ -1,11 +1,15 @@
 // Copies between the host and a GPU through pinned memory, which alone the GPU reads by itself: two buffers in turns, so
 // that the next piece is copied into one while the other is on its way, and an upload returns before it has arrived. Weights
-// thus stream to the device while the next are being read. Small copies go directly: the driver takes them along at once.
+// thus stream to the device while the next are being read. Small uploads share a buffer. They do not go from where they lie
+// either: the driver mostly takes such bytes along at once, but on a GPU that reads the host's pages (Grace Hopper) it may
+// read them when the stream gets there. Small downloads, which are waited for, go directly.
 import type { DevicePointer, Event, GpuApi, Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 
 const PIECE_BYTES = 16 * 2 ** 20;
 const DIRECT_BYTES = 64 * 2 ** 10;
+/** Where a copy may begin in a buffer. */
+const ALIGNMENT = 256;
 const DISABLE_TIMING = 2; // CU_EVENT_DISABLE_TIMING
 
 interface Buffer {
@@ -13,6 +17,8 @@ interface Buffer {
   /** Recorded after the last copy that uses the buffer. */
   readonly done: Event;
   busy: boolean;
+  /** Bytes from the start that copies on their way use. */
+  used: number;
 }
 
 export interface Staging {
@@ -24,29 +30,39 @@ export interface Staging {
 export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTES): Staging {
   let buffers: readonly Buffer[] | undefined;
   let turn = 0;
-  /** The buffer whose turn it is, free to be used; undefined where the system has no memory to pin. */
-  const next = (): Buffer | undefined => {
+  /** A buffer with so much room behind `used`; undefined where the system has no memory to pin. */
+  const withRoom = (bytes: number): Buffer | undefined => {
     buffers ??= pin(api, pieceBytes);
     if (buffers.length === 0) return undefined;
-    const buffer = buffers[turn++ % buffers.length];
+    if (buffers[turn].used + bytes > pieceBytes) {
+      turn = (turn + 1) % buffers.length;
+      free(buffers[turn]);
+    }
+    return buffers[turn];
+  };
+  const free = (buffer: Buffer): void => {
     if (buffer.busy) api.cuEventSynchronize(buffer.done);
     buffer.busy = false;
-    return buffer;
+    buffer.used = 0;
   };
-  const queued = (buffer: Buffer): void => {
+  const queued = (buffer: Buffer, end: number): void => {
     api.cuEventRecord(buffer.done, stream);
     buffer.busy = true;
+    buffer.used = Math.ceil(end / ALIGNMENT) * ALIGNMENT;
   };
   return {
     upload(target, source) {
       for (let at = 0; at < source.byteLength; at += pieceBytes) {
         const piece = source.subarray(at, at + pieceBytes);
-        const buffer = source.byteLength > DIRECT_BYTES ? next() : undefined;
-        if (!buffer) api.cuMemcpyHtoDAsync(target + BigInt(at), piece, stream);
-        else {
-          buffer.bytes.set(piece);
-          api.cuMemcpyHtoDAsync(target + BigInt(at), buffer.bytes.subarray(0, piece.byteLength), stream);
-          queued(buffer);
+        const buffer = withRoom(piece.byteLength);
+        if (!buffer) {
+          api.cuMemcpyHtoDAsync(target + BigInt(at), piece, stream);
+          api.cuStreamSynchronize(stream);
+        } else {
+          const [begin, end] = [buffer.used, buffer.used + piece.byteLength];
+          buffer.bytes.set(piece, begin);
+          api.cuMemcpyHtoDAsync(target + BigInt(at), buffer.bytes.subarray(begin, end), stream);
+          queued(buffer, end);
         }
       }
     },
@@ -55,17 +71,16 @@ export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTE
       const arrive = (): void => {
         if (!onItsWay) return;
         const { buffer, at, length } = onItsWay;
-        api.cuEventSynchronize(buffer.done);
-        buffer.busy = false;
+        free(buffer);
         target.set(buffer.bytes.subarray(0, length), at);
       };
       for (let at = 0; at < target.byteLength; at += pieceBytes) {
         const length = Math.min(pieceBytes, target.byteLength - at);
-        const buffer = target.byteLength > DIRECT_BYTES ? next() : undefined;
+        const buffer = target.byteLength > DIRECT_BYTES ? withRoom(pieceBytes) : undefined;
         if (!buffer) api.cuMemcpyDtoHAsync(target.subarray(at, at + length), source + BigInt(at), stream);
         else {
           api.cuMemcpyDtoHAsync(buffer.bytes.subarray(0, length), source + BigInt(at), stream);
-          queued(buffer);
+          queued(buffer, pieceBytes);
           arrive();
           onItsWay = { buffer, at, length };
         }
@@ -80,7 +95,12 @@ function pin(api: GpuApi, bytes: number): Buffer[] {
   const made: Buffer[] = [];
   try {
     for (let i = 0; i < 2; i++)
-      made.push({ bytes: api.cuMemAllocHost(bytes), done: api.cuEventCreate(DISABLE_TIMING), busy: false });
+      made.push({
+        bytes: api.cuMemAllocHost(bytes),
+        done: api.cuEventCreate(DISABLE_TIMING),
+        busy: false,
+        used: 0,
+      });
     return made;
   } catch (error) {
     if (!(error instanceof CudaError) || error.result !== 'CUDA_ERROR_OUT_OF_MEMORY') throw error;

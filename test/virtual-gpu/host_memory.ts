@@ -1,6 +1,7 @@
-// Pinned host memory, which copies use while the program goes on. Work on the virtual GPU is done when it is queued, so the
-// copy's lateness is played: what a copy reads must not have changed, and what it writes is rubbish, until its stream or an
-// event recorded after it is waited for. Ordinary memory is copied before the call returns, as the driver does.
+// Host memory, which copies use while the program goes on. Work on the virtual GPU is done when it is queued, so the copy's
+// lateness is played: what a copy reads must not have changed, and what it writes is rubbish, until its stream or an event
+// recorded after it is waited for. That ordinary memory is mostly copied before the call returns is not promised ("might be
+// synchronous with respect to the host"), so it is no better here than pinned memory.
 import { GpuReport } from './report.ts';
 
 /** What the host sees of a download that has not been waited for. */
@@ -51,11 +52,9 @@ export function openHostMemory(): HostMemory {
       if (!pinned.delete(memory.buffer)) throw new GpuReport('invalid free', 'cuMemFreeHost: not pinned');
     },
     reads(memory, stream) {
-      if (pinned.has(memory.buffer))
-        stateOf(stream).pending.push({ memory, bytes: memory.slice(), direction: 'up' });
+      stateOf(stream).pending.push({ memory, bytes: memory.slice(), direction: 'up' });
     },
     writes(memory, bytes, stream) {
-      if (!pinned.has(memory.buffer)) return memory.set(bytes);
       memory.fill(RUBBISH);
       stateOf(stream).pending.push({ memory, bytes, direction: 'down' });
     },
@@ -73,5 +72,5 @@ export function openHostMemory(): HostMemory {
 function finish({ memory, bytes, direction }: Copy): void {
   if (direction === 'down') memory.set(bytes);
   else if (Buffer.compare(memory, bytes) !== 0)
-    throw new GpuReport('race', 'the host wrote pinned memory that a copy to the GPU was still reading');
+    throw new GpuReport('race', 'the host wrote memory that a copy to the GPU was still reading');
 }
