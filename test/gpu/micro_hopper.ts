@@ -54,23 +54,36 @@ function coreMatrices(values: Uint16Array): Uint16Array {
   );
 }
 
-const DESCRIPTOR = '0x1000080000'; // 128 >> 4 at bit 16, 256 >> 4 at bit 32
+/** Operands that lie across k, in chunks of so many bytes of m or n, swizzled, 16 k after one another; 0: core matrices. */
+interface Across {
+  readonly a: number;
+  readonly b: number;
+}
+
+/** All of a descriptor but the address: leading offset at bit 16, stride at 32, both in 16 bytes, the swizzle at 62. */
+function layoutOf(span: number): string {
+  const swizzle = [0, 128, 64, 32].indexOf(span);
+  const [leading, stride] = span ? [16 * span, 8 * span] : [128, 256];
+  const bits = (BigInt(swizzle) << 62n) | (BigInt(stride >> 4) << 32n) | (BigInt(leading >> 4) << 16n);
+  return `0x${bits.toString(16)}`;
+}
 
 /** One wgmma of 64 x n x 16, of bytes x 32; each thread stores its sums as it holds them. With `registers` a comes from them. */
-function wgmmaPtx(n: number, type: string, registers: boolean): string {
+function wgmmaPtx(n: number, type: string, registers: boolean, across: Across = { a: 0, b: 0 }): string {
   const sums = Array.from({ length: n / 2 }, (_, i) => `%d${i}`);
-  const descriptor = (at: string, to: string) =>
-    `mov.u32 %r4, ${at}; shr.u32 %r4, %r4, 4; cvt.u64.u32 ${to}, %r4; or.b64 ${to}, ${to}, ${DESCRIPTOR};`;
+  const descriptor = (at: string, to: string, span: number) =>
+    `mov.u32 %r4, ${at}; shr.u32 %r4, %r4, 4; cvt.u64.u32 ${to}, %r4; or.b64 ${to}, ${to}, ${layoutOf(span)};`;
   const operand = registers ? '{%a0, %a1, %a2, %a3}' : '%w1';
-  const [k, flags] = type === 'e4m3' ? [32, '1, 1'] : [16, registers ? '1, 1, 0' : '1, 1, 0, 0'];
+  const turned = [...(registers ? [] : [across.a]), across.b].map((span) => (span ? ', 1' : ', 0'));
+  const [k, flags] = type === 'e4m3' ? [32, '1, 1'] : [16, `1, 1${turned.join('')}`];
   return kernel(
     '.param .u64 to, .param .u64 a, .param .u64 b',
-    `.reg .f32 %d<${n / 2}>; .reg .b32 %a<4>; .shared .align 128 .b8 sa[2048]; .shared .align 128 .b8 sb[${n * 32}];`,
+    `.reg .f32 %d<${n / 2}>; .reg .b32 %a<4>; .shared .align 1024 .b8 sa[2048]; .shared .align 1024 .b8 sb[${n * 32}];`,
     `ld.param.u64 %from, [a]; mov.u32 %s, sa; mov.u32 %n, 2048; ${copyWords('A', toShared)}
 mul.wide.u32 %o, %t, 16; add.s64 %w3, %from, %o; ld.global.v4.b32 {%a0, %a1, %a2, %a3}, [%w3];
 ld.param.u64 %from, [b]; mov.u32 %s, sb; mov.u32 %n, ${n * 32}; ${copyWords('B', toShared)}
 fence.proxy.async.shared::cta; bar.sync 0;
-${descriptor('sa', '%w1')} ${descriptor('sb', '%w2')}
+${descriptor('sa', '%w1', across.a)} ${descriptor('sb', '%w2', across.b)}
 ${sums.map((d) => `mov.f32 ${d}, 0f40000000;`).join(' ')}
 wgmma.fence.sync.aligned;
 wgmma.mma_async.sync.aligned.m64n${n}k${k}.f32.${type}.${type} {${sums.join(', ')}}, ${operand}, %w2, 1, ${flags};
@@ -97,6 +110,19 @@ function wgmma(n: number, type: 'bf16' | 'f16', exact: boolean, registers = fals
   const agree = exact ? sameBits('f32') : within(Array(64 * n).fill(18 * 2 * 2 ** -23));
   const kind = `${exact ? 'integers' : 'random'}${registers ? ', a in registers' : ''}`;
   return { ...onHopper, name: `wgmma.m64n${n}k16 ${type}, ${kind}`, ptx, run, agree };
+}
+
+/** Integers in shared memory as they come: which element a place holds is what the two GPUs have to agree on. */
+function wgmmaAcross(n: number, across: Across): MicroKernel {
+  const ptx = wgmmaPtx(n, 'bf16', false, across);
+  const [a, b] = [64, n].map((size) => Uint16Array.from(integers(size * 16, size), toBf16));
+  const run = (bench: Bench<GpuApi>) => {
+    const to = bench.room(64 * n * 4);
+    bench.launch(ptx, 'op', 1, THREADS, [to, bench.give(a), bench.give(b)]);
+    return bench.bytes(to, 64 * n * 4);
+  };
+  const name = `wgmma.m64n${n}k16 across k, swizzles of ${across.a} and ${across.b} bytes`;
+  return { ...onHopper, name, ptx, run, agree: sameBits('f32') };
 }
 
 const integerBytes = [0x00, 0x38, 0x40, 0xb8, 0xc0]; // 0, 1, 2, -1, -2
@@ -318,6 +344,9 @@ export const hopperKernels = (): MicroKernel[] => [
   wgmma(256, 'f16', false),
   wgmma(64, 'bf16', true, true),
   wgmma(64, 'f16', true, true),
+  wgmmaAcross(256, { a: 128, b: 128 }),
+  wgmmaAcross(160, { a: 0, b: 64 }),
+  wgmmaAcross(80, { a: 128, b: 32 }),
   ...(['load', 'store'] as const).flatMap((how) => [
     box(how, 'NONE', 16, [0, 0, 0]),
     box(how, 'B32', 16, [32, 5, 1]),
