@@ -9,6 +9,7 @@ import { test } from 'tap';
 import { expectedFiles } from '../engine/cuda/build.ts';
 import { forHopper, readPtx } from '../engine/cuda/kernels.ts';
 import { OLDEST_DRIVER, ptxCeiling, ptxVersion } from '../engine/cuda/versions.ts';
+import { microKernels } from './gpu/micro.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-ptx-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
@@ -30,6 +31,8 @@ test('the kernels are no newer than the oldest supported driver reads', (t) => {
     const version = ptxVersion(readPtx(family, dtype));
     t.ok(version > 0 && version <= ptxCeiling(OLDEST_DRIVER), `${family} ${dtype} is PTX ${version}`);
   }
+  const newest = Math.max(...microKernels().map(({ ptx }) => ptxVersion(ptx)));
+  t.ok(newest <= ptxCeiling(OLDEST_DRIVER), `of test:gpu's kernels the newest is PTX ${newest}`);
   t.end();
 });
 

@@ -264,10 +264,14 @@ const stmatrix = (trans: string): MicroKernel => {
 
 // Whole kernels
 
-/** Without the source lines, whose names of functions are not in the file: the virtual GPU reads them, ptxas would refuse. */
-const withoutLines = (ptx: string) => ptx.replace(/^\s*\.(loc|file)\b.*$/gm, '');
-const assembled = withoutLines(hopper);
-const clusters = withoutLines(clusterPtx);
+/**
+ * nvcc's PTX for any supported driver: of the version that its instructions need, and without the source lines, whose names of
+ * functions are not in the file (the virtual GPU reads them, ptxas would refuse).
+ */
+const asOurs = (ptx: string) =>
+  ptx.replace(/^\s*\.(loc|file)\b.*$/gm, '').replace(/^\.version .*$/m, '.version 8.0');
+const assembled = asOurs(hopper);
+const clusters = asOurs(clusterPtx);
 
 function whole(
   name: string,
