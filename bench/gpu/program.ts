@@ -2,7 +2,6 @@
 // where there is one.
 import { appendFileSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Choice } from '../../engine/cuda/plan_sm90.ts';
 import { compared, type Peer } from './compare.ts';
 import type { BenchGpu, Measure } from './gpu.ts';
@@ -33,7 +32,7 @@ export function benchSections(open: () => BenchGpu, options: BenchOptions): Benc
       if (options.choices) useChoices(read(options.choices) as Record<string, Choice>);
       return open();
     },
-    (gpu) => openTimer({ ...gpu, stream: (gpu.device.driver as CudaDriver).stream }, options.smoke),
+    (gpu) => openTimer(gpu, options.smoke),
   );
   if (options.tune) return [tuneSection(shop, scale)];
   return [

@@ -1,13 +1,10 @@
 // Device time of a call by CUDA events: in a graph, where the host does not show, and launched one by one, as a caller without
 // a graph has it. Calls rotate over several sets of buffers, together larger than three times the L2 cache.
-import {
-  DeviceAttribute,
-  type Event,
-  type GpuApi,
-  type GraphExec,
-  type Stream,
-} from '../../engine/cuda/api.ts';
+import { DeviceAttribute, type Event } from '../../engine/cuda/api.ts';
+import type { CudaDriver } from '../../engine/cuda/device.ts';
+import type { Replay } from '../../engine/memory.ts';
 import { median } from '../timing.ts';
+import type { BenchGpu } from './gpu.ts';
 
 /** Microseconds of one call. */
 export interface Timing {
@@ -39,10 +36,9 @@ const GRAPH_US = 1000;
 const MOST_CALLS = 400;
 const DEFAULT_L2 = 50 * 2 ** 20;
 
-export function openTimer(
-  { api, ordinal, stream }: { api: GpuApi; ordinal: number; stream: Stream },
-  smoke: boolean,
-): Timer {
+export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): Timer {
+  const driver = device.driver as CudaDriver & { capture(queue: () => void): Replay };
+  const { stream } = driver;
   const l2 = api.cuDeviceGetAttribute(DeviceAttribute.L2_CACHE_SIZE, ordinal) || DEFAULT_L2;
   const marks: Event[] = [];
   const mark = (i: number): void => {
@@ -71,13 +67,12 @@ export function openTimer(
       const estimate = Math.max(0.5, between(3, () => call(0))[2]);
       const rounds = smoke ? 1 : Math.ceil(Math.min(GRAPH_US / estimate, MOST_CALLS) / sets);
       const calls = sets * Math.max(1, rounds);
-      const exec = capture(api, stream, () => {
+      const graph = driver.capture(() => {
         for (let i = 0; i < calls; i++) call(i % sets);
       });
-      const replay = () => api.cuGraphLaunch(exec, stream);
-      between(2, replay);
-      const replayed = between(enough(least), replay).map((us) => us / calls);
-      api.cuGraphExecDestroy(exec);
+      between(2, graph.launch);
+      const replayed = between(enough(least), graph.launch).map((us) => us / calls);
+      graph.release();
       const began = performance.now();
       let launch = 0;
       const [eager] = between(1, () => {
@@ -88,20 +83,6 @@ export function openTimer(
     },
     events: (samples, work) => summary(between(smoke ? 1 : samples, work)),
   };
-}
-
-function capture(api: GpuApi, stream: Stream, queue: () => void): GraphExec {
-  api.cuStreamBeginCapture(stream);
-  try {
-    queue();
-  } catch (error) {
-    api.cuGraphDestroy(api.cuStreamEndCapture(stream));
-    throw error;
-  }
-  const graph = api.cuStreamEndCapture(stream);
-  const exec = api.cuGraphInstantiate(graph);
-  api.cuGraphDestroy(graph);
-  return exec;
 }
 
 function summary(us: readonly number[]): Timing {

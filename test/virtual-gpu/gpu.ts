@@ -172,27 +172,26 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     },
     cuMemAllocHost: (bytes) => host.pin(bytes),
     cuMemFreeHost: (memory) => host.unpin(memory),
+    // A graph would copy again what then lies in the host's memory: nobody may capture that here.
     cuMemcpyHtoDAsync(target, source, stream) {
-      enqueue('cuMemcpyHtoDAsync', stream, () => {
-        const to = range('cuMemcpyHtoDAsync', target, source.byteLength);
-        u8.set(source, to);
-        shadow8.fill(3, to, to + source.byteLength);
-        host.reads(source, stream);
-      });
+      settle('cuMemcpyHtoDAsync', stream);
+      const to = range('cuMemcpyHtoDAsync', target, source.byteLength);
+      u8.set(source, to);
+      shadow8.fill(3, to, to + source.byteLength);
+      host.reads(source, stream);
     },
     cuMemcpyDtoHAsync(target, source, stream) {
-      enqueue('cuMemcpyDtoHAsync', stream, () => {
-        const from = range('cuMemcpyDtoHAsync', source, target.byteLength);
-        for (let b = 0; b < target.byteLength; b++) {
-          if (shadow8[from + b] & initialised) continue;
-          const near = m.arena.describe(from + b);
-          throw new GpuReport(
-            'uninitialised',
-            `the host reads byte ${b} of ${target.byteLength}, ${near}, that nothing has written`,
-          );
-        }
-        host.writes(target, u8.slice(from, from + target.byteLength), stream);
-      });
+      settle('cuMemcpyDtoHAsync', stream);
+      const from = range('cuMemcpyDtoHAsync', source, target.byteLength);
+      for (let b = 0; b < target.byteLength; b++) {
+        if (shadow8[from + b] & initialised) continue;
+        const near = m.arena.describe(from + b);
+        throw new GpuReport(
+          'uninitialised',
+          `the host reads byte ${b} of ${target.byteLength}, ${near}, that nothing has written`,
+        );
+      }
+      host.writes(target, u8.slice(from, from + target.byteLength), stream);
     },
     cuMemcpyDtoDAsync(target, source, bytes, stream) {
       enqueue('cuMemcpyDtoDAsync', stream, () => {
