@@ -138,6 +138,9 @@ function assemble(ptx: string, generation: string, scratch: string): Map<string,
   const path = join(scratch, `${generation}.ptx`);
   writeFileSync(path, ptx);
   const log = run('ptxas', ['-v', `-arch=${generation}`, path, '-o', join(scratch, `${generation}.cubin`)]);
+  // What it could not do as told: wgmma one after another, setmaxnreg left out.
+  const told = /^.*Potential Performance Loss.*$/m.exec(log);
+  if (told) throw new Error(`${generation}: ${told[0]}`);
   const found = new Map<string, Resources>();
   const pattern =
     /Compiling entry function '(\w+)'[\s\S]*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads[\s\S]*?Used (\d+) registers([^\n]*)/g;

@@ -56,7 +56,7 @@ static __device__ void multiply(float (&d)[32], uint64_t a, uint64_t b) {
 }
 
 // d[m, n] = a[m, k] b[n, k]^T: one producer warpgroup, two consumers of 64 rows each.
-extern "C" __global__ void __launch_bounds__(384)
+extern "C" __global__ void __launch_bounds__(384, 1)
     wgemm(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, float *d, int m, int n,
           int k, int flags) {
   extern __shared__ __align__(1024) uint8_t raw[];
