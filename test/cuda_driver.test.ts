@@ -197,6 +197,11 @@ test('two GPUs in one process: each call finds the context of its own', (t) => {
 
 test('no driver, no such GPU, too old a GPU: one sentence each', (t) => {
   t.throws(() => openCudaLibrary(join(folder, 'none.so')), { name: 'UserError', message: /NVIDIA driver/ });
+  // A library that lacks a call, as an old driver's does; where there is none of this name, that is the answer.
+  t.throws(() => openCudaLibrary('libm.so.6'), {
+    name: 'UserError',
+    message: /(has no cuInit|was not found): /,
+  });
   t.throws(() => openDevice('cuda:x'), { message: /unknown device "cuda:x"/ });
   t.throws(() => cudaDevice(openVirtualGpu(), 3), { message: /CUDA_ERROR_INVALID_DEVICE.*1 GPU/ });
   const turing = openVirtualGpu({ capability: [7, 5] });

@@ -54,13 +54,14 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   const functionOf = (symbol: string, signature: string): Native => {
     const found = known.get(symbol);
     if (found) return found;
-    const made = library.func(
-      symbol,
-      'int',
-      [...signature].map((letter) => types[letter]),
-    ) as unknown as Native;
-    known.set(symbol, made);
-    return made;
+    const parameters = [...signature].map((letter) => types[letter]);
+    try {
+      const made = library.func(symbol, 'int', parameters) as unknown as Native;
+      known.set(symbol, made);
+      return made;
+    } catch {
+      throw new UserError(`${path} has no ${symbol}: the NVIDIA driver is too old; install r535 or later`);
+    }
   };
   /** Calls `symbol`, whose public name may lack its version suffix. */
   const call = (symbol: string, signature: string, ...args: readonly unknown[]): void => {
