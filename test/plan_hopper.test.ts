@@ -71,6 +71,14 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   t.same([split.entry, join?.entry], ['gemm_sm90_nt_80', 'gemm_join']);
   const strided = [256n, 256n, 256n, 2, 64, 64, 320, 32, 32, 320, 3, 3, 2, 1, 1];
   t.equal(planned('conv2d_backward_x', strided, h200)[0].family, 'conv2d');
+  // A filter of 256 pixels: its corners would do, its last offset would not.
+  const long = (width: number) =>
+    planned(
+      'conv2d_forward',
+      [256n, 256n, 256n, 256n, 0n, 0n, 0n, 1, 1, 320, 64, 1, 575 - width, 64, 1, width, 1, 0, 127, 64],
+      h200,
+    )[0].family;
+  t.same([long(255), long(256)], ['conv2d_sm90', 'conv2d']);
   t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
   t.same(
     lookupsOf(() => planned('conv2d_backward_x', strided, h200)),

@@ -50,8 +50,11 @@ const upperCorner = ({ image: [, h, w], width, height, stride, left, top }: Grid
   top + (height - 1) * stride + 1 - h,
 ];
 
-const isGrid = (g: Grid): boolean =>
-  [g.left, g.top, ...upperCorner(g)].every((corner) => corner >= -128 && corner < 128) && g.stride <= 8;
+/** Corners are signed bytes of a map, and a tap's offset an unsigned one of an instruction, 255 not among them. */
+const isGrid = (g: Grid, ...filter: readonly number[]): boolean =>
+  [g.left, g.top, ...upperCorner(g)].every((corner) => corner >= -128 && corner < 128) &&
+  filter.every((size) => size <= 255) &&
+  g.stride <= 8;
 
 /** The product under a convolution's symbol; undefined where these kernels do not take it. */
 export function hopperConvolution(
@@ -77,7 +80,7 @@ export function hopperConvolution(
     rest: Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'>,
     parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
   ) => {
-    if (!hopperTakes(rows, columns, context) || !isGrid(g)) return undefined;
+    if (!hopperTakes(rows, columns, context) || !isGrid(g, kh, kw)) return undefined;
     const grid = [g.width, g.height, g.stride, g.left, g.top, taps, kw, divideUp(g.image[3], STEP)];
     const entry = { own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
     return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, ...entry, ...rest };
