@@ -114,7 +114,6 @@ test('a graph keeps the clusters of its launches', (t) => {
   const bench = newBench(onHopper);
   const { gpu } = bench;
   const stream = gpu.cuStreamCreate(1);
-  gpu.cuStreamBeginCapture(stream);
   const y = bench.room(4 * 128 * 4);
   const x = Int32Array.from({ length: 256 }, (_, i) => 1000 + i);
   const parameters = new DataView(new ArrayBuffer(20));
@@ -122,6 +121,7 @@ test('a graph keeps the clusters of its launches', (t) => {
   parameters.setBigUint64(8, y, true);
   const kernel = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(clusterPtx), 'exchange');
   const packed = new Uint8Array(parameters.buffer);
+  gpu.cuStreamBeginCapture(stream);
   gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, packed, [0, 8, 16], 2);
   const graph = gpu.cuStreamEndCapture(stream);
   gpu.cuGraphLaunch(gpu.cuGraphInstantiate(graph), stream);

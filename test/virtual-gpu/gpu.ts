@@ -98,6 +98,11 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     if (streamOf(call, stream).captured)
       throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'the stream is being captured');
   };
+  let captures = 0;
+  /** Calls that a driver refuses to a thread that captures, on whatever stream (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL). */
+  const outsideCapture = (call: string): void => {
+    if (captures) throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'a stream is being captured');
+  };
   /** The arena offset of `bytes` at an address, which have to lie in one live allocation. */
   const range = (call: string, address: bigint, bytes: number): number => {
     const offset = m.arena.resolve(address, bytes);
@@ -170,8 +175,14 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     cuMemPoolTrimTo(pool) {
       if (pool !== POOL) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolTrimTo');
     },
-    cuMemAllocHost: (bytes) => host.pin(bytes),
-    cuMemFreeHost: (memory) => host.unpin(memory),
+    cuMemAllocHost(bytes) {
+      outsideCapture('cuMemAllocHost');
+      return host.pin(bytes);
+    },
+    cuMemFreeHost(memory) {
+      outsideCapture('cuMemFreeHost');
+      host.unpin(memory);
+    },
     // A graph would copy again what then lies in the host's memory: nobody may capture that here.
     cuMemcpyHtoDAsync(target, source, stream) {
       settle('cuMemcpyHtoDAsync', stream);
@@ -210,6 +221,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     },
 
     cuModuleLoadData(ptx) {
+      outsideCapture('cuModuleLoadData');
       const known = parsed.get(ptx) ?? parsePtx(ptx);
       parsed.set(ptx, known);
       const target = /^sm_(\d+)(\d)([af]?)$/.exec(known.target);
@@ -336,6 +348,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       if (stream === 0n)
         throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuStreamBeginCapture', 'the default stream');
       streamOf('cuStreamBeginCapture', stream).captured = [];
+      captures++;
     },
     cuStreamEndCapture(stream) {
       const state = streamOf('cuStreamEndCapture', stream);
@@ -343,6 +356,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuStreamEndCapture', 'nothing is captured');
       const graph = register('graph', state.captured);
       state.captured = undefined;
+      captures--;
       return graph;
     },
     cuGraphInstantiate: (graph) =>
