@@ -82,7 +82,7 @@ export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: 
   const temporary = join(parent, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
   const old = `${temporary}.old`;
   try {
-    mkdirSync(temporary, { recursive: true });
+    makeFolders(temporary);
     const result = write(temporary);
     syncFolder(temporary);
     // A folder cannot be renamed onto another one that has files.
@@ -102,9 +102,23 @@ export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: 
 /** Makes a folder and those above it, if they are not there. @throws UserError */
 export function makeFolder(path: string): void {
   try {
-    mkdirSync(path, { recursive: true });
+    makeFolders(resolve(path));
   } catch (error) {
     throw asUserError(error, path);
+  }
+}
+
+/** One by one: Node's own `recursive` calls a read-only disk a missing folder, and in /proc it never comes back. */
+function makeFolders(path: string): void {
+  const found = statSync(path, { throwIfNoEntry: false });
+  if (found?.isDirectory()) return;
+  if (found) throw new UserError(`${path} is a file, not a folder: choose another path`);
+  makeFolders(dirname(path));
+  try {
+    mkdirSync(path);
+  } catch (error) {
+    // Another process may have been faster.
+    if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
   }
 }
 
@@ -177,10 +191,17 @@ const reasons: Record<string, (path: string) => string> = {
   EIO: (path) => `the disk failed at ${path}: check the disk`,
 };
 
-/** A system error as one sentence about `path` (or the file the system named); any other error as it was. */
+/**
+ * A system error as one sentence about `path` (or the file the system named); any other error as it was. What lies at
+ * `temporaryPath` is called by the name that it would have had.
+ */
 export function asUserError(error: unknown, path: string, temporaryPath?: string): unknown {
+  const meant = (text: string): string => (temporaryPath ? text.replaceAll(temporaryPath, path) : text);
+  if (error instanceof UserError) {
+    const said = meant(error.message);
+    return said === error.message ? error : new UserError(said);
+  }
   const { code, path: named } = error as NodeJS.ErrnoException;
   const reason = code === undefined ? undefined : reasons[code];
-  if (!reason) return error;
-  return new UserError(reason(named === undefined || named === temporaryPath ? path : named));
+  return reason ? new UserError(reason(named === undefined ? path : meant(named))) : error;
 }

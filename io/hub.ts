@@ -6,7 +6,6 @@ import {
   copyFileSync,
   existsSync,
   lstatSync,
-  mkdirSync,
   readdirSync,
   readFileSync,
   renameSync,
@@ -16,7 +15,7 @@ import {
 import { homedir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 import { UserError } from './errors.ts';
-import { asUserError, writeFileAtomic } from './files.ts';
+import { asUserError, makeFolder, writeFileAtomic } from './files.ts';
 import { downloadBlob, NetworkError, networkError, type RemoteFile } from './hub_download.ts';
 import { fetchOf } from './proxy.ts';
 
@@ -115,7 +114,7 @@ class HubRepo {
     const { sha, siblings } = await this.#list();
     const wanted = choose(this, siblings.map(remoteFile), files);
     const snapshot = join(this.folder, 'snapshots', sha);
-    mkdirSync(join(this.folder, 'blobs'), { recursive: true });
+    makeFolder(join(this.folder, 'blobs'));
     const total = wanted.reduce((sum, { size }) => sum + size, 0);
     let before = 0;
     for (const file of wanted) {
@@ -127,7 +126,7 @@ class HubRepo {
     // Last, so that a half-downloaded snapshot never becomes what offline use finds.
     if (this.revision !== sha) {
       const ref = join(this.folder, 'refs', this.revision);
-      mkdirSync(dirname(ref), { recursive: true });
+      makeFolder(dirname(ref));
       writeFileAtomic(ref, sha);
     }
     return snapshot;
@@ -241,7 +240,7 @@ function choose({ id, type }: HubRepo, all: RemoteFile[], files: HubOptions['fil
 // mode).
 function linkAtomically(blob: string, path: string): void {
   if (existsSync(path)) return;
-  mkdirSync(dirname(path), { recursive: true });
+  makeFolder(dirname(path));
   const temporary = `${path}.${process.pid}.tmp`;
   rmSync(temporary, { force: true });
   try {

@@ -2,13 +2,13 @@
 // parts, sharded where large) or the original single file. What is written is read back and held against what was meant, and
 // one forward pass through it must equal the source's. A missing or an extra tensor is an error before anything is written.
 import { createHash } from 'node:crypto';
-import { copyFileSync, existsSync, mkdirSync, readdirSync } from 'node:fs';
+import { copyFileSync, existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, replaceAtomically, replaceFolderAtomically } from '../io/files.ts';
+import { asUserError, makeFolder, replaceAtomically, replaceFolderAtomically } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type Json, type ModelSource, matchParameters, openModel, type WeightSource } from './checkpoint.ts';
 import { buildComponent } from './components.ts';
@@ -161,7 +161,7 @@ function copyPlain(source: ModelSource, name: string, folder: string): void {
   if (!(tokenizers as readonly string[]).includes(name)) return;
   const from = source.folder(name);
   try {
-    mkdirSync(folder, { recursive: true });
+    makeFolder(folder);
     for (const file of readdirSync(from)) copyFileSync(join(from, file), join(folder, file));
   } catch (error) {
     throw asUserError(error, folder);

@@ -10,7 +10,14 @@ import {
   toBfloat16,
   toFloat16,
 } from '../io/dtype.ts';
-import { assertWritable, readJson, replaceAtomically, writeFileAtomic } from '../io/files.ts';
+import {
+  assertWritable,
+  makeFolder,
+  readJson,
+  replaceAtomically,
+  replaceFolderAtomically,
+  writeFileAtomic,
+} from '../io/files.ts';
 import { allClose } from './golden.ts';
 import { at, exact, folder, messageOf, randomNumbers, refuses } from './io_helpers.ts';
 
@@ -123,6 +130,23 @@ test('files: written whole or not at all', (t) => {
     readdirSync(folder).some((name) => name.endsWith('.tmp')),
     'nothing left behind',
   );
+  t.end();
+});
+
+test('files: folders', (t) => {
+  makeFolder(at('deep/er/folder'));
+  makeFolder(at('deep/er/folder'));
+  t.ok(existsSync(at('deep/er/folder')));
+  writeFileSync(at('deep/file'), '');
+  refuses(t, /file is a file, not a folder/, () => makeFolder(at('deep/file')));
+  refuses(t, /file\/x lies under something that is not a folder/, () => makeFolder(at('deep/file/x')));
+  // Where Node's own `recursive` goes round for ever.
+  if (process.platform === 'linux') refuses(t, /\/proc\/x /, () => makeFolder('/proc/x/y'));
+  const inFolder = (name: string) =>
+    replaceFolderAtomically(at('whole'), (temporary) => writeFileAtomic(join(temporary, name), ''));
+  refuses(t, /whole\/none\/x does not exist/, () => inFolder('none/x'));
+  refuses(t, /the name of .*whole\/n+ is too long/, () => inFolder('n'.repeat(300)));
+  t.notOk(existsSync(at('whole')));
   t.end();
 });
 

@@ -3,10 +3,11 @@
 // managers may forbid install scripts. Run as a program it builds build/libsdxl_cpu.so in the checkout, and never fails.
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
+import { makeFolder } from '../../io/files.ts';
 
 /** The package's folder, whether this file runs from engine/cpu or from dist/engine/cpu. */
 export const packageRoot = (() => {
@@ -48,7 +49,7 @@ function sourceHash(): string {
 function compile(target: string): Found {
   const work = `${target}.${process.pid}`;
   try {
-    mkdirSync(work, { recursive: true });
+    makeFolder(work);
   } catch (error) {
     return { reason: `${dirname(target)} cannot be written (${(error as Error).message})` };
   }
@@ -74,7 +75,7 @@ function make(out: string): Found {
 const lastLine = (text: string): string => text.trim().split('\n').at(-1) ?? '';
 
 if (process.argv[1] && import.meta.url === pathToFileURL(process.argv[1]).href) {
-  mkdirSync(dirname(packaged), { recursive: true });
+  makeFolder(dirname(packaged));
   const built = make(packaged);
   if ('reason' in built)
     console.warn(`sdxl: no native kernels: ${built.reason}. The slow reference device will be used.`);
