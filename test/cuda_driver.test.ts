@@ -24,6 +24,7 @@ test('calls through koffi', { skip: compiled.status !== 0 && 'no C compiler' }, 
   const api = openCudaLibrary(path);
   t.equal(api.cuDriverGetVersion(), 13000);
   t.equal(api.cuDeviceGetName(0), 'stub 0');
+  t.throws(() => api.cuDeviceGetName(1), { message: /cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE/ });
   t.equal(api.cuDeviceTotalMem(0), 80 * 2 ** 30);
   t.same(api.cuMemGetInfo(), { free: 5, total: 2 ** 36 });
   const pinned = api.cuMemAllocHost(4096);

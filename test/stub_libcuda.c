@@ -12,19 +12,23 @@ static const Handle CONTEXT = 0x7fff12345678ull, STREAM = 0xabcdef, MODULE = 77,
 int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cuDeviceGetCount(int *count) { return *count = 1, 0; }
-int cuDeviceGetName(char *name, int length, int device) { return snprintf(name, (size_t)length, "stub %d", device), 0; }
-int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = 85899345920ull, device; }
+// A CUdevice is not its number here.
+static const int DEVICE = 7;
+static int check(int device) { return device == DEVICE ? 0 : 101; }
+int cuDeviceGet(int *device, int ordinal) { return *device = DEVICE, ordinal ? 101 : 0; }
+int cuDeviceGetName(char *name, int length, int device) { return snprintf(name, (size_t)length, "stub %d", device - DEVICE), check(device); }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = 85899345920ull, check(device); }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 132 : 1;
-  return device;
+  return check(device);
 }
-int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = CONTEXT, device; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
+int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = CONTEXT, check(device); }
+int cuDevicePrimaryCtxRelease_v2(int device) { return check(device); }
 int cuCtxSetCurrent(Handle context) { return context == CONTEXT ? 0 : 201; }
 int cuStreamCreate(Handle *stream, unsigned flags) { return *stream = STREAM, flags == 1 ? 0 : 1; }
 int cuStreamSynchronize(Handle stream) { return stream == STREAM ? 0 : 400; }
 int cuMemGetInfo_v2(size_t *unused, size_t *total) { return *unused = 5, *total = 1ull << 36, 0; }
-int cuDeviceGetDefaultMemPool(Handle *pool, int device) { return *pool = POOL, device; }
+int cuDeviceGetDefaultMemPool(Handle *pool, int device) { return *pool = POOL, check(device); }
 int cuMemPoolSetAttribute(Handle pool, int attribute, const uint64_t *value) {
   return pool == POOL && attribute == 4 && *value == UINT64_MAX ? 0 : 1;
 }

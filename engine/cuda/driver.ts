@@ -84,6 +84,15 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     return word();
   };
   call('cuInit', 'i', 0);
+  /** A GPU's CUdevice, by its number. */
+  const devices = new Map<number, number>();
+  const deviceOf = (ordinal: number): number => {
+    const found = devices.get(ordinal);
+    if (found !== undefined) return found;
+    call('cuDeviceGet', 'oi', scratch, ordinal);
+    devices.set(ordinal, int());
+    return int();
+  };
 
   const pointers = new BigUint64Array(memory.buffer, POINTERS, MOST_PARAMETERS);
   /** A kernel's list of pointers, by its offsets. */
@@ -139,16 +148,16 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       return int();
     },
     cuDeviceGetName(device) {
-      call('cuDeviceGetName', 'oii', scratch, 256, device);
+      call('cuDeviceGetName', 'oii', scratch, 256, deviceOf(device));
       return text(scratch, 256);
     },
-    cuDeviceTotalMem: (device) => Number(made('cuDeviceTotalMem_v2', 'i', device)),
+    cuDeviceTotalMem: (device) => Number(made('cuDeviceTotalMem_v2', 'i', deviceOf(device))),
     cuDeviceGetAttribute(attribute, device) {
-      call('cuDeviceGetAttribute', 'oii', scratch, attribute, device);
+      call('cuDeviceGetAttribute', 'oii', scratch, attribute, deviceOf(device));
       return int();
     },
-    cuDevicePrimaryCtxRetain: (device) => made('cuDevicePrimaryCtxRetain', 'i', device),
-    cuDevicePrimaryCtxRelease: (device) => call('cuDevicePrimaryCtxRelease_v2', 'i', device),
+    cuDevicePrimaryCtxRetain: (device) => made('cuDevicePrimaryCtxRetain', 'i', deviceOf(device)),
+    cuDevicePrimaryCtxRelease: (device) => call('cuDevicePrimaryCtxRelease_v2', 'i', deviceOf(device)),
     cuCtxSetCurrent: (context) => call('cuCtxSetCurrent', 'h', context),
     cuCtxSynchronize: () => call('cuCtxSynchronize', ''),
 
@@ -156,7 +165,7 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       call('cuMemGetInfo_v2', 'oo', scratch, scratch + 8n);
       return { free: Number(word()), total: Number(word(8)) };
     },
-    cuDeviceGetDefaultMemPool: (device) => made('cuDeviceGetDefaultMemPool', 'i', device),
+    cuDeviceGetDefaultMemPool: (device) => made('cuDeviceGetDefaultMemPool', 'i', deviceOf(device)),
     cuMemPoolSetAttribute: (pool, attribute, value) =>
       call('cuMemPoolSetAttribute', 'hib', pool, attribute, BigUint64Array.of(value)),
     cuMemPoolTrimTo: (pool, keep) => call('cuMemPoolTrimTo', 'hz', pool, keep),
