@@ -102,6 +102,42 @@ test('run files', async (t) => {
     /no model at .*nowhere/,
     ...file('g', { model: join(folder, 'nowhere') }),
   );
+  await refuses(
+    t,
+    'a preset without its parts',
+    /lacks unet\.block_out_channels, vae\.block_out_channels, text_encoder_2\.hidden_size/,
+    ...file('h', { model: { scheduler: { _class_name: 'DDPMScheduler' } } }),
+  );
+  await refuses(
+    t,
+    'a group that is a number',
+    /"optimizer" is 5; write an object/,
+    ...file('i', { optimizer: 5 }),
+  );
+  await refuses(
+    t,
+    'a number that is none',
+    /"optimizer\.lr" is NaN/,
+    ...file('j', {}, 'export default { optimizer: { lr: Number.NaN } };'),
+  );
+  await refuses(
+    t,
+    'a name that leads out of runs/',
+    /"name" is "\.\.\/x", which names no folder/,
+    ...file('k', { name: '../x', output: '' }),
+  );
+  await refuses(
+    t,
+    'parts of what is not trained',
+    /choose layers with "lora\.targets"/,
+    ...file('l', { train: { target: 'lora', parts: ['attn'] } }),
+  );
+  await refuses(
+    t,
+    'text encoders beside a VAE',
+    /"train\.text_encoders" goes with the UNet/,
+    ...file('m', { train: { target: 'vae', text_encoders: true } }),
+  );
   const good = runFile('good', {});
   const set = (assignment: string) => ['train', good, '--set', assignment];
   await refuses(

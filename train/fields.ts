@@ -82,7 +82,9 @@ const isField = (entry: unknown): entry is Field<unknown> => isRecord(entry) && 
 /** `given` with every absent key at its default. @throws UserError naming the first key that is unknown or unfit */
 export function fill<T>(fields: Fields<T>, given: unknown, where: string, path = ''): T {
   if (!isRecord(given))
-    throw new UserError(`${where}: ${path || 'the run'} is ${show(given)}; write an object { ... }`);
+    throw new UserError(
+      `${where}: ${path ? `"${path.slice(0, -1)}"` : 'the run'} is ${show(given)}; write an object { ... }`,
+    );
   for (const key of Object.keys(given)) {
     if (!Object.hasOwn(fields, key)) {
       throw new UserError(
@@ -102,8 +104,12 @@ export function fill<T>(fields: Fields<T>, given: unknown, where: string, path =
   return Object.fromEntries(entries) as T;
 }
 
-const show = (value: unknown): string =>
-  typeof value === 'function' ? 'a function' : (JSON.stringify(value) ?? String(value)).slice(0, 80);
+const show = (value: unknown): string => {
+  if (typeof value === 'function') return 'a function';
+  // JSON has no NaN and no Infinity.
+  if (typeof value === 'number') return String(value);
+  return (JSON.stringify(value) ?? String(value)).slice(0, 80);
+};
 
 /**
  * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a

@@ -1,6 +1,7 @@
 // A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface
 // is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
+import { UserError } from '../io/errors.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
@@ -247,6 +248,20 @@ export function defineRun(...stages: RunInput[]): RunInput[] {
   return stages;
 }
 
+/** What a run asks for that its target would pass over. */
+function refuseUnused({ train: { target, parts, text_encoders } }: Run, where: string): void {
+  if (parts.length > 0 && target !== 'unet')
+    throw new UserError(
+      `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${
+        target === 'lora' ? 'choose layers with "lora.targets"' : 'leave it out'
+      }`,
+    );
+  if (text_encoders && target === 'vae')
+    throw new UserError(
+      `${where}: "train.text_encoders" goes with the UNet, not with target "vae"; leave it out`,
+    );
+}
+
 /** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
 export function resolveRun(
   given: unknown,
@@ -257,6 +272,11 @@ export function resolveRun(
   const run = fill(fields, given, where);
   for (const assignment of assignments) override(fields, run, assignment);
   run.name ||= name;
+  if (!run.output && !/^[^/\\]+$/.test(run.name.replace(/^\.+$/, '')))
+    throw new UserError(
+      `${where}: "name" is "${run.name}", which names no folder in runs/; give a plain name, or say with "output" where the run goes`,
+    );
   run.output ||= `runs/${run.name}`;
+  refuseUnused(run, where);
   return run;
 }

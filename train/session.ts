@@ -11,6 +11,7 @@ import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { channelsLast, type ModelSource, openWeights } from '../models/checkpoint.ts';
+import { parseTextConfig } from '../models/clip.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, listCheckpoints, loadTensors, type Position, readState } from './checkpoint.ts';
@@ -63,6 +64,14 @@ export async function openMaterials(run: Run, locate: Locate, report: Report): P
   return { run, source, vaeSource, pictures, updatesPerEpoch: perEpoch, total };
 }
 
+/** Of each part of a preset, a key that none can do without: files that no compiler saw may lack it. */
+const wanted = [
+  ['unet', 'block_out_channels'],
+  ['vae', 'block_out_channels'],
+  ['text_encoder_2', 'hidden_size'],
+  ['scheduler', '_class_name'],
+] as const;
+
 /** The model that a run starts from: what its path holds, or a preset's random weights with tokenizers from its captions. */
 async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
   if (run.model === '')
@@ -70,10 +79,16 @@ async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
       'the run names no model; set model to a folder, a .safetensors file, a hub id or a preset',
     );
   if (typeof run.model === 'string') return locate.model(run.model);
+  const parts = run.model as unknown as Record<string, Record<string, unknown> | undefined>;
+  const lacking = wanted.filter(([part, key]) => parts[part]?.[key] === undefined);
+  if (lacking.length)
+    throw new UserError(
+      `the preset that the run gives as its model lacks ${lacking.map((each) => each.join('.')).join(', ')}; begin with one of the package's: { ...presets.tiny, ... }`,
+    );
   const tokenizers = join(run.output, 'tokenizers');
   // A resumed run keeps the tokenizers it has.
   if (run.train.target !== 'vae' && listCheckpoints(run.output).length === 0) {
-    const { vocab_size, max_position_embeddings: length } = run.model.text_encoder_2;
+    const { vocab_size, max_position_embeddings: length } = parseTextConfig({ ...run.model.text_encoder_2 });
     const { examples } = await openDataset(run.dataset);
     const captions = examples.flatMap((example) => example.captions);
     writeTokenizers(tokenizers, learnVocabulary(captions, vocab_size), length);
