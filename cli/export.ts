@@ -1,7 +1,7 @@
 // `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
 import { existsSync, readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
@@ -54,11 +54,10 @@ export function addExport(command: Command, terminal: Terminal): void {
     )
     .option('--format <NAME>', formats.join(', '), 'diffusers')
     .option('--dtype <NAME>', 'float32, bfloat16 or float16 (default: as it is stored)')
-    .option(
-      '--max-shard-size <SIZE>',
-      'of a weight file in a folder',
-      bytes('--max-shard-size'),
-      bytes('')('10GB'),
+    .addOption(
+      new Option('--max-shard-size <SIZE>', 'of a weight file in a folder')
+        .argParser(bytes('--max-shard-size'))
+        .default(10e9, '10GB'),
     )
     .option('--ema', 'the moving averages instead of the last weights')
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
@@ -147,6 +146,13 @@ function loraTargets(configs: string | undefined): LoraTargets {
   };
 }
 
+function namesOf(text: string): string[] {
+  const names = text.split(',').map((name) => name.trim());
+  if (names.includes(''))
+    throw new UserError(`--save-keys takes names with commas between, such as unet,vae, not "${text}"`);
+  return names;
+}
+
 async function exportWeights(
   from: string,
   out: string,
@@ -166,7 +172,7 @@ async function exportWeights(
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const bar = progressBar(terminal, 'tensors', quiet);
   const request = {
-    save_keys: options.saveKeys?.split(',').map((key) => key.trim()) ?? [],
+    save_keys: options.saveKeys === undefined ? [] : namesOf(options.saveKeys),
     dtype: options.dtype as FloatDType | undefined,
     max_shard_size: options.maxShardSize,
     device: openDevice(options.device),

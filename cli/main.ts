@@ -65,7 +65,6 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     const command = program.command(usage).description(description);
     if (command.name() === called) (await load())(command, terminal);
   }
-  inherit(program);
   try {
     await program.parseAsync(argv[0] === 'sample' ? spelledOut(argv) : [...argv], { from: 'user' });
     return 0;
@@ -75,13 +74,5 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (!(error instanceof UserError)) throw error;
     terminal.err(`error: ${error.message}\n`);
     return 2;
-  }
-}
-
-/** Errors of subcommands are thrown and written as the program's own are. */
-function inherit(command: Command): void {
-  for (const child of command.commands) {
-    child.copyInheritedSettings(command);
-    inherit(child);
   }
 }

@@ -6,6 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { classOf } from '../models/components.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
@@ -95,7 +96,13 @@ export async function locateVae(path: string, options: Locate): Promise<ModelSou
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
   if (existsSync(`${folder}/model_index.json`) || !existsSync(`${folder}/config.json`))
     return locateModel(folder, options);
-  return openComponent(folder);
+  const source = openComponent(folder);
+  const name = classOf(source.config('vae'));
+  if (name !== undefined && name !== 'AutoencoderKL')
+    throw new UserError(
+      `${path} holds a ${name}, not SDXL's VAE (AutoencoderKL); give a VAE's folder or file`,
+    );
+  return source;
 }
 
 /** A VAE alone in its file, or the one inside a whole model's file. */

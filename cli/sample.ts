@@ -4,6 +4,7 @@ import { extname } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
 import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
@@ -30,6 +31,9 @@ import type { Terminal } from './terminal.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
   addSampleOptions(command).action(async (options: SampleOptions) => {
+    const [stray] = command.args;
+    if (stray !== undefined)
+      throw new UserError(`"${stray}" belongs to no flag; put the whole prompt in quotes after --prompt`);
     if (options.from) applySettings(command, options.from);
     await sample(command.opts<SampleOptions>(), terminal);
   });

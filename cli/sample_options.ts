@@ -1,6 +1,7 @@
 // The flags of `sdxl sample`: diffusers' words (other programs' are in aliases.ts). What can be known to be wrong with a
 // request is refused here, before any weight is read.
 import { existsSync } from 'node:fs';
+import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
@@ -73,6 +74,7 @@ The same seed gives the picture that diffusers gives with a CPU generator.`;
 export function addSampleOptions(command: Command): Command {
   const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
   return command
+    .allowExcessArguments() // told of by the command, which knows what they are
     .optionsGroup('Model:')
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
@@ -247,5 +249,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,
     );
+  if (options.saveLatents && resolve(options.saveLatents) === resolve(options.output))
+    throw new UserError('--save-latents and --output name one file; give the latents a name of their own');
   for (const file of [options.output, options.saveLatents]) if (file) assertWritable(file);
 }

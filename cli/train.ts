@@ -19,7 +19,7 @@ import { type Bar, progressBar } from './progress.ts';
 import { Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
-  set: string[];
+  set?: string[];
   resume?: boolean | string;
   only?: string;
   device: string;
@@ -48,8 +48,7 @@ const addShared = (command: Command): Command =>
     .option(
       '--set <KEY=VALUE>',
       'override a key of the run, such as optimizer.lr=5e-6; may be given more than once',
-      (text, all: string[]) => [...all, text],
-      [],
+      (text, all: string[] = []) => [...all, text],
     )
     .option('--only <NAME>', 'of several runs in the file, this one')
     .option('--quiet', 'no progress');

@@ -182,6 +182,12 @@ export function matchParameters(module: AnyModule, source: WeightSource) {
   return { parameters, stored, problems };
 }
 
+/** What `matchParameters` found, in one sentence. */
+export const misfit = ({ where }: WeightSource, problems: readonly string[]): UserError =>
+  new UserError(
+    `${where} does not fit its config: ${problems.join('; ')}; take config and weights from one model, or download it again`,
+  );
+
 /** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
 export function loadParameters(
   module: AnyModule,
@@ -190,7 +196,7 @@ export function loadParameters(
   dtype: FloatDType,
 ): void {
   const { parameters, stored, problems } = matchParameters(module, source);
-  if (problems.length) throw new UserError(`${source.where} does not fit its config: ${problems.join('; ')}`);
+  if (problems.length) throw misfit(source, problems);
   for (const [name, spelling] of stored) {
     fillParameter(parameters.get(name) as Parameter, spelling, source, device, dtype);
   }
@@ -212,7 +218,7 @@ export function loadAndClose(
 
 function listed(what: string, names: readonly string[]): string {
   if (names.length === 0) return '';
-  const most = 100;
+  const most = 20;
   const more = names.length > most ? ` and ${names.length - most} more` : '';
   return `${what} ${names.slice(0, most).join(', ')}${more}`;
 }

@@ -10,7 +10,14 @@ import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { asUserError, makeFolder, replaceAtomically, replaceFolderAtomically } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { type Json, type ModelSource, matchParameters, openModel, type WeightSource } from './checkpoint.ts';
+import {
+  type Json,
+  type ModelSource,
+  matchParameters,
+  misfit,
+  openModel,
+  type WeightSource,
+} from './checkpoint.ts';
 import { buildComponent } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
 import { saveWeights, writeJson } from './save.ts';
@@ -87,8 +94,7 @@ class Outgoing {
     const weights = source.weights(component);
     this.#open.push(weights);
     const { stored, problems, parameters } = matchParameters(built.module, weights);
-    if (problems.length)
-      throw new UserError(`${weights.where} does not fit its config: ${problems.join('; ')}`);
+    if (problems.length) throw misfit(weights, problems);
     return [...stored].map(([name, spelling]) => {
       const from = weights.info(spelling)?.dtype as FloatDType;
       const dtype = this.#request.dtype ?? from;

@@ -130,7 +130,7 @@ function complain(file: SafetensorsFile, what: string, names: readonly string[])
   const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
   throw new UserError(
     `LoRA ${file.path}: ${names.length} of its names ${what}: ${names.slice(0, 8).join(', ')}${more}; ` +
-      'use an adapter made for this model',
+      'use an adapter made for this model, or name the model that it was made for',
   );
 }
 

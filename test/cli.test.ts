@@ -120,6 +120,17 @@ test('mistakes', async (t) => {
       ['--model', damaged, '--refiner', refiner, '--strength', '0.01'],
       /leave none of the 50 steps/,
     ],
+    ['words outside of quotes', ['--model', model, 'red', 'heart'], /"red" belongs to no flag.* --prompt/],
+    [
+      'a UNet for a VAE',
+      ['--model', model, '--vae', join(model, 'unet')],
+      /holds a UNet2DConditionModel, not SDXL's VAE/,
+    ],
+    [
+      'latents over the picture',
+      ['--model', model, '--save-latents', join(folder, 'result.png')],
+      /name one file/,
+    ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     ['width not divisible by 8', ['--model', model, '--width', '100'], /divisible by 8/],
     ['unknown scheduler', ['--model', model, '--scheduler', 'eulr'], /did you mean "euler"/],

@@ -301,6 +301,7 @@ test('mistakes leave nothing behind', async (t) => {
       [golden('tiny-sdxl'), out, '--save-keys', 'unet,controlnet'],
       /no controlnet; it has unet, vae, text_encoder, .*scheduler/,
     ],
+    ['a name left out', [golden('tiny-sdxl'), out, '--save-keys', 'unet,'], /names with commas between/],
     ['missing tensor', [lacking, out], /missing add_embedding\.linear_1\.bias/],
     [
       'missing tensor, one file',
