@@ -98,7 +98,9 @@ async function run(from: string, out: string, options: Options, terminal: Termin
 const told = (report: Certificate | { layers: number }): string =>
   'layers' in report
     ? `${report.layers} layers`
-    : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} equals the source's`;
+    : report.tensors === 0
+      ? 'no weights, the rest as it was'
+      : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} equals the source's`;
 
 function oneOf<T extends string>(flag: string, word: string, choices: readonly T[]): T {
   const found = choices.find((choice) => choice === word);

@@ -85,7 +85,7 @@ async function publishedTokenizers(path: string): Promise<string> {
   }
 }
 
-/** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a whole model that has one. */
+/** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
 export async function locateVae(path: string, options: Locate): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
     return vaeOfFile(path);
@@ -94,9 +94,9 @@ export async function locateVae(path: string, options: Locate): Promise<ModelSou
   const folder = existsSync(path)
     ? path
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
-  if (existsSync(`${folder}/model_index.json`) || !existsSync(`${folder}/config.json`))
-    return locateModel(folder, options);
-  const source = openComponent(folder);
+  const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) return locateModel(folder, options);
+  const source = openComponent(own);
   const name = classOf(source.config('vae'));
   if (name !== undefined && name !== 'AutoencoderKL')
     throw new UserError(

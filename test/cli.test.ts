@@ -234,6 +234,9 @@ test('a VAE in one file, under either spelling, is the folder it came from', asy
     return (await readPicture(output)).data;
   };
   const want = await draw('own.png');
+  const final = join(folder, 'final');
+  cpSync(join(model, 'vae'), join(final, 'vae'), { recursive: true });
+  t.same(await draw('final.png', '--vae', final), want, 'as training leaves it');
   const whole = openSafetensors(goldenSingleFile('tiny-sdxl'));
   const prefix = 'first_stage_model.';
   const part = [...whole.tensors.values()]

@@ -37,7 +37,7 @@ export interface Run {
     target: 'unet' | 'lora' | 'vae';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
-    /** Train both text encoders along with the UNet. */
+    /** Train both text encoders along with the UNet; for target `unet`. */
     text_encoders: boolean;
     /** Recompute activations in the backward pass: less memory, a third more work. */
     gradient_checkpointing: boolean;
@@ -136,7 +136,7 @@ export type RunInput = {
   [K in keyof Run]?: Run[K] extends readonly unknown[] | string | number ? Run[K] : Partial<Run[K]>;
 };
 
-/** Defaults are the seed recipe's (diffengine's stable_diffusion_xl_pokemon_blip) where it says something. */
+/** Learning rate, weight decay, clipping, epochs and checkpoints are by default the seed recipe's (configs/pokemon-blip.ts). */
 export const fields: Fields<Run> = {
   name: text(''),
   output: text(''),
@@ -256,9 +256,11 @@ function refuseUnused({ train: { target, parts, text_encoders } }: Run, where: s
         target === 'lora' ? 'choose layers with "lora.targets"' : 'leave it out'
       }`,
     );
-  if (text_encoders && target === 'vae')
+  if (text_encoders && target !== 'unet')
     throw new UserError(
-      `${where}: "train.text_encoders" goes with the UNet, not with target "vae"; leave it out`,
+      `${where}: "train.text_encoders" trains the encoders whole beside the UNet, which target "${target}" does not: ${
+        target === 'lora' ? 'an adapter could not hold them, ' : ''
+      }leave it out`,
     );
 }
 
