@@ -11,7 +11,7 @@ import { UserError } from './errors.ts';
 const mostRedirects = 10;
 
 /** The proxy for `url`; undefined where it is reached directly. */
-export function proxyFor(url: URL): URL | undefined {
+function proxyFor(url: URL): URL | undefined {
   const variable = (name: string) => process.env[name.toLowerCase()] || process.env[name.toUpperCase()];
   const name = url.protocol === 'https:' ? 'https_proxy' : 'http_proxy';
   const proxy = variable(name) || variable('all_proxy');

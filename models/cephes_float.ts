@@ -40,7 +40,7 @@ const ln2Low = fround(-2.1219444e-4); // ln 2 in two parts, for exact products w
 const ln2High = 0.693359375;
 
 /** The float32 natural logarithm of a positive normal float32. */
-export function log32(value: number): number {
+function log32(value: number): number {
   f32[0] = value;
   const bits = f32Bits[0];
   let exponent = ((bits >>> 23) & 0xff) - 126;
@@ -67,7 +67,7 @@ const [cos2, cos1, cos0] = [2.443315711809948e-5, -1.388731625493765e-3, 4.16666
 const [sin2, sin1, sin0] = [-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1].map(fround);
 
 /** The float32 sine and cosine of `theta` >= 0, written to `out[0]` and `out[1]`. */
-export function sinCos32(theta: number, out: Float32Array): void {
+function sinCos32(theta: number, out: Float32Array): void {
   const octant = (Math.trunc(fround(theta * fourOverPi)) + 1) & ~1;
   const x = fma32(octant, pi4Low, fma32(octant, pi4Middle, fma32(octant, pi4High, theta)));
   const z = fround(x * x);

@@ -24,7 +24,7 @@ import { saveWeights, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
-export const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
+const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
 const tokenizers = ['tokenizer', 'tokenizer_2'] as const;
 const exportable: readonly string[] = [...weightComponents, ...tokenizers, 'scheduler'];
 
@@ -50,7 +50,7 @@ export interface Certificate {
 }
 
 /** Which of the source's components a request means. @throws UserError for a name the source has not */
-export function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
+function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
   const present = exportable.filter((name) => hasComponent(source, name));
   for (const key of keys.filter((name) => name !== 'all')) {
     if (!present.includes(key))

@@ -86,7 +86,7 @@ export const clipBigG = {
  * The same graph at small widths, for tests and quick benchmarks: 64x64 pixels or larger. Its text encoders have a row for each
  * token of the tokenizers that ship (assets/emoji).
  */
-export const sdxlTiny = {
+const sdxlTiny = {
   ...sdxlBase,
   sample_size: 16,
   block_out_channels: [16, 24, 32],
@@ -98,14 +98,14 @@ export const sdxlTiny = {
   norm_num_groups: 8,
 } satisfies UNetConfig;
 
-export const tinyVae = {
+const tinyVae = {
   ...sdxlVae,
   sample_size: 64,
   block_out_channels: [16, 24, 32, 32],
   norm_num_groups: 8,
 } satisfies VaeConfig;
 
-export const tinyClipL = {
+const tinyClipL = {
   ...clipL,
   vocab_size: 2048,
   hidden_size: 32,
@@ -114,7 +114,7 @@ export const tinyClipL = {
   num_attention_heads: 4,
 } satisfies TextConfig;
 
-export const tinyClipBigG = {
+const tinyClipBigG = {
   ...clipBigG,
   vocab_size: 2048,
   hidden_size: 48,

@@ -97,7 +97,7 @@ const vaeWords: readonly (readonly [RegExp, string])[] = [
  * A VAE key in the original's words (without `first_stage_model.`); decoder levels count from the picture
  * there.
  */
-export function vaeKeyInSgm(key: string, levels: number): string {
+function vaeKeyInSgm(key: string, levels: number): string {
   const reversed = key.replace(/up_blocks\.(\d+)\./, (_, i) => `up.${levels - 1 - Number(i)}.`);
   return vaeWords.reduce((name, [pattern, word]) => name.replace(pattern, word), reversed);
 }

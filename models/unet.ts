@@ -234,7 +234,7 @@ const perLevel = (value: number | readonly number[], level: number): number =>
   typeof value === 'number' ? value : value[level];
 
 /** Widths, heads and depths from the first level down, before block types decide where transformers are. */
-export const levelsOf = (config: UNetConfig): Level[] =>
+const levelsOf = (config: UNetConfig): Level[] =>
   config.block_out_channels.map((width, i) => ({
     width,
     heads: perLevel(config.attention_head_dim, i),

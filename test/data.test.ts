@@ -10,11 +10,16 @@ import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
 import type { Size } from '../models/conditioning.ts';
 import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
-import { allCaptions, captionDefaults, captionOf } from '../train/data/caption.ts';
+import { allCaptions, captionOf } from '../train/data/caption.ts';
 import { type Placed, planEpoch, updatesPerEpoch } from '../train/data/order.ts';
-import { geometryOf, pictureDefaults, preparePicture, timeIdsOf } from '../train/data/picture.ts';
+import { geometryOf, preparePicture, timeIdsOf } from '../train/data/picture.ts';
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
+import { fill } from '../train/fields.ts';
+import { fields } from '../train/run.ts';
+
+/** What a run has that says nothing of its dataset. */
+const defaults = fill(fields, {}, 'defaults').dataset;
 
 /** A picture in which every pixel differs from its neighbours. */
 function patterned(width: number, height: number, salt = 0): Picture {
@@ -206,7 +211,7 @@ test('what is transparent lies on white', async (t) => {
 const where = { seed: 7, key: 11, variant: 0 };
 
 test('geometry covers the target and nothing more', (t) => {
-  const center = { ...pictureDefaults, center_crop: true };
+  const center = { ...defaults, center_crop: true };
   const cases: [Size, Size, Size, readonly [number, number]][] = [
     // torchvision: int(1024 * 1500 / 1000), crop at int(round((1536 - 1024) / 2))
     [
@@ -405,10 +410,10 @@ test('orders are fair', (t) => {
 test('captions', (t) => {
   const captions = ['one', 'two', 'three'];
   const many = Array.from({ length: 3000 }, (_, key) => ({ seed: 3, epoch: 0, key }));
-  const counted = (options: Partial<typeof captionDefaults>, choices: string[]) => {
+  const counted = (options: Partial<typeof defaults>, choices: string[]) => {
     const counts = new Map<string | undefined, number>();
     for (const at of many) {
-      const caption = captionOf(choices, { ...captionDefaults, ...options }, at);
+      const caption = captionOf(choices, { ...defaults, ...options }, at);
       counts.set(caption, (counts.get(caption) ?? 0) + 1);
     }
     return counts;
@@ -433,11 +438,8 @@ test('captions', (t) => {
     'tags fall out',
   );
   const at = { seed: 3, epoch: 5, key: 9 };
-  t.equal(captionOf(captions, captionDefaults, at), captionOf(captions, captionDefaults, at));
-  t.strictSame(allCaptions([{ captions }, { captions: ['two', 'four'] }], captionDefaults), [
-    ...captions,
-    'four',
-  ]);
-  t.equal(allCaptions([{ captions }], { ...captionDefaults, shuffle_caption: true }), undefined);
+  t.equal(captionOf(captions, defaults, at), captionOf(captions, defaults, at));
+  t.strictSame(allCaptions([{ captions }, { captions: ['two', 'four'] }], defaults), [...captions, 'four']);
+  t.equal(allCaptions([{ captions }], { ...defaults, shuffle_caption: true }), undefined);
   t.end();
 });

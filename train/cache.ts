@@ -201,7 +201,7 @@ function weightOf(module: AnyModule): { device: Tensor['device']; dtype: FloatDT
 }
 
 /** SHA-256 of a model's config, and its weights' names, types and bytes. Reads every weight: compute it once. */
-export function modelHash(module: AnyModule, config: unknown): string {
+function modelHash(module: AnyModule, config: unknown): string {
   const hash = createHash('sha256').update(JSON.stringify(config));
   for (const [name, { shape, tensor: weight }] of namedParameters(module)) {
     hash.update(`${name} ${weight.dtype} ${shape.join()}\n`).update(weight.bytes());

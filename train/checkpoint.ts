@@ -33,7 +33,7 @@ export interface TrainedComponent extends SavedComponent {
 
 const folderPattern = /^step-(\d{8})$/;
 
-export const checkpointsOf = (output: string): string => join(output, 'checkpoints');
+const checkpointsOf = (output: string): string => join(output, 'checkpoints');
 
 /** The complete checkpoints of a run, oldest first. A folder that was being written has another name. */
 export function listCheckpoints(output: string): string[] {

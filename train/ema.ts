@@ -20,7 +20,7 @@ export interface Ema {
 }
 
 /** The decay of update k, counted from 1: 0 at the first, then min(decay, (1 + n) / (10 + n)) with n = k - 1. */
-export const emaDecay = (decay: number, k: number): number => (k <= 1 ? 0 : Math.min(decay, k / (9 + k)));
+const emaDecay = (decay: number, k: number): number => (k <= 1 ? 0 : Math.min(decay, k / (9 + k)));
 
 /** Averages of the tensors that `weightOf` gives for `names`, beginning as copies of them. */
 export const ema = (names: Iterable<string>, weightOf: (name: string) => Tensor, decay: number): Ema =>

@@ -18,7 +18,7 @@ export interface AdafactorAttrs extends StepAttrs {
 }
 
 /** A weight in memory as matrices [outer, rows, columns, inner]; undefined for a vector. */
-export function matricesOf(shape: readonly number[]): readonly [number, number, number, number] | undefined {
+function matricesOf(shape: readonly number[]): readonly [number, number, number, number] | undefined {
   if (shape.length < 2) return undefined;
   if (shape.length === 2) return [1, shape[0], shape[1], 1];
   const [o, kh, kw, i] = shape;

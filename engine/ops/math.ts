@@ -1,7 +1,7 @@
 // Scalar functions and their derivatives, in float64: the definitions that the reference loops of several ops share.
 
 /** Error function (Abramowitz & Stegun 7.1.26 is too coarse): series below 2.5, continued fraction above; ~1e-15. */
-export function erf(x: number): number {
+function erf(x: number): number {
   const a = Math.abs(x);
   if (a > 6) return Math.sign(x);
   if (a < 2.5) {

@@ -32,7 +32,7 @@ export function towards(x: Float32Array, x0: Float32Array, from: number, to: num
 }
 
 /** Standard deviation to start from: with leading spacing the first sigma is below the last training step's. */
-export function startSigma(config: SchedulerConfig, sigmas: Float32Array): number {
+function startSigma(config: SchedulerConfig, sigmas: Float32Array): number {
   const max = sigmas.reduce((a, b) => Math.max(a, b));
   return config.timestep_spacing === 'leading' ? Math.sqrt(max * max + 1) : max;
 }

@@ -42,7 +42,7 @@ function cosineBetas(count: number): Float32Array {
  * torch.linspace in float32, bit for bit: it steps from the start in the first half and from the end in the second,
  * with a fused multiply-add (here: exact in float64, then one rounding).
  */
-export function torchLinspace(start: number, end: number, count: number): Float32Array {
+function torchLinspace(start: number, end: number, count: number): Float32Array {
   const [first, last] = [f32(start), f32(end)];
   const step = f32(f32(last - first) / (count - 1));
   const half = count >> 1;
@@ -57,7 +57,7 @@ function cumulativeAlphas(betas: Float32Array): Float32Array {
 }
 
 /** Shifts sqrt(abar) so that the last step is pure noise and the first unchanged, Lin et al. 2023 (arXiv:2305.08891). */
-export function rescaleZeroTerminalSnr(betas: Float32Array): Float32Array {
+function rescaleZeroTerminalSnr(betas: Float32Array): Float32Array {
   const roots = cumulativeAlphas(betas).map(Math.sqrt);
   const [first, last] = [roots[0], roots[roots.length - 1]];
   const stretch = f32(first / f32(first - last));

@@ -14,14 +14,6 @@ export interface CaptionOptions {
   caption_separator: string;
 }
 
-export const captionDefaults: CaptionOptions = {
-  caption_dropout_rate: 0,
-  caption_tag_dropout_rate: 0,
-  shuffle_caption: false,
-  keep_tokens: 0,
-  caption_separator: ',',
-};
-
 /**
  * The caption of the sample with this key in this epoch; undefined where it is left away, which is then the model's own
  * unconditional: zero embeddings (the base model), or those of an empty text.

@@ -17,19 +17,12 @@ export interface Geometry {
   flip: boolean;
 }
 
-export interface PictureOptions {
+interface PictureOptions {
   /** Crop at the centre rather than at random. */
   center_crop: boolean;
   /** Mirror every second picture, at random. */
   random_flip: boolean;
-  interpolation: ResizeFilter;
 }
-
-export const pictureDefaults: PictureOptions = {
-  center_crop: false,
-  random_flip: false,
-  interpolation: 'lanczos',
-};
 
 /**
  * The geometry of a picture's `variant`-th version. A run that caches k versions of each picture takes the epoch modulo k
@@ -38,7 +31,7 @@ export const pictureDefaults: PictureOptions = {
 export function geometryOf(
   original: Size,
   target: Size,
-  options: Pick<PictureOptions, 'center_crop' | 'random_flip'>,
+  options: PictureOptions,
   { seed, key, variant }: { seed: number; key: number; variant: number },
 ): Geometry {
   const resized = coveringSize(original, target);
