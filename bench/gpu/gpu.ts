@@ -2,12 +2,25 @@
 import type { GpuApi } from '../../engine/cuda/api.ts';
 import type { Device } from '../../engine/device.ts';
 import type { Case, Result } from './sections.ts';
-import type { Timing } from './timer.ts';
 
 export interface BenchGpu {
   readonly api: GpuApi;
   readonly ordinal: number;
   readonly device: Device;
+}
+
+/** Microseconds of one call. */
+export interface Timing {
+  /** Median of the replays, or of the launches where there is no graph. */
+  us: number;
+  p10: number;
+  p90: number;
+  samples: number;
+  /** How far the medians of the run's two halves lie apart. */
+  drift_pct: number;
+  /** Launched one by one: device time between events, and the host's own time for the launch. */
+  eager_us?: number;
+  launch_us?: number;
 }
 
 /** What is compared with another program's measurement of the same thing. */

@@ -20,10 +20,10 @@ import { fillRandom } from '../pool_weights.ts';
 import { buildSubject, type SubjectName, unetInputs } from '../subjects.ts';
 import { median } from '../timing.ts';
 import { buildUpdate } from '../update.ts';
-import type { BenchCase } from './gpu.ts';
+import type { BenchCase, Timing } from './gpu.ts';
 import type { Workshop } from './kernels.ts';
 import type { BenchSection, Scale } from './shapes.ts';
-import type { Timer, Timing } from './timer.ts';
+import type { Timer } from './timer.ts';
 
 type Shop = () => Workshop;
 

@@ -4,21 +4,7 @@ import { DeviceAttribute, type Event } from '../../engine/cuda/api.ts';
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Replay } from '../../engine/memory.ts';
 import { median } from '../timing.ts';
-import type { BenchGpu } from './gpu.ts';
-
-/** Microseconds of one call. */
-export interface Timing {
-  /** Median of the replays, or of the launches where there is no graph. */
-  us: number;
-  p10: number;
-  p90: number;
-  samples: number;
-  /** How far the medians of the run's two halves lie apart. */
-  drift_pct: number;
-  /** Launched one by one: device time between events, and the host's own time for the launch. */
-  eager_us?: number;
-  launch_us?: number;
-}
+import type { BenchGpu, Timing } from './gpu.ts';
 
 export interface Timer {
   /** Sets of buffers to rotate over, when one is this large. */
