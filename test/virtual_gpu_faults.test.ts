@@ -218,6 +218,44 @@ for (const async of ['late', 'early', 'random'] as const) {
   );
 }
 
+/** A warp whose thread t has %t = t, the address %own of word t of 32 that are given, and %all = -1. */
+const warp =
+  (body: string) =>
+  (bench: Bench): undefined => {
+    const ptx = `.version 7.0\n.target sm_80\n.address_size 64
+.visible .entry warp(.param .u64 words)
+{ .reg .pred %p; .reg .b32 %t, %s, %v, %all; .reg .b64 %own, %o; .shared .align 16 .b8 tile[128];
+ld.param.u64 %own, [words]; mov.u32 %t, %tid.x; mov.u32 %all, -1; mul.wide.u32 %o, %t, 4; add.s64 %own, %own, %o;
+mov.u32 %s, tile; mad.lo.s32 %s, %t, 4, %s; setp.lt.u32 %p, %t, 16; ${body} ret; }`;
+    bench.launch(ptx, 'warp', 1, 32, [bench.give(floatsFrom(32, 1))]);
+  };
+const half = 'shfl.sync.bfly.b32 %v, %t, 1, 31,';
+const begun = 'cp.async.ca.shared.global [%s], [%own], 4;';
+check('what the ISA leaves undefined', [
+  ['control: a shuffle of all', /nothing/, warp(`${half} -1;`)],
+  ['control: one of those that take part', /nothing/, warp(`@%p bra LOW; ret; LOW: ${half} 0xffff;`)],
+  ['a shuffle by threads outside its mask', /divergence/, warp(`${half} 0xffff;`)],
+  ['a vote by threads outside its mask', /divergence/, warp('vote.sync.ballot.b32 %v, %p, 0xffff0000;')],
+  ['__syncwarp of others', /divergence/, warp('bar.warp.sync 1;')],
+  ['masks that differ', /divergence/, warp(`@%p shr.u32 %all, %all, 16; ${half} %all;`)],
+  ['a barrier beyond the sixteen', /barrier/, warp('bar.sync 16, 32;')],
+  ['control: ld.global.nc of what the host wrote', /nothing/, warp('ld.global.nc.b32 %v, [%own];')],
+  [
+    'ld.global.nc of what the grid wrote',
+    /race/,
+    warp('st.global.b32 [%own], %t; ld.global.nc.b32 %v, [%own];'),
+  ],
+  ['ld.global.nc in place', /race/, warp('ld.global.nc.b32 %v, [%own]; st.global.b32 [%own], %v;')],
+  ['control: copies all waited for', /nothing/, warp(`${begun} cp.async.wait_all;`)],
+  [
+    'control: and an empty group after them',
+    /nothing/,
+    warp(`${begun} cp.async.wait_all; cp.async.commit_group;`),
+  ],
+  ['a copy on its way at the end', /async/, warp(`${begun} cp.async.commit_group; cp.async.wait_group 1;`)],
+  ['one that no group holds', /async/, warp(begun)],
+]);
+
 test('every report names the kernel, the block, the thread, the instruction and its source line', (t) => {
   const { message } = outcome(() => vadd(newBench(), { a: 8n }));
   t.match(

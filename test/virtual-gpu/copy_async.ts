@@ -78,6 +78,15 @@ export function commitGroup(m: Machine, lane: number): void {
   copies.current = [];
 }
 
+/** Whether a lane has copies that neither it nor an mbarrier has waited for. */
+export function isCopying({ warp }: Machine, lane: number): boolean {
+  const copies = warp.copies[lane];
+  return (
+    copies !== undefined &&
+    [copies.current, ...copies.groups].some((group) => group.some((c) => !c.signalled))
+  );
+}
+
 /** Completes all but the lane's last `pending` groups: from now on it is the lane itself that wrote them. */
 export function waitGroup(m: Machine, lane: number, pending: number): void {
   const copies = copiesOf(m, lane);

@@ -128,7 +128,10 @@ export const floatInstructions: Readonly<Record<string, Emit>> = {
   ),
   ex2: unary((x) => `Math.pow(2,${x})`),
   lg2: unary((x) => `Math.log2(${x})`),
-  rcp: unary((x) => `1/${x}`),
+  rcp: (e, i, type) => {
+    const gross = type === 'f64' && i.modifiers.includes('approx');
+    unary((x) => (gross ? `num.grossReciprocal(${x})` : `1/${x}`))(e, i, type);
+  },
   sqrt: unary((x) => `Math.sqrt(${x})`),
   rsqrt: unary((x) => `1/Math.sqrt(${x})`),
   sin: unary((x) => `Math.sin(${x})`),
@@ -212,8 +215,14 @@ function convertToInteger(
 ): void {
   const value = roundToInteger(i, read(e, i, a, from));
   if (isWide(to)) e.setWideResult(d, `num.toWide(${value},${isSigned(to)})`);
+  else if (from === 'f64') e.setInt(d, `num.fromF64(${value},num.to${to.toUpperCase()},${highestBits[to]})`);
   else e.setInt(d, `num.to${to.toUpperCase()}(${value})`);
 }
+
+/** The highest bit of an integer type, as a register holds it. */
+const highestBits: Record<string, number> = {
+  ...{ s32: -2147483648, u32: -2147483648, s16: 32768, u16: 32768, s8: -128, u8: 128 },
+};
 
 function roundToInteger(i: Instruction, value: string): string {
   switch (rounding(i)) {

@@ -79,7 +79,10 @@ function check(e: Emitter, i: Instruction, space: Space, bytes: number, load: bo
   );
   if (!load) for (let k = 0; k < tests.length; k++) e.line(`${shadow}[x+${k}]=${full};`);
   const strong = isStrong(i) ? 'Strong' : '';
-  if (space === 'G') e.line(`race.global${load ? 'Read' : 'Write'}${strong}(l,ax,${bytes},${i.site});`);
+  if (space === 'G') {
+    const kind = !load ? 'Write' : i.modifiers.includes('nc') ? 'ReadOnly' : 'Read';
+    e.line(`race.global${kind}${strong}(l,ax,${bytes},${i.site});`);
+  }
   if (space === 'S') e.line(`race.shared${load ? 'Read' : 'Write'}${strong}(l,ax,${bytes},${i.site});`);
 }
 

@@ -120,6 +120,11 @@ export function fma64(x: number, y: number, z: number): number {
 
 // Float helpers
 
+/** rcp.approx.ftz.f64, which sees the high word of its operand and leaves that of the result; subnormals are zeros of their sign. */
+export function grossReciprocal(x: number): number {
+  const high = (v: number) => (Math.abs(v) < 2 ** -1022 ? v * 0 : doubleOfBits(0, highOfDouble(v)));
+  return high(1 / high(x));
+}
 export const saturate = (x: number): number => (x > 0 ? (x < 1 ? x : 1) : 0);
 /** .ftz: a subnormal becomes a zero of its sign. */
 export const flush = (x: number): number => (Math.abs(x) < 2 ** -126 ? x * 0 : x);
@@ -209,7 +214,7 @@ export const fmaBf16 = (a: number, b: number, c: number): number =>
 export const fmaF16 = (a: number, b: number, c: number): number =>
   toF16(addToOdd(fromF16(a) * fromF16(b), fromF16(c)));
 
-// Float to integer, saturating
+// Float to integer, saturating. A NaN becomes 0 in up to 32 bits from up to 32 bits, else the highest bit alone.
 
 const clamp = (x: number, low: number, high: number): number =>
   Number.isNaN(x) ? 0 : Math.max(low, Math.min(high, x));
@@ -219,10 +224,12 @@ export const toS16 = (x: number): number => clamp(x, -32768, 32767) & 0xffff;
 export const toU16 = (x: number): number => clamp(x, 0, 65535);
 export const toS8 = (x: number): number => clamp(x, -128, 127);
 export const toU8 = (x: number): number => clamp(x, 0, 255);
+export const fromF64 = (x: number, convert: (x: number) => number, highestBit: number): number =>
+  Number.isNaN(x) ? highestBit : convert(x);
 export function toWide(x: number, isSignedType: boolean): void {
   const [low, high] = isSignedType ? [-(2n ** 63n), 2n ** 63n - 1n] : [0n, 2n ** 64n - 1n];
-  const value = Number.isNaN(x) ? 0n : Number.isFinite(x) ? BigInt(x) : x > 0 ? high : low;
-  leave(value < low ? low : value > high ? high : value);
+  const value = Number.isFinite(x) ? BigInt(x) : x > 0 ? high : low;
+  leave(Number.isNaN(x) ? 1n << 63n : value < low ? low : value > high ? high : value);
 }
 export const wideToNumber = (low: number, high: number, isSignedType: boolean): number =>
   Number(isSignedType ? signed(low, high) : unsigned(low, high));

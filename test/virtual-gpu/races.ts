@@ -14,6 +14,8 @@ export interface RaceDetector {
   readonly sharedReadStrong: Access;
   readonly sharedWriteStrong: Access;
   readonly globalRead: Access;
+  /** ld.global.nc: of what nobody writes while the grid runs. */
+  readonly globalReadOnly: Access;
   readonly globalWrite: Access;
   readonly globalReadStrong: Access;
   readonly globalWriteStrong: Access;
@@ -139,6 +141,7 @@ export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
     sharedReadStrong: (lane, ax, bytes, site) => sharedRead(lane, ax, bytes, site, strongBit),
     sharedWriteStrong: (lane, ax, bytes, site) => sharedWrite(lane, ax, bytes, site, strongBit),
     globalRead: (lane, ax, bytes, site) => globals.read(lane, ax, bytes, site, 0),
+    globalReadOnly: (lane, ax, bytes, site) => globals.readOnly(lane, ax, bytes, site),
     globalWrite: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, 0),
     globalReadStrong: (lane, ax, bytes, site) => globals.read(lane, ax, bytes, site, strongBit),
     globalWriteStrong: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, strongBit),
@@ -160,6 +163,8 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
   const [writeStamp, writeKey, writeSite] = [make(), make(), make()];
   // The last reader, the last reader of the same block but another warp, and the last block but this one that read.
   const [readStamp, readKey, readSite, readKey2, readOther] = [make(), make(), make(), make(), make()];
+  /** Who last read a cell by ld.global.nc, made when first one does. */
+  let constant: Int32Array | undefined;
   /** Stamps from `first` on are clusters of the running grid. */
   let first = 1;
   let stamp = 0;
@@ -234,6 +239,17 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
         readSite[c] = site;
       }
     },
+    readOnly(lane: number, ax: number, bytes: number, site: number) {
+      if (!m.detectRaces) return;
+      constant ??= make();
+      const grain = m.kernel.globalGrain;
+      for (let c = ax >> grain, end = (ax + bytes - 1) >> grain; c <= end; c++) {
+        if (writeStamp[c] >= first)
+          report('ld.global.nc after a write', lane, c, writeStamp[c], writeKey[c], writeSite[c], site);
+        constant[c] = stamp;
+        readSite[c] = site;
+      }
+    },
     write(lane: number, ax: number, bytes: number, site: number, strong: number) {
       if (!m.detectRaces) return;
       const { warp } = m;
@@ -244,6 +260,8 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       const mine = (m.block.clocks[w] << 12) | strong | me;
       for (let c = ax >> grain; c <= end; c++) {
         if (writeStamp[c] >= first) checkWriter('write-after-write', lane, c, me, strong, site);
+        if (constant && constant[c] >= first)
+          report('write after ld.global.nc', lane, c, constant[c], makeKey(0, w, lane), readSite[c], site);
         const by = readStamp[c];
         if (by >= first) {
           const kind = 'write-after-read';

@@ -3,6 +3,7 @@
 // joined, which with nvcc's layout reconverges where a GPU would.
 import { checkReached, enterBlock } from './cluster.ts';
 import { compileBlock } from './compile.ts';
+import { isCopying } from './copy_async.ts';
 import { resetGridOrder } from './grid_order.ts';
 import {
   agents,
@@ -221,7 +222,7 @@ function runWarp(m: Machine, warp: Warp): void {
           groups.push({ pc: block.targets[0], mask: taken, parked: false });
         }
       }
-    } else if (block.kind === 'exit') endLanes(warp, group);
+    } else if (block.kind === 'exit') endLanes(m, warp, group);
     else {
       const outcome = runWarpInstruction(m, block.instructions[0], group);
       if (outcome === 'park') group.parked = true;
@@ -277,7 +278,13 @@ function joinGroups(groups: Group[]): void {
   }
 }
 
-function endLanes(warp: Warp, group: Group): void {
+function endLanes(m: Machine, warp: Warp, group: Group): void {
+  for (let l = 0; l < 32; l++)
+    if (m.detectRaces && (group.mask >>> l) & 1 && isCopying(m, l))
+      throw new GpuReport(
+        'async',
+        `a thread ends with a cp.async that it has not waited for, ${whereIs(m, l, quoteable(m, group))}`,
+      );
   warp.live &= ~group.mask;
   warp.groups.splice(warp.groups.indexOf(group), 1);
   for (const other of warp.groups) other.parked = false;

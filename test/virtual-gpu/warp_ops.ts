@@ -72,19 +72,19 @@ export function setLane({ m }: WarpCall, x: Operand, lane: number, value: number
 /** Every thread with which the warp began. */
 export const isWhole = ({ m, active }: WarpCall): boolean => active === m.warp.initial;
 
-/** Whether the lanes that a member mask names are here; names of ended threads are a fault. */
-function membersHere(call: WarpCall, mask: number): boolean {
-  if ((mask & ~call.active) === 0) return true;
-  if ((mask & ~call.m.warp.live) !== 0) {
-    const names = (mask >>> 0).toString(16);
-    fail(
-      call.m,
-      'divergence',
-      `the member mask 0x${names} names threads that have ended`,
-      call.first,
-      call.i,
-    );
-  }
+/** Whether the lanes that a member mask names are here. All name the same ones, themselves among them, and none that has ended. */
+function membersHere(call: WarpCall, members: Operand): boolean {
+  const { m, i, active, first } = call;
+  const mask = laneValue(call, members, first);
+  const refuse = (lane: number, what: string): never =>
+    fail(m, 'divergence', `the member mask 0x${(mask >>> 0).toString(16)} ${what}`, lane, i);
+  if (active & ~mask) refuse(31 - Math.clz32(active & ~mask), 'leaves out a thread that runs this');
+  if (members.kind !== 'integer')
+    eachLane(call, (l) => {
+      if (laneValue(call, members, l) !== mask) refuse(l, "is not this thread's");
+    });
+  if ((mask & ~active) === 0) return true;
+  if (mask & ~m.warp.live) refuse(first, 'names threads that have ended');
   return false;
 }
 
@@ -102,7 +102,7 @@ const barrier: WarpInstruction = (call) => {
     ['warp', 'cluster', 'arrive', 'red', 'sync', 'wait'].includes(word),
   );
   if (what === 'warp') {
-    if (!membersHere(call, laneValue(call, i.operands[0], first))) return 'park';
+    if (!membersHere(call, i.operands[0])) return 'park';
     warp.seen[warp.agent] = block.clocks[warp.agent]++;
     return 'next';
   }
@@ -113,6 +113,7 @@ const barrier: WarpInstruction = (call) => {
   const name = laneValue(call, id, first);
   const threads = count ? laneValue(call, count, first) : block.warps.length * 32;
   if (name < 0 || name > 15) fail(m, 'barrier', `there is no barrier ${name}, only 0 to 15`, first, i);
+  if (name < 0 || name > 15) fail(m, 'barrier', `barrier ${name} is none of the 16`, first, i);
   const state = block.barriers.get(name) ?? newBarrier(threads, warp.seen.length);
   if (state.expected !== threads) {
     fail(m, 'barrier', `barrier ${name} is used with ${state.expected} and ${threads} threads`, first, i);
@@ -201,7 +202,7 @@ function finishVotes(m: Machine): void {
 const shuffle: WarpInstruction = (call) => {
   const { m, i, active } = call;
   const [target, source, by, clamp, members] = i.operands;
-  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  if (!membersHere(call, members)) return 'park';
   const values = Int32Array.from({ length: 32 }, (_, l) => laneValue(call, source, l));
   const mode = i.modifiers[1];
   eachLane(call, (l) => {
@@ -228,7 +229,7 @@ const shuffle: WarpInstruction = (call) => {
 const vote: WarpInstruction = (call) => {
   const { i, active } = call;
   const [target, source, members] = i.operands;
-  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  if (!membersHere(call, members)) return 'park';
   let ballot = 0;
   eachLane(call, (l) => {
     if (laneValue(call, source, l)) ballot |= 1 << l;
@@ -247,7 +248,7 @@ const match: WarpInstruction = (call) => {
   const { i, active, m } = call;
   const [target, source, members] = i.operands;
   if (i.modifiers.includes('b64')) throw new Error(`ptx: the virtual GPU does not know "${i.text}"`);
-  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  if (!membersHere(call, members)) return 'park';
   const value = (l: number) => laneValue(call, source, l);
   eachLane(call, (l) => {
     let same = 0;
@@ -264,7 +265,7 @@ const match: WarpInstruction = (call) => {
 const reduce: WarpInstruction = (call) => {
   const { i } = call;
   const [target, source, members] = i.operands;
-  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  if (!membersHere(call, members)) return 'park';
   const values: number[] = [];
   eachLane(call, (l) => values.push(laneValue(call, source, l)));
   const isUnsigned = i.modifiers.includes('u32');
@@ -309,7 +310,7 @@ const copy: WarpInstruction = (call) => {
 
 const elect: WarpInstruction = (call) => {
   const [target, members] = call.i.operands;
-  if (!membersHere(call, laneValue(call, members, call.first))) return 'park';
+  if (!membersHere(call, members)) return 'park';
   // Any lane may lead, always the same one of the same members.
   const elected = call.m.schedule.order === 'reverse' ? 31 - Math.clz32(call.active) : call.first;
   eachLane(call, (l) => {
