@@ -234,6 +234,7 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(attention([1, 2, 70, 72, 80], true)),
     one(attention([1, 1, 200, 210, 40], false)),
     one(attention([1, 1, 210, 200, 64], true)),
+    one(attention([1, 1, 40, 130, 64], true)), // tiles of keys that no query sees
     ...[
       [1, 2, 330, 77, false], // pieces enough of one head for each warpgroup's ring to go round
       [1, 1, 388, 390, true],

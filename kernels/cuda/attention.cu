@@ -264,9 +264,11 @@ KERNEL_OF(COUNT, attention_flash_backward_kv)(T *dk, T *dv, const T *dy, const f
     }
     copies_commit();
   };
-  keys.copy<OWN>(key_tile, first);
-  values.copy<OWN>(value_tile, first);
   const int start = causal ? first / BLOCK * BLOCK : 0;
+  if (start < lq) { // else no query sees these keys, and nothing would wait for the copies
+    keys.copy<OWN>(key_tile, first);
+    values.copy<OWN>(value_tile, first);
+  }
   copy_stage(0, start);
   Strip dkey[1], dvalue[1];
   int stage = 0;
