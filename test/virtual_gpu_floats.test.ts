@@ -54,6 +54,8 @@ test('float32 arithmetic rounds once', (t) => {
   check('abs.f32', (a) => Math.abs(a));
   check('min.f32', (a, b) => (Number.isNaN(a) ? b : Number.isNaN(b) ? a : Math.min(a, b)));
   check('max.f32', (a, b) => (Number.isNaN(a) ? b : Number.isNaN(b) ? a : Math.max(a, b)));
+  check('min.NaN.f32', (a, b) => Math.min(a, b));
+  check('max.NaN.f32', (a, b) => Math.max(a, b));
   const isNegative = (a: number) => f32(a) >> 31n === 1n;
   check('copysign.f32', (a, b) => (isNegative(a) ? -1 : 1) * Math.abs(b));
   check('add.sat.f32', (a, b) => Math.min(1, Math.max(0, exactSum(a, b) || 0)));

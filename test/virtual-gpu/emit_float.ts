@@ -51,6 +51,16 @@ const binary =
     write(e, i, d, type, f(read(e, i, a, type), read(e, i, b, type)));
   };
 
+/** min and max give the number beside a NaN, but with .NaN the NaN. */
+const extreme =
+  (name: 'min' | 'max'): Emit =>
+  (e, i, type) => {
+    if (i.modifiers.includes('xorsign')) e.unsupported(i);
+    const own = name === 'min' ? 'num.floatMin' : 'num.floatMax';
+    const call = i.modifiers.includes('NaN') ? `Math.${name}` : own;
+    binary((x, y) => `${call}(${x},${y})`)(e, i, type);
+  };
+
 const unary =
   (f: (x: string) => string): Emit =>
   (e, i, type) => {
@@ -113,8 +123,8 @@ export const floatInstructions: Readonly<Record<string, Emit>> = {
   sub: sum('-'),
   mul: binary((x, y) => `${x}*${y}`),
   div: binary((x, y) => `${x}/${y}`),
-  min: binary((x, y) => `num.floatMin(${x},${y})`),
-  max: binary((x, y) => `num.floatMax(${x},${y})`),
+  min: extreme('min'),
+  max: extreme('max'),
   copysign: binary((x, y) => `num.copySign(${x},${y})`),
   fma,
   mad: fma,
