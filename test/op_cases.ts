@@ -34,6 +34,9 @@ export function values(count: number, seed: number): Float64Array {
   });
 }
 
+/** A sample of which a test changes numbers: what is not finite, for one. */
+export type Planted = AnySample & { plant?(name: string, data: Float64Array): void };
+
 export const size = (shape: readonly number[]) => shape.reduce((a, b) => a * b, 1);
 
 export function inputValues(
@@ -44,6 +47,7 @@ export function inputValues(
       const signed = values(size(shape), i + 1);
       const data = sample.nonnegative?.includes(name) ? signed.map(Math.abs) : signed;
       const bound = sample.ints?.[name];
+      (sample as Planted).plant?.(name, data);
       return [name, { shape, data: bound ? data.map((_, j) => (j * 7 + 3) % bound) : data }];
     }),
   );

@@ -71,7 +71,8 @@ struct Huber {
     const float a = fabsf(r);
     return a <= delta ? 0.5f * r * r : delta * (a - 0.5f * delta);
   }
-  static __device__ float df(float r, float delta) { return fmaxf(-delta, fminf(delta, r)); }
+  // By comparisons: fminf and fmaxf would make a NaN finite.
+  static __device__ float df(float r, float delta) { return r < -delta ? -delta : r > delta ? delta : r; }
 };
 
 template <class L> DEVICE void loss_partial(float *partial, const T *prediction, const T *target, int n, int inner, float delta) {
