@@ -22,6 +22,7 @@ import {
   sizesOf,
 } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import { parseUNetConfig } from '../models/unet.ts';
 import { locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
@@ -92,8 +93,8 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
 /** The full-size model does not fit a small machine in float32, and the tests' models are too small to gain. */
 function chooseDtype(asked: string, source: ModelSource, device: Device): FloatDType {
   if (asked !== 'auto') return asked as FloatDType;
-  const channels = source.config('unet').block_out_channels as number[];
-  return device.name !== 'reference' && channels[0] >= 256 ? 'bfloat16' : 'float32';
+  const [channels] = parseUNetConfig(source.config('unet')).block_out_channels;
+  return device.name !== 'reference' && channels >= 256 ? 'bfloat16' : 'float32';
 }
 
 function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly string[]): void {

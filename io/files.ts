@@ -144,6 +144,14 @@ export function readJson(path: string): unknown {
   }
 }
 
+/** The JSON object in `path`. @throws UserError as `readJson`, and when it holds a list or a lone value */
+export function readJsonObject(path: string): Record<string, unknown> {
+  const value = readJson(path);
+  if (typeof value === 'object' && value !== null && !Array.isArray(value))
+    return value as Record<string, unknown>;
+  throw new UserError(`${path} does not hold a JSON object: download it again`);
+}
+
 /** Finds out before the long work starts that `path` could not be written at its end. @throws UserError */
 export function assertWritable(path: string): void {
   try {

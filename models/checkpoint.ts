@@ -15,7 +15,7 @@ import {
   typedView,
 } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { readJson } from '../io/files.ts';
+import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
 
 export type Json = Record<string, unknown>;
@@ -54,7 +54,7 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
       `${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`,
     );
   }
-  return folderSource(path, readJson(index) as Json, (component) => join(path, component), variant);
+  return folderSource(path, readJsonObject(index), (component) => join(path, component), variant);
 }
 
 /** A lone component's folder (config.json beside its weights, as a VAE is published), seen as a model that has only it. */
@@ -78,7 +78,7 @@ function folderSource(
         throw new UserError(
           `${path} has no ${component}/config.json; the model is incomplete, download it again`,
         );
-      return readJson(found) as Json;
+      return readJsonObject(found);
     },
     folder: folderOf,
     weights: (component) => openWeights(folderOf(component), variant),

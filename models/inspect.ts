@@ -5,7 +5,7 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { readJson } from '../io/files.ts';
+import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
@@ -47,7 +47,7 @@ function inspectFolder(path: string): Inspection {
   const config = join(path, 'config.json');
   if (!existsSync(config))
     throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);
-  const json = readJson(config) as Json;
+  const json = readJsonObject(config);
   const component = inspectComponent(basename(path), json, () => openWeights(path));
   const kind = `diffusers component: ${component.class ?? 'unknown class'}`;
   return { path, kind, components: [component], metadata: {}, problems: component.problems };

@@ -7,7 +7,7 @@ import { dirname, join } from 'node:path';
 import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { readJson } from '../io/files.ts';
+import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
 import {
   type Json,
@@ -243,7 +243,7 @@ export function openVaeFile(path: string): ModelSource {
     throw new UserError(`${path} is not a VAE in one file; give a VAE's folder or file, or a whole model`);
   }
   const beside = join(dirname(path), 'config.json');
-  const config = (): Json => (existsSync(beside) ? (readJson(beside) as Json) : vaeJson(sdxlVae));
+  const config = (): Json => (existsSync(beside) ? readJsonObject(beside) : vaeJson(sdxlVae));
   const levels = () => (config().block_out_channels as number[]).length;
   const weights = (): WeightSource =>
     spelling === diffusers

@@ -6,7 +6,7 @@
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { asUserError, readJson } from '../io/files.ts';
+import { asUserError, readJsonObject } from '../io/files.ts';
 import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
 
 export interface Tokenizer {
@@ -45,10 +45,10 @@ const clipLength = 77;
 export function loadTokenizer(folder: string): Tokenizer {
   const optional = (name: string): object => {
     const path = join(folder, name);
-    return statSync(path, { throwIfNoEntry: false }) ? asObject(readJson(path), path) : {};
+    return statSync(path, { throwIfNoEntry: false }) ? readJsonObject(path) : {};
   };
   const vocabPath = join(folder, 'vocab.json');
-  const vocab = asObject(readJson(vocabPath), vocabPath) as Record<string, number>;
+  const vocab = readJsonObject(vocabPath) as Record<string, number>;
   const mergesPath = join(folder, 'merges.txt');
   let merges: string;
   try {
@@ -202,9 +202,4 @@ function decode(ids: readonly number[], strings: readonly string[]): string {
   const bytes = ids.flatMap((id) => bytesOfToken(strings[id] ?? ''));
   const text = new TextDecoder().decode(Uint8Array.from(bytes)).replaceAll('</w>', ' ').trim();
   return cleanUps.reduce((cleaned, mark) => cleaned.replaceAll(mark, mark.trim()), text);
-}
-
-function asObject(value: unknown, path: string): object {
-  if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value;
-  throw new UserError(`${path} does not hold a JSON object: download it again`);
 }

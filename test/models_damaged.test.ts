@@ -58,6 +58,8 @@ const reheaded =
     writeFileSync(path, Buffer.concat([size, text, bytes.subarray(8 + length)]));
   };
 
+const writing = (name: string, text: string) => (model: string) => writeFileSync(join(model, name), text);
+
 const claimed = (length: bigint) => (model: string) => {
   const bytes = readFileSync(join(model, UNET));
   bytes.writeBigUInt64LE(length, 0);
@@ -66,6 +68,16 @@ const claimed = (length: bigint) => (model: string) => {
 
 const cases: readonly (readonly [flaw: string, damage: (model: string) => void, says: readonly RegExp[]])[] =
   [
+    ...(['model_index.json', 'unet/config.json', 'vae/config.json', 'text_encoder/config.json'] as const).map(
+      (name) =>
+        [`nothing in ${name}`, writing(name, 'null'), [/config|index/, /a JSON object/, /download/]] as const,
+    ),
+    ['an empty config', writing('unet/config.json', '{}'), [/unet/, /"block_out_channels" is undefined/]],
+    [
+      'a schedule in words',
+      writing('scheduler/scheduler_config.json', '{"beta_end": "small"}'),
+      [/beta_end is "small", but must be a number/],
+    ],
     ['header longer than the file', claimed(50_000_000n), [/unet/, /ends inside its header/, /download/]],
     ['header of impossible length', claimed(2n ** 62n), [/unet/, /claims a header of/, /download/]],
     [

@@ -198,6 +198,9 @@ export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & 
         )}`,
       );
   }
+  for (const key of ['num_train_timesteps', 'beta_start', 'beta_end', 'steps_offset'])
+    if (given[key] !== undefined && typeof given[key] !== 'number')
+      throw new UserError(`scheduler config: ${key} is ${JSON.stringify(given[key])}, but must be a number`);
   for (const key of unsupported)
     if (given[key]) throw new UserError(`scheduler config: ${key} is not supported: set it to false`);
   if (given.timestep_type === 'continuous')
