@@ -3,6 +3,7 @@
 import { join } from 'node:path';
 import { test } from 'tap';
 import { attention } from '../engine/ops/attention.ts';
+import { groupNorm } from '../engine/ops/norm.ts';
 import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
@@ -85,6 +86,23 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
       message: /optimizer \d+\.\d\d GiB/,
     });
   }
+  t.end();
+});
+
+// So what the plans above launch at their real sizes is within every limit.
+test('what a driver would not launch is refused', (t) => {
+  const on = (capability: readonly [number, number], batch: number, channels: number) => () =>
+    scope(() => {
+      const device = standInCuda({ capability, multiprocessors: 24, bytes: 16 * GIB });
+      const x = empty([batch, 1, 1, channels], { device });
+      const affine = empty([channels], { device });
+      groupNorm(x, affine, affine, { groups: 1, eps: 1e-5 });
+    });
+  t.doesNotThrow(on([8, 9], 65_535, 64));
+  t.throws(on([8, 9], 65_536, 64), { message: /INVALID_VALUE.*a grid \[1,65536,1\]/ });
+  t.doesNotThrow(on([8, 9], 1, 12_000));
+  t.throws(on([8, 9], 1, 16_000), { message: /128000 bytes of shared memory/ });
+  t.doesNotThrow(on([8, 0], 1, 16_000));
   t.end();
 });
 

@@ -1,5 +1,5 @@
-// A GPU driver without a GPU: it counts memory and forgets all else. The cuda device on it makes every plan, takes every
-// workspace and packs every launch, so that a run tells what memory it would take on a GPU of this kind.
+// A GPU driver without a GPU: it counts memory, refuses what no GPU of this kind launches, and forgets all else. The cuda device
+// on it makes every plan, takes every workspace and packs every launch, so that a run tells what it would take there.
 import { DeviceAttribute, type GpuApi } from './api.ts';
 import { CudaError } from './errors.ts';
 
@@ -12,6 +12,18 @@ export interface StandInGpu {
 
 /** An H100 or H200 has 132 multiprocessors, and more memory than any plan asks for. */
 export const anyHopper: StandInGpu = { bytes: 2 ** 50, capability: [9, 0], multiprocessors: 132 };
+
+/** KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide); others have 99. */
+const sharedKiB: Record<string, number> = {
+  '8.0': 163,
+  '8.7': 163,
+  '9.0': 227,
+  '10.0': 227,
+  '10.3': 227,
+  '11.0': 227,
+};
+export const mostShared = ([major, minor]: StandInGpu['capability']): number =>
+  1024 * (sharedKiB[`${major}.${minor}`] ?? 99);
 
 export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): GpuApi {
   const sizes = new Map<bigint, number>();
@@ -67,7 +79,12 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuModuleGetFunction: handle,
     cuFuncGetAttribute: () => 0,
     cuFuncSetAttribute: nothing,
-    cuLaunchKernel: nothing,
+    cuLaunchKernel(_kernel, [x, y, z], [threads], shared) {
+      if (x < 2 ** 31 && y < 65536 && z < 65536 && threads <= 1024 && shared <= mostShared(capability))
+        return;
+      const what = `a grid [${x},${y},${z}] of ${threads} threads with ${shared} bytes of shared memory`;
+      throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', what);
+    },
     cuStreamCreate: handle,
     cuStreamDestroy: nothing,
     cuStreamSynchronize: nothing,

@@ -2,6 +2,7 @@
 // as a GpuReport by the launch that commits it; what a real driver refuses is refused here with the same CudaError.
 import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
+import { mostShared } from '../../engine/cuda/stand_in.ts';
 import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
@@ -38,8 +39,6 @@ export interface VirtualGpu extends GpuApi {
   readonly stats: { instructions: number; matrixProducts: number; launches: number };
 }
 
-/** Shared memory a block may opt in to, by compute capability; others have 99 KiB. */
-const sharedOptin: Record<string, number> = { '8.0': 163, '8.7': 163, '9.0': 227, '10.0': 227 };
 /** The newest PTX version that a driver of a CUDA release reads. */
 const newestPtx = (driverVersion: number): number =>
   driverVersion >= 13000
@@ -55,7 +54,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const [major, minor] = options.capability ?? [8, 9];
   const memoryBytes = options.memoryBytes ?? 2 ** 34;
   const driverVersion = options.driverVersion ?? 13000;
-  const optin = (sharedOptin[`${major}.${minor}`] ?? 99) * 1024;
+  const optin = mostShared([major, minor]);
   const m = newMachine({ arenaBytes: options.arenaBytes ?? 2 ** 28, registerWords: 2 ** 22 });
   m.detectRaces = options.races ?? true;
   Object.assign(m.schedule, options.schedule);
