@@ -17,6 +17,8 @@ template <class T> struct Image {
   Part<T> parts[2];
   int count;
   Image(const T *x, const T *skip, int own, int c) : parts{{x, 0, own}, {skip, own, c - own}}, count(own < c ? 2 : 1) {}
+  // Whether no vector of a row lies in both, so that each is rounded as it would be in a joined image.
+  bool in_vectors() const { return parts[0].width % LANES == 0 || count == 1; }
   const Part<T> *begin() const { return parts; }
   const Part<T> *end() const { return parts + count; }
 };
@@ -157,10 +159,17 @@ template <class T, bool with_silu> void apply_row(T *y, const T *x, const float 
 template <class T, bool with_silu> void group_apply(T *y, const Image<T> &x, const Affine &affine, const Chunks &chunks) {
   chunks.each([&](int64_t chunk, int64_t first, int rows) {
     const float *factors = affine.factors_of(chunks.image(chunk)), *shifts = affine.shifts_of(chunks.image(chunk));
-    for (int64_t r = first; r < first + rows; r++)
-      for (const Part<T> &part : x)
-        apply_row<T, with_silu>(y + r * chunks.c + part.begin, part.data + r * part.width, factors + part.begin, shifts + part.begin,
-                                part.width);
+    std::vector<T> joined(x.in_vectors() ? 0 : chunks.c);
+    for (int64_t r = first; r < first + rows; r++) {
+      T *to = y + r * chunks.c;
+      if (x.in_vectors())
+        for (const Part<T> &part : x)
+          apply_row<T, with_silu>(to + part.begin, part.data + r * part.width, factors + part.begin, shifts + part.begin, part.width);
+      else {
+        for (const Part<T> &part : x) std::copy_n(part.data + r * part.width, part.width, &joined[part.begin]);
+        apply_row<T, with_silu>(to, joined.data(), factors, shifts, chunks.c);
+      }
+    }
   });
 }
 
