@@ -1,6 +1,8 @@
 // The choice of Hopper's tiles at the sizes of SDXL, by the plans alone: no kernel runs here (kernel_proof.ts runs them).
+
 import { test } from 'tap';
 import { planned } from '../engine/cuda/device.ts';
+import { MEASURED_MULTIPROCESSORS, measured } from '../engine/cuda/measured_sm90.ts';
 import type { PlanContext } from '../engine/cuda/plan.ts';
 import {
   candidates,
@@ -177,7 +179,8 @@ test('a skip connection is read where it lies: one launch, which no copy precede
   t.end();
 });
 
-test('large products run in pairs of blocks, small ones alone', (t) => {
+test('where nothing was measured the model has large products run in pairs of blocks, small ones alone', (t) => {
+  const multiprocessors = MEASURED_MULTIPROCESSORS - 18;
   const size = (kind: ProductKind, m: number, n: number, k: number): ProductSize => ({
     ...{ kind, m, n, steps: k / 64, slabs: 1 },
   });
@@ -188,13 +191,31 @@ test('large products run in pairs of blocks, small ones alone', (t) => {
     size('backward_x', 2048, 1280, 11520),
   ];
   for (const one of large) {
-    const choice = choose(one, false, 132);
+    const choice = choose(one, false, multiprocessors);
     t.ok(choice.paired, keyOf(one));
     const alone = candidates(one, false).filter(({ paired }) => !paired);
-    t.ok(alone.every((other) => cycles(one, other, 132) > cycles(one, choice, 132)));
+    t.ok(alone.every((other) => cycles(one, other, multiprocessors) > cycles(one, choice, multiprocessors)));
   }
   for (const one of [size('nt', 128, 5120, 1280), size('nt', 2048, 320, 128), size('nt', 257, 16, 64)])
-    t.notOk(choose(one, false, 132).paired, keyOf(one));
+    t.notOk(choose(one, false, multiprocessors).paired, keyOf(one));
+  t.end();
+});
+
+test('what was measured is a choice that its product has, and goes before the model on such a GPU', (t) => {
+  for (const [key, choice] of Object.entries(measured)) {
+    const [kind, ...lengths] = key.split(' ');
+    const [m, n, steps, slabs] = lengths.map(Number);
+    const size: ProductSize = { kind: kind as ProductKind, m, n, steps, slabs };
+    const canSplit = kind !== 'geglu';
+    t.ok(
+      candidates(size, canSplit).some(
+        ({ tile, splits, paired }) =>
+          tile === choice.tile && splits === choice.splits && Boolean(paired) === Boolean(choice.paired),
+      ),
+      key,
+    );
+    t.same(choose(size, canSplit, MEASURED_MULTIPROCESSORS), choice, key);
+  }
   t.end();
 });
 

@@ -328,7 +328,8 @@ function convPlan(
     const [, , , c, oh, ow, o] = geometry;
     const own = geometry[12] ?? c; // of x's channels, before skip's
     const epilogue = pointers.slice(3, 6);
-    const whole = isWhole([c, o, own], context);
+    // Forward reads no row of o elements: only y has them.
+    const whole = isWhole(symbol === 'conv2d_forward' ? [c, own] : [c, o], context);
     const size = { m, n, k, batch: 1, whole, pointers, epilogue, rowsPerShift: oh * ow };
     return convolution({ entry: symbol, ...size }, geometry, context);
   };

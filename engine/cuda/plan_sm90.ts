@@ -4,6 +4,7 @@
 // numbers are reasoned from the hardware's rates, not measured.
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
 import type { KernelArgument } from './manifest.ts';
+import { MEASURED_MULTIPROCESSORS, measured } from './measured_sm90.ts';
 import { divideUp, type KernelLaunch, type PlanContext } from './plan.ts';
 
 export interface Tile {
@@ -60,7 +61,7 @@ export interface Choice {
   readonly paired?: boolean;
 }
 
-/** Choices that a measurement made, by `kind m x n x k x slabs`; they go before the model's. */
+/** Choices that a run of the benchmark makes, by `kind m x n x k x slabs`; they go before measured_sm90.ts's and the model's. */
 export const overrides = new Map<string, Choice>();
 
 export interface ProductSize {
@@ -152,8 +153,20 @@ export function lookupsOf(launch: () => void): Lookup[] {
 /** The one that was measured to be the fastest, or else the fastest by the model. */
 export function choose(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
   note?.({ size, canSplit });
-  const known = overrides.get(keyOf(size));
+  const key = keyOf(size);
+  const known =
+    overrides.get(key) ?? (multiprocessors === MEASURED_MULTIPROCESSORS ? measured[key] : undefined);
   if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
+  const name = `${key} ${canSplit} ${multiprocessors}`;
+  const chosen = byModel.get(name) ?? fastest(size, canSplit, multiprocessors);
+  byModel.set(name, chosen);
+  return chosen;
+}
+
+/** What the model chose: a training step asks for the same few hundred products again and again, and weighing costs 50 us. */
+const byModel = new Map<string, Choice>();
+
+function fastest(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
   let best: Choice = { tile: '160_pingpong', splits: 1 };
   let least = Number.POSITIVE_INFINITY;
   for (const choice of candidates(size, canSplit)) {
