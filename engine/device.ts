@@ -8,6 +8,7 @@ import { openCpuDriver } from './cpu/driver.ts';
 import type { GpuApi } from './cuda/api.ts';
 import { openCudaDriver } from './cuda/device.ts';
 import { openCudaLibrary } from './cuda/driver.ts';
+import { CudaError } from './cuda/errors.ts';
 import { type Driver, MemoryPool } from './memory.ts';
 import type { Argument, Call, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
@@ -32,7 +33,7 @@ export interface Device {
 
 const opened = new Map<DeviceName, Device>();
 
-/** Opens a device once and returns the same one after; `auto` is the best that works, saying so when it is the slow one. */
+/** Opens a device once and returns the same one after; `auto` is the best that works, saying so when a better one does not. */
 export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
   const gpu = /^cuda(?::(\d+))?$/.exec(name);
   if (gpu) {
@@ -43,12 +44,30 @@ export function openDevice(name: string, warn: (line: string) => void = console.
     throw new UserError(`unknown device "${name}"; the devices are auto, cpu, cuda, cuda:N and reference`);
   }
   if (name === 'reference') return once('reference', () => referenceDevice());
+  const first = name === 'auto' && firstGpu(warn);
+  if (first) return first;
   const library = findLibrary();
   if ('path' in library) return once('cpu', () => nativeDevice(library.path));
   if (name === 'cpu')
     throw new UserError(`the cpu device has no kernel library: ${library.reason}; or use --device reference`);
   if (!opened.has('reference')) warn(`running on the slow reference device: ${library.reason}`);
   return once('reference', () => referenceDevice());
+}
+
+let noGpu = false;
+
+/** cuda:0 where it can be used. What a GPU that is there lacks is told; without a driver or a GPU there is nothing to tell. */
+function firstGpu(warn: (line: string) => void): Device | undefined {
+  if (noGpu) return undefined;
+  try {
+    return once('cuda:0', () => cudaDevice(openCudaLibrary()));
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    noGpu = true;
+    if (error instanceof CudaError && error.result !== 'CUDA_ERROR_NO_DEVICE')
+      warn(`running on the CPU: ${error.message}`);
+    return undefined;
+  }
 }
 
 function once(name: DeviceName, open: () => Device): Device {

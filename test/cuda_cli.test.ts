@@ -45,6 +45,11 @@ test('sample --device cuda', { timeout: 300_000 }, async (t) => {
   const [allocations, downloads] = [failing.made('cuMemAllocAsync'), failing.made('cuMemcpyDtoHAsync')];
   t.equal(on.status, 0, on.err);
   t.equal(JSON.parse(on.out).device, 'cuda:0');
+  t.equal(
+    JSON.parse((await sdxl(...sample('auto', 'auto'), '--json')).out).device,
+    'cuda:0',
+    'auto takes the GPU',
+  );
   await sdxl(...sample('cpu', 'cpu'));
   const [got, want] = [await readPicture(output('cuda')), await readPicture(output('cpu'))];
   t.ok(maxDifference(got.data, want.data) <= 1, 'pixels within one level of the cpu');
