@@ -112,6 +112,13 @@ test('conversions', (t) => {
       t.same(fails(got, want), [], `cvt.${how}.${type}.f32`);
     }
   }
+  const small = [-0.25, -0.5, -0.75, -0, 0.5, 1.5, -2.5];
+  const rounded = run('cvt.rni.f32.f32 %d, %a;', 'f32', ['f32'], [whole(small.map(f32))]).map(fromF32);
+  t.same(
+    rounded.slice(0, small.length),
+    [-0, -0, -1, -0, 0, 2, -2],
+    'cvt.rni.f32.f32: zeros keep their sign, as on an H200',
+  );
   const doubles = [Number.NaN, 1e300, -1e300, -2.5, 70000];
   const bits64 = whole(
     doubles.map((v) => new BigInt64Array(Float64Array.of(v).buffer)[0] & (2n ** 64n - 1n)),

@@ -137,12 +137,13 @@ export function copySign(sign: number, magnitude: number): number {
   return sign < 0 || Object.is(sign, -0) ? -Math.abs(magnitude) : Math.abs(magnitude);
 }
 
-/** Round to the nearest integer, ties to even. */
+/** Round to the nearest integer, ties to even; zero keeps x's sign. */
 export function nearestEven(x: number): number {
   const floor = Math.floor(x);
   const rest = x - floor;
-  if (rest !== 0.5) return rest < 0.5 ? floor : floor + 1;
-  return floor % 2 === 0 ? floor : floor + 1;
+  const up = rest > 0.5 || (rest === 0.5 && floor % 2 !== 0);
+  const rounded = up ? floor + 1 : floor;
+  return rounded === 0 && x < 0 ? -0 : rounded;
 }
 
 // 16-bit floats
