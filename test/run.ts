@@ -1,5 +1,5 @@
-// Runs every test file through tap and ends with the plain line `N passed, N failed`, which tap's own reporters do not
-// print. Exit status is tap's. Arguments are passed on: `npm test -- dist/test/ops.test.js`.
+// Runs every test file but the kernels' through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
+// do not print. Exit status is tap's. Arguments are passed on: `npm test -- dist/test/ops.test.js`.
 import { spawn } from 'node:child_process';
 import { readdirSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -8,10 +8,12 @@ import { fileURLToPath } from 'node:url';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
+/** The proof of the GPU's kernels takes as long as all else: `npm run test:kernels`. */
+const kernels: readonly string[] = ['cuda.test.js', 'cuda_hopper_mutants.test.js'];
 const files = given.length
   ? given
   : readdirSync(here)
-      .filter((name) => name.endsWith('.test.js'))
+      .filter((name) => name.endsWith('.test.js') && !kernels.includes(name))
       .sort()
       .map((name) => join(here, name));
 
