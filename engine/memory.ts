@@ -1,7 +1,9 @@
 // Device memory as the engine sees it: blocks behind a Driver, handed out from size-bucketed free lists. A freed block
-// goes back to its bucket, so a loop of equal steps allocates nothing after its first turn. Buckets are an eighth of a
-// power of two apart: at most 12.5 % of a block is slack. When the driver has no more, the lists are emptied once; when
-// that does not help, the error says what holds how much. A captured step keeps its blocks out of the lists (reserve).
+// goes back to its bucket, so a loop of equal steps allocates nothing after its first turn; and the lowest address is handed out
+// first, so that each turn finds its tensors where they were, and the launches that were made for them (cuda/plan_memo.ts).
+// Buckets are an eighth of a power of two apart: at most 12.5 % of a block is slack. When the driver has no more, the lists are
+// emptied once; when that does not help, the error says what holds how much. A captured step keeps its blocks out of the lists
+// (reserve).
 import { UserError } from '../io/errors.ts';
 
 /** A block of device memory. `host` is set where the bytes are directly readable (the reference device). */
@@ -71,14 +73,24 @@ export interface Reserve<R> {
 }
 
 class Lists {
+  /** Each from the highest address to the lowest. */
   readonly #lists = new Map<number, Block[]>();
 
   pop = (size: number): Block | undefined => this.#lists.get(size)?.pop();
 
   push(block: Block): void {
     const list = this.#lists.get(block.bytes);
-    if (list) list.push(block);
-    else this.#lists.set(block.bytes, [block]);
+    if (!list) {
+      this.#lists.set(block.bytes, [block]);
+      return;
+    }
+    let [from, to] = [0, list.length];
+    while (from < to) {
+      const middle = (from + to) >> 1;
+      if (list[middle].address > block.address) from = middle + 1;
+      else to = middle;
+    }
+    list.splice(from, 0, block);
   }
 
   /** Takes every block out. */

@@ -53,6 +53,7 @@ export function machineOf({ multiprocessors, hopper }: FurtherSample): Machine {
 
 /** Has every product on Hopper use the sample's tile, where its kind comes in it. */
 export function forceTile({ hopper: { tile, splits = 1, paired } = {} }: FurtherSample): void {
+  overrides.version++;
   overrides.get = (size) => {
     const own = tilesOf[size.split(' ')[0] as ProductKind];
     return tile && { tile: own.includes(tile) ? tile : own[0], splits, paired };

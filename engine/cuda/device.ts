@@ -1,14 +1,15 @@
 // The engine's Driver on an NVIDIA GPU, behind the calls of api.ts: one context and one stream, memory in stream order, and
-// kernels by symbol. A symbol's plan turns a call into launches; the PTX they need is loaded when first asked for. Blocks
-// that a plan uses between its launches go back to the pool at once, because whoever takes them next runs later in the
-// same stream.
+// kernels by symbol. A symbol's plan turns a call into launches, which are remembered (plan_memo.ts); the PTX they need is
+// loaded when first asked for. Blocks that a plan uses between its launches go back to the pool at once, because whoever takes
+// them next runs later in the same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
 import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
-import { KernelTable } from './kernel_table.ts';
+import { KernelTable, type ReadyLaunch } from './kernel_table.ts';
 import type { KernelLaunch, LaunchArguments, Plan, PlanContext } from './plan.ts';
+import { PlanMemo, type Remembered } from './plan_memo.ts';
 import { plans } from './plans.ts';
 import { openStaging } from './staging.ts';
 
@@ -59,6 +60,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
   const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
   const kernels = new KernelTable(api);
+  const memo = new PlanMemo();
   const staging = openStaging(api, stream);
   let capturing = false;
   const notInCapture = (what: string): void => {
@@ -116,16 +118,47 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       return { ...replay, launch };
     },
     synchronize: () => api.cuStreamSynchronize(stream),
-    launch: (symbol, args) => run(symbol, (op, context) => planned(op, args, context)),
-    launchAll: (symbol, calls) => run(symbol, (op, context) => plannedTogether(op, calls, context)),
+    launch(symbol, args) {
+      const call = `${symbol} ${args.join()}`;
+      const known = memo.find(call);
+      if (known && queueAgain(known)) return;
+      const made = run(symbol, (op, context) => planned(op, args, context));
+      if (made) memo.keep(call, made);
+    },
+    launchAll: (symbol, calls) => void run(symbol, (op, context) => plannedTogether(op, calls, context)),
   };
-  /** Makes a symbol's launches and queues them; what they have between them goes back to the pool. */
-  function run(symbol: string, launches: (op: string, context: PlanContext) => Iterable<KernelLaunch>): void {
+  function queue(launch: ReadyLaunch): void {
+    kernels.queue(launch, stream);
+    lastKernel = launch.name;
+  }
+  /** Queues launches that were made before, if what they have between them lies where it lay. */
+  function queueAgain({ launches, workspaces }: Remembered): boolean {
+    const taken = workspaces.map(({ bytes }) => memory.take(bytes));
+    try {
+      if (workspaces.some(({ address }, i) => taken[i].address !== address)) return false;
+      for (const launch of launches) queue(launch);
+      return true;
+    } finally {
+      for (const block of taken) memory.give(block);
+    }
+  }
+  /**
+   * Makes a symbol's launches and queues them; what they have between them goes back to the pool.
+   * @returns what can be queued again, unless it was uploaded to
+   */
+  function run(
+    symbol: string,
+    plan: (op: string, context: PlanContext) => Iterable<KernelLaunch>,
+  ): Remembered | undefined {
     const [op, dtype] = splitSymbol(symbol);
     const used: Block[] = [];
+    const workspaces: { bytes: number; address: bigint }[] = [];
+    const launches: ReadyLaunch[] = [];
+    let uploaded = false;
     const workspace = (bytes: number): Block => {
       const taken = memory.take(bytes);
       used.push(taken);
+      workspaces.push({ bytes, address: taken.address });
       return taken;
     };
     const context: PlanContext = {
@@ -139,14 +172,20 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       upload(bytes) {
         const block = workspace(bytes.byteLength);
         driver.upload(block, 0, bytes);
+        uploaded = true;
         return block.address;
       },
     };
     try {
-      for (const launch of launches(op, context)) lastKernel = kernels.launch(launch, dtype, stream);
+      for (const launch of plan(op, context)) {
+        const ready = kernels.ready(launch, dtype);
+        queue(ready);
+        launches.push(ready);
+      }
     } finally {
       for (const taken of used) memory.give(taken);
     }
+    return uploaded ? undefined : { launches, workspaces };
   }
   const memory = new MemoryPool(driver);
   return { ...driver, memory };

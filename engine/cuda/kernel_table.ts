@@ -1,8 +1,9 @@
-// The kernels found so far: a PTX file is loaded, and compiled by the driver, when its first kernel is launched.
+// The kernels found so far: a PTX file is loaded, and compiled by the driver, when its first kernel is launched. A launch is made
+// ready once, its kernel found and its parameters packed, and may then be queued again and again.
 import { type Dim3, FunctionAttribute, type GpuApi, type Kernel, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { readPtx } from './kernels.ts';
-import { type Entry, packInto, readManifest } from './manifest.ts';
+import { type Entry, packParameters, readManifest } from './manifest.ts';
 import type { KernelLaunch } from './plan.ts';
 import { ptxCeiling, ptxVersion, versionName } from './versions.ts';
 
@@ -12,11 +13,20 @@ const DEFAULT_SHARED_BYTES = 48 * 1024;
 interface Loaded {
   readonly kernel: Kernel;
   readonly entry: Entry;
-  /** Where its parameters are packed: the driver has copied them when the launch returns. */
-  readonly parameters: Uint8Array;
-  readonly view: DataView;
   readonly offsets: readonly number[];
   sharedBytes: number;
+}
+
+/** A launch whose kernel is loaded and whose parameters are packed. */
+export interface ReadyLaunch {
+  readonly name: string;
+  readonly kernel: Kernel;
+  readonly grid: Dim3;
+  readonly block: Dim3;
+  readonly shared: number;
+  readonly cluster: number | undefined;
+  readonly parameters: Uint8Array;
+  readonly offsets: readonly number[];
 }
 
 interface LoadedModule {
@@ -35,21 +45,22 @@ export class KernelTable {
     this.#read = read;
   }
 
-  launch(
-    { family, entry, grid, block, shared, args, cluster }: KernelLaunch,
-    dtype: string,
-    stream: Stream,
-  ): string {
+  ready({ family, entry, grid, block, shared, args, cluster }: KernelLaunch, dtype: string): ReadyLaunch {
     const found = this.#find(family, `${entry}_${dtype}`, dtype);
     if (shared > found.sharedBytes) {
       this.#api.cuFuncSetAttribute(found.kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared);
       found.sharedBytes = shared;
     }
-    packInto(found.view, found.entry, args);
-    const threads: Dim3 = [block, 1, 1];
-    const { kernel, parameters, offsets } = found;
-    this.#api.cuLaunchKernel(kernel, grid, threads, shared, stream, parameters, offsets, cluster);
-    return found.entry.name;
+    const { kernel, offsets } = found;
+    const parameters = packParameters(found.entry, args);
+    return {
+      ...{ name: found.entry.name, kernel, grid, block: [block, 1, 1], shared },
+      ...{ cluster, parameters, offsets },
+    };
+  }
+
+  queue({ kernel, grid, block, shared, parameters, offsets, cluster }: ReadyLaunch, stream: Stream): void {
+    this.#api.cuLaunchKernel(kernel, grid, block, shared, stream, parameters, offsets, cluster);
   }
 
   #find(family: string, symbol: string, dtype: string): Loaded {
@@ -59,10 +70,8 @@ export class KernelTable {
     const entry = manifest.get(symbol);
     if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.gz has no kernel ${symbol}`);
     const kernel = this.#api.cuModuleGetFunction(module, symbol);
-    const parameters = new Uint8Array(entry.bytes);
-    const view = new DataView(parameters.buffer);
     const offsets = entry.parameters.map(({ offset }) => offset);
-    const made = { kernel, entry, parameters, view, offsets, sharedBytes: DEFAULT_SHARED_BYTES };
+    const made = { kernel, entry, offsets, sharedBytes: DEFAULT_SHARED_BYTES };
     this.#kernels.set(symbol, made);
     return made;
   }

@@ -64,12 +64,7 @@ function kindOf(type: string, count: string | undefined): ParameterKind {
 /** Packs a call's arguments; a wrong count or kind is an error that shows both lists. */
 export function packParameters(entry: Entry, args: readonly KernelArgument[]): Uint8Array {
   const block = new Uint8Array(entry.bytes);
-  packInto(new DataView(block.buffer), entry, args);
-  return block;
-}
-
-/** The same into a block of at least the entry's size, which allocates nothing. */
-export function packInto(view: DataView, entry: Entry, args: readonly KernelArgument[]): void {
+  const view = new DataView(block.buffer);
   const { parameters } = entry;
   if (args.length !== parameters.length) throw mismatch(entry, args);
   for (let i = 0; i < args.length; i++) {
@@ -86,9 +81,10 @@ export function packInto(view: DataView, entry: Entry, args: readonly KernelArgu
       if (kind !== 'b') throw mismatch(entry, args);
       if (value.length !== bytes)
         throw new Error(`${entry.name}: argument ${i} has ${value.length} bytes, not ${bytes}`);
-      new Uint8Array(view.buffer, view.byteOffset + offset, bytes).set(value);
+      block.set(value, offset);
     }
   }
+  return block;
 }
 
 function mismatch(entry: Entry, args: readonly KernelArgument[]): Error {

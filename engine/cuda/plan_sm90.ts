@@ -61,8 +61,25 @@ export interface Choice {
   readonly paired?: boolean;
 }
 
+class Overrides extends Map<string, Choice> {
+  /** Another one after each change: plans that were made before it are out of date. */
+  version = 0;
+  override set(key: string, choice: Choice): this {
+    this.version++;
+    return super.set(key, choice);
+  }
+  override delete(key: string): boolean {
+    this.version++;
+    return super.delete(key);
+  }
+  override clear(): void {
+    this.version++;
+    super.clear();
+  }
+}
+
 /** Choices that a run of the benchmark makes, by `kind m x n x k x slabs`; they go before measured_sm90.ts's and the model's. */
-export const overrides = new Map<string, Choice>();
+export const overrides = new Overrides();
 
 export interface ProductSize {
   readonly kind: ProductKind;
@@ -141,6 +158,7 @@ let note: ((lookup: Lookup) => void) | undefined;
 /** What plans look up while `launch` runs. */
 export function lookupsOf(launch: () => void): Lookup[] {
   const found: Lookup[] = [];
+  overrides.version++; // a plan that is remembered looks up nothing
   note = (lookup) => void found.push(lookup);
   try {
     launch();
