@@ -261,8 +261,12 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     })),
   ],
   sum: [
-    one({ inputs: { x: [2, 1500, 7] }, attrs: { axis: 1 } }),
+    one({ inputs: { x: [2, 2100, 7] }, attrs: { axis: 1 } }),
     one({ inputs: { x: [700, 8] }, attrs: { axis: 0 } }),
+    // Rows enough for chunks: rows of whole 16 bytes and others, lanes few and many, more chunks than lanes that join them.
+    one({ inputs: { x: [1100, 64] }, attrs: { axis: 0 } }),
+    one({ inputs: { x: [1, 2900, 20] }, attrs: { axis: 1 } }),
+    one({ inputs: { x: [2, 1050, 264] }, attrs: { axis: 1 } }),
     one({ inputs: { x: [3, 900] }, attrs: { axis: 1 } }),
   ],
   // More channels than a block holds, rows for every unrolled copy of a loop, and more chunks than a warp has lanes.

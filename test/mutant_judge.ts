@@ -32,7 +32,7 @@ const opsOf: Record<string, readonly string[]> = {
   move: ['permute'],
   norm: ['group_norm', 'layer_norm', 'softmax'],
   optimizer: ['sum_squares'],
-  reduce: ['mse', 'huber'],
+  reduce: ['sum', 'mse', 'huber'],
   attention_sm90: ['attention'],
   attention_backward_sm90: ['attention'],
   conv2d_sm90: ['conv2d'],

@@ -26,27 +26,68 @@ function block(
   return { family, entry, grid: [grid[0], grid[1], 1], block: THREADS, shared, args };
 }
 
-/** What sum_chunk of reduce.cu shares out: a warp to a row where inner is 1, else a thread to a pack. */
-const sumJobs = (rows: number, inner: number): number => rows * (inner === 1 ? 32 : divideUp(inner, PACK));
-
-/** A long axis with few sums beside it is cut into about 64 chunks, or more where sums are fewer still. */
-function sumChunks(outer: number, axis: number, inner: number): number {
-  const wanted = Math.min(256, Math.max(1, Math.floor(65536 / Math.max(sumJobs(outer, inner), 256))));
+/** A long axis with few rows to sum is cut into about 64 chunks, or more where there are fewer still. */
+function rowChunks(rows: number, axis: number): number {
+  const wanted = Math.min(256, Math.max(1, Math.floor(65536 / Math.max(rows * 32, 256))));
   return Math.max(1, Math.min(wanted, Math.floor(axis / 32)));
+}
+
+function sumOfRows([y, x, rows, axis]: LaunchArguments, context: PlanContext): KernelLaunch[] {
+  const length = divideUp(Number(axis), rowChunks(Number(rows), Number(axis)));
+  const chunks = Math.max(1, divideUp(Number(axis), length));
+  const launch = (entry: string, sums: number, args: LaunchArguments) =>
+    walking('reduce', entry, sums * 32, THREADS, args, context); // a warp to each
+  if (chunks === 1) return [launch('sum_rows', Number(rows), [y, x, rows, axis])];
+  const partial = context.workspace(Number(rows) * chunks * FLOAT);
+  return [
+    launch('sum_rows_partial', Number(rows) * chunks, [partial, x, rows, axis, length, chunks]),
+    launch('sum_rows_finish', Number(rows), [y, partial, rows, chunks]),
+  ];
+}
+
+const AHEAD = 8; // reduce.cu
+/** About four to each multiprocessor of an H200; a constant, so that a cut depends on the shape alone. */
+const SUMMING_BLOCKS = 512;
+const powerAbove = (x: number): number => 2 ** Math.ceil(Math.log2(Math.max(x, 1)));
+
+/** How sum_columns takes [outer, axis, inner] of `bytes` an element: runs beside each other in a block, blocks of them, and chunks. */
+function columnCut(outer: number, axis: number, inner: number, bytes: number) {
+  const runs = (outer * inner) / (inner % (16 / bytes) ? 1 : 16 / bytes);
+  let side = 32;
+  while (side > 8 && runs % side) side /= 2;
+  // A lane has four rows or more, where there are as many.
+  const width = Math.max(Math.min(side, powerAbove(runs)), THREADS / Math.min(THREADS, powerAbove(axis / 4)));
+  const blocks = divideUp(runs, width);
+  const turn = (THREADS / width) * AHEAD; // rows that are on their way together
+  // Joining costs a launch, as long as some turns more.
+  if (axis <= 4 * turn) return { width, blocks, length: axis };
+  const wanted = Math.min(Math.max(1, Math.floor(SUMMING_BLOCKS / blocks)), divideUp(axis, turn));
+  return { width, blocks, length: divideUp(axis, wanted * turn) * turn };
 }
 
 function sumPlan(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, x] = args;
   const [outer, axis, inner] = args.slice(2).map(Number);
-  const length = divideUp(axis, sumChunks(outer, axis, inner));
-  const chunks = Math.max(1, divideUp(axis, length));
-  if (chunks === 1) return [walking('reduce', 'sum_forward', sumJobs(outer, inner), THREADS, args, context)];
-  const partial = context.workspace(outer * chunks * inner * FLOAT);
-  const many = [partial, x, outer, axis, inner, length, chunks];
-  const few = [y, partial, outer, chunks, inner];
+  if (inner === 1) return sumOfRows(args, context);
+  if (outer * inner === 0) return [];
+  const { width, blocks, length } = columnCut(outer, axis, inner, context.elementBytes);
+  const chunks = divideUp(axis, Math.max(length, 1));
+  const shape = [outer, axis, inner, length, width];
+  if (chunks <= 1) return [block('reduce', 'sum_columns', [blocks, 1], 0, [y, x, ...shape])];
+  const columns = outer * inner;
+  const partial = context.workspace(chunks * columns * FLOAT);
+  const last = columnCut(1, chunks, columns, FLOAT);
   return [
-    walking('reduce', 'sum_partial', sumJobs(outer * chunks, inner), THREADS, many, context),
-    walking('reduce', 'sum_finish', sumJobs(outer, inner), THREADS, few, context),
+    block('reduce', 'sum_columns_partial', [blocks, chunks], 0, [partial, x, ...shape]),
+    block('reduce', 'sum_columns_finish', [last.blocks, 1], 0, [
+      y,
+      partial,
+      1,
+      chunks,
+      columns,
+      chunks,
+      last.width,
+    ]),
   ];
 }
 
@@ -193,7 +234,7 @@ const ofRows = (symbol: string, rowsAt: number): [string, Plan] => [
 ];
 
 export const reducePlans: readonly (readonly [string, Plan])[] = [
-  ['sum_forward', { launches: sumPlan }],
+  ['sum_forward', { signature: 'ppiii', launches: sumPlan }],
   single('reduce', 'broadcast_forward', ([, , o, a, inner]) => o * a * divideUp(inner, PACK), THREADS),
   lossPlan('mse', 'ppppii'),
   lossPlan('huber', 'ppppiif'),

@@ -1,50 +1,81 @@
 // Sum over one axis of [outer, axis, inner], its transpose, and the training losses. A long axis is cut into chunks that
-// are summed apart and then in order; the cut depends on the shape alone (engine/cuda/plan.ts), so sums repeat bit for bit.
-#include "common.cuh"
+// are summed apart and then in order; the cut depends on the shape alone (engine/cuda/plan_reduce.ts), so sums repeat bit for bit.
+#include "wide.cuh"
 
-// y[o, i] = the sum of x[o, start .. start + length, i]. With inner 1 a warp takes a row, else a thread takes a pack.
-template <class Out, class In>
-DEVICE void sum_chunk(Out *y, const In *x, int outer, int axis, int inner, int length, int chunks) {
-  if (inner == 1) {
-    const uint32_t warps = gridDim.x * blockDim.x / 32;
-    for (uint32_t job = (blockIdx.x * blockDim.x + threadIdx.x) / 32; job < uint32_t(outer) * chunks; job += warps) {
-      const int start = int(job % chunks) * length, rows = min(length, axis - start);
-      const In *from = x + job / chunks * axis + start;
-      float total = 0;
+// Of rows, where inner is 1: y[o] = the sum of x[o, start .. start + length], a warp to each.
+template <class Out, class In> DEVICE void sum_rows(Out *y, const In *x, int outer, int axis, int length, int chunks) {
+  const uint32_t warps = gridDim.x * blockDim.x / 32;
+  for (uint32_t job = (blockIdx.x * blockDim.x + threadIdx.x) / 32; job < uint32_t(outer) * chunks; job += warps) {
+    const int start = int(job % chunks) * length, rows = min(length, axis - start);
+    const In *from = x + job / chunks * axis + start;
+    float total = 0;
 #pragma unroll 1
-      for (int i = threadIdx.x % 32; i < rows; i += 32) total += to_float(from[i]);
-      total = warp_sum(total);
-      if (threadIdx.x % 32 == 0) y[job] = from_float<Out>(total);
-    }
-    return;
+    for (int i = threadIdx.x % 32; i < rows; i += 32) total += to_float(from[i]);
+    total = warp_sum(total);
+    if (threadIdx.x % 32 == 0) y[job] = from_float<Out>(total);
   }
-  const bool aligned = inner % PACK == 0;
-  const int packs = (inner + PACK - 1) / PACK;
-  const uint32_t jobs = uint32_t(outer) * chunks * packs;
-  for (uint32_t job = blockIdx.x * blockDim.x + threadIdx.x; job < jobs; job += gridDim.x * blockDim.x) {
-    const int i = int(job % packs) * PACK, start = int(job / packs % chunks) * length, rows = min(length, axis - start);
-    const In *from = x + (job / packs / chunks * axis + start) * inner + i;
-    Pack total = {};
-#pragma unroll 2
-    for (int r = 0; r < rows; r++) {
-      const Pack p = load(from + uint32_t(r) * inner, inner - i, aligned);
+}
+
+KERNEL(sum_rows)(T *y, const T *x, int outer, int axis) { sum_rows(y, x, outer, axis, axis, 1); }
+
+// partial[outer, chunks], each chunk `length` long.
+KERNEL(sum_rows_partial)(float *partial, const T *x, int outer, int axis, int length, int chunks) {
+  sum_rows(partial, x, outer, axis, length, chunks);
+}
+
+KERNEL(sum_rows_finish)(T *y, const float *partial, int outer, int chunks) { sum_rows(y, partial, outer, chunks, chunks, 1); }
+
+// Of columns: y[chunk, o, i] = the sum of x[o, start .. start + length, i]. A block has `width` runs of N neighbours side by
+// side, and its other threads are lanes that take every so many-th row, AHEAD of them on their way at a time. Rows past the
+// end are the last one again, as a zero. Lanes are joined pair by pair.
+constexpr int AHEAD = 8;
+
+template <int N, class Out, class In> DEVICE void sum_columns(Out *y, const In *x, int outer, int axis, int inner, int length, int width) {
+  __shared__ float scratch[N][THREADS];
+  const uint32_t across = inner / N, runs = outer * across, run = blockIdx.x * width + threadIdx.x % width;
+  const int lane = threadIdx.x / width, lanes = THREADS / width, start = blockIdx.y * length;
+  const int rows = run < runs ? min(length, axis - start) : 0;
+  const In *from = x + (run / across * axis + start) * inner + run % across * N;
+  float total[N] = {};
+#pragma unroll 1
+  for (int row = lane; row < rows; row += AHEAD * lanes) {
+    Neighbours<In, N> part[AHEAD];
 #pragma unroll
-      for (int j = 0; j < PACK; j++) total.at[j] += p.at[j];
+    for (int i = 0; i < AHEAD; i++) part[i] = Neighbours<In, N>(from + uint32_t(min(row + i * lanes, rows - 1)) * inner);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      part[i].clear_unless(row + i * lanes < rows);
+#pragma unroll
+      for (int j = 0; j < N; j++) total[j] += part[i].at(j);
     }
-    store(y + job / packs * inner + i, total, inner - i, aligned);
   }
+#pragma unroll 1
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    if (lane >= half && lane < 2 * half)
+#pragma unroll
+      for (int j = 0; j < N; j++) scratch[j][threadIdx.x] = total[j];
+    __syncthreads();
+    if (lane < half)
+#pragma unroll
+      for (int j = 0; j < N; j++) total[j] += scratch[j][threadIdx.x + half * width];
+  }
+  if (lane > 0 || run >= runs) return;
+  Out *to = y + (blockIdx.y * runs + run) * N;
+  if constexpr (N == 1) *to = from_float<Out>(total[0]);
+  else
+#pragma unroll
+    for (int j = 0; j < N; j += PACK) store(to + j, Pack{{total[j], total[j + 1], total[j + 2], total[j + 3]}}, PACK);
 }
 
-KERNEL(sum_forward)(T *y, const T *x, int outer, int axis, int inner) { sum_chunk(y, x, outer, axis, inner, axis, 1); }
+#define SUM_COLUMNS(name, Out, In) \
+  KERNEL(name)(Out *y, const In *x, int outer, int axis, int inner, int length, int width) { \
+    if (inner % WIDE<In> == 0) sum_columns<WIDE<In>>(y, x, outer, axis, inner, length, width); \
+    else sum_columns<1>(y, x, outer, axis, inner, length, width); \
+  }
 
-// partial[outer, chunks, inner], each chunk `length` long.
-KERNEL(sum_partial)(float *partial, const T *x, int outer, int axis, int inner, int length, int chunks) {
-  sum_chunk(partial, x, outer, axis, inner, length, chunks);
-}
-
-KERNEL(sum_finish)(T *y, const float *partial, int outer, int chunks, int inner) {
-  sum_chunk(y, partial, outer, chunks, inner, chunks, 1);
-}
+SUM_COLUMNS(sum_columns, T, T)
+SUM_COLUMNS(sum_columns_partial, float, T)
+SUM_COLUMNS(sum_columns_finish, T, float)
 
 KERNEL(broadcast_forward)(T *y, const T *x, int outer, int axis, int inner) {
   const bool aligned = inner % PACK == 0;

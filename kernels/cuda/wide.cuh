@@ -1,0 +1,33 @@
+// 16 bytes of a tensor in one load: four floats or eight of the half types. They stay as they lie until they are read, so that
+// a thread can have many of them on their way.
+#pragma once
+#include "common.cuh"
+
+// Elements of 16 bytes.
+template <class S> constexpr int WIDE = 16 / sizeof(S);
+
+// N neighbours from a boundary of N elements: WIDE of them, or one.
+template <class S, int N> struct Neighbours {
+  static_assert(N == WIDE<S>, "or 1, below");
+  uint32_t words[4];
+  __device__ Neighbours() {}
+  __device__ explicit Neighbours(const S *p) {
+    const uint4 all = *reinterpret_cast<const uint4 *>(p);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+  }
+  __device__ void clear_unless(bool kept) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = kept ? words[i] : 0;
+  }
+  __device__ float at(int i) const {
+    if constexpr (sizeof(S) == 4) return __uint_as_float(words[i]);
+    else return to_float(S{uint16_t(words[i / 2] >> i % 2 * 16)});
+  }
+};
+template <class S> struct Neighbours<S, 1> {
+  S only;
+  __device__ Neighbours() {}
+  __device__ explicit Neighbours(const S *p) : only(*p) {}
+  __device__ void clear_unless(bool kept) { only = kept ? only : S{}; }
+  __device__ float at(int) const { return to_float(only); }
+};
