@@ -57,7 +57,8 @@ export const opCases = (
 /** Every distinct op call of `run`, which is given a device that computes nothing. */
 export function casesOf(run: (device: Device) => void): OpCase[] {
   const found = new Map<string, OpCase>();
-  const device = profiled(standInDevice(), ({ record, tensors, attrs }) => {
+  const device = profiled(standInDevice(), ({ record, direction, tensors, attrs }) => {
+    if (direction === 'backward') return;
     const outputs = Object.keys(record.outputs(tensors, attrs));
     const specs = (names: string[]) =>
       Object.fromEntries(

@@ -13,6 +13,7 @@ import type { ModelPreset } from '../models/presets.ts';
 import { unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
+import { casesOf, type OpCase } from './ops.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
 import { type Sizes, type Subject, unetInputs } from './subjects.ts';
 
@@ -72,3 +73,11 @@ export function buildUpdate(
     },
   };
 }
+
+/** Every distinct op call of an update's forward; a layer's activation is an op of its own there. */
+export const updateCases = (preset: ModelPreset, sizes: Sizes, dtype: FloatDType): OpCase[] =>
+  casesOf((device) => {
+    const update = buildUpdate(preset, sizes, device, dtype, { checkpointing: false });
+    update.run();
+    update.release();
+  });

@@ -3,11 +3,11 @@
 // (`...to_q.lora_A.weight`). lora.ts merges adapters that are done.
 import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';
 import { type AnyModule, type Child, module, type Parameter, parameter } from '../engine/module.ts';
-import { add, mul } from '../engine/ops/binary.ts';
+import { add } from '../engine/ops/binary.ts';
 import { conv2d } from '../engine/ops/conv2d.ts';
-import { type Activation, linear } from '../engine/ops/linear.ts';
-import { slice, upsampleNearest } from '../engine/ops/move.ts';
-import { gelu, quickGelu, scale, silu } from '../engine/ops/unary.ts';
+import { type Activation, activate, linear } from '../engine/ops/linear.ts';
+import { upsampleNearest } from '../engine/ops/move.ts';
+import { scale } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
@@ -133,14 +133,6 @@ function adaptConv(base: Conv2d, { rank, alpha }: LoraConfig) {
       return conv2d(scale(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
     },
   );
-}
-
-function activate(x: Tensor, activation: Exclude<Activation, 'none'>): Tensor {
-  if (activation === 'silu') return silu(x);
-  if (activation === 'gelu') return gelu(x);
-  if (activation === 'quick_gelu') return quickGelu(x);
-  const half = (x.shape.at(-1) as number) / 2;
-  return mul(slice(x, -1, 0, half), gelu(slice(x, -1, half, half)));
 }
 
 /** Loads a new parameter with what `values` makes of its size and its number of inputs, or with zeros. */

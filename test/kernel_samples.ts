@@ -208,15 +208,20 @@ function tiled<S extends Layer | Convolution>(
   );
 }
 
+const linears: readonly FurtherSample[] = [
+  ...largeLayers.map((layer) => large(linear(layer))),
+  ...layers.map((layer) => one(linear(layer))),
+  ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
+  ...tiled(['256', '160_pingpong'], hopperGated, linear),
+  ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
+  ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
+];
+const isActivated = ({ sample }: FurtherSample): boolean =>
+  (sample.attrs as { activation: string }).activation !== 'none';
+
 const furtherSamples: Record<string, readonly FurtherSample[]> = {
-  linear: [
-    ...largeLayers.map((layer) => large(linear(layer))),
-    ...layers.map((layer) => one(linear(layer))),
-    ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
-    ...tiled(['256', '160_pingpong'], hopperGated, linear),
-    ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
-    ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
-  ],
+  linear: linears.filter((further) => !isActivated(further)),
+  linear_activated: linears.filter(isActivated),
   linear_fp8: [
     ...tiled(['256', '160_pingpong'], byteLayers, fp8),
     ...tiled(['256', '160_pingpong'], pairedBytes, fp8, true),

@@ -1,4 +1,4 @@
-// The history of the matrix product in kernels/lab, on the virtual GPU: each step computes what the op `linear` does, at those
+// The history of the matrix product in kernels/lab, on the virtual GPU: each step computes what the ops of linear layers do, at those
 // of its samples that the steps take, and at sizes beyond a tile. The last step is the program's own kernel.
 import { test } from 'tap';
 import { type Dim3, TensorMapDataType, TensorMapSwizzle } from '../engine/cuda/api.ts';
@@ -11,10 +11,12 @@ import { type Bench, newBench, schedules } from './virtual-gpu/run_kernel.ts';
 const ptx = readPtx('gemm_steps_sm90', 'bfloat16', labFolder);
 
 type Sizes = readonly [m: number, n: number, k: number];
-const ofSamples = (registry.get('linear') as AnyRecord).samples.map(({ inputs }): Sizes => {
-  const { x, weight } = inputs as Record<string, readonly number[]>;
-  return [size(x.slice(0, -1)), weight[0], weight[1]];
-});
+const ofSamples = ['linear', 'linear_activated'].flatMap((op) =>
+  (registry.get(op) as AnyRecord).samples.map(({ inputs }): Sizes => {
+    const { x, weight } = inputs as Record<string, readonly number[]>;
+    return [size(x.slice(0, -1)), weight[0], weight[1]];
+  }),
+);
 const sizes: readonly Sizes[] = [
   ...ofSamples.filter(([, n, k]) => n % 8 === 0 && k % 8 === 0),
   [136, 168, 328],

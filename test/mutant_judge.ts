@@ -27,7 +27,7 @@ const opsOf: Record<string, readonly string[]> = {
   attention: ['attention'],
   conv2d: ['conv2d'],
   fp8: ['fp8_scale', 'to_fp8', 'linear_fp8'],
-  gemm: ['linear', 'matmul'],
+  gemm: ['linear', 'linear_activated', 'matmul'],
   group_norm: ['group_norm'],
   move: ['permute'],
   norm: ['group_norm', 'layer_norm', 'softmax'],
@@ -37,7 +37,7 @@ const opsOf: Record<string, readonly string[]> = {
   attention_backward_sm90: ['attention'],
   conv2d_sm90: ['conv2d'],
   fp8_sm90: ['linear_fp8'],
-  gemm_sm90: ['linear', 'matmul'],
+  gemm_sm90: ['linear', 'linear_activated', 'matmul'],
   norm_sm90: ['group_norm'],
 };
 

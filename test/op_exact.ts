@@ -104,7 +104,10 @@ function fp8ThroughStorage(sample: AnySample, dtype: FloatDType, count: number):
   const m = size(x.shape.slice(0, -1));
   const y = { shape: [m, count / m], data: new Float64Array(count) };
   const operands = { x: back(x, x_scale), weight: back(weight, weight_scale) };
-  (registry.get('linear') as AnyRecord).reference.forward({ y, ...operands, ...more }, sample.attrs);
+  (registry.get('linear_activated') as AnyRecord).reference.forward(
+    { y, ...operands, ...more },
+    sample.attrs,
+  );
   return y.data;
 }
 

@@ -60,10 +60,10 @@ const finders: Record<string, Finder> = {
     find(peer, 'gemm', { m, n, k, bias, variant }) ?? find(peer, 'gemm', { m, n, k, variant }),
   ],
   // Ours has the gate in the product's epilogue; a peer runs two kernels.
-  geglu: (peer, { m, n, k, variant }) => [
-    find(peer, 'gemm', { m, n, k, variant }),
-    variant === 'fwd' ? find(peer, 'geglu', { m, c: Number(n) / 2 }) : undefined,
-  ],
+  geglu: (peer, { m, n, k, variant }) =>
+    variant === 'fwd'
+      ? [find(peer, 'gemm', { m, n, k, variant }), find(peer, 'geglu', { m, c: Number(n) / 2 })]
+      : [undefined],
   conv: (peer, key) => [find(peer, 'conv', key)],
   attention: (peer, { variant, ...shape }) => [find(peer, 'sdpa', shape, new RegExp(` ${variant} `))],
   norm: (peer, { b, c, tokens, silu, variant }) =>

@@ -6,7 +6,9 @@ import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Direction } from '../../engine/device.ts';
 import { type OpRecord, registry } from '../../engine/op.ts';
 import type { FloatDType } from '../../io/dtype.ts';
+import { presets } from '../../models/presets.ts';
 import { type OpCase, opCases } from '../ops.ts';
+import { updateCases } from '../update.ts';
 import type { BenchCase, Key, Measure } from './gpu.ts';
 import { inType, kernelCase, nameOf, type Workshop } from './kernels.ts';
 import type { Section } from './sections.ts';
@@ -25,7 +27,7 @@ export type BenchSection = Section<Measure>;
 const DTYPE: FloatDType = 'bfloat16';
 
 interface LinearAttrs {
-  activation: string;
+  activation?: string;
 }
 interface ConvAttrs {
   stride: number;
@@ -42,9 +44,9 @@ function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
   const shape = (name: string): readonly number[] => inputs[name]?.shape ?? [];
   const variant = direction === 'forward' ? 'fwd' : 'bwd';
   const rows = (x: readonly number[]) => x.slice(0, -1).reduce((a, b) => a * b, 1);
-  if (record.name === 'linear') {
+  if (record.name === 'linear' || record.name === 'linear_activated') {
     const [n, k] = shape('weight');
-    const { activation } = attrs as LinearAttrs;
+    const { activation = 'none' } = attrs as LinearAttrs;
     return { m: rows(shape('x')), n, k, bias: 'bias' in inputs, activation, variant };
   }
   if (record.name === 'conv2d') {
@@ -58,13 +60,16 @@ function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
     return { b, h, lq, lk, d: inner / h, variant };
   }
   const x = shape('x');
-  if (record.name === 'layer_norm') return { m: rows(x), c: x.at(-1) as number, variant };
+  if (record.name === 'layer_norm' || record.name === 'geglu')
+    return { m: rows(x), c: x.at(-1) as number, variant };
   const tokens = x.slice(1, -1).reduce((a, b) => a * b, 1);
   return { b: x[0], c: shape('weight')[0], tokens, silu: (attrs as NormAttrs).silu === true, variant };
 }
 
 const sectionOf: Record<string, string> = {
   linear: 'gemm',
+  linear_activated: 'geglu',
+  geglu: 'geglu',
   conv2d: 'conv',
   attention: 'attention',
   group_norm: 'norm',
@@ -73,13 +78,16 @@ const sectionOf: Record<string, string> = {
 
 /** Sections of one UNet pass. */
 function modelSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[] {
-  const unet = once(() => opCases(preset, { width: side, height: side, batch: 2 }, DTYPE, ['unet']));
-  const picked = (section: string): OpCase[] => {
-    const found = unet().filter((op) => (isGeglu(op) ? 'geglu' : sectionOf[op.record.name]) === section);
+  const sizes = { width: side, height: side, batch: 2 };
+  const forward = once(() => opCases(preset, sizes, DTYPE, ['unet']));
+  const trained = once(() => updateCases(presets[preset], sizes, DTYPE));
+  const picked = (section: string, direction: Direction): OpCase[] => {
+    const all = direction === 'forward' ? forward() : trained();
+    const found = all.filter(({ record }) => sectionOf[record.name] === section);
     return smoke ? found.slice(0, 2) : found;
   };
   const cases = (section: string, direction: Direction): BenchCase[] =>
-    picked(section).map((op) =>
+    picked(section, direction).map((op) =>
       kernelCase(shop, { op, direction, name: nameOf(op, direction), key: keyOf(op, direction) }),
     );
   const extra = (section: string): BenchCase[] =>
@@ -88,15 +96,12 @@ function modelSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection
       : section === 'conv'
         ? vaeConvolutions(shop, { preset, side, smoke })
         : [];
-  const names = [...Object.values(sectionOf), 'geglu'];
+  const names = [...new Set(Object.values(sectionOf))];
   return [
     ...names.map((name) => ({ name, cases: () => [...cases(name, 'forward'), ...extra(name)] })),
     ...names.map((name) => ({ name: `${name} backward`, cases: () => cases(name, 'backward') })),
   ];
 }
-
-const isGeglu = ({ record, attrs }: OpCase) =>
-  record.name === 'linear' && (attrs as LinearAttrs).activation === 'geglu';
 
 function once<T>(make: () => T): () => T {
   let made: T | undefined;
@@ -108,8 +113,7 @@ const op = (name: string) => registry.get(name) as OpRecord<unknown>;
 function square(shop: Shop, side: number): BenchCase {
   const shape = [side, side];
   const inputs = { x: { shape, dtype: DTYPE }, weight: { shape, dtype: DTYPE } };
-  const attrs = { activation: 'none' };
-  const call: OpCase = { record: op('linear'), inputs, attrs, count: 0, flops: 2 * side ** 3, bytes: 0 };
+  const call: OpCase = { record: op('linear'), inputs, attrs: {}, count: 0, flops: 2 * side ** 3, bytes: 0 };
   return kernelCase(shop, {
     op: call,
     direction: 'forward',

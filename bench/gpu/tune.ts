@@ -23,6 +23,7 @@ import { unet } from '../../models/unet.ts';
 import { casesOf, type OpCase } from '../ops.ts';
 import { fillRandom } from '../pool_weights.ts';
 import { unetInputs } from '../subjects.ts';
+import { updateCases } from '../update.ts';
 import type { TensorSpec } from './buffers.ts';
 import type { BenchCase, Measure } from './gpu.ts';
 import { prepare, release, type Workshop } from './kernels.ts';
@@ -53,15 +54,15 @@ const smokeModel: ModelPreset = {
 };
 const SMOKE_SIDE = 192;
 
-/** The UNet's calls on two rows: as sampling makes them, with the image's part cached, or as training does. */
-const unetCalls = (model: ModelPreset, side: number, cached: boolean): OpCase[] =>
+const sizesOf = (side: number) => ({ width: side, height: side, batch: 2 });
+
+/** The UNet's calls on two rows as sampling makes them, with the image's part cached. */
+const sampledCalls = (model: ModelPreset, side: number): OpCase[] =>
   casesOf((device) => {
     const module = unet(model.unet);
     fillRandom(module, device, DTYPE);
-    const sizes = { width: side, height: side, batch: 2 };
-    const { sample, times, conditioning } = unetInputs(model, sizes, device, DTYPE);
-    const cache = cached ? newContextCache() : undefined;
-    noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache })));
+    const { sample, times, conditioning } = unetInputs(model, sizesOf(side), device, DTYPE);
+    noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache: newContextCache() })));
   });
 
 /** An op's launches, each to be run alone over what a run of them all has left in the tensors. */
@@ -103,8 +104,8 @@ function productsOf(model: ModelPreset, side: number): Map<string, Product> {
       }),
     );
   const isProduct = ({ record }: OpCase) => record.flops !== undefined;
-  for (const op of unetCalls(model, side, true).filter(isProduct)) note(op, 'forward');
-  for (const op of unetCalls(model, side, false).filter(isProduct)) {
+  for (const op of sampledCalls(model, side).filter(isProduct)) note(op, 'forward');
+  for (const op of updateCases(model, sizesOf(side), DTYPE).filter(isProduct)) {
     note(op, 'forward');
     note(op, 'backward');
   }

@@ -44,7 +44,7 @@ type Opponent = (typeof opponents)[number];
 
 /** The ops of each section; what rides along (bias, residual, activation) is timed with them on both sides. */
 const sections: Record<string, readonly string[]> = {
-  gemm: ['linear'],
+  gemm: ['linear', 'linear_activated'],
   conv: ['conv2d'],
   attention: ['attention'],
   norm: ['group_norm', 'layer_norm'],

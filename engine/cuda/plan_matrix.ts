@@ -240,19 +240,6 @@ function linearBackwardWeight(args: LaunchArguments, context: PlanContext): Kern
   return product({ layout: 'tn', a, b, y, m: n, n: k, k: m, batch: 1, aStride: n, bStride: k }, context);
 }
 
-/** The pre-activations again, as float sums, and dh from them. */
-function linearBackwardActivation(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
-  const [dh, dy, a, b, bias] = args as Pointers;
-  const [m, n, k, activation] = args.slice(5).map(Number);
-  const h = activation === GEGLU ? 2 * n : n;
-  const sums = context.workspace(m * h * 4);
-  const slope = [dh, dy, sums, bias, m, n, activation];
-  return [
-    ...product({ layout: 'nt', a, b, y: 0n, sums, m, n: h, k, batch: 1, aStride: k, bStride: k }, context),
-    walking('gemm', 'linear_slope', m * divideUp(n, PACK), THREADS, slope, context),
-  ];
-}
-
 function matmulForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, a, b] = args as Pointers;
   const [batch, m, n, k, transA, transB] = args.slice(3).map(Number);
@@ -338,7 +325,6 @@ function convPlan(
 
 export const matrixPlans: readonly (readonly [string, Plan])[] = [
   ['linear_forward', { signature: 'pppppiiii', launches: linearForward }],
-  ['linear_backward_activation', { signature: 'pppppiiii', launches: linearBackwardActivation }],
   ['linear_backward_x', { signature: 'pppiii', launches: linearBackwardX }],
   ['linear_backward_weight', { signature: 'pppiii', launches: linearBackwardWeight }],
   ['matmul_forward', { signature: 'pppiiiiii', launches: matmulForward }],

@@ -1,6 +1,7 @@
 // y = activation(x W^T + bias) + residual, the matrix product with everything that can ride in its epilogue; and the
-// batched product of two tensors. W is [n, k] as checkpoints store it. With an activation, backward computes the
-// pre-activation again rather than keep it: one more product against an activation-sized buffer per layer.
+// batched product of two tensors. W is [n, k] as checkpoints store it. Where a gradient is wanted an activation is an op of its
+// own, which keeps what it was given, as PyTorch does: to compute it again would be one product more to a layer's three.
+import { isRecording } from '../grad.ts';
 import {
   apply,
   defineOp,
@@ -10,9 +11,11 @@ import {
   sameFloat,
   type Tensors,
 } from '../op.ts';
-import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { ShapeError, type Tensor } from '../tensor.ts';
+import { add } from './binary.ts';
 import * as scalar from './math.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
+import { gelu, quickGelu, silu } from './unary.ts';
 
 export type Activation = 'none' | 'silu' | 'gelu' | 'quick_gelu' | 'geglu';
 /** The kernels' number for each activation. */
@@ -23,7 +26,7 @@ export const activationCode: Record<Activation, number> = {
   quick_gelu: 3,
   geglu: 4,
 };
-const activations = Object.keys(activationCode) as Activation[];
+const activations = ['silu', 'gelu', 'quick_gelu', 'geglu'] as const;
 const scalarOf = {
   none: scalar.identity,
   silu: scalar.silu,
@@ -31,8 +34,10 @@ const scalarOf = {
   quick_gelu: scalar.quickGelu,
 };
 
-interface LinearAttrs {
-  activation: Activation;
+type None = Record<string, never>;
+
+interface ActivatedAttrs {
+  activation: Exclude<Activation, 'none'>;
 }
 
 /** m rows, n columns of y, h columns before the activation (twice n for geglu), k inputs. */
@@ -71,47 +76,35 @@ export function linearReference({ y, x, weight, bias, residual }: RefTensors, ac
   }
 }
 
-const linearOp = defineOp<LinearAttrs>({
+const linearOp = defineOp<None>({
   name: 'linear',
-  outputs(t, { activation }) {
-    const shape = checkLinear('linear', t, activation);
-    return { y: { shape, dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual') } };
-  },
-  saves: ['x', 'weight', 'bias'],
+  outputs: (t) => ({
+    y: {
+      shape: checkLinear('linear', t, 'none'),
+      dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual'),
+    },
+  }),
+  saves: ['x', 'weight'],
   flops: ({ x, weight }) => 2 * x.size * weight.shape[0],
-  forward(t, { activation }, launch) {
-    const { m, n, k } = dims(t.x.shape, t.weight.shape, activation);
-    launch('linear_forward', [t.y, t.x, t.weight, t.bias, t.residual, m, n, k, activationCode[activation]]);
-  },
-  backward(t, { activation }, launch) {
-    const { m, h, k } = dims(t.x.shape, t.weight.shape, activation);
-    const dh = preActivationGradient(t, activation, launch);
-    if (t.dx) launch('linear_backward_x', [t.dx, dh, t.weight, m, h, k]);
-    if (t.dweight) launch('linear_backward_weight', [t.dweight, dh, t.x, m, h, k]);
-    if (t.dbias) launch('sum_forward', [t.dbias, dh, 1, m, h]);
+  forward: (t, _, launch) => launchLinear(t, 'none', launch),
+  backward(t, _, launch) {
+    const { m, n, k } = dims(t.x.shape, t.weight.shape, 'none');
+    if (t.dx) launch('linear_backward_x', [t.dx, t.dy, t.weight, m, n, k]);
+    if (t.dweight) launch('linear_backward_weight', [t.dweight, t.dy, t.x, m, n, k]);
+    if (t.dbias) launch('sum_forward', [t.dbias, t.dy, 1, m, n]);
     if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
   },
   reference: {
-    forward: (t, { activation }) => linearReference(t, activation),
-    backward({ dx, dweight, dbias, dresidual, dy, x, weight, bias }, { activation }) {
-      const { m, n, h, k } = dims(x.shape, weight.shape, activation);
-      const pre = product(x.data, weight.data, bias?.data, m, h, k);
-      const dh = new Float64Array(m * h);
-      for (let i = 0; i < m * n; i++) {
-        const row = Math.floor(i / n) * h;
-        if (activation === 'geglu') {
-          const [a, b] = [pre[row + (i % n)], pre[row + (i % n) + n]];
-          dh[row + (i % n)] = dy.data[i] * scalar.gelu.f(b);
-          dh[row + (i % n) + n] = dy.data[i] * a * scalar.gelu.df(b);
-        } else dh[i] = dy.data[i] * scalarOf[activation].df(pre[i]);
-      }
+    forward: (t) => linearReference(t, 'none'),
+    backward({ dx, dweight, dbias, dresidual, dy, x, weight }) {
+      const { m, n, k } = dims(x.shape, weight.shape, 'none');
       dresidual?.data.set(dy.data);
       dx?.data.fill(0);
       dweight?.data.fill(0);
       dbias?.data.fill(0);
       for (let i = 0; i < m; i++)
-        for (let j = 0; j < h; j++) {
-          const g = dh[i * h + j];
+        for (let j = 0; j < n; j++) {
+          const g = dy.data[i * n + j];
           if (dbias) dbias.data[j] += g;
           for (let p = 0; p < k; p++) {
             if (dx) dx.data[i * k + p] += g * weight.data[j * k + p];
@@ -121,8 +114,28 @@ const linearOp = defineOp<LinearAttrs>({
     },
   },
   samples: [
-    { inputs: { x: [1, 3], weight: [5, 3] }, attrs: { activation: 'none' } },
-    { inputs: { x: [2, 7, 20], weight: [33, 20], bias: [33] }, attrs: { activation: 'none' } },
+    { inputs: { x: [1, 3], weight: [5, 3] }, attrs: {} },
+    { inputs: { x: [2, 7, 20], weight: [33, 20], bias: [33] }, attrs: {} },
+    { inputs: { x: [5, 16], weight: [8, 16], bias: [8], residual: [5, 8] }, attrs: {} },
+    { inputs: { x: [34, 290], weight: [530, 290], bias: [530] }, attrs: {} },
+    { inputs: { x: [144, 12], weight: [20, 12] }, attrs: {} },
+    ...awkwardSizes.map(([m, n, k], i) => ({ inputs: awkwardInputs([m, n, n, k], i), attrs: {} })),
+  ],
+});
+
+const activatedOp = defineOp<ActivatedAttrs>({
+  name: 'linear_activated',
+  outputs: (t, { activation }) => ({
+    y: {
+      shape: checkLinear('linear', t, activation),
+      dtype: sameFloat('linear', t, 'x', 'weight', 'bias', 'residual'),
+    },
+  }),
+  saves: [],
+  flops: ({ x, weight }) => 2 * x.size * weight.shape[0],
+  forward: (t, { activation }, launch) => launchLinear(t, activation, launch),
+  reference: { forward: (t, { activation }) => linearReference(t, activation) },
+  samples: [
     { inputs: { x: [5, 16], weight: [8, 16], bias: [8], residual: [5, 8] }, attrs: { activation: 'silu' } },
     {
       inputs: { x: [19, 31], weight: [17, 31], bias: [17], residual: [19, 17] },
@@ -133,26 +146,25 @@ const linearOp = defineOp<LinearAttrs>({
       inputs: { x: [13, 24], weight: [38, 24], bias: [38], residual: [13, 19] },
       attrs: { activation: 'geglu' },
     },
-    { inputs: { x: [34, 290], weight: [530, 290], bias: [530] }, attrs: { activation: 'none' } },
     { inputs: { x: [4, 32], weight: [256, 32], bias: [256] }, attrs: { activation: 'geglu' } },
     { inputs: { x: [1, 40], weight: [140, 40] }, attrs: { activation: 'geglu' } },
-    { inputs: { x: [144, 12], weight: [20, 12] }, attrs: { activation: 'none' } },
     ...awkwardSizes.map(([m, n, k], i) => {
-      const activation = activations[(i + 1) % activations.length];
+      const activation = activations[i % activations.length];
       const h = activation === 'geglu' ? 2 * n : n;
-      const more = { bias: [h], ...(i % 3 ? { residual: [m, n] } : {}) };
-      return { inputs: { x: [m, k], weight: [h, k], ...(i % 4 ? more : {}) }, attrs: { activation } };
+      return { inputs: awkwardInputs([m, n, h, k], i), attrs: { activation } };
     }),
   ],
 });
 
-function preActivationGradient(t: Tensors, activation: Activation, launch: Launch): Tensor {
-  if (activation === 'none') return t.dy;
-  const { m, n, h, k } = dims(t.x.shape, t.weight.shape, activation);
-  const dh = empty([m, h], { device: t.x.device, dtype: t.x.dtype });
-  const code = activationCode[activation];
-  launch('linear_backward_activation', [dh, t.dy, t.x, t.weight, t.bias, m, n, k, code]);
-  return dh;
+function launchLinear(t: Tensors, activation: Activation, launch: Launch): void {
+  const { m, n, k } = dims(t.x.shape, t.weight.shape, activation);
+  launch('linear_forward', [t.y, t.x, t.weight, t.bias, t.residual, m, n, k, activationCode[activation]]);
+}
+
+/** Bias and residual in some of the samples. */
+function awkwardInputs([m, n, h, k]: readonly number[], i: number) {
+  const more = { bias: [h], ...(i % 3 ? { residual: [m, n] } : {}) };
+  return { x: [m, k], weight: [h, k], ...(i % 4 ? more : {}) };
 }
 
 function product(
@@ -183,7 +195,18 @@ export function linear(
   bias?: Tensor,
   { residual, activation = 'none' }: { residual?: Tensor; activation?: Activation } = {},
 ): Tensor {
-  return apply(linearOp, { x, weight, bias, residual }, { activation });
+  const inputs = { x, weight, bias, residual };
+  if (activation === 'none') return apply(linearOp, inputs, {});
+  if (!isRecording() || !Object.values(inputs).some((t) => t?.node))
+    return apply(activatedOp, inputs, { activation });
+  const y = activate(linear(x, weight, bias), activation);
+  return residual ? add(y, residual) : y;
+}
+
+/** What a linear layer's activation makes of x. */
+export function activate(x: Tensor, activation: Exclude<Activation, 'none'>): Tensor {
+  if (activation === 'geglu') return geglu(x);
+  return { silu, gelu, quick_gelu: quickGelu }[activation](x);
 }
 
 interface MatmulAttrs {
@@ -287,8 +310,6 @@ export const matmul = (
   b: Tensor,
   { transA = false, transB = false }: Partial<MatmulAttrs> = {},
 ): Tensor => apply(matmulOp, { a, b }, { transA, transB });
-
-type None = Record<string, never>;
 
 const gegluOp = defineOp<None>({
   name: 'geglu',

@@ -1,5 +1,4 @@
 // Linear layers y = activation(x weight^T + bias) + residual with their gradients, and the batched matrix product.
-#include "activation.h"
 #include "fp8.h"
 #include "gemm.h"
 #include "threads.h"
@@ -65,17 +64,6 @@ void linear_fp8_forward(T *y, const uint8_t *x, const float *x_scale, const uint
   linear_forward<T>(y, left.data(), right.data(), bias, residual, m, n, k, activation);
 }
 
-// The gradient of the pre-activations, which are computed again where it then lies.
-template <class T>
-void linear_backward_activation(T *dh, const T *dy, const T *x, const T *weight, const T *bias, int m, int n, int k, int activation) {
-  const int h = activation == GEGLU ? 2 * n : n;
-  linear_forward<T>(dh, x, weight, bias, nullptr, m, h, k, NONE);
-  if (activation == GEGLU) geglu_backward(dh, dy, dh, m, n);
-  if (activation == SILU) unary_backward<Silu>(dh, dy, dh, m * h);
-  if (activation == GELU) unary_backward<Gelu>(dh, dy, dh, m * h);
-  if (activation == QUICK_GELU) unary_backward<QuickGelu>(dh, dy, dh, m * h);
-}
-
 template <class T> void linear_backward_x(T *dx, const T *dy, const T *weight, int m, int n, int k) {
   gemm<T>({dx, k}, {Matrix<T>(dy, n), false}, {Matrix<T>(weight, k), true}, m, k, n);
 }
@@ -93,7 +81,6 @@ template <class T> void matmul_forward(T *c, const T *a, const T *b, int batch, 
 
 EXPORT_FLOATS(linear_forward, linear_forward)
 EXPORT_FLOATS(linear_fp8_forward, linear_fp8_forward)
-EXPORT_FLOATS(linear_backward_activation, linear_backward_activation)
 EXPORT_FLOATS(linear_backward_x, linear_backward_x)
 EXPORT_FLOATS(linear_backward_weight, linear_backward_weight)
 EXPORT_FLOATS(matmul_forward, matmul_forward)
