@@ -168,6 +168,16 @@ const hopperImages: readonly Convolution[] = [
   { x: [1, 9, 8, 72], skip: 24, o: 64, side: 3, padding: around },
 ];
 
+/** Few channels in or out, beside im2col and col2im; strides, whose gradient of x spreads dy. */
+const hopperNarrow: readonly Convolution[] = [
+  { x: [2, 10, 13, 4], o: 72, side: 3, padding: around, extras: ['bias', 'residual'] },
+  { x: [1, 12, 9, 5], o: 24, side: 3, stride: 2, padding: [0, 0, 1, 1] },
+  { x: [1, 9, 9, 72], o: 3, side: 3, padding: around, extras: all },
+  { x: [2, 8, 9, 40], o: 8, side: 3, extras: ['bias'] },
+  { x: [1, 16, 15, 24], o: 16, side: 3, stride: 2, padding: around },
+  { x: [2, 17, 12, 16], o: 24, side: 1, stride: 3 },
+];
+
 /** For pairs of blocks: an odd number of tiles down, whose last pair has one outside C, and several items to a pair. */
 const pairedLayers: readonly Layer[] = [
   { m: 270, n: 168, k: 200, extras: ['bias', 'residual'] },
@@ -232,6 +242,7 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     ...images.map((image) => one(conv2d(image))),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
+    ...hopperNarrow.map((image) => ({ ...one(conv2d(image)), hopper: {} })),
   ],
   attention: [
     large(attention([1, 1, 130, 68, 512], false)),

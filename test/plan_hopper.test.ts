@@ -72,7 +72,9 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   const [split, join] = linear(128, 320, 8192);
   t.same([split.entry, join?.entry], ['gemm_sm90_nt_80', 'gemm_join']);
   const strided = [256n, 256n, 256n, 2, 64, 64, 320, 32, 32, 320, 3, 3, 2, 1, 1];
-  t.equal(planned('conv2d_backward_x', strided, h200)[0].family, 'conv2d');
+  const familiesOf = (symbol: string, args: Parameters<typeof planned>[1]) =>
+    planned(symbol, args, h200).map(({ family }) => family);
+  t.same(familiesOf('conv2d_backward_x', strided), ['im2col', 'conv2d_sm90'], 'dy is spread first');
   // A filter of 256 pixels: its corners would do, its last offset would not.
   const long = (width: number) =>
     planned(
@@ -83,9 +85,19 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   t.same([long(255), long(256)], ['conv2d_sm90', 'conv2d']);
   t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
   t.same(
-    lookupsOf(() => planned('conv2d_backward_x', strided, h200)),
-    [],
+    lookupsOf(() => planned('conv2d_backward_x', strided, h200)).map(({ size }) => keyOf(size)),
+    ['backward_x 8192 320 45 1'],
   );
+  // The UNet's first convolution and its last, of few channels.
+  const image = (c: number, o: number) => [2, 128, 128, c, 128, 128, o, 3, 3, 1, 1, 1];
+  const pointers = [256n, 256n, 256n];
+  const forward = (c: number, o: number) =>
+    familiesOf('conv2d_forward', [...pointers, 256n, 0n, 0n, 0n, ...image(c, o), c]);
+  t.same(forward(4, 320), ['im2col', 'im2col', 'gemm_sm90'], "x's taps, the weight's rows, the product");
+  t.same(forward(320, 4), ['gemm_sm90', 'im2col']);
+  const ofWeight = familiesOf('conv2d_backward_weight', [...pointers, ...image(4, 320)]);
+  t.same(ofWeight, ['im2col', 'gemm_sm90', 'gemm', 'move'], 'joined, and cut to its width');
+  t.same(familiesOf('conv2d_backward_x', [...pointers, ...image(320, 4)]), ['im2col', 'gemm_sm90']);
   t.end();
 });
 

@@ -1,4 +1,4 @@
-// Plans of the matrix products: which tile, how k is split, and the launch that joins split sums. The large tile (128 x 128)
+// Plans of the matrix products (gemm.cu): which tile, how k is split, and the launch that joins split sums. The large tile (128 x 128)
 // needs operands whose rows are whole 16-byte chunks and enough tiles to fill the device; k is split where tiles are few.
 // The thresholds are reasoned, not measured.
 import {
@@ -12,7 +12,6 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
-import { hopperConvolution } from './plan_conv2d_sm90.ts';
 import {
   across,
   along,
@@ -40,9 +39,9 @@ interface Tile {
 /** gemm.cuh's shapes: four warps each; a step along k is 64 bytes. The stages also hold the slabs of the epilogue. */
 const large: Tile = { name: 'large', side: 128, shared: Math.max(STAGES * 2 * 128 * 64, 8 * SLAB_BYTES) };
 const small: Tile = { name: 'small', side: 64, shared: Math.max(STAGES * 2 * 64 * 64, 4 * SLAB_BYTES) };
-const TILE_THREADS = 128;
+export const TILE_THREADS = 128;
 
-interface Size {
+export interface Size {
   readonly m: number;
   readonly n: number;
   readonly k: number;
@@ -55,7 +54,7 @@ interface Choice {
   readonly kPart: number;
 }
 
-function choose(
+export function choose(
   { m, n, k, batch }: Size,
   whole: number,
   canSplit: boolean,
@@ -99,15 +98,16 @@ interface Product extends Size {
   readonly yStride?: number;
   /** A's rows lie on chunk boundaries, and zeros fill them up to the next one. */
   readonly aPadded?: boolean;
-  /** Float sums [batch, m, n] instead of y and its epilogue. */
+  /** Float sums [batch, m, n] instead of y and its epilogue; on Hopper their rows may be longer. */
   readonly sums?: bigint;
+  readonly sumsRow?: number;
 }
 
 /** Whether every row of an operand is whole chunks, given what must be a multiple of a chunk. */
-const isWhole = (lengths: readonly number[], { elementBytes }: PlanContext): boolean =>
+export const isWhole = (lengths: readonly number[], { elementBytes }: PlanContext): boolean =>
   lengths.every((length) => length % (16 / elementBytes) === 0);
 
-function join(
+export function join(
   y: LaunchArgument,
   partial: bigint,
   extras: readonly LaunchArgument[],
@@ -127,7 +127,7 @@ function slabStride(p: Product, [outer, inner]: readonly [number, number] = [0, 
 /** The launches on Hopper's own instructions, where the tensors allow it. */
 function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined {
   const { layout, m, n, k, batch: slabs, activation = 0, sums } = p;
-  if (!hopperTakes(m, n, context)) return undefined;
+  if (!hopperTakes(m, p.sumsRow ? divideUp(n, 8) * 8 : n, context)) return undefined;
   const [half, stride] = [activation === GEGLU, p.yStride ?? n];
   const [bias, residual] = [p.bias ?? 0n, p.residual ?? 0n].map(BigInt);
   const tensor = (
@@ -153,7 +153,13 @@ function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined 
       b: bAlong ? along(b, 2) : across(b), // two boxes: values and gates, or halves
       own: (tile) => [half ? 0 : activation, half ? n : tile.n / 2],
     },
-    { sums, strides: [n, m * n], canSplit: slabs === 1 && !half, extras: [bias, 0n, residual], activation },
+    {
+      sums,
+      strides: [p.sumsRow ?? n, m * n],
+      canSplit: slabs === 1 && !half,
+      extras: [bias, 0n, residual],
+      activation,
+    },
     context,
   );
 }
@@ -219,7 +225,19 @@ export function product(p: Product, context: PlanContext): KernelLaunch[] {
   return [first, join(p.y, partial, [bias, 0n, residual], [m, n, 1, activation, splits], context)];
 }
 
-type Pointers = readonly bigint[];
+/** The float sums of a product alone, [m][row]. On Hopper they leave two at a time, so that `row` is even there. */
+export function productSums(
+  p: Omit<Product, 'y'>,
+  context: PlanContext,
+): { readonly launches: KernelLaunch[]; readonly sums: bigint; readonly row: number } {
+  const sumsRow = p.n + (p.n % 2);
+  const sums = context.workspace(p.m * sumsRow * 4);
+  const hopper = onHopper({ ...p, y: 0n, sums, sumsRow }, context);
+  if (hopper) return { launches: hopper, sums, row: sumsRow };
+  return { launches: product({ ...p, y: 0n, sums }, context), sums, row: p.n };
+}
+
+export type Pointers = readonly bigint[];
 
 export function linearForward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, a, b, bias, residual] = args as Pointers;
@@ -260,75 +278,9 @@ function matmulForward(args: LaunchArguments, context: PlanContext): KernelLaunc
   ];
 }
 
-interface Convolution extends Size {
-  readonly entry: string;
-  readonly whole: boolean;
-  readonly pointers: Pointers;
-  readonly epilogue: Pointers;
-  readonly rowsPerShift: number;
-}
-
-/** The same for a convolution. */
-function convolutionOnHopper(
-  c: Convolution,
-  geometry: readonly number[],
-  context: PlanContext,
-): KernelLaunch[] | undefined {
-  const p = hopperConvolution(c.entry, c.pointers, geometry, context);
-  if (!p) return undefined;
-  const strides = [p.n * p.slabs, p.n] as const;
-  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
-  return hopperLaunches(p, { strides, canSplit: true, extras, rowsPerShift: c.rowsPerShift }, context);
-}
-
-/** `pointers` begin with the output; the kernel takes the partial sums right after it. */
-function convolution(c: Convolution, geometry: readonly number[], context: PlanContext): KernelLaunch[] {
-  const hopper = convolutionOnHopper(c, geometry, context);
-  if (hopper) return hopper;
-  const whole = c.whole ? 3 : 0;
-  const { tile, splits, kPart } = choose(c, whole, true, context);
-  const partial = splits > 1 ? context.workspace(splits * c.m * c.n * 4) : 0n;
-  const [y, ...inputs] = c.pointers;
-  const first: KernelLaunch = {
-    family: 'conv2d',
-    entry: `${c.entry}_${tile.name}`,
-    grid: [divideUp(c.m, tile.side) * divideUp(c.n, tile.side), 1, splits],
-    block: TILE_THREADS,
-    shared: tile.shared,
-    args: [y, partial, ...inputs, ...geometry, splits, kPart, whole],
-  };
-  if (splits === 1) return [first];
-  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
-  return [first, join(y, partial, extras, [c.m, c.n, c.rowsPerShift, 0, splits], context)];
-}
-
-function convPlan(
-  symbol: string,
-  pointerCount: number,
-  integerCount: number,
-  sizes: (geometry: readonly number[]) => readonly [m: number, n: number, k: number],
-): [string, Plan] {
-  const launches = (args: LaunchArguments, context: PlanContext) => {
-    const pointers = args.slice(0, pointerCount) as Pointers;
-    const geometry = args.slice(pointerCount).map(Number);
-    const [m, n, k] = sizes(geometry);
-    const [, , , c, oh, ow, o] = geometry;
-    const own = geometry[12] ?? c; // of x's channels, before skip's
-    const epilogue = pointers.slice(3, 6);
-    // Forward reads no row of o elements: only y has them.
-    const whole = isWhole(symbol === 'conv2d_forward' ? [c, own] : [c, o], context);
-    const size = { m, n, k, batch: 1, whole, pointers, epilogue, rowsPerShift: oh * ow };
-    return convolution({ entry: symbol, ...size }, geometry, context);
-  };
-  return [symbol, { signature: 'p'.repeat(pointerCount) + 'i'.repeat(integerCount), launches }];
-}
-
 export const matrixPlans: readonly (readonly [string, Plan])[] = [
   ['linear_forward', { signature: 'pppppiiii', launches: linearForward }],
   ['linear_backward_x', { signature: 'pppiii', launches: linearBackwardX }],
   ['linear_backward_weight', { signature: 'pppiii', launches: linearBackwardWeight }],
   ['matmul_forward', { signature: 'pppiiiiii', launches: matmulForward }],
-  convPlan('conv2d_forward', 7, 13, ([n, , , c, oh, ow, o, kh, kw]) => [n * oh * ow, o, kh * kw * c]),
-  convPlan('conv2d_backward_x', 3, 12, ([n, h, w, c, , , o, kh, kw]) => [n * h * w, c, kh * kw * o]),
-  convPlan('conv2d_backward_weight', 3, 12, ([n, , , c, oh, ow, o, kh, kw]) => [o, kh * kw * c, n * oh * ow]),
 ];

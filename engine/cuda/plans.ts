@@ -2,6 +2,7 @@
 import { type Plan, simplePlans } from './plan.ts';
 import { adafactorPlans } from './plan_adafactor.ts';
 import { attentionPlans } from './plan_attention.ts';
+import { convolutionPlans } from './plan_conv2d.ts';
 import { fp8Plans } from './plan_fp8.ts';
 import { matrixPlans } from './plan_matrix.ts';
 import { optimizerPlans } from './plan_optimizer.ts';
@@ -11,6 +12,7 @@ export const plans: ReadonlyMap<string, Plan> = new Map([
   ...simplePlans,
   ...reducePlans,
   ...matrixPlans,
+  ...convolutionPlans,
   ...attentionPlans,
   ...adafactorPlans,
   ...optimizerPlans,
