@@ -1,6 +1,6 @@
 // Tiles and splits that were measured to beat the model's choice (plan_sm90.ts) by 3 % or more, by `npm run bench:gpu -- --tune` on an
 // H200 (driver 580.159.04, 2026-11-26): the products of SDXL's UNet at 1024x1024, two images, by `kind m x n x steps of k x slabs`.
-// For GPUs of as many multiprocessors. What the model has wrong: L2 gives more than it thinks, so pairs seldom pay.
+// For GPUs of as many multiprocessors. The model then took L2 for slower than it is, and had nearly all run in pairs.
 import type { Choice } from './plan_sm90.ts';
 
 export const MEASURED_MULTIPROCESSORS = 132;
