@@ -54,7 +54,7 @@ test('calls through koffi', { skip: compiled.status !== 0 && 'no C compiler' }, 
   t.end();
 });
 
-test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
+test('launches with attributes', { skip: compiled.status !== 0 && 'no C compiler' }, (t) => {
   const api = openCudaLibrary(path);
   const stream = api.cuStreamCreate(1);
   const kernel = api.cuModuleGetFunction(
@@ -68,7 +68,7 @@ test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' },
   parameters.setBigUint64(8, x, true);
   parameters.setInt32(16, 4, true);
   const offsets = [0, 8, 16];
-  const launch = (blocks: number, cluster: number) =>
+  const launch = (blocks: number, cluster: number, programmatic?: boolean) =>
     api.cuLaunchKernel(
       kernel,
       [blocks, 1, 1],
@@ -77,13 +77,27 @@ test('a launch of clusters', { skip: compiled.status !== 0 && 'no C compiler' },
       stream,
       new Uint8Array(parameters.buffer),
       offsets,
-      cluster,
+      { cluster, programmatic },
     );
+  const result = () => {
+    const back = new Uint8Array(16);
+    api.cuMemcpyDtoHAsync(back, y, stream);
+    return [...new Float32Array(back.buffer)];
+  };
+  const [doubled, tripled] = [
+    [2, 4, 6, -8],
+    [3, 6, 9, -12],
+  ];
   launch(2, 2);
-  const back = new Uint8Array(16);
-  api.cuMemcpyDtoHAsync(back, y, stream);
-  t.same([...new Float32Array(back.buffer)], [2, 4, 6, -8]);
+  t.same(result(), doubled, 'clusters');
+  launch(1, 1, true);
+  t.same(result(), tripled, 'programmatic');
   launch(1, 1);
+  t.same(result(), doubled, 'neither');
+  launch(2, 2, true);
+  t.same(result(), tripled, 'both');
+  launch(2, 2, false);
+  t.same(result(), doubled, 'clusters again');
   t.throws(() => launch(2, 4), { message: /cuLaunchKernelEx failed with CUDA_ERROR_INVALID_VALUE/ });
   t.end();
 });

@@ -66,6 +66,7 @@ const numbers: readonly [string, number][] = [
   ['CU_JIT_ERROR_LOG_BUFFER', 5],
   ['CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES', 6],
   ['CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION', 4],
+  ['CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION', 6],
   ['sizeof(CUtensorMap)', 128],
   ['alignof(CUtensorMap) % 64', 0],
   ['128 % alignof(CUtensorMap)', 0],
@@ -79,6 +80,8 @@ const numbers: readonly [string, number][] = [
   ['offsetof(CUlaunchAttribute, id)', 0],
   ['offsetof(CUlaunchAttribute, value.clusterDim.x)', 8],
   ['offsetof(CUlaunchAttribute, value.clusterDim.z)', 16],
+  ['offsetof(CUlaunchAttribute, value.programmaticStreamSerializationAllowed)', 8],
+  ['sizeof(CUlaunchAttributeValue::programmaticStreamSerializationAllowed)', 4],
   ['sizeof(CUlaunchAttribute)', 72],
 ];
 

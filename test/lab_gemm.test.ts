@@ -45,7 +45,7 @@ function run(bench: Bench, step: keyof typeof steps, [m, n, k]: Sizes, x: bigint
   const shared = 4 * (rows + columns) * 128 + 1024;
   const launch = (grid: Dim3, boxRows: number, cluster: number) => {
     const maps = [map(bench, x, m, k, rows), map(bench, w, n, k, boxRows)];
-    bench.launch(ptx, step, grid, threads, [y, ...maps, m, n, k], shared, cluster);
+    bench.launch(ptx, step, grid, threads, [y, ...maps, m, n, k], shared, { cluster });
   };
   if (step === 'gemm_4_ring') launch([across, down, 1], columns, 1);
   else if (step === 'gemm_5_pair') launch([2 * Math.ceil(down / 2), across, 1], columns / 2, 2);

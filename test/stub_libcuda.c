@@ -83,6 +83,7 @@ int cuModuleGetFunction(Handle *kernel, Handle module, const char *name) {
   return module == MODULE && strcmp(name, "silu_forward_float32") == 0 ? 0 : 500;
 }
 
+static float factor = 2;
 // (y, x, n), each behind a pointer of its own.
 int cuLaunchKernel(Handle kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned bytes,
                    Handle stream, void **parameters, void **extra) {
@@ -91,8 +92,8 @@ int cuLaunchKernel(Handle kernel, unsigned gx, unsigned gy, unsigned gz, unsigne
   float *y = *(float **)parameters[0];
   const float *x = *(float **)parameters[1];
   const int n = *(int *)parameters[2];
-  for (int i = 0; i < n; i++) y[i] = 2 * x[i];
-  return 0;
+  for (int i = 0; i < n; i++) y[i] = factor * x[i];
+  return factor = 2, 0;
 }
 
 // As cuda.h lays them out.
@@ -106,11 +107,19 @@ typedef struct {
   unsigned count;
 } Config;
 
-// CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION is 4. The stand-in takes pairs in a grid of 2, and runs one block.
+// CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION is 4, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION 6. The stand-in takes pairs in
+// a grid of 2 and single blocks, and runs one; a launch with the second attribute triples where others double.
 int cuLaunchKernelEx(const Config *config, Handle kernel, void **parameters, void **extra) {
-  if (sizeof(Attribute) != 72 || sizeof(Config) != 56 || config->count != 1 || config->grid[0] != 2) return 1;
-  const Attribute *cluster = config->attributes;
-  if (cluster->id != 4 || cluster->x != 2 || cluster->y != 1 || cluster->z != 1) return 1;
+  if (sizeof(Attribute) != 72 || sizeof(Config) != 56 || config->count < 1 || config->count > 2) return 1;
+  unsigned pairs = 0, early = 0;
+  for (unsigned i = 0; i < config->count; i++) {
+    const Attribute *a = config->attributes + i;
+    if (a->id == 4 && a->x == 2 && a->y == 1 && a->z == 1 && !pairs) pairs = 1;
+    else if (a->id == 6 && a->x == 1 && !early) early = 1;
+    else return 1;
+  }
+  if (config->grid[0] != 1 + pairs) return 1;
+  factor = early ? 3 : 2;
   return cuLaunchKernel(kernel, 1, config->grid[1], config->grid[2], config->block[0], config->block[1], config->block[2],
                         config->shared, config->stream, parameters, extra);
 }

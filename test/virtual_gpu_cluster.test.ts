@@ -122,7 +122,7 @@ test('a graph keeps the clusters of its launches', (t) => {
   const kernel = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(clusterPtx), 'exchange');
   const packed = new Uint8Array(parameters.buffer);
   gpu.cuStreamBeginCapture(stream);
-  gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, packed, [0, 8, 16], 2);
+  gpu.cuLaunchKernel(kernel, [4, 1, 1], [64, 1, 1], 0, stream, packed, [0, 8, 16], { cluster: 2 });
   const graph = gpu.cuStreamEndCapture(stream);
   gpu.cuGraphLaunch(gpu.cuGraphInstantiate(graph), stream);
   t.ok(same(bench.ints(y, 512), exchanged()));

@@ -75,6 +75,17 @@ export interface Im2colMap extends TensorMapBase {
   readonly pixelsPerColumn: number;
 }
 
+/** CUlaunchAttribute, as far as they are set. */
+export interface LaunchAttributes {
+  /** So many neighbours along x run together; 1 unless told. */
+  readonly cluster?: number;
+  /**
+   * Programmatic dependent launch: blocks may begin while the kernel before it in the stream still runs, for which the kernel
+   * waits by itself (CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION).
+   */
+  readonly programmatic?: boolean;
+}
+
 export interface GpuApi {
   cuDriverGetVersion(): number;
   cuDeviceGetCount(): number;
@@ -112,8 +123,8 @@ export interface GpuApi {
   cuFuncSetAttribute(kernel: Kernel, attribute: number, value: number): void;
   /**
    * Queues a kernel. `parameters` is the packed parameter block that packParameters of manifest.ts makes from the .entry's
-   * own list, and `offsets` says where in it each of them begins; the driver checks neither, so the packing does. With
-   * `cluster` that many neighbours along x run together (cuLaunchKernelEx).
+   * own list, and `offsets` says where in it each of them begins; the driver checks neither, so the packing does. Attributes
+   * go by cuLaunchKernelEx.
    */
   cuLaunchKernel(
     kernel: Kernel,
@@ -123,7 +134,7 @@ export interface GpuApi {
     stream: Stream,
     parameters: Uint8Array,
     offsets: readonly number[],
-    cluster?: number,
+    attributes?: LaunchAttributes,
   ): void;
 
   cuStreamCreate(flags: number): Stream;

@@ -29,9 +29,10 @@ const SCRATCH_ALIGNMENT = 128n;
 const PARAMETERS = 2048;
 const POINTERS = 1024;
 const MOST_PARAMETERS = (PARAMETERS - POINTERS) / 8;
-/** And what a launch of clusters takes. */
+/** And what a launch with attributes takes: cuda.h's CUlaunchConfig, and two CUlaunchAttributes. */
 const CONFIG = 640;
-const ATTRIBUTE = 704;
+const ATTRIBUTES = 704;
+const ATTRIBUTE_BYTES = 72;
 /** What the driver's compiler says of PTX that it refuses. */
 const LOG = 2048;
 const LOG_BYTES = 2048;
@@ -106,11 +107,9 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   };
   const kernelParams = scratch + BigInt(POINTERS);
   const launch = functionOf('cuLaunchKernel', 'hiiiiiiihoh');
-  // A CUlaunchConfig of one attribute, a cluster's dimensions (id 4): grid, block and shared bytes come at each launch.
-  memory.setBigUint64(CONFIG + 40, scratch + BigInt(ATTRIBUTE), true);
-  memory.setUint32(CONFIG + 48, 1, true);
-  const attribute = [4, 0, 1, 1, 1];
-  new Uint32Array(memory.buffer, ATTRIBUTE, attribute.length).set(attribute);
+  // A cluster's dimensions (id 4), of which x comes at each launch, and leave to begin before the kernel before has ended (id 6).
+  new Uint32Array(memory.buffer, ATTRIBUTES, 5).set([4, 0, 1, 1, 1]);
+  new Uint32Array(memory.buffer, ATTRIBUTES + ATTRIBUTE_BYTES, 3).set([6, 0, 1]);
 
   const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
     const u64 = (values: readonly number[]) => new BigUint64Array(values.map(BigInt));
@@ -197,7 +196,8 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     },
     cuFuncSetAttribute: (kernel, attribute, value) =>
       call('cuFuncSetAttribute', 'hii', kernel, attribute, value),
-    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters, offsets, cluster = 1) {
+    cuLaunchKernel(kernel, grid, block, sharedBytes, stream, parameters, offsets, attributes = {}) {
+      const { cluster = 1, programmatic = false } = attributes;
       const { byteLength } = parameters;
       if (byteLength > SCRATCH_BYTES - PARAMETERS || offsets.length > MOST_PARAMETERS)
         throw new Error(`${byteLength} bytes of ${offsets.length} parameters`);
@@ -205,10 +205,13 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       pointers.set(listOf(offsets));
       const [gx, gy, gz] = grid;
       const [bx, by, bz] = block;
-      if (cluster > 1) {
+      if (cluster > 1 || programmatic) {
+        const [first, end] = [cluster > 1 ? 0 : 1, programmatic ? 2 : 1];
         new Uint32Array(memory.buffer, CONFIG, 7).set([gx, gy, gz, bx, by, bz, sharedBytes]);
         memory.setBigUint64(CONFIG + 32, stream, true);
-        memory.setUint32(ATTRIBUTE + 8, cluster, true);
+        memory.setBigUint64(CONFIG + 40, scratch + BigInt(ATTRIBUTES + first * ATTRIBUTE_BYTES), true);
+        memory.setUint32(CONFIG + 48, end - first, true);
+        memory.setUint32(ATTRIBUTES + 8, cluster, true);
         call('cuLaunchKernelEx', 'ohoh', scratch + BigInt(CONFIG), kernel, kernelParams, 0n);
         return;
       }

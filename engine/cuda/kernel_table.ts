@@ -1,11 +1,20 @@
 // The kernels found so far: a PTX file is loaded, and compiled by the driver, when its first kernel is launched. A launch is made
-// ready once, its kernel found and its parameters packed, and may then be queued again and again.
-import { type Dim3, FunctionAttribute, type GpuApi, type Kernel, type Stream } from './api.ts';
+// ready once, its kernel found and its parameters packed, and may then be queued again and again. An entry that waits for the
+// kernel before it by itself (griddepcontrol.wait, see sm90.cuh) is launched so that its blocks may begin before that has ended;
+// all others begin when all that came before has ended. No plan says which: the PTX does.
+import {
+  type Dim3,
+  FunctionAttribute,
+  type GpuApi,
+  type Kernel,
+  type LaunchAttributes,
+  type Stream,
+} from './api.ts';
 import { CudaError } from './errors.ts';
 import { readPtx } from './kernels.ts';
 import { type Entry, packParameters, readManifest } from './manifest.ts';
 import type { KernelLaunch } from './plan.ts';
-import { ptxCeiling, ptxVersion, versionName } from './versions.ts';
+import { PROGRAMMATIC_LAUNCH, ptxCeiling, ptxVersion, versionName } from './versions.ts';
 
 /** Dynamic shared memory that a kernel may have without asking. */
 const DEFAULT_SHARED_BYTES = 48 * 1024;
@@ -14,6 +23,8 @@ interface Loaded {
   readonly kernel: Kernel;
   readonly entry: Entry;
   readonly offsets: readonly number[];
+  /** Programmatic dependent launch. */
+  readonly programmatic: boolean;
   sharedBytes: number;
 }
 
@@ -24,7 +35,7 @@ export interface ReadyLaunch {
   readonly grid: Dim3;
   readonly block: Dim3;
   readonly shared: number;
-  readonly cluster: number | undefined;
+  readonly attributes: LaunchAttributes;
   readonly parameters: Uint8Array;
   readonly offsets: readonly number[];
 }
@@ -51,16 +62,16 @@ export class KernelTable {
       this.#api.cuFuncSetAttribute(found.kernel, FunctionAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared);
       found.sharedBytes = shared;
     }
-    const { kernel, offsets } = found;
+    const { kernel, offsets, programmatic } = found;
     const parameters = packParameters(found.entry, args);
     return {
       ...{ name: found.entry.name, kernel, grid, block: [block, 1, 1], shared },
-      ...{ cluster, parameters, offsets },
+      ...{ attributes: { cluster, programmatic }, parameters, offsets },
     };
   }
 
-  queue({ kernel, grid, block, shared, parameters, offsets, cluster }: ReadyLaunch, stream: Stream): void {
-    this.#api.cuLaunchKernel(kernel, grid, block, shared, stream, parameters, offsets, cluster);
+  queue({ kernel, grid, block, shared, parameters, offsets, attributes }: ReadyLaunch, stream: Stream): void {
+    this.#api.cuLaunchKernel(kernel, grid, block, shared, stream, parameters, offsets, attributes);
   }
 
   #find(family: string, symbol: string, dtype: string): Loaded {
@@ -71,7 +82,8 @@ export class KernelTable {
     if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.gz has no kernel ${symbol}`);
     const kernel = this.#api.cuModuleGetFunction(module, symbol);
     const offsets = entry.parameters.map(({ offset }) => offset);
-    const made = { kernel, entry, offsets, sharedBytes: DEFAULT_SHARED_BYTES };
+    const programmatic = entry.waits && this.#api.cuDriverGetVersion() >= PROGRAMMATIC_LAUNCH;
+    const made = { kernel, entry, offsets, programmatic, sharedBytes: DEFAULT_SHARED_BYTES };
     this.#kernels.set(symbol, made);
     return made;
   }

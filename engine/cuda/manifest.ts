@@ -15,7 +15,12 @@ export interface Entry {
   readonly parameters: readonly Parameter[];
   /** Size of the packed block. */
   readonly bytes: number;
+  /** Whether it waits for the kernel before it by itself, and may thus be launched before that has ended. */
+  readonly waits: boolean;
 }
+
+/** Where its parameters lie. */
+type Layout = Omit<Entry, 'waits'>;
 
 export type KernelArgument = bigint | number | Uint8Array;
 
@@ -37,20 +42,22 @@ const parameterPattern =
 /** The entries of a PTX module by name. Throws on a parameter type that no kernel of ours may have. */
 export function readManifest(ptx: string): Map<string, Entry> {
   const entries = new Map<string, Entry>();
-  for (const [, name, list] of ptx.matchAll(/\.entry\s+([\w$]+)\s*\(([^)]*)\)/g)) {
+  for (const text of ptx.split(/\.entry\s+/).slice(1)) {
+    const [, name, list] = /^([\w$]+)\s*\(([^)]*)\)/.exec(text) ?? [];
+    if (!name) continue;
     const parameters: Parameter[] = [];
     let end = 0;
-    for (const text of list.split(',').filter((part) => part.trim())) {
-      const [, align, type, count] = parameterPattern.exec(text) ?? [];
+    for (const parameter of list.split(',').filter((part) => part.trim())) {
+      const [, align, type, count] = parameterPattern.exec(parameter) ?? [];
       const size = sizes[type];
-      if (!size) throw new Error(`kernel ${name} has a parameter of unknown type: ${text.trim()}`);
+      if (!size) throw new Error(`kernel ${name} has a parameter of unknown type: ${parameter.trim()}`);
       const alignment = Math.max(size, Number(align ?? 1));
       const offset = Math.ceil(end / alignment) * alignment;
       const bytes = size * Number(count ?? 1);
       parameters.push({ kind: kindOf(type, count), offset, bytes });
       end = offset + bytes;
     }
-    entries.set(name, { name, parameters, bytes: end });
+    entries.set(name, { name, parameters, bytes: end, waits: text.includes('griddepcontrol.wait;') });
   }
   return entries;
 }
@@ -62,7 +69,7 @@ function kindOf(type: string, count: string | undefined): ParameterKind {
 }
 
 /** Packs a call's arguments; a wrong count or kind is an error that shows both lists. */
-export function packParameters(entry: Entry, args: readonly KernelArgument[]): Uint8Array {
+export function packParameters(entry: Layout, args: readonly KernelArgument[]): Uint8Array {
   const block = new Uint8Array(entry.bytes);
   const view = new DataView(block.buffer);
   const { parameters } = entry;
@@ -87,7 +94,7 @@ export function packParameters(entry: Entry, args: readonly KernelArgument[]): U
   return block;
 }
 
-function mismatch(entry: Entry, args: readonly KernelArgument[]): Error {
+function mismatch(entry: Layout, args: readonly KernelArgument[]): Error {
   const wanted = entry.parameters.map((p) => p.kind).join('');
   const given = args.map(letter).join('');
   return new Error(

@@ -3,6 +3,12 @@
 /** The oldest driver that is supported: r535, for CUDA 12.2. */
 export const OLDEST_DRIVER = 12020;
 
+/**
+ * The first release whose stream capture takes programmatic dependent launches: they become edges with data, which graphs have
+ * since CUDA 12.3 (CUDA Programming Guide, CUDA Graphs).
+ */
+export const PROGRAMMATIC_LAUNCH = 12030;
+
 /** PTX by CUDA release, where the numbers do not go along: 12.0 and PTX 8.0 do. */
 const ceilings: Readonly<Record<string, number>> = { '12.6': 8.5, '12.7': 8.6, '12.8': 8.7, '12.9': 8.8 };
 

@@ -11,6 +11,8 @@ constexpr float NEVER = 1e30f;                         // log-sum-exp of a row t
 // Of 128 rows each, [z, blocks, 2, 128]: the log-sum-exp in powers of two, and delta, the sum of dy y over the head. Eight
 // lanes share a row.
 KERNEL(attention_hopper_rows)(float *rows, const T *dy, const T *y, const float *lse, int heads, int lq, int blocks, int images) {
+  launch_dependents();
+  wait_for_prerequisites();
   const int job = (blockIdx.x * THREADS + threadIdx.x) / 8, piece = threadIdx.x % 8;
   const int head = job % heads, row = job / heads % (blocks * BLOCK), image = job / heads / (blocks * BLOCK);
   const bool present = image < images && row < lq;
@@ -141,6 +143,8 @@ KERNEL_SM90(attention_hopper_backward)(MAP map_q, MAP map_k, MAP map_v, MAP map_
                                        int z_count, int heads, int lq, int lk, int causal, float scale, int key_blocks, int query_blocks) {
   __shared__ BackwardShared s;
   const Tiles tiles;
+  launch_dependents();
+  if (threadIdx.x == 32) prefetch_map(map_q), prefetch_map(map_k), prefetch_map(map_v), prefetch_map(map_dy);
   if (threadIdx.x == 0) {
     mbarrier_init(shared_address(&s.own_full), 1);
     for (int i = 0; i < STAGES; i++) {
@@ -150,6 +154,7 @@ KERNEL_SM90(attention_hopper_backward)(MAP map_q, MAP map_k, MAP map_v, MAP map_
     fence_mbarrier_init();
   }
   __syncthreads();
+  wait_for_prerequisites();
   const Work work(heads, lq, lk, causal, key_blocks, query_blocks, z_count);
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<40>();

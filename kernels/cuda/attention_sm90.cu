@@ -64,6 +64,8 @@ KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y
   __shared__ ForwardShared s;
   const uint32_t query_tiles = shared_base(), key_tiles = query_tiles + 2 * TILE, value_tiles = key_tiles + STAGES * TILE,
                  staging = value_tiles + STAGES * TILE;
+  launch_dependents();
+  if (threadIdx.x == 32) prefetch_map(map_q), prefetch_map(map_k), prefetch_map(map_v);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) {
       mbarrier_init(at_ring(s.query_full, i), 1);
@@ -78,6 +80,7 @@ KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y
     fence_mbarrier_init();
   }
   __syncthreads();
+  wait_for_prerequisites();
   Walk walk(units, per_head);
   const auto tiles_of = [&]() {
     return (causal ? min(lk, walk.row + (walk.alone ? ROWS : 2 * ROWS)) : lk) + KEYS - 1 >> 7;
@@ -204,6 +207,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
                                               float scale, int units, int per_head) {
   __shared__ FewShared s;
   const uint32_t query_tiles = shared_base(), head_tiles = query_tiles + GROUPS * QUERY_STAGES * HALF_TILE, staging = head_tiles + 4 * FEW_TILE;
+  launch_dependents();
+  if (threadIdx.x == 32) prefetch_map(map_q), prefetch_map(map_k), prefetch_map(map_v);
   if (threadIdx.x == 0) {
     for (int i = 0; i < GROUPS * QUERY_STAGES; i++) {
       mbarrier_init(at_ring(s.query_full, i), 1);
@@ -216,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
+  wait_for_prerequisites();
   const int begin = share_begin(units, blockIdx.x), end = share_begin(units, blockIdx.x + 1);
   const int first_head = begin / per_head, last_head = (end - 1) / per_head;
   if (threadIdx.x >= GROUPS * WARPGROUP) {

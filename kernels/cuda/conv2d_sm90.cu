@@ -24,6 +24,7 @@ template <class S> struct Pixels {
   const Grid grid;
   const int taps_across, channel_steps, skip_steps, own;
   int m, n;
+  __device__ void prefetch() const { prefetch_map(image), prefetch_map(weight); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     const int steps = channel_steps + skip_steps, tap = step / steps, inside = step - tap * steps;
@@ -40,6 +41,7 @@ template <class S> struct TurnedPixels {
   const Grid grid;
   const int taps, taps_across, channel_steps;
   int m, n;
+  __device__ void prefetch() const { prefetch_map(dy), prefetch_map(weight); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = taps - 1 - tap;
@@ -54,6 +56,7 @@ template <class S> struct WeightGradient {
   const Grid grid;
   const int taps_across;
   int m, n, tap;
+  __device__ void prefetch() const { prefetch_map(dy), prefetch_map(image); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, tap = work.slab; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, false>::load(to_a, dy, barrier, m, step * STEP, 0);

@@ -8,6 +8,7 @@ template <class S> struct Bytes {
   const float *a_scale, *b_scale;
   const int second; // rows from B's first half tile to its second
   int m, n, slab;
+  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     load_box(to_a, a, barrier, step * STEP_BYTES, m, slab);

@@ -7,6 +7,7 @@ template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
   const TensorMap &a, &b;
   const int second; // rows from B's first half tile to its second, where B lies along k
   int m, n, slab;
+  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, A_ALONG>::load(to_a, a, barrier, m, step * STEP, slab);

@@ -34,6 +34,8 @@ KERNEL(group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, const T *
   float *sums = outcome + 2 * slab_groups, *squares = sums + blockDim.x * PACK;
   T *rows = reinterpret_cast<T *>(squares + blockDim.x * PACK);
 
+  launch_dependents();
+  wait_for_prerequisites();
   if (lane < lanes) {
     const T *from = image.at(first, channel + k);
     const int stride = image.stride(channel + k);

@@ -8,7 +8,8 @@
 // Two blocks of a cluster may take tiles one below the other and share B's, the wider operand: what L2 gives is what holds
 // large products back, and a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
-// What the stages read is the Source: begin(work) once an item, load(step, stage, barrier, cluster) for each step.
+// What the stages read is the Source: prefetch() its maps, begin(work) once an item, load(step, stage, barrier, cluster) for each
+// step.
 #pragma once
 #include "sm90.cuh"
 
@@ -113,7 +114,7 @@ DEVICE Pair unpack(uint32_t x) {
 // Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
 DEVICE Pair load_pair(const T *p, int at, int end) {
   uint32_t x;
-  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.nc.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
   return unpack(x);
 }
 DEVICE void store_pair(float *p, float low, float high, int at, int end) {
@@ -286,6 +287,8 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   const uint32_t arrived = empty + 8 * S::STAGES, turns = arrived + 8 * GROUPS; // of a warpgroup's residual, and its turn
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const Cluster cluster;
+  launch_dependents();
+  if (threadIdx.x == 32) source.prefetch();
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);
@@ -299,6 +302,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   }
   if (cluster.blocks > 1) cluster.sync();
   else __syncthreads();
+  wait_for_prerequisites();
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<40>();
     if (threadIdx.x < 32 && elect_one()) {

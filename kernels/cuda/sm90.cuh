@@ -1,5 +1,5 @@
-// Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): mbarriers, TMA copies between
-// tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg. Shared memory is named by its 32-bit address
+// Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): programmatic dependent launch,
+// mbarriers, TMA copies between tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg. Shared memory is named by its 32-bit address
 // (shared_address of tile.cuh). A loaded tile is rows of one swizzle span (128, 64 or 32 bytes), 64, 32 or 16 elements:
 // an operand "along k" (K-major) has a row of 64 k per m or n, one "across k" (MN-major) a row of m or n per k, in as many
 // chunks of rows as its width has spans. Operand chunks start on multiples of 1024 bytes.
@@ -10,6 +10,17 @@
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
+
+// ---- programmatic dependent launch: a kernel's blocks may begin while the kernel before it in the stream still runs
+// (engine/cuda/kernel_table.ts asks for it), so that their start and what they set up cost no time of their own. Every entry of
+// these files calls launch_dependents() first, which lets the next kernel's blocks in where there is room, and has every
+// thread call wait_for_prerequisites() before it reads or writes global memory or ends. The wait is for the kernel before
+// alone: it has ended, so its own wait was over, and so on back. One kernel without a wait would break that chain for all
+// behind it. What global memory holds may change while a kernel is already there: no ld.global.nc, and no __restrict__ const,
+// which turns loads into such and lets the compiler move them before the wait. The virtual GPU reports all of this.
+
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- mbarriers: 8 bytes of shared memory each. A wait on `parity` passes once the phase of that parity has ended; the
 // first phase has parity 0, so on a fresh barrier a wait on 1 passes at once.
@@ -92,6 +103,7 @@ DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
 // What this thread wrote to shared memory is seen by TMA stores and wgmma of whoever it synchronises with afterwards.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// A map is a parameter of this launch, so this may go before the wait.
 DEVICE void prefetch_map(const TensorMap &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 DEVICE void load_box(uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y) {

@@ -23,7 +23,7 @@ export function runExchange(
 ): Int32Array {
   const x = Int32Array.from({ length: blocks * 64 }, (_, i) => 1000 + i);
   const y = bench.room(blocks * 128 * 4);
-  bench.launch(ptx, 'exchange', blocks, 64, [bench.give(x), y, flags], 0, cluster);
+  bench.launch(ptx, 'exchange', blocks, 64, [bench.give(x), y, flags], 0, { cluster });
   return bench.ints(y, blocks * 128);
 }
 
@@ -67,7 +67,7 @@ export function runMulticast(
           ...{ channelsPerPixel: 64, pixelsPerColumn: 8 },
         });
   const y = bench.room(blocks * steps * STEP_HALVES * 2);
-  bench.launch(ptx, kernel, blocks, 64, [map, y, steps, flags], 0, cluster);
+  bench.launch(ptx, kernel, blocks, 64, [map, y, steps, flags], 0, { cluster });
   return new Uint16Array(bench.ints(y, (blocks * steps * STEP_HALVES) / 2).buffer);
 }
 

@@ -250,7 +250,10 @@ function mapAddress(e: Emitter, i: Instruction): void {
   e.setInt(to, `mapa(l,${e.int(from)},${e.int(rank)},${i.site})`);
 }
 
-const ignore = (): void => {};
+/** What only moves lines of the caches; a tensor map is a parameter of the launch. */
+function prefetch(e: Emitter, i: Instruction): void {
+  if (!i.modifiers.includes('tensormap')) e.line(`race.globalPrefetch(l,${i.site});`);
+}
 
 /** Opcodes that move data, whatever their type. */
 export const memoryInstructions: Readonly<Record<string, (e: Emitter, i: Instruction) => void>> = {
@@ -263,10 +266,10 @@ export const memoryInstructions: Readonly<Record<string, (e: Emitter, i: Instruc
   atom: atomic,
   red: atomic,
   cp: copyAsync,
-  prefetch: ignore,
-  prefetchu: ignore,
-  discard: ignore,
-  applypriority: ignore,
+  prefetch,
+  prefetchu: prefetch,
+  discard: prefetch,
+  applypriority: prefetch,
   createpolicy: (e, i) => e.setWide(i.operands[0], '0', '0'),
   isspacep: (e, i) => {
     const window = windows[spaceOf(i) as keyof typeof windows];

@@ -3,6 +3,7 @@
 import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
 import { mostShared } from '../../engine/cuda/stand_in.ts';
+import { PROGRAMMATIC_LAUNCH } from '../../engine/cuda/versions.ts';
 import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
@@ -273,7 +274,8 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       }
       state.dynamicLimit = value;
     },
-    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, offsets, cluster = 1) {
+    cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, offsets, attributes = {}) {
+      const { cluster = 1, programmatic = false } = attributes;
       const { kernel, dynamicLimit } = find<KernelState>('cuLaunchKernel', 'kernel', handle);
       const refuse = (detail: string): never => {
         throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', `${kernel.source.name}: ${detail}`);
@@ -295,6 +297,8 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         throw new GpuReport('launch', `kernel ${name} takes ${own.length} parameters, not ${offsets.length}`);
       if (cluster > 1 && (major < 9 || cluster > 8 || grid[0] % cluster))
         refuse(`clusters of ${cluster} blocks in a grid [${grid}]`);
+      if (programmatic && driverVersion < PROGRAMMATIC_LAUNCH && streamOf('cuLaunchKernel', stream).captured)
+        throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuLaunchKernel', 'programmatic, in a capture');
       const warps = Math.ceil(threads / 32) * cluster;
       if (warps > 32) refuse(`the virtual GPU runs 32 warps together, not ${warps}`);
       if (warps * kernel.flow.planes * 32 > m.registers.length) refuse('too many registers');
@@ -306,7 +310,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       enqueue('cuLaunchKernel', stream, () => {
         new Uint8Array(m.parameters.buffer).set(packed);
         stats.launches++;
-        runGrid(m, kernel, grid, block, sharedBytes, cluster);
+        runGrid(m, kernel, grid, block, sharedBytes, attributes);
       });
     },
 

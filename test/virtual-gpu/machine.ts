@@ -64,6 +64,8 @@ export interface Warp {
   readonly initial: number;
   live: number;
   state: 'run' | 'yield' | 'barrier' | 'done';
+  /** Lanes that have waited for the grids before (grid_dependency.ts). */
+  waited: number;
   /** Of the barrier it waits at: the group to move on. */
   waiting?: Group;
   /** Happens-before: how far it has seen each agent. */
@@ -163,6 +165,8 @@ export interface Machine {
   seed(value: number): void;
 
   kernel: LoadedKernel;
+  /** Launched so that it may begin before the grid before it has ended. */
+  programmatic: boolean;
   block: BlockState;
   warp: Warp;
   firstThread: number;
@@ -225,7 +229,7 @@ export function newMachine({ arenaBytes, registerWords }: MachineOptions): Machi
     firstThread: 0,
     ...{ tidX: new Int32Array(1024), tidY: new Int32Array(1024), tidZ: new Int32Array(1024) },
     ...{ ctaid: new Int32Array(3), ntid: new Int32Array(3), nctaid: new Int32Array(3) },
-    ...{ dynamicBytes: 0, localBase: 0, localStride: 0, clock: 0 },
+    ...{ dynamicBytes: 0, localBase: 0, localStride: 0, clock: 0, programmatic: false },
     stats: { instructions: 0, matrixProducts: 0 },
   } as unknown as Machine;
   const late = {

@@ -16,6 +16,8 @@ export interface Mutant {
 
 const synchronises = (i: Instruction): boolean => {
   const { opcode, modifiers } = i;
+  // Its other half, launch_dependents, only lets the next grid begin sooner: a kernel without it computes the same.
+  if (opcode === 'griddepcontrol') return modifiers[0] === 'wait';
   if (['bar', 'barrier', 'membar', 'fence', 'mbarrier'].includes(opcode)) return true;
   if (opcode === 'wgmma') return modifiers[0] !== 'mma_async';
   if (opcode !== 'cp') return false;

@@ -3,6 +3,7 @@
 // writer and readers as keys: clock << 12 | strong << 11 | agent << 5 | lane. An access races when the cell's other
 // access was by another lane at a clock that this warp has not seen. Lanes of a warp are ordered only by bar.warp.sync.
 // In global memory a cell also remembers the cluster; other clusters of the same grid are never ordered, save by flags.
+import { checkReadOnly, checkWaited } from './grid_dependency.ts';
 import { type Machine, sharedBytes } from './machine.ts';
 import { fail, quote, threadName } from './report.ts';
 
@@ -19,6 +20,7 @@ export interface RaceDetector {
   readonly globalWrite: Access;
   readonly globalReadStrong: Access;
   readonly globalWriteStrong: Access;
+  globalPrefetch(lane: number, site: number): void;
   /** Forget the shared memory of the last block, of which `bytes` may have been touched. */
   startBlock(bytes: number): void;
   readonly globals: GlobalRaces;
@@ -145,6 +147,7 @@ export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
     globalWrite: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, 0),
     globalReadStrong: (lane, ax, bytes, site) => globals.read(lane, ax, bytes, site, strongBit),
     globalWriteStrong: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, strongBit),
+    globalPrefetch: (lane, site) => checkWaited(m, lane, site),
     startBlock(bytes) {
       writer.fill(0, 0, bytes >> m.kernel.sharedGrain);
       readers.fill(0, 0, bytes >> m.kernel.sharedGrain);
@@ -221,6 +224,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       stamp++;
     },
     read(lane: number, ax: number, bytes: number, site: number, strong: number) {
+      checkWaited(m, lane, site);
       if (!m.detectRaces) return;
       const w = m.warp.agent;
       const me = (w << 5) | lane;
@@ -240,6 +244,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       }
     },
     readOnly(lane: number, ax: number, bytes: number, site: number) {
+      checkReadOnly(m, lane, site);
       if (!m.detectRaces) return;
       constant ??= make();
       const grain = m.kernel.globalGrain;
@@ -251,6 +256,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       }
     },
     write(lane: number, ax: number, bytes: number, site: number, strong: number) {
+      checkWaited(m, lane, site);
       if (!m.detectRaces) return;
       const { warp } = m;
       const w = warp.agent;

@@ -21,6 +21,7 @@ export type ReportKind =
   | 'tensor map'
   | 'wgmma'
   | 'cluster'
+  | 'grid dependency'
   | 'leak'
   | 'invalid free';
 

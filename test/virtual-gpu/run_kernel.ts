@@ -1,7 +1,7 @@
 // How the tests run one kernel: arrays go to the virtual GPU, the kernel is launched, arrays come back. A fault throws.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Dim3, GpuApi } from '../../engine/cuda/api.ts';
+import type { Dim3, GpuApi, LaunchAttributes } from '../../engine/cuda/api.ts';
 import { type KernelArgument, packParameters, readManifest } from '../../engine/cuda/manifest.ts';
 import { packageRoot } from '../golden.ts';
 import { openVirtualGpu, type VirtualGpu, type VirtualGpuOptions } from './gpu.ts';
@@ -39,7 +39,7 @@ export interface Bench<Gpu extends GpuApi = VirtualGpu> {
     block: number,
     args: readonly KernelArgument[],
     sharedBytes?: number,
-    cluster?: number,
+    attributes?: LaunchAttributes,
   ): void;
 }
 
@@ -65,7 +65,7 @@ export function benchOn<Gpu extends GpuApi>(gpu: Gpu): Bench<Gpu> {
     bytes: (address, count) => take(new Uint8Array(count), address),
     floats: (address, count) => take(new Float32Array(count), address),
     ints: (address, count) => take(new Int32Array(count), address),
-    launch(ptx, kernel, grid, block, args, sharedBytes = 0, cluster = 1) {
+    launch(ptx, kernel, grid, block, args, sharedBytes = 0, attributes) {
       const entry = readManifest(ptx).get(kernel);
       if (!entry) throw new Error(`no kernel ${kernel} in this PTX`);
       const handle = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(ptx), kernel);
@@ -73,7 +73,7 @@ export function benchOn<Gpu extends GpuApi>(gpu: Gpu): Bench<Gpu> {
       const blocks: Dim3 = typeof grid === 'number' ? [grid, 1, 1] : grid;
       const parameters = packParameters(entry, args);
       const offsets = entry.parameters.map(({ offset }) => offset);
-      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, parameters, offsets, cluster);
+      gpu.cuLaunchKernel(handle, blocks, [block, 1, 1], sharedBytes, 0n, parameters, offsets, attributes);
     },
   };
 }

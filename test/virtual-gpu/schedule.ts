@@ -1,9 +1,11 @@
 // Runs a grid: blocks, or clusters of them, one after another, the warps of one in turns. A warp runs until it waits at a barrier or yields.
 // Lanes that part are groups, each at its own place; the group at the lowest place runs first and groups that meet are
 // joined, which with nvcc's layout reconverges where a GPU would.
+import type { LaunchAttributes } from '../../engine/cuda/api.ts';
 import { checkReached, enterBlock } from './cluster.ts';
 import { compileBlock } from './compile.ts';
 import { isCopying } from './copy_async.ts';
+import { checkEnd } from './grid_dependency.ts';
 import { resetGridOrder } from './grid_order.ts';
 import {
   agents,
@@ -31,7 +33,7 @@ export function runGrid(
   grid: Triple,
   block: Triple,
   dynamicBytes: number,
-  clusterBlocks: number,
+  { cluster: clusterBlocks = 1, programmatic = false }: LaunchAttributes,
 ): void {
   const [bx, by] = block;
   const threads = bx * by * block[2];
@@ -41,6 +43,7 @@ export function runGrid(
     m.tidZ[t] = Math.floor(t / (bx * by));
   }
   m.kernel = kernel;
+  m.programmatic = programmatic;
   m.dynamicBytes = dynamicBytes;
   m.ntid.set(block);
   m.nctaid.set(grid);
@@ -156,6 +159,7 @@ function newBlock(
       const agent = rank * count + id;
       return {
         ...{ id, block, agent, base: agent * kernel.flow.planes * 32, initial, live: initial, state: 'run' },
+        waited: 0,
         groups: [{ pc: 0, mask: initial, parked: false }],
         seen: new Int32Array(agents),
         proxyFenced: new Int32Array(agents),
@@ -285,6 +289,7 @@ function endLanes(m: Machine, warp: Warp, group: Group): void {
         'async',
         `a thread ends with a cp.async that it has not waited for, ${whereIs(m, l, quoteable(m, group))}`,
       );
+  checkEnd(m, group, quoteable(m, group));
   warp.live &= ~group.mask;
   warp.groups.splice(warp.groups.indexOf(group), 1);
   for (const other of warp.groups) other.parked = false;

@@ -4,6 +4,7 @@
 import { endRead, newAgent, readAsync, writeAsync } from './async_agents.ts';
 import { blockAt, inBlock, noteReach } from './cluster.ts';
 import { windows } from './emit.ts';
+import { checkWaited } from './grid_dependency.ts';
 import type { BlockState, Machine, Warp } from './machine.ts';
 import { findMbarrier, isInitFenced, type Mbarrier, settlePhase } from './mbarrier.ts';
 import { allocated, poison } from './memory.ts';
@@ -33,8 +34,9 @@ interface BulkGroups {
 export function bulkCopy(call: WarpCall): Outcome {
   const { m, i } = call;
   const words = i.modifiers;
-  if (words.includes('prefetch')) return 'next';
   eachLane(call, (lane) => {
+    if (!words[2].endsWith('_group')) checkWaited(m, lane, i);
+    if (words.includes('prefetch')) return;
     const groups = groupsOf(m.warp, lane);
     if (words[2] === 'commit_group') {
       groups.groups.push(groups.current);

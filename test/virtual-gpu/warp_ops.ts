@@ -3,6 +3,7 @@
 // there the group is parked, and a warp whose groups are all parked is a report of divergence.
 import { clusterBarrier } from './cluster.ts';
 import { commitGroup, waitGroup } from './copy_async.ts';
+import { gridDependency } from './grid_dependency.ts';
 import { fenceGpu, joinAcquired, joinClock } from './grid_order.ts';
 import {
   type BarrierState,
@@ -350,7 +351,7 @@ const instructions: Readonly<Record<string, WarpInstruction>> = {
   wgmma,
   mbarrier,
   setmaxnreg: setMaxRegisters,
-  griddepcontrol: () => 'next',
+  griddepcontrol: gridDependency,
   nanosleep: () => 'yield',
 };
 
