@@ -155,6 +155,7 @@ function predicates(): MicroKernel[] {
     logic('mov.pred', 'mov.pred %p1, -1; @%p2 mov.pred %p1, 0;'),
     ...[
       ['u16', 'u16', pairs[16][0]],
+      ['b16', 'u16', pairs[16][0]],
       ['b32', 'u32', x],
       ['b64', 'u64', pairs[64][0]],
       ['f32', 'f32', floats[0]],
