@@ -1,12 +1,22 @@
 // What the benchmarks of this folder run on, and what each of them gives.
 import type { GpuApi } from '../../engine/cuda/api.ts';
-import type { Device } from '../../engine/device.ts';
+import { cudaDevice, type Device } from '../../engine/device.ts';
 import type { Case, Result } from './sections.ts';
 
 export interface BenchGpu {
   readonly api: GpuApi;
   readonly ordinal: number;
   readonly device: Device;
+}
+
+/** The same GPU, where each launch waits for all that came before: no programmatic dependent launch. */
+export function withoutPdl({ api, ordinal }: BenchGpu): BenchGpu {
+  const plain: GpuApi = {
+    ...api,
+    cuLaunchKernel: (kernel, grid, block, shared, stream, parameters, offsets, { cluster } = {}) =>
+      api.cuLaunchKernel(kernel, grid, block, shared, stream, parameters, offsets, { cluster }),
+  };
+  return { api: plain, ordinal, device: cudaDevice(plain, ordinal) };
 }
 
 /** Microseconds of one call. */

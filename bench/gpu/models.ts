@@ -94,9 +94,13 @@ function subject(shop: Shop, name: SubjectName, batch: number, dtype: FloatDType
   };
 }
 
-/** One step of the base UNet on two rows, from a graph: all of it, and as sampling has it with the image's part cached. */
-function replayed(shop: Shop, scale: Scale, cached: boolean): BenchCase {
-  const label = `unet batch 2 bfloat16, replayed${cached ? ', prompt and times cached' : ''}`;
+/**
+ * One step of the base UNet on two rows, from a graph: all of it, and as sampling has it with the image's part cached. `pdl`
+ * tells of the shop.
+ */
+function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchCase {
+  const kept = cached ? ', prompt and times cached' : '';
+  const label = `unet batch 2 bfloat16, replayed${kept}${pdl ? '' : ', without PDL'}`;
   return {
     label,
     run() {
@@ -124,10 +128,16 @@ function replayed(shop: Shop, scale: Scale, cached: boolean): BenchCase {
       first.release();
       release();
       device.memory.trim();
-      const key = { subject: 'unet', how: 'graph', batch: 2 };
+      const key = {
+        subject: 'unet',
+        how: 'graph',
+        batch: 2,
+        ...(cached && { cached }),
+        ...(pdl ? {} : { pdl }),
+      };
       const flops = cached ? undefined : passFlops('unet', scale, 2);
       const problem = finite ? {} : { problem: 'the output is not finite' };
-      return { name: label, key: cached ? { ...key, cached } : key, timing, flops, more, ...problem };
+      return { name: label, key, timing, flops, more, ...problem };
     },
   };
 }
@@ -209,7 +219,8 @@ function training(shop: Shop, scale: Scale, batch: number, checkpointing: boolea
   };
 }
 
-export function modelSections(shop: Shop, scale: Scale): BenchSection[] {
+/** `plain` is a shop without programmatic dependent launch, where the UNet's step is to be timed there too. */
+export function modelSections(shop: Shop, scale: Scale, plain?: Shop): BenchSection[] {
   const batches = scale.smoke ? [1] : [1, 4, 8];
   return [
     {
@@ -217,6 +228,7 @@ export function modelSections(shop: Shop, scale: Scale): BenchSection[] {
       cases: () => [
         replayed(shop, scale, false),
         replayed(shop, scale, true),
+        ...(plain ? [replayed(plain, scale, true, false)] : []),
         subject(shop, 'unet', 2, 'bfloat16', scale),
       ],
     },

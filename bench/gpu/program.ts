@@ -4,7 +4,7 @@ import { appendFileSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Choice } from '../../engine/cuda/plan_sm90.ts';
 import { compared, type Peer } from './compare.ts';
-import type { BenchGpu, Measure } from './gpu.ts';
+import { type BenchGpu, type Measure, withoutPdl } from './gpu.ts';
 import { workshop } from './kernels.ts';
 import { modelSections } from './models.ts';
 import { type BenchRecord, markdown, shortTable } from './report.ts';
@@ -16,6 +16,8 @@ import { choicesOf, type Tuned, tuneSection, useChoices } from './tune.ts';
 export interface BenchOptions {
   smoke: boolean;
   tune: boolean;
+  /** Where false, the UNet's step is timed without programmatic dependent launch as well. */
+  pdl: boolean;
   /** A table that a tuning run wrote. */
   choices?: string;
 }
@@ -27,19 +29,16 @@ const read = (path: string): unknown => JSON.parse(readFileSync(path, 'utf8'));
 
 export function benchSections(open: () => BenchGpu, options: BenchOptions): BenchSection[] {
   const scale = scaleOf(options);
-  const shop = workshop(
-    () => {
-      if (options.choices) useChoices(read(options.choices) as Record<string, Choice>);
-      return open();
-    },
-    (gpu) => openTimer(gpu, options.smoke),
-  );
+  const prepared = () => {
+    if (options.choices) useChoices(read(options.choices) as Record<string, Choice>);
+    return open();
+  };
+  const timerOf = (gpu: BenchGpu) => openTimer(gpu, options.smoke);
+  const shop = workshop(prepared, timerOf);
+  const plain = options.pdl ? undefined : workshop(() => withoutPdl(prepared()), timerOf);
   if (options.tune) return [tuneSection(shop, scale)];
-  return [
-    ...modelSections(shop, scale).slice(0, 1),
-    ...kernelSections(shop, scale),
-    ...modelSections(shop, scale).slice(1),
-  ];
+  const [unet, ...models] = modelSections(shop, scale, plain);
+  return [unet, ...kernelSections(shop, scale), ...models];
 }
 
 type Described = Pick<BenchRecord, 'gpu' | 'capability' | 'driver' | 'cuda' | 'date' | 'commit' | 'node'>;

@@ -12,6 +12,7 @@ interface Options extends ProgramOptions {
   choices?: string;
   smoke?: boolean;
   tune?: boolean;
+  pdl: boolean;
 }
 
 main(async () => {
@@ -20,10 +21,23 @@ main(async () => {
       .option('--peer <file>', 'the JSON of a benchmark of PyTorch at the same shapes')
       .option('--tune', 'time every tile that a plan could choose, and write the fastest to choices.json')
       .option('--choices <file>', 'run with the choices that --tune wrote')
+      .option('--no-pdl', "time the UNet's step without programmatic dependent launch as well")
       .option('--smoke', 'tiny shapes and few samples, to prove the program'),
   );
-  const { device, out, limit, caseLimit, only, commit, peer, choices, smoke = false, tune = false } = given;
-  const options = { smoke, tune, choices };
+  const {
+    device,
+    out,
+    limit,
+    caseLimit,
+    only,
+    commit,
+    peer,
+    choices,
+    smoke = false,
+    tune = false,
+    pdl,
+  } = given;
+  const options = { smoke, tune, choices, pdl };
   const sections = benchSections(() => openGpu(device), options);
   if (given.section !== undefined) {
     const section = sections.find(({ name }) => name === given.section);
@@ -35,7 +49,7 @@ main(async () => {
   console.log(described.text);
   mkdirSync(out, { recursive: true });
   const { record, note, table } = openRecord(out, described, options, peer);
-  const flags = [smoke && '--smoke', tune && '--tune'].filter((flag) => flag !== false);
+  const flags = [smoke && '--smoke', tune && '--tune', !pdl && '--no-pdl'].filter((flag) => flag !== false);
   await runSections({
     script: fileURLToPath(import.meta.url),
     args: ['--device', device, ...flags, ...(choices ? ['--choices', choices] : [])],
