@@ -1,11 +1,11 @@
 // Asynchronous operations as agents of the happens-before order: each takes one of a few agent numbers and a clock of its
 // own, writes cells of shared memory under that key, and is seen by whoever waits for what it signals.
+import { agentOf, clockOf, makeKey, mostWarps } from './agents.ts';
 import type { BlockState, Machine, Warp } from './machine.ts';
 import type { Instruction } from './ptx.ts';
-import { agentOf, clockOf, makeKey } from './races.ts';
 import { fail, quote, threadName } from './report.ts';
 
-const first = 32;
+const first = mostWarps;
 const count = 29;
 
 /** A number and a clock for a new asynchronous operation. */
@@ -34,7 +34,7 @@ interface Operation {
 /** An asynchronous copy is about to overwrite shared memory: all earlier accesses have to be ordered before its issue. */
 export function writeAsync(m: Machine, op: Operation, from: number, bytes: number): void {
   if (!m.detectRaces) return;
-  const { writer, writeSite, readers, readClock, lastRead } = m.race.sharedCells;
+  const { writer, writeSite, words, readers, readClock, lastRead } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
   const { seen, proxyFenced, agent: id } = op.warp;
   const nameOf = (c: number) => `shared+0x${(c << grain).toString(16)}`;
@@ -57,11 +57,10 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
       const what = `the copy overwrites ${nameOf(c)}, written by ${by}, without fence.proxy.async between`;
       fail(m, 'proxy fence', what, op.lane, op.i);
     }
-    for (let mask = readers[c]; mask !== 0; ) {
-      const w = 31 - Math.clz32(mask);
-      mask &= ~(1 << w);
+    for (let w = 0; w < 32 * words; w++) {
+      if (!((readers[c * words + (w >> 5)] >>> (w & 31)) & 1)) continue;
       const own = w === id && isOwn(lastRead[c], id, op.lane);
-      if (!own && readClock[c * 32 + w] > seen[w]) {
+      if (!own && readClock[c * words * 32 + w] > seen[w]) {
         fail(
           m,
           'race',
@@ -73,7 +72,7 @@ export function writeAsync(m: Machine, op: Operation, from: number, bytes: numbe
     }
     writer[c] = mine;
     writeSite[c] = op.i.site;
-    readers[c] = 0;
+    readers.fill(0, c * words, (c + 1) * words);
   }
 }
 
@@ -95,7 +94,7 @@ export function readAsync(
     if (shadow32[(ax + k) >>> 2] !== 0x03030303) m.fault.S(teller, 0, ax + k, 4, true, i.site);
   }
   if (!m.detectRaces) return;
-  const { writer, readers, readClock, lastRead, readSite } = m.race.sharedCells;
+  const { writer, words, readers, readClock, lastRead, readSite } = m.race.sharedCells;
   const grain = m.kernel.sharedGrain;
   const { agent: id, seen, proxyFenced } = warp;
   const clock = m.block.clocks[id];
@@ -108,8 +107,8 @@ export function readAsync(
       if (!isOwn(key, id, lane) && clockOf(key) > seen[agent]) unordered(m, c, false, teller, i);
       if (agent < first && proxyFenced[agent] < clockOf(key)) unordered(m, c, true, teller, i);
     }
-    readers[c] |= 1 << id;
-    readClock[c * 32 + id] = clock;
+    readers[c * words + (id >> 5)] |= 1 << (id & 31);
+    readClock[c * words * 32 + id] = clock;
     lastRead[c] = mine;
     readSite[c] = i.site;
   }
@@ -118,13 +117,13 @@ export function readAsync(
 /** A store's read ends where a lane waits for its group: only who is ordered after that may write there. */
 export function endRead(m: Machine, ax: number, bytes: number, lane: number, i: Instruction): void {
   if (!m.detectRaces) return;
-  const { readers, readClock, lastRead, readSite } = m.race.sharedCells;
+  const { words, readers, readClock, lastRead, readSite } = m.race.sharedCells;
   const { agent: id } = m.warp;
   const clock = m.block.clocks[id];
   const end = (ax + bytes - 1) >> m.kernel.sharedGrain;
   for (let c = ax >> m.kernel.sharedGrain; c <= end; c++) {
-    readers[c] |= 1 << id;
-    readClock[c * 32 + id] = clock;
+    readers[c * words + (id >> 5)] |= 1 << (id & 31);
+    readClock[c * words * 32 + id] = clock;
     lastRead[c] = makeKey(clock, id, lane);
     readSite[c] = i.site;
   }

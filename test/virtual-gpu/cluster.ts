@@ -3,9 +3,9 @@
 // shared::cluster address is the offset in shared memory, with one more than the block's rank in its upper bits where mapa
 // made it; without them it is the running block's own. A block may be reached only after it is known to have begun, and may
 // end only when it has seen whatever reaches it.
+import { agents, makeKey, mostWarps } from './agents.ts';
 import { joinAcquired, joinClock } from './grid_order.ts';
 import {
-  agents,
   type BlockState,
   type Cluster,
   type Machine,
@@ -14,7 +14,7 @@ import {
   type Warp,
 } from './machine.ts';
 import { newMemory } from './memory.ts';
-import { makeKey, newRaceDetector } from './races.ts';
+import { newRaceDetector } from './races.ts';
 import { fail, GpuReport, quote, threadName } from './report.ts';
 import { eachLane, isWhole, type Outcome, releaseClock, type WarpCall } from './warp_ops.ts';
 
@@ -73,7 +73,7 @@ export function checkReached(m: Machine, { cluster, rank, warps, reached, reache
   if (!m.detectRaces) return;
   for (let agent = 0; agent < agents; agent++) {
     if (warps.some(({ seen }) => seen[agent] >= reached[agent])) continue;
-    const who = agent < 32 ? threadName(m, makeKey(0, agent, 0)) : 'an asynchronous copy';
+    const who = agent < mostWarps ? threadName(m, makeKey(0, agent, 0)) : 'an asynchronous copy';
     const where = quote(m.kernel.source.instructions[reachedAt[agent]]);
     const name = `kernel ${m.kernel.source.name} block ${rank} of a cluster of ${cluster.blocks.length}`;
     throw new GpuReport('cluster', `${name} may end while ${who} reaches its shared memory at ${where}`);

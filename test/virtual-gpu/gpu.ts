@@ -4,6 +4,7 @@ import { DeviceAttribute, FunctionAttribute, type GpuApi } from '../../engine/cu
 import { CudaError } from '../../engine/cuda/errors.ts';
 import { mostShared } from '../../engine/cuda/stand_in.ts';
 import { PROGRAMMATIC_LAUNCH } from '../../engine/cuda/versions.ts';
+import { mostWarps } from './agents.ts';
 import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
@@ -300,7 +301,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       if (programmatic && driverVersion < PROGRAMMATIC_LAUNCH && streamOf('cuLaunchKernel', stream).captured)
         throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuLaunchKernel', 'programmatic, in a capture');
       const warps = Math.ceil(threads / 32) * cluster;
-      if (warps > 32) refuse(`the virtual GPU runs 32 warps together, not ${warps}`);
+      if (warps > mostWarps) refuse(`the virtual GPU runs ${mostWarps} warps together, not ${warps}`);
       if (warps * kernel.flow.planes * 32 > m.registers.length) refuse('too many registers');
       // As the driver does: each parameter from where it lies to the kernel's own place for it.
       const packed = new Uint8Array(parameterBytes);

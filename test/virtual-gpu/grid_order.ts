@@ -1,8 +1,8 @@
 // How blocks of one grid synchronise: a fence, then an atomic or volatile write of a flag (release); a strong read of the
 // flag, then a fence (acquire). What the releasing block had fenced is then ordered before what the acquiring warp does.
 // Blocks run one after another here, so a release is always complete before its acquire looks.
+import { agents } from './agents.ts';
 import type { Machine, VectorClock } from './machine.ts';
-import { agents } from './machine.ts';
 
 /** By the offset of a flag: how far which blocks have released through it. Emptied at each launch. */
 const releases = new WeakMap<Machine, Map<number, Map<number, VectorClock>>>();

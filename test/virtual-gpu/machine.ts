@@ -32,8 +32,7 @@ export interface Group {
   tired?: boolean;
 }
 
-/** Agents of the happens-before order: 32 warps, then asynchronous operations. */
-export const agents = 64;
+/** How far each agent (agents.ts) has come. */
 export type VectorClock = Int32Array;
 
 /** A cp.async that a lane has begun. */

@@ -1,8 +1,10 @@
 // Happens-before race detection. Each warp has a clock and a vector of how far it has seen the others (raised by
 // barriers); memory is divided into cells as small as the kernel's smallest access, and each cell remembers its last
-// writer and readers as keys: clock << 12 | strong << 11 | agent << 5 | lane. An access races when the cell's other
+// writer and readers as keys (agents.ts). An access races when the cell's other
 // access was by another lane at a clock that this warp has not seen. Lanes of a warp are ordered only by bar.warp.sync.
 // In global memory a cell also remembers the cluster; other clusters of the same grid are never ordered, save by flags.
+
+import { agentOf, clockOf, identity, makeKey, mostWarps, strongBit } from './agents.ts';
 import { checkReadOnly, checkWaited } from './grid_dependency.ts';
 import { type Machine, sharedBytes } from './machine.ts';
 import { fail, quote, threadName } from './report.ts';
@@ -31,34 +33,24 @@ export interface RaceDetector {
 export interface SharedCells {
   readonly writer: Int32Array;
   readonly writeSite: Int32Array;
-  /** Bit w: warp w has read since the last write, at readClock[32 cell + w]. */
-  readonly readers: Int32Array;
-  readonly readClock: Int32Array;
+  /** Bits for the cluster's warps, `words` to a cell: who has read since the last write, and at readClock[32 words cell + w] when. */
+  words: number;
+  readers: Int32Array;
+  readClock: Int32Array;
   readonly lastRead: Int32Array;
   readonly readSite: Int32Array;
 }
-
-const strongBit = 1 << 11;
-const identity = 2047;
-export const agentOf = (key: number): number => (key >>> 5) & 63;
-export const clockOf = (key: number): number => key >>> 12;
-export const makeKey = (clock: number, agent: number, lane: number): number =>
-  (clock << 12) | (agent << 5) | lane;
-/** A clock that nobody has seen: an asynchronous copy that is not waited for. */
-export const never = 0xfffff;
-/** The agent under which cp.async writes. */
-export const copyAgent = 62;
 
 /** The detector of a machine, or with `globals`, those of one, that of another shared memory. */
 export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
   const cells: SharedCells = {
     ...{ writer: new Int32Array(sharedBytes), writeSite: new Int32Array(sharedBytes) },
-    ...{ readers: new Int32Array(sharedBytes), readClock: new Int32Array(32 * sharedBytes) },
+    ...{ words: 1, readers: new Int32Array(0), readClock: new Int32Array(0) },
     ...{ lastRead: new Int32Array(sharedBytes), readSite: new Int32Array(sharedBytes) },
   };
-  const { writer, writeSite, readers, readClock, lastRead, readSite } = cells;
+  const { writer, writeSite, lastRead, readSite } = cells;
   const other = (key: number, site: number) => {
-    const who = agentOf(key) < 32 ? threadName(m, key) : 'an asynchronous copy';
+    const who = agentOf(key) < mostWarps ? threadName(m, key) : 'an asynchronous copy';
     return `${who} at ${quote(m.kernel.source.instructions[site])}`;
   };
   const reportShared = (
@@ -88,15 +80,16 @@ export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
     const clock = block.clocks[w];
     const grain = m.kernel.sharedGrain;
     const end = (ax + bytes - 1) >> grain;
+    const { words, readers, readClock } = cells;
     for (let c = ax >> grain; c <= end; c++) {
       const key = writer[c];
-      if (key !== 0 && (key & identity) !== me && key >>> 12 > seen[(key >>> 5) & 63] && !(key & strong)) {
-        const kind = agentOf(key) < 32 ? 'read-after-write' : 'read before the copy is waited for';
+      if (key !== 0 && (key & identity) !== me && clockOf(key) > seen[agentOf(key)] && !(key & strong)) {
+        const kind = agentOf(key) < mostWarps ? 'read-after-write' : 'read before the copy is waited for';
         reportShared(kind, lane, c, key, writeSite[c], site);
       }
-      readers[c] |= 1 << w;
-      readClock[c * 32 + w] = clock;
-      lastRead[c] = (clock << 12) | me;
+      readers[c * words + (w >> 5)] |= 1 << (w & 31);
+      readClock[c * words * 32 + w] = clock;
+      lastRead[c] = (clock << 14) | me;
       readSite[c] = site;
     }
   };
@@ -108,28 +101,30 @@ export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
     const me = (w << 5) | lane;
     const grain = m.kernel.sharedGrain;
     const end = (ax + bytes - 1) >> grain;
-    const mine = (block.clocks[w] << 12) | strong | me;
+    const mine = (block.clocks[w] << 14) | strong | me;
+    const { words, readers, readClock } = cells;
     for (let c = ax >> grain; c <= end; c++) {
       const key = writer[c];
-      if (key !== 0 && (key & identity) !== me && key >>> 12 > seen[(key >>> 5) & 63] && !(key & strong)) {
+      if (key !== 0 && (key & identity) !== me && clockOf(key) > seen[agentOf(key)] && !(key & strong)) {
         reportShared('write-after-write', lane, c, key, writeSite[c], site);
       }
-      let mask = readers[c];
-      if (mask !== 0) {
+      for (let k = 0; k < words; k++) {
+        let mask = readers[c * words + k];
+        if (mask === 0) continue;
         const last = lastRead[c];
-        if (agentOf(last) === w && (last & identity) !== me && last >>> 12 > seen[w]) {
+        if (agentOf(last) === w && (last & identity) !== me && clockOf(last) > seen[w]) {
           reportShared('write-after-read', lane, c, last, readSite[c], site);
         }
-        mask &= ~(1 << w);
         while (mask !== 0) {
-          const reader = 31 - Math.clz32(mask);
-          mask &= ~(1 << reader);
-          if (readClock[c * 32 + reader] > seen[reader]) {
+          const bit = 31 - Math.clz32(mask);
+          const reader = 32 * k + bit;
+          mask &= ~(1 << bit);
+          if (reader !== w && readClock[c * words * 32 + reader] > seen[reader]) {
             const key2 = agentOf(last) === reader ? last : makeKey(0, reader, 0);
             reportShared('write-after-read', lane, c, key2, readSite[c], site);
           }
         }
-        readers[c] = 0;
+        readers[c * words + k] = 0;
       }
       writer[c] = mine;
       writeSite[c] = site;
@@ -149,8 +144,14 @@ export function newRaceDetector(m: Machine, known?: GlobalRaces): RaceDetector {
     globalWriteStrong: (lane, ax, bytes, site) => globals.write(lane, ax, bytes, site, strongBit),
     globalPrefetch: (lane, site) => checkWaited(m, lane, site),
     startBlock(bytes) {
-      writer.fill(0, 0, bytes >> m.kernel.sharedGrain);
-      readers.fill(0, 0, bytes >> m.kernel.sharedGrain);
+      const count = (bytes >> m.kernel.sharedGrain) + 1;
+      writer.fill(0, 0, count);
+      const { blocks } = m.block.cluster;
+      cells.words = Math.ceil((blocks.length * blocks[0].warps.length) / 32);
+      const places = Math.min(count, sharedBytes) * cells.words;
+      if (cells.readers.length < places) cells.readers = new Int32Array(places);
+      if (cells.readClock.length < 32 * places) cells.readClock = new Int32Array(32 * places);
+      cells.readers.fill(0, 0, places);
     },
     globals,
     sharedCells: cells,
@@ -206,7 +207,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
     const key = writeKey[c];
     if (key & strong) return;
     if (by === stamp) {
-      if ((key & identity) !== me && key >>> 12 > m.warp.seen[(key >>> 5) & 63]) {
+      if ((key & identity) !== me && clockOf(key) > m.warp.seen[agentOf(key)]) {
         report(kind, lane, c, by, key, writeSite[c], site);
       }
     } else if (!acquired(by, key)) report(kind, lane, c, by, key, writeSite[c], site);
@@ -230,7 +231,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       const me = (w << 5) | lane;
       const grain = m.kernel.globalGrain;
       const end = (ax + bytes - 1) >> grain;
-      const mine = (m.block.clocks[w] << 12) | me;
+      const mine = (m.block.clocks[w] << 14) | me;
       for (let c = ax >> grain; c <= end; c++) {
         if (writeStamp[c] >= first) checkWriter('read-after-write', lane, c, me, strong, site);
         if (strong) continue;
@@ -238,7 +239,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
           readOther[c] = readStamp[c];
           readStamp[c] = stamp;
           readKey2[c] = 0;
-        } else if (((readKey[c] >>> 5) & 63) !== w) readKey2[c] = readKey[c];
+        } else if (agentOf(readKey[c]) !== w) readKey2[c] = readKey[c];
         readKey[c] = mine;
         readSite[c] = site;
       }
@@ -263,7 +264,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
       const me = (w << 5) | lane;
       const grain = m.kernel.globalGrain;
       const end = (ax + bytes - 1) >> grain;
-      const mine = (m.block.clocks[w] << 12) | strong | me;
+      const mine = (m.block.clocks[w] << 14) | strong | me;
       for (let c = ax >> grain; c <= end; c++) {
         if (writeStamp[c] >= first) checkWriter('write-after-write', lane, c, me, strong, site);
         if (constant && constant[c] >= first)
@@ -273,7 +274,7 @@ function newGlobalRaces(m: Machine, other: (key: number, site: number) => string
           const kind = 'write-after-read';
           if (by === stamp) {
             for (const key of [readKey[c], readKey2[c]]) {
-              if (key !== 0 && (key & identity) !== me && key >>> 12 > warp.seen[agentOf(key)]) {
+              if (key !== 0 && (key & identity) !== me && clockOf(key) > warp.seen[agentOf(key)]) {
                 report(kind, lane, c, by, key, readSite[c], site);
               }
             }

@@ -1,6 +1,7 @@
 // What the virtual GPU says when a kernel does something that a GPU would not forgive: one error with the kind of fault,
 // and the kernel, block, thread, instruction and source line where it showed.
 
+import { agentOf } from './agents.ts';
 import type { Machine } from './machine.ts';
 import type { Instruction } from './ptx.ts';
 
@@ -44,7 +45,7 @@ export function quote(i: Instruction | undefined): string {
 
 /** The thread of a key of the happens-before order (races.ts). */
 export function threadName({ block: { cluster, warps } }: Machine, key: number): string {
-  const [agent, lane] = [(key >>> 5) & 63, key & 31];
+  const [agent, lane] = [agentOf(key), key & 31];
   const rank = Math.floor(agent / warps.length);
   const thread = `thread ${(agent % warps.length) * 32 + lane}`;
   return cluster.blocks.length > 1 ? `${thread} of the cluster's block ${rank}` : thread;

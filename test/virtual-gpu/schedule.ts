@@ -2,13 +2,13 @@
 // Lanes that part are groups, each at its own place; the group at the lowest place runs first and groups that meet are
 // joined, which with nvcc's layout reconverges where a GPU would.
 import type { LaunchAttributes } from '../../engine/cuda/api.ts';
+import { agents } from './agents.ts';
 import { checkReached, enterBlock } from './cluster.ts';
 import { compileBlock } from './compile.ts';
 import { isCopying } from './copy_async.ts';
 import { checkEnd } from './grid_dependency.ts';
 import { resetGridOrder } from './grid_order.ts';
 import {
-  agents,
   type BlockState,
   type Cluster,
   type Group,
