@@ -39,12 +39,12 @@ const machines = new Map<string, Machine>();
 const meetings: Meetings = new Map();
 
 /** The virtual GPU that a sample wants. */
-export function machineOf({ multiprocessors, hopper }: FurtherSample): Machine {
+export function machineOf({ multiprocessors, sharedBytes, hopper }: FurtherSample): Machine {
   const capability = hopper ? ([9, 0] as const) : ([8, 9] as const);
-  const key = `${capability} ${multiprocessors}`;
+  const key = `${capability} ${multiprocessors} ${sharedBytes}`;
   const known = machines.get(key);
   if (known) return known;
-  const gpu = openVirtualGpu({ capability, multiprocessors, arenaBytes: 2 ** 26 });
+  const gpu = openVirtualGpu({ capability, multiprocessors, sharedBytes, arenaBytes: 2 ** 26 });
   const { api, launched, replace } = watched(gpu);
   const made = { gpu, launched, replace, device: cudaDevice(api) };
   machines.set(key, made);

@@ -10,6 +10,8 @@ import { type AnyRecord, type AnySample, withDtype } from './op_cases.ts';
 export interface FurtherSample {
   readonly sample: AnySample;
   readonly multiprocessors: number;
+  /** Less shared memory than the GPU has, so that less fits. */
+  readonly sharedBytes?: number;
   /** How many such updates run in one launch. */
   readonly together?: number;
   /** Meant for large tiles, which float32 has none of. */
@@ -84,6 +86,11 @@ function attention([n, heads, lq, lk, d]: readonly number[], causal: boolean): A
     attrs: { heads, causal, scale: d ** -0.5 },
   };
 }
+
+const layerNorm = (x: readonly [rows: number, c: number]): AnySample => ({
+  inputs: { x: [...x], weight: [x[1]], bias: [x[1]] },
+  attrs: { eps: 1e-5 },
+});
 
 function groupNorm(x: readonly number[], groups: number, silu: boolean, skip = 0): AnySample {
   const c = [(x.at(-1) as number) + skip];
@@ -312,8 +319,17 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
       multiprocessors,
       hopper: {},
     })),
+    // Rows that find no room in shared memory.
+    { ...one(groupNorm([1, 75, 512], 1, true)), sharedBytes: 32800, hopper: {} },
+    { ...one(groupNorm([2, 60, 40], 4, false)), sharedBytes: 18000, hopper: {} },
   ],
-  layer_norm: [one({ inputs: { x: [5, 1030], weight: [1030], bias: [1030] }, attrs: { eps: 1e-5 } })],
+  // Blocks of several steps of eight rows, and more blocks than their sums' joining reads at once.
+  layer_norm: [
+    one(layerNorm([5, 1030])),
+    one(layerNorm([70, 40])),
+    one(layerNorm([70, 33])),
+    { sample: layerNorm([2100, 8]), multiprocessors: 132 },
+  ],
   // More jobs than the grid has blocks: what a block leaves in shared memory has to be read before its next job writes there.
   permute: [one({ inputs: { x: [40, 2, 3, 2] }, attrs: { order: [0, 2, 3, 1] } })],
   mse: [one({ inputs: { prediction: [40, 50], target: [40, 50], weights: [40] }, attrs: { delta: 0.5 } })],

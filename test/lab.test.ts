@@ -37,6 +37,7 @@ function errorOf(
       dtype: 'bfloat16',
       elementBytes: 2,
       multiprocessors: 4,
+      sharedBytes: 227 * 1024,
       hopper: true,
       workspace: bench.room,
       upload: bench.give,

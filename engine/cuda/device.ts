@@ -59,6 +59,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
   const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
+  const sharedBytes = attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN');
   const kernels = new KernelTable(api);
   const memo = new PlanMemo();
   const staging = openStaging(api, stream);
@@ -164,7 +165,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     const context: PlanContext = {
       dtype: dtype as PlanContext['dtype'],
       elementBytes: dtype === 'float32' ? 4 : 2,
-      multiprocessors,
+      ...{ multiprocessors, sharedBytes },
       hopper: capability === 90,
       tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
       im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),

@@ -26,6 +26,8 @@ export interface PlanContext {
   readonly dtype: FloatDType;
   readonly elementBytes: 2 | 4;
   readonly multiprocessors: number;
+  /** The most shared memory that a block may have: 99 KiB at least. */
+  readonly sharedBytes: number;
   /** Compute capability 9.0, which alone runs the families that end in _sm90. */
   readonly hopper: boolean;
   /** Device memory for the launches of this plan alone. */

@@ -11,10 +11,15 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
-import { groupNormOnHopper } from './plan_norm_sm90.ts';
+import { groupNormBackwardOnHopper, groupNormOnHopper } from './plan_norm_sm90.ts';
 
 const LOSS_CHUNK = 4096; // reduce.cu
 const FLOAT = 4;
+/** norm.cu's: rows of a step of layer norm's backward, a warp to each, and columns that a block joins. */
+const ROWS = THREADS / 32;
+const JOIN_COLUMNS = 16;
+/** What its kernel has of shared memory by itself: moments of each row. */
+const STATIC_BYTES = ROWS * 8;
 
 function block(
   family: string,
@@ -160,34 +165,34 @@ function groupNormOfJoined(args: LaunchArguments, context: PlanContext): KernelL
   return [place(x, 0, own), place(skip, own, c - own), ...groupNormForward(joined, context)];
 }
 
-/** The launches that join per-chunk sums [images, chunks, 2, c] and write the gradients of weight and bias. */
-function weightGradients(
+/**
+ * The launch that joins sums [images, rows, 2, c] of chunks of rows: the gradients of bias and weight, those that are wanted, and
+ * where `sums` is, each image's.
+ */
+function join(
+  [dweight, dbias]: readonly LaunchArgument[],
   sums: bigint,
   partial: bigint,
-  [dweight, dbias]: readonly LaunchArgument[],
   images: number,
-  chunks: number,
+  rows: number,
   c: number,
-): KernelLaunch[] {
-  const join = block('norm', 'norm_sum_chunks', [divideUp(images * 2 * c, THREADS), 1], 0, [
-    sums,
-    partial,
-    images,
-    chunks,
-    2 * c,
-  ]);
-  if (!dweight && !dbias) return [join];
-  const finish = [dweight, dbias, sums, images, c];
-  return [join, block('norm', 'norm_backward_weight', [divideUp(c, THREADS), 1], 0, finish)];
+): KernelLaunch {
+  const args = [dweight, dbias, sums, partial, images, rows, c];
+  return block('norm', 'norm_join', [divideUp(2 * c, JOIN_COLUMNS), 1], 0, args);
 }
 
 function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [dx, dweight, dbias, ...inputs] = args.slice(0, 9);
   const [n, hw, c, groups, silu] = args.slice(9).map(Number);
+  const hopper = groupNormBackwardOnHopper(args, context);
+  if (hopper) {
+    const { launch, partial, rows } = hopper;
+    return partial ? [launch, join([dweight, dbias], 0n, partial, 1, rows, c)] : [launch];
+  }
   const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
   const chunks = divideUp(hw, rows);
   const partial = context.workspace(n * chunks * 2 * c * FLOAT);
-  const sums = context.workspace(n * 2 * c * FLOAT);
+  const sums = dx ? context.workspace(n * 2 * c * FLOAT) : 0n;
   const shape = [hw, c, groups, silu];
   const made = [
     block('group_norm', 'group_norm_backward_partial', [chunks, n], columnBytes(c), [
@@ -196,7 +201,7 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
       ...shape,
       rows,
     ]),
-    ...weightGradients(sums, partial, [dweight, dbias], n, chunks, c),
+    join([dweight, dbias], sums, partial, n, chunks, c),
   ];
   if (!dx) return made;
   const last = [dx, sums, ...inputs, ...shape, own];
@@ -206,27 +211,39 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
   ];
 }
 
+/**
+ * Eight rows of dy and of x, the weight, and two sums of each column. Undefined where that is too much, or rows do not begin on 16
+ * bytes: they are then read where they lie, twice.
+ */
+function stagedRows(c: number, { elementBytes, sharedBytes }: PlanContext): number | undefined {
+  const shared = (2 * ROWS + 1) * c * elementBytes + 2 * c * FLOAT;
+  return (c * elementBytes) % 16 === 0 && shared + STATIC_BYTES <= sharedBytes ? shared : undefined;
+}
+
+/** Blocks of whole steps of eight rows, up to four of them to a multiprocessor: each hides the others' waits. */
 function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
-  const [dx, dweight, dbias, dy, x, weight, mean, rstd] = args;
+  const [dx, dweight, dbias, ...inputs] = args.slice(0, 8);
   const [total, c] = args.slice(8).map(Number);
-  const made: KernelLaunch[] = [];
-  if (dx) made.push(ownRow('layer_norm_backward_x', [dx, dy, x, weight, mean, rstd, total, c], total));
-  if (!dweight && !dbias) return made;
-  const rows = Math.max(16, divideUp(total, 128));
-  const chunks = divideUp(total, rows);
-  const partial = context.workspace(chunks * 2 * c * FLOAT);
-  const sums = context.workspace(2 * c * FLOAT);
-  const first = [partial, dy, x, mean, rstd, total, c, rows];
-  return [
-    ...made,
-    block('norm', 'layer_norm_backward_partial', [chunks, 1], columnBytes(c), first),
-    ...weightGradients(sums, partial, [dweight, dbias], 1, chunks, c),
-  ];
+  const share = ROWS * divideUp(total, ROWS * 4 * context.multiprocessors);
+  const blocks = divideUp(total, share);
+  const partial = dweight || dbias ? context.workspace(blocks * 2 * c * FLOAT) : 0n;
+  const staged = stagedRows(c, context);
+  const entry = staged ? 'layer_norm_backward_staged' : 'layer_norm_backward_rows';
+  const last = [dx, partial, ...inputs, total, c, share];
+  const rows = block('norm', entry, [blocks, 1], staged ?? 2 * c * FLOAT, last);
+  return partial ? [rows, join([dweight, dbias], 0n, partial, 1, blocks, c)] : [rows];
 }
 
 /** A warp to each row. */
-const ownRow = (entry: string, args: LaunchArguments, rows: number): KernelLaunch =>
-  block('norm', entry, [divideUp(rows, THREADS / 32), 1], 0, args);
+const ownRow = (entry: string, args: LaunchArguments, rows: number, shared = 0): KernelLaunch =>
+  block('norm', entry, [divideUp(rows, ROWS), 1], shared, args);
+
+/** The weight and the bias lie in shared memory where a lane holds its share of a row. */
+function layerNormForward(args: LaunchArguments, { elementBytes }: PlanContext): KernelLaunch[] {
+  const [rows, c] = args.slice(6).map(Number);
+  const holds = (c * elementBytes) % 16 === 0 && c <= 1280;
+  return [ownRow('layer_norm_forward', args, rows, holds ? 2 * c * elementBytes : 0)];
+}
 
 const ofRows = (symbol: string, rowsAt: number): [string, Plan] => [
   symbol,
@@ -242,7 +259,7 @@ export const reducePlans: readonly (readonly [string, Plan])[] = [
   single('reduce', 'huber_backward', (a) => a[5] * divideUp(a[6], PACK), THREADS),
   ['group_norm_forward', { signature: 'pppppppiiiiiif', launches: groupNormForward }],
   ['group_norm_backward', { signature: 'pppppppppiiiii', launches: groupNormBackward }],
-  ofRows('layer_norm_forward', 6),
+  ['layer_norm_forward', { launches: layerNormForward }],
   ['layer_norm_backward', { signature: 'ppppppppii', launches: layerNormBackward }],
   ofRows('softmax_forward', 2),
   ofRows('softmax_backward', 3),

@@ -35,6 +35,7 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
   const nothing = (): void => {};
   const attributes: Record<number, number> = {
     [DeviceAttribute.MULTIPROCESSOR_COUNT]: multiprocessors,
+    [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN]: mostShared(capability),
     [DeviceAttribute.COMPUTE_CAPABILITY_MAJOR]: capability[0],
     [DeviceAttribute.COMPUTE_CAPABILITY_MINOR]: capability[1],
     [DeviceAttribute.MEMORY_POOLS_SUPPORTED]: 1,

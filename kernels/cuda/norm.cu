@@ -1,89 +1,69 @@
-// Layer norm and softmax over rows, a warp to a row; and the launches that join what chunks of rows have summed for the gradients
-// of a norm's weight and bias.
+// Layer norm and softmax over rows, a warp to a row; and the launch that joins what chunks of rows have summed for the gradients of a
+// norm's weight and bias.
 #include "norm.cuh"
 
 extern __shared__ __align__(16) float shared[];
 
-// sums[i, k] = the sum over chunks, in order, of partial[i, chunk, k]: for i images and k places.
-KERNEL(norm_sum_chunks)(float *sums, const float *partial, int images, int chunks, int places) {
-  const int job = blockIdx.x * THREADS + threadIdx.x;
-  if (job >= images * places) return;
-  const float *from = partial + int64_t(job / places) * chunks * places + job % places;
-  float total = 0;
-#pragma unroll 2
-  for (int chunk = 0; chunk < chunks; chunk++) total += from[int64_t(chunk) * places];
-  sums[job] = total;
-}
+// A block of norm_join takes 16 columns: a thread two of them and every 32nd row, eight rows on their way at once.
+constexpr int JOIN_COLUMNS = 16, JOIN_ROWS = 2 * THREADS / JOIN_COLUMNS, JOIN_AHEAD = 8;
 
-// dweight and dbias: the sums over images of sums[n, 2, c], where they are wanted.
-KERNEL(norm_backward_weight)(T *dweight, T *dbias, const float *sums, int images, int c) {
-  const int k = blockIdx.x * THREADS + threadIdx.x;
-  if (k >= c) return;
-  float bias = 0, weight = 0;
+// dbias and dweight, where they are wanted: the sums over images and rows of partial[images, rows, 2, c], in a fixed order. Each
+// image's own go to sums[images, 2, c] where that is wanted.
+KERNEL(norm_join)(T *dweight, T *dbias, float *sums, const float *partial, int images, int rows, int c) {
+  __shared__ float parts[JOIN_ROWS][JOIN_COLUMNS];
+  const int places = 2 * c, column = threadIdx.x % (JOIN_COLUMNS / 2) * 2, row = threadIdx.x / (JOIN_COLUMNS / 2);
+  const int k = blockIdx.x * JOIN_COLUMNS + column, own = blockIdx.x * JOIN_COLUMNS + threadIdx.x;
+  const bool joins = threadIdx.x < JOIN_COLUMNS && own < places;
+  float all = 0;
 #pragma unroll 1
-  for (int i = 0; i < images; i++) {
-    bias += sums[int64_t(i) * 2 * c + k];
-    weight += sums[int64_t(i) * 2 * c + c + k];
-  }
-  if (dweight) dweight[k] = from_float<T>(weight);
-  if (dbias) dbias[k] = from_float<T>(bias);
-}
-constexpr int WARP_PACK = 32 * PACK; // elements of a row that a warp takes at once
-
-// A lane's share of a row. With N > 0 it is N packs in registers, in storage type and all on their way at once, of a row of
-// whole packs (640, 768 and 1280 in SDXL); with 0 any number, each read again where it is used.
-template <int N> struct Row {
-  const T *from;
-  int c;
-  Stored<T> kept[N > 0 ? N : 1];
-
-  __device__ Row(const T *from, int c) : from(from), c(c) {
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if (place(i) < c) kept[i] = *reinterpret_cast<const Stored<T> *>(from + place(i));
-  }
-  __device__ static int place(int i) { return i * WARP_PACK + threadIdx.x % 32 * PACK; }
-  // The pack at k, the i-th of this lane.
-  __device__ Pack at(int i, int k) const {
-    if constexpr (N == 0) return load(from + k, c - k, c % PACK == 0);
-    Pack x;
-#pragma unroll
-    for (int j = 0; j < PACK; j++) x.at[j] = to_float(kept[i].at[j]);
-    return x;
-  }
-};
-
-// body(i, k, count) for each pack of a lane: its number, place, and how many elements of it lie in the row.
-template <int N, class F> DEVICE void each_pack_of(int c, F &&body) {
-  if constexpr (N > 0) {
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if (Row<N>::place(i) < c) body(i, Row<N>::place(i), PACK);
-  } else {
+  for (int image = 0; image < images; image++) {
+    float2 total = {0, 0};
 #pragma unroll 1
-    for (int k = Row<N>::place(0); k < c; k += WARP_PACK) body(0, k, c - k);
+    for (int r = row; k < places && r < rows; r += JOIN_AHEAD * JOIN_ROWS) {
+      float2 in[JOIN_AHEAD];
+#pragma unroll
+      for (int i = 0; i < JOIN_AHEAD; i++) {
+        const int at = r + i * JOIN_ROWS;
+        in[i] = at < rows ? *reinterpret_cast<const float2 *>(partial + (int64_t(image) * rows + at) * places + k) : float2{0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < JOIN_AHEAD; i++) total.x += in[i].x, total.y += in[i].y;
+    }
+    parts[row][column] = total.x, parts[row][column + 1] = total.y;
+    __syncthreads();
+    if (joins) {
+      float sum = 0;
+#pragma unroll
+      for (int r = 0; r < JOIN_ROWS; r++) sum += parts[r][threadIdx.x];
+      if (sums) sums[int64_t(image) * places + own] = sum;
+      all += sum;
+    }
+    __syncthreads();
   }
+  if (!joins) return;
+  T *to = own < c ? dbias : dweight;
+  if (to) to[own < c ? own : own - c] = from_float<T>(all);
 }
-
-// Calls f<N> for the N that holds rows of c.
-#define FOR_ROWS_OF(c, f, ...)                                                    \
-  if (c % PACK == 0 && c <= 5 * WARP_PACK) f<5>(__VA_ARGS__);                     \
-  else if (c % PACK == 0 && c <= 10 * WARP_PACK) f<10>(__VA_ARGS__);              \
-  else f<0>(__VA_ARGS__)
 
 DEVICE int own_row() { return (blockIdx.x * THREADS + threadIdx.x) / 32; }
 
-template <int N> DEVICE void normalise(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int c, float eps) {
-  const bool aligned = N > 0 || c % PACK == 0;
-  const Row<N> row(x, c);
+// body(k, count) for each pack of a lane in a row of c: its place, and how many elements of it lie in the row.
+template <int UNROLL, class F> DEVICE void each_pack_of(int c, F &&body) {
+#pragma unroll UNROLL
+  for (int k = threadIdx.x % 32 * PACK; k < c; k += 32 * PACK) body(k, c - k);
+}
+
+// A row of any length, read again where it is used.
+DEVICE void normalise(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int c, float eps) {
+  const bool aligned = c % PACK == 0;
   float total = 0, spread = 0;
-  each_pack_of<N>(c, [&](int i, int k, int) {
-    const Pack in = row.at(i, k);
+  each_pack_of<1>(c, [&](int k, int count) {
+    const Pack in = load(x + k, count, aligned);
     total += (in.at[0] + in.at[1]) + (in.at[2] + in.at[3]);
   });
   const float mu = warp_sum(total) / float(c);
-  each_pack_of<N>(c, [&](int i, int k, int count) {
-    const Pack in = row.at(i, k);
+  each_pack_of<1>(c, [&](int k, int count) {
+    const Pack in = load(x + k, count, aligned);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
       const float d = j < count ? in.at[j] - mu : 0.f;
@@ -91,86 +71,163 @@ template <int N> DEVICE void normalise(T *y, float *mean, float *rstd, const T *
     }
   });
   const float scale = 1.f / sqrtf(warp_sum(spread) / float(c) + eps);
-  each_pack_of<N>(c, [&](int i, int k, int count) {
-    Pack value = row.at(i, k);
+  each_pack_of<1>(c, [&](int k, int count) {
+    Pack value = load(x + k, count, aligned);
     const Pack w = load(weight + k, count, aligned), b = load(bias + k, count, aligned);
 #pragma unroll
     for (int j = 0; j < PACK; j++) value.at[j] = (value.at[j] - mu) * scale * w.at[j] + b.at[j];
     store(y + k, value, count, aligned);
   });
-  if (threadIdx.x % 32 == 0) {
-    *mean = mu;
-    *rstd = scale;
+  if (threadIdx.x % 32 == 0) *mean = mu, *rstd = scale;
+}
+
+// The same for rows of whole chunks, at most N of them to a lane (640, 768 and 1280 elements in SDXL): all of a row is on its way at
+// once, and beside it the block's weight and bias to shared memory, so that nothing is asked for after the sums.
+template <int N>
+DEVICE void normalise_kept(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, bool has_row, int c, float eps) {
+  const int place = threadIdx.x % 32 * CHUNK;
+  T *weights = reinterpret_cast<T *>(shared), *biases = weights + c;
+  Chunk in[N];
+  const auto each = [&](auto &&body) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (has_row && i * 32 * CHUNK + place < c) body(in[i], i * 32 * CHUNK + place);
+  };
+  each([&](Chunk &own, int k) { own = chunk_at(x + k); });
+  for (int k = threadIdx.x * CHUNK; k < c; k += THREADS * CHUNK) {
+    copy_async(shared_address(weights + k), weight + k, true);
+    copy_async(shared_address(biases + k), bias + k, true);
   }
-}
-
-KERNEL(layer_norm_forward)(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int rows, int c, float eps) {
-  const int row = own_row();
-  if (row >= rows) return;
-  const int64_t first = int64_t(row) * c;
-  FOR_ROWS_OF(c, normalise, y + first, mean + row, rstd + row, x + first, weight, bias, c, eps);
-}
-
-template <int N> DEVICE void normalise_backward(T *dx, const T *dy, const T *x, const T *weight, float mu, float scale, int c) {
-  const bool aligned = N > 0 || c % PACK == 0;
-  const Row<N> row(x, c), grad(dy, c);
-  float centre = 0, slope = 0;
-  each_pack_of<N>(c, [&](int i, int k, int count) {
-    const Pack in = row.at(i, k), g = grad.at(i, k), w = load(weight + k, count, aligned);
+  copies_commit();
+  float total = 0, spread = 0;
+  each([&](const Chunk &own, int) {
 #pragma unroll
-    for (int j = 0; j < PACK; j++) { // past the end g is 0
-      centre += g.at[j] * w.at[j];
-      slope += g.at[j] * w.at[j] * ((in.at[j] - mu) * scale);
+    for (int j = 0; j < CHUNK; j += 2) total += own.at(j) + own.at(j + 1);
+  });
+  const float mu = warp_sum(total) / float(c);
+  each([&](const Chunk &own, int) {
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+      const float d = own.at(j) - mu;
+      spread += d * d;
     }
   });
-  centre = warp_sum(centre) / float(c);
-  slope = warp_sum(slope) / float(c);
-  each_pack_of<N>(c, [&](int i, int k, int count) {
-    const Pack in = row.at(i, k), w = load(weight + k, count, aligned);
-    Pack g = grad.at(i, k);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) g.at[j] = scale * (g.at[j] * w.at[j] - centre - (in.at[j] - mu) * scale * slope);
-    store(dx + k, g, count, aligned);
-  });
-}
-
-KERNEL(layer_norm_backward_x)(T *dx, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int rows, int c) {
-  const int row = own_row();
-  if (row >= rows) return;
-  const int64_t first = int64_t(row) * c;
-  FOR_ROWS_OF(c, normalise_backward, dx + first, dy + first, x + first, weight, mean[row], rstd[row], c);
-}
-
-// partial[chunk, 2, c]: the sums over a chunk of rows of dy and of dy times the normalised x.
-KERNEL(layer_norm_backward_partial)(float *partial, const T *dy, const T *x, const float *mean, const float *rstd, int total, int c, int rows) {
-  const Columns columns(c);
-  const int start = blockIdx.x * rows, count = min(rows, total - start);
-  float *sums = shared, *products = shared + columns.lanes * c;
-  if (columns.lane < columns.lanes)
-#pragma unroll 1
-    for (int p = columns.column; p < columns.packs; p += columns.width) {
-      const int k = p * PACK;
-      Pack sum = {}, product = {};
-#pragma unroll 2
-      for (int r = start + columns.lane; r < start + count; r += columns.lanes) {
-        const int64_t at = int64_t(r) * c + k;
-        const Pack g = load(dy + at, c - k, columns.aligned), in = load(x + at, c - k, columns.aligned);
-        const float mu = mean[r], scale = rstd[r];
-#pragma unroll
-        for (int j = 0; j < PACK; j++) {
-          sum.at[j] += g.at[j];
-          product.at[j] += g.at[j] * ((in.at[j] - mu) * scale);
-        }
-      }
-      store(sums + columns.lane * c + k, sum, c - k, columns.aligned);
-      store(products + columns.lane * c + k, product, c - k, columns.aligned);
-    }
+  const float scale = 1.f / sqrtf(warp_sum(spread) / float(c) + eps);
+  copies_wait<0>();
   __syncthreads();
-  for (int k = threadIdx.x; k < c; k += THREADS) {
-    partial[int64_t(blockIdx.x) * 2 * c + k] = lane_sum(sums, columns, k);
-    partial[int64_t(blockIdx.x) * 2 * c + c + k] = lane_sum(products, columns, k);
-  }
+  each([&](const Chunk &own, int k) {
+    const Chunk w = chunk_at(weights + k), b = chunk_at(biases + k);
+    float value[CHUNK];
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) value[j] = (own.at(j) - mu) * scale * w.at(j) + b.at(j);
+    put_chunk(y + k, value);
+  });
+  if (has_row && threadIdx.x % 32 == 0) *mean = mu, *rstd = scale;
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) JOIN(layer_norm_forward, DTYPE)(T *y, float *mean, float *rstd, const T *x, const T *weight,
+                                                                                        const T *bias, int rows, int c, float eps) {
+  const int row = own_row();
+  const int64_t first = int64_t(row) * c;
+  if (c % CHUNK == 0 && c <= 768)
+    normalise_kept<768 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
+  else if (c % CHUNK == 0 && c <= 1280)
+    normalise_kept<1280 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
+  else if (row < rows) normalise(y + first, mean + row, rstd + row, x + first, weight, bias, c, eps);
+}
+
+// Layer norm's gradients. A block takes `share` rows, eight at a time: a warp writes dx of each, and then a thread to a pack of columns
+// adds to their sums of dy and of dy times the normalised x, in shared memory, which no other thread touches. They end as
+// partial[block, 2, c]; dx and partial may both be absent. STAGED, the rows are brought to shared memory first, all of them at once,
+// as both readings are of them. dx = rstd (dy w - mean(dy w) - h mean(dy w h)) with h = (x - mean) rstd.
+template <bool STAGED>
+DEVICE void gradients(T *dx, float *partial, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int total, int c, int share) {
+  constexpr int ROWS = THREADS / 32;
+  __shared__ float2 moments[ROWS];
+  const bool aligned = STAGED || c % PACK == 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, start = blockIdx.x * share, end = min(total, start + share);
+  float *sums = shared, *products = shared + c;
+  T *staged_weight = reinterpret_cast<T *>(products + c), *staged_x = staged_weight + c, *staged_dy = staged_x + ROWS * c;
+  const auto each_column = [&](auto &&body) {
+#pragma unroll 1
+    for (int k = threadIdx.x * PACK; k < c; k += THREADS * PACK) body(k, c - k);
+  };
+  each_column([&](int k, int count) {
+    store(sums + k, Pack{}, count, aligned);
+    store(products + k, Pack{}, count, aligned);
+  });
+  if (STAGED)
+    for (int k = threadIdx.x * CHUNK; k < c; k += THREADS * CHUNK) copy_async(shared_address(staged_weight + k), weight + k, true);
+#pragma unroll 1
+  for (int first = start; first < end; first += ROWS) {
+    const int row = first + warp, rows = min(ROWS, end - first);
+    const int64_t at = int64_t(row) * c;
+    if (row < end) {
+      if (STAGED)
+#pragma unroll 1
+        for (int k = lane * CHUNK; k < c; k += 32 * CHUNK) {
+          copy_async(shared_address(staged_x + warp * c + k), x + at + k, true);
+          copy_async(shared_address(staged_dy + warp * c + k), dy + at + k, true);
+        }
+      if (lane == 0) moments[warp] = {mean[row], rstd[row]};
+    }
+    copies_commit();
+    copies_wait<0>();
+    __syncthreads();
+    if (dx && row < end) {
+      const T *in = STAGED ? staged_x + warp * c : x + at, *grads = STAGED ? staged_dy + warp * c : dy + at, *weights = STAGED ? staged_weight : weight;
+      const float mu = moments[warp].x, scale = moments[warp].y;
+      float centre = 0, slope = 0;
+      each_pack_of<STAGED ? 2 : 1>(c, [&](int k, int count) {
+        const Pack value = load(in + k, count, aligned), g = load(grads + k, count, aligned), w = load(weights + k, count, aligned);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) { // past the end g is 0
+          const float gw = g.at[j] * w.at[j];
+          centre += gw;
+          slope += gw * (value.at[j] - mu);
+        }
+      });
+      centre = warp_sum(centre) / float(c) * scale;
+      slope = warp_sum(slope) / float(c) * scale * scale * scale;
+      each_pack_of<STAGED ? 2 : 1>(c, [&](int k, int count) {
+        const Pack value = load(in + k, count, aligned), w = load(weights + k, count, aligned);
+        Pack g = load(grads + k, count, aligned);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) g.at[j] = g.at[j] * w.at[j] * scale - centre - (value.at[j] - mu) * slope;
+        store(dx + at + k, g, count, aligned);
+      });
+    }
+    if (partial)
+      each_column([&](int k, int count) {
+        Pack sum = load(sums + k, count, aligned), product = load(products + k, count, aligned);
+        const T *in = STAGED ? staged_x + k : x + int64_t(first) * c + k, *grads = STAGED ? staged_dy + k : dy + int64_t(first) * c + k;
+#pragma unroll(STAGED ? 2 : 1)
+        for (int r = 0; r < rows; r++) {
+          const Pack value = load(in + r * c, count, aligned), g = load(grads + r * c, count, aligned);
+          const float mu = moments[r].x, scale = moments[r].y;
+#pragma unroll
+          for (int j = 0; j < PACK; j++) {
+            sum.at[j] += g.at[j];
+            product.at[j] += g.at[j] * ((value.at[j] - mu) * scale);
+          }
+        }
+        store(sums + k, sum, count, aligned);
+        store(products + k, product, count, aligned);
+      });
+    __syncthreads(); // before the next rows
+  }
+  if (partial)
+    each_column([&](int k, int count) {
+      float *to = partial + int64_t(blockIdx.x) * 2 * c + k;
+      store(to, load(sums + k, count, aligned), count, aligned);
+      store(to + c, load(products + k, count, aligned), count, aligned);
+    });
+}
+#define GRADIENTS T *dx, float *partial, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int total, int c, int share
+extern "C" __global__ void __launch_bounds__(THREADS, 4) JOIN(layer_norm_backward_staged, DTYPE)(GRADIENTS) {
+  gradients<true>(dx, partial, dy, x, weight, mean, rstd, total, c, share);
+}
+KERNEL(layer_norm_backward_rows)(GRADIENTS) { gradients<false>(dx, partial, dy, x, weight, mean, rstd, total, c, share); }
 
 // Softmax over a whole row stands in few models: lanes take single elements.
 KERNEL(softmax_forward)(T *y, const T *x, int rows, int c) {

@@ -19,6 +19,8 @@ import { fail, GpuReport, quote, threadName } from './report.ts';
 import { eachLane, isWhole, type Outcome, releaseClock, type WarpCall } from './warp_ops.ts';
 
 const RANK_SHIFT = 24;
+/** Before an agent's first clock. */
+const BEGUN = 1;
 
 /** From here on it is this block of the cluster that runs. */
 export function enterBlock(m: Machine, block: BlockState): void {
@@ -153,7 +155,9 @@ export function clusterBarrier(call: WarpCall): Outcome {
       came[lane] = b.phase;
     });
     b.here.set(m.warp, (b.here.get(m.warp) ?? 0) | call.active);
-    if (!words.includes('relaxed')) join(b.gathering, { ...m.warp, seen: releaseClock(m, m.warp) });
+    // Whoever arrives has begun, if it hands on no more than that.
+    if (words.includes('relaxed')) b.gathering.seen[m.warp.agent] ||= BEGUN;
+    else join(b.gathering, { ...m.warp, seen: releaseClock(m, m.warp) });
     m.block.progress++;
     return 'next';
   }

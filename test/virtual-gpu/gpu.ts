@@ -24,6 +24,8 @@ export interface VirtualGpuOptions {
   readonly memoryBytes?: number;
   /** Plans cut their work by it; 4 unless told otherwise. */
   readonly multiprocessors?: number;
+  /** The most that a block may have of shared memory; what the capability has unless told otherwise. */
+  readonly sharedBytes?: number;
   /** Room for all that is ever allocated: addresses are reused only when it is full. */
   readonly arenaBytes?: number;
   readonly capability?: readonly [major: number, minor: number];
@@ -56,7 +58,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const [major, minor] = options.capability ?? [8, 9];
   const memoryBytes = options.memoryBytes ?? 2 ** 34;
   const driverVersion = options.driverVersion ?? 13000;
-  const optin = mostShared([major, minor]);
+  const optin = options.sharedBytes ?? mostShared([major, minor]);
   const m = newMachine({ arenaBytes: options.arenaBytes ?? 2 ** 28, registerWords: 2 ** 22 });
   m.detectRaces = options.races ?? true;
   Object.assign(m.schedule, options.schedule);

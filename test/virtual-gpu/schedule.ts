@@ -134,7 +134,7 @@ function completeWork(m: Machine, blocks: readonly BlockState[], stuck: boolean)
 }
 
 function newCluster(kernel: LoadedKernel, threads: number, places: readonly (readonly number[])[]): Cluster {
-  const cluster: Cluster = { blocks: [], clocks: new Int32Array(agents).fill(1), operations: 0 };
+  const cluster: Cluster = { blocks: [], clocks: new Int32Array(agents).fill(2), operations: 0 };
   cluster.blocks.push(...places.map((ctaid, rank) => newBlock(kernel, threads, cluster, rank, ctaid)));
   return cluster;
 }
