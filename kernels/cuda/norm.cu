@@ -171,8 +171,7 @@ DEVICE void gradients(T *dx, float *partial, const T *dy, const T *x, const T *w
         }
       if (lane == 0) moments[warp] = {mean[row], rstd[row]};
     }
-    copies_commit();
-    copies_wait<0>();
+    if (STAGED) copies_commit(), copies_wait<0>();
     __syncthreads();
     if (dx && row < end) {
       const T *in = STAGED ? staged_x + warp * c : x + at, *grads = STAGED ? staged_dy + warp * c : dy + at, *weights = STAGED ? staged_weight : weight;

@@ -244,8 +244,10 @@ struct Slopes {
   }
 };
 
-// to[k] = the sum over the block's threads of x for each channel k of the slab, by two steps. `scratch` holds a pack of each thread.
+// to[k] = the sum over the block's threads of x for each channel k of the slab, by two steps: what a thread writes in between lies
+// where it alone has read. `scratch` holds a pack of each thread.
 DEVICE void sum_channels(const Slab &slab, float *to, float *scratch, const float (&x)[WIDE]) {
+  __syncthreads();
   if (slab.lane < slab.lanes)
 #pragma unroll
     for (int j = 0; j < WIDE; j++) scratch[slab.lane * slab.channels + slab.k + j] = x[j];
@@ -255,7 +257,6 @@ DEVICE void sum_channels(const Slab &slab, float *to, float *scratch, const floa
   if (part < parts)
 #pragma unroll 4
     for (int lane = part; lane < slab.lanes; lane += parts) total += scratch[lane * slab.channels + k];
-  __syncthreads();
   if (part < parts) scratch[part * slab.channels + k] = total;
   __syncthreads();
   if (int(threadIdx.x) < slab.channels) {
@@ -264,7 +265,6 @@ DEVICE void sum_channels(const Slab &slab, float *to, float *scratch, const floa
     for (int i = 0; i < parts; i++) total += scratch[i * slab.channels + k];
     to[k] = total;
   }
-  __syncthreads();
 }
 
 struct Two {
@@ -337,7 +337,6 @@ SLAB_KERNEL(1, group_norm_backward_cluster)(T *dx, float *partial, const T *dy, 
   cluster_wait(); // all have begun
   EACH_GROUP(g) give(slab, given, g, sum_of_group(slab, sums, g));
   cluster_arrive();
-  __syncthreads();
   if (partial) {
 #pragma unroll
     for (int j = 0; j < WIDE; j++) product[j] *= slab.is_first(j) ? scale : next_scale;
