@@ -131,6 +131,7 @@ DEVICE void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed;" :::
 // The first `own` channels lie in x, the others in skip, whole packs in each. Of a block's rows the first `kept` stay.
 SLAB_KERNEL(2, group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, const T *skip, const T *weight, const T *bias, int hw, int c, int own,
                                    int groups, int width, int slab_groups, int lanes, int share, int kept, int part, int with_silu, float eps) {
+  launch_dependents();
   cluster_begin();
   const Slab slab(hw, width, slab_groups, lanes, share);
   const int64_t first = int64_t(blockIdx.z) * hw + slab.start;
@@ -142,6 +143,7 @@ SLAB_KERNEL(2, group_norm_cluster)(T *y, float *mean, float *rstd, const T *x, c
   float2 *given = reinterpret_cast<float2 *>(sums + SLAB_THREADS), *outcome = given + gridDim.x * slab.groups;
   T *rows = reinterpret_cast<T *>(reinterpret_cast<float4 *>(sums + SLAB_THREADS) + (gridDim.x + 1) * slab.groups);
 
+  wait_for_prerequisites();
   const uint32_t place = shared_address(rows + slab.k);
 #pragma unroll 1
   for (int b = 0; b < BATCHES; b++) {
@@ -276,6 +278,7 @@ struct Two {
 SLAB_KERNEL(1, group_norm_backward_cluster)(T *dx, float *partial, const T *dy, const T *x, const T *weight, const T *bias, const float *mean,
                                             const float *rstd, int hw, int c, int groups, int width, int slab_groups, int lanes, int share, int kept, int part,
                                             int with_silu) {
+  launch_dependents();
   cluster_begin();
   const Slab slab(hw, width, slab_groups, lanes, share);
   const int k = slab.channel + slab.k, room = min(kept, slab.rows());
@@ -285,6 +288,7 @@ SLAB_KERNEL(1, group_norm_backward_cluster)(T *dx, float *partial, const T *dy, 
   float2 *given = reinterpret_cast<float2 *>(scratch + SLAB_THREADS * WIDE), *outcome = given + gridDim.x * slab.groups;
   T *rows = reinterpret_cast<T *>(reinterpret_cast<float4 *>(given) + (gridDim.x + 1) * slab.groups), *grads = rows + kept * slab.channels;
 
+  wait_for_prerequisites();
   const uint32_t place = shared_address(rows + slab.k), grad_place = shared_address(grads + slab.k);
 #pragma unroll 1
   for (int b = 0; b < BATCHES; b++) {
