@@ -13,6 +13,7 @@ import { type Driver, MemoryPool } from './memory.ts';
 import type { Argument, Call, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
 import type { Tensor } from './tensor.ts';
+import { Together } from './together.ts';
 
 export type DeviceName = 'cpu' | 'reference' | 'stand-in' | `cuda:${number}`;
 export type Direction = 'forward' | 'backward';
@@ -25,6 +26,8 @@ export interface Device {
   execute<A>(record: OpRecord<A>, direction: Direction, tensors: Tensors, attrs: A): void;
   /** Runs the forward of calls that are independent of each other, if it can in fewer launches. */
   executeAll(calls: readonly Call[]): void;
+  /** Runs `fn`, and its ops together where none needs another's result: what it returns is there when it returns. */
+  together<R>(fn: () => R): R;
   /** target += source, in place, for gradients that reach a tensor twice. */
   accumulate(target: Tensor, source: Tensor): void;
   /** `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone. */
@@ -98,6 +101,7 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
   const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
     (storage ? tensors[storage] : storageTensor(tensors)).dtype;
+  const launches = new Together(driver);
   let note: ((t: Tensor) => void) | undefined;
   const observe: Observe = (see, fn) => {
     note = see;
@@ -117,7 +121,7 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     execute(record, direction, tensors, attrs) {
       if (note) for (const t of Object.values(tensors)) note(t);
       const dtype = typeOf(record, tensors);
-      const launch: Launch = (symbol, args) => driver.launch(`${symbol}_${dtype}`, args.map(address));
+      const launch: Launch = (symbol, args) => launches.launch(`${symbol}_${dtype}`, args.map(address));
       const run = direction === 'forward' ? record.forward : record.backward;
       run?.(tensors, attrs, launch);
     },
@@ -131,14 +135,12 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
           list.push(args.map(address));
         });
       }
-      for (const [symbol, list] of bySymbol) {
-        if (driver.launchAll) driver.launchAll(symbol, list);
-        else for (const args of list) driver.launch(symbol, args);
-      }
+      for (const [symbol, list] of bySymbol) launches.launchAll(symbol, list);
     },
+    together: (fn) => launches.gather(fn),
     accumulate(target, source) {
       const y = target.block.address;
-      driver.launch(`add_forward_${target.dtype}`, [y, y, source.block.address, target.size]);
+      launches.launch(`add_forward_${target.dtype}`, [y, y, source.block.address, target.size]);
     },
   };
 }
@@ -157,6 +159,7 @@ function referenceDevice(): Device {
     driver,
     memory: new MemoryPool(driver),
     step: eagerStep,
+    together: (fn) => fn(),
     executeAll(calls) {
       for (const { record, tensors, attrs } of calls) this.execute(record, 'forward', tensors, attrs);
     },

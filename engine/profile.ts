@@ -24,6 +24,7 @@ export interface OpCall {
 export const profiled = (device: Device, note: (call: OpCall) => void, isOn = () => true): Device => ({
   ...device,
   step: eagerStep,
+  together: (fn) => (isOn() ? fn() : device.together(fn)),
   execute(record, direction, tensors, attrs) {
     if (!isOn()) return device.execute(record, direction, tensors, attrs);
     device.driver.synchronize?.();
@@ -53,6 +54,7 @@ export function standInDevice(): Device {
     driver,
     memory: new MemoryPool(driver),
     step: eagerStep,
+    together: (fn) => fn(),
     execute() {},
     executeAll() {},
     accumulate() {},

@@ -104,16 +104,17 @@ const attentionChildren = (c: number, contextWidth: number) => ({
 
 /** residual + attention of x [n, l, c] over itself. */
 const selfAttention = (c: number, heads: number) =>
-  module(attentionChildren(c, c), (m, x: Tensor, residual: Tensor) =>
-    m.to_out[0](attentionOp(m.to_q(x), m.to_k(x), m.to_v(x), { heads }), { residual }),
-  );
+  module(attentionChildren(c, c), (m, x: Tensor, residual: Tensor) => {
+    const [q, k, v] = x.device.together(() => [m.to_q(x), m.to_k(x), m.to_v(x)]);
+    return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
+  });
 
 /** residual + attention of x [n, l, c] over the prompt. */
 const crossAttention = (c: number, contextWidth: number, heads: number) =>
   module(
     attentionChildren(c, contextWidth),
     (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
-      const [k, v] = once(cache, m, () => [m.to_k(context), m.to_v(context)]);
+      const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
       return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
     },
   );

@@ -12,7 +12,7 @@ export interface FurtherSample {
   readonly multiprocessors: number;
   /** Less shared memory than the GPU has, so that less fits. */
   readonly sharedBytes?: number;
-  /** How many such updates run in one launch. */
+  /** How many such updates, or layers of one x, run in one launch. */
   readonly together?: number;
   /** Meant for large tiles, which float32 has none of. */
   readonly large?: true;
@@ -233,11 +233,29 @@ const linears: readonly FurtherSample[] = [
   ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
   ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
 ];
+/** Two or three layers of one x: tiles at the edges, several items to a block, fewer steps than stages, pairs; and not walkable. */
+const projections: readonly FurtherSample[] = [
+  ...[false, true].flatMap((paired) =>
+    tiled(['256', '160', '160_pingpong'], [{ m: 136, n: 168, k: 200 }], linear, paired).map((further, i) => ({
+      ...further,
+      together: 2 + (i % 2),
+    })),
+  ),
+  ...tiled(
+    ['160_pingpong'],
+    [
+      { m: 70, n: 64, k: 64 },
+      { m: 130, n: 40, k: 72 },
+      { m: 70, n: 66, k: 64 },
+    ],
+    linear,
+  ).map((further) => ({ ...further, together: 3 })),
+];
 const isActivated = ({ sample }: FurtherSample): boolean =>
   (sample.attrs as { activation: string }).activation !== 'none';
 
 const furtherSamples: Record<string, readonly FurtherSample[]> = {
-  linear: linears.filter((further) => !isActivated(further)),
+  linear: [...linears.filter((further) => !isActivated(further)), ...projections],
   linear_activated: linears.filter(isActivated),
   linear_fp8: [
     ...tiled(['256', '160_pingpong'], byteLayers, fp8),

@@ -34,7 +34,7 @@ function typeOf(sample: AnySample, name: string, dtype: FloatDType): DType {
 
 const slopes = (count: number): Float64Array => values(count, 99);
 
-/** Runs a sample's forward and backward on a device; an update `together` with more of the same. */
+/** Runs a sample's forward and backward on a device; an update `together` with more of the same, a layer with others of its x. */
 export function runKernels(
   device: Device,
   record: AnyRecord,
@@ -60,7 +60,7 @@ export function runKernels(
     for (const [name, spec] of Object.entries(record.outputs(inputs, sample.attrs)))
       outputs[name] = empty(spec.shape, { device, dtype: spec.dtype });
     const all = { ...inputs, ...outputs };
-    device.execute(record, 'forward', all, sample.attrs);
+    for (let place = 0; place < together; place++) beside(device, record, sample, all, place, together);
     const gradients: Record<string, Tensor> = {};
     if (record.backward) {
       for (const name of differentiable(record, sample))
@@ -73,6 +73,28 @@ export function runKernels(
     }
     return floatsOf(Object.entries({ ...outputs, ...gradients }));
   });
+}
+
+/** Runs a call as number `place` of `count` calls together, which have its x and other weights. */
+function beside(
+  device: Device,
+  record: AnyRecord,
+  sample: AnySample,
+  all: Record<string, Tensor>,
+  place: number,
+  count: number,
+): void {
+  const before = place > 0 ? all.y.floats() : undefined;
+  device.together(() => {
+    for (let i = 0; i < count; i++) {
+      const { x, weight, y } = all;
+      const own = () => tensor(values(weight.size, 50 + i), weight.shape, weight);
+      const other = () => ({ x, weight: own(), y: empty(y.shape, y) });
+      device.execute(record, 'forward', i === place ? all : other(), sample.attrs);
+    }
+  });
+  const after = before && all.y.floats();
+  if (before?.some((was, i) => was !== after?.[i])) throw new Error(`other results in place ${place}`);
 }
 
 const floatsOf = (tensors: readonly (readonly [string, Tensor])[]): Results =>

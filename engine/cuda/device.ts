@@ -24,6 +24,11 @@ export interface CudaDriver extends Driver {
   synchronize(): void;
 }
 
+type Planner = (op: string, context: PlanContext) => Iterable<KernelLaunch>;
+
+/** Calls together that are worth remembering. */
+const FEW = 8;
+
 /** The driver whose context is current, of all of this process. */
 let current: GpuApi | undefined;
 
@@ -119,15 +124,22 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       return { ...replay, launch };
     },
     synchronize: () => api.cuStreamSynchronize(stream),
-    launch(symbol, args) {
-      const call = `${symbol} ${args.join()}`;
-      const known = memo.find(call);
-      if (known && queueAgain(known)) return;
-      const made = run(symbol, (op, context) => planned(op, args, context));
-      if (made) memo.keep(call, made);
+    launch: (symbol, args) => remembered(symbol, [args], (op, context) => planned(op, args, context)),
+    launchAll(symbol, calls) {
+      const plan: Planner = (op, context) => plannedTogether(op, calls, context);
+      // Updates of all weights bring a table to the device, which is another each time.
+      if (calls.length > FEW) run(symbol, plan);
+      else remembered(symbol, calls, plan);
     },
-    launchAll: (symbol, calls) => void run(symbol, (op, context) => plannedTogether(op, calls, context)),
   };
+  /** Queues a symbol's launches for these calls, which are planned if they were not before. */
+  function remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
+    const call = `${symbol} ${calls.join(' ')}`;
+    const known = memo.find(call);
+    if (known && queueAgain(known)) return;
+    const made = run(symbol, plan);
+    if (made) memo.keep(call, made);
+  }
   function queue(launch: ReadyLaunch): void {
     kernels.queue(launch, stream);
     lastKernel = launch.name;
@@ -147,10 +159,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
    * Makes a symbol's launches and queues them; what they have between them goes back to the pool.
    * @returns what can be queued again, unless it was uploaded to
    */
-  function run(
-    symbol: string,
-    plan: (op: string, context: PlanContext) => Iterable<KernelLaunch>,
-  ): Remembered | undefined {
+  function run(symbol: string, plan: Planner): Remembered | undefined {
     const [op, dtype] = splitSymbol(symbol);
     const used: Block[] = [];
     const workspaces: { bytes: number; address: bigint }[] = [];

@@ -20,6 +20,7 @@ import {
   hopperLaunch,
   hopperTakes,
   isWalkable,
+  outputMap,
   type ProductKind,
   type Slabs,
   STEP,
@@ -246,6 +247,51 @@ export function linearForward(args: LaunchArguments, context: PlanContext): Kern
   return product({ layout: 'nt', a, b, y, bias, residual, activation, ...size }, context);
 }
 
+/** Linear layers of one x, two or three of them, are one launch on Hopper where nothing rides along; others follow each other. */
+function linearsTogether(calls: readonly LaunchArguments[], context: PlanContext): KernelLaunch[] {
+  return (
+    projections(calls as readonly Pointers[], context) ??
+    calls.flatMap((args) => linearForward(args, context))
+  );
+}
+
+function projections(calls: readonly Pointers[], context: PlanContext): KernelLaunch[] | undefined {
+  const [, x, , , , ...sizes] = calls[0];
+  const [m, n, k] = sizes.map(Number);
+  const isAlike = ([, other, , bias, residual, ...its]: Pointers) =>
+    other === x && !bias && !residual && its.join() === [m, n, k, 0].join();
+  if (calls.length < 2 || calls.length > 3 || !calls.every(isAlike) || !hopperTakes(m, n, context))
+    return undefined;
+  const matrix = (address: bigint, rows: number, columns: number): Slabs => ({
+    address,
+    rows,
+    columns,
+    stride: columns,
+  });
+  const a = matrix(x, m, k);
+  const [weights, results] = [2, 0].map((at) =>
+    calls.map((args) => (at ? matrix(args[at], n, k) : matrix(args[at], m, n))),
+  );
+  if (![a, ...weights, ...results].every(isWalkable)) return undefined;
+  const kind = 'projections' as const;
+  // A map that is not there is any other.
+  const more = <V>(values: readonly V[]): V[] => [values[1], values[2] ?? values[1]];
+  return hopperLaunches(
+    {
+      ...{ family: 'gemm_sm90', kind, m, n, steps: divideUp(k, STEP), slabs: calls.length },
+      ...{ a: along(a), b: along(weights[0], 2), y: results[0], bias: 0n, residual: 0n },
+      own: (tile) => [
+        Buffer.concat([
+          ...more(weights).map((weight) => along(weight, 2)(tile.n, context)),
+          ...more(results).map((y) => outputMap(y, tile.n, context)),
+        ]),
+      ],
+    },
+    { strides: [n, m * n], canSplit: false, extras: [0n, 0n, 0n] },
+    context,
+  );
+}
+
 function linearBackwardX(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [y, a, b] = args as Pointers;
   const [m, n, k] = args.slice(3).map(Number);
@@ -279,7 +325,7 @@ function matmulForward(args: LaunchArguments, context: PlanContext): KernelLaunc
 }
 
 export const matrixPlans: readonly (readonly [string, Plan])[] = [
-  ['linear_forward', { signature: 'pppppiiii', launches: linearForward }],
+  ['linear_forward', { signature: 'pppppiiii', launches: linearForward, together: linearsTogether }],
   ['linear_backward_x', { signature: 'pppiii', launches: linearBackwardX }],
   ['linear_backward_weight', { signature: 'pppiii', launches: linearBackwardWeight }],
   ['matmul_forward', { signature: 'pppiiiiii', launches: matmulForward }],

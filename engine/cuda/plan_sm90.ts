@@ -27,7 +27,7 @@ export type TileName = keyof typeof tiles;
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
 export type ProductKind =
-  | ('nt' | 'nn' | 'tn' | 'geglu')
+  | ('nt' | 'nn' | 'tn' | 'geglu' | 'projections')
   | ('e4m3' | 'e4m3_geglu')
   | ('forward' | 'backward_x' | 'backward_weight');
 const gemmTiles: readonly TileName[] = ['256', '160', '160_pingpong', '80'];
@@ -37,6 +37,7 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   nn: gemmTiles,
   tn: gemmTiles,
   geglu: ['256', '160_pingpong'],
+  projections: ['256', '160', '160_pingpong'],
   e4m3: ['256', '160_pingpong'],
   e4m3_geglu: ['256', '160_pingpong'],
   forward: ['256', '160', '160_pingpong', '128_pingpong'],
@@ -275,11 +276,15 @@ export interface HopperProduct extends ProductSize {
   own(tile: Tile, a: Uint8Array): readonly KernelArgument[];
 }
 
+/** A map of a result, in boxes that the epilogue stores. */
+export const outputMap = (y: Slabs, columns: number, context: PlanContext): Uint8Array =>
+  slabMap(y, BLOCK_ROWS, boxColumns(columns), context);
+
 export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanContext): KernelLaunch {
   const tile = tiles[choice.tile];
   const columns = columnsOf(p.kind, tile);
   const a = p.a(ROWS, context);
-  const map = (address: bigint) => slabMap({ ...p.y, address }, BLOCK_ROWS, boxColumns(columns), context);
+  const map = (address: bigint) => outputMap({ ...p.y, address }, columns, context);
   // Any map stands for what is absent. Where sums are joined, the join adds the residual.
   const residual = p.partial ? 0n : p.residual;
   const y = p.partial ? a : map(p.y.address);

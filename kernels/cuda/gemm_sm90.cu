@@ -1,5 +1,6 @@
-// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu, and linear + GEGLU, whose
-// tile of B is half values and half gates: rows n of the weight and rows half + n, by two boxes. Chosen by
+// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu; linear + GEGLU, whose
+// tile of B is half values and half gates: rows n of the weight and rows half + n, by two boxes; and up to three linear layers of
+// one x, as attention has them, whose waves of tiles fill the GPU where those of one leave a part of it idle. Chosen by
 // engine/cuda/plan_sm90.ts, which also makes the maps: [slab][rows][columns] of A, B, y and the residual.
 #include "product_sm90.cuh"
 
@@ -21,6 +22,29 @@ template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
     product<S, A_ALONG, B_ALONG, KIND>(Matrices<S, A_ALONG, B_ALONG>{a, b, second}, out, PRODUCT_CUT); \
   }
 
+// Slab i is y_i = x W_i^T, W_i and y_i in tensors of their own.
+struct MoreMaps {
+  TensorMap weight[2], y[2];
+};
+template <class S> struct Projections {
+  const TensorMap &a, &b;
+  const MoreMaps &more;
+  int m, n, slab;
+  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
+  __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
+    OperandTile<S::M, true>::load(to_a, a, barrier, m, step * STEP, 0);
+    OperandTile<S::N, true>::load(cluster, to_b, slab > 0 ? more.weight[slab - 1] : b, barrier, n, step * STEP, 0);
+  }
+};
+
+#define PROJECTIONS(tile, S) \
+  KERNEL_SM90(gemm_sm90_projections_##tile)(PRODUCT, const __grid_constant__ MoreMaps more) { \
+    Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
+    out.more = more.y; \
+    product<S, true, true, PLAIN>(Projections<S>{a, b, more}, out, PRODUCT_CUT); \
+  }
+
 #define LAYOUTS(tile, S) \
   GEMM(nt_##tile, S, true, true, LINEAR) \
   GEMM(nn_##tile, S, true, false, PLAIN) \
@@ -31,3 +55,6 @@ LAYOUTS(160_pingpong, Tile160Pingpong)
 LAYOUTS(80, Tile80)
 GEMM(geglu_256, Tile256, true, true, GEGLU)
 GEMM(geglu_160_pingpong, Tile160Pingpong, true, true, GEGLU)
+PROJECTIONS(256, Tile256)
+PROJECTIONS(160, Tile160)
+PROJECTIONS(160_pingpong, Tile160Pingpong)

@@ -93,12 +93,14 @@ template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
 
 // y[row, col] = activation(sum + bias[col] + shift[row / rows_per_shift, col]) + residual[row, col]; absent parts are null.
 // The maps of y and residual are [slab][row][col] with boxes of 64 rows and span_of(the tile's columns) bytes. With
-// `partial` the plain sums go there instead; its strides are in floats. GEGLU's gates use bias[columns + col].
+// `partial` the plain sums go there instead; its strides are in floats. GEGLU's gates use bias[columns + col]. With `more` each
+// slab has a y of its own: slab i > 0 that of more[i - 1].
 struct Output {
   const TensorMap &y, &residual;
   float *partial;
   const T *bias, *shift;
   int rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part;
+  const TensorMap *more = nullptr;
 };
 
 struct Pair {
@@ -204,8 +206,9 @@ template <class S, Kind KIND> struct Epilogue {
     fence_async_proxy();
     named_barrier(1 + group, WARPGROUP);
     if (thread == 0) {
+      const TensorMap &y = out.more != nullptr && work.slab > 0 ? out.more[work.slab - 1] : out.y;
       each_box(work, [&](uint32_t from, int row, int column) {
-        if (row < out.rows && column < out.columns) store_box(out.y, from, column, row, work.slab);
+        if (row < out.rows && column < out.columns) store_box(y, from, column, row, out.more != nullptr ? 0 : work.slab);
       });
       stores_commit();
     }

@@ -1,0 +1,56 @@
+// Launches that may wait for each other: inside gather() a kernel that comes again is held back while it needs nothing that is
+// held, and then all go in one call of the driver, which may make one launch of them (attention's three projections). Anything
+// else goes at once, after what is held: the order of launches stays that of the calls, and so what memory is reused for.
+import type { Driver } from './memory.ts';
+
+type Args = readonly (bigint | number)[];
+
+export class Together {
+  readonly #driver: Driver;
+  #gathering = false;
+  #symbol = '';
+  #held: Args[] = [];
+
+  constructor(driver: Driver) {
+    this.#driver = driver;
+  }
+
+  gather<R>(fn: () => R): R {
+    if (this.#gathering || !this.#driver.launchAll) return fn();
+    this.#gathering = true;
+    try {
+      const result = fn();
+      this.#flush();
+      return result;
+    } finally {
+      this.#gathering = false;
+      this.#held = []; // after an error
+    }
+  }
+
+  launch(symbol: string, args: Args): void {
+    if (!this.#gathering) {
+      this.#driver.launch(symbol, args);
+      return;
+    }
+    if (symbol !== this.#symbol || this.#held.some((held) => depend(held, args))) this.#flush();
+    this.#symbol = symbol;
+    this.#held.push(args);
+  }
+
+  launchAll(symbol: string, calls: readonly Args[]): void {
+    this.#flush();
+    if (this.#driver.launchAll) this.#driver.launchAll(symbol, calls);
+    else for (const args of calls) this.#driver.launch(symbol, args);
+  }
+
+  #flush(): void {
+    const held = this.#held;
+    this.#held = [];
+    if (held.length === 1) this.#driver.launch(this.#symbol, held[0]);
+    else if (held.length > 1) this.#driver.launchAll?.(this.#symbol, held);
+  }
+}
+
+/** Whether one of two calls writes what the other has: a kernel writes its first argument, y. */
+const depend = (a: Args, b: Args): boolean => b.includes(a[0]) || a.includes(b[0]);
