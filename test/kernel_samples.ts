@@ -347,6 +347,17 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(layerNorm([70, 40])),
     one(layerNorm([70, 33])),
     { sample: layerNorm([2100, 8]), multiprocessors: 132 },
+    // Rows that lie in registers, and rows that do not.
+    ...(
+      [
+        [9, 320],
+        [3, 640],
+        [3, 1280],
+        [2, 1284],
+        [5, 1030],
+        [70, 33],
+      ] as const
+    ).map((x) => ({ ...one(layerNorm(x)), hopper: {} })),
   ],
   // More jobs than the grid has blocks: what a block leaves in shared memory has to be read before its next job writes there.
   permute: [one({ inputs: { x: [40, 2, 3, 2] }, attrs: { order: [0, 2, 3, 1] } })],

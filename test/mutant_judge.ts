@@ -39,6 +39,7 @@ const opsOf: Record<string, readonly string[]> = {
   fp8_sm90: ['linear_fp8'],
   gemm_sm90: ['linear', 'linear_activated', 'matmul'],
   norm_sm90: ['group_norm'],
+  layer_norm_sm90: ['layer_norm'],
 };
 
 export interface Job {

@@ -235,19 +235,28 @@ function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelL
 }
 
 /** A warp to each row. */
-const ownRow = (entry: string, args: LaunchArguments, rows: number, shared = 0): KernelLaunch =>
-  block('norm', entry, [divideUp(rows, ROWS), 1], shared, args);
+const ownRow = (
+  family: string,
+  entry: string,
+  args: LaunchArguments,
+  rows: number,
+  shared = 0,
+): KernelLaunch => block(family, entry, [divideUp(rows, ROWS), 1], shared, args);
 
 /** The weight and the bias lie in shared memory where a lane holds its share of a row. */
-function layerNormForward(args: LaunchArguments, { elementBytes }: PlanContext): KernelLaunch[] {
+function layerNormForward(args: LaunchArguments, { elementBytes, hopper }: PlanContext): KernelLaunch[] {
   const [rows, c] = args.slice(6).map(Number);
   const holds = (c * elementBytes) % 16 === 0 && c <= 1280;
-  return [ownRow('layer_norm_forward', args, rows, holds ? 2 * c * elementBytes : 0)];
+  const [family, entry] =
+    hopper && elementBytes === 2
+      ? ['layer_norm_sm90', 'layer_norm_sm90_forward']
+      : ['norm', 'layer_norm_forward'];
+  return [ownRow(family, entry, args, rows, holds ? 2 * c * elementBytes : 0)];
 }
 
 const ofRows = (symbol: string, rowsAt: number): [string, Plan] => [
   symbol,
-  { launches: (args) => [ownRow(symbol, args, Number(args[rowsAt]))] },
+  { launches: (args) => [ownRow('norm', symbol, args, Number(args[rowsAt]))] },
 ];
 
 export const reducePlans: readonly (readonly [string, Plan])[] = [

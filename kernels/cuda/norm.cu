@@ -1,8 +1,6 @@
 // Layer norm and softmax over rows, a warp to a row; and the launch that joins what chunks of rows have summed for the gradients of a
 // norm's weight and bias.
-#include "norm.cuh"
-
-extern __shared__ __align__(16) float shared[];
+#include "layer_norm.cuh"
 
 // A block of norm_join takes 16 columns: a thread two of them and every 32nd row, eight rows on their way at once.
 constexpr int JOIN_COLUMNS = 16, JOIN_ROWS = 2 * THREADS / JOIN_COLUMNS, JOIN_AHEAD = 8;
@@ -45,96 +43,7 @@ KERNEL(norm_join)(T *dweight, T *dbias, float *sums, const float *partial, int i
   if (to) to[own < c ? own : own - c] = from_float<T>(all);
 }
 
-DEVICE int own_row() { return (blockIdx.x * THREADS + threadIdx.x) / 32; }
-
-// body(k, count) for each pack of a lane in a row of c: its place, and how many elements of it lie in the row.
-template <int UNROLL, class F> DEVICE void each_pack_of(int c, F &&body) {
-#pragma unroll UNROLL
-  for (int k = threadIdx.x % 32 * PACK; k < c; k += 32 * PACK) body(k, c - k);
-}
-
-// A row of any length, read again where it is used.
-DEVICE void normalise(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, int c, float eps) {
-  const bool aligned = c % PACK == 0;
-  float total = 0, spread = 0;
-  each_pack_of<1>(c, [&](int k, int count) {
-    const Pack in = load(x + k, count, aligned);
-    total += (in.at[0] + in.at[1]) + (in.at[2] + in.at[3]);
-  });
-  const float mu = warp_sum(total) / float(c);
-  each_pack_of<1>(c, [&](int k, int count) {
-    const Pack in = load(x + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) {
-      const float d = j < count ? in.at[j] - mu : 0.f;
-      spread += d * d;
-    }
-  });
-  const float scale = 1.f / sqrtf(warp_sum(spread) / float(c) + eps);
-  each_pack_of<1>(c, [&](int k, int count) {
-    Pack value = load(x + k, count, aligned);
-    const Pack w = load(weight + k, count, aligned), b = load(bias + k, count, aligned);
-#pragma unroll
-    for (int j = 0; j < PACK; j++) value.at[j] = (value.at[j] - mu) * scale * w.at[j] + b.at[j];
-    store(y + k, value, count, aligned);
-  });
-  if (threadIdx.x % 32 == 0) *mean = mu, *rstd = scale;
-}
-
-// The same for rows of whole chunks, at most N of them to a lane (640, 768 and 1280 elements in SDXL): all of a row is on its way at
-// once, and beside it the block's weight and bias to shared memory, so that nothing is asked for after the sums.
-template <int N>
-DEVICE void normalise_kept(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, bool has_row, int c, float eps) {
-  const int place = threadIdx.x % 32 * CHUNK;
-  T *weights = reinterpret_cast<T *>(shared), *biases = weights + c;
-  Chunk in[N];
-  const auto each = [&](auto &&body) {
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if (has_row && i * 32 * CHUNK + place < c) body(in[i], i * 32 * CHUNK + place);
-  };
-  each([&](Chunk &own, int k) { own = chunk_at(x + k); });
-  for (int k = threadIdx.x * CHUNK; k < c; k += THREADS * CHUNK) {
-    copy_async(shared_address(weights + k), weight + k, true);
-    copy_async(shared_address(biases + k), bias + k, true);
-  }
-  copies_commit();
-  float total = 0, spread = 0;
-  each([&](const Chunk &own, int) {
-#pragma unroll
-    for (int j = 0; j < CHUNK; j += 2) total += own.at(j) + own.at(j + 1);
-  });
-  const float mu = warp_sum(total) / float(c);
-  each([&](const Chunk &own, int) {
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-      const float d = own.at(j) - mu;
-      spread += d * d;
-    }
-  });
-  const float scale = 1.f / sqrtf(warp_sum(spread) / float(c) + eps);
-  copies_wait<0>();
-  __syncthreads();
-  each([&](const Chunk &own, int k) {
-    const Chunk w = chunk_at(weights + k), b = chunk_at(biases + k);
-    float value[CHUNK];
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) value[j] = (own.at(j) - mu) * scale * w.at(j) + b.at(j);
-    put_chunk(y + k, value);
-  });
-  if (has_row && threadIdx.x % 32 == 0) *mean = mu, *rstd = scale;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 4) JOIN(layer_norm_forward, DTYPE)(T *y, float *mean, float *rstd, const T *x, const T *weight,
-                                                                                        const T *bias, int rows, int c, float eps) {
-  const int row = own_row();
-  const int64_t first = int64_t(row) * c;
-  if (c % CHUNK == 0 && c <= 768)
-    normalise_kept<768 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
-  else if (c % CHUNK == 0 && c <= 1280)
-    normalise_kept<1280 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
-  else if (row < rows) normalise(y + first, mean + row, rstd + row, x + first, weight, bias, c, eps);
-}
+LAYER_NORM_KERNEL(layer_norm_forward)(LAYER_NORM) { layer_norm(y, mean, rstd, x, weight, bias, rows, c, eps); }
 
 // Layer norm's gradients. A block takes `share` rows, eight at a time: a warp writes dx of each, and then a thread to a pack of columns
 // adds to their sums of dy and of dy times the normalised x, in shared memory, which no other thread touches. They end as
@@ -223,7 +132,7 @@ DEVICE void gradients(T *dx, float *partial, const T *dy, const T *x, const T *w
     });
 }
 #define GRADIENTS T *dx, float *partial, const T *dy, const T *x, const T *weight, const float *mean, const float *rstd, int total, int c, int share
-extern "C" __global__ void __launch_bounds__(THREADS, 4) JOIN(layer_norm_backward_staged, DTYPE)(GRADIENTS) {
+LAYER_NORM_KERNEL(layer_norm_backward_staged)(GRADIENTS) {
   gradients<true>(dx, partial, dy, x, weight, mean, rstd, total, c, share);
 }
 KERNEL(layer_norm_backward_rows)(GRADIENTS) { gradients<false>(dx, partial, dy, x, weight, mean, rstd, total, c, share); }
