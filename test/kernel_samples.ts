@@ -116,10 +116,15 @@ const largeLayers: readonly Layer[] = [
 ];
 // Small tiles with k in splits.
 const layers: readonly Layer[] = [
-  { m: 9, n: 66, k: 1100, activation: 'quick_gelu', extras: ['bias', 'residual'] },
-  { m: 9, n: 40, k: 1100, activation: 'gelu', extras: ['bias', 'residual'] },
-  { m: 5, n: 34, k: 1100, activation: 'gelu', extras: ['bias'] },
-  { m: 7, n: 28, k: 1100, activation: 'silu', extras: ['residual'] },
+  { m: 18, n: 66, k: 1100, activation: 'quick_gelu', extras: ['bias', 'residual'] },
+  { m: 19, n: 40, k: 1100, activation: 'gelu', extras: ['bias', 'residual'] },
+  { m: 17, n: 34, k: 1100, activation: 'gelu', extras: ['bias'] },
+  { m: 20, n: 28, k: 1100, activation: 'silu', extras: ['residual'] },
+  // Few rows, and k for several turns of a lane.
+  { m: 2, n: 5, k: 1544, activation: 'silu', extras: ['bias', 'residual'] },
+  { m: 1, n: 3, k: 2064, activation: 'gelu', extras: ['bias'] },
+  { m: 16, n: 3, k: 1304, activation: 'quick_gelu', extras: ['bias', 'residual'] },
+  { m: 9, n: 6, k: 776, extras: ['residual'] },
   { m: 1100, n: 24, k: 27 },
   { m: 9, n: 1600, k: 27 },
 ];

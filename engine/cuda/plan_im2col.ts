@@ -41,12 +41,10 @@ function columnsOf(from: bigint, g: Geometry, context: PlanContext): Columns {
   const across = divideUp(kh * kw * g.image[2], wide);
   const pixels = pixelsOf(g);
   const at = context.workspace(pixels * across * 16);
-  const args = [at, from, pixels, ...numbersOf(g), across];
-  return {
-    at,
-    padded: across * wide,
-    launches: [walking('im2col', 'im2col', pixels * across, THREADS, args, context)],
-  };
+  // A thread has 8 bytes.
+  const args = [at, from, pixels, ...numbersOf(g), 2 * across];
+  const launches = [walking('im2col', 'im2col', pixels * 2 * across, THREADS, args, context)];
+  return { at, padded: across * wide, launches };
 }
 
 /** The rows of a matrix, padded with zeros. */

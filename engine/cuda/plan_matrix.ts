@@ -195,8 +195,26 @@ export function hopperLaunches(
   ];
 }
 
+const FEW_ROWS = 16;
+const ROW_THREADS = 64; // gemv.cu
+
+/** A launch that reads B once, where A has a few rows, all of whole chunks. */
+function byRows(p: Product, context: PlanContext): KernelLaunch | undefined {
+  const { layout, m, n, k, batch, a, b, activation = 0 } = p;
+  if (layout !== 'nt' || m > FEW_ROWS || batch !== 1 || activation === GEGLU || p.yStride) return undefined;
+  if (p.aStride !== k || p.bStride !== k || !isWhole([k], context) || (a | b) % 16n !== 0n) return undefined;
+  const rows = m <= 2 ? 2 : 8;
+  return {
+    ...{ family: 'gemv', entry: `gemv_${rows}`, block: ROW_THREADS, shared: 0 },
+    grid: [divideUp(n * 32, ROW_THREADS), divideUp(m, rows), 1],
+    args: [p.y, p.sums ?? 0n, a, b, p.bias ?? 0n, p.residual ?? 0n, m, n, k, activation],
+  };
+}
+
 /** The launches of one product, or of a batch of them. */
 export function product(p: Product, context: PlanContext): KernelLaunch[] {
+  const few = byRows(p, context);
+  if (few) return [few];
   const hopper = onHopper(p, context);
   if (hopper) return hopper;
   const { layout, m, k, batch, bias = 0n, residual = 0n, activation = 0, sums } = p;

@@ -29,18 +29,20 @@ DEVICE Pixel pixel_of(const Geometry &g, uint32_t p) {
   return {int(row / g.height), int(row % g.height), int(p % g.width)};
 }
 
-// to[pixels][across * WIDE], zeros behind the last column. A thread has 16 bytes: its columns are counted up in their digits,
-// as divisions are long.
+// to[pixels][across * FEW], zeros behind the last column. A thread has 8 bytes, whose columns are counted up in their digits:
+// divisions are long.
+constexpr int FEW = 8 / sizeof(T);
+
 KERNEL(im2col)(T *to, const T *image, int pixels, GEOMETRY, int across) {
   const Geometry g = GEOMETRY_OF;
   const int low = turned ? kw : channels, middle = turned ? kh : kw, columns = kh * kw * channels;
   for (uint32_t job = blockIdx.x * blockDim.x + threadIdx.x; job < uint32_t(pixels) * across; job += gridDim.x * blockDim.x) {
     const Pixel p = pixel_of(g, job / across);
-    const int first = int(job % across) * WIDE<T>;
+    const int first = int(job % across) * FEW;
     int a = first % low, b = first / low % middle, c = first / low / middle;
-    uint32_t run[4] = {};
+    uint32_t run[2] = {};
 #pragma unroll
-    for (int e = 0; e < WIDE<T>; e++) {
+    for (int e = 0; e < FEW; e++) {
       const int at = first + e < columns ? seen(g, p.n, p.y, p.x, turned ? b : c, turned ? a : b) : -1;
       const T value = image[at < 0 ? 0 : int64_t(at) * channels + (turned ? c : a)];
       run[e * sizeof(T) / 4] |= at < 0 ? 0 : bits_of(value) << e * sizeof(T) % 4 * 8;
@@ -48,7 +50,7 @@ KERNEL(im2col)(T *to, const T *image, int pixels, GEOMETRY, int across) {
       b += a == low, a = a == low ? 0 : a;
       c += b == middle, b = b == middle ? 0 : b;
     }
-    reinterpret_cast<uint4 *>(to)[job] = make_uint4(run[0], run[1], run[2], run[3]);
+    reinterpret_cast<uint2 *>(to)[job] = make_uint2(run[0], run[1]);
   }
 }
 
