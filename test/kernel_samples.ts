@@ -123,6 +123,7 @@ const layers: readonly Layer[] = [
   // Few rows, and k for several turns of a lane.
   { m: 2, n: 5, k: 1544, activation: 'silu', extras: ['bias', 'residual'] },
   { m: 1, n: 3, k: 2064, activation: 'gelu', extras: ['bias'] },
+  { m: 2, n: 7, k: 40 },
   { m: 16, n: 3, k: 1304, activation: 'quick_gelu', extras: ['bias', 'residual'] },
   { m: 9, n: 6, k: 776, extras: ['residual'] },
   { m: 1100, n: 24, k: 27 },
@@ -314,6 +315,8 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one({ inputs: { x: [1, 2900, 20] }, attrs: { axis: 1 } }),
     one({ inputs: { x: [2, 1050, 264] }, attrs: { axis: 1 } }),
     one({ inputs: { x: [3, 900] }, attrs: { axis: 1 } }),
+    one({ inputs: { x: [5, 700] }, attrs: { axis: 1 } }),
+    one({ inputs: { x: [1100] }, attrs: { axis: 0 } }),
   ],
   // More channels than a block holds, rows for every unrolled copy of a loop, and more chunks than a warp has lanes.
   group_norm: [

@@ -76,6 +76,8 @@ KERNEL(col2im)(T *y, const float *sums, const T *bias, const T *shift, const T *
   }
 }
 
+#if !defined(T_FLOAT32) // for Hopper's kernels
+
 // to[n, (h - 1) stride + 1, (w - 1) stride + 1, c] = dy[n, h, w, c], `stride` pixels apart, and zeros between them.
 KERNEL(spread)(T *to, const T *dy, int n, int h, int w, int c, int stride) {
   const int height = (h - 1) * stride + 1, width = (w - 1) * stride + 1, across = c / WIDE<T>;
@@ -89,3 +91,5 @@ KERNEL(spread)(T *to, const T *dy, int n, int h, int w, int c, int stride) {
     reinterpret_cast<uint4 *>(to)[job] = run;
   }
 }
+
+#endif

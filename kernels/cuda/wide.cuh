@@ -25,9 +25,9 @@ template <class S, int N> struct Neighbours {
   }
 };
 template <class S> struct Neighbours<S, 1> {
-  S only;
+  float only;
   __device__ Neighbours() {}
-  __device__ explicit Neighbours(const S *p) : only(*p) {}
-  __device__ void clear_unless(bool kept) { only = kept ? only : S{}; }
-  __device__ float at(int) const { return to_float(only); }
+  __device__ explicit Neighbours(const S *p) : only(to_float(*p)) {}
+  __device__ void clear_unless(bool kept) { only = kept ? only : 0.f; }
+  __device__ float at(int) const { return only; }
 };
