@@ -5,6 +5,7 @@ import type { GpuApi } from '../../engine/cuda/api.ts';
 import type { Bench } from '../virtual-gpu/run_kernel.ts';
 import type { Agree } from './agreement.ts';
 import { arithmeticKernels } from './micro_arithmetic.ts';
+import { gridKernels } from './micro_grids.ts';
 import { hopperKernels } from './micro_hopper.ts';
 import { matrixKernels } from './micro_matrix.ts';
 import { memoryKernels } from './micro_memory.ts';
@@ -24,6 +25,7 @@ export const microKernels = (): MicroKernel[] => [
   ...memoryKernels(),
   ...matrixKernels(),
   ...hopperKernels(),
+  ...gridKernels(),
 ];
 
 /** The instructions of a PTX text, each with all its modifiers. */

@@ -1,7 +1,6 @@
 // Micro-kernels of what sm_90a adds: wgmma of every width that our kernels use, boxes by TMA in each swizzle as they lie in
-// shared memory, stmatrix, programmatic dependent launch; and the kernels of virtual-gpu/kernels/hopper.cu and cluster.cu, where all of it works together.
+// shared memory, stmatrix; and the kernels of virtual-gpu/kernels/hopper.cu and cluster.cu, where all of it works together.
 import { type GpuApi, TensorMapDataType, TensorMapSwizzle } from '../../engine/cuda/api.ts';
-import { packStruct } from '../../engine/cuda/manifest.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import { clusterPtx, runExchange, runMulticast } from '../virtual-gpu/cluster_runs.ts';
 import {
@@ -20,10 +19,10 @@ import { type Agree, sameBits, within } from './agreement.ts';
 import type { MicroKernel } from './micro.ts';
 import { bounds, integers } from './micro_matrix.ts';
 
-const THREADS = 128;
-const onHopper = { group: 'hopper', hopper: true } as const;
+export const THREADS = 128;
+export const onHopper = { group: 'hopper', hopper: true } as const;
 
-const kernel = (parameters: string, registers: string, body: string) => `.version 8.0
+export const kernel = (parameters: string, registers: string, body: string) => `.version 8.0
 .target sm_90a
 .address_size 64
 .visible .entry op(${parameters})
@@ -263,48 +262,6 @@ const stmatrix = (trans: string): MicroKernel => {
   return { ...onHopper, name: `stmatrix.x4${trans}`, ptx, run, agree: sameBits('u16') };
 };
 
-// Programmatic dependent launch
-
-/** Rows of threads read what other blocks of the launch before wrote, and take their time before they write. */
-const CHAIN = { blocks: 256, launches: 8, shift: 1000 };
-const WORDS = CHAIN.blocks * THREADS;
-
-const chainPtx = kernel(
-  '.param .u64 to, .param .u64 from, .param .u32 step',
-  '',
-  `griddepcontrol.launch_dependents;
-ld.param.u64 %to, [to]; ld.param.u64 %from, [from]; ld.param.u32 %n, [step];
-mov.u32 %b, %ctaid.x; mad.lo.s32 %x, %b, ${THREADS}, %t; add.s32 %y, %x, ${CHAIN.shift}; and.b32 %y, %y, ${WORDS - 1};
-mul.wide.u32 %o, %x, 4; add.s64 %to, %to, %o; mul.wide.u32 %o, %y, 4; add.s64 %from, %from, %o;
-griddepcontrol.wait;
-ld.global.u32 %r1, [%from]; mad.lo.s32 %r1, %r1, 3, %n; nanosleep.u32 2000; st.global.u32 [%to], %r1;`,
-);
-
-/** Launches to and fro between two buffers, each of which may begin while the one before runs; as they come, or from a graph. */
-function chain(how: 'launched' | 'replayed'): MicroKernel {
-  const run = (bench: Bench<GpuApi>) => {
-    const { gpu } = bench;
-    const stream = gpu.cuStreamCreate(1);
-    const buffers = [1, 2].map((seed) => bench.give(Int32Array.from(integers(WORDS, seed))));
-    const op = gpu.cuModuleGetFunction(gpu.cuModuleLoadData(chainPtx), 'op');
-    gpu.cuCtxSynchronize();
-    if (how === 'replayed') gpu.cuStreamBeginCapture(stream);
-    for (let step = 0; step < CHAIN.launches; step++) {
-      const parameters = packStruct('ppi', [buffers[(step + 1) % 2], buffers[step % 2], step]).subarray(
-        0,
-        20,
-      );
-      const [grid, block] = [CHAIN.blocks, THREADS].map((x) => [x, 1, 1] as const);
-      gpu.cuLaunchKernel(op, grid, block, 0, stream, parameters, [0, 8, 16], { programmatic: true });
-    }
-    if (how === 'replayed') gpu.cuGraphLaunch(gpu.cuGraphInstantiate(gpu.cuStreamEndCapture(stream)), stream);
-    gpu.cuStreamSynchronize(stream);
-    return bench.bytes(buffers[CHAIN.launches % 2], WORDS * 4);
-  };
-  const name = `programmatic dependent launch, ${how}`;
-  return { ...onHopper, name, ptx: chainPtx, run, agree: sameBits('u32') };
-}
-
 // Whole kernels
 
 /**
@@ -404,8 +361,6 @@ export const hopperKernels = (): MicroKernel[] => [
   // A store that begins below zero was an illegal instruction on an H200.
   box('load', 'B128', 64, [-8, -3, -1]),
   bulkLoad(),
-  chain('launched'),
-  chain('replayed'),
   stmatrix(''),
   stmatrix('.trans'),
   ...wholeKernels(),

@@ -278,7 +278,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       state.dynamicLimit = value;
     },
     cuLaunchKernel(handle, grid, block, sharedBytes, stream, parameters, offsets, attributes = {}) {
-      const { cluster = 1, programmatic = false } = attributes;
+      const { cluster = 1, programmatic } = attributes;
       const { kernel, dynamicLimit } = find<KernelState>('cuLaunchKernel', 'kernel', handle);
       const refuse = (detail: string): never => {
         throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', `${kernel.source.name}: ${detail}`);
@@ -300,8 +300,8 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         throw new GpuReport('launch', `kernel ${name} takes ${own.length} parameters, not ${offsets.length}`);
       if (cluster > 1 && (major < 9 || cluster > 8 || grid[0] % cluster))
         refuse(`clusters of ${cluster} blocks in a grid [${grid}]`);
-      if (programmatic && driverVersion < PROGRAMMATIC_LAUNCH && streamOf('cuLaunchKernel', stream).captured)
-        throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuLaunchKernel', 'programmatic, in a capture');
+      const uncapturable = programmatic && driverVersion < PROGRAMMATIC_LAUNCH;
+      if (uncapturable && streamOf('cuLaunchKernel', stream).captured) refuse('programmatic in a capture');
       const warps = Math.ceil(threads / 32) * cluster;
       if (warps > mostWarps) refuse(`the virtual GPU runs ${mostWarps} warps together, not ${warps}`);
       if (warps * kernel.flow.planes * 32 > m.registers.length) refuse('too many registers');
