@@ -1,7 +1,7 @@
 // The registry's ops one by one, at the shapes that a preset's models give them: each model is walked once on a device
 // that only notes what it is asked, and every distinct call is then timed alone on random numbers.
 import type { Device, Direction } from '../engine/device.ts';
-import { type OpRecord, registry, type Tensors } from '../engine/op.ts';
+import { isComputed, type OpRecord, registry, type Tensors } from '../engine/op.ts';
 import { profiled, standInDevice } from '../engine/profile.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
@@ -100,7 +100,8 @@ export function prepareCase(
   if (direction === 'backward') {
     made.dy = unscoped(() => randomInput(made.y, device));
     for (const [name, { shape, dtype }] of Object.entries(inputs))
-      if (isFloat(dtype)) made[`d${name}`] = unscoped(() => empty(shape, { device, dtype }));
+      if (isFloat(dtype) && isComputed(record, name))
+        made[`d${name}`] = unscoped(() => empty(shape, { device, dtype }));
   }
   return {
     once: () => stopwatch(() => run(direction), device),

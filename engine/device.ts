@@ -28,8 +28,8 @@ export interface Device {
   executeAll(calls: readonly Call[]): void;
   /** Runs `fn`, and its ops together where none needs another's result: what it returns is there when it returns. */
   together<R>(fn: () => R): R;
-  /** target += source, in place, for gradients that reach a tensor twice. */
-  accumulate(target: Tensor, source: Tensor): void;
+  /** sum = a + b, for gradients that reach a tensor twice; sum may be one of them. */
+  add(sum: Tensor, a: Tensor, b: Tensor): void;
   /** `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone. */
   step(fn: () => Tensor): Step;
 }
@@ -138,9 +138,9 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
       for (const [symbol, list] of bySymbol) launches.launchAll(symbol, list);
     },
     together: (fn) => launches.gather(fn),
-    accumulate(target, source) {
-      const y = target.block.address;
-      launches.launch(`add_forward_${target.dtype}`, [y, y, source.block.address, target.size]);
+    add(sum, a, b) {
+      const addresses = [sum, a, b].map(({ block }) => block.address);
+      launches.launch(`add_forward_${sum.dtype}`, [...addresses, sum.size]);
     },
   };
 }
@@ -174,11 +174,12 @@ function referenceDevice(): Device {
         if (written && !isView(t)) storeNumbers(t, arrays[name].data);
       }
     },
-    accumulate(target, source) {
-      const sum = hostFloats(target);
-      const more = hostFloats(source);
-      for (let i = 0; i < sum.length; i++) sum[i] += more[i];
-      if (!isView(target)) storeNumbers(target, sum);
+    add(sum, a, b) {
+      const [left, right] = [hostFloats(a), hostFloats(b)];
+      storeNumbers(
+        sum,
+        left.map((x, i) => x + right[i]),
+      );
     },
   };
 }

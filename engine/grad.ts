@@ -1,8 +1,9 @@
 // Reverse-mode differentiation: a tape of nodes, each holding the op, what it saved and its input nodes. Gradients are
-// summed in the order the tape is walked (newest op first), so a run repeats bit for bit.
+// summed in the order the tape is walked (newest op first), so a run repeats bit for bit. What an op adds as it is (a residual)
+// has dy for its gradient, the same storage: nothing is summed in place that another node holds too.
 import type { OpRecord, Tensors } from './op.ts';
 import { keep, onFailure, scope } from './scope.ts';
-import { empty, type Tensor, tensor } from './tensor.ts';
+import { empty, type Tensor, tensor, zeros } from './tensor.ts';
 
 let recording = true;
 let sequence = 0;
@@ -58,12 +59,15 @@ export class Node {
     onFailure(() => node.spend());
     const { device, shape } = outputs.y;
     node.#pull = (dy) => {
-      const gradients = node.edges.map(({ spec }) => empty(spec.shape, { device, dtype: spec.dtype }));
-      const all: Tensors = { ...saved, dy: dy.reshape(...shape) };
-      node.edges.forEach(({ name }, i) => {
-        all[`d${name}`] = gradients[i];
+      const computed: Tensors = {};
+      const gradients = node.edges.map(({ name, spec }) => {
+        if (record.passes?.includes(name)) return dy.handle(spec.shape);
+        const gradient = empty(spec.shape, { device, dtype: spec.dtype });
+        computed[`d${name}`] = gradient;
+        return gradient;
       });
-      device.execute(record, 'backward', all, attrs);
+      if (Object.keys(computed).length > 0)
+        device.execute(record, 'backward', { ...saved, dy: dy.reshape(...shape), ...computed }, attrs);
       return gradients;
     };
     return node;
@@ -120,7 +124,8 @@ export function backward(output: Tensor, dy?: Tensor): void {
   noGrad(() =>
     scope(() => {
       accumulate(root, dy ?? ones(output));
-      for (const node of newestFirst(root)) {
+      const nodes = newestFirst(root);
+      for (const node of nodes) {
         if (node.isLeaf) continue;
         const edges = node.edges;
         scope(() => {
@@ -130,13 +135,30 @@ export function backward(output: Tensor, dy?: Tensor): void {
         });
         node.spend();
       }
+      for (const node of nodes) if (node.isLeaf) own(node);
     }),
   );
 }
 
-function accumulate(node: Node, gradient: Tensor): void {
-  if (node.grad) gradient.device.accumulate(node.grad, gradient);
-  else node.grad = keep(gradient.handle());
+/** Adds to a node's gradient, in place where the storage is the node's alone. */
+function accumulate(node: Node, more: Tensor): void {
+  const { grad } = node;
+  if (!grad) node.grad = keep(more.handle());
+  else if (grad.isShared) replace(node, grad, more);
+  else grad.device.add(grad, grad, more);
+}
+
+/** A leaf's gradient outlives the walk, and whoever reads it may change it. */
+function own(leaf: Node): void {
+  const { grad } = leaf;
+  if (grad?.isShared) replace(leaf, grad, zeros(grad.shape, grad));
+}
+
+function replace(node: Node, grad: Tensor, more: Tensor): void {
+  const sum = keep(empty(grad.shape, grad));
+  grad.device.add(sum, grad, more);
+  node.grad = sum;
+  grad.release();
 }
 
 function ones(like: Tensor): Tensor {

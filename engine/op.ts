@@ -41,6 +41,8 @@ export interface OpRecord<A> {
   outputs(inputs: Tensors, attrs: A): Record<string, Spec>;
   /** Inputs and outputs that backward reads, besides `dy`. */
   readonly saves: readonly string[];
+  /** Inputs that are added to the result as they are: their gradient is dy, which backward does not copy. */
+  readonly passes?: readonly string[];
   /** The tensor whose dtype names the kernel, where it is not the main input. */
   readonly storage?: string;
   /** Floating-point operations of forward, a multiply-add counted as two; only the matrix families count theirs. */
@@ -48,7 +50,7 @@ export interface OpRecord<A> {
   /** Inputs that forward changes in place: a step of an optimizer. Such an op runs by update() and has no gradient. */
   readonly updates?: readonly string[];
   forward(t: Tensors, attrs: A, launch: Launch): void;
-  /** Fills every `d<input>` that is present. Absent where an op has no gradient. */
+  /** Fills every `d<input>` that is present, those of `passes` apart. Absent where an op has no gradient. */
   backward?(t: Tensors, attrs: A, launch: Launch): void;
   readonly reference: {
     forward(t: RefTensors, attrs: A): void;
@@ -56,6 +58,10 @@ export interface OpRecord<A> {
   };
   readonly samples: readonly Sample<A>[];
 }
+
+/** Whether backward computes this input's gradient. */
+export const isComputed = ({ passes }: Pick<OpRecord<unknown>, 'passes'>, input: string): boolean =>
+  !passes?.includes(input);
 
 /** An op's forward over tensors that are all there. */
 export interface Call {

@@ -57,7 +57,7 @@ export function standInDevice(): Device {
     together: (fn) => fn(),
     execute() {},
     executeAll() {},
-    accumulate() {},
+    add() {},
   };
 }
 

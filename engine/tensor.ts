@@ -57,6 +57,11 @@ export class Tensor {
     return this.size * bytesPerElement[this.dtype];
   }
 
+  /** Whether another handle is on the same storage. */
+  get isShared(): boolean {
+    return this.#storage.references > 1;
+  }
+
   get requiresGrad(): boolean {
     return this.node !== undefined;
   }

@@ -2,7 +2,7 @@
 // backward the outputs that the kernels themselves saved. So what is measured is what the kernels add, not what storage had
 // already lost, and the reference rounds nothing.
 import type { Device } from '../engine/device.ts';
-import { type RefTensors, registry, update, updateOf } from '../engine/op.ts';
+import { isComputed, type RefTensors, registry, update, updateOf } from '../engine/op.ts';
 import { fromE4m3 } from '../engine/ops/fp8.ts';
 import { scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
@@ -31,6 +31,10 @@ function typeOf(sample: AnySample, name: string, dtype: FloatDType): DType {
   const plain = ['t', 'weights'].includes(name);
   return sample.dtypes?.[name] ?? (sample.ints?.[name] ? 'int32' : plain ? 'float32' : dtype);
 }
+
+/** Inputs whose gradients kernels compute. */
+const computed = (record: AnyRecord, sample: AnySample) =>
+  differentiable(record, sample).filter((name) => isComputed(record, name));
 
 const slopes = (count: number): Float64Array => values(count, 99);
 
@@ -63,7 +67,7 @@ export function runKernels(
     for (let place = 0; place < together; place++) beside(device, record, sample, all, place, together);
     const gradients: Record<string, Tensor> = {};
     if (record.backward) {
-      for (const name of differentiable(record, sample))
+      for (const name of computed(record, sample))
         gradients[`d${name}`] = empty(inputs[name].shape, inputs[name]);
       const saved = Object.fromEntries(
         record.saves.filter((name) => name in all).map((name) => [name, all[name]]),
@@ -160,7 +164,7 @@ export function runExactly(
   record.reference.forward({ ...inputs, ...outputs }, sample.attrs);
   const gradients: RefTensors = {};
   if (record.reference.backward) {
-    for (const name of differentiable(record, sample))
+    for (const name of computed(record, sample))
       gradients[`d${name}`] = { shape: inputs[name].shape, data: new Float64Array(inputs[name].data.length) };
     const saved: RefTensors = {};
     for (const name of record.saves)

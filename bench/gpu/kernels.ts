@@ -1,7 +1,7 @@
 // One op of the registry timed on a GPU at a model's shape, forward or backward, and held once against the same op in float32.
 import type { Direction } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
-import type { Tensors } from '../../engine/op.ts';
+import { isComputed, type Tensors } from '../../engine/op.ts';
 import { mse } from '../../engine/ops/loss.ts';
 import { cast } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
@@ -52,7 +52,7 @@ export function prepare(
     run(gpu, op, 'forward', made);
     made.dy = buffers.random(made.y);
     for (const [name, spec] of Object.entries(inputs))
-      if (isFloat(spec.dtype)) made[`d${name}`] = buffers.empty(spec);
+      if (isFloat(spec.dtype) && isComputed(record, name)) made[`d${name}`] = buffers.empty(spec);
   }
   return made;
 }

@@ -24,6 +24,7 @@ function binary(name: string, { f, da, db, linear }: Binary): (a: Tensor, b: Ten
       return { y: { shape: t.a.shape, dtype: sameFloat(name, t, 'a', 'b') } };
     },
     saves: linear ? [] : ['a', 'b'],
+    passes: (['a', 'b'] as const).filter((name) => linear?.[`d${name}`] === 1),
     forward: (t, _, launch) => launch(`${name}_forward`, [t.y, t.a, t.b, t.a.size]),
     backward(t, _, launch) {
       if (!linear) return launch(`${name}_backward`, [t.da, t.db, t.dy, t.a, t.b, t.dy.size]);

@@ -52,6 +52,7 @@ const convOp = defineOp<ConvAttrs>({
     };
   },
   saves: ['x', 'skip', 'weight'],
+  passes: ['residual'],
   flops({ x, weight }, attrs) {
     const { n, oh, ow } = dims(x.shape, weight.shape, attrs);
     return 2 * n * oh * ow * weight.size;
@@ -81,7 +82,6 @@ const convOp = defineOp<ConvAttrs>({
     }
     if (t.dbias) launch('sum_forward', [t.dbias, t.dy, 1, n * oh * ow, o]);
     if (t.dshift) launch('sum_forward', [t.dshift, t.dy, n, oh * ow, o]);
-    if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
   },
   reference: {
     forward: (tensors, attrs) =>

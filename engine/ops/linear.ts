@@ -85,6 +85,7 @@ const linearOp = defineOp<None>({
     },
   }),
   saves: ['x', 'weight'],
+  passes: ['residual'],
   flops: ({ x, weight }) => 2 * x.size * weight.shape[0],
   forward: (t, _, launch) => launchLinear(t, 'none', launch),
   backward(t, _, launch) {
@@ -92,7 +93,6 @@ const linearOp = defineOp<None>({
     if (t.dx) launch('linear_backward_x', [t.dx, t.dy, t.weight, m, n, k]);
     if (t.dweight) launch('linear_backward_weight', [t.dweight, t.dy, t.x, m, n, k]);
     if (t.dbias) launch('sum_forward', [t.dbias, t.dy, 1, m, n]);
-    if (t.dresidual) launch('scale_forward', [t.dresidual, t.dy, t.dy.size, 1, 0]);
   },
   reference: {
     forward: (t) => linearReference(t, 'none'),
