@@ -196,17 +196,16 @@ export function hopperLaunches(
 }
 
 const FEW_ROWS = 16;
-const ROW_THREADS = 64; // gemv.cu
+const ROWS_TOGETHER = 4; // gemv.cu
 
 /** A launch that reads B once, where A has a few rows, all of whole chunks. */
 function byRows(p: Product, context: PlanContext): KernelLaunch | undefined {
   const { layout, m, n, k, batch, a, b, activation = 0 } = p;
   if (layout !== 'nt' || m > FEW_ROWS || batch !== 1 || activation === GEGLU || p.yStride) return undefined;
   if (p.aStride !== k || p.bStride !== k || !isWhole([k], context) || (a | b) % 16n !== 0n) return undefined;
-  const rows = m <= 2 ? 2 : 8;
   return {
-    ...{ family: 'gemv', entry: `gemv_${rows}`, block: ROW_THREADS, shared: 0 },
-    grid: [divideUp(n * 32, ROW_THREADS), divideUp(m, rows), 1],
+    ...{ family: 'gemv', entry: 'gemv', block: 128, shared: 0 },
+    grid: [n, divideUp(m, ROWS_TOGETHER), 1],
     args: [p.y, p.sums ?? 0n, a, b, p.bias ?? 0n, p.residual ?? 0n, m, n, k, activation],
   };
 }

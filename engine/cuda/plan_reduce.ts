@@ -77,23 +77,15 @@ function sumPlan(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   if (outer * inner === 0) return [];
   const { width, blocks, length } = columnCut(outer, axis, inner, context.elementBytes);
   const chunks = divideUp(axis, Math.max(length, 1));
-  const shape = [outer, axis, inner, length, width];
-  if (chunks <= 1) return [block('reduce', 'sum_columns', [blocks, 1], 0, [y, x, ...shape])];
+  const launch = (entry: string, grid: readonly [number, number], args: LaunchArguments) =>
+    block('reduce', entry, grid, 0, args);
   const columns = outer * inner;
-  const partial = context.workspace(chunks * columns * FLOAT);
+  const partial = chunks > 1 ? context.workspace(chunks * columns * FLOAT) : 0n;
+  const shape = [outer, axis, inner, length, width];
+  const first = launch('sum_columns', [blocks, Math.max(chunks, 1)], [y, partial, x, ...shape]);
+  if (chunks <= 1) return [first];
   const last = columnCut(1, chunks, columns, FLOAT);
-  return [
-    block('reduce', 'sum_columns_partial', [blocks, chunks], 0, [partial, x, ...shape]),
-    block('reduce', 'sum_columns_finish', [last.blocks, 1], 0, [
-      y,
-      partial,
-      1,
-      chunks,
-      columns,
-      chunks,
-      last.width,
-    ]),
-  ];
+  return [first, launch('sum_columns_finish', [last.blocks, 1], [y, partial, chunks, columns, last.width])];
 }
 
 function lossPlan(name: string, signature: string): [string, Plan] {

@@ -1,34 +1,34 @@
 // y = activation(x w^T + bias) + residual for a few rows of x, as the time embedding has: all there is to do is to read w once.
-// A warp takes one row of w and ROWS rows of x, AHEAD times 16 bytes of each a lane on their way at once, and what the epilogue
-// adds as well. With `sums` the plain sums go there instead.
+// A block takes one row of w and ROWS rows of x; a thread has AHEAD times 16 bytes of each on their way at once, and what the
+// epilogue adds as well. Few threads to many blocks, so that 320 rows of w fill a large device. With `sums` the plain sums go
+// there instead.
 #include "gemm.cuh"
 #include "wide.cuh"
 
-constexpr int ROW_THREADS = 64; // so that 320 rows of w are blocks enough for a large device
+constexpr int COUNT = 128, ROWS = 4, AHEAD = 2;
 
-template <int ROWS, int AHEAD>
-DEVICE void gemv(T *y, float *sums, const T *x, const T *w, const T *bias, const T *residual, int m, int n, int k, int activation) {
+KERNEL_OF(COUNT, gemv)(T *y, float *sums, const T *x, const T *w, const T *bias, const T *residual, int m, int n, int k, int activation) {
   typedef Neighbours<T, WIDE<T>> Run;
-  const int lane = threadIdx.x % 32, column = (blockIdx.x * ROW_THREADS + threadIdx.x) / 32, first = blockIdx.y * ROWS, row = first + lane;
-  if (column >= n) return;
-  const bool own = lane < ROWS && row < m;
+  __shared__ float parts[COUNT / 32][ROWS];
+  const int column = blockIdx.x, first = blockIdx.y * ROWS, lane = threadIdx.x % 32, row = first + threadIdx.x;
+  const bool own = threadIdx.x < ROWS && row < m;
   const int64_t place = int64_t(row) * n + column;
   const float added = own && bias != nullptr ? to_float(bias[column]) : 0.f, more = own && residual != nullptr ? to_float(residual[place]) : 0.f;
   w += int64_t(column) * k;
   float total[ROWS] = {};
 #pragma unroll 1
-  for (int start = lane * WIDE<T>; start < k; start += AHEAD * 32 * WIDE<T>) {
+  for (int start = threadIdx.x * WIDE<T>; start < k; start += AHEAD * COUNT * WIDE<T>) {
     Run right[AHEAD], left[AHEAD][ROWS];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      const int at = min(start + i * 32 * WIDE<T>, k - WIDE<T>);
+      const int at = min(start + i * COUNT * WIDE<T>, k - WIDE<T>);
       right[i] = Run(w + at);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) left[i][r] = Run(x + int64_t(min(first + r, m - 1)) * k + at);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      if (start + i * 32 * WIDE<T> >= k) break;
+      if (start + i * COUNT * WIDE<T> >= k) break;
 #pragma unroll
       for (int j = 0; j < WIDE<T>; j++) {
         const float factor = right[i].at(j);
@@ -37,22 +37,16 @@ DEVICE void gemv(T *y, float *sums, const T *x, const T *w, const T *bias, const
       }
     }
   }
-  float value = 0;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const float all = warp_sum(total[r]);
-    value = lane == r ? all : value;
+    total[r] = warp_sum(total[r]);
+    if (lane == r) parts[threadIdx.x / 32][r] = total[r];
   }
+  __syncthreads();
   if (!own) return;
+  float value = 0;
+#pragma unroll
+  for (int part = 0; part < COUNT / 32; part++) value += parts[part][threadIdx.x];
   if (sums != nullptr) sums[place] = value;
   else y[place] = from_float<T>(activate(value + added, 0.f, activation) + more);
 }
-
-#define GEMV(rows, ahead) \
-  KERNEL_OF(ROW_THREADS, gemv_##rows)(T *y, float *sums, const T *x, const T *w, const T *bias, const T *residual, int m, int n, int k, \
-                                      int activation) { \
-    gemv<rows, ahead>(y, sums, x, w, bias, residual, m, n, k, activation); \
-  }
-
-GEMV(2, 6)
-GEMV(8, 2)

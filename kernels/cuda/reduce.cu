@@ -25,12 +25,19 @@ KERNEL(sum_rows_partial)(float *partial, const T *x, int outer, int axis, int le
 
 KERNEL(sum_rows_finish)(T *y, const float *partial, int outer, int chunks) { sum_rows(y, partial, outer, chunks, chunks, 1); }
 
-// Of columns: y[chunk, o, i] = the sum of x[o, start .. start + length, i]. A block has `width` runs of N neighbours side by
+// Of columns: y[o, i] = the sum of x[o, .., i], or partial[chunk, o, i] that of rows start .. start + length. A block has `width` runs of N neighbours side by
 // side, and its other threads are lanes that take every so many-th row, AHEAD of them on their way at a time. Rows past the
 // end are the last one again, as a zero. Lanes are joined pair by pair.
 constexpr int AHEAD = 8;
 
-template <int N, class Out, class In> DEVICE void sum_columns(Out *y, const In *x, int outer, int axis, int inner, int length, int width) {
+template <class Out, int N> DEVICE void store_run(Out *to, const float (&run)[N]) {
+  if constexpr (N == 1) *to = from_float<Out>(run[0]);
+  else
+#pragma unroll
+    for (int j = 0; j < N; j += PACK) store(to + j, Pack{{run[j], run[j + 1], run[j + 2], run[j + 3]}}, PACK);
+}
+
+template <int N, class In> DEVICE void sum_columns(T *y, float *partial, const In *x, int outer, int axis, int inner, int length, int width) {
   __shared__ float scratch[N][THREADS];
   const uint32_t across = inner / N, runs = outer * across, run = blockIdx.x * width + threadIdx.x % width;
   const int lane = threadIdx.x / width, lanes = THREADS / width, start = blockIdx.y * length;
@@ -60,22 +67,20 @@ template <int N, class Out, class In> DEVICE void sum_columns(Out *y, const In *
       for (int j = 0; j < N; j++) total[j] += scratch[j][threadIdx.x + half * width];
   }
   if (lane > 0 || run >= runs) return;
-  Out *to = y + (blockIdx.y * runs + run) * N;
-  if constexpr (N == 1) *to = from_float<Out>(total[0]);
-  else
-#pragma unroll
-    for (int j = 0; j < N; j += PACK) store(to + j, Pack{{total[j], total[j + 1], total[j + 2], total[j + 3]}}, PACK);
+  const uint32_t place = (blockIdx.y * runs + run) * N;
+  if (partial != nullptr) store_run(partial + place, total);
+  else store_run(y + place, total);
 }
 
-#define SUM_COLUMNS(name, Out, In) \
-  KERNEL(name)(Out *y, const In *x, int outer, int axis, int inner, int length, int width) { \
-    if (inner % WIDE<In> == 0) sum_columns<WIDE<In>>(y, x, outer, axis, inner, length, width); \
-    else sum_columns<1>(y, x, outer, axis, inner, length, width); \
-  }
+KERNEL(sum_columns)(T *y, float *partial, const T *x, int outer, int axis, int inner, int length, int width) {
+  if (inner % WIDE<T> == 0) sum_columns<WIDE<T>>(y, partial, x, outer, axis, inner, length, width);
+  else sum_columns<1>(y, partial, x, outer, axis, inner, length, width);
+}
 
-SUM_COLUMNS(sum_columns, T, T)
-SUM_COLUMNS(sum_columns_partial, float, T)
-SUM_COLUMNS(sum_columns_finish, T, float)
+KERNEL(sum_columns_finish)(T *y, const float *partial, int chunks, int columns, int width) {
+  if (columns % WIDE<float> == 0) sum_columns<WIDE<float>>(y, nullptr, partial, 1, chunks, columns, chunks, width);
+  else sum_columns<1>(y, nullptr, partial, 1, chunks, columns, chunks, width);
+}
 
 KERNEL(broadcast_forward)(T *y, const T *x, int outer, int axis, int inner) {
   const bool aligned = inner % PACK == 0;
