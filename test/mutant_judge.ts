@@ -28,7 +28,7 @@ const opsOf: Record<string, readonly string[]> = {
   conv2d: ['conv2d'],
   fp8: ['fp8_scale', 'to_fp8', 'linear_fp8'],
   gemm: ['linear', 'linear_activated', 'matmul'],
-  gemv: ['linear'],
+  gemv: ['linear', 'linear_activated'],
   group_norm: ['group_norm'],
   move: ['permute'],
   norm: ['group_norm', 'layer_norm', 'softmax'],
