@@ -22,7 +22,10 @@ const u32 = new Uint32Array(f32.buffer);
 /** float32 → bfloat16 bits, nearest even; NaN stays a quiet NaN. */
 export function toBfloat16(value: number): number {
   f32[0] = value;
-  const bits = u32[0];
+  return roundedToBfloat16(u32[0]);
+}
+
+function roundedToBfloat16(bits: number): number {
   if ((bits & 0x7fffffff) > 0x7f800000) return (bits >>> 16) | 0x40;
   return ((bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16) & 0xffff;
 }
@@ -62,16 +65,23 @@ export function fromFloat16(bits: number): number {
   return sign * (1 + significand / 1024) * 2 ** (exponent - 15);
 }
 
+let halves: Float32Array | undefined;
+/** Every float16 by its bits: to take it apart costs ten times a look. */
+const allFloat16 = (): Float32Array =>
+  (halves ??= Float32Array.from({ length: 2 ** 16 }, (_, bits) => fromFloat16(bits)));
+
 /** The elements of raw little-endian `bytes` as float32 numbers (int64 beyond 2^24 loses precision). */
 export function decodeFloats(bytes: Uint8Array, dtype: DType): Float32Array {
   const count = bytes.byteLength / bytesPerElement[dtype];
-  const out = new Float32Array(count);
   const raw = typedView(bytes, dtype);
+  if (raw instanceof Float32Array) return raw.slice();
+  const out = new Float32Array(count);
   if (dtype === 'bfloat16') {
     const target = new Uint32Array(out.buffer);
     for (let i = 0; i < count; i++) target[i] = (raw[i] as number) << 16;
   } else if (dtype === 'float16') {
-    for (let i = 0; i < count; i++) out[i] = fromFloat16(raw[i] as number);
+    const all = allFloat16();
+    for (let i = 0; i < count; i++) out[i] = all[raw[i] as number];
   } else {
     for (let i = 0; i < count; i++) out[i] = Number(raw[i]);
   }
@@ -83,8 +93,11 @@ export function encodeNumbers(values: ArrayLike<number>, dtype: DType): Uint8Arr
   const bytes = new Uint8Array(values.length * bytesPerElement[dtype]);
   const out = typedView(bytes, dtype);
   if (out instanceof BigInt64Array) for (let i = 0; i < values.length; i++) out[i] = BigInt(values[i]);
-  else if (dtype === 'bfloat16') for (let i = 0; i < values.length; i++) out[i] = toBfloat16(values[i]);
-  else if (dtype === 'float16') for (let i = 0; i < values.length; i++) out[i] = toFloat16(values[i]);
+  else if (dtype === 'bfloat16') {
+    const singles = values instanceof Float32Array ? values : Float32Array.from(values);
+    const bits = new Uint32Array(singles.buffer, singles.byteOffset, singles.length);
+    for (let i = 0; i < bits.length; i++) out[i] = roundedToBfloat16(bits[i]);
+  } else if (dtype === 'float16') for (let i = 0; i < values.length; i++) out[i] = toFloat16(values[i]);
   else for (let i = 0; i < values.length; i++) out[i] = values[i];
   return bytes;
 }

@@ -6,7 +6,7 @@ import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, tensor } from '../engine/tensor.ts';
-import type { FloatDType } from '../io/dtype.ts';
+import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
 import { channelsLast, guide, toHost } from './latents.ts';
@@ -75,9 +75,8 @@ export function openDenoiser(
   const pass = device.step(() => noGrad(() => unet(sample, { times, step }, conditioning)));
   return {
     predict(x, i) {
-      const doubled = guided ? new Float32Array(2 * x.length) : x;
-      if (guided) for (const at of [0, x.length]) doubled.set(x, at);
-      sample.set(channelsLast({ shape: [rows, c, h, w], data: doubled }));
+      const bytes = encodeNumbers(channelsLast({ shape, data: x }), dtype);
+      for (let at = 0; at < sample.byteLength; at += bytes.length) sample.upload(bytes, at);
       step.set([i]);
       const { data } = pass.run(toHost);
       return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;

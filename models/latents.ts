@@ -22,9 +22,11 @@ export function toDevice(latents: Latents, device: Device, dtype: FloatDType): T
 /** [n, c, h, w] numbers in the order [n, h, w, c]. */
 export function channelsLast({ shape: [n, c, h, w], data }: Latents): Float32Array {
   const out = new Float32Array(data.length);
-  for (let i = 0; i < n; i++)
-    for (let k = 0; k < c; k++)
-      for (let p = 0; p < h * w; p++) out[(i * h * w + p) * c + k] = data[(i * c + k) * h * w + p];
+  const pixels = h * w;
+  for (let plane = 0; plane < n * c; plane++) {
+    let at = Math.floor(plane / c) * pixels * c + (plane % c);
+    for (let from = plane * pixels; from < (plane + 1) * pixels; from++, at += c) out[at] = data[from];
+  }
   return out;
 }
 
@@ -33,9 +35,11 @@ export function toHost(t: Tensor): Latents {
   const [n, h, w, c] = t.shape;
   const values = t.floats();
   const data = new Float32Array(values.length);
-  for (let i = 0; i < n; i++)
-    for (let k = 0; k < c; k++)
-      for (let p = 0; p < h * w; p++) data[(i * c + k) * h * w + p] = values[(i * h * w + p) * c + k];
+  const pixels = h * w;
+  for (let plane = 0; plane < n * c; plane++) {
+    let from = Math.floor(plane / c) * pixels * c + (plane % c);
+    for (let at = plane * pixels; at < (plane + 1) * pixels; at++, from += c) data[at] = values[from];
+  }
   return { shape: [n, c, h, w], data };
 }
 
@@ -100,7 +104,8 @@ export function guide(
 ): Float32Array {
   const half = both.length / 2;
   const [uncond, text] = [both.subarray(0, half), both.subarray(half)];
-  const out = uncond.map((u, i) => Math.fround(u + guidanceScale * Math.fround(text[i] - u)));
+  const out = new Float32Array(half);
+  for (let i = 0; i < half; i++) out[i] = uncond[i] + guidanceScale * Math.fround(text[i] - uncond[i]);
   if (guidanceRescale > 0) {
     const size = half / images;
     for (let i = 0; i < images; i++) {

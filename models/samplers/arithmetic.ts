@@ -11,9 +11,26 @@ export type Term = readonly [weight: number, values: Float32Array];
 /** sum of weight * values, element by element; a term of weight 0 is left out, so it may hold infinities. */
 export function combine(...terms: Term[]): Float32Array {
   const used = terms.filter(([weight]) => weight !== 0);
-  const total = new Float64Array(terms[0][1].length);
-  for (const [weight, values] of used) for (let i = 0; i < total.length; i++) total[i] += weight * values[i];
-  return Float32Array.from(total);
+  const { length } = terms[0][1];
+  if (used.length === 1) return times(used[0], length);
+  if (used.length === 2) return sumOfTwo(used[0], used[1], length);
+  const total = new Float64Array(length);
+  for (const [weight, values] of used) for (let i = 0; i < length; i++) total[i] += weight * values[i];
+  return new Float32Array(total);
+}
+
+// The same without a float64 array between: most steps are made of such sums, and a GPU waits for them.
+
+function times([weight, values]: Term, length: number): Float32Array {
+  const product = new Float32Array(length);
+  for (let i = 0; i < length; i++) product[i] = 0 + weight * values[i];
+  return product;
+}
+
+function sumOfTwo([v, a]: Term, [w, b]: Term, length: number): Float32Array {
+  const sum = new Float32Array(length);
+  for (let i = 0; i < length; i++) sum[i] = 0 + v * a[i] + w * b[i];
+  return sum;
 }
 
 /** x_0 clamped to the configured range, where the config asks for it (pixel-space models do; SDXL's does not). */
