@@ -110,6 +110,9 @@ export function openCudaLibrary(path = libraryName): GpuApi {
   // A cluster's dimensions (id 4), of which x comes at each launch, and leave to begin before the kernel before has ended (id 6).
   new Uint32Array(memory.buffer, ATTRIBUTES, 5).set([4, 0, 1, 1, 1]);
   new Uint32Array(memory.buffer, ATTRIBUTES + ATTRIBUTE_BYTES, 3).set([6, 0, 1]);
+  const config = scratch + BigInt(CONFIG);
+  const sizes = new Uint32Array(memory.buffer, CONFIG, 7);
+  const listed = [0, ATTRIBUTE_BYTES].map((offset) => scratch + BigInt(ATTRIBUTES + offset));
 
   const encode = (symbol: string, signature: string, map: TiledMap | Im2colMap, own: readonly unknown[]) => {
     const u64 = (values: readonly number[]) => new BigUint64Array(values.map(BigInt));
@@ -207,12 +210,12 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       const [bx, by, bz] = block;
       if (cluster > 1 || programmatic) {
         const [first, end] = [cluster > 1 ? 0 : 1, programmatic ? 2 : 1];
-        new Uint32Array(memory.buffer, CONFIG, 7).set([gx, gy, gz, bx, by, bz, sharedBytes]);
+        sizes.set([gx, gy, gz, bx, by, bz, sharedBytes]);
         memory.setBigUint64(CONFIG + 32, stream, true);
-        memory.setBigUint64(CONFIG + 40, scratch + BigInt(ATTRIBUTES + first * ATTRIBUTE_BYTES), true);
+        memory.setBigUint64(CONFIG + 40, listed[first], true);
         memory.setUint32(CONFIG + 48, end - first, true);
         memory.setUint32(ATTRIBUTES + 8, cluster, true);
-        call('cuLaunchKernelEx', 'ohoh', scratch + BigInt(CONFIG), kernel, kernelParams, 0n);
+        call('cuLaunchKernelEx', 'ohoh', config, kernel, kernelParams, 0n);
         return;
       }
       const code = launch(kernel, gx, gy, gz, bx, by, bz, sharedBytes, stream, kernelParams, 0n);
