@@ -98,10 +98,18 @@ function check(
 const provable: ReadonlyMap<string, AnyRecord> = new Map([...registry, ...drawRecords]);
 export const provableOps = [...provable.keys()];
 
+/** An op without its gradients. */
+export const forwardOf = (record: AnyRecord): AnyRecord => ({
+  ...record,
+  backward: undefined,
+  reference: { forward: record.reference.forward },
+});
+
 export function runJob({ op, dtype }: Job): Check[] {
-  const record = provable.get(op) as AnyRecord;
-  return samplesOf(record, dtype).map((further) => {
-    const { sample, hopper } = further;
+  const whole = provable.get(op) as AnyRecord;
+  return samplesOf(whole, dtype).map((further) => {
+    const { sample, hopper, forward } = further;
+    const record = forward ? forwardOf(whole) : whole;
     const shapes = `[${Object.values(sample.inputs).join('] [')}]`;
     const name = `${op} ${dtype} ${shapes}${hopper ? ` on Hopper ${hopper.tile ?? ''}${hopper.paired ? ' in pairs' : ''}` : ''}`;
     const machine = machineOf(further);

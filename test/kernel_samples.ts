@@ -18,6 +18,10 @@ export interface FurtherSample {
   readonly large?: true;
   /** Run on Hopper alone; every product in `tile`, its k in `splits`, by pairs of blocks, where those are given. */
   readonly hopper?: { readonly tile?: TileName; readonly splits?: number; readonly paired?: boolean };
+  /** Meant for float32's products on Hopper alone, and large enough to be worth their halves. */
+  readonly float32?: true;
+  /** Whether its gradients, which go by other kernels, are left to other samples. */
+  readonly forward?: true;
 }
 
 type Extra = 'bias' | 'shift' | 'residual';
@@ -209,9 +213,30 @@ const pairedImages: readonly Convolution[] = [
   { x: [3, 9, 12, 128], skip: 72, o: 80, side: 1, extras: ['bias'] },
 ];
 
+// Products of float32 on Hopper: as those of the half types, but that few are too small for it.
+const halvedLayers: readonly Layer[] = [
+  { m: 200, n: 264, k: 136, extras: ['bias', 'residual'] },
+  { m: 250, n: 248, k: 72, activation: 'gelu' },
+  { m: 257, n: 264, k: 64 },
+  { m: 300, n: 264, k: 264, activation: 'silu', extras: ['bias', 'residual'], splits: 3 },
+];
+const halvedImages: readonly Convolution[] = [
+  { x: [2, 9, 9, 40], o: 136, side: 3, padding: around, extras: all },
+  { x: [3, 17, 16, 56], o: 136, side: 3, stride: 2, padding: [0, 0, 1, 1], extras: ['bias'] },
+  { x: [1, 10, 13, 200], o: 264, side: 1, extras: all },
+  { x: [2, 13, 12, 40], o: 136, side: 3, padding: around, extras: all, splits: 2 },
+  { x: [2, 17, 8, 72], skip: 136, o: 264, side: 1, extras: ['bias'] },
+  { x: [2, 8, 16, 40], skip: 24, o: 248, side: 3, padding: around },
+];
+const pairedHalvedLayers: readonly Layer[] = [{ m: 270, n: 264, k: 200, extras: ['bias', 'residual'] }];
+const pairedHalvedImages: readonly Convolution[] = [
+  { x: [2, 9, 17, 40], o: 136, side: 3, padding: around, extras: all },
+  { x: [5, 9, 12, 72], o: 136, side: 1, extras: ['bias'] },
+];
+
 /** Batches of products, in every pairing of layouts. */
-function matmul(transA: boolean, transB: boolean): FurtherSample {
-  const inputs = { a: transA ? [2, 40, 72] : [2, 72, 40], b: transB ? [2, 88, 40] : [2, 40, 88] };
+function matmul(transA: boolean, transB: boolean, [m, k, n] = [72, 40, 88]): FurtherSample {
+  const inputs = { a: transA ? [2, k, m] : [2, m, k], b: transB ? [2, n, k] : [2, k, n] };
   return { sample: { inputs, attrs: { transA, transB } }, multiprocessors: 1, hopper: {} };
 }
 
@@ -231,6 +256,14 @@ function tiled<S extends Layer | Convolution>(
   );
 }
 
+/** The same in float32. */
+const halved = <S extends Layer | Convolution>(
+  shapes: readonly S[],
+  sampleOf: (shape: S) => AnySample,
+  paired = false,
+): FurtherSample[] =>
+  tiled(['256', '128_pingpong'], shapes, sampleOf, paired).map((further) => ({ ...further, float32: true }));
+
 const linears: readonly FurtherSample[] = [
   ...largeLayers.map((layer) => large(linear(layer))),
   ...layers.map((layer) => one(linear(layer))),
@@ -238,6 +271,8 @@ const linears: readonly FurtherSample[] = [
   ...tiled(['256', '160_pingpong'], hopperGated, linear),
   ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
   ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
+  ...halved(halvedLayers, linear),
+  ...halved(pairedHalvedLayers, linear, true),
 ];
 /** Two or three layers of one x: tiles at the edges, several items to a block, fewer steps than stages, pairs; and not walkable. */
 const projections: readonly FurtherSample[] = [
@@ -267,16 +302,25 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     ...tiled(['256', '160_pingpong'], byteLayers, fp8),
     ...tiled(['256', '160_pingpong'], pairedBytes, fp8, true),
   ],
-  matmul: [matmul(false, false), matmul(false, true), matmul(true, false)],
+  matmul: [
+    ...[matmul(false, false), matmul(false, true), matmul(true, false)],
+    { ...matmul(false, true, [136, 136, 264]), float32: true },
+    { ...matmul(false, false, [136, 136, 264]), float32: true },
+    { ...matmul(false, false, [264, 200, 136]), float32: true },
+  ],
   conv2d: [
     ...largeImages.map((image) => large(conv2d(image))),
     ...images.map((image) => one(conv2d(image))),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
     ...hopperNarrow.map((image) => ({ ...one(conv2d(image)), hopper: {} })),
+    ...[...halved(halvedImages, conv2d), ...halved(pairedHalvedImages, conv2d, true)].map(
+      (further): FurtherSample => ({ ...further, forward: true }),
+    ),
   ],
   attention: [
     large(attention([1, 1, 130, 68, 512], false)),
+    { ...one(attention([1, 1, 130, 136, 512], false)), hopper: {}, float32: true },
     { ...one(attention([1, 2, 72, 80, 80], false)), hopper: {} },
     one(attention([1, 2, 70, 72, 80], true)),
     one(attention([1, 1, 200, 210, 40], false)),
@@ -392,7 +436,9 @@ export function samplesOf(record: AnyRecord, dtype: FloatDType): FurtherSample[]
   const own = record.samples.map((sample): FurtherSample => ({ sample, multiprocessors: 4 }));
   const several = record.updates ? own.slice(-2).map((further) => ({ ...further, together: 3 })) : [];
   return [...own, ...several, ...(furtherSamples[record.name] ?? [])]
-    .filter(({ hopper, large }) => !(hopper || large) || dtype !== 'float32')
+    .filter(({ hopper, large, float32 }) =>
+      dtype === 'float32' ? float32 || !(hopper || large) : float32 !== true,
+    )
     .map((further, i) => {
       const { sample } = further;
       return { ...further, sample: { ...sample, attrs: withDtype(sample.attrs, dtype, i) } };

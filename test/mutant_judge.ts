@@ -5,7 +5,7 @@
 import { readPtx } from '../engine/cuda/kernels.ts';
 import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { forceTile, machineOf, sameBits } from './kernel_proof.ts';
+import { forceTile, forwardOf, machineOf, sameBits } from './kernel_proof.ts';
 import { type FurtherSample, samplesOf } from './kernel_samples.ts';
 import { equivalents } from './mutants_equivalent.ts';
 import type { AnyRecord } from './op_cases.ts';
@@ -81,10 +81,10 @@ function casesOf({ family, dtype }: Job): Case[] {
     return samplesOf(record, dtype)
       .filter(({ hopper }) => (hopper !== undefined) === family.endsWith('_sm90'))
       .flatMap((further) => {
+        const forward = () => measure({ record: forwardOf(record), further }, dtype);
+        if (further.forward) return [forward()];
         const whole = measure({ record, further }, dtype);
-        return record.backward
-          ? [measure({ record: { ...record, backward: undefined }, further }, dtype), whole]
-          : [whole];
+        return record.backward ? [forward(), whole] : [whole];
       });
   });
 }

@@ -191,6 +191,47 @@ test('a skip connection is read where it lies: one launch, which no copy precede
   t.end();
 });
 
+test('float32 is multiplied as sums of bfloat16 where that pays', (t) => {
+  const float32 = { ...h200, dtype: 'float32', elementBytes: 4 } as const;
+  const entries = (symbol: string, args: readonly (bigint | number)[]) =>
+    planned(symbol, args, float32).map(({ entry }) => entry.replace(/_\d+(_pingpong)?$/, ''));
+  const conv = (side: number, c: number, o: number, own = c) =>
+    entries('conv2d_forward', [
+      ...[256n, 256n, 256n, 256n, 0n, 256n, own < c ? 256n : 0n],
+      ...[1, side, side, c, side, side, o, 3, 3, 1, 1, 1, own],
+    ]);
+  t.same(conv(128, 512, 512), ['gemm_split', 'gemm_split', 'conv2d_sm90_split_forward']);
+  t.equal(conv(128, 640, 640, 320).length, 4, 'a skip connection has halves of its own');
+  t.same(conv(1024, 128, 3), ['gemm_split', 'gemm_split', 'gemm_sm90_split_nt', 'col2im']);
+  t.equal(conv(16, 64, 64)[0], 'conv2d_forward_small');
+  const linear = (m: number, n: number, k: number) =>
+    entries('linear_forward', [256n, 256n, 256n, 256n, 0n, m, n, k, 0]);
+  t.same(linear(16384, 512, 512), ['gemm_split', 'gemm_split', 'gemm_sm90_split_nt', 'gemm_join']);
+  t.notOk(linear(2, 1280, 1280).includes('gemm_split'));
+  // Pieces of 1368 queries: q's and the weights' halves in each, k's and v's once.
+  const scale = 512 ** -0.5;
+  const attention = entries('attention_forward', [
+    256n,
+    256n,
+    256n,
+    512n,
+    768n,
+    1,
+    1,
+    16384,
+    16384,
+    512,
+    0,
+    scale,
+  ]);
+  const [softmaxes, splits] = ['attention_softmax', 'gemm_split'].map(
+    (name) => attention.filter((entry) => entry === name).length,
+  );
+  t.same([softmaxes, splits], [12, 2 * 12 + 2]);
+  t.notOk(attention.some((entry) => entry.endsWith('small')));
+  t.end();
+});
+
 test('where nothing was measured the model has some large products run in pairs of blocks', (t) => {
   const multiprocessors = MEASURED_MULTIPROCESSORS - 18;
   const size = (kind: ProductKind, m: number, n: number, k: number): ProductSize => ({

@@ -1,6 +1,6 @@
 // Where the kernels' PTX lies, gzipped: one file per family and storage type, `kernels/ptx/<family>_<dtype>.ptx.gz`, loaded
 // when first a kernel of it is launched. A family whose name ends in _sm90 is for Hopper alone (compute capability 9.0): it
-// uses instructions that no other GPU has, and comes in the half types only.
+// uses instructions that no other GPU has, and comes in the half types; matrix products also in float32, as sums of bfloat16.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { gunzipSync } from 'node:zlib';
@@ -15,5 +15,6 @@ export const readPtx = (family: string, dtype: string, folder = ptxFolder): stri
   gunzipSync(readFileSync(join(folder, ptxName(family, dtype)))).toString('latin1');
 
 export const forHopper = (family: string): boolean => family.endsWith('_sm90');
+const splitFloat32 = ['conv2d_sm90', 'gemm_sm90'];
 export const typesOf = (family: string): readonly string[] =>
-  forHopper(family) ? storageTypes.slice(1) : storageTypes;
+  forHopper(family) && !splitFloat32.includes(family) ? storageTypes.slice(1) : storageTypes;

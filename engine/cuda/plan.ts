@@ -54,6 +54,22 @@ const BLOCKS_PER_MULTIPROCESSOR = 32;
 
 export const divideUp = (a: number, b: number): number => Math.ceil(a / b);
 
+/** Each call begins a turn: its context hands out the workspaces of the turns before, as far as they suffice. */
+export function inTurns(context: PlanContext): () => PlanContext {
+  const blocks: { readonly bytes: number; readonly address: bigint }[] = [];
+  return () => {
+    const left = [...blocks].sort((a, b) => a.bytes - b.bytes);
+    const workspace = (bytes: number): bigint => {
+      const at = left.findIndex((block) => block.bytes >= bytes);
+      if (at >= 0) return left.splice(at, 1)[0].address;
+      const address = context.workspace(bytes);
+      blocks.push({ bytes, address });
+      return address;
+    };
+    return { ...context, workspace };
+  };
+}
+
 /** A launch of `jobs` jobs, several to a block, whose kernel walks on by its grid where there are more. */
 export function walking(
   family: string,

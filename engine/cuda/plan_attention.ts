@@ -3,6 +3,7 @@
 // forward and dq by pieces of queries, dk and dv by pieces of keys where all does not fit at once.
 import {
   divideUp,
+  inTurns,
   type KernelLaunch,
   type LaunchArguments,
   type Plan,
@@ -17,7 +18,7 @@ const FLASH_THREADS = 128;
 const QUERIES = 128;
 const ROWS = 64;
 const TILE_BYTES = ROWS * FLASH_HEAD * 2;
-/** Most bytes of scores, gradients of scores and their rounded copies at a time. */
+/** Most bytes of scores, gradients of scores and their copies, rounded or in halves, at a time. */
 const PIECE_BYTES = 256 * 2 ** 20;
 
 function sizesOf(args: LaunchArguments): AttentionSizes {
@@ -59,10 +60,11 @@ const byRows = (entry: string, rows: number, args: LaunchArguments): KernelLaunc
 /** The products of a head with its rows of q, k, v, y and their gradients, as batches over images and heads. */
 function pieces(s: AttentionSizes, context: PlanContext) {
   const { n, heads, lq, lk, d } = s;
+  const turn = inTurns(context);
   const c = heads * d;
   const rowBytes = BigInt(c * context.elementBytes);
   const row = (base: bigint, at: number) => base + BigInt(at) * rowBytes;
-  const batches = { batch: n * heads, innerBatches: heads };
+  const batches = { batch: n * heads, innerBatches: heads, halves: { context, known: new Map() } };
   return {
     row,
     /** Float sums [n * heads, rows, keys] of rows of `a` (q, dy) times rows of `b` (k, v). */
@@ -73,7 +75,7 @@ function pieces(s: AttentionSizes, context: PlanContext) {
           ...{ a, b, y: 0n, sums, m: rows, n: keys, k: d, aStride: c, bStride: c, ...batches },
           ...{ aBatch: [lq * c, d], bBatch: [lk * c, d] },
         },
-        context,
+        turn(),
       ),
     /** y (q's side) = p [n * heads, rows, stride] times the rows of b (k, v). */
     across: (y: bigint, p: bigint, rows: number, stride: number, b: bigint) =>
@@ -84,7 +86,7 @@ function pieces(s: AttentionSizes, context: PlanContext) {
           ...{ aBatch: [heads * rows * stride, rows * stride], bBatch: [lk * c, d] },
           ...{ yBatch: [lq * c, d], yStride: c },
         },
-        context,
+        turn(),
       ),
     /** y (k's side, `keys` of its rows) = p^T times all rows of b (q, dy). */
     along: (y: bigint, p: bigint, keys: number, stride: number, b: bigint) =>
@@ -95,10 +97,14 @@ function pieces(s: AttentionSizes, context: PlanContext) {
           ...{ aBatch: [heads * lq * stride, lq * stride], bBatch: [lq * c, d] },
           ...{ yBatch: [lk * c, d], yStride: c },
         },
-        context,
+        turn(),
       ),
   };
 }
+
+/** Bytes of a weight of attention and, where its products are of halves, theirs. */
+const weightBytes = ({ dtype, elementBytes, hopper }: PlanContext): number =>
+  dtype === 'float32' && hopper ? 2 * elementBytes : elementBytes;
 
 /** Ranges [first, count] of `length` rows of which each costs `bytes`. */
 function ranges(length: number, bytes: number): (readonly [first: number, count: number])[] {
@@ -123,7 +129,7 @@ function forward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
     ];
   const { row, scores, across } = pieces(s, context);
   const [z, stride] = [n * heads, padded(lk)];
-  const all = ranges(lq, z * (lk * 4 + stride * context.elementBytes));
+  const all = ranges(lq, z * (lk * 4 + stride * weightBytes(context)));
   const most = all[0][1];
   const sums = context.workspace(z * most * lk * 4);
   const p = context.workspace(z * most * stride * context.elementBytes);
@@ -152,7 +158,7 @@ function backward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
     ];
   }
   const { row, scores, across, along } = pieces(s, context);
-  const queryPieces = ranges(lq, 2 * z * (lk * 4 + padded(lk) * context.elementBytes));
+  const queryPieces = ranges(lq, 2 * z * (lk * 4 + padded(lk) * weightBytes(context)));
   const keyPieces = ranges(lk, 2 * z * (lq * 4 + lq * context.elementBytes));
   const cells = Math.max(queryPieces[0][1] * padded(lk), lq * padded(keyPieces[0][1]));
   const [sums, dp] = [context.workspace(z * cells * 4), context.workspace(z * cells * 4)];

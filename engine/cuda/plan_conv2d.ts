@@ -9,6 +9,7 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
+import { convolutionOfHalves } from './plan_conv2d_float32.ts';
 import { hopperConvolution } from './plan_conv2d_sm90.ts';
 import { convolutionByColumns } from './plan_im2col.ts';
 import {
@@ -35,6 +36,8 @@ function convolutionOnHopper(
   geometry: readonly number[],
   context: PlanContext,
 ): KernelLaunch[] | undefined {
+  if (context.dtype === 'float32')
+    return c.entry === 'conv2d_forward' ? convolutionOfHalves(c.pointers, geometry, context) : undefined;
   const p = hopperConvolution(c.entry, c.pointers, geometry, context);
   if (!p) return undefined;
   const strides = [p.n * p.slabs, p.n] as const;

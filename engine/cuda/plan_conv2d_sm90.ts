@@ -3,6 +3,7 @@
 import type { KernelArgument } from './manifest.ts';
 import type { PlanContext } from './plan.ts';
 import { divideUp } from './plan.ts';
+import { splitSteps } from './plan_float32_sm90.ts';
 import {
   across,
   along,
@@ -56,7 +57,10 @@ const isGrid = (g: Grid, ...filter: readonly number[]): boolean =>
   filter.every((size) => size <= 255) &&
   g.stride <= 8;
 
-/** The product under a convolution's symbol; undefined where these kernels do not take it. */
+/**
+ * The product under a convolution's symbol; undefined where these kernels do not take it. Of float32 the operands are halves
+ * (plan_conv2d_float32.ts).
+ */
 export function hopperConvolution(
   symbol: string,
   pointers: readonly bigint[],
@@ -66,13 +70,16 @@ export function hopperConvolution(
   const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft, own = c] = geometry;
   if (c % 8 || o % 8 || own % 8 || pointers.some((at) => at % 16n !== 0n)) return undefined;
   const [taps, forward] = [kh * kw, symbol === 'conv2d_forward'];
+  const halved = context.dtype === 'float32';
+  if (halved && !forward) return undefined;
   const [address, first, second, bias = 0n, shift = 0n, residual = 0n, skip = 0n] = pointers;
+  const planes = halved ? 2 : 1;
   const image = (at: bigint, channels: number): Grid => ({
-    ...{ address: at, image: [n, h, w, channels], height: oh, width: ow },
+    ...{ address: at, image: [planes * n, h, w, channels], height: oh, width: ow },
     ...{ stride, top: -padTop, left: -padLeft },
   });
   const weight = (at: bigint): Slabs => ({
-    ...{ address: at, rows: o, columns: c, slabs: taps, stride: taps * c, slabStride: c },
+    ...{ address: at, rows: o, columns: c, slabs: planes * taps, stride: planes * taps * c, slabStride: c },
   });
   const product = (
     [rows, columns, steps, slabs]: readonly number[],
@@ -80,7 +87,7 @@ export function hopperConvolution(
     rest: Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'>,
     parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
   ) => {
-    if (!hopperTakes(rows, columns, context) || !isGrid(g, kh, kw)) return undefined;
+    if (!(halved || hopperTakes(rows, columns, context)) || !isGrid(g, kh, kw)) return undefined;
     const grid = [g.width, g.height, g.stride, g.left, g.top, taps, kw, divideUp(g.image[3], STEP)];
     const entry = { own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
     return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, ...entry, ...rest };
@@ -92,11 +99,14 @@ export function hopperConvolution(
     stride: columns,
   });
   if (forward) {
-    const [g, beside] = [image(first, own), image(skip, c - own)];
     const skipSteps = divideUp(c - own, STEP);
-    const sizes = [n * oh * ow, o, taps * (divideUp(own, STEP) + skipSteps), 1];
-    const operands = { a: pixels(g, true), b: along(weight(second), 2), y: matrix(address, n * oh * ow, o) };
-    return product(sizes, g, { kind: 'forward', ...operands }, (grid, a) => [
+    const [m, passSteps] = [n * oh * ow, taps * (divideUp(own, STEP) + skipSteps)];
+    const steps = halved ? splitSteps(passSteps) : passSteps;
+    const kind = halved ? 'split_forward' : 'forward';
+    const [g, beside] = [image(first, own), image(skip, c - own)];
+    const b = along(weight(second), 2);
+    const operands = { kind, a: pixels(g, true), b, y: matrix(address, m, o) } as const;
+    return product([m, o, steps, 1], g, operands, (grid, a) => [
       ...[shift, oh * ow, ...grid, skipSteps ? pixels(beside, true)(ROWS, context) : a, skipSteps, own],
     ]);
   }

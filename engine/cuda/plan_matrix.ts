@@ -12,6 +12,7 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
+import { type Halves, isDense, splitPays, splitSlabs, splitSteps } from './plan_float32_sm90.ts';
 import {
   across,
   along,
@@ -102,6 +103,8 @@ interface Product extends Size {
   /** Float sums [batch, m, n] instead of y and its epilogue; on Hopper their rows may be longer. */
   readonly sums?: bigint;
   readonly sumsRow?: number;
+  /** Of a plan that multiplies several matrices by B. */
+  readonly halves?: Halves;
 }
 
 /** Whether every row of an operand is whole chunks, given what must be a multiple of a chunk. */
@@ -128,7 +131,9 @@ function slabStride(p: Product, [outer, inner]: readonly [number, number] = [0, 
 /** The launches on Hopper's own instructions, where the tensors allow it. */
 function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined {
   const { layout, m, n, k, batch: slabs, activation = 0, sums } = p;
-  if (!hopperTakes(m, p.sumsRow ? divideUp(n, 8) * 8 : n, context)) return undefined;
+  const halved = context.dtype === 'float32' && layout !== 'tn' && activation !== GEGLU;
+  const wide = p.sumsRow ? divideUp(n, 8) * 8 : n;
+  if (halved ? wide % 8 : !hopperTakes(m, wide, context)) return undefined;
   const [half, stride] = [activation === GEGLU, p.yStride ?? n];
   const [bias, residual] = [p.bias ?? 0n, p.residual ?? 0n].map(BigInt);
   const tensor = (
@@ -145,13 +150,21 @@ function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined 
   const b = tensor(p.b, bAlong ? h : k, bAlong ? k : h, p.bStride, p.bBatch);
   const y = tensor(p.y, m, n, stride);
   const walked = sums === undefined ? [a, b, y, { ...y, address: residual }] : [a, b];
-  if (!walked.every(isWalkable) || bias % 4n !== 0n || (residual && stride !== n)) return undefined;
-  const kind: ProductKind = half ? 'geglu' : layout;
+  if (!walked.every(isWalkable) || bias % (halved ? 8n : 4n) !== 0n || (residual && stride !== n))
+    return undefined;
+  const kind: ProductKind = halved ? `split_${layout}` : half ? 'geglu' : layout;
+  const size = { kind, m, n, steps: halved ? splitSteps(divideUp(k, STEP)) : divideUp(k, STEP), slabs };
+  const elements = (m + n) * k * slabs;
+  const pays = () => elements < 2 ** 31 && [a, b].every(isDense) && splitPays(size, k, elements, context);
+  if (halved && !pays()) return undefined;
+  const operand = (tensor: Slabs, halves?: Halves) =>
+    halved ? splitSlabs(tensor, context, halves) : { tensor, launches: [] };
+  const [left, right] = [operand(a), operand(b, p.halves)];
   return hopperLaunches(
     {
-      ...{ family: 'gemm_sm90', kind, m, n, steps: divideUp(k, STEP), slabs, y, bias, residual },
-      a: aAlong ? along(a) : across(a),
-      b: bAlong ? along(b, 2) : across(b), // two boxes: values and gates, or halves
+      ...{ family: 'gemm_sm90', ...size, y, bias, residual, before: [...left.launches, ...right.launches] },
+      a: aAlong ? along(left.tensor) : across(left.tensor),
+      b: bAlong ? along(right.tensor, 2) : across(right.tensor), // two boxes: values and gates, or halves
       own: (tile) => [half ? 0 : activation, half ? n : tile.n / 2],
     },
     {
@@ -160,6 +173,7 @@ function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined 
       canSplit: slabs === 1 && !half,
       extras: [bias, 0n, residual],
       activation,
+      inPlace: halved && (bias !== 0n || residual !== 0n || activation !== 0),
     },
     context,
   );
@@ -175,21 +189,25 @@ interface Joining {
   readonly extras: readonly bigint[];
   readonly activation?: number;
   readonly rowsPerShift?: number;
+  /** Where k is not split, that y holds the sums until they are joined there: for an epilogue that the product has not. */
+  readonly inPlace?: boolean;
 }
 
 /** The launch of a product on Hopper, and the one that joins its sums if k is split. */
 export function hopperLaunches(
   p: HopperProduct,
-  { sums, strides: [row, slab], canSplit, extras, activation = 0, rowsPerShift = 1 }: Joining,
+  { sums, strides: [row, slab], canSplit, extras, activation = 0, rowsPerShift = 1, inPlace }: Joining,
   context: PlanContext,
 ): KernelLaunch[] {
   const choice = chooseHopper(p, canSplit && sums === undefined, context.multiprocessors);
   const [m, n, splits] = [p.m, p.n * p.slabs, choice.splits];
-  const address = splits > 1 ? context.workspace(splits * m * n * 4) : sums;
+  const address = splits > 1 ? context.workspace(splits * m * n * 4) : inPlace ? p.y.address : sums;
   const partial = address === undefined ? undefined : { address, row, slab };
   const first = hopperLaunch({ ...p, partial }, choice, context);
-  if (splits === 1) return [first];
+  const { before = [] } = p;
+  if (splits === 1 && !inPlace) return [...before, first];
   return [
+    ...before,
     first,
     join(p.y.address, address as bigint, extras, [m, n, rowsPerShift, activation, splits], context),
   ];

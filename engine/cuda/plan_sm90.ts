@@ -29,9 +29,11 @@ export type TileName = keyof typeof tiles;
 export type ProductKind =
   | ('nt' | 'nn' | 'tn' | 'geglu' | 'projections')
   | ('e4m3' | 'e4m3_geglu')
-  | ('forward' | 'backward_x' | 'backward_weight');
+  | ('forward' | 'backward_x' | 'backward_weight')
+  | ('split_nt' | 'split_nn' | 'split_forward');
 const gemmTiles: readonly TileName[] = ['256', '160', '160_pingpong', '80'];
 const gradientTiles: readonly TileName[] = ['256', '160', '128_pingpong'];
+const splitTiles: readonly TileName[] = ['256', '128_pingpong'];
 export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   nt: gemmTiles,
   nn: gemmTiles,
@@ -43,6 +45,9 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   forward: ['256', '160', '160_pingpong', '128_pingpong'],
   backward_x: gradientTiles,
   backward_weight: gradientTiles,
+  split_nt: splitTiles,
+  split_nn: ['256'],
+  split_forward: splitTiles,
 };
 
 export const ROWS = 128;
@@ -272,6 +277,8 @@ export interface HopperProduct extends ProductSize {
   readonly residual: bigint;
   /** Where C's float sums go instead of y, by rows, slabs and parts; strides in floats. */
   readonly partial?: { readonly address: bigint; readonly row: number; readonly slab: number };
+  /** What has to run first. */
+  readonly before?: readonly KernelLaunch[];
   /** The entry's own parameters; A's map stands for what is absent. */
   own(tile: Tile, a: Uint8Array): readonly KernelArgument[];
 }
@@ -284,11 +291,13 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
   const tile = tiles[choice.tile];
   const columns = columnsOf(p.kind, tile);
   const a = p.a(ROWS, context);
-  const map = (address: bigint) => outputMap({ ...p.y, address }, columns, context);
+  // Float32's y and residual are plain addresses.
+  const map = (address: bigint) =>
+    context.dtype === 'float32' ? address : outputMap({ ...p.y, address }, columns, context);
   // Any map stands for what is absent. Where sums are joined, the join adds the residual.
   const residual = p.partial ? 0n : p.residual;
-  const y = p.partial ? a : map(p.y.address);
-  const sums = p.partial ?? { address: 0n, row: 0, slab: 0 };
+  const y = p.partial && context.dtype !== 'float32' ? a : map(p.y.address);
+  const sums = p.partial ?? { address: 0n, row: p.y.stride, slab: p.y.slabStride ?? 0 };
   const { paired } = choice;
   const [down, across] = [tilesDown(p.m, paired), divideUp(p.n, columns)];
   const items = down * across * p.slabs * choice.splits;

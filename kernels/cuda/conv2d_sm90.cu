@@ -10,28 +10,33 @@ struct Grid {
   int width, height, stride, left, top;
 };
 
-// Pixels from number `p` of the grid on, at the offset of a tap; to this block, or to those of a cluster.
-DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down, uint16_t blocks = 0) {
+// Pixels from number `p` of the grid on, at the offset of a tap; to this block, or to those of a cluster. The grid begins at
+// image `first` of the map.
+DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down, uint16_t blocks = 0,
+                      int first = 0) {
   const int row = p / g.width, image = row / g.height, x = (p - row * g.width) * g.stride + g.left, y = (row - image * g.height) * g.stride + g.top;
-  if (blocks) load_pixels_to(blocks, to, map, barrier, channel, x, y, image, right, down);
-  else load_pixels(to, map, barrier, channel, x, y, image, right, down);
+  if (blocks) load_pixels_to(blocks, to, map, barrier, channel, x, y, first + image, right, down);
+  else load_pixels(to, map, barrier, channel, x, y, first + image, right, down);
 }
 
 // Forward. The last channels may be those of a second image, `skip`: a range of k of its own behind the `own` channels of the
 // first, which end in the middle of a step of the weight where they are not whole steps; the image has zeros there.
+// Float32's weight is a map [taps of hi, taps of lo][o][c].
 template <class S> struct Pixels {
   const TensorMap &image, &skip, &weight;
   const Grid grid;
-  const int taps_across, channel_steps, skip_steps, own;
+  const int taps, taps_across, channel_steps, skip_steps, own, images;
   int m, n;
   __device__ void prefetch() const { prefetch_map(image), prefetch_map(weight); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    const int steps = channel_steps + skip_steps, tap = step / steps, inside = step - tap * steps;
+    const int steps = channel_steps + skip_steps;
+    const Pass pass = pass_of(step, taps * steps);
+    const int tap = pass.step / steps, inside = pass.step - tap * steps;
     const bool second = inside >= channel_steps;
     const int channel = (second ? inside - channel_steps : inside) * STEP;
-    load_grid(to_a, second ? skip : image, barrier, channel, m, grid, tap % taps_across, tap / taps_across);
-    OperandTile<S::N, true>::load(cluster, to_b, weight, barrier, n, second ? own + channel : channel, tap);
+    load_grid(to_a, second ? skip : image, barrier, channel, m, grid, tap % taps_across, tap / taps_across, 0, pass.a * images);
+    OperandTile<S::N, true>::load(cluster, to_b, weight, barrier, n, second ? own + channel : channel, tap + pass.b * taps);
   }
 };
 
@@ -71,11 +76,12 @@ template <class S> struct WeightGradient {
 #define GRID int width, int height, int stride, int left, int top, int taps, int taps_across, int channel_steps
 #define GRID_OF Grid{width, height, stride, left, top}
 
-#define FORWARD(tile, S) \
-  KERNEL_SM90(conv2d_sm90_forward_##tile)(PRODUCT, const T *shift, int rows_per_shift, GRID, const __grid_constant__ TensorMap skip, \
-                                          int skip_steps, int own) { \
+#define FORWARD(name, S) \
+  KERNEL_SM90(conv2d_sm90_##name)(PRODUCT, const T *shift, int rows_per_shift, GRID, const __grid_constant__ TensorMap skip, \
+                                  int skip_steps, int own) { \
     const Output out = PRODUCT_OUTPUT(shift, rows_per_shift, NONE); \
-    product<S, true, true, IMAGE>(Pixels<S>{a, skip, b, GRID_OF, taps_across, channel_steps, skip_steps, own}, out, PRODUCT_CUT); \
+    product<S, true, true, IMAGE>(Pixels<S>{a, skip, b, GRID_OF, taps, taps_across, channel_steps, skip_steps, own, rows / (width * height)}, out, \
+                                     PRODUCT_CUT); \
   }
 #define BACKWARD(tile, S) \
   KERNEL_SM90(conv2d_sm90_backward_x_##tile)(PRODUCT, GRID) { \
@@ -87,10 +93,15 @@ template <class S> struct WeightGradient {
     product<S, false, false, PLAIN>(WeightGradient<S>{a, b, GRID_OF, taps_across}, out, PRODUCT_CUT); \
   }
 
-FORWARD(256, Tile256)
-FORWARD(160, Tile160)
-FORWARD(160_pingpong, Tile160Pingpong)
-FORWARD(128_pingpong, Tile128Pingpong)
+#if defined(T_FLOAT32)
+FORWARD(split_forward_256, Tile256)
+FORWARD(split_forward_128_pingpong, Tile128Pingpong)
+#else
+FORWARD(forward_256, Tile256)
+FORWARD(forward_160, Tile160)
+FORWARD(forward_160_pingpong, Tile160Pingpong)
+FORWARD(forward_128_pingpong, Tile128Pingpong)
 BACKWARD(256, Tile256)
 BACKWARD(160, Tile160)
 BACKWARD(128_pingpong, Tile128Pingpong)
+#endif

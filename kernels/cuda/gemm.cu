@@ -52,3 +52,25 @@ KERNEL(gemm_join)(T *y, const float *partial, const T *bias, const T *shift, con
   if (n % PACK == 0) join<PACK>(out, partial, m, n, splits);
   else join<1>(out, partial, m, n, splits);
 }
+
+#if defined(T_FLOAT32)
+// x's rows as two of bfloat16 each, hi = bf16(x) and behind it lo = bf16(x - hi), for products on Hopper (product_sm90.cuh).
+// What would round to infinity is cut off instead, and lo has the rest. `inner` is whole packs.
+KERNEL(gemm_split)(bf16 *y, const T *x, int rows, int inner) {
+  each_pack(rows * inner, [=](uint32_t i, int) {
+    const uint32_t row = i / inner;
+    const Pack whole = load(x + i, PACK);
+    Pack hi, lo;
+#pragma unroll
+    for (int j = 0; j < PACK; j++) {
+      const uint32_t bits = __float_as_uint(whole.at[j]), size = bits & 0x7fffffffu;
+      const bool rounds_to_infinity = size > 0x7f7f0000u && size < 0x7f800000u;
+      hi.at[j] = rounds_to_infinity ? __uint_as_float(bits & 0xffff0000u) : to_float(from_float<bf16>(whole.at[j]));
+      lo.at[j] = whole.at[j] - hi.at[j];
+    }
+    bf16 *to = y + int64_t(i) + int64_t(row) * inner;
+    store(to, hi, PACK);
+    store(to + inner, lo, PACK);
+  });
+}
+#endif

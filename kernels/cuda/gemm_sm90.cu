@@ -7,19 +7,21 @@
 template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
   const TensorMap &a, &b;
   const int second; // rows from B's first half tile to its second, where B lies along k
+  const int steps, slabs; // of a pass, of a plane
   int m, n, slab;
   __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    OperandTile<S::M, A_ALONG>::load(to_a, a, barrier, m, step * STEP, slab);
-    OperandTile<S::N, B_ALONG>::load(cluster, to_b, b, barrier, n, step * STEP, slab, second);
+    const Pass pass = pass_of(step, steps);
+    OperandTile<S::M, A_ALONG>::load(to_a, a, barrier, m, pass.step * STEP, slab + pass.a * slabs);
+    OperandTile<S::N, B_ALONG>::load(cluster, to_b, b, barrier, n, pass.step * STEP, slab + pass.b * slabs, second);
   }
 };
 
 #define GEMM(name, S, A_ALONG, B_ALONG, KIND) \
   KERNEL_SM90(gemm_sm90_##name)(PRODUCT, int activation, int second) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, activation); \
-    product<S, A_ALONG, B_ALONG, KIND>(Matrices<S, A_ALONG, B_ALONG>{a, b, second}, out, PRODUCT_CUT); \
+    product<S, A_ALONG, B_ALONG, KIND>(Matrices<S, A_ALONG, B_ALONG>{a, b, second, steps / PASSES, slabs}, out, PRODUCT_CUT); \
   }
 
 // Slab i is y_i = x W_i^T, W_i and y_i in tensors of their own.
@@ -49,6 +51,12 @@ template <class S> struct Projections {
   GEMM(nt_##tile, S, true, true, LINEAR) \
   GEMM(nn_##tile, S, true, false, PLAIN) \
   GEMM(tn_##tile, S, false, false, PLAIN)
+#if defined(T_FLOAT32)
+// Epilogues are left to gemm_join.
+GEMM(split_nt_256, Tile256, true, true, PLAIN)
+GEMM(split_nt_128_pingpong, Tile128Pingpong, true, true, PLAIN)
+GEMM(split_nn_256, Tile256, true, false, PLAIN)
+#else
 LAYOUTS(256, Tile256)
 LAYOUTS(160, Tile160)
 LAYOUTS(160_pingpong, Tile160Pingpong)
@@ -58,3 +66,4 @@ GEMM(geglu_160_pingpong, Tile160Pingpong, true, true, GEGLU)
 PROJECTIONS(256, Tile256)
 PROJECTIONS(160, Tile160)
 PROJECTIONS(160_pingpong, Tile160Pingpong)
+#endif

@@ -10,6 +10,7 @@
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
 // What the stages read is the Source: prefetch() its maps, begin(work) once an item, load(step, stage, barrier, cluster) for each
 // step.
+// Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass. Its y leaves by plain stores.
 #pragma once
 #include "sm90.cuh"
 
@@ -20,6 +21,31 @@ enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
 constexpr int STEP = 64; // k of a stage
 constexpr int GROUPS = 2;
 constexpr uint16_t BOTH = 3; // blocks of a pair
+
+// Whether an operand lies as two planes of bfloat16, hi = bf16(x) and lo = bf16(x - hi), as gemm_split (gemm.cu) has written
+// them: its maps count twice as many slabs or images, the second half of them lo. k is then walked once for each product that
+// counts, lo hi, hi lo and hi hi. The small ones come first, as tensor cores cut off what does not fit their sums.
+constexpr bool SPLIT = sizeof(T) == 4;
+constexpr int PASSES = SPLIT ? 3 : 1;
+
+struct Pass {
+  int step, a, b; // within it, and the planes that A and B are read from
+};
+// Of a step where each pass has `steps`.
+DEVICE Pass pass_of(int step, int steps) {
+  if constexpr (!SPLIT) return {step, 0, 0};
+  const int pass = step / steps;
+  return {step - pass * steps, pass == 0, pass == 1};
+}
+
+// y and the residual, and how an entry takes them.
+#if defined(T_FLOAT32)
+typedef T *Rows;
+#define ROWS T *
+#else
+typedef TensorMap Rows;
+#define ROWS const __grid_constant__ TensorMap
+#endif
 
 // Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
 constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
@@ -93,10 +119,10 @@ template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
 
 // y[row, col] = activation(sum + bias[col] + shift[row / rows_per_shift, col]) + residual[row, col]; absent parts are null.
 // The maps of y and residual are [slab][row][col] with boxes of 64 rows and span_of(the tile's columns) bytes. With
-// `partial` the plain sums go there instead; its strides are in floats. GEGLU's gates use bias[columns + col]. With `more` each
-// slab has a y of its own: slab i > 0 that of more[i - 1].
+// `partial` the plain sums go there instead; its strides are in floats, and also those of float32's y and residual. GEGLU's
+// gates use bias[columns + col]. With `more` each slab has a y of its own: slab i > 0 that of more[i - 1].
 struct Output {
-  const TensorMap &y, &residual;
+  const Rows &y, &residual;
   float *partial;
   const T *bias, *shift;
   int rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part;
@@ -115,9 +141,17 @@ DEVICE Pair unpack(uint32_t x) {
 }
 // Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
 DEVICE Pair load_pair(const T *p, int at, int end) {
+#if defined(T_FLOAT32)
+  Pair x;
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\nmov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n@p ld.global.v2.f32 {%0, %1}, [%2];\n}"
+               : "=f"(x.low), "=f"(x.high)
+               : "l"(p + at), "r"(at), "r"(end));
+  return x;
+#else
   uint32_t x;
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
   return unpack(x);
+#endif
 }
 DEVICE void store_pair(float *p, float low, float high, int at, int end) {
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p st.global.v2.f32 [%0], {%1, %2};\n}" ::"l"(p + at), "f"(low), "f"(high), "r"(at), "r"(end)
@@ -149,6 +183,30 @@ template <class S, Kind KIND> struct Epilogue {
   const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
   const int group, thread;
 
+  // Changes the sums in place.
+  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
+    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
+    const int column = work.n + lane % 4 * 2;
+    if constexpr (!GATED) // which is never split
+      if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
+    if constexpr (KIND != PLAIN)
+      if (out.bias != nullptr) add_bias(sums, column);
+    if constexpr (KIND == IMAGE)
+      if (out.shift != nullptr) add_shift(sums, row, column);
+    if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
+#if defined(T_FLOAT32)
+    if (has_residual()) {
+      const T *residual = out.residual + work.slab * int64_t(out.partial_slab);
+      add_rows(sums, row, column, [&](int r) { return residual + int64_t(r) * out.partial_row; });
+    }
+    write_floats(sums, out.y, work, row, column);
+  }
+
+  __device__ void prepare(const Work &) const {}
+#else
+    leave(sums, work, parity);
+  }
+
   // body(address, row, column) for each box.
   template <class F> __device__ void each_box(const Work &work, F &&body) const {
 #pragma unroll
@@ -170,17 +228,9 @@ template <class S, Kind KIND> struct Epilogue {
     __syncwarp();
   }
 
-  // Changes the sums in place.
-  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
-    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
-    const int column = work.n + lane % 4 * 2;
-    if constexpr (!GATED) // which is never split
-      if (out.partial != nullptr) return write_partial(sums, work, row, column);
-    if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr) add_bias(sums, column);
-    if constexpr (KIND == IMAGE)
-      if (out.shift != nullptr) add_shift(sums, row, column);
-    if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
+  // Rounded to y's place, and from there by TMA.
+  __device__ void leave(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
+    const int lane = thread % 32, warp = thread / 32;
     if (has_residual()) mbarrier_wait(arrived, parity);
     else named_barrier(1 + group, WARPGROUP); // the last y has left
 #pragma unroll
@@ -214,6 +264,7 @@ template <class S, Kind KIND> struct Epilogue {
     }
     __syncwarp();
   }
+#endif
 
   // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
   __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], int column) const {
@@ -229,19 +280,23 @@ template <class S, Kind KIND> struct Epilogue {
     }
   }
 
-  __device__ void add_shift(float (&sums)[S::BLOCKS][S::N / 2], int row, int column) const {
+  // Adds from(row)'s elements to each row.
+  template <class F> __device__ void add_rows(float (&sums)[S::BLOCKS][S::N / 2], int row, int column, F &&from) const {
 #pragma unroll
     for (int i = 0; i < S::BLOCKS; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int r = row + 64 * i + 8 * half;
-        const T *from = out.shift + r / out.rows_per_shift * int64_t(out.columns) + column;
+        const T *more = from(r) + column;
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; j++) {
-          const Pair more = load_pair(from, 8 * j, r < out.rows ? out.columns - column : 0);
-          sums[i][4 * j + 2 * half] += more.low, sums[i][4 * j + 2 * half + 1] += more.high;
+          const Pair pair = load_pair(more, 8 * j, r < out.rows ? out.columns - column : 0);
+          sums[i][4 * j + 2 * half] += pair.low, sums[i][4 * j + 2 * half + 1] += pair.high;
         }
       }
+  }
+  __device__ void add_shift(float (&sums)[S::BLOCKS][S::N / 2], int row, int column) const {
+    add_rows(sums, row, column, [&](int r) { return out.shift + r / out.rows_per_shift * int64_t(out.columns); });
   }
 
   // body(x, gate) for each sum.
@@ -260,8 +315,8 @@ template <class S, Kind KIND> struct Epilogue {
     }
   }
 
-  __device__ void write_partial(const float (&sums)[S::BLOCKS][S::N / 2], const Work &work, int row, int column) const {
-    float *to = out.partial + work.part * int64_t(out.partial_part) + work.slab * int64_t(out.partial_slab) + column;
+  __device__ void write_floats(const float (&sums)[S::BLOCKS][S::N / 2], float *first, const Work &work, int row, int column) const {
+    float *to = first + work.slab * int64_t(out.partial_slab) + column;
 #pragma unroll
     for (int i = 0; i < S::BLOCKS; i++)
 #pragma unroll
@@ -298,7 +353,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS) * cluster.blocks); // a lane of each warp that reads
     }
     for (int i = 0; i < GROUPS; i++) {
-      if (KIND != PLAIN) mbarrier_init(arrived + 8 * i, 1);
+      if (KIND != PLAIN && !SPLIT) mbarrier_init(arrived + 8 * i, 1);
       if (S::PINGPONG) mbarrier_init(turns + 8 * i, 4);
     }
     fence_mbarrier_init();
@@ -386,9 +441,9 @@ typedef Tile<80, false, 7> Tile80;
 
 // What every entry takes before its own parameters (engine/cuda/plan_sm90.ts), and what product() makes of it.
 #define PRODUCT \
-  const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap y, \
-      const __grid_constant__ TensorMap residual, float *partial, const T *bias, int rows, int columns, int has_residual, int partial_row, \
-      int partial_slab, int partial_part, int down, int across, int slabs, int items, int steps, int part_steps
+  const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, ROWS y, ROWS residual, float *partial, const T *bias, int rows, \
+      int columns, int has_residual, int partial_row, int partial_slab, int partial_part, int down, int across, int slabs, int items, \
+      int steps, int part_steps
 #define PRODUCT_OUTPUT(shift, rows_per_shift, activation) \
   {y, residual, partial, bias, shift, rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part}
 #define PRODUCT_CUT Cut{down, across, slabs, items, steps, part_steps}

@@ -200,10 +200,10 @@ template <int span> DEVICE uint64_t descriptor_across(uint32_t tile, uint32_t ch
 // A descriptor `bytes` further on.
 DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
-#if defined(T_BFLOAT16)
-#define WGMMA_TYPES "f32.bf16.bf16"
-#else
+#if defined(T_FLOAT16)
 #define WGMMA_TYPES "f32.f16.f16"
+#else // float32 too: product_sm90.cuh
+#define WGMMA_TYPES "f32.bf16.bf16"
 #endif
 
 #define WGMMA_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
