@@ -31,6 +31,15 @@ function unmet(kernel: string, n: number): string {
   const arrived = without(clusterPtx, kernel, /cluster\.arrive/, n);
   return without(arrived, kernel, /cluster\.wait/, n);
 }
+/** exchange, whose n-th arrival hands nothing on. */
+function relaxed(n: number): string {
+  const [before, after] = clusterPtx.split(/(?<=\.entry exchange)/);
+  let left = n;
+  return (
+    before +
+    after.replace(/(cluster\.arrive)\.release/g, (all, arrive) => (left-- ? all : `${arrive}.relaxed`))
+  );
+}
 const mutant = (kernel: string, what: RegExp, n = 0) => without(clusterPtx, kernel, what, n);
 
 for (const schedule of schedules) {
@@ -59,6 +68,8 @@ for (const schedule of schedules) {
     ['reached before it has begun', /cluster/, (b) => exchange(b, unmet('exchange', 0))],
     ['read before the others have written', /race|uninitialised/, (b) => exchange(b, unmet('exchange', 1))],
     ['ends while it is reached', /cluster/, (b) => exchange(b, unmet('exchange', 2))],
+    ['known to have begun by a relaxed arrival', /nothing/, (b) => exchange(b, relaxed(0))],
+    ['written before a relaxed arrival', /race|uninitialised/, (b) => exchange(b, relaxed(1))],
     ['an arrival missing', /barrier/, (b) => exchange(b, mutant('exchange', /cluster\.arrive/))],
     ['a wait missing', /uninitialised|race/, (b) => exchange(b, mutant('exchange', /cluster\.wait/, 1))],
     ['mapa to a block that is not there', /cluster/, (b) => exchange(b, clusterPtx, { flags: 8 })],

@@ -40,10 +40,11 @@ DEVICE void normalise(T *y, float *mean, float *rstd, const T *x, const T *weigh
   if (threadIdx.x % 32 == 0) *mean = mu, *rstd = scale;
 }
 
-// The same for rows of whole chunks, at most N of them to a lane (640, 768 and 1280 elements in SDXL): all of a row is on its way at
-// once, and beside it the block's weight and bias to shared memory, so that nothing is asked for after the sums.
-template <int N>
+// The same for rows of whole chunks, as many as a lane can hold its share of (640, 768 and 1280 elements in SDXL): all of a row is on
+// its way at once, and beside it the block's weight and bias to shared memory, so that nothing is asked for after the sums.
+constexpr int KEPT_COLUMNS = 1280;
 DEVICE void normalise_kept(T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias, bool has_row, int c, float eps) {
+  constexpr int N = KEPT_COLUMNS / (32 * CHUNK);
   const int place = threadIdx.x % 32 * CHUNK;
   T *weights = reinterpret_cast<T *>(shared), *biases = weights + c;
   Chunk in[N];
@@ -53,6 +54,7 @@ DEVICE void normalise_kept(T *y, float *mean, float *rstd, const T *x, const T *
       if (has_row && i * 32 * CHUNK + place < c) body(in[i], i * 32 * CHUNK + place);
   };
   each([&](Chunk &own, int k) { own = chunk_at(x + k); });
+#pragma unroll 1
   for (int k = threadIdx.x * CHUNK; k < c; k += THREADS * CHUNK) {
     copy_async(shared_address(weights + k), weight + k, true);
     copy_async(shared_address(biases + k), bias + k, true);
@@ -88,10 +90,7 @@ DEVICE void normalise_kept(T *y, float *mean, float *rstd, const T *x, const T *
 DEVICE void layer_norm(LAYER_NORM) {
   const int row = own_row();
   const int64_t first = int64_t(row) * c;
-  if (c % CHUNK == 0 && c <= 768)
-    normalise_kept<768 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
-  else if (c % CHUNK == 0 && c <= 1280)
-    normalise_kept<1280 / (32 * CHUNK)>(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
+  if (c % CHUNK == 0 && c <= KEPT_COLUMNS) normalise_kept(y + first, mean + row, rstd + row, x + first, weight, bias, row < rows, c, eps);
   else if (row < rows) normalise(y + first, mean + row, rstd + row, x + first, weight, bias, c, eps);
 }
 

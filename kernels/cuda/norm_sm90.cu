@@ -97,18 +97,23 @@ DEVICE float4 by_group(const Slab &slab, const float (&x)[WIDE], const float (&y
   return sums;
 }
 
-// The sums of group g over what the block's threads have left in `sums`; every lane has them.
+// The sums of group g over what the block's threads have left in `sums`; every lane has them. Four reads are on their way at once.
 DEVICE float2 sum_of_group(const Slab &slab, const float4 *sums, int g) {
   float2 total = {0, 0};
-  const int first = g * slab.width / WIDE, last = ((g + 1) * slab.width - 1) / WIDE;
+  const int begin = g * slab.width, last = (begin + slab.width - 1) / WIDE;
 #pragma unroll 1
-  for (int p = first; p <= last; p++) {
-    const bool begins_here = p * WIDE / slab.width == g;
-#pragma unroll 4
-    for (int lane = threadIdx.x % 32; lane < slab.lanes; lane += 32) {
-      const float4 x = sums[lane * slab.packs + p];
-      total.x += begins_here ? x.x : x.z;
-      total.y += begins_here ? x.y : x.w;
+  for (int p = begin / WIDE; p <= last; p++) {
+    const bool begins_here = p * WIDE >= begin;
+#pragma unroll 1
+    for (int lane = threadIdx.x % 32; lane < slab.lanes; lane += 4 * 32) {
+      float4 x[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = lane + 32 * i < slab.lanes ? sums[(lane + 32 * i) * slab.packs + p] : float4{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        total.x += begins_here ? x[i].x : x[i].z;
+        total.y += begins_here ? x[i].y : x[i].w;
+      }
     }
   }
   total.x = warp_sum(total.x), total.y = warp_sum(total.y);
