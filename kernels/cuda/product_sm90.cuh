@@ -139,20 +139,25 @@ DEVICE Pair unpack(uint32_t x) {
   return {to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)})};
 #endif
 }
-// Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
-DEVICE Pair load_pair(const T *p, int at, int end) {
 #if defined(T_FLOAT32)
-  Pair x;
+typedef Pair Packed;
+DEVICE Pair unpack(Pair x) { return x; }
+#else
+typedef uint32_t Packed; // as a pair lies in memory
+#endif
+// Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
+DEVICE Packed load_packed(const T *p, int at, int end) {
+  Packed x;
+#if defined(T_FLOAT32)
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\nmov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n@p ld.global.v2.f32 {%0, %1}, [%2];\n}"
                : "=f"(x.low), "=f"(x.high)
                : "l"(p + at), "r"(at), "r"(end));
-  return x;
 #else
-  uint32_t x;
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
-  return unpack(x);
 #endif
+  return x;
 }
+DEVICE Pair load_pair(const T *p, int at, int end) { return unpack(load_packed(p, at, end)); }
 DEVICE void store_pair(float *p, float low, float high, int at, int end) {
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p st.global.v2.f32 [%0], {%1, %2};\n}" ::"l"(p + at), "f"(low), "f"(high), "r"(at), "r"(end)
                : "memory");
@@ -183,14 +188,31 @@ template <class S, Kind KIND> struct Epilogue {
   const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
   const int group, thread;
 
+  // A thread's columns of the bias, read before the products, so that nothing waits for it.
+  struct Bias {
+    Packed pairs[KIND == PLAIN ? 1 : S::N / 8];
+  };
+  __device__ int column_of(const Work &work) const { return work.n + thread % 4 * 2; }
+  // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
+  __device__ void load_bias(Bias &bias, const Work &work) const {
+    const int column = column_of(work);
+    if constexpr (KIND != PLAIN)
+      if (out.bias != nullptr)
+#pragma unroll
+        for (int j = 0; j < S::N / 8; j++) {
+          const T *from = out.bias + column + (j < COLUMNS / 8 ? 0 : out.columns);
+          bias.pairs[j] = load_packed(from, 8 * (j % (COLUMNS / 8)), out.columns - column);
+        }
+  }
+
   // Changes the sums in place.
-  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
+  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias, const Work &work, uint32_t parity) const {
     const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
-    const int column = work.n + lane % 4 * 2;
+    const int column = column_of(work);
     if constexpr (!GATED) // which is never split
       if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
     if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr) add_bias(sums, column);
+      if (out.bias != nullptr) add_bias(sums, bias);
     if constexpr (KIND == IMAGE)
       if (out.shift != nullptr) add_shift(sums, row, column);
     if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
@@ -233,26 +255,23 @@ template <class S, Kind KIND> struct Epilogue {
     const int lane = thread % 32, warp = thread / 32;
     if (has_residual()) mbarrier_wait(arrived, parity);
     else named_barrier(1 + group, WARPGROUP); // the last y has left
+    // Where 16 rows and columns of this warp lie, by their block of rows and their first column's eighth.
+    const auto at = [&](int i, int j) {
+      return place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES + swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
+    };
+    // All of a block's residual is read before its sums are stored, as a read that follows a store waits for it.
 #pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
+    for (int i = 0; i < S::BLOCKS; i++) {
+      if (has_residual()) add_residual(sums[i], [&](int j) { return at(i, j); });
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; j += 2) {
-        float *value = sums[i] + 4 * j;
-        const uint32_t at = place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES +
-                            swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
+        const float *value = sums[i] + 4 * j;
         uint32_t rounded[4];
-        if (has_residual()) {
-          load_matrices(rounded, at);
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const Pair more = unpack(rounded[e]);
-            value[2 * e] += more.low, value[2 * e + 1] += more.high;
-          }
-        }
 #pragma unroll
         for (int e = 0; e < 4; e++) rounded[e] = round_pair(value[2 * e], value[2 * e + 1]);
-        store_matrices(at, rounded);
+        store_matrices(at(i, j), rounded);
       }
+    }
     fence_async_proxy();
     named_barrier(1 + group, WARPGROUP);
     if (thread == 0) {
@@ -264,14 +283,25 @@ template <class S, Kind KIND> struct Epilogue {
     }
     __syncwarp();
   }
+
+  template <class F> __device__ void add_residual(float (&sums)[S::N / 2], F &&at) const {
+    uint32_t more[COLUMNS / 16][4];
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 16; j++) load_matrices(more[j], at(2 * j));
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 16; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const Pair pair = unpack(more[j][e]);
+        sums[8 * j + 2 * e] += pair.low, sums[8 * j + 2 * e + 1] += pair.high;
+      }
+  }
 #endif
 
-  // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
-  __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], int column) const {
+  __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias) const {
 #pragma unroll
     for (int j = 0; j < S::N / 8; j++) {
-      const T *from = out.bias + column + (j < COLUMNS / 8 ? 0 : out.columns);
-      const Pair more = load_pair(from, 8 * (j % (COLUMNS / 8)), out.columns - column);
+      const Pair more = unpack(bias.pairs[j]);
 #pragma unroll
       for (int i = 0; i < S::BLOCKS; i++) {
         sums[i][4 * j] += more.low, sums[i][4 * j + 2] += more.low;
@@ -391,6 +421,8 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
         continue;
       }
       finish.prepare(work);
+      typename Finish::Bias bias = {};
+      finish.load_bias(bias, work);
       if constexpr (S::PINGPONG) mbarrier_wait(turns + 8 * group, (done ^ group ^ 1) & 1); // the first turn is group 0's
       uint32_t last = 0; // the barrier of the stage before, free when its products are done
 #pragma unroll 1
@@ -424,7 +456,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 #pragma unroll
           for (int e = 0; e < S::N / 2; e++) sums[i][e] *= scale;
       }
-      finish.write(sums, work, done++ & 1);
+      finish.write(sums, bias, work, done++ & 1);
     }
     if (thread == 0) stores_wait_read<0>();
   }
