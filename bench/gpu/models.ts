@@ -242,7 +242,7 @@ export function modelSections(shop: Shop, scale: Scale, plain?: Shop): BenchSect
       name: 'train',
       cases: () => [
         ...batches.map((batch) => training(shop, scale, batch, true)),
-        training(shop, scale, 1, false),
+        ...batches.map((batch) => training(shop, scale, batch, false)),
       ],
     },
   ];
