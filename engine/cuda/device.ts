@@ -135,8 +135,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   /** Queues a symbol's launches for these calls, which are planned if they were not before. */
   function remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
     const call = `${symbol} ${calls.join(' ')}`;
-    const known = memo.find(call);
-    if (known && queueAgain(known)) return;
+    if (queueAgain(memo.find(call))) return;
     const made = run(symbol, plan);
     if (made) memo.keep(call, made);
   }
@@ -144,13 +143,14 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     kernels.queue(launch, stream);
     lastKernel = launch.name;
   }
-  /** Queues launches that were made before, if what they have between them lies where it lay. */
-  function queueAgain({ launches, workspaces }: Remembered): boolean {
-    const taken = workspaces.map(({ bytes }) => memory.take(bytes));
+  /** Queues a call's launches as they were made before, if what they have between them lies where it lay in one of these. */
+  function queueAgain(known: readonly Remembered[]): boolean {
+    if (known.length === 0) return false;
+    const taken = known[0].workspaces.map(({ bytes }) => memory.take(bytes));
     try {
-      if (workspaces.some(({ address }, i) => taken[i].address !== address)) return false;
-      for (const launch of launches) queue(launch);
-      return true;
+      const same = known.find(({ workspaces }) => workspaces.every((w, i) => w.address === taken[i].address));
+      for (const launch of same?.launches ?? []) queue(launch);
+      return same !== undefined;
     } finally {
       for (const block of taken) memory.give(block);
     }
