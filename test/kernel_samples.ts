@@ -195,6 +195,8 @@ const hopperNarrow: readonly Convolution[] = [
   { x: [2, 17, 12, 16], o: 24, side: 1, stride: 3 },
 ];
 
+const halvedNarrow: Convolution = { x: [1, 16, 17, 264], o: 3, side: 3, padding: around, extras: all };
+
 /** For pairs of blocks: an odd number of tiles down, whose last pair has one outside C, and several items to a pair. */
 const pairedLayers: readonly Layer[] = [
   { m: 270, n: 168, k: 200, extras: ['bias', 'residual'] },
@@ -314,6 +316,8 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
     ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
     ...hopperNarrow.map((image) => ({ ...one(conv2d(image)), hopper: {} })),
+    // Of float32's halves, an odd number of columns.
+    { ...one(conv2d(halvedNarrow)), hopper: {}, float32: true, forward: true },
     ...[...halved(halvedImages, conv2d), ...halved(pairedHalvedImages, conv2d, true)].map(
       (further): FurtherSample => ({ ...further, forward: true }),
     ),

@@ -58,7 +58,7 @@ function spreadOnHopper(
   if (c.entry !== 'conv2d_backward_x' || stride === 1 || !c.whole) return undefined;
   const [height, width] = [(oh - 1) * stride + 1, (ow - 1) * stride + 1];
   const elements = n * height * width * o;
-  if (!context.hopper || elements >= 2 ** 31) return undefined;
+  if (!context.hopper || context.dtype === 'float32' || elements >= 2 ** 31) return undefined;
   const [dx, dy, weight] = c.pointers;
   const to = context.workspace(elements * context.elementBytes);
   const dense = { ...c, pointers: [dx, to, weight] };
