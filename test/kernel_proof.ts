@@ -8,7 +8,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { drawRecords } from './draw_records.ts';
 import { type FurtherSample, samplesOf } from './kernel_samples.ts';
 import type { AnyRecord, AnySample } from './op_cases.ts';
-import { errorsOf, type Results, runKernels } from './op_exact.ts';
+import { errorsOf, forwardOf, type Results, runKernels } from './op_exact.ts';
 import type { Coverage } from './virtual-gpu/coverage.ts';
 import { openVirtualGpu, type VirtualGpu } from './virtual-gpu/gpu.ts';
 import { schedules } from './virtual-gpu/run_kernel.ts';
@@ -97,13 +97,6 @@ function check(
 
 const provable: ReadonlyMap<string, AnyRecord> = new Map([...registry, ...drawRecords]);
 export const provableOps = [...provable.keys()];
-
-/** An op without its gradients. */
-export const forwardOf = (record: AnyRecord): AnyRecord => ({
-  ...record,
-  backward: undefined,
-  reference: { forward: record.reference.forward },
-});
 
 export function runJob({ op, dtype }: Job): Check[] {
   const whole = provable.get(op) as AnyRecord;

@@ -5,11 +5,11 @@
 import { readPtx } from '../engine/cuda/kernels.ts';
 import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { forceTile, forwardOf, machineOf, sameBits } from './kernel_proof.ts';
+import { forceTile, machineOf, sameBits } from './kernel_proof.ts';
 import { type FurtherSample, samplesOf } from './kernel_samples.ts';
 import { equivalents } from './mutants_equivalent.ts';
 import type { AnyRecord } from './op_cases.ts';
-import { type Results, runKernels } from './op_exact.ts';
+import { forwardOf, type Results, runKernels } from './op_exact.ts';
 import type { Schedule } from './virtual-gpu/machine.ts';
 import { type Mutant, moduleOf, synchronisationMutants } from './virtual-gpu/mutants.ts';
 import { schedules } from './virtual-gpu/run_kernel.ts';

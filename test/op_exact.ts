@@ -215,6 +215,13 @@ export function errorsOf(record: AnyRecord, sample: AnySample, dtype: FloatDType
   });
 }
 
+/** An op without its gradients. */
+export const forwardOf = (record: AnyRecord): AnyRecord => ({
+  ...record,
+  backward: undefined,
+  reference: { forward: record.reference.forward },
+});
+
 /** The errors of one sample on a device. Throws where live tensors do not return to their count. */
 export function gpuErrors(
   device: Device,

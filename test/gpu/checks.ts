@@ -9,8 +9,8 @@ import { storageTypes } from '../../engine/cuda/kernels.ts';
 import { openDevice } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
 import { packageRoot } from '../golden.ts';
-import type { AnyRecord } from '../op_cases.ts';
-import { gpuErrors } from '../op_exact.ts';
+import type { AnyRecord, AnySample } from '../op_cases.ts';
+import { forwardOf, gpuErrors } from '../op_exact.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 import { benchOn } from '../virtual-gpu/run_kernel.ts';
 import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep, type Work } from '../whole_models.ts';
@@ -69,6 +69,10 @@ export function checkSections({ device, limit, caseLimit }: CheckOptions): Check
       name: `op ${record.name}`,
       cases: () => samples(record, device),
     })),
+    ...Object.entries(wide).map(([op, sample]) => ({
+      name: `wide ${op}`,
+      cases: () => [unless(virtual, wideCase(registry.get(op) as AnyRecord, sample, device))],
+    })),
     ...Object.entries(models).map(([name, work]) => ({
       name: `model ${name}`,
       cases: () =>
@@ -126,6 +130,25 @@ const samples = (record: AnyRecord, device: string): CheckCase[] =>
       run: () => worst(gpuErrors(gpuOf(device).device, record, sample, dtype)),
     })),
   );
+
+/** Large enough for float32's products on Hopper (plan_float32_sm90.ts), which no sample is there; seconds of the reference. */
+const wide: Record<string, AnySample> = {
+  linear: { inputs: { x: [1024, 512], weight: [512, 512], bias: [512] }, attrs: { activation: 'none' } },
+  conv2d: {
+    inputs: { x: [1, 48, 48, 64], weight: [192, 3, 3, 64], bias: [192], residual: [1, 48, 48, 192] },
+    attrs: { stride: 1, padding: [1, 1, 1, 1] },
+  },
+  attention: {
+    inputs: { q: [1, 512, 512], k: [1, 1024, 512], v: [1, 1024, 512] },
+    attrs: { heads: 1, causal: false, scale: 512 ** -0.5 },
+  },
+};
+
+const wideCase = (record: AnyRecord, sample: AnySample, device: string): CheckCase => ({
+  label: `float32 ${JSON.stringify(sample.inputs)}`,
+  type: 'float32',
+  run: () => worst(gpuErrors(gpuOf(device).device, forwardOf(record), sample, 'float32')),
+});
 
 const models: Record<string, Work> = {
   pipeline: pipelineSteps,
