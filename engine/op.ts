@@ -33,6 +33,8 @@ export interface Sample<A> {
   dtypes?: Record<string, DType>;
   /** Inputs that hold no negative numbers. */
   nonnegative?: readonly string[];
+  /** Inputs whose gradient is not asked for. */
+  frozen?: readonly string[];
 }
 
 export interface OpRecord<A> {

@@ -96,6 +96,10 @@ const layerNorm = (x: readonly [rows: number, c: number]): AnySample => ({
   attrs: { eps: 1e-5 },
 });
 
+/** Without the gradients of weight and bias, and without that of x. */
+const frozen = (sample: AnySample): FurtherSample[] =>
+  [['weight', 'bias'], ['x']].map((names) => one({ ...sample, frozen: names }));
+
 function groupNorm(x: readonly number[], groups: number, silu: boolean, skip = 0): AnySample {
   const c = [(x.at(-1) as number) + skip];
   const beside: Record<string, number[]> = skip ? { skip: [...x.slice(0, -1), skip] } : {};
@@ -393,6 +397,10 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
       multiprocessors,
       hopper: {},
     })),
+    one(groupNorm([2, 9, 120], 40, true)),
+    // Gradients of x alone, as adapters want them, or of the weight alone.
+    ...frozen(groupNorm([2, 40, 12], 3, true)),
+    ...frozen(groupNorm([2, 40, 16], 2, true)).map((further) => ({ ...further, hopper: {} })),
     // Rows that find no room in shared memory; in the second, too many for one block.
     { ...one(groupNorm([1, 95, 512], 1, true)), sharedBytes: 70000, hopper: {} },
     { ...one(groupNorm([2, 60, 40], 4, false)), sharedBytes: 17400, hopper: {} },
@@ -403,6 +411,8 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(layerNorm([70, 40])),
     one(layerNorm([70, 33])),
     { sample: layerNorm([2100, 8]), multiprocessors: 132 },
+    ...frozen(layerNorm([9, 40])),
+    ...frozen(layerNorm([9, 33])),
     // Rows that lie in registers, and rows that do not.
     ...(
       [

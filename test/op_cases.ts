@@ -57,6 +57,7 @@ export const differentiable = (record: AnyRecord, sample: AnySample) =>
   Object.keys(sample.inputs).filter(
     (name) =>
       !sample.ints?.[name] &&
+      !sample.frozen?.includes(name) &&
       !(['target', 'weights'].includes(name) && ['mse', 'huber'].includes(record.name)),
   );
 

@@ -5,6 +5,22 @@
 
 extern __shared__ __align__(16) float shared[];
 
+// Eight lanes share a group's channels, so that no thread adds up a whole group alone.
+constexpr int EIGHT = 8;
+DEVICE float sum_of_eight(float x) {
+#pragma unroll
+  for (int lane = EIGHT / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+// body(g, begin, end) by whole warps: a thread's channels of group g are every eighth from `begin`, none where there is no group g.
+template <class F> DEVICE void each_group(int groups, int width, F &&body) {
+#pragma unroll 1
+  for (int first = 0; first < groups; first += THREADS / EIGHT) {
+    const int g = first + threadIdx.x / EIGHT, lane = threadIdx.x % EIGHT;
+    body(g, g * width + lane, g < groups ? (g + 1) * width : 0);
+  }
+}
+
 // A block takes `rows` rows of one image: blockIdx.x is the chunk, blockIdx.y the image.
 
 // partial[image, chunk, group] = mean and squares about it. A pack of channels lies in x or in skip as a whole.
@@ -44,20 +60,22 @@ KERNEL(group_norm_partial)(float *partial, const T *x, const T *skip, int hw, in
   }
   __syncthreads();
   const int width = c / groups;
-  for (int g = threadIdx.x; g < groups; g += THREADS) {
+  each_group(groups, width, [&](int g, int begin, int end) {
     float total = 0, spread = 0;
-#pragma unroll 1
-    for (int k = g * width; k < (g + 1) * width; k++) total += sums[k];
-    const float centre = total / float(width);
-#pragma unroll 1
-    for (int k = g * width; k < (g + 1) * width; k++) {
+#pragma unroll 2
+    for (int k = begin; k < end; k += EIGHT) total += sums[k];
+    const float centre = sum_of_eight(total) / float(width);
+#pragma unroll 2
+    for (int k = begin; k < end; k += EIGHT) {
       const float d = sums[k] - centre;
       spread += squares[k] + float(count) * d * d;
     }
+    spread = sum_of_eight(spread);
+    if (threadIdx.x % EIGHT || begin >= end) return;
     float *to = partial + ((int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * groups + g) * 2;
     to[0] = centre;
     to[1] = spread;
-  }
+  });
 }
 
 struct Moments {
@@ -193,16 +211,18 @@ KERNEL(group_norm_backward_x)(T *dx, const float *sums, const T *dy, const T *x,
   const int64_t first = (int64_t(blockIdx.y) * hw + start) * c;
   float *means = shared, *slopes = shared + groups;
   const float *from = sums + int64_t(blockIdx.y) * 2 * c;
-  for (int g = threadIdx.x; g < groups; g += THREADS) {
+  each_group(groups, width, [&](int g, int begin, int end) {
     float total = 0, product = 0;
-#pragma unroll 1
-    for (int k = g * width; k < (g + 1) * width; k++) {
+#pragma unroll 2
+    for (int k = begin; k < end; k += EIGHT) {
       total += from[k] * to_float(weight[k]);
       product += from[c + k] * to_float(weight[k]);
     }
+    total = sum_of_eight(total), product = sum_of_eight(product);
+    if (threadIdx.x % EIGHT || begin >= end) return;
     means[g] = total / (float(hw) * float(width));
     slopes[g] = product / (float(hw) * float(width));
-  }
+  });
   __syncthreads();
   if (columns.lane >= columns.lanes) return;
 #pragma unroll 1
