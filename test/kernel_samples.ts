@@ -280,24 +280,17 @@ const linears: readonly FurtherSample[] = [
   ...halved(halvedLayers, linear),
   ...halved(pairedHalvedLayers, linear, true),
 ];
-/** Two or three layers of one x: tiles at the edges, several items to a block, fewer steps than stages, pairs; and not walkable. */
-const projections: readonly FurtherSample[] = [
-  ...[false, true].flatMap((paired) =>
-    tiled(['256', '160', '160_pingpong'], [{ m: 136, n: 168, k: 200 }], linear, paired).map((further, i) => ({
-      ...further,
-      together: 2 + (i % 2),
-    })),
-  ),
-  ...tiled(
-    ['160_pingpong'],
-    [
-      { m: 70, n: 64, k: 64 },
-      { m: 130, n: 40, k: 72 },
-      { m: 70, n: 66, k: 64 },
-    ],
-    linear,
-  ).map((further) => ({ ...further, together: 3 })),
+/** Two or three layers of one x: tiles at the edges, several items to a block, fewer steps than stages, pairs. */
+const threeLayers: readonly Layer[] = [
+  { m: 136, n: 168, k: 200 },
+  { m: 70, n: 64, k: 64 },
+  { m: 130, n: 40, k: 72 },
 ];
+const projections: readonly FurtherSample[] = [
+  ...tiled(['256', '160', '160_pingpong'], threeLayers, linear),
+  ...tiled(['256', '160', '160_pingpong'], [threeLayers[0]], linear, true),
+  ...tiled(['256'], [{ m: 70, n: 66, k: 64 }], linear), // which TMA cannot store
+].map((further, i) => ({ ...further, together: i % 4 ? 3 : 2 }));
 const isActivated = ({ sample }: FurtherSample): boolean =>
   (sample.attrs as { activation: string }).activation !== 'none';
 
