@@ -13,6 +13,7 @@ import { linear } from '../engine/ops/linear.ts';
 import { groupNorm, layerNorm } from '../engine/ops/norm.ts';
 import { scope } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
+import { processorTime } from './processor_time.ts';
 
 /** A device that notes what it launches, and how many tensor maps its plans make. */
 function watchedHopper() {
@@ -138,14 +139,7 @@ test('an op of a Hopper GPU from JavaScript, of which the call itself is left ou
     'group norm': () => groupNorm(image, one, one, { groups: 32, eps: 1e-5 }),
   };
   for (const [what, run] of Object.entries(ops)) {
-    // The process's own time, and of many rounds the fastest: others run on this machine too.
-    const rounds = Array.from({ length: 20 }, () => {
-      const began = process.cpuUsage();
-      for (let i = 0; i < 500; i++) noGrad(() => scope(() => void run()));
-      const { user, system } = process.cpuUsage(began);
-      return (user + system) / 500;
-    });
-    const microseconds = Math.min(...rounds);
+    const microseconds = processorTime(500, () => noGrad(() => scope(() => void run())));
     t.ok(microseconds < 10, `${what}: ${microseconds.toFixed(2)} microseconds`);
     t.comment(`${what}: ${microseconds.toFixed(2)} microseconds`);
   }
