@@ -258,7 +258,7 @@ const linears: readonly FurtherSample[] = [
 const threeLayers: readonly Layer[] = [
   { m: 136, n: 168, k: 200 },
   { m: 70, n: 64, k: 64 },
-  { m: 130, n: 40, k: 72 },
+  { m: 390, n: 40, k: 64 }, // many items of one step, with little between two stores
 ];
 const projections: readonly FurtherSample[] = [
   ...tiled(['256', '160', '160_pingpong'], threeLayers, linear),
