@@ -11,7 +11,7 @@ export interface Equivalent {
 export const equivalents: readonly Equivalent[] = [
   {
     kernel: /^(gemm|conv2d|fp8)_sm90_/,
-    mutant: /"bar\.warp\.sync -1".* product_sm90\.cuh/,
+    mutant: /"bar\.warp\.sync -1".* (product|epilogue)_sm90\.cuh/,
     most: 3,
     reason:
       'Lanes meet again after one of them waited, stored or arrived. What it did is ordered for the others by the named barrier ' +

@@ -4,22 +4,15 @@
 // wgmma. They share a tile, 64 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
 // other's products. A warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's
 // phase from the one two before, so no one may wait that far ahead.
-// A residual is brought by TMA into the very place where y is then rounded to and stored from.
-// Two blocks of a cluster may take tiles one below the other and share B's, the wider operand: what L2 gives is what holds
-// large products back, and a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
+// Two blocks of a cluster may take tiles one below the other and share B's, the wider operand, where L2 would hold them
+// back: a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
 // What the stages read is the Source: prefetch() its maps, begin(work) once an item, load(step, stage, barrier, cluster) for each
 // step.
-// Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass. Its y leaves by plain stores.
+// Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass.
 #pragma once
-#include "sm90.cuh"
+#include "epilogue_sm90.cuh"
 
-enum Activation { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3 };
-// What an epilogue may meet: nothing; or a residual, and bias and activation, bias and gates, or bias and shift.
-enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
-
-constexpr int STEP = 64; // k of a stage
-constexpr int GROUPS = 2;
 constexpr uint16_t BOTH = 3; // blocks of a pair
 
 // Whether an operand lies as two planes of bfloat16, hi = bf16(x) and lo = bf16(x - hi), as gemm_split (gemm.cu) has written
@@ -37,25 +30,6 @@ DEVICE Pass pass_of(int step, int steps) {
   const int pass = step / steps;
   return {step - pass * steps, pass == 0, pass == 1};
 }
-
-// y and the residual, and how an entry takes them.
-#if defined(T_FLOAT32)
-typedef T *Rows;
-#define ROWS T *
-#else
-typedef TensorMap Rows;
-#define ROWS const __grid_constant__ TensorMap
-#endif
-
-// Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
-constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
-
-template <int N_, bool PINGPONG_, int STAGES_> struct Tile {
-  static constexpr int M = 128, N = N_, STAGES = STAGES_;
-  static constexpr bool PINGPONG = PINGPONG_;
-  static constexpr int BLOCKS = PINGPONG ? 2 : 1; // of 64 rows in a warpgroup
-  static constexpr int A_BYTES = M * STEP * 2, B_BYTES = N * STEP * 2, STAGE_BYTES = A_BYTES + B_BYTES;
-};
 
 // A box of B, which is part number `part` of its tile: the blocks of a pair bring every other one, to both.
 DEVICE void load_part(const Cluster &cluster, int part, uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z) {
@@ -100,10 +74,6 @@ struct Cut {
   int down, across, slabs, items, steps, part_steps;
 };
 
-struct Work {
-  int m, n, slab, part, first, end; // first row and column; steps from `first` to `end`
-};
-
 // Neighbours in order share a band of tiles, so that what they read stays in L2. With an even number of tiles down, items
 // 2i and 2i + 1 are one below the other: a pair's, of which the last may lie outside C.
 template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
@@ -114,251 +84,6 @@ template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
   return {(band * BAND + inside % height) * S::M, inside / height * COLUMNS, layer % cut.slabs, part,
           first, min(cut.steps, first + cut.part_steps)};
 }
-
-// ---- epilogue
-
-// y[row, col] = activation(sum + bias[col] + shift[row / rows_per_shift, col]) + residual[row, col]; absent parts are null.
-// The maps of y and residual are [slab][row][col] with boxes of 64 rows and span_of(the tile's columns) bytes. With
-// `partial` the plain sums go there instead; its strides are in floats, and also those of float32's y and residual. GEGLU's
-// gates use bias[columns + col]. With `more` each slab has a y of its own: slab i > 0 that of more[i - 1].
-struct Output {
-  const Rows &y, &residual;
-  float *partial;
-  const T *bias, *shift;
-  int rows, columns, rows_per_shift, activation, has_residual, partial_row, partial_slab, partial_part;
-  const TensorMap *more = nullptr;
-};
-
-struct Pair {
-  float low, high;
-};
-DEVICE Pair unpack(uint32_t x) {
-#if defined(T_BFLOAT16)
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-#else
-  return {to_float(f16{uint16_t(x)}), to_float(f16{uint16_t(x >> 16)})};
-#endif
-}
-#if defined(T_FLOAT32)
-typedef Pair Packed;
-DEVICE Pair unpack(Pair x) { return x; }
-#else
-typedef uint32_t Packed; // as a pair lies in memory
-#endif
-// Without a branch, so that a row of them runs on: zeros unless `at` is below `end`, and a store that then does nothing.
-DEVICE Packed load_packed(const T *p, int at, int end) {
-  Packed x;
-#if defined(T_FLOAT32)
-  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\nmov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n@p ld.global.v2.f32 {%0, %1}, [%2];\n}"
-               : "=f"(x.low), "=f"(x.high)
-               : "l"(p + at), "r"(at), "r"(end));
-#else
-  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}" : "=r"(x) : "l"(p + at), "r"(at), "r"(end));
-#endif
-  return x;
-}
-DEVICE Pair load_pair(const T *p, int at, int end) { return unpack(load_packed(p, at, end)); }
-DEVICE void store_pair(float *p, float low, float high, int at, int end) {
-  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p st.global.v2.f32 [%0], {%1, %2};\n}" ::"l"(p + at), "f"(low), "f"(high), "r"(at), "r"(end)
-               : "memory");
-}
-
-DEVICE float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// x times the normal distribution's Phi(z), by Abramowitz and Stegun 7.1.26 (error of Phi below 1e-7): no branch, so that a
-// hundred of them in a row stay short.
-DEVICE float times_cdf(float x, float z) {
-  const float a = fabsf(z) * 0.70710678f, t = fast_reciprocal(1.f + 0.3275911f * a);
-  const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float tail = 0.5f * p * exp2_of(-1.44269504f * a * a); // Phi(-|z|)
-  return x * (z < 0.f ? tail : 1.f - tail);
-}
-
-// The sums of a warpgroup's BLOCKS of 64 rows as y. With GEGLU the tile's right half are the gates of its left half.
-template <class S, Kind KIND> struct Epilogue {
-  static constexpr bool GATED = KIND == GEGLU;
-  __device__ bool has_residual() const { return KIND != PLAIN && out.has_residual; }
-  static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
-  static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
-  static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES, BYTES = S::BLOCKS * BLOCK_BYTES;
-  const Output &out;
-  const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
-  const int group, thread;
-
-  // A thread's columns of the bias, read before the products, so that nothing waits for it.
-  struct Bias {
-    Packed pairs[KIND == PLAIN ? 1 : S::N / 8];
-  };
-  __device__ int column_of(const Work &work) const { return work.n + thread % 4 * 2; }
-  // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
-  __device__ void load_bias(Bias &bias, const Work &work) const {
-    const int column = column_of(work);
-    if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr)
-#pragma unroll
-        for (int j = 0; j < S::N / 8; j++) {
-          const T *from = out.bias + column + (j < COLUMNS / 8 ? 0 : out.columns);
-          bias.pairs[j] = load_packed(from, 8 * (j % (COLUMNS / 8)), out.columns - column);
-        }
-  }
-
-  // Changes the sums in place.
-  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias, const Work &work, uint32_t parity) const {
-    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
-    const int column = column_of(work);
-    if constexpr (!GATED) // which is never split
-      if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
-    if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr) add_bias(sums, bias);
-    if constexpr (KIND == IMAGE)
-      if (out.shift != nullptr) add_shift(sums, row, column);
-    if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
-#if defined(T_FLOAT32)
-    if (has_residual()) {
-      const T *residual = out.residual + work.slab * int64_t(out.partial_slab);
-      add_rows(sums, row, column, [&](int r) { return residual + int64_t(r) * out.partial_row; });
-    }
-    write_floats(sums, out.y, work, row, column);
-  }
-
-  __device__ void prepare(const Work &) const {}
-#else
-    leave(sums, work, parity);
-  }
-
-  // body(address, row, column) for each box.
-  template <class F> __device__ void each_box(const Work &work, F &&body) const {
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
-#pragma unroll
-      for (int j = 0; j < BOXES; j++)
-        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::PINGPONG ? i : group), work.n + j * BOX);
-  }
-
-  // Before the products of an item: once the last y has left, its place is filled with the residual, zeros outside C.
-  __device__ void prepare(const Work &work) const {
-    if (thread == 0) {
-      stores_wait_read<0>();
-      if (has_residual()) {
-        mbarrier_arrive_expect(arrived, BYTES);
-        each_box(work, [&](uint32_t to, int row, int column) { load_box(to, out.residual, arrived, column, row, work.slab); });
-      }
-    }
-    __syncwarp();
-  }
-
-  // Rounded to y's place, and from there by TMA.
-  __device__ void leave(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
-    const int lane = thread % 32, warp = thread / 32;
-    if (has_residual()) mbarrier_wait(arrived, parity);
-    else named_barrier(1 + group, WARPGROUP); // the last y has left
-    // Where 16 rows and columns of this warp lie, by their block of rows and their first column's eighth.
-    const auto at = [&](int i, int j) {
-      return place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES + swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
-    };
-    // All of a block's residual is read before its sums are stored, as a read that follows a store waits for it.
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++) {
-      if (has_residual()) add_residual(sums[i], [&](int j) { return at(i, j); });
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j += 2) {
-        const float *value = sums[i] + 4 * j;
-        uint32_t rounded[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) rounded[e] = round_pair(value[2 * e], value[2 * e + 1]);
-        store_matrices(at(i, j), rounded);
-      }
-    }
-    fence_async_proxy();
-    named_barrier(1 + group, WARPGROUP);
-    if (thread == 0) {
-      const TensorMap &y = out.more != nullptr && work.slab > 0 ? out.more[work.slab - 1] : out.y;
-      each_box(work, [&](uint32_t from, int row, int column) {
-        if (row < out.rows && column < out.columns) store_box(y, from, column, row, out.more != nullptr ? 0 : work.slab);
-      });
-      stores_commit();
-    }
-    __syncwarp();
-  }
-
-  template <class F> __device__ void add_residual(float (&sums)[S::N / 2], F &&at) const {
-    uint32_t more[COLUMNS / 16][4];
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 16; j++) load_matrices(more[j], at(2 * j));
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 16; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const Pair pair = unpack(more[j][e]);
-        sums[8 * j + 2 * e] += pair.low, sums[8 * j + 2 * e + 1] += pair.high;
-      }
-  }
-#endif
-
-  __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias) const {
-#pragma unroll
-    for (int j = 0; j < S::N / 8; j++) {
-      const Pair more = unpack(bias.pairs[j]);
-#pragma unroll
-      for (int i = 0; i < S::BLOCKS; i++) {
-        sums[i][4 * j] += more.low, sums[i][4 * j + 2] += more.low;
-        sums[i][4 * j + 1] += more.high, sums[i][4 * j + 3] += more.high;
-      }
-    }
-  }
-
-  // Adds from(row)'s elements to each row.
-  template <class F> __device__ void add_rows(float (&sums)[S::BLOCKS][S::N / 2], int row, int column, F &&from) const {
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int r = row + 64 * i + 8 * half;
-        const T *more = from(r) + column;
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j++) {
-          const Pair pair = load_pair(more, 8 * j, r < out.rows ? out.columns - column : 0);
-          sums[i][4 * j + 2 * half] += pair.low, sums[i][4 * j + 2 * half + 1] += pair.high;
-        }
-      }
-  }
-  __device__ void add_shift(float (&sums)[S::BLOCKS][S::N / 2], int row, int column) const {
-    add_rows(sums, row, column, [&](int r) { return out.shift + r / out.rows_per_shift * int64_t(out.columns); });
-  }
-
-  // body(x, gate) for each sum.
-  template <class F> __device__ void each_sum(float (&sums)[S::BLOCKS][S::N / 2], F &&body) const {
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
-#pragma unroll
-      for (int e = 0; e < COLUMNS / 2; e++) sums[i][e] = body(sums[i][e], sums[i][GATED ? e + COLUMNS / 2 : e]);
-  }
-  __device__ void activate(float (&sums)[S::BLOCKS][S::N / 2]) const {
-    if constexpr (GATED) each_sum(sums, [](float x, float gate) { return times_cdf(x * gate, gate); });
-    else if (out.activation == GELU) each_sum(sums, [](float x, float) { return times_cdf(x, x); });
-    else if (out.activation != NONE) {
-      const float scale = out.activation == SILU ? -1.44269504f : -1.702f * 1.44269504f; // exp(-x), exp(-1.702 x)
-      each_sum(sums, [=](float x, float) { return x * fast_reciprocal(1.f + exp2_of(scale * x)); });
-    }
-  }
-
-  __device__ void write_floats(const float (&sums)[S::BLOCKS][S::N / 2], float *first, const Work &work, int row, int column) const {
-    float *to = first + work.slab * int64_t(out.partial_slab) + column;
-#pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int r = row + 64 * i + 8 * half;
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j++)
-          store_pair(to + int64_t(r) * out.partial_row, sums[i][4 * j + 2 * half], sums[i][4 * j + 2 * half + 1], 8 * j,
-                     r < out.rows ? out.columns - column : 0);
-      }
-  }
-};
 
 // ---- the product
 
