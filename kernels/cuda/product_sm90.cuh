@@ -183,7 +183,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
       }
       finish.write(sums, bias, work, done++ & 1);
     }
-    if (thread == 0) stores_wait_read<0>();
+    if (!SPLIT && thread == 0) stores_wait_read<0>();
   }
   if (cluster.blocks > 1) cluster.sync(); // the other's last arrivals come here
 }
