@@ -95,6 +95,24 @@ test('sums between two launches: planned anew where their memory is another', (t
   t.end();
 });
 
+test('no memory for what lies between remembered launches: what was taken goes back', (t) => {
+  const { driver, memory } = cudaDevice(standInApi({ ...anyHopper, bytes: 2 ** 20 }));
+  const { address } = memory.take(1024);
+  // Float32's group norm leaves partial sums of 32 KiB, and then those of each image.
+  const pointers = Array<bigint>(9).fill(address);
+  const backward = () => driver.launch('group_norm_backward_float32', [...pointers, 1, 16384, 32, 4, 0]);
+  backward();
+  memory.trim();
+  const first = memory.take(2 ** 15);
+  for (let bytes = 2 ** 19; bytes >= 256; bytes /= 2)
+    while ((driver.room?.().free as number) >= bytes) memory.take(bytes);
+  memory.give(first);
+  const { storages } = memory;
+  t.throws(backward, { name: 'MemoryError' });
+  t.equal(memory.storages, storages, 'the first of two is not held on to');
+  t.end();
+});
+
 test('calls are forgotten all at once when they are too many', (t) => {
   const memo = new PlanMemo();
   const nothing = { launches: [], workspaces: [] };

@@ -146,8 +146,9 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   /** Queues a call's launches as they were made before, if what they have between them lies where it lay in one of these. */
   function queueAgain(known: readonly Remembered[]): boolean {
     if (known.length === 0) return false;
-    const taken = known[0].workspaces.map(({ bytes }) => memory.take(bytes));
+    const taken: Block[] = [];
     try {
+      for (const { bytes } of known[0].workspaces) taken.push(memory.take(bytes));
       const same = known.find(({ workspaces }) => workspaces.every((w, i) => w.address === taken[i].address));
       for (const launch of same?.launches ?? []) queue(launch);
       return same !== undefined;
