@@ -155,9 +155,9 @@ function own(leaf: Node): void {
 }
 
 function replace(node: Node, grad: Tensor, more: Tensor): void {
-  const sum = keep(empty(grad.shape, grad));
+  const sum = empty(grad.shape, grad);
   grad.device.add(sum, grad, more);
-  node.grad = sum;
+  node.grad = keep(sum);
   grad.release();
 }
 
