@@ -13,7 +13,7 @@ import { exp, silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { packageRoot } from './golden.ts';
-import { processorTime } from './processor_time.ts';
+import { BOUND, processorTime } from './processor_time.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-stub-'));
@@ -165,10 +165,11 @@ test('a launch from JavaScript', { skip: compiled.status !== 0 && 'no C compiler
     const x = tensor([1, 2, 3, 4], [4], { device });
     const { address } = x.block;
     const launch = () => device.driver.launch('silu_forward_float32', [address, address, 4]);
-    const op = () => scope(() => silu(x));
+    // Its result is not returned: it would live on in the outer scope, and each op would allocate.
+    const op = () => scope(() => void silu(x));
     for (const [what, run] of Object.entries({ 'plan, packing and call': launch, 'a whole op': op })) {
       const microseconds = processorTime(2000, run);
-      t.ok(microseconds < 10, `${what}: ${microseconds.toFixed(2)} microseconds`);
+      t.ok(microseconds < BOUND, `${what}: ${microseconds.toFixed(2)} microseconds`);
       t.comment(`${what}: ${microseconds.toFixed(2)} microseconds`);
     }
   });
