@@ -45,10 +45,13 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
       [1, 1, 388, 390, true],
       [1, 1, 63, 128, false],
       [2, 3, 9, 33, false], // warpgroups that pass over heads
-      // One piece of 64 rows, whose keys both warpgroups share, and more of them than the ring holds.
+      // Two pieces to a head: the third warpgroup passes by more keys, and queries, than rings hold.
+      [1, 4, 100, 300, false],
+      // Three pieces and one, so that rings are full when the one begins.
+      [1, 1, 200, 600, false],
+      // One piece, whose keys two warpgroups share, and more of them than the ring holds; then little ones.
       [1, 1, 60, 1030, false],
-      // The same twice over, within the ring.
-      [1, 2, 60, 200, false],
+      [1, 4, 60, 200, false],
     ].map(([n, heads, lq, lk, causal]) => ({
       sample: attention([n, heads, lq, lk, 64].map(Number), causal === true),
       multiprocessors: 1,

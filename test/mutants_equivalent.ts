@@ -25,13 +25,6 @@ export const equivalents: readonly Equivalent[] = [
   },
   {
     kernel: /^attention_hopper_forward_/,
-    mutant: /"bar\.sync %r\d+,%r\d+"/,
-    most: 1,
-    reason:
-      'The turns that the warpgroups pass order when each has the tensor cores, and no memory. Without the waiting, both just run.',
-  },
-  {
-    kernel: /^attention_hopper_forward_/,
     mutant: /"wgmma\.fence\.sync\.aligned"/,
     most: 1,
     reason:

@@ -42,17 +42,20 @@ const mapOf =
       swizzle: TensorMapSwizzle.B128,
     });
 
+/** Warpgroups of forward, each with 64 rows of queries. */
+const GROUPS = 3;
+const GROUPS_BYTES = GROUPS * HALF_TILE_BYTES;
+
 const KEY_STAGES = 4;
-/** Two tiles of queries, rings of keys and values, results on their way out, and what one warpgroup hands to the other. */
+/** Queries twice, rings of keys and values, results on their way out, and what one warpgroup hands to another. */
 const FORWARD_SHARED =
-  ALIGNMENT + 2 * TILE_BYTES + 2 * KEY_STAGES * TILE_BYTES + TILE_BYTES + 36 * WARPGROUP * 4;
+  ALIGNMENT + 2 * GROUPS_BYTES + 2 * KEY_STAGES * TILE_BYTES + GROUPS_BYTES + 36 * WARPGROUP * 4;
 
 /** So many keys, or fewer, are all kept: the text's 77. Three warpgroups and a warp share two heads' keys and values. */
 const FEW_KEYS = 80;
-const FEW_GROUPS = 3;
 const FEW_QUERY_STAGES = 9;
 const FEW_SHARED =
-  ALIGNMENT + FEW_QUERY_STAGES * HALF_TILE_BYTES + 4 * FEW_KEYS * HEAD * 2 + FEW_GROUPS * HALF_TILE_BYTES;
+  ALIGNMENT + FEW_QUERY_STAGES * HALF_TILE_BYTES + 4 * FEW_KEYS * HEAD * 2 + GROUPS_BYTES;
 
 export function hopperForward(
   [y, lse, q, k, v]: readonly LaunchArgument[],
@@ -70,7 +73,7 @@ export function hopperForward(
       family: 'attention_sm90',
       entry: isFew ? 'attention_hopper_few_forward' : 'attention_hopper_forward',
       grid: [Math.min(units, context.multiprocessors), 1, 1],
-      block: isFew ? FEW_GROUPS * WARPGROUP + WARP : 3 * WARPGROUP,
+      block: GROUPS * WARPGROUP + (isFew ? WARP : WARPGROUP),
       shared: isFew ? FEW_SHARED : FORWARD_SHARED,
       args: [
         ...[map(q, lq, ROWS), map(k, lk, keys), map(v, lk, keys), map(y, lq, WARP_ROWS), lse],

@@ -1,36 +1,37 @@
 // Attention for Hopper: heads 64 wide of [n, l, heads * 64] in the half types, scores never stored. One warp brings tiles by
-// TMA; warpgroups of 64 rows each multiply them by wgmma, and the weights stay in registers as the next product's operand
-// (FlashAttention 3, Shah 2024). While one warpgroup takes its softmax the other has the tensor cores: they pass a turn by
-// named barriers. A block walks an even share of all 64-row pieces; one left over is done by both warpgroups, half the
-// keys each, so that no shape wastes a wave.
+// TMA; three warpgroups of 64 rows each multiply them by wgmma, and the weights stay in registers as the next product's operand
+// (FlashAttention 3, Shah 2024). While one warpgroup takes its softmax the others have the tensor cores. A block walks an even
+// share of all 64-row pieces; one left over is done by two warpgroups, half the keys each, so that no shape wastes a wave.
 #include "attention_sm90.cuh"
 
-// A block's share of all pieces of 64 rows: two of one head at a time, or one alone.
+constexpr int GROUPS = 3, KEYS = 128, STAGES = 4;
+
+// A block's share of all pieces of 64 rows: those of one head next to each other, as many at a time as there are warpgroups.
 struct Walk {
-  int unit, end, per_head, head, row;
-  bool alone;
+  int unit, end, per_head, pieces = 0;
   __device__ Walk(int units, int per_head)
       : unit(share_begin(units, blockIdx.x)), end(share_begin(units, blockIdx.x + 1)), per_head(per_head) {}
   __device__ bool next() {
-    if (unit >= end) return false;
-    head = unit / per_head;
-    row = unit % per_head * ROWS;
-    alone = unit + 1 == end || unit % per_head + 1 == per_head;
-    unit += alone ? 1 : 2;
-    return true;
+    unit += pieces;
+    pieces = min(GROUPS, min(end, (head() + 1) * per_head) - unit);
+    return unit < end;
   }
+  __device__ int head() const { return unit / per_head; }
+  __device__ int row() const { return unit % per_head * ROWS; }
+  // Of KEYS keys, as many as a row of these sees.
+  __device__ int tiles(int lk, int causal) const { return ((causal ? min(lk, row() + pieces * ROWS) : lk) + KEYS - 1) / KEYS; }
 };
 
-// ---- forward over any number of keys: a producer and two consumers
+// ---- forward over any number of keys: a producer and three consumers
 
-constexpr int KEYS = 128, STAGES = 4;
-constexpr int MERGE = 3;                               // the named barrier for that; 1 and 2 are the turns
+constexpr int MERGE = 1;                               // the named barrier of two that share a piece
+constexpr uint32_t QUERIES = GROUPS * HALF_TILE;
 
 struct ForwardShared {
   uint64_t query_full[2], query_empty[2], key_full[STAGES], key_empty[STAGES], value_full[STAGES], value_empty[STAGES];
 };
 
-// Both warpgroups have done half the keys of the same rows: the first takes in what the second has.
+// Two warpgroups have done half the keys of the same rows: the first takes in what the second has.
 DEVICE void merge_halves(float *handed, float (&out)[32], Running &softmax, float factor, int group) {
   float *mine = handed + threadIdx.x % WARPGROUP;
   if (group == 1) {
@@ -59,134 +60,161 @@ DEVICE void merge_halves(float *handed, float (&out)[32], Running &softmax, floa
   named_barrier(MERGE, 2 * WARPGROUP);
 }
 
-KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y, float *lse, int heads, int lq, int lk,
-                                                   int causal, float scale, int units, int per_head) {
+// Where tiles lie in shared memory, and what the second of two hands to the first.
+struct ForwardTiles {
+  uint32_t queries = shared_base(), keys = queries + 2 * QUERIES, values = keys + STAGES * TILE, staging = values + STAGES * TILE,
+           handed = staging + 4 * GROUPS * STAGING;
+};
+
+// The producer: one thread.
+DEVICE void bring(ForwardShared &s, const ForwardTiles &to, Walk walk, const TensorMap &map_q, const TensorMap &map_k, const TensorMap &map_v,
+                  int heads, int lk, int causal) {
+  Ring<STAGES> ring;
+  for (int work = 0; walk.next(); work++) {
+    const int column = walk.head() % heads * HEAD, image = walk.head() / heads, tiles = walk.tiles(lk, causal), q = work % 2;
+    mbarrier_wait(at_ring(s.query_empty, q), work / 2 % 2 ^ 1);
+    mbarrier_arrive_expect(at_ring(s.query_full, q), walk.pieces * HALF_TILE);
+#pragma unroll 1
+    for (int i = 0; i < walk.pieces; i++)
+      load_box(to.queries + q * QUERIES + i * HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row() + i * ROWS, image);
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++, ring.next()) {
+      const int stage = ring.stage;
+      mbarrier_wait(at_ring(s.key_empty, stage), ring.parity ^ 1);
+      mbarrier_arrive_expect(at_ring(s.key_full, stage), TILE);
+      load_box(to.keys + stage * TILE, map_k, at_ring(s.key_full, stage), column, tile * KEYS, image);
+      mbarrier_wait(at_ring(s.value_empty, stage), ring.parity ^ 1);
+      mbarrier_arrive_expect(at_ring(s.value_full, stage), TILE);
+      load_box(to.values + stage * TILE, map_v, at_ring(s.value_full, stage), column, tile * KEYS, image);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1)
+    JOIN(attention_hopper_forward, DTYPE)(MAP map_q, MAP map_k, MAP map_v, MAP map_y, float *lse, int heads, int lq, int lk, int causal,
+                                          float scale, int units, int per_head) {
   __shared__ ForwardShared s;
-  const uint32_t query_tiles = shared_base(), key_tiles = query_tiles + 2 * TILE, value_tiles = key_tiles + STAGES * TILE,
-                 staging = value_tiles + STAGES * TILE;
+  const ForwardTiles from;
   launch_dependents();
   if (threadIdx.x == 32) prefetch_map(map_q), prefetch_map(map_k), prefetch_map(map_v);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) {
       mbarrier_init(at_ring(s.query_full, i), 1);
-      mbarrier_init(at_ring(s.query_empty, i), 8);
+      mbarrier_init(at_ring(s.query_empty, i), 4 * GROUPS);
     }
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(at_ring(s.key_full, i), 1);
-      mbarrier_init(at_ring(s.key_empty, i), 8);
+      mbarrier_init(at_ring(s.key_empty, i), 4 * GROUPS);
       mbarrier_init(at_ring(s.value_full, i), 1);
-      mbarrier_init(at_ring(s.value_empty, i), 8);
+      mbarrier_init(at_ring(s.value_empty, i), 4 * GROUPS);
     }
     fence_mbarrier_init();
   }
   __syncthreads();
   wait_for_prerequisites();
   Walk walk(units, per_head);
-  const auto tiles_of = [&]() {
-    return (causal ? min(lk, walk.row + (walk.alone ? ROWS : 2 * ROWS)) : lk) + KEYS - 1 >> 7;
-  };
   if (threadIdx.x < WARPGROUP) {
-    registers_shrink_to<40>();
-    if (threadIdx.x >= 32 || !elect_one()) return;
-    for (int work = 0, step = 0; walk.next(); work++) {
-      const int column = walk.head % heads * HEAD, image = walk.head / heads, q = work % 2, tiles = tiles_of();
-      mbarrier_wait(at_ring(s.query_empty, q), work / 2 % 2 ^ 1);
-      mbarrier_arrive_expect(at_ring(s.query_full, q), walk.alone ? HALF_TILE : TILE);
-      load_box(query_tiles + q * TILE, map_q, at_ring(s.query_full, q), column, walk.row, image);
-      if (!walk.alone) load_box(query_tiles + q * TILE + HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row + ROWS, image);
-#pragma unroll 1
-      for (int tile = 0; tile < tiles; tile++, step++) {
-        const int stage = step % STAGES, fresh = step / STAGES % 2 ^ 1;
-        mbarrier_wait(at_ring(s.key_empty, stage), fresh);
-        mbarrier_arrive_expect(at_ring(s.key_full, stage), TILE);
-        load_box(key_tiles + stage * TILE, map_k, at_ring(s.key_full, stage), column, tile * KEYS, image);
-        mbarrier_wait(at_ring(s.value_empty, stage), fresh);
-        mbarrier_arrive_expect(at_ring(s.value_full, stage), TILE);
-        load_box(value_tiles + stage * TILE, map_v, at_ring(s.value_full, stage), column, tile * KEYS, image);
-      }
-    }
+    registers_shrink_to<32>();
+    if (threadIdx.x < 32 && elect_one()) bring(s, from, walk, map_q, map_k, map_v, heads, lk, causal);
     return;
   }
-  registers_grow_to<232>();
+  registers_grow_to<160>();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;
   const Place at;
   const float factor = scale * LOG2E;
-  const auto wait_full = [&](uint64_t *full, int step) { mbarrier_wait(at_ring(full, step % STAGES), step / STAGES % 2); };
-  // Tiles of keys that are the other warpgroup's.
-  const auto pass_over = [&](int step) {
-    wait_full(s.key_full, step);
-    release(at_ring(s.key_empty, step % STAGES), at);
-    wait_full(s.value_full, step);
-    release(at_ring(s.value_empty, step % STAGES), at);
+  Ring<STAGES> ring; // the next tile of keys and of values
+  const auto wait_full = [&](uint64_t *full, const Ring<STAGES> &tile) { mbarrier_wait(at_ring(full, tile.stage), tile.parity); };
+  // By a tile that is another warpgroup's. Values are asked for after keys, so that theirs is wait enough.
+  const auto pass = [&]() {
+    mbarrier_wait_together(at_ring(s.value_full, ring.stage), ring.parity);
+    release(at_ring(s.key_empty, ring.stage), at);
+    release(at_ring(s.value_empty, ring.stage), at);
+    ring.next();
   };
-  if (group == 1) named_arrive(1, 2 * WARPGROUP);
-  for (int work = 0, base = 0; walk.next(); work++) {
-    const int tiles = tiles_of(), first = walk.row + (walk.alone ? 0 : group * ROWS), row = first + at.row;
-    const bool split = walk.alone && tiles > 1;
-    const int stride = split ? 2 : 1;
+  for (int work = 0; walk.next(); work++) {
+    const int tiles = walk.tiles(lk, causal);
+    const bool split = walk.pieces == 1 && tiles > 1;
+    const int stride = split ? 2 : 1, piece = split ? 0 : group, first = walk.row() + piece * ROWS, row = first + at.row;
+    mbarrier_wait(at_ring(s.query_full, work % 2), work / 2 % 2);
+    if (group >= (split ? 2 : walk.pieces)) {
+      release(at_ring(s.query_empty, work % 2), at);
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; tile++) pass();
+      continue;
+    }
     const auto mask_tile = [&](float (&scores)[64], int tile) {
       const int key = tile * KEYS;
       if (key + KEYS <= lk && !(causal && key + KEYS > first)) return;
       mask(scores, (causal ? min(lk, row + 1) : lk) - key, (causal ? min(lk, row + 9) : lk) - key, at.lane);
     };
-    mbarrier_wait(at_ring(s.query_full, work % 2), work / 2 % 2);
-    const uint64_t queries = descriptor_along(query_tiles + work % 2 * TILE + (walk.alone ? 0 : group * HALF_TILE));
+    const uint64_t queries = descriptor_along(from.queries + work % 2 * QUERIES + piece * HALF_TILE);
     float out[32] = {}, scores[64], shrink[2];
     uint32_t weights[8][4];
     Running softmax;
     int tile = split ? group : 0;
-    if (tile == 1) pass_over(base);
-    wait_full(s.key_full, base + tile);
-    wgmma_fence();
-    scores_of(scores, queries, descriptor_along(key_tiles + (base + tile) % STAGES * TILE));
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(scores);
-    release(at_ring(s.key_empty, (base + tile) % STAGES), at);
-    mask_tile(scores, tile);
-    softmax.take(scores, shrink, factor);
-    round_all(weights, scores);
-    if (split && tile + 1 < tiles) pass_over(base + tile + 1);
-#pragma unroll 1
-    for (int next = tile + stride; next < tiles; next += stride) {
-      const int stage = (base + next) % STAGES, before = (base + tile) % STAGES;
-      wait_full(s.key_full, base + next);
-      if (!split) named_barrier(1 + group, 2 * WARPGROUP);
+    if (tile == 1) pass();
+    Ring<STAGES> before; // the tile whose weights are there
+    const auto begin_scores = [&]() {
+      wait_full(s.key_full, ring);
       hold(out);
       wgmma_fence();
-      scores_of(scores, queries, descriptor_along(key_tiles + stage * TILE));
+      scores_of(scores, queries, descriptor_along(from.keys + ring.stage * TILE));
       wgmma_commit();
-      wait_full(s.value_full, base + tile);
-      wgmma_fence();
-      add_product(out, weights, descriptor_across<128>(value_tiles + before * TILE, 0));
-      wgmma_commit();
-      if (!split) named_arrive(2 - group, 2 * WARPGROUP);
-      wgmma_wait<1>();
+    };
+    const auto weigh_scores = [&]() {
       hold(scores);
-      release(at_ring(s.key_empty, stage), at);
-      mask_tile(scores, next);
+      release(at_ring(s.key_empty, ring.stage), at);
+      mask_tile(scores, tile);
       softmax.take(scores, shrink, factor);
+      hold(scores);
+      tile += stride;
+    };
+    const auto round_weights = [&]() {
+      round_all(weights, scores);
+      before = ring;
+      ring.next();
+    };
+    const auto begin_sums = [&]() {
+      wait_full(s.value_full, before);
+      hold(out);
+      wgmma_fence();
+      add_product(out, weights, descriptor_across<128>(from.values + before.stage * TILE, 0));
+      wgmma_commit();
+    };
+    const auto end_sums = [&]() {
       wgmma_wait<0>();
       hold(out);
-      release(at_ring(s.value_empty, before), at);
+      release(at_ring(s.value_empty, before.stage), at);
+    };
+    const auto next_weights = [&]() {
+      end_sums();
       scale_rows(out, shrink[0], shrink[1]);
-      round_all(weights, scores);
-      if (split && next + 1 < tiles) pass_over(base + next + 1);
-      tile = next;
+      round_weights();
+    };
+    begin_scores();
+    wgmma_wait<0>();
+    weigh_scores();
+    round_weights();
+#pragma unroll 1
+    while (tile < tiles) {
+      if (split) pass();
+      begin_scores();
+      begin_sums();
+      wgmma_wait<1>();
+      weigh_scores();
+      // Without a branch here ptxas moves the wait for the sums to before softmax, which then runs beside nothing.
+      if (tile >= tiles) {
+        next_weights();
+        break;
+      }
+      next_weights();
     }
     release(at_ring(s.query_empty, work % 2), at);
-    wait_full(s.value_full, base + tile);
-    hold(out);
-    wgmma_fence();
-    add_product(out, weights, descriptor_across<128>(value_tiles + (base + tile) % STAGES * TILE, 0));
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(out);
-    release(at_ring(s.value_empty, (base + tile) % STAGES), at);
-    if (split) merge_halves(reinterpret_cast<float *>(shared + (staging - shared_address(shared)) + 8 * STAGING), out, softmax, factor, group);
-    if (!walk.alone || group == 0)
-      finish_rows(map_y, lse, staging + group * 4 * STAGING, out, softmax, heads, walk.head, first, lq, scale, at);
-    base += tiles;
+    begin_sums();
+    end_sums();
+    if (split && tile - 1 < tiles) pass();
+    if (split) merge_halves(reinterpret_cast<float *>(shared + (from.handed - shared_address(shared))), out, softmax, factor, group);
+    if (piece == group) finish_rows(map_y, lse, from.staging + group * 4 * STAGING, out, softmax, heads, walk.head(), first, lq, scale, at);
   }
   stores_wait_read<0>();
 }
@@ -195,7 +223,7 @@ KERNEL_SM90(attention_hopper_forward)(MAP map_q, MAP map_k, MAP map_v, MAP map_y
 // so three warpgroups work on their own, each on every third piece of 64 rows, behind a ring of its own: loads may land out of
 // order, and a barrier's parity tells its phases apart only to who waits for each of them.
 
-constexpr int FEW = 80, GROUPS = 3, QUERY_STAGES = 3;
+constexpr int FEW = 80, QUERY_STAGES = 3;
 constexpr uint32_t FEW_TILE = FEW * HEAD * 2;
 
 struct FewShared {

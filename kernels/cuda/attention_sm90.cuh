@@ -8,6 +8,15 @@ constexpr int HEAD = 64, ROWS = 64;                    // width of a head; rows 
 constexpr uint32_t HALF_TILE = ROWS * HEAD * 2, TILE = 2 * HALF_TILE;
 constexpr uint32_t STAGING = 16 * HEAD * 2;            // a warp's results on their way to memory
 
+// For a warp of which one lane then says that it has done with the stage: no other may still be waiting, as the next phase but one
+// would lock it out.
+DEVICE void mbarrier_wait_together(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "vote.sync.all.pred done, done, 0xffffffff;\n@!done bra WAIT;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
 // Plain bytes by TMA: 16-byte boundaries.
 DEVICE void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
