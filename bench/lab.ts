@@ -62,5 +62,5 @@ export const attentionSteps: readonly LabStep[] = [
   { name: 'a thread to a query', folder: labFolder, launches: threads },
   { name: 'mma.sync', folder: ptxFolder, launches: shipped(false) },
   { name: 'wgmma, one warpgroup', folder: labFolder, launches: warpgroup },
-  { name: 'wgmma, two warpgroups in turns', folder: ptxFolder, launches: shipped(true) },
+  { name: 'wgmma, three warpgroups', folder: ptxFolder, launches: shipped(true) },
 ];

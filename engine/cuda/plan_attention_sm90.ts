@@ -54,8 +54,7 @@ const FORWARD_SHARED =
 /** So many keys, or fewer, are all kept: the text's 77. Three warpgroups and a warp share two heads' keys and values. */
 const FEW_KEYS = 80;
 const FEW_QUERY_STAGES = 9;
-const FEW_SHARED =
-  ALIGNMENT + FEW_QUERY_STAGES * HALF_TILE_BYTES + 4 * FEW_KEYS * HEAD * 2 + GROUPS_BYTES;
+const FEW_SHARED = ALIGNMENT + FEW_QUERY_STAGES * HALF_TILE_BYTES + 4 * FEW_KEYS * HEAD * 2 + GROUPS_BYTES;
 
 export function hopperForward(
   [y, lse, q, k, v]: readonly LaunchArgument[],

@@ -12,16 +12,15 @@ export interface Tile {
   /** Columns of a tile; all are 128 rows. */
   readonly n: number;
   readonly pingpong: boolean;
-  readonly stages: number;
 }
 
 /** product_sm90.cuh's tiles. 160 divides SDXL's widths (multiples of 320) into whole waves of 132 multiprocessors. */
 export const tiles = {
-  '256': { name: '256', n: 256, pingpong: false, stages: 3 },
-  '160': { name: '160', n: 160, pingpong: false, stages: 5 },
-  '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true, stages: 4 },
-  '128_pingpong': { name: '128_pingpong', n: 128, pingpong: true, stages: 5 },
-  '80': { name: '80', n: 80, pingpong: false, stages: 7 },
+  '256': { name: '256', n: 256, pingpong: false },
+  '160': { name: '160', n: 160, pingpong: false },
+  '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true },
+  '128_pingpong': { name: '128_pingpong', n: 128, pingpong: true },
+  '80': { name: '80', n: 80, pingpong: false },
 } as const satisfies Record<string, Tile>;
 export type TileName = keyof typeof tiles;
 
@@ -54,6 +53,10 @@ export const ROWS = 128;
 export const STEP = 64;
 const THREADS = 384;
 const BLOCK_ROWS = 64;
+/** Bytes of shared memory that a block may have, and of them for a tile's start and for barriers. */
+const MOST_SHARED = 227 * 1024;
+const ALIGNMENT = 1024;
+const BARRIERS = 256;
 
 /** Elements in a row of a shared tile that is `width` elements wide: product_sm90.cuh's span_of. */
 export const boxColumns = (width: number): number => (width % 64 === 0 ? 64 : width % 32 === 0 ? 32 : 16);
@@ -307,7 +310,7 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
     grid: [Math.min(items, blocksOf(context.multiprocessors, paired)), 1, 1],
     ...(paired ? { cluster: 2 } : {}),
     block: THREADS,
-    shared: sharedBytes(tile, columns),
+    shared: sharedBytes(tile, columns, context),
     args: [
       ...[a, p.b(tile.n, context), y, residual ? map(residual) : y, sums.address, p.bias, p.m, p.n],
       ...[Number(residual !== 0n), sums.row, sums.slab, p.m * p.n * p.slabs, down, across, p.slabs],
@@ -316,7 +319,13 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
   };
 }
 
-/** The stages, what leaves by TMA (rows of y that the warpgroups round), and room to begin on a multiple of 1024. */
-function sharedBytes({ n, pingpong, stages }: Tile, columns: number): number {
-  return stages * (ROWS + n) * STEP * 2 + (pingpong ? 2 : 1) * ROWS * columns * 2 + 1024;
+/**
+ * As many stages as fit beside what leaves by TMA (rows of y that the warpgroups round; float32's do not), and room to begin on a
+ * multiple of 1024: epilogue_sm90.cuh's STAGES.
+ */
+function sharedBytes({ n, pingpong }: Tile, columns: number, { elementBytes }: PlanContext): number {
+  const stage = (ROWS + n) * STEP * 2;
+  const epilogue = elementBytes === 2 ? (pingpong ? 2 : 1) * ROWS * columns * 2 : 0;
+  const stages = Math.floor((MOST_SHARED - ALIGNMENT - BARRIERS - epilogue) / stage);
+  return stages * stage + epilogue + ALIGNMENT;
 }

@@ -1,6 +1,6 @@
 // How the tiles of Hopper's matrix products end (product_sm90.cuh): a warpgroup's sums take their bias, activation and residual and
 // leave as y, in storage type by TMA, in float32 by plain stores; or as they are, where k is in parts that a later launch joins.
-// What is added is on its way before it is wanted: the bias is read before the products, the residual brought by TMA into the very
+// What is added is on its way before it is wanted: bias and shift are read before the products, the residual brought by TMA into the very
 // place where y is then rounded to and stored from.
 #pragma once
 #include "sm90.cuh"
@@ -24,8 +24,8 @@ typedef TensorMap Rows;
 // Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
 constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
 
-template <int N_, bool PINGPONG_, int STAGES_> struct Tile {
-  static constexpr int M = 128, N = N_, STAGES = STAGES_;
+template <int N_, bool PINGPONG_> struct Tile {
+  static constexpr int M = 128, N = N_;
   static constexpr bool PINGPONG = PINGPONG_;
   static constexpr int BLOCKS = PINGPONG ? 2 : 1; // of 64 rows in a warpgroup
   static constexpr int A_BYTES = M * STEP * 2, B_BYTES = N * STEP * 2, STAGE_BYTES = A_BYTES + B_BYTES;
@@ -101,38 +101,50 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ bool has_residual() const { return KIND != PLAIN && out.has_residual; }
   static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
   static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
-  static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES, BYTES = S::BLOCKS * BLOCK_BYTES;
+  static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES;
+  static constexpr int BYTES = sizeof(T) == 2 ? S::BLOCKS * BLOCK_BYTES : 0; // of shared memory, for a warpgroup
+  // As many as fit beside them: of the 227 KB of a block, less the barriers and the room to begin on a multiple of 1024.
+  static constexpr int STAGES = (227 * 1024 - 1024 - 256 - GROUPS * BYTES) / S::STAGE_BYTES;
   const Output &out;
   const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
   const int group, thread;
 
-  // A thread's columns of the bias, read before the products, so that nothing waits for it.
-  struct Bias {
-    Packed pairs[KIND == PLAIN ? 1 : S::N / 8];
+  // A thread's columns of the bias, and of the shift where all rows have the same, read before the products, so that nothing
+  // waits for them.
+  struct Early {
+    Packed bias[KIND == PLAIN ? 1 : S::N / 8], shift[KIND == IMAGE ? S::N / 8 : 1];
   };
   __device__ int column_of(const Work &work) const { return work.n + thread % 4 * 2; }
   // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
-  __device__ void load_bias(Bias &bias, const Work &work) const {
+  __device__ void load_columns(Packed (&pairs)[S::N / 8], const T *from, const Work &work) const {
     const int column = column_of(work);
-    if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr)
 #pragma unroll
-        for (int j = 0; j < S::N / 8; j++) {
-          const T *from = out.bias + column + (j < COLUMNS / 8 ? 0 : out.columns);
-          bias.pairs[j] = load_packed(from, 8 * (j % (COLUMNS / 8)), out.columns - column);
-        }
+    for (int j = 0; j < S::N / 8; j++)
+      pairs[j] = load_packed(from + column + (j < COLUMNS / 8 ? 0 : out.columns), 8 * (j % (COLUMNS / 8)), out.columns - column);
+  }
+  __device__ void load_early(Early &early, const Work &work) const {
+    if constexpr (KIND != PLAIN)
+      if (out.bias != nullptr) load_columns(early.bias, out.bias, work);
+    if constexpr (KIND == IMAGE)
+      if (has_one_shift(work)) load_columns(early.shift, out.shift + shift_row(work.m) * int64_t(out.columns), work);
+  }
+  __device__ int shift_row(int row) const { return row / out.rows_per_shift; }
+  // Of a tile's rows; those past the last do not count.
+  __device__ bool has_one_shift(const Work &work) const {
+    return out.shift != nullptr && shift_row(work.m) == shift_row(min(work.m + S::M, out.rows) - 1);
   }
 
   // Changes the sums in place.
-  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias, const Work &work, uint32_t parity) const {
+  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Early &early, const Work &work, uint32_t parity) const {
     const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
     const int column = column_of(work);
     if constexpr (!GATED) // which is never split
       if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
     if constexpr (KIND != PLAIN)
-      if (out.bias != nullptr) add_bias(sums, bias);
+      if (out.bias != nullptr) add_columns(sums, early.bias);
     if constexpr (KIND == IMAGE)
-      if (out.shift != nullptr) add_shift(sums, row, column);
+      if (has_one_shift(work)) add_columns(sums, early.shift);
+      else if (out.shift != nullptr) add_shift(sums, row, column);
     if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
 #if defined(T_FLOAT32)
     if (has_residual()) {
@@ -216,10 +228,10 @@ template <class S, Kind KIND> struct Epilogue {
   }
 #endif
 
-  __device__ void add_bias(float (&sums)[S::BLOCKS][S::N / 2], const Bias &bias) const {
+  __device__ void add_columns(float (&sums)[S::BLOCKS][S::N / 2], const Packed (&pairs)[S::N / 8]) const {
 #pragma unroll
     for (int j = 0; j < S::N / 8; j++) {
-      const Pair more = unpack(bias.pairs[j]);
+      const Pair more = unpack(pairs[j]);
 #pragma unroll
       for (int i = 0; i < S::BLOCKS; i++) {
         sums[i][4 * j] += more.low, sums[i][4 * j + 2] += more.low;
@@ -244,7 +256,7 @@ template <class S, Kind KIND> struct Epilogue {
       }
   }
   __device__ void add_shift(float (&sums)[S::BLOCKS][S::N / 2], int row, int column) const {
-    add_rows(sums, row, column, [&](int r) { return out.shift + r / out.rows_per_shift * int64_t(out.columns); });
+    add_rows(sums, row, column, [&](int r) { return out.shift + shift_row(r) * int64_t(out.columns); });
   }
 
   // body(x, gate) for each sum.

@@ -93,17 +93,18 @@ extern __shared__ __align__(1024) uint8_t shared[];
 template <class S, bool A_ALONG, bool B_ALONG, Kind KIND, bool FP8 = false, class Source>
 DEVICE void product(Source source, const Output &out, const Cut &cut) {
   typedef Epilogue<S, KIND> Finish;
+  constexpr int STAGES = Finish::STAGES;
   typedef OperandTile<S::M, A_ALONG> A;
   typedef OperandTile<S::N, B_ALONG> B;
-  __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + 2 * GROUPS];
-  const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES;
-  const uint32_t arrived = empty + 8 * S::STAGES, turns = arrived + 8 * GROUPS; // of a warpgroup's residual, and its turn
+  __shared__ __align__(8) uint64_t barriers[2 * STAGES + 2 * GROUPS];
+  const uint32_t full = shared_address(barriers), empty = full + 8 * STAGES;
+  const uint32_t arrived = empty + 8 * STAGES, turns = arrived + 8 * GROUPS; // of a warpgroup's residual, and its turn
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const Cluster cluster;
   launch_dependents();
   if (threadIdx.x == 32) source.prefetch();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::STAGES; i++) {
+    for (int i = 0; i < STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);
       mbarrier_init(empty + 8 * i, 4 * (S::PINGPONG ? 1 : GROUPS) * cluster.blocks); // a lane of each warp that reads
     }
@@ -119,7 +120,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<40>();
     if (threadIdx.x < 32 && elect_one()) {
-      Ring<S::STAGES> ring;
+      Ring<STAGES> ring;
       for (int item = blockIdx.x; item < cut.items; item += gridDim.x) {
         const Work work = work_of<S, Finish::COLUMNS>(item, cut);
         source.begin(work);
@@ -135,8 +136,8 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   } else {
     registers_grow_to<232>();
     const int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
-    const Finish finish = {out, stages + S::STAGES * S::STAGE_BYTES + group * Finish::BYTES, arrived + 8 * group, group, thread};
-    Ring<S::STAGES> ring;
+    const Finish finish = {out, stages + STAGES * S::STAGE_BYTES + group * Finish::BYTES, arrived + 8 * group, group, thread};
+    Ring<STAGES> ring;
     uint32_t done = 0; // items
     float sums[S::BLOCKS][S::N / 2];
     for (int item = blockIdx.x, turn = 0; item < cut.items; item += gridDim.x, turn ^= 1) {
@@ -146,8 +147,8 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
         continue;
       }
       finish.prepare(work);
-      typename Finish::Bias bias = {};
-      finish.load_bias(bias, work);
+      typename Finish::Early early = {};
+      finish.load_early(early, work);
       if constexpr (S::PINGPONG) mbarrier_wait(turns + 8 * group, (done ^ group ^ 1) & 1); // the first turn is group 0's
       uint32_t last = 0; // the barrier of the stage before, free when its products are done
 #pragma unroll 1
@@ -181,7 +182,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 #pragma unroll
           for (int e = 0; e < S::N / 2; e++) sums[i][e] *= scale;
       }
-      finish.write(sums, bias, work, done++ & 1);
+      finish.write(sums, early, work, done++ & 1);
     }
     if (!SPLIT && thread == 0) stores_wait_read<0>();
   }
@@ -190,11 +191,11 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 
 // ---- entries
 
-typedef Tile<256, false, 3> Tile256;
-typedef Tile<160, false, 5> Tile160;
-typedef Tile<160, true, 4> Tile160Pingpong;
-typedef Tile<128, true, 5> Tile128Pingpong;
-typedef Tile<80, false, 7> Tile80;
+typedef Tile<256, false> Tile256;
+typedef Tile<160, false> Tile160;
+typedef Tile<160, true> Tile160Pingpong;
+typedef Tile<128, true> Tile128Pingpong;
+typedef Tile<80, false> Tile80;
 
 // What every entry takes before its own parameters (engine/cuda/plan_sm90.ts), and what product() makes of it.
 #define PRODUCT \

@@ -1,6 +1,6 @@
 // How attention's forward kernel came about, slow to fast. This file has the steps that the program does not use: a thread to
 // a query, and one warpgroup on wgmma. Between them lies kernels/cuda/attention.cu (mma.sync, for every GPU since Ampere), after
-// them kernels/cuda/attention_sm90.cu (two warpgroups in turns). README.md beside this says what each is expected to reach.
+// them kernels/cuda/attention_sm90.cu (three warpgroups). README.md beside this says what each is expected to reach.
 // In bfloat16, heads 64 wide of [n, l, heads * 64].
 #include "../cuda/attention_sm90.cuh"
 
