@@ -1,7 +1,7 @@
 // A step that runs many times over the same tensors, such as one of denoising. Where the device can record its launches
 // (a CUDA graph), the first run is eager, and loads kernels and fills caches; so is the second, which shows how much memory
-// the step takes. The third is recorded on memory set aside for it, and all later ones are replays. Inputs are changed by
-// uploading into them between runs.
+// the step takes, and is recorded on memory set aside for it while the device is still at work on what was launched. All later
+// ones are replays. Inputs are changed by uploading into them between runs.
 import type { Device } from './device.ts';
 import type { Demand, Replay, Reserve } from './memory.ts';
 import { MemoryError } from './memory.ts';
@@ -33,9 +33,22 @@ export type Observe = (note: (t: Tensor) => void, fn: () => void) => void;
 /** `fn` as a step whose launches are recorded. */
 export function recordedStep(device: Device, observe: Observe, fn: () => Tensor): Step {
   const eager = eagerStep(fn);
-  let demand: Demand | undefined;
   let recorded: Recorded | undefined;
   let state: 'new' | 'warm' | 'replayed' | 'eager' | 'released' = 'new';
+  /** The second run. */
+  const runAndRecord = <R>(read: (y: Tensor) => R): R =>
+    scope(() => {
+      const { result: y, demand } = device.memory.metered(() => scope(fn));
+      try {
+        recorded = record(device, observe, fn, demand);
+        state = 'replayed';
+      } catch (error) {
+        if (!(error instanceof MemoryError)) throw error;
+        // A replay keeps its memory from others. Where that does not fit, the step goes on as it began.
+        state = 'eager';
+      }
+      return read(y);
+    });
   return {
     run(read) {
       if (state === 'released') throw new Error('a step was run after its release');
@@ -43,21 +56,7 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor)
         state = 'warm';
         return eager.run(read);
       }
-      if (state === 'warm' && !demand) {
-        const measured = device.memory.metered(() => eager.run(read));
-        demand = measured.demand;
-        return measured.result;
-      }
-      if (state === 'warm') {
-        try {
-          recorded = record(device, observe, fn, demand as Demand);
-          state = 'replayed';
-        } catch (error) {
-          if (!(error instanceof MemoryError)) throw error;
-          // A replay keeps its memory from others. Where that does not fit, the step goes on as it began.
-          state = 'eager';
-        }
-      }
+      if (state === 'warm') return runAndRecord(read);
       if (!recorded) return eager.run(read);
       recorded.replay.launch();
       return read(recorded.memory.result);

@@ -192,7 +192,7 @@ export class MemoryPool {
 
   #takeReserved(size: number): Block {
     const block = this.#reserve?.pop(size);
-    if (!block) throw new Error(`a captured step takes ${size} bytes that its first run did not take`);
+    if (!block) throw new Error(`a captured step takes ${size} bytes that its run before did not take`);
     return block;
   }
 

@@ -86,7 +86,8 @@ export class Tensor {
 
   /** Downloads the elements as float32 numbers. A synchronisation point on asynchronous devices. */
   floats(): Float32Array {
-    return decodeFloats(this.bytes(), this.dtype);
+    const bytes = this.bytes();
+    return this.dtype === 'float32' ? new Float32Array(bytes.buffer) : decodeFloats(bytes, this.dtype);
   }
 
   /** Downloads the raw little-endian bytes. */

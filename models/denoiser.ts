@@ -4,12 +4,14 @@
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
+import { concat } from '../engine/ops/move.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, tensor } from '../engine/tensor.ts';
-import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
-import { channelsLast, guide, toHost } from './latents.ts';
+import { channelsFirst, channelsLast, guide } from './latents.ts';
 import type { UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
@@ -46,7 +48,7 @@ export function openDenoiser(
   ids: number[][],
   guided: boolean,
 ): Denoiser {
-  const [images, c, h, w] = shape;
+  const [images] = shape;
   const rows = guided ? 2 * images : images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
@@ -58,7 +60,7 @@ export function openDenoiser(
         context: encoded.context,
         pooled: encoded.pooled,
         timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
-        sample: empty([rows, h, w, c], { device, dtype }),
+        latents: empty(shape, { device }),
         times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
         step: empty([1], { device, dtype: 'int32' }),
       };
@@ -70,22 +72,28 @@ export function openDenoiser(
     for (const { encoder } of text.encoders) unload(encoder);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, sample, times, step, truncated } = made;
+  const { context, pooled, timeIds, latents, times, step, truncated } = made;
   const conditioning = { context, textEmbeds: pooled, timeIds, cache };
-  const pass = device.step(() => noGrad(() => unet(sample, { times, step }, conditioning)));
+  // The layout changes and types are cast on the device, in the recording.
+  const pass = device.step(() =>
+    noGrad(() => {
+      const x = cast(channelsLast(latents), dtype);
+      const y = unet(guided ? concat([x, x], 0) : x, { times, step }, conditioning);
+      return cast(channelsFirst(y), 'float32');
+    }),
+  );
   return {
     predict(x, i) {
-      const bytes = encodeNumbers(channelsLast({ shape, data: x }), dtype);
-      for (let at = 0; at < sample.byteLength; at += bytes.length) sample.upload(bytes, at);
+      latents.upload(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
       step.set([i]);
-      const { data } = pass.run(toHost);
+      const data = pass.run((y) => y.floats());
       return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;
     },
     truncated,
     release() {
       pass.release();
       cache.release();
-      for (const t of [context, pooled, timeIds, sample, times, step]) t.release();
+      for (const t of [context, pooled, timeIds, latents, times, step]) t.release();
     },
   };
 }

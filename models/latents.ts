@@ -1,7 +1,9 @@
 // Latents on the host: [n, c, h, w] float32 as torch draws and stores them, so that a seed means the same numbers. The
-// layout changes only on the way into and out of a model. Guidance and its rescale work here too.
+// layout changes only on the way into and out of a model, on the device. Guidance and its rescale work here too.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
+import { permute } from '../engine/ops/move.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
@@ -13,35 +15,23 @@ export interface Latents {
   data: Float32Array;
 }
 
-/** [n, c, h, w] numbers → a tensor [n, h, w, c]. */
-export function toDevice(latents: Latents, device: Device, dtype: FloatDType): Tensor {
-  const [n, c, h, w] = latents.shape;
-  return tensor(channelsLast(latents), [n, h, w, c], { device, dtype });
-}
+/** A tensor [n, c, h, w] as [n, h, w, c]. */
+export const channelsLast = (x: Tensor): Tensor => permute(x, [0, 2, 3, 1]);
+/** A tensor [n, h, w, c] as [n, c, h, w]. */
+export const channelsFirst = (x: Tensor): Tensor => permute(x, [0, 3, 1, 2]);
 
-/** [n, c, h, w] numbers in the order [n, h, w, c]. */
-export function channelsLast({ shape: [n, c, h, w], data }: Latents): Float32Array {
-  const out = new Float32Array(data.length);
-  const pixels = h * w;
-  for (let plane = 0; plane < n * c; plane++) {
-    let at = Math.floor(plane / c) * pixels * c + (plane % c);
-    for (let from = plane * pixels; from < (plane + 1) * pixels; from++, at += c) out[at] = data[from];
-  }
-  return out;
-}
+/** [n, c, h, w] numbers → a tensor [n, h, w, c]. */
+export const toDevice = ({ shape, data }: Latents, device: Device, dtype: FloatDType): Tensor =>
+  scope(() => cast(channelsLast(tensor(data, shape, { device })), dtype));
 
 /** A tensor [n, h, w, c] → [n, c, h, w] numbers. */
-export function toHost(t: Tensor): Latents {
-  const [n, h, w, c] = t.shape;
-  const values = t.floats();
-  const data = new Float32Array(values.length);
-  const pixels = h * w;
-  for (let plane = 0; plane < n * c; plane++) {
-    let from = Math.floor(plane / c) * pixels * c + (plane % c);
-    for (let at = plane * pixels; at < (plane + 1) * pixels; at++, from += c) data[at] = values[from];
-  }
-  return { shape: [n, c, h, w], data };
-}
+export const toHost = (t: Tensor): Latents =>
+  noGrad(() =>
+    scope(() => {
+      const x = cast(channelsFirst(t), 'float32');
+      return { shape: x.shape, data: x.floats() };
+    }),
+  );
 
 /** The encoder's standard deviation: exp(logvar / 2), the log-variance clamped to [-30, 20] first. */
 export const posteriorStd = (logvar: Float32Array): Float32Array =>
@@ -87,6 +77,7 @@ export function decodeLatents(vae: Vae, latents: Latents, device: Device, tiling
 
 /** Batches of one shape as one batch. */
 export function stacked(parts: readonly Latents[]): Latents {
+  if (parts.length === 1) return parts[0];
   const [{ shape, data }] = parts;
   const out = new Float32Array(parts.length * data.length);
   parts.forEach((part, i) => {
