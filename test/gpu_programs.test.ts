@@ -124,7 +124,7 @@ const run = (...args: string[]) =>
 test('test:gpu on the virtual GPU', (t) => {
   const out = join(folder, 'out');
   const { status, stdout } = run('--device', 'virtual', '--only', 'micro warp,op slice', '--out', out);
-  t.match(stdout, /micro warp +12 +12 +0 +0 +0 +0 /);
+  t.match(stdout, /micro warp +13 +13 +0 +0 +0 +0 /);
   t.match(stdout, /\d+ passed, 0 failed, 0 not run, 0 skipped\n$/);
   t.equal(status, 0);
   const { rows, totals, gpu, date, commit, driver } = JSON.parse(

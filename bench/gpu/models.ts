@@ -27,7 +27,7 @@ import type { Timer } from './timer.ts';
 
 type Shop = () => Workshop;
 
-/** Runs of a whole model before those that are timed: two, and one that records the step's graph. */
+/** Runs of a whole model before those that are timed: two, of which the second is recorded, and a replay. */
 const WARM = 3;
 const RUNS = 50;
 /** Where a run only proves the program, as few as do it. */

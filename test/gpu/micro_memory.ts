@@ -140,6 +140,10 @@ function acrossLanes(): MicroKernel[] {
       'vote.sync.any.pred',
       'setp.lt.s32 %p1, %r1, 0; vote.sync.any.pred %p2, %p1, -1; selp.u32 %r2, 1, 0, %p2;',
     ),
+    warp(
+      'vote.sync.all.pred',
+      'setp.ge.u32 %p1, %t, 16; vote.sync.all.pred %p2, %p1, -1; selp.u32 %r2, 1, 0, %p2;',
+    ),
     warp('redux.sync.add.s32', 'redux.sync.add.s32 %r2, %r1, -1;'),
     warp('activemask.b32', 'activemask.b32 %r2;'),
     warp(
