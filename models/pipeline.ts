@@ -146,7 +146,7 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
   const images = request.prompt.length * (request.num_images_per_prompt ?? 1);
   const guided = request.guidance_scale > 1;
   const start = startOf(pipeline, request, sampler, plan, images);
-  const { shape } = start.latents;
+  const { shape } = start;
   const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
   const ids = timeIds(request, size, {
     aesthetic: pipeline.aesthetic,
@@ -158,7 +158,7 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
   const { predict, truncated, release } = openDenoiser(pipeline, request, timesteps, shape, ids, guided);
   try {
     const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
-    const loop = sampler.run(plan, start.latents.data, denoiseAt, start.draw);
+    const loop = sampler.run(plan, start.begin(), denoiseAt, start.draw);
     let turn = loop.next();
     while (!turn.done) {
       const x = start.afterStep?.(turn.value.x, turn.value.index) ?? turn.value.x;

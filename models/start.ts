@@ -34,7 +34,10 @@ interface Coder {
 }
 
 export interface Start {
-  latents: Latents;
+  /** Of the latents, [n, c, h, w]. */
+  shape: readonly number[];
+  /** The latents, whose noise is drawn now: the device may be at work on the prompts meanwhile. */
+  begin: () => Float32Array;
   draw: () => Float32Array;
   /** Inpainting puts the known part back, noised to the level of the next step. */
   afterStep?: (x: Float32Array, index: number) => Float32Array;
@@ -67,14 +70,15 @@ export function startOf(
   // What comes from a run that stopped on its way has its noise; a finished picture gets it here.
   if (latents) {
     const draw = () => drawNoise(generators, latents.data.length);
-    if (request.denoising_start !== undefined) return { latents, draw };
-    return { latents: { ...latents, data: sampler.addNoise(plan, latents.data, draw()) }, draw };
+    const { shape, data } = latents;
+    const noisy = request.denoising_start !== undefined;
+    return { shape, draw, begin: () => (noisy ? data : sampler.addNoise(plan, data, draw())) };
   }
   const channels = coder.vae.config.latent_channels;
   const shape = [images, channels, request.height / coder.ratio, request.width / coder.ratio];
   const count = shape.reduce((a, b) => a * b, 1);
   const draw = () => drawNoise(generators, count);
-  return { latents: { shape, data: draw().map((x) => x * plan.initNoiseSigma) }, draw };
+  return { shape, draw, begin: () => draw().map((x) => x * plan.initNoiseSigma) };
 }
 
 /** Image-to-image and inpainting. With latents beside the picture, those go on and the picture is what a mask keeps. */
@@ -97,7 +101,7 @@ function overPicture(
   const draw = () => drawNoise(generators, known.data.length);
   // Told where to start, diffusers takes the picture for one that has its noise already.
   const noisy = request.denoising_start !== undefined;
-  if (!mask) return { latents: { shape, data: noisy ? from : sampler.addNoise(plan, from, draw()) }, draw };
+  if (!mask) return { shape, draw, begin: () => (noisy ? from : sampler.addNoise(plan, from, draw())) };
   const noise = draw();
   // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
   drawNoise(encoders, known.data.length / images);
@@ -105,8 +109,8 @@ function overPicture(
   const noised = () => (strengthOf(request) >= 1 ? pure() : sampler.addNoise(plan, from, noise));
   const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
   return {
-    latents: { shape, data: noisy ? from : noised() },
-    draw,
+    ...{ shape, draw },
+    begin: () => (noisy ? from : noised()),
     afterStep: keepKnown(mask, known, knownAt),
   };
 }
