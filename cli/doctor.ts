@@ -6,6 +6,7 @@ import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
+import { openDevice } from '../engine/device.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
 import { type Finding, gpus } from './doctor_gpu.ts';
@@ -33,13 +34,15 @@ function asObject(findings: readonly Finding[]): Record<string, unknown> {
 const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
 function examine(): Finding[] {
+  const found = gpus(); // first, as a device that is open takes of their memory
   return [
     { name: 'sdxl', value: version },
     node(),
     { name: 'platform', value: `${process.platform} ${process.arch}` },
     processor(),
+    device(),
     ...kernels(),
-    ...gpus(),
+    ...found,
     memory(),
     cache(),
   ];
@@ -66,17 +69,22 @@ function processor(): Finding {
   };
 }
 
+/** The one that commands take where none is named; what a GPU lacks is told beside it. */
+function device(): Finding {
+  const { name } = openDevice('auto', () => {});
+  const mend = name === 'reference' ? 'pictures take hours on it; see the next line' : undefined;
+  return { name: 'device', value: name, mend };
+}
+
+/** The processor's. */
 function kernels(): Finding[] {
   const library = findLibrary();
-  if ('reason' in library) {
+  if ('reason' in library)
     return [
-      { name: 'device', value: 'reference', mend: 'pictures take hours on it; see the next line' },
       { name: 'kernels', value: `none: ${library.reason}`, mend: 'install make and g++, then run again' },
     ];
-  }
   const driver = openCpuDriver(library.path);
   return [
-    { name: 'device', value: 'cpu' },
     { name: 'instructions', value: driver.arch },
     { name: 'threads', value: driver.threads() },
     { name: 'kernels', value: `${driver.symbols.size} in ${library.path}` },

@@ -1,6 +1,7 @@
 // `sdxl train` and `sdxl plan`: a run file to a trained model, or to what training it would take. Runs of one file are
 // trained in order. Ctrl-C saves and leaves; a second one leaves at once.
-import { existsSync } from 'node:fs';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
@@ -68,11 +69,17 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
   const { locate, report } = tools(terminal, options.quiet);
   const runs = await chosenRuns(file, options);
   const planned = options.device === 'cuda' ? standInCuda() : undefined;
-  for (const run of runs) {
-    // The VAE that an earlier run of the file will make has the model's own shape.
-    const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
-    const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report);
-    terminal.out(`${describe(materials, planned).join('\n')}\n`);
+  // A plan leaves nothing behind.
+  const tokenizers = mkdtempSync(join(tmpdir(), 'sdxl-plan-'));
+  try {
+    for (const run of runs) {
+      // The VAE that an earlier run of the file will make has the model's own shape.
+      const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
+      const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report, tokenizers);
+      terminal.out(`${describe(materials, planned).join('\n')}\n`);
+    }
+  } finally {
+    rmSync(tokenizers, { recursive: true });
   }
 }
 

@@ -106,6 +106,7 @@ test('a whole process over a library that is called libcuda.so.1', (t) => {
   t.match(report['cuda:0'], /^stub 0, compute capability 9\.0, 0\.0 GiB free of 64\.0 GiB/);
   t.match(report.mends['cuda:0'], /end other programs/);
   t.equal(report['nvidia driver'], 'for CUDA 13.0, reads PTX up to 9.0');
+  t.equal(report.device, 'cuda:0', 'the device that commands take');
   // The stub has one kernel, so the first other one is an error of the driver.
   const drawn = run(...sample('cuda', 'stub'));
   t.equal(drawn.status, 2, drawn.stderr);

@@ -19,6 +19,7 @@ import { findLibrary } from '../engine/cpu/build.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { adopt, nativeDevice } from '../engine/device.ts';
 import { readPicture, writePng } from '../io/image.ts';
+import { presets } from '../models/presets.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
@@ -323,6 +324,10 @@ test('plan', async (t) => {
     t.match(out, line);
   const gpu = await sdxl('plan', runFile('plan', {}), '--quiet', '--device', 'cuda');
   t.match(gpu.out, /memory +0\.\d+ GiB at the most, estimated\n/, 'on a GPU, without one');
+  // Its tokenizers are learnt from the captions, which training leaves beside its checkpoints.
+  const scratch = await sdxl('plan', runFile('plan-preset', { model: presets.tiny }), '--quiet');
+  t.equal(scratch.status, 0, scratch.err);
+  t.notOk(existsSync(join(folder, 'plan-preset-out')), 'a plan leaves nothing behind');
 });
 
 test('a device that fails amid an update or a checkpoint leaves the last checkpoint whole', async (t) => {

@@ -53,9 +53,17 @@ export interface Session extends Materials {
   release(): void;
 }
 
-/** @throws UserError for whatever is missing or unfit */
-export async function openMaterials(run: Run, locate: Locate, report: Report): Promise<Materials> {
-  const source = await openSource(run, locate);
+/**
+ * `tokenizers` is the folder where a preset's are written.
+ * @throws UserError for whatever is missing or unfit
+ */
+export async function openMaterials(
+  run: Run,
+  locate: Locate,
+  report: Report,
+  tokenizers = tokenizersOf(run),
+): Promise<Materials> {
+  const source = await openSource(run, locate, tokenizers);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   const perEpoch = updatesPerEpoch(pictures.samples.length, run.batch_size, run.gradient_accumulation_steps);
@@ -72,8 +80,10 @@ const wanted = [
   ['scheduler', '_class_name'],
 ] as const;
 
+const tokenizersOf = (run: Run): string => join(run.output, 'tokenizers');
+
 /** The model that a run starts from: what its path holds, or a preset's random weights with tokenizers from its captions. */
-async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
+async function openSource(run: Run, locate: Locate, tokenizers: string): Promise<ModelSource> {
   if (run.model === '')
     throw new UserError(
       'the run names no model; set model to a folder, a .safetensors file, a hub id or a preset',
@@ -85,9 +95,10 @@ async function openSource(run: Run, locate: Locate): Promise<ModelSource> {
     throw new UserError(
       `the preset that the run gives as its model lacks ${lacking.map((each) => each.join('.')).join(', ')}; begin with one of the package's: { ...presets.tiny, ... }`,
     );
-  const tokenizers = join(run.output, 'tokenizers');
   // A resumed run keeps the tokenizers it has.
-  if (run.train.target !== 'vae' && listCheckpoints(run.output).length === 0) {
+  if (listCheckpoints(run.output).length)
+    return randomModel(run.model, { seed: run.seed, tokenizers: tokenizersOf(run) });
+  if (run.train.target !== 'vae') {
     const { vocab_size, max_position_embeddings: length } = parseTextConfig({ ...run.model.text_encoder_2 });
     const { examples } = await openDataset(run.dataset);
     const captions = examples.flatMap((example) => example.captions);
