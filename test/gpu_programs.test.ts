@@ -176,14 +176,14 @@ test('bench:gpu on the virtual GPU, beside a peer', (t) => {
 test('bench:gpu --tune: each kind of product by every tile, and a table that --choices reads', (t) => {
   const out = join(folder, 'tune');
   const tuned = bench('--device', 'virtual', '--smoke', '--tune', '--out', out);
-  t.match(tuned.stdout, /7 measured, 0 failed, 0 not run\n$/);
+  t.match(tuned.stdout, /8 measured, 0 failed, 0 not run\n$/);
   t.equal(tuned.status, 0);
   const choices = JSON.parse(readFileSync(join(out, 'choices.json'), 'utf8'));
   t.same(
     Object.keys(choices)
       .map((key) => key.split(' ')[0])
       .sort(),
-    ['backward_weight', 'backward_x', 'forward', 'geglu', 'nn', 'nt', 'tn'],
+    ['backward_weight', 'backward_x', 'forward', 'geglu', 'nn', 'nt', 'projections', 'tn'],
   );
   for (const [key, { tile, splits }] of Object.entries<Choice>(choices)) {
     t.ok(tilesOf[key.split(' ')[0] as ProductKind].includes(tile), `${key}: ${tile}`);
@@ -207,6 +207,8 @@ test('bench:gpu --tune: what it tries at the size of SDXL', (t) => {
   for (const key of [
     'nt 8192 640 10 1',
     'geglu 2048 5120 20 1',
+    'projections 2048 1280 20 3', // q, k and v
+    'projections 154 1280 32 2', // k and v of the text
     'nn 8192 640 80 1',
     'tn 10240 1280 32 1',
     'forward 32768 320 45 1', // a resnet's 3x3

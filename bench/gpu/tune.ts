@@ -39,10 +39,15 @@ export interface Tuned {
 
 export type TunedMeasure = Measure & { tuned?: Tuned };
 
-/** A launch whose plan looks up a tile: the `index`-th of an op's direction. */
-interface Product extends Lookup {
+interface Calls {
   readonly op: OpCase;
   readonly direction: Direction;
+  /** So many calls of one x, which are one launch. */
+  readonly together?: number;
+}
+
+/** A launch whose plan looks up a tile: the `index`-th of an op's direction. */
+interface Product extends Lookup, Calls {
   readonly index: number;
 }
 
@@ -65,12 +70,26 @@ const sampledCalls = (model: ModelPreset, side: number): OpCase[] =>
     noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache: newContextCache() })));
   });
 
+/** Tensors for each of the calls that are made together. */
+function tensorsOf(shop: Parameters<typeof prepare>[0], { op, direction, together = 1 }: Calls): Tensors[] {
+  const first = prepare(shop, { op, direction });
+  const others = Array.from({ length: together - 1 }, () => {
+    const own = prepare(shop, { op, direction });
+    own.x.release();
+    return { ...own, x: first.x };
+  });
+  return [first, ...others];
+}
+
 /** An op's launches, each to be run alone over what a run of them all has left in the tensors. */
 function launchesOf(
   device: Device,
-  { op: { record, attrs }, direction }: Pick<Product, 'op' | 'direction'>,
-  tensors: Tensors,
+  { op: { record, attrs }, direction, together }: Calls,
+  sets: readonly Tensors[],
 ): (() => void)[] {
+  const [tensors] = sets;
+  const each = () => sets.forEach((own) => void device.execute(record, direction, own, attrs));
+  if (together) return [() => device.together(each)];
   const calls: Parameters<Launch>[] = [];
   const noted: OpRecord<unknown> = {
     ...record,
@@ -94,23 +113,30 @@ function productsOf(model: ModelPreset, side: number): Map<string, Product> {
   const made = ({ shape, dtype }: TensorSpec) => empty(shape, { device, dtype });
   const shop = { gpu: { device }, buffers: { random: made, empty: made } };
   const found = new Map<string, Product>();
-  const note = (op: OpCase, direction: Direction) =>
-    scope(() =>
-      launchesOf(device, { op, direction }, prepare(shop, { op, direction })).forEach((launch, index) => {
+  const note = (op: OpCase, direction: Direction, together?: number) =>
+    scope(() => {
+      const calls = { op, direction, together };
+      launchesOf(device, calls, tensorsOf(shop, calls)).forEach((launch, index) => {
         for (const lookup of lookupsOf(launch)) {
           const key = keyOf(lookup.size);
-          if (!found.has(key)) found.set(key, { ...lookup, op, direction, index });
+          if (!found.has(key)) found.set(key, { ...lookup, ...calls, index });
         }
-      }),
-    );
+      });
+    });
   const isProduct = ({ record }: OpCase) => record.flops !== undefined;
   for (const op of sampledCalls(model, side).filter(isProduct)) note(op, 'forward');
   for (const op of updateCases(model, sizesOf(side), DTYPE).filter(isProduct)) {
     note(op, 'forward');
     note(op, 'backward');
+    if (isProjection(op)) note(op, 'forward', isSquare(op) ? 3 : 2);
   }
   return found;
 }
+
+/** Attention's linear layers, which alone have no bias: q, k and v of one x, or k and v of the text. */
+const isProjection = ({ record, inputs }: OpCase): boolean =>
+  record.name === 'linear' && !inputs.bias && !inputs.residual;
+const isSquare = ({ inputs: { weight } }: OpCase): boolean => weight.shape[0] === weight.shape[1];
 
 /** The smallest product of each kind that may run in pairs. */
 function smallest(products: ReadonlyMap<string, Product>): Map<string, Product> {
@@ -128,9 +154,9 @@ function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
   const { op, size, canSplit } = product;
   if ((gpu.device.driver as CudaDriver).capability !== 90)
     throw new UserError('tiles are chosen by measurement for compute capability 9.0 alone');
-  const tensors = prepare(shop, product);
+  const sets = tensorsOf(shop, product);
   const [planned, all] = scope(() => {
-    const run = launchesOf(gpu.device, product, tensors)[product.index];
+    const run = launchesOf(gpu.device, product, sets)[product.index];
     const time = () => timer.time(1, run, 10);
     overrides.delete(key);
     const planned = time();
@@ -141,13 +167,19 @@ function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
     overrides.delete(key);
     return [planned, all] as const;
   });
-  release(tensors);
+  for (const tensors of sets) release(tensors);
   gpu.device.memory.trim();
   const [{ choice, timing }] = all.sort((a, b) => a.timing.us - b.timing.us);
   const tuned = { key, choice, us: timing.us, planned_us: planned.us };
   const { tile, splits, paired } = choice;
   const name = `${key}: tile ${tile}${paired ? ' in pairs' : ''}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
-  return { name, key: { product: key }, timing, flops: op.flops, tuned };
+  return {
+    name,
+    key: { product: key },
+    timing,
+    flops: op.flops * (product.together ?? 1),
+    tuned,
+  };
 }
 
 export function tuneSection(shop: () => Workshop, { preset, side, smoke }: Scale): BenchSection {
