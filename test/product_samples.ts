@@ -161,6 +161,12 @@ const hopperImages: readonly Convolution[] = [
   // Channels in two tensors: x's not in whole steps, more steps of either than stages; both within each tap.
   { x: [1, 9, 8, 200], skip: 520, o: 72, side: 1, extras: ['bias'] },
   { x: [1, 9, 8, 72], skip: 24, o: 64, side: 3, padding: around },
+  // Tiles that are boxes of an image: several rows of it, parts of one, of two images side by side, of a larger one.
+  { x: [2, 16, 16, 40], o: 64, side: 3, padding: around, extras: all },
+  { x: [1, 3, 256, 24], o: 72, side: 1, extras: ['bias'] },
+  { x: [1, 8, 32, 72], skip: 24, o: 64, side: 3, padding: around },
+  { x: [1, 18, 18, 24], o: 72, side: 3, extras: ['bias'] },
+  { x: [1, 16, 16, 72], o: 64, side: 2, padding: [1, 1, 0, 0] },
 ];
 
 /** Few channels in or out, beside im2col and col2im; strides, whose gradient of x spreads dy. */
@@ -191,6 +197,7 @@ const pairedImages: readonly Convolution[] = [
   { x: [2, 9, 17, 40], o: 64, side: 3, padding: around, extras: all },
   { x: [5, 9, 12, 24], o: 136, side: 1, extras: ['bias'] },
   { x: [3, 9, 12, 128], skip: 72, o: 80, side: 1, extras: ['bias'] },
+  { x: [3, 16, 8, 40], o: 136, side: 3, padding: around, extras: all },
 ];
 
 // Products of float32 on Hopper: as those of the half types, but that few are too small for it.
@@ -207,11 +214,14 @@ const halvedImages: readonly Convolution[] = [
   { x: [2, 13, 12, 40], o: 136, side: 3, padding: around, extras: all, splits: 2 },
   { x: [2, 17, 8, 72], skip: 136, o: 264, side: 1, extras: ['bias'] },
   { x: [2, 8, 16, 40], skip: 24, o: 248, side: 3, padding: around },
+  { x: [2, 9, 16, 40], skip: 24, o: 248, side: 3, padding: around },
+  { x: [1, 3, 128, 72], o: 136, side: 3, padding: around, extras: all },
 ];
 const pairedHalvedLayers: readonly Layer[] = [{ m: 270, n: 264, k: 200, extras: ['bias', 'residual'] }];
 const pairedHalvedImages: readonly Convolution[] = [
   { x: [2, 9, 17, 40], o: 136, side: 3, padding: around, extras: all },
   { x: [5, 9, 12, 72], o: 136, side: 1, extras: ['bias'] },
+  { x: [3, 16, 8, 40], o: 136, side: 3, padding: around, extras: all },
 ];
 
 /** Batches of products, in every pairing of layouts. */

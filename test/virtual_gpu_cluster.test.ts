@@ -21,10 +21,13 @@ const same = (got: ArrayLike<number>, want: ArrayLike<number>): boolean =>
 
 type Run = (bench: Bench, ptx?: string, shape?: ClusterShape) => boolean;
 const exchange: Run = (bench, ptx, shape) => same(runExchange(bench, shape, ptx), exchanged(shape));
-const multicast: Run = (bench, ptx, shape) =>
-  same(runMulticast('multicast', bench, shape, ptx), multicasted('multicast', shape));
-const pixels: Run = (bench, ptx, shape) =>
-  same(runMulticast('multicast_pixels', bench, shape, ptx), multicasted('multicast_pixels', shape));
+const bring =
+  (kernel: Parameters<typeof runMulticast>[0]): Run =>
+  (bench, ptx, shape) =>
+    same(runMulticast(kernel, bench, shape, ptx), multicasted(kernel, shape));
+const multicast = bring('multicast');
+const pixels = bring('multicast_pixels');
+const boxes = bring('multicast_boxes');
 
 /** Without the n-th meeting of a cluster's blocks, arrival and wait. */
 function unmet(kernel: string, n: number): string {
@@ -56,6 +59,7 @@ for (const schedule of schedules) {
       t.ok(exchange(newBench(options), clusterPtx, shape), `shared memory of other blocks ${name}`);
       t.ok(multicast(newBench(options), clusterPtx, shape), `multicast ${name}`);
       t.ok(pixels(newBench(options), clusterPtx, shape), `multicast by im2col ${name}`);
+      t.ok(boxes(newBench(options), clusterPtx, shape), `multicast of boxes ${name}`);
     }
     t.end();
   });
@@ -107,7 +111,7 @@ for (const schedule of schedules) {
 }
 
 test('synchronisation mutants of clusters die', (t) => {
-  const runs: Record<string, Run> = { exchange, multicast, multicast_pixels: pixels };
+  const runs: Record<string, Run> = { exchange, multicast, multicast_pixels: pixels, multicast_boxes: boxes };
   const mutants = synchronisationMutants(clusterPtx).filter(({ name }) => !name.includes('bar.warp.sync'));
   const alive = survivors(mutants, ({ kernel, ptx }) => {
     for (const schedule of schedules)

@@ -1,6 +1,7 @@
 // Tiles and splits that were measured to beat the model's choice (plan_sm90.ts) by 3 % or more, by `npm run bench:gpu -- --tune` on an
 // H200 (driver 580.159.04, 2026-11-26): the products of SDXL's UNet at 1024x1024, two images, by `kind m x n x steps of k x slabs`.
-// For GPUs of as many multiprocessors. The model then took L2 for slower than it is, and had nearly all run in pairs.
+// For GPUs of as many multiprocessors. The model then took L2 for slower than it is, and had nearly all run in pairs; all convolutions had
+// their pixels by im2col, as of these only those of stride 2 have now. Gradients for which that decided are left to the model.
 import type { Choice } from './plan_sm90.ts';
 
 export const MEASURED_MULTIPROCESSORS = 132;
@@ -29,41 +30,10 @@ export const measured: Readonly<Record<string, Choice>> = {
   'nt 154 1280 32 1': { tile: '80', splits: 4 },
   'geglu 2048 5120 20 1': { tile: '160_pingpong', splits: 1 },
   'nt 2048 1280 80 1': { tile: '160_pingpong', splits: 1 },
-  'backward_weight 320 320 512 9': { tile: '128_pingpong', splits: 8 },
   'backward_weight 320 320 128 9': { tile: '128_pingpong', splits: 1, paired: true },
-  'backward_weight 640 320 128 9': { tile: '128_pingpong', splits: 4, paired: true },
-  'backward_x 8192 320 10 1': { tile: '160', splits: 1 },
-  'backward_weight 640 320 128 1': { tile: '128_pingpong', splits: 7, paired: true },
-  'backward_weight 640 640 128 9': { tile: '128_pingpong', splits: 3, paired: true },
   'backward_weight 640 640 32 9': { tile: '128_pingpong', splits: 1 },
-  'backward_x 2048 640 180 1': { tile: '160', splits: 2 },
-  'backward_weight 1280 640 32 9': { tile: '128_pingpong', splits: 1, paired: true },
-  'backward_x 2048 640 20 1': { tile: '128_pingpong', splits: 1 },
-  'backward_weight 1280 640 32 1': { tile: '128_pingpong', splits: 2, paired: true },
-  'backward_x 2048 1280 180 1': { tile: '160', splits: 1 },
-  'backward_weight 1280 1280 32 9': { tile: '128_pingpong', splits: 1, paired: true },
-  'backward_weight 1280 2560 32 9': { tile: '256', splits: 1, paired: true },
-  'backward_x 2048 1280 20 1': { tile: '160', splits: 1 },
-  'backward_weight 1280 1920 32 9': { tile: '128_pingpong', splits: 1, paired: true },
   'forward 8192 1280 180 1': { tile: '256', splits: 2 },
-  'backward_x 8192 1280 180 1': { tile: '256', splits: 2 },
-  'backward_weight 1280 1280 128 9': { tile: '128_pingpong', splits: 1, paired: true },
-  'backward_x 8192 1920 90 1': { tile: '256', splits: 1 },
-  'backward_weight 640 1920 128 9': { tile: '128_pingpong', splits: 2, paired: true },
-  'backward_x 8192 1280 10 1': { tile: '160', splits: 1, paired: true },
-  'backward_weight 640 1280 128 1': { tile: '128_pingpong', splits: 2, paired: true },
-  'backward_x 8192 640 10 1': { tile: '160', splits: 1 },
-  'backward_weight 640 640 128 1': { tile: '128_pingpong', splits: 4, paired: true },
-  'backward_weight 640 1280 128 9': { tile: '128_pingpong', splits: 3, paired: true },
-  'backward_x 8192 960 90 1': { tile: '256', splits: 1 },
-  'backward_weight 640 960 128 9': { tile: '256', splits: 3, paired: true },
   'forward 32768 640 90 1': { tile: '256', splits: 1, paired: true },
-  'backward_x 32768 640 90 1': { tile: '160', splits: 1 },
-  'backward_weight 640 640 512 9': { tile: '128_pingpong', splits: 9, paired: true },
-  'backward_weight 320 960 512 9': { tile: '256', splits: 9, paired: true },
-  'backward_weight 320 640 512 1': { tile: '128_pingpong', splits: 6, paired: true },
-  'backward_weight 320 320 512 1': { tile: '128_pingpong', splits: 11, paired: true },
-  'backward_weight 320 640 512 9': { tile: '128_pingpong', splits: 5, paired: true },
   'nn 8192 640 10 1': { tile: '160_pingpong', splits: 1 },
   'tn 640 640 128 1': { tile: '160', splits: 6 },
   'nt 8192 5120 10 1': { tile: '160_pingpong', splits: 1, paired: true },

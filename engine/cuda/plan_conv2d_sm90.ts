@@ -1,5 +1,6 @@
-// conv2d's products on Hopper (conv2d_sm90.cu): what their operands, sizes and grids of pixels are. TMA's im2col walks a grid
-// of base pixels over the image, row by row and image by image, which it takes from the corners of a bounding box.
+// conv2d's products on Hopper (conv2d_sm90.cu): what their operands, sizes and grids of pixels are. The pixels of a tile are a box
+// of the image where they are whole rows of the grid, as at SDXL's own sizes. Else TMA's im2col walks a grid of base pixels over the
+// image, row by row and image by image, which it takes from the corners of a bounding box.
 import type { KernelArgument } from './manifest.ts';
 import type { PlanContext } from './plan.ts';
 import { divideUp } from './plan.ts';
@@ -32,18 +33,30 @@ interface Grid {
 /** `width` pixels of 64 channels, or where the pixels lie along k, 64 pixels of a chunk of the tile's width of channels. */
 const pixels =
   (g: Grid, alongChannels: boolean): Operand =>
-  (width, { dtype, im2colMap }) => {
+  (width, { dtype, tiledMap, im2colMap }) => {
     const [n, h, w, c] = g.image;
     const channels = alongChannels ? STEP : boxColumns(width);
-    return im2colMap({
+    const count = alongChannels ? width : STEP;
+    const common = {
       ...mapOf(g.address, channels, dtype),
       globalDim: [c, w, h, n],
       globalStrides: [2 * c, 2 * w * c, 2 * h * w * c],
       elementStrides: [1, g.stride, g.stride, 1],
+    };
+    if (isBoxed(g, count)) {
+      const across = Math.min(g.width, count);
+      return tiledMap({ ...common, boxDim: [channels, across, count / across, 1] });
+    }
+    return im2colMap({
+      ...common,
       ...{ pixelBoxLowerCorner: [g.left, g.top], pixelBoxUpperCorner: upperCorner(g) },
-      ...{ channelsPerPixel: channels, pixelsPerColumn: alongChannels ? width : STEP },
+      ...{ channelsPerPixel: channels, pixelsPerColumn: count },
     });
   };
+
+/** Whether every `count` pixels are whole rows of the grid, or a part of one, and of one image. */
+const isBoxed = ({ width, height, stride }: Grid, count: number): boolean =>
+  stride === 1 && (width % count === 0 || (count % width === 0 && height % (count / width) === 0));
 
 /** Base pixels stay below the image's end plus this, so that there are width x height of them. */
 const upperCorner = ({ image: [, h, w], width, height, stride, left, top }: Grid): number[] => [
@@ -88,8 +101,15 @@ export function hopperConvolution(
     parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
   ) => {
     if (!(halved || hopperTakes(rows, columns, context)) || !isGrid(g, kh, kw)) return undefined;
-    const grid = [g.width, g.height, g.stride, g.left, g.top, taps, kw, divideUp(g.image[3], STEP)];
-    const entry = { own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
+    const [operand, count] =
+      rest.kind === 'backward_weight' ? (['b', STEP] as const) : (['a', ROWS] as const);
+    const boxed = isBoxed(g, count);
+    const grid = [
+      ...[g.width, g.height, g.stride, g.left, g.top, Number(boxed)],
+      ...[taps, kw, divideUp(g.image[3], STEP)],
+    ];
+    const walked = boxed ? undefined : operand;
+    const entry = { walked, own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
     return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, ...entry, ...rest };
   };
   const matrix = (at: bigint, rows: number, columns: number): Slabs => ({

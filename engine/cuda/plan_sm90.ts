@@ -97,6 +97,8 @@ export interface ProductSize {
   /** Steps of 64 along k, 128 where elements are bytes. */
   readonly steps: number;
   readonly slabs: number;
+  /** The operand whose pixels TMA walks to by im2col; the others come in boxes. */
+  readonly walked?: 'a' | 'b';
 }
 
 export const keyOf = ({ kind, m, n, steps, slabs }: ProductSize): string =>
@@ -107,6 +109,11 @@ export const keyOf = ({ kind, m, n, steps, slabs }: ProductSize): string =>
  * with what was the fastest on an H200 (measured_sm90.ts). The least that it can be is 36 (kernels/lab/README.md).
  */
 const L2_BYTES = 56;
+/**
+ * Cycles that im2col takes to each pixel of a box of channels: with this number its kernels' times at tiles of 160 and 256, and the
+ * tiles that were the fastest for gradients of weights, come out as an H200 had them. Boxes take a third or less.
+ */
+const WALK = 8;
 /** Cycles that a pair waits: for its blocks to begin and end together, and for the slower of them now and then. */
 const PAIRING = 1000;
 
@@ -119,7 +126,7 @@ const blocksOf = (multiprocessors: number, paired = false): number =>
 
 /** Clock cycles, roughly, from the first load to the last store. */
 export function cycles(
-  { m, n, steps, slabs, kind }: ProductSize,
+  { m, n, steps, slabs, kind, walked }: ProductSize,
   { tile, splits, paired }: Choice,
   multiprocessors: number,
 ): number {
@@ -129,7 +136,8 @@ export function cycles(
   const rounds = divideUp(items, blocksOf(multiprocessors, paired));
   // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Of a pair each reads half of B.
   const read = 2 * STEP * (ROWS + (paired ? width / 2 : width));
-  const step = Math.max(4 * width, read / L2_BYTES);
+  const pixels = { a: ROWS, b: (STEP * width) / boxColumns(width) / (paired ? 2 : 1) };
+  const step = Math.max(4 * width, read / L2_BYTES, walked ? WALK * pixels[walked] : 0);
   const products = divideUp(steps, splits) * step;
   // An epilogue of 128 rows by one warpgroup hides behind the other's products, all but the last.
   const epilogue = 8 * columns;
@@ -184,7 +192,7 @@ export function choose(size: ProductSize, canSplit: boolean, multiprocessors: nu
   const known =
     overrides.get(key) ?? (multiprocessors === MEASURED_MULTIPROCESSORS ? measured[key] : undefined);
   if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
-  const name = `${key} ${canSplit} ${multiprocessors}`;
+  const name = `${key} ${canSplit} ${multiprocessors} ${size.walked}`;
   const chosen = byModel.get(name) ?? fastest(size, canSplit, multiprocessors);
   byModel.set(name, chosen);
   return chosen;

@@ -1,13 +1,15 @@
-// conv2d on Hopper, channels last, as matrix products whose image operand TMA gathers (im2col): a tile's rows are pixels of
-// a walked grid, each read at the offset of a tap, with zeros outside the image. k runs over taps x channels, each tap's
+// conv2d on Hopper, channels last, as matrix products whose image operand TMA gathers: a tile's rows are pixels of
+// a walked grid, each read at the offset of a tap, with zeros outside the image. Pixels that are whole rows of the grid, or a part of
+// one, are a box of the image; TMA's im2col, which walks any grid, took some 8 cycles a pixel on an H200, thrice what boxes do. k runs over taps x channels, each tap's
 // channels padded with zeros to whole steps. The weight [o, taps, c] is a map [taps][o][c] in all three products.
 // Forward walks y's pixels over x; the gradient of x (stride 1) walks x's pixels over dy with the taps turned round; the
 // gradient of the weight has the pixels along k and a tap as its slab.
 #include "product_sm90.cuh"
 
-// Pixel (x, y) of a grid of width x height stands at (x * stride + left, y * stride + top) of the image.
+// Pixel (x, y) of a grid of width x height stands at (x * stride + left, y * stride + top) of the image. Boxed: its map is tiled, in
+// boxes of as many pixels as are loaded.
 struct Grid {
-  int width, height, stride, left, top;
+  int width, height, stride, left, top, boxed;
 };
 
 // Pixels from number `p` of the grid on, at the offset of a tap; to this block, or to those of a cluster. The grid begins at
@@ -15,7 +17,9 @@ struct Grid {
 DEVICE void load_grid(uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int p, const Grid &g, int right, int down, uint16_t blocks = 0,
                       int first = 0) {
   const int row = p / g.width, image = row / g.height, x = (p - row * g.width) * g.stride + g.left, y = (row - image * g.height) * g.stride + g.top;
-  if (blocks) load_pixels_to(blocks, to, map, barrier, channel, x, y, first + image, right, down);
+  if (g.boxed && blocks) load_box_to(blocks, to, map, barrier, channel, x + right, y + down, first + image);
+  else if (g.boxed) load_box(to, map, barrier, channel, x + right, y + down, first + image);
+  else if (blocks) load_pixels_to(blocks, to, map, barrier, channel, x, y, first + image, right, down);
   else load_pixels(to, map, barrier, channel, x, y, first + image, right, down);
 }
 
@@ -73,8 +77,8 @@ template <class S> struct WeightGradient {
   }
 };
 
-#define GRID int width, int height, int stride, int left, int top, int taps, int taps_across, int channel_steps
-#define GRID_OF Grid{width, height, stride, left, top}
+#define GRID int width, int height, int stride, int left, int top, int boxed, int taps, int taps_across, int channel_steps
+#define GRID_OF Grid{width, height, stride, left, top, boxed}
 
 #define FORWARD(name, S) \
   KERNEL_SM90(conv2d_sm90_##name)(PRODUCT, const T *shift, int rows_per_shift, GRID, const __grid_constant__ TensorMap skip, \

@@ -141,6 +141,13 @@ DEVICE void load_box_to(uint16_t blocks, uint32_t to, const TensorMap &map, uint
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
       : "memory");
 }
+DEVICE void load_box_to(uint16_t blocks, uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2], %7;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "h"(blocks)
+      : "memory");
+}
 DEVICE void load_pixels_to(uint16_t blocks, uint32_t to, const TensorMap &map, uint32_t barrier, int channel, int x, int y, int image, int right, int down) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, "

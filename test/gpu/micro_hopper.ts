@@ -166,16 +166,49 @@ ld.param.u32 %x, [x]; ld.param.u32 %y, [y]; ld.param.u32 %z, [z]; ld.param.u32 %
 const whenLoaded = `TRY: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%b], 0; @%p3 bra THERE; bra TRY;
 THERE: ld.param.u64 %to, [data]; ${copyWords('OUT', toGlobal)}`;
 
-const loadPtx = kernel(
-  mapParameters,
-  tile,
-  `${readMap} @%p2 bra ISSUED; prefetch.tensormap [%m];
+const loadBy = (parameters: string, load: string): string =>
+  kernel(
+    parameters,
+    tile,
+    `${readMap} @%p2 bra ISSUED; prefetch.tensormap [%m];
 mbarrier.init.shared::cta.b64 [%b], 1; fence.mbarrier_init.release.cluster;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %n;
-cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];
+${load}
 ISSUED: bar.sync 0;
 ${whenLoaded}`,
+  );
+
+const loadPtx = loadBy(
+  mapParameters,
+  'cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];',
 );
+
+const imagePtx = loadBy(
+  `${mapParameters}, .param .u32 image`,
+  `ld.param.u32 %r1, [image];
+cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z, %r1}], [%b];`,
+);
+
+/** A box of 4 x 3 pixels of an image of two, [2, 5, 6, 64] halves, at (x, y), outside on some sides. */
+function boxOfImage([x, y, image]: readonly number[]): MicroKernel {
+  const bytes = 4 * 3 * 64 * 2;
+  const run = (bench: Bench<GpuApi>) => {
+    const map = bench.gpu.cuTensorMapEncodeTiled({
+      dataType: TensorMapDataType.BFLOAT16,
+      globalAddress: bench.give(halves(2 * 5 * 6 * 64, 16)),
+      globalDim: [64, 6, 5, 2],
+      globalStrides: [128, 6 * 128, 5 * 6 * 128],
+      elementStrides: [1, 1, 1, 1],
+      swizzle: TensorMapSwizzle.B128,
+      boxDim: [64, 4, 3, 1],
+    });
+    const data = bench.room(bytes);
+    bench.launch(imagePtx, 'op', 1, THREADS, [map, data, 0, x, y, bytes, image]);
+    return bench.bytes(data, bytes);
+  };
+  const name = `TMA load 4d, of image ${image} at ${x}, ${y}`;
+  return { ...onHopper, name, ptx: imagePtx, run, agree: sameBits('u16') };
+}
 
 const storePtx = kernel(
   mapParameters,
@@ -304,7 +337,7 @@ const ofClusters = (cluster: number): MicroKernel[] => {
       sameBits('u32'),
       clusters,
     ),
-    ...(['multicast', 'multicast_pixels'] as const).map((kernel) =>
+    ...(['multicast', 'multicast_pixels', 'multicast_boxes'] as const).map((kernel) =>
       whole(
         `TMA ${kernel} to ${cluster} blocks`,
         (bench) => runMulticast(kernel, bench, shape, clusters),
@@ -360,15 +393,23 @@ export const hopperKernels = (): MicroKernel[] => [
   ]),
   // A store that begins below zero was an illegal instruction on an H200.
   box('load', 'B128', 64, [-8, -3, -1]),
+  ...[
+    [1, 1, 0],
+    [-1, -2, 1],
+    [3, 4, 0],
+    [0, 0, 2],
+  ].map(boxOfImage),
   bulkLoad(),
   stmatrix(''),
   stmatrix('.trans'),
   ...wholeKernels(),
   ...[1, 2, 4].flatMap(ofClusters),
-  whole(
-    'TMA multicast_pixels of images that are not there',
-    (bench) => runMulticast('multicast_pixels', bench, { missing: 3 }, clusters),
-    sameBits('u16'),
-    clusters,
+  ...(['multicast_pixels', 'multicast_boxes'] as const).map((kernel) =>
+    whole(
+      `TMA ${kernel} of images that are not there`,
+      (bench) => runMulticast(kernel, bench, { missing: 3 }, clusters),
+      sameBits('u16'),
+      clusters,
+    ),
   ),
 ];

@@ -10,7 +10,7 @@ export interface ClusterShape {
   readonly cluster?: number;
   readonly blocks?: number;
   readonly steps?: number;
-  /** Images of multicast_pixels that are not there: zeros. */
+  /** Images of multicast_pixels and multicast_boxes that are not there: zeros. */
   readonly missing?: number;
   readonly flags?: number;
 }
@@ -40,7 +40,7 @@ export function exchanged({ cluster = 2, blocks = 4 }: ClusterShape = {}): Int32
 /** Halves that a step brings to each block: two boxes of 8 rows or pixels of 64. */
 const STEP_HALVES = 1024;
 
-type Multicast = 'multicast' | 'multicast_pixels';
+type Multicast = 'multicast' | 'multicast_pixels' | 'multicast_boxes';
 
 const IMAGE_HALVES = 9 * 64;
 /** [16 steps][64] halves, or images [2 steps][1][9][64] of which the pixels 1 to 8 are read. */
@@ -55,19 +55,24 @@ export function runMulticast(
   ptx = clusterPtx,
 ): Uint16Array {
   const x = bench.give(inputOf(kernel, steps, missing));
-  const map =
-    kernel === 'multicast'
-      ? bench.gpu.cuTensorMapEncodeTiled({
-          ...bf16Map([64, 16 * steps, 1], [128, 2048 * steps], x),
-          ...{ boxDim: [64, 8, 1], swizzle: 0 },
-        })
-      : bench.gpu.cuTensorMapEncodeIm2col({
-          ...bf16Map([64, 9, 1, 2 * steps - missing], [128, 2 * IMAGE_HALVES, 2 * IMAGE_HALVES], x),
-          ...{ pixelBoxLowerCorner: [0, 0], pixelBoxUpperCorner: [-1, 0], swizzle: 0 },
-          ...{ channelsPerPixel: 64, pixelsPerColumn: 8 },
-        });
+  const images = bf16Map([64, 9, 1, 2 * steps - missing], [128, 2 * IMAGE_HALVES, 2 * IMAGE_HALVES], x);
+  const { gpu } = bench;
+  const maps: Record<Multicast, () => Uint8Array> = {
+    multicast: () =>
+      gpu.cuTensorMapEncodeTiled({
+        ...bf16Map([64, 16 * steps, 1], [128, 2048 * steps], x),
+        ...{ boxDim: [64, 8, 1], swizzle: 0 },
+      }),
+    multicast_pixels: () =>
+      gpu.cuTensorMapEncodeIm2col({
+        ...images,
+        ...{ pixelBoxLowerCorner: [0, 0], pixelBoxUpperCorner: [-1, 0], swizzle: 0 },
+        ...{ channelsPerPixel: 64, pixelsPerColumn: 8 },
+      }),
+    multicast_boxes: () => gpu.cuTensorMapEncodeTiled({ ...images, boxDim: [64, 8, 1, 1], swizzle: 0 }),
+  };
   const y = bench.room(blocks * steps * STEP_HALVES * 2);
-  bench.launch(ptx, kernel, blocks, 64, [map, y, steps, flags], 0, { cluster });
+  bench.launch(ptx, kernel, blocks, 64, [maps[kernel](), y, steps, flags], 0, { cluster });
   return new Uint16Array(bench.ints(y, (blocks * steps * STEP_HALVES) / 2).buffer);
 }
 

@@ -112,3 +112,14 @@ extern "C" __global__ void multicast_pixels(const __grid_constant__ CUtensorMap 
         : "memory");
   });
 }
+
+// The same pixels as a box of the image.
+extern "C" __global__ void multicast_boxes(const __grid_constant__ CUtensorMap map, uint32_t *y, int steps, int flags) {
+  bring(y, steps, flags, [&](uint32_t to, uint32_t barrier, int part, uint16_t mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, "
+        "%5, %6}], [%2], %7;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(0), "r"(1), "r"(0), "r"(part), "h"(mask)
+        : "memory");
+  });
+}
