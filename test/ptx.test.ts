@@ -2,12 +2,12 @@
 // and ptxas, where there is one, finds every instruction of a file in the version and for the target that the header names.
 // It parses the whole file, and is asked to compile one short entry only: all of them take minutes.
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { expectedFiles } from '../engine/cuda/build.ts';
-import { forHopper, readPtx } from '../engine/cuda/kernels.ts';
+import { expectedFiles, sourcesDigest } from '../engine/cuda/build.ts';
+import { forHopper, ptxFolder, readPtx } from '../engine/cuda/kernels.ts';
 import { OLDEST_DRIVER, ptxCeiling, ptxVersion } from '../engine/cuda/versions.ts';
 import { microKernels } from './gpu/micro.ts';
 
@@ -33,6 +33,23 @@ test('the kernels are no newer than the oldest supported driver reads', (t) => {
   }
   const newest = Math.max(...microKernels().map(({ ptx }) => ptxVersion(ptx)));
   t.ok(newest <= ptxCeiling(OLDEST_DRIVER), `of test:gpu's kernels the newest is PTX ${newest}`);
+  t.end();
+});
+
+test('the report is of these kernels, none of which spills', (t) => {
+  const report = readFileSync(join(ptxFolder, 'REPORT.md'), 'utf8');
+  t.ok(report.includes(sourcesDigest()), 'npm run build:kernels has written it since the sources changed');
+  const rows = report.split('\n').map((line) => line.split(' | '));
+  let column = 0;
+  let kernels = 0;
+  for (const row of rows) {
+    if (row[0] === '| kernel') column = row.indexOf('spills');
+    else if (row.length > column && column > 0) {
+      kernels++;
+      t.equal(row[column], '0', row[0]);
+    }
+  }
+  t.ok(kernels > 300, `${kernels} kernels`);
   t.end();
 });
 

@@ -185,6 +185,13 @@ function table(columns: readonly string[], rows: readonly string[]): string[] {
   return [`| kernel | ${columns.join(' | ')} |`, `|---|${columns.map(() => '---|').join('')}`, ...rows];
 }
 
+/** Of all sources: a test sees a report that was made of others. */
+export function sourcesDigest(): string {
+  const hash = createHash('sha256');
+  for (const { digest } of expectedFiles()) hash.update(digest);
+  return hash.digest('hex').slice(0, 16);
+}
+
 function report(scratch: string): string {
   const rows = (arches: readonly string[], wanted: (family: string) => boolean) =>
     expectedFiles()
@@ -203,6 +210,7 @@ function report(scratch: string): string {
     '',
     'Written by `npm run build:kernels`. Registers per thread in each generation; static shared memory, spilled bytes and',
     'stack in bytes, the most of all. Dynamic shared memory is given at launch (engine/cuda/plan*.ts).',
+    `Sources: ${sourcesDigest()}.`,
     '',
     ...table(
       [...generations, ...resources],

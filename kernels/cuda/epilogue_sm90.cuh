@@ -110,9 +110,10 @@ template <class S, Kind KIND> struct Epilogue {
   const int group, thread;
 
   // A thread's columns of the bias, and of the shift where all rows have the same, read before the products, so that nothing
-  // waits for them.
+  // waits for them. Float32's pairs take two registers, and it has no room for the shift's.
+  static constexpr bool EARLY_SHIFT = KIND == IMAGE && sizeof(T) == 2;
   struct Early {
-    Packed bias[KIND == PLAIN ? 1 : S::N / 8], shift[KIND == IMAGE ? S::N / 8 : 1];
+    Packed bias[KIND == PLAIN ? 1 : S::N / 8], shift[EARLY_SHIFT ? S::N / 8 : 1];
   };
   __device__ int column_of(const Work &work) const { return work.n + thread % 4 * 2; }
   // Eight columns lie inside C together or not at all: there are a multiple of eight of them.
@@ -125,7 +126,7 @@ template <class S, Kind KIND> struct Epilogue {
   __device__ void load_early(Early &early, const Work &work) const {
     if constexpr (KIND != PLAIN)
       if (out.bias != nullptr) load_columns(early.bias, out.bias, work);
-    if constexpr (KIND == IMAGE)
+    if constexpr (EARLY_SHIFT)
       if (has_one_shift(work)) load_columns(early.shift, out.shift + shift_row(work.m) * int64_t(out.columns), work);
   }
   __device__ int shift_row(int row) const { return row / out.rows_per_shift; }
@@ -142,9 +143,11 @@ template <class S, Kind KIND> struct Epilogue {
       if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
     if constexpr (KIND != PLAIN)
       if (out.bias != nullptr) add_columns(sums, early.bias);
+    bool shifted = KIND != IMAGE || out.shift == nullptr;
+    if constexpr (EARLY_SHIFT)
+      if (!shifted && has_one_shift(work)) add_columns(sums, early.shift), shifted = true;
     if constexpr (KIND == IMAGE)
-      if (has_one_shift(work)) add_columns(sums, early.shift);
-      else if (out.shift != nullptr) add_shift(sums, row, column);
+      if (!shifted) add_shift(sums, row, column);
     if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
 #if defined(T_FLOAT32)
     if (has_residual()) {
