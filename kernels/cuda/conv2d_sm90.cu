@@ -1,7 +1,7 @@
 // conv2d on Hopper, channels last, as matrix products whose image operand TMA gathers: a tile's rows are pixels of
 // a walked grid, each read at the offset of a tap, with zeros outside the image. Pixels that are whole rows of the grid, or a part of
-// one, are a box of the image; TMA's im2col, which walks any grid, took some 8 cycles a pixel on an H200, thrice what boxes do. k runs over taps x channels, each tap's
-// channels padded with zeros to whole steps. The weight [o, taps, c] is a map [taps][o][c] in all three products.
+// one, are a box of the image; TMA's im2col, which walks any grid, takes some 8 cycles a pixel by an H200's times, thrice what boxes do.
+// k runs over taps x channels, each tap's channels padded with zeros to whole steps. The weight [o, taps, c] is a map [taps][o][c] in all three products.
 // Forward walks y's pixels over x; the gradient of x (stride 1) walks x's pixels over dy with the taps turned round; the
 // gradient of the weight has the pixels along k and a tap as its slab.
 #include "product_sm90.cuh"

@@ -72,9 +72,6 @@ template <int count> DEVICE void registers_grow_to() { asm volatile("setmaxnreg.
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads.
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// The same without waiting, for those who let others through.
-DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // ---- clusters: blocks that run together, in which a variable in shared memory lies at the same address. A launch without
 // clusters has one block in each. TMA can bring a box to all of them at once.
 
