@@ -16,20 +16,43 @@ export interface Clipping {
   nonfinite?: string;
 }
 
-/** The norm of the gradients that the parameters have now. `maxNorm` 0 measures and does not clip. */
-export function clipGradients(parameters: ReadonlyMap<string, Parameter>, maxNorm: number): Clipping {
-  return scope(() => {
+/** The squares of gradients, on their way. */
+export interface GradientNorms {
+  /** Waits for them. `maxNorm` 0 measures and does not clip. */
+  read(maxNorm: number): Clipping;
+  release(): void;
+}
+
+/** Begins to measure the gradients that the parameters have now. */
+export function queueNorms(parameters: ReadonlyMap<string, Parameter>): GradientNorms {
+  const sums = scope(() => {
     const [{ tensor }] = parameters.values();
-    const sums = zeros([parameters.size], { device: tensor.device });
+    const made = zeros([parameters.size], { device: tensor.device });
     const measures = [...parameters.values()].map((parameter, i) => {
       const gradient = gradOf(parameter.tensor);
-      return gradient ? sumSquares(gradient, sums, i) : [];
+      return gradient ? sumSquares(gradient, made, i) : [];
     });
     update(measures.flat());
-    const values = sums.floats();
-    const bad = values.findIndex((value) => !Number.isFinite(value));
-    const norm = Math.sqrt(values.reduce((total, value) => total + value, 0));
-    const scale = maxNorm > 0 ? Math.min(1, maxNorm / (norm + 1e-6)) : 1;
-    return { norm, scale, nonfinite: bad < 0 ? undefined : [...parameters.keys()][bad] };
+    return made;
   });
+  return {
+    read(maxNorm) {
+      const values = sums.floats();
+      const bad = values.findIndex((value) => !Number.isFinite(value));
+      const norm = Math.sqrt(values.reduce((total, value) => total + value, 0));
+      const scale = maxNorm > 0 ? Math.min(1, maxNorm / (norm + 1e-6)) : 1;
+      return { norm, scale, nonfinite: bad < 0 ? undefined : [...parameters.keys()][bad] };
+    },
+    release: () => sums.release(),
+  };
+}
+
+/** The norm of the gradients that the parameters have now, and the factor that brings it to `maxNorm`. */
+export function clipGradients(parameters: ReadonlyMap<string, Parameter>, maxNorm: number): Clipping {
+  const norms = queueNorms(parameters);
+  try {
+    return norms.read(maxNorm);
+  } finally {
+    norms.release();
+  }
 }

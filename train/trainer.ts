@@ -1,25 +1,20 @@
-// The loop: updates made of passes, each a batch through the model and back; clipping, the optimizer's step, the moving
-// average; and between updates whatever is due: a line of the log, a checkpoint, previews. Between two updates a run is
-// nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
+// The loop: updates (update.ts), and between them whatever is due: a line of the log, a checkpoint, previews. Between two
+// updates a run is nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { backward, clearGrad } from '../engine/grad.ts';
-import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
-import { type Clipping, clipGradients } from './clip.ts';
 import { lossCurve } from './curve.ts';
 import { planEpoch, type Update } from './data/order.ts';
 import { writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
-import { firstBadTensor } from './nonfinite.ts';
 import { rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
 import { type Report, type Stop, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
+import { type Made, makeUpdate, openFeed } from './update.ts';
 import { validationLoss } from './validation.ts';
 
 export interface Outcome {
@@ -41,6 +36,7 @@ export async function train(
   checkpoint?: string,
 ): Promise<Outcome> {
   const { run, pictures, total, task, device } = session;
+  const feed = openFeed(task);
   makeFolder(run.output);
   let position: Position = { step: 0, epoch: 0, update: 0 };
   if (checkpoint) position = resumeSession(session, checkpoint);
@@ -59,14 +55,16 @@ export async function train(
   while (position.step < total) {
     const updates = planEpoch(placed, { ...sizes, epoch: position.epoch });
     for (const update of updates.slice(position.update)) {
-      const made = await makeUpdate(session, update, position);
+      const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
+      const next = position.step + 1 < total ? updates[position.update + 1] : undefined;
+      const made = await makeUpdate(session, feed, update, position.epoch, lr, next);
       position = after(position, updates.length);
       const endOfEpoch = position.update === 0;
       failures = made.skipped ? failures + 1 : 0;
       const done = position.step === total;
       const measured =
         run.validation.samples > 0 && (done || isDue(run.validation.every_steps, position.step, endOfEpoch));
-      journal.note(position, made, update, measured ? await validationLoss(session) : undefined);
+      journal.note(position, lr, made, update, measured ? await validationLoss(session) : undefined);
       if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
       if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
       const { every_steps } = run.checkpoints;
@@ -94,58 +92,6 @@ const after = ({ step, epoch, update }: Position, updates: number): Position =>
     ? { step: step + 1, epoch: epoch + 1, update: 0 }
     : { step: step + 1, epoch, update: update + 1 };
 
-interface Made {
-  /** The mean over the update's samples. */
-  loss: number;
-  lr: number;
-  grad_norm: number;
-  /** Why the weights were left as they were. */
-  skipped?: string;
-}
-
-/** All passes of an update, and the step if loss and gradients are finite. */
-async function makeUpdate(session: Session, update: Update, position: Position): Promise<Made> {
-  const { run, parameters, optimizer, ema, total } = session;
-  const { loss, bad } = await runPasses(session, update, position.epoch);
-  const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
-  let clipping: Clipping = { norm: Number.NaN, scale: 1 };
-  let skipped = bad && `the loss is ${loss}; the first tensor that is not finite is ${bad}`;
-  if (!skipped) {
-    clipping = clipGradients(parameters, run.optimizer.max_grad_norm);
-    if (clipping.nonfinite) skipped = `the gradient of ${clipping.nonfinite} is not finite`;
-  }
-  if (!skipped) {
-    optimizer.step(lr, clipping.scale);
-    ema?.step();
-  }
-  for (const parameter of parameters.values()) clearGrad(parameter.tensor);
-  return { loss, lr, grad_norm: clipping.norm, skipped };
-}
-
-/** Forward and backward of every pass; gradients add up. Stops at a loss that is not finite, and names the tensor. */
-async function runPasses(
-  { task, device }: Session,
-  update: Update,
-  epoch: number,
-): Promise<{ loss: number; bad?: string }> {
-  const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
-  let mean = 0;
-  for (const pass of update) {
-    const inputs = await task.prepare(pass, epoch);
-    const share = pass.samples.length / samples;
-    const loss = scope(() => {
-      const y = task.loss(inputs);
-      const value = y.floats()[0];
-      if (Number.isFinite(value)) backward(y, tensor([share], [1], { device }));
-      return value;
-    });
-    if (!Number.isFinite(loss)) return { loss, bad: firstBadTensor(task, inputs, device) };
-    mean += share * loss;
-    await new Promise((resolve) => setImmediate(resolve));
-  }
-  return { loss: mean };
-}
-
 function gaveUp({ skipped }: Made, failures: number, step: number, folder: string): UserError {
   const mend = folder ? `resume from ${folder}` : 'start again';
   return new UserError(
@@ -171,7 +117,8 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
   return {
     note(
       { step, epoch }: Position,
-      { loss, lr, grad_norm, skipped }: Made,
+      lr: number,
+      { loss, grad_norm, skipped }: Made,
       update: Update,
       validation_loss?: number,
     ): void {
