@@ -87,6 +87,9 @@ function isLayer(child: AnyModule): child is Linear | Conv2d {
 
 const isConvolution = (layer: Linear | Conv2d): layer is Conv2d => layer.children.weight.layout === 'conv';
 
+/** Spares the two launches of a factor of 1, which every adapter has where alpha is the rank. */
+const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
+
 /** A lone weight, as peft nests it. */
 const weightOnly = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain') =>
   module({ weight: parameter(shape, layout) }, () => undefined);
@@ -104,7 +107,7 @@ function adaptLinear(base: Linear, { rank, alpha }: LoraConfig) {
       x: Tensor,
       { residual, activation = 'none' }: { residual?: Tensor; activation?: Activation } = {},
     ) => {
-      const down = scale(linear(x, m.lora_A.children.weight.tensor), alpha / rank);
+      const down = scaled(linear(x, m.lora_A.children.weight.tensor), alpha / rank);
       const up = (y: Tensor) => linear(down, m.lora_B.children.weight.tensor, undefined, { residual: y });
       if (activation === 'none') return up(base(x, { residual }));
       // An activation comes after the sum, so it cannot ride in the base layer's product.
@@ -130,7 +133,7 @@ function adaptConv(base: Conv2d, { rank, alpha }: LoraConfig) {
       const { skip } = options;
       const down = conv2d(seen, m.lora_A.children.weight.tensor, undefined, { stride, padding, skip });
       const residual = base(x, options);
-      return conv2d(scale(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
+      return conv2d(scaled(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
     },
   );
 }
