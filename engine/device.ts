@@ -130,9 +130,10 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
       for (const { record, tensors, attrs } of calls) {
         const dtype = typeOf(record, tensors);
         record.forward(tensors, attrs, (symbol, args) => {
-          const list = bySymbol.get(`${symbol}_${dtype}`) ?? [];
-          bySymbol.set(`${symbol}_${dtype}`, list);
-          list.push(args.map(address));
+          const name = `${symbol}_${dtype}`;
+          const list = bySymbol.get(name);
+          if (list) list.push(args.map(address));
+          else bySymbol.set(name, [args.map(address)]);
         });
       }
       for (const [symbol, list] of bySymbol) launches.launchAll(symbol, list);

@@ -20,7 +20,7 @@ export interface Entry {
 }
 
 /** Where its parameters lie. */
-type Layout = Omit<Entry, 'waits'>;
+export type Layout = Omit<Entry, 'waits'>;
 
 export type KernelArgument = bigint | number | Uint8Array;
 
@@ -71,27 +71,31 @@ function kindOf(type: string, count: string | undefined): ParameterKind {
 /** Packs a call's arguments; a wrong count or kind is an error that shows both lists. */
 export function packParameters(entry: Layout, args: readonly KernelArgument[]): Uint8Array {
   const block = new Uint8Array(entry.bytes);
-  const view = new DataView(block.buffer);
+  packAt(new DataView(block.buffer), 0, entry, args);
+  return block;
+}
+
+function packAt(view: DataView, start: number, entry: Layout, args: readonly KernelArgument[]): void {
   const { parameters } = entry;
   if (args.length !== parameters.length) throw mismatch(entry, args);
   for (let i = 0; i < args.length; i++) {
-    const [{ kind, offset, bytes }, value] = [parameters[i], args[i]];
+    const { kind, offset, bytes } = parameters[i];
+    const [at, value] = [start + offset, args[i]];
     if (typeof value === 'bigint') {
       if (kind !== 'p') throw mismatch(entry, args);
-      view.setBigUint64(offset, value, true);
+      view.setBigUint64(at, value, true);
     } else if (typeof value === 'number') {
-      if (kind === 'f') view.setFloat32(offset, value, true);
+      if (kind === 'f') view.setFloat32(at, value, true);
       else if (kind !== 'i') throw mismatch(entry, args);
-      else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(offset, value, true);
+      else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(at, value, true);
       else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
     } else {
       if (kind !== 'b') throw mismatch(entry, args);
       if (value.length !== bytes)
         throw new Error(`${entry.name}: argument ${i} has ${value.length} bytes, not ${bytes}`);
-      block.set(value, offset);
+      new Uint8Array(view.buffer).set(value, at);
     }
   }
-  return block;
 }
 
 function mismatch(entry: Layout, args: readonly KernelArgument[]): Error {
@@ -102,8 +106,8 @@ function mismatch(entry: Layout, args: readonly KernelArgument[]): Error {
   );
 }
 
-/** Arguments as a C struct of 8-byte pointers (p), ints (i) and floats (f), padded to a multiple of 8 bytes. */
-export function packStruct(signature: string, args: readonly KernelArgument[]): Uint8Array {
+/** Where a C struct of 8-byte pointers (p), ints (i) and floats (f) has them; its size is a multiple of 8 bytes. */
+export function structLayout(signature: string): Layout {
   const parameters: Parameter[] = [];
   let end = 0;
   for (const kind of signature as Iterable<ParameterKind>) {
@@ -112,7 +116,15 @@ export function packStruct(signature: string, args: readonly KernelArgument[]): 
     parameters.push({ kind, offset, bytes });
     end = offset + bytes;
   }
-  return packParameters({ name: 'a row', parameters, bytes: Math.ceil(end / 8) * 8 }, args);
+  return { name: 'a row', parameters, bytes: Math.ceil(end / 8) * 8 };
+}
+
+/** Argument lists as an array of such structs. */
+export function packRows(row: Layout, rows: readonly (readonly KernelArgument[])[]): Uint8Array {
+  const packed = new Uint8Array(rows.length * row.bytes);
+  const view = new DataView(packed.buffer);
+  for (let i = 0; i < rows.length; i++) packAt(view, i * row.bytes, row, rows[i]);
+  return packed;
 }
 
 function letter(value: KernelArgument): string {

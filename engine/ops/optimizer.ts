@@ -28,7 +28,8 @@ export interface StepInputs {
 
 /** The shape rule of a step, which has no outputs: every tensor but `others` is as large as the weight. */
 export function checkStep(op: string, t: Tensors, others: readonly string[] = []): Record<string, never> {
-  for (const [name, { size, shape }] of Object.entries(t)) {
+  for (const name in t) {
+    const { size, shape } = t[name];
     if (size !== t.weight.size && !others.includes(name))
       throw new ShapeError(`${op}: ${name} [${shape}] does not fit weight [${t.weight.shape}]`);
   }

@@ -18,8 +18,9 @@ export const adafactor = ({ clip_threshold, decay_rate }: AdafactorOptions): Rul
     if (!factors) return { exp_avg_sq: { shape: memoryShape } };
     return { exp_avg_sq_row: { shape: factors.row }, exp_avg_sq_col: { shape: factors.col } };
   },
-  step(tensors, slots, context) {
-    const options = { eps: EPS, clipThreshold: clip_threshold, decayRate: decay_rate };
-    return adafactorStep({ ...tensors, ...slots }, { ...context, ...options });
-  },
+  step: (tensors, { exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq }, context) =>
+    adafactorStep(
+      { exp_avg_sq_row, exp_avg_sq_col, exp_avg_sq, ...tensors },
+      { eps: EPS, clipThreshold: clip_threshold, decayRate: decay_rate, ...context },
+    ),
 });

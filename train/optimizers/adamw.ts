@@ -5,5 +5,5 @@ import type { Rule } from './rule.ts';
 export const adamw = ({ betas, eps }: { betas: readonly [number, number]; eps: number }): Rule => ({
   slots: ({ memoryShape: shape }) => ({ exp_avg: { shape }, exp_avg_sq: { shape } }),
   step: (tensors, { exp_avg, exp_avg_sq }, context) =>
-    adamwStep({ ...tensors, exp_avg, exp_avg_sq }, { ...context, betas, eps }),
+    adamwStep({ exp_avg, exp_avg_sq, ...tensors }, { betas, eps, ...context }),
 });

@@ -6,8 +6,8 @@ import type { Rule } from './rule.ts';
 
 const SMALLEST = 4096;
 
-export function adamw8bit(options: { betas: readonly [number, number]; eps: number }): Rule {
-  const plain = adamw(options);
+export function adamw8bit({ betas, eps }: { betas: readonly [number, number]; eps: number }): Rule {
+  const plain = adamw({ betas, eps });
   return {
     slots(parameter) {
       if (parameter.size < SMALLEST) return plain.slots(parameter);
@@ -18,7 +18,7 @@ export function adamw8bit(options: { betas: readonly [number, number]; eps: numb
     step(tensors, slots, context) {
       const { state1, state2, absmax1, absmax2 } = slots;
       if (!state1) return plain.step(tensors, slots, context);
-      return adamw8bitStep({ ...tensors, state1, state2, absmax1, absmax2 }, { ...context, ...options });
+      return adamw8bitStep({ state1, state2, absmax1, absmax2, ...tensors }, { betas, eps, ...context });
     },
   };
 }

@@ -5,5 +5,5 @@ import type { Rule } from './rule.ts';
 
 export const lion = ({ betas }: { betas: readonly [number, number] }): Rule => ({
   slots: ({ memoryShape: shape }) => ({ exp_avg: { shape } }),
-  step: (tensors, { exp_avg }, context) => lionStep({ ...tensors, exp_avg }, { ...context, betas }),
+  step: (tensors, { exp_avg }, context) => lionStep({ exp_avg, ...tensors }, { betas, ...context }),
 });

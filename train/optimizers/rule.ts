@@ -22,6 +22,7 @@ export interface Slot {
 export interface Rule {
   /** What is kept for a parameter, by the names that torch or transformers give. */
   slots(parameter: Parameter): Record<string, Slot>;
+  /** Runs for each of thousands of parameters: where objects are joined, V8 takes 50 ns if the spread is last, 1.5 us if first. */
   step(tensors: StepInputs, slots: Slots, context: StepAttrs & { step: number }): Update;
 }
 
