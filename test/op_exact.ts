@@ -38,6 +38,14 @@ const computed = (record: AnyRecord, sample: AnySample) =>
 
 const slopes = (count: number): Float64Array => values(count, 99);
 
+/** A sample's inputs on a device. */
+export function tensorsOf(device: Device, sample: AnySample, dtype: FloatDType): Record<string, Tensor> {
+  const made: Record<string, Tensor> = {};
+  for (const [name, { shape, data }] of Object.entries(inputValues(sample)))
+    made[name] = tensor(data, shape, { device, dtype: typeOf(sample, name, dtype) });
+  return made;
+}
+
 /** Runs a sample's forward and backward on a device; an update `together` with more of the same, a layer with others of its x. */
 export function runKernels(
   device: Device,
@@ -46,12 +54,7 @@ export function runKernels(
   dtype: FloatDType,
   together = 1,
 ): Results {
-  const tensors = () => {
-    const made: Record<string, Tensor> = {};
-    for (const [name, { shape, data }] of Object.entries(inputValues(sample)))
-      made[name] = tensor(data, shape, { device, dtype: typeOf(sample, name, dtype) });
-    return made;
-  };
+  const tensors = () => tensorsOf(device, sample, dtype);
   return scope(() => {
     if (record.updates) {
       const all = Array.from({ length: together }, tensors);

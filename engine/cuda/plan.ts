@@ -105,7 +105,7 @@ const pieces = (args: readonly number[]): number => args[2] * divideUp(args[5] *
 const unary = ['silu', 'gelu', 'quick_gelu', 'exp', 'square', 'tanh', 'sigmoid'];
 const casts = ['float32', 'bfloat16', 'float16'].map((to) => `cast_to_${to}_forward`);
 
-/** Elementwise kernels, kernels that move elements, random numbers, and optimizer steps. */
+/** Elementwise kernels, kernels that move elements, and random numbers. */
 export const simplePlans: readonly (readonly [string, Plan])[] = [
   ...unary.flatMap((name) => [
     perElement('elementwise', `${name}_forward`, 2),
@@ -132,6 +132,4 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
   perElement('random', 'normal_forward', 1),
   perElement('random', 'uniform_forward', 1),
-  // A warp takes a block of 256 elements.
-  single('adamw_8bit', 'adamw_8bit_forward', (args) => divideUp(args[7], 256), THREADS / 32),
 ];

@@ -11,7 +11,7 @@ import {
   walking,
 } from './plan.ts';
 
-const ROW_CHUNK = 8192; // optimizer.cu
+const ROW_CHUNK = 8192; // optimizer.cuh
 const FLOAT = 4;
 
 type Calls = readonly LaunchArguments[];
@@ -31,11 +31,11 @@ function rowsOf(row: Layout, calls: Calls, context: PlanContext): { rows: Launch
 }
 
 /** A step of one launch; the first int of its signature counts the elements. */
-function stepPlan(name: string, signature: string): [string, Plan] {
+function stepPlan(family: string, name: string, signature: string): [string, Plan] {
   const row = structLayout(signature);
   const together = (calls: Calls, context: PlanContext): KernelLaunch[] => {
     const { rows, chunks } = rowsOf(row, calls, context);
-    return [walking('optimizer', `${name}_rows`, chunks, 1, rows, context)];
+    return [walking(family, `${name}_rows`, chunks, 1, rows, context)];
   };
   return [`${name}_forward`, { signature, together, launches: (args, context) => together([args], context) }];
 }
@@ -57,8 +57,9 @@ function sumSquares(signature: string): [string, Plan] {
 }
 
 export const optimizerPlans: readonly (readonly [string, Plan])[] = [
-  stepPlan('adamw', 'pppppiffffffffiiii'),
-  stepPlan('lion', 'ppppifffffiiii'),
-  stepPlan('ema', 'ppif'),
+  stepPlan('optimizer', 'adamw', 'pppppiffffffffiiii'),
+  stepPlan('optimizer', 'lion', 'ppppifffffiiii'),
+  stepPlan('optimizer', 'ema', 'ppif'),
+  stepPlan('adamw_8bit', 'adamw_8bit', 'pppppppiffffffffiiii'),
   sumSquares('ppii'),
 ];

@@ -42,60 +42,71 @@ DEVICE int signed_nearest(const float *map, float x) {
   return x < 0 && map[code] >= 0 ? code - 1 : code;
 }
 
-DEVICE float warp_largest(float x) {
+struct Row {
+  T *weight;
+  float *master;
+  const T *gradient;
+  uint8_t *state1, *state2;
+  float *absmax1, *absmax2;
+  int n;
+  float gradient_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, eps;
+  Rounding rounding;
+};
+
+// Block `block` of a row.
+DEVICE void step(const Row &row, uint32_t block, const float *map1, const float *map2) {
+  const Weights weights = weights_of(row);
+  const uint32_t lane = threadIdx.x % 32;
+  const float scale1 = row.absmax1[block], scale2 = row.absmax2[block];
+  float m[PACKS][PACK], v[PACKS][PACK], most1 = 0, most2 = 0;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
+  for (int p = 0; p < PACKS; p++) {
+    const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
+    const int count = min(PACK, row.n - int(i));
+    if (count <= 0) continue;
+    const Pack g = load(row.gradient + i, count);
+    Pack w = weights.read(i, count);
+#pragma unroll
+    for (int j = 0; j < PACK; j++) {
+      if (j >= count) break;
+      const float scaled = g.at[j] * row.gradient_scale;
+      const float m0 = map1[row.state1[i + j]] * scale1, v0 = map2[row.state2[i + j]] * scale2;
+      m[p][j] = m0 + row.one_minus_beta1 * (scaled - m0);
+      v[p][j] = v0 * row.beta2 + row.one_minus_beta2 * scaled * scaled;
+      most1 = fmaxf(most1, fabsf(m[p][j]));
+      most2 = fmaxf(most2, v[p][j]);
+      w.at[j] = w.at[j] * row.decay - row.step_size * (m[p][j] / (sqrtf(v[p][j]) * row.inverse_correction2 + row.eps));
+    }
+    weights.write(i, w, count);
+  }
+  most1 = warp_max(most1);
+  most2 = warp_max(most2);
+  __syncwarp();
+  if (lane == 0) {
+    row.absmax1[block] = most1;
+    row.absmax2[block] = most2;
+  }
+  const float inverse1 = most1 > 0 ? 1.f / most1 : 0.f, inverse2 = most2 > 0 ? 1.f / most2 : 0.f;
+#pragma unroll
+  for (int p = 0; p < PACKS; p++) {
+    const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
+#pragma unroll
+    for (int j = 0; j < PACK; j++)
+      if (int(i) + j < row.n) {
+        row.state1[i + j] = uint8_t(signed_nearest(map1, m[p][j] * inverse1));
+        row.state2[i + j] = uint8_t(nearest(map2, v[p][j] * inverse2));
+      }
+  }
 }
 
-KERNEL(adamw_8bit_forward)(T *weight, float *master, const T *gradient, uint8_t *state1, uint8_t *state2, float *absmax1,
-                           float *absmax2, int n, float gradient_scale, float decay, float one_minus_beta1, float beta2,
-                           float one_minus_beta2, float step_size, float inverse_correction2, float eps, ROUNDING) {
+KERNEL(adamw_8bit_rows)(const Row *rows, const int *first_chunk, int count) {
   __shared__ float map1[256], map2[256];
   map1[threadIdx.x] = signed_value(threadIdx.x);
   map2[threadIdx.x] = unsigned_value(threadIdx.x);
   __syncthreads();
-  const Weights weights = WEIGHTS;
-  const uint32_t lane = threadIdx.x % 32, warps = gridDim.x * (THREADS / 32), blocks = (uint32_t(n) + BLOCK - 1) / BLOCK;
-  for (uint32_t block = blockIdx.x * (THREADS / 32) + threadIdx.x / 32; block < blocks; block += warps) {
-    const float scale1 = absmax1[block], scale2 = absmax2[block];
-    float m[PACKS][PACK], v[PACKS][PACK], most1 = 0, most2 = 0;
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-      const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
-      const int count = min(PACK, n - int(i));
-      if (count <= 0) continue;
-      const Pack g = load(gradient + i, count);
-      Pack w = weights.read(i, count);
-#pragma unroll
-      for (int j = 0; j < PACK; j++) {
-        if (j >= count) break;
-        const float scaled = g.at[j] * gradient_scale, m0 = map1[state1[i + j]] * scale1, v0 = map2[state2[i + j]] * scale2;
-        m[p][j] = m0 + one_minus_beta1 * (scaled - m0);
-        v[p][j] = v0 * beta2 + one_minus_beta2 * scaled * scaled;
-        most1 = fmaxf(most1, fabsf(m[p][j]));
-        most2 = fmaxf(most2, v[p][j]);
-        w.at[j] = w.at[j] * decay - step_size * (m[p][j] / (sqrtf(v[p][j]) * inverse_correction2 + eps));
-      }
-      weights.write(i, w, count);
-    }
-    most1 = warp_largest(most1);
-    most2 = warp_largest(most2);
-    __syncwarp();
-    if (lane == 0) {
-      absmax1[block] = most1;
-      absmax2[block] = most2;
-    }
-    const float inverse1 = most1 > 0 ? 1.f / most1 : 0.f, inverse2 = most2 > 0 ? 1.f / most2 : 0.f;
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-      const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
-#pragma unroll
-      for (int j = 0; j < PACK; j++)
-        if (int(i) + j < n) {
-          state1[i + j] = uint8_t(signed_nearest(map1, m[p][j] * inverse1));
-          state2[i + j] = uint8_t(nearest(map2, v[p][j] * inverse2));
-        }
-    }
-  }
+  each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
+    constexpr uint32_t BLOCKS = ROW_CHUNK / BLOCK;
+    const uint32_t start = uint32_t(chunk) * BLOCKS, end = min(start + BLOCKS, (uint32_t(row.n) + BLOCK - 1) / BLOCK);
+    for (uint32_t block = start + threadIdx.x / 32; block < end; block += THREADS / 32) step(row, block, map1, map2);
+  });
 }

@@ -1,27 +1,7 @@
 // Elementwise optimizer steps, each one pass over all parameters in one launch: AdamW (Loshchilov & Hutter 2019), Lion (Chen
-// et al. 2023), the moving average of weights, and the sum of squares behind global-norm clipping. A parameter is a row, the
-// arguments of the CPU's kernel packed as a struct; rows are cut into chunks, and blocks walk over the chunks of all rows.
-// State is float32, as is all arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
+// et al. 2023), the moving average of weights, and the sum of squares behind global-norm clipping. State is float32, as is all
+// arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
 #include "optimizer.cuh"
-
-// Elements of a chunk, and of a float32 sum of squares before sums are joined in double.
-constexpr int ROW_CHUNK = 8192;
-
-// body(row, chunk of the row, its number) for every chunk; chunks of row r are numbered from first_chunk[r]. The row is a copy,
-// or it would be read again after every store.
-template <class Row, class F> DEVICE void each_chunk(const Row *rows, const int *first_chunk, int count, F &&body) {
-  const int chunks = first_chunk[count];
-  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    int row = 0, beyond = count;
-    while (beyond - row > 1) {
-      const int middle = (row + beyond) / 2;
-      if (first_chunk[middle] <= chunk) row = middle;
-      else beyond = middle;
-    }
-    const Row own = rows[row];
-    body(own, chunk - first_chunk[row], chunk);
-  }
-}
 
 // body(row, i, count) for every pack of every row.
 template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
@@ -29,15 +9,6 @@ template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const i
     const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(row.n));
     for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) body(row, i, int(end - i));
   });
-}
-
-struct Rounding {
-  int stochastic, seed_low, seed_high, stream;
-};
-
-template <class Row> DEVICE Weights weights_of(const Row &row) {
-  const Rounding &r = row.rounding;
-  return {row.weight, row.master, r.stochastic, uint32_t(r.seed_low), uint32_t(r.seed_high), uint32_t(r.stream)};
 }
 
 struct AdamwRow {

@@ -1,8 +1,28 @@
-// What every optimizer's kernel shares: reading a weight and writing it back. A weight lies in T, with a float32 master
-// beside it or none; without one, bfloat16 may be rounded up or down at random, with the odds that keep the mean
-// (stochastic rounding), from 16 bits per element of a Philox stream.
+// What every optimizer's kernel shares: the walk over all parameters, and reading a weight and writing it back. A parameter is
+// a row, the arguments of the CPU's kernel packed as a struct; rows are cut into chunks, and blocks walk over the chunks of all
+// rows. A weight lies in T, with a float32 master beside it or none; without one, bfloat16 may be rounded up or down at random,
+// with the odds that keep the mean (stochastic rounding), from 16 bits per element of a Philox stream.
 #pragma once
 #include "philox.cuh"
+
+// Elements of a chunk (engine/cuda/plan_optimizer.ts), and of a float32 sum of squares before sums are joined in double.
+constexpr int ROW_CHUNK = 8192;
+
+// body(row, chunk of the row, its number) for every chunk; chunks of row r are numbered from first_chunk[r]. The row is a copy,
+// or it would be read again after every store.
+template <class Row, class F> DEVICE void each_chunk(const Row *rows, const int *first_chunk, int count, F &&body) {
+  const int chunks = first_chunk[count];
+  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    int row = 0, beyond = count;
+    while (beyond - row > 1) {
+      const int middle = (row + beyond) / 2;
+      if (first_chunk[middle] <= chunk) row = middle;
+      else beyond = middle;
+    }
+    const Row own = rows[row];
+    body(own, chunk - first_chunk[row], chunk);
+  }
+}
 
 struct Weights {
   T *weight;
@@ -33,6 +53,15 @@ struct Weights {
     store(weight + i, x, count);
   }
 };
+
+struct Rounding {
+  int stochastic, seed_low, seed_high, stream;
+};
+
+template <class Row> DEVICE Weights weights_of(const Row &row) {
+  const Rounding &r = row.rounding;
+  return {row.weight, row.master, r.stochastic, uint32_t(r.seed_low), uint32_t(r.seed_high), uint32_t(r.stream)};
+}
 
 // One block adds `count` float32 sums in double: its threads take every 256th, and the first adds theirs in order.
 // Thread 0 returns the sum, the others 0.
