@@ -1,9 +1,10 @@
 // A step that runs many times over the same tensors, such as one of denoising. Where the device can record its launches
 // (a CUDA graph), the first run is eager, and loads kernels and fills caches; so is the second, which shows how much memory
 // the step takes, and is recorded on memory set aside for it while the device is still at work on what was launched. All later
-// ones are replays. Inputs are changed by uploading into them between runs.
+// ones are replays. Inputs are changed by uploading into them between runs. Where memory runs out, recordings lose theirs and are
+// made again later, if the last one had paid.
 import type { Device } from './device.ts';
-import type { Demand, Replay, Reserve } from './memory.ts';
+import type { Replay, Reserve } from './memory.ts';
 import { MemoryError } from './memory.ts';
 import { keep, scope, unscoped } from './scope.ts';
 import type { Tensor } from './tensor.ts';
@@ -22,30 +23,45 @@ export const eagerStep = (fn: () => Tensor): Step => ({
 
 interface Recorded {
   readonly replay: Replay;
-  readonly memory: Reserve<Tensor>;
+  readonly result: Tensor;
   /** Handles on every tensor from outside that the launches read: none may be freed while they can run. */
   readonly inputs: readonly Tensor[];
+  replays: number;
 }
 
 /** Calls `note` with the tensors of every op in `fn`. */
 export type Observe = (note: (t: Tensor) => void, fn: () => void) => void;
 
-/** `fn` as a step whose launches are recorded. */
-export function recordedStep(device: Device, observe: Observe, fn: () => Tensor): Step {
+/** Replays after which a recording has saved more than it cost. */
+const PAYS = 8;
+
+/** `fn` as a step whose launches are recorded, in memory of its own or in what it shares with other steps. */
+export function recordedStep(device: Device, observe: Observe, fn: () => Tensor, shared?: Reserve): Step {
   const eager = eagerStep(fn);
+  const reserve = shared ?? device.memory.openReserve();
   let recorded: Recorded | undefined;
   let state: 'new' | 'warm' | 'replayed' | 'eager' | 'released' = 'new';
+  const drop = () => {
+    if (!recorded) return;
+    const { replay, result, inputs, replays } = recorded;
+    recorded = undefined;
+    state = replays < PAYS ? 'eager' : 'warm';
+    device.driver.synchronize?.(); // it may still be running
+    replay.release();
+    for (const t of [result, ...inputs]) t.release();
+  };
   /** The second run. */
   const runAndRecord = <R>(read: (y: Tensor) => R): R =>
     scope(() => {
-      const { result: y, demand } = device.memory.metered(() => scope(fn));
+      const { result: y, demand } = reserve.borrow(() => device.memory.metered(() => scope(fn)));
       try {
-        recorded = record(device, observe, fn, demand);
+        recorded = reserve.record(demand, drop, () => record(device, observe, fn));
         state = 'replayed';
       } catch (error) {
         if (!(error instanceof MemoryError)) throw error;
         // A replay keeps its memory from others. Where that does not fit, the step goes on as it began.
         state = 'eager';
+        if (!shared) reserve.release();
       }
       return read(y);
     });
@@ -54,49 +70,46 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor)
       if (state === 'released') throw new Error('a step was run after its release');
       if (state === 'new') {
         state = 'warm';
-        return eager.run(read);
+        return reserve.borrow(() => eager.run(read));
       }
       if (state === 'warm') return runAndRecord(read);
-      if (!recorded) return eager.run(read);
-      recorded.replay.launch();
-      return read(recorded.memory.result);
+      const current = recorded;
+      if (!current) return reserve.borrow(() => eager.run(read));
+      return reserve.use(() => {
+        current.replay.launch();
+        current.replays++;
+        return read(current.result);
+      });
     },
     release() {
+      drop();
       state = 'released';
-      if (!recorded) return;
-      recorded.replay.release();
-      recorded.memory.result.release();
-      recorded.memory.release();
-      for (const input of recorded.inputs) input.release();
-      recorded = undefined;
+      if (!shared) reserve.release();
     },
   };
 }
 
-function record(device: Device, observe: Observe, fn: () => Tensor, demand: Demand): Recorded {
+function record(device: Device, observe: Observe, fn: () => Tensor): Recorded {
   const { driver, memory } = device;
   const inputs = new Map<unknown, Tensor>();
   const note = (t: Tensor) => {
     if (!memory.isReserved(t.block) && !inputs.has(t.block)) inputs.set(t.block, keep(t.handle()));
   };
-  let replay: Replay | undefined;
+  let result: Tensor | undefined;
   try {
-    const reserve = memory.reserve(demand, () => {
-      let y: Tensor | undefined;
-      try {
-        replay = driver.capture?.(() =>
-          observe(note, () => {
-            y = unscoped(() => scope(fn));
-          }),
-        );
-        return y as Tensor;
-      } catch (error) {
-        y?.release();
-        throw error;
-      }
-    });
-    return { replay: replay as Replay, memory: reserve, inputs: [...inputs.values()] };
+    const replay = driver.capture?.(() =>
+      observe(note, () => {
+        result = unscoped(() => scope(fn));
+      }),
+    );
+    return {
+      replay: replay as Replay,
+      result: result as unknown as Tensor,
+      inputs: [...inputs.values()],
+      replays: 0,
+    };
   } catch (error) {
+    result?.release();
     for (const input of inputs.values()) input.release();
     throw error;
   }

@@ -9,7 +9,7 @@ import type { GpuApi } from './cuda/api.ts';
 import { openCudaDriver } from './cuda/device.ts';
 import { openCudaLibrary } from './cuda/driver.ts';
 import { CudaError } from './cuda/errors.ts';
-import { type Driver, MemoryPool } from './memory.ts';
+import { type Driver, MemoryPool, type Reserve } from './memory.ts';
 import type { Argument, Call, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
 import { referenceDriver } from './reference.ts';
 import type { Tensor } from './tensor.ts';
@@ -30,8 +30,11 @@ export interface Device {
   together<R>(fn: () => R): R;
   /** sum = a + b, for gradients that reach a tensor twice; sum may be one of them. */
   add(sum: Tensor, a: Tensor, b: Tensor): void;
-  /** `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone. */
-  step(fn: () => Tensor): Step;
+  /**
+   * `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone.
+   * Steps that take turns may share memory.
+   */
+  step(fn: () => Tensor, shared?: Reserve): Step;
 }
 
 const opened = new Map<DeviceName, Device>();
@@ -115,8 +118,8 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     name,
     driver,
     memory,
-    step(fn) {
-      return driver.capture ? recordedStep(this, observe, fn) : eagerStep(fn);
+    step(fn, shared) {
+      return driver.capture ? recordedStep(this, observe, fn, shared) : eagerStep(fn);
     },
     execute(record, direction, tensors, attrs) {
       if (note) for (const t of Object.values(tensors)) note(t);

@@ -2,8 +2,8 @@
 // goes back to its bucket, so a loop of equal steps allocates nothing after its first turn; and the lowest address is handed out
 // first, so that each turn finds its tensors where they were, and the launches that were made for them (cuda/plan_memo.ts).
 // Buckets are an eighth of a power of two apart: at most 12.5 % of a block is slack. When the driver has no more, the lists are
-// emptied once; when that does not help, the error says what holds how much. A captured step keeps its blocks out of the lists
-// (reserve).
+// emptied once; then recorded steps, which keep blocks out of the lists (Reserve), lose them; when that does not help, the error
+// says what holds how much.
 import { UserError } from '../io/errors.ts';
 
 /** A block of device memory. `host` is set where the bytes are directly readable (the reference device). */
@@ -66,10 +66,26 @@ export function holding<R>(what: string, fn: () => R): R {
 /** How many blocks of each size something takes at once. */
 export type Demand = ReadonlyMap<number, number>;
 
-/** Blocks that are out of circulation until release(). */
-export interface Reserve<R> {
-  readonly result: R;
+/**
+ * Blocks for recorded steps alone, which may share them where only one runs at a time. They are idle, as freed ones are, but
+ * for the tensors that a recording keeps.
+ */
+export interface Reserve {
+  /** Runs `fn` on as many blocks as `demand` says: it allocates nothing. `drop` forgets what it made, should they be needed. */
+  record<R>(demand: Demand, drop: () => void, fn: () => R): R;
+  /** Runs `fn`, which reads what a recording made: nobody takes its blocks meanwhile. */
+  use<R>(fn: () => R): R;
+  /** Runs `fn`, which takes idle blocks of the reserve before others. */
+  borrow<R>(fn: () => R): R;
   release(): void;
+}
+
+/** A reserve as its pool sees it. */
+interface Reserved {
+  readonly lists: Lists;
+  /** What forgets the recordings on it. */
+  readonly drops: (() => void)[];
+  inUse: boolean;
 }
 
 class Lists {
@@ -77,6 +93,7 @@ class Lists {
   readonly #lists = new Map<number, Block[]>();
 
   pop = (size: number): Block | undefined => this.#lists.get(size)?.pop();
+  count = (size: number): number => this.#lists.get(size)?.length ?? 0;
 
   push(block: Block): void {
     const list = this.#lists.get(block.bytes);
@@ -105,10 +122,12 @@ export class MemoryPool {
   readonly #owned = new Map<string, number>();
   /** The lists that a reserved block goes back to. */
   readonly #reserved = new Map<Block, Lists>();
-  /** The reserve that blocks are taken from now. */
-  #reserve: Lists | undefined;
+  readonly #reserves = new Set<Reserved>();
+  /** The lists of a reserve that blocks are taken from now, alone or first. */
+  #only: Lists | undefined;
+  #first: Lists | undefined;
   #meter: { blocks: Set<Block>; now: Map<number, number>; most: Map<number, number> } | undefined;
-  /** Bytes in live tensors and reserves, their maximum so far, live storages, and bytes held from the driver. */
+  /** Bytes in live tensors, their maximum so far, live storages, and bytes held from the driver. */
   live = 0;
   peak = 0;
   storages = 0;
@@ -120,8 +139,14 @@ export class MemoryPool {
 
   take(bytes: number): Block {
     const size = bucket(bytes);
-    const block = this.#reserve ? this.#takeReserved(size) : this.#takeFree(size);
+    const block = this.#only
+      ? takeReserved(this.#only, size)
+      : (this.#first?.pop(size) ?? this.#takeFree(size));
     this.storages++;
+    block.owner = owner;
+    this.#owned.set(owner, (this.#owned.get(owner) ?? 0) + size);
+    this.live += size;
+    this.peak = Math.max(this.peak, this.live);
     if (this.#meter) {
       const { blocks, now, most } = this.#meter;
       blocks.add(block);
@@ -133,12 +158,13 @@ export class MemoryPool {
   }
 
   give(block: Block): void {
+    const { bytes, owner: holder = AT_WORK } = block;
     this.storages--;
+    this.live -= bytes;
+    this.#owned.set(holder, (this.#owned.get(holder) as number) - bytes);
     if (this.#meter?.blocks.delete(block))
-      this.#meter.now.set(block.bytes, (this.#meter.now.get(block.bytes) as number) - 1);
-    const reserve = this.#reserved.get(block);
-    if (reserve) reserve.push(block);
-    else this.#giveFree(block);
+      this.#meter.now.set(bytes, (this.#meter.now.get(bytes) as number) - 1);
+    (this.#reserved.get(block) ?? this.#free).push(block);
   }
 
   /** Returns every cached block to the driver. */
@@ -164,63 +190,98 @@ export class MemoryPool {
     }
   }
 
-  /** Runs `fn` on blocks set aside for it, as many as `demand` says: it allocates nothing, and nobody else gets them. */
-  reserve<R>(demand: Demand, fn: () => R): Reserve<R> {
-    const lists = new Lists();
-    const mine: Block[] = [];
-    const release = () => {
-      for (const block of mine) {
-        this.#reserved.delete(block);
-        this.#giveFree(block);
+  /** A reserve without blocks. */
+  openReserve(): Reserve {
+    const mine: Reserved = { lists: new Lists(), drops: [], inUse: false };
+    this.#reserves.add(mine);
+    const use = <R>(fn: () => R): R => {
+      const outer = mine.inUse;
+      mine.inUse = true;
+      try {
+        return fn();
+      } finally {
+        mine.inUse = outer;
       }
     };
+    return {
+      use,
+      record: (demand, drop, fn) =>
+        use(() => {
+          this.#fill(mine.lists, demand);
+          mine.drops.push(drop);
+          this.#only = mine.lists;
+          try {
+            return fn();
+          } finally {
+            this.#only = undefined;
+          }
+        }),
+      borrow: (fn) => {
+        const outer = this.#first;
+        this.#first = mine.lists;
+        try {
+          return fn();
+        } finally {
+          this.#first = outer;
+        }
+      },
+      release: () => {
+        this.#empty(mine);
+        this.#reserves.delete(mine);
+      },
+    };
+  }
+
+  /** Takes out of circulation what the lists lack. */
+  #fill(lists: Lists, demand: Demand): void {
+    const taken: Block[] = [];
     try {
-      for (const [size, count] of demand) for (let i = 0; i < count; i++) mine.push(this.#takeFree(size));
-      for (const block of mine) {
-        this.#reserved.set(block, lists);
-        lists.push(block);
-      }
-      this.#reserve = lists;
-      return { result: fn(), release };
+      for (const [size, count] of demand)
+        for (let i = lists.count(size); i < count; i++) taken.push(this.#takeFree(size));
     } catch (error) {
-      release();
+      for (const block of taken) this.#free.push(block);
       throw error;
-    } finally {
-      this.#reserve = undefined;
+    }
+    for (const block of taken) {
+      this.#reserved.set(block, lists);
+      lists.push(block);
     }
   }
 
-  #takeReserved(size: number): Block {
-    const block = this.#reserve?.pop(size);
-    if (!block) throw new Error(`a captured step takes ${size} bytes that its run before did not take`);
-    return block;
+  /** Puts a reserve's blocks back; those in use come when they are given. Tells whether there were any. */
+  #empty({ lists, drops }: Reserved): boolean {
+    for (const drop of drops.splice(0)) drop();
+    let any = false;
+    for (const [block, own] of this.#reserved) {
+      if (own !== lists) continue;
+      this.#reserved.delete(block);
+      any = true;
+    }
+    for (const block of lists.drain()) this.#free.push(block);
+    return any;
+  }
+
+  /** Takes their blocks from the reserves that nobody reads now, if they have any. */
+  #reclaim(): boolean {
+    const idle = [...this.#reserves].filter(({ inUse }) => !inUse);
+    return idle.filter((reserve) => this.#empty(reserve)).length > 0;
   }
 
   #takeFree(size: number): Block {
-    const block = this.#free.pop(size) ?? this.#allocate(size);
-    block.owner = owner;
-    this.#owned.set(owner, (this.#owned.get(owner) ?? 0) + size);
-    this.live += size;
-    this.peak = Math.max(this.peak, this.live);
-    return block;
-  }
-
-  #giveFree(block: Block): void {
-    const { bytes, owner: holder = AT_WORK } = block;
-    this.live -= bytes;
-    this.#owned.set(holder, (this.#owned.get(holder) as number) - bytes);
-    this.#free.push(block);
-  }
-
-  #allocate(size: number): Block {
-    let block = this.#driver.allocate(size);
-    if (!block) {
+    const block = this.#free.pop(size);
+    if (block) return block;
+    let made = this.#driver.allocate(size);
+    if (!made) {
       this.trim();
-      block = this.#driver.allocate(size);
+      made = this.#driver.allocate(size);
     }
-    if (!block) throw new MemoryError(this.#exhausted(size));
+    if (!made && this.#reclaim()) {
+      this.trim();
+      made = this.#driver.allocate(size);
+    }
+    if (!made) throw new MemoryError(this.#exhausted(size));
     this.held += size;
-    return block;
+    return made;
   }
 
   #exhausted(size: number): string {
@@ -230,6 +291,12 @@ export class MemoryPool {
     const left = room ? `; ${readable(room.free)} of the device's ${readable(room.total)} are free` : '';
     return `out of memory: ${readable(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
   }
+}
+
+function takeReserved(lists: Lists, size: number): Block {
+  const block = lists.pop(size);
+  if (!block) throw new Error(`a captured step takes ${size} bytes that its run before did not take`);
+  return block;
 }
 
 const readable = (bytes: number): string =>

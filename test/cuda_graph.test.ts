@@ -121,6 +121,32 @@ test('while a step can be replayed nobody else gets its memory, and what it read
   t.end();
 });
 
+test('steps that take turns share memory', (t) => {
+  const { device, gpu } = open();
+  scope(() => {
+    const reserve = device.memory.openReserve();
+    const blocks = [1, 2, 3].map(() => block(device));
+    const want = blocks.map(({ x, forward }, i) => {
+      x.set(inputs(i));
+      return eagerStep(forward).run(read);
+    });
+    const held: number[] = [];
+    const steps = blocks.map(({ forward }) => {
+      const step = device.step(forward, reserve);
+      for (let run = 0; run < 3; run++) step.run(read);
+      held.push(gpu.liveAllocations());
+      return step;
+    });
+    // Each keeps its result, and no more.
+    t.same([held[1] - held[0], held[2] - held[1]], [1, 1]);
+    for (const i of [2, 0, 1, 0, 2]) t.ok(steps[i].run(read) === want[i], `step ${i}`);
+    for (const step of steps) step.release();
+    reserve.release();
+  });
+  t.same([device.memory.storages, device.memory.live], [0, 0]);
+  t.end();
+});
+
 test('where a graph or its memory does not fit, the step goes on eagerly', (t) => {
   const { device, failing, calls } = open();
   scope(() => {
