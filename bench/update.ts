@@ -1,11 +1,11 @@
 // One update of training, as the trainer makes it: loss, gradients with checkpointing, clipping and a step of an optimizer, of
 // the whole UNet (weights rounded at random where they are bfloat16) or of LoRA adapters on it. Random latents and text.
 import type { Device } from '../engine/device.ts';
-import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
+import { requireGrad } from '../engine/grad.ts';
 import { namedParameters, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { scope, unscoped } from '../engine/scope.ts';
+import { unscoped } from '../engine/scope.ts';
 import { sizeOf, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { addLora } from '../models/adapters.ts';
@@ -13,6 +13,7 @@ import type { ModelPreset } from '../models/presets.ts';
 import { unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
+import { openPasses } from '../train/pass.ts';
 import { casesOf, type OpCase } from './ops.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
 import { type Sizes, type Subject, unetInputs } from './subjects.ts';
@@ -56,16 +57,17 @@ export function buildUpdate(
   const { sample, times, conditioning, release } = unetInputs(preset, sizes, device, dtype);
   const { shape } = sample;
   const target = unscoped(() => tensor(uniforms(sizeOf(shape), 2), shape, { device }));
+  const loss = () => mse(cast(module(sample, times, conditioning), 'float32'), target);
+  const passes = openPasses({ loss, repeats: true }, trained, device);
   return {
     parameters: [...trained.values()].reduce((total, p) => total + p.size, 0),
     run() {
-      scope(() => {
-        backward(mse(cast(module(sample, times, conditioning), 'float32'), target));
-      });
+      passes.queue({}, 1).release();
       optimizer.step(1e-5, clipGradients(trained, 1).scale);
-      for (const parameter of trained.values()) clearGrad(parameter.tensor);
+      passes.clear();
     },
     release() {
+      passes.release();
       optimizer.release();
       unload(module);
       target.release();

@@ -2,7 +2,7 @@
 // summed in the order the tape is walked (newest op first), so a run repeats bit for bit. What an op adds as it is (a residual)
 // has dy for its gradient, the same storage: nothing is summed in place that another node holds too.
 import type { OpRecord, Tensors } from './op.ts';
-import { keep, onFailure, scope } from './scope.ts';
+import { keep, onFailure, scope, unscoped } from './scope.ts';
 import { empty, type Tensor, tensor, zeros } from './tensor.ts';
 
 let recording = true;
@@ -115,6 +115,13 @@ export const gradOf = (leaf: Tensor): Tensor | undefined => leaf.node?.grad?.han
 export function clearGrad(leaf: Tensor): void {
   leaf.node?.grad?.release();
   if (leaf.node) leaf.node.grad = undefined;
+}
+
+/** Gives a leaf a gradient of zeros, in the storage of the one it has: backward then adds to it where it lies. */
+export function zeroGrad(leaf: Tensor): void {
+  if (!leaf.node) return;
+  if (leaf.node.grad) leaf.node.grad.clear();
+  else leaf.node.grad = unscoped(() => zeros(leaf.shape, leaf));
 }
 
 /** Walks the tape from `output` (seeded with `dy`, or ones) and adds to the gradient of every leaf it reaches. */

@@ -108,6 +108,14 @@ export class Tensor {
     return this;
   }
 
+  /** Sets all elements to zero. */
+  clear(): this {
+    const { driver } = this.device;
+    if (!driver.clear) return this.upload(new Uint8Array(this.byteLength));
+    driver.clear(this.block, this.byteLength);
+    return this;
+  }
+
   /** Gives the storage back once no handle holds it. Called by scopes; calling twice is harmless. */
   release(): void {
     if (this.#released) return;
@@ -141,10 +149,5 @@ function checkCount(count: number, shape: readonly number[]): void {
   if (count !== sizeOf(shape)) throw new ShapeError(`tensor: ${count} values do not fill [${shape}]`);
 }
 
-export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor => {
-  const made = empty(shape, options);
-  const { driver } = options.device;
-  if (!driver.clear) return made.upload(new Uint8Array(made.byteLength));
-  driver.clear(made.block, made.byteLength);
-  return made;
-};
+export const zeros = (shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor =>
+  empty(shape, options).clear();

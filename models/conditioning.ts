@@ -65,7 +65,7 @@ export function encodePrompts(
   };
 }
 
-type Encoded = Pick<Embeddings, 'context' | 'pooled'>;
+export type Encoded = Pick<Embeddings, 'context' | 'pooled'>;
 
 function negativeOf(
   stack: TextStack,
@@ -92,24 +92,40 @@ function encode(
   truncated: string[],
 ): Encoded {
   const lists = texts.slice(-stack.encoders.length);
-  const states = stack.encoders.map(({ tokenizer, encoder }, i) => {
-    const rows = lists[i].map((text) => tokenizer.encode(text));
-    for (const row of rows)
-      if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
-    const length = rows[0].ids.length;
-    const ids = new Int32Array(rows.length * length);
-    rows.forEach((row, r) => {
-      ids.set(row.ids, r * length);
-    });
-    const last = i === stack.encoders.length - 1;
-    return encoder(tensor(ids, [rows.length, length], { device, dtype: 'int32' }), { layer, pooled: last });
+  const ids = stack.encoders.map(({ tokenizer }, i) => {
+    const rows = tokenIds(tokenizer, lists[i], truncated);
+    return tensor(rows.values, rows.shape, { device, dtype: 'int32' });
   });
+  return encodeTokens(stack, ids, layer);
+}
+
+/** Texts as rows of token ids [n, 77]. Adds to `truncated` what does not fit, once. */
+export function tokenIds(
+  tokenizer: Tokenizer,
+  texts: readonly string[],
+  truncated: string[] = [],
+): { values: Int32Array; shape: [number, number] } {
+  const rows = texts.map((text) => tokenizer.encode(text));
+  for (const row of rows)
+    if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
+  const length = rows[0].ids.length;
+  const values = new Int32Array(rows.length * length);
+  rows.forEach((row, r) => {
+    values.set(row.ids, r * length);
+  });
+  return { values, shape: [rows.length, length] };
+}
+
+/** What the encoders say of token ids [n, 77], a tensor for each: their hidden states side by side, and the last one's pooled vector. */
+export function encodeTokens(stack: TextStack, ids: readonly Tensor[], layer = PENULTIMATE): Encoded {
+  const last = stack.encoders.length - 1;
+  const states = stack.encoders.map(({ encoder }, i) => encoder(ids[i], { layer, pooled: i === last }));
   return {
     context: concat(
       states.map(({ hidden }) => hidden),
       2,
     ),
-    pooled: states[states.length - 1].pooled as Tensor,
+    pooled: states[last].pooled as Tensor,
   };
 }
 

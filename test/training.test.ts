@@ -13,9 +13,10 @@ import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
 import { fill } from '../train/fields.ts';
 import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
-import { addNoise, diffusionLoss, objectiveOf } from '../train/objective.ts';
+import { addNoise, diffusionLoss, noisedInputs, objectiveOf } from '../train/objective.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
+import { place } from '../train/pass.ts';
 import { fields } from '../train/run.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import { devices } from './models_golden.ts';
@@ -88,16 +89,12 @@ function goldenLoss(
     noise[i] += settings.noise_offset * offset[image * c + (i % c)];
   }
   const times = entry('data.timesteps', index).data;
-  return diffusionLoss(
-    model,
-    objective,
-    addNoise(objective, channelsLast(latents), [n, h, w, c], times, noise),
-    {
-      context,
-      textEmbeds: onDevice('data.pooled', index),
-      timeIds: onDevice('data.time_ids', index),
-    },
-  );
+  const noised = addNoise(objective, channelsLast(latents), [n, h, w, c], times, noise);
+  return diffusionLoss(model, objective, place(noisedInputs(noised, 'float32'), device), {
+    context,
+    textEmbeds: onDevice('data.pooled', index),
+    timeIds: onDevice('data.time_ids', index),
+  });
 }
 
 test('three steps as diffusers makes them', (t) => {

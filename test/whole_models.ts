@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
 import { namedParameters, type Parameter, unload } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
@@ -16,9 +17,10 @@ import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
 import { fill } from '../train/fields.ts';
-import { addNoise, diffusionLoss, objectiveOf } from '../train/objective.ts';
+import { addNoise, diffusionLoss, noisedInputs, objectiveOf } from '../train/objective.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
+import { openPasses, place } from '../train/pass.ts';
 import { fields } from '../train/run.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';
@@ -104,7 +106,7 @@ export function trainingStep(device: Device, dtype: FloatDType): Results {
     normals(1, 4, 4, 4),
   );
   const loss = scope(() => {
-    const value = diffusionLoss(model, objective, noised, {
+    const value = diffusionLoss(model, objective, place(noisedInputs(noised, dtype), device), {
       context: tensor(normals(1, 77, 80), [1, 77, 80], { device, dtype }),
       textEmbeds: tensor(normals(1, 40), [1, 40], { device, dtype }),
       timeIds: tensor([32, 32, 0, 0, 32, 32], [1, 6], { device }),
@@ -141,7 +143,7 @@ const wide: Partial<UNetConfig> = {
   transformer_layers_per_block: 1,
 };
 
-/** A UNet of random weights: three runs of one step, of which a GPU replays the last, and the gradients of a loss. */
+/** A UNet of random weights: three runs of one step, of which a GPU replays the last, and the gradients of three passes, likewise. */
 export function replaysAndGradients(device: Device, dtype: FloatDType): Results {
   const random = new TorchGenerator(9);
   const made = (shape: readonly number[], scale = 1) =>
@@ -151,7 +153,8 @@ export function replaysAndGradients(device: Device, dtype: FloatDType): Results 
       { device, dtype },
     );
   const model = unet({ ...parseUNetConfig(source.config('unet')), ...wide });
-  const parameters = [...namedParameters(model).values()];
+  const named = namedParameters(model);
+  const parameters = [...named.values()];
   for (const p of parameters)
     p.tensor = unscoped(() => made(p.memoryShape, p.shape.length > 1 ? Math.sqrt(p.shape[0] / p.size) : 1));
   const results: Results = {};
@@ -169,10 +172,17 @@ export function replaysAndGradients(device: Device, dtype: FloatDType): Results 
     }
     step.release();
     for (const p of parameters) requireGrad(p.tensor);
-    scope(() => backward(mse(model(x, times, conditioning), made([1, 16, 16, 4]))));
+    const target = made(x.shape);
+    const loss = ({ sample }: Tensors) => mse(model(sample, times, conditioning), target);
+    const passes = openPasses({ loss, repeats: true }, named, device);
+    for (let pass = 0; pass < 3; pass++) {
+      const values = random.randn(x.size) as Float32Array;
+      passes.queue({ sample: { shape: x.shape, values, dtype } }, 1 / 3).release();
+    }
     results.gradients = Float32Array.from(
       parameters.flatMap((p) => [...(gradOf(p.tensor) as Tensor).floats()]),
     );
+    passes.release();
   });
   unload(model);
   return results;

@@ -19,27 +19,14 @@ import { type Pictures, readView, spread, stack, viewIn } from './pictures.ts';
 import { grid } from './preview.ts';
 import type { Run } from './run.ts';
 
-import { component, lend, type Task, type Weights } from './task.ts';
+import { component, lend, type PassInputs, type Task, type Weights } from './task.ts';
 import { vaeLoss } from './vae_objective.ts';
-
-interface Inputs {
-  shape: readonly number[];
-  /** [n, h, w, 3]. */
-  pictures: Float32Array;
-  /** [n, h / ratio, w / ratio, latent channels]. */
-  noise: Float32Array;
-}
 
 /** Pictures shown in a preview, and measured for the scale. */
 const shown = 8;
 const measured = 256;
 
-export function autoencoderTask(
-  run: Run,
-  pictures: Pictures,
-  source: ModelSource,
-  device: Device,
-): Task<Inputs> {
+export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSource, device: Device): Task {
   const config = { ...source.config('vae') };
   const coder = vae(parseVaeConfig(config));
   holding('vae', () => source.load('vae', coder.module, device, run.dtype));
@@ -71,6 +58,16 @@ export function autoencoderTask(
     }
   };
   const all = pictures.samples.map((_, i) => i);
+  const { dtype } = run;
+  const inputs = (
+    shape: readonly number[],
+    pixels: Float32Array,
+    latent: readonly number[],
+    noise: Float32Array,
+  ): PassInputs => ({
+    pictures: { shape, values: pixels, dtype },
+    noise: { shape: latent, values: noise, dtype },
+  });
   return {
     components: [trained],
     frozen: [],
@@ -81,23 +78,22 @@ export function autoencoderTask(
         const { key } = pictures.samples[i];
         return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
       });
-      return { shape: picture, pictures: stack(await Promise.all(pixels)), noise: stack(noise) };
+      return inputs(picture, stack(await Promise.all(pixels)), latent, stack(noise));
     },
     blank({ bucket, samples }) {
       const { picture, latent } = shapes(bucket, samples.length);
       const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
-      return { shape: picture, pictures: zeros(picture), noise: zeros(latent) };
+      return inputs(picture, zeros(picture), latent, zeros(latent));
     },
-    loss({ shape, pictures: pixels, noise }, weights) {
+    loss({ pictures: x, noise }, weights) {
       const used = weights ? lent(weights) : coder;
-      const x = tensor(pixels, shape, { device, dtype: run.dtype });
       const moments = used.encode(x);
-      const draw = tensor(noise, moments.mean.shape, { device, dtype: run.dtype });
-      const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), draw));
+      const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
       const loss = vaeLoss(run.vae_objective, used.decode(z), x, moments);
       if (used !== coder) unload(used.module);
       return loss;
     },
+    repeats: true,
     /** Columns of a picture above what the VAE makes of it. */
     async preview(weights) {
       const columns: Picture[] = [];

@@ -87,6 +87,9 @@ export function momentsCache(
 export const picturesAtOnce = (height: number, width: number, count: number): number =>
   Math.min(count, Math.max(1, Math.floor(2 ** 20 / (height * width))));
 
+/** How many captions the text encoders take at once. */
+export const captionsAtOnce = 16;
+
 /** Batches of one size each. */
 function equalSizes(views: readonly View[]): View[][] {
   const bySize = new Map<string, View[]>();
@@ -160,7 +163,7 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
         ([path]) => !isWhole(path),
       );
       let done = 0;
-      for (const batch of slices(missing, 16)) {
+      for (const batch of slices(missing, captionsAtOnce)) {
         encodeTexts(
           stack,
           batch.map(([, text]) => text),
@@ -176,7 +179,8 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
   };
 }
 
-function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmbeddings[] {
+/** Captions through the encoders, in the type of their weights. */
+export function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmbeddings[] {
   const { device, dtype } = weightOf(stack.encoders[0].encoder);
   return noGrad(() =>
     scope(() => {

@@ -5,18 +5,22 @@ import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { namedParameters, unload } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
-import { sizeOf, type Tensor, tensor, zeros } from '../engine/tensor.ts';
+import { sizeOf, zeros } from '../engine/tensor.ts';
 import { addLora } from '../models/adapters.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { encodePrompts } from '../models/conditioning.ts';
+import { type Encoded, encodeTokens, tokenIds } from '../models/conditioning.ts';
 import { samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { unet } from '../models/unet.ts';
 import {
+  captionsAtOnce,
+  encodeTexts,
   momentsCache,
   type PictureMoments,
   picturesAtOnce,
@@ -27,18 +31,19 @@ import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
-import { diffusionLoss, type NoisedBatch, noiseBatch, objectiveOf, trainedScheduler } from './objective.ts';
+import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
 import { type Pictures, stack, viewIn } from './pictures.ts';
 import { samplePreviews, schedulerOf } from './preview.ts';
 import type { Run } from './run.ts';
-import { type Component, component, lend, type Task, type Weights } from './task.ts';
-
-interface Inputs {
-  noised: NoisedBatch;
-  timeIds: number[][];
-  /** Texts, undefined where left away, for encoders that run in the pass; or what the cache has of them. */
-  text: { captions: (string | undefined)[] } | { embeddings: TextEmbeddings[] };
-}
+import {
+  type Component,
+  component,
+  type HostTensor,
+  lend,
+  type PassInputs,
+  type Task,
+  type Weights,
+} from './task.ts';
 
 export function diffusionTask(
   run: Run,
@@ -46,7 +51,7 @@ export function diffusionTask(
   source: ModelSource,
   vaeSource: ModelSource,
   device: Device,
-): Task<Inputs> {
+): Task {
   const { parts, text_encoders, gradient_checkpointing: gradientCheckpointing, target } = run.train;
   const pipeline: Pipeline = {
     ...loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing }),
@@ -108,47 +113,56 @@ export function diffusionTask(
         captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
       );
       const [, height, width] = latentShape(bucket, 1);
+      const batch = { ids, epoch, latents: stack(latents), height, width };
+      const timeIds = views.map(({ geometry }) =>
+        timeIdsOf(geometry, pipeline.aesthetic ? run.dataset.aesthetic_score : undefined),
+      );
       return {
-        noised: noiseBatch(objective, { ids, epoch, latents: stack(latents), height, width }, run.seed),
-        timeIds: views.map(({ geometry }) =>
-          timeIdsOf(geometry, pipeline.aesthetic ? run.dataset.aesthetic_score : undefined),
-        ),
-        text: captions
-          ? { embeddings: chosen.map((caption) => embeddings().read(caption)) }
-          : { captions: chosen },
+        ...noisedInputs(noiseBatch(objective, batch, run.seed), run.dtype),
+        timeIds: {
+          shape: [timeIds.length, timeIds[0].length],
+          values: Float32Array.from(timeIds.flat()),
+          dtype: 'float32',
+        },
+        ...(captions
+          ? embeddedInputs(
+              pipeline,
+              chosen.map((caption) => embeddings().read(caption)),
+            )
+          : tokenInputs(pipeline, chosen)),
       };
     },
     rehearseCache() {
       const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
       const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
       noGrad(() => scope(() => void pipeline.vae.encode(zeros(shape, { device }))));
+      if (captions)
+        noGrad(() => scope(() => void encodeTexts(pipeline.text, captions.slice(0, captionsAtOnce))));
     },
     blank({ bucket, samples }) {
       const n = samples.length;
       const shape = latentShape(bucket, n);
       const nothing = new Float32Array(sizeOf(shape));
+      const ids = pipeline.aesthetic ? 5 : 6;
+      const noised = { shape, sample: nothing, timesteps: new Float32Array(n), target: nothing };
       return {
-        noised: { shape, sample: nothing, timesteps: new Float32Array(n), target: nothing },
-        timeIds: Array.from({ length: n }, () => Array<number>(pipeline.aesthetic ? 5 : 6).fill(0)),
-        text: { captions: Array<string>(n).fill('') },
+        ...noisedInputs(noised, run.dtype),
+        timeIds: { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' },
+        ...(captions
+          ? blankEmbeddings(pipeline, configs, n)
+          : tokenInputs(pipeline, Array<string>(n).fill(''))),
       };
     },
-    loss({ noised, timeIds, text }, weights) {
+    loss(inputs, weights) {
       const other = averaged(run, pipeline, net, components, weights);
-      const embedded =
-        'embeddings' in text
-          ? upload(other, text.embeddings)
-          : text_encoders
-            ? encode(other, text.captions)
-            : noGrad(() => encode(other, text.captions));
-      const loss = diffusionLoss(other.unet, objective, noised, {
-        context: embedded.context,
-        textEmbeds: embedded.pooled,
-        timeIds: tensor(timeIds.flat(), [timeIds.length, timeIds[0].length], { device }),
-      });
+      const { context, pooled } = captions ? inputs : encoded(other, inputs);
+      const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
+      const loss = diffusionLoss(other.unet, objective, inputs, conditioning);
       releaseLent(other, pipeline);
       return loss;
     },
+    // Encoders look for the end of each text on the host.
+    repeats: captions !== undefined,
     async preview(weights, stop) {
       if (run.previews.prompts.length === 0) return [];
       const [height, width] = pictures.buckets[0];
@@ -180,41 +194,55 @@ function drawLatents(
   return samplePosterior(mean, logvar, noise).map((z) => z * scaling);
 }
 
-interface Embedded {
-  /** [n, 77, c]. */
-  context: Tensor;
-  /** [n, p]. */
-  pooled: Tensor;
-}
-
-function upload({ device, dtype, unetConfig }: Pipeline, rows: readonly TextEmbeddings[]): Embedded {
-  const n = rows.length;
-  const context = stack(rows.map((row) => row.context));
-  const pooled = stack(rows.map((row) => row.pooled));
+/** What the cache has of captions, as inputs [n, 77, c] and [n, p]. */
+function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmbeddings[]): PassInputs {
+  const n = found.length;
+  const context = stack(found.map((row) => row.context));
+  const pooled = stack(found.map((row) => row.pooled));
   const width = unetConfig.cross_attention_dim;
   return {
-    context: tensor(context, [n, context.length / (n * width), width], { device, dtype }),
-    pooled: tensor(pooled, [n, pooled.length / n], { device, dtype }),
+    context: { shape: [n, context.length / (n * width), width], values: context, dtype },
+    pooled: { shape: [n, pooled.length / n], values: pooled, dtype },
   };
 }
 
-/** Captions through the encoders; the rows of those left away are zero where the model wants that. */
-function encode({ text, device, dtype }: Pipeline, captions: readonly (string | undefined)[]): Embedded {
-  const { context, pooled } = encodePrompts(
-    text,
-    { prompt: captions.map((caption) => caption ?? '') },
-    { guided: false, copies: 1, device, dtype },
+/** Inputs of their shapes without a caption. */
+function blankEmbeddings(
+  { text, dtype, unetConfig }: Pipeline,
+  configs: readonly Json[],
+  n: number,
+): PassInputs {
+  const [, tokens] = tokenIds(text.encoders[0].tokenizer, ['']).shape;
+  const { projection_dim = 0 } = parseTextConfig(configs[configs.length - 1]);
+  const blank = (...shape: number[]): HostTensor => ({
+    shape,
+    values: new Float32Array(sizeOf(shape)),
+    dtype,
+  });
+  return { context: blank(n, tokens, unetConfig.cross_attention_dim), pooled: blank(n, projection_dim) };
+}
+
+/** Captions for encoders that run in the pass: their tokens, and masks where a model wants zeros for those left away. */
+function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | undefined)[]): PassInputs {
+  const n = captions.length;
+  const texts = captions.map((caption) => caption ?? '');
+  const ids = text.encoders.map(
+    ({ tokenizer }, i) => [`ids_${i}`, { ...tokenIds(tokenizer, texts), dtype: 'int32' }] as const,
   );
-  if (!text.forceZeros || captions.every((caption) => caption !== undefined)) return { context, pooled };
-  const masked = (x: Tensor): Tensor => {
-    const each = x.size / captions.length;
-    const mask = new Float32Array(x.size).fill(1);
-    captions.forEach((caption, i) => {
-      if (caption === undefined) mask.fill(0, i * each, (i + 1) * each);
-    });
-    return mul(x, tensor(mask, x.shape, { device, dtype }));
-  };
-  return { context: masked(context), pooled: masked(pooled) };
+  const masked = text.forceZeros && captions.includes(undefined);
+  const kept = Float32Array.from(captions, (caption) => (caption === undefined ? 0 : 1));
+  return { ...Object.fromEntries(ids), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
+}
+/** Those captions through the encoders; the rows of those left away are zero. */
+function encoded({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
+  const states = encodeTokens(
+    text,
+    text.encoders.map((_, i) => inputs[`ids_${i}`]),
+  );
+  const [context, pooled] = [cast(states.context, dtype), cast(states.pooled, dtype)];
+  const { kept } = inputs;
+  if (!kept) return { context, pooled };
+  return { context: mul(context, kept.reshape(-1, 1, 1)), pooled: mul(pooled, kept.reshape(-1, 1)) };
 }
 
 /** LoRA adapters on the loaded UNet as a component: peft's keys, and its config in the file's metadata as diffusers reads it. */

@@ -5,10 +5,11 @@ import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { LocatedError, type Tensor } from '../engine/tensor.ts';
 import { isFloat } from '../io/dtype.ts';
-import { type Task, trainedParameters } from './task.ts';
+import { place } from './pass.ts';
+import { type PassInputs, type Task, trainedParameters } from './task.ts';
 
 /** Names the first tensor of the pass that is not finite. */
-export function firstBadTensor<T>(task: Task<T>, inputs: T, device: Device): string {
+export function firstBadTensor(task: Task, inputs: PassInputs, device: Device): string {
   for (const [name, { tensor }] of trainedParameters(task.components))
     if (!allFinite(tensor)) return `the weight ${name}`;
   const { execute } = device;
@@ -20,7 +21,7 @@ export function firstBadTensor<T>(task: Task<T>, inputs: T, device: Device): str
     if (outputBad) throw new LocatedError(`the output of ${record.name}`);
   };
   try {
-    noGrad(() => scope(() => void task.loss(inputs)));
+    noGrad(() => scope(() => void task.loss(place(inputs, device))));
     return 'the loss itself';
   } catch (error) {
     if (error instanceof LocatedError) return error.message.replace(/\s+/g, ' ');

@@ -1,15 +1,19 @@
 // The diffusion objective: latents → timesteps, noise, noised latents, target and weights, and the loss of a prediction.
 // All draws are keyed by (seed, epoch, sample) and made on the host in the latents' own layout [n, h, w, c]. Where peers
 // differ the paper's formula is taken and the function says so.
+
+import type { Tensors } from '../engine/op.ts';
 import { huber, mse } from '../engine/ops/loss.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { combine } from '../models/samplers/arithmetic.ts';
 import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity } from '../models/samplers/tables.ts';
 import type { Conditioning, UNet } from '../models/unet.ts';
 import { draws } from './draws.ts';
+import type { HostTensor, PassInputs } from './task.ts';
 
 export interface ObjectiveSettings {
   /** What the network says of a noised picture; empty for what the model's scheduler says that it does. */
@@ -270,23 +274,29 @@ function addEnlarged(
   }
 }
 
-/** The weighted mean loss of a batch, [1] float32, on the tape. The network runs in the conditioning's type. */
+/** A noised batch as inputs of a pass; the network sees its sample in `dtype`. */
+export function noisedInputs(
+  { shape, sample, timesteps, target, weights }: NoisedBatch,
+  dtype: FloatDType,
+): PassInputs {
+  const perImage = (values: Float32Array): HostTensor => ({ shape: [shape[0]], values, dtype: 'float32' });
+  return {
+    sample: { shape, values: sample, dtype },
+    timesteps: perImage(timesteps),
+    target: { shape, values: target, dtype: 'float32' },
+    ...(weights && { weights: perImage(weights) }),
+  };
+}
+
+/** The weighted mean loss of a batch (noisedInputs, as tensors), [1] float32, on the tape. */
 export function diffusionLoss(
   unet: UNet,
   { settings }: Objective,
-  { shape, sample, timesteps, target, weights }: NoisedBatch,
+  { sample, timesteps, target, weights }: Tensors,
   conditioning: Conditioning,
 ): Tensor {
-  const { device, dtype } = conditioning.context;
-  const prediction = unet(
-    tensor(sample, shape, { device, dtype }),
-    tensor(timesteps, [shape[0]], { device }),
-    conditioning,
-  );
-  const wanted = tensor(target, shape, { device });
-  const perImage = weights && tensor(weights, [shape[0]], { device });
-  const given = cast(prediction, 'float32');
+  const given = cast(unet(sample, timesteps, conditioning), 'float32');
   return settings.loss === 'huber'
-    ? huber(given, wanted, perImage, settings.huber_delta)
-    : mse(given, wanted, perImage);
+    ? huber(given, target, weights, settings.huber_delta)
+    : mse(given, target, weights);
 }

@@ -3,10 +3,10 @@
 // stand-in device, which holds no numbers, foretells the memory.
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
-import { backward, clearGrad, requireGrad } from '../engine/grad.ts';
+import { requireGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { standInDevice } from '../engine/profile.ts';
-import { built, scope } from '../engine/scope.ts';
+import { built } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
@@ -22,6 +22,7 @@ import { type Ema, ema as startEma } from './ema.ts';
 import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
+import { openPasses, type Passes } from './pass.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import type { Run } from './run.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
@@ -48,6 +49,7 @@ export interface Session extends Materials {
   device: Device;
   task: Task;
   parameters: ReadonlyMap<string, Parameter>;
+  passes: Passes;
   optimizer: Optimizer;
   ema: Ema | undefined;
   release(): void;
@@ -121,6 +123,7 @@ function startSession(materials: Materials, device: Device): Session {
   if (parameters.size === 0)
     throw new UserError(`train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet`);
   for (const parameter of parameters.values()) requireGrad(parameter.tensor);
+  const passes = openPasses(task, parameters, device);
   const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
   const average =
     run.ema.decay > 0
@@ -131,9 +134,11 @@ function startSession(materials: Materials, device: Device): Session {
     device,
     task,
     parameters,
+    passes,
     optimizer,
     ema: average,
     release() {
+      passes.release();
       task.release();
       optimizer.release();
       average?.release();
@@ -213,10 +218,9 @@ export function foretell(
   );
   const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
   session.task.rehearseCache?.();
-  scope(() => backward(session.task.loss(session.task.blank({ bucket, samples }))));
+  session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
   session.optimizer.step(0);
   session.ema?.step();
-  for (const parameter of session.parameters.values()) clearGrad(parameter.tensor);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();

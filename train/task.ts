@@ -2,9 +2,11 @@
 // and a loss over them. The UNet with its text encoders is one task (diffusion.ts), the VAE another (autoencoder.ts).
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import type { DType } from '../io/dtype.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { type SavedComponent, weightEntries } from '../models/save.ts';
@@ -37,20 +39,32 @@ export interface Component {
 /** Other tensors in place of trained parameters, by `component.key`: the moving averages. */
 export type Weights = ReadonlyMap<string, Tensor> | undefined;
 
-export interface Task<Inputs = unknown> {
+/** Numbers for a tensor that is yet to be made. */
+export interface HostTensor {
+  readonly shape: readonly number[];
+  readonly values: Float32Array | Int32Array;
+  readonly dtype: DType;
+}
+
+/** What a pass reads, by the names its loss knows. */
+export type PassInputs = Readonly<Record<string, HostTensor>>;
+
+export interface Task {
   components: readonly Component[];
   /** What else the model is made of. */
   frozen: readonly Component[];
   /** What is computed once and kept on disk: latents and embeddings. Left unfinished once `stop.asked`. */
   fillCache?(report: Report, stop: Stop): Promise<void>;
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. */
-  prepare(batch: MicroBatch, epoch: number): Promise<Inputs>;
+  prepare(batch: MicroBatch, epoch: number): Promise<PassInputs>;
   /** The most memory that filling the cache takes, done once without numbers. */
   rehearseCache?(): void;
   /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
-  blank(batch: MicroBatch): Inputs;
+  blank(batch: MicroBatch): PassInputs;
   /** The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. */
-  loss(inputs: Inputs, weights?: Weights): Tensor;
+  loss(inputs: Tensors, weights?: Weights): Tensor;
+  /** Whether `loss` makes tensors by ops alone, the same ops for the same shapes of inputs: it can be recorded. */
+  readonly repeats: boolean;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
   preview(weights: Weights, stop: Stop): Promise<Picture[]>;
   /** The last word on configs, before the finished model is written. */

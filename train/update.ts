@@ -2,14 +2,12 @@
 // and norms are queued before any loss is read, and what the next pass needs is prepared meanwhile: noise and latents of a
 // picture of 1024 x 1024 cost the host some 10 ms, in which the device would have nothing to do.
 import { setImmediate } from 'node:timers/promises';
-import { backward, clearGrad } from '../engine/grad.ts';
-import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { Tensor } from '../engine/tensor.ts';
 import { type GradientNorms, queueNorms } from './clip.ts';
 import type { MicroBatch, Update } from './data/order.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import type { Session } from './session.ts';
-import type { Task } from './task.ts';
+import type { PassInputs, Task } from './task.ts';
 
 export interface Made {
   /** The mean over the update's samples; of one that is not finite, that of its first bad pass. */
@@ -23,11 +21,11 @@ export interface Made {
 export interface Feed {
   /** Begins to prepare a pass, which is to be taken next. */
   begin(pass: MicroBatch, epoch: number): void;
-  take(pass: MicroBatch, epoch: number): Promise<unknown>;
+  take(pass: MicroBatch, epoch: number): Promise<PassInputs>;
 }
 
 export function openFeed(task: Task): Feed {
-  let ahead: { pass: MicroBatch; inputs: Promise<unknown> } | undefined;
+  let ahead: { pass: MicroBatch; inputs: Promise<PassInputs> } | undefined;
   return {
     begin(pass, epoch) {
       const inputs = task.prepare(pass, epoch);
@@ -51,14 +49,14 @@ export async function makeUpdate(
   lr: number,
   next?: Update,
 ): Promise<Made> {
-  const { run, parameters, optimizer, ema, device, task } = session;
+  const { run, parameters, passes, optimizer, ema, device, task } = session;
   const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
   const shares = update.map((pass) => pass.samples.length / samples);
   const losses: Tensor[] = [];
   let norms: GradientNorms | undefined;
   try {
     for (const [i, pass] of update.entries()) {
-      losses.push(queuePass(session, await feed.take(pass, epoch), shares[i]));
+      losses.push(passes.queue(await feed.take(pass, epoch), shares[i]));
       const following = update[i + 1] ?? next?.[0];
       if (i + 1 === update.length) norms = queueNorms(parameters);
       if (following) feed.begin(following, epoch);
@@ -80,14 +78,6 @@ export async function makeUpdate(
   } finally {
     norms?.release();
     for (const loss of losses) loss.release();
-    for (const parameter of parameters.values()) clearGrad(parameter.tensor);
+    passes.clear();
   }
 }
-
-/** Forward and backward of a pass, whose gradients weigh `share` in the update and add up. Its loss, on its way. */
-const queuePass = ({ task, device }: Session, inputs: unknown, share: number): Tensor =>
-  scope(() => {
-    const loss = task.loss(inputs);
-    backward(loss, tensor([share], [1], { device }));
-    return loss;
-  });

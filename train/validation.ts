@@ -4,6 +4,7 @@
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import type { MicroBatch } from './data/order.ts';
+import { place } from './pass.ts';
 import { spread } from './pictures.ts';
 import type { Session } from './session.ts';
 
@@ -11,7 +12,7 @@ import type { Session } from './session.ts';
 const HELD_OUT_EPOCH = 2 ** 32 - 1;
 
 /** The mean loss over the run's validation samples, with the averaged weights where there are any. */
-export async function validationLoss({ run, pictures, task, ema }: Session): Promise<number> {
+export async function validationLoss({ run, pictures, task, ema, device }: Session): Promise<number> {
   const chosen = spread(
     pictures.samples.map((_, i) => i),
     run.validation.samples,
@@ -19,7 +20,7 @@ export async function validationLoss({ run, pictures, task, ema }: Session): Pro
   let sum = 0;
   for (const pass of batches(chosen, pictures.bucketOf, run.batch_size)) {
     const inputs = await task.prepare(pass, HELD_OUT_EPOCH);
-    const loss = noGrad(() => scope(() => task.loss(inputs, ema?.weights).floats()[0]));
+    const loss = noGrad(() => scope(() => task.loss(place(inputs, device), ema?.weights).floats()[0]));
     sum += pass.samples.length * loss;
   }
   return sum / chosen.length;

@@ -86,7 +86,7 @@ const finders: Record<string, Finder> = {
           .sort((a, b) => fastest(a) - fastest(b))[0]
       : find(peer, 'unet', {}, new RegExp(`^eager b${batch} `)),
   ],
-  train: (peer, { batch, ckpt }) => [find(peer, 'train', { batch, ckpt, amp: false })],
+  train: (peer, { batch, ckpt, lora }) => (lora ? [] : [find(peer, 'train', { batch, ckpt, amp: false })]),
 };
 
 /** One of our measurements, with the peer's where it has one. */

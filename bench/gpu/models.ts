@@ -192,8 +192,14 @@ function randomPipeline(preset: ModelPreset, device: Device): Pipeline {
   return loadPipeline(source, { device, dtype: 'bfloat16' });
 }
 
-function training(shop: Shop, scale: Scale, batch: number, checkpointing: boolean): BenchCase {
-  const label = `train batch ${batch} bfloat16 AdamW, ${checkpointing ? 'checkpointed' : 'no checkpointing'}`;
+function training(
+  shop: Shop,
+  scale: Scale,
+  batch: number,
+  { checkpointing = false, loraRank }: { checkpointing?: boolean; loraRank?: number },
+): BenchCase {
+  const trained = loraRank ? `, LoRA of rank ${loraRank}` : '';
+  const label = `train batch ${batch} bfloat16 AdamW${trained}, ${checkpointing ? 'checkpointed' : 'no checkpointing'}`;
   return {
     label,
     run() {
@@ -201,16 +207,17 @@ function training(shop: Shop, scale: Scale, batch: number, checkpointing: boolea
       const { device } = gpu;
       const preset = presets[scale.preset];
       const sizes = { width: scale.side, height: scale.side, batch };
-      const update = buildUpdate(preset, sizes, device, 'bfloat16', { optimizer: 'adamw', checkpointing });
-      const { timing, more } = timed(timer, device, runsOf(scale, { warm: 1, runs: 6 }), () => update.run());
+      const options = { optimizer: 'adamw', checkpointing, loraRank } as const;
+      const update = buildUpdate(preset, sizes, device, 'bfloat16', options);
+      const { timing, more } = timed(timer, device, runsOf(scale, { warm: 2, runs: 6 }), () => update.run());
       update.release();
       device.memory.trim();
-      // Forward and two products backward; what checkpointing computes again is not counted.
-      const flops = 3 * passFlops('unet', scale, batch);
+      // Forward and two products backward, one where only adapters train; what checkpointing computes again is not counted.
+      const flops = (loraRank ? 2 : 3) * passFlops('unet', scale, batch);
       const images_per_s = (batch * 1e6) / timing.us;
       return {
         name: label,
-        key: { subject: 'train', batch, ckpt: checkpointing },
+        key: { subject: 'train', batch, ckpt: checkpointing, ...(loraRank && { lora: loraRank }) },
         timing,
         flops,
         more: { ...more, images_per_s },
@@ -241,8 +248,9 @@ export function modelSections(shop: Shop, scale: Scale, plain?: Shop): BenchSect
     {
       name: 'train',
       cases: () => [
-        ...batches.map((batch) => training(shop, scale, batch, true)),
-        ...batches.map((batch) => training(shop, scale, batch, false)),
+        ...batches.map((batch) => training(shop, scale, batch, { checkpointing: true })),
+        ...batches.map((batch) => training(shop, scale, batch, {})),
+        training(shop, scale, 1, { loraRank: 16 }),
       ],
     },
   ];

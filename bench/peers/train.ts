@@ -22,8 +22,9 @@ import { unet } from '../../models/unet.ts';
 import { vae } from '../../models/vae.ts';
 import { clipGradients } from '../../train/clip.ts';
 import { fill } from '../../train/fields.ts';
-import { diffusionLoss, objectiveOf } from '../../train/objective.ts';
+import { diffusionLoss, noisedInputs, objectiveOf } from '../../train/objective.ts';
 import { createOptimizer } from '../../train/optimizers/create.ts';
+import { place } from '../../train/pass.ts';
 import { fields } from '../../train/run.ts';
 import { vaeLoss } from '../../train/vae_objective.ts';
 import { fillRandom, uniforms } from '../pool_weights.ts';
@@ -87,7 +88,7 @@ function openUnet(device: Device, dtype: FloatDType, batch: number): Opened {
   };
   return {
     net,
-    loss: () => diffusionLoss(net, objective, noised, conditioning),
+    loss: () => diffusionLoss(net, objective, place(noisedInputs(noised, dtype), device), conditioning),
     inputs: Object.values(conditioning),
   };
 }
