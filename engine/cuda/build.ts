@@ -98,6 +98,8 @@ export function tidy(ptx: string, version: string): string {
       continue;
     }
     if (text === '' || text.startsWith('//') || text.startsWith('.file')) continue;
+    // Tells memory checkers which bytes of a wide load are used; PTX older than 8.3 has no such word.
+    if (text.startsWith('.pragma "used_bytes_mask')) continue;
     if (place && /^[@a-z]/.test(text)) {
       lines.push(place);
       place = '';
