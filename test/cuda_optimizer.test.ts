@@ -11,7 +11,10 @@ import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 const gpu = openVirtualGpu();
 const devices = { gpu: cudaDevice(gpu), reference: openDevice('reference') };
-const launches: Record<string, number> = { adamw: 1, lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2 };
+const launches: Record<string, number> = {
+  ...{ adamw: 1, lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2 },
+  adafactor: 5 + 3 + 3, // linear layers, convolutions, vectors
+};
 
 /** The op's samples as parameters of one update: each has its own numbers and, in bfloat16, is rounded at random. */
 const parametersOf = (record: AnyRecord, dtype: FloatDType): Planted[] =>

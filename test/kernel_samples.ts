@@ -142,6 +142,12 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(adafactorSample([600, 500], 0)),
     one(adafactorSample([290_001], 1)),
     one(adafactorSample([7], 0)),
+    // Tiles in numbers for every unrolled copy of a loop over them, and more parameters than the grid has blocks.
+    one(adafactorSample([1290, 3], 1)),
+    one(adafactorSample([1030, 24], 0)),
+    one(adafactorSample([20, 1304], 0)),
+    one(adafactorSample([9, 1032], 1)),
+    ...[[9, 16], [2, 3, 3, 8], [5]].map((shape) => ({ ...one(adafactorSample(shape, 0)), together: 40 })),
   ],
   // More chunks than blocks, which write their shared memory again.
   fp8_scale: [one({ inputs: { x: [270_000] }, attrs: {} })],

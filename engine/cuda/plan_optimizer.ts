@@ -11,17 +11,20 @@ import {
   walking,
 } from './plan.ts';
 
-const ROW_CHUNK = 8192; // optimizer.cuh
-const FLOAT = 4;
+export const ROW_CHUNK = 8192; // optimizer.cuh
+export const FLOAT = 4;
 
-type Calls = readonly LaunchArguments[];
+export type Calls = readonly LaunchArguments[];
 
 /** Uploads rows and first chunks: the arguments that every kernel over rows takes, and how many chunks there are. */
-function rowsOf(row: Layout, calls: Calls, context: PlanContext): { rows: LaunchArgument[]; chunks: number } {
-  const countAt = row.parameters.findIndex(({ kind }) => kind === 'i');
+export function rowsOf(
+  row: Layout,
+  calls: Calls,
+  chunksOf: (args: LaunchArguments) => number,
+  context: PlanContext,
+): { rows: LaunchArgument[]; chunks: number } {
   const firstChunk = new Int32Array(calls.length + 1);
-  for (let i = 0; i < calls.length; i++)
-    firstChunk[i + 1] = firstChunk[i] + divideUp(Number(calls[i][countAt]), ROW_CHUNK);
+  for (let i = 0; i < calls.length; i++) firstChunk[i + 1] = firstChunk[i] + chunksOf(calls[i]);
   const table = [
     context.upload(packRows(row, calls)),
     context.upload(new Uint8Array(firstChunk.buffer)),
@@ -30,30 +33,47 @@ function rowsOf(row: Layout, calls: Calls, context: PlanContext): { rows: Launch
   return { rows: table, chunks: firstChunk[calls.length] };
 }
 
-/** A step of one launch; the first int of its signature counts the elements. */
+/** A sum for each of so many chunks. */
+export const partialSums = (chunks: number, context: PlanContext): bigint =>
+  context.workspace(Math.max(chunks, 1) * FLOAT);
+
+/** The plan of a symbol whose calls go together, one or many. */
+export const updatePlan = (
+  symbol: string,
+  signature: string,
+  together: (calls: Calls, context: PlanContext) => KernelLaunch[],
+): [string, Plan] => [
+  symbol,
+  { signature, together, launches: (args, context) => together([args], context) },
+];
+
+/** Elements in chunks; the first int of a row counts them. */
+function elementChunks(row: Layout): (args: LaunchArguments) => number {
+  const countAt = row.parameters.findIndex(({ kind }) => kind === 'i');
+  return (args) => divideUp(Number(args[countAt]), ROW_CHUNK);
+}
+
+/** A step of one launch. */
 function stepPlan(family: string, name: string, signature: string): [string, Plan] {
   const row = structLayout(signature);
-  const together = (calls: Calls, context: PlanContext): KernelLaunch[] => {
-    const { rows, chunks } = rowsOf(row, calls, context);
+  const chunksOf = elementChunks(row);
+  return updatePlan(`${name}_forward`, signature, (calls, context) => {
+    const { rows, chunks } = rowsOf(row, calls, chunksOf, context);
     return [walking(family, `${name}_rows`, chunks, 1, rows, context)];
-  };
-  return [`${name}_forward`, { signature, together, launches: (args, context) => together([args], context) }];
+  });
 }
 
 function sumSquares(signature: string): [string, Plan] {
   const row = structLayout(signature);
-  const together = (calls: Calls, context: PlanContext): KernelLaunch[] => {
-    const { rows, chunks } = rowsOf(row, calls, context);
-    const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
+  const chunksOf = elementChunks(row);
+  return updatePlan('sum_squares_forward', signature, (calls, context) => {
+    const { rows, chunks } = rowsOf(row, calls, chunksOf, context);
+    const partial = partialSums(chunks, context);
     return [
       walking('optimizer', 'sum_squares_partial', chunks, 1, [partial, ...rows], context),
       walking('optimizer', 'sum_squares_finish', calls.length, 1, [partial, ...rows], context),
     ];
-  };
-  return [
-    'sum_squares_forward',
-    { signature, together, launches: (args, context) => together([args], context) },
-  ];
+  });
 }
 
 export const optimizerPlans: readonly (readonly [string, Plan])[] = [

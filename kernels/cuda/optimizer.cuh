@@ -34,23 +34,27 @@ struct Weights {
 
   __device__ void write(uint32_t i, Pack x, int count) const {
     if (master) store(master + i, x, count);
+    round(i, x.at);
+    store(weight + i, x, count);
+  }
+
+  // Rounds N neighbours to bfloat16 at random, where that is wanted; i is a multiple of N.
+  template <int N> __device__ void round(uint32_t i, float (&x)[N]) const {
 #if defined(T_BFLOAT16)
-    if (!master && stochastic) {
-      // Eight elements to a block of four words; this pack has the first or the last two of them.
-      const uint4 words = philox(make_uint4(i / 8, 0, stream, 0), seed_low, seed_high);
-      const uint32_t first = i % 8 ? words.z : words.x, second = i % 8 ? words.w : words.y;
-      const uint32_t random[PACK] = {first & 0xffffu, first >> 16, second & 0xffffu, second >> 16};
+    if (master || !stochastic) return;
+    // Eight elements to a block of four words, of which this pack or element may be a part.
+    const uint4 words = philox(make_uint4(i / 8, 0, stream, 0), seed_low, seed_high);
 #pragma unroll
-      for (int j = 0; j < PACK; j++) {
-        const uint32_t bits = __float_as_uint(x.at[j]);
-        const uint32_t moved = (bits & 0x7f800000u) != 0x7f800000u ? bits + random[j] : bits;
-        // A NaN whose bits all lie below the cut would turn into an infinity.
-        const uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0u;
-        x.at[j] = __uint_as_float((moved | nan) & 0xffff0000u);
-      }
+    for (int j = 0; j < N; j++) {
+      const uint32_t at = (i & (8 - N)) | j;
+      const uint32_t word = at & 4 ? (at & 2 ? words.w : words.z) : (at & 2 ? words.y : words.x);
+      const uint32_t bits = __float_as_uint(x[j]);
+      const uint32_t moved = (bits & 0x7f800000u) != 0x7f800000u ? bits + (at & 1 ? word >> 16 : word & 0xffffu) : bits;
+      // A NaN whose bits all lie below the cut would turn into an infinity.
+      const uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0u;
+      x[j] = __uint_as_float((moved | nan) & 0xffff0000u);
     }
 #endif
-    store(weight + i, x, count);
   }
 };
 
@@ -77,6 +81,3 @@ DEVICE double joined(const float *partial, int count) {
   for (int i = 1; i < THREADS; i++) total += lanes[i];
   return total;
 }
-
-#define ROUNDING int stochastic, int seed_low, int seed_high, int stream
-#define WEIGHTS Weights{weight, master, stochastic, uint32_t(seed_low), uint32_t(seed_high), uint32_t(stream)}
