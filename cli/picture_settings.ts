@@ -9,12 +9,12 @@ import { version } from './about.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 /** What of a request depends on this machine or this call rather than on the picture. */
-const local = ['from', 'output', 'saveLatents', 'json', 'quiet', 'device'];
+const local = ['from', 'promptFile', 'output', 'saveLatents', 'json', 'quiet', 'device'];
 
 /** The texts to put into the PNG. `sampler` is the name of the class that ran. */
 export function pictureText(
   options: SampleOptions,
-  { width, height, num_inference_steps, guidance_scale }: Request,
+  { prompt: [prompt], width, height, num_inference_steps, guidance_scale }: Request,
   seed: number,
   sampler: string,
 ): Record<string, string> {
@@ -27,13 +27,13 @@ export function pictureText(
     `Size: ${width}x${height}`,
     `Version: sdxl ${version}`,
   ];
-  const settings = Object.entries({ ...options, width, height, seed })
+  const settings = Object.entries({ ...options, prompt, width, height, seed })
     .filter(([name, value]) => value !== undefined && !local.includes(name))
     .map(([name, value]): [string, unknown] => [name, typed(name, value)])
     // In one order, so that settings read back with --from give the same file.
     .sort(([a], [b]) => (a < b ? -1 : 1));
   return {
-    parameters: `${options.prompt}${negative}\n${fields.join(', ')}`,
+    parameters: `${prompt}${negative}\n${fields.join(', ')}`,
     sdxl: JSON.stringify(Object.fromEntries(settings)),
   };
 }

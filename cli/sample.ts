@@ -9,7 +9,7 @@ import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
-import type { Latents } from '../models/latents.ts';
+import { type Latents, stacked } from '../models/latents.ts';
 import { mergeLora } from '../models/lora.ts';
 import {
   decode,
@@ -26,7 +26,7 @@ import { parseUNetConfig } from '../models/unet.ts';
 import { locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
-import { addSampleOptions, checkSample, loraOf, type SampleOptions } from './sample_options.ts';
+import { addSampleOptions, checkSample, loraOf, promptsOf, type SampleOptions } from './sample_options.ts';
 import { baseRequest, readInputs, refinerRequest } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -54,40 +54,67 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
   const dtype = chooseDtype(options.dtype, source, device);
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 32);
-  const request = baseRequest(options, sizesOf(source, vaeSource), inputs, seed);
+  const sizes = sizesOf(source, vaeSource);
+  const prompts = promptsOf(options);
+  const requests = prompts.map((prompt, i) => ({
+    ...baseRequest(options, sizes, prompt, inputs, seed),
+    last: i === prompts.length - 1,
+  }));
+  const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
   const planned = (from: ModelSource, asked: Request) =>
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
-  planned(source, request);
-  if (refinerSource) planned(refinerSource, refinerRequest(options, request, none));
+  planned(source, first);
+  if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
 
-  const started = Date.now();
-  const load = (from: ModelSource) => loadPipeline(from, { device, dtype, vaeSource });
+  const { seconds, timed } = stopwatch();
+  const load = (from: ModelSource) => timed('load', () => loadPipeline(from, { device, dtype, vaeSource }));
   const stage = stages(options, terminal);
-  let pipeline = load(source);
+  const album = openAlbum(options, requests.length * options.numImages);
+  let pipeline = await load(source);
   try {
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);
-    const sampler = samplerFor(pipeline, request).name;
-    if (!quiet)
-      terminal.err(`seed ${seed}, ${request.width}x${request.height}, ${dtype} on ${device.name}\n`);
-    const loaded = Date.now();
-    let latents = await stage(pipeline, request, 'sampling');
-    if (refinerSource) {
-      // One after the other: together they would take twice the memory.
-      pipeline.release();
-      pipeline = load(refinerSource);
-      if (options.fp8) feedForwardToFp8(pipeline.unet);
-      latents = await stage(pipeline, refinerRequest(options, request, latents), 'refining');
+    const sampler = samplerFor(pipeline, first).name;
+    if (!quiet) terminal.err(`seed ${seed}, ${first.width}x${first.height}, ${dtype} on ${device.name}\n`);
+    const finish = (request: Request, latents: Latents) =>
+      timed('decode', () => {
+        const images = decode(pipeline, latents, options.vaeTiling);
+        album.add(images, latents, pictureText(options, request, seed, sampler));
+      });
+    const halfway: Latents[] = [];
+    for (const request of requests) {
+      const latents = await timed('sample', () => stage(pipeline, request, 'sampling'));
+      if (refinerSource) halfway.push(latents);
+      else await finish(request, latents);
     }
-    const sampled = Date.now();
-    const images = decode(pipeline, latents, options.vaeTiling);
-    const files = writeAll(images, latents, options, pictureText(options, request, seed, sampler));
-    const seconds = { load: loaded - started, sample: sampled - loaded, decode: Date.now() - sampled };
-    report(options, terminal, files, seed, request, dtype, device, seconds);
+    if (refinerSource) {
+      // One model after the other: together they would take twice the memory.
+      pipeline.release();
+      pipeline = await load(refinerSource);
+      if (options.fp8) feedForwardToFp8(pipeline.unet);
+      for (const [i, request] of requests.entries()) {
+        const refined = refinerRequest(options, request, halfway[i]);
+        await finish(request, await timed('sample', () => stage(pipeline, refined, 'refining')));
+      }
+    }
+    album.close();
+    report(options, terminal, album.files, seed, first, dtype, device, seconds);
   } finally {
     pipeline.release();
   }
+}
+
+/** Adds up what the parts of a call take. */
+function stopwatch() {
+  const seconds = { load: 0, sample: 0, decode: 0 };
+  const timed = async <R>(part: keyof typeof seconds, fn: () => R | Promise<R>): Promise<R> => {
+    const began = Date.now();
+    const result = await fn();
+    seconds[part] += (Date.now() - began) / 1000;
+    return result;
+  };
+  return { seconds, timed };
 }
 
 /** The full-size model does not fit a small machine in float32, and the tests' models are too small to gain. */
@@ -121,27 +148,29 @@ function stages({ quiet = false }: SampleOptions, terminal: Terminal) {
   };
 }
 
-function writeAll(
-  images: Latents,
-  latents: Latents,
-  options: SampleOptions,
-  text: Record<string, string>,
-): string[] {
-  const pictures = toPictures(images.data, images.shape);
-  const extension = extname(options.output);
-  const stem = options.output.slice(0, options.output.length - extension.length);
-  const files = pictures.map((picture, i) => {
-    const file = pictures.length === 1 ? options.output : `${stem}-${i}${extension}`;
-    writePng(file, picture, text);
-    return file;
-  });
-  if (options.saveLatents) {
-    const bytes = encodeNumbers(latents.data, 'float32');
-    writeSafetensors(options.saveLatents, [
-      { name: 'latents', dtype: 'float32', shape: latents.shape, bytes },
-    ]);
-  }
-  return files;
+/** The files of a call: pictures, written as each prompt's are there, and in the end all latents if they are wanted. */
+function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
+  const extension = extname(output);
+  const stem = output.slice(0, output.length - extension.length);
+  const files: string[] = [];
+  const all: Latents[] = [];
+  return {
+    files,
+    add(images: Latents, latents: Latents, text: Record<string, string>): void {
+      for (const picture of toPictures(images.data, images.shape)) {
+        const file = count === 1 ? output : `${stem}-${files.length}${extension}`;
+        writePng(file, picture, text);
+        files.push(file);
+      }
+      all.push(latents);
+    },
+    close(): void {
+      if (!saveLatents) return;
+      const { data, shape } = stacked(all);
+      const bytes = encodeNumbers(data, 'float32');
+      writeSafetensors(saveLatents, [{ name: 'latents', dtype: 'float32', shape, bytes }]);
+    },
+  };
 }
 
 function report(
@@ -152,10 +181,9 @@ function report(
   request: Request,
   dtype: FloatDType,
   device: Device,
-  milliseconds: Record<string, number>,
+  seconds: { load: number; sample: number; decode: number },
 ): void {
   const { width, height } = request;
-  const seconds = Object.fromEntries(Object.entries(milliseconds).map(([name, ms]) => [name, ms / 1000]));
   if (options.json) {
     const result = {
       files,
@@ -172,8 +200,6 @@ function report(
       `${JSON.stringify({ ...result, peak_bytes: device.memory.peak, peak_process_bytes: process.resourceUsage().maxRSS * 1024 })}\n`,
     );
   } else if (!options.quiet) {
-    terminal.err(
-      `${files.join(', ')} in ${((milliseconds.load + milliseconds.sample + milliseconds.decode) / 1000).toFixed(1)} s\n`,
-    );
+    terminal.err(`${files.join(', ')} in ${(seconds.load + seconds.sample + seconds.decode).toFixed(1)} s\n`);
   }
 }

@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
-import { assertWritable } from '../io/files.ts';
+import { assertWritable, readText } from '../io/files.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
@@ -14,7 +14,8 @@ export interface SampleOptions {
   model?: string;
   from?: string;
   configs?: string;
-  prompt?: string;
+  prompt?: readonly string[];
+  promptFile?: string;
   prompt2?: string;
   negativePrompt?: string;
   negativePrompt2?: string;
@@ -63,6 +64,7 @@ Examples:
   sdxl sample --model ./sdxl-base --prompt "yoda pokemon" --seed 1
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
+  sdxl sample --model ./base --prompt-file prompts.txt --output pictures/fox.png
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
@@ -98,7 +100,12 @@ export function addSampleOptions(command: Command): Command {
       "the UNet's feed-forward layers in 8-bit floats: faster on Hopper alone, less exact anywhere",
     )
     .optionsGroup('Prompt:')
-    .option('-p, --prompt <TEXT>', 'what to draw, up to 77 tokens')
+    .option(
+      '-p, --prompt <TEXT>',
+      'what to draw, up to 77 tokens; given more than once, a picture of each, all from one seed',
+      (text, all: readonly string[] = []) => [...all, text],
+    )
+    .option('--prompt-file <FILE>', 'more prompts, one a line')
     .option('--prompt-2 <TEXT>', 'prompt for the second text encoder (default: the prompt)')
     .option('-n, --negative-prompt <TEXT>', 'what not to draw')
     .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
@@ -219,9 +226,19 @@ export function loraOf(text: string): { file: string; scale: number } {
   return { file, scale: scale === undefined ? 1 : number('--lora FILE:SCALE')(scale) };
 }
 
+/** All prompts, in the order they come. @throws UserError */
+export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] {
+  if (promptFile === undefined) return [...prompt];
+  const lines = readText(promptFile)
+    .split(/\r?\n/)
+    .filter((line) => line.trim() !== '');
+  if (lines.length === 0) throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
+  return [...prompt, ...lines];
+}
+
 /** What can be known to be wrong before anything is read. */
 export function checkSample(options: SampleOptions): void {
-  if (options.prompt === undefined)
+  if (options.prompt === undefined && options.promptFile === undefined)
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
   const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
   if (sampler && options.karras && !('use_karras_sigmas' in sampler.config))

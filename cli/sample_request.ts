@@ -26,10 +26,11 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
   return { image, mask };
 }
 
-/** The base's request. A picture's own size counts, cut to whole latents, where none is given. */
+/** The base's request for one prompt. A picture's own size counts, cut to whole latents, where none is given. */
 export function baseRequest(
   options: SampleOptions,
   { ratio, sampleSize }: Sizes,
+  prompt: string,
   { image, mask }: Inputs,
   seed: number,
 ): Request {
@@ -41,7 +42,7 @@ export function baseRequest(
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   return {
-    prompt: [options.prompt as string],
+    prompt: [prompt],
     prompt_2: options.prompt2 === undefined ? undefined : [options.prompt2],
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
     negative_prompt_2: options.negativePrompt2 === undefined ? undefined : [options.negativePrompt2],
@@ -61,7 +62,6 @@ export function baseRequest(
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
-    last: true,
     original_size: options.originalSize,
     crops_coords_top_left: options.cropsCoordsTopLeft,
     target_size: options.targetSize,

@@ -128,14 +128,18 @@ export function writeFileAtomic(path: string, bytes: Uint8Array | string): void 
   replaceAtomically(path, (_temporary, fd) => writeFully(fd, data));
 }
 
-/** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
-export function readJson(path: string): unknown {
-  let text: string;
+/** The text in `path`. @throws UserError when it cannot be read */
+export function readText(path: string): string {
   try {
-    text = readFileSync(path, 'utf8');
+    return readFileSync(path, 'utf8');
   } catch (error) {
     throw asUserError(error, path);
   }
+}
+
+/** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
+export function readJson(path: string): unknown {
+  const text = readText(path);
   try {
     return JSON.parse(text);
   } catch (error) {
