@@ -26,20 +26,59 @@ DEVICE float unsigned_value(int at) {
   return centre(level, at + 1 - parts, parts);
 }
 
-// The nearest value's number: how many midpoints lie below x. Not unrolled, as sixteen copies of it would be most of the PTX.
-DEVICE int nearest(const float *map, float x) {
-  int at = 0;
+// One of the two maps: its values, ascending, and the midpoints between them as a search tree, whose node k has the nodes 2k and
+// 2k + 1 below it. In ascending order a warp's lanes would ask one bank of shared memory for up to eight midpoints at once.
+struct Map {
+  float value[256], middle[256];
+  __device__ void plant() {
+    const int k = threadIdx.x;
+    if (k == 0) return;
+    const int level = 31 - __clz(k), at = (2 * (k - (1 << level)) + 1) * (128 >> level) - 1;
+    middle[k] = 0.5f * (value[at] + value[at + 1]);
+  }
+};
+
+// The numbers of the values nearest to x times `inverse`: how many midpoints lie below. Four searches go side by side, as each
+// waits for shared memory at every step.
+DEVICE Stored<uint8_t> nearest(const Map &map, const float (&x)[PACK], float inverse) {
+  int k[PACK] = {1, 1, 1, 1};
 #pragma unroll 1
-  for (int half = 128; half > 0; half /= 2)
-    if (0.5f * (map[at + half - 1] + map[at + half]) < x) at += half;
-  return at;
+  for (int level = 0; level < 8; level++)
+#pragma unroll
+    for (int j = 0; j < PACK; j++) k[j] = 2 * k[j] + (map.middle[k[j]] < x[j] * inverse ? 1 : 0);
+  Stored<uint8_t> codes;
+#pragma unroll
+  for (int j = 0; j < PACK; j++) codes.at[j] = uint8_t(k[j]); // less 256
+  return codes;
 }
 
 // What is not zero keeps its sign.
-DEVICE int signed_nearest(const float *map, float x) {
-  const int code = nearest(map, x);
-  if (x > 0 && map[code] <= 0) return code + 1;
-  return x < 0 && map[code] >= 0 ? code - 1 : code;
+DEVICE Stored<uint8_t> signed_nearest(const Map &map, const float (&x)[PACK], float inverse) {
+  Stored<uint8_t> codes = nearest(map, x, inverse);
+#pragma unroll
+  for (int j = 0; j < PACK; j++) {
+    const float value = map.value[codes.at[j]], wanted = x[j] * inverse;
+    if (wanted > 0 && value <= 0) codes.at[j]++;
+    if (wanted < 0 && value >= 0) codes.at[j]--;
+  }
+  return codes;
+}
+
+// Four neighbours' codes, the first `count` of them.
+DEVICE Stored<uint8_t> codes_at(const uint8_t *p, int count) {
+  if (count >= PACK) return *reinterpret_cast<const Stored<uint8_t> *>(p);
+  Stored<uint8_t> codes = {};
+#pragma unroll
+  for (int j = 0; j < PACK; j++)
+    if (j < count) codes.at[j] = p[j];
+  return codes;
+}
+DEVICE void put_codes(uint8_t *p, const Stored<uint8_t> &codes, int count) {
+  if (count >= PACK) *reinterpret_cast<Stored<uint8_t> *>(p) = codes;
+  else
+#pragma unroll
+    for (int j = 0; j < PACK; j++)
+      if (j < count) p[j] = codes.at[j];
 }
 
 struct Row {
@@ -54,23 +93,24 @@ struct Row {
 };
 
 // Block `block` of a row.
-DEVICE void step(const Row &row, uint32_t block, const float *map1, const float *map2) {
+DEVICE void step(const Row &row, uint32_t block, const Map &map1, const Map &map2) {
   const Weights weights = weights_of(row);
   const uint32_t lane = threadIdx.x % 32;
   const float scale1 = row.absmax1[block], scale2 = row.absmax2[block];
-  float m[PACKS][PACK], v[PACKS][PACK], most1 = 0, most2 = 0;
+  float m[PACKS][PACK] = {}, v[PACKS][PACK] = {}, most1 = 0, most2 = 0;
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
     const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
     const int count = min(PACK, row.n - int(i));
     if (count <= 0) continue;
     const Pack g = load(row.gradient + i, count);
+    const Stored<uint8_t> codes1 = codes_at(row.state1 + i, count), codes2 = codes_at(row.state2 + i, count);
     Pack w = weights.read(i, count);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
       if (j >= count) break;
       const float scaled = g.at[j] * row.gradient_scale;
-      const float m0 = map1[row.state1[i + j]] * scale1, v0 = map2[row.state2[i + j]] * scale2;
+      const float m0 = map1.value[codes1.at[j]] * scale1, v0 = map2.value[codes2.at[j]] * scale2;
       m[p][j] = m0 + row.one_minus_beta1 * (scaled - m0);
       v[p][j] = v0 * row.beta2 + row.one_minus_beta2 * scaled * scaled;
       most1 = fmaxf(most1, fabsf(m[p][j]));
@@ -90,19 +130,20 @@ DEVICE void step(const Row &row, uint32_t block, const float *map1, const float 
 #pragma unroll
   for (int p = 0; p < PACKS; p++) {
     const uint32_t i = block * BLOCK + (p * 32 + lane) * PACK;
-#pragma unroll
-    for (int j = 0; j < PACK; j++)
-      if (int(i) + j < row.n) {
-        row.state1[i + j] = uint8_t(signed_nearest(map1, m[p][j] * inverse1));
-        row.state2[i + j] = uint8_t(nearest(map2, v[p][j] * inverse2));
-      }
+    const int count = min(PACK, row.n - int(i));
+    if (count <= 0) continue;
+    put_codes(row.state1 + i, signed_nearest(map1, m[p], inverse1), count);
+    put_codes(row.state2 + i, nearest(map2, v[p], inverse2), count);
   }
 }
 
 KERNEL(adamw_8bit_rows)(const Row *rows, const int *first_chunk, int count) {
-  __shared__ float map1[256], map2[256];
-  map1[threadIdx.x] = signed_value(threadIdx.x);
-  map2[threadIdx.x] = unsigned_value(threadIdx.x);
+  __shared__ Map map1, map2;
+  map1.value[threadIdx.x] = signed_value(threadIdx.x);
+  map2.value[threadIdx.x] = unsigned_value(threadIdx.x);
+  __syncthreads();
+  map1.plant();
+  map2.plant();
   __syncthreads();
   each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
     constexpr uint32_t BLOCKS = ROW_CHUNK / BLOCK;
