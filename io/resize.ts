@@ -112,7 +112,36 @@ const half = 1 << (precisionBits - 1);
 // Sums are int32, as Pillow's are, which is also what JavaScript adds fastest.
 
 /** The horizontal pass: each pixel a weighted sum of its neighbours in the row. */
-function mixColumns<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
+const mixColumns = <P extends Pixels>(picture: P, taps: Taps): P =>
+  picture.channels === 3 ? mixColumnsOfColours(picture, taps) : mixColumnsOfAny(picture, taps);
+
+/** Three channels at once: a weight is read once for them, which halves the time. */
+function mixColumnsOfColours<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
+  const { height, data } = picture;
+  const width = first.length;
+  const out = new Uint8ClampedArray(width * height * 3);
+  let at = 0;
+  for (let y = 0; y < height; y++) {
+    const row = y * picture.width * 3;
+    for (let x = 0; x < width; x++, at += 3) {
+      let [red, green, blue] = [half, half, half];
+      let from = row + first[x] * 3;
+      const end = x * size + count[x];
+      for (let k = x * size; k < end; k++, from += 3) {
+        const weight = weights[k];
+        red = (red + Math.imul(data[from], weight)) | 0;
+        green = (green + Math.imul(data[from + 1], weight)) | 0;
+        blue = (blue + Math.imul(data[from + 2], weight)) | 0;
+      }
+      out[at] = red >> precisionBits;
+      out[at + 1] = green >> precisionBits;
+      out[at + 2] = blue >> precisionBits;
+    }
+  }
+  return { ...picture, width, data: new Uint8Array(out.buffer) };
+}
+
+function mixColumnsOfAny<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
   const { channels, height, data } = picture;
   const width = first.length;
   const out = new Uint8ClampedArray(width * height * channels);
@@ -134,6 +163,7 @@ function mixColumns<P extends Pixels>(picture: P, { first, count, weights, size 
 
 /** The vertical pass: each row a weighted sum of whole rows. */
 function mixRows<P extends Pixels>(picture: P, { first, count, weights, size }: Taps): P {
+  const { data } = picture;
   const rowBytes = picture.width * picture.channels;
   const height = first.length;
   const out = new Uint8ClampedArray(rowBytes * height);
@@ -142,8 +172,8 @@ function mixRows<P extends Pixels>(picture: P, { first, count, weights, size }: 
     sums.fill(half);
     for (let k = 0; k < count[y]; k++) {
       const weight = weights[y * size + k];
-      const row = (first[y] + k) * rowBytes;
-      for (let i = 0; i < rowBytes; i++) sums[i] += picture.data[row + i] * weight;
+      const row = data.subarray((first[y] + k) * rowBytes, (first[y] + k + 1) * rowBytes);
+      for (let i = 0; i < rowBytes; i++) sums[i] += Math.imul(row[i], weight);
     }
     for (let i = 0; i < rowBytes; i++) out[y * rowBytes + i] = sums[i] >> precisionBits;
   }
