@@ -16,7 +16,8 @@ import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
 import type { Vae } from '../models/vae.ts';
-import { type Geometry, readPixels } from './data/picture.ts';
+import type { Geometry } from './data/picture.ts';
+import { mostThreads, readPixelsAside } from './data/pixel_threads.ts';
 import { contentHash, type Sample } from './data/survey.ts';
 
 /** Raise when an entry of the same name would hold something else. */
@@ -66,12 +67,16 @@ export function momentsCache(
         ([path]) => !isWhole(path),
       );
       const batches = equalSizes(missing.map(([, view]) => view));
-      let ahead = readViews(batches[0], interpolation);
+      const ahead: Promise<Float32Array[]>[] = [];
       let done = 0;
       for (const [i, batch] of batches.entries()) {
-        const pixels = await ahead;
-        ahead = readViews(batches[i + 1], interpolation); // while the VAE works on these
-        ahead.catch(() => undefined); // told when it is awaited
+        // While the VAE works on these, the next are read, one more than there are threads for it.
+        for (const next of batches.slice(i + ahead.length, i + mostThreads + 1)) {
+          const pixels = readViews(next, interpolation);
+          pixels.catch(() => undefined); // told when it is awaited
+          ahead.push(pixels);
+        }
+        const pixels = await (ahead.shift() as Promise<Float32Array[]>);
         encodeViews(vae, batch, pixels).forEach((moments, k) => {
           writeEntry(pathOf(batch[k]), moments, `the VAE's moments of ${batch[k].sample.id}`);
         });
@@ -106,13 +111,13 @@ function equalSizes(views: readonly View[]): View[][] {
 const slices = <T>(items: readonly T[], size: number): T[][] =>
   Array.from({ length: Math.ceil(items.length / size) }, (_, i) => items.slice(i * size, (i + 1) * size));
 
-async function readViews(views: readonly View[] = [], interpolation: ResizeFilter): Promise<Float32Array[]> {
+async function readViews(views: readonly View[], interpolation: ResizeFilter): Promise<Float32Array[]> {
   return Promise.all(
     views.map(async ({ sample, geometry }) => {
       const file = await sample.read();
       if (contentHash(file) !== sample.hash)
         throw new UserError(`${sample.id} was changed while it was being prepared: start again`);
-      return readPixels(file, sample.id, geometry, interpolation);
+      return readPixelsAside({ file, name: sample.id, geometry, interpolation });
     }),
   );
 }

@@ -5,7 +5,8 @@ import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { View } from './cache.ts';
 import { bucketSizes, nearestBucket } from './data/buckets.ts';
-import { geometryOf, readPixels } from './data/picture.ts';
+import { geometryOf } from './data/picture.ts';
+import { readPixelsAside } from './data/pixel_threads.ts';
 import { openDataset } from './data/source.ts';
 import { type Sample, survey } from './data/survey.ts';
 import type { Run } from './run.ts';
@@ -66,7 +67,10 @@ export function viewIn(epoch: number, index: number, pictures: Pictures, run: Ru
 
 /** The view's pixels [h, w, 3] in [-1, 1]. */
 export const readView = async ({ sample, geometry }: View, run: Run): Promise<Float32Array> =>
-  readPixels(await sample.read(), sample.id, geometry, run.dataset.interpolation);
+  readPixelsAside({
+    ...{ file: await sample.read(), name: sample.id, geometry },
+    interpolation: run.dataset.interpolation,
+  });
 
 /** Arrays end to end: the rows of a batch. */
 export function stack(parts: readonly Float32Array[]): Float32Array {
