@@ -12,21 +12,27 @@ import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
 /**
- * The files of a diffusers repository that sampling reads. A component's variants (`x.fp16.safetensors` and their like)
- * are left alone where it has plain weights, as the two hold the same numbers; one that has fp16 alone gives that.
+ * The files of a diffusers repository that sampling reads. Of a component's weights these are the `wanted` variant
+ * (`x.fp16.safetensors` for fp16), or where none is named the plain ones, or fp16 where it has that alone.
  */
-export function neededFiles(all: readonly string[]): string[] {
+export function neededFiles(all: readonly string[], wanted?: string): string[] {
   const folders = /^(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\//;
-  const variant = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
+  const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
   const weights = all.filter(
     (name) =>
       /^[^/]+\/[^/]+\.safetensors$/.test(name) && folders.test(name) && !/flax|onnx|openvino/.test(name),
   );
   const chosen = weights.filter((name) => {
     const mine = weights.filter((other) => dirname(other) === dirname(name));
-    const best = mine.some((other) => variant(other) === undefined) ? undefined : 'fp16';
-    return variant(name) === best;
+    const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
+    return variantOf(name) === (wanted ?? best);
   });
+  if (wanted && weights.length > 0 && chosen.length === 0) {
+    const others = [...new Set(weights.map(variantOf))].filter(Boolean);
+    throw new UserError(
+      `--variant ${wanted}: the model has no such weights, ${others.length ? `only plain ones and ${others.join(', ')}` : 'only plain ones'}; name another or leave it out`,
+    );
+  }
   const texts = /^(model_index\.json|[^/]+\/[^/]+\.(json|txt))$/;
   return all.filter(
     (name) =>
@@ -42,12 +48,19 @@ export interface Locate {
   quiet: boolean;
   /** A diffusers folder that lends its configs and tokenizers to a single file. */
   configs?: string;
+  /** Of a folder's or repository's weights, such as fp16. */
+  variant?: string;
 }
 
 /** Opens the model at `path`, downloading it first when that is a hub id. */
-export async function locateModel(path: string, { terminal, quiet, configs }: Locate): Promise<ModelSource> {
+export async function locateModel(path: string, where: Locate): Promise<ModelSource> {
+  const { terminal, quiet, configs, variant } = where;
   if (existsSync(path)) {
-    if (statSync(path).isDirectory()) return openModel(path);
+    if (statSync(path).isDirectory()) return openModel(path, { variant });
+    if (variant)
+      throw new UserError(
+        `--variant ${variant} chooses among a folder's files, and ${path} is one file; leave it out`,
+      );
     if (path.endsWith('.safetensors')) {
       // Opened first, so that a file that is no model is refused before anything is downloaded for it.
       const source = openSingleFile(path, { configs });
@@ -64,11 +77,11 @@ export async function locateModel(path: string, { terminal, quiet, configs }: Lo
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
   const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
   const folder = await resolveHub(path, {
-    files: neededFiles,
+    files: (all) => neededFiles(all, variant),
     onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
   });
   bar.end();
-  return openModel(folder);
+  return openModel(folder, { variant });
 }
 
 /** A single file has no tokenizers: SDXL's own, two megabytes, come from the hub's cache or the hub. */
@@ -95,7 +108,7 @@ export async function locateVae(path: string, options: Locate): Promise<ModelSou
     ? path
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
   const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
-  if (!own) return locateModel(folder, options);
+  if (!own) return locateModel(folder, { ...options, variant: undefined });
   const source = openComponent(own);
   const name = classOf(source.config('vae'));
   if (name !== undefined && name !== 'AutoencoderKL')

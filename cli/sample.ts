@@ -48,7 +48,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
-  const locate = { terminal, quiet, configs: options.configs };
+  const locate = { terminal, quiet, configs: options.configs, variant: options.variant };
   const source = await locateModel(model, locate);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;

@@ -14,6 +14,7 @@ export interface SampleOptions {
   model?: string;
   from?: string;
   configs?: string;
+  variant?: string;
   prompt?: readonly string[];
   promptFile?: string;
   prompt2?: string;
@@ -81,6 +82,10 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
       'diffusers folder, original .safetensors file, or Hugging Face id (default: a small emoji model)',
+    )
+    .option(
+      '--variant <NAME>',
+      'which weights of a folder or hub id, such as fp16: half the download (default: the plain ones)',
     )
     .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
     .option('--vae <DIR|FILE|HUB_ID>', 'another VAE than the model has')

@@ -113,7 +113,9 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
       );
     }
     throw new UserError(
-      `${folder} has no ${variant ? `${variant} ` : ''}.safetensors file; the model is incomplete, download it again`,
+      variant && present.length > 0
+        ? `${folder} has no weights of the variant ${variant}, only ${present.join(', ')}; name another or none`
+        : `${folder} has no .safetensors file; the model is incomplete, download it again`,
     );
   }
   const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));

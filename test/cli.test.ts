@@ -17,7 +17,6 @@ import {
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
-import { neededFiles } from '../cli/model.ts';
 import { progressBar } from '../cli/progress.ts';
 import { packageRoot } from '../engine/cpu/build.ts';
 import { readPicture, writePng } from '../io/image.ts';
@@ -315,26 +314,6 @@ test('a picture and a mask without a size', async (t) => {
   const drawn = await readPicture(output);
   t.same([drawn.width, drawn.height], [64, 64], "the picture's, cut to whole latents");
   rmSync(folder, { recursive: true });
-});
-
-test('the files that a hub model is asked for', (t) => {
-  const from = (...all: string[]) => neededFiles(all);
-  const unet = 'unet/diffusion_pytorch_model';
-  const other = ['README.md', 'sd_xl_base_1.0.safetensors', 'unet/model.onnx', 'vae_1_0/config.json'];
-  const needed = [
-    'model_index.json',
-    'unet/config.json',
-    'tokenizer/merges.txt',
-    'scheduler/scheduler_config.json',
-  ];
-  t.same(from(...other, ...needed), needed);
-  t.same(from(`${unet}.safetensors`, `${unet}.fp16.safetensors`), [`${unet}.safetensors`], 'plain weights');
-  t.same(from(`${unet}.fp16.safetensors`, `${unet}.non_ema.safetensors`), [`${unet}.fp16.safetensors`]);
-  const shards = [1, 2].map((i) => `${unet}-0000${i}-of-00002.safetensors`);
-  t.same(from(...shards, `${unet}.fp16-00001-of-00002.safetensors`), shards, 'shards');
-  const index = `${unet}.safetensors.index.json`;
-  t.same(from(...shards, index), [...shards, index]);
-  t.end();
 });
 
 test('help loads no command: it answers at once', (t) => {

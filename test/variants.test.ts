@@ -1,0 +1,65 @@
+// Which of a model's weight files are read, where it has several for one component.
+import { cpSync, mkdtempSync, rmSync, truncateSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { neededFiles } from '../cli/model.ts';
+import { readPicture } from '../io/image.ts';
+import { sdxl } from './command_line.ts';
+import { goldenFolder, goldenSingleFile } from './golden.ts';
+
+test('the files that a hub model is asked for', (t) => {
+  const from = (...all: string[]) => neededFiles(all);
+  const unet = 'unet/diffusion_pytorch_model';
+  const other = ['README.md', 'sd_xl_base_1.0.safetensors', 'unet/model.onnx', 'vae_1_0/config.json'];
+  const needed = [
+    'model_index.json',
+    'unet/config.json',
+    'tokenizer/merges.txt',
+    'scheduler/scheduler_config.json',
+  ];
+  t.same(from(...other, ...needed), needed);
+  t.same(from(`${unet}.safetensors`, `${unet}.fp16.safetensors`), [`${unet}.safetensors`], 'plain weights');
+  t.same(from(`${unet}.fp16.safetensors`, `${unet}.non_ema.safetensors`), [`${unet}.fp16.safetensors`]);
+  const shards = [1, 2].map((i) => `${unet}-0000${i}-of-00002.safetensors`);
+  t.same(from(...shards, `${unet}.fp16-00001-of-00002.safetensors`), shards, 'shards');
+  const fp16 = [`${unet}.fp16.safetensors`, 'vae/diffusion_pytorch_model.fp16.safetensors'];
+  t.same(neededFiles([`${unet}.safetensors`, ...fp16], 'fp16'), fp16, 'the variant');
+  t.throws(
+    () => neededFiles([`${unet}.safetensors`, ...fp16], 'bf16'),
+    /no such weights, only plain ones and fp16/,
+  );
+  const index = `${unet}.safetensors.index.json`;
+  t.same(from(...shards, index), [...shards, index]);
+  t.end();
+});
+
+test("a folder's variant", async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-variant-'));
+  const [model, half, output] = ['model', 'half', 'x.png'].map((name) => join(folder, name));
+  cpSync(join(goldenFolder, 'tiny-sdxl'), model, { recursive: true });
+  await sdxl('export', model, half, '--save-keys', 'all', '--dtype', 'float16', '--quiet');
+  const sample = (from: string, ...argv: string[]) =>
+    sdxl(
+      ...['sample', '--model', from, '--prompt', 'x', '--steps', '2', '--seed', '1', '--quiet'],
+      ...['--width', '32', '--height', '32', '--output', output, ...argv],
+    );
+  await sample(half);
+  const want = await readPicture(output);
+  for (const component of ['unet', 'vae', 'text_encoder', 'text_encoder_2']) {
+    const name = component.startsWith('text') ? 'model' : 'diffusion_pytorch_model';
+    const plain = join(model, component, `${name}.safetensors`);
+    cpSync(join(half, component, `${name}.safetensors`), join(model, component, `${name}.fp16.safetensors`));
+    truncateSync(plain, 100); // not to be read
+  }
+  const { status, err } = await sample(model, '--variant', 'fp16');
+  t.equal(status, 0, err);
+  t.same((await readPicture(output)).data, want.data, 'the picture of the float16 weights');
+  t.match((await sample(model)).err, /safetensors/, 'plain weights are read where none is named');
+  t.match((await sample(model, '--variant', 'bf16')).err, /no weights of the variant bf16, only .*fp16/);
+  t.match(
+    (await sample(goldenSingleFile('tiny-sdxl'), '--variant', 'fp16')).err,
+    /is one file; leave it out/,
+  );
+  rmSync(folder, { recursive: true });
+});
