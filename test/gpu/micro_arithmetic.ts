@@ -104,7 +104,9 @@ function wideIntegers(): MicroKernel[] {
       [h, g],
       sameBits('u32'),
     ),
-    lanes('integer', 'and.b16', 'and.b16 %d, %a, %b;', ['u16', 'u16', 'u16'], [h, g], sameBits('u16')),
+    ...['and.b16', 'add.s16'].map((name) =>
+      lanes('integer', name, `${name} %d, %a, %b;`, ['u16', 'u16', 'u16'], [h, g], sameBits('u16')),
+    ),
   ];
 }
 
@@ -155,6 +157,7 @@ function predicates(): MicroKernel[] {
     logic('mov.pred', 'mov.pred %p1, -1; @%p2 mov.pred %p1, 0;'),
     ...[
       ['u16', 'u16', pairs[16][0]],
+      ['s16', 'u16', pairs[16][0]],
       ['b16', 'u16', pairs[16][0]],
       ['b32', 'u32', x],
       ['b64', 'u64', pairs[64][0]],

@@ -54,6 +54,7 @@ const vectors: Record<string, string> = {
   'v4.b32': '{%r1, %r2, %r3, %r4}',
   'v4.u16': '{%h1, %h2, %h3, %h4}',
   'v2.u16': '{%h1, %h2}',
+  'v4.u8': '{%h1, %h2, %h3, %h4}',
 };
 
 /** Through global memory, then through shared memory to another thread, in one width. */
@@ -210,10 +211,13 @@ function generic(): MicroKernel[] {
       THREADS * size,
     );
   return [
+    of('u8', '%h1', 1),
     of('u16', '%h1', 2),
     of('u32', '%r1', 4),
     of('f32', '%f1', 4),
+    of('v4.u8', vectors['v4.u8'], 4),
     of('v4.u16', vectors['v4.u16'], 8),
+    of('v4.u32', vectors['v4.u32'], 16),
     of('v4.f32', vectors['v4.f32'], 16),
   ];
 }
