@@ -17,6 +17,8 @@ export interface Block {
 
 /** What a device must give the engine: memory, copies, and kernels by symbol. The seam that every backend stands behind. */
 export interface Driver {
+  /** The device's name, where there are others of its kind that it could be taken for. */
+  readonly label?: string;
   /** Returns undefined when the memory is exhausted. */
   allocate(bytes: number): Block | undefined;
   free(block: Block): void;
@@ -26,6 +28,8 @@ export interface Driver {
   room?(): { free: number; total: number };
   upload(block: Block, offset: number, source: Uint8Array): void;
   download(block: Block, offset: number, target: Uint8Array): void;
+  /** Copies from blocks of another device of its kind: after what is queued on both, and before what is queued on either later. */
+  copyFrom?(source: Driver, copies: readonly Copy[]): void;
   /** Fills the first bytes with zeros, where that is quicker than an upload of them. */
   clear?(block: Block, bytes: number): void;
   /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
@@ -36,6 +40,13 @@ export interface Driver {
   synchronize?(): void;
   /** Records the launches that `queue` makes, to be run again as they are. Nothing may be allocated or copied in it. */
   capture?(queue: () => void): Replay;
+}
+
+/** The first bytes of one block into another. */
+export interface Copy {
+  readonly to: Block;
+  readonly from: Block;
+  readonly bytes: number;
 }
 
 /** Recorded launches. */
@@ -289,7 +300,8 @@ export class MemoryPool {
     const told = holders.map(([name, bytes]) => `${name} ${readable(bytes)}`).join(', ') || 'nothing';
     const room = this.#driver.room?.();
     const left = room ? `; ${readable(room.free)} of the device's ${readable(room.total)} are free` : '';
-    return `out of memory: ${readable(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
+    const where = this.#driver.label ? ` on ${this.#driver.label}` : '';
+    return `out of memory${where}: ${readable(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
   }
 }
 

@@ -11,7 +11,7 @@ import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { exp, silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
+import { copyBetween, tensor, zeros } from '../engine/tensor.ts';
 import { packageRoot } from './golden.ts';
 import { BOUND, processorTime } from './processor_time.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
@@ -117,6 +117,13 @@ test('every other call', { skip: compiled.status !== 0 && 'no C compiler' }, (t)
   api.cuMemcpyDtoDAsync(b, a + 1n, 4, stream);
   t.same(read(a), [0, 0, 0, 2, 3, 7, 7, 7, 7, 7, 7, 0]);
   t.same(read(b).slice(3, 7), [3, 7, 7, 7]);
+  const context = api.cuDevicePrimaryCtxRetain(0);
+  api.cuMemcpyPeerAsync(b, context, a, context, 2, stream);
+  t.same(read(b).slice(3, 7), [2, 3, 7, 7]);
+  for (const contexts of [[context, 1n] as const, [1n, context] as const])
+    t.throws(() => api.cuMemcpyPeerAsync(b, contexts[0], a, contexts[1], 2, stream), {
+      message: /CUDA_ERROR_INVALID_CONTEXT/,
+    });
 
   const module = api.cuModuleLoadData('.entry silu_forward_');
   const kernel = api.cuModuleGetFunction(module, 'silu_forward_float32');
@@ -178,6 +185,7 @@ test('a launch from JavaScript', { skip: compiled.status !== 0 && 'no C compiler
 
 test('two GPUs in one process: each call finds the context of its own', (t) => {
   let now = 0n;
+  const copies: bigint[][] = [];
   const gpu = (own: bigint) => {
     const api = standInApi(anyHopper);
     const inOwn =
@@ -193,6 +201,10 @@ test('two GPUs in one process: each call finds the context of its own', (t) => {
         now = context;
       },
       cuMemAllocAsync: inOwn(api.cuMemAllocAsync),
+      cuMemcpyPeerAsync: inOwn((...args) => void copies.push([args[1], args[3]])),
+      cuEventCreate: inOwn(api.cuEventCreate),
+      cuEventRecord: inOwn(api.cuEventRecord),
+      cuStreamWaitEvent: inOwn(api.cuStreamWaitEvent),
       cuModuleLoadData: inOwn(api.cuModuleLoadData),
       cuLaunchKernel: inOwn(api.cuLaunchKernel),
     });
@@ -202,6 +214,9 @@ test('two GPUs in one process: each call finds the context of its own', (t) => {
     const { address } = memory.take(2 ** 20);
     driver.launch('silu_forward_float32', [address, address, 1]);
   }
+  const [from, to] = devices.map((device) => zeros([9], { device }));
+  copyBetween([[to, from]]);
+  t.same(copies, [[2n, 1n]], 'the contexts of target and source');
   t.end();
 });
 

@@ -53,6 +53,10 @@ int cuMemcpyDtoHAsync_v2(void *to, Handle from, size_t bytes, Handle stream) {
 int cuMemcpyDtoDAsync_v2(Handle to, Handle from, size_t bytes, Handle stream) {
   return memcpy((void *)to, (void *)from, bytes), stream == STREAM ? 0 : 400;
 }
+int cuMemcpyPeerAsync(Handle to, Handle own, Handle from, Handle other, size_t bytes, Handle stream) {
+  if (own != CONTEXT || other != CONTEXT) return 201;
+  return memcpy((void *)to, (void *)from, bytes), stream == STREAM ? 0 : 400;
+}
 int cuMemsetD8Async(Handle to, unsigned char value, size_t bytes, Handle stream) {
   return memset((void *)to, value, bytes), stream == STREAM ? 0 : 400;
 }

@@ -40,6 +40,9 @@ export const FunctionAttribute = {
 /** CUmemPool_attribute: bytes that a pool keeps when the stream is synchronized. */
 export const RELEASE_THRESHOLD = 4;
 
+/** CU_EVENT_DISABLE_TIMING. */
+export const DISABLE_TIMING = 2;
+
 /** CUtensorMapDataType. */
 export const TensorMapDataType = {
   UINT8: 0,
@@ -114,6 +117,15 @@ export interface GpuApi {
   /** The bytes are valid once the stream is synchronized. */
   cuMemcpyDtoHAsync(target: Uint8Array, source: DevicePointer, stream: Stream): void;
   cuMemcpyDtoDAsync(target: DevicePointer, source: DevicePointer, bytes: number, stream: Stream): void;
+  /** From the memory of one context to another's; needs no peer access. */
+  cuMemcpyPeerAsync(
+    target: DevicePointer,
+    targetContext: Context,
+    source: DevicePointer,
+    sourceContext: Context,
+    bytes: number,
+    stream: Stream,
+  ): void;
   cuMemsetD8Async(pointer: DevicePointer, value: number, bytes: number, stream: Stream): void;
 
   cuModuleLoadData(ptx: string): Module;
@@ -140,6 +152,7 @@ export interface GpuApi {
   cuStreamCreate(flags: number): Stream;
   cuStreamDestroy(stream: Stream): void;
   cuStreamSynchronize(stream: Stream): void;
+  /** The event may be another context's. */
   cuStreamWaitEvent(stream: Stream, event: Event): void;
   cuEventCreate(flags: number): Event;
   cuEventDestroy(event: Event): void;

@@ -3,7 +3,15 @@
 // loaded when first asked for. Blocks that a plan uses between its launches go back to the pool at once, because whoever takes
 // them next runs later in the same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
-import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
+import {
+  type Context,
+  DeviceAttribute,
+  DISABLE_TIMING,
+  type Event,
+  type GpuApi,
+  RELEASE_THRESHOLD,
+  type Stream,
+} from './api.ts';
 import { CudaError } from './errors.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
@@ -19,7 +27,12 @@ export interface CudaDriver extends Driver {
   /** Compute capability as major * 10 + minor. */
   readonly capability: number;
   readonly multiprocessors: number;
+  readonly context: Context;
   readonly stream: Stream;
+  /** An event behind all that is queued now; it is another time's at the next call. */
+  mark(): Event;
+  /** Has what is queued from now on wait for an event, of any GPU. */
+  after(event: Event): void;
   /** Waits for everything queued. */
   synchronize(): void;
 }
@@ -41,23 +54,30 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     unguarded.cuCtxSetCurrent(context);
     current = api;
   };
-  const api: GpuApi = guarded(unguarded, () => lastKernel, enter);
-  const count = api.cuDeviceGetCount();
+  const count = unguarded.cuDeviceGetCount();
+  const label = count > 1 ? `cuda:${ordinal}` : undefined;
+  const api: GpuApi = guarded(unguarded, { gpu: label, lastKernel: () => lastKernel, enter });
   if (ordinal >= count)
     throw new CudaError(
       'CUDA_ERROR_INVALID_DEVICE',
       'cuDeviceGet',
       `${count} GPU${count === 1 ? '' : 's'} visible`,
+      `cuda:${ordinal}`,
     );
   const attribute = (name: keyof typeof DeviceAttribute) =>
     api.cuDeviceGetAttribute(DeviceAttribute[name], ordinal);
   const capability = 10 * attribute('COMPUTE_CAPABILITY_MAJOR') + attribute('COMPUTE_CAPABILITY_MINOR');
   if (capability < 80) {
     const found = `${api.cuDeviceGetName(ordinal)} has compute capability ${capability / 10}`;
-    throw new CudaError('CUDA_ERROR_NO_BINARY_FOR_GPU', 'cuDeviceGetAttribute', found);
+    throw new CudaError('CUDA_ERROR_NO_BINARY_FOR_GPU', 'cuDeviceGetAttribute', found, label);
   }
   if (!attribute('MEMORY_POOLS_SUPPORTED'))
-    throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', 'cuDeviceGetAttribute', 'the GPU has no memory pools');
+    throw new CudaError(
+      'CUDA_ERROR_NOT_SUPPORTED',
+      'cuDeviceGetAttribute',
+      'the GPU has no memory pools',
+      label,
+    );
   context = api.cuDevicePrimaryCtxRetain(ordinal);
   // Freed memory stays in the driver's pool until trim(): it would else go back to the system at each synchronization.
   const pool = api.cuDeviceGetDefaultMemPool(ordinal);
@@ -68,6 +88,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   const kernels = new KernelTable(api);
   const memo = new PlanMemo();
   const staging = openStaging(api, stream);
+  let marker: Event | undefined;
   let capturing = false;
   const notInCapture = (what: string): void => {
     if (capturing) throw new Error(`${what} in a step that is being captured`);
@@ -85,8 +106,10 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
 
   const driver: Omit<CudaDriver, 'memory'> = {
     name: api.cuDeviceGetName(ordinal),
+    label,
     capability,
     multiprocessors,
+    context,
     stream,
     allocate,
     free: (block) => api.cuMemFreeAsync(block.address, stream),
@@ -103,6 +126,30 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     download(block, offset, target) {
       notInCapture('a tensor was read');
       staging.download(target, block.address + BigInt(offset));
+    },
+    mark() {
+      marker ??= api.cuEventCreate(DISABLE_TIMING);
+      api.cuEventRecord(marker, stream);
+      return marker;
+    },
+    after: (event) => api.cuStreamWaitEvent(stream, event),
+    copyFrom(source, copies) {
+      notInCapture('tensors were copied');
+      const other = source as CudaDriver;
+      driver.after(other.mark());
+      try {
+        for (const { to, from, bytes } of copies)
+          api.cuMemcpyPeerAsync(to.address, driver.context, from.address, other.context, bytes, stream);
+      } catch (error) {
+        try {
+          other.after(driver.mark());
+        } catch {
+          // One of the two is lost, and its error comes first.
+        }
+        throw error;
+      }
+      // Nothing may write there before it has been read.
+      other.after(driver.mark());
     },
     clear(block, bytes) {
       if (bytes > 0) api.cuMemsetD8Async(block.address, 0, bytes, stream);

@@ -181,6 +181,8 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       call('cuMemcpyDtoHAsync_v2', 'bhzh', target, source, target.byteLength, stream),
     cuMemcpyDtoDAsync: (target, source, bytes, stream) =>
       call('cuMemcpyDtoDAsync_v2', 'hhzh', target, source, bytes, stream),
+    cuMemcpyPeerAsync: (target, targetContext, source, sourceContext, bytes, stream) =>
+      call('cuMemcpyPeerAsync', 'hhhhzh', target, targetContext, source, sourceContext, bytes, stream),
     cuMemsetD8Async: (pointer, value, bytes, stream) =>
       call('cuMemsetD8Async', 'hizh', pointer, value, bytes, stream),
 

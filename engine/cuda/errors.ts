@@ -84,12 +84,17 @@ export class CudaError extends UserError {
   override readonly name: string = 'CudaError';
   readonly result: CudaResult;
   readonly call: string;
+  readonly detail: string | undefined;
 
-  constructor(result: CudaResult, call: string, detail?: string) {
+  /** `gpu` is told where there are several. */
+  constructor(result: CudaResult, call: string, detail?: string, gpu?: string) {
     const mend = mends[result];
-    super(`${call} failed with ${result}${detail ? `: ${detail}` : ''}${mend ? `; ${mend}` : ''}`);
+    super(
+      `${call} failed with ${result}${gpu ? ` on ${gpu}` : ''}${detail ? `: ${detail}` : ''}${mend ? `; ${mend}` : ''}`,
+    );
     this.result = result;
     this.call = call;
+    this.detail = detail;
   }
 }
 

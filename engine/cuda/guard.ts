@@ -15,25 +15,35 @@ const givingBack: ReadonlySet<string> = new Set<keyof GpuApi>([
   'cuGraphDestroy',
 ]);
 
-/** `api`, shut once its context is lost; `lastKernel` names what was queued last, `enter` goes before each call. */
-export function guarded(api: GpuApi, lastKernel: () => string | undefined, enter: () => void): GpuApi {
+/** What a guard has to know: the GPU's name where errors should tell it, what was queued last, and what goes before each call. */
+interface Guarded {
+  gpu: string | undefined;
+  lastKernel(): string | undefined;
+  enter(): void;
+}
+
+/** `api`, shut once its context is lost. */
+export function guarded(api: GpuApi, { gpu, lastKernel, enter }: Guarded): GpuApi {
   let lost: CudaError | undefined;
   const guard = (name: string, call: (...args: unknown[]) => unknown) => {
     return (...args: unknown[]): unknown => {
       if (lost) {
         if (givingBack.has(name)) return undefined;
-        throw new CudaError(lost.result, name, `the GPU was lost before, in ${lost.call}`);
+        throw new CudaError(lost.result, name, `the GPU was lost before, in ${lost.call}`, gpu);
       }
       try {
         enter();
         return call(...args);
       } catch (error) {
-        if (!(error instanceof CudaError) || !stickyResults.has(error.result)) throw error;
+        if (!(error instanceof CudaError)) throw error;
+        if (!stickyResults.has(error.result))
+          throw new CudaError(error.result, error.call, error.detail, gpu);
         const kernel = lastKernel();
         lost = new CudaError(
           error.result,
           error.call,
           kernel ? `the last kernel queued was ${kernel}` : undefined,
+          gpu,
         );
         throw lost;
       }

@@ -3,14 +3,13 @@
 // thus stream to the device while the next are being read. Small uploads share a buffer. They do not go from where they lie
 // either: the driver mostly takes such bytes along at once, but on a GPU that reads the host's pages (Grace Hopper) it may
 // read them when the stream gets there. Small downloads, which are waited for, go directly.
-import type { DevicePointer, Event, GpuApi, Stream } from './api.ts';
+import { type DevicePointer, DISABLE_TIMING, type Event, type GpuApi, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 
 const PIECE_BYTES = 16 * 2 ** 20;
 const DIRECT_BYTES = 64 * 2 ** 10;
 /** Where a copy may begin in a buffer. */
 const ALIGNMENT = 256;
-const DISABLE_TIMING = 2; // CU_EVENT_DISABLE_TIMING
 
 interface Buffer {
   readonly bytes: Uint8Array;

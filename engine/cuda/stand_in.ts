@@ -74,6 +74,7 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuMemcpyHtoDAsync: nothing,
     cuMemcpyDtoHAsync: nothing,
     cuMemcpyDtoDAsync: nothing,
+    cuMemcpyPeerAsync: nothing,
     cuMemsetD8Async: nothing,
     cuModuleLoadData: handle,
     cuModuleUnload: nothing,

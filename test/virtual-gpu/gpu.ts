@@ -5,11 +5,11 @@ import { CudaError } from '../../engine/cuda/errors.ts';
 import { mostShared } from '../../engine/cuda/stand_in.ts';
 import { PROGRAMMATIC_LAUNCH } from '../../engine/cuda/versions.ts';
 import { mostWarps } from './agents.ts';
+import { type Copies, openCopies } from './copies.ts';
 import { type Coverage, coverageOf } from './coverage.ts';
 import { openHostMemory } from './host_memory.ts';
 import { loadModule } from './load.ts';
 import { type LoadedKernel, newMachine, type Schedule } from './machine.ts';
-import { initialised } from './memory.ts';
 import { parsePtx } from './parser.ts';
 import type { PtxModule } from './ptx.ts';
 import { GpuReport } from './report.ts';
@@ -28,12 +28,14 @@ export interface VirtualGpuOptions {
   readonly sharedBytes?: number;
   /** Room for all that is ever allocated: addresses are reused only when it is full. */
   readonly arenaBytes?: number;
+  /** Which of several GPUs it is: none has an address or a handle of another. */
+  readonly place?: number;
   readonly capability?: readonly [major: number, minor: number];
   /** As cuDriverGetVersion: 1000 major + 10 minor. */
   readonly driverVersion?: number;
 }
 
-export interface VirtualGpu extends GpuApi {
+export interface VirtualGpu extends GpuApi, Pick<Copies, 'read' | 'write'> {
   setSchedule(schedule: Partial<Schedule>): void;
   /** Per kernel name, over all modules loaded so far. */
   coverage(): Coverage[];
@@ -59,12 +61,15 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const memoryBytes = options.memoryBytes ?? 2 ** 34;
   const driverVersion = options.driverVersion ?? 13000;
   const optin = options.sharedBytes ?? mostShared([major, minor]);
-  const m = newMachine({ arenaBytes: options.arenaBytes ?? 2 ** 28, registerWords: 2 ** 22 });
+  const place = options.place ?? 0;
+  const arenaBegin = place * (options.arenaBytes ?? 2 ** 28);
+  const arenaBytes = arenaBegin + (options.arenaBytes ?? 2 ** 28);
+  const m = newMachine({ arenaBytes, arenaBegin, registerWords: 2 ** 22 });
   m.detectRaces = options.races ?? true;
   Object.assign(m.schedule, options.schedule);
   const stats = Object.assign(m.stats, { launches: 0 });
 
-  let nextHandle = 0x1000n;
+  let nextHandle = (BigInt(place) << 32n) + 0x1000n;
   const handles = new Map<bigint, unknown>();
   const loadedKernels: LoadedKernel[] = [];
   const sizes = new Map<bigint, number>();
@@ -106,19 +111,8 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const outsideCapture = (call: string): void => {
     if (captures) throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'a stream is being captured');
   };
-  /** The arena offset of `bytes` at an address, which have to lie in one live allocation. */
-  const range = (call: string, address: bigint, bytes: number): number => {
-    const offset = m.arena.resolve(address, bytes);
-    if (offset === undefined) {
-      const near = m.arena.describe(Number(address & 0xffffffffn));
-      throw new GpuReport(
-        'out of bounds',
-        `${call} of ${bytes} bytes at 0x${address.toString(16)} (${near})`,
-      );
-    }
-    return offset;
-  };
   const { u8, shadow8 } = m.global;
+  const { range, read, write } = openCopies(m.arena);
   const host = openHostMemory();
 
   const api: GpuApi = {
@@ -189,23 +183,12 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
     // A graph would copy again what then lies in the host's memory: nobody may capture that here.
     cuMemcpyHtoDAsync(target, source, stream) {
       settle('cuMemcpyHtoDAsync', stream);
-      const to = range('cuMemcpyHtoDAsync', target, source.byteLength);
-      u8.set(source, to);
-      shadow8.fill(3, to, to + source.byteLength);
+      write('cuMemcpyHtoDAsync', target, source);
       host.reads(source, stream);
     },
     cuMemcpyDtoHAsync(target, source, stream) {
       settle('cuMemcpyDtoHAsync', stream);
-      const from = range('cuMemcpyDtoHAsync', source, target.byteLength);
-      for (let b = 0; b < target.byteLength; b++) {
-        if (shadow8[from + b] & initialised) continue;
-        const near = m.arena.describe(from + b);
-        throw new GpuReport(
-          'uninitialised',
-          `the host reads byte ${b} of ${target.byteLength}, ${near}, that nothing has written`,
-        );
-      }
-      host.writes(target, u8.slice(from, from + target.byteLength), stream);
+      host.writes(target, read('cuMemcpyDtoHAsync', source, target.byteLength), stream);
     },
     cuMemcpyDtoDAsync(target, source, bytes, stream) {
       enqueue('cuMemcpyDtoDAsync', stream, () => {
@@ -214,6 +197,9 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
         u8.copyWithin(to, from, from + bytes);
         shadow8.copyWithin(to, from, from + bytes);
       });
+    },
+    cuMemcpyPeerAsync() {
+      throw new CudaError('CUDA_ERROR_INVALID_CONTEXT', 'cuMemcpyPeerAsync', 'there is one GPU');
     },
     cuMemsetD8Async(pointer, value, bytes, stream) {
       enqueue('cuMemsetD8Async', stream, () => {
@@ -386,6 +372,8 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       for (const { visits } of loadedKernels) visits.fill(0);
     },
     liveAllocations: () => sizes.size,
+    read,
+    write,
   };
 }
 

@@ -199,13 +199,15 @@ const parameterBytes = 8192;
 export interface MachineOptions {
   /** Size of the global arena: everything ever allocated has to fit, plus red zones. */
   readonly arenaBytes: number;
+  /** Where in it allocations begin. */
+  readonly arenaBegin?: number;
   /** Words of registers of a whole block. */
   readonly registerWords: number;
 }
 
-export function newMachine({ arenaBytes, registerWords }: MachineOptions): Machine {
+export function newMachine({ arenaBytes, arenaBegin, registerWords }: MachineOptions): Machine {
   const registerFile = new ArrayBuffer(registerWords * 4);
-  const arena = newArena(arenaBytes);
+  const arena = newArena(arenaBytes, arenaBegin);
   let state = 1;
   const m = {
     arena,

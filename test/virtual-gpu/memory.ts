@@ -56,13 +56,14 @@ export interface Arena {
 const gap = 512;
 const firstOffset = 4096;
 
-export function newArena(bytes: number): Arena {
+/** An arena that ends at the offset `bytes`, and whose allocations begin at `begin`. */
+export function newArena(bytes: number, begin = 0): Arena {
   const memory = newMemory(bytes);
   /** In order of offset. */
   const allocations: Allocation[] = [];
   const starts = new Map<number, Allocation>();
   const freed: Allocation[] = [];
-  let top = firstOffset;
+  let top = begin + firstOffset;
 
   const windowOf = (address: bigint) => Number(address >> 32n);
   const offsetOf = (address: bigint) => Number(address & 0xffffffffn);
