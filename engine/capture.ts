@@ -46,7 +46,11 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
     const { replay, result, inputs, replays } = recorded;
     recorded = undefined;
     state = replays < PAYS ? 'eager' : 'warm';
-    device.driver.synchronize?.(); // it may still be running
+    try {
+      device.driver.synchronize?.(); // it may still be running
+    } catch {
+      // The device is lost: nothing runs there, and whoever lost it has told.
+    }
     replay.release();
     for (const t of [result, ...inputs]) t.release();
   };

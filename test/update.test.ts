@@ -173,3 +173,13 @@ test('where memory is needed, recordings give theirs, and are made again if they
   recorded.release();
   t.same([device.memory.storages, device.memory.live], [0, 0]);
 });
+
+test('a GPU that is lost is told once, and what is held is given back', async (t) => {
+  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
+  const device = cudaDevice(gpu.api);
+  const recorded = open({ device, repeats: true });
+  gpu.fail('cuGraphLaunch', 'CUDA_ERROR_ECC_UNCORRECTABLE', { at: 2 });
+  await t.rejects(trained(recorded), { message: /^cuGraphLaunch failed with CUDA_ERROR_ECC_UNC/ });
+  t.doesNotThrow(recorded.release);
+  t.same([device.memory.storages, device.memory.live], [0, 0]);
+});

@@ -40,8 +40,17 @@ export function openFeed(task: Task): Feed {
   };
 }
 
-/** Makes an update of `epoch` at learning rate `lr`; `next` follows it there. A loss or gradient that is not finite leaves the weights. */
-export async function makeUpdate(
+/**
+ * Makes an update of `epoch` at learning rate `lr`; `next` follows it there. A loss or gradient that is not finite leaves the
+ * weights. After an error the session can only be released.
+ */
+export async function makeUpdate(...args: Parameters<typeof attempt>): Promise<Made> {
+  const made = await attempt(...args);
+  args[0].passes.clear();
+  return made;
+}
+
+async function attempt(
   session: Session,
   feed: Feed,
   update: Update,
@@ -78,6 +87,5 @@ export async function makeUpdate(
   } finally {
     norms?.release();
     for (const loss of losses) loss.release();
-    passes.clear();
   }
 }
