@@ -3,13 +3,14 @@
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { type Command, Option } from 'commander';
-import { openDevice } from '../engine/device.ts';
-import { standInCuda } from '../engine/profile.ts';
+import type { Command } from 'commander';
+import { type Device, deviceNames, openDevice } from '../engine/device.ts';
+import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { describe } from '../train/plan.ts';
+import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession } from '../train/session.ts';
 import type { Report, Stop } from '../train/task.ts';
@@ -30,17 +31,13 @@ interface Options {
 export function addTrain(command: Command, terminal: Terminal): void {
   addShared(command)
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
-    .option('--device <NAME>', devices, 'auto')
+    .option('--device <NAME>', `${devices}; or several GPUs of this machine, as cuda:0,cuda:1`, 'auto')
     .action((file: string, options: Options) => trainAll(file, options, terminal));
 }
 
 export function addPlan(command: Command, terminal: Terminal): void {
   addShared(command)
-    .addOption(
-      new Option('--device <NAME>', 'whose memory to plan; needs no GPU')
-        .choices(['cpu', 'cuda'])
-        .default('cpu'),
-    )
+    .option('--device <NAME>', 'whose memory to plan: cpu, cuda, or cuda:0,cuda:1; needs no GPU', 'cpu')
     .action((file: string, options: Options) => planAll(file, options, terminal));
 }
 
@@ -54,10 +51,11 @@ const addShared = (command: Command): Command =>
     .option('--only <NAME>', 'of several runs in the file, this one')
     .option('--quiet', 'no progress');
 
-async function chosenRuns(file: string, { set, only }: Options): Promise<Run[]> {
+/** The runs of a file that are asked for, which have work for so many GPUs. */
+async function chosenRuns(file: string, { set, only }: Options, gpus: number): Promise<Run[]> {
   const runs = await loadRuns(file, set);
-  if (only === undefined) return runs;
-  const chosen = runs.filter(({ name }) => name === only);
+  const chosen = only === undefined ? runs : runs.filter(({ name }) => name === only);
+  for (const run of chosen) requirePasses(run, gpus);
   if (chosen.length === 0)
     throw new UserError(
       `--only ${only}: ${file} has no such run, it has ${runs.map(({ name }) => name).join(', ')}`,
@@ -67,8 +65,8 @@ async function chosenRuns(file: string, { set, only }: Options): Promise<Run[]> 
 
 async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
   const { locate, report } = tools(terminal, options.quiet);
-  const runs = await chosenRuns(file, options);
-  const planned = options.device === 'cuda' ? standInCuda() : undefined;
+  const planned = deviceNames(options.device).map(standIn);
+  const runs = await chosenRuns(file, options, planned.length);
   // A plan leaves nothing behind.
   const tokenizers = mkdtempSync(join(tmpdir(), 'sdxl-plan-'));
   try {
@@ -83,13 +81,23 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
   }
 }
 
+/** @throws UserError for a device whose memory is not planned */
+function standIn(name: string): Device {
+  if (name === 'cpu') return standInDevice();
+  if (/^cuda(:\d+)?$/.test(name)) return standInCuda();
+  throw new UserError(`the memory of "${name}" is not planned; the devices are cpu, cuda, and cuda:0,cuda:1`);
+}
+
 async function trainAll(file: string, options: Options, terminal: Terminal): Promise<void> {
-  const runs = await chosenRuns(file, options);
+  const names = deviceNames(options.device);
+  const runs = await chosenRuns(file, options, names.length);
   if (typeof options.resume === 'string' && runs.length > 1)
     throw new UserError(
       `--resume ${options.resume}: ${file} has several runs; say with --only which one it belongs to`,
     );
-  const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
+  const [device, ...further] = names.map((name) =>
+    openDevice(name, (line) => terminal.err(`warning: ${line}\n`)),
+  );
   const { locate, report } = tools(terminal, options.quiet);
   for (const run of runs) {
     if (options.resume === true && isFinished(run)) {
@@ -98,9 +106,9 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     }
     const checkpoint = startOf(run, options.resume);
     const materials = await openMaterials(run, locate, report);
-    for (const line of describe(materials, device)) report.line(line);
+    for (const line of describe(materials, [device, ...further])) report.line(line);
     if (checkpoint) report.line(`resuming from ${checkpoint}`);
-    const session = openSession(materials, device);
+    const session = openSession(materials, device, further);
     const { outcome, signal } = await interruptible(report, (stop) =>
       train(session, report, stop, checkpoint),
     ).finally(session.release);

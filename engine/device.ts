@@ -39,13 +39,29 @@ export interface Device {
 
 const opened = new Map<DeviceName, Device>();
 
+const gpuPattern = /^cuda(?::(\d+))?$/;
+
+/** The names in a list of devices: one of whatever kind, or several GPUs. @throws UserError for any other list */
+export function deviceNames(list: string): string[] {
+  const names = list.split(',');
+  if (names.length === 1) return names;
+  const gpus = names.map((name) => gpuPattern.exec(name));
+  if (gpus.includes(null))
+    throw new UserError(`"${list}": only GPUs work together; name them as in cuda:0,cuda:1`);
+  const ordinals = gpus.map((gpu) => Number(gpu?.[1] ?? 0));
+  if (new Set(ordinals).size < ordinals.length) throw new UserError(`"${list}" names a GPU twice`);
+  return ordinals.map((ordinal) => `cuda:${ordinal}`);
+}
+
 /** Opens a device once and returns the same one after; `auto` is the best that works, saying so when a better one does not. */
 export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
-  const gpu = /^cuda(?::(\d+))?$/.exec(name);
+  const gpu = gpuPattern.exec(name);
   if (gpu) {
     const ordinal = Number(gpu[1] ?? 0);
     return once(`cuda:${ordinal}`, () => cudaDevice(openCudaLibrary(), ordinal));
   }
+  if (name.includes(','))
+    throw new UserError(`"${name}": this takes one device; only training takes several GPUs`);
   if (name !== 'auto' && name !== 'cpu' && name !== 'reference') {
     throw new UserError(`unknown device "${name}"; the devices are auto, cpu, cuda, cuda:N and reference`);
   }

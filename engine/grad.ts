@@ -117,6 +117,11 @@ export function clearGrad(leaf: Tensor): void {
   if (leaf.node) leaf.node.grad = undefined;
 }
 
+/** Adds to the gradient of a leaf, as backward does. */
+export function addGrad(leaf: Tensor, more: Tensor): void {
+  if (leaf.node) accumulate(leaf.node, more);
+}
+
 /** Gives a leaf a gradient of zeros, in the storage of the one it has: backward then adds to it where it lies. */
 export function zeroGrad(leaf: Tensor): void {
   if (!leaf.node) return;

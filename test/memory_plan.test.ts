@@ -57,8 +57,13 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
   t.end();
 });
 
-/** What `sdxl plan` foretells of a run on one picture of 1024x1024, within the card's memory. */
-function train(card: (typeof cards)[number], bytes: number, input: RunInput): number {
+/** What `sdxl plan` foretells of a run on one picture of 1024x1024, within the cards' memory: bytes of each. */
+function trainOn(
+  gpus: number,
+  card: (typeof cards)[number],
+  bytes: number,
+  input: RunInput,
+): readonly number[] {
   const dataset = { path: 'pictures', resolution: 1024 };
   const run = resolveRun(
     { model: 'sdxl', output: 'out', dtype: 'bfloat16', dataset, ...input },
@@ -69,12 +74,13 @@ function train(card: (typeof cards)[number], bytes: number, input: RunInput): nu
   const samples = [{ id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read }];
   const pictures = { samples, buckets: [[1024, 1024]] as const, bucketOf: [0], hash: '' };
   const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
-  const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
-  return foretell(materials, device).bytes;
+  const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
+  return foretell(materials, Array.from({ length: gpus }, device)).bytes;
 }
 
 test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
   const gradient_checkpointing = true;
+  const train = (...args: [(typeof cards)[number], number, RunInput]) => trainOn(1, ...args)[0];
   const gib = (bytes: number) => `${(bytes / GIB).toFixed(1)} GiB`;
   for (const card of cards) {
     const on = `sm_${card.capability.join('')}`;
@@ -85,6 +91,19 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     t.throws(() => train(card, 24e9, { train: { gradient_checkpointing } }), {
       message: /optimizer \d+\.\d\d GiB/,
     });
+  }
+  t.end();
+});
+
+test('GPUs beside the first hold what a pass needs: no VAE, no frozen text encoders, no optimizer', (t) => {
+  for (const target of ['unet', 'lora'] as const) {
+    const input = { train: { target, gradient_checkpointing: true } };
+    const [[alone], [first, second, third]] = [1, 3].map((gpus) => trainOn(gpus, cards[1], 80e9, input));
+    t.ok(first >= alone && first < 1.02 * alone, `${target}: the first takes what one alone does`);
+    t.equal(second, third);
+    // The UNet's 4.78 GiB, as much again of gradients where it is trained whole, and less than a GiB at work.
+    const held = target === 'unet' ? 9.56 : 4.82;
+    t.ok(second > held * GIB && second < (held + 1) * GIB, `${target}: ${(second / GIB).toFixed(2)} GiB`);
   }
   t.end();
 });

@@ -13,7 +13,8 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openDevice } from '../engine/device.ts';
+import { findLibrary } from '../engine/cpu/build.ts';
+import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
@@ -48,13 +49,22 @@ const locate = {
   vae: async (path: string) => openModel(path),
 };
 
-/** Trains in this process; `until` asks to stop at that step. */
+interface How {
+  /** Asks to stop at that step. */
+  until?: number;
+  during?: string;
+  checkpoint?: string;
+  /** Devices that take passes in turn with the first. */
+  further?: readonly Device[];
+}
+
+/** Trains in this process. */
 async function run(
   input: RunInput,
-  { until, during = 'training', checkpoint }: { until?: number; during?: string; checkpoint?: string } = {},
+  { until, during = 'training', checkpoint, further }: How = {},
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
-  const session = openSession(await openMaterials(resolved, locate, silent), device);
+  const session = openSession(await openMaterials(resolved, locate, silent), device, further);
   const stop = { asked: false };
   const progress = (label: string, done: number) => {
     if (label === during && until !== undefined && done >= until) stop.asked = true;
@@ -257,6 +267,51 @@ test('the refiner, which has one text encoder and an aesthetic score', async (t)
   const { folder: final } = await run({ ...plain, model: refiner, dataset, ema: { decay: 0 }, steps: 2 });
   loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
   t.same(openModel(final).modelIndex, openModel(refiner).modelIndex);
+});
+
+/** A second device, between which and the first tensors are copied by the host. */
+function another(): Device {
+  const library = findLibrary();
+  const other = 'path' in library ? nativeDevice(library.path) : openDevice('reference');
+  for (const { driver } of [device, other])
+    driver.copyFrom = (source, copies) => {
+      for (const { to, from, bytes } of copies) {
+        const carried = new Uint8Array(bytes);
+        source.download(from, 0, carried);
+        driver.upload(to, 0, carried);
+      }
+    };
+  return other;
+}
+
+// An update is of two passes, but each epoch's last one of a single one.
+test('two devices end in the bytes of one, whatever is trained, and resume on one or two', async (t) => {
+  const further = [another()];
+  const held = () => [device, ...further].map(({ memory }) => memory.storages);
+  const before = held();
+  const tasks: Record<string, RunInput> = {
+    unet: { train: { gradient_checkpointing: true } },
+    parts: { dtype: 'bfloat16', train: { parts: ['attn2'] } },
+    lora: { train: { target: 'lora' }, lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] } },
+    texts: { train: { text_encoders: true } },
+    vae: { train: { target: 'vae' } },
+  };
+  const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);
+  for (const [name, task] of Object.entries(tasks)) {
+    const input = (ending: string): RunInput => ({ ...basic(`${name}-${ending}`), steps: 4, ...task });
+    await run(input('one'));
+    for (const [ending, first, second] of [
+      ['leave', further, []],
+      ['join', [], further],
+    ] as const) {
+      const { folder: checkpoint } = await run(input(ending), { until: 2, further: first });
+      await run(input(ending), { checkpoint, further: second });
+      t.equal(newest(`${name}-${ending}`), newest(`${name}-one`), `${name}, ${ending}`);
+    }
+    t.same(losses(join(folder, `${name}-leave`)), losses(join(folder, `${name}-one`)), `${name}: losses`);
+  }
+  t.same(held(), before, 'live tensors');
+  t.ok(further[0].memory.peak > 0, 'the second device had its passes');
 });
 
 test('every recipe in configs/ is a run', async (t) => {

@@ -330,6 +330,47 @@ test('plan', async (t) => {
   t.notOk(existsSync(join(folder, 'plan-preset-out')), 'a plan leaves nothing behind');
 });
 
+test('several GPUs', async (t) => {
+  const file = runFile('several', { gradient_accumulation_steps: 2, batch_size: 2 });
+  const on = (list: string) => ['train', file, '--device', list];
+  await refuses(t, 'one twice', /"cuda:0,cuda:0" names a GPU twice/, ...on('cuda:0,cuda:0'));
+  await refuses(t, 'one twice, in other words', /"cuda,cuda:0" names a GPU twice/, ...on('cuda,cuda:0'));
+  await refuses(t, 'a list of CPUs', /"cpu,cpu": only GPUs work together/, ...on('cpu,cpu'));
+  await refuses(t, 'a list that ends early', /"cuda:0,": only GPUs work together/, ...on('cuda:0,'));
+  await refuses(
+    t,
+    'more GPUs than passes',
+    /an update of several has 2 passes of batch_size 2, fewer than the 3 GPUs .*; set gradient_accumulation_steps to 3 or/,
+    ...on('cuda:0,cuda:1,cuda:2'),
+  );
+  await refuses(
+    t,
+    'a device that is none',
+    /memory of "gpu" is not planned/,
+    'plan',
+    file,
+    '--device',
+    'gpu',
+  );
+  await refuses(
+    t,
+    'sample',
+    /"cuda:0,cuda:1": this takes one device; only training takes several GPUs/,
+    ...['sample', '--prompt', 'x', '--device', 'cuda:0,cuda:1'],
+  );
+  const { status, out } = await sdxl('plan', file, '--quiet', '--device', 'cuda:0,cuda:1');
+  t.equal(status, 0);
+  t.match(
+    out,
+    /\ngpus +2, for an update's 2 passes in turn; each but the first then sends 2\.9 MB of gradients and is/,
+  );
+  t.match(
+    out,
+    /\nmemory +0\.\d+ GiB at the most on the first GPU, 0\.\d+ GiB on each other, estimated\n/,
+    'without one',
+  );
+});
+
 test('a device that fails amid an update or a checkpoint leaves the last checkpoint whole', async (t) => {
   const library = findLibrary();
   if ('reason' in library) return;

@@ -5,10 +5,11 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { holding } from '../engine/memory.ts';
 import { namedParameters, unload } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { cast, exp, scale } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
-import { sizeOf, tensor } from '../engine/tensor.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
@@ -19,7 +20,16 @@ import { type Pictures, readView, spread, stack, viewIn } from './pictures.ts';
 import { grid } from './preview.ts';
 import type { Run } from './run.ts';
 
-import { component, lend, type PassInputs, type Task, type Weights } from './task.ts';
+import {
+  component,
+  copied,
+  lent,
+  type PassInputs,
+  type Substitute,
+  type Task,
+  twin,
+  type Weights,
+} from './task.ts';
 import { vaeLoss } from './vae_objective.ts';
 
 /** Pictures shown in a preview, and measured for the scale. */
@@ -37,10 +47,14 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
     return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
   };
   /** The VAE with other weights, to be unloaded. */
-  const lent = (weights: Weights): Vae => {
+  const twinOf = (substitute: Substitute) => {
     const other = vae(coder.config);
-    lend(trained, namedParameters(other.module), weights);
-    return other;
+    return { other, weights: twin(trained, namedParameters(other.module), substitute) };
+  };
+  const lossOf = (used: Vae, { pictures: x, noise }: Tensors): Tensor => {
+    const moments = used.encode(x);
+    const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
+    return vaeLoss(run.vae_objective, used.decode(z), x, moments);
   };
   /** One picture's numbers from the VAE with other weights. */
   const once = async <R>(
@@ -49,7 +63,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
     fn: (vae: Vae, x: ReturnType<typeof tensor>) => R,
   ): Promise<R> => {
     const picture = await readView(viewIn(0, index, pictures, run), run);
-    const other = lent(weights);
+    const { other } = twinOf(lent(weights));
     const { picture: shape } = shapes(pictures.bucketOf[index], 1);
     try {
       return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
@@ -85,15 +99,21 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
       return inputs(picture, zeros(picture), latent, zeros(latent));
     },
-    loss({ pictures: x, noise }, weights) {
-      const used = weights ? lent(weights) : coder;
-      const moments = used.encode(x);
-      const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
-      const loss = vaeLoss(run.vae_objective, used.decode(z), x, moments);
+    loss(inputs, weights) {
+      const used = weights ? twinOf(lent(weights)).other : coder;
+      const loss = lossOf(used, inputs);
       if (used !== coder) unload(used.module);
       return loss;
     },
     repeats: true,
+    replicate(further) {
+      const { other, weights } = twinOf(copied(further));
+      return {
+        weights: new Map(weights),
+        loss: (inputs) => lossOf(other, inputs),
+        release: () => unload(other.module),
+      };
+    },
     /** Columns of a picture above what the VAE makes of it. */
     async preview(weights) {
       const columns: Picture[] = [];

@@ -4,12 +4,12 @@
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { namedParameters, unload } from '../engine/module.ts';
+import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
-import { sizeOf, zeros } from '../engine/tensor.ts';
+import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import { addLora } from '../models/adapters.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
@@ -38,10 +38,13 @@ import type { Run } from './run.ts';
 import {
   type Component,
   component,
+  copied,
   type HostTensor,
-  lend,
+  lent,
   type PassInputs,
+  type Substitute,
   type Task,
+  twin,
   type Weights,
 } from './task.ts';
 
@@ -80,6 +83,14 @@ export function diffusionTask(
     const [h, w] = pictures.buckets[bucket];
     return [n, h / pipeline.ratio, w / pipeline.ratio, pipeline.vae.config.latent_channels];
   };
+  const lossOf = (model: Pipeline, inputs: Tensors): Tensor => {
+    const { context, pooled } = captions ? inputs : encoded(model, inputs);
+    const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
+    return diffusionLoss(model.unet, objective, inputs, conditioning);
+  };
+  const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, net, components, substitute);
+  /** The model with other weights in what is trained; the model itself where there are none. */
+  const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
     components,
     frozen: untrained,
@@ -154,23 +165,30 @@ export function diffusionTask(
       };
     },
     loss(inputs, weights) {
-      const other = averaged(run, pipeline, net, components, weights);
-      const { context, pooled } = captions ? inputs : encoded(other, inputs);
-      const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
-      const loss = diffusionLoss(other.unet, objective, inputs, conditioning);
-      releaseLent(other, pipeline);
+      const other = averaged(weights);
+      const loss = lossOf(other, inputs);
+      releaseTwin(other, pipeline);
       return loss;
     },
     // Encoders look for the end of each text on the host.
     repeats: captions !== undefined,
+    // Pictures and frozen encoders stay where they are: other devices get what these say.
+    replicate(further) {
+      const { other, weights } = twinOf(copied(further));
+      return {
+        weights,
+        loss: (inputs) => lossOf(other, inputs),
+        release: () => releaseTwin(other, pipeline),
+      };
+    },
     async preview(weights, stop) {
       if (run.previews.prompts.length === 0) return [];
       const [height, width] = pictures.buckets[0];
-      const other = averaged(run, pipeline, net, components, weights);
+      const other = averaged(weights);
       try {
         return await samplePreviews(other, run.previews, { height, width }, stop);
       } finally {
-        releaseLent(other, pipeline);
+        releaseTwin(other, pipeline);
       }
     },
     release: () => pipeline.release(),
@@ -267,34 +285,37 @@ function adapters({ lora, seed }: Run, { unet: net }: Pipeline): Component {
   };
 }
 
-/** The pipeline with other weights in what is trained; the pipeline itself where there are none. */
-function averaged(
-  { lora }: Run,
+/** The pipeline with other weights in the UNet and in what else is trained, and these by `component.key`. */
+function twinPipeline(
+  { lora, train }: Run,
   pipeline: Pipeline,
   net: Component,
   [trained, ...texts]: readonly Component[],
-  weights: Weights,
-): Pipeline {
-  if (!weights) return pipeline;
-  const other = unet(pipeline.unetConfig);
-  lend(net, namedParameters(other), weights);
+  substitute: Substitute,
+): { other: Pipeline; weights: ReadonlyMap<string, Parameter> } {
+  const weights = new Map<string, Parameter>();
+  const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
+    for (const [name, parameter] of twin(from, to, substitute)) weights.set(name, parameter);
+  };
+  const other = unet(pipeline.unetConfig, { gradientCheckpointing: train.gradient_checkpointing });
+  replace(net, namedParameters(other));
   if (trained !== net) {
     const added = addLora(other, lora, (_, count) => new Float32Array(count));
-    lend(trained, new Map([...added].map(([key, p]) => [`unet.${key}`, p])), weights);
+    replace(trained, new Map([...added].map(([key, p]) => [`unet.${key}`, p])));
   }
   const encoders = pipeline.text.encoders.map((pair, i) => {
     if (!texts[i]) return pair;
     const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
-    lend(texts[i], namedParameters(encoder), weights);
+    replace(texts[i], namedParameters(encoder));
     return { ...pair, encoder };
   });
-  return { ...pipeline, unet: other, text: { ...pipeline.text, encoders } };
+  return { other: { ...pipeline, unet: other, text: { ...pipeline.text, encoders } }, weights };
 }
 
-function releaseLent(lent: Pipeline, owner: Pipeline): void {
-  if (lent === owner) return;
-  unload(lent.unet);
-  lent.text.encoders.forEach(({ encoder }, i) => {
+function releaseTwin(twin: Pipeline, owner: Pipeline): void {
+  if (twin === owner) return;
+  unload(twin.unet);
+  twin.text.encoders.forEach(({ encoder }, i) => {
     if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
   });
 }

@@ -80,7 +80,7 @@ export interface Run {
   };
   /** Pictures in one pass. */
   batch_size: number;
-  /** Passes summed into one update. */
+  /** Passes summed into one update; several GPUs take them in turn. */
   gradient_accumulation_steps: number;
   epochs: number;
   /** Updates; 0 to count by epochs. */

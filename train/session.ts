@@ -22,8 +22,8 @@ import { type Ema, ema as startEma } from './ema.ts';
 import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
-import { openPasses, type Passes } from './pass.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
+import { openReplicas, type Replicas } from './replicas.ts';
 import type { Run } from './run.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
@@ -46,10 +46,11 @@ export interface Materials {
 }
 
 export interface Session extends Materials {
+  /** The one that does what is not shared out: all but passes. */
   device: Device;
   task: Task;
   parameters: ReadonlyMap<string, Parameter>;
-  passes: Passes;
+  passes: Replicas;
   optimizer: Optimizer;
   ema: Ema | undefined;
   release(): void;
@@ -109,11 +110,11 @@ async function openSource(run: Run, locate: Locate, tokenizers: string): Promise
   return randomModel(run.model, { seed: run.seed, tokenizers });
 }
 
-/** Loads the weights onto `device`. @throws UserError */
-export const openSession = (materials: Materials, device: Device): Session =>
-  built(() => startSession(materials, device));
+/** Loads the weights onto `device`, and copies of those that passes need onto `further` ones. @throws UserError */
+export const openSession = (materials: Materials, device: Device, further: readonly Device[] = []): Session =>
+  built(() => startSession(materials, device, further));
 
-function startSession(materials: Materials, device: Device): Session {
+function startSession(materials: Materials, device: Device, further: readonly Device[]): Session {
   const { run, source, vaeSource, pictures } = materials;
   const task: Task =
     run.train.target === 'vae'
@@ -123,7 +124,7 @@ function startSession(materials: Materials, device: Device): Session {
   if (parameters.size === 0)
     throw new UserError(`train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet`);
   for (const parameter of parameters.values()) requireGrad(parameter.tensor);
-  const passes = openPasses(task, parameters, device);
+  const passes = openReplicas(task, parameters, device, further);
   const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
   const average =
     run.ema.decay > 0
@@ -148,7 +149,7 @@ function startSession(materials: Materials, device: Device): Session {
 
 /** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
 export function resumeSession(session: Session, checkpoint: string): Position {
-  const { run, pictures, task, optimizer, ema } = session;
+  const { run, pictures, task, passes, optimizer, ema } = session;
   const state = readState(checkpoint);
   const differs = difference(state.run, run);
   if (differs) {
@@ -171,6 +172,7 @@ export function resumeSession(session: Session, checkpoint: string): Position {
         (key) => ema.weights.get(`${name}.${key}`) as Tensor,
       );
   }
+  passes.share();
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
   // The average counts the same updates as the optimizer.
   ema?.state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
@@ -202,15 +204,16 @@ function loadTrained(
 }
 
 /**
- * The most device memory that an update takes (caching, the largest pass, backward and step, all run on a device without
- * numbers), and counts.
+ * The most memory of each device that an update takes (caching, the largest pass, backward and step, all run on devices
+ * without numbers), and counts.
  */
 export function foretell(
   materials: Materials,
-  device = standInDevice(),
-): { bytes: number; trained: number; all: number } {
+  devices: readonly Device[] = [standInDevice()],
+): { bytes: number[]; trained: number; all: number } {
   const { run, pictures } = materials;
-  const session = openSession(materials, device);
+  const [device, ...further] = devices;
+  const session = openSession(materials, device, further);
   const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
   const bucket = pictures.bucketOf.reduce(
     (best, b) => (area(b) > area(best) ? b : best),
@@ -218,11 +221,14 @@ export function foretell(
   );
   const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
   session.task.rehearseCache?.();
-  session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
+  for (const _ of devices) session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
+  session.passes.gather();
   session.optimizer.step(0);
+  session.passes.share();
   session.ema?.step();
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();
-  return { bytes: device.memory.peak, trained: sizes(session.parameters.values()), all: sizes(all) };
+  const bytes = devices.map(({ memory }) => memory.peak);
+  return { bytes, trained: sizes(session.parameters.values()), all: sizes(all) };
 }

@@ -1,11 +1,13 @@
 // What the loop trains, as the loop sees it: components with trained weights, a way to make one pass's inputs on the host,
 // and a loss over them. The UNet with its text encoders is one task (diffusion.ts), the VAE another (autoencoder.ts).
+import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
+import { holding } from '../engine/memory.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import { copyBetween, empty, type Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { Json } from '../models/checkpoint.ts';
@@ -39,6 +41,17 @@ export interface Component {
 /** Other tensors in place of trained parameters, by `component.key`: the moving averages. */
 export type Weights = ReadonlyMap<string, Tensor> | undefined;
 
+/** Gives the tensor that a twin of the model has for a weight. */
+export type Substitute = (name: string, own: Tensor) => Tensor;
+
+/** What a pass on another device needs, with weights of its own. */
+export interface Replica {
+  /** By `component.key`: what is trained, and what its loss reads beside. */
+  weights: ReadonlyMap<string, Parameter>;
+  loss(inputs: Tensors): Tensor;
+  release(): void;
+}
+
 /** Numbers for a tensor that is yet to be made. */
 export interface HostTensor {
   readonly shape: readonly number[];
@@ -65,6 +78,8 @@ export interface Task {
   loss(inputs: Tensors, weights?: Weights): Tensor;
   /** Whether `loss` makes tensors by ops alone, the same ops for the same shapes of inputs: it can be recorded. */
   readonly repeats: boolean;
+  /** The same loss on another device, over copies of the weights. */
+  replicate(device: Device): Replica;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
   preview(weights: Weights, stop: Stop): Promise<Picture[]>;
   /** The last word on configs, before the finished model is written. */
@@ -102,17 +117,36 @@ export const saved = (
 });
 
 /**
- * Lends the parameters of a fresh module tree of the same shape the weights of `from`, with `weights` in place of what is trained. Only
- * weights of another type are copied. Unload the tree when done.
+ * Gives the parameters of a fresh module tree of the same shape a tensor for each weight of `from`, and names them by
+ * `component.key`. Unload the tree when done.
  */
-export function lend(from: Component, to: ReadonlyMap<string, Parameter>, weights: Weights): void {
-  for (const [key, parameter] of to) {
-    const own = (from.parameters.get(key) as Parameter).tensor;
-    const tensor = weights?.get(`${from.name}.${key}`) ?? own;
-    parameter.tensor = unscoped(() =>
-      tensor.dtype === own.dtype
-        ? tensor.handle(parameter.memoryShape)
-        : noGrad(() => cast(tensor, own.dtype)),
-    );
-  }
-}
+export const twin = (
+  { name: component, parameters }: Component,
+  to: ReadonlyMap<string, Parameter>,
+  substitute: Substitute,
+): [name: string, Parameter][] =>
+  holding(component, () =>
+    [...to].map(([key, parameter]) => {
+      const name = `${component}.${key}`;
+      const own = (parameters.get(key) as Parameter).tensor;
+      parameter.tensor = unscoped(() => substitute(name, own));
+      return [name, parameter];
+    }),
+  );
+
+/** The weights themselves, with `weights` in place of what is trained: only those of another type are copied. */
+export const lent =
+  (weights: Weights): Substitute =>
+  (name, own) => {
+    const tensor = weights?.get(name) ?? own;
+    return tensor.dtype === own.dtype ? tensor.handle(own.shape) : noGrad(() => cast(tensor, own.dtype));
+  };
+
+/** Copies of the weights on another device. */
+export const copied =
+  (device: Device): Substitute =>
+  (_, own) => {
+    const copy = empty(own.shape, { device, dtype: own.dtype });
+    copyBetween([[copy, own]]);
+    return copy;
+  };

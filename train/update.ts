@@ -67,7 +67,10 @@ async function attempt(
     for (const [i, pass] of update.entries()) {
       losses.push(passes.queue(await feed.take(pass, epoch), shares[i]));
       const following = update[i + 1] ?? next?.[0];
-      if (i + 1 === update.length) norms = queueNorms(parameters);
+      if (i + 1 === update.length) {
+        passes.gather();
+        norms = queueNorms(parameters);
+      }
       if (following) feed.begin(following, epoch);
       await setImmediate();
     }
@@ -82,6 +85,7 @@ async function attempt(
     const { norm, scale, nonfinite } = (norms as GradientNorms).read(run.optimizer.max_grad_norm);
     if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
     optimizer.step(lr, scale);
+    passes.share();
     ema?.step();
     return { loss, grad_norm: norm };
   } finally {

@@ -1,0 +1,103 @@
+// Several GPUs at an update's passes: on as many virtual ones as it has passes the weights are those of one GPU, bit for bit.
+// And what is told when one fails.
+import { test } from 'tap';
+import type { GpuApi } from '../engine/cuda/api.ts';
+import type { CudaResult } from '../engine/cuda/errors.ts';
+import type { Device } from '../engine/device.ts';
+import { makeUpdate, openFeed } from '../train/update.ts';
+import { open, pass, trained } from './small_session.ts';
+import { openGpus } from './virtual-gpu/several.ts';
+
+const held = (devices: readonly Device[]): number[] =>
+  devices.flatMap(({ memory }) => [memory.storages, memory.live]);
+
+/** Updates of `count` passes, of which the fourth has a last loss that is not finite; each third is a short one. */
+const updates = (count: number) =>
+  Array.from({ length: 12 }, (_, k) =>
+    Array.from({ length: k % 3 === 2 ? 1 : count }, (_, i) =>
+      i === 0 ? pass(k, 1) : pass(k === 3 && i === count - 1 ? Number.NaN : 0.3 * k + i, i),
+    ),
+  );
+
+const three = openGpus(3);
+
+test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async (t) => {
+  for (const count of [2, 3])
+    for (const repeats of [false, true]) {
+      const what = `${count} GPUs, ${repeats ? 'recorded' : 'eager'}`;
+      const [devices, failing] = [three.devices.slice(0, count), three.failing.slice(0, count)];
+      const alone = open(devices.slice(0, 1), { repeats });
+      const want = await trained(alone, updates(count));
+      t.equal(new Set(want).size, 11, `${what}: each update but one changes the weights`);
+      alone.release();
+      const made = (call: keyof GpuApi) => failing.map((gpu) => gpu.made(call));
+      const before = made('cuLaunchKernel');
+      const together = open(devices, { repeats });
+      t.same(await trained(together, updates(count)), want, what);
+      const launches = made('cuLaunchKernel').map((calls, i) => calls - before[i]);
+      t.ok(Math.min(...launches) > 10, `${what}: all work: ${launches}`);
+      t.equal(Math.min(...made('cuGraphLaunch')) > 0, repeats);
+      together.release();
+      t.same(held(devices), Array(2 * count).fill(0), `${what}: nothing is held`);
+    }
+});
+
+test('more passes than GPUs: only the order of sums is another', async (t) => {
+  const devices = three.devices.slice(0, 2);
+  const floats = async (on: readonly Device[]) => {
+    const session = open(on);
+    const after = await trained(session, updates(5));
+    session.release();
+    return new Float32Array(Uint8Array.from(Buffer.from(after[11], 'hex')).buffer);
+  };
+  const [one, two] = [await floats(devices.slice(0, 1)), await floats(devices)];
+  t.ok(Math.max(...one.map((w, i) => Math.abs(w - two[i]))) < 1e-6);
+  t.same(held(devices), [0, 0, 0, 0]);
+});
+
+test('a loss or gradient on another GPU that is not finite leaves the weights', async (t) => {
+  const devices = three.devices.slice(0, 2);
+  const { session, weight, release } = open(devices);
+  const feed = openFeed(session.task);
+  const made = await makeUpdate(session, feed, [pass(1), pass(Number.NaN)], 0, 0.1);
+  t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
+  const huge = await makeUpdate(session, feed, [pass(1), pass(1e15)], 0, 0.1);
+  t.match(huge.skipped, /the gradient of net.weight is not finite/);
+  t.ok(weight.tensor.floats().every((w) => w === 0));
+  release();
+  t.same(held(devices), [0, 0, 0, 0]);
+});
+
+type Place = readonly [gpu: number, call: keyof GpuApi, at: number];
+
+/** Calls that a copy makes on the second GPU and on the first, and those of a pass. */
+const places: readonly Place[] = [
+  [1, 'cuMemcpyPeerAsync', 2],
+  [0, 'cuMemcpyPeerAsync', 2],
+  [1, 'cuStreamWaitEvent', 2],
+  [0, 'cuEventRecord', 3],
+  [1, 'cuLaunchKernel', 3],
+  [1, 'cuGraphLaunch', 2],
+  [1, 'cuMemcpyDtoHAsync', 2],
+];
+
+test('what fails is told with its GPU, and nothing is held', { timeout: 120_000 }, async (t) => {
+  const fails = async (
+    result: CudaResult,
+    { failing, devices }: ReturnType<typeof openGpus>,
+    place: Place,
+  ) => {
+    const [gpu, call, at] = place;
+    const session = open(devices, { repeats: true });
+    failing[gpu].fail(call, result, { at });
+    const what = `${result} at ${call} on cuda:${gpu}`;
+    const sentence = new RegExp(`^${call} failed with ${result} on cuda:${gpu}(: the last kernel|$)`);
+    await t.rejects(trained(session, updates(2)), { name: 'CudaError', message: sentence }, what);
+    t.doesNotThrow(session.release, what);
+    t.same(held(devices), [0, 0, 0, 0], `${what}: nothing is held`);
+  };
+  const two = openGpus(2);
+  for (const place of places) await fails('CUDA_ERROR_INVALID_VALUE', two, place);
+  // A GPU that is lost is so for good.
+  for (const place of places.slice(0, 3)) await fails('CUDA_ERROR_ECC_UNCORRECTABLE', openGpus(2), place);
+});

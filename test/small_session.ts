@@ -1,0 +1,85 @@
+// A session of training without files: a model of one weight, whose loss is the mean square of x w - x, w a matrix.
+import type { Device } from '../engine/device.ts';
+import { requireGrad } from '../engine/grad.ts';
+import { module, namedParameters, parameter, unload } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
+import { linear } from '../engine/ops/linear.ts';
+import { mse } from '../engine/ops/loss.ts';
+import { unscoped } from '../engine/scope.ts';
+import { type Tensor, zeros } from '../engine/tensor.ts';
+import type { MicroBatch } from '../train/data/order.ts';
+import { createOptimizer } from '../train/optimizers/create.ts';
+import { openReplicas } from '../train/replicas.ts';
+import { resolveRun } from '../train/run.ts';
+import type { Session } from '../train/session.ts';
+import { component, copied, type Substitute, type Task, twin } from '../train/task.ts';
+import { makeUpdate, openFeed } from '../train/update.ts';
+
+const SIDE = 8;
+
+const run = resolveRun({ optimizer: { lr: 0.1, max_grad_norm: 0 } }, 'test', 'test');
+export const pass = (...samples: number[]): MicroBatch => ({ bucket: 0, samples });
+
+const model = () => module({ weight: parameter([SIDE, SIDE]) }, (m, x: Tensor) => linear(x, m.weight.tensor));
+
+/** Sample i has i in all places of x; `events` are what is done. */
+export function open([device, ...further]: readonly Device[], { repeats = false } = {}) {
+  const events: string[] = [];
+  const net = model();
+  const { weight } = net.children;
+  weight.tensor = requireGrad(unscoped(() => zeros([SIDE, SIDE], { device })));
+  const part = component('net', {}, net);
+  const lossOf = (used: typeof net, x: Tensor) => {
+    events.push('queue');
+    return mse(used(x), x);
+  };
+  const task = {
+    async prepare({ samples }: MicroBatch) {
+      events.push(`prepare ${samples}`);
+      if (samples[0] < 0) throw new Error('no such picture');
+      const values = Float32Array.from(
+        { length: samples.length * SIDE },
+        (_, i) => samples[Math.floor(i / SIDE)],
+      );
+      return { x: { shape: [samples.length, SIDE], values, dtype: 'float32' } };
+    },
+    loss: ({ x }: Tensors) => lossOf(net, x),
+    repeats,
+    replicate(other: Device) {
+      const copy = model();
+      const substitute: Substitute = copied(other);
+      return {
+        weights: new Map(twin(part, namedParameters(copy), substitute)),
+        loss: ({ x }: Tensors) => lossOf(copy, x),
+        release: () => unload(copy),
+      };
+    },
+    components: [part],
+  } as unknown as Task;
+  const parameters = new Map([['net.weight', weight]]);
+  const optimizer = createOptimizer(parameters, run.optimizer, 0);
+  const passes = openReplicas(task, parameters, device, further);
+  const session = { run, task, device, parameters, passes, optimizer } as unknown as Session;
+  const release = () => {
+    passes.release();
+    optimizer.release();
+    unload(net);
+  };
+  return { session, weight, events, release };
+}
+
+/** The weights after each of these updates. */
+export async function trained(
+  { session, weight }: ReturnType<typeof open>,
+  updates: readonly MicroBatch[][],
+  between?: (k: number) => void,
+): Promise<string[]> {
+  const feed = openFeed(session.task);
+  const after: string[] = [];
+  for (const [k, update] of updates.entries()) {
+    await makeUpdate(session, feed, update, 0, 0.1, updates[k + 1]);
+    after.push(Buffer.from(weight.tensor.bytes()).toString('hex'));
+    between?.(k);
+  }
+  return after;
+}
