@@ -142,11 +142,11 @@ function threeSteps(c: GoldenCase, names: string[]): (label: string) => ArrayLik
       3,
     );
     const { norm, scale } = clipGradients(parameters, settings.max_grad_norm);
-    optimizer.step(lr, scale);
+    const made = optimizer.step(lr, scale);
     note('losses', loss);
     note('grad_norms', norm);
     note('lrs', lr);
-    note('ema_decays', averages.step());
+    note('ema_decays', averages.step(made));
     for (const p of parameters.values()) clearGrad(p.tensor);
     const each = (label: string, of: (name: string) => Float32Array, measure: (x: Float32Array) => number) =>
       note(label, ...names.map((name) => measure(of(name))));

@@ -10,12 +10,10 @@ import { built, unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
 
 export interface Ema {
-  /** To be saved and loaded: `step`, and the average of each weight under its name. */
-  readonly state: ReadonlyMap<string, Tensor>;
   /** The averages by name. */
   readonly weights: ReadonlyMap<string, Tensor>;
-  /** Takes in the weights as they are now; returns the decay it used. */
-  step(): number;
+  /** Takes in the weights as they are after the `k`-th update, counted from 1; returns the decay it used. */
+  step(k: number): number;
   release(): void;
 }
 
@@ -33,21 +31,15 @@ function startEma(names: Iterable<string>, weightOf: (name: string) => Tensor, d
       name,
       unscoped(() => copy(weightOf(name))),
     );
-  const [{ device }] = weights.values();
-  const counter = unscoped(() => zeros([1], { device, dtype: 'int32' }));
-  const state = new Map([['step', counter], ...weights]);
   return {
-    state,
     weights,
-    step() {
-      const k = counter.floats()[0] + 1;
-      counter.upload(new Uint8Array(Int32Array.of(k).buffer));
+    step(k) {
       const used = emaDecay(decay, k);
       update([...weights].map(([name, average]) => emaStep(average, weightOf(name), used)));
       return used;
     },
     release() {
-      for (const t of state.values()) t.release();
+      for (const t of weights.values()) t.release();
     },
   };
 }

@@ -174,8 +174,6 @@ export function resumeSession(session: Session, checkpoint: string): Position {
   }
   passes.share();
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
-  // The average counts the same updates as the optimizer.
-  ema?.state.get('step')?.upload((optimizer.state.get('step') as Tensor).bytes());
   return { step: state.step, epoch: state.epoch, update: state.update };
 }
 
@@ -223,9 +221,9 @@ export function foretell(
   session.task.rehearseCache?.();
   for (const _ of devices) session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
   session.passes.gather();
-  session.optimizer.step(0);
+  const made = session.optimizer.step(0);
   session.passes.share();
-  session.ema?.step();
+  session.ema?.step(made);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();

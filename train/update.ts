@@ -84,9 +84,9 @@ async function attempt(
     const loss = values.reduce((sum, value, i) => sum + shares[i] * value, 0);
     const { norm, scale, nonfinite } = (norms as GradientNorms).read(run.optimizer.max_grad_norm);
     if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
-    optimizer.step(lr, scale);
+    const made = optimizer.step(lr, scale);
     passes.share();
-    ema?.step();
+    ema?.step(made);
     return { loss, grad_norm: norm };
   } finally {
     norms?.release();

@@ -32,8 +32,8 @@ export interface Optimizer {
    * where there are masters, `master.<parameter>`.
    */
   readonly state: ReadonlyMap<string, Tensor>;
-  /** Updates every parameter that has a gradient. `gradientScale` multiplies all gradients first. */
-  step(lr: number, gradientScale?: number): void;
+  /** Updates every parameter that has a gradient. `gradientScale` multiplies all gradients first. Returns the updates made so far. */
+  step(lr: number, gradientScale?: number): number;
   /** The parameter's value at full precision: its float32 master where there is one. */
   weightOf(name: string): Tensor;
   release(): void;
@@ -92,6 +92,7 @@ function startOptimizer(
         });
         update(updates.flat());
       });
+      return step;
     },
     weightOf(name) {
       const weight = state.get(`master.${name}`) ?? parameters.get(name)?.tensor;
