@@ -9,7 +9,7 @@ import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
-import { describe } from '../train/plan.ts';
+import { describe, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession } from '../train/session.ts';
@@ -24,6 +24,7 @@ interface Options {
   set?: string[];
   resume?: boolean | string;
   only?: string;
+  json?: boolean;
   device: string;
   quiet?: boolean;
 }
@@ -38,6 +39,10 @@ export function addTrain(command: Command, terminal: Terminal): void {
 export function addPlan(command: Command, terminal: Terminal): void {
   addShared(command)
     .option('--device <NAME>', 'whose memory to plan: cpu, cuda, or cuda:0,cuda:1; needs no GPU', 'cpu')
+    .option(
+      '--json',
+      'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
+    )
     .action((file: string, options: Options) => planAll(file, options, terminal));
 }
 
@@ -74,7 +79,8 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
       // The VAE that an earlier run of the file will make has the model's own shape.
       const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
       const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report, tokenizers);
-      terminal.out(`${describe(materials, planned).join('\n')}\n`);
+      const plan = planOf(materials, planned);
+      terminal.out(`${options.json ? JSON.stringify({ ...plan, run }) : describe(plan).join('\n')}\n`);
     }
   } finally {
     rmSync(tokenizers, { recursive: true });
@@ -106,7 +112,8 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     }
     const checkpoint = startOf(run, options.resume);
     const materials = await openMaterials(run, locate, report);
-    for (const line of describe(materials, [device, ...further])) report.line(line);
+    const devices = [device, ...further];
+    for (const line of describe(planOf(materials, devices), devices)) report.line(line);
     if (checkpoint) report.line(`resuming from ${checkpoint}`);
     const session = openSession(materials, device, further);
     const { outcome, signal } = await interruptible(report, (stop) =>

@@ -322,6 +322,14 @@ test('plan', async (t) => {
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
+  const json = await sdxl('plan', runFile('plan', { batch_size: 2 }), '--quiet', '--json');
+  const { run, memory_bytes, ...rest } = JSON.parse(json.out);
+  t.match(rest, {
+    ...{ images: 4, effective_batch_size: 2, updates: 2, updates_per_epoch: 2, prediction_type: 'epsilon' },
+    ...{ trained_parameters: 714660, buckets: [{ images: 4 }] },
+  });
+  t.equal(run.batch_size, 2, 'all keys of the run, with what it left to defaults');
+  t.ok(memory_bytes.length === 1 && memory_bytes[0] > 2 ** 20);
   const gpu = await sdxl('plan', runFile('plan', {}), '--quiet', '--device', 'cuda');
   t.match(gpu.out, /memory +0\.\d+ GiB at the most, estimated\n/, 'on a GPU, without one');
   // Its tokenizers are learnt from the captions, which training leaves beside its checkpoints.

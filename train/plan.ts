@@ -3,36 +3,78 @@ import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { objectiveOf } from './objective.ts';
+import type { Run } from './run.ts';
 import { foretell, type Materials } from './session.ts';
 
-/** The plan in lines, with the memory that it takes on `devices`. */
-export function describe(materials: Materials, devices?: readonly Device[]): string[] {
+/** What a run comes to. */
+export interface Plan {
+  run: Run;
+  /** Where the model lies. */
+  model: string;
+  images: number;
+  /** Pictures of each size, of those sizes that have any. */
+  buckets: { width: number; height: number; images: number }[];
+  /** Pictures in an update. */
+  effective_batch_size: number;
+  updates: number;
+  updates_per_epoch: number;
+  /** What the network predicts, which the model's scheduler may decide; undefined where a VAE is trained. */
+  prediction_type?: string;
+  trained_parameters: number;
+  parameters: number;
+  /** The most that an update takes, by device; estimated. */
+  memory_bytes: number[];
+}
+
+/** Opens the run on stand-ins for `devices`, so as to know what it takes of their memory. */
+export function planOf(materials: Materials, devices?: readonly Device[]): Plan {
   const { run, pictures, updatesPerEpoch, total, source } = materials;
-  const effective = run.batch_size * run.gradient_accumulation_steps;
   const { trained, all, bytes } = foretell(materials, devices?.map(standInFor));
   const counts = pictures.buckets.map((_, i) => pictures.bucketOf.filter((b) => b === i).length);
-  const buckets = pictures.buckets.flatMap(([h, w], i) => (counts[i] ? [`${w}x${h} (${counts[i]})`] : []));
-  const epochs = (total / updatesPerEpoch).toFixed(total % updatesPerEpoch ? 1 : 0);
+  return {
+    run,
+    model: source.path,
+    images: pictures.samples.length,
+    buckets: pictures.buckets.flatMap(([height, width], i) =>
+      counts[i] ? [{ width, height, images: counts[i] }] : [],
+    ),
+    effective_batch_size: run.batch_size * run.gradient_accumulation_steps,
+    updates: total,
+    updates_per_epoch: updatesPerEpoch,
+    prediction_type:
+      run.train.target === 'vae'
+        ? undefined
+        : objectiveOf(run.objective, source.config('scheduler')).settings.prediction_type,
+    trained_parameters: trained,
+    parameters: all,
+    memory_bytes: bytes,
+  };
+}
+
+/** The plan in lines, with what `devices` have of the memory. */
+export function describe(plan: Plan, devices?: readonly Device[]): string[] {
+  const { run, updates, updates_per_epoch, trained_parameters, memory_bytes } = plan;
+  const buckets = plan.buckets.map(({ width, height, images }) => `${width}x${height} (${images})`);
+  const epochs = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
   return [
     `run         ${run.name}, into ${run.output}`,
-    `model       ${source.path}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
-    `images      ${pictures.samples.length} from ${run.dataset.path}`,
+    `model       ${plan.model}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
+    `images      ${plan.images} from ${run.dataset.path}`,
     `buckets     ${buckets.join(', ')}`,
-    `batch       ${effective} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
-    `updates     ${total}: ${updatesPerEpoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained)} of ${count(all)} parameters`,
-    ...(run.train.target === 'vae' ? [] : [`objective   ${objective(materials)}`]),
+    `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
+    `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
+    `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    ...(plan.prediction_type ? [`objective   ${plan.prediction_type}, ${run.objective.loss}`] : []),
     `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
-    ...(bytes.length > 1 ? [`gpus        ${bytes.length}, ${dealing(materials, trained)}`] : []),
-    `memory      ${memory(bytes)}, estimated${there(devices)}`,
+    ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
+    `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];
 }
 
 /** How GPUs share an update, and what that takes between them. */
-function dealing({ run, pictures }: Materials, trained: number): string {
-  const most = Math.min(run.batch_size * run.gradient_accumulation_steps, pictures.samples.length);
-  const passes = Math.ceil(most / run.batch_size);
-  const megabytes = ((trained * bytesPerElement[run.dtype]) / 1e6).toFixed(1);
+function dealing({ run, images, effective_batch_size, trained_parameters }: Plan): string {
+  const passes = Math.ceil(Math.min(effective_batch_size, images) / run.batch_size);
+  const megabytes = ((trained_parameters * bytesPerElement[run.dtype]) / 1e6).toFixed(1);
   return `for an update's ${passes} passes in turn; each but the first then sends ${megabytes} MB of gradients and is sent as much of weights`;
 }
 
@@ -40,12 +82,6 @@ function dealing({ run, pictures }: Materials, trained: number): string {
 function memory([first, ...further]: readonly number[]): string {
   const most = `${gib(first)} at the most`;
   return further.length ? `${most} on the first GPU, ${gib(Math.max(...further))} on each other` : most;
-}
-
-/** What the network predicts, which the model's scheduler may decide, and the loss of it. */
-function objective({ run, source }: Materials): string {
-  const { prediction_type, loss } = objectiveOf(run.objective, source.config('scheduler')).settings;
-  return `${prediction_type}, ${loss}`;
 }
 
 /** What the devices have of it, where they tell. */
