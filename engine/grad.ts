@@ -59,15 +59,15 @@ export class Node {
     onFailure(() => node.spend());
     const { device, shape } = outputs.y;
     node.#pull = (dy) => {
-      const computed: Tensors = {};
+      // The spread last: V8 takes 20 times as long to join objects if it comes first.
+      const tensors: Tensors = { dy: dy.reshape(...shape), ...saved };
+      let computes = false;
       const gradients = node.edges.map(({ name, spec }) => {
         if (record.passes?.includes(name)) return dy.handle(spec.shape);
-        const gradient = empty(spec.shape, { device, dtype: spec.dtype });
-        computed[`d${name}`] = gradient;
-        return gradient;
+        computes = true;
+        return (tensors[`d${name}`] = empty(spec.shape, { device, dtype: spec.dtype }));
       });
-      if (Object.keys(computed).length > 0)
-        device.execute(record, 'backward', { ...saved, dy: dy.reshape(...shape), ...computed }, attrs);
+      if (computes) device.execute(record, 'backward', tensors, attrs);
       return gradients;
     };
     return node;
