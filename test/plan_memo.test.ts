@@ -116,13 +116,38 @@ test('no memory for what lies between remembered launches: what was taken goes b
 test('calls are forgotten all at once when they are too many', (t) => {
   const memo = new PlanMemo();
   const nothing = { launches: [], workspaces: [] };
-  for (let i = 0; i < 20_000; i++) memo.keep(`${i}`, nothing);
-  t.same(memo.find('0'), [nothing]);
-  memo.keep('one more', nothing);
-  t.same(memo.find('0'), []);
-  t.same(memo.find('one more'), [nothing]);
-  for (let i = 0; i < 9; i++) memo.keep('one more', nothing);
-  t.equal(memo.find('one more').length, 4, 'a call is remembered in a few places');
+  for (let i = 0; i < 20_000; i++) memo.keep('op', [[i]], nothing);
+  t.same(memo.find('op', [[0]]), [nothing]);
+  memo.keep('one more', [[0]], nothing);
+  t.same(memo.find('op', [[0]]), []);
+  t.same(memo.find('one more', [[0]]), [nothing]);
+  for (let i = 0; i < 9; i++) memo.keep('one more', [[0]], nothing);
+  t.equal(memo.find('one more', [[0]]).length, 4, 'a call is remembered in a few places');
+  t.end();
+});
+
+test('a call is known by each of its arguments', (t) => {
+  const memo = new PlanMemo();
+  const calls: [symbol: string, calls: (bigint | number)[][]][] = [
+    ['op', [[1n, 2]]],
+    ['op', [[1n, 2.5]]],
+    ['op', [[1n, 2.25]]],
+    ['op', [[1, 2]]],
+    ['op', [[1n], [2]]],
+    ['op', [[1n, 2, 0]]],
+    ['op', [[2n ** 32n + 1n, 2]]],
+    ['op', [[2n ** 33n + 1n, 2]]],
+    ['op', [[1n, -2]]],
+    ['other', [[1n, 2]]],
+  ];
+  const made = calls.map((_, i) => ({ launches: [], workspaces: [{ bytes: i, address: 0n }] }));
+  calls.forEach(([symbol, args], i) => {
+    t.same(memo.find(symbol, args), [], `${i} is new`);
+    memo.keep(symbol, args, made[i]);
+  });
+  calls.forEach(([symbol, args], i) => {
+    t.same(memo.find(symbol, structuredClone(args)), [made[i]], `${i} is found`);
+  });
   t.end();
 });
 

@@ -181,10 +181,9 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   };
   /** Queues a symbol's launches for these calls, which are planned if they were not before. */
   function remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
-    const call = `${symbol} ${calls.join(' ')}`;
-    if (queueAgain(memo.find(call))) return;
+    if (queueAgain(memo.find(symbol, calls))) return;
     const made = run(symbol, plan);
-    if (made) memo.keep(call, made);
+    if (made) memo.keep(symbol, calls, made);
   }
   function queue(launch: ReadyLaunch): void {
     kernels.queue(launch, stream);
