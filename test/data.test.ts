@@ -11,7 +11,7 @@ import { encodePng } from '../io/png.ts';
 import type { Size } from '../models/conditioning.ts';
 import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
 import { allCaptions, captionOf } from '../train/data/caption.ts';
-import { type Placed, planEpoch, updatesPerEpoch } from '../train/data/order.ts';
+import { type Placed, planEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
 import { geometryOf, preparePicture, timeIdsOf } from '../train/data/picture.ts';
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
@@ -404,6 +404,24 @@ test('orders are fair', (t) => {
   t.ok(chi < 50, `chi-square ${chi}`);
   const alone = samples.map(({ key }) => key);
   t.equal(new Set(alone).size, 6);
+  t.end();
+});
+
+test('turns are the updates of one epoch after another', (t) => {
+  const placed = Array.from({ length: 7 }, (_, key) => ({ key, bucket: key % 2 }));
+  const sizes = { seed: 3, batch: 2, accumulation: 1 };
+  const want = [4, 5, 6].flatMap((epoch) =>
+    planEpoch(placed, { ...sizes, epoch }).map((update, i, all) => ({
+      ...{ update, epoch },
+      endsEpoch: i + 1 === all.length,
+    })),
+  );
+  const turns = turnsFrom(placed, sizes, { epoch: 4, update: 2 });
+  t.same(
+    want.slice(2).map(() => turns.next().value),
+    want.slice(2),
+  );
+  t.equal(want.length, 12, 'each epoch ends with a short one');
   t.end();
 });
 

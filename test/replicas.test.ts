@@ -5,7 +5,7 @@ import type { GpuApi } from '../engine/cuda/api.ts';
 import type { CudaResult } from '../engine/cuda/errors.ts';
 import type { Device } from '../engine/device.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
-import { open, pass, trained } from './small_session.ts';
+import { open, pass, trained, turn } from './small_session.ts';
 import { openGpus } from './virtual-gpu/several.ts';
 
 const held = (devices: readonly Device[]): number[] =>
@@ -59,9 +59,9 @@ test('a loss or gradient on another GPU that is not finite leaves the weights', 
   const devices = three.devices.slice(0, 2);
   const { session, weight, release } = open(devices);
   const feed = openFeed(session.task);
-  const made = await makeUpdate(session, feed, [pass(1), pass(Number.NaN)], 0, 0.1);
+  const made = await makeUpdate(session, feed, turn(pass(1), pass(Number.NaN)), 0.1);
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
-  const huge = await makeUpdate(session, feed, [pass(1), pass(1e15)], 0, 0.1);
+  const huge = await makeUpdate(session, feed, turn(pass(1), pass(1e15)), 0.1);
   t.match(huge.skipped, /the gradient of net.weight is not finite/);
   t.ok(weight.tensor.floats().every((w) => w === 0));
   release();

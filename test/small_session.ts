@@ -7,7 +7,7 @@ import { linear } from '../engine/ops/linear.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
-import type { MicroBatch } from '../train/data/order.ts';
+import type { MicroBatch, Turn } from '../train/data/order.ts';
 import { createOptimizer } from '../train/optimizers/create.ts';
 import { openReplicas } from '../train/replicas.ts';
 import { resolveRun } from '../train/run.ts';
@@ -18,6 +18,8 @@ import { makeUpdate, openFeed } from '../train/update.ts';
 const SIDE = 8;
 
 const run = resolveRun({ optimizer: { lr: 0.1, max_grad_norm: 0 } }, 'test', 'test');
+/** An update of the first epoch. */
+export const turn = (...update: MicroBatch[]): Turn => ({ update, epoch: 0 });
 export const pass = (...samples: number[]): MicroBatch => ({ bucket: 0, samples });
 
 const model = () => module({ weight: parameter([SIDE, SIDE]) }, (m, x: Tensor) => linear(x, m.weight.tensor));
@@ -77,7 +79,7 @@ export async function trained(
   const feed = openFeed(session.task);
   const after: string[] = [];
   for (const [k, update] of updates.entries()) {
-    await makeUpdate(session, feed, update, 0, 0.1, updates[k + 1]);
+    await makeUpdate(session, feed, turn(...update), 0.1, updates[k + 1] && turn(...updates[k + 1]));
     after.push(Buffer.from(weight.tensor.bytes()).toString('hex'));
     between?.(k);
   }

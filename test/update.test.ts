@@ -6,7 +6,7 @@ import { gradOf } from '../engine/grad.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
-import { open, pass, trained } from './small_session.ts';
+import { open, pass, trained, turn } from './small_session.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
@@ -23,8 +23,8 @@ test('the host prepares while the device works', async (t) => {
     download(...args);
   };
   try {
-    const next = [pass(3)];
-    const { loss, grad_norm } = await makeUpdate(session, feed, [pass(1, 1, 1), pass(2)], 0, 0.1, next);
+    const next = { update: [pass(3)], epoch: 1 };
+    const { loss, grad_norm } = await makeUpdate(session, feed, turn(pass(1, 1, 1), pass(2)), 0.1, next);
     const queued = ['prepare 1,1,1', 'queue', 'prepare 2', 'queue', 'prepare 3'];
     t.same(
       events.slice(0, 6),
@@ -34,7 +34,7 @@ test('the host prepares while the device works', async (t) => {
     t.equal(loss, (3 * 1 + 4) / 4, 'losses weigh as their samples');
     t.equal(grad_norm, (2 * (3 * 1 + 4)) / 4, 'and so do gradients');
     events.length = 0;
-    await makeUpdate(session, feed, next, 0, 0.1);
+    await makeUpdate(session, feed, next, 0.1);
     t.equal(events[0], 'queue', 'what was prepared is not prepared again');
   } finally {
     driver.download = download;
@@ -47,10 +47,10 @@ test('the host prepares while the device works', async (t) => {
 test('a pass whose loss is not finite leaves the weights', async (t) => {
   const before = cpu.memory.storages;
   const { session, weight, release } = open([cpu]);
-  const made = await makeUpdate(session, openFeed(session.task), [pass(1), pass(Number.NaN)], 0, 0.1);
+  const made = await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(Number.NaN)), 0.1);
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
   t.ok(weight.tensor.floats().every((w) => w === 0));
-  const huge = await makeUpdate(session, openFeed(session.task), [pass(1e15)], 0, 0.1);
+  const huge = await makeUpdate(session, openFeed(session.task), turn(pass(1e15)), 0.1);
   t.match(huge.skipped, /the gradient of net.weight is not finite/, 'its square is beyond float32');
   t.ok(weight.tensor.floats().every((w) => w === 0));
   release();
@@ -60,9 +60,9 @@ test('a pass whose loss is not finite leaves the weights', async (t) => {
 test('what cannot be prepared ahead is told when its turn comes', async (t) => {
   const { session, release } = open([cpu]);
   const feed = openFeed(session.task);
-  const next = [pass(-1)];
-  await makeUpdate(session, feed, [pass(1)], 0, 0.1, next);
-  await t.rejects(makeUpdate(session, feed, next, 0, 0.1), /no such picture/);
+  const next = turn(pass(-1));
+  await makeUpdate(session, feed, turn(pass(1)), 0.1, next);
+  await t.rejects(makeUpdate(session, feed, next, 0.1), /no such picture/);
   release();
 });
 

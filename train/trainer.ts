@@ -6,7 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
 import { lossCurve } from './curve.ts';
-import { planEpoch, type Update } from './data/order.ts';
+import { turnsFrom, type Update } from './data/order.ts';
 import { writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
@@ -52,45 +52,39 @@ export async function train(
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
   let folder = checkpoint ?? '';
   let failures = 0;
-  while (position.step < total) {
-    const updates = planEpoch(placed, { ...sizes, epoch: position.epoch });
-    for (const update of updates.slice(position.update)) {
-      const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
-      const next = position.step + 1 < total ? updates[position.update + 1] : undefined;
-      const made = await makeUpdate(session, feed, update, position.epoch, lr, next);
-      position = after(position, updates.length);
-      const endOfEpoch = position.update === 0;
-      failures = made.skipped ? failures + 1 : 0;
-      const done = position.step === total;
-      const measured =
-        run.validation.samples > 0 && (done || isDue(run.validation.every_steps, position.step, endOfEpoch));
-      journal.note(position, lr, made, update, measured ? await validationLoss(session) : undefined);
-      if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
-      if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
-      const { every_steps } = run.checkpoints;
-      const saves = done || isDue(every_steps, position.step, endOfEpoch);
-      if (saves) folder = save(session, position);
-      if (!stop.asked && (done || isDue(run.previews.every_steps, position.step, endOfEpoch)))
-        await journal.preview(position.step, stop);
-      // Asked during the update, or during the previews after it.
-      if (stop.asked && !saves) folder = save(session, position);
-      if (done) break;
-      if (stop.asked) return { position, folder, stopped: true };
-      await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
-    }
+  const turns = turnsFrom(placed, sizes, position);
+  for (let turn = turns.next().value, next = turn; position.step < total; turn = next) {
+    const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
+    const done = position.step + 1 === total;
+    if (!done) next = turns.next().value;
+    const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next);
+    const { update, endsEpoch } = turn;
+    position = after(position, endsEpoch);
+    failures = made.skipped ? failures + 1 : 0;
+    const measured =
+      run.validation.samples > 0 && (done || isDue(run.validation.every_steps, position.step, endsEpoch));
+    journal.note(position, lr, made, update, measured ? await validationLoss(session) : undefined);
+    if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
+    if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
+    const saves = done || isDue(run.checkpoints.every_steps, position.step, endsEpoch);
+    if (saves) folder = save(session, position);
+    if (!stop.asked && (done || isDue(run.previews.every_steps, position.step, endsEpoch)))
+      await journal.preview(position.step, stop);
+    // Asked during the update, or during the previews after it.
+    if (stop.asked && !saves) folder = save(session, position);
+    if (stop.asked && !done) return { position, folder, stopped: true };
+    await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
   }
   const curve = lossCurve(readLog(logFile(run.output)), `${run.name}: loss`);
   writeFileAtomic(join(run.output, 'loss.svg'), curve);
   return { position, folder: await writeFinal(session), stopped: false };
 }
 
-const isDue = (every: number, step: number, endOfEpoch: boolean): boolean =>
-  every > 0 ? step % every === 0 : endOfEpoch;
+const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
+  every > 0 ? step % every === 0 : endsEpoch;
 
-const after = ({ step, epoch, update }: Position, updates: number): Position =>
-  update + 1 === updates
-    ? { step: step + 1, epoch: epoch + 1, update: 0 }
-    : { step: step + 1, epoch, update: update + 1 };
+const after = ({ step, epoch, update }: Position, endsEpoch: boolean): Position =>
+  endsEpoch ? { step: step + 1, epoch: epoch + 1, update: 0 } : { step: step + 1, epoch, update: update + 1 };
 
 function gaveUp({ skipped }: Made, failures: number, step: number, folder: string): UserError {
   const mend = folder ? `resume from ${folder}` : 'start again';

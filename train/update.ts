@@ -4,7 +4,7 @@
 import { setImmediate } from 'node:timers/promises';
 import type { Tensor } from '../engine/tensor.ts';
 import { type GradientNorms, queueNorms } from './clip.ts';
-import type { MicroBatch, Update } from './data/order.ts';
+import type { MicroBatch, Turn } from './data/order.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import type { Session } from './session.ts';
 import type { PassInputs, Task } from './task.ts';
@@ -41,8 +41,8 @@ export function openFeed(task: Task): Feed {
 }
 
 /**
- * Makes an update of `epoch` at learning rate `lr`; `next` follows it there. A loss or gradient that is not finite leaves the
- * weights. After an error the session can only be released.
+ * Makes an update at learning rate `lr`; `next` follows it. A loss or gradient that is not finite leaves the weights. After an
+ * error the session can only be released.
  */
 export async function makeUpdate(...args: Parameters<typeof attempt>): Promise<Made> {
   const made = await attempt(...args);
@@ -53,10 +53,9 @@ export async function makeUpdate(...args: Parameters<typeof attempt>): Promise<M
 async function attempt(
   session: Session,
   feed: Feed,
-  update: Update,
-  epoch: number,
+  { update, epoch }: Turn,
   lr: number,
-  next?: Update,
+  next?: Turn,
 ): Promise<Made> {
   const { run, parameters, passes, optimizer, ema, device, task } = session;
   const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
@@ -66,12 +65,12 @@ async function attempt(
   try {
     for (const [i, pass] of update.entries()) {
       losses.push(passes.queue(await feed.take(pass, epoch), shares[i]));
-      const following = update[i + 1] ?? next?.[0];
-      if (i + 1 === update.length) {
+      if (i + 1 < update.length) feed.begin(update[i + 1], epoch);
+      else {
         passes.gather();
         norms = queueNorms(parameters);
+        if (next) feed.begin(next.update[0], next.epoch);
       }
-      if (following) feed.begin(following, epoch);
       await setImmediate();
     }
     const values = losses.map((loss) => loss.floats()[0]);

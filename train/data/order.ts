@@ -19,10 +19,35 @@ export interface Placed {
   bucket: number;
 }
 
+/** An update of an epoch. */
+export interface Turn {
+  update: Update;
+  epoch: number;
+}
+
+interface Sizes {
+  seed: number;
+  batch: number;
+  accumulation: number;
+}
+
+/** All updates of all epochs, from the `first` of an epoch on; whether it is its epoch's last is told beside each. */
+export function* turnsFrom(
+  samples: readonly Placed[],
+  sizes: Sizes,
+  from: { epoch: number; update: number },
+): Generator<Turn & { endsEpoch: boolean }, never> {
+  for (let { epoch, update: first } = from; ; epoch++, first = 0) {
+    const updates = planEpoch(samples, { ...sizes, epoch });
+    for (let i = first; i < updates.length; i++)
+      yield { update: updates[i], epoch, endsEpoch: i + 1 === updates.length };
+  }
+}
+
 /** The updates of an epoch. `batch` samples at most go through the model at once, `batch * accumulation` into an update. */
 export function planEpoch(
   samples: readonly Placed[],
-  { seed, epoch, batch, accumulation }: { seed: number; epoch: number; batch: number; accumulation: number },
+  { seed, epoch, batch, accumulation }: Sizes & { epoch: number },
 ): Update[] {
   const size = batch * accumulation;
   const places = samples.map(({ key }) => {
