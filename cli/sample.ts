@@ -46,6 +46,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   const options = { ...given, model };
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
+  const prompts = promptsOf(options);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const locate = { terminal, quiet, configs: options.configs, variant: options.variant };
@@ -55,7 +56,6 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   const dtype = chooseDtype(options.dtype, source, device);
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 32);
   const sizes = sizesOf(source, vaeSource);
-  const prompts = promptsOf(options);
   const requests = prompts.map((prompt, i) => ({
     ...baseRequest(options, sizes, prompt, inputs, seed),
     last: i === prompts.length - 1,
@@ -83,8 +83,10 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
         album.add(images, latents, pictureText(options, request, seed, sampler));
       });
     const halfway: Latents[] = [];
-    for (const request of requests) {
-      const latents = await timed('sample', () => stage(pipeline, request, 'sampling'));
+    const labelOf = (what: string, i: number) =>
+      requests.length === 1 ? what : `${what} ${i + 1} of ${requests.length}`;
+    for (const [i, request] of requests.entries()) {
+      const latents = await timed('sample', () => stage(pipeline, request, labelOf('sampling', i)));
       if (refinerSource) halfway.push(latents);
       else await finish(request, latents);
     }
@@ -95,7 +97,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
       if (options.fp8) feedForwardToFp8(pipeline.unet);
       for (const [i, request] of requests.entries()) {
         const refined = refinerRequest(options, request, halfway[i]);
-        await finish(request, await timed('sample', () => stage(pipeline, refined, 'refining')));
+        await finish(request, await timed('sample', () => stage(pipeline, refined, labelOf('refining', i))));
       }
     }
     album.close();
