@@ -4,7 +4,7 @@
 import { setImmediate } from 'node:timers/promises';
 import type { Tensor } from '../engine/tensor.ts';
 import { type GradientNorms, queueNorms } from './clip.ts';
-import type { MicroBatch, Turn } from './data/order.ts';
+import type { MicroBatch, Turn, Update } from './data/order.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import type { Session } from './session.ts';
 import type { PassInputs, Task } from './task.ts';
@@ -44,22 +44,16 @@ export function openFeed(task: Task): Feed {
  * Makes an update at learning rate `lr`; `next` follows it. A loss or gradient that is not finite leaves the weights. After an
  * error the session can only be released.
  */
-export async function makeUpdate(...args: Parameters<typeof attempt>): Promise<Made> {
-  const made = await attempt(...args);
-  args[0].passes.clear();
-  return made;
-}
-
-async function attempt(
+export async function makeUpdate(
   session: Session,
   feed: Feed,
-  { update, epoch }: Turn,
+  turn: Turn,
   lr: number,
   next?: Turn,
 ): Promise<Made> {
-  const { run, parameters, passes, optimizer, ema, device, task } = session;
-  const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
-  const shares = update.map((pass) => pass.samples.length / samples);
+  const { update, epoch } = turn;
+  const { passes, parameters } = session;
+  const shares = sharesOf(update);
   const losses: Tensor[] = [];
   let norms: GradientNorms | undefined;
   try {
@@ -73,22 +67,43 @@ async function attempt(
       }
       await setImmediate();
     }
-    const values = losses.map((loss) => loss.floats()[0]);
-    const bad = values.findIndex((value) => !Number.isFinite(value));
-    if (bad >= 0) {
-      const tensor = firstBadTensor(task, await task.prepare(update[bad], epoch), device);
-      const skipped = `the loss is ${values[bad]}; the first tensor that is not finite is ${tensor}`;
-      return { loss: values[bad], grad_norm: Number.NaN, skipped };
-    }
-    const loss = values.reduce((sum, value, i) => sum + shares[i] * value, 0);
-    const { norm, scale, nonfinite } = (norms as GradientNorms).read(run.optimizer.max_grad_norm);
-    if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
-    const made = optimizer.step(lr, scale);
-    passes.share();
-    ema?.step(made);
-    return { loss, grad_norm: norm };
+    const made = await step(session, turn, lr, losses, norms as GradientNorms);
+    passes.clear();
+    return made;
   } finally {
     norms?.release();
     for (const loss of losses) loss.release();
   }
+}
+
+/** What part of an update's samples each pass has. */
+function sharesOf(update: Update): number[] {
+  const samples = update.reduce((sum, pass) => sum + pass.samples.length, 0);
+  return update.map((pass) => pass.samples.length / samples);
+}
+
+/** Waits for losses and norms, and moves the weights if all are finite. */
+async function step(
+  session: Session,
+  { update, epoch }: Turn,
+  lr: number,
+  losses: readonly Tensor[],
+  norms: GradientNorms,
+): Promise<Made> {
+  const { run, passes, optimizer, ema, device, task } = session;
+  const values = losses.map((loss) => loss.floats()[0]);
+  const bad = values.findIndex((value) => !Number.isFinite(value));
+  if (bad >= 0) {
+    const tensor = firstBadTensor(task, await task.prepare(update[bad], epoch), device);
+    const skipped = `the loss is ${values[bad]}; the first tensor that is not finite is ${tensor}`;
+    return { loss: values[bad], grad_norm: Number.NaN, skipped };
+  }
+  const shares = sharesOf(update);
+  const loss = values.reduce((sum, value, i) => sum + shares[i] * value, 0);
+  const { norm, scale, nonfinite } = norms.read(run.optimizer.max_grad_norm);
+  if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
+  const made = optimizer.step(lr, scale);
+  passes.share();
+  ema?.step(made);
+  return { loss, grad_norm: norm };
 }
