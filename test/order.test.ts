@@ -1,0 +1,88 @@
+// The order of training: what an epoch shows, in which updates and batches, and how epochs follow each other.
+import { test } from 'tap';
+import { type Placed, planEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
+import { keyOf } from '../train/data/source.ts';
+
+const placed = (count: number, buckets: number): Placed[] =>
+  Array.from({ length: count }, (_, i) => ({ key: keyOf(`${i}`), bucket: (i * i) % buckets }));
+
+test('an epoch shows every sample once, whatever the batch', (t) => {
+  const samples = placed(103, 7);
+  const plan = (batch: number, accumulation: number, epoch = 3, seed = 1) =>
+    planEpoch(samples, { seed, epoch, batch, accumulation });
+  const members = (updates: ReturnType<typeof plan>) =>
+    updates.map((update) => update.flatMap((micro) => micro.samples));
+  for (const [batch, accumulation] of [
+    [8, 1],
+    [4, 2],
+    [2, 4],
+    [1, 8],
+    [3, 2],
+    [1, 1],
+    [200, 1],
+  ]) {
+    const updates = plan(batch, accumulation);
+    t.equal(updates.length, updatesPerEpoch(103, batch, accumulation));
+    t.strictSame(
+      members(updates)
+        .flat()
+        .sort((a, b) => a - b),
+      samples.map((_, i) => i),
+      'each once',
+    );
+    const sizes = members(updates).map((update) => update.length);
+    t.ok(
+      sizes.slice(0, -1).every((size) => size === batch * accumulation),
+      'only the last is short',
+    );
+    const batches = updates.flat();
+    t.ok(
+      batches.every((micro) => micro.samples.length <= batch),
+      'no batch is too large',
+    );
+    t.ok(batches.every(({ bucket, samples: each }) => each.every((i) => samples[i].bucket === bucket)));
+  }
+  t.strictSame(members(plan(4, 2)), members(plan(8, 1)), 'batch 8 and batch 4 twice see the same');
+  t.strictSame(members(plan(1, 8)), members(plan(8, 1)));
+  t.strictSame(plan(8, 1), plan(8, 1), 'and again');
+  t.notSame(members(plan(8, 1, 4)), members(plan(8, 1)), 'another epoch, another order');
+  t.notSame(members(plan(8, 1, 3, 2)), members(plan(8, 1)), 'another seed');
+  const pure = plan(8, 1).filter((update) => update.length === 1).length;
+  t.ok(pure >= 8, `${pure} of 13 updates are of one size`);
+  t.end();
+});
+
+test('orders are fair', (t) => {
+  const samples = placed(6, 1);
+  const counts = new Map<string, number>();
+  for (let epoch = 0; epoch < 7200; epoch++) {
+    const order = planEpoch(samples.slice(0, 4), { seed: 5, epoch, batch: 1, accumulation: 1 });
+    const name = order.map(([micro]) => micro.samples[0]).join('');
+    counts.set(name, (counts.get(name) ?? 0) + 1);
+  }
+  t.equal(counts.size, 24, 'every permutation comes');
+  // Chi-square with 23 degrees of freedom is below 50 with probability 0.999.
+  const chi = [...counts.values()].reduce((sum, n) => sum + (n - 300) ** 2 / 300, 0);
+  t.ok(chi < 50, `chi-square ${chi}`);
+  const alone = samples.map(({ key }) => key);
+  t.equal(new Set(alone).size, 6);
+  t.end();
+});
+
+test('turns are the updates of one epoch after another', (t) => {
+  const placed = Array.from({ length: 7 }, (_, key) => ({ key, bucket: key % 2 }));
+  const sizes = { seed: 3, batch: 2, accumulation: 1 };
+  const want = [4, 5, 6].flatMap((epoch) =>
+    planEpoch(placed, { ...sizes, epoch }).map((update, i, all) => ({
+      ...{ update, epoch },
+      endsEpoch: i + 1 === all.length,
+    })),
+  );
+  const turns = turnsFrom(placed, sizes, { epoch: 4, update: 2 });
+  t.same(
+    want.slice(2).map(() => turns.next().value),
+    want.slice(2),
+  );
+  t.equal(want.length, 12, 'each epoch ends with a short one');
+  t.end();
+});
