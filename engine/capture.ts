@@ -32,7 +32,7 @@ interface Recorded {
 /** Calls `note` with the tensors of every op in `fn`. */
 export type Observe = (note: (t: Tensor) => void, fn: () => void) => void;
 
-/** Replays after which a recording has saved more than it cost. */
+/** Replays after which a recording has surely saved what it cost, two or three runs by the host's count. */
 const PAYS = 8;
 
 /** `fn` as a step whose launches are recorded, in memory of its own or in what it shares with other steps. */

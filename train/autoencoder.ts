@@ -19,7 +19,6 @@ import { draws } from './draws.ts';
 import { type Pictures, readView, spread, stack, viewIn } from './pictures.ts';
 import { grid } from './preview.ts';
 import type { Run } from './run.ts';
-
 import {
   component,
   copied,

@@ -251,6 +251,7 @@ function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | und
   const kept = Float32Array.from(captions, (caption) => (caption === undefined ? 0 : 1));
   return { ...Object.fromEntries(ids), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
 }
+
 /** Those captions through the encoders; the rows of those left away are zero. */
 function encoded({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
   const states = encodeTokens(

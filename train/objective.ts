@@ -1,7 +1,6 @@
 // The diffusion objective: latents → timesteps, noise, noised latents, target and weights, and the loss of a prediction.
 // All draws are keyed by (seed, epoch, sample) and made on the host in the latents' own layout [n, h, w, c]. Where peers
 // differ the paper's formula is taken and the function says so.
-
 import type { Tensors } from '../engine/op.ts';
 import { huber, mse } from '../engine/ops/loss.ts';
 import { cast } from '../engine/ops/unary.ts';

@@ -21,7 +21,7 @@ export interface Passes {
   release(): void;
 }
 
-/** Bytes of gradients that are cleared and added to in less time than recording saves. */
+/** Bytes of gradients that are cleared and added to in some 1 ms, by 4.3 TB/s: less than recording saves. Not measured. */
 const MOST_BYTES = 2 ** 30;
 
 export function openPasses(
