@@ -143,8 +143,26 @@ export function readJson(path: string): unknown {
   try {
     return JSON.parse(text);
   } catch (error) {
+    const value = withoutBareNumbers(text);
+    if (value !== undefined) return value;
     const reason = (error as Error).message.replace(/\s+/g, ' ');
     throw new UserError(`${path} is not valid JSON (${reason}): correct it, or download it again`);
+  }
+}
+
+/**
+ * JSON as Python writes it, with infinities and NaN as bare words (diffusers' DPM-Solver has "lambda_min_clipped":
+ * -Infinity); keys that have such a value are left out. Undefined for what is not JSON even so.
+ */
+function withoutBareNumbers(text: string): unknown {
+  // Texts are matched so as to be passed over; 1e999 is how JSON can say Infinity.
+  const plain = text.replace(/"(?:[^"\\]|\\.)*"|-?Infinity|NaN/g, (word) =>
+    word.startsWith('"') ? word : '1e999',
+  );
+  try {
+    return JSON.parse(plain, (_, value) => (value === Infinity ? undefined : value));
+  } catch {
+    return undefined;
   }
 }
 

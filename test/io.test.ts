@@ -164,6 +164,8 @@ test('files: assertWritable and readJson', (t) => {
   }
   writeFileSync(at('good.json'), '{"a": [1]}');
   t.strictSame(readJson(at('good.json')), { a: [1] });
+  writeFileSync(at('python.json'), '{"a": -Infinity, "b": ["Infinity", {"c": NaN}], "d": "\\"NaN"}');
+  t.strictSame(readJson(at('python.json')), { b: ['Infinity', {}], d: '"NaN' }, "Python's bare words");
   writeFileSync(at('bad.json'), '{"a": \n[1}');
   const message = messageOf(() => readJson(at('bad.json')));
   t.ok(/bad.json is not valid JSON/.test(message) && !message.includes('\n'), message);
