@@ -3,10 +3,10 @@
 // EOS, padding. The padding token is a special token like the others: in SDXL's second tokenizer it is "!",
 // so every "!" in a prompt is id 0 there, as in diffusers.
 
-import { readFileSync, statSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { asUserError, readJsonObject } from '../io/files.ts';
+import { readJsonObject, readText } from '../io/files.ts';
 import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
 
 export interface Tokenizer {
@@ -38,26 +38,37 @@ interface AddedToken {
 const clipLength = 77;
 
 /**
- * The tokenizer in `folder`: vocab.json, merges.txt, and tokenizer_config.json or special_tokens_map.json if
- * there.
+ * The tokenizer in `folder`: vocab.json and merges.txt, or tokenizer.json, which is all that transformers 5 saves; and
+ * tokenizer_config.json or special_tokens_map.json if there.
  * @throws UserError when a file is missing, unreadable or inconsistent
  */
 export function loadTokenizer(folder: string): Tokenizer {
-  const optional = (name: string): object => {
-    const path = join(folder, name);
-    return statSync(path, { throwIfNoEntry: false }) ? readJsonObject(path) : {};
-  };
-  const vocabPath = join(folder, 'vocab.json');
-  const vocab = readJsonObject(vocabPath) as Record<string, number>;
-  const mergesPath = join(folder, 'merges.txt');
-  let merges: string;
-  try {
-    merges = readFileSync(mergesPath, 'utf8');
-  } catch (error) {
-    throw asUserError(error, mergesPath);
-  }
+  const at = (name: string) => join(folder, name);
+  const optional = (name: string) => (existsSync(at(name)) ? readJsonObject(at(name)) : {});
   const config = { ...optional('special_tokens_map.json'), ...optional('tokenizer_config.json') };
-  return loadTokenizerFiles(vocab, merges, config, folder);
+  if (existsSync(at('tokenizer.json')) && !existsSync(at('vocab.json')))
+    return loadTokenizerJson(readJsonObject(at('tokenizer.json')), config, at('tokenizer.json'));
+  const vocab = readJsonObject(at('vocab.json')) as Record<string, number>;
+  return loadTokenizerFiles(vocab, readText(at('merges.txt')), config, folder);
+}
+
+/** The part of tokenizer.json that is not the same for all of CLIP's tokenizers. */
+interface TokenizerJson {
+  model?: { vocab?: Record<string, number>; merges?: (string | [string, string])[] };
+  added_tokens?: AddedToken[];
+}
+
+function loadTokenizerJson(
+  { model, added_tokens = [] }: TokenizerJson,
+  config: TokenizerConfig,
+  where: string,
+): Tokenizer {
+  const { vocab, merges } = model ?? {};
+  if (!vocab || !Array.isArray(merges))
+    throw new UserError(`${where} holds no byte-pair encoding: take the tokenizer of an SDXL model`);
+  const lines = merges.map((pair) => (typeof pair === 'string' ? pair : pair.join(' ')));
+  const added_tokens_decoder = Object.fromEntries(Object.entries(added_tokens));
+  return loadTokenizerFiles(vocab, lines.join('\n'), { ...config, added_tokens_decoder }, where);
 }
 
 /**

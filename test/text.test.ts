@@ -71,6 +71,33 @@ test('the padding token is special, where it is written and nowhere else', async
   t.equal(plain[76], 1999, 'padding of tokenizer');
 });
 
+test('tokenizer.json, where transformers 5 saved nothing else', async (t) => {
+  for (const name of ['tokenizer', 'tokenizer_2'] as const) {
+    const folder = join(goldenFolder, 'tiny-sdxl', name);
+    const text = (file: string) => readFileSync(join(folder, file), 'utf8');
+    const config = JSON.parse(text('tokenizer_config.json'));
+    const { added_tokens_decoder, ...rest } = config;
+    const lines = text('merges.txt').trimEnd().split('\n').slice(1);
+    const model = { type: 'BPE', vocab: JSON.parse(text('vocab.json')), merges: lines };
+    const added_tokens = Object.entries(added_tokens_decoder).map(([id, token]) => ({
+      id,
+      ...(token as object),
+    }));
+    const prompts = area.cases.find(({ id }) => id === `${name}_ids`)!.prompts as string[];
+    for (const merges of [lines, lines.map((line) => line.split(' '))]) {
+      const alone = t.testdir({
+        'tokenizer.json': JSON.stringify({ added_tokens, model: { ...model, merges } }),
+        'tokenizer_config.json': JSON.stringify(rest),
+      });
+      const tokenizer = loadTokenizer(alone);
+      const ids = (from: Tokenizer) => prompts.map((prompt) => from.encode(prompt).ids.join());
+      t.strictSame(ids(tokenizer), ids(tokenizers[name]), name);
+    }
+  }
+  const other = t.testdir({ 'tokenizer.json': '{ "model": { "type": "Unigram" } }' });
+  t.throws(() => loadTokenizer(other), /holds no byte-pair encoding/);
+});
+
 test('files that are missing or do not fit', async (t) => {
   const folder = t.testdir({});
   const refused = (pattern: RegExp) => {

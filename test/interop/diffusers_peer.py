@@ -64,6 +64,8 @@ for line in open(sys.argv[1]):
             pipeline.load_lora_weights(file, adapter_name=name)
         pipeline.set_adapters(names, [scale for _, scale in adapters])
     latents = draw(job["pipeline"], job["model"], job, generator, job["settings"])
+    if "save" in job:
+        load(job["pipeline"], job["model"], job.get("configs"))[0].save_pretrained(job["save"])
     if adapters:
         pipeline.unload_lora_weights()
     if job.get("refiner"):

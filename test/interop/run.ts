@@ -50,10 +50,12 @@ interface Job extends Call {
   /** What `sdxl` draws it from, where that is not the same. */
   ours?: string[];
   configs?: string;
+  /** Where diffusers saves its pipeline, with the job's scheduler. */
+  save?: string;
 }
 
-/** The tiny model as we export it, drawn from by diffusers; ours draws from the original. */
-async function exports(): Promise<Job[]> {
+/** The tiny model as either program saves it, drawn from by the other; who saves draws from the original. */
+async function saved(): Promise<Job[]> {
   const exported = join(folder, 'exported');
   await sdxl('export', base, exported, '--dtype', 'float16', '--max-shard-size', '600kB');
   const single = join(folder, 'single.safetensors');
@@ -66,7 +68,16 @@ async function exports(): Promise<Job[]> {
     guidance_scale: 5,
   };
   const call: Call = { label: '', pipeline: 'text2img', model: base, seed: 11, settings };
+  const save = join(folder, 'theirs');
+  const scheduler = { class: 'DPMSolverMultistepScheduler' };
   const jobs: Job[] = [
+    {
+      ...call,
+      label: 'a folder that diffusers saved',
+      scheduler,
+      save,
+      ours: argvOf({ ...call, model: save }),
+    },
     { ...call, label: 'export: a sharded folder', model: exported, ours: argvOf(call) },
     { ...call, label: 'export: a single file', model: single, configs: base, ours: argvOf(call) },
   ];
@@ -158,7 +169,7 @@ async function compare(job: Job & { out: string }): Promise<boolean> {
 }
 
 async function all(words: readonly string[]): Promise<number> {
-  const jobs = [...(await exports()), ...textAdapters(), ...allCalls(...(await oddPictures()))]
+  const jobs = [...(await saved()), ...textAdapters(), ...allCalls(...(await oddPictures()))]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   if (!drawTheirs(jobs)) return 0;
