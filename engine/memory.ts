@@ -28,8 +28,8 @@ export interface Driver {
   room?(): { free: number; total: number };
   upload(block: Block, offset: number, source: Uint8Array): void;
   download(block: Block, offset: number, target: Uint8Array): void;
-  /** Copies from blocks of another device of its kind: after what is queued on both, and before what is queued on either later. */
-  copyFrom?(source: Driver, copies: readonly Copy[]): void;
+  /** Its queue as others of its kind see it, where tensors can go from one to another. */
+  readonly exchange?: Exchange;
   /** Fills the first bytes with zeros, where that is quicker than an upload of them. */
   clear?(block: Block, bytes: number): void;
   /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
@@ -42,11 +42,19 @@ export interface Driver {
   capture?(queue: () => void): Replay;
 }
 
-/** The first bytes of one block into another. */
-export interface Copy {
-  readonly to: Block;
-  readonly from: Block;
-  readonly bytes: number;
+/** The end of what a queue had at some time. */
+export type Mark = bigint;
+
+/** A device's queue, for copies from the memory of others (exchange.ts). */
+export interface Exchange {
+  /** Marks the end of what is queued now; what waits for a mark has to be told before the next one is made. */
+  mark(): Mark;
+  /** Has what is queued from now on wait for a mark of any device. */
+  after(mark: Mark): void;
+  /** Queues a copy of the first bytes of another device's block into one of this device's. */
+  copy(to: Block, from: Block, source: Exchange, bytes: number): void;
+  /** Waits for all that is queued. */
+  finish(): void;
 }
 
 /** Recorded launches. */

@@ -124,18 +124,6 @@ export class Tensor {
   }
 }
 
-/** Copies tensors of one device into those of another, of the same sizes; both devices go on when they have to. */
-export function copyBetween(pairs: readonly (readonly [to: Tensor, from: Tensor])[]): void {
-  if (pairs.length === 0) return;
-  const [[{ device: target }, { device: source }]] = pairs;
-  if (!target.driver.copyFrom || !source.driver.copyFrom)
-    throw new UserError(`${target.name} cannot take tensors from ${source.name}: only GPUs work together`);
-  target.driver.copyFrom(
-    source.driver,
-    pairs.map(([to, from]) => ({ to: to.block, from: from.block, bytes: from.byteLength })),
-  );
-}
-
 /** A tensor whose elements are whatever the memory held. */
 export function empty(shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
   const dtype = options.dtype ?? 'float32';

@@ -9,9 +9,10 @@ import { FunctionAttribute } from '../engine/cuda/api.ts';
 import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
+import { copyBetween } from '../engine/exchange.ts';
 import { exp, silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
-import { copyBetween, tensor, zeros } from '../engine/tensor.ts';
+import { tensor, zeros } from '../engine/tensor.ts';
 import { packageRoot } from './golden.ts';
 import { BOUND, processorTime } from './processor_time.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
@@ -120,6 +121,10 @@ test('every other call', { skip: compiled.status !== 0 && 'no C compiler' }, (t)
   const context = api.cuDevicePrimaryCtxRetain(0);
   api.cuMemcpyPeerAsync(b, context, a, context, 2, stream);
   t.same(read(b).slice(3, 7), [2, 3, 7, 7]);
+  t.equal(api.cuDeviceCanAccessPeer(0, 0), true);
+  const pool = api.cuDeviceGetDefaultMemPool(0);
+  api.cuMemPoolSetAccess(pool, 0);
+  t.throws(() => api.cuMemPoolSetAccess(pool + 1n, 0), { message: /CUDA_ERROR_INVALID_VALUE/ });
   for (const contexts of [[context, 1n] as const, [1n, context] as const])
     t.throws(() => api.cuMemcpyPeerAsync(b, contexts[0], a, contexts[1], 2, stream), {
       message: /CUDA_ERROR_INVALID_CONTEXT/,
@@ -187,7 +192,7 @@ test('two GPUs in one process: each call finds the context of its own', (t) => {
   let now = 0n;
   const copies: bigint[][] = [];
   const gpu = (own: bigint) => {
-    const api = standInApi(anyHopper);
+    const api = { ...standInApi(anyHopper), cuDeviceCanAccessPeer: () => false };
     const inOwn =
       <A extends unknown[], R>(call: (...args: A) => R) =>
       (...args: A): R => {

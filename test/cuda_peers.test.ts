@@ -2,42 +2,104 @@
 import { test } from 'tap';
 import type { GpuApi } from '../engine/cuda/api.ts';
 import type { Device } from '../engine/device.ts';
+import { copyBetween } from '../engine/exchange.ts';
+import type { Block, Exchange } from '../engine/memory.ts';
 import { scope, unscoped } from '../engine/scope.ts';
-import { copyBetween, empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
+import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { openGpus } from './virtual-gpu/several.ts';
 
 const onGpu = (device: Device, ...values: number[]): Tensor =>
   unscoped(() => tensor(values, [values.length], { device }));
 
-test('copies between GPUs', (t) => {
-  const { devices } = openGpus(2);
-  const [a, b] = devices.map((device) => [onGpu(device, 1, 2), onGpu(device, 3)]);
-  copyBetween([
-    [b[0], a[0]],
-    [b[1], a[1]],
-  ]);
-  a[0].clear();
-  t.same([...b[0].floats(), ...b[1].floats()], [1, 2, 3]);
-  t.same([...a[0].floats()], [0, 0], 'what comes after the copy is not copied');
-  copyBetween([]);
-  a[0].release();
-  devices[0].memory.trim();
-  const source = { address: a[1].block.address - 1024n, bytes: 256 };
-  const copies = [{ to: b[0].block, from: source, bytes: 8 }];
-  t.throws(() => devices[1].driver.copyFrom?.(devices[0].driver, copies), {
-    message: /^out of bounds: cuMemcpyPeerAsync of 8 bytes at .* of a freed 256-byte allocation/,
+const onGpus = (devices: readonly Device[], values: number[]): Tensor[] =>
+  devices.map((device, i) => onGpu(device, ...values.map((value) => 10 * i + value)));
+
+for (const peers of [false, true]) {
+  const how = peers ? 'straight' : 'by the driver';
+
+  test(`copies between GPUs, ${how}`, (t) => {
+    const { devices, failing } = openGpus(2, { peers });
+    const [a, b] = devices.map((device) => [onGpu(device, 1, 2), onGpu(device, 3)]);
+    copyBetween([
+      [b[0], a[0]],
+      [b[1], a[1]],
+    ]);
+    a[0].clear();
+    t.same([...b[0].floats(), ...b[1].floats()], [1, 2, 3]);
+    t.same([...a[0].floats()], [0, 0], 'what comes after the copy is not copied');
+    t.same(
+      failing.map(({ made }) => [
+        made('cuMemcpyDtoDAsync'),
+        made('cuMemcpyPeerAsync'),
+        made('cuMemPoolSetAccess'),
+      ]),
+      peers
+        ? [
+            [0, 0, 1],
+            [2, 0, 0],
+          ]
+        : [
+            [0, 0, 0],
+            [0, 2, 0],
+          ],
+      "the target copies, and the source's pool is opened once",
+    );
+    copyBetween([]);
+    a[0].release();
+    devices[0].memory.trim();
+    const source = { address: a[1].block.address - 1024n, bytes: 256 };
+    const copy = (from: Block) => {
+      const [here, there] = devices.map(({ driver }) => driver.exchange as Exchange);
+      return () => there.copy(b[0].block, from, here, 8);
+    };
+    t.throws(copy(source), {
+      message: /^out of bounds: cuMemcpy\w+ of 8 bytes at .* of a freed 256-byte allocation/,
+    });
+    if (!peers) t.throws(copy(b[1].block), { message: /^out of bounds/ });
+    const nothing = unscoped(() => empty([2], { device: devices[0] }));
+    t.throws(() => copyBetween([[b[0], nothing]]), {
+      message: /^uninitialised: cuMemcpy\w+ reads byte 0/,
+    });
+    const replay = () => devices[1].driver.capture?.(() => copyBetween([[b[1], a[1]]]));
+    t.throws(replay, { message: /tensors were copied in a step that is being captured/ });
+    const cpu = { name: 'cpu', driver: {} } as Device;
+    const there = { device: cpu } as Tensor;
+    t.throws(() => copyBetween([[there, a[1]]]), {
+      message: /cpu cannot take tensors from cuda:0: only GPUs/,
+    });
+    t.end();
   });
-  const own = [{ to: b[0].block, from: b[1].block, bytes: 4 }];
-  t.throws(() => devices[1].driver.copyFrom?.(devices[0].driver, own), { message: /^out of bounds/ });
-  const nothing = unscoped(() => empty([2], { device: devices[0] }));
-  t.throws(() => copyBetween([[b[0], nothing]]), {
-    message: /^uninitialised: cuMemcpyPeerAsync reads byte 0/,
+
+  test(`a ring of copies in one call waits for none of them, ${how}`, (t) => {
+    const { devices } = openGpus(3, { peers });
+    const [from, to] = [onGpus(devices, [1, 2]), onGpus(devices, [0, 0])];
+    copyBetween(to.map((tensor, i) => [tensor, from[(i + 1) % 3]]));
+    for (const tensor of from) tensor.clear();
+    t.same(
+      to.map((tensor) => [...tensor.floats()]),
+      [
+        [11, 12],
+        [21, 22],
+        [1, 2],
+      ],
+    );
+    // What the first brings the second needs: that is for two calls.
+    const chain = [[to[1], from[0]] as const, [to[2], to[1]] as const];
+    t.throws(() => copyBetween(chain), {
+      message: /^race: cuMemcpy\w+ does not wait for what is queued on GPU 1$/,
+    });
+    t.end();
   });
-  const replay = () => devices[1].driver.capture?.(() => copyBetween([[b[1], a[1]]]));
-  t.throws(replay, { message: /tensors were copied in a step that is being captured/ });
-  const cpu = { name: 'cpu', driver: {} } as Device;
-  const there = { device: cpu } as Tensor;
-  t.throws(() => copyBetween([[there, a[1]]]), { message: /cpu cannot take tensors from cuda:0: only GPUs/ });
+}
+
+test('where a pool cannot be opened, the driver carries the bytes', (t) => {
+  const { devices, failing } = openGpus(2, { peers: true });
+  failing[0].fail('cuMemPoolSetAccess', 'CUDA_ERROR_NOT_SUPPORTED');
+  const [a, b] = onGpus(devices, [1, 2]);
+  for (let i = 0; i < 2; i++) copyBetween([[b, a]]);
+  t.same([...b.floats()], [1, 2]);
+  t.equal(failing[1].made('cuMemcpyPeerAsync'), 2);
+  t.equal(failing[0].made('cuMemPoolSetAccess'), 1);
   t.end();
 });
 
@@ -50,17 +112,26 @@ test('a wait that is left out is a report', (t) => {
     };
     return { ...api, cuStreamWaitEvent };
   };
+  /** Two GPUs swap: each waits for the other before it copies, and before it writes where the other reads. */
   const run = (at: number) => () => {
-    const [one, two] = openGpus(2, without(at)).devices;
+    const { devices } = openGpus(2, { wrap: without(at) });
     scope(() => {
-      const [x, y] = [zeros([9], { device: one }), zeros([9], { device: two })];
-      copyBetween([[y, x]]);
-      x.clear();
+      const [from, to] = [0, 0].map(() => devices.map((device) => zeros([9], { device })));
+      copyBetween([
+        [to[1], from[0]],
+        [to[0], from[1]],
+      ]);
+      for (const tensor of from) tensor.clear();
     });
   };
-  t.throws(run(1), { message: /^race: cuMemcpyPeerAsync does not wait for what is queued on GPU 0$/ });
-  t.throws(run(2), { message: /^race: cuMemsetD8Async on GPU 0 does not wait for GPU 1's copy$/ });
-  t.doesNotThrow(run(3));
+  for (const [at, gpu] of [0, 1].entries()) {
+    t.throws(run(at + 1), {
+      message: `race: cuMemcpyPeerAsync does not wait for what is queued on GPU ${gpu}`,
+    });
+    const early = new RegExp(`^race: cuMemsetD8Async on GPU ${gpu} does not wait for GPU ${1 - gpu}'s copy$`);
+    t.throws(run(at + 3), { message: early });
+  }
+  t.doesNotThrow(run(5));
   t.end();
 });
 

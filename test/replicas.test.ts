@@ -19,24 +19,35 @@ const updates = (count: number) =>
     ),
   );
 
-const three = openGpus(3);
+/** Of three weights each of three GPUs owns one, and of two GPUs the first owns one. */
+const names = ['weight', 'second', 'third'];
+const three = openGpus(3, { peers: true });
 
 test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async (t) => {
   for (const count of [2, 3])
     for (const repeats of [false, true]) {
       const what = `${count} GPUs, ${repeats ? 'recorded' : 'eager'}`;
       const [devices, failing] = [three.devices.slice(0, count), three.failing.slice(0, count)];
-      const alone = open(devices.slice(0, 1), { repeats });
+      const alone = open(devices.slice(0, 1), { repeats, names });
       const want = await trained(alone, updates(count));
       t.equal(new Set(want).size, 11, `${what}: each update but one changes the weights`);
       alone.release();
       const made = (call: keyof GpuApi) => failing.map((gpu) => gpu.made(call));
       const before = made('cuLaunchKernel');
-      const together = open(devices, { repeats });
+      const together = open(devices, { repeats, names });
+      const owners = [...together.session.parameters.values()].map(({ tensor }) => tensor.device);
+      const state = [...together.session.optimizer.state.values()].map(({ device }) => device);
+      t.same(new Set(owners), new Set(devices), `${what}: each owns some`);
+      t.same(
+        state,
+        [owners[0], ...owners.flatMap((owner) => [owner, owner])],
+        `${what}: the optimizer's state is there`,
+      );
       t.same(await trained(together, updates(count)), want, what);
       const launches = made('cuLaunchKernel').map((calls, i) => calls - before[i]);
       t.ok(Math.min(...launches) > 10, `${what}: all work: ${launches}`);
       t.equal(Math.min(...made('cuGraphLaunch')) > 0, repeats);
+      t.ok(Math.min(...made('cuMemcpyDtoDAsync')) > 0, `${what}: all fetch`);
       together.release();
       t.same(held(devices), Array(2 * count).fill(0), `${what}: nothing is held`);
     }
@@ -45,7 +56,7 @@ test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async 
 test('more passes than GPUs: only the order of sums is another', async (t) => {
   const devices = three.devices.slice(0, 2);
   const floats = async (on: readonly Device[]) => {
-    const session = open(on);
+    const session = open(on, { names });
     const after = await trained(session, updates(5));
     session.release();
     return new Float32Array(Uint8Array.from(Buffer.from(after[11], 'hex')).buffer);
@@ -57,7 +68,11 @@ test('more passes than GPUs: only the order of sums is another', async (t) => {
 
 test('a loss or gradient on another GPU that is not finite leaves the weights', async (t) => {
   const devices = three.devices.slice(0, 2);
-  const { session, weight, release } = open(devices);
+  const {
+    session,
+    weights: [weight],
+    release,
+  } = open(devices, { names: ['weight', 'second'] });
   const feed = openFeed(session.task);
   const made = await makeUpdate(session, feed, turn(pass(1), pass(Number.NaN)), 0.1);
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
@@ -70,12 +85,13 @@ test('a loss or gradient on another GPU that is not finite leaves the weights', 
 
 type Place = readonly [gpu: number, call: keyof GpuApi, at: number];
 
-/** Calls that a copy makes on the second GPU and on the first, and those of a pass. */
+/** Calls of the copies between GPUs, and of a pass. */
 const places: readonly Place[] = [
   [1, 'cuMemcpyPeerAsync', 2],
   [0, 'cuMemcpyPeerAsync', 2],
   [1, 'cuStreamWaitEvent', 2],
-  [0, 'cuEventRecord', 3],
+  [0, 'cuEventRecord', 5],
+  [0, 'cuEventRecord', 6],
   [1, 'cuLaunchKernel', 3],
   [1, 'cuGraphLaunch', 2],
   [1, 'cuMemcpyDtoHAsync', 2],
@@ -88,7 +104,7 @@ test('what fails is told with its GPU, and nothing is held', { timeout: 120_000 
     place: Place,
   ) => {
     const [gpu, call, at] = place;
-    const session = open(devices, { repeats: true });
+    const session = open(devices, { repeats: true, names });
     failing[gpu].fail(call, result, { at });
     const what = `${result} at ${call} on cuda:${gpu}`;
     const sentence = new RegExp(`^${call} failed with ${result} on cuda:${gpu}(: the last kernel|$)`);

@@ -1,4 +1,5 @@
-// A session of training without files: a model of one weight, whose loss is the mean square of x w - x, w a matrix.
+// A session of training without files: a model of one weight or several, whose loss is the mean square of x w - x, w a matrix or
+// the sum of matrices.
 import type { Device } from '../engine/device.ts';
 import { requireGrad } from '../engine/grad.ts';
 import { module, namedParameters, parameter, unload } from '../engine/module.ts';
@@ -6,13 +7,13 @@ import type { Tensors } from '../engine/op.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { unscoped } from '../engine/scope.ts';
-import { type Tensor, zeros } from '../engine/tensor.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { MicroBatch, Turn } from '../train/data/order.ts';
 import { createOptimizer } from '../train/optimizers/create.ts';
 import { openReplicas } from '../train/replicas.ts';
 import { resolveRun } from '../train/run.ts';
 import type { Session } from '../train/session.ts';
-import { component, copied, type Substitute, type Task, twin } from '../train/task.ts';
+import { component, copied, type Substitute, type Task, trainedParameters, twin } from '../train/task.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
 
 const SIDE = 8;
@@ -22,14 +23,28 @@ const run = resolveRun({ optimizer: { lr: 0.1, max_grad_norm: 0 } }, 'test', 'te
 export const turn = (...update: MicroBatch[]): Turn => ({ update, epoch: 0 });
 export const pass = (...samples: number[]): MicroBatch => ({ bucket: 0, samples });
 
-const model = () => module({ weight: parameter([SIDE, SIDE]) }, (m, x: Tensor) => linear(x, m.weight.tensor));
+const model = (names: readonly string[]) =>
+  module(
+    Object.fromEntries(names.map((name) => [name, parameter([SIDE, SIDE])])),
+    ({ weight, ...others }, x: Tensor) =>
+      Object.values(others).reduce(
+        (y, { tensor }) => linear(x, tensor, undefined, { residual: y }),
+        linear(x, weight.tensor),
+      ),
+  );
 
-/** Sample i has i in all places of x; `events` are what is done. */
-export function open([device, ...further]: readonly Device[], { repeats = false } = {}) {
+/** Sample i has i in all places of x; weights are 0, then 0.01, ...; `events` are what is done. */
+export function open(
+  [device, ...further]: readonly Device[],
+  { repeats = false, names = ['weight'] as readonly string[] } = {},
+) {
   const events: string[] = [];
-  const net = model();
-  const { weight } = net.children;
-  weight.tensor = requireGrad(unscoped(() => zeros([SIDE, SIDE], { device })));
+  const net = model(names);
+  const weights = Object.values(net.children);
+  for (const [i, weight] of weights.entries()) {
+    const values = new Float32Array(SIDE * SIDE).fill(i / 100);
+    weight.tensor = requireGrad(unscoped(() => tensor(values, [SIDE, SIDE], { device })));
+  }
   const part = component('net', {}, net);
   const lossOf = (used: typeof net, x: Tensor) => {
     events.push('queue');
@@ -48,7 +63,7 @@ export function open([device, ...further]: readonly Device[], { repeats = false 
     loss: ({ x }: Tensors) => lossOf(net, x),
     repeats,
     replicate(other: Device) {
-      const copy = model();
+      const copy = model(names);
       const substitute: Substitute = copied(other);
       return {
         weights: new Map(twin(part, namedParameters(copy), substitute)),
@@ -58,21 +73,21 @@ export function open([device, ...further]: readonly Device[], { repeats = false 
     },
     components: [part],
   } as unknown as Task;
-  const parameters = new Map([['net.weight', weight]]);
+  const passes = openReplicas(task, trainedParameters([part]), device, further);
+  const { parameters } = passes;
   const optimizer = createOptimizer(parameters, run.optimizer, 0);
-  const passes = openReplicas(task, parameters, device, further);
   const session = { run, task, device, parameters, passes, optimizer } as unknown as Session;
   const release = () => {
     passes.release();
     optimizer.release();
     unload(net);
   };
-  return { session, weight, events, release };
+  return { session, weights, events, release };
 }
 
 /** The weights after each of these updates. */
 export async function trained(
-  { session, weight }: ReturnType<typeof open>,
+  { session, weights }: ReturnType<typeof open>,
   updates: readonly MicroBatch[][],
   between?: (k: number) => void,
 ): Promise<string[]> {
@@ -80,7 +95,7 @@ export async function trained(
   const after: string[] = [];
   for (const [k, update] of updates.entries()) {
     await makeUpdate(session, feed, turn(...update), 0.1, updates[k + 1] && turn(...updates[k + 1]));
-    after.push(Buffer.from(weight.tensor.bytes()).toString('hex'));
+    after.push(Buffer.concat(weights.map(({ tensor }) => tensor.bytes())).toString('hex'));
     between?.(k);
   }
   return after;

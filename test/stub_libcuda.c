@@ -22,6 +22,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 132 : 1;
   return check(device);
 }
+int cuDeviceCanAccessPeer(int *can, int device, int peer) { return *can = 1, check(device) ? check(device) : check(peer); }
 int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = CONTEXT, check(device); }
 int cuDevicePrimaryCtxRelease_v2(int device) { return check(device); }
 int cuCtxSetCurrent(Handle context) { return context == CONTEXT ? 0 : 201; }
@@ -31,6 +32,10 @@ int cuMemGetInfo_v2(size_t *unused, size_t *total) { return *unused = 5, *total 
 int cuDeviceGetDefaultMemPool(Handle *pool, int device) { return *pool = POOL, check(device); }
 int cuMemPoolSetAttribute(Handle pool, int attribute, const uint64_t *value) {
   return pool == POOL && attribute == 4 && *value == UINT64_MAX ? 0 : 1;
+}
+// A CUmemAccessDesc: a device (1), which one, and leave to read and write (3).
+int cuMemPoolSetAccess(Handle pool, const int *leave, size_t count) {
+  return pool == POOL && count == 1 && leave[0] == 1 && leave[1] == DEVICE && leave[2] == 3 ? 0 : 1;
 }
 int cuMemPoolTrimTo(Handle pool, size_t keep) { return pool == POOL && keep == 0 ? 0 : 1; }
 int cuEventCreate(Handle *event, unsigned flags) { return *event = EVENT, flags == 2 ? 0 : 1; }

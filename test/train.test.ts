@@ -15,6 +15,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
+import type { Driver, Exchange } from '../engine/memory.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
@@ -273,14 +274,21 @@ test('the refiner, which has one text encoder and an aesthetic score', async (t)
 function another(): Device {
   const library = findLibrary();
   const other = 'path' in library ? nativeDevice(library.path) : openDevice('reference');
-  for (const { driver } of [device, other])
-    driver.copyFrom = (source, copies) => {
-      for (const { to, from, bytes } of copies) {
+  const exchanges = new Map<Exchange, Driver>();
+  for (const { driver } of [device, other]) {
+    const exchange: Exchange = {
+      mark: () => 0n,
+      after() {},
+      finish() {},
+      copy(to, from, source, bytes) {
         const carried = new Uint8Array(bytes);
-        source.download(from, 0, carried);
+        exchanges.get(source)?.download(from, 0, carried);
         driver.upload(to, 0, carried);
-      }
+      },
     };
+    exchanges.set(exchange, driver);
+    Object.assign(driver, { exchange });
+  }
   return other;
 }
 

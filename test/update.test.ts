@@ -14,7 +14,12 @@ const cpu = openDevice('auto');
 
 test('the host prepares while the device works', async (t) => {
   const before = cpu.memory.storages;
-  const { session, weight, events, release } = open([cpu]);
+  const {
+    session,
+    weights: [weight],
+    events,
+    release,
+  } = open([cpu]);
   const feed = openFeed(session.task);
   const { driver } = cpu;
   const { download } = driver;
@@ -46,7 +51,11 @@ test('the host prepares while the device works', async (t) => {
 
 test('a pass whose loss is not finite leaves the weights', async (t) => {
   const before = cpu.memory.storages;
-  const { session, weight, release } = open([cpu]);
+  const {
+    session,
+    weights: [weight],
+    release,
+  } = open([cpu]);
   const made = await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(Number.NaN)), 0.1);
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
   t.ok(weight.tensor.floats().every((w) => w === 0));

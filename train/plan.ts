@@ -71,14 +71,14 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   ];
 }
 
-/** How GPUs share an update, and what that takes between them. */
-function dealing({ run, images, effective_batch_size, trained_parameters }: Plan): string {
+/** How GPUs share an update, and what that takes between them: each sends all but its own share of gradients. */
+function dealing({ run, images, effective_batch_size, trained_parameters, memory_bytes }: Plan): string {
   const passes = Math.ceil(Math.min(effective_batch_size, images) / run.batch_size);
-  const megabytes = ((trained_parameters * bytesPerElement[run.dtype]) / 1e6).toFixed(1);
-  return `for an update's ${passes} passes in turn; each but the first then sends ${megabytes} MB of gradients and is sent as much of weights`;
+  const bytes = trained_parameters * bytesPerElement[run.dtype] * (1 - 1 / memory_bytes.length);
+  return `for an update's ${passes} passes in turn; each then sends ${(bytes / 1e6).toFixed(1)} MB of gradients and as much of weights`;
 }
 
-/** What is taken of the first GPU, and of the others, which have the same to do. */
+/** What is taken of the first GPU, which has the whole model, and of the others. */
 function memory([first, ...further]: readonly number[]): string {
   const most = `${gib(first)} at the most`;
   return further.length ? `${most} on the first GPU, ${gib(Math.max(...further))} on each other` : most;

@@ -1,12 +1,14 @@
-// Training on several GPUs of a machine. Each further one has copies of the weights that a pass reads. The passes of an update
-// are dealt out in turn, and so add up on each GPU; then the gradients of the others are added to the first one's, in the order
-// of the GPUs, and the weights that its optimizer makes are copied back. So the number of GPUs changes no draw, and no bit where
-// an update has no more passes than there are GPUs, all of one kind; else it changes the order of sums.
+// Training on several GPUs of a machine. Each has a copy of the weights that a pass reads, and the passes of an update are dealt
+// out in turn, so that they add up on each GPU. Of every trained parameter one GPU is the owner: there the gradients of all are
+// added up, in the order of the GPUs, there the optimizer moves it and its average lies, and from there it goes back to all (the
+// first stage of ZeRO, Rajbhandari et al. 2020). So the number of GPUs changes no draw, and no bit where an update has no more
+// passes than there are GPUs, all of one kind; else it changes the order of sums.
 import type { Device } from '../engine/device.ts';
+import { copyBetween } from '../engine/exchange.ts';
 import { addGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
-import { copyBetween, empty, type Tensor } from '../engine/tensor.ts';
+import { empty, type Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { openPasses, type Passes } from './pass.ts';
 import type { Run } from './run.ts';
@@ -14,13 +16,15 @@ import type { Task } from './task.ts';
 
 /** Passes on one GPU or several: each is queued where it is next. */
 export interface Replicas extends Passes {
-  /** Adds the gradients of the update's passes up on the first GPU. */
+  /** The trained parameters, each on its owner. */
+  readonly parameters: ReadonlyMap<string, Parameter>;
+  /** Adds the gradients of the update's passes up, on the owners. */
   gather(): void;
-  /** Gives the others the first one's weights. */
+  /** Gives all GPUs the owners' weights. */
   share(): void;
 }
 
-/** Gradients that are on their way at once: what they take is free again, as no pass is at work meanwhile. */
+/** Gradients that are on their way to a GPU at once: what they take is free again, as no pass is at work meanwhile. */
 const PART_BYTES = 2 ** 28;
 
 /** Copies of what a pass of `task` needs on `further` devices, and passes on all. */
@@ -30,23 +34,31 @@ export function openReplicas(
   device: Device,
   further: readonly Device[],
 ): Replicas {
-  const own = [...parameters.values()].map(({ tensor }) => tensor);
+  const names = [...parameters.keys()];
   const replicas = further.map((other) => {
     const { weights, loss, release } = task.replicate(other);
-    const trained = new Map([...parameters.keys()].map((name) => [name, weights.get(name) as Parameter]));
-    const leaves = [...trained.values()].map(({ tensor }) => requireGrad(tensor));
-    return { leaves, release, passes: openPasses({ loss, repeats: task.repeats }, trained, other) };
+    const trained = new Map(names.map((name) => [name, weights.get(name) as Parameter]));
+    for (const { tensor } of trained.values()) requireGrad(tensor);
+    return { trained, release, passes: openPasses({ loss, repeats: task.repeats }, trained, other) };
   });
   const all = [openPasses(task, parameters, device), ...replicas.map(({ passes }) => passes)];
+  const copies = [parameters, ...replicas.map(({ trained }) => trained)];
+  const owners = ownersOf([...parameters.values()], all.length);
+  const shared = names.map((name, i): Shared => {
+    return { leaves: copies.map((copy) => (copy.get(name) as Parameter).tensor), owner: owners[i] };
+  });
+  const parts = all.length > 1 ? partsOf(shared, all.length) : [];
   let queued = 0;
   return {
+    parameters: new Map(names.map((name, i) => [name, copies[owners[i]].get(name) as Parameter])),
     queue: (inputs, share) => all[queued++ % all.length].queue(inputs, share),
     gather() {
-      const busy = replicas.slice(0, Math.max(0, queued - 1));
-      for (const { leaves } of busy) addGradients(own, leaves);
+      for (const part of parts) addUp(part);
     },
     share() {
-      for (const { leaves } of replicas) copyBetween(leaves.map((leaf, i) => [leaf, own[i]]));
+      copyBetween(
+        shared.flatMap(({ leaves, owner }) => others(leaves, owner).map((leaf) => [leaf, leaves[owner]])),
+      );
     },
     clear() {
       queued = 0;
@@ -59,22 +71,68 @@ export function openReplicas(
   };
 }
 
-/** Adds what the leaves of another device have collected to the gradients of these, part by part. */
-function addGradients(to: readonly Tensor[], from: readonly Tensor[]): void {
-  for (let at = 0; at < from.length; )
-    scope(() => {
-      const arriving: { leaf: Tensor; copy: Tensor; gradient: Tensor }[] = [];
-      for (let bytes = 0; at < from.length && bytes < PART_BYTES; at++) {
-        const gradient = gradOf(from[at]);
-        if (!gradient) continue;
-        const leaf = to[at];
-        arriving.push({ leaf, gradient, copy: empty(leaf.shape, leaf) });
-        bytes += gradient.byteLength;
-      }
-      copyBetween(arriving.map(({ copy, gradient }) => [copy, gradient]));
-      for (const { leaf, copy } of arriving) addGrad(leaf, copy);
-    });
+/** A trained parameter: its tensors on all GPUs, and which of these owns it. */
+interface Shared {
+  readonly leaves: readonly Tensor[];
+  readonly owner: number;
 }
+
+const others = <T>(each: readonly T[], owner: number): T[] => each.filter((_, i) => i !== owner);
+
+/** Runs of parameters, of as many elements as can be, to each of `count` GPUs. */
+function ownersOf(parameters: readonly Parameter[], count: number): number[] {
+  const total = parameters.reduce((sum, { size }) => sum + size, 0);
+  let before = 0;
+  return parameters.map(({ size }) => {
+    const middle = before + size / 2;
+    before += size;
+    return Math.floor((middle / total) * count);
+  });
+}
+
+/** Parts of all GPUs' shares, side by side, of which each GPU receives so many bytes at the most, or one parameter. */
+function partsOf(shared: readonly Shared[], count: number): Shared[][] {
+  const parts: Shared[][] = [];
+  const filled = Array.from({ length: count }, () => ({ part: 0, bytes: 0 }));
+  for (const each of shared) {
+    const { leaves, owner } = each;
+    const share = filled[owner];
+    const bytes = (count - 1) * leaves[owner].byteLength;
+    if (share.bytes > 0 && share.bytes + bytes > PART_BYTES)
+      Object.assign(share, { part: share.part + 1, bytes: 0 });
+    share.bytes += bytes;
+    (parts[share.part] ??= []).push(each);
+  }
+  return parts;
+}
+
+/** Brings to the owners of these what the others have collected, and adds it up there in the order of the GPUs. */
+function addUp(part: readonly Shared[]): void {
+  scope(() => {
+    const arriving = part.map(({ leaves, owner }) => {
+      const own = leaves[owner];
+      const fetched = leaves.map((leaf, i) => {
+        const gradient = i === owner ? undefined : gradOf(leaf);
+        return gradient && { gradient, copy: empty(own.shape, own) };
+      });
+      return { own, before: present(fetched.slice(0, owner)), after: present(fetched.slice(owner)) };
+    });
+    copyBetween(
+      arriving.flatMap(({ before, after }) =>
+        [...before, ...after].map(({ copy, gradient }) => [copy, gradient] as const),
+      ),
+    );
+    for (const { own, before, after } of arriving) {
+      const [first, ...rest] = before.map(({ copy }) => copy);
+      for (const next of rest) first.device.add(first, first, next);
+      // A sum of two does not depend on which comes first.
+      if (first) addGrad(own, first);
+      for (const { copy } of after) addGrad(own, copy);
+    }
+  });
+}
+
+const present = <T>(values: readonly (T | undefined)[]): T[] => values.filter((value) => value !== undefined);
 
 /** @throws UserError where GPUs would have nothing to do */
 export function requirePasses(

@@ -46,9 +46,10 @@ export interface Materials {
 }
 
 export interface Session extends Materials {
-  /** The one that does what is not shared out: all but passes. */
+  /** The one that has the whole model: caches and previews are made there. */
   device: Device;
   task: Task;
+  /** What is trained, each on the device that moves it. */
   parameters: ReadonlyMap<string, Parameter>;
   passes: Replicas;
   optimizer: Optimizer;
@@ -120,11 +121,12 @@ function startSession(materials: Materials, device: Device, further: readonly De
     run.train.target === 'vae'
       ? autoencoderTask(run, pictures, vaeSource, device)
       : diffusionTask(run, pictures, source, vaeSource, device);
-  const parameters = trainedParameters(task.components);
-  if (parameters.size === 0)
+  const trained = trainedParameters(task.components);
+  if (trained.size === 0)
     throw new UserError(`train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet`);
-  for (const parameter of parameters.values()) requireGrad(parameter.tensor);
-  const passes = openReplicas(task, parameters, device, further);
+  for (const parameter of trained.values()) requireGrad(parameter.tensor);
+  const passes = openReplicas(task, trained, device, further);
+  const { parameters } = passes;
   const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
   const average =
     run.ema.decay > 0
@@ -149,7 +151,7 @@ function startSession(materials: Materials, device: Device, further: readonly De
 
 /** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
 export function resumeSession(session: Session, checkpoint: string): Position {
-  const { run, pictures, task, passes, optimizer, ema } = session;
+  const { run, pictures, task, parameters, passes, optimizer, ema } = session;
   const state = readState(checkpoint);
   const differs = difference(state.run, run);
   if (differs) {
@@ -163,8 +165,9 @@ export function resumeSession(session: Session, checkpoint: string): Position {
     );
   }
   for (const component of task.components) {
-    const { name, parameters } = component;
-    loadTrained(component, join(checkpoint, name), (key) => (parameters.get(key) as Parameter).tensor);
+    const { name } = component;
+    const own = (key: string) => parameters.get(`${name}.${key}`) as Parameter;
+    loadTrained(component, join(checkpoint, name), (key) => own(key).tensor);
     if (ema)
       loadTrained(
         component,

@@ -1,13 +1,14 @@
 // What the loop trains, as the loop sees it: components with trained weights, a way to make one pass's inputs on the host,
 // and a loss over them. The UNet with its text encoders is one task (diffusion.ts), the VAE another (autoencoder.ts).
 import type { Device } from '../engine/device.ts';
+import { copyBetween } from '../engine/exchange.ts';
 import { noGrad } from '../engine/grad.ts';
 import { holding } from '../engine/memory.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { unscoped } from '../engine/scope.ts';
-import { copyBetween, empty, type Tensor } from '../engine/tensor.ts';
+import { scope, unscoped } from '../engine/scope.ts';
+import { empty, type Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { Json } from '../models/checkpoint.ts';
@@ -134,19 +135,24 @@ export const twin = (
     }),
   );
 
-/** The weights themselves, with `weights` in place of what is trained: only those of another type are copied. */
+/** The weights themselves, with `weights` in place of what is trained: only those of another type or on another device are copied. */
 export const lent =
   (weights: Weights): Substitute =>
   (name, own) => {
     const tensor = weights?.get(name) ?? own;
-    return tensor.dtype === own.dtype ? tensor.handle(own.shape) : noGrad(() => cast(tensor, own.dtype));
+    if (tensor.dtype === own.dtype) return onDevice(tensor, own.device);
+    return noGrad(() => scope(() => onDevice(cast(tensor, own.dtype), own.device)));
   };
 
 /** Copies of the weights on another device. */
 export const copied =
   (device: Device): Substitute =>
-  (_, own) => {
-    const copy = empty(own.shape, { device, dtype: own.dtype });
-    copyBetween([[copy, own]]);
-    return copy;
-  };
+  (_, own) =>
+    onDevice(own, device);
+
+function onDevice(tensor: Tensor, device: Device): Tensor {
+  if (tensor.device === device) return tensor.handle(tensor.shape);
+  const copy = empty(tensor.shape, { device, dtype: tensor.dtype });
+  copyBetween([[copy, tensor]]);
+  return copy;
+}

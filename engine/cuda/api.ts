@@ -40,6 +40,12 @@ export const FunctionAttribute = {
 /** CUmemPool_attribute: bytes that a pool keeps when the stream is synchronized. */
 export const RELEASE_THRESHOLD = 4;
 
+/** A CUmemAccessDesc's location and leave: a device, reading and writing. */
+export const MemAccess = {
+  LOCATION_TYPE_DEVICE: 1,
+  FLAGS_PROT_READWRITE: 3,
+} as const;
+
 /** CU_EVENT_DISABLE_TIMING. */
 export const DISABLE_TIMING = 2;
 
@@ -95,6 +101,8 @@ export interface GpuApi {
   cuDeviceGetName(device: number): string;
   cuDeviceTotalMem(device: number): number;
   cuDeviceGetAttribute(attribute: number, device: number): number;
+  /** Whether a GPU can read the memory of another by itself. */
+  cuDeviceCanAccessPeer(device: number, peer: number): boolean;
   cuDevicePrimaryCtxRetain(device: number): Context;
   cuDevicePrimaryCtxRelease(device: number): void;
   cuCtxSetCurrent(context: Context): void;
@@ -106,6 +114,8 @@ export interface GpuApi {
   cuDeviceGetDefaultMemPool(device: number): MemPool;
   cuMemPoolSetAttribute(pool: MemPool, attribute: number, value: bigint): void;
   /** Gives all but `keep` bytes of what is free in the pool back to the system. */
+  /** Lets a GPU read and write what comes from another's pool, also what came from it before. */
+  cuMemPoolSetAccess(pool: MemPool, device: number): void;
   cuMemPoolTrimTo(pool: MemPool, keep: number): void;
   cuMemAllocAsync(bytes: number, stream: Stream): DevicePointer;
   cuMemFreeAsync(pointer: DevicePointer, stream: Stream): void;

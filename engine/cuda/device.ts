@@ -3,16 +3,9 @@
 // loaded when first asked for. Blocks that a plan uses between its launches go back to the pool at once, because whoever takes
 // them next runs later in the same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
-import {
-  type Context,
-  DeviceAttribute,
-  DISABLE_TIMING,
-  type Event,
-  type GpuApi,
-  RELEASE_THRESHOLD,
-  type Stream,
-} from './api.ts';
+import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
+import { openExchange } from './exchange.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
 import { KernelTable, type ReadyLaunch } from './kernel_table.ts';
@@ -29,10 +22,6 @@ export interface CudaDriver extends Driver {
   readonly multiprocessors: number;
   readonly context: Context;
   readonly stream: Stream;
-  /** An event behind all that is queued now; it is another time's at the next call. */
-  mark(): Event;
-  /** Has what is queued from now on wait for an event, of any GPU. */
-  after(event: Event): void;
   /** Waits for everything queued. */
   synchronize(): void;
 }
@@ -88,12 +77,14 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   const kernels = new KernelTable(api);
   const memo = new PlanMemo();
   const staging = openStaging(api, stream);
-  let marker: Event | undefined;
   let capturing = false;
   const notInCapture = (what: string): void => {
     if (capturing) throw new Error(`${what} in a step that is being captured`);
   };
 
+  const exchange = openExchange({ api, ordinal, context, pool, stream }, () =>
+    notInCapture('tensors were copied'),
+  );
   const allocate = (bytes: number): Block | undefined => {
     notInCapture('memory was allocated');
     try {
@@ -127,30 +118,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       notInCapture('a tensor was read');
       staging.download(target, block.address + BigInt(offset));
     },
-    mark() {
-      marker ??= api.cuEventCreate(DISABLE_TIMING);
-      api.cuEventRecord(marker, stream);
-      return marker;
-    },
-    after: (event) => api.cuStreamWaitEvent(stream, event),
-    copyFrom(source, copies) {
-      notInCapture('tensors were copied');
-      const other = source as CudaDriver;
-      driver.after(other.mark());
-      try {
-        for (const { to, from, bytes } of copies)
-          api.cuMemcpyPeerAsync(to.address, driver.context, from.address, other.context, bytes, stream);
-      } catch (error) {
-        try {
-          other.after(driver.mark());
-        } catch {
-          // One of the two is lost, and its error comes first.
-        }
-        throw error;
-      }
-      // Nothing may write there before it has been read.
-      other.after(driver.mark());
-    },
+    exchange,
     clear(block, bytes) {
       if (bytes > 0) api.cuMemsetD8Async(block.address, 0, bytes, stream);
     },

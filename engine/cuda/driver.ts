@@ -6,7 +6,7 @@
 // they begin on a multiple of 64 in constant memory.
 import koffi from 'koffi';
 import { UserError } from '../../io/errors.ts';
-import type { GpuApi, Im2colMap, TiledMap } from './api.ts';
+import { type GpuApi, type Im2colMap, MemAccess, type TiledMap } from './api.ts';
 import { CudaError, resultName } from './errors.ts';
 
 const libraryName = process.platform === 'win32' ? 'nvcuda.dll' : 'libcuda.so.1';
@@ -158,6 +158,10 @@ export function openCudaLibrary(path = libraryName): GpuApi {
       call('cuDeviceGetAttribute', 'oii', scratch, attribute, deviceOf(device));
       return int();
     },
+    cuDeviceCanAccessPeer(device, peer) {
+      call('cuDeviceCanAccessPeer', 'oii', scratch, deviceOf(device), deviceOf(peer));
+      return int() !== 0;
+    },
     cuDevicePrimaryCtxRetain: (device) => made('cuDevicePrimaryCtxRetain', 'i', deviceOf(device)),
     cuDevicePrimaryCtxRelease: (device) => call('cuDevicePrimaryCtxRelease_v2', 'i', deviceOf(device)),
     cuCtxSetCurrent: (context) => call('cuCtxSetCurrent', 'h', context),
@@ -170,6 +174,11 @@ export function openCudaLibrary(path = libraryName): GpuApi {
     cuDeviceGetDefaultMemPool: (device) => made('cuDeviceGetDefaultMemPool', 'i', deviceOf(device)),
     cuMemPoolSetAttribute: (pool, attribute, value) =>
       call('cuMemPoolSetAttribute', 'hib', pool, attribute, BigUint64Array.of(value)),
+    cuMemPoolSetAccess(pool, device) {
+      const { LOCATION_TYPE_DEVICE, FLAGS_PROT_READWRITE } = MemAccess;
+      const leave = Int32Array.of(LOCATION_TYPE_DEVICE, deviceOf(device), FLAGS_PROT_READWRITE);
+      call('cuMemPoolSetAccess', 'hbz', pool, leave, 1);
+    },
     cuMemPoolTrimTo: (pool, keep) => call('cuMemPoolTrimTo', 'hz', pool, keep),
     cuMemAllocAsync: (bytes, stream) => made('cuMemAllocAsync', 'zh', bytes, stream),
     cuMemFreeAsync: (pointer, stream) => call('cuMemFreeAsync', 'hh', pointer, stream),

@@ -46,6 +46,7 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuDeviceGetName: () => 'a stand-in',
     cuDeviceTotalMem: () => bytes,
     cuDeviceGetAttribute: (attribute) => attributes[attribute] ?? 0,
+    cuDeviceCanAccessPeer: () => true,
     cuDevicePrimaryCtxRetain: handle,
     cuDevicePrimaryCtxRelease: nothing,
     cuCtxSetCurrent: nothing,
@@ -53,6 +54,7 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuMemGetInfo: () => ({ free: bytes - used, total: bytes }),
     cuDeviceGetDefaultMemPool: handle,
     cuMemPoolSetAttribute: nothing,
+    cuMemPoolSetAccess: nothing,
     cuMemPoolTrimTo: nothing,
     cuMemAllocAsync(size) {
       if (used + size > bytes) throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', 'cuMemAllocAsync');

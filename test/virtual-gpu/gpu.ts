@@ -54,7 +54,6 @@ const newestPtx = (driverVersion: number): number =>
       : 7.8;
 
 const parsed = new Map<string, PtxModule>();
-const POOL = 0x5000n;
 
 export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   const [major, minor] = options.capability ?? [8, 9];
@@ -69,6 +68,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
   Object.assign(m.schedule, options.schedule);
   const stats = Object.assign(m.stats, { launches: 0 });
 
+  const pool = (BigInt(place) << 32n) + 0x500n;
   let nextHandle = (BigInt(place) << 32n) + 0x1000n;
   const handles = new Map<bigint, unknown>();
   const loadedKernels: LoadedKernel[] = [];
@@ -132,6 +132,7 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       };
       return values[attribute] ?? 0;
     },
+    cuDeviceCanAccessPeer: () => false,
     cuDevicePrimaryCtxRetain(device) {
       if (device !== 0) throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuDevicePrimaryCtxRetain');
       return register('context', undefined);
@@ -165,12 +166,15 @@ export function openVirtualGpu(options: VirtualGpuOptions = {}): VirtualGpu {
       used -= sizes.get(pointer) ?? 0;
       sizes.delete(pointer);
     },
-    cuDeviceGetDefaultMemPool: () => POOL,
-    cuMemPoolSetAttribute(pool) {
-      if (pool !== POOL) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolSetAttribute');
+    cuDeviceGetDefaultMemPool: () => pool,
+    cuMemPoolSetAttribute(given) {
+      if (given !== pool) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolSetAttribute');
     },
-    cuMemPoolTrimTo(pool) {
-      if (pool !== POOL) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolTrimTo');
+    cuMemPoolSetAccess() {
+      throw new CudaError('CUDA_ERROR_INVALID_DEVICE', 'cuMemPoolSetAccess', 'there is one GPU');
+    },
+    cuMemPoolTrimTo(given) {
+      if (given !== pool) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolTrimTo');
     },
     cuMemAllocHost(bytes) {
       outsideCapture('cuMemAllocHost');

@@ -1,53 +1,50 @@
 // Several virtual GPUs behind one driver: a call goes to the GPU whose context is current, and what it is given must be that
-// GPU's own. Work is done when it is queued, so that copies between GPUs wait for each other is kept account of: each GPU counts
-// its work (all its streams are taken for one), and knows how far it has waited for the others. A copy that may come before what
-// is queued on its source, and work that may come before a copy from its memory has been made, are reports.
-import type { Context, Event, GpuApi } from '../../engine/cuda/api.ts';
+// GPU's own; but a copy may read another's memory, by itself where that GPU's pool is open to it. Who has waited for whom is
+// kept account of (clocks.ts).
+import type { Context, DevicePointer, Event, GpuApi, MemPool, Stream } from '../../engine/cuda/api.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
 import { cudaDevice } from '../../engine/device.ts';
+import { type Account, type Clock, join, openAccount } from './clocks.ts';
 import { failingGpu } from './failing.ts';
 import { openVirtualGpu, type VirtualGpu, type VirtualGpuOptions } from './gpu.ts';
-import { GpuReport } from './report.ts';
 
 /** Calls that change the memory of their GPU, or may. */
 const changing: ReadonlySet<string> = new Set<keyof GpuApi>([
   'cuMemFreeAsync',
   'cuMemcpyHtoDAsync',
-  'cuMemcpyDtoDAsync',
   'cuMemsetD8Async',
   'cuLaunchKernel',
   'cuGraphLaunch',
 ]);
 
-/** How much of each GPU's work is known to be done. */
-type Clock = number[];
-
 interface Member {
   readonly gpu: VirtualGpu;
-  readonly index: number;
+  readonly account: Account;
   readonly context: Context;
+  readonly pool: MemPool;
   /** To ask its GPU whether a stream is its own. */
   readonly event: Event;
-  /** What its next work comes after; at its own place, how much it has queued. */
-  readonly clock: Clock;
-  /** Copies that read its memory: the work of another GPU. */
-  readers: { index: number; at: number }[];
+  /** GPUs that its pool is open to. */
+  readonly open: Set<number>;
 }
 
-const join = (into: Clock, from: Clock): void => {
-  for (const [i, at] of from.entries()) into[i] = Math.max(into[i], at);
-};
+const ARENA_BYTES = 2 ** 22;
 
-export function openVirtualGpus(count: number, options: VirtualGpuOptions = {}): GpuApi {
+export interface SeveralOptions extends VirtualGpuOptions {
+  /** Whether a GPU can read another's memory by itself. */
+  readonly peers?: boolean;
+}
+
+export function openVirtualGpus(count: number, { peers = false, ...options }: SeveralOptions = {}): GpuApi {
   const members = Array.from({ length: count }, (_, index): Member => {
-    const gpu = openVirtualGpu({ ...options, place: index });
+    const gpu = openVirtualGpu({ arenaBytes: ARENA_BYTES, ...options, place: index });
     return {
       gpu,
-      index,
+      account: openAccount(index, count),
       context: gpu.cuDevicePrimaryCtxRetain(0),
+      pool: gpu.cuDeviceGetDefaultMemPool(0),
       event: gpu.cuEventCreate(0),
-      clock: Array<number>(count).fill(0),
-      readers: [],
+      open: new Set(),
     };
   });
   const events = new Map<Event, Clock>();
@@ -65,16 +62,19 @@ export function openVirtualGpus(count: number, options: VirtualGpuOptions = {}):
     if (!found) throw new CudaError('CUDA_ERROR_INVALID_CONTEXT', call, 'no such context');
     return found;
   };
-  /** Counts work that changes memory, once nobody reads there. */
-  const change = (member: Member, call: string): number => {
-    const early = member.readers.find(({ index, at }) => member.clock[index] < at);
-    if (early)
-      throw new GpuReport(
-        'race',
-        `${call} on GPU ${member.index} does not wait for GPU ${early.index}'s copy`,
-      );
-    member.readers = [];
-    return ++member.clock[member.index];
+  const byAddress = (address: DevicePointer): Member =>
+    members[Math.floor(Number(address & 0xffffffffn) / (options.arenaBytes ?? ARENA_BYTES))];
+  /** A copy from another GPU's memory into that of the current one. */
+  const fetch = (call: string, target: DevicePointer, source: DevicePointer, bytes: number, from: Member) => {
+    const to = here(call);
+    const span = (begin: bigint) => ({ begin, end: begin + BigInt(bytes) });
+    const carried = from.gpu.read(call, source, bytes);
+    to.account.fetch(call, span(target), from.account, span(source));
+    to.gpu.write(call, target, carried);
+  };
+  const ownStream = (call: string, stream: Stream) => {
+    const { gpu, event } = here(call);
+    gpu.cuStreamWaitEvent(stream, event);
   };
   const clockOf = (call: string, event: Event): Clock => {
     const clock = events.get(event);
@@ -83,13 +83,13 @@ export function openVirtualGpus(count: number, options: VirtualGpuOptions = {}):
   };
   /** The host has waited for this. */
   const done = (clock: Clock): void => {
-    for (const member of members) join(member.clock, clock);
+    for (const { account } of members) join(account.clock, clock);
   };
   const forward = Object.keys(members[0].gpu).map((name) => [
     name,
     (...args: unknown[]): unknown => {
       const member = here(name);
-      if (changing.has(name)) change(member, name);
+      if (changing.has(name)) member.account.work(name);
       return (member.gpu as unknown as Record<string, (...args: unknown[]) => unknown>)[name](...args);
     },
   ]);
@@ -112,47 +112,71 @@ export function openVirtualGpus(count: number, options: VirtualGpuOptions = {}):
     cuCtxSetCurrent(context) {
       current = byContext('cuCtxSetCurrent', context);
     },
+    cuDeviceCanAccessPeer: (device, peer) => peers && device !== peer,
+    cuMemPoolSetAccess(pool, device) {
+      const member = members.find((each) => each.pool === pool);
+      if (!peers || !member) throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuMemPoolSetAccess');
+      member.open.add(device);
+    },
+    cuMemcpyDtoDAsync(target, source, bytes, stream) {
+      const call = 'cuMemcpyDtoDAsync';
+      const [member, from] = [here(call), byAddress(source)];
+      if (from === member) {
+        member.account.work(call);
+        member.gpu.cuMemcpyDtoDAsync(target, source, bytes, stream);
+        return;
+      }
+      ownStream(call, stream);
+      if (!from.open.has(member.account.index))
+        throw new CudaError(
+          'CUDA_ERROR_INVALID_VALUE',
+          call,
+          'memory of a pool that is not open to this GPU',
+        );
+      fetch(call, target, source, bytes, from);
+    },
     cuMemcpyPeerAsync(target, targetContext, source, sourceContext, bytes, stream) {
       const call = 'cuMemcpyPeerAsync';
-      const [to, from] = [byContext(call, targetContext), byContext(call, sourceContext)];
-      const member = here(call);
-      member.gpu.cuStreamWaitEvent(stream, member.event);
-      if (to !== member) throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'only targets copy here');
-      if (member.clock[from.index] < from.clock[from.index])
-        throw new GpuReport('race', `${call} does not wait for what is queued on GPU ${from.index}`);
-      to.gpu.write(call, target, from.gpu.read(call, source, bytes));
-      from.readers.push({ index: member.index, at: change(member, call) });
+      const from = byContext(call, sourceContext);
+      ownStream(call, stream);
+      if (byContext(call, targetContext) !== here(call))
+        throw new CudaError('CUDA_ERROR_NOT_SUPPORTED', call, 'only targets copy here');
+      fetch(call, target, source, bytes, from);
     },
     cuEventRecord(event, stream) {
-      const { gpu, clock } = here('cuEventRecord');
+      const { gpu, account } = here('cuEventRecord');
       gpu.cuEventRecord(event, stream);
-      events.set(event, [...clock]);
+      events.set(event, [...account.clock]);
     },
     cuStreamWaitEvent(stream, event) {
-      const { gpu, clock, event: own } = here('cuStreamWaitEvent');
-      gpu.cuStreamWaitEvent(stream, own);
-      join(clock, clockOf('cuStreamWaitEvent', event));
+      ownStream('cuStreamWaitEvent', stream);
+      join(here('cuStreamWaitEvent').account.clock, clockOf('cuStreamWaitEvent', event));
     },
     cuEventSynchronize(event) {
       here('cuEventSynchronize').gpu.cuEventSynchronize(event);
       done(clockOf('cuEventSynchronize', event));
     },
     cuStreamSynchronize(stream) {
-      const { gpu, clock } = here('cuStreamSynchronize');
+      const { gpu, account } = here('cuStreamSynchronize');
       gpu.cuStreamSynchronize(stream);
-      done(clock);
+      done(account.clock);
     },
     cuCtxSynchronize() {
-      const { gpu, clock } = here('cuCtxSynchronize');
+      const { gpu, account } = here('cuCtxSynchronize');
       gpu.cuCtxSynchronize();
-      done(clock);
+      done(account.clock);
     },
   };
 }
 
+export interface GpusOptions extends SeveralOptions {
+  /** The driver as they are to have it. */
+  readonly wrap?: (api: GpuApi) => GpuApi;
+}
+
 /** As many devices as GPUs, each behind a driver that can be told to fail. */
-export function openGpus(count: number, wrap: (api: GpuApi) => GpuApi = (api) => api) {
-  const api = wrap(openVirtualGpus(count, { arenaBytes: 2 ** 22, memoryBytes: 2 ** 22 }));
+export function openGpus(count: number, { wrap = (api) => api, ...options }: GpusOptions = {}) {
+  const api = wrap(openVirtualGpus(count, { memoryBytes: ARENA_BYTES, ...options }));
   const failing = Array.from({ length: count }, () => failingGpu(api));
   return { failing, devices: failing.map((gpu, ordinal) => cudaDevice(gpu.api, ordinal)) };
 }

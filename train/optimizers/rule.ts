@@ -47,7 +47,9 @@ export interface OptimizerOptions {
   seed: number;
 }
 
-/** An optimizer over loaded parameters, by `rule`. The order of `parameters` is part of the rounding's key. */
+/**
+ * An optimizer over loaded parameters, by `rule`; each is moved on its own device. Their order is part of the rounding's key.
+ */
 export function optimize(
   parameters: ReadonlyMap<string, Parameter>,
   rule: Rule,
@@ -62,8 +64,7 @@ function startOptimizer(
   { weight_decay, stochastic_rounding, seed }: OptimizerOptions,
 ): Optimizer {
   const [{ tensor: first }] = parameters.values();
-  const { device } = first;
-  const counter = unscoped(() => zeros([1], { device, dtype: 'int32' }));
+  const counter = unscoped(() => zeros([1], { device: first.device, dtype: 'int32' }));
   const state = new Map([['step', counter]]);
   const items = [...parameters].map(([name, parameter]) => {
     const halves = parameter.tensor.dtype !== 'float32';
@@ -71,7 +72,7 @@ function startOptimizer(
     if (master) state.set(`master.${name}`, master);
     const slots: Slots = {};
     for (const [slot, { shape, dtype }] of Object.entries(rule.slots(parameter))) {
-      slots[slot] = unscoped(() => zeros(shape, { device, dtype }));
+      slots[slot] = unscoped(() => zeros(shape, { device: parameter.tensor.device, dtype }));
       state.set(`${slot}.${name}`, slots[slot]);
     }
     return { parameter, master, slots };
