@@ -161,6 +161,13 @@ test('names', (t) => {
     name: 'UserError',
     message: /"epsilon"/,
   });
+  t.throws(() => parseSchedulerConfig({ lambda_min_clipped: -5.1 }), {
+    message: /lambda_min_clipped is not/,
+  });
+  t.throws(() => createSampler('dpm++2m', { algorithm_type: 'dpmsolver' }), { message: /"sigma_min"/ });
+  t.throws(() => createSampler('ddpm', { variance_type: 'learned' as 'fixed_small' }), {
+    message: /variance_type "learned" is not supported/,
+  });
   t.end();
 });
 

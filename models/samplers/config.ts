@@ -134,6 +134,8 @@ export const schedulerDefaults = {
     solver_type: 'bh2',
     predict_x0: true,
     disable_corrector: [],
+    sigma_min: null,
+    sigma_max: null,
     final_sigmas_type: 'zero',
     rescale_betas_zero_snr: false,
   },
@@ -145,35 +147,49 @@ export type SchedulerClass = keyof typeof schedulerDefaults;
 
 export const schedulerClasses = Object.keys(schedulerDefaults) as SchedulerClass[];
 
+/** What the options may be, in any class. */
 const choices: Partial<Record<keyof SchedulerConfig, readonly (string | null)[]>> = {
   beta_schedule: ['linear', 'scaled_linear', 'squaredcos_cap_v2'],
   prediction_type: ['epsilon', 'v_prediction', 'sample'],
   timestep_spacing: ['linspace', 'leading', 'trailing'],
   interpolation_type: ['linear', 'log_linear'],
   final_sigmas_type: ['zero', 'sigma_min'],
-  variance_type: ['fixed_small', 'fixed_large', null],
-  algorithm_type: ['dpmsolver', 'dpmsolver++', 'sde-dpmsolver', 'sde-dpmsolver++'],
-  solver_type: ['midpoint', 'heun', 'bh1', 'bh2'],
+  variance_type: [
+    ...['fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log'],
+    ...['learned', 'learned_range', null],
+  ],
+  algorithm_type: ['dpmsolver', 'dpmsolver++', 'sde-dpmsolver', 'sde-dpmsolver++', 'deis'],
+  solver_type: ['midpoint', 'heun', 'bh1', 'bh2', 'logrho'],
 };
 
-/** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
-const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting'];
+/** Values that a config saved by another class may have: diffusers puts the class's own default in their place. */
+const foreign = (name: SchedulerClass): Partial<Record<keyof SchedulerConfig, readonly string[]>> => ({
+  algorithm_type: ['deis'],
+  solver_type: ['logrho', ...(name === 'UniPCMultistepScheduler' ? ['midpoint', 'heun'] : ['bh1', 'bh2'])],
+});
 
-/** One class's full configuration: its defaults, with what `given` says about the options it has. */
+/** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
+const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
+
+/**
+ * One class's full configuration: its defaults, with what `given` says about the options it has.
+ * @throws UserError for options that exclude each other
+ */
 export function completeConfig(name: SchedulerClass, given: Partial<SchedulerConfig>): SchedulerConfig {
   const defaults: Partial<SchedulerConfig> = schedulerDefaults[name];
-  const known = Object.entries(given).filter(([key, value]) => key in defaults && value !== undefined);
+  const strange: Partial<Record<string, readonly unknown[]>> = foreign(name);
+  const known = Object.entries(given).filter(
+    ([key, value]) => key in defaults && value !== undefined && !strange[key]?.includes(value),
+  );
   const config = { ...defaults, ...Object.fromEntries(known) } as SchedulerConfig;
-  // A solver_type saved by another class means nothing here: diffusers puts the class's own in its place.
-  const solvers = name === 'UniPCMultistepScheduler' ? ['bh1', 'bh2'] : ['midpoint', 'heun'];
-  if (defaults.solver_type && !solvers.includes(config.solver_type))
-    config.solver_type = defaults.solver_type;
-  if (
-    [config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas].filter(Boolean).length >
-    1
-  )
+  const { use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, algorithm_type } = config;
+  if ([use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas].filter(Boolean).length > 1)
     throw new UserError(
       'the scheduler config sets several of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas: keep one',
+    );
+  if (algorithm_type && !algorithm_type.endsWith('++') && config.final_sigmas_type === 'zero')
+    throw new UserError(
+      `the scheduler config's algorithm_type "${algorithm_type}" cannot step to sigma 0: set final_sigmas_type to "sigma_min"`,
     );
   return config;
 }
@@ -190,7 +206,7 @@ export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & 
   const given = json as Record<string, unknown>;
   for (const [key, allowed] of Object.entries(choices)) {
     const value = given[key] as string | null | undefined;
-    if (value !== undefined && !allowed.includes(value) && !foreign(key, value))
+    if (value !== undefined && !allowed.includes(value))
       throw new UserError(
         `scheduler config: ${key} is ${JSON.stringify(value)}, but must be one of ${allowed.join(', ')}${didYouMean(
           String(value),
@@ -202,18 +218,8 @@ export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & 
     if (given[key] !== undefined && typeof given[key] !== 'number')
       throw new UserError(`scheduler config: ${key} is ${JSON.stringify(given[key])}, but must be a number`);
   for (const key of unsupported)
-    if (given[key]) throw new UserError(`scheduler config: ${key} is not supported: set it to false`);
+    if (given[key]) throw new UserError(`scheduler config: ${key} is not supported: leave it out`);
   if (given.timestep_type === 'continuous')
     throw new UserError('scheduler config: timestep_type "continuous" is not supported: use "discrete"');
   return given as Partial<SchedulerConfig> & { _class_name?: string };
-}
-
-/** Values another class's saved config may carry, harmless to a class without such an option. */
-function foreign(key: string, value: unknown): boolean {
-  return (
-    (key === 'solver_type' && value === 'logrho') ||
-    (key === 'algorithm_type' && value === 'deis') ||
-    (key === 'variance_type' &&
-      ['learned', 'learned_range', 'fixed_small_log', 'fixed_large_log'].includes(String(value)))
-  );
 }

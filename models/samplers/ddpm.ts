@@ -1,5 +1,7 @@
 // DDPM ancestral sampling, Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7: the mean of q(x' | x, x_0) with the
-// predicted x_0, plus noise of the posterior's variance (fixed_small) or of beta (fixed_large).
+// predicted x_0, plus noise of the posterior's variance (fixed_small, which fixed_small_log gives by another way) or of beta
+// (fixed_large).
+import { UserError } from '../../io/errors.ts';
 import { clipSample, combine, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { varianceSchedule } from './ddim.ts';
@@ -7,6 +9,10 @@ import type { Method } from './sampler.ts';
 import { roundHalfEven, spacedTimesteps, trainingTables } from './tables.ts';
 
 export function ddpm(config: SchedulerConfig): Method {
+  if (!['fixed_small', 'fixed_small_log', 'fixed_large', null].includes(config.variance_type))
+    throw new UserError(
+      `DDPM with variance_type "${config.variance_type}" is not supported: set it to "fixed_small", or choose another sampler`,
+    );
   const { alphasCumprod } = trainingTables(config);
   return {
     order: 1,

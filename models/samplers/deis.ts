@@ -2,21 +2,15 @@
 // rho of the polynomial in log rho through the latest epsilons, which has a closed form.
 import { combine, predictEpsilon, type Term } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { levelOf, solverScheduleFrom } from './dpm_solver.ts';
+import { levelOf, solverSchedule } from './dpm_solver.ts';
 import type { Method, Plan } from './sampler.ts';
-import { hasSpacedSigmas, solverLevels } from './sigmas.ts';
-import { finiteSigmas, solverTimesteps } from './tables.ts';
+import { finiteSigmas } from './tables.ts';
 
 export function deis(config: SchedulerConfig): Method {
   const table = finiteSigmas(config);
   return {
     order: 1,
-    schedule(steps, custom) {
-      const given = custom.timesteps ? Float64Array.from(custom.timesteps) : solverTimesteps(config, steps);
-      const { timesteps, sigmas } = solverLevels(config, table, given);
-      const last = hasSpacedSigmas(config) ? sigmas[sigmas.length - 1] : table[0];
-      return solverScheduleFrom(timesteps, [...sigmas, last]);
-    },
+    schedule: (steps, custom) => solverSchedule(config, table, steps, custom),
     start(plan) {
       /** Latest first. */
       let epsilons: Float32Array[] = [];

@@ -4,7 +4,7 @@
 import { combine, predictEpsilon, predictX0, type Term } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { PlanOptions, Schedule } from './sampler.ts';
-import { solverLevels } from './sigmas.ts';
+import { hasSpacedSigmas, solverLevels } from './sigmas.ts';
 import { solverTimesteps } from './tables.ts';
 
 /** A noise level in the parametrization with alpha^2 + sigma^2 = 1, from sigma / alpha. */
@@ -83,7 +83,7 @@ export function solverUpdate(
   return combine(...sum);
 }
 
-/** The schedule of a DPM-Solver-like method, ending at sigma 0, or at the smallest training sigma. */
+/** The schedule of a DPM-Solver-like method, ending at sigma 0 or at the smallest sigma: that of training, or the config's. */
 export function solverSchedule(
   config: SchedulerConfig,
   table: Float32Array,
@@ -92,15 +92,11 @@ export function solverSchedule(
   layout = solverTimesteps,
 ): Schedule {
   const given = custom.timesteps ? Float64Array.from(custom.timesteps) : layout(config, steps);
-  const { timesteps, sigmas } = solverLevels(config, table, given);
-  return solverScheduleFrom(timesteps, [...sigmas, config.final_sigmas_type === 'zero' ? 0 : table[0]]);
-}
-
-/** As solverSchedule, from finished levels. */
-export function solverScheduleFrom(timesteps: ArrayLike<number>, levels: ArrayLike<number>): Schedule {
-  const sigmas = Float32Array.from(levels);
+  const levels = solverLevels(config, table, given);
+  const smallest = (hasSpacedSigmas(config) ? config.sigma_min : undefined) ?? table[0];
+  const sigmas = Float32Array.of(...levels.sigmas, config.final_sigmas_type === 'zero' ? 0 : smallest);
   return {
-    timesteps: Float32Array.from(timesteps),
+    timesteps: Float32Array.from(levels.timesteps),
     sigmas,
     initNoiseSigma: 1,
     marginal: (i) => {

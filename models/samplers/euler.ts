@@ -3,8 +3,8 @@
 import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
-import { discreteLevels, hasSpacedSigmas, sigmaToTimestep } from './sigmas.ts';
-import { finiteSigmas, linspace, spacedTimesteps } from './tables.ts';
+import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
+import { finiteSigmas, spacedTimesteps } from './tables.ts';
 
 export function euler(config: SchedulerConfig): Method {
   const table = finiteSigmas(config);
@@ -66,8 +66,6 @@ function eulerSchedule(
     return sigmaSchedule(config, timesteps, given);
   }
   const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
-  if (config.interpolation_type === 'log_linear' && !hasSpacedSigmas(config))
-    levels.sigmas = linspace(Math.log(table[table.length - 1]), Math.log(table[0]), steps + 1).map(Math.exp);
   const last = config.final_sigmas_type === 'sigma_min' ? table[0] : 0;
   return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, last]);
 }

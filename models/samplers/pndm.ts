@@ -65,7 +65,9 @@ function pndmStep(config: SchedulerConfig, plan: Plan, transfer: Transfer): Step
   let sum: Term[] = [];
 
   const rungeKutta: Step = (output, x, i) => {
-    const stage = counter++ % 4;
+    const stage = counter % 4;
+    // Counted from the first call made, not of the schedule: diffusers has it so where a run begins in its middle.
+    const from = plan.timesteps[counter++ - stage];
     if (stage === 0) {
       epsilons = [output, ...epsilons];
       start = x;
@@ -73,7 +75,7 @@ function pndmStep(config: SchedulerConfig, plan: Plan, transfer: Transfer): Step
     }
     sum.push([rungeKuttaWeights[stage], output]);
     const to = plan.timesteps[i] - (stage % 2 ? 0 : Math.floor(ratio / 2));
-    return transfer(start!, stage === 3 ? combine(...sum) : output, plan.timesteps[i - stage], to);
+    return transfer(start!, stage === 3 ? combine(...sum) : output, from, to);
   };
 
   return (output, x, i, draw) => {

@@ -50,13 +50,20 @@ export interface Levels {
   sigmas: Float64Array;
 }
 
-/** Levels for the k-diffusion family: sigmas read at `timesteps`, or spaced between the first and last of those. */
+/**
+ * Levels for the k-diffusion family: sigmas read at `timesteps`, or with log_linear interpolation in even steps of log sigma
+ * over the whole table (Euler's option); or spaced between the first and last of those.
+ */
 export function discreteLevels(
   config: SchedulerConfig,
   table: Float32Array,
   timesteps: Float64Array,
 ): Levels {
-  const sigmas = timesteps.map((t) => interpolate(table, t));
+  const [lowest, highest] = [table[0], table[table.length - 1]];
+  const sigmas =
+    config.interpolation_type === 'log_linear'
+      ? linspace(Math.log(highest), Math.log(lowest), timesteps.length + 1).map(Math.exp)
+      : timesteps.map((t) => interpolate(table, t));
   if (!hasSpacedSigmas(config)) return { timesteps, sigmas };
   const spaced = spacedSigmas(config, sigmas[0], sigmas[sigmas.length - 1], timesteps.length);
   return { sigmas: spaced, timesteps: spaced.map((sigma) => sigmaToTimestep(sigma, table)) };
