@@ -24,6 +24,13 @@ void add_entry(Entry *entry) {
 
 namespace {
 
+// What a core does while it spins: leaves more of itself to the thread beside it.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 int requested_threads = 0;
 
 int hardware_threads() {
@@ -87,14 +94,14 @@ public:
       job.running.fetch_sub(places);
       places = 0;
     }
-    while (job.running.load(std::memory_order_acquire) > 0) __builtin_ia32_pause();
+    while (job.running.load(std::memory_order_acquire) > 0) relax();
   }
 
 private:
   void work(int thread) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 20000 && generation.load(std::memory_order_acquire) == seen; spin++) __builtin_ia32_pause();
+      for (int spin = 0; spin < 20000 && generation.load(std::memory_order_acquire) == seen; spin++) relax();
       Job *job = nullptr;
       {
         std::unique_lock<std::mutex> lock(mutex);
