@@ -6,6 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+// The library's own memory (library.cc).
+extern "C" {
+void *sdxl_alloc(int64_t bytes);
+void sdxl_free(void *memory);
+}
+
 namespace sdxl {
 
 struct bf16 {
@@ -49,8 +55,6 @@ struct Registrar {
 
 #define SDXL_TEXT_(x) #x
 #define SDXL_TEXT(x) SDXL_TEXT_(x)
-#define SDXL_JOIN_(a, b) a##b
-#define SDXL_JOIN(a, b) SDXL_JOIN_(a, b)
 
 // EXPORT(cast_to_float32_forward_bfloat16, cast<float, bf16>)
 #define EXPORT(symbol, ...) \

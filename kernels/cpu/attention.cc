@@ -3,11 +3,10 @@
 // into panels of 32-bit words (a float, or with AVX-512 two bfloat16 neighbours along the summed axis) that every product
 // reads from; exponentials are powers of two. Backward runs twice, over query tiles for dq and over key tiles for dk and
 // dv, so that no two threads add to one gradient and its bits repeat.
+#include "each.h"
 #include "gemm_pack.h"
-#include "threads.h"
 
 #include <algorithm>
-#include <cstdlib>
 #if defined(ARCH_avx512) || defined(ARCH_avx2)
 #include <immintrin.h>
 #endif
@@ -66,13 +65,6 @@ template <bool coarse> inline vf exp2_of(vf x) {
   return vf(vi(p) + (vi(shifted) << 23));
 #endif
 }
-
-struct Floats {
-  float *data;
-  explicit Floats(int64_t count) : data(static_cast<float *>(aligned_alloc(64, size_t(count * 4 + 63) / 64 * 64))) {}
-  ~Floats() { free(data); }
-  Floats(const Floats &) = delete;
-};
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

@@ -3,6 +3,8 @@
 #include "simd.h"
 #include "threads.h"
 
+#include <new>
+
 namespace sdxl {
 namespace ARCH {
 namespace {
@@ -16,11 +18,12 @@ template <class F> void each(int n, F &&body) {
   parallel_for(n, GRAIN, [&](int64_t begin, int64_t end) { vectors(begin, end, body); });
 }
 
-// Scratch numbers of one launch.
+// Scratch numbers of one launch, from a cache line's boundary on.
 struct Floats {
+  static constexpr std::align_val_t LINE{64};
   float *data;
-  explicit Floats(int64_t count) : data(new float[size_t(count > 0 ? count : 1)]) {}
-  ~Floats() { delete[] data; }
+  explicit Floats(int64_t count) : data(static_cast<float *>(::operator new(size_t(count) * sizeof(float), LINE))) {}
+  ~Floats() { ::operator delete(data, LINE); }
   Floats(const Floats &) = delete;
 };
 

@@ -9,11 +9,6 @@
 
 #include <algorithm>
 
-extern "C" {
-void *sdxl_alloc(int64_t bytes);
-void sdxl_free(void *memory);
-}
-
 namespace sdxl::ARCH {
 namespace {
 

@@ -143,8 +143,6 @@ template <class T> inline void store(T *p, vf x, int64_t count) {
 
 // ---- arithmetic ----
 
-inline vf fma(vf a, vf b, vf c) { return a * b + c; }
-inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
@@ -204,11 +202,6 @@ template <class V> inline V erfc_of(V z) {
   p = p * t + 0.999999927f;
   p = p * t - 1.26551212f;
   return t * fast_exp(p - z * z);
-}
-
-template <class V> inline V fast_erf(V x) {
-  const V tail = erfc_of(x < 0.f ? -x : x);
-  return x < 0.f ? tail - 1.f : 1.f - tail;
 }
 
 // The normal distribution's Phi(x) and its density: gelu(x) = x Phi(x).
