@@ -30,8 +30,8 @@ export interface Driver {
   download(block: Block, offset: number, target: Uint8Array): void;
   /** Its queue as others of its kind see it, where tensors can go from one to another. */
   readonly exchange?: Exchange;
-  /** Fills the first bytes with zeros, where that is quicker than an upload of them. */
-  clear?(block: Block, bytes: number): void;
+  /** Fills the first bytes with zeros. */
+  clear(block: Block, bytes: number): void;
   /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
   launch(symbol: string, args: readonly (bigint | number)[]): void;
   /** Runs it for each of several argument lists that are independent of each other, in one launch where it can. */

@@ -15,6 +15,7 @@ export function referenceDriver(): Driver {
     upload: (block, offset, source) => block.host?.set(source, offset),
     download: (block, offset, target) =>
       target.set((block.host as Uint8Array).subarray(offset, offset + target.length)),
+    clear: (block, bytes) => block.host?.fill(0, 0, bytes),
     launch(symbol) {
       throw new Error(`the reference device has no kernels, yet ${symbol} was launched`);
     },

@@ -110,9 +110,7 @@ export class Tensor {
 
   /** Sets all elements to zero. */
   clear(): this {
-    const { driver } = this.device;
-    if (!driver.clear) return this.upload(new Uint8Array(this.byteLength));
-    driver.clear(this.block, this.byteLength);
+    this.device.driver.clear(this.block, this.byteLength);
     return this;
   }
 

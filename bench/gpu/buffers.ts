@@ -49,10 +49,7 @@ export function openBuffers({ api, device }: BenchGpu): Buffers {
     empty: ({ shape, dtype }) => unscoped(() => empty(shape, { device, dtype })),
     random({ shape, dtype }, deviation = 1, sign = true) {
       const made = unscoped(() => empty(shape, { device, dtype }));
-      if (dtype === 'int32') {
-        device.driver.clear?.(made.block, made.byteLength);
-        return made;
-      }
+      if (dtype === 'int32') return made.clear();
       const pool = poolOf(dtype, deviation, sign);
       // Each tensor begins elsewhere in the pool, so that no two are equal.
       const size = bytesPerElement[dtype];

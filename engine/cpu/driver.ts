@@ -36,6 +36,7 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
   const free = library.func('void sdxl_free(void *memory)') as Native;
   const upload = library.func('void sdxl_copy(void *target, const void *source, int64_t bytes)') as Native;
   const download = library.func('sdxl_copy', 'void', ['_Out_ void *', 'void *', 'int64_t']) as Native;
+  const zero = library.func('void sdxl_zero(void *target, int64_t bytes)') as Native;
   const lookup = library.func('void *sdxl_kernel(const char *arch, const char *symbol)') as Native;
   const chosen = arch ?? String((library.func('const char *sdxl_best_arch()') as Native)());
   const manifest = String((library.func('const char *sdxl_manifest(const char *arch)') as Native)(chosen));
@@ -68,6 +69,7 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
     upload: (block, offset, source) => void upload(block.address + BigInt(offset), source, source.byteLength),
     download: (block, offset, target) =>
       void download(target, block.address + BigInt(offset), target.byteLength),
+    clear: (block, bytes) => void zero(block.address, bytes),
     launch(symbol, args) {
       const signature = symbols.get(symbol);
       if (signature === undefined) throw new Error(`the CPU library has no kernel ${symbol} for ${chosen}`);
