@@ -6,7 +6,7 @@ import { type AnyModule, parameterCount, unload } from '../engine/module.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { type TextConfig, textEncoder } from '../models/clip.ts';
+import { placeTokens, type TextConfig, textEncoder } from '../models/clip.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import { unet } from '../models/unet.ts';
 import { vae } from '../models/vae.ts';
@@ -65,14 +65,16 @@ export function buildSubject(
     .filter((config): config is TextConfig => config !== undefined)
     .map(textEncoder);
   for (const encoder of encoders) fill(encoder, device, dtype);
-  const ids = unscoped(() =>
-    tensor(new Int32Array(batch * TOKENS).fill(1), [batch, TOKENS], { device, dtype: 'int32' }),
-  );
+  const ids = new Int32Array(batch * TOKENS).fill(1);
+  const tokens = unscoped(() => placeTokens(encoders[0], ids, TOKENS, device));
   return subject(
     encoders,
-    () => ids.release(),
     () => {
-      for (const encoder of encoders) encoder(ids, { layer: -2, pooled: true });
+      tokens.ids.release();
+      tokens.ends.release();
+    },
+    () => {
+      for (const encoder of encoders) encoder(tokens, { layer: -2, pooled: true });
     },
   );
 }

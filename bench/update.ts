@@ -58,7 +58,7 @@ export function buildUpdate(
   const { shape } = sample;
   const target = unscoped(() => tensor(uniforms(sizeOf(shape), 2), shape, { device }));
   const loss = () => mse(cast(module(sample, times, conditioning), 'float32'), target);
-  const passes = openPasses({ loss, repeats: true }, trained, device);
+  const passes = openPasses({ loss }, trained, device);
   return {
     parameters: [...trained.values()].reduce((total, p) => total + p.size, 0),
     run() {

@@ -1,10 +1,11 @@
 // CLIP text encoders (Radford et al. 2021): ViT-L (quick_gelu) and OpenCLIP bigG (gelu, with a projection). SDXL reads
 // an inner layer's hidden states without the final norm, so layers past it run only when the pooled vector is wanted.
+import type { Device } from '../engine/device.ts';
 import { embedding, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
 import { add } from '../engine/ops/binary.ts';
-import { concat, slice } from '../engine/ops/move.ts';
+import { embedding as rowsAt, slice } from '../engine/ops/move.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 
@@ -83,10 +84,21 @@ export interface TextStates {
   pooled: Tensor | undefined;
 }
 
-export type TextEncoder = Module<[ids: Tensor, options: { layer: number; pooled: boolean }], TextStates>;
+/** Prompts as an encoder reads them. */
+export interface Tokens {
+  /** int32 [n, 77]. */
+  ids: Tensor;
+  /** Where each prompt's EOS is, as a row of all [n * 77]: int32 [n], by endsOf. */
+  ends: Tensor;
+}
+
+export type TextEncoder = Module<
+  [tokens: Tokens, options: { layer: number; pooled: boolean }],
+  TextStates
+> & { readonly eos_token_id: number };
 
 /**
- * ids int32 [n, 77]. `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
+ * `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
  * SDXL uses); `pooled` also runs the rest of the layers and the projection.
  */
 export function textEncoder(config: TextConfig): TextEncoder {
@@ -99,13 +111,8 @@ export function textEncoder(config: TextConfig): TextEncoder {
           position_embedding: embedding(config.max_position_embeddings, c),
         },
         (m, ids: Tensor) => {
-          const positions = Int32Array.from({ length: ids.shape[1] }, (_, i) => i);
-          return add(
-            m.token_embedding(ids),
-            m.position_embedding(
-              tensor(positions, [positions.length], { device: ids.device, dtype: 'int32' }),
-            ),
-          );
+          const positions = m.position_embedding.children.weight.tensor;
+          return add(m.token_embedding(ids), slice(positions, 0, 0, ids.shape[1]));
         },
       ),
       encoder: module(
@@ -128,24 +135,33 @@ export function textEncoder(config: TextConfig): TextEncoder {
     },
   );
   const text_projection = projection === undefined ? undefined : linear(c, projection, { bias: false });
-  return module(
+  const encoder = module(
     { text_model: textModel, text_projection },
-    (m, ids: Tensor, options: { layer: number; pooled: boolean }) => {
+    (m, { ids, ends }: Tokens, options: { layer: number; pooled: boolean }) => {
       const { hidden, final } = m.text_model(ids, options.layer, options.pooled);
-      return { hidden, pooled: final && m.text_projection?.(statesAtEos(final, ids, config.eos_token_id)) };
+      return { hidden, pooled: final && m.text_projection?.(rowsAt(ends, final.reshape(-1, c))) };
     },
   );
+  return Object.assign(encoder, { eos_token_id: config.eos_token_id });
 }
 
-/** Row i of the result is the state at prompt i's EOS: the largest id where the config says 2 (as published), else the first equal one. */
-function statesAtEos(states: Tensor, ids: Tensor, eos: number): Tensor {
-  const bytes = ids.bytes();
-  const values = new Int32Array(bytes.buffer, bytes.byteOffset, ids.size);
-  const [n, length] = ids.shape;
-  const rows = Array.from({ length: n }, (_, i) => {
-    const row = values.subarray(i * length, (i + 1) * length);
+/** The row of each prompt's EOS in ids [n, length]: the largest id where the config says 2 (as published), else the first equal one. */
+export function endsOf(ids: Int32Array, length: number, eos: number): Int32Array {
+  return Int32Array.from({ length: ids.length / length }, (_, i) => {
+    const row = ids.subarray(i * length, (i + 1) * length);
     const at = eos === 2 ? row.indexOf(row.reduce((a, b) => Math.max(a, b))) : Math.max(0, row.indexOf(eos));
-    return slice(slice(states, 0, i, 1), 1, at, 1);
+    return i * length + at;
   });
-  return concat(rows, 0).reshape(n, -1);
+}
+
+/** Rows of `length` ids on a device, for `encoder`. */
+export function placeTokens(
+  { eos_token_id }: TextEncoder,
+  ids: Int32Array,
+  length: number,
+  device: Device,
+): Tokens {
+  const ends = endsOf(ids, length, eos_token_id);
+  const options = { device, dtype: 'int32' } as const;
+  return { ids: tensor(ids, [ends.length, length], options), ends: tensor(ends, [ends.length], options) };
 }

@@ -7,7 +7,7 @@ import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { Json } from './checkpoint.ts';
-import { parseTextConfig, textEncoder } from './clip.ts';
+import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
 import { parseUNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, vae } from './vae.ts';
 
@@ -87,8 +87,8 @@ function textComponent(json: Json): Component {
   const tokens = Int32Array.from({ length: 77 }, (_, i) => (i * 31) % config.vocab_size);
   const probe = (device: Device) =>
     outputs(() => {
-      const ids = tensor(tokens, [1, tokens.length], { device, dtype: 'int32' });
-      const { hidden, pooled } = module(ids, { layer: -2, pooled: true });
+      const placed = placeTokens(module, tokens, tokens.length, device);
+      const { hidden, pooled } = module(placed, { layer: -2, pooled: true });
       return [hidden, pooled];
     });
   return { module, probe };

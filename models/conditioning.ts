@@ -3,14 +3,19 @@
 import type { Device } from '../engine/device.ts';
 import { concat } from '../engine/ops/move.ts';
 import { cast, scale } from '../engine/ops/unary.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import type { TextEncoder } from './clip.ts';
+import { endsOf, placeTokens, type TextEncoder, type Tokens } from './clip.ts';
 import type { Tokenizer } from './tokenizer.ts';
+
+export interface TokenizedEncoder {
+  tokenizer: Tokenizer;
+  encoder: TextEncoder;
+}
 
 /** One or two encoders in order; the last gives the pooled vector. The refiner has only the second. */
 export interface TextStack {
-  encoders: readonly { tokenizer: Tokenizer; encoder: TextEncoder }[];
+  encoders: readonly TokenizedEncoder[];
   /** Base: no negative prompt at all means zero embeddings rather than the embedding of "". */
   forceZeros: boolean;
 }
@@ -92,19 +97,25 @@ function encode(
   truncated: string[],
 ): Encoded {
   const lists = texts.slice(-stack.encoders.length);
-  const ids = stack.encoders.map(({ tokenizer }, i) => {
-    const rows = tokenIds(tokenizer, lists[i], truncated);
-    return tensor(rows.values, rows.shape, { device, dtype: 'int32' });
+  const tokens = stack.encoders.map((encoder, i) => {
+    const { values, shape } = tokensOf(encoder, lists[i], truncated).ids;
+    return placeTokens(encoder.encoder, values, shape[1], device);
   });
-  return encodeTokens(stack, ids, layer);
+  return encodeTokens(stack, tokens, layer);
 }
 
-/** Texts as rows of token ids [n, 77]. Adds to `truncated` what does not fit, once. */
-export function tokenIds(
-  tokenizer: Tokenizer,
+/** A tensor's numbers. */
+interface Rows {
+  values: Int32Array;
+  shape: readonly number[];
+}
+
+/** Texts as an encoder's Tokens: ids [n, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
+export function tokensOf(
+  { tokenizer, encoder }: TokenizedEncoder,
   texts: readonly string[],
   truncated: string[] = [],
-): { values: Int32Array; shape: [number, number] } {
+): Record<keyof Tokens, Rows> {
   const rows = texts.map((text) => tokenizer.encode(text));
   for (const row of rows)
     if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
@@ -113,13 +124,16 @@ export function tokenIds(
   rows.forEach((row, r) => {
     values.set(row.ids, r * length);
   });
-  return { values, shape: [rows.length, length] };
+  return {
+    ids: { values, shape: [rows.length, length] },
+    ends: { values: endsOf(values, length, encoder.eos_token_id), shape: [rows.length] },
+  };
 }
 
-/** What the encoders say of token ids [n, 77], a tensor for each: their hidden states side by side, and the last one's pooled vector. */
-export function encodeTokens(stack: TextStack, ids: readonly Tensor[], layer = PENULTIMATE): Encoded {
+/** What the encoders say of their tokens: hidden states side by side, and the last one's pooled vector. */
+export function encodeTokens(stack: TextStack, tokens: readonly Tokens[], layer = PENULTIMATE): Encoded {
   const last = stack.encoders.length - 1;
-  const states = stack.encoders.map(({ encoder }, i) => encoder(ids[i], { layer, pooled: i === last }));
+  const states = stack.encoders.map(({ encoder }, i) => encoder(tokens[i], { layer, pooled: i === last }));
   return {
     context: concat(
       states.map(({ hidden }) => hidden),

@@ -1,17 +1,23 @@
 // A step recorded as a graph and replayed, on the virtual GPU: the same bits as eager runs, on memory that nobody else gets;
 // misuse is an error. The denoising loop replays too, see cuda_models.test.ts.
+import { join } from 'node:path';
 import { test } from 'tap';
 import { eagerStep } from '../engine/capture.ts';
 import type { GpuApi } from '../engine/cuda/api.ts';
-import { cudaDevice, type Device } from '../engine/device.ts';
+import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { attention } from '../engine/ops/attention.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { concat } from '../engine/ops/move.ts';
 import { groupNorm } from '../engine/ops/norm.ts';
 import { silu } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
+import { scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { parseTextConfig, placeTokens, textEncoder } from '../models/clip.ts';
+import { tokensOf } from '../models/conditioning.ts';
+import { loadTokenizer } from '../models/tokenizer.ts';
+import { goldenFolder } from './golden.ts';
 import { values } from './op_cases.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
@@ -163,6 +169,39 @@ test('where a graph or its memory does not fit, the step goes on eagerly', (t) =
     step.release();
   });
   t.same([device.memory.storages, device.memory.live], [0, 0]);
+  t.end();
+});
+
+test('a text encoder is recorded, as where prompts end comes with their tokens', (t) => {
+  const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const prompts = ['a red fox', '', 'a castle on a hill in the snow', 'fog'];
+  /** The pooled vector of each prompt, by one step. */
+  const pooled = (device: Device) => {
+    const encoder = textEncoder(parseTextConfig(source.config('text_encoder_2')));
+    source.load('text_encoder_2', encoder, device, 'float32');
+    const tokenizer = loadTokenizer(source.folder('tokenizer_2'));
+    const rows = prompts.map((prompt) => tokensOf({ tokenizer, encoder }, [prompt]));
+    const [{ ids }] = rows;
+    const tokens = unscoped(() => placeTokens(encoder, ids.values, ids.shape[1], device));
+    const step = device.step(() =>
+      noGrad(() => encoder(tokens, { layer: -2, pooled: true }).pooled as Tensor),
+    );
+    const found = rows.map((row) => {
+      tokens.ids.set(row.ids.values);
+      tokens.ends.set(row.ends.values);
+      return step.run((y) => y.floats());
+    });
+    step.release();
+    return found;
+  };
+  const { device, calls } = open();
+  const [got, want] = [pooled(device), pooled(openDevice('reference'))];
+  t.equal(calls.cuGraphLaunch, 2, 'the last two are replays');
+  for (const [i, prompt] of prompts.entries()) {
+    const apart = Math.max(...want[i].map((x, j) => Math.abs(x - got[i][j])));
+    t.ok(apart < 1e-5, `"${prompt}": ${apart}`);
+  }
+  t.ok(Math.max(...want[0].map((x, j) => Math.abs(x - want[3][j]))) > 1e-2, 'prompts differ');
   t.end();
 });
 

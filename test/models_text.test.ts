@@ -9,9 +9,9 @@ import { add, mul } from '../engine/ops/binary.ts';
 import { slice } from '../engine/ops/move.ts';
 import { sum } from '../engine/ops/reduce.ts';
 import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import type { Tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { parseTextConfig, type TextEncoder, textEncoder } from '../models/clip.ts';
+import { parseTextConfig, placeTokens, type TextEncoder, type Tokens, textEncoder } from '../models/clip.ts';
 import { encodePrompts, type Prompts } from '../models/conditioning.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
@@ -27,15 +27,15 @@ import {
 const area = goldenArea('text');
 const NORMED = 'text_model.final_layer_norm';
 
-function checkForward(t: Assert, c: GoldenCase, encoder: TextEncoder, ids: Tensor): void {
+function checkForward(t: Assert, c: GoldenCase, encoder: TextEncoder, tokens: Tokens): void {
   for (const label of Object.keys(c.expect)) {
     const entry = /^hidden_states\.(\d+)$/.exec(label)?.[1];
-    if (entry) compare(t, area, c, label, encoder(ids, { layer: Number(entry), pooled: false }).hidden);
+    if (entry) compare(t, area, c, label, encoder(tokens, { layer: Number(entry), pooled: false }).hidden);
   }
   // The goldens name what the final norm gives by its place in transformers' output.
   const { last_hidden_state, text_embeds } = c.expect;
   const seen = checkActivations(t, area, { ...c, expect: { [NORMED]: last_hidden_state } }, () => {
-    const { pooled } = encoder(ids, { layer: -2, pooled: true });
+    const { pooled } = encoder(tokens, { layer: -2, pooled: true });
     // Without a projection (text_encoder) no pooled vector is computed, as SDXL reads none.
     if (text_embeds) compare(t, area, c, 'text_embeds', pooled as Tensor);
   });
@@ -43,9 +43,9 @@ function checkForward(t: Assert, c: GoldenCase, encoder: TextEncoder, ids: Tenso
 }
 
 /** sum(penultimate * cotangent), and the sum of the pooled vector where there is one. */
-function loss(encoder: TextEncoder, ids: Tensor, cotangent: Tensor, projected: boolean): Tensor {
+function loss(encoder: TextEncoder, tokens: Tokens, cotangent: Tensor, projected: boolean): Tensor {
   const total = (x: Tensor) => sum(x.reshape(1, -1), 1);
-  const { hidden, pooled } = encoder(ids, { layer: -2, pooled: projected });
+  const { hidden, pooled } = encoder(tokens, { layer: -2, pooled: projected });
   const first = total(mul(hidden, cotangent));
   return pooled ? add(first, total(pooled)) : first;
 }
@@ -62,15 +62,15 @@ function checkEncoder(t: Assert, c: GoldenCase, component: string, kind: string,
     // The stored ids may hold more prompts than a case about the first one uses.
     const used = kind === 'eps_probe' || kind === 'grads' ? 1 : rows;
     const values = area.floats(stored).subarray(0, used * length);
-    const ids = tensor(values, [used, length], { device, dtype: 'int32' });
+    const tokens = placeTokens(encoder, Int32Array.from(values), length, device);
     if (kind === 'grads') {
       const cotangent = plain(area, c.cotangent as string, device);
       const projected = config.projection_dim !== undefined;
-      checkGradients(t, area, c, encoder, {}, () => loss(encoder, ids, cotangent, projected));
+      checkGradients(t, area, c, encoder, {}, () => loss(encoder, tokens, cotangent, projected));
     } else if (kind === 'pooled_all') {
-      const { pooled } = noGrad(() => encoder(ids, { layer: -2, pooled: true }));
+      const { pooled } = noGrad(() => encoder(tokens, { layer: -2, pooled: true }));
       compare(t, area, c, 'text_embeds', pooled as Tensor);
-    } else noGrad(() => checkForward(t, c, encoder, ids));
+    } else noGrad(() => checkForward(t, c, encoder, tokens));
   });
   unload(encoder);
 }

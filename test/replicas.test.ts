@@ -25,16 +25,16 @@ const three = openGpus(3, { peers: true });
 
 test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async (t) => {
   for (const count of [2, 3])
-    for (const repeats of [false, true]) {
-      const what = `${count} GPUs, ${repeats ? 'recorded' : 'eager'}`;
+    for (const records of [false, true]) {
+      const what = `${count} GPUs, ${records ? 'recorded' : 'eager'}`;
       const [devices, failing] = [three.devices.slice(0, count), three.failing.slice(0, count)];
-      const alone = open(devices.slice(0, 1), { repeats, names });
+      const alone = open(devices.slice(0, 1), { records, names });
       const want = await trained(alone, updates(count));
       t.equal(new Set(want).size, 11, `${what}: each update but one changes the weights`);
       alone.release();
       const made = (call: keyof GpuApi) => failing.map((gpu) => gpu.made(call));
       const before = made('cuLaunchKernel');
-      const together = open(devices, { repeats, names });
+      const together = open(devices, { records, names });
       const owners = [...together.session.parameters.values()].map(({ tensor }) => tensor.device);
       const state = [...together.session.optimizer.state.values()].map(({ device }) => device);
       t.same(new Set(owners), new Set(devices), `${what}: each owns some`);
@@ -46,7 +46,7 @@ test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async 
       t.same(await trained(together, updates(count)), want, what);
       const launches = made('cuLaunchKernel').map((calls, i) => calls - before[i]);
       t.ok(Math.min(...launches) > 10, `${what}: all work: ${launches}`);
-      t.equal(Math.min(...made('cuGraphLaunch')) > 0, repeats);
+      t.equal(Math.min(...made('cuGraphLaunch')) > 0, records);
       t.ok(Math.min(...made('cuMemcpyDtoDAsync')) > 0, `${what}: all fetch`);
       together.release();
       t.same(held(devices), Array(2 * count).fill(0), `${what}: nothing is held`);
@@ -104,7 +104,7 @@ test('what fails is told with its GPU, and nothing is held', { timeout: 120_000 
     place: Place,
   ) => {
     const [gpu, call, at] = place;
-    const session = open(devices, { repeats: true, names });
+    const session = open(devices, { records: true, names });
     failing[gpu].fail(call, result, { at });
     const what = `${result} at ${call} on cuda:${gpu}`;
     const sentence = new RegExp(`^${call} failed with ${result} on cuda:${gpu}(: the last kernel|$)`);

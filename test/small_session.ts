@@ -33,12 +33,20 @@ const model = (names: readonly string[]) =>
       ),
   );
 
-/** Sample i has i in all places of x; weights are 0, then 0.01, ...; `events` are what is done. */
+/** Lets a device record nothing; gives back what undoes that. */
+function withoutCapture({ driver }: Device): () => void {
+  const { capture } = driver;
+  Object.assign(driver, { capture: undefined });
+  return () => void Object.assign(driver, { capture });
+}
+
+/** Sample i has i in all places of x; weights are 0, then 0.01, ...; `events` are what is done. Passes are recorded where wished. */
 export function open(
   [device, ...further]: readonly Device[],
-  { repeats = false, names = ['weight'] as readonly string[] } = {},
+  { records = false, names = ['weight'] as readonly string[] } = {},
 ) {
   const events: string[] = [];
+  const undo = records ? [] : [device, ...further].map(withoutCapture);
   const net = model(names);
   const weights = Object.values(net.children);
   for (const [i, weight] of weights.entries()) {
@@ -61,7 +69,6 @@ export function open(
       return { x: { shape: [samples.length, SIDE], values, dtype: 'float32' } };
     },
     loss: ({ x }: Tensors) => lossOf(net, x),
-    repeats,
     replicate(other: Device) {
       const copy = model(names);
       const substitute: Substitute = copied(other);
@@ -81,6 +88,7 @@ export function open(
     passes.release();
     optimizer.release();
     unload(net);
+    for (const each of undo) each();
   };
   return { session, weights, events, release };
 }

@@ -85,11 +85,12 @@ const updates = Array.from({ length: 12 }, (_, k) => [
 test('recorded passes make the weights that passes make', async (t) => {
   const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
   const device = cudaDevice(gpu.api);
-  const [eager, recorded] = [open([device]), open([device], { repeats: true })];
+  const eager = open([device]);
   const want = await trained(eager, updates);
   t.equal(new Set(want).size, 11, 'each update but one changes them');
   t.equal(gpu.made('cuGraphLaunch'), 0);
   eager.release();
+  const recorded = open([device], { records: true });
   t.same(await trained(recorded, updates), want);
   t.equal(gpu.made('cuStreamBeginCapture'), 2, 'one recording for a shape');
   t.equal(gpu.made('cuGraphLaunch'), 12 + 18 - 2 * 2, 'which runs from the third pass on');
@@ -103,7 +104,7 @@ test('where memory is needed, recordings give theirs, and are made again if they
   const eager = open([device]);
   const want = await trained(eager, updates);
   eager.release();
-  const recorded = open([device], { repeats: true });
+  const recorded = open([device], { records: true });
   const got = await trained(recorded, updates, (k) => {
     if (k !== 8) return;
     t.equal(gpu.made('cuGraphExecDestroy'), 0);
@@ -123,7 +124,7 @@ test('where memory is needed, recordings give theirs, and are made again if they
 test('a GPU that is lost is told once, and what is held is given back', async (t) => {
   const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
   const device = cudaDevice(gpu.api);
-  const recorded = open([device], { repeats: true });
+  const recorded = open([device], { records: true });
   gpu.fail('cuGraphLaunch', 'CUDA_ERROR_ECC_UNCORRECTABLE', { at: 2 });
   await t.rejects(trained(recorded, updates), { message: /^cuGraphLaunch failed with CUDA_ERROR_ECC_UNC/ });
   t.doesNotThrow(recorded.release);

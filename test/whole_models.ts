@@ -173,7 +173,7 @@ export function replaysAndGradients(device: Device, dtype: FloatDType): Results 
     for (const p of parameters) requireGrad(p.tensor);
     const target = made(x.shape);
     const loss = ({ sample }: Tensors) => mse(model(sample, times, conditioning), target);
-    const passes = openPasses({ loss, repeats: true }, named, device);
+    const passes = openPasses({ loss }, named, device);
     for (let pass = 0; pass < 3; pass++) {
       const values = random.randn(x.size) as Float32Array;
       passes.queue({ sample: { shape: x.shape, values, dtype } }, 1 / 3).release();

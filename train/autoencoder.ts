@@ -104,7 +104,6 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       if (used !== coder) unload(used.module);
       return loss;
     },
-    repeats: true,
     replicate(further) {
       const { other, weights } = twinOf(copied(further));
       return {

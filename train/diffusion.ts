@@ -13,7 +13,7 @@ import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import { addLora } from '../models/adapters.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { type Encoded, encodeTokens, tokenIds } from '../models/conditioning.ts';
+import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
 import { samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -170,8 +170,6 @@ export function diffusionTask(
       releaseTwin(other, pipeline);
       return loss;
     },
-    // Encoders look for the end of each text on the host.
-    repeats: captions !== undefined,
     // Pictures and frozen encoders stay where they are: other devices get what these say.
     replicate(further) {
       const { other, weights } = twinOf(copied(further));
@@ -230,7 +228,7 @@ function blankEmbeddings(
   configs: readonly Json[],
   n: number,
 ): PassInputs {
-  const [, tokens] = tokenIds(text.encoders[0].tokenizer, ['']).shape;
+  const [, tokens] = tokensOf(text.encoders[0], ['']).ids.shape;
   const { projection_dim = 0 } = parseTextConfig(configs[configs.length - 1]);
   const blank = (...shape: number[]): HostTensor => ({
     shape,
@@ -244,19 +242,23 @@ function blankEmbeddings(
 function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | undefined)[]): PassInputs {
   const n = captions.length;
   const texts = captions.map((caption) => caption ?? '');
-  const ids = text.encoders.map(
-    ({ tokenizer }, i) => [`ids_${i}`, { ...tokenIds(tokenizer, texts), dtype: 'int32' }] as const,
-  );
+  const tokens = text.encoders.flatMap((encoder, i) => {
+    const { ids, ends } = tokensOf(encoder, texts);
+    return [
+      [`ids_${i}`, { ...ids, dtype: 'int32' }] as const,
+      [`ends_${i}`, { ...ends, dtype: 'int32' }] as const,
+    ];
+  });
   const masked = text.forceZeros && captions.includes(undefined);
   const kept = Float32Array.from(captions, (caption) => (caption === undefined ? 0 : 1));
-  return { ...Object.fromEntries(ids), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
+  return { ...Object.fromEntries(tokens), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
 }
 
 /** Those captions through the encoders; the rows of those left away are zero. */
 function encoded({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
   const states = encodeTokens(
     text,
-    text.encoders.map((_, i) => inputs[`ids_${i}`]),
+    text.encoders.map((_, i) => ({ ids: inputs[`ids_${i}`], ends: inputs[`ends_${i}`] })),
   );
   const [context, pooled] = [cast(states.context, dtype), cast(states.pooled, dtype)];
   const { kept } = inputs;

@@ -11,7 +11,7 @@ import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { HostTensor, PassInputs, Task } from './task.ts';
 
-type Trained = Pick<Task, 'loss' | 'repeats'>;
+type Trained = Pick<Task, 'loss'>;
 
 export interface Passes {
   /** Queues a pass, whose gradients weigh `share` and add up. Its loss [1], on its way: release it. */
@@ -31,7 +31,7 @@ export function openPasses(
 ): Passes {
   const leaves = [...parameters.values()].map(({ tensor }) => tensor);
   const bytes = leaves.reduce((sum, { byteLength }) => sum + byteLength, 0);
-  const records = task.repeats && device.driver.capture && bytes <= MOST_BYTES;
+  const records = device.driver.capture && bytes <= MOST_BYTES;
   return records ? recordedPasses(task, leaves, device) : eagerPasses(task, leaves, device);
 }
 

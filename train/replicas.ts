@@ -29,7 +29,7 @@ const PART_BYTES = 2 ** 28;
 
 /** Copies of what a pass of `task` needs on `further` devices, and passes on all. */
 export function openReplicas(
-  task: Pick<Task, 'loss' | 'repeats' | 'replicate'>,
+  task: Pick<Task, 'loss' | 'replicate'>,
   parameters: ReadonlyMap<string, Parameter>,
   device: Device,
   further: readonly Device[],
@@ -39,7 +39,7 @@ export function openReplicas(
     const { weights, loss, release } = task.replicate(other);
     const trained = new Map(names.map((name) => [name, weights.get(name) as Parameter]));
     for (const { tensor } of trained.values()) requireGrad(tensor);
-    return { trained, release, passes: openPasses({ loss, repeats: task.repeats }, trained, other) };
+    return { trained, release, passes: openPasses({ loss }, trained, other) };
   });
   const all = [openPasses(task, parameters, device), ...replicas.map(({ passes }) => passes)];
   const copies = [parameters, ...replicas.map(({ trained }) => trained)];

@@ -75,10 +75,11 @@ export interface Task {
   rehearseCache?(): void;
   /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
   blank(batch: MicroBatch): PassInputs;
-  /** The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. */
+  /**
+   * The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. By ops
+   * alone, the same ones for the same shapes of inputs, so that it can be recorded.
+   */
   loss(inputs: Tensors, weights?: Weights): Tensor;
-  /** Whether `loss` makes tensors by ops alone, the same ops for the same shapes of inputs: it can be recorded. */
-  readonly repeats: boolean;
   /** The same loss on another device, over copies of the weights. */
   replicate(device: Device): Replica;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
