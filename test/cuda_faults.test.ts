@@ -129,12 +129,22 @@ test('the message names the holders, the largest first', (t) => {
   t.end();
 });
 
-test('without memory to pin, copies go directly', (t) => {
-  const { device, failing } = openFailing();
-  failing.fail('cuMemAllocHost', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
-  const numbers = Float32Array.from({ length: 50_000 }, (_, i) => i);
-  scope(() => t.ok(same(tensor(numbers, [50_000], { device }).floats(), numbers)));
-  t.ok(failing.failed);
+test('without memory to pin, copies go directly, and what was had by then is given back', (t) => {
+  for (const call of ['cuMemAllocHost', 'cuEventCreate'] as const)
+    for (const at of [1, 2]) {
+      const { device, failing } = openFailing();
+      failing.fail(call, 'CUDA_ERROR_OUT_OF_MEMORY', { at, always: true });
+      const numbers = Float32Array.from({ length: 50_000 }, (_, i) => i);
+      scope(() => t.ok(same(tensor(numbers, [50_000], { device }).floats(), numbers)));
+      t.ok(failing.failed);
+      const had = (made: keyof GpuApi, failed: boolean) => failing.made(made) - Number(failed);
+      t.equal(
+        failing.made('cuMemFreeHost'),
+        had('cuMemAllocHost', call === 'cuMemAllocHost'),
+        'pinned memory',
+      );
+      t.equal(failing.made('cuEventDestroy'), had('cuEventCreate', call === 'cuEventCreate'), 'events');
+    }
   t.end();
 });
 

@@ -90,23 +90,20 @@ export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTE
   };
 }
 
+/** Two buffers, or none where the system has no memory to pin. */
 function pin(api: GpuApi, bytes: number): Buffer[] {
-  const made: Buffer[] = [];
+  const memory: Uint8Array[] = [];
+  const events: Event[] = [];
   try {
-    for (let i = 0; i < 2; i++)
-      made.push({
-        bytes: api.cuMemAllocHost(bytes),
-        done: api.cuEventCreate(DISABLE_TIMING),
-        busy: false,
-        used: 0,
-      });
-    return made;
-  } catch (error) {
-    if (!(error instanceof CudaError) || error.result !== 'CUDA_ERROR_OUT_OF_MEMORY') throw error;
-    for (const buffer of made) {
-      api.cuMemFreeHost(buffer.bytes);
-      api.cuEventDestroy(buffer.done);
+    for (let i = 0; i < 2; i++) {
+      memory.push(api.cuMemAllocHost(bytes));
+      events.push(api.cuEventCreate(DISABLE_TIMING));
     }
-    return [];
+  } catch (error) {
+    for (const pinned of memory) api.cuMemFreeHost(pinned);
+    for (const event of events) api.cuEventDestroy(event);
+    if (error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY') return [];
+    throw error;
   }
+  return memory.map((bytes, i) => ({ bytes, done: events[i], busy: false, used: 0 }));
 }
