@@ -1,8 +1,8 @@
 // The native CPU library behind the Driver interface, through koffi. The library is its own manifest: it lists each
-// kernel's symbol and parameter kinds (p pointer, i int, f float), and a call that does not match is refused here,
-// because C would not notice.
+// kernel's symbol and signature, and a call that does not match is refused here.
 import koffi, { type TypeObject } from 'koffi';
 import type { Block, Driver } from '../memory.ts';
+import { checkArguments } from '../signature.ts';
 
 type Native = (...args: readonly unknown[]) => unknown;
 
@@ -73,12 +73,7 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
     launch(symbol, args) {
       const signature = symbols.get(symbol);
       if (signature === undefined) throw new Error(`the CPU library has no kernel ${symbol} for ${chosen}`);
-      const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
-      if (given !== signature.replace(/[if]/g, 'n')) {
-        throw new Error(
-          `${symbol} takes (${signature}), got (${given}): p pointer, i int, f float, n number`,
-        );
-      }
+      checkArguments(symbol, signature, args);
       kernel(symbol, signature)(...args);
     },
   };

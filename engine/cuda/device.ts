@@ -3,6 +3,7 @@
 // loaded when first asked for. Blocks that a plan uses between its launches go back to the pool at once, because whoever takes
 // them next runs later in the same stream.
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
+import { checkArguments } from '../signature.ts';
 import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { openExchange } from './exchange.ts';
@@ -226,18 +227,8 @@ function splitSymbol(symbol: string): [string, string] {
 function planFor(op: string, args: LaunchArguments): Plan {
   const plan = plans.get(op);
   if (!plan) throw new Error(`the GPU has no kernel ${op}`);
-  if (plan.signature !== undefined && !fits(plan.signature, args)) {
-    const given = args.map((a) => (typeof a === 'bigint' ? 'p' : 'n')).join('');
-    throw new Error(`${op} takes (${plan.signature}), got (${given}): p pointer, i int, f float, n number`);
-  }
+  if (plan.signature !== undefined) checkArguments(op, plan.signature, args);
   return plan;
-}
-
-function fits(signature: string, args: LaunchArguments): boolean {
-  if (signature.length !== args.length) return false;
-  for (let i = 0; i < args.length; i++)
-    if ((typeof args[i] === 'bigint') !== (signature[i] === 'p')) return false;
-  return true;
 }
 
 const hasWork = ({ grid }: KernelLaunch): boolean => !grid.includes(0);

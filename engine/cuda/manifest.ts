@@ -1,5 +1,6 @@
 // A PTX file is its own manifest: each .entry lists its parameters. Here they are read, and a call's arguments are packed
 // into the block that cuLaunchKernel takes. The driver never checks that block, so count and kind are checked here.
+import { mismatch } from '../signature.ts';
 
 /** p a 64-bit pointer, i a 32-bit integer, f a float32, b bytes by value (a tensor map or a struct). */
 export type ParameterKind = 'p' | 'i' | 'f' | 'b';
@@ -77,20 +78,20 @@ export function packParameters(entry: Layout, args: readonly KernelArgument[]): 
 
 function packAt(view: DataView, start: number, entry: Layout, args: readonly KernelArgument[]): void {
   const { parameters } = entry;
-  if (args.length !== parameters.length) throw mismatch(entry, args);
+  if (args.length !== parameters.length) throw refused(entry, args);
   for (let i = 0; i < args.length; i++) {
     const { kind, offset, bytes } = parameters[i];
     const [at, value] = [start + offset, args[i]];
     if (typeof value === 'bigint') {
-      if (kind !== 'p') throw mismatch(entry, args);
+      if (kind !== 'p') throw refused(entry, args);
       view.setBigUint64(at, value, true);
     } else if (typeof value === 'number') {
       if (kind === 'f') view.setFloat32(at, value, true);
-      else if (kind !== 'i') throw mismatch(entry, args);
-      else if (Number.isInteger(value) && Math.abs(value) < 2 ** 32) view.setInt32(at, value, true);
+      else if (kind !== 'i') throw refused(entry, args);
+      else if ((value | 0) === value) view.setInt32(at, value, true);
       else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
     } else {
-      if (kind !== 'b') throw mismatch(entry, args);
+      if (kind !== 'b') throw refused(entry, args);
       if (value.length !== bytes)
         throw new Error(`${entry.name}: argument ${i} has ${value.length} bytes, not ${bytes}`);
       new Uint8Array(view.buffer).set(value, at);
@@ -98,13 +99,8 @@ function packAt(view: DataView, start: number, entry: Layout, args: readonly Ker
   }
 }
 
-function mismatch(entry: Layout, args: readonly KernelArgument[]): Error {
-  const wanted = entry.parameters.map((p) => p.kind).join('');
-  const given = args.map(letter).join('');
-  return new Error(
-    `${entry.name} takes (${wanted}), got (${given}): p pointer, i int, f float, n number, b bytes`,
-  );
-}
+const refused = ({ name, parameters }: Layout, args: readonly KernelArgument[]): Error =>
+  mismatch(name, parameters.map(({ kind }) => kind).join(''), args);
 
 /** Where a C struct of 8-byte pointers (p), ints (i) and floats (f) has them; its size is a multiple of 8 bytes. */
 export function structLayout(signature: string): Layout {
@@ -125,8 +121,4 @@ export function packRows(row: Layout, rows: readonly (readonly KernelArgument[])
   const view = new DataView(packed.buffer);
   for (let i = 0; i < rows.length; i++) packAt(view, i * row.bytes, row, rows[i]);
   return packed;
-}
-
-function letter(value: KernelArgument): string {
-  return typeof value === 'bigint' ? 'p' : typeof value === 'number' ? 'n' : 'b';
 }
