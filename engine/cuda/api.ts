@@ -113,9 +113,9 @@ export interface GpuApi {
   /** The pool that cuMemAllocAsync takes from. */
   cuDeviceGetDefaultMemPool(device: number): MemPool;
   cuMemPoolSetAttribute(pool: MemPool, attribute: number, value: bigint): void;
-  /** Gives all but `keep` bytes of what is free in the pool back to the system. */
   /** Lets a GPU read and write what comes from another's pool, also what came from it before. */
   cuMemPoolSetAccess(pool: MemPool, device: number): void;
+  /** Gives all but `keep` bytes of what is free in the pool back to the system. */
   cuMemPoolTrimTo(pool: MemPool, keep: number): void;
   cuMemAllocAsync(bytes: number, stream: Stream): DevicePointer;
   cuMemFreeAsync(pointer: DevicePointer, stream: Stream): void;
