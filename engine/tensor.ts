@@ -103,7 +103,12 @@ export class Tensor {
     return this.upload(encodeNumbers(values, this.dtype));
   }
 
+  /** Uploads raw little-endian bytes, from byte `offset` on. */
   upload(bytes: Uint8Array, offset = 0): this {
+    if (offset + bytes.byteLength > this.byteLength)
+      throw new ShapeError(
+        `tensor: ${bytes.byteLength} bytes from ${offset} on do not fit ${this.dtype} [${this.shape}]`,
+      );
     this.device.driver.upload(this.block, offset, bytes);
     return this;
   }
@@ -128,7 +133,11 @@ export function empty(shape: readonly number[], options: { device: Device; dtype
   const size = sizeOf(shape);
   if (!shape.every((d) => Number.isInteger(d) && d >= 0))
     throw new ShapeError(`a tensor cannot have the shape [${shape}]`);
-  if (size >= 2 ** 31) throw new ShapeError(`a tensor of shape [${shape}] has more than 2^31 - 1 elements`);
+  // Kernels count elements in 32 bits.
+  if (size >= 2 ** 31)
+    throw new ShapeError(
+      `a tensor of shape [${shape}] has more than 2^31 - 1 elements; use a smaller size or fewer images at a time`,
+    );
   const block = options.device.memory.take(size * bytesPerElement[dtype]);
   return new Tensor({ device: options.device, block, references: 0 }, shape, dtype);
 }

@@ -39,6 +39,11 @@ function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
           `${name}: prediction [${t.prediction.shape}] and target [${t.target.shape}] differ`,
         );
       }
+      const { weights } = t;
+      if (weights && (weights.size !== t.prediction.shape[0] || weights.dtype !== 'float32'))
+        throw new ShapeError(
+          `${name}: weights are ${weights.dtype} [${weights.shape}], not a float32 for each of ${t.prediction.shape[0]} images`,
+        );
       sameFloat(name, t, 'prediction', 'target');
       return { y: { shape: [1], dtype: 'float32' } };
     },

@@ -320,7 +320,10 @@ const timestepOp = defineOp<{
   shift: number;
 }>({
   name: 'timestep_embedding',
-  outputs: (t, { dim, dtype }) => ({ y: { shape: [...t.t.shape, dim], dtype } }),
+  outputs({ t }, { dim, dtype }) {
+    if (t.dtype !== 'float32') throw new ShapeError(`timestep_embedding: t is ${t.dtype}, not float32`);
+    return { y: { shape: [...t.shape, dim], dtype } };
+  },
   saves: [],
   storage: 'y',
   forward: (t, { dim, flipSinToCos, shift }, launch) =>
