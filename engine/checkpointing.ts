@@ -1,16 +1,6 @@
 // Gradient checkpointing (Chen et al. 2016): a module that keeps only its inputs on the tape and runs again, this time
 // recording, when its gradient is due. Memory falls to one module's activations at a time, for one more forward pass.
-import {
-  backward,
-  clearGrad,
-  type Edge,
-  gradOf,
-  isRecording,
-  Node,
-  noGrad,
-  recorded,
-  requireGrad,
-} from './grad.ts';
+import { backward, clearGrad, gradOf, isRecording, Node, noGrad, recorded, requireGrad } from './grad.ts';
 import { type Children, isTrained, type Module } from './module.ts';
 import { keep, mapTensors, onFailure, tensorsIn } from './scope.ts';
 import type { Tensor } from './tensor.ts';
@@ -32,10 +22,8 @@ function taped<A extends readonly unknown[]>(module: Module<A, Tensor>, args: A)
   const wanted = inputs.filter((t) => t.node);
   if (wanted.length === 0 && !isTrained(module)) return y;
   const saved = new Map(inputs.map((t) => [t, keep(t.handle())]));
-  const edges = wanted.map(
-    ({ node, shape, dtype }): Edge => ({ name: '', node: node as Node, spec: { shape, dtype } }),
-  );
-  y.node = Node.ofFunction(edges, [...saved.values()], (dy) => {
+  const nodes = wanted.map(({ node }) => node as Node);
+  y.node = Node.ofFunction(nodes, [...saved.values()], (dy) => {
     const leaves = new Map(inputs.map((t) => [t, (saved.get(t) as Tensor).handle()]));
     for (const t of wanted) {
       const leaf = requireGrad(leaves.get(t) as Tensor);

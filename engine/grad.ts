@@ -1,6 +1,7 @@
 // Reverse-mode differentiation: a tape of nodes, each holding the op, what it saved and its input nodes. Gradients are
 // summed in the order the tape is walked (newest op first), so a run repeats bit for bit. What an op adds as it is (a residual)
 // has dy for its gradient, the same storage: nothing is summed in place that another node holds too.
+import type { DType } from '../io/dtype.ts';
 import type { OpRecord, Tensors } from './op.ts';
 import { keep, onFailure, scope, unscoped } from './scope.ts';
 import { empty, type Tensor, tensor, zeros } from './tensor.ts';
@@ -26,57 +27,52 @@ function withRecording<R>(wanted: boolean, fn: () => R): R {
   }
 }
 
-/** From the gradient of an output to those of the edges; undefined where there is none. */
+/** From the gradient of a node's output to those of its inputs; undefined where there is none. */
 type Pull = (dy: Tensor) => (Tensor | undefined)[];
-
-export interface Edge {
-  name: string;
-  node: Node;
-  spec: { shape: readonly number[]; dtype: Tensor['dtype'] };
-}
 
 export class Node {
   readonly order = sequence++;
   /** For a leaf: the accumulated gradient. For an op: the gradient of its output, while backward runs. */
   grad: Tensor | undefined;
-  /** Runs the op's backward and returns the gradients of its edges, in order. Undefined on a leaf or once spent. */
+  /** The nodes of those inputs that want a gradient. */
+  inputs: readonly Node[] = [];
+  /** Makes the gradients of `inputs`, in their order. Undefined on a leaf or once spent. */
   #pull: Pull | undefined;
-  edges: Edge[] = [];
-  #saved: Tensor[] = [];
+  #saved: readonly Tensor[] = [];
 
   static ofOp<A>(record: OpRecord<A>, inputs: Tensors, outputs: Tensors, attrs: A): Node {
-    const node = new Node();
     if (!record.backward) throw new Error(`op ${record.name} has no gradient, but one is wanted`);
-    for (const [name, t] of Object.entries(inputs)) {
-      if (t.node) node.edges.push({ name, node: t.node, spec: { shape: t.shape, dtype: t.dtype } });
+    const nodes: Node[] = [];
+    const wanted: { name: string; shape: readonly number[]; dtype: DType }[] = [];
+    for (const [name, { node, shape, dtype }] of Object.entries(inputs)) {
+      if (!node) continue;
+      nodes.push(node);
+      wanted.push({ name, shape, dtype });
     }
     const saved: Tensors = {};
     for (const name of record.saves) {
       const source = inputs[name] ?? outputs[name];
       if (source) saved[name] = keep(source.handle());
     }
-    node.#saved = Object.values(saved);
-    onFailure(() => node.spend());
-    const { device, shape } = outputs.y;
-    node.#pull = (dy) => {
+    const { device, shape: shapeOfY } = outputs.y;
+    return Node.ofFunction(nodes, Object.values(saved), (dy) => {
       // The spread last: V8 takes 20 times as long to join objects if it comes first.
-      const tensors: Tensors = { dy: dy.reshape(...shape), ...saved };
+      const tensors: Tensors = { dy: dy.reshape(...shapeOfY), ...saved };
       let computes = false;
-      const gradients = node.edges.map(({ name, spec }) => {
-        if (record.passes?.includes(name)) return dy.handle(spec.shape);
+      const gradients = wanted.map(({ name, shape, dtype }) => {
+        if (record.passes?.includes(name)) return dy.handle(shape);
         computes = true;
-        return (tensors[`d${name}`] = empty(spec.shape, { device, dtype: spec.dtype }));
+        return (tensors[`d${name}`] = empty(shape, { device, dtype }));
       });
       if (computes) device.execute(record, 'backward', tensors, attrs);
       return gradients;
-    };
-    return node;
+    });
   }
 
-  /** A node whose gradients come from a function: used by gradient checkpointing. */
-  static ofFunction(edges: Edge[], saved: Tensor[], pull: Pull): Node {
+  /** A node that `pull` makes the gradients of, from what it has saved. */
+  static ofFunction(inputs: readonly Node[], saved: readonly Tensor[], pull: Pull): Node {
     const node = new Node();
-    node.edges = edges;
+    node.inputs = inputs;
     node.#saved = saved;
     node.#pull = pull;
     onFailure(() => node.spend());
@@ -95,7 +91,7 @@ export class Node {
     this.#pull = undefined;
     this.grad?.release();
     this.grad = undefined;
-    this.edges = [];
+    this.inputs = [];
   }
 
   get isLeaf(): boolean {
@@ -139,10 +135,10 @@ export function backward(output: Tensor, dy?: Tensor): void {
       const nodes = newestFirst(root);
       for (const node of nodes) {
         if (node.isLeaf) continue;
-        const edges = node.edges;
+        const { inputs } = node;
         scope(() => {
           node.pull().forEach((gradient, i) => {
-            if (gradient) accumulate(edges[i].node, gradient);
+            if (gradient) accumulate(inputs[i], gradient);
           });
         });
         node.spend();
@@ -181,11 +177,10 @@ function newestFirst(root: Node): Node[] {
   const seen = new Set<Node>([root]);
   const stack = [root];
   for (let node = stack.pop(); node; node = stack.pop()) {
-    for (const edge of node.edges) {
-      if (!seen.has(edge.node)) {
-        seen.add(edge.node);
-        stack.push(edge.node);
-      }
+    for (const input of node.inputs) {
+      if (seen.has(input)) continue;
+      seen.add(input);
+      stack.push(input);
     }
   }
   return [...seen].sort((a, b) => b.order - a.order);
