@@ -1,6 +1,5 @@
 // A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels, `cuda:N` PTX on
 // the N-th NVIDIA GPU; `reference` runs the record's own loops in TypeScript and needs no compiler.
-import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { eagerStep, type Observe, recordedStep, type Step } from './capture.ts';
 import { findLibrary } from './cpu/build.ts';
@@ -10,8 +9,8 @@ import { openCudaDriver } from './cuda/device.ts';
 import { openCudaLibrary } from './cuda/driver.ts';
 import { CudaError } from './cuda/errors.ts';
 import { type Driver, MemoryPool, type Reserve } from './memory.ts';
-import type { Argument, Call, Launch, OpRecord, RefTensors, Tensors } from './op.ts';
-import { referenceDriver } from './reference.ts';
+import type { Argument, Call, Launch, OpRecord, Tensors } from './op.ts';
+import { referenceDevice } from './reference.ts';
 import type { Tensor } from './tensor.ts';
 import { Together } from './together.ts';
 
@@ -170,49 +169,4 @@ function storageTensor(tensors: Tensors): Tensor {
   return (
     tensors.x ?? tensors.q ?? tensors.a ?? tensors.x0 ?? tensors.prediction ?? tensors.weight ?? tensors.dy
   );
-}
-
-function referenceDevice(): Device {
-  const driver = referenceDriver();
-  return {
-    name: 'reference',
-    driver,
-    memory: new MemoryPool(driver),
-    step: eagerStep,
-    together: (fn) => fn(),
-    executeAll(calls) {
-      for (const { record, tensors, attrs } of calls) this.execute(record, 'forward', tensors, attrs);
-    },
-    execute(record, direction, tensors, attrs) {
-      const arrays: RefTensors = {};
-      for (const [name, t] of Object.entries(tensors)) arrays[name] = { shape: t.shape, data: hostFloats(t) };
-      const run = direction === 'forward' ? record.reference.forward : record.reference.backward;
-      if (!run) throw new Error(`op ${record.name} has no reference ${direction}`);
-      run(arrays, attrs);
-      for (const [name, t] of Object.entries(tensors)) {
-        const written = isFloat(t.dtype) || name === 'y' || record.updates?.includes(name);
-        if (written && !isView(t)) storeNumbers(t, arrays[name].data);
-      }
-    },
-    add(sum, a, b) {
-      const [left, right] = [hostFloats(a), hostFloats(b)];
-      storeNumbers(
-        sum,
-        left.map((x, i) => x + right[i]),
-      );
-    },
-  };
-}
-
-const isView = (t: Tensor): boolean => t.dtype === 'float32';
-
-/** float32 tensors are seen in place; every other type is converted to float32 and stored back after the op. */
-function hostFloats(t: Tensor): Float32Array {
-  const host = t.block.host as Uint8Array;
-  const bytes = host.subarray(0, t.size * bytesPerElement[t.dtype]);
-  return isView(t) ? new Float32Array(bytes.buffer, bytes.byteOffset, t.size) : decodeFloats(bytes, t.dtype);
-}
-
-function storeNumbers(t: Tensor, values: ArrayLike<number>): void {
-  (t.block.host as Uint8Array).set(encodeNumbers(values, t.dtype));
 }
