@@ -48,6 +48,8 @@ export interface Plan {
 }
 
 export const THREADS = 256;
+/** Bytes of a float32: of sums, moments and statistics whatever the storage. */
+export const FLOAT = 4;
 /** Elements that a thread takes at once; common.cuh's PACK. */
 export const PACK = 4;
 const BLOCKS_PER_MULTIPROCESSOR = 32;

@@ -4,13 +4,14 @@
 import { structLayout } from './manifest.ts';
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArguments,
   type Plan,
   type PlanContext,
   walking,
 } from './plan.ts';
-import { type Calls, FLOAT, partialSums, ROW_CHUNK, rowsOf, updatePlan } from './plan_optimizer.ts';
+import { type Calls, ROW_CHUNK, rowsOf, updatePlan } from './plan_optimizer.ts';
 
 const TILE = 256; // adafactor.cu
 
@@ -27,7 +28,7 @@ function layers(calls: Calls, context: PlanContext): KernelLaunch[] {
   };
   const { rows, chunks: tiles } = rowsOf(row, calls, tilesOf, context);
   const sums = context.workspace(tiles * 2 * TILE * FLOAT);
-  const partial = partialSums(tiles, context);
+  const partial = context.workspace(tiles * FLOAT);
   const walk = (entry: string, jobs: number, ...first: bigint[]) =>
     walking('adafactor', `adafactor_${entry}`, jobs, 1, [...first, ...rows], context);
   return [
@@ -46,7 +47,7 @@ function taps(calls: Calls, context: PlanContext): KernelLaunch[] {
     return divideUp(outer * inner, ROW_CHUNK);
   };
   const { rows, chunks } = rowsOf(row, calls, chunksOf, context);
-  const partial = partialSums(chunks, context);
+  const partial = context.workspace(chunks * FLOAT);
   const walk = (entry: string, jobs: number) =>
     walking('adafactor', `adafactor_${entry}`, jobs, 1, [partial, ...rows], context);
   return [walk('tap_moments', chunks), walk('size', calls.length), walk('tap_apply', chunks)];

@@ -3,6 +3,7 @@
 // forward and dq by pieces of queries, dk and dv by pieces of keys where all does not fit at once.
 import {
   divideUp,
+  FLOAT,
   inTurns,
   type KernelLaunch,
   type LaunchArguments,
@@ -131,7 +132,7 @@ function forward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const [z, stride] = [n * heads, padded(lk)];
   const all = ranges(lq, z * (lk * 4 + stride * weightBytes(context)));
   const most = all[0][1];
-  const sums = context.workspace(z * most * lk * 4);
+  const sums = context.workspace(z * most * lk * FLOAT);
   const p = context.workspace(z * most * stride * context.elementBytes);
   return all.flatMap(([first, rows]) => [
     ...scores(sums, row(q, first), rows, k, lk),
@@ -146,7 +147,7 @@ function backward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   if (isForHopper(s, context)) return hopperBackward(args, s, context);
   const { n, heads, lq, lk, d, causal, scale } = s;
   const z = n * heads;
-  const delta = context.workspace(z * lq * 4);
+  const delta = context.workspace(z * lq * FLOAT);
   const first = byRows('attention_delta', z * lq, [delta, dy, y, heads, lq, d, z * lq]);
   if (isFlash(s, context)) {
     const inputs = [dy, lse, delta, q, k, v];
@@ -161,7 +162,7 @@ function backward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const queryPieces = ranges(lq, 2 * z * (lk * 4 + padded(lk) * weightBytes(context)));
   const keyPieces = ranges(lk, 2 * z * (lq * 4 + lq * context.elementBytes));
   const cells = Math.max(queryPieces[0][1] * padded(lk), lq * padded(keyPieces[0][1]));
-  const [sums, dp] = [context.workspace(z * cells * 4), context.workspace(z * cells * 4)];
+  const [sums, dp] = [context.workspace(z * cells * FLOAT), context.workspace(z * cells * FLOAT)];
   const p = context.workspace(z * cells * context.elementBytes);
   const ds = context.workspace(z * cells * context.elementBytes);
   /** P and dS of some queries and some keys. */

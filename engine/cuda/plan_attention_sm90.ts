@@ -1,6 +1,13 @@
 // Plans of attention on Hopper: heads 64 wide in the half types, whose tiles TMA brings by maps over [n, l, heads * 64].
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
-import { divideUp, type KernelLaunch, type LaunchArgument, type PlanContext, THREADS } from './plan.ts';
+import {
+  divideUp,
+  FLOAT,
+  type KernelLaunch,
+  type LaunchArgument,
+  type PlanContext,
+  THREADS,
+} from './plan.ts';
 
 const HEAD = 64;
 /** Rows of a warpgroup, of a tile of two, and of a warp, which stores on its own. */
@@ -98,7 +105,7 @@ export function hopperBackward(
   const map = mapOf(s, context);
   const z = n * heads;
   const [keyBlocks, queryBlocks] = [divideUp(lk, TILE), divideUp(lq, TILE)];
-  const rows = context.workspace(z * queryBlocks * ROW_FLOATS * 4);
+  const rows = context.workspace(z * queryBlocks * ROW_FLOATS * FLOAT);
   return [
     {
       family: 'attention_backward_sm90',

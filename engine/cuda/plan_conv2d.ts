@@ -2,6 +2,7 @@
 // ones beside im2col (plan_im2col.ts).
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArguments,
   type Plan,
@@ -26,7 +27,8 @@ interface Convolution extends Size {
   readonly entry: string;
   readonly whole: boolean;
   readonly pointers: Pointers;
-  readonly epilogue: Pointers;
+  /** Bias, shift and residual, as join() takes them. */
+  readonly extras: Pointers;
   readonly rowsPerShift: number;
 }
 
@@ -41,8 +43,8 @@ function convolutionOnHopper(
   const p = hopperConvolution(c.entry, c.pointers, geometry, context);
   if (!p) return undefined;
   const strides = [p.n * p.slabs, p.n] as const;
-  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
-  return hopperLaunches(p, { strides, canSplit: true, extras, rowsPerShift: c.rowsPerShift }, context);
+  const { extras, rowsPerShift } = c;
+  return hopperLaunches(p, { strides, canSplit: true, extras, rowsPerShift }, context);
 }
 
 /**
@@ -78,7 +80,7 @@ function convolution(c: Convolution, geometry: readonly number[], context: PlanC
   if (hopper) return hopper;
   const whole = c.whole ? 3 : 0;
   const { tile, splits, kPart } = choose(c, whole, true, context);
-  const partial = splits > 1 ? context.workspace(splits * c.m * c.n * 4) : 0n;
+  const partial = splits > 1 ? context.workspace(splits * c.m * c.n * FLOAT) : 0n;
   const [y, ...inputs] = c.pointers;
   const first: KernelLaunch = {
     family: 'conv2d',
@@ -89,8 +91,7 @@ function convolution(c: Convolution, geometry: readonly number[], context: PlanC
     args: [y, partial, ...inputs, ...geometry, splits, kPart, whole],
   };
   if (splits === 1) return [first];
-  const extras = c.epilogue.length ? c.epilogue : [0n, 0n, 0n];
-  return [first, join(y, partial, extras, [c.m, c.n, c.rowsPerShift, 0, splits], context)];
+  return [first, join(y, partial, c.extras, [c.m, c.n, c.rowsPerShift, 0, splits], context)];
 }
 
 function convPlan(
@@ -107,11 +108,11 @@ function convPlan(
     const [m, n, k] = sizes(geometry);
     const [, , , c, oh, ow, o] = geometry;
     const own = geometry[12] ?? c; // of x's channels, before skip's
-    const epilogue = pointers.slice(3, 6);
+    const [, , , bias = 0n, shift = 0n, residual = 0n] = pointers;
     // Forward reads no row of o elements: only y has them.
     const whole = isWhole(symbol === 'conv2d_forward' ? [c, own] : [c, o], context);
-    const size = { m, n, k, batch: 1, whole, pointers, epilogue, rowsPerShift: oh * ow };
-    return convolution({ entry: symbol, ...size }, geometry, context);
+    const size = { m, n, k, batch: 1, whole, pointers, rowsPerShift: oh * ow };
+    return convolution({ entry: symbol, ...size, extras: [bias, shift, residual] }, geometry, context);
   };
   return [symbol, { signature: 'p'.repeat(pointerCount) + 'i'.repeat(integerCount), launches }];
 }

@@ -1,7 +1,7 @@
 // Float32's forward convolutions on Hopper, as products of halves (plan_float32_sm90.ts). A large image is taken by bands of rows,
 // split one after another into the same workspace, which would else be as large as the image: 1 GiB for the VAE's widest at
 // 1024x1024. A band has the rows above and below that its taps see, so that padding is only where the image ends.
-import { divideUp, inTurns, type KernelLaunch, type PlanContext } from './plan.ts';
+import { divideUp, FLOAT, inTurns, type KernelLaunch, type PlanContext } from './plan.ts';
 import { hopperConvolution } from './plan_conv2d_sm90.ts';
 import { split, splitPays, splitSteps } from './plan_float32_sm90.ts';
 import { hopperLaunches, type Pointers } from './plan_matrix.ts';
@@ -9,7 +9,6 @@ import { STEP } from './plan_sm90.ts';
 
 /** Most bytes of an image's halves at a time; a test has fewer. */
 export const band = { bytes: 128 * 2 ** 20 };
-const FLOAT = 4;
 
 interface Band {
   /** The first image and how many, rows of y, and rows of x that they see. */

@@ -2,6 +2,7 @@
 // walk them; other GPUs, and shapes it cannot walk, turn both operands back into the storage type first.
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArguments,
   PACK,
@@ -15,11 +16,10 @@ import { GEGLU, hopperLaunches, linearForward } from './plan_matrix.ts';
 import { bytesAlong, hopperTakes, isWalkable, STEP } from './plan_sm90.ts';
 
 const SCALE_CHUNK = 8192; // fp8.cu
-const FLOAT = 4;
 
 function scale([y, x, n]: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const chunks = divideUp(Number(n), SCALE_CHUNK);
-  const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
+  const partial = context.workspace(chunks * FLOAT);
   return [
     walking('fp8', 'fp8_scale_partial', chunks, 1, [partial, x, n], context),
     walking('fp8', 'fp8_scale_finish', 1, 1, [y, partial, chunks], context),

@@ -3,6 +3,7 @@
 // The thresholds are reasoned, not measured.
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArgument,
   type LaunchArguments,
@@ -201,7 +202,7 @@ export function hopperLaunches(
 ): KernelLaunch[] {
   const choice = chooseHopper(p, canSplit && sums === undefined, context.multiprocessors);
   const [m, n, splits] = [p.m, p.n * p.slabs, choice.splits];
-  const address = splits > 1 ? context.workspace(splits * m * n * 4) : inPlace ? p.y.address : sums;
+  const address = splits > 1 ? context.workspace(splits * m * n * FLOAT) : inPlace ? p.y.address : sums;
   const partial = address === undefined ? undefined : { address, row, slab };
   const first = hopperLaunch({ ...p, partial }, choice, context);
   const { before = [] } = p;
@@ -245,7 +246,7 @@ export function product(p: Product, context: PlanContext): KernelLaunch[] {
   const canSplit = batch === 1 && !half && sums === undefined;
   const choice = choose({ m, n, k, batch }, whole, canSplit, context);
   const { tile, splits, kPart } = choice;
-  const partial = sums ?? (splits > 1 ? context.workspace(splits * m * n * 4) : 0n);
+  const partial = sums ?? (splits > 1 ? context.workspace(splits * m * n * FLOAT) : 0n);
   const first: KernelLaunch = {
     family: 'gemm',
     entry: `gemm_${layout}_${tile.name}`,
@@ -267,7 +268,7 @@ export function productSums(
   context: PlanContext,
 ): { readonly launches: KernelLaunch[]; readonly sums: bigint; readonly row: number } {
   const sumsRow = p.n + (p.n % 2);
-  const sums = context.workspace(p.m * sumsRow * 4);
+  const sums = context.workspace(p.m * sumsRow * FLOAT);
   const hopper = onHopper({ ...p, y: 0n, sums, sumsRow }, context);
   if (hopper) return { launches: hopper, sums, row: sumsRow };
   return { launches: product({ ...p, y: 0n, sums }, context), sums, row: p.n };

@@ -1,7 +1,7 @@
 // How group norm is cut on Hopper (norm_sm90.cu): how many groups a cluster takes, how many blocks it has, and how many of a block's
 // rows stay in its shared memory; the others are read twice. The half types, and where whole groups make whole packs of eight.
 // Of the cuts the one is taken that a small model of the time finds fastest. Reasoned, not measured.
-import { divideUp, type KernelLaunch, type LaunchArguments, PACK, type PlanContext } from './plan.ts';
+import { divideUp, FLOAT, type KernelLaunch, type LaunchArguments, PACK, type PlanContext } from './plan.ts';
 
 /** Blocks of a cluster: eight are as many as every Hopper GPU takes. */
 const CLUSTERS = [1, 2, 4, 8];
@@ -133,7 +133,7 @@ export function groupNormBackwardOnHopper(
   const cut = cutOf([n, hw, c, groups], context, BACKWARD);
   if (!cut) return undefined;
   const rows = n * cut.blocks;
-  const partial = dweight || dbias ? context.workspace(rows * 2 * c * 4) : 0n;
+  const partial = dweight || dbias ? context.workspace(rows * 2 * c * FLOAT) : 0n;
   const tensors = [dx, partial, ...inputs];
   const launch = launchOf('group_norm_backward_cluster', cut, tensors, [n, c, groups], [hw, c], [silu]);
   return { launch, partial, rows };

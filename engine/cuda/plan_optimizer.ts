@@ -3,6 +3,7 @@
 import { type Layout, packRows, structLayout } from './manifest.ts';
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArgument,
   type LaunchArguments,
@@ -12,7 +13,6 @@ import {
 } from './plan.ts';
 
 export const ROW_CHUNK = 8192; // optimizer.cuh
-export const FLOAT = 4;
 
 export type Calls = readonly LaunchArguments[];
 
@@ -32,10 +32,6 @@ export function rowsOf(
   ];
   return { rows: table, chunks: firstChunk[calls.length] };
 }
-
-/** A sum for each of so many chunks. */
-export const partialSums = (chunks: number, context: PlanContext): bigint =>
-  context.workspace(Math.max(chunks, 1) * FLOAT);
 
 /** The plan of a symbol whose calls go together, one or many. */
 export const updatePlan = (
@@ -68,7 +64,7 @@ function sumSquares(signature: string): [string, Plan] {
   const chunksOf = elementChunks(row);
   return updatePlan('sum_squares_forward', signature, (calls, context) => {
     const { rows, chunks } = rowsOf(row, calls, chunksOf, context);
-    const partial = partialSums(chunks, context);
+    const partial = context.workspace(chunks * FLOAT);
     return [
       walking('optimizer', 'sum_squares_partial', chunks, 1, [partial, ...rows], context),
       walking('optimizer', 'sum_squares_finish', calls.length, 1, [partial, ...rows], context),

@@ -1,6 +1,7 @@
 // Plans of sums, losses and norms: partial results per chunk of rows, then one small launch that joins them in order.
 import {
   divideUp,
+  FLOAT,
   type KernelLaunch,
   type LaunchArgument,
   type LaunchArguments,
@@ -14,7 +15,6 @@ import {
 import { groupNormBackwardOnHopper, groupNormOnHopper } from './plan_norm_sm90.ts';
 
 const LOSS_CHUNK = 4096; // reduce.cu
-const FLOAT = 4;
 /** norm.cu's: rows of a step of layer norm's backward, a warp to each, and columns that a block joins. */
 const ROWS = THREADS / 32;
 const JOIN_COLUMNS = 16;
@@ -92,7 +92,7 @@ function lossPlan(name: string, signature: string): [string, Plan] {
   const launches = (args: LaunchArguments, context: PlanContext) => {
     const [y, prediction, target, weights, n, inner, delta = 0] = args;
     const chunks = Number(n) * divideUp(Number(inner), LOSS_CHUNK);
-    const partial = context.workspace(Math.max(chunks, 1) * FLOAT);
+    const partial = context.workspace(chunks * FLOAT);
     const each = [partial, prediction, target, n, inner, delta];
     return [
       walking('reduce', `${name}_partial`, chunks, 1, each, context),
