@@ -25,9 +25,14 @@ export type Uniforms = (name: string, count: number) => Float32Array;
 /**
  * Puts adapters on every layer of a loaded model that a target names, and returns their parameters by key. A starts as
  * peft's (Kaiming uniform: within 1 / sqrt(inputs)), B at zero, both in the layer's type.
- * @throws UserError for a target that names no linear layer or convolution
+ * @throws UserError for a target that names no linear layer or convolution, with the `option` that it comes from
  */
-export function addLora(root: AnyModule, config: LoraConfig, uniforms: Uniforms): Map<string, Parameter> {
+export function addLora(
+  root: AnyModule,
+  config: LoraConfig,
+  uniforms: Uniforms,
+  option = 'lora.targets',
+): Map<string, Parameter> {
   const layers = layersOf(root);
   const added = new Map<string, Parameter>();
   const matches = (path: string, target: string) => path === target || path.endsWith(`.${target}`);
@@ -35,7 +40,7 @@ export function addLora(root: AnyModule, config: LoraConfig, uniforms: Uniforms)
     if (layers.some(({ path }) => matches(path, target))) continue;
     const names = [...new Set(layers.map(({ path }) => path.split('.').pop() as string))];
     throw new UserError(
-      `lora.targets: "${target}" names no linear layer or convolution of the model${didYouMean(target, names)}`,
+      `${option}: "${target}" names no linear layer or convolution of the model${didYouMean(target, names)}`,
     );
   }
   for (const { path, layer, replace } of layers) {

@@ -10,6 +10,7 @@ import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/sa
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
 import { loraPart } from './lora.ts';
+import { weightFile } from './save.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 
 export interface Component {
@@ -44,6 +45,8 @@ export function inspect(path: string): Inspection {
 
 function inspectFolder(path: string): Inspection {
   if (existsSync(join(path, 'model_index.json'))) return inspectPipeline(path);
+  const adapter = join(path, weightFile('lora'));
+  if (existsSync(adapter)) return inspectFile(adapter);
   const config = join(path, 'config.json');
   if (!existsSync(config))
     throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);

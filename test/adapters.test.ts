@@ -4,13 +4,14 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
-import { namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { addLora, type LoraConfig } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { parseTextConfig, placeTokens, textEncoder } from '../models/clip.ts';
 import { toDevice } from '../models/latents.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
@@ -199,8 +200,68 @@ test('an adapter on convolutions and feed-forwards computes what merging it comp
   t.end();
 });
 
+test('adapters on a text encoder: the merged weights and their gradients', (t) => {
+  const before = device.memory.storages;
+  const config: LoraConfig = { rank: 2, alpha: 5, targets: ['q_proj', 'v_proj', 'out_proj', 'fc1', 'fc2'] };
+  const factor = 5 / 2;
+  const ids = Int32Array.from({ length: 77 }, (_, i) => (i < 9 ? 3 + 5 * i : 999));
+  const opened = () => {
+    const model = textEncoder(parseTextConfig(source.config('text_encoder_2')));
+    source.load('text_encoder_2', model, device, 'float32');
+    return model;
+  };
+  const [live, merged] = [opened(), opened()];
+  const added = addLora(live, config, uniforms);
+  for (const [name, p] of added) {
+    const values = uniforms(`${name} again`, p.size).map((u) => 0.3 * (u - 0.5));
+    p.tensor.upload(new Uint8Array(values.buffer));
+    requireGrad(p.tensor);
+  }
+  merge(merged, added, factor);
+  const weights = namedParameters(merged);
+  for (const p of weights.values()) requireGrad(p.tensor);
+  const [got, want] = [live, merged].map((model) =>
+    scope(() => {
+      const { hidden } = model(placeTokens(model, ids, 77, device), { layer: -2, pooled: false });
+      backward(mse(hidden, zeros(hidden.shape, hidden)));
+      const { pooled } = model(placeTokens(model, ids, 77, device), { layer: 0, pooled: true });
+      const found = pooled as Tensor;
+      backward(mse(found, zeros(found.shape, found)));
+      return [...hidden.floats(), ...found.floats()];
+    }),
+  );
+  t.ok(maxDifference(got, want) < 5e-5, `differs by ${maxDifference(got, want)}`);
+  const gradient = (p: Parameter) => scope(() => gradOf(p.tensor)?.floats()) as Float32Array;
+  for (const [name, a] of added) {
+    if (!name.includes('lora_A')) continue;
+    const b = added.get(name.replace('lora_A', 'lora_B')) as Parameter;
+    const dw = gradient(weights.get(name.replace('.lora_A', '')) as Parameter);
+    const [[rank, inputs], [outputs]] = [a.shape, b.shape];
+    const [down, up] = [a, b].map(({ tensor }) => tensor.floats());
+    const sum = (n: number, term: (i: number) => number) =>
+      factor * Array.from({ length: n }, (_, i) => term(i)).reduce((x, y) => x + y, 0);
+    const da = Array.from({ length: rank * inputs }, (_, i) =>
+      sum(outputs, (o) => up[o * rank + Math.floor(i / inputs)] * dw[o * inputs + (i % inputs)]),
+    );
+    const db = Array.from({ length: outputs * rank }, (_, i) =>
+      sum(inputs, (k) => dw[Math.floor(i / rank) * inputs + k] * down[(i % rank) * inputs + k]),
+    );
+    for (const [p, exact] of [[a, da] as const, [b, db] as const]) {
+      const most = Math.max(...exact.map(Math.abs));
+      t.ok(
+        most > 0 && maxDifference([...gradient(p)], exact) < 1e-4 * most,
+        `${name}, ${p === a ? 'A' : 'B'}`,
+      );
+    }
+  }
+  for (const p of [...added.values(), ...weights.values()]) clearGrad(p.tensor);
+  for (const model of [live, merged]) unload(model);
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
 /** W += factor B A, in float64. */
-function merge(model: UNet, added: Map<string, Parameter>, factor: number): void {
+function merge(model: AnyModule, added: Map<string, Parameter>, factor: number): void {
   const parameters = namedParameters(model);
   for (const [name, p] of added) {
     if (!name.includes('lora_A')) continue;

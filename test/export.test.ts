@@ -207,6 +207,8 @@ test('what the trainer itself saves: adapters, and a model from random weights',
     ['checkpoint', 'checkpoints/step-00000001'],
   ]) {
     const out = join(folder, `${name}.safetensors`);
+    const { out: about } = await sdxl('inspect', join(lora, ...(name === 'final' ? [from] : [from, 'lora'])));
+    t.match(about, /LoRA.*\n.*\n {2}rank 8; layers: \d+ in unet/, `${name}: a folder that holds an adapter`);
     const args = ['--format', 'lora-kohya', '--configs', golden('tiny-sdxl'), '--quiet'];
     const { status, err } = await run(join(lora, from), out, ...args);
     t.equal(status, 0, `${name} ${err}`);

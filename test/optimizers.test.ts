@@ -89,6 +89,31 @@ function free(parameters: Map<string, Parameter>, optimizer: { release(): void }
   optimizer.release();
 }
 
+test('a parameter may have a learning rate of its own', (t) => {
+  const names = ['adamw', 'adafactor', 'adamw8bit', 'lion'] as const;
+  for (const name of names) {
+    const moved = (lr: number, factor: number) => {
+      const parameters = parametersOf('float32');
+      const own = [...parameters.keys()][1];
+      const before = [...parameters.values()].map((p) => p.tensor.floats());
+      const given = { ...settings, name, weight_decay: 0 };
+      const optimizer = createOptimizer(parameters, given, 1, (each) => (each === own ? factor : 1));
+      setGradients(parameters, 0);
+      optimizer.step(lr);
+      const after = [...parameters.values()].map((p) => p.tensor.floats());
+      free(parameters, optimizer);
+      return after.map((weights, i) => Math.max(...weights.map((w, j) => Math.abs(w - before[i][j]))));
+    };
+    const [plain, slower, all] = [moved(0.05, 1), moved(0.05, 0.1), moved(0.005, 1)];
+    t.equal(slower[0], plain[0], name);
+    t.ok(
+      Math.abs(slower[1] - all[1]) < 1e-6 && all[1] < 0.2 * plain[1],
+      `${name}: ${slower[1]}, ${plain[1]}`,
+    );
+  }
+  t.end();
+});
+
 // transformers 5.18.0, Adafactor(lr=0.05, weight_decay=0.1, scale_parameter=False, relative_step=False, clip_threshold=…).
 // biome-ignore format: a table of numbers
 const adafactorAt1 = [

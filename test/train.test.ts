@@ -16,7 +16,9 @@ import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import type { Driver, Exchange } from '../engine/memory.ts';
+import { decodeFloats } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
+import { openSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { mergeLora } from '../models/lora.ts';
@@ -226,6 +228,44 @@ test('LoRA with gradient checkpointing', async (t) => {
   pipeline.release();
 });
 
+test('LoRA on the text encoders too, as diffusers and sdxl sample read it', async (t) => {
+  const output = await run({
+    ...basic('lora-texts-file'),
+    train: { target: 'lora', text_encoders: true },
+    lora: { rank: 2, alpha: 4 },
+    ema: { decay: 0 },
+    steps: 2,
+  });
+  const path = join(output.folder, 'pytorch_lora_weights.safetensors');
+  const file = openSafetensors(path);
+  const config = JSON.parse(file.metadata.lora_adapter_metadata) as Record<string, unknown>;
+  for (const name of ['unet', 'text_encoder', 'text_encoder_2'])
+    t.same([config[`${name}.r`], config[`${name}.lora_alpha`]], [2, 4], name);
+  t.same(config['text_encoder_2.target_modules'], ['q_proj', 'k_proj', 'v_proj', 'out_proj']);
+  const key = (part: string) =>
+    `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_${part}.weight`;
+  const [a, b] = ['A', 'B'].map((part) => decodeFloats(file.read(key(part)), 'float32'));
+  t.ok(b.some((x) => x !== 0) && a.some((x) => x !== 0), 'it has learnt');
+  t.notSame(
+    [...a],
+    [...decodeFloats(file.read(key('A').replace('encoder', 'encoder_2')), 'float32')],
+    'two encoders begin with other numbers',
+  );
+  const last = [...file.tensors.keys()]
+    .filter((name) => /^text_encoder\..*layers\.\d+\..*lora_B/.test(name))
+    .at(-1) as string;
+  t.ok(
+    decodeFloats(file.read(last), 'float32').every((x) => x === 0),
+    "nobody reads the first encoder's last layer, and it stays",
+  );
+  file.close();
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
+  const [text_encoder, text_encoder_2] = pipeline.text.encoders.map(({ encoder }) => encoder);
+  const { unet, unetConfig } = pipeline;
+  t.ok(mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, path) > 16, 'its names are known');
+  pipeline.release();
+});
+
 test('chosen parts in bfloat16 with float32 masters', async (t) => {
   const final = await resumes(t, 'parts', { dtype: 'bfloat16', train: { parts: ['attn2'] } });
   const [before, after] = [openModel(model), openModel(final)].map((source) => source.weights('unet'));
@@ -302,6 +342,11 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     parts: { dtype: 'bfloat16', train: { parts: ['attn2'] } },
     lora: { train: { target: 'lora' }, lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] } },
     texts: { train: { text_encoders: true } },
+    'lora-texts': {
+      train: { target: 'lora', text_encoders: true },
+      lora: { rank: 2, text_encoder_targets: ['q_proj', 'fc1'] },
+      optimizer: { lr: 1e-3, text_encoder_lr: 1e-4 },
+    },
     vae: { train: { target: 'vae' } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

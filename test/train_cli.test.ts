@@ -135,9 +135,9 @@ test('run files', async (t) => {
   );
   await refuses(
     t,
-    'text encoders beside adapters',
-    /"train\.text_encoders" .*an adapter could not hold them/,
-    ...file('m', { train: { target: 'lora', text_encoders: true } }),
+    'text encoders beside a VAE',
+    /"train\.text_encoders" trains the encoders beside the UNet, which target "vae" does not/,
+    ...file('m', { train: { target: 'vae', text_encoders: true } }),
   );
   const good = runFile('good', {});
   const set = (assignment: string) => ['train', good, '--set', assignment];

@@ -4,20 +4,17 @@
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
-import { addLora } from '../models/adapters.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
-import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import { parseTextConfig } from '../models/clip.ts';
 import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
 import { samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import { unet } from '../models/unet.ts';
 import {
   captionsAtOnce,
   encodeTexts,
@@ -29,14 +26,12 @@ import {
 } from './cache.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
-import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
 import { type Pictures, stack, viewIn } from './pictures.ts';
 import { samplePreviews, schedulerOf } from './preview.ts';
 import type { Run } from './run.ts';
 import {
-  type Component,
   component,
   copied,
   type HostTensor,
@@ -44,9 +39,9 @@ import {
   type PassInputs,
   type Substitute,
   type Task,
-  twin,
   type Weights,
 } from './task.ts';
+import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
 export function diffusionTask(
   run: Run,
@@ -68,10 +63,14 @@ export function diffusionTask(
   const net = component('unet', source.config('unet'), pipeline.unet, isTrained);
   const texts = pipeline.text.encoders.map(({ encoder }, i) => component(names[i], configs[i], encoder));
   const coder = component('vae', vaeSource.config('vae'), pipeline.vae.module);
-  // Made after `net`, whose weights are those of the model alone.
-  const trained = target === 'lora' ? adapters(run, pipeline) : net;
-  const components = text_encoders ? [trained, ...texts] : [trained];
-  const untrained = [...(target === 'lora' ? [net] : []), coder, ...(text_encoders ? [] : texts)];
+  // Adapters are made last: what is listed above is the model alone.
+  const trained = target === 'lora' ? adapters(run, pipeline, { net, texts }) : net;
+  const [components, frozen] =
+    target === 'lora'
+      ? [[trained], [net, coder, ...texts]]
+      : text_encoders
+        ? [[trained, ...texts], [coder]]
+        : [[trained], [coder, ...texts]];
 
   const cacheFolder = run.dataset.cache || join(run.output, 'cache');
   const captions = text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
@@ -88,12 +87,12 @@ export function diffusionTask(
     const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
     return diffusionLoss(model.unet, objective, inputs, conditioning);
   };
-  const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, net, components, substitute);
+  const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, { net, texts }, trained, substitute);
   /** The model with other weights in what is trained; the model itself where there are none. */
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
     components,
-    frozen: untrained,
+    frozen,
     async fillCache(report, stop) {
       const tell = (label: string) => (done: number, total: number) => {
         report.progress(label, done, total);
@@ -264,61 +263,4 @@ function encoded({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
   const { kept } = inputs;
   if (!kept) return { context, pooled };
   return { context: mul(context, kept.reshape(-1, 1, 1)), pooled: mul(pooled, kept.reshape(-1, 1)) };
-}
-
-/** LoRA adapters on the loaded UNet as a component: peft's keys, and its config in the file's metadata as diffusers reads it. */
-function adapters({ lora, seed }: Run, { unet: net }: Pipeline): Component {
-  const { rank, alpha, targets } = lora;
-  const uniforms = (name: string, count: number) => {
-    const source = draws(seed, 0, keyOf(name), 'weights');
-    return Float32Array.from({ length: count }, () => source.uniform());
-  };
-  const added = [...addLora(net, lora, uniforms)].map(([key, p]) => [`unet.${key}`, p] as const);
-  const config = {
-    'unet.peft_type': 'LORA',
-    'unet.r': rank,
-    'unet.lora_alpha': alpha,
-    'unet.target_modules': targets,
-  };
-  return {
-    name: 'lora',
-    metadata: { lora_adapter_metadata: JSON.stringify(config) },
-    parameters: new Map(added),
-    trained: added.map(([key]) => key),
-  };
-}
-
-/** The pipeline with other weights in the UNet and in what else is trained, and these by `component.key`. */
-function twinPipeline(
-  { lora, train }: Run,
-  pipeline: Pipeline,
-  net: Component,
-  [trained, ...texts]: readonly Component[],
-  substitute: Substitute,
-): { other: Pipeline; weights: ReadonlyMap<string, Parameter> } {
-  const weights = new Map<string, Parameter>();
-  const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
-    for (const [name, parameter] of twin(from, to, substitute)) weights.set(name, parameter);
-  };
-  const other = unet(pipeline.unetConfig, { gradientCheckpointing: train.gradient_checkpointing });
-  replace(net, namedParameters(other));
-  if (trained !== net) {
-    const added = addLora(other, lora, (_, count) => new Float32Array(count));
-    replace(trained, new Map([...added].map(([key, p]) => [`unet.${key}`, p])));
-  }
-  const encoders = pipeline.text.encoders.map((pair, i) => {
-    if (!texts[i]) return pair;
-    const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
-    replace(texts[i], namedParameters(encoder));
-    return { ...pair, encoder };
-  });
-  return { other: { ...pipeline, unet: other, text: { ...pipeline.text, encoders } }, weights };
-}
-
-function releaseTwin(twin: Pipeline, owner: Pipeline): void {
-  if (twin === owner) return;
-  unload(twin.unet);
-  twin.text.encoders.forEach(({ encoder }, i) => {
-    if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
-  });
 }

@@ -65,11 +65,15 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
     `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
     ...(plan.prediction_type ? [`objective   ${plan.prediction_type}, ${run.objective.loss}`] : []),
-    `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
+    `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];
 }
+
+/** The text encoders' learning rate, where it is another. */
+const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
+  train.text_encoders && text_encoder_lr ? ` (text encoders ${text_encoder_lr})` : '';
 
 /** How GPUs share an update, and what that takes between them: each sends all but its own share of gradients. */
 function dealing({ run, images, effective_batch_size, trained_parameters, memory_bytes }: Plan): string {

@@ -37,7 +37,7 @@ export interface Run {
     target: 'unet' | 'lora' | 'vae';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
-    /** Train both text encoders along with the UNet; for target `unet`. */
+    /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
     text_encoders: boolean;
     /** Recompute activations in the backward pass: less memory, a third more work. */
     gradient_checkpointing: boolean;
@@ -45,8 +45,10 @@ export interface Run {
   lora: {
     rank: number;
     alpha: number;
-    /** Names of linear layers, as peft's target_modules. */
+    /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
     targets: readonly string[];
+    /** Those of the text encoders, where these are trained. */
+    text_encoder_targets: readonly string[];
   };
   dataset: {
     /** A folder, a .parquet file, or owner/name on the hub. */
@@ -93,6 +95,8 @@ export interface Run {
   };
   optimizer: OptimizerSettings & {
     lr: number;
+    /** The text encoders' learning rate, where they are trained; 0 for `lr`. It goes by the same schedule. */
+    text_encoder_lr: number;
     /** Global norm that gradients are clipped to; 0 for none. */
     max_grad_norm: number;
   };
@@ -156,6 +160,7 @@ export const fields: Fields<Run> = {
     rank: whole(8, { min: 1 }),
     alpha: number(8, { min: 0 }),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
+    text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
   },
   dataset: {
     path: text(''),
@@ -200,6 +205,7 @@ export const fields: Fields<Run> = {
   optimizer: {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion'),
     lr: number(1e-5, { min: 0 }),
+    text_encoder_lr: number(0, { min: 0 }),
     betas: pair([0.9, 0.999], number(0, { min: 0, max: 1 })),
     eps: number(1e-8, { min: 0 }),
     weight_decay: number(1e-2, { min: 0 }),
@@ -256,11 +262,9 @@ function refuseUnused({ train: { target, parts, text_encoders } }: Run, where: s
         target === 'lora' ? 'choose layers with "lora.targets"' : 'leave it out'
       }`,
     );
-  if (text_encoders && target !== 'unet')
+  if (text_encoders && target === 'vae')
     throw new UserError(
-      `${where}: "train.text_encoders" trains the encoders whole beside the UNet, which target "${target}" does not: ${
-        target === 'lora' ? 'an adapter could not hold them, ' : ''
-      }leave it out`,
+      `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "vae" does not; leave it out`,
     );
 }
 

@@ -127,7 +127,7 @@ function startSession(materials: Materials, device: Device, further: readonly De
   for (const parameter of trained.values()) requireGrad(parameter.tensor);
   const passes = openReplicas(task, trained, device, further);
   const { parameters } = passes;
-  const optimizer = createOptimizer(parameters, run.optimizer, run.seed);
+  const optimizer = createOptimizer(parameters, run.optimizer, run.seed, lrFactorOf(run));
   const average =
     run.ema.decay > 0
       ? startEma(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay)
@@ -147,6 +147,12 @@ function startSession(materials: Materials, device: Device, further: readonly De
       average?.release();
     },
   };
+}
+
+/** The text encoders may have a learning rate of their own. */
+function lrFactorOf({ optimizer: { lr, text_encoder_lr } }: Run): (name: string) => number {
+  const factor = text_encoder_lr && lr ? text_encoder_lr / lr : 1;
+  return (name) => (/^(lora\.)?text_encoder/.test(name) ? factor : 1);
 }
 
 /** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */

@@ -26,14 +26,16 @@ const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => 
   lion,
 };
 
-/** An optimizer over loaded parameters; `seed` keys stochastic rounding. */
+/** An optimizer over loaded parameters; `seed` keys stochastic rounding, and a parameter's learning rate has its factor. */
 export const createOptimizer = (
   parameters: ReadonlyMap<string, Parameter>,
   settings: OptimizerSettings,
   seed: number,
+  lrFactor?: (name: string) => number,
 ): Optimizer =>
   optimize(parameters, rules[settings.name](settings), {
     weight_decay: settings.weight_decay,
     stochastic_rounding: settings.stochastic_rounding,
     seed,
+    lrFactor,
   });

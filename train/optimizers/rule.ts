@@ -45,6 +45,8 @@ export interface OptimizerOptions {
   stochastic_rounding: boolean;
   /** Keys the random bits of stochastic rounding. */
   seed: number;
+  /** What a parameter's learning rate is multiplied by; 1 unless told. */
+  lrFactor?: (name: string) => number;
 }
 
 /**
@@ -61,7 +63,7 @@ export function optimize(
 function startOptimizer(
   parameters: ReadonlyMap<string, Parameter>,
   rule: Rule,
-  { weight_decay, stochastic_rounding, seed }: OptimizerOptions,
+  { weight_decay, stochastic_rounding, seed, lrFactor = () => 1 }: OptimizerOptions,
 ): Optimizer {
   const [{ tensor: first }] = parameters.values();
   const counter = unscoped(() => zeros([1], { device: first.device, dtype: 'int32' }));
@@ -75,7 +77,7 @@ function startOptimizer(
       slots[slot] = unscoped(() => zeros(shape, { device: parameter.tensor.device, dtype }));
       state.set(`${slot}.${name}`, slots[slot]);
     }
-    return { parameter, master, slots };
+    return { parameter, master, slots, factor: lrFactor(name) };
   });
   return {
     state,
@@ -83,12 +85,12 @@ function startOptimizer(
       const step = counter.floats()[0] + 1;
       counter.upload(new Uint8Array(Int32Array.of(step).buffer));
       scope(() => {
-        const updates = items.map(({ parameter, master, slots }, index) => {
+        const updates = items.map(({ parameter, master, slots, factor }, index) => {
           const gradient = gradOf(parameter.tensor);
           if (!gradient) return [];
           const rounds = parameter.tensor.dtype === 'bfloat16' && !master;
           const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
-          const context = { lr, weightDecay: weight_decay, gradientScale, step, rounding };
+          const context = { lr: lr * factor, weightDecay: weight_decay, gradientScale, step, rounding };
           return rule.step({ weight: parameter.tensor, gradient, master }, slots, context);
         });
         update(updates.flat());

@@ -1,0 +1,111 @@
+// Twins: pipelines of the same shape as a run's, over other weights in all that is trained and in what else a pass reads beside it.
+// The moving averages draw previews so, and further devices have their copies so. Adapters are put on here, as a twin has its own.
+import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { addLora, type Uniforms } from '../models/adapters.ts';
+import type { Json } from '../models/checkpoint.ts';
+import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import type { Pipeline } from '../models/pipeline.ts';
+import { unet } from '../models/unet.ts';
+import { keyOf } from './data/source.ts';
+import { draws } from './draws.ts';
+import type { Run } from './run.ts';
+import { type Component, type Substitute, twin } from './task.ts';
+
+/** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
+export interface Networks {
+  net: Component;
+  texts: readonly Component[];
+}
+
+/** LoRA adapters on the loaded pipeline as a component: peft's keys, and its config in the file's metadata as diffusers reads it. */
+export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Component {
+  const { rank, alpha } = run.lora;
+  const uniforms = (name: string, count: number) => {
+    const source = draws(run.seed, 0, keyOf(name), 'weights');
+    return Float32Array.from({ length: count }, () => source.uniform());
+  };
+  const parameters = adapt(run, pipeline, networks, uniforms);
+  const config = placesOf(run, pipeline, networks).map(({ name, targets }) => ({
+    [`${name}.peft_type`]: 'LORA',
+    [`${name}.r`]: rank,
+    [`${name}.lora_alpha`]: alpha,
+    [`${name}.target_modules`]: targets,
+  }));
+  return {
+    name: 'lora',
+    metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) },
+    parameters,
+    trained: [...parameters.keys()],
+  };
+}
+
+interface Place {
+  /** The network's component. */
+  name: string;
+  root: AnyModule;
+  targets: readonly string[];
+  option: string;
+}
+
+/** The networks that a run puts adapters on. */
+function placesOf({ lora, train }: Run, { unet: root, text }: Pipeline, { texts }: Networks): Place[] {
+  const encoders = text.encoders.map(({ encoder }, i) => ({
+    name: texts[i].name,
+    root: encoder,
+    targets: lora.text_encoder_targets,
+    option: 'lora.text_encoder_targets',
+  }));
+  const own = { name: 'unet', root, targets: lora.targets, option: 'lora.targets' };
+  return train.text_encoders ? [own, ...encoders] : [own];
+}
+
+/** Puts adapters on a pipeline's networks; gives their parameters by `network.key`. */
+function adapt(run: Run, pipeline: Pipeline, networks: Networks, uniforms: Uniforms): Map<string, Parameter> {
+  const { rank, alpha } = run.lora;
+  const added = placesOf(run, pipeline, networks).flatMap(({ name, root, targets, option }) => {
+    // Layers of two encoders have the same names, but not the same numbers to begin with.
+    const drawn: Uniforms = (key, count) => uniforms(name === 'unet' ? key : `${name}.${key}`, count);
+    const parameters = addLora(root, { rank, alpha, targets }, drawn, option);
+    return [...parameters].map(([key, parameter]) => [`${name}.${key}`, parameter] as const);
+  });
+  return new Map(added);
+}
+
+/** The pipeline with other weights in the UNet and in what else is trained, and these by `component.key`. */
+export function twinPipeline(
+  run: Run,
+  pipeline: Pipeline,
+  networks: Networks,
+  trained: Component,
+  substitute: Substitute,
+): { other: Pipeline; weights: ReadonlyMap<string, Parameter> } {
+  const { gradient_checkpointing: gradientCheckpointing, text_encoders } = run.train;
+  const weights = new Map<string, Parameter>();
+  const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
+    for (const [name, parameter] of twin(from, to, substitute)) weights.set(name, parameter);
+  };
+  const { net, texts } = networks;
+  const own = unet(pipeline.unetConfig, { gradientCheckpointing });
+  replace(net, namedParameters(own));
+  const encoders = pipeline.text.encoders.map((pair, i) => {
+    if (!text_encoders) return pair;
+    const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
+    replace(texts[i], namedParameters(encoder));
+    return { ...pair, encoder };
+  });
+  const other = { ...pipeline, unet: own, text: { ...pipeline.text, encoders } };
+  if (trained !== net)
+    replace(
+      trained,
+      adapt(run, other, networks, (_, count) => new Float32Array(count)),
+    );
+  return { other, weights };
+}
+
+export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
+  if (twin === owner) return;
+  unload(twin.unet);
+  twin.text.encoders.forEach(({ encoder }, i) => {
+    if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
+  });
+}
