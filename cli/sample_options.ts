@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
-import { assertWritable, readText } from '../io/files.ts';
+import { assertWritable, readLines } from '../io/files.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
@@ -65,7 +65,7 @@ Examples:
   sdxl sample --model ./sdxl-base --prompt "yoda pokemon" --seed 1
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
-  sdxl sample --model ./base --prompt-file prompts.txt --output pictures/fox.png
+  sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
@@ -213,7 +213,7 @@ export function addSampleOptions(command: Command): Command {
     .optionsGroup('Files:')
     .option(
       '--from <FILE.png>',
-      'take the settings that a picture of ours (or of A1111) carries; flags go before them',
+      'take the settings that a picture of ours (or of A1111) carries; flags beside it win',
     )
     .option('-o, --output <FILE>', 'PNG to write; several pictures are numbered', 'out.png')
     .option(
@@ -234,9 +234,7 @@ export function loraOf(text: string): { file: string; scale: number } {
 /** All prompts, in the order they come. @throws UserError */
 export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] {
   if (promptFile === undefined) return [...prompt];
-  const lines = readText(promptFile)
-    .split(/\r?\n/)
-    .filter((line) => line.trim() !== '');
+  const lines = readLines(promptFile);
   if (lines.length === 0) throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
   return [...prompt, ...lines];
 }
@@ -273,5 +271,5 @@ export function checkSample(options: SampleOptions): void {
     );
   if (options.saveLatents && resolve(options.saveLatents) === resolve(options.output))
     throw new UserError('--save-latents and --output name one file; give the latents a name of their own');
-  for (const file of [options.output, options.saveLatents]) if (file) assertWritable(file);
+  if (options.saveLatents) assertWritable(options.saveLatents);
 }

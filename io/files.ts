@@ -128,14 +128,30 @@ export function writeFileAtomic(path: string, bytes: Uint8Array | string): void 
   replaceAtomically(path, (_temporary, fd) => writeFully(fd, data));
 }
 
-/** The text in `path`. @throws UserError when it cannot be read */
+/** The text in `path`, without the mark that some editors begin it with. @throws UserError when it cannot be read */
 export function readText(path: string): string {
+  let bytes: Uint8Array;
   try {
-    return readFileSync(path, 'utf8');
+    bytes = readFileSync(path);
   } catch (error) {
     throw asUserError(error, path);
   }
+  try {
+    const text = new TextDecoder('utf-8', { fatal: true }).decode(bytes);
+    // UTF-16 without a mark has a zero beside each letter, which UTF-8 would let pass.
+    if (!text.includes('\0')) return text;
+  } catch {
+    // Told below.
+  }
+  throw new UserError(`${path} is not text in UTF-8: save it in that encoding`);
 }
+
+/** The lines of a text that say something, trimmed. @throws UserError as `readText` */
+export const readLines = (path: string): string[] =>
+  readText(path)
+    .split(/\r\n|\n|\r/)
+    .map((line) => line.trim())
+    .filter((line) => line !== '');
 
 /** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
 export function readJson(path: string): unknown {

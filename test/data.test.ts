@@ -1,6 +1,6 @@
 // Training data: sources, the survey, geometry, buckets and captions (order.test.ts has what comes after). Expected numbers are by hand or by
 // torchvision's formulas; the pixels of resizing are held to Pillow in pictures.test.ts.
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { mkdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import sharp from 'sharp';
 import { type Test, test } from 'tap';
@@ -83,6 +83,15 @@ test('folders with captions beside the pictures', async (t) => {
       './lonely.txt is a caption without a picture',
     ],
   });
+  writeFileSync(join(path, 'b.txt'), Buffer.from('\uFEFFred', 'utf16le'));
+  symlinkSync('deep', join(path, 'link'));
+  symlinkSync('nowhere', join(path, 'broken'));
+  t.strictSame((await listed(path)).problems.slice(1, 3), [
+    './link is a link to a folder, and such are not followed: move the folder here',
+    './b.txt is not text in UTF-8: save it in that encoding',
+  ]);
+  rmSync(join(path, 'link'));
+  writeFileSync(join(path, 'b.txt'), 'red');
   const { examples } = await openDataset({ path });
   t.ok(Buffer.from(await examples[0].read()).equals(Buffer.from(png())), 'the bytes of the file');
 });

@@ -14,6 +14,7 @@ import {
   assertWritable,
   makeFolder,
   readJson,
+  readLines,
   replaceAtomically,
   replaceFolderAtomically,
   writeFileAtomic,
@@ -164,6 +165,12 @@ test('files: assertWritable and readJson', (t) => {
   }
   writeFileSync(at('good.json'), '{"a": [1]}');
   t.strictSame(readJson(at('good.json')), { a: [1] });
+  writeFileSync(at('lines.txt'), '\uFEFF caf\u00e9 \r\n\n \ttwo\rthree\n');
+  t.strictSame(readLines(at('lines.txt')), ['caf\u00e9', 'two', 'three']);
+  for (const encoding of ['utf16le', 'latin1'] as const) {
+    writeFileSync(at('lines.txt'), 'caf\u00e9\n', encoding);
+    refuses(t, /lines\.txt is not text in UTF-8: save it/, () => readLines(at('lines.txt')));
+  }
   writeFileSync(at('python.json'), '{"a": -Infinity, "b": ["Infinity", {"c": NaN}], "d": "\\"NaN"}');
   t.strictSame(readJson(at('python.json')), { b: ['Infinity', {}], d: '"NaN' }, "Python's bare words");
   writeFileSync(at('bad.json'), '{"a": \n[1}');

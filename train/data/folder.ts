@@ -1,10 +1,11 @@
 // A folder of pictures. A metadata.jsonl or metadata.csv (columns file_name and a caption, as Hugging Face's imagefolder)
 // speaks for all pictures at its level and below; where there is none, each picture has its caption in a .txt beside it,
 // one choice a line. A file named in several rows has several captions to choose from.
-import { readdirSync, readFileSync } from 'node:fs';
+import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, normalize, relative } from 'node:path';
-import { asUserError } from '../../io/files.ts';
+import { UserError } from '../../io/errors.ts';
+import { asUserError, readLines } from '../../io/files.ts';
 import type { Dataset } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
@@ -48,7 +49,7 @@ export function openFolder(folder: string, captionColumn: string): Dataset {
   }
 
   function fromSidecars(path: string): void {
-    const { files, folders } = list(path);
+    const { files, folders, linked } = list(path);
     const stem = (name: string) => name.replace(/\.[^.]*$/, '');
     const pictures = files.filter((name) => pictureName.test(name));
     const stems = new Set(pictures.map(stem));
@@ -56,10 +57,15 @@ export function openFolder(folder: string, captionColumn: string): Dataset {
     for (const name of files.filter((file) => otherPictureName.test(file))) {
       problems.push(`${join(path, name)} is neither PNG, JPEG nor WebP`);
     }
+    for (const name of linked)
+      problems.push(
+        `${join(path, name)} is a link to a folder, and such are not followed: move the folder here`,
+      );
     for (const name of pictures) {
       const text = texts.get(stem(name));
       const choices = text === undefined ? [] : captionLines(join(path, text));
-      if (choices.length > 0) add(join(path, name), choices);
+      if (typeof choices === 'string') problems.push(choices);
+      else if (choices.length > 0) add(join(path, name), choices);
       else problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
     }
     for (const [key, name] of texts) {
@@ -87,28 +93,37 @@ const readerOf = (folder: string, id: string) => async (): Promise<Uint8Array> =
   });
 };
 
-function captionLines(path: string): string[] {
+/** The lines that say something, or what is wrong with the file. */
+function captionLines(path: string): string[] | string {
   try {
-    return readFileSync(path, 'utf8')
-      .replace(/^\uFEFF/, '')
-      .split('\n')
-      .map((line) => line.trim())
-      .filter((line) => line !== '');
+    return readLines(path);
+  } catch (error) {
+    if (error instanceof UserError) return error.message;
+    throw error;
+  }
+}
+
+/** The names in a folder, hidden ones left out, in an order of its own; links to files are files. */
+function list(path: string): { files: string[]; folders: string[]; linked: string[] } {
+  const kindOf = (entry: Dirent): 'files' | 'folders' | 'linked' => {
+    if (entry.isDirectory()) return 'folders';
+    return entry.isSymbolicLink() && leadsToFolder(join(path, entry.name)) ? 'linked' : 'files';
+  };
+  try {
+    const names = { files: [] as string[], folders: [] as string[], linked: [] as string[] };
+    for (const entry of readdirSync(path, { withFileTypes: true }).sort((a, b) => (a.name < b.name ? -1 : 1)))
+      if (!entry.name.startsWith('.') && entry.name !== '__MACOSX') names[kindOf(entry)].push(entry.name);
+    return names;
   } catch (error) {
     throw asUserError(error, path);
   }
 }
 
-/** The names in a folder, links followed, hidden ones left out, in an order of its own. */
-function list(path: string): { files: string[]; folders: string[] } {
+function leadsToFolder(link: string): boolean {
   try {
-    const entries = readdirSync(path, { withFileTypes: true })
-      .filter((entry) => !entry.name.startsWith('.') && entry.name !== '__MACOSX')
-      .sort((a, b) => (a.name < b.name ? -1 : 1));
-    const folders = entries.filter((entry) => entry.isDirectory()).map((entry) => entry.name);
-    return { files: entries.filter((entry) => !entry.isDirectory()).map((entry) => entry.name), folders };
-  } catch (error) {
-    throw asUserError(error, path);
+    return statSync(link).isDirectory();
+  } catch {
+    return false; // a broken link is told of when it is read
   }
 }
 

@@ -1,8 +1,7 @@
 // The rows of metadata.jsonl and metadata.csv: a file name and one or more captions each. CSV is RFC 4180's: quoted
 // fields may hold commas, doubled quotes and line breaks.
-import { readFileSync } from 'node:fs';
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { asUserError } from '../../io/files.ts';
+import { readText } from '../../io/files.ts';
 
 export interface MetadataRow {
   file_name: string;
@@ -14,12 +13,7 @@ export interface MetadataRow {
 
 /** Reads a metadata file. @throws UserError naming the line that cannot be read or the column that is not there */
 export function readMetadata(path: string, captionColumn: string): MetadataRow[] {
-  let text: string;
-  try {
-    text = readFileSync(path, 'utf8').replace(/^\uFEFF/, '');
-  } catch (error) {
-    throw asUserError(error, path);
-  }
+  const text = readText(path);
   const records = path.endsWith('.csv') ? csvRecords(text, path) : jsonLines(text, path);
   return records.map(({ record, line }) => {
     for (const column of ['file_name', captionColumn]) {
