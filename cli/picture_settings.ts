@@ -44,15 +44,16 @@ function typed(name: string, value: unknown): unknown {
   return name.endsWith('Size') ? `${value[1]}x${value[0]}` : value.join(',');
 }
 
-/** Sets every option that was not typed to what the picture at `path` says. */
+/** Sets every option that was not typed to what the picture at `path` says. Prompts of a file stand for its own. */
 export function applySettings(command: Command, path: string): void {
   const settings = readSettings(path);
+  const isTyped = (name: string): boolean =>
+    ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
+    (name === 'prompt' && isTyped('promptFile'));
   for (const option of command.options) {
     const name = option.attributeName();
     const value = settings[name];
-    const source = command.getOptionValueSource(name);
-    if (value === undefined || local.includes(name) || (source !== undefined && source !== 'default'))
-      continue;
+    if (value === undefined || local.includes(name) || isTyped(name)) continue;
     const texts = (Array.isArray(value) ? value : [value]).map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;

@@ -13,30 +13,45 @@ const clock = (seconds: number): string => {
   return whole >= 60 ? `${Math.floor(whole / 60)}m${String(whole % 60).padStart(2, '0')}s` : `${whole}s`;
 };
 
+/** What is done, a note, and the time. */
+type Parts = [head: string, note: string, time: string];
+
+const joined = (parts: Parts): string => parts.filter(Boolean).join('  ');
+
+/** A line of `room` letters at the most, as a longer one would wrap and could not be redrawn: the bar gives way, then the note's end. */
+function fitted([head, note, time]: Parts, share: number, room: number): string {
+  const notes = note.split(', ');
+  while (notes.length > 0 && joined([head, notes.join(', '), time]).length > room) notes.pop();
+  const text = joined([head, notes.join(', '), time]).slice(0, room);
+  const width = Math.min(24, room - text.length - 3);
+  if (width < 8) return text;
+  const filled = Math.round(width * share);
+  return `[${'#'.repeat(filled)}${'.'.repeat(width - filled)}] ${text}`;
+}
+
 export function progressBar(terminal: Terminal, label: string, quiet: boolean): Bar {
   const started = Date.now();
   let lastShare = -1;
   let lastLine = started;
   let first: number | undefined;
-  const line = (done: number, total: number, note: string): string => {
+  const timing = (done: number, total: number): string => {
     const elapsed = (Date.now() - started) / 1000;
     // What was done before the bar began (a resumed run) says nothing about the speed.
     first ??= done - 1;
-    const head = `${label} ${done}/${total}${note && `  ${note}`}`;
     // A bar that has just begun, perhaps with this very update, knows no speed yet.
-    if (elapsed < 0.1) return head;
+    if (elapsed < 0.1) return '';
     const rate = (done - first) / elapsed;
     const speed = rate >= 1 ? `${rate.toFixed(1)} it/s` : `${(1 / rate).toFixed(1)} s/it`;
-    return `${head}  ${speed}  ${clock((total - done) / rate)} left`;
+    return `${speed}  ${clock((total - done) / rate)} left`;
   };
   return {
     update(done, total, note = '') {
       if (quiet) return;
       const share = Math.floor((4 * done) / total);
-      const text = line(done, total, note);
+      const parts: Parts = [`${label} ${done}/${total}`, note, timing(done, total)];
+      const text = joined(parts);
       if (terminal.live) {
-        const filled = Math.round((24 * done) / total);
-        terminal.err(`\r\x1b[K[${'#'.repeat(filled)}${'.'.repeat(24 - filled)}] ${text}`);
+        terminal.err(`\r\x1b[K${fitted(parts, done / total, (terminal.columns || 80) - 1)}`);
       } else if (share !== lastShare || Date.now() - lastLine > 60_000) {
         terminal.err(`${text}\n`);
         lastLine = Date.now();

@@ -1,10 +1,10 @@
 // `sdxl sample`: prompt to PNG. Everything that can be wrong with the request is checked before weights are read, and a
 // picture appears under its name only once it is whole.
-import { extname } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { assertWritable } from '../io/files.ts';
 import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
@@ -47,6 +47,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
+  const album = openAlbum(options, prompts.length * options.numImages);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const locate = { terminal, quiet, configs: options.configs, variant: options.variant };
@@ -69,8 +70,7 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
 
   const { seconds, timed } = stopwatch();
   const load = (from: ModelSource) => timed('load', () => loadPipeline(from, { device, dtype, vaeSource }));
-  const stage = stages(options, terminal);
-  const album = openAlbum(options, requests.length * options.numImages);
+  const stage = stages(requests.length, options, terminal);
   let pipeline = await load(source);
   try {
     addLoras(pipeline, options.lora ?? []);
@@ -83,10 +83,9 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
         album.add(images, latents, pictureText(options, request, seed, sampler));
       });
     const halfway: Latents[] = [];
-    const labelOf = (what: string, i: number) =>
-      requests.length === 1 ? what : `${what} ${i + 1} of ${requests.length}`;
-    for (const [i, request] of requests.entries()) {
-      const latents = await timed('sample', () => stage(pipeline, request, labelOf('sampling', i)));
+    const sampling = stage('sampling');
+    for (const request of requests) {
+      const latents = await timed('sample', () => sampling(pipeline, request));
       if (refinerSource) halfway.push(latents);
       else await finish(request, latents);
     }
@@ -95,13 +94,18 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
       pipeline.release();
       pipeline = await load(refinerSource);
       if (options.fp8) feedForwardToFp8(pipeline.unet);
+      const refining = stage('refining');
       for (const [i, request] of requests.entries()) {
         const refined = refinerRequest(options, request, halfway[i]);
-        await finish(request, await timed('sample', () => stage(pipeline, refined, labelOf('refining', i))));
+        await finish(request, await timed('sample', () => refining(pipeline, refined)));
       }
     }
     album.close();
     report(options, terminal, album.files, seed, first, dtype, device, seconds);
+    if (album.spoilt.length > 0)
+      throw new UserError(
+        `${album.spoilt.join(', ')} shows nothing, as the model gave values that are not finite: lower --guidance-scale, or use --dtype float32`,
+      );
   } finally {
     pipeline.release();
   }
@@ -133,36 +137,49 @@ function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly strin
     mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, file, scale);
 }
 
-/** Drives the loop; says once for both stages what of a prompt was cut off. */
-function stages({ quiet = false }: SampleOptions, terminal: Terminal) {
+/** Drives the loop, with one bar for all prompts of a stage; says once for both stages what of a prompt was cut off. */
+function stages(prompts: number, { quiet = false }: SampleOptions, terminal: Terminal) {
   const told = new Set<string>();
-  return async (pipeline: Pipeline, request: Request, label: string): Promise<Latents> => {
+  return (label: string) => {
     const bar = progressBar(terminal, label, quiet);
-    const { latents } = await denoiseToEnd(pipeline, request, ({ step, steps, truncated }) => {
-      for (const text of truncated.filter((each) => !told.has(each))) {
-        told.add(text);
-        terminal.err(`warning: the prompt is longer than 77 tokens; this part was cut off: "${text}"\n`);
-      }
-      bar.update(step, steps);
-    });
-    bar.end();
-    return latents;
+    let before = 0;
+    return async (pipeline: Pipeline, request: Request): Promise<Latents> => {
+      const note = prompts > 1 ? `prompt ${before + 1} of ${prompts}` : '';
+      const { latents } = await denoiseToEnd(pipeline, request, ({ step, steps, truncated }) => {
+        const cut = truncated.filter((each) => !told.has(each));
+        if (cut.length) bar.end(); // the line is the warning's
+        for (const text of cut) {
+          told.add(text);
+          terminal.err(`warning: the prompt is longer than 77 tokens; this part was cut off: "${text}"\n`);
+        }
+        bar.update(before * steps + step, prompts * steps, note);
+      });
+      before++;
+      bar.end();
+      return latents;
+    };
   };
 }
 
 /** The files of a call: pictures, written as each prompt's are there, and in the end all latents if they are wanted. */
 function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
-  const extension = extname(output);
-  const stem = output.slice(0, output.length - extension.length);
+  const [, stem, extension] = /^(.*)(\.png)$/is.exec(output) as RegExpExecArray;
+  const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
+  for (let i = 0; i < count; i++) assertWritable(fileOf(i));
   const files: string[] = [];
+  const spoilt: string[] = [];
   const all: Latents[] = [];
   return {
     files,
+    /** Those that overflow has left black, in whole or in part. */
+    spoilt,
     add(images: Latents, latents: Latents, text: Record<string, string>): void {
-      for (const picture of toPictures(images.data, images.shape)) {
-        const file = count === 1 ? output : `${stem}-${files.length}${extension}`;
+      const size = images.data.length / images.shape[0];
+      for (const [i, picture] of toPictures(images.data, images.shape).entries()) {
+        const file = fileOf(files.length);
         writePng(file, picture, text);
         files.push(file);
+        if (!images.data.subarray(i * size, (i + 1) * size).every(Number.isFinite)) spoilt.push(file);
       }
       all.push(latents);
     },

@@ -7,6 +7,8 @@ export interface Terminal {
   err(text: string): void;
   /** Whether `err` is a screen that can redraw a line. */
   live: boolean;
+  /** Letters that fit into a line of that screen, where it tells. */
+  readonly columns?: number;
 }
 
 /**
@@ -25,6 +27,9 @@ export function ownTerminal(): Terminal {
     out: (text) => void process.stdout.write(text),
     err: (text) => void process.stderr.write(text),
     live: process.stderr.isTTY === true,
+    get columns() {
+      return process.stderr.columns;
+    },
   };
 }
 

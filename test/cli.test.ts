@@ -42,6 +42,26 @@ test('progress tells a speed only when it knows one', async (t) => {
   t.match(lines[1], /^encoding pictures 1591\/1591 {2}loss 0\.5 {2}\d+\.\d it\/s {2}0s left\n$/);
 });
 
+test('progress fits into the screen, the time left last of all to go', async (t) => {
+  for (const [columns, want] of [
+    [200, /^\[#{12}\.{12}\] training 5\/10 {2}loss 1, lr 2, peak 3 GiB {2}\d+\.\d it\/s {2}\ds left$/],
+    [72, /^\[#+\.+\] training 5\/10 {2}loss 1, lr 2, peak 3 GiB {2}\d+\.\d it\/s {2}\ds left$/],
+    [50, /^training 5\/10 {2}loss 1, lr 2 {2}\d+\.\d it\/s {2}\ds left$/],
+    [34, /^training 5\/10 {2}\d+\.\d it\/s {2}\ds left$/],
+    [20, /^training 5\/10 {2}\d+\.\d/],
+  ] as const) {
+    let line = '';
+    const terminal = { live: true, columns, out: () => {}, err: (text: string) => void (line = text) };
+    const bar = progressBar(terminal, 'training', false);
+    bar.update(1, 10);
+    await new Promise((done) => setTimeout(done, 120));
+    bar.update(5, 10, 'loss 1, lr 2, peak 3 GiB');
+    const shown = line.replace('\r\x1b[K', '');
+    t.match(shown, want);
+    t.ok(shown.length < columns, `${shown.length} letters of ${columns}`);
+  }
+});
+
 test('sample draws the golden picture and reports it', async (t) => {
   const folder = scratch();
   const output = join(folder, 'picture.png');

@@ -1,5 +1,13 @@
 // Several prompts in one call of `sdxl sample`: the pictures that each alone gives, written as they come.
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -67,6 +75,49 @@ test('several pictures of several prompts, numbered in their order, with all lat
   saved.close();
   await sample('--from', at('many-2.png'), '--num-images', '1', '--output', at('again.png'));
   t.equal(JSON.parse(readPngText(at('again.png')).sdxl).prompt, prompts[1]);
+  for (const [more, drawn] of [
+    [['--prompt-file', file], prompts.slice(1)],
+    [['--prompt', 'mine'], ['mine']],
+    [
+      ['--prompt', 'mine', '--prompt-file', file],
+      ['mine', ...prompts.slice(1)],
+    ],
+  ] as const) {
+    const { out } = await sample('--from', at('many-2.png'), '--output', at('own.png'), '--json', ...more);
+    const { files } = JSON.parse(out) as { files: string[] };
+    const told = files.map((each) => JSON.parse(readPngText(each).sdxl).prompt);
+    t.same(
+      told,
+      drawn.flatMap((each) => [each, each]),
+      `${more}: not those of the picture`,
+    );
+  }
+});
+
+test('names of several pictures', async (t) => {
+  mkdirSync(at('taken-1.png'));
+  const { status, err } = await sample('--prompt-file', file, '--output', at('taken.png'));
+  t.equal(status, 2);
+  t.match(err, /taken-1\.png is a folder/);
+  t.notOk(existsSync(at('taken-0.png')), 'refused before anything is drawn');
+  await sample('--prompt-file', file, '--output', at('.png'));
+  t.ok(existsSync(at('-1.png')), 'a name that is all extension');
+});
+
+test('one bar for all prompts', async (t) => {
+  const flags = ['--model', model, '--width', '32', '--height', '32', '--steps', '4', '--prompt-file', file];
+  const { err } = await sdxl('sample', ...flags, '--output', at('bar.png'));
+  t.match(err, /^sampling 1\/8 {2}prompt 1 of 2/m);
+  t.match(err, /^sampling 8\/8 {2}prompt 2 of 2/m);
+});
+
+test('a picture of values that are not finite is told of, and the others are drawn', async (t) => {
+  const { status, err, out } = await sample(
+    ...['--prompt-file', file, '--guidance-scale', '1e38', '--output', at('spoilt.png'), '--json'],
+  );
+  t.equal(status, 2);
+  t.equal(JSON.parse(out).files.length, 2);
+  t.match(err, /^error: .*spoilt-0\.png, .*spoilt-1\.png shows nothing.* not finite: lower --guidance-scale/);
 });
 
 test('files without prompts', async (t) => {
