@@ -35,14 +35,22 @@ export interface UNetConfig {
   norm_eps: number;
 }
 
-/** What config.json may say in one way only, because SDXL's UNets all say so. */
+/** What config.json may say in one way only, because SDXL's UNets all say so; what else changes a weight's shape shows there. */
 const fixed: Record<string, unknown> = {
   act_fn: 'silu',
   addition_embed_type: 'text_time',
-  mid_block_type: 'UNetMidBlock2DCrossAttn',
-  use_linear_projection: true,
+  center_input_sample: false,
+  class_embed_type: null,
+  downsample_padding: 1,
   flip_sin_to_cos: true,
   freq_shift: 0,
+  mid_block_scale_factor: 1,
+  mid_block_type: 'UNetMidBlock2DCrossAttn',
+  resnet_out_scale_factor: 1,
+  resnet_skip_time_act: false,
+  time_embedding_act_fn: null,
+  timestep_post_act: null,
+  use_linear_projection: true,
 };
 
 const isCount = (value: unknown): boolean => typeof value === 'number';

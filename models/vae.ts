@@ -24,25 +24,33 @@ export interface VaeConfig {
   use_post_quant_conv: boolean;
 }
 
-/** Reads vae/config.json; absent switches take diffusers' defaults. */
+/** What diffusers takes for fields that config.json leaves out. */
+const defaults = {
+  in_channels: 3,
+  out_channels: 3,
+  latent_channels: 4,
+  layers_per_block: 1,
+  norm_num_groups: 32,
+  sample_size: 32,
+  scaling_factor: 0.18215,
+  use_quant_conv: true,
+  use_post_quant_conv: true,
+};
+
+/** What config.json may say in one way only, as SDXL's VAEs do: latents are scaled by one factor, not channel by channel. */
+const fixed: Record<string, unknown> = { act_fn: 'silu', latents_mean: null, latents_std: null };
+
+/** Reads vae/config.json. @throws UserError naming a field that is absent, or asks for what is not built */
 export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
   if (!Array.isArray(json.block_out_channels)) {
     throw new UserError('vae/config.json: "block_out_channels" is missing; is this an AutoencoderKL?');
   }
-  const defaults = {
-    in_channels: 3,
-    out_channels: 3,
-    latent_channels: 4,
-    layers_per_block: 1,
-    norm_num_groups: 32,
-  };
-  const switches = {
-    sample_size: 32,
-    scaling_factor: 0.18215,
-    use_quant_conv: true,
-    use_post_quant_conv: true,
-  };
-  return { ...defaults, ...switches, ...(json as Partial<VaeConfig>) } as VaeConfig;
+  for (const [key, want] of Object.entries(fixed))
+    if (key in json && json[key] !== want)
+      throw new UserError(
+        `vae/config.json: "${key}" is ${JSON.stringify(json[key])}, not ${JSON.stringify(want)}; use another VAE`,
+      );
+  return { ...defaults, ...json } as VaeConfig;
 }
 
 const normOf = (config: VaeConfig): NormConfig => ({ groups: config.norm_num_groups, eps: 1e-6 });

@@ -99,3 +99,21 @@ test('configs as diffusers writes them read back', (t) => {
   t.same(parseTextConfig(configs.text_encoder_2), tiny.text_encoder_2);
   t.end();
 });
+
+test('configs of what is not built are refused, by the field', (t) => {
+  const { unet: net, vae: coder } = componentConfigs(tiny);
+  const other: [Record<string, unknown>, RegExp][] = [
+    [{ mid_block_scale_factor: 2 }, /"mid_block_scale_factor" is 2, not 1; is this an SDXL UNet/],
+    [{ use_linear_projection: false }, /"use_linear_projection" is false, not true/],
+    [{ block_out_channels: undefined }, /"block_out_channels" is undefined, not a list of widths/],
+    [{ up_block_types: ['UpBlock2D'] }, /"up_block_types" is \["UpBlock2D"\], not a list of 2 block types/],
+    [{ attention_head_dim: [8] }, /"attention_head_dim" is \[8\], not a number or a list of 2/],
+    [{ cross_attention_dim: null }, /"cross_attention_dim" is null, not a number/],
+  ];
+  for (const [fields, message] of other) t.throws(() => parseUNetConfig({ ...net, ...fields }), { message });
+  t.throws(() => parseVaeConfig({ ...coder, latents_mean: [0, 0, 0, 0] }), {
+    message: /"latents_mean" is \[0,0,0,0\], not null; use another VAE/,
+  });
+  t.throws(() => parseVaeConfig({}), { message: /"block_out_channels" is missing/ });
+  t.end();
+});
