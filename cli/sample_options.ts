@@ -111,7 +111,7 @@ export function addSampleOptions(command: Command): Command {
       (text, all: readonly string[] = []) => [...all, text],
     )
     .option('--prompt-file <FILE>', 'more prompts, one a line')
-    .option('--prompt-2 <TEXT>', 'prompt for the second text encoder (default: the prompt)')
+    .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
     .option('-n, --negative-prompt <TEXT>', 'what not to draw')
     .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
     .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))

@@ -43,9 +43,10 @@ export function baseRequest(
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   return {
     prompt: [prompt],
-    prompt_2: options.prompt2 === undefined ? undefined : [options.prompt2],
+    // An empty text is no second prompt, and yet a negative prompt.
+    prompt_2: options.prompt2 ? [options.prompt2] : undefined,
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
-    negative_prompt_2: options.negativePrompt2 === undefined ? undefined : [options.negativePrompt2],
+    negative_prompt_2: options.negativePrompt2 ? [options.negativePrompt2] : undefined,
     clip_skip: options.clipSkip,
     width,
     height,

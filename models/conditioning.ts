@@ -83,12 +83,12 @@ function negativeOf(
     return { context: scale(positive.context, 0), pooled: scale(positive.pooled, 0) };
   }
   const first = prompts.negative_prompt ?? prompts.prompt.map(() => '');
-  const second = first.map((text, i) => prompts.negative_prompt_2?.[i] || text);
+  const second = prompts.negative_prompt_2 ?? first;
   // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
   return encode(stack, [first, second], PENULTIMATE, device, truncated);
 }
 
-/** texts[0] goes to the first encoder, texts[1] to the second; a lone encoder is the second. */
+/** texts[0] goes to the first encoder, texts[1] to the second. The refiner's lone encoder gets texts[0], as in diffusers. */
 function encode(
   stack: TextStack,
   texts: readonly (readonly string[])[],
@@ -96,9 +96,8 @@ function encode(
   device: Device,
   truncated: string[],
 ): Encoded {
-  const lists = texts.slice(-stack.encoders.length);
   const tokens = stack.encoders.map((encoder, i) => {
-    const { values, shape } = tokensOf(encoder, lists[i], truncated).ids;
+    const { values, shape } = tokensOf(encoder, texts[i], truncated).ids;
     return placeTokens(encoder.encoder, values, shape[1], device);
   });
   return encodeTokens(stack, tokens, layer);

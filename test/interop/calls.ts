@@ -61,6 +61,9 @@ const textToImage: Record<string, Short> = {
       ...{ prompt_2: 'painting of a fox', negative_prompt: 'ugly', negative_prompt_2: 'hands', clip_skip: 2 },
     },
   },
+  'second prompts that are empty': {
+    settings: { prompt_2: '', negative_prompt: 'ugly', negative_prompt_2: '' },
+  },
   'a second negative prompt alone': { settings: { negative_prompt_2: 'bad hands' } },
   'all micro-conditioning, two images': {
     settings: {
@@ -147,6 +150,9 @@ const hands = (at: number, more: Settings = {}, scheduler?: Call['scheduler']): 
 });
 const refined: Record<string, Short> = {
   'base and refiner': hands(0.8, { negative_prompt: 'bad' }),
+  'base and refiner, two prompts': hands(0.8, {
+    ...{ prompt_2: 'oil painting', negative_prompt: 'bad', negative_prompt_2: 'text' },
+  }),
   'base and refiner, two images': hands(0.6, { num_images_per_prompt: 2 }),
   'base and refiner, DPM++ 2M': hands(0.7, {}, { class: 'DPMSolverMultistepScheduler' }),
   'base and refiner, ancestral': hands(0.7, {}, { class: 'EulerAncestralDiscreteScheduler' }),
