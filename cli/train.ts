@@ -1,18 +1,20 @@
 // `sdxl train` and `sdxl plan`: a run file to a trained model, or to what training it would take. Runs of one file are
 // trained in order. Ctrl-C saves and leaves; a second one leaves at once.
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { constants, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, deviceNames, openDevice } from '../engine/device.ts';
 import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
-import { listCheckpoints } from '../train/checkpoint.ts';
+import { asUserError } from '../io/files.ts';
+import { lockFolder } from '../io/lock.ts';
+import { listCheckpoints, readState } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
-import { type Locate, openMaterials, openSession } from '../train/session.ts';
+import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
 import type { Report, Stop } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
 import { locateModel, locateVae } from './model.ts';
@@ -33,6 +35,7 @@ export function addTrain(command: Command, terminal: Terminal): void {
   addShared(command)
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
     .option('--device <NAME>', `${devices}; or several GPUs of this machine, as cuda:0,cuda:1`, 'auto')
+    .option('--json', "the log's lines on stdout as they come, and a last one that says what was written")
     .action((file: string, options: Options) => trainAll(file, options, terminal));
 }
 
@@ -73,7 +76,7 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
   const planned = deviceNames(options.device).map(standIn);
   const runs = await chosenRuns(file, options, planned.length);
   // A plan leaves nothing behind.
-  const tokenizers = mkdtempSync(join(tmpdir(), 'sdxl-plan-'));
+  const tokenizers = temporaryFolder();
   try {
     for (const run of runs) {
       // The VAE that an earlier run of the file will make has the model's own shape.
@@ -84,6 +87,14 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
     }
   } finally {
     rmSync(tokenizers, { recursive: true });
+  }
+}
+
+function temporaryFolder(): string {
+  try {
+    return mkdtempSync(join(tmpdir(), 'sdxl-plan-'));
+  } catch (error) {
+    throw asUserError(error, tmpdir());
   }
 }
 
@@ -104,44 +115,68 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
   const [device, ...further] = names.map((name) =>
     openDevice(name, (line) => terminal.err(`warning: ${line}\n`)),
   );
-  const { locate, report } = tools(terminal, options.quiet);
-  for (const run of runs) {
+  const { locate, report } = tools(terminal, options.quiet, options.json);
+  const trainOne = async (run: Run): Promise<void> => {
     if (options.resume === true && isFinished(run)) {
-      report.line(`${run.name} is finished: ${join(run.output, 'final')}`);
-      continue;
+      report.line(`${run.name} is finished: ${finalOf(run)}`);
+      return;
     }
     const checkpoint = startOf(run, options.resume);
+    const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
     const materials = await openMaterials(run, locate, report);
     const devices = [device, ...further];
     for (const line of describe(planOf(materials, devices), devices)) report.line(line);
-    if (checkpoint) report.line(`resuming from ${checkpoint}`);
+    const { lr } = run.optimizer;
+    if (checkpoint)
+      report.line(
+        `resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`,
+      );
     const session = openSession(materials, device, further);
     const { outcome, signal } = await interruptible(report, (stop) =>
       train(session, report, stop, checkpoint),
     ).finally(session.release);
+    const { folder, stopped, position } = outcome;
     report.line(
-      outcome.folder
-        ? `${outcome.stopped ? 'stopped; saved' : 'done:'} ${outcome.folder}`
+      folder
+        ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
         : 'stopped before the first update; what is prepared is kept',
     );
-    if (signal) throw new Stopped(signal === 'SIGINT' ? 130 : 143);
+    if (options.json)
+      terminal.out(`${JSON.stringify({ name: run.name, folder, stopped, step: position.step })}\n`);
+    if (signal) throw new Stopped(128 + constants.signals[signal]);
+  };
+  for (const run of runs) {
+    const unlock = lockFolder(run.output);
+    await trainOne(run).finally(unlock);
   }
 }
 
-const isFinished = (run: Run): boolean => existsSync(join(run.output, 'final'));
+const finalOf = (run: Run): string => join(run.output, 'final');
+
+/** Whether a run has its finished model, and is asked for no other number of updates than that one took. */
+function isFinished(run: Run): boolean {
+  if (!existsSync(finalOf(run))) return false;
+  const newest = listCheckpoints(run.output).at(-1);
+  if (!newest) return true;
+  const { steps, epochs } = readState(newest).run;
+  return steps === run.steps && epochs === run.epochs;
+}
 
 /** The checkpoint to go on from. @throws UserError rather than train over what an earlier run has left */
 function startOf(run: Run, resume: Options['resume']): string | undefined {
   if (typeof resume === 'string') return resume;
   const newest = listCheckpoints(run.output).at(-1);
   if (resume) return newest;
-  if (newest || isFinished(run)) {
+  if (newest || existsSync(finalOf(run))) {
     throw new UserError(
       `${run.output} holds a run already; go on with --resume, remove it, or train elsewhere with --set output=FOLDER`,
     );
   }
   return undefined;
 }
+
+/** Ctrl-C, a service manager, and a terminal that is closed. */
+const stops = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
 /** Runs `work` so that the first Ctrl-C asks it to stop. The second finds no handler of ours and ends the program. */
 async function interruptible(
@@ -157,9 +192,9 @@ async function interruptible(
     report.line('stopping after this update and saving; once more to leave at once');
   };
   const release = () => {
-    for (const name of ['SIGINT', 'SIGTERM'] as const) process.off(name, ask);
+    for (const name of stops) process.off(name, ask);
   };
-  for (const name of ['SIGINT', 'SIGTERM'] as const) process.on(name, ask);
+  for (const name of stops) process.on(name, ask);
   try {
     return { outcome: await work(stop), signal };
   } finally {
@@ -167,7 +202,7 @@ async function interruptible(
   }
 }
 
-function tools(terminal: Terminal, quiet = false): { locate: Locate; report: Report } {
+function tools(terminal: Terminal, quiet = false, json = false): { locate: Locate; report: Report } {
   const where = { terminal, quiet };
   let bar: { label: string; bar: Bar } | undefined;
   const end = () => {
@@ -188,6 +223,9 @@ function tools(terminal: Terminal, quiet = false): { locate: Locate; report: Rep
         }
         bar.bar.update(done, total, note);
         if (done === total) end();
+      },
+      entry(entry) {
+        if (json) terminal.out(`${JSON.stringify(entry)}\n`);
       },
     },
   };

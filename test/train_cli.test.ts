@@ -13,12 +13,13 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { adopt, nativeDevice } from '../engine/device.ts';
 import { readPicture, writePng } from '../io/image.ts';
+import { lockFolder } from '../io/lock.ts';
 import { presets } from '../models/presets.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
@@ -96,6 +97,18 @@ test('run files', async (t) => {
     ...file('d', {}, "throw new Error('no coffee');"),
   );
   await refuses(t, 'exports nothing', /exports no run/, ...file('e', {}, 'export const run = 1;'));
+  await refuses(
+    t,
+    'what the package has not',
+    /cannot be loaded: defineRunn is not a function/,
+    ...file('n', {}, "import { defineRunn } from 'sdxl';\nexport default defineRunn({});"),
+  );
+  await refuses(
+    t,
+    'a promise',
+    /"steps" is -1/,
+    ...file('o', {}, 'export default Promise.resolve({ steps: -1 });'),
+  );
   await refuses(t, 'no model', /names no model/, ...file('f', { model: '' }));
   await refuses(
     t,
@@ -169,6 +182,12 @@ test('run files', async (t) => {
     ...set('lr_scheduler.name=piecewise_constant'),
   );
   await refuses(t, "the previews' scheduler", /Eulr/, ...set('previews.scheduler=Eulr'));
+  await refuses(
+    t,
+    'no layers',
+    /lora\.targets is empty/,
+    ...[...set('train.target=lora'), '--set', 'lora.targets=[]'],
+  );
   await refuses(t, 'parts', /matches no weight/, ...set('train.parts=nothing'));
   await refuses(t, 'resolution', /not divisible by/, ...set('dataset.resolution=36'));
   t.notOk(existsSync(join(folder, 'good-out', 'checkpoints')), 'nothing was trained');
@@ -228,17 +247,19 @@ test('checkpoints', async (t) => {
     '--resume',
     folder,
   );
-  const other = ['--set', 'optimizer.lr=0.5', '--set', 'steps=9'];
+  const other = ['--set', 'optimizer.eps=0.5', '--set', 'steps=9'];
   await refuses(
     t,
     "another run's",
-    /is of another run: optimizer\.lr was 0\.0001 and is 0\.5/,
+    /is of another run: optimizer\.eps was 1e-8 and is 0\.5/,
     'train',
     file,
     '--resume',
     first,
     ...other,
   );
+  const { err } = await sdxl('train', file, '--resume', first, ...other);
+  t.notMatch(err, /looking at pictures/, 'refused before the pictures are looked at');
   const elsewhere = runFile('elsewhere', { dataset: { path: dataset('others', 5), resolution: 32 } });
   await refuses(t, 'other pictures', /was trained on other pictures/, 'train', elsewhere, '--resume', first);
   const damaged = join(folder, 'damaged');
@@ -257,9 +278,57 @@ test('checkpoints', async (t) => {
   t.equal((await sdxl('train', file, '--resume', '--quiet')).status, 0, 'a finished run resumed is no error');
 });
 
+test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
+  const file = runFile('longer', {});
+  await sdxl('train', file, '--quiet');
+  const more = ['--set', 'steps=4', '--set', 'optimizer.lr=1e-5'];
+  const { status, err } = await sdxl('train', file, '--resume', ...more, '--quiet');
+  t.equal(status, 0);
+  t.match(err, /resuming from .*step-00000002, with lr 0\.00001 instead of 0\.0001\n/);
+  t.match(listCheckpoints(join(folder, 'longer-out')).at(-1), /step-00000004$/);
+  t.match((await sdxl('train', file, '--resume', ...more)).err, /^longer is finished: .*final\n$/);
+});
+
+test('one program at a time trains into a folder', async (t) => {
+  const output = join(folder, 'shared-out');
+  const unlock = lockFolder(output);
+  await refuses(
+    t,
+    'a second run',
+    /another program is at work in .*shared-out/,
+    'train',
+    runFile('shared', {}),
+  );
+  t.ok(existsSync(output), 'the folder of the first stays');
+  unlock();
+  t.notOk(existsSync(output), 'an empty folder goes');
+  const absent = runFile('absent', { model: join(folder, 'nowhere') });
+  await refuses(t, 'no model', /no model/, 'train', absent);
+  t.notOk(existsSync(join(folder, 'absent-out')), 'a run that never began leaves nothing');
+  mkdirSync(join(output, '.sdxl-1-00ff.tmp'), { recursive: true });
+  t.equal((await sdxl('train', runFile('shared', {}), '--quiet')).status, 0);
+  t.notOk(existsSync(join(output, '.sdxl-1-00ff.tmp')), 'what a killed run left half-written is removed');
+});
+
+test('the log as JSON', async (t) => {
+  const { status, out } = await sdxl('train', runFile('told', {}), '--json', '--quiet');
+  t.equal(status, 0);
+  const output = join(folder, 'told-out');
+  const last = { name: 'told', folder: join(output, 'final'), stopped: false, step: 2 };
+  t.equal(out, `${readFileSync(join(output, 'log.jsonl'), 'utf8')}${JSON.stringify(last)}\n`);
+});
+
 test('a learning rate that diverges stops with the tensor named', async (t) => {
-  const file = runFile('wild', { optimizer: { lr: 1e30, max_grad_norm: 0 }, steps: 50, max_nonfinite: 3 });
+  const file = runFile('wild', {
+    ...{ optimizer: { lr: 1e30, max_grad_norm: 0 }, steps: 50, max_nonfinite: 3 },
+    checkpoints: { every_steps: 1, keep: 1 },
+  });
   await refuses(t, 'diverges', /3 updates in a row were not finite .*lower optimizer\.lr/, 'train', file);
+  t.match(
+    listCheckpoints(join(folder, 'wild-out')).map((path) => basename(path)),
+    ['step-00000001'],
+    'no weights that lead to NaN are saved in the place of older ones',
+  );
   const log = readFileSync(join(folder, 'wild-out', 'log.jsonl'), 'utf8');
   t.match(
     log,

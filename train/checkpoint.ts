@@ -79,7 +79,7 @@ const entriesOf = (state: ReadonlyMap<string, Tensor>): TensorEntry[] =>
   }));
 
 /** What killed runs left half-written. */
-function removeUnfinished(folder: string): void {
+export function removeUnfinished(folder: string): void {
   for (const name of readdirSync(folder)) {
     if (/^\.sdxl-\d+-[0-9a-f]+\.tmp(\.old)?$/.test(name))
       rmSync(join(folder, name), { recursive: true, force: true });
@@ -117,9 +117,12 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
 
 /**
  * Keys that may change between the run that saved and the run that resumes: they touch no number of the training, but that
- * another end gives a schedule that falls another shape from there on. Pictures are compared by content, not by path.
+ * another end gives a schedule that falls another shape from there on, and that a rate which led to NaN may be lowered. Pictures
+ * are compared by content, not by path.
  */
 const free = [
+  'optimizer.lr',
+  'optimizer.text_encoder_lr',
   'name',
   'output',
   'epochs',

@@ -39,10 +39,13 @@ async function evaluate(path: string): Promise<unknown> {
   });
   try {
     const loaded = (await jiti.import(resolve(path))) as { default?: unknown };
-    return loaded.default;
+    return await loaded.default;
   } catch (error) {
     if (error instanceof UserError) throw error;
-    const reason = (error instanceof Error ? error.message : String(error)).replace(/\s+/g, ' ').trim();
+    const reason = (error instanceof Error ? error.message : String(error))
+      .replace(/\s+/g, ' ')
+      .replace(/\(0 , \w+\.(\w+)\)/g, '$1') // how jiti calls what a file imports
+      .trim();
     throw new UserError(`${path} cannot be loaded: ${reason}`);
   }
 }

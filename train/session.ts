@@ -14,7 +14,14 @@ import { channelsLast, type ModelSource, openWeights } from '../models/checkpoin
 import { parseTextConfig } from '../models/clip.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
-import { difference, listCheckpoints, loadTensors, type Position, readState } from './checkpoint.ts';
+import {
+  difference,
+  listCheckpoints,
+  loadTensors,
+  type Position,
+  readState,
+  type State,
+} from './checkpoint.ts';
 import { updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
@@ -123,7 +130,11 @@ function startSession(materials: Materials, device: Device, further: readonly De
       : diffusionTask(run, pictures, source, vaeSource, device);
   const trained = trainedParameters(task.components);
   if (trained.size === 0)
-    throw new UserError(`train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet`);
+    throw new UserError(
+      run.train.target === 'lora'
+        ? 'lora.targets is empty, so nothing would be trained; leave it out, or name layers such as to_q'
+        : `train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet; give a part of a key such as attn2`,
+    );
   for (const parameter of trained.values()) requireGrad(parameter.tensor);
   const passes = openReplicas(task, trained, device, further);
   const { parameters } = passes;
@@ -155,9 +166,8 @@ function lrFactorOf({ optimizer: { lr, text_encoder_lr } }: Run): (name: string)
   return (name) => (/^(lora\.)?text_encoder/.test(name) ? factor : 1);
 }
 
-/** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
-export function resumeSession(session: Session, checkpoint: string): Position {
-  const { run, pictures, task, parameters, passes, optimizer, ema } = session;
+/** What a checkpoint says of this run. @throws UserError when it is none, or another run's */
+export function stateOf(run: Run, checkpoint: string): State {
   const state = readState(checkpoint);
   const differs = difference(state.run, run);
   if (differs) {
@@ -165,6 +175,13 @@ export function resumeSession(session: Session, checkpoint: string): Position {
       `${checkpoint} is of another run: ${differs}; resume with the run file that wrote it, or start anew with another output`,
     );
   }
+  return state;
+}
+
+/** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
+export function resumeSession(session: Session, checkpoint: string): Position {
+  const { run, pictures, task, parameters, passes, optimizer, ema } = session;
+  const state = stateOf(run, checkpoint);
   if (state.dataset !== pictures.hash) {
     throw new UserError(
       `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,

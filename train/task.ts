@@ -14,12 +14,15 @@ import type { Picture } from '../io/pixels.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { type SavedComponent, weightEntries } from '../models/save.ts';
 import type { MicroBatch } from './data/order.ts';
+import type { LogEntry } from './log.ts';
 
 /** Tells the user what happens. */
 export interface Report {
   line(text: string): void;
   /** Something long is `done` of `total`; `note` is what else there is to say. */
   progress(label: string, done: number, total: number, note?: string): void;
+  /** A line of the log has been written. */
+  entry?(entry: LogEntry): void;
 }
 
 /** Whether the user wants to leave; looked at wherever something long may be left. */

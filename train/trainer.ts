@@ -4,7 +4,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
-import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
+import { type Position, removeUnfinished, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
 import { lossCurve } from './curve.ts';
 import { turnsFrom, type Update } from './data/order.ts';
 import { writeFinal } from './final.ts';
@@ -38,6 +38,7 @@ export async function train(
   const { run, pictures, total, task, device } = session;
   const feed = openFeed(task);
   makeFolder(run.output);
+  removeUnfinished(run.output);
   let position: Position = { step: 0, epoch: 0, update: 0 };
   if (checkpoint) position = resumeSession(session, checkpoint);
   rewindLog(logFile(run.output), position.step);
@@ -66,7 +67,8 @@ export async function train(
     journal.note(position, lr, made, update, measured ? await validationLoss(session) : undefined);
     if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
     if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
-    const saves = done || isDue(run.checkpoints.every_steps, position.step, endsEpoch);
+    // Not while updates fail: weights that lead to NaN would take the places of sound ones.
+    const saves = done || (failures === 0 && isDue(run.checkpoints.every_steps, position.step, endsEpoch));
     if (saves) folder = save(session, position);
     if (!stop.asked && (done || isDue(run.previews.every_steps, position.step, endsEpoch)))
       await journal.preview(position.step, stop);
@@ -123,6 +125,7 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
         const scalars = { loss, lr, grad_norm, images_per_second: rate };
         const entry: LogEntry = { step, epoch, ...scalars, validation_loss, skipped };
         appendLog(logFile(run.output), entry);
+        report.entry?.(entry);
         events.scalars(step, validation_loss === undefined ? scalars : { ...scalars, validation_loss });
       }
       const told = [

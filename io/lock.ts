@@ -1,0 +1,52 @@
+// A folder that one program at a time may work in: the system's own lock (flock) on the folder, which ends with the program
+// however that ends, so that nothing is left behind to be cleared away. Where a system has none, nothing is locked.
+import { closeSync, existsSync, openSync, rmdirSync } from 'node:fs';
+import koffi from 'koffi';
+import { UserError } from './errors.ts';
+import { asUserError, makeFolder } from './files.ts';
+
+/** LOCK_EX | LOCK_NB: for us alone, and without waiting. */
+const exclusive = 2 | 4;
+
+/**
+ * Makes the folder `path` if need be and locks it. What is returned unlocks it, and removes a folder that was made and stayed empty.
+ * @throws UserError when another program has it
+ */
+export function lockFolder(path: string): () => void {
+  const isNew = !existsSync(path);
+  makeFolder(path);
+  let fd: number;
+  try {
+    fd = openSync(path, 'r');
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+  if (isTaken(fd)) {
+    closeSync(fd);
+    throw new UserError(
+      `another program is at work in ${path}: wait until it ends, or choose another folder`,
+    );
+  }
+  return () => {
+    closeSync(fd);
+    if (isNew) removeEmpty(path);
+  };
+}
+
+function isTaken(fd: number): boolean {
+  let flock: (fd: number, operation: number) => number;
+  try {
+    flock = koffi.load(null).func('int flock(int fd, int operation)');
+  } catch {
+    return false;
+  }
+  return flock(fd, exclusive) !== 0 && koffi.errno() === koffi.os.errno.EAGAIN;
+}
+
+function removeEmpty(path: string): void {
+  try {
+    rmdirSync(path);
+  } catch {
+    // It has files, or is gone.
+  }
+}
