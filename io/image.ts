@@ -35,21 +35,33 @@ export async function decodePicture(
   const { default: sharp } = await import('sharp');
   try {
     const image = sharp(file, { ignoreIcc: true, failOn: 'error', autoOrient: true });
-    const { format } = await image.metadata();
+    const { format, space } = await image.metadata();
     if (!formats.includes(format)) throw new Error(`the format is ${format}`);
-    const opaque = onWhite ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
-    const { data, info } = await opaque
-      .toColourspace('srgb')
+    const inks = space === 'cmyk';
+    const opaque = onWhite && !inks ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
+    const { data, info } = await (inks ? opaque.pipelineColourspace('cmyk') : opaque)
+      .toColourspace(inks ? 'cmyk' : 'srgb')
       .raw({ depth: 'uchar' })
       .toBuffer({ resolveWithObject: true });
-    if (info.channels !== 3) throw new Error(`the picture has ${info.channels} channels`);
-    return { width: info.width, height: info.height, channels: 3, data: new Uint8Array(data) };
+    const { width, height, channels } = info;
+    if (channels !== (inks ? 4 : 3)) throw new Error(`the picture has ${channels} channels`);
+    return { width, height, channels: 3, data: inks ? withoutInks(data) : new Uint8Array(data) };
   } catch (error) {
     const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
     throw new UserError(
       `${name} cannot be read as a picture (${reason}): give a sound PNG, JPEG or WebP file`,
     );
   }
+}
+
+/** Pillow's way from CMYK to RGB, by no colour profile: what is left of white under each ink and black. */
+function withoutInks(cmyk: Uint8Array): Uint8Array {
+  const rgb = new Uint8Array((cmyk.length / 4) * 3);
+  for (let i = 0, at = 0; i < cmyk.length; i += 4) {
+    const light = 255 - cmyk[i + 3];
+    for (let c = 0; c < 3; c++) rgb[at++] = light - Math.round((cmyk[i + c] * light) / 255);
+  }
+  return rgb;
 }
 
 /** Decodes a picture as grey levels. @throws UserError as `readPicture` */

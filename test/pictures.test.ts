@@ -173,6 +173,11 @@ test('pictures: every kind is read as 8-bit RGB', async (t) => {
     greyAsRgb,
     '16-bit grey',
   );
+  // 8 x 8 pixels of two mixtures of inks as Pillow wrote them, and what its convert('RGB') gives.
+  const inks =
+    '/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwABAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEB/8AAFAgACAAIBEMRAE0RAFkRAEsRAP/EABcAAAMBAAAAAAAAAAAAAAAAAAcICQr/xAAeEAABAwQDAAAAAAAAAAAAAAAACQpHSIeIyEnGx//aAA4EQwBNAFkASwAAPwBsGp1eWLuxIF3j3HPl3rAakEuZztl6CV4Uihm4nRT/2Q==';
+  const row = [...Array(4).fill([46, 190, 139]), ...Array(4).fill([130, 3, 135])].flat();
+  await reads(Buffer.from(inks, 'base64'), Uint8Array.from(Array(8).fill(row).flat()), 'CMYK');
   writeFileSync(path, await sharp(rgb, { raw }).png().withMetadata({ orientation: 6 }).toBuffer());
   const turned = await readPicture(path);
   t.strictSame([turned.width, turned.height], [4, 6], 'EXIF orientation');
