@@ -37,9 +37,9 @@ export function progressBar(terminal: Terminal, label: string, quiet: boolean): 
   const timing = (done: number, total: number): string => {
     const elapsed = (Date.now() - started) / 1000;
     // What was done before the bar began (a resumed run) says nothing about the speed.
-    first ??= done - 1;
+    first ??= Math.max(0, done - 1);
     // A bar that has just begun, perhaps with this very update, knows no speed yet.
-    if (elapsed < 0.1) return '';
+    if (elapsed < 0.1 || done === first) return '';
     const rate = (done - first) / elapsed;
     const speed = rate >= 1 ? `${rate.toFixed(1)} it/s` : `${(1 / rate).toFixed(1)} s/it`;
     return `${speed}  ${clock((total - done) / rate)} left`;

@@ -75,9 +75,9 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
   const at = join(folder, '..', 'cache');
   const before = device.memory.storages;
   const cache = momentsCache(at, model.vae, 'bilinear');
-  const progress: number[] = [];
-  t.equal(await cache.fill(views, (done, total) => progress.push(done, total)), 6);
-  t.strictSame(progress, [6, 6]);
+  const progress: number[][] = [];
+  t.equal(await cache.fill(views, (...told) => progress.push(told)), 6);
+  t.strictSame(progress, [...Array(6).fill([0, 6]), [6, 6]], 'asked after each picture of a batch');
   t.equal(await cache.fill(views), 0, 'all is there');
   t.equal(device.memory.storages, before, 'live tensors');
   for (const view of views) {
@@ -147,13 +147,18 @@ test('a fill that is cut off goes on where it stopped', async (t) => {
       flip: i > 5,
     },
   }));
-  const stop = () => {
-    throw new Error('stopped');
+  const stop = (done: number) => {
+    if (done > 0) throw new Error('stopped');
   };
   await t.rejects(cache.fill(wide, stop), /stopped/);
   const left = filesBelow(at);
   t.ok(left.length > 0 && left.length < 3, `${left.length} of 3 are there`);
   t.equal(await cache.fill(wide), 3 - left.length);
+  let asked = 0;
+  const elsewhere = momentsCache(join(folder, '..', 'elsewhere'), model.vae, 'bilinear');
+  const batch = await viewsOf(folder, 20);
+  t.equal(await elsewhere.fill(batch, () => ++asked < 2), 0, 'left in the midst of a batch');
+  t.ok(asked < 20, `without waiting for the rest of it: asked ${asked} times`);
   truncateSync(left[0], statSync(left[0]).size - 4);
   writeFileSync(`${left[0]}.tmp`, 'half');
   t.equal(await cache.fill(wide), 1, 'a damaged entry is made anew');

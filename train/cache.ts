@@ -68,20 +68,29 @@ export function momentsCache(
       );
       const batches = equalSizes(missing.map(([, view]) => view));
       const ahead: Promise<Float32Array[]>[] = [];
+      const { abort, signal, heard } = leaving(() => onProgress?.(done, missing.length));
       let done = 0;
-      for (const [i, batch] of batches.entries()) {
-        // While the VAE works on these, the next are read, one more than there are threads for it.
-        for (const next of batches.slice(i + ahead.length, i + mostThreads + 1)) {
-          const pixels = readViews(next, interpolation);
-          pixels.catch(() => undefined); // told when it is awaited
-          ahead.push(pixels);
+      try {
+        for (const [i, batch] of batches.entries()) {
+          // While the VAE works on these, the next are read, one more than there are threads for it.
+          for (const next of batches.slice(i + ahead.length, i + mostThreads + 1)) {
+            const pixels = readViews(next, interpolation, signal, heard);
+            pixels.catch(() => undefined); // told when it is awaited
+            ahead.push(pixels);
+          }
+          const pixels = await (ahead.shift() as Promise<Float32Array[]>);
+          if (signal.aborted) break;
+          encodeViews(vae, batch, pixels).forEach((moments, k) => {
+            writeEntry(pathOf(batch[k]), moments, `the VAE's moments of ${batch[k].sample.id}`);
+          });
+          done += batch.length;
+          heard();
+          if (signal.aborted) break;
         }
-        const pixels = await (ahead.shift() as Promise<Float32Array[]>);
-        encodeViews(vae, batch, pixels).forEach((moments, k) => {
-          writeEntry(pathOf(batch[k]), moments, `the VAE's moments of ${batch[k].sample.id}`);
-        });
-        done += batch.length;
-        if (onProgress?.(done, missing.length) === false) break;
+      } catch (error) {
+        if (error !== signal.reason) throw error;
+      } finally {
+        abort(); // pictures that are still waiting to be read
       }
       return done;
     },
@@ -111,13 +120,34 @@ function equalSizes(views: readonly View[]): View[][] {
 const slices = <T>(items: readonly T[], size: number): T[][] =>
   Array.from({ length: Math.ceil(items.length / size) }, (_, i) => items.slice(i * size, (i + 1) * size));
 
-async function readViews(views: readonly View[], interpolation: ResizeFilter): Promise<Float32Array[]> {
+/** A signal that is aborted once `progress`, asked by `heard`, says false. */
+function leaving(progress: () => unknown) {
+  const controller = new AbortController();
+  const abort = () => controller.abort();
+  return {
+    abort,
+    signal: controller.signal,
+    heard: () => {
+      if (progress() === false) abort();
+    },
+  };
+}
+
+/** Calls `heard` after each picture, as those of a batch may take seconds. */
+async function readViews(
+  views: readonly View[],
+  interpolation: ResizeFilter,
+  signal: AbortSignal,
+  heard: () => void,
+): Promise<Float32Array[]> {
   return Promise.all(
     views.map(async ({ sample, geometry }) => {
       const file = await sample.read();
       if (contentHash(file) !== sample.hash)
         throw new UserError(`${sample.id} was changed while it was being prepared: start again`);
-      return readPixelsAside({ file, name: sample.id, geometry, interpolation });
+      const pixels = await readPixelsAside({ file, name: sample.id, geometry, interpolation }, signal);
+      heard();
+      return pixels;
     }),
   );
 }

@@ -1,13 +1,14 @@
 // readPixels() on threads of their own. A photo of 12 megapixels takes one some 0.4 s, most of it for resizing as Pillow does:
 // ten times what a GPU's VAE needs for the result, so several work at once and none is the thread that drives the GPU.
-// Threads start when they are first needed and hold the program up only while they have work.
+// Threads start when they are first needed and hold the program up only while they have work. Where a system gives none, or one
+// dies, the work is done here.
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { packageRoot } from '../../engine/cpu/build.ts';
 import { UserError } from '../../io/errors.ts';
 import type { ResizeFilter } from '../../io/resize.ts';
-import type { Geometry } from './picture.ts';
+import { type Geometry, readPixels } from './picture.ts';
 
 /** To a thread: the arguments of readPixels(). */
 export interface Question {
@@ -25,6 +26,7 @@ export const mostThreads = Math.max(1, Math.min(8, availableParallelism() - 1));
 
 interface Job {
   question: Question;
+  signal?: AbortSignal;
   resolve(pixels: Float32Array): void;
   reject(error: Error): void;
 }
@@ -32,26 +34,53 @@ interface Job {
 const idle: Worker[] = [];
 const waiting: Job[] = [];
 let started = 0;
+let here: Promise<void> = Promise.resolve();
 
-/** The picture in `file` after `geometry`: [h, w, 3] in [-1, 1]. @throws UserError naming the picture */
-export const readPixelsAside = (question: Question): Promise<Float32Array> =>
+/**
+ * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1]. What is not begun when `signal` is aborted is left.
+ * @throws UserError naming the picture
+ */
+export const readPixelsAside = (question: Question, signal?: AbortSignal): Promise<Float32Array> =>
   new Promise((resolve, reject) => {
-    waiting.push({ question, resolve, reject });
+    waiting.push({ question, signal, resolve, reject });
     assign();
   });
 
 /** Gives jobs to threads while there are both. */
 function assign(): void {
-  while (waiting.length > 0 && (idle.length > 0 || started < mostThreads))
-    work(idle.pop() ?? start(), waiting.shift() as Job);
+  for (let job = waiting.shift(); job; job = waiting.shift()) {
+    if (job.signal?.aborted) {
+      job.reject(job.signal.reason);
+      continue;
+    }
+    const thread = idle.pop() ?? start();
+    if (thread) work(thread, job);
+    else if (started === 0) workHere(job);
+    else {
+      waiting.unshift(job); // until a thread has done its own
+      return;
+    }
+  }
 }
 
-function start(): Worker {
-  started++;
-  return new Worker(join(packageRoot, 'dist', 'train', 'data', 'pixel_thread.js'));
+function start(): Worker | undefined {
+  if (started === mostThreads) return undefined;
+  try {
+    const thread = new Worker(join(packageRoot, 'dist', 'train', 'data', 'pixel_thread.js'));
+    started++;
+    return thread;
+  } catch {
+    return undefined;
+  }
 }
 
-function work(thread: Worker, { question, resolve, reject }: Job): void {
+/** One after another, as each holds a decoded picture. */
+function workHere({ question: { file, name, geometry, interpolation }, resolve, reject }: Job): void {
+  here = here.then(() => readPixels(file, name, geometry, interpolation).then(resolve, reject));
+}
+
+function work(thread: Worker, job: Job): void {
+  const { question, resolve, reject } = job;
   thread.ref();
   const onMessage = (answer: Answer): void => {
     thread.off('error', onError);
@@ -61,10 +90,10 @@ function work(thread: Worker, { question, resolve, reject }: Job): void {
     else reject(answer.isUserError ? new UserError(answer.message) : new Error(answer.message));
     assign();
   };
-  const onError = (error: Error): void => {
+  const onError = (): void => {
     thread.off('message', onMessage);
     started--;
-    reject(error);
+    workHere(job);
     assign();
   };
   thread.once('message', onMessage);
