@@ -280,7 +280,7 @@ function duplicateKey(text: string): string | undefined {
       const begin = i;
       for (i++; text[i] !== '"'; i++) if (text[i] === '\\') i++;
       let next = i + 1;
-      while (' \t\r\n'.includes(text[next] ?? '.')) next++;
+      while (' \t\r\n'.includes(text[next])) next++;
       if (text[next] !== ':') continue;
       const key = JSON.parse(text.slice(begin, i + 1)) as string;
       const keys = objects[objects.length - 1];

@@ -94,6 +94,8 @@ test('replays give the bits of eager runs, in one call each, and allocate nothin
     t.equal(calls.cuGraphDestroy, 1);
   });
   t.same([device.memory.storages, device.memory.live], [0, 0]);
+  device.memory.trim();
+  t.equal(device.memory.held, 0, 'nor is its memory kept from others');
   t.end();
 });
 
@@ -128,7 +130,7 @@ test('while a step can be replayed nobody else gets its memory, and what it read
 });
 
 test('steps that take turns share memory', (t) => {
-  const { device, gpu } = open();
+  const { device, gpu, calls, failing } = open();
   scope(() => {
     const reserve = device.memory.openReserve();
     const blocks = [1, 2, 3].map(() => block(device));
@@ -146,7 +148,14 @@ test('steps that take turns share memory', (t) => {
     // Each keeps its result, and no more.
     t.same([held[1] - held[0], held[2] - held[1]], [1, 1]);
     for (const i of [2, 0, 1, 0, 2]) t.ok(steps[i].run(read) === want[i], `step ${i}`);
-    for (const step of steps) step.release();
+    failing.fail('cuGraphInstantiate', 'CUDA_ERROR_OUT_OF_MEMORY', { at: 1 });
+    const fourth = device.step(blocks[0].forward, reserve);
+    for (let run = 0; run < 3; run++) t.ok(fourth.run(read) === want[0], 'one that is not recorded');
+    t.ok(failing.failed);
+    const launches = calls.cuGraphLaunch;
+    for (const step of steps) step.run(read);
+    t.equal(calls.cuGraphLaunch, launches + 3, 'leaves the others their recordings');
+    for (const step of [...steps, fourth]) step.release();
     reserve.release();
   });
   t.same([device.memory.storages, device.memory.live], [0, 0]);

@@ -5,7 +5,7 @@ import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { add, mul, sub } from '../engine/ops/binary.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { scale } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
+import { built, keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 
 const device = openDevice('reference');
@@ -86,5 +86,40 @@ test("a layer's residual has dy for its gradient, also where nothing else wants 
     );
   });
   t.equal(device.memory.storages, 0, 'nothing is left behind');
+  t.end();
+});
+
+test('asking again for a gradient that is wanted already changes nothing', (t) => {
+  scope(() => {
+    const a = leaf(1, 2);
+    backward(add(a, a), tensor([1, 1], [2], { device }));
+    t.same(gradient(requireGrad(a)), [2, 2]);
+  });
+  t.end();
+});
+
+test('an error frees what was made, kept and saved for the gradient', (t) => {
+  const made = () => tensor([1, 2], [2], { device });
+  const fails = (fn: () => unknown) => {
+    t.throws(fn, /no more/);
+    t.equal(device.memory.storages, 0);
+  };
+  const error = new Error('no more');
+  const throws = (...before: unknown[]) => {
+    throw before.length ? error : new Error('nothing was made before');
+  };
+  fails(() => built(() => throws(made())));
+  fails(() => built(() => throws(scope(() => void keep(made())))));
+  fails(() => built(() => throws(built(made)))); // what it built belongs to whoever called it
+  fails(() =>
+    built(() => {
+      t.throws(() => built(() => throws(made())), /no more/);
+      throws(made()); // after one that failed
+    }),
+  );
+  fails(() => scope(() => throws(scope(() => mul(leaf(1, 2), made())))));
+  const whole = built(() => scope(() => keep(made())));
+  t.equal(device.memory.storages, 1, 'where there is none it stays');
+  whole.release();
   t.end();
 });

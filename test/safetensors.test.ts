@@ -1,10 +1,13 @@
 // Safetensors: round trips, hostile headers, random damage, and a writer that fails whole.
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { test } from 'tap';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { at, folder, messageOf, randomNumbers, refuses, sameBytes } from './io_helpers.ts';
+
+/** How many files this process has open, where the system tells. */
+const filesOpen = () => (existsSync('/proc/self/fd') ? readdirSync('/proc/self/fd').length : 0);
 
 const sampleEntries: TensorEntry[] = [
   { name: 'b.weight', dtype: 'float16', shape: [2, 3], bytes: encodeNumbers([1, 2, 3, 4, 5, 6], 'float16') },
@@ -16,6 +19,7 @@ const sampleEntries: TensorEntry[] = [
 
 test('safetensors: round trip', (t) => {
   const path = at('round.safetensors');
+  const before = filesOpen();
   writeSafetensors(path, sampleEntries, { format: 'pt', note: 'naïve 文字' });
   const file = openSafetensors(path);
   t.strictSame(file.metadata, { format: 'pt', note: 'naïve 文字' });
@@ -36,6 +40,7 @@ test('safetensors: round trip', (t) => {
   file.close();
   file.close();
   t.throws(() => file.read('ids'), /closed/);
+  t.equal(filesOpen(), before);
   t.end();
 });
 
@@ -132,6 +137,7 @@ const hostile: [string, Uint8Array, RegExp][] = [
 ];
 
 test('safetensors: hostile headers are refused in one sentence', (t) => {
+  const before = filesOpen();
   const path = at('hostile.safetensors');
   for (const [label, bytes, pattern] of hostile) {
     writeFileSync(path, bytes);
@@ -140,6 +146,7 @@ test('safetensors: hostile headers are refused in one sentence', (t) => {
   }
   refuses(t, /absent.safetensors does not exist/, () => openSafetensors(at('absent.safetensors')));
   refuses(t, /is a folder/, () => openSafetensors(folder));
+  t.equal(filesOpen(), before, 'none is left open');
   t.end();
 });
 

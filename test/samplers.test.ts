@@ -83,6 +83,29 @@ test('trajectories', (t) => {
   t.end();
 });
 
+/** Class, config, steps, the last x, and how many draws were taken. */
+type OptionCase = [string, Record<string, unknown>, number, number[], number];
+
+test('options that no trajectory has', (t) => {
+  const lines = readFileSync(join(goldenFolder, 'scheduler_options.jsonl'), 'utf8').trim().split('\n');
+  for (const line of lines) {
+    const [name, config, steps, want, drawn] = JSON.parse(line) as OptionCase;
+    const sampler = createSampler(name, { ...sdxl, ...config });
+    const plan = sampler.plan(steps);
+    let taken = 0;
+    const draw = () => {
+      const k = taken++;
+      return Float32Array.from(want, (_, i) => (((5 * k + 3 * i) % 11) - 5) / 4);
+    };
+    let x: Float32Array = Float32Array.from(want, (_, i) => ((i - 1.5) / 2) * plan.initNoiseSigma);
+    const noise = Float32Array.from(want, (_, i) => (((3 * i) % 4) - 1.5) / 2);
+    for (const step of sampler.run(plan, x, model(noise), draw)) x = step.x;
+    allClose(t, `${name} ${JSON.stringify(config)}`, x, want, { atol: 1e-5, rtol: 2e-5 });
+    t.equal(taken, drawn, `${name} draws`);
+  }
+  t.end();
+});
+
 test('training tables', (t) => {
   for (const golden of area.cases.filter((each) => each.call === 'training tables')) {
     const config = completeConfig('DDPMScheduler', { ...sdxl, ...golden.config });
@@ -168,6 +191,61 @@ test('names', (t) => {
   t.throws(() => createSampler('ddpm', { variance_type: 'learned' as 'fixed_small' }), {
     message: /variance_type "learned" is not supported/,
   });
+  t.end();
+});
+
+test('configs that cannot be honoured', (t) => {
+  const says = (message: RegExp) => ({ name: 'UserError', message });
+  for (const [json, message] of [
+    [[], /does not hold a JSON object/],
+    [null, /does not hold a JSON object/],
+    [{ beta_start: '0.1' }, /beta_start is "0\.1", but must be a number/],
+    [{ thresholding: true }, /thresholding is not supported/],
+    [{ use_flow_sigmas: true }, /use_flow_sigmas is not supported/],
+    [{ use_dynamic_shifting: true }, /use_dynamic_shifting is not supported/],
+    [{ timestep_type: 'continuous' }, /"continuous" is not supported/],
+    [{ solver_type: 'rk4' }, /solver_type is "rk4"/],
+    [{ variance_type: 'small' }, /variance_type is "small"/],
+  ] as const)
+    t.throws(() => parseSchedulerConfig(json), says(message), JSON.stringify(json));
+  const foreign = { solver_type: 'logrho', algorithm_type: 'deis', variance_type: 'learned_range' };
+  t.same(parseSchedulerConfig(foreign), foreign, 'what other classes have is passed over');
+  for (const [name, solver_type, kept] of [
+    ['DPMSolverMultistepScheduler', 'bh2', 'midpoint'],
+    ['DPMSolverSinglestepScheduler', 'logrho', 'midpoint'],
+    ['DPMSolverSinglestepScheduler', 'heun', 'heun'],
+    ['UniPCMultistepScheduler', 'heun', 'bh2'],
+    ['UniPCMultistepScheduler', 'bh1', 'bh1'],
+  ] as const)
+    t.equal(completeConfig(name, { solver_type } as object).solver_type, kept, `${name} of ${solver_type}`);
+  const twice = { use_karras_sigmas: true, use_beta_sigmas: true };
+  t.throws(() => completeConfig('EulerDiscreteScheduler', twice), says(/keep one/));
+  t.equal(completeConfig('DDIMScheduler', twice).use_beta_sigmas, undefined, 'where there is no such choice');
+  t.throws(() => createSampler('PNDM', { prediction_type: 'sample' }), says(/cannot use .*"sample"/));
+  t.throws(() => createSampler('PNDM').plan(3), says(/at least 4 steps/));
+  t.throws(() => createSampler('LCM').plan(51), says(/51 steps are more than the 50/));
+  const dpm = createSampler('DDIM', { rescale_betas_zero_snr: true, timestep_spacing: 'trailing' });
+  const x = new Float32Array(4);
+  t.throws(
+    () => [
+      ...dpm.run(
+        dpm.plan(4),
+        x,
+        () => x,
+        () => x,
+      ),
+    ],
+    says(/cannot start from pure noise/),
+  );
+  t.throws(
+    () => createSampler('nothing like it'),
+    says(/unknown scheduler "nothing like it": choose one of/),
+  );
+  const { plan } = createSampler('euler', sdxl);
+  for (const strength of [-0.1, 1.1, Number.NaN])
+    t.throws(() => plan(4, { strength }), says(/^strength is .*: give a number from 0 to 1$/));
+  const order = { denoisingStart: 0.5, denoisingEnd: 0.5 };
+  t.throws(() => plan(4, order), says(/denoisingStart 0\.5 is not below denoisingEnd 0\.5/));
   t.end();
 });
 
