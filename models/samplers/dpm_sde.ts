@@ -3,7 +3,7 @@
 // Brownian tree so that runs with other step counts resemble each other; here each call draws fresh normal noise.
 import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import { sigmaSchedule, towards } from './euler.ts';
 import { ancestralLevels } from './euler_ancestral.ts';
 import { twice } from './heun.ts';
 import type { Method } from './sampler.ts';
@@ -15,7 +15,7 @@ export function dpmSde(config: SchedulerConfig): Method {
   return {
     order: 2,
     schedule(steps, custom) {
-      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const levels = discreteLevels(config, table, steps, custom.timesteps);
       const middle = (i: number) => Math.sqrt(levels.sigmas[(i - 1) / 2] * levels.sigmas[(i + 1) / 2]);
       const sigmas = twice(levels.sigmas);
       const inputs = Float32Array.from(sigmas, (sigma, i) => (i % 2 ? middle(i) : sigma));

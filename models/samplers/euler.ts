@@ -4,7 +4,7 @@ import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
 import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
-import { finiteSigmas, spacedTimesteps } from './tables.ts';
+import { finiteSigmas } from './tables.ts';
 
 export function euler(config: SchedulerConfig): Method {
   const table = finiteSigmas(config);
@@ -65,16 +65,7 @@ function eulerSchedule(
     const timesteps = given.subarray(0, -1).map((sigma) => sigmaToTimestep(sigma, table));
     return sigmaSchedule(config, timesteps, given);
   }
-  const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+  const levels = discreteLevels(config, table, steps, custom.timesteps);
   const last = config.final_sigmas_type === 'sigma_min' ? table[0] : 0;
   return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, last]);
-}
-
-/** The caller's own timesteps, or the config's spacing. */
-export function customOrSpaced(
-  config: SchedulerConfig,
-  steps: number,
-  own?: readonly number[],
-): Float64Array {
-  return own ? Float64Array.from(own) : Float64Array.from(spacedTimesteps(config, steps), Math.fround);
 }

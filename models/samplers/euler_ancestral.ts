@@ -2,7 +2,7 @@
 // sigma_down^2 + sigma_up^2 = sigma_next^2 and sigma_up^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2.
 import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import { sigmaSchedule, towards } from './euler.ts';
 import type { Method } from './sampler.ts';
 import { discreteLevels } from './sigmas.ts';
 import { finiteSigmas } from './tables.ts';
@@ -12,7 +12,7 @@ export function eulerAncestral(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule(steps, custom) {
-      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const levels = discreteLevels(config, table, steps, custom.timesteps);
       return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
     },
     start: (plan) => (output, x, i, draw) => {

@@ -2,7 +2,7 @@
 // the step again with the mean of the derivatives at both ends. The last step, to sigma 0, is Euler's alone.
 import { clipSample, combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { customOrSpaced, sigmaSchedule, towards } from './euler.ts';
+import { sigmaSchedule, towards } from './euler.ts';
 import type { Method } from './sampler.ts';
 import { discreteLevels } from './sigmas.ts';
 import { finiteSigmas } from './tables.ts';
@@ -12,7 +12,7 @@ export function heun(config: SchedulerConfig): Method {
   return {
     order: 2,
     schedule(steps, custom) {
-      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const levels = discreteLevels(config, table, steps, custom.timesteps);
       const sigmas = [...twice(levels.sigmas), 0];
       return sigmaSchedule(config, twice(levels.timesteps), sigmas);
     },

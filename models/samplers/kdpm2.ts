@@ -3,7 +3,7 @@
 // sigma_down and adds noise of sigma_up.
 import { combine, denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { customOrSpaced, sigmaSchedule } from './euler.ts';
+import { sigmaSchedule } from './euler.ts';
 import { ancestralLevels } from './euler_ancestral.ts';
 import { twice } from './heun.ts';
 import type { Method } from './sampler.ts';
@@ -19,7 +19,7 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
   return {
     order: 2,
     schedule(steps, custom) {
-      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const levels = discreteLevels(config, table, steps, custom.timesteps);
       const whole = config.use_karras_sigmas ? levels.timesteps.map(roundHalfEven) : levels.timesteps;
       const sigmas = Float32Array.from([...levels.sigmas, 0]);
       const between = (i: number) => Math.sqrt(sigmas[i - 1] * target(sigmas[i - 1], sigmas[i]).down);

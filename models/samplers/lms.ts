@@ -2,7 +2,7 @@
 // derivatives dx/dsigma is integrated over the step.
 import { combine, denoised, type Term } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { customOrSpaced, sigmaSchedule } from './euler.ts';
+import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
 import { discreteLevels } from './sigmas.ts';
 import { finiteSigmas } from './tables.ts';
@@ -12,7 +12,7 @@ export function lms(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule(steps, custom) {
-      const levels = discreteLevels(config, table, customOrSpaced(config, steps, custom.timesteps));
+      const levels = discreteLevels(config, table, steps, custom.timesteps);
       return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
     },
     start(plan) {

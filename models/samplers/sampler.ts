@@ -26,9 +26,8 @@ export interface PlanOptions extends StepSettings {
   denoisingStart?: number;
   /** Stop at this part of the training range, 0 to 1 (base of an ensemble). */
   denoisingEnd?: number;
-  /** First and one-past-last index into timesteps, in place of the three above. */
+  /** First index into timesteps, in place of `strength` and `denoisingStart`. */
   begin?: number;
-  end?: number;
   /** Own timesteps, falling, in place of the spacing. */
   timesteps?: readonly number[];
   /** Own sigmas, falling and ending with the final one (Euler only). */
@@ -171,7 +170,7 @@ function chosenPart(
   options: PlanOptions,
 ): { begin: number; end: number } {
   const cutoff = (part: number) => roundHalfEven(total - part * total);
-  let [begin, end] = [0, timesteps.length];
+  let [begin, end] = [options.begin ?? 0, timesteps.length];
   if (options.denoisingStart !== undefined) {
     const bound = cutoff(options.denoisingStart);
     let left = timesteps.filter((t) => t < bound).length;
@@ -184,8 +183,6 @@ function chosenPart(
     const bound = cutoff(options.denoisingEnd);
     end = begin + timesteps.subarray(begin).filter((t) => t >= bound).length;
   }
-  begin = options.begin ?? begin;
-  end = options.end ?? end;
   if (begin >= end)
     throw new UserError(
       `these settings leave none of the ${steps} steps to run: raise strength, or give more steps`,

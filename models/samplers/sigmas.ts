@@ -1,7 +1,7 @@
 // Ways to lay out the noise levels (sigmas) of a run between the largest and the smallest, and the way back from a sigma
 // to the timestep the network was trained on. Everything is computed in float64 and rounded once, at the end of a plan.
 import type { SchedulerConfig } from './config.ts';
-import { interpolate, linspace, roundHalfEven } from './tables.ts';
+import { interpolate, linspace, roundHalfEven, spacedTimesteps } from './tables.ts';
 
 /** Whether the config lays out sigmas itself rather than reading them at the timesteps. */
 export function hasSpacedSigmas(config: SchedulerConfig): boolean {
@@ -51,14 +51,17 @@ export interface Levels {
 }
 
 /**
- * Levels for the k-diffusion family: sigmas read at `timesteps`, or with log_linear interpolation in even steps of log sigma
- * over the whole table (Euler's option); or spaced between the first and last of those.
+ * Levels for the k-diffusion family at the timesteps of `steps` steps, or at the caller's own: sigmas read there, or with
+ * log_linear interpolation in even steps of log sigma over the whole table (Euler's option); or spaced between the first and
+ * last of those.
  */
 export function discreteLevels(
   config: SchedulerConfig,
   table: Float32Array,
-  timesteps: Float64Array,
+  steps: number,
+  own?: readonly number[],
 ): Levels {
+  const timesteps = Float64Array.from(own ?? spacedTimesteps(config, steps).map(Math.fround));
   const [lowest, highest] = [table[0], table[table.length - 1]];
   const sigmas =
     config.interpolation_type === 'log_linear'
