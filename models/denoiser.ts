@@ -11,7 +11,7 @@ import { empty, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
-import { channelsFirst, channelsLast, guide } from './latents.ts';
+import { channelsFirst, channelsLast } from './latents.ts';
 import type { UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
@@ -96,4 +96,36 @@ export function openDenoiser(
       for (const t of [context, pooled, timeIds, latents, times, step]) t.release();
     },
   };
+}
+
+/** uncond + s (text - uncond) over [unconditional; conditional] rows, then rescaled toward the text's spread (Lin et al. 2023). */
+export function guide(
+  both: Float32Array,
+  images: number,
+  guidanceScale: number,
+  guidanceRescale: number,
+): Float32Array {
+  const half = both.length / 2;
+  const [uncond, text] = [both.subarray(0, half), both.subarray(half)];
+  const out = new Float32Array(half);
+  for (let i = 0; i < half; i++) out[i] = uncond[i] + guidanceScale * Math.fround(text[i] - uncond[i]);
+  if (guidanceRescale > 0) {
+    const size = half / images;
+    for (let i = 0; i < images; i++) {
+      const mine = out.subarray(i * size, (i + 1) * size);
+      const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
+      const factor = guidanceRescale * ratio + (1 - guidanceRescale);
+      for (let j = 0; j < size; j++) mine[j] *= factor;
+    }
+  }
+  return out;
+}
+
+/** Unbiased standard deviation, as torch's std. */
+function deviation(values: Float32Array): number {
+  let mean = 0;
+  for (const x of values) mean += x / values.length;
+  let spread = 0;
+  for (const x of values) spread += (x - mean) ** 2;
+  return Math.sqrt(spread / (values.length - 1));
 }

@@ -1,5 +1,5 @@
 // Latents on the host: [n, c, h, w] float32 as torch draws and stores them, so that a seed means the same numbers. The
-// layout changes only on the way into and out of a model, on the device. Guidance and its rescale work here too.
+// layout changes only on the way into and out of a model, on the device.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { permute } from '../engine/ops/move.ts';
@@ -84,36 +84,4 @@ export function stacked(parts: readonly Latents[]): Latents {
     out.set(part.data, i * data.length);
   });
   return { shape: [parts.length * shape[0], ...shape.slice(1)], data: out };
-}
-
-/** uncond + s (text - uncond) over [unconditional; conditional] rows, then rescaled toward the text's spread (Lin et al. 2023). */
-export function guide(
-  both: Float32Array,
-  images: number,
-  guidanceScale: number,
-  guidanceRescale: number,
-): Float32Array {
-  const half = both.length / 2;
-  const [uncond, text] = [both.subarray(0, half), both.subarray(half)];
-  const out = new Float32Array(half);
-  for (let i = 0; i < half; i++) out[i] = uncond[i] + guidanceScale * Math.fround(text[i] - uncond[i]);
-  if (guidanceRescale > 0) {
-    const size = half / images;
-    for (let i = 0; i < images; i++) {
-      const mine = out.subarray(i * size, (i + 1) * size);
-      const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
-      const factor = guidanceRescale * ratio + (1 - guidanceRescale);
-      for (let j = 0; j < size; j++) mine[j] *= factor;
-    }
-  }
-  return out;
-}
-
-/** Unbiased standard deviation, as torch's std. */
-function deviation(values: Float32Array): number {
-  let mean = 0;
-  for (const x of values) mean += x / values.length;
-  let spread = 0;
-  for (const x of values) spread += (x - mean) ** 2;
-  return Math.sqrt(spread / (values.length - 1));
 }

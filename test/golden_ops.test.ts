@@ -15,7 +15,7 @@ import { gelu, quickGelu, scale, silu, square, tanh } from '../engine/ops/unary.
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { downsample, resnet, upsample } from '../models/blocks.ts';
-import { guide } from '../models/latents.ts';
+import { guide } from '../models/denoiser.ts';
 import { type Conditioning, embeddingMlp, transformer, transformerBlock } from '../models/unet.ts';
 import { pixelAttention } from '../models/vae.ts';
 import { type Assert, allClose, type GoldenCase, goldenArea, permuted } from './golden.ts';
