@@ -4,28 +4,28 @@ import { join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { didYouMean, UserError } from '../io/errors.ts';
+import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type Json, type ModelSource, openModel } from '../models/checkpoint.ts';
 import { buildComponent } from '../models/components.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
-import { exportLora } from '../models/export_lora.ts';
+import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { type LoraTargets, loraPart } from '../models/lora.ts';
 import { presets } from '../models/presets.ts';
 import { weightFile } from '../models/save.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { type Locate, locateModel, locateVae } from './model.ts';
-import { bytes, devices } from './options.ts';
+import { bytes, devices, oneOf } from './options.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
 interface Options {
   saveKeys?: string;
-  format: string;
-  dtype?: string;
+  format: Format;
+  dtype?: FloatDType;
   maxShardSize: number;
   ema?: boolean;
   configs?: string;
@@ -52,8 +52,12 @@ export function addExport(command: Command, terminal: Terminal): void {
       '--save-keys <NAMES>',
       'components, with commas between: unet,vae,text_encoder,... or all (default: all)',
     )
-    .option('--format <NAME>', formats.join(', '), 'diffusers')
-    .option('--dtype <NAME>', 'float32, bfloat16 or float16 (default: as it is stored)')
+    .option('--format <NAME>', formats.join(', '), oneOf('--format', formats), 'diffusers')
+    .option(
+      '--dtype <NAME>',
+      'float32, bfloat16 or float16 (default: as it is stored)',
+      oneOf('--dtype', ['float32', 'bfloat16', 'float16']),
+    )
     .addOption(
       new Option('--max-shard-size <SIZE>', 'of a weight file in a folder')
         .argParser(bytes('--max-shard-size'))
@@ -69,8 +73,7 @@ export function addExport(command: Command, terminal: Terminal): void {
 }
 
 async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {
-  const format = oneOf('--format', options.format, formats);
-  const dtype = options.dtype && oneOf('--dtype', options.dtype, ['float32', 'bfloat16', 'float16'] as const);
+  const { format, dtype } = options;
   refuseOccupied(out, format);
   const adapter = adapterFile(from, options);
   if (format.startsWith('lora') !== (adapter !== undefined)) {
@@ -81,16 +84,8 @@ async function run(from: string, out: string, options: Options, terminal: Termin
     );
   }
   const report = adapter
-    ? {
-        layers: exportLora(
-          adapter,
-          out,
-          format as 'lora-peft',
-          loraTargets(options.configs),
-          dtype as FloatDType,
-        ),
-      }
-    : await exportWeights(from, out, format, options, terminal);
+    ? { layers: exportLora(adapter, out, format as LoraFormat, loraTargets(options.configs), dtype) }
+    : await exportWeights(from, out, options, terminal);
   if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, ...report })}\n`);
   else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
 }
@@ -101,13 +96,6 @@ const told = (report: Certificate | { layers: number }): string =>
     : report.tensors === 0
       ? 'no weights, the rest as it was'
       : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} equals the source's`;
-
-function oneOf<T extends string>(flag: string, word: string, choices: readonly T[]): T {
-  const found = choices.find((choice) => choice === word);
-  if (!found)
-    throw new UserError(`${flag} takes ${choices.join(', ')}, not "${word}"${didYouMean(word, choices)}`);
-  return found;
-}
 
 /** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
 function refuseOccupied(out: string, format: Format): void {
@@ -158,7 +146,6 @@ function namesOf(text: string): string[] {
 async function exportWeights(
   from: string,
   out: string,
-  format: Format,
   options: Options,
   terminal: Terminal,
 ): Promise<Certificate> {
@@ -175,13 +162,13 @@ async function exportWeights(
   const bar = progressBar(terminal, 'tensors', quiet);
   const request = {
     save_keys: options.saveKeys === undefined ? [] : namesOf(options.saveKeys),
-    dtype: options.dtype as FloatDType | undefined,
+    dtype: options.dtype,
     max_shard_size: options.maxShardSize,
     device: openDevice(options.device),
     onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
   };
   try {
-    return format === 'single-file'
+    return options.format === 'single-file'
       ? exportSingleFile(source, out, request)
       : exportFolder(source, out, request);
   } finally {

@@ -1,10 +1,20 @@
 // Reading option values: each reader takes the text after a flag and returns a value, or says in one sentence what the
 // flag takes. Checked before any weight is loaded.
-import { UserError } from '../io/errors.ts';
+import { didYouMean, UserError } from '../io/errors.ts';
 import type { Size } from '../models/conditioning.ts';
 
 /** What --device takes, for the help. */
 export const devices = 'auto, cpu, cuda[:N] or reference';
+
+/** One of a few words. */
+export const oneOf =
+  <T extends string>(flag: string, choices: readonly T[]) =>
+  (text: string): T => {
+    const found = choices.find((choice) => choice === text);
+    if (!found)
+      throw new UserError(`${flag} takes ${choices.join(', ')}, not "${text}"${didYouMean(text, choices)}`);
+    return found;
+  };
 
 interface Bounds {
   min?: number;

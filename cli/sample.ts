@@ -124,8 +124,8 @@ function stopwatch() {
 }
 
 /** The full-size model does not fit a small machine in float32, and the tests' models are too small to gain. */
-function chooseDtype(asked: string, source: ModelSource, device: Device): FloatDType {
-  if (asked !== 'auto') return asked as FloatDType;
+function chooseDtype(asked: FloatDType | 'auto', source: ModelSource, device: Device): FloatDType {
+  if (asked !== 'auto') return asked;
   const [channels] = parseUNetConfig(source.config('unet')).block_out_channels;
   return device.name !== 'reference' && channels >= 256 ? 'bfloat16' : 'float32';
 }

@@ -3,12 +3,13 @@
 import { existsSync } from 'node:fs';
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
+import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
-import { corner, devices, number, side, size } from './options.ts';
+import { corner, devices, number, oneOf, side, size } from './options.ts';
 
 export interface SampleOptions {
   model?: string;
@@ -51,7 +52,7 @@ export interface SampleOptions {
   vaeTiling?: boolean;
   lora?: string[];
   device: string;
-  dtype: string;
+  dtype: FloatDType | 'auto';
   fp8?: boolean;
   output: string;
   saveLatents?: string;
@@ -98,6 +99,7 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '--dtype <NAME>',
       'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
+      oneOf('--dtype', ['auto', 'float32', 'bfloat16', 'float16']),
       'auto',
     )
     .option(
@@ -146,7 +148,11 @@ export function addSampleOptions(command: Command): Command {
     )
     .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
     .option('--karras', 'use_karras_sigmas, as in DPM++ 2M Karras')
-    .option('--timestep-spacing <NAME>', 'leading, trailing or linspace')
+    .option(
+      '--timestep-spacing <NAME>',
+      'leading, trailing or linspace',
+      oneOf('--timestep-spacing', ['leading', 'trailing', 'linspace']),
+    )
     .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'))
     .optionsGroup('Micro-conditioning (what the model is told of the training picture):')
     .option(
@@ -248,14 +254,6 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--karras: ${sampler.name} has no Karras sigmas; leave it out, or use dpm++2m or euler`,
     );
-  if (options.timestepSpacing && !['leading', 'trailing', 'linspace'].includes(options.timestepSpacing)) {
-    throw new UserError(
-      `--timestep-spacing takes leading, trailing or linspace, not "${options.timestepSpacing}"`,
-    );
-  }
-  if (!['auto', 'float32', 'bfloat16', 'float16'].includes(options.dtype)) {
-    throw new UserError(`--dtype takes auto, float32, bfloat16 or float16, not "${options.dtype}"`);
-  }
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
   if (options.strength !== undefined && !options.image && !options.refiner)
     throw new UserError('--strength needs --image or --refiner');
