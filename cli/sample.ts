@@ -18,7 +18,6 @@ import {
   type Pipeline,
   planOf,
   type Request,
-  samplerFor,
   sizesOf,
 } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -36,11 +35,12 @@ export function addSample(command: Command, terminal: Terminal): void {
     if (stray !== undefined)
       throw new UserError(`"${stray}" belongs to no flag; put the whole prompt in quotes after --prompt`);
     if (options.from) applySettings(command, options.from);
-    await sample(command.opts<SampleOptions>(), terminal);
+    await draw(await prepare(command.opts<SampleOptions>(), terminal), terminal);
   });
 }
 
-async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
+/** All of a request but the weights, checked. */
+async function prepare(given: SampleOptions, terminal: Terminal) {
   checkSample(given);
   const { quiet = false, model = shippedModel } = given;
   const options = { ...given, model };
@@ -65,9 +65,17 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   const none: Latents = { shape: [], data: new Float32Array() };
   const planned = (from: ModelSource, asked: Request) =>
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
-  planned(source, first);
+  const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
+  return { options, requests, album, device, dtype, seed, sampler, source, refinerSource, vaeSource };
+}
 
+/** Loads the models, one after the other, and draws. */
+async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
+  const { options, requests, album, device, dtype, seed, sampler, source, refinerSource, vaeSource } =
+    prepared;
+  const { quiet = false, model } = options;
+  const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
   const load = (from: ModelSource) => timed('load', () => loadPipeline(from, { device, dtype, vaeSource }));
   const stage = stages(requests.length, options, terminal);
@@ -75,12 +83,11 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
   try {
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);
-    const sampler = samplerFor(pipeline, first).name;
-    if (!quiet) terminal.err(`seed ${seed}, ${first.width}x${first.height}, ${dtype} on ${device.name}\n`);
+    if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
     const finish = (request: Request, latents: Latents) =>
       timed('decode', () => {
         const images = decode(pipeline, latents, options.vaeTiling);
-        album.add(images, latents, pictureText(options, request, seed, sampler));
+        album.add(images, latents, pictureText(options, request, seed, sampler.name));
       });
     const halfway: Latents[] = [];
     const sampling = stage('sampling');
@@ -101,7 +108,13 @@ async function sample(given: SampleOptions, terminal: Terminal): Promise<void> {
       }
     }
     album.close();
-    report(options, terminal, album.files, seed, first, dtype, device, seconds);
+    report(options, terminal, {
+      files: album.files,
+      ...{ seed, width, height, steps },
+      ...{ model, dtype, device: device.name, seconds },
+      peak_bytes: device.memory.peak,
+      peak_process_bytes: process.resourceUsage().maxRSS * 1024,
+    });
     if (album.spoilt.length > 0)
       throw new UserError(
         `${album.spoilt.join(', ')} shows nothing, as the model gave values that are not finite: lower --guidance-scale, or use --dtype float32`,
@@ -192,33 +205,14 @@ function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
   };
 }
 
+/** The result as JSON, or for a person where it lies and how long it took. */
 function report(
-  options: SampleOptions,
+  { json, quiet }: SampleOptions,
   terminal: Terminal,
-  files: readonly string[],
-  seed: number,
-  request: Request,
-  dtype: FloatDType,
-  device: Device,
-  seconds: { load: number; sample: number; decode: number },
+  result: Readonly<Record<string, unknown>> & { files: readonly string[]; seconds: Record<string, number> },
 ): void {
-  const { width, height } = request;
-  if (options.json) {
-    const result = {
-      files,
-      seed,
-      width,
-      height,
-      steps: request.num_inference_steps,
-      model: options.model,
-      dtype,
-      device: device.name,
-      seconds,
-    };
-    terminal.out(
-      `${JSON.stringify({ ...result, peak_bytes: device.memory.peak, peak_process_bytes: process.resourceUsage().maxRSS * 1024 })}\n`,
-    );
-  } else if (!options.quiet) {
-    terminal.err(`${files.join(', ')} in ${(seconds.load + seconds.sample + seconds.decode).toFixed(1)} s\n`);
-  }
+  const { files, seconds } = result;
+  const total = Object.values(seconds).reduce((sum, part) => sum + part, 0);
+  if (json) terminal.out(`${JSON.stringify(result)}\n`);
+  else if (!quiet) terminal.err(`${files.join(', ')} in ${total.toFixed(1)} s\n`);
 }
