@@ -77,7 +77,9 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
-  const load = (from: ModelSource) => timed('load', () => loadPipeline(from, { device, dtype, vaeSource }));
+  const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
+  const load = (from: ModelSource) =>
+    timed('load', () => loadPipeline(from, { device, dtype, vaeSource, vaeDtype }));
   const stage = stages(requests.length, options, terminal);
   let pipeline = await load(source);
   try {

@@ -50,6 +50,7 @@ export interface SampleOptions {
   negativeAestheticScore: number;
   vae?: string;
   vaeTiling?: boolean;
+  vaeDtype: FloatDType | 'auto';
   lora?: string[];
   device: string;
   dtype: FloatDType | 'auto';
@@ -59,6 +60,9 @@ export interface SampleOptions {
   json?: boolean;
   quiet?: boolean;
 }
+
+/** What --dtype and its like take. */
+const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
 
 const examples = `
 Examples:
@@ -99,7 +103,13 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '--dtype <NAME>',
       'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
-      oneOf('--dtype', ['auto', 'float32', 'bfloat16', 'float16']),
+      oneOf('--dtype', dtypes),
+      'auto',
+    )
+    .option(
+      '--vae-dtype <NAME>',
+      "the same for the VAE; auto is --dtype where the VAE's config says that it does not overflow (as fp16-fix), else float32",
+      oneOf('--vae-dtype', dtypes),
       'auto',
     )
     .option(

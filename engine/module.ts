@@ -1,6 +1,7 @@
 // A module is a callable that owns named children. Child names are the checkpoint's own (snake_case), so the tree spells
 // every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
 // block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
+import type { FloatDType } from '../io/dtype.ts';
 import { clearGrad } from './grad.ts';
 import type { Fp8Weight } from './ops/fp8.ts';
 import { scope } from './scope.ts';
@@ -139,6 +140,12 @@ function visit(child: Child, path: string, found: Map<string, Parameter>): void 
     for (const [name, grandchild] of Object.entries(child.children))
       visit(grandchild, path ? `${path}.${name}` : name, found);
   } else child.forEach((item, i) => void visit(item, `${path}.${i}`, found));
+}
+
+/** Where a loaded module's weights are, and their type: its first one's. */
+export function placeOf(root: AnyModule): { device: Tensor['device']; dtype: FloatDType } {
+  const [{ tensor }] = namedParameters(root).values();
+  return { device: tensor.device, dtype: tensor.dtype as FloatDType };
 }
 
 /** Whether any loaded parameter below `child` collects a gradient. */

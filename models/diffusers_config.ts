@@ -58,7 +58,6 @@ export const vaeJson = (config: VaeConfig): Json => ({
   act_fn: 'silu',
   down_block_types: config.block_out_channels.map(() => 'DownEncoderBlock2D'),
   up_block_types: config.block_out_channels.map(() => 'UpDecoderBlock2D'),
-  force_upcast: true,
   ...config,
 });
 

@@ -2,9 +2,10 @@
 // layout changes only on the way into and out of a model, on the device.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
+import { namedParameters, placeOf } from '../engine/module.ts';
 import { permute } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
+import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { Vae } from './vae.ts';
@@ -47,32 +48,43 @@ export function samplePosterior(mean: Float32Array, logvar: Float32Array, noise:
 export function encodeImage(
   vae: Vae,
   image: Latents,
-  device: Device,
   draw: (count: number) => Float32Array,
   tiling: boolean,
 ): Latents {
-  return noGrad(() =>
-    scope(() => {
-      const moments = vae.encode(toDevice(image, device, 'float32'), { tiling });
-      const [mean, logvar] = [toHost(moments.mean), toHost(moments.logvar)];
-      const sample = samplePosterior(mean.data, logvar.data, draw(mean.data.length));
-      return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
-    }),
-  );
+  const [mean, logvar] = withoutOverflow(vae, (device, dtype) => {
+    const moments = vae.encode(toDevice(image, device, dtype), { tiling });
+    return [toHost(moments.mean), toHost(moments.logvar)];
+  });
+  const sample = samplePosterior(mean.data, logvar.data, draw(mean.data.length));
+  return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
 }
 
 /** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. One image at a time, to keep memory low. */
-export function decodeLatents(vae: Vae, latents: Latents, device: Device, tiling: boolean): Latents {
+export function decodeLatents(vae: Vae, latents: Latents, tiling: boolean): Latents {
   const [n, c, h, w] = latents.shape;
   const images = Array.from({ length: n }, (_, i) => {
     const data = latents.data
       .slice(i * c * h * w, (i + 1) * c * h * w)
       .map((x) => x / vae.config.scaling_factor);
-    return noGrad(() =>
-      scope(() => toHost(vae.decode(toDevice({ shape: [1, c, h, w], data }, device, 'float32'), { tiling }))),
-    );
+    const [image] = withoutOverflow(vae, (device, dtype) => [
+      toHost(vae.decode(toDevice({ shape: [1, c, h, w], data }, device, dtype), { tiling })),
+    ]);
+    return image;
   });
   return stacked(images);
+}
+
+/**
+ * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. What is not
+ * finite anywhere before the last norm, or in its sums, is in all that comes out: the first element tells.
+ */
+function withoutOverflow(vae: Vae, run: (device: Device, dtype: FloatDType) => Latents[]): Latents[] {
+  const { device, dtype } = placeOf(vae.module);
+  const results = noGrad(() => scope(() => run(device, dtype)));
+  if (dtype === 'float32' || results.every(({ data }) => Number.isFinite(data[0]))) return results;
+  for (const parameter of namedParameters(vae.module).values())
+    parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
+  return noGrad(() => scope(() => run(device, 'float32')));
 }
 
 /** Batches of one shape as one batch. */

@@ -42,7 +42,7 @@ export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): S
   return { ratio, sampleSize: ((source.config('unet').sample_size as number | undefined) ?? 128) * ratio };
 }
 
-/** Loads every component of a model; `vaeSource` replaces its VAE. The VAE runs in float32: in half precision it overflows. */
+/** Loads every component of a model; `vaeSource` replaces its VAE. */
 export const loadPipeline = (source: ModelSource, options: LoadOptions): Pipeline =>
   built(() => load(source, options));
 
@@ -50,6 +50,8 @@ interface LoadOptions {
   device: Device;
   dtype: FloatDType;
   vaeSource?: ModelSource;
+  /** The VAE's own type; where it is not given float32, as SDXL's overflows in float16, or `dtype` if its config says force_upcast false. */
+  vaeDtype?: FloatDType;
   /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
   gradientCheckpointing?: boolean;
 }
@@ -61,6 +63,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
   const coder = vae(parseVaeConfig(vaeSource.config('vae')));
+  const { vaeDtype = coder.config.force_upcast ? 'float32' : dtype } = options;
   checkChannels(source.path, unetConfig, coder);
   const encoders = components.map((name) => {
     const encoder = textEncoder(parseTextConfig(source.config(name)));
@@ -69,7 +72,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   });
   const denoiser = unet(unetConfig, { gradientCheckpointing });
   holding('unet', () => source.load('unet', denoiser, device, dtype));
-  holding('vae', () => vaeSource.load('vae', coder.module, device, 'float32'));
+  holding('vae', () => vaeSource.load('vae', coder.module, device, vaeDtype));
   return {
     device,
     dtype,
@@ -203,7 +206,7 @@ export async function denoiseToEnd(
 
 /** Latents → pictures [n, 3, h, w], about [-1, 1]. */
 export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>
-  decodeLatents(pipeline.vae, latents, pipeline.device, tiling);
+  decodeLatents(pipeline.vae, latents, tiling);
 
 function planOptions(request: Request) {
   const overPicture = request.image !== undefined || request.latents !== undefined;

@@ -52,6 +52,7 @@ export const sdxlVae = {
   scaling_factor: 0.13025,
   use_quant_conv: true,
   use_post_quant_conv: true,
+  force_upcast: true,
 } satisfies VaeConfig;
 
 /** OpenAI's CLIP ViT-L/14, SDXL's first text encoder. */

@@ -1,7 +1,6 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
 // earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
-import type { Device } from '../engine/device.ts';
 import { encodeImage, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 import type { TorchGenerator } from './torch_random.ts';
@@ -28,7 +27,6 @@ export interface StartRequest {
 
 /** What a picture is encoded with. `ratio` is pixels per latent. */
 interface Coder {
-  device: Device;
   vae: Vae;
   ratio: number;
 }
@@ -93,7 +91,7 @@ function overPicture(
   // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
   const encoders = mask ? generators.slice(0, 1) : generators;
   const encoded = encoders.map((own) =>
-    encodeImage(coder.vae, image, coder.device, (count) => drawNoise([own], count), tiling),
+    encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling),
   );
   const known = stacked(encoded.length === images ? encoded : Array<Latents>(images).fill(encoded[0]));
   const { shape } = known;

@@ -22,6 +22,8 @@ export interface VaeConfig {
   scaling_factor: number;
   use_quant_conv: boolean;
   use_post_quant_conv: boolean;
+  /** Activations leave the range of float16; of the VAEs that were mended so that they do not, as fp16-fix, false. */
+  force_upcast: boolean;
 }
 
 /** What diffusers takes for fields that config.json leaves out. */
@@ -35,6 +37,7 @@ const defaults = {
   scaling_factor: 0.18215,
   use_quant_conv: true,
   use_post_quant_conv: true,
+  force_upcast: true,
 };
 
 /** What config.json may say in one way only, as SDXL's VAEs do: latents are scaled by one factor, not channel by channel. */

@@ -2,9 +2,12 @@
 // 8-bit pictures within one level except for at most 0.1 % of the values.
 import { join } from 'node:path';
 import { test } from 'tap';
-import type { Device } from '../engine/device.ts';
+import { type Device, openDevice } from '../engine/device.ts';
+import type { Conv2d } from '../engine/layers.ts';
+import { type Parameter, placeOf } from '../engine/module.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { encodeImage, type Latents } from '../models/latents.ts';
 import {
@@ -124,6 +127,57 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
   for (const pipeline of Object.values(pipelines)) pipeline.release();
 }
 
+test('a VAE runs in float32, or as the model where it says that it does not overflow', (t) => {
+  const device = openDevice('auto');
+  const before = device.memory.storages;
+  const plain = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const json = plain.config('vae');
+  const mended = {
+    ...plain,
+    config: (name: string) => (name === 'vae' ? { ...json, force_upcast: false } : plain.config(name)),
+  };
+  const opened = (source: ModelSource, dtype: FloatDType, vaeDtype?: FloatDType) =>
+    loadPipeline(source, { device, dtype, vaeDtype });
+  const typeOf = ({ vae }: Pipeline) => placeOf(vae.module).dtype;
+  const data = new TorchGenerator(2).randn(4 * 16 * 16) as Float32Array;
+  const latents = { shape: [1, 4, 16, 16], data: data.map((x) => 0.2 * x) };
+  const drawn = (pipeline: Pipeline) => {
+    const { data } = decode(pipeline, latents);
+    const type = typeOf(pipeline);
+    pipeline.release();
+    return { data, type };
+  };
+  const exact = drawn(opened(plain, 'bfloat16'));
+  t.equal(exact.type, 'float32');
+  for (const [dtype, bound] of [
+    ['bfloat16', 0.04],
+    ['float16', 0.005],
+  ] as const) {
+    const { data, type } = drawn(opened(mended, dtype));
+    t.equal(type, dtype);
+    const apart = maxDifference(data, exact.data);
+    t.ok(apart > 0 && apart < bound, `${dtype}: ${apart} of ${Math.max(...exact.data)}`);
+  }
+  t.equal(drawn(opened(mended, 'float32')).type, 'float32');
+  t.equal(drawn(opened(mended, 'bfloat16', 'float32')).type, 'float32', 'what is asked for');
+  t.equal(drawn(opened(plain, 'float32', 'float16')).type, 'float16');
+
+  // Weights that leave float16's range after the first convolution; the norm after it takes their factor out.
+  const strained = opened(plain, 'float32', 'float16');
+  const { weight, bias } = (
+    strained.vae.module.children as unknown as { decoder: { children: { conv_in: Conv2d } } }
+  ).decoder.children.conv_in.children;
+  for (const parameter of [weight, bias as Parameter]) {
+    const values = parameter.tensor.floats().map((x) => Math.min(6e4, Math.max(-6e4, 1e5 * x)));
+    parameter.tensor.set(values);
+  }
+  const { data: saved, type } = drawn(strained);
+  t.equal(type, 'float32', 'a VAE that overflows goes on in float32');
+  t.ok(saved.every(Number.isFinite));
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
+
 test('time ids that no golden shows, read from diffusers', (t) => {
   const micro = { original_size: [9, 8], crops_coords_top_left: [1, 2], target_size: [7, 6] } as const;
   const rows = (more: MicroConditioning, aesthetic: boolean, interleaved: boolean) =>
@@ -170,7 +224,6 @@ test('draws and defaults of calls that no golden covers', (t) => {
   const known = encodeImage(
     pipeline.vae,
     image,
-    device,
     (n) => new TorchGenerator(1).randn(n) as Float32Array,
     false,
   );

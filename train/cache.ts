@@ -6,10 +6,10 @@ import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { noGrad } from '../engine/grad.ts';
-import { type AnyModule, namedParameters } from '../engine/module.ts';
+import { type AnyModule, namedParameters, placeOf } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { decodeFloats, type FloatDType } from '../io/dtype.ts';
+import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
 import type { ResizeFilter } from '../io/resize.ts';
@@ -154,7 +154,7 @@ async function readViews(
 
 function encodeViews(vae: Vae, views: readonly View[], pixels: readonly Float32Array[]): PictureMoments[] {
   const [height, width] = views[0].geometry.target;
-  const { device, dtype } = weightOf(vae.module);
+  const { device, dtype } = placeOf(vae.module);
   const all = new Float32Array(views.length * height * width * 3);
   pixels.forEach((values, i) => {
     all.set(values, i * values.length);
@@ -216,7 +216,7 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
 
 /** Captions through the encoders, in the type of their weights. */
 export function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmbeddings[] {
-  const { device, dtype } = weightOf(stack.encoders[0].encoder);
+  const { device, dtype } = placeOf(stack.encoders[0].encoder);
   return noGrad(() =>
     scope(() => {
       const options = { guided: false, copies: 1, device, dtype };
@@ -232,11 +232,6 @@ function rowsOf(t: Tensor): Float32Array[] {
   const values = t.floats();
   const size = values.length / t.shape[0];
   return Array.from({ length: t.shape[0] }, (_, i) => values.slice(i * size, (i + 1) * size));
-}
-
-function weightOf(module: AnyModule): { device: Tensor['device']; dtype: FloatDType } {
-  const [first] = namedParameters(module).values();
-  return { device: first.tensor.device, dtype: first.tensor.dtype as FloatDType };
 }
 
 /** SHA-256 of a model's config, and its weights' names, types and bytes. Reads every weight: compute it once. */

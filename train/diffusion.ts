@@ -52,7 +52,13 @@ export function diffusionTask(
 ): Task {
   const { parts, text_encoders, gradient_checkpointing: gradientCheckpointing, target } = run.train;
   const pipeline: Pipeline = {
-    ...loadPipeline(source, { device, dtype: run.dtype, vaeSource, gradientCheckpointing }),
+    ...loadPipeline(source, {
+      device,
+      dtype: run.dtype,
+      vaeSource,
+      vaeDtype: 'float32',
+      gradientCheckpointing,
+    }),
     scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
   };
   samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview

@@ -142,15 +142,16 @@ function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchC
   };
 }
 
-function picture(shop: Shop, scale: Scale): BenchCase {
+/** With the VAE that SDXL came with, or with one that is mended so that it runs in half types, as fp16-fix. */
+function picture(shop: Shop, scale: Scale, vaeDtype: FloatDType): BenchCase {
   const steps = scale.smoke ? 2 : 30;
-  const label = `image, ${steps} steps, guidance 5`;
+  const label = `image, ${steps} steps, guidance 5, VAE in ${vaeDtype}`;
   return {
     label,
     run() {
       const { gpu, timer } = shop();
       const { device } = gpu;
-      const pipeline = randomPipeline(presets[scale.preset], device);
+      const pipeline = randomPipeline(presets[scale.preset], device, vaeDtype);
       const draw = (count: number) => {
         const began = performance.now();
         const loop = denoise(pipeline, {
@@ -184,12 +185,12 @@ function picture(shop: Shop, scale: Scale): BenchCase {
 }
 
 /** A pipeline of this preset, its weights from the benchmarks' pool: drawing 3.5 billion numbers would take minutes. */
-function randomPipeline(preset: ModelPreset, device: Device): Pipeline {
+function randomPipeline(preset: ModelPreset, device: Device, vaeDtype: FloatDType): Pipeline {
   const source: ModelSource = {
     ...randomModel(preset, { seed: 0, tokenizers: join(packageRoot, 'assets', 'emoji') }),
     load: (_, module, on, dtype) => fillRandom(module, on, dtype),
   };
-  return loadPipeline(source, { device, dtype: 'bfloat16' });
+  return loadPipeline(source, { device, dtype: 'bfloat16', vaeDtype });
 }
 
 function training(
@@ -244,7 +245,10 @@ export function modelSections(shop: Shop, scale: Scale, plain?: Shop): BenchSect
       cases: () => (['float32', 'bfloat16'] as const).map((dtype) => subject(shop, 'vae', 1, dtype, scale)),
     },
     { name: 'text', cases: () => [subject(shop, 'text', 2, 'bfloat16', scale)] },
-    { name: 'image', cases: () => [picture(shop, scale)] },
+    {
+      name: 'image',
+      cases: () => (['float32', 'bfloat16'] as const).map((dtype) => picture(shop, scale, dtype)),
+    },
     {
       name: 'train',
       cases: () => [
