@@ -353,6 +353,32 @@ test('help loads no command: it answers at once', (t) => {
   t.end();
 });
 
+test('the type of the VAE is checked, and kept in the picture', async (t) => {
+  const out = join(scratch(), 'out.png');
+  const args = [
+    'sample',
+    '--model',
+    model,
+    '--prompt',
+    'x',
+    '--width',
+    '64',
+    '--height',
+    '64',
+    '--steps',
+    '1',
+  ];
+  const wrong = await run(...args, '--vae-dtype', 'half', '--output', out);
+  t.equal(wrong.status, 2);
+  t.match(wrong.err, /--vae-dtype takes auto, float32, bfloat16 or float16, not "half"/);
+  t.equal((await run(...args, '--vae-dtype', 'float16', '--seed', '1', '--output', out)).status, 0);
+  t.equal(JSON.parse(readPngText(out).sdxl).vaeDtype, 'float16');
+  const again = join(scratch(), 'again.png');
+  t.equal((await run('sample', '--from', out, '--output', again)).status, 0);
+  t.ok(readFileSync(out).equals(readFileSync(again)), 'the same picture');
+  t.end();
+});
+
 test('inspect tells what a checkpoint is', async (t) => {
   const about = async (path: string) => JSON.parse((await run('inspect', path, '--json')).out);
   const base = await about(model);
