@@ -370,7 +370,7 @@ test('the type of the VAE is checked, and kept in the picture', async (t) => {
   ];
   const wrong = await run(...args, '--vae-dtype', 'half', '--output', out);
   t.equal(wrong.status, 2);
-  t.match(wrong.err, /--vae-dtype takes auto, float32, bfloat16 or float16, not "half"/);
+  t.match(wrong.err, /--vae-dtype takes auto, float32, bfloat16, float16, not "half"/);
   t.equal((await run(...args, '--vae-dtype', 'float16', '--seed', '1', '--output', out)).status, 0);
   t.equal(JSON.parse(readPngText(out).sdxl).vaeDtype, 'float16');
   const again = join(scratch(), 'again.png');
