@@ -42,7 +42,7 @@ export function modelIndex(preset: ModelPreset): Json {
   };
 }
 
-export const unetJson = (config: UNetConfig): Json => ({
+const unetJson = (config: UNetConfig): Json => ({
   _class_name: 'UNet2DConditionModel',
   act_fn: 'silu',
   addition_embed_type: 'text_time',
@@ -61,7 +61,7 @@ export const vaeJson = (config: VaeConfig): Json => ({
   ...config,
 });
 
-export function textJson({ projection_dim, ...config }: TextConfig): Json {
+function textJson({ projection_dim, ...config }: TextConfig): Json {
   const projected = projection_dim !== undefined;
   return {
     architectures: [projected ? 'CLIPTextModelWithProjection' : 'CLIPTextModel'],

@@ -13,7 +13,7 @@ import { tensor } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
-import { unetKeyInSgm } from './singlefile.ts';
+import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
 
 /**

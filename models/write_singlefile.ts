@@ -3,7 +3,8 @@
 // attention goes back to 1x1 convolutions. How the model predicts is marked by empty tensors, as other programs look for them.
 import type { TensorEntry } from '../io/safetensors.ts';
 import type { ModelSource } from './checkpoint.ts';
-import { isVaeAttention, type Origin, singleFileKeys, transposed } from './singlefile.ts';
+import { isVaeAttention, type Origin, sgmOrigin } from './sgm_keys.ts';
+import { transposed } from './singlefile.ts';
 
 /** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. `marks` are empty. */
 export function singleFileEntries(
@@ -14,7 +15,7 @@ export function singleFileEntries(
 ): TensorEntry[] {
   const refiner = !source.has('text_encoder');
   const weights = components.flatMap((component) => {
-    const { origin } = singleFileKeys(component, source.config, { refiner });
+    const origin = sgmOrigin(component, source.config, refiner);
     const parts = new Map<string, { from: Origin; entry: TensorEntry }[]>();
     for (const entry of entriesOf(component)) {
       const from = origin(entry.name);

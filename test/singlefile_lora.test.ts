@@ -21,7 +21,8 @@ import { loadParameters, type ModelSource, openModel, openWeights } from '../mod
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import { mergeLora } from '../models/lora.ts';
 import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/presets.ts';
-import { openSingleFile, unetKeyInSgm } from '../models/singlefile.ts';
+import { unetKeyInSgm } from '../models/sgm_keys.ts';
+import { openSingleFile } from '../models/singlefile.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { parseVaeConfig, vae } from '../models/vae.ts';
 import { allClose, goldenFolder, goldenSingleFile } from './golden.ts';
