@@ -12,9 +12,8 @@ import { buildComponent } from '../models/components.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
-import { type LoraTargets, loraPart } from '../models/lora.ts';
+import { adapterAt, type LoraTargets, loraPart } from '../models/lora.ts';
 import { presets } from '../models/presets.ts';
-import { weightFile } from '../models/save.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { type Locate, locateModel, locateVae } from './model.ts';
@@ -99,16 +98,19 @@ const told = (report: Certificate | { layers: number }): string =>
 
 /** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
 function refuseOccupied(out: string, format: Format): void {
-  if (format !== 'diffusers') assertWritable(out);
+  if (format !== 'diffusers') {
+    // Programs know such a file, and this one a model in it, by its name.
+    if (!out.endsWith('.safetensors'))
+      throw new UserError(`${format} is one file; give a name that ends in .safetensors, not ${out}`);
+    assertWritable(out);
+  }
   if (existsSync(out) && !(statSync(out).isDirectory() && readdirSync(out).length === 0))
     throw new UserError(`${out} exists; remove it, or name another place`);
 }
 
 /** The LoRA file that `path` is or, as a checkpoint or a finished run's folder, holds. */
 function adapterFile(path: string, { ema }: Options): string | undefined {
-  const name = weightFile('lora');
-  const places = [[], [name], [...(ema ? ['ema'] : []), 'lora', name]].map((parts) => join(path, ...parts));
-  const found = places.find((place) => place.endsWith('.safetensors') && existsSync(place));
+  const found = adapterAt(path, { ema });
   if (!found) return undefined;
   const file = openSafetensors(found);
   const isAdapter = [...file.tensors.keys()].some((key) => loraPart(key)?.part === 'down');

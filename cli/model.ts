@@ -7,6 +7,7 @@ import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { classOf } from '../models/components.ts';
+import { adapterAt } from '../models/lora.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
@@ -56,7 +57,10 @@ export interface Locate {
 export async function locateModel(path: string, where: Locate): Promise<ModelSource> {
   const { terminal, quiet, configs, variant } = where;
   if (existsSync(path)) {
-    if (statSync(path).isDirectory()) return openModel(path, { variant });
+    if (statSync(path).isDirectory()) {
+      refuseOtherFolders(path);
+      return openModel(path, { variant });
+    }
     if (variant)
       throw new UserError(
         `--variant ${variant} chooses among a folder's files, and ${path} is one file; leave it out`,
@@ -82,6 +86,22 @@ export async function locateModel(path: string, where: Locate): Promise<ModelSou
   });
   bar.end();
   return openModel(folder, { variant });
+}
+
+/** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */
+function refuseOtherFolders(path: string): void {
+  if (existsSync(join(path, 'model_index.json'))) return;
+  const final = join(path, 'final');
+  if (existsSync(final))
+    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
+  if (adapterAt(path))
+    throw new UserError(
+      `${path} holds a LoRA, which sdxl sample takes as --lora ${path}; give the model that it was made for`,
+    );
+  if (existsSync(join(path, 'state.json')))
+    throw new UserError(
+      `${path} is a checkpoint of training; make a model of it with sdxl export ${path} FOLDER, and give that`,
+    );
 }
 
 /** A single file has no tokenizers: SDXL's own, two megabytes, come from the hub's cache or the hub. */

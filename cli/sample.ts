@@ -10,7 +10,7 @@ import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import { type Latents, stacked } from '../models/latents.ts';
-import { mergeLora } from '../models/lora.ts';
+import { adapterAt, mergeLora } from '../models/lora.ts';
 import {
   decode,
   denoiseToEnd,
@@ -149,7 +149,7 @@ function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly strin
   const encoders = text.encoders.map(({ encoder }) => encoder);
   const [text_encoder, text_encoder_2] = encoders.length === 2 ? encoders : [undefined, encoders[0]];
   for (const { file, scale } of adapters.map(loraOf))
-    mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, file, scale);
+    mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, adapterAt(file) ?? file, scale);
 }
 
 /** Drives the loop, with one bar for all prompts of a stage; says once for both stages what of a prompt was cut off. */

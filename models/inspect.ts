@@ -1,7 +1,7 @@
 // What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
 // a VAE, a LoRA, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
 // fail to load is known without loading it.
-import { existsSync, statSync } from 'node:fs';
+import { existsSync, readdirSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
@@ -9,8 +9,7 @@ import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
-import { loraPart } from './lora.ts';
-import { weightFile } from './save.ts';
+import { adapterAt, loraPart } from './lora.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 
 export interface Component {
@@ -45,16 +44,27 @@ export function inspect(path: string): Inspection {
 
 function inspectFolder(path: string): Inspection {
   if (existsSync(join(path, 'model_index.json'))) return inspectPipeline(path);
-  const adapter = join(path, weightFile('lora'));
-  if (existsSync(adapter)) return inspectFile(adapter);
-  const config = join(path, 'config.json');
-  if (!existsSync(config))
+  const adapter = adapterAt(path);
+  if (adapter) return inspectFile(adapter);
+  const componentAt = (folder: string): Component =>
+    inspectComponent(basename(folder), readJsonObject(join(folder, 'config.json')), () =>
+      openWeights(folder),
+    );
+  if (existsSync(join(path, 'config.json'))) {
+    const component = componentAt(path);
+    const kind = `diffusers component: ${component.class ?? 'unknown class'}`;
+    return { path, kind, components: [component], metadata: {}, problems: component.problems };
+  }
+  // What was trained, as a checkpoint of training keeps it.
+  const parts = readdirSync(path).filter((name) => existsSync(join(path, name, 'config.json')));
+  if (parts.length === 0)
     throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);
-  const json = readJsonObject(config);
-  const component = inspectComponent(basename(path), json, () => openWeights(path));
-  const kind = `diffusers component: ${component.class ?? 'unknown class'}`;
-  return { path, kind, components: [component], metadata: {}, problems: component.problems };
+  const components = parts.map((name) => componentAt(join(path, name)));
+  return { path, kind: 'diffusers components', components, metadata: {}, problems: problemsOf(components) };
 }
+
+const problemsOf = (components: readonly Component[]): string[] =>
+  components.flatMap((c) => c.problems.map((problem) => `${c.name}: ${problem}`));
 
 function inspectPipeline(path: string): Inspection {
   const source = openModel(path);
@@ -71,7 +81,7 @@ function inspectPipeline(path: string): Inspection {
   }
   const refiner = source.modelIndex.requires_aesthetics_score === true;
   const kind = `diffusers folder: ${refiner ? 'SDXL refiner' : String(source.modelIndex._class_name ?? 'unknown pipeline')}`;
-  problems.push(...components.flatMap((c) => c.problems.map((problem) => `${c.name}: ${problem}`)));
+  problems.push(...problemsOf(components));
   return { path, kind, components, metadata: {}, problems };
 }
 

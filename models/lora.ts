@@ -3,6 +3,8 @@
 // (underscores, `.alpha`), and kohya with the original model's block names. Underscores cannot be split
 // again, so names are matched by spelling every weight of the model in all ways; a name that matches none is
 // an error, as a silently lost layer would be.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -13,6 +15,7 @@ import { tensor } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { weightFile } from './save.ts';
 import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
 
@@ -123,6 +126,13 @@ export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<stri
   const misfits = [...updates].filter(([, update]) => !fits(file, update)).map(([module]) => module);
   complain(file, 'have another shape than the model', misfits);
   return updates;
+}
+
+/** The adapter's file: `path` itself, or that of a folder, which a finished run has at its top and a checkpoint in lora/. */
+export function adapterAt(path: string, { ema = false } = {}): string | undefined {
+  const name = weightFile('lora');
+  const places = [[], [name], [...(ema ? ['ema'] : []), 'lora', name]].map((parts) => join(path, ...parts));
+  return places.find((place) => place.endsWith('.safetensors') && existsSync(place));
 }
 
 function complain(file: SafetensorsFile, what: string, names: readonly string[]): void {

@@ -119,7 +119,7 @@ test('LoRA files change their spelling and nothing else', async (t) => {
   const folder = scratch();
   const configs = ['--configs', golden('tiny-sdxl'), '--quiet'];
   const made = async (from: string, name: string, format: string, ...more: string[]) => {
-    const out = join(folder, name);
+    const out = join(folder, `${name}.safetensors`);
     const { status, err } = await run(from, out, '--format', format, ...configs, ...more);
     t.equal(status, 0, `${name} ${err}`);
     return contents(out);
@@ -141,7 +141,7 @@ test('LoRA files change their spelling and nothing else', async (t) => {
     contents(kohya),
     "the original's block names to diffusers'",
   );
-  await made(kohya, 'peft.safetensors', 'lora-peft');
+  await made(kohya, 'peft', 'lora-peft');
   const again = await made(join(folder, 'peft.safetensors'), 'again', 'lora-kohya');
   t.same(again, contents(kohya), 'kohya, diffusers, kohya: alpha survives');
   rmSync(folder, { recursive: true });
@@ -207,7 +207,7 @@ test('what the trainer itself saves: adapters, and a model from random weights',
     ['checkpoint', 'checkpoints/step-00000001'],
   ]) {
     const out = join(folder, `${name}.safetensors`);
-    const { out: about } = await sdxl('inspect', join(lora, ...(name === 'final' ? [from] : [from, 'lora'])));
+    const { out: about } = await sdxl('inspect', join(lora, from));
     t.match(about, /LoRA.*\n.*\n {2}rank 8; layers: \d+ in unet/, `${name}: a folder that holds an adapter`);
     const args = ['--format', 'lora-kohya', '--configs', golden('tiny-sdxl'), '--quiet'];
     const { status, err } = await run(join(lora, from), out, ...args);
@@ -216,6 +216,11 @@ test('what the trainer itself saves: adapters, and a model from random weights',
       [...contents(out).keys()].every((key) => key.startsWith('lora_unet_')),
       `${name}: kohya's keys`,
     );
+    const drawn = ['-p', 'picture 1', '-W', '32', '-H', '32', '--steps', '1', '-o', join(folder, 'x.png')];
+    const beside = ['sample', '-m', golden('tiny-sdxl'), '--lora', join(lora, from), '--quiet'];
+    t.equal((await sdxl(...beside, ...drawn)).status, 0, `${name}: sample takes the folder`);
+    const alone = await sdxl('sample', '-m', join(lora, from), ...drawn);
+    t.match(alone.err, /^error: .* holds a LoRA, which sdxl sample takes as --lora .*made for\n$/);
   }
 
   const vae = golden('tiny-sdxl/vae');
@@ -252,6 +257,16 @@ test('what the trainer itself saves: adapters, and a model from random weights',
     '--quiet',
   ];
   t.equal((await sdxl(...drawn)).status, 0, 'it draws');
+  const checkpoint = join(made, 'checkpoints', 'step-00000001');
+  t.match((await sdxl('inspect', checkpoint)).out, /text_encoder .*\n.*text_encoder_2 .*\n.*unet /);
+  for (const [path, says] of [
+    [made, /is the folder of a run; give what it has made, .*scratch.final\n$/],
+    [
+      checkpoint,
+      /is a checkpoint of training; make a model of it with sdxl export .* FOLDER, and give that\n$/,
+    ],
+  ] as const)
+    t.match((await sdxl('sample', '-m', path, '-p', 'x')).err, says);
 
   const trainedOn = { ...objective, zero_terminal_snr: true };
   const tuned = await trained('tuned', { model: golden('tiny-sdxl'), objective: trainedOn });
@@ -307,7 +322,7 @@ test('mistakes leave nothing behind', async (t) => {
     ['missing tensor', [lacking, out], /missing add_embedding\.linear_1\.bias/],
     [
       'missing tensor, one file',
-      [lacking, out, '--format', 'single-file'],
+      [lacking, `${out}.safetensors`, '--format', 'single-file'],
       /missing add_embedding\.linear_1\.bias/,
     ],
     ['more than float16 holds', [large, out, '--dtype', 'float16'], /conv_out\.bias holds 70000.*bfloat16/],
@@ -319,12 +334,25 @@ test('mistakes leave nothing behind', async (t) => {
     ['--ema of a model', [golden('tiny-sdxl'), out, '--ema'], /no moving averages/],
     [
       'a part as a single file',
-      [golden('tiny-sdxl'), out, '--format', 'single-file', '--save-keys', 'unet'],
+      [golden('tiny-sdxl'), `${out}.safetensors`, '--format', 'single-file', '--save-keys', 'unet'],
       /whole model/,
     ],
     ['a LoRA as a folder', [lora, out], /is a LoRA/],
-    ['a LoRA for another model', [lora, out, '--format', 'lora-kohya'], /have another shape|match no weight/],
-    ['a model as a LoRA', [golden('tiny-sdxl'), out, '--format', 'lora-kohya'], /not a LoRA/],
+    [
+      'a LoRA for another model',
+      [lora, `${out}.safetensors`, '--format', 'lora-kohya'],
+      /have another shape|match no weight/,
+    ],
+    [
+      'a model as a LoRA',
+      [golden('tiny-sdxl'), `${out}.safetensors`, '--format', 'lora-kohya'],
+      /not a LoRA/,
+    ],
+    [
+      'a file that no program would know',
+      [golden('tiny-sdxl'), out, '--format', 'single-file'],
+      /single-file is one file; give a name that ends in \.safetensors, not .*out/,
+    ],
   ];
   for (const [label, argv, says] of cases) {
     const { status, err } = await run(...argv, '--quiet');
