@@ -194,10 +194,7 @@ export function readJsonObject(path: string): Record<string, unknown> {
 export function assertWritable(path: string): void {
   try {
     assertReplaceable(path);
-    const folder = dirname(resolve(path));
-    if (!statSync(folder).isDirectory())
-      throw new UserError(`${folder} is a file, not a folder: choose another path`);
-    accessSync(folder, constants.W_OK | constants.X_OK);
+    accessSync(dirname(resolve(path)), constants.W_OK | constants.X_OK);
   } catch (error) {
     throw asUserError(error, path);
   }

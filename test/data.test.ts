@@ -133,6 +133,8 @@ test('folders with metadata', async (t) => {
     ['a.png', 'a "fox",\nred'],
     ['b.png', 'plain'],
   ]);
+  const short = folderOf(t, { 'a.png': png(), 'metadata.csv': 'n,text,file_name,\n1,a,a.png,' });
+  t.strictSame((await listed(short)).examples, [['a.png', 'a']], 'a comma at the end of the file');
   t.end();
 });
 
@@ -140,6 +142,8 @@ test('what is wrong with a dataset is one sentence', async (t) => {
   await refused(t, openDataset({ path: join(t.testdir({}), 'absent') }), /no dataset at .*absent/);
   await refused(t, openDataset({ path: folderOf(t, {}) }), /no picture with a caption.*metadata\.jsonl/);
   await refused(t, openDataset({ path: folderOf(t, { 'a.png': png() }) }), /\(.*a\.png has no caption\)/);
+  const lone = folderOf(t, { 'a.png': png() });
+  await refused(t, openDataset({ path: join(lone, 'a.png') }), /a\.png is a file: give the folder/);
   const meta = (name: string, text: string) =>
     openDataset({ path: folderOf(t, { 'a.png': png(), [name]: text }) });
   await refused(t, meta('metadata.jsonl', '\n{"file_name": \n'), /metadata\.jsonl:2 is not a JSON object/);
@@ -186,6 +190,15 @@ test('the survey names broken pictures', async (t) => {
     survey(dataset, { broken: 'fatal' }),
     /3 things.*d\.txt.*b\.jpg.*c\.png.*broken to "skip"/,
   );
+  const texts = (count: number) => Array.from({ length: count }, (_, i) => [`${i}.txt`, 'x'] as const);
+  for (const [count, more] of [
+    [8, /\(.*0\.txt.*7\.txt is a caption without a picture\)/],
+    [9, /7\.txt is a caption without a picture; and 1 more\)/],
+  ] as const) {
+    const files = { 'p.png': png(), 'p.txt': 'p', ...Object.fromEntries(texts(count)) };
+    const many = await openDataset({ path: folderOf(t, files) });
+    await refused(t, survey(many, { broken: 'fatal' }), new RegExp(`has ${count} things.*${more.source}`));
+  }
   const bad = await openDataset({ path: folderOf(t, { 'c.png': 'nonsense', 'c.txt': 'c' }) });
   await refused(t, survey(bad, { broken: 'skip' }), /no picture is left/);
 });

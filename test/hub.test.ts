@@ -152,6 +152,56 @@ test('a cut connection resumes, also from an earlier process', async (t) => {
   t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'whole');
 });
 
+test('a commit asks the hub once, and has no name of its own', async (t) => {
+  const hub = await fakeHub(t);
+  const pinned = { ...wanted, revision: sha };
+  const folder = await resolveHub('o/n', pinned);
+  t.equal(folder, join(hub.repo, 'snapshots', sha));
+  t.notOk(
+    lstatSync(join(hub.repo, 'refs'), { throwIfNoEntry: false }),
+    'a ref would be a second name for it',
+  );
+  const asked = hub.requests.length;
+  t.equal(await resolveHub('o/n', pinned), folder);
+  t.equal(hub.requests.length, asked, 'a commit never changes');
+  const every = { ...pinned, files: (all: readonly string[]) => all.filter((name) => /config/.test(name)) };
+  await resolveHub('o/n', every);
+  t.equal(hub.requests.length, asked + 1, 'but what is to be chosen from is not all here');
+  await resolveHub('o/n', wanted);
+  rmSync(join(hub.repo, 'snapshots'), { recursive: true });
+  process.env.HF_HUB_OFFLINE = '1';
+  for (const given of [wanted, every]) await refused(t, resolveHub('o/n', given), /HF_HUB_OFFLINE is set/);
+});
+
+test('a server that sends everything again, one that is busy, and bytes too many', async (t) => {
+  const hub = await fakeHub(t);
+  const answers: ((response: ServerResponse) => unknown)[] = [
+    (response) => response.writeHead(503).end(),
+    (response) => {
+      response.writeHead(200, { 'content-length': large.length });
+      response.write(large.subarray(0, 100_000), () => setTimeout(() => response.destroy(), 50));
+    },
+    (response) => response.end(large), // whatever the range
+  ];
+  hub.intercept = (request, response) => {
+    if (!request.url?.endsWith('model.safetensors')) return false;
+    const next = answers.shift();
+    next?.(response);
+    return next !== undefined;
+  };
+  const done: number[] = [];
+  const one = { files: ['unet/model.safetensors'] };
+  const folder = await resolveHub('o/n', { ...one, onProgress: (told) => done.push(told.done) });
+  t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'whole');
+  t.equal(answers.length, 0);
+  t.equal(done.at(-1), large.length);
+
+  rmSync(hub.repo, { recursive: true });
+  answers.push((response) => response.end(Buffer.concat([large, small])));
+  await refused(t, resolveHub('o/n', one), /unet\/model\.safetensors arrived damaged/);
+  t.equal(readdirSync(join(hub.repo, 'blobs')).length, 0);
+});
+
 test('damaged bytes are refused and forgotten', async (t) => {
   const hub = await fakeHub(t);
   hub.intercept = (request, response) => {

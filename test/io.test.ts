@@ -1,4 +1,5 @@
 // The io folder's types and files: halves to the bit, and files that are written whole or not at all.
+import { spawnSync } from 'node:child_process';
 import { chmodSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -123,10 +124,42 @@ test('files: written whole or not at all', (t) => {
   refuses(t, /none\/x.txt does not exist, or its folder/, () => writeFileAtomic(at('none/x.txt'), ''));
   refuses(t, /is a folder/, () => writeFileAtomic(folder, ''));
   refuses(t, /not a folder/, () => writeFileAtomic(join(path, 'x'), ''));
-  refuses(t, /not a regular file/, () => writeFileAtomic('/dev/null', ''));
+  // Not /dev/null, which a program with a fault would take away from the whole machine.
+  if (process.platform !== 'win32') {
+    spawnSync('mkfifo', [at('pipe')]);
+    refuses(t, /pipe is not a regular file/, () => writeFileAtomic(at('pipe'), ''));
+  }
   refuses(t, /too long/, () => writeFileAtomic(at('n'.repeat(256)), ''));
   writeFileAtomic(at('n'.repeat(255)), '');
   t.ok(existsSync(at('n'.repeat(255))), 'the longest name works');
+  t.notOk(
+    readdirSync(folder).some((name) => name.endsWith('.tmp')),
+    'nothing left behind',
+  );
+  t.end();
+});
+
+test('files: Ctrl-C waits for the rename', { skip: process.platform === 'win32' && 'no signals' }, (t) => {
+  const path = at('held.txt');
+  const module = JSON.stringify(new URL('../io/files.js', import.meta.url).href);
+  const interrupted = (handler: string) => {
+    const program = `
+      const { replaceAtomically } = await import(${module});
+      const { writeFileSync } = await import('node:fs');
+      ${handler}
+      replaceAtomically(${JSON.stringify(path)}, (temporary) => {
+        process.kill(process.pid, 'SIGINT');
+        for (const until = Date.now() + 50; Date.now() < until; );
+        writeFileSync(temporary, 'whole');
+      });
+      setTimeout(() => console.log('went on'), 300);`;
+    const { status, stdout } = spawnSync(process.execPath, ['--input-type=module', '-e', program]);
+    t.equal(readFileSync(path, 'utf8'), 'whole');
+    return [status, String(stdout)];
+  };
+  t.same(interrupted(''), [130, ''], 'and then ends the program');
+  const own = "process.on('SIGINT', () => console.log('heard'));";
+  t.same(interrupted(own), [0, 'heard\nwent on\n'], 'unless it hears signals itself');
   t.notOk(
     readdirSync(folder).some((name) => name.endsWith('.tmp')),
     'nothing left behind',
@@ -148,6 +181,22 @@ test('files: folders', (t) => {
   refuses(t, /whole\/none\/x does not exist/, () => inFolder('none/x'));
   refuses(t, /the name of .*whole\/n+ is too long/, () => inFolder('n'.repeat(300)));
   t.notOk(existsSync(at('whole')));
+  inFolder('old');
+  inFolder('new');
+  t.same(readdirSync(at('whole')), ['new'], 'another takes its place');
+  t.throws(
+    () =>
+      replaceFolderAtomically(at('whole'), (temporary) => {
+        writeFileAtomic(join(temporary, 'half'), '');
+        throw new Error('interrupted');
+      }),
+    /interrupted/,
+  );
+  t.same(readdirSync(at('whole')), ['new'], 'or it stays');
+  t.notOk(
+    readdirSync(folder).some((name) => /\.tmp(\.old)?$/.test(name)),
+    'nothing left behind',
+  );
   t.end();
 });
 
@@ -156,6 +205,8 @@ test('files: assertWritable and readJson', (t) => {
   t.notOk(existsSync(at('fresh.txt')), 'the check writes nothing');
   refuses(t, /create the folder/, () => assertWritable(at('none/x.txt')));
   refuses(t, /is a folder/, () => assertWritable(folder));
+  writeFileSync(at('lone'), '');
+  refuses(t, /lone\/x\.txt lies under .* not a folder/, () => assertWritable(at('lone/x.txt')));
   symlinkSync('loop', at('loop'));
   refuses(t, /leads back to itself/, () => assertWritable(at('loop')));
   if (process.getuid?.() !== 0) {

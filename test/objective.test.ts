@@ -3,19 +3,23 @@
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
 import { sdxlScheduler } from '../models/presets.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import type { Conditioning, UNet } from '../models/unet.ts';
 import { draws } from '../train/draws.ts';
 import { fill } from '../train/fields.ts';
 import {
+  diffusionLoss,
   drawNoise,
   drawTimestep,
   lossWeight,
   noiseBatch,
+  noisedInputs,
   type ObjectiveSettings,
   objectiveOf,
 } from '../train/objective.ts';
+import { place } from '../train/pass.ts';
 import { fields } from '../train/run.ts';
 import { vaeLoss } from '../train/vae_objective.ts';
 import { allClose } from './golden.ts';
@@ -140,6 +144,36 @@ test('splitting a batch changes no draw', (t) => {
     allClose(t, key, parts, whole[key] as Float32Array, { atol: 0, rtol: 0 });
   }
   t.same(whole.shape, [4, 8, 6, 4]);
+  t.end();
+});
+
+test('the loss of a prediction', (t) => {
+  const shape = [2, 2, 2, 4];
+  const values = (seed: number) => draws(seed, 0, 0, 'noise').normals(32);
+  const [said, target, weights] = [values(1), values(2), [3, 0.5]];
+  const unet = (x: Tensor) => x;
+  const given = { context: undefined } as unknown as Conditioning;
+  const loss = (settings: Partial<ObjectiveSettings>, inputs: object) =>
+    scope(() => {
+      const batch = { shape, sample: said, timesteps: Float32Array.of(1, 2), target, ...inputs };
+      const placed = place(noisedInputs(batch, 'float32'), device);
+      const objective = objectiveOf({ ...plain, ...settings }, scheduler);
+      return diffusionLoss(unet as unknown as UNet, objective, placed, given).floats()[0];
+    });
+  const mean = (each: (r: number) => number, weigh: (i: number) => number) =>
+    said.reduce((sum, x, i) => sum + weigh(i >> 4) * each(x - target[i]), 0) / 32;
+  const huber = (delta: number) => (r: number) =>
+    Math.abs(r) <= delta ? 0.5 * r * r : delta * (Math.abs(r) - 0.5 * delta);
+  const [one, own] = [() => 1, (i: number) => weights[i]];
+  const weighed = { weights: Float32Array.from(weights) };
+  for (const huber_delta of [0.3, 1.5]) {
+    const settings = { loss: 'huber', huber_delta } as const;
+    const want = [mean(huber(huber_delta), one), mean(huber(huber_delta), own)];
+    const got = [loss(settings, {}), loss(settings, weighed)];
+    allClose(t, `huber, delta ${huber_delta}`, got, want, exact);
+  }
+  const squares = [mean((r) => r * r, one), mean((r) => r * r, own)];
+  allClose(t, 'mean squared error', [loss({}, {}), loss({}, weighed)], squares, exact);
   t.end();
 });
 

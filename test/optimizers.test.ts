@@ -10,6 +10,7 @@ import { type Tensor, tensor } from '../engine/tensor.ts';
 import { bytesPerElement, type FloatDType } from '../io/dtype.ts';
 import { channelsLast } from '../models/checkpoint.ts';
 import { clipGradients } from '../train/clip.ts';
+import { ema } from '../train/ema.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { allClose } from './golden.ts';
 
@@ -208,6 +209,32 @@ test('stochastic rounding is unbiased', (t) => {
   t.equal(mastered.distinct, 1);
   t.ok(Math.abs(mastered.mean - 0.995) < 2 ** -9, `with masters ${mastered.mean}`);
   t.same(mastered.state, ['step', 'master.p', 'exp_avg.p']);
+  t.end();
+});
+
+test('the moving average of weights without masters', (t) => {
+  const before = device.memory.storages;
+  const values = [1, -2, 3, 0.5];
+  const weight = keep(tensor(values, [4], { device, dtype: 'bfloat16' }));
+  const average = ema(['w'], () => weight, 0.9);
+  const of = average.weights.get('w') as Tensor;
+  t.same([of.dtype, ...of.floats()], ['float32', ...values], 'begins as a copy');
+  const want = [...values];
+  for (let k = 1; k <= 4; k++) {
+    const moved = values.map((x) => x * 2 ** -k);
+    weight.set(moved);
+    // 0 at the first, then (1 + n) / (10 + n), n = k - 1.
+    const decay = k === 1 ? 0 : k / (9 + k);
+    t.equal(average.step(k), decay);
+    want.forEach((x, i) => {
+      want[i] = decay * x + (1 - decay) * moved[i];
+    });
+    allClose(t, `update ${k}`, of.floats(), want, { atol: 1e-6, rtol: 1e-6 });
+  }
+  t.equal(average.step(1000), 0.9, 'and no more than was asked for');
+  average.release();
+  weight.release();
+  t.equal(device.memory.storages, before, 'live tensors');
   t.end();
 });
 

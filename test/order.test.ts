@@ -52,6 +52,24 @@ test('an epoch shows every sample once, whatever the batch', (t) => {
   t.end();
 });
 
+test('rare sizes are not kept for the end', (t) => {
+  // One update of bucket 1, and one of what is left over of 2 and 3, among sixteen.
+  const buckets = [...Array<number>(56).fill(0), 1, 1, 1, 1, 2, 2, 3, 3];
+  const samples = buckets.map((bucket, i) => ({ key: keyOf(`${i}`), bucket }));
+  const places: number[][] = [[], []];
+  for (let epoch = 0; epoch < 300; epoch++)
+    planEpoch(samples, { seed: 1, epoch, batch: 4, accumulation: 1 }).forEach(([{ bucket }], i) => {
+      if (bucket > 0) places[bucket === 1 ? 0 : 1].push(i / 15);
+    });
+  for (const at of places) {
+    t.equal(at.length, 300);
+    // The mean of 300 places, even from 0 to 1, deviates by 0.018.
+    const mean = at.reduce((sum, place) => sum + place, 0) / 300;
+    t.ok(Math.abs(mean - 0.5) < 0.08, `on average at ${mean.toFixed(2)} of the epoch`);
+  }
+  t.end();
+});
+
 test('orders are fair', (t) => {
   const samples = placed(6, 1);
   const counts = new Map<string, number>();

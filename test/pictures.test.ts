@@ -1,6 +1,7 @@
 // Pictures: resizing against Pillow and processing against diffusers (golden area `image`), PNG and every other kind of file.
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { deflateSync } from 'node:zlib';
 import { decode } from 'fast-png';
 import sharp from 'sharp';
 import { test } from 'tap';
@@ -16,7 +17,7 @@ import {
   writePng,
 } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import { encodePng } from '../io/png.ts';
+import { encodePng, readPngText } from '../io/png.ts';
 import { type ResizeFilter, resize } from '../io/resize.ts';
 import { allClose, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { at, exact, folder, randomNumbers, sameBytes } from './io_helpers.ts';
@@ -136,6 +137,47 @@ test('png: text metadata', async (t) => {
   t.equal(found, text.parameters, 'other text is iTXt');
   t.ok(sameBytes((await readPicture(path)).data, golden.bytes('picture')));
   t.throws(() => encodePng(goldenPicture('picture'), { 'schlüssel€': '' }), /not a PNG keyword/);
+  t.end();
+});
+
+test('png: the text that other programs write', (t) => {
+  const latin = (text: string) => Buffer.from(text, 'latin1');
+  const chunks: [string, Buffer][] = [
+    ['tEXt', latin('plain\0Grüße')],
+    ['tEXt', latin('\0no keyword')],
+    ['tEXt', latin(`${'k'.repeat(79)}\0longest keyword`)],
+    ['tEXt', latin(`${'k'.repeat(80)}\0too long a keyword`)],
+    ['tEXt', latin('no end')],
+    ['zTXt', Buffer.concat([latin('packed\0\0'), deflateSync(latin('Grüße'))])],
+    ['zTXt', latin('broken\0\0nonsense')],
+    ['zTXt', Buffer.concat([latin('bomb\0\0'), deflateSync(Buffer.alloc(2 ** 20 + 1))])],
+    ['iTXt', Buffer.from('international\0\0\0de\0Wort\0狐')],
+    ['iTXt', Buffer.concat([latin('both\0\x01\0\0\0'), deflateSync(Buffer.from('狐'))])],
+    ['iTXt', latin('unfinished\0\0\0de')],
+    ['iTXt', latin('unfinished too\0\0\0de\0Wort')],
+    ['tIME', latin('time\0x')],
+  ];
+  const bytes = chunks.map(([type, data]) => {
+    const length = Buffer.alloc(4);
+    length.writeUInt32BE(data.length);
+    return Buffer.concat([length, latin(type), data, Buffer.alloc(4)]);
+  });
+  const path = at('foreign.png');
+  const file = Buffer.concat([latin('\x89PNG\r\n\x1a\n'), ...bytes]);
+  const want = {
+    plain: 'Grüße',
+    ['k'.repeat(79)]: 'longest keyword',
+    packed: 'Grüße',
+    international: '狐',
+    both: '狐',
+  };
+  writeFileSync(path, file);
+  t.strictSame({ ...readPngText(path) }, want);
+  const cut = Buffer.from('00000009', 'hex'); // of nine bytes only four are there, and no checksum
+  writeFileSync(path, Buffer.concat([file, cut, latin('tEXtcut\0')]));
+  t.strictSame({ ...readPngText(path) }, want, 'a chunk that is cut off is passed over');
+  writeFileSync(path, file.subarray(1));
+  t.throws(() => readPngText(path), { name: 'UserError', message: /is not a PNG file/ });
   t.end();
 });
 

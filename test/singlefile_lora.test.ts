@@ -10,6 +10,7 @@ import {
   type AnyModule,
   module,
   namedParameters,
+  type Parameter,
   parameter,
   parameterCount,
   unload,
@@ -246,6 +247,50 @@ test('every spelling of a LoRA reaches its weight', (t) => {
   });
   unload(targets.unet);
   unload(targets.text_encoder);
+  t.end();
+});
+
+test('the alpha that peft keeps in the metadata', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-lora-'));
+  t.teardown(() => rmSync(folder, { recursive: true }));
+  const path = join(folder, 'peft.safetensors');
+  const [first, second] = [1, 2].map((k) => `down_blocks.1.attentions.0.transformer_blocks.0.attn${k}.to_q`);
+  const rank = 4;
+  const entry = (name: string, shape: number[]): TensorEntry => ({
+    ...{ name, dtype: 'float32', shape },
+    bytes: encodeNumbers(Array<number>(24 * rank).fill(0.5), 'float32'),
+  });
+  const entries = [first, second].flatMap((module) => [
+    entry(`unet.${module}.lora_A.weight`, [rank, 24]),
+    entry(`unet.${module}.lora_B.weight`, [24, rank]),
+  ]);
+  const targets = tinyUNet();
+  const weights = [first, second].map(
+    (module) => namedParameters(targets.unet).get(`${module}.weight`) as Parameter,
+  );
+  // What each weight gains is its alpha over the rank, or over the rank's root, times the product's rank * 0.5 * 0.5.
+  const gains = (metadata: object | string) => {
+    const text = typeof metadata === 'string' ? metadata : JSON.stringify(metadata);
+    writeSafetensors(path, entries, { lora_adapter_metadata: text });
+    const before = weights.map(({ tensor }) => tensor.floats()[0]);
+    mergeLora(targets, path);
+    return weights.map(({ tensor }, i) => tensor.floats()[0] - before[i]);
+  };
+  const close = { atol: 1e-5, rtol: 0 };
+  const plain = { 'unet.lora_alpha': 8 };
+  allClose(t, 'lora_alpha', gains(plain), [2, 2], close);
+  const pattern = { ...plain, 'unet.alpha_pattern': { 'attn2.to_q': 2 } };
+  allClose(t, 'alpha_pattern', gains(pattern), [2, 0.5], close);
+  allClose(t, 'use_rslora', gains({ ...pattern, 'unet.use_rslora': true }), [4, 1], close);
+  allClose(t, 'another part', gains({ 'text_encoder.lora_alpha': 8 }), [1, 1], close);
+  refuses(t, 'broken', () => gains('{'), /"lora_adapter_metadata" is not JSON/);
+  refuses(
+    t,
+    'infinite',
+    () => gains('{"unet.lora_alpha": 1e999}'),
+    /the alpha of unet\..* is not a finite number/,
+  );
+  unload(targets.unet);
   t.end();
 });
 

@@ -3,8 +3,12 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { readPicture } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import { readPngText } from '../io/png.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
 import { lossCurve } from '../train/curve.ts';
+import { rewindPreviews, writePreviews } from '../train/preview.ts';
 import { crc32c, openEventFile } from '../train/tensorboard.ts';
 import { learnVocabulary, writeTokenizers } from '../train/vocabulary.ts';
 
@@ -69,6 +73,42 @@ test('the loss curve', (t) => {
   t.equal(validation[1].split(' ').length, 4, 'a line through what was measured');
   t.match(lossCurve([], 'nothing yet'), /<svg/, 'no entries, no error');
   t.end();
+});
+
+test('a sheet of previews, and what a resumed run draws again', async (t) => {
+  const output = join(folder, 'previews-of');
+  const plain = (width: number, height: number, value: number): Picture => ({
+    ...{ width, height, channels: 3 },
+    data: new Uint8Array(3 * width * height).fill(value),
+  });
+  rewindPreviews(output, 0); // there are none yet
+  for (const [step, value] of [
+    [9, 50],
+    [10, 100],
+    [11, 150],
+  ] as const)
+    await writePreviews(output, step, [plain(400, 200, value), plain(60, 90, value)], ['one', 'two']);
+  const told = await writePreviews(output, 12, [plain(400, 200, 200)], ['one']);
+  const size = async () => {
+    const { width, height } = await readPicture(join(output, 'previews.png'));
+    return [width, height];
+  };
+  // The wide one is made 192 x 96 and the small one stays; 4 pixels between them.
+  t.same(await size(), [4 + 192 + 4 + 60 + 4, 4 + 4 * (96 + 4)]);
+  t.same([told.width, told.height], await size());
+  t.same(readPngText(join(output, 'previews', 'step-00000010', '1.png')), { parameters: 'two\nstep 10' });
+  rewindPreviews(output, 10);
+  t.same(readdirSync(join(output, 'previews')), ['step-00000009', 'step-00000010']);
+  await writePreviews(output, 11, [plain(60, 90, 7)], ['one']);
+  const { width, data } = await readPicture(join(output, 'previews.png'));
+  const at = (x: number, y: number) => data[3 * (y * width + x)];
+  const rows = [0, 1, 2].map((row) => 4 + row * 100);
+  t.same(
+    rows.map((y) => at(4, y)),
+    [50, 100, 7],
+    'a row for each, the oldest first',
+  );
+  t.same([at(3, 4), at(196, 4), at(200, 4), at(200, 4 + 90)], [255, 255, 50, 255], 'on white');
 });
 
 test('a vocabulary from captions', (t) => {

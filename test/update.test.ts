@@ -62,6 +62,9 @@ test('a pass whose loss is not finite leaves the weights', async (t) => {
   const huge = await makeUpdate(session, openFeed(session.task), turn(pass(1e15)), 0.1);
   t.match(huge.skipped, /the gradient of net.weight is not finite/, 'its square is beyond float32');
   t.ok(weight.tensor.floats().every((w) => w === 0));
+  weight.tensor.set(Array<number>(64).fill(Number.POSITIVE_INFINITY));
+  const worn = await makeUpdate(session, openFeed(session.task), turn(pass(1)), 0.1);
+  t.match(worn.skipped, /the first tensor that is not finite is the weight net\.weight$/);
   release();
   t.equal(cpu.memory.storages, before, 'live tensors');
 });
