@@ -108,7 +108,7 @@ export function addSampleOptions(command: Command): Command {
     )
     .option(
       '--vae-dtype <NAME>',
-      "the same for the VAE; auto is --dtype where the VAE's config says that it does not overflow (as fp16-fix), else float32",
+      'the same for the VAE; auto is --dtype, but float32 for a VAE that would overflow in float16',
       oneOf('--vae-dtype', dtypes),
       'auto',
     )

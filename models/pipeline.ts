@@ -50,7 +50,7 @@ interface LoadOptions {
   device: Device;
   dtype: FloatDType;
   vaeSource?: ModelSource;
-  /** The VAE's own type; where it is not given float32, as SDXL's overflows in float16, or `dtype` if its config says force_upcast false. */
+  /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
   vaeDtype?: FloatDType;
   /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
   gradientCheckpointing?: boolean;
@@ -63,7 +63,8 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
   const coder = vae(parseVaeConfig(vaeSource.config('vae')));
-  const { vaeDtype = coder.config.force_upcast ? 'float32' : dtype } = options;
+  const overflows = coder.config.force_upcast && dtype === 'float16';
+  const { vaeDtype = overflows ? 'float32' : dtype } = options;
   checkChannels(source.path, unetConfig, coder);
   const encoders = components.map((name) => {
     const encoder = textEncoder(parseTextConfig(source.config(name)));

@@ -22,7 +22,7 @@ export interface VaeConfig {
   scaling_factor: number;
   use_quant_conv: boolean;
   use_post_quant_conv: boolean;
-  /** Activations leave the range of float16; of the VAEs that were mended so that they do not, as fp16-fix, false. */
+  /** Activations leave the range of float16, but not bfloat16's; false of a VAE that is mended, as fp16-fix. */
   force_upcast: boolean;
 }
 

@@ -142,7 +142,7 @@ function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchC
   };
 }
 
-/** With the VAE that SDXL came with, or with one that is mended so that it runs in half types, as fp16-fix. */
+/** With the VAE in the type of the UNet, as a pipeline has it, or in float32. */
 function picture(shop: Shop, scale: Scale, vaeDtype: FloatDType): BenchCase {
   const steps = scale.smoke ? 2 : 30;
   const label = `image, ${steps} steps, guidance 5, VAE in ${vaeDtype}`;
