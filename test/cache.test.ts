@@ -20,7 +20,7 @@ import { encodePng } from '../io/png.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { loadPipeline } from '../models/pipeline.ts';
-import { momentsCache, textCache, type View } from '../train/cache.ts';
+import { momentsCache, picturesAtOnce, textCache, type View } from '../train/cache.ts';
 import { geometryOf, preparePicture } from '../train/data/picture.ts';
 import { openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
@@ -112,6 +112,21 @@ test('one crop: one edit, one entry', async (t) => {
   t.equal(await cache.fill(await viewsOf(folder, 1)), 3);
   write(folder, 2, 7);
   t.equal(await cache.fill(await viewsOf(folder, 1)), 1);
+});
+
+test('pictures go through the VAE together up to the pixels of one of 1024 x 1024', (t) => {
+  const at: [number, number, number][] = [
+    [1024, 1024, 9],
+    [512, 512, 9],
+    [512, 576, 9],
+    [32, 32, 9],
+    [2048, 1024, 9],
+  ];
+  t.same(
+    at.map((each) => picturesAtOnce(...each)),
+    [1, 4, 3, 9, 1],
+  );
+  t.end();
 });
 
 test('other weights are another cache', async (t) => {

@@ -305,7 +305,14 @@ test('the refiner, which has one text encoder and an aesthetic score', async (t)
   const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
   const plain = basic('refiner');
   const dataset = { ...plain.dataset, resolution: 64 };
-  const { folder: final } = await run({ ...plain, model: refiner, dataset, ema: { decay: 0 }, steps: 2 });
+  const input = { ...plain, model: refiner, dataset, ema: { decay: 0 }, steps: 0, epochs: 1, log_every: 5 };
+  const { folder: final, position } = await run(input);
+  t.same(position, { step: 2, epoch: 1, update: 0 }, 'six pictures, four to an update');
+  t.same(
+    losses(input.output as string).map(([step]) => step),
+    [2],
+    'the log has the last update, though it is no fifth',
+  );
   loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
   t.same(openModel(final).modelIndex, openModel(refiner).modelIndex);
 });
