@@ -42,6 +42,9 @@ export interface Driver {
   capture?(queue: () => void): Replay;
 }
 
+/** What a pool needs of a driver. */
+type DriverMemory = Pick<Driver, 'label' | 'allocate' | 'free' | 'trim' | 'room'>;
+
 /** The end of what a queue had at some time. */
 export type Mark = bigint;
 
@@ -136,7 +139,7 @@ class Lists {
 }
 
 export class MemoryPool {
-  readonly #driver: Driver;
+  readonly #driver: DriverMemory;
   readonly #free = new Lists();
   readonly #owned = new Map<string, number>();
   /** The lists that a reserved block goes back to. */
@@ -152,7 +155,7 @@ export class MemoryPool {
   storages = 0;
   held = 0;
 
-  constructor(driver: Driver) {
+  constructor(driver: DriverMemory) {
     this.#driver = driver;
   }
 

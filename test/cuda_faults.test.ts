@@ -148,6 +148,16 @@ test('without memory to pin, copies go directly, and what was had by then is giv
   t.end();
 });
 
+test('a GPU that cannot be opened is let go', (t) => {
+  for (const call of ['cuDeviceGetDefaultMemPool', 'cuMemPoolSetAttribute', 'cuStreamCreate'] as const) {
+    const { api, fail, made } = failingGpu(openVirtualGpu());
+    fail(call, 'CUDA_ERROR_OUT_OF_MEMORY');
+    t.throws(() => cudaDevice(api), { message: new RegExp(`^${call} failed with CUDA_ERROR_OUT_OF_MEMORY`) });
+    t.equal(made('cuDevicePrimaryCtxRelease'), 1, call);
+  }
+  t.end();
+});
+
 test('an upload may be overwritten at once, whatever its size and wherever it lies', (t) => {
   for (const pinned of [true, false]) {
     const { gpu, failing } = openFailing();

@@ -1,7 +1,6 @@
 // The choice of Hopper's tiles at the sizes of SDXL, by the plans alone: no kernel runs here (kernel_proof.ts runs them).
 
 import { test } from 'tap';
-import { planned } from '../engine/cuda/device.ts';
 import { MEASURED_MULTIPROCESSORS, measured } from '../engine/cuda/measured_sm90.ts';
 import type { PlanContext } from '../engine/cuda/plan.ts';
 import {
@@ -16,6 +15,7 @@ import {
   tiles,
   tilesOf,
 } from '../engine/cuda/plan_sm90.ts';
+import { planned } from '../engine/cuda/plans.ts';
 
 /** What the plans see of an H200. */
 const h200: PlanContext = {

@@ -1,18 +1,12 @@
 // The engine's Driver on an NVIDIA GPU, behind the calls of api.ts: one context and one stream, memory in stream order, and
-// kernels by symbol. A symbol's plan turns a call into launches, which are remembered (plan_memo.ts); the PTX they need is
-// loaded when first asked for. Blocks that a plan uses between its launches go back to the pool at once, because whoever takes
-// them next runs later in the same stream.
+// kernels by symbol (launcher.ts).
 import { type Block, type Driver, MemoryPool } from '../memory.ts';
-import { checkArguments } from '../signature.ts';
 import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { openExchange } from './exchange.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
-import { KernelTable, type ReadyLaunch } from './kernel_table.ts';
-import type { KernelLaunch, LaunchArguments, Plan, PlanContext } from './plan.ts';
-import { PlanMemo, type Remembered } from './plan_memo.ts';
-import { plans } from './plans.ts';
+import { type Launcher, openLauncher } from './launcher.ts';
 import { openStaging } from './staging.ts';
 
 export interface CudaDriver extends Driver {
@@ -27,17 +21,12 @@ export interface CudaDriver extends Driver {
   synchronize(): void;
 }
 
-type Planner = (op: string, context: PlanContext) => Iterable<KernelLaunch>;
-
-/** Calls together that are worth remembering. */
-const FEW = 8;
-
 /** The driver whose context is current, of all of this process. */
 let current: GpuApi | undefined;
 
 /** Opens GPU `ordinal`. Throws CudaError where there is none, or an older one than Ampere. */
 export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
-  let lastKernel: string | undefined;
+  let launcher: Launcher | undefined;
   let context: Context | undefined;
   const enter = (): void => {
     if (context === undefined || current === api) return;
@@ -46,7 +35,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   };
   const count = unguarded.cuDeviceGetCount();
   const label = count > 1 ? `cuda:${ordinal}` : undefined;
-  const api: GpuApi = guarded(unguarded, { gpu: label, lastKernel: () => lastKernel, enter });
+  const api: GpuApi = guarded(unguarded, { gpu: label, lastKernel: () => launcher?.last(), enter });
   if (ordinal >= count)
     throw new CudaError(
       'CUDA_ERROR_INVALID_DEVICE',
@@ -68,15 +57,31 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       'the GPU has no memory pools',
       label,
     );
+  const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
+  const sharedBytes = attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN');
   context = api.cuDevicePrimaryCtxRetain(ordinal);
+  try {
+    const queue = openQueue(api, ordinal, context, label);
+    const gpu = { multiprocessors, sharedBytes, hopper: capability === 90 };
+    launcher = openLauncher(api, gpu, queue);
+    const { launch, launchAll } = launcher;
+    const name = api.cuDeviceGetName(ordinal);
+    return { ...queue, name, capability, multiprocessors, launch, launchAll };
+  } catch (error) {
+    api.cuDevicePrimaryCtxRelease(ordinal);
+    throw error;
+  }
+}
+
+/** All of a driver but its kernels: a stream, the memory that goes with it, and copies and recordings in it. */
+export type Queue = Pick<CudaDriver, 'context' | 'stream' | 'memory'> &
+  Omit<Driver, 'launch' | 'launchAll'> & { synchronize(): void };
+
+function openQueue(api: GpuApi, ordinal: number, context: Context, label: string | undefined): Queue {
   // Freed memory stays in the driver's pool until trim(): it would else go back to the system at each synchronization.
   const pool = api.cuDeviceGetDefaultMemPool(ordinal);
   api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
-  const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
-  const sharedBytes = attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN');
-  const kernels = new KernelTable(api);
-  const memo = new PlanMemo();
   const staging = openStaging(api, stream);
   let capturing = false;
   const notInCapture = (what: string): void => {
@@ -96,11 +101,8 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     }
   };
 
-  const driver: Omit<CudaDriver, 'memory'> = {
-    name: api.cuDeviceGetName(ordinal),
+  const queue: Omit<Queue, 'memory'> = {
     label,
-    capability,
-    multiprocessors,
     context,
     stream,
     allocate,
@@ -123,12 +125,12 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
     clear(block, bytes) {
       if (bytes > 0) api.cuMemsetD8Async(block.address, 0, bytes, stream);
     },
-    capture(queue) {
+    capture(launches) {
       notInCapture('another capture was begun');
       const replay = recordGraph(api, stream, () => {
         capturing = true;
         try {
-          queue();
+          launches();
         } finally {
           capturing = false;
         }
@@ -140,110 +142,6 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       return { ...replay, launch };
     },
     synchronize: () => api.cuStreamSynchronize(stream),
-    launch: (symbol, args) => remembered(symbol, [args], (op, context) => planned(op, args, context)),
-    launchAll(symbol, calls) {
-      const plan: Planner = (op, context) => plannedTogether(op, calls, context);
-      // Updates of all weights bring a table to the device, which is another each time.
-      if (calls.length > FEW) run(symbol, plan);
-      else remembered(symbol, calls, plan);
-    },
   };
-  /** Queues a symbol's launches for these calls, which are planned if they were not before. */
-  function remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
-    if (queueAgain(memo.find(symbol, calls))) return;
-    const made = run(symbol, plan);
-    if (made) memo.keep(symbol, calls, made);
-  }
-  function queue(launch: ReadyLaunch): void {
-    kernels.queue(launch, stream);
-    lastKernel = launch.name;
-  }
-  /** Queues a call's launches as they were made before, if what they have between them lies where it lay in one of these. */
-  function queueAgain(known: readonly Remembered[]): boolean {
-    if (known.length === 0) return false;
-    const taken: Block[] = [];
-    try {
-      for (const { bytes } of known[0].workspaces) taken.push(memory.take(bytes));
-      const same = known.find(({ workspaces }) => workspaces.every((w, i) => w.address === taken[i].address));
-      for (const launch of same?.launches ?? []) queue(launch);
-      return same !== undefined;
-    } finally {
-      for (const block of taken) memory.give(block);
-    }
-  }
-  /**
-   * Makes a symbol's launches and queues them; what they have between them goes back to the pool.
-   * @returns what can be queued again, unless it was uploaded to
-   */
-  function run(symbol: string, plan: Planner): Remembered | undefined {
-    const [op, dtype] = splitSymbol(symbol);
-    const used: Block[] = [];
-    const workspaces: { bytes: number; address: bigint }[] = [];
-    const launches: ReadyLaunch[] = [];
-    let uploaded = false;
-    const workspace = (bytes: number): Block => {
-      const taken = memory.take(bytes);
-      used.push(taken);
-      workspaces.push({ bytes, address: taken.address });
-      return taken;
-    };
-    const context: PlanContext = {
-      dtype: dtype as PlanContext['dtype'],
-      elementBytes: dtype === 'float32' ? 4 : 2,
-      ...{ multiprocessors, sharedBytes },
-      hopper: capability === 90,
-      tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
-      im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),
-      workspace: (bytes) => workspace(bytes).address,
-      upload(bytes) {
-        const block = workspace(bytes.byteLength);
-        driver.upload(block, 0, bytes);
-        uploaded = true;
-        return block.address;
-      },
-    };
-    try {
-      for (const launch of plan(op, context)) {
-        const ready = kernels.ready(launch, dtype);
-        queue(ready);
-        launches.push(ready);
-      }
-    } finally {
-      for (const taken of used) memory.give(taken);
-    }
-    return uploaded ? undefined : { launches, workspaces };
-  }
-  const memory = new MemoryPool(driver);
-  return { ...driver, memory };
-}
-
-/** `silu_forward_bfloat16` as `silu_forward` and `bfloat16`. */
-function splitSymbol(symbol: string): [string, string] {
-  const at = symbol.lastIndexOf('_');
-  return [symbol.slice(0, at), symbol.slice(at + 1)];
-}
-
-/** A symbol's plan, once arguments are checked against its signature. Throws where there is no such kernel. */
-function planFor(op: string, args: LaunchArguments): Plan {
-  const plan = plans.get(op);
-  if (!plan) throw new Error(`the GPU has no kernel ${op}`);
-  if (plan.signature !== undefined) checkArguments(op, plan.signature, args);
-  return plan;
-}
-
-const hasWork = ({ grid }: KernelLaunch): boolean => !grid.includes(0);
-
-/** The launches of a call. */
-export const planned = (op: string, args: LaunchArguments, context: PlanContext): KernelLaunch[] =>
-  planFor(op, args).launches(args, context).filter(hasWork);
-
-/** The launches of independent calls: all together where the plan can, else each when the one before is queued. */
-function* plannedTogether(
-  op: string,
-  calls: readonly LaunchArguments[],
-  context: PlanContext,
-): Iterable<KernelLaunch> {
-  const each = calls.map((args) => planFor(op, args));
-  if (each[0]?.together) yield* each[0].together(calls, context).filter(hasWork);
-  else for (const args of calls) yield* planned(op, args, context);
+  return { ...queue, memory: new MemoryPool(queue) };
 }
