@@ -1,8 +1,8 @@
-// A step that runs many times over the same tensors, such as one of denoising. Where the device can record its launches
-// (a CUDA graph), the first run is eager, and loads kernels and fills caches; so is the second, which shows how much memory
-// the step takes, and is recorded on memory set aside for it while the device is still at work on what was launched. All later
-// ones are replays. Inputs are changed by uploading into them between runs. Where memory runs out, recordings lose theirs and are
-// made again later, if the last one had paid.
+// A step that runs many times over the same tensors, such as a denoising step. Where the device can record launches (a CUDA
+// graph), the first run is eager: it loads kernels and fills caches. So is the second, which shows how much memory the step
+// takes; the step is then recorded in memory set aside for it, while the device still works on what was launched. All later runs
+// are replays. Inputs are changed by uploads between runs. When memory runs out, recordings give theirs up, and are made again
+// later if the last one had paid.
 import type { Device } from './device.ts';
 import type { Replay, Reserve } from './memory.ts';
 import { MemoryError } from './memory.ts';
@@ -24,7 +24,7 @@ export const eagerStep = (fn: () => Tensor): Step => ({
 interface Recorded {
   readonly replay: Replay;
   readonly result: Tensor;
-  /** Handles on every tensor from outside that the launches read: none may be freed while they can run. */
+  /** Handles on every tensor from outside that the launches use: none may be freed while they can run. */
   readonly inputs: readonly Tensor[];
   replays: number;
 }
@@ -32,7 +32,7 @@ interface Recorded {
 /** Calls `note` with the tensors of every op in `fn`. */
 export type Observe = (note: (t: Tensor) => void, fn: () => void) => void;
 
-/** Replays after which a recording has surely saved what it cost, two or three runs by the host's count. */
+/** Replays after which a recording has surely paid: making it takes the host as long as two or three runs. */
 const PAYS = 8;
 
 /** `fn` as a step whose launches are recorded, in memory of its own or in what it shares with other steps. */
@@ -63,7 +63,7 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
         state = 'replayed';
       } catch (error) {
         if (!(error instanceof MemoryError)) throw error;
-        // A replay keeps its memory from others. Where that does not fit, the step goes on as it began.
+        // A recording holds its memory for good. Where there is not enough, the step stays eager.
         state = 'eager';
         if (!shared) reserve.release();
       }

@@ -23,15 +23,15 @@ export interface Device {
   readonly memory: MemoryPool;
   /** Runs one direction of an op over tensors that are all allocated. */
   execute<A>(record: OpRecord<A>, direction: Direction, tensors: Tensors, attrs: A): void;
-  /** Runs the forward of calls that are independent of each other, if it can in fewer launches. */
+  /** Runs the forward of independent calls, in fewer launches where it can. */
   executeAll(calls: readonly Call[]): void;
-  /** Runs `fn`, and its ops together where none needs another's result: what it returns is there when it returns. */
+  /** Runs `fn`, and launches its ops together where none needs another's result. When this returns, all are launched. */
   together<R>(fn: () => R): R;
   /** sum = a + b, for gradients that reach a tensor twice; sum may be one of them. */
   add(sum: Tensor, a: Tensor, b: Tensor): void;
   /**
-   * `fn` as a step to be run many times over the same tensors, recorded where the device can. It makes tensors by ops alone.
-   * Steps that take turns may share memory.
+   * `fn` as a step that runs many times over the same tensors, recorded where the device can do that. All tensors in it are made
+   * by ops. Steps that take turns may share memory.
    */
   step(fn: () => Tensor, shared?: Reserve): Step;
 }
@@ -52,7 +52,7 @@ export function deviceNames(list: string): string[] {
   return ordinals.map((ordinal) => `cuda:${ordinal}`);
 }
 
-/** Opens a device once and returns the same one after; `auto` is the best that works, saying so when a better one does not. */
+/** Opens a device, or returns the one that is open; `auto` is the best that works, and warns of a better one that does not. */
 export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
   const gpu = gpuPattern.exec(name);
   if (gpu) {
@@ -77,7 +77,7 @@ export function openDevice(name: string, warn: (line: string) => void = console.
 
 let noGpu = false;
 
-/** cuda:0 where it can be used. What a GPU that is there lacks is told; without a driver or a GPU there is nothing to tell. */
+/** cuda:0 where it can be used. Why a GPU cannot be used is told, but not that there is no driver or no GPU. */
 function firstGpu(warn: (line: string) => void): Device | undefined {
   if (noGpu) return undefined;
   try {

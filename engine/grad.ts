@@ -1,6 +1,6 @@
 // Reverse-mode differentiation: a tape of nodes, each holding the op, what it saved and its input nodes. Gradients are
-// summed in the order the tape is walked (newest op first), so a run repeats bit for bit. What an op adds as it is (a residual)
-// has dy for its gradient, the same storage: nothing is summed in place that another node holds too.
+// summed in the order the tape is walked (newest op first), so a run repeats bit for bit. The gradient of an input that is added
+// as it is (a residual) is dy itself, the same storage: a gradient is summed in place only where no other node holds it.
 import type { DType } from '../io/dtype.ts';
 import type { OpRecord, Tensors } from './op.ts';
 import { keep, onFailure, scope, unscoped } from './scope.ts';

@@ -28,7 +28,7 @@ export const linear = (inputs: number, outputs: number, { bias = true }: { bias?
         : linearOp(x, m.weight.tensor, m.bias?.tensor, options),
   );
 
-/** `doubled`, of a 3x3 kernel with padding 1: its doubledTaps(), to convolve x doubled by nearest neighbour. Nothing else then. */
+/** With `doubled`, a 3x3 kernel's doubledTaps(), the layer convolves x doubled by nearest neighbour and takes no other option. */
 export type ConvOptions =
   | { shift?: Tensor; residual?: Tensor; skip?: Tensor; doubled?: undefined }
   | { doubled: readonly Tensor[]; shift?: undefined; residual?: undefined; skip?: undefined };

@@ -24,7 +24,7 @@ export interface Driver {
   free(block: Block): void;
   /** Hands what was freed back to the system, where the driver keeps it. */
   trim?(): void;
-  /** Bytes that the device has, and that nobody holds. */
+  /** Bytes of the device's memory. */
   room?(): { free: number; total: number };
   upload(block: Block, offset: number, source: Uint8Array): void;
   download(block: Block, offset: number, target: Uint8Array): void;
@@ -74,7 +74,7 @@ export class MemoryError extends UserError {
 const AT_WORK = 'tensors at work';
 let owner = AT_WORK;
 
-/** Runs `fn` so that the memory it takes is told under this name where there is no more. */
+/** Runs `fn`; should memory run out, the error lists what it has taken under this name. */
 export function holding<R>(what: string, fn: () => R): R {
   const outer = owner;
   owner = what;
@@ -89,15 +89,15 @@ export function holding<R>(what: string, fn: () => R): R {
 export type Demand = ReadonlyMap<number, number>;
 
 /**
- * Blocks for recorded steps alone, which may share them where only one runs at a time. They are idle, as freed ones are, but
- * for the tensors that a recording keeps.
+ * Blocks set aside for recorded steps, which may share them where only one runs at a time. Between runs they are idle, but for
+ * the tensors that a recording keeps.
  */
 export interface Reserve {
-  /** Runs `fn` on as many blocks as `demand` says: it allocates nothing. `drop` forgets what it made, should they be needed. */
+  /** Runs `fn`, which takes at most `demand`, on blocks of the reserve. `drop` discards what it made when others need them. */
   record<R>(demand: Demand, drop: () => void, fn: () => R): R;
-  /** Runs `fn`, which reads what a recording made: nobody takes its blocks meanwhile. */
+  /** Runs `fn`, which reads what a recording made: meanwhile its blocks go to nobody else. */
   use<R>(fn: () => R): R;
-  /** Runs `fn`, which takes idle blocks of the reserve before others. */
+  /** Runs `fn`, which is given idle blocks of the reserve before others. */
   borrow<R>(fn: () => R): R;
   release(): void;
 }

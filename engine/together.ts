@@ -1,6 +1,6 @@
-// Launches that may wait for each other: inside gather() a kernel that comes again is held back while it needs nothing that is
-// held, and then all go in one call of the driver, which may make one launch of them (attention's three projections). Anything
-// else goes at once, after what is held: the order of launches stays that of the calls, and so what memory is reused for.
+// Launches that may become one: inside gather() calls of the same kernel are held back as long as none needs another's result,
+// and then go to the driver together, which may make a single launch of them (attention's three projections). Any other call
+// sends what is held first: launches keep the order of the calls, on which the reuse of memory relies.
 import type { Driver } from './memory.ts';
 
 type Args = readonly (bigint | number)[];

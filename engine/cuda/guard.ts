@@ -1,6 +1,6 @@
-// What follows an error after which the GPU's context is lost (a sticky one, see api.ts): the driver would answer every later
-// call with the same code, or hang. So the first one is told in full, with the kernel that was queued last; later calls are
-// refused here at once, and what only gives something back passes in silence, so that clearing up raises nothing anew.
+// After an error that costs the GPU's context (a sticky one, see api.ts) the driver would answer every later call with the same
+// code, or hang. So the first error is told in full, with the kernel that was queued last; later calls are refused here at once,
+// except that those which only give something back do nothing, so that clearing up raises no further error.
 import { type GpuApi, stickyResults } from './api.ts';
 import { CudaError } from './errors.ts';
 

@@ -1,7 +1,7 @@
 // The kernels found so far: a PTX file is loaded, and compiled by the driver, when its first kernel is launched. A launch is made
-// ready once, its kernel found and its parameters packed, and may then be queued again and again. An entry that waits for the
-// kernel before it by itself (griddepcontrol.wait, see sm90.cuh) is launched so that its blocks may begin before that has ended;
-// all others begin when all that came before has ended. No plan says which: the PTX does.
+// ready once, its kernel found and its parameters packed, and may then be queued again and again. An entry that itself waits for
+// the kernel before it (griddepcontrol.wait, see sm90.cuh) is launched so that its blocks may begin before that kernel has ended;
+// all others begin when all work before them has ended. The PTX tells which they are, not the plans.
 import {
   type Dim3,
   FunctionAttribute,

@@ -38,7 +38,7 @@ export function openLauncher(
     kernels.queue(launch, stream);
     last = launch.name;
   }
-  /** Queues a call's launches as they were made before, if what they have between them lies where it lay in one of these. */
+  /** Queues a call's launches as they were made before, if their workspaces lie where they lay in one of these. */
   function queueAgain(known: readonly Remembered[]): boolean {
     if (known.length === 0) return false;
     const taken: Block[] = [];
@@ -52,8 +52,8 @@ export function openLauncher(
     }
   }
   /**
-   * Makes a symbol's launches and queues them; what they have between them goes back to the pool.
-   * @returns what can be queued again, unless it was uploaded to
+   * Makes a symbol's launches and queues them; their workspaces go back to the pool.
+   * @returns what can be queued again; undefined where bytes were uploaded for it
    */
   function run(symbol: string, plan: Planner): Remembered | undefined {
     const [op, dtype] = splitSymbol(symbol);

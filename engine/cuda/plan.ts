@@ -56,7 +56,7 @@ const BLOCKS_PER_MULTIPROCESSOR = 32;
 
 export const divideUp = (a: number, b: number): number => Math.ceil(a / b);
 
-/** Each call begins a turn: its context hands out the workspaces of the turns before, as far as they suffice. */
+/** Each call begins a turn, whose context hands out the workspaces of earlier turns before it takes new ones. */
 export function inTurns(context: PlanContext): () => PlanContext {
   const blocks: { readonly bytes: number; readonly address: bigint }[] = [];
   return () => {
@@ -72,7 +72,7 @@ export function inTurns(context: PlanContext): () => PlanContext {
   };
 }
 
-/** A launch of `jobs` jobs, several to a block, whose kernel walks on by its grid where there are more. */
+/** A launch of `jobs` jobs, so many to a block; where the grid has fewer blocks than that takes, they walk on by its size. */
 export function walking(
   family: string,
   entry: string,

@@ -1,9 +1,9 @@
 // The launches of calls that were made before. To plan a product on Hopper, its tensor maps included, takes 20 to 90 us of
 // JavaScript; a step of training makes the same few thousand calls again and again, and finds its tensors at the same addresses,
-// because the pool hands out the lowest free block (../memory.ts). A call is known by its symbol and all its arguments. What a
-// plan has between its launches is part of what is remembered: it must lie where it lay, which for a call that a step makes more
-// than once (again, under gradient checkpointing) may be in several places. Arguments are hashed and compared as words, which
-// lie together: a key of text, with each address written out, takes 0.6 us longer, of some 4 for an op.
+// because the pool hands out the lowest free block (../memory.ts). A call is known by its symbol and all its arguments. The
+// launches also name the plan's workspaces, and are used again only if these come to lie where they lay; a call that a step makes
+// more than once (under gradient checkpointing) is remembered with several such places. Arguments are hashed and compared as
+// words: a key of text, with each address written out, takes 0.6 us longer, of some 4 for an op.
 import type { ReadyLaunch } from './kernel_table.ts';
 import type { LaunchArguments } from './plan.ts';
 import { overrides } from './plan_sm90.ts';
@@ -15,7 +15,7 @@ export interface Remembered {
 
 /** Calls that are remembered, about 1.5 kB each: some steps of training in buckets of several sizes. */
 const MOST = 20_000;
-/** And places of what one call has between its launches. */
+/** Places of its workspaces that are remembered of one call. */
 const MOST_PLACES = 4;
 const NONE: readonly Remembered[] = [];
 

@@ -1,8 +1,8 @@
-// Copies between the host and a GPU through pinned memory, which alone the GPU reads by itself: two buffers in turns, so
-// that the next piece is copied into one while the other is on its way, and an upload returns before it has arrived. Weights
-// thus stream to the device while the next are being read. Small uploads share a buffer. They do not go from where they lie
-// either: the driver mostly takes such bytes along at once, but on a GPU that reads the host's pages (Grace Hopper) it may
-// read them when the stream gets there. Small downloads, which are waited for, go directly.
+// Copies between the host and a GPU through pinned memory, the only memory of the host that a GPU reads by itself. Two buffers
+// take turns: a piece is copied into one while the other is on its way, and an upload returns before it has arrived. So weights
+// stream to the device while the next are being read. Small uploads share a buffer; they too are staged, as a driver mostly
+// copies such bytes at once, but for a GPU that reads the host's pages (Grace Hopper) may do so when the stream gets there.
+// Small downloads are waited for, and go directly.
 import { type DevicePointer, DISABLE_TIMING, type Event, type GpuApi, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 
@@ -29,7 +29,7 @@ export interface Staging {
 export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTES): Staging {
   let buffers: readonly Buffer[] | undefined;
   let turn = 0;
-  /** A buffer with so much room behind `used`; undefined where the system has no memory to pin. */
+  /** A buffer with room for so many bytes behind `used`; undefined where the system has no memory to pin. */
   const withRoom = (bytes: number): Buffer | undefined => {
     buffers ??= pin(api, pieceBytes);
     if (buffers.length === 0) return undefined;
