@@ -61,21 +61,22 @@ export interface OpRecord<A> {
   readonly samples: readonly Sample<A>[];
 }
 
+// biome-ignore lint/suspicious/noExplicitAny: attributes differ from record to record; whoever loops passes each its own samples'.
+export type AnyRecord = OpRecord<any>;
+
 /** Whether backward computes this input's gradient. */
 export const isComputed = ({ passes }: Pick<OpRecord<unknown>, 'passes'>, input: string): boolean =>
   !passes?.includes(input);
 
 /** An op's forward over tensors that are all there. */
 export interface Call {
-  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
-  readonly record: OpRecord<any>;
+  readonly record: AnyRecord;
   readonly tensors: Tensors;
   readonly attrs: unknown;
 }
 
 /** Every op, by name: tests and benchmarks loop over it. */
-// biome-ignore lint/suspicious/noExplicitAny: records differ in their attributes; whoever loops passes a record its own samples.
-export const registry = new Map<string, OpRecord<any>>();
+export const registry = new Map<string, AnyRecord>();
 
 export function defineOp<A>(record: OpRecord<A>): OpRecord<A> {
   if (registry.has(record.name)) throw new Error(`op ${record.name} is defined twice`);
@@ -105,8 +106,7 @@ function anyOnTape(tensors: Tensors): boolean {
 
 /** One call of an op that changes its `updates` in place and has no outputs. */
 export interface Update {
-  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
-  readonly record: OpRecord<any>;
+  readonly record: AnyRecord;
   readonly inputs: Inputs;
   readonly attrs: unknown;
 }

@@ -5,12 +5,11 @@ import type { CudaDriver } from './cuda/device.ts';
 import { anyHopper, type StandInGpu, standInApi } from './cuda/stand_in.ts';
 import { cudaDevice, type Device, type Direction } from './device.ts';
 import { MemoryPool } from './memory.ts';
-import type { OpRecord, Tensors } from './op.ts';
+import type { AnyRecord, Tensors } from './op.ts';
 
 /** One op as it ran. `tensors` holds inputs and outputs by name; only their shapes and types outlive the call. */
 export interface OpCall {
-  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
-  record: OpRecord<any>;
+  record: AnyRecord;
   direction: Direction;
   tensors: Tensors;
   attrs: unknown;

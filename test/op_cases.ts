@@ -2,7 +2,7 @@
 // device, and the distance between two results.
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
-import { apply, type OpRecord, type Sample, update, updateOf } from '../engine/op.ts';
+import { type AnyRecord, apply, type Sample, update, updateOf } from '../engine/op.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
@@ -20,8 +20,7 @@ import '../engine/ops/optimizer.ts';
 import '../engine/ops/reduce.ts';
 import '../engine/ops/unary.ts';
 
-// biome-ignore lint/suspicious/noExplicitAny: the registry's records differ in their attributes.
-export type AnyRecord = OpRecord<any>;
+export type { AnyRecord };
 export type AnySample = Sample<unknown>;
 
 /** Deterministic values in [-1.5, 1.5] away from zero, so that quotients and kinks stay differentiable. */

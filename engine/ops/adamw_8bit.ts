@@ -1,7 +1,7 @@
 // One step of AdamW whose moments take a byte each (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"), as
 // bitsandbytes' AdamW8bit: blocks of 256 elements with a largest magnitude each, and a byte that names one of 256 values.
 import { defineOp, type RefTensors, type Sample, type Update, updateOf } from '../op.ts';
-import type { Tensor } from '../tensor.ts';
+import { sizeOf, type Tensor } from '../tensor.ts';
 import {
   type AdamAttrs,
   adamFactors,
@@ -99,7 +99,7 @@ function samples(): Sample<AdamAttrs>[] {
     step: 3,
   };
   return [[1], [4099], ...awkwardShapes].map((shape, i) => {
-    const blocks = [blocksOf(shape.reduce((a, b) => a * b, 1))];
+    const blocks = [blocksOf(sizeOf(shape))];
     const master: Record<string, readonly number[]> = i % 2 ? { master: shape } : {};
     return {
       inputs: {

@@ -1,6 +1,6 @@
 // softmax(scale q k^T) v per head, on [n, l, heads * d] as the projections leave it: no transposes, and the scores are
 // never stored (FlashAttention, Dao 2022). Backward computes them again from the saved log-sum-exp.
-import { apply, defineOp, type RefTensors, sameFloat } from '../op.ts';
+import { apply, defineOp, type Numbers, type RefTensors, sameFloat, type Tensors } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
 import { awkwardSizes } from './samples.ts';
 
@@ -14,15 +14,15 @@ function dims(q: readonly number[], k: readonly number[], { heads }: AttentionAt
   return { n: q[0], heads, lq: q[1], lk: k[1], d: q[2] / heads };
 }
 
-const integers = (
-  t: { q: { shape: readonly number[] }; k: { shape: readonly number[] } },
-  attrs: AttentionAttrs,
-) => [...Object.values(dims(t.q.shape, t.k.shape, attrs)), Number(attrs.causal)];
+const integers = ({ q, k }: Tensors, attrs: AttentionAttrs) => [
+  ...Object.values(dims(q.shape, k.shape, attrs)),
+  Number(attrs.causal),
+];
 
 const attentionOp = defineOp<AttentionAttrs>({
   name: 'attention',
   outputs(t, attrs) {
-    const { q, k, v } = t as { q: Tensor; k: Tensor; v: Tensor };
+    const { q, k, v } = t;
     if (
       q.shape.length !== 3 ||
       k.shape.join() !== v.shape.join() ||
@@ -42,7 +42,7 @@ const attentionOp = defineOp<AttentionAttrs>({
   saves: ['q', 'k', 'v', 'y', 'lse'],
   flops: ({ q, k }, { causal }) => (4 * q.size * k.shape[1]) / (causal ? 2 : 1),
   forward: (t, attrs, launch) =>
-    launch('attention_forward', [t.y, t.lse, t.q, t.k, t.v, ...integers(t as never, attrs), attrs.scale]),
+    launch('attention_forward', [t.y, t.lse, t.q, t.k, t.v, ...integers(t, attrs), attrs.scale]),
   backward(t, attrs, launch) {
     // The kernel computes all three together; what nobody wants goes to scratch in its place.
     const spare = (name: 'q' | 'k' | 'v') => t[`d${name}`] ?? empty(t[name].shape, t[name]);
@@ -55,7 +55,7 @@ const attentionOp = defineOp<AttentionAttrs>({
       t.q,
       t.k,
       t.v,
-      ...integers(t as never, attrs),
+      ...integers(t, attrs),
       attrs.scale,
     ]);
   },
@@ -111,9 +111,7 @@ function sample(n: number, lq: number, lk: number, c: number, heads: number, cau
   return { inputs, attrs: { heads, causal, scale: (c / heads) ** -0.5 } };
 }
 
-type Values = Float32Array | Float64Array;
-
-function dotAt(a: Values, ia: number, b: Values, ib: number, length: number): number {
+function dotAt(a: Numbers, ia: number, b: Numbers, ib: number, length: number): number {
   let total = 0;
   for (let c = 0; c < length; c++) total += a[ia + c] * b[ib + c];
   return total;

@@ -7,13 +7,15 @@ import {
   defineOp,
   type Launch,
   type Numbers,
+  type RefTensor,
   type RefTensors,
   sameFloat,
   type Tensors,
 } from '../op.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { add } from './binary.ts';
 import * as scalar from './math.ts';
+import { rowsOf } from './reduce.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 import { gelu, quickGelu, silu } from './unary.ts';
 
@@ -43,7 +45,7 @@ interface ActivatedAttrs {
 /** m rows, n columns of y, h columns before the activation (twice n for geglu), k inputs. */
 export function dims(x: readonly number[], weight: readonly number[], activation: Activation) {
   const [h, k] = weight;
-  return { m: x.slice(0, -1).reduce((a, b) => a * b, 1), n: activation === 'geglu' ? h / 2 : h, h, k };
+  return { m: sizeOf(x.slice(0, -1)), n: activation === 'geglu' ? h / 2 : h, h, k };
 }
 
 /** The shape of y; throws where weight, bias or residual does not fit x. */
@@ -214,7 +216,7 @@ interface MatmulAttrs {
   transB: boolean;
 }
 
-const batchOf = (shape: readonly number[]) => shape.slice(0, -2).reduce((p, d) => p * d, 1);
+const batchOf = (shape: readonly number[]) => sizeOf(shape.slice(0, -2));
 
 function matmulDims(a: readonly number[], b: readonly number[], { transA, transB }: MatmulAttrs) {
   const [ra, ca] = a.slice(-2);
@@ -285,12 +287,7 @@ function launchMatmul(
   launch('matmul_forward', [c, a, b, batchOf(a.shape), m, n, k, Number(transA), Number(transB)]);
 }
 
-interface Matrix {
-  shape: readonly number[];
-  data: Numbers;
-}
-
-function multiply(c: Matrix, a: Matrix, b: Matrix, transA: boolean, transB: boolean): void {
+function multiply(c: RefTensor, a: RefTensor, b: RefTensor, transA: boolean, transB: boolean): void {
   const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
   for (let z = 0; z < batchOf(a.shape); z++)
     for (let i = 0; i < m; i++)
@@ -344,11 +341,6 @@ const gegluOp = defineOp<None>({
     attrs: {},
   })),
 });
-
-const rowsOf = (shape: readonly number[]): [number, number] => [
-  shape.slice(0, -1).reduce((p, d) => p * d, 1),
-  shape.at(-1) as number,
-];
 
 /** The first half of the last axis times gelu of the second. */
 export const geglu = (x: Tensor): Tensor => apply(gegluOp, { x }, {});

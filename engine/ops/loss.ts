@@ -1,7 +1,7 @@
 // Training losses over [n, ...]: the mean over images of weight_i times the mean over elements, so that per-image
 // weights such as min-SNR multiply what an unweighted mean would give. The result has shape [1], float32.
 import { apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { awkwardSizes } from './samples.ts';
 
 interface LossAttrs {
@@ -20,10 +20,7 @@ const huberFormula: Loss = {
 
 function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
   const tail = ({ delta }: LossAttrs) => (name === 'huber' ? [delta] : []);
-  const dims = (shape: readonly number[]): [number, number] => [
-    shape[0],
-    shape.slice(1).reduce((a, b) => a * b, 1),
-  ];
+  const dims = (shape: readonly number[]): [number, number] => [shape[0], sizeOf(shape.slice(1))];
   const each = (t: RefTensors, visit: (i: number, share: number, difference: number) => void) => {
     const [n, inner] = dims(t.prediction.shape);
     for (let i = 0; i < n * inner; i++) {

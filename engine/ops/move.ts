@@ -1,7 +1,7 @@
 // Ops that move elements: concat and slice along an axis, permute, nearest upsampling, row lookup. Tensors are always
 // contiguous, so each of these copies, once; reshape (tensor.ts) is the only view.
 import { apply, defineOp, type Numbers, sameFloat, type Tensors } from '../op.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { around, resolveAxis } from './reduce.ts';
 import { awkwardSizes } from './samples.ts';
 
@@ -97,7 +97,6 @@ interface SliceAttrs {
   axis: number;
   start: number;
   length: number;
-  size: number;
 }
 
 const sliceOp = defineOp<SliceAttrs>({
@@ -136,14 +135,14 @@ const sliceOp = defineOp<SliceAttrs>({
     },
   },
   samples: [
-    { inputs: { x: [5] }, attrs: { axis: 0, start: 1, length: 3, size: 5 } },
-    { inputs: { x: [2, 7, 5] }, attrs: { axis: 1, start: 2, length: 4, size: 7 } },
-    { inputs: { x: [3, 16] }, attrs: { axis: 1, start: 15, length: 1, size: 16 } },
+    { inputs: { x: [5] }, attrs: { axis: 0, start: 1, length: 3 } },
+    { inputs: { x: [2, 7, 5] }, attrs: { axis: 1, start: 2, length: 4 } },
+    { inputs: { x: [3, 16] }, attrs: { axis: 1, start: 15, length: 1 } },
     ...awkwardSizes.map(([a, b, c], i) => {
       const [axis, x] = [i % 3, [1 + (i % 4), a, b]];
       const size = x[axis];
       const length = 1 + (c % size);
-      return { inputs: { x }, attrs: { axis, start: (size - length) >> (i % 2), length, size } };
+      return { inputs: { x }, attrs: { axis, start: (size - length) >> (i % 2), length } };
     }),
   ],
 });
@@ -151,7 +150,7 @@ const sliceOp = defineOp<SliceAttrs>({
 /** `length` entries of `axis` from `start`. */
 export function slice(x: Tensor, axis: number, start: number, length: number): Tensor {
   const at = resolveAxis('slice', axis, x.shape.length);
-  return apply(sliceOp, { x }, { axis: at, start, length, size: x.shape[at] });
+  return apply(sliceOp, { x }, { axis: at, start, length });
 }
 
 interface PermuteAttrs {
@@ -160,7 +159,7 @@ interface PermuteAttrs {
 
 /** Four output dimensions and the input stride behind each, missing leading axes as 1. */
 function permutation(shape: readonly number[], order: readonly number[]): number[] {
-  const strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
+  const strides = shape.map((_, i) => sizeOf(shape.slice(i + 1)));
   const lead = Array<number>(4 - order.length);
   return [
     ...lead.fill(1),
@@ -221,7 +220,7 @@ export const permute = (x: Tensor, order: readonly number[]): Tensor => apply(pe
 
 const imageInts = (x: readonly number[], y: readonly number[]) => [...x, y[1], y[2]];
 
-const upsampleOp = defineOp<{ height: number; width: number; from: readonly number[] }>({
+const upsampleOp = defineOp<{ height: number; width: number }>({
   name: 'upsample_nearest',
   outputs(t, { height, width }) {
     if (t.x.shape.length !== 4)
@@ -242,11 +241,11 @@ const upsampleOp = defineOp<{ height: number; width: number; from: readonly numb
     },
   },
   samples: [
-    { inputs: { x: [1, 2, 2, 3] }, attrs: { height: 4, width: 4, from: [1, 2, 2, 3] } },
-    { inputs: { x: [2, 3, 5, 17] }, attrs: { height: 5, width: 10, from: [2, 3, 5, 17] } },
+    { inputs: { x: [1, 2, 2, 3] }, attrs: { height: 4, width: 4 } },
+    { inputs: { x: [2, 3, 5, 17] }, attrs: { height: 5, width: 10 } },
     ...awkwardSizes.map(([c, a, b], i) => {
       const x = [1 + (i % 2), 1 + (i % 5), 1 + (i % 7), c];
-      return { inputs: { x }, attrs: { height: 1 + (a % 11), width: 1 + (b % 13), from: x } };
+      return { inputs: { x }, attrs: { height: 1 + (a % 11), width: 1 + (b % 13) } };
     }),
   ],
 });
@@ -268,7 +267,7 @@ function eachNearest(
 
 /** Nearest neighbour to [n, height, width, c], any size: row i reads floor(i h / height), as torch does. */
 export const upsampleNearest = (x: Tensor, height: number, width: number): Tensor =>
-  apply(upsampleOp, { x }, { height, width, from: x.shape });
+  apply(upsampleOp, { x }, { height, width });
 
 const embeddingOp = defineOp<Record<string, never>>({
   name: 'embedding',

@@ -1,8 +1,9 @@
 // Normalizations over channels-last tensors: group norm (Wu & He 2018) with SiLU folded in, layer norm, and softmax over
 // the last axis. Statistics are float32 whatever the storage, and are saved for backward.
 import { apply, defineOp, type RefTensor, type RefTensors, sameFloat } from '../op.ts';
-import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { empty, ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import * as scalar from './math.ts';
+import { rowsOf } from './reduce.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 import { joinedReference, launchGradients, launchJoined, shapeBeside } from './skip.ts';
 
@@ -14,7 +15,7 @@ interface GroupNormAttrs {
 
 /** [n, hw, c] of a tensor [n, ..., c]. */
 function imageDims(shape: readonly number[]): [number, number, number] {
-  return [shape[0], shape.slice(1, -1).reduce((a, b) => a * b, 1), shape.at(-1) as number];
+  return [shape[0], sizeOf(shape.slice(1, -1)), shape.at(-1) as number];
 }
 
 function checkAffine(op: string, shape: readonly number[], weight: Tensor, bias: Tensor): void {
@@ -169,11 +170,6 @@ export const groupNorm = (
   { groups, eps, silu = false, skip }: { groups: number; eps: number; silu?: boolean; skip?: Tensor },
 ): Tensor => apply(groupNormOp, { x, skip, weight, bias }, { groups, eps, silu });
 
-const rowsOf = (shape: readonly number[]): [number, number] => {
-  const c = shape.at(-1) as number;
-  return [shape.reduce((a, b) => a * b, 1) / c, c];
-};
-
 function eachRow(x: RefTensor, visit: (row: number, indices: number[], c: number) => void): void {
   const [rows, c] = rowsOf(x.shape);
   for (let row = 0; row < rows; row++)
@@ -253,7 +249,6 @@ const softmaxOp = defineOp<Record<string, never>>({
   saves: ['y'],
   forward: (t, _, launch) => launch('softmax_forward', [t.y, t.x, ...rowsOf(t.x.shape)]),
   backward: (t, _, launch) => launch('softmax_backward', [t.dx, t.dy, t.y, ...rowsOf(t.y.shape)]),
-  storage: 'y',
   reference: {
     forward({ y, x }) {
       eachRow(x, (_, indices) => {

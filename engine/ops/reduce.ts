@@ -1,6 +1,6 @@
 // Sum over one axis and its transpose, repetition along a new axis. Both see a tensor as [outer, axis, inner], and the
 // sum runs in index order, so it repeats bit for bit.
-import { apply, defineOp, sameFloat } from '../op.ts';
+import { apply, defineOp, type Numbers, sameFloat } from '../op.ts';
 import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { awkwardSizes } from './samples.ts';
 
@@ -8,6 +8,12 @@ import { awkwardSizes } from './samples.ts';
 export function around(shape: readonly number[], axis: number): [number, number, number] {
   return [sizeOf(shape.slice(0, axis)), shape[axis], sizeOf(shape.slice(axis + 1))];
 }
+
+/** Rows, and the elements of one: a shape as [..., c]. */
+export const rowsOf = (shape: readonly number[]): [rows: number, c: number] => [
+  sizeOf(shape.slice(0, -1)),
+  shape.at(-1) as number,
+];
 
 export function resolveAxis(op: string, axis: number, rank: number): number {
   const resolved = axis < 0 ? axis + rank : axis;
@@ -78,8 +84,7 @@ const broadcastOp = defineOp<{ axis: number; count: number }>({
 export const broadcast = (x: Tensor, axis: number, count: number): Tensor =>
   apply(broadcastOp, { x }, { axis, count });
 
-type Writable = Float32Array | Float64Array;
-function repeat(y: Writable, x: Writable, outer: number, count: number, inner: number): void {
+function repeat(y: Numbers, x: Numbers, outer: number, count: number, inner: number): void {
   for (let o = 0; o < outer; o++)
     for (let a = 0; a < count; a++)
       for (let i = 0; i < inner; i++) y[(o * count + a) * inner + i] = x[o * inner + i];

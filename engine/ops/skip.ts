@@ -2,12 +2,12 @@
 // first channels are x's and whose last are skip's. Forward reads both where they lie, so the joined image is never made;
 // backward, where time matters less than one more form of every gradient, joins or splits copies.
 import type { Launch, RefTensor, RefTensors, Tensors } from '../op.ts';
-import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { empty, ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 
 type Sized = { readonly shape: readonly number[] };
 
 const channelsOf = ({ shape }: Sized): number => shape.at(-1) as number;
-const pixelsOf = ({ shape }: Sized): number => shape.slice(0, -1).reduce((a, b) => a * b, 1);
+const pixelsOf = ({ shape }: Sized): number => sizeOf(shape.slice(0, -1));
 
 /** The shape of x and what may lie beside it. */
 export function shapeBeside(op: string, x: Sized, skip: Sized | undefined): readonly number[] {
