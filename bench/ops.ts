@@ -1,25 +1,19 @@
 // The registry's ops one by one, at the shapes that a preset's models give them: each model is walked once on a device
 // that only notes what it is asked, and every distinct call is then timed alone on random numbers.
 import type { Device, Direction } from '../engine/device.ts';
-import { isComputed, type OpRecord, registry, type Tensors } from '../engine/op.ts';
+import { type AnyRecord, isComputed, registry, type Spec, type Tensors } from '../engine/op.ts';
 import { profiled, standInDevice } from '../engine/profile.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
-import { type DType, type FloatDType, isFloat } from '../io/dtype.ts';
+import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { presets } from '../models/presets.ts';
 import { uniforms } from './pool_weights.ts';
 import { buildSubject, type Sizes, type SubjectName, subjectNames } from './subjects.ts';
 import { median, stopwatch } from './timing.ts';
 
-interface Spec {
-  shape: readonly number[];
-  dtype: DType;
-}
-
 /** A distinct call: an op, its inputs' shapes and types, its attributes. */
 export interface OpCase {
-  // biome-ignore lint/suspicious/noExplicitAny: as in the registry, attributes differ from record to record.
-  record: OpRecord<any>;
+  record: AnyRecord;
   inputs: Record<string, Spec>;
   attrs: unknown;
   /** Calls in one pass of each model: UNet, VAE decoder, text encoders. */
@@ -28,6 +22,10 @@ export interface OpCase {
   /** Inputs read once and outputs written once. */
   bytes: number;
 }
+
+/** Operations of a call: a backward costs a forward for each operand's gradient, and attention's scores are made again. */
+export const flopsOf = ({ record, flops }: OpCase, direction: Direction): number =>
+  flops * (direction === 'forward' ? 1 : record.name === 'attention' ? 2.5 : 2);
 
 export interface OpTiming {
   op: string;

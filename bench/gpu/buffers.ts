@@ -1,6 +1,7 @@
 // Random tensors for benchmarks on a GPU, quickly: a short pool of normal numbers goes to the device once per type and spread
 // and is copied there over and over. The data matter: a GPU draws less power, and so runs faster, on zeros.
 import type { CudaDriver } from '../../engine/cuda/device.ts';
+import type { Spec } from '../../engine/op.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../../engine/tensor.ts';
 import { bytesPerElement, type DType } from '../../io/dtype.ts';
@@ -9,15 +10,10 @@ import type { BenchGpu } from './gpu.ts';
 
 const POOL = 1 << 20;
 
-export interface TensorSpec {
-  shape: readonly number[];
-  dtype: DType;
-}
-
 export interface Buffers {
   /** Normal numbers of this standard deviation; `sign` false takes their magnitudes. Integers are zero. */
-  random(spec: TensorSpec, deviation?: number, sign?: boolean): Tensor;
-  empty(spec: TensorSpec): Tensor;
+  random(spec: Spec, deviation?: number, sign?: boolean): Tensor;
+  empty(spec: Spec): Tensor;
 }
 
 /** Box and Muller's normals from the benchmark's own uniform numbers. */

@@ -5,17 +5,15 @@ import { isComputed, type Tensors } from '../../engine/op.ts';
 import { mse } from '../../engine/ops/loss.ts';
 import { cast } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
-import { empty, type Tensor, zeros } from '../../engine/tensor.ts';
+import { empty, sizeOf, type Tensor, zeros } from '../../engine/tensor.ts';
 import { type FloatDType, isFloat } from '../../io/dtype.ts';
-import { type OpCase, shapesOf } from '../ops.ts';
+import { flopsOf, type OpCase, shapesOf } from '../ops.ts';
 import { type Buffers, openBuffers } from './buffers.ts';
 import type { BenchCase, BenchGpu, Key, Measure } from './gpu.ts';
 import type { Timer } from './timer.ts';
 
 /** What a bfloat16 kernel may differ from float32 by, as the square root of the NMSE. */
 const TOLERANCE = { forward: 1e-2, backward: 2e-2 };
-/** A backward costs so many forwards in operations: each operand's gradient, and attention's product made again. */
-const backwardFlops = (op: string): number => (op === 'attention' ? 2.5 : 2);
 
 export interface Workshop {
   readonly gpu: BenchGpu;
@@ -35,7 +33,7 @@ const isWeight = (name: string): boolean => name === 'weight';
 /** Weights have the spread that keeps outputs near 1; a norm's are near 1 themselves. */
 function deviationOf(name: string, shape: readonly number[]): number {
   if (!isWeight(name) || shape.length === 1) return 1;
-  return shape.slice(1).reduce((a, b) => a * b, 1) ** -0.5;
+  return sizeOf(shape.slice(1)) ** -0.5;
 }
 
 /** A set of tensors: inputs, outputs after one forward, and for backward dy and the gradients. */
@@ -113,7 +111,7 @@ export function measure(shop: Workshop, each: KernelCase): Measure {
   const timing = timer.time(sets.length, (set) => run(gpu, op, direction, sets[set]));
   sets.forEach(release);
   gpu.device.memory.trim();
-  const flops = op.flops * (direction === 'backward' ? backwardFlops(op.record.name) : 1);
+  const flops = flopsOf(op, direction);
   const bound = TOLERANCE[direction];
   const problem = rel_err <= bound ? {} : { problem: `relative error ${rel_err}, at most ${bound}` };
   return { name, key, timing, count: op.count, flops, bytes, rel_err, ...problem };

@@ -5,6 +5,7 @@
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Direction } from '../../engine/device.ts';
 import { type OpRecord, registry } from '../../engine/op.ts';
+import { sizeOf } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { presets } from '../../models/presets.ts';
 import { type OpCase, opCases } from '../ops.ts';
@@ -43,7 +44,7 @@ interface NormAttrs {
 function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
   const shape = (name: string): readonly number[] => inputs[name]?.shape ?? [];
   const variant = direction === 'forward' ? 'fwd' : 'bwd';
-  const rows = (x: readonly number[]) => x.slice(0, -1).reduce((a, b) => a * b, 1);
+  const rows = (x: readonly number[]) => sizeOf(x.slice(0, -1));
   if (record.name === 'linear' || record.name === 'linear_activated') {
     const [n, k] = shape('weight');
     const { activation = 'none' } = attrs as LinearAttrs;
@@ -62,7 +63,7 @@ function keyOf({ record, inputs, attrs }: OpCase, direction: Direction): Key {
   const x = shape('x');
   if (record.name === 'layer_norm' || record.name === 'geglu')
     return { m: rows(x), c: x.at(-1) as number, variant };
-  const tokens = x.slice(1, -1).reduce((a, b) => a * b, 1);
+  const tokens = sizeOf(x.slice(1, -1));
   return { b: x[0], c: shape('weight')[0], tokens, silu: (attrs as NormAttrs).silu === true, variant };
 }
 
@@ -77,7 +78,7 @@ const sectionOf: Record<string, string> = {
 };
 
 /** Sections of one UNet pass. */
-function modelSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[] {
+function passSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[] {
   const sizes = { width: side, height: side, batch: 2 };
   const forward = once(() => opCases(preset, sizes, DTYPE, ['unet']));
   const trained = once(() => updateCases(presets[preset], sizes, DTYPE));
@@ -225,7 +226,7 @@ function copies(shop: Shop, { smoke }: Scale): BenchCase[] {
 
 export const kernelSections = (shop: Shop, scale: Scale): BenchSection[] => [
   { name: 'copy', cases: () => copies(shop, scale) },
-  ...modelSections(shop, scale),
+  ...passSections(shop, scale),
   {
     name: 'adamw',
     cases: () =>

@@ -12,7 +12,7 @@ import {
 } from '../../engine/cuda/plan_sm90.ts';
 import type { Device, Direction } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
-import type { Launch, OpRecord, Tensors } from '../../engine/op.ts';
+import type { Launch, OpRecord, Spec, Tensors } from '../../engine/op.ts';
 import { standInCuda } from '../../engine/profile.ts';
 import { scope } from '../../engine/scope.ts';
 import { empty } from '../../engine/tensor.ts';
@@ -24,7 +24,6 @@ import { casesOf, type OpCase } from '../ops.ts';
 import { fillRandom } from '../pool_weights.ts';
 import { unetInputs } from '../subjects.ts';
 import { updateCases } from '../update.ts';
-import type { TensorSpec } from './buffers.ts';
 import type { BenchCase, Measure } from './gpu.ts';
 import { prepare, release, type Workshop } from './kernels.ts';
 import type { BenchSection, Scale } from './shapes.ts';
@@ -110,7 +109,7 @@ function launchesOf(
 /** Every product that plans for Hopper look up in these calls, by key. */
 function productsOf(model: ModelPreset, side: number): Map<string, Product> {
   const device = standInCuda();
-  const made = ({ shape, dtype }: TensorSpec) => empty(shape, { device, dtype });
+  const made = ({ shape, dtype }: Spec) => empty(shape, { device, dtype });
   const shop = { gpu: { device }, buffers: { random: made, empty: made } };
   const found = new Map<string, Product>();
   const note = (op: OpCase, direction: Direction, together?: number) =>

@@ -13,7 +13,7 @@ import { type Device, type Direction, openDevice } from '../../engine/device.ts'
 import type { FloatDType } from '../../io/dtype.ts';
 import { writeFileAtomic } from '../../io/files.ts';
 import { presets } from '../../models/presets.ts';
-import { type OpCase, opCases, prepareCase, runsWithin, shapesOf } from '../ops.ts';
+import { flopsOf, type OpCase, opCases, prepareCase, runsWithin, shapesOf } from '../ops.ts';
 import { fillRandom, fillSharingBlocks } from '../pool_weights.ts';
 import { buildSubject, type SubjectName } from '../subjects.ts';
 import { median, stopwatch } from '../timing.ts';
@@ -125,7 +125,6 @@ async function compareCase(
   ours.release();
   device.memory.trim();
   await peer.drop();
-  const factor = backward ? 2 : 1;
   const row: Row = {
     section,
     op: each.record.name,
@@ -133,8 +132,8 @@ async function compareCase(
     dtype,
     shapes: shapesOf(shown) + activationOf(each.attrs),
     count: each.count,
-    flops: factor * each.flops,
-    bytes: factor * each.bytes,
+    flops: flopsOf(each, direction),
+    bytes: (backward ? 2 : 1) * each.bytes,
     ...times,
   };
   return told(row);

@@ -28,6 +28,7 @@ import { place } from '../../train/pass.ts';
 import { fields } from '../../train/run.ts';
 import { vaeLoss } from '../../train/vae_objective.ts';
 import { fillRandom, uniforms } from '../pool_weights.ts';
+import { median } from '../timing.ts';
 
 const [warm, timed] = [4, 14];
 const { unet: unetConfig, vae: vaeConfig, scheduler } = emojiModel;
@@ -185,7 +186,7 @@ async function compare(python: string, name: Name, dtype: FloatDType): Promise<v
   }
   child.stdin.end();
   mine.release();
-  const [a, b] = times.map((list) => list.sort((x, y) => x - y)[list.length >> 1]);
+  const [a, b] = times.map(median);
   const rate = (ms: number) => Number(((1000 * batch) / ms).toFixed(1));
   const same = peer.parameters === mine.parameters;
   console.log(

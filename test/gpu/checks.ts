@@ -4,7 +4,7 @@
 import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import type { Case, Result, Section } from '../../bench/gpu/sections.ts';
-import { DeviceAttribute } from '../../engine/cuda/api.ts';
+import type { CudaDriver } from '../../engine/cuda/device.ts';
 import { storageTypes } from '../../engine/cuda/kernels.ts';
 import { openDevice } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
@@ -97,12 +97,8 @@ function micro(kernel: MicroKernel, device: string): CheckCase {
     label: kernel.name,
     type: '',
     run() {
-      const { api, ordinal } = gpuOf(device);
-      const capability = [
-        DeviceAttribute.COMPUTE_CAPABILITY_MAJOR,
-        DeviceAttribute.COMPUTE_CAPABILITY_MINOR,
-      ].map((attribute) => api.cuDeviceGetAttribute(attribute, ordinal));
-      if (kernel.hopper && capability.join('.') !== '9.0')
+      const { api, device: opened } = gpuOf(device);
+      if (kernel.hopper && (opened.driver as CudaDriver).capability !== 90)
         return { error: 0, bound: 0, skipped: 'compute capability 9.0' };
       const simulated = openVirtualGpu({ arenaBytes: 2 ** 24, capability: [9, 0] });
       const got = kernel.run(benchOn(api));
@@ -133,7 +129,7 @@ const samples = (record: AnyRecord, device: string): CheckCase[] =>
 
 /** Large enough for float32's products on Hopper (plan_float32_sm90.ts), which no sample is there; seconds of the reference. */
 const wide: Record<string, AnySample> = {
-  linear: { inputs: { x: [1024, 512], weight: [512, 512], bias: [512] }, attrs: { activation: 'none' } },
+  linear: { inputs: { x: [1024, 512], weight: [512, 512], bias: [512] }, attrs: {} },
   conv2d: {
     inputs: { x: [1, 48, 48, 64], weight: [192, 3, 3, 64], bias: [192], residual: [1, 48, 48, 192] },
     attrs: { stride: 1, padding: [1, 1, 1, 1] },
