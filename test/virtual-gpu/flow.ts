@@ -47,7 +47,7 @@ const warpOpcodes = new Set([
 ]);
 
 /** Whether the warp runs the instruction as one: it crosses lanes, or orders memory. */
-export function isWarpWide({ opcode, modifiers }: Instruction): boolean {
+function isWarpWide({ opcode, modifiers }: Instruction): boolean {
   if (opcode === 'cp') {
     const what = modifiers[1];
     return what === 'bulk' || what === 'mbarrier' || /^(commit|wait)/.test(what);

@@ -80,13 +80,7 @@ const aBits = new Int32Array(a.buffer);
 const bBits = new Int32Array(b.buffer);
 
 /** Writes the two halves of a packed register at index `at` as floats. */
-export function unpackPair(
-  into: Float32Array,
-  bits: Int32Array,
-  at: number,
-  value: number,
-  type: string,
-): void {
+function unpackPair(into: Float32Array, bits: Int32Array, at: number, value: number, type: string): void {
   if (type === 'bf16') {
     bits[at] = value << 16;
     bits[at + 1] = value & 0xffff0000;

@@ -32,7 +32,7 @@ export function newMemory(bytes: number): Memory {
   };
 }
 
-export interface Allocation {
+interface Allocation {
   readonly offset: number;
   readonly bytes: number;
   live: boolean;
@@ -44,13 +44,10 @@ export interface Arena {
   allocate(bytes: number): bigint | undefined;
   /** False for an address that is not the start of a live allocation. */
   free(address: bigint): boolean;
-  /** The live allocation that starts at the address. */
-  at(address: bigint): Allocation | undefined;
   /** The offset of `bytes` at an address within one live allocation, undefined where they are not. */
   resolve(address: bigint, bytes: number): number | undefined;
   /** Words for a report: the allocation next to an offset. */
   describe(offset: number): string;
-  liveAllocations(): number;
 }
 
 const gap = 512;
@@ -67,10 +64,6 @@ export function newArena(bytes: number, begin = 0): Arena {
 
   const windowOf = (address: bigint) => Number(address >> 32n);
   const offsetOf = (address: bigint) => Number(address & 0xffffffffn);
-  const at = (address: bigint) => {
-    const found = windowOf(address) === windows.global ? starts.get(offsetOf(address)) : undefined;
-    return found?.live ? found : undefined;
-  };
   /** The last allocation that starts at or before the offset. */
   const before = (offset: number): Allocation | undefined => {
     let low = 0;
@@ -96,7 +89,6 @@ export function newArena(bytes: number, begin = 0): Arena {
 
   return {
     memory,
-    at,
     allocate(size) {
       let made: Allocation | undefined;
       if (top + spanOf(size) + gap <= bytes) {
@@ -110,8 +102,8 @@ export function newArena(bytes: number, begin = 0): Arena {
       return (BigInt(windows.global) << 32n) | BigInt(made.offset);
     },
     free(address) {
-      const found = at(address);
-      if (!found) return false;
+      const found = windowOf(address) === windows.global ? starts.get(offsetOf(address)) : undefined;
+      if (!found?.live) return false;
       found.live = false;
       freed.push(found);
       memory.shadow8.fill(0, found.offset, found.offset + found.bytes);
@@ -128,6 +120,5 @@ export function newArena(bytes: number, begin = 0): Arena {
       const state = found.live ? '' : 'freed ';
       return `${offset - found.offset} bytes from the start of a ${state}${found.bytes}-byte allocation`;
     },
-    liveAllocations: () => allocations.filter((a) => a.live).length,
   };
 }

@@ -86,7 +86,7 @@ export const schedules: readonly Schedule[] = [
 ];
 
 /** Repeatable numbers from -1 to 1 with few bits, so that sums in any order are close. */
-export function numbersFrom(seed: number): () => number {
+function numbersFrom(seed: number): () => number {
   let state = seed;
   return () => {
     state = (Math.imul(state, 1103515245) + 12345) | 0;

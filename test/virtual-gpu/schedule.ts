@@ -1,6 +1,6 @@
-// Runs a grid: blocks, or clusters of them, one after another, the warps of one in turns. A warp runs until it waits at a barrier or yields.
-// Lanes that part are groups, each at its own place; the group at the lowest place runs first and groups that meet are
-// joined, which with nvcc's layout reconverges where a GPU would.
+// Runs a grid: blocks, or clusters of them, one after another, and the warps of each in turns. A warp runs until it waits at a
+// barrier or yields. Lanes that part are groups, each at its own place; the group at the lowest place runs first, and groups that
+// meet are joined, which with nvcc's layout reconverges where a GPU would.
 import type { LaunchAttributes } from '../../engine/cuda/api.ts';
 import { agents } from './agents.ts';
 import { checkReached, enterBlock } from './cluster.ts';
@@ -89,12 +89,11 @@ function runCluster(m: Machine, threads: number, places: readonly (readonly numb
     const before = progress();
     const ready = warps.filter((w) => w.state === 'run' || w.state === 'yield');
     for (const warp of inOrder(m, ready)) {
-      // An earlier warp of this turn may have ended the block's need for it, never its readiness.
+      // What an earlier warp of this turn did may have made it useless, but never unready.
       enter(m, warp);
       runWarp(m, warp);
     }
-    if (completeWork(m, blocks, progress() === before)) idle = 0;
-    else if (progress() !== before) idle = 0;
+    if (completeWork(m, blocks, progress() === before) || progress() !== before) idle = 0;
     else if (++idle >= idleTurns)
       throw new GpuReport('deadlock', [...running].map((b) => describeBlock(m, b)).join('; '));
     for (const block of running)

@@ -35,7 +35,7 @@ export interface SeveralOptions extends VirtualGpuOptions {
   readonly peers?: boolean;
 }
 
-export function openVirtualGpus(count: number, { peers = false, ...options }: SeveralOptions = {}): GpuApi {
+function openVirtualGpus(count: number, { peers = false, ...options }: SeveralOptions = {}): GpuApi {
   const members = Array.from({ length: count }, (_, index): Member => {
     const gpu = openVirtualGpu({ arenaBytes: ARENA_BYTES, ...options, place: index });
     return {

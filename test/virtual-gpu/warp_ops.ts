@@ -41,20 +41,20 @@ export interface WarpCall {
 type WarpInstruction = (call: WarpCall) => Outcome;
 
 /** The low 32 bits of a lane's operand. */
-export function laneValue({ m }: WarpCall, x: Operand, lane: number): number {
+export function laneValue(call: WarpCall, x: Operand, lane: number): number {
   switch (x.kind) {
     case 'register':
-      return readRegister(m, x, lane);
+      return readRegister(call.m, x, lane);
     case 'integer':
       return x.low;
     case 'float':
       return x.bits;
     case 'symbol':
-      return m.kernel.locate(x.name).offset;
+      return call.m.kernel.locate(x.name).offset;
     case 'address':
-      return (laneValue({ m } as WarpCall, x.base, lane) + x.offset) | 0;
+      return (laneValue(call, x.base, lane) + x.offset) | 0;
     case 'not':
-      return 1 - readRegister(m, x.operand as never, lane);
+      return 1 - laneValue(call, x.operand, lane);
     default:
       throw new Error(`ptx: no value in a ${x.kind} operand`);
   }
@@ -114,7 +114,6 @@ const barrier: WarpInstruction = (call) => {
   const name = laneValue(call, id, first);
   const threads = count ? laneValue(call, count, first) : block.warps.length * 32;
   if (name < 0 || name > 15) fail(m, 'barrier', `there is no barrier ${name}, only 0 to 15`, first, i);
-  if (name < 0 || name > 15) fail(m, 'barrier', `barrier ${name} is none of the 16`, first, i);
   const state = block.barriers.get(name) ?? newBarrier(threads, warp.seen.length);
   if (state.expected !== threads) {
     fail(m, 'barrier', `barrier ${name} is used with ${state.expected} and ${threads} threads`, first, i);
