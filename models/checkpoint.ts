@@ -41,7 +41,10 @@ export interface ModelSource {
   load(component: string, module: AnyModule, device: Device, dtype: FloatDType): void;
 }
 
-/** Opens a diffusers folder; `variant` picks files such as diffusion_pytorch_model.fp16.safetensors first. */
+/**
+ * Opens a diffusers folder, reading no weights yet; `variant` picks files such as diffusion_pytorch_model.fp16.safetensors.
+ * @throws UserError where there is none
+ */
 export function openModel(path: string, { variant }: { variant?: string } = {}): ModelSource {
   if (!existsSync(path))
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);

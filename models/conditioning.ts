@@ -20,11 +20,14 @@ export interface TextStack {
   forceZeros: boolean;
 }
 
+/** Lists of one length: a text for each picture (or for each group of `num_images_per_prompt`). */
 export interface Prompts {
   prompt: readonly string[];
+  /** For the second of two text encoders; the same where absent, as for the negative ones. */
   prompt_2?: readonly string[];
   negative_prompt?: readonly string[];
   negative_prompt_2?: readonly string[];
+  /** Layers to skip from the end of the text encoders, beside the last, which is always skipped; 0 where absent. */
   clip_skip?: number;
 }
 
@@ -161,6 +164,7 @@ function repeated({ context, pooled }: Encoded, copies: number): Encoded {
 
 export type Size = readonly [height: number, width: number];
 
+/** What the model is told of a training picture's size and crop, in pixels, and the refiner of its beauty. */
 export interface MicroConditioning {
   original_size?: Size;
   crops_coords_top_left?: readonly [top: number, left: number];

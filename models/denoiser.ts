@@ -16,8 +16,11 @@ import type { UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
 export interface GuidanceRequest extends Prompts {
+  /** How strongly to leave the unconditional prediction; 1 or less switches guidance off. */
   guidance_scale: number;
+  /** The part, 0 to 1, by which the guided prediction is scaled back to the spread of the prompt's; 0 where absent. */
   guidance_rescale?: number;
+  /** 1 where absent. Images of one prompt follow each other in the batch. */
   num_images_per_prompt?: number;
   /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */
   last?: boolean;

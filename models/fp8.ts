@@ -7,7 +7,7 @@ import { fp8Weight } from '../engine/ops/fp8.ts';
 import { keep, scope } from '../engine/scope.ts';
 import type { UNet } from './unet.ts';
 
-/** Rounds the feed-forward weights of a loaded UNet to e4m3, one scale a tensor. */
+/** Rounds the feed-forward weights of a loaded UNet, in place, to 8-bit floats (e4m3), one scale a tensor. */
 export function feedForwardToFp8(denoiser: UNet): void {
   for (const [name, parameter] of namedParameters(denoiser)) {
     if (!/\.ff\.net\.(0\.proj|2)\.weight$/.test(name)) continue;

@@ -42,7 +42,10 @@ export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): S
   return { ratio, sampleSize: ((source.config('unet').sample_size as number | undefined) ?? 128) * ratio };
 }
 
-/** Loads every component of a model; `vaeSource` replaces its VAE. */
+/**
+ * Loads every component of a model onto a device; `vaeSource` replaces its VAE. Release the pipeline when done.
+ * @throws UserError for a model that is incomplete or no SDXL model
+ */
 export const loadPipeline = (source: ModelSource, options: LoadOptions): Pipeline =>
   built(() => load(source, options));
 
@@ -104,11 +107,14 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
     );
 }
 
+/** What to draw, in the words of diffusers' SDXL pipelines and with their defaults. */
 export interface Request extends GuidanceRequest, MicroConditioning, StartRequest {
   num_inference_steps: number;
+  /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
   /** Replaces the checkpoint's scheduler or parts of its config. */
   scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
+  /** The part of the way, 0 to 1, after which a refiner takes over. */
   denoising_end?: number;
 }
 
@@ -144,10 +150,14 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler'>, request: Request) 
   return { sampler, plan: sampler.plan(request.num_inference_steps, planOptions(request)) };
 }
 
-/** Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode(). */
+/**
+ * Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode().
+ * @throws UserError for a request that contradicts itself, or leaves no step to do
+ */
 export function* denoise(pipeline: Pipeline, request: Request): Generator<Progress, Denoised> {
   const { sampler, plan } = planOf(pipeline, request);
   const images = request.prompt.length * (request.num_images_per_prompt ?? 1);
+  checkCounts(request, images, pipeline.ratio);
   const guided = request.guidance_scale > 1;
   const start = startOf(pipeline, request, sampler, plan, images);
   const { shape } = start;
@@ -181,6 +191,20 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
   } finally {
     release();
   }
+}
+
+/** @throws UserError where lists are not as long as the prompts, or sides are not whole latents */
+function checkCounts(request: Request, images: number, ratio: number): void {
+  const { prompt, generators, width, height, image, latents } = request;
+  for (const key of ['prompt_2', 'negative_prompt', 'negative_prompt_2'] as const) {
+    const { length } = request[key] ?? prompt;
+    if (length !== prompt.length)
+      throw new UserError(`prompt has ${prompt.length} texts and ${key} ${length}: give one to each`);
+  }
+  if (generators.length !== 1 && generators.length !== images)
+    throw new UserError(`${generators.length} generators for ${images} images: give one, or one to each`);
+  if (!image && !latents && (width % ratio || height % ratio))
+    throw new UserError(`${width}x${height} pixels are not whole latents: give sides divisible by ${ratio}`);
 }
 
 /**

@@ -150,6 +150,7 @@ export interface ModelPreset {
   requires_aesthetics_score: boolean;
 }
 
+/** By name: SDXL's base and refiner, and a tiny model of the same graph. */
 export const presets: Readonly<Record<string, ModelPreset>> = {
   'sdxl-base': {
     unet: sdxlBase,

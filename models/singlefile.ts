@@ -32,7 +32,7 @@ export function singleFilePrefixes(file: SafetensorsFile): Record<string, string
 
 /**
  * Opens base or refiner. `configs` is a diffusers folder (or a model) for sizes other than SDXL's; `tokenizers` is a folder
- * that lends tokenizer/ and tokenizer_2/ alone, as the file has none.
+ * that lends tokenizer/ and tokenizer_2/ alone, as the file has none. @throws UserError for another kind of file
  */
 export function openSingleFile(
   path: string,

@@ -206,6 +206,13 @@ test('draws and defaults of calls that no golden covers', (t) => {
   const base = { prompt: ['a fox'], height: 64, width: 64, num_inference_steps: 4, guidance_scale: 1 };
   const latents = (more: Partial<Request>) => run(pipeline, { ...base, ...seeded(1), ...more }).latents.data;
 
+  for (const [more, message] of [
+    [{ negative_prompt: ['a', 'b'] }, /prompt has 1 texts and negative_prompt 2/],
+    [{ num_images_per_prompt: 3, ...seeded(1, 2) }, /2 generators for 3 images/],
+    [{ height: 60 }, /64x60 pixels are not whole latents: give sides divisible by 8/],
+  ] as const)
+    t.throws(() => latents(more), { name: 'UserError', message });
+
   const tcd = { scheduler: { name: 'TCDScheduler' } };
   const [plain, still, noisy] = [{}, { eta: 0 }, { eta: 0.3 }].map((more) => latents({ ...tcd, ...more }));
   t.equal(maxDifference(plain, still), 0, 'a pipeline hands TCD eta 0');
