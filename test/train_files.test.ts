@@ -3,10 +3,16 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { scope } from '../engine/scope.ts';
+import { zeros } from '../engine/tensor.ts';
+import { type DType, encodeNumbers } from '../io/dtype.ts';
 import { readPicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { readPngText } from '../io/png.ts';
+import { writeSafetensors } from '../io/safetensors.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
+import { loadTensors } from '../train/checkpoint.ts';
 import { lossCurve } from '../train/curve.ts';
 import { rewindPreviews, writePreviews } from '../train/preview.ts';
 import { crc32c, openEventFile } from '../train/tensorboard.ts';
@@ -109,6 +115,29 @@ test('a sheet of previews, and what a resumed run draws again', async (t) => {
     'a row for each, the oldest first',
   );
   t.same([at(3, 4), at(196, 4), at(200, 4), at(200, 4 + 90)], [255, 255, 50, 255], 'on white');
+});
+
+test("a checkpoint's tensors are taken where they fit", (t) => {
+  const device = openDevice('reference');
+  const path = join(folder, 'optimizer.safetensors');
+  const bytes = encodeNumbers([1, 2, 3, 4], 'float32');
+  writeSafetensors(path, [{ name: 'exp_avg.w', dtype: 'float32', shape: [2, 2], bytes }]);
+  const load = (name: string, shape: number[], dtype: DType = 'float32') =>
+    scope(() => {
+      const into = zeros(shape, { device, dtype });
+      loadTensors(path, new Map([[name, into]]));
+      return [...into.floats()];
+    });
+  t.same(load('exp_avg.w', [2, 2]), [1, 2, 3, 4]);
+  const says = (message: RegExp) => ({ name: 'UserError', message });
+  t.throws(
+    () => load('exp_avg.w', [4]),
+    says(/exp_avg\.w is float32 \[2,2\], not float32 \[4\]; resume with/),
+  );
+  t.throws(() => load('exp_avg.w', [2, 2], 'int32'), says(/is float32 \[2,2\], not int32 \[2,2\]/));
+  t.throws(() => load('exp_avg.v', [2, 2]), says(/exp_avg\.v is missing, not float32 \[2,2\]/));
+  t.equal(device.memory.storages, 0);
+  t.end();
 });
 
 test('a vocabulary from captions', (t) => {

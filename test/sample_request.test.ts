@@ -1,0 +1,165 @@
+// The flags of `sdxl sample` and the requests that they come to, by diffusers' names: each flag reaches what it names, and what
+// is not given stays open for the pipeline to fill in.
+import { Command } from 'commander';
+import { test } from 'tap';
+import { bytes } from '../cli/options.ts';
+import { addSampleOptions, checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
+import { baseRequest, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import type { Latents } from '../models/latents.ts';
+
+function optionsOf(...argv: string[]): SampleOptions {
+  const command = addSampleOptions(new Command('sample').exitOverride());
+  command.parse(['--prompt', 'a fox', ...argv], { from: 'user' });
+  const options = command.opts<SampleOptions>();
+  checkSample(options);
+  return options;
+}
+
+const sizes = { ratio: 8, sampleSize: 64 } as Parameters<typeof baseRequest>[1];
+const base = (options: SampleOptions, inputs: Inputs = {}) => baseRequest(options, sizes, 'a fox', inputs, 5);
+/** Those of a request's fields that are given and no pixels. */
+function given({ generators, image, mask, latents, ...fields }: ReturnType<typeof base>) {
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
+}
+
+/** What a request has that nothing was said of. */
+const plain = {
+  prompt: ['a fox'],
+  width: 64,
+  height: 64,
+  num_inference_steps: 50,
+  guidance_scale: 5,
+  guidance_rescale: 0,
+  num_images_per_prompt: 1,
+  scheduler: { name: undefined, config: {} },
+  aesthetic_score: 6,
+  negative_aesthetic_score: 2.5,
+};
+
+test('each flag reaches what it names', (t) => {
+  t.same(given(base(optionsOf())), plain);
+  const cases: [argv: string, fields: object][] = [
+    ['--prompt-2 two', { prompt_2: ['two'] }],
+    ['--negative-prompt no', { negative_prompt: ['no'] }],
+    ['--negative-prompt=', { negative_prompt: [''] }],
+    ['--negative-prompt-2 nor', { negative_prompt_2: ['nor'] }],
+    ['--prompt-2= --negative-prompt-2=', {}],
+    ['--clip-skip 1', { clip_skip: 1 }],
+    ['--width 128 --height 40', { width: 128, height: 40 }],
+    ['--num-images 3', { num_images_per_prompt: 3 }],
+    ['--vae-tiling', { vae_tiling: true }],
+    ['--steps 7', { num_inference_steps: 7 }],
+    ['--guidance-scale 1.5', { guidance_scale: 1.5 }],
+    ['--guidance-rescale 0.7', { guidance_rescale: 0.7 }],
+    ['--eta 0.25', { eta: 0.25 }],
+    [
+      '--scheduler euler --karras --timestep-spacing trailing',
+      { scheduler: { name: 'euler', config: { use_karras_sigmas: true, timestep_spacing: 'trailing' } } },
+    ],
+    ['--original-size 1024x768', { original_size: [768, 1024] }],
+    ['--crops-coords-top-left 3,4', { crops_coords_top_left: [3, 4] }],
+    ['--target-size 512x256', { target_size: [256, 512] }],
+    ['--negative-original-size 32x16', { negative_original_size: [16, 32] }],
+    ['--negative-crops-coords-top-left 5,6', { negative_crops_coords_top_left: [5, 6] }],
+    ['--negative-target-size 8X16', { negative_target_size: [16, 8] }],
+    [
+      '--aesthetic-score 7 --negative-aesthetic-score -1',
+      { aesthetic_score: 7, negative_aesthetic_score: -1 },
+    ],
+    ['--denoising-end 0.8', { denoising_end: 0.8 }],
+    ['--image x.png --denoising-start 0.4', { denoising_start: 0.4 }],
+    ['--image x.png --strength 0.6', { strength: 0.6 }],
+    ['--refiner r --denoising-start 0.6', { denoising_end: 0.6 }],
+    ['--refiner r --denoising-end 0.7 --denoising-start 0.6', { denoising_end: 0.7 }],
+  ];
+  for (const [argv, fields] of cases)
+    t.same(given(base(optionsOf(...argv.split(' ')))), { ...plain, ...fields }, argv);
+  t.end();
+});
+
+test('a picture has its own size, cut to whole latents', (t) => {
+  const image = { width: 50, height: 33, channels: 3, data: new Uint8Array(3 * 50 * 33).fill(255) } as const;
+  const sides = (...argv: string[]) => {
+    const { width, height, ...request } = base(optionsOf('--image', 'x.png', ...argv), { image });
+    t.same(request.image?.shape, [1, 3, height, width]);
+    return [width, height];
+  };
+  t.same(sides(), [48, 32]);
+  t.same(sides('--width', '24'), [24, 32], 'where none is given');
+  t.end();
+});
+
+test('the refiner goes on, or begins over the finished picture', (t) => {
+  const latents = {} as Latents;
+  const refined = (...argv: string[]) => {
+    const options = optionsOf('--refiner', 'r', ...argv);
+    const request = refinerRequest(options, base(options), latents);
+    t.equal(request.latents, latents);
+    const { guidance_scale, strength, denoising_start, denoising_end } = request;
+    return [guidance_scale, strength, denoising_start, denoising_end];
+  };
+  t.same(refined(), [5, undefined, undefined, undefined]);
+  t.same(refined('--strength', '0.2', '--guidance-scale', '7'), [7, 0.2, undefined, undefined]);
+  t.same(refined('--denoising-end', '0.8'), [5, undefined, 0.8, undefined], 'where the base stopped');
+  t.same(refined('--denoising-end', '0.8', '--denoising-start', '0.7'), [5, undefined, 0.7, undefined]);
+  t.same(refined('--refiner-guidance-scale', '2'), [2, undefined, undefined, undefined]);
+  t.same(
+    refined('--image', 'x.png', '--strength', '0.9'),
+    [5, 0.3, undefined, undefined],
+    "with a picture the strength is the base's",
+  );
+  t.end();
+});
+
+test('values are bounded as they are read', (t) => {
+  for (const [argv, says] of [
+    ['--steps 0', /--steps takes a whole number from 1 to 1000, not "0"/],
+    ['--steps 1001', /--steps takes/],
+    ['--steps 2.5', /--steps takes a whole number/],
+    ['--steps=', /--steps takes .* not ""/],
+    ['--guidance-scale -1', /--guidance-scale takes a number from 0, not "-1"/],
+    ['--guidance-scale x', /--guidance-scale takes/],
+    ['--aesthetic-score Infinity', /--aesthetic-score takes a number, not/],
+    ['--eta 1.01', /--eta takes a number from 0 to 1/],
+    ['--seed -1', /--seed takes a whole number from 0/],
+    ['--num-images 65', /--num-images takes a whole number from 1 to 64/],
+    ['--clip-skip -1', /--clip-skip takes a whole number from 0,/],
+    ['--width 0', /--width takes a whole number from 8/],
+    ['--height 20', /--height 20 is not divisible by 8; 16 or 24 is/],
+    ['--target-size 10', /--target-size takes WIDTHxHEIGHT such as 1024x768, not "10"/],
+    ['--crops-coords-top-left 1', /--crops-coords-top-left takes TOP,LEFT such as 0,0, not "1"/],
+    ['--dtype float23', /--dtype takes .*not "float23".*did you mean "float32"/],
+    ['--timestep-spacing even', /--timestep-spacing takes leading, trailing, linspace, not "even"/],
+    ['--strength 0.5', /--strength needs --image or --refiner/],
+    ['--denoising-start 0.5', /--denoising-start needs --refiner or --image/],
+    ['--denoising-end 0', /--denoising-end 0 leaves nothing to do/],
+    ['--mask m.png', /--mask needs --image/],
+    ['--lora absent.safetensors', /--lora: no file absent\.safetensors/],
+    ['--scheduler lms --karras --output x.jpg', /ends in \.png/],
+    ['--scheduler ddpm --karras', /--karras: DDPMScheduler has no Karras sigmas/],
+  ] as const)
+    t.throws(() => optionsOf(...argv.split(' ')), { name: 'UserError', message: says }, argv);
+  t.end();
+});
+
+test('adapters with their scales, and sizes of files', (t) => {
+  for (const [text, file, scale] of [
+    ['a.safetensors', 'a.safetensors', 1],
+    ['a.safetensors:0.8', 'a.safetensors', 0.8],
+    ['a:b:-1', 'a:b', -1],
+    ['C:\\a', 'C:\\a', 1],
+  ] as const)
+    t.same(loraOf(text), { file, scale }, text);
+  const size = bytes('--size');
+  for (const [text, want] of [
+    ['10', 10],
+    ['10GB', 1e10],
+    ['1.5kb', 1500],
+    ['2 MiB', 2 * 1024 ** 2],
+    ['1T', 1e12],
+  ] as const)
+    t.equal(size(text), want, text);
+  for (const text of ['0', '0GB', 'GB', '-1GB', '1 PB'])
+    t.throws(() => size(text), { name: 'UserError', message: /--size takes a size such as 10GB/ }, text);
+  t.end();
+});
