@@ -4,7 +4,8 @@
 // are replays. Inputs are changed by uploads between runs. When memory runs out, recordings give theirs up, and are made again
 // later if the last one had paid.
 import type { Device } from './device.ts';
-import type { Replay, Reserve } from './memory.ts';
+import type { Replay } from './driver.ts';
+import type { Reserve } from './memory.ts';
 import { MemoryError } from './memory.ts';
 import { keep, scope, unscoped } from './scope.ts';
 import type { Tensor } from './tensor.ts';

@@ -2,7 +2,7 @@
 // and on the target, and before what is queued on either later. Copies made in one call do not wait for each other, though a
 // device may be the source of some and the target of others, so those onto different devices run at the same time.
 import { UserError } from '../io/errors.ts';
-import type { Block, Exchange } from './memory.ts';
+import type { Block, Exchange } from './driver.ts';
 import type { Tensor } from './tensor.ts';
 
 /** What one device is to receive. */

@@ -3,7 +3,8 @@
 import { bytesPerElement, decodeFloats, encodeNumbers, isFloat } from '../io/dtype.ts';
 import { eagerStep } from './capture.ts';
 import type { Device } from './device.ts';
-import { type Driver, MemoryPool } from './memory.ts';
+import type { Driver } from './driver.ts';
+import { MemoryPool } from './memory.ts';
 import type { RefTensors } from './op.ts';
 import type { Tensor } from './tensor.ts';
 

@@ -4,8 +4,8 @@
 import { bytesPerElement, type DType, decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { Device } from './device.ts';
+import type { Block } from './driver.ts';
 import type { Node } from './grad.ts';
-import type { Block } from './memory.ts';
 import { track } from './scope.ts';
 
 /** An error that a module adds its path to on the way out. */

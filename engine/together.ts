@@ -1,7 +1,7 @@
 // Launches that may become one: inside gather() calls of the same kernel are held back as long as none needs another's result,
 // and then go to the driver together, which may make a single launch of them (attention's three projections). Any other call
 // sends what is held first: launches keep the order of the calls, on which the reuse of memory relies.
-import type { Driver } from './memory.ts';
+import type { Driver } from './driver.ts';
 
 type Args = readonly (bigint | number)[];
 

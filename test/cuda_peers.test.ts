@@ -2,8 +2,8 @@
 import { test } from 'tap';
 import type { GpuApi } from '../engine/cuda/api.ts';
 import type { Device } from '../engine/device.ts';
+import type { Block, Exchange } from '../engine/driver.ts';
 import { copyBetween } from '../engine/exchange.ts';
-import type { Block, Exchange } from '../engine/memory.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { openGpus } from './virtual-gpu/several.ts';

@@ -1,7 +1,8 @@
 // The pool behind every device, over a driver that only counts: what is handed out, when the driver is asked, what a reserve
 // keeps to itself, and who gives what back when memory runs out.
 import { test } from 'tap';
-import { type Block, type Driver, holding, MemoryPool } from '../engine/memory.ts';
+import type { Block, Driver } from '../engine/driver.ts';
+import { holding, MemoryPool } from '../engine/memory.ts';
 
 /** A driver of so many bytes, and the blocks that it has handed out. Addresses rise. */
 function open(capacity = 2 ** 30) {

@@ -3,8 +3,8 @@
 import { test } from 'tap';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice } from '../engine/device.ts';
+import type { Driver } from '../engine/driver.ts';
 import { noGrad } from '../engine/grad.ts';
-import type { Driver } from '../engine/memory.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';

@@ -15,7 +15,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
-import type { Driver, Exchange } from '../engine/memory.ts';
+import type { Driver, Exchange } from '../engine/driver.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';

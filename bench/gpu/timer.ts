@@ -2,7 +2,7 @@
 // a graph has it. Calls rotate over several sets of buffers, together larger than three times the L2 cache.
 import { DeviceAttribute, type Event } from '../../engine/cuda/api.ts';
 import type { CudaDriver } from '../../engine/cuda/device.ts';
-import type { Replay } from '../../engine/memory.ts';
+import type { Replay } from '../../engine/driver.ts';
 import { median } from '../timing.ts';
 import type { BenchGpu, Timing } from './gpu.ts';
 

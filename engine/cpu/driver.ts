@@ -1,7 +1,7 @@
 // The native CPU library behind the Driver interface, through koffi. The library is its own manifest: it lists each
 // kernel's symbol and signature, and a call that does not match is refused here.
 import koffi, { type TypeObject } from 'koffi';
-import type { Block, Driver } from '../memory.ts';
+import type { Block, Driver } from '../driver.ts';
 import { checkArguments } from '../signature.ts';
 
 type Native = (...args: readonly unknown[]) => unknown;

@@ -1,6 +1,7 @@
 // The engine's Driver on an NVIDIA GPU, behind the calls of api.ts: one context and one stream, memory in stream order, and
 // kernels by symbol (launcher.ts).
-import { type Block, type Driver, MemoryPool } from '../memory.ts';
+import type { Block, Driver } from '../driver.ts';
+import { MemoryPool } from '../memory.ts';
 import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 import { openExchange } from './exchange.ts';

@@ -2,7 +2,7 @@
 // another's memory (NVLink, or PCIe where the driver allows it) the other's pool is opened to it at the first copy, and bytes go
 // straight; else the driver carries them through the host's memory. Memory of a pool goes by the pool's own leave, not by
 // cuCtxEnablePeerAccess.
-import type { Exchange } from '../memory.ts';
+import type { Exchange } from '../driver.ts';
 import { type Context, DISABLE_TIMING, type Event, type GpuApi, type MemPool, type Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 

@@ -1,5 +1,6 @@
 // Launches recorded as a CUDA graph, to be queued again by one call.
-import { MemoryError, type Replay } from '../memory.ts';
+import type { Replay } from '../driver.ts';
+import { MemoryError } from '../memory.ts';
 import type { GpuApi, Graph, Stream } from './api.ts';
 import { CudaError } from './errors.ts';
 

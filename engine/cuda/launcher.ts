@@ -1,7 +1,7 @@
 // How a call of a kernel symbol becomes work in the stream: its plan makes launches of it, which are remembered for when the call
 // comes again (plan_memo.ts); the PTX they need is loaded when first asked for. Blocks that a plan uses between its launches go
 // back to the pool at once, because whoever takes them next runs later in the same stream.
-import type { Block, Driver } from '../memory.ts';
+import type { Block, Driver } from '../driver.ts';
 import type { GpuApi } from './api.ts';
 import type { Queue } from './device.ts';
 import { KernelTable, type ReadyLaunch } from './kernel_table.ts';
