@@ -2,8 +2,8 @@
 // its memory is free.
 import { existsSync } from 'node:fs';
 import { DeviceAttribute, type GpuApi } from '../engine/cuda/api.ts';
-import { openCudaLibrary } from '../engine/cuda/driver.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
+import { openCudaLibrary } from '../engine/cuda/libcuda.ts';
 import { OLDEST_DRIVER, ptxCeiling, versionName } from '../engine/cuda/versions.ts';
 
 export interface Finding {

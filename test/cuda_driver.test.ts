@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { FunctionAttribute } from '../engine/cuda/api.ts';
-import { openCudaLibrary } from '../engine/cuda/driver.ts';
+import { openCudaLibrary } from '../engine/cuda/libcuda.ts';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { copyBetween } from '../engine/exchange.ts';

@@ -3,7 +3,7 @@
 import { spawnSync } from 'node:child_process';
 import { packageRoot } from '../../engine/cpu/build.ts';
 import { DeviceAttribute, type GpuApi } from '../../engine/cuda/api.ts';
-import { openCudaLibrary } from '../../engine/cuda/driver.ts';
+import { openCudaLibrary } from '../../engine/cuda/libcuda.ts';
 import { versionName } from '../../engine/cuda/versions.ts';
 import { cudaDevice, type Device } from '../../engine/device.ts';
 import { UserError } from '../../io/errors.ts';
