@@ -1,9 +1,9 @@
 // Finding a model by what the user typed: a diffusers folder, an original .safetensors file, or a Hugging Face hub id.
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
-import { packageRoot } from '../engine/cpu/build.ts';
 import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
+import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { classOf } from '../models/components.ts';

@@ -4,18 +4,13 @@ import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { brotliDecompressSync } from 'node:zlib';
 import { type DType, decodeFloats, encodeNumbers, typedView } from '../io/dtype.ts';
 import { writeFileAtomic } from '../io/files.ts';
+import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 
-/** The package's folder: the nearest ancestor of this file with a package.json. */
-export const packageRoot = (() => {
-  const here = dirname(fileURLToPath(import.meta.url));
-  return here.endsWith(join('dist', 'test')) ? join(here, '..', '..') : join(here, '..');
-})();
-
+export { packageRoot };
 export const goldenFolder = join(packageRoot, 'test', 'golden');
 
 export interface Expectation {

@@ -1,7 +1,6 @@
 // Whole models on a GPU: the UNet's step under guidance as the host launches it and replayed from a graph, the VAE's decoder, the
 // text encoders, a whole picture, and updates of training. Random weights: only their size and spread matter here.
 import { join } from 'node:path';
-import { packageRoot } from '../../engine/cpu/build.ts';
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
 import { unload } from '../../engine/module.ts';
@@ -9,6 +8,7 @@ import { profiled, standInDevice } from '../../engine/profile.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import type { ModelSource } from '../../models/checkpoint.ts';
 import { newContextCache } from '../../models/context_cache.ts';
 import { decode, denoise, loadPipeline, type Pipeline } from '../../models/pipeline.ts';

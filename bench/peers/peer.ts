@@ -2,7 +2,7 @@
 import { spawn } from 'node:child_process';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { packageRoot } from '../../engine/cpu/build.ts';
+import { packageRoot } from '../../io/package_root.ts';
 
 export interface Peer {
   torch: string;

@@ -6,15 +6,10 @@ import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { dirname, join } from 'node:path';
-import { fileURLToPath, pathToFileURL } from 'node:url';
+import { pathToFileURL } from 'node:url';
 import { makeFolder } from '../../io/files.ts';
+import { packageRoot } from '../../io/package_root.ts';
 
-/** The package's folder, whether this file runs from engine/cpu or from dist/engine/cpu. */
-export const packageRoot = (() => {
-  let folder = dirname(fileURLToPath(import.meta.url));
-  while (!existsSync(join(folder, 'package.json'))) folder = dirname(folder);
-  return folder;
-})();
 const sources = join(packageRoot, 'kernels', 'cpu');
 const packaged = join(packageRoot, 'build', 'libsdxl_cpu.so');
 

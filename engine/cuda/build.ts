@@ -11,7 +11,7 @@ import { tmpdir } from 'node:os';
 import { basename, dirname, join, relative } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { gzipSync } from 'node:zlib';
-import { packageRoot } from '../cpu/build.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import { forHopper, labFolder, ptxFolder, ptxName, readPtx, typesOf } from './kernels.ts';
 
 const sources = join(packageRoot, 'kernels', 'cuda');
@@ -82,7 +82,7 @@ function compile({ family, dtype, digest, source }: PtxFile, scratch: string): s
 }
 
 /** nvcc's PTX without comments and blank lines, with the lines of our own files and nothing else of the line table. */
-export function tidy(ptx: string, version: string): string {
+function tidy(ptx: string, version: string): string {
   const ours = new Map<string, string>();
   for (const [, number, path] of ptx.matchAll(/^\s*\.file\s+(\d+)\s+"([^"]+)"/gm)) {
     const own = relative(packageRoot, path);

@@ -4,7 +4,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { gunzipSync } from 'node:zlib';
-import { packageRoot } from '../cpu/build.ts';
+import { packageRoot } from '../../io/package_root.ts';
 
 export const storageTypes = ['float32', 'bfloat16', 'float16'] as const;
 export const ptxFolder = join(packageRoot, 'kernels', 'ptx');

@@ -1,12 +1,12 @@
 // The GPU that the programs of this folder run on: a real one behind the NVIDIA driver, or with `virtual` the virtual GPU,
 // on which the same programs are proved where there is none.
 import { spawnSync } from 'node:child_process';
-import { packageRoot } from '../../engine/cpu/build.ts';
 import { DeviceAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { openCudaLibrary } from '../../engine/cuda/libcuda.ts';
 import { versionName } from '../../engine/cuda/versions.ts';
 import { cudaDevice, type Device } from '../../engine/device.ts';
 import { UserError } from '../../io/errors.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 
 /** A GPU's driver API, before anything is done with it. */

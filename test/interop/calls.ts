@@ -1,7 +1,7 @@
 // What `npm run test:interop` draws with both programs: every scheduler with every spacing, and calls that no golden case
 // has. A call is written in diffusers' words; its flags follow from them.
 import { join } from 'node:path';
-import { packageRoot } from '../../engine/cpu/build.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import { schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
 
 const golden = join(packageRoot, 'test', 'golden');

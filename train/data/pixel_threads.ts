@@ -5,8 +5,8 @@
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
-import { packageRoot } from '../../engine/cpu/build.ts';
 import { UserError } from '../../io/errors.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import type { ResizeFilter } from '../../io/resize.ts';
 import { type Geometry, readPixels } from './picture.ts';
 
