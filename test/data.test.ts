@@ -96,6 +96,29 @@ test('folders with captions beside the pictures', async (t) => {
   t.ok(Buffer.from(await examples[0].read()).equals(Buffer.from(png())), 'the bytes of the file');
 });
 
+test('pictures without a caption are given one where a run has one', async (t) => {
+  const path = folderOf(t, {
+    'a.png': png(),
+    'b.png': png(8, 8, 1),
+    'b.txt': 'its own',
+    'rows/c.png': png(8, 8, 2),
+    'rows/d.png': png(8, 8, 3),
+    'rows/metadata.jsonl': '{"file_name": "c.png", "text": null}\n{"file_name": "gone.png", "text": "x"}',
+  });
+  const { examples, problems } = await openDataset({ path, instance_prompt: 'a photo of sks dog' });
+  t.strictSame(
+    examples.map(({ id, captions }) => [id, ...captions]),
+    [
+      ['a.png', 'a photo of sks dog'],
+      ['b.png', 'its own'],
+      ['rows/c.png', 'a photo of sks dog'],
+      ['rows/d.png', 'a photo of sks dog'],
+    ],
+  );
+  t.match(problems, [/gone\.png is not there/]);
+  await refused(t, openDataset({ path: join(path, 'empty') }), /no dataset at/);
+});
+
 test('folders with metadata', async (t) => {
   const files = { 'train/a.png': png(), 'train/in/b.png': png(), 'train/c.png': png(), 'outside.png': png() };
   const rows = [

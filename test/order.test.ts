@@ -1,6 +1,6 @@
 // The order of training: what an epoch shows, in which updates and batches, and how epochs follow each other.
 import { test } from 'tap';
-import { type Placed, planEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
+import { type Placed, planEpoch, samplesPerEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
 import { keyOf } from '../train/data/source.ts';
 
 const placed = (count: number, buckets: number): Placed[] =>
@@ -84,6 +84,37 @@ test('orders are fair', (t) => {
   t.ok(chi < 50, `chi-square ${chi}`);
   const alone = samples.map(({ key }) => key);
   t.equal(new Set(alone).size, 6);
+  t.end();
+});
+
+test('samples for prior preservation come in turn, as many in an epoch as others', (t) => {
+  const own = placed(5, 1);
+  const prior = placed(12, 1).map(({ key }) => ({ key: key + 1000, bucket: 0, prior: true }));
+  const samples = [...own, ...prior];
+  const sizes = { seed: 3, batch: 2, accumulation: 1 };
+  const counts = new Map<number, number>();
+  for (let epoch = 0; epoch < 12; epoch++) {
+    const updates = planEpoch(samples, { ...sizes, epoch });
+    const members = updates.flatMap((update) => update.flatMap(({ samples: each }) => each));
+    t.equal(updates.length, updatesPerEpoch(samplesPerEpoch(samples), 2, 1));
+    t.equal(new Set(members).size, 10, 'none twice');
+    t.equal(members.filter((i) => i < 5).length, 5, 'and all of the others');
+    for (const i of members) counts.set(i, (counts.get(i) ?? 0) + 1);
+  }
+  t.same([...new Set(prior.map((_, i) => counts.get(5 + i)))], [5], 'each as often as any other');
+  const first = (seed: number) =>
+    planEpoch(samples, { ...sizes, seed, epoch: 0 })
+      .flat()
+      .flatMap((pass) => pass.samples);
+  const chosen = [1, 2, 3, 4].map((seed) =>
+    first(seed)
+      .filter((i) => i >= 5)
+      .sort()
+      .join(),
+  );
+  t.ok(new Set(chosen).size > 1, 'the seed draws which come first');
+  t.equal(samplesPerEpoch([...own, ...prior.slice(0, 3)]), 8, 'fewer than the others: all');
+  t.equal(samplesPerEpoch(own), 5);
   t.end();
 });
 

@@ -39,6 +39,8 @@ for (const name of ['snappy', 'gzip-indexed', 'brotli']) {
   test(`${name}: pictures and captions`, async (t) => {
     const { examples, problems } = await openDataset({ path: at(name) });
     t.strictSame(problems, [`${name}.parquet#00000003 has no caption`]);
+    const all = await openDataset({ path: at(name), instance_prompt: 'a thing' });
+    t.strictSame([all.problems, all.examples[3].captions], [[], ['a thing']], 'or the one that a run gives');
     t.equal(examples.length, 9);
     for (const row of [9, 0, 5, 6, 4, 8, 1, 2]) {
       const id = `${name}.parquet#0000000${row}`;

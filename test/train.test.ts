@@ -28,6 +28,7 @@ import { parseVaeConfig } from '../models/vae.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
+import type { ObjectiveSettings } from '../train/objective.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
 import { openMaterials, openSession } from '../train/session.ts';
 import { type Outcome, train } from '../train/trainer.ts';
@@ -264,6 +265,48 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
   const { unet, unetConfig } = pipeline;
   t.ok(mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, path) > 16, 'its names are known');
   pipeline.release();
+});
+
+test('prior preservation: pictures of the class beside, weighed by prior_loss_weight', async (t) => {
+  const classes = join(folder, 'class');
+  mkdirSync(classes);
+  for (let i = 0; i < 9; i++) {
+    const data = Uint8Array.from({ length: 3 * 40 * 48 }, (_, at) => (at * (i + 20)) % 241);
+    writePng(join(classes, `${i}.png`), { width: 48, height: 40, channels: 3, data });
+  }
+  const { dataset } = basic('prior');
+  const more: RunInput = {
+    dataset: { ...dataset, class_data_dir: classes, class_prompt: 'a pattern', caption_dropout_rate: 0 },
+    objective: { prior_loss_weight: 0.25, snr_gamma: 5 },
+  };
+  const materials = await openMaterials(
+    resolveRun({ ...basic('prior'), ...more }, 'test', 'test'),
+    locate,
+    silent,
+  );
+  const { pictures, updatesPerEpoch } = materials;
+  t.equal(pictures.samples.length, 6 + 9);
+  t.equal(updatesPerEpoch, 3, 'six of each in updates of four');
+  const session = openSession(materials, device);
+  await session.task.fillCache?.(silent, { asked: false });
+  const [own, prior] = [false, true].map((of) =>
+    pictures.samples.findIndex((each) => (each.prior ?? false) === of),
+  );
+  const weights = async (objective: Partial<ObjectiveSettings>, samples: number[]) => {
+    Object.assign(session.run.objective, objective);
+    return [...((await session.task.prepare({ bucket: 0, samples }, 0)).weights.values as Float32Array)];
+  };
+  const alone = await weights({ prior_loss_weight: 1 }, [own, prior]);
+  t.same(
+    await weights({ prior_loss_weight: 0.25 }, [own, prior]),
+    [alone[0], 0.25 * alone[1]],
+    "beside min-SNR's",
+  );
+  t.ok(alone.every((weight) => weight > 0 && weight <= 1));
+  t.same(pictures.samples[prior].captions, ['a pattern']);
+  t.not(pictures.samples[prior].key, pictures.samples[own].key, 'of one name, but with other draws');
+  session.release();
+  await resumes(t, 'prior', more);
 });
 
 test('chosen parts in bfloat16 with float32 masters', async (t) => {

@@ -152,6 +152,21 @@ test('run files', async (t) => {
     /"train\.text_encoders" trains the encoders beside the UNet, which target "vae" does not/,
     ...file('m', { train: { target: 'vae', text_encoders: true } }),
   );
+  await refuses(
+    t,
+    'a prompt for pictures that are nowhere',
+    /"dataset\.class_prompt" says what pictures in "dataset\.class_data_dir" are, and there is none/,
+    ...file('n', { dataset: { class_prompt: 'a dog' } }),
+  );
+  await refuses(
+    t,
+    'prior preservation of a VAE',
+    /"dataset\.class_data_dir" has pictures for the UNet .* target "vae"/,
+    ...file('o', {
+      train: { target: 'vae' },
+      dataset: { class_data_dir: 'here' },
+    }),
+  );
   const good = runFile('good', {});
   const set = (assignment: string) => ['train', good, '--set', assignment];
   await refuses(

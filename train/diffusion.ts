@@ -84,6 +84,7 @@ export function diffusionTask(
   const moments = lazily(() => momentsCache(cacheFolder, pipeline.vae, run.dataset.interpolation));
   const embeddings = lazily(() => textCache(cacheFolder, pipeline.text, configs));
 
+  const hasPrior = pictures.samples.some(({ prior }) => prior);
   const latentShape = (bucket: number, n: number): number[] => {
     const [h, w] = pictures.buckets[bucket];
     return [n, h / pipeline.ratio, w / pipeline.ratio, pipeline.vae.config.latent_channels];
@@ -129,7 +130,10 @@ export function diffusionTask(
         captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
       );
       const [, height, width] = latentShape(bucket, 1);
-      const batch = { ids, epoch, latents: stack(latents), height, width };
+      const weights = hasPrior
+        ? Float32Array.from(views, ({ sample }) => (sample.prior ? run.objective.prior_loss_weight : 1))
+        : undefined;
+      const batch = { ids, epoch, latents: stack(latents), height, width, weights };
       const timeIds = views.map(({ geometry }) =>
         timeIdsOf(geometry, pipeline.aesthetic ? run.dataset.aesthetic_score : undefined),
       );

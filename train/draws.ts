@@ -19,6 +19,7 @@ const purposes = [
   'timestep',
   'rounding',
   'weights',
+  'class',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -19,6 +19,8 @@ export interface ObjectiveSettings {
   prediction_type: '' | 'epsilon' | 'v_prediction';
   loss: 'mse' | 'huber';
   huber_delta: number;
+  /** What the loss of pictures for prior preservation weighs (dataset.class_data_dir). */
+  prior_loss_weight: number;
   /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
   snr_gamma: number;
   /** Debiased estimation weighting (Yu et al. 2023). */
@@ -45,6 +47,8 @@ export interface LatentBatch {
   latents: Float32Array;
   height: number;
   width: number;
+  /** What each image's loss is multiplied by besides; undefined for 1. */
+  weights?: Float32Array;
 }
 
 /** One pass's inputs and aims, on the host. Everything but the timesteps and weights is [n, height, width, channels]. */
@@ -124,7 +128,9 @@ export function noiseBatch(objective: Objective, batch: LatentBatch, seed: numbe
       seen.set(combine([1, one], [objective.settings.input_perturbation, more]), i * size);
     }
   });
-  return addNoise(objective, latents, shape, timesteps, noise, seen);
+  const made = addNoise(objective, latents, shape, timesteps, noise, seen);
+  if (!batch.weights) return made;
+  return { ...made, weights: batch.weights.map((weight, i) => weight * (made.weights?.[i] ?? 1)) };
 }
 
 /** The sample, target and weights that given timesteps and noise make; `seen` is the noise that is added. */

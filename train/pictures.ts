@@ -7,7 +7,7 @@ import type { View } from './cache.ts';
 import { bucketSizes, nearestBucket } from './data/buckets.ts';
 import { geometryOf } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
-import { openDataset } from './data/source.ts';
+import { keyOf, openDataset } from './data/source.ts';
 import { type Sample, survey } from './data/survey.ts';
 import type { Run } from './run.ts';
 import type { Report } from './task.ts';
@@ -29,10 +29,21 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     throw new UserError(
       `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
     );
-  const dataset = await openDataset(run.dataset);
-  const onProgress = (done: number, total: number) => report.progress('looking at pictures', done, total);
-  const { samples, skipped } = await survey(dataset, { broken, onProgress });
-  for (const problem of skipped) report.line(`skipped: ${problem}`);
+  const look = async (options: Parameters<typeof openDataset>[0], label: string): Promise<Sample[]> => {
+    const onProgress = (done: number, total: number) => report.progress(label, done, total);
+    const { samples, skipped } = await survey(await openDataset(options), { broken, onProgress });
+    for (const problem of skipped) report.line(`skipped: ${problem}`);
+    return samples;
+  };
+  const own = await look(run.dataset, 'looking at pictures');
+  const { class_data_dir, class_prompt } = run.dataset;
+  const prior = class_data_dir
+    ? await look(
+        { ...run.dataset, path: class_data_dir, instance_prompt: class_prompt },
+        'looking at pictures of the class',
+      )
+    : [];
+  const samples = [...own, ...prior.map(ofClass)];
   const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
   const names = samples.map(({ id, hash }) => `${id} ${hash}`).join('\n');
   return {
@@ -41,6 +52,12 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
     hash: createHash('sha256').update(names).digest('hex'),
   };
+}
+
+/** A picture for prior preservation, whose draws are not those of a picture of the same name. */
+function ofClass(sample: Sample): Sample {
+  const id = `class/${sample.id}`;
+  return { ...sample, id, key: keyOf(id), prior: true };
 }
 
 /** Pixels that sides divide by: what the VAE shrinks by, times what the UNet halves where that is trained. */

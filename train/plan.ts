@@ -12,6 +12,8 @@ export interface Plan {
   /** Where the model lies. */
   model: string;
   images: number;
+  /** Pictures for prior preservation, which are not among them. */
+  class_images: number;
   /** Pictures of each size, of those sizes that have any. */
   buckets: { width: number; height: number; images: number }[];
   /** Pictures in an update. */
@@ -34,7 +36,8 @@ export function planOf(materials: Materials, devices?: readonly Device[]): Plan 
   return {
     run,
     model: source.path,
-    images: pictures.samples.length,
+    images: pictures.samples.filter(({ prior }) => !prior).length,
+    class_images: pictures.samples.filter(({ prior }) => prior).length,
     buckets: pictures.buckets.flatMap(([height, width], i) =>
       counts[i] ? [{ width, height, images: counts[i] }] : [],
     ),
@@ -59,7 +62,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   return [
     `run         ${run.name}, into ${run.output}`,
     `model       ${plan.model}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
-    `images      ${plan.images} from ${run.dataset.path}`,
+    `images      ${plan.images} from ${run.dataset.path}${ofClass(plan)}`,
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
@@ -71,13 +74,26 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   ];
 }
 
+/** The pictures for prior preservation, where there are any. */
+const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>
+  class_images
+    ? `, ${class_images} of the class from ${dataset.class_data_dir} (loss times ${objective.prior_loss_weight})`
+    : '';
+
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
   train.text_encoders && text_encoder_lr ? ` (text encoders ${text_encoder_lr})` : '';
 
 /** How GPUs share an update, and what that takes between them: each sends all but its own share of gradients. */
-function dealing({ run, images, effective_batch_size, trained_parameters, memory_bytes }: Plan): string {
-  const passes = Math.ceil(Math.min(effective_batch_size, images) / run.batch_size);
+function dealing({
+  run,
+  images,
+  class_images,
+  effective_batch_size,
+  trained_parameters,
+  memory_bytes,
+}: Plan): string {
+  const passes = Math.ceil(Math.min(effective_batch_size, images + class_images) / run.batch_size);
   const bytes = trained_parameters * bytesPerElement[run.dtype] * (1 - 1 / memory_bytes.length);
   return `for an update's ${passes} passes in turn; each then sends ${(bytes / 1e6).toFixed(1)} MB of gradients and as much of weights`;
 }

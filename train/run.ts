@@ -57,6 +57,15 @@ export interface Run {
     split: string;
     image_column: string;
     caption_column: string;
+    /** The caption of pictures that have none; empty where each must have its own. */
+    instance_prompt: string;
+    /**
+     * Pictures of the subject's class for prior preservation (DreamBooth, Ruiz et al. 2023), as `path` is given; empty for none. An
+     * epoch has as many of them as of the others, in turn.
+     */
+    class_data_dir: string;
+    /** The caption of those that have none. */
+    class_prompt: string;
     /** Pixels of the square whose area all pictures take. */
     resolution: number;
     /** Group pictures by aspect ratio into SDXL's sizes; otherwise all are cropped to the square. */
@@ -168,6 +177,9 @@ export const fields: Fields<Run> = {
     split: text('train'),
     image_column: text('image'),
     caption_column: text('text'),
+    instance_prompt: text(''),
+    class_data_dir: text(''),
+    class_prompt: text(''),
     resolution: whole(1024, { min: 8 }),
     aspect_ratio_buckets: flag(false),
     center_crop: flag(false),
@@ -191,6 +203,7 @@ export const fields: Fields<Run> = {
     prediction_type: choice('', '', 'epsilon', 'v_prediction'),
     loss: choice('mse', 'mse', 'huber'),
     huber_delta: number(1, { min: 0 }),
+    prior_loss_weight: number(1, { min: 0 }),
     snr_gamma: number(0, { min: 0 }),
     debiased: flag(false),
     zero_terminal_snr: flag(false),
@@ -255,7 +268,7 @@ export function defineRun(...stages: RunInput[]): RunInput[] {
 }
 
 /** What a run asks for that its target would pass over. */
-function refuseUnused({ train: { target, parts, text_encoders } }: Run, where: string): void {
+function refuseUnused({ train: { target, parts, text_encoders }, dataset }: Run, where: string): void {
   if (parts.length > 0 && target !== 'unet')
     throw new UserError(
       `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${
@@ -265,6 +278,14 @@ function refuseUnused({ train: { target, parts, text_encoders } }: Run, where: s
   if (text_encoders && target === 'vae')
     throw new UserError(
       `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "vae" does not; leave it out`,
+    );
+  if (dataset.class_data_dir && target === 'vae')
+    throw new UserError(
+      `${where}: "dataset.class_data_dir" has pictures for the UNet to keep in mind, which target "vae" does not train; leave it out`,
+    );
+  if (dataset.class_prompt && !dataset.class_data_dir)
+    throw new UserError(
+      `${where}: "dataset.class_prompt" says what pictures in "dataset.class_data_dir" are, and there is none; name it too`,
     );
 }
 

@@ -22,7 +22,7 @@ import {
   readState,
   type State,
 } from './checkpoint.ts';
-import { updatesPerEpoch } from './data/order.ts';
+import { samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
@@ -77,7 +77,11 @@ export async function openMaterials(
   const source = await openSource(run, locate, tokenizers);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
-  const perEpoch = updatesPerEpoch(pictures.samples.length, run.batch_size, run.gradient_accumulation_steps);
+  const perEpoch = updatesPerEpoch(
+    samplesPerEpoch(pictures.samples),
+    run.batch_size,
+    run.gradient_accumulation_steps,
+  );
   const total = run.steps || run.epochs * perEpoch;
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses rules that cannot be read, before any work
   return { run, source, vaeSource, pictures, updatesPerEpoch: perEpoch, total };

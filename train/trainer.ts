@@ -49,7 +49,7 @@ export async function train(
   device.memory.trim();
   device.memory.peak = device.memory.live;
   const journal = openJournal(session, report);
-  const placed = pictures.samples.map(({ key }, i) => ({ key, bucket: pictures.bucketOf[i] }));
+  const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
   let folder = checkpoint ?? '';
   let failures = 0;

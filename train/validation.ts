@@ -14,7 +14,7 @@ const HELD_OUT_EPOCH = 2 ** 32 - 1;
 /** The mean loss over the run's validation samples, with the averaged weights where there are any. */
 export async function validationLoss({ run, pictures, task, ema, device }: Session): Promise<number> {
   const chosen = spread(
-    pictures.samples.map((_, i) => i),
+    pictures.samples.flatMap(({ prior }, i) => (prior ? [] : [i])),
     run.validation.samples,
   );
   let sum = 0;

@@ -25,6 +25,8 @@ export interface DatasetOptions {
   split: string;
   image_column: string;
   caption_column: string;
+  /** The caption of pictures that have none; empty where each must have its own. */
+  instance_prompt: string;
 }
 
 export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
@@ -32,4 +34,5 @@ export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
   split: 'train',
   image_column: 'image',
   caption_column: 'text',
+  instance_prompt: '',
 };

@@ -6,7 +6,7 @@ import { readFile } from 'node:fs/promises';
 import { join, normalize, relative } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { asUserError, readLines } from '../../io/files.ts';
-import type { Dataset } from './dataset.ts';
+import type { Dataset, DatasetOptions } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
 const pictureName = /\.(png|jpe?g|webp)$/i;
@@ -14,7 +14,11 @@ const otherPictureName = /\.(gif|bmp|tiff?|avif|heic|jxl|svg)$/i;
 const metadataName = /^metadata\.(jsonl|csv)$/;
 
 /** Lists a folder's pictures and captions. @throws UserError when it cannot be read or its metadata is damaged */
-export function openFolder(folder: string, captionColumn: string): Dataset {
+export function openFolder(
+  folder: string,
+  { caption_column, instance_prompt }: Pick<DatasetOptions, 'caption_column' | 'instance_prompt'>,
+): Dataset {
+  const otherwise = instance_prompt ? [instance_prompt] : [];
   const captions = new Map<string, string[]>();
   const problems: string[] = [];
   visit(folder);
@@ -34,17 +38,19 @@ export function openFolder(folder: string, captionColumn: string): Dataset {
   function fromMetadata(path: string, file: string): void {
     const named = new Set<string>();
     const present = new Set(filesBelow(path));
-    for (const row of readMetadata(file, captionColumn)) {
+    for (const row of readMetadata(file, caption_column)) {
       // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
       const name = normalize(row.file_name).replaceAll('\\', '/');
       named.add(name);
-      const problem = problemOf(row, present.has(name));
+      const captions = row.captions.length ? row.captions : otherwise;
+      const problem = problemOf({ ...row, captions }, present.has(name));
       if (problem) problems.push(`${file}:${row.line}: ${problem}`);
-      else add(join(path, name), row.captions);
+      else add(join(path, name), captions);
     }
     for (const name of present) {
-      if (pictureName.test(name) && !named.has(name))
-        problems.push(`${join(path, name)} has no row in ${file}`);
+      if (!pictureName.test(name) || named.has(name)) continue;
+      if (instance_prompt) add(join(path, name), otherwise);
+      else problems.push(`${join(path, name)} has no row in ${file}`);
     }
   }
 
@@ -66,6 +72,7 @@ export function openFolder(folder: string, captionColumn: string): Dataset {
       const choices = text === undefined ? [] : captionLines(join(path, text));
       if (typeof choices === 'string') problems.push(choices);
       else if (choices.length > 0) add(join(path, name), choices);
+      else if (instance_prompt) add(join(path, name), otherwise);
       else problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
     }
     for (const [key, name] of texts) {

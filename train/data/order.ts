@@ -1,4 +1,4 @@
-// The order of an epoch: every sample once, cut into updates. It is a pure function of seed, epoch and the samples' keys,
+// The order of an epoch: every sample once (of those for prior preservation, some in turn), cut into updates. It is a pure function of seed, epoch and the samples' keys,
 // and the update is cut before the batches are: batch 8 and batch 4 with two accumulation steps see the same samples in the
 // same update. An update is of one bucket where the bucket can fill it; what is left over in all buckets is pooled, so no
 // sample is dropped and only an epoch's last update can be short.
@@ -17,6 +17,8 @@ export interface Placed {
   /** `keyOf` the id. */
   key: number;
   bucket: number;
+  /** For prior preservation: an epoch has as many of these as of the others, or all. */
+  prior?: boolean;
 }
 
 /** An update of an epoch. */
@@ -54,7 +56,7 @@ export function planEpoch(
     const random = draws(seed, epoch, key, 'order');
     return { sample: random.uniform(), update: random.uniform() };
   });
-  const order = samples.map((_, i) => i).sort((a, b) => places[a].sample - places[b].sample || a - b);
+  const order = membersOf(samples, seed, epoch).sort((a, b) => places[a].sample - places[b].sample || a - b);
   const full: number[][] = [];
   const waiting = new Map<number, number[]>();
   for (const i of order) {
@@ -72,6 +74,22 @@ export function planEpoch(
   full.sort((a, b) => places[a[0]].update - places[b[0]].update || a[0] - b[0]);
   if (left.length > 0) full.push(left);
   return full.map((update) => split(update, samples, batch));
+}
+
+/** How many of the samples an epoch has: all, but no more for prior preservation than others. */
+export function samplesPerEpoch(samples: readonly Pick<Placed, 'prior'>[]): number {
+  const prior = samples.filter((each) => each.prior).length;
+  return samples.length - prior + Math.min(prior, samples.length - prior);
+}
+
+/** The samples of an epoch: of those for prior preservation the next ones, in an order that the seed draws once. */
+function membersOf(samples: readonly Placed[], seed: number, epoch: number): number[] {
+  const all = samples.map((_, i) => i);
+  const [own, prior] = [all.filter((i) => !samples[i].prior), all.filter((i) => samples[i].prior)];
+  const drawn = new Map(prior.map((i) => [i, draws(seed, 0, samples[i].key, 'class').uniform()]));
+  prior.sort((a, b) => (drawn.get(a) as number) - (drawn.get(b) as number) || a - b);
+  const count = Math.min(prior.length, own.length);
+  return [...own, ...Array.from({ length: count }, (_, i) => prior[(epoch * count + i) % prior.length])];
 }
 
 /** An update's samples, by bucket and then by batch, in the order they come. */

@@ -10,22 +10,26 @@ import { captionsOf, noColumn } from './metadata.ts';
 export async function openParquetDataset(
   folder: string,
   names: readonly string[],
-  { image_column, caption_column }: Pick<DatasetOptions, 'image_column' | 'caption_column'>,
+  {
+    image_column,
+    caption_column,
+    instance_prompt,
+  }: Pick<DatasetOptions, 'image_column' | 'caption_column' | 'instance_prompt'>,
 ): Promise<Dataset> {
   const dataset: Dataset = { examples: [], problems: [] };
   for (const name of names) {
     const path = join(folder, name);
     const table = await openParquet(path);
-    for (const column of [image_column, caption_column]) {
-      if (!table.columns.includes(column)) throw noColumn(path, column, table.columns);
-    }
-    const captions = await table.readColumn(caption_column);
-    for (const [row, value] of captions.entries()) {
+    for (const name of [image_column, caption_column])
+      if (!table.columns.includes(name)) throw noColumn(path, name, table.columns);
+    const column = await table.readColumn(caption_column);
+    for (const [row, value] of column.entries()) {
       const id = `${name}#${String(row).padStart(8, '0')}`;
       const choices = captionsOf(value);
       if (!choices)
         throw new UserError(`${id}: "${caption_column}" is neither a text nor a list of texts: mend it`);
-      if (choices.length > 0) dataset.examples.push(exampleOf(table, image_column, row, id, choices));
+      const captions = choices.length || !instance_prompt ? choices : [instance_prompt];
+      if (captions.length > 0) dataset.examples.push(exampleOf(table, image_column, row, id, captions));
       else dataset.problems.push(`${id} has no caption`);
     }
   }

@@ -38,7 +38,7 @@ async function openPlace(place: string, options: DatasetOptions): Promise<Datase
     );
   }
   const { kind, names } = chooseFiles(filesBelow(place), options.split);
-  if (kind === 'pictures') return openFolder(place, options.caption_column);
+  if (kind === 'pictures') return openFolder(place, options);
   if (names.length > 0) return openParquetDataset(place, names, options);
   throw new UserError(
     `${options.path} has no parquet file of the split "${options.split}": check dataset.split`,
@@ -72,7 +72,7 @@ function emptyDataset(path: string, problems: readonly string[]): UserError {
   const found = problems.length > 0 ? ` (${problems[0]})` : '';
   return new UserError(
     `the dataset ${path} has no picture with a caption${found}: ` +
-      'put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each',
+      'put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each, or give them all one caption with dataset.instance_prompt',
   );
 }
 

@@ -15,6 +15,8 @@ export interface Sample extends Example {
   hash: string;
   /** Upright, as the picture is seen. */
   size: Size;
+  /** Of the subject's class, not of what is to be learnt: for prior preservation. */
+  prior?: boolean;
 }
 
 export interface SurveyOptions {
