@@ -35,7 +35,7 @@ export function writeFully(fd: number, bytes: Uint8Array): void {
  * @throws UserError when the disk is full, or the folder is missing or closed to us
  */
 export function replaceAtomically<R>(path: string, write: (temporaryPath: string, fd: number) => R): R {
-  const folder = dirname(resolve(path));
+  const folder = dirname(path);
   // Not derived from the target's name, which may already be as long as the file system allows.
   const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
   holdInterrupt();
@@ -78,7 +78,7 @@ function holdInterrupt(): void {
  * @throws UserError when the disk is full, or the parent is missing or closed to us
  */
 export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: string) => R): R {
-  const parent = dirname(resolve(path));
+  const parent = dirname(path);
   const temporary = join(parent, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
   const old = `${temporary}.old`;
   try {
@@ -194,7 +194,7 @@ export function readJsonObject(path: string): Record<string, unknown> {
 export function assertWritable(path: string): void {
   try {
     assertReplaceable(path);
-    accessSync(dirname(resolve(path)), constants.W_OK | constants.X_OK);
+    accessSync(dirname(path), constants.W_OK | constants.X_OK);
   } catch (error) {
     throw asUserError(error, path);
   }

@@ -204,6 +204,7 @@ test('files: assertWritable and readJson', (t) => {
   assertWritable(at('fresh.txt'));
   t.notOk(existsSync(at('fresh.txt')), 'the check writes nothing');
   refuses(t, /create the folder/, () => assertWritable(at('none/x.txt')));
+  refuses(t, /create the folder/, () => assertWritable(`${at('none')}/../x.txt`));
   refuses(t, /is a folder/, () => assertWritable(folder));
   writeFileSync(at('lone'), '');
   refuses(t, /lone\/x\.txt lies under .* not a folder/, () => assertWritable(at('lone/x.txt')));
