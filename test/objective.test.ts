@@ -131,6 +131,43 @@ test('noise: offset, pyramid and perturbation', (t) => {
   t.end();
 });
 
+test('pyramid noise by its formula, in float64', (t) => {
+  const [h, w, c] = [40, 24, 2];
+  const source = draws(3, 1, 7, 'pyramid');
+  const sum = Float64Array.from(draws(3, 1, 7, 'noise').normals(h * w * c));
+  const sizes: number[][] = [];
+  /** What x's row k has of row i once it is enlarged bilinearly: a hat around its place, without corners aligned. */
+  const share = (i: number, big: number, k: number, small: number) => {
+    const at = Math.min(small - 1, Math.max(0, ((i + 0.5) * small) / big - 0.5));
+    return Math.max(0, 1 - Math.abs(at - k));
+  };
+  for (let level = 1, [rows, columns] = [h, w]; rows > 1 && columns > 1; level++) {
+    const ratio = (2 + 2 * source.uniform()) ** level;
+    [rows, columns] = [h, w].map((side) => Math.max(1, Math.floor(side / ratio)));
+    sizes.push([rows, columns]);
+    const x = source.normals(rows * columns * c);
+    for (let at = 0; at < sum.length; at++) {
+      const [i, j, k] = [Math.floor(at / (w * c)), Math.floor(at / c) % w, at % c];
+      for (let row = 0; row < rows; row++)
+        for (let column = 0; column < columns; column++)
+          sum[at] +=
+            0.7 ** level *
+            share(i, h, row, rows) *
+            share(j, w, column, columns) *
+            x[(row * columns + column) * c + k];
+    }
+  }
+  t.ok(sizes.length > 1 && sizes[0][1] > 4, `levels of ${sizes.join(' and ')}`);
+  const mean = sum.reduce((total, x) => total + x, 0) / sum.length;
+  const variance = sum.reduce((total, x) => total + (x - mean) ** 2, 0) / (sum.length - 1);
+  const want = sum.map((x) => x / Math.sqrt(variance));
+  allClose(t, 'noise', drawNoise({ ...plain, pyramid_noise: 0.7 }, [h, w, c], 3, 1, 7), want, {
+    atol: 3e-6,
+    rtol: 0,
+  });
+  t.end();
+});
+
 test('splitting a batch changes no draw', (t) => {
   const settings = { ...v, noise_offset: 0.1, pyramid_noise: 0.5, input_perturbation: 0.1, snr_gamma: 5 };
   const objective = objectiveOf(settings, scheduler);
