@@ -99,6 +99,8 @@ test('recorded passes make the weights that passes make', async (t) => {
   t.equal(gpu.made('cuGraphLaunch'), 12 + 18 - 2 * 2, 'which runs from the third pass on');
   recorded.release();
   t.same([device.memory.storages, device.memory.live], [0, 0]);
+  device.memory.trim();
+  t.equal(device.memory.held, 0, 'what was set aside for recordings is given back');
 });
 
 test('where memory is needed, recordings give theirs, and are made again if they had paid', async (t) => {
