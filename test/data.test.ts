@@ -179,6 +179,17 @@ test('what is wrong with a dataset is one sentence', async (t) => {
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,"red\n'), /:2 has a quote that does not end/);
 });
 
+test('a picture that goes away is told, and a fault of ours is none of the dataset', async (t) => {
+  const path = folderOf(t, { 'a.png': png(), 'a.txt': 'a' });
+  const dataset = await openDataset({ path });
+  rmSync(join(path, 'a.png'));
+  await refused(t, dataset.examples[0].read(), /a\.png does not exist/);
+  await refused(t, survey(dataset, { broken: 'skip' }), /a\.png does not exist.*no picture is left/);
+  const faulty = { id: 'a.png', captions: ['a'], read: () => Promise.reject(new TypeError('a fault')) };
+  const surveyed = survey({ examples: [faulty], problems: [] }, { broken: 'skip' });
+  await t.rejects(surveyed, { name: 'TypeError', message: 'a fault' });
+});
+
 test('the survey names broken pictures', async (t) => {
   const jpeg = await sharp({ create: { width: 40, height: 30, channels: 3, background: '#36c' } })
     .jpeg()

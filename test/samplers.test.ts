@@ -9,7 +9,7 @@ import {
   type SchedulerConfig,
   schedulerClasses,
 } from '../models/samplers/config.ts';
-import { createSampler, samplerNames } from '../models/samplers/registry.ts';
+import { createSampler, samplerNames, shortSchedulerNames } from '../models/samplers/registry.ts';
 import type { PlanOptions } from '../models/samplers/sampler.ts';
 import {
   noised,
@@ -177,6 +177,17 @@ test('names', (t) => {
     ['PLMS', 'PNDMScheduler'],
   ])
     t.equal(createSampler(spelling).name, name, spelling);
+  const short = {
+    ...{ euler: 'EulerDiscrete', euler_a: 'EulerAncestralDiscrete', ddim: 'DDIM', ddpm: 'DDPM' },
+    ...{ 'dpm++2m': 'DPMSolverMultistep', 'dpm++2m_sde': 'DPMSolverMultistep' },
+    ...{ 'dpm++2m_sde_heun': 'DPMSolverMultistep', 'dpm++2s': 'DPMSolverSinglestep' },
+    ...{ 'dpm++sde': 'DPMSolverSDE', dpm2: 'KDPM2Discrete', dpm2_a: 'KDPM2AncestralDiscrete' },
+    ...{ heun: 'HeunDiscrete', lms: 'LMSDiscrete', pndm: 'PNDM', plms: 'PNDM' },
+    ...{ unipc: 'UniPCMultistep', deis: 'DEISMultistep', lcm: 'LCM', tcd: 'TCD' },
+  };
+  t.same(shortSchedulerNames, Object.keys(short));
+  for (const [spelling, name] of Object.entries(short))
+    t.equal(createSampler(spelling).name, `${name}Scheduler`, spelling);
   t.equal(createSampler('PLMS').config.skip_prk_steps, true, 'PLMS is PNDM without Runge-Kutta steps');
   const { algorithm_type, solver_type, use_karras_sigmas } = createSampler('DPM++ 2M SDE Heun Karras').config;
   t.same([algorithm_type, solver_type, use_karras_sigmas], ['sde-dpmsolver++', 'heun', true]);

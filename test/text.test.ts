@@ -3,6 +3,7 @@ import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
+import { endsOf, parseTextConfig } from '../models/clip.ts';
 import { loadTokenizer, loadTokenizerFiles, type Tokenizer } from '../models/tokenizer.ts';
 import { goldenArea, goldenFolder } from './golden.ts';
 
@@ -126,4 +127,32 @@ test('files that are missing or do not fit', async (t) => {
   const short = loadTokenizerFiles(vocab, 'a b</w>', { model_max_length: 4, pad_token: '<|startoftext|>' });
   t.equal(short.encode('ab ab ab').ids.join(), '3,2,2,4', 'in memory, with another length');
   t.throws(() => loadTokenizerFiles(vocab, '', { model_max_length: 0 }), UserError);
+});
+
+test('the end of a text, and what an encoder takes', (t) => {
+  // Two rows; what is told is the place among all.
+  const ids = Int32Array.of(10, 3, 11, 11, 0, 10, 7, 3, 7, 12);
+  t.same([...endsOf(ids, 5, 2)], [2, 9], 'with 2 the first of the largest ids, as transformers has it');
+  t.same([...endsOf(ids, 5, 3)], [1, 7], 'else the first of its own');
+  t.same([...endsOf(ids, 5, 7)], [0, 6], 'or the beginning, where there is none');
+  const json = {
+    ...{ vocab_size: 9, hidden_size: 8, intermediate_size: 7, num_hidden_layers: 6, num_attention_heads: 5 },
+    projection_dim: 4,
+  };
+  const plain = { ...json, max_position_embeddings: 77, layer_norm_eps: 1e-5, eos_token_id: 2 };
+  t.strictSame(parseTextConfig(json), { ...plain, hidden_act: 'quick_gelu', projection_dim: undefined });
+  const told = {
+    ...{ max_position_embeddings: 20, layer_norm_eps: 1e-6, eos_token_id: 49407, hidden_act: 'gelu' },
+    architectures: ['CLIPTextModelWithProjection'],
+  };
+  const { architectures, ...own } = told;
+  t.strictSame(parseTextConfig({ ...json, ...told }), { ...json, ...own });
+  for (const [damage, says] of [
+    [{ hidden_size: undefined }, /"hidden_size" is missing or not a number/],
+    [{ eos_token_id: '2' }, /"eos_token_id" is missing or not a number/],
+    [{ hidden_act: 'relu' }, /hidden_act "relu" is not supported/],
+    [{ ...told, projection_dim: null }, /"projection_dim" is missing/],
+  ] as const)
+    t.throws(() => parseTextConfig({ ...json, ...damage }), { name: 'UserError', message: says });
+  t.end();
 });

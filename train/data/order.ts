@@ -56,7 +56,7 @@ export function planEpoch(
     const random = draws(seed, epoch, key, 'order');
     return { sample: random.uniform(), update: random.uniform() };
   });
-  const order = membersOf(samples, seed, epoch).sort((a, b) => places[a].sample - places[b].sample || a - b);
+  const order = membersOf(samples, seed, epoch).sort((a, b) => places[a].sample - places[b].sample);
   const full: number[][] = [];
   const waiting = new Map<number, number[]>();
   for (const i of order) {
@@ -71,7 +71,7 @@ export function planEpoch(
   const left = [...waiting.entries()].sort(([a], [b]) => a - b).flatMap(([, queue]) => queue);
   while (left.length >= size) full.push(left.splice(0, size));
   // A bucket's updates fill up late where it is rare; shuffled anew, rare sizes are not kept for the end.
-  full.sort((a, b) => places[a[0]].update - places[b[0]].update || a[0] - b[0]);
+  full.sort((a, b) => places[a[0]].update - places[b[0]].update);
   if (left.length > 0) full.push(left);
   return full.map((update) => split(update, samples, batch));
 }
