@@ -8,6 +8,7 @@ import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { Json } from './checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
+import { joined } from './latents.ts';
 import { parseUNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, vae } from './vae.ts';
 
@@ -38,14 +39,7 @@ const wave = (shape: readonly number[], device: Device, dtype: FloatDType): Tens
 
 /** Downloads what `forward` makes, and frees it. */
 function outputs(forward: () => readonly (Tensor | undefined)[]): Float32Array {
-  const parts = noGrad(() => scope(() => forward().flatMap((t) => (t ? [t.floats()] : []))));
-  const joined = new Float32Array(parts.reduce((size, part) => size + part.length, 0));
-  let at = 0;
-  for (const part of parts) {
-    joined.set(part, at);
-    at += part.length;
-  }
-  return joined;
+  return noGrad(() => scope(() => joined(forward().flatMap((t) => (t ? [t.floats()] : [])))));
 }
 
 function unetComponent(json: Json): Component {

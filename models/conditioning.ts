@@ -54,21 +54,10 @@ export function encodePrompts(
   const parts = [repeated(positive, options.copies)];
   if (options.guided)
     parts.unshift(repeated(negativeOf(stack, prompts, positive, options.device, truncated), options.copies));
+  const rows = (name: keyof Encoded) => parts.map((part) => part[name]);
   return {
-    context: cast(
-      concat(
-        parts.map((p) => p.context),
-        0,
-      ),
-      options.dtype,
-    ),
-    pooled: cast(
-      concat(
-        parts.map((p) => p.pooled),
-        0,
-      ),
-      options.dtype,
-    ),
+    context: cast(concat(rows('context'), 0), options.dtype),
+    pooled: cast(concat(rows('pooled'), 0), options.dtype),
     truncated,
   };
 }
@@ -136,29 +125,18 @@ export function tokensOf(
 export function encodeTokens(stack: TextStack, tokens: readonly Tokens[], layer = PENULTIMATE): Encoded {
   const last = stack.encoders.length - 1;
   const states = stack.encoders.map(({ encoder }, i) => encoder(tokens[i], { layer, pooled: i === last }));
-  return {
-    context: concat(
-      states.map(({ hidden }) => hidden),
-      2,
-    ),
-    pooled: states[last].pooled as Tensor,
-  };
+  const hidden = states.map((state) => state.hidden);
+  return { context: concat(hidden, 2), pooled: states[last].pooled as Tensor };
 }
 
 /** Row i of the prompts becomes rows i*copies .. (i+1)*copies-1. */
 function repeated({ context, pooled }: Encoded, copies: number): Encoded {
   if (copies === 1) return { context, pooled };
   const [n, tokens, c] = context.shape;
-  const each = <T>(make: () => T): T[] => Array.from({ length: copies }, make);
+  const times = (t: Tensor) => concat(Array<Tensor>(copies).fill(t.reshape(n, 1, -1)), 1);
   return {
-    context: concat(
-      each(() => context.reshape(n, 1, tokens * c)),
-      1,
-    ).reshape(n * copies, tokens, c),
-    pooled: concat(
-      each(() => pooled.reshape(n, 1, -1)),
-      1,
-    ).reshape(n * copies, -1),
+    context: times(context).reshape(n * copies, tokens, c),
+    pooled: times(pooled).reshape(n * copies, -1),
   };
 }
 

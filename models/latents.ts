@@ -90,10 +90,17 @@ function withoutOverflow(vae: Vae, run: (device: Device, dtype: FloatDType) => L
 /** Batches of one shape as one batch. */
 export function stacked(parts: readonly Latents[]): Latents {
   if (parts.length === 1) return parts[0];
-  const [{ shape, data }] = parts;
-  const out = new Float32Array(parts.length * data.length);
-  parts.forEach((part, i) => {
-    out.set(part.data, i * data.length);
-  });
-  return { shape: [parts.length * shape[0], ...shape.slice(1)], data: out };
+  const [n, ...rest] = parts[0].shape;
+  return { shape: [parts.length * n, ...rest], data: joined(parts.map(({ data }) => data)) };
+}
+
+/** Arrays end to end. */
+export function joined(parts: readonly Float32Array[]): Float32Array {
+  const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    out.set(part, at);
+    at += part.length;
+  }
+  return out;
 }

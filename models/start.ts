@@ -1,7 +1,7 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
 // earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
-import { encodeImage, type Latents, stacked } from './latents.ts';
+import { encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 import type { TorchGenerator } from './torch_random.ts';
 import type { Vae } from './vae.ts';
@@ -46,15 +46,8 @@ export const strengthOf = ({ strength, mask }: Pick<StartRequest, 'strength' | '
   strength ?? (mask ? 0.9999 : 0.3);
 
 /** Standard normal noise of a batch: one stream, or one per image. */
-function drawNoise(generators: readonly TorchGenerator[], count: number): Float32Array {
-  if (generators.length === 1) return generators[0].randn(count) as Float32Array;
-  const out = new Float32Array(count);
-  const each = count / generators.length;
-  generators.forEach((generator, i) => {
-    out.set(generator.randn(each) as Float32Array, i * each);
-  });
-  return out;
-}
+const drawNoise = (generators: readonly TorchGenerator[], count: number): Float32Array =>
+  joined(generators.map((generator) => generator.randn(count / generators.length)));
 
 export function startOf(
   coder: Coder,

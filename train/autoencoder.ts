@@ -13,10 +13,10 @@ import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { toHost } from '../models/latents.ts';
+import { joined, toHost } from '../models/latents.ts';
 import { parseVaeConfig, type Vae, vae } from '../models/vae.ts';
 import { draws } from './draws.ts';
-import { type Pictures, readView, spread, stack, viewIn } from './pictures.ts';
+import { type Pictures, readView, spread, viewIn } from './pictures.ts';
 import { grid } from './preview.ts';
 import type { Run } from './run.ts';
 import {
@@ -91,7 +91,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
         const { key } = pictures.samples[i];
         return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
       });
-      return inputs(picture, stack(await Promise.all(pixels)), latent, stack(noise));
+      return inputs(picture, joined(await Promise.all(pixels)), latent, joined(noise));
     },
     blank({ bucket, samples }) {
       const { picture, latent } = shapes(bucket, samples.length);

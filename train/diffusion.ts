@@ -12,7 +12,7 @@ import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
-import { samplePosterior } from '../models/latents.ts';
+import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import {
@@ -28,7 +28,7 @@ import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
 import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
-import { type Pictures, stack, viewIn } from './pictures.ts';
+import { type Pictures, viewIn } from './pictures.ts';
 import { samplePreviews, schedulerOf } from './preview.ts';
 import type { Run } from './run.ts';
 import {
@@ -133,7 +133,7 @@ export function diffusionTask(
       const weights = hasPrior
         ? Float32Array.from(views, ({ sample }) => (sample.prior ? run.objective.prior_loss_weight : 1))
         : undefined;
-      const batch = { ids, epoch, latents: stack(latents), height, width, weights };
+      const batch = { ids, epoch, latents: joined(latents), height, width, weights };
       const timeIds = views.map(({ geometry }) =>
         timeIdsOf(geometry, pipeline.aesthetic ? run.dataset.aesthetic_score : undefined),
       );
@@ -222,8 +222,8 @@ function drawLatents(
 /** What the cache has of captions, as inputs [n, 77, c] and [n, p]. */
 function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmbeddings[]): PassInputs {
   const n = found.length;
-  const context = stack(found.map((row) => row.context));
-  const pooled = stack(found.map((row) => row.pooled));
+  const context = joined(found.map((row) => row.context));
+  const pooled = joined(found.map((row) => row.pooled));
   const width = unetConfig.cross_attention_dim;
   return {
     context: { shape: [n, context.length / (n * width), width], values: context, dtype },

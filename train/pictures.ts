@@ -89,17 +89,6 @@ export const readView = async ({ sample, geometry }: View, run: Run): Promise<Fl
     interpolation: run.dataset.interpolation,
   });
 
-/** Arrays end to end: the rows of a batch. */
-export function stack(parts: readonly Float32Array[]): Float32Array {
-  const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) {
-    out.set(part, at);
-    at += part.length;
-  }
-  return out;
-}
-
 /** About `count` entries, evenly spread. */
 export function spread<T>(values: readonly T[], count: number): T[] {
   const stride = Math.max(1, Math.floor(values.length / count));
