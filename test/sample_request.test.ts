@@ -111,6 +111,17 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
   t.end();
 });
 
+test('types by their names', (t) => {
+  const types = (...argv: string[]) => {
+    const { dtype, vaeDtype } = optionsOf(...argv);
+    return [dtype, vaeDtype];
+  };
+  t.same(types(), ['auto', 'auto']);
+  for (const name of ['auto', 'float32', 'bfloat16', 'float16'])
+    t.same(types('--dtype', name, '--vae-dtype', name), [name, name]);
+  t.end();
+});
+
 test('values are bounded as they are read', (t) => {
   for (const [argv, says] of [
     ['--steps 0', /--steps takes a whole number from 1 to 1000, not "0"/],
@@ -155,6 +166,7 @@ test('adapters with their scales, and sizes of files', (t) => {
     ['10', 10],
     ['10GB', 1e10],
     ['1.5kb', 1500],
+    ['1.2345KB', 1234],
     ['2 MiB', 2 * 1024 ** 2],
     ['1T', 1e12],
   ] as const)

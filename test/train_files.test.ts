@@ -81,6 +81,65 @@ test('the loss curve', (t) => {
   t.end();
 });
 
+test('the axes of the loss curve, by hand', (t) => {
+  const drawn = (...losses: number[]) => {
+    const entries = losses.map((loss, i) => ({
+      ...{ step: i + 1, epoch: 0, loss, lr: 1, grad_norm: 1, images_per_second: 1 },
+    }));
+    const svg = lossCurve(entries, 'losses');
+    const labels = (anchor: string) =>
+      [...svg.matchAll(new RegExp(`anchor="${anchor}">([-\\d.]+)<`, 'g'))].map(([, label]) => label);
+    const lines = [...svg.matchAll(/points="([^"]+)"/g)].map(([, points]) =>
+      points.split(' ').map((point) => point.split(',').map(Number)),
+    );
+    return { lines, rows: labels('end'), columns: labels('middle') };
+  };
+  // Within 64 and 784, 32 and 360; a twentieth more than the values span.
+  const falls = drawn(100, 10, 1);
+  const inside = (share: number) => Math.round(10 * (360 - 328 * share)) / 10;
+  const margin = Math.log10(1.05) / Math.log10(100 * 1.05 ** 2);
+  t.same(
+    falls.lines[1],
+    [
+      [304, inside(1 - margin)],
+      [544, 196],
+      [784, inside(margin)],
+    ],
+    'a logarithmic axis',
+  );
+  t.same(falls.lines[0], falls.lines[1], 'of so few updates no mean is taken');
+  t.same(
+    [falls.rows, falls.columns],
+    [
+      ['1', '3.16', '10', '31.6', '100'],
+      ['0', '1', '2', '3'],
+    ],
+  );
+  const flat = drawn(...Array<number>(100).fill(1).fill(1.3, 0, 1));
+  const at = (value: number) => inside((value - 1 / 1.05) / (1.3 * 1.05 - 1 / 1.05));
+  // A fiftieth of 100 updates is two, so the weight halves from update to update.
+  const mean = (0.5 * 1 + 0.25 * 1.3) / 0.75;
+  t.same(
+    flat.lines.map((line) => line.slice(0, 2).map(([, y]) => y)),
+    [[1.3, 1].map(at), [1.3, mean].map(at)],
+    'a linear one, and a mean that forgets',
+  );
+  t.same(
+    [flat.rows, flat.columns],
+    [
+      ['1', '1.1', '1.2', '1.3'],
+      ['0', '20', '40', '60', '80', '100'],
+    ],
+  );
+  const { lines } = drawn(...Array<number>(4001).fill(1));
+  t.same(
+    [lines[0].length, lines[0][1][0], lines[0].at(-1)?.[0]],
+    [1334, 64.7, 783.8],
+    'one in three of many',
+  );
+  t.end();
+});
+
 test('a sheet of previews, and what a resumed run draws again', async (t) => {
   const output = join(folder, 'previews-of');
   const plain = (width: number, height: number, value: number): Picture => ({
