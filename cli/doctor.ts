@@ -9,7 +9,7 @@ import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { openDevice } from '../engine/device.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
-import { type Finding, gpus } from './doctor_gpu.ts';
+import { type Finding, gib, gpus } from './doctor_gpu.ts';
 import type { Terminal } from './terminal.ts';
 
 export function addDoctor(command: Command, terminal: Terminal): void {
@@ -30,8 +30,6 @@ function asObject(findings: readonly Finding[]): Record<string, unknown> {
     mends: Object.fromEntries(mends),
   };
 }
-
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
 function examine(): Finding[] {
   const found = gpus(); // first, as a device that is open takes of their memory

@@ -16,7 +16,7 @@ export interface Finding {
 /** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/memory_plan.test.ts). */
 const PICTURE_BYTES = 7.25 * 2 ** 30;
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const reasonOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
 
 /** The driver and its GPUs; one finding where there is none. */

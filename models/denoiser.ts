@@ -1,6 +1,6 @@
-// The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What stays over an
-// image is done once: the prompts are encoded, their keys and values kept, and what the resnets take of each call's time;
-// one pass becomes a step of the device, which a GPU replays from a recording.
+// The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What is
+// the same for all steps of an image is computed once: the encoded prompts, their keys and values, and what the resnets add for
+// each call's time. A pass is a step of the device, which a GPU replays from a recording.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';

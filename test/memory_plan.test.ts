@@ -12,7 +12,7 @@ import { presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
-import { foretell } from '../train/session.ts';
+import { estimate } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 
 const GIB = 2 ** 30;
@@ -75,7 +75,7 @@ function trainOn(
   const pictures = { samples, buckets: [[1024, 1024]] as const, bucketOf: [0], hash: '' };
   const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
   const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
-  return foretell(materials, Array.from({ length: gpus }, device)).bytes;
+  return estimate(materials, Array.from({ length: gpus }, device)).bytes;
 }
 
 test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {

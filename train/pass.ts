@@ -1,6 +1,6 @@
 // One pass: inputs to the device, the loss, and back. Where the device can record launches, a pass is recorded for each shape of
 // inputs and replayed: a small model, or adapters on a large one, else take the host longer than the device. A replay adds to
-// gradients where they lie, so they stay between updates and are cleared in place, which is dear where they are many.
+// gradients where they lie, so they stay between updates and are cleared in place, which costs much where they are many.
 import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, noGrad, zeroGrad } from '../engine/grad.ts';

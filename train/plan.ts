@@ -1,10 +1,10 @@
-// A run told before it starts: what was resolved, and what it will take. Printed by `sdxl plan` and before every training.
+// What a run comes to, before it starts: the resolved keys, and what it will take. Printed by `sdxl plan` and before every training.
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { objectiveOf } from './objective.ts';
 import type { Run } from './run.ts';
-import { foretell, type Materials } from './session.ts';
+import { estimate, type Materials } from './session.ts';
 
 /** What a run comes to. */
 export interface Plan {
@@ -31,7 +31,7 @@ export interface Plan {
 /** Opens the run on stand-ins for `devices`, so as to know what it takes of their memory. */
 export function planOf(materials: Materials, devices?: readonly Device[]): Plan {
   const { run, pictures, updatesPerEpoch, total, source } = materials;
-  const { trained, all, bytes } = foretell(materials, devices?.map(standInFor));
+  const { trained, all, bytes } = estimate(materials, devices?.map(standInFor));
   const counts = pictures.buckets.map((_, i) => pictures.bucketOf.filter((b) => b === i).length);
   return {
     run,

@@ -1,6 +1,6 @@
 // Everything a run needs before its first update: the pictures looked at, the model loaded or begun at random, the task, the
 // optimizer and the moving average; and, to resume, all of these as a checkpoint left them. The same session on the
-// stand-in device, which holds no numbers, foretells the memory.
+// stand-in device, which holds no numbers, tells what memory it will take.
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { requireGrad } from '../engine/grad.ts';
@@ -235,7 +235,7 @@ function loadTrained(
  * The most memory of each device that an update takes (caching, the largest pass, backward and step, all run on devices
  * without numbers), and counts.
  */
-export function foretell(
+export function estimate(
   materials: Materials,
   devices: readonly Device[] = [standInDevice()],
 ): { bytes: number[]; trained: number; all: number } {

@@ -76,7 +76,7 @@ export interface Task {
   prepare(batch: MicroBatch, epoch: number): Promise<PassInputs>;
   /** The most memory that filling the cache takes, done once without numbers. */
   rehearseCache?(): void;
-  /** Inputs of the shapes that a pass has, without its numbers: to foretell memory. */
+  /** Inputs of the shapes that a pass has, without its numbers: to estimate memory. */
   blank(batch: MicroBatch): PassInputs;
   /**
    * The mean loss over the pass's samples, [1] float32, on the tape; or off it, with `weights` in place of what is trained. By ops

@@ -45,7 +45,7 @@ export async function train(
   rewindPreviews(run.output, position.step);
   await task.fillCache?.(report, stop);
   if (stop.asked) return { position, folder: checkpoint ?? '', stopped: true };
-  // What follows needs other sizes, and its peak is what the plan foretold.
+  // What follows needs other sizes, and its peak is what the plan estimated.
   device.memory.trim();
   device.memory.peak = device.memory.live;
   const journal = openJournal(session, report);

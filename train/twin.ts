@@ -1,5 +1,5 @@
-// Twins: pipelines of the same shape as a run's, over other weights in all that is trained and in what else a pass reads beside it.
-// The moving averages draw previews so, and further devices have their copies so. Adapters are put on here, as a twin has its own.
+// Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
+// moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own.
 import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { addLora, type Uniforms } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
