@@ -43,13 +43,16 @@ const fastest = ({ us, graph_us }: PeerRow): number =>
 const agrees = (row: PeerRow, fields: Key): boolean =>
   Object.entries(fields).every(([name, value]) => row[name] === value);
 
-/** The fastest row of a peer's section with these fields, and with this in its name. */
-function find(peer: Peer, section: string, fields: Key, pattern = /./): PeerRow | undefined {
-  return peer.results
-    .filter((row) => row.section === section && pattern.test(row.name) && agrees(row, fields))
-    .filter((row) => Number.isFinite(fastest(row)))
-    .sort((a, b) => fastest(a) - fastest(b))[0];
-}
+const fastestOf = (rows: readonly PeerRow[]): PeerRow | undefined =>
+  rows.filter((row) => Number.isFinite(fastest(row))).sort((a, b) => fastest(a) - fastest(b))[0];
+
+/** The rows of a peer's section with these fields. */
+const rowsOf = (peer: Peer, section: string, fields: Key): PeerRow[] =>
+  peer.results.filter((row) => row.section === section && agrees(row, fields));
+
+/** The fastest of them with this in its name. */
+const find = (peer: Peer, section: string, fields: Key, pattern = /./): PeerRow | undefined =>
+  fastestOf(rowsOf(peer, section, fields).filter(({ name }) => pattern.test(name)));
 
 type Finder = (peer: Peer, key: Key) => readonly (PeerRow | undefined)[];
 
@@ -69,10 +72,9 @@ const finders: Record<string, Finder> = {
   norm: (peer, { b, c, tokens, silu, variant }) =>
     variant === 'fwd'
       ? [
-          peer.results
-            .filter((row) => row.section === 'norm' && agrees(row, { b, c, silu }))
-            .filter((row) => Number(row.h) * Number(row.w) === tokens && Number.isFinite(fastest(row)))
-            .sort((x, y) => fastest(x) - fastest(y))[0],
+          fastestOf(
+            rowsOf(peer, 'norm', { b, c, silu }).filter(({ h, w }) => Number(h) * Number(w) === tokens),
+          ),
         ]
       : [undefined],
   ln: (peer, { m, c, variant }) => [
@@ -81,9 +83,11 @@ const finders: Record<string, Finder> = {
   adamw: (peer, { params, dtype }) => [find(peer, 'adamw', { params, dtype })],
   unet: (peer, { how, batch }) => [
     how === 'graph'
-      ? [find(peer, 'compile', {}), find(peer, 'unet', {}, new RegExp(`^CUDA graph b${batch} `))]
-          .filter((row) => row !== undefined)
-          .sort((a, b) => fastest(a) - fastest(b))[0]
+      ? fastestOf(
+          [find(peer, 'compile', {}), find(peer, 'unet', {}, new RegExp(`^CUDA graph b${batch} `))].filter(
+            (row) => row !== undefined,
+          ),
+        )
       : find(peer, 'unet', {}, new RegExp(`^eager b${batch} `)),
   ],
   train: (peer, { batch, ckpt, lora }) => (lora ? [] : [find(peer, 'train', { batch, ckpt, amp: false })]),

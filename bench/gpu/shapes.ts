@@ -1,7 +1,6 @@
 // The kernels that are timed, as sections: every matrix product, convolution, attention and norm of one UNet pass under
 // guidance (batch 2), at the shapes that the model itself asks for, forward and backward; the VAE decoder's convolutions; a
 // large square product; optimizer steps; copies. Keys are what a peer's measurement of the same call is found by.
-
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Direction } from '../../engine/device.ts';
 import { type OpRecord, registry } from '../../engine/op.ts';

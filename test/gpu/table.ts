@@ -36,12 +36,13 @@ export function rowsOf(outcomes: readonly Checked[]): Row[] {
     };
     const row = rows.get(key) ?? { section: each.section, type: each.type, ...empty };
     rows.set(key, row);
-    row.cases += (each.status === 'ran' && each.result.count) || 1;
+    const count = (each.status === 'ran' && each.result.count) || 1;
+    row.cases += count;
     row.seconds += each.seconds;
     if (each.status === 'not run') row.notRun++;
     else if (failedIn(each)) row.failed++;
     else if (each.status === 'ran' && each.result.skipped) row.skipped++;
-    else row.passed += (each.status === 'ran' && each.result.count) || 1;
+    else row.passed += count;
     if (each.status !== 'ran') continue;
     const { error, bound } = each.result;
     const closeness = bound ? error / bound : error;
