@@ -1,9 +1,9 @@
 // Device memory as the engine sees it: blocks behind a Driver, handed out from size-bucketed free lists. A freed block
 // goes back to its bucket, so a loop of equal steps allocates nothing after its first turn; and the lowest address is handed out
 // first, so that each turn finds its tensors where they were, and the launches that were made for them (cuda/plan_memo.ts).
-// Buckets are an eighth of a power of two apart: at most 12.5 % of a block is slack. When the driver has no more, the lists are
-// emptied once; then recorded steps, which keep blocks out of the lists (Reserve), lose them; when that does not help, the error
-// says what holds how much.
+// Buckets are an eighth of a power of two apart, and 256 bytes at least: at most 12.5 % of 2 KiB or more is slack. When the
+// driver has no more, the lists are emptied once; then recorded steps, which keep blocks out of the lists (Reserve), lose them;
+// when that does not help, the error says what holds how much.
 import { UserError } from '../io/errors.ts';
 import type { Block, Driver } from './driver.ts';
 

@@ -1,6 +1,7 @@
 // An op is one record: its shape rule, its forward and backward launches, and the plain loops that define it. The
 // reference loops are at once the definition, the fallback device and the oracle that tests hold every kernel against.
-// apply() is the only way an op runs: it allocates, executes, and notes on the tape what backward will need.
+// apply() is the only way an op runs, but for the steps of optimizers (update()): it allocates, executes, and notes on the tape
+// what backward will need.
 import type { DType } from '../io/dtype.ts';
 import type { Device } from './device.ts';
 import { isRecording, Node } from './grad.ts';

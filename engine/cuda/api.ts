@@ -1,7 +1,7 @@
 // The CUDA driver API as the engine sees it: the calls of cuda.h that the `cuda` device makes, under their own names, with
-// results returned instead of written through pointers. Three things stand behind this interface: libcuda through koffi,
-// the virtual GPU of the tests, and a wrapper of theirs that makes the n-th call fail. A call that does not return CUDA_SUCCESS
-// throws CudaError. Handles and addresses are bigints, 0n is null (and the default stream).
+// results returned instead of written through pointers. Behind this interface stand libcuda through koffi (libcuda.ts), a GPU
+// that only counts (stand_in.ts), and in the tests the virtual GPU and a wrapper that makes the n-th call fail. A call that does
+// not return CUDA_SUCCESS throws CudaError. Handles and addresses are bigints, 0n is null (and the default stream).
 import type { CudaResult } from './errors.ts';
 
 export type DevicePointer = bigint;

@@ -1,6 +1,6 @@
 // How each kernel symbol runs on a GPU. Most symbols are one entry of the same name and parameters, and a plan only says
-// how large its grid is; sums, norms and the matrix families are several launches with workspace between them. Every cut
-// of a sum depends on the shape, and for split products on the number of multiprocessors: a run repeats on its device.
+// how large its grid is; sums, norms and the matrix families are several launches with workspace between them. How a sum is cut
+// depends on the shape, and for split products and some norms on the number of multiprocessors: a run repeats on its device.
 import type { FloatDType } from '../../io/dtype.ts';
 import type { Dim3, Im2colMap, TiledMap } from './api.ts';
 import type { KernelArgument } from './manifest.ts';

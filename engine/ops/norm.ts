@@ -220,7 +220,7 @@ const layerNormOp = defineOp<{ eps: number }>({
       );
     },
   },
-  // The GPU keeps rows of up to 640 and of up to 1280 in registers, if they are whole packs of four.
+  // A GPU keeps rows of up to 1280 in registers, if they are whole pieces of 16 bytes.
   samples: [
     ...[
       [3, 7, 33],

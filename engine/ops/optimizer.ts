@@ -1,7 +1,6 @@
 // One step of an optimizer on one parameter, as ops that update their inputs in place: AdamW and Lion, the moving average
 // of weights, and the sum of squares behind global-norm clipping. A weight may have a float32 `master` beside it; without
 // one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
-
 import { defineOp, type RefTensors, type Sample, type Tensors, type Update, updateOf } from '../op.ts';
 import { philox, type Stream } from '../philox.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';

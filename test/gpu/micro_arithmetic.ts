@@ -1,5 +1,4 @@
 // Micro-kernels of one arithmetic instruction each, over awkward operands: every variant that our kernels use.
-
 import { bfloat16, exactRounding } from '../virtual-gpu/exact.ts';
 import {
   type Bits,

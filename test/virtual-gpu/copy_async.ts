@@ -1,6 +1,5 @@
 // cp.async: a lane begins a copy from global to shared memory; it is complete only when the lane has waited for its group.
 // `late` lands it at the wait, with the destination poisoned until then; `early` at once; `random` either way.
-
 import { copyAgent, makeKey, never } from './agents.ts';
 import { newAgent } from './async_agents.ts';
 import { inBlock } from './cluster.ts';

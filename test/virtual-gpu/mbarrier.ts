@@ -1,7 +1,6 @@
 // mbarrier objects of shared memory: pending arrivals, expected bytes of asynchronous copies, and a phase that ends when
 // both are spent. Arriving releases what the warp has done, a wait that succeeds acquires what all arrivals of the phase
 // released. Their state is kept beside shared memory, by address; a kernel that looks inside one is a bug anyway.
-
 import { agents } from './agents.ts';
 import { blockAt, noteReach } from './cluster.ts';
 import { landForBarrier } from './copy_async.ts';

@@ -3,7 +3,6 @@
 // writer and readers as keys (agents.ts). An access races when the cell's other
 // access was by another lane at a clock that this warp has not seen. Lanes of a warp are ordered only by bar.warp.sync.
 // In global memory a cell also remembers the cluster; other clusters of the same grid are never ordered, save by flags.
-
 import { agentOf, clockOf, identity, makeKey, mostWarps, strongBit } from './agents.ts';
 import { checkReadOnly, checkWaited } from './grid_dependency.ts';
 import { type Machine, sharedBytes } from './machine.ts';

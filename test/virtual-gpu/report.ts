@@ -1,6 +1,5 @@
 // What the virtual GPU says when a kernel does something that a GPU would not forgive: one error with the kind of fault,
 // and the kernel, block, thread, instruction and source line where it showed.
-
 import { agentOf } from './agents.ts';
 import type { Machine } from './machine.ts';
 import type { Instruction } from './ptx.ts';
