@@ -65,6 +65,13 @@ function summed(
   return walking('im2col', 'col2im', pixelsOf(g) * g.image[2], THREADS, args, context);
 }
 
+/** A convolution's call: n h w c, oh ow o, kh kw, stride, top, left. */
+interface Call {
+  readonly symbol: string;
+  readonly pointers: Pointers;
+  readonly geometry: readonly number[];
+}
+
 /** The launches under a convolution's symbol; undefined where its channels are not few. */
 export function convolutionByColumns(
   symbol: string,
@@ -72,66 +79,62 @@ export function convolutionByColumns(
   geometry: readonly number[],
   context: PlanContext,
 ): KernelLaunch[] | undefined {
-  const [n, h, w, c, oh, ow, o, kh, kw, stride, top, left, own = c] = geometry;
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, , , own = c] = geometry;
   const [columns, wide] = [kh * kw * c, 16 / context.elementBytes];
   if (kh * kw === 1 || own !== c) return undefined;
   const fewIn = c % wide !== 0 && columns <= MOST_COLUMNS;
   const fewOut = c % wide === 0 && o < FEW && stride === 1;
   const elements = n * Math.max(h * w, oh * ow) * Math.max(fewIn ? columns : 0, fewOut ? kh * kw * o : 0);
   if (!(fewIn || fewOut) || elements >= 2 ** 30) return undefined;
-  const [y, first, second, bias = 0n, shift = 0n, residual = 0n] = pointers;
-  const [image, grid, taps] = [
-    [h, w, c],
-    [oh, ow],
-    [kh, kw, stride, top, left],
-  ] as const;
-  const ofInputs: Geometry = { n, image, grid, taps: [...taps, 0] };
-  const ofOutputs: Geometry = { n, image: [oh, ow, o], grid: [h, w], taps: [...taps, 1] };
-  const [seen, made] = [n * h * w, n * oh * ow];
-  const one = { batch: 1 } as const;
+  return (fewOut ? ofFewOutputs : ofFewInputs)({ symbol, pointers, geometry }, context);
+}
 
+function ofFewOutputs({ symbol, pointers, geometry }: Call, context: PlanContext): KernelLaunch[] {
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, top, left] = geometry;
+  const [y, first, second, bias = 0n, shift = 0n, residual = 0n] = pointers;
+  const [m, width] = [n * h * w, kh * kw * o];
   if (symbol === 'conv2d_forward') {
-    if (fewOut) {
-      const size = { ...one, m: seen, n: kh * kw * o, k: c, aStride: c, bStride: c };
-      const { launches, sums, row } = productSums({ layout: 'nt', a: first, b: second, ...size }, context);
-      const g: Geometry = { n, image: [h, w, o], grid, taps: [...taps, 0] };
-      return [...launches, summed(y, sums, [bias, shift, residual], g, row, context)];
-    }
-    if (shift) return undefined;
-    const a = columnsOf(first, ofInputs, context);
+    const size = { batch: 1, m, n: width, k: c, aStride: c, bStride: c };
+    const { launches, sums, row } = productSums({ layout: 'nt', a: first, b: second, ...size }, context);
+    const g: Geometry = { n, image: [h, w, o], grid: [oh, ow], taps: [kh, kw, stride, top, left, 0] };
+    return [...launches, summed(y, sums, [bias, shift, residual], g, row, context)];
+  }
+  const g: Geometry = { n, image: [oh, ow, o], grid: [h, w], taps: [kh, kw, stride, top, left, 1] };
+  const a = columnsOf(first, g, context);
+  const operands = { batch: 1, a: a.at, b: second, y, aStride: a.padded, bStride: c, aPadded: true };
+  const sizes =
+    symbol === 'conv2d_backward_weight'
+      ? ({ layout: 'tn', m: width, n: c, k: m } as const)
+      : ({ layout: 'nn', m, n: c, k: width } as const);
+  return [...a.launches, ...product({ ...sizes, ...operands }, context)];
+}
+
+function ofFewInputs({ symbol, pointers, geometry }: Call, context: PlanContext): KernelLaunch[] | undefined {
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, top, left] = geometry;
+  const [y, first, second, bias = 0n, shift = 0n, residual = 0n] = pointers;
+  const [columns, made] = [kh * kw * c, n * oh * ow];
+  if (symbol === 'conv2d_backward_x') {
+    if (stride !== 1 || o % (16 / context.elementBytes)) return undefined;
     const b = paddedRows(second, o, columns, context);
-    const size = { ...one, m: made, n: o, k: a.padded, aStride: a.padded, bStride: b.padded };
+    const size = { batch: 1, m: made, n: b.padded, k: o, aStride: o, bStride: b.padded };
+    const { launches, sums, row } = productSums({ layout: 'nn', a: first, b: b.at, ...size }, context);
+    const g: Geometry = { n, image: [oh, ow, c], grid: [h, w], taps: [kh, kw, stride, top, left, 1] };
+    return [...b.launches, ...launches, summed(y, sums, [0n, 0n, 0n], g, row, context)];
+  }
+  const seen: Geometry = { n, image: [h, w, c], grid: [oh, ow], taps: [kh, kw, stride, top, left, 0] };
+  if (symbol === 'conv2d_forward') {
+    if (shift) return undefined;
+    const a = columnsOf(first, seen, context);
+    const b = paddedRows(second, o, columns, context);
+    const size = { batch: 1, m: made, n: o, k: a.padded, aStride: a.padded, bStride: b.padded };
     const last = product({ layout: 'nt', a: a.at, b: b.at, y, bias, residual, ...size }, context);
     return [...a.launches, ...b.launches, ...last];
   }
-
-  if (symbol === 'conv2d_backward_weight') {
-    if (fewOut) {
-      const a = columnsOf(first, ofOutputs, context);
-      const size = { ...one, m: kh * kw * o, n: c, k: seen, aStride: a.padded, bStride: c, aPadded: true };
-      return [...a.launches, ...product({ layout: 'tn', a: a.at, b: second, y, ...size }, context)];
-    }
-    const b = columnsOf(second, ofInputs, context);
-    const exact = b.padded === columns;
-    const to = exact ? y : context.workspace(o * b.padded * context.elementBytes);
-    const size = { ...one, m: o, n: b.padded, k: made, aStride: o, bStride: b.padded };
-    const launches = [
-      ...b.launches,
-      ...product({ layout: 'tn', a: first, b: b.at, y: to, ...size }, context),
-    ];
-    const cut = [y, to, o, b.padded, 0, columns, 1];
-    return exact ? launches : [...launches, walking('move', 'slice_forward', o, 1, cut, context)];
-  }
-
-  if (fewOut) {
-    const a = columnsOf(first, ofOutputs, context);
-    const size = { ...one, m: seen, n: c, k: kh * kw * o, aStride: a.padded, bStride: c, aPadded: true };
-    return [...a.launches, ...product({ layout: 'nn', a: a.at, b: second, y, ...size }, context)];
-  }
-  if (stride !== 1 || o % wide) return undefined;
-  const b = paddedRows(second, o, columns, context);
-  const size = { ...one, m: made, n: b.padded, k: o, aStride: o, bStride: b.padded };
-  const { launches, sums, row } = productSums({ layout: 'nn', a: first, b: b.at, ...size }, context);
-  const g: Geometry = { n, image: [oh, ow, c], grid: [h, w], taps: [...taps, 1] };
-  return [...b.launches, ...launches, summed(y, sums, [0n, 0n, 0n], g, row, context)];
+  const b = columnsOf(second, seen, context);
+  const exact = b.padded === columns;
+  const to = exact ? y : context.workspace(o * b.padded * context.elementBytes);
+  const size = { batch: 1, m: o, n: b.padded, k: made, aStride: o, bStride: b.padded };
+  const launches = [...b.launches, ...product({ layout: 'tn', a: first, b: b.at, y: to, ...size }, context)];
+  const cut = [y, to, o, b.padded, 0, columns, 1];
+  return exact ? launches : [...launches, walking('move', 'slice_forward', o, 1, cut, context)];
 }
