@@ -79,7 +79,11 @@ function kernels(): Finding[] {
   const library = findLibrary();
   if ('reason' in library)
     return [
-      { name: 'kernels', value: `none: ${library.reason}`, mend: 'install make and g++, then run again' },
+      {
+        name: 'kernels',
+        value: `none: ${library.reason}`,
+        mend: 'install make and g++, and have XDG_CACHE_HOME name a folder that can be written; then run again',
+      },
     ];
   const driver = openCpuDriver(library.path);
   return [

@@ -7,6 +7,7 @@ import { existsSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:
 import { homedir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import koffi from 'koffi';
 import { makeFolder } from '../../io/files.ts';
 import { packageRoot } from '../../io/package_root.ts';
 
@@ -30,9 +31,20 @@ export function findLibrary(): Found {
 function locate(): Found {
   if (process.platform !== 'linux')
     return { reason: `no kernel library is built for ${process.platform} yet` };
-  if (existsSync(packaged)) return { path: packaged };
+  if (loads(packaged)) return { path: packaged };
   const cached = join(cacheFolder(), `libsdxl_cpu-${sourceHash()}-${process.arch}.so`);
-  return existsSync(cached) ? { path: cached } : compile(cached);
+  return loads(cached) ? { path: cached } : compile(cached);
+}
+
+/** A package may have been built for another processor, or against a newer C library than this machine has. */
+function loads(path: string): boolean {
+  if (!existsSync(path)) return false;
+  try {
+    koffi.load(path);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 function cacheFolder(): string {
@@ -55,8 +67,9 @@ function compile(target: string): Found {
   }
   try {
     const made = make(join(work, 'libsdxl_cpu.so'));
-    if ('path' in made) renameSync(made.path, target);
-    return 'path' in made ? { path: target } : made;
+    if (!('path' in made)) return made;
+    renameSync(made.path, target);
+    return loads(target) ? { path: target } : { reason: `${target} was compiled and cannot be loaded` };
   } finally {
     rmSync(work, { recursive: true, force: true });
   }
