@@ -1,5 +1,5 @@
 // What the tests of the io folder share: a folder of their own, refusals in one sentence, numbers that repeat.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
@@ -7,6 +7,10 @@ import { UserError } from '../io/errors.ts';
 export const folder = mkdtempSync(join(tmpdir(), 'sdxl-io-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 export const at = (name: string) => join(folder, name);
+
+/** How many files this process has open, where the system tells. */
+export const filesOpen = (): number =>
+  existsSync('/proc/self/fd') ? readdirSync('/proc/self/fd').length : 0;
 
 export const sameBytes = (a: Uint8Array, b: Uint8Array) => Buffer.compare(a, b) === 0;
 

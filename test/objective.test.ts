@@ -95,6 +95,8 @@ test('timesteps: each policy has its own spread', (t) => {
   // (1 - u^3) T lies below q T when u > cbrt(1 - q).
   const below = [0, 0.25, 0.5, 0.75, 1].map((q) => 1 - Math.cbrt(1 - q));
   const cubic = [0, 1, 2, 3].map((i) => below[i + 1] - below[i]);
+  const backwards = { ...plain, timestep_range: [0.6, 0.2] };
+  t.throws(() => objectiveOf(backwards, scheduler), /begins at 0\.6 and ends at 0\.2; write the smaller/);
   allClose(t, 'cubic', quarters({ timesteps: 'cubic' }), cubic, near);
   t.end();
 });

@@ -1,13 +1,10 @@
 // Safetensors: round trips, hostile headers, random damage, and a writer that fails whole.
-import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { test } from 'tap';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { at, folder, messageOf, randomNumbers, refuses, sameBytes } from './io_helpers.ts';
-
-/** How many files this process has open, where the system tells. */
-const filesOpen = () => (existsSync('/proc/self/fd') ? readdirSync('/proc/self/fd').length : 0);
+import { at, filesOpen, folder, messageOf, randomNumbers, refuses, sameBytes } from './io_helpers.ts';
 
 const sampleEntries: TensorEntry[] = [
   { name: 'b.weight', dtype: 'float16', shape: [2, 3], bytes: encodeNumbers([1, 2, 3, 4, 5, 6], 'float16') },
