@@ -165,7 +165,9 @@ function stages(prompts: number, { quiet = false }: SampleOptions, terminal: Ter
         if (cut.length) bar.end(); // the line is the warning's
         for (const text of cut) {
           told.add(text);
-          terminal.err(`warning: the prompt is longer than 77 tokens; this part was cut off: "${text}"\n`);
+          terminal.err(
+            `warning: the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"\n`,
+          );
         }
         bar.update(before * steps + step, prompts * steps, note);
       });

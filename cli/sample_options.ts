@@ -6,7 +6,7 @@ import type { Command } from 'commander';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
-import type { Size } from '../models/conditioning.ts';
+import { chunksOf, type Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { corner, devices, number, oneOf, side, size } from './options.ts';
@@ -33,6 +33,7 @@ export interface SampleOptions {
   seed?: number;
   numImages: number;
   clipSkip?: number;
+  maxTokenLength?: number;
   originalSize?: Size;
   cropsCoordsTopLeft?: [number, number];
   targetSize?: Size;
@@ -119,13 +120,18 @@ export function addSampleOptions(command: Command): Command {
     .optionsGroup('Prompt:')
     .option(
       '-p, --prompt <TEXT>',
-      'what to draw, up to 77 tokens; given more than once, a picture of each, all from one seed',
+      'what to draw, up to 77 tokens (but see --max-token-length); given more than once, a picture of each, all from one seed',
       (text, all: readonly string[] = []) => [...all, text],
     )
     .option('--prompt-file <FILE>', 'more prompts, one a line')
     .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
     .option('-n, --negative-prompt <TEXT>', 'what not to draw')
     .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
+    .option(
+      '--max-token-length <N>',
+      'a multiple of 75: read longer prompts too, in chunks of 75 tokens, as A1111 and ComfyUI (default: 75, as diffusers)',
+      number('--max-token-length', { min: 75, whole: true }),
+    )
     .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))
     .optionsGroup('Picture:')
     .option('-W, --width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
@@ -259,6 +265,7 @@ export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] 
 export function checkSample(options: SampleOptions): void {
   if (options.prompt === undefined && options.promptFile === undefined)
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
+  if (options.maxTokenLength !== undefined) chunksOf(options.maxTokenLength);
   const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
   if (sampler && options.karras && !('use_karras_sigmas' in sampler.config))
     throw new UserError(

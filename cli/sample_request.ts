@@ -48,6 +48,7 @@ export function baseRequest(
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
     negative_prompt_2: options.negativePrompt2 ? [options.negativePrompt2] : undefined,
     clip_skip: options.clipSkip,
+    max_token_length: options.maxTokenLength,
     width,
     height,
     num_inference_steps: options.steps,

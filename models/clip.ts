@@ -86,9 +86,9 @@ export interface TextStates {
 
 /** Prompts as an encoder reads them. */
 export interface Tokens {
-  /** int32 [n, 77]. */
+  /** int32 [n, 77]; of prompts in several chunks each one's chunks are rows one after the other. */
   ids: Tensor;
-  /** Where each prompt's EOS is, as a row of all [n * 77]: int32 [n], by endsOf. */
+  /** Where each prompt's first EOS is, as a row of all [n * 77]: int32 [n], by endsOf. */
   ends: Tensor;
 }
 

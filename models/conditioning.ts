@@ -3,9 +3,10 @@
 import type { Device } from '../engine/device.ts';
 import { concat } from '../engine/ops/move.ts';
 import { cast, scale } from '../engine/ops/unary.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { endsOf, placeTokens, type TextEncoder, type Tokens } from './clip.ts';
+import { UserError } from '../io/errors.ts';
+import { endsOf, type TextEncoder, type Tokens } from './clip.ts';
 import type { Tokenizer } from './tokenizer.ts';
 
 export interface TokenizedEncoder {
@@ -18,6 +19,8 @@ export interface TextStack {
   encoders: readonly TokenizedEncoder[];
   /** Base: no negative prompt at all means zero embeddings rather than the embedding of "". */
   forceZeros: boolean;
+  /** How many chunks of 75 tokens every text takes; where absent as many as a request's texts need and it allows. */
+  chunks?: number;
 }
 
 /** Lists of one length: a text for each picture (or for each group of `num_images_per_prompt`). */
@@ -27,15 +30,20 @@ export interface Prompts {
   prompt_2?: readonly string[];
   negative_prompt?: readonly string[];
   negative_prompt_2?: readonly string[];
+  /**
+   * The most tokens of a prompt that are read, in chunks of 75 whose hidden states stand one after the other, as in kohya's
+   * programs, A1111 and ComfyUI; the pooled vector is the first chunk's. 75 where absent, as diffusers.
+   */
+  max_token_length?: number;
   /** Layers to skip from the end of the text encoders, beside the last, which is always skipped; 0 where absent. */
   clip_skip?: number;
 }
 
 export interface Embeddings {
-  /** [rows, 77, c] and [rows, p]; rows are negative then positive when guided. */
+  /** [rows, 77, c], or a multiple of 77 for long prompts, and [rows, p]; rows are negative then positive when guided. */
   context: Tensor;
   pooled: Tensor;
-  /** Text that did not fit into 77 tokens, one entry for each prompt cut. */
+  /** Text that did not fit, one entry for each prompt cut. */
   truncated: string[];
 }
 
@@ -48,12 +56,18 @@ export function encodePrompts(
   options: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
 ): Embeddings {
   const truncated: string[] = [];
-  const second = prompts.prompt_2 ?? prompts.prompt;
-  const layer = PENULTIMATE - (prompts.clip_skip ?? 0);
-  const positive = encode(stack, [prompts.prompt, second], layer, options.device, truncated);
+  const texts = [prompts.prompt, prompts.prompt_2 ?? prompts.prompt];
+  const negative = options.guided ? negativesOf(stack, prompts) : undefined;
+  const chunks = stack.chunks ?? chunksFor(stack, [texts, negative ?? []], prompts.max_token_length);
+  const encodeAt = (each: readonly (readonly string[])[], layer: number) =>
+    encode(stack, each, { layer, chunks, device: options.device }, truncated);
+  const positive = encodeAt(texts, PENULTIMATE - (prompts.clip_skip ?? 0));
   const parts = [repeated(positive, options.copies)];
-  if (options.guided)
-    parts.unshift(repeated(negativeOf(stack, prompts, positive, options.device, truncated), options.copies));
+  if (options.guided) {
+    // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
+    const other = negative ? encodeAt(negative, PENULTIMATE) : nothingLike(positive);
+    parts.unshift(repeated(other, options.copies));
+  }
   const rows = (name: keyof Encoded) => parts.map((part) => part[name]);
   return {
     context: cast(concat(rows('context'), 0), options.dtype),
@@ -64,33 +78,57 @@ export function encodePrompts(
 
 export type Encoded = Pick<Embeddings, 'context' | 'pooled'>;
 
-function negativeOf(
-  stack: TextStack,
-  prompts: Prompts,
-  positive: Encoded,
-  device: Device,
-  truncated: string[],
-): Encoded {
-  if (!prompts.negative_prompt && stack.forceZeros) {
-    return { context: scale(positive.context, 0), pooled: scale(positive.pooled, 0) };
-  }
-  const first = prompts.negative_prompt ?? prompts.prompt.map(() => '');
-  const second = prompts.negative_prompt_2 ?? first;
-  // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
-  return encode(stack, [first, second], PENULTIMATE, device, truncated);
+/** The unconditional's texts, for each encoder; none where zeros take their place. */
+function negativesOf(
+  { forceZeros }: TextStack,
+  { prompt, negative_prompt, negative_prompt_2 }: Prompts,
+): (readonly string[])[] | undefined {
+  if (!negative_prompt && forceZeros) return undefined;
+  const first = negative_prompt ?? prompt.map(() => '');
+  return [first, negative_prompt_2 ?? first];
+}
+
+const nothingLike = ({ context, pooled }: Encoded): Encoded => ({
+  context: scale(context, 0),
+  pooled: scale(pooled, 0),
+});
+
+/** As many chunks as the longest of the texts fills, for each encoder; no more than `most` tokens come to. */
+function chunksFor(
+  { encoders }: TextStack,
+  lists: readonly (readonly (readonly string[])[])[],
+  most?: number,
+): number {
+  if (most === undefined) return 1;
+  const filled = encoders.flatMap(({ tokenizer }, i) =>
+    lists.flatMap((texts) => (texts[i] ?? []).map((text) => tokenizer.chunksOf(text))),
+  );
+  return Math.min(chunksOf(most), Math.max(1, ...filled));
+}
+
+/** Tokens of a chunk, of SDXL's tokenizers: BOS and EOS make them 77. */
+export const CHUNK_TOKENS = 75;
+
+/** @throws UserError where `max_token_length` is no multiple of 75 */
+export function chunksOf(max_token_length: number): number {
+  const chunks = max_token_length / CHUNK_TOKENS;
+  if (Number.isInteger(chunks) && chunks > 0) return chunks;
+  throw new UserError(
+    `max_token_length is ${max_token_length}; give a multiple of ${CHUNK_TOKENS}, as 150 or 225: prompts are read in chunks of that many tokens`,
+  );
 }
 
 /** texts[0] goes to the first encoder, texts[1] to the second. The refiner's lone encoder gets texts[0], as in diffusers. */
 function encode(
   stack: TextStack,
   texts: readonly (readonly string[])[],
-  layer: number,
-  device: Device,
+  { layer, chunks, device }: { layer: number; chunks: number; device: Device },
   truncated: string[],
 ): Encoded {
   const tokens = stack.encoders.map((encoder, i) => {
-    const { values, shape } = tokensOf(encoder, texts[i], truncated).ids;
-    return placeTokens(encoder.encoder, values, shape[1], device);
+    const { ids, ends } = tokensOf(encoder, texts[i], chunks, truncated);
+    const options = { device, dtype: 'int32' } as const;
+    return { ids: tensor(ids.values, ids.shape, options), ends: tensor(ends.values, ends.shape, options) };
   });
   return encodeTokens(stack, tokens, layer);
 }
@@ -101,31 +139,34 @@ interface Rows {
   shape: readonly number[];
 }
 
-/** Texts as an encoder's Tokens: ids [n, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
+/** n texts as an encoder's Tokens: ids [n * chunks, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
 export function tokensOf(
   { tokenizer, encoder }: TokenizedEncoder,
   texts: readonly string[],
+  chunks = 1,
   truncated: string[] = [],
 ): Record<keyof Tokens, Rows> {
-  const rows = texts.map((text) => tokenizer.encode(text));
+  const rows = texts.map((text) => tokenizer.encode(text, chunks));
   for (const row of rows)
     if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
-  const length = rows[0].ids.length;
-  const values = new Int32Array(rows.length * length);
+  const length = tokenizer.modelMaxLength;
+  const values = new Int32Array(rows.length * chunks * length);
   rows.forEach((row, r) => {
-    values.set(row.ids, r * length);
+    values.set(row.ids, r * chunks * length);
   });
+  const ends = endsOf(values, length, encoder.eos_token_id).filter((_, i) => i % chunks === 0);
   return {
-    ids: { values, shape: [rows.length, length] },
-    ends: { values: endsOf(values, length, encoder.eos_token_id), shape: [rows.length] },
+    ids: { values, shape: [rows.length * chunks, length] },
+    ends: { values: ends, shape: [rows.length] },
   };
 }
 
-/** What the encoders say of their tokens: hidden states side by side, and the last one's pooled vector. */
+/** What the encoders say of their tokens: hidden states side by side, chunk after chunk, and the last one's pooled vector. */
 export function encodeTokens(stack: TextStack, tokens: readonly Tokens[], layer = PENULTIMATE): Encoded {
   const last = stack.encoders.length - 1;
   const states = stack.encoders.map(({ encoder }, i) => encoder(tokens[i], { layer, pooled: i === last }));
-  const hidden = states.map((state) => state.hidden);
+  const [n] = tokens[0].ends.shape;
+  const hidden = states.map((state) => state.hidden.reshape(n, -1, state.hidden.shape[2]));
   return { context: concat(hidden, 2), pooled: states[last].pooled as Tensor };
 }
 

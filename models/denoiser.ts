@@ -37,7 +37,7 @@ export interface GuidedModel {
 export interface Denoiser {
   /** The network's output at latents x [n, c, h, w] and the i-th time, guided. */
   predict(x: Float32Array, i: number): Float32Array;
-  /** Prompt text past the 77 tokens. */
+  /** Prompt text past the tokens that are read. */
   truncated: string[];
   release(): void;
 }

@@ -125,7 +125,7 @@ export interface Progress {
   timestep: number;
   /** Scaled latents after the step, [n, c, h, w]. */
   latents: Latents;
-  /** Prompt text past the 77 tokens, the same at each step. */
+  /** Prompt text past the tokens that are read, the same at each step. */
   truncated: readonly string[];
 }
 

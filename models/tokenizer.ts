@@ -12,10 +12,12 @@ import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
 export interface Tokenizer {
   readonly modelMaxLength: number;
   /**
-   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding. `truncated` is the end of the prompt that
-   * did not fit, as diffusers' warning shows it, and '' when all of it did.
+   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding; or that many for each of `chunks`, which take the text on.
+   * `truncated` is the end of the prompt that did not fit, as diffusers' warning shows it, and '' when all of it did.
    */
-  encode(prompt: string): { ids: Int32Array; truncated: string };
+  encode(prompt: string, chunks?: number): { ids: Int32Array; truncated: string };
+  /** How many chunks a prompt fills, at least one. */
+  chunksOf(prompt: string): number;
 }
 
 /** What tokenizer_config.json says; other keys are passed over. */
@@ -125,6 +127,7 @@ function clipTokenizer(
   { bos, eos, pad, length }: Layout,
   strings: readonly string[],
 ): Tokenizer {
+  const inside = length - 2; // BOS and EOS stand around each chunk
   const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
   const normalised = specialMatcher(tokens.filter((token) => token.normalized));
   const textIds = (prompt: string): number[] => {
@@ -142,13 +145,14 @@ function clipTokenizer(
   };
   return {
     modelMaxLength: length,
-    encode(prompt) {
+    encode(prompt, chunks = 1) {
       const text = textIds(prompt);
-      const kept = text.slice(0, length - 2);
-      const ids = new Int32Array(length).fill(pad);
-      ids.set([bos, ...kept, eos]);
-      return { ids, truncated: decode(text.slice(length - 2), strings) };
+      const ids = new Int32Array(chunks * length).fill(pad);
+      for (let i = 0; i < chunks; i++)
+        ids.set([bos, ...text.slice(i * inside, (i + 1) * inside), eos], i * length);
+      return { ids, truncated: decode(text.slice(chunks * inside), strings) };
     },
+    chunksOf: (prompt) => Math.max(1, Math.ceil(textIds(prompt).length / inside)),
   };
 }
 

@@ -305,7 +305,7 @@ test('base and refiner', async (t) => {
     return { latents, lines: said.err.split('\n') };
   };
   const { latents: handed, lines } = await draw('--denoising-end', '0.6');
-  const warnings = lines.flatMap((line, i) => (/^warning: .* 77 tokens/.test(line) ? [i] : []));
+  const warnings = lines.flatMap((line, i) => (/^warning: the prompt has more tokens/.test(line) ? [i] : []));
   t.equal(warnings.length, 1, 'what was cut off, once for both encoders and both stages');
   t.ok(lines[warnings[0] + 1].startsWith('sampling 1/3'), 'before the steps');
   t.ok(handed.equals((await draw('--denoising-start', '0.6')).latents), 'either end says where they meet');
@@ -377,6 +377,33 @@ test('the type of the VAE is checked, and kept in the picture', async (t) => {
   t.equal((await run('sample', '--from', out, '--output', again)).status, 0);
   t.ok(readFileSync(out).equals(readFileSync(again)), 'the same picture');
   t.end();
+});
+
+test('a long prompt is told of, or read', async (t) => {
+  const out = join(scratch(), 'out.png');
+  const prompt = Array.from({ length: 90 }, (_, i) => (i % 2 ? 'fox' : 'red')).join(' ');
+  const args = [
+    'sample',
+    '--model',
+    model,
+    '--prompt',
+    prompt,
+    '--width',
+    '64',
+    '--height',
+    '64',
+    '--steps',
+    '1',
+  ];
+  const cut = await run(...args, '--output', out);
+  t.match(cut.err, /this part was cut off \(--max-token-length reads more\): ".*fox/);
+  const whole = await run(...args, '--max-token-length', '150', '--output', out);
+  t.equal(whole.status, 0);
+  t.notMatch(whole.err, /cut off/);
+  t.equal(JSON.parse(readPngText(out).sdxl).maxTokenLength, 150);
+  const wrong = await run(...args, '--max-token-length', '100', '--output', out);
+  t.equal(wrong.status, 2);
+  t.match(wrong.err, /max_token_length is 100; give a multiple of 75/);
 });
 
 test('inspect tells what a checkpoint is', async (t) => {

@@ -14,7 +14,7 @@ import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig, placeTokens, type TextEncoder, type Tokens, textEncoder } from '../models/clip.ts';
 import { encodePrompts, type Prompts } from '../models/conditioning.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { type Assert, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import {
   checkActivations,
   checkGradients,
@@ -106,6 +106,67 @@ function checkEncodePrompt(t: Assert, c: GoldenCase, { text, device }: Pipeline)
     }),
   );
 }
+
+test('long prompts in chunks: each as if it were alone, and the pooled vector of the first', (t) => {
+  const [device] = devices;
+  const before = device.memory.storages;
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  const { text } = pipeline;
+  const { tokenizer } = text.encoders[0];
+  const word = (i: number) => ['fox', 'hill', 'snow', 'red', 'moon', 'castle', 'horse'][i % 7];
+  // As many words as fill one chunk to the last token, and more.
+  const words: string[] = [];
+  while (tokenizer.chunksOf([...words, word(words.length)].join(' ')) === 1) words.push(word(words.length));
+  const [first, rest] = [words.join(' '), 'a horse on the moon'];
+  const long = `${first} ${rest}`;
+  const embed = (prompts: Prompts, guided = false) =>
+    noGrad(() =>
+      scope(() => {
+        const got = encodePrompts(text, prompts, { guided, copies: 1, device, dtype: 'float32' });
+        return {
+          shape: got.context.shape,
+          context: got.context.floats(),
+          pooled: got.pooled.floats(),
+          cut: got.truncated,
+        };
+      }),
+    );
+  const [whole, a, b, cut] = [
+    embed({ prompt: [long], max_token_length: 225 }),
+    embed({ prompt: [first] }),
+    embed({ prompt: [rest] }),
+    embed({ prompt: [long] }),
+  ];
+  const c = whole.shape[2];
+  t.same(whole.shape, [1, 2 * 77, c], 'as many chunks as it needs, not as many as may be');
+  t.same(whole.cut, []);
+  t.match(cut.cut, [/moon/], 'else its end is cut off');
+  t.same(cut.context, a.context);
+  t.ok(maxDifference(whole.context, [...a.context, ...b.context]) < 1e-5);
+  t.ok(maxDifference(whole.pooled, a.pooled) < 1e-5);
+  t.same(embed({ prompt: [first], max_token_length: 225 }).shape, [1, 77, c]);
+
+  const both = embed({ prompt: [long, rest], negative_prompt: ['fog', 'fog'], max_token_length: 150 }, true);
+  t.same(both.shape, [4, 2 * 77, c], 'all take as many as the longest');
+  const row = (i: number) => both.context.subarray(i * 154 * c, (i + 1) * 154 * c);
+  t.ok(maxDifference(row(2), whole.context) < 1e-5);
+  t.ok(maxDifference(row(3).subarray(0, 77 * c), b.context) < 1e-5);
+  t.ok(
+    maxDifference(row(0).subarray(77 * c), embed({ prompt: [''] }).context) < 1e-5,
+    'the rest of a short one is empty',
+  );
+  const zeros = embed({ prompt: [long], max_token_length: 150 }, true);
+  t.ok(
+    zeros.context.subarray(0, 154 * c).every((x) => x === 0),
+    'no negative prompt is zeros, as many',
+  );
+  t.throws(() => embed({ prompt: [long], max_token_length: 100 }), {
+    message: /max_token_length is 100; give a multiple of 75/,
+  });
+  pipeline.release();
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.end();
+});
 
 for (const device of devices) {
   test(`text encoders on ${device.name}`, (t) => {

@@ -47,6 +47,18 @@ for (const [name, tokenizer] of Object.entries(tokenizers)) {
     t.equal(truncated, "the end, don 't you?", 'the lost end, in lower case and with CLIP’s spaces');
     t.equal(ids[76], 1999, 'the last id is still EOS');
     t.equal(tokenizer.encode(`${fits} 猫 cat`).truncated, '猫 cat');
+    const [bos, the] = tokenizer.encode('the').ids;
+    const eos = ids[76];
+    const long = tokenizer.encode(`${fits} ${fits} the cat`, 2);
+    t.equal(long.truncated, 'the cat', 'the end of the second chunk');
+    const chunk = [bos, ...Array<number>(75).fill(the), eos];
+    t.same([...long.ids], [...chunk, ...chunk]);
+    t.same(
+      [...tokenizer.encode('the', 2).ids.subarray(77)],
+      [...tokenizer.encode('').ids],
+      'one without text',
+    );
+    t.same(['', fits, `${fits} the`].map(tokenizer.chunksOf), [1, 1, 2]);
   });
 
   test(`${name}: long prompts take time in proportion`, async (t) => {

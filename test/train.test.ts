@@ -2,6 +2,7 @@
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
 import { createHash } from 'node:crypto';
 import {
+  copyFileSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -23,6 +24,7 @@ import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
+import { loadTokenizer } from '../models/tokenizer.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
@@ -265,6 +267,42 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
   const { unet, unetConfig } = pipeline;
   t.ok(mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, path) > 16, 'its names are known');
   pipeline.release();
+});
+
+test('captions of several chunks', async (t) => {
+  const long = join(folder, 'long');
+  mkdirSync(long);
+  const { chunksOf } = loadTokenizer(openModel(model).folder('tokenizer'));
+  for (const chunks of [1, 2, 3]) {
+    let text = 'stripes';
+    while (chunksOf(text) < chunks) text += ', stripes';
+    copyFileSync(join(pictures, `${chunks}.png`), join(long, `${chunks}.png`));
+    writeFileSync(join(long, `${chunks}.txt`), text);
+  }
+  const { dataset } = basic('long');
+  const more = (max_token_length: number): RunInput => ({
+    dataset: { ...dataset, path: long, max_token_length, caption_dropout_rate: 0 },
+    batch_size: 3,
+    gradient_accumulation_steps: 1,
+  });
+  const told: string[] = [];
+  const materials = (tokens: number) =>
+    openMaterials(resolveRun({ ...basic('long'), ...more(tokens) }, 'test', 'test'), locate, silent);
+  for (const [tokens, count] of [
+    [75, 2],
+    [150, 1],
+    [225, 0],
+  ]) {
+    const session = openSession(await materials(tokens), device);
+    told.length = 0;
+    await session.task.fillCache?.({ ...silent, line: (text) => told.push(text) }, { asked: false });
+    t.equal(told.length, count, `${tokens}: ${count} are cut off`);
+    const { context } = await session.task.prepare({ bucket: 0, samples: [0, 1, 2] }, 0);
+    t.same(context.shape.slice(0, 2), [3, (77 * tokens) / 75]);
+    t.same(session.task.blank({ bucket: 0, samples: [0, 1, 2] }).context.shape, context.shape);
+    session.release();
+  }
+  await resumes(t, 'long', { ...more(150), train: { target: 'lora', text_encoders: true } });
 });
 
 test('prior preservation: pictures of the class beside, weighed by prior_loss_weight', async (t) => {

@@ -169,7 +169,7 @@ function encodeViews(vae: Vae, views: readonly View[], pixels: readonly Float32A
 }
 
 export interface TextCache extends Cache<string | undefined, TextEmbeddings> {
-  /** Those of the captions that do not fit into the encoders' 77 tokens and lose their ends. */
+  /** Those of the captions that have more tokens than are read, and lose their ends. */
   tooLong(captions: readonly string[]): string[];
 }
 
@@ -179,7 +179,8 @@ export interface TextCache extends Cache<string | undefined, TextEmbeddings> {
  */
 export function textCache(folder: string, stack: TextStack, configs: readonly unknown[]): TextCache {
   const encoders = stack.encoders.map(({ encoder }, i) => modelHash(encoder, configs[i]));
-  const tokensOf = (text: string) => stack.encoders.map(({ tokenizer }) => tokenizer.encode(text));
+  const tokensOf = (text: string) =>
+    stack.encoders.map(({ tokenizer }) => tokenizer.encode(text, stack.chunks));
   const pathOf = (text: string) =>
     entryPath(folder, 'text', { tokens: tokensOf(text).map(({ ids }) => [...ids]), encoders });
   const read = (text: string): TextEmbeddings => readEntry(pathOf(text), 'context', 'pooled', `"${text}"`);

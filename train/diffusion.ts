@@ -11,7 +11,7 @@ import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
-import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
+import { chunksOf, type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -61,6 +61,7 @@ export function diffusionTask(
     }),
     scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
   };
+  pipeline.text.chunks = chunksOf(run.dataset.max_token_length);
   samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const names = pipeline.text.encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
@@ -112,7 +113,9 @@ export function diffusionTask(
       if (!captions || stop.asked) return;
       await embeddings().fill(captions, tell('encoding captions'));
       for (const text of embeddings().tooLong(captions))
-        report.line(`the end of this caption is not seen, it has more than 77 tokens: "${text}"`);
+        report.line(
+          `the end of this caption is not seen, it has more tokens than dataset.max_token_length: "${text}"`,
+        );
     },
     async prepare({ bucket, samples }, epoch) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
@@ -237,7 +240,7 @@ function blankEmbeddings(
   configs: readonly Json[],
   n: number,
 ): PassInputs {
-  const [, tokens] = tokensOf(text.encoders[0], ['']).ids.shape;
+  const tokens = tokensOf(text.encoders[0], [''], text.chunks).ids.values.length;
   const { projection_dim = 0 } = parseTextConfig(configs[configs.length - 1]);
   const blank = (...shape: number[]): HostTensor => ({
     shape,
@@ -252,7 +255,7 @@ function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | und
   const n = captions.length;
   const texts = captions.map((caption) => caption ?? '');
   const tokens = text.encoders.flatMap((encoder, i) => {
-    const { ids, ends } = tokensOf(encoder, texts);
+    const { ids, ends } = tokensOf(encoder, texts, text.chunks);
     return [
       [`ids_${i}`, { ...ids, dtype: 'int32' }] as const,
       [`ends_${i}`, { ...ends, dtype: 'int32' }] as const,

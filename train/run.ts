@@ -2,6 +2,7 @@
 // is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
 import { UserError } from '../io/errors.ts';
+import { chunksOf } from '../models/conditioning.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
@@ -76,6 +77,8 @@ export interface Run {
     crops: number;
     random_flip: boolean;
     interpolation: 'lanczos' | 'bilinear';
+    /** Tokens of a caption that are read, in chunks of 75: the further ones as `sdxl sample --max-token-length` reads them. */
+    max_token_length: number;
     /** Share of captions replaced by the model's unconditional. */
     caption_dropout_rate: number;
     caption_tag_dropout_rate: number;
@@ -186,6 +189,7 @@ export const fields: Fields<Run> = {
     crops: whole(1, { min: 1 }),
     random_flip: flag(false),
     interpolation: choice('lanczos', 'lanczos', 'bilinear'),
+    max_token_length: whole(75, { min: 1 }),
     caption_dropout_rate: number(0, { min: 0, max: 1 }),
     caption_tag_dropout_rate: number(0, { min: 0, max: 1 }),
     shuffle_caption: flag(false),
@@ -305,5 +309,6 @@ export function resolveRun(
     );
   run.output ||= `runs/${run.name}`;
   refuseUnused(run, where);
+  chunksOf(run.dataset.max_token_length); // refuses what is no multiple of a chunk
   return run;
 }
