@@ -3,7 +3,11 @@ import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { packParameters, structLayout } from '../engine/cuda/manifest.ts';
+import { silu } from '../engine/ops/unary.ts';
+import { standInCuda } from '../engine/profile.ts';
+import { scope } from '../engine/scope.ts';
 import { checkArguments } from '../engine/signature.ts';
+import { empty } from '../engine/tensor.ts';
 
 test('a call has to fit its signature', (t) => {
   const check = (args: readonly (bigint | number)[]) => () => checkArguments('scale_forward', 'ppif', args);
@@ -36,5 +40,13 @@ test('numbers that no int holds are refused when they are packed, not wrapped', 
     t.throws(() => packed(int), { message: /argument 1 is .*, not a 32-bit integer/ });
   t.throws(() => packParameters(layout, [7n, 1]), { message: /takes \(pif\), got \(pn\)/ });
   t.throws(() => packParameters(layout, [7n, 1, new Uint8Array(4)]), { message: /got \(pnb\)/ });
+  t.end();
+});
+
+test('a type that has no kernels is named', (t) => {
+  const device = standInCuda();
+  t.throws(() => scope(() => silu(empty([4], { device, dtype: 'int32' }))), {
+    message: 'the GPU has no elementwise kernels for int32',
+  });
   t.end();
 });

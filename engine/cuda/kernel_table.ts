@@ -11,7 +11,7 @@ import {
   type Stream,
 } from './api.ts';
 import { CudaError } from './errors.ts';
-import { readPtx } from './kernels.ts';
+import { readPtx, typesOf } from './kernels.ts';
 import { type Entry, packParameters, readManifest } from './manifest.ts';
 import type { KernelLaunch } from './plan.ts';
 import { PROGRAMMATIC_LAUNCH, ptxCeiling, ptxVersion, versionName } from './versions.ts';
@@ -92,6 +92,7 @@ export class KernelTable {
     const key = `${family}_${dtype}`;
     const known = this.#modules.get(key);
     if (known) return known;
+    if (!typesOf(family).includes(dtype)) throw new Error(`the GPU has no ${family} kernels for ${dtype}`);
     const ptx = this.#read(family, dtype);
     this.#checkVersion(key, ptx);
     const made = { module: this.#api.cuModuleLoadData(ptx), manifest: readManifest(ptx) };

@@ -5,6 +5,7 @@ import { sizeOf, type Tensor } from '../tensor.ts';
 import {
   type AdamAttrs,
   adamFactors,
+  adamSample,
   checkStep,
   eachWeight,
   roundingArguments,
@@ -90,14 +91,6 @@ function referenceStep(t: RefTensors, attrs: AdamAttrs): void {
 }
 
 function samples(): Sample<AdamAttrs>[] {
-  const attrs: AdamAttrs = {
-    lr: 0.01,
-    weightDecay: 0.1,
-    gradientScale: 0.5,
-    betas: [0.9, 0.999],
-    eps: 1e-8,
-    step: 3,
-  };
   return [[1], [4099], ...awkwardShapes].map((shape, i) => {
     const blocks = [blocksOf(sizeOf(shape))];
     const master: Record<string, readonly number[]> = i % 2 ? { master: shape } : {};
@@ -111,7 +104,7 @@ function samples(): Sample<AdamAttrs>[] {
         absmax1: blocks,
         absmax2: blocks,
       },
-      attrs,
+      attrs: adamSample,
       ints: { state1: 256, state2: 256 },
       dtypes: { master: 'float32', state1: 'uint8', state2: 'uint8', absmax1: 'float32', absmax2: 'float32' },
       nonnegative: ['absmax1', 'absmax2'],

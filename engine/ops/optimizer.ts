@@ -104,7 +104,7 @@ function stepSamples<A extends StepAttrs>(states: readonly string[], attrs: A): 
   return shapes.map((shape, i) => sample(shape, i % 2 ? ['master', ...states] : states));
 }
 
-const adamSample: AdamAttrs = {
+export const adamSample: AdamAttrs = {
   lr: 0.01,
   weightDecay: 0.1,
   gradientScale: 0.5,
