@@ -12,12 +12,7 @@ import { makeFolder } from '../../io/files.ts';
 import { packageRoot } from '../../io/package_root.ts';
 
 const sources = join(packageRoot, 'kernels', 'cpu');
-/** The package brings the one for x64. */
-const packaged = join(
-  packageRoot,
-  'build',
-  process.arch === 'x64' ? 'libsdxl_cpu.so' : `libsdxl_cpu-${process.arch}.so`,
-);
+const packaged = join(packageRoot, 'build', 'libsdxl_cpu.so');
 
 export type Found = { path: string } | { reason: string };
 let found: Found | undefined;
