@@ -116,9 +116,13 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     openDevice(name, (line) => terminal.err(`warning: ${line}\n`)),
   );
   const { locate, report } = tools(terminal, options.quiet, options.json);
+  const tell = ({ name }: Run, folder: string, stopped: boolean): void => {
+    if (options.json) terminal.out(`${JSON.stringify({ name, folder, stopped })}\n`);
+  };
   const trainOne = async (run: Run): Promise<void> => {
     if (options.resume === true && isFinished(run)) {
       report.line(`${run.name} is finished: ${finalOf(run)}`);
+      tell(run, finalOf(run), false);
       return;
     }
     const checkpoint = startOf(run, options.resume);
@@ -135,14 +139,13 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     const { outcome, signal } = await interruptible(report, (stop) =>
       train(session, report, stop, checkpoint),
     ).finally(session.release);
-    const { folder, stopped, position } = outcome;
+    const { folder, stopped } = outcome;
     report.line(
       folder
         ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
         : 'stopped before the first update; what is prepared is kept',
     );
-    if (options.json)
-      terminal.out(`${JSON.stringify({ name: run.name, folder, stopped, step: position.step })}\n`);
+    tell(run, folder, stopped);
     if (signal) throw new Stopped(128 + constants.signals[signal]);
   };
   for (const run of runs) {

@@ -147,14 +147,13 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
   const total = config.num_train_timesteps;
   if (!Number.isInteger(steps) || steps < 1 || steps > total)
     throw new UserError(`the number of steps is ${steps}: give a whole number from 1 to ${total}`);
-  for (const key of ['strength', 'denoisingStart', 'denoisingEnd', 'eta'] as const) {
-    const value = options[key];
+  const { strength, eta, denoisingStart: denoising_start, denoisingEnd: denoising_end = 1 } = options;
+  for (const [key, value] of Object.entries({ strength, denoising_start, denoising_end, eta }))
     if (value !== undefined && !(value >= 0 && value <= 1))
       throw new UserError(`${key} is ${value}: give a number from 0 to 1`);
-  }
-  if (options.denoisingStart !== undefined && options.denoisingStart >= (options.denoisingEnd ?? 1))
+  if (denoising_start !== undefined && denoising_start >= denoising_end)
     throw new UserError(
-      `denoisingStart ${options.denoisingStart} is not below denoisingEnd ${options.denoisingEnd ?? 1}: nothing is left to do`,
+      `denoising_start ${denoising_start} is not below denoising_end ${denoising_end}, so nothing is left to do: lower the start, such as 0.8 for a refiner`,
     );
 }
 
