@@ -16,7 +16,7 @@ import { adapterAt, type LoraTargets, loraPart } from '../models/lora.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
-import { type Locate, locateModel, locateVae } from './model.ts';
+import { locateModel, locatorOf } from './model.ts';
 import { bytes, devices, oneOf } from './options.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
@@ -152,13 +152,13 @@ async function exportWeights(
   terminal: Terminal,
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
-  const locate: Locate = { terminal, quiet, configs: options.configs };
+  const where = { terminal, quiet, configs: options.configs };
   const source: ModelSource = existsSync(join(from, 'state.json'))
     ? await openCheckpoint(from, {
         ema: options.ema ?? false,
-        locate: { model: (path) => locateModel(path, locate), vae: (path) => locateVae(path, locate) },
+        locate: locatorOf(where),
       })
-    : await locateModel(from, locate);
+    : await locateModel(from, where);
   if (options.ema && !existsSync(join(from, 'state.json')))
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const bar = progressBar(terminal, 'tensors', quiet);

@@ -9,6 +9,7 @@ import { type ModelSource, openComponent, openModel } from '../models/checkpoint
 import { classOf } from '../models/components.ts';
 import { adapterAt } from '../models/lora.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
+import type { Locate } from '../train/session.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -44,7 +45,7 @@ export function neededFiles(all: readonly string[], wanted?: string): string[] {
 /** The small model in the package: what is drawn from when none is named. */
 export const shippedModel = join(packageRoot, 'assets', 'emoji');
 
-export interface Locate {
+export interface LocateOptions {
   terminal: Terminal;
   quiet: boolean;
   /** A diffusers folder that lends its configs and tokenizers to a single file. */
@@ -54,7 +55,7 @@ export interface Locate {
 }
 
 /** Opens the model at `path`, downloading it first when that is a hub id. */
-export async function locateModel(path: string, where: Locate): Promise<ModelSource> {
+export async function locateModel(path: string, where: LocateOptions): Promise<ModelSource> {
   const { terminal, quiet, configs, variant } = where;
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) {
@@ -119,7 +120,7 @@ async function publishedTokenizers(path: string): Promise<string> {
 }
 
 /** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
-export async function locateVae(path: string, options: Locate): Promise<ModelSource> {
+export async function locateVae(path: string, options: LocateOptions): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
     return vaeOfFile(path);
   if (!existsSync(path) && !looksLikeHubId(path))
@@ -145,3 +146,9 @@ function vaeOfFile(path: string): ModelSource {
   file.close();
   return whole ? openSingleFile(path) : openVaeFile(path);
 }
+
+/** Both, as training asks for them. */
+export const locatorOf = (where: LocateOptions): Locate => ({
+  model: (path) => locateModel(path, where),
+  vae: (path) => locateVae(path, where),
+});

@@ -17,7 +17,7 @@ import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
 import type { Report, Stop } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
-import { locateModel, locateVae } from './model.ts';
+import { locatorOf } from './model.ts';
 import { devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
 import { Stopped, type Terminal } from './terminal.ts';
@@ -206,14 +206,13 @@ async function interruptible(
 }
 
 function tools(terminal: Terminal, quiet = false, json = false): { locate: Locate; report: Report } {
-  const where = { terminal, quiet };
   let bar: { label: string; bar: Bar } | undefined;
   const end = () => {
     bar?.bar.end();
     bar = undefined;
   };
   return {
-    locate: { model: (path) => locateModel(path, where), vae: (path) => locateVae(path, where) },
+    locate: locatorOf({ terminal, quiet }),
     report: {
       line(text) {
         end();
