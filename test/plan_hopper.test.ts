@@ -5,7 +5,7 @@ import { MEASURED_MULTIPROCESSORS, measured } from '../engine/cuda/measured_sm90
 import type { PlanContext } from '../engine/cuda/plan.ts';
 import {
   candidates,
-  choose,
+  chooseHopper,
   cycles,
   keyOf,
   lookupsOf,
@@ -42,7 +42,7 @@ test('tiles fill the multiprocessors at the sizes of SDXL', (t) => {
     ['forward', 2048, 1280, 11520],
   ];
   for (const [kind, m, n, k] of sizes) {
-    const choice = choose({ kind, m, n, steps: k / 64, slabs: 1 }, false, 132);
+    const choice = chooseHopper({ kind, m, n, steps: k / 64, slabs: 1 }, false, 132);
     const columns = tiles[choice.tile].n / (kind === 'geglu' ? 2 : 1);
     const items = Math.ceil(m / 128) * Math.ceil(n / columns);
     const used = (m * n) / (Math.ceil(items / 132) * 132 * 128 * columns);
@@ -239,7 +239,7 @@ test('where nothing was measured the model has some large products run in pairs 
   });
   const large = [size('geglu', 2048, 5120, 1280), size('forward', 32768, 320, 2880)];
   for (const one of large) {
-    const choice = choose(one, false, multiprocessors);
+    const choice = chooseHopper(one, false, multiprocessors);
     t.ok(choice.paired, keyOf(one));
     const alone = candidates(one, false).filter(({ paired }) => !paired);
     t.ok(alone.every((other) => cycles(one, other, multiprocessors) > cycles(one, choice, multiprocessors)));
@@ -250,7 +250,7 @@ test('where nothing was measured the model has some large products run in pairs 
     size('nt', 2048, 320, 128),
     size('nt', 257, 16, 64),
   ];
-  for (const one of others) t.notOk(choose(one, false, multiprocessors).paired, keyOf(one));
+  for (const one of others) t.notOk(chooseHopper(one, false, multiprocessors).paired, keyOf(one));
   t.end();
 });
 
@@ -267,7 +267,7 @@ test('what was measured is a choice that its product has, and goes before the mo
       ),
       key,
     );
-    t.same(choose(size, canSplit, MEASURED_MULTIPROCESSORS), choice, key);
+    t.same(chooseHopper(size, canSplit, MEASURED_MULTIPROCESSORS), choice, key);
   }
   t.end();
 });

@@ -70,77 +70,111 @@ const isGrid = (g: Grid, ...filter: readonly number[]): boolean =>
   filter.every((size) => size <= 255) &&
   g.stride <= 8;
 
+const matrix = (address: bigint, rows: number, columns: number): Slabs => ({
+  ...{ address, rows, columns, stride: columns },
+});
+
+/** A slab of a weight [o, planes, kh, kw, c] for each of its taps. */
+function weights(address: bigint, [, , , c, , , o, kh, kw]: readonly number[], planes = 1): Slabs {
+  const slabs = planes * kh * kw;
+  return { address, rows: o, columns: c, slabs, stride: slabs * c, slabStride: c };
+}
+
+/** The input's pixels under the first tap of every pixel of the output. */
+function inputGrid(address: bigint, channels: number, geometry: readonly number[], planes = 1): Grid {
+  const [n, h, w, , oh, ow, , , , stride, padTop, padLeft] = geometry;
+  const image = [planes * n, h, w, channels] as const;
+  return { address, image, height: oh, width: ow, stride, top: -padTop, left: -padLeft };
+}
+
+type Operands = Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'> &
+  Partial<Pick<HopperProduct, 'bias' | 'residual'>>;
+
+type Convolution = Omit<HopperProduct, 'partial'>;
+
+/** The product of these sizes whose pixels are `g`'s; `parameters` makes its kernel's own of the grid's. */
+function productOver(
+  g: Grid,
+  [m, n, steps, slabs]: readonly number[],
+  [, , , , , , , kh, kw]: readonly number[],
+  operands: Operands,
+  context: PlanContext,
+  parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
+): Convolution | undefined {
+  if (!(context.dtype === 'float32' || hopperTakes(m, n, context)) || !isGrid(g, kh, kw)) return undefined;
+  const [operand, count] =
+    operands.kind === 'backward_weight' ? (['b', STEP] as const) : (['a', ROWS] as const);
+  const boxed = isBoxed(g, count);
+  const grid = [
+    ...[g.width, g.height, g.stride, g.left, g.top, Number(boxed)],
+    ...[kh * kw, kw, divideUp(g.image[3], STEP)],
+  ];
+  const entry = {
+    walked: boxed ? undefined : operand,
+    own: (_: Tile, a: Uint8Array) => parameters(grid, a),
+  };
+  return { family: 'conv2d_sm90', m, n, steps, slabs, bias: 0n, residual: 0n, ...entry, ...operands };
+}
+
+type Planned = (
+  pointers: readonly bigint[],
+  geometry: readonly number[],
+  context: PlanContext,
+) => Convolution | undefined;
+
+const forward: Planned = (pointers, geometry, context) => {
+  const [n, , , c, oh, ow, o, kh, kw, , , , own = c] = geometry;
+  const [y, x, weight, bias = 0n, shift = 0n, residual = 0n, skip = 0n] = pointers;
+  const halved = context.dtype === 'float32';
+  const planes = halved ? 2 : 1;
+  const skipSteps = divideUp(c - own, STEP);
+  const [m, passSteps] = [n * oh * ow, kh * kw * (divideUp(own, STEP) + skipSteps)];
+  const g = inputGrid(x, own, geometry, planes);
+  const beside = pixels(inputGrid(skip, c - own, geometry, planes), true);
+  const operands = {
+    kind: halved ? 'split_forward' : 'forward',
+    ...{ a: pixels(g, true), b: along(weights(weight, geometry, planes), 2), y: matrix(y, m, o) },
+    ...{ bias, residual },
+  } as const;
+  const sizes = [m, o, halved ? splitSteps(passSteps) : passSteps, 1];
+  return productOver(g, sizes, geometry, operands, context, (grid, a) => [
+    ...[shift, oh * ow, ...grid, skipSteps ? beside(ROWS, context) : a, skipSteps, own],
+  ]);
+};
+
+const backwardWeight: Planned = ([dw, dy, x], geometry, context) => {
+  const [n, , , c, oh, ow, o, kh, kw] = geometry;
+  const g = inputGrid(x, c, geometry);
+  const [a, b] = [across(matrix(dy, n * oh * ow, o)), pixels(g, false)];
+  const operands = { kind: 'backward_weight', a, b, y: weights(dw, geometry) } as const;
+  return productOver(g, [o, c, divideUp(n * oh * ow, STEP), kh * kw], geometry, operands, context);
+};
+
+const backwardX: Planned = ([dx, dy, weight], geometry, context) => {
+  const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft] = geometry;
+  // Strides leave holes between the pixels that a tap of dx sees.
+  if (stride !== 1) return undefined;
+  const [top, left] = [padTop - kh + 1, padLeft - kw + 1];
+  const g = { address: dy, image: [n, oh, ow, o], height: h, width: w, stride, top, left } as const;
+  const [a, b] = [pixels(g, true), across(weights(weight, geometry))];
+  const operands = { kind: 'backward_x', a, b, y: matrix(dx, n * h * w, c) } as const;
+  return productOver(g, [n * h * w, c, kh * kw * divideUp(o, STEP), 1], geometry, operands, context);
+};
+
 /**
- * The product under a convolution's symbol; undefined where these kernels do not take it. Of float32 the operands are halves
- * (plan_conv2d_float32.ts).
+ * The product under a convolution's symbol; undefined where these kernels do not take it. Of float32 they take the forward alone,
+ * whose operands are halves (plan_conv2d_float32.ts).
  */
 export function hopperConvolution(
   symbol: string,
   pointers: readonly bigint[],
   geometry: readonly number[],
   context: PlanContext,
-): Omit<HopperProduct, 'partial'> | undefined {
-  const [n, h, w, c, oh, ow, o, kh, kw, stride, padTop, padLeft, own = c] = geometry;
+): Convolution | undefined {
+  const [, , , c, , , o, , , , , , own = c] = geometry;
   if (c % 8 || o % 8 || own % 8 || pointers.some((at) => at % 16n !== 0n)) return undefined;
-  const [taps, forward] = [kh * kw, symbol === 'conv2d_forward'];
-  const halved = context.dtype === 'float32';
-  if (halved && !forward) return undefined;
-  const [address, first, second, bias = 0n, shift = 0n, residual = 0n, skip = 0n] = pointers;
-  const planes = halved ? 2 : 1;
-  const image = (at: bigint, channels: number): Grid => ({
-    ...{ address: at, image: [planes * n, h, w, channels], height: oh, width: ow },
-    ...{ stride, top: -padTop, left: -padLeft },
-  });
-  const weight = (at: bigint): Slabs => ({
-    ...{ address: at, rows: o, columns: c, slabs: planes * taps, stride: planes * taps * c, slabStride: c },
-  });
-  const product = (
-    [rows, columns, steps, slabs]: readonly number[],
-    g: Grid,
-    rest: Pick<HopperProduct, 'kind' | 'a' | 'b' | 'y'>,
-    parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
-  ) => {
-    if (!(halved || hopperTakes(rows, columns, context)) || !isGrid(g, kh, kw)) return undefined;
-    const [operand, count] =
-      rest.kind === 'backward_weight' ? (['b', STEP] as const) : (['a', ROWS] as const);
-    const boxed = isBoxed(g, count);
-    const grid = [
-      ...[g.width, g.height, g.stride, g.left, g.top, Number(boxed)],
-      ...[taps, kw, divideUp(g.image[3], STEP)],
-    ];
-    const walked = boxed ? undefined : operand;
-    const entry = { walked, own: (_: Tile, a: Uint8Array) => parameters(grid, a) };
-    return { family: 'conv2d_sm90', m: rows, n: columns, steps, slabs, bias, residual, ...entry, ...rest };
-  };
-  const matrix = (at: bigint, rows: number, columns: number): Slabs => ({
-    address: at,
-    rows,
-    columns,
-    stride: columns,
-  });
-  if (forward) {
-    const skipSteps = divideUp(c - own, STEP);
-    const [m, passSteps] = [n * oh * ow, taps * (divideUp(own, STEP) + skipSteps)];
-    const steps = halved ? splitSteps(passSteps) : passSteps;
-    const kind = halved ? 'split_forward' : 'forward';
-    const [g, beside] = [image(first, own), image(skip, c - own)];
-    const b = along(weight(second), 2);
-    const operands = { kind, a: pixels(g, true), b, y: matrix(address, m, o) } as const;
-    return product([m, o, steps, 1], g, operands, (grid, a) => [
-      ...[shift, oh * ow, ...grid, skipSteps ? pixels(beside, true)(ROWS, context) : a, skipSteps, own],
-    ]);
-  }
-  if (symbol === 'conv2d_backward_weight') {
-    const g = image(second, c);
-    const sizes = [o, c, divideUp(n * oh * ow, STEP), taps];
-    const operands = { a: across(matrix(first, n * oh * ow, o)), b: pixels(g, false), y: weight(address) };
-    return product(sizes, g, { kind: 'backward_weight', ...operands });
-  }
-  // Strides leave holes between the pixels that a tap of dx sees.
-  if (stride !== 1) return undefined;
-  const [top, left] = [padTop - kh + 1, padLeft - kw + 1];
-  const g = { address: first, image: [n, oh, ow, o], height: h, width: w, stride, top, left } as const;
-  const sizes = [n * h * w, c, taps * divideUp(o, STEP), 1];
-  const operands = { a: pixels(g, true), b: across(weight(second)), y: matrix(address, n * h * w, c) };
-  return product(sizes, g, { kind: 'backward_x', ...operands });
+  if (symbol === 'conv2d_forward') return forward(pointers, geometry, context);
+  if (context.dtype === 'float32') return undefined;
+  const planned = symbol === 'conv2d_backward_weight' ? backwardWeight : backwardX;
+  return planned(pointers, geometry, context);
 }

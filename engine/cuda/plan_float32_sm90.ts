@@ -4,7 +4,7 @@
 // writes an operand's halves to a workspace as large as the operand. Weights are split anew each time: for the VAE's that is
 // 0.4 GB to move beside 18 GB for its images. Whether it pays is reasoned from rates measured with other kernels.
 import { divideUp, type KernelLaunch, PACK, type PlanContext, THREADS, walking } from './plan.ts';
-import { choose, cycles, type ProductSize, type Slabs, STEP } from './plan_sm90.ts';
+import { chooseHopper, cycles, type ProductSize, type Slabs, STEP } from './plan_sm90.ts';
 
 /** Products of halves that count. */
 const PASSES = 3;
@@ -23,7 +23,7 @@ export function splitPays(size: ProductSize, k: number, elements: number, contex
   const { m, n, slabs } = size;
   if (!hopper || m < STEP) return false;
   const splitting = 2 * LAUNCH + (8 * elements) / (MEMORY * multiprocessors);
-  const products = cycles(size, choose(size, slabs === 1, multiprocessors), multiprocessors);
+  const products = cycles(size, chooseHopper(size, slabs === 1, multiprocessors), multiprocessors);
   const byFma = (STEP * divideUp(m, STEP) * STEP * divideUp(n, STEP) * k * slabs) / (FMA * multiprocessors);
   return splitting + products < byFma;
 }

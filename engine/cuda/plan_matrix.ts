@@ -17,7 +17,7 @@ import { type Halves, isDense, splitPays, splitSlabs, splitSteps } from './plan_
 import {
   across,
   along,
-  choose as chooseHopper,
+  chooseHopper,
   type HopperProduct,
   hopperLaunch,
   hopperTakes,

@@ -186,7 +186,7 @@ export function lookupsOf(launch: () => void): Lookup[] {
 }
 
 /** The one that was measured to be the fastest, or else the fastest by the model. */
-export function choose(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
+export function chooseHopper(size: ProductSize, canSplit: boolean, multiprocessors: number): Choice {
   note?.({ size, canSplit });
   const key = keyOf(size);
   const known =
