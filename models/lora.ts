@@ -11,10 +11,11 @@ import { add } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';
 import { cast, scale as scaled } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
+import { empty, tensor } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { channelsLast } from './checkpoint.ts';
 import { weightFile } from './save.ts';
 import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
@@ -227,22 +228,12 @@ function merge(
   const taps = kernel.reduce((a, b) => a * b, 1);
   const { device, dtype } = target.tensor;
   const merged = scope(() => {
-    const a = tensor(channelsLast(floatsOf(file, down), rank, inputs, taps), [rank, taps * inputs], {
-      device,
-    });
+    const { buffer } = floatsOf(file, down);
+    const turned = channelsLast(new Uint8Array(buffer), [rank, inputs, taps, 1], 4);
+    const a = empty([rank, taps * inputs], { device }).upload(turned);
     const b = tensor(floatsOf(file, up), [target.shape[0], rank], { device });
     const delta = scaled(matmul(b, a), factor).reshape(...target.memoryShape);
     return cast(add(cast(target.tensor, 'float32'), delta), dtype);
   });
   target.tensor = keep(merged);
-}
-
-/** [r, i, taps] → [r, taps, i], the order of our convolutions' weights. */
-function channelsLast(values: Float32Array, rank: number, inputs: number, taps: number): Float32Array {
-  if (taps === 1) return values;
-  const out = new Float32Array(values.length);
-  for (let r = 0; r < rank; r++)
-    for (let i = 0; i < inputs; i++)
-      for (let t = 0; t < taps; t++) out[(r * taps + t) * inputs + i] = values[(r * inputs + i) * taps + t];
-  return out;
 }
