@@ -128,14 +128,18 @@ export function writeFileAtomic(path: string, bytes: Uint8Array | string): void 
   replaceAtomically(path, (_temporary, fd) => writeFully(fd, data));
 }
 
-/** The text in `path`, without the mark that some editors begin it with. @throws UserError when it cannot be read */
-export function readText(path: string): string {
-  let bytes: Uint8Array;
+/** The bytes of `path`. @throws UserError when it cannot be read */
+export function readBytes(path: string): Buffer {
   try {
-    bytes = readFileSync(path);
+    return readFileSync(path);
   } catch (error) {
     throw asUserError(error, path);
   }
+}
+
+/** The text in `path`, without the mark that some editors begin it with. @throws UserError when it cannot be read */
+export function readText(path: string): string {
+  const bytes = readBytes(path);
   try {
     const text = new TextDecoder('utf-8', { fatal: true }).decode(bytes);
     // UTF-16 without a mark has a zero beside each letter, which UTF-8 would let pass.

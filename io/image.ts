@@ -2,9 +2,8 @@
 // exif_transpose and convert('RGB'): alpha dropped, colour profiles ignored, 16 bits cut to 8. The float
 // conversions are diffusers' VaeImageProcessor (image_processor.py), in float32 step by step so that they
 // agree to the bit.
-import { readFileSync } from 'node:fs';
 import { UserError } from './errors.ts';
-import { asUserError, writeFileAtomic } from './files.ts';
+import { readBytes, writeFileAtomic } from './files.ts';
 import type { Mask, Picture, Pixels } from './pixels.ts';
 import { encodePng } from './png.ts';
 import { resize } from './resize.ts';
@@ -13,13 +12,7 @@ const formats: readonly (string | undefined)[] = ['png', 'jpeg', 'webp'];
 
 /** Decodes a PNG, JPEG or WebP file. @throws UserError when it is missing, damaged or another format */
 export async function readPicture(path: string): Promise<Picture> {
-  let file: Uint8Array;
-  try {
-    file = readFileSync(path);
-  } catch (error) {
-    throw asUserError(error, path);
-  }
-  return decodePicture(file, path);
+  return decodePicture(readBytes(path), path);
 }
 
 /**

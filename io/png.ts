@@ -2,10 +2,9 @@
 // JavaScript encoders refuse text outside Latin-1, and prompts are kept in the file's text. Each row takes
 // the filter whose bytes, read as signed numbers, have the least sum of magnitudes: the specification's own
 // heuristic. Text is read back from anybody's PNG, pixels are not: a library does that.
-import { readFileSync } from 'node:fs';
 import { crc32, deflateSync, inflateSync } from 'node:zlib';
 import { UserError } from './errors.ts';
-import { asUserError } from './files.ts';
+import { readBytes } from './files.ts';
 import type { Pixels } from './pixels.ts';
 
 /** The bytes of a PNG file; `text` becomes tEXt chunks, or iTXt (UTF-8) where Latin-1 does not suffice. */
@@ -105,12 +104,7 @@ function filterRow(
  * @throws UserError when the file cannot be read or is no PNG
  */
 export function readPngText(path: string): Record<string, string> {
-  let file: Buffer;
-  try {
-    file = readFileSync(path);
-  } catch (error) {
-    throw asUserError(error, path);
-  }
+  const file = readBytes(path);
   if (file.subarray(0, 8).toString('latin1') !== '\x89PNG\r\n\x1a\n')
     throw new UserError(`${path} is not a PNG file; give one that carries its settings`);
   const text: Record<string, string> = Object.create(null);
