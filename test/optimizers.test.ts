@@ -261,6 +261,7 @@ test('both devices round the same weights to the same bits', (t) => {
 });
 
 test('clipping: the global norm, its factor, and who is not finite', (t) => {
+  const before = device.memory.storages;
   const parameters = parametersOf('float32');
   setGradients(parameters, 0);
   const squares = shapes.flatMap((shape, k) =>
@@ -279,7 +280,12 @@ test('clipping: the global norm, its factor, and who is not finite', (t) => {
   clearGrad(p1.tensor);
   if (p1.tensor.node) p1.tensor.node.grad = laid(p1, bad, 'float32');
   t.equal(clipGradients(parameters, 1).nonfinite, 'p1');
+  const [p0] = parameters.values();
+  clearGrad(p0.tensor);
+  if (p0.tensor.node) p0.tensor.node.grad = laid(p0, bad.subarray(24).slice(), 'float32');
+  t.equal(clipGradients(parameters, 1).nonfinite, 'p0', 'the first of them');
   free(parameters, { release() {} });
+  t.equal(device.memory.storages, before, 'live tensors');
   t.end();
 });
 
@@ -328,6 +334,16 @@ test('AdamW with moments of a byte: the map of bitsandbytes, and steps near thos
   const difference = full.values.reduce((sum, x, i) => sum + Math.abs(x - small.values[i]), 0);
   const moved = full.values.reduce((sum, x) => sum + Math.abs(x), 0);
   t.ok(difference < 0.03 * moved, `differs by ${((100 * difference) / moved).toFixed(2)} % of the way gone`);
+  const kept = [4095, 4096].map((size) => {
+    const one = new Parameter([size]);
+    one.tensor = keep(tensor(new Float32Array(size), [size], { device }));
+    const parameters = new Map([['p', one]]);
+    const optimizer = createOptimizer(parameters, { ...settings, name: 'adamw8bit' }, 1);
+    const slots = [...optimizer.state.keys()];
+    free(parameters, optimizer);
+    return slots.includes('state1.p');
+  });
+  t.same(kept, [false, true], "bitsandbytes' bound on what is small");
   const tiny = threeSteps({ name: 'adamw8bit' });
   t.same(tiny, threeSteps({ name: 'adamw' }), 'small parameters keep float32 moments');
   t.end();

@@ -24,8 +24,7 @@ export function captionOf(
   { seed, epoch, key }: { seed: number; epoch: number; key: number },
 ): string | undefined {
   if (draws(seed, epoch, key, 'dropout').uniform() < options.caption_dropout_rate) return undefined;
-  const caption =
-    captions[captions.length > 1 ? draws(seed, epoch, key, 'caption').integer(captions.length) : 0];
+  const caption = captions[draws(seed, epoch, key, 'caption').integer(captions.length)];
   const { shuffle_caption, caption_tag_dropout_rate, keep_tokens, caption_separator } = options;
   if (!shuffle_caption && caption_tag_dropout_rate === 0) return caption;
   const tags = caption

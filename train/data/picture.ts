@@ -99,7 +99,6 @@ export function timeIdsOf(
     {
       original_size: original,
       crops_coords_top_left: [crop[0], left],
-      target_size: target,
       aesthetic_score: aestheticScore,
     },
     target,
