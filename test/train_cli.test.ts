@@ -289,6 +289,14 @@ test('checkpoints', async (t) => {
     '--resume',
     damaged,
   );
+  const state = readFileSync(join(damaged, 'state.json'), 'utf8');
+  for (const [wrong, says] of [
+    ['{}', /state\.json does not say what run it is of/],
+    [state.replace(/"step": *1/, '"step": "one"'), /does not say where the run stood/],
+  ] as const) {
+    writeFileSync(join(damaged, 'state.json'), wrong);
+    await refuses(t, 'damaged', says, 'train', runFile('fresh', { steps: 9 }), '--resume', damaged);
+  }
   t.equal(names(), before, 'the checkpoints are as they were');
   t.equal((await sdxl('train', file, '--resume', '--quiet')).status, 0, 'a finished run resumed is no error');
 });

@@ -5,7 +5,7 @@ import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { makeFolder, readJson, replaceFolderAtomically } from '../io/files.ts';
+import { makeFolder, readJsonObject, replaceFolderAtomically } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
 import { isRecord } from './fields.ts';
@@ -94,7 +94,10 @@ export function readState(path: string): State {
       `${path} is not a checkpoint of a training run (it has no state.json); give a folder such as runs/NAME/checkpoints/step-00000200`,
     );
   }
-  return readJson(file) as State;
+  const state = readJsonObject(file);
+  if (!isRecord(state.run))
+    throw new UserError(`${file} does not say what run it is of, so it is damaged; take another checkpoint`);
+  return state as unknown as State;
 }
 
 /** Fills tensors by name from a file of a checkpoint. @throws UserError when names or sizes differ */

@@ -173,6 +173,9 @@ function lrFactorOf({ optimizer: { lr, text_encoder_lr } }: Run): (name: string)
 /** What a checkpoint says of this run. @throws UserError when it is none, or another run's */
 export function stateOf(run: Run, checkpoint: string): State {
   const state = readState(checkpoint);
+  const { step, epoch, update } = state;
+  if (![step, epoch, update].every(Number.isInteger))
+    throw new UserError(`${checkpoint} does not say where the run stood, so it is damaged; take another`);
   const differs = difference(state.run, run);
   if (differs) {
     throw new UserError(
