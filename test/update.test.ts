@@ -69,6 +69,23 @@ test('a pass whose loss is not finite leaves the weights', async (t) => {
   t.equal(cpu.memory.storages, before, 'live tensors');
 });
 
+test('what is prepared ahead is left at the end', (t) => {
+  const { session, release } = open([cpu]);
+  let asked: AbortSignal | undefined;
+  const { prepare } = session.task;
+  session.task.prepare = (batch, epoch, signal) => {
+    asked = signal;
+    return prepare(batch, epoch, signal);
+  };
+  const feed = openFeed(session.task);
+  feed.begin(pass(1), 0);
+  t.notOk(asked?.aborted);
+  feed.end();
+  t.ok(asked?.aborted);
+  release();
+  t.end();
+});
+
 test('what cannot be prepared ahead is told when its turn comes', async (t) => {
   const { session, release } = open([cpu]);
   const feed = openFeed(session.task);

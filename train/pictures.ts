@@ -83,11 +83,18 @@ export function viewIn(epoch: number, index: number, pictures: Pictures, run: Ru
 }
 
 /** The view's pixels [h, w, 3] in [-1, 1]. */
-export const readView = async ({ sample, geometry }: View, run: Run): Promise<Float32Array> =>
-  readPixelsAside({
-    ...{ file: await sample.read(), name: sample.id, geometry },
-    interpolation: run.dataset.interpolation,
-  });
+export const readView = async (
+  { sample, geometry }: View,
+  run: Run,
+  signal?: AbortSignal,
+): Promise<Float32Array> =>
+  readPixelsAside(
+    {
+      ...{ file: await sample.read(), name: sample.id, geometry },
+      interpolation: run.dataset.interpolation,
+    },
+    signal,
+  );
 
 /** About `count` entries, evenly spread. */
 export function spread<T>(values: readonly T[], count: number): T[] {

@@ -14,7 +14,7 @@ import { rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
 import { type Report, type Stop, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
-import { type Made, makeUpdate, openFeed } from './update.ts';
+import { type Feed, type Made, makeUpdate, openFeed } from './update.ts';
 import { validationLoss } from './validation.ts';
 
 export interface Outcome {
@@ -35,8 +35,22 @@ export async function train(
   stop: Stop,
   checkpoint?: string,
 ): Promise<Outcome> {
+  const feed = openFeed(session.task);
+  try {
+    return await trainFrom(feed, session, report, stop, checkpoint);
+  } finally {
+    feed.end();
+  }
+}
+
+async function trainFrom(
+  feed: Feed,
+  session: Session,
+  report: Report,
+  stop: Stop,
+  checkpoint: string | undefined,
+): Promise<Outcome> {
   const { run, pictures, total, task, device } = session;
-  const feed = openFeed(task);
   makeFolder(run.output);
   removeUnfinished(run.output);
   let position: Position = { step: 0, epoch: 0, update: 0 };

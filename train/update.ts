@@ -22,21 +22,26 @@ export interface Feed {
   /** Begins to prepare a pass, which is to be taken next. */
   begin(pass: MicroBatch, epoch: number): void;
   take(pass: MicroBatch, epoch: number): Promise<PassInputs>;
+  /** What is still being prepared is left. */
+  end(): void;
 }
 
 export function openFeed(task: Task): Feed {
   let ahead: { pass: MicroBatch; inputs: Promise<PassInputs> } | undefined;
+  const leaving = new AbortController();
+  const prepare = (pass: MicroBatch, epoch: number) => task.prepare(pass, epoch, leaving.signal);
   return {
     begin(pass, epoch) {
-      const inputs = task.prepare(pass, epoch);
+      const inputs = prepare(pass, epoch);
       inputs.catch(() => undefined); // told when it is taken
       ahead = { pass, inputs };
     },
     take(pass, epoch) {
-      const inputs = ahead?.pass === pass ? ahead.inputs : task.prepare(pass, epoch);
+      const inputs = ahead?.pass === pass ? ahead.inputs : prepare(pass, epoch);
       ahead = undefined;
       return inputs;
     },
+    end: () => leaving.abort(),
   };
 }
 
