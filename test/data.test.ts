@@ -156,8 +156,12 @@ test('folders with metadata', async (t) => {
     ['a.png', 'a "fox",\nred'],
     ['b.png', 'plain'],
   ]);
-  const short = folderOf(t, { 'a.png': png(), 'metadata.csv': 'n,text,file_name,\n1,a,a.png,' });
-  t.strictSame((await listed(short)).examples, [['a.png', 'a']], 'a comma at the end of the file');
+  const short = folderOf(t, { 'a.png': png(), 'metadata.csv': 'n,text,file_name,\n,a,a.png,' });
+  t.strictSame(
+    (await listed(short)).examples,
+    [['a.png', 'a']],
+    'nothing at the beginning of a row, and a comma at the end of the file',
+  );
   t.end();
 });
 
@@ -427,6 +431,8 @@ test('captions', (t) => {
     'tags fall out',
   );
   const at = { seed: 3, epoch: 5, key: 9 };
+  const written = ' a ,b,, c';
+  t.equal(captionOf([written], defaults, at), written, 'what is not drawn from stays as it is written');
   t.equal(captionOf(captions, defaults, at), captionOf(captions, defaults, at));
   t.strictSame(allCaptions([{ captions }, { captions: ['two', 'four'] }], defaults), [...captions, 'four']);
   t.equal(allCaptions([{ captions }], { ...defaults, shuffle_caption: true }), undefined);
