@@ -156,6 +156,13 @@ test('folders with metadata', async (t) => {
     ['a.png', 'a "fox",\nred'],
     ['b.png', 'plain'],
   ]);
+  const swapped = folderOf(t, {
+    'a.png': png(),
+    'b.png': png(),
+    'metadata.csv': 'file_name,text\nb.png,b\na.png,a',
+  });
+  const ids = (await listed(swapped)).examples.map(([id]) => id);
+  t.same(ids, ['a.png', 'b.png'], 'in an order of their own');
   const short = folderOf(t, { 'a.png': png(), 'metadata.csv': 'n,text,file_name,\n,a,a.png,' });
   t.strictSame(
     (await listed(short)).examples,

@@ -16,7 +16,7 @@ import {
   toPictures,
   writePng,
 } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
+import type { Picture, Pixels } from '../io/pixels.ts';
 import { encodePng, readPngText } from '../io/png.ts';
 import { type ResizeFilter, resize } from '../io/resize.ts';
 import { allClose, goldenArea, goldenFolder, maxDifference } from './golden.ts';
@@ -64,6 +64,25 @@ test('resize: Pillow, to the bit', (t) => {
   );
   const grey = resize(toGrey(picture), 24, 16, 'lanczos');
   t.strictSame([grey.channels, grey.data.length], [1, 24 * 16], 'grey pictures');
+  t.end();
+});
+
+test('resize: one channel as the first of three', (t) => {
+  const { width, height, data } = goldenPicture('picture');
+  const window = { left: 5, top: 3, width: 20, height: 11 };
+  for (const filter of ['lanczos', 'bicubic', 'bilinear', 'nearest'] as const) {
+    const to = <P extends Pixels>(from: P) => resize(from, 37, 29, filter, window);
+    const want = to({ width, height, channels: 3, data });
+    const got = to({ width, height, channels: 1, data: data.filter((_, i) => i % 3 === 0) });
+    t.strictSame([got.width, got.height, got.channels, want.channels], [20, 11, 1, 3]);
+    t.ok(
+      sameBytes(
+        got.data,
+        want.data.filter((_, i) => i % 3 === 0),
+      ),
+      filter,
+    );
+  }
   t.end();
 });
 

@@ -169,8 +169,10 @@ test('every spelling of a LoRA reaches its weight', (t) => {
   const targets = {
     ...tinyUNet(),
     text_encoder: textEncoder(parseTextConfig(source.config('text_encoder'))),
+    text_encoder_2: textEncoder(parseTextConfig(source.config('text_encoder_2'))),
   };
-  source.load('text_encoder', targets.text_encoder, device, 'float32');
+  for (const name of ['text_encoder', 'text_encoder_2'] as const)
+    source.load(name, targets[name], device, 'float32');
   const ones = (name: string, shape: number[], value: number): TensorEntry => ({
     name,
     dtype: 'float32',
@@ -236,17 +238,45 @@ test('every spelling of a LoRA reaches its weight', (t) => {
       [2, 32],
       [32, 2],
     ],
+    [
+      targets.text_encoder_2,
+      layer,
+      `text_encoder_2.${layer}.lora_A.weight`,
+      `text_encoder_2.${layer}.lora_B.weight`,
+      [2, 48],
+      [48, 2],
+    ],
+    [
+      targets.text_encoder_2,
+      layer,
+      `lora_te2_${layer.replaceAll('.', '_')}.lora_down.weight`,
+      `lora_te2_${layer.replaceAll('.', '_')}.lora_up.weight`,
+      [2, 48, 1, 1], // a layer written as a convolution
+      [48, 2, 1, 1],
+    ],
   ];
-  cases.forEach(([model, key, down, up, a, b], i) => {
-    const path = join(folder, `${i}.safetensors`);
+  const path = join(folder, 'spelt.safetensors');
+  const merges = (
+    given: Parameters<typeof mergeLora>[0],
+    [model, key, down, up, a, b]: (typeof cases)[0],
+  ) => {
     writeSafetensors(path, [ones(down, a, 0.5), ones(up, b, 0.25)]);
     const weight = namedParameters(model).get(`${key}.weight`);
     const want = weight?.tensor.floats().map((x) => x + 3 * 2 * 0.5 * 0.25) ?? [];
-    mergeLora(targets, path, 3);
+    mergeLora(given, path, 3);
     allClose(t, down, weight?.tensor.floats() ?? [], want, { atol: 1e-6, rtol: 0 });
-  });
-  unload(targets.unet);
-  unload(targets.text_encoder);
+  };
+  for (const each of cases) merges(targets, each);
+  // The refiner has that encoder alone.
+  const flat = `lora_te_${layer.replaceAll('.', '_')}`;
+  const only = { ...targets, text_encoder: undefined };
+  const names = [`${flat}.lora_down.weight`, `${flat}.lora_up.weight`] as const;
+  merges(only, [targets.text_encoder_2, layer, ...names, [2, 48], [48, 2]]);
+  refuses(t, 'with two encoders', () => mergeLora(targets, path), /match no weight of this model: lora_te_/);
+  const [attention] = cases;
+  writeSafetensors(path, [ones(attention[2], [2, 24, 3, 3], 1), ones(attention[3], [24, 2, 1, 1], 1)]);
+  refuses(t, 'taps for a layer', () => mergeLora(targets, path), /have another shape than the model/);
+  for (const model of [targets.unet, targets.text_encoder, targets.text_encoder_2]) unload(model);
   t.end();
 });
 
