@@ -171,6 +171,12 @@ const foreign = (name: SchedulerClass): Partial<Record<keyof SchedulerConfig, re
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
 
+/** Bounds of spaced sigmas: diffusers' classes heed these of another class's config too, but for two in Karras' spacing. */
+const limits = ['sigma_min', 'sigma_max'];
+const limited = (name: SchedulerClass, { use_karras_sigmas }: Partial<SchedulerConfig>): boolean =>
+  'use_karras_sigmas' in schedulerDefaults[name] &&
+  !(use_karras_sigmas && ['LMSDiscreteScheduler', 'DPMSolverSDEScheduler'].includes(name));
+
 /**
  * One class's full configuration: its defaults, with what `given` says about the options it has.
  * @throws UserError for options that exclude each other
@@ -179,7 +185,10 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
   const defaults: Partial<SchedulerConfig> = schedulerDefaults[name];
   const strange: Partial<Record<string, readonly unknown[]>> = foreign(name);
   const known = Object.entries(given).filter(
-    ([key, value]) => key in defaults && value !== undefined && !strange[key]?.includes(value),
+    ([key, value]) =>
+      (key in defaults || (limits.includes(key) && limited(name, given))) &&
+      value !== undefined &&
+      !strange[key]?.includes(value),
   );
   const config = { ...defaults, ...Object.fromEntries(known) } as SchedulerConfig;
   const { use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, algorithm_type } = config;

@@ -83,7 +83,10 @@ export function solverUpdate(
   return combine(...sum);
 }
 
-/** The schedule of a DPM-Solver-like method, ending at sigma 0 or at the smallest sigma: that of training, or the config's. */
+/**
+ * The schedule of a DPM-Solver-like method. Where it does not end at sigma 0, DPM-Solver itself ends at training's smallest,
+ * its kin (which have no algorithm_type) at the last of spaced sigmas.
+ */
 export function solverSchedule(
   config: SchedulerConfig,
   table: Float32Array,
@@ -93,7 +96,8 @@ export function solverSchedule(
 ): Schedule {
   const given = custom.timesteps ? Float64Array.from(custom.timesteps) : layout(config, steps);
   const levels = solverLevels(config, table, given);
-  const smallest = (hasSpacedSigmas(config) ? config.sigma_min : undefined) ?? table[0];
+  const spaced = hasSpacedSigmas(config) && !config.algorithm_type;
+  const smallest = spaced ? levels.sigmas[levels.sigmas.length - 1] : table[0];
   const sigmas = Float32Array.of(...levels.sigmas, config.final_sigmas_type === 'zero' ? 0 : smallest);
   return {
     timesteps: Float32Array.from(levels.timesteps),
