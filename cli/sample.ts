@@ -26,7 +26,7 @@ import { locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
 import { addSampleOptions, checkSample, loraOf, promptsOf, type SampleOptions } from './sample_options.ts';
-import { baseRequest, readInputs, refinerRequest } from './sample_request.ts';
+import { baseRequests, readInputs, refinerRequest } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
@@ -57,10 +57,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const dtype = chooseDtype(options.dtype, source, device);
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 32);
   const sizes = sizesOf(source, vaeSource);
-  const requests = prompts.map((prompt, i) => ({
-    ...baseRequest(options, sizes, prompt, inputs, seed),
-    last: i === prompts.length - 1,
-  }));
+  const requests = baseRequests(options, sizes, prompts, inputs, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
   const planned = (from: ModelSource, asked: Request) =>

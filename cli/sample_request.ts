@@ -26,14 +26,17 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
   return { image, mask };
 }
 
-/** The base's request for one prompt. A picture's own size counts, cut to whole latents, where none is given. */
-export function baseRequest(
+/**
+ * The base's requests, one for each prompt, which share the picture. Its own size counts, cut to whole latents, where none is
+ * given.
+ */
+export function baseRequests(
   options: SampleOptions,
   { ratio, sampleSize }: Sizes,
-  prompt: string,
+  prompts: readonly string[],
   { image, mask }: Inputs,
   seed: number,
-): Request {
+): Request[] {
   const floored = (pixels: number | undefined) =>
     pixels === undefined ? undefined : pixels - (pixels % ratio);
   const width = options.width ?? floored(image?.width) ?? sampleSize;
@@ -41,8 +44,7 @@ export function baseRequest(
   const config: Partial<SchedulerConfig> = {};
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
-  return {
-    prompt: [prompt],
+  const shared = {
     // An empty text is no second prompt, and yet a negative prompt.
     prompt_2: options.prompt2 ? [options.prompt2] : undefined,
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
@@ -56,7 +58,6 @@ export function baseRequest(
     guidance_rescale: options.guidanceRescale,
     num_images_per_prompt: options.numImages,
     eta: options.eta,
-    generators: [new TorchGenerator(seed)],
     scheduler: { name: options.scheduler, config },
     image: image && preprocess(image, width, height),
     mask: mask && preprocessMask(mask, width, height),
@@ -73,6 +74,12 @@ export function baseRequest(
     aesthetic_score: options.aestheticScore,
     negative_aesthetic_score: options.negativeAestheticScore,
   };
+  return prompts.map((prompt, i) => ({
+    ...shared,
+    prompt: [prompt],
+    generators: [new TorchGenerator(seed)],
+    last: i === prompts.length - 1,
+  }));
 }
 
 /** Where the refiner takes over the base's latents; undefined where it works over the finished picture. */

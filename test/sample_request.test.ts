@@ -4,7 +4,7 @@ import { Command } from 'commander';
 import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
 import { addSampleOptions, checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
-import { baseRequest, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import { baseRequests, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import type { Latents } from '../models/latents.ts';
 
 function optionsOf(...argv: string[]): SampleOptions {
@@ -15,10 +15,11 @@ function optionsOf(...argv: string[]): SampleOptions {
   return options;
 }
 
-const sizes = { ratio: 8, sampleSize: 64 } as Parameters<typeof baseRequest>[1];
-const base = (options: SampleOptions, inputs: Inputs = {}) => baseRequest(options, sizes, 'a fox', inputs, 5);
+const sizes = { ratio: 8, sampleSize: 64 } as Parameters<typeof baseRequests>[1];
+const base = (options: SampleOptions, inputs: Inputs = {}) =>
+  baseRequests(options, sizes, ['a fox'], inputs, 5)[0];
 /** Those of a request's fields that are given and no pixels. */
-function given({ generators, image, mask, latents, ...fields }: ReturnType<typeof base>) {
+function given({ generators, image, mask, latents, last, ...fields }: ReturnType<typeof base>) {
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
 }
 
@@ -35,6 +36,16 @@ const plain = {
   aesthetic_score: 6,
   negative_aesthetic_score: 2.5,
 };
+
+test('the requests of several prompts share their picture, and nothing that is used up', (t) => {
+  const image = { width: 64, height: 40, channels: 3 as const, data: new Uint8Array(64 * 40 * 3) };
+  const [first, second, ...more] = baseRequests(optionsOf(), sizes, ['a fox', 'a cat'], { image }, 5);
+  t.same([first.prompt, second.prompt, more.length], [['a fox'], ['a cat'], 0]);
+  t.ok(first.image && first.image === second.image, 'resized once, kept once');
+  t.not(first.generators[0], second.generators[0]);
+  t.same([first.last, second.last], [false, true]);
+  t.end();
+});
 
 test('each flag reaches what it names', (t) => {
   t.same(given(base(optionsOf())), plain);
