@@ -64,7 +64,7 @@ export function modelErrors(device: Device, cpu: Device, work: Work, dtype: Floa
   }));
 }
 
-/** Latents after four guided steps, and in float32 the decoded picture: the VAE is float32 whatever the rest is. */
+/** Latents after four guided steps, and the decoded picture. */
 export function pipelineSteps(device: Device, dtype: FloatDType): Results {
   const pipeline = loadPipeline(source, { device, dtype });
   const loop = denoise(pipeline, {
@@ -76,10 +76,9 @@ export function pipelineSteps(device: Device, dtype: FloatDType): Results {
   let turn = loop.next();
   while (!turn.done) turn = loop.next();
   const { latents } = turn.value;
-  const results: Results = { latents: latents.data };
-  if (dtype === 'float32') results.picture = decode(pipeline, latents).data;
+  const picture = decode(pipeline, latents).data;
   pipeline.release();
-  return results;
+  return { latents: latents.data, picture };
 }
 
 /** One update of the tiny UNet on fixed noise, with float32 masters where the weights are halves. */
