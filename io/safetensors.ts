@@ -22,13 +22,16 @@ export interface TensorInfo {
   bytes: number;
 }
 
+/** Memory for so many bytes. */
+export type Room = (bytes: number) => Uint8Array;
+
 export interface SafetensorsFile {
   path: string;
   /** In the order of the file. */
   tensors: Map<string, TensorInfo>;
   metadata: Record<string, string>;
-  /** The tensor's raw bytes, freshly allocated. @throws UserError for an absent tensor or unsupported type */
-  read(name: string): Uint8Array;
+  /** The tensor's raw bytes, in fresh memory or in `room`. @throws UserError for an absent tensor or unsupported type */
+  read(name: string, room?: Room): Uint8Array;
   /** As `read`, into `target`, which is exactly as long as the tensor. */
   readInto(name: string, target: Uint8Array): void;
   close(): void;
@@ -104,8 +107,8 @@ function safetensorsFile(path: string, fd: number, header: Header): SafetensorsF
     path,
     ...header,
     readInto,
-    read: (name) => {
-      const target = new Uint8Array(find(name).bytes);
+    read: (name, room = (bytes) => new Uint8Array(bytes)) => {
+      const target = room(find(name).bytes);
       readInto(name, target);
       return target;
     },

@@ -14,7 +14,7 @@ import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors, type Room, type SafetensorsFile } from '../io/safetensors.ts';
 
 export type Json = Record<string, unknown>;
 
@@ -25,7 +25,8 @@ export interface WeightSource {
   readonly names: readonly string[];
   info(name: string): { dtype: string; shape: readonly number[] } | undefined;
   floats(name: string): Float32Array;
-  bytes(name: string): Uint8Array;
+  /** In fresh memory, or in `room` where that saves a copy. */
+  bytes(name: string, room?: Room): Uint8Array;
   close(): void;
 }
 
@@ -148,7 +149,7 @@ export function sourceOf(where: string, files: readonly SafetensorsFile[]): Weig
       const file = fileOf(name);
       return decodeFloats(file.read(name), file.tensors.get(name)?.dtype ?? 'float32');
     },
-    bytes: (name) => fileOf(name).read(name),
+    bytes: (name, room) => fileOf(name).read(name, room),
     close() {
       for (const file of files) file.close();
     },
@@ -208,12 +209,16 @@ export function loadParameters(
   noGrad(() =>
     scope(() => {
       const sums = zeros([stored.size], { device });
+      const room = reusedRoom();
       [...stored].forEach(([name, spelling], i) => {
-        fillParameter(parameters.get(name) as Parameter, spelling, source, dtype, sums, i);
+        fillParameter(parameters.get(name) as Parameter, spelling, source, dtype, room, sums, i);
         if (device.memory.held - device.memory.live > MOST_CACHED) device.memory.trim();
       });
-      const bad = sums.floats().findIndex(Number.isNaN);
-      if (bad >= 0) throw notFinite(source, [...stored.values()][bad], dtype);
+      const found = sums.floats();
+      [...stored].forEach(([name, spelling], i) => {
+        if (!Number.isFinite(found[i]) && !isWhollyFinite((parameters.get(name) as Parameter).tensor))
+          throw notFinite(source, spelling, dtype);
+      });
     }),
   );
   device.memory.trim();
@@ -243,15 +248,25 @@ function listed(what: string, names: readonly string[]): string {
   return `${what} ${names.slice(0, most).join(', ')}${more}`;
 }
 
+/** One piece of memory, for one weight after another: fresh memory for each costs more than reading the file into it. */
+function reusedRoom(): Room {
+  let memory = new Uint8Array(0);
+  return (bytes) => {
+    if (memory.byteLength < bytes) memory = new Uint8Array(bytes);
+    return memory.subarray(0, bytes);
+  };
+}
+
 /**
  * Uploads a weight as it is stored, and has the device turn it into its type and layout: on the host that takes ten times as
- * long as reading the file. sums[index] becomes NaN where the result is not finite, as 0 times it is NaN.
+ * long as reading the file. sums[index] becomes the sum of its squares, which is finite only where all of it is.
  */
 function fillParameter(
   target: Parameter,
   name: string,
   source: WeightSource,
   dtype: FloatDType,
+  room: Room,
   sums: Tensor,
   index: number,
 ): void {
@@ -259,16 +274,24 @@ function fillParameter(
   const type = source.info(name)?.dtype as DType;
   scope(() => {
     const raw = isFloat(type)
-      ? empty(target.shape, { device, dtype: type }).upload(source.bytes(name))
+      ? empty(target.shape, { device, dtype: type }).upload(source.bytes(name, room))
       : tensor(source.floats(name), target.shape, { device });
     const cut = cast(raw, dtype);
     const [, , ...taps] = target.shape;
     const turned = target.layout === 'conv' && taps.some((n) => n > 1);
     const laid = turned ? permute(cut, [0, 2, 3, 1]) : cut;
     target.tensor = keep(laid.reshape(...target.memoryShape));
-    update([sumSquares(scale(laid, 0), sums, index)]);
+    update([sumSquares(laid, sums, index)]);
   });
 }
+
+/** Told exactly, where a sum of squares may have overflowed: 0 times what is not finite is NaN. */
+const isWhollyFinite = (weight: Tensor): boolean =>
+  scope(() => {
+    const sum = zeros([1], { device: weight.device });
+    update([sumSquares(scale(weight, 0), sum, 0)]);
+    return !Number.isNaN(sum.floats()[0]);
+  });
 
 /** Why a weight is not finite, told by what is stored. */
 function notFinite(source: WeightSource, name: string, dtype: FloatDType): UserError {

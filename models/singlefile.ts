@@ -7,7 +7,7 @@ import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors, type Room, type SafetensorsFile } from '../io/safetensors.ts';
 import {
   type Json,
   loadAndClose,
@@ -143,11 +143,11 @@ function translated(file: SafetensorsFile, origin: (key: string) => Origin): Wei
     const stored = file.tensors.get(from.name);
     return stored && { from, stored, shape: shapeOf(from, stored.shape) };
   };
-  const bytes = (key: string): Uint8Array => {
+  const bytes = (key: string, room?: Room): Uint8Array => {
     const found = find(key);
     if (!found) throw new UserError(`${file.path} has no tensor ${origin(key).name}`);
     const { from, stored } = found;
-    const raw = file.read(from.name);
+    const raw = file.read(from.name, room);
     if (from.third !== undefined) {
       const length = raw.byteLength / 3;
       return raw.slice(from.third * length, (from.third + 1) * length);

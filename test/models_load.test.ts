@@ -55,4 +55,27 @@ for (const name of ['cpu', 'reference']) {
     t.equal(device.memory.storages, before, 'live tensors');
     t.end();
   });
+
+  test(`what is not finite, on ${name}`, (t) => {
+    const file = join(folder, 'flaws.safetensors');
+    const load = (flaw: number) => {
+      const entries = [...parameters].map(([key, { shape }]) => {
+        const numbers = new Float32Array(sizeOf(shape)).fill(1);
+        if (key === 'bias') numbers[1] = flaw;
+        return { name: key, dtype: 'float32' as const, shape, bytes: encodeNumbers(numbers, 'float32') };
+      });
+      writeSafetensors(file, entries);
+      loadAndClose(net, sourceOf(file, [openSafetensors(file)]), device, 'float32');
+    };
+    for (const flaw of [Number.NaN, Infinity, -Infinity])
+      t.throws(() => load(flaw), /tensor bias holds NaN or infinity/, String(flaw));
+    load(1e30);
+    t.equal(
+      parameters.get('bias')?.tensor.floats()[1],
+      Math.fround(1e30),
+      'a number whose square is infinite',
+    );
+    unload(net);
+    t.end();
+  });
 }
