@@ -2,6 +2,7 @@
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
 import { createHash } from 'node:crypto';
 import {
+  appendFileSync,
   copyFileSync,
   existsSync,
   mkdirSync,
@@ -139,7 +140,12 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
   const first = await run(broken, { until: 3 });
   t.equal(first.stopped, true);
   t.equal(first.position.step, 3, 'stopped after the update');
+  // What a run that is killed later leaves beside its last checkpoint.
+  appendFileSync(join(broken.output as string, 'log.jsonl'), '{"step":4,"loss":9}\n{"step":5,"lo');
+  const drawn = join(broken.output as string, 'previews', 'step-00000099');
+  mkdirSync(drawn);
   await run(broken, { checkpoint: first.folder });
+  t.notOk(existsSync(drawn), 'what comes later is forgotten');
   const newest = (path: string) => listCheckpoints(path).at(-1) as string;
   t.equal(
     digest(newest(broken.output as string)),
