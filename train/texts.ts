@@ -1,0 +1,130 @@
+// The captions of the UNet's passes. Where the text encoders are frozen and every caption is known, embeddings come from the cache.
+// Where they train, or tags are drawn anew, the tokens go to the device, and through the encoders in the pass.
+import { noGrad } from '../engine/grad.ts';
+import type { Tensors } from '../engine/op.ts';
+import { mul } from '../engine/ops/binary.ts';
+import { cast } from '../engine/ops/unary.ts';
+import { scope } from '../engine/scope.ts';
+import { sizeOf } from '../engine/tensor.ts';
+import type { Json } from '../models/checkpoint.ts';
+import { parseTextConfig } from '../models/clip.ts';
+import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
+import { joined } from '../models/latents.ts';
+import type { Pipeline } from '../models/pipeline.ts';
+import { captionsAtOnce, encodeTexts, type TextEmbeddings, textCache } from './cache.ts';
+import type { HostTensor, PassInputs, Report } from './task.ts';
+
+/** Hears how far something is; false has it left. */
+type Heard = (done: number, total: number) => boolean;
+
+export interface Texts {
+  /** Computes what is kept on disk. */
+  fill(report: Report, heard: Heard): Promise<void>;
+  /** The most memory that this takes, once without numbers. */
+  rehearse(): void;
+  /** A pass's captions as its inputs; undefined is a caption that is left away. */
+  inputs(captions: readonly (string | undefined)[]): PassInputs;
+  /** Inputs of the shapes that so many captions have, without their numbers. */
+  blank(n: number): PassInputs;
+  /** What the UNet of `model` is told, from such inputs on its device. */
+  encoded(model: Pipeline, inputs: Tensors): Encoded;
+}
+
+/** `captions` are all there are, `configs` the encoders'. */
+export function cachedTexts(
+  pipeline: Pipeline,
+  captions: readonly string[],
+  configs: readonly Json[],
+  folder: string,
+): Texts {
+  // Hashing the encoders reads all their weights, so the cache is made when it is first asked for.
+  const cache = lazily(() => textCache(folder, pipeline.text, configs));
+  return {
+    async fill(report, heard) {
+      await cache().fill(captions, heard);
+      for (const text of cache().tooLong(captions))
+        report.line(
+          `the end of this caption is not seen, it has more tokens than dataset.max_token_length: "${text}"`,
+        );
+    },
+    rehearse() {
+      noGrad(() => scope(() => void encodeTexts(pipeline.text, captions.slice(0, captionsAtOnce))));
+    },
+    inputs: (chosen) =>
+      embeddedInputs(
+        pipeline,
+        chosen.map((caption) => cache().read(caption)),
+      ),
+    blank: (n) => blankEmbeddings(pipeline, configs, n),
+    encoded: (_, { context, pooled }) => ({ context, pooled }),
+  };
+}
+
+export const textsInPass = (pipeline: Pipeline): Texts => ({
+  async fill() {},
+  rehearse() {},
+  inputs: (chosen) => tokenInputs(pipeline, chosen),
+  blank: (n) => tokenInputs(pipeline, Array<string>(n).fill('')),
+  encoded: throughEncoders,
+});
+
+export function lazily<T>(make: () => T): () => T {
+  let made: T | undefined;
+  return () => (made ??= make());
+}
+
+/** What the cache has of captions, as inputs [n, 77, c] and [n, p]. */
+function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmbeddings[]): PassInputs {
+  const n = found.length;
+  const context = joined(found.map((row) => row.context));
+  const pooled = joined(found.map((row) => row.pooled));
+  const width = unetConfig.cross_attention_dim;
+  return {
+    context: { shape: [n, context.length / (n * width), width], values: context, dtype },
+    pooled: { shape: [n, pooled.length / n], values: pooled, dtype },
+  };
+}
+
+/** Inputs of their shapes without a caption. */
+function blankEmbeddings(
+  { text, dtype, unetConfig }: Pipeline,
+  configs: readonly Json[],
+  n: number,
+): PassInputs {
+  const tokens = tokensOf(text.encoders[0], [''], text.chunks).ids.values.length;
+  const { projection_dim = 0 } = parseTextConfig(configs[configs.length - 1]);
+  const blank = (...shape: number[]): HostTensor => ({
+    shape,
+    values: new Float32Array(sizeOf(shape)),
+    dtype,
+  });
+  return { context: blank(n, tokens, unetConfig.cross_attention_dim), pooled: blank(n, projection_dim) };
+}
+
+/** Captions for encoders that run in the pass: their tokens, and masks where a model wants zeros for those left away. */
+function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | undefined)[]): PassInputs {
+  const n = captions.length;
+  const texts = captions.map((caption) => caption ?? '');
+  const tokens = text.encoders.flatMap((encoder, i) => {
+    const { ids, ends } = tokensOf(encoder, texts, text.chunks);
+    return [
+      [`ids_${i}`, { ...ids, dtype: 'int32' }] as const,
+      [`ends_${i}`, { ...ends, dtype: 'int32' }] as const,
+    ];
+  });
+  const masked = text.forceZeros && captions.includes(undefined);
+  const kept = Float32Array.from(captions, (caption) => (caption === undefined ? 0 : 1));
+  return { ...Object.fromEntries(tokens), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
+}
+
+/** Those captions through the encoders; the rows of those left away are zero. */
+function throughEncoders({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
+  const states = encodeTokens(
+    text,
+    text.encoders.map((_, i) => ({ ids: inputs[`ids_${i}`], ends: inputs[`ends_${i}`] })),
+  );
+  const [context, pooled] = [cast(states.context, dtype), cast(states.pooled, dtype)];
+  const { kept } = inputs;
+  if (!kept) return { context, pooled };
+  return { context: mul(context, kept.reshape(-1, 1, 1)), pooled: mul(pooled, kept.reshape(-1, 1)) };
+}
