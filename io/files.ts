@@ -16,6 +16,7 @@ import {
   statSync,
   writeSync,
 } from 'node:fs';
+import { constants as os } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from './errors.ts';
 
@@ -61,14 +62,17 @@ export function replaceAtomically<R>(path: string, write: (temporaryPath: string
 }
 
 /**
- * Ctrl-C ends a program at once, which is what people want, except between a temporary file and its rename: this defers
- * it to the end of the running turn, when the file stands whole. Programs with a handler of their own decide themselves.
+ * Ctrl-C (and what a service manager sends) ends a program at once, which is what people want, except between a temporary file
+ * and its rename: this defers it to the end of the running turn, when the file stands whole. Programs with a handler of their
+ * own decide themselves.
  */
 function holdInterrupt(): void {
-  if (process.listenerCount('SIGINT') > 0) return;
-  const leave = () => process.exit(130);
-  process.on('SIGINT', leave);
-  setImmediate(() => setImmediate(() => process.off('SIGINT', leave)));
+  for (const name of ['SIGINT', 'SIGTERM'] as const) {
+    if (process.listenerCount(name) > 0) continue;
+    const leave = () => process.exit(128 + os.signals[name]);
+    process.on(name, leave);
+    setImmediate(() => setImmediate(() => process.off(name, leave)));
+  }
 }
 
 /**

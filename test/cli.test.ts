@@ -453,6 +453,22 @@ test('an interrupt leaves whole files or none', async (t) => {
   const [code, signal] = (await once(child, 'close')) as [number | null, string | null];
   t.ok(code === 130 || signal === 'SIGINT', `status ${code}, signal ${signal}: a shell reports 130`);
   t.same(readdirSync(folder), [], 'nothing is left');
+  for (const [ending, status] of [
+    ['SIGINT', 130],
+    ['SIGTERM', 143],
+  ] as const) {
+    const out = join(folder, `${ending}.safetensors`);
+    const exporting = spawn(process.execPath, [program, 'export', model, out, '--format', 'single-file'], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    exporting.stderr.once('data', () => exporting.kill(ending)); // amid the file
+    const [left] = (await once(exporting, 'close')) as [number | null];
+    t.equal(left, status, `${ending}: as a shell reports it`);
+    t.notOk(
+      readdirSync(folder).some((name) => name.endsWith('.tmp')),
+      `${ending}: nothing half-written`,
+    );
+  }
   rmSync(folder, { recursive: true });
 });
 
