@@ -132,7 +132,11 @@ export function addSampleOptions(command: Command): Command {
       'a multiple of 75: read longer prompts too, in chunks of 75 tokens, as A1111 and ComfyUI (default: 75, as diffusers)',
       number('--max-token-length', { min: 75, whole: true }),
     )
-    .option('--clip-skip <N>', 'layers to skip from the end', number('--clip-skip', { min: 0, whole: true }))
+    .option(
+      '--clip-skip <N>',
+      'layers to skip before the one that SDXL takes; 0 is what other programs call 2',
+      number('--clip-skip', { min: 0, whole: true }),
+    )
     .optionsGroup('Picture:')
     .option('-W, --width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
     .option('-H, --height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
