@@ -1,0 +1,111 @@
+// Runs of training in this process, on the tiny golden model and a folder of six small pictures that is gone at the end: what
+// train.test.ts and train_targets.test.ts share.
+import { createHash } from 'node:crypto';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { type Device, openDevice } from '../engine/device.ts';
+import { writePng } from '../io/image.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { readLog } from '../train/log.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { openMaterials, openSession } from '../train/session.ts';
+import { type Outcome, train } from '../train/trainer.ts';
+import { goldenFolder } from './golden.ts';
+
+export const device = openDevice('auto');
+export const model = join(goldenFolder, 'tiny-sdxl');
+export const folder = mkdtempSync(join(tmpdir(), 'sdxl-train-'));
+export const pictures = join(folder, 'pictures');
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+mkdirSync(pictures);
+for (let i = 0; i < 6; i++) {
+  const data = Uint8Array.from({ length: 3 * 40 * 48 }, (_, at) => (at * (i + 3)) % 251);
+  writePng(join(pictures, `${i}.png`), { width: 48, height: 40, channels: 3, data });
+  writeFileSync(join(pictures, `${i}.txt`), `picture ${i}\nstripes, number ${i}, colours\n`);
+}
+
+export const silent = { line() {}, progress() {} };
+export const locate = {
+  model: async (path: string) => openModel(path),
+  vae: async (path: string) => openModel(path),
+};
+
+interface How {
+  /** Asks to stop at that step. */
+  until?: number;
+  during?: string;
+  checkpoint?: string;
+  /** Devices that take passes in turn with the first. */
+  further?: readonly Device[];
+}
+
+/** Trains in this process. */
+export async function run(
+  input: RunInput,
+  { until, during = 'training', checkpoint, further }: How = {},
+): Promise<Outcome> {
+  const resolved = resolveRun(input, 'test', 'test');
+  const session = openSession(await openMaterials(resolved, locate, silent), device, further);
+  const stop = { asked: false };
+  const progress = (label: string, done: number) => {
+    if (label === during && until !== undefined && done >= until) stop.asked = true;
+  };
+  try {
+    return await train(session, { ...silent, progress }, stop, checkpoint);
+  } finally {
+    session.release();
+  }
+}
+
+/** What the log says of each update: step, loss, validation loss. */
+export const losses = (output: string) =>
+  readLog(join(output, 'log.jsonl')).map(({ step, loss, validation_loss }) => [step, loss, validation_loss]);
+
+/** Everything that decides how a run goes on: weights, averages, optimizer. */
+export function digest(checkpoint: string): string {
+  const hash = createHash('sha256');
+  for (const name of readdirSync(checkpoint, { recursive: true, encoding: 'utf8' }).sort())
+    if (name.endsWith('.safetensors')) hash.update(name).update(readFileSync(join(checkpoint, name)));
+  return hash.digest('hex');
+}
+
+export const basic = (output: string): RunInput => ({
+  output: join(folder, output),
+  model,
+  seed: 3,
+  steps: 5,
+  batch_size: 2,
+  gradient_accumulation_steps: 2,
+  dataset: {
+    path: pictures,
+    resolution: 32,
+    random_flip: true,
+    crops: 2,
+    caption_dropout_rate: 0.3,
+    cache: join(folder, 'cache'),
+  },
+  optimizer: { lr: 1e-3 },
+  lr_scheduler: { name: 'cosine', warmup_steps: 1 },
+  ema: { decay: 0.9 },
+  checkpoints: { every_steps: 2, keep: 2 },
+});
+
+/** Trains a run whole, and again stopped at the first update and resumed: the same checkpoint, or the names that differ. */
+export async function resumes(
+  t: { equal(a: unknown, b: unknown, message: string): unknown },
+  name: string,
+  more: RunInput,
+) {
+  const input = (output: string): RunInput => ({ ...basic(output), steps: 3, ...more });
+  const whole = await run(input(`${name}-whole`));
+  const first = await run(input(`${name}-broken`), { until: 1 });
+  await run(input(`${name}-broken`), { checkpoint: first.folder });
+  const [a, b] = ['whole', 'broken'].map(
+    (end) => listCheckpoints(join(folder, `${name}-${end}`)).at(-1) as string,
+  );
+  t.equal(digest(a), digest(b), `${name}: resumed bit for bit`);
+  return whole.folder;
+}

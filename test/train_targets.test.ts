@@ -1,0 +1,225 @@
+import { copyFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { decodeFloats } from '../io/dtype.ts';
+import { writePng } from '../io/image.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { parseTextConfig } from '../models/clip.ts';
+import { mergeLora } from '../models/lora.ts';
+import { loadPipeline } from '../models/pipeline.ts';
+import { loadTokenizer } from '../models/tokenizer.ts';
+import { parseUNetConfig } from '../models/unet.ts';
+import { parseVaeConfig } from '../models/vae.ts';
+import type { ObjectiveSettings } from '../train/objective.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { openMaterials, openSession } from '../train/session.ts';
+import { goldenFolder } from './golden.ts';
+import {
+  basic,
+  device,
+  folder,
+  locate,
+  losses,
+  model,
+  pictures,
+  resumes,
+  run,
+  silent,
+} from './small_runs.ts';
+
+test('LoRA with gradient checkpointing', async (t) => {
+  const final = await resumes(t, 'lora', {
+    train: { target: 'lora', gradient_checkpointing: true },
+    lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] },
+    previews: { prompts: ['stripes'], num_inference_steps: 1 },
+  });
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
+  const targets = {
+    unet: pipeline.unet,
+    unetConfig: pipeline.unetConfig,
+    text_encoder: undefined,
+    text_encoder_2: undefined,
+  };
+  t.ok(mergeLora(targets, join(final, 'pytorch_lora_weights.safetensors')) > 10, 'its file merges');
+  pipeline.release();
+});
+
+test('LoRA on the text encoders too, as diffusers and sdxl sample read it', async (t) => {
+  const output = await run({
+    ...basic('lora-texts-file'),
+    train: { target: 'lora', text_encoders: true },
+    lora: { rank: 2, alpha: 4 },
+    ema: { decay: 0 },
+    steps: 2,
+  });
+  const path = join(output.folder, 'pytorch_lora_weights.safetensors');
+  const file = openSafetensors(path);
+  const config = JSON.parse(file.metadata.lora_adapter_metadata) as Record<string, unknown>;
+  for (const name of ['unet', 'text_encoder', 'text_encoder_2'])
+    t.same([config[`${name}.r`], config[`${name}.lora_alpha`]], [2, 4], name);
+  t.same(config['text_encoder_2.target_modules'], ['q_proj', 'k_proj', 'v_proj', 'out_proj']);
+  const key = (part: string) =>
+    `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_${part}.weight`;
+  const [a, b] = ['A', 'B'].map((part) => decodeFloats(file.read(key(part)), 'float32'));
+  t.ok(b.some((x) => x !== 0) && a.some((x) => x !== 0), 'it has learnt');
+  t.notSame(
+    [...a],
+    [...decodeFloats(file.read(key('A').replace('encoder', 'encoder_2')), 'float32')],
+    'two encoders begin with other numbers',
+  );
+  const last = [...file.tensors.keys()]
+    .filter((name) => /^text_encoder\..*layers\.\d+\..*lora_B/.test(name))
+    .at(-1) as string;
+  t.ok(
+    decodeFloats(file.read(last), 'float32').every((x) => x === 0),
+    "nobody reads the first encoder's last layer, and it stays",
+  );
+  file.close();
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
+  const [text_encoder, text_encoder_2] = pipeline.text.encoders.map(({ encoder }) => encoder);
+  const { unet, unetConfig } = pipeline;
+  t.ok(mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, path) > 16, 'its names are known');
+  pipeline.release();
+});
+
+test('captions of several chunks', async (t) => {
+  const long = join(folder, 'long');
+  mkdirSync(long);
+  const { chunksOf } = loadTokenizer(openModel(model).folder('tokenizer'));
+  for (const chunks of [1, 2, 3]) {
+    let text = 'stripes';
+    while (chunksOf(text) < chunks) text += ', stripes';
+    copyFileSync(join(pictures, `${chunks}.png`), join(long, `${chunks}.png`));
+    writeFileSync(join(long, `${chunks}.txt`), text);
+  }
+  const { dataset } = basic('long');
+  const more = (max_token_length: number): RunInput => ({
+    dataset: { ...dataset, path: long, max_token_length, caption_dropout_rate: 0 },
+    batch_size: 3,
+    gradient_accumulation_steps: 1,
+  });
+  const told: string[] = [];
+  const materials = (tokens: number) =>
+    openMaterials(resolveRun({ ...basic('long'), ...more(tokens) }, 'test', 'test'), locate, silent);
+  for (const [tokens, count] of [
+    [75, 2],
+    [150, 1],
+    [225, 0],
+  ]) {
+    const session = openSession(await materials(tokens), device);
+    told.length = 0;
+    await session.task.fillCache?.({ ...silent, line: (text) => told.push(text) }, { asked: false });
+    t.equal(told.length, count, `${tokens}: ${count} are cut off`);
+    const { context } = await session.task.prepare({ bucket: 0, samples: [0, 1, 2] }, 0);
+    t.same(context.shape.slice(0, 2), [3, (77 * tokens) / 75]);
+    t.same(session.task.blank({ bucket: 0, samples: [0, 1, 2] }).context.shape, context.shape);
+    session.release();
+  }
+  await resumes(t, 'long', { ...more(150), train: { target: 'lora', text_encoders: true } });
+});
+
+test('prior preservation: pictures of the class beside, weighed by prior_loss_weight', async (t) => {
+  const classes = join(folder, 'class');
+  mkdirSync(classes);
+  for (let i = 0; i < 9; i++) {
+    const data = Uint8Array.from({ length: 3 * 40 * 48 }, (_, at) => (at * (i + 20)) % 241);
+    writePng(join(classes, `${i}.png`), { width: 48, height: 40, channels: 3, data });
+  }
+  const { dataset } = basic('prior');
+  const more: RunInput = {
+    dataset: { ...dataset, class_data_dir: classes, class_prompt: 'a pattern', caption_dropout_rate: 0 },
+    objective: { prior_loss_weight: 0.25, snr_gamma: 5 },
+  };
+  const materials = await openMaterials(
+    resolveRun({ ...basic('prior'), ...more }, 'test', 'test'),
+    locate,
+    silent,
+  );
+  const { pictures, updatesPerEpoch } = materials;
+  t.equal(pictures.samples.length, 6 + 9);
+  t.equal(updatesPerEpoch, 3, 'six of each in updates of four');
+  const session = openSession(materials, device);
+  await session.task.fillCache?.(silent, { asked: false });
+  const [own, prior] = [false, true].map((of) =>
+    pictures.samples.findIndex((each) => (each.prior ?? false) === of),
+  );
+  const weights = async (objective: Partial<ObjectiveSettings>, samples: number[]) => {
+    Object.assign(session.run.objective, objective);
+    return [...((await session.task.prepare({ bucket: 0, samples }, 0)).weights.values as Float32Array)];
+  };
+  const alone = await weights({ prior_loss_weight: 1 }, [own, prior]);
+  t.same(
+    await weights({ prior_loss_weight: 0.25 }, [own, prior]),
+    [alone[0], 0.25 * alone[1]],
+    "beside min-SNR's",
+  );
+  t.ok(alone.every((weight) => weight > 0 && weight <= 1));
+  t.same(pictures.samples[prior].captions, ['a pattern']);
+  t.not(pictures.samples[prior].key, pictures.samples[own].key, 'of one name, but with other draws');
+  session.release();
+  await resumes(t, 'prior', more);
+});
+
+test('chosen parts in bfloat16 with float32 masters', async (t) => {
+  const final = await resumes(t, 'parts', { dtype: 'bfloat16', train: { parts: ['attn2'] } });
+  const [before, after] = [openModel(model), openModel(final)].map((source) => source.weights('unet'));
+  const changed = after.names.filter((name) => {
+    const [a, b] = [before.floats(name), after.floats(name)];
+    return a.some((x, i) => Math.abs(x - b[i]) > 0.01 * Math.abs(x) + 1e-6);
+  });
+  t.ok(
+    changed.length > 0 && changed.every((name) => name.includes('attn2')),
+    `${changed.length} weights changed`,
+  );
+  for (const weights of [before, after]) weights.close();
+});
+
+test('a model from a preset, with its text encoders and a vocabulary of its own', async (t) => {
+  const json = (component: string) => openModel(model).config(component);
+  const shorter = { vocab_size: 600, max_position_embeddings: 20 };
+  const final = await resumes(t, 'preset', {
+    model: {
+      unet: parseUNetConfig(json('unet')),
+      vae: parseVaeConfig(json('vae')),
+      text_encoder: { ...parseTextConfig(json('text_encoder')), ...shorter },
+      text_encoder_2: { ...parseTextConfig(json('text_encoder_2')), ...shorter },
+      scheduler: json('scheduler'),
+      requires_aesthetics_score: false,
+    },
+    train: { text_encoders: true },
+  });
+  const pipeline = loadPipeline(openModel(final), { device, dtype: 'float32' });
+  const [{ ids }] = pipeline.text.encoders.map(({ tokenizer }) => tokenizer.encode('stripes, number 3'));
+  t.equal(ids.length, 20, 'tokens as the preset says');
+  t.ok(ids.indexOf(ids.reduce((a, b) => Math.max(a, b))) < 8, "the captions' words are merged");
+  pipeline.release();
+});
+
+test('the refiner, which has one text encoder and an aesthetic score', async (t) => {
+  const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
+  const plain = basic('refiner');
+  const dataset = { ...plain.dataset, resolution: 64 };
+  const input = { ...plain, model: refiner, dataset, ema: { decay: 0 }, steps: 0, epochs: 1, log_every: 5 };
+  const { folder: final, position } = await run(input);
+  t.same(position, { step: 2, epoch: 1, update: 0 }, 'six pictures, four to an update');
+  t.same(
+    losses(input.output as string).map(([step]) => step),
+    [2],
+    'the log has the last update, though it is no fifth',
+  );
+  loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
+  t.same(openModel(final).modelIndex, openModel(refiner).modelIndex);
+});
+
+test('a VAE', async (t) => {
+  const output = join(folder, 'vae');
+  await run({
+    ...basic('vae'),
+    train: { target: 'vae' },
+    steps: 2,
+  });
+  t.ok(existsSync(join(output, 'previews.png')));
+  const { scaling_factor } = JSON.parse(readFileSync(join(output, 'final', 'vae', 'config.json'), 'utf8'));
+  t.ok(scaling_factor > 0 && scaling_factor !== 0.13025, 'the scale is measured');
+});
