@@ -4,6 +4,7 @@ export { UserError } from './io/errors.ts';
 export { resolveHub } from './io/hub.ts';
 export { preprocess, preprocessMask, readMask, readPicture, toPictures, writePng } from './io/image.ts';
 export { openModel } from './models/checkpoint.ts';
+export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export { mergeLora } from './models/lora.ts';
 export {

@@ -25,6 +25,7 @@ export function pictureText(
     `CFG scale: ${guidance_scale}`,
     `Seed: ${seed}`,
     `Size: ${width}x${height}`,
+    ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // A1111's own is a GPU's
     `Version: sdxl ${version}`,
   ];
   const settings = Object.entries({ ...options, prompt, width, height, seed })
@@ -91,6 +92,7 @@ function fromA1111(parameters: string): Record<string, unknown> {
     steps: field('Steps'),
     guidanceScale: field('CFG scale'),
     seed: field('Seed'),
+    rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
     scheduler: schedulerOf(field('Sampler'), field('Schedule type')),
     width: width || undefined,
     height,

@@ -31,6 +31,7 @@ export interface SampleOptions {
   timestepSpacing?: SchedulerConfig['timestep_spacing'];
   eta?: number;
   seed?: number;
+  rng: 'cpu' | 'cuda';
   numImages: number;
   clipSkip?: number;
   maxTokenLength?: number;
@@ -77,7 +78,7 @@ Examples:
 Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
 and the spellings of other programs are taken, such as "DPM++ 2M Karras".
 
-The same seed gives the picture that diffusers gives with a CPU generator.`;
+The same seed gives the picture that diffusers gives with a CPU generator, or with --rng cuda with one on a GPU.`;
 
 /** Declares every flag on `command`; values are read and bounded here, before anything is loaded. */
 export function addSampleOptions(command: Command): Command {
@@ -144,6 +145,12 @@ export function addSampleOptions(command: Command): Command {
       '-s, --seed <N>',
       'default: random, and printed',
       number('--seed', { min: 0, max: Number.MAX_SAFE_INTEGER, whole: true }),
+    )
+    .option(
+      '--rng <NAME>',
+      "whose numbers the noise is: cpu, as diffusers mostly, or cuda, as A1111, stable-diffusion.cpp and a GPU's generator",
+      oneOf('--rng', ['cpu', 'cuda']),
+      'cpu',
     )
     .option(
       '-b, --num-images <N>',

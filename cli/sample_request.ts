@@ -2,6 +2,7 @@
 import { UserError } from '../io/errors.ts';
 import { preprocess, preprocessMask, readMask, readPicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
+import { CudaGenerator } from '../models/cuda_random.ts';
 import type { Latents } from '../models/latents.ts';
 import type { Request, Sizes } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
@@ -77,7 +78,7 @@ export function baseRequests(
   return prompts.map((prompt, i) => ({
     ...shared,
     prompt: [prompt],
-    generators: [new TorchGenerator(seed)],
+    generators: [options.rng === 'cuda' ? new CudaGenerator(seed) : new TorchGenerator(seed)],
     last: i === prompts.length - 1,
   }));
 }

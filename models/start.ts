@@ -3,8 +3,13 @@
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
 import { encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
-import type { TorchGenerator } from './torch_random.ts';
 import type { Vae } from './vae.ts';
+
+/** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
+export interface NoiseGenerator {
+  /** `n` standard normals. Calls advance one stream. */
+  randn(n: number): Float32Array;
+}
 
 /** The part of a request that says where the loop begins. */
 export interface StartRequest {
@@ -12,7 +17,7 @@ export interface StartRequest {
   height: number;
   width: number;
   /** One generator for all images, or one each. */
-  generators: readonly TorchGenerator[];
+  generators: readonly NoiseGenerator[];
   /** [1, 3, h, w] in [-1, 1]. */
   image?: Latents;
   /** [1, 1, h, w], 1 where to paint anew. */
@@ -46,7 +51,7 @@ export const strengthOf = ({ strength, mask }: Pick<StartRequest, 'strength' | '
   strength ?? (mask ? 0.9999 : 0.3);
 
 /** Standard normal noise of a batch: one stream, or one per image. */
-const drawNoise = (generators: readonly TorchGenerator[], count: number): Float32Array =>
+const drawNoise = (generators: readonly NoiseGenerator[], count: number): Float32Array =>
   joined(generators.map((generator) => generator.randn(count / generators.length)));
 
 export function startOf(

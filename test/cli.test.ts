@@ -228,7 +228,11 @@ test('a picture gives its settings back', async (t) => {
   t.equal(a1111.status, 0, `from A1111's text ${a1111.err}`);
   t.same([JSON.parse(a1111.out).steps, JSON.parse(a1111.out).seed], [2, 6], 'a typed flag goes before');
   t.match(readPngText(again).parameters, /^a cat\nand a dog\nNegative prompt: rain\n.*DPMSolverMultistep/);
-  t.match(JSON.parse(readPngText(again).sdxl).scheduler, /karras/i, 'with the sigmas of the schedule type');
+  const kept = JSON.parse(readPngText(again).sdxl);
+  t.match(kept.scheduler, /karras/i, 'with the sigmas of the schedule type');
+  t.equal(kept.rng, 'cuda', "its noise is a GPU's");
+  t.match(text.parameters, /RNG: CPU/, 'and ours says that it is not');
+  t.notMatch(readPngText(again).parameters, /RNG/);
 
   writePng(foreign, a, { sdxl: '{"width": "12"}' });
   for (const [file, says] of [

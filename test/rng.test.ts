@@ -3,8 +3,9 @@
 // more.
 import { test } from 'tap';
 import { fma32 } from '../models/cephes_float.ts';
+import { CudaGenerator } from '../models/cuda_random.ts';
 import { type RandomDType, TorchGenerator } from '../models/torch_random.ts';
-import { allClose, type GoldenCase, goldenArea } from './golden.ts';
+import { allClose, type GoldenCase, goldenArea, maxDifference } from './golden.ts';
 
 const area = goldenArea('rng');
 
@@ -89,4 +90,26 @@ test('the noise of a 1024 x 1024 picture takes well under 100 ms', async (t) => 
   const best = Math.min(...times);
   t.comment(`best of ${times.length}: ${best.toFixed(1)} ms`);
   t.ok(best < 100, `${best.toFixed(1)} ms`);
+});
+
+// torch.randn on a GPU after torch.manual_seed(0), as A1111's rng_philox.py gives it.
+const onGpu = [
+  ...[-0.92466259, -0.42534415, -2.6438457, 0.14518388, -0.12086647, -0.57972564],
+  ...[-0.62285122, -0.32838709, -1.07454231, -0.36314407, -1.67105067, 2.26550497],
+];
+
+test("a GPU's numbers", (t) => {
+  const generator = new CudaGenerator(0);
+  const first = generator.randn(12);
+  t.ok(maxDifference(first, onGpu) < 1e-6, [...first].join());
+  t.same([...new CudaGenerator(2n ** 64n).randn(12)], [...first], 'a seed has 64 bits');
+  t.notSame([...new CudaGenerator(2 ** 32).randn(12)], [...first], 'all of which count');
+  const next = generator.randn(65_536);
+  t.ok(maxDifference(next.subarray(0, 12), first) > 0.1, 'the next call goes on');
+  const mean = next.reduce((sum, x) => sum + x, 0) / next.length;
+  const square = next.reduce((sum, x) => sum + x * x, 0) / next.length;
+  // Four deviations of the mean and of the variance of so many.
+  t.ok(Math.abs(mean) < 0.016 && Math.abs(square - 1) < 0.023, `${mean}, ${square}`);
+  t.ok(next.every(Number.isFinite));
+  t.end();
 });
