@@ -1,3 +1,5 @@
+// Training as a whole, on the tiny golden model and a folder of a few pictures: a run leaves everything it promises; a run
+// that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
 import { appendFileSync, existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';

@@ -1,3 +1,5 @@
+// What can be trained, and on what: adapters on the UNet and on the text encoders, parts of the UNet, a model from a preset, the
+// refiner, the VAE; captions of several chunks, and pictures of a class beside those of the subject.
 import { copyFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';

@@ -1,0 +1,243 @@
+// Mistakes in run files, datasets and checkpoints: each is one clear sentence with status 2, before any work is done.
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { sdxl } from './command_line.ts';
+import { dataset, folder, refuses, runFile } from './run_files.ts';
+
+test('run files', async (t) => {
+  await refuses(t, 'no file', /no run file .*nothing\.ts/, 'train', join(folder, 'nothing.ts'));
+  const file = (name: string, keys: object, text?: string) => ['train', runFile(name, keys, text)];
+  await refuses(
+    t,
+    'unknown key',
+    /unknown key "optimizer\.lrr"; did you mean "lr"/,
+    ...file('a', { optimizer: { lrr: 1 } }),
+  );
+  await refuses(
+    t,
+    'wrong type',
+    /"optimizer\.lr" is "high"; it takes a number/,
+    ...file('b', { optimizer: { lr: 'high' } }),
+  );
+  await refuses(t, 'syntax error', /cannot be loaded: /, ...file('c', {}, 'export default defineRun({;'));
+  await refuses(
+    t,
+    'throws',
+    /cannot be loaded: no coffee/,
+    ...file('d', {}, "throw new Error('no coffee');"),
+  );
+  await refuses(t, 'exports nothing', /exports no run/, ...file('e', {}, 'export const run = 1;'));
+  await refuses(
+    t,
+    'what the package has not',
+    /cannot be loaded: defineRunn is not a function/,
+    ...file('n', {}, "import { defineRunn } from 'sdxl';\nexport default defineRunn({});"),
+  );
+  await refuses(
+    t,
+    'a promise',
+    /"steps" is -1/,
+    ...file('o', {}, 'export default Promise.resolve({ steps: -1 });'),
+  );
+  await refuses(t, 'no model', /names no model/, ...file('f', { model: '' }));
+  await refuses(
+    t,
+    'no such model',
+    /no model at .*nowhere/,
+    ...file('g', { model: join(folder, 'nowhere') }),
+  );
+  await refuses(
+    t,
+    'a preset without its parts',
+    /lacks unet\.block_out_channels, vae\.block_out_channels, text_encoder_2\.hidden_size/,
+    ...file('h', { model: { scheduler: { _class_name: 'DDPMScheduler' } } }),
+  );
+  await refuses(
+    t,
+    'a group that is a number',
+    /"optimizer" is 5; write an object/,
+    ...file('i', { optimizer: 5 }),
+  );
+  await refuses(
+    t,
+    'a number that is none',
+    /"optimizer\.lr" is NaN/,
+    ...file('j', {}, 'export default { optimizer: { lr: Number.NaN } };'),
+  );
+  await refuses(
+    t,
+    'a name that leads out of runs/',
+    /"name" is "\.\.\/x", which names no folder/,
+    ...file('k', { name: '../x', output: '' }),
+  );
+  await refuses(
+    t,
+    'parts of what is not trained',
+    /choose layers with "lora\.targets"/,
+    ...file('l', { train: { target: 'lora', parts: ['attn'] } }),
+  );
+  await refuses(
+    t,
+    'text encoders beside a VAE',
+    /"train\.text_encoders" trains the encoders beside the UNet, which target "vae" does not/,
+    ...file('m', { train: { target: 'vae', text_encoders: true } }),
+  );
+  await refuses(
+    t,
+    'a prompt for pictures that are nowhere',
+    /"dataset\.class_prompt" says what pictures in "dataset\.class_data_dir" are, and there is none/,
+    ...file('n', { dataset: { class_prompt: 'a dog' } }),
+  );
+  await refuses(
+    t,
+    'prior preservation of a VAE',
+    /"dataset\.class_data_dir" has pictures for the UNet .* target "vae"/,
+    ...file('o', {
+      train: { target: 'vae' },
+      dataset: { class_data_dir: 'here' },
+    }),
+  );
+  const good = runFile('good', {});
+  const set = (assignment: string) => ['train', good, '--set', assignment];
+  await refuses(
+    t,
+    '--set unknown',
+    /no key "optimizer\.lrr"; did you mean "optimizer\.lr"/,
+    ...set('optimizer.lrr=1'),
+  );
+  await refuses(t, '--set group', /"optimizer" is a group/, ...set('optimizer=1'));
+  await refuses(t, '--set type', /"steps" takes a whole number/, ...set('steps=many'));
+  await refuses(t, '--set nothing', /takes KEY=VALUE/, ...set('steps'));
+  await refuses(
+    t,
+    'contradiction',
+    /zero_terminal_snr needs objective\.prediction_type/,
+    ...set('objective.zero_terminal_snr=true'),
+  );
+  await refuses(
+    t,
+    'a range that ends before it begins',
+    /timestep_range begins at 0\.75 and ends at 0\.25/,
+    ...set('objective.timestep_range=0.75,0.25'),
+  );
+  await refuses(
+    t,
+    'rules of a schedule',
+    /lr_scheduler\.step_rules is ""; write/,
+    ...set('lr_scheduler.name=piecewise_constant'),
+  );
+  await refuses(t, "the previews' scheduler", /Eulr/, ...set('previews.scheduler=Eulr'));
+  await refuses(
+    t,
+    'no layers',
+    /lora\.targets is empty/,
+    ...[...set('train.target=lora'), '--set', 'lora.targets=[]'],
+  );
+  await refuses(t, 'parts', /matches no weight/, ...set('train.parts=nothing'));
+  await refuses(t, 'resolution', /not divisible by/, ...set('dataset.resolution=36'));
+  t.notOk(existsSync(join(folder, 'good-out', 'checkpoints')), 'nothing was trained');
+});
+
+test('datasets', async (t) => {
+  const using = (name: string, path: string, more: object = {}) => [
+    'train',
+    runFile(`data-${name}`, { dataset: { path, resolution: 32, ...more } }),
+  ];
+  await refuses(
+    t,
+    'missing folder',
+    /no dataset at .*absent|no folder .*absent/,
+    ...using('missing', join(folder, 'absent')),
+  );
+  mkdirSync(join(folder, 'empty'));
+  await refuses(t, 'empty', /has no picture with a caption/, ...using('empty', join(folder, 'empty')));
+  await refuses(t, 'none named', /names no dataset/, ...using('none', ''));
+  const lonely = dataset('lonely', 3);
+  rmSync(join(lonely, '1.txt'));
+  await refuses(t, 'picture without caption', /1\.png has no caption/, ...using('lonely', lonely));
+  const orphan = dataset('orphan', 3);
+  rmSync(join(orphan, '1.png'));
+  await refuses(
+    t,
+    'caption without picture',
+    /1\.txt is a caption without a picture/,
+    ...using('orphan', orphan),
+  );
+  const corrupt = dataset('corrupt', 3);
+  writeFileSync(
+    join(corrupt, '1.jpg'),
+    Buffer.concat([Buffer.from('ffd8ffe000104a464946', 'hex'), Buffer.alloc(300, 7)]),
+  );
+  rmSync(join(corrupt, '1.png'));
+  await refuses(t, 'corrupt JPEG', /1\.jpg cannot be read as a picture/, ...using('corrupt', corrupt));
+  const { status, err } = await sdxl(...using('skip', corrupt, { broken: 'skip' }));
+  t.equal(status, 0, 'skipped where the run says so');
+  t.match(err, /skipped: .*1\.jpg/, 'and listed');
+});
+
+test('checkpoints', async (t) => {
+  const file = runFile('kept', { checkpoints: { every_steps: 1 } });
+  const output = join(folder, 'kept-out');
+  t.equal((await sdxl('train', file, '--quiet')).status, 0);
+  const [first] = listCheckpoints(output);
+  const names = () => readdirSync(join(output, 'checkpoints')).join();
+  const before = names();
+  await refuses(t, 'output in use', /holds a run already; go on with --resume/, 'train', file);
+  await refuses(
+    t,
+    'no checkpoint',
+    /is not a checkpoint of a training run/,
+    'train',
+    file,
+    '--resume',
+    folder,
+  );
+  const other = ['--set', 'optimizer.eps=0.5', '--set', 'steps=9'];
+  await refuses(
+    t,
+    "another run's",
+    /is of another run: optimizer\.eps was 1e-8 and is 0\.5/,
+    'train',
+    file,
+    '--resume',
+    first,
+    ...other,
+  );
+  const { err } = await sdxl('train', file, '--resume', first, ...other);
+  t.notMatch(err, /looking at pictures/, 'refused before the pictures are looked at');
+  const elsewhere = runFile('elsewhere', { dataset: { path: dataset('others', 5), resolution: 32 } });
+  await refuses(t, 'other pictures', /was trained on other pictures/, 'train', elsewhere, '--resume', first);
+  const damaged = join(folder, 'damaged');
+  cpSync(first, damaged, { recursive: true });
+  truncateSync(join(damaged, 'optimizer.safetensors'), 1000);
+  await refuses(
+    t,
+    'truncated',
+    /optimizer\.safetensors/,
+    'train',
+    runFile('fresh', { steps: 9 }),
+    '--resume',
+    damaged,
+  );
+  const state = readFileSync(join(damaged, 'state.json'), 'utf8');
+  for (const [wrong, says] of [
+    ['{}', /state\.json does not say what run it is of/],
+    [state.replace(/"step": *1/, '"step": "one"'), /does not say where the run stood/],
+  ] as const) {
+    writeFileSync(join(damaged, 'state.json'), wrong);
+    await refuses(t, 'damaged', says, 'train', runFile('fresh', { steps: 9 }), '--resume', damaged);
+  }
+  t.equal(names(), before, 'the checkpoints are as they were');
+  t.equal((await sdxl('train', file, '--resume', '--quiet')).status, 0, 'a finished run resumed is no error');
+});
