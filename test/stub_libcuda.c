@@ -77,7 +77,7 @@ int cuGraphInstantiateWithFlags(Handle *exec, Handle graph, unsigned long long f
 int cuGraphLaunch(Handle exec, Handle stream) { return exec == EXEC && stream == STREAM ? 0 : 400; }
 int cuGraphExecDestroy(Handle exec) { return exec == EXEC ? 0 : 400; }
 int cuGraphDestroy(Handle graph) { return graph == GRAPH ? 0 : 400; }
-int cuModuleLoadData(Handle *module, const char *text) { return *module = MODULE, strstr(text, ".entry silu_forward_") ? 0 : 218; }
+int cuModuleLoadData(Handle *module, const char *text) { return *module = MODULE, strstr(text, ".entry ") ? 0 : 218; }
 // CU_JIT_ERROR_LOG_BUFFER is 5 and its size 6; the size stands where its pointer would.
 int cuModuleLoadDataEx(Handle *module, const char *text, unsigned count, const int *options, void **values) {
   if (count != 2 || options[0] != 5 || options[1] != 6) return 1;
