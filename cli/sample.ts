@@ -9,7 +9,7 @@ import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
-import { type Latents, stacked } from '../models/latents.ts';
+import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { adapterAt, mergeLora } from '../models/lora.ts';
 import {
   decode,
@@ -193,7 +193,7 @@ function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
         const file = fileOf(files.length);
         writePng(file, picture, text);
         files.push(file);
-        if (!images.data.subarray(i * size, (i + 1) * size).every(Number.isFinite)) spoilt.push(file);
+        if (!allFinite(images.data.subarray(i * size, (i + 1) * size))) spoilt.push(file);
       }
       all.push(latents);
     },

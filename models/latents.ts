@@ -75,16 +75,23 @@ export function decodeLatents(vae: Vae, latents: Latents, tiling: boolean): Late
 }
 
 /**
- * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. What is not
- * finite anywhere before the last norm, or in its sums, is in all that comes out: the first element tells.
+ * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. Every number
+ * is looked at: a tile may overflow where the others do not.
  */
 function withoutOverflow(vae: Vae, run: (device: Device, dtype: FloatDType) => Latents[]): Latents[] {
   const { device, dtype } = placeOf(vae.module);
   const results = noGrad(() => scope(() => run(device, dtype)));
-  if (dtype === 'float32' || results.every(({ data }) => Number.isFinite(data[0]))) return results;
+  if (dtype === 'float32' || results.every(({ data }) => allFinite(data))) return results;
   for (const parameter of namedParameters(vae.module).values())
     parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
   return noGrad(() => scope(() => run(device, 'float32')));
+}
+
+/** Whether no number is NaN or infinite: times zero, only those are not zero. A plain loop, as `every` takes ten times as long. */
+export function allFinite(numbers: Float32Array): boolean {
+  let sum = 0;
+  for (let i = 0; i < numbers.length; i++) sum += numbers[i] * 0;
+  return sum === 0;
 }
 
 /** Batches of one shape as one batch. */

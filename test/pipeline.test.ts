@@ -9,7 +9,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
-import { encodeImage, type Latents } from '../models/latents.ts';
+import { decodeLatents, encodeImage, type Latents } from '../models/latents.ts';
 import {
   type Denoised,
   decode,
@@ -164,17 +164,30 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   t.equal(drawn(opened(plain, 'float32', 'float16')).type, 'float16');
 
   // Weights that leave float16's range after the first convolution; the norm after it takes their factor out.
-  const strained = opened(plain, 'float32', 'float16');
-  const { weight, bias } = (
-    strained.vae.module.children as unknown as { decoder: { children: { conv_in: Conv2d } } }
-  ).decoder.children.conv_in.children;
-  for (const parameter of [weight, bias as Parameter]) {
-    const values = parameter.tensor.floats().map((x) => Math.min(6e4, Math.max(-6e4, 1e5 * x)));
-    parameter.tensor.set(values);
-  }
-  const { data: saved, type } = drawn(strained);
+  const strained = () => {
+    const pipeline = opened(plain, 'float32', 'float16');
+    const { weight, bias } = (
+      pipeline.vae.module.children as unknown as { decoder: { children: { conv_in: Conv2d } } }
+    ).decoder.children.conv_in.children;
+    for (const parameter of [weight, bias as Parameter]) {
+      const values = parameter.tensor.floats().map((x) => Math.min(6e4, Math.max(-6e4, 1e5 * x)));
+      parameter.tensor.set(values);
+    }
+    return pipeline;
+  };
+  const { data: saved, type } = drawn(strained());
   t.equal(type, 'float32', 'a VAE that overflows goes on in float32');
   t.ok(saved.every(Number.isFinite));
+
+  const { vae, release } = strained();
+  const wide = { shape: [1, 4, 16, 64], data: new Float32Array(4 * 16 * 64) };
+  decodeLatents(vae, wide, true);
+  t.equal(placeOf(vae.module).dtype, 'float16', 'what is nothing does not overflow');
+  for (let row = 0; row < 4 * 16; row++) wide.data.fill(1, row * 64 + 56, row * 64 + 64);
+  const tiles = decodeLatents(vae, wide, true).data;
+  t.equal(placeOf(vae.module).dtype, 'float32', 'nor does one in its last tile go unseen');
+  t.ok(tiles.every(Number.isFinite));
+  release();
   t.equal(device.memory.storages, before, 'live tensors');
   t.end();
 });
