@@ -108,6 +108,18 @@ test('run files', async (t) => {
       dataset: { class_data_dir: 'here' },
     }),
   );
+  await refuses(
+    t,
+    'a learning rate of what is not trained',
+    /"optimizer\.text_encoder_lr" is .* not trained; set "train\.text_encoders"/,
+    ...file('p', { optimizer: { text_encoder_lr: 1e-5 } }),
+  );
+  await refuses(
+    t,
+    'a learning rate that is a multiple of none',
+    /"optimizer\.lr" is 0, .* give lr a small value/,
+    ...file('q', { train: { text_encoders: true }, optimizer: { lr: 0, text_encoder_lr: 1e-5 } }),
+  );
   const good = runFile('good', {});
   const set = (assignment: string) => ['train', good, '--set', assignment];
   await refuses(

@@ -272,7 +272,10 @@ export function defineRun(...stages: RunInput[]): RunInput[] {
 }
 
 /** What a run asks for that its target would pass over. */
-function refuseUnused({ train: { target, parts, text_encoders }, dataset }: Run, where: string): void {
+function refuseUnused(
+  { train: { target, parts, text_encoders }, optimizer, dataset }: Run,
+  where: string,
+): void {
   if (parts.length > 0 && target !== 'unet')
     throw new UserError(
       `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${
@@ -282,6 +285,14 @@ function refuseUnused({ train: { target, parts, text_encoders }, dataset }: Run,
   if (text_encoders && target === 'vae')
     throw new UserError(
       `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "vae" does not; leave it out`,
+    );
+  if (optimizer.text_encoder_lr && !text_encoders)
+    throw new UserError(
+      `${where}: "optimizer.text_encoder_lr" is the text encoders' learning rate, and they are not trained; set "train.text_encoders", or leave it out`,
+    );
+  if (optimizer.text_encoder_lr && optimizer.lr === 0)
+    throw new UserError(
+      `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
     );
   if (dataset.class_data_dir && target === 'vae')
     throw new UserError(
