@@ -93,7 +93,8 @@ function dealing({
   trained_parameters,
   memory_bytes,
 }: Plan): string {
-  const passes = Math.ceil(Math.min(effective_batch_size, images + class_images) / run.batch_size);
+  const of_epoch = images + Math.min(class_images, images);
+  const passes = Math.ceil(Math.min(effective_batch_size, of_epoch) / run.batch_size);
   const bytes = trained_parameters * bytesPerElement[run.dtype] * (1 - 1 / memory_bytes.length);
   return `for an update's ${passes} passes in turn; each then sends ${(bytes / 1e6).toFixed(1)} MB of gradients and as much of weights`;
 }
