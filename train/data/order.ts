@@ -1,7 +1,7 @@
 // The order of an epoch: every sample once (of those for prior preservation, some in turn), cut into updates. It is a pure
 // function of seed, epoch and the samples' keys, and the update is cut before the batches are: batch 8 and batch 4 with two
-// accumulation steps see the same samples in the same update. An update is of one bucket where the bucket can fill it; what is left over in all buckets is pooled, so no
-// sample is dropped and only an epoch's last update can be short.
+// accumulation steps see the same samples in the same update. An update is of one bucket where the bucket can fill it; what
+// is left over in all buckets is pooled, so no sample is dropped and only an epoch's last update can be short.
 import { draws } from '../draws.ts';
 
 export interface MicroBatch {

@@ -20,8 +20,8 @@ export async function openParquetDataset(
   for (const name of names) {
     const path = join(folder, name);
     const table = await openParquet(path);
-    for (const name of [image_column, caption_column])
-      if (!table.columns.includes(name)) throw noColumn(path, name, table.columns);
+    for (const wanted of [image_column, caption_column])
+      if (!table.columns.includes(wanted)) throw noColumn(path, wanted, table.columns);
     const column = await table.readColumn(caption_column);
     for (const [row, value] of column.entries()) {
       const id = `${name}#${String(row).padStart(8, '0')}`;
