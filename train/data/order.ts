@@ -85,9 +85,12 @@ export function samplesPerEpoch(samples: readonly Pick<Placed, 'prior'>[]): numb
 /** The samples of an epoch: of those for prior preservation the next ones, in an order that the seed draws once. */
 function membersOf(samples: readonly Placed[], seed: number, epoch: number): number[] {
   const all = samples.map((_, i) => i);
-  const [own, prior] = [all.filter((i) => !samples[i].prior), all.filter((i) => samples[i].prior)];
-  const drawn = new Map(prior.map((i) => [i, draws(seed, 0, samples[i].key, 'class').uniform()]));
-  prior.sort((a, b) => (drawn.get(a) as number) - (drawn.get(b) as number) || a - b);
+  const own = all.filter((i) => !samples[i].prior);
+  const prior = all
+    .filter((i) => samples[i].prior)
+    .map((i) => ({ i, place: draws(seed, 0, samples[i].key, 'class').uniform() }))
+    .sort((a, b) => a.place - b.place)
+    .map(({ i }) => i);
   const count = Math.min(prior.length, own.length);
   return [...own, ...Array.from({ length: count }, (_, i) => prior[(epoch * count + i) % prior.length])];
 }
