@@ -6,7 +6,7 @@ import type { Command } from 'commander';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
-import { chunksOf, type Size } from '../models/conditioning.ts';
+import { mostChunks, type Size } from '../models/conditioning.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { corner, devices, number, oneOf, side, size } from './options.ts';
@@ -276,7 +276,7 @@ export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] 
 export function checkSample(options: SampleOptions): void {
   if (options.prompt === undefined && options.promptFile === undefined)
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
-  if (options.maxTokenLength !== undefined) chunksOf(options.maxTokenLength);
+  if (options.maxTokenLength !== undefined) mostChunks(options.maxTokenLength, '--max-token-length');
   const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
   if (sampler && options.karras && !('use_karras_sigmas' in sampler.config))
     throw new UserError(

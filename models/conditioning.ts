@@ -103,18 +103,18 @@ function chunksFor(
   const filled = encoders.flatMap(({ tokenizer }, i) =>
     lists.flatMap((texts) => (texts[i] ?? []).map((text) => tokenizer.chunksOf(text))),
   );
-  return Math.min(chunksOf(most), Math.max(1, ...filled));
+  return Math.min(mostChunks(most), Math.max(1, ...filled));
 }
 
 /** Tokens of a chunk, of SDXL's tokenizers: BOS and EOS make them 77. */
 export const CHUNK_TOKENS = 75;
 
-/** @throws UserError where `max_token_length` is no multiple of 75 */
-export function chunksOf(max_token_length: number): number {
+/** The most chunks of a prompt that are read. @throws UserError where `max_token_length`, given as `name`, is no multiple of 75 */
+export function mostChunks(max_token_length: number, name = 'max_token_length'): number {
   const chunks = max_token_length / CHUNK_TOKENS;
   if (Number.isInteger(chunks) && chunks > 0) return chunks;
   throw new UserError(
-    `max_token_length is ${max_token_length}; give a multiple of ${CHUNK_TOKENS}, as 150 or 225: prompts are read in chunks of that many tokens`,
+    `${name} is ${max_token_length}; give a multiple of ${CHUNK_TOKENS}, as 150 or 225: prompts are read in chunks of that many tokens`,
   );
 }
 

@@ -244,7 +244,7 @@ test('a long prompt is told of, or read', async (t) => {
   t.equal(JSON.parse(readPngText(out).sdxl).maxTokenLength, 150);
   const wrong = await run(...args, '--max-token-length', '100', '--output', out);
   t.equal(wrong.status, 2);
-  t.match(wrong.err, /max_token_length is 100; give a multiple of 75/);
+  t.match(wrong.err, /--max-token-length is 100; give a multiple of 75/);
 });
 
 test('without a model the small one that comes along draws', async (t) => {

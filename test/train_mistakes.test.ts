@@ -120,6 +120,12 @@ test('run files', async (t) => {
     /"optimizer\.lr" is 0, .* give lr a small value/,
     ...file('q', { train: { text_encoders: true }, optimizer: { lr: 0, text_encoder_lr: 1e-5 } }),
   );
+  await refuses(
+    t,
+    'a prompt length that is no whole chunks',
+    /"dataset\.max_token_length" is 100; give a multiple of 75/,
+    ...file('r', { dataset: { max_token_length: 100 } }),
+  );
   const good = runFile('good', {});
   const set = (assignment: string) => ['train', good, '--set', assignment];
   await refuses(

@@ -8,7 +8,7 @@ import type { Tensors } from '../engine/op.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { chunksOf } from '../models/conditioning.ts';
+import { mostChunks } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -148,7 +148,7 @@ function openPipeline(run: Run, source: ModelSource, vaeSource: ModelSource, dev
     ...loadPipeline(source, { device, dtype, vaeSource, vaeDtype: 'float32', gradientCheckpointing }),
     scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
   };
-  pipeline.text.chunks = chunksOf(run.dataset.max_token_length);
+  pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
   samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   return pipeline;
 }

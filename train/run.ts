@@ -2,7 +2,7 @@
 // is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
 import { UserError } from '../io/errors.ts';
-import { chunksOf } from '../models/conditioning.ts';
+import { mostChunks } from '../models/conditioning.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
@@ -320,6 +320,6 @@ export function resolveRun(
     );
   run.output ||= `runs/${run.name}`;
   refuseUnused(run, where);
-  chunksOf(run.dataset.max_token_length); // refuses what is no multiple of a chunk
+  mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }
