@@ -265,7 +265,7 @@ test('PTX newer than the driver reads: both versions and the mend', (t) => {
       openVirtualGpu({ driverVersion }),
       () => `.version ${version}\n.target sm_80\n.address_size 64\n`,
     ).ready({ family: 'f', entry: 'e', grid: [1, 1, 1], block: 32, shared: 0, args: [] }, 'float32');
-  const missing = { message: /f_float32.ptx.gz has no kernel e_float32/ };
+  const missing = { message: /f_float32.ptx.br has no kernel e_float32/ };
   for (const [driver, newest, next] of [
     [11080, '7.8', '8.0'],
     [12020, '8.2', '8.3'],

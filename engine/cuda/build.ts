@@ -1,6 +1,6 @@
 // Builds kernels/ptx from kernels/cuda with nvcc (`npm run build:kernels`): each family once per storage type, for
 // compute_80, so that every card since Ampere runs it, and families for Hopper for compute_90a. The PTX is committed,
-// gzipped, and users need no toolkit. ptxas then assembles each file, and REPORT.md tables what it makes of each kernel.
+// packed with Brotli, and users need no toolkit. ptxas then assembles each file, and REPORT.md tables what it makes of each kernel.
 // `--check` builds elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that
 // older drivers take it; of the line table only the lines of our own files are kept. The history of the hard kernels
 // (kernels/lab) is built beside its sources, in bfloat16 alone: no program loads it.
@@ -10,7 +10,7 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'n
 import { tmpdir } from 'node:os';
 import { basename, dirname, join, relative } from 'node:path';
 import { pathToFileURL } from 'node:url';
-import { gzipSync } from 'node:zlib';
+import { brotliCompressSync, constants } from 'node:zlib';
 import { packageRoot } from '../../io/package_root.ts';
 import { forHopper, labFolder, ptxFolder, ptxName, readPtx, typesOf } from './kernels.ts';
 
@@ -231,6 +231,10 @@ function readIfThere({ family, dtype, folder }: PtxFile): string | undefined {
   }
 }
 
+/** Half of gzip's bytes: entries of a family differ in little, and lie further apart than gzip looks back. */
+const pack = (text: string): Buffer =>
+  brotliCompressSync(text, { params: { [constants.BROTLI_PARAM_LGWIN]: constants.BROTLI_MAX_WINDOW_BITS } });
+
 /** Builds the families named, or all; gives the files whose text has changed. Only then are they written, if at all. */
 function buildAll(check: boolean, only: readonly string[], scratch: string): string[] {
   const changed: string[] = [];
@@ -241,7 +245,7 @@ function buildAll(check: boolean, only: readonly string[], scratch: string): str
     console.log(`${name} ${(text.length / 1024).toFixed(0)} KiB of text`);
     if (readIfThere(file) === text) continue;
     changed.push(name);
-    if (!check) writeFileSync(join(file.folder, name), gzipSync(text, { level: 9 }));
+    if (!check) writeFileSync(join(file.folder, name), pack(text));
   }
   return changed;
 }

@@ -79,7 +79,7 @@ export class KernelTable {
     if (known) return known;
     const { module, manifest } = this.#module(family, dtype);
     const entry = manifest.get(symbol);
-    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.gz has no kernel ${symbol}`);
+    if (!entry) throw new Error(`kernels/ptx/${family}_${dtype}.ptx.br has no kernel ${symbol}`);
     const kernel = this.#api.cuModuleGetFunction(module, symbol);
     const offsets = entry.parameters.map(({ offset }) => offset);
     const programmatic = entry.waits && this.#api.cuDriverGetVersion() >= PROGRAMMATIC_LAUNCH;
