@@ -17,7 +17,8 @@ import { openModel } from '../models/checkpoint.ts';
 import { newContextCache } from '../models/context_cache.ts';
 import { toHost } from '../models/latents.ts';
 import { presets } from '../models/presets.ts';
-import { parseUNetConfig, type Schedule, type UNet, unet } from '../models/unet.ts';
+import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
+import type { Schedule } from '../models/unet_encoder.ts';
 import { draws } from '../train/draws.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import {

@@ -6,7 +6,8 @@ import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { sdxlScheduler } from '../models/presets.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import type { Conditioning, UNet } from '../models/unet.ts';
+import type { Conditioning } from '../models/transformer.ts';
+import type { UNet } from '../models/unet.ts';
 import { draws } from '../train/draws.ts';
 import { fill } from '../train/fields.ts';
 import {

@@ -10,7 +10,8 @@ import { UserError } from '../io/errors.ts';
 import { combine } from '../models/samplers/arithmetic.ts';
 import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity } from '../models/samplers/tables.ts';
-import type { Conditioning, UNet } from '../models/unet.ts';
+import type { Conditioning } from '../models/transformer.ts';
+import type { UNet } from '../models/unet.ts';
 import { draws } from './draws.ts';
 import type { HostTensor, PassInputs } from './task.ts';
 

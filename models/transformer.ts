@@ -1,0 +1,101 @@
+// The transformer that the UNet runs over an image's pixels (Transformer2DModel of diffusers): self-attention, attention over
+// the prompt and a feed-forward layer in each of its blocks. The prompt's keys and values are the same at every step, and are
+// computed once an image when the conditioning carries a ContextCache; training passes none.
+import type { checkpointed } from '../engine/checkpointing.ts';
+import { groupNorm, layerNorm, linear } from '../engine/layers.ts';
+import { type Module, module } from '../engine/module.ts';
+import { attention as attentionOp } from '../engine/ops/attention.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import { type ContextCache, once } from './context_cache.ts';
+
+export interface Conditioning {
+  /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
+  context: Tensor;
+  /** The pooled prompt [n, projection_dim] in the model's type. */
+  textEmbeds: Tensor;
+  /** float32 [n, 6]: original height, width, crop top, left, target height, width; refiner [n, 5]: aesthetic score last. */
+  timeIds: Tensor;
+  cache?: ContextCache;
+}
+
+export type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
+/** What becomes of a transformer block: itself, or itself with gradient checkpointing. */
+export type Wrap = typeof checkpointed;
+
+const attentionChildren = (c: number, contextWidth: number) => ({
+  to_q: linear(c, c, { bias: false }),
+  to_k: linear(contextWidth, c, { bias: false }),
+  to_v: linear(contextWidth, c, { bias: false }),
+  to_out: [linear(c, c)],
+});
+
+/** residual + attention of x [n, l, c] over itself. */
+const selfAttention = (c: number, heads: number) =>
+  module(attentionChildren(c, c), (m, x: Tensor, residual: Tensor) => {
+    const [q, k, v] = x.device.together(() => [m.to_q(x), m.to_k(x), m.to_v(x)]);
+    return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
+  });
+
+/** residual + attention of x [n, l, c] over the prompt. */
+const crossAttention = (c: number, contextWidth: number, heads: number) =>
+  module(
+    attentionChildren(c, contextWidth),
+    (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
+      const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
+      return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
+    },
+  );
+
+/** residual + W2 GEGLU(W1 x) (Shazeer 2020). The keys are net.0.proj and net.2; net.1 was dropout. */
+const feedForward = (c: number) => {
+  const geglu = module({ proj: linear(c, 8 * c) }, (m, x: Tensor) => m.proj(x, { activation: 'geglu' }));
+  return module({ net: [geglu, undefined, linear(4 * c, c)] as const }, (m, x: Tensor, residual: Tensor) =>
+    m.net[2](m.net[0](x), { residual }),
+  );
+};
+
+export const transformerBlock = (c: number, contextWidth: number, heads: number) =>
+  module(
+    {
+      norm1: layerNorm(c),
+      attn1: selfAttention(c, heads),
+      norm2: layerNorm(c),
+      attn2: crossAttention(c, contextWidth, heads),
+      norm3: layerNorm(c),
+      ff: feedForward(c),
+    },
+    (m, x: Tensor, conditioning: Conditioning) => {
+      let h = m.attn1(m.norm1(x), x);
+      h = m.attn2(m.norm2(h), conditioning, h);
+      return m.ff(m.norm3(h), h);
+    },
+  );
+
+export interface Level {
+  width: number;
+  heads: number;
+  /** Transformer blocks after each resnet; 0 for none. */
+  depth: number;
+}
+
+/** Transformer2DModel: channels last makes an image a token sequence without a transpose. */
+export const transformer = (
+  { width: c, heads, depth }: Level,
+  contextWidth: number,
+  groups: number,
+  wrap: Wrap = (block) => block,
+): Transformer =>
+  module(
+    {
+      norm: groupNorm(groups, c, { eps: 1e-6 }),
+      proj_in: linear(c, c),
+      transformer_blocks: Array.from({ length: depth }, () => wrap(transformerBlock(c, contextWidth, heads))),
+      proj_out: linear(c, c),
+    },
+    (m, x: Tensor, conditioning: Conditioning) => {
+      const [n, height, width] = x.shape;
+      let h = m.proj_in(m.norm(x).reshape(n, height * width, c));
+      for (const block of m.transformer_blocks) h = block(h, conditioning);
+      return m.proj_out(h, { residual: x.reshape(n, height * width, c) }).reshape(n, height, width, c);
+    },
+  );

@@ -1,0 +1,262 @@
+// The half of SDXL's UNet that a ControlNet has a copy of: the embeddings of the time and of the added conditions, the levels on
+// the way down, and the middle block. A table of levels says each one's width and transformer depth. What does not depend on the
+// latents (the embedded sizes and times) is computed once an image when the conditioning carries a ContextCache.
+import { conv2d, linear } from '../engine/layers.ts';
+import { module } from '../engine/module.ts';
+import { concat, timestepEmbedding } from '../engine/ops/move.ts';
+import { broadcast } from '../engine/ops/reduce.ts';
+import { cast, silu } from '../engine/ops/unary.ts';
+import { Tensor } from '../engine/tensor.ts';
+import type { DType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { downsample, type NormConfig, type Resnet, resnet, type Time } from './blocks.ts';
+import { type ContextCache, once } from './context_cache.ts';
+import { type Conditioning, type Level, type Transformer, transformer, type Wrap } from './transformer.ts';
+
+/** The fields of diffusers' config.json that say what this half is. */
+export interface EncoderConfig {
+  in_channels: number;
+  block_out_channels: readonly number[];
+  layers_per_block: number;
+  down_block_types: readonly string[];
+  /** UNetMidBlock2D, of small ControlNets, has one resnet and no transformer; UNetMidBlock2DCrossAttn where absent. */
+  mid_block_type?: string;
+  /** Per level or one for all. Despite its name in diffusers, the NUMBER of heads. */
+  attention_head_dim: number | readonly number[];
+  transformer_layers_per_block: number | readonly number[];
+  cross_attention_dim: number;
+  addition_time_embed_dim: number;
+  projection_class_embeddings_input_dim: number;
+  norm_num_groups: number;
+  norm_eps: number;
+}
+
+/** What config.json may say in one way only, because SDXL's models all say so; what else changes a weight's shape shows there. */
+const fixed: Record<string, unknown> = {
+  act_fn: 'silu',
+  addition_embed_type: 'text_time',
+  class_embed_type: null,
+  downsample_padding: 1,
+  flip_sin_to_cos: true,
+  freq_shift: 0,
+  mid_block_scale_factor: 1,
+  use_linear_projection: true,
+};
+
+const isCount = (value: unknown): boolean => typeof value === 'number';
+const isList = (value: unknown, length: number): boolean => Array.isArray(value) && value.length === length;
+
+/** What a model's config.json has beside the fields of this half, and how errors tell of it. */
+export interface ConfigRules {
+  /** Such as unet/config.json. */
+  file: string;
+  /** Such as `an SDXL UNet`. */
+  what: string;
+  fixed: Readonly<Record<string, unknown>>;
+  /** Fields that list a block type for each level, and fields that are numbers. */
+  blockTypes: readonly string[];
+  counts: readonly string[];
+  defaults: Readonly<Record<string, unknown>>;
+}
+
+/** Reads a config.json. @throws UserError naming a field that is absent, or asks for another architecture */
+export function parseConfig<C extends EncoderConfig>(json: Record<string, unknown>, rules: ConfigRules): C {
+  const complain = (key: string, want: string) =>
+    new UserError(
+      `${rules.file}: "${key}" is ${JSON.stringify(json[key])}, not ${want}; is this ${rules.what}?`,
+    );
+  for (const [key, want] of Object.entries({ ...fixed, ...rules.fixed })) {
+    if (key in json && json[key] !== want) throw complain(key, JSON.stringify(want));
+  }
+  const config: Record<string, unknown> = { ...defaults, ...rules.defaults, ...json };
+  const widths = config.block_out_channels;
+  if (!Array.isArray(widths) || !widths.every(isCount))
+    throw complain('block_out_channels', 'a list of widths');
+  for (const key of ['down_block_types', ...rules.blockTypes]) {
+    if (!isList(config[key], widths.length)) throw complain(key, `a list of ${widths.length} block types`);
+  }
+  for (const key of ['attention_head_dim', 'transformer_layers_per_block']) {
+    if (!isCount(config[key]) && !isList(config[key], widths.length)) {
+      throw complain(key, `a number or a list of ${widths.length}`);
+    }
+  }
+  for (const key of [...counts, ...rules.counts]) if (!isCount(config[key])) throw complain(key, 'a number');
+  return config as unknown as C;
+}
+
+const defaults = { norm_num_groups: 32, norm_eps: 1e-5, layers_per_block: 2 };
+const counts = [
+  'in_channels',
+  'cross_attention_dim',
+  'addition_time_embed_dim',
+  'projection_class_embeddings_input_dim',
+];
+
+export const times = <T>(count: number, make: (i: number) => T): T[] =>
+  Array.from({ length: count }, (_, i) => make(i));
+
+const perLevel = (value: number | readonly number[], level: number): number =>
+  typeof value === 'number' ? value : value[level];
+
+/** Widths, heads and depths from the first level down, before block types decide where transformers are. */
+export const levelsOf = (config: EncoderConfig): Level[] =>
+  config.block_out_channels.map((width, i) => ({
+    width,
+    heads: perLevel(config.attention_head_dim, i),
+    depth: perLevel(config.transformer_layers_per_block, i),
+  }));
+
+/** The transformers that follow resnets in a level whose blocks are of this type: as many, or none. */
+export const attentionsOf = (
+  { cross_attention_dim, norm_num_groups }: EncoderConfig,
+  { level, type, count, wrap }: { level: Level; type: string; count: number; wrap?: Wrap },
+): (Transformer | undefined)[] =>
+  times(count, () =>
+    type.startsWith('CrossAttn') ? transformer(level, cross_attention_dim, norm_num_groups, wrap) : undefined,
+  );
+
+/** The widths of all features that are pushed on the way down, from the first convolution's on. */
+export const featureWidths = ({ block_out_channels, layers_per_block }: EncoderConfig): number[] => [
+  block_out_channels[0],
+  ...block_out_channels.flatMap((width, i) =>
+    Array<number>(layers_per_block + (i < block_out_channels.length - 1 ? 1 : 0)).fill(width),
+  ),
+];
+
+export const normOf = (config: EncoderConfig): NormConfig => ({
+  groups: config.norm_num_groups,
+  eps: config.norm_eps,
+});
+
+/** The width of the time embedding. */
+export const timeWidth = ({ block_out_channels: [width] }: EncoderConfig): number => 4 * width;
+
+/** Two linears with SiLU between, for the timestep and for the added conditions. */
+export const embeddingMlp = (inputs: number, width: number) =>
+  module(
+    { linear_1: linear(inputs, width), linear_2: linear(width, width) },
+    (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
+  );
+
+/** A level on the way down; returns everything the way up will want, the last entry being its output. */
+const downBlock = (
+  resnets: Resnet[],
+  attentions: (Transformer | undefined)[],
+  downsamplers: ReturnType<typeof downsample>[],
+) =>
+  module(
+    { resnets, attentions, downsamplers },
+    (m, x: Tensor, time: Time, conditioning: Conditioning): Tensor[] => {
+      let h = x;
+      const features: Tensor[] = [];
+      m.resnets.forEach((resnet, i) => {
+        h = resnet(h, { time });
+        h = m.attentions[i]?.(h, conditioning) ?? h;
+        features.push(h);
+      });
+      for (const down of m.downsamplers) features.push(down(h));
+      return features;
+    },
+  );
+
+/** A resnet, and after each transformer another. */
+const midBlock = (resnets: Resnet[], attentions: Transformer[]) =>
+  module({ resnets, attentions }, (m, x: Tensor, time: Time, conditioning: Conditioning) => {
+    let h = m.resnets[0](x, { time });
+    m.attentions.forEach((attention, i) => {
+      h = m.resnets[i + 1](attention(h, conditioning), { time });
+    });
+    return h;
+  });
+
+/** The modules of this half, under the UNet's names. */
+export function encoder(config: EncoderConfig, wrap?: Wrap) {
+  const levels = levelsOf(config);
+  const [width] = config.block_out_channels;
+  const [norm, ctemb] = [normOf(config), timeWidth(config)];
+  const count = config.layers_per_block;
+  const deepest = levels[levels.length - 1];
+  let c = width;
+  const to = (width: number): Resnet => {
+    const made = resnet(c, width, norm, ctemb);
+    c = width;
+    return made;
+  };
+  return {
+    conv_in: conv2d(config.in_channels, width, 3, { padding: 1 }),
+    time_embedding: embeddingMlp(width, ctemb),
+    add_embedding: embeddingMlp(config.projection_class_embeddings_input_dim, ctemb),
+    down_blocks: levels.map((level, i) =>
+      downBlock(
+        times(count, () => to(level.width)),
+        attentionsOf(config, { level, type: config.down_block_types[i], count, wrap }),
+        i < levels.length - 1 ? [downsample(c, [1, 1, 1, 1])] : [],
+      ),
+    ),
+    mid_block:
+      config.mid_block_type === 'UNetMidBlock2D'
+        ? midBlock([to(c)], [])
+        : midBlock([to(c), to(c)], [transformer(deepest, config.cross_attention_dim, norm.groups, wrap)]),
+  };
+}
+
+/** All times that an image is denoised at, float32 [steps, n], and the number of the one to take now, int32 [1]. */
+export interface Schedule {
+  times: Tensor;
+  step: Tensor;
+}
+
+/** What a network is asked: a sample [n, h, w, in_channels] in the model's type, float32 times [n] or a schedule, and the rest. */
+export interface Question {
+  sample: Tensor;
+  times: Tensor | Schedule;
+  conditioning: Conditioning;
+  /** Added to the first convolution's output, [n, h, w, c]. */
+  hint?: Tensor;
+}
+
+/** The features of all levels, the first convolution's first, the middle block's output, and the time for the way up. */
+export function encode(
+  m: ReturnType<typeof encoder>,
+  config: EncoderConfig,
+  { sample, times, conditioning, hint }: Question,
+): { features: Tensor[]; middle: Tensor; time: Time } {
+  const { cache } = conditioning;
+  const [added] = once(cache, m.add_embedding, () => [
+    m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim)),
+  ]);
+  const [width] = config.block_out_channels;
+  const time = embedTime(m.time_embedding, times, added, { width, dtype: sample.dtype, cache });
+  let h = m.conv_in(sample, { residual: hint });
+  const features = [h];
+  for (const block of m.down_blocks) {
+    features.push(...block(h, time, conditioning));
+    h = features[features.length - 1];
+  }
+  return { features, middle: m.mid_block(h, time, conditioning), time };
+}
+
+/** SiLU of the embedded time and added conditions; of a schedule, of all its times at once. */
+function embedTime(
+  embedding: ReturnType<typeof embeddingMlp>,
+  times: Tensor | Schedule,
+  added: Tensor,
+  { width, dtype, cache }: { width: number; dtype: DType; cache?: ContextCache },
+): Time {
+  const embed = (t: Tensor, residual: Tensor): Tensor =>
+    silu(embedding(cast(timestepEmbedding(t, width), dtype), residual));
+  if (times instanceof Tensor) return { temb: embed(times, added) };
+  const { times: all, step } = times;
+  const [steps, n] = all.shape;
+  const [temb] = once(cache, embedding, () => [
+    embed(all.reshape(steps * n), broadcast(added, 0, steps).reshape(steps * n, -1)),
+  ]);
+  return { temb, step, cache };
+}
+
+/** [n, projection_dim + ids * dim]: the pooled prompt, then each id's sinusoids. */
+function addedConditions({ textEmbeds, timeIds }: Conditioning, dim: number): Tensor {
+  const [n, ids] = timeIds.shape;
+  const embedded = timestepEmbedding(timeIds, dim).reshape(n, ids * dim);
+  return concat([textEmbeds, cast(embedded, textEmbeds.dtype)], 1);
+}
