@@ -26,6 +26,7 @@ export function pictureText(
     `Seed: ${seed}`,
     `Size: ${width}x${height}`,
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // A1111's own is a GPU's
+    ...emphasisField(options, prompt),
     `Version: sdxl ${version}`,
   ];
   const settings = Object.entries({ ...options, prompt, width, height, seed })
@@ -37,6 +38,13 @@ export function pictureText(
     parameters: `${prompt}${negative}\n${fields.join(', ')}`,
     sdxl: JSON.stringify(Object.fromEntries(settings)),
   };
+}
+
+/** As A1111 has it: where there is a bracket, and its default does not hold. */
+function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt: string): string[] {
+  if (emphasis === 'original' || !/[([]/.test(prompt + negativePrompt)) return [];
+  const [first, ...rest] = emphasis.replace('-', ' ');
+  return [`Emphasis: ${first.toUpperCase()}${rest.join('')}`];
 }
 
 /** A value as it is typed after its flag: sizes are kept as [height, width] and typed as WIDTHxHEIGHT. */
@@ -92,6 +100,7 @@ function fromA1111(parameters: string): Record<string, unknown> {
     steps: field('Steps'),
     guidanceScale: field('CFG scale'),
     seed: field('Seed'),
+    emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
     rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
     scheduler: schedulerOf(field('Sampler'), field('Schedule type')),
     width: width || undefined,

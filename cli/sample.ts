@@ -25,7 +25,14 @@ import { parseUNetConfig } from '../models/unet.ts';
 import { locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
-import { addSampleOptions, checkSample, loraOf, promptsOf, type SampleOptions } from './sample_options.ts';
+import {
+  addSampleOptions,
+  checkSample,
+  checkTexts,
+  loraOf,
+  promptsOf,
+  type SampleOptions,
+} from './sample_options.ts';
 import { baseRequests, readInputs, refinerRequest } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -47,6 +54,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
+  checkTexts(options, prompts);
   const album = openAlbum(options, prompts.length * options.numImages);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));

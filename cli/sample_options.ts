@@ -7,6 +7,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
 import { mostChunks, type Size } from '../models/conditioning.ts';
+import { type Emphasis, emphases, parsePromptAttention } from '../models/emphasis.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { corner, devices, number, oneOf, side, size } from './options.ts';
@@ -34,6 +35,7 @@ export interface SampleOptions {
   rng: 'cpu' | 'cuda';
   numImages: number;
   clipSkip?: number;
+  emphasis: Emphasis;
   maxTokenLength?: number;
   originalSize?: Size;
   cropsCoordsTopLeft?: [number, number];
@@ -73,6 +75,7 @@ Examples:
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
+  sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
@@ -132,6 +135,12 @@ export function addSampleOptions(command: Command): Command {
       '--max-token-length <N>',
       'a multiple of 75: read longer prompts too, in chunks of 75 tokens, as A1111 and ComfyUI (default: 75, as diffusers)',
       number('--max-token-length', { min: 75, whole: true }),
+    )
+    .option(
+      '--emphasis <NAME>',
+      'weights in prompts, as (word:1.2), (word) or [word], and BREAK: original or no-norm, as A1111 applies them; ignore, read and not applied; none, text as it stands, as diffusers',
+      oneOf('--emphasis', emphases),
+      'none',
     )
     .option(
       '--clip-skip <N>',
@@ -270,6 +279,13 @@ export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] 
   const lines = readLines(promptFile);
   if (lines.length === 0) throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
   return [...prompt, ...lines];
+}
+
+/** @throws UserError for a weight that is no number, where weights are read */
+export function checkTexts(options: SampleOptions, prompts: readonly string[]): void {
+  const { emphasis, prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
+  const texts = [...prompts, prompt2, negativePrompt, negativePrompt2];
+  if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
 }
 
 /** What can be known to be wrong before anything is read. */

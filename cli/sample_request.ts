@@ -52,6 +52,7 @@ export function baseRequests(
     negative_prompt_2: options.negativePrompt2 ? [options.negativePrompt2] : undefined,
     clip_skip: options.clipSkip,
     max_token_length: options.maxTokenLength,
+    emphasis: options.emphasis,
     width,
     height,
     num_inference_steps: options.steps,

@@ -7,7 +7,8 @@ import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { endsOf, type TextEncoder, type Tokens } from './clip.ts';
-import type { Tokenizer } from './tokenizer.ts';
+import { type Emphasis, emphasize, readPrompt, type Weighted, weightRows } from './emphasis.ts';
+import type { Chunks, Tokenizer } from './tokenizer.ts';
 
 export interface TokenizedEncoder {
   tokenizer: Tokenizer;
@@ -37,6 +38,8 @@ export interface Prompts {
   max_token_length?: number;
   /** Layers to skip from the end of the text encoders, beside the last, which is always skipped; 0 where absent. */
   clip_skip?: number;
+  /** How weights in the texts are read, as `(word:1.2)`; where absent, as in diffusers, they are text like any other. */
+  emphasis?: Emphasis;
 }
 
 export interface Embeddings {
@@ -56,11 +59,15 @@ export function encodePrompts(
   options: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
 ): Embeddings {
   const truncated: string[] = [];
-  const texts = [prompts.prompt, prompts.prompt_2 ?? prompts.prompt];
-  const negative = options.guided ? negativesOf(stack, prompts) : undefined;
-  const chunks = stack.chunks ?? chunksFor(stack, [texts, negative ?? []], prompts.max_token_length);
-  const encodeAt = (each: readonly (readonly string[])[], layer: number) =>
-    encode(stack, each, { layer, chunks, device: options.device }, truncated);
+  const { emphasis = 'none' } = prompts;
+  const read = (texts: readonly (readonly string[])[]) =>
+    stack.encoders.map(({ tokenizer }, i) => texts[i].map((text) => readPrompt(tokenizer, text, emphasis)));
+  const texts = read([prompts.prompt, prompts.prompt_2 ?? prompts.prompt]);
+  const negatives = options.guided ? negativesOf(stack, prompts) : undefined;
+  const negative = negatives && read(negatives);
+  const chunks = stack.chunks ?? chunksFor([texts, negative ?? []].flat(2), prompts.max_token_length);
+  const encodeAt = (each: readonly Weighted[][], layer: number) =>
+    encode(stack, each, { layer, chunks, emphasis, device: options.device }, truncated);
   const positive = encodeAt(texts, PENULTIMATE - (prompts.clip_skip ?? 0));
   const parts = [repeated(positive, options.copies)];
   if (options.guided) {
@@ -93,17 +100,10 @@ const nothingLike = ({ context, pooled }: Encoded): Encoded => ({
   pooled: scale(pooled, 0),
 });
 
-/** As many chunks as the longest of the texts fills, for each encoder; no more than `most` tokens come to. */
-function chunksFor(
-  { encoders }: TextStack,
-  lists: readonly (readonly (readonly string[])[])[],
-  most?: number,
-): number {
+/** As many chunks as the longest of the texts fills; no more than `most` tokens come to. */
+function chunksFor(texts: readonly Weighted[], most?: number): number {
   if (most === undefined) return 1;
-  const filled = encoders.flatMap(({ tokenizer }, i) =>
-    lists.flatMap((texts) => (texts[i] ?? []).map((text) => tokenizer.chunksOf(text))),
-  );
-  return Math.min(mostChunks(most), Math.max(1, ...filled));
+  return Math.min(mostChunks(most), Math.max(1, ...texts.map(({ chunks }) => chunks.length)));
 }
 
 /** Tokens of a chunk, of SDXL's tokenizers: BOS and EOS make them 77. */
@@ -121,16 +121,21 @@ export function mostChunks(max_token_length: number, name = 'max_token_length'):
 /** texts[0] goes to the first encoder, texts[1] to the second. The refiner's lone encoder gets texts[0], as in diffusers. */
 function encode(
   stack: TextStack,
-  texts: readonly (readonly string[])[],
-  { layer, chunks, device }: { layer: number; chunks: number; device: Device },
+  texts: readonly Weighted[][],
+  { layer, chunks, emphasis, device }: { layer: number; chunks: number; emphasis: Emphasis; device: Device },
   truncated: string[],
 ): Encoded {
+  const place = ({ values, shape }: Rows) => tensor(values, shape, { device, dtype: 'int32' });
   const tokens = stack.encoders.map((encoder, i) => {
-    const { ids, ends } = tokensOf(encoder, texts[i], chunks, truncated);
-    const options = { device, dtype: 'int32' } as const;
-    return { ids: tensor(ids.values, ids.shape, options), ends: tensor(ends.values, ends.shape, options) };
+    const read = texts[i].map((text) => text.chunks);
+    const { ids, ends } = tokensOf(encoder, read, chunks, truncated);
+    return { ids: place(ids), ends: place(ends) };
   });
-  return encodeTokens(stack, tokens, layer);
+  return encodeTokens(stack, tokens, layer, (hidden, i) => {
+    const [rows, length] = hidden.shape;
+    const weights = weightRows(texts[i], chunks, length);
+    return weights ? emphasize(hidden, tensor(weights, [rows, length], { device }), emphasis) : hidden;
+  });
 }
 
 /** A tensor's numbers. */
@@ -142,7 +147,7 @@ interface Rows {
 /** n texts as an encoder's Tokens: ids [n * chunks, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
 export function tokensOf(
   { tokenizer, encoder }: TokenizedEncoder,
-  texts: readonly string[],
+  texts: readonly (string | Chunks)[],
   chunks = 1,
   truncated: string[] = [],
 ): Record<keyof Tokens, Rows> {
@@ -161,12 +166,20 @@ export function tokensOf(
   };
 }
 
-/** What the encoders say of their tokens: hidden states side by side, chunk after chunk, and the last one's pooled vector. */
-export function encodeTokens(stack: TextStack, tokens: readonly Tokens[], layer = PENULTIMATE): Encoded {
+/**
+ * What the encoders say of their tokens: hidden states side by side, chunk after chunk, and the last one's pooled vector.
+ * `emphasis` may weigh an encoder's states, [n * chunks, 77, c], before.
+ */
+export function encodeTokens(
+  stack: TextStack,
+  tokens: readonly Tokens[],
+  layer = PENULTIMATE,
+  emphasis: (hidden: Tensor, encoder: number) => Tensor = (hidden) => hidden,
+): Encoded {
   const last = stack.encoders.length - 1;
   const states = stack.encoders.map(({ encoder }, i) => encoder(tokens[i], { layer, pooled: i === last }));
   const [n] = tokens[0].ends.shape;
-  const hidden = states.map((state) => state.hidden.reshape(n, -1, state.hidden.shape[2]));
+  const hidden = states.map((state, i) => emphasis(state.hidden, i).reshape(n, -1, state.hidden.shape[2]));
   return { context: concat(hidden, 2), pooled: states[last].pooled as Tensor };
 }
 

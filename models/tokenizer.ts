@@ -9,15 +9,20 @@ import { UserError } from '../io/errors.ts';
 import { readJsonObject, readText } from '../io/files.ts';
 import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
 
+/** The ids of a prompt, in pieces that stand between a BOS and an EOS each. */
+export type Chunks = readonly (readonly number[])[];
+
 export interface Tokenizer {
   readonly modelMaxLength: number;
+  /** The ids of a text alone: no BOS, EOS or padding, and no bound. */
+  tokenize(text: string): number[];
+  /** A prompt's ids in as many chunks as they fill, at least one. */
+  chunksOf(prompt: string): number[][];
   /**
-   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding; or that many for each of `chunks`, which take the text on.
+   * `ids` has `modelMaxLength` entries: BOS, text, EOS, padding; or that many for each of `count` chunks, which take the text on.
    * `truncated` is the end of the prompt that did not fit, as diffusers' warning shows it, and '' when all of it did.
    */
-  encode(prompt: string, chunks?: number): { ids: Int32Array; truncated: string };
-  /** How many chunks a prompt fills, at least one. */
-  chunksOf(prompt: string): number;
+  encode(prompt: string | Chunks, count?: number): { ids: Int32Array; truncated: string };
 }
 
 /** What tokenizer_config.json says; other keys are passed over. */
@@ -130,7 +135,7 @@ function clipTokenizer(
   const inside = length - 2; // BOS and EOS stand around each chunk
   const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
   const normalised = specialMatcher(tokens.filter((token) => token.normalized));
-  const textIds = (prompt: string): number[] => {
+  const tokenize = (prompt: string): number[] => {
     const ids: number[] = [];
     for (const piece of asWritten(prompt)) {
       if (typeof piece === 'number') ids.push(piece);
@@ -143,16 +148,21 @@ function clipTokenizer(
     }
     return ids;
   };
+  const chunksOf = (prompt: string): number[][] => {
+    const ids = tokenize(prompt);
+    const count = Math.max(1, Math.ceil(ids.length / inside));
+    return Array.from({ length: count }, (_, i) => ids.slice(i * inside, (i + 1) * inside));
+  };
   return {
     modelMaxLength: length,
-    encode(prompt, chunks = 1) {
-      const text = textIds(prompt);
-      const ids = new Int32Array(chunks * length).fill(pad);
-      for (let i = 0; i < chunks; i++)
-        ids.set([bos, ...text.slice(i * inside, (i + 1) * inside), eos], i * length);
-      return { ids, truncated: decode(text.slice(chunks * inside), strings) };
+    tokenize,
+    chunksOf,
+    encode(prompt, count = 1) {
+      const chunks = typeof prompt === 'string' ? chunksOf(prompt) : prompt;
+      const ids = new Int32Array(count * length).fill(pad);
+      for (let i = 0; i < count; i++) ids.set([bos, ...(chunks[i] ?? []), eos], i * length);
+      return { ids, truncated: decode(chunks.slice(count).flat(), strings) };
     },
-    chunksOf: (prompt) => Math.max(1, Math.ceil(textIds(prompt).length / inside)),
   };
 }
 

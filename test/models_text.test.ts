@@ -116,7 +116,8 @@ test('long prompts in chunks: each as if it were alone, and the pooled vector of
   const word = (i: number) => ['fox', 'hill', 'snow', 'red', 'moon', 'castle', 'horse'][i % 7];
   // As many words as fill one chunk to the last token, and more.
   const words: string[] = [];
-  while (tokenizer.chunksOf([...words, word(words.length)].join(' ')) === 1) words.push(word(words.length));
+  while (tokenizer.chunksOf([...words, word(words.length)].join(' ')).length === 1)
+    words.push(word(words.length));
   const [first, rest] = [words.join(' '), 'a horse on the moon'];
   const long = `${first} ${rest}`;
   const embed = (prompts: Prompts, guided = false) =>

@@ -1,4 +1,5 @@
-// Several prompts in one call of `sdxl sample`: the pictures that each alone gives, written as they come.
+// The prompts of `sdxl sample`: several in one call, as the pictures that each alone gives, written as they come; and weights in
+// them.
 import {
   existsSync,
   mkdirSync,
@@ -11,6 +12,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { sdxl } from './command_line.ts';
@@ -118,6 +120,54 @@ test('a picture of values that are not finite is told of, and the others are dra
   t.equal(status, 2);
   t.equal(JSON.parse(out).files.length, 2);
   t.match(err, /^error: .*spoilt-0\.png, .*spoilt-1\.png shows nothing.* not finite: lower --guidance-scale/);
+});
+
+test('weights in prompts: drawn, kept in the picture and read back, from A1111 too', async (t) => {
+  const prompt = 'a (red:1.5) fox, [snow]';
+  const draw = async (name: string, ...argv: string[]) => {
+    const { status, err } = await sample('--output', at(name), ...argv);
+    t.equal(status, 0, err);
+    return readFileSync(at(name));
+  };
+  const [plain, original, noNorm, ignored] = [
+    await draw('text.png', '--prompt', prompt),
+    await draw('original.png', '--prompt', prompt, '--emphasis', 'original'),
+    await draw('no-norm.png', '--prompt', prompt, '--emphasis', 'no-norm'),
+    await draw('ignore.png', '--prompt', prompt, '--emphasis', 'ignore'),
+  ];
+  t.equal(new Set([plain, original, noNorm, ignored].map(String)).size, 4);
+  const pixels = async (name: string) => (await readPicture(at(name))).data;
+  await draw('unweighted.png', '--prompt', 'a red fox, snow');
+  t.same(await pixels('ignore.png'), await pixels('unweighted.png'));
+  const parameters = (name: string) => readPngText(at(name)).parameters;
+  t.match(parameters('text.png'), /, Emphasis: None, /, 'A1111 takes brackets for weights unless told');
+  t.notMatch(parameters('original.png'), /Emphasis/, 'as which is its default');
+  t.notMatch(parameters('unweighted.png'), /Emphasis/);
+  t.match(parameters('no-norm.png'), /, Emphasis: No norm, /);
+  t.match(parameters('ignore.png'), /, Emphasis: Ignore, /);
+
+  for (const [name, picture] of [
+    ['no-norm.png', noNorm],
+    ['text.png', plain],
+  ] as const)
+    t.ok(picture.equals(await draw('again.png', '--from', at(name))), `${name} by its own settings`);
+  for (const name of ['original.png', 'no-norm.png', 'ignore.png', 'text.png']) {
+    writePng(at('foreign.png'), await readPicture(at(name)), { parameters: parameters(name) });
+    await draw('again.png', '--from', at('foreign.png'));
+    t.same(await pixels('again.png'), await pixels(name), `${name} as A1111 would tell of it`);
+  }
+
+  for (const flag of ['--prompt', '--negative-prompt']) {
+    const { status, err } = await sample(
+      ...['--prompt', 'a fox', flag, 'a (red:1.5.0) fox', '--emphasis', 'original'],
+      ...['--output', at('none.png')],
+    );
+    t.equal(status, 2);
+    t.equal(err, 'error: the prompt has ":1.5.0)", which is no weight; write one such as (word:1.2)\n');
+  }
+  const { err } = await sample('--prompt', 'a fox', '--emphasis', 'nonorm', '--output', at('none.png'));
+  t.match(err, /--emphasis takes none, ignore, original, no-norm, not "nonorm"; did you mean "no-norm"\?$/m);
+  t.notOk(existsSync(at('none.png')));
 });
 
 test('files without prompts', async (t) => {

@@ -91,7 +91,7 @@ test('captions of several chunks', async (t) => {
   const { chunksOf } = loadTokenizer(openModel(model).folder('tokenizer'));
   for (const chunks of [1, 2, 3]) {
     let text = 'stripes';
-    while (chunksOf(text) < chunks) text += ', stripes';
+    while (chunksOf(text).length < chunks) text += ', stripes';
     copyFileSync(join(pictures, `${chunks}.png`), join(long, `${chunks}.png`));
     writeFileSync(join(long, `${chunks}.txt`), text);
   }
