@@ -19,5 +19,6 @@ export {
 export type { ModelPreset } from './models/presets.ts';
 export { presets } from './models/presets.ts';
 export { openSingleFile } from './models/singlefile.ts';
+export { loadTextualInversion } from './models/textual_inversion.ts';
 export { TorchGenerator } from './models/torch_random.ts';
 export { defineRun, type Run, type RunInput } from './train/run.ts';

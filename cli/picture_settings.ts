@@ -11,6 +11,9 @@ import type { SampleOptions } from './sample_options.ts';
 /** What of a request depends on this machine or this call rather than on the picture. */
 const local = ['from', 'promptFile', 'output', 'saveLatents', 'json', 'quiet', 'device'];
 
+/** Options that may be given more than once and are kept as lists. */
+const lists = ['lora', 'textualInversion'];
+
 /** The texts to put into the PNG. `sampler` is the name of the class that ran. */
 export function pictureText(
   options: SampleOptions,
@@ -49,7 +52,7 @@ function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt:
 
 /** A value as it is typed after its flag: sizes are kept as [height, width] and typed as WIDTHxHEIGHT. */
 function typed(name: string, value: unknown): unknown {
-  if (!Array.isArray(value) || name === 'lora') return value;
+  if (!Array.isArray(value) || lists.includes(name)) return value;
   return name.endsWith('Size') ? `${value[1]}x${value[0]}` : value.join(',');
 }
 
@@ -66,7 +69,7 @@ export function applySettings(command: Command, path: string): void {
     const texts = (Array.isArray(value) ? value : [value]).map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;
-    const first: unknown = name === 'lora' ? [] : undefined;
+    const first: unknown = lists.includes(name) ? [] : undefined;
     const result =
       typeof value === 'boolean' ? value : texts.reduce((before, text) => read(text, before), first);
     command.setOptionValueWithSource(name, result, 'config');

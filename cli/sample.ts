@@ -2,6 +2,7 @@
 // picture appears under its name only once it is whole.
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
+import { built } from '../engine/scope.ts';
 import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
@@ -21,6 +22,7 @@ import {
   sizesOf,
 } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
@@ -32,6 +34,7 @@ import {
   loraOf,
   promptsOf,
   type SampleOptions,
+  textualInversionOf,
 } from './sample_options.ts';
 import { baseRequests, readInputs, refinerRequest } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
@@ -54,7 +57,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
-  checkTexts(options, prompts);
+  for (const line of checkTexts(options, prompts)) terminal.err(`warning: ${line}\n`);
   const album = openAlbum(options, prompts.length * options.numImages);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
@@ -84,7 +87,14 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   const { seconds, timed } = stopwatch();
   const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
   const load = (from: ModelSource) =>
-    timed('load', () => loadPipeline(from, { device, dtype, vaeSource, vaeDtype }));
+    timed('load', () =>
+      built(() => {
+        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype });
+        for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
+          loadTextualInversion(loaded.text, file, token);
+        return loaded;
+      }),
+    );
   const stage = stages(requests.length, options, terminal);
   let pipeline = await load(source);
   try {

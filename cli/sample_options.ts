@@ -10,6 +10,7 @@ import { mostChunks, type Size } from '../models/conditioning.ts';
 import { type Emphasis, emphases, parsePromptAttention } from '../models/emphasis.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
+import { readTextualInversion } from '../models/textual_inversion.ts';
 import { corner, devices, number, oneOf, side, size } from './options.ts';
 
 export interface SampleOptions {
@@ -56,6 +57,7 @@ export interface SampleOptions {
   vaeTiling?: boolean;
   vaeDtype: FloatDType | 'auto';
   lora?: string[];
+  textualInversion?: string[];
   device: string;
   dtype: FloatDType | 'auto';
   fp8?: boolean;
@@ -102,6 +104,11 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter merged into the weights, such as style.safetensors:0.8, or the folder of one; may be given more than once',
+      (text, all: string[] = []) => [...all, text],
+    )
+    .option(
+      '--textual-inversion <FILE[:TOKEN]>',
+      "an embedding for SDXL (clip_l and clip_g), which a prompt calls by TOKEN (default: the file's name); may be given more than once",
       (text, all: string[] = []) => [...all, text],
     )
     .option('--device <NAME>', devices, 'auto')
@@ -273,6 +280,13 @@ export function loraOf(text: string): { file: string; scale: number } {
   return { file, scale: scale === undefined ? 1 : number('--lora FILE:SCALE')(scale) };
 }
 
+/** `FILE:TOKEN` as typed after --textual-inversion. A file's own name may have a colon. */
+export function textualInversionOf(text: string): { file: string; token?: string } {
+  if (existsSync(text)) return { file: text };
+  const [, file, token] = /^(.*?)(?::([^:/\\]*))?$/s.exec(text) as RegExpExecArray;
+  return { file, token };
+}
+
 /** All prompts, in the order they come. @throws UserError */
 export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] {
   if (promptFile === undefined) return [...prompt];
@@ -281,11 +295,19 @@ export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] 
   return [...prompt, ...lines];
 }
 
-/** @throws UserError for a weight that is no number, where weights are read */
-export function checkTexts(options: SampleOptions, prompts: readonly string[]): void {
+/** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
+export function checkTexts(options: SampleOptions, prompts: readonly string[]): string[] {
   const { emphasis, prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
   const texts = [...prompts, prompt2, negativePrompt, negativePrompt2];
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
+  const said = texts.join('\n').toLowerCase();
+  const unsaid = (options.textualInversion ?? [])
+    .map(textualInversionOf)
+    .map(({ file, token }) => ({ file, ...readTextualInversion(file, token) }))
+    .filter(({ token }) => !said.includes(token.toLowerCase()));
+  return unsaid.map(
+    ({ file, token }) => `no prompt has "${token}", by which --textual-inversion ${file} is called`,
+  );
 }
 
 /** What can be known to be wrong before anything is read. */
@@ -307,6 +329,8 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   for (const { file } of (options.lora ?? []).map(loraOf))
     if (!existsSync(file)) throw new UserError(`--lora: no file ${file}`);
+  for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
+    if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);
   if (!/\.png$/i.test(options.output))
     throw new UserError(
       `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,

@@ -1,11 +1,14 @@
 // CLIP text encoders (Radford et al. 2021): ViT-L (quick_gelu) and OpenCLIP bigG (gelu, with a projection). SDXL reads
 // an inner layer's hidden states without the final norm, so layers past it run only when the pooled vector is wanted.
 import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
 import { embedding, layerNorm, linear } from '../engine/layers.ts';
-import { type Module, module } from '../engine/module.ts';
+import { type Module, module, type Parameter, parameter } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
 import { add } from '../engine/ops/binary.ts';
-import { embedding as rowsAt, slice } from '../engine/ops/move.ts';
+import { concat, embedding as rowsAt, slice } from '../engine/ops/move.ts';
+import { cast } from '../engine/ops/unary.ts';
+import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 
@@ -95,7 +98,14 @@ export interface Tokens {
 export type TextEncoder = Module<
   [tokens: Tokens, options: { layer: number; pooled: boolean }],
   TextStates
-> & { readonly eos_token_id: number };
+> & {
+  readonly eos_token_id: number;
+  readonly hidden_size: number;
+  /** How many tokens the config counts; what addTokens adds comes after them. */
+  readonly vocab_size: number;
+  /** Adds rows of the embeddings' width to the loaded table, and returns the first one's id. */
+  addTokens(rows: Float32Array): number;
+};
 
 /**
  * `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
@@ -142,26 +152,53 @@ export function textEncoder(config: TextConfig): TextEncoder {
       return { hidden, pooled: final && m.text_projection?.(rowsAt(ends, final.reshape(-1, c))) };
     },
   );
-  return Object.assign(encoder, { eos_token_id: config.eos_token_id });
+  const addTokens = (rows: Float32Array): number =>
+    addRows(textModel.children.embeddings.children.token_embedding.children, rows);
+  const { eos_token_id, hidden_size, vocab_size } = config;
+  return Object.assign(encoder, { eos_token_id, hidden_size, vocab_size, addTokens });
 }
 
-/** The row of each prompt's EOS in ids [n, length]: the largest id where the config says 2 (as published), else the first equal one. */
-export function endsOf(ids: Int32Array, length: number, eos: number): Int32Array {
+/** A parameter's shape is fixed, so a longer table is another one. */
+function addRows(table: { weight: Parameter }, rows: Float32Array): number {
+  const [count, c] = table.weight.shape;
+  const { device, dtype } = table.weight.tensor;
+  const longer = parameter([count + rows.length / c, c]);
+  longer.tensor = keep(
+    noGrad(() =>
+      scope(() =>
+        concat([table.weight.tensor, cast(tensor(rows, [rows.length / c, c], { device }), dtype)], 0),
+      ),
+    ),
+  );
+  table.weight.unload();
+  table.weight = longer;
+  return count;
+}
+
+/**
+ * The row of each prompt's EOS in ids [n, length]: the largest id where the config says 2 (as published), else the first equal
+ * one. Ids past the config's vocabulary are added tokens, which transformers takes for that largest one; A1111 and kohya do not.
+ */
+export function endsOf(
+  ids: Int32Array,
+  length: number,
+  { eos_token_id: eos, vocab_size }: Pick<TextConfig, 'eos_token_id' | 'vocab_size'>,
+): Int32Array {
   return Int32Array.from({ length: ids.length / length }, (_, i) => {
     const row = ids.subarray(i * length, (i + 1) * length);
-    const at = eos === 2 ? row.indexOf(row.reduce((a, b) => Math.max(a, b))) : Math.max(0, row.indexOf(eos));
-    return i * length + at;
+    const largest = () => row.reduce((a, b) => (b < vocab_size ? Math.max(a, b) : a), 0);
+    return i * length + Math.max(0, row.indexOf(eos === 2 ? largest() : eos));
   });
 }
 
 /** Rows of `length` ids on a device, for `encoder`. */
 export function placeTokens(
-  { eos_token_id }: TextEncoder,
+  encoder: Pick<TextConfig, 'eos_token_id' | 'vocab_size'>,
   ids: Int32Array,
   length: number,
   device: Device,
 ): Tokens {
-  const ends = endsOf(ids, length, eos_token_id);
+  const ends = endsOf(ids, length, encoder);
   const options = { device, dtype: 'int32' } as const;
   return { ids: tensor(ids, [ends.length, length], options), ends: tensor(ends, [ends.length], options) };
 }

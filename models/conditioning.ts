@@ -159,7 +159,7 @@ export function tokensOf(
   rows.forEach((row, r) => {
     values.set(row.ids, r * chunks * length);
   });
-  const ends = endsOf(values, length, encoder.eos_token_id).filter((_, i) => i % chunks === 0);
+  const ends = endsOf(values, length, encoder).filter((_, i) => i % chunks === 0);
   return {
     ids: { values, shape: [rows.length * chunks, length] },
     ends: { values: ends, shape: [rows.length] },

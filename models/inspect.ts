@@ -156,6 +156,7 @@ const kindOfComponent = (names: readonly string[], config: boolean): string => {
     return `UNet weights under diffusers' keys${beside}`;
   if (names.some((name) => /(^|\.)encoder\.layers\.0\.self_attn\./.test(name)))
     return `text encoder weights${beside}`;
+  if (names.includes('clip_l') && names.includes('clip_g')) return 'textual inversion for SDXL';
   return `safetensors file of no kind that is known${beside}`;
 };
 

@@ -7,7 +7,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject, readText } from '../io/files.ts';
-import { BytePairEncoder, bytesOfToken } from './byte_pairs.ts';
+import { BytePairEncoder, bytesOfToken, characterOfByte } from './byte_pairs.ts';
 
 /** The ids of a prompt, in pieces that stand between a BOS and an EOS each. */
 export type Chunks = readonly (readonly number[])[];
@@ -23,6 +23,13 @@ export interface Tokenizer {
    * `truncated` is the end of the prompt that did not fit, as diffusers' warning shows it, and '' when all of it did.
    */
   encode(prompt: string | Chunks, count?: number): { ids: Int32Array; truncated: string };
+  /** Whether the vocabulary has a token of this name. */
+  has(name: string): boolean;
+  /**
+   * This tokenizer with tokens that have the ids from `first` on and are found wherever their names stand, in capitals too. The
+   * first name is read as all of them, as diffusers' maybe_convert_prompt spells a textual inversion of several vectors.
+   */
+  withTokens(names: readonly string[], first: number): Tokenizer;
 }
 
 /** What tokenizer_config.json says; other keys are passed over. */
@@ -104,7 +111,7 @@ export function loadTokenizerFiles(
     length: lengthOf(config, where),
   };
   const encoder = new BytePairEncoder(vocab, merges, special(config.unk_token, '<|endoftext|>'), where);
-  const tokens = specialTokens(config).map((token) => ({ ...token, id: special(token.content, '') }));
+  const tokens = specialTokens(config).map((token) => ({ ...token, ids: [special(token.content, '')] }));
   return clipTokenizer(encoder, tokens, layout, tokenStrings(vocab));
 }
 
@@ -124,24 +131,25 @@ interface Layout {
   length: number;
 }
 
-type SpecialToken = Required<AddedToken> & { id: number };
+type SpecialToken = Required<AddedToken> & { ids: readonly number[] };
 
 function clipTokenizer(
   encoder: BytePairEncoder,
   tokens: readonly SpecialToken[],
-  { bos, eos, pad, length }: Layout,
+  layout: Layout,
   strings: readonly string[],
 ): Tokenizer {
+  const { bos, eos, pad, length } = layout;
   const inside = length - 2; // BOS and EOS stand around each chunk
   const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
   const normalised = specialMatcher(tokens.filter((token) => token.normalized));
   const tokenize = (prompt: string): number[] => {
     const ids: number[] = [];
     for (const piece of asWritten(prompt)) {
-      if (typeof piece === 'number') ids.push(piece);
+      if (typeof piece !== 'string') ids.push(...piece);
       else {
         for (const part of normalised(normalise(piece))) {
-          if (typeof part === 'number') ids.push(part);
+          if (typeof part !== 'string') ids.push(...part);
           else for (const [word] of part.matchAll(wordPattern)) encoder.encode(word, ids);
         }
       }
@@ -162,6 +170,18 @@ function clipTokenizer(
       const ids = new Int32Array(count * length).fill(pad);
       for (let i = 0; i < count; i++) ids.set([bos, ...(chunks[i] ?? []), eos], i * length);
       return { ids, truncated: decode(chunks.slice(count).flat(), strings) };
+    },
+    has: (name) => strings.includes(name) || tokens.some(({ content }) => content === normalise(name)),
+    withTokens(names, first) {
+      const ids = names.map((_, i) => first + i);
+      const added = names.map((name, i) => ({
+        content: normalise(name),
+        normalized: true,
+        ids: i === 0 ? ids : [ids[i]],
+      }));
+      const longer = [...strings];
+      for (const [i, name] of names.entries()) longer[ids[i]] = `${charactersOf(name)}</w>`;
+      return clipTokenizer(encoder, [...tokens, ...added], layout, longer);
     },
   };
 }
@@ -184,12 +204,13 @@ function normalise(text: string): string {
 }
 
 /** Splits a text at the special tokens, which come out as ids. */
-function specialMatcher(tokens: readonly SpecialToken[]): (text: string) => (string | number)[] {
+function specialMatcher(tokens: readonly SpecialToken[]): (text: string) => (string | readonly number[])[] {
   if (tokens.length === 0) return (text) => [text];
-  const ids = new Map(tokens.map(({ content, id }) => [content, id]));
-  const contents = [...ids.keys()].sort((a, b) => b.length - a.length);
+  const found = new Map(tokens.map(({ content, ids }) => [content, ids]));
+  const contents = [...found.keys()].sort((a, b) => b.length - a.length);
   const pattern = new RegExp(`(${contents.map(escapePattern).join('|')})`, 'u');
-  return (text) => text.split(pattern).map((piece, i) => (i % 2 ? (ids.get(piece) as number) : piece));
+  return (text) =>
+    text.split(pattern).map((piece, i) => (i % 2 ? (found.get(piece) as readonly number[]) : piece));
 }
 
 const escapePattern = (text: string) => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
@@ -222,6 +243,9 @@ function tokenStrings(vocab: Record<string, number>): string[] {
 
 // The decoder's clean-up (clean_up_tokenization_spaces): no space before punctuation and contractions.
 const cleanUps = [' .', ' ?', ' !', ' ,', " ' ", " n't", " 'm", " 's", " 've", " 're"] as const;
+
+const charactersOf = (text: string): string =>
+  Array.from(new TextEncoder().encode(text), (byte) => characterOfByte[byte]).join('');
 
 function decode(ids: readonly number[], strings: readonly string[]): string {
   const bytes = ids.flatMap((id) => bytesOfToken(strings[id] ?? ''));

@@ -1,5 +1,5 @@
-// The prompts of `sdxl sample`: several in one call, as the pictures that each alone gives, written as they come; and weights in
-// them.
+// The prompts of `sdxl sample`: several in one call, as the pictures that each alone gives, written as they come; weights in them;
+// and words of textual inversions.
 import {
   existsSync,
   mkdirSync,
@@ -12,9 +12,10 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { encodeNumbers } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
-import { openSafetensors } from '../io/safetensors.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';
 
@@ -168,6 +169,65 @@ test('weights in prompts: drawn, kept in the picture and read back, from A1111 t
   const { err } = await sample('--prompt', 'a fox', '--emphasis', 'nonorm', '--output', at('none.png'));
   t.match(err, /--emphasis takes none, ignore, original, no-norm, not "nonorm"; did you mean "no-norm"\?$/m);
   t.notOk(existsSync(at('none.png')));
+});
+
+test('textual inversions: of a file and under another name, with a refiner, and from a picture', async (t) => {
+  const rows = (width: number) => ({
+    shape: [2, width],
+    dtype: 'float32' as const,
+    bytes: encodeNumbers(
+      Float32Array.from({ length: 2 * width }, (_, i) => Math.sin(i) / 5),
+      'float32',
+    ),
+  });
+  const embedding = at('toy.safetensors');
+  writeSafetensors(embedding, [
+    { name: 'clip_l', ...rows(32) },
+    { name: 'clip_g', ...rows(48) },
+  ]);
+  const draw = async (name: string, ...argv: string[]) => {
+    const { status, err } = await sample('--output', at(name), '--num-images', '1', ...argv);
+    t.equal(status, 0, err);
+    return (await readPicture(at(name))).data;
+  };
+  const named = await draw('toy.png', '--prompt', 'a toy fox', '--textual-inversion', embedding);
+  t.notSame(await draw('plain.png', '--prompt', 'a toy fox'), named);
+  const other = ['--prompt', 'a <s0> fox', '--textual-inversion', `${embedding}:<s0>`];
+  t.same(await draw('other.png', ...other), named);
+  t.same(await draw('again.png', '--from', at('other.png')), named, 'its settings say where it is');
+  t.same(JSON.parse(readPngText(at('other.png')).sdxl).textualInversion, [`${embedding}:<s0>`]);
+  const unsaid = await sample(
+    '--output',
+    at('plain.png'),
+    '-p',
+    'a fox',
+    '--textual-inversion',
+    `${embedding}:Quux`,
+  );
+  t.match(
+    unsaid.err,
+    /^warning: no prompt has "Quux", by which --textual-inversion .*toy\.safetensors is called\n$/,
+  );
+  t.match((await sdxl('inspect', embedding)).out, /textual inversion for SDXL\n.*2 tensors/);
+  const more = ['--refiner', refiner, '--denoising-end', '0.5'];
+  const refined = await draw('refined.png', ...other, ...more);
+  t.same(
+    await draw('refined.png', '--prompt', 'a toy fox', '--textual-inversion', embedding, ...more),
+    refined,
+  );
+
+  for (const [file, says] of [
+    ['absent.safetensors', /--textual-inversion: no file .*absent\.safetensors$/m],
+    [embedding, /has a token "toy" already; call the embedding otherwise, as FILE:TOKEN/],
+  ] as const) {
+    const { status, err } = await sample(
+      ...['--textual-inversion', embedding, '--textual-inversion', file],
+      '-p',
+      'a toy',
+    );
+    t.equal(status, 2);
+    t.match(err, says);
+  }
 });
 
 test('files without prompts', async (t) => {

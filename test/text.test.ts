@@ -147,9 +147,22 @@ test('files that are missing or do not fit', async (t) => {
 test('the end of a text, and what an encoder takes', (t) => {
   // Two rows; what is told is the place among all.
   const ids = Int32Array.of(10, 3, 11, 11, 0, 10, 7, 3, 7, 12);
-  t.same([...endsOf(ids, 5, 2)], [2, 9], 'with 2 the first of the largest ids, as transformers has it');
-  t.same([...endsOf(ids, 5, 3)], [1, 7], 'else the first of its own');
-  t.same([...endsOf(ids, 5, 7)], [0, 6], 'or the beginning, where there is none');
+  t.same(
+    [...endsOf(ids, 5, { eos_token_id: 2, vocab_size: 20 })],
+    [2, 9],
+    'with 2 the first of the largest ids, as transformers has it',
+  );
+  t.same(
+    [...endsOf(ids, 5, { eos_token_id: 2, vocab_size: 11 })],
+    [0, 5],
+    'of those in the vocabulary, which added tokens are not',
+  );
+  t.same([...endsOf(ids, 5, { eos_token_id: 3, vocab_size: 20 })], [1, 7], 'else the first of its own');
+  t.same(
+    [...endsOf(ids, 5, { eos_token_id: 7, vocab_size: 20 })],
+    [0, 6],
+    'or the beginning, where there is none',
+  );
   const json = {
     ...{ vocab_size: 9, hidden_size: 8, intermediate_size: 7, num_hidden_layers: 6, num_attention_heads: 5 },
     projection_dim: 4,
