@@ -1,5 +1,5 @@
 // No synchronisation of Hopper's main loop can be taken away unnoticed: the kernel of a shared tile, by a block alone and by a
-// pair, and the one whose warpgroups take turns, with and without a residual. One multiprocessor makes a block, or a pair, take
+// pair, of a tall one, and the one whose warpgroups take turns, with and without a residual. One multiprocessor makes a block, or a pair, take
 // all items, so that the ring of stages goes round. What mutants_equivalent.ts lists may live.
 import { test } from 'tap';
 import { readPtx } from '../engine/cuda/kernels.ts';
@@ -36,6 +36,7 @@ function layers(device: Device, { m, n, k }: Case): Float32Array[] {
 const cases: readonly Case[] = [
   { tile: '80', m: 200, n: 168, k: 136 },
   { tile: '160_pingpong', m: 200, n: 328, k: 136 },
+  { tile: '160_tall', m: 420, n: 168, k: 136 },
   { tile: '80', paired: true, m: 270, n: 168, k: 136 },
 ];
 

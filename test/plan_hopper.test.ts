@@ -43,9 +43,10 @@ test('tiles fill the multiprocessors at the sizes of SDXL', (t) => {
   ];
   for (const [kind, m, n, k] of sizes) {
     const choice = chooseHopper({ kind, m, n, steps: k / 64, slabs: 1 }, false, 132);
-    const columns = tiles[choice.tile].n / (kind === 'geglu' ? 2 : 1);
-    const items = Math.ceil(m / 128) * Math.ceil(n / columns);
-    const used = (m * n) / (Math.ceil(items / 132) * 132 * 128 * columns);
+    const tile = tiles[choice.tile];
+    const columns = tile.n / (kind === 'geglu' ? 2 : 1);
+    const items = Math.ceil(m / tile.m) * Math.ceil(n / columns);
+    const used = (m * n) / (Math.ceil(items / 132) * 132 * tile.m * columns);
     t.ok(used > 0.9, `${kind} ${m} x ${n} x ${k}: tile ${choice.tile} uses ${used.toFixed(2)}`);
   }
   t.end();

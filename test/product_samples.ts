@@ -166,6 +166,7 @@ const hopperImages: readonly Convolution[] = [
   { x: [1, 3, 256, 24], o: 72, side: 1, extras: ['bias'] },
   { x: [1, 8, 32, 72], skip: 24, o: 64, side: 3, padding: around },
   { x: [1, 18, 18, 24], o: 72, side: 3, extras: ['bias'] },
+  { x: [3, 8, 16, 40], o: 72, side: 3, padding: around, extras: all }, // but for a tall tile, of two images
   { x: [1, 16, 16, 72], o: 64, side: 2, padding: [1, 1, 0, 0] },
 ];
 
@@ -257,9 +258,9 @@ const halved = <S extends Layer | Convolution>(
 const linears: readonly FurtherSample[] = [
   ...largeLayers.map((layer) => large(linear(layer))),
   ...layers.map((layer) => one(linear(layer))),
-  ...tiled(['256', '160', '160_pingpong', '80'], hopperLayers, linear),
+  ...tiled(['256', '160', '160_pingpong', '160_tall', '80'], hopperLayers, linear),
   ...tiled(['256', '160_pingpong'], hopperGated, linear),
-  ...tiled(['256', '160', '160_pingpong', '80'], pairedLayers, linear, true),
+  ...tiled(['256', '160', '160_pingpong', '160_tall', '80'], pairedLayers, linear, true),
   ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
   ...halved(halvedLayers, linear),
   ...halved(pairedHalvedLayers, linear, true),
@@ -295,8 +296,8 @@ export const productSamples: Record<string, readonly FurtherSample[]> = {
   conv2d: [
     ...largeImages.map((image) => large(conv2d(image))),
     ...images.map((image) => one(conv2d(image))),
-    ...tiled(['256', '160', '160_pingpong', '128_pingpong'], hopperImages, conv2d),
-    ...tiled(['256', '160', '160_pingpong', '128_pingpong'], pairedImages, conv2d, true),
+    ...tiled(['256', '160', '160_pingpong', '160_tall', '128_pingpong'], hopperImages, conv2d),
+    ...tiled(['256', '160', '160_pingpong', '160_tall', '128_pingpong'], pairedImages, conv2d, true),
     ...hopperNarrow.map((image) => ({ ...one(conv2d(image)), hopper: {} })),
     // Of float32's halves, an odd number of columns.
     { ...one(conv2d(halvedNarrow)), hopper: {}, float32: true, forward: true },

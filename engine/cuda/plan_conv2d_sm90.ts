@@ -13,10 +13,10 @@ import {
   hopperTakes,
   mapOf,
   type Operand,
-  ROWS,
   type Slabs,
   STEP,
   type Tile,
+  tileRows,
 } from './plan_sm90.ts';
 
 /** Pixel (x, y) of the grid stands at (x * stride + left, y * stride + top) of the image [n, h, w, channels]. */
@@ -57,6 +57,12 @@ const pixels =
 /** Whether every `count` pixels are whole rows of the grid, or a part of one, and of one image. */
 const isBoxed = ({ width, height, stride }: Grid, count: number): boolean =>
   stride === 1 && (width % count === 0 || (count % width === 0 && height % (count / width) === 0));
+
+/** Where the operand's pixels are no boxes; what is a box of a tall tile's is one of a low one's too. */
+function walkedOf(g: Grid, operand: 'a' | 'b'): HopperProduct['walked'] {
+  const from = (operand === 'b' ? [STEP] : tileRows).find((count) => !isBoxed(g, count));
+  return from === undefined ? undefined : { operand, from };
+}
 
 /** Base pixels stay below the image's end plus this, so that there are width x height of them. */
 const upperCorner = ({ image: [, h, w], width, height, stride, left, top }: Grid): number[] => [
@@ -99,19 +105,19 @@ function productOver(
   [, , , , , , , kh, kw]: readonly number[],
   operands: Operands,
   context: PlanContext,
-  parameters: (grid: readonly number[], a: Uint8Array) => readonly KernelArgument[] = (grid) => grid,
+  parameters: (grid: readonly number[], tile: Tile, a: Uint8Array) => readonly KernelArgument[] = (grid) =>
+    grid,
 ): Convolution | undefined {
   if (!(context.dtype === 'float32' || hopperTakes(m, n, context)) || !isGrid(g, kh, kw)) return undefined;
-  const [operand, count] =
-    operands.kind === 'backward_weight' ? (['b', STEP] as const) : (['a', ROWS] as const);
-  const boxed = isBoxed(g, count);
-  const grid = [
-    ...[g.width, g.height, g.stride, g.left, g.top, Number(boxed)],
+  const operand = operands.kind === 'backward_weight' ? 'b' : 'a';
+  const count = (tile: Tile) => (operand === 'b' ? STEP : tile.m);
+  const gridFor = (tile: Tile) => [
+    ...[g.width, g.height, g.stride, g.left, g.top, Number(isBoxed(g, count(tile)))],
     ...[kh * kw, kw, divideUp(g.image[3], STEP)],
   ];
   const entry = {
-    walked: boxed ? undefined : operand,
-    own: (_: Tile, a: Uint8Array) => parameters(grid, a),
+    walked: walkedOf(g, operand),
+    own: (tile: Tile, a: Uint8Array) => parameters(gridFor(tile), tile, a),
   };
   return { family: 'conv2d_sm90', m, n, steps, slabs, bias: 0n, residual: 0n, ...entry, ...operands };
 }
@@ -137,8 +143,8 @@ const forward: Planned = (pointers, geometry, context) => {
     ...{ bias, residual },
   } as const;
   const sizes = [m, o, halved ? splitSteps(passSteps) : passSteps, 1];
-  return productOver(g, sizes, geometry, operands, context, (grid, a) => [
-    ...[shift, oh * ow, ...grid, skipSteps ? beside(ROWS, context) : a, skipSteps, own],
+  return productOver(g, sizes, geometry, operands, context, (grid, tile, a) => [
+    ...[shift, oh * ow, ...grid, skipSteps ? beside(tile.m, context) : a, skipSteps, own],
   ]);
 };
 

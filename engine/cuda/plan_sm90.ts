@@ -9,20 +9,27 @@ import { divideUp, type KernelLaunch, type PlanContext } from './plan.ts';
 
 export interface Tile {
   readonly name: string;
-  /** Columns of a tile; all are 128 rows. */
+  /** Rows and columns. */
+  readonly m: number;
   readonly n: number;
   readonly pingpong: boolean;
 }
 
-/** product_sm90.cuh's tiles. 160 divides SDXL's widths (multiples of 320) into whole waves of 132 multiprocessors. */
+/**
+ * product_sm90.cuh's tiles. 160 divides SDXL's widths (multiples of 320) into whole waves of 132 multiprocessors; a tall one reads
+ * the least for what it multiplies.
+ */
 export const tiles = {
-  '256': { name: '256', n: 256, pingpong: false },
-  '160': { name: '160', n: 160, pingpong: false },
-  '160_pingpong': { name: '160_pingpong', n: 160, pingpong: true },
-  '128_pingpong': { name: '128_pingpong', n: 128, pingpong: true },
-  '80': { name: '80', n: 80, pingpong: false },
+  '256': { name: '256', m: 128, n: 256, pingpong: false },
+  '160': { name: '160', m: 128, n: 160, pingpong: false },
+  '160_pingpong': { name: '160_pingpong', m: 128, n: 160, pingpong: true },
+  '160_tall': { name: '160_tall', m: 256, n: 160, pingpong: false },
+  '128_pingpong': { name: '128_pingpong', m: 128, n: 128, pingpong: true },
+  '80': { name: '80', m: 128, n: 80, pingpong: false },
 } as const satisfies Record<string, Tile>;
 export type TileName = keyof typeof tiles;
+/** How tall they are, the lowest first. */
+export const tileRows: readonly number[] = [128, 256];
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
 export type ProductKind =
@@ -31,25 +38,23 @@ export type ProductKind =
   | ('forward' | 'backward_x' | 'backward_weight')
   | ('split_nt' | 'split_nn' | 'split_forward');
 const gemmTiles: readonly TileName[] = ['256', '160', '160_pingpong', '80'];
-const gradientTiles: readonly TileName[] = ['256', '160', '128_pingpong'];
 const splitTiles: readonly TileName[] = ['256', '128_pingpong'];
 export const tilesOf: Record<ProductKind, readonly TileName[]> = {
-  nt: gemmTiles,
-  nn: gemmTiles,
+  nt: [...gemmTiles, '160_tall'],
+  nn: [...gemmTiles, '160_tall'],
   tn: gemmTiles,
   geglu: ['256', '160_pingpong'],
   projections: ['256', '160', '160_pingpong'],
   e4m3: ['256', '160_pingpong'],
   e4m3_geglu: ['256', '160_pingpong'],
-  forward: ['256', '160', '160_pingpong', '128_pingpong'],
-  backward_x: gradientTiles,
-  backward_weight: gradientTiles,
+  forward: ['256', '160', '160_pingpong', '160_tall', '128_pingpong'],
+  backward_x: ['256', '160', '160_tall', '128_pingpong'],
+  backward_weight: ['256', '160', '128_pingpong'],
   split_nt: splitTiles,
   split_nn: ['256'],
   split_forward: splitTiles,
 };
 
-export const ROWS = 128;
 export const STEP = 64;
 const THREADS = 384;
 const BLOCK_ROWS = 64;
@@ -97,8 +102,8 @@ export interface ProductSize {
   /** Steps of 64 along k, 128 where elements are bytes. */
   readonly steps: number;
   readonly slabs: number;
-  /** The operand whose pixels TMA walks to by im2col; the others come in boxes. */
-  readonly walked?: 'a' | 'b';
+  /** The operand whose pixels TMA walks to by im2col in tiles of so many rows or more; in others they come in boxes. */
+  readonly walked?: { readonly operand: 'a' | 'b'; readonly from: number };
 }
 
 export const keyOf = ({ kind, m, n, steps, slabs }: ProductSize): string =>
@@ -118,8 +123,8 @@ const WALK = 8;
 const PAIRING = 1000;
 
 /** Tiles down, an even number of them for pairs. */
-const tilesDown = (m: number, paired = false): number =>
-  (paired ? 2 : 1) * divideUp(m, paired ? 2 * ROWS : ROWS);
+const tilesDown = (m: number, tile: Tile, paired = false): number =>
+  (paired ? 2 : 1) * divideUp(m, paired ? 2 * tile.m : tile.m);
 /** Multiprocessors that blocks are shared out to: pairs need two at a time. */
 const blocksOf = (multiprocessors: number, paired = false): number =>
   paired ? Math.max(2, multiprocessors - (multiprocessors % 2)) : multiprocessors;
@@ -130,18 +135,20 @@ export function cycles(
   { tile, splits, paired }: Choice,
   multiprocessors: number,
 ): number {
-  const { n: width, pingpong } = tiles[tile];
+  const { m: height, n: width, pingpong } = tiles[tile];
   const columns = columnsOf(kind, tiles[tile]);
-  const items = tilesDown(m, paired) * divideUp(n, columns) * slabs * splits;
+  const items = tilesDown(m, tiles[tile], paired) * divideUp(n, columns) * slabs * splits;
   const rounds = divideUp(items, blocksOf(multiprocessors, paired));
   // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Of a pair each reads half of B.
-  const read = 2 * STEP * (ROWS + (paired ? width / 2 : width));
-  const pixels = { a: ROWS, b: (STEP * width) / boxColumns(width) / (paired ? 2 : 1) };
-  const step = Math.max(4 * width, read / L2_BYTES, walked ? WALK * pixels[walked] : 0);
+  const blocks = height / BLOCK_ROWS;
+  const read = 2 * STEP * (height + (paired ? width / 2 : width));
+  const pixels = { a: height, b: (STEP * width) / boxColumns(width) / (paired ? 2 : 1) };
+  const walk = walked && height >= walked.from ? WALK * pixels[walked.operand] : 0;
+  const step = Math.max(2 * blocks * width, read / L2_BYTES, walk);
   const products = divideUp(steps, splits) * step;
-  // An epilogue of 128 rows by one warpgroup hides behind the other's products, all but the last.
-  const epilogue = 8 * columns;
-  const busy = pingpong ? rounds * products + epilogue : rounds * (products + epilogue / 2);
+  // By one warpgroup an epilogue of 128 rows takes twice these; with pingpong all but the last hide behind the other's products.
+  const epilogue = 2 * blocks * columns;
+  const busy = rounds * products + (pingpong ? 2 * epilogue : rounds * epilogue);
   // Split sums are written, read and joined by a second launch, at about 16 bytes a cycle.
   const joined = splits > 1 ? 3000 + (m * n * slabs * (8 * splits + 2)) / (16 * multiprocessors) : 0;
   return 1500 + busy + joined + (paired ? PAIRING : 0);
@@ -161,7 +168,7 @@ export function candidates({ kind, m, steps }: ProductSize, canSplit: boolean): 
   const alone = tilesOf[kind].flatMap((tile) =>
     [...splits].map((parts): Choice => ({ tile, splits: parts })),
   );
-  return m > ROWS ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
+  return m > tileRows[0] ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
 }
 
 /** A product whose tile a plan has asked for, and whether k may be split there. */
@@ -192,7 +199,7 @@ export function chooseHopper(size: ProductSize, canSplit: boolean, multiprocesso
   const known =
     overrides.get(key) ?? (multiprocessors === MEASURED_MULTIPROCESSORS ? measured[key] : undefined);
   if (known) return { ...known, splits: canSplit ? partsOf(size.steps, known.splits) : 1 };
-  const name = `${key} ${canSplit} ${multiprocessors} ${size.walked}`;
+  const name = `${key} ${canSplit} ${multiprocessors} ${size.walked?.operand} ${size.walked?.from}`;
   const chosen = byModel.get(name) ?? fastest(size, canSplit, multiprocessors);
   byModel.set(name, chosen);
   return chosen;
@@ -301,7 +308,7 @@ export const outputMap = (y: Slabs, columns: number, context: PlanContext): Uint
 export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanContext): KernelLaunch {
   const tile = tiles[choice.tile];
   const columns = columnsOf(p.kind, tile);
-  const a = p.a(ROWS, context);
+  const a = p.a(tile.m, context);
   // Float32's y and residual are plain addresses.
   const map = (address: bigint) =>
     context.dtype === 'float32' ? address : outputMap({ ...p.y, address }, columns, context);
@@ -310,7 +317,7 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
   const y = p.partial && context.dtype !== 'float32' ? a : map(p.y.address);
   const sums = p.partial ?? { address: 0n, row: p.y.stride, slab: p.y.slabStride ?? 0 };
   const { paired } = choice;
-  const [down, across] = [tilesDown(p.m, paired), divideUp(p.n, columns)];
+  const [down, across] = [tilesDown(p.m, tile, paired), divideUp(p.n, columns)];
   const items = down * across * p.slabs * choice.splits;
   return {
     family: p.family,
@@ -328,12 +335,12 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
 }
 
 /**
- * As many stages as fit beside what leaves by TMA (rows of y that the warpgroups round; float32's do not), and room to begin on a
- * multiple of 1024: epilogue_sm90.cuh's STAGES.
+ * As many stages as fit beside what leaves by TMA (rows of y that the warpgroups round, 64 each at a time or with pingpong 128;
+ * float32's do not), and room to begin on a multiple of 1024: epilogue_sm90.cuh's STAGES.
  */
-function sharedBytes({ n, pingpong }: Tile, columns: number, { elementBytes }: PlanContext): number {
-  const stage = (ROWS + n) * STEP * 2;
-  const epilogue = elementBytes === 2 ? (pingpong ? 2 : 1) * ROWS * columns * 2 : 0;
+function sharedBytes({ m, n, pingpong }: Tile, columns: number, { elementBytes }: PlanContext): number {
+  const stage = (m + n) * STEP * 2;
+  const epilogue = elementBytes === 2 ? (pingpong ? 4 : 2) * BLOCK_ROWS * columns * 2 : 0;
   const stages = Math.floor((MOST_SHARED - ALIGNMENT - BARRIERS - epilogue) / stage);
   return stages * stage + epilogue + ALIGNMENT;
 }

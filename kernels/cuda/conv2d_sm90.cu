@@ -87,11 +87,12 @@ template <class S> struct WeightGradient {
     product<S, true, true, IMAGE>(Pixels<S>{a, skip, b, GRID_OF, taps, taps_across, channel_steps, skip_steps, own, rows / (width * height)}, out, \
                                      PRODUCT_CUT); \
   }
-#define BACKWARD(tile, S) \
+#define BACKWARD_X(tile, S) \
   KERNEL_SM90(conv2d_sm90_backward_x_##tile)(PRODUCT, GRID) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
     product<S, true, false, PLAIN>(TurnedPixels<S>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
-  } \
+  }
+#define BACKWARD_WEIGHT(tile, S) \
   KERNEL_SM90(conv2d_sm90_backward_weight_##tile)(PRODUCT, GRID) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
     product<S, false, false, PLAIN>(WeightGradient<S>{a, b, GRID_OF, taps_across}, out, PRODUCT_CUT); \
@@ -105,7 +106,12 @@ FORWARD(forward_256, Tile256)
 FORWARD(forward_160, Tile160)
 FORWARD(forward_160_pingpong, Tile160Pingpong)
 FORWARD(forward_128_pingpong, Tile128Pingpong)
-BACKWARD(256, Tile256)
-BACKWARD(160, Tile160)
-BACKWARD(128_pingpong, Tile128Pingpong)
+FORWARD(forward_160_tall, Tile160Tall)
+BACKWARD_X(256, Tile256)
+BACKWARD_X(160, Tile160)
+BACKWARD_X(160_tall, Tile160Tall)
+BACKWARD_X(128_pingpong, Tile128Pingpong)
+BACKWARD_WEIGHT(256, Tile256)
+BACKWARD_WEIGHT(160, Tile160)
+BACKWARD_WEIGHT(128_pingpong, Tile128Pingpong)
 #endif

@@ -24,10 +24,11 @@ typedef TensorMap Rows;
 // Bytes of a row of a tile that is `width` elements wide: the widest swizzle that divides it.
 constexpr int span_of(int width) { return width % 64 == 0 ? 128 : width % 32 == 0 ? 64 : 32; }
 
-template <int N_, bool PINGPONG_> struct Tile {
-  static constexpr int M = 128, N = N_;
+template <int M_, int N_, bool PINGPONG_> struct Tile {
+  static constexpr int M = M_, N = N_;
   static constexpr bool PINGPONG = PINGPONG_;
-  static constexpr int BLOCKS = PINGPONG ? 2 : 1; // of 64 rows in a warpgroup
+  static constexpr int BLOCKS = PINGPONG ? M / 64 : M / 64 / GROUPS; // of 64 rows in a warpgroup
+  static __device__ int first_block(int group) { return PINGPONG ? 0 : group * BLOCKS; }
   static constexpr int A_BYTES = M * STEP * 2, B_BYTES = N * STEP * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 };
 
@@ -102,7 +103,9 @@ template <class S, Kind KIND> struct Epilogue {
   static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
   static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
   static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES;
-  static constexpr int BYTES = sizeof(T) == 2 ? S::BLOCKS * BLOCK_BYTES : 0; // of shared memory, for a warpgroup
+  // Blocks that leave together, from shared memory of BYTES to a warpgroup. A tall tile's leave in turns, for the sake of its stages.
+  static constexpr int TOGETHER = S::PINGPONG ? S::BLOCKS : 1, ROUNDS = S::BLOCKS / TOGETHER;
+  static constexpr int BYTES = sizeof(T) == 2 ? TOGETHER * BLOCK_BYTES : 0;
   // As many as fit beside them: of the 227 KB of a block, less the barriers and the room to begin on a multiple of 1024.
   static constexpr int STAGES = (227 * 1024 - 1024 - 256 - GROUPS * BYTES) / S::STAGE_BYTES;
   const Output &out;
@@ -135,9 +138,9 @@ template <class S, Kind KIND> struct Epilogue {
     return out.shift != nullptr && shift_row(work.m) == shift_row(min(work.m + S::M, out.rows) - 1);
   }
 
-  // Changes the sums in place.
-  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Early &early, const Work &work, uint32_t parity) const {
-    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * (S::PINGPONG ? 0 : group) + 16 * warp + lane / 4;
+  // Changes the sums in place; `done` items came before.
+  __device__ void write(float (&sums)[S::BLOCKS][S::N / 2], const Early &early, const Work &work, uint32_t done) const {
+    const int lane = thread % 32, warp = thread / 32, row = work.m + 64 * S::first_block(group) + 16 * warp + lane / 4;
     const int column = column_of(work);
     if constexpr (!GATED) // which is never split
       if (out.partial != nullptr) return write_floats(sums, out.partial + work.part * int64_t(out.partial_part), work, row, column);
@@ -159,46 +162,53 @@ template <class S, Kind KIND> struct Epilogue {
 
   __device__ void prepare(const Work &) const {}
 #else
-    leave(sums, work, parity);
-  }
-
-  // body(address, row, column) for each box.
-  template <class F> __device__ void each_box(const Work &work, F &&body) const {
 #pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++)
-#pragma unroll
-      for (int j = 0; j < BOXES; j++)
-        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::PINGPONG ? i : group), work.n + j * BOX);
-  }
-
-  // Before the products of an item: once the last y has left, its place is filled with the residual, zeros outside C.
-  __device__ void prepare(const Work &work) const {
-    if (thread == 0) {
-      stores_wait_read<0>();
-      if (has_residual()) {
-        mbarrier_arrive_expect(arrived, BYTES);
-        each_box(work, [&](uint32_t to, int row, int column) { load_box(to, out.residual, arrived, column, row, work.slab); });
-      }
+    for (int round = 0; round < ROUNDS; round++) {
+      if (round > 0) prepare(work, round);
+      leave(sums, work, round, done * ROUNDS + round);
     }
     __syncwarp();
   }
 
-  // Rounded to y's place, and from there by TMA.
-  __device__ void leave(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, uint32_t parity) const {
+  // body(address, row, column) for each box of a round.
+  template <class F> __device__ void each_box(const Work &work, int round, F &&body) const {
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+      for (int j = 0; j < BOXES; j++)
+        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::first_block(group) + round * TOGETHER + i), work.n + j * BOX);
+  }
+
+  // Before an item's products, or while the first of them run: once the last y has left, its place is filled with the residual, zeros
+  // outside C.
+  __device__ void prepare(const Work &work, int round = 0) const {
+    if (thread == 0 && has_residual()) {
+      stores_wait_read<0>();
+      mbarrier_arrive_expect(arrived, BYTES);
+      each_box(work, round, [&](uint32_t to, int row, int column) { load_box(to, out.residual, arrived, column, row, work.slab); });
+    }
+  }
+
+  // A round's blocks, rounded to y's place, and from there by TMA; `before` rounds have been.
+  __device__ void leave(float (&sums)[S::BLOCKS][S::N / 2], const Work &work, int round, uint32_t before) const {
     const int lane = thread % 32, warp = thread / 32;
-    if (has_residual()) mbarrier_wait(arrived, parity);
-    else named_barrier(1 + group, WARPGROUP); // the last y has left
+    if (has_residual()) mbarrier_wait(arrived, before & 1);
+    else {
+      if (thread == 0) stores_wait_read<0>(); // the last y has left
+      named_barrier(1 + group, WARPGROUP);
+    }
     // Where 16 rows and columns of this warp lie, by their block of rows and their first column's eighth.
     const auto at = [&](int i, int j) {
       return place + i * BLOCK_BYTES + j * 16 / SPAN * BOX_BYTES + swizzled<SPAN>(16 * warp + lane % 16, j * 16 % SPAN / 16 + lane / 16);
     };
     // All of a block's residual is read before its sums are stored, as a read that follows a store waits for it.
 #pragma unroll
-    for (int i = 0; i < S::BLOCKS; i++) {
-      if (has_residual()) add_residual(sums[i], [&](int j) { return at(i, j); });
+    for (int i = 0; i < TOGETHER; i++) {
+      auto &block = sums[round * TOGETHER + i];
+      if (has_residual()) add_residual(block, [&](int j) { return at(i, j); });
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; j += 2) {
-        const float *value = sums[i] + 4 * j;
+        const float *value = block + 4 * j;
         uint32_t rounded[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) rounded[e] = round_pair(value[2 * e], value[2 * e + 1]);
@@ -209,12 +219,11 @@ template <class S, Kind KIND> struct Epilogue {
     named_barrier(1 + group, WARPGROUP);
     if (thread == 0) {
       const TensorMap &y = out.more != nullptr && work.slab > 0 ? out.more[work.slab - 1] : out.y;
-      each_box(work, [&](uint32_t from, int row, int column) {
+      each_box(work, round, [&](uint32_t from, int row, int column) {
         if (row < out.rows && column < out.columns) store_box(y, from, column, row, out.more != nullptr ? 0 : work.slab);
       });
       stores_commit();
     }
-    __syncwarp();
   }
 
   template <class F> __device__ void add_residual(float (&sums)[S::N / 2], F &&at) const {

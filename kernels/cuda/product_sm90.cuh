@@ -1,7 +1,7 @@
 // The main loop of Hopper's matrix products: C[m, n] = A[m, k] B[k, n] with float32 sums, for gemm_sm90.cu and
 // conv2d_sm90.cu. A block stays on its multiprocessor and takes items (a tile of C, a slab, a part of k) in turn. Its
 // producer warp copies tiles of A and B by TMA into a ring of stages, a step of 64 k each; two warpgroups multiply them with
-// wgmma. They share a tile, 64 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
+// wgmma. They share a tile, 64 or 128 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
 // other's products. A warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's
 // phase from the one two before, so no one may wait that far ahead.
 // Two blocks of a cluster may take tiles one below the other and share B's, the wider operand, where L2 would hold them
@@ -146,14 +146,14 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
         ring.skip(work.end - work.first);
         continue;
       }
-      finish.prepare(work);
+      if constexpr (S::PINGPONG) finish.prepare(work), __syncwarp();
       typename Finish::Early early = {};
       finish.load_early(early, work);
       if constexpr (S::PINGPONG) mbarrier_wait(turns + 8 * group, (done ^ group ^ 1) & 1); // the first turn is group 0's
       uint32_t last = 0; // the barrier of the stage before, free when its products are done
 #pragma unroll 1
       for (int step = work.first; step < work.end; step++, ring.next()) {
-        const uint32_t a = stages + ring.stage * S::STAGE_BYTES + (S::PINGPONG ? 0 : group * A::BYTES_64);
+        const uint32_t a = stages + ring.stage * S::STAGE_BYTES + S::first_block(group) * A::BYTES_64;
         const uint64_t a_tile = A::describe(a), b_tile = B::describe(stages + ring.stage * S::STAGE_BYTES + S::A_BYTES);
         mbarrier_wait(full + 8 * ring.stage, ring.parity);
         wgmma_fence();
@@ -167,6 +167,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
             else wgmma<!A_ALONG, !B_ALONG>(sums[i], left, right, accumulate);
           }
         wgmma_commit();
+        if (!S::PINGPONG && step == work.first) finish.prepare(work), __syncwarp();
         wgmma_wait<1>();
         if (step > work.first && thread % 32 < cluster.blocks) mbarrier_arrive_at(last, thread % 32);
         last = empty + 8 * ring.stage;
@@ -182,7 +183,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 #pragma unroll
           for (int e = 0; e < S::N / 2; e++) sums[i][e] *= scale;
       }
-      finish.write(sums, early, work, done++ & 1);
+      finish.write(sums, early, work, done++);
     }
     if (!SPLIT && thread == 0) stores_wait_read<0>();
   }
@@ -191,11 +192,12 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
 
 // ---- entries
 
-typedef Tile<256, false> Tile256;
-typedef Tile<160, false> Tile160;
-typedef Tile<160, true> Tile160Pingpong;
-typedef Tile<128, true> Tile128Pingpong;
-typedef Tile<80, false> Tile80;
+typedef Tile<128, 256, false> Tile256;
+typedef Tile<128, 160, false> Tile160;
+typedef Tile<128, 160, true> Tile160Pingpong;
+typedef Tile<256, 160, false> Tile160Tall;
+typedef Tile<128, 128, true> Tile128Pingpong;
+typedef Tile<128, 80, false> Tile80;
 
 // What every entry takes before its own parameters (engine/cuda/plan_sm90.ts), and what product() makes of it.
 #define PRODUCT \
