@@ -233,19 +233,26 @@ test('float32 is multiplied as sums of bfloat16 where that pays', (t) => {
   t.end();
 });
 
-test('where nothing was measured the model has some large products run in pairs of blocks', (t) => {
+test('where nothing was measured the model has pairs of blocks share what im2col walks to', (t) => {
   const multiprocessors = MEASURED_MULTIPROCESSORS - 18;
   const size = (kind: ProductKind, m: number, n: number, k: number): ProductSize => ({
     ...{ kind, m, n, steps: k / 64, slabs: 1 },
   });
-  const large = [size('geglu', 2048, 5120, 1280), size('forward', 32768, 320, 2880)];
-  for (const one of large) {
+  const walked = {
+    ...size('backward_weight', 640, 640, 8192),
+    slabs: 9,
+    walked: { operand: 'b', from: 64 },
+  } as const;
+  for (const one of [walked, { ...walked, m: 320, n: 320 }]) {
     const choice = chooseHopper(one, false, multiprocessors);
     t.ok(choice.paired, keyOf(one));
     const alone = candidates(one, false).filter(({ paired }) => !paired);
     t.ok(alone.every((other) => cycles(one, other, multiprocessors) > cycles(one, choice, multiprocessors)));
   }
   const others = [
+    { ...walked, walked: undefined },
+    size('geglu', 2048, 5120, 1280),
+    size('forward', 32768, 320, 2880),
     size('nt', 128, 5120, 1280),
     size('nt', 2048, 1280, 1280),
     size('nt', 2048, 320, 128),

@@ -110,17 +110,25 @@ export const keyOf = ({ kind, m, n, steps, slabs }: ProductSize): string =>
   [kind, m, n, steps, slabs].join(' ');
 
 /**
- * Bytes a cycle that a multiprocessor gets from L2 when all of them read: the number with which this model agrees most often
- * with what was the fastest on an H200 (measured_sm90.ts). The least that it can be is 36 (kernels/lab/README.md).
+ * Bytes a cycle that a multiprocessor gets from L2 when all of them read. The least that it can be is 36 (kernels/lab/README.md). With
+ * this number and the next three the model agrees most often with what was the fastest of an H200's 36 linear layers and convolutions
+ * (measured_sm90.ts): in 29 with the tile, in 23 with splits and pairs too.
  */
 const L2_BYTES = 56;
+/**
+ * Bytes a cycle that shared memory takes from TMA and gives to wgmma, which reads its 64 rows of A and all of B for each product. By
+ * the books it is 128, by which tiles of 160 columns would lose to those of 256 where the H200 had them win.
+ */
+const SHARED_BYTES = 140;
+/** Cycles in which the tensor cores rest while both warpgroups end a tile and begin the next, beside what they do to its sums. */
+const ENDING = 700;
+/** Cycles that a pair waits: for its blocks to begin and end together, and for the slower of them now and then. */
+const PAIRING = 1500;
 /**
  * Cycles that im2col takes to each pixel of a box of channels: with this number its kernels' times at tiles of 160 and 256, and the
  * tiles that were the fastest for gradients of weights, come out as an H200 had them. Boxes take a third or less.
  */
 const WALK = 8;
-/** Cycles that a pair waits: for its blocks to begin and end together, and for the slower of them now and then. */
-const PAIRING = 1000;
 
 /** Tiles down, an even number of them for pairs. */
 const tilesDown = (m: number, tile: Tile, paired = false): number =>
@@ -142,13 +150,14 @@ export function cycles(
   // A step of 128 x width x 64 (of bytes: 128) takes 4 x width cycles of the tensor cores. Of a pair each reads half of B.
   const blocks = height / BLOCK_ROWS;
   const read = 2 * STEP * (height + (paired ? width / 2 : width));
+  const passed = 2 * STEP * (height + width) + 2 * STEP * blocks * (BLOCK_ROWS + width);
   const pixels = { a: height, b: (STEP * width) / boxColumns(width) / (paired ? 2 : 1) };
   const walk = walked && height >= walked.from ? WALK * pixels[walked.operand] : 0;
-  const step = Math.max(2 * blocks * width, read / L2_BYTES, walk);
+  const step = Math.max(2 * blocks * width, read / L2_BYTES, passed / SHARED_BYTES, walk);
   const products = divideUp(steps, splits) * step;
   // By one warpgroup an epilogue of 128 rows takes twice these; with pingpong all but the last hide behind the other's products.
   const epilogue = 2 * blocks * columns;
-  const busy = rounds * products + (pingpong ? 2 * epilogue : rounds * epilogue);
+  const busy = rounds * products + (pingpong ? 2 * epilogue : rounds * (epilogue + ENDING));
   // Split sums are written, read and joined by a second launch, at about 16 bytes a cycle.
   const joined = splits > 1 ? 3000 + (m * n * slabs * (8 * splits + 2)) / (16 * multiprocessors) : 0;
   return 1500 + busy + joined + (paired ? PAIRING : 0);
