@@ -83,7 +83,7 @@ interface Token {
 /** How near to a chunk's end, in tokens, the comma may be after which the rest goes to the next chunk: A1111's default. */
 const COMMA_PADDING_BACKTRACK = 20;
 
-/** A prompt as `tokenizer` and `emphasis` have it. Its chunks end at commas where weights are read, as A1111's do. */
+/** A prompt as `tokenizer` and `emphasis` have it. Where weights are read its chunks end as A1111's: at commas, and around a textual inversion. */
 export function readPrompt(tokenizer: Tokenizer, prompt: string, emphasis: Emphasis): Weighted {
   if (emphasis === 'none') return { chunks: tokenizer.chunksOf(prompt) };
   const chunks = wrapped(tokenizer, parsePromptAttention(prompt));
@@ -112,7 +112,7 @@ function wrapped(tokenizer: Tokenizer, spans: readonly Span[]): Token[][] {
       if (id === comma) lastComma = chunk.length;
       else if (chunk.length === room && lastComma >= 0 && room - lastComma <= COMMA_PADDING_BACKTRACK)
         next(chunk.splice(lastComma + 1));
-      if (chunk.length === room) next();
+      if (chunk.length + Math.min(room, tokenizer.span(id)) > room) next();
       chunk.push({ id, weight });
     }
   }

@@ -23,6 +23,8 @@ export interface Tokenizer {
    * `truncated` is the end of the prompt that did not fit, as diffusers' warning shows it, and '' when all of it did.
    */
   encode(prompt: string | Chunks, count?: number): { ids: Int32Array; truncated: string };
+  /** How many ids stand for one token from this one on: more than 1 where withTokens() has said so. */
+  span(id: number): number;
   /** Whether the vocabulary has a token of this name. */
   has(name: string): boolean;
   /**
@@ -143,6 +145,7 @@ function clipTokenizer(
   const inside = length - 2; // BOS and EOS stand around each chunk
   const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
   const normalised = specialMatcher(tokens.filter((token) => token.normalized));
+  const spans = new Map(tokens.map(({ ids }) => [ids[0], ids.length]));
   const tokenize = (prompt: string): number[] => {
     const ids: number[] = [];
     for (const piece of asWritten(prompt)) {
@@ -171,6 +174,7 @@ function clipTokenizer(
       for (let i = 0; i < count; i++) ids.set([bos, ...(chunks[i] ?? []), eos], i * length);
       return { ids, truncated: decode(chunks.slice(count).flat(), strings) };
     },
+    span: (id) => spans.get(id) ?? 1,
     has: (name) => strings.includes(name) || tokens.some(({ content }) => content === normalise(name)),
     withTokens(names, first) {
       const ids = names.map((_, i) => first + i);

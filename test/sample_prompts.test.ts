@@ -137,6 +137,10 @@ test('weights in prompts: drawn, kept in the picture and read back, from A1111 t
     await draw('ignore.png', '--prompt', prompt, '--emphasis', 'ignore'),
   ];
   t.equal(new Set([plain, original, noNorm, ignored].map(String)).size, 4);
+  writeFileSync(at('weighted.txt'), `${prompt}\n`);
+  t.ok(
+    original.equals(await draw('again.png', '--prompt-file', at('weighted.txt'), '--emphasis', 'original')),
+  );
   const pixels = async (name: string) => (await readPicture(at(name))).data;
   await draw('unweighted.png', '--prompt', 'a red fox, snow');
   t.same(await pixels('ignore.png'), await pixels('unweighted.png'));

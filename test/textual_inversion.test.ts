@@ -11,6 +11,7 @@ import { UserError } from '../io/errors.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { encodePrompts, type Prompts } from '../models/conditioning.ts';
+import { readPrompt } from '../models/emphasis.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { type Assert, allClose, goldenFolder } from './golden.ts';
@@ -159,6 +160,20 @@ test('names, in capitals, weighted, and cut off', (t) => {
     ['MyToy_1 MyToy_2'],
     'what is cut off',
   );
+
+  const sizes = (prompt: string, emphasis: 'none' | 'ignore') =>
+    readPrompt(pipeline.text.encoders[0].tokenizer, prompt, emphasis).chunks.map(({ length }) => length);
+  for (const [words, want] of [
+    [72, [75, 1]],
+    [73, [73, 4]],
+    [75, [75, 4]],
+  ] as const)
+    t.same(
+      sizes(`${'a '.repeat(words)}mytoy a`, 'ignore'),
+      want,
+      `${words}: one chunk has all of it, as in A1111`,
+    );
+  t.same(sizes(`${'a '.repeat(73)}mytoy a`, 'none'), [75, 2]);
 
   const refused = (path: string, token: string | undefined, message: RegExp) => {
     try {
