@@ -1,12 +1,13 @@
 // `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
-import { existsSync, readdirSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { existsSync, readdirSync, realpathSync, statSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
+import { inTurns } from '../io/turns.ts';
 import { type Json, type ModelSource, openModel } from '../models/checkpoint.ts';
 import { buildComponent } from '../models/components.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
@@ -19,7 +20,7 @@ import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { locateModel, locatorOf } from './model.ts';
 import { bytes, devices, oneOf } from './options.ts';
 import { progressBar } from './progress.ts';
-import type { Terminal } from './terminal.ts';
+import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
   saveKeys?: string;
@@ -104,8 +105,16 @@ function refuseOccupied(out: string, format: Format): void {
       throw new UserError(`${format} is one file; give a name that ends in .safetensors, not ${out}`);
     assertWritable(out);
   }
-  if (existsSync(out) && !(statSync(out).isDirectory() && readdirSync(out).length === 0))
+  if (!existsSync(out)) return;
+  if (!statSync(out).isDirectory() || readdirSync(out).length > 0)
     throw new UserError(`${out} exists; remove it, or name another place`);
+  // An empty folder gives way to the finished one.
+  const folder = realpathSync(out);
+  const isHere = folder === process.cwd();
+  if (isHere || statSync(folder).dev !== statSync(dirname(folder)).dev)
+    throw new UserError(
+      `${out} is ${isHere ? 'the folder you are in' : 'a mount point'}, and another folder cannot take its place; name a new one in it, such as ${join(out, 'model')}`,
+    );
 }
 
 /** The LoRA file that `path` is or, as a checkpoint or a finished run's folder, holds. */
@@ -169,11 +178,11 @@ async function exportWeights(
     device: openDevice(options.device),
     onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
   };
-  try {
-    return options.format === 'single-file'
-      ? exportSingleFile(source, out, request)
-      : exportFolder(source, out, request);
-  } finally {
-    bar.end();
-  }
+  const work = (options.format === 'single-file' ? exportSingleFile : exportFolder)(source, out, request);
+  const stop: { by?: NodeJS.Signals } = {};
+  const heed = (): void => {
+    if (stop.by) throw new Stopped(stop.by);
+  };
+  const ask = (signal: NodeJS.Signals) => void (stop.by = signal);
+  return heedingSignals(ask, () => inTurns(work, heed)).finally(bar.end);
 }

@@ -1,4 +1,5 @@
 // What every command has of the program around it: where it writes, and how it says that a signal ended it.
+import { constants } from 'node:os';
 import { asUserError } from '../io/files.ts';
 
 /** Where a command writes: the result on `out`, everything else on `err`. */
@@ -37,8 +38,31 @@ export function ownTerminal(): Terminal {
 export class Stopped extends Error {
   readonly status: number;
 
-  constructor(status: number) {
-    super('stopped by a signal');
-    this.status = status;
+  constructor(signal: NodeJS.Signals) {
+    super(`stopped by ${signal}`);
+    this.status = 128 + constants.signals[signal];
+  }
+}
+
+/** Ctrl-C, a service manager, and a terminal that is closed. */
+const stops = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+
+/** Tells `onSignal` of the first signal that comes during `work`. The second finds no handler of ours and ends the program. */
+export async function heedingSignals<R>(
+  onSignal: (signal: NodeJS.Signals) => void,
+  work: () => Promise<R>,
+): Promise<R> {
+  const heed = (signal: NodeJS.Signals) => {
+    release();
+    onSignal(signal);
+  };
+  const release = () => {
+    for (const name of stops) process.off(name, heed);
+  };
+  for (const name of stops) process.on(name, heed);
+  try {
+    return await work();
+  } finally {
+    release();
   }
 }

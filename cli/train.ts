@@ -1,7 +1,7 @@
 // `sdxl train` and `sdxl plan`: a run file to a trained model, or to what training it would take. Runs of one file are
 // trained in order. Ctrl-C saves and leaves; a second one leaves at once.
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
-import { constants, tmpdir } from 'node:os';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, deviceNames, openDevice } from '../engine/device.ts';
@@ -15,12 +15,12 @@ import { describe, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
-import type { Report, Stop } from '../train/task.ts';
-import { type Outcome, train } from '../train/trainer.ts';
+import type { Report } from '../train/task.ts';
+import { train } from '../train/trainer.ts';
 import { locatorOf } from './model.ts';
 import { devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
-import { Stopped, type Terminal } from './terminal.ts';
+import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
   set?: string[];
@@ -136,17 +136,20 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
         `resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`,
       );
     const session = openSession(materials, device, further);
-    const { outcome, signal } = await interruptible(report, (stop) =>
-      train(session, report, stop, checkpoint),
-    ).finally(session.release);
-    const { folder, stopped } = outcome;
+    const stop: { asked: boolean; by?: NodeJS.Signals } = { asked: false };
+    const ask = (signal: NodeJS.Signals): void => {
+      Object.assign(stop, { asked: true, by: signal });
+      report.line('stopping after this update and saving; once more to leave at once');
+    };
+    const work = () => train(session, report, stop, checkpoint);
+    const { folder, stopped } = await heedingSignals(ask, work).finally(session.release);
     report.line(
       folder
         ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
         : 'stopped before the first update; what is prepared is kept',
     );
     tell(run, folder, stopped);
-    if (signal) throw new Stopped(128 + constants.signals[signal]);
+    if (stop.by) throw new Stopped(stop.by);
   };
   for (const run of runs) {
     const unlock = lockFolder(run.output);
@@ -176,33 +179,6 @@ function startOf(run: Run, resume: Options['resume']): string | undefined {
     );
   }
   return undefined;
-}
-
-/** Ctrl-C, a service manager, and a terminal that is closed. */
-const stops = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
-
-/** Runs `work` so that the first Ctrl-C asks it to stop. The second finds no handler of ours and ends the program. */
-async function interruptible(
-  report: Report,
-  work: (stop: Stop) => Promise<Outcome>,
-): Promise<{ outcome: Outcome; signal: NodeJS.Signals | undefined }> {
-  const stop = { asked: false };
-  let signal: NodeJS.Signals | undefined;
-  const ask = (name: NodeJS.Signals) => {
-    stop.asked = true;
-    signal = name;
-    release();
-    report.line('stopping after this update and saving; once more to leave at once');
-  };
-  const release = () => {
-    for (const name of stops) process.off(name, ask);
-  };
-  for (const name of stops) process.on(name, ask);
-  try {
-    return { outcome: await work(stop), signal };
-  } finally {
-    release();
-  }
 }
 
 function tools(terminal: Terminal, quiet = false, json = false): { locate: Locate; report: Report } {

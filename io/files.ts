@@ -10,7 +10,9 @@ import {
   fsyncSync,
   mkdirSync,
   openSync,
+  readdirSync,
   readFileSync,
+  realpathSync,
   renameSync,
   rmSync,
   statSync,
@@ -19,6 +21,7 @@ import {
 import { constants as os } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from './errors.ts';
+import { atOnce } from './turns.ts';
 
 /** Linux moves at most 2^31 - 4096 bytes per call; larger transfers are cut into pieces of this size. */
 export const largestTransfer = 2 ** 30;
@@ -35,17 +38,27 @@ export function writeFully(fd: number, bytes: Uint8Array): void {
  * temporary file is removed and `path` is as it was. Returns what `write` does.
  * @throws UserError when the disk is full, or the folder is missing or closed to us
  */
-export function replaceAtomically<R>(path: string, write: (temporaryPath: string, fd: number) => R): R {
-  const folder = dirname(path);
-  // Not derived from the target's name, which may already be as long as the file system allows.
-  const temporary = join(folder, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
+export const replaceAtomically = <R>(path: string, write: (temporaryPath: string, fd: number) => R): R =>
+  atOnce(
+    // biome-ignore lint/correctness/useYield: one piece
+    replaceInTurns(path, function* (temporary, fd) {
+      return write(temporary, fd);
+    }),
+  );
+
+/** `replaceAtomically` for long work, which `write` cuts into pieces. */
+export function* replaceInTurns<R>(
+  path: string,
+  write: (temporaryPath: string, fd: number) => Generator<void, R>,
+): Generator<void, R> {
+  const temporary = temporaryBeside(path);
   holdInterrupt();
   try {
     assertReplaceable(path);
     const fd = openSync(temporary, 'wx');
     let result: R;
     try {
-      result = write(temporary, fd);
+      result = yield* write(temporary, fd);
       fsyncSync(fd);
       renameSync(temporary, path);
     } catch (error) {
@@ -54,12 +67,16 @@ export function replaceAtomically<R>(path: string, write: (temporaryPath: string
     } finally {
       closeSync(fd);
     }
-    syncFolder(folder);
+    sync(dirname(path));
     return result;
   } catch (error) {
     throw asUserError(error, path, temporary);
   }
 }
+
+/** Not derived from the target's name, which may already be as long as the file system allows. */
+const temporaryBeside = (path: string): string =>
+  join(dirname(path), `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 
 /**
  * Ctrl-C (and what a service manager sends) ends a program at once, which is what people want, except between a temporary file
@@ -76,28 +93,50 @@ function holdInterrupt(): void {
 }
 
 /**
- * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it. If anything throws,
- * the temporary folder is removed and `path` is as it was. The files in it are flushed by whoever writes them.
- * Returns what `write` does.
+ * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it, and flushes all of that to
+ * the disk. If anything throws, the temporary folder is removed and `path` is as it was. Returns what `write` does.
  * @throws UserError when the disk is full, or the parent is missing or closed to us
  */
 export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: string) => R): R {
-  const parent = dirname(path);
-  const temporary = join(parent, `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
+  const temporary = temporaryBeside(path);
   const old = `${temporary}.old`;
   try {
     makeFolders(temporary);
     const result = write(temporary);
-    syncFolder(temporary);
+    syncTree(temporary);
     // A folder cannot be renamed onto another one that has files.
     const replaces = existsSync(path);
     if (replaces) renameSync(path, old);
     renameSync(temporary, path);
-    syncFolder(parent);
+    sync(dirname(path));
     if (replaces) rmSync(old, { recursive: true, force: true });
     return result;
   } catch (error) {
     if (existsSync(old) && !existsSync(path)) renameSync(old, path);
+    rmSync(temporary, { recursive: true, force: true });
+    throw asUserError(error, path, temporary);
+  }
+}
+
+/**
+ * Makes a new folder as `replaceFolderAtomically` does, by work that `write` cuts into pieces. It takes the place of an empty folder,
+ * and of no other.
+ * @throws UserError as that does, and when `path` has come to hold files meanwhile
+ */
+export function* newFolderInTurns<R>(
+  path: string,
+  write: (temporaryPath: string) => Generator<void, R>,
+): Generator<void, R> {
+  const place = existsSync(path) ? realpathSync(path) : path; // a link to a folder stays one
+  const temporary = temporaryBeside(place);
+  try {
+    makeFolders(temporary);
+    const result = yield* write(temporary);
+    syncTree(temporary);
+    renameSync(temporary, place);
+    sync(dirname(place));
+    return result;
+  } catch (error) {
     rmSync(temporary, { recursive: true, force: true });
     throw asUserError(error, path, temporary);
   }
@@ -215,9 +254,20 @@ function assertReplaceable(path: string): void {
   if (found && !found.isFile()) throw new UserError(`${path} is not a regular file: give the path of a file`);
 }
 
-function syncFolder(folder: string): void {
-  if (process.platform === 'win32') return; // Windows cannot open a folder.
-  const fd = openSync(folder, 'r');
+/** Flushes a folder and all in it, however that came there: the system's copies are not flushed. */
+function syncTree(folder: string): void {
+  for (const entry of readdirSync(folder, { withFileTypes: true })) {
+    const path = join(folder, entry.name);
+    if (entry.isDirectory()) syncTree(path);
+    else if (entry.isFile()) sync(path);
+  }
+  sync(folder);
+}
+
+/** Flushes a file or a folder. */
+function sync(path: string): void {
+  if (process.platform === 'win32') return; // Windows cannot open a folder, and flushes no file that is open to be read.
+  const fd = openSync(path, 'r');
   try {
     fsyncSync(fd);
   } finally {
@@ -228,6 +278,10 @@ function syncFolder(folder: string): void {
 const reasons: Record<string, (path: string) => string> = {
   ENOENT: (path) => `${path} does not exist, or its folder does not: check the path, or create the folder`,
   ENOTDIR: (path) => `${path} lies under something that is not a folder: check the path`,
+  ENOTEMPTY: (path) =>
+    `${path} holds files by now, which nothing writes over: remove them, or choose another folder`,
+  EBUSY: (path) =>
+    `${path} is in use by the system, as a mount point is: choose another path, such as one in it`,
   EISDIR: (path) => `${path} is a folder: give the path of a file`,
   EACCES: (path) => `no permission for ${path}: change its permissions, or choose another folder`,
   EPERM: (path) => `no permission for ${path}: change its permissions, or choose another folder`,

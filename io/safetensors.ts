@@ -5,7 +5,8 @@
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
-import { asUserError, largestTransfer, replaceAtomically, writeFully } from './files.ts';
+import { asUserError, largestTransfer, replaceInTurns, writeFully } from './files.ts';
+import { atOnce } from './turns.ts';
 
 export interface TensorInfo {
   name: string;
@@ -311,18 +312,25 @@ const storedNames: Record<DType, string> = {
  * as functions are made one at a time.
  * @throws UserError when the file cannot be written
  */
-export function writeSafetensors(
+export const writeSafetensors = (
+  path: string,
+  entries: Iterable<TensorEntry>,
+  metadata?: Readonly<Record<string, string>>,
+): void => atOnce(writeSafetensorsInTurns(path, entries, metadata));
+
+/** `writeSafetensors`, a tensor at a time. */
+export function* writeSafetensorsInTurns(
   path: string,
   entries: Iterable<TensorEntry>,
   metadata: Readonly<Record<string, string>> = {},
-): void {
+): Generator<void, void> {
   const order = (entry: TensorEntry) => writeOrder.indexOf(entry.dtype);
   const sorted = [...entries].sort((a, b) => order(a) - order(b) || (a.name < b.name ? -1 : 1));
   const names = new Set(sorted.map((entry) => entry.name));
   if (names.size !== sorted.length || names.has('__metadata__'))
     throw new Error(`bad tensor names for ${path}`);
   const header = encodeHeader(sorted, metadata);
-  replaceAtomically(path, (_temporary, fd) => {
+  yield* replaceInTurns(path, function* (_temporary, fd) {
     writeFully(fd, header);
     for (const entry of sorted) {
       const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
@@ -332,6 +340,7 @@ export function writeSafetensors(
         );
       }
       writeFully(fd, bytes);
+      yield;
     }
   });
 }

@@ -1,6 +1,7 @@
 // From one checkpoint format to another, tensor by tensor, without building the model: a diffusers folder (whole or in
 // parts, sharded where large) or the original single file. What is written is read back and held against what was meant, and
 // one forward pass through it must equal the source's. A missing or an extra tensor is an error before anything is written.
+// The work yields after each tensor and each pass, as a model is of many GB: whoever drives it may leave there.
 import { createHash } from 'node:crypto';
 import { copyFileSync, existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -8,8 +9,8 @@ import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, makeFolder, replaceAtomically, replaceFolderAtomically } from '../io/files.ts';
-import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { asUserError, makeFolder, newFolderInTurns, replaceInTurns } from '../io/files.ts';
+import { openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import {
   type Json,
   type ModelSource,
@@ -20,7 +21,7 @@ import {
 } from './checkpoint.ts';
 import { buildComponent } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
-import { saveWeights, writeJson } from './save.ts';
+import { saveShardsInTurns, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
@@ -138,23 +139,31 @@ function converted(weights: WeightSource, name: string, from: FloatDType, to: Fl
   return encodeNumbers(values, to);
 }
 
-/** Writes the chosen components as a diffusers folder; `out` appears whole or not at all. */
-export function exportFolder(source: ModelSource, out: string, request: ExportRequest): Certificate {
+/** Writes the chosen components as a diffusers folder; `out` appears whole or not at all. @throws UserError */
+export function* exportFolder(
+  source: ModelSource,
+  out: string,
+  request: ExportRequest,
+): Generator<void, Certificate> {
   const chosen = chooseComponents(source, request.save_keys);
   const outgoing = new Outgoing(request);
   try {
     const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
     const plans = weighty.map((name) => [name, outgoing.entries(source, name)] as const);
     const count = plans.flatMap(([, entries]) => entries).length;
-    return replaceFolderAtomically(out, (folder) => {
+    return yield* newFolderInTurns(out, function* (folder) {
       for (const [name, entries] of plans) {
         writeJson(join(folder, name, 'config.json'), source.config(name));
         const noted = outgoing.noted(name, entries, count);
-        saveWeights(join(folder, name), name, noted, request.max_shard_size);
+        yield* saveShardsInTurns(join(folder, name), name, noted, request.max_shard_size);
       }
       for (const name of chosen) copyPlain(source, name, join(folder, name));
       writeJson(join(folder, 'model_index.json'), indexOf(source, chosen));
-      return certify(source, openModel(folder), outgoing.hashes, weighty, request);
+      for (const name of weighty) {
+        const files = readdirSync(join(folder, name)).filter((file) => file.endsWith('.safetensors'));
+        for (const file of files) yield* compareHashes(join(folder, name, file), name, outgoing.hashes);
+      }
+      return yield* certify(source, openModel(folder), outgoing.hashes, weighty, request);
     });
   } finally {
     outgoing.close();
@@ -188,7 +197,11 @@ function indexOf(source: ModelSource, chosen: readonly string[]): Json {
 }
 
 /** Writes all weights into one file under the original keys. */
-export function exportSingleFile(source: ModelSource, out: string, request: ExportRequest): Certificate {
+export function* exportSingleFile(
+  source: ModelSource,
+  out: string,
+  request: ExportRequest,
+): Generator<void, Certificate> {
   const chosen = chooseComponents(source, request.save_keys);
   const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
   const needed = weightComponents.filter((name) => source.has(name));
@@ -199,43 +212,63 @@ export function exportSingleFile(source: ModelSource, out: string, request: Expo
     const marks = hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];
     const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name), marks);
     const noted = outgoing.noted('', entries, entries.length);
-    return replaceAtomically(out, (temporary) => {
-      writeSafetensors(temporary, noted, { format: 'pt' });
-      compareHashes(temporary, '', outgoing.hashes);
+    return yield* replaceInTurns(out, function* (temporary) {
+      yield* writeSafetensorsInTurns(temporary, noted, { format: 'pt' });
+      yield* compareHashes(temporary, '', outgoing.hashes);
       const written = openSingleFile(temporary, { configs: source });
-      const forward = weighty.filter((name) => sameForward(source, written, name, request));
-      return { tensors: entries.length, sha256: total(outgoing.hashes), forward };
+      return yield* certify(source, written, outgoing.hashes, weighty, request);
     });
   } finally {
     outgoing.close();
   }
 }
 
-function certify(
-  source: ModelSource,
-  written: ModelSource,
-  hashes: ReadonlyMap<string, string>,
-  components: readonly string[],
-  request: ExportRequest,
-): Certificate {
-  for (const name of components) {
-    for (const file of readdirSync(join(written.path, name)).filter((f) => f.endsWith('.safetensors')))
-      compareHashes(join(written.path, name, file), name, hashes);
-  }
-  const forward = components.filter((name) => sameForward(source, written, name, request));
-  return { tensors: hashes.size, sha256: total(hashes), forward };
-}
-
 /** Reads a written file back. A difference is a broken disk or a bug, not a user's mistake. */
-function compareHashes(path: string, scope: string, hashes: ReadonlyMap<string, string>): void {
+function* compareHashes(
+  path: string,
+  scope: string,
+  hashes: ReadonlyMap<string, string>,
+): Generator<void, void> {
   const file = openSafetensors(path);
   try {
     for (const name of file.tensors.keys()) {
       if (sha256(file.read(name)) !== hashes.get(`${scope}/${name}`))
         throw new UserError(`${path}: tensor ${name} reads back other than it was written; check the disk`);
+      yield;
     }
   } finally {
     file.close();
+  }
+}
+
+/** Loads each component from both and compares one forward pass, bit for bit. */
+function* certify(
+  source: ModelSource,
+  written: ModelSource,
+  hashes: ReadonlyMap<string, string>,
+  forward: string[],
+  request: ExportRequest,
+): Generator<void, Certificate> {
+  for (const name of forward) {
+    const dtype = request.dtype ?? storedType(source, name);
+    const want = throughModel(source, name, dtype, request.device);
+    yield;
+    const got = throughModel(written, name, dtype, request.device);
+    if (Buffer.compare(Buffer.from(want.buffer), Buffer.from(got.buffer)) !== 0)
+      throw new UserError(`the exported ${name} computes other numbers than its source; nothing was kept`);
+    yield;
+  }
+  return { tensors: hashes.size, sha256: total(hashes), forward };
+}
+
+function throughModel(model: ModelSource, name: string, dtype: FloatDType, device: Device): Float32Array {
+  const built = buildComponent(model.config(name));
+  if (!built) throw new Error(`${name} lost its class`);
+  try {
+    model.load(name, built.module, device, dtype);
+    return built.probe(device, dtype);
+  } finally {
+    unload(built.module);
   }
 }
 
@@ -246,30 +279,6 @@ const total = (hashes: ReadonlyMap<string, string>): string =>
       .map(([name, hash]) => `${name} ${hash}\n`)
       .join(''),
   );
-
-/** Loads a component from both and compares one forward pass, bit for bit. */
-function sameForward(
-  source: ModelSource,
-  written: ModelSource,
-  name: string,
-  { device, dtype: asked }: ExportRequest,
-): true {
-  const dtype = asked ?? storedType(source, name);
-  const through = (model: ModelSource): Float32Array => {
-    const built = buildComponent(source.config(name));
-    if (!built) throw new Error(`${name} lost its class`);
-    try {
-      model.load(name, built.module, device, dtype);
-      return built.probe(device, dtype);
-    } finally {
-      unload(built.module);
-    }
-  };
-  const [want, got] = [through(source), through(written)];
-  if (Buffer.compare(Buffer.from(want.buffer), Buffer.from(got.buffer)) !== 0)
-    throw new UserError(`the exported ${name} computes other numbers than its source; nothing was kept`);
-  return true;
-}
 
 /** The type that most of a component's weights take in memory: its first tensor's. */
 function storedType(source: ModelSource, name: string): FloatDType {

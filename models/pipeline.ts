@@ -7,6 +7,7 @@ import { unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { inTurns } from '../io/turns.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
 import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
@@ -207,27 +208,12 @@ function checkCounts(request: Request, images: number, ratio: number): void {
     throw new UserError(`${width}x${height} pixels are not whole latents: give sides divisible by ${ratio}`);
 }
 
-/**
- * denoise() to its end. Between the steps others have their turn: signals are heard, a server answers. `onStep` may leave by
- * throwing.
- */
-export async function denoiseToEnd(
+/** denoise() to its end, with turns for others between the steps. `onStep` may leave by throwing. */
+export const denoiseToEnd = (
   pipeline: Pipeline,
   request: Request,
-  onStep: (progress: Progress) => void = () => {},
-): Promise<Denoised> {
-  const loop = denoise(pipeline, request);
-  for (;;) {
-    const turn = loop.next();
-    if (turn.done) return turn.value;
-    try {
-      onStep(turn.value);
-    } catch (error) {
-      loop.throw(error); // frees what the loop holds, and throws on
-    }
-    await new Promise((resolve) => setImmediate(resolve));
-  }
-}
+  onStep?: (progress: Progress) => void,
+): Promise<Denoised> => inTurns(denoise(pipeline, request), onStep);
 
 /** Latents → pictures [n, 3, h, w], about [-1, 1]. */
 export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>

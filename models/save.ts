@@ -5,7 +5,7 @@ import type { Parameter } from '../engine/module.ts';
 import { sizeOf, type Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
-import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { type TensorEntry, writeSafetensors, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import { channelsFirst, type Json } from './checkpoint.ts';
 
 /** The name of a component's weight file: transformers' for text encoders, diffusers' for adapters and the rest. */
@@ -30,6 +30,9 @@ export function weightEntries(
   });
 }
 
+/** What transformers and diffusers ask of a file before they read it. */
+const format = { format: 'pt' };
+
 export interface SavedComponent {
   /** Names the weight file; `lora` for adapters. */
   name: string;
@@ -44,26 +47,23 @@ export interface SavedComponent {
 export function saveComponent(folder: string, { name, config, metadata, weights }: SavedComponent): void {
   makeFolder(folder);
   if (config) writeJson(join(folder, 'config.json'), config);
-  saveWeights(folder, name, weights, Number.POSITIVE_INFINITY, metadata);
+  writeSafetensors(join(folder, weightFile(name)), weights, { ...format, ...metadata });
 }
 
-/** Writes a component's weights: one file, or above `maxShardSize` bytes several and the index that names them. */
-export function saveWeights(
+/** Writes a component's weights, a tensor at a time: one file, or above `maxShardSize` bytes several and the index that names them. */
+export function* saveShardsInTurns(
   folder: string,
   component: string,
   entries: readonly TensorEntry[],
-  maxShardSize = Number.POSITIVE_INFINITY,
-  metadata: Readonly<Record<string, string>> = {},
-): void {
+  maxShardSize: number,
+): Generator<void, void> {
   const file = weightFile(component);
   const shards = shardsOf(entries, maxShardSize);
   const number = (n: number) => String(n).padStart(5, '0');
   const name = (i: number) =>
     shards.length === 1 ? file : file.replace('.', `-${number(i + 1)}-of-${number(shards.length)}.`);
-  shards.forEach((shard, i) => {
-    // The format is what transformers and diffusers ask of a file before they read it.
-    writeSafetensors(join(folder, name(i)), shard, { format: 'pt', ...metadata });
-  });
+  for (const [i, shard] of shards.entries())
+    yield* writeSafetensorsInTurns(join(folder, name(i)), shard, format);
   if (shards.length === 1) return;
   writeJson(join(folder, `${file}.index.json`), {
     metadata: { total_size: entries.reduce((sum, entry) => sum + byteLength(entry), 0) },

@@ -13,6 +13,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { main } from '../cli/main.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { readJson } from '../io/files.ts';
 import { writePng } from '../io/image.ts';
@@ -284,6 +285,29 @@ test('what the trainer itself saves: adapters, and a model from random weights',
   rmSync(folder, { recursive: true });
 });
 
+test('Ctrl-C amid an export ends it there, and leaves nothing', async (t) => {
+  const folder = scratch();
+  const interrupted = async (share: number, ...argv: string[]) => {
+    let [left, turns] = [false, 0];
+    const err = (text: string) => {
+      const [, done, total] = /tensors (\d+)\/(\d+)/.exec(text) ?? [];
+      if (left) turns++;
+      if (done && Number(done) >= share * Number(total)) left = process.emit('SIGINT', 'SIGINT');
+    };
+    const status = await main(['export', golden('tiny-sdxl'), ...argv], { live: true, out: () => {}, err });
+    return [status, turns, readdirSync(folder)];
+  };
+  const file = [join(folder, 'x.safetensors'), '--format', 'single-file'];
+  const listeners = process.listenerCount('SIGINT');
+  for (const out of [[join(folder, 'x')], file]) {
+    // What comes last is the bar's end.
+    t.same(await interrupted(0.5, ...out), [130, 1, []], 'amid the writing');
+    t.same(await interrupted(1, ...out), [130, 1, []], 'after it, while it is read back');
+  }
+  t.equal(process.listenerCount('SIGINT'), listeners, 'no handler stays');
+  rmSync(folder, { recursive: true });
+});
+
 test('mistakes leave nothing behind', async (t) => {
   const folder = scratch();
   const lacking = join(folder, 'lacking');
@@ -330,6 +354,11 @@ test('mistakes leave nothing behind', async (t) => {
     ['unknown type', [golden('tiny-sdxl'), out, '--dtype', 'fp16'], /--dtype takes/],
     ['a size that is none', [golden('tiny-sdxl'), out, '--max-shard-size', 'big'], /--max-shard-size takes/],
     ['something in the way', [golden('tiny-sdxl'), lacking], /exists; remove it/],
+    [
+      'the folder one is in',
+      [golden('tiny-sdxl'), '.'],
+      /\. is the folder you are in, .* name a new one in it, such as model\n/,
+    ],
     ['no source', [join(folder, 'absent'), out], /no model at/],
     ['--ema of a model', [golden('tiny-sdxl'), out, '--ema'], /no moving averages/],
     [
@@ -354,6 +383,9 @@ test('mistakes leave nothing behind', async (t) => {
       /single-file is one file; give a name that ends in \.safetensors, not .*out/,
     ],
   ];
+  const before = process.cwd();
+  process.chdir(scratch());
+  t.teardown(() => process.chdir(before));
   for (const [label, argv, says] of cases) {
     const { status, err } = await run(...argv, '--quiet');
     t.ok(status === 2 && says.test(err) && err.trim().split('\n').length === 1, `${label}: ${err.trim()}`);

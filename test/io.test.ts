@@ -1,6 +1,15 @@
 // The io folder's types and files: halves to the bit, and files that are written whole or not at all.
 import { spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import {
@@ -14,12 +23,14 @@ import {
 import {
   assertWritable,
   makeFolder,
+  newFolderInTurns,
   readJson,
   readLines,
   replaceAtomically,
   replaceFolderAtomically,
   writeFileAtomic,
 } from '../io/files.ts';
+import { atOnce, inTurns } from '../io/turns.ts';
 import { allClose } from './golden.ts';
 import { at, exact, folder, messageOf, randomNumbers, refuses } from './io_helpers.ts';
 
@@ -198,6 +209,36 @@ test('files: folders', (t) => {
     'nothing left behind',
   );
   t.end();
+});
+
+test('files: a new folder in turns', async (t) => {
+  function* write(temporary: string): Generator<void, string> {
+    mkdirSync(join(temporary, 'deep'));
+    for (const name of ['a', 'deep/b']) {
+      writeFileSync(join(temporary, name), name);
+      yield;
+    }
+    return 'made';
+  }
+  const place = at('turns/new');
+  mkdirSync(at('turns'));
+  const left = () => readdirSync(at('turns'));
+  let pieces = 0;
+  t.equal(await inTurns(newFolderInTurns(place, write), () => void pieces++), 'made');
+  t.equal(pieces, 2);
+  t.same([left(), readdirSync(place)], [['new'], ['a', 'deep']]);
+  refuses(t, /turns\/new holds files by now/, () => atOnce(newFolderInTurns(place, write)));
+  const leave = inTurns(newFolderInTurns(at('turns/left'), write), () => {
+    throw new Error('enough');
+  });
+  await t.rejects(leave, /enough/);
+  t.same(left(), ['new'], 'nothing of either is left');
+  rmSync(place, { recursive: true });
+  mkdirSync(place);
+  symlinkSync('new', at('turns/link'));
+  atOnce(newFolderInTurns(at('turns/link'), write));
+  t.same(readdirSync(place), ['a', 'deep'], 'an empty folder gives way, by a link too');
+  t.same(left(), ['link', 'new']);
 });
 
 test('files: assertWritable and readJson', (t) => {
