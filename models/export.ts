@@ -3,13 +3,13 @@
 // one forward pass through it must equal the source's. A missing or an extra tensor is an error before anything is written.
 // The work yields after each tensor and each pass, as a model is of many GB: whoever drives it may leave there.
 import { createHash } from 'node:crypto';
-import { copyFileSync, existsSync, readdirSync } from 'node:fs';
+import { cpSync, existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, makeFolder, newFolderInTurns, replaceInTurns } from '../io/files.ts';
+import { asUserError, newFolderInTurns, replaceInTurns } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import {
   type Json,
@@ -174,10 +174,8 @@ export function* exportFolder(
 function copyPlain(source: ModelSource, name: string, folder: string): void {
   if (name === 'scheduler') writeJson(join(folder, 'scheduler_config.json'), source.config(name));
   if (!(tokenizers as readonly string[]).includes(name)) return;
-  const from = source.folder(name);
   try {
-    makeFolder(folder);
-    for (const file of readdirSync(from)) copyFileSync(join(from, file), join(folder, file));
+    cpSync(source.folder(name), folder, { recursive: true, dereference: true });
   } catch (error) {
     throw asUserError(error, folder);
   }
