@@ -79,12 +79,12 @@ const temporaryBeside = (path: string): string =>
   join(dirname(path), `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 
 /**
- * Ctrl-C (and what a service manager sends) ends a program at once, which is what people want, except between a temporary file
- * and its rename: this defers it to the end of the running turn, when the file stands whole. Programs with a handler of their
- * own decide themselves.
+ * Ctrl-C (and what a service manager sends, or a terminal that is closed) ends a program at once, which is what people want,
+ * except between a temporary file and its rename: this defers it to the end of the running turn, when the file stands whole.
+ * Programs with a handler of their own decide themselves.
  */
 function holdInterrupt(): void {
-  for (const name of ['SIGINT', 'SIGTERM'] as const) {
+  for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     if (process.listenerCount(name) > 0) continue;
     const leave = () => process.exit(128 + os.signals[name]);
     process.on(name, leave);

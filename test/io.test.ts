@@ -153,13 +153,13 @@ test('files: written whole or not at all', (t) => {
 test('files: Ctrl-C waits for the rename', { skip: process.platform === 'win32' && 'no signals' }, (t) => {
   const path = at('held.txt');
   const module = JSON.stringify(new URL('../io/files.js', import.meta.url).href);
-  const interrupted = (handler: string) => {
+  const interrupted = (handler: string, signal = 'SIGINT') => {
     const program = `
       const { replaceAtomically } = await import(${module});
       const { writeFileSync } = await import('node:fs');
       ${handler}
       replaceAtomically(${JSON.stringify(path)}, (temporary) => {
-        process.kill(process.pid, 'SIGINT');
+        process.kill(process.pid, '${signal}');
         for (const until = Date.now() + 50; Date.now() < until; );
         writeFileSync(temporary, 'whole');
       });
@@ -169,6 +169,7 @@ test('files: Ctrl-C waits for the rename', { skip: process.platform === 'win32' 
     return [status, String(stdout)];
   };
   t.same(interrupted(''), [130, ''], 'and then ends the program');
+  t.same(interrupted('', 'SIGHUP'), [129, ''], 'as a terminal that is closed does');
   const own = "process.on('SIGINT', () => console.log('heard'));";
   t.same(interrupted(own), [0, 'heard\nwent on\n'], 'unless it hears signals itself');
   t.notOk(
