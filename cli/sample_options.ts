@@ -108,7 +108,7 @@ export function addSampleOptions(command: Command): Command {
     )
     .option(
       '--textual-inversion <FILE[:TOKEN]>',
-      "an embedding for SDXL (clip_l and clip_g), which a prompt calls by TOKEN (default: the file's name); may be given more than once",
+      "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script), called by TOKEN in prompts (default: the file's name); may be given more than once",
       (text, all: string[] = []) => [...all, text],
     )
     .option('--device <NAME>', devices, 'auto')

@@ -33,8 +33,8 @@ const breaks = /\s*(?<![\p{L}\p{N}_])BREAK(?![\p{L}\p{N}_])\s*/u;
 export function parsePromptAttention(prompt: string): Span[] {
   const spans: Span[] = [];
   const open: Record<'(' | '[', number[]> = { '(': [], '[': [] };
-  const weigh = (start: number | undefined, weight: number) => {
-    for (const span of spans.slice(start)) span.weight *= weight;
+  const weigh = (start = 0, weight: number) => {
+    for (let i = start; i < spans.length; i++) spans[i].weight *= weight;
   };
   for (const [text, weight] of prompt.matchAll(marks)) {
     if (text[0] === '\\') spans.push({ text: text.slice(1), weight: 1 });
