@@ -65,11 +65,11 @@ const touched: Record<string, string> = {
   'a store': 'st.global.u32 [%to], %t;',
   'an atomic': 'atom.global.add.u32 %r1, [%to], 0;',
   'a reduction': 'red.global.add.u32 [%to], 0;',
-  'a prefetch': 'prefetch.global.L2 [%from];',
+  'a prefetch': 'prefetch.global.L1 [%from];',
+  'what L2 may drop': 'discard.global.L2 [%from], 128;',
   'cp.async': 'cp.async.ca.shared.global [%r2], [%from], 4; cp.async.wait_all;',
   'a bulk load': bulk('shared::cluster.global.mbarrier::complete_tx::bytes [%s], [%from], 16, [%b]'),
   'a bulk store': bulk('global.shared::cta.bulk_group [%to], [%s], 16'),
-  'a bulk prefetch': bulk('prefetch.L2.global [%from], 16'),
 };
 
 const tensors = (ptx: string) => (bench: Bench) => {
@@ -81,6 +81,15 @@ const waiting = hopper.replace(
   /(\.entry wgemm\([^{]*\{[\s\S]*?\n)(\s*ld\.param)/,
   '$1\tgriddepcontrol.wait;\n$2',
 );
+
+/** The same, where before the wait a box of so many dimensions is asked for. */
+const asking = (rank: number): string =>
+  waiting.replace(
+    'griddepcontrol.wait;',
+    `{ .reg .b64 %map; .reg .b32 %zero; mov.b32 %zero, 0; mov.b64 %map, wgemm_param_0; cvta.param.u64 %map, %map;
+cp.async.bulk.prefetch.tensor.${rank}d.L2.global.tile [%map, {${Array(rank).fill('%zero')}}]; }
+griddepcontrol.wait;`,
+  );
 
 const faults: readonly Fault[] = [
   ['control', /nothing/, run(ptxOf())],
@@ -97,6 +106,8 @@ const faults: readonly Fault[] = [
     ),
   ],
   ['control: a map is prefetched', /nothing/, run(ptxOf('prefetch.tensormap [%from];'))],
+  ['control: a line is prefetched to L2', /nothing/, run(ptxOf('prefetch.global.L2 [%from];'))],
+  ['control: bytes are prefetched to L2', /nothing/, run(ptxOf(bulk('prefetch.L2.global [%from], 16')))],
   ...Object.entries(touched).map(
     ([name, text]): Fault => [`${name} before the wait`, /grid dependency/, run(ptxOf(text))],
   ),
@@ -119,6 +130,8 @@ const faults: readonly Fault[] = [
     run(ptxOf('', 'ld.global.nc.u32 %r1, [%from]; st.global.u32 [%to], %r1;')),
   ],
   ['a tensor copy before the wait', /grid dependency/, tensors(hopper)],
+  ['control: a box is prefetched to L2 before the wait', /nothing/, tensors(asking(2))],
+  ['a box of a third dimension is prefetched', /tensor map/, tensors(asking(3))],
   ['control: tensor copies after the wait', /nothing/, tensors(waiting)],
 ];
 checkFaults('what a grid may not do before it has waited', faults, hopperGpu);

@@ -31,16 +31,27 @@ template <class S> struct Pixels {
   const Grid grid;
   const int taps, taps_across, channel_steps, skip_steps, own, images;
   int m, n;
-  __device__ void prefetch() const { prefetch_map(image), prefetch_map(weight); }
-  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
+  typedef OperandTile<S::N, true> B;
+  struct Read {
+    int tap, channel, image;
+    bool second; // of the second image
+    Place b;
+  };
+  __device__ Read of(int step) const {
     const int steps = channel_steps + skip_steps;
     const Pass pass = pass_of(step, taps * steps);
     const int tap = pass.step / steps, inside = pass.step - tap * steps;
     const bool second = inside >= channel_steps;
     const int channel = (second ? inside - channel_steps : inside) * STEP;
-    load_grid(to_a, second ? skip : image, barrier, channel, m, grid, tap % taps_across, tap / taps_across, 0, pass.a * images);
-    OperandTile<S::N, true>::load(cluster, to_b, weight, barrier, n, second ? own + channel : channel, tap + pass.b * taps);
+    return {tap, channel, pass.a * images, second, {n, second ? own + channel : channel, tap + pass.b * taps, S::N / 2}};
+  }
+  __device__ void prefetch_maps() const { prefetch_map(image), prefetch_map(weight); }
+  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
+  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, weight, of(step).b); }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
+    const Read at = of(step);
+    load_grid(to_a, at.second ? skip : image, barrier, at.channel, m, grid, at.tap % taps_across, at.tap / taps_across, 0, at.image);
+    B::load(cluster, to_b, weight, barrier, at.b);
   }
 };
 
@@ -50,12 +61,16 @@ template <class S> struct TurnedPixels {
   const Grid grid;
   const int taps, taps_across, channel_steps;
   int m, n;
-  __device__ void prefetch() const { prefetch_map(dy), prefetch_map(weight); }
+  typedef OperandTile<S::N, false> B;
+  __device__ Place of_b(int step) const { return {n, step % channel_steps * STEP, step / channel_steps, 0}; }
+  __device__ void prefetch_maps() const { prefetch_map(dy), prefetch_map(weight); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n; }
+  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, weight, of_b(step)); }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    const int tap = step / channel_steps, channel = (step - tap * channel_steps) * STEP, seen = taps - 1 - tap;
-    load_grid(to_a, dy, barrier, channel, m, grid, seen % taps_across, seen / taps_across);
-    OperandTile<S::N, false>::load(cluster, to_b, weight, barrier, n, channel, tap);
+    const Place at = of_b(step);
+    const int seen = taps - 1 - at.slab;
+    load_grid(to_a, dy, barrier, at.k, m, grid, seen % taps_across, seen / taps_across);
+    B::load(cluster, to_b, weight, barrier, at);
   }
 };
 
@@ -65,7 +80,8 @@ template <class S> struct WeightGradient {
   const Grid grid;
   const int taps_across;
   int m, n, tap;
-  __device__ void prefetch() const { prefetch_map(dy), prefetch_map(image); }
+  __device__ void prefetch_maps() const { prefetch_map(dy), prefetch_map(image); }
+  __device__ void prefetch(int, const Cluster &) const {} // pixels
   __device__ void begin(const Work &work) { m = work.m, n = work.n, tap = work.slab; }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, false>::load(to_a, dy, barrier, m, step * STEP, 0);

@@ -8,11 +8,14 @@ template <class S> struct Bytes {
   const float *a_scale, *b_scale;
   const int second; // rows from B's first half tile to its second
   int m, n, slab;
-  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
+  typedef OperandTile<S::N, true> B;
+  __device__ void prefetch_maps() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
+  __device__ Place of_b(int step) const { return {n, step * STEP_BYTES, slab, second}; }
+  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, b, of_b(step)); }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     load_box(to_a, a, barrier, step * STEP_BYTES, m, slab);
-    OperandTile<S::N, true>::load(cluster, to_b, b, barrier, n, step * STEP_BYTES, slab, second);
+    B::load(cluster, to_b, b, barrier, of_b(step));
   }
   __device__ float scale() const { return *a_scale * *b_scale; }
 };

@@ -9,12 +9,15 @@ template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {
   const int second; // rows from B's first half tile to its second, where B lies along k
   const int steps, slabs; // of a pass, of a plane
   int m, n, slab;
-  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
+  typedef OperandTile<S::N, B_ALONG> B;
+  __device__ void prefetch_maps() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
+  __device__ Place of_b(const Pass &pass) const { return {n, pass.step * STEP, slab + pass.b * slabs, second}; }
+  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, b, of_b(pass_of(step, steps))); }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     const Pass pass = pass_of(step, steps);
     OperandTile<S::M, A_ALONG>::load(to_a, a, barrier, m, pass.step * STEP, slab + pass.a * slabs);
-    OperandTile<S::N, B_ALONG>::load(cluster, to_b, b, barrier, n, pass.step * STEP, slab + pass.b * slabs, second);
+    B::load(cluster, to_b, b, barrier, of_b(pass));
   }
 };
 
@@ -32,11 +35,15 @@ template <class S> struct Projections {
   const TensorMap &a, &b;
   const MoreMaps &more;
   int m, n, slab;
-  __device__ void prefetch() const { prefetch_map(a), prefetch_map(b); }
+  typedef OperandTile<S::N, true> B;
+  __device__ void prefetch_maps() const { prefetch_map(a), prefetch_map(b); }
   __device__ void begin(const Work &work) { m = work.m, n = work.n, slab = work.slab; }
+  __device__ const TensorMap &weight() const { return slab > 0 ? more.weight[slab - 1] : b; }
+  __device__ Place of_b(int step) const { return {n, step * STEP, 0, S::N / 2}; }
+  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, weight(), of_b(step)); }
   __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
     OperandTile<S::M, true>::load(to_a, a, barrier, m, step * STEP, 0);
-    OperandTile<S::N, true>::load(cluster, to_b, slab > 0 ? more.weight[slab - 1] : b, barrier, n, step * STEP, 0);
+    B::load(cluster, to_b, weight(), barrier, of_b(step));
   }
 };
 

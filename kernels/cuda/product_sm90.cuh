@@ -7,8 +7,9 @@
 // Two blocks of a cluster may take tiles one below the other and share B's, the wider operand, where L2 would hold them
 // back: a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
-// What the stages read is the Source: prefetch() its maps, begin(work) once an item, load(step, stage, barrier, cluster) for each
-// step.
+// What the stages read is the Source: prefetch_maps(), begin(work) once an item, load(step, stage, barrier, cluster) for each step. B is
+// most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for the first of it while the kernel
+// before still runs (NVIDIA's CUTLASS, example 63).
 // Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass.
 #pragma once
 #include "epilogue_sm90.cuh"
@@ -31,11 +32,10 @@ DEVICE Pass pass_of(int step, int steps) {
   return {step - pass * steps, pass == 0, pass == 1};
 }
 
-// A box of B, which is part number `part` of its tile: the blocks of a pair bring every other one, to both.
-DEVICE void load_part(const Cluster &cluster, int part, uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z) {
-  if (cluster.blocks == 1) load_box(to, map, barrier, x, y, z);
-  else if (part % 2 == cluster.rank) load_box_to(BOTH, to, map, barrier, x, y, z);
-}
+// Where a tile of B begins; along k its second half lies `second` rows after.
+struct Place {
+  int first, k, slab, second;
+};
 
 // ---- operands in shared memory: descriptors of 64 rows of A, of all of B
 
@@ -55,15 +55,26 @@ template <int WIDTH, bool ALONG> struct OperandTile {
 #pragma unroll
       for (int i = 0; i < CHUNKS; i++) load_box(to + i * CHUNK_BYTES, map, barrier, place + i * CHUNK, k, slab);
   }
-  // B's, with n for m; along k in two boxes of half the rows, `second` rows apart.
-  static __device__ void load(const Cluster &cluster, uint32_t to, const TensorMap &map, uint32_t barrier, int place, int k, int slab,
-                              int second = WIDTH / 2) {
+  // B's boxes, with n for m; along k there are two of half the rows. body(bytes from the tile's start, x, y) for each that is this
+  // block's to bring: of a pair's every other one.
+  template <class F> static __device__ void each_box(const Cluster &cluster, const Place &at, F &&body) {
+    const auto own = [&](int i) { return cluster.blocks == 1 || i % 2 == cluster.rank; };
     if constexpr (ALONG) {
-      load_part(cluster, 0, to, map, barrier, k, place, slab);
-      load_part(cluster, 1, to + WIDTH / 2 * SPAN, map, barrier, k, place + second, slab);
+      if (own(0)) body(0, at.k, at.first);
+      if (own(1)) body(WIDTH / 2 * SPAN, at.k, at.first + at.second);
     } else
 #pragma unroll
-      for (int i = 0; i < CHUNKS; i++) load_part(cluster, i, to + i * CHUNK_BYTES, map, barrier, place + i * CHUNK, k, slab);
+      for (int i = 0; i < CHUNKS; i++)
+        if (own(i)) body(i * CHUNK_BYTES, at.first + i * CHUNK, at.k);
+  }
+  static __device__ void load(const Cluster &cluster, uint32_t to, const TensorMap &map, uint32_t barrier, const Place &at) {
+    each_box(cluster, at, [&](int bytes, int x, int y) {
+      if (cluster.blocks == 1) load_box(to + bytes, map, barrier, x, y, at.slab);
+      else load_box_to(BOTH, to + bytes, map, barrier, x, y, at.slab);
+    });
+  }
+  static __device__ void prefetch(const Cluster &cluster, const TensorMap &map, const Place &at) {
+    each_box(cluster, at, [&](int, int x, int y) { prefetch_box(map, x, y, at.slab); });
   }
 };
 
@@ -102,7 +113,13 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const Cluster cluster;
   launch_dependents();
-  if (threadIdx.x == 32) source.prefetch();
+  if (threadIdx.x == 32) {
+    source.prefetch_maps();
+    const Work work = work_of<S, Finish::COLUMNS>(blockIdx.x, cut);
+    source.begin(work);
+#pragma unroll 1
+    for (int step = work.first; step < min(work.end, work.first + STAGES); step++) source.prefetch(step, cluster);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(full + 8 * i, 1);

@@ -103,6 +103,11 @@ DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" 
 // A map is a parameter of this launch, so this may go before the wait.
 DEVICE void prefetch_map(const TensorMap &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
+// Asks for a box to be brought to L2. Before the wait too: what has not been written yet is written there, to the same lines.
+DEVICE void prefetch_box(const TensorMap &map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
 DEVICE void load_box(uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),

@@ -180,7 +180,8 @@ ${whenLoaded}`,
 
 const loadPtx = loadBy(
   mapParameters,
-  'cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];',
+  `cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%m, {%x, %y, %z}];
+cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%m, {%x, %y, %z}], [%b];`,
 );
 
 const imagePtx = loadBy(

@@ -250,9 +250,10 @@ function mapAddress(e: Emitter, i: Instruction): void {
   e.setInt(to, `mapa(l,${e.int(from)},${e.int(rank)},${i.site})`);
 }
 
-/** What only moves lines of the caches; a tensor map is a parameter of the launch. */
+/** What only moves lines of the caches. L2 holds no stale ones, and a tensor map is a parameter of the launch. */
 function prefetch(e: Emitter, i: Instruction): void {
-  if (!i.modifiers.includes('tensormap')) e.line(`race.globalPrefetch(l,${i.site});`);
+  const harmless = i.opcode === 'prefetch' && i.modifiers.some((word) => /^(tensormap|L2)/.test(word));
+  if (!harmless) e.line(`race.globalPrefetch(l,${i.site});`);
 }
 
 /** Opcodes that move data, whatever their type. */

@@ -1,5 +1,5 @@
 // Programmatic dependent launch. A grid so launched may begin while the grids before it still run: until a thread has waited for
-// those (griddepcontrol.wait) it may not touch global memory, and it may not end before, for whoever waits for its grid must
+// those (griddepcontrol.wait) it may not touch global memory, but for asking L2 to hold some of it, and it may not end before, for whoever waits for its grid must
 // thereby have waited for all grids before. ld.global.nc is outside of what the wait makes visible. Grids run one after another
 // here all the same: one that keeps to this cannot tell the difference. A grid launched otherwise has nothing to wait for.
 import type { Group, Machine } from './machine.ts';
@@ -13,7 +13,7 @@ export function gridDependency({ m, i, active }: WarpCall): Outcome {
   return 'next';
 }
 
-/** A lane of the running warp reads, writes or prefetches global memory. */
+/** A lane of the running warp reads or writes global memory, or has what may be stale brought to it. */
 export function checkWaited(m: Machine, lane: number, at: Instruction | number): void {
   if (m.programmatic && !((m.warp.waited >>> lane) & 1))
     fail(m, 'grid dependency', 'global memory is touched before griddepcontrol.wait', lane, at);

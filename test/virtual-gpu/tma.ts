@@ -35,8 +35,8 @@ export function bulkCopy(call: WarpCall): Outcome {
   const { m, i } = call;
   const words = i.modifiers;
   eachLane(call, (lane) => {
+    if (words.includes('prefetch')) return checkPrefetch(call, lane);
     if (!words[2].endsWith('_group')) checkWaited(m, lane, i);
-    if (words.includes('prefetch')) return;
     const groups = groupsOf(m.warp, lane);
     if (words[2] === 'commit_group') {
       groups.groups.push(groups.current);
@@ -51,6 +51,11 @@ export function bulkCopy(call: WarpCall): Outcome {
     } else start(call, lane, groups);
   });
   return 'next';
+}
+
+/** To L2, which holds nothing stale: before griddepcontrol.wait too. */
+function checkPrefetch(call: WarpCall, lane: number): void {
+  if (call.i.modifiers.includes('tensor')) tensorMap(call, lane, call.i.operands[0]);
 }
 
 function groupsOf(warp: Warp, lane: number): BulkGroups {
