@@ -2,8 +2,16 @@
 export { openDevice } from './engine/device.ts';
 export { UserError } from './io/errors.ts';
 export { resolveHub } from './io/hub.ts';
-export { preprocess, preprocessMask, readMask, readPicture, toPictures, writePng } from './io/image.ts';
-export { openModel } from './models/checkpoint.ts';
+export {
+  preprocess,
+  preprocessControl,
+  preprocessMask,
+  readMask,
+  readPicture,
+  toPictures,
+  writePng,
+} from './io/image.ts';
+export { openComponent, openComponentFile, openModel } from './models/checkpoint.ts';
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export { mergeLora } from './models/lora.ts';

@@ -82,8 +82,8 @@ export function writePng(path: string, picture: Pixels, text: Readonly<Record<st
  */
 const vaeSide = (side: number): number => side - (side % 8);
 
-/** One picture as the VAE takes it: [1, 3, h, w] in [-1, 1], resized by Lanczos to `width` x `height`. */
-export function preprocess(
+/** One picture as a ControlNet takes it: [1, 3, h, w] in [0, 1], resized by Lanczos to `width` x `height`. */
+export function preprocessControl(
   picture: Picture,
   width: number = vaeSide(picture.width),
   height: number = vaeSide(picture.height),
@@ -92,9 +92,20 @@ export function preprocess(
   const area = width * height;
   const data = new Float32Array(3 * area);
   for (let i = 0; i < area; i++) {
-    for (let c = 0; c < 3; c++) data[c * area + i] = 2 * Math.fround(pixels[3 * i + c] / 255) - 1;
+    for (let c = 0; c < 3; c++) data[c * area + i] = pixels[3 * i + c] / 255;
   }
   return { data, shape: [1, 3, height, width] };
+}
+
+/** One picture as the VAE takes it: the same in [-1, 1]. */
+export function preprocess(
+  picture: Picture,
+  width?: number,
+  height?: number,
+): { data: Float32Array; shape: [1, 3, number, number] } {
+  const { data, shape } = preprocessControl(picture, width, height);
+  for (let i = 0; i < data.length; i++) data[i] = 2 * data[i] - 1;
+  return { data, shape };
 }
 
 /**

@@ -1,7 +1,7 @@
 // Reading a diffusers folder: one config.json and one or more .safetensors files per component. Weights are streamed
 // tensor by tensor into the device, so loading never holds more than one tensor beside the model itself.
 import { existsSync, readdirSync, statSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
@@ -60,7 +60,22 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
 }
 
 /** A lone component's folder (config.json beside its weights, as a VAE is published), seen as a model that has only it. */
-export const openComponent = (path: string): ModelSource => folderSource(path, {}, () => path);
+export const openComponent = (path: string, { variant }: { variant?: string } = {}): ModelSource =>
+  folderSource(path, {}, () => path, variant);
+
+/** A lone component in one file under diffusers' names, with its config.json beside it, seen as such a model. */
+export function openComponentFile(path: string): ModelSource {
+  const folder = dirname(path);
+  if (!existsSync(join(folder, 'config.json')))
+    throw new UserError(`${path} holds weights only: put the config.json that belongs to it into ${folder}`);
+  const weights = () => sourceOf(path, [openSafetensors(path)]);
+  return {
+    ...openComponent(folder),
+    path,
+    weights,
+    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
+  };
+}
 
 function folderSource(
   path: string,

@@ -8,8 +8,10 @@ import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { Json } from './checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
+import { controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts';
 import { joined } from './latents.ts';
 import { parseUNetConfig, unet } from './unet.ts';
+import type { EncoderConfig, Question } from './unet_encoder.ts';
 import { parseVaeConfig, vae } from './vae.ts';
 
 export interface Component {
@@ -26,6 +28,7 @@ export const classOf = (config: Json): string | undefined =>
 export function buildComponent(config: Json): Component | undefined {
   const name = classOf(config);
   if (name === 'UNet2DConditionModel') return unetComponent(config);
+  if (name === 'ControlNetModel') return controlnetComponent(config);
   if (name === 'AutoencoderKL') return vaeComponent(config);
   return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
 }
@@ -42,22 +45,42 @@ function outputs(forward: () => readonly (Tensor | undefined)[]): Float32Array {
   return noGrad(() => scope(() => joined(forward().flatMap((t) => (t ? [t.floats()] : [])))));
 }
 
-function unetComponent(json: Json): Component {
-  const config = parseUNetConfig(json);
-  const module = unet(config);
+/** Inputs that a UNet or a ControlNet takes. */
+function questionOf(config: EncoderConfig, device: Device, dtype: FloatDType): Question {
   const ids = 6;
   // However the base and the refiner share these channels out, their sum is what the layer takes.
   const pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim;
   const side = 2 ** config.block_out_channels.length;
+  return {
+    sample: wave([1, side, side, config.in_channels], device, dtype),
+    times: tensor([500], [1], { device }),
+    conditioning: {
+      context: wave([1, 77, config.cross_attention_dim], device, dtype),
+      textEmbeds: wave([1, pooled], device, dtype),
+      timeIds: wave([1, ids], device, 'float32'),
+    },
+  };
+}
+
+function unetComponent(json: Json): Component {
+  const config = parseUNetConfig(json);
+  const module = unet(config);
   const probe = (device: Device, dtype: FloatDType) =>
     outputs(() => {
-      const conditioning = {
-        context: wave([1, 77, config.cross_attention_dim], device, dtype),
-        textEmbeds: wave([1, pooled], device, dtype),
-        timeIds: wave([1, ids], device, 'float32'),
-      };
-      const sample = wave([1, side, side, config.in_channels], device, dtype);
-      return [module(sample, tensor([500], [1], { device }), conditioning)];
+      const { sample, times, conditioning } = questionOf(config, device, dtype);
+      return [module(sample, times, conditioning)];
+    });
+  return { module, probe };
+}
+
+function controlnetComponent(json: Json): Component {
+  const config = parseControlNetConfig(json, 'config.json');
+  const module = controlnet(config);
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => {
+      const question = questionOf(config, device, dtype);
+      const side = question.sample.shape[1] * controlRatio(config);
+      return module(question, wave([1, side, side, 3], device, dtype));
     });
   return { module, probe };
 }

@@ -1,6 +1,7 @@
 // The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What is
 // the same for all steps of an image is computed once: the encoded prompts, their keys and values, and what the resnets add for
 // each call's time. A pass is a step of the device, which a GPU replays from a recording.
+import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
@@ -11,7 +12,9 @@ import { empty, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
-import { channelsFirst, channelsLast } from './latents.ts';
+import type { ControlNet } from './controlnet.ts';
+import { channelsFirst, channelsLast, toDevice } from './latents.ts';
+import { type Control, isOn, type PlacedControl, residualsOf } from './multicontrolnet.ts';
 import type { UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
@@ -32,6 +35,22 @@ export interface GuidedModel {
   dtype: FloatDType;
   text: TextStack;
   unet: UNet;
+  /** What controls the UNet, if anything does. */
+  controlnet: readonly ControlNet[];
+}
+
+/** What a denoiser is for, beside a request. */
+export interface DenoiserPlan {
+  /** Those of all calls. */
+  timesteps: Float32Array;
+  /** The latents' [n, c, h, w]. */
+  shape: readonly number[];
+  /** The rows of time ids. */
+  ids: number[][];
+  guided: boolean;
+  controls: readonly Control[];
+  /** How many calls the controls' parts are parts of: those that a refiner will do count. */
+  calls: number;
 }
 
 export interface Denoiser {
@@ -42,14 +61,10 @@ export interface Denoiser {
   release(): void;
 }
 
-/** `timesteps` are those of all calls, `shape` is the latents' [n, c, h, w], `ids` the rows of time ids. */
 export function openDenoiser(
   { device, dtype, text, unet }: GuidedModel,
   request: GuidanceRequest,
-  timesteps: Float32Array,
-  shape: readonly number[],
-  ids: number[][],
-  guided: boolean,
+  { timesteps, shape, ids, guided, controls, calls }: DenoiserPlan,
 ): Denoiser {
   const [images] = shape;
   const rows = guided ? 2 * images : images;
@@ -67,36 +82,53 @@ export function openDenoiser(
         times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
         step: empty([1], { device, dtype: 'int32' }),
       };
-      for (const t of Object.values(inputs)) keep(t);
-      return { ...inputs, truncated: encoded.truncated };
+      const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
+      for (const t of [...Object.values(inputs), ...pictures]) keep(t);
+      return { ...inputs, pictures, truncated: encoded.truncated };
     }),
   );
   if (request.last) {
     for (const { encoder } of text.encoders) unload(encoder);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, truncated } = made;
+  const { context, pooled, timeIds, latents, times, step, pictures, truncated } = made;
   const conditioning = { context, textEmbeds: pooled, timeIds, cache };
+  const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   // The layout changes and types are cast on the device, in the recording.
-  const pass = device.step(() =>
-    noGrad(() => {
-      const x = cast(channelsLast(latents), dtype);
-      const y = unet(guided ? concat([x, x], 0) : x, { times, step }, conditioning);
-      return cast(channelsFirst(y), 'float32');
-    }),
-  );
+  const passUnder = (on: readonly PlacedControl[]): Step =>
+    device.step(() =>
+      noGrad(() => {
+        const x = cast(channelsLast(latents), dtype);
+        const question = { sample: guided ? concat([x, x], 0) : x, times: { times, step }, conditioning };
+        const residuals = residualsOf(on, question, guided);
+        const y = unet(question.sample, question.times, conditioning, residuals);
+        return cast(channelsFirst(y), 'float32');
+      }),
+    );
+  // A recording is of one set of controls. Each is on in one stretch of the steps, so a set that was left hardly comes back.
+  let on: readonly PlacedControl[] = [];
+  let pass = passUnder(on);
+  const passAt = (i: number): Step => {
+    const now = placed.filter((control) => isOn(control, i, calls));
+    if (now.length !== on.length || now.some((control, k) => control !== on[k])) {
+      pass.release();
+      on = now;
+      pass = passUnder(on);
+    }
+    return pass;
+  };
   return {
     predict(x, i) {
       latents.upload(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
       step.set([i]);
-      const data = pass.run((y) => y.floats());
+      const data = passAt(i).run((y) => y.floats());
       return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;
     },
     truncated,
     release() {
       pass.release();
       cache.release();
-      for (const t of [context, pooled, timeIds, latents, times, step]) t.release();
+      for (const t of [context, pooled, timeIds, latents, times, step, ...pictures]) t.release();
     },
   };
 }

@@ -13,6 +13,7 @@ import { parseTextConfig, textEncoder } from './clip.ts';
 import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
 import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { decodeLatents, type Latents } from './latents.ts';
+import { type ControlRequest, controlsOf, loadControlNet } from './multicontrolnet.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Sampler } from './samplers/sampler.ts';
@@ -56,6 +57,8 @@ interface LoadOptions {
   vaeSource?: ModelSource;
   /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
   vaeDtype?: FloatDType;
+  /** What controls the UNet, in the order of a request's control_image. */
+  controlnet?: readonly ModelSource[];
   /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
   gradientCheckpointing?: boolean;
 }
@@ -70,6 +73,9 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   const overflows = coder.config.force_upcast && dtype === 'float16';
   const { vaeDtype = overflows ? 'float32' : dtype } = options;
   checkChannels(source.path, unetConfig, coder);
+  const sizes = sizesOf(source, vaeSource);
+  const fitting = { unet: unetConfig, ratio: sizes.ratio };
+  const controlnet = (options.controlnet ?? []).map((each) => loadControlNet(each, fitting, device, dtype));
   const encoders = components.map((name) => {
     const encoder = textEncoder(parseTextConfig(source.config(name)));
     holding(name, () => source.load(name, encoder, device, dtype));
@@ -84,14 +90,14 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     text: { encoders, forceZeros: source.modelIndex.force_zeros_for_empty_prompt !== false },
     unet: denoiser,
     unetConfig,
+    controlnet,
     vae: coder,
     aesthetic: source.modelIndex.requires_aesthetics_score === true,
     scheduler: parseSchedulerConfig(source.config('scheduler')),
-    ...sizesOf(source, vaeSource),
+    ...sizes,
     release() {
       for (const { encoder } of encoders) unload(encoder);
-      unload(denoiser);
-      unload(coder.module);
+      for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
 }
@@ -109,7 +115,7 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
 }
 
 /** What to draw, in the words of diffusers' SDXL pipelines and with their defaults. */
-export interface Request extends GuidanceRequest, MicroConditioning, StartRequest {
+export interface Request extends GuidanceRequest, MicroConditioning, StartRequest, ControlRequest {
   num_inference_steps: number;
   /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
@@ -170,7 +176,11 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
     interleaved: request.image === undefined && request.latents === undefined,
   });
   const timesteps = plan.timesteps.slice(plan.begin, plan.end);
-  const { predict, truncated, release } = openDenoiser(pipeline, request, timesteps, shape, ids, guided);
+  const { predict, truncated, release } = openDenoiser(pipeline, request, {
+    ...{ timesteps, shape, ids, guided },
+    controls: controlsOf(pipeline.controlnet, request, size),
+    calls: plan.timesteps.length - plan.begin,
+  });
   try {
     const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
     const loop = sampler.run(plan, start.begin(), denoiseAt, start.draw);
@@ -187,7 +197,7 @@ export function* denoise(pipeline: Pipeline, request: Request): Generator<Progre
       };
       turn = loop.next(x);
     }
-    if (request.last) unload(pipeline.unet);
+    if (request.last) for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
     return { latents: { shape, data: turn.value }, timeIds: ids, timesteps };
   } finally {
     release();

@@ -22,7 +22,7 @@ export interface StartRequest {
   image?: Latents;
   /** [1, 1, h, w], 1 where to paint anew. */
   mask?: Latents;
-  /** The part of the steps to do over a picture: 0.3 where absent, 0.9999 with a mask. */
+  /** The part of the steps to do over a picture: 0.3 where absent, 0.8 under a ControlNet, 0.9999 with a mask. */
   strength?: number;
   /** Latents to go on from: with their noise where `denoising_start` says so, else a finished picture's. */
   latents?: Latents;
@@ -46,9 +46,13 @@ export interface Start {
   afterStep?: (x: Float32Array, index: number) => Float32Array;
 }
 
-/** The part of the steps that are done over a picture where the request does not say: diffusers' two defaults. */
-export const strengthOf = ({ strength, mask }: Pick<StartRequest, 'strength' | 'mask'>): number =>
-  strength ?? (mask ? 0.9999 : 0.3);
+/** The part of the steps that are done over a picture where the request does not say: the defaults of diffusers' pipelines. */
+export const strengthOf = ({
+  strength,
+  mask,
+  control_image,
+}: Pick<StartRequest, 'strength' | 'mask'> & { control_image?: readonly unknown[] }): number =>
+  strength ?? (mask ? 0.9999 : control_image?.length ? 0.8 : 0.3);
 
 /** Standard normal noise of a batch: one stream, or one per image. */
 const drawNoise = (generators: readonly NoiseGenerator[], count: number): Float32Array =>

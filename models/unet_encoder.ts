@@ -44,6 +44,8 @@ const fixed: Record<string, unknown> = {
 };
 
 const isCount = (value: unknown): boolean => typeof value === 'number';
+const isListOfCounts = (value: unknown): boolean =>
+  Array.isArray(value) && value.length > 0 && value.every(isCount);
 const isList = (value: unknown, length: number): boolean => Array.isArray(value) && value.length === length;
 
 /** What a model's config.json has beside the fields of this half, and how errors tell of it. */
@@ -53,9 +55,12 @@ export interface ConfigRules {
   /** Such as `an SDXL UNet`. */
   what: string;
   fixed: Readonly<Record<string, unknown>>;
-  /** Fields that list a block type for each level, and fields that are numbers. */
-  blockTypes: readonly string[];
-  counts: readonly string[];
+  /** Fields that may be absent, or one of a few words. */
+  oneOf?: Readonly<Record<string, readonly string[]>>;
+  /** Fields that list widths, or a block type for each level, and fields that are numbers. */
+  widths?: readonly string[];
+  blockTypes?: readonly string[];
+  counts?: readonly string[];
   defaults: Readonly<Record<string, unknown>>;
 }
 
@@ -68,19 +73,19 @@ export function parseConfig<C extends EncoderConfig>(json: Record<string, unknow
   for (const [key, want] of Object.entries({ ...fixed, ...rules.fixed })) {
     if (key in json && json[key] !== want) throw complain(key, JSON.stringify(want));
   }
+  for (const [key, words] of Object.entries(rules.oneOf ?? {}))
+    if (key in json && !words.includes(json[key] as string)) throw complain(key, words.join(' or '));
   const config: Record<string, unknown> = { ...defaults, ...rules.defaults, ...json };
-  const widths = config.block_out_channels;
-  if (!Array.isArray(widths) || !widths.every(isCount))
-    throw complain('block_out_channels', 'a list of widths');
-  for (const key of ['down_block_types', ...rules.blockTypes]) {
-    if (!isList(config[key], widths.length)) throw complain(key, `a list of ${widths.length} block types`);
-  }
-  for (const key of ['attention_head_dim', 'transformer_layers_per_block']) {
-    if (!isCount(config[key]) && !isList(config[key], widths.length)) {
-      throw complain(key, `a number or a list of ${widths.length}`);
-    }
-  }
-  for (const key of [...counts, ...rules.counts]) if (!isCount(config[key])) throw complain(key, 'a number');
+  for (const key of ['block_out_channels', ...(rules.widths ?? [])])
+    if (!isListOfCounts(config[key])) throw complain(key, 'a list of widths');
+  const { length: levels } = config.block_out_channels as number[];
+  for (const key of ['down_block_types', ...(rules.blockTypes ?? [])])
+    if (!isList(config[key], levels)) throw complain(key, `a list of ${levels} block types`);
+  for (const key of ['attention_head_dim', 'transformer_layers_per_block'])
+    if (!isCount(config[key]) && !isList(config[key], levels))
+      throw complain(key, `a number or a list of ${levels}`);
+  for (const key of [...counts, ...(rules.counts ?? [])])
+    if (!isCount(config[key])) throw complain(key, 'a number');
   return config as unknown as C;
 }
 

@@ -3,17 +3,28 @@
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
-import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep } from './whole_models.ts';
+import {
+  controlledSteps,
+  modelErrors,
+  pipelineSteps,
+  replaysAndGradients,
+  trainingStep,
+} from './whole_models.ts';
 
 const device = cudaDevice(openVirtualGpu({ races: false }));
 const cpu = openDevice('cpu');
 
-for (const [label, work] of [
-  ['the tiny pipeline, four steps', pipelineSteps],
-  ['one step of training: loss, gradients, clipping, AdamW, the moving average', trainingStep],
+for (const [label, work, dtypes] of [
+  ['the tiny pipeline, four steps', pipelineSteps, ['float32', 'bfloat16']],
+  ['a ControlNet that is switched on and off between steps', controlledSteps, ['float32']],
+  [
+    'one step of training: loss, gradients, clipping, AdamW, the moving average',
+    trainingStep,
+    ['float32', 'bfloat16'],
+  ],
 ] as const) {
   test(label, (t) => {
-    for (const dtype of ['float32', 'bfloat16'] as const) {
+    for (const dtype of dtypes) {
       for (const { name, error, bound } of modelErrors(device, cpu, work, dtype)) {
         const shown = `${error.toExponential(2)}, at most ${bound.toExponential(2)}`;
         t.ok(bound > 0 && error <= bound, `${name} in ${dtype}: ${shown}`);

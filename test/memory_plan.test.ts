@@ -2,11 +2,13 @@
 // that counts memory alone and has no more than the card in question. On real ones the driver keeps some for itself.
 import { join } from 'node:path';
 import { test } from 'tap';
+import { namedParameters } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
 import { groupNorm } from '../engine/ops/norm.ts';
 import { standInCuda, standInDevice } from '../engine/profile.ts';
-import { scope } from '../engine/scope.ts';
+import { scope, unscoped } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
 import { decode, denoise, loadPipeline, type Request } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
@@ -27,10 +29,22 @@ const cards = [
 // The golden tokenizers' ids lie within the real vocabulary.
 const source = randomModel(presets['sdxl-base'], { seed: 0, tokenizers: join(goldenFolder, 'tiny-sdxl') });
 
+/** A ControlNet as large as its UNet's half, such as controlnet-canny-sdxl-1.0. */
+const controlnet: ModelSource = {
+  ...source,
+  config: () => source.config('unet'),
+  load(_, net, device, dtype) {
+    for (const p of namedParameters(net).values())
+      p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
+  },
+};
+const control_image = [{ shape: [1, 3, 1024, 1024], data: new Float32Array(3 * 1024 * 1024) }];
+
 /** Draws a picture of 1024x1024 with guidance in bfloat16; gives the most bytes of tensors. */
 function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request>): number {
   const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
-  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16' });
+  const nets = more.control_image ? [controlnet] : [];
+  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets });
   const loop = denoise(pipeline, {
     prompt: ['a red fox in the snow'],
     ...{ height: 1024, width: 1024, num_inference_steps: 5, guidance_scale: 5, ...more },
@@ -49,6 +63,11 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
     const kept = draw(card, 16 * GIB, {});
     t.ok(kept < 12 * GIB, `${on}, all kept for the next picture: ${(kept / GIB).toFixed(2)} GiB`);
     t.doesNotThrow(() => draw(card, 8 * GIB, { last: true }), `${on}: within 8 GiB`);
+    t.doesNotThrow(
+      () => draw(card, 10 * GIB, { last: true, control_image }),
+      `${on}: under control within 10 GiB`,
+    );
+    t.throws(() => draw(card, 9 * GIB, { last: true, control_image }), { message: /controlnet 2\.\d\d GiB/ });
     t.throws(() => draw(card, 6 * GIB, {}), {
       name: 'MemoryError',
       message: /^out of memory: .* wanted while these hold it: unet \d\.\d\d GiB, text_encoder_2 \d/,

@@ -1,6 +1,8 @@
 // Whole models at work on any device, for comparing one with another: the tiny golden pipeline (text encoders, UNet under
 // guidance, VAE, four steps), one step of training, and a UNet wide enough for Hopper's kernels. Float32 agrees within its sums' order. In the half types devices
 // round every activation in their own places, so what is asked is that one is as near to the float32 result as the other.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
@@ -10,7 +12,8 @@ import { mse } from '../engine/ops/loss.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { preprocessControl } from '../io/image.ts';
+import { openComponent, openModel } from '../models/checkpoint.ts';
 import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
@@ -22,6 +25,7 @@ import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { openPasses, place } from '../train/pass.ts';
 import { fields } from '../train/run.ts';
+import { picture, writeControlNet } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';
 
@@ -79,6 +83,25 @@ export function pipelineSteps(device: Device, dtype: FloatDType): Results {
   const picture = decode(pipeline, latents).data;
   pipeline.release();
   return { latents: latents.data, picture };
+}
+
+/** Latents of five guided steps, of which a ControlNet has a part in the middle three: a GPU replays the last of them. */
+export function controlledSteps(device: Device, dtype: FloatDType): Results {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-controlled-'));
+  const controlnet = [openComponent(writeControlNet(folder, 'small'))];
+  const pipeline = loadPipeline(source, { device, dtype, controlnet });
+  rmSync(folder, { recursive: true });
+  const loop = denoise(pipeline, {
+    prompt: ['a red fox in the snow'],
+    ...{ height: 32, width: 32, num_inference_steps: 5, guidance_scale: 5 },
+    control_image: [preprocessControl(picture(1, 32, 32))],
+    ...{ controlnet_conditioning_scale: 0.8, control_guidance_start: 0.2, control_guidance_end: 0.8 },
+    generators: [new TorchGenerator(3)],
+  });
+  const results: Results = {};
+  for (const { step, latents } of loop) results[`step ${step}`] = latents.data;
+  pipeline.release();
+  return results;
 }
 
 /** One update of the tiny UNet on fixed noise, with float32 masters where the weights are halves. */
