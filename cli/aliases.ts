@@ -7,6 +7,7 @@ const aliases: Readonly<Record<string, string>> = {
   '--sampler': '--scheduler',
   '--batch-count': '--num-images',
   '--init-img': '--image',
+  '--control-net': '--controlnet',
   '--num-inference-steps': '--steps',
 };
 

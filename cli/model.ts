@@ -1,11 +1,11 @@
 // Finding a model by what the user typed: a diffusers folder, an original .safetensors file, or a Hugging Face hub id.
-import { existsSync, statSync } from 'node:fs';
+import { existsSync, readdirSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { type ModelSource, openComponent, openComponentFile, openModel } from '../models/checkpoint.ts';
 import { classOf } from '../models/components.ts';
 import { adapterAt } from '../models/lora.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
@@ -13,22 +13,31 @@ import type { Locate } from '../train/session.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
+const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
+
+/** Of each folder's weights the `wanted` variant, or where none is named the plain ones, or fp16 where it has that alone. */
+const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
+  weights.filter((name) => {
+    const mine = weights.filter((other) => dirname(other) === dirname(name));
+    const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
+    return variantOf(name) === (wanted ?? best);
+  });
+
+/** The variant, where a lone component's files have it: a ControlNet need not have what its base has. */
+const variantAmong = (names: readonly string[], wanted?: string): string | undefined =>
+  names.some((name) => name.endsWith('.safetensors') && variantOf(name) === wanted) ? wanted : undefined;
+
 /**
  * The files of a diffusers repository that sampling reads. Of a component's weights these are the `wanted` variant
  * (`x.fp16.safetensors` for fp16), or where none is named the plain ones, or fp16 where it has that alone.
  */
 export function neededFiles(all: readonly string[], wanted?: string): string[] {
   const folders = /^(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\//;
-  const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
   const weights = all.filter(
     (name) =>
       /^[^/]+\/[^/]+\.safetensors$/.test(name) && folders.test(name) && !/flax|onnx|openvino/.test(name),
   );
-  const chosen = weights.filter((name) => {
-    const mine = weights.filter((other) => dirname(other) === dirname(name));
-    const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
-    return variantOf(name) === (wanted ?? best);
-  });
+  const chosen = weightsOf(weights, wanted);
   if (wanted && weights.length > 0 && chosen.length === 0) {
     const others = [...new Set(weights.map(variantOf))].filter(Boolean);
     throw new UserError(
@@ -56,7 +65,7 @@ export interface LocateOptions {
 
 /** Opens the model at `path`, downloading it first when that is a hub id. */
 export async function locateModel(path: string, where: LocateOptions): Promise<ModelSource> {
-  const { terminal, quiet, configs, variant } = where;
+  const { configs, variant } = where;
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) {
       refuseOtherFolders(path);
@@ -80,13 +89,7 @@ export async function locateModel(path: string, where: LocateOptions): Promise<M
   }
   if (!looksLikeHubId(path))
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
-  const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
-  const folder = await resolveHub(path, {
-    files: (all) => neededFiles(all, variant),
-    onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
-  });
-  bar.end();
-  return openModel(folder, { variant });
+  return openModel(await download(path, (all) => neededFiles(all, variant), where), { variant });
 }
 
 /** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */
@@ -130,13 +133,54 @@ export async function locateVae(path: string, options: LocateOptions): Promise<M
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
   const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) return locateModel(folder, { ...options, variant: undefined });
-  const source = openComponent(own);
-  const name = classOf(source.config('vae'));
-  if (name !== undefined && name !== 'AutoencoderKL')
-    throw new UserError(
-      `${path} holds a ${name}, not SDXL's VAE (AutoencoderKL); give a VAE's folder or file`,
-    );
+  return ofClass(openComponent(own), 'AutoencoderKL', "SDXL's VAE", "a VAE's folder or file");
+}
+
+/** @throws UserError where a lone component's config names another class */
+function ofClass(source: ModelSource, wanted: string, what: string, mend: string): ModelSource {
+  const name = classOf(source.config(wanted));
+  if (name !== undefined && name !== wanted)
+    throw new UserError(`${source.path} holds a ${name}, not ${what} (${wanted}); give ${mend}`);
   return source;
+}
+
+/** A ControlNet's folder, its file with its config.json beside it, or a hub id. Of several variants --variant's is taken. */
+export async function locateControlNet(path: string, options: LocateOptions): Promise<ModelSource> {
+  const mend = "a ControlNet's folder, its .safetensors file or a hub id";
+  const checked = (source: ModelSource) =>
+    ofClass(source, 'ControlNetModel', 'a ControlNet that sdxl runs', mend);
+  if (existsSync(path) && !statSync(path).isDirectory()) {
+    if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
+    return checked(openComponentFile(path));
+  }
+  if (!existsSync(path) && !looksLikeHubId(path))
+    throw new UserError(`no ControlNet at ${path}; give ${mend}`);
+  const folder = existsSync(path)
+    ? path
+    : await download(path, (all) => controlNetFiles(all, options.variant), options);
+  if (!existsSync(join(folder, 'config.json')))
+    throw new UserError(`${path} has no config.json; give ${mend}`);
+  return checked(openComponent(folder, { variant: variantAmong(readdirSync(folder), options.variant) }));
+}
+
+/** The files of a ControlNet's repository: its config, and its weights as diffusers names them. */
+export function controlNetFiles(all: readonly string[], variant?: string): string[] {
+  const weights = all.filter((name) => /^diffusion_pytorch_model[.-].*safetensors$/.test(name));
+  return ['config.json', ...weightsOf(weights, variantAmong(weights, variant))];
+}
+
+async function download(
+  path: string,
+  files: (all: readonly string[]) => readonly string[],
+  { terminal, quiet }: LocateOptions,
+): Promise<string> {
+  const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
+  const folder = await resolveHub(path, {
+    files,
+    onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
+  });
+  bar.end();
+  return folder;
 }
 
 /** A VAE alone in its file, or the one inside a whole model's file. */

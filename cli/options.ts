@@ -85,3 +85,14 @@ export const bytes =
     const power = ' KMGT'.indexOf(match[2].toUpperCase() || ' ');
     return Math.floor(Number(match[1]) * (match[3] ? 1024 : 1000) ** power);
   };
+
+/** A flag that may be given more than once: a list of what it is given. */
+export const repeated =
+  <T>(read: (text: string) => T) =>
+  (text: string, all: readonly T[] = []): T[] => [...all, read(text)];
+
+/** `FILE:SCALE` as typed after `flag`. */
+export function scaledFile(flag: string, text: string): { file: string; scale?: number } {
+  const [, file, scale] = /^(.*?)(?::(-?[\d.]+))?$/s.exec(text) as RegExpExecArray;
+  return { file, scale: scale === undefined ? undefined : number(`${flag} FILE:SCALE`)(scale) };
+}

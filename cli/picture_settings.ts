@@ -12,7 +12,14 @@ import type { SampleOptions } from './sample_options.ts';
 const local = ['from', 'promptFile', 'output', 'saveLatents', 'json', 'quiet', 'device'];
 
 /** Options that may be given more than once and are kept as lists. */
-const lists = ['lora', 'textualInversion'];
+const lists = [
+  'lora',
+  'textualInversion',
+  'controlnet',
+  'controlImage',
+  'controlGuidanceStart',
+  'controlGuidanceEnd',
+];
 
 /** The texts to put into the PNG. `sampler` is the name of the class that ran. */
 export function pictureText(

@@ -24,7 +24,8 @@ import {
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
-import { locateModel, locateVae, shippedModel } from './model.ts';
+import { controlnetOf } from './control_options.ts';
+import { locateControlNet, locateModel, locateVae, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
 import {
@@ -65,6 +66,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const source = await locateModel(model, locate);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
+  const controlnet: ModelSource[] = [];
+  for (const { file } of (options.controlnet ?? []).map(controlnetOf))
+    controlnet.push(await locateControlNet(file, locate));
   const dtype = chooseDtype(options.dtype, source, device);
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 32);
   const sizes = sizesOf(source, vaeSource);
@@ -75,7 +79,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  return { options, requests, album, device, dtype, seed, sampler, source, refinerSource, vaeSource };
+  const sources = { source, refinerSource, vaeSource, controlnet };
+  return { options, requests, album, device, dtype, seed, sampler, ...sources };
 }
 
 /** Loads the models, one after the other, and draws. */
@@ -86,17 +91,17 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
   const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
-  const load = (from: ModelSource) =>
+  const load = (from: ModelSource, controlnet: readonly ModelSource[] = []) =>
     timed('load', () =>
       built(() => {
-        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype });
+        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, controlnet });
         for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
           loadTextualInversion(loaded.text, file, token);
         return loaded;
       }),
     );
   const stage = stages(requests.length, options, terminal);
-  let pipeline = await load(source);
+  let pipeline = await load(source, prepared.controlnet);
   try {
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);

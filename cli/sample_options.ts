@@ -11,9 +11,10 @@ import { type Emphasis, emphases, parsePromptAttention } from '../models/emphasi
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
-import { corner, devices, number, oneOf, side, size } from './options.ts';
+import { addControlOptions, type ControlOptions, checkControl } from './control_options.ts';
+import { corner, devices, number, oneOf, repeated, scaledFile, side, size } from './options.ts';
 
-export interface SampleOptions {
+export interface SampleOptions extends ControlOptions {
   model?: string;
   from?: string;
   configs?: string;
@@ -78,6 +79,7 @@ Examples:
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
+  sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
@@ -88,7 +90,7 @@ The same seed gives the picture that diffusers gives with a CPU generator, or wi
 /** Declares every flag on `command`; values are read and bounded here, before anything is loaded. */
 export function addSampleOptions(command: Command): Command {
   const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
-  return command
+  command
     .allowExcessArguments() // told of by the command, which knows what they are
     .optionsGroup('Model:')
     .option(
@@ -104,12 +106,12 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter merged into the weights, such as style.safetensors:0.8, or the folder of one; may be given more than once',
-      (text, all: string[] = []) => [...all, text],
+      repeated((text) => text),
     )
     .option(
       '--textual-inversion <FILE[:TOKEN]>',
       "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script), called by TOKEN in prompts (default: the file's name); may be given more than once",
-      (text, all: string[] = []) => [...all, text],
+      repeated((text) => text),
     )
     .option('--device <NAME>', devices, 'auto')
     .option(
@@ -132,7 +134,7 @@ export function addSampleOptions(command: Command): Command {
     .option(
       '-p, --prompt <TEXT>',
       'what to draw, up to 77 tokens (but see --max-token-length); given more than once, a picture of each, all from one seed',
-      (text, all: readonly string[] = []) => [...all, text],
+      repeated((text) => text),
     )
     .option('--prompt-file <FILE>', 'more prompts, one a line')
     .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
@@ -229,9 +231,10 @@ export function addSampleOptions(command: Command): Command {
     .option('--mask <FILE>', 'paint anew where this is white (needs --image)')
     .option(
       '--strength <F>',
-      "how far to leave the picture, 0 to 1 (default: 0.3; with --mask 0.9999; both are diffusers')",
+      "how far to leave the picture, 0 to 1 (default, as diffusers': 0.3; with --controlnet 0.8; with --mask 0.9999)",
       fraction('--strength'),
-    )
+    );
+  return addControlOptions(command)
     .optionsGroup('Refiner:')
     .option(
       '--refiner <DIR|FILE|HUB_ID>',
@@ -276,8 +279,8 @@ export function addSampleOptions(command: Command): Command {
 
 /** `FILE:SCALE` as typed after --lora. */
 export function loraOf(text: string): { file: string; scale: number } {
-  const [, file, scale] = /^(.*?)(?::(-?[\d.]+))?$/s.exec(text) as RegExpExecArray;
-  return { file, scale: scale === undefined ? 1 : number('--lora FILE:SCALE')(scale) };
+  const { file, scale = 1 } = scaledFile('--lora', text);
+  return { file, scale };
 }
 
 /** `FILE:TOKEN` as typed after --textual-inversion. A file's own name may have a colon. */
@@ -327,6 +330,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
+  checkControl(options);
   for (const { file } of (options.lora ?? []).map(loraOf))
     if (!existsSync(file)) throw new UserError(`--lora: no file ${file}`);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))

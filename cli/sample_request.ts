@@ -7,41 +7,47 @@ import type { Latents } from '../models/latents.ts';
 import type { Request, Sizes } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
+import { controlRequest } from './control_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 export interface Inputs {
   image?: Picture;
   mask?: Awaited<ReturnType<typeof readMask>>;
+  /** One for each ControlNet. */
+  controls?: readonly Picture[];
 }
 
 export async function readInputs(options: SampleOptions): Promise<Inputs> {
-  if (!options.image) return {};
+  const controls: Picture[] = [];
+  for (const path of options.controlImage ?? []) controls.push(await readPicture(path));
+  if (!options.image) return { controls };
   const image = await readPicture(options.image);
-  if (!options.mask) return { image };
+  if (!options.mask) return { image, controls };
   const mask = await readMask(options.mask);
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,
     );
   }
-  return { image, mask };
+  return { image, mask, controls };
 }
 
 /**
- * The base's requests, one for each prompt, which share the picture. Its own size counts, cut to whole latents, where none is
- * given.
+ * The base's requests, one for each prompt, which share the pictures. Where no size is given that of the picture to start from
+ * counts, or else of the first to follow, cut to whole latents.
  */
 export function baseRequests(
   options: SampleOptions,
   { ratio, sampleSize }: Sizes,
   prompts: readonly string[],
-  { image, mask }: Inputs,
+  { image, mask, controls = [] }: Inputs,
   seed: number,
 ): Request[] {
   const floored = (pixels: number | undefined) =>
     pixels === undefined ? undefined : pixels - (pixels % ratio);
-  const width = options.width ?? floored(image?.width) ?? sampleSize;
-  const height = options.height ?? floored(image?.height) ?? sampleSize;
+  const sized = image ?? controls.at(0);
+  const width = options.width ?? floored(sized?.width) ?? sampleSize;
+  const height = options.height ?? floored(sized?.height) ?? sampleSize;
   const config: Partial<SchedulerConfig> = {};
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
@@ -64,6 +70,7 @@ export function baseRequests(
     image: image && preprocess(image, width, height),
     mask: mask && preprocessMask(mask, width, height),
     strength: options.strength,
+    ...controlRequest(options, controls, width, height),
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
@@ -97,6 +104,7 @@ export const refinerRequest = (options: SampleOptions, base: Request, latents: L
   guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
   image: base.mask && base.image,
   latents,
+  control_image: undefined,
   // With --image the strength is the base's.
   strength: options.image ? 0.3 : options.strength,
   denoising_end: undefined,

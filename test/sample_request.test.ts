@@ -32,6 +32,7 @@ const plain = {
   guidance_scale: 5,
   guidance_rescale: 0,
   num_images_per_prompt: 1,
+  emphasis: 'none',
   scheduler: { name: undefined, config: {} },
   aesthetic_score: 6,
   negative_aesthetic_score: 2.5,
@@ -56,6 +57,7 @@ test('each flag reaches what it names', (t) => {
     ['--negative-prompt-2 nor', { negative_prompt_2: ['nor'] }],
     ['--prompt-2= --negative-prompt-2=', {}],
     ['--clip-skip 1', { clip_skip: 1 }],
+    ['--emphasis no-norm', { emphasis: 'no-norm' }],
     ['--width 128 --height 40', { width: 128, height: 40 }],
     ['--num-images 3', { num_images_per_prompt: 3 }],
     ['--vae-tiling', { vae_tiling: true }],
@@ -81,6 +83,20 @@ test('each flag reaches what it names', (t) => {
     ['--image x.png --denoising-start 0.4', { denoising_start: 0.4 }],
     ['--image x.png --strength 0.6', { strength: 0.6 }],
     ['--refiner r --denoising-start 0.6', { denoising_end: 0.6 }],
+    [
+      '--controlnet c:0.5 --control-image x.png --control-guidance-end 0.5 --guess-mode',
+      {
+        ...{ control_image: [], controlnet_conditioning_scale: [0.5] },
+        ...{ control_guidance_end: 0.5, guess_mode: true },
+      },
+    ],
+    [
+      '--controlnet c --controlnet a:b:-1 --control-image x --control-image y --control-guidance-start 0.1 --control-guidance-start 0',
+      {
+        ...{ control_image: [], controlnet_conditioning_scale: [undefined, -1] },
+        control_guidance_start: [0.1, 0],
+      },
+    ],
     ['--refiner r --denoising-end 0.7 --denoising-start 0.6', { denoising_end: 0.7 }],
   ];
   for (const [argv, fields] of cases)

@@ -1,0 +1,97 @@
+// The flags of `sdxl sample` for ControlNets, what can be known to be wrong with them, and the part of a request that they come
+// to. Lists go by the order of --controlnet; what is given once counts for all.
+import type { Command } from 'commander';
+import { UserError } from '../io/errors.ts';
+import { preprocessControl } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import type { ControlRequest } from '../models/multicontrolnet.ts';
+import { number, repeated, scaledFile } from './options.ts';
+
+export interface ControlOptions {
+  controlnet?: string[];
+  controlImage?: string[];
+  controlGuidanceStart?: number[];
+  controlGuidanceEnd?: number[];
+  guessMode?: boolean;
+}
+
+export const addControlOptions = (command: Command): Command =>
+  command
+    .optionsGroup('Control (the base alone; several ControlNets add up):')
+    .option(
+      '--controlnet <DIR|FILE|HUB_ID[:SCALE]>',
+      "a ControlNet of diffusers', and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
+      repeated((text) => text),
+    )
+    .option(
+      '--control-image <FILE>',
+      'what it follows (edges, depth, ... as it was trained on), taken as it is; one for each --controlnet, in their order',
+      repeated((text) => text),
+    )
+    .option(
+      '--control-guidance-start <F>',
+      'the part of the steps from which on it is followed, 0 to 1 (default: 0); given once for all, or once for each',
+      repeated(number('--control-guidance-start', { min: 0, max: 1 })),
+    )
+    .option(
+      '--control-guidance-end <F>',
+      'the part of the steps after which it no longer is (default: 1)',
+      repeated(number('--control-guidance-end', { min: 0, max: 1 })),
+    )
+    .option('--guess-mode', "control the prompt's prediction alone, and early features less than late ones");
+
+/** `PATH:SCALE` as typed after --controlnet. */
+export const controlnetOf = (text: string): { file: string; scale?: number } =>
+  scaledFile('--controlnet', text);
+
+/** @throws UserError where there is not one of each thing for each ControlNet */
+export function checkControl(options: ControlOptions): void {
+  const {
+    controlnet: nets = [],
+    controlImage: images = [],
+    controlGuidanceStart,
+    controlGuidanceEnd,
+  } = options;
+  nets.map(controlnetOf);
+  if (images.length !== nets.length)
+    throw new UserError(
+      `--controlnet is given ${nets.length} times and --control-image ${images.length}: give a picture to each`,
+    );
+  const [starts, ends] = [controlGuidanceStart ?? [0], controlGuidanceEnd ?? [1]];
+  for (const [flag, list] of [
+    ['--control-guidance-start', controlGuidanceStart],
+    ['--control-guidance-end', controlGuidanceEnd],
+    ['--guess-mode', options.guessMode ? nets.slice(0, 1) : undefined],
+  ] as const) {
+    if (list && nets.length === 0) throw new UserError(`${flag} needs --controlnet: something to follow`);
+    if (list && list.length !== 1 && list.length !== nets.length)
+      throw new UserError(
+        `${flag} is given ${list.length} times for ${nets.length} of --controlnet: give it once, or once for each`,
+      );
+  }
+  nets.forEach((_, i) => {
+    const [start, end] = [starts, ends].map((list) => list[i] ?? list[0]);
+    if (start >= end)
+      throw new UserError(
+        `--control-guidance-start ${start} is not before --control-guidance-end ${end}: nothing would be followed`,
+      );
+  });
+}
+
+/** The part that ControlNets heed; nothing where there are none. A scale that is not typed is the pipeline's own. */
+export function controlRequest(
+  { controlnet = [], controlGuidanceStart: starts, controlGuidanceEnd: ends, guessMode }: ControlOptions,
+  controls: readonly Picture[],
+  width: number,
+  height: number,
+): ControlRequest {
+  if (controlnet.length === 0) return {};
+  const oneOrAll = (list: number[] | undefined) => (list?.length === 1 ? list[0] : list);
+  return {
+    control_image: controls.map((picture) => preprocessControl(picture, width, height)),
+    controlnet_conditioning_scale: controlnet.map((text) => controlnetOf(text).scale),
+    control_guidance_start: oneOrAll(starts),
+    control_guidance_end: oneOrAll(ends),
+    guess_mode: guessMode,
+  };
+}

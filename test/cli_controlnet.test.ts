@@ -1,0 +1,159 @@
+// `sdxl sample --controlnet`: diffusers' latents (golden area controlnet), pictures that give their settings back, several
+// prompts, a refiner, and mistakes.
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { decodeFloats } from '../io/dtype.ts';
+import { readPicture, writePng } from '../io/image.ts';
+import { readPngText } from '../io/png.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { sdxl } from './command_line.ts';
+import { area, picture, writeControlNet } from './controlnet_golden.ts';
+import { allClose, type GoldenCase, goldenFolder, maxDifference } from './golden.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-cli-controlnet-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const at = (name: string): string => join(folder, name);
+const [model, refiner] = ['tiny-sdxl', 'tiny-sdxl-refiner'].map((name) => join(goldenFolder, name));
+for (const name of ['full', 'mid', 'small']) writeControlNet(at(name), name);
+
+const pictureFile = (...[seed, width, height]: [number, number, number]): string => {
+  const file = at(`${seed}-${width}x${height}.png`);
+  writePng(file, picture(seed, width, height));
+  return file;
+};
+const size = ['--width', '64', '--height', '64'];
+const sample = (...argv: string[]) =>
+  sdxl('sample', '--model', model, '--prompt', 'a red fox in the snow', '--quiet', ...argv);
+
+test("diffusers' latents, and the settings in the picture", async (t) => {
+  for (const [id, ...argv] of [
+    ['plain', '--controlnet', at('full')],
+    [
+      'two_windows',
+      ...['--controlnet', at('mid'), '--controlnet', at('full'), '--control-guidance-start', '0'],
+      ...['--control-guidance-start', '0.3', '--control-guidance-end', '0.5', '--control-guidance-end', '1'],
+    ],
+    ['guess', '--controlnet', at('full'), '--guess-mode', '--num-images', '2'],
+    [
+      'img2img',
+      '--controlnet',
+      at('full'),
+      '--control-guidance-end',
+      '0.5',
+      '--image',
+      pictureFile(4, 64, 64),
+    ],
+    ['two', '--controlnet', `${at('full')}:0.7`, '--controlnet', `${at('small')}:1.3`, '--num-images', '2'],
+  ]) {
+    const c = area.cases.find((each) => each.id === id) as GoldenCase;
+    const { guidance_scale, num_inference_steps } = c.settings as Record<string, number>;
+    const images = c.control_images as [number, number, number][];
+    const [output, saved] = [at(`${id}.png`), at(`${id}.safetensors`)];
+    const { status, err, out } = await sample(
+      ...[...size, ...argv, '--negative-prompt', 'rain', '--seed', String(c.seed), '--json'],
+      ...['--guidance-scale', String(guidance_scale), '--steps', String(num_inference_steps)],
+      ...images.flatMap((of) => ['--control-image', pictureFile(...of)]),
+      ...['--output', output, '--save-latents', saved],
+    );
+    t.equal(status, 0, `${id} ${err}`);
+    const file = openSafetensors(saved);
+    const { tensor, ...tolerance } = c.expect.latents;
+    const latents = decodeFloats(file.read('latents'), 'float32');
+    allClose(t, id, latents, area.floats(tensor), tolerance);
+    file.close();
+    const [first] = JSON.parse(out).files;
+    const again = at(`${id}-again.png`);
+    const back = await sdxl('sample', '--from', first, '--output', again, '--json', '--quiet');
+    t.equal(back.status, 0, `from its own picture ${back.err}`);
+    const [second] = JSON.parse(back.out).files;
+    t.ok(readFileSync(first).equals(readFileSync(second)), `${id}: the same picture and settings`);
+  }
+  const kept = JSON.parse(readPngText(at('two_windows.png')).sdxl);
+  t.same(kept.controlnet, [at('mid'), at('full')]);
+  t.same(kept.controlGuidanceStart, [0, 0.3]);
+  t.same(kept.controlImage, [pictureFile(1, 64, 64), pictureFile(3, 64, 64)]);
+});
+
+test('the first picture to follow gives the size, several prompts share it, and a refiner goes on alone', async (t) => {
+  const [output, alone] = [at('x.png'), at('alone.png')];
+  const follow = ['--controlnet', `${at('small')}:0.5`, '--control-image', pictureFile(1, 60, 41)];
+  const rest = ['--steps', '4', '--seed', '1', '--json', '--refiner', refiner, '--denoising-end', '0.5'];
+  const { status, err, out } = await sample(...follow, ...rest, '--prompt', 'a castle', '--output', output);
+  t.equal(status, 0, err);
+  const { files, width, height } = JSON.parse(out);
+  t.same([files.length, width, height], [2, 56, 40]);
+  await sample(...follow, ...rest, '--output', alone);
+  t.equal(maxDifference((await readPicture(files[0])).data, (await readPicture(alone)).data), 0);
+});
+
+test('a ControlNet in one file is the folder it came from', async (t) => {
+  const draw = async (path: string, ...argv: string[]) => {
+    const output = at('y.png');
+    const follow = ['--controlnet', path, '--control-image', pictureFile(1, 64, 64), '--steps', '2'];
+    const { status, err } = await sample(...size, ...follow, '--seed', '1', '--output', output, ...argv);
+    t.equal(status, 0, err);
+    return (await readPicture(output)).data;
+  };
+  const want = await draw(at('full'));
+  const file = join(at('full'), 'diffusion_pytorch_model.safetensors');
+  t.equal(maxDifference(await draw(file), want), 0);
+  t.ok(maxDifference(await draw(`${file}:0.5`), want) > 1, 'a scale after it');
+  mkdirSync(at('halves'));
+  for (const name of ['config.json', 'diffusion_pytorch_model.safetensors'])
+    writeFileSync(join(at('halves'), name), readFileSync(join(at('full'), name)));
+  renameSync(
+    join(at('halves'), 'diffusion_pytorch_model.safetensors'),
+    join(at('halves'), 'diffusion_pytorch_model.fp16.safetensors'),
+  );
+  t.equal(maxDifference(await draw(at('halves')), want), 0, 'a variant that is alone');
+  t.match((await sdxl('inspect', at('full'))).out, /ControlNetModel/);
+});
+
+test('mistakes', async (t) => {
+  const [output, edges] = [at('none.png'), pictureFile(1, 64, 64)];
+  const full = ['--controlnet', at('full'), '--control-image', edges];
+  mkdirSync(at('empty'));
+  const cases: [argv: string[], says: RegExp][] = [
+    [
+      ['--controlnet', at('full')],
+      /--controlnet is given 1 times and --control-image 0: give a picture to each/,
+    ],
+    [['--control-image', edges], /--controlnet is given 0 times and --control-image 1/],
+    [[...full, '--control-image', at('absent.png')], /given 1 times and --control-image 2/],
+    [['--controlnet', at('full'), '--control-image', at('absent.png')], /absent\.png does not exist/],
+    [['--control-guidance-start', '0.5'], /--control-guidance-start needs --controlnet/],
+    [['--guess-mode'], /--guess-mode needs --controlnet/],
+    [[...full, '--control-guidance-end', '2'], /--control-guidance-end takes a number from 0 to 1, not "2"/],
+    [
+      [...full, '--control-guidance-start', '0.5', '--control-guidance-end', '0.5'],
+      /0\.5 is not before .* 0\.5/,
+    ],
+    [
+      [...full, '--control-guidance-start', '0.1', '--control-guidance-start', '0.2'],
+      /--control-guidance-start is given 2 times for 1 of --controlnet/,
+    ],
+    [
+      ['--controlnet', `${at('full')}:1.2.3`, '--control-image', edges],
+      /--controlnet .*takes a number, not "1\.2\.3"/,
+    ],
+    [
+      ['--controlnet', at('absent'), '--control-image', edges],
+      /no ControlNet at .*absent; give a ControlNet's folder/,
+    ],
+    [['--controlnet', at('empty'), '--control-image', edges], /empty has no config\.json; give/],
+    [['--controlnet', edges, '--control-image', edges], /is not a ControlNet: give/],
+    [
+      ['--controlnet', join(model, 'unet'), '--control-image', edges],
+      /holds a UNet2DConditionModel, not a ControlNet that sdxl runs \(ControlNetModel\)/,
+    ],
+  ];
+  for (const [argv, says] of cases) {
+    const { status, err } = await sample(...size, ...argv, '--output', output);
+    t.equal(status, 2, argv.join(' '));
+    t.match(err, says);
+    t.equal(err.trim().split('\n').length, 1, 'one sentence');
+  }
+  t.notOk(existsSync(output));
+});
