@@ -4,7 +4,8 @@ import { mkdtempSync, renameSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import type { Device } from '../engine/device.ts';
+import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
+import { cudaDevice, type Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { parameterCount, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
@@ -146,6 +147,38 @@ test('a ControlNet is not run in the steps that it has no part in', async (t) =>
   );
   t.equal(maxDifference(free, latents.data), 0, 'with a scale of 0 nothing is left of it');
   pipeline.release();
+});
+
+test('a GPU records a step for each set of ControlNets that are on, and lets it go when the next comes', async (t) => {
+  const counts = { recorded: 0, replayed: 0, held: 0, most: 0 };
+  const api = standInApi(anyHopper);
+  const device = cudaDevice({
+    ...api,
+    cuStreamBeginCapture(...args) {
+      counts.recorded++;
+      counts.most = Math.max(counts.most, ++counts.held);
+      return api.cuStreamBeginCapture(...args);
+    },
+    cuGraphLaunch(...args) {
+      counts.replayed++;
+      return api.cuGraphLaunch(...args);
+    },
+    cuGraphExecDestroy(...args) {
+      counts.held--;
+      return api.cuGraphExecDestroy(...args);
+    },
+  });
+  const pipeline = pipelineOf(['small', 'bare'], device);
+  const image = preprocessControl(picture(1, 64, 64));
+  await denoiseToEnd(pipeline, {
+    ...requestOf(calls[0]),
+    ...{ control_image: [image, image], num_inference_steps: 16 },
+    ...{ control_guidance_start: [0.25, 0.5], control_guidance_end: [0.75, 1] },
+  });
+  // Four steps each of none, the first, both and the second, of which the second is recorded and two replay it.
+  t.same(counts, { recorded: 4, replayed: 8, held: 0, most: 1 });
+  pipeline.release();
+  t.equal(device.memory.live, 0);
 });
 
 test("the published ControlNets' configs, and what is refused", (t) => {

@@ -3,7 +3,7 @@ import { cpSync, mkdtempSync, rmSync, truncateSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { neededFiles } from '../cli/model.ts';
+import { controlNetFiles, neededFiles } from '../cli/model.ts';
 import { readPicture } from '../io/image.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
@@ -31,6 +31,22 @@ test('the files that a hub model is asked for', (t) => {
   );
   const index = `${unet}.safetensors.index.json`;
   t.same(from(...shards, index), [...shards, index]);
+  t.end();
+});
+
+test('the files that a ControlNet on the hub is asked for', (t) => {
+  const weights = 'diffusion_pytorch_model';
+  const all = [
+    `${weights}.safetensors`,
+    `${weights}.fp16.safetensors`,
+    `${weights}.fp16.bin`,
+    'out_bird.png',
+  ];
+  const [plain, fp16] = all;
+  t.same(controlNetFiles(['README.md', 'config.json', ...all]), ['config.json', plain]);
+  t.same(controlNetFiles(all, 'fp16'), ['config.json', fp16], 'the variant');
+  t.same(controlNetFiles(all, 'bf16'), ['config.json', plain], 'that the base alone has');
+  t.same(controlNetFiles([fp16, `${weights}_V2.safetensors`]), ['config.json', fp16]);
   t.end();
 });
 
