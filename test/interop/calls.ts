@@ -22,6 +22,8 @@ export interface Call {
   settings: Settings;
   scheduler?: { class?: string; config?: Record<string, unknown> };
   loras?: readonly (readonly [file: string, scale: number])[];
+  /** ControlNets' folders, what each follows, and how strongly where that is said. */
+  controlnets?: readonly (readonly [folder: string, image: string, scale?: number])[];
   /** What then works over the latents, with the same generator and scheduler. */
   refiner?: { model: string; settings: Settings };
 }
@@ -169,7 +171,69 @@ const refined: Record<string, Short> = {
   },
 };
 
-export function allCalls(odd: string, oddMask: string): Call[] {
+/** Under control of what lies in `full` and `small`, by pictures of other sides than the drawn. */
+function controlled(
+  { odd, oddMask }: Pictures,
+  { full, small: little }: ControlNets,
+): Record<string, [Call['pipeline'], Short]> {
+  const masked = { image: odd, mask_image: oddMask, width: 112, height: 144, num_inference_steps: 6 };
+  const over = { image: odd, width: 112, height: 144, num_inference_steps: 9 };
+  const one: Short = { controlnets: [[full, odd, 0.7]] };
+  const two: Short = {
+    controlnets: [
+      [full, odd, 0.7],
+      [little, oddMask, 1.2],
+    ],
+  };
+  return {
+    'a ControlNet': ['text2img', { controlnets: [[full, odd]] }],
+    'a ControlNet, two images, ancestral': [
+      'text2img',
+      { ...one, settings: { num_images_per_prompt: 2 }, ...named('EulerAncestralDiscreteScheduler') },
+    ],
+    'a ControlNet in a part of the steps, DPM++ 2M': [
+      'text2img',
+      {
+        ...one,
+        settings: { num_inference_steps: 11, control_guidance_start: 0.1, control_guidance_end: 0.64 },
+        ...named('DPMSolverMultistepScheduler'),
+      },
+    ],
+    'a ControlNet without guidance': ['text2img', { ...one, settings: { guidance_scale: 1 } }],
+    'two ControlNets, UniPC': ['text2img', { ...two, ...named('UniPCMultistepScheduler') }],
+    'two ControlNets, PNDM, until half': [
+      'text2img',
+      { ...two, settings: { control_guidance_end: 0.5 }, ...named('PNDMScheduler') },
+    ],
+    'a ControlNet and a refiner': ['text2img', { ...hands(0.7), ...one }],
+    'a ControlNet over a picture': ['img2img', { controlnets: [[full, odd]], settings: over }],
+    'two ControlNets over a picture, Heun, from 0.3 on': [
+      'img2img',
+      {
+        ...two,
+        settings: { ...over, strength: 0.6, control_guidance_start: 0.3 },
+        ...named('HeunDiscreteScheduler'),
+      },
+    ],
+    'a ControlNet in a part of a picture': ['inpaint', { ...one, settings: masked }],
+    'two ControlNets in a part of a picture, two images': [
+      'inpaint',
+      { ...two, settings: { ...masked, strength: 0.7, num_images_per_prompt: 2 } },
+    ],
+  };
+}
+
+interface Pictures {
+  odd: string;
+  oddMask: string;
+}
+
+interface ControlNets {
+  full: string;
+  small: string;
+}
+
+export function allCalls(pictures: Pictures, controlnets: ControlNets): Call[] {
   const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
     ...schedulers.map(({ label, scheduler }, i): [string, 'text2img', Short] => [
       label,
@@ -181,9 +245,10 @@ export function allCalls(odd: string, oddMask: string): Call[] {
       'text2img',
       call,
     ]),
-    ...Object.entries(overPictures(odd, oddMask)).map(
-      ([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call],
-    ),
+    ...Object.entries({
+      ...overPictures(pictures.odd, pictures.oddMask),
+      ...controlled(pictures, controlnets),
+    }).map(([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call]),
   ];
   return short.map(([label, pipeline, call], i) => {
     const size = pipeline === 'text2img' ? small : {};
@@ -206,7 +271,8 @@ function typed(name: string, value: Settings[string]): string {
 }
 
 /** The same call for `sdxl sample`. */
-export function argvOf({ model, seed, settings, scheduler, loras = [], refiner: second }: Call): string[] {
+export function argvOf({ model, seed, settings, scheduler, refiner: second, ...more }: Call): string[] {
+  const { loras = [], controlnets = [] } = more;
   const own = ['strength', 'aesthetic_score', 'negative_aesthetic_score'];
   const later = Object.entries(second?.settings ?? {}).filter(([name]) => own.includes(name));
   const { algorithm_type, use_karras_sigmas, timestep_spacing } = scheduler?.config ?? {};
@@ -218,6 +284,10 @@ export function argvOf({ model, seed, settings, scheduler, loras = [], refiner: 
     ...(use_karras_sigmas ? ['--karras'] : []),
     ...(timestep_spacing ? ['--timestep-spacing', String(timestep_spacing)] : []),
     ...loras.flatMap(([file, scale]) => ['--lora', `${file}:${scale}`]),
+    ...controlnets.flatMap(([net, image, scale]) => [
+      ...['--controlnet', scale === undefined ? net : `${net}:${scale}`],
+      ...['--control-image', image],
+    ]),
     ...(second ? ['--refiner', second.model] : []),
   ];
 }

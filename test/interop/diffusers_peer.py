@@ -21,25 +21,51 @@ CLASSES = {
     "img2img": diffusers.StableDiffusionXLImg2ImgPipeline,
     "inpaint": diffusers.StableDiffusionXLInpaintPipeline,
 }
+UNDER_CONTROL = {
+    "text2img": diffusers.StableDiffusionXLControlNetPipeline,
+    "img2img": diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+    "inpaint": diffusers.StableDiffusionXLControlNetInpaintPipeline,
+}
 loaded = {}
 
 
-def load(kind, model, configs):
+def load(kind, model, configs, controls=()):
     """The pipeline and its own scheduler, which a job may replace."""
-    if (kind, model) not in loaded:
+    folders = tuple(folder for folder, *_ in controls)
+    key = (kind, model, folders)
+    if key not in loaded:
         if model.endswith(".safetensors"):
             pipeline = CLASSES[kind].from_single_file(
                 model, config=configs, local_files_only=True, torch_dtype=torch.float32
             )
+        elif controls:
+            nets = [diffusers.ControlNetModel.from_pretrained(each, torch_dtype=torch.float32) for each in folders]
+            pipeline = UNDER_CONTROL[kind].from_pretrained(
+                model, controlnet=nets if len(nets) > 1 else nets[0], torch_dtype=torch.float32
+            )
         else:
             pipeline = CLASSES[kind].from_pretrained(model, torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
-        loaded[kind, model] = (pipeline, pipeline.scheduler)
-    return loaded[kind, model]
+        loaded[key] = (pipeline, pipeline.scheduler)
+    return loaded[key]
 
 
-def draw(kind, model, job, generator, settings, **more):
-    pipeline, own = load(kind, model, job.get("configs"))
+def follow(kind, controls):
+    """What a pipeline under control is called with."""
+    if not controls:
+        return {}
+    one_or_all = lambda items: items if len(items) > 1 else items[0]
+    images = one_or_all([Image.open(image).convert("RGB") for _, image, *_ in controls])
+    scales = [scale for _, _, *scales in controls for scale in scales]
+    return {
+        "image" if kind == "text2img" else "control_image": images,
+        **({"controlnet_conditioning_scale": one_or_all(scales)} if scales else {}),
+    }
+
+
+def draw(kind, model, job, generator, settings, controls=(), **more):
+    pipeline, own = load(kind, model, job.get("configs"), controls)
+    more.update(follow(kind, controls))
     wanted = job.get("scheduler") or {}
     chosen = getattr(diffusers, wanted["class"]) if "class" in wanted else type(own)
     pipeline.scheduler = chosen.from_config(own.config, **wanted.get("config", {}))
@@ -63,7 +89,8 @@ for line in open(sys.argv[1]):
         for name, (file, _) in zip(names, adapters):
             pipeline.load_lora_weights(file, adapter_name=name)
         pipeline.set_adapters(names, [scale for _, scale in adapters])
-    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"])
+    controls = job.get("controlnets") or []
+    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls)
     if "save" in job:
         load(job["pipeline"], job["model"], job.get("configs"))[0].save_pretrained(job["save"])
     if adapters:

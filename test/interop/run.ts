@@ -13,6 +13,7 @@ import { packageRoot } from '../../io/package_root.ts';
 import { resize } from '../../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/torch_random.ts';
+import { writeControlNet } from '../controlnet_golden.ts';
 import { adapter, allCalls, argvOf, base, type Call } from './calls.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
@@ -34,16 +35,16 @@ function latents(path: string): { values: Float32Array; shape: string } {
 }
 
 /** A picture and a mask of sides that 8 does not divide, the mask with greys. */
-async function oddPictures(): Promise<[image: string, mask: string]> {
-  const [image, mask] = ['odd.png', 'odd-mask.png'].map((name) => join(folder, name));
+async function oddPictures(): Promise<{ odd: string; oddMask: string }> {
+  const [odd, oddMask] = ['odd.png', 'odd-mask.png'].map((name) => join(folder, name));
   const [width, height] = [117, 149];
   const given = await readPicture(join(packageRoot, 'test', 'golden', 'png', 'input.png'));
-  writePng(image, { ...given, width, height, data: resize(given, width, height, 'bicubic').data });
+  writePng(odd, { ...given, width, height, data: resize(given, width, height, 'bicubic').data });
   const disc = (x: number, y: number) => (Math.hypot(x - 60, y - 70) < 40 ? 255 : 0);
   const grey = (x: number, y: number) => (y > 125 ? [0, 127, 130, 255][Math.floor(x / 30)] : disc(x, y));
   const data = Uint8Array.from({ length: width * height }, (_, i) => grey(i % width, Math.floor(i / width)));
-  writePng(mask, { width, height, channels: 1, data });
-  return [image, mask];
+  writePng(oddMask, { width, height, channels: 1, data });
+  return { odd, oddMask };
 }
 
 interface Job extends Call {
@@ -169,7 +170,9 @@ async function compare(job: Job & { out: string }): Promise<boolean> {
 }
 
 async function all(words: readonly string[]): Promise<number> {
-  const jobs = [...(await saved()), ...textAdapters(), ...allCalls(...(await oddPictures()))]
+  const [full, small] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
+  const calls = allCalls(await oddPictures(), { full, small });
+  const jobs = [...(await saved()), ...textAdapters(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   if (!drawTheirs(jobs)) return 0;
