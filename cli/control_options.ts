@@ -55,7 +55,7 @@ export function checkControl(options: ControlOptions): void {
   nets.map(controlnetOf);
   if (images.length !== nets.length)
     throw new UserError(
-      `--controlnet is given ${nets.length} times and --control-image ${images.length}: give a picture to each`,
+      `there are ${nets.length} of --controlnet and ${images.length} of --control-image: give a picture to each`,
     );
   const [starts, ends] = [controlGuidanceStart ?? [0], controlGuidanceEnd ?? [1]];
   for (const [flag, list] of [
@@ -66,7 +66,7 @@ export function checkControl(options: ControlOptions): void {
     if (list && nets.length === 0) throw new UserError(`${flag} needs --controlnet: something to follow`);
     if (list && list.length !== 1 && list.length !== nets.length)
       throw new UserError(
-        `${flag} is given ${list.length} times for ${nets.length} of --controlnet: give it once, or once for each`,
+        `there are ${list.length} of ${flag} and ${nets.length} of --controlnet: give one, or one to each`,
       );
   }
   nets.forEach((_, i) => {

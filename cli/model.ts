@@ -144,7 +144,7 @@ function ofClass(source: ModelSource, wanted: string, what: string, mend: string
   return source;
 }
 
-/** A ControlNet's folder, its file with its config.json beside it, or a hub id. Of several variants --variant's is taken. */
+/** A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id. Of several variants --variant's is taken. */
 export async function locateControlNet(path: string, options: LocateOptions): Promise<ModelSource> {
   const mend = "a ControlNet's folder, its .safetensors file or a hub id";
   const checked = (source: ModelSource) =>
@@ -158,14 +158,18 @@ export async function locateControlNet(path: string, options: LocateOptions): Pr
   const folder = existsSync(path)
     ? path
     : await download(path, (all) => controlNetFiles(all, options.variant), options);
-  if (!existsSync(join(folder, 'config.json')))
-    throw new UserError(`${path} has no config.json; give ${mend}`);
-  return checked(openComponent(folder, { variant: variantAmong(readdirSync(folder), options.variant) }));
+  const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
+  return checked(openComponent(own, { variant: variantAmong(readdirSync(own), options.variant) }));
 }
 
-/** The files of a ControlNet's repository: its config, and its weights as diffusers names them. */
+/** The files of a ControlNet's repository: its config, and its weights as diffusers names them. @throws UserError for none */
 export function controlNetFiles(all: readonly string[], variant?: string): string[] {
   const weights = all.filter((name) => /^diffusion_pytorch_model[.-].*safetensors$/.test(name));
+  if (weights.length === 0)
+    throw new UserError(
+      'the ControlNet has no diffusion_pytorch_model.safetensors on the hub; download what it has, and give a .safetensors file with its config.json beside it',
+    );
   return ['config.json', ...weightsOf(weights, variantAmong(weights, variant))];
 }
 

@@ -1,6 +1,15 @@
 // `sdxl sample --controlnet`: diffusers' latents (golden area controlnet), pictures that give their settings back, several
 // prompts, a refiner, and mistakes.
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -108,6 +117,8 @@ test('a ControlNet in one file is the folder it came from', async (t) => {
     join(at('halves'), 'diffusion_pytorch_model.fp16.safetensors'),
   );
   t.equal(maxDifference(await draw(at('halves')), want), 0, 'a variant that is alone');
+  cpSync(at('full'), join(at('checkpoint'), 'controlnet'), { recursive: true });
+  t.equal(maxDifference(await draw(at('checkpoint')), want), 0, "a checkpoint of diffusers' script");
   t.match((await sdxl('inspect', at('full'))).out, /ControlNetModel/);
 });
 
@@ -118,10 +129,10 @@ test('mistakes', async (t) => {
   const cases: [argv: string[], says: RegExp][] = [
     [
       ['--controlnet', at('full')],
-      /--controlnet is given 1 times and --control-image 0: give a picture to each/,
+      /there are 1 of --controlnet and 0 of --control-image: give a picture to each/,
     ],
-    [['--control-image', edges], /--controlnet is given 0 times and --control-image 1/],
-    [[...full, '--control-image', at('absent.png')], /given 1 times and --control-image 2/],
+    [['--control-image', edges], /there are 0 of --controlnet and 1 of --control-image/],
+    [[...full, '--control-image', at('absent.png')], /1 of --controlnet and 2 of --control-image/],
     [['--controlnet', at('full'), '--control-image', at('absent.png')], /absent\.png does not exist/],
     [['--control-guidance-start', '0.5'], /--control-guidance-start needs --controlnet/],
     [['--guess-mode'], /--guess-mode needs --controlnet/],
@@ -132,7 +143,7 @@ test('mistakes', async (t) => {
     ],
     [
       [...full, '--control-guidance-start', '0.1', '--control-guidance-start', '0.2'],
-      /--control-guidance-start is given 2 times for 1 of --controlnet/,
+      /there are 2 of --control-guidance-start and 1 of --controlnet/,
     ],
     [
       ['--controlnet', `${at('full')}:1.2.3`, '--control-image', edges],

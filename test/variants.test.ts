@@ -47,6 +47,9 @@ test('the files that a ControlNet on the hub is asked for', (t) => {
   t.same(controlNetFiles(all, 'fp16'), ['config.json', fp16], 'the variant');
   t.same(controlNetFiles(all, 'bf16'), ['config.json', plain], 'that the base alone has');
   t.same(controlNetFiles([fp16, `${weights}_V2.safetensors`]), ['config.json', fp16]);
+  t.throws(() => controlNetFiles(['config.json', `${weights}.bin`]), {
+    message: /no diffusion_pytorch_model\.saf/,
+  });
   t.end();
 });
 

@@ -170,6 +170,7 @@ const golden = [
   'models_unet',
   'models_lora',
   'pipeline',
+  'controlnet',
   'training',
 ];
 
