@@ -61,6 +61,7 @@ export interface Denoiser {
   release(): void;
 }
 
+/** Encodes the prompts and places what the steps read. The caller releases it. */
 export function openDenoiser(
   { device, dtype, text, unet }: GuidedModel,
   request: GuidanceRequest,
@@ -105,31 +106,42 @@ export function openDenoiser(
         return cast(channelsFirst(y), 'float32');
       }),
     );
-  // A recording is of one set of controls. Each is on in one stretch of the steps, so a set that was left hardly comes back.
-  let on: readonly PlacedControl[] = [];
-  let pass = passUnder(on);
-  const passAt = (i: number): Step => {
-    const now = placed.filter((control) => isOn(control, i, calls));
-    if (now.length !== on.length || now.some((control, k) => control !== on[k])) {
-      pass.release();
-      on = now;
-      pass = passUnder(on);
-    }
-    return pass;
-  };
+  const passes = passesOf(placed, calls, passUnder);
   return {
     predict(x, i) {
       latents.upload(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
       step.set([i]);
-      const data = passAt(i).run((y) => y.floats());
+      const data = passes.at(i).run((y) => y.floats());
       return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;
     },
     truncated,
     release() {
-      pass.release();
+      passes.release();
       cache.release();
       for (const t of [context, pooled, timeIds, latents, times, step, ...pictures]) t.release();
     },
+  };
+}
+
+/** The step of each call. A recording is of one set of controls, and goes when the set changes: it hardly comes back. */
+function passesOf(
+  controls: readonly PlacedControl[],
+  calls: number,
+  passUnder: (on: readonly PlacedControl[]) => Step,
+) {
+  let on: readonly PlacedControl[] = [];
+  let pass = passUnder(on);
+  return {
+    at(i: number): Step {
+      const now = controls.filter((control) => isOn(control, i, calls));
+      if (now.length !== on.length || now.some((control, k) => control !== on[k])) {
+        pass.release();
+        on = now;
+        pass = passUnder(on);
+      }
+      return pass;
+    },
+    release: () => pass.release(),
   };
 }
 
