@@ -38,6 +38,7 @@ const opsOf: Record<string, readonly string[]> = {
   attention_sm90: ['attention'],
   attention_backward_sm90: ['attention'],
   conv2d_sm90: ['conv2d'],
+  conv2d_backward_sm90: ['conv2d'],
   fp8_sm90: ['linear_fp8'],
   gemm_sm90: ['linear', 'linear_activated', 'matmul'],
   norm_sm90: ['group_norm'],

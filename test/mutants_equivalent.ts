@@ -10,7 +10,7 @@ export interface Equivalent {
 
 export const equivalents: readonly Equivalent[] = [
   {
-    kernel: /^(gemm|conv2d|fp8)_sm90_/,
+    kernel: /^(gemm|conv2d|conv2d_backward|fp8)_sm90_/,
     mutant: /"bar\.warp\.sync -1".* (product|epilogue)_sm90\.cuh/,
     most: 3,
     reason:

@@ -75,7 +75,7 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
   const strided = [256n, 256n, 256n, 2, 64, 64, 320, 32, 32, 320, 3, 3, 2, 1, 1];
   const familiesOf = (symbol: string, args: Parameters<typeof planned>[1]) =>
     planned(symbol, args, h200).map(({ family }) => family);
-  t.same(familiesOf('conv2d_backward_x', strided), ['im2col', 'conv2d_sm90'], 'dy is spread first');
+  t.same(familiesOf('conv2d_backward_x', strided), ['im2col', 'conv2d_backward_sm90'], 'dy is spread first');
   // A filter of 256 pixels: its corners would do, its last offset would not.
   const long = (width: number) =>
     planned(
@@ -84,7 +84,7 @@ test('a launch fits a multiprocessor, and what TMA cannot walk goes by the other
       h200,
     )[0].family;
   t.same([long(255), long(256)], ['conv2d_sm90', 'conv2d']);
-  t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_sm90');
+  t.equal(planned('conv2d_backward_weight', strided, h200)[0].family, 'conv2d_backward_sm90');
   t.same(
     lookupsOf(() => planned('conv2d_backward_x', strided, h200)).map(({ size }) => keyOf(size)),
     ['backward_x 8192 320 45 1'],

@@ -132,11 +132,16 @@ const images: readonly Convolution[] = [
 // Each way through the epilogue without splits, which leave it to the join; more rows of tiles than a band has.
 const hopperLayers: readonly Layer[] = [
   { m: 200, n: 264, k: 136, extras: ['bias', 'residual'] },
-  { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'] },
+  { m: 129, n: 64, k: 328, extras: ['bias'] },
   // Fewer steps than stages: the ring orders nothing between two items, of three, so that a warpgroup of two in turn has two.
   { m: 257, n: 64, k: 64, extras: ['bias'] },
+  { m: 1032, n: 176, k: 64, extras: ['residual'] },
+];
+const hopperActivated: readonly Layer[] = [
+  { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'] },
   { m: 1032, n: 176, k: 64, activation: 'silu', extras: ['residual'] },
   { m: 70, n: 72, k: 264, activation: 'quick_gelu', extras: ['bias', 'residual'], splits: 3 },
+  { m: 70, n: 200, k: 72, activation: 'quick_gelu', extras: ['bias', 'residual'] },
 ];
 const hopperGated: readonly Layer[] = [
   { m: 150, n: 136, k: 72, activation: 'geglu', extras: ['bias', 'residual'] },
@@ -185,7 +190,10 @@ const halvedNarrow: Convolution = { x: [1, 16, 17, 264], o: 3, side: 3, padding:
 /** For pairs of blocks: an odd number of tiles down, whose last pair has one outside C, and several items to a pair. */
 const pairedLayers: readonly Layer[] = [
   { m: 270, n: 168, k: 200, extras: ['bias', 'residual'] },
-  { m: 200, n: 328, k: 264, activation: 'silu', splits: 2 },
+  { m: 200, n: 328, k: 264, splits: 2 },
+];
+const pairedActivated: readonly Layer[] = [
+  { m: 270, n: 168, k: 72, activation: 'gelu', extras: ['bias', 'residual'] },
 ];
 const pairedGated: readonly Layer[] = [
   { m: 270, n: 136, k: 264, activation: 'geglu', extras: ['bias', 'residual'] },
@@ -259,8 +267,10 @@ const linears: readonly FurtherSample[] = [
   ...largeLayers.map((layer) => large(linear(layer))),
   ...layers.map((layer) => one(linear(layer))),
   ...tiled(['256', '160', '160_pingpong', '160_tall', '80'], hopperLayers, linear),
+  ...tiled(['160', '80'], hopperActivated, linear),
   ...tiled(['256', '160_pingpong'], hopperGated, linear),
   ...tiled(['256', '160', '160_pingpong', '160_tall', '80'], pairedLayers, linear, true),
+  ...tiled(['160', '80'], pairedActivated, linear, true),
   ...tiled(['256', '160_pingpong'], pairedGated, linear, true),
   ...halved(halvedLayers, linear),
   ...halved(pairedHalvedLayers, linear, true),

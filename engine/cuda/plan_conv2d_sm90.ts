@@ -1,4 +1,4 @@
-// conv2d's products on Hopper (conv2d_sm90.cu): what their operands, sizes and grids of pixels are. The pixels of a tile are a box
+// conv2d's products on Hopper (conv2d_sm90.cu, conv2d_backward_sm90.cu): what their operands, sizes and grids of pixels are. The pixels of a tile are a box
 // of the image where they are whole rows of the grid, as at SDXL's own sizes. Else TMA's im2col walks a grid of base pixels over the
 // image, row by row and image by image, which it takes from the corners of a bounding box.
 import type { KernelArgument } from './manifest.ts';
@@ -119,7 +119,8 @@ function productOver(
     walked: walkedOf(g, operand),
     own: (tile: Tile, a: Uint8Array) => parameters(gridFor(tile), tile, a),
   };
-  return { family: 'conv2d_sm90', m, n, steps, slabs, bias: 0n, residual: 0n, ...entry, ...operands };
+  const family = operands.kind.startsWith('backward') ? 'conv2d_backward_sm90' : 'conv2d_sm90';
+  return { family, m, n, steps, slabs, bias: 0n, residual: 0n, ...entry, ...operands };
 }
 
 type Planned = (

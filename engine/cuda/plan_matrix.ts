@@ -153,7 +153,8 @@ function onHopper(p: Product, context: PlanContext): KernelLaunch[] | undefined 
   const walked = sums === undefined ? [a, b, y, { ...y, address: residual }] : [a, b];
   if (!walked.every(isWalkable) || bias % (halved ? 8n : 4n) !== 0n || (residual && stride !== n))
     return undefined;
-  const kind: ProductKind = halved ? `split_${layout}` : half ? 'geglu' : layout;
+  const plain = activation ? 'activated' : layout;
+  const kind: ProductKind = halved ? `split_${layout}` : half ? 'geglu' : plain;
   const size = { kind, m, n, steps: halved ? splitSteps(divideUp(k, STEP)) : divideUp(k, STEP), slabs };
   const elements = (m + n) * k * slabs;
   const pays = () => elements < 2 ** 31 && [a, b].every(isDense) && splitPays(size, k, elements, context);

@@ -1,4 +1,4 @@
-// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu): which tile, how k is cut, whether blocks work in
+// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu, conv2d_backward_sm90.cu): which tile, how k is cut, whether blocks work in
 // pairs, and the tensor maps of the operands. The half types only, and only where TMA can walk the tensors: rows that begin on
 // 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says better. The model's
 // numbers are reasoned from the hardware's rates; L2's alone comes from a measurement.
@@ -33,7 +33,7 @@ export const tileRows: readonly number[] = [128, 256];
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
 export type ProductKind =
-  | ('nt' | 'nn' | 'tn' | 'geglu' | 'projections')
+  | ('nt' | 'nn' | 'tn' | 'activated' | 'geglu' | 'projections')
   | ('e4m3' | 'e4m3_geglu')
   | ('forward' | 'backward_x' | 'backward_weight')
   | ('split_nt' | 'split_nn' | 'split_forward');
@@ -43,6 +43,7 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
   nt: [...gemmTiles, '160_tall'],
   nn: [...gemmTiles, '160_tall'],
   tn: gemmTiles,
+  activated: ['160', '80'],
   geglu: ['256', '160_pingpong'],
   projections: ['256', '160', '160_pingpong'],
   e4m3: ['256', '160_pingpong'],

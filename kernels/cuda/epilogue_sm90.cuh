@@ -6,8 +6,8 @@
 #include "sm90.cuh"
 
 enum Activation { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3 };
-// What an epilogue may meet: nothing; or a residual, and bias and activation, bias and gates, or bias and shift.
-enum Kind { PLAIN, LINEAR, GEGLU, IMAGE };
+// What an epilogue may meet: nothing; or a residual, and bias, bias and activation, bias and gates, or bias and shift.
+enum Kind { PLAIN, LINEAR, ACTIVATED, GEGLU, IMAGE };
 
 constexpr int STEP = 64; // k of a stage
 constexpr int GROUPS = 2;
@@ -151,7 +151,7 @@ template <class S, Kind KIND> struct Epilogue {
       if (!shifted && has_one_shift(work)) add_columns(sums, early.shift), shifted = true;
     if constexpr (KIND == IMAGE)
       if (!shifted) add_shift(sums, row, column);
-    if constexpr (KIND == LINEAR || KIND == GEGLU) activate(sums);
+    if constexpr (KIND == ACTIVATED || KIND == GEGLU) activate(sums);
 #if defined(T_FLOAT32)
     if (has_residual()) {
       const T *residual = out.residual + work.slab * int64_t(out.partial_slab);

@@ -25,7 +25,7 @@ template <class S> struct Bytes {
     const Output out = PRODUCT_OUTPUT(nullptr, 1, activation); \
     product<S, true, true, KIND, true>(Bytes<S>{a, b, a_scale, b_scale, second}, out, PRODUCT_CUT); \
   }
-GEMM_FP8(e4m3_256, Tile256, LINEAR)
-GEMM_FP8(e4m3_160_pingpong, Tile160Pingpong, LINEAR)
+GEMM_FP8(e4m3_256, Tile256, ACTIVATED)
+GEMM_FP8(e4m3_160_pingpong, Tile160Pingpong, ACTIVATED)
 GEMM_FP8(e4m3_geglu_256, Tile256, GEGLU)
 GEMM_FP8(e4m3_geglu_160_pingpong, Tile160Pingpong, GEGLU)

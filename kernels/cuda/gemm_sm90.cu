@@ -1,4 +1,5 @@
-// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu; linear + GEGLU, whose
+// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu; linear + activation, for the few
+// rows of text encoders, in few tiles, as activations are most of a kernel's text and of the time a driver compiles it; linear + GEGLU, whose
 // tile of B is half values and half gates: rows n of the weight and rows half + n, by two boxes; and up to three linear layers of
 // one x, as attention has them, whose waves of tiles fill the GPU where those of one leave a part of it idle. Chosen by
 // engine/cuda/plan_sm90.ts, which also makes the maps: [slab][rows][columns] of A, B, y and the residual.
@@ -68,6 +69,8 @@ LAYOUTS(256, Tile256)
 LAYOUTS(160, Tile160)
 LAYOUTS(160_pingpong, Tile160Pingpong)
 LAYOUTS(80, Tile80)
+GEMM(activated_160, Tile160, true, true, ACTIVATED)
+GEMM(activated_80, Tile80, true, true, ACTIVATED)
 GEMM(nt_160_tall, Tile160Tall, true, true, LINEAR)
 GEMM(nn_160_tall, Tile160Tall, true, false, PLAIN)
 GEMM(geglu_256, Tile256, true, true, GEGLU)
