@@ -47,7 +47,7 @@ export function openReplicas(
   const shared = names.map((name, i): Shared => {
     return { leaves: copies.map((copy) => (copy.get(name) as Parameter).tensor), owner: owners[i] };
   });
-  const parts = all.length > 1 ? partsOf(shared, all.length) : [];
+  const parts = partsOf(shared, all.length);
   let queued = 0;
   return {
     parameters: new Map(names.map((name, i) => [name, copies[owners[i]].get(name) as Parameter])),
