@@ -6,7 +6,7 @@ import { test } from 'tap';
 import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
@@ -83,6 +83,42 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
   const { unet, unetConfig } = pipeline;
   t.ok(mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, path) > 16, 'its names are known');
   pipeline.release();
+});
+
+test("the text encoders' own learning rate", async (t) => {
+  // AdamW's first step moves each weight that has a gradient by the learning rate.
+  const numbers = (path: string, names: RegExp) => {
+    const weights = openWeights(path);
+    const found = weights.names.filter((name) => names.test(name)).map((name) => weights.floats(name));
+    weights.close();
+    return found.flatMap((values) => [...values]);
+  };
+  const greatest = (moved: readonly number[]) => moved.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+  const trained = (target: 'unet' | 'lora') =>
+    run({
+      ...basic(`rates-${target}`),
+      ...{ steps: 1, ema: { decay: 0 }, lr_scheduler: { name: 'constant' } },
+      optimizer: { lr: 1e-3, text_encoder_lr: 1e-4, weight_decay: 0 },
+      train: { target, text_encoders: true },
+    });
+  const near = (moved: number, rate: number, what: string) =>
+    t.ok(Math.abs(moved / rate - 1) < 0.01, `${what}: ${moved}`);
+  const whole = (await trained('unet')).folder;
+  const adapters = (await trained('lora')).folder;
+  for (const [component, rate] of [
+    ['unet', 1e-3],
+    ['text_encoder', 1e-4],
+    ['text_encoder_2', 1e-4],
+  ] as const) {
+    const [before, after] = [model, whole].map((path) => numbers(join(path, component), /./));
+    near(greatest(after.map((x, i) => x - before[i])), rate, component);
+    // Half of an adapter begins at zero.
+    near(
+      greatest(numbers(adapters, new RegExp(`^${component}\\..*lora_B`))),
+      rate,
+      `adapters of ${component}`,
+    );
+  }
 });
 
 test('captions of several chunks', async (t) => {
