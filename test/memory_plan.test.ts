@@ -76,7 +76,7 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
   t.end();
 });
 
-/** What `sdxl plan` foretells of a run on one picture of 1024x1024, within the cards' memory: bytes of each. */
+/** What `sdxl plan` foretells of a run whose largest picture is of 1024x1024, within the cards' memory: bytes of each. */
 function trainOn(
   gpus: number,
   card: (typeof cards)[number],
@@ -90,8 +90,9 @@ function trainOn(
     'plan',
   );
   const read = () => Promise.reject(new Error('a plan reads no pixels'));
-  const samples = [{ id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read }];
-  const pictures = { samples, buckets: [[1024, 1024]] as const, bucketOf: [0], hash: '' };
+  const sample = { id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read };
+  const buckets = [512, 1024, 768].map((side) => [side, side] as const);
+  const pictures = { samples: [sample, sample, sample], buckets, bucketOf: [0, 1, 2], hash: '' };
   const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
   const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   return estimate(materials, Array.from({ length: gpus }, device)).bytes;
