@@ -14,11 +14,15 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { main } from '../cli/main.ts';
+import { openDevice } from '../engine/device.ts';
+import { namedParameters } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { readJson } from '../io/files.ts';
 import { writePng } from '../io/image.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { openWeights } from '../models/checkpoint.ts';
+import { inTurns } from '../io/turns.ts';
+import { type ModelSource, openModel, openWeights } from '../models/checkpoint.ts';
+import { exportFolder } from '../models/export.ts';
 import { openSingleFile } from '../models/singlefile.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
@@ -58,7 +62,8 @@ test('folders and single files come out of each other', async (t) => {
     const single = join(folder, `${model}.safetensors`);
     const made = await run(golden(model), single, '--format', 'single-file', '--dtype', 'float16', '--json');
     t.equal(made.status, 0, made.err);
-    t.same(JSON.parse(made.out).forward, names, 'every component ran');
+    const said = { out: single, format: 'single-file', dtype: 'float16', forward: names };
+    t.match(JSON.parse(made.out), { ...said, tensors: contents(single).size }, 'every component ran');
     const [got, want] = [contents(single), contents(goldenSingleFile(model))];
     t.same([...got.keys()].sort(), [...want.keys()].sort(), `${model}: the keys`);
     t.ok(
@@ -103,6 +108,15 @@ test('large weights are sharded, and chosen parts are a folder of their own', as
   );
   t.equal(status, 0, err);
   t.same(readdirSync(out).sort(), ['model_index.json', 'scheduler', 'unet']);
+  const named = readJson(join(out, 'model_index.json')) as Record<string, unknown>;
+  t.same(
+    [named.vae, named.unet],
+    [
+      [null, null],
+      ['diffusers', 'UNet2DConditionModel'],
+    ],
+    'what is left out',
+  );
   const shards = readdirSync(join(out, 'unet')).filter((name) => name.endsWith('.safetensors'));
   t.ok(shards.length > 2, `${shards.length} shards`);
   const index = readJson(join(out, 'unet', 'diffusion_pytorch_model.safetensors.index.json')) as {
@@ -113,6 +127,8 @@ test('large weights are sharded, and chosen parts are a folder of their own', as
   t.ok(Object.values(index.weight_map).every((file) => shards.includes(file)));
   const [got, want] = [componentContents(join(out, 'unet')), componentContents(golden('tiny-sdxl/unet'))];
   t.same(got, want);
+  const plain = await run(golden('tiny-sdxl'), join(out, '..', 'plain'), '--save-keys', 'scheduler');
+  t.match(plain, { status: 0, err: /plain: no weights, the rest as it was\n$/ });
   rmSync(join(out, '..'), { recursive: true });
 });
 
@@ -148,6 +164,51 @@ test('LoRA files change their spelling and nothing else', async (t) => {
   rmSync(folder, { recursive: true });
 });
 
+test("LoRA files keep each layer's rank and alpha, of the text encoders too", async (t) => {
+  const folder = scratch();
+  const layers = [
+    ['unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q', 24, 4, 2],
+    ['te1_text_model_encoder_layers_0_self_attn_q_proj', 32, 2, 1],
+    ['te1_text_model_encoder_layers_0_self_attn_k_proj', 32, 3, 6],
+    ['te2_text_model_encoder_layers_0_self_attn_q_proj', 48, 2, 1],
+  ] as const;
+  const entry = (name: string, shape: readonly number[], value: number) => {
+    const bytes = new Uint8Array(new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(value).buffer);
+    return { name: `lora_${name}`, dtype: 'float32' as const, shape, bytes };
+  };
+  const kohya = join(folder, 'kohya.safetensors');
+  writeSafetensors(
+    kohya,
+    layers.flatMap(([name, width, rank, alpha]) => [
+      entry(`${name}.lora_down.weight`, [rank, width], 0.1),
+      entry(`${name}.lora_up.weight`, [width, rank], 0.2),
+      entry(`${name}.alpha`, [], alpha),
+    ]),
+  );
+  const configs = ['--configs', golden('tiny-sdxl')];
+  const peft = join(folder, 'peft.safetensors');
+  t.match(await run(kohya, peft, '--format', 'lora-peft', ...configs), {
+    status: 0,
+    err: `${peft}: 4 layers\n`,
+  });
+  const file = openSafetensors(peft);
+  const config = JSON.parse(file.metadata.lora_adapter_metadata) as Record<string, unknown>;
+  file.close();
+  const of = (component: string) =>
+    ['r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'target_modules'].map(
+      (key) => config[`${component}.${key}`],
+    );
+  const layer = (name: string) => `text_model.encoder.layers.0.self_attn.${name}_proj`;
+  const [first, second] = [layer('k'), layer('q')];
+  t.same(of('text_encoder'), [3, 6, { [second]: 2 }, { [second]: 1 }, [first, second]]);
+  t.same(of('text_encoder_2'), [2, 1, {}, {}, [second]]);
+  t.same(of('unet'), [4, 2, {}, {}, ['down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q']]);
+  const back = join(folder, 'back.safetensors');
+  t.equal((await run(peft, back, '--format', 'lora-kohya', ...configs)).status, 0);
+  t.same(contents(back), contents(kohya), 'and back');
+  rmSync(folder, { recursive: true });
+});
+
 test('a training checkpoint: trained parts or their averages, the rest from the model it began with', async (t) => {
   const folder = scratch();
   const checkpoint = join(folder, 'step-00000001');
@@ -171,7 +232,7 @@ test('a training checkpoint: trained parts or their averages, the rest from the 
   const own = Number(first(golden('tiny-sdxl/unet')));
   for (const [name, factor, flags] of [
     ['last', 2, []],
-    ['averaged', 3, ['--ema']],
+    ['averaged', 3, ['--ema', '--save-keys', 'all']],
   ] as const) {
     const out = join(folder, name);
     const { status, err } = await run(checkpoint, out, '--quiet', ...flags);
@@ -285,6 +346,39 @@ test('what the trainer itself saves: adapters, and a model from random weights',
   rmSync(folder, { recursive: true });
 });
 
+test('what reads back or computes other than it should is not kept', async (t) => {
+  const folder = scratch();
+  const source = openModel(golden('tiny-sdxl'));
+  let turns = 0;
+  const request = {
+    save_keys: ['unet'],
+    max_shard_size: 1e9,
+    device: openDevice('auto'),
+    onProgress: ({ done, total }: { done: number; total: number }) => void (turns = done === total ? 1 : 0),
+  };
+  const made = (from: ModelSource, onTurn?: () => void) =>
+    inTurns(exportFolder(from, join(folder, 'x'), request), onTurn);
+  const spoil = () => {
+    // The last tensor is written, the file has its name, and the first tensor is read again.
+    if (turns === 0 || ++turns !== 3) return;
+    const file = join(folder, readdirSync(folder)[0], 'unet', 'diffusion_pytorch_model.safetensors');
+    const bytes = readFileSync(file);
+    bytes[bytes.length - 1] ^= 1;
+    writeFileSync(file, bytes);
+  };
+  await t.rejects(made(source, spoil), /x.unet.*: tensor \S+ reads back other .* check the disk$/);
+  const other: ModelSource = {
+    ...source,
+    load(component, module, ...how) {
+      source.load(component, module, ...how);
+      namedParameters(module).get('conv_out.bias')?.tensor.set([1, 2, 3, 4]);
+    },
+  };
+  await t.rejects(made(other), /the exported unet computes other numbers than its source; nothing was kept/);
+  t.same(readdirSync(folder), [], 'nothing was kept');
+  rmSync(folder, { recursive: true });
+});
+
 test('Ctrl-C amid an export ends it there, and leaves nothing', async (t) => {
   const folder = scratch();
   const interrupted = async (share: number, ...argv: string[]) => {
@@ -334,6 +428,13 @@ test('mistakes leave nothing behind', async (t) => {
     ...all.filter(({ name }) => name !== bias.name),
     bias,
   ]);
+  const strange = join(folder, 'strange');
+  cpSync(golden('tiny-sdxl'), strange, { recursive: true });
+  writeFileSync(join(strange, 'vae', 'config.json'), '{ "_class_name": "AutoencoderDC" }');
+  const whole = all.map((each) =>
+    each.name === bias.name ? { ...each, dtype: 'int32' as const, bytes: new Uint8Array(16) } : each,
+  );
+  writeSafetensors(join(strange, 'unet', 'diffusion_pytorch_model.safetensors'), whole);
   const out = join(folder, 'out');
   const lora = golden('lora/plain_diffusers.safetensors');
   const cases: [label: string, argv: string[], says: RegExp][] = [
@@ -350,6 +451,12 @@ test('mistakes leave nothing behind', async (t) => {
       /missing add_embedding\.linear_1\.bias/,
     ],
     ['more than float16 holds', [large, out, '--dtype', 'float16'], /conv_out\.bias holds 70000.*bfloat16/],
+    ['another class', [strange, out], /strange: vae is of a class that SDXL has not/],
+    [
+      'whole numbers',
+      [strange, out, '--save-keys', 'unet'],
+      /tensor conv_out\.bias is int32, not a float type/,
+    ],
     ['unknown format', [golden('tiny-sdxl'), out, '--format', 'diffuser'], /did you mean "diffusers"/],
     ['unknown type', [golden('tiny-sdxl'), out, '--dtype', 'fp16'], /--dtype takes/],
     ['a size that is none', [golden('tiny-sdxl'), out, '--max-shard-size', 'big'], /--max-shard-size takes/],
@@ -391,6 +498,8 @@ test('mistakes leave nothing behind', async (t) => {
     t.ok(status === 2 && says.test(err) && err.trim().split('\n').length === 1, `${label}: ${err.trim()}`);
     t.notOk(existsSync(out), `${label}: nothing written`);
   }
-  t.same(readdirSync(folder).sort(), ['lacking', 'large'], 'no temporary file is left');
+  t.same(readdirSync(folder).sort(), ['lacking', 'large', 'strange'], 'no temporary file is left');
+  const { status } = await run(large, out, '--dtype', 'bfloat16', '--save-keys', 'unet', '--quiet');
+  t.equal(status, 0, 'bfloat16 holds what float16 does not');
   rmSync(folder, { recursive: true });
 });
