@@ -1,5 +1,6 @@
 // AdamW with moments of one byte (Dettmers et al. 2022), as bitsandbytes' AdamW8bit: a quarter of AdamW's state. Parameters
-// of fewer than 4096 elements keep float32 moments, as there.
+// of fewer than 4096 elements keep float32 moments, as there. Blocks are of a weight as it lies in memory: a convolution's are
+// others than in bitsandbytes, which has its channels first.
 import { adamw8bitStep, blocksOf } from '../../engine/ops/adamw_8bit.ts';
 import { adamw } from './adamw.ts';
 import type { Rule } from './rule.ts';
