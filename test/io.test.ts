@@ -224,9 +224,10 @@ test('files: a new folder in turns', async (t) => {
   const place = at('turns/new');
   mkdirSync(at('turns'));
   const left = () => readdirSync(at('turns'));
-  let pieces = 0;
-  t.equal(await inTurns(newFolderInTurns(place, write), () => void pieces++), 'made');
-  t.equal(pieces, 2);
+  const heard: string[] = [];
+  setImmediate(() => heard.push('another'));
+  t.equal(await inTurns(newFolderInTurns(place, write), () => heard.push('piece')), 'made');
+  t.same(heard, ['another', 'piece', 'piece'], 'others have their turn');
   t.same([left(), readdirSync(place)], [['new'], ['a', 'deep']]);
   refuses(t, /turns\/new holds files by now/, () => atOnce(newFolderInTurns(place, write)));
   const leave = inTurns(newFolderInTurns(at('turns/left'), write), () => {
