@@ -25,6 +25,7 @@ import {
   makeFolder,
   newFolderInTurns,
   readJson,
+  readJsonObject,
   readLines,
   replaceAtomically,
   replaceFolderAtomically,
@@ -271,6 +272,10 @@ test('files: assertWritable and readJson', (t) => {
   writeFileSync(at('bad.json'), '{"a": \n[1}');
   const message = messageOf(() => readJson(at('bad.json')));
   t.ok(/bad.json is not valid JSON/.test(message) && !message.includes('\n'), message);
+  for (const lone of ['[{}]', 'null', '"text"']) {
+    writeFileSync(at('lone.json'), lone);
+    refuses(t, /lone\.json does not hold a JSON object/, () => readJsonObject(at('lone.json')));
+  }
   refuses(t, /does not exist/, () => readJson(at('absent.json')));
   refuses(t, /is a folder/, () => readJson(folder));
   t.end();
