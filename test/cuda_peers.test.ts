@@ -45,6 +45,10 @@ for (const peers of [false, true]) {
       "the target copies, and the source's pool is opened once",
     );
     copyBetween([]);
+    const events = () => failing.map(({ made }) => made('cuEventCreate'));
+    const marks = events();
+    copyBetween([[b[1], a[1]]]);
+    t.same(events(), marks, 'a GPU marks its queue by one event');
     a[0].release();
     devices[0].memory.trim();
     const source = { address: a[1].block.address - 1024n, bytes: 256 };
