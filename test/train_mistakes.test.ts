@@ -13,7 +13,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
-import { dataset, folder, refuses, runFile } from './run_files.ts';
+import { dataset, folder, model, refuses, runFile } from './run_files.ts';
 
 test('run files', async (t) => {
   await refuses(t, 'no file', /no run file .*nothing\.ts/, 'train', join(folder, 'nothing.ts'));
@@ -149,12 +149,9 @@ test('run files', async (t) => {
     /timestep_range begins at 0\.75 and ends at 0\.25/,
     ...set('objective.timestep_range=0.75,0.25'),
   );
-  await refuses(
-    t,
-    'rules of a schedule',
-    /lr_scheduler\.step_rules is ""; write/,
-    ...set('lr_scheduler.name=piecewise_constant'),
-  );
+  const [, ...rules] = set('lr_scheduler.name=piecewise_constant');
+  for (const command of ['train', 'plan'])
+    await refuses(t, 'rules of a schedule', /lr_scheduler\.step_rules is ""; write/, command, ...rules);
   await refuses(t, "the previews' scheduler", /Eulr/, ...set('previews.scheduler=Eulr'));
   await refuses(
     t,
@@ -256,6 +253,14 @@ test('checkpoints', async (t) => {
     writeFileSync(join(damaged, 'state.json'), wrong);
     await refuses(t, 'damaged', says, 'train', runFile('fresh', { steps: 9 }), '--resume', damaged);
   }
+  writeFileSync(join(damaged, 'state.json'), state);
+  cpSync(join(model, 'unet'), join(damaged, 'unet'), { recursive: true });
+  await refuses(
+    t,
+    'other weights',
+    /unet does not fit this run: \S+ is float16 \[[\d,]+\], not float32 \[[\d,]+\]; resume with/,
+    ...['train', runFile('fresh', { steps: 9 }), '--resume', damaged],
+  );
   t.equal(names(), before, 'the checkpoints are as they were');
   t.equal((await sdxl('train', file, '--resume', '--quiet')).status, 0, 'a finished run resumed is no error');
 });
