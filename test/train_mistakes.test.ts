@@ -30,6 +30,12 @@ test('run files', async (t) => {
     /"optimizer\.lr" is "high"; it takes a number/,
     ...file('b', { optimizer: { lr: 'high' } }),
   );
+  await refuses(
+    t,
+    'a beta that never forgets',
+    /"optimizer\.betas" is \[0\.9,1\]; it takes .* a number from 0 to below 1/,
+    ...file('betas', { optimizer: { betas: [0.9, 1] } }),
+  );
   await refuses(t, 'syntax error', /cannot be loaded: /, ...file('c', {}, 'export default defineRun({;'));
   await refuses(
     t,

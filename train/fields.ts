@@ -26,13 +26,18 @@ const field = <T>(fallback: T, wants: string, accepts: (value: unknown) => boole
 interface Bounds {
   min?: number;
   max?: number;
+  below?: number;
 }
 
-const within = (value: unknown, { min = -Infinity, max = Infinity }: Bounds): boolean =>
-  typeof value === 'number' && Number.isFinite(value) && value >= min && value <= max;
+const within = (value: unknown, { min = -Infinity, max = Infinity, below = Infinity }: Bounds): boolean =>
+  typeof value === 'number' && Number.isFinite(value) && value >= min && value <= max && value < below;
 
-const range = ({ min, max }: Bounds): string =>
-  `${min === undefined ? '' : ` from ${min}`}${max === undefined ? '' : ` to ${max}`}`;
+const range = ({ min, max, below }: Bounds): string =>
+  [
+    min === undefined ? '' : ` from ${min}`,
+    max === undefined ? '' : ` to ${max}`,
+    below === undefined ? '' : ` to below ${below}`,
+  ].join('');
 
 export const number = (fallback: number, bounds: Bounds = {}): Field<number> =>
   field(fallback, `a number${range(bounds)}`, (value) => within(value, bounds));

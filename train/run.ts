@@ -223,7 +223,7 @@ export const fields: Fields<Run> = {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion'),
     lr: number(1e-5, { min: 0 }),
     text_encoder_lr: number(0, { min: 0 }),
-    betas: pair([0.9, 0.999], number(0, { min: 0, max: 1 })),
+    betas: pair([0.9, 0.999], number(0, { min: 0, below: 1 })),
     eps: number(1e-8, { min: 0 }),
     weight_decay: number(1e-2, { min: 0 }),
     clip_threshold: number(1, { min: 0 }),
