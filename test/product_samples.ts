@@ -135,7 +135,7 @@ const hopperLayers: readonly Layer[] = [
   { m: 129, n: 64, k: 328, extras: ['bias'] },
   // Fewer steps than stages: the ring orders nothing between two items, of three, so that a warpgroup of two in turn has two.
   { m: 257, n: 64, k: 64, extras: ['bias'] },
-  { m: 1032, n: 176, k: 64, extras: ['residual'] },
+  { m: 2056, n: 176, k: 64, extras: ['residual'] },
 ];
 const hopperActivated: readonly Layer[] = [
   { m: 129, n: 64, k: 328, activation: 'gelu', extras: ['bias'] },
