@@ -13,7 +13,7 @@ import { buildComponent } from '../models/components.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
-import { adapterAt, type LoraTargets, loraPart } from '../models/lora.ts';
+import { adapterAt, isAdapter, type LoraTargets } from '../models/lora_file.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
@@ -122,9 +122,9 @@ function adapterFile(path: string, { ema }: Options): string | undefined {
   const found = adapterAt(path, { ema });
   if (!found) return undefined;
   const file = openSafetensors(found);
-  const isAdapter = [...file.tensors.keys()].some((key) => loraPart(key)?.part === 'down');
+  const adapter = isAdapter(file);
   file.close();
-  return isAdapter ? found : undefined;
+  return adapter ? found : undefined;
 }
 
 /** The model that an adapter is for, on shapes alone. */

@@ -38,7 +38,8 @@ function asText({ path, kind, components, lora, metadata }: Inspection): string 
   const lines = rows.map((row) => `  ${row.map((cell, i) => cell.padEnd(widths[i])).join('  ')}`.trimEnd());
   if (lora) {
     const layers = Object.entries(lora.layers).map(([target, count]) => `${count} in ${target}`);
-    lines.push(`  rank ${lora.ranks.join(', ')}; layers: ${layers.join(', ')}`);
+    const rank = lora.ranks.length > 0 ? `rank ${lora.ranks.join(', ')}; ` : '';
+    lines.push(`  ${rank}layers: ${layers.join(', ')}`);
   }
   for (const [name, text] of Object.entries(metadata)) {
     const value = text.replace(/\s+/g, ' ');

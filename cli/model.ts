@@ -7,7 +7,7 @@ import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openComponentFile, openModel } from '../models/checkpoint.ts';
 import { classOf } from '../models/components.ts';
-import { adapterAt } from '../models/lora.ts';
+import { adapterAt } from '../models/lora_file.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from '../models/singlefile.ts';
 import type { Locate } from '../train/session.ts';
 import { progressBar } from './progress.ts';

@@ -11,7 +11,8 @@ import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
-import { adapterAt, mergeLora } from '../models/lora.ts';
+import { mergeLora } from '../models/lora.ts';
+import { adapterAt } from '../models/lora_file.ts';
 import {
   decode,
   denoiseToEnd,

@@ -105,7 +105,7 @@ export function addSampleOptions(command: Command): Command {
     .option('--vae <DIR|FILE|HUB_ID>', 'another VAE than the model has')
     .option(
       '--lora <FILE[:SCALE]>',
-      'an adapter merged into the weights, such as style.safetensors:0.8, or the folder of one; may be given more than once',
+      'an adapter (LoRA, DoRA, LoHa, LoKr or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder of one; may be given more than once',
       repeated((text) => text),
     )
     .option(

@@ -1,14 +1,18 @@
-// A LoRA from one spelling to another: diffusers' (`unet.….lora.down.weight`, alpha in the metadata) or kohya's
+// An adapter from one spelling to another: diffusers' (`unet.….lora.down.weight`, alpha in the metadata) or kohya's
 // (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own weights, because
-// kohya's underscores cannot be split again.
+// kohya's underscores cannot be split again. Every kind has names in kohya's spelling, as LyCORIS writes them; diffusers' files hold
+// LoRA and DoRA alone.
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
 import {
   openSafetensors,
   type SafetensorsFile,
   type TensorEntry,
+  type TensorInfo,
   writeSafetensors,
 } from '../io/safetensors.ts';
-import { alphaOf, type LoraTargets, rankOf, type Update, updatesOf } from './lora.ts';
+import { type LoraTargets, type Update, updatesOf } from './lora_file.ts';
+import { kindName, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
 
 export type LoraFormat = 'lora-peft' | 'lora-kohya';
 
@@ -22,10 +26,10 @@ export function exportLora(
 ): number {
   const file = openSafetensors(path);
   try {
-    const updates = [...updatesOf(file, targets)];
+    const updates = [...updatesOf(file, targets).values()];
     const spelled = format === 'lora-kohya' ? inKohya : inPeft;
-    const entries = updates.flatMap(([module, update]) => spelled(file, module, update, dtype));
-    const metadata = format === 'lora-peft' ? peftMetadata(file, updates) : {};
+    const entries = updates.flatMap((update) => spelled(file, update, dtype));
+    const metadata = format === 'lora-peft' ? peftMetadata(updates) : {};
     writeSafetensors(out, entries, { format: 'pt', ...metadata });
     return updates.length;
   } finally {
@@ -33,22 +37,51 @@ export function exportLora(
   }
 }
 
-function tensorOf(file: SafetensorsFile, stored: string, name: string, dtype?: FloatDType): TensorEntry {
-  const info = file.tensors.get(stored);
-  const from = info?.dtype as FloatDType;
+function tensorOf(
+  file: SafetensorsFile,
+  info: TensorInfo,
+  name: string,
+  dtype?: FloatDType,
+  shape = info.shape,
+): TensorEntry {
+  const from = info.dtype as FloatDType;
   const to = dtype ?? from;
   const bytes = () =>
-    from === to ? file.read(stored) : encodeNumbers(decodeFloats(file.read(stored), from), to);
-  return { name, dtype: to, shape: info?.shape ?? [], bytes };
+    from === to ? file.read(info.name) : encodeNumbers(decodeFloats(file.read(info.name), from), to);
+  return { name, dtype: to, shape, bytes };
 }
 
-function inPeft(file: SafetensorsFile, _: string, update: Update, dtype?: FloatDType): TensorEntry[] {
-  const { target, down = '', up = '' } = update;
-  return [
-    tensorOf(file, down, `${target.path}.lora.down.weight`, dtype),
-    tensorOf(file, up, `${target.path}.lora.up.weight`, dtype),
-  ];
+/** Where peft has a tensor of a LoRA or a DoRA. */
+const peftNames: Record<string, string> = {
+  lora_down: 'lora.down.weight',
+  lora_up: 'lora.up.weight',
+  lora_magnitude_vector: 'lora_magnitude_vector',
+  dora_scale: 'lora_magnitude_vector',
+};
+
+function inPeft(file: SafetensorsFile, update: Update, dtype?: FloatDType): TensorEntry[] {
+  const { target, parts } = update;
+  const weight = target.weight.shape;
+  return tensorsOf(update).map(([part, info]) => {
+    const name = peftNames[part];
+    if (!name || (part === 'dora_scale' && magnitudeAxis(parts, weight) !== 'rows')) {
+      const what = name ? `${kindName(parts)} over inputs` : `${kindName(parts)} with ${part}`;
+      throw new UserError(
+        `${file.path}: diffusers' files hold no ${what}, as ${target.path} has; export it as --format lora-kohya`,
+      );
+    }
+    const [o, , ...kernel] = weight;
+    const shape = kernel.length > 0 ? [1, o, ...kernel.map(() => 1)] : [o];
+    const isMagnitude = name === peftNames.dora_scale;
+    return tensorOf(file, info, `${target.path}.${name}`, dtype, isMagnitude ? shape : undefined);
+  });
 }
+
+/** All but alpha, which each spelling keeps in its own way; in the order that the kinds name them. */
+const tensorsOf = ({ parts }: Update): [string, TensorInfo][] =>
+  Object.entries(parts)
+    .flatMap(([part, info]): [string, TensorInfo][] => (info && part !== 'alpha' ? [[part, info]] : []))
+    .sort(([a], [b]) => (a < b ? -1 : 1));
 
 const kohyaPrefixes: Record<string, string> = {
   unet: 'lora_unet_',
@@ -56,41 +89,56 @@ const kohyaPrefixes: Record<string, string> = {
   text_encoder_2: 'lora_te2_',
 };
 
-function inKohya(file: SafetensorsFile, module: string, update: Update, dtype?: FloatDType): TensorEntry[] {
-  const { target, down = '', up = '' } = update;
+/** What LyCORIS calls a part; norms have names of their own. */
+function kohyaName(part: string, isNorm: boolean): string {
+  if (part.startsWith('lora_') && part !== 'lora_magnitude_vector') return `${part}.weight`;
+  if (isNorm && part.startsWith('diff')) return part === 'diff' ? 'w_norm' : 'b_norm';
+  return part === 'lora_magnitude_vector' ? 'dora_scale' : part;
+}
+
+function inKohya(file: SafetensorsFile, update: Update, dtype?: FloatDType): TensorEntry[] {
+  const { target, parts, alpha, rank } = update;
   const [component, ...path] = target.path.split('.');
-  const name = kohyaPrefixes[component] + path.join('_');
-  const pair = [
-    tensorOf(file, down, `${name}.lora_down.weight`, dtype),
-    tensorOf(file, up, `${name}.lora_up.weight`, dtype),
+  const module = kohyaPrefixes[component] + path.join('_');
+  const [o, ...rest] = target.weight.shape;
+  const entries = tensorsOf(update).map(([part, info]) => {
+    const shape = part === 'lora_magnitude_vector' ? [o, ...rest.map(() => 1)] : undefined;
+    return tensorOf(file, info, `${module}.${kohyaName(part, rest.length === 0)}`, dtype, shape);
+  });
+  const own = rankOf(parts);
+  if (own === undefined && alpha !== rank) {
+    throw new UserError(
+      `${file.path}: ${target.path} is a LoKr of two whole factors times ${alpha / rank}, which kohya's spelling cannot tell`,
+    );
+  }
+  if (own === undefined) return entries;
+  const [{ dtype: to }] = entries;
+  return [
+    { name: `${module}.alpha`, dtype: to, shape: [], bytes: encodeNumbers([alpha], to as FloatDType) },
+    ...entries,
   ];
-  const alpha = encodeNumbers([alphaOf(file, module, update)], pair[0].dtype);
-  return [{ name: `${name}.alpha`, dtype: pair[0].dtype, shape: [], bytes: alpha }, ...pair];
 }
 
 /** peft's LoraConfig per component, as diffusers reads it; none where every alpha is the rank, which is what no config means. */
-function peftMetadata(
-  file: SafetensorsFile,
-  updates: readonly (readonly [string, Update])[],
-): Record<string, string> {
-  if (updates.every(([module, update]) => alphaOf(file, module, update) === rankOf(file, update))) return {};
+function peftMetadata(updates: readonly Update[]): Record<string, string> {
+  if (updates.every(({ alpha, rank }) => alpha === rank)) return {};
   const config: Record<string, unknown> = {};
   for (const component of Object.keys(kohyaPrefixes)) {
-    const mine = updates.filter(([, { target }]) => target.path.startsWith(`${component}.`));
+    const mine = updates.filter(({ target }) => target.path.startsWith(`${component}.`));
     if (mine.length === 0) continue;
-    const paths = mine.map(([, { target }]) => target.path.slice(component.length + 1));
-    const [first, update] = mine[0];
-    const [rank, alpha] = [rankOf(file, update), alphaOf(file, first, update)];
-    const others = (value: (module: string, u: Update) => number, common: number) =>
+    const paths = mine.map(({ target }) => target.path.slice(component.length + 1));
+    const [{ rank, alpha }] = mine;
+    const others = (key: 'rank' | 'alpha', usual: number) =>
       Object.fromEntries(
-        mine.flatMap(([module, u], i) => (value(module, u) === common ? [] : [[paths[i], value(module, u)]])),
+        mine.flatMap((update, i) => (update[key] === usual ? [] : [[paths[i], update[key]]])),
       );
     Object.assign(config, {
       [`${component}.peft_type`]: 'LORA',
       [`${component}.r`]: rank,
       [`${component}.lora_alpha`]: alpha,
-      [`${component}.rank_pattern`]: others((_, u) => rankOf(file, u), rank),
-      [`${component}.alpha_pattern`]: others((module, u) => alphaOf(file, module, u), alpha),
+      [`${component}.rank_pattern`]: others('rank', rank),
+      [`${component}.alpha_pattern`]: others('alpha', alpha),
+      [`${component}.use_dora`]: mine.some(({ parts }) => magnitudeOf(parts)),
       [`${component}.target_modules`]: paths,
     });
   }

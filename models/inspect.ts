@@ -9,7 +9,8 @@ import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
-import { adapterAt, loraPart } from './lora.ts';
+import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
+import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 
 export interface Component {
@@ -29,8 +30,8 @@ export interface Inspection {
   path: string;
   kind: string;
   components: Component[];
-  /** Of a LoRA: its ranks, and how many layers of which model it changes. */
-  lora?: { ranks: number[]; layers: Record<string, number> };
+  /** Of an adapter: layers by kind, its ranks, and how many layers of which model it changes. */
+  lora?: { kinds: Record<string, number>; ranks: number[]; layers: Record<string, number> };
   metadata: Record<string, string>;
   problems: string[];
 }
@@ -130,7 +131,7 @@ function inspectFile(path: string): Inspection {
     const base = { path, metadata: file.metadata };
     const prefixes = singleFilePrefixes(file);
     if (prefixes) return { ...base, ...inspectSingleFile(file, prefixes) };
-    if (names.some((name) => loraPart(name)?.part === 'down')) return { ...base, ...inspectLora(file) };
+    if (isAdapter(file)) return { ...base, ...inspectLora(file) };
     const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
     if (names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name))) {
       const source = openVaeFile(path);
@@ -191,20 +192,31 @@ function inspectSingleFile(
 }
 
 function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {
+  const { layers, unknown } = layersIn(file);
+  const kinds = new Map<string, number>();
   const ranks = new Set<number>();
-  const layers: Record<string, number> = {};
+  const targets: Record<string, number> = {};
   const problems: string[] = [];
-  const names = [...file.tensors.keys()];
-  for (const { name, shape } of file.tensors.values()) {
-    const split = loraPart(name);
-    if (!split) problems.push(`${name} is no part of a plain LoRA`);
-    if (split?.part !== 'down') continue;
-    ranks.add(shape[0]);
-    const target = /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?)(?=[._])/.exec(split.module)?.[0] ?? 'unet';
-    layers[target] = (layers[target] ?? 0) + 1;
+  for (const name of unknown) {
+    const kind = unsupportedKind(name);
+    if (kind) kinds.set(kind, 0);
+    problems.push(
+      kind ? `${name} is a tensor of ${kind}, which is not supported` : `${name} is no part of an adapter`,
+    );
   }
-  const kohya = names.some((name) => name.startsWith('lora_'));
+  for (const [module, parts] of layers) {
+    const lack = lackOf(parts);
+    if (lack) problems.push(`${module} has not all the tensors of one adapter (${lack})`);
+    const kind = kindName(parts);
+    kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
+    const rank = rankOf(parts);
+    if (rank) ranks.add(rank);
+    const target = /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?)(?=[._])/.exec(module)?.[0] ?? 'unet';
+    targets[target] = (targets[target] ?? 0) + 1;
+  }
+  const kohya = [...file.tensors.keys()].some((name) => /^(lora|lycoris)_/.test(name));
   const components = [{ name: 'adapter', ...summary([...file.tensors.values()]), problems }];
-  const kind = `LoRA, ${kohya ? "kohya's" : "diffusers' (peft)"} keys`;
-  return { kind, components, lora: { ranks: [...ranks].sort((a, b) => a - b), layers }, problems };
+  const kind = `${[...kinds.keys()].sort().join(' and ')}, ${kohya ? "kohya's" : "diffusers' (peft)"} keys`;
+  const lora = { kinds: Object.fromEntries(kinds), ranks: [...ranks].sort((a, b) => a - b), layers: targets };
+  return { kind, components, lora, problems };
 }

@@ -169,6 +169,7 @@ const golden = [
   'models_vae',
   'models_unet',
   'models_lora',
+  'lora_kinds',
   'pipeline',
   'controlnet',
   'training',

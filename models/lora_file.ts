@@ -1,0 +1,261 @@
+// An adapter's file against a model: whose layer each tensor is, and what alpha and rank it has. Names are in one of three
+// spellings: diffusers' and peft's (dots), kohya's (underscores), and kohya's with the original model's block names.
+// Underscores cannot be split again, so names are matched by spelling every layer of the model in all ways; a name that
+// matches none is an error, as a silently lost layer would be.
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
+import { decodeFloats } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { readJsonObject } from '../io/files.ts';
+import type { SafetensorsFile, TensorInfo } from '../io/safetensors.ts';
+import {
+  fits,
+  kindOf,
+  kinds,
+  lackOf,
+  magnitudeAxis,
+  magnitudeOf,
+  type Parts,
+  partOf,
+  rankOf,
+  unsupportedKind,
+} from './lora_kinds.ts';
+import { weightFile } from './save.ts';
+import { unetKeyInSgm } from './sgm_keys.ts';
+import type { UNetConfig } from './unet.ts';
+
+/**
+ * The models an adapter may change; parts of a file for an absent one are an error like any unmatched name.
+ */
+export interface LoraTargets {
+  unet: AnyModule;
+  unetConfig: Pick<UNetConfig, 'layers_per_block' | 'up_block_types'>;
+  text_encoder?: AnyModule;
+  text_encoder_2?: AnyModule;
+}
+
+/** A layer that an adapter can change, and its diffusers path with the component's name before it. */
+interface Target {
+  weight: Parameter;
+  bias?: Parameter;
+  path: string;
+}
+
+/** What a file changes of one layer. */
+export interface Update {
+  target: Target;
+  parts: Parts;
+  /** The difference counts alpha / rank times. Both are 1 where a file tells neither. */
+  alpha: number;
+  rank: number;
+}
+
+/** The adapter's file: `path` itself, or that of a folder, which a finished run has at its top and a checkpoint in lora/. */
+export function adapterAt(path: string, { ema = false } = {}): string | undefined {
+  const name = weightFile('lora');
+  const places = [[], [name], ['adapter_model.safetensors'], [...(ema ? ['ema'] : []), 'lora', name]].map(
+    (parts) => join(path, ...parts),
+  );
+  return places.find((place) => place.endsWith('.safetensors') && existsSync(place));
+}
+
+/** A file's tensors by layer, in the file's spelling, and the names that are no part of an adapter. */
+export function layersIn(file: SafetensorsFile): { layers: Map<string, Parts>; unknown: string[] } {
+  const layers = new Map<string, Record<string, TensorInfo>>();
+  const unknown: string[] = [];
+  for (const info of file.tensors.values()) {
+    const found = partOf(info.name);
+    const module = plainModule(found?.module ?? '');
+    const parts = layers.get(module) ?? {};
+    // A part that is there under another name already is none.
+    if (!found || parts[found.part]) unknown.push(info.name);
+    else layers.set(module, { ...parts, [found.part]: info });
+  }
+  return { layers, unknown };
+}
+
+/** Whether it is an adapter, if only of a kind that cannot be read. */
+export function isAdapter(file: SafetensorsFile): boolean {
+  const { layers, unknown } = layersIn(file);
+  return unknown.some(unsupportedKind) || [...layers.values()].some(kindOf);
+}
+
+/**
+ * Drops what wrappers put into a path: peft's root, and the attention processors of diffusers before 0.22.
+ */
+const plainModule = (module: string): string =>
+  module
+    .replace(peftRoot, '')
+    .replace(
+      /\.processor\.(to_\w+)$/,
+      (_, projection) => `.${projection === 'to_out' ? 'to_out.0' : projection}`,
+    );
+
+const peftRoot = /^base_model\.model\./;
+
+/** Every spelling of every layer that an adapter can change. */
+function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTargets): Map<string, Target> {
+  const found = new Map<string, Target>();
+  const flat = (name: string) => name.replaceAll('.', '_');
+  const note = (module: AnyModule | undefined, dotted: string, underscored: readonly string[]) => {
+    if (!module) return;
+    const parameters = namedParameters(module);
+    for (const [key, weight] of parameters) {
+      if (!key.endsWith('.weight')) continue;
+      const path = key.slice(0, -'.weight'.length);
+      const target = { weight, bias: parameters.get(`${path}.bias`), path: `${dotted}.${path}` };
+      // transformers 5 leaves `text_model.` out of the text encoders' keys.
+      for (const each of [path, path.replace(/^text_model\./, '')]) found.set(`${dotted}.${each}`, target);
+      for (const prefix of underscored) found.set(prefix + flat(path), target);
+      if (module !== unet) continue;
+      found.set(path, target);
+      found.set(`lora_unet_${flat(unetKeyInSgm(key, unetConfig).replace(/\.weight$/, ''))}`, target);
+    }
+  };
+  // Without kohya's trainer LyCORIS calls the network by its own name.
+  note(unet, 'unet', ['lora_unet_', 'lycoris_']);
+  note(text_encoder, 'text_encoder', ['lora_te1_']);
+  // Trained on the refiner, whose only encoder it is, kohya calls it `te`.
+  note(text_encoder_2, 'text_encoder_2', text_encoder ? ['lora_te2_'] : ['lora_te2_', 'lora_te_']);
+  return found;
+}
+
+/**
+ * Pairs the file's tensors with the model's layers, by the file's spelling.
+ * @throws UserError listing what matches nothing, is incomplete or fits badly
+ */
+export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
+  const known = spellings(targets);
+  const { layers, unknown } = layersIn(file);
+  refuseUnsupported(file, unknown);
+  const unmatched = [...layers].flatMap(([module, parts]) =>
+    known.has(module) ? [] : Object.values(parts).map((info) => info?.name ?? ''),
+  );
+  complain(file, 'match no weight of this model', [...unknown, ...unmatched]);
+  const lacks = [...layers].map(([module, parts]) => [module, lackOf(parts)] as const);
+  complain(
+    file,
+    'have not all the tensors of one adapter',
+    lacks.flatMap(([module, lack]) => (lack ? `${module} (${lack})` : [])),
+    'the file is damaged, or of a kind that is not known here',
+  );
+  const paired = [...layers].map(([module, parts]) => [module, known.get(module) as Target, parts] as const);
+  const misfits = paired.filter(([, target, parts]) => !fitsTarget(target, parts));
+  complain(
+    file,
+    'have another shape than the model',
+    misfits.map(([module]) => module),
+  );
+  const configOf = peftConfigs(file);
+  return new Map(
+    paired.map(([module, target, parts]) => {
+      const ratio = ratioOf(file, parts, configOf(target.path), target.path.replace(/^\w+\./, ''));
+      if (!Number.isFinite(ratio.alpha / ratio.rank)) {
+        throw new UserError(
+          `LoRA ${file.path}: the alpha of ${module} is not a finite number; the file is damaged`,
+        );
+      }
+      return [module, { target, parts, ...ratio }];
+    }),
+  );
+}
+
+const fitsTarget = ({ weight, bias }: Target, parts: Parts): boolean =>
+  fits(parts, weight.shape) &&
+  (!parts.diff_b || parts.diff_b.shape.join() === bias?.shape.join()) &&
+  (!magnitudeOf(parts) || magnitudeAxis(parts, weight.shape) !== undefined);
+
+function refuseUnsupported(file: SafetensorsFile, unknown: readonly string[]): void {
+  const name = unknown.find(unsupportedKind);
+  if (name === undefined) return;
+  throw new UserError(
+    `LoRA ${file.path}: ${name} is a tensor of ${unsupportedKind(name)}, which is not supported; ` +
+      `${kinds.map((kind) => kind.name).join(', ')} and DoRA are`,
+  );
+}
+
+function complain(
+  file: SafetensorsFile,
+  what: string,
+  names: readonly string[],
+  mend = 'use an adapter made for this model, or name the model that it was made for',
+): void {
+  if (names.length === 0) return;
+  const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
+  throw new UserError(
+    `LoRA ${file.path}: ${names.length} of its names ${what}: ${names.slice(0, 8).join(', ')}${more}; ${mend}`,
+  );
+}
+
+/** What of peft's LoraConfig, LoHaConfig and LoKrConfig tells alpha and rank. */
+interface PeftConfig {
+  r?: number;
+  lora_alpha?: number;
+  /** LoHa and LoKr call it so. */
+  alpha?: number;
+  rank_pattern?: Record<string, number>;
+  alpha_pattern?: Record<string, number>;
+  use_rslora?: boolean;
+}
+
+/** The config of a layer, by its path: diffusers keeps it in the metadata, peft in a file beside its own. */
+function peftConfigs(file: SafetensorsFile): (path: string) => PeftConfig {
+  const text = file.metadata.lora_adapter_metadata;
+  if (text !== undefined) {
+    const metadata = parsed(file, text);
+    return (path) => {
+      const prefix = `${path.split('.')[0]}.`;
+      const mine = Object.entries(metadata).filter(([key]) => key.startsWith(prefix));
+      return Object.fromEntries(mine.map(([key, value]) => [key.slice(prefix.length), value]));
+    };
+  }
+  const beside = join(dirname(file.path), 'adapter_config.json');
+  const peft = [...file.tensors.keys()].some((name) => peftRoot.test(name));
+  const config: PeftConfig = peft && existsSync(beside) ? readJsonObject(beside) : {};
+  return () => config;
+}
+
+function parsed(file: SafetensorsFile, text: string): Record<string, unknown> {
+  try {
+    return JSON.parse(text) as Record<string, unknown>;
+  } catch {
+    throw new UserError(`LoRA ${file.path}: its "lora_adapter_metadata" is not JSON; save the adapter again`);
+  }
+}
+
+/**
+ * Alpha and rank: kohya keeps alpha in a tensor, peft in its config; without either it is the rank. A LoKr of two whole factors
+ * has no rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. Rank-stabilised adapters (alpha over the
+ * root of the rank) are told as what a plain one would say, as LyCORIS writes them.
+ */
+function ratioOf(
+  file: SafetensorsFile,
+  parts: Parts,
+  config: PeftConfig,
+  path: string,
+): Pick<Update, 'alpha' | 'rank'> {
+  const kind = kindOf(parts)?.name;
+  const own = rankOf(parts);
+  if (parts.alpha) return own ? { alpha: floatsOf(file, parts.alpha)[0], rank: own } : { alpha: 1, rank: 1 };
+  const named = kind === 'LoRA' ? config.lora_alpha : config.alpha;
+  const rank = own ?? (named === undefined ? 1 : (byPattern(config.rank_pattern, path) ?? config.r ?? 1));
+  const alpha = byPattern(config.alpha_pattern, path) ?? named ?? rank;
+  return { alpha: alpha * (config.use_rslora ? Math.sqrt(rank) : 1), rank };
+}
+
+/** peft's rule: the first pattern, a regular expression, that matches the path or an ending of it behind a dot. */
+function byPattern(patterns: Record<string, number> | undefined, path: string): number | undefined {
+  const found = Object.entries(patterns ?? {}).find(([pattern]) => {
+    try {
+      return new RegExp(`^(.*\\.)?(${pattern})$`).test(path);
+    } catch {
+      throw new UserError(`"${pattern}" in the adapter's alpha_pattern or rank_pattern is no pattern`);
+    }
+  });
+  return found?.[1];
+}
+
+/** A part's numbers in float32. */
+export const floatsOf = (file: SafetensorsFile, { name, dtype }: TensorInfo): Float32Array =>
+  decodeFloats(file.read(name), dtype);
