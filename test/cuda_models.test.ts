@@ -3,28 +3,17 @@
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
-import {
-  controlledSteps,
-  modelErrors,
-  pipelineSteps,
-  replaysAndGradients,
-  trainingStep,
-} from './whole_models.ts';
+import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep } from './whole_models.ts';
 
 const device = cudaDevice(openVirtualGpu({ races: false }));
 const cpu = openDevice('cpu');
 
-for (const [label, work, dtypes] of [
-  ['the tiny pipeline, four steps', pipelineSteps, ['float32', 'bfloat16']],
-  ['a ControlNet that is switched on and off between steps', controlledSteps, ['float32']],
-  [
-    'one step of training: loss, gradients, clipping, AdamW, the moving average',
-    trainingStep,
-    ['float32', 'bfloat16'],
-  ],
+for (const [label, work] of [
+  ['the tiny pipeline, four steps', pipelineSteps],
+  ['one step of training: loss, gradients, clipping, AdamW, the moving average', trainingStep],
 ] as const) {
   test(label, (t) => {
-    for (const dtype of dtypes) {
+    for (const dtype of ['float32', 'bfloat16'] as const) {
       for (const { name, error, bound } of modelErrors(device, cpu, work, dtype)) {
         const shown = `${error.toExponential(2)}, at most ${bound.toExponential(2)}`;
         t.ok(bound > 0 && error <= bound, `${name} in ${dtype}: ${shown}`);
@@ -41,7 +30,7 @@ test('a UNet on Hopper: tensor maps and wgmma, replayed and with gradients', (t)
     t.ok(bound > 0 && error <= bound, `${name}: ${shown}`);
   }
   const ran = gpu.coverage().filter(({ entered }) => entered.size > 0);
-  for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_backward_sm90', 'attention_hopper'])
+  for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_sm90_backward', 'attention_hopper'])
     t.ok(
       ran.some(({ kernel }) => kernel.startsWith(kind)),
       `${kind} has run`,

@@ -1,0 +1,13 @@
+// A ControlNet that is switched on and off between steps, through the cuda device on the virtual GPU, beside the cpu device. Apart
+// from cuda_models.test.ts, as a file has ten minutes.
+import { test } from 'tap';
+import { cudaDevice, openDevice } from '../engine/device.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+import { controlledSteps, modelErrors } from './whole_models.ts';
+
+test('five steps, a ControlNet on in the middle three', (t) => {
+  const device = cudaDevice(openVirtualGpu({ races: false }));
+  for (const { name, error, bound } of modelErrors(device, openDevice('cpu'), controlledSteps, 'float32'))
+    t.ok(error <= bound, `${name}: ${error.toExponential(2)}, at most ${bound.toExponential(2)}`);
+  t.end();
+});
