@@ -195,7 +195,7 @@ test('inspect tells what a checkpoint is', async (t) => {
   t.match((await about(goldenSingleFile('tiny-sdxl'))).kind, /single file: SDXL base/);
   const adapter = await about(lora);
   t.match(adapter.kind, /kohya/);
-  t.same(adapter.lora, { ranks: [4], layers: { lora_unet: 136 } });
+  t.same(adapter.lora, { kinds: { LoRA: 136 }, ranks: [4], layers: { lora_unet: 136 } });
 
   const folder = scratch();
   cpSync(model, folder, { recursive: true });
