@@ -22,7 +22,10 @@ export interface ControlNetConfig extends EncoderConfig {
   conditioning_embedding_out_channels: readonly number[];
 }
 
-/** Reads a ControlNet's config.json, which errors call `file`. @throws UserError naming a field that is absent, or asks for another architecture */
+/**
+ * Reads a ControlNet's config.json, which errors call `file`.
+ * @throws UserError naming a field that is absent, or asks for another architecture
+ */
 export const parseControlNetConfig = (json: Record<string, unknown>, file: string): ControlNetConfig =>
   parseConfig(json, {
     ...{ file, what: "a ControlNet of diffusers' for SDXL" },

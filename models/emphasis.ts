@@ -83,7 +83,10 @@ interface Token {
 /** How near to a chunk's end, in tokens, the comma may be after which the rest goes to the next chunk: A1111's default. */
 const COMMA_PADDING_BACKTRACK = 20;
 
-/** A prompt as `tokenizer` and `emphasis` have it. Where weights are read its chunks end as A1111's: at commas, and around a textual inversion. */
+/**
+ * A prompt as `tokenizer` and `emphasis` have it. Where weights are read its chunks end as A1111's: at commas, and around a textual
+ * inversion.
+ */
 export function readPrompt(tokenizer: Tokenizer, prompt: string, emphasis: Emphasis): Weighted {
   if (emphasis === 'none') return { chunks: tokenizer.chunksOf(prompt) };
   const chunks = wrapped(tokenizer, parsePromptAttention(prompt));
