@@ -30,7 +30,7 @@ test('a UNet on Hopper: tensor maps and wgmma, replayed and with gradients', (t)
     t.ok(bound > 0 && error <= bound, `${name}: ${shown}`);
   }
   const ran = gpu.coverage().filter(({ entered }) => entered.size > 0);
-  for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_sm90_backward', 'attention_hopper'])
+  for (const kind of ['gemm_sm90', 'conv2d_sm90_forward', 'conv2d_backward_sm90', 'attention_hopper'])
     t.ok(
       ran.some(({ kernel }) => kernel.startsWith(kind)),
       `${kind} has run`,
