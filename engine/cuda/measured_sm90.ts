@@ -2,7 +2,7 @@
 // H200 (driver 580.159.04, 2026-11-26): the products of SDXL's UNet at 1024x1024, two images, by `kind m x n x steps of k x slabs`.
 // For GPUs of as many multiprocessors. The model then took L2 for slower than it is, and had nearly all run in pairs; all convolutions had
 // their pixels by im2col, as of these only those of stride 2 have now. Those for which that decided are left to the model, and so is
-// the one for which the model has much less time by a tall tile, which there was not.
+// the one for which the model has 3 % less time by a tall tile, which there was not.
 import type { Choice } from './plan_sm90.ts';
 
 export const MEASURED_MULTIPROCESSORS = 132;

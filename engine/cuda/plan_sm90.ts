@@ -1,7 +1,7 @@
-// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu, conv2d_backward_sm90.cu): which tile, how k is cut, whether blocks work in
-// pairs, and the tensor maps of the operands. The half types only, and only where TMA can walk the tensors: rows that begin on
-// 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says better. The model's
-// numbers are reasoned from the hardware's rates; L2's alone comes from a measurement.
+// Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu, conv2d_backward_sm90.cu): which tile, how k is cut, whether
+// blocks work in pairs, and the tensor maps of the operands. The half types only, and only where TMA can walk the tensors: rows that
+// begin on 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says better. The model's
+// rate of products is the hardware's; most of its other numbers are fitted to what one H200 found the fastest.
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
 import type { KernelArgument } from './manifest.ts';
 import { MEASURED_MULTIPROCESSORS, measured } from './measured_sm90.ts';
@@ -29,7 +29,9 @@ export const tiles = {
 } as const satisfies Record<string, Tile>;
 export type TileName = keyof typeof tiles;
 /** How tall they are, the lowest first. */
-export const tileRows: readonly number[] = [128, 256];
+export const tileRows: readonly number[] = [...new Set(Object.values(tiles).map(({ m }) => m))].sort(
+  (a, b) => a - b,
+);
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
 export type ProductKind =
