@@ -144,7 +144,10 @@ function ofClass(source: ModelSource, wanted: string, what: string, mend: string
   return source;
 }
 
-/** A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id. Of several variants --variant's is taken. */
+/**
+ * A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id.
+ * Of several variants --variant's is taken.
+ */
 export async function locateControlNet(path: string, options: LocateOptions): Promise<ModelSource> {
   const mend = "a ControlNet's folder, its .safetensors file or a hub id";
   const checked = (source: ModelSource) =>

@@ -1,6 +1,6 @@
 // Builds kernels/ptx from kernels/cuda with nvcc (`npm run build:kernels`): each family once per storage type, for
 // compute_80, so that every card since Ampere runs it, and families for Hopper for compute_90a. The PTX is committed,
-// packed with Brotli, and users need no toolkit. ptxas then assembles each file, and REPORT.md tables what it makes of each kernel.
+// packed with Brotli, and users need no toolkit. ptxas then assembles each file; REPORT.md tables what it makes of each kernel.
 // `--check` builds elsewhere and compares. The header names the version of PTX that the text needs, not nvcc's own, so that
 // older drivers take it; of the line table only the lines of our own files are kept. The history of the hard kernels
 // (kernels/lab) is built beside its sources, in bfloat16 alone: no program loads it.

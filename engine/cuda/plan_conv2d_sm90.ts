@@ -1,6 +1,6 @@
-// conv2d's products on Hopper (conv2d_sm90.cu, conv2d_backward_sm90.cu): what their operands, sizes and grids of pixels are. The pixels of a tile are a box
-// of the image where they are whole rows of the grid, as at SDXL's own sizes. Else TMA's im2col walks a grid of base pixels over the
-// image, row by row and image by image, which it takes from the corners of a bounding box.
+// conv2d's products on Hopper (conv2d_sm90.cu, conv2d_backward_sm90.cu): what their operands, sizes and grids of pixels are. The
+// pixels of a tile are a box of the image where they are whole rows of the grid, as at SDXL's own sizes. Else TMA's im2col walks a grid
+// of base pixels over the image, row by row and image by image, which it takes from the corners of a bounding box.
 import type { KernelArgument } from './manifest.ts';
 import type { PlanContext } from './plan.ts';
 import { divideUp } from './plan.ts';
