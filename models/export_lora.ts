@@ -108,7 +108,7 @@ function inKohya(file: SafetensorsFile, update: Update, dtype?: FloatDType): Ten
   const own = rankOf(parts);
   if (own === undefined && alpha !== rank) {
     throw new UserError(
-      `${file.path}: ${target.path} is a LoKr of two whole factors times ${alpha / rank}, which kohya's spelling cannot tell`,
+      `${file.path}: ${target.path} is a LoKr of two whole factors times ${alpha / rank}, which kohya's spelling cannot tell; keep the file as it is, as --lora reads it`,
     );
   }
   if (own === undefined) return entries;
