@@ -15,6 +15,10 @@ const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
 
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-cli-'));
 
+/** One step of 64x64 pixels. */
+const small = (prompt: string): string[] =>
+  `sample --width 64 --height 64 --steps 1 --model`.split(' ').concat(model, '--prompt', prompt);
+
 test('sample draws the golden picture and reports it', async (t) => {
   const folder = scratch();
   const output = join(folder, 'picture.png');
@@ -196,19 +200,7 @@ test('a picture and a mask without a size', async (t) => {
 
 test('the type of the VAE is checked, and kept in the picture', async (t) => {
   const out = join(scratch(), 'out.png');
-  const args = [
-    'sample',
-    '--model',
-    model,
-    '--prompt',
-    'x',
-    '--width',
-    '64',
-    '--height',
-    '64',
-    '--steps',
-    '1',
-  ];
+  const args = small('x');
   const wrong = await run(...args, '--vae-dtype', 'half', '--output', out);
   t.equal(wrong.status, 2);
   t.match(wrong.err, /--vae-dtype takes auto, float32, bfloat16, float16, not "half"/);
@@ -223,19 +215,7 @@ test('the type of the VAE is checked, and kept in the picture', async (t) => {
 test('a long prompt is told of, or read', async (t) => {
   const out = join(scratch(), 'out.png');
   const prompt = Array.from({ length: 90 }, (_, i) => (i % 2 ? 'fox' : 'red')).join(' ');
-  const args = [
-    'sample',
-    '--model',
-    model,
-    '--prompt',
-    prompt,
-    '--width',
-    '64',
-    '--height',
-    '64',
-    '--steps',
-    '1',
-  ];
+  const args = small(prompt);
   const cut = await run(...args, '--output', out);
   t.match(cut.err, /this part was cut off \(--max-token-length reads more\): ".*fox/);
   const whole = await run(...args, '--max-token-length', '150', '--output', out);
