@@ -9,7 +9,7 @@ import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { asUserError } from '../io/files.ts';
 import { lockFolder } from '../io/lock.ts';
-import { listCheckpoints, readState } from '../train/checkpoint.ts';
+import { clearOutput, listCheckpoints, readState } from '../train/checkpoint.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
@@ -120,6 +120,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     if (options.json) terminal.out(`${JSON.stringify({ name, folder, stopped })}\n`);
   };
   const trainOne = async (run: Run): Promise<void> => {
+    clearOutput(run.output);
     if (options.resume === true && isFinished(run)) {
       report.line(`${run.name} is finished: ${finalOf(run)}`);
       tell(run, finalOf(run), false);

@@ -6,13 +6,10 @@ import {
   accessSync,
   closeSync,
   constants,
-  existsSync,
   fsyncSync,
   mkdirSync,
   openSync,
-  readdirSync,
   readFileSync,
-  realpathSync,
   renameSync,
   rmSync,
   statSync,
@@ -75,7 +72,7 @@ export function* replaceInTurns<R>(
 }
 
 /** Not derived from the target's name, which may already be as long as the file system allows. */
-const temporaryBeside = (path: string): string =>
+export const temporaryBeside = (path: string): string =>
   join(dirname(path), `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 
 /**
@@ -89,56 +86,6 @@ function holdInterrupt(): void {
     const leave = () => process.exit(128 + os.signals[name]);
     process.on(name, leave);
     setImmediate(() => setImmediate(() => process.off(name, leave)));
-  }
-}
-
-/**
- * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it, and flushes all of that to
- * the disk. If anything throws, the temporary folder is removed and `path` is as it was. Returns what `write` does.
- * @throws UserError when the disk is full, or the parent is missing or closed to us
- */
-export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: string) => R): R {
-  const temporary = temporaryBeside(path);
-  const old = `${temporary}.old`;
-  try {
-    makeFolders(temporary);
-    const result = write(temporary);
-    syncTree(temporary);
-    // A folder cannot be renamed onto another one that has files.
-    const replaces = existsSync(path);
-    if (replaces) renameSync(path, old);
-    renameSync(temporary, path);
-    sync(dirname(path));
-    if (replaces) rmSync(old, { recursive: true, force: true });
-    return result;
-  } catch (error) {
-    if (existsSync(old) && !existsSync(path)) renameSync(old, path);
-    rmSync(temporary, { recursive: true, force: true });
-    throw asUserError(error, path, temporary);
-  }
-}
-
-/**
- * Makes a new folder as `replaceFolderAtomically` does, by work that `write` cuts into pieces. It takes the place of an empty folder,
- * and of no other.
- * @throws UserError as that does, and when `path` has come to hold files meanwhile
- */
-export function* newFolderInTurns<R>(
-  path: string,
-  write: (temporaryPath: string) => Generator<void, R>,
-): Generator<void, R> {
-  const place = existsSync(path) ? realpathSync(path) : path; // a link to a folder stays one
-  const temporary = temporaryBeside(place);
-  try {
-    makeFolders(temporary);
-    const result = yield* write(temporary);
-    syncTree(temporary);
-    renameSync(temporary, place);
-    sync(dirname(place));
-    return result;
-  } catch (error) {
-    rmSync(temporary, { recursive: true, force: true });
-    throw asUserError(error, path, temporary);
   }
 }
 
@@ -254,18 +201,8 @@ function assertReplaceable(path: string): void {
   if (found && !found.isFile()) throw new UserError(`${path} is not a regular file: give the path of a file`);
 }
 
-/** Flushes a folder and all in it, however that came there: the system's copies are not flushed. */
-function syncTree(folder: string): void {
-  for (const entry of readdirSync(folder, { withFileTypes: true })) {
-    const path = join(folder, entry.name);
-    if (entry.isDirectory()) syncTree(path);
-    else if (entry.isFile()) sync(path);
-  }
-  sync(folder);
-}
-
 /** Flushes a file or a folder. */
-function sync(path: string): void {
+export function sync(path: string): void {
   if (process.platform === 'win32') return; // Windows cannot open a folder, and flushes no file that is open to be read.
   const fd = openSync(path, 'r');
   try {

@@ -9,7 +9,8 @@ import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, newFolderInTurns, replaceInTurns } from '../io/files.ts';
+import { asUserError, replaceInTurns } from '../io/files.ts';
+import { newFolderInTurns } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import {
   type Json,

@@ -1,15 +1,6 @@
 // The io folder's types and files: halves to the bit, and files that are written whole or not at all.
 import { spawnSync } from 'node:child_process';
-import {
-  chmodSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  symlinkSync,
-  writeFileSync,
-} from 'node:fs';
+import { chmodSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import {
@@ -23,15 +14,12 @@ import {
 import {
   assertWritable,
   makeFolder,
-  newFolderInTurns,
   readJson,
   readJsonObject,
   readLines,
   replaceAtomically,
-  replaceFolderAtomically,
   writeFileAtomic,
 } from '../io/files.ts';
-import { atOnce, inTurns } from '../io/turns.ts';
 import { allClose } from './golden.ts';
 import { at, exact, folder, messageOf, randomNumbers, refuses } from './io_helpers.ts';
 
@@ -189,59 +177,7 @@ test('files: folders', (t) => {
   refuses(t, /file\/x lies under something that is not a folder/, () => makeFolder(at('deep/file/x')));
   // Where Node's own `recursive` goes round for ever.
   if (process.platform === 'linux') refuses(t, /\/proc\/x /, () => makeFolder('/proc/x/y'));
-  const inFolder = (name: string) =>
-    replaceFolderAtomically(at('whole'), (temporary) => writeFileAtomic(join(temporary, name), ''));
-  refuses(t, /whole\/none\/x does not exist/, () => inFolder('none/x'));
-  refuses(t, /the name of .*whole\/n+ is too long/, () => inFolder('n'.repeat(300)));
-  t.notOk(existsSync(at('whole')));
-  inFolder('old');
-  inFolder('new');
-  t.same(readdirSync(at('whole')), ['new'], 'another takes its place');
-  t.throws(
-    () =>
-      replaceFolderAtomically(at('whole'), (temporary) => {
-        writeFileAtomic(join(temporary, 'half'), '');
-        throw new Error('interrupted');
-      }),
-    /interrupted/,
-  );
-  t.same(readdirSync(at('whole')), ['new'], 'or it stays');
-  t.notOk(
-    readdirSync(folder).some((name) => /\.tmp(\.old)?$/.test(name)),
-    'nothing left behind',
-  );
   t.end();
-});
-
-test('files: a new folder in turns', async (t) => {
-  function* write(temporary: string): Generator<void, string> {
-    mkdirSync(join(temporary, 'deep'));
-    for (const name of ['a', 'deep/b']) {
-      writeFileSync(join(temporary, name), name);
-      yield;
-    }
-    return 'made';
-  }
-  const place = at('turns/new');
-  mkdirSync(at('turns'));
-  const left = () => readdirSync(at('turns'));
-  const heard: string[] = [];
-  setImmediate(() => heard.push('another'));
-  t.equal(await inTurns(newFolderInTurns(place, write), () => heard.push('piece')), 'made');
-  t.same(heard, ['another', 'piece', 'piece'], 'others have their turn');
-  t.same([left(), readdirSync(place)], [['new'], ['a', 'deep']]);
-  refuses(t, /turns\/new holds files by now/, () => atOnce(newFolderInTurns(place, write)));
-  const leave = inTurns(newFolderInTurns(at('turns/left'), write), () => {
-    throw new Error('enough');
-  });
-  await t.rejects(leave, /enough/);
-  t.same(left(), ['new'], 'nothing of either is left');
-  rmSync(place, { recursive: true });
-  mkdirSync(place);
-  symlinkSync('new', at('turns/link'));
-  atOnce(newFolderInTurns(at('turns/link'), write));
-  t.same(readdirSync(place), ['a', 'deep'], 'an empty folder gives way, by a link too');
-  t.same(left(), ['link', 'new']);
 });
 
 test('files: assertWritable and readJson', (t) => {

@@ -5,7 +5,8 @@ import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { makeFolder, readJsonObject, replaceFolderAtomically } from '../io/files.ts';
+import { makeFolder, readJsonObject } from '../io/files.ts';
+import { clearUnfinished, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
 import { isRecord } from './fields.ts';
@@ -45,6 +46,11 @@ export function listCheckpoints(output: string): string[] {
     .map((name) => join(folder, name));
 }
 
+/** Clears away what killed programs left half-written in a run's folder and among its checkpoints. */
+export function clearOutput(output: string): void {
+  for (const folder of [output, checkpointsOf(output)]) if (existsSync(folder)) clearUnfinished(folder);
+}
+
 /** Saves a checkpoint and returns its folder; then keeps the newest `keep`. @throws UserError; the old ones stay */
 export function saveCheckpoint(
   output: string,
@@ -56,7 +62,6 @@ export function saveCheckpoint(
   const folder = checkpointsOf(output);
   const path = join(folder, `step-${String(state.step).padStart(8, '0')}`);
   makeFolder(folder);
-  removeUnfinished(folder);
   replaceFolderAtomically(path, (temporary) => {
     for (const component of components) {
       const { name, ema } = component;
@@ -77,14 +82,6 @@ const entriesOf = (state: ReadonlyMap<string, Tensor>): TensorEntry[] =>
     shape: tensor.shape,
     bytes: () => tensor.bytes(),
   }));
-
-/** What killed runs left half-written. */
-export function removeUnfinished(folder: string): void {
-  for (const name of readdirSync(folder)) {
-    if (/^\.sdxl-\d+-[0-9a-f]+\.tmp(\.old)?$/.test(name))
-      rmSync(join(folder, name), { recursive: true, force: true });
-  }
-}
 
 /** state.json of a checkpoint. @throws UserError when `path` is no checkpoint */
 export function readState(path: string): State {

@@ -4,7 +4,7 @@
 import { cpSync, existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { replaceFolderAtomically } from '../io/files.ts';
+import { replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
 import { trainedScheduler } from './objective.ts';

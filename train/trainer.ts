@@ -4,7 +4,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
-import { type Position, removeUnfinished, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
+import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
 import { lossCurve } from './curve.ts';
 import { turnsFrom, type Update } from './data/order.ts';
 import { writeFinal } from './final.ts';
@@ -52,7 +52,6 @@ async function trainFrom(
 ): Promise<Outcome> {
   const { run, pictures, total, task, device } = session;
   makeFolder(run.output);
-  removeUnfinished(run.output);
   let position: Position = { step: 0, epoch: 0, update: 0 };
   if (checkpoint) position = resumeSession(session, checkpoint);
   rewindLog(logFile(run.output), position.step);
