@@ -1,6 +1,6 @@
 // `sdxl train` and `sdxl plan`: a run file to a trained model, or to what training it would take. Runs of one file are
 // trained in order. Ctrl-C saves and leaves; a second one leaves at once.
-import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, realpathSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Command } from 'commander';
@@ -10,6 +10,7 @@ import { UserError } from '../io/errors.ts';
 import { asUserError } from '../io/files.ts';
 import { lockFolder } from '../io/lock.ts';
 import { clearOutput, listCheckpoints, readState } from '../train/checkpoint.ts';
+import { finalOf, isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
@@ -122,8 +123,8 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
   const trainOne = async (run: Run): Promise<void> => {
     clearOutput(run.output);
     if (options.resume === true && isFinished(run)) {
-      report.line(`${run.name} is finished: ${finalOf(run)}`);
-      tell(run, finalOf(run), false);
+      report.line(`${run.name} is finished: ${finalOf(run.output)}`);
+      tell(run, finalOf(run.output), false);
       return;
     }
     const checkpoint = startOf(run, options.resume);
@@ -158,28 +159,24 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
   }
 }
 
-const finalOf = (run: Run): string => join(run.output, 'final');
-
-/** Whether a run has its finished model, and is asked for no other number of updates than that one took. */
-function isFinished(run: Run): boolean {
-  if (!existsSync(finalOf(run))) return false;
-  const newest = listCheckpoints(run.output).at(-1);
-  if (!newest) return true;
-  const { steps, epochs } = readState(newest).run;
-  return steps === run.steps && epochs === run.epochs;
-}
-
 /** The checkpoint to go on from. @throws UserError rather than train over what an earlier run has left */
-function startOf(run: Run, resume: Options['resume']): string | undefined {
-  if (typeof resume === 'string') return resume;
-  const newest = listCheckpoints(run.output).at(-1);
-  if (resume) return newest;
-  if (newest || existsSync(finalOf(run))) {
-    throw new UserError(
-      `${run.output} holds a run already; go on with --resume, remove it, or train elsewhere with --set output=FOLDER`,
-    );
+function startOf({ output }: Run, resume: Options['resume'] = false): string | undefined {
+  const own = listCheckpoints(output);
+  if (resume === true && own.length > 0) return own.at(-1);
+  const holds = own.length > 0 || existsSync(finalOf(output));
+  if (typeof resume === 'string') {
+    readState(resume); // refuses what is no checkpoint
+    if (!holds || own.some((each) => realpathSync(each) === realpathSync(resume))) return resume;
   }
-  return undefined;
+  if (!holds) return undefined;
+  const elsewhere = 'remove it, or train elsewhere with --set output=FOLDER';
+  throw new UserError(
+    resume === false
+      ? `${output} holds a run already; go on with --resume, ${elsewhere}`
+      : resume === true
+        ? `${output} holds a finished model and no checkpoint to go on from; ${elsewhere}`
+        : `${output} holds a run of which ${resume} is no checkpoint; name one of its own, ${elsewhere}`,
+  );
 }
 
 function tools(terminal: Terminal, quiet = false, json = false): { locate: Locate; report: Report } {

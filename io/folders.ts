@@ -72,6 +72,17 @@ function exchange(a: string, b: string): boolean {
   return renameat2(atWorkingFolder, a, atWorkingFolder, b, 2) === 0;
 }
 
+/** Removes a folder, all of it at once for who looks for it by its name. @throws UserError */
+export function removeFolder(path: string): void {
+  const temporary = temporaryBeside(path);
+  try {
+    renameSync(path, temporary);
+    rmSync(temporary, { recursive: true, force: true });
+  } catch (error) {
+    throw asUserError(error, path, temporary);
+  }
+}
+
 /**
  * Clears away what killed programs left half-written in a folder; what one had moved aside takes its name again. What a program
  * that runs is writing there, such as an export, stays.

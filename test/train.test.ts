@@ -62,6 +62,17 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
   t.equal(device.memory.storages, before, 'live tensors');
 });
 
+test('a run taken up again from an earlier checkpoint keeps what it makes, not what was made before', async (t) => {
+  const again = { ...basic('again'), checkpoints: { every_steps: 1, keep: 4 } };
+  await run(again);
+  const steps = () => listCheckpoints(again.output as string).map((path) => Number(path.slice(-8)));
+  t.same(steps(), [2, 3, 4, 5]);
+  const [checkpoint] = listCheckpoints(again.output as string);
+  const lower = { ...again, optimizer: { lr: 1e-4 }, checkpoints: { every_steps: 1, keep: 2 } };
+  const { folder: saved } = await run(lower, { checkpoint, until: 3 });
+  t.same([Number(saved.slice(-8)), steps()], [3, [2, 3]]);
+});
+
 test('a batch and its halves see the same draws', async (t) => {
   const losses = async (output: string, batch_size: number, gradient_accumulation_steps: number) => {
     const input = { ...basic(output), batch_size, gradient_accumulation_steps, steps: 3 };

@@ -1,6 +1,6 @@
 // `sdxl train` and `sdxl plan` from the command line: what a run tells and leaves, and that what was there before stays as it was.
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
@@ -15,14 +15,43 @@ import { packageRoot } from './golden.ts';
 import { folder, refuses, runFile } from './run_files.ts';
 
 test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
-  const file = runFile('longer', {});
+  const file = runFile('longer', { checkpoints: { every_steps: 1, keep: 2 } });
   await sdxl('train', file, '--quiet');
+  const [output, aside] = [join(folder, 'longer-out'), join(folder, 'longer-aside')];
+  const final = join(output, 'final');
+  cpSync(final, aside, { recursive: true });
   const more = ['--set', 'steps=4', '--set', 'optimizer.lr=1e-5'];
   const { status, err } = await sdxl('train', file, '--resume', ...more, '--quiet');
   t.equal(status, 0);
   t.match(err, /resuming from .*step-00000002, with lr 0\.00001 instead of 0\.0001\n/);
-  t.match(listCheckpoints(join(folder, 'longer-out')).at(-1), /step-00000004$/);
-  t.match((await sdxl('train', file, '--resume', ...more)).err, /^longer is finished: .*final\n$/);
+  t.match(listCheckpoints(output).at(-1), /step-00000004$/);
+  const again = async () => (await sdxl('train', file, '--resume', ...more)).err;
+  t.match(await again(), /^longer is finished: .*final\n$/);
+  const weights = (model: string) => readFileSync(join(model, 'unet', 'diffusion_pytorch_model.safetensors'));
+  const made = weights(final);
+  t.notOk(made.equals(weights(aside)));
+  // As if killed before the finished model of two updates gave way.
+  rmSync(final, { recursive: true });
+  renameSync(aside, final);
+  t.match(await again(), /resuming from .*step-00000004[\s\S]*done: .*final\n$/);
+  t.ok(made.equals(weights(final)));
+  rmSync(listCheckpoints(output).at(-1) as string, { recursive: true });
+  t.match(
+    await again(),
+    /resuming from .*step-00000003[\s\S]*done: .*final\n$/,
+    'or before the last checkpoint',
+  );
+  t.ok(made.equals(weights(final)));
+  rmSync(join(output, 'checkpoints'), { recursive: true });
+  t.match(await again(), /^longer is finished: .*final\n$/, 'whatever became of the checkpoints');
+  await refuses(
+    t,
+    'no checkpoint',
+    /a finished model and no checkpoint to go on from/,
+    'train',
+    file,
+    '--resume',
+  );
 });
 
 test('one program at a time trains into a folder', async (t) => {

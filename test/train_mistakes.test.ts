@@ -239,6 +239,17 @@ test('checkpoints', async (t) => {
   t.notMatch(err, /looking at pictures/, 'refused before the pictures are looked at');
   const elsewhere = runFile('elsewhere', { dataset: { path: dataset('others', 5), resolution: 32 } });
   await refuses(t, 'other pictures', /was trained on other pictures/, 'train', elsewhere, '--resume', first);
+  const copy = join(folder, 'copy');
+  cpSync(first, copy, { recursive: true });
+  await refuses(
+    t,
+    'a stray one',
+    /kept-out holds a run of which .*copy is no/,
+    'train',
+    file,
+    '--resume',
+    copy,
+  );
   const damaged = join(folder, 'damaged');
   cpSync(first, damaged, { recursive: true });
   truncateSync(join(damaged, 'optimizer.safetensors'), 1000);

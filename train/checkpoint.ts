@@ -1,12 +1,12 @@
 // A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or adapters in lora/),
 // the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
 // where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
-import { existsSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, readJsonObject } from '../io/files.ts';
-import { clearUnfinished, replaceFolderAtomically } from '../io/folders.ts';
+import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
 import { isRecord } from './fields.ts';
@@ -36,12 +36,14 @@ const folderPattern = /^step-(\d{8})$/;
 
 const checkpointsOf = (output: string): string => join(output, 'checkpoints');
 
+export const stateFile = (checkpoint: string): string => join(checkpoint, 'state.json');
+
 /** The complete checkpoints of a run, oldest first. A folder that was being written has another name. */
 export function listCheckpoints(output: string): string[] {
   const folder = checkpointsOf(output);
   if (!existsSync(folder)) return [];
   return readdirSync(folder)
-    .filter((name) => folderPattern.test(name) && existsSync(join(folder, name, 'state.json')))
+    .filter((name) => folderPattern.test(name) && existsSync(stateFile(join(folder, name))))
     .sort()
     .map((name) => join(folder, name));
 }
@@ -51,7 +53,10 @@ export function clearOutput(output: string): void {
   for (const folder of [output, checkpointsOf(output)]) if (existsSync(folder)) clearUnfinished(folder);
 }
 
-/** Saves a checkpoint and returns its folder; then keeps the newest `keep`. @throws UserError; the old ones stay */
+/**
+ * Saves a checkpoint and returns its folder; of the older ones it then keeps the newest, `keep` with this one. Those of later steps
+ * go: they are of what was trained before the run was taken up again from an earlier one. @throws UserError; all stay
+ */
 export function saveCheckpoint(
   output: string,
   state: State,
@@ -69,9 +74,11 @@ export function saveCheckpoint(
       if (ema) saveComponent(join(temporary, 'ema', name), { ...component, weights: ema });
     }
     writeSafetensors(join(temporary, 'optimizer.safetensors'), entriesOf(optimizer));
-    writeJson(join(temporary, 'state.json'), state);
+    writeJson(stateFile(temporary), state);
   });
-  for (const old of listCheckpoints(output).slice(0, -keep)) rmSync(old, { recursive: true, force: true });
+  const all = listCheckpoints(output);
+  const kept = all.slice(0, all.indexOf(path) + 1).slice(-keep);
+  for (const other of all) if (!kept.includes(other)) removeFolder(other);
   return path;
 }
 
@@ -85,7 +92,7 @@ const entriesOf = (state: ReadonlyMap<string, Tensor>): TensorEntry[] =>
 
 /** state.json of a checkpoint. @throws UserError when `path` is no checkpoint */
 export function readState(path: string): State {
-  const file = join(path, 'state.json');
+  const file = stateFile(path);
   if (!existsSync(file)) {
     throw new UserError(
       `${path} is not a checkpoint of a training run (it has no state.json); give a folder such as runs/NAME/checkpoints/step-00000200`,

@@ -1,29 +1,36 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
 // that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
-// there is none: a preset's random weights, or an original single file. A VAE or a LoRA stands alone.
-import { cpSync, existsSync } from 'node:fs';
+// there is none: a preset's random weights, or an original single file. A VAE or a LoRA stands alone. The state of the checkpoint
+// that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
+import { cpSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
+import { readJsonObject } from '../io/files.ts';
 import { replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
+import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
 import { trainedScheduler } from './objective.ts';
+import type { Run } from './run.ts';
 import type { Session } from './session.ts';
 import { saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
-/** Writes the finished model and returns its folder. @throws UserError */
-export async function writeFinal(session: Session): Promise<string> {
+export const finalOf = (output: string): string => join(output, 'final');
+
+/** Writes the finished model, which is that of `checkpoint`, and returns its folder. @throws UserError */
+export async function writeFinal(session: Session, checkpoint: string): Promise<string> {
   const { run, task, ema, source, vaeSource } = session;
   await task.finish?.(ema?.weights);
-  const folder = join(run.output, 'final');
+  const folder = finalOf(run.output);
   replaceFolderAtomically(folder, (temporary) => {
     for (const component of task.components) {
       const { name } = component;
       // Adapters lie at the top, where diffusers and `sdxl sample --lora` look for them.
       saveComponent(name === 'lora' ? temporary : join(temporary, name), saved(component, ema?.weights));
     }
+    cpSync(stateFile(checkpoint), join(temporary, 'run.json'));
     if (run.train.target !== 'unet') return;
     for (const component of task.frozen) {
       const { name } = component;
@@ -42,6 +49,16 @@ export async function writeFinal(session: Session): Promise<string> {
     writeJson(join(temporary, 'model_index.json'), source.modelIndex);
   });
   return folder;
+}
+
+/** Whether a run's finished model is that of its newest checkpoint, and no other number of updates is asked for. */
+export function isFinished({ output, steps, epochs }: Run): boolean {
+  const made = join(finalOf(output), 'run.json');
+  if (!existsSync(made)) return false;
+  const newest = listCheckpoints(output).at(-1);
+  if (newest && !readFileSync(made).equals(readFileSync(stateFile(newest)))) return false;
+  const { run } = readJsonObject(made) as unknown as State;
+  return run.steps === steps && run.epochs === epochs;
 }
 
 /** Where a source keeps a component's files, if it does. */

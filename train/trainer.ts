@@ -92,7 +92,7 @@ async function trainFrom(
   }
   const curve = lossCurve(readLog(logFile(run.output)), `${run.name}: loss`);
   writeFileAtomic(join(run.output, 'loss.svg'), curve);
-  return { position, folder: await writeFinal(session), stopped: false };
+  return { position, folder: await writeFinal(session, folder), stopped: false };
 }
 
 const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
