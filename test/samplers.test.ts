@@ -191,6 +191,11 @@ test('names', (t) => {
   t.equal(createSampler('PLMS').config.skip_prk_steps, true, 'PLMS is PNDM without Runge-Kutta steps');
   const { algorithm_type, solver_type, use_karras_sigmas } = createSampler('DPM++ 2M SDE Heun Karras').config;
   t.same([algorithm_type, solver_type, use_karras_sigmas], ['sde-dpmsolver++', 'heun', true]);
+  for (const [layout, key] of [
+    ['exponential', 'use_exponential_sigmas'],
+    ['beta', 'use_beta_sigmas'],
+  ] as const)
+    t.equal(createSampler(`Euler ${layout}`, { ...sdxl, use_karras_sigmas: true }).config[key], true, layout);
   for (const name of samplerNames) t.ok(createSampler(name, sdxl).plan(4).steps > 0, `${name} plans`);
   t.throws(() => createSampler('eulr'), {
     name: 'UserError',
@@ -291,6 +296,21 @@ test('configs that cannot be honoured', (t) => {
     t.throws(() => plan(4, { strength }), says(/^strength is .*: give a number from 0 to 1$/));
   const order = { denoisingStart: 0.5, denoisingEnd: 0.5 };
   t.throws(() => plan(4, order), says(/denoising_start 0\.5 is not below denoising_end 0\.5.*lower/));
+  t.end();
+});
+
+test("a caller's own steps", (t) => {
+  const [euler, solver] = ['euler', 'dpm++2m'].map((name) => createSampler(name, sdxl));
+  t.same([...solver.plan(3, { timesteps: [999, 500, 10] }).timesteps], [999, 500, 10]);
+  for (const [sampler, options, says] of [
+    [euler, { timesteps: [500, 999] }, /timesteps are 500, 999: give whole numbers below 1000, each smaller/],
+    [euler, { timesteps: [1000] }, /give whole numbers below 1000/],
+    [euler, { timesteps: [9.5] }, /give whole numbers/],
+    [euler, { sigmas: [14, 14, 0] }, /sigmas are 14, 14, 0: give the noise levels/],
+    [euler, { sigmas: [14] }, /and the one to end at/],
+    [solver, { sigmas: [14, 0] }, /DPMSolverMultistepScheduler takes no sigmas of yours, but timesteps/],
+  ] as const)
+    t.throws(() => sampler.plan(1, options), { name: 'UserError', message: says });
   t.end();
 });
 

@@ -10,6 +10,7 @@ export function euler(config: SchedulerConfig): Method {
   const table = finiteSigmas(config);
   return {
     order: 1,
+    takesSigmas: true,
     schedule: (steps, custom) => eulerSchedule(config, table, steps, custom),
     start: (plan) => (output, x, i, draw) => {
       const sigma = plan.sigmas[i];

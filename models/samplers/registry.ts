@@ -50,7 +50,13 @@ interface Choice {
 
 const sde: Partial<SchedulerConfig> = { algorithm_type: 'sde-dpmsolver++' };
 
-/** Any of these may be followed by _karras where its class has use_karras_sigmas. */
+/** What may follow a short name where its class has such options: how its noise levels are laid out. */
+const layouts = {
+  karras: 'use_karras_sigmas',
+  exponential: 'use_exponential_sigmas',
+  beta: 'use_beta_sigmas',
+} as const;
+
 const shortNames: Record<string, Choice> = {
   euler: { name: 'EulerDiscreteScheduler' },
   euler_a: { name: 'EulerAncestralDiscreteScheduler' },
@@ -73,16 +79,18 @@ const shortNames: Record<string, Choice> = {
   tcd: { name: 'TCDScheduler' },
 };
 
-const karras = Object.entries(shortNames)
+const laidOut = Object.entries(shortNames)
   .filter(([, { name }]) => 'use_karras_sigmas' in schedulerDefaults[name])
-  .map(([short, { name, config }]): [string, Choice] => [
-    `${short}_karras`,
-    { name, config: { ...config, use_karras_sigmas: true } },
-  ]);
+  .flatMap(([short, { name, config }]) =>
+    Object.entries(layouts).map(([layout, key]): [string, Choice] => {
+      const only = Object.fromEntries(Object.values(layouts).map((each) => [each, each === key]));
+      return [`${short}_${layout}`, { name, config: { ...config, ...only } }];
+    }),
+  );
 
-const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(karras) };
+const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(laidOut) };
 
-/** The short names without their Karras forms. */
+/** The short names, with nothing behind them. */
 export const shortSchedulerNames: readonly string[] = Object.keys(shortNames);
 
 /** The names to offer: short ones first, then diffusers' class names. */
@@ -90,7 +98,7 @@ export const samplerNames: readonly string[] = [...Object.keys(choices), ...sche
 
 /**
  * The sampler of that name, in any common spelling ('DPM++ 2M Karras', 'dpmpp_2m_karras'). `config` is what a
- * scheduler_config.json gives; a short name's own settings (Karras sigmas, SDE) override it.
+ * scheduler_config.json gives; a short name's own settings (layout of sigmas, SDE) override it.
  * @throws UserError for an unknown name, with the nearest known one
  */
 export function createSampler(name: string, config: Partial<SchedulerConfig> = {}): Sampler {
@@ -99,7 +107,9 @@ export function createSampler(name: string, config: Partial<SchedulerConfig> = {
   const short = Object.keys(choices).find((known) => plainSpelling(known) === wanted);
   const choice = className ? { name: className, config: {} } : short ? choices[short] : undefined;
   if (!choice) {
-    const hint = didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
+    const hint = Object.hasOwn(layouts, wanted)
+      ? `, but a layout of noise levels; put it behind a scheduler's name, as in dpm++2m_${wanted}`
+      : didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
     throw new UserError(`unknown scheduler "${name}"${hint}`);
   }
   const complete = completeConfig(choice.name, { ...config, ...choice.config });

@@ -66,6 +66,8 @@ export interface Method {
   /** Network calls per step: 2 for Heun and its kin. */
   order: 1 | 2;
   schedule(steps: number, custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>): Schedule;
+  /** Whether `schedule` heeds a caller's sigmas. */
+  takesSigmas?: boolean;
   /** A step function with a fresh history. */
   start(plan: Plan): Step;
 }
@@ -108,6 +110,8 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
     order: method.order,
     plan(steps, options = {}) {
       checkOptions(steps, config, options);
+      if (options.sigmas && !method.takesSigmas)
+        throw new UserError(`${name} takes no sigmas of yours, but timesteps; Euler takes sigmas`);
       const schedule = method.schedule(options.timesteps?.length ?? steps, options);
       const { begin, end } = chosenPart(
         schedule.timesteps,
@@ -148,6 +152,16 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
   if (!Number.isInteger(steps) || steps < 1 || steps > total)
     throw new UserError(`the number of steps is ${steps}: give a whole number from 1 to ${total}`);
   const { strength, eta, denoisingStart: denoising_start, denoisingEnd: denoising_end = 1 } = options;
+  const { timesteps = [], sigmas = [] } = options;
+  const falls = (list: readonly number[]) => list.every((value, i) => i === 0 || value < list[i - 1]);
+  if (!falls(timesteps) || timesteps.some((t) => !Number.isInteger(t) || t < 0 || t >= total))
+    throw new UserError(
+      `timesteps are ${timesteps.join(', ')}: give whole numbers below ${total}, each smaller than the one before`,
+    );
+  if (!falls(sigmas) || !sigmas.every((sigma) => sigma >= 0) || sigmas.length === 1)
+    throw new UserError(
+      `sigmas are ${sigmas.join(', ')}: give the noise levels of the steps and the one to end at, mostly 0, each smaller than the one before`,
+    );
   for (const [key, value] of Object.entries({ strength, denoising_start, denoising_end, eta }))
     if (value !== undefined && !(value >= 0 && value <= 1))
       throw new UserError(`${key} is ${value}: give a number from 0 to 1`);
