@@ -14,15 +14,17 @@ export {
 export { openComponent, openComponentFile, openModel } from './models/checkpoint.ts';
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
+export type { Latents } from './models/latents.ts';
 export { mergeLora } from './models/lora.ts';
 export {
+  type Asked,
+  type Denoised,
   decode,
   denoise,
   denoiseToEnd,
   loadPipeline,
   type Pipeline,
   type Progress,
-  type Request,
 } from './models/pipeline.ts';
 export type { ModelPreset } from './models/presets.ts';
 export { presets } from './models/presets.ts';

@@ -19,6 +19,7 @@ import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Sampler } from './samplers/sampler.ts';
 import { type StartRequest, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
+import { TorchGenerator } from './torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from './unet.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
@@ -114,9 +115,13 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
     );
 }
 
-/** What to draw, in the words of diffusers' SDXL pipelines and with their defaults. */
+/** What to draw, in the words of diffusers' SDXL pipelines. */
 export interface Request extends GuidanceRequest, MicroConditioning, StartRequest, ControlRequest {
   num_inference_steps: number;
+  /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
+  timesteps?: readonly number[];
+  /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
+  sigmas?: readonly number[];
   /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
   /** Replaces the checkpoint's scheduler or parts of its config. */
@@ -124,6 +129,26 @@ export interface Request extends GuidanceRequest, MicroConditioning, StartReques
   /** The part of the way, 0 to 1, after which a refiner takes over. */
   denoising_end?: number;
 }
+
+/**
+ * A request as it may be written. What diffusers' text-to-image pipeline has defaults for may be left out: 50 steps, a guidance scale
+ * of 5, the size that the model was trained at; and the generator, which then has a random seed.
+ */
+export type Asked = Pick<Request, 'prompt'> & Partial<Request>;
+
+/** `asked` with the defaults filled in. */
+export const complete = ({ sampleSize }: Pick<Sizes, 'sampleSize'>, asked: Asked): Request => ({
+  ...asked,
+  num_inference_steps: stepsOf(asked) ?? 50,
+  guidance_scale: asked.guidance_scale ?? 5,
+  width: asked.width ?? sampleSize,
+  height: asked.height ?? sampleSize,
+  generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
+});
+
+/** As many as the lists of own ones come to. */
+export const stepsOf = ({ timesteps, sigmas, num_inference_steps }: Partial<Request>): number | undefined =>
+  timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
 
 export interface Progress {
   /** Counted from 1. */
@@ -161,7 +186,8 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler'>, request: Request) 
  * Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode().
  * @throws UserError for a request that contradicts itself, or leaves no step to do
  */
-export function* denoise(pipeline: Pipeline, request: Request): Generator<Progress, Denoised> {
+export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, Denoised> {
+  const request = complete(pipeline, asked);
   const { sampler, plan } = planOf(pipeline, request);
   const images = request.prompt.length * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
@@ -221,9 +247,9 @@ function checkCounts(request: Request, images: number, ratio: number): void {
 /** denoise() to its end, with turns for others between the steps. `onStep` may leave by throwing. */
 export const denoiseToEnd = (
   pipeline: Pipeline,
-  request: Request,
+  asked: Asked,
   onStep?: (progress: Progress) => void,
-): Promise<Denoised> => inTurns(denoise(pipeline, request), onStep);
+): Promise<Denoised> => inTurns(denoise(pipeline, asked), onStep);
 
 /** Latents → pictures [n, 3, h, w], about [-1, 1]. */
 export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>
@@ -235,6 +261,8 @@ function planOptions(request: Request) {
     strength: overPicture && request.denoising_start === undefined ? strengthOf(request) : undefined,
     denoisingStart: request.denoising_start,
     denoisingEnd: request.denoising_end,
+    timesteps: request.timesteps,
+    sigmas: request.sigmas,
     // Diffusers' pipelines hand every sampler that takes eta a 0, and so overrule TCD's own default of 0.3.
     eta: request.eta ?? 0,
   };

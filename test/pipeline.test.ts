@@ -11,6 +11,7 @@ import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { decodeLatents, encodeImage, type Latents } from '../models/latents.ts';
 import {
+  complete,
   type Denoised,
   decode,
   denoise,
@@ -282,3 +283,19 @@ function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
   const good = got.length === want.length && far <= want.length / 1000;
   t.ok(good, `${c.id} pixels: ${off} differ, ${far} by more than one, of ${want.length}`);
 }
+
+test("what a request leaves out is diffusers' default", (t) => {
+  const prompt = ['a fox'];
+  const { generators, ...rest } = complete({ sampleSize: 128 }, { prompt });
+  t.same(rest, { prompt, num_inference_steps: 50, guidance_scale: 5, width: 128, height: 128 });
+  t.equal(generators.length, 1);
+  const asked = { prompt, timesteps: [999, 500], width: 64, guidance_scale: 0, height: undefined };
+  t.match(complete({ sampleSize: 128 }, asked), {
+    num_inference_steps: 2,
+    width: 64,
+    guidance_scale: 0,
+    height: 128,
+  });
+  t.equal(complete({ sampleSize: 8 }, { prompt, sigmas: [14, 1, 0] }).num_inference_steps, 2);
+  t.end();
+});
