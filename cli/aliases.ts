@@ -5,10 +5,10 @@ const aliases: Readonly<Record<string, string>> = {
   '--cfg-scale': '--guidance-scale',
   '--sampling-method': '--scheduler',
   '--sampler': '--scheduler',
-  '--batch-count': '--num-images',
   '--init-img': '--image',
   '--control-net': '--controlnet',
   '--num-inference-steps': '--steps',
+  '--num-images-per-prompt': '--num-images',
 };
 
 /** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */

@@ -45,6 +45,12 @@ export const number =
     return value;
   };
 
+/** Numbers with commas between. */
+export const numbers =
+  (flag: string) =>
+  (text: string): number[] =>
+    text.split(',').map(number(flag));
+
 /** Pixels of a side: latents are an eighth of it. */
 export const side =
   (flag: string) =>

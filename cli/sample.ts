@@ -38,7 +38,7 @@ import {
   type SampleOptions,
   textualInversionOf,
 } from './sample_options.ts';
-import { baseRequests, readInputs, refinerRequest } from './sample_request.ts';
+import { baseRequests, readInputs, refinerRequest, seedOf } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
@@ -46,7 +46,8 @@ export function addSample(command: Command, terminal: Terminal): void {
     const [stray] = command.args;
     if (stray !== undefined)
       throw new UserError(`"${stray}" belongs to no flag; put the whole prompt in quotes after --prompt`);
-    if (options.from) applySettings(command, options.from);
+    const notes = options.from ? applySettings(command, options.from) : [];
+    for (const note of notes) terminal.err(`warning: ${note}\n`);
     await draw(await prepare(command.opts<SampleOptions>(), terminal), terminal);
   });
 }
@@ -60,7 +61,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
   for (const line of checkTexts(options, prompts)) terminal.err(`warning: ${line}\n`);
-  const album = openAlbum(options, prompts.length * options.numImages);
+  const album = openAlbum(options, prompts.length * options.batchCount * options.numImages);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const locate = { terminal, quiet, configs: options.configs, variant: options.variant };
@@ -71,7 +72,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
   const dtype = chooseDtype(options.dtype, source, device);
-  const seed = options.seed ?? Math.floor(Math.random() * 2 ** 32);
+  const { seed: asked = -1 } = options;
+  const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
   const requests = baseRequests(options, sizes, prompts, inputs, seed);
   const [first] = requests;
@@ -107,17 +109,17 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);
     if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
-    const finish = (request: Request, latents: Latents) =>
+    const finish = (request: Request, i: number, latents: Latents) =>
       timed('decode', () => {
         const images = decode(pipeline, latents, options.vaeTiling);
-        album.add(images, latents, pictureText(options, request, seed, sampler.name));
+        album.add(images, latents, pictureText(options, request, seedOf(options, seed, i), sampler));
       });
     const halfway: Latents[] = [];
     const sampling = stage('sampling');
-    for (const request of requests) {
+    for (const [i, request] of requests.entries()) {
       const latents = await timed('sample', () => sampling(pipeline, request));
       if (refinerSource) halfway.push(latents);
-      else await finish(request, latents);
+      else await finish(request, i, latents);
     }
     if (refinerSource) {
       // One model after the other: together they would take twice the memory.
@@ -127,7 +129,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       const refining = stage('refining');
       for (const [i, request] of requests.entries()) {
         const refined = refinerRequest(options, request, halfway[i]);
-        await finish(request, await timed('sample', () => refining(pipeline, refined)));
+        await finish(request, i, await timed('sample', () => refining(pipeline, refined)));
       }
     }
     album.close();
@@ -173,14 +175,15 @@ function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly strin
     mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, adapterAt(file) ?? file, scale);
 }
 
-/** Drives the loop, with one bar for all prompts of a stage; says once for both stages what of a prompt was cut off. */
-function stages(prompts: number, { quiet = false }: SampleOptions, terminal: Terminal) {
+/** Drives the loop, with one bar for all requests of a stage; says once for both stages what of a prompt was cut off. */
+function stages(requests: number, { quiet = false, batchCount }: SampleOptions, terminal: Terminal) {
   const told = new Set<string>();
   return (label: string) => {
     const bar = progressBar(terminal, label, quiet);
     let before = 0;
     return async (pipeline: Pipeline, request: Request): Promise<Latents> => {
-      const note = prompts > 1 ? `prompt ${before + 1} of ${prompts}` : '';
+      const what = batchCount > 1 ? 'batch' : 'prompt';
+      const note = requests > 1 ? `${what} ${before + 1} of ${requests}` : '';
       const { latents } = await denoiseToEnd(pipeline, request, ({ step, steps, truncated }) => {
         const cut = truncated.filter((each) => !told.has(each));
         if (cut.length) bar.end(); // the line is the warning's
@@ -190,7 +193,7 @@ function stages(prompts: number, { quiet = false }: SampleOptions, terminal: Ter
             `warning: the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"\n`,
           );
         }
-        bar.update(before * steps + step, prompts * steps, note);
+        bar.update(before * steps + step, requests * steps, note);
       });
       before++;
       bar.end();

@@ -12,7 +12,7 @@ import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
 import { addControlOptions, type ControlOptions, checkControl } from './control_options.ts';
-import { corner, devices, number, oneOf, repeated, scaledFile, side, size } from './options.ts';
+import { corner, devices, number, numbers, oneOf, repeated, scaledFile, side, size } from './options.ts';
 
 export interface SampleOptions extends ControlOptions {
   model?: string;
@@ -27,6 +27,8 @@ export interface SampleOptions extends ControlOptions {
   width?: number;
   height?: number;
   steps: number;
+  timesteps?: number[];
+  sigmas?: number[];
   guidanceScale: number;
   guidanceRescale: number;
   scheduler?: string;
@@ -36,6 +38,7 @@ export interface SampleOptions extends ControlOptions {
   seed?: number;
   rng: 'cpu' | 'cuda';
   numImages: number;
+  batchCount: number;
   clipSkip?: number;
   emphasis: Emphasis;
   maxTokenLength?: number;
@@ -82,7 +85,7 @@ Examples:
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
-Schedulers: ${schedulerNames.join(', ')}; _karras may follow where there is one,
+Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by _karras, _exponential or _beta,
 and the spellings of other programs are taken, such as "DPM++ 2M Karras".
 
 The same seed gives the picture that diffusers gives with a CPU generator, or with --rng cuda with one on a GPU.`;
@@ -161,8 +164,8 @@ export function addSampleOptions(command: Command): Command {
     .option('-H, --height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
     .option(
       '-s, --seed <N>',
-      'default: random, and printed',
-      number('--seed', { min: 0, max: Number.MAX_SAFE_INTEGER, whole: true }),
+      'default, or -1: random, and printed',
+      number('--seed', { min: -1, max: Number.MAX_SAFE_INTEGER, whole: true }),
     )
     .option(
       '--rng <NAME>',
@@ -171,8 +174,14 @@ export function addSampleOptions(command: Command): Command {
       'cpu',
     )
     .option(
-      '-b, --num-images <N>',
-      'pictures from one seed',
+      '-b, --batch-count <N>',
+      'so many times, one after the other, each from the next seed',
+      number('--batch-count', { min: 1, max: 10000, whole: true }),
+      1,
+    )
+    .option(
+      '--num-images <N>',
+      'pictures at once from one seed, as num_images_per_prompt',
       number('--num-images', { min: 1, max: 64, whole: true }),
       1,
     )
@@ -197,6 +206,16 @@ export function addSampleOptions(command: Command): Command {
       '--timestep-spacing <NAME>',
       'leading, trailing or linspace',
       oneOf('--timestep-spacing', ['leading', 'trailing', 'linspace']),
+    )
+    .option(
+      '--timesteps <N,...>',
+      'own timesteps in place of --steps, such as 999,850,700,... (a distilled model, Align Your Steps)',
+      numbers('--timesteps'),
+    )
+    .option(
+      '--sigmas <F,...>',
+      'the same as noise levels, with the last one to end at (Euler alone)',
+      numbers('--sigmas'),
     )
     .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'))
     .optionsGroup('Micro-conditioning (what the model is told of the training picture):')
@@ -304,13 +323,17 @@ export function checkTexts(options: SampleOptions, prompts: readonly string[]): 
   const texts = [...prompts, prompt2, negativePrompt, negativePrompt2];
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
   const said = texts.join('\n').toLowerCase();
+  const tags = [...new Set(texts.flatMap((text) => text.match(/<(lora|lyco):[^<>]+>/g) ?? []))];
   const unsaid = (options.textualInversion ?? [])
     .map(textualInversionOf)
     .map(({ file, token }) => ({ file, ...readTextualInversion(file, token) }))
     .filter(({ token }) => !said.includes(token.toLowerCase()));
-  return unsaid.map(
-    ({ file, token }) => `no prompt has "${token}", by which --textual-inversion ${file} is called`,
-  );
+  return [
+    ...tags.map((tag) => `"${tag}" is read as words of the prompt; leave it out, and give --lora FILE:SCALE`),
+    ...unsaid.map(
+      ({ file, token }) => `no prompt has "${token}", by which --textual-inversion ${file} is called`,
+    ),
+  ];
 }
 
 /** What can be known to be wrong before anything is read. */
@@ -328,6 +351,12 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--strength needs --image or --refiner');
   if (options.denoisingStart !== undefined && !options.image && !options.refiner)
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
+  if (options.timesteps && options.sigmas)
+    throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
+  if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
+    throw new UserError(
+      `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,
+    );
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);

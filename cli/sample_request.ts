@@ -4,7 +4,7 @@ import { preprocess, preprocessMask, readMask, readPicture } from '../io/image.t
 import type { Picture } from '../io/pixels.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
 import type { Latents } from '../models/latents.ts';
-import type { Request, Sizes } from '../models/pipeline.ts';
+import { type Request, type Sizes, stepsOf } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { controlRequest } from './control_options.ts';
@@ -33,7 +33,7 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
 }
 
 /**
- * The base's requests, one for each prompt, which share the pictures. Where no size is given that of the picture to start from
+ * The base's requests, `batchCount` for each prompt, which share the pictures. Where no size is given that of the picture to start from
  * counts, or else of the first to follow, cut to whole latents.
  */
 export function baseRequests(
@@ -51,6 +51,7 @@ export function baseRequests(
   const config: Partial<SchedulerConfig> = {};
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
+  const { timesteps, sigmas } = options;
   const shared = {
     // An empty text is no second prompt, and yet a negative prompt.
     prompt_2: options.prompt2 ? [options.prompt2] : undefined,
@@ -61,7 +62,9 @@ export function baseRequests(
     emphasis: options.emphasis,
     width,
     height,
-    num_inference_steps: options.steps,
+    timesteps,
+    sigmas,
+    num_inference_steps: stepsOf({ timesteps, sigmas, num_inference_steps: options.steps }) as number,
     guidance_scale: options.guidanceScale,
     guidance_rescale: options.guidanceRescale,
     num_images_per_prompt: options.numImages,
@@ -83,13 +86,19 @@ export function baseRequests(
     aesthetic_score: options.aestheticScore,
     negative_aesthetic_score: options.negativeAestheticScore,
   };
-  return prompts.map((prompt, i) => ({
+  const Generator = options.rng === 'cuda' ? CudaGenerator : TorchGenerator;
+  const count = prompts.length * options.batchCount;
+  return Array.from({ length: count }, (_, i) => ({
     ...shared,
-    prompt: [prompt],
-    generators: [options.rng === 'cuda' ? new CudaGenerator(seed) : new TorchGenerator(seed)],
-    last: i === prompts.length - 1,
+    prompt: [prompts[Math.floor(i / options.batchCount)]],
+    generators: [new Generator(seedOf(options, seed, i))],
+    last: i === count - 1,
   }));
 }
+
+/** The seed of the i-th request: each prompt's batches begin at `seed` and count on. */
+export const seedOf = ({ batchCount }: SampleOptions, seed: number, i: number): number =>
+  seed + (i % batchCount);
 
 /** Where the refiner takes over the base's latents; undefined where it works over the finished picture. */
 const handover = (options: SampleOptions): number | undefined =>

@@ -1,7 +1,7 @@
 // DreamBooth (Ruiz et al. 2023) with LoRA, as diffusers' train_dreambooth_lora_sdxl.py: a few pictures of one subject, all with one
 // prompt that has a rare word for it, and pictures of its class beside them, so that the model keeps what it knows of that. The
 // class's pictures come from the model itself:
-//   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --prompt "a photo of a dog" --num-images 100 --output class/dog.png
+//   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --prompt "a photo of a dog" --batch-count 100 --output class/dog.png
 //   npx sdxl train configs/dreambooth.ts --set dataset.path=FOLDER
 // Without prior preservation: --set dataset.class_data_dir= --set dataset.class_prompt=
 import { defineRun } from 'sdxl';

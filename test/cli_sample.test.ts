@@ -64,11 +64,14 @@ test('a picture gives its settings back', async (t) => {
   t.same([b.width, b.height], [64, 72]);
   t.equal(maxDifference(a.data, b.data), 0, 'the same picture');
   const text = readPngText(first);
-  t.match(text.parameters, /^ein Fuchs, 狐.*\nNegative prompt: rain\nSteps: 3, Sampler: DPMSolver.*Seed: 7/);
+  t.match(
+    text.parameters,
+    /^ein Fuchs, 狐.*\nNegative prompt: rain\nSteps: 3, Sampler: DPM\+\+ 2M, .*Seed: 7/,
+  );
 
   const foreign = join(folder, 'foreign.png');
   const fields =
-    'Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x64, Model: x';
+    'Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x64, Model: x, Hires upscale: 2';
   writePng(foreign, a, { parameters: `a cat\nand a dog\nNegative prompt: rain\n${fields}` });
   const a1111 = await run(
     'sample',
@@ -84,8 +87,12 @@ test('a picture gives its settings back', async (t) => {
     '6',
   );
   t.equal(a1111.status, 0, `from A1111's text ${a1111.err}`);
+  t.equal(a1111.err, `warning: ${foreign} was made with Hires upscale: 2, which --from does not take\n`);
   t.same([JSON.parse(a1111.out).steps, JSON.parse(a1111.out).seed], [2, 6], 'a typed flag goes before');
-  t.match(readPngText(again).parameters, /^a cat\nand a dog\nNegative prompt: rain\n.*DPMSolverMultistep/);
+  t.match(
+    readPngText(again).parameters,
+    /^a cat\nand a dog\nNegative prompt: rain\n.*DPM\+\+ 2M, Schedule type: Karras/,
+  );
   const kept = JSON.parse(readPngText(again).sdxl);
   t.match(kept.scheduler, /karras/i, 'with the sigmas of the schedule type');
   t.equal(kept.rng, 'cuda', "its noise is a GPU's");

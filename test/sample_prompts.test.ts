@@ -67,6 +67,28 @@ test('each prompt has the picture that it has alone', async (t) => {
   }
 });
 
+test('batches are the pictures of the seeds that follow', async (t) => {
+  const { out } = await sample(
+    '--prompt',
+    prompts[0],
+    '--batch-count',
+    '2',
+    '--output',
+    at('b.png'),
+    '--json',
+  );
+  t.same(JSON.parse(out).files, [at('b-0.png'), at('b-1.png')]);
+  await sample('--prompt', prompts[0], '--seed', '6', '--output', at('one.png'));
+  t.ok(readFileSync(at('b-1.png')).equals(readFileSync(at('one.png'))), 'with its own seed in it');
+  const random = JSON.parse(
+    (await sample('--prompt', 'x', '--seed', '-1', '--output', at('one.png'), '--json')).out,
+  );
+  t.ok(Number.isInteger(random.seed) && random.seed >= 0, 'a seed of -1 is a random one');
+  const { err } = await sample('--prompt', 'a <lora:style:0.8> fox', '--output', at('one.png'));
+  t.match(err, /^warning: "<lora:style:0.8>" is read as words of the prompt; .* --lora FILE:SCALE\n$/);
+  t.end();
+});
+
 test('several pictures of several prompts, numbered in their order, with all latents', async (t) => {
   const [output, latents] = [at('many.png'), at('latents.safetensors')];
   const more = ['--num-images', '2', '--output', output, '--save-latents', latents];

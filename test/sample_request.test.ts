@@ -6,6 +6,7 @@ import { bytes } from '../cli/options.ts';
 import { addSampleOptions, checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
 import { baseRequests, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import type { Latents } from '../models/latents.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
 
 function optionsOf(...argv: string[]): SampleOptions {
   const command = addSampleOptions(new Command('sample').exitOverride());
@@ -48,6 +49,24 @@ test('the requests of several prompts share their picture, and nothing that is u
   t.end();
 });
 
+test('batches count the seed on, prompt by prompt', (t) => {
+  const options = optionsOf('--batch-count', '2');
+  const requests = baseRequests(options, sizes, ['a fox', 'a cat'], {}, 5);
+  t.same(
+    requests.map(({ prompt, last }) => [prompt[0], last]),
+    [
+      ['a fox', false],
+      ['a fox', false],
+      ['a cat', false],
+      ['a cat', true],
+    ],
+  );
+  const drawn = requests.map(({ generators: [generator] }) => generator.randn(1)[0]);
+  const of = (seed: number) => new TorchGenerator(seed).randn(1)[0];
+  t.same(drawn, [5, 6, 5, 6].map(of));
+  t.end();
+});
+
 test('each flag reaches what it names', (t) => {
   t.same(given(base(optionsOf())), plain);
   const cases: [argv: string, fields: object][] = [
@@ -62,6 +81,8 @@ test('each flag reaches what it names', (t) => {
     ['--num-images 3', { num_images_per_prompt: 3 }],
     ['--vae-tiling', { vae_tiling: true }],
     ['--steps 7', { num_inference_steps: 7 }],
+    ['--timesteps 999,500,1', { timesteps: [999, 500, 1], num_inference_steps: 3 }],
+    ['--sigmas 14.6,3,0', { sigmas: [14.6, 3, 0], num_inference_steps: 2 }],
     ['--guidance-scale 1.5', { guidance_scale: 1.5 }],
     ['--guidance-rescale 0.7', { guidance_rescale: 0.7 }],
     ['--eta 0.25', { eta: 0.25 }],
@@ -159,7 +180,11 @@ test('values are bounded as they are read', (t) => {
     ['--guidance-scale x', /--guidance-scale takes/],
     ['--aesthetic-score Infinity', /--aesthetic-score takes a number, not/],
     ['--eta 1.01', /--eta takes a number from 0 to 1/],
-    ['--seed -1', /--seed takes a whole number from 0/],
+    ['--seed -2', /--seed takes a whole number from -1/],
+    ['--seed 9007199254740990 --batch-count 3', /--seed 9007199254740990 has no 2 seeds after it/],
+    ['--timesteps 1,x', /--timesteps takes a number, not "x"/],
+    ['--timesteps 999,500 --sigmas 14,0', /--timesteps and --sigmas both lay out the steps/],
+    ['--scheduler karras', /"karras", but a layout of noise levels; put it .* as in dpm\+\+2m_karras/],
     ['--num-images 65', /--num-images takes a whole number from 1 to 64/],
     ['--clip-skip -1', /--clip-skip takes a whole number from 0,/],
     ['--width 0', /--width takes a whole number from 8/],

@@ -1,0 +1,143 @@
+// A1111's `parameters` text, which picture sites and other programs read and write too: the prompt, perhaps a line
+// `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
+import type { Request } from '../models/pipeline.ts';
+import type { Sampler } from '../models/samplers/sampler.ts';
+import { version } from './about.ts';
+import type { SampleOptions } from './sample_options.ts';
+
+/** Its names of our schedulers, where it has them. */
+const samplerLabels: Readonly<Record<string, string>> = {
+  EulerDiscreteScheduler: 'Euler',
+  EulerAncestralDiscreteScheduler: 'Euler a',
+  HeunDiscreteScheduler: 'Heun',
+  KDPM2DiscreteScheduler: 'DPM2',
+  KDPM2AncestralDiscreteScheduler: 'DPM2 a',
+  DPMSolverSDEScheduler: 'DPM++ SDE',
+  DPMSolverMultistepScheduler: 'DPM++ 2M',
+  LMSDiscreteScheduler: 'LMS',
+  DDIMScheduler: 'DDIM',
+  PNDMScheduler: 'PLMS',
+  UniPCMultistepScheduler: 'UniPC',
+  LCMScheduler: 'LCM',
+};
+
+/** Its samplers that have a schedule type; the others go by the model's timesteps. */
+const hasScheduleType = (sampler: string): boolean => /^(euler|heun|lms|dpm)/i.test(sampler);
+
+export function writeParameters(
+  options: SampleOptions,
+  { prompt: [prompt], width, height, num_inference_steps, guidance_scale, image, strength }: Request,
+  seed: number,
+  sampler: Sampler,
+): string {
+  const negative = options.negativePrompt ? `\nNegative prompt: ${options.negativePrompt}` : '';
+  const fields = [
+    `Steps: ${num_inference_steps}`,
+    ...samplerFields(sampler),
+    `CFG scale: ${guidance_scale}`,
+    `Seed: ${seed}`,
+    `Size: ${width}x${height}`,
+    ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
+    ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
+    ...emphasisField(options, prompt),
+    `Version: sdxl ${version}`,
+  ];
+  return `${prompt}${negative}\n${fields.join(', ')}`;
+}
+
+function samplerFields({ name, config }: Sampler): string[] {
+  const sde = config.algorithm_type?.startsWith('sde') ? ' SDE' : '';
+  const heun = sde && config.solver_type === 'heun' ? ' Heun' : '';
+  const label = name in samplerLabels ? `${samplerLabels[name]}${sde}${heun}` : name;
+  const type = hasScheduleType(label) ? scheduleType(config) : undefined;
+  return [`Sampler: ${label}`, ...(type ? [`Schedule type: ${type}`] : [])];
+}
+
+function scheduleType(config: Sampler['config']): string | undefined {
+  if (config.use_karras_sigmas) return 'Karras';
+  if (config.use_exponential_sigmas) return 'Exponential';
+  if (config.use_beta_sigmas) return 'Beta';
+  return { trailing: 'SGM Uniform', linspace: 'Uniform', leading: undefined }[config.timestep_spacing];
+}
+
+/** As it has it: where there is a bracket, and its default does not hold. */
+function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt: string): string[] {
+  if (emphasis === 'original' || !/[([]/.test(prompt + negativePrompt)) return [];
+  const [first, ...rest] = emphasis.replace('-', ' ');
+  return [`Emphasis: ${first.toUpperCase()}${rest.join('')}`];
+}
+
+/** Fields that a picture depends on and that are not read, with our option for the same. */
+const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
+  Model: 'model',
+  VAE: 'vae',
+  Refiner: 'refiner',
+  'Denoising strength': 'strength',
+  'ControlNet 0': 'controlnet',
+  'Hires upscale': undefined,
+  'Variation seed': undefined,
+};
+
+export interface Parameters {
+  /** Values by our options' names, as they would be typed. */
+  settings: Record<string, string | undefined>;
+  /** What else made the picture, with the option that would do it here. */
+  further: { text: string; option?: keyof SampleOptions }[];
+}
+
+export function readParameters(text: string): Parameters {
+  const [body, last = ''] = splitLast(text);
+  const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
+  const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
+  const [width, height] = (field('Size') ?? '').split('x');
+  const adapters = [...new Set(body.match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [])];
+  const others = Object.entries(unread).map(([name, option]) => ({ name, option, value: field(name) }));
+  return {
+    settings: {
+      prompt: withoutTags(prompt),
+      negativePrompt: negative && withoutTags(negative),
+      steps: field('Steps'),
+      guidanceScale: field('CFG scale'),
+      seed: field('Seed'),
+      emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
+      rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
+      ...schedulerOf(field('Sampler'), field('Schedule type'), /^sdxl /.test(field('Version') ?? '')),
+      width: width || undefined,
+      height,
+    },
+    further: [
+      ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),
+      ...others
+        .filter(({ value }) => value !== undefined)
+        .map(({ name, option, value }) => ({ text: `${name}: ${value}`, option })),
+    ],
+  };
+}
+
+/** It takes what names adapters out of a prompt, and the file's fields have their hashes. */
+const withoutTags = (text: string): string => text.replace(/ ?<(lora|lyco|hypernet):[^<>]+>/g, '').trim();
+
+/**
+ * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,
+ * and `ours` go by the model's spacing: SDXL's published scheduler begins lower.
+ */
+function schedulerOf(
+  sampler: string | undefined,
+  type = '',
+  ours = false,
+): Record<string, string | undefined> {
+  if (sampler === undefined || !hasScheduleType(sampler)) return { scheduler: sampler };
+  const layout = ['Karras', 'Exponential', 'Beta'].find((each) => each === type);
+  const named = layout && !sampler.endsWith(layout) ? `${sampler} ${layout}` : sampler;
+  if (ours && type === '') return { scheduler: sampler };
+  return {
+    scheduler: named,
+    timestepSpacing: ['SGM Uniform', 'Simple'].includes(type) ? 'trailing' : 'linspace',
+  };
+}
+
+function splitLast(text: string): [string, string?] {
+  const at = text.lastIndexOf('\nSteps: ');
+  if (at < 0) return text.startsWith('Steps: ') ? ['', text] : [text];
+  return [text.slice(0, at), text.slice(at + 1)];
+}

@@ -1,0 +1,66 @@
+// A1111's `parameters` text, read as its own program and others write it, and written as they read it.
+import { test } from 'tap';
+import { readParameters, writeParameters } from '../cli/a1111.ts';
+import type { SampleOptions } from '../cli/sample_options.ts';
+import { complete } from '../models/pipeline.ts';
+import { createSampler } from '../models/samplers/registry.ts';
+
+const read = (fields: string) => readParameters(`a fox\n${fields}`).settings;
+
+test('samplers with their schedule types', (t) => {
+  for (const [fields, scheduler, timestepSpacing] of [
+    ['Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, Seed: 1', 'DPM++ 2M Karras', 'linspace'],
+    ['Steps: 20, Sampler: DPM++ 2M Karras, Seed: 1', 'DPM++ 2M Karras', 'linspace'], // before 1.9
+    ['Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Exponential', 'DPM++ 2M SDE Exponential', 'linspace'],
+    ['Steps: 20, Sampler: Euler, Schedule type: Beta', 'Euler Beta', 'linspace'],
+    ['Steps: 20, Sampler: Euler, Schedule type: Automatic', 'Euler', 'linspace'],
+    ['Steps: 20, Sampler: Euler a, Schedule type: SGM Uniform', 'Euler a', 'trailing'],
+    ['Steps: 20, Sampler: DDIM, Schedule type: Automatic', 'DDIM', undefined],
+    ['Steps: 20, Sampler: euler_a, Version: stable-diffusion.cpp', 'euler_a', 'linspace'],
+    ['Steps: 20, Sampler: Euler, Version: sdxl 0.1.0', 'Euler', undefined],
+  ] as const) {
+    const settings = read(fields);
+    t.same([settings.scheduler, settings.timestepSpacing], [scheduler, timestepSpacing], fields);
+    t.ok(createSampler(scheduler).name, 'which we have');
+  }
+  t.end();
+});
+
+test('what else made a picture is told', (t) => {
+  const { settings, further } = readParameters(
+    'a <lora:style:0.8> fox, red <lora:more:1>\nNegative prompt: rain\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, ' +
+      'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Denoising strength: 0.5, Hires upscale: 2, ' +
+      'Lora hashes: "style: 1, more: 2", Version: v1.10.1',
+  );
+  t.match(settings, { prompt: 'a fox, red', negativePrompt: 'rain', width: '512', height: '768', seed: '3' });
+  t.same(further, [
+    { text: '<lora:style:0.8>', option: 'lora' },
+    { text: '<lora:more:1>', option: 'lora' },
+    { text: 'Model: sd_xl_base_1.0', option: 'model' },
+    { text: 'Denoising strength: 0.5', option: 'strength' },
+    { text: 'Hires upscale: 2', option: undefined },
+  ]);
+  t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
+  t.end();
+});
+
+test('ours are in its words', (t) => {
+  const options = { rng: 'cuda', emphasis: 'none' } as SampleOptions;
+  const request = complete({ sampleSize: 64 }, { prompt: ['a fox'], height: 32, num_inference_steps: 4 });
+  for (const [name, said] of [
+    ['dpm++2m_karras', 'Sampler: DPM++ 2M, Schedule type: Karras'],
+    ['dpm++2m_sde_heun_exponential', 'Sampler: DPM++ 2M SDE Heun, Schedule type: Exponential'],
+    ['euler_a', 'Sampler: Euler a'],
+    ['deis', 'Sampler: DEISMultistepScheduler'],
+    ['ddim', 'Sampler: DDIM'],
+  ]) {
+    const text = writeParameters(options, request, 3, createSampler(name, { timestep_spacing: 'leading' }));
+    t.match(
+      text,
+      new RegExp(`^a fox\nSteps: 4, ${said.replaceAll('+', '\\+')}, CFG scale: 5, Seed: 3, Size: 64x32, `),
+    );
+  }
+  const over = { ...request, image: { shape: [], data: new Float32Array() }, strength: 0.4 };
+  t.match(writeParameters(options, over, 3, createSampler('euler')), /, Denoising strength: 0.4, /);
+  t.end();
+});
