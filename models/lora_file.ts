@@ -179,7 +179,7 @@ function complain(
   file: SafetensorsFile,
   what: string,
   names: readonly string[],
-  mend = 'use an adapter made for this model, or name the model that it was made for',
+  mend = 'use an adapter made for this model, or name the model that it was made for (sdxl sample --model, sdxl export --configs)',
 ): void {
   if (names.length === 0) return;
   const more = names.length > 8 ? ` and ${names.length - 8} more` : '';
