@@ -156,10 +156,14 @@ test('plan', async (t) => {
     /batch +4 \(2 x 2/,
     /updates +2: 1 an epoch, 2 epochs/,
     /trained +unet: 714660/,
-    /objective +epsilon, mse/,
+    /objective +epsilon, mse\n/,
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
+  const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
+  const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
+  t.match(told.out, /trained +lora of rank 8, alpha 8: /);
+  t.match(told.out, /objective +epsilon, mse, snr_gamma 5, noise_offset 0\.05, timesteps later\n/);
   const json = await sdxl('plan', runFile('plan', { batch_size: 2 }), '--quiet', '--json');
   const { run, memory_bytes, ...rest } = JSON.parse(json.out);
   t.match(rest, {

@@ -2,8 +2,9 @@
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
+import { fill } from './fields.ts';
 import { objectiveOf } from './objective.ts';
-import type { Run } from './run.ts';
+import { fields, type Run } from './run.ts';
 import { estimate, type Materials } from './session.ts';
 
 /** What a run comes to. */
@@ -66,8 +67,10 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
-    ...(plan.prediction_type ? [`objective   ${plan.prediction_type}, ${run.objective.loss}`] : []),
+    `trained     ${run.train.target}${ofLora(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    ...(plan.prediction_type
+      ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
+      : []),
     `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
@@ -79,6 +82,20 @@ const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>
   class_images
     ? `, ${class_images} of the class from ${dataset.class_data_dir} (loss times ${objective.prior_loss_weight})`
     : '';
+
+/** What of the objective is not as by default, but for what other lines tell. */
+function ofObjective({ objective }: Run): string[] {
+  const usual = fill(fields, {}, 'the defaults').objective;
+  const told = ['prediction_type', 'loss', 'prior_loss_weight'];
+  return Object.entries(objective)
+    .filter(
+      ([key, value]) => !told.includes(key) && String(value) !== String(usual[key as keyof typeof usual]),
+    )
+    .map(([key, value]) => (value === true ? key : `${key} ${value}`));
+}
+
+const ofLora = ({ train, lora }: Run): string =>
+  train.target === 'lora' ? ` of rank ${lora.rank}, alpha ${lora.alpha}` : '';
 
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
