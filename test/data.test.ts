@@ -15,7 +15,8 @@ import { geometryOf, preparePicture, timeIdsOf } from '../train/data/picture.ts'
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
 import { fill } from '../train/fields.ts';
-import { fields } from '../train/run.ts';
+import { openPictures } from '../train/pictures.ts';
+import { fields, resolveRun } from '../train/run.ts';
 
 /** What a run has that says nothing of its dataset. */
 const defaults = fill(fields, {}, 'defaults').dataset;
@@ -117,6 +118,53 @@ test('pictures without a caption are given one where a run has one', async (t) =
   );
   t.match(problems, [/gone\.png is not there/]);
   await refused(t, openDataset({ path: join(path, 'empty') }), /no dataset at/);
+});
+
+test('captions in files of another ending', async (t) => {
+  const path = folderOf(t, {
+    'a.png': png(),
+    'a.caption': 'a fox',
+    'a.txt': 'other notes',
+    'b.png': png(8, 8, 1),
+  });
+  for (const caption_extension of ['.caption', 'Caption']) {
+    const { examples, problems } = await openDataset({ path, caption_extension });
+    t.strictSame(
+      examples.map(({ id, captions }) => [id, ...captions]),
+      [['a.png', 'a fox']],
+    );
+    t.match(problems, [/b\.png has no caption$/]);
+  }
+});
+
+test('folders that say how often their pictures are shown', async (t) => {
+  const path = folderOf(t, {
+    '3_ohwx man/a.png': png(),
+    '3_ohwx man/deep/b.png': png(8, 8, 1),
+    '1_dog/c.png': png(8, 8, 2),
+    'plain/2_d.png': png(8, 8, 3),
+  });
+  const shown = async (folder_repeats: boolean) => {
+    const dataset = { path, resolution: 8, instance_prompt: 'x', folder_repeats };
+    const { samples } = await openPictures(resolveRun({ dataset }, 'a run', 'x'), 8, {
+      line() {},
+      progress() {},
+    });
+    t.equal(new Set(samples.map(({ key }) => key)).size, samples.length, 'each with draws of its own');
+    return samples.map(({ id }) => id);
+  };
+  t.strictSame(await shown(false), [
+    '1_dog/c.png',
+    '3_ohwx man/a.png',
+    '3_ohwx man/deep/b.png',
+    'plain/2_d.png',
+  ]);
+  t.strictSame(await shown(true), [
+    '1_dog/c.png',
+    ...['', ' (2)', ' (3)'].map((copy) => `3_ohwx man/a.png${copy}`),
+    ...['', ' (2)', ' (3)'].map((copy) => `3_ohwx man/deep/b.png${copy}`),
+    'plain/2_d.png',
+  ]);
 });
 
 test('folders with metadata', async (t) => {

@@ -43,7 +43,9 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
         'looking at pictures of the class',
       )
     : [];
-  const samples = [...own, ...prior.map(ofClass)];
+  const samples = [...own, ...prior.map(ofClass)].flatMap(
+    run.dataset.folder_repeats ? repeated : (each) => [each],
+  );
   const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
   const names = samples.map(({ id, hash }) => `${id} ${hash}`).join('\n');
   return {
@@ -58,6 +60,15 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
 function ofClass(sample: Sample): Sample {
   const id = `class/${sample.id}`;
   return { ...sample, id, key: keyOf(id), prior: true };
+}
+
+/** A picture as often as its topmost folder says, `10_name`: the same file, with draws of its own each time. */
+function repeated(sample: Sample): Sample[] {
+  const count = Number(/^(?:class\/)?([1-9]\d*)_[^/]*\//.exec(sample.id)?.[1] ?? 1);
+  return Array.from({ length: count }, (_, i) => {
+    const id = i === 0 ? sample.id : `${sample.id} (${i + 1})`;
+    return { ...sample, id, key: keyOf(id) };
+  });
 }
 
 /** Pixels that sides divide by: what the VAE shrinks by, times what the UNet halves where that is trained. */

@@ -58,8 +58,12 @@ export interface Run {
     split: string;
     image_column: string;
     caption_column: string;
+    /** What the name of a picture's file of captions ends in. */
+    caption_extension: string;
     /** The caption of pictures that have none; empty where each must have its own. */
     instance_prompt: string;
+    /** An epoch has the pictures of a folder `10_name` ten times, as kohya's trainer. */
+    folder_repeats: boolean;
     /**
      * Pictures of the subject's class for prior preservation (DreamBooth, Ruiz et al. 2023), as `path` is given; empty for none. An
      * epoch has as many of them as of the others, in turn.
@@ -180,7 +184,9 @@ export const fields: Fields<Run> = {
     split: text('train'),
     image_column: text('image'),
     caption_column: text('text'),
+    caption_extension: text('.txt'),
     instance_prompt: text(''),
+    folder_repeats: flag(false),
     class_data_dir: text(''),
     class_prompt: text(''),
     resolution: whole(1024, { min: 8 }),

@@ -25,6 +25,8 @@ export interface DatasetOptions {
   split: string;
   image_column: string;
   caption_column: string;
+  /** Folders: what the name of a picture's file of captions ends in. */
+  caption_extension: string;
   /** The caption of pictures that have none; empty where each must have its own. */
   instance_prompt: string;
 }
@@ -34,5 +36,6 @@ export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
   split: 'train',
   image_column: 'image',
   caption_column: 'text',
+  caption_extension: '.txt',
   instance_prompt: '',
 };

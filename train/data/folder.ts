@@ -1,6 +1,6 @@
 // A folder of pictures. A metadata.jsonl or metadata.csv (columns file_name and a caption, as Hugging Face's imagefolder)
-// speaks for all pictures at its level and below; where there is none, each picture has its caption in a .txt beside it,
-// one choice a line. A file named in several rows has several captions to choose from.
+// speaks for all pictures at its level and below; where there is none, each picture has its caption in a .txt (or
+// caption_extension) beside it, one choice a line. A file named in several rows has several captions to choose from.
 import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, normalize, relative } from 'node:path';
@@ -16,8 +16,13 @@ const metadataName = /^metadata\.(jsonl|csv)$/;
 /** Lists a folder's pictures and captions. @throws UserError when it cannot be read or its metadata is damaged */
 export function openFolder(
   folder: string,
-  { caption_column, instance_prompt }: Pick<DatasetOptions, 'caption_column' | 'instance_prompt'>,
+  {
+    caption_column,
+    caption_extension,
+    instance_prompt,
+  }: Pick<DatasetOptions, 'caption_column' | 'caption_extension' | 'instance_prompt'>,
 ): Dataset {
+  const extension = `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
   const otherwise = instance_prompt ? [instance_prompt] : [];
   const captions = new Map<string, string[]>();
   const problems: string[] = [];
@@ -59,7 +64,11 @@ export function openFolder(
     const stem = (name: string) => name.replace(/\.[^.]*$/, '');
     const pictures = files.filter((name) => pictureName.test(name));
     const stems = new Set(pictures.map(stem));
-    const texts = new Map(files.filter((name) => /\.txt$/i.test(name)).map((name) => [stem(name), name]));
+    const texts = new Map(
+      files
+        .filter((name) => name.toLowerCase().endsWith(extension))
+        .map((name) => [name.slice(0, -extension.length), name]),
+    );
     for (const name of files.filter((file) => otherPictureName.test(file))) {
       problems.push(`${join(path, name)} is neither PNG, JPEG nor WebP`);
     }
