@@ -12,6 +12,8 @@ import {
 import { join } from 'node:path';
 import { test } from 'tap';
 import { listCheckpoints } from '../train/checkpoint.ts';
+import { foreignKeys } from '../train/foreign_keys.ts';
+import { resolveRun } from '../train/run.ts';
 import { sdxl } from './command_line.ts';
 import { dataset, folder, model, refuses, runFile } from './run_files.ts';
 
@@ -21,7 +23,7 @@ test('run files', async (t) => {
   await refuses(
     t,
     'unknown key',
-    /unknown key "optimizer\.lrr"; did you mean "lr"/,
+    /unknown key "optimizer\.lrr"; did you mean "optimizer\.lr"/,
     ...file('a', { optimizer: { lrr: 1 } }),
   );
   await refuses(
@@ -140,6 +142,26 @@ test('run files', async (t) => {
     /no key "optimizer\.lrr"; did you mean "optimizer\.lr"/,
     ...set('optimizer.lrr=1'),
   );
+  for (const [assignment, place] of [
+    ['min_snr_gamma=5', 'objective.snr_gamma'], // kohya's
+    ['lora.network_dim=32', 'lora.rank'],
+    ['gradient_checkpointing=true', 'train.gradient_checkpointing'], // in another group
+    ['optimizer.num_cycles=2', 'lr_scheduler.num_cycles'],
+  ])
+    await refuses(t, assignment, new RegExp(`; here it is "${place}"`), ...set(assignment));
+  await refuses(
+    t,
+    "kohya's key in a file",
+    /unknown key "optimizer\.learning_rate"; here it is "optimizer\.lr"/,
+    ...file('kohya', { optimizer: { learning_rate: 1 } }),
+  );
+  for (const optimizer of ['AdamW8bit', 'adamw-8bit'])
+    await refuses(
+      t,
+      `${optimizer} among choices`,
+      /; did you mean "adamw8bit"/,
+      ...set(`optimizer.name=${optimizer}`),
+    );
   await refuses(t, '--set group', /"optimizer" is a group/, ...set('optimizer=1'));
   await refuses(t, '--set type', /"steps" takes a whole number/, ...set('steps=many'));
   await refuses(t, '--set nothing', /takes KEY=VALUE/, ...set('steps'));
@@ -168,6 +190,15 @@ test('run files', async (t) => {
   await refuses(t, 'parts', /matches no weight/, ...set('train.parts=nothing'));
   await refuses(t, 'resolution', /not divisible by/, ...set('dataset.resolution=36'));
   t.notOk(existsSync(join(folder, 'good-out', 'checkpoints')), 'nothing was trained');
+});
+
+test("other trainers' keys name keys of ours", (t) => {
+  const run: unknown = resolveRun({}, 'the defaults', 'x');
+  for (const [theirs, ours] of Object.entries(foreignKeys)) {
+    const value = ours.split('.').reduce((at, key) => (at as Record<string, unknown>)?.[key], run);
+    t.ok(value !== undefined && (typeof value !== 'object' || Array.isArray(value)), `${theirs}: ${ours}`);
+  }
+  t.end();
 });
 
 test('datasets', async (t) => {

@@ -2,12 +2,15 @@
 // same nesting as the run it describes. Filling a table from a user's object names every unknown key with the nearest
 // right one, and every value of the wrong kind with its place.
 import { didYouMean, UserError } from '../io/errors.ts';
+import { foreignKeys } from './foreign_keys.ts';
 
 export interface Field<T> {
   readonly kind: 'field';
   readonly fallback: T;
   /** What may stand here, in words, where `value` may not. */
   readonly wants: string;
+  /** The words it takes, where it takes a few. */
+  readonly choices?: readonly string[];
   accepts(value: unknown): boolean;
 }
 
@@ -55,8 +58,10 @@ export const text = (fallback: string): Field<string> =>
 export const flag = (fallback: boolean): Field<boolean> =>
   field(fallback, 'true or false', (value) => typeof value === 'boolean');
 
-export const choice = <T extends string>(fallback: T, ...choices: readonly T[]): Field<T> =>
-  field(fallback, choices.map((c) => `"${c}"`).join(' or '), (value) => choices.includes(value as T));
+export const choice = <T extends string>(fallback: T, ...choices: readonly T[]): Field<T> => ({
+  ...field(fallback, choices.map((c) => `"${c}"`).join(' or '), (value) => choices.includes(value as T)),
+  choices,
+});
 
 /** A list whose entries all pass `entry`. */
 export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly T[]> =>
@@ -85,7 +90,13 @@ export function isRecord(value: unknown): value is Record<string, unknown> {
 const isField = (entry: unknown): entry is Field<unknown> => isRecord(entry) && entry.kind === 'field';
 
 /** `given` with every absent key at its default. @throws UserError naming the first key that is unknown or unfit */
-export function fill<T>(fields: Fields<T>, given: unknown, where: string, path = ''): T {
+export function fill<T>(
+  fields: Fields<T>,
+  given: unknown,
+  where: string,
+  path = '',
+  root: object = fields,
+): T {
   if (!isRecord(given))
     throw new UserError(
       `${where}: ${path ? `"${path.slice(0, -1)}"` : 'the run'} is ${show(given)}; write an object { ... }`,
@@ -93,17 +104,19 @@ export function fill<T>(fields: Fields<T>, given: unknown, where: string, path =
   for (const key of Object.keys(given)) {
     if (!Object.hasOwn(fields, key)) {
       throw new UserError(
-        `${where}: unknown key "${path}${key}"${didYouMean(key, Object.keys(fields)) || `; the keys here are ${Object.keys(fields).join(', ')}`}`,
+        `${where}: unknown key "${path}${key}"${suggestion(root, fields, path, key) || `; the keys here are ${Object.keys(fields).join(', ')}`}`,
       );
     }
   }
   const entries = Object.entries(fields as Record<string, unknown>).map(([key, entry]) => {
     const value = given[key];
     if (!isField(entry))
-      return [key, fill(entry as Fields<unknown>, value ?? {}, where, `${path}${key}.`)] as const;
+      return [key, fill(entry as Fields<unknown>, value ?? {}, where, `${path}${key}.`, root)] as const;
     if (value === undefined) return [key, entry.fallback] as const;
     if (!entry.accepts(value))
-      throw new UserError(`${where}: "${path}${key}" is ${show(value)}; it takes ${entry.wants}`);
+      throw new UserError(
+        `${where}: "${path}${key}" is ${show(value)}; it takes ${entry.wants}${nearChoice(entry, value)}`,
+      );
     return [key, value] as const;
   });
   return Object.fromEntries(entries) as T;
@@ -115,6 +128,25 @@ const show = (value: unknown): string => {
   if (typeof value === 'number') return String(value);
   return (JSON.stringify(value) ?? String(value)).slice(0, 80);
 };
+
+/** Where an unknown key belongs, or the nearest one; with `; ` before it, or nothing. `path` ends with a dot. */
+function suggestion(root: object, table: object, path: string, key: string): string {
+  const places = [...placesOf(root, key)];
+  const place = foreignKeys[key] ?? (places.length === 1 ? places[0] : undefined);
+  if (place) return `; here it is "${place}"`;
+  return didYouMean(key, Object.keys(table)).replace('"', `"${path}`);
+}
+
+/** Every path of a table of fields that ends in `key`. */
+function* placesOf(table: object, key: string, path = ''): Generator<string> {
+  for (const [name, entry] of Object.entries(table)) {
+    if (name === key && isField(entry)) yield `${path}${name}`;
+    else if (!isField(entry)) yield* placesOf(entry, key, `${path}${name}.`);
+  }
+}
+
+const nearChoice = ({ choices = [] }: Field<unknown>, value: unknown): string =>
+  didYouMean(String(value), choices);
 
 /**
  * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a
@@ -130,11 +162,10 @@ export function override<T>(fields: Fields<T>, run: T, assignment: string): void
   keys.forEach((key, i) => {
     if (isField(table) || !isRecord(table) || !Object.hasOwn(table, key)) {
       const known = isField(table) ? [] : Object.keys(table as object);
-      const near = didYouMean(key, known);
       const prefix = keys.slice(0, i).join('.');
-      const suggestion = near && prefix ? near.replace('"', `"${prefix}.`) : near;
+      const near = isField(table) ? '' : suggestion(fields, table as object, prefix && `${prefix}.`, key);
       throw new UserError(
-        `--set ${assignment}: no key "${path}"${suggestion || (known.length ? `; the keys ${prefix ? `of ${prefix}` : 'here'} are ${known.join(', ')}` : '')}`,
+        `--set ${assignment}: no key "${path}"${near || (known.length ? `; the keys ${prefix ? `of ${prefix}` : 'here'} are ${known.join(', ')}` : '')}`,
       );
     }
     table = table[key];
@@ -146,7 +177,8 @@ export function override<T>(fields: Fields<T>, run: T, assignment: string): void
     );
   }
   const value = parse(written, table);
-  if (value === undefined) throw new UserError(`--set ${assignment}: "${path}" takes ${table.wants}`);
+  if (value === undefined)
+    throw new UserError(`--set ${assignment}: "${path}" takes ${table.wants}${nearChoice(table, written)}`);
   (target as Record<string, unknown>)[keys[keys.length - 1]] = value;
 }
 
