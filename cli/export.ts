@@ -69,7 +69,19 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--json', 'one JSON object on stdout')
     .option('--quiet', 'no progress')
     .addHelpText('after', examples)
-    .action((from: string, out: string, options: Options) => run(from, out, options, terminal));
+    .allowExcessArguments() // told of here, as people put spaces between names
+    .action((from: string, out: string, options: Options) => {
+      refuseFurther(command.args.slice(2), options);
+      return run(from, out, options, terminal);
+    });
+}
+
+function refuseFurther([further]: readonly string[], { saveKeys }: Options): void {
+  if (further === undefined) return;
+  const mend = saveKeys
+    ? `put commas between names: --save-keys ${saveKeys},...`
+    : 'put names with spaces in quotes';
+  throw new UserError(`sdxl export takes two places, and "${further}" is a third; ${mend}`);
 }
 
 async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {

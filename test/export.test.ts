@@ -355,6 +355,11 @@ test('mistakes leave nothing behind', async (t) => {
       [golden('tiny-sdxl'), out, '--save-keys', 'unet,controlnet'],
       /no controlnet; it has unet, vae, text_encoder, .*scheduler/,
     ],
+    [
+      'names with spaces between, as diffengine has them',
+      [golden('tiny-sdxl'), out, '--save-keys', 'unet', 'vae'],
+      /"vae" is a third; put commas between names: --save-keys unet,/,
+    ],
     ['a name left out', [golden('tiny-sdxl'), out, '--save-keys', 'unet,'], /names with commas between/],
     ['missing tensor', [lacking, out], /missing add_embedding\.linear_1\.bias/],
     [
