@@ -162,7 +162,7 @@ test('plan', async (t) => {
     t.match(out, line);
   const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
   const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
-  t.match(told.out, /trained +lora of rank 8, alpha 8: /);
+  t.match(told.out, /trained +lora \(rank 8, alpha 8\): /);
   t.match(told.out, /objective +epsilon, mse, snr_gamma 5, noise_offset 0\.05, timesteps later\n/);
   const json = await sdxl('plan', runFile('plan', { batch_size: 2 }), '--quiet', '--json');
   const { run, memory_bytes, ...rest } = JSON.parse(json.out);
