@@ -57,7 +57,9 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
   const program = new Command('sdxl')
     .description('Stable Diffusion XL in TypeScript: sample it, train it, export it, without Python.')
     .version(version, '--version')
-    .showHelpAfterError('(run with --help to see every option)')
+    .showHelpAfterError(
+      "(run with --help to see every option; docs/coming_from.md has other programs' words for them)",
+    )
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   const called = argv[0] === 'help' ? argv[1] : argv[0];
