@@ -1,12 +1,14 @@
 // ControlNet for SDXL (Zhang et al. 2023, figure 3): a copy of the UNet's encoder half and middle block, whose first features get
 // the embedded control picture added, and a zero convolution after each feature, named so because training starts it at zero.
 // What these give is added to the UNet's own features. The tree spells diffusers' keys.
+import { checkpointed } from '../engine/checkpointing.ts';
 import { conv2d } from '../engine/layers.ts';
 import { module } from '../engine/module.ts';
 import { broadcast } from '../engine/ops/reduce.ts';
 import { silu } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { once } from './context_cache.ts';
+import type { AdditionalResiduals } from './unet.ts';
 import {
   type EncoderConfig,
   encode,
@@ -74,15 +76,16 @@ const zeroConvolution = (c: number) => conv2d(c, c, 1);
 
 /**
  * What is to be added to the UNet that is asked the same: a tensor for each of its features, the first convolution's first, and
- * one for the middle block's output last. One `picture` controls all rows: [1, 8 h, 8 w, 3] in [0, 1], in the model's type. It is
- * embedded once an image where there is a ContextCache.
+ * one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all rows, [1, ...],
+ * or one for each. It is embedded once an image where there is a ContextCache. With gradient checkpointing, transformer blocks run
+ * again in backward instead of keeping their activations.
  */
-export function controlnet(config: ControlNetConfig) {
+export function controlnet(config: ControlNetConfig, { gradientCheckpointing = false } = {}) {
   const [width] = config.block_out_channels;
   const widths = featureWidths(config);
   return module(
     {
-      ...encoder(config),
+      ...encoder(config, gradientCheckpointing ? checkpointed : undefined),
       controlnet_cond_embedding: conditioningEmbedding(config.conditioning_embedding_out_channels, width),
       controlnet_down_blocks: widths.map(zeroConvolution),
       controlnet_mid_block: zeroConvolution(widths[widths.length - 1]),
@@ -92,6 +95,7 @@ export function controlnet(config: ControlNetConfig) {
       const [hint] = once(question.conditioning.cache, embedding, () => {
         const embedded = embedding(picture);
         const [rows] = question.sample.shape;
+        if (embedded.shape[0] === rows) return [embedded];
         return [broadcast(embedded, 0, rows).reshape(rows, ...embedded.shape.slice(1))];
       });
       const { features, middle } = encode(m, config, { ...question, hint });
@@ -101,3 +105,9 @@ export function controlnet(config: ControlNetConfig) {
 }
 
 export type ControlNet = ReturnType<typeof controlnet>;
+
+/** What a ControlNet gives, or a sum of several, as the UNet takes it. */
+export const additionalResiduals = (residuals: readonly Tensor[]): AdditionalResiduals => ({
+  down_block_additional_residuals: residuals.slice(0, -1),
+  mid_block_additional_residual: residuals[residuals.length - 1],
+});

@@ -10,7 +10,13 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import type { Size } from './conditioning.ts';
-import { type ControlNet, controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts';
+import {
+  additionalResiduals,
+  type ControlNet,
+  controlnet,
+  controlRatio,
+  parseControlNetConfig,
+} from './controlnet.ts';
 import type { Latents } from './latents.ts';
 import type { AdditionalResiduals, UNetConfig } from './unet.ts';
 import type { Question } from './unet_encoder.ts';
@@ -49,6 +55,7 @@ export function loadControlNet(
   { unet, ratio }: { unet: UNetConfig; ratio: number },
   device: Device,
   dtype: FloatDType,
+  options?: { gradientCheckpointing: boolean },
 ): ControlNet {
   const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
   for (const key of sharedKeys) {
@@ -62,7 +69,7 @@ export function loadControlNet(
     throw new UserError(
       `the ControlNet of ${source.path} takes ${controlRatio(config)} pixels to a latent and the VAE ${ratio}: take one that was made for this model`,
     );
-  const net = controlnet(config);
+  const net = controlnet(config, options);
   holding('controlnet', () => source.load('controlnet', net, device, dtype));
   return net;
 }
@@ -142,10 +149,7 @@ export function residualsOf(
   });
   const sums = given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
   const all = asked === question ? sums : sums.map((x) => concat([scale(x, 0), x], 0));
-  return {
-    down_block_additional_residuals: all.slice(0, -1),
-    mid_block_additional_residual: all[all.length - 1],
-  };
+  return additionalResiduals(all);
 }
 
 const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
