@@ -83,6 +83,14 @@ test('other columns, and lists of captions', async (t) => {
     openDataset({ path, image_column: 'img' }),
     /no column "text"; its columns are img, caption/,
   );
+  const beside = { caption_column: 'text', conditioning_image_column: 'image' };
+  const [{ conditioning }] = (await openDataset({ path: at('snappy'), ...beside })).examples;
+  t.ok(conditioning && (await isPicture(await conditioning.read(), 0)), 'a column of conditioning images');
+  await refused(
+    t,
+    openDataset({ path: at('snappy'), conditioning_image_column: 'images' }),
+    /no column "images"; did you mean "image"/,
+  );
   const wrong = await openDataset({ path: at('snappy'), image_column: 'text' });
   await refused(t, wrong.examples[0].read(), /no picture in "text".*bytes/);
   await refused(t, openDataset({ path: at('snappy'), caption_column: 'width' }), /"width" is neither a text/);

@@ -1,12 +1,17 @@
 // What a dataset is to whoever trains on it: examples that can be read one by one, and a list of what is wrong with it.
 
-export interface Example {
-  /** The picture's path within the dataset, or its row; names it in messages. */
+export interface PictureFile {
+  /** Its path within the dataset, or its row; names it in messages. */
   id: string;
-  /** The choices for its caption, at least one. */
-  captions: string[];
   /** The bytes of its PNG, JPEG or WebP file. @throws UserError */
   read(): Promise<Uint8Array>;
+}
+
+export interface Example extends PictureFile {
+  /** The choices for its caption, at least one. */
+  captions: string[];
+  /** What a ControlNet is shown beside it, where that is asked for. */
+  conditioning?: PictureFile;
 }
 
 export interface Dataset {
@@ -27,6 +32,8 @@ export interface DatasetOptions {
   caption_column: string;
   /** Folders: what the name of a picture's file of captions ends in. */
   caption_extension: string;
+  /** Where each picture's conditioning image is; empty where none is wanted. */
+  conditioning_image_column: string;
   /** The caption of pictures that have none; empty where each must have its own. */
   instance_prompt: string;
 }
@@ -37,5 +44,6 @@ export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
   image_column: 'image',
   caption_column: 'text',
   caption_extension: '.txt',
+  conditioning_image_column: '',
   instance_prompt: '',
 };

@@ -1,12 +1,14 @@
 // A folder of pictures. A metadata.jsonl or metadata.csv (columns file_name and a caption, as Hugging Face's imagefolder)
 // speaks for all pictures at its level and below; where there is none, each picture has its caption in a .txt (or
 // caption_extension) beside it, one choice a line. A file named in several rows has several captions to choose from.
+// Conditioning images are named in their column of the metadata; where there is none, that of NAME.png lies beside it as
+// NAME.conditioning_image.png, if the column is called so.
 import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, normalize, relative } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { asUserError, readLines } from '../../io/files.ts';
-import type { Dataset, DatasetOptions } from './dataset.ts';
+import type { Dataset, DatasetOptions, PictureFile } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
 const pictureName = /\.(png|jpe?g|webp)$/i;
@@ -19,19 +21,28 @@ export function openFolder(
   {
     caption_column,
     caption_extension,
+    conditioning_image_column: column,
     instance_prompt,
-  }: Pick<DatasetOptions, 'caption_column' | 'caption_extension' | 'instance_prompt'>,
+  }: Pick<
+    DatasetOptions,
+    'caption_column' | 'caption_extension' | 'conditioning_image_column' | 'instance_prompt'
+  >,
 ): Dataset {
   const extension = `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
   const otherwise = instance_prompt ? [instance_prompt] : [];
   const captions = new Map<string, string[]>();
+  const conditioning = new Map<string, string>();
   const problems: string[] = [];
   visit(folder);
-  const examples = [...captions].map(([id, choices]) => ({
-    id,
-    captions: choices,
-    read: readerOf(folder, id),
-  }));
+  const fileOf = (id: string): PictureFile => ({ id, read: readerOf(folder, id) });
+  const examples = [...captions].map(([id, choices]) => {
+    const beside = conditioning.get(id);
+    return {
+      ...fileOf(id),
+      captions: choices,
+      ...(beside !== undefined && { conditioning: fileOf(beside) }),
+    };
+  });
   return { examples, problems };
 
   function visit(path: string): void {
@@ -43,32 +54,36 @@ export function openFolder(
   function fromMetadata(path: string, file: string): void {
     const named = new Set<string>();
     const present = new Set(filesBelow(path));
-    for (const row of readMetadata(file, caption_column)) {
-      // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
-      const name = normalize(row.file_name).replaceAll('\\', '/');
-      named.add(name);
+    // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
+    const plain = (name: string) => normalize(name).replaceAll('\\', '/');
+    for (const row of readMetadata(file, caption_column, column)) {
+      const name = plain(row.file_name);
+      const beside = row.conditioning && plain(row.conditioning);
+      for (const each of [name, beside]) if (each) named.add(each);
       const captions = row.captions.length ? row.captions : otherwise;
-      const problem = problemOf({ ...row, captions }, present.has(name));
+      const problem = problemOf({ ...row, captions }, (file) => present.has(plain(file)), column);
       if (problem) problems.push(`${file}:${row.line}: ${problem}`);
-      else add(join(path, name), captions);
+      else add(join(path, name), captions, beside && join(path, beside));
     }
     for (const name of present) {
       if (!pictureName.test(name) || named.has(name)) continue;
-      if (instance_prompt) add(join(path, name), otherwise);
+      if (instance_prompt && !column) add(join(path, name), otherwise);
       else problems.push(`${join(path, name)} has no row in ${file}`);
     }
   }
 
   function fromSidecars(path: string): void {
     const { files, folders, linked } = list(path);
-    const stem = (name: string) => name.replace(/\.[^.]*$/, '');
-    const pictures = files.filter((name) => pictureName.test(name));
+    const all = files.filter((name) => pictureName.test(name));
+    const isBeside = (name: string) => column !== '' && stem(name).endsWith(`.${column}`);
+    const pictures = all.filter((name) => !isBeside(name));
     const stems = new Set(pictures.map(stem));
     const texts = new Map(
       files
         .filter((name) => name.toLowerCase().endsWith(extension))
         .map((name) => [name.slice(0, -extension.length), name]),
     );
+    const images = new Map(all.filter(isBeside).map((name) => [stem(stem(name)), name]));
     for (const name of files.filter((file) => otherPictureName.test(file))) {
       problems.push(`${join(path, name)} is neither PNG, JPEG nor WebP`);
     }
@@ -77,28 +92,49 @@ export function openFolder(
         `${join(path, name)} is a link to a folder, and such are not followed: move the folder here`,
       );
     for (const name of pictures) {
-      const text = texts.get(stem(name));
-      const choices = text === undefined ? [] : captionLines(join(path, text));
+      const [text, beside] = [texts.get(stem(name)), images.get(stem(name))];
+      const own = text === undefined ? [] : captionLines(join(path, text));
+      const choices = own.length > 0 ? own : otherwise;
       if (typeof choices === 'string') problems.push(choices);
-      else if (choices.length > 0) add(join(path, name), choices);
-      else if (instance_prompt) add(join(path, name), otherwise);
-      else problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
+      else if (choices.length === 0)
+        problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
+      else if (column && !beside)
+        problems.push(
+          `${join(path, name)} has no conditioning image ${stem(name)}.${column}.png beside it, nor a column "${column}" of a metadata.jsonl`,
+        );
+      else add(join(path, name), choices, beside && join(path, beside));
     }
-    for (const [key, name] of texts) {
-      if (!stems.has(key)) problems.push(`${join(path, name)} is a caption without a picture`);
+    for (const [key, name] of [...texts, ...images]) {
+      const what = texts.get(key) === name ? 'caption' : 'conditioning image';
+      if (!stems.has(key)) problems.push(`${join(path, name)} is a ${what} without a picture`);
     }
     for (const name of folders) visit(join(path, name));
   }
 
-  function add(path: string, choices: readonly string[]): void {
-    const id = relative(folder, path).replaceAll('\\', '/');
+  function add(path: string, choices: readonly string[], beside?: string): void {
+    const idOf = (file: string) => relative(folder, file).replaceAll('\\', '/');
+    const id = idOf(path);
+    const image = beside && idOf(beside);
+    const before = conditioning.get(id);
+    if (before !== undefined && before !== image)
+      problems.push(`${path} has two conditioning images, ${before} and ${image}: copy it to another name`);
+    if (image) conditioning.set(id, image);
     captions.set(id, [...(captions.get(id) ?? []), ...choices]);
   }
 }
 
-function problemOf({ file_name, captions }: MetadataRow, present: boolean): string | undefined {
-  if (!present) return `${file_name} is not there`;
-  if (!pictureName.test(file_name)) return `${file_name} is neither PNG, JPEG nor WebP`;
+const stem = (name: string) => name.replace(/\.[^.]*$/, '');
+
+function problemOf(
+  { file_name, captions, conditioning }: MetadataRow,
+  present: (file: string) => boolean,
+  column: string,
+): string | undefined {
+  if (column && !conditioning) return `${file_name} has no conditioning image in "${column}"`;
+  for (const file of [file_name, conditioning ?? file_name]) {
+    if (!present(file)) return `${file} is not there`;
+    if (!pictureName.test(file)) return `${file} is neither PNG, JPEG nor WebP`;
+  }
   return captions.length === 0 ? `${file_name} has no caption` : undefined;
 }
 

@@ -7,16 +7,28 @@ export interface MetadataRow {
   file_name: string;
   /** Trimmed, without empty ones. */
   captions: string[];
+  /** The conditioning image's file name; undefined where none is wanted, or the row has none. */
+  conditioning?: string;
   /** Where the row begins, from 1. */
   line: number;
 }
 
-/** Reads a metadata file. @throws UserError naming the line that cannot be read or the column that is not there */
-export function readMetadata(path: string, captionColumn: string): MetadataRow[] {
+/**
+ * Reads a metadata file. A column of pictures may have its name with _file_name behind, as Hugging Face's imagefolder has it.
+ * @throws UserError naming the line that cannot be read or the column that is not there
+ */
+export function readMetadata(
+  path: string,
+  captionColumn: string,
+  conditioningColumn: string = '',
+): MetadataRow[] {
   const text = readText(path);
   const records = path.endsWith('.csv') ? csvRecords(text, path) : jsonLines(text, path);
   return records.map(({ record, line }) => {
-    for (const column of ['file_name', captionColumn]) {
+    const spelled = [`${conditioningColumn}_file_name`, conditioningColumn];
+    const conditioning =
+      conditioningColumn && (spelled.find((key) => Object.hasOwn(record, key)) ?? spelled[1]);
+    for (const column of ['file_name', captionColumn, ...(conditioning ? [conditioning] : [])]) {
       if (!Object.hasOwn(record, column)) throw noColumn(`${path}:${line}`, column, Object.keys(record));
     }
     const name = record.file_name;
@@ -27,7 +39,10 @@ export function readMetadata(path: string, captionColumn: string): MetadataRow[]
       throw new UserError(
         `${path}:${line}: "${captionColumn}" is neither a text nor a list of texts: mend it`,
       );
-    return { file_name: name, captions, line };
+    const beside = conditioning ? (record[conditioning] ?? '') : '';
+    if (typeof beside !== 'string')
+      throw new UserError(`${path}:${line}: "${conditioning}" is not a text: write the image's path there`);
+    return { file_name: name, captions, conditioning: beside || undefined, line };
   });
 }
 

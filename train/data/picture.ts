@@ -1,6 +1,7 @@
-// One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]. What is
-// done is decided first, as numbers (Geometry): they go into the time ids and into the cache's keys, so that the model is
-// always told of the crop it sees. Resizing and rounding follow torchvision on Pillow pictures.
+// One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]; or the
+// conditioning image beside it on its way to a ControlNet, done the same to, but in [0, 1]. What is done is decided first, as numbers
+// (Geometry): they go into the time ids and into the cache's keys, so that the model is always told of the crop it sees. Resizing and
+// rounding follow torchvision on Pillow pictures.
 import { decodePicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { type ResizeFilter, resize } from '../../io/resize.ts';
@@ -55,32 +56,40 @@ function coveringSize([height, width]: Size, [targetHeight, targetWidth]: Size):
 /** Half of `side`, halves to even, as Python's round. */
 const halfOf = (side: number): number => (side % 4 === 3 ? (side + 1) / 2 : Math.floor(side / 2));
 
-/** A file's picture after `geometry`: [h, w, 3] in [-1, 1], what is transparent on white. @throws UserError */
+/**
+ * A file's picture after `geometry`: [h, w, 3] in [-1, 1], what is transparent on white. A conditioning image is in [0, 1] and shows
+ * what is stored beneath, as when `sdxl sample` reads it.
+ * @throws UserError
+ */
 export async function readPixels(
   file: Uint8Array,
   name: string,
   geometry: Geometry,
   interpolation: ResizeFilter,
+  conditioning = false,
 ): Promise<Float32Array> {
-  return preparePicture(await decodePicture(file, name, { onWhite: true }), geometry, interpolation);
+  const picture = await decodePicture(file, name, { onWhite: !conditioning });
+  return preparePicture(picture, geometry, interpolation, conditioning);
 }
 
-/** The picture after `geometry`: [h, w, 3] in [-1, 1]. */
+/** The picture after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. */
 export function preparePicture(
   picture: Picture,
   geometry: Geometry,
   interpolation: ResizeFilter,
+  conditioning = false,
 ): Float32Array {
   const { resized, crop, target, flip } = geometry;
   const [height, width] = target;
   const window = { top: crop[0], left: crop[1], height, width };
   const { data } = resize(picture, resized[1], resized[0], interpolation, window);
   const out = new Float32Array(height * width * 3);
+  const [factor, offset] = conditioning ? [1, 0] : [2, -1];
   let at = 0;
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       const from = (y * width + (flip ? width - 1 - x : x)) * 3;
-      for (let c = 0; c < 3; c++) out[at++] = 2 * Math.fround(data[from + c] / 255) - 1;
+      for (let c = 0; c < 3; c++) out[at++] = factor * Math.fround(data[from + c] / 255) + offset;
     }
   }
   return out;

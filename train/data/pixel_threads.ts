@@ -16,6 +16,7 @@ export interface Question {
   name: string;
   geometry: Geometry;
   interpolation: ResizeFilter;
+  conditioning?: boolean;
 }
 
 /** And back. */
@@ -37,7 +38,7 @@ let started = 0;
 let here: Promise<void> = Promise.resolve();
 
 /**
- * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1]. What is not begun when `signal` is aborted is left.
+ * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. What is not begun when `signal` is aborted is left.
  * @throws UserError naming the picture
  */
 export const readPixelsAside = (question: Question, signal?: AbortSignal): Promise<Float32Array> =>
@@ -75,8 +76,9 @@ function start(): Worker | undefined {
 }
 
 /** One after another, as each holds a decoded picture. */
-function workHere({ question: { file, name, geometry, interpolation }, resolve, reject }: Job): void {
-  here = here.then(() => readPixels(file, name, geometry, interpolation).then(resolve, reject));
+function workHere({ question, resolve, reject }: Job): void {
+  const { file, name, geometry, interpolation, conditioning } = question;
+  here = here.then(() => readPixels(file, name, geometry, interpolation, conditioning).then(resolve, reject));
 }
 
 function work(thread: Worker, job: Job): void {
