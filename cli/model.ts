@@ -2,6 +2,7 @@
 import { existsSync, readdirSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
+import { readJsonObject } from '../io/files.ts';
 import { looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors } from '../io/safetensors.ts';
@@ -102,6 +103,11 @@ function refuseOtherFolders(path: string): void {
     throw new UserError(
       `${path} holds a LoRA, which sdxl sample takes as --lora ${path}; give the model that it was made for`,
     );
+  const config = join(path, 'config.json');
+  if (existsSync(config) && classOf(readJsonObject(config)) === 'ControlNetModel')
+    throw new UserError(
+      `${path} holds a ControlNet, which sdxl sample takes as --controlnet ${path}; give the model that it was made for`,
+    );
   if (existsSync(join(path, 'state.json')))
     throw new UserError(
       `${path} is a checkpoint of training; make a model of it with sdxl export ${path} FOLDER, and give that`,
@@ -198,8 +204,9 @@ function vaeOfFile(path: string): ModelSource {
   return whole ? openSingleFile(path) : openVaeFile(path);
 }
 
-/** Both, as training asks for them. */
+/** All, as training asks for them. */
 export const locatorOf = (where: LocateOptions): Locate => ({
   model: (path) => locateModel(path, where),
   vae: (path) => locateVae(path, where),
+  controlnet: (path) => locateControlNet(path, where),
 });

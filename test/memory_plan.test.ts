@@ -92,7 +92,13 @@ function trainOn(
   const read = () => Promise.reject(new Error('a plan reads no pixels'));
   const sample = { id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read };
   const buckets = [512, 1024, 768].map((side) => [side, side] as const);
-  const pictures = { samples: [sample, sample, sample], buckets, bucketOf: [0, 1, 2], hash: '' };
+  const pictures = {
+    samples: [sample, sample, sample],
+    buckets,
+    bucketOf: [0, 1, 2],
+    hash: '',
+    validationImages: [],
+  };
   const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
   const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   return estimate(materials, Array.from({ length: gpus }, device)).bytes;
@@ -111,6 +117,13 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     t.ok(least < 16e9, `${on}: all weights, Adafactor that rounds at random, ${gib(least)}`);
     const lora = train(card, 16e9, { train: { target: 'lora', gradient_checkpointing } });
     t.ok(lora > 6 * GIB && lora < 16e9, `${on}: LoRA, ${gib(lora)}`);
+    const control = train(card, 32e9, { train: { target: 'controlnet', gradient_checkpointing } });
+    t.ok(control > 24 * GIB && control < 32e9, `${on}: a ControlNet with AdamW, ${gib(control)}`);
+    const frugal = train(card, 16e9, {
+      train: { target: 'controlnet', gradient_checkpointing },
+      ...rounding,
+    });
+    t.ok(frugal < 16e9, `${on}: a ControlNet with Adafactor that rounds at random, ${gib(frugal)}`);
     t.throws(() => train(card, 24e9, { train: { gradient_checkpointing } }), {
       message: /optimizer \d+\.\d\d GiB/,
     });

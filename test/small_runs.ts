@@ -6,12 +6,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Device, openDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openComponent, openModel } from '../models/checkpoint.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
 import { openMaterials, openSession } from '../train/session.ts';
 import { type Outcome, train } from '../train/trainer.ts';
+import { picture } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 
 export const device = openDevice('auto');
@@ -27,10 +28,27 @@ for (let i = 0; i < 6; i++) {
   writeFileSync(join(pictures, `${i}.txt`), `picture ${i}\nstripes, number ${i}, colours\n`);
 }
 
+/** The same kind of folder for ControlNets: a conditioning image beside each picture. */
+export const controlled = join(folder, 'controlled');
+mkdirSync(controlled);
+for (let i = 0; i < 6; i++) {
+  writePng(join(controlled, `${i}.png`), picture(i, 48, 40));
+  writePng(join(controlled, `${i}.conditioning_image.png`), picture(9 - i, 48, 40));
+  writeFileSync(join(controlled, `${i}.txt`), `picture ${i}\n`);
+}
+
 export const silent = { line() {}, progress() {} };
 export const locate = {
   model: async (path: string) => openModel(path),
   vae: async (path: string) => openModel(path),
+  controlnet: async (path: string) => openComponent(path),
+};
+
+/** What `basic` has to be given for a small ControlNet. */
+export const control: RunInput = {
+  train: { target: 'controlnet' },
+  controlnet: { transformer_layers_per_block: [0, 0, 0] },
+  dataset: { path: controlled, resolution: 32, crops: 2, random_flip: true, cache: join(folder, 'cache') },
 };
 
 interface How {

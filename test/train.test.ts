@@ -14,7 +14,7 @@ import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
 import type { RunInput } from '../train/run.ts';
 import { packageRoot } from './golden.ts';
-import { basic, device, digest, folder, losses, run } from './small_runs.ts';
+import { basic, control, device, digest, folder, losses, run } from './small_runs.ts';
 
 test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
   const before = device.memory.storages;
@@ -153,6 +153,7 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
       optimizer: { lr: 1e-3, text_encoder_lr: 1e-4 },
     },
     vae: { train: { target: 'vae' } },
+    controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);
   for (const [name, task] of Object.entries(tasks)) {

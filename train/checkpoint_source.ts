@@ -18,6 +18,10 @@ export interface CheckpointOptions {
 /** @throws UserError when the folder is no checkpoint or has no moving averages */
 export async function openCheckpoint(path: string, { ema, locate }: CheckpointOptions): Promise<ModelSource> {
   const { run } = readState(path);
+  if (run.train.target === 'controlnet')
+    throw new UserError(
+      `${path} is a ControlNet's, which diffusers and sdxl sample --controlnet read as it is: take ${join(path, 'controlnet')}, or its averages in ${join(path, 'ema', 'controlnet')}`,
+    );
   if (ema && !existsSync(join(path, 'ema')))
     throw new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const preset = typeof run.model !== 'string';

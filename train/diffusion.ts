@@ -1,6 +1,6 @@
-// Training the UNet, alone or with the text encoders: latents drawn anew each epoch from their cached moments, captions
-// chosen each epoch, time ids from the true crop, and the loss of objective.ts. A caption that is left away becomes what the
-// model is given without a prompt: zeros (the base model), or the embedding of an empty text.
+// Training the UNet, alone or with the text encoders, or what is put on it or beside it (twin.ts, controlnet.ts): latents drawn anew
+// each epoch from their cached moments, captions chosen each epoch, time ids from the true crop, and the loss of objective.ts. A
+// caption that is left away becomes what the model is given without a prompt: zeros (the base model), or the embedding of an empty text.
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -13,6 +13,7 @@ import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { momentsCache, type PictureMoments, picturesAtOnce, type View } from './cache.ts';
+import { controlled, uncontrolled, withControlNet } from './controlnet.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
@@ -32,16 +33,23 @@ import {
 import { cachedTexts, lazily, textsInPass } from './texts.ts';
 import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
-export function diffusionTask(
-  run: Run,
-  pictures: Pictures,
-  source: ModelSource,
-  vaeSource: ModelSource,
-  device: Device,
-): Task {
-  const pipeline = openPipeline(run, source, vaeSource, device);
+/** Where a run's weights begin. */
+export interface Sources {
+  source: ModelSource;
+  vaeSource: ModelSource;
+  /** A ControlNet to go on with. */
+  controlSource?: ModelSource;
+}
+
+export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, device: Device): Task {
+  const { source } = sources;
+  const { pipeline, components, frozen, added, networks } = partsOf(
+    run,
+    openPipeline(run, sources, device),
+    sources,
+  );
   const objective = objectiveOf(run.objective, source.config('scheduler'));
-  const { components, frozen, trained, networks } = partsOf(run, pipeline, source, vaeSource);
+  const control = run.train.target === 'controlnet' ? controlled(run) : uncontrolled;
   const cacheFolder = run.dataset.cache || join(run.output, 'cache');
   const captions = run.train.text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
   const configs = networks.texts.map(({ name }) => source.config(name));
@@ -56,9 +64,9 @@ export function diffusionTask(
   const lossOf = (model: Pipeline, inputs: Tensors): Tensor => {
     const { context, pooled } = texts.encoded(model, inputs);
     const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
-    return diffusionLoss(model.unet, objective, inputs, conditioning);
+    return diffusionLoss(control.network(model, inputs), objective, inputs, conditioning);
   };
-  const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, trained, substitute);
+  const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, added, substitute);
   /** The model with other weights in what is trained; the model itself where there are none. */
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
@@ -75,8 +83,9 @@ export function diffusionTask(
       await moments().fill(views, heard('encoding pictures'));
       if (!stop.asked) await texts.fill(report, heard('encoding captions'));
     },
-    async prepare({ bucket, samples }, epoch) {
+    async prepare({ bucket, samples }, epoch, signal) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
+      const images = control.inputs(views, signal);
       const latents = views.map((view) => drawLatents(moments().read(view), view, pipeline, run, epoch));
       const [, height, width] = latentShape(bucket, 1);
       const batch = {
@@ -91,6 +100,7 @@ export function diffusionTask(
         ...noisedInputs(noiseBatch(objective, batch, run.seed), run.dtype),
         timeIds: timeIdsInput(views, pipeline, run),
         ...texts.inputs(chosen),
+        ...(await images),
       };
     },
     rehearseCache() {
@@ -109,6 +119,7 @@ export function diffusionTask(
         ...noisedInputs(noised, run.dtype),
         timeIds: { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' },
         ...texts.blank(n),
+        ...control.blank(n, pictures.buckets[bucket]),
       };
     },
     loss(inputs, weights) {
@@ -131,7 +142,7 @@ export function diffusionTask(
       const [height, width] = pictures.buckets[0];
       const other = averaged(weights);
       try {
-        return await samplePreviews(other, run.previews, { height, width }, stop);
+        return await samplePreviews(other, run.previews, { height, width }, pictures.validationImages, stop);
       } finally {
         releaseTwin(other, pipeline);
       }
@@ -141,7 +152,7 @@ export function diffusionTask(
 }
 
 /** The model, which samples previews by the scheduler that it is trained for. @throws UserError */
-function openPipeline(run: Run, source: ModelSource, vaeSource: ModelSource, device: Device): Pipeline {
+function openPipeline(run: Run, { source, vaeSource }: Sources, device: Device): Pipeline {
   const { gradient_checkpointing: gradientCheckpointing } = run.train;
   const { dtype } = run;
   const pipeline: Pipeline = {
@@ -153,8 +164,8 @@ function openPipeline(run: Run, source: ModelSource, vaeSource: ModelSource, dev
   return pipeline;
 }
 
-/** What the model is made of, and which of it a run trains. */
-function partsOf(run: Run, pipeline: Pipeline, source: ModelSource, vaeSource: ModelSource) {
+/** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
+function partsOf(run: Run, pipeline: Pipeline, { source, vaeSource, controlSource }: Sources) {
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
   const names = encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
@@ -163,16 +174,18 @@ function partsOf(run: Run, pipeline: Pipeline, source: ModelSource, vaeSource: M
   const texts = encoders.map(({ encoder }, i) => component(names[i], source.config(names[i]), encoder));
   const coder = component('vae', vaeSource.config('vae'), pipeline.vae.module);
   const networks = { net, texts };
-  if (target === 'lora') {
-    // Made last: what is listed above is the model alone.
-    const trained = adapters(run, pipeline, networks);
-    return { networks, trained, components: [trained], frozen: [net, coder, ...texts] };
+  if (target === 'unet') {
+    const beside = text_encoders ? texts : [];
+    const frozen = [coder, ...texts.filter((each) => !beside.includes(each))];
+    return { pipeline, networks, components: [net, ...beside], frozen };
   }
-  const beside = text_encoders ? texts : [];
-  return {
-    ...{ networks, trained: net, components: [net, ...beside] },
-    frozen: [coder, ...texts.filter((each) => !beside.includes(each))],
-  };
+  // Made last: what is listed above is the model alone.
+  const { other, added } =
+    target === 'lora'
+      ? { other: pipeline, added: adapters(run, pipeline, networks) }
+      : withControlNet(run, pipeline, source, controlSource);
+  const frozen = [net, coder, ...texts];
+  return { pipeline: other, networks, added, components: [added.component], frozen };
 }
 
 /** Scaled latents [h, w, c] drawn from the moments of a picture's view, anew each epoch. */

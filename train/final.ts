@@ -1,7 +1,7 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
 // that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
-// there is none: a preset's random weights, or an original single file. A VAE or a LoRA stands alone. The state of the checkpoint
-// that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
+// there is none: a preset's random weights, or an original single file. A VAE, a LoRA or a ControlNet stands alone. The state of the
+// checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
 import { cpSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
@@ -17,6 +17,9 @@ import { saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
+/** Where diffusers looks for them, and `sdxl sample` with --lora and --controlnet. */
+const lieAtTop = ['lora', 'controlnet'];
+
 export const finalOf = (output: string): string => join(output, 'final');
 
 /** Writes the finished model, which is that of `checkpoint`, and returns its folder. @throws UserError */
@@ -27,8 +30,10 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
   replaceFolderAtomically(folder, (temporary) => {
     for (const component of task.components) {
       const { name } = component;
-      // Adapters lie at the top, where diffusers and `sdxl sample --lora` look for them.
-      saveComponent(name === 'lora' ? temporary : join(temporary, name), saved(component, ema?.weights));
+      saveComponent(
+        lieAtTop.includes(name) ? temporary : join(temporary, name),
+        saved(component, ema?.weights),
+      );
     }
     cpSync(stateFile(checkpoint), join(temporary, 'run.json'));
     if (run.train.target !== 'unet') return;

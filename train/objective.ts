@@ -11,7 +11,6 @@ import { combine } from '../models/samplers/arithmetic.ts';
 import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity } from '../models/samplers/tables.ts';
 import type { Conditioning } from '../models/transformer.ts';
-import type { UNet } from '../models/unet.ts';
 import { draws } from './draws.ts';
 import type { HostTensor, PassInputs } from './task.ts';
 
@@ -294,14 +293,17 @@ export function noisedInputs(
   };
 }
 
+/** The UNet, or the UNet under what controls it. */
+export type Network = (sample: Tensor, timesteps: Tensor, conditioning: Conditioning) => Tensor;
+
 /** The weighted mean loss of a batch (noisedInputs, as tensors), [1] float32, on the tape. */
 export function diffusionLoss(
-  unet: UNet,
+  network: Network,
   { settings }: Objective,
   { sample, timesteps, target, weights }: Tensors,
   conditioning: Conditioning,
 ): Tensor {
-  const given = cast(unet(sample, timesteps, conditioning), 'float32');
+  const given = cast(network(sample, timesteps, conditioning), 'float32');
   return settings.loss === 'huber'
     ? huber(given, target, weights, settings.huber_delta)
     : mse(given, target, weights);

@@ -1,10 +1,13 @@
 // A run's pictures: which there are, the sizes they are cropped to, and what is done to each in an epoch.
 import { createHash } from 'node:crypto';
 import { UserError } from '../io/errors.ts';
+import { readPicture } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { View } from './cache.ts';
 import { bucketSizes, nearestBucket } from './data/buckets.ts';
+import type { PictureFile } from './data/dataset.ts';
 import { geometryOf } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
 import { keyOf, openDataset } from './data/source.ts';
@@ -19,6 +22,8 @@ export interface Pictures {
   bucketOf: readonly number[];
   /** Names the samples and their contents: a resumed run must see the same ones. */
   hash: string;
+  /** What previews follow, of a ControlNet that is trained. */
+  validationImages: readonly Picture[];
 }
 
 /** Looks at every picture of a run. Sides will be multiples of `step`. @throws UserError */
@@ -47,12 +52,15 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     run.dataset.folder_repeats ? repeated : (each) => [each],
   );
   const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
-  const names = samples.map(({ id, hash }) => `${id} ${hash}`).join('\n');
+  const names = samples.map(({ id, hash, conditioning }) =>
+    [id, hash, ...(conditioning ? [conditioning.hash] : [])].join(' '),
+  );
   return {
     samples,
     buckets,
     bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
-    hash: createHash('sha256').update(names).digest('hex'),
+    hash: createHash('sha256').update(names.join('\n')).digest('hex'),
+    validationImages: await Promise.all(run.previews.validation_image.map(readPicture)),
   };
 }
 
@@ -106,6 +114,20 @@ export const readView = async (
     },
     signal,
   );
+
+/** The conditioning image of the view's picture, done the same to: [h, w, 3] in [0, 1]. */
+export const readConditioning = async (
+  { sample, geometry }: View,
+  run: Run,
+  signal?: AbortSignal,
+): Promise<Float32Array> => {
+  const { id, read } = sample.conditioning as PictureFile;
+  const { interpolation } = run.dataset;
+  return readPixelsAside(
+    { file: await read(), name: id, geometry, interpolation, conditioning: true },
+    signal,
+  );
+};
 
 /** About `count` entries, evenly spread. */
 export function spread<T>(values: readonly T[], count: number): T[] {

@@ -4,7 +4,7 @@
 import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { makeFolder } from '../io/files.ts';
-import { readPicture, toPictures, writePng } from '../io/image.ts';
+import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
 import { decode, denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
@@ -19,19 +19,29 @@ const gap = 4;
 /** What ends a preview that the user no longer waits for. */
 class Left extends Error {}
 
-/** One picture a prompt, or none at all once `stop.asked`; prompt i has the seed `seed + i`, so that four times one prompt gives four pictures. */
+/** The prompt of each preview: where several pictures are followed, one may be for all. */
+export const promptsOf = ({ prompts, validation_image: { length } }: Run['previews']): readonly string[] =>
+  prompts.length === 1 && length > 1 ? Array<string>(length).fill(prompts[0]) : prompts;
+
+/**
+ * One picture a prompt, or none at all once `stop.asked`; prompt i has the seed `seed + i`, so that four times one prompt gives four
+ * pictures. A ControlNet in the pipeline follows one of `images` in all, or each in one.
+ */
 export async function samplePreviews(
   pipeline: Pipeline,
   previews: Run['previews'],
   size: { height: number; width: number },
+  images: readonly Picture[],
   stop: Stop,
 ): Promise<Picture[]> {
   const pictures: Picture[] = [];
   const leave = () => {
     if (stop.asked) throw new Left();
   };
+  const { height, width } = size;
+  const controls = images.map((picture) => preprocessControl(picture, width, height));
   try {
-    for (const [i, prompt] of previews.prompts.entries()) {
+    for (const [i, prompt] of promptsOf(previews).entries()) {
       const { latents } = await denoiseToEnd(
         pipeline,
         {
@@ -42,6 +52,7 @@ export async function samplePreviews(
           guidance_scale: previews.guidance_scale,
           scheduler: schedulerOf(previews),
           generators: [new TorchGenerator(previews.seed + i)],
+          control_image: controls.length > 0 ? [controls[i] ?? controls[0]] : undefined,
         },
         leave,
       );

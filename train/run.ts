@@ -34,8 +34,8 @@ export interface Run {
   /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
   dtype: 'float32' | 'bfloat16';
   train: {
-    /** What is trained: the UNet's own weights, LoRA adapters on it, or the VAE. */
-    target: 'unet' | 'lora' | 'vae';
+    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet beside it, or the VAE. */
+    target: 'unet' | 'lora' | 'controlnet' | 'vae';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -51,6 +51,12 @@ export interface Run {
     /** Those of the text encoders, where these are trained. */
     text_encoder_targets: readonly string[];
   };
+  controlnet: {
+    /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */
+    controlnet_model_name_or_path: string;
+    /** Transformer blocks of each level of a new one: fewer make a small ControlNet. Empty for as many as the UNet has. */
+    transformer_layers_per_block: readonly number[];
+  };
   dataset: {
     /** A folder, a .parquet file, or owner/name on the hub. */
     path: string;
@@ -60,6 +66,8 @@ export interface Run {
     caption_column: string;
     /** What the name of a picture's file of captions ends in. */
     caption_extension: string;
+    /** What a ControlNet is shown with each picture, of the same size. Empty for `conditioning_image` where one trains, else for none. */
+    conditioning_image_column: string;
     /** The caption of pictures that have none; empty where each must have its own. */
     instance_prompt: string;
     /** An epoch has the pictures of a folder `10_name` ten times, as kohya's trainer. */
@@ -129,6 +137,8 @@ export interface Run {
   };
   previews: {
     prompts: readonly string[];
+    /** What a ControlNet that is trained follows in them: one for all, or as many as prompts; one prompt may have many. */
+    validation_image: readonly string[];
     negative_prompt: string;
     seed: number;
     /** Updates between previews; 0 for every epoch. */
@@ -167,7 +177,7 @@ export const fields: Fields<Run> = {
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
-    target: choice('unet', 'unet', 'lora', 'vae'),
+    target: choice('unet', 'unet', 'lora', 'controlnet', 'vae'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -178,6 +188,10 @@ export const fields: Fields<Run> = {
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
   },
+  controlnet: {
+    controlnet_model_name_or_path: text(''),
+    transformer_layers_per_block: list([], whole(0)),
+  },
   dataset: {
     path: text(''),
     revision: text('main'),
@@ -185,6 +199,7 @@ export const fields: Fields<Run> = {
     image_column: text('image'),
     caption_column: text('text'),
     caption_extension: text('.txt'),
+    conditioning_image_column: text(''),
     instance_prompt: text(''),
     folder_repeats: flag(false),
     class_data_dir: text(''),
@@ -257,6 +272,7 @@ export const fields: Fields<Run> = {
   checkpoints: { every_steps: whole(0), keep: whole(3, { min: 1 }) },
   previews: {
     prompts: list([], text('')),
+    validation_image: list([], text('')),
     negative_prompt: text(''),
     seed: whole(0),
     every_steps: whole(0),
@@ -288,9 +304,10 @@ function refuseUnused(
         target === 'lora' ? 'choose layers with "lora.targets"' : 'leave it out'
       }`,
     );
-  if (text_encoders && target === 'vae')
+  const trainsUNet = target === 'unet' || target === 'lora';
+  if (text_encoders && !trainsUNet)
     throw new UserError(
-      `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "vae" does not; leave it out`,
+      `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "${target}" does not; leave it out`,
     );
   if (optimizer.text_encoder_lr && !text_encoders)
     throw new UserError(
@@ -300,13 +317,40 @@ function refuseUnused(
     throw new UserError(
       `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
     );
-  if (dataset.class_data_dir && target === 'vae')
+  if (dataset.class_data_dir && !trainsUNet)
     throw new UserError(
-      `${where}: "dataset.class_data_dir" has pictures for the UNet to keep in mind, which target "vae" does not train; leave it out`,
+      `${where}: "dataset.class_data_dir" has pictures for the UNet to keep in mind, which target "${target}" does not train; leave it out`,
     );
   if (dataset.class_prompt && !dataset.class_data_dir)
     throw new UserError(
       `${where}: "dataset.class_prompt" says what pictures in "dataset.class_data_dir" are, and there is none; name it too`,
+    );
+}
+
+/** What is amiss with a ControlNet's pictures, or meant for one where none is trained. */
+function refuseUncontrolled({ train: { target }, dataset, controlnet, previews }: Run, where: string): void {
+  const { prompts, validation_image: images } = previews;
+  if (target !== 'controlnet') {
+    for (const [key, value] of [
+      ['dataset.conditioning_image_column', dataset.conditioning_image_column],
+      ['previews.validation_image', images],
+      ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path],
+      ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block],
+    ] as const)
+      if (value.length > 0)
+        throw new UserError(
+          `${where}: "${key}" is for a ControlNet, which target "${target}" does not train; leave it out, or set "train.target" to "controlnet"`,
+        );
+    return;
+  }
+  if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
+    throw new UserError(
+      `${where}: "controlnet.transformer_layers_per_block" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,
+    );
+  const [texts, pictures] = [prompts.length, images.length];
+  if (texts > 0 !== pictures > 0 || (texts !== pictures && texts > 1 && pictures > 1))
+    throw new UserError(
+      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the conditioning images that previews follow; give one to each prompt, or one of either for all`,
     );
 }
 
@@ -326,6 +370,8 @@ export function resolveRun(
     );
   run.output ||= `runs/${run.name}`;
   refuseUnused(run, where);
+  refuseUncontrolled(run, where);
+  if (run.train.target === 'controlnet') run.dataset.conditioning_image_column ||= 'conditioning_image';
   mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }

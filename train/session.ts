@@ -24,7 +24,7 @@ import {
 } from './checkpoint.ts';
 import { samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
-import { diffusionTask } from './diffusion.ts';
+import { diffusionTask, type Sources } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
 import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
@@ -39,13 +39,12 @@ import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 export interface Locate {
   model(path: string): Promise<ModelSource>;
   vae(path: string): Promise<ModelSource>;
+  controlnet(path: string): Promise<ModelSource>;
 }
 
 /** What a run is made of, before any weight is on a device. */
-export interface Materials {
+export interface Materials extends Sources {
   run: Run;
-  source: ModelSource;
-  vaeSource: ModelSource;
   pictures: Pictures;
   updatesPerEpoch: number;
   /** Updates in all. */
@@ -76,6 +75,8 @@ export async function openMaterials(
 ): Promise<Materials> {
   const source = await openSource(run, locate, tokenizers);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
+  const { controlnet_model_name_or_path: controlnet } = run.controlnet;
+  const controlSource = controlnet ? await locate.controlnet(controlnet) : undefined;
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   const perEpoch = updatesPerEpoch(
     samplesPerEpoch(pictures.samples),
@@ -84,7 +85,7 @@ export async function openMaterials(
   );
   const total = run.steps || run.epochs * perEpoch;
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses rules that cannot be read, before any work
-  return { run, source, vaeSource, pictures, updatesPerEpoch: perEpoch, total };
+  return { run, source, vaeSource, controlSource, pictures, updatesPerEpoch: perEpoch, total };
 }
 
 /** Of each part of a preset, a key that none can do without: files that no compiler saw may lack it. */
@@ -127,11 +128,11 @@ export const openSession = (materials: Materials, device: Device, further: reado
   built(() => startSession(materials, device, further));
 
 function startSession(materials: Materials, device: Device, further: readonly Device[]): Session {
-  const { run, source, vaeSource, pictures } = materials;
+  const { run, vaeSource, pictures } = materials;
   const task: Task =
     run.train.target === 'vae'
       ? autoencoderTask(run, pictures, vaeSource, device)
-      : diffusionTask(run, pictures, source, vaeSource, device);
+      : diffusionTask(run, pictures, materials, device);
   const trained = trainedParameters(task.components);
   if (trained.size === 0)
     throw new UserError(

@@ -10,7 +10,7 @@ import { turnsFrom, type Update } from './data/order.ts';
 import { writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
-import { rewindPreviews, writePreviews } from './preview.ts';
+import { promptsOf, rewindPreviews, writePreviews } from './preview.ts';
 import { resumeSession, type Session } from './session.ts';
 import { type Report, type Stop, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
@@ -152,7 +152,12 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     async preview(step: number, stop: Stop): Promise<void> {
       const pictures = await task.preview(ema?.weights, stop);
       if (pictures.length === 0) return;
-      const { path, width, height } = await writePreviews(run.output, step, pictures, run.previews.prompts);
+      const { path, width, height } = await writePreviews(
+        run.output,
+        step,
+        pictures,
+        promptsOf(run.previews),
+      );
       events.image(step, 'previews', readFileSync(path), width, height);
       since = Date.now(); // the rate is of training alone
     },

@@ -1,5 +1,6 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
-// moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own.
+// moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
+// ControlNet (controlnet.ts) is put beside the UNet.
 import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { addLora, type Uniforms } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
@@ -17,14 +18,25 @@ export interface Networks {
   texts: readonly Component[];
 }
 
-/** LoRA adapters on the loaded pipeline as a component: peft's keys, and its config in the file's metadata as diffusers reads it. */
-export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Component {
-  const { rank, alpha } = run.lora;
-  const uniforms = (name: string, count: number) => {
-    const source = draws(run.seed, 0, keyOf(name), 'weights');
+/** What a run trains on a pipeline or beside it, of which the model itself has nothing. */
+export interface Added {
+  component: Component;
+  /** The twin of a pipeline with the same on it, and its parameters by the component's keys. They are to be filled. */
+  putOn(twin: Pipeline): { other: Pipeline; parameters: ReadonlyMap<string, Parameter> };
+}
+
+/** What new weights are drawn from, each by its name. */
+export const uniformsOf =
+  (seed: number): Uniforms =>
+  (name, count) => {
+    const source = draws(seed, 0, keyOf(name), 'weights');
     return Float32Array.from({ length: count }, () => source.uniform());
   };
-  const parameters = adapt(run, pipeline, networks, uniforms);
+
+/** LoRA adapters on the loaded pipeline: peft's keys, and its config in the file's metadata as diffusers reads it. */
+export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Added {
+  const { rank, alpha } = run.lora;
+  const parameters = adapt(run, pipeline, networks, uniformsOf(run.seed));
   const config = placesOf(run, pipeline, networks).map(({ name, targets }) => ({
     [`${name}.peft_type`]: 'LORA',
     [`${name}.r`]: rank,
@@ -32,10 +44,16 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Comp
     [`${name}.target_modules`]: targets,
   }));
   return {
-    name: 'lora',
-    metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) },
-    parameters,
-    trained: [...parameters.keys()],
+    component: {
+      name: 'lora',
+      metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) },
+      parameters,
+      trained: [...parameters.keys()],
+    },
+    putOn: (other) => ({
+      other,
+      parameters: adapt(run, other, networks, (_, count) => new Float32Array(count)),
+    }),
   };
 }
 
@@ -76,7 +94,7 @@ export function twinPipeline(
   run: Run,
   pipeline: Pipeline,
   networks: Networks,
-  trained: Component,
+  added: Added | undefined,
   substitute: Substitute,
 ): { other: Pipeline; weights: ReadonlyMap<string, Parameter> } {
   const { gradient_checkpointing: gradientCheckpointing, text_encoders } = run.train;
@@ -93,12 +111,10 @@ export function twinPipeline(
     replace(texts[i], namedParameters(encoder));
     return { ...pair, encoder };
   });
-  const other = { ...pipeline, unet: own, text: { ...pipeline.text, encoders } };
-  if (trained !== net)
-    replace(
-      trained,
-      adapt(run, other, networks, (_, count) => new Float32Array(count)),
-    );
+  const model = { ...pipeline, unet: own, text: { ...pipeline.text, encoders } };
+  if (!added) return { other: model, weights };
+  const { other, parameters } = added.putOn(model);
+  replace(added.component, parameters);
   return { other, weights };
 }
 
@@ -108,4 +124,5 @@ export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
   twin.text.encoders.forEach(({ encoder }, i) => {
     if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
   });
+  for (const net of twin.controlnet) if (!owner.controlnet.includes(net)) unload(net);
 }

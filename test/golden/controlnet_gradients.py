@@ -1,0 +1,98 @@
+"""Makes controlnet_gradients.jsonl: the gradients of ControlNets of diffusers' for one pass of training beside tiny-sdxl's frozen UNet.
+
+    PYTHONPATH=DIFFUSERS/src python test/golden/controlnet_gradients.py test/golden/tiny-sdxl/unet > test/golden/controlnet_gradients.jsonl
+
+Weights, inputs and pictures are the formulas of test/controlnet_golden.ts. The loss is mean((unet - target)^2), in float64. A first line
+for each ControlNet has its config as ControlNetModel.from_unet makes it, the loss, and how far float32's gradients are from float64's;
+each further line has a parameter's gradient: its norm, and its sum with the formula's numbers of that name as factors.
+"""
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+ROWS, HEIGHT, WIDTH = 2, 8, 12
+
+
+def whole_numbers(name, count):
+    seed = 0x811C9DC5
+    for byte in name.encode():
+        seed = ((seed ^ byte) * 0x01000193) & 0xFFFFFFFF
+    h = np.uint32(seed) + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.float64) - 256
+
+
+def numbers(name, *shape):
+    return torch.from_numpy(whole_numbers(name, math.prod(shape)) / 128).reshape(shape)
+
+
+def weight(name, key, shape):
+    k = whole_numbers(f"{name}.{key}", math.prod(shape))
+    if len(shape) == 1:
+        values = 1 + k / 1024 if key.endswith(".weight") else k / 4096
+    else:
+        unit = 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5)
+        values = k / 256 * unit * (3 if "cond_embedding" in key else 1)
+    return torch.from_numpy(values.astype(np.float16).astype(np.float64)).reshape(shape)
+
+
+def picture(seed, width, height):
+    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
+    data = ((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) % 256
+    return torch.from_numpy((data / 255).astype(np.float32).astype(np.float64)).permute(2, 0, 1)
+
+
+def gradients(unet, net, name, dtype):
+    unet, net = unet.to(dtype), net.to(dtype)
+    net.zero_grad()
+    given = dict(
+        encoder_hidden_states=numbers(f"{name}.encoder_hidden_states", ROWS, 77, 80).to(dtype),
+        added_cond_kwargs=dict(
+            text_embeds=numbers(f"{name}.text_embeds", ROWS, 40).to(dtype),
+            time_ids=torch.tensor([[64, 96, 0, 0, 64, 96], [80, 100, 8, 2, 64, 96]], dtype=dtype),
+        ),
+    )
+    sample = numbers(f"{name}.sample", ROWS, 4, HEIGHT, WIDTH).to(dtype)
+    times = torch.tensor([7, 803])
+    pictures = torch.stack([picture(seed, 8 * WIDTH, 8 * HEIGHT) for seed in (1, 2)]).to(dtype)
+    down, mid = net(sample, times, controlnet_cond=pictures, return_dict=False, **given)
+    said = unet(
+        sample,
+        times,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+        return_dict=False,
+        **given,
+    )[0]
+    loss = torch.nn.functional.mse_loss(said, numbers(f"{name}.target", *sample.shape).to(dtype))
+    loss.backward()
+    return loss.item(), {key: p.grad.double().clone() for key, p in net.named_parameters()}
+
+
+def main(folder):
+    rms = lambda t: t.pow(2).mean().sqrt()
+    for name, depths in ("full", [1, 1, 2]), ("small", [0, 0, 0]):
+        unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+        types = [kind if depth else "DownBlock2D" for kind, depth in zip(unet.config.down_block_types, depths)]
+        unet.register_to_config(transformer_layers_per_block=depths, down_block_types=types)
+        net = ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(4, 8, 12, 16), load_weights_from_unet=False
+        )
+        config = {key: value for key, value in net.config.items() if not key.startswith("_")}
+        net.double().load_state_dict({key: weight(name, key, p.shape) for key, p in net.state_dict().items()})
+        _, rough = gradients(unet, net, name, torch.float32)
+        loss, exact = gradients(unet, net, name, torch.float64)
+        noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items())
+        print(json.dumps(dict(controlnet=name, config=config, loss=loss, noise=noise), separators=(",", ":")))
+        for key, g in exact.items():
+            flat = g.flatten()
+            told = [name, key, *(float(f"{x.item():.8g}") for x in (flat.norm(), flat @ numbers(key, flat.numel())))]
+            print(json.dumps(told, separators=(",", ":")))
+
+
+main(sys.argv[1])

@@ -1,0 +1,466 @@
+// Training a ControlNet: its gradients against diffusers' (golden/controlnet_gradients.jsonl), how a new one begins, what its pictures
+// are, runs that resume bit for bit and on two GPUs, what comes of them, and mistakes.
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
+import { namedParameters, unload } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
+import { writePng } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import { openComponent, openModel, openWeights } from '../models/checkpoint.ts';
+import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
+import { controlNetJson } from '../models/controlnet_start.ts';
+import { toDevice } from '../models/latents.ts';
+import type { Pipeline } from '../models/pipeline.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { controlled as controlledBy } from '../train/controlnet.ts';
+import { openDataset } from '../train/data/source.ts';
+import { diffusionLoss, objectiveOf } from '../train/objective.ts';
+import { openPictures, readConditioning, readView, viewIn } from '../train/pictures.ts';
+import { planOf } from '../train/plan.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { openMaterials, openSession } from '../train/session.ts';
+import { sdxl } from './command_line.ts';
+import { numbers, picture, writeControlNet } from './controlnet_golden.ts';
+import { goldenFolder, permuted } from './golden.ts';
+import {
+  basic,
+  control,
+  controlled,
+  device,
+  folder,
+  locate,
+  losses,
+  model,
+  resumes,
+  run,
+  silent,
+} from './small_runs.ts';
+
+const source = openModel(model);
+
+const controlRun = (output: string): RunInput => ({ ...basic(output), ...control });
+
+interface Told {
+  controlnet: string;
+  config: Record<string, unknown>;
+  loss: number;
+}
+type Gradient = [controlnet: string, key: string, norm: number, sum: number];
+const golden: (Told | Gradient)[] = readFileSync(join(goldenFolder, 'controlnet_gradients.jsonl'), 'utf8')
+  .split('\n')
+  .filter(Boolean)
+  .map((line) => JSON.parse(line));
+const told = golden.filter((each): each is Told => !Array.isArray(each));
+const gradients = golden.filter((each): each is Gradient => Array.isArray(each));
+
+/** How far float32's gradients may be from float64's, as a part of their norm: torch's are 5.5e-6, and here is another order of sums. */
+const NEAR = 3e-5;
+
+for (const gradientCheckpointing of [false, true])
+  test(`the gradients are diffusers'${gradientCheckpointing ? ', checkpointed' : ''}`, (t) => {
+    const before = device.memory.storages;
+    for (const { controlnet: name, config, loss: wanted } of told) {
+      const options = { gradientCheckpointing };
+      const net = controlnet(parseControlNetConfig(config, name), options);
+      const written = writeControlNet(join(folder, name), name);
+      openComponent(written).load('controlnet', net, device, 'float32');
+      const frozen = unet(parseUNetConfig(source.config('unet')), options);
+      source.load('unet', frozen, device, 'float32');
+      const parameters = namedParameters(net);
+      for (const { tensor: weight } of parameters.values()) requireGrad(weight);
+      const [n, h, w] = [2, 8, 12];
+      scope(() => {
+        const made = (key: string, ...shape: number[]) =>
+          tensor(numbers(`${name}.${key}`, shape), shape, { device });
+        const latents = (key: string) =>
+          toDevice({ shape: [n, 4, h, w], data: numbers(`${name}.${key}`, [n, 4, h, w]) }, device, 'float32');
+        const images = [1, 2].flatMap((seed) => [...picture(seed, 8 * w, 8 * h).data]);
+        const inputs = {
+          sample: latents('sample'),
+          target: latents('target'),
+          timesteps: tensor([7, 803], [n], { device }),
+          controlnet_cond: tensor(
+            images.map((x) => x / 255),
+            [n, 8 * h, 8 * w, 3],
+            { device },
+          ),
+        };
+        const ids = [64, 96, 0, 0, 64, 96, 80, 100, 8, 2, 64, 96];
+        const conditioning = {
+          context: made('encoder_hidden_states', n, 77, 80),
+          textEmbeds: made('text_embeds', n, 40),
+          timeIds: tensor(ids, [n, 6], { device }),
+        };
+        const settings = resolveRun(controlRun('gradients'), 'test', 'test');
+        const objective = objectiveOf(settings.objective, source.config('scheduler'));
+        const pipeline = { unet: frozen, controlnet: [net] } as unknown as Pipeline;
+        const network = controlledBy(settings).network(pipeline, inputs);
+        const loss = diffusionLoss(network, objective, inputs, conditioning);
+        const [got] = loss.floats();
+        t.ok(Math.abs(got / wanted - 1) < 1e-5, `${name}: the loss ${got}, diffusers' ${wanted}`);
+        backward(loss);
+      });
+      let worst = { key: '', error: 0 };
+      for (const [, key, norm, sum] of gradients.filter(([of]) => of === name)) {
+        const parameter = parameters.get(key);
+        const values = scope(() => parameter && gradOf(parameter.tensor)?.floats());
+        if (!parameter || !values) {
+          t.fail(`${name}: ${key} has no gradient`);
+          continue;
+        }
+        const laid =
+          parameter.layout === 'conv' ? permuted(values, parameter.memoryShape, [0, 3, 1, 2]) : values;
+        const factors = numbers(key, [laid.length]);
+        const [ownNorm, ownSum] = [
+          Math.sqrt(laid.reduce((total, x) => total + x * x, 0)),
+          laid.reduce((total, x, i) => total + x * factors[i], 0),
+        ];
+        // Errors of elements that are independent add up in the sum as its factors' root mean square, which is 1.15.
+        const error = Math.max(Math.abs(ownNorm - norm), Math.abs(ownSum - sum) / 1.15) / norm;
+        if (error > worst.error) worst = { key, error };
+      }
+      t.ok(worst.error < NEAR, `${name}: ${worst.key} is ${worst.error} off`);
+      t.equal(gradients.filter(([of]) => of === name).length, parameters.size, `${name}: all its parameters`);
+      const reached = [...namedParameters(frozen)].filter(([, p]) => gradOf(p.tensor));
+      t.same(reached, [], `${name}: the UNet has no gradient`);
+      for (const { tensor: weight } of parameters.values()) clearGrad(weight);
+      for (const each of [net, frozen]) unload(each);
+    }
+    t.equal(device.memory.storages, before, 'live tensors');
+    t.end();
+  });
+
+test("a new one has diffusers' config, and is the UNet's half behind zeros", async (t) => {
+  for (const { controlnet: name, config } of told) {
+    const depths = config.transformer_layers_per_block as number[];
+    const json = controlNetJson(source.config('unet'), { ratio: 8, transformer_layers_per_block: depths });
+    const { _class_name, conditioning_embedding_out_channels, ...rest } = json;
+    t.equal(_class_name, 'ControlNetModel');
+    t.same(conditioning_embedding_out_channels, [16, 32, 96, 256], "diffusers' default");
+    t.same({ ...rest, conditioning_embedding_out_channels: [4, 8, 12, 16] }, config, name);
+  }
+  t.throws(() => controlNetJson(source.config('unet'), { ratio: 16, transformer_layers_per_block: [] }), {
+    message: /the VAE takes 16 pixels to a latent, and a new ControlNet at most 8/,
+  });
+  const given = openWeights(join(model, 'unet'));
+  for (const transformer_layers_per_block of [[], [0, 0, 1]]) {
+    const input = { ...controlRun('new'), controlnet: { transformer_layers_per_block } };
+    const session = openSession(
+      await openMaterials(resolveRun(input, 'test', 'test'), locate, silent),
+      device,
+    );
+    const [{ parameters }] = session.task.components;
+    const copies = [...parameters].filter(([key]) => given.info(key));
+    t.ok(
+      copies.every(([key, p]) => {
+        const values = scope(() => p.tensor.floats());
+        const laid = p.layout === 'conv' ? permuted(values, p.memoryShape, [0, 3, 1, 2]) : values;
+        return Buffer.from(laid.buffer).equals(Buffer.from(given.floats(key).buffer));
+      }),
+      `${copies.length} weights of the UNet`,
+    );
+    const added = [...parameters].filter(([key]) => !given.info(key));
+    const zero = added.filter(([, p]) => scope(() => p.tensor.floats().every((x) => x === 0)));
+    t.same(
+      zero.map(([key]) => key),
+      added
+        .map(([key]) => key)
+        .filter((key) => /^controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\./.test(key)),
+    );
+    for (const [key, p] of added) {
+      if (zero.some(([other]) => other === key)) continue;
+      const weight = parameters.get(key.replace('bias', 'weight'));
+      const bound = 1 / Math.sqrt((weight?.size ?? 0) / (weight?.shape[0] ?? 1));
+      const values = scope(() => p.tensor.floats());
+      const most = values.reduce((max, x) => Math.max(max, Math.abs(x)), 0);
+      t.ok(most <= bound && most > bound / 2, `${key} lies within ${bound}`);
+    }
+    session.release();
+  }
+  given.close();
+});
+
+test('a conditioning image is cropped, resized and mirrored as its picture is', async (t) => {
+  // Red tells the column, green the row, and the picture is its own conditioning image.
+  const path = join(folder, 'places');
+  mkdirSync(path);
+  const [width, height] = [64, 32];
+  const places: Picture = {
+    ...{ width, height, channels: 3 },
+    data: Uint8Array.from({ length: 3 * width * height }, (_, i) => {
+      const [x, y] = [Math.floor(i / 3) % width, Math.floor(i / 3 / width)];
+      return [x, y, 128][i % 3];
+    }),
+  };
+  const rows = Array.from({ length: 8 }, (_, i) => {
+    for (const name of [`${i}.png`, `edges-${i}.png`]) writePng(join(path, name), places);
+    return JSON.stringify({ file_name: `${i}.png`, text: 'places', edges_file_name: `edges-${i}.png` });
+  });
+  writeFileSync(join(path, 'metadata.jsonl'), rows.join('\n'));
+  const settings = { path, random_flip: true, crops: 3, conditioning_image_column: 'edges' };
+  const input: RunInput = { ...controlRun('places'), batch_size: 8 };
+  const own = resolveRun({ ...input, dataset: { ...input.dataset, ...settings } }, 'test', 'test');
+  const session = openSession(await openMaterials(own, locate, silent), device);
+  await session.task.fillCache?.(silent, { asked: false });
+  let [mirrored, plain] = [0, 0];
+  for (let epoch = 0; epoch < 3; epoch++) {
+    const samples = [0, 1, 2, 3, 4, 5, 6, 7];
+    const { controlnet_cond, timeIds } = await session.task.prepare({ bucket: 0, samples }, epoch);
+    t.same(controlnet_cond.shape, [8, 32, 32, 3]);
+    for (const i of samples) {
+      const at = (y: number, x: number, c: number) =>
+        Math.round(255 * controlnet_cond.values[((i * 32 + y) * 32 + x) * 3 + c]);
+      const left = timeIds.values[6 * i + 3];
+      const flipped = at(0, 1, 0) < at(0, 0, 0);
+      flipped ? mirrored++ : plain++;
+      const column = (x: number) => (flipped ? width - 1 - (left + x) : left + x);
+      let wrong = 0;
+      for (let y = 0; y < 32; y++)
+        for (let x = 0; x < 32; x++) if (at(y, x, 0) !== column(x) || at(y, x, 1) !== y) wrong++;
+      t.equal(wrong, 0, `epoch ${epoch}, picture ${i}: the crop that the UNet is told of, at ${left}`);
+      const view = viewIn(epoch, i, session.pictures, own);
+      const shown = await readView(view, own);
+      const beside = await readConditioning(view, own);
+      t.ok(
+        shown.every((x, k) => x === Math.fround(2 * beside[k] - 1)),
+        'pixel for pixel its picture',
+      );
+    }
+  }
+  t.ok(mirrored > 4 && plain > 4, `${mirrored} mirrored, ${plain} not`);
+  session.release();
+});
+
+test('runs resume bit for bit, and sdxl sample and the next run take what they made', async (t) => {
+  const before = device.memory.storages;
+  const image = join(controlled, '0.conditioning_image.png');
+  const previews: RunInput['previews'] = {
+    ...{ prompts: ['stripes'], validation_image: [image, join(controlled, '1.conditioning_image.png')] },
+    ...{ num_inference_steps: 1, every_steps: 1 },
+  };
+  const final = await resumes(t, 'control', {
+    ...{ train: { target: 'controlnet', gradient_checkpointing: true } },
+    ...{ controlnet: control.controlnet, dataset: control.dataset, previews },
+    validation: { samples: 2 },
+  });
+  t.equal(device.memory.storages, before, 'live tensors');
+  t.same(readdirSync(final).sort(), ['config.json', 'diffusion_pytorch_model.safetensors']);
+  t.same(readdirSync(join(folder, 'control-whole', 'previews', 'step-00000001')), ['0.png', '1.png']);
+  const logged = losses(join(folder, 'control-whole'));
+  t.ok(logged.every(([, loss]) => Number.isFinite(loss)));
+
+  const weights = openWeights(final);
+  const moved = weights.names.filter((key) => /^controlnet_(down|mid)/.test(key));
+  t.ok(
+    moved.every((key) => weights.floats(key).some((x) => x !== 0)),
+    `${moved.length} zero convolutions have learnt`,
+  );
+  weights.close();
+
+  const drawn = async (name: string, ...more: string[]) => {
+    const output = join(folder, `${name}.png`);
+    const { status, err } = await sdxl(
+      ...['sample', '--model', model, '--prompt', 'stripes', '--steps', '2', '--seed', '1', '--quiet'],
+      ...['--width', '64', '--height', '64', '--output', output, ...more],
+    );
+    t.equal(status, 0, `${name} ${err}`);
+    return readFileSync(output);
+  };
+  const free = await drawn('free');
+  t.notOk(free.equals(await drawn('under', '--controlnet', `${final}:50`, '--control-image', image)));
+  const checkpoint = listCheckpoints(join(folder, 'control-whole')).at(-1) as string;
+  await drawn('under-checkpoint', '--controlnet', checkpoint, '--control-image', image);
+
+  const next = await run({
+    ...controlRun('next'),
+    ...{ steps: 1, controlnet: { controlnet_model_name_or_path: final } },
+    ...{ optimizer: { lr: 0 }, ema: { decay: 0 } },
+  });
+  const bytes = (path: string) => readFileSync(join(path, 'diffusion_pytorch_model.safetensors'));
+  t.ok(bytes(next.folder).equals(bytes(final)), 'a run without a learning rate leaves it as it was');
+  t.same(
+    JSON.parse(readFileSync(join(next.folder, 'config.json'), 'utf8')),
+    JSON.parse(readFileSync(join(final, 'config.json'), 'utf8')),
+  );
+
+  const refused = async (sentence: RegExp, ...argv: string[]) => {
+    const { status, err } = await sdxl(...argv);
+    t.equal(status, 2, err);
+    t.match(err, sentence);
+  };
+  const output = join(folder, 'exported');
+  await refused(/is a ControlNet's, which .* read as it is: take /, 'export', checkpoint, output);
+  t.notOk(existsSync(output));
+  await refused(
+    /final holds a ControlNet, which sdxl sample takes as --controlnet /,
+    ...['sample', '--model', final, '--prompt', 'x', '--output', join(folder, 'x.png')],
+  );
+});
+
+test('the plan, and how the conditioning images decide what is learnt', async (t) => {
+  const opened = async (input: RunInput) => openMaterials(resolveRun(input, 'test', 'test'), locate, silent);
+  const plan = planOf(await opened(controlRun('planned')));
+  const net = controlnet(
+    parseControlNetConfig(
+      controlNetJson(source.config('unet'), { ratio: 8, transformer_layers_per_block: [0, 0, 0] }),
+      '',
+    ),
+  );
+  const count = [...namedParameters(net).values()].reduce((sum, { size }) => sum + size, 0);
+  t.equal(plan.trained_parameters, count);
+  t.ok(plan.memory_bytes[0] > 4 * count);
+  t.equal(plan.run.dataset.conditioning_image_column, 'conditioning_image', "diffusers' default");
+
+  const { hash } = (await opened(controlRun('planned'))).pictures;
+  const other = join(controlled, '3.conditioning_image.png');
+  const was = readFileSync(other);
+  writePng(other, picture(77, 48, 40));
+  t.not((await opened(controlRun('planned'))).pictures.hash, hash, 'a resumed run must see the same images');
+  writeFileSync(other, was);
+});
+
+test('a run without conditioning images does not look for them', async (t) => {
+  const { examples } = await openDataset({ path: join(folder, 'pictures') });
+  t.ok(examples.every(({ conditioning }) => conditioning === undefined));
+  t.end();
+});
+
+test('what a dataset and a run may lack', async (t) => {
+  const refuses = async (what: string, input: RunInput, sentence: RegExp) => {
+    const opening = async () => {
+      const own = resolveRun(input, 'run.ts', 'test');
+      await openPictures(own, 32, silent);
+    };
+    await t.rejects(opening(), { name: 'UserError', message: sentence }, what);
+  };
+  const of = (path: string, more: RunInput['dataset'] = {}): RunInput => ({
+    ...controlRun('lacking'),
+    dataset: { path, resolution: 32, ...more },
+  });
+  const place = (name: string, metadata?: string): string => {
+    const path = join(folder, name);
+    rmSync(path, { recursive: true, force: true });
+    mkdirSync(path);
+    writePng(join(path, 'a.png'), picture(1, 48, 40));
+    if (metadata === undefined) writeFileSync(join(path, 'a.txt'), 'a');
+    else writeFileSync(join(path, 'metadata.jsonl'), metadata);
+    return path;
+  };
+  const row = (more: object) => `${JSON.stringify({ file_name: 'a.png', text: 'a', ...more })}\n`;
+  await refuses(
+    'no image beside',
+    of(place('alone')),
+    /a\.png has no conditioning image a\.conditioning_image\.png beside it, nor a column "conditioning_image"/,
+  );
+  await refuses(
+    'no column',
+    of(place('column', row({}))),
+    /has no column "conditioning_image"; its columns are/,
+  );
+  await refuses(
+    'a misspelt column',
+    of(place('misspelt', row({ edges: 'e.png' })), { conditioning_image_column: 'edge' }),
+    /has no column "edge"; did you mean "edges"/,
+  );
+  await refuses(
+    'an empty place',
+    of(place('empty', row({ conditioning_image: '' }))),
+    /metadata\.jsonl:1: a\.png has no conditioning image in "conditioning_image"/,
+  );
+  await refuses(
+    'no such image',
+    of(place('gone', row({ conditioning_image: 'e.png' }))),
+    /metadata\.jsonl:1: e\.png is not there/,
+  );
+  await refuses(
+    'not a name',
+    of(place('number', row({ conditioning_image: 3 }))),
+    /"conditioning_image" is not a text: write the image's path there/,
+  );
+  const two = `${row({ conditioning_image: 'e.png' })}${row({ conditioning_image: 'f.png' })}`;
+  const doubled = place('two', two);
+  for (const name of ['e.png', 'f.png']) writePng(join(doubled, name), picture(2, 48, 40));
+  await refuses('two of them', of(doubled), /a\.png has two conditioning images, e\.png and f\.png/);
+  const sized = place('sized');
+  writePng(join(sized, 'a.conditioning_image.png'), picture(2, 40, 40));
+  await refuses(
+    'another size',
+    of(sized),
+    /the conditioning image a\.conditioning_image\.png is 40x40 and its picture a\.png 48x40: make it the picture's size/,
+  );
+  const torn = place('torn');
+  writeFileSync(join(torn, 'a.conditioning_image.png'), 'no picture');
+  await refuses('broken', of(torn), /a\.conditioning_image\.png cannot be read as a picture/);
+  const lone = place('lone');
+  for (const name of ['a', 'b']) writePng(join(lone, `${name}.conditioning_image.png`), picture(2, 48, 40));
+  await refuses(
+    'no picture',
+    of(lone),
+    /b\.conditioning_image\.png is a conditioning image without a picture/,
+  );
+
+  const sound: RunInput = controlRun('sound');
+  const { path: _, ...dataset } = sound.dataset ?? {};
+  for (const [what, more, sentence] of [
+    [
+      'for another target',
+      {
+        train: { target: 'lora' },
+        controlnet: {},
+        dataset: { ...dataset, conditioning_image_column: 'edges' },
+      },
+      /"dataset\.conditioning_image_column" is for a ControlNet, which target "lora" does not train/,
+    ],
+    [
+      'a size for another target',
+      { train: { target: 'unet' } },
+      /"controlnet\.transformer_layers_per_block" is for a ControlNet/,
+    ],
+    [
+      'two beginnings',
+      { controlnet: { ...control.controlnet, controlnet_model_name_or_path: 'x' } },
+      /has its own; leave out one of them/,
+    ],
+    [
+      'previews of nothing',
+      { previews: { prompts: ['a'] } },
+      /"previews\.prompts" has 1 and "previews\.validation_image" 0/,
+    ],
+    [
+      'two for three',
+      { previews: { prompts: ['a', 'b', 'c'], validation_image: ['x', 'y'] } },
+      /"previews\.prompts" has 3 and "previews\.validation_image" 2/,
+    ],
+    [
+      'text encoders too',
+      { train: { target: 'controlnet', text_encoders: true } },
+      /"train\.text_encoders" trains .* target "controlnet" does not/,
+    ],
+    [
+      'a class',
+      { dataset: { ...dataset, path: 'x', class_data_dir: 'y' } },
+      /"dataset\.class_data_dir" has pictures for the UNet/,
+    ],
+    [
+      'no such validation image',
+      { previews: { prompts: ['a'], validation_image: [join(folder, 'nowhere.png')] } },
+      /nowhere\.png/,
+    ],
+  ] as const)
+    await refuses(what, { ...sound, ...more }, sentence);
+
+  const refiner = {
+    ...controlRun('refiner'),
+    model: join(goldenFolder, 'tiny-sdxl-refiner'),
+    dataset: { ...controlRun('refiner').dataset, resolution: 64 },
+  };
+  const materials = await openMaterials(resolveRun(refiner, 'test', 'test'), locate, silent);
+  t.throws(() => openSession(materials, device), { message: /is a refiner, which takes no ControlNet/ });
+  const wide = { ...controlRun('wide'), controlnet: { transformer_layers_per_block: [1, 2] } };
+  const unfit = await openMaterials(resolveRun(wide, 'test', 'test'), locate, silent);
+  t.throws(() => openSession(unfit, device), { message: /"transformer_layers_per_block" is \[1,2\]/ });
+});
