@@ -248,7 +248,7 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
     validation: { samples: 2 },
   });
   t.equal(device.memory.storages, before, 'live tensors');
-  t.same(readdirSync(final).sort(), ['config.json', 'diffusion_pytorch_model.safetensors']);
+  t.same(readdirSync(final).sort(), ['config.json', 'diffusion_pytorch_model.safetensors', 'run.json']);
   t.same(readdirSync(join(folder, 'control-whole', 'previews', 'step-00000001')), ['0.png', '1.png']);
   const logged = losses(join(folder, 'control-whole'));
   t.ok(logged.every(([, loss]) => Number.isFinite(loss)));
