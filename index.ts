@@ -1,4 +1,5 @@
 // The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
+export { locateControlNet, locateModel, locateVae } from './cli/model.ts';
 export { openDevice } from './engine/device.ts';
 export { UserError } from './io/errors.ts';
 export { resolveHub } from './io/hub.ts';

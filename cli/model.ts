@@ -56,16 +56,20 @@ export function neededFiles(all: readonly string[], wanted?: string): string[] {
 export const shippedModel = join(packageRoot, 'assets', 'emoji');
 
 export interface LocateOptions {
-  terminal: Terminal;
-  quiet: boolean;
+  /** Where a download's progress is shown; nowhere if absent, or if `quiet`. */
+  terminal?: Terminal;
+  quiet?: boolean;
   /** A diffusers folder that lends its configs and tokenizers to a single file. */
   configs?: string;
   /** Of a folder's or repository's weights, such as fp16. */
   variant?: string;
 }
 
-/** Opens the model at `path`, downloading it first when that is a hub id. */
-export async function locateModel(path: string, where: LocateOptions): Promise<ModelSource> {
+/**
+ * Opens the model at `path`: a diffusers folder, an original .safetensors file, or a hub id, which is downloaded first.
+ * @throws UserError where it is none of these, or incomplete
+ */
+export async function locateModel(path: string, where: LocateOptions = {}): Promise<ModelSource> {
   const { configs, variant } = where;
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) {
@@ -129,7 +133,7 @@ async function publishedTokenizers(path: string): Promise<string> {
 }
 
 /** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
-export async function locateVae(path: string, options: LocateOptions): Promise<ModelSource> {
+export async function locateVae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
     return vaeOfFile(path);
   if (!existsSync(path) && !looksLikeHubId(path))
@@ -154,7 +158,7 @@ function ofClass(source: ModelSource, wanted: string, what: string, mend: string
  * A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id.
  * Of several variants --variant's is taken.
  */
-export async function locateControlNet(path: string, options: LocateOptions): Promise<ModelSource> {
+export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend = "a ControlNet's folder, its .safetensors file or a hub id";
   const checked = (source: ModelSource) =>
     ofClass(source, 'ControlNetModel', 'a ControlNet that sdxl runs', mend);
@@ -185,14 +189,15 @@ export function controlNetFiles(all: readonly string[], variant?: string): strin
 async function download(
   path: string,
   files: (all: readonly string[]) => readonly string[],
-  { terminal, quiet }: LocateOptions,
+  { terminal, quiet = false }: LocateOptions,
 ): Promise<string> {
-  const bar = progressBar(terminal, `downloading ${path}, MB`, quiet);
+  const bar = terminal && progressBar(terminal, `downloading ${path}, MB`, quiet);
   const folder = await resolveHub(path, {
     files,
-    onProgress: ({ done, total }) => bar.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
+    onProgress: ({ done, total }) =>
+      bar?.update(Math.round(done / 1e6), Math.max(1, Math.round(total / 1e6))),
   });
-  bar.end();
+  bar?.end();
   return folder;
 }
 
