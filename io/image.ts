@@ -1,7 +1,7 @@
 // Pictures between files, 8-bit pixels and the model's floats. Decoding (sharp) gives what Pillow gives after
 // exif_transpose and convert('RGB'): alpha dropped, colour profiles ignored, 16 bits cut to 8. The float
-// conversions are diffusers' VaeImageProcessor (image_processor.py), in float32 step by step so that they
-// agree to the bit.
+// conversions are diffusers' VaeImageProcessor (image_processor.py) and transformers' CLIPImageProcessor, in
+// float32 step by step so that they agree to the bit.
 import { UserError } from './errors.ts';
 import { readBytes, writeFileAtomic } from './files.ts';
 import type { Mask, Picture, Pixels } from './pixels.ts';
@@ -106,6 +106,35 @@ export function preprocess(
   const { data, shape } = preprocessControl(picture, width, height);
   for (let i = 0; i < data.length; i++) data[i] = 2 * data[i] - 1;
   return { data, shape };
+}
+
+/** The mean and standard deviation of each channel that CLIP's pictures are normalised by (OPENAI_CLIP_MEAN, _STD). */
+const clipMean = Float32Array.of(0.48145466, 0.4578275, 0.40821073);
+const clipStd = Float32Array.of(0.26862954, 0.26130258, 0.27577711);
+
+/**
+ * One picture as CLIP's vision encoder takes it (transformers' CLIPImageProcessor): the shorter side resized to `size` pixels by
+ * bicubic, the middle `size` x `size` of that, [1, 3, size, size], normalised.
+ */
+export function preprocessClip(
+  picture: Picture,
+  size: number,
+): { data: Float32Array; shape: [1, 3, number, number] } {
+  const shorter = Math.min(picture.width, picture.height);
+  const [width, height] = [picture.width, picture.height].map((side) =>
+    side === shorter ? size : Math.trunc((size * side) / shorter),
+  );
+  const [left, top] = [width, height].map((side) => Math.floor((side - size) / 2));
+  const window = { left, top, width: size, height: size };
+  const { data: pixels } = resize(picture, width, height, 'bicubic', window);
+  const data = new Float32Array(3 * size * size);
+  for (let i = 0; i < size * size; i++) {
+    for (let c = 0; c < 3; c++) {
+      const centred = Math.fround(Math.fround(pixels[3 * i + c] * (1 / 255)) - clipMean[c]);
+      data[c * size * size + i] = centred / clipStd[c];
+    }
+  }
+  return { data, shape: [1, 3, size, size] };
 }
 
 /**

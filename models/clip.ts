@@ -4,23 +4,17 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { embedding, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module, type Parameter, parameter } from '../engine/module.ts';
-import { attention } from '../engine/ops/attention.ts';
 import { add } from '../engine/ops/binary.ts';
 import { concat, embedding as rowsAt, slice } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
+import { encoderLayers, type LayerConfig, numberIn, parseLayerConfig } from './clip_layers.ts';
 
-export interface TextConfig {
+export interface TextConfig extends LayerConfig {
   vocab_size: number;
-  hidden_size: number;
-  intermediate_size: number;
-  num_hidden_layers: number;
-  num_attention_heads: number;
   max_position_embeddings: number;
-  hidden_act: 'quick_gelu' | 'gelu';
-  layer_norm_eps: number;
   eos_token_id: number;
   /** Width of the pooled projection; undefined for an encoder without one. */
   projection_dim: number | undefined;
@@ -28,57 +22,16 @@ export interface TextConfig {
 
 /** Reads text_encoder/config.json. The projection exists only in CLIPTextModelWithProjection. */
 export function parseTextConfig(json: Record<string, unknown>): TextConfig {
-  const number = (key: string, fallback?: number): number => {
-    const value = json[key] ?? fallback;
-    if (typeof value !== 'number')
-      throw new UserError(`text encoder config.json: "${key}" is missing or not a number`);
-    return value;
-  };
-  const act = json.hidden_act ?? 'quick_gelu';
-  if (act !== 'quick_gelu' && act !== 'gelu')
-    throw new UserError(`text encoder config.json: hidden_act "${act}" is not supported`);
+  const number = numberIn(json, 'text encoder');
   const projected = (json.architectures as string[] | undefined)?.[0] === 'CLIPTextModelWithProjection';
   return {
+    ...parseLayerConfig(json, 'text encoder'),
     vocab_size: number('vocab_size'),
-    hidden_size: number('hidden_size'),
-    intermediate_size: number('intermediate_size'),
-    num_hidden_layers: number('num_hidden_layers'),
-    num_attention_heads: number('num_attention_heads'),
     max_position_embeddings: number('max_position_embeddings', 77),
-    hidden_act: act,
-    layer_norm_eps: number('layer_norm_eps', 1e-5),
     eos_token_id: number('eos_token_id', 2),
     projection_dim: projected ? number('projection_dim') : undefined,
   };
 }
-
-const selfAttention = (c: number, heads: number) =>
-  module(
-    { q_proj: linear(c, c), k_proj: linear(c, c), v_proj: linear(c, c), out_proj: linear(c, c) },
-    (m, x: Tensor, residual: Tensor) =>
-      m.out_proj(attention(m.q_proj(x), m.k_proj(x), m.v_proj(x), { heads, causal: true }), { residual }),
-  );
-
-const mlp = (c: number, inner: number, activation: TextConfig['hidden_act']) =>
-  module({ fc1: linear(c, inner), fc2: linear(inner, c) }, (m, x: Tensor, residual: Tensor) =>
-    m.fc2(m.fc1(x, { activation }), { residual }),
-  );
-
-const encoderLayer = (config: TextConfig) => {
-  const { hidden_size: c, layer_norm_eps: eps } = config;
-  return module(
-    {
-      layer_norm1: layerNorm(c, { eps }),
-      self_attn: selfAttention(c, config.num_attention_heads),
-      layer_norm2: layerNorm(c, { eps }),
-      mlp: mlp(c, config.intermediate_size, config.hidden_act),
-    },
-    (m, x: Tensor) => {
-      const h = m.self_attn(m.layer_norm1(x), x);
-      return m.mlp(m.layer_norm2(h), h);
-    },
-  );
-};
 
 export interface TextStates {
   /** The asked-for entry of hidden_states, [n, 77, c], without the final norm. */
@@ -125,10 +78,7 @@ export function textEncoder(config: TextConfig): TextEncoder {
           return add(m.token_embedding(ids), slice(positions, 0, 0, ids.shape[1]));
         },
       ),
-      encoder: module(
-        { layers: Array.from({ length: depth }, () => encoderLayer(config)) },
-        (m, x: Tensor, upTo: number) => m.layers.slice(0, upTo).reduce((h, layer) => layer(h), x),
-      ),
+      encoder: encoderLayers(config, { causal: true }),
       final_layer_norm: layerNorm(c, { eps: config.layer_norm_eps }),
     },
     (m, ids: Tensor, layer: number, pooled: boolean) => {

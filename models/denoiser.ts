@@ -8,13 +8,15 @@ import { unload } from '../engine/module.ts';
 import { concat } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
-import { empty, tensor } from '../engine/tensor.ts';
+import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
 import type { ControlNet } from './controlnet.ts';
+import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
 import { channelsFirst, channelsLast, toDevice } from './latents.ts';
 import { type Control, isOn, type PlacedControl, residualsOf } from './multicontrolnet.ts';
+import type { ImageTokens } from './transformer.ts';
 import type { UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
@@ -37,6 +39,8 @@ export interface GuidedModel {
   unet: UNet;
   /** What controls the UNet, if anything does. */
   controlnet: readonly ControlNet[];
+  /** What pictures to draw by go through, if any do. */
+  ipAdapter: readonly IPAdapter[];
 }
 
 /** What a denoiser is for, beside a request. */
@@ -49,6 +53,7 @@ export interface DenoiserPlan {
   ids: number[][];
   guided: boolean;
   controls: readonly Control[];
+  imagePrompts: readonly ImagePrompt[];
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
   calls: number;
 }
@@ -61,11 +66,11 @@ export interface Denoiser {
   release(): void;
 }
 
-/** Encodes the prompts and places what the steps read. The caller releases it. */
+/** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
 export function openDenoiser(
-  { device, dtype, text, unet }: GuidedModel,
+  { device, dtype, text, unet, ipAdapter }: GuidedModel,
   request: GuidanceRequest,
-  { timesteps, shape, ids, guided, controls, calls }: DenoiserPlan,
+  { timesteps, shape, ids, guided, controls, imagePrompts, calls }: DenoiserPlan,
 ): Denoiser {
   const [images] = shape;
   const rows = guided ? 2 * images : images;
@@ -84,16 +89,18 @@ export function openDenoiser(
         step: empty([1], { device, dtype: 'int32' }),
       };
       const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
-      for (const t of [...Object.values(inputs), ...pictures]) keep(t);
-      return { ...inputs, pictures, truncated: encoded.truncated };
+      const tokens = imagePrompts.map((each) => imageTokens(each, unet, { guided, images }));
+      for (const t of [...Object.values(inputs), ...pictures, ...tensorsOf(tokens)]) keep(t);
+      return { ...inputs, pictures, tokens, truncated: encoded.truncated };
     }),
   );
   if (request.last) {
-    for (const { encoder } of text.encoders) unload(encoder);
+    for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
+    for (const { module } of ipAdapter) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, pictures, truncated } = made;
-  const conditioning = { context, textEmbeds: pooled, timeIds, cache };
+  const { context, pooled, timeIds, latents, times, step, pictures, tokens, truncated } = made;
+  const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   // The layout changes and types are cast on the device, in the recording.
   const passUnder = (on: readonly PlacedControl[]): Step =>
@@ -118,10 +125,14 @@ export function openDenoiser(
     release() {
       passes.release();
       cache.release();
-      for (const t of [context, pooled, timeIds, latents, times, step, ...pictures]) t.release();
+      const inputs = [context, pooled, timeIds, latents, times, step, ...pictures, ...tensorsOf(tokens)];
+      for (const t of inputs) t.release();
     },
   };
 }
+
+const tensorsOf = (images: readonly ImageTokens[]): Tensor[] =>
+  images.flatMap((image) => [...image.values()].flat());
 
 /** The step of each call. A recording is of one set of controls, and goes when the set changes: it hardly comes back. */
 function passesOf(

@@ -12,6 +12,7 @@ import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
 import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
 import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
+import { type IPAdapterRequest, type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { type ControlRequest, controlsOf, loadControlNet } from './multicontrolnet.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
@@ -60,6 +61,8 @@ interface LoadOptions {
   vaeDtype?: FloatDType;
   /** What controls the UNet, in the order of a request's control_image. */
   controlnet?: readonly ModelSource[];
+  /** What pictures are drawn by, in the order of a request's ip_adapter_image. */
+  ipAdapter?: readonly IPAdapterSource[];
   /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
   gradientCheckpointing?: boolean;
 }
@@ -70,6 +73,11 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
+  const aesthetic = source.modelIndex.requires_aesthetics_score === true;
+  if (aesthetic && options.ipAdapter?.length)
+    throw new UserError(
+      `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,
+    );
   const coder = vae(parseVaeConfig(vaeSource.config('vae')));
   const overflows = coder.config.force_upcast && dtype === 'float16';
   const { vaeDtype = overflows ? 'float32' : dtype } = options;
@@ -83,6 +91,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     return { encoder, tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))) };
   });
   const denoiser = unet(unetConfig, { gradientCheckpointing });
+  const ipAdapter = loadIPAdapters(options.ipAdapter ?? [], { unet: denoiser, unetConfig }, device, dtype);
   holding('unet', () => source.load('unet', denoiser, device, dtype));
   holding('vae', () => vaeSource.load('vae', coder.module, device, vaeDtype));
   return {
@@ -92,12 +101,14 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     unet: denoiser,
     unetConfig,
     controlnet,
+    ipAdapter,
     vae: coder,
-    aesthetic: source.modelIndex.requires_aesthetics_score === true,
+    aesthetic,
     scheduler: parseSchedulerConfig(source.config('scheduler')),
     ...sizes,
     release() {
       for (const { encoder } of encoders) unload(encoder);
+      for (const { encoder, module } of ipAdapter) for (const each of [encoder, module]) unload(each);
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
@@ -116,7 +127,12 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
 }
 
 /** What to draw, in the words of diffusers' SDXL pipelines. */
-export interface Request extends GuidanceRequest, MicroConditioning, StartRequest, ControlRequest {
+export interface Request
+  extends GuidanceRequest,
+    MicroConditioning,
+    StartRequest,
+    ControlRequest,
+    IPAdapterRequest {
   num_inference_steps: number;
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
   timesteps?: readonly number[];
@@ -205,6 +221,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const { predict, truncated, release } = openDenoiser(pipeline, request, {
     ...{ timesteps, shape, ids, guided },
     controls: controlsOf(pipeline.controlnet, request, size),
+    imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
     calls: plan.timesteps.length - plan.begin,
   });
   try {

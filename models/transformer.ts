@@ -1,12 +1,17 @@
 // The transformer that the UNet runs over an image's pixels (Transformer2DModel of diffusers): self-attention, attention over
 // the prompt and a feed-forward layer in each of its blocks. The prompt's keys and values are the same at every step, and are
-// computed once an image when the conditioning carries a ContextCache; training passes none.
+// computed once an image when the conditioning carries a ContextCache; training passes none. IP-Adapters have keys and values of
+// their own for each attention over the prompt, whose result is added to the prompt's (Ye et al. 2023).
 import type { checkpointed } from '../engine/checkpointing.ts';
 import { groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
+import { add } from '../engine/ops/binary.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
+
+/** A picture as keys and values [n, tokens, width] for the UNet's attentions over the prompt; a ControlNet's have none. */
+export type ImageTokens = ReadonlyMap<CrossAttention['children'], readonly [k: Tensor, v: Tensor]>;
 
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
@@ -15,10 +20,11 @@ export interface Conditioning {
   textEmbeds: Tensor;
   /** float32 [n, 6]: original height, width, crop top, left, target height, width; refiner [n, 5]: aesthetic score last. */
   timeIds: Tensor;
+  /** What is attended to beside the prompt. */
+  images?: readonly ImageTokens[];
   cache?: ContextCache;
 }
 
-export type Transformer = Module<[x: Tensor, conditioning: Conditioning], Tensor>;
 /** What becomes of a transformer block: itself, or itself with gradient checkpointing. */
 export type Wrap = typeof checkpointed;
 
@@ -36,15 +42,25 @@ const selfAttention = (c: number, heads: number) =>
     return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
   });
 
-/** residual + attention of x [n, l, c] over the prompt. */
-const crossAttention = (c: number, contextWidth: number, heads: number) =>
-  module(
-    attentionChildren(c, contextWidth),
-    (m, x: Tensor, { context, cache }: Conditioning, residual: Tensor) => {
-      const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
-      return m.to_out[0](attentionOp(m.to_q(x), k, v, { heads }), { residual });
-    },
-  );
+type AttentionChildren = ReturnType<typeof attentionChildren>;
+type CrossAttention = Module<
+  [x: Tensor, conditioning: Conditioning, residual: Tensor],
+  Tensor,
+  AttentionChildren
+>;
+
+/** residual + attention of x [n, l, c] over the prompt, and over each picture apart. */
+const crossAttention = (c: number, contextWidth: number, heads: number): CrossAttention =>
+  module(attentionChildren(c, contextWidth), (m, x, { context, images = [], cache }, residual) => {
+    const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
+    const q = m.to_q(x);
+    let h = attentionOp(q, k, v, { heads });
+    for (const image of images) {
+      const own = image.get(m);
+      if (own) h = add(h, attentionOp(q, ...own, { heads }));
+    }
+    return m.to_out[0](h, { residual });
+  });
 
 /** residual + W2 GEGLU(W1 x) (Shazeer 2020). The keys are net.0.proj and net.2; net.1 was dropout. */
 const feedForward = (c: number) => {
@@ -84,7 +100,7 @@ export const transformer = (
   contextWidth: number,
   groups: number,
   wrap: Wrap = (block) => block,
-): Transformer =>
+) =>
   module(
     {
       norm: groupNorm(groups, c, { eps: 1e-6 }),
@@ -99,3 +115,5 @@ export const transformer = (
       return m.proj_out(h, { residual: x.reshape(n, height * width, c) }).reshape(n, height, width, c);
     },
   );
+
+export type Transformer = ReturnType<typeof transformer>;

@@ -126,3 +126,10 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
 }
 
 export type UNet = ReturnType<typeof unet>;
+
+/** The attentions over the prompt, in the order in which diffusers registers them: the middle block's last. */
+export const crossAttentions = ({ children: { down_blocks, up_blocks, mid_block } }: UNet) =>
+  [...down_blocks, ...up_blocks, mid_block]
+    .flatMap(({ children }) => children.attentions as readonly (Transformer | undefined)[])
+    .flatMap((each) => each?.children.transformer_blocks ?? [])
+    .map(({ children }) => children.attn2.children);

@@ -32,7 +32,7 @@ export const numbers = (name: string, shape: readonly number[]): Float32Array =>
   Float32Array.from(wholeNumbers(name, sizeOf(shape)), (k) => k / 128);
 
 /** About 1 / sqrt(fan in), norms about 1, biases small; no zero convolution is zero. All exact in float16. */
-function weight(name: string, key: string, shape: readonly number[]): Float32Array {
+export function weight(name: string, key: string, shape: readonly number[]): Float32Array {
   const k = wholeNumbers(`${name}.${key}`, sizeOf(shape));
   if (shape.length === 1)
     return Float32Array.from(k, (n) => (key.endsWith('.weight') ? 1 + n / 1024 : n / 4096));

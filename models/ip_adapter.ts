@@ -1,0 +1,238 @@
+// IP-Adapter (Ye et al. 2023): a picture beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of that, and each
+// attention over the prompt attends to these apart, by keys and values of its own: out = attn(q, k, v) + scale attn(q, k_ip, v_ip). No
+// step changes them, so they are made once an image, with the scale in v_ip, and the adapter's weights can go before the first.
+import type { Device } from '../engine/device.ts';
+import { linear } from '../engine/layers.ts';
+import { holding } from '../engine/memory.ts';
+import { module, placeOf } from '../engine/module.ts';
+import { concat } from '../engine/ops/move.ts';
+import { broadcast } from '../engine/ops/reduce.ts';
+import { scale } from '../engine/ops/unary.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { preprocessClip } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { loadAndClose, type ModelSource, openComponent, sourceOf, type WeightSource } from './checkpoint.ts';
+import { parseVisionConfig, type VisionConfig, type VisionEncoder, visionEncoder } from './clip_vision.ts';
+import { HEAD, imageProjection, type ProjectionConfig } from './image_projection.ts';
+import { toDevice } from './latents.ts';
+import type { ImageTokens } from './transformer.ts';
+import { crossAttentions, type UNet, type UNetConfig } from './unet.ts';
+
+export interface IPAdapterConfig extends ProjectionConfig {
+  /** Widths of the UNet's attentions over the prompt, in the order in which diffusers registers them. */
+  widths: readonly number[];
+}
+
+/** An adapter's file and the vision encoder that it was trained with. */
+export interface IPAdapterSource {
+  path: string;
+  imageEncoder: ModelSource;
+}
+
+/** @param imageEncoder the folder of a CLIPVisionModelWithProjection */
+export const openIPAdapter = (path: string, imageEncoder: string, variant?: string): IPAdapterSource => ({
+  path,
+  imageEncoder: openComponent(imageEncoder, { variant }),
+});
+
+/** Whether these are the names of an IP-Adapter's tensors, of whatever kind. */
+export const isIPAdapter = (names: readonly string[]): boolean =>
+  names.some((name) => /^ip_adapter\.\d+\.to_k_ip\.weight$/.test(name));
+
+/** What a file's shapes say it is. @throws UserError for one that is no IP-Adapter, lacks a tensor, or is of another kind */
+export function parseIPAdapter({ where, names, info }: WeightSource): IPAdapterConfig {
+  if (!isIPAdapter(names))
+    throw new UserError(`${where} is no IP-Adapter, as it has no tensors ip_adapter.*.to_k_ip.weight`);
+  if (names.some((name) => /^image_proj\.(proj\.\d|perceiver_resampler)/.test(name)))
+    throw new UserError(
+      `${where} is an IP-Adapter of faces (FaceID or full-face), which sdxl does not run; give a plain or a plus one`,
+    );
+  const shapeOf = (name: string): readonly number[] => {
+    const found = info(name);
+    if (!found) throw new UserError(`${where} has no tensor ${name}; download it again`);
+    return found.shape;
+  };
+  const count = names.filter((name) => name.endsWith('.to_k_ip.weight')).length;
+  const widths = Array.from(
+    { length: count },
+    (_, i) => shapeOf(`ip_adapter.${2 * i + 1}.to_k_ip.weight`)[0],
+  );
+  const projection = projectionIn((name) => shapeOf(`image_proj.${name}`), names);
+  const { tokens, resampler } = projection;
+  if (!Number.isInteger(tokens) || (resampler && resampler.inner % HEAD))
+    throw new UserError(
+      `${where}: the shapes of image_proj make no whole tokens or heads; download it again`,
+    );
+  return { ...projection, widths };
+}
+
+function projectionIn(
+  shapeOf: (name: string) => readonly number[],
+  names: readonly string[],
+): ProjectionConfig {
+  if (!names.includes('image_proj.latents')) {
+    const [cross_attention_dim] = shapeOf('norm.weight');
+    const [outputs, inputs] = shapeOf('proj.weight');
+    return { tokens: outputs / cross_attention_dim, cross_attention_dim, inputs };
+  }
+  const [, tokens, width] = shapeOf('latents');
+  return {
+    tokens,
+    cross_attention_dim: shapeOf('proj_out.weight')[0],
+    inputs: shapeOf('proj_in.weight')[1],
+    resampler: {
+      width,
+      depth: names.filter((name) => /^image_proj\.layers\.\d+\.0\.to_q\.weight$/.test(name)).length,
+      inner: shapeOf('layers.0.0.to_q.weight')[0],
+      feedForward: shapeOf('layers.0.1.1.weight')[0],
+    },
+  };
+}
+
+/** Reads a file's header. @throws UserError as parseIPAdapter, and for a pickle */
+export function readIPAdapter(path: string): IPAdapterConfig {
+  if (/\.(bin|ckpt|pt|pth)$/.test(path))
+    throw new UserError(
+      `${path} is a pickle, which can run code when read and is refused; give ${path.replace(/\.\w+$/, '.safetensors')}, which is published beside it`,
+    );
+  const file = openSafetensors(path);
+  try {
+    return parseIPAdapter(sourceOf(path, [file]));
+  } finally {
+    file.close();
+  }
+}
+
+/** Of what the vision encoder says of a picture, keys and values for each of the UNet's attentions over the prompt. */
+export function ipAdapter(config: IPAdapterConfig) {
+  const c = config.cross_attention_dim;
+  const pair = (width: number) =>
+    module(
+      { to_k_ip: linear(c, width, { bias: false }), to_v_ip: linear(c, width, { bias: false }) },
+      (m, tokens: Tensor): [k: Tensor, v: Tensor] => [m.to_k_ip(tokens), m.to_v_ip(tokens)],
+    );
+  const pairs = config.widths.map(pair);
+  // The even numbers are of the attentions of an image over itself.
+  const numbered = pairs.flatMap((each) => [undefined, each]);
+  return module({ image_proj: imageProjection(config), ip_adapter: numbered }, (m, states: Tensor) => {
+    const tokens = m.image_proj(states);
+    return pairs.map((each) => each(tokens));
+  });
+}
+
+export interface IPAdapter {
+  config: IPAdapterConfig;
+  module: ReturnType<typeof ipAdapter>;
+  /** Adapters may share it. */
+  encoder: VisionEncoder;
+}
+
+/** How wide what an adapter reads of an encoder is: the states of its tokens, or their embedding. */
+export const widthRead = ({ resampler }: ProjectionConfig, encoder: VisionConfig): number =>
+  resampler ? encoder.hidden_size : encoder.projection_dim;
+
+/** Loads IP-Adapters onto a device, each vision encoder once. @throws UserError where one does not fit its encoder or the UNet */
+export function loadIPAdapters(
+  sources: readonly IPAdapterSource[],
+  { unet, unetConfig }: { unet: UNet; unetConfig: UNetConfig },
+  device: Device,
+  dtype: FloatDType,
+): IPAdapter[] {
+  const encoders = new Map<string, VisionEncoder>();
+  return sources.map(({ path, imageEncoder }) => {
+    const config = readIPAdapter(path);
+    checkFit(path, config, unet, unetConfig);
+    const encoderConfig = parseVisionConfig(imageEncoder.config('image_encoder'));
+    if (widthRead(config, encoderConfig) !== config.inputs)
+      throw new UserError(
+        `${path} reads ${config.inputs} numbers of an image encoder and ${imageEncoder.path} gives ${widthRead(config, encoderConfig)}: take the one that it was made with`,
+      );
+    const encoder = encoders.get(imageEncoder.path) ?? visionEncoder(encoderConfig);
+    if (!encoders.has(imageEncoder.path))
+      holding('image_encoder', () => imageEncoder.load('image_encoder', encoder, device, dtype));
+    encoders.set(imageEncoder.path, encoder);
+    const adapter = ipAdapter(config);
+    const weights = sourceOf(path, [openSafetensors(path)]);
+    holding('ip_adapter', () => loadAndClose(adapter, weights, device, dtype));
+    return { config, module: adapter, encoder };
+  });
+}
+
+function checkFit(path: string, config: IPAdapterConfig, unet: UNet, unetConfig: UNetConfig): void {
+  const widths = crossAttentions(unet).map(({ to_k }) => to_k.children.weight.shape[0]);
+  const { cross_attention_dim: own } = config;
+  const mend = 'take one that was made for this model';
+  if (own !== unetConfig.cross_attention_dim)
+    throw new UserError(
+      `${path} makes tokens of width ${own} and the UNet attends to ${unetConfig.cross_attention_dim}: ${mend}`,
+    );
+  if (widths.length !== config.widths.length)
+    throw new UserError(
+      `${path} has keys and values for ${config.widths.length} layers and the UNet ${widths.length} that attend to the prompt: ${mend}`,
+    );
+  const at = widths.findIndex((width, i) => width !== config.widths[i]);
+  if (at >= 0)
+    throw new UserError(
+      `${path} has ip_adapter.${2 * at + 1} of width ${config.widths[at]} for a layer of the UNet of ${widths[at]}: ${mend}`,
+    );
+}
+
+/** The part of a request that IP-Adapters heed. */
+export interface IPAdapterRequest {
+  /** A picture for each IP-Adapter, of any size. */
+  ip_adapter_image?: readonly Picture[];
+  /** How strongly each counts beside the prompt: one number for all, or one, or nothing, for each; 1 where absent. */
+  ip_adapter_scale?: number | readonly (number | undefined)[];
+}
+
+/** A picture to draw by. */
+export interface ImagePrompt {
+  adapter: IPAdapter;
+  picture: Picture;
+  scale: number;
+}
+
+/** What a request asks of each adapter; those with a scale of 0 have no part. @throws UserError where one has no picture or number */
+export function imagePromptsOf(
+  adapters: readonly IPAdapter[],
+  { ip_adapter_image: pictures = [], ip_adapter_scale: scales = 1 }: IPAdapterRequest,
+): ImagePrompt[] {
+  if (pictures.length !== adapters.length)
+    throw new UserError(
+      `ip_adapter_image has ${pictures.length} pictures for ${adapters.length} IP-Adapters: give one to each`,
+    );
+  if (typeof scales !== 'number' && scales.length !== adapters.length)
+    throw new UserError(
+      `ip_adapter_scale has ${scales.length} numbers for ${adapters.length} IP-Adapters: give one, or one to each`,
+    );
+  const prompts = adapters.map((adapter, i) => ({
+    ...{ adapter, picture: pictures[i] },
+    scale: typeof scales === 'number' ? scales : (scales[i] ?? 1),
+  }));
+  return prompts.filter((each) => each.scale !== 0);
+}
+
+/** Keys and values for `images` pictures to draw. Guided, rows that know of no picture come first: an embedding, or pixels, of zeros. */
+export function imageTokens(
+  { adapter: { config, module: adapter, encoder }, picture, scale: factor }: ImagePrompt,
+  unet: UNet,
+  { guided, images }: { guided: boolean; images: number },
+): ImageTokens {
+  const { device, dtype } = placeOf(encoder);
+  const pixels = toDevice(preprocessClip(picture, encoder.config.image_size), device, dtype);
+  const beside = (x: Tensor): Tensor => (guided ? concat([scale(x, 0), x], 0) : x);
+  const states = config.resampler
+    ? encoder(beside(pixels), 'penultimate')
+    : beside(encoder(pixels, 'image_embeds'));
+  const rows = (t: Tensor): Tensor => broadcast(t, 1, images).reshape(-1, ...t.shape.slice(1));
+  const pairs = adapter(states);
+  return new Map(
+    crossAttentions(unet).map((attention, i) => {
+      const [k, v] = pairs[i];
+      return [attention, [rows(k), rows(factor === 1 ? v : scale(v, factor))]];
+    }),
+  );
+}
