@@ -1,5 +1,4 @@
 // The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
-export { locateControlNet, locateModel, locateVae } from './cli/model.ts';
 export { openDevice } from './engine/device.ts';
 export { UserError } from './io/errors.ts';
 export { resolveHub } from './io/hub.ts';
@@ -16,6 +15,7 @@ export { openComponent, openComponentFile, openModel } from './models/checkpoint
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export type { Latents } from './models/latents.ts';
+export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
 export { mergeLora } from './models/lora.ts';
 export {
   type Asked,

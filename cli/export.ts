@@ -13,11 +13,12 @@ import { buildComponent } from '../models/components.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
+import { locateModel } from '../models/locate.ts';
 import { adapterAt, isAdapter, type LoraTargets } from '../models/lora_file.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
-import { locateModel, locatorOf } from './model.ts';
+import { downloadsOn, locatorOf } from './model.ts';
 import { bytes, devices, oneOf } from './options.ts';
 import { progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
@@ -173,7 +174,7 @@ async function exportWeights(
   terminal: Terminal,
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
-  const where = { terminal, quiet, configs: options.configs };
+  const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
   const source: ModelSource = existsSync(join(from, 'state.json'))
     ? await openCheckpoint(from, {
         ema: options.ema ?? false,

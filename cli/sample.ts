@@ -11,6 +11,7 @@ import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
+import { locateControlNet, locateModel, locateVae } from '../models/locate.ts';
 import { mergeLora } from '../models/lora.ts';
 import { adapterAt } from '../models/lora_file.ts';
 import {
@@ -26,7 +27,7 @@ import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { controlnetOf } from './control_options.ts';
-import { locateControlNet, locateModel, locateVae, shippedModel } from './model.ts';
+import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
 import {
@@ -64,7 +65,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const album = openAlbum(options, prompts.length * options.batchCount * options.numImages);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
-  const locate = { terminal, quiet, configs: options.configs, variant: options.variant };
+  const { configs, variant } = options;
+  const locate = { configs, variant, onProgress: downloadsOn(terminal, quiet) };
   const source = await locateModel(model, locate);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;

@@ -18,7 +18,7 @@ import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { train } from '../train/trainer.ts';
-import { locatorOf } from './model.ts';
+import { downloadsOn, locatorOf } from './model.ts';
 import { devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
@@ -186,7 +186,7 @@ function tools(terminal: Terminal, quiet = false, json = false): { locate: Locat
     bar = undefined;
   };
   return {
-    locate: locatorOf({ terminal, quiet }),
+    locate: locatorOf({ onProgress: downloadsOn(terminal, quiet) }),
     report: {
       line(text) {
         end();

@@ -3,8 +3,8 @@ import { cpSync, mkdtempSync, rmSync, truncateSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { controlNetFiles, neededFiles } from '../cli/model.ts';
 import { readPicture } from '../io/image.ts';
+import { controlNetFiles, neededFiles } from '../models/locate.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 

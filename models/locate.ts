@@ -1,0 +1,194 @@
+// Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original .safetensors file, or a Hugging Face hub
+// id, of which only the files that are read are downloaded.
+import { existsSync, readdirSync, statSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { UserError } from '../io/errors.ts';
+import { readJsonObject } from '../io/files.ts';
+import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { type ModelSource, openComponent, openComponentFile, openModel } from './checkpoint.ts';
+import { classOf } from './components.ts';
+import { adapterAt } from './lora_file.ts';
+import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
+
+const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
+
+/** Of each folder's weights the `wanted` variant, or where none is named the plain ones, or fp16 where it has that alone. */
+const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
+  weights.filter((name) => {
+    const mine = weights.filter((other) => dirname(other) === dirname(name));
+    const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
+    return variantOf(name) === (wanted ?? best);
+  });
+
+/** The variant, where a lone component's files have it: a ControlNet need not have what its base has. */
+const variantAmong = (names: readonly string[], wanted?: string): string | undefined =>
+  names.some((name) => name.endsWith('.safetensors') && variantOf(name) === wanted) ? wanted : undefined;
+
+/**
+ * The files of a diffusers repository that sampling reads. Of a component's weights these are the `wanted` variant
+ * (`x.fp16.safetensors` for fp16), or where none is named the plain ones, or fp16 where it has that alone.
+ */
+export function neededFiles(all: readonly string[], wanted?: string): string[] {
+  const folders = /^(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\//;
+  const weights = all.filter(
+    (name) =>
+      /^[^/]+\/[^/]+\.safetensors$/.test(name) && folders.test(name) && !/flax|onnx|openvino/.test(name),
+  );
+  const chosen = weightsOf(weights, wanted);
+  if (wanted && weights.length > 0 && chosen.length === 0) {
+    const others = [...new Set(weights.map(variantOf))].filter(Boolean);
+    throw new UserError(
+      `--variant ${wanted}: the model has no such weights, ${others.length ? `only plain ones and ${others.join(', ')}` : 'only plain ones'}; name another or leave it out`,
+    );
+  }
+  const texts = /^(model_index\.json|[^/]+\/[^/]+\.(json|txt))$/;
+  return all.filter(
+    (name) =>
+      chosen.includes(name) || name === 'model_index.json' || (folders.test(name) && texts.test(name)),
+  );
+}
+
+export interface LocateOptions {
+  /** Told of a download of what `path` names, by bytes. */
+  onProgress?: (path: string, progress: HubProgress) => void;
+  /** A diffusers folder that lends its configs and tokenizers to a single file. */
+  configs?: string;
+  /** Of a folder's or repository's weights, such as fp16. */
+  variant?: string;
+}
+
+/**
+ * Opens the model at `path`: a diffusers folder, an original .safetensors file, or a hub id, which is downloaded first.
+ * @throws UserError where it is none of these, or incomplete
+ */
+export async function locateModel(path: string, where: LocateOptions = {}): Promise<ModelSource> {
+  const { configs, variant } = where;
+  if (existsSync(path)) {
+    if (statSync(path).isDirectory()) {
+      refuseOtherFolders(path);
+      return openModel(path, { variant });
+    }
+    if (variant)
+      throw new UserError(
+        `--variant ${variant} chooses among a folder's files, and ${path} is one file; leave it out`,
+      );
+    if (path.endsWith('.safetensors')) {
+      // Opened first, so that a file that is no model is refused before anything is downloaded for it.
+      const source = openSingleFile(path, { configs });
+      return configs ? source : openSingleFile(path, { tokenizers: await publishedTokenizers(path) });
+    }
+    if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
+      throw new UserError(
+        `${path} is a pickle, which can run code when read and is refused; use a .safetensors file`,
+      );
+    }
+    throw new UserError(`${path} is not a model: give a diffusers folder, a .safetensors file or a hub id`);
+  }
+  if (!looksLikeHubId(path))
+    throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+  return openModel(await download(path, (all) => neededFiles(all, variant), where), { variant });
+}
+
+/** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */
+function refuseOtherFolders(path: string): void {
+  if (existsSync(join(path, 'model_index.json'))) return;
+  const final = join(path, 'final');
+  if (existsSync(final))
+    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
+  if (adapterAt(path))
+    throw new UserError(
+      `${path} holds a LoRA, which sdxl sample takes as --lora ${path}; give the model that it was made for`,
+    );
+  const config = join(path, 'config.json');
+  if (existsSync(config) && classOf(readJsonObject(config)) === 'ControlNetModel')
+    throw new UserError(
+      `${path} holds a ControlNet, which sdxl sample takes as --controlnet ${path}; give the model that it was made for`,
+    );
+  if (existsSync(join(path, 'state.json')))
+    throw new UserError(
+      `${path} is a checkpoint of training; make a model of it with sdxl export ${path} FOLDER, and give that`,
+    );
+}
+
+/** A single file has no tokenizers: SDXL's own, two megabytes, come from the hub's cache or the hub. */
+async function publishedTokenizers(path: string): Promise<string> {
+  const names = ['vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json'];
+  const files = ['tokenizer', 'tokenizer_2'].flatMap((folder) => names.map((name) => `${folder}/${name}`));
+  try {
+    return await resolveHub('stabilityai/stable-diffusion-xl-base-1.0', { files });
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    throw new UserError(
+      `${path} holds weights only, and SDXL's tokenizers could not be had (${error.message}); name a diffusers folder that has them with --configs`,
+    );
+  }
+}
+
+/** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
+export async function locateVae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
+  if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
+    return vaeOfFile(path);
+  if (!existsSync(path) && !looksLikeHubId(path))
+    throw new UserError(`no VAE at ${path}; give its folder, its .safetensors file or a hub id`);
+  const folder = existsSync(path)
+    ? path
+    : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
+  const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) return locateModel(folder, { ...options, variant: undefined });
+  return ofClass(openComponent(own), 'AutoencoderKL', "SDXL's VAE", "a VAE's folder or file");
+}
+
+/** @throws UserError where a lone component's config names another class */
+function ofClass(source: ModelSource, wanted: string, what: string, mend: string): ModelSource {
+  const name = classOf(source.config(wanted));
+  if (name !== undefined && name !== wanted)
+    throw new UserError(`${source.path} holds a ${name}, not ${what} (${wanted}); give ${mend}`);
+  return source;
+}
+
+/**
+ * A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id.
+ * Of several variants --variant's is taken.
+ */
+export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
+  const mend = "a ControlNet's folder, its .safetensors file or a hub id";
+  const checked = (source: ModelSource) =>
+    ofClass(source, 'ControlNetModel', 'a ControlNet that sdxl runs', mend);
+  if (existsSync(path) && !statSync(path).isDirectory()) {
+    if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
+    return checked(openComponentFile(path));
+  }
+  if (!existsSync(path) && !looksLikeHubId(path))
+    throw new UserError(`no ControlNet at ${path}; give ${mend}`);
+  const folder = existsSync(path)
+    ? path
+    : await download(path, (all) => controlNetFiles(all, options.variant), options);
+  const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
+  return checked(openComponent(own, { variant: variantAmong(readdirSync(own), options.variant) }));
+}
+
+/** The files of a ControlNet's repository: its config, and its weights as diffusers names them. @throws UserError for none */
+export function controlNetFiles(all: readonly string[], variant?: string): string[] {
+  const weights = all.filter((name) => /^diffusion_pytorch_model[.-].*safetensors$/.test(name));
+  if (weights.length === 0)
+    throw new UserError(
+      'the ControlNet has no diffusion_pytorch_model.safetensors on the hub; download what it has, and give a .safetensors file with its config.json beside it',
+    );
+  return ['config.json', ...weightsOf(weights, variantAmong(weights, variant))];
+}
+
+const download = (
+  path: string,
+  files: (all: readonly string[]) => readonly string[],
+  { onProgress }: LocateOptions,
+): Promise<string> => resolveHub(path, { files, onProgress: (progress) => onProgress?.(path, progress) });
+
+/** A VAE alone in its file, or the one inside a whole model's file. */
+function vaeOfFile(path: string): ModelSource {
+  const file = openSafetensors(path);
+  const whole = singleFilePrefixes(file) !== undefined;
+  file.close();
+  return whole ? openSingleFile(path) : openVaeFile(path);
+}
