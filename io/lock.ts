@@ -1,6 +1,6 @@
 // A folder that one program at a time may work in: the system's own lock (flock) on the folder, which ends with the program
 // however that ends, so that nothing is left behind to be cleared away. Where a system has none, nothing is locked.
-import { closeSync, existsSync, openSync, rmdirSync } from 'node:fs';
+import { closeSync, existsSync, fstatSync, openSync, rmdirSync, statSync } from 'node:fs';
 import koffi from 'koffi';
 import { UserError } from './errors.ts';
 import { asUserError, makeFolder } from './files.ts';
@@ -27,10 +27,22 @@ export function lockFolder(path: string): () => void {
       `another program is at work in ${path}: wait until it ends, or choose another folder`,
     );
   }
-  return () => {
+  if (!isAt(path, fd)) {
+    // Whoever had the lock has removed the folder since it was opened here.
     closeSync(fd);
-    if (isNew) removeEmpty(path);
+    return lockFolder(path);
+  }
+  return () => {
+    if (isNew) removeEmpty(path); // while nobody else has the lock
+    closeSync(fd);
   };
+}
+
+/** Whether `path` still is the folder that is open. */
+function isAt(path: string, fd: number): boolean {
+  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
+  const open = fstatSync(fd, { bigint: true });
+  return found?.ino === open.ino && found.dev === open.dev;
 }
 
 function isTaken(fd: number): boolean {
