@@ -211,7 +211,7 @@ test('embeddings are the encoders, and an edited caption costs one entry', async
   });
   const other = textCache(at, { ...model.text, forceZeros: false }, configs);
   t.same(other.read(undefined).pooled, cache.read('').pooled, 'or the empty text, as the model has it');
-  t.throws(() => cache.read('never seen'), /no entry/);
+  t.throws(() => cache.read('never seen'), /is gone from the cache: start again/);
   t.equal(
     await textCache(at, model.text, [configs[0], { ...configs[1], x: 1 }]).fill([]),
     1,

@@ -55,6 +55,8 @@ interface How {
   /** Asks to stop at that step. */
   until?: number;
   during?: string;
+  /** Called as the run tells how far it is. */
+  meanwhile?: (label: string, done: number) => void;
   checkpoint?: string;
   /** Devices that take passes in turn with the first. */
   further?: readonly Device[];
@@ -63,12 +65,13 @@ interface How {
 /** Trains in this process. */
 export async function run(
   input: RunInput,
-  { until, during = 'training', checkpoint, further }: How = {},
+  { until, during = 'training', meanwhile, checkpoint, further }: How = {},
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
   const session = openSession(await openMaterials(resolved, locate, silent), device, further);
   const stop = { asked: false };
   const progress = (label: string, done: number) => {
+    meanwhile?.(label, done);
     if (label === during && until !== undefined && done >= until) stop.asked = true;
   };
   try {

@@ -1,6 +1,6 @@
 // Training as a whole, on the tiny golden model and a folder of a few pictures: a run leaves everything it promises; a run
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
-import { appendFileSync, existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
+import { appendFileSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
@@ -71,6 +71,46 @@ test('a run taken up again from an earlier checkpoint keeps what it makes, not w
   const lower = { ...again, optimizer: { lr: 1e-4 }, checkpoints: { every_steps: 1, keep: 2 } };
   const { folder: saved } = await run(lower, { checkpoint, until: 3 });
   t.same([Number(saved.slice(-8)), steps()], [3, [2, 3]]);
+});
+
+test('what fails beside the weights costs no update that was made', async (t) => {
+  const whole = { ...basic('unhurt'), checkpoints: { every_steps: 100 } };
+  await run(whole);
+  const newest = ({ output }: RunInput) => listCheckpoints(output as string).at(-1) as string;
+  const cache = join(folder, 'lost');
+  for (const [what, at, says] of [
+    ['cache', cache, /prepared from .*, is gone from the cache: start again/],
+    ['log', join(folder, 'hurt-log', 'log.jsonl'), /log\.jsonl is a folder/],
+  ] as const) {
+    const hurt = { ...whole, output: join(folder, `hurt-${what}`), dataset: { ...whole.dataset, cache } };
+    const meanwhile = (label: string, done: number) => {
+      if (label !== 'training' || done !== 3) return;
+      rmSync(at, { recursive: true });
+      if (what === 'log') mkdirSync(at);
+    };
+    await t.rejects(run(hurt, { meanwhile }), { name: 'UserError', message: says }, what);
+    const step = Number(newest(hurt).slice(-8));
+    t.ok(step === 3 || step === 4, `saved after update ${step}`);
+    rmSync(join(hurt.output, 'log.jsonl'), { recursive: true });
+    await run(hurt, { checkpoint: newest(hurt) });
+    t.equal(digest(newest(hurt)), digest(newest(whole)), 'and goes on as if nothing had been');
+  }
+});
+
+test('stopped while updates fail, a run keeps what it saved before', async (t) => {
+  const optimizer = { lr: 1e30, max_grad_norm: 0 };
+  const failing = {
+    ...basic('failing'),
+    optimizer,
+    lr_scheduler: {},
+    checkpoints: { every_steps: 1, keep: 1 },
+  };
+  const { position } = await run(failing, { until: 2 });
+  t.equal(position.step, 2);
+  t.same(
+    listCheckpoints(failing.output as string).map((path) => Number(path.slice(-8))),
+    [1, 2],
+  );
 });
 
 test('a batch and its halves see the same draws', async (t) => {

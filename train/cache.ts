@@ -269,7 +269,10 @@ function readEntry<A extends string, B extends string>(
   b: B,
   what: string,
 ): Record<A | B, Float32Array> {
-  if (!existsSync(path)) throw new Error(`the cache has no entry for ${what}: fill() was not told of it`);
+  if (!existsSync(path))
+    throw new UserError(
+      `${path}, prepared from ${what}, is gone from the cache: start again, to make it anew`,
+    );
   const file = openSafetensors(path);
   try {
     const entries = [a, b].map((name) => [name, decodeFloats(file.read(name), 'float32')]);

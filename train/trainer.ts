@@ -2,6 +2,8 @@
 // updates a run is nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { CudaError } from '../engine/cuda/errors.ts';
+import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
@@ -28,7 +30,21 @@ export interface Outcome {
 /** Where a run's files lie in its output. */
 const logFile = (output: string): string => join(output, 'log.jsonl');
 
-/** Trains until the plan is done or `stop.asked`, from `checkpoint` where one is given. @throws UserError */
+/** Where a run stands between two updates. */
+interface Standing {
+  position: Position;
+  /** Of the last checkpoint; empty before the first. */
+  folder: string;
+  /** Updates in a row that were not finite. */
+  failures: number;
+  /** Whether updates were made that no checkpoint has. */
+  unsaved: boolean;
+}
+
+/**
+ * Trains until the plan is done or `stop.asked`, from `checkpoint` where one is given. What fails beside the weights, such as a picture
+ * that has vanished or a log that cannot be written, costs no update: those before it are saved. @throws UserError
+ */
 export async function train(
   session: Session,
   report: Report,
@@ -36,8 +52,20 @@ export async function train(
   checkpoint?: string,
 ): Promise<Outcome> {
   const feed = openFeed(session.task);
+  const at: Standing = {
+    position: { step: 0, epoch: 0, update: 0 },
+    ...{ folder: checkpoint ?? '', failures: 0, unsaved: false },
+  };
   try {
-    return await trainFrom(feed, session, report, stop, checkpoint);
+    return await trainFrom(feed, session, report, stop, at);
+  } catch (error) {
+    // A device that fails may have moved some of the weights.
+    const isOfDevice = error instanceof MemoryError || error instanceof CudaError;
+    if (error instanceof UserError && !isOfDevice && at.unsaved && at.failures === 0) {
+      save(session, at);
+      report.line(`what was trained until then is saved: ${at.folder}`);
+    }
+    throw error;
   } finally {
     feed.end();
   }
@@ -48,51 +76,49 @@ async function trainFrom(
   session: Session,
   report: Report,
   stop: Stop,
-  checkpoint: string | undefined,
+  at: Standing,
 ): Promise<Outcome> {
   const { run, pictures, total, task, device } = session;
   makeFolder(run.output);
-  let position: Position = { step: 0, epoch: 0, update: 0 };
-  if (checkpoint) position = resumeSession(session, checkpoint);
-  rewindLog(logFile(run.output), position.step);
-  rewindPreviews(run.output, position.step);
+  if (at.folder) at.position = resumeSession(session, at.folder);
+  rewindLog(logFile(run.output), at.position.step);
+  rewindPreviews(run.output, at.position.step);
   await task.fillCache?.(report, stop);
-  if (stop.asked) return { position, folder: checkpoint ?? '', stopped: true };
+  if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
   // What follows needs other sizes, and its peak is what the plan estimated.
   device.memory.trim();
   device.memory.peak = device.memory.live;
   const journal = openJournal(session, report);
   const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
-  let folder = checkpoint ?? '';
-  let failures = 0;
-  const turns = turnsFrom(placed, sizes, position);
-  for (let turn = turns.next().value, next = turn; position.step < total; turn = next) {
-    const lr = learningRate(run.lr_scheduler, run.optimizer.lr, position.step, total);
-    const done = position.step + 1 === total;
+  const turns = turnsFrom(placed, sizes, at.position);
+  for (let turn = turns.next().value, next = turn; at.position.step < total; turn = next) {
+    const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
+    const done = at.position.step + 1 === total;
     if (!done) next = turns.next().value;
     const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next);
     const { update, endsEpoch } = turn;
-    position = after(position, endsEpoch);
-    failures = made.skipped ? failures + 1 : 0;
+    at.position = after(at.position, endsEpoch);
+    at.failures = made.skipped ? at.failures + 1 : 0;
+    at.unsaved = true;
+    const { step } = at.position;
     const measured =
-      run.validation.samples > 0 && (done || isDue(run.validation.every_steps, position.step, endsEpoch));
-    journal.note(position, lr, made, update, measured ? await validationLoss(session) : undefined);
-    if (made.skipped) report.line(`step ${position.step} skipped: ${made.skipped}`);
-    if (failures >= run.max_nonfinite) throw gaveUp(made, failures, position.step, folder);
-    // Not while updates fail: weights that lead to NaN would take the places of sound ones.
-    const saves = done || (failures === 0 && isDue(run.checkpoints.every_steps, position.step, endsEpoch));
-    if (saves) folder = save(session, position);
-    if (!stop.asked && (done || isDue(run.previews.every_steps, position.step, endsEpoch)))
-      await journal.preview(position.step, stop);
+      run.validation.samples > 0 && (done || isDue(run.validation.every_steps, step, endsEpoch));
+    journal.note(at.position, lr, made, update, measured ? await validationLoss(session) : undefined);
+    if (made.skipped) report.line(`step ${step} skipped: ${made.skipped}`);
+    if (at.failures >= run.max_nonfinite) throw gaveUp(made, at);
+    // Not while updates fail: these weights may lead to NaN.
+    if (done || (at.failures === 0 && isDue(run.checkpoints.every_steps, step, endsEpoch))) save(session, at);
+    if (!stop.asked && (done || isDue(run.previews.every_steps, step, endsEpoch)))
+      await journal.preview(step, stop);
     // Asked during the update, or during the previews after it.
-    if (stop.asked && !saves) folder = save(session, position);
-    if (stop.asked && !done) return { position, folder, stopped: true };
+    if (stop.asked && at.unsaved) save(session, at);
+    if (stop.asked && !done) return { position: at.position, folder: at.folder, stopped: true };
     await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
   }
   const curve = lossCurve(readLog(logFile(run.output)), `${run.name}: loss`);
   writeFileAtomic(join(run.output, 'loss.svg'), curve);
-  return { position, folder: await writeFinal(session, folder), stopped: false };
+  return { position: at.position, folder: await writeFinal(session, at.folder), stopped: false };
 }
 
 const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
@@ -101,28 +127,31 @@ const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
 const after = ({ step, epoch, update }: Position, endsEpoch: boolean): Position =>
   endsEpoch ? { step: step + 1, epoch: epoch + 1, update: 0 } : { step: step + 1, epoch, update: update + 1 };
 
-function gaveUp({ skipped }: Made, failures: number, step: number, folder: string): UserError {
+function gaveUp({ skipped }: Made, { failures, position: { step }, folder }: Standing): UserError {
   const mend = folder ? `resume from ${folder}` : 'start again';
   return new UserError(
     `training stopped at step ${step}: ${failures} updates in a row were not finite (${skipped}); lower optimizer.lr and ${mend}`,
   );
 }
 
-function save({ run, task, pictures, optimizer, ema }: Session, position: Position): string {
+function save({ run, task, pictures, optimizer, ema }: Session, at: Standing): void {
   const components = task.components.map(
     (component): TrainedComponent => ({
       ...saved(component),
       ema: ema && saved(component, ema.weights).weights,
     }),
   );
-  const state = { ...position, run, dataset: pictures.hash };
-  return saveCheckpoint(run.output, state, components, optimizer.state, run.checkpoints.keep);
+  const state = { ...at.position, run, dataset: pictures.hash };
+  // Weights that lead to NaN take no sound ones' place.
+  const keep = at.failures === 0 ? run.checkpoints.keep : Infinity;
+  at.unsaved = false; // nor is it tried again where it fails
+  at.folder = saveCheckpoint(run.output, state, components, optimizer.state, keep);
 }
 
 /** What a run tells while it goes: the progress line, the log, TensorBoard, previews. */
 function openJournal({ run, task, ema, device, total }: Session, report: Report) {
   const events = openEventFile(join(run.output, 'tensorboard'));
-  let [since, seen, rate] = [Date.now(), 0, Number.NaN];
+  let [since, seen, rate] = [performance.now(), 0, Number.NaN];
   return {
     note(
       { step, epoch }: Position,
@@ -133,8 +162,8 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     ): void {
       seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
       if (step % run.log_every === 0 || step === total || skipped || validation_loss !== undefined) {
-        rate = (1000 * seen) / Math.max(1, Date.now() - since);
-        [since, seen] = [Date.now(), 0];
+        rate = (1000 * seen) / Math.max(1, performance.now() - since);
+        [since, seen] = [performance.now(), 0];
         const scalars = { loss, lr, grad_norm, images_per_second: rate };
         const entry: LogEntry = { step, epoch, ...scalars, validation_loss, skipped };
         appendLog(logFile(run.output), entry);
@@ -159,7 +188,7 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
         promptsOf(run.previews),
       );
       events.image(step, 'previews', readFileSync(path), width, height);
-      since = Date.now(); // the rate is of training alone
+      since = performance.now(); // the rate is of training alone
     },
   };
 }
