@@ -186,7 +186,6 @@ export function override<T>(fields: Fields<T>, run: T, assignment: string): void
 function parse(written: string, entry: Field<unknown>): unknown {
   const readings: unknown[] = [];
   if (written.trim() !== '' && !Number.isNaN(Number(written))) readings.push(Number(written));
-  if (written === 'true' || written === 'false') readings.push(written === 'true');
   try {
     readings.push(JSON.parse(written));
   } catch {
