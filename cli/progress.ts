@@ -30,12 +30,12 @@ function fitted([head, note, time]: Parts, share: number, room: number): string 
 }
 
 export function progressBar(terminal: Terminal, label: string, quiet: boolean): Bar {
-  const started = Date.now();
+  const started = performance.now();
   let lastShare = -1;
   let lastLine = started;
   let first: number | undefined;
   const timing = (done: number, total: number): string => {
-    const elapsed = (Date.now() - started) / 1000;
+    const elapsed = (performance.now() - started) / 1000;
     // What was done before the bar began (a resumed run) says nothing about the speed.
     first ??= Math.max(0, done - 1);
     // A bar that has just begun, perhaps with this very update, knows no speed yet.
@@ -52,9 +52,9 @@ export function progressBar(terminal: Terminal, label: string, quiet: boolean): 
       const text = joined(parts);
       if (terminal.live) {
         terminal.err(`\r\x1b[K${fitted(parts, done / total, (terminal.columns || 80) - 1)}`);
-      } else if (share !== lastShare || Date.now() - lastLine > 60_000) {
+      } else if (share !== lastShare || performance.now() - lastLine > 60_000) {
         terminal.err(`${text}\n`);
-        lastLine = Date.now();
+        lastLine = performance.now();
       }
       lastShare = share;
     },

@@ -155,9 +155,9 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
 function stopwatch() {
   const seconds = { load: 0, sample: 0, decode: 0 };
   const timed = async <R>(part: keyof typeof seconds, fn: () => R | Promise<R>): Promise<R> => {
-    const began = Date.now();
+    const began = performance.now();
     const result = await fn();
-    seconds[part] += (Date.now() - began) / 1000;
+    seconds[part] += (performance.now() - began) / 1000;
     return result;
   };
   return { seconds, timed };
