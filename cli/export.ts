@@ -1,11 +1,11 @@
 // `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
-import { existsSync, readdirSync, realpathSync, statSync } from 'node:fs';
+import { existsSync, realpathSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { assertWritable } from '../io/files.ts';
+import { assertWritable, listFolder } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { inTurns } from '../io/turns.ts';
 import { type Json, type ModelSource, openModel } from '../models/checkpoint.ts';
@@ -119,7 +119,7 @@ function refuseOccupied(out: string, format: Format): void {
     assertWritable(out);
   }
   if (!existsSync(out)) return;
-  if (!statSync(out).isDirectory() || readdirSync(out).length > 0)
+  if (!statSync(out).isDirectory() || listFolder(out).length > 0)
     throw new UserError(`${out} exists; remove it, or name another place`);
   // An empty folder gives way to the finished one.
   const folder = realpathSync(out);

@@ -9,6 +9,7 @@ import {
   fsyncSync,
   mkdirSync,
   openSync,
+  readdirSync,
   readFileSync,
   renameSync,
   rmSync,
@@ -109,6 +110,15 @@ function makeFolders(path: string): void {
   } catch (error) {
     // Another process may have been faster.
     if (!statSync(path, { throwIfNoEntry: false })?.isDirectory()) throw error;
+  }
+}
+
+/** The names in a folder, in their order. @throws UserError when it cannot be read */
+export function listFolder(path: string): string[] {
+  try {
+    return readdirSync(path).sort();
+  } catch (error) {
+    throw asUserError(error, path);
   }
 }
 
@@ -214,7 +224,7 @@ export function sync(path: string): void {
 
 const reasons: Record<string, (path: string) => string> = {
   ENOENT: (path) => `${path} does not exist, or its folder does not: check the path, or create the folder`,
-  ENOTDIR: (path) => `${path} lies under something that is not a folder: check the path`,
+  ENOTDIR: (path) => `${path} lies under something that is not a folder, or is none itself: check the path`,
   ENOTEMPTY: (path) =>
     `${path} holds files by now, which nothing writes over: remove them, or choose another folder`,
   EBUSY: (path) =>
@@ -233,6 +243,8 @@ const reasons: Record<string, (path: string) => string> = {
   EIO: (path) => `the disk failed at ${path}: check the disk`,
 };
 
+const isOfWriting = /^(ENOSPC|EDQUOT|EFBIG|EROFS)$/;
+
 /**
  * A system error as one sentence about `path` (or the file the system named); any other error as it was. What lies at
  * `temporaryPath` is called by the name that it would have had.
@@ -243,7 +255,9 @@ export function asUserError(error: unknown, path: string, temporaryPath?: string
     const said = meant(error.message);
     return said === error.message ? error : new UserError(said);
   }
-  const { code, path: named } = error as NodeJS.ErrnoException;
+  const { code, path: source, dest } = error as NodeJS.ErrnoException & { dest?: string };
+  // Of a copy, what is read comes first.
+  const named = code && isOfWriting.test(code) ? (dest ?? source) : source;
   const reason = code === undefined ? undefined : reasons[code];
   return reason ? new UserError(reason(named === undefined ? path : meant(named))) : error;
 }

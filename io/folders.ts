@@ -14,7 +14,7 @@ import {
 } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import koffi from 'koffi';
-import { asUserError, makeFolder, sync, temporaryBeside } from './files.ts';
+import { asUserError, listFolder, makeFolder, sync, temporaryBeside } from './files.ts';
 
 /**
  * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it, and flushes all of that to
@@ -77,24 +77,33 @@ export function removeFolder(path: string): void {
   const temporary = temporaryBeside(path);
   try {
     renameSync(path, temporary);
-    rmSync(temporary, { recursive: true, force: true });
   } catch (error) {
-    throw asUserError(error, path, temporary);
+    throw asUserError(error, path);
+  }
+  removeAll(temporary);
+}
+
+function removeAll(path: string): void {
+  try {
+    rmSync(path, { recursive: true, force: true });
+  } catch (error) {
+    throw asUserError(error, path);
   }
 }
 
 /**
  * Clears away what killed programs left half-written in a folder; what one had moved aside takes its name again. What a program
  * that runs is writing there, such as an export, stays.
+ * @throws UserError
  */
 export function clearUnfinished(folder: string): void {
-  for (const name of readdirSync(folder)) {
+  for (const name of listFolder(folder)) {
     const [, writer, aside] = /^\.sdxl-(\d+)-[0-9a-f]+\.tmp(\.old)?$/.exec(name) ?? [];
     if (writer === undefined || isAtWork(Number(writer))) continue;
     const left = join(folder, name);
-    for (const former of aside ? readdirSync(left) : [])
+    for (const former of aside ? listFolder(left) : [])
       if (!existsSync(join(folder, former))) renameSync(join(left, former), join(folder, former));
-    rmSync(left, { recursive: true, force: true });
+    removeAll(left);
   }
 }
 

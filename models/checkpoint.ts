@@ -1,6 +1,6 @@
 // Reading a diffusers folder: one config.json and one or more .safetensors files per component. Weights are streamed
 // tensor by tensor into the device, so loading never holds more than one tensor beside the model itself.
-import { existsSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -13,7 +13,7 @@ import { keep, scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { readJsonObject } from '../io/files.ts';
+import { listFolder, readJsonObject } from '../io/files.ts';
 import { openSafetensors, type Room, type SafetensorsFile } from '../io/safetensors.ts';
 
 export type Json = Record<string, unknown>;
@@ -109,7 +109,7 @@ function folderSource(
 export function openWeights(folder: string, variant?: string): WeightSource {
   if (!existsSync(folder))
     throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
-  const present = readdirSync(folder).filter((name) => name.endsWith('.safetensors'));
+  const present = listFolder(folder).filter((name) => name.endsWith('.safetensors'));
   const files = pickFiles(folder, present, variant).map((name) => openSafetensors(join(folder, name)));
   return sourceOf(folder, files);
 }
@@ -125,7 +125,7 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
       ? plain
       : variants;
   if (wanted.length === 0) {
-    const pickled = readdirSync(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
+    const pickled = listFolder(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
     if (pickled) {
       throw new UserError(
         `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,

@@ -1,11 +1,11 @@
 // What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
 // a VAE, a LoRA, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
 // fail to load is known without loading it.
-import { existsSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { readJsonObject } from '../io/files.ts';
+import { listFolder, readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
@@ -57,7 +57,7 @@ function inspectFolder(path: string): Inspection {
     return { path, kind, components: [component], metadata: {}, problems: component.problems };
   }
   // What was trained, as a checkpoint of training keeps it.
-  const parts = readdirSync(path).filter((name) => existsSync(join(path, name, 'config.json')));
+  const parts = listFolder(path).filter((name) => existsSync(join(path, name, 'config.json')));
   if (parts.length === 0)
     throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);
   const components = parts.map((name) => componentAt(join(path, name)));

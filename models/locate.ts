@@ -1,9 +1,9 @@
 // Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original .safetensors file, or a Hugging Face hub
 // id, of which only the files that are read are downloaded.
-import { existsSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { readJsonObject } from '../io/files.ts';
+import { listFolder, readJsonObject } from '../io/files.ts';
 import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type ModelSource, openComponent, openComponentFile, openModel } from './checkpoint.ts';
@@ -166,7 +166,7 @@ export async function locateControlNet(path: string, options: LocateOptions = {}
     : await download(path, (all) => controlNetFiles(all, options.variant), options);
   const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
-  return checked(openComponent(own, { variant: variantAmong(readdirSync(own), options.variant) }));
+  return checked(openComponent(own, { variant: variantAmong(listFolder(own), options.variant) }));
 }
 
 /** The files of a ControlNet's repository: its config, and its weights as diffusers names them. @throws UserError for none */

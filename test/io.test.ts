@@ -13,6 +13,8 @@ import {
 } from '../io/dtype.ts';
 import {
   assertWritable,
+  asUserError,
+  listFolder,
   makeFolder,
   readJson,
   readJsonObject,
@@ -177,6 +179,55 @@ test('files: folders', (t) => {
   refuses(t, /file\/x lies under something that is not a folder/, () => makeFolder(at('deep/file/x')));
   // Where Node's own `recursive` goes round for ever.
   if (process.platform === 'linux') refuses(t, /\/proc\/x /, () => makeFolder('/proc/x/y'));
+  t.end();
+});
+
+test('files: what is in a folder, and which of two files could not be written', (t) => {
+  for (const name of ['b', 'a', '.c']) writeFileAtomic(at(`deep/er/${name}`), '');
+  t.same(listFolder(at('deep/er')), ['.c', 'a', 'b', 'folder']);
+  refuses(t, /deep\/none does not exist/, () => listFolder(at('deep/none')));
+  refuses(t, /deep\/file lies under .* or is none itself/, () => listFolder(at('deep/file')));
+  const copying = (code: string) => Object.assign(new Error(code), { code, path: '/from', dest: '/to' });
+  const told = (code: string) => (asUserError(copying(code), 'the folder') as Error).message;
+  t.match(told('ENOSPC'), /disk is full while writing \/to:/);
+  t.match(told('EACCES'), /no permission for \/from:/);
+  t.end();
+});
+
+/** What a process prints that locks a folder which goes just as it is opened, and unlocks it again. */
+const locking = (path: string): string =>
+  spawnSync(
+    process.execPath,
+    [
+      '--input-type=module',
+      '-e',
+      `import fs from 'node:fs';
+      import { syncBuiltinESMExports } from 'node:module';
+      const { lockFolder } = await import(${JSON.stringify(new URL('../io/lock.js', import.meta.url).href)});
+      const path = ${JSON.stringify(path)};
+      const { openSync, closeSync } = fs;
+      const tell = (what) => console.log(what, fs.existsSync(path));
+      fs.openSync = (...given) => {
+        const fd = openSync(...given);
+        fs.openSync = openSync;
+        fs.rmdirSync(path);
+        syncBuiltinESMExports();
+        return fd;
+      };
+      fs.closeSync = (fd) => {
+        tell('closed');
+        closeSync(fd);
+      };
+      syncBuiltinESMExports();
+      const unlock = lockFolder(path);
+      tell('locked');
+      unlock();`,
+    ],
+    { encoding: 'utf8' },
+  ).stdout;
+
+test('a lock is on the folder that has the name, and holds until an empty one is removed', (t) => {
+  t.equal(locking(at('locked')), 'closed false\nlocked true\nclosed false\n');
   t.end();
 });
 

@@ -9,7 +9,7 @@ import {
   truncateSync,
   writeFileSync,
 } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { foreignKeys } from '../train/foreign_keys.ts';
@@ -236,6 +236,20 @@ test('datasets', async (t) => {
   const { status, err } = await sdxl(...using('skip', corrupt, { broken: 'skip' }));
   t.equal(status, 0, 'skipped where the run says so');
   t.match(err, /skipped: .*1\.jpg/, 'and listed');
+});
+
+test('something else where a run has its files', async (t) => {
+  for (const [name, isFolder] of [
+    ['checkpoints', false],
+    ['log.jsonl', true],
+    ['tensorboard', false],
+  ] as const) {
+    const file = runFile(`taken-${name}`, {});
+    const path = join(folder, `taken-${name}-out`, name);
+    mkdirSync(isFolder ? path : dirname(path), { recursive: true });
+    if (!isFolder) writeFileSync(path, '');
+    await refuses(t, name, new RegExp(`${name} (is a f|lies under)`), 'train', file);
+  }
 });
 
 test('checkpoints', async (t) => {

@@ -1,11 +1,11 @@
 // A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, or adapters in lora/),
 // the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
 // where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
-import { existsSync, readdirSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { makeFolder, readJsonObject } from '../io/files.ts';
+import { listFolder, makeFolder, readJsonObject } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
@@ -42,9 +42,8 @@ export const stateFile = (checkpoint: string): string => join(checkpoint, 'state
 export function listCheckpoints(output: string): string[] {
   const folder = checkpointsOf(output);
   if (!existsSync(folder)) return [];
-  return readdirSync(folder)
+  return listFolder(folder)
     .filter((name) => folderPattern.test(name) && existsSync(stateFile(join(folder, name))))
-    .sort()
     .map((name) => join(folder, name));
 }
 

@@ -1,7 +1,7 @@
 // The log of a run as JSON lines, one object an update. A resumed run drops the lines past its checkpoint first, so that
 // the log reads as if the run had never stopped.
-import { appendFileSync, existsSync, readFileSync } from 'node:fs';
-import { asUserError, writeFileAtomic } from '../io/files.ts';
+import { appendFileSync, existsSync } from 'node:fs';
+import { asUserError, readBytes, writeFileAtomic } from '../io/files.ts';
 
 export interface LogEntry {
   step: number;
@@ -20,7 +20,8 @@ export interface LogEntry {
 /** The entries of a log; a line cut short by a kill is passed over. */
 export function readLog(path: string): LogEntry[] {
   if (!existsSync(path)) return [];
-  return readFileSync(path, 'utf8')
+  return readBytes(path)
+    .toString()
     .split('\n')
     .flatMap((line) => {
       try {

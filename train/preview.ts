@@ -1,9 +1,10 @@
 // Pictures while a run trains: the same prompts and seeds each time, as PNGs in previews/step-N/, and one contact sheet
 // with a row for each time, so that the rows show the model learn. The sheet is made from the files on disk: a resumed run
 // goes on with it.
-import { existsSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { makeFolder } from '../io/files.ts';
+import { listFolder, makeFolder } from '../io/files.ts';
+import { removeFolder } from '../io/folders.ts';
 import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
@@ -94,21 +95,17 @@ export async function writePreviews(
 /** Removes what a resumed run will draw again. */
 export function rewindPreviews(output: string, step: number): void {
   for (const name of stepFolders(folderOf(output)))
-    if (Number(name.slice('step-'.length)) > step) rmSync(join(folderOf(output), name), { recursive: true });
+    if (Number(name.slice('step-'.length)) > step) removeFolder(join(folderOf(output), name));
 }
 
 const stepFolders = (folder: string): string[] =>
-  existsSync(folder)
-    ? readdirSync(folder)
-        .filter((name) => /^step-\d{8}$/.test(name))
-        .sort()
-    : [];
+  existsSync(folder) ? listFolder(folder).filter((name) => /^step-\d{8}$/.test(name)) : [];
 
 /** A row for each step, oldest first, its pictures from left to right. */
 async function contactSheet(folder: string): Promise<Picture> {
   const rows: Picture[][] = [];
   for (const name of stepFolders(folder)) {
-    const files = readdirSync(join(folder, name)).filter((file) => /^\d+\.png$/.test(file));
+    const files = listFolder(join(folder, name)).filter((file) => /^\d+\.png$/.test(file));
     files.sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
     const pictures: Picture[] = [];
     for (const file of files) pictures.push(thumbnail(await readPicture(join(folder, name, file))));
