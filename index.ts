@@ -16,6 +16,7 @@ export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export type { Latents } from './models/latents.ts';
 export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
+export { locateIPAdapter } from './models/locate_ip_adapter.ts';
 export { mergeLora } from './models/lora.ts';
 export {
   type Asked,

@@ -16,6 +16,8 @@ const local = ['from', 'promptFile', 'batchCount', 'output', 'saveLatents', 'jso
 const lists = [
   'lora',
   'textualInversion',
+  'ipAdapter',
+  'ipAdapterImage',
   'controlnet',
   'controlImage',
   'controlGuidanceStart',

@@ -10,8 +10,10 @@ import { toPictures, writePng } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
+import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateVae } from '../models/locate.ts';
+import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { mergeLora } from '../models/lora.ts';
 import { adapterAt } from '../models/lora_file.ts';
 import {
@@ -27,6 +29,7 @@ import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { controlnetOf } from './control_options.ts';
+import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
@@ -73,6 +76,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
+  const ipAdapter: IPAdapterSource[] = [];
+  for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
+    ipAdapter.push(await locateIPAdapter(file, locate));
   const dtype = chooseDtype(options.dtype, source, device);
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
@@ -84,7 +90,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  const sources = { source, refinerSource, vaeSource, controlnet };
+  const sources = { source, refinerSource, vaeSource, under: { controlnet, ipAdapter } };
   return { options, requests, album, device, dtype, seed, sampler, ...sources };
 }
 
@@ -96,17 +102,17 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
   const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
-  const load = (from: ModelSource, controlnet: readonly ModelSource[] = []) =>
+  const load = (from: ModelSource, under: Partial<typeof prepared.under> = {}) =>
     timed('load', () =>
       built(() => {
-        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, controlnet });
+        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, ...under });
         for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
           loadTextualInversion(loaded.text, file, token);
         return loaded;
       }),
     );
   const stage = stages(requests.length, options, terminal);
-  let pipeline = await load(source, prepared.controlnet);
+  let pipeline = await load(source, prepared.under);
   try {
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);

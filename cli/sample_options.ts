@@ -12,9 +12,10 @@ import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler, shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
 import { addControlOptions, type ControlOptions, checkControl } from './control_options.ts';
+import { addIPAdapterOptions, checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { corner, devices, number, numbers, oneOf, repeated, scaledFile, side, size } from './options.ts';
 
-export interface SampleOptions extends ControlOptions {
+export interface SampleOptions extends ControlOptions, IPAdapterOptions {
   model?: string;
   from?: string;
   configs?: string;
@@ -83,6 +84,7 @@ Examples:
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
+  sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by _karras, _exponential or _beta,
@@ -253,7 +255,7 @@ export function addSampleOptions(command: Command): Command {
       "how far to leave the picture, 0 to 1 (default, as diffusers': 0.3; with --controlnet 0.8; with --mask 0.9999)",
       fraction('--strength'),
     );
-  return addControlOptions(command)
+  return addIPAdapterOptions(addControlOptions(command))
     .optionsGroup('Refiner:')
     .option(
       '--refiner <DIR|FILE|HUB_ID>',
@@ -360,6 +362,7 @@ export function checkSample(options: SampleOptions): void {
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);
+  checkIPAdapters(options);
   for (const { file } of (options.lora ?? []).map(loraOf))
     if (!existsSync(file)) throw new UserError(`--lora: no file ${file}`);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))

@@ -8,6 +8,7 @@ import { type Request, type Sizes, stepsOf } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { controlRequest } from './control_options.ts';
+import { ipAdapterRequest } from './ip_adapter_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 export interface Inputs {
@@ -15,21 +16,29 @@ export interface Inputs {
   mask?: Awaited<ReturnType<typeof readMask>>;
   /** One for each ControlNet. */
   controls?: readonly Picture[];
+  /** One for each IP-Adapter. */
+  ipAdapterImages?: readonly Picture[];
+}
+
+async function readPictures(paths: readonly string[] = []): Promise<Picture[]> {
+  const pictures: Picture[] = [];
+  for (const path of paths) pictures.push(await readPicture(path));
+  return pictures;
 }
 
 export async function readInputs(options: SampleOptions): Promise<Inputs> {
-  const controls: Picture[] = [];
-  for (const path of options.controlImage ?? []) controls.push(await readPicture(path));
-  if (!options.image) return { controls };
+  const controls = await readPictures(options.controlImage);
+  const ipAdapterImages = await readPictures(options.ipAdapterImage);
+  if (!options.image) return { controls, ipAdapterImages };
   const image = await readPicture(options.image);
-  if (!options.mask) return { image, controls };
+  if (!options.mask) return { image, controls, ipAdapterImages };
   const mask = await readMask(options.mask);
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,
     );
   }
-  return { image, mask, controls };
+  return { image, mask, controls, ipAdapterImages };
 }
 
 /**
@@ -40,7 +49,7 @@ export function baseRequests(
   options: SampleOptions,
   { ratio, sampleSize }: Sizes,
   prompts: readonly string[],
-  { image, mask, controls = [] }: Inputs,
+  { image, mask, controls = [], ipAdapterImages = [] }: Inputs,
   seed: number,
 ): Request[] {
   const floored = (pixels: number | undefined) =>
@@ -74,6 +83,7 @@ export function baseRequests(
     mask: mask && preprocessMask(mask, width, height),
     strength: options.strength,
     ...controlRequest(options, controls, width, height),
+    ...ipAdapterRequest(options, ipAdapterImages),
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
@@ -114,6 +124,7 @@ export const refinerRequest = (options: SampleOptions, base: Request, latents: L
   image: base.mask && base.image,
   latents,
   control_image: undefined,
+  ip_adapter_image: undefined,
   // With --image the strength is the base's.
   strength: options.image ? 0.3 : options.strength,
   denoising_end: undefined,

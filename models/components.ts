@@ -8,6 +8,7 @@ import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { Json } from './checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
+import { parseVisionConfig, visionEncoder } from './clip_vision.ts';
 import { controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts';
 import { joined } from './latents.ts';
 import { parseUNetConfig, unet } from './unet.ts';
@@ -30,6 +31,7 @@ export function buildComponent(config: Json): Component | undefined {
   if (name === 'UNet2DConditionModel') return unetComponent(config);
   if (name === 'ControlNetModel') return controlnetComponent(config);
   if (name === 'AutoencoderKL') return vaeComponent(config);
+  if (name === 'CLIPVisionModelWithProjection') return visionComponent(config);
   return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
 }
 
@@ -107,6 +109,17 @@ function textComponent(json: Json): Component {
       const placed = placeTokens(module, tokens, tokens.length, device);
       const { hidden, pooled } = module(placed, { layer: -2, pooled: true });
       return [hidden, pooled];
+    });
+  return { module, probe };
+}
+
+function visionComponent(json: Json): Component {
+  const config = parseVisionConfig(json);
+  const module = visionEncoder(config);
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => {
+      const pixels = wave([1, config.image_size, config.image_size, 3], device, dtype);
+      return [module(pixels, 'penultimate'), module(pixels, 'image_embeds')];
     });
   return { module, probe };
 }

@@ -1,5 +1,5 @@
 // What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
-// a VAE, a LoRA, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
+// a VAE, a LoRA, an IP-Adapter, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
 // fail to load is known without loading it.
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
@@ -7,8 +7,16 @@ import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
-import { type Json, matchParameters, openModel, openWeights, type WeightSource } from './checkpoint.ts';
+import {
+  type Json,
+  matchParameters,
+  openModel,
+  openWeights,
+  sourceOf,
+  type WeightSource,
+} from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
+import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
@@ -131,6 +139,7 @@ function inspectFile(path: string): Inspection {
     const base = { path, metadata: file.metadata };
     const prefixes = singleFilePrefixes(file);
     if (prefixes) return { ...base, ...inspectSingleFile(file, prefixes) };
+    if (isIPAdapter(names)) return { ...base, ...inspectIPAdapter(file) };
     if (isAdapter(file)) return { ...base, ...inspectLora(file) };
     const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
     if (names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name))) {
@@ -189,6 +198,26 @@ function inspectSingleFile(
   }
   const kind = `original single file: SDXL ${refiner ? 'refiner' : 'base'}`;
   return { kind, components, problems };
+}
+
+function inspectIPAdapter(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {
+  const weights = sourceOf(file.path, [file]);
+  const found = { name: 'ip_adapter', ...summary([...file.tensors.values()]) };
+  try {
+    const config = parseIPAdapter(weights);
+    const { tokens, cross_attention_dim, inputs, resampler, widths } = config;
+    const { problems } = matchParameters(ipAdapter(config), weights);
+    const read = `${resampler ? 'hidden states' : 'an embedding'} of width ${inputs}`;
+    return {
+      kind: `IP-Adapter${resampler ? ' plus' : ''}: ${read} as ${tokens} tokens of width ${cross_attention_dim}, for ${widths.length} layers`,
+      components: [{ ...found, problems }],
+      problems,
+    };
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    const problems = [error.message];
+    return { kind: 'IP-Adapter', components: [{ ...found, problems }], problems };
+  }
 }
 
 function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {

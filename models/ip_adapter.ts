@@ -92,12 +92,17 @@ function projectionIn(
   };
 }
 
-/** Reads a file's header. @throws UserError as parseIPAdapter, and for a pickle */
-export function readIPAdapter(path: string): IPAdapterConfig {
+/** @throws UserError that names the file to give in its place */
+export function refusePickle(path: string): void {
   if (/\.(bin|ckpt|pt|pth)$/.test(path))
     throw new UserError(
       `${path} is a pickle, which can run code when read and is refused; give ${path.replace(/\.\w+$/, '.safetensors')}, which is published beside it`,
     );
+}
+
+/** Reads a file's header. @throws UserError as parseIPAdapter, and for a pickle */
+export function readIPAdapter(path: string): IPAdapterConfig {
+  refusePickle(path);
   const file = openSafetensors(path);
   try {
     return parseIPAdapter(sourceOf(path, [file]));
@@ -200,6 +205,7 @@ export function imagePromptsOf(
   adapters: readonly IPAdapter[],
   { ip_adapter_image: pictures = [], ip_adapter_scale: scales = 1 }: IPAdapterRequest,
 ): ImagePrompt[] {
+  if (adapters.length === 0 && pictures.length === 0) return [];
   if (pictures.length !== adapters.length)
     throw new UserError(
       `ip_adapter_image has ${pictures.length} pictures for ${adapters.length} IP-Adapters: give one to each`,

@@ -14,7 +14,7 @@ import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts
 const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
 
 /** Of each folder's weights the `wanted` variant, or where none is named the plain ones, or fp16 where it has that alone. */
-const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
+export const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
   weights.filter((name) => {
     const mine = weights.filter((other) => dirname(other) === dirname(name));
     const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
@@ -22,7 +22,7 @@ const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
   });
 
 /** The variant, where a lone component's files have it: a ControlNet need not have what its base has. */
-const variantAmong = (names: readonly string[], wanted?: string): string | undefined =>
+export const variantAmong = (names: readonly string[], wanted?: string): string | undefined =>
   names.some((name) => name.endsWith('.safetensors') && variantOf(name) === wanted) ? wanted : undefined;
 
 /**
