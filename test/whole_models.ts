@@ -18,13 +18,14 @@ import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
+import { controlled } from '../train/controlnet.ts';
 import { ema } from '../train/ema.ts';
 import { fill } from '../train/fields.ts';
 import { addNoise, diffusionLoss, noisedInputs, objectiveOf } from '../train/objective.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { openPasses, place } from '../train/pass.ts';
-import { fields } from '../train/run.ts';
+import { fields, resolveRun } from '../train/run.ts';
 import { picture, writeControlNet } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';
@@ -102,6 +103,53 @@ export function controlledSteps(device: Device, dtype: FloatDType): Results {
   for (const { step, latents } of loop) results[`step ${step}`] = latents.data;
   pipeline.release();
   return results;
+}
+
+/** The gradients of a small ControlNet beside the tiny UNet, which has none, for two rows with a picture each. */
+export function controlledGradients(device: Device, dtype: FloatDType): Results {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-controlled-'));
+  const controlnet = [openComponent(writeControlNet(folder, 'bare'))];
+  const pipeline = loadPipeline(source, { device, dtype, controlnet });
+  rmSync(folder, { recursive: true });
+  const [net] = pipeline.controlnet;
+  const parameters = [...namedParameters(net).values()];
+  for (const p of parameters) requireGrad(p.tensor);
+  const random = new TorchGenerator(5);
+  const normals = (...shape: number[]) => random.randn(sizeOf(shape)) as Float32Array;
+  const run = resolveRun({ train: { target: 'controlnet' } }, 'test', 'test');
+  const objective = objectiveOf(run.objective, source.config('scheduler'));
+  const shape = [2, 4, 4, 4];
+  const noised = addNoise(
+    objective,
+    normals(...shape),
+    shape,
+    new Float32Array([500, 20]),
+    normals(...shape),
+  );
+  const images = [1, 2].flatMap((seed) => [...picture(seed, 32, 32).data]);
+  const loss = scope(() => {
+    const inputs = {
+      ...place(noisedInputs(noised, dtype), device),
+      controlnet_cond: tensor(
+        images.map((x) => x / 255),
+        [2, 32, 32, 3],
+        { device, dtype },
+      ),
+    };
+    const value = diffusionLoss(controlled(run).network(pipeline, inputs), objective, inputs, {
+      context: tensor(normals(2, 77, 80), [2, 77, 80], { device, dtype }),
+      textEmbeds: tensor(normals(2, 40), [2, 40], { device, dtype }),
+      timeIds: tensor(Array(2).fill([32, 32, 0, 0, 32, 32]).flat(), [2, 6], { device }),
+    });
+    backward(value);
+    return value.floats();
+  });
+  const gradients = scope(() =>
+    Float32Array.from(parameters.flatMap((p) => [...(gradOf(p.tensor) as Tensor).floats()])),
+  );
+  for (const p of parameters) clearGrad(p.tensor);
+  pipeline.release();
+  return { loss, gradients };
 }
 
 /** One update of the tiny UNet on fixed noise, with float32 masters where the weights are halves. */
