@@ -138,7 +138,10 @@ test('a training checkpoint: trained parts or their averages, the rest from the 
     from.close();
     writeSafetensors(join(checkpoint, target, 'diffusion_pytorch_model.safetensors'), entries);
   }
-  const began = { model: golden('tiny-sdxl'), vae: '', objective: { prediction_type: 'epsilon' } };
+  const began = {
+    ...{ model: golden('tiny-sdxl'), vae: '', train: { target: 'unet' } },
+    objective: { prediction_type: 'epsilon' },
+  };
   writeFileSync(join(checkpoint, 'state.json'), JSON.stringify({ run: began }));
   const first = (path: string) => [...componentContents(path).values()][0].split(/[ ,]/).at(-1);
   const own = Number(first(golden('tiny-sdxl/unet')));
