@@ -3,6 +3,7 @@
 // to be opened. A system that cannot do that (NFS, or any but Linux) takes two renames; killed between them, a program leaves the
 // former folder aside, and `clearUnfinished` gives it its name back.
 import {
+  copyFileSync,
   existsSync,
   lstatSync,
   mkdirSync,
@@ -11,6 +12,7 @@ import {
   renameSync,
   rmdirSync,
   rmSync,
+  statSync,
 } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import koffi from 'koffi';
@@ -29,10 +31,10 @@ export function replaceFolderAtomically<R>(path: string, write: (temporaryPath: 
     syncTree(temporary);
     const former = takeName(temporary, path);
     sync(dirname(path));
-    if (former !== undefined) rmSync(former, { recursive: true, force: true });
+    if (former !== undefined) removeAll(former);
     return result;
   } catch (error) {
-    rmSync(temporary, { recursive: true, force: true });
+    removeAll(temporary);
     throw asUserError(error, path, temporary);
   }
 }
@@ -70,6 +72,23 @@ function exchange(a: string, b: string): boolean {
     return false;
   }
   return renameat2(atWorkingFolder, a, atWorkingFolder, b, 2) === 0;
+}
+
+/**
+ * Copies what is in a folder, links as what they lead to. Folders are made anew rather than with the rights of the first, which may be
+ * closed to writing: such a copy could not be removed later. @throws UserError
+ */
+export function copyFolder(from: string, to: string): void {
+  makeFolder(to);
+  for (const name of listFolder(from)) {
+    const [source, target] = [join(from, name), join(to, name)];
+    try {
+      if (statSync(source).isDirectory()) copyFolder(source, target);
+      else copyFileSync(source, target);
+    } catch (error) {
+      throw asUserError(error, target);
+    }
+  }
 }
 
 /** Removes a folder, all of it at once for who looks for it by its name. @throws UserError */
@@ -136,7 +155,7 @@ export function* newFolderInTurns<R>(
     sync(dirname(place));
     return result;
   } catch (error) {
-    rmSync(temporary, { recursive: true, force: true });
+    removeAll(temporary);
     throw asUserError(error, path, temporary);
   }
 }

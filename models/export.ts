@@ -3,14 +3,14 @@
 // one forward pass through it must equal the source's. A missing or an extra tensor is an error before anything is written.
 // The work yields after each tensor and each pass, as a model is of many GB: whoever drives it may leave there.
 import { createHash } from 'node:crypto';
-import { cpSync, existsSync, readdirSync } from 'node:fs';
+import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { asUserError, replaceInTurns } from '../io/files.ts';
-import { newFolderInTurns } from '../io/folders.ts';
+import { replaceInTurns } from '../io/files.ts';
+import { copyFolder, newFolderInTurns } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import {
   type Json,
@@ -175,11 +175,7 @@ export function* exportFolder(
 function copyPlain(source: ModelSource, name: string, folder: string): void {
   if (name === 'scheduler') writeJson(join(folder, 'scheduler_config.json'), source.config(name));
   if (!(tokenizers as readonly string[]).includes(name)) return;
-  try {
-    cpSync(source.folder(name), folder, { recursive: true, dereference: true });
-  } catch (error) {
-    throw asUserError(error, folder);
-  }
+  copyFolder(source.folder(name), folder);
 }
 
 /** The source's index, with what was left out marked so in diffusers' way. */

@@ -1,7 +1,9 @@
 // Folders that are written whole or not at all: a program killed at any of its calls leaves the former folder or the new one.
 import { spawnSync } from 'node:child_process';
 import {
+  chmodSync,
   existsSync,
+  lstatSync,
   mkdirSync,
   readdirSync,
   readFileSync,
@@ -12,7 +14,7 @@ import {
 import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { writeFileAtomic } from '../io/files.ts';
-import { clearUnfinished, newFolderInTurns, replaceFolderAtomically } from '../io/folders.ts';
+import { clearUnfinished, copyFolder, newFolderInTurns, replaceFolderAtomically } from '../io/folders.ts';
 import { atOnce, inTurns } from '../io/turns.ts';
 import { packageRoot } from './golden.ts';
 import { at, folder, refuses } from './io_helpers.ts';
@@ -106,6 +108,23 @@ for (const [how, exchanges] of [
     t.equal(missing, exchanges ? 0 : 1, 'kills after which nobody could have opened it');
     t.end();
   });
+
+test('a copy can be written to, whatever it is of', (t) => {
+  const from = at('closed');
+  mkdirSync(join(from, 'deep'), { recursive: true });
+  writeFileSync(join(from, 'deep', 'file'), 'text');
+  symlinkSync('deep', join(from, 'link'));
+  for (const closed of [join(from, 'deep'), from]) chmodSync(closed, 0o555);
+  copyFolder(from, at('copied'));
+  for (const closed of [from, join(from, 'deep')]) chmodSync(closed, 0o755);
+  const copied = ['', 'deep', 'link'].map((name) => lstatSync(at(`copied/${name}`)));
+  t.ok(copied.every((entry) => entry.isDirectory() && entry.mode & 0o200));
+  t.same(readFileSync(at('copied/link/file'), 'utf8'), 'text');
+  refuses(t, /none does not exist/, () => copyFolder(at('none'), at('copied')));
+  symlinkSync('nowhere', join(from, 'deep', 'broken'));
+  refuses(t, /deep\/broken does not exist/, () => copyFolder(from, at('copied')));
+  t.end();
+});
 
 test('what is being written stays', (t) => {
   const parent = at('shared');

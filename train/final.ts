@@ -2,11 +2,11 @@
 // that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
 // there is none: a preset's random weights, or an original single file. A VAE, a LoRA or a ControlNet stands alone. The state of the
 // checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
-import { cpSync, existsSync, readFileSync } from 'node:fs';
+import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { replaceFolderAtomically } from '../io/folders.ts';
+import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
 import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
@@ -35,17 +35,17 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
         saved(component, ema?.weights),
       );
     }
-    cpSync(stateFile(checkpoint), join(temporary, 'run.json'));
+    copyFileSync(stateFile(checkpoint), join(temporary, 'run.json'));
     if (run.train.target !== 'unet') return;
     for (const component of task.frozen) {
       const { name } = component;
       const from = folderOf(name === 'vae' ? vaeSource : source, name);
-      if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
+      if (from) copyFolder(from, join(temporary, name));
       else saveComponent(join(temporary, name), saved(component));
     }
     for (const name of tokenizers) {
       const from = folderOf(source, name);
-      if (from) cpSync(from, join(temporary, name), { recursive: true, dereference: true });
+      if (from) copyFolder(from, join(temporary, name));
     }
     writeJson(
       join(temporary, 'scheduler', 'scheduler_config.json'),
