@@ -150,20 +150,40 @@ export interface Request
  * A request as it may be written. What diffusers' text-to-image pipeline has defaults for may be left out: 50 steps, a guidance scale
  * of 5, the size that the model was trained at; and the generator, which then has a random seed.
  */
-export type Asked = Pick<Request, 'prompt'> & Partial<Request>;
+export type Asked = Texts & Partial<Omit<Request, keyof Texts>>;
+
+/** A text stands for a list of one; for as many as there are prompts where it is no prompt itself. */
+interface Texts {
+  prompt: string | readonly string[];
+  prompt_2?: string | readonly string[];
+  negative_prompt?: string | readonly string[];
+  negative_prompt_2?: string | readonly string[];
+}
 
 /** `asked` with the defaults filled in. */
-export const complete = ({ sampleSize }: Pick<Sizes, 'sampleSize'>, asked: Asked): Request => ({
-  ...asked,
-  num_inference_steps: stepsOf(asked) ?? 50,
-  guidance_scale: asked.guidance_scale ?? 5,
-  width: asked.width ?? sampleSize,
-  height: asked.height ?? sampleSize,
-  generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
-});
+export function complete({ sampleSize }: Pick<Sizes, 'sampleSize'>, asked: Asked): Request {
+  const prompt = typeof asked.prompt === 'string' ? [asked.prompt] : asked.prompt;
+  const each = (texts: Texts[keyof Texts]) => (typeof texts === 'string' ? prompt.map(() => texts) : texts);
+  return {
+    ...asked,
+    prompt,
+    prompt_2: each(asked.prompt_2),
+    negative_prompt: each(asked.negative_prompt),
+    negative_prompt_2: each(asked.negative_prompt_2),
+    num_inference_steps: stepsOf(asked) ?? 50,
+    guidance_scale: asked.guidance_scale ?? 5,
+    width: asked.width ?? sampleSize,
+    height: asked.height ?? sampleSize,
+    generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
+  };
+}
 
 /** As many as the lists of own ones come to. */
-export const stepsOf = ({ timesteps, sigmas, num_inference_steps }: Partial<Request>): number | undefined =>
+export const stepsOf = ({
+  timesteps,
+  sigmas,
+  num_inference_steps,
+}: Partial<Pick<Request, 'timesteps' | 'sigmas' | 'num_inference_steps'>>): number | undefined =>
   timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
 
 export interface Progress {

@@ -287,7 +287,7 @@ function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
 test("what a request leaves out is diffusers' default", (t) => {
   const prompt = ['a fox'];
   const { generators, ...rest } = complete({ sampleSize: 128 }, { prompt });
-  t.same(rest, { prompt, num_inference_steps: 50, guidance_scale: 5, width: 128, height: 128 });
+  t.match(rest, { prompt, num_inference_steps: 50, guidance_scale: 5, width: 128, height: 128 });
   t.equal(generators.length, 1);
   const asked = { prompt, timesteps: [999, 500], width: 64, guidance_scale: 0, height: undefined };
   t.match(complete({ sampleSize: 128 }, asked), {
@@ -297,5 +297,14 @@ test("what a request leaves out is diffusers' default", (t) => {
     height: 128,
   });
   t.equal(complete({ sampleSize: 8 }, { prompt, sigmas: [14, 1, 0] }).num_inference_steps, 2);
+  t.match(complete({ sampleSize: 8 }, { prompt: 'a fox', negative_prompt: 'rain' }), {
+    prompt,
+    negative_prompt: ['rain'],
+  });
+  const both = complete(
+    { sampleSize: 8 },
+    { prompt: ['a fox', 'a hen'], negative_prompt: '', prompt_2: ['x', 'y'] },
+  );
+  t.match(both, { negative_prompt: ['', ''], prompt_2: ['x', 'y'], negative_prompt_2: undefined });
   t.end();
 });
