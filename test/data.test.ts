@@ -11,7 +11,7 @@ import { encodePng } from '../io/png.ts';
 import type { Size } from '../models/conditioning.ts';
 import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
 import { allCaptions, captionOf } from '../train/data/caption.ts';
-import { geometryOf, preparePicture, timeIdsOf } from '../train/data/picture.ts';
+import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
 import { fill } from '../train/fields.ts';
@@ -320,6 +320,10 @@ test('what is transparent lies on white', async (t) => {
   const grey = encode({ width: 2, height: 1, channels: 2, data: Uint8Array.of(40, 255, 40, 0) });
   const { data } = await decodePicture(grey, 'grey', { onWhite: true });
   t.strictSame([...data], [40, 40, 40, 255, 255, 255], 'grey with alpha');
+  const center = { ...defaults, center_crop: true };
+  const whole = geometryOf([1, 4], [1, 4], center, { seed: 0, key: 0, variant: 0 });
+  const pixels = await readPixels(files[0][1], 'as a model sees it', whole, 'bilinear');
+  t.strictSame([...pixels.subarray(3, 6)], [1, 1, 1], 'and so do the pixels for the VAE');
 });
 
 const where = { seed: 7, key: 11, variant: 0 };
@@ -363,6 +367,12 @@ test('geometry covers the target and nothing more', (t) => {
       [64, 64],
       [64, 65],
       [0, 0],
+    ],
+    [
+      [64, 71],
+      [64, 64],
+      [64, 71],
+      [0, 4],
     ],
     [
       [832, 1216],

@@ -48,6 +48,23 @@ test('the native kernel draws the same numbers', { skip: 'reason' in library && 
   t.end();
 });
 
+test('normals begin at an even word', (t) => {
+  for (const [before, skipped] of [
+    [1, 2],
+    [2, 2],
+    [3, 4],
+    [4, 4],
+  ] as const) {
+    const [some, more] = [before, skipped].map((count) => {
+      const own = draws(7, 1, 2, 'noise');
+      for (let i = 0; i < count; i++) own.uniform();
+      return own.normals(5);
+    });
+    t.same(some, more, `after ${before}`);
+  }
+  t.end();
+});
+
 test('a key has its stream for good: runs go on under later versions', (t) => {
   const numbered = [
     ...(['order', 'caption', 'dropout', 'tags', 'crop', 'flip', 'moments', 'noise', 'offset'] as const),

@@ -2,6 +2,7 @@
 import { test } from 'tap';
 import { type Placed, planEpoch, samplesPerEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
 import { keyOf } from '../train/data/source.ts';
+import { draws } from '../train/draws.ts';
 
 const placed = (count: number, buckets: number): Placed[] =>
   Array.from({ length: count }, (_, i) => ({ key: keyOf(`${i}`), bucket: (i * i) % buckets }));
@@ -49,6 +50,30 @@ test('an epoch shows every sample once, whatever the batch', (t) => {
   t.notSame(members(plan(8, 1, 3, 2)), members(plan(8, 1)), 'another seed');
   const pure = plan(8, 1).filter((update) => update.length === 1).length;
   t.ok(pure >= 8, `${pure} of 13 updates are of one size`);
+  t.end();
+});
+
+test('samples and updates come in the order that is drawn, and a size fills its own updates', (t) => {
+  const ids = (updates: ReturnType<typeof planEpoch>) =>
+    updates.map((update) => update.flatMap(({ samples }) => samples));
+  for (const epoch of [0, 1]) {
+    const samples = placed(12, 1);
+    const random = samples.map(({ key }) => {
+      const own = draws(4, epoch, key, 'order');
+      return { sample: own.uniform(), update: own.uniform() };
+    });
+    const order = samples.map((_, i) => i).sort((a, b) => random[a].sample - random[b].sample);
+    const cut = [0, 4, 8].map((from) => order.slice(from, from + 4));
+    cut.sort(([a], [b]) => random[a].update - random[b].update);
+    t.strictSame(ids(planEpoch(samples, { seed: 4, epoch, batch: 4, accumulation: 1 })), cut);
+    // 7 of one size, 6 of another and 3 of a third: an update of each of the first two, and one of what is left of all, by size.
+    const buckets = [...Array<number>(7).fill(5), ...Array<number>(6).fill(2), 9, 9, 9];
+    const mixed = buckets.map((bucket, i) => ({ key: keyOf(`${i}`), bucket }));
+    const sizes = planEpoch(mixed, { seed: 4, epoch, batch: 4, accumulation: 1 }).map((update) =>
+      update.map(({ bucket, samples: each }) => [bucket, each.length].join('x')).join(),
+    );
+    t.strictSame(sizes.sort(), ['2x2,5x2', '2x4', '5x1,9x3', '5x4']);
+  }
   t.end();
 });
 

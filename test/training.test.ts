@@ -189,8 +189,15 @@ test('learning rates', (t) => {
   const rules = { ...schedule, name: 'piecewise_constant', step_rules: '1:10,0.1:20,0.01' } as const;
   const at = (step: number) => learningRate(rules, 1, step, 100);
   t.same([0, 9, 10, 19, 20, 99].map(at), [1, 1, 0.1, 0.1, 0.01, 0.01]);
+  const turned = { ...rules, step_rules: '0.1:20,1:10,0.01' };
+  t.same(
+    [9, 10, 19, 20].map((step) => learningRate(turned, 1, step, 100)),
+    [1, 0.1, 0.1, 0.01],
+    'in whatever order',
+  );
   t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
-  t.throws(() => learningRate({ ...rules, step_rules: 'fast' }, 1, 0, 100), /step_rules/);
+  for (const step_rules of ['fast', '1:ten,0.1', 'one:10,0.1', '1:10,'])
+    t.throws(() => learningRate({ ...rules, step_rules }, 1, 0, 100), /step_rules/);
   t.end();
 });
 

@@ -1,0 +1,60 @@
+// The keys of a run: what a value on the command line is read as, and what is refused at the edge of what may stand there.
+import { test } from 'tap';
+import { resolveRun } from '../train/run.ts';
+import { refuses } from './io_helpers.ts';
+
+const resolved = (...assignments: string[]) => resolveRun({}, 'the file', 'test', assignments);
+
+test('a written value is read as its key takes it', (t) => {
+  const at = (assignment: string): unknown => {
+    const keys = assignment.slice(0, assignment.indexOf('=')).split('.');
+    return keys.reduce<unknown>(
+      (value, key) => (value as Record<string, unknown>)[key],
+      resolved(assignment),
+    );
+  };
+  for (const [assignment, want] of [
+    ['optimizer.lr=.5', 0.5],
+    ['optimizer.lr=1e-5', 1e-5],
+    ['steps=12', 12],
+    ['steps=0x10', 16],
+    ['vae=12', '12'],
+    ['name=true', 'true'],
+    ['dataset.random_flip=true', true],
+    ['dataset.caption_separator==', '='],
+    ['dataset.instance_prompt=', ''],
+    ['lora.targets=to_q', ['to_q']],
+    ['train.parts=attn1, attn2', ['attn1', 'attn2']],
+    ['train.parts=["a,b"]', ['a,b']],
+    ['optimizer.betas=0.8,0', [0.8, 0]],
+    ['optimizer.betas=[0.8,0.9]', [0.8, 0.9]],
+    ['ema.decay=1', 1],
+    ['ema.decay=0', 0],
+    ['lora.rank=1', 1],
+  ] as const)
+    t.strictSame(at(assignment), want, assignment);
+  t.end();
+});
+
+test('what does not fit is refused', (t) => {
+  for (const [assignment, says] of [
+    ['=5', /--set takes KEY=VALUE/],
+    ['steps', /--set takes KEY=VALUE/],
+    ['x=1', /no key "x"/],
+    ['steps=', /"steps" takes a whole number from 0/],
+    ['steps=1.5', /"steps" takes a whole number from 0/],
+    ['steps=-1', /"steps" takes a whole number from 0/],
+    ['lora.rank=0', /"lora\.rank" takes a whole number from 1/],
+    ['ema.decay=1.001', /"ema\.decay" takes a number from 0 to 1/],
+    ['optimizer.betas=0.9,1', /"optimizer\.betas" takes a list of two, each a number from 0 to below 1/],
+    ['optimizer.betas=0.9', /takes a list of two/],
+    ['optimizer.lr=Infinity', /"optimizer\.lr" takes a number from 0/],
+    ['dataset.random_flip=yes', /takes true or false/],
+    ['optimizer=1', /"optimizer" is a group; name one of its keys: name, lr/],
+    ['optimizer.lr.x=1', /no key "optimizer\.lr\.x"/],
+    ['optimizer.eqs=1', /no key "optimizer\.eqs".*"optimizer\.eps"/],
+    ['step=1', /no key "step".*"steps"/],
+  ] as const)
+    refuses(t, says, () => resolved(assignment));
+  t.end();
+});
