@@ -193,10 +193,13 @@ test('the loss of a prediction', (t) => {
   const [said, target, weights] = [values(1), values(2), [3, 0.5]];
   const unet = (x: Tensor) => x;
   const given = { context: undefined } as unknown as Conditioning;
-  const loss = (settings: Partial<ObjectiveSettings>, inputs: object) =>
+  const loss = (settings: Partial<ObjectiveSettings>, inputs: object, roots?: number[]) =>
     scope(() => {
       const batch = { shape, sample: said, timesteps: Float32Array.of(1, 2), target, ...inputs };
-      const placed = place(noisedInputs(batch, 'float32'), device);
+      const placed = {
+        ...place(noisedInputs(batch, 'float32'), device),
+        ...(roots && { mask: tensor(roots, [2, 2, 2, 1], { device }) }),
+      };
       const objective = objectiveOf({ ...plain, ...settings }, scheduler);
       return diffusionLoss(unet as unknown as UNet, objective, placed, given).floats()[0];
     });
@@ -214,6 +217,11 @@ test('the loss of a prediction', (t) => {
   }
   const squares = [mean((r) => r * r, one), mean((r) => r * r, own)];
   allClose(t, 'mean squared error', [loss({}, {}), loss({}, weighed)], squares, exact);
+  // A mask's roots lie beside the inputs, one for the four channels of a place.
+  const mask = [1, 0, 0.25, 0.5, 0.75, 1, 0, 0.1];
+  const seen =
+    said.reduce((sum, x, i) => sum + weights[i >> 4] * mask[i >> 2] * (x - target[i]) ** 2, 0) / 32;
+  allClose(t, 'under a mask', [loss({}, weighed, mask.map(Math.sqrt))], [seen], exact);
   t.end();
 });
 

@@ -413,7 +413,7 @@ test('what a dataset and a run may lack', async (t) => {
         controlnet: {},
         dataset: { ...dataset, conditioning_image_column: 'edges' },
       },
-      /"dataset\.conditioning_image_column" is for a ControlNet, which target "lora" does not train/,
+      /"dataset\.conditioning_image_column" has images for a ControlNet, which target "lora" does not train/,
     ],
     [
       'a size for another target',

@@ -13,10 +13,11 @@ import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { momentsCache, type PictureMoments, picturesAtOnce, type View } from './cache.ts';
-import { controlled, uncontrolled, withControlNet } from './controlnet.ts';
+import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
+import { masked } from './mask.ts';
 import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
 import { type Pictures, viewIn } from './pictures.ts';
 import { samplePreviews, schedulerOf } from './preview.ts';
@@ -49,7 +50,7 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     sources,
   );
   const objective = objectiveOf(run.objective, source.config('scheduler'));
-  const control = run.train.target === 'controlnet' ? controlled(run) : uncontrolled;
+  const control = controlOf(run, pipeline);
   const cacheFolder = run.dataset.cache || join(run.output, 'cache');
   const captions = run.train.text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
   const configs = networks.texts.map(({ name }) => source.config(name));
@@ -162,6 +163,12 @@ function openPipeline(run: Run, { source, vaeSource }: Sources, device: Device):
   pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
   samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   return pipeline;
+}
+
+/** What becomes of a run's conditioning images. */
+function controlOf(run: Run, { ratio }: Pipeline): Control {
+  if (run.train.target === 'controlnet') return controlled(run);
+  return run.objective.masked_loss ? masked(run, ratio) : uncontrolled;
 }
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */

@@ -2,6 +2,7 @@
 // All draws are keyed by (seed, epoch, sample) and made on the host in the latents' own layout [n, h, w, c]. Where peers
 // differ the paper's formula is taken and the function says so.
 import type { Tensors } from '../engine/op.ts';
+import { mul } from '../engine/ops/binary.ts';
 import { huber, mse } from '../engine/ops/loss.ts';
 import { cast } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
@@ -21,6 +22,8 @@ export interface ObjectiveSettings {
   huber_delta: number;
   /** What the loss of pictures for prior preservation weighs (dataset.class_data_dir). */
   prior_loss_weight: number;
+  /** Weigh each place of a picture by its mask, which is its conditioning image (mask.ts). */
+  masked_loss: boolean;
   /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
   snr_gamma: number;
   /** Debiased estimation weighting (Yu et al. 2023). */
@@ -103,6 +106,10 @@ export function objectiveOf(
   }
   if (settings.snr_gamma > 0 && settings.debiased)
     throw new UserError('objective.snr_gamma and objective.debiased are two weightings; choose one');
+  if (settings.masked_loss && settings.loss === 'huber')
+    throw new UserError(
+      'objective.masked_loss weighs squares, and objective.loss "huber" is none; set it to "mse", or leave the mask out',
+    );
   const [begin, end] = settings.timestep_range;
   if (begin > end)
     throw new UserError(
@@ -300,10 +307,12 @@ export type Network = (sample: Tensor, timesteps: Tensor, conditioning: Conditio
 export function diffusionLoss(
   network: Network,
   { settings }: Objective,
-  { sample, timesteps, target, weights }: Tensors,
+  { sample, timesteps, target: wanted, weights, mask }: Tensors,
   conditioning: Conditioning,
 ): Tensor {
-  const given = cast(network(sample, timesteps, conditioning), 'float32');
+  const seen = (x: Tensor): Tensor => (mask ? mul(x, mask) : x);
+  const given = seen(cast(network(sample, timesteps, conditioning), 'float32'));
+  const target = seen(wanted);
   return settings.loss === 'huber'
     ? huber(given, target, weights, settings.huber_delta)
     : mse(given, target, weights);

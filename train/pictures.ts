@@ -44,7 +44,10 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
   const { class_data_dir, class_prompt } = run.dataset;
   const prior = class_data_dir
     ? await look(
-        { ...run.dataset, path: class_data_dir, instance_prompt: class_prompt },
+        {
+          ...run.dataset,
+          ...{ path: class_data_dir, instance_prompt: class_prompt, conditioning_image_column: '' },
+        },
         'looking at pictures of the class',
       )
     : [];

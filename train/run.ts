@@ -66,7 +66,7 @@ export interface Run {
     caption_column: string;
     /** What the name of a picture's file of captions ends in. */
     caption_extension: string;
-    /** What a ControlNet is shown with each picture, of the same size. Empty for `conditioning_image` where one trains, else for none. */
+    /** What a ControlNet is shown with each picture, or the mask of its loss, of the same size. Empty for `conditioning_image` where it is wanted. */
     conditioning_image_column: string;
     /** The caption of pictures that have none; empty where each must have its own. */
     instance_prompt: string;
@@ -229,6 +229,7 @@ export const fields: Fields<Run> = {
     loss: choice('mse', 'mse', 'huber'),
     huber_delta: number(1, { min: 0 }),
     prior_loss_weight: number(1, { min: 0 }),
+    masked_loss: flag(false),
     snr_gamma: number(0, { min: 0 }),
     debiased: flag(false),
     zero_terminal_snr: flag(false),
@@ -327,12 +328,25 @@ function refuseUnused(
     );
 }
 
-/** What is amiss with a ControlNet's pictures, or meant for one where none is trained. */
-function refuseUncontrolled({ train: { target }, dataset, controlnet, previews }: Run, where: string): void {
+/** Whether each picture has an image beside it. */
+const conditioned = ({ train, objective }: Run): boolean =>
+  train.target === 'controlnet' || objective.masked_loss;
+
+/** What is amiss with conditioning images, or meant for a ControlNet where none is trained. */
+function refuseConditions(run: Run, where: string): void {
+  const { dataset, controlnet, previews, objective } = run;
+  const { target } = run.train;
   const { prompts, validation_image: images } = previews;
+  if (objective.masked_loss && (target === 'controlnet' || target === 'vae'))
+    throw new UserError(
+      `${where}: "objective.masked_loss" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+    );
+  if (dataset.conditioning_image_column && !conditioned(run))
+    throw new UserError(
+      `${where}: "dataset.conditioning_image_column" has images for a ControlNet, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,
+    );
   if (target !== 'controlnet') {
     for (const [key, value] of [
-      ['dataset.conditioning_image_column', dataset.conditioning_image_column],
       ['previews.validation_image', images],
       ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path],
       ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block],
@@ -370,8 +384,8 @@ export function resolveRun(
     );
   run.output ||= `runs/${run.name}`;
   refuseUnused(run, where);
-  refuseUncontrolled(run, where);
-  if (run.train.target === 'controlnet') run.dataset.conditioning_image_column ||= 'conditioning_image';
+  refuseConditions(run, where);
+  if (conditioned(run)) run.dataset.conditioning_image_column ||= 'conditioning_image';
   mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }

@@ -1,0 +1,103 @@
+// Masked loss: masks of latents, which follow their pictures' crops and mirroring; runs under white and half masks; mistakes.
+import { copyFileSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { writePng } from '../io/image.ts';
+import { latentMask } from '../train/mask.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
+import { openMaterials, openSession } from '../train/session.ts';
+import { picture } from './controlnet_golden.ts';
+import { basic, device, folder, locate, losses, resumes, run, silent } from './small_runs.ts';
+
+/** Four pictures of 64 x 32, each with a mask that is as white as `red` says of a column. */
+function place(name: string, red: (x: number) => number): string {
+  const path = join(folder, name);
+  mkdirSync(path);
+  for (let i = 0; i < 4; i++) {
+    const mask = Uint8Array.from({ length: 3 * 64 * 32 }, (_, at) => (at % 3 ? 77 : red((at / 3) % 64)));
+    writePng(join(path, `${i}.png`), picture(i, 64, 32));
+    writePng(join(path, `${i}.conditioning_image.png`), { width: 64, height: 32, channels: 3, data: mask });
+    writeFileSync(join(path, `${i}.txt`), `picture ${i}`);
+  }
+  return path;
+}
+const [white, half] = [place('white', () => 255), place('half', (x) => (x < 44 ? 255 : 0))];
+
+const maskedRun = (output: string, path: string, masked_loss = true): RunInput => ({
+  ...basic(output),
+  ...{ steps: 2, ema: { decay: 0 }, objective: { masked_loss } },
+  dataset: { ...basic(output).dataset, path },
+});
+
+test('a latent counts as its pixels do on average, by their red', (t) => {
+  const image = Float32Array.from({ length: 2 * 4 * 3 }, (_, i) => (i % 3 === 0 ? i / 3 / 8 : 0.5));
+  t.same([...latentMask(image, [2, 4], 2)], [(0 + 1 + 4 + 5) / 32, (2 + 3 + 6 + 7) / 32]);
+  t.end();
+});
+
+test('a mask follows the crop and the mirroring of its picture', async (t) => {
+  const input = maskedRun('followed', half);
+  const own = resolveRun(
+    { ...input, dataset: { ...input.dataset, random_flip: true, crops: 4 } },
+    'test',
+    'test',
+  );
+  const session = openSession(await openMaterials(own, locate, silent), device);
+  await session.task.fillCache?.(silent, { asked: false });
+  const counts = new Set<string>();
+  for (let epoch = 0; epoch < 4; epoch++) {
+    const { mask, timeIds } = await session.task.prepare({ bucket: 0, samples: [0, 1, 2, 3] }, epoch);
+    t.same([mask.shape, mask.dtype], [[4, 4, 4, 1], 'float32']);
+    for (let i = 0; i < 4; i++) {
+      // The crop's left is told as if the picture had been mirrored first.
+      const left = timeIds.values[6 * i + 3];
+      const squares = Array.from({ length: 16 }, (_, k) => mask.values[16 * i + k] ** 2);
+      const wanted = (mirrored: boolean) =>
+        Array.from({ length: 16 }, (_, k) => {
+          const columns = Array.from({ length: 8 }, (_, x) => left + 8 * (k % 4) + x);
+          return columns.filter((x) => (mirrored ? 63 - x : x) < 44).length / 8;
+        });
+      const near = (values: number[]) => values.every((x, k) => Math.abs(x - squares[k]) < 1e-6);
+      const found = [false, true].filter((mirrored) => near(wanted(mirrored)));
+      t.ok(found.length > 0, `epoch ${epoch}, picture ${i}, a crop at ${left}: ${squares.slice(0, 4)}`);
+      counts.add(squares.slice(0, 4).join());
+    }
+  }
+  t.ok(counts.size > 4, 'crops differ');
+  session.release();
+});
+
+test('a white mask changes no bit, a half one what is learnt; runs resume', async (t) => {
+  const of = async (name: string, path: string, masked: boolean) => {
+    await run(maskedRun(name, path, masked));
+    return losses(join(folder, name)).map(([, loss]) => loss as number);
+  };
+  const bare = join(folder, 'bare');
+  mkdirSync(bare);
+  for (const name of readdirSync(white).filter((name) => !name.includes('conditioning')))
+    copyFileSync(join(white, name), join(bare, name));
+  const [free, whole, part] = [
+    await of('free', bare, false),
+    await of('whole', white, true),
+    await of('part', half, true),
+  ];
+  t.same(whole, free);
+  t.ok(part[0] < free[0] && part[0] > 0, `${part[0]} of ${free[0]}`);
+  const { output: _, ...resumed } = maskedRun('', half);
+  await resumes(t, 'masked', resumed);
+});
+
+test('mistakes', async (t) => {
+  for (const [more, sentence] of [
+    [{ train: { target: 'controlnet' } }, /"objective\.masked_loss" is for the targets "unet" and "lora"/],
+    [{ train: { target: 'vae' } }, /"objective\.masked_loss" is for the targets "unet" and "lora"/],
+    [
+      { objective: {}, dataset: { conditioning_image_column: 'mask' } },
+      /masks for "objective\.masked_loss", which is off; leave it out/,
+    ],
+  ] as const)
+    t.throws(() => resolveRun({ ...maskedRun('x', half), ...more }, 'run.ts', 'test'), { message: sentence });
+  const huber = { ...maskedRun('huber', half), objective: { masked_loss: true, loss: 'huber' as const } };
+  const materials = await openMaterials(resolveRun(huber, 'run.ts', 'test'), locate, silent);
+  t.throws(() => openSession(materials, device), { message: /objective\.masked_loss weighs squares/ });
+});
