@@ -24,6 +24,8 @@ export interface Call {
   loras?: readonly (readonly [file: string, scale: number])[];
   /** ControlNets' folders, what each follows, and how strongly where that is said. */
   controlnets?: readonly (readonly [folder: string, image: string, scale?: number])[];
+  /** IP-Adapters' files, the picture that each draws by, and how strongly where that is said. */
+  ipAdapters?: readonly (readonly [file: string, image: string, scale?: number])[];
   /** What then works over the latents, with the same generator and scheduler. */
   refiner?: { model: string; settings: Settings };
 }
@@ -223,6 +225,42 @@ function controlled(
   };
 }
 
+/** By pictures, through what lies in `plain` and `plus`. */
+function byPictures(
+  { odd, oddMask }: Pictures,
+  { full }: ControlNets,
+  { plain, plus }: IPAdapters,
+): Record<string, [Call['pipeline'], Short]> {
+  const masked = { image: odd, mask_image: oddMask, width: 112, height: 144, num_inference_steps: 6 };
+  const one: Short = { ipAdapters: [[plain, odd, 0.7]] };
+  const two: Short = {
+    ipAdapters: [
+      [plain, odd, 0.7],
+      [plus, oddMask, -0.5],
+    ],
+  };
+  return {
+    'an IP-Adapter': ['text2img', { ipAdapters: [[plain, odd]] }],
+    'a plus IP-Adapter, two images, ancestral': [
+      'text2img',
+      {
+        ipAdapters: [[plus, odd, 0.6]],
+        settings: { num_images_per_prompt: 2 },
+        ...named('EulerAncestralDiscreteScheduler'),
+      },
+    ],
+    'an IP-Adapter without guidance': ['text2img', { ...one, settings: { guidance_scale: 1 } }],
+    'two IP-Adapters, DPM++ 2M': ['text2img', { ...two, ...named('DPMSolverMultistepScheduler') }],
+    'an IP-Adapter and a refiner': ['text2img', { ...hands(0.7), ...one }],
+    'two IP-Adapters over a picture': ['img2img', { ...two, settings: { image: odd, strength: 0.6 } }],
+    'an IP-Adapter in a part of a picture, two images': [
+      'inpaint',
+      { ...one, settings: { ...masked, num_images_per_prompt: 2 } },
+    ],
+    'an IP-Adapter beside a ControlNet': ['text2img', { ...two, controlnets: [[full, odd, 0.7]] }],
+  };
+}
+
 interface Pictures {
   odd: string;
   oddMask: string;
@@ -233,7 +271,12 @@ interface ControlNets {
   small: string;
 }
 
-export function allCalls(pictures: Pictures, controlnets: ControlNets): Call[] {
+interface IPAdapters {
+  plain: string;
+  plus: string;
+}
+
+export function allCalls(pictures: Pictures, controlnets: ControlNets, ipAdapters: IPAdapters): Call[] {
   const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
     ...schedulers.map(({ label, scheduler }, i): [string, 'text2img', Short] => [
       label,
@@ -248,6 +291,7 @@ export function allCalls(pictures: Pictures, controlnets: ControlNets): Call[] {
     ...Object.entries({
       ...overPictures(pictures.odd, pictures.oddMask),
       ...controlled(pictures, controlnets),
+      ...byPictures(pictures, controlnets, ipAdapters),
     }).map(([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call]),
   ];
   return short.map(([label, pipeline, call], i) => {
@@ -272,7 +316,7 @@ function typed(name: string, value: Settings[string]): string {
 
 /** The same call for `sdxl sample`. */
 export function argvOf({ model, seed, settings, scheduler, refiner: second, ...more }: Call): string[] {
-  const { loras = [], controlnets = [] } = more;
+  const { loras = [], controlnets = [], ipAdapters = [] } = more;
   const own = ['strength', 'aesthetic_score', 'negative_aesthetic_score'];
   const later = Object.entries(second?.settings ?? {}).filter(([name]) => own.includes(name));
   const { algorithm_type, use_karras_sigmas, timestep_spacing } = scheduler?.config ?? {};
@@ -287,6 +331,10 @@ export function argvOf({ model, seed, settings, scheduler, refiner: second, ...m
     ...controlnets.flatMap(([net, image, scale]) => [
       ...['--controlnet', scale === undefined ? net : `${net}:${scale}`],
       ...['--control-image', image],
+    ]),
+    ...ipAdapters.flatMap(([file, image, scale]) => [
+      ...['--ip-adapter', scale === undefined ? file : `${file}:${scale}`],
+      ...['--ip-adapter-image', image],
     ]),
     ...(second ? ['--refiner', second.model] : []),
   ];

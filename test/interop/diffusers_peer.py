@@ -1,6 +1,7 @@
 # Draws latents with diffusers: argv names a file of jobs, one JSON object a line, each a call of calls.ts with `out`, where
 # its latents go. A model that is one file takes its configs from the folder `configs`.
 import json
+import os
 import sys
 
 try:
@@ -29,10 +30,11 @@ UNDER_CONTROL = {
 loaded = {}
 
 
-def load(kind, model, configs, controls=()):
+def load(kind, model, configs, controls=(), pictures=()):
     """The pipeline and its own scheduler, which a job may replace."""
     folders = tuple(folder for folder, *_ in controls)
-    key = (kind, model, folders)
+    files = tuple(file for file, *_ in pictures)
+    key = (kind, model, folders, files)
     if key not in loaded:
         if model.endswith(".safetensors"):
             pipeline = CLASSES[kind].from_single_file(
@@ -45,6 +47,11 @@ def load(kind, model, configs, controls=()):
             )
         else:
             pipeline = CLASSES[kind].from_pretrained(model, torch_dtype=torch.float32)
+        if files:
+            names = [os.path.basename(file) for file in files]
+            pipeline.load_ip_adapter(
+                os.path.dirname(files[0]), subfolder="", weight_name=names, image_encoder_folder="image_encoder"
+            )
         pipeline.set_progress_bar_config(disable=True)
         loaded[key] = (pipeline, pipeline.scheduler)
     return loaded[key]
@@ -63,9 +70,12 @@ def follow(kind, controls):
     }
 
 
-def draw(kind, model, job, generator, settings, controls=(), **more):
-    pipeline, own = load(kind, model, job.get("configs"), controls)
+def draw(kind, model, job, generator, settings, controls=(), pictures=(), **more):
+    pipeline, own = load(kind, model, job.get("configs"), controls, pictures)
     more.update(follow(kind, controls))
+    if pictures:
+        pipeline.set_ip_adapter_scale([scales[0] if scales else 1.0 for _, _, *scales in pictures])
+        more["ip_adapter_image"] = [Image.open(image).convert("RGB") for _, image, *_ in pictures]
     wanted = job.get("scheduler") or {}
     chosen = getattr(diffusers, wanted["class"]) if "class" in wanted else type(own)
     pipeline.scheduler = chosen.from_config(own.config, **wanted.get("config", {}))
@@ -90,7 +100,8 @@ for line in open(sys.argv[1]):
             pipeline.load_lora_weights(file, adapter_name=name)
         pipeline.set_adapters(names, [scale for _, scale in adapters])
     controls = job.get("controlnets") or []
-    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls)
+    pictures = job.get("ipAdapters") or []
+    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls, pictures)
     if "save" in job:
         load(job["pipeline"], job["model"], job.get("configs"))[0].save_pretrained(job["save"])
     if adapters:

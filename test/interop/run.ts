@@ -14,6 +14,7 @@ import { resize } from '../../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/torch_random.ts';
 import { writeControlNet } from '../controlnet_golden.ts';
+import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
 import { adapter, allCalls, argvOf, base, type Call } from './calls.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
@@ -171,7 +172,11 @@ async function compare(job: Job & { out: string }): Promise<boolean> {
 
 async function all(words: readonly string[]): Promise<number> {
   const [full, small] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
-  const calls = allCalls(await oddPictures(), { full, small });
+  writeEncoder(join(folder, 'image_encoder'));
+  const [plain, plus] = ['plain', 'plus'].map((name) =>
+    writeIPAdapter(join(folder, `ip-adapter_${name}.safetensors`), name),
+  );
+  const calls = allCalls(await oddPictures(), { full, small }, { plain, plus });
   const jobs = [...(await saved()), ...textAdapters(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
