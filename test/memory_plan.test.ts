@@ -1,5 +1,7 @@
 // What SDXL takes of a GPU's memory, by the allocator's own plan: the cuda device with all its plans and workspaces, on a GPU
 // that counts memory alone and has no more than the card in question. On real ones the driver keeps some for itself.
+import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { namedParameters } from '../engine/module.ts';
@@ -8,11 +10,14 @@ import { groupNorm } from '../engine/ops/norm.ts';
 import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
+import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
+import { type IPAdapterSource, ipAdapter } from '../models/ip_adapter.ts';
 import { decode, denoise, loadPipeline, type Request } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
+import { crossAttentions, unet } from '../models/unet.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
 import { estimate } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
@@ -38,13 +43,46 @@ const controlnet: ModelSource = {
       p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
   },
 };
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-memory-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+/** An IP-Adapter as large as ip-adapter-plus_sdxl_vit-h, with ViT-H: a file of holes, as none of its numbers is read. */
+function ipAdapterSource(): IPAdapterSource {
+  const widths = crossAttentions(unet(presets['sdxl-base'].unet)).map(
+    ({ to_q }) => to_q.children.weight.shape[0],
+  );
+  const resampler = { width: 1280, depth: 4, inner: 1280, feedForward: 5120 };
+  const adapter = ipAdapter({ tokens: 16, cross_attention_dim: 2048, inputs: 1280, resampler, widths });
+  let end = 0;
+  const entries = [...namedParameters(adapter)].map(([name, { shape, size }]) => {
+    const begin = end;
+    end += 2 * size;
+    return [name, { dtype: 'F16', shape, data_offsets: [begin, end] }];
+  });
+  const header = Buffer.from(JSON.stringify(Object.fromEntries(entries)));
+  const path = join(folder, 'ip-adapter.safetensors');
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(header.length));
+  writeFileSync(path, Buffer.concat([length, header]));
+  truncateSync(path, 8 + header.length + end);
+  const config = {
+    ...{ hidden_size: 1280, intermediate_size: 5120, num_hidden_layers: 32, num_attention_heads: 16 },
+    ...{ hidden_act: 'gelu', image_size: 224, patch_size: 14, projection_dim: 1024 },
+  };
+  return { path, imageEncoder: { ...controlnet, config: () => config } };
+}
+const ip_adapter_image: Picture[] = [
+  { width: 64, height: 64, channels: 3, data: new Uint8Array(3 * 64 * 64) },
+];
+
 const control_image = [{ shape: [1, 3, 1024, 1024], data: new Float32Array(3 * 1024 * 1024) }];
 
 /** Draws a picture of 1024x1024 with guidance in bfloat16; gives the most bytes of tensors. */
 function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request>): number {
   const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   const nets = more.control_image ? [controlnet] : [];
-  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets });
+  const ipAdapter = more.ip_adapter_image ? [ipAdapterSource()] : [];
+  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets, ipAdapter });
   const loop = denoise(pipeline, {
     prompt: ['a red fox in the snow'],
     ...{ height: 1024, width: 1024, num_inference_steps: 5, guidance_scale: 5, ...more },
@@ -67,6 +105,13 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
       () => draw(card, 10 * GIB, { last: true, control_image }),
       `${on}: under control within 10 GiB`,
     );
+    t.doesNotThrow(
+      () => draw(card, 10 * GIB, { last: true, ip_adapter_image }),
+      `${on}: by a picture within 10 GiB`,
+    );
+    t.throws(() => draw(card, 9 * GIB, { last: true, ip_adapter_image }), {
+      message: /image_encoder 1\.\d\d GiB/,
+    });
     t.throws(() => draw(card, 9 * GIB, { last: true, control_image }), { message: /controlnet 2\.\d\d GiB/ });
     t.throws(() => draw(card, 6 * GIB, {}), {
       name: 'MemoryError',

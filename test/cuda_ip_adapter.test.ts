@@ -1,0 +1,66 @@
+// CLIP's vision encoder and IP-Adapters through the cuda device on the virtual GPU, beside the cpu device.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { scope } from '../engine/scope.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { preprocessClip } from '../io/image.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { loadAndClose, openComponent, sourceOf } from '../models/checkpoint.ts';
+import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
+import { ipAdapter } from '../models/ip_adapter.ts';
+import { toDevice } from '../models/latents.ts';
+import { picture } from './controlnet_golden.ts';
+import { configs, encoderConfig, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-cuda-ip-adapter-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+writeEncoder(join(folder, 'image_encoder'));
+
+/** Keys and values for all layers. */
+function made(name: string, device: Device, dtype: FloatDType): Float32Array[] {
+  const path = writeIPAdapter(join(folder, `${name}.safetensors`), name);
+  return noGrad(() =>
+    scope(() => {
+      const encoder = visionEncoder(parseVisionConfig(encoderConfig));
+      openComponent(join(folder, 'image_encoder')).load('image_encoder', encoder, device, dtype);
+      const adapter = ipAdapter(configs[name]);
+      loadAndClose(adapter, sourceOf(path, [openSafetensors(path)]), device, dtype);
+      const pixels = toDevice(preprocessClip(picture(1, 117, 149), 56), device, dtype);
+      const states = encoder(pixels, name === 'plus' ? 'penultimate' : 'image_embeds');
+      return adapter(states).flatMap((pair) => pair.map((t) => t.floats()));
+    }),
+  );
+}
+
+const length = (values: Float32Array): number => Math.sqrt(values.reduce((sum, x) => sum + x * x, 0));
+
+for (const [name, dtype, capability] of [
+  ['plain', 'float32', [8, 0]],
+  ['plus', 'bfloat16', [9, 0]],
+] as const) {
+  test(`${name} in ${dtype} on ${capability.join('.')}`, (t) => {
+    const [cpu, gpu] = [openDevice('cpu'), cudaDevice(openVirtualGpu({ capability, races: false }))];
+    const [want, got] = [made(name, cpu, 'float32'), made(name, gpu, dtype)];
+    // What rounding alone does, of either device.
+    const bounds = dtype === 'float32' ? want.map(() => 1e-6) : offOf(made(name, cpu, dtype), want);
+    const off = offOf(got, want);
+    t.equal(off.length, 34);
+    off.forEach((error, i) => {
+      t.ok(
+        error <= 1.5 * bounds[i],
+        `${i}: ${error.toExponential(1)}, at most ${(1.5 * bounds[i]).toExponential(1)}`,
+      );
+    });
+    t.end();
+  });
+}
+
+/** Relative to the right numbers, root mean square. */
+function offOf(got: readonly Float32Array[], want: readonly Float32Array[]): number[] {
+  return got.map((values, i) => length(values.map((x, at) => x - want[i][at])) / length(want[i]));
+}
