@@ -33,8 +33,8 @@ import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { progressBar } from './progress.ts';
+import { addSampleOptions } from './sample_flags.ts';
 import {
-  addSampleOptions,
   checkSample,
   checkTexts,
   loraOf,

@@ -3,7 +3,8 @@
 import { Command } from 'commander';
 import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
-import { addSampleOptions, checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
+import { addSampleOptions } from '../cli/sample_flags.ts';
+import { checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
 import { baseRequests, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import type { Latents } from '../models/latents.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
