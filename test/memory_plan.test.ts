@@ -4,6 +4,7 @@ import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { namedParameters } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
 import { groupNorm } from '../engine/ops/norm.ts';
@@ -212,6 +213,11 @@ test('what a driver would not launch is refused', (t) => {
   t.doesNotThrow(on([8, 9], 1, 12_000));
   t.throws(on([8, 9], 1, 16_000), { message: /128000 bytes of shared memory/ });
   t.doesNotThrow(on([8, 0], 1, 16_000));
+  const api = standInApi(anyHopper);
+  const clusters = (blocks: number) => () =>
+    api.cuLaunchKernel(1n, [blocks, 1, 1], [32, 1, 1], 0, 1n, new Uint8Array(), [], { cluster: 2 });
+  t.doesNotThrow(clusters(4));
+  t.throws(clusters(5), { message: /a grid \[5,1,1\] of 32 threads .*in clusters of 2/ });
   t.end();
 });
 

@@ -1,7 +1,9 @@
 // What sm_90a adds on the virtual GPU: TMA, mbarriers and wgmma give right results under every schedule, and each way of
 // getting their synchronisation wrong is reported.
-import { test } from 'tap';
+import { type Test, test } from 'tap';
+import type { GpuApi } from '../engine/cuda/api.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
+import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { sizeOf } from '../engine/tensor.ts';
 import { hopperKernels } from './gpu/micro_hopper.ts';
 import { checkFaults, type Fault, outcome, without } from './virtual-gpu/fault_cases.ts';
@@ -22,6 +24,7 @@ import type { WarpOrder } from './virtual-gpu/machine.ts';
 import { survivors, synchronisationMutants } from './virtual-gpu/mutants.ts';
 import { fromBf16 } from './virtual-gpu/numbers.ts';
 import { type Bench, floatsFrom, newBench, schedules } from './virtual-gpu/run_kernel.ts';
+import { boxBytes, encodeTiled, type TensorMap, walkBox } from './virtual-gpu/tensor_map.ts';
 
 const onHopper: VirtualGpuOptions = { capability: [9, 0] };
 
@@ -328,8 +331,12 @@ test('a kernel that counts on lane 0 to be elected is found out', (t) => {
   t.end();
 });
 
-test('tensor maps that a driver refuses are refused', (t) => {
-  const { gpu } = newBench(onHopper);
+test('tensor maps that a driver refuses are refused, by the GPU that only counts as well', (t) => {
+  for (const gpu of [newBench(onHopper).gpu, standInApi(anyHopper)]) refusesMaps(t, gpu);
+  t.end();
+});
+
+function refusesMaps(t: Test, gpu: GpuApi): void {
   const good = { ...bf16Map([64, 8], [128], 0x7f4000001000n), boxDim: [64, 8] };
   const cases: [string, object][] = [
     ['address', { globalAddress: 0x7f4000001008n }],
@@ -337,6 +344,7 @@ test('tensor maps that a driver refuses are refused', (t) => {
     ['box', { boxDim: [64, 257] }],
     ['swizzle span', { boxDim: [72, 8] }],
     ['rank', { boxDim: [64] }],
+    ['dimension', { globalDim: [64, 2 ** 32 + 1] }],
   ];
   gpu.cuTensorMapEncodeTiled(good);
   for (const [name, change] of cases) {
@@ -358,6 +366,23 @@ test('tensor maps that a driver refuses are refused', (t) => {
   gpu.cuTensorMapEncodeIm2col(pixels);
   for (const [name, change] of pixelCases)
     t.throws(() => gpu.cuTensorMapEncodeIm2col({ ...pixels, ...change }), CudaError, name);
+}
+
+test('a box with strides brings every so many-th of its rows', (t) => {
+  const rows: number[][] = [];
+  const maps: TensorMap[] = [];
+  // The innermost stride is not looked at, and of the six rows of a box every second one is a row in shared memory.
+  const strided = { ...bf16Map([64, 8], [128], 0n), elementStrides: [8, 2], boxDim: [64, 6] };
+  encodeTiled(maps, strided);
+  walkBox(maps[0], [0, 3], [], (global, shared) => {
+    if (shared % 128 === 0) rows.push([global, shared]);
+  });
+  t.same(rows, [
+    [3 * 128, 0],
+    [5 * 128, 128],
+    [7 * 128, 256],
+  ]);
+  t.equal(boxBytes(maps[0]), 3 * 128);
   t.end();
 });
 

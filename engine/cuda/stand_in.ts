@@ -2,6 +2,7 @@
 // on it makes every plan, takes every workspace and packs every launch, so that a run tells what it would take there.
 import { DeviceAttribute, type GpuApi } from './api.ts';
 import { CudaError } from './errors.ts';
+import { checkIm2col, checkTiled } from './tensor_map.ts';
 
 export interface StandInGpu {
   /** Device memory. */
@@ -83,10 +84,20 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuModuleGetFunction: handle,
     cuFuncGetAttribute: () => 0,
     cuFuncSetAttribute: nothing,
-    cuLaunchKernel(_kernel, [x, y, z], [threads], shared) {
-      if (x < 2 ** 31 && y < 65536 && z < 65536 && threads <= 1024 && shared <= mostShared(capability))
-        return;
-      const what = `a grid [${x},${y},${z}] of ${threads} threads with ${shared} bytes of shared memory`;
+    cuLaunchKernel(
+      _kernel,
+      [x, y, z],
+      [threads],
+      shared,
+      _stream,
+      _parameters,
+      _offsets,
+      { cluster = 1 } = {},
+    ) {
+      const fits = x < 2 ** 31 && y < 65536 && z < 65536 && x % cluster === 0;
+      if (fits && threads <= 1024 && shared <= mostShared(capability)) return;
+      const together = cluster > 1 ? ` in clusters of ${cluster}` : '';
+      const what = `a grid [${x},${y},${z}] of ${threads} threads with ${shared} bytes of shared memory${together}`;
       throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', what);
     },
     cuStreamCreate: handle,
@@ -98,8 +109,14 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuEventRecord: nothing,
     cuEventSynchronize: nothing,
     cuEventElapsedTime: () => 0,
-    cuTensorMapEncodeTiled: () => new Uint8Array(128),
-    cuTensorMapEncodeIm2col: () => new Uint8Array(128),
+    cuTensorMapEncodeTiled(map) {
+      checkTiled(map);
+      return new Uint8Array(128);
+    },
+    cuTensorMapEncodeIm2col(map) {
+      checkIm2col(map);
+      return new Uint8Array(128);
+    },
     cuStreamBeginCapture: nothing,
     cuStreamEndCapture: handle,
     cuGraphInstantiate: handle,

@@ -1,8 +1,8 @@
-// Tensor maps: what cuTensorMapEncode checks, the 128 opaque bytes that stand for a map, and the walk over a map's box
+// Tensor maps: the 128 opaque bytes that stand for a map, and the walk over a map's box
 // that TMA copies make. A map's bytes are a mark and an index into the machine's list, for nothing but the driver and the
 // GPU may know what a real one holds.
-import { type Im2colMap, TensorMapDataType, type TiledMap } from '../../engine/cuda/api.ts';
-import { CudaError } from '../../engine/cuda/errors.ts';
+import type { Im2colMap, TiledMap } from '../../engine/cuda/api.ts';
+import { checkIm2col, checkTiled, elementBytesOf } from '../../engine/cuda/tensor_map.ts';
 
 export interface TensorMap {
   readonly kind: 'tiled' | 'im2col';
@@ -19,69 +19,25 @@ export interface TensorMap {
   readonly upper: readonly number[];
 }
 
-const elementBytes: Record<number, number> = {
-  [TensorMapDataType.UINT8]: 1,
-  [TensorMapDataType.UINT16]: 2,
-  [TensorMapDataType.INT32]: 4,
-  [TensorMapDataType.FLOAT16]: 2,
-  [TensorMapDataType.FLOAT32]: 4,
-  [TensorMapDataType.BFLOAT16]: 2,
-};
-const swizzleSpan = [Number.POSITIVE_INFINITY, 32, 64, 128];
 const mark = 0x544d4150;
 
 export function encodeTiled(maps: TensorMap[], map: TiledMap): Uint8Array {
-  const refuse = refusal('cuTensorMapEncodeTiled');
-  const size = checkCommon(map, refuse);
-  if (map.boxDim.length !== map.globalDim.length) refuse('boxDim has another rank than globalDim');
-  if (map.boxDim.some((n) => n < 1 || n > 256)) refuse(`boxDim [${map.boxDim}] is not within 1 to 256`);
-  const inner = map.boxDim[0] * size;
-  if (inner > swizzleSpan[map.swizzle]) refuse(`the inner box of ${inner} bytes exceeds the swizzle span`);
-  if (inner % 16) refuse(`the inner box of ${inner} bytes is no multiple of 16`);
-  return append(maps, { ...common(map, size), kind: 'tiled', box: map.boxDim, lower: [], upper: [] });
+  checkTiled(map);
+  // The first stride is not looked at; the others leave out what lies between in the box.
+  const strides = [1, ...map.elementStrides.slice(1)];
+  const box = map.boxDim.map((n, d) => Math.ceil(n / strides[d]));
+  return append(maps, { ...common(map), kind: 'tiled', elementStrides: strides, box, lower: [], upper: [] });
 }
 
 export function encodeIm2col(maps: TensorMap[], map: Im2colMap): Uint8Array {
-  const refuse = refusal('cuTensorMapEncodeIm2col');
-  const size = checkCommon(map, refuse);
-  const rank = map.globalDim.length;
-  const box = [map.channelsPerPixel, map.pixelsPerColumn];
-  if (rank < 3) refuse(`rank ${rank} is below 3`);
-  if (box[0] > 256 || box[1] > 1024) refuse(`${box[0]} channels by ${box[1]} pixels exceed 256 by 1024`);
-  if (box[0] * size > swizzleSpan[map.swizzle]) refuse('the channels exceed the swizzle span');
-  if ((box[0] * size) % 16) refuse(`the channels of ${box[0] * size} bytes are no multiple of 16`);
+  checkIm2col(map);
   const [lower, upper] = [map.pixelBoxLowerCorner, map.pixelBoxUpperCorner];
-  if (lower.length !== rank - 2 || upper.length !== rank - 2)
-    refuse('corners need one number per spatial dimension');
-  const limit = 2 ** (Math.floor(16 / (rank - 2)) - 1);
-  if ([...lower, ...upper].some((n) => n < -limit || n >= limit))
-    refuse(`corners [${lower}] and [${upper}] are not within ${-limit} to ${limit - 1}`);
-  if (lower.some((n, d) => n >= map.globalDim[d + 1] + upper[d])) refuse('the box of pixels is empty');
-  return append(maps, { ...common(map, size), kind: 'im2col', box, lower, upper });
+  const box = [map.channelsPerPixel, map.pixelsPerColumn];
+  return append(maps, { ...common(map), kind: 'im2col', box, lower, upper });
 }
 
-const refusal =
-  (call: string) =>
-  (detail: string): never => {
-    throw new CudaError('CUDA_ERROR_INVALID_VALUE', call, detail);
-  };
-
-/** Checks what both kinds share; returns the element's size. */
-function checkCommon(map: TiledMap | Im2colMap, refuse: (detail: string) => never): number {
-  const size = elementBytes[map.dataType] ?? refuse(`data type ${map.dataType}`);
-  if (map.globalAddress & 15n) refuse('globalAddress is not a multiple of 16');
-  if (map.globalDim.length > 5 || map.globalDim.some((n) => n < 1)) refuse(`globalDim [${map.globalDim}]`);
-  if (map.globalStrides.length !== map.globalDim.length - 1)
-    refuse('globalStrides needs one number less than globalDim');
-  if (map.globalStrides.some((n) => n % 16 || n >= 2 ** 40)) {
-    refuse(`globalStrides [${map.globalStrides}] are not multiples of 16`);
-  }
-  if (map.elementStrides.some((n) => n < 1 || n > 8)) refuse(`elementStrides [${map.elementStrides}]`);
-  if (swizzleSpan[map.swizzle] === undefined) refuse(`swizzle ${map.swizzle}`);
-  return size;
-}
-
-function common(map: TiledMap | Im2colMap, size: number) {
+function common(map: TiledMap | Im2colMap) {
+  const size = elementBytesOf[map.dataType];
   return {
     elementBytes: size,
     base: map.globalAddress,
@@ -148,18 +104,15 @@ function walkRow(
   shared: number,
   visit: Visit,
 ): void {
-  const { elementBytes: size, dims, elementStrides } = map;
-  const piece = map.kind === 'tiled' && elementStrides[0] !== 1 ? 1 : 16 / size;
-  const step = map.kind === 'tiled' ? elementStrides[0] : 1;
+  const { elementBytes: size, dims } = map;
+  const piece = 16 / size;
   const at = (c: number) => (offset >= 0 && c >= 0 && c < dims[0] ? offset + c * size : -1);
   for (let n = 0; n < count; n += piece) {
-    const c = from + n * step;
+    const c = from + n;
     const whole =
       n + piece <= count && at(c) < 0 === at(c + piece - 1) < 0 && (offset < 0 || c >= 0 || c + piece <= 0);
     if (whole) visit(at(c), shared + n * size, piece * size);
-    else
-      for (let e = n; e < Math.min(count, n + piece); e++)
-        visit(at(from + e * step), shared + e * size, size);
+    else for (let e = n; e < Math.min(count, n + piece); e++) visit(at(from + e), shared + e * size, size);
   }
 }
 
