@@ -39,11 +39,12 @@ const labels = process.argv[2].split(',');
 runCases({ name: 'all', cases: () => labels.map((label) => ({ label, run: acts[label] })) }, Number(process.argv.at(-1)));`,
 );
 
-async function outcomes(labels: string, limit = 60, caseLimit = 3): Promise<Outcome<Result>[]> {
+async function outcomes(labels: string, limit = 60, caseLimit = 3, own?: number): Promise<Outcome<Result>[]> {
   const all: Outcome<Result>[] = [];
   const run = () => ({});
   const section: Section<Result> = {
     name: 'all',
+    caseLimit: own,
     cases: () => labels.split(',').map((label) => ({ label, run })),
   };
   const note = (outcome: Outcome<Result>) => void all.push(outcome);
@@ -70,7 +71,9 @@ test('a case that dies is named, and the others run', async (t) => {
 });
 
 test('a hang ends at its limit, and crashes have an end', async (t) => {
-  t.same(told(await outcomes('hangs,good', 60, 1)), ['hangs crashed: no end after 1 seconds', 'good ran']);
+  const named = ['hangs crashed: no end after 1 seconds', 'good ran'];
+  t.same(told(await outcomes('hangs,good', 60, 1)), named);
+  t.same(told(await outcomes('hangs,good', 60, 60, 1)), named, "the section's own limit");
   t.same(told(await outcomes('dies,dies,dies,dies,good')).slice(-2), [
     'dies crashed: its process ended with status 3: illegal',
     'good not run: 4 crashes in this section',

@@ -20,6 +20,8 @@ export interface Case<R extends Result> {
 
 export interface Section<R extends Result> {
   readonly name: string;
+  /** Seconds for a case, where that is less than the run's own: what hangs should cost no more. */
+  readonly caseLimit?: number;
   /** The same list in parent and child; the parent reads the labels alone. */
   cases(): readonly Case<R>[];
 }
@@ -67,6 +69,7 @@ async function runSection<R extends Result>(
 ): Promise<void> {
   const labels = section.cases().map(({ label }) => label);
   const name = section.name;
+  const caseLimit = Math.min(run.caseLimit, section.caseLimit ?? run.caseLimit);
   let crashes = 0;
   for (let next = 0; next < labels.length; ) {
     const left = deadline - performance.now();
@@ -76,9 +79,9 @@ async function runSection<R extends Result>(
         run.note({ section: name, label, seconds: 0, status: 'not run', problem });
       return;
     }
-    const limits = ['--limit', String(left / 1000), '--case-limit', String(run.caseLimit)];
+    const limits = ['--limit', String(left / 1000), '--case-limit', String(caseLimit)];
     const args = [run.script, ...run.args, ...limits, '--section', name, '--from', String(next)];
-    const { ended, why, seconds } = await watch<R>(args, left, run.caseLimit, (index, result, took) => {
+    const { ended, why, seconds } = await watch<R>(args, left, caseLimit, (index, result, took) => {
       if (index !== next) throw new Error(`${name}: the child tells of case ${index}, not ${next}`);
       run.note({ section: name, label: labels[next++], seconds: took, status: 'ran', result });
     });
