@@ -23,8 +23,11 @@ griddepcontrol.wait;
 ld.global.u32 %r1, [%from]; mad.lo.s32 %r1, %r1, 3, %n; nanosleep.u32 2000; st.global.u32 [%to], %r1;`,
 );
 
-/** Launches to and fro between two buffers, each of which may begin while the one before runs; as they come, or from a graph. */
-function chain(how: 'launched' | 'replayed'): MicroKernel {
+/**
+ * Launches to and fro between two buffers, each of which may begin while the one before runs; as they come, or from a graph.
+ * Mixed, every third is an ordinary one, and after each the driver writes over a quarter of what the kernel wrote.
+ */
+function chain(how: 'launched' | 'replayed', mixed = false): MicroKernel {
   const run = (bench: Bench<GpuApi>) => {
     const { gpu } = bench;
     const stream = gpu.cuStreamCreate(1);
@@ -37,13 +40,15 @@ function chain(how: 'launched' | 'replayed'): MicroKernel {
     for (let step = 0; step < CHAIN.launches; step++) {
       const parameters = packParameters(entry, [buffers[(step + 1) % 2], buffers[step % 2], step]);
       const [grid, block] = [CHAIN.blocks, THREADS].map((x) => [x, 1, 1] as const);
-      gpu.cuLaunchKernel(op, grid, block, 0, stream, parameters, offsets, { programmatic: true });
+      const programmatic = !(mixed && step % 3 === 1);
+      gpu.cuLaunchKernel(op, grid, block, 0, stream, parameters, offsets, { programmatic });
+      if (mixed) gpu.cuMemsetD8Async(buffers[(step + 1) % 2], step, WORDS, stream);
     }
     if (how === 'replayed') gpu.cuGraphLaunch(gpu.cuGraphInstantiate(gpu.cuStreamEndCapture(stream)), stream);
     gpu.cuStreamSynchronize(stream);
     return bench.bytes(buffers[CHAIN.launches % 2], WORDS * 4);
   };
-  const name = `programmatic dependent launch, ${how}`;
+  const name = `programmatic dependent launch, ${how}${mixed ? ', with other work between' : ''}`;
   return { ...onHopper, name, ptx: chainPtx, run, agree: sameBits('u32') };
 }
 
@@ -69,4 +74,7 @@ function handed(): MicroKernel {
   return { ...onHopper, name, ptx: handedPtx, run, agree: sameBits('u32') };
 }
 
-export const gridKernels = (): MicroKernel[] => [chain('launched'), chain('replayed'), handed()];
+export const gridKernels = (): MicroKernel[] => [
+  ...[false, true].flatMap((mixed) => [chain('launched', mixed), chain('replayed', mixed)]),
+  handed(),
+];

@@ -394,6 +394,9 @@ export const hopperKernels = (): MicroKernel[] => [
   ]),
   // A store that begins below zero was an illegal instruction on an H200.
   box('load', 'B128', 64, [-8, -3, -1]),
+  // Nothing of it lies inside: a pair's last tile, which is asked for ahead as well.
+  box('load', 'B128', 64, [0, 32, 0]),
+  box('load', 'B128', 64, [128, 0, 5]),
   ...[
     [1, 1, 0],
     [-1, -2, 1],
