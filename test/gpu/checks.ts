@@ -16,6 +16,7 @@ import { benchOn } from '../virtual-gpu/run_kernel.ts';
 import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep, type Work } from '../whole_models.ts';
 import { type Gpu, openGpu } from './device.ts';
 import { type MicroKernel, microKernels } from './micro.ts';
+import { orderErrors, orderWorks, type Turns } from './order.ts';
 
 export interface Check extends Result {
   /** The largest error of the case, and the bound that it had. */
@@ -35,51 +36,64 @@ export interface CheckSection extends Section<Check> {
   cases(): readonly CheckCase[];
 }
 
-const cache = new Map<string, Gpu>();
 /** What takes minutes on the virtual GPU is left out there, and told as skipped; a real one runs all. */
 const LEFT_OUT = 'left out on the virtual GPU, where it takes minutes';
+
+/** Seconds that a kernel may take on a real GPU, where it ends in milliseconds: compiling its file is the rest. */
+const KERNEL_LIMIT = 30;
 
 const unless = (leftOut: boolean, each: CheckCase): CheckCase =>
   leftOut ? { ...each, run: () => ({ error: 0, bound: 0, skipped: LEFT_OUT }) } : each;
 
 /** Opened when a case first needs it: the parent reads labels alone and opens none. */
-function gpuOf(name: string): Gpu {
-  const gpu = cache.get(name) ?? openGpu(name);
-  cache.set(name, gpu);
-  return gpu;
-}
+type Open = () => Gpu;
 
 export interface CheckOptions {
   readonly device: string;
+  /** Whether launches may overlap (programmatic dependent launch). */
+  readonly pdl: boolean;
   /** Seconds for all from the start of this process on, and for one case. */
   readonly limit: number;
   readonly caseLimit: number;
 }
 
-export function checkSections({ device, limit, caseLimit }: CheckOptions): CheckSection[] {
+export function checkSections({ device, pdl, limit, caseLimit }: CheckOptions): CheckSection[] {
+  let opened: Gpu | undefined;
+  const gpu: Open = () => {
+    opened ??= openGpu(device, pdl);
+    return opened;
+  };
   const micros = microKernels();
   const groups = [...new Set(micros.map(({ group }) => group))];
   const virtual = device === 'virtual';
+  const ofKernels = virtual ? {} : { caseLimit: KERNEL_LIMIT };
   return [
     ...groups.map((group) => ({
+      ...ofKernels,
       name: `micro ${group}`,
-      cases: () => micros.filter((kernel) => kernel.group === group).map((kernel) => micro(kernel, device)),
+      cases: () => micros.filter((kernel) => kernel.group === group).map((kernel) => micro(kernel, gpu)),
     })),
     ...[...registry.values()].map((record) => ({
+      ...ofKernels,
       name: `op ${record.name}`,
-      cases: () => samples(record, device),
+      cases: () => samples(record, gpu),
     })),
     ...Object.entries(wide).map(([op, sample]) => ({
       name: `wide ${op}`,
-      cases: () => [unless(virtual, wideCase(registry.get(op) as AnyRecord, sample, device))],
+      cases: () => [unless(virtual, wideCase(registry.get(op) as AnyRecord, sample, gpu))],
     })),
     ...Object.entries(models).map(([name, work]) => ({
       name: `model ${name}`,
       cases: () =>
-        storageTypes.map((dtype) =>
-          unless(virtual && dtype !== 'bfloat16', model(name, work, dtype, device)),
-        ),
+        storageTypes.map((dtype) => unless(virtual && dtype !== 'bfloat16', model(name, work, dtype, gpu))),
     })),
+    {
+      name: 'order',
+      cases: () =>
+        Object.entries(orderWorks).map(([name, work]) =>
+          unless(virtual && name === 'gradients', orderCase(name, work, gpu)),
+        ),
+    },
     ...golden.map((file) => ({
       name: `golden ${file.replace('models_', '')}`,
       cases: () => [
@@ -92,12 +106,12 @@ export function checkSections({ device, limit, caseLimit }: CheckOptions): Check
   ];
 }
 
-function micro(kernel: MicroKernel, device: string): CheckCase {
+function micro(kernel: MicroKernel, gpu: Open): CheckCase {
   return {
     label: kernel.name,
     type: '',
     run() {
-      const { api, device: opened } = gpuOf(device);
+      const { api, device: opened } = gpu();
       if (kernel.hopper && (opened.driver as CudaDriver).capability !== 90)
         return { error: 0, bound: 0, skipped: 'compute capability 9.0' };
       const simulated = openVirtualGpu({ arenaBytes: 2 ** 24, capability: [9, 0] });
@@ -118,12 +132,12 @@ function worst(errors: readonly { name: string; error: number; bound: number }[]
   return { error: most.error, bound: most.bound, ...(bad.length ? { problem: told.join('; ') } : {}) };
 }
 
-const samples = (record: AnyRecord, device: string): CheckCase[] =>
+const samples = (record: AnyRecord, gpu: Open): CheckCase[] =>
   storageTypes.flatMap((dtype) =>
     record.samples.map((sample, i) => ({
       label: `${dtype} sample ${i} ${JSON.stringify(sample.inputs)}`,
       type: dtype,
-      run: () => worst(gpuErrors(gpuOf(device).device, record, sample, dtype)),
+      run: () => worst(gpuErrors(gpu().device, record, sample, dtype)),
     })),
   );
 
@@ -140,10 +154,16 @@ const wide: Record<string, AnySample> = {
   },
 };
 
-const wideCase = (record: AnyRecord, sample: AnySample, device: string): CheckCase => ({
+const wideCase = (record: AnyRecord, sample: AnySample, gpu: Open): CheckCase => ({
   label: `float32 ${JSON.stringify(sample.inputs)}`,
   type: 'float32',
-  run: () => worst(gpuErrors(gpuOf(device).device, forwardOf(record), sample, 'float32')),
+  run: () => worst(gpuErrors(gpu().device, forwardOf(record), sample, 'float32')),
+});
+
+const orderCase = (name: string, work: Turns, gpu: Open): CheckCase => ({
+  label: `${name} to the bit, where launches overlap and where they do not`,
+  type: 'bfloat16',
+  run: () => worst(orderErrors(gpu(), work)),
 });
 
 const models: Record<string, Work> = {
@@ -152,15 +172,10 @@ const models: Record<string, Work> = {
   'replays and gradients': replaysAndGradients,
 };
 
-const model = (
-  name: string,
-  work: Work,
-  dtype: (typeof storageTypes)[number],
-  device: string,
-): CheckCase => ({
+const model = (name: string, work: Work, dtype: (typeof storageTypes)[number], gpu: Open): CheckCase => ({
   label: `${name} in ${dtype}`,
   type: dtype,
-  run: () => worst(modelErrors(gpuOf(device).device, openDevice('cpu'), work, dtype)),
+  run: () => worst(modelErrors(gpu().device, openDevice('cpu'), work, dtype)),
 });
 
 const golden = [

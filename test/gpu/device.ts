@@ -1,6 +1,7 @@
 // The GPU that the programs of this folder run on: a real one behind the NVIDIA driver, or with `virtual` the virtual GPU,
 // on which the same programs are proved where there is none.
 import { spawnSync } from 'node:child_process';
+import { withoutPdl } from '../../bench/gpu/gpu.ts';
 import { DeviceAttribute, type GpuApi } from '../../engine/cuda/api.ts';
 import { openCudaLibrary } from '../../engine/cuda/libcuda.ts';
 import { versionName } from '../../engine/cuda/versions.ts';
@@ -29,9 +30,11 @@ export function openApi(name: string, arenaBytes?: number): Api {
   return { api, ordinal };
 }
 
-export function openGpu(name: string): Gpu {
+/** Without `pdl` each launch waits for all that came before. */
+export function openGpu(name: string, pdl = true): Gpu {
   const { api, ordinal } = openApi(name);
-  return { api, ordinal, device: cudaDevice(api, ordinal) };
+  const gpu = { api, ordinal, device: cudaDevice(api, ordinal) };
+  return pdl ? gpu : withoutPdl(gpu);
 }
 
 /** What a record must name: the GPU, its driver, the date and the commit. */

@@ -12,10 +12,11 @@ import { type Checked, failuresOf, rowsOf, tableOf } from './table.ts';
 
 interface Options extends ProgramOptions {
   jobs: number;
+  pdl: boolean;
 }
 
 async function parent(options: Options): Promise<void> {
-  const { device, out, limit, caseLimit, jobs, only, commit } = options;
+  const { device, out, limit, caseLimit, jobs, pdl, only, commit } = options;
   const sections = chosen(checkSections(options), only);
   const gpu = describeGpu(openApi(device, 2 ** 16), commit);
   console.log(gpu.text);
@@ -30,7 +31,7 @@ async function parent(options: Options): Promise<void> {
   const outcomes: Checked[] = [];
   await runSections({
     script: fileURLToPath(import.meta.url),
-    args: ['--device', device],
+    args: ['--device', device, ...(pdl ? [] : ['--no-pdl'])],
     sections,
     jobs,
     limit,
@@ -67,7 +68,9 @@ async function parent(options: Options): Promise<void> {
 
 main(async () => {
   const given = programOptions<Options>('test:gpu', (command) =>
-    command.option('--jobs <count>', 'sections at a time', Number, 4),
+    command
+      .option('--jobs <count>', 'sections at a time', Number, 4)
+      .option('--no-pdl', 'without programmatic dependent launch, to tell whether that is what fails'),
   );
   if (given.section === undefined) return parent(given);
   const section = checkSections(given).find(({ name }) => name === given.section);
