@@ -4,7 +4,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync
 import { join } from 'node:path';
 import { test } from 'tap';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
-import { namedParameters, unload } from '../engine/module.ts';
+import { namedParameters, parameterCount, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { writePng } from '../io/image.ts';
@@ -12,8 +12,10 @@ import type { Picture } from '../io/pixels.ts';
 import { openComponent, openModel, openWeights } from '../models/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
 import { controlNetJson } from '../models/controlnet_start.ts';
+import { componentConfigs } from '../models/diffusers_config.ts';
 import { toDevice } from '../models/latents.ts';
 import type { Pipeline } from '../models/pipeline.ts';
+import { presets } from '../models/presets.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { controlled as controlledBy } from '../train/controlnet.ts';
@@ -146,6 +148,16 @@ test("a new one has diffusers' config, and is the UNet's half behind zeros", asy
   t.throws(() => controlNetJson(source.config('unet'), { ratio: 16, transformer_layers_per_block: [] }), {
     message: /the VAE takes 16 pixels to a latent, and a new ControlNet at most 8/,
   });
+  // What diffusers/controlnet-canny-sdxl-1.0, its -mid and its -small have.
+  const base = componentConfigs(presets['sdxl-base']).unet;
+  for (const [transformer_layers_per_block, count] of [
+    [[], 1_251_014_160],
+    [[0, 0, 1], 270_942_480],
+    [[0, 0, 0], 160_111_120],
+  ] as const) {
+    const json = controlNetJson(base, { ratio: 8, transformer_layers_per_block });
+    t.equal(parameterCount(controlnet(parseControlNetConfig(json, 'new'))), count);
+  }
   const given = openWeights(join(model, 'unet'));
   for (const transformer_layers_per_block of [[], [0, 0, 1]]) {
     const input = { ...controlRun('new'), controlnet: { transformer_layers_per_block } };
@@ -354,7 +366,7 @@ test('what a dataset and a run may lack', async (t) => {
   await refuses(
     'no image beside',
     of(place('alone')),
-    /a\.png has no conditioning image a\.conditioning_image\.png beside it, nor a column "conditioning_image"/,
+    /no picture with a caption and a conditioning image \(.*a\.png has no conditioning image a\.conditioning_image\.png beside it\): .* NAME\.conditioning_image\.png$/,
   );
   await refuses(
     'no column',

@@ -99,9 +99,7 @@ export function openFolder(
       else if (choices.length === 0)
         problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
       else if (column && !beside)
-        problems.push(
-          `${join(path, name)} has no conditioning image ${stem(name)}.${column}.png beside it, nor a column "${column}" of a metadata.jsonl`,
-        );
+        problems.push(`${join(path, name)} has no conditioning image ${stem(name)}.${column}.png beside it`);
       else add(join(path, name), choices, beside && join(path, beside));
     }
     for (const [key, name] of [...texts, ...images]) {

@@ -25,7 +25,7 @@ export async function openDataset(
     );
   }
   const dataset = await openPlace(place, options);
-  if (dataset.examples.length === 0) throw emptyDataset(path, dataset.problems);
+  if (dataset.examples.length === 0) throw emptyDataset(options, dataset.problems);
   dataset.examples.sort((a, b) => (a.id < b.id ? -1 : 1));
   return dataset;
 }
@@ -68,11 +68,17 @@ async function download(
   }
 }
 
-function emptyDataset(path: string, problems: readonly string[]): UserError {
+function emptyDataset(
+  { path, conditioning_image_column: column }: DatasetOptions,
+  problems: readonly string[],
+): UserError {
+  const beside = column
+    ? `; and for each picture its conditioning image in the column "${column}", or beside NAME.png as NAME.${column}.png`
+    : '';
   const found = problems.length > 0 ? ` (${problems[0]})` : '';
   return new UserError(
-    `the dataset ${path} has no picture with a caption${found}: ` +
-      'put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each, or give them all one caption with dataset.instance_prompt',
+    `the dataset ${path} has no picture with a caption${column && ' and a conditioning image'}${found}: ` +
+      `put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each, or give them all one caption with dataset.instance_prompt${beside}`,
   );
 }
 
