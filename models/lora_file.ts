@@ -9,6 +9,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import type { SafetensorsFile, TensorInfo } from '../io/safetensors.ts';
+import { isIPAdapter } from './ip_adapter.ts';
 import {
   fits,
   kindOf,
@@ -128,6 +129,10 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
 export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const { layers, unknown } = layersIn(file);
+  if (isIPAdapter(unknown))
+    throw new UserError(
+      `${file.path} is an IP-Adapter, which sdxl sample takes as --ip-adapter ${file.path}`,
+    );
   refuseUnsupported(file, unknown);
   const unmatched = [...layers].flatMap(([module, parts]) =>
     known.has(module) ? [] : Object.values(parts).map((info) => info?.name ?? ''),

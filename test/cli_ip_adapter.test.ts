@@ -187,6 +187,10 @@ test('mistakes', async (t) => {
       /plain\.safetensors has no image_encoder beside it: put/,
     ],
     [by('--ip-adapter', seen), /1-117-149\.png .*safetensors/],
+    [
+      ['--lora', at('plain.safetensors')],
+      /plain\.safetensors is an IP-Adapter, .* as --ip-adapter .*plain\.safetensors/,
+    ],
     [by(...plain, '--model', refiner), /tiny-sdxl-refiner is a refiner, for which there are no IP-Adapters/],
   ];
   for (const [argv, says] of cases) {
