@@ -1,4 +1,5 @@
-// The names that users of stable-diffusion.cpp and of A1111 type for flags of `sdxl sample`, beside diffusers' own.
+// What users of stable-diffusion.cpp, A1111 and diffusers type for flags of `sdxl sample` that have a shorter or another name here;
+// docs/coming_from.md has the rest.
 
 /** Other programs' words for our flags. */
 const aliases: Readonly<Record<string, string>> = {

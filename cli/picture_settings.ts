@@ -1,6 +1,6 @@
 // The settings that a picture carries: A1111's `parameters` text (a1111.ts), and our own JSON under the keyword `sdxl`,
-// which says everything. `--from` reads either back; the file comes from a stranger, so each
-// value goes through the same reader as if it had been typed.
+// which says everything. `--from` reads either back; the file comes from a stranger, so each value goes through the same
+// reader as if it had been typed.
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readPngText } from '../io/png.ts';

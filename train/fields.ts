@@ -1,6 +1,6 @@
 // The checks behind a run file: a field is a default and a test of what may stand there, and a table of fields has the
-// same nesting as the run it describes. Filling a table from a user's object names every unknown key with the nearest
-// right one, and every value of the wrong kind with its place.
+// same nesting as the run it describes. Filling a table from a user's object names every unknown key with the one that is
+// meant, as far as that can be known, and every value of the wrong kind with its place.
 import { didYouMean, UserError } from '../io/errors.ts';
 import { foreignKeys } from './foreign_keys.ts';
 
