@@ -61,11 +61,11 @@ export function parseIPAdapter({ where, names, info }: WeightSource): IPAdapterC
     (_, i) => shapeOf(`ip_adapter.${2 * i + 1}.to_k_ip.weight`)[0],
   );
   const projection = projectionIn((name) => shapeOf(`image_proj.${name}`), names);
-  const { tokens, resampler } = projection;
-  if (!Number.isInteger(tokens) || (resampler && resampler.inner % HEAD))
-    throw new UserError(
-      `${where}: the shapes of image_proj make no whole tokens or heads; download it again`,
-    );
+  const { resampler, ...sizes } = projection;
+  const counts = [...Object.values({ ...sizes, ...resampler }), ...widths];
+  const heads = (resampler?.inner ?? 0) / HEAD;
+  if (!Number.isInteger(heads) || !counts.every((count) => Number.isInteger(count) && count > 0))
+    throw new UserError(`${where}: the shapes of its tensors make no IP-Adapter; download it again`);
   return { ...projection, widths };
 }
 

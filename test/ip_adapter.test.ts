@@ -257,10 +257,12 @@ test('what is refused', async (t) => {
   ];
   for (const [load, message] of bad) t.throws(load, { name: 'UserError', message });
 
-  const named = (...names: string[]) => ({
+  // Every tensor has the same shape.
+  const shaped = (shape: number[], ...names: string[]) => ({
     ...{ where: 'x', names, floats: () => new Float32Array(), bytes: () => new Uint8Array(), close() {} },
-    info: (name: string) => (names.includes(name) ? { dtype: 'float16', shape: [80, 80] } : undefined),
+    info: (name: string) => (names.includes(name) ? { dtype: 'float16', shape } : undefined),
   });
+  const named = (...names: string[]) => shaped([80, 80], ...names);
   const pair = 'ip_adapter.1.to_k_ip.weight';
   t.throws(() => parseIPAdapter(named(pair, 'image_proj.proj.0.weight', 'image_proj.norm.weight')), {
     message: /x is an IP-Adapter of faces \(FaceID or full-face\), which sdxl does not run/,
@@ -269,6 +271,26 @@ test('what is refused', async (t) => {
   t.throws(() => parseIPAdapter(named(pair, 'ip_adapter.2.to_k_ip.weight')), {
     message: /has no tensor ip_adapter\.3/,
   });
+
+  const all = (projection: string[]) => [pair, ...projection.map((key) => `image_proj.${key}`)];
+  const plainNames = all(['norm.weight', 'proj.weight']);
+  const plusNames = all([
+    'latents',
+    'proj_in.weight',
+    'proj_out.weight',
+    'layers.0.0.to_q.weight',
+    'layers.0.1.1.weight',
+  ]);
+  for (const [shape, names] of [
+    [[80], plainNames],
+    [[0, 80], plainNames],
+    [[64, 64], plusNames],
+    [[80, 80, 80], plusNames],
+  ] as const)
+    t.throws(() => parseIPAdapter(shaped([...shape], ...names)), {
+      message: /x: the shapes of its tensors make no IP-Ad/,
+    });
+  t.doesNotThrow(() => parseIPAdapter(shaped([64, 64, 64], ...plusNames)));
 
   const pipeline = pipelineOf(['plain'], device);
   const request = requestOf(callOf('plain'));
