@@ -24,6 +24,10 @@ struct QuickGelu {
     return s * (1.f + 1.702f * x * (1.f - s));
   }
 };
+struct Relu {
+  static vf f(vf x) { return x < 0.f ? splat(0.f) : x; } // NaN stays NaN
+  static vf df(vf x) { return x > 0.f ? splat(1.f) : splat(0.f); }
+};
 struct Exp {
   static vf f(vf x) { return fast_exp(x); }
   static vf df(vf x) { return fast_exp(x); }
@@ -62,6 +66,7 @@ template <class Op, class T> void unary_backward(T *dx, const T *dy, const T *x,
 UNARY(silu, Silu)
 UNARY(gelu, Gelu)
 UNARY(quick_gelu, QuickGelu)
+UNARY(relu, Relu)
 UNARY(exp, Exp)
 UNARY(square, Square)
 UNARY(tanh, Tanh)
@@ -142,6 +147,7 @@ EXPORT_BOTH(exp)
 EXPORT_BOTH(square)
 EXPORT_BOTH(tanh)
 EXPORT_BOTH(sigmoid)
+EXPORT_BOTH(relu)
 EXPORT_BOTH(mul)
 EXPORT_BOTH(div)
 EXPORT_BOTH(geglu)
