@@ -8,6 +8,7 @@ import { openDevice } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { preprocess, readPicture } from '../io/image.ts';
+import { withPosterior } from '../models/autoencoder.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { toDevice, toHost } from '../models/latents.ts';
 import { denoise, loadPipeline, type Pipeline } from '../models/pipeline.ts';
@@ -54,7 +55,8 @@ function generate(
 
 /** The mean of the VAE's posterior, scaled as the UNet sees it, in the layout of generated latents. */
 async function encoded(pipeline: Pipeline, path: string): Promise<Float32Array> {
-  const { vae, device, sampleSize } = pipeline;
+  const { device, sampleSize } = pipeline;
+  const vae = withPosterior(pipeline.vae, path);
   const picture = preprocess(await readPicture(path), sampleSize, sampleSize);
   return noGrad(() =>
     scope(() => {

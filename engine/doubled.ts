@@ -24,9 +24,9 @@ export const doubledTaps = (weight: Tensor): Tensor[] =>
   );
 
 /** x [n, h, w, c], taps by doubledTaps() → [n, 2h, 2w, o]. */
-export function conv2dDoubled(x: Tensor, taps: readonly Tensor[], bias: Tensor): Tensor {
+export function conv2dDoubled(x: Tensor, taps: readonly Tensor[], bias?: Tensor): Tensor {
   const [n, h, w] = x.shape;
-  const o = bias.size;
+  const [o] = taps[0].shape;
   const rows = [0, 1].map((odd) =>
     scope(() => {
       const columns = [0, 1].map((right) =>

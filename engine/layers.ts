@@ -43,15 +43,19 @@ export function conv2d(
   inputs: number,
   outputs: number,
   kernel: number,
-  { stride = 1, padding = 0 }: { stride?: number; padding?: number | Padding } = {},
+  options: { stride?: number; padding?: number | Padding; bias?: boolean } = {},
 ): Conv2d {
+  const { stride = 1, padding = 0, bias = true } = options;
   const sides: Padding = typeof padding === 'number' ? [padding, padding, padding, padding] : padding;
   const layer = module(
-    { weight: parameter([outputs, inputs, kernel, kernel], 'conv'), bias: parameter([outputs]) },
+    {
+      weight: parameter([outputs, inputs, kernel, kernel], 'conv'),
+      bias: bias ? parameter([outputs]) : undefined,
+    },
     (m, x: Tensor, { doubled, ...options }: ConvOptions = {}) =>
       doubled
-        ? conv2dDoubled(x, doubled, m.bias.tensor)
-        : conv2dOp(x, m.weight.tensor, m.bias.tensor, { stride, padding: sides, ...options }),
+        ? conv2dDoubled(x, doubled, m.bias?.tensor)
+        : conv2dOp(x, m.weight.tensor, m.bias?.tensor, { stride, padding: sides, ...options }),
   );
   return Object.assign(layer, { stride, padding: sides });
 }

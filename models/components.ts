@@ -6,6 +6,7 @@ import type { AnyModule } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
+import { autoencoder } from './autoencoder.ts';
 import type { Json } from './checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
 import { parseVisionConfig, visionEncoder } from './clip_vision.ts';
@@ -13,7 +14,6 @@ import { controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts
 import { joined } from './latents.ts';
 import { parseUNetConfig, unet } from './unet.ts';
 import type { EncoderConfig, Question } from './unet_encoder.ts';
-import { parseVaeConfig, vae } from './vae.ts';
 
 export interface Component {
   module: AnyModule;
@@ -30,7 +30,7 @@ export function buildComponent(config: Json): Component | undefined {
   const name = classOf(config);
   if (name === 'UNet2DConditionModel') return unetComponent(config);
   if (name === 'ControlNetModel') return controlnetComponent(config);
-  if (name === 'AutoencoderKL') return vaeComponent(config);
+  if (name === 'AutoencoderKL' || name === 'AutoencoderTiny') return autoencoderComponent(config);
   if (name === 'CLIPVisionModelWithProjection') return visionComponent(config);
   return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
 }
@@ -87,14 +87,17 @@ function controlnetComponent(json: Json): Component {
   return { module, probe };
 }
 
-function vaeComponent(json: Json): Component {
-  const coder = vae(parseVaeConfig(json));
+function autoencoderComponent(json: Json): Component {
+  const coder = autoencoder(json);
   const pixels = 2 * 2 ** (coder.config.block_out_channels.length - 1);
   const probe = (device: Device, dtype: FloatDType) =>
     outputs(() => {
-      const { mean, logvar } = coder.encode(
-        wave([1, pixels, pixels, coder.config.in_channels], device, dtype),
-      );
+      const x = wave([1, pixels, pixels, coder.config.in_channels], device, dtype);
+      if (!coder.posterior) {
+        const { latents } = coder.encode(x);
+        return [latents, coder.decode(latents)];
+      }
+      const { mean, logvar } = coder.encode(x);
       return [mean, logvar, coder.decode(mean)];
     });
   return { module: coder.module, probe };

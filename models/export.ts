@@ -20,7 +20,7 @@ import {
   openModel,
   type WeightSource,
 } from './checkpoint.ts';
-import { buildComponent } from './components.ts';
+import { buildComponent, classOf } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
 import { saveShardsInTurns, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
@@ -202,6 +202,10 @@ export function* exportSingleFile(
   const needed = weightComponents.filter((name) => source.has(name));
   if (needed.some((name) => !weighty.includes(name)))
     throw new UserError(`a single file holds a whole model; export ${needed.join(', ')} together`);
+  if (needed.includes('vae') && classOf(source.config('vae')) === 'AutoencoderTiny')
+    throw new UserError(
+      `${source.path} has a tiny autoencoder (AutoencoderTiny), which no single file has; export a folder`,
+    );
   const outgoing = new Outgoing(request);
   try {
     const marks = hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];

@@ -20,6 +20,7 @@ import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
+import { tinyPart } from './taesd_file.ts';
 
 export interface Component {
   name: string;
@@ -142,21 +143,33 @@ function inspectFile(path: string): Inspection {
     if (isIPAdapter(names)) return { ...base, ...inspectIPAdapter(file) };
     if (isAdapter(file)) return { ...base, ...inspectLora(file) };
     const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
-    if (names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name))) {
-      const source = openVaeFile(path);
-      const coder = inspectComponent('vae', source.config('vae'), () => source.weights('vae'));
-      const { problems } = coder;
-      return {
-        ...base,
-        kind: 'VAE in one file',
-        components: [{ ...components[0], name: 'vae', problems }],
-        problems,
-      };
+    const coder = kindOfCoder(file);
+    if (coder) {
+      const problems = problemsOfCoder(path);
+      return { ...base, kind: coder, components: [{ ...components[0], name: 'vae', problems }], problems };
     }
     const kind = kindOfComponent(names, existsSync(join(dirname(path), 'config.json')));
     return { ...base, kind, components, problems: [] };
   } finally {
     file.close();
+  }
+}
+
+function kindOfCoder(file: SafetensorsFile): string | undefined {
+  const part = tinyPart(file);
+  if (part) return part === 'whole' ? 'tiny autoencoder in one file' : `${part} of a tiny autoencoder`;
+  const names = [...file.tensors.keys()];
+  return names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name)) ? 'VAE in one file' : undefined;
+}
+
+/** Of a half, those of the pair. */
+function problemsOfCoder(path: string): string[] {
+  try {
+    const source = openVaeFile(path);
+    return inspectComponent('vae', source.config('vae'), () => source.weights('vae')).problems;
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    return [error.message];
   }
 }
 

@@ -8,7 +8,7 @@ import { cast } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import type { Vae } from './vae.ts';
+import type { Autoencoder } from './autoencoder.ts';
 
 export interface Latents {
   /** [n, c, h, w]. */
@@ -44,48 +44,71 @@ export function samplePosterior(mean: Float32Array, logvar: Float32Array, noise:
   return mean.map((m, i) => m + std[i] * noise[i]);
 }
 
-/** A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. */
+/**
+ * A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. Where there is no
+ * posterior nothing is drawn.
+ */
 export function encodeImage(
-  vae: Vae,
+  vae: Autoencoder,
   image: Latents,
   draw: (count: number) => Float32Array,
   tiling: boolean,
 ): Latents {
   const [mean, logvar] = withoutOverflow(vae, (device, dtype) => {
-    const moments = vae.encode(toDevice(image, device, dtype), { tiling });
+    const x = toDevice(image, device, dtype);
+    if (!vae.posterior) return [toHost(vae.encode(x, { tiling }).latents)];
+    const moments = vae.encode(x, { tiling });
     return [toHost(moments.mean), toHost(moments.logvar)];
   });
-  const sample = samplePosterior(mean.data, logvar.data, draw(mean.data.length));
+  const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
   return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
 }
 
-/** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. One image at a time, to keep memory low. */
-export function decodeLatents(vae: Vae, latents: Latents, tiling: boolean): Latents {
-  const [n, c, h, w] = latents.shape;
-  const images = Array.from({ length: n }, (_, i) => {
-    const data = latents.data
-      .slice(i * c * h * w, (i + 1) * c * h * w)
-      .map((x) => x / vae.config.scaling_factor);
-    const [image] = withoutOverflow(vae, (device, dtype) => [
-      toHost(vae.decode(toDevice({ shape: [1, c, h, w], data }, device, dtype), { tiling })),
-    ]);
-    return image;
-  });
-  return stacked(images);
-}
+type Run = (device: Device, dtype: FloatDType) => Latents[];
+type Way = (vae: Autoencoder, run: Run) => Latents[];
+
+/** One image at a time, to keep memory low. */
+const decodeBy =
+  (way: Way) =>
+  (vae: Autoencoder, latents: Latents, tiling: boolean): Latents => {
+    const [n, c, h, w] = latents.shape;
+    const images = Array.from({ length: n }, (_, i) => {
+      const data = latents.data
+        .slice(i * c * h * w, (i + 1) * c * h * w)
+        .map((x) => x / vae.config.scaling_factor);
+      const [image] = way(vae, (device, dtype) => {
+        const z = toDevice({ shape: [1, c, h, w], data }, device, dtype);
+        return [toHost(vae.decode(z, { tiling }))];
+      });
+      return image;
+    });
+    return stacked(images);
+  };
+
+/** Runs an autoencoder in the type of its weights, and leaves it as it was. */
+const asItIs: Way = (vae, run) => {
+  const { device, dtype } = placeOf(vae.module);
+  return noGrad(() => scope(() => run(device, dtype)));
+};
 
 /**
  * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. Every number
  * is looked at: a tile may overflow where the others do not.
  */
-function withoutOverflow(vae: Vae, run: (device: Device, dtype: FloatDType) => Latents[]): Latents[] {
+const withoutOverflow: Way = (vae, run) => {
   const { device, dtype } = placeOf(vae.module);
-  const results = noGrad(() => scope(() => run(device, dtype)));
+  const results = asItIs(vae, run);
   if (dtype === 'float32' || results.every(({ data }) => allFinite(data))) return results;
   for (const parameter of namedParameters(vae.module).values())
     parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
   return noGrad(() => scope(() => run(device, 'float32')));
-}
+};
+
+/** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. */
+export const decodeLatents = decodeBy(withoutOverflow);
+
+/** The same for a look at latents on their way: what overflows stays so, as the final picture may not depend on who has looked. */
+export const previewLatents = decodeBy(asItIs);
 
 /** Whether no number is NaN or infinite: times zero, only those are not zero. A plain loop, as `every` takes ten times as long. */
 export function allFinite(numbers: Float32Array): boolean {

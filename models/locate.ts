@@ -136,14 +136,26 @@ export async function locateVae(path: string, options: LocateOptions = {}): Prom
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
   const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) return locateModel(folder, { ...options, variant: undefined });
-  return ofClass(openComponent(own), 'AutoencoderKL', "SDXL's VAE", "a VAE's folder or file");
+  return ofClass(openComponent(own), autoencoders, "SDXL's VAE", "a VAE's folder or file");
+}
+
+const autoencoders = ['AutoencoderKL', 'AutoencoderTiny'];
+
+/** A tiny autoencoder, wherever a VAE may be. @throws UserError for another */
+export async function locateTae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
+  const source = await locateVae(path, options);
+  if (classOf(source.config('vae')) !== 'AutoencoderTiny')
+    throw new UserError(
+      `${path} holds a VAE, not a tiny autoencoder (AutoencoderTiny); give one such as madebyollin/taesdxl`,
+    );
+  return source;
 }
 
 /** @throws UserError where a lone component's config names another class */
-function ofClass(source: ModelSource, wanted: string, what: string, mend: string): ModelSource {
-  const name = classOf(source.config(wanted));
-  if (name !== undefined && name !== wanted)
-    throw new UserError(`${source.path} holds a ${name}, not ${what} (${wanted}); give ${mend}`);
+function ofClass(source: ModelSource, wanted: readonly string[], what: string, mend: string): ModelSource {
+  const name = classOf(source.config(wanted[0]));
+  if (name !== undefined && !wanted.includes(name))
+    throw new UserError(`${source.path} holds a ${name}, not ${what} (${wanted.join(' or ')}); give ${mend}`);
   return source;
 }
 
@@ -154,7 +166,7 @@ function ofClass(source: ModelSource, wanted: string, what: string, mend: string
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend = "a ControlNet's folder, its .safetensors file or a hub id";
   const checked = (source: ModelSource) =>
-    ofClass(source, 'ControlNetModel', 'a ControlNet that sdxl runs', mend);
+    ofClass(source, ['ControlNetModel'], 'a ControlNet that sdxl runs', mend);
   if (existsSync(path) && !statSync(path).isDirectory()) {
     if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
     return checked(openComponentFile(path));

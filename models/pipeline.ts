@@ -8,6 +8,7 @@ import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
+import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, textEncoder } from './clip.ts';
 import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
@@ -22,7 +23,6 @@ import { type StartRequest, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
 import { TorchGenerator } from './torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from './unet.ts';
-import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
 export interface Sizes {
   /** Pixels per latent. */
@@ -33,7 +33,7 @@ export interface Sizes {
 
 export interface Pipeline extends GuidedModel, Sizes {
   unetConfig: UNetConfig;
-  vae: Vae;
+  vae: Autoencoder;
   /** Wants an aesthetic score instead of the target size: the refiner. */
   aesthetic: boolean;
   scheduler: Partial<SchedulerConfig> & { _class_name?: string };
@@ -42,7 +42,7 @@ export interface Pipeline extends GuidedModel, Sizes {
 
 /** What a model says of sizes before its weights are read. */
 export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): Sizes {
-  const ratio = 2 ** (parseVaeConfig(vaeSource.config('vae')).block_out_channels.length - 1);
+  const ratio = pixelsPerLatent(vaeSource.config('vae'));
   return { ratio, sampleSize: ((source.config('unet').sample_size as number | undefined) ?? 128) * ratio };
 }
 
@@ -78,7 +78,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     throw new UserError(
       `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,
     );
-  const coder = vae(parseVaeConfig(vaeSource.config('vae')));
+  const coder = autoencoder(vaeSource.config('vae'));
   const overflows = coder.config.force_upcast && dtype === 'float16';
   const { vaeDtype = overflows ? 'float32' : dtype } = options;
   checkChannels(source.path, unetConfig, coder);
@@ -115,7 +115,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
 }
 
 /** Other programs' inpainting models see mask and picture beside the latents; ours paint in with a plain UNet. */
-function checkChannels(path: string, { in_channels: taken }: UNetConfig, { config }: Vae): void {
+function checkChannels(path: string, { in_channels: taken }: UNetConfig, { config }: Autoencoder): void {
   if (taken !== config.latent_channels)
     throw new UserError(
       `the UNet of ${path} takes ${taken} channels and the VAE gives ${config.latent_channels}; ${

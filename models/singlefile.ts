@@ -19,6 +19,7 @@ import {
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
 import { presets, sdxlVae } from './presets.ts';
 import { isVaeAttention, type Origin, sgmOrigin, sgmPrefixes, vaeKeyInSgm } from './sgm_keys.ts';
+import { openTinyFile, tinyPart } from './taesd_file.ts';
 
 /** Whether a file is the refiner, told by where OpenCLIP stands; undefined where that is nowhere. */
 const isRefiner = (file: SafetensorsFile): boolean | undefined =>
@@ -88,11 +89,16 @@ export function openSingleFile(
 }
 
 /**
- * Opens a VAE in one file, under the original keys (`encoder.down.0.block.0…`) or diffusers' own. Its config is the
- * config.json beside it, else the published VAE's.
+ * Opens a VAE in one file, under the original keys (`encoder.down.0.block.0…`) or diffusers' own, or a tiny autoencoder. Its
+ * config is the config.json beside it, else the published one's.
  */
 export function openVaeFile(path: string): ModelSource {
   const file = openSafetensors(path);
+  const part = tinyPart(file);
+  if (part) {
+    file.close();
+    return openTinyFile(path, part);
+  }
   const [original, diffusers] = [
     'decoder.up.0.block.0.conv1.weight',
     'decoder.up_blocks.0.resnets.0.conv1.weight',

@@ -1,9 +1,9 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
 // earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
+import type { Autoencoder } from './autoencoder.ts';
 import { encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
-import type { Vae } from './vae.ts';
 
 /** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
 export interface NoiseGenerator {
@@ -32,7 +32,7 @@ export interface StartRequest {
 
 /** What a picture is encoded with. `ratio` is pixels per latent. */
 interface Coder {
-  vae: Vae;
+  vae: Autoencoder;
   ratio: number;
 }
 
@@ -104,7 +104,7 @@ function overPicture(
   if (!mask) return { shape, draw, begin: () => (noisy ? from : sampler.addNoise(plan, from, draw())) };
   const noise = draw();
   // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
-  drawNoise(encoders, known.data.length / images);
+  if (coder.vae.posterior) drawNoise(encoders, known.data.length / images);
   const pure = () => noise.map((x) => x * plan.initNoiseSigma);
   const noised = () => (strengthOf(request) >= 1 ? pure() : sampler.addNoise(plan, from, noise));
   const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);

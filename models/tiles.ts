@@ -1,6 +1,9 @@
-// Joining overlapping tiles as diffusers' AutoencoderKL does: each tile's top and left edges are faded from the tile
-// above and to the left over `extent` pixels, then each tile gives its first `keep` rows and columns. On the host: it
-// runs once per image, and the tiles were computed one by one to keep memory low.
+// Large pictures in overlapping tiles, computed one by one to keep memory low, and joined on the host in diffusers' two ways. Its
+// AutoencoderKL fades each tile's top and left edges from the tile above and to the left over `extent` pixels, then takes the tile's
+// first `keep` rows and columns. Its AutoencoderTiny paints each tile over those before it.
+import { slice } from '../engine/ops/move.ts';
+import { scope } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
 
 /** A tile on the host: [n, h, w, c]. */
 export interface Tile {
@@ -8,8 +11,21 @@ export interface Tile {
   data: Float32Array;
 }
 
-export function tileStarts(length: number, stride: number): number[] {
-  return Array.from({ length: Math.ceil(length / stride) }, (_, i) => i * stride);
+const tileStarts = (length: number, stride: number): number[] =>
+  Array.from({ length: Math.ceil(length / stride) }, (_, i) => i * stride);
+
+/** What `body` makes of each tile of x [n, h, w, c]; rows[i][j] begins at (i, j) times `stride`, and those at the end are smaller. */
+export function tilesOf(x: Tensor, tile: number, stride: number, body: (part: Tensor) => Tensor): Tile[][] {
+  const [, height, width] = x.shape;
+  return tileStarts(height, stride).map((top) =>
+    tileStarts(width, stride).map((left) =>
+      scope(() => {
+        const strip = slice(x, 1, top, Math.min(tile, height - top));
+        const y = body(slice(strip, 2, left, Math.min(tile, width - left)));
+        return { shape: y.shape, data: y.floats() };
+      }),
+    ),
+  );
 }
 
 const at = (tile: Tile, image: number, row: number, column: number): number => {
@@ -60,4 +76,36 @@ export function blendTiles(rows: readonly (readonly Tile[])[], extent: number, k
     });
   });
   return joined;
+}
+
+/**
+ * Paints tile (i, j) at (i, j) times `stride`, in the order of reading. Where others lie before it, its first `extent` rows and
+ * columns come up from nothing to all.
+ */
+export function paintTiles(rows: readonly (readonly Tile[])[], stride: number, extent: number): Tile {
+  const [n, , , c] = rows[0][0].shape;
+  const length = (axis: 1 | 2, tiles: readonly Tile[]) =>
+    (tiles.length - 1) * stride + tiles[tiles.length - 1].shape[axis];
+  const [h, w] = [
+    length(
+      1,
+      rows.map((row) => row[0]),
+    ),
+    length(2, rows[0]),
+  ];
+  const out: Tile = { shape: [n, h, w, c], data: new Float32Array(n * h * w * c) };
+  const share = (first: boolean, at: number) => (first ? 1 : Math.min(1, at / (extent - 1)));
+  rows.forEach((row, i) => {
+    row.forEach((tile, j) => {
+      for (let image = 0; image < n; image++)
+        for (let y = 0; y < tile.shape[1]; y++)
+          for (let x = 0; x < tile.shape[2]; x++) {
+            const opaque = share(i === 0, y) * share(j === 0, x);
+            const [from, to] = [at(tile, image, y, x), at(out, image, i * stride + y, j * stride + x)];
+            for (let k = 0; k < c; k++)
+              out.data[to + k] = opaque * tile.data[from + k] + (1 - opaque) * out.data[to + k];
+          }
+    });
+  });
+  return out;
 }

@@ -9,7 +9,7 @@ import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
 import { type ContextCache, newContextCache } from './context_cache.ts';
-import { blendTiles, tileStarts } from './tiles.ts';
+import { blendTiles, tilesOf } from './tiles.ts';
 
 export interface VaeConfig {
   in_channels: number;
@@ -163,6 +163,7 @@ export interface Vae {
   readonly config: VaeConfig;
   /** The parameter tree, for loading. */
   readonly module: AnyModule;
+  readonly posterior: true;
   /** x [n, h, w, 3] in [-1, 1] → mean and log-variance, [n, h/8, w/8, 4] each. */
   encode(x: Tensor, options?: { tiling?: boolean }): Moments;
   /** z [n, h, w, 4], divided by scaling_factor already → [n, 8h, 8w, 3], not clamped. */
@@ -193,6 +194,7 @@ export function vae(config: VaeConfig): Vae {
   return {
     config,
     module: tree,
+    posterior: true,
     encode: (x, { tiling = false } = {}) =>
       scope(() => {
         const fits = Math.max(x.shape[1], x.shape[2]) <= config.sample_size;
@@ -215,17 +217,7 @@ export function vae(config: VaeConfig): Vae {
 
 /** Runs `body` over tiles of `tileIn` pixels and joins the results (tiles of `tileOut`) with a linear blend. */
 function tiled(x: Tensor, tileIn: number, tileOut: number, body: (tile: Tensor) => Tensor): Tensor {
-  const [, height, width] = x.shape;
-  const stride = Math.floor(tileIn * (1 - OVERLAP));
-  const rows = tileStarts(height, stride).map((top) =>
-    tileStarts(width, stride).map((left) =>
-      scope(() => {
-        const strip = slice(x, 1, top, Math.min(tileIn, height - top));
-        const y = body(slice(strip, 2, left, Math.min(tileIn, width - left)));
-        return { shape: y.shape, data: y.floats() };
-      }),
-    ),
-  );
+  const rows = tilesOf(x, tileIn, Math.floor(tileIn * (1 - OVERLAP)), body);
   const joined = blendTiles(rows, Math.floor(tileOut * OVERLAP), tileOut - Math.floor(tileOut * OVERLAP));
   return tensor(joined.data, joined.shape, { device: x.device, dtype: x.dtype });
 }

@@ -17,6 +17,7 @@ import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
+import { withPosterior } from '../models/autoencoder.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { loadPipeline } from '../models/pipeline.ts';
@@ -29,6 +30,7 @@ import { goldenFolder } from './golden.ts';
 const device = openDevice('cpu');
 const source = openModel(join(goldenFolder, 'tiny-sdxl'));
 const model = loadPipeline(source, { device, dtype: 'float32' });
+const coder = withPosterior(model.vae, source.path);
 const configs = [source.config('text_encoder'), source.config('text_encoder_2')];
 
 const picture = (width: number, height: number, salt: number): Picture => {
@@ -74,7 +76,7 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
   const { folder, views } = await folderWithViews(t);
   const at = join(folder, '..', 'cache');
   const before = device.memory.storages;
-  const cache = momentsCache(at, model.vae, 'bilinear');
+  const cache = momentsCache(at, coder, 'bilinear');
   const progress: number[][] = [];
   t.equal(await cache.fill(views, (...told) => progress.push(told)), 6);
   t.strictSame(progress, [...Array(6).fill([0, 6]), [6, 6]], 'asked after each picture of a batch');
@@ -85,7 +87,7 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
     const { mean, logvar } = cache.read(view);
     scope(() => {
       const pixels = tensor(preparePicture(shown, view.geometry, 'bilinear'), [1, 32, 32, 3], { device });
-      const want = model.vae.encode(pixels);
+      const want = coder.encode(pixels);
       const worst = (got: Float32Array, values: Float32Array) =>
         got.reduce((most, value, i) => Math.max(most, Math.abs(value - values[i])), 0);
       const off = Math.max(worst(mean, want.mean.floats()), worst(logvar, want.logvar.floats()));
@@ -103,12 +105,12 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
     readFileSync(join(folder, 'metadata.jsonl'), 'utf8').replace('0"', 'x"'),
   );
   t.equal(await cache.fill(await viewsOf(folder)), 0, 'nor is a new caption');
-  t.equal(await momentsCache(at, model.vae, 'lanczos').fill(edited), 6, 'another way of resizing');
+  t.equal(await momentsCache(at, coder, 'lanczos').fill(edited), 6, 'another way of resizing');
 });
 
 test('one crop: one edit, one entry', async (t) => {
   const { folder } = await folderWithViews(t, 1);
-  const cache = momentsCache(join(folder, '..', 'cache'), model.vae, 'bilinear');
+  const cache = momentsCache(join(folder, '..', 'cache'), coder, 'bilinear');
   t.equal(await cache.fill(await viewsOf(folder, 1)), 3);
   write(folder, 2, 7);
   t.equal(await cache.fill(await viewsOf(folder, 1)), 1);
@@ -132,26 +134,26 @@ test('pictures go through the VAE together up to the pixels of one of 1024 x 102
 test('other weights are another cache', async (t) => {
   const { folder, views } = await folderWithViews(t, 1);
   const at = join(folder, '..', 'cache');
-  await momentsCache(at, model.vae, 'bilinear').fill(views);
-  const bias = namedParameters(model.vae.module).get('encoder.conv_out.bias')!;
+  await momentsCache(at, coder, 'bilinear').fill(views);
+  const bias = namedParameters(coder.module).get('encoder.conv_out.bias')!;
   const values = bias.tensor.bytes();
   const changed = values.slice();
   changed[0] ^= 1;
   bias.tensor.upload(changed);
-  t.equal(await momentsCache(at, model.vae, 'bilinear').fill(views), 3, 'the last bit of one weight');
+  t.equal(await momentsCache(at, coder, 'bilinear').fill(views), 3, 'the last bit of one weight');
   bias.tensor.upload(
     new Uint8Array(Float32Array.from({ length: values.length / 4 }, () => Number.NaN).buffer),
   );
-  const failing = momentsCache(at, model.vae, 'bilinear').fill(views);
+  const failing = momentsCache(at, coder, 'bilinear').fill(views);
   await t.rejects(failing, /moments of 0\.png are not finite.*float32/);
   bias.tensor.upload(values);
-  t.equal(await momentsCache(at, model.vae, 'bilinear').fill(views), 0);
+  t.equal(await momentsCache(at, coder, 'bilinear').fill(views), 0);
 });
 
 test('a fill that is cut off goes on where it stopped', async (t) => {
   const { folder, views } = await folderWithViews(t, 1);
   const at = join(folder, '..', 'cache');
-  const cache = momentsCache(at, model.vae, 'bilinear');
+  const cache = momentsCache(at, coder, 'bilinear');
   const wide = views.map((view, i) => ({
     ...view,
     geometry: {
@@ -170,7 +172,7 @@ test('a fill that is cut off goes on where it stopped', async (t) => {
   t.ok(left.length > 0 && left.length < 3, `${left.length} of 3 are there`);
   t.equal(await cache.fill(wide), 3 - left.length);
   let asked = 0;
-  const elsewhere = momentsCache(join(folder, '..', 'elsewhere'), model.vae, 'bilinear');
+  const elsewhere = momentsCache(join(folder, '..', 'elsewhere'), coder, 'bilinear');
   const batch = await viewsOf(folder, 20);
   t.equal(await elsewhere.fill(batch, () => ++asked < 2), 0, 'left in the midst of a batch');
   t.ok(asked < 20, `without waiting for the rest of it: asked ${asked} times`);
@@ -180,7 +182,7 @@ test('a fill that is cut off goes on where it stopped', async (t) => {
   const shape = new Set(filesBelow(at).map((name) => name.slice(at.length).split('/').length));
   t.strictSame([...shape], [4], 'moments/xx/name');
   write(folder, 0, 5);
-  await t.rejects(momentsCache(join(at, 'new'), model.vae, 'bilinear').fill(wide), /0\.png was changed/);
+  await t.rejects(momentsCache(join(at, 'new'), coder, 'bilinear').fill(wide), /0\.png was changed/);
 });
 
 test('embeddings are the encoders, and an edited caption costs one entry', async (t) => {

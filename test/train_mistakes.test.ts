@@ -16,6 +16,7 @@ import { foreignKeys } from '../train/foreign_keys.ts';
 import { resolveRun } from '../train/run.ts';
 import { sdxl } from './command_line.ts';
 import { dataset, folder, model, refuses, runFile } from './run_files.ts';
+import { writeTiny } from './tiny_autoencoder.ts';
 
 test('run files', async (t) => {
   await refuses(t, 'no file', /no run file .*nothing\.ts/, 'train', join(folder, 'nothing.ts'));
@@ -57,6 +58,12 @@ test('run files', async (t) => {
     'a promise',
     /"steps" is -1/,
     ...file('o', {}, 'export default Promise.resolve({ steps: -1 });'),
+  );
+  await refuses(
+    t,
+    'a tiny autoencoder',
+    /taesdxl has a tiny autoencoder \(AutoencoderTiny\), .*train with the VAE that the model was made for/,
+    ...file('tiny', { vae: writeTiny(join(folder, 'taesdxl')) }),
   );
   await refuses(t, 'no model', /names no model/, ...file('f', { model: '' }));
   await refuses(

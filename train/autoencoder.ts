@@ -10,6 +10,7 @@ import { add, mul } from '../engine/ops/binary.ts';
 import { cast, exp, scale } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { grid } from '../io/grid.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
@@ -17,7 +18,6 @@ import { joined, toHost } from '../models/latents.ts';
 import { parseVaeConfig, type Vae, vae } from '../models/vae.ts';
 import { draws } from './draws.ts';
 import { type Pictures, readView, spread, viewIn } from './pictures.ts';
-import { grid } from './preview.ts';
 import type { Run } from './run.ts';
 import {
   component,

@@ -7,6 +7,7 @@ import { noGrad } from '../engine/grad.ts';
 import type { Tensors } from '../engine/op.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
+import { withPosterior } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { mostChunks } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
@@ -49,6 +50,7 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     openPipeline(run, sources, device),
     sources,
   );
+  const coder = withPosterior(pipeline.vae, sources.vaeSource.path);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const control = controlOf(run, pipeline);
   const cacheFolder = run.dataset.cache || join(run.output, 'cache');
@@ -56,7 +58,7 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
   const configs = networks.texts.map(({ name }) => source.config(name));
   const texts = captions ? cachedTexts(pipeline, captions, configs, cacheFolder) : textsInPass(pipeline);
   // Hashing the VAE reads all its weights.
-  const moments = lazily(() => momentsCache(cacheFolder, pipeline.vae, run.dataset.interpolation));
+  const moments = lazily(() => momentsCache(cacheFolder, coder, run.dataset.interpolation));
   const hasPrior = pictures.samples.some(({ prior }) => prior);
   const latentShape = (bucket: number, n: number): number[] => {
     const [h, w] = pictures.buckets[bucket];
@@ -107,7 +109,7 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     rehearseCache() {
       const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
       const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
-      noGrad(() => scope(() => void pipeline.vae.encode(zeros(shape, { device }))));
+      noGrad(() => scope(() => void coder.encode(zeros(shape, { device }))));
       texts.rehearse();
     },
     blank({ bucket, samples }) {

@@ -5,6 +5,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { listFolder, makeFolder } from '../io/files.ts';
 import { removeFolder } from '../io/folders.ts';
+import { grid } from '../io/grid.ts';
 import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
@@ -13,9 +14,8 @@ import { TorchGenerator } from '../models/torch_random.ts';
 import type { Run } from './run.ts';
 import type { Stop } from './task.ts';
 
-/** Pixels of a picture in the sheet, at most; and between pictures. */
+/** Pixels of a picture in the sheet, at most. */
 const cell = 192;
-const gap = 4;
 
 /** What ends a preview that the user no longer waits for. */
 class Left extends Error {}
@@ -119,26 +119,4 @@ function thumbnail(picture: Picture): Picture {
   if (share === 1) return picture;
   const side = (length: number) => Math.max(1, Math.round(length * share));
   return resize(picture, side(picture.width), side(picture.height), 'lanczos');
-}
-
-/** Pictures in rows on white, each row as high as its highest picture. */
-export function grid(rows: readonly (readonly Picture[])[]): Picture {
-  const across = (row: readonly Picture[]) => row.reduce((sum, { width }) => sum + width + gap, gap);
-  const down = (row: readonly Picture[]) => row.reduce((most, { height }) => Math.max(most, height), 0);
-  const width = Math.max(gap, ...rows.map(across));
-  const height = rows.reduce((sum, row) => sum + down(row) + gap, gap);
-  const sheet: Picture = { width, height, channels: 3, data: new Uint8Array(3 * width * height).fill(255) };
-  let top = gap;
-  for (const row of rows) {
-    let left = gap;
-    for (const picture of row) {
-      for (let y = 0; y < picture.height; y++) {
-        const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
-        sheet.data.set(line, 3 * ((top + y) * width + left));
-      }
-      left += picture.width + gap;
-    }
-    top += down(row) + gap;
-  }
-  return sheet;
 }

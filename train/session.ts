@@ -10,6 +10,7 @@ import { built } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { autoencoder, withPosterior } from '../models/autoencoder.ts';
 import { channelsLast, type ModelSource, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { randomModel } from '../models/random_weights.ts';
@@ -77,6 +78,7 @@ export async function openMaterials(
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const { controlnet_model_name_or_path: controlnet } = run.controlnet;
   const controlSource = controlnet ? await locate.controlnet(controlnet) : undefined;
+  withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   const perEpoch = updatesPerEpoch(
     samplesPerEpoch(pictures.samples),

@@ -1,0 +1,27 @@
+// Several pictures as one.
+import type { Picture } from './pixels.ts';
+
+/** Pixels between pictures. */
+const gap = 4;
+
+/** Pictures in rows on white, each row as high as its highest picture. */
+export function grid(rows: readonly (readonly Picture[])[]): Picture {
+  const across = (row: readonly Picture[]) => row.reduce((sum, { width }) => sum + width + gap, gap);
+  const down = (row: readonly Picture[]) => row.reduce((most, { height }) => Math.max(most, height), 0);
+  const width = Math.max(gap, ...rows.map(across));
+  const height = rows.reduce((sum, row) => sum + down(row) + gap, gap);
+  const sheet: Picture = { width, height, channels: 3, data: new Uint8Array(3 * width * height).fill(255) };
+  let top = gap;
+  for (const row of rows) {
+    let left = gap;
+    for (const picture of row) {
+      for (let y = 0; y < picture.height; y++) {
+        const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
+        sheet.data.set(line, 3 * ((top + y) * width + left));
+      }
+      left += picture.width + gap;
+    }
+    top += down(row) + gap;
+  }
+  return sheet;
+}
