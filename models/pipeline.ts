@@ -193,6 +193,8 @@ export interface Progress {
   timestep: number;
   /** Scaled latents after the step, [n, c, h, w]. */
   latents: Latents;
+  /** The finished latents as this step's output has them, scaled: what the picture will be. Made when asked for. */
+  predOriginalSample(): Latents;
   /** Prompt text past the tokens that are read, the same at each step. */
   truncated: readonly string[];
 }
@@ -249,13 +251,14 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     const loop = sampler.run(plan, start.begin(), denoiseAt, start.draw);
     let turn = loop.next();
     while (!turn.done) {
-      const x = start.afterStep?.(turn.value.x, turn.value.index) ?? turn.value.x;
-      const step = turn.value.index - plan.begin + 1;
+      const { index, timestep, predOriginalSample } = turn.value;
+      const x = start.afterStep?.(turn.value.x, index) ?? turn.value.x;
       yield {
-        step,
+        step: index - plan.begin + 1,
         steps: plan.steps,
-        timestep: turn.value.timestep,
+        timestep,
         latents: { shape, data: x },
+        predOriginalSample: () => ({ shape, data: predOriginalSample() }),
         truncated,
       };
       turn = loop.next(x);

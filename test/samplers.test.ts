@@ -362,3 +362,36 @@ test('runs and parts of runs', (t) => {
   t.throws(() => sampler.plan(0), { name: 'UserError' });
   t.end();
 });
+
+/** A network that knows the picture: whatever it is shown at whatever time, its output points at x0. */
+function knowing(x0: Float32Array, config: SchedulerConfig) {
+  const sigmas = trainingSigmas(trainingTables(config).alphasCumprod);
+  return (input: Float32Array, timestep: number): Float32Array => {
+    const below = Math.floor(timestep);
+    const share = timestep - below;
+    const [low, high] = [below, Math.min(below + 1, sigmas.length - 1)].map((t) => Math.log(sigmas[t]));
+    const sigma = Math.exp(low + share * (high - low));
+    const alpha = 1 / Math.sqrt(1 + sigma * sigma);
+    const epsilon = input.map((x, i) => (x - alpha * x0[i]) / (alpha * sigma));
+    if (config.prediction_type === 'epsilon') return epsilon;
+    return epsilon.map((e, i) => alpha * e - alpha * sigma * x0[i]);
+  };
+}
+
+test('pred_original_sample is the picture that the network points at, at every call of every sampler', (t) => {
+  const x0 = Float32Array.of(-1.5, -0.3, 0.2, 1.1);
+  for (const name of schedulerClasses)
+    for (const prediction_type of ['epsilon', 'v_prediction'] as const) {
+      const sampler = createSampler(name, { ...sdxl, prediction_type });
+      const plan = sampler.plan(6);
+      const network = knowing(x0, { ...sdxl, ...sampler.config });
+      let seed = 1;
+      const draw = () => x0.map(() => Math.sin(seed++));
+      const start = draw().map((x) => x * plan.initNoiseSigma);
+      for (const { index, predOriginalSample } of sampler.run(plan, start, network, draw))
+        allClose(t, `${name} ${prediction_type} at ${index}`, predOriginalSample(), x0, {
+          ...{ atol: 2e-4, rtol: 0 },
+        });
+    }
+  t.end();
+});

@@ -2,7 +2,7 @@
 // a step function that keeps its own history. Latents stay on the host as Float32Array between steps: they are tiny next
 // to a pass of the network, and the arithmetic is then the same on every device.
 import { UserError } from '../../io/errors.ts';
-import { combine } from './arithmetic.ts';
+import { combine, denoised, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { roundHalfEven } from './tables.ts';
 
@@ -77,6 +77,8 @@ export interface StepResult {
   index: number;
   timestep: number;
   x: Float32Array;
+  /** x_0 as the call's output has it, before the step: what diffusers' schedulers call pred_original_sample. Made when asked for. */
+  predOriginalSample(): Float32Array;
 }
 
 export interface Sampler {
@@ -137,14 +139,29 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
       const step = method.start(plan);
       for (let i = plan.begin; i < plan.end; i++) {
         const timestep = plan.timesteps[i];
+        const before = x;
         const output = denoise(sampler.scaleModelInput(plan, x, i), timestep, i);
-        x = step(output, x, i, draw);
-        x = (yield { index: i, timestep, x }) ?? x;
+        x = step(output, before, i, draw);
+        const predOriginalSample = () => originalSample(config, plan, output, before, i);
+        x = (yield { index: i, timestep, x, predOriginalSample }) ?? x;
       }
       return x;
     },
   };
   return sampler;
+}
+
+/** x_0 by the level that the network was told of. */
+function originalSample(
+  { prediction_type: type }: SchedulerConfig,
+  { inputSigmas, marginal }: Plan,
+  output: Float32Array,
+  x: Float32Array,
+  i: number,
+): Float32Array {
+  if (inputSigmas) return denoised(type, output, x, inputSigmas[i]);
+  const { signal, noise } = marginal(i);
+  return predictX0(type, output, x, signal, noise);
 }
 
 function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptions): void {
