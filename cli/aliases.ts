@@ -10,6 +10,7 @@ const aliases: Readonly<Record<string, string>> = {
   '--control-net': '--controlnet',
   '--num-inference-steps': '--steps',
   '--num-images-per-prompt': '--num-images',
+  '--taesd': '--tae',
 };
 
 /** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */

@@ -10,7 +10,10 @@ import { type Parameters, readParameters, writeParameters } from './a1111.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 /** What of a request depends on this machine or this call rather than on the picture. */
-const local = ['from', 'promptFile', 'batchCount', 'output', 'saveLatents', 'json', 'quiet', 'device'];
+const local = [
+  ...['from', 'promptFile', 'batchCount', 'output', 'saveLatents', 'json', 'quiet', 'device'],
+  ...['preview', 'previewInterval', 'previewPath', 'tae'],
+];
 
 /** Options that may be given more than once and are kept as lists. */
 const lists = [

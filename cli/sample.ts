@@ -12,7 +12,7 @@ import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
-import { locateControlNet, locateModel, locateVae } from '../models/locate.ts';
+import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { mergeLora } from '../models/lora.ts';
 import { adapterAt } from '../models/lora_file.ts';
@@ -32,6 +32,7 @@ import { controlnetOf } from './control_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
+import { checkPreview, fitPreview, openPreviews, type Previews } from './preview.ts';
 import { progressBar } from './progress.ts';
 import { addSampleOptions } from './sample_flags.ts';
 import {
@@ -66,6 +67,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const prompts = promptsOf(options);
   for (const line of checkTexts(options, prompts)) terminal.err(`warning: ${line}\n`);
   const album = openAlbum(options, prompts.length * options.batchCount * options.numImages);
+  checkPreview(options, album.paths);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const { configs, variant } = options;
@@ -73,6 +75,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const source = await locateModel(model, locate);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
+  const taeSource = options.tae ? await locateTae(options.tae, locate) : undefined;
+  for (const line of fitPreview(options, vaeSource ?? source, taeSource)) terminal.err(`warning: ${line}\n`);
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
@@ -90,14 +94,14 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  const sources = { source, refinerSource, vaeSource, under: { controlnet, ipAdapter } };
+  const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter } };
   return { options, requests, album, device, dtype, seed, sampler, ...sources };
 }
 
 /** Loads the models, one after the other, and draws. */
 async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
-  const { options, requests, album, device, dtype, seed, sampler, source, refinerSource, vaeSource } =
-    prepared;
+  const { options, requests, album, device, dtype, seed, sampler } = prepared;
+  const { source, refinerSource, vaeSource, taeSource } = prepared;
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
@@ -111,9 +115,12 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
         return loaded;
       }),
     );
-  const stage = stages(requests.length, options, terminal);
   let pipeline = await load(source, prepared.under);
+  let previews: Previews | undefined;
   try {
+    const warn = (line: string) => terminal.err(`warning: ${line}\n`);
+    previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
+    const stage = stages(requests.length, options, previews, terminal);
     addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);
     if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
@@ -154,6 +161,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       );
   } finally {
     pipeline.release();
+    await previews?.close();
   }
 }
 
@@ -184,7 +192,12 @@ function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly strin
 }
 
 /** Drives the loop, with one bar for all requests of a stage; says once for both stages what of a prompt was cut off. */
-function stages(requests: number, { quiet = false, batchCount }: SampleOptions, terminal: Terminal) {
+function stages(
+  requests: number,
+  { quiet = false, batchCount }: SampleOptions,
+  previews: Previews,
+  terminal: Terminal,
+) {
   const told = new Set<string>();
   return (label: string) => {
     const bar = progressBar(terminal, label, quiet);
@@ -192,7 +205,9 @@ function stages(requests: number, { quiet = false, batchCount }: SampleOptions, 
     return async (pipeline: Pipeline, request: Request): Promise<Latents> => {
       const what = batchCount > 1 ? 'batch' : 'prompt';
       const note = requests > 1 ? `${what} ${before + 1} of ${requests}` : '';
-      const { latents } = await denoiseToEnd(pipeline, request, ({ step, steps, truncated }) => {
+      const { latents } = await denoiseToEnd(pipeline, request, (progress) => {
+        const { step, steps, truncated } = progress;
+        previews.show(pipeline, progress);
         const cut = truncated.filter((each) => !told.has(each));
         if (cut.length) bar.end(); // the line is the warning's
         for (const text of cut) {
@@ -214,11 +229,14 @@ function stages(requests: number, { quiet = false, batchCount }: SampleOptions, 
 function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
   const [, stem, extension] = /^(.*)(\.png)$/is.exec(output) as RegExpExecArray;
   const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
-  for (let i = 0; i < count; i++) assertWritable(fileOf(i));
+  const pictures = Array.from({ length: count }, (_, i) => fileOf(i));
+  for (const file of pictures) assertWritable(file);
   const files: string[] = [];
   const spoilt: string[] = [];
   const all: Latents[] = [];
   return {
+    /** All that will be written. */
+    paths: [...pictures, ...(saveLatents ? [saveLatents] : [])],
     files,
     /** Those that overflow has left black, in whole or in part. */
     spoilt,

@@ -6,6 +6,7 @@ import { shortSchedulerNames as schedulerNames } from '../models/samplers/regist
 import { addControlOptions } from './control_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
 import { corner, devices, number, numbers, oneOf, repeated, side, size } from './options.ts';
+import { addPreviewOptions } from './preview.ts';
 
 /** What --dtype and its like take. */
 const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
@@ -41,7 +42,10 @@ const modelOptions = (command: Command): Command =>
       'which weights of a folder or hub id, such as fp16: half the download (default: the plain ones)',
     )
     .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
-    .option('--vae <DIR|FILE|HUB_ID>', 'another VAE than the model has')
+    .option(
+      '--vae <DIR|FILE|HUB_ID>',
+      'another VAE than the model has, or a tiny autoencoder such as madebyollin/taesdxl: coarser, in a fraction of the time',
+    )
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter (LoRA, DoRA, LoHa, LoKr or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder of one; may be given more than once',
@@ -261,7 +265,7 @@ export function addSampleOptions(command: Command): Command {
       microConditioningOptions,
       overPictureOptions,
     ],
-    ...[addControlOptions, addIPAdapterOptions, refinerOptions, fileOptions],
+    ...[addControlOptions, addIPAdapterOptions, refinerOptions, addPreviewOptions, fileOptions],
   ];
   for (const add of groups) add(command);
   return command

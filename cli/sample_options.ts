@@ -13,8 +13,9 @@ import { readTextualInversion } from '../models/textual_inversion.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { scaledFile } from './options.ts';
+import type { PreviewOptions } from './preview.ts';
 
-export interface SampleOptions extends ControlOptions, IPAdapterOptions {
+export interface SampleOptions extends ControlOptions, IPAdapterOptions, PreviewOptions {
   model?: string;
   from?: string;
   configs?: string;
@@ -58,7 +59,6 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions {
   aestheticScore: number;
   negativeAestheticScore: number;
   vae?: string;
-  vaeTiling?: boolean;
   vaeDtype: FloatDType | 'auto';
   lora?: string[];
   textualInversion?: string[];

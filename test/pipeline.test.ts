@@ -9,7 +9,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
-import { decodeLatents, encodeImage, type Latents } from '../models/latents.ts';
+import { decodeLatents, encodeImage, type Latents, previewLatents } from '../models/latents.ts';
 import {
   complete,
   type Denoised,
@@ -185,6 +185,9 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   decodeLatents(vae, wide, true);
   t.equal(placeOf(vae.module).dtype, 'float16', 'what is nothing does not overflow');
   for (let row = 0; row < 4 * 16; row++) wide.data.fill(1, row * 64 + 56, row * 64 + 64);
+  const seen = previewLatents(vae, wide, true).data;
+  t.notOk(seen.every(Number.isFinite), 'a look on the way overflows');
+  t.equal(placeOf(vae.module).dtype, 'float16', 'and changes nothing');
   const tiles = decodeLatents(vae, wide, true).data;
   t.equal(placeOf(vae.module).dtype, 'float32', 'nor does one in its last tile go unseen');
   t.ok(tiles.every(Number.isFinite));

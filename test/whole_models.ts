@@ -13,7 +13,9 @@ import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { preprocessControl } from '../io/image.ts';
+import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
+import { previewLatents } from '../models/latents.ts';
 import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
@@ -29,6 +31,7 @@ import { fields, resolveRun } from '../train/run.ts';
 import { picture, writeControlNet } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';
+import { tinyConfig, writeTiny } from './tiny_autoencoder.ts';
 
 const source = openModel(join(goldenFolder, 'tiny-sdxl'));
 
@@ -69,21 +72,35 @@ export function modelErrors(device: Device, cpu: Device, work: Work, dtype: Floa
   }));
 }
 
-/** Latents after four guided steps, and the decoded picture. */
+/** Latents after four guided steps, of which a GPU replays the last two, and the decoded picture; a preview after each step. */
 export function pipelineSteps(device: Device, dtype: FloatDType): Results {
   const pipeline = loadPipeline(source, { device, dtype });
+  const tae = tinyAutoencoder(device, dtype);
   const loop = denoise(pipeline, {
     prompt: ['a red fox in the snow'],
     negative_prompt: ['blurry'],
     ...{ height: 32, width: 32, num_inference_steps: 4, guidance_scale: 5 },
     generators: [new TorchGenerator(3)],
   });
+  const results: Results = {};
   let turn = loop.next();
-  while (!turn.done) turn = loop.next();
+  for (; !turn.done; turn = loop.next()) {
+    const { step, predOriginalSample } = turn.value;
+    results[`preview ${step}`] = previewLatents(tae, predOriginalSample(), false).data;
+  }
   const { latents } = turn.value;
   const picture = decode(pipeline, latents).data;
+  unload(tae.module);
   pipeline.release();
-  return { latents: latents.data, picture };
+  return { ...results, latents: latents.data, picture };
+}
+
+function tinyAutoencoder(device: Device, dtype: FloatDType): Autoencoder {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-tiny-'));
+  const tae = autoencoder(tinyConfig);
+  openComponent(writeTiny(folder)).load('vae', tae.module, device, dtype);
+  rmSync(folder, { recursive: true });
+  return tae;
 }
 
 /** Latents of five guided steps, of which a ControlNet has a part in the middle three: a GPU replays the last of them. */

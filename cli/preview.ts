@@ -1,0 +1,185 @@
+// Previews of `sdxl sample`, in stable-diffusion.cpp's words: a file that shows what the picture will be, replaced while it is
+// sampled. What is shown is x_0 as the last step predicts it, which samplers give for nothing, not the latents under their noise. A step
+// waits for the decoding and the file's write: PNGs, which take longer than a GPU's step, are encoded by a thread of their own,
+// and what comes faster than that is passed over.
+import { join, resolve } from 'node:path';
+import { Worker } from 'node:worker_threads';
+import type { Command } from 'commander';
+import type { Device } from '../engine/device.ts';
+import { unload } from '../engine/module.ts';
+import { built } from '../engine/scope.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { assertWritable, writeFileAtomic } from '../io/files.ts';
+import { packageRoot } from '../io/package_root.ts';
+import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import { latentRgb, latentRgbChannels } from '../models/latent_rgb.ts';
+import { type Latents, previewLatents } from '../models/latents.ts';
+import type { Pipeline, Progress } from '../models/pipeline.ts';
+import { sdxlVae } from '../models/presets.ts';
+import { number, oneOf } from './options.ts';
+
+const methods = ['none', 'proj', 'tae', 'vae'] as const;
+
+export interface PreviewOptions {
+  preview: (typeof methods)[number];
+  previewInterval?: number;
+  previewPath?: string;
+  tae?: string;
+  vaeTiling?: boolean;
+}
+
+export const addPreviewOptions = (command: Command): Command =>
+  command
+    .optionsGroup('Preview (what the picture will be, in a file that is replaced while it is sampled):')
+    .option(
+      '--preview <NAME>',
+      "none; proj, SDXL's latents as colours, an eighth in size; tae, by --tae's tiny autoencoder; vae, by the model's own",
+      oneOf('--preview', methods),
+      'none',
+    )
+    .option(
+      '--preview-interval <N>',
+      'steps from one preview to the next (default: 1)',
+      number('--preview-interval', { min: 1, whole: true }),
+    )
+    .option('--preview-path <FILE.png>', 'where it is written (default: preview.png)')
+    .option(
+      '--tae <DIR|FILE|HUB_ID>',
+      'a tiny autoencoder for --preview tae, such as madebyollin/taesdxl; --vae takes one for the picture itself',
+    );
+
+const pathOf = ({ previewPath = 'preview.png' }: PreviewOptions): string => previewPath;
+
+/** What can be known to be wrong before a model is opened; `others` are the files that the call writes. @throws UserError */
+export function checkPreview(options: PreviewOptions, others: readonly string[]): void {
+  const { preview, previewInterval, previewPath, tae } = options;
+  if (preview === 'tae' && tae === undefined)
+    throw new UserError('--preview tae needs --tae: a tiny autoencoder such as madebyollin/taesdxl');
+  if (preview !== 'tae' && tae !== undefined)
+    throw new UserError(
+      '--tae is what --preview tae decodes by; for the picture itself give a tiny autoencoder as --vae',
+    );
+  if (preview === 'none') {
+    const flag = previewPath !== undefined ? 'path' : previewInterval !== undefined ? 'interval' : undefined;
+    if (flag) throw new UserError(`--preview-${flag} needs --preview proj, tae or vae: what to show`);
+    return;
+  }
+  const path = pathOf(options);
+  if (!/\.png$/i.test(path))
+    throw new UserError(`--preview-path ${path}: previews are PNGs; give a name that ends in .png`);
+  if (others.some((other) => resolve(other) === resolve(path)))
+    throw new UserError(`--preview-path ${path} is written by this call already; give previews another name`);
+  assertWritable(path);
+}
+
+/** Warnings of what a preview shows of the model whose VAE has this config. @throws UserError where it can show nothing */
+export function fitPreview({ preview }: PreviewOptions, vae: ModelSource, tae?: ModelSource): string[] {
+  const { config, posterior } = autoencoder(vae.config('vae'));
+  const { latent_channels: channels, scaling_factor: factor } = config;
+  const taken =
+    preview === 'proj' ? latentRgbChannels : tae && autoencoder(tae.config('vae')).config.latent_channels;
+  if (taken !== undefined && taken !== channels)
+    throw new UserError(
+      `--preview ${preview} shows latents of ${taken} channels, and the model's have ${channels}; use --preview vae`,
+    );
+  const own = sdxlVae.scaling_factor;
+  return taken !== undefined && posterior && factor !== own
+    ? [
+        `--preview ${preview} shows SDXL's latents (scaling_factor ${own}), and this model has others (${factor}), which only --preview vae shows right`,
+      ]
+    : [];
+}
+
+export interface Previews {
+  /** Called after each step. */
+  show(pipeline: Pipeline, progress: Progress): void;
+  /** Waits for the last one to be written, and frees the tiny autoencoder. */
+  close(): Promise<void>;
+}
+
+/** `told` gets a sentence where previews cannot go on; the picture does. */
+export function openPreviews(
+  options: PreviewOptions,
+  tae: ModelSource | undefined,
+  place: { device: Device; dtype: FloatDType },
+  told: (trouble: string) => void,
+): Previews {
+  const { preview, previewInterval = 1, vaeTiling = false } = options;
+  if (preview === 'none') return { show() {}, close: async () => {} };
+  const coder = tae && loadTae(tae, place);
+  const file = openFile(pathOf(options), told);
+  const look = (pipeline: Pipeline, latents: Latents): Latents =>
+    preview === 'proj' ? latentRgb(latents) : previewLatents(coder ?? pipeline.vae, latents, vaeTiling);
+  return {
+    show(pipeline, { step, predOriginalSample }) {
+      if (step % previewInterval === 0) file.replace(look(pipeline, predOriginalSample()));
+    },
+    async close() {
+      if (coder) unload(coder.module);
+      await file.close();
+    },
+  };
+}
+
+const loadTae = (
+  source: ModelSource,
+  { device, dtype }: { device: Device; dtype: FloatDType },
+): Autoencoder =>
+  built(() => {
+    const coder = autoencoder(source.config('vae'));
+    source.load('vae', coder.module, device, dtype);
+    return coder;
+  });
+
+/** The file at `path`, whole at any time: the newest pictures that were given while the thread was busy come next. */
+function openFile(path: string, told: (trouble: string) => void) {
+  const thread = new Worker(join(packageRoot, 'dist', 'cli', 'preview_thread.js'));
+  let [busy, broken] = [false, false];
+  let next: Latents | undefined;
+  let onRest = () => {};
+  const encode = (images: Latents) => {
+    busy = true;
+    thread.ref();
+    thread.postMessage(images, [images.data.buffer as ArrayBuffer]);
+  };
+  const rest = () => {
+    busy = false;
+    thread.unref(); // holds the program up only while it has work
+    onRest();
+  };
+  const giveUp = (error: Error) => {
+    if (!broken) told(`no more previews: ${error.message}`);
+    [broken, next] = [true, undefined];
+    rest();
+  };
+  thread.unref();
+  thread.on('error', giveUp);
+  thread.on('message', (png: Uint8Array) => {
+    try {
+      writeFileAtomic(path, png);
+    } catch (error) {
+      if (!(error instanceof UserError)) throw error;
+      giveUp(error);
+      return;
+    }
+    if (next) encode(next);
+    else rest();
+    next = undefined;
+  });
+  return {
+    replace(images: Latents): void {
+      if (broken) return;
+      if (busy) next = images;
+      else encode(images);
+    },
+    async close(): Promise<void> {
+      if (busy)
+        await new Promise<void>((resolve) => {
+          onRest = resolve;
+        });
+      await thread.terminate();
+    },
+  };
+}
