@@ -6,6 +6,7 @@ import {
   accessSync,
   closeSync,
   constants,
+  fstatSync,
   fsyncSync,
   mkdirSync,
   openSync,
@@ -211,12 +212,15 @@ function assertReplaceable(path: string): void {
   if (found && !found.isFile()) throw new UserError(`${path} is not a regular file: give the path of a file`);
 }
 
-/** Flushes a file or a folder. */
+/** Flushes a file, or a folder where its file system can: some that are of other machines cannot, and need not stop the work. */
 export function sync(path: string): void {
   if (process.platform === 'win32') return; // Windows cannot open a folder, and flushes no file that is open to be read.
   const fd = openSync(path, 'r');
   try {
     fsyncSync(fd);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (!(code === 'EINVAL' || code === 'ENOTSUP') || !fstatSync(fd).isDirectory()) throw error;
   } finally {
     closeSync(fd);
   }

@@ -1,6 +1,6 @@
 // Folders that are written whole or not at all: a program killed at any of its calls leaves the former folder or the new one.
 import { spawnSync } from 'node:child_process';
-import {
+import fs, {
   chmodSync,
   existsSync,
   lstatSync,
@@ -11,13 +11,14 @@ import {
   symlinkSync,
   writeFileSync,
 } from 'node:fs';
+import { syncBuiltinESMExports } from 'node:module';
 import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { writeFileAtomic } from '../io/files.ts';
 import { clearUnfinished, copyFolder, newFolderInTurns, replaceFolderAtomically } from '../io/folders.ts';
 import { atOnce, inTurns } from '../io/turns.ts';
 import { packageRoot } from './golden.ts';
-import { at, folder, refuses } from './io_helpers.ts';
+import { at, folder, messageOf, refuses } from './io_helpers.ts';
 
 test('a folder is replaced', (t) => {
   const inFolder = (name: string) =>
@@ -108,6 +109,35 @@ for (const [how, exchanges] of [
     t.equal(missing, exchanges ? 0 : 1, 'kills after which nobody could have opened it');
     t.end();
   });
+
+test('a folder whose file system cannot flush folders is written, but a file that cannot be flushed is told', (t) => {
+  const { fsyncSync } = fs;
+  const failing = (code: string, isMeant: (entry: fs.Stats) => boolean) => {
+    fs.fsyncSync = (fd) => {
+      if (isMeant(fs.fstatSync(fd))) throw Object.assign(new Error(code), { code });
+      fsyncSync(fd);
+    };
+    syncBuiltinESMExports();
+    try {
+      return messageOf(() =>
+        replaceFolderAtomically(at('flushed'), (temporary) => writeFileAtomic(join(temporary, 'file'), code)),
+      );
+    } finally {
+      Object.assign(fs, { fsyncSync });
+      syncBuiltinESMExports();
+    }
+  };
+  const isFolder = (entry: fs.Stats) => entry.isDirectory();
+  t.equal(failing('EINVAL', isFolder), 'no error');
+  t.equal(failing('ENOTSUP', isFolder), 'no error');
+  t.match(failing('EIO', isFolder), /the disk failed at .*flushed/);
+  t.match(
+    failing('EINVAL', (entry) => entry.isFile()),
+    /EINVAL/,
+  );
+  t.equal(readFileSync(at('flushed/file'), 'utf8'), 'ENOTSUP', 'what was there stays');
+  t.end();
+});
 
 test('a copy can be written to, whatever it is of', (t) => {
   const from = at('closed');
