@@ -55,6 +55,12 @@ test('run files', async (t) => {
   );
   await refuses(
     t,
+    'one output twice',
+    /two runs write to \.\/x\/; give each its own/,
+    ...file('twice', {}, "export default [{ output: 'x' }, { output: 'y' }, { output: './x/' }];"),
+  );
+  await refuses(
+    t,
     'a promise',
     /"steps" is -1/,
     ...file('o', {}, 'export default Promise.resolve({ steps: -1 });'),

@@ -22,7 +22,9 @@ export async function loadRuns(path: string, assignments: readonly string[] = []
   const runs = stages.map((stage, i) =>
     resolveRun(stage, path, stages.length === 1 ? stem : `${stem}-${i + 1}`, assignments),
   );
-  const twice = runs.find((run, i) => runs.some((other, j) => j < i && other.output === run.output));
+  const twice = runs.find((run, i) =>
+    runs.some((other, j) => j < i && resolve(other.output) === resolve(run.output)),
+  );
   if (twice) throw new UserError(`${path}: two runs write to ${twice.output}; give each its own name`);
   return runs;
 }
