@@ -196,7 +196,7 @@ test('learning rates', (t) => {
     'in whatever order',
   );
   t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
-  for (const step_rules of ['fast', '1:ten,0.1', 'one:10,0.1', '1:10,'])
+  for (const step_rules of ['fast', '1:ten,0.1', '1:10,5,0.1', 'one:10,0.1', '1:10,'])
     t.throws(() => learningRate({ ...rules, step_rules }, 1, 0, 100), /step_rules/);
   t.end();
 });

@@ -49,6 +49,20 @@ test('the host prepares while the device works', async (t) => {
   t.equal(cpu.memory.storages, before, 'live tensors');
 });
 
+test('between passes others have their turn, when the next pass is prepared already', async (t) => {
+  const { session, events, release } = open([cpu]);
+  let others = setImmediate(function again() {
+    events.push('others');
+    others = setImmediate(again);
+  });
+  await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(2), pass(3)), 0.1);
+  clearImmediate(others);
+  const told = events.filter((event, i) => event !== 'others' || events[i - 1] !== 'others');
+  const between = ['queue', 'prepare 2', 'others', 'queue', 'prepare 3', 'others', 'queue'];
+  t.same(told.slice(told.indexOf('queue'), told.lastIndexOf('queue') + 1), between);
+  release();
+});
+
 test('a pass whose loss is not finite leaves the weights', async (t) => {
   const before = cpu.memory.storages;
   const {
