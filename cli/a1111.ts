@@ -97,6 +97,7 @@ export function readParameters(text: string): Parameters {
       prompt: withoutTags(prompt),
       negativePrompt: negative && withoutTags(negative),
       steps: field('Steps'),
+      sigmas: /Custom Sigmas: \[([^\]]+)\]/.exec(last)?.[1], // stable-diffusion.cpp's
       guidanceScale: field('CFG scale'),
       seed: field('Seed'),
       emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
@@ -121,11 +122,8 @@ const withoutTags = (text: string): string => text.replace(/ ?<(lora|lyco|hypern
  * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,
  * and `ours` go by the model's spacing: SDXL's published scheduler begins lower.
  */
-function schedulerOf(
-  sampler: string | undefined,
-  type = '',
-  ours = false,
-): Record<string, string | undefined> {
+function schedulerOf(text: string | undefined, given = '', ours = false): Record<string, string | undefined> {
+  const [sampler, type = given] = withType(text);
   if (sampler === undefined || !hasScheduleType(sampler)) return { scheduler: sampler };
   const layout = ['Karras', 'Exponential', 'Beta'].find((each) => each === type);
   const named = layout && !sampler.endsWith(layout) ? `${sampler} ${layout}` : sampler;
@@ -134,6 +132,13 @@ function schedulerOf(
     scheduler: named,
     timestepSpacing: ['SGM Uniform', 'Simple'].includes(type) ? 'trailing' : 'linspace',
   };
+}
+
+/** stable-diffusion.cpp puts a layout behind its sampler, where it names one: `euler_a discrete`. */
+function withType(text: string | undefined): [sampler: string | undefined, type?: string] {
+  const [, sampler, layout] = /^(.*) (discrete|sgm_uniform|simple)$/.exec(text ?? '') ?? [];
+  if (sampler === undefined) return [text];
+  return [sampler, { discrete: 'Uniform', sgm_uniform: 'SGM Uniform', simple: 'Simple' }[layout]];
 }
 
 function splitLast(text: string): [string, string?] {

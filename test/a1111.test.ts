@@ -17,12 +17,19 @@ test('samplers with their schedule types', (t) => {
     ['Steps: 20, Sampler: Euler a, Schedule type: SGM Uniform', 'Euler a', 'trailing'],
     ['Steps: 20, Sampler: DDIM, Schedule type: Automatic', 'DDIM', undefined],
     ['Steps: 20, Sampler: euler_a, Version: stable-diffusion.cpp', 'euler_a', 'linspace'],
+    ['Steps: 20, Sampler: euler_a discrete, Version: stable-diffusion.cpp', 'euler_a', 'linspace'],
+    ['Steps: 20, Sampler: dpm++2m sgm_uniform, Version: stable-diffusion.cpp', 'dpm++2m', 'trailing'],
+    ['Steps: 20, Sampler: dpm++2m karras, Version: stable-diffusion.cpp', 'dpm++2m karras', 'linspace'],
     ['Steps: 20, Sampler: Euler, Version: sdxl 0.1.0', 'Euler', undefined],
   ] as const) {
     const settings = read(fields);
     t.same([settings.scheduler, settings.timestepSpacing], [scheduler, timestepSpacing], fields);
     t.ok(createSampler(scheduler).name, 'which we have');
   }
+  t.equal(
+    read('Steps: 2, Sampler: euler, Custom Sigmas: [14.6000, 2.5000, 0.0000], ').sigmas,
+    '14.6000, 2.5000, 0.0000',
+  );
   t.end();
 });
 
