@@ -17,7 +17,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 here = os.path.dirname(os.path.abspath(__file__))
 torch.set_grad_enabled(False)
 diffusers.utils.logging.set_verbosity_error()
-folder = tempfile.mkdtemp()
+scratch = tempfile.TemporaryDirectory()
+folder = scratch.name
 lines = []
 
 ENCODER = dict(
