@@ -187,6 +187,7 @@ const golden = [
   'lora_kinds',
   'pipeline',
   'controlnet',
+  'ip_adapter',
   'training',
 ];
 
