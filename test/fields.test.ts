@@ -31,8 +31,48 @@ test('a written value is read as its key takes it', (t) => {
     ['ema.decay=1', 1],
     ['ema.decay=0', 0],
     ['lora.rank=1', 1],
+    ['vae_objective.mse=0', 0],
   ] as const)
     t.strictSame(at(assignment), want, assignment);
+  t.end();
+});
+
+test('what is left out is as in the scripts of diffusers, or off', (t) => {
+  t.match(resolved(), {
+    ...{ seed: 0, dtype: 'float32', batch_size: 1, gradient_accumulation_steps: 1, steps: 0 },
+    train: { target: 'unet', parts: [], text_encoders: false, gradient_checkpointing: false },
+    lora: { rank: 8, alpha: 8, targets: ['to_q', 'to_k', 'to_v', 'to_out.0'] },
+    dataset: {
+      crops: 1,
+      random_flip: false,
+      caption_dropout_rate: 0,
+      caption_tag_dropout_rate: 0,
+      broken: 'fatal',
+    },
+    objective: {
+      ...{
+        loss: 'mse',
+        huber_delta: 1,
+        prior_loss_weight: 1,
+        snr_gamma: 0,
+        debiased: false,
+        timesteps: 'uniform',
+      },
+      ...{
+        noise_offset: 0,
+        pyramid_noise: 0,
+        input_perturbation: 0,
+        zero_terminal_snr: false,
+        timestep_bias: 0.25,
+      },
+    },
+    vae_objective: { l1: 1, mse: 1, kl: 1e-4 },
+    optimizer: { name: 'adamw', betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, max_grad_norm: 1 },
+    lr_scheduler: { name: 'constant', warmup_steps: 0, num_cycles: 1, power: 1 },
+    ema: { decay: 0 },
+    checkpoints: { every_steps: 0, keep: 3 },
+    validation: { samples: 0 },
+  });
   t.end();
 });
 
@@ -44,6 +84,8 @@ test('what does not fit is refused', (t) => {
     ['steps=', /"steps" takes a whole number from 0/],
     ['steps=1.5', /"steps" takes a whole number from 0/],
     ['steps=-1', /"steps" takes a whole number from 0/],
+    ['objective.timestep_bias=1.5', /takes a number from 0 to 1/],
+    ['checkpoints.keep=0', /takes a whole number from 1/],
     ['lora.rank=0', /"lora\.rank" takes a whole number from 1/],
     ['ema.decay=1.001', /"ema\.decay" takes a number from 0 to 1/],
     ['optimizer.betas=0.9,1', /"optimizer\.betas" takes a list of two, each a number from 0 to below 1/],

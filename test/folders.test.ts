@@ -15,7 +15,13 @@ import { syncBuiltinESMExports } from 'node:module';
 import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { writeFileAtomic } from '../io/files.ts';
-import { clearUnfinished, copyFolder, newFolderInTurns, replaceFolderAtomically } from '../io/folders.ts';
+import {
+  clearUnfinished,
+  copyFolder,
+  newFolderInTurns,
+  removeFolder,
+  replaceFolderAtomically,
+} from '../io/folders.ts';
 import { atOnce, inTurns } from '../io/turns.ts';
 import { packageRoot } from './golden.ts';
 import { at, folder, messageOf, refuses } from './io_helpers.ts';
@@ -136,6 +142,39 @@ test('a folder whose file system cannot flush folders is written, but a file tha
     /EINVAL/,
   );
   t.equal(readFileSync(at('flushed/file'), 'utf8'), 'ENOTSUP', 'what was there stays');
+  t.end();
+});
+
+test('all of a folder is flushed before it takes its name', (t) => {
+  const { fsyncSync } = fs;
+  const flushed = new Set<number>();
+  fs.fsyncSync = (fd) => {
+    flushed.add(fs.fstatSync(fd).ino);
+    fsyncSync(fd);
+  };
+  syncBuiltinESMExports();
+  const names = ['file', 'deep', 'deep/er', 'deep/er/file'];
+  try {
+    replaceFolderAtomically(at('tree'), (temporary) => {
+      mkdirSync(join(temporary, 'deep', 'er'), { recursive: true });
+      for (const name of ['file', 'deep/er/file']) writeFileSync(join(temporary, name), name);
+    });
+  } finally {
+    Object.assign(fs, { fsyncSync });
+    syncBuiltinESMExports();
+  }
+  const paths = [folder, at('tree'), ...names.map((name) => at(`tree/${name}`))];
+  t.same(
+    paths.filter((path) => !flushed.has(lstatSync(path).ino)),
+    [],
+    'with its parent',
+  );
+  removeFolder(at('tree'));
+  t.notOk(
+    readdirSync(folder).some((name) => name === 'tree' || name.startsWith('.sdxl')),
+    'and is removed',
+  );
+  refuses(t, /tree does not exist/, () => removeFolder(at('tree')));
   t.end();
 });
 

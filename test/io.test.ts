@@ -22,8 +22,9 @@ import {
   replaceAtomically,
   writeFileAtomic,
 } from '../io/files.ts';
+import { lockFolder } from '../io/lock.ts';
 import { allClose } from './golden.ts';
-import { at, exact, folder, messageOf, randomNumbers, refuses } from './io_helpers.ts';
+import { at, exact, filesOpen, folder, messageOf, randomNumbers, refuses } from './io_helpers.ts';
 
 test('half types: every bit pattern survives', (t) => {
   let wrong = 0;
@@ -228,6 +229,11 @@ const locking = (path: string): string =>
 
 test('a lock is on the folder that has the name, and holds until an empty one is removed', (t) => {
   t.equal(locking(at('locked')), 'closed false\nlocked true\nclosed false\n');
+  const unlock = lockFolder(at('locked'));
+  const before = filesOpen();
+  refuses(t, /another program is at work in .*locked/, () => lockFolder(at('locked')));
+  t.equal(filesOpen(), before);
+  unlock();
   t.end();
 });
 

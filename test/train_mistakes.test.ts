@@ -46,6 +46,8 @@ test('run files', async (t) => {
     /cannot be loaded: no coffee/,
     ...file('d', {}, "throw new Error('no coffee');"),
   );
+  const own = "import { UserError } from 'sdxl';\nthrow new UserError('no milk: buy some');";
+  await refuses(t, 'throws a sentence', /^error: no milk: buy some$/, ...file('milk', {}, own));
   await refuses(t, 'exports nothing', /exports no run/, ...file('e', {}, 'export const run = 1;'));
   await refuses(
     t,
