@@ -80,15 +80,24 @@ export const temporaryBeside = (path: string): string =>
 /**
  * Ctrl-C (and what a service manager sends, or a terminal that is closed) ends a program at once, which is what people want,
  * except between a temporary file and its rename: this defers it to the end of the running turn, when the file stands whole.
- * Programs with a handler of their own decide themselves.
+ * A handler that is taken off while a signal waits for its turn would lose it, so each stays until a turn is short. Programs
+ * with a handler of their own decide themselves.
  */
 function holdInterrupt(): void {
   for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     if (process.listenerCount(name) > 0) continue;
     const leave = () => process.exit(128 + os.signals[name]);
     process.on(name, leave);
-    setImmediate(() => setImmediate(() => process.off(name, leave)));
+    afterShortTurn(() => process.off(name, leave));
   }
+}
+
+/** Signals are heard between a timer and an immediate; work of no more than a millisecond there leaves none unheard. */
+function afterShortTurn(done: () => void): void {
+  setTimeout(() => {
+    const began = performance.now();
+    setImmediate(() => (performance.now() - began < 1 ? done() : afterShortTurn(done)));
+  });
 }
 
 /** Makes a folder and those above it, if they are not there. @throws UserError */

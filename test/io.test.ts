@@ -171,6 +171,26 @@ test('files: Ctrl-C waits for the rename', { skip: process.platform === 'win32' 
   t.end();
 });
 
+test('files: Ctrl-C is heard in long turns after a write', {
+  skip: process.platform === 'win32' && 'no signals',
+}, (t) => {
+  const module = JSON.stringify(new URL('../io/files.js', import.meta.url).href);
+  // Two turns after the write: there a handler that goes after a count of turns would take the signal along.
+  const program = `
+    const { writeFileAtomic } = await import(${module});
+    const turn = (n) => {
+      if (n === 2) process.kill(process.pid, 'SIGINT');
+      for (const until = Date.now() + 20; Date.now() < until; );
+      if (n < 20) setImmediate(turn, n + 1);
+      else console.log('went on');
+    };
+    setImmediate(turn, 1);
+    writeFileAtomic(${JSON.stringify(at('heard.txt'))}, '');`;
+  const { status, stdout } = spawnSync(process.execPath, ['--input-type=module', '-e', program]);
+  t.same([status, String(stdout)], [130, '']);
+  t.end();
+});
+
 test('files: folders', (t) => {
   makeFolder(at('deep/er/folder'));
   makeFolder(at('deep/er/folder'));
