@@ -155,6 +155,10 @@ test('a training checkpoint: trained parts or their averages, the rest from the 
     t.equal(Number(first(join(out, 'unet'))), own * factor, name);
     t.ok(existsSync(join(out, 'vae', 'config.json')) && existsSync(join(out, 'tokenizer', 'merges.txt')));
   }
+  rmSync(join(checkpoint, 'ema'), { recursive: true });
+  const { status, err } = await run(checkpoint, join(folder, 'none'), '--ema', '--quiet');
+  t.equal(status, 2);
+  t.match(err, /^error: .* has no moving averages, as its run kept none; leave out --ema\n$/);
   rmSync(folder, { recursive: true });
 });
 
@@ -213,6 +217,10 @@ test('what the trainer itself saves: adapters, and a model from random weights',
   t.equal(status, 0, err);
   const index = readJson(join(out, 'model_index.json')) as Record<string, unknown>;
   t.equal(index._class_name, 'StableDiffusionXLPipeline');
+  t.ok(
+    existsSync(join(out, 'scheduler', 'scheduler_config.json')),
+    'a preset has a scheduler and no folder of it',
+  );
   for (const name of ['unet', 'vae', 'text_encoder', 'text_encoder_2']) {
     const [ours, final] = [componentContents(join(out, name)), componentContents(join(made, 'final', name))];
     t.same(ours, final, `${name} is what the finished run has`);
