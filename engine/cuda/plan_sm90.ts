@@ -61,10 +61,10 @@ export const tilesOf: Record<ProductKind, readonly TileName[]> = {
 export const STEP = 64;
 const THREADS = 384;
 const BLOCK_ROWS = 64;
-/** Bytes of shared memory that a block may have, and of them for a tile's start and for barriers. */
+/** Bytes of shared memory that a block may have, and of them for a tile's start and, rounded up by ptxas, for barriers. */
 const MOST_SHARED = 227 * 1024;
 const ALIGNMENT = 1024;
-const BARRIERS = 256;
+const BARRIERS = 1024;
 
 /** Elements in a row of a shared tile that is `width` elements wide: product_sm90.cuh's span_of. */
 export const boxColumns = (width: number): number => (width % 64 === 0 ? 64 : width % 32 === 0 ? 32 : 16);

@@ -1,12 +1,13 @@
-// What conv2d's matrix products on Hopper have alike: an image operand that TMA gathers. A tile's rows are pixels of a walked grid, each
-// read at the offset of a tap, with zeros outside the image. Pixels that are whole rows of the grid, or a part of one, are a box of the
-// image; TMA's im2col, which walks any grid, takes some 8 cycles a pixel by an H200's times, thrice what boxes do.
-// k runs over taps x channels, each tap's channels padded with zeros to whole steps. The weight [o, taps, c] is a map [taps][o][c].
+// What conv2d's matrix products on Hopper have alike: an image operand that TMA gathers. A tile's rows are pixels of a
+// walked grid, each read at the offset of a tap, with zeros outside the image. Pixels that are whole rows of the grid,
+// or a part of one, are a box of the image; TMA's im2col, which walks any grid, takes some 8 cycles a pixel by an
+// H200's times, thrice what boxes do. k runs over taps x channels, each tap's channels padded with zeros to whole
+// steps. The weight [o, taps, c] is a map [taps][o][c].
 #pragma once
 #include "product_sm90.cuh"
 
-// Pixel (x, y) of a grid of width x height stands at (x * stride + left, y * stride + top) of the image. Boxed: its map is tiled, in
-// boxes of as many pixels as are loaded.
+// Pixel (x, y) of a grid of width x height stands at (x * stride + left, y * stride + top) of the image. Boxed: its map
+// is tiled, in boxes of as many pixels as are loaded.
 struct Grid {
   int width, height, stride, left, top, boxed;
 };

@@ -1,7 +1,7 @@
-// How the tiles of Hopper's matrix products end (product_sm90.cuh): a warpgroup's sums take their bias, activation and residual and
-// leave as y, in storage type by TMA, in float32 by plain stores; or as they are, where k is in parts that a later launch joins.
-// What is added is on its way before it is wanted: bias and shift are read before the products, the residual brought by TMA into the very
-// place where y is then rounded to and stored from.
+// How the tiles of Hopper's matrix products end (product_sm90.cuh): a warpgroup's sums take their bias, activation and
+// residual and leave as y, in storage type by TMA, in float32 by plain stores; or as they are, where k is in parts that
+// a later launch joins. What is added is on its way before it is wanted: bias and shift are read before the products,
+// the residual brought by TMA into the very place where y is then rounded to and stored from.
 #pragma once
 #include "sm90.cuh"
 
@@ -106,8 +106,9 @@ template <class S, Kind KIND> struct Epilogue {
   // Blocks that leave together, from shared memory of BYTES to a warpgroup. A tall tile's leave in turns, for the sake of its stages.
   static constexpr int TOGETHER = S::PINGPONG ? S::BLOCKS : 1, ROUNDS = S::BLOCKS / TOGETHER;
   static constexpr int BYTES = sizeof(T) == 2 ? TOGETHER * BLOCK_BYTES : 0;
-  // As many as fit beside them: of the 227 KB of a block, less the barriers and the room to begin on a multiple of 1024.
-  static constexpr int STAGES = (227 * 1024 - 1024 - 256 - GROUPS * BYTES) / S::STAGE_BYTES;
+  // As many as fit beside them: of the 227 KB of a block, less the barriers, whose room ptxas rounds up to what `shared` is
+  // aligned to, and the room to begin on a multiple of 1024.
+  static constexpr int STAGES = (227 * 1024 - 1024 - 1024 - GROUPS * BYTES) / S::STAGE_BYTES;
   const Output &out;
   const uint32_t place, arrived; // where this warpgroup's y lies, and the barrier that its residual signals
   const int group, thread;

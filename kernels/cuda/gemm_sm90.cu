@@ -1,8 +1,9 @@
-// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu; linear + activation, for the few
-// rows of text encoders, in few tiles, as activations are most of a kernel's text and of the time a driver compiles it; linear + GEGLU, whose
-// tile of B is half values and half gates: rows n of the weight and rows half + n, by two boxes; and up to three linear layers of
-// one x, as attention has them, whose waves of tiles fill the GPU where those of one leave a part of it idle. Chosen by
-// engine/cuda/plan_sm90.ts, which also makes the maps: [slab][rows][columns] of A, B, y and the residual.
+// The products of linear layers and matmul on Hopper, in each pairing of layouts as in gemm.cu; linear + activation,
+// for the few rows of text encoders, in few tiles, as activations are most of a kernel's text and of the time a driver
+// compiles it; linear + GEGLU, whose tile of B is half values and half gates: rows n of the weight and rows half + n,
+// by two boxes; and up to three linear layers of one x, as attention has them, whose waves of tiles fill the GPU where
+// those of one leave a part of it idle. Chosen by engine/cuda/plan_sm90.ts, which also makes the maps:
+// [slab][rows][columns] of A, B, y and the residual.
 #include "product_sm90.cuh"
 
 template <class S, bool A_ALONG, bool B_ALONG> struct Matrices {

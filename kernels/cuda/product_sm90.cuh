@@ -1,15 +1,16 @@
-// The main loop of Hopper's matrix products: C[m, n] = A[m, k] B[k, n] with float32 sums, for gemm_sm90.cu and
-// conv2d_sm90.cu. A block stays on its multiprocessor and takes items (a tile of C, a slab, a part of k) in turn. Its
-// producer warp copies tiles of A and B by TMA into a ring of stages, a step of 64 k each; two warpgroups multiply them with
-// wgmma. They share a tile, 64 or 128 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the
-// other's products. A warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's
-// phase from the one two before, so no one may wait that far ahead.
+// The main loop of Hopper's matrix products: C[m, n] = A[m, k] B[k, n] with float32 sums, for linear layers and matmul
+// (gemm_sm90.cu, fp8_sm90.cu) and convolutions (conv2d_sm90.cu, conv2d_backward_sm90.cu). A block stays on its
+// multiprocessor and takes items (a tile of C, a slab, a part of k) in turn. Its producer warp copies tiles of A and B
+// by TMA into a ring of stages, a step of 64 k each; two warpgroups multiply them with wgmma. They share a tile, 64 or
+// 128 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the other's products. A
+// warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's phase from the
+// one two before, so no one may wait that far ahead.
 // Two blocks of a cluster may take tiles one below the other and share B's, the wider operand, where L2 would hold them
 // back: a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
-// What the stages read is the Source: prefetch_maps(), begin(work) once an item, load(step, stage, barrier, cluster) for each step. B is
-// most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for the first of it while the kernel
-// before still runs (NVIDIA's CUTLASS, example 63).
+// What the stages read is the Source: prefetch_maps(), begin(work) once an item, load(step, stage, barrier, cluster)
+// for each step. B is most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for the
+// first of it while the kernel before still runs (NVIDIA's CUTLASS, example 63).
 // Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass.
 #pragma once
 #include "epilogue_sm90.cuh"
@@ -85,9 +86,9 @@ struct Cut {
   int down, across, slabs, items, steps, part_steps;
 };
 
-// Neighbours in order share a band of tiles, so that what they read stays in L2: in one of 2048 rows the 132 tiles that an H200 has at
-// work are about square, and read the least of A and B. With an even number of tiles down, items 2i and 2i + 1 are one below the other:
-// a pair's, of which the last may lie outside C.
+// Neighbours in order share a band of tiles, so that what they read stays in L2: in one of 2048 rows the 132 tiles that
+// an H200 has at work are about square, and read the least of A and B. With an even number of tiles down, items 2i and
+// 2i + 1 are one below the other: a pair's, of which the last may lie outside C.
 template <class S, int COLUMNS> DEVICE Work work_of(int item, const Cut &cut) {
   constexpr int BAND = 2048 / S::M;
   const int tiles = cut.down * cut.across, tile = item % tiles, layer = item / tiles;

@@ -1,6 +1,7 @@
-// Counter-based random numbers. Elements 4j .. 4j+3 come from counter (j + offset as 64 bits, stream, 0) under the key (seed_low, seed_high), so any part
-// of a stream can be drawn by itself. The normals go through double logarithms and sines and are rounded once, which gives
-// the CPU kernels' bits wherever the two libraries' doubles do not straddle a rounding boundary (about one in 2^28).
+// Counter-based random numbers. Elements 4j .. 4j+3 come from counter (j + offset as 64 bits, stream, 0) under the key
+// (seed_low, seed_high), so any part of a stream can be drawn by itself. The normals go through double logarithms and
+// sines and are rounded once, which gives the CPU kernels' bits wherever the two libraries' doubles do not straddle a
+// rounding boundary (about one in 2^28).
 #include "philox.cuh"
 
 template <class F> DEVICE void draw(T *y, int n, int seed_low, int seed_high, int stream, int offset, F &&transform) {

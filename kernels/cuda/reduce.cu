@@ -25,9 +25,9 @@ KERNEL(sum_rows_partial)(float *partial, const T *x, int outer, int axis, int le
 
 KERNEL(sum_rows_finish)(T *y, const float *partial, int outer, int chunks) { sum_rows(y, partial, outer, chunks, chunks, 1); }
 
-// Of columns: y[o, i] = the sum of x[o, .., i], or partial[chunk, o, i] that of rows start .. start + length. A block has `width` runs of N neighbours side by
-// side, and its other threads are lanes that take every so many-th row, AHEAD of them on their way at a time. Rows past the
-// end are the last one again, as a zero. Lanes are joined pair by pair.
+// Of columns: y[o, i] = the sum of x[o, .., i], or partial[chunk, o, i] that of rows start .. start + length. A block
+// has `width` runs of N neighbours side by side, and its other threads are lanes that take every so many-th row, AHEAD
+// of them on their way at a time. Rows past the end are the last one again, as a zero. Lanes are joined pair by pair.
 constexpr int AHEAD = 8;
 
 template <class Out, int N> DEVICE void store_run(Out *to, const float (&run)[N]) {

@@ -1,8 +1,9 @@
-// Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): programmatic dependent launch,
-// mbarriers, TMA copies between tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg. Shared memory is named by its 32-bit address
-// (shared_address of tile.cuh). A loaded tile is rows of one swizzle span (128, 64 or 32 bytes), 64, 32 or 16 elements:
-// an operand "along k" (K-major) has a row of 64 k per m or n, one "across k" (MN-major) a row of m or n per k, in as many
-// chunks of rows as its width has spans. Operand chunks start on multiples of 1024 bytes.
+// Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): programmatic dependent
+// launch, mbarriers, TMA copies between tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg.
+// Shared memory is named by its 32-bit address (shared_address of tile.cuh). A loaded tile is rows of one swizzle span
+// (128, 64 or 32 bytes), 64, 32 or 16 elements: an operand "along k" (K-major) has a row of 64 k per m or n, one
+// "across k" (MN-major) a row of m or n per k, in as many chunks of rows as its width has spans. Operand chunks start
+// on multiples of 1024 bytes.
 #pragma once
 #include "tile.cuh"
 
