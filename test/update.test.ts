@@ -5,7 +5,9 @@ import { cudaDevice, openDevice } from '../engine/device.ts';
 import { gradOf } from '../engine/grad.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
+import type { Session } from '../train/session.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
+import { validationLoss } from '../train/validation.ts';
 import { open, pass, trained, turn } from './small_session.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
@@ -60,6 +62,22 @@ test('between passes others have their turn, when the next pass is prepared alre
   const told = events.filter((event, i) => event !== 'others' || events[i - 1] !== 'others');
   const between = ['queue', 'prepare 2', 'others', 'queue', 'prepare 3', 'others', 'queue'];
   t.same(told.slice(told.indexOf('queue'), told.lastIndexOf('queue') + 1), between);
+  release();
+});
+
+test('the validation loss is the mean over its samples, in batches of a size', async (t) => {
+  const { session, events, release } = open([cpu]);
+  const run = { ...session.run, batch_size: 2, validation: { samples: 9, every_steps: 0 } };
+  const samples = [0, 1, 2, 3, 4, 5].map((i) => ({ prior: i === 2 }));
+  const pictures = { samples, bucketOf: [0, 0, 0, 1, 0, 1] };
+  const loss = await validationLoss({ ...session, run, pictures } as unknown as Session);
+  // The weight is 0, so that the loss of sample i is i squared.
+  t.ok(Math.abs(loss - (0 + 1 + 9 + 16 + 25) / 5) < 1e-5, `${loss}`);
+  t.same(
+    events.filter((event) => event !== 'queue'),
+    ['prepare 0,1', 'prepare 4', 'prepare 3,5'],
+    'none for prior preservation',
+  );
   release();
 });
 
