@@ -88,7 +88,6 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     },
     async prepare({ bucket, samples }, epoch, signal) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
-      const images = control.inputs(views, signal);
       const latents = views.map((view) => drawLatents(moments().read(view), view, pipeline, run, epoch));
       const [, height, width] = latentShape(bucket, 1);
       const batch = {
@@ -103,7 +102,7 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
         ...noisedInputs(noiseBatch(objective, batch, run.seed), run.dtype),
         timeIds: timeIdsInput(views, pipeline, run),
         ...texts.inputs(chosen),
-        ...(await images),
+        ...(await control.inputs(views, signal)),
       };
     },
     rehearseCache() {
