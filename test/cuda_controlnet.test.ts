@@ -1,5 +1,5 @@
-// A ControlNet that is switched on and off between steps, and the gradients of one, through the cuda device on the virtual GPU, beside the cpu device. Apart
-// from cuda_models.test.ts, as a file has ten minutes.
+// A ControlNet that is switched on and off between steps, and the gradients of one, through the cuda device on the virtual GPU,
+// beside the cpu device. Apart from cuda_models.test.ts, as a file has ten minutes.
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';

@@ -8,8 +8,13 @@ import { fileURLToPath } from 'node:url';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
-/** The proof of the GPU's kernels takes as long as all else: `npm run test:kernels`. */
-const kernels: readonly string[] = ['cuda.test.js', 'cuda_hopper_mutants.test.js'];
+/** The proof of the GPU's kernels, alone and in whole models, takes longer than all else: `npm run test:kernels`. */
+const kernels: readonly string[] = [
+  'cuda.test.js',
+  'cuda_models.test.js',
+  'cuda_controlnet.test.js',
+  'cuda_hopper_mutants.test.js',
+];
 const files = given.length
   ? given
   : readdirSync(here)
