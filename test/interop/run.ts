@@ -1,5 +1,5 @@
 // `sdxl` beside the real diffusers: our exports must load there, and both must draw the same latents from the same seed, to
-// 1e-3 of the largest, for every call of calls.ts. Needs Python with torch, transformers, peft and diffusers (PYTHONPATH
+// 1e-3 of the largest, for every call of calls.ts. Needs Python with torch, transformers, peft, scipy and diffusers (PYTHONPATH
 // counts); says so and stops where they are absent. Run by `npm run test:interop`; words after it choose calls by label.
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
