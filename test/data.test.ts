@@ -1,17 +1,11 @@
-// Training data: sources, the survey, geometry, buckets and captions (order.test.ts has what comes after). Expected numbers are by hand or by
-// torchvision's formulas; the pixels of resizing are held to Pillow in pictures.test.ts.
+// Training data: sources and the survey of their pictures (data_views.test.ts has what becomes of each, order.test.ts in what order).
 import { mkdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import sharp from 'sharp';
 import { type Test, test } from 'tap';
 import { UserError } from '../io/errors.ts';
-import { decodePicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
-import type { Size } from '../models/conditioning.ts';
-import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
-import { allCaptions, captionOf } from '../train/data/caption.ts';
-import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
 import { fill } from '../train/fields.ts';
@@ -19,7 +13,7 @@ import { openPictures } from '../train/pictures.ts';
 import { fields, resolveRun } from '../train/run.ts';
 
 /** What a run has that says nothing of its dataset. */
-const defaults = fill(fields, {}, 'defaults').dataset;
+const _defaults = fill(fields, {}, 'defaults').dataset;
 
 /** A picture in which every pixel differs from its neighbours. */
 function patterned(width: number, height: number, salt = 0): Picture {
@@ -294,212 +288,4 @@ test('the survey names broken pictures', async (t) => {
   }
   const bad = await openDataset({ path: folderOf(t, { 'c.png': 'nonsense', 'c.txt': 'c' }) });
   await refused(t, survey(bad, { broken: 'skip' }), /no picture is left/);
-});
-
-test('what is transparent lies on white', async (t) => {
-  const rgba = Uint8Array.from([10, 20, 30, 255, 10, 20, 30, 0, 100, 0, 200, 128, 0, 0, 0, 51]);
-  const want = (alpha: number, value: number) => (value * alpha + 255 * (255 - alpha)) / 255;
-  const raw = { width: 4, height: 1, channels: 4 } as const;
-  const deep = Uint16Array.from(rgba, (value) => value * 257);
-  const { encode } = await import('fast-png');
-  const files: [string, Uint8Array][] = [
-    ['8 bits', await sharp(rgba, { raw }).png().toBuffer()],
-    ['WebP', await sharp(rgba, { raw }).webp({ lossless: true, exact: true }).toBuffer()],
-    ['16 bits', encode({ width: 4, height: 1, channels: 4, depth: 16, data: deep })],
-  ];
-  for (const [label, file] of files) {
-    const { data, channels } = await decodePicture(file, label, { onWhite: true });
-    const worst = Math.max(
-      ...data.map((value, i) => {
-        const pixel = Math.floor(i / 3);
-        return Math.abs(value - want(rgba[4 * pixel + 3], rgba[4 * pixel + (i % 3)]));
-      }),
-    );
-    t.ok(channels === 3 && worst <= 1, `${label}: off by ${worst}`);
-  }
-  const grey = encode({ width: 2, height: 1, channels: 2, data: Uint8Array.of(40, 255, 40, 0) });
-  const { data } = await decodePicture(grey, 'grey', { onWhite: true });
-  t.strictSame([...data], [40, 40, 40, 255, 255, 255], 'grey with alpha');
-  const center = { ...defaults, center_crop: true };
-  const whole = geometryOf([1, 4], [1, 4], center, { seed: 0, key: 0, variant: 0 });
-  const pixels = await readPixels(files[0][1], 'as a model sees it', whole, 'bilinear');
-  t.strictSame([...pixels.subarray(3, 6)], [1, 1, 1], 'and so do the pixels for the VAE');
-});
-
-const where = { seed: 7, key: 11, variant: 0 };
-
-test('geometry covers the target and nothing more', (t) => {
-  const center = { ...defaults, center_crop: true };
-  const cases: [Size, Size, Size, readonly [number, number]][] = [
-    // torchvision: int(1024 * 1500 / 1000), crop at int(round((1536 - 1024) / 2))
-    [
-      [1000, 1500],
-      [1024, 1024],
-      [1024, 1536],
-      [0, 256],
-    ],
-    [
-      [1500, 1000],
-      [1024, 1024],
-      [1536, 1024],
-      [256, 0],
-    ],
-    [
-      [333, 500],
-      [512, 512],
-      [512, 768],
-      [0, 128],
-    ],
-    [
-      [64, 67],
-      [64, 64],
-      [64, 67],
-      [0, 2],
-    ],
-    [
-      [64, 69],
-      [64, 64],
-      [64, 69],
-      [0, 2],
-    ],
-    [
-      [64, 65],
-      [64, 64],
-      [64, 65],
-      [0, 0],
-    ],
-    [
-      [64, 71],
-      [64, 64],
-      [64, 71],
-      [0, 4],
-    ],
-    [
-      [832, 1216],
-      [832, 1216],
-      [832, 1216],
-      [0, 0],
-    ],
-    [
-      [1000, 1000],
-      [832, 1216],
-      [1216, 1216],
-      [192, 0],
-    ],
-    [
-      [3, 2],
-      [1024, 1024],
-      [1536, 1024],
-      [256, 0],
-    ],
-  ];
-  for (const [original, target, resized, crop] of cases) {
-    t.strictSame(geometryOf(original, target, center, where), {
-      original,
-      resized,
-      crop,
-      target,
-      flip: false,
-    });
-  }
-  let flips = 0;
-  const lefts = new Set<number>();
-  for (let key = 0; key < 4000; key++) {
-    const { crop, flip } = geometryOf(
-      [64, 72],
-      [64, 64],
-      { center_crop: false, random_flip: true },
-      { ...where, key },
-    );
-    if (flip) flips++;
-    lefts.add(crop[1]);
-    if (crop[0] !== 0) t.fail(`a crop at ${crop}`);
-  }
-  t.ok(Math.abs(flips - 2000) < 130, `${flips} of 4000 are mirrored`);
-  t.strictSame([...lefts].sort(), [0, 1, 2, 3, 4, 5, 6, 7, 8], 'every place is reached');
-  t.end();
-});
-
-test('time ids tell of the crop that is seen', (t) => {
-  const picture = patterned(20, 12);
-  const options = { center_crop: false, random_flip: true };
-  let [mirrored, plain] = [0, 0];
-  for (let key = 0; key < 40; key++) {
-    const geometry = geometryOf([12, 20], [8, 8], options, { ...where, key });
-    const same = { ...geometry, resized: [12, 20] as Size }; // no resizing, so that pixels can be named
-    const got = preparePicture(picture, same, 'bilinear');
-    const [h, w, top, left, targetH, targetW] = timeIdsOf(same);
-    t.strictSame([h, w, targetH, targetW], [12, 20, 8, 8]);
-    const at = (y: number, x: number, c: number) => picture.data[(y * 20 + (same.flip ? 19 - x : x)) * 3 + c];
-    const want = Float32Array.from({ length: 192 }, (_, i) => {
-      const [y, x, c] = [Math.floor(i / 24), Math.floor(i / 3) % 8, i % 3];
-      return 2 * Math.fround(at(top + y, left + x, c) / 255) - 1;
-    });
-    t.ok(
-      got.every((value, i) => value === want[i]),
-      `${same.flip ? 'mirrored' : 'plain'}, left ${left}`,
-    );
-    same.flip ? mirrored++ : plain++;
-  }
-  t.ok(mirrored > 5 && plain > 5);
-  const geometry = geometryOf([100, 50], [64, 64], { ...options, random_flip: false }, where);
-  t.strictSame(timeIdsOf(geometry, 6), [100, 50, geometry.crop[0], 0, 6], 'the refiner takes a score');
-  t.end();
-});
-
-test('buckets', (t) => {
-  const sizes = bucketSizes(1024, true, 32);
-  t.equal(sizes.length, 40, "the paper's forty");
-  t.ok(sizes.every(([h, w]) => h % 64 === 0 && w % 64 === 0 && h * w >= 0.89 * 2 ** 20 && h * w <= 2 ** 20));
-  const nearest = (h: number, w: number) => sizes[nearestBucket([h, w], sizes)];
-  t.strictSame(nearest(3000, 3000), [1024, 1024]);
-  t.strictSame(nearest(100, 1000), [512, 2048]);
-  t.strictSame(nearest(1000, 100), [2048, 512]);
-  t.strictSame(nearest(2000, 3000), [832, 1216]);
-  t.strictSame(nearest(3000, 2000), [1216, 832]);
-  t.strictSame(nearest(1080, 1920), [768, 1344]);
-  t.strictSame(bucketSizes(1024, false, 32), [[1024, 1024]]);
-  const small = bucketSizes(64, true, 8);
-  t.ok(small.every(([h, w]) => h % 8 === 0 && w % 8 === 0 && h * w <= 80 * 64));
-  t.equal(new Set(small.map(String)).size, small.length, 'no size twice');
-  t.end();
-});
-
-test('captions', (t) => {
-  const captions = ['one', 'two', 'three'];
-  const many = Array.from({ length: 3000 }, (_, key) => ({ seed: 3, epoch: 0, key }));
-  const counted = (options: Partial<typeof defaults>, choices: string[]) => {
-    const counts = new Map<string | undefined, number>();
-    for (const at of many) {
-      const caption = captionOf(choices, { ...defaults, ...options }, at);
-      counts.set(caption, (counts.get(caption) ?? 0) + 1);
-    }
-    return counts;
-  };
-  const even = counted({}, captions);
-  t.ok(
-    captions.every((caption) => Math.abs((even.get(caption) ?? 0) - 1000) < 110),
-    'a list is drawn from evenly',
-  );
-  const dropped = counted({ caption_dropout_rate: 0.1 }, ['one']).get(undefined) ?? 0;
-  t.ok(Math.abs(dropped - 300) < 66, `${dropped} of 3000 dropped`);
-  const shuffled = counted({ shuffle_caption: true, keep_tokens: 1 }, ['a , b,c,, d']);
-  t.strictSame(
-    [...shuffled.keys()].sort(),
-    ['a, b, c, d', 'a, b, d, c', 'a, c, b, d', 'a, c, d, b', 'a, d, b, c', 'a, d, c, b'],
-    'the first tag stays, the others take every order',
-  );
-  t.ok([...shuffled.values()].every((count) => Math.abs(count - 500) < 90));
-  const thinned = counted({ caption_tag_dropout_rate: 0.5, caption_separator: ';' }, ['a;b']);
-  t.ok(
-    ['a; b', 'a', 'b', ''].every((text) => Math.abs((thinned.get(text) ?? 0) - 750) < 100),
-    'tags fall out',
-  );
-  const at = { seed: 3, epoch: 5, key: 9 };
-  const written = ' a ,b,, c';
-  t.equal(captionOf([written], defaults, at), written, 'what is not drawn from stays as it is written');
-  t.equal(captionOf(captions, defaults, at), captionOf(captions, defaults, at));
-  t.strictSame(allCaptions([{ captions }, { captions: ['two', 'four'] }], defaults), [...captions, 'four']);
-  t.equal(allCaptions([{ captions }], { ...defaults, shuffle_caption: true }), undefined);
-  t.end();
 });
