@@ -38,7 +38,8 @@ let started = 0;
 let here: Promise<void> = Promise.resolve();
 
 /**
- * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. What is not begun when `signal` is aborted is left.
+ * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. What is not begun when `signal` is
+ * aborted is left.
  * @throws UserError naming the picture
  */
 export const readPixelsAside = (question: Question, signal?: AbortSignal): Promise<Float32Array> =>
