@@ -352,7 +352,8 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
  */
 function sharedBytes({ m, n, pingpong }: Tile, columns: number, { elementBytes }: PlanContext): number {
   const stage = (m + n) * STEP * 2;
-  const epilogue = elementBytes === 2 ? (pingpong ? 4 : 2) * BLOCK_ROWS * columns * 2 : 0;
+  const side = columns > 160 ? columns / 2 : columns;
+  const epilogue = elementBytes === 2 ? (pingpong ? 4 : 2) * BLOCK_ROWS * side * 2 : 0;
   const stages = Math.floor((MOST_SHARED - ALIGNMENT - BARRIERS - epilogue) / stage);
   return stages * stage + epilogue + ALIGNMENT;
 }

@@ -6,20 +6,36 @@
 
 constexpr int GROUPS = 3, KEYS = 128, STAGES = 4;
 
-// A block's share of all pieces of 64 rows: those of one head next to each other, as many at a time as there are warpgroups.
-struct Walk {
-  int unit, end, per_head, pieces = 0;
-  __device__ Walk(int units, int per_head)
-      : unit(share_begin(units, blockIdx.x)), end(share_begin(units, blockIdx.x + 1)), per_head(per_head) {}
-  __device__ bool next() {
-    unit += pieces;
-    pieces = min(GROUPS, min(end, (head() + 1) * per_head) - unit);
-    return unit < end;
+// A piece of 64 rows, those of one head next to each other: its number in the head, the head's in its image and among all. Found
+// by division once and moved on from there, as a thread takes some 150 cycles to divide.
+struct Piece {
+  int place, head, image, all;
+  __device__ Piece(int unit, int per_head, int heads) : all(unit / per_head) {
+    place = unit - all * per_head, image = all / heads, head = all - image * heads;
   }
-  __device__ int head() const { return unit / per_head; }
-  __device__ int row() const { return unit % per_head * ROWS; }
+  __device__ void move(int count, int per_head, int heads) {
+    for (place += count; place >= per_head; place -= per_head) {
+      all++;
+      if (++head == heads) head = 0, image++;
+    }
+  }
+  __device__ int row() const { return place * ROWS; }
+};
+
+// A block's share of all pieces: as many of one head at a time as there are warpgroups.
+struct Walk {
+  int left, per_head, heads, pieces = 0;
+  Piece at;
+  __device__ Walk(int units, int per_head, int heads) : Walk(share_begin(units, blockIdx.x), share_begin(units, blockIdx.x + 1), per_head, heads) {}
+  __device__ Walk(int begin, int end, int per_head, int heads) : left(end - begin), per_head(per_head), heads(heads), at(begin, per_head, heads) {}
+  __device__ bool next() {
+    left -= pieces;
+    at.move(pieces, per_head, heads);
+    pieces = min(GROUPS, min(left, per_head - at.place));
+    return left > 0;
+  }
   // Of KEYS keys, as many as a row of these sees.
-  __device__ int tiles(int lk, int causal) const { return ((causal ? min(lk, row() + pieces * ROWS) : lk) + KEYS - 1) / KEYS; }
+  __device__ int tiles(int lk, int causal) const { return ((causal ? min(lk, at.row() + pieces * ROWS) : lk) + KEYS - 1) / KEYS; }
 };
 
 // ---- forward over any number of keys: a producer and three consumers
@@ -68,15 +84,15 @@ struct ForwardTiles {
 
 // The producer: one thread.
 DEVICE void bring(ForwardShared &s, const ForwardTiles &to, Walk walk, const TensorMap &map_q, const TensorMap &map_k, const TensorMap &map_v,
-                  int heads, int lk, int causal) {
+                  int lk, int causal) {
   Ring<STAGES> ring;
   for (int work = 0; walk.next(); work++) {
-    const int column = walk.head() % heads * HEAD, image = walk.head() / heads, tiles = walk.tiles(lk, causal), q = work % 2;
+    const int column = walk.at.head * HEAD, image = walk.at.image, tiles = walk.tiles(lk, causal), q = work % 2;
     mbarrier_wait(at_ring(s.query_empty, q), work / 2 % 2 ^ 1);
     mbarrier_arrive_expect(at_ring(s.query_full, q), walk.pieces * HALF_TILE);
 #pragma unroll 1
     for (int i = 0; i < walk.pieces; i++)
-      load_box(to.queries + q * QUERIES + i * HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.row() + i * ROWS, image);
+      load_box(to.queries + q * QUERIES + i * HALF_TILE, map_q, at_ring(s.query_full, q), column, walk.at.row() + i * ROWS, image);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++, ring.next()) {
       const int stage = ring.stage;
@@ -111,11 +127,11 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
+  Walk walk(units, per_head, heads);
   wait_for_prerequisites();
-  Walk walk(units, per_head);
   if (threadIdx.x < WARPGROUP) {
     registers_shrink_to<32>();
-    if (threadIdx.x < 32 && elect_one()) bring(s, from, walk, map_q, map_k, map_v, heads, lk, causal);
+    if (threadIdx.x < 32 && elect_one()) bring(s, from, walk, map_q, map_k, map_v, lk, causal);
     return;
   }
   registers_grow_to<160>();
@@ -134,7 +150,7 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1)
   for (int work = 0; walk.next(); work++) {
     const int tiles = walk.tiles(lk, causal);
     const bool split = walk.pieces == 1 && tiles > 1;
-    const int stride = split ? 2 : 1, piece = split ? 0 : group, first = walk.row() + piece * ROWS, row = first + at.row;
+    const int stride = split ? 2 : 1, piece = split ? 0 : group, first = walk.at.row() + piece * ROWS, row = first + at.row;
     mbarrier_wait(at_ring(s.query_full, work % 2), work / 2 % 2);
     if (group >= (split ? 2 : walk.pieces)) {
       release(at_ring(s.query_empty, work % 2), at);
@@ -214,7 +230,7 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1)
     end_sums();
     if (split && tile - 1 < tiles) pass();
     if (split) merge_halves(reinterpret_cast<float *>(shared + (from.handed - shared_address(shared))), out, softmax, factor, group);
-    if (piece == group) finish_rows(map_y, lse, from.staging + group * 4 * STAGING, out, softmax, heads, walk.head(), first, lq, scale, at);
+    if (piece == group) finish_rows(map_y, lse, from.staging + group * 4 * STAGING, out, softmax, walk.at.head, walk.at.image, walk.at.all, first, lq, scale, at);
   }
   stores_wait_read<0>();
 }
@@ -249,17 +265,18 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
-  wait_for_prerequisites();
   const int begin = share_begin(units, blockIdx.x), end = share_begin(units, blockIdx.x + 1);
-  const int first_head = begin / per_head, last_head = (end - 1) / per_head;
+  Piece piece(begin, per_head, heads);
+  const int first_head = piece.all;
+  wait_for_prerequisites();
   if (threadIdx.x >= GROUPS * WARPGROUP) {
     if (!elect_one()) return;
 #pragma unroll 1
-    for (int unit = begin, loaded = -1; unit < end; unit++) {
-      const int head = unit / per_head, column = head % heads * HEAD, image = head / heads;
+    for (int unit = begin, loaded = -1; unit < end; unit++, piece.move(1, per_head, heads)) {
+      const int column = piece.head * HEAD, image = piece.image;
       const int turn = (unit - begin) / GROUPS, stage = (unit - begin) % GROUPS * QUERY_STAGES + turn % QUERY_STAGES;
-      if (head - first_head != loaded) {
-        loaded = head - first_head;
+      if (piece.all - first_head != loaded) {
+        loaded = piece.all - first_head;
         const int place = loaded % 2;
         const uint32_t full = at_ring(s.head_full, place);
         mbarrier_wait(at_ring(s.head_empty, place), loaded / 2 % 2 ^ 1);
@@ -269,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
       }
       mbarrier_wait(at_ring(s.query_empty, stage), turn / QUERY_STAGES % 2 ^ 1);
       mbarrier_arrive_expect(at_ring(s.query_full, stage), HALF_TILE);
-      load_box(query_tiles + stage * HALF_TILE, map_q, at_ring(s.query_full, stage), column, unit % per_head * ROWS, image);
+      load_box(query_tiles + stage * HALF_TILE, map_q, at_ring(s.query_full, stage), column, piece.row(), image);
     }
     return;
   }
@@ -285,11 +302,12 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
       mbarrier_wait(at_ring(s.head_full, present % 2), present / 2 % 2);
     }
   };
+  piece.move(group, per_head, heads);
 #pragma unroll 1
-  for (int unit = begin + group; unit < end; unit += GROUPS) {
-    const int head = unit / per_head, first = unit % per_head * ROWS, row = first + at.row;
+  for (int unit = begin + group; unit < end; unit += GROUPS, piece.move(GROUPS, per_head, heads)) {
+    const int first = piece.row(), row = first + at.row;
     const int turn = (unit - begin) / GROUPS, stage = group * QUERY_STAGES + turn % QUERY_STAGES;
-    meet(head);
+    meet(piece.all);
     const uint32_t keys = head_tiles + present % 2 * 2 * FEW_TILE;
     float scores[FEW / 2], out[32] = {}, shrink[2];
     uint32_t weights[FEW / 16][4];
@@ -310,8 +328,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
     wgmma_commit();
     wgmma_wait<0>();
     hold(out);
-    finish_rows(map_y, lse, staging + group * 4 * STAGING, out, softmax, heads, head, first, lq, scale, at);
+    finish_rows(map_y, lse, staging + group * 4 * STAGING, out, softmax, piece.head, piece.image, piece.all, first, lq, scale, at);
   }
-  meet(last_head);
+  meet((end - 1) / per_head);
   stores_wait_read<0>();
 }

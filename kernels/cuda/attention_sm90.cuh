@@ -115,32 +115,33 @@ struct Running {
       next = row_max(next);
       shrink[half] = exp2_of((most[half] - next) * factor);
       const float offset = next * factor;
-      float total = 0;
+      float total[2] = {0, 0}; // one chain of additions would take longer than the exponentials
 #pragma unroll
       for (int i = 2 * half; i < N; i += 4)
 #pragma unroll
         for (int e = i; e < i + 2; e++) {
           scores[e] = exp2_of(scores[e] * factor - offset);
-          total += scores[e];
+          total[e % 2] += scores[e];
         }
       most[half] = next;
-      sum[half] = sum[half] * shrink[half] + total;
+      sum[half] = sum[half] * shrink[half] + (total[0] + total[1]);
     }
   }
 };
 
-// The results of a warpgroup's rows from `first` on: sums over their totals, and the log-sum-exp.
-DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, float (&out)[32], const Running &softmax, int heads,
-                        int head, int first, int lq, float scale, const Place &at) {
+// The results of a warpgroup's rows from `first` on: sums over their totals, and the log-sum-exp. The head is one of its image, and
+// number `all` of all.
+DEVICE void finish_rows(const TensorMap &map_y, float *lse, uint32_t staging, float (&out)[32], const Running &softmax, int head,
+                        int image, int all, int first, int lq, float scale, const Place &at) {
   const float low = row_sum(softmax.sum[0]), high = row_sum(softmax.sum[1]);
   scale_rows(out, 1.f / low, 1.f / high);
   // The results before these have left the staging.
   stores_wait_read<0>();
   __syncwarp();
-  store_rows(map_y, staging + at.warp * STAGING, out, head % heads * HEAD, first + at.warp * 16, head / heads, at.lane);
+  store_rows(map_y, staging + at.warp * STAGING, out, head * HEAD, first + at.warp * 16, image, at.lane);
   const int row = first + at.row;
   if (at.lane % 4 == 0) {
-    if (row < lq) lse[int64_t(head) * lq + row] = softmax.most[0] * scale + __logf(low);
-    if (row + 8 < lq) lse[int64_t(head) * lq + row + 8] = softmax.most[1] * scale + __logf(high);
+    if (row < lq) lse[int64_t(all) * lq + row] = softmax.most[0] * scale + __logf(low);
+    if (row + 8 < lq) lse[int64_t(all) * lq + row + 8] = softmax.most[1] * scale + __logf(high);
   }
 }

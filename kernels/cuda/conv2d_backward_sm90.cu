@@ -6,18 +6,24 @@
 template <class S> struct TurnedPixels {
   const TensorMap &dy, &weight;
   const Grid grid;
-  const int taps, taps_across, channel_steps;
-  int m, n;
+  const int taps_across, taps_down, channel_steps;
+  int n;
+  Pixel first;
+  Tap at;
   typedef OperandTile<S::N, false> B;
-  __device__ Place of_b(int step) const { return {n, step % channel_steps * STEP, step / channel_steps, 0}; }
+  __device__ Place of_b() const { return {n, at.inside * STEP, at.tap, 0}; }
+  __device__ void next() { at.next(channel_steps, taps_across); }
   __device__ void prefetch_maps() const { prefetch_map(dy), prefetch_map(weight); }
-  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
-  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, weight, of_b(step)); }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    const Place at = of_b(step);
-    const int seen = taps - 1 - at.slab;
-    load_grid(to_a, dy, barrier, at.k, m, grid, seen % taps_across, seen / taps_across);
-    B::load(cluster, to_b, weight, barrier, at);
+  __device__ void begin(const Work &work) {
+    n = work.n;
+    first = Pixel(work.m, grid);
+    at = Tap(work.first, channel_steps, taps_across);
+  }
+  __device__ void prefetch(int, const Cluster &cluster) { B::prefetch(cluster, weight, of_b()), next(); }
+  __device__ void load(int, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) {
+    load_grid(to_a, dy, barrier, at.inside * STEP, first, grid, taps_across - 1 - at.right, taps_down - 1 - at.down);
+    B::load(cluster, to_b, weight, barrier, of_b());
+    next();
   }
 };
 
@@ -26,24 +32,28 @@ template <class S> struct WeightGradient {
   const TensorMap &dy, &image;
   const Grid grid;
   const int taps_across;
-  int m, n, tap;
+  int m, n, right, down;
+  Pixel at;
   __device__ void prefetch_maps() const { prefetch_map(dy), prefetch_map(image); }
   __device__ void prefetch(int, const Cluster &) const {} // pixels
-  __device__ void begin(const Work &work) { m = work.m, n = work.n, tap = work.slab; }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
+  __device__ void begin(const Work &work) {
+    m = work.m, n = work.n, down = work.slab / taps_across, right = work.slab - down * taps_across;
+    at = Pixel(work.first * STEP, grid);
+  }
+  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) {
     OperandTile<S::M, false>::load(to_a, dy, barrier, m, step * STEP, 0);
 #pragma unroll
     for (int i = 0; i < B::CHUNKS; i++)
       if (cluster.blocks == 1 || i % 2 == cluster.rank)
-        load_grid(to_b + i * B::CHUNK_BYTES, image, barrier, n + i * B::CHUNK, step * STEP, grid, tap % taps_across, tap / taps_across,
-                  cluster.blocks == 1 ? 0 : BOTH);
+        load_grid(to_b + i * B::CHUNK_BYTES, image, barrier, n + i * B::CHUNK, at, grid, right, down, cluster.blocks == 1 ? 0 : BOTH);
+    at.move(STEP, grid);
   }
 };
 
 #define BACKWARD_X(tile, S) \
   KERNEL_SM90(conv2d_backward_sm90_backward_x_##tile)(PRODUCT, GRID) { \
     const Output out = PRODUCT_OUTPUT(nullptr, 1, NONE); \
-    product<S, true, false, PLAIN>(TurnedPixels<S>{a, b, GRID_OF, taps, taps_across, channel_steps}, out, PRODUCT_CUT); \
+    product<S, true, false, PLAIN>(TurnedPixels<S>{a, b, GRID_OF, taps_across, taps / taps_across, channel_steps}, out, PRODUCT_CUT); \
   }
 #define BACKWARD_WEIGHT(tile, S) \
   KERNEL_SM90(conv2d_backward_sm90_backward_weight_##tile)(PRODUCT, GRID) { \

@@ -8,28 +8,33 @@ template <class S> struct Pixels {
   const TensorMap &image, &skip, &weight;
   const Grid grid;
   const int taps, taps_across, channel_steps, skip_steps, own, images;
-  int m, n;
+  int n;
+  Pixel first;
+  Tap at; // with SPLIT each pass goes on counting taps
   typedef OperandTile<S::N, true> B;
-  struct Read {
-    int tap, channel, image;
-    bool second; // of the second image
-    Place b;
-  };
-  __device__ Read of(int step) const {
-    const int steps = channel_steps + skip_steps;
-    const Pass pass = pass_of(step, taps * steps);
-    const int tap = pass.step / steps, inside = pass.step - tap * steps;
-    const bool second = inside >= channel_steps;
-    const int channel = (second ? inside - channel_steps : inside) * STEP;
-    return {tap, channel, pass.a * images, second, {n, second ? own + channel : channel, tap + pass.b * taps, S::N / 2}};
+  __device__ int steps() const { return channel_steps + skip_steps; }
+  __device__ bool of_skip() const { return at.inside >= channel_steps; }
+  __device__ int channel() const { return (of_skip() ? at.inside - channel_steps : at.inside) * STEP; }
+  __device__ Place of_b() const {
+    return {n, of_skip() ? own + channel() : channel(), SPLIT && at.tap >= 2 * taps ? at.tap - 2 * taps : at.tap, S::N / 2};
+  }
+  __device__ void next() {
+    at.next(steps(), taps_across);
+    if (SPLIT && (at.tap == taps || at.tap == 2 * taps)) at.right = at.down = 0;
   }
   __device__ void prefetch_maps() const { prefetch_map(image), prefetch_map(weight); }
-  __device__ void begin(const Work &work) { m = work.m, n = work.n; }
-  __device__ void prefetch(int step, const Cluster &cluster) const { B::prefetch(cluster, weight, of(step).b); }
-  __device__ void load(int step, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) const {
-    const Read at = of(step);
-    load_grid(to_a, at.second ? skip : image, barrier, at.channel, m, grid, at.tap % taps_across, at.tap / taps_across, 0, at.image);
-    B::load(cluster, to_b, weight, barrier, at.b);
+  __device__ void begin(const Work &work) {
+    n = work.n;
+    first = Pixel(work.m, grid);
+    const int before = SPLIT ? work.first / (taps * steps()) * taps : 0;
+    at = Tap(work.first - before * steps(), steps(), taps_across);
+    at.tap += before;
+  }
+  __device__ void prefetch(int, const Cluster &cluster) { B::prefetch(cluster, weight, of_b()), next(); }
+  __device__ void load(int, uint32_t to_a, uint32_t to_b, uint32_t barrier, const Cluster &cluster) {
+    load_grid(to_a, of_skip() ? skip : image, barrier, channel(), first, grid, at.right, at.down, 0, SPLIT && at.tap < taps ? images : 0);
+    B::load(cluster, to_b, weight, barrier, of_b());
+    next();
   }
 };
 

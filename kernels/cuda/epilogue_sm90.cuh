@@ -101,10 +101,12 @@ template <class S, Kind KIND> struct Epilogue {
   static constexpr bool GATED = KIND == GEGLU;
   __device__ bool has_residual() const { return KIND != PLAIN && out.has_residual; }
   static constexpr int COLUMNS = GATED ? S::N / 2 : S::N;
-  static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = COLUMNS / BOX;
+  // Blocks and columns of them that leave together, from shared memory of BYTES to a warpgroup. A tall tile's blocks leave in turns, and
+  // a wide one's halves, for the sake of its stages.
+  static constexpr int TOGETHER = S::PINGPONG ? S::BLOCKS : 1, SIDES = COLUMNS > 160 ? 2 : 1, SIDE = COLUMNS / SIDES;
+  static constexpr int ROUNDS = S::BLOCKS / TOGETHER * SIDES;
+  static constexpr int SPAN = span_of(COLUMNS), BOX = SPAN / 2, BOXES = SIDE / BOX;
   static constexpr int BOX_BYTES = 64 * SPAN, BLOCK_BYTES = BOXES * BOX_BYTES;
-  // Blocks that leave together, from shared memory of BYTES to a warpgroup. A tall tile's leave in turns, for the sake of its stages.
-  static constexpr int TOGETHER = S::PINGPONG ? S::BLOCKS : 1, ROUNDS = S::BLOCKS / TOGETHER;
   static constexpr int BYTES = sizeof(T) == 2 ? TOGETHER * BLOCK_BYTES : 0;
   // As many as fit beside them: of the 227 KB of a block, less the barriers, whose room ptxas rounds up to what `shared` is
   // aligned to, and the room to begin on a multiple of 1024.
@@ -177,7 +179,8 @@ template <class S, Kind KIND> struct Epilogue {
     for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
       for (int j = 0; j < BOXES; j++)
-        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::first_block(group) + round * TOGETHER + i), work.n + j * BOX);
+        body(place + i * BLOCK_BYTES + j * BOX_BYTES, work.m + 64 * (S::first_block(group) + round / SIDES * TOGETHER + i),
+             work.n + round % SIDES * SIDE + j * BOX);
   }
 
   // Before an item's products, or while the first of them run: once the last y has left, its place is filled with the residual, zeros
@@ -205,10 +208,10 @@ template <class S, Kind KIND> struct Epilogue {
     // All of a block's residual is read before its sums are stored, as a read that follows a store waits for it.
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      auto &block = sums[round * TOGETHER + i];
+      float *block = sums[round / SIDES * TOGETHER + i] + round % SIDES * SIDE / 2;
       if (has_residual()) add_residual(block, [&](int j) { return at(i, j); });
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j += 2) {
+      for (int j = 0; j < SIDE / 8; j += 2) {
         const float *value = block + 4 * j;
         uint32_t rounded[4];
 #pragma unroll
@@ -227,12 +230,12 @@ template <class S, Kind KIND> struct Epilogue {
     }
   }
 
-  template <class F> __device__ void add_residual(float (&sums)[S::N / 2], F &&at) const {
-    uint32_t more[COLUMNS / 16][4];
+  template <class F> __device__ void add_residual(float *sums, F &&at) const {
+    uint32_t more[SIDE / 16][4];
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 16; j++) load_matrices(more[j], at(2 * j));
+    for (int j = 0; j < SIDE / 16; j++) load_matrices(more[j], at(2 * j));
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 16; j++)
+    for (int j = 0; j < SIDE / 16; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const Pair pair = unpack(more[j][e]);

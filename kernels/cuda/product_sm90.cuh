@@ -9,8 +9,9 @@
 // back: a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
 // brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
 // What the stages read is the Source: prefetch_maps(), begin(work) once an item, load(step, stage, barrier, cluster)
-// for each step. B is most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for the
-// first of it while the kernel before still runs (NVIDIA's CUTLASS, example 63).
+// for each step in turn. B is most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for
+// the first of it while the kernel before still runs (NVIDIA's CUTLASS, example 63). To find an item takes divisions, some
+// 500 cycles of them: the first one's are done before the wait for that kernel, the others' beside products.
 // Float32 is multiplied as sums of two bfloat16 (Henry, Tang & Heinecke 2019): see Pass.
 #pragma once
 #include "epilogue_sm90.cuh"
@@ -115,10 +116,11 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
   const uint32_t stages = (shared_address(shared) + 1023) & ~1023u;
   const Cluster cluster;
   launch_dependents();
+  int item = blockIdx.x;
+  Work work = work_of<S, Finish::COLUMNS>(item, cut);
+  if (threadIdx.x < WARPGROUP) source.begin(work);
   if (threadIdx.x == 32) {
     source.prefetch_maps();
-    const Work work = work_of<S, Finish::COLUMNS>(blockIdx.x, cut);
-    source.begin(work);
 #pragma unroll 1
     for (int step = work.first; step < min(work.end, work.first + STAGES); step++) source.prefetch(step, cluster);
   }
@@ -140,9 +142,13 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     registers_shrink_to<40>();
     if (threadIdx.x < 32 && elect_one()) {
       Ring<STAGES> ring;
-      for (int item = blockIdx.x; item < cut.items; item += gridDim.x) {
-        const Work work = work_of<S, Finish::COLUMNS>(item, cut);
+      const auto go_on = [&]() {
+        if ((item += gridDim.x) >= cut.items) return false;
+        work = work_of<S, Finish::COLUMNS>(item, cut);
         source.begin(work);
+        return true;
+      };
+      do {
 #pragma unroll 1
         for (int step = work.first; step < work.end; step++, ring.next()) {
           const uint32_t stage = stages + ring.stage * S::STAGE_BYTES, barrier = full + 8 * ring.stage;
@@ -150,7 +156,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
           mbarrier_arrive_expect(barrier, S::STAGE_BYTES);
           source.load(step, stage, stage + S::A_BYTES, barrier, cluster);
         }
-      }
+      } while (go_on());
     }
   } else {
     registers_grow_to<232>();
@@ -159,8 +165,17 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
     Ring<STAGES> ring;
     uint32_t done = 0; // items
     float sums[S::BLOCKS][S::N / 2];
-    for (int item = blockIdx.x, turn = 0; item < cut.items; item += gridDim.x, turn ^= 1) {
-      const Work work = work_of<S, Finish::COLUMNS>(item, cut);
+    // With pingpong the other's products hide it, and float32 has no registers for it.
+    constexpr bool LATE = S::PINGPONG || SPLIT;
+    int turn = 0;
+    Work next = {};
+    const auto go_on = [&]() {
+      if ((item += gridDim.x) >= cut.items) return false;
+      work = LATE ? work_of<S, Finish::COLUMNS>(item, cut) : next;
+      turn ^= 1;
+      return true;
+    };
+    do {
       if (S::PINGPONG && turn != group) {
         ring.skip(work.end - work.first);
         continue;
@@ -186,7 +201,10 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
             else wgmma<!A_ALONG, !B_ALONG>(sums[i], left, right, accumulate);
           }
         wgmma_commit();
-        if (!S::PINGPONG && step == work.first) finish.prepare(work), __syncwarp();
+        if (!S::PINGPONG && step == work.first) {
+          finish.prepare(work), __syncwarp();
+          if (!LATE) next = work_of<S, Finish::COLUMNS>(item + gridDim.x, cut);
+        }
         wgmma_wait<1>();
         if (step > work.first && thread % 32 < cluster.blocks) mbarrier_arrive_at(last, thread % 32);
         last = empty + 8 * ring.stage;
@@ -203,7 +221,7 @@ DEVICE void product(Source source, const Output &out, const Cut &cut) {
           for (int e = 0; e < S::N / 2; e++) sums[i][e] *= scale;
       }
       finish.write(sums, early, work, done++);
-    }
+    } while (go_on());
     if (!SPLIT && thread == 0) stores_wait_read<0>();
   }
   if (cluster.blocks > 1) cluster.sync(); // the other's last arrivals come here

@@ -72,6 +72,6 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP)
     wgmma_wait<0>();
     hold(out);
   }
-  finish_rows(map_y, lse, staging, out, softmax, heads, blockIdx.y, first, lq, scale, at);
+  finish_rows(map_y, lse, staging, out, softmax, blockIdx.y % heads, blockIdx.y / heads, blockIdx.y, first, lq, scale, at);
   stores_wait_read<0>();
 }
