@@ -1,9 +1,11 @@
 // The choice of Hopper's tiles at the sizes of SDXL, by the plans alone: no kernel runs here (kernel_proof.ts runs them).
-
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { test } from 'tap';
 import { MEASURED_MULTIPROCESSORS, measured } from '../engine/cuda/measured_sm90.ts';
 import type { PlanContext } from '../engine/cuda/plan.ts';
 import {
+  type Choice,
   candidates,
   chooseHopper,
   cycles,
@@ -12,10 +14,12 @@ import {
   overrides,
   type ProductKind,
   type ProductSize,
+  type TileName,
   tiles,
   tilesOf,
 } from '../engine/cuda/plan_sm90.ts';
 import { planned } from '../engine/cuda/plans.ts';
+import { packageRoot } from '../io/package_root.ts';
 
 /** What the plans see of an H200. */
 const h200: PlanContext = {
@@ -233,32 +237,31 @@ test('float32 is multiplied as sums of bfloat16 where that pays', (t) => {
   t.end();
 });
 
-test('where nothing was measured the model has pairs of blocks share what im2col walks to', (t) => {
-  const multiprocessors = MEASURED_MULTIPROCESSORS - 18;
-  const size = (kind: ProductKind, m: number, n: number, k: number): ProductSize => ({
-    ...{ kind, m, n, steps: k / 64, slabs: 1 },
+/** Microseconds that an H200 took for products of the UNet, by the names of their choices: `256 paired /2`. */
+type Times = Readonly<Record<string, Readonly<Record<string, number>>>>;
+const times = JSON.parse(readFileSync(join(packageRoot, 'bench/results/h200-tiles.json'), 'utf8')) as Times;
+
+function choiceNamed(name: string): Choice {
+  const [tile, ...words] = name.split(' ');
+  const splits = Number(/\/(\d+)$/.exec(name)?.[1] ?? 1);
+  return { tile: tile as TileName, splits, ...(words.includes('paired') ? { paired: true } : {}) };
+}
+
+test('the model chooses about as fast as an H200 was, and where it does not the measurement goes first', (t) => {
+  const excesses = Object.entries(times).map(([key, all]) => {
+    const [kind, m, n, steps, slabs] = key.split(' ');
+    const size = { kind: kind as ProductKind, m: +m, n: +n, steps: +steps, slabs: +slabs };
+    t.equal(keyOf(size), key);
+    const byModel = ([name]: [string, number]) => cycles(size, choiceNamed(name), MEASURED_MULTIPROCESSORS);
+    const measuredOnes = Object.entries(all);
+    const [, chosen] = measuredOnes.reduce((least, one) => (byModel(one) < byModel(least) ? one : least));
+    const [fastest, least] = measuredOnes.reduce((a, b) => (b[1] < a[1] ? b : a));
+    const excess = chosen / least - 1;
+    t.same(measured[key], excess >= 0.03 ? choiceNamed(fastest) : undefined, key);
+    return excess;
   });
-  const walked = {
-    ...size('backward_weight', 640, 640, 8192),
-    slabs: 9,
-    walked: { operand: 'b', from: 64 },
-  } as const;
-  for (const one of [walked, { ...walked, m: 320, n: 320 }]) {
-    const choice = chooseHopper(one, false, multiprocessors);
-    t.ok(choice.paired, keyOf(one));
-    const alone = candidates(one, false).filter(({ paired }) => !paired);
-    t.ok(alone.every((other) => cycles(one, other, multiprocessors) > cycles(one, choice, multiprocessors)));
-  }
-  const others = [
-    { ...walked, walked: undefined },
-    size('geglu', 2048, 5120, 1280),
-    size('forward', 32768, 320, 2880),
-    size('nt', 128, 5120, 1280),
-    size('nt', 2048, 1280, 1280),
-    size('nt', 2048, 320, 128),
-    size('nt', 257, 16, 64),
-  ];
-  for (const one of others) t.notOk(chooseHopper(one, false, multiprocessors).paired, keyOf(one));
+  t.ok(excesses.length > 140);
+  t.ok(excesses.reduce((sum, x) => sum + x, 0) / excesses.length < 0.05);
   t.end();
 });
 

@@ -25,6 +25,7 @@ type Shop = () => Workshop;
 export type BenchSection = Section<Measure>;
 
 const DTYPE: FloatDType = 'bfloat16';
+export const SQUARE = 8192;
 
 interface LinearAttrs {
   activation?: string;
@@ -92,7 +93,7 @@ function passSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[
     );
   const extra = (section: string): BenchCase[] =>
     section === 'gemm'
-      ? [square(shop, smoke ? 64 : 8192)]
+      ? [squareCase(shop, smoke ? 64 : SQUARE)]
       : section === 'conv'
         ? vaeConvolutions(shop, { preset, side, smoke })
         : [];
@@ -110,16 +111,17 @@ function once<T>(make: () => T): () => T {
 
 const op = (name: string) => registry.get(name) as OpRecord<unknown>;
 
-function square(shop: Shop, side: number): BenchCase {
+/** A large product of no model, by which main loops are compared. */
+export function square(side: number): OpCase {
   const shape = [side, side];
   const inputs = { x: { shape, dtype: DTYPE }, weight: { shape, dtype: DTYPE } };
-  const call: OpCase = { record: op('linear'), inputs, attrs: {}, count: 0, flops: 2 * side ** 3, bytes: 0 };
-  return kernelCase(shop, {
-    op: call,
-    direction: 'forward',
-    name: nameOf(call, 'forward'),
-    key: keyOf(call, 'forward'),
-  });
+  return { record: op('linear'), inputs, attrs: {}, count: 0, flops: 2 * side ** 3, bytes: 0 };
+}
+
+function squareCase(shop: Shop, side: number): BenchCase {
+  const call = square(side);
+  const [name, key] = [nameOf(call, 'forward'), keyOf(call, 'forward')];
+  return kernelCase(shop, { op: call, direction: 'forward', name, key });
 }
 
 /** One picture; the decoder runs in float32 by default, but its convolutions are timed as a peer times them. */

@@ -5,6 +5,7 @@ import type { CudaDriver } from '../../engine/cuda/device.ts';
 import {
   type Choice,
   candidates,
+  cycles,
   keyOf,
   type Lookup,
   lookupsOf,
@@ -26,7 +27,7 @@ import { unetInputs } from '../subjects.ts';
 import { updateCases } from '../update.ts';
 import type { BenchCase, Measure } from './gpu.ts';
 import { prepare, release, type Workshop } from './kernels.ts';
-import type { BenchSection, Scale } from './shapes.ts';
+import { type BenchSection, type Scale, SQUARE, square } from './shapes.ts';
 
 /** A measured choice beside what the model of the plan would choose. */
 export interface Tuned {
@@ -34,6 +35,8 @@ export interface Tuned {
   choice: Choice;
   us: number;
   planned_us: number;
+  /** What each candidate took: the numbers that the model is fitted to. */
+  all: { choice: Choice; us: number }[];
 }
 
 export type TunedMeasure = Measure & { tuned?: Tuned };
@@ -58,14 +61,20 @@ const smokeModel: ModelPreset = {
 };
 const SMOKE_SIDE = 192;
 
-const sizesOf = (side: number) => ({ width: side, height: side, batch: 2 });
+/** Rows of a step under guidance, and of a pass of training. */
+const SAMPLED = 2;
+const TRAINED = 8;
+/** Candidates that the model takes for so many times slower than its best are not timed, nor splits than the tile's best. */
+const SLOWER = { best: 2, split: 1.05 };
 
-/** The UNet's calls on two rows as sampling makes them, with the image's part cached. */
+const sizesOf = (side: number, batch: number) => ({ width: side, height: side, batch });
+
+/** The UNet's calls as sampling makes them, with the image's part cached. */
 const sampledCalls = (model: ModelPreset, side: number): OpCase[] =>
   casesOf((device) => {
     const module = unet(model.unet);
     fillRandom(module, device, DTYPE);
-    const { sample, times, conditioning } = unetInputs(model, sizesOf(side), device, DTYPE);
+    const { sample, times, conditioning } = unetInputs(model, sizesOf(side, SAMPLED), device, DTYPE);
     noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache: newContextCache() })));
   });
 
@@ -106,8 +115,8 @@ function launchesOf(
   });
 }
 
-/** Every product that plans for Hopper look up in these calls, by key. */
-function productsOf(model: ModelPreset, side: number): Map<string, Product> {
+/** Every product that plans for Hopper look up in the calls of sampling and of training `batch` images, by key. */
+function productsOf(model: ModelPreset, side: number, batch: number): Map<string, Product> {
   const device = standInCuda();
   const made = ({ shape, dtype }: Spec) => empty(shape, { device, dtype });
   const shop = { gpu: { device }, buffers: { random: made, empty: made } };
@@ -123,11 +132,18 @@ function productsOf(model: ModelPreset, side: number): Map<string, Product> {
       });
     });
   const isProduct = ({ record }: OpCase) => record.flops !== undefined;
-  for (const op of sampledCalls(model, side).filter(isProduct)) note(op, 'forward');
-  for (const op of updateCases(model, sizesOf(side), DTYPE).filter(isProduct)) {
+  const together = (op: OpCase) => {
+    if (isProjection(op)) note(op, 'forward', isSquare(op) ? 3 : 2);
+  };
+  note(square(SQUARE), 'forward');
+  for (const op of sampledCalls(model, side).filter(isProduct)) {
+    note(op, 'forward');
+    together(op);
+  }
+  for (const op of updateCases(model, sizesOf(side, batch), DTYPE).filter(isProduct)) {
     note(op, 'forward');
     note(op, 'backward');
-    if (isProjection(op)) note(op, 'forward', isSquare(op) ? 3 : 2);
+    together(op);
   }
   return found;
 }
@@ -147,10 +163,26 @@ function smallest(products: ReadonlyMap<string, Product>): Map<string, Product> 
   return new Map(new Map(sorted.map((entry) => [entry[1].size.kind, entry])).values());
 }
 
-/** Times one product by every candidate. */
+/** Choices that the model does not take for much too slow. */
+export function likely({ size, canSplit }: Lookup, multiprocessors: number): Choice[] {
+  const all = candidates(size, canSplit).map((choice) => {
+    return { choice, time: cycles(size, choice, multiprocessors) };
+  });
+  const best = Math.min(...all.map(({ time }) => time));
+  const bestOf = ({ tile, paired }: Choice) =>
+    Math.min(
+      ...all.filter(({ choice }) => choice.tile === tile && choice.paired === paired).map(({ time }) => time),
+    );
+  return all
+    .filter(({ choice, time }) => time <= SLOWER.best * best && time <= SLOWER.split * bestOf(choice))
+    .map(({ choice }) => choice);
+}
+
+/** Times one product by every likely candidate. */
 function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
   const { gpu, timer } = shop;
-  const { op, size, canSplit } = product;
+  const { op } = product;
+  const { multiprocessors } = gpu.device.driver as CudaDriver;
   if ((gpu.device.driver as CudaDriver).capability !== 90)
     throw new UserError('tiles are chosen by measurement for compute capability 9.0 alone');
   const sets = tensorsOf(shop, product);
@@ -159,7 +191,7 @@ function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
     const time = () => timer.time(1, run, 10);
     overrides.delete(key);
     const planned = time();
-    const all = candidates(size, canSplit).map((choice) => {
+    const all = likely(product, multiprocessors).map((choice) => {
       overrides.set(key, choice);
       return { choice, timing: time() };
     });
@@ -169,7 +201,8 @@ function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
   for (const tensors of sets) release(tensors);
   gpu.device.memory.trim();
   const [{ choice, timing }] = all.sort((a, b) => a.timing.us - b.timing.us);
-  const tuned = { key, choice, us: timing.us, planned_us: planned.us };
+  const times = all.map((each) => ({ choice: each.choice, us: each.timing.us }));
+  const tuned = { key, choice, us: timing.us, planned_us: planned.us, all: times };
   const { tile, splits, paired } = choice;
   const name = `${key}: tile ${tile}${paired ? ' in pairs' : ''}, ${splits} splits; as planned ${planned.us.toFixed(1)} us`;
   return {
@@ -186,8 +219,8 @@ export function tuneSection(shop: () => Workshop, { preset, side, smoke }: Scale
     name: 'tune',
     cases() {
       const products = smoke
-        ? smallest(productsOf(smokeModel, SMOKE_SIDE))
-        : productsOf(presets[preset], side);
+        ? smallest(productsOf(smokeModel, SMOKE_SIDE, SAMPLED))
+        : productsOf(presets[preset], side, TRAINED);
       return [...products].map(
         ([label, product]): BenchCase => ({
           label,

@@ -16,7 +16,6 @@ import {
   type Slabs,
   STEP,
   type Tile,
-  tileRows,
 } from './plan_sm90.ts';
 
 /** Pixel (x, y) of the grid stands at (x * stride + left, y * stride + top) of the image [n, h, w, channels]. */
@@ -57,12 +56,6 @@ const pixels =
 /** Whether every `count` pixels are whole rows of the grid, or a part of one, and of one image. */
 const isBoxed = ({ width, height, stride }: Grid, count: number): boolean =>
   stride === 1 && (width % count === 0 || (count % width === 0 && height % (count / width) === 0));
-
-/** Where the operand's pixels are no boxes; what is a box of a tall tile's is one of a low one's too. */
-function walkedOf(g: Grid, operand: 'a' | 'b'): HopperProduct['walked'] {
-  const from = (operand === 'b' ? [STEP] : tileRows).find((count) => !isBoxed(g, count));
-  return from === undefined ? undefined : { operand, from };
-}
 
 /** Base pixels stay below the image's end plus this, so that there are width x height of them. */
 const upperCorner = ({ image: [, h, w], width, height, stride, left, top }: Grid): number[] => [
@@ -109,18 +102,14 @@ function productOver(
     grid,
 ): Convolution | undefined {
   if (!(context.dtype === 'float32' || hopperTakes(m, n, context)) || !isGrid(g, kh, kw)) return undefined;
-  const operand = operands.kind === 'backward_weight' ? 'b' : 'a';
-  const count = (tile: Tile) => (operand === 'b' ? STEP : tile.m);
+  const count = (tile: Tile) => (operands.kind === 'backward_weight' ? STEP : tile.m);
   const gridFor = (tile: Tile) => [
     ...[g.width, g.height, g.stride, g.left, g.top, Number(isBoxed(g, count(tile)))],
     ...[kh * kw, kw, divideUp(g.image[3], STEP)],
   ];
-  const entry = {
-    walked: walkedOf(g, operand),
-    own: (tile: Tile, a: Uint8Array) => parameters(gridFor(tile), tile, a),
-  };
+  const own = (tile: Tile, a: Uint8Array) => parameters(gridFor(tile), tile, a);
   const family = operands.kind.startsWith('backward') ? 'conv2d_backward_sm90' : 'conv2d_sm90';
-  return { family, m, n, steps, slabs, bias: 0n, residual: 0n, ...entry, ...operands };
+  return { family, m, n, steps, slabs, bias: 0n, residual: 0n, own, ...operands };
 }
 
 type Planned = (
