@@ -151,14 +151,15 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   const exact = drawn(opened(plain, 'float16'));
   t.equal(exact.type, 'float32');
   t.equal(drawn(opened(plain, 'bfloat16')).type, 'bfloat16');
-  for (const [dtype, bound] of [
-    ['bfloat16', 0.04],
-    ['float16', 0.005],
+  // A few roundings of the largest number: how many, a device's order of sums decides.
+  for (const [dtype, rounding] of [
+    ['bfloat16', 2 ** -8],
+    ['float16', 2 ** -11],
   ] as const) {
     const { data, type } = drawn(opened(mended, dtype));
     t.equal(type, dtype);
-    const apart = maxDifference(data, exact.data);
-    t.ok(apart > 0 && apart < bound, `${dtype}: ${apart} of ${Math.max(...exact.data)}`);
+    const apart = maxDifference(data, exact.data) / (rounding * Math.max(...exact.data));
+    t.ok(apart > 0 && apart < 5, `${dtype}: ${apart} roundings`);
   }
   t.equal(drawn(opened(mended, 'float32')).type, 'float32');
   t.equal(drawn(opened(mended, 'bfloat16', 'float32')).type, 'float32', 'what is asked for');

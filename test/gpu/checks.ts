@@ -198,7 +198,7 @@ const goldenFile = (file: string, device: string, left: () => number): CheckCase
   run() {
     const script = join(packageRoot, 'dist', 'test', `${file}.test.js`);
     const env = { ...process.env, TAP_TIMEOUT: '600' };
-    const timeout = Math.max(1, left() - MARGIN) * 1000;
+    const timeout = Math.round(Math.max(1, left() - MARGIN) * 1000);
     const child = spawnSync(process.execPath, [script, `--device=${device}`], {
       ...{ env, encoding: 'utf8', timeout, killSignal: 'SIGKILL' },
     });
