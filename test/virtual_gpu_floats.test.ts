@@ -8,6 +8,7 @@ import {
   exactSum,
   float16,
   float32,
+  float64,
   type RoundingMode,
 } from './virtual-gpu/exact.ts';
 import {
@@ -21,11 +22,29 @@ import {
   whole,
 } from './virtual-gpu/instruction.ts';
 
+const bitsOf64 = (x: number): bigint => BigInt.asUintN(64, new BigInt64Array(Float64Array.of(x).buffer)[0]);
+const fromBits64 = (bits: bigint): number => new Float64Array(BigUint64Array.of(bits).buffer)[0];
 const sameFloat = (p: number, q: number) => Object.is(p, q) || (Number.isNaN(p) && Number.isNaN(q));
 
 /** An exact zero sum of unlike signs is -0 when rounding down. */
 const zeroSum = (p: number, q: number, sum: number, mode: RoundingMode) =>
   mode === 'rm' && p === -q && Number.isFinite(p) && !(Object.is(p, 0) && Object.is(q, 0)) ? -0 : sum;
+
+test('fma.rn.f64 rounds once, where the exponent ends too', (t) => {
+  const powers = [-1074, -1060, -1022, -600, -537, -500, -52, 0, 1, 52, 400, 511, 512, 600, 970, 1000, 1023];
+  const sizes = powers.flatMap((power, i) =>
+    [1, -(1 + (i + 1) / 3), 1.5 + 2 ** -30].map((x) => x * 2 ** power),
+  );
+  const triples = sizes.flatMap((x, i) =>
+    sizes.map((y, j) => [x, y, sizes[(7 * i + 11 * j) % sizes.length]] as const),
+  );
+  const ends = triples.flatMap(([x, y, z]) => [[x, y, z] as const, [x, y, -x * y] as const]);
+  const bits = (k: 0 | 1 | 2) => whole(ends.map((triple) => bitsOf64(triple[k])));
+  const got = run('fma.rn.f64 %d, %a, %b, %c;', 'f64', ['f64', 'f64', 'f64'], [bits(0), bits(1), bits(2)]);
+  const bad = ends.filter(([x, y, z], i) => !sameFloat(exactFma(x, y, z, float64), fromBits64(got[i])));
+  t.same(bad, []);
+  t.end();
+});
 
 test('float32 arithmetic rounds once', (t) => {
   const [x, y, z] = floatTriples();
@@ -120,9 +139,7 @@ test('conversions', (t) => {
     'cvt.rni.f32.f32: zeros keep their sign, as on an H200',
   );
   const doubles = [Number.NaN, 1e300, -1e300, -2.5, 70000];
-  const bits64 = whole(
-    doubles.map((v) => new BigInt64Array(Float64Array.of(v).buffer)[0] & (2n ** 64n - 1n)),
-  );
+  const bits64 = whole(doubles.map(bitsOf64));
   for (const [type, size, from] of [
     ['s32', 'u32', [2n ** 31n, 2n ** 31n - 1n, 2n ** 31n, 2n ** 32n - 2n, 70000n]],
     ['u32', 'u32', [2n ** 31n, 2n ** 32n - 1n, 0n, 0n, 70000n]],

@@ -12,6 +12,7 @@ export interface Format {
 
 export const float32: Format = { precision: 24, least: -149, most: (2 - 2 ** -23) * 2 ** 127 };
 export const bfloat16: Format = { precision: 8, least: -133, most: (2 - 2 ** -7) * 2 ** 127 };
+export const float64: Format = { precision: 53, least: -1074, most: Number.MAX_VALUE };
 export const float16: Format = { precision: 11, least: -24, most: 65504 };
 
 export type RoundingMode = 'rn' | 'rz' | 'rm' | 'rp';

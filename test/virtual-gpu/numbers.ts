@@ -100,10 +100,41 @@ export function addRounded(p: number, z: number, mode: 'rz' | 'rm' | 'rp'): numb
   return roundFloat(sum, mode);
 }
 
-/** fma.rn.f64 by a split product; exact but for results near the ends of the exponent range. */
+/** A finite number as mantissa * 2^exponent. */
+function parts(x: number): [mantissa: bigint, exponent: number] {
+  doubles[0] = x;
+  const biased = Number((doubleLong[0] >> 52n) & 0x7ffn);
+  const fraction = doubleLong[0] & ((1n << 52n) - 1n);
+  const mantissa = biased > 0 ? fraction | (1n << 52n) : fraction;
+  return [x < 0 ? -mantissa : mantissa, Math.max(biased, 1) - 1075];
+}
+
+/** fma.rn.f64 of finite numbers in whole numbers: right where the exponent's range ends. */
+function exactFma64(x: number, y: number, z: number): number {
+  const [[mx, ex], [my, ey], [mz, ez]] = [parts(x), parts(y), parts(z)];
+  const exponent = Math.min(ex + ey, ez);
+  const sum = ((mx * my) << BigInt(ex + ey - exponent)) + (mz << BigInt(ez - exponent));
+  if (sum === 0n) return x * y + z;
+  const size = sum < 0n ? -sum : sum;
+  // The last bit of 53, or that of a subnormal.
+  const drop = Math.max(size.toString(2).length - 53, -1074 - exponent);
+  const [kept, rest, half] =
+    drop > 0
+      ? [size >> BigInt(drop), size & ((1n << BigInt(drop)) - 1n), 1n << BigInt(drop - 1)]
+      : [size, 0n, 1n];
+  const up = rest > half || (rest === half && (kept & 1n) === 1n);
+  const value = Number(kept + (up ? 1n : 0n)) * 2 ** (exponent + Math.max(drop, 0));
+  return sum < 0n ? -value : value;
+}
+
+/** fma.rn.f64 by a split product, and near the ends of the exponent's range exactly. */
 export function fma64(x: number, y: number, z: number): number {
   const p = x * y;
-  if (!Number.isFinite(p) || !Number.isFinite(z) || Math.abs(x) > 1e290 || Math.abs(y) > 1e290) return p + z;
+  if (!(Number.isFinite(x) && Number.isFinite(y) && Number.isFinite(z))) return p + z;
+  if (x === 0 || y === 0) return p + z;
+  const isMiddling = (v: number) => Math.abs(v) > 2 ** -900 && Math.abs(v) < 2 ** 900;
+  if (![x, y, p].every(isMiddling) || ![z, p + z].every((v) => v === 0 || isMiddling(v)))
+    return exactFma64(x, y, z);
   const split = (v: number): [number, number] => {
     const c = v * 134217729;
     const high = c - (c - v);
