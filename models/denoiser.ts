@@ -5,8 +5,9 @@ import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
-import { concat } from '../engine/ops/move.ts';
-import { cast } from '../engine/ops/unary.ts';
+import { add, sub } from '../engine/ops/binary.ts';
+import { concat, slice } from '../engine/ops/move.ts';
+import { cast, scale } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
@@ -102,15 +103,19 @@ export function openDenoiser(
   const { context, pooled, timeIds, latents, times, step, pictures, tokens, truncated } = made;
   const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
-  // The layout changes and types are cast on the device, in the recording.
+  const rescale = request.guidance_rescale ?? 0;
+  // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
   const passUnder = (on: readonly PlacedControl[]): Step =>
     device.step(() =>
       noGrad(() => {
         const x = cast(channelsLast(latents), dtype);
         const question = { sample: guided ? concat([x, x], 0) : x, times: { times, step }, conditioning };
         const residuals = residualsOf(on, question, guided);
-        const y = unet(question.sample, question.times, conditioning, residuals);
-        return cast(channelsFirst(y), 'float32');
+        const y = cast(
+          channelsFirst(unet(question.sample, question.times, conditioning, residuals)),
+          'float32',
+        );
+        return guided ? guide(y, request.guidance_scale, rescale > 0) : y;
       }),
     );
   const passes = passesOf(placed, calls, passUnder);
@@ -119,7 +124,7 @@ export function openDenoiser(
       latents.upload(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
       step.set([i]);
       const data = passes.at(i).run((y) => y.floats());
-      return guided ? guide(data, images, request.guidance_scale, request.guidance_rescale ?? 0) : data;
+      return guided && rescale > 0 ? rescaled(data, images, rescale) : data;
     },
     truncated,
     release() {
@@ -156,27 +161,26 @@ function passesOf(
   };
 }
 
-/** uncond + s (text - uncond) over [unconditional; conditional] rows, then rescaled toward the text's spread (Lin et al. 2023). */
-export function guide(
-  both: Float32Array,
-  images: number,
-  guidanceScale: number,
-  guidanceRescale: number,
-): Float32Array {
+/** uncond + s (text - uncond) of rows [unconditional; conditional]; `withText` puts the conditional ones after it, for rescaled(). */
+export function guide(both: Tensor, guidanceScale: number, withText: boolean): Tensor {
+  const rows = both.shape[0] / 2;
+  const [uncond, text] = [slice(both, 0, 0, rows), slice(both, 0, rows, rows)];
+  const guided = add(uncond, scale(sub(text, uncond), guidanceScale));
+  return withText ? concat([guided, text], 0) : guided;
+}
+
+/** What guide() gave with the text's prediction, scaled toward the spread of that, image by image (Lin et al. 2023). */
+export function rescaled(both: Float32Array, images: number, guidanceRescale: number): Float32Array {
   const half = both.length / 2;
-  const [uncond, text] = [both.subarray(0, half), both.subarray(half)];
-  const out = new Float32Array(half);
-  for (let i = 0; i < half; i++) out[i] = uncond[i] + guidanceScale * Math.fround(text[i] - uncond[i]);
-  if (guidanceRescale > 0) {
-    const size = half / images;
-    for (let i = 0; i < images; i++) {
-      const mine = out.subarray(i * size, (i + 1) * size);
-      const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
-      const factor = guidanceRescale * ratio + (1 - guidanceRescale);
-      for (let j = 0; j < size; j++) mine[j] *= factor;
-    }
+  const [guided, text] = [both.slice(0, half), both.subarray(half)];
+  const size = half / images;
+  for (let i = 0; i < images; i++) {
+    const mine = guided.subarray(i * size, (i + 1) * size);
+    const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
+    const factor = guidanceRescale * ratio + (1 - guidanceRescale);
+    for (let j = 0; j < size; j++) mine[j] *= factor;
   }
-  return out;
+  return guided;
 }
 
 /** Unbiased standard deviation, as torch's std. */

@@ -15,7 +15,7 @@ import { gelu, quickGelu, scale, silu, square, tanh } from '../engine/ops/unary.
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { downsample, resnet, upsample } from '../models/blocks.ts';
-import { guide } from '../models/denoiser.ts';
+import { guide, rescaled } from '../models/denoiser.ts';
 import { type Conditioning, transformer, transformerBlock } from '../models/transformer.ts';
 import { embeddingMlp } from '../models/unet_encoder.ts';
 import { pixelAttention } from '../models/vae.ts';
@@ -220,7 +220,7 @@ for (const device of devices) {
       if (operations[call]) for (const run of operations[call]) runOperation(t, c, device, run, c.id);
       else if (blocks[call]) runBlock(t, c, device, blocks[call], c.id);
       else if (call === 'mse mean') runMse(t, c, device);
-      else if (call.startsWith('guidance')) runGuidance(t, c);
+      else if (call.startsWith('guidance')) runGuidance(t, c, device);
       else t.fail(`${c.id}: no test knows the call "${call}"`);
       t.equal(device.memory.storages, before, `${c.id}: live tensors`);
     }
@@ -236,10 +236,14 @@ function runMse(t: Assert, c: GoldenCase, device: Device): void {
   runOperation(t, { ...c, expect: { ...y, d_target } }, device, traded, `${c.id} traded`);
 }
 
-function runGuidance(t: Assert, c: GoldenCase): void {
+function runGuidance(t: Assert, c: GoldenCase, device: Device): void {
   const { guidance_scale, guidance_rescale = 0 } = c.params as unknown as Params;
   const [uncond, text] = ['uncond', 'text'].map((name) => area.floats(c.inputs?.[name] as string));
-  const images = area.shape(c.expect.y.tensor)[0];
-  const got = guide(Float32Array.of(...uncond, ...text), images, guidance_scale, guidance_rescale);
+  const [images, ...rest] = area.shape(c.expect.y.tensor);
+  const got = scope(() => {
+    const both = tensor(Float32Array.of(...uncond, ...text), [2 * images, ...rest], { device });
+    const data = guide(both, guidance_scale, guidance_rescale > 0).floats();
+    return guidance_rescale > 0 ? rescaled(data, images, guidance_rescale) : data;
+  });
   allClose(t, c.id, got, area.floats(c.expect.y.tensor), c.expect.y);
 }
