@@ -5,7 +5,10 @@ import { divideUp, FLOAT, type KernelLaunch, type LaunchArguments, PACK, type Pl
 
 /** Blocks of a cluster: eight are as many as every Hopper GPU takes. */
 const CLUSTERS = [1, 2, 4, 8];
-/** The multiprocessors of a GPC that clusters of more than two blocks fill: some have eighteen. */
+/**
+ * The multiprocessors of a GPC that clusters of more than two blocks fill: some have eighteen. One of an H200's has fewer, so that 15
+ * clusters of eight run there at a time, not the 16 that are reckoned with here (docs/gpu.md).
+ */
 const GPC = 16;
 /** norm_sm90.cu's. */
 const SLAB_THREADS = 512;
