@@ -9,11 +9,20 @@ const f32 = new Float32Array(1);
 const f32Bits = new Int32Array(f32.buffer);
 
 /**
- * a * b + c of float32 numbers, rounded once to float32. The product is exact in double; the sum is rounded
- * to odd (Boldo & Melquiond 2008), so that the second rounding cannot see a false tie.
+ * a * b + c of float32 numbers, rounded once to float32. The product is exact in double; only where the sum then lies
+ * midway between two float32 can rounding twice differ from rounding once.
  */
 export function fma32(a: number, b: number, c: number): number {
   const product = a * b;
+  const sum = product + c;
+  const nearest = Math.fround(sum);
+  const rest = sum - nearest;
+  const other = nearest + rest + rest;
+  return rest === 0 || Math.fround(other) !== other ? nearest : addTie(product, c);
+}
+
+/** The sum rounded to odd (Boldo & Melquiond 2008), so that the second rounding cannot see a false tie. */
+function addTie(product: number, c: number): number {
   const sum = product + c;
   const back = sum - product;
   const error = product - (sum - back) + (c - back);
