@@ -352,8 +352,8 @@ export function hopperLaunch(p: HopperProduct, choice: Choice, context: PlanCont
 }
 
 /**
- * As many stages as fit beside what leaves by TMA (rows of y that the warpgroups round, 64 each at a time or with pingpong 128;
- * float32's do not), and room to begin on a multiple of 1024: epilogue_sm90.cuh's STAGES.
+ * As many stages as fit beside what leaves by TMA (rows of y that the warpgroups round, 64 each at a time or with pingpong 128, of a
+ * wide tile half their columns; float32's do not), and room to begin on a multiple of 1024: epilogue_sm90.cuh's STAGES.
  */
 function sharedBytes({ m, n, pingpong }: Tile, columns: number, { elementBytes }: PlanContext): number {
   const stage = (m + n) * STEP * 2;
