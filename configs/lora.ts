@@ -1,6 +1,7 @@
 // LoRA adapters on the base model's attention, for a style or a subject from a few dozen pictures: rank 8, AdamW 1e-4, as
 // diffusers' train_text_to_image_lora_sdxl.py. The result is runs/lora/final/pytorch_lora_weights.safetensors.
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER
+// To go on with a LoRA that is there, of the same rank: --set lora.network_weights=FILE
 // With adapters on the text encoders too, as --train_text_encoder there:
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set train.text_encoders=true --set optimizer.text_encoder_lr=5e-6
 //   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora runs/lora/final/pytorch_lora_weights.safetensors --prompt ...

@@ -180,7 +180,8 @@ function refuseUnsupported(file: SafetensorsFile, unknown: readonly string[]): v
   );
 }
 
-function complain(
+/** Throws a sentence that names the first eight of these, where there are any. */
+export function complain(
   file: SafetensorsFile,
   what: string,
   names: readonly string[],

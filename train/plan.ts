@@ -95,7 +95,9 @@ function ofObjective({ objective }: Run): string[] {
 }
 
 const ofLora = ({ train, lora }: Run): string =>
-  train.target === 'lora' ? ` (rank ${lora.rank}, alpha ${lora.alpha})` : '';
+  train.target === 'lora'
+    ? ` (rank ${lora.rank}, alpha ${lora.alpha}${lora.network_weights && `, from ${lora.network_weights}`})`
+    : '';
 
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>

@@ -50,6 +50,8 @@ export interface Run {
     targets: readonly string[];
     /** Those of the text encoders, where these are trained. */
     text_encoder_targets: readonly string[];
+    /** A LoRA to go on with, of this rank: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
+    network_weights: string;
   };
   controlnet: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */
@@ -187,6 +189,7 @@ export const fields: Fields<Run> = {
     alpha: number(8, { min: 0 }),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
+    network_weights: text(''),
   },
   controlnet: {
     controlnet_model_name_or_path: text(''),
@@ -296,9 +299,13 @@ export function defineRun(...stages: RunInput[]): RunInput[] {
 
 /** What a run asks for that its target would pass over. */
 function refuseUnused(
-  { train: { target, parts, text_encoders }, optimizer, dataset }: Run,
+  { train: { target, parts, text_encoders }, lora, optimizer, dataset }: Run,
   where: string,
 ): void {
+  if (lora.network_weights && target !== 'lora')
+    throw new UserError(
+      `${where}: "lora.network_weights" is what adapters begin with, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
+    );
   if (parts.length > 0 && target !== 'unet')
     throw new UserError(
       `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${

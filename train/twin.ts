@@ -5,8 +5,11 @@ import { type AnyModule, namedParameters, type Parameter, unload } from '../engi
 import { addLora, type Uniforms } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import type { LoraTargets } from '../models/lora_file.ts';
+import { startFromLora } from '../models/lora_start.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
+import { listCheckpoints } from './checkpoint.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import type { Run } from './run.ts';
@@ -35,8 +38,11 @@ export const uniformsOf =
 
 /** LoRA adapters on the loaded pipeline: peft's keys, and its config in the file's metadata as diffusers reads it. */
 export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Added {
-  const { rank, alpha } = run.lora;
+  const { rank, alpha, network_weights: begun } = run.lora;
   const parameters = adapt(run, pipeline, networks, uniformsOf(run.seed));
+  // A resumed run has numbers of its own, and the file may be gone.
+  if (begun && !listCheckpoints(run.output).length)
+    startFromLora(targetsOf(run, pipeline, networks), begun, parameters, { rank, alpha });
   const config = placesOf(run, pipeline, networks).map(({ name, targets }) => ({
     [`${name}.peft_type`]: 'LORA',
     [`${name}.r`]: rank,
@@ -76,6 +82,14 @@ function placesOf({ lora, train }: Run, { unet: root, text }: Pipeline, { texts 
   const own = { name: 'unet', root, targets: lora.targets, option: 'lora.targets' };
   return train.text_encoders ? [own, ...encoders] : [own];
 }
+
+/** The same as a LoRA file's names are matched against. */
+const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTargets => ({
+  unetConfig: pipeline.unetConfig,
+  ...(Object.fromEntries(placesOf(run, pipeline, networks).map(({ name, root }) => [name, root])) as {
+    unet: AnyModule;
+  }),
+});
 
 /** Puts adapters on a pipeline's networks; gives their parameters by `network.key`. */
 function adapt(run: Run, pipeline: Pipeline, networks: Networks, uniforms: Uniforms): Map<string, Parameter> {

@@ -1,0 +1,67 @@
+// Adapters that are to train begin as a LoRA file left off (kohya's network_weights): A as it is, and B times what the file's
+// alpha / rank is of theirs, so that the model computes what it would with the file merged.
+import type { Parameter } from '../engine/module.ts';
+import { UserError } from '../io/errors.ts';
+import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import type { LoraConfig } from './adapters.ts';
+import { channelsLast } from './checkpoint.ts';
+import { adapterAt, complain, floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
+import { kindOf, magnitudeOf } from './lora_kinds.ts';
+
+/**
+ * Loads the file, or the one in the folder, into adapters' `parameters`, by `network.path.lora_A.weight`. Layers that the file
+ * leaves alone stay as they were. Returns how many layers it has.
+ * @throws UserError before anything is changed: for another kind or rank, and layers that have no adapter
+ */
+export function startFromLora(
+  targets: LoraTargets,
+  path: string,
+  parameters: ReadonlyMap<string, Parameter>,
+  { rank, alpha }: Pick<LoraConfig, 'rank' | 'alpha'>,
+): number {
+  const file = openSafetensors(adapterAt(path) ?? path);
+  try {
+    const updates = [...updatesOf(file, targets)];
+    const named = (is: (update: Update) => boolean) =>
+      updates.filter(([, update]) => is(update)).map(([module]) => module);
+    complain(
+      file,
+      'are of no plain LoRA',
+      named(({ parts }) => !isPlain(parts)),
+      'train on with a plain one, or begin anew',
+    );
+    const others = updates.find(([, { parts }]) => parts.lora_down?.shape[0] !== rank);
+    if (others)
+      throw new UserError(
+        `LoRA ${file.path}: ${others[0]} has rank ${others[1].parts.lora_down?.shape[0]}, and the run ${rank}; set lora.rank to that`,
+      );
+    complain(
+      file,
+      'are of layers that the run puts no adapter on',
+      named(({ target }) => !parameters.has(`${target.path}.lora_A.weight`)),
+      'name their layers in lora.targets, and of text encoders in lora.text_encoder_targets with train.text_encoders',
+    );
+    for (const [, { target, parts, ...own }] of updates) {
+      const load = (part: string, from: TensorInfo | undefined, factor: number) =>
+        fill(parameters.get(`${target.path}.${part}.weight`) as Parameter, file, from as TensorInfo, factor);
+      load('lora_A', parts.lora_down, 1);
+      load('lora_B', parts.lora_up, own.alpha / own.rank / (alpha / rank));
+    }
+    return updates.length;
+  } finally {
+    file.close();
+  }
+}
+
+const isPlain = (parts: Update['parts']): boolean =>
+  kindOf(parts)?.name === 'LoRA' && !parts.lora_mid && !magnitudeOf(parts) && !parts.diff_b;
+
+function fill(parameter: Parameter, file: SafetensorsFile, from: TensorInfo, factor: number): void {
+  const values = floatsOf(file, from).map((x) => x * factor);
+  const { shape } = parameter;
+  parameter.tensor.set(
+    shape.length === 4
+      ? new Float32Array(channelsLast(new Uint8Array(values.buffer), shape, 4).buffer)
+      : values,
+  );
+}
