@@ -99,6 +99,34 @@ test('timesteps: each policy has its own spread', (t) => {
   const backwards = { ...plain, timestep_range: [0.6, 0.2] };
   t.throws(() => objectiveOf(backwards, scheduler), /begins at 0\.6 and ends at 0\.2; write the smaller/);
   allClose(t, 'cubic', quarters({ timesteps: 'cubic' }), cubic, near);
+  // Of a part of them each policy keeps its odds: the middle two quarters, and what each policy has there.
+  const part = { min_timestep: 250, max_timestep: 750 };
+  for (const [timesteps, second, third] of [
+    ['uniform', 1, 1],
+    ['earlier', 1, 1],
+    ['range', 1, 1],
+    ['cubic', cubic[1], cubic[2]],
+  ] as const)
+    allClose(
+      t,
+      `${timesteps} in the middle`,
+      quarters({ timesteps, ...part }),
+      [0, second, third, 0].map((x) => x / (second + third)),
+      near,
+    );
+  const late = quarters({ timesteps: 'later', timestep_bias: 0.5, min_timestep: 250 });
+  allClose(t, 'later from 250 on', late, [0, 1 / 11, 5 / 11, 5 / 11], near);
+  const only = objectiveOf({ ...plain, min_timestep: 700, max_timestep: 701 }, scheduler);
+  t.ok([1, 2, 3, 4].every((i) => drawTimestep(only, 1, 0, i) === 700));
+  for (const [min_timestep, max_timestep] of [
+    [500, 500],
+    [0, 1001],
+    [1000, 0],
+  ])
+    t.throws(
+      () => objectiveOf({ ...plain, min_timestep, max_timestep }, scheduler),
+      /leave none of the schedule's 1000 timesteps/,
+    );
   t.end();
 });
 

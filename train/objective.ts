@@ -41,6 +41,9 @@ export interface ObjectiveSettings {
   timestep_bias: number;
   /** What `range` prefers, as shares of the timesteps. */
   timestep_range: readonly number[];
+  /** Only timesteps from the first on and below the second are drawn; 0 for the schedule's last. */
+  min_timestep: number;
+  max_timestep: number;
 }
 
 /** Scaled latents [n, height, width, channels] and who they are: the keys of their draws. */
@@ -116,6 +119,11 @@ export function objectiveOf(
       `objective.timestep_range begins at ${begin} and ends at ${end}; write the smaller share first`,
     );
   const { alphasCumprod } = trainingTables(scheduler);
+  const [first, last] = drawable(settings, alphasCumprod.length);
+  if (last > alphasCumprod.length || first >= last)
+    throw new UserError(
+      `objective.min_timestep ${settings.min_timestep} and objective.max_timestep ${settings.max_timestep} leave none of the schedule's ${alphasCumprod.length} timesteps; begin below the end, and end at ${alphasCumprod.length} at most`,
+    );
   return { settings: { ...settings, prediction_type }, alphasCumprod };
 }
 
@@ -185,7 +193,16 @@ export function lossWeight(
 /** How many times likelier a preferred timestep is; diffengine's default. */
 const BIAS = 5;
 
-/** A timestep in [0, T). `cubic` is (1 - u^3) T (Mou et al. 2023, section 3.4), which prefers noisy ones. */
+/** The timesteps that may be drawn: begin and, exclusive, end. */
+const drawable = ({ min_timestep, max_timestep }: ObjectiveSettings, count: number): [number, number] => [
+  min_timestep,
+  max_timestep || count,
+];
+
+/**
+ * A timestep in [0, T), or of the part that may be drawn, where others keep their odds against each other. `cubic` is (1 - u^3) T (Mou
+ * et al. 2023, section 3.4), which prefers noisy ones.
+ */
 export function drawTimestep(
   { settings, alphasCumprod: { length: count } }: Objective,
   seed: number,
@@ -193,15 +210,21 @@ export function drawTimestep(
   sample: number,
 ): number {
   const u = draws(seed, epoch, sample, 'timestep').uniform();
-  if (settings.timesteps === 'uniform') return Math.floor(u * count);
-  if (settings.timesteps === 'cubic') return Math.min(count - 1, Math.floor((1 - u ** 3) * count));
+  const [first, last] = drawable(settings, count);
+  const between = (a: number, b: number) => a + u * (b - a);
+  const whole = (t: number) => Math.max(first, Math.min(last - 1, Math.floor(t)));
+  if (settings.timesteps === 'uniform') return whole(between(first, last));
+  if (settings.timesteps === 'cubic') {
+    const [low, high] = [last, first].map((t) => Math.cbrt(1 - t / count));
+    return whole((1 - between(low, high) ** 3) * count);
+  }
   const [begin, end] = preferred(settings, count);
   // Along a line on which each preferred timestep takes up BIAS, any other 1.
-  const at = u * (count + (BIAS - 1) * (end - begin));
-  if (at < begin) return Math.floor(at);
+  const place = (t: number) => t + (BIAS - 1) * (Math.min(Math.max(t, begin), end) - begin);
+  const at = between(place(first), place(last));
+  if (at < begin) return whole(at);
   const inside = begin + (at - begin) / BIAS;
-  if (inside < end) return Math.floor(inside);
-  return Math.min(count - 1, Math.floor(at - (BIAS - 1) * (end - begin)));
+  return whole(inside < end ? inside : at - (BIAS - 1) * (end - begin));
 }
 
 /** The timesteps that a biased choice prefers: begin and, exclusive, end. */

@@ -242,6 +242,8 @@ export const fields: Fields<Run> = {
     timesteps: choice('uniform', 'uniform', 'earlier', 'later', 'range', 'cubic'),
     timestep_bias: number(0.25, { min: 0, max: 1 }),
     timestep_range: pair([0.25, 0.75], number(0, { min: 0, max: 1 })),
+    min_timestep: whole(0, { min: 0 }),
+    max_timestep: whole(0, { min: 0 }),
   },
   vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
   optimizer: {
