@@ -1,6 +1,14 @@
 // Training as a whole, on the tiny golden model and a folder of a few pictures: a run leaves everything it promises; a run
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
-import { appendFileSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import {
+  appendFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
@@ -219,4 +227,20 @@ test('every recipe in configs/ is a run', async (t) => {
     const [recipe] = await loadRuns(join(packageRoot, 'configs', name), ['dataset.path=here']);
     t.equal(recipe.dataset.path, 'here', name);
   }
+});
+
+test('a run goes on from a checkpoint of a program that did not know all of its keys', async (t) => {
+  const input = { ...basic('older'), steps: 2 };
+  const stopped = await run(input, { until: 1 });
+  const file = join(stopped.folder, 'state.json');
+  const state = JSON.parse(readFileSync(file, 'utf8')) as { run: Record<string, Record<string, unknown>> };
+  delete state.run.lora;
+  delete state.run.objective.min_timestep;
+  writeFileSync(file, JSON.stringify(state));
+  await t.rejects(
+    run({ ...input, objective: { min_timestep: 5 } }, { checkpoint: stopped.folder }),
+    { message: /is of another run: objective\.min_timestep was 0 and is 5;/ },
+    'with their usual values',
+  );
+  await t.resolves(run(input, { checkpoint: stopped.folder }));
 });

@@ -143,12 +143,17 @@ const free = [
   'dataset.path',
 ];
 
-/** The first key in which two runs would train differently, with both values; undefined where there is none. */
-export function difference(a: unknown, b: unknown, path = ''): string | undefined {
+/**
+ * The first key in which two runs would train differently, with both values; undefined where there is none. A key that the first lacks,
+ * as an older program knew it not, has its `usual` value.
+ */
+export function difference(then: unknown, b: unknown, usual: unknown, path = ''): string | undefined {
   if (free.includes(path)) return undefined;
+  const a = then === undefined ? usual : then;
   if (isRecord(a) && isRecord(b)) {
     for (const key of new Set([...Object.keys(a), ...Object.keys(b)])) {
-      const found = difference(a[key], b[key], path ? `${path}.${key}` : key);
+      const own = isRecord(usual) ? usual[key] : undefined;
+      const found = difference(a[key], b[key], own, path ? `${path}.${key}` : key);
       if (found) return found;
     }
     return undefined;

@@ -27,12 +27,13 @@ import { samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask, type Sources } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
+import { fill } from './fields.ts';
 import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
-import type { Run } from './run.ts';
+import { fields, type Run } from './run.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 
@@ -179,7 +180,7 @@ export function stateOf(run: Run, checkpoint: string): State {
   const { step, epoch, update } = state;
   if (![step, epoch, update].every(Number.isInteger))
     throw new UserError(`${checkpoint} does not say where the run stood, so it is damaged; take another`);
-  const differs = difference(state.run, run);
+  const differs = difference(state.run, run, fill(fields, {}, 'the defaults'));
   if (differs) {
     throw new UserError(
       `${checkpoint} is of another run: ${differs}; resume with the run file that wrote it, or start anew with another output`,
