@@ -212,18 +212,19 @@ test('bench:gpu --tune: what it tries at the size of SDXL', (t) => {
     'geglu 2048 5120 20 1',
     'projections 2048 1280 20 3', // q, k and v
     'projections 154 1280 32 2', // k and v of the text
-    'nn 8192 640 80 1',
-    'tn 10240 1280 32 1',
+    'nn 32768 640 80 1', // training has eight images
+    'tn 10240 1280 128 1',
+    'nt 8192 8192 128 1', // of no model
     'forward 32768 320 45 1', // a resnet's 3x3
     'forward 8192 320 45 1', // of stride 2
     'forward 8192 640 5 1', // a shortcut's 1x1
     'forward 8192 640 40 1', // an upsampler's 2x2, as sampling has it
-    'forward 32768 640 90 1', // and its 3x3, as training has it
-    'backward_x 32768 640 90 1',
-    'backward_weight 640 640 512 9',
+    'forward 131072 640 90 1', // and its 3x3, as training has it
+    'backward_x 131072 640 90 1',
+    'backward_weight 640 640 2048 9',
   ])
     t.ok(labels.includes(key), key);
-  t.notOk(labels.includes('backward_x 8192 640 40 1'), 'no gradient goes through the 2x2');
+  t.notOk(labels.includes('backward_x 32768 640 40 1'), 'no gradient goes through the 2x2');
   t.end();
 });
 
