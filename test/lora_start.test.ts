@@ -4,9 +4,7 @@ import { copyFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { addLora } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
@@ -14,7 +12,7 @@ import { startFromLora } from '../models/lora_start.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
-import { compare, devices, unetInputs } from './models_golden.ts';
+import { compareSample, devices } from './models_golden.ts';
 import { basic, folder, model, run } from './small_runs.ts';
 
 const area = goldenArea('lora');
@@ -36,16 +34,7 @@ function adapted(device: Device, { rank = 4, alpha = 8, targets = kohya } = {}) 
 function check(t: Assert, c: GoldenCase, device: Device): void {
   const { own, start } = adapted(device);
   t.ok(start(join(goldenFolder, (c.files as string[])[0])) === LAYERS, `${c.id}: all its layers`);
-  scope(() => {
-    const { sample, timesteps, conditioning } = unetInputs(area, c, device);
-    compare(
-      t,
-      area,
-      c,
-      'sample',
-      noGrad(() => own(sample, timesteps, conditioning)),
-    );
-  });
+  compareSample(t, area, c, own, device);
   unload(own);
 }
 

@@ -1,11 +1,12 @@
 // What the tests of the models share: golden NCHW tensors as ours and back, scaled parameters, every submodule's output by
 // its path, and gradients by parameter name.
 import { type Device, openDevice } from '../engine/device.ts';
-import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
+import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter, watchCalls } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { Tensor, tensor } from '../engine/tensor.ts';
 import { toDevice, toHost } from '../models/latents.ts';
+import type { UNet } from '../models/unet.ts';
 import { type Assert, allClose, type GoldenArea, type GoldenCase, permuted } from './golden.ts';
 import { openGpu } from './gpu/device.ts';
 
@@ -58,6 +59,20 @@ export function compare(
   const want = c.expect[label];
   const values = got instanceof Tensor ? goldenOrder(got) : got;
   allClose(t, `${c.id} ${label}`, values, area.floats(want.tensor), want);
+}
+
+/** Compares what a UNet makes of a case's inputs with the `sample` that it expects. */
+export function compareSample(t: Assert, area: GoldenArea, c: GoldenCase, model: UNet, device: Device): void {
+  scope(() => {
+    const { sample, timesteps, conditioning } = unetInputs(area, c, device);
+    compare(
+      t,
+      area,
+      c,
+      'sample',
+      noGrad(() => model(sample, timesteps, conditioning)),
+    );
+  });
 }
 
 /** Some cases scale the weights whose names match, so that an epsilon in a norm shows. */

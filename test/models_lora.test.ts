@@ -3,14 +3,12 @@
 import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { mergeLora } from '../models/lora.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
-import { compare, devices, unetInputs } from './models_golden.ts';
+import { compareSample, devices } from './models_golden.ts';
 
 const area = goldenArea('lora');
 
@@ -30,16 +28,7 @@ function check(t: Assert, c: GoldenCase, device: Device): void {
     const changed = mergeLora({ unet: model, unetConfig }, join(goldenFolder, file), factor);
     t.ok(changed === 136, `${c.id}: ${file} changes ${changed} weights`);
   });
-  scope(() => {
-    const { sample, timesteps, conditioning } = unetInputs(area, c, device);
-    compare(
-      t,
-      area,
-      c,
-      'sample',
-      noGrad(() => model(sample, timesteps, conditioning)),
-    );
-  });
+  compareSample(t, area, c, model, device);
   unload(model);
 }
 
