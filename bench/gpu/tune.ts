@@ -164,7 +164,7 @@ function smallest(products: ReadonlyMap<string, Product>): Map<string, Product> 
 }
 
 /** Choices that the model does not take for much too slow. */
-export function likely({ size, canSplit }: Lookup, multiprocessors: number): Choice[] {
+function likely({ size, canSplit }: Lookup, multiprocessors: number): Choice[] {
   const all = candidates(size, canSplit).map((choice) => {
     return { choice, time: cycles(size, choice, multiprocessors) };
   });

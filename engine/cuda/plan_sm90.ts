@@ -28,10 +28,8 @@ export const tiles = {
   '80': { name: '80', m: 128, n: 80, pingpong: false },
 } as const satisfies Record<string, Tile>;
 export type TileName = keyof typeof tiles;
-/** How tall they are, the lowest first. */
-export const tileRows: readonly number[] = [...new Set(Object.values(tiles).map(({ m }) => m))].sort(
-  (a, b) => a - b,
-);
+/** Rows of the lowest. */
+const LEAST_ROWS = Math.min(...Object.values(tiles).map(({ m }) => m));
 
 /** The entries' names after their family's: gemm_sm90_nt_160. */
 export type ProductKind =
@@ -185,7 +183,7 @@ export function candidates({ kind, m, steps }: ProductSize, canSplit: boolean): 
   const alone = tilesOf[kind].flatMap((tile) =>
     [...splits].map((parts): Choice => ({ tile, splits: parts })),
   );
-  return m > tileRows[0] ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
+  return m > LEAST_ROWS ? alone.flatMap((choice) => [choice, { ...choice, paired: true }]) : alone;
 }
 
 /** A product whose tile a plan has asked for, and whether k may be split there. */
