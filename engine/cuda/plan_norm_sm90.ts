@@ -1,15 +1,16 @@
 // How group norm is cut on Hopper (norm_sm90.cu): how many groups a cluster takes, how many blocks it has, and how many of a block's
 // rows stay in its shared memory; the others are read twice. The half types, and where whole groups make whole packs of eight.
-// Of the cuts the one is taken that a small model of the time finds fastest. Reasoned, not measured.
+// Of the cuts the one is taken that a small model of the time finds fastest, of those about as fast the one with the most blocks. The
+// model's numbers are fitted to what an H200 took for the base UNet's norms (bench/results/h200-kernels.md), by cuts that a model
+// before it chose: 16 of 19 come out within 13 %, gradients where 2 us are added to each.
 import { divideUp, FLOAT, type KernelLaunch, type LaunchArguments, PACK, type PlanContext } from './plan.ts';
 
 /** Blocks of a cluster: eight are as many as every Hopper GPU takes. */
-const CLUSTERS = [1, 2, 4, 8];
-/**
- * The multiprocessors of a GPC that clusters of more than two blocks fill: some have eighteen. One of an H200's has fewer, so that 15
- * clusters of eight run there at a time, not the 16 that are reckoned with here (docs/gpu.md).
- */
-const GPC = 16;
+const CLUSTERS = [8, 4, 2, 1];
+/** A cut with fewer blocks must be so much faster by the model: no measurement has shown that few multiprocessors are enough. */
+const LESS = 0.9;
+/** Multiprocessors that clusters of four and eight leave over, as GPCs have unlike numbers: an H200 runs 31 and 15 of them at a time. */
+const LEFT_OVER = 8;
 /** norm_sm90.cu's. */
 const SLAB_THREADS = 512;
 const WIDE = 2 * PACK;
@@ -19,15 +20,15 @@ const SECTOR = 32;
 const MULTIPROCESSOR_BYTES = 228 * 1024;
 const BLOCK_BYTES = 1024;
 
-/** Bytes a cycle: of the memory (4.3 TB/s at 1.755 GHz), and of one multiprocessor at most. */
-const MEMORY_RATE = 2450;
-const BLOCK_RATE = 40;
-/** Of what is read again, the share that L2 no longer has. */
-const FORGOTTEN = 0.5;
+/** Bytes a cycle, at 1.9 GHz: of the memory, and of one block or of two that share a multiprocessor. */
+const MEMORY_RATE = 1675;
+const BLOCK_RATE = 26;
+/** Of what is read again, the share that it costs of reading it once: L2 mostly has it. */
+const AGAIN = 0.25;
 /** Where less of a block's rows would stay, three launches of many blocks are taken for as good. */
 const LEAST_KEPT = 1 / 8;
-/** Cycles of a block in which memory rests: the first rows' latency, the sums of its threads, the cluster's barrier. */
-const REST = 3000;
+/** Cycles in which memory rests: the launch, the first rows' latency, the sums of the threads, the clusters' barriers. */
+const REST = 11_000;
 
 interface Direction {
   /** Tensors that are read and written. */
@@ -39,7 +40,7 @@ interface Direction {
   /** Instructions of an element, forth and back. */
   readonly slots: number;
 }
-const FORWARD: Direction = { reads: 1, writes: 1, fixed: SLAB_THREADS * 16, residents: 2, slots: 16 };
+const FORWARD: Direction = { reads: 1, writes: 1, fixed: SLAB_THREADS * 16, residents: 2, slots: 15 };
 const BACKWARD: Direction = { reads: 2, writes: 1, fixed: SLAB_THREADS * WIDE * 4, residents: 1, slots: 38 };
 
 interface Cut {
@@ -50,22 +51,28 @@ interface Cut {
   readonly shared: number;
 }
 
+/**
+ * Waves of clusters; in each, blocks first read and then write, one phase after the other, as all of a wave begin together. The
+ * busiest multiprocessor has `together` blocks, which is what limits a wave where memory as a whole does not.
+ */
 function cyclesOf(
   { share, kept, shared, blocks }: Cut,
   slab: number,
-  items: number,
+  clusters: number,
   multiprocessors: number,
   { reads, writes, residents, slots }: Direction,
 ): number {
-  const usable =
-    blocks > 2 && multiprocessors > GPC ? Math.floor(multiprocessors / GPC) * GPC : multiprocessors;
+  const usable = blocks > 2 && multiprocessors > LEFT_OVER ? multiprocessors - LEFT_OVER : multiprocessors;
+  const abreast = Math.max(1, Math.floor(usable / blocks));
   const resident = Math.min(residents, Math.floor(MULTIPROCESSOR_BYTES / (shared + BLOCK_BYTES)));
-  const busiest = divideUp(items, usable);
-  const row = SECTOR * divideUp(2 * slab, SECTOR);
-  const bytes = share * (reads * row + writes * 2 * slab) + (share - kept) * reads * row * FORGOTTEN;
-  const moved = bytes / Math.min(BLOCK_RATE, MEMORY_RATE / Math.min(items, usable));
-  const issued = (share * slab * slots) / 128;
-  return busiest * Math.max(moved, issued) + divideUp(busiest, resident) * REST;
+  const together = Math.min(resident, divideUp(clusters, abreast));
+  const waves = divideUp(clusters, abreast * together);
+  const row = reads * SECTOR * divideUp(2 * slab, SECTOR);
+  const running = Math.min(clusters, abreast * together) * blocks;
+  const moved = (bytes: number) => bytes * Math.max(running / MEMORY_RATE, together / BLOCK_RATE);
+  const again = (share - kept) * row * AGAIN;
+  const issued = (together * share * slab * slots) / 128;
+  return REST + waves * (moved(share * row) + Math.max(moved(share * writes * 2 * slab + again), issued));
 }
 
 /** Undefined where the kernel does not take the shape. */
@@ -79,19 +86,23 @@ function cutOf(
   if (!hopper || elementBytes !== 2 || (width < WIDE && width !== PACK)) return undefined;
   let best: Cut | undefined;
   let least = Number.POSITIVE_INFINITY;
-  for (const blocks of CLUSTERS) {
-    for (let slabGroups = groups; slabGroups >= 1; slabGroups--) {
+  for (const blocks of CLUSTERS.filter((blocks) => blocks <= multiprocessors)) {
+    for (let slabGroups = 1; slabGroups <= groups; slabGroups++) {
       const slab = slabGroups * width;
       if (groups % slabGroups || slab % WIDE || slab > SLAB_THREADS) continue;
       const share = divideUp(hw, blocks);
       const fixed = direction.fixed + 16 * slabGroups * (blocks + 1);
       const rowBytes = direction.reads * slab * elementBytes;
-      const kept = Math.min(share, Math.floor((sharedBytes - fixed) / rowBytes));
-      if (kept < share * LEAST_KEPT) continue;
-      const cut = { slabGroups, blocks, share, kept, shared: fixed + kept * rowBytes };
-      const items = n * (groups / slabGroups) * blocks;
-      const cycles = cyclesOf(cut, slab, items, multiprocessors, direction);
-      if (cycles < least) [best, least] = [cut, cycles];
+      // With fewer rows kept two blocks find room on a multiprocessor, and no wave is left for a few.
+      for (let resident = direction.residents; resident >= 1; resident--) {
+        const room = Math.min(sharedBytes, Math.floor(MULTIPROCESSOR_BYTES / resident) - BLOCK_BYTES);
+        const kept = Math.min(share, Math.floor((room - fixed) / rowBytes));
+        if (kept < share * LEAST_KEPT) continue;
+        const cut = { slabGroups, blocks, share, kept, shared: fixed + kept * rowBytes };
+        const clusters = n * (groups / slabGroups);
+        const cycles = cyclesOf(cut, slab, clusters, multiprocessors, direction);
+        if (cycles < LESS * least) [best, least] = [cut, cycles];
+      }
     }
   }
   return best;
