@@ -230,7 +230,8 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1)
     end_sums();
     if (split && tile - 1 < tiles) pass();
     if (split) merge_halves(reinterpret_cast<float *>(shared + (from.handed - shared_address(shared))), out, softmax, factor, group);
-    if (piece == group) finish_rows(map_y, lse, from.staging + group * 4 * STAGING, out, softmax, walk.at.head, walk.at.image, walk.at.all, first, lq, scale, at);
+    if (piece == group)
+      finish_rows(map_y, lse, from.staging + group * 4 * STAGING, out, softmax, walk.at.head, walk.at.image, walk.at.all, first, lq, scale, at);
   }
   stores_wait_read<0>();
 }

@@ -12,7 +12,8 @@
 #define GEMM(name, S, A_ALONG, B_ALONG, ACTIVE, BView, ...) \
   KERNEL_OF(S::COUNT, gemm_##name)(PARAMETERS) { \
     const int batch = blockIdx.z / splits, outer = batch / inner_batches, inner = batch % inner_batches; \
-    const Output out = {y + int64_t(outer) * y_outer + int64_t(inner) * y_inner, partial, bias, shift, residual, columns, y_stride, rows_per_shift, activation}; \
+    const int64_t to = int64_t(outer) * y_outer + int64_t(inner) * y_inner; \
+    const Output out = {y + to, partial, bias, shift, residual, columns, y_stride, rows_per_shift, activation}; \
     const Matrix left = {a + int64_t(outer) * a_outer + int64_t(inner) * a_inner, A_ALONG ? m : k, A_ALONG ? k : m, a_stride}; \
     const BView right = {{b + int64_t(outer) * b_outer + int64_t(inner) * b_inner, B_ALONG ? n : k, B_ALONG ? k : n, b_stride} __VA_ARGS__}; \
     gemm<S, A_ALONG, B_ALONG, ACTIVE>(out, left, right, Problem{m, n, k, splits, k_part}, whole & 1, whole & 2); \

@@ -331,7 +331,8 @@ DEVICE void gemm(const Output &out, const A &a_view, const B &b_view, const Prob
   static_assert(S::WARPS * 16 * STRIPS * SLAB_STRIDE * 4 <= STAGES * STAGE_BYTES, "slabs fit where the stages were");
   float *slab = reinterpret_cast<float *>(shared) + warp * 16 * STRIPS * SLAB_STRIDE;
   // Where B's rows lie across and are whole chunks, so are those of y.
-  const bool packs = (LARGE && !B_ALONG) || (out.partial ? size.n % PACK == 0 : out.columns % PACK == 0 && out.stride % PACK == 0 && uint64_t(out.y) % sizeof(Stored<T>) == 0);
+  const bool stores_packs = out.columns % PACK == 0 && out.stride % PACK == 0 && uint64_t(out.y) % sizeof(Stored<T>) == 0;
+  const bool packs = (LARGE && !B_ALONG) || (out.partial ? size.n % PACK == 0 : stores_packs);
 #pragma unroll 1
   for (int turn = 0; turn < Sums<S>::DOWN / STRIPS; turn++) {
     if (turn > 0) __syncwarp();

@@ -5,9 +5,9 @@
 // 128 rows each, or with PINGPONG take tiles in turns, so that one's epilogue hides behind the other's products. A
 // warpgroup then begins when the other has seen its last stage arrive: a wait cannot tell a barrier's phase from the
 // one two before, so no one may wait that far ahead.
-// Two blocks of a cluster may take tiles one below the other and share B's, the wider operand, where L2 would hold them
-// back: a tile of 256 columns then reads 256 rows of operands a step where it would read 384. Each block
-// brings half of B's parts to both, so a stage is free when the consumers of both have done with it.
+// Two blocks of a cluster may take tiles one below the other and share B's, the wider operand: each brings half of B's
+// parts to both, so a stage is free when the consumers of both have done with it. By measurement it is not L2 that this
+// relieves but the producer's one thread, where a step has many boxes.
 // What the stages read is the Source: prefetch_maps(), begin(work) once an item, load(step, stage, barrier, cluster)
 // for each step in turn. B is most often a weight, which no L2 holds since the last pass: prefetch(step, cluster) asks for
 // the first of it while the kernel before still runs (NVIDIA's CUTLASS, example 63). To find an item takes divisions, some
