@@ -1,5 +1,6 @@
 // DDIM, Song et al. 2020 (arXiv:2010.02502), equation 12: x_0 is predicted and noised again to the level before,
 // x' = sqrt(abar') x_0 + sqrt(1 - abar' - s^2) epsilon + s z, with s = eta sqrt((1 - abar') / (1 - abar) (1 - abar / abar')).
+import { UserError } from '../../io/errors.ts';
 import { clipSample, combine, predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, Schedule } from './sampler.ts';
@@ -10,8 +11,8 @@ export function ddim(config: SchedulerConfig): Method {
   const last = config.set_alpha_to_one ? 1 : alphasCumprod[0];
   return {
     order: 1,
-    schedule: (steps, custom) =>
-      varianceSchedule(alphasCumprod, custom.timesteps ?? spacedTimesteps(config, steps).map(roundHalfEven)),
+    evenSteps: true,
+    schedule: (steps) => varianceSchedule(alphasCumprod, spacedTimesteps(config, steps).map(roundHalfEven)),
     start: (plan) => (output, x, i, draw) => {
       const t = plan.timesteps[i];
       const ratio = Math.floor(config.num_train_timesteps / plan.timesteps.length);
@@ -33,6 +34,10 @@ export function ddim(config: SchedulerConfig): Method {
 /** The schedule of a method that works on abar at whole training timesteps: the network sees x itself. */
 export function varianceSchedule(alphasCumprod: Float32Array, given: ArrayLike<number>): Schedule {
   const timesteps = Float32Array.from(given);
+  if (!timesteps.every((t) => t < alphasCumprod.length))
+    throw new UserError(
+      `${timesteps.length} steps with this spacing begin past the last training timestep: give fewer, or another timestep_spacing`,
+    );
   return {
     timesteps,
     sigmas: new Float32Array(0),

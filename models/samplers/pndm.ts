@@ -27,8 +27,9 @@ export function pndm(config: SchedulerConfig): Method {
   const transfer = transferWith(config, alphasCumprod);
   return {
     order: 1,
-    schedule(steps, custom) {
-      const falling = custom.timesteps ?? spacedTimesteps(config, steps).map(roundHalfEven);
+    evenSteps: true,
+    schedule(steps) {
+      const falling = spacedTimesteps(config, steps).map(roundHalfEven);
       const ratio = Math.floor(config.num_train_timesteps / steps);
       return varianceSchedule(alphasCumprod, calls(config, Array.from(falling), ratio));
     },

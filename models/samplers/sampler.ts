@@ -4,6 +4,7 @@
 import { UserError } from '../../io/errors.ts';
 import { combine, denoised, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
+import { hasSpacedSigmas } from './sigmas.ts';
 import { roundHalfEven } from './tables.ts';
 
 /** Settings of single methods, as diffusers passes them to `step`. */
@@ -68,6 +69,8 @@ export interface Method {
   schedule(steps: number, custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>): Schedule;
   /** Whether `schedule` heeds a caller's sigmas. */
   takesSigmas?: boolean;
+  /** Whether a step goes down by an even share of the training range, wherever the next timestep lies: a caller's own are refused. */
+  evenSteps?: boolean;
   /** A step function with a fresh history. */
   start(plan: Plan): Step;
 }
@@ -113,7 +116,13 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
     plan(steps, options = {}) {
       checkOptions(steps, config, options);
       if (options.sigmas && !method.takesSigmas)
-        throw new UserError(`${name} takes no sigmas of yours, but timesteps; Euler takes sigmas`);
+        throw new UserError(`${name} takes no sigmas of yours; Euler does`);
+      if (options.timesteps && method.evenSteps)
+        throw new UserError(`${name} takes no timesteps of yours; Euler, DPM++ 2M and most others do`);
+      if (options.timesteps && hasSpacedSigmas(config))
+        throw new UserError(
+          'Karras, exponential, beta and lu sigmas lay out the steps themselves: leave them out, or the timesteps',
+        );
       const schedule = method.schedule(options.timesteps?.length ?? steps, options);
       const { begin, end } = chosenPart(
         schedule.timesteps,

@@ -123,7 +123,7 @@ function leadingTimesteps(config: SchedulerConfig, ratio: number, count: number)
 function trailingTimesteps(total: number, steps: number): Float64Array {
   const ratio = total / steps;
   return Float64Array.from(
-    { length: Math.ceil(total / ratio) },
+    { length: steps }, // numpy's arange has one more, at -1, where the division rounds up
     (_, i) => roundHalfEven(total - i * ratio) - 1,
   );
 }
