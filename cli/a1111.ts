@@ -1,6 +1,7 @@
 // A1111's `parameters` text, which picture sites and other programs read and write too: the prompt, perhaps a line
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
 import type { Request } from '../models/pipeline.ts';
+import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
 import { version } from './about.ts';
 import type { SampleOptions } from './sample_options.ts';
@@ -67,6 +68,9 @@ function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt:
   return [`Emphasis: ${first.toUpperCase()}${rest.join('')}`];
 }
 
+/** Its schedule types that are a spacing of timesteps, and what stands for its choice. */
+const spacings = ['', 'Automatic', 'Uniform', 'SGM Uniform', 'Simple'];
+
 /** Fields that a picture depends on and that are not read, with our option for the same. */
 const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   Model: 'model',
@@ -92,6 +96,12 @@ export function readParameters(text: string): Parameters {
   const [width, height] = (field('Size') ?? '').split('x');
   const adapters = [...new Set(body.match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [])];
   const others = Object.entries(unread).map(([name, option]) => ({ name, option, value: field(name) }));
+  const type = field('Schedule type');
+  const { unheeded, ...scheduler } = schedulerOf(
+    field('Sampler'),
+    type,
+    /^sdxl /.test(field('Version') ?? ''),
+  );
   return {
     settings: {
       prompt: withoutTags(prompt),
@@ -102,12 +112,13 @@ export function readParameters(text: string): Parameters {
       seed: field('Seed'),
       emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
       rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
-      ...schedulerOf(field('Sampler'), field('Schedule type'), /^sdxl /.test(field('Version') ?? '')),
+      ...scheduler,
       width: width || undefined,
       height,
     },
     further: [
       ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),
+      ...(unheeded ? [{ text: `Schedule type: ${unheeded}`, option: 'scheduler' as const }] : []),
       ...others
         .filter(({ value }) => value !== undefined)
         .map(({ name, option, value }) => ({ text: `${name}: ${value}`, option })),
@@ -122,15 +133,17 @@ const withoutTags = (text: string): string => text.replace(/ ?<(lora|lyco|hypern
  * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,
  * and `ours` go by the model's spacing: SDXL's published scheduler begins lower.
  */
-function schedulerOf(text: string | undefined, given = '', ours = false): Record<string, string | undefined> {
+function schedulerOf(text: string | undefined, given = '', ours = false) {
   const [sampler, type = given] = withType(text);
   if (sampler === undefined || !hasScheduleType(sampler)) return { scheduler: sampler };
+  if (ours && type === '') return { scheduler: sampler };
   const layout = ['Karras', 'Exponential', 'Beta'].find((each) => each === type);
   const named = layout && !sampler.endsWith(layout) ? `${sampler} ${layout}` : sampler;
-  if (ours && type === '') return { scheduler: sampler };
+  const isKnown = samplerNames.map(plainSpelling).includes(plainSpelling(named));
   return {
-    scheduler: named,
+    scheduler: isKnown ? named : sampler,
     timestepSpacing: ['SGM Uniform', 'Simple'].includes(type) ? 'trailing' : 'linspace',
+    unheeded: (layout ? isKnown : spacings.includes(type)) ? undefined : type,
   };
 }
 

@@ -48,6 +48,17 @@ test('what else made a picture is told', (t) => {
     { text: 'Hires upscale: 2', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
+  for (const [sampler, type] of [
+    ['Euler', 'Align Your Steps'],
+    ['DPM++ 2M', 'KL Optimal'],
+    ['Euler a', 'Karras'], // which diffusers' class has not
+  ]) {
+    const said = `Steps: 20, Sampler: ${sampler}, Schedule type: ${type}`;
+    t.equal(read(said).scheduler, sampler, said);
+    t.same(readParameters(`a fox\n${said}`).further, [
+      { text: `Schedule type: ${type}`, option: 'scheduler' },
+    ]);
+  }
   t.end();
 });
 

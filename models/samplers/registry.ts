@@ -117,7 +117,7 @@ export function createSampler(name: string, config: Partial<SchedulerConfig> = {
 }
 
 /** Without case, spaces, punctuation, k-diffusion's `k_` and `Scheduler`; "++" and "pp" are one, "ancestral" is "a". */
-function plainSpelling(name: string): string {
+export function plainSpelling(name: string): string {
   return name
     .toLowerCase()
     .replaceAll('++', 'pp')
