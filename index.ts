@@ -11,6 +11,7 @@ export {
   toPictures,
   writePng,
 } from './io/image.ts';
+export { cutAndFill, maskWindow, overlay } from './io/mask_crop.ts';
 export { openComponent, openComponentFile, openModel } from './models/checkpoint.ts';
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';

@@ -1,5 +1,6 @@
 // `sdxl sample`: prompt to PNG. Everything that can be wrong with the request is checked before weights are read, and a
 // picture appears under its name only once it is whole.
+import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { built } from '../engine/scope.ts';
@@ -7,6 +8,7 @@ import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable } from '../io/files.ts';
 import { toPictures, writePng } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
@@ -43,7 +45,7 @@ import {
   type SampleOptions,
   textualInversionOf,
 } from './sample_options.ts';
-import { baseRequests, readInputs, refinerRequest, seedOf } from './sample_request.ts';
+import { baseRequests, canvasOf, readInputs, refinerRequest, seedOf } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
@@ -87,7 +89,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
-  const requests = baseRequests(options, sizes, prompts, inputs, seed);
+  const canvas = canvasOf(options, sizes, inputs);
+  const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
   const planned = (from: ModelSource, asked: Request) =>
@@ -95,12 +98,12 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
   const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter } };
-  return { options, requests, album, device, dtype, seed, sampler, ...sources };
+  return { options, requests, canvas, album, device, dtype, seed, sampler, ...sources };
 }
 
 /** Loads the models, one after the other, and draws. */
 async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
-  const { options, requests, album, device, dtype, seed, sampler } = prepared;
+  const { options, requests, canvas, album, device, dtype, seed, sampler } = prepared;
   const { source, refinerSource, vaeSource, taeSource } = prepared;
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
@@ -127,7 +130,8 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     const finish = (request: Request, i: number, latents: Latents) =>
       timed('decode', () => {
         const images = decode(pipeline, latents, options.vaeTiling);
-        album.add(images, latents, pictureText(options, request, seedOf(options, seed, i), sampler));
+        const text = pictureText(options, request, seedOf(options, seed, i), sampler);
+        album.add(images, latents, text, canvas.finish);
       });
     const halfway: Latents[] = [];
     const sampling = stage('sampling');
@@ -150,7 +154,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     album.close();
     report(options, terminal, {
       files: album.files,
-      ...{ seed, width, height, steps },
+      ...{ seed, ...canvas.written, steps },
       ...{ model, dtype, device: device.name, seconds },
       peak_bytes: device.memory.peak,
       peak_process_bytes: process.resourceUsage().maxRSS * 1024,
@@ -231,6 +235,10 @@ function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
   const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
   const pictures = Array.from({ length: count }, (_, i) => fileOf(i));
   for (const file of pictures) assertWritable(file);
+  if (saveLatents && pictures.some((file) => resolve(file) === resolve(saveLatents)))
+    throw new UserError(
+      `--save-latents ${saveLatents} is the name of a picture; give the latents one of their own`,
+    );
   const files: string[] = [];
   const spoilt: string[] = [];
   const all: Latents[] = [];
@@ -240,11 +248,16 @@ function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
     files,
     /** Those that overflow has left black, in whole or in part. */
     spoilt,
-    add(images: Latents, latents: Latents, text: Record<string, string>): void {
+    add(
+      images: Latents,
+      latents: Latents,
+      text: Record<string, string>,
+      finish: (drawn: Picture) => Picture,
+    ): void {
       const size = images.data.length / images.shape[0];
       for (const [i, picture] of toPictures(images.data, images.shape).entries()) {
         const file = fileOf(files.length);
-        writePng(file, picture, text);
+        writePng(file, finish(picture), text);
         files.push(file);
         if (!allFinite(images.data.subarray(i * size, (i + 1) * size))) spoilt.push(file);
       }

@@ -204,6 +204,11 @@ const overPictureOptions = (command: Command): Command =>
     .option('-i, --image <FILE>', 'start from this picture')
     .option('--mask <FILE>', 'paint anew where this is white (needs --image)')
     .option(
+      '--padding-mask-crop <N>',
+      "draw only what is masked, with so many pixels around it, as large as --width and --height (default: the model's size), and lay it back over the picture",
+      number('--padding-mask-crop', { min: 0, whole: true }),
+    )
+    .option(
       '--strength <F>',
       "how far to leave the picture, 0 to 1 (default, as diffusers': 0.3; with --controlnet 0.8; with --mask 0.9999)",
       fraction('--strength'),

@@ -1,7 +1,6 @@
 // What the flags of `sdxl sample` (sample_flags.ts) give. What can be known to be wrong with a request is refused here, before any
 // weight is read.
 import { existsSync } from 'node:fs';
-import { resolve } from 'node:path';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
@@ -51,6 +50,7 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, Preview
   negativeTargetSize?: Size;
   image?: string;
   mask?: string;
+  paddingMaskCrop?: number;
   strength?: number;
   refiner?: string;
   denoisingEnd?: number;
@@ -122,6 +122,8 @@ export function checkSample(options: SampleOptions): void {
       `--karras: ${sampler.name} has no Karras sigmas; leave it out, or use dpm++2m or euler`,
     );
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
+  if (options.paddingMaskCrop !== undefined && !options.mask)
+    throw new UserError('--padding-mask-crop needs --mask: what to draw a part around');
   if (options.strength !== undefined && !options.image && !options.refiner)
     throw new UserError('--strength needs --image or --refiner');
   if (options.denoisingStart !== undefined && !options.image && !options.refiner)
@@ -131,6 +133,10 @@ export function checkSample(options: SampleOptions): void {
   if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
     throw new UserError(
       `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,
+    );
+  if (options.denoisingStart === 0 && options.refiner)
+    throw new UserError(
+      '--denoising-start 0 leaves the base nothing to do; give a part of the way such as 0.8',
     );
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
@@ -144,7 +150,5 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,
     );
-  if (options.saveLatents && resolve(options.saveLatents) === resolve(options.output))
-    throw new UserError('--save-latents and --output name one file; give the latents a name of their own');
   if (options.saveLatents) assertWritable(options.saveLatents);
 }

@@ -1,7 +1,8 @@
 // What the flags of `sdxl sample` come to: the pictures they name, read, and the requests for the base and the refiner.
 import { UserError } from '../io/errors.ts';
 import { preprocess, preprocessMask, readMask, readPicture } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
+import { cutAndFill, maskWindow, overlay } from '../io/mask_crop.ts';
+import type { Mask, Picture } from '../io/pixels.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
 import type { Latents } from '../models/latents.ts';
 import { type Request, type Sizes, stepsOf } from '../models/pipeline.ts';
@@ -13,7 +14,7 @@ import type { SampleOptions } from './sample_options.ts';
 
 export interface Inputs {
   image?: Picture;
-  mask?: Awaited<ReturnType<typeof readMask>>;
+  mask?: Mask;
   /** One for each ControlNet. */
   controls?: readonly Picture[];
   /** One for each IP-Adapter. */
@@ -41,22 +42,58 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
   return { image, mask, controls, ipAdapterImages };
 }
 
+/** What is drawn: how large, over and after which pictures, and what is made of the result. */
+export interface Canvas {
+  width: number;
+  height: number;
+  inputs: Inputs;
+  finish(drawn: Picture): Picture;
+  /** How large that is. */
+  written: { width: number; height: number };
+}
+
 /**
- * The base's requests, `batchCount` for each prompt, which share the pictures. Where no size is given that of the picture to start from
- * counts, or else of the first to follow, cut to whole latents.
+ * Where no size is given that of the picture to start from counts, or else of the first to follow, cut to whole latents; but a part of
+ * a picture (--padding-mask-crop) is drawn at the model's size, and comes back into the picture.
  */
+export function canvasOf(options: SampleOptions, { ratio, sampleSize }: Sizes, inputs: Inputs): Canvas {
+  const { image, mask, controls = [] } = inputs;
+  const { paddingMaskCrop: padding } = options;
+  const sized = padding === undefined ? (image ?? controls.at(0)) : undefined;
+  const floored = (pixels: number) => pixels - (pixels % ratio);
+  const { width = floored(sized?.width ?? sampleSize), height = floored(sized?.height ?? sampleSize) } =
+    options;
+  if (sized && width * height === 0)
+    throw new UserError(
+      `the picture is ${sized.width}x${sized.height} and a latent ${ratio}x${ratio} pixels: give --width and --height`,
+    );
+  if (padding === undefined || !image || !mask) {
+    const size = { width, height };
+    return { ...size, inputs, finish: (drawn) => drawn, written: size };
+  }
+  const window = maskWindow(mask, width, height, padding);
+  const part = <P extends Picture | Mask>(of: P): P => {
+    if (of.width === mask.width && of.height === mask.height) return cutAndFill(of, window, width, height);
+    throw new UserError(
+      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image is ${of.width}x${of.height}; make them the same size`,
+    );
+  };
+  return {
+    ...{ width, height },
+    inputs: { ...inputs, image: part(image), mask: part(mask), controls: controls.map(part) },
+    finish: (drawn) => overlay(image, mask, window, drawn),
+    written: { width: image.width, height: image.height },
+  };
+}
+
+/** The base's requests, `batchCount` for each prompt, which share the pictures. */
 export function baseRequests(
   options: SampleOptions,
-  { ratio, sampleSize }: Sizes,
+  { width, height, inputs }: Canvas,
   prompts: readonly string[],
-  { image, mask, controls = [], ipAdapterImages = [] }: Inputs,
   seed: number,
 ): Request[] {
-  const floored = (pixels: number | undefined) =>
-    pixels === undefined ? undefined : pixels - (pixels % ratio);
-  const sized = image ?? controls.at(0);
-  const width = options.width ?? floored(sized?.width) ?? sampleSize;
-  const height = options.height ?? floored(sized?.height) ?? sampleSize;
+  const { image, mask, controls = [], ipAdapterImages = [] } = inputs;
   const config: Partial<SchedulerConfig> = {};
   if (options.karras) config.use_karras_sigmas = true;
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;

@@ -5,7 +5,7 @@ import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
 import { addSampleOptions } from '../cli/sample_flags.ts';
 import { checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
-import { baseRequests, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import { baseRequests, canvasOf, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import type { Latents } from '../models/latents.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 
@@ -17,9 +17,10 @@ function optionsOf(...argv: string[]): SampleOptions {
   return options;
 }
 
-const sizes = { ratio: 8, sampleSize: 64 } as Parameters<typeof baseRequests>[1];
-const base = (options: SampleOptions, inputs: Inputs = {}) =>
-  baseRequests(options, sizes, ['a fox'], inputs, 5)[0];
+const sizes = { ratio: 8, sampleSize: 64 } as Parameters<typeof canvasOf>[1];
+const requestsOf = (options: SampleOptions, prompts: readonly string[], inputs: Inputs = {}) =>
+  baseRequests(options, canvasOf(options, sizes, inputs), prompts, 5);
+const base = (options: SampleOptions, inputs?: Inputs) => requestsOf(options, ['a fox'], inputs)[0];
 /** Those of a request's fields that are given and no pixels. */
 function given({ generators, image, mask, latents, last, ...fields }: ReturnType<typeof base>) {
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
@@ -42,7 +43,7 @@ const plain = {
 
 test('the requests of several prompts share their picture, and nothing that is used up', (t) => {
   const image = { width: 64, height: 40, channels: 3 as const, data: new Uint8Array(64 * 40 * 3) };
-  const [first, second, ...more] = baseRequests(optionsOf(), sizes, ['a fox', 'a cat'], { image }, 5);
+  const [first, second, ...more] = requestsOf(optionsOf(), ['a fox', 'a cat'], { image });
   t.same([first.prompt, second.prompt, more.length], [['a fox'], ['a cat'], 0]);
   t.ok(first.image && first.image === second.image, 'resized once, kept once');
   t.not(first.generators[0], second.generators[0]);
@@ -52,7 +53,7 @@ test('the requests of several prompts share their picture, and nothing that is u
 
 test('batches count the seed on, prompt by prompt', (t) => {
   const options = optionsOf('--batch-count', '2');
-  const requests = baseRequests(options, sizes, ['a fox', 'a cat'], {}, 5);
+  const requests = requestsOf(options, ['a fox', 'a cat']);
   t.same(
     requests.map(({ prompt, last }) => [prompt[0], last]),
     [
@@ -197,7 +198,9 @@ test('values are bounded as they are read', (t) => {
     ['--strength 0.5', /--strength needs --image or --refiner/],
     ['--denoising-start 0.5', /--denoising-start needs --refiner or --image/],
     ['--denoising-end 0', /--denoising-end 0 leaves nothing to do/],
+    ['--denoising-start 0 --refiner r', /--denoising-start 0 leaves the base nothing to do/],
     ['--mask m.png', /--mask needs --image/],
+    ['--padding-mask-crop 8', /--padding-mask-crop needs --mask/],
     ['--lora absent.safetensors', /--lora: no file absent\.safetensors/],
     ['--scheduler lms --karras --output x.jpg', /ends in \.png/],
     ['--scheduler ddpm --karras', /--karras: DDPMScheduler has no Karras sigmas/],
