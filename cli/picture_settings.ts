@@ -27,6 +27,9 @@ const lists = [
   'controlGuidanceEnd',
 ];
 
+/** Ways to say how the steps lie: typed, one of them stands for all. */
+const layouts = ['steps', 'timesteps', 'sigmas'];
+
 /** The texts to put into the PNG. `sampler` is the one that ran. */
 export function pictureText(
   options: SampleOptions,
@@ -61,10 +64,13 @@ export function applySettings(command: Command, path: string): string[] {
   const isTyped = (name: string): boolean =>
     ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
     (name === 'prompt' && isTyped('promptFile'));
+  const laidOut = layouts.some(isTyped);
   for (const option of command.options) {
     const name = option.attributeName();
     const value = settings[name];
     if (value === undefined || local.includes(name) || isTyped(name)) continue;
+    if ((typeof value === 'boolean') !== option.isBoolean()) throw damaged(path);
+    if (layouts.includes(name) && laidOut) continue;
     const texts = (Array.isArray(value) ? value : [value]).map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;
@@ -81,6 +87,9 @@ export function applySettings(command: Command, path: string): string[] {
     });
 }
 
+const damaged = (path: string): UserError =>
+  new UserError(`the settings in ${path} are damaged; type them, or use another picture`);
+
 function readSettings(path: string): Omit<Parameters, 'settings'> & { settings: Record<string, unknown> } {
   const text = readPngText(path);
   if (text.sdxl !== undefined) {
@@ -91,7 +100,7 @@ function readSettings(path: string): Omit<Parameters, 'settings'> & { settings: 
     } catch {
       // Told below, as for a list or a number in its place.
     }
-    throw new UserError(`the settings in ${path} are damaged; type them, or use another picture`);
+    throw damaged(path);
   }
   if (text.parameters !== undefined) return readParameters(text.parameters);
   throw new UserError(`${path} carries no settings; --from takes a PNG as sdxl or A1111 wrote it`);

@@ -109,6 +109,34 @@ test('a picture gives its settings back', async (t) => {
     const { status, err } = await run('sample', '--from', file, '-m', model, '-o', again);
     t.ok(status === 2 && says.test(err), err.trim());
   }
+  for (const settings of ['{"prompt": true}', '{"width": true}', '{"karras": "no"}', '{"lora": true}']) {
+    writePng(foreign, a, { sdxl: settings });
+    const { status, err } = await run('sample', '--from', foreign, '-m', model, '-o', again);
+    t.ok(status === 2 && /the settings in .* are damaged/.test(err), `${settings} ${err}`);
+  }
+  rmSync(folder, { recursive: true });
+});
+
+test('typed steps stand for all that a picture says of them', async (t) => {
+  const folder = scratch();
+  const [first, again] = [join(folder, 'first.png'), join(folder, 'again.png')];
+  const args = ['-m', model, '-p', 'x', '-W', '64', '-H', '64', '-s', '1', '--quiet'];
+  t.equal((await run('sample', ...args, '--timesteps', '999,500,100', '-o', first)).status, 0);
+  const stepsOf = async (...argv: string[]) =>
+    JSON.parse((await run('sample', '--from', first, '-o', again, '--json', '--quiet', ...argv)).out).steps;
+  t.equal(await stepsOf(), 3);
+  t.equal(await stepsOf('--steps', '2'), 2);
+  t.equal(await stepsOf('--sigmas', '14,1,0', '--scheduler', 'euler'), 2);
+  rmSync(folder, { recursive: true });
+});
+
+test('latents are not written over a picture of the same call', async (t) => {
+  const folder = scratch();
+  const output = join(folder, 'x.png');
+  for (const [latents, ...argv] of [[output], [join(folder, 'x-1.png'), '--num-images', '2']]) {
+    const { status, err } = await run(...small('x'), '-o', output, '--save-latents', latents, ...argv);
+    t.ok(status === 2 && /is the name of a picture; give the latents one of their own/.test(err), err);
+  }
   rmSync(folder, { recursive: true });
 });
 
@@ -202,6 +230,10 @@ test('a picture and a mask without a size', async (t) => {
   t.equal(status, 0, err);
   const drawn = await readPicture(output);
   t.same([drawn.width, drawn.height], [64, 64], "the picture's, cut to whole latents");
+  writePng(image, grey(7, 9, 3, 90));
+  const tiny = await run('sample', '-m', model, '-p', 'x', '-i', image, '-o', output);
+  t.equal(tiny.status, 2);
+  t.match(tiny.err, /the picture is 7x9 and a latent 8x8 pixels: give --width and --height/);
   rmSync(folder, { recursive: true });
 });
 
