@@ -272,7 +272,9 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
 
 /** @throws UserError where lists are not as long as the prompts, or sides are not whole latents */
 function checkCounts(request: Request, images: number, ratio: number): void {
-  const { prompt, generators, width, height, image, latents } = request;
+  const { prompt, generators, width, height, image, latents, num_images_per_prompt: each = 1 } = request;
+  if (!Number.isInteger(each) || each < 1)
+    throw new UserError(`num_images_per_prompt is ${each}: give a whole number from 1`);
   for (const key of ['prompt_2', 'negative_prompt', 'negative_prompt_2'] as const) {
     const { length } = request[key] ?? prompt;
     if (length !== prompt.length)
@@ -280,7 +282,8 @@ function checkCounts(request: Request, images: number, ratio: number): void {
   }
   if (generators.length !== 1 && generators.length !== images)
     throw new UserError(`${generators.length} generators for ${images} images: give one, or one to each`);
-  if (!image && !latents && (width % ratio || height % ratio))
+  const isWhole = (side: number) => side >= ratio && side % ratio === 0;
+  if (!image && !latents && !(isWhole(width) && isWhole(height)))
     throw new UserError(`${width}x${height} pixels are not whole latents: give sides divisible by ${ratio}`);
 }
 

@@ -1,6 +1,7 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
 // earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
+import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import { encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
@@ -71,6 +72,8 @@ export function startOf(
   if (latents) {
     const draw = () => drawNoise(generators, latents.data.length);
     const { shape, data } = latents;
+    const [, , h, w] = shape;
+    checkShape('latents', latents, [images, coder.vae.config.latent_channels, h, w]);
     const noisy = request.denoising_start !== undefined;
     return { shape, draw, begin: () => (noisy ? data : sampler.addNoise(plan, data, draw())) };
   }
@@ -90,6 +93,8 @@ function overPicture(
   images: number,
 ): Start {
   const { generators, image, mask, vae_tiling: tiling = false } = request;
+  const [h, w] = image.shape.slice(2).map((side) => side - (side % coder.ratio));
+  checkShape('image', image, [1, 3, h, w]);
   // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
   const encoders = mask ? generators.slice(0, 1) : generators;
   const encoded = encoders.map((own) =>
@@ -97,6 +102,7 @@ function overPicture(
   );
   const known = stacked(encoded.length === images ? encoded : Array<Latents>(images).fill(encoded[0]));
   const { shape } = known;
+  if (request.latents) checkShape('latents', request.latents, shape);
   const from = request.latents?.data ?? known.data;
   const draw = () => drawNoise(generators, known.data.length);
   // Told where to start, diffusers takes the picture for one that has its noise already.
@@ -113,6 +119,14 @@ function overPicture(
     begin: () => (noisy ? from : noised()),
     afterStep: keepKnown(mask, known, knownAt),
   };
+}
+
+/** @throws UserError where a program's own numbers do not fit the rest of its request */
+function checkShape(name: string, { shape, data }: Latents, wanted: readonly number[]): void {
+  if (`${shape}` === `${wanted}` && data.length === wanted.reduce((a, b) => a * b, 1)) return;
+  throw new UserError(
+    `${name}: ${data.length} numbers of shape [${shape.join(', ')}], where the request takes [${wanted.join(', ')}]`,
+  );
 }
 
 function keepKnown(mask: Latents, { shape }: Latents, knownAt: (index: number) => Float32Array) {

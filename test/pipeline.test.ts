@@ -215,6 +215,11 @@ test('time ids that no golden shows, read from diffusers', (t) => {
   t.end();
 });
 
+const zeros = (...shape: number[]): Latents => ({
+  shape,
+  data: new Float32Array(shape.reduce((a, b) => a * b, 1)),
+});
+
 /** What no golden call shows; the expectations are read from diffusers' pipelines. */
 test('draws and defaults of calls that no golden covers', (t) => {
   const [device] = devices;
@@ -228,6 +233,14 @@ test('draws and defaults of calls that no golden covers', (t) => {
     [{ negative_prompt: ['a', 'b'] }, /prompt has 1 texts and negative_prompt 2/],
     [{ num_images_per_prompt: 3, ...seeded(1, 2) }, /2 generators for 3 images/],
     [{ height: 60 }, /64x60 pixels are not whole latents: give sides divisible by 8/],
+    [{ width: 0 }, /0x64 pixels are not whole latents/],
+    [{ num_images_per_prompt: 0 }, /num_images_per_prompt is 0: give a whole number from 1/],
+    [{ num_images_per_prompt: 1.5 }, /give a whole number from 1/],
+    [{ latents: zeros(2, 4, 8, 8) }, /^latents: 512 numbers of shape \[2, 4, 8, 8\].* takes \[1, 4, 8, 8\]/],
+    [{ latents: zeros(1, 3, 8, 8) }, /takes \[1, 4, 8, 8\]/],
+    [{ latents: { ...zeros(1, 4, 8, 8), shape: [1, 4, 4, 4] } }, /256 numbers of shape \[1, 4, 4, 4\]/],
+    [{ image: zeros(1, 3, 64, 64), latents: zeros(1, 4, 4, 4) }, /where the request takes \[1, 4, 8, 8\]/],
+    [{ image: zeros(1, 3, 60, 60) }, /^image: .* takes \[1, 3, 56, 56\]/],
   ] as const)
     t.throws(() => latents(more), { name: 'UserError', message });
 
