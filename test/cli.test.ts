@@ -126,7 +126,7 @@ test('mistakes', async (t) => {
     [
       'latents over the picture',
       ['--model', model, '--save-latents', join(folder, 'result.png')],
-      /name one file/,
+      /is the name of a picture/,
     ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     ['width not divisible by 8', ['--model', model, '--width', '100'], /divisible by 8/],
