@@ -38,7 +38,6 @@ const PAYS = 8;
 
 /** `fn` as a step whose launches are recorded, in memory of its own or in what it shares with other steps. */
 export function recordedStep(device: Device, observe: Observe, fn: () => Tensor, shared?: Reserve): Step {
-  const eager = eagerStep(fn);
   const reserve = shared ?? device.memory.openReserve();
   let recorded: Recorded | undefined;
   let state: 'new' | 'warm' | 'replayed' | 'eager' | 'released' = 'new';
@@ -55,6 +54,8 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
     replay.release();
     for (const t of [result, ...inputs]) t.release();
   };
+  /** Only the step borrows: what `read` makes may outlive it, and the next recording would write over it. */
+  const runEagerly = <R>(read: (y: Tensor) => R): R => scope(() => read(reserve.borrow(() => scope(fn))));
   /** The second run. */
   const runAndRecord = <R>(read: (y: Tensor) => R): R =>
     scope(() => {
@@ -75,11 +76,11 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
       if (state === 'released') throw new Error('a step was run after its release');
       if (state === 'new') {
         state = 'warm';
-        return reserve.borrow(() => eager.run(read));
+        return runEagerly(read);
       }
       if (state === 'warm') return runAndRecord(read);
       const current = recorded;
-      if (!current) return reserve.borrow(() => eager.run(read));
+      if (!current) return runEagerly(read);
       return reserve.use(() => {
         current.replay.launch();
         current.replays++;

@@ -2,7 +2,7 @@
 // misuse is an error. The denoising loop replays too, see cuda_models.test.ts.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { eagerStep } from '../engine/capture.ts';
+import { eagerStep, type Step } from '../engine/capture.ts';
 import type { GpuApi } from '../engine/cuda/api.ts';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -10,7 +10,7 @@ import { attention } from '../engine/ops/attention.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { concat } from '../engine/ops/move.ts';
 import { groupNorm } from '../engine/ops/norm.ts';
-import { silu } from '../engine/ops/unary.ts';
+import { scale, silu } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
@@ -156,6 +156,35 @@ test('steps that take turns share memory', (t) => {
     for (const step of steps) step.run(read);
     t.equal(calls.cuGraphLaunch, launches + 3, 'leaves the others their recordings');
     for (const step of [...steps, fourth]) step.release();
+    reserve.release();
+  });
+  t.same([device.memory.storages, device.memory.live], [0, 0]);
+  t.end();
+});
+
+test('what is read of a run outlives the recordings of steps that share its memory', (t) => {
+  const { device, failing } = open();
+  scope(() => {
+    const reserve = device.memory.openReserve();
+    const [first, second, third] = [1, 2, 3].map((seed) => {
+      const x = tensor(values(64, seed), [64], { device });
+      return device.step(() => noGrad(() => scope(() => silu(scale(x, 2)))), reserve);
+    });
+    const copyOf = (step: Step): Tensor => step.run((y) => noGrad(() => scale(y, 1)));
+    for (let run = 0; run < 3; run++) first.run(read);
+    /** Whether a copy is in memory of its own, and stays as it was when the recording runs again. */
+    const stays = (copy: Tensor): boolean => {
+      const want = read(copy);
+      first.run(read);
+      return !device.memory.isReserved(copy.block) && read(copy) === want;
+    };
+    t.ok(stays(copyOf(second)), 'of the first run');
+    t.ok(stays(copyOf(second)), 'of the second');
+    failing.fail('cuGraphInstantiate', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+    for (let run = 0; run < 2; run++) third.run(read);
+    t.ok(failing.failed);
+    t.ok(stays(copyOf(third)), 'of one that is not recorded');
+    for (const step of [first, second, third]) step.release();
     reserve.release();
   });
   t.same([device.memory.storages, device.memory.live], [0, 0]);
