@@ -12,7 +12,9 @@ import { type PassInputs, type Task, trainedParameters } from './task.ts';
 export function firstBadTensor(task: Task, inputs: PassInputs, device: Device): string {
   for (const [name, { tensor }] of trainedParameters(task.components))
     if (!allFinite(tensor)) return `the weight ${name}`;
-  const { execute } = device;
+  const { execute, together } = device;
+  // Launches that are held back would be looked at before they ran.
+  device.together = (fn) => fn();
   device.execute = (record, direction, tensors, attrs) => {
     execute(record, direction, tensors, attrs);
     const inputBad = Object.entries(tensors).find(([name, t]) => !outputs.test(name) && !allFinite(t));
@@ -28,6 +30,7 @@ export function firstBadTensor(task: Task, inputs: PassInputs, device: Device): 
     throw error;
   } finally {
     device.execute = execute;
+    device.together = together;
   }
 }
 
