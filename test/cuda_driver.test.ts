@@ -10,6 +10,8 @@ import { openCudaLibrary } from '../engine/cuda/libcuda.ts';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice, openDevice } from '../engine/device.ts';
 import { copyBetween } from '../engine/exchange.ts';
+import { backward, gradOf, requireGrad } from '../engine/grad.ts';
+import { layerNorm } from '../engine/ops/norm.ts';
 import { exp, silu } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor, zeros } from '../engine/tensor.ts';
@@ -236,6 +238,24 @@ test('no driver, no such GPU, too old a GPU: one sentence each', (t) => {
   t.throws(() => cudaDevice(openVirtualGpu(), 3), { message: /CUDA_ERROR_INVALID_DEVICE.*1 GPU/ });
   const turing = openVirtualGpu({ capability: [7, 5] });
   t.throws(() => cudaDevice(turing), { message: /compute capability 7.5; the GPU is older than Ampere/ });
+  t.end();
+});
+
+test('shared memory that a kernel declares counts beside what it is given', (t) => {
+  const device = cudaDevice(openVirtualGpu());
+  // Two sums of each column: 48 KiB less what the kernel declares, between the two, and 48 KiB.
+  for (const c of [6128, 6136, 6144]) {
+    const pass = () =>
+      scope(() => {
+        const [x, weight, bias] = [[2, c], [c], [c]].map((shape) => requireGrad(zeros(shape, { device })));
+        backward(layerNorm(x, weight, bias, { eps: 1e-5 }));
+        return gradOf(bias)?.floats();
+      });
+    t.ok(
+      pass()?.every((sum) => sum === 2),
+      `${c} columns`,
+    );
+  }
   t.end();
 });
 

@@ -16,8 +16,11 @@ import { type Entry, packParameters, readManifest } from './manifest.ts';
 import type { KernelLaunch } from './plan.ts';
 import { PROGRAMMATIC_LAUNCH, ptxCeiling, ptxVersion, versionName } from './versions.ts';
 
-/** Dynamic shared memory that a kernel may have without asking. */
-const DEFAULT_SHARED_BYTES = 48 * 1024;
+/**
+ * Dynamic shared memory that a kernel may have without asking: of the 48 KiB, what it declares by itself is taken off. Kernels that
+ * are given a varying amount declare at most 1 KiB.
+ */
+const DEFAULT_SHARED_BYTES = 47 * 1024;
 
 interface Loaded {
   readonly kernel: Kernel;
