@@ -127,14 +127,16 @@ export class Tensor {
   }
 }
 
+/** The elements of the largest tensor: kernels count them in 32 bits. */
+export const MOST_ELEMENTS = 2 ** 31 - 1;
+
 /** A tensor whose elements are whatever the memory held. */
 export function empty(shape: readonly number[], options: { device: Device; dtype?: DType }): Tensor {
   const dtype = options.dtype ?? 'float32';
   const size = sizeOf(shape);
   if (!shape.every((d) => Number.isInteger(d) && d >= 0))
     throw new ShapeError(`a tensor cannot have the shape [${shape}]`);
-  // Kernels count elements in 32 bits.
-  if (size >= 2 ** 31)
+  if (size > MOST_ELEMENTS)
     throw new ShapeError(
       `a tensor of shape [${shape}] has more than 2^31 - 1 elements; use a smaller size or fewer images at a time`,
     );

@@ -1,5 +1,6 @@
 // The autoencoders that a model may have between pictures and latents, by the class that their config names: SDXL's VAE, or
 // the tiny one that stands in for it.
+import { MOST_ELEMENTS } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { type AutoencoderTiny, autoencoderTiny, parseAutoencoderTinyConfig } from './autoencoder_tiny.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
@@ -26,4 +27,22 @@ export function withPosterior(coder: Autoencoder, where: string): Vae {
       `${where} has a tiny autoencoder (AutoencoderTiny), which draws and encodes for sdxl sample alone: train with the VAE that the model was made for`,
     );
   return coder;
+}
+
+/**
+ * To be asked before the steps that lead to a picture, as it is too late after them. The decoder's largest tensors have a level's
+ * size and yet the channels of the level below: they are enlarged before they are narrowed.
+ * @throws UserError where a picture of this size can be decoded in tiles alone, and is not
+ */
+export function checkDecode(
+  { config: { block_out_channels: channels } }: Autoencoder,
+  { height, width }: { height: number; width: number },
+  tiling = false,
+): void {
+  const perPixel = Math.max(...channels.map((c, level) => c / 4 ** Math.max(0, level - 1)));
+  if (tiling || height * width * perPixel <= MOST_ELEMENTS) return;
+  const most = Math.floor(MOST_ELEMENTS / perPixel / 1e5) / 10;
+  throw new UserError(
+    `${width}x${height} pixels are more than the VAE can decode whole (${most} megapixels): decode in tiles with --vae-tiling (vae_tiling in a program)`,
+  );
 }

@@ -8,7 +8,7 @@ import { cast } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import type { Autoencoder } from './autoencoder.ts';
+import { type Autoencoder, checkDecode } from './autoencoder.ts';
 
 export interface Latents {
   /** [n, c, h, w]. */
@@ -72,6 +72,8 @@ const decodeBy =
   (way: Way) =>
   (vae: Autoencoder, latents: Latents, tiling: boolean): Latents => {
     const [n, c, h, w] = latents.shape;
+    const ratio = 2 ** (vae.config.block_out_channels.length - 1);
+    checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);
     const images = Array.from({ length: n }, (_, i) => {
       const data = latents.data
         .slice(i * c * h * w, (i + 1) * c * h * w)

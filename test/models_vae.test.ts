@@ -4,16 +4,19 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
-import { unload } from '../engine/module.ts';
+import { namedParameters, unload } from '../engine/module.ts';
 import { add, sub } from '../engine/ops/binary.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { concat } from '../engine/ops/move.ts';
 import { sum } from '../engine/ops/reduce.ts';
 import { exp, scale, square } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import { standInDevice } from '../engine/profile.ts';
+import { scope, unscoped } from '../engine/scope.ts';
+import { empty, sizeOf as sizeOfShape, type Tensor } from '../engine/tensor.ts';
+import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { posteriorStd, samplePosterior, toHost } from '../models/latents.ts';
+import { decodeLatents, posteriorStd, samplePosterior, toHost } from '../models/latents.ts';
+import { sdxlVae } from '../models/presets.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { type Moments, parseVaeConfig, type Vae, vae } from '../models/vae.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, permuted } from './golden.ts';
@@ -96,3 +99,34 @@ for (const device of devices) {
     t.end();
   });
 }
+
+test('what cannot be decoded whole is refused by a sentence, and nothing else is', (t) => {
+  const device = standInDevice();
+  const tiny = autoencoder({ _class_name: 'AutoencoderTiny' });
+  for (const [coder, fits, more, most] of [
+    [autoencoder(sdxlVae), [2896, 2896], [2904, 2896], 8.3],
+    [tiny, [8184, 4096], [8192, 4096], 33.5],
+  ] as const) {
+    for (const p of namedParameters(coder.module).values())
+      p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype: 'bfloat16' }));
+    const sizeOf = ([width, height]: readonly [number, number]) => ({ width, height });
+    const whole = ([width, height]: readonly [number, number]) =>
+      noGrad(() =>
+        scope(() => void coder.decode(empty([1, height / 8, width / 8, 4], { device, dtype: 'bfloat16' }))),
+      );
+    checkDecode(coder, sizeOf(fits));
+    t.doesNotThrow(() => whole(fits), `${fits}`);
+    t.throws(() => whole(more), { name: 'ShapeError' }, `${more} is beyond what tensors hold`);
+    const refused = {
+      name: 'UserError',
+      message: `${more[0]}x${more[1]} pixels are more than the VAE can decode whole (${most} megapixels): decode in tiles with --vae-tiling (vae_tiling in a program)`,
+    };
+    t.throws(() => checkDecode(coder, sizeOf(more)), refused);
+    checkDecode(coder, sizeOf(more), true);
+    const shape = [1, 4, more[1] / 8, more[0] / 8];
+    const latents = { shape, data: new Float32Array(sizeOfShape(shape)) };
+    t.throws(() => decodeLatents(coder, latents, false), refused, 'decoding says so too');
+    unload(coder.module);
+  }
+  t.end();
+});
