@@ -56,7 +56,7 @@ interface How {
   until?: number;
   during?: string;
   /** Called as the run tells how far it is. */
-  meanwhile?: (label: string, done: number) => void;
+  meanwhile?: (label: string, done: number, total: number) => void;
   checkpoint?: string;
   /** Devices that take passes in turn with the first. */
   further?: readonly Device[];
@@ -70,8 +70,8 @@ export async function run(
   const resolved = resolveRun(input, 'test', 'test');
   const session = openSession(await openMaterials(resolved, locate, silent), device, further);
   const stop = { asked: false };
-  const progress = (label: string, done: number) => {
-    meanwhile?.(label, done);
+  const progress = (label: string, done: number, total: number) => {
+    meanwhile?.(label, done, total);
     if (label === during && until !== undefined && done >= until) stop.asked = true;
   };
   try {

@@ -18,9 +18,10 @@ import { readPicture } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
+import { isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
-import type { RunInput } from '../train/run.ts';
+import { type RunInput, resolveRun } from '../train/run.ts';
 import { packageRoot } from './golden.ts';
 import { basic, control, device, digest, folder, losses, run } from './small_runs.ts';
 
@@ -79,6 +80,42 @@ test('a run taken up again from an earlier checkpoint keeps what it makes, not w
   const lower = { ...again, optimizer: { lr: 1e-4 }, checkpoints: { every_steps: 1, keep: 2 } };
   const { folder: saved } = await run(lower, { checkpoint, until: 3 });
   t.same([Number(saved.slice(-8)), steps()], [3, [2, 3]]);
+});
+
+test('going back drops what was trained since once an update takes its place, and not before', async (t) => {
+  const checkpoints = { every_steps: 1, keep: 9 };
+  const previews = { prompts: ['stripes'], num_inference_steps: 1, every_steps: 1 };
+  const input = { ...basic('back'), checkpoints, previews };
+  const output = input.output as string;
+  await run(input);
+  const left = () => ({
+    checkpoints: listCheckpoints(output).map((path) => Number(path.slice(-8))),
+    log: losses(output).map(([step]) => step),
+    previews: readdirSync(join(output, 'previews')).map((name) => Number(name.slice(-8))),
+    finished: isFinished(resolveRun(input, 'test', 'test')),
+    final: existsSync(join(output, 'final')),
+  });
+  const all = [1, 2, 3, 4, 5];
+  const whole = { checkpoints: all, log: all, previews: all, finished: true, final: true };
+  t.same(left(), whole);
+  const checkpoint = listCheckpoints(output)[1];
+  const cache = join(folder, 'back-cache');
+  const unprepared = { ...input, dataset: { ...input.dataset, cache } };
+  // The last that is heard before the first update.
+  const meanwhile = (label: string, done: number, total: number) => {
+    if (label === 'encoding captions' && done === total) rmSync(cache, { recursive: true });
+  };
+  await t.rejects(run(unprepared, { checkpoint, meanwhile }), { message: /is gone from the cache/ });
+  t.same(left(), whole, 'an update that fails costs nothing');
+  const killed = (label: string) => {
+    if (label === 'training') throw new Error('killed');
+  };
+  await t.rejects(run(input, { checkpoint, meanwhile: killed }), { message: 'killed' });
+  t.same(
+    left(),
+    { checkpoints: [1, 2], log: [1, 2, 3], previews: [1, 2], finished: false, final: false },
+    'killed after an update, before it is saved, the run goes on from where it was gone back to',
+  );
 });
 
 test('what fails beside the weights costs no update that was made', async (t) => {

@@ -2,7 +2,7 @@
 // the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
 // where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder, readJsonObject } from '../io/files.ts';
@@ -52,10 +52,13 @@ export function clearOutput(output: string): void {
   for (const folder of [output, checkpointsOf(output)]) if (existsSync(folder)) clearUnfinished(folder);
 }
 
-/**
- * Saves a checkpoint and returns its folder; of the older ones it then keeps the newest, `keep` with this one. Those of later steps
- * go: they are of what was trained before the run was taken up again from an earlier one. @throws UserError; all stay
- */
+/** Removes the checkpoints of later steps, the newest first: at every moment those that are left are of one course of training. */
+export function removeLater(output: string, step: number): void {
+  for (const path of listCheckpoints(output).reverse())
+    if (Number(folderPattern.exec(basename(path))?.[1]) > step) removeFolder(path);
+}
+
+/** Saves a checkpoint and returns its folder; of the older ones it then keeps the newest, `keep` with this one. @throws UserError; all stay */
 export function saveCheckpoint(
   output: string,
   state: State,
@@ -76,8 +79,7 @@ export function saveCheckpoint(
     writeJson(stateFile(temporary), state);
   });
   const all = listCheckpoints(output);
-  const kept = all.slice(0, all.indexOf(path) + 1).slice(-keep);
-  for (const other of all) if (!kept.includes(other)) removeFolder(other);
+  for (const older of all.slice(0, all.indexOf(path) + 1).slice(0, -keep)) removeFolder(older);
   return path;
 }
 

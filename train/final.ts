@@ -6,7 +6,7 @@ import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
+import { copyFolder, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
 import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
@@ -64,6 +64,13 @@ export function isFinished({ output, steps, epochs }: Run): boolean {
   if (newest && !readFileSync(made).equals(readFileSync(stateFile(newest)))) return false;
   const { run } = readJsonObject(made) as unknown as State;
   return run.steps === steps && run.epochs === epochs;
+}
+
+/** Removes the finished model where it is of a later step. */
+export function removeLaterFinal(output: string, step: number): void {
+  const made = join(finalOf(output), 'run.json');
+  if (existsSync(made) && (readJsonObject(made) as unknown as State).step > step)
+    removeFolder(finalOf(output));
 }
 
 /** Where a source keeps a component's files, if it does. */

@@ -6,10 +6,10 @@ import { CudaError } from '../engine/cuda/errors.ts';
 import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
-import { type Position, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
+import { type Position, removeLater, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
 import { lossCurve } from './curve.ts';
 import { turnsFrom, type Update } from './data/order.ts';
-import { writeFinal } from './final.ts';
+import { removeLaterFinal, writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
 import { promptsOf, rewindPreviews, writePreviews } from './preview.ts';
@@ -81,8 +81,6 @@ async function trainFrom(
   const { run, pictures, total, task, device } = session;
   makeFolder(run.output);
   if (at.folder) at.position = resumeSession(session, at.folder);
-  rewindLog(logFile(run.output), at.position.step);
-  rewindPreviews(run.output, at.position.step);
   await task.fillCache?.(report, stop);
   if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
   // What follows needs other sizes, and its peak is what the plan estimated.
@@ -92,11 +90,13 @@ async function trainFrom(
   const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
   const turns = turnsFrom(placed, sizes, at.position);
+  const begun = at.position.step;
   for (let turn = turns.next().value, next = turn; at.position.step < total; turn = next) {
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
     if (!done) next = turns.next().value;
     const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next);
+    if (at.position.step === begun) dropLater(run.output, begun);
     const { update, endsEpoch } = turn;
     at.position = after(at.position, endsEpoch);
     at.failures = made.skipped ? at.failures + 1 : 0;
@@ -116,9 +116,23 @@ async function trainFrom(
     if (stop.asked && !done) return { position: at.position, folder: at.folder, stopped: true };
     await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
   }
-  const curve = lossCurve(readLog(logFile(run.output)), `${run.name}: loss`);
+  // Where no update was left to make, later lines are still there.
+  const entries = readLog(logFile(run.output)).filter(({ step }) => step <= at.position.step);
+  const curve = lossCurve(entries, `${run.name}: loss`);
   writeFileAtomic(join(run.output, 'loss.svg'), curve);
   return { position: at.position, folder: await writeFinal(session, at.folder), stopped: false };
+}
+
+/**
+ * Drops what was trained past `step` before the run was taken up again there. That stays whole until there is an update to take its
+ * place; from then on no `--resume` may go on with it, nor a finished model of it pass for this run's.
+ */
+function dropLater(output: string, step: number): void {
+  // Without the finished model, its last checkpoint makes it again.
+  removeLaterFinal(output, step);
+  removeLater(output, step);
+  rewindLog(logFile(output), step);
+  rewindPreviews(output, step);
 }
 
 const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
