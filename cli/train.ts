@@ -82,7 +82,9 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
     for (const run of runs) {
       // The VAE that an earlier run of the file will make has the model's own shape.
       const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
-      const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report, tokenizers);
+      const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report, {
+        tokenizers,
+      });
       const plan = planOf(materials, planned);
       terminal.out(`${options.json ? JSON.stringify({ ...plan, run }) : describe(plan).join('\n')}\n`);
     }
@@ -129,7 +131,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     }
     const checkpoint = startOf(run, options.resume);
     const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
-    const materials = await openMaterials(run, locate, report);
+    const materials = await openMaterials(run, locate, report, { checkpoint });
     const devices = [device, ...further];
     for (const line of describe(planOf(materials, devices), devices)) report.line(line);
     const { lr } = run.optimizer;
@@ -143,7 +145,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
       Object.assign(stop, { asked: true, by: signal });
       report.line('stopping after this update and saving; once more to leave at once');
     };
-    const work = () => train(session, report, stop, checkpoint);
+    const work = () => train(session, report, stop);
     const { folder, stopped } = await heedingSignals(ask, work).finally(session.release);
     report.line(
       folder

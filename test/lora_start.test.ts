@@ -112,6 +112,10 @@ test("a run goes on with another's LoRA, and resumes without the file", async (t
   const stopped = await run(on, { until: 1 });
   rmSync(weights);
   const ended = await run(on, { checkpoint: stopped.folder });
+  await t.resolves(
+    run({ ...on, output: join(folder, 'elsewhere') }, { checkpoint: stopped.folder }),
+    'into another folder too',
+  );
   const [from, to] = [begun, ended].map((outcome) => openSafetensors(join(outcome.folder, name)));
   t.same([...to.tensors.keys()].sort(), [...from.tensors.keys()].sort());
   for (const key of from.tensors.keys()) {

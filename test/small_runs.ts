@@ -68,14 +68,15 @@ export async function run(
   { until, during = 'training', meanwhile, checkpoint, further }: How = {},
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
-  const session = openSession(await openMaterials(resolved, locate, silent), device, further);
+  const materials = await openMaterials(resolved, locate, silent, { checkpoint });
+  const session = openSession(materials, device, further);
   const stop = { asked: false };
   const progress = (label: string, done: number, total: number) => {
     meanwhile?.(label, done, total);
     if (label === during && until !== undefined && done >= until) stop.asked = true;
   };
   try {
-    return await train(session, { ...silent, progress }, stop, checkpoint);
+    return await train(session, { ...silent, progress }, stop);
   } finally {
     session.release();
   }

@@ -22,6 +22,7 @@ import {
   control,
   controlled,
   device,
+  digest,
   folder,
   locate,
   losses,
@@ -150,6 +151,17 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
     /final holds a ControlNet, which sdxl sample takes as --controlnet /,
     ...['sample', '--model', final, '--prompt', 'x', '--output', join(folder, 'x.png')],
   );
+});
+
+test('a run that went on with a ControlNet resumes without it', async (t) => {
+  const first = await run({ ...controlRun('left-off'), steps: 1 });
+  const more = { steps: 2, controlnet: { controlnet_model_name_or_path: first.folder } };
+  const whole = await run({ ...controlRun('on-whole'), ...more });
+  const on = { ...controlRun('on-broken'), ...more };
+  const { folder: checkpoint } = await run(on, { until: 1 });
+  rmSync(first.folder, { recursive: true });
+  const { folder: final } = await run(on, { checkpoint });
+  t.equal(digest(final), digest(whole.folder));
 });
 
 test('the plan, and how the conditioning images decide what is learnt', async (t) => {

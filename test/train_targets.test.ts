@@ -1,6 +1,6 @@
 // What can be trained, and on what: adapters on the UNet and on the text encoders, parts of the UNet, a model from a preset, the
 // refiner, the VAE; captions of several chunks, and pictures of a class beside those of the subject.
-import { copyFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { decodeFloats } from '../io/dtype.ts';
@@ -10,6 +10,7 @@ import { openModel, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
+import type { ModelPreset } from '../models/presets.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
@@ -213,20 +214,39 @@ test('chosen parts in bfloat16 with float32 masters', async (t) => {
   for (const weights of [before, after]) weights.close();
 });
 
-test('a model from a preset, with its text encoders and a vocabulary of its own', async (t) => {
+/** The golden model's shape, with a vocabulary that is to be learnt. */
+function smallPreset(): ModelPreset {
   const json = (component: string) => openModel(model).config(component);
   const shorter = { vocab_size: 600, max_position_embeddings: 20 };
-  const final = await resumes(t, 'preset', {
-    model: {
-      unet: parseUNetConfig(json('unet')),
-      vae: parseVaeConfig(json('vae')),
-      text_encoder: { ...parseTextConfig(json('text_encoder')), ...shorter },
-      text_encoder_2: { ...parseTextConfig(json('text_encoder_2')), ...shorter },
-      scheduler: json('scheduler'),
-      requires_aesthetics_score: false,
-    },
-    train: { text_encoders: true },
-  });
+  return {
+    unet: parseUNetConfig(json('unet')),
+    vae: parseVaeConfig(json('vae')),
+    text_encoder: { ...parseTextConfig(json('text_encoder')), ...shorter },
+    text_encoder_2: { ...parseTextConfig(json('text_encoder_2')), ...shorter },
+    scheduler: json('scheduler'),
+    requires_aesthetics_score: false,
+  };
+}
+
+test('taken up again in another folder, a preset keeps the vocabulary that it was trained with', async (t) => {
+  const input: RunInput = { ...basic('vocabulary'), model: smallPreset(), steps: 2 };
+  const { folder: checkpoint } = await run(input, { until: 1 });
+  const described = join(folder, 'described');
+  cpSync(pictures, described, { recursive: true });
+  for (let i = 0; i < 6; i++) writeFileSync(join(described, `${i}.txt`), 'wholly unlike words');
+  const [was, is] = ['vocabulary', 'vocabulary-on'].map((name) => join(folder, name));
+  const dataset = { ...input.dataset, path: described };
+  await run({ ...input, output: is, dataset }, { checkpoint });
+  const learnt = (output: string) =>
+    readFileSync(join(output, 'tokenizers', 'tokenizer', 'merges.txt'), 'utf8');
+  t.match(learnt(was), /^#version: 0\.2\n./);
+  t.equal(learnt(is), learnt(was));
+  rmSync(join(was, 'tokenizers'), { recursive: true });
+  await t.rejects(run(input, { checkpoint }), { name: 'UserError', message: /tokenizers is gone, by which/ });
+});
+
+test('a model from a preset, with its text encoders and a vocabulary of its own', async (t) => {
+  const final = await resumes(t, 'preset', { model: smallPreset(), train: { text_encoders: true } });
   const pipeline = loadPipeline(openModel(final), { device, dtype: 'float32' });
   const [{ ids }] = pipeline.text.encoders.map(({ tokenizer }) => tokenizer.encode('stripes, number 3'));
   t.equal(ids.length, 20, 'tokens as the preset says');

@@ -41,6 +41,8 @@ export interface Sources {
   vaeSource: ModelSource;
   /** A ControlNet to go on with. */
   controlSource?: ModelSource;
+  /** The checkpoint that the run goes on from, if it does. */
+  checkpoint?: string;
 }
 
 export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, device: Device): Task {
@@ -173,7 +175,8 @@ function controlOf(run: Run, { ratio }: Pipeline): Control {
 }
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
-function partsOf(run: Run, pipeline: Pipeline, { source, vaeSource, controlSource }: Sources) {
+function partsOf(run: Run, pipeline: Pipeline, sources: Sources) {
+  const { source, vaeSource, controlSource, checkpoint } = sources;
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
   const names = encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
@@ -190,7 +193,7 @@ function partsOf(run: Run, pipeline: Pipeline, { source, vaeSource, controlSourc
   // Made last: what is listed above is the model alone.
   const { other, added } =
     target === 'lora'
-      ? { other: pipeline, added: adapters(run, pipeline, networks) }
+      ? { other: pipeline, added: adapters(run, pipeline, networks, checkpoint !== undefined) }
       : withControlNet(run, pipeline, source, controlSource);
   const frozen = [net, coder, ...texts];
   return { pipeline: other, networks, added, components: [added.component], frozen };

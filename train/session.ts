@@ -1,7 +1,8 @@
 // Everything a run needs before its first update: the pictures looked at, the model loaded or begun at random, the task, the
 // optimizer and the moving average; and, to resume, all of these as a checkpoint left them. The same session on the
 // stand-in device, which holds no numbers, tells what memory it will take.
-import { join } from 'node:path';
+import { existsSync, realpathSync } from 'node:fs';
+import { dirname, join, resolve } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { requireGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
@@ -10,19 +11,14 @@ import { built } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { makeFolder } from '../io/files.ts';
+import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { autoencoder, withPosterior } from '../models/autoencoder.ts';
-import { channelsLast, type ModelSource, openWeights } from '../models/checkpoint.ts';
+import { channelsLast, type ModelSource, openComponent, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
-import {
-  difference,
-  listCheckpoints,
-  loadTensors,
-  type Position,
-  readState,
-  type State,
-} from './checkpoint.ts';
+import { difference, loadTensors, type Position, readState, type State } from './checkpoint.ts';
 import { samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask, type Sources } from './diffusion.ts';
@@ -65,20 +61,27 @@ export interface Session extends Materials {
   release(): void;
 }
 
-/**
- * `tokenizers` is the folder where a preset's are written.
- * @throws UserError for whatever is missing or unfit
- */
+interface MaterialOptions {
+  /** The checkpoint that will be gone on from. */
+  checkpoint?: string;
+  /** Where a preset's tokenizers are written: the run's output, if absent. */
+  tokenizers?: string;
+}
+
+/** @throws UserError for whatever is missing or unfit */
 export async function openMaterials(
   run: Run,
   locate: Locate,
   report: Report,
-  tokenizers = tokenizersOf(run),
+  { checkpoint, tokenizers = join(run.output, 'tokenizers') }: MaterialOptions = {},
 ): Promise<Materials> {
-  const source = await openSource(run, locate, tokenizers);
+  const source = await openSource(run, locate, tokenizers, checkpoint);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const { controlnet_model_name_or_path: controlnet } = run.controlnet;
-  const controlSource = controlnet ? await locate.controlnet(controlnet) : undefined;
+  // A checkpoint has the whole of it, and what the run began with may be gone.
+  const controlSource = controlnet
+    ? await (checkpoint ? openComponent(join(checkpoint, 'controlnet')) : locate.controlnet(controlnet))
+    : undefined;
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   const perEpoch = updatesPerEpoch(
@@ -88,7 +91,8 @@ export async function openMaterials(
   );
   const total = run.steps || run.epochs * perEpoch;
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses rules that cannot be read, before any work
-  return { run, source, vaeSource, controlSource, pictures, updatesPerEpoch: perEpoch, total };
+  const sources = { source, vaeSource, controlSource, checkpoint };
+  return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
 }
 
 /** Of each part of a preset, a key that none can do without: files that no compiler saw may lack it. */
@@ -99,10 +103,13 @@ const wanted = [
   ['scheduler', '_class_name'],
 ] as const;
 
-const tokenizersOf = (run: Run): string => join(run.output, 'tokenizers');
-
 /** The model that a run starts from: what its path holds, or a preset's random weights with tokenizers from its captions. */
-async function openSource(run: Run, locate: Locate, tokenizers: string): Promise<ModelSource> {
+async function openSource(
+  run: Run,
+  locate: Locate,
+  tokenizers: string,
+  checkpoint?: string,
+): Promise<ModelSource> {
   if (run.model === '')
     throw new UserError(
       'the run names no model; set model to a folder, a .safetensors file, a hub id or a preset',
@@ -114,16 +121,27 @@ async function openSource(run: Run, locate: Locate, tokenizers: string): Promise
     throw new UserError(
       `the preset that the run gives as its model lacks ${lacking.map((each) => each.join('.')).join(', ')}; begin with one of the package's: { ...presets.tiny, ... }`,
     );
-  // A resumed run keeps the tokenizers it has.
-  if (listCheckpoints(run.output).length)
-    return randomModel(run.model, { seed: run.seed, tokenizers: tokenizersOf(run) });
-  if (run.train.target !== 'vae') {
+  if (run.train.target === 'vae') return randomModel(run.model, { seed: run.seed, tokenizers });
+  if (checkpoint) keepTokenizers(tokenizers, checkpoint);
+  else {
     const { vocab_size, max_position_embeddings: length } = parseTextConfig({ ...run.model.text_encoder_2 });
     const { examples } = await openDataset(run.dataset);
     const captions = examples.flatMap((example) => example.captions);
     writeTokenizers(tokenizers, learnVocabulary(captions, vocab_size), length);
   }
   return randomModel(run.model, { seed: run.seed, tokenizers });
+}
+
+/** A resumed run keeps the tokenizers that its weights were trained with, whatever the captions are now. @throws UserError */
+function keepTokenizers(tokenizers: string, checkpoint: string): void {
+  const theirs = join(dirname(dirname(realpathSync(checkpoint))), 'tokenizers');
+  if (!existsSync(theirs))
+    throw new UserError(
+      `${theirs} is gone, by which ${checkpoint} was trained; put it back, or start anew with another output`,
+    );
+  if (resolve(theirs) === resolve(tokenizers)) return;
+  makeFolder(dirname(tokenizers));
+  replaceFolderAtomically(tokenizers, (temporary) => copyFolder(theirs, temporary));
 }
 
 /** Loads the weights onto `device`, and copies of those that passes need onto `further` ones. @throws UserError */

@@ -42,19 +42,14 @@ interface Standing {
 }
 
 /**
- * Trains until the plan is done or `stop.asked`, from `checkpoint` where one is given. What fails beside the weights, such as a picture
+ * Trains until the plan is done or `stop.asked`, from the session's checkpoint where it has one. What fails beside the weights, such as a picture
  * that has vanished or a log that cannot be written, costs no update: those before it are saved. @throws UserError
  */
-export async function train(
-  session: Session,
-  report: Report,
-  stop: Stop,
-  checkpoint?: string,
-): Promise<Outcome> {
+export async function train(session: Session, report: Report, stop: Stop): Promise<Outcome> {
   const feed = openFeed(session.task);
   const at: Standing = {
     position: { step: 0, epoch: 0, update: 0 },
-    ...{ folder: checkpoint ?? '', failures: 0, unsaved: false },
+    ...{ folder: session.checkpoint ?? '', failures: 0, unsaved: false },
   };
   try {
     return await trainFrom(feed, session, report, stop, at);

@@ -9,7 +9,6 @@ import type { LoraTargets } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
-import { listCheckpoints } from './checkpoint.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import type { Run } from './run.ts';
@@ -37,11 +36,11 @@ export const uniformsOf =
   };
 
 /** LoRA adapters on the loaded pipeline: peft's keys, and its config in the file's metadata as diffusers reads it. */
-export function adapters(run: Run, pipeline: Pipeline, networks: Networks): Added {
+export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resumed: boolean): Added {
   const { rank, alpha, network_weights: begun } = run.lora;
   const parameters = adapt(run, pipeline, networks, uniformsOf(run.seed));
   // A resumed run has numbers of its own, and the file may be gone.
-  if (begun && !listCheckpoints(run.output).length)
+  if (begun && !resumed)
     startFromLora(targetsOf(run, pipeline, networks), begun, parameters, { rank, alpha });
   const config = placesOf(run, pipeline, networks).map(({ name, targets }) => ({
     [`${name}.peft_type`]: 'LORA',
