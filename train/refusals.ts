@@ -1,0 +1,87 @@
+// What a run file may say key by key, but not together: each refused in a sentence before any work is begun.
+import { UserError } from '../io/errors.ts';
+import type { Run } from './run.ts';
+
+/** @throws UserError for what does not go together; `where` names the file */
+export function refuseUnfit(run: Run, where: string): void {
+  refuseUnused(run, where);
+  refuseConditions(run, where);
+}
+
+/** What a run asks for that its target would pass over. */
+function refuseUnused(
+  { train: { target, parts, text_encoders }, lora, optimizer, dataset }: Run,
+  where: string,
+): void {
+  if (lora.network_weights && target !== 'lora')
+    throw new UserError(
+      `${where}: "lora.network_weights" is what adapters begin with, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
+    );
+  if (parts.length > 0 && target !== 'unet')
+    throw new UserError(
+      `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${
+        target === 'lora' ? 'choose layers with "lora.targets"' : 'leave it out'
+      }`,
+    );
+  const trainsUNet = target === 'unet' || target === 'lora';
+  if (text_encoders && !trainsUNet)
+    throw new UserError(
+      `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "${target}" does not; leave it out`,
+    );
+  if (optimizer.text_encoder_lr && !text_encoders)
+    throw new UserError(
+      `${where}: "optimizer.text_encoder_lr" is the text encoders' learning rate, and they are not trained; set "train.text_encoders", or leave it out`,
+    );
+  if (optimizer.text_encoder_lr && optimizer.lr === 0)
+    throw new UserError(
+      `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
+    );
+  if (dataset.class_data_dir && !trainsUNet)
+    throw new UserError(
+      `${where}: "dataset.class_data_dir" has pictures for the UNet to keep in mind, which target "${target}" does not train; leave it out`,
+    );
+  if (dataset.class_prompt && !dataset.class_data_dir)
+    throw new UserError(
+      `${where}: "dataset.class_prompt" says what pictures in "dataset.class_data_dir" are, and there is none; name it too`,
+    );
+}
+
+/** Whether each picture has an image beside it. */
+export const conditioned = ({ train, objective }: Run): boolean =>
+  train.target === 'controlnet' || objective.masked_loss;
+
+/** What is amiss with conditioning images, or meant for a ControlNet where none is trained. */
+function refuseConditions(run: Run, where: string): void {
+  const { dataset, controlnet, previews, objective } = run;
+  const { target } = run.train;
+  const { prompts, validation_image: images } = previews;
+  if (objective.masked_loss && (target === 'controlnet' || target === 'vae'))
+    throw new UserError(
+      `${where}: "objective.masked_loss" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+    );
+  if (dataset.conditioning_image_column && !conditioned(run))
+    throw new UserError(
+      `${where}: "dataset.conditioning_image_column" has images for a ControlNet, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,
+    );
+  if (target !== 'controlnet') {
+    for (const [key, value] of [
+      ['previews.validation_image', images],
+      ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path],
+      ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block],
+    ] as const)
+      if (value.length > 0)
+        throw new UserError(
+          `${where}: "${key}" is for a ControlNet, which target "${target}" does not train; leave it out, or set "train.target" to "controlnet"`,
+        );
+    return;
+  }
+  if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
+    throw new UserError(
+      `${where}: "controlnet.transformer_layers_per_block" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,
+    );
+  const [texts, pictures] = [prompts.length, images.length];
+  if (texts > 0 !== pictures > 0 || (texts !== pictures && texts > 1 && pictures > 1))
+    throw new UserError(
+      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the conditioning images that previews follow; give one to each prompt, or one of either for all`,
+    );
+}
