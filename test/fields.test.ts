@@ -76,6 +76,17 @@ test('what is left out is as in the scripts of diffusers, or off', (t) => {
   t.end();
 });
 
+test('values under which nothing would be trained are refused', (t) => {
+  const lora = 'train.target=lora';
+  refuses(t, /"lora\.alpha" is 0, .*kohya's 0 means the rank: set lora\.alpha to 8$/, () =>
+    resolved(lora, 'lora.alpha=0'),
+  );
+  const huber = 'objective.loss=huber';
+  refuses(t, /"objective\.huber_delta" is 0, /, () => resolved(huber, 'objective.huber_delta=0'));
+  t.doesNotThrow(() => resolved('lora.alpha=0', 'objective.huber_delta=0'), 'where they are not used');
+  t.end();
+});
+
 test('what does not fit is refused', (t) => {
   for (const [assignment, says] of [
     ['=5', /--set takes KEY=VALUE/],

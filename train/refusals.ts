@@ -6,6 +6,19 @@ import type { Run } from './run.ts';
 export function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseConditions(run, where);
+  refuseNothing(run, where);
+}
+
+/** Values under which no update would change a weight. */
+function refuseNothing({ train: { target }, lora, objective }: Run, where: string): void {
+  if (target === 'lora' && lora.alpha === 0)
+    throw new UserError(
+      `${where}: "lora.alpha" is 0, which takes adapters times 0, so nothing would be trained; kohya's 0 means the rank: set lora.alpha to ${lora.rank}`,
+    );
+  if (target !== 'vae' && objective.loss === 'huber' && objective.huber_delta === 0)
+    throw new UserError(
+      `${where}: "objective.huber_delta" is 0, which makes the loss 0, so nothing would be trained; give it a value such as 0.1`,
+    );
 }
 
 /** What a run asks for that its target would pass over. */
