@@ -82,6 +82,16 @@ test('a run taken up again from an earlier checkpoint keeps what it makes, not w
   t.same([Number(saved.slice(-8)), steps()], [3, [2, 3]]);
 });
 
+test('previews are square, whatever shapes the pictures have', async (t) => {
+  const input = basic('shapes');
+  const previews = { prompts: ['stripes'], num_inference_steps: 1, every_steps: 1 };
+  const dataset = { ...input.dataset, resolution: 128, aspect_ratio_buckets: true };
+  const output = input.output as string;
+  await run({ ...input, previews, dataset, steps: 1 });
+  const { width, height } = await readPicture(join(output, 'previews', 'step-00000001', '0.png'));
+  t.same([width, height], [128, 128]);
+});
+
 test('going back drops what was trained since once an update takes its place, and not before', async (t) => {
   const checkpoints = { every_steps: 1, keep: 9 };
   const previews = { prompts: ['stripes'], num_inference_steps: 1, every_steps: 1 };

@@ -9,12 +9,13 @@ import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import { withPosterior } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { mostChunks } from '../models/conditioning.ts';
+import { mostChunks, type Size } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { momentsCache, type PictureMoments, picturesAtOnce, type View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
+import { nearestBucket } from './data/buckets.ts';
 import { allCaptions, captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
@@ -143,7 +144,8 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     },
     async preview(weights, stop) {
       if (run.previews.prompts.length === 0) return [];
-      const [height, width] = pictures.buckets[0];
+      const square: Size = [run.dataset.resolution, run.dataset.resolution];
+      const [height, width] = pictures.buckets[nearestBucket(square, pictures.buckets)];
       const other = averaged(weights);
       try {
         return await samplePreviews(other, run.previews, { height, width }, pictures.validationImages, stop);
