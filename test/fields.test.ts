@@ -83,6 +83,10 @@ test('values under which nothing would be trained are refused', (t) => {
   );
   const huber = 'objective.loss=huber';
   refuses(t, /"objective\.huber_delta" is 0, /, () => resolved(huber, 'objective.huber_delta=0'));
+  const weightless = ['l1', 'mse', 'kl'].map((term) => `vae_objective.${term}=0`);
+  refuses(t, /"vae_objective" has only weights of 0/, () => resolved('train.target=vae', ...weightless));
+  t.doesNotThrow(() => resolved('train.target=vae', ...weightless.slice(1)), 'one term is enough');
+  t.doesNotThrow(() => resolved(...weightless), 'where no VAE is trained');
   t.doesNotThrow(() => resolved('lora.alpha=0', 'objective.huber_delta=0'), 'where they are not used');
   t.end();
 });

@@ -10,7 +10,11 @@ export function refuseUnfit(run: Run, where: string): void {
 }
 
 /** Values under which no update would change a weight. */
-function refuseNothing({ train: { target }, lora, objective }: Run, where: string): void {
+function refuseNothing({ train: { target }, lora, objective, vae_objective }: Run, where: string): void {
+  if (target === 'vae' && Object.values(vae_objective).every((weight) => weight === 0))
+    throw new UserError(
+      `${where}: "vae_objective" has only weights of 0, so nothing would be trained; give l1, mse or kl a weight above 0`,
+    );
   if (target === 'lora' && lora.alpha === 0)
     throw new UserError(
       `${where}: "lora.alpha" is 0, which takes adapters times 0, so nothing would be trained; kohya's 0 means the rank: set lora.alpha to ${lora.rank}`,
