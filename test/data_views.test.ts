@@ -7,6 +7,7 @@ import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
 import { allCaptions, captionOf } from '../train/data/caption.ts';
 import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';
 import { fill } from '../train/fields.ts';
+import { spread } from '../train/pictures.ts';
 import { fields } from '../train/run.ts';
 
 /** What a run has that says nothing of its dataset. */
@@ -20,6 +21,16 @@ function patterned(width: number, height: number, salt = 0): Picture {
   );
   return { width, height, channels: 3, data };
 }
+
+test('entries spread over all, not over the first', (t) => {
+  const ten = Array.from({ length: 10 }, (_, i) => i);
+  t.same(spread(ten, 6), [0, 1, 3, 5, 6, 8]);
+  t.same(spread(ten, 3), [0, 3, 6]);
+  t.same(spread(ten, 12), ten);
+  t.same(spread(ten, 0), []);
+  t.same(spread([], 4), []);
+  t.end();
+});
 
 test('what is transparent lies on white', async (t) => {
   const rgba = Uint8Array.from([10, 20, 30, 255, 10, 20, 30, 0, 100, 0, 200, 128, 0, 0, 0, 51]);

@@ -132,8 +132,8 @@ export const readConditioning = async (
   );
 };
 
-/** About `count` entries, evenly spread. */
+/** `count` entries, evenly spread; all where there are no more. */
 export function spread<T>(values: readonly T[], count: number): T[] {
-  const stride = Math.max(1, Math.floor(values.length / count));
-  return values.filter((_, i) => i % stride === 0).slice(0, count);
+  const length = Math.min(count, values.length);
+  return Array.from({ length }, (_, i) => values[Math.floor((i * values.length) / length)]);
 }
