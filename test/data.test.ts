@@ -112,6 +112,19 @@ test('pictures without a caption are given one where a run has one', async (t) =
   );
   t.match(problems, [/gone\.png is not there/]);
   await refused(t, openDataset({ path: join(path, 'empty') }), /no dataset at/);
+  for (const [name, rows] of [
+    ['metadata.jsonl', '{"file_name": "e.png"}'],
+    ['metadata.csv', 'file_name\ne.png\n'],
+  ]) {
+    const bare = folderOf(t, { 'e.png': png(), [name]: rows });
+    const dataset = await openDataset({ path: bare, instance_prompt: 'a dog' });
+    t.strictSame(
+      [dataset.examples[0].captions, dataset.problems],
+      [['a dog'], []],
+      `${name} without captions`,
+    );
+    await refused(t, openDataset({ path: bare }), /has no column "text"/);
+  }
 });
 
 test('captions in files of another ending', async (t) => {

@@ -41,6 +41,12 @@ for (const name of ['snappy', 'gzip-indexed', 'brotli']) {
     t.strictSame(problems, [`${name}.parquet#00000003 has no caption`]);
     const all = await openDataset({ path: at(name), instance_prompt: 'a thing' });
     t.strictSame([all.problems, all.examples[3].captions], [[], ['a thing']], 'or the one that a run gives');
+    const given = await openDataset({ path: at(name), caption_column: 'absent', instance_prompt: 'a thing' });
+    t.equal(given.examples.length, 10);
+    t.ok(
+      given.examples.every(({ captions: [only, ...others] }) => only === 'a thing' && !others.length),
+      'it is enough where there is no column of captions',
+    );
     t.equal(examples.length, 9);
     for (const row of [9, 0, 5, 6, 4, 8, 1, 2]) {
       const id = `${name}.parquet#0000000${row}`;

@@ -56,7 +56,7 @@ export function openFolder(
     const present = new Set(filesBelow(path));
     // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
     const plain = (name: string) => normalize(name).replaceAll('\\', '/');
-    for (const row of readMetadata(file, caption_column, column)) {
+    for (const row of readMetadata(file, caption_column, column, !instance_prompt)) {
       const name = plain(row.file_name);
       const beside = row.conditioning && plain(row.conditioning);
       for (const each of [name, beside]) if (each) named.add(each);

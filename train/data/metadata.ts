@@ -14,13 +14,15 @@ export interface MetadataRow {
 }
 
 /**
- * Reads a metadata file. A column of pictures may have its name with _file_name behind, as Hugging Face's imagefolder has it.
+ * Reads a metadata file. A column of pictures may have its name with _file_name behind, as Hugging Face's imagefolder has it. That of
+ * captions may be missing unless `needsCaptions`.
  * @throws UserError naming the line that cannot be read or the column that is not there
  */
 export function readMetadata(
   path: string,
   captionColumn: string,
   conditioningColumn: string = '',
+  needsCaptions = true,
 ): MetadataRow[] {
   const text = readText(path);
   const records = path.endsWith('.csv') ? csvRecords(text, path) : jsonLines(text, path);
@@ -28,7 +30,8 @@ export function readMetadata(
     const spelled = [`${conditioningColumn}_file_name`, conditioningColumn];
     const conditioning =
       conditioningColumn && (spelled.find((key) => Object.hasOwn(record, key)) ?? spelled[1]);
-    for (const column of ['file_name', captionColumn, ...(conditioning ? [conditioning] : [])]) {
+    const columns = [needsCaptions && captionColumn, conditioning !== '' && conditioning];
+    for (const column of ['file_name', ...columns.filter((each) => each !== false)]) {
       if (!Object.hasOwn(record, column)) throw noColumn(`${path}:${line}`, column, Object.keys(record));
     }
     const name = record.file_name;

@@ -25,9 +25,16 @@ export async function openParquetDataset(
     const path = join(folder, name);
     const table = await openParquet(path);
     const conditioned = conditioning_image_column !== '';
-    for (const wanted of [image_column, caption_column, ...(conditioned ? [conditioning_image_column] : [])])
+    const uncaptioned = instance_prompt !== '' && !table.columns.includes(caption_column);
+    for (const wanted of [
+      image_column,
+      ...(uncaptioned ? [] : [caption_column]),
+      ...(conditioned ? [conditioning_image_column] : []),
+    ])
       if (!table.columns.includes(wanted)) throw noColumn(path, wanted, table.columns);
-    const column = await table.readColumn(caption_column);
+    const column = uncaptioned
+      ? Array<string>(table.rows).fill(instance_prompt)
+      : await table.readColumn(caption_column);
     for (const [row, value] of column.entries()) {
       const id = `${name}#${String(row).padStart(8, '0')}`;
       const choices = captionsOf(value);
