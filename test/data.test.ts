@@ -174,6 +174,23 @@ test('folders that say how often their pictures are shown', async (t) => {
   ]);
 });
 
+test('of a folder for each split the one that is asked for', async (t) => {
+  const captioned = (name: string) => ({ [`${name}.png`]: png(), [`${name}.txt`]: name });
+  const path = folderOf(t, { ...captioned('train/a'), ...captioned('test/b'), ...captioned('own/c') });
+  const chosen = async (of: string, split?: string) => {
+    const { examples } = await openDataset({ path: of, ...(split && { split }) });
+    return examples.flatMap(({ captions }) => captions);
+  };
+  t.same(await chosen(path), ['train/a']);
+  t.same(await chosen(path, 'test'), ['test/b']);
+  t.same(await chosen(path, 'own'), ['own/c'], 'a split of its own, beside such');
+  const trains = folderOf(t, { ...captioned('train/a'), ...captioned('ship/b') });
+  t.same(await chosen(trains), ['ship/b', 'train/a'], 'pictures of trains');
+  const rows = ['train', 'test'].map((name) => `{"file_name": "${name}/a.png", "text": "${name}"}`);
+  const whole = { 'train/a.png': png(), 'test/a.png': png(), 'metadata.jsonl': rows.join('\n') };
+  t.same(await chosen(folderOf(t, whole)), ['test', 'train'], 'metadata above says what there is');
+});
+
 test('folders with metadata', async (t) => {
   const files = { 'train/a.png': png(), 'train/in/b.png': png(), 'train/c.png': png(), 'outside.png': png() };
   const rows = [

@@ -26,7 +26,7 @@ export interface DatasetOptions {
   path: string;
   /** Hub: a branch, tag or commit. */
   revision: string;
-  /** Hub: which part of the dataset. */
+  /** Which part of the dataset, where names or folders tell parts apart. */
   split: string;
   image_column: string;
   caption_column: string;

@@ -9,7 +9,7 @@ import { type HubProgress, looksLikeHubId, NothingWantedError, resolveHub } from
 import { type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
 import { filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
-import { chooseFiles } from './split.ts';
+import { chooseFiles, hasFolderOf } from './split.ts';
 
 /** Lists the examples of a dataset. @throws UserError when it is missing, has no example, or its metadata is damaged */
 export async function openDataset(
@@ -37,8 +37,10 @@ async function openPlace(place: string, options: DatasetOptions): Promise<Datase
       `the dataset ${place} is a file: give the folder that holds its pictures, or a .parquet`,
     );
   }
-  const { kind, names } = chooseFiles(filesBelow(place), options.split);
-  if (kind === 'pictures') return openFolder(place, options);
+  const all = filesBelow(place);
+  const { kind, names } = chooseFiles(all, options.split);
+  if (kind === 'pictures')
+    return openFolder(hasFolderOf(all, options.split) ? join(place, options.split) : place, options);
   if (names.length > 0) return openParquetDataset(place, names, options);
   throw new UserError(
     `${options.path} has no parquet file of the split "${options.split}": check dataset.split`,

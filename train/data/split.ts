@@ -24,6 +24,17 @@ export function chooseFiles(names: readonly string[], split: string): Chosen {
   return { kind: 'pictures', names: ofSplit(names.filter(isPart), split, folderOf) };
 }
 
+/**
+ * Whether pictures lie in a folder for each split, with one for `split`. Metadata above the folders speaks for all of them, so these
+ * are not told apart.
+ */
+export function hasFolderOf(names: readonly string[], split: string): boolean {
+  const folders = new Set(names.filter((name) => name.includes('/')).map((name) => name.split('/')[0]));
+  const others = splits.filter((word) => word !== split && folders.has(word));
+  const isAbove = (name: string) => /^metadata\.(jsonl|csv)$/.test(name);
+  return folders.has(split) && others.length > 0 && !names.some(isAbove);
+}
+
 function ofSplit(names: readonly string[], split: string, told: (name: string) => string): string[] {
   const divided = names.some((name) => [...splits, split].some((word) => mentions(told(name), word)));
   return names.filter((name) => !divided || mentions(told(name), split));
