@@ -258,7 +258,8 @@ const PYRAMID_LEVELS = 10;
 /**
  * Multi-resolution noise (Whitaker 2023): level i has sides divided by r^i, r drawn from [2, 4), is enlarged bilinearly and
  * added times discount^i, until a side is 1; the sum is scaled back to a variance of 1, image by image. Each level divides
- * the original size, as kohya does; the first publication and diffengine shrink what the level before left.
+ * the original size, as kohya does; the first publication and diffengine shrink what the level before left. Levels begin at 1: kohya's
+ * level 0 is white noise of full size and weight 1, a second time, which takes the coarser levels' shares down.
  */
 function addPyramid(
   noise: Float32Array,
