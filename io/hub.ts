@@ -51,13 +51,13 @@ export function looksLikeHubId(text: string): boolean {
  */
 export async function resolveHub(repoId: string, options: HubOptions): Promise<string> {
   const repo = new HubRepo(repoId, options.repo_type ?? 'model', options.revision ?? 'main');
-  const cached = repo.cachedSnapshot(options.files);
+  const { snapshot: cached, lacks = '' } = repo.cachedSnapshot(options.files);
   // A commit never changes: with every listed file here there is nothing to ask.
   const pinned = isCommit(repo.revision) && Array.isArray(options.files);
   if (cached && (isOffline() || pinned)) return cached;
   if (isOffline())
     throw new UserError(
-      `HF_HUB_OFFLINE is set and ${repoId} is not (wholly) in ${repo.folder}: unset it to download`,
+      `HF_HUB_OFFLINE is set and ${repoId} is not (wholly) in ${repo.folder}${lacks}: unset it to download`,
     );
   try {
     return await repo.download(options);
@@ -65,7 +65,7 @@ export async function resolveHub(repoId: string, options: HubOptions): Promise<s
     if (!(error instanceof NetworkError)) throw asUserError(error, repo.folder);
     if (cached) return cached;
     throw new UserError(
-      `cannot reach ${endpoint()} for ${repoId} (${error.message}): ` +
+      `cannot reach ${endpoint()} for ${repoId} (${error.message}), which is not (wholly) in ${repo.folder}${lacks}: ` +
         'check the network, or give a local folder',
     );
   }
@@ -94,20 +94,28 @@ class HubRepo {
     this.folder = join(cacheFolder(), `${type}s--${id.replace('/', '--')}`);
   }
 
-  /** The snapshot in the cache, if it has every listed file, or any of those that would be chosen. */
-  cachedSnapshot(files: HubOptions['files']): string | undefined {
+  /**
+   * The snapshot in the cache, if it has every listed file, or any of those that would be chosen. A choice that refuses the
+   * cached files does not refuse the repository, which may have more: what it says is told only where nothing can be fetched.
+   */
+  cachedSnapshot(files: HubOptions['files']): { snapshot?: string; lacks?: string } {
     const commit = isCommit(this.revision)
       ? this.revision
       : readText(join(this.folder, 'refs', this.revision));
-    if (commit === undefined || !isCommit(commit)) return undefined;
+    if (commit === undefined || !isCommit(commit)) return {};
     const snapshot = join(this.folder, 'snapshots', commit);
-    if (!existsSync(snapshot)) return undefined;
+    if (!existsSync(snapshot)) return {};
     if (typeof files !== 'function') {
-      return files.every((name) => existsSync(join(snapshot, name))) ? snapshot : undefined;
+      return files.every((name) => existsSync(join(snapshot, name))) ? { snapshot } : {};
     }
     const names = readdirSync(snapshot, { recursive: true, encoding: 'utf8' });
     const all = names.map((name) => name.replaceAll('\\', '/'));
-    return files(all).length > 0 ? snapshot : undefined;
+    try {
+      return files(all).length > 0 ? { snapshot } : {};
+    } catch (error) {
+      if (!(error instanceof UserError)) throw error;
+      return { lacks: ` (of what is there: ${error.message})` };
+    }
   }
 
   async download({ files, onProgress }: HubOptions): Promise<string> {

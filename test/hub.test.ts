@@ -129,6 +129,27 @@ test('a download fills the shared cache', async (t) => {
   await refused(t, resolveHub('o/other', wanted), /cannot reach .*ECONNREFUSED.*check the network/);
 });
 
+test('a choice that the cached files cannot satisfy', async (t) => {
+  const hub = await fakeHub(t);
+  const folder = await resolveHub('o/n', { files: ['config.json'] });
+  const weights = (all: readonly string[]): string[] => {
+    if (!all.includes('unet/model.safetensors')) throw new UserError('no such weights; name another');
+    return ['unet/model.safetensors'];
+  };
+  process.env.HF_HUB_OFFLINE = '1';
+  const offline = /OFFLINE is set and o\/n is not .* \(of what is there: no such weights; .*\): unset it to/;
+  await refused(t, resolveHub('o/n', { files: weights }), offline);
+  process.env.HF_HUB_OFFLINE = '0';
+  t.equal(await resolveHub('o/n', { files: weights }), folder, 'is not what the hub has');
+  t.ok(readFileSync(join(folder, 'unet/model.safetensors')).equals(large), 'and is downloaded');
+  const never = () => {
+    throw new UserError('none of them will do');
+  };
+  await refused(t, resolveHub('o/n', { files: never }), /^none of them will do$/);
+  await hub.close();
+  await refused(t, resolveHub('o/n', { files: never }), /cannot reach .*what is there: none of them will do/);
+});
+
 test('a cut connection resumes, also from an earlier process', async (t) => {
   const hub = await fakeHub(t);
   let cuts = 0;
