@@ -56,8 +56,29 @@ export function openModel(path: string, { variant }: { variant?: string } = {}):
       `${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`,
     );
   }
-  return folderSource(path, readJsonObject(index), (component) => join(path, component), variant);
+  const folderOf = (component: string) => join(path, component);
+  if (variant)
+    refuseUnknownVariant(path, ['unet', 'vae', 'text_encoder', 'text_encoder_2'].map(folderOf), variant);
+  return folderSource(path, readJsonObject(index), folderOf, variant);
 }
+
+/** A component that has no such weights brings its plain ones; a model of which none has them was not what was meant. */
+function refuseUnknownVariant(path: string, folders: readonly string[], variant: string): void {
+  const files = folders.filter((folder) => existsSync(folder)).flatMap(weightFiles);
+  const found = new Set(files.map(variantOf));
+  if (files.length === 0 || found.has(variant)) return;
+  throw new UserError(
+    `${path} has no weights of the variant ${variant}, only ${variantNames(found)}; name another or none`,
+  );
+}
+
+/** The variant in a weight file's name: fp16 in x.fp16.safetensors and x.fp16-00001-of-00002.safetensors. */
+export const variantOf = (name: string): string | undefined =>
+  /\.([a-z0-9_]+)(-\d{5}-of-\d{5})?\.safetensors$/i.exec(name)?.[1];
+
+/** What there is instead, for a sentence. */
+export const variantNames = (found: Iterable<string | undefined>): string =>
+  [...new Set(found)].map((name) => name ?? 'plain ones').join(' and ');
 
 /** A lone component's folder (config.json beside its weights, as a VAE is published), seen as a model that has only it. */
 export const openComponent = (path: string, { variant }: { variant?: string } = {}): ModelSource =>
@@ -109,21 +130,19 @@ function folderSource(
 export function openWeights(folder: string, variant?: string): WeightSource {
   if (!existsSync(folder))
     throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
-  const present = listFolder(folder).filter((name) => name.endsWith('.safetensors'));
-  const files = pickFiles(folder, present, variant).map((name) => openSafetensors(join(folder, name)));
+  const files = pickFiles(folder, weightFiles(folder), variant).map((name) =>
+    openSafetensors(join(folder, name)),
+  );
   return sourceOf(folder, files);
 }
 
-/** The plain files, or the variant's (`x.fp16.safetensors`, `x.fp16-00001-of-00002.safetensors`) where asked or alone. */
+const weightFiles = (folder: string): string[] =>
+  listFolder(folder).filter((name) => name.endsWith('.safetensors'));
+
+/** The variant's files where there are some, else the plain ones, else what there is. */
 function pickFiles(folder: string, present: readonly string[], variant: string | undefined): string[] {
-  const marked = (name: string) => /\.([a-z0-9_]+)(-\d{5}-of-\d{5})?\.safetensors$/i.exec(name)?.[1];
-  const plain = present.filter((name) => marked(name) === undefined);
-  const variants = present.filter((name) => marked(name) !== undefined);
-  const wanted = variant
-    ? variants.filter((name) => marked(name) === variant)
-    : plain.length
-      ? plain
-      : variants;
+  const choices = [variant, undefined].map((each) => present.filter((name) => variantOf(name) === each));
+  const wanted = choices.find((names) => names.length > 0) ?? present;
   if (wanted.length === 0) {
     const pickled = listFolder(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
     if (pickled) {
@@ -131,11 +150,7 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
         `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,
       );
     }
-    throw new UserError(
-      variant && present.length > 0
-        ? `${folder} has no weights of the variant ${variant}, only ${present.join(', ')}; name another or none`
-        : `${folder} has no .safetensors file; the model is incomplete, download it again`,
-    );
+    throw new UserError(`${folder} has no .safetensors file; the model is incomplete, download it again`);
   }
   const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));
   const shards = wanted.filter((name) => !whole.includes(name)).sort();

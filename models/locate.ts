@@ -6,19 +6,27 @@ import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
 import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { type ModelSource, openComponent, openComponentFile, openModel } from './checkpoint.ts';
+import {
+  type ModelSource,
+  openComponent,
+  openComponentFile,
+  openModel,
+  variantNames,
+  variantOf,
+} from './checkpoint.ts';
 import { classOf } from './components.ts';
 import { adapterAt } from './lora_file.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 
-const variantOf = (name: string) => /\.([a-z0-9_]+)(-\d+-of-\d+)?\.safetensors/i.exec(name)?.[1];
-
-/** Of each folder's weights the `wanted` variant, or where none is named the plain ones, or fp16 where it has that alone. */
+/**
+ * Of each folder's weights the `wanted` variant, or where it has none of that, or none is named, the plain ones, or fp16 where it has
+ * that alone: as in diffusers a component without the variant comes as it is.
+ */
 export const weightsOf = (weights: readonly string[], wanted?: string): string[] =>
   weights.filter((name) => {
-    const mine = weights.filter((other) => dirname(other) === dirname(name));
-    const best = mine.some((other) => variantOf(other) === undefined) ? undefined : 'fp16';
-    return variantOf(name) === (wanted ?? best);
+    const mine = weights.filter((other) => dirname(other) === dirname(name)).map(variantOf);
+    const own = [wanted, undefined].find((each) => mine.includes(each));
+    return variantOf(name) === (mine.includes(own) ? own : 'fp16');
   });
 
 /** The variant, where a lone component's files have it: a ControlNet need not have what its base has. */
@@ -27,7 +35,7 @@ export const variantAmong = (names: readonly string[], wanted?: string): string 
 
 /**
  * The files of a diffusers repository that sampling reads. Of a component's weights these are the `wanted` variant
- * (`x.fp16.safetensors` for fp16), or where none is named the plain ones, or fp16 where it has that alone.
+ * (`x.fp16.safetensors` for fp16) as `weightsOf` says. @throws UserError where none has it
  */
 export function neededFiles(all: readonly string[], wanted?: string): string[] {
   const folders = /^(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)\//;
@@ -35,13 +43,12 @@ export function neededFiles(all: readonly string[], wanted?: string): string[] {
     (name) =>
       /^[^/]+\/[^/]+\.safetensors$/.test(name) && folders.test(name) && !/flax|onnx|openvino/.test(name),
   );
-  const chosen = weightsOf(weights, wanted);
-  if (wanted && weights.length > 0 && chosen.length === 0) {
-    const others = [...new Set(weights.map(variantOf))].filter(Boolean);
+  const found = weights.map(variantOf);
+  if (wanted && weights.length > 0 && !found.includes(wanted))
     throw new UserError(
-      `--variant ${wanted}: the model has no such weights, ${others.length ? `only plain ones and ${others.join(', ')}` : 'only plain ones'}; name another or leave it out`,
+      `--variant ${wanted}: the model has no such weights, only ${variantNames(found)}; name another or leave it out`,
     );
-  }
+  const chosen = weightsOf(weights, wanted);
   const texts = /^(model_index\.json|[^/]+\/[^/]+\.(json|txt))$/;
   return all.filter(
     (name) =>

@@ -25,6 +25,9 @@ test('the files that a hub model is asked for', (t) => {
   t.same(from(...shards, `${unet}.fp16-00001-of-00002.safetensors`), shards, 'shards');
   const fp16 = [`${unet}.fp16.safetensors`, 'vae/diffusion_pytorch_model.fp16.safetensors'];
   t.same(neededFiles([`${unet}.safetensors`, ...fp16], 'fp16'), fp16, 'the variant');
+  const mixed = [`${unet}.safetensors`, fp16[0], 'vae/diffusion_pytorch_model.safetensors'];
+  t.same(neededFiles(mixed, 'fp16'), mixed.slice(1), 'plain weights of a component without the variant');
+  t.same(neededFiles(mixed.slice(1), 'fp16'), mixed.slice(1));
   t.throws(
     () => neededFiles([`${unet}.safetensors`, ...fp16], 'bf16'),
     /no such weights, only plain ones and fp16/,
@@ -76,6 +79,13 @@ test("a folder's variant", async (t) => {
   t.same((await readPicture(output)).data, want.data, 'the picture of the float16 weights');
   t.match((await sample(model)).err, /safetensors/, 'plain weights are read where none is named');
   t.match((await sample(model, '--variant', 'bf16')).err, /no weights of the variant bf16, only .*fp16/);
+  const coder = join('vae', 'diffusion_pytorch_model');
+  rmSync(join(model, `${coder}.fp16.safetensors`));
+  cpSync(join(half, `${coder}.safetensors`), join(model, `${coder}.safetensors`));
+  rmSync(output);
+  const mixed = await sample(model, '--variant', 'fp16');
+  t.equal(mixed.status, 0, mixed.err);
+  t.same((await readPicture(output)).data, want.data, 'with a VAE that has plain weights alone');
   t.match(
     (await sample(goldenSingleFile('tiny-sdxl'), '--variant', 'fp16')).err,
     /is one file; leave it out/,
