@@ -168,6 +168,56 @@ const foreign = (name: SchedulerClass): Partial<Record<keyof SchedulerConfig, re
   solver_type: ['logrho', ...(name === 'UniPCMultistepScheduler' ? ['midpoint', 'heun'] : ['bh1', 'bh2'])],
 });
 
+/** What a key must hold, in words, and whether a value is that. */
+type Rule = readonly [want: string, holds: (value: unknown) => boolean];
+
+const whole = (from: number): Rule => [
+  `a whole number of at least ${from}`,
+  (value) => Number.isInteger(value) && (value as number) >= from,
+];
+const positive: Rule = ['a number above 0', (value) => Number.isFinite(value) && (value as number) > 0];
+const beta: Rule = ['a number between 0 and 1', (value) => positive[1](value) && (value as number) < 1];
+const nothingOr = ([want, holds]: Rule): Rule => [
+  `${want}, or null`,
+  (value) => value === null || holds(value),
+];
+/** Python takes its None for false. */
+const flag: Rule = ['true or false', (value) => value === null || typeof value === 'boolean'];
+const listOf = (what: string, holds: (value: unknown) => boolean): Rule => [
+  `a list of ${what}`,
+  (value) => Array.isArray(value) && value.every(holds),
+];
+
+/** What the options that are no choices of a few words may be, in any class. */
+const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
+  _class_name: ["the name of a scheduler's class", (value) => typeof value === 'string'],
+  num_train_timesteps: whole(2),
+  beta_start: beta,
+  beta_end: beta,
+  trained_betas: nothingOr(
+    listOf('numbers from 0 to 1', (value) => value === 0 || value === 1 || beta[1](value)),
+  ),
+  steps_offset: whole(0),
+  rescale_betas_zero_snr: flag,
+  use_karras_sigmas: flag,
+  use_exponential_sigmas: flag,
+  use_beta_sigmas: flag,
+  use_lu_lambdas: flag,
+  sigma_min: nothingOr(positive),
+  sigma_max: nothingOr(positive),
+  clip_sample: flag,
+  clip_sample_range: positive,
+  set_alpha_to_one: flag,
+  skip_prk_steps: flag,
+  solver_order: whole(1),
+  lower_order_final: flag,
+  euler_at_final: flag,
+  predict_x0: flag,
+  disable_corrector: listOf('whole numbers', Number.isInteger),
+  original_inference_steps: whole(1),
+  timestep_scaling: positive,
+};
+
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
 
@@ -196,11 +246,20 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
     throw new UserError(
       'the scheduler config sets several of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas: keep one',
     );
+  if (config.solver_order > 3 && name !== 'UniPCMultistepScheduler')
+    throw unlike('solver_order', config.solver_order, `1, 2 or 3 for ${name}`);
   if (algorithm_type && !algorithm_type.endsWith('++') && config.final_sigmas_type === 'zero')
     throw new UserError(
       `the scheduler config's algorithm_type "${algorithm_type}" cannot step to sigma 0: set final_sigmas_type to "sigma_min"`,
     );
   return config;
+}
+
+/** A long list is told by its beginning. */
+function unlike(key: string, value: unknown, want: string): UserError {
+  const text = JSON.stringify(value);
+  const shown = text.length > 60 ? `${text.slice(0, 60)}...` : text;
+  return new UserError(`scheduler_config.json: ${key} is ${shown}, but must be ${want}`);
 }
 
 /**
@@ -215,20 +274,21 @@ export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & 
   const given = json as Record<string, unknown>;
   for (const [key, allowed] of Object.entries(choices)) {
     const value = given[key] as string | null | undefined;
-    if (value !== undefined && !allowed.includes(value))
-      throw new UserError(
-        `scheduler config: ${key} is ${JSON.stringify(value)}, but must be one of ${allowed.join(', ')}${didYouMean(
-          String(value),
-          allowed.filter((name) => name !== null),
-        )}`,
-      );
+    if (value === undefined || allowed.includes(value)) continue;
+    const names = allowed.filter((name) => name !== null);
+    throw unlike(key, value, `one of ${allowed.join(', ')}${didYouMean(String(value), names)}`);
   }
-  for (const key of ['num_train_timesteps', 'beta_start', 'beta_end', 'steps_offset'])
-    if (given[key] !== undefined && typeof given[key] !== 'number')
-      throw new UserError(`scheduler config: ${key} is ${JSON.stringify(given[key])}, but must be a number`);
+  for (const [key, [want, holds]] of Object.entries(rules))
+    if (given[key] !== undefined && !holds(given[key])) throw unlike(key, given[key], want);
+  const { num_train_timesteps: count = 1000, steps_offset = 0 } = given as Partial<SchedulerConfig>;
+  const { trained_betas: betas } = given as Partial<SchedulerConfig>;
+  if (betas && betas.length < count)
+    throw unlike('trained_betas', betas, `a list of ${count} numbers, one for each of num_train_timesteps`);
+  if (steps_offset >= count)
+    throw unlike('steps_offset', steps_offset, `below num_train_timesteps, which is ${count}`);
   for (const key of unsupported)
-    if (given[key]) throw new UserError(`scheduler config: ${key} is not supported: leave it out`);
+    if (given[key]) throw new UserError(`scheduler_config.json: ${key} is not supported: leave it out`);
   if (given.timestep_type === 'continuous')
-    throw new UserError('scheduler config: timestep_type "continuous" is not supported: use "discrete"');
+    throw new UserError('scheduler_config.json: timestep_type "continuous" is not supported: use "discrete"');
   return given as Partial<SchedulerConfig> & { _class_name?: string };
 }
