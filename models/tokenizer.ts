@@ -75,15 +75,16 @@ interface TokenizerJson {
 }
 
 function loadTokenizerJson(
-  { model, added_tokens = [] }: TokenizerJson,
+  { model, added_tokens }: TokenizerJson,
   config: TokenizerConfig,
   where: string,
 ): Tokenizer {
   const { vocab, merges } = model ?? {};
-  if (!vocab || !Array.isArray(merges))
+  const isPair = (pair: unknown) => typeof pair === 'string' || Array.isArray(pair);
+  if (!vocab || !Array.isArray(merges) || !merges.every(isPair))
     throw new UserError(`${where} holds no byte-pair encoding: take the tokenizer of an SDXL model`);
   const lines = merges.map((pair) => (typeof pair === 'string' ? pair : pair.join(' ')));
-  const added_tokens_decoder = Object.fromEntries(Object.entries(added_tokens));
+  const added_tokens_decoder = Object.fromEntries(Object.entries(added_tokens ?? {}));
   return loadTokenizerFiles(vocab, lines.join('\n'), { ...config, added_tokens_decoder }, where);
 }
 
@@ -97,6 +98,7 @@ export function loadTokenizerFiles(
   config: TokenizerConfig = {},
   where = 'the tokenizer',
 ): Tokenizer {
+  checkTokens(config, where);
   const special = (setting: TokenSetting | undefined, standard: string): number => {
     const content = contentOf(setting ?? standard);
     const id = Object.hasOwn(vocab, content) ? vocab[content] : undefined;
@@ -117,12 +119,28 @@ export function loadTokenizerFiles(
   return clipTokenizer(encoder, tokens, layout, tokenStrings(vocab));
 }
 
+/** @throws UserError for a token's setting that is neither its text nor an object with that */
+function checkTokens(config: TokenizerConfig, where: string): void {
+  const { bos_token, eos_token, pad_token, unk_token, added_tokens_decoder } = config;
+  const added = Object.entries(added_tokens_decoder ?? {});
+  const named = Object.entries({ bos_token, eos_token, pad_token, unk_token });
+  for (const [key, setting] of [...named, ...added]) {
+    // As where it is left out.
+    if ((setting ?? null) === null && key.endsWith('_token')) continue;
+    if (typeof setting === 'string' || typeof setting?.content === 'string') continue;
+    throw new UserError(
+      `${where} has the token ${JSON.stringify(setting)} as "${key}" in its config, not a text: download the tokenizer again`,
+    );
+  }
+}
+
 // Published configs without a limit hold 10^30 instead.
 function lengthOf({ model_max_length: length = clipLength }: TokenizerConfig, where: string): number {
   if (length > 1e20) return clipLength;
-  if (Number.isInteger(length) && length >= 2) return length;
+  // BOS and EOS take two, and something of a prompt must fit between them.
+  if (Number.isInteger(length) && length >= 3) return length;
   throw new UserError(
-    `${where} has model_max_length ${length}: correct it in tokenizer_config.json to ${clipLength}`,
+    `${where} has model_max_length ${JSON.stringify(length)}: correct it in tokenizer_config.json to ${clipLength}`,
   );
 }
 

@@ -110,8 +110,8 @@ test('tokenizer.json, where transformers 5 saved nothing else', async (t) => {
       t.strictSame(ids(tokenizer), ids(tokenizers[name]), name);
     }
   }
-  const other = t.testdir({ 'tokenizer.json': '{ "model": { "type": "Unigram" } }' });
-  t.throws(() => loadTokenizer(other), /holds no byte-pair encoding/);
+  for (const text of ['{ "model": { "type": "Unigram" } }', '{ "model": { "vocab": {}, "merges": [5] } }'])
+    t.throws(() => loadTokenizer(t.testdir({ 'tokenizer.json': text })), /holds no byte-pair encoding/);
 });
 
 test('files that are missing or do not fit', async (t) => {
@@ -141,7 +141,18 @@ test('files that are missing or do not fit', async (t) => {
   refused(/is a folder/);
   const short = loadTokenizerFiles(vocab, 'a b</w>', { model_max_length: 4, pad_token: '<|startoftext|>' });
   t.equal(short.encode('ab ab ab').ids.join(), '3,2,2,4', 'in memory, with another length');
-  t.throws(() => loadTokenizerFiles(vocab, '', { model_max_length: 0 }), UserError);
+  for (const [config, says] of [
+    [{ model_max_length: 0 }, /model_max_length 0: correct it in tokenizer_config\.json to 77/],
+    [{ model_max_length: 2 }, /model_max_length 2: correct/],
+    [{ model_max_length: '77' }, /model_max_length "77": correct/],
+    [{ bos_token: 5 }, /the token 5 as "bos_token" in its config, not a text: download/],
+    [{ pad_token: {} }, /the token \{\} as "pad_token"/],
+    [{ added_tokens_decoder: { 0: null } }, /the token null as "0"/],
+  ] as const)
+    t.throws(() => loadTokenizerFiles(vocab, '', config as object), { name: 'UserError', message: says });
+  t.equal(loadTokenizerFiles(vocab, 'a b</w>', { model_max_length: 3 }).encode('ab').ids.join(), '3,2,4');
+  const without = { bos_token: null, pad_token: null, added_tokens_decoder: null };
+  t.equal(loadTokenizerFiles(vocab, '', without as object).encode('').ids[1], 4, 'null is as nothing');
 });
 
 test('the end of a text, and what an encoder takes', (t) => {
