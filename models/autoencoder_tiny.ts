@@ -8,6 +8,7 @@ import { relu, scale, tanh } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
+import { isCount, isListOf, isPositive } from './config_values.ts';
 import { paintTiles, tilesOf } from './tiles.ts';
 
 export interface AutoencoderTinyConfig {
@@ -55,6 +56,18 @@ export function parseAutoencoderTinyConfig(json: Record<string, unknown>): Autoe
         `the AutoencoderTiny's config.json: "${key}" is ${JSON.stringify(json[key])}, not ${JSON.stringify(want)}; use another, such as madebyollin/taesdxl`,
       );
   const config = { ...defaults, ...json } as typeof defaults;
+  for (const key of Object.keys(defaults) as (keyof typeof defaults)[]) {
+    const [want, holds] =
+      key === 'scaling_factor'
+        ? ['a number above 0', isPositive(config[key])]
+        : Array.isArray(defaults[key])
+          ? ['a list of whole numbers of at least 1', isListOf(isCount, config[key])]
+          : ['a whole number of at least 1', isCount(config[key])];
+    if (!holds)
+      throw new UserError(
+        `the AutoencoderTiny's config.json: "${key}" is ${JSON.stringify(config[key])}, not ${want}; use another, such as madebyollin/taesdxl`,
+      );
+  }
   const { encoder_block_out_channels: down, decoder_block_out_channels: up } = config;
   const widths = [...down, ...up];
   const counts = [config.num_encoder_blocks.length, config.num_decoder_blocks.length, down.length, up.length];

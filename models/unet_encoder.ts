@@ -10,6 +10,7 @@ import { Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { downsample, type NormConfig, type Resnet, resnet, type Time } from './blocks.ts';
+import { isCount, isListOf, isPositive } from './config_values.ts';
 import { type ContextCache, once } from './context_cache.ts';
 import { type Conditioning, type Level, type Transformer, transformer, type Wrap } from './transformer.ts';
 
@@ -43,10 +44,8 @@ const fixed: Record<string, unknown> = {
   use_linear_projection: true,
 };
 
-const isCount = (value: unknown): boolean => typeof value === 'number';
-const isListOfCounts = (value: unknown): boolean =>
-  Array.isArray(value) && value.length > 0 && value.every(isCount);
-const isList = (value: unknown, length: number): boolean => Array.isArray(value) && value.length === length;
+const isDepth = (value: unknown): boolean => value === 0 || isCount(value);
+const isType = (value: unknown): boolean => typeof value === 'string';
 
 /** What a model's config.json has beside the fields of this half, and how errors tell of it. */
 export interface ConfigRules {
@@ -77,21 +76,29 @@ export function parseConfig<C extends EncoderConfig>(json: Record<string, unknow
     if (key in json && !words.includes(json[key] as string)) throw complain(key, words.join(' or '));
   const config: Record<string, unknown> = { ...defaults, ...rules.defaults, ...json };
   for (const key of ['block_out_channels', ...(rules.widths ?? [])])
-    if (!isListOfCounts(config[key])) throw complain(key, 'a list of widths');
+    if (!isListOf(isCount, config[key])) throw complain(key, 'a list of widths');
   const { length: levels } = config.block_out_channels as number[];
   for (const key of ['down_block_types', ...(rules.blockTypes ?? [])])
-    if (!isList(config[key], levels)) throw complain(key, `a list of ${levels} block types`);
-  for (const key of ['attention_head_dim', 'transformer_layers_per_block'])
-    if (!isCount(config[key]) && !isList(config[key], levels))
-      throw complain(key, `a number or a list of ${levels}`);
+    if (!isListOf(isType, config[key], levels)) throw complain(key, `a list of ${levels} block types`);
+  for (const [key, is, least] of perLevelFields)
+    if (!is(config[key]) && !isListOf(is, config[key], levels))
+      throw complain(key, `a whole number of at least ${least} or a list of ${levels}`);
   for (const key of [...counts, ...(rules.counts ?? [])])
-    if (!isCount(config[key])) throw complain(key, 'a number');
+    if (!isCount(config[key])) throw complain(key, 'a whole number of at least 1');
+  if (!isPositive(config.norm_eps)) throw complain('norm_eps', 'a number above 0');
   return config as unknown as C;
 }
 
 const defaults = { norm_num_groups: 32, norm_eps: 1e-5, layers_per_block: 2 };
+/** What may be told per level or once for all; a level without transformers may say so by a depth of 0. */
+const perLevelFields = [
+  ['attention_head_dim', isCount, 1],
+  ['transformer_layers_per_block', isDepth, 0],
+] as const;
 const counts = [
   'in_channels',
+  'layers_per_block',
+  'norm_num_groups',
   'cross_attention_dim',
   'addition_time_embed_dim',
   'projection_class_embeddings_input_dim',

@@ -8,6 +8,7 @@ import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { downsample, type NormConfig, type Resnet, resnet, upsample } from './blocks.ts';
+import { isCount, isListOf, isPositive } from './config_values.ts';
 import { type ContextCache, newContextCache } from './context_cache.ts';
 import { blendTiles, tilesOf } from './tiles.ts';
 
@@ -53,8 +54,24 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
       throw new UserError(
         `vae/config.json: "${key}" is ${JSON.stringify(json[key])}, not ${JSON.stringify(want)}; use another VAE`,
       );
-  return { ...defaults, ...json } as VaeConfig;
+  const { sample_size: side = defaults.sample_size } = json;
+  // Of a pair diffusers takes the first for its tiles.
+  const sized = { ...defaults, ...json, sample_size: Array.isArray(side) ? side[0] : side };
+  const config: Record<string, unknown> = sized;
+  const wanted = (key: string, want: string) =>
+    new UserError(
+      `vae/config.json: "${key}" is ${JSON.stringify(config[key])}, not ${want}; is this an SDXL VAE's?`,
+    );
+  for (const key of counts) if (!isCount(config[key])) throw wanted(key, 'a whole number of at least 1');
+  if (!isListOf(isCount, config.block_out_channels)) throw wanted('block_out_channels', 'a list of widths');
+  if (!isPositive(config.scaling_factor)) throw wanted('scaling_factor', 'a number above 0');
+  return sized as unknown as VaeConfig;
 }
+
+const counts = [
+  ...['in_channels', 'out_channels', 'latent_channels'],
+  ...['layers_per_block', 'norm_num_groups', 'sample_size'],
+];
 
 const normOf = (config: VaeConfig): NormConfig => ({ groups: config.norm_num_groups, eps: 1e-6 });
 

@@ -158,6 +158,9 @@ test("taesdxl's sizes, and what its config may say", (t) => {
   for (const [change, message] of [
     [{ act_fn: 'gelu' }, /"act_fn" is "gelu", not "relu"; use another, such as madebyollin\/taesdxl/],
     [{ shift_factor: 0.1 }, /"shift_factor" is 0.1, not 0/],
+    [{ scaling_factor: 0 }, /"scaling_factor" is 0, not a number above 0; use another/],
+    [{ latent_channels: '4' }, /"latent_channels" is "4", not a whole number of at least 1/],
+    [{ num_encoder_blocks: 3 }, /"num_encoder_blocks" is 3, not a list of whole numbers/],
     [{ num_decoder_blocks: [3, 3, 1] }, /its levels have 4, 3, 4, 4 entries/],
     [{ encoder_block_out_channels: [64, 64, 64, 32] }, /the widths 64, 64, 64, 32, 64/],
   ] as const)

@@ -214,7 +214,7 @@ test("the published ControlNets' configs, and what is refused", (t) => {
       /"conditioning_embedding_out_channels" is \[\], not a list of/,
     ],
     [{ addition_embed_type: null }, /"addition_embed_type" is null/],
-    [{ cross_attention_dim: undefined }, /"cross_attention_dim" is undefined, not a number/],
+    [{ cross_attention_dim: undefined }, /"cross_attention_dim" is undefined, not a whole number/],
   ] as const)
     t.throws(() => parseControlNetConfig({ ...full, ...fields }, 'f.json'), { message: says });
   t.end();

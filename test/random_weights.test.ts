@@ -107,13 +107,28 @@ test('configs of what is not built are refused, by the field', (t) => {
     [{ use_linear_projection: false }, /"use_linear_projection" is false, not true/],
     [{ block_out_channels: undefined }, /"block_out_channels" is undefined, not a list of widths/],
     [{ up_block_types: ['UpBlock2D'] }, /"up_block_types" is \["UpBlock2D"\], not a list of 2 block types/],
-    [{ attention_head_dim: [8] }, /"attention_head_dim" is \[8\], not a number or a list of 2/],
-    [{ cross_attention_dim: null }, /"cross_attention_dim" is null, not a number/],
+    [{ attention_head_dim: [8] }, /"attention_head_dim" is \[8\], not a whole .* at least 1 or a list of 2/],
+    [{ attention_head_dim: 0 }, /"attention_head_dim" is 0, not a whole number of at least 1/],
+    [{ attention_head_dim: [1, 0] }, /"attention_head_dim" is \[1,0\], not/],
+    [{ transformer_layers_per_block: [[1], [2]] }, /"transformer_layers_per_block" is \[\[1\],\[2\]\], not/],
+    [{ block_out_channels: [16, 'x'] }, /"block_out_channels" is \[16,"x"\], not a list of widths/],
+    [{ layers_per_block: 0 }, /"layers_per_block" is 0, not a whole number of at least 1/],
+    [{ norm_eps: '1e-5' }, /"norm_eps" is "1e-5", not a number above 0/],
+    [{ cross_attention_dim: null }, /"cross_attention_dim" is null, not a whole number/],
   ];
   for (const [fields, message] of other) t.throws(() => parseUNetConfig({ ...net, ...fields }), { message });
   t.throws(() => parseVaeConfig({ ...coder, latents_mean: [0, 0, 0, 0] }), {
     message: /"latents_mean" is \[0,0,0,0\], not null; use another VAE/,
   });
+  const vaes: [Record<string, unknown>, RegExp][] = [
+    [{ scaling_factor: 0 }, /vae\/config\.json: "scaling_factor" is 0, not a number above 0; is this/],
+    [{ scaling_factor: null }, /"scaling_factor" is null, not a number above 0/],
+    [{ norm_num_groups: 0 }, /"norm_num_groups" is 0, not a whole number of at least 1/],
+    [{ block_out_channels: [] }, /"block_out_channels" is \[\], not a list of widths/],
+  ];
+  for (const [fields, message] of vaes)
+    t.throws(() => parseVaeConfig({ ...coder, ...fields }), { name: 'UserError', message });
+  t.equal(parseVaeConfig({ ...coder, sample_size: [48, 64] }).sample_size, 48, 'of a pair the first');
   t.throws(() => parseVaeConfig({}), { message: /"block_out_channels" is missing/ });
   t.end();
 });
