@@ -22,13 +22,15 @@ import type { Denoise, Sampler } from './samplers/sampler.ts';
 import { type StartRequest, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
 import { TorchGenerator } from './torch_random.ts';
-import { parseUNetConfig, type UNetConfig, unet } from './unet.ts';
+import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet.ts';
 
 export interface Sizes {
   /** Pixels per latent. */
   ratio: number;
-  /** The side that the model was trained at, in pixels. */
+  /** The side that the model was trained at, in pixels: the height where it has two. */
   sampleSize: number;
+  /** The width; as the height where absent. */
+  sampleWidth?: number;
 }
 
 export interface Pipeline extends GuidedModel, Sizes {
@@ -43,7 +45,8 @@ export interface Pipeline extends GuidedModel, Sizes {
 /** What a model says of sizes before its weights are read. */
 export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): Sizes {
   const ratio = pixelsPerLatent(vaeSource.config('vae'));
-  return { ratio, sampleSize: ((source.config('unet').sample_size as number | undefined) ?? 128) * ratio };
+  const [height, width] = trainedSides(source.config('unet'));
+  return { ratio, sampleSize: height * ratio, sampleWidth: width * ratio };
 }
 
 /**
@@ -161,7 +164,10 @@ interface Texts {
 }
 
 /** `asked` with the defaults filled in. */
-export function complete({ sampleSize }: Pick<Sizes, 'sampleSize'>, asked: Asked): Request {
+export function complete(
+  { sampleSize, sampleWidth = sampleSize }: Omit<Sizes, 'ratio'>,
+  asked: Asked,
+): Request {
   const prompt = typeof asked.prompt === 'string' ? [asked.prompt] : asked.prompt;
   const each = (texts: Texts[keyof Texts]) => (typeof texts === 'string' ? prompt.map(() => texts) : texts);
   return {
@@ -172,7 +178,7 @@ export function complete({ sampleSize }: Pick<Sizes, 'sampleSize'>, asked: Asked
     negative_prompt_2: each(asked.negative_prompt_2),
     num_inference_steps: stepsOf(asked) ?? 50,
     guidance_scale: asked.guidance_scale ?? 5,
-    width: asked.width ?? sampleSize,
+    width: asked.width ?? sampleWidth,
     height: asked.height ?? sampleSize,
     generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
   };

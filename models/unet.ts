@@ -5,7 +5,9 @@ import { conv2d, groupNorm } from '../engine/layers.ts';
 import { module } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
 import { type Resnet, resnet, type Time, upsample } from './blocks.ts';
+import { isCount, isListOf } from './config_values.ts';
 import type { Conditioning, Transformer, Wrap } from './transformer.ts';
 import {
   attentionsOf,
@@ -24,14 +26,15 @@ import {
 /** The fields of diffusers' unet/config.json that SDXL's UNets differ in. */
 export interface UNetConfig extends EncoderConfig {
   out_channels: number;
-  /** The latent's side that the model was trained for. */
-  sample_size: number;
+  /** The latent's side that the model was trained for, or its height and width. */
+  sample_size: number | readonly number[];
   up_block_types: readonly string[];
 }
 
 /** Reads unet/config.json. @throws UserError naming a field that is absent, or asks for another architecture */
-export const parseUNetConfig = (json: Record<string, unknown>): UNetConfig =>
-  parseConfig(json, {
+export function parseUNetConfig(json: Record<string, unknown>): UNetConfig {
+  trainedSides(json);
+  return parseConfig(json, {
     file: 'unet/config.json',
     what: 'an SDXL UNet',
     fixed: {
@@ -46,6 +49,17 @@ export const parseUNetConfig = (json: Record<string, unknown>): UNetConfig =>
     counts: ['out_channels'],
     defaults: { sample_size: 128 },
   });
+}
+
+/** The latent's height and width that a model was trained for: sample_size may be one side or both. @throws UserError for another */
+export function trainedSides({ sample_size }: Record<string, unknown>): [height: number, width: number] {
+  const told = sample_size ?? 128;
+  const sides = Array.isArray(told) ? told : [told, told];
+  if (isListOf(isCount, sides, 2)) return sides as [number, number];
+  throw new UserError(
+    `unet/config.json: "sample_size" is ${JSON.stringify(told)}, not a whole number of at least 1 or a pair of them; is this an SDXL UNet?`,
+  );
+}
 
 /** A level on the way up: each resnet takes one feature off `skips`; upsampling aims at the size of the next. */
 const upBlock = (

@@ -19,6 +19,7 @@ import {
   type Pipeline,
   type Request,
   samplerFor,
+  sizesOf,
 } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -314,6 +315,19 @@ test("what a request leaves out is diffusers' default", (t) => {
     height: 128,
   });
   t.equal(complete({ sampleSize: 8 }, { prompt, sigmas: [14, 1, 0] }).num_inference_steps, 2);
+  const tiny = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const trainedAt = (sample_size: unknown) => {
+    const config = (name: string) => ({ ...tiny.config(name), ...(name === 'unet' && { sample_size }) });
+    return complete(sizesOf({ ...tiny, config }), { prompt });
+  };
+  for (const [sample_size, height, width] of [
+    [24, 192, 192],
+    [[16, 16], 128, 128],
+    [[16, 24], 128, 192],
+    [null, 1024, 1024],
+  ] as const)
+    t.match(trainedAt(sample_size), { height, width }, JSON.stringify(sample_size));
+  t.throws(() => trainedAt('16'), { name: 'UserError', message: /"sample_size" is "16", not a whole/ });
   t.match(complete({ sampleSize: 8 }, { prompt: 'a fox', negative_prompt: 'rain' }), {
     prompt,
     negative_prompt: ['rain'],
