@@ -10,7 +10,7 @@ import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
 import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
 import type { ModelSource } from './checkpoint.ts';
-import { parseTextConfig, textEncoder } from './clip.ts';
+import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
 import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { type IPAdapterRequest, type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
@@ -76,6 +76,8 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
+  const textConfigs = components.map((name) => parseTextConfig(source.config(name)));
+  checkTexts(source, unetConfig, textConfigs);
   const aesthetic = source.modelIndex.requires_aesthetics_score === true;
   if (aesthetic && options.ipAdapter?.length)
     throw new UserError(
@@ -88,8 +90,8 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   const sizes = sizesOf(source, vaeSource);
   const fitting = { unet: unetConfig, ratio: sizes.ratio };
   const controlnet = (options.controlnet ?? []).map((each) => loadControlNet(each, fitting, device, dtype));
-  const encoders = components.map((name) => {
-    const encoder = textEncoder(parseTextConfig(source.config(name)));
+  const encoders = components.map((name, i) => {
+    const encoder = textEncoder(textConfigs[i]);
     holding(name, () => source.load(name, encoder, device, dtype));
     return { encoder, tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))) };
   });
@@ -115,6 +117,22 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
+}
+
+/** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */
+function checkTexts(
+  source: ModelSource,
+  { cross_attention_dim: taken }: UNetConfig,
+  configs: readonly TextConfig[],
+): void {
+  const given = configs.reduce((sum, { hidden_size }) => sum + hidden_size, 0);
+  if (given === taken) return;
+  const { path } = source;
+  throw new UserError(
+    source.has('text_encoder')
+      ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
+      : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
+  );
 }
 
 /** Other programs' inpainting models see mask and picture beside the latents; ours paint in with a plain UNet. */

@@ -137,6 +137,18 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
     ],
     ['no weights', (model) => rmSync(join(model, UNET)), [/unet has no \.safetensors file/, /download/]],
     [
+      'a text encoder left out',
+      (model) => rmSync(join(model, 'text_encoder'), { recursive: true }),
+      [
+        /has no text_encoder, and its UNet takes 80 .*, of which text_encoder_2 gives 48; .*download it again/,
+      ],
+    ],
+    [
+      "another model's text encoder",
+      (model) => cpSync(join(model, 'text_encoder_2'), join(model, 'text_encoder'), { recursive: true }),
+      [/takes 80 features of text and its text encoders give 96; take all of them from one model/],
+    ],
+    [
       'no config',
       (model) => rmSync(join(model, 'unet', 'config.json')),
       [/no unet\/config\.json/, /download/],
