@@ -196,6 +196,16 @@ test('learning rates', (t) => {
     'in whatever order',
   );
   t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
+  const polynomial = { ...schedule, name: 'polynomial', warmup_steps: 5 } as const;
+  for (const lr of [1e-7, 5e-8, 0])
+    t.throws(
+      () => learningRate(polynomial, lr, 0, 100),
+      {
+        name: 'UserError',
+        message: /"polynomial" ends at a rate of 1e-7, and optimizer\.lr \S+ is not above it/,
+      },
+      `a rate of ${lr} would rise`,
+    );
   for (const step_rules of ['fast', '1:ten,0.1', '1:10,5,0.1', 'one:10,0.1', '1:10,'])
     t.throws(() => learningRate({ ...rules, step_rules }, 1, 0, 100), /step_rules/);
   t.end();

@@ -24,11 +24,18 @@ export interface LrSchedule {
 /** Where polynomial ends. */
 const LR_END = 1e-7;
 
-/** The learning rate of update `step` (counted from 0) of `total`, `lr` being the configured one. */
+/**
+ * The learning rate of update `step` (counted from 0) of `total`, `lr` being the configured one.
+ * @throws UserError for rules that cannot be read, and for a rate that would rise to where polynomial ends
+ */
 export function learningRate(schedule: LrSchedule, lr: number, step: number, total: number): number {
   const { name, warmup_steps: warmup, num_cycles, power } = schedule;
   if (name === 'constant') return lr;
   if (name === 'piecewise_constant') return lr * piecewise(schedule.step_rules, step);
+  if (name === 'polynomial' && lr <= LR_END)
+    throw new UserError(
+      `lr_scheduler.name "polynomial" ends at a rate of ${LR_END}, and optimizer.lr ${lr} is not above it; raise optimizer.lr, or take another schedule such as "linear"`,
+    );
   if (step < warmup) return (lr * step) / Math.max(1, warmup);
   const progress = (step - warmup) / Math.max(1, total - warmup);
   const cosine = (turns: number) => lr * Math.max(0, 0.5 * (1 + Math.cos(Math.PI * turns)));

@@ -90,7 +90,7 @@ export async function openMaterials(
     run.gradient_accumulation_steps,
   );
   const total = run.steps || run.epochs * perEpoch;
-  learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses rules that cannot be read, before any work
+  learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses what cannot be followed, before any work
   const sources = { source, vaeSource, controlSource, checkpoint };
   return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
 }
