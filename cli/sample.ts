@@ -10,6 +10,7 @@ import { assertWritable } from '../io/files.ts';
 import { toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
+import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
@@ -90,6 +91,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
+  checkDecode(autoencoder((vaeSource ?? source).config('vae')), canvas, options.vaeTiling);
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };

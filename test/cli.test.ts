@@ -129,6 +129,11 @@ test('mistakes', async (t) => {
       /is the name of a picture/,
     ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
+    [
+      'more pixels than can be decoded whole',
+      ['--model', model, '--width', '16384', '--height', '16384'],
+      /16384x16384 pixels are more than the VAE can decode whole .*--vae-tiling/,
+    ],
     ['width not divisible by 8', ['--model', model, '--width', '100'], /divisible by 8/],
     ['unknown scheduler', ['--model', model, '--scheduler', 'eulr'], /did you mean "euler"/],
     [
