@@ -2,7 +2,7 @@
 // spellings: diffusers' and peft's (dots), kohya's (underscores), and kohya's with the original model's block names.
 // Underscores cannot be split again, so names are matched by spelling every layer of the model in all ways; a name that
 // matches none is an error, as a silently lost layer would be.
-import { existsSync } from 'node:fs';
+import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
@@ -52,13 +52,37 @@ export interface Update {
   rank: number;
 }
 
-/** The adapter's file: `path` itself, or that of a folder, which a finished run has at its top and a checkpoint in lora/. */
-export function adapterAt(path: string, { ema = false } = {}): string | undefined {
+/** The file of a folder's adapter by its place: a finished run's is at its top, a checkpoint's in lora/. */
+const placesIn = (ema: boolean): string[] => {
   const name = weightFile('lora');
-  const places = [[], [name], ['adapter_model.safetensors'], [...(ema ? ['ema'] : []), 'lora', name]].map(
-    (parts) => join(path, ...parts),
+  return [name, 'adapter_model.safetensors', join(...(ema ? ['ema'] : []), 'lora', name)];
+};
+
+/** The adapter's file: `path` itself, or that of a folder; undefined where it is neither. */
+export function adapterAt(path: string, { ema = false } = {}): string | undefined {
+  const places = [path, ...placesIn(ema).map((place) => join(path, place))];
+  return places.find((place) => place.endsWith('.safetensors') && existsSync(place) && !isFolder(place));
+}
+
+const isFolder = (path: string): boolean => statSync(path).isDirectory();
+
+/**
+ * As adapterAt, for what must be one, without reading it.
+ * @throws UserError where nothing is there, or a folder that has none
+ */
+export function locateAdapter(path: string): string {
+  const found = adapterAt(path);
+  if (found) return found;
+  const places = placesIn(false).join(', ');
+  if (!existsSync(path))
+    throw new UserError(
+      `no LoRA at ${path}; give a .safetensors file, or a folder that has one of ${places}`,
+    );
+  // Of a file of another kind the one who opens it tells more.
+  if (!isFolder(path)) return path;
+  throw new UserError(
+    `${path} holds no LoRA: a folder must have one of ${places}; give such a folder, or a .safetensors file`,
   );
-  return places.find((place) => place.endsWith('.safetensors') && existsSync(place));
 }
 
 /** A file's tensors by layer, in the file's spelling, and the names that are no part of an adapter. */

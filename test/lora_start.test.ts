@@ -8,6 +8,7 @@ import { unload } from '../engine/module.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { addLora } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { locateAdapter } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { type RunInput, resolveRun } from '../train/run.ts';
@@ -129,4 +130,25 @@ test("a run goes on with another's LoRA, and resumes without the file", async (t
   t.ok(from.tensors.size > 20);
   from.close();
   to.close();
+});
+
+test('where a LoRA lies', async (t) => {
+  const root = t.testdir({
+    empty: { 'model.safetensors': '' },
+    run: { 'pytorch_lora_weights.safetensors': '' },
+    'peft.safetensors': { 'adapter_model.safetensors': '' },
+    checkpoint: { lora: { 'pytorch_lora_weights.safetensors': '' } },
+    'a.safetensors': '',
+    'a.bin': '',
+  });
+  const at = (name: string) => locateAdapter(join(root, name)).slice(root.length + 1);
+  t.equal(at('run'), join('run', 'pytorch_lora_weights.safetensors'));
+  t.equal(at('peft.safetensors'), join('peft.safetensors', 'adapter_model.safetensors'));
+  t.equal(at('checkpoint'), join('checkpoint', 'lora', 'pytorch_lora_weights.safetensors'));
+  for (const file of ['a.safetensors', 'a.bin']) t.equal(at(file), file, 'a file is told by what opens it');
+  const one = /one of pytorch_lora_weights\.safetensors, adapter_model\.safetensors, lora.pytorch/;
+  t.throws(() => at('empty'), { name: 'UserError', message: /empty holds no LoRA: a folder must have one/ });
+  t.throws(() => at('empty'), { message: one });
+  t.throws(() => at('absent'), { name: 'UserError', message: /^no LoRA at .*absent; give a \.safetensors/ });
+  t.throws(() => at('absent'), { message: one });
 });
