@@ -18,7 +18,7 @@ import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { mergeLora } from '../models/lora.ts';
-import { adapterAt } from '../models/lora_file.ts';
+import { locateAdapter } from '../models/lora_file.ts';
 import {
   decode,
   denoiseToEnd,
@@ -194,7 +194,7 @@ function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly strin
   const encoders = text.encoders.map(({ encoder }) => encoder);
   const [text_encoder, text_encoder_2] = encoders.length === 2 ? encoders : [undefined, encoders[0]];
   for (const { file, scale } of adapters.map(loraOf))
-    mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, adapterAt(file) ?? file, scale);
+    mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, locateAdapter(file), scale);
 }
 
 /** Drives the loop, with one bar for all requests of a stage; says once for both stages what of a prompt was cut off. */

@@ -6,6 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
 import { mostChunks, type Size } from '../models/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../models/emphasis.ts';
+import { locateAdapter } from '../models/lora_file.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
@@ -142,8 +143,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);
   checkIPAdapters(options);
-  for (const { file } of (options.lora ?? []).map(loraOf))
-    if (!existsSync(file)) throw new UserError(`--lora: no file ${file}`);
+  for (const { file } of (options.lora ?? []).map(loraOf)) locateAdapter(file);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);
   if (!/\.png$/i.test(options.output))

@@ -5,7 +5,7 @@ import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import type { LoraConfig } from './adapters.ts';
 import { channelsLast } from './checkpoint.ts';
-import { adapterAt, complain, floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
+import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
 import { kindOf, magnitudeOf } from './lora_kinds.ts';
 
 /**
@@ -19,7 +19,7 @@ export function startFromLora(
   parameters: ReadonlyMap<string, Parameter>,
   { rank, alpha }: Pick<LoraConfig, 'rank' | 'alpha'>,
 ): number {
-  const file = openSafetensors(adapterAt(path) ?? path);
+  const file = openSafetensors(locateAdapter(path));
   try {
     const updates = [...updatesOf(file, targets)];
     const named = (is: (update: Update) => boolean) =>

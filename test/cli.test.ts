@@ -94,7 +94,12 @@ test('mistakes', async (t) => {
       ['--model', inpainting],
       /takes 9 channels.*inpaint with a base model and --mask/,
     ],
-    ['no such LoRA', ['--model', damaged, '--lora', join(folder, 'absent:0.5')], /no file .*absent$/m],
+    ['a folder without a LoRA', ['--model', model, '--lora', folder], /has no LoRA|holds no LoRA|no LoRA in/],
+    [
+      'no such LoRA',
+      ['--model', damaged, '--lora', join(folder, 'absent:0.5')],
+      /no LoRA at .*absent; give a/,
+    ],
     ['a picture that is no PNG', ['--model', damaged, '--output', join(folder, 'x.jpg')], /ends in \.png/],
     [
       'a start with nothing to go on from',

@@ -10,7 +10,8 @@ import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
 import { fill } from '../train/fields.ts';
 import { openPictures } from '../train/pictures.ts';
-import { fields, resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import { fields } from '../train/run.ts';
 
 /** What a run has that says nothing of its dataset. */
 const _defaults = fill(fields, {}, 'defaults').dataset;

@@ -1,6 +1,6 @@
 // The keys of a run: what a value on the command line is read as, and what is refused at the edge of what may stand there.
 import { test } from 'tap';
-import { resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import { refuses } from './io_helpers.ts';
 
 const resolved = (...assignments: string[]) => resolveRun({}, 'the file', 'test', assignments);
@@ -101,6 +101,8 @@ test('what does not fit is refused', (t) => {
     ['steps=-1', /"steps" takes a whole number from 0/],
     ['objective.timestep_bias=1.5', /takes a number from 0 to 1/],
     ['checkpoints.keep=0', /takes a whole number from 1/],
+    ['lr_scheduler.warmup_steps=1.5', /takes a whole number, or a share below 1/],
+    ['lr_scheduler.warmup_steps=-0.1', /takes a whole number, or a share below 1/],
     ['lora.rank=0', /"lora\.rank" takes a whole number from 1/],
     ['ema.decay=1.001', /"ema\.decay" takes a number from 0 to 1/],
     ['optimizer.betas=0.9,1', /"optimizer\.betas" takes a list of two, each a number from 0 to below 1/],

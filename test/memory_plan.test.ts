@@ -19,7 +19,8 @@ import { presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { crossAttentions, unet } from '../models/unet.ts';
-import { type RunInput, resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import type { RunInput } from '../train/run.ts';
 import { estimate } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 

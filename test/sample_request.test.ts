@@ -201,7 +201,7 @@ test('values are bounded as they are read', (t) => {
     ['--denoising-start 0 --refiner r', /--denoising-start 0 leaves the base nothing to do/],
     ['--mask m.png', /--mask needs --image/],
     ['--padding-mask-crop 8', /--padding-mask-crop needs --mask/],
-    ['--lora absent.safetensors', /--lora: no file absent\.safetensors/],
+    ['--lora absent.safetensors', /no LoRA at absent\.safetensors; give a/],
     ['--scheduler lms --karras --output x.jpg', /ends in \.png/],
     ['--scheduler ddpm --karras', /--karras: DDPMScheduler has no Karras sigmas/],
   ] as const)

@@ -11,7 +11,7 @@ import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { MicroBatch, Turn } from '../train/data/order.ts';
 import { createOptimizer } from '../train/optimizers/create.ts';
 import { openReplicas } from '../train/replicas.ts';
-import { resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import type { Session } from '../train/session.ts';
 import { component, copied, type Substitute, type Task, trainedParameters, twin } from '../train/task.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';

@@ -21,7 +21,8 @@ import { listCheckpoints } from '../train/checkpoint.ts';
 import { isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
-import { type RunInput, resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import type { RunInput } from '../train/run.ts';
 import { packageRoot } from './golden.ts';
 import { basic, control, device, digest, folder, losses, run } from './small_runs.ts';
 

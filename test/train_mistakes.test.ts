@@ -13,7 +13,7 @@ import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { foreignKeys } from '../train/foreign_keys.ts';
-import { resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import { sdxl } from './command_line.ts';
 import { dataset, folder, model, refuses, runFile } from './run_files.ts';
 import { writeTiny } from './tiny_autoencoder.ts';

@@ -15,7 +15,8 @@ import { loadTokenizer } from '../models/tokenizer.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
 import type { ObjectiveSettings } from '../train/objective.ts';
-import { type RunInput, resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import type { RunInput } from '../train/run.ts';
 import { openMaterials, openSession } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 import {

@@ -196,6 +196,12 @@ test('learning rates', (t) => {
     'in whatever order',
   );
   t.throws(() => learningRate({ ...rules, step_rules: '1:10,0.1:20' }, 1, 0, 100), /step_rules/);
+  const shared = { ...schedule, name: 'linear', warmup_steps: 0.25 } as const;
+  t.same(
+    [0, 1, 5, 6].map((step) => learningRate(shared, 1, step, 22)),
+    [0, 1 / 5, 1, 16 / 17],
+    'a share of 22 updates is 5 of them, rounded down',
+  );
   const polynomial = { ...schedule, name: 'polynomial', warmup_steps: 5 } as const;
   for (const lr of [1e-7, 5e-8, 0])
     t.throws(

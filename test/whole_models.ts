@@ -27,7 +27,8 @@ import { addNoise, diffusionLoss, noisedInputs, objectiveOf } from '../train/obj
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { openPasses, place } from '../train/pass.ts';
-import { fields, resolveRun } from '../train/run.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import { fields } from '../train/run.ts';
 import { picture, writeControlNet } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';

@@ -52,6 +52,14 @@ export const whole = (fallback: number, bounds: Bounds = { min: 0 }): Field<numb
     (value) => Number.isInteger(value) && within(value, bounds),
   );
 
+/** How many of something, or below 1 a share of all. */
+export const countOrShare = (fallback: number): Field<number> =>
+  field(
+    fallback,
+    'a whole number, or a share below 1',
+    (value) => within(value, { min: 0 }) && (Number.isInteger(value) || (value as number) < 1),
+  );
+
 export const text = (fallback: string): Field<string> =>
   field(fallback, 'a text', (value) => typeof value === 'string');
 

@@ -4,7 +4,8 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/presets.ts';
-import { defineRun, type Run, resolveRun } from './run.ts';
+import { resolveRun } from './resolve_run.ts';
+import { defineRun, type Run } from './run.ts';
 
 /** What a run file sees as the package. */
 const sdxl = { defineRun, presets, UserError };

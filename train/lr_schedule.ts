@@ -11,7 +11,7 @@ export interface LrSchedule {
     | 'cosine_with_restarts'
     | 'polynomial'
     | 'piecewise_constant';
-  /** Updates over which the rate rises from 0; `constant` and `piecewise_constant` have no warm-up. */
+  /** Updates over which the rate rises from 0, or below 1 that share of all; `constant` and `piecewise_constant` have no warm-up. */
   warmup_steps: number;
   /** Hard restarts of cosine_with_restarts. */
   num_cycles: number;
@@ -29,7 +29,8 @@ const LR_END = 1e-7;
  * @throws UserError for rules that cannot be read, and for a rate that would rise to where polynomial ends
  */
 export function learningRate(schedule: LrSchedule, lr: number, step: number, total: number): number {
-  const { name, warmup_steps: warmup, num_cycles, power } = schedule;
+  const { name, warmup_steps, num_cycles, power } = schedule;
+  const warmup = warmup_steps < 1 ? Math.floor(warmup_steps * total) : warmup_steps;
   if (name === 'constant') return lr;
   if (name === 'piecewise_constant') return lr * piecewise(schedule.step_rules, step);
   if (name === 'polynomial' && lr <= LR_END)

@@ -1,17 +1,14 @@
 // A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface
 // is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
-import { UserError } from '../io/errors.ts';
-import { mostChunks } from '../models/conditioning.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
+  countOrShare,
   type Fields,
-  fill,
   flag,
   list,
   number,
-  override,
   pair,
   text,
   textOrObject,
@@ -20,7 +17,6 @@ import {
 import type { LrSchedule } from './lr_schedule.ts';
 import type { ObjectiveSettings } from './objective.ts';
 import type { OptimizerSettings } from './optimizers/create.ts';
-import { conditioned, refuseUnfit } from './refusals.ts';
 
 export interface Run {
   /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
@@ -270,7 +266,7 @@ export const fields: Fields<Run> = {
       'polynomial',
       'piecewise_constant',
     ),
-    warmup_steps: whole(0),
+    warmup_steps: countOrShare(0),
     num_cycles: number(1, { min: 0 }),
     power: number(1, { min: 0 }),
     step_rules: text(''),
@@ -298,25 +294,4 @@ export const fields: Fields<Run> = {
  */
 export function defineRun(...stages: RunInput[]): RunInput[] {
   return stages;
-}
-
-/** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
-export function resolveRun(
-  given: unknown,
-  where: string,
-  name: string,
-  assignments: readonly string[] = [],
-): Run {
-  const run = fill(fields, given, where);
-  for (const assignment of assignments) override(fields, run, assignment);
-  run.name ||= name;
-  if (!run.output && !/^[^/\\]+$/.test(run.name.replace(/^\.+$/, '')))
-    throw new UserError(
-      `${where}: "name" is "${run.name}", which names no folder in runs/; give a plain name, or say with "output" where the run goes`,
-    );
-  run.output ||= `runs/${run.name}`;
-  refuseUnfit(run, where);
-  if (conditioned(run)) run.dataset.conditioning_image_column ||= 'conditioning_image';
-  mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
-  return run;
 }

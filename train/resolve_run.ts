@@ -1,9 +1,33 @@
-// What a run file may say key by key, but not together: each refused in a sentence before any work is begun.
+// A run file's value as the run that will be trained: defaults filled in, `--set` applied, and what it may say key by key but not
+// together refused in a sentence before any work is begun.
 import { UserError } from '../io/errors.ts';
-import type { Run } from './run.ts';
+import { mostChunks } from '../models/conditioning.ts';
+import { fill, override } from './fields.ts';
+import { fields, type Run } from './run.ts';
+
+/** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
+export function resolveRun(
+  given: unknown,
+  where: string,
+  name: string,
+  assignments: readonly string[] = [],
+): Run {
+  const run = fill(fields, given, where);
+  for (const assignment of assignments) override(fields, run, assignment);
+  run.name ||= name;
+  if (!run.output && !/^[^/\\]+$/.test(run.name.replace(/^\.+$/, '')))
+    throw new UserError(
+      `${where}: "name" is "${run.name}", which names no folder in runs/; give a plain name, or say with "output" where the run goes`,
+    );
+  run.output ||= `runs/${run.name}`;
+  refuseUnfit(run, where);
+  if (conditioned(run)) run.dataset.conditioning_image_column ||= 'conditioning_image';
+  mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
+  return run;
+}
 
 /** @throws UserError for what does not go together; `where` names the file */
-export function refuseUnfit(run: Run, where: string): void {
+function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseConditions(run, where);
   refuseNothing(run, where);
@@ -64,7 +88,7 @@ function refuseUnused(
 }
 
 /** Whether each picture has an image beside it. */
-export const conditioned = ({ train, objective }: Run): boolean =>
+const conditioned = ({ train, objective }: Run): boolean =>
   train.target === 'controlnet' || objective.masked_loss;
 
 /** What is amiss with conditioning images, or meant for a ControlNet where none is trained. */
