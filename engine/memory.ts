@@ -142,6 +142,19 @@ export class MemoryPool {
     this.#driver.trim?.();
   }
 
+  /**
+   * Gives memory back to the driver where it has none left, at each turn more: what is cached, then what recordings hold. While one
+   * is made nothing can be given back, as the device is not waited for.
+   */
+  *makeRoom(): Generator<void> {
+    if (this.#only) return;
+    this.trim();
+    yield;
+    if (!this.#reclaim()) return;
+    this.trim();
+    yield;
+  }
+
   /** Whether the block was taken from a reserve. */
   isReserved = (block: Block): boolean => this.#reserved.has(block);
 
@@ -236,15 +249,9 @@ export class MemoryPool {
   #takeFree(size: number): Block {
     const block = this.#free.pop(size);
     if (block) return block;
+    const room = this.makeRoom();
     let made = this.#driver.allocate(size);
-    if (!made) {
-      this.trim();
-      made = this.#driver.allocate(size);
-    }
-    if (!made && this.#reclaim()) {
-      this.trim();
-      made = this.#driver.allocate(size);
-    }
+    while (!made && !room.next().done) made = this.#driver.allocate(size);
     if (!made) throw new MemoryError(this.#exhausted(size));
     this.held += size;
     return made;

@@ -2,7 +2,7 @@
 // mend, nothing leaks, nothing hangs, and after what is not fatal the same device goes on.
 import { test } from 'tap';
 import { type GpuApi, stickyResults } from '../engine/cuda/api.ts';
-import { type CudaResult, cudaResults } from '../engine/cuda/errors.ts';
+import { CudaError, type CudaResult, cudaResults } from '../engine/cuda/errors.ts';
 import { KernelTable } from '../engine/cuda/kernel_table.ts';
 import { openStaging } from '../engine/cuda/staging.ts';
 import { cudaDevice, type Device } from '../engine/device.ts';
@@ -108,6 +108,38 @@ test('where no more memory can be had, at each allocation in turn: told who hold
     t.ok(same(smallStep(device), want), `the same step then succeeds`);
     device.memory.trim();
     t.equal(gpu.liveAllocations(), start, 'allocations');
+  }
+  t.end();
+});
+
+test('where code finds no memory, the pool gives back what it caches, and then what recordings hold', (t) => {
+  const MIB = 2 ** 20;
+  for (const call of ['cuModuleLoadData', 'cuModuleGetFunction', 'cuLaunchKernel'] as const) {
+    for (const most of [2 * MIB, 0]) {
+      const gpu = openVirtualGpu();
+      const device: Device = cudaDevice({
+        ...gpu,
+        [call](...args: unknown[]) {
+          if (device.memory.held > most) throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', call);
+          return (gpu[call] as (...args: unknown[]) => unknown)(...args);
+        },
+      });
+      const { memory, driver } = device;
+      memory.give(memory.take(MIB));
+      let recorded = true;
+      const drop = () => {
+        recorded = false;
+      };
+      memory.openReserve().record(new Map([[2 * MIB, 1]]), drop, () => undefined);
+      t.equal(memory.held, 3 * MIB);
+      driver.launch('silu_forward_float32', [0n, 0n, 0]);
+      t.same([memory.held, recorded], [most, most > 0], call);
+    }
+    const { device, failing } = openFailing();
+    failing.fail(call, 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+    t.throws(() => device.driver.launch('silu_forward_float32', [0n, 0n, 0]), {
+      message: `${call} failed with CUDA_ERROR_OUT_OF_MEMORY; use a smaller size, fewer images or a half-precision --dtype`,
+    });
   }
   t.end();
 });

@@ -3,7 +3,7 @@
 import type { Block, Driver } from '../driver.ts';
 import { MemoryPool } from '../memory.ts';
 import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
-import { CudaError } from './errors.ts';
+import { CudaError, isOutOfMemory } from './errors.ts';
 import { openExchange } from './exchange.ts';
 import { recordGraph } from './graph.ts';
 import { guarded } from './guard.ts';
@@ -29,6 +29,7 @@ let current: GpuApi | undefined;
 export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   let launcher: Launcher | undefined;
   let context: Context | undefined;
+  let queue: Queue | undefined;
   const enter = (): void => {
     if (context === undefined || current === api) return;
     unguarded.cuCtxSetCurrent(context);
@@ -36,7 +37,12 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   };
   const count = unguarded.cuDeviceGetCount();
   const label = count > 1 ? `cuda:${ordinal}` : undefined;
-  const api: GpuApi = guarded(unguarded, { gpu: label, lastKernel: () => launcher?.last(), enter });
+  const api: GpuApi = guarded(unguarded, {
+    gpu: label,
+    lastKernel: () => launcher?.last(),
+    enter,
+    makeRoom: () => (queue as Queue).memory.makeRoom(),
+  });
   if (ordinal >= count)
     throw new CudaError(
       'CUDA_ERROR_INVALID_DEVICE',
@@ -62,7 +68,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   const sharedBytes = attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN');
   context = api.cuDevicePrimaryCtxRetain(ordinal);
   try {
-    const queue = openQueue(api, ordinal, context, label);
+    queue = openQueue(api, ordinal, context, label);
     const gpu = { multiprocessors, sharedBytes, hopper: capability === 90 };
     launcher = openLauncher(api, gpu, queue);
     const { launch, launchAll } = launcher;
@@ -97,7 +103,7 @@ function openQueue(api: GpuApi, ordinal: number, context: Context, label: string
     try {
       return { bytes, address: api.cuMemAllocAsync(bytes, stream) };
     } catch (error) {
-      if (error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY') return undefined;
+      if (isOutOfMemory(error)) return undefined;
       throw error;
     }
   };

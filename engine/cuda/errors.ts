@@ -98,6 +98,9 @@ export class CudaError extends UserError {
   }
 }
 
+export const isOutOfMemory = (error: unknown): boolean =>
+  error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY';
+
 /** The name of a code that the driver returned. */
 export function resultName(code: number): CudaResult {
   const found = Object.entries(cudaResults).find(([, value]) => value === code);

@@ -2,7 +2,7 @@
 import type { Replay } from '../driver.ts';
 import { MemoryError } from '../memory.ts';
 import type { GpuApi, Graph, Stream } from './api.ts';
-import { CudaError } from './errors.ts';
+import { isOutOfMemory } from './errors.ts';
 
 /** Records what `queue` launches on the stream. @throws MemoryError where the graph itself does not fit */
 export function recordGraph(api: GpuApi, stream: Stream, queue: () => void): Replay {
@@ -14,8 +14,7 @@ export function recordGraph(api: GpuApi, stream: Stream, queue: () => void): Rep
       release: () => api.cuGraphExecDestroy(exec),
     };
   } catch (error) {
-    if (error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY')
-      throw new MemoryError(error.message);
+    if (isOutOfMemory(error)) throw new MemoryError((error as Error).message);
     throw error;
   } finally {
     api.cuGraphDestroy(graph);

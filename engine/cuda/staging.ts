@@ -4,7 +4,7 @@
 // copies such bytes at once, but for a GPU that reads the host's pages (Grace Hopper) may do so when the stream gets there.
 // Small downloads are waited for, and go directly.
 import { type DevicePointer, DISABLE_TIMING, type Event, type GpuApi, type Stream } from './api.ts';
-import { CudaError } from './errors.ts';
+import { isOutOfMemory } from './errors.ts';
 
 const PIECE_BYTES = 16 * 2 ** 20;
 const DIRECT_BYTES = 64 * 2 ** 10;
@@ -102,7 +102,7 @@ function pin(api: GpuApi, bytes: number): Buffer[] {
   } catch (error) {
     for (const pinned of memory) api.cuMemFreeHost(pinned);
     for (const event of events) api.cuEventDestroy(event);
-    if (error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY') return [];
+    if (isOutOfMemory(error)) return [];
     throw error;
   }
   return memory.map((bytes, i) => ({ bytes, done: events[i], busy: false, used: 0 }));
