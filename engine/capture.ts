@@ -80,12 +80,9 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
       }
       if (state === 'warm') return runAndRecord(read);
       const current = recorded;
-      if (!current) return runEagerly(read);
-      return reserve.use(() => {
-        current.replay.launch();
-        current.replays++;
-        return read(current.result);
-      });
+      if (current && reserve.use(() => launched(current))) return reserve.use(() => read(current.result));
+      drop();
+      return runEagerly(read);
     },
     release() {
       drop();
@@ -93,6 +90,18 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
       if (!shared) reserve.release();
     },
   };
+}
+
+/** Replays it, where there is memory for it. */
+function launched(recorded: Recorded): boolean {
+  try {
+    recorded.replay.launch();
+    recorded.replays++;
+    return true;
+  } catch (error) {
+    if (error instanceof MemoryError) return false;
+    throw error;
+  }
 }
 
 function record(device: Device, observe: Observe, fn: () => Tensor): Recorded {

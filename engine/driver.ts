@@ -54,6 +54,7 @@ export interface Exchange {
 
 /** Recorded launches. */
 export interface Replay {
+  /** @throws MemoryError, with nothing launched, where the device has no memory for it */
   launch(): void;
   release(): void;
 }

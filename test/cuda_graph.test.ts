@@ -192,21 +192,48 @@ test('what is read of a run outlives the recordings of steps that share its memo
 });
 
 test('where a graph or its memory does not fit, the step goes on eagerly', (t) => {
-  const { device, failing, calls } = open();
-  scope(() => {
-    const { x, forward } = block(device);
-    const step = device.step(forward);
-    x.set(inputs(0));
-    const want = step.run(read);
-    failing.fail('cuGraphInstantiate', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
-    t.ok(step.run(read) === want);
-    t.ok(failing.failed);
-    t.ok(step.run(read) === want);
-    t.equal(calls.cuStreamBeginCapture, 1, 'it is not tried again');
-    t.equal(calls.cuGraphLaunch, undefined);
-    step.release();
-  });
-  t.same([device.memory.storages, device.memory.live], [0, 0]);
+  for (const call of ['cuStreamBeginCapture', 'cuStreamEndCapture', 'cuGraphInstantiate'] as const) {
+    const { device, failing } = open();
+    scope(() => {
+      const { x, forward } = block(device);
+      const step = device.step(forward);
+      x.set(inputs(0));
+      const want = step.run(read);
+      failing.fail(call, 'CUDA_ERROR_OUT_OF_MEMORY');
+      t.ok(step.run(read) === want, call);
+      t.ok(failing.failed);
+      t.ok(step.run(read) === want);
+      t.equal(failing.made('cuStreamBeginCapture'), 1, 'it is not tried again');
+      t.equal(failing.made('cuGraphLaunch'), 0);
+      step.release();
+    });
+    t.same([device.memory.storages, device.memory.live], [0, 0]);
+  }
+  t.end();
+});
+
+test('where a recorded graph finds no memory at a launch, the step goes on eagerly', (t) => {
+  for (const [replays, recordings] of [
+    [1, 1],
+    [8, 2],
+  ] as const) {
+    const { device, failing } = open();
+    scope(() => {
+      const x = tensor(values(64, 1), [64], { device });
+      const step = device.step(() => noGrad(() => silu(x)));
+      const want = step.run(read);
+      for (let run = 0; run < 1 + replays; run++) step.run(read);
+      failing.fail('cuGraphLaunch', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+      t.ok(step.run(read) === want);
+      t.ok(failing.failed);
+      t.equal(failing.made('cuGraphExecDestroy'), 1, 'what did not fit is let go');
+      failing.heal();
+      for (let run = 0; run < 3; run++) t.ok(step.run(read) === want);
+      t.equal(failing.made('cuStreamBeginCapture'), recordings, 'and made again where it had paid');
+      step.release();
+    });
+    t.same([device.memory.storages, device.memory.live], [0, 0]);
+  }
   t.end();
 });
 

@@ -4,35 +4,42 @@ import { MemoryError } from '../memory.ts';
 import type { GpuApi, Graph, Stream } from './api.ts';
 import { isOutOfMemory } from './errors.ts';
 
-/** Records what `queue` launches on the stream. @throws MemoryError where the graph itself does not fit */
+/** Records what `queue` launches on the stream. @throws MemoryError where the graph does not fit, at a launch of it too */
 export function recordGraph(api: GpuApi, stream: Stream, queue: () => void): Replay {
-  const graph = capture(api, stream, queue);
+  return fitting(() => {
+    const graph = capture(api, stream, queue);
+    try {
+      const exec = api.cuGraphInstantiate(graph);
+      return {
+        launch: () => fitting(() => api.cuGraphLaunch(exec, stream)),
+        release: () => api.cuGraphExecDestroy(exec),
+      };
+    } finally {
+      api.cuGraphDestroy(graph);
+    }
+  });
+}
+
+function fitting<R>(fn: () => R): R {
   try {
-    const exec = api.cuGraphInstantiate(graph);
-    return {
-      launch: () => api.cuGraphLaunch(exec, stream),
-      release: () => api.cuGraphExecDestroy(exec),
-    };
+    return fn();
   } catch (error) {
-    if (isOutOfMemory(error)) throw new MemoryError((error as Error).message);
-    throw error;
-  } finally {
-    api.cuGraphDestroy(graph);
+    throw isOutOfMemory(error) ? new MemoryError((error as Error).message) : error;
   }
 }
 
-/** A stream must leave capture however `queue` ends, and its error comes before what ending says. */
+/** A stream must leave capture however `queue` or ending it fails, and that error comes before what ending then says. */
 function capture(api: GpuApi, stream: Stream, queue: () => void): Graph {
   api.cuStreamBeginCapture(stream);
   try {
     queue();
+    return api.cuStreamEndCapture(stream);
   } catch (error) {
     try {
       api.cuGraphDestroy(api.cuStreamEndCapture(stream));
     } catch {
-      // The capture was invalid already, or the context is lost.
+      // The capture was invalid already, or has ended, or the context is lost.
     }
     throw error;
   }
-  return api.cuStreamEndCapture(stream);
 }
