@@ -56,12 +56,16 @@ export interface Canvas {
  * Where no size is given that of the picture to start from counts, or else of the first to follow, cut to whole latents; but a part of
  * a picture (--padding-mask-crop) is drawn at the model's size, and comes back into the picture.
  */
-export function canvasOf(options: SampleOptions, { ratio, sampleSize }: Sizes, inputs: Inputs): Canvas {
+export function canvasOf(
+  options: SampleOptions,
+  { ratio, sampleSize, sampleWidth = sampleSize }: Sizes,
+  inputs: Inputs,
+): Canvas {
   const { image, mask, controls = [] } = inputs;
   const { paddingMaskCrop: padding } = options;
   const sized = padding === undefined ? (image ?? controls.at(0)) : undefined;
   const floored = (pixels: number) => pixels - (pixels % ratio);
-  const { width = floored(sized?.width ?? sampleSize), height = floored(sized?.height ?? sampleSize) } =
+  const { width = floored(sized?.width ?? sampleWidth), height = floored(sized?.height ?? sampleSize) } =
     options;
   if (sized && width * height === 0)
     throw new UserError(
