@@ -91,7 +91,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
-  checkDecode(autoencoder((vaeSource ?? source).config('vae')), canvas, options.vaeTiling);
+  checkDecode(autoencoder((vaeSource ?? refinerSource ?? source).config('vae')), canvas, options.vaeTiling);
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };

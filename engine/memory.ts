@@ -143,8 +143,8 @@ export class MemoryPool {
   }
 
   /**
-   * Gives memory back to the driver where it has none left, at each turn more: what is cached, then what recordings hold. While one
-   * is made nothing can be given back, as the device is not waited for.
+   * Gives memory back to the driver where it has none left, at each turn more: what is cached, then what recordings hold. Not while
+   * one is made, as the device cannot be waited for then.
    */
   *makeRoom(): Generator<void> {
     if (this.#only) return;

@@ -299,51 +299,6 @@ test('configs that cannot be honoured', (t) => {
   t.end();
 });
 
-test("a caller's own steps", (t) => {
-  const [euler, solver] = ['euler', 'dpm++2m'].map((name) => createSampler(name, sdxl));
-  t.same([...solver.plan(3, { timesteps: [999, 500, 10] }).timesteps], [999, 500, 10]);
-  for (const [sampler, options, says] of [
-    [euler, { timesteps: [500, 999] }, /timesteps are 500, 999: give whole numbers below 1000, each smaller/],
-    [euler, { timesteps: [1000] }, /give whole numbers below 1000/],
-    [euler, { timesteps: [9.5] }, /give whole numbers/],
-    [euler, { sigmas: [14, 14, 0] }, /sigmas are 14, 14, 0: give the noise levels/],
-    [euler, { sigmas: [14] }, /and the one to end at/],
-    [solver, { sigmas: [14, 0] }, /DPMSolverMultistepScheduler takes no sigmas of yours; Euler does/],
-    // These two step by an even share of the range, whatever timestep is next: a picture by others would be wrong.
-    [
-      createSampler('ddim', sdxl),
-      { timesteps: [999, 500] },
-      /DDIMScheduler takes no timesteps of yours; Euler/,
-    ],
-    [createSampler('plms', sdxl), { timesteps: [999, 500] }, /PNDMScheduler takes no timesteps of yours/],
-    [
-      createSampler('dpm++2m_karras', sdxl),
-      { timesteps: [999, 500] },
-      /^Karras, .* lay out the steps themselves/,
-    ],
-  ] as const)
-    t.throws(() => sampler.plan(1, options), { name: 'UserError', message: says });
-  t.end();
-});
-
-test('trailing timesteps are as many as steps, and none lies past the training range', (t) => {
-  for (const name of ['euler', 'ddim', 'ddpm', 'dpm++2m']) {
-    const { plan } = createSampler(name, { ...sdxl, timestep_spacing: 'trailing' });
-    // numpy's arange, which diffusers has here, gives one more for each of these, at -1.
-    for (const steps of [61, 103, 121, 206, 999]) {
-      const { timesteps } = plan(steps);
-      t.equal(timesteps.length, steps, `${name}, ${steps} steps`);
-      t.ok(timesteps[0] === 999 && timesteps[steps - 1] >= 0);
-    }
-  }
-  const { plan } = createSampler('ddim', { ...sdxl, timestep_spacing: 'leading', steps_offset: 1 });
-  t.throws(() => plan(1000), {
-    message: /^1000 steps with this spacing begin past the last training timestep/,
-  });
-  t.same([...plan(999).timesteps.subarray(0, 2)], [999, 998]);
-  t.end();
-});
-
 test('runs and parts of runs', (t) => {
   const noise = area.floats('noise');
   for (const name of samplerNames) {
