@@ -16,14 +16,14 @@ text = lambda a: base64.b64encode(np.ascontiguousarray(a).tobytes()).decode()
 
 CASES = [
     # picture w, h; what is drawn w, h; padding; the mask's box left, top, right, bottom
-    (41, 30, 24, 16, 3, (10, 8, 20, 15)),
-    (30, 41, 16, 32, 0, (2, 1, 9, 5)),
-    (33, 29, 32, 16, 5, (0, 24, 33, 29)),  # wider than the picture allows: filled above and below, or beside
-    (20, 44, 40, 16, 2, (3, 5, 18, 40)),
-    (44, 20, 16, 40, 2, (5, 3, 40, 18)),
-    (24, 24, 24, 24, 40, (0, 0, 24, 24)),
-    (25, 23, 16, 16, 1, (12, 11, 13, 12)),
-    (37, 35, 48, 40, 4, (30, 28, 37, 35)),
+    (21, 15, 16, 8, 2, (5, 4, 10, 8)),
+    (15, 21, 8, 16, 0, (1, 1, 5, 3)),
+    (17, 15, 16, 8, 3, (0, 12, 17, 15)),
+    (10, 22, 24, 8, 1, (2, 3, 9, 20)),  # wider than the picture allows: filled beside
+    (22, 10, 8, 24, 1, (3, 2, 20, 9)),  # higher: filled above and below
+    (12, 12, 16, 16, 40, (0, 0, 12, 12)),
+    (13, 12, 8, 8, 1, (6, 5, 7, 6)),
+    (19, 18, 24, 16, 2, (15, 14, 19, 18)),
 ]
 
 lines = []
