@@ -58,7 +58,10 @@ export function removeLater(output: string, step: number): void {
     if (Number(folderPattern.exec(basename(path))?.[1]) > step) removeFolder(path);
 }
 
-/** Saves a checkpoint and returns its folder; of the older ones it then keeps the newest, `keep` with this one. @throws UserError; all stay */
+/**
+ * Saves a checkpoint and returns its folder; of the older ones it then keeps the newest, `keep` with this one.
+ * @throws UserError; all stay
+ */
 export function saveCheckpoint(
   output: string,
   state: State,

@@ -42,8 +42,8 @@ interface Standing {
 }
 
 /**
- * Trains until the plan is done or `stop.asked`, from the session's checkpoint where it has one. What fails beside the weights, such as a picture
- * that has vanished or a log that cannot be written, costs no update: those before it are saved. @throws UserError
+ * Trains until the plan is done or `stop.asked`, from the session's checkpoint where it has one. What fails beside the weights, such
+ * as a picture that has vanished or a log that cannot be written, costs no update: those before it are saved. @throws UserError
  */
 export async function train(session: Session, report: Report, stop: Stop): Promise<Outcome> {
   const feed = openFeed(session.task);
