@@ -121,6 +121,7 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
   const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
     (storage ? tensors[storage] : storageTensor(tensors)).dtype;
   const launches = new Together(driver);
+  memory.awaits = launches.awaits;
   let note: ((t: Tensor) => void) | undefined;
   const observe: Observe = (see, fn) => {
     note = see;

@@ -133,12 +133,21 @@ export class MemoryPool {
     (this.#reserved.get(block) ?? this.#free).push(block);
   }
 
-  /** Returns every cached block to the driver. */
+  /** Whether a launch that is held back still reads what was given back at an address. The device says. */
+  awaits: (address: bigint) => boolean = () => false;
+
+  /** Returns every cached block to the driver, but those that a launch still reads. */
   trim(): void {
+    const awaited: Block[] = [];
     for (const block of this.#free.drain()) {
+      if (this.awaits(block.address)) {
+        awaited.push(block);
+        continue;
+      }
       this.held -= block.bytes;
       this.#driver.free(block);
     }
+    for (const block of awaited) this.#free.push(block);
     this.#driver.trim?.();
   }
 

@@ -10,6 +10,7 @@ export class Together {
   #gathering = false;
   #symbol = '';
   #held: Args[] = [];
+  #sending: readonly Args[] = [];
 
   constructor(driver: Driver) {
     this.#driver = driver;
@@ -44,11 +45,20 @@ export class Together {
     else for (const args of calls) this.#driver.launch(symbol, args);
   }
 
+  /** Whether a launch that the driver has not got yet reads or writes what begins at `address`. */
+  awaits = (address: bigint): boolean =>
+    [...this.#held, ...this.#sending].some((args) => args.includes(address));
+
   #flush(): void {
     const held = this.#held;
     this.#held = [];
-    if (held.length === 1) this.#driver.launch(this.#symbol, held[0]);
-    else if (held.length > 1) this.#driver.launchAll?.(this.#symbol, held);
+    this.#sending = held;
+    try {
+      if (held.length === 1) this.#driver.launch(this.#symbol, held[0]);
+      else if (held.length > 1) this.#driver.launchAll?.(this.#symbol, held);
+    } finally {
+      this.#sending = [];
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Launches that are gathered: those of one kernel go in one call of the driver while none needs another's result, and all go in
 // the order in which they were made. And attention's projections, which are one launch on Hopper.
 import { test } from 'tap';
+import { CudaError } from '../engine/cuda/errors.ts';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { cudaDevice } from '../engine/device.ts';
 import type { Driver } from '../engine/driver.ts';
@@ -89,6 +90,45 @@ test('layers of one x are one launch on Hopper; others follow each other', (t) =
     launches(() => [linear(x, wide), silu(linear(x, wide))]),
     2,
     'a kernel that reads the last of them',
+  );
+  t.end();
+});
+
+test('what a launch reads that is held back stays out of memory that is freed', (t) => {
+  const api = standInApi(anyHopper);
+  const calls: (string | bigint)[] = [];
+  let full = false;
+  const device = cudaDevice({
+    ...api,
+    cuLaunchKernel: () => void calls.push('launch'),
+    cuMemFreeAsync: (address, stream) => {
+      calls.push(address);
+      api.cuMemFreeAsync(address, stream);
+    },
+    cuMemAllocAsync: (...args) => {
+      if (full && calls.length === 0) throw new CudaError('CUDA_ERROR_OUT_OF_MEMORY', 'cuMemAllocAsync');
+      return api.cuMemAllocAsync(...args);
+    },
+  });
+  noGrad(() =>
+    scope(() => {
+      const half = (...shape: number[]) => empty(shape, { device, dtype: 'bfloat16' });
+      const [weight, wide, idle] = [half(320, 64), half(640, 64), half(512, 512)];
+      const freed = idle.block.address;
+      idle.release();
+      device.together(() => {
+        const x = half(128, 64);
+        linear(x, weight);
+        x.release();
+        full = true;
+        const y = half(256, 64); // for which room has to be made
+        t.same(calls, [freed], 'what is idle goes, and x stays');
+        linear(y, wide);
+      });
+      t.same(calls.slice(1), ['launch', 'launch']);
+      device.memory.trim();
+      t.equal(calls.length, 4, 'x goes once it is read');
+    }),
   );
   t.end();
 });
