@@ -39,6 +39,9 @@ function widened(start: number, end: number, length: number, room: number): [sta
   return [from, Math.min(room, from + last - first)];
 }
 
+/** Where what lies in the middle begins, halves rounded down one by one. */
+const middle = (outer: number, inner: number): number => Math.floor(outer / 2) - Math.floor(inner / 2);
+
 /** `window` of a picture as it is. */
 function cut<P extends Pixels>({ data, ...picture }: P, { left, top, width, height }: Window): Pixels {
   const { channels } = picture;
@@ -69,13 +72,12 @@ export function cutAndFill<P extends Picture | Mask>(
 ): P {
   const part = cut(picture, window);
   const tall = width / height < part.width / part.height;
-  const w =
-    width / height >= part.width / part.height ? Math.floor((part.width * height) / part.height) : width;
+  const w = tall ? width : Math.floor((part.width * height) / part.height);
   const h = tall ? Math.floor((part.height * width) / part.width) : height;
   const resized = resize(part, w, h, 'lanczos');
   const size = width * height * picture.channels;
   const out = { ...picture, width, height, data: new Uint8Array(size) };
-  const [left, top] = [Math.floor(width / 2) - Math.floor(w / 2), Math.floor(height / 2) - Math.floor(h / 2)];
+  const [left, top] = [middle(width, w), middle(height, h)];
   lay(out, resized, left, top);
   if (tall) {
     for (let y = 0; y < top; y++) {
@@ -115,23 +117,19 @@ function edge(picture: Pixels, side: 'top' | 'bottom' | 'left' | 'right'): Pixel
 
 /** `drawn`, whatever its size, laid into `window` of `picture` where `mask` is white, and by shares where it is grey. */
 export function overlay(picture: Picture, mask: Mask, window: Window, drawn: Picture): Picture {
-  const ratio = window.width / window.height;
-  const wide = ratio > drawn.width / drawn.height;
+  const wide = window.width / window.height > drawn.width / drawn.height;
   const w = wide ? window.width : Math.floor((drawn.width * window.height) / drawn.height);
-  const h =
-    ratio <= drawn.width / drawn.height
-      ? window.height
-      : Math.floor((drawn.height * window.width) / drawn.width);
-  const part: Picture = { ...drawn, ...window, data: new Uint8Array(window.width * window.height * 3) };
+  const h = wide ? Math.floor((drawn.height * window.width) / drawn.width) : window.height;
+  const { width, height } = window;
+  const part: Picture = { width, height, channels: 3, data: new Uint8Array(width * height * 3) };
   const resized = resize(drawn, w, h, 'lanczos');
-  const middle = (outer: number, inner: number) => Math.floor(outer / 2) - Math.floor(inner / 2);
-  lay(part, resized, middle(window.width, w), middle(window.height, h));
+  lay(part, resized, middle(width, w), middle(height, h));
   const below: Picture = { ...picture, data: new Uint8Array(picture.data.length) };
   lay(below, part, window.left, window.top);
   const data = new Uint8Array(picture.data.length);
   for (let i = 0; i < data.length; i++)
     data[i] = composed(picture.data[i], 255 - mask.data[Math.floor(i / 3)], below.data[i]);
-  return { width: picture.width, height: picture.height, channels: 3, data };
+  return { ...picture, data };
 }
 
 /** Pillow's division by 255, rounded. */
