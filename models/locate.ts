@@ -3,7 +3,7 @@
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { listFolder, readJsonObject } from '../io/files.ts';
+import { readJsonObject } from '../io/files.ts';
 import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import {
@@ -28,10 +28,6 @@ export const weightsOf = (weights: readonly string[], wanted?: string): string[]
     const own = [wanted, undefined].find((each) => mine.includes(each));
     return variantOf(name) === (mine.includes(own) ? own : 'fp16');
   });
-
-/** The variant, where a lone component's files have it: a ControlNet need not have what its base has. */
-export const variantAmong = (names: readonly string[], wanted?: string): string | undefined =>
-  names.some((name) => name.endsWith('.safetensors') && variantOf(name) === wanted) ? wanted : undefined;
 
 /**
  * The files of a diffusers repository that sampling reads. Of a component's weights these are the `wanted` variant
@@ -185,7 +181,7 @@ export async function locateControlNet(path: string, options: LocateOptions = {}
     : await download(path, (all) => controlNetFiles(all, options.variant), options);
   const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
-  return checked(openComponent(own, { variant: variantAmong(listFolder(own), options.variant) }));
+  return checked(openComponent(own, { variant: options.variant }));
 }
 
 /** The files of a ControlNet's repository: its config, and its weights as diffusers names them. @throws UserError for none */
@@ -195,7 +191,7 @@ export function controlNetFiles(all: readonly string[], variant?: string): strin
     throw new UserError(
       'the ControlNet has no diffusion_pytorch_model.safetensors on the hub; download what it has, and give a .safetensors file with its config.json beside it',
     );
-  return ['config.json', ...weightsOf(weights, variantAmong(weights, variant))];
+  return ['config.json', ...weightsOf(weights, variant)];
 }
 
 const download = (

@@ -7,7 +7,7 @@ import { listFolder, readJsonObject } from '../io/files.ts';
 import { looksLikeHubId, NothingWantedError, resolveHub } from '../io/hub.ts';
 import { parseVisionConfig } from './clip_vision.ts';
 import { type IPAdapterSource, openIPAdapter, readIPAdapter, refusePickle, widthRead } from './ip_adapter.ts';
-import { type LocateOptions, variantAmong, weightsOf } from './locate.ts';
+import { type LocateOptions, weightsOf } from './locate.ts';
 
 const mend =
   "an IP-Adapter's .safetensors file, its folder, or a hub id and file such as h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors";
@@ -43,7 +43,7 @@ async function locateOnHub(path: string, options: LocateOptions): Promise<IPAdap
   const encoder = relative(folder, encoderOf(file)).replaceAll('\\', '/');
   const weights = (all: readonly string[]): string[] => {
     const own = all.filter((each) => posix.dirname(each) === encoder && each.endsWith('.safetensors'));
-    return weightsOf(own, variantAmong(own, options.variant));
+    return weightsOf(own, options.variant);
   };
   await download(`${id}/${encoder}`, weights);
   return withEncoder(file, options);
@@ -88,5 +88,5 @@ function encoderOf(file: string): string {
 
 function withEncoder(file: string, { variant }: LocateOptions): IPAdapterSource {
   const encoder = encoderOf(file);
-  return openIPAdapter(file, encoder, variantAmong(listFolder(encoder), variant));
+  return openIPAdapter(file, encoder, variant);
 }
