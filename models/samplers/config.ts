@@ -2,6 +2,7 @@
 // own set of options and its own defaults; an option that a class does not have is dropped, as diffusers'
 // `Class.from_config(other.config)` does, so one file serves every sampler.
 import { didYouMean, UserError } from '../../io/errors.ts';
+import { isPositive } from '../config_values.ts';
 
 export interface SchedulerConfig {
   num_train_timesteps: number;
@@ -175,8 +176,8 @@ const whole = (from: number): Rule => [
   `a whole number of at least ${from}`,
   (value) => Number.isInteger(value) && (value as number) >= from,
 ];
-const positive: Rule = ['a number above 0', (value) => Number.isFinite(value) && (value as number) > 0];
-const beta: Rule = ['a number between 0 and 1', (value) => positive[1](value) && (value as number) < 1];
+const positive: Rule = ['a number above 0', isPositive];
+const beta: Rule = ['a number between 0 and 1', (value) => isPositive(value) && (value as number) < 1];
 const nothingOr = ([want, holds]: Rule): Rule => [
   `${want}, or null`,
   (value) => value === null || holds(value),
