@@ -158,7 +158,7 @@ const stepOptions = (command: Command): Command =>
     )
     .option(
       '--timesteps <N,...>',
-      'own timesteps in place of --steps, such as 999,850,700,... (a distilled model, Align Your Steps)',
+      'own timesteps in place of --steps, such as 999,850,700,... (a distilled model, Align Your Steps); not for DDIM and PNDM',
       numbers('--timesteps'),
     )
     .option(

@@ -69,7 +69,7 @@ export function canvasOf(
     options;
   if (sized && width * height === 0)
     throw new UserError(
-      `the picture is ${sized.width}x${sized.height} and a latent ${ratio}x${ratio} pixels: give --width and --height`,
+      `${options.image ?? options.controlImage?.[0]} is ${sized.width}x${sized.height} and a latent ${ratio}x${ratio} pixels: give --width and --height`,
     );
   if (padding === undefined || !image || !mask) {
     const size = { width, height };

@@ -94,7 +94,11 @@ test('mistakes', async (t) => {
       ['--model', inpainting],
       /takes 9 channels.*inpaint with a base model and --mask/,
     ],
-    ['a folder without a LoRA', ['--model', model, '--lora', folder], /has no LoRA|holds no LoRA|no LoRA in/],
+    [
+      'a folder without a LoRA',
+      ['--model', model, '--lora', folder],
+      /holds no LoRA: a folder must have one of/,
+    ],
     [
       'no such LoRA',
       ['--model', damaged, '--lora', join(folder, 'absent:0.5')],

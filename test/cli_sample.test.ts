@@ -233,7 +233,7 @@ test('a picture and a mask without a size', async (t) => {
   writePng(image, grey(7, 9, 3, 90));
   const tiny = await run('sample', '-m', model, '-p', 'x', '-i', image, '-o', output);
   t.equal(tiny.status, 2);
-  t.match(tiny.err, /the picture is 7x9 and a latent 8x8 pixels: give --width and --height/);
+  t.match(tiny.err, /image\.png is 7x9 and a latent 8x8 pixels: give --width and --height/);
   rmSync(folder, { recursive: true });
 });
 
