@@ -19,7 +19,7 @@ import { packageRoot } from './golden.ts';
 
 const skip = spawnSync('nvcc', ['--version']).status !== 0 && 'no CUDA toolkit';
 
-/** The letters of libcuda.ts: pointers o and b, handles and addresses h, sizes z, ints and enums i. */
+/** The letters of native.ts: pointers o and b, handles and addresses h, sizes z, ints and enums i. */
 const prelude = `#define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
 #include <cstddef>
@@ -36,7 +36,7 @@ template <class... A> constexpr bool takes(CUresult (*)(A...), const char *lette
 }
 `;
 
-/** Every call of libcuda.ts as [symbol, letters]; `made` and `encode` add what they share. */
+/** Every call of a file as [symbol, letters]; `made` and `encode` add what they share. */
 function callsOf(source: string): [string, string][] {
   const found = source.matchAll(/\b(call|made|functionOf|encode)\(\s*'(cu\w+)',\s*'(\w*)'/g);
   return [...found].map(([, by, symbol, letters]) => {
@@ -93,7 +93,8 @@ const numbers: readonly [string, number][] = [
 ];
 
 test('calls, numbers and structs are those of cuda.h', { skip }, (t) => {
-  const calls = callsOf(readFileSync(join(packageRoot, 'engine', 'cuda', 'libcuda.ts'), 'utf8'));
+  const files = ['libcuda.ts', 'native.ts'].map((name) => join(packageRoot, 'engine', 'cuda', name));
+  const calls = files.flatMap((file) => callsOf(readFileSync(file, 'utf8')));
   t.ok(calls.length > 45, `${calls.length} calls`);
   const folder = mkdtempSync(join(tmpdir(), 'sdxl-header-'));
   const compiled = (lines: readonly string[]) => {
