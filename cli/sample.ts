@@ -17,7 +17,6 @@ import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
-import { mergeLora } from '../models/lora.ts';
 import { locateAdapter } from '../models/lora_file.ts';
 import {
   decode,
@@ -86,6 +85,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));
+  const lora = (options.lora ?? [])
+    .map(loraOf)
+    .map(({ file, scale }) => ({ path: locateAdapter(file), scale }));
   const dtype = chooseDtype(options.dtype, source, device);
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
@@ -99,7 +101,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter } };
+  const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter, lora } };
   return { options, requests, canvas, album, device, dtype, seed, sampler, ...sources };
 }
 
@@ -111,10 +113,11 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
   const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
+  const { q8 } = options;
   const load = (from: ModelSource, under: Partial<typeof prepared.under> = {}) =>
     timed('load', () =>
       built(() => {
-        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, ...under });
+        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, q8, ...under });
         for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
           loadTextualInversion(loaded.text, file, token);
         return loaded;
@@ -126,7 +129,6 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     const warn = (line: string) => terminal.err(`warning: ${line}\n`);
     previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
     const stage = stages(requests.length, options, previews, terminal);
-    addLoras(pipeline, options.lora ?? []);
     if (options.fp8) feedForwardToFp8(pipeline.unet);
     if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
     const finish = (request: Request, i: number, latents: Latents) =>
@@ -188,13 +190,6 @@ function chooseDtype(asked: FloatDType | 'auto', source: ModelSource, device: De
   if (asked !== 'auto') return asked;
   const [channels] = parseUNetConfig(source.config('unet')).block_out_channels;
   return device.name !== 'reference' && channels >= 256 ? 'bfloat16' : 'float32';
-}
-
-function addLoras({ text, unet, unetConfig }: Pipeline, adapters: readonly string[]): void {
-  const encoders = text.encoders.map(({ encoder }) => encoder);
-  const [text_encoder, text_encoder_2] = encoders.length === 2 ? encoders : [undefined, encoders[0]];
-  for (const { file, scale } of adapters.map(loraOf))
-    mergeLora({ unet, unetConfig, text_encoder, text_encoder_2 }, locateAdapter(file), scale);
 }
 
 /** Drives the loop, with one bar for all requests of a stage; says once for both stages what of a prompt was cut off. */

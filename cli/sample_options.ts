@@ -66,6 +66,7 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, Preview
   device: string;
   dtype: FloatDType | 'auto';
   fp8?: boolean;
+  q8?: boolean;
   output: string;
   saveLatents?: string;
   json?: boolean;

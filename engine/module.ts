@@ -2,9 +2,10 @@
 // every key (`down_blocks.1.resnets.0.time_emb_proj.weight`) and no mapping table exists. Each call opens a scope, so a
 // block's temporaries are freed when it returns, and an error on the way out learns the path it came from.
 import type { FloatDType } from '../io/dtype.ts';
-import { clearGrad } from './grad.ts';
+import { clearGrad, noGrad } from './grad.ts';
 import type { Fp8Weight } from './ops/fp8.ts';
-import { scope } from './scope.ts';
+import { fromQ8, type Q8Weight, toQ8 } from './ops/q8.ts';
+import { keep, scope, tensorsIn } from './scope.ts';
 import { LocatedError, ShapeError, sizeOf, type Tensor } from './tensor.ts';
 
 /** A weight: its shape as the checkpoint spells it, and its tensor once loaded. */
@@ -13,8 +14,13 @@ export class Parameter {
   readonly shape: readonly number[];
   readonly layout: 'plain' | 'conv';
   path = '';
+  /** What a tensor that is set becomes before it is kept: adapters merged while a model is loaded. */
+  incoming: ((given: Tensor) => Tensor) | undefined;
+  /** Keeps what is set in 8-bit integers (ops/q8.ts): for sampling alone. Said before it is loaded. */
+  inQ8 = false;
   #tensor: Tensor | undefined;
   #fp8: Fp8Weight | undefined;
+  #q8: Q8Weight | undefined;
 
   constructor(shape: readonly number[], layout: 'plain' | 'conv' = 'plain') {
     this.shape = shape;
@@ -32,10 +38,26 @@ export class Parameter {
   }
 
   get loaded(): boolean {
-    return this.#tensor !== undefined || this.#fp8 !== undefined;
+    return this.#stored !== undefined;
   }
 
+  get #stored(): Tensor | undefined {
+    return this.#tensor ?? this.#fp8?.bytes ?? this.#q8?.scale;
+  }
+
+  get trained(): boolean {
+    return this.#tensor?.requiresGrad ?? false;
+  }
+
+  /** Where the weight is, and its type as a product takes it. */
+  get place(): { device: Tensor['device']; dtype: FloatDType } {
+    const { device, dtype } = this.#q8?.scale ?? this.tensor;
+    return { device, dtype: dtype as FloatDType };
+  }
+
+  /** The weight; decoded anew each time, for the scope that is open, where it is kept in 8-bit integers. */
   get tensor(): Tensor {
+    if (this.#q8) return fromQ8(this.#q8);
     if (!this.#tensor)
       throw new Error(`parameter ${this.path || `[${this.shape}]`} was used before it was loaded`);
     return this.#tensor;
@@ -47,8 +69,11 @@ export class Parameter {
         `parameter ${this.path} is [${this.memoryShape}] in memory, given [${value.shape}]`,
       );
     }
-    if (this.#tensor !== value) this.#tensor?.release();
-    this.#tensor = value;
+    const { incoming } = this;
+    const kept = incoming ? replaced(value, () => incoming(value)) : value;
+    if (kept !== this.#tensor) this.#release();
+    if (this.inQ8) this.#q8 = replaced(kept, () => toQ8(kept));
+    else this.#tensor = kept;
   }
 
   /** The weight in 8-bit floats, where it has taken the tensor's place: for linear layers, and for sampling alone. */
@@ -61,13 +86,27 @@ export class Parameter {
     this.#fp8 = value;
   }
 
+  #release(): void {
+    for (const t of [this.#tensor, this.#fp8?.bytes, this.#fp8?.scale, this.#q8?.bytes, this.#q8?.scale])
+      t?.release();
+    this.#tensor = undefined;
+    this.#fp8 = undefined;
+    this.#q8 = undefined;
+  }
+
   /** Frees what is loaded and what gradient it has; the parameter can be loaded again. */
   unload(): void {
     if (this.#tensor) clearGrad(this.#tensor);
-    for (const t of [this.#tensor, this.#fp8?.bytes, this.#fp8?.scale]) t?.release();
-    this.#tensor = undefined;
-    this.#fp8 = undefined;
+    this.#release();
   }
+}
+
+/** What `made` makes of a tensor, which is released. */
+function replaced<R extends Tensor | Q8Weight>(given: Tensor, made: () => R): R {
+  const result = noGrad(() => scope(made));
+  for (const each of tensorsIn(result)) keep(each);
+  if (result !== given) given.release();
+  return result;
 }
 
 export const parameter = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain'): Parameter =>
@@ -144,14 +183,14 @@ function visit(child: Child, path: string, found: Map<string, Parameter>): void 
 
 /** Where a loaded module's weights are, and their type: its first one's. */
 export function placeOf(root: AnyModule): { device: Tensor['device']; dtype: FloatDType } {
-  const [{ tensor }] = namedParameters(root).values();
-  return { device: tensor.device, dtype: tensor.dtype as FloatDType };
+  const [{ place }] = namedParameters(root).values();
+  return place;
 }
 
 /** Whether any loaded parameter below `child` collects a gradient. */
 export function isTrained(child: Child): boolean {
   if (child === undefined) return false;
-  if (child instanceof Parameter) return child.loaded && child.tensor.requiresGrad;
+  if (child instanceof Parameter) return child.trained;
   return (typeof child === 'function' ? Object.values(child.children) : child).some(isTrained);
 }
 

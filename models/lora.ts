@@ -12,57 +12,104 @@ import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/sa
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
 
+/** What an adapter makes of a weight, or of a bias. */
+type Change = (values: Tensor) => Tensor;
+
+/** An adapter to be added `scale` times: once where it is not told. */
+export interface AdapterFile {
+  readonly path: string;
+  readonly scale?: number;
+}
+
+/** An adapter's file, held against a model: what it changes there. */
+interface OpenAdapter {
+  readonly changes: readonly (readonly [Parameter, Change])[];
+  /** How many layers that are. */
+  readonly layers: number;
+  close(): void;
+}
+
+/** @throws UserError if a name of the file matches no weight or a shape does not fit */
+function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): OpenAdapter {
+  const file = openSafetensors(path);
+  try {
+    const updates = [...updatesOf(file, targets).values()];
+    const changes = updates.flatMap((update) => changesOf(file, update, scale));
+    return { changes, layers: updates.length, close: () => file.close() };
+  } catch (error) {
+    file.close();
+    throw error;
+  }
+}
+
 /**
  * Adds the adapter in `path`, times `scale`, to the loaded weights. Several adapters are merged one after the other; merging with
  * the negative scale takes one without DoRA out again up to rounding. Returns how many layers changed.
  * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not fit
  */
 export function mergeLora(targets: LoraTargets, path: string, scale = 1): number {
-  const file = openSafetensors(path);
+  const { changes, layers, close } = openAdapter(targets, { path, scale });
   try {
-    const updates = updatesOf(file, targets);
     noGrad(() => {
-      for (const update of updates.values()) merge(file, update, scale);
+      for (const [parameter, change] of changes)
+        parameter.tensor = keep(scope(() => changed(parameter.tensor, change)));
     });
-    return updates.size;
+    return layers;
   } finally {
-    file.close();
+    close();
   }
 }
 
-function merge(file: SafetensorsFile, update: Update, scale: number): void {
-  const { target, parts, alpha, rank } = update;
-  if (kindOf(parts)) {
-    change(target.weight, (weight) => {
-      const read = floatsOf.bind(undefined, file);
-      const made = difference(parts, target.weight.shape, read, weight.device);
-      const factor = (magnitudeOf(parts) ? 1 : scale) * (alpha / rank);
-      const changed = add(weight, scaled(made, factor).reshape(...weight.shape));
-      if (!magnitudeOf(parts)) return changed;
-      // As A1111 and ComfyUI do, scale counts for the whole change, so that 0 is the model itself; diffusers scales D alone,
-      // and lengthens W even at 0.
-      return add(weight, scaled(sub(withMagnitude(file, update, changed), weight), scale));
-    });
+/**
+ * Runs `load`, which loads the targets' weights, with adapters merged into each as it comes, before it is kept in fewer bits.
+ * @throws UserError before anything is loaded, if an adapter does not fit
+ */
+export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[], load: () => void): void {
+  const opened: OpenAdapter[] = [];
+  const changing = new Set<Parameter>();
+  try {
+    for (const file of files) opened.push(openAdapter(targets, file));
+    for (const [parameter, change] of opened.flatMap(({ changes }) => changes)) {
+      const { incoming: before } = parameter;
+      parameter.incoming = (given) => changed(before?.(given) ?? given, change);
+      changing.add(parameter);
+    }
+    load();
+  } finally {
+    for (const parameter of changing) parameter.incoming = undefined;
+    for (const { close } of opened) close();
   }
+}
+
+/** The sums in float32, rounded once to the weight's own type. */
+const changed = (values: Tensor, change: Change): Tensor =>
+  cast(change(cast(values, 'float32')), values.dtype);
+
+function changesOf(file: SafetensorsFile, update: Update, scale: number): [Parameter, Change][] {
+  const { target, parts } = update;
+  const changes: [Parameter, Change][] = [];
+  if (kindOf(parts)) changes.push([target.weight, (weight) => merged(file, update, scale, weight)]);
   const { diff_b: shift } = parts;
   if (shift && target.bias) {
-    change(target.bias, (bias) =>
-      add(
-        bias,
-        tensor(
-          floatsOf(file, shift).map((x) => x * scale),
-          bias.shape,
-          { device: bias.device },
-        ),
-      ),
-    );
+    const shifted = (bias: Tensor) => {
+      const values = floatsOf(file, shift).map((x) => x * scale);
+      return add(bias, tensor(values, bias.shape, { device: bias.device }));
+    };
+    changes.push([target.bias, shifted]);
   }
+  return changes;
 }
 
-/** Replaces a weight by what is made of it, the sums in float32 and rounded once to the weight's own type. */
-function change(parameter: Parameter, made: (values: Tensor) => Tensor): void {
-  const { tensor: values } = parameter;
-  parameter.tensor = keep(scope(() => cast(made(cast(values, 'float32')), values.dtype)));
+function merged(file: SafetensorsFile, update: Update, scale: number, weight: Tensor): Tensor {
+  const { target, parts, alpha, rank } = update;
+  const read = floatsOf.bind(undefined, file);
+  const made = difference(parts, target.weight.shape, read, weight.device);
+  const factor = (magnitudeOf(parts) ? 1 : scale) * (alpha / rank);
+  const longer = add(weight, scaled(made, factor).reshape(...weight.shape));
+  if (!magnitudeOf(parts)) return longer;
+  // As A1111 and ComfyUI do, scale counts for the whole change, so that 0 is the model itself; diffusers scales D alone,
+  // and lengthens W even at 0.
+  return add(weight, scaled(sub(withMagnitude(file, update, longer), weight), scale));
 }
 
 /** The weight with its rows or columns made as long as the file says. */

@@ -18,6 +18,7 @@ import {
   parseControlNetConfig,
 } from './controlnet.ts';
 import type { Latents } from './latents.ts';
+import { keepInQ8 } from './q8.ts';
 import type { AdditionalResiduals, UNetConfig } from './unet.ts';
 import type { Question } from './unet_encoder.ts';
 
@@ -55,7 +56,7 @@ export function loadControlNet(
   { unet, ratio }: { unet: UNetConfig; ratio: number },
   device: Device,
   dtype: FloatDType,
-  options?: { gradientCheckpointing: boolean },
+  { gradientCheckpointing = false, q8 = false }: { gradientCheckpointing?: boolean; q8?: boolean } = {},
 ): ControlNet {
   const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
   for (const key of sharedKeys) {
@@ -69,7 +70,8 @@ export function loadControlNet(
     throw new UserError(
       `the ControlNet of ${source.path} takes ${controlRatio(config)} pixels to a latent and the VAE ${ratio}: take one that was made for this model`,
     );
-  const net = controlnet(config, options);
+  const net = controlnet(config, { gradientCheckpointing });
+  if (q8) keepInQ8(net);
   holding('controlnet', () => source.load('controlnet', net, device, dtype));
   return net;
 }

@@ -4,23 +4,17 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { keyOf, overrides, type TileName, tilesOf } from '../engine/cuda/plan_sm90.ts';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
-import { unload } from '../engine/module.ts';
 import { fp8Scale, fp8Weight, fromE4m3, linearFp8, toE4m3, toFp8 } from '../engine/ops/fp8.ts';
 import type { Activation } from '../engine/ops/linear.ts';
 import * as scalar from '../engine/ops/math.ts';
-import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { decodeFloats, type FloatDType } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openModel } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
-import { toHost } from '../models/latents.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
 import { sdxl } from './command_line.ts';
-import { type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
-import { unetInputs } from './models_golden.ts';
+import { goldenArea, goldenFolder } from './golden.ts';
+import { unetError } from './models_golden.ts';
 import { relativeError, values } from './op_cases.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 import { schedules } from './virtual-gpu/run_kernel.ts';
@@ -194,33 +188,13 @@ test('Hopper multiplies the bytes, in each tile and under every schedule', (t) =
   t.end();
 });
 
-/** The error of a golden UNet's output, of diffusers' in float32, as a relative root mean square. */
-function goldenError(c: GoldenCase, area: GoldenArea, dtype: FloatDType, inFp8: boolean): number {
-  const device = openDevice('auto');
-  const source = openModel(join(goldenFolder, 'tiny-sdxl'));
-  const model = unet(parseUNetConfig(source.config('unet')));
-  source.load('unet', model, device, dtype);
-  if (inFp8) feedForwardToFp8(model);
-  const error = noGrad(() =>
-    scope(() => {
-      const { sample, timesteps, conditioning } = unetInputs(area, c, device);
-      const { context, textEmbeds, timeIds } = conditioning;
-      const inType = { context: cast(context, dtype), textEmbeds: cast(textEmbeds, dtype), timeIds };
-      const y = toHost(model(cast(sample, dtype), timesteps, inType));
-      return relativeError(y.data, area.floats(c.expect.sample.tensor));
-    }),
-  );
-  unload(model);
-  return error;
-}
-
 test('what 8-bit feed-forward layers cost the golden UNet, beside what bfloat16 does', (t) => {
   const area = goldenArea('unet');
   const cases = area.cases.filter((c) => c.expect.sample && !c.scale_parameters);
   t.ok(cases.length >= 3, `${cases.length} cases`);
   for (const c of cases) {
-    const halves = goldenError(c, area, 'bfloat16', false);
-    const bytes = goldenError(c, area, 'bfloat16', true);
+    const halves = unetError(area, c, 'bfloat16');
+    const bytes = unetError(area, c, 'bfloat16', { loaded: feedForwardToFp8 });
     t.comment(`${c.id}: bfloat16 ${halves.toExponential(1)}, with fp8 ${bytes.toExponential(1)}`);
     t.ok(bytes > halves && bytes < 0.05, `${c.id}: ${bytes}, bfloat16 alone ${halves}`);
   }

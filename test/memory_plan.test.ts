@@ -80,11 +80,11 @@ const ip_adapter_image: Picture[] = [
 const control_image = [{ shape: [1, 3, 1024, 1024], data: new Float32Array(3 * 1024 * 1024) }];
 
 /** Draws a picture of 1024x1024 with guidance in bfloat16; gives the most bytes of tensors. */
-function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request>): number {
+function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request>, q8 = false): number {
   const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   const nets = more.control_image ? [controlnet] : [];
   const ipAdapter = more.ip_adapter_image ? [ipAdapterSource()] : [];
-  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets, ipAdapter });
+  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets, ipAdapter, q8 });
   const loop = denoise(pipeline, {
     prompt: ['a red fox in the snow'],
     ...{ height: 1024, width: 1024, num_inference_steps: 5, guidance_scale: 5, ...more },
@@ -110,6 +110,11 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
     t.doesNotThrow(
       () => draw(card, 10 * GIB, { last: true, ip_adapter_image }),
       `${on}: by a picture within 10 GiB`,
+    );
+    t.doesNotThrow(() => draw(card, 6 * GIB, { last: true }, true), `${on}: in 8-bit integers within 6 GiB`);
+    t.doesNotThrow(
+      () => draw(card, 8 * GIB, { last: true, control_image }, true),
+      `${on}: in 8-bit integers under control within 8 GiB`,
     );
     t.throws(() => draw(card, 9 * GIB, { last: true, ip_adapter_image }), {
       message: /image_encoder 1\.\d\d GiB/,

@@ -1,14 +1,19 @@
 // What the tests of the models share: golden NCHW tensors as ours and back, scaled parameters, every submodule's output by
 // its path, and gradients by parameter name.
+import { join } from 'node:path';
 import { type Device, openDevice } from '../engine/device.ts';
 import { backward, clearGrad, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
-import { type AnyModule, namedParameters, type Parameter, watchCalls } from '../engine/module.ts';
+import { type AnyModule, namedParameters, type Parameter, unload, watchCalls } from '../engine/module.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { Tensor, tensor } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import { openModel } from '../models/checkpoint.ts';
 import { toDevice, toHost } from '../models/latents.ts';
-import type { UNet } from '../models/unet.ts';
-import { type Assert, allClose, type GoldenArea, type GoldenCase, permuted } from './golden.ts';
+import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
+import { type Assert, allClose, type GoldenArea, type GoldenCase, goldenFolder, permuted } from './golden.ts';
 import { openGpu } from './gpu/device.ts';
+import { relativeError } from './op_cases.ts';
 
 /** After the test file's name `--device=cuda:0` runs it on that GPU alone; gpu/run.ts does so. */
 const named = process.argv.find((arg) => arg.startsWith('--device='))?.slice('--device='.length);
@@ -43,6 +48,33 @@ export function unetInputs(area: GoldenArea, c: GoldenCase, device: Device) {
       timeIds: plain(area, names.time_ids, device),
     },
   };
+}
+
+/** What may become of a golden UNet before and after its weights are loaded. */
+interface Made {
+  made?(model: UNet): void;
+  loaded?(model: UNet): void;
+}
+
+/** The error of a golden UNet's output in `dtype`, of diffusers' in float32, as a relative root mean square. */
+export function unetError(area: GoldenArea, c: GoldenCase, dtype: FloatDType, { made, loaded }: Made = {}) {
+  const [device] = devices;
+  const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const model = unet(parseUNetConfig(source.config('unet')));
+  made?.(model);
+  source.load('unet', model, device, dtype);
+  loaded?.(model);
+  const error = noGrad(() =>
+    scope(() => {
+      const { sample, timesteps, conditioning } = unetInputs(area, c, device);
+      const { context, textEmbeds, timeIds } = conditioning;
+      const inType = { context: cast(context, dtype), textEmbeds: cast(textEmbeds, dtype), timeIds };
+      const y = toHost(model(cast(sample, dtype), timesteps, inType));
+      return relativeError(y.data, area.floats(c.expect.sample.tensor));
+    }),
+  );
+  unload(model);
+  return error;
 }
 
 /** Numbers in the golden order: [n, h, w, c] becomes [n, c, h, w], other ranks are as they are. */

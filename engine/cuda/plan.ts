@@ -132,6 +132,9 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   single('move', 'upsample_nearest_forward', ([, , n, , , c, oh, ow]) => packs(n * oh * ow, c), THREADS),
   single('move', 'upsample_nearest_backward', ([, , n, h, w, c]) => packs(n * h * w, c), THREADS),
   single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
+  single('q8', 'q8_scale_forward', ([, , n]) => n / 32, THREADS),
+  perElement('q8', 'to_q8_forward', 3),
+  perElement('q8', 'from_q8_forward', 3),
   perElement('random', 'normal_forward', 1),
   perElement('random', 'uniform_forward', 1),
 ];
