@@ -13,6 +13,7 @@ import {
 } from '../io/safetensors.ts';
 import { type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { kindName, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
+import { peftEntries } from './peft_config.ts';
 
 export type LoraFormat = 'lora-peft' | 'lora-kohya';
 
@@ -126,21 +127,14 @@ function peftMetadata(updates: readonly Update[]): Record<string, string> {
   for (const component of Object.keys(kohyaPrefixes)) {
     const mine = updates.filter(({ target }) => target.path.startsWith(`${component}.`));
     if (mine.length === 0) continue;
-    const paths = mine.map(({ target }) => target.path.slice(component.length + 1));
-    const [{ rank, alpha }] = mine;
-    const others = (key: 'rank' | 'alpha', usual: number) =>
-      Object.fromEntries(
-        mine.flatMap((update, i) => (update[key] === usual ? [] : [[paths[i], update[key]]])),
-      );
-    Object.assign(config, {
-      [`${component}.peft_type`]: 'LORA',
-      [`${component}.r`]: rank,
-      [`${component}.lora_alpha`]: alpha,
-      [`${component}.rank_pattern`]: others('rank', rank),
-      [`${component}.alpha_pattern`]: others('alpha', alpha),
-      [`${component}.use_dora`]: mine.some(({ parts }) => magnitudeOf(parts)),
-      [`${component}.target_modules`]: paths,
+    const layers = mine.map(({ target, rank, alpha }) => {
+      return { path: target.path.slice(component.length + 1), rank, alpha };
     });
+    const more = {
+      use_dora: mine.some(({ parts }) => magnitudeOf(parts)),
+      target_modules: layers.map(({ path }) => path),
+    };
+    Object.assign(config, peftEntries(component, layers, layers[0], more));
   }
   return { lora_adapter_metadata: JSON.stringify(config) };
 }

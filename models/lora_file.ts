@@ -3,11 +3,10 @@
 // Underscores cannot be split again, so names are matched by spelling every layer of the model in all ways; a name that
 // matches none is an error, as a silently lost layer would be.
 import { existsSync, statSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { readJsonObject } from '../io/files.ts';
 import type { SafetensorsFile, TensorInfo } from '../io/safetensors.ts';
 import { isIPAdapter } from './ip_adapter.ts';
 import {
@@ -22,6 +21,7 @@ import {
   rankOf,
   unsupportedKind,
 } from './lora_kinds.ts';
+import { byPattern, type PeftConfig, peftConfigs, peftRoot } from './peft_config.ts';
 import { weightFile } from './save.ts';
 import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
@@ -116,8 +116,6 @@ const plainModule = (module: string): string =>
       /\.processor\.(to_\w+)$/,
       (_, projection) => `.${projection === 'to_out' ? 'to_out.0' : projection}`,
     );
-
-const peftRoot = /^base_model\.model\./;
 
 /** Every spelling of every layer that an adapter can change. */
 function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTargets): Map<string, Target> {
@@ -218,42 +216,6 @@ export function complain(
   );
 }
 
-/** What of peft's LoraConfig, LoHaConfig and LoKrConfig tells alpha and rank. */
-interface PeftConfig {
-  r?: number;
-  lora_alpha?: number;
-  /** LoHa and LoKr call it so. */
-  alpha?: number;
-  rank_pattern?: Record<string, number>;
-  alpha_pattern?: Record<string, number>;
-  use_rslora?: boolean;
-}
-
-/** The config of a layer, by its path: diffusers keeps it in the metadata, peft in a file beside its own. */
-function peftConfigs(file: SafetensorsFile): (path: string) => PeftConfig {
-  const text = file.metadata.lora_adapter_metadata;
-  if (text !== undefined) {
-    const metadata = parsed(file, text);
-    return (path) => {
-      const prefix = `${path.split('.')[0]}.`;
-      const mine = Object.entries(metadata).filter(([key]) => key.startsWith(prefix));
-      return Object.fromEntries(mine.map(([key, value]) => [key.slice(prefix.length), value]));
-    };
-  }
-  const beside = join(dirname(file.path), 'adapter_config.json');
-  const peft = [...file.tensors.keys()].some((name) => peftRoot.test(name));
-  const config: PeftConfig = peft && existsSync(beside) ? readJsonObject(beside) : {};
-  return () => config;
-}
-
-function parsed(file: SafetensorsFile, text: string): Record<string, unknown> {
-  try {
-    return JSON.parse(text) as Record<string, unknown>;
-  } catch {
-    throw new UserError(`LoRA ${file.path}: its "lora_adapter_metadata" is not JSON; save the adapter again`);
-  }
-}
-
 /**
  * Alpha and rank: kohya keeps alpha in a tensor, peft in its config; without either it is the rank. A LoKr of two whole factors
  * has no rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. Rank-stabilised adapters (alpha over the
@@ -272,18 +234,6 @@ function ratioOf(
   const rank = own ?? (named === undefined ? 1 : (byPattern(config.rank_pattern, path) ?? config.r ?? 1));
   const alpha = byPattern(config.alpha_pattern, path) ?? named ?? rank;
   return { alpha: alpha * (config.use_rslora ? Math.sqrt(rank) : 1), rank };
-}
-
-/** peft's rule: the first pattern, a regular expression, that matches the path or an ending of it behind a dot. */
-function byPattern(patterns: Record<string, number> | undefined, path: string): number | undefined {
-  const found = Object.entries(patterns ?? {}).find(([pattern]) => {
-    try {
-      return new RegExp(`^(.*\\.)?(${pattern})$`).test(path);
-    } catch {
-      throw new UserError(`"${pattern}" in the adapter's alpha_pattern or rank_pattern is no pattern`);
-    }
-  });
-  return found?.[1];
 }
 
 /** A part's numbers in float32. */
