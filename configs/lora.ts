@@ -2,6 +2,9 @@
 // diffusers' train_text_to_image_lora_sdxl.py. The result is runs/lora/final/pytorch_lora_weights.safetensors.
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER
 // To go on with a LoRA that is there, of the same rank: --set lora.network_weights=FILE
+// On convolutions too, with a rank of their own (LoCon):
+//   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set lora.conv_rank=4 --set lora.conv_alpha=4 \
+//     --set lora.targets=to_q,to_k,to_v,to_out.0,conv1,conv2,conv_shortcut,conv
 // With adapters on the text encoders too, as --train_text_encoder there:
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set train.text_encoders=true --set optimizer.text_encoder_lr=5e-6
 //   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora runs/lora/final/pytorch_lora_weights.safetensors --prompt ...

@@ -12,11 +12,28 @@ import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
 
-export interface LoraConfig {
-  rank: number;
-  alpha: number;
+export interface LoraConfig extends LoraSizes {
   /** Names of layers, or endings of their paths, as peft's target_modules: `to_q`, `to_out.0`, `conv1`. */
   targets: readonly string[];
+}
+
+/** Ranks and alphas as kohya and LyCORIS divide them. */
+export interface LoraSizes {
+  /** Of linear layers and 1x1 convolutions. */
+  rank: number;
+  alpha: number;
+  /** Of convolutions with a larger kernel; 0 for those above. */
+  conv_rank?: number;
+  conv_alpha?: number;
+}
+
+/** Whether a weight of that shape is a convolution's that `conv_rank` is of. */
+export const isLarge = ([, , kh = 1, kw = 1]: readonly number[]): boolean => kh * kw > 1;
+
+/** The rank and alpha of a layer whose weight has that shape. */
+export function sizesFor(shape: readonly number[], sizes: LoraSizes): { rank: number; alpha: number } {
+  const { rank, alpha, conv_rank, conv_alpha } = sizes;
+  return isLarge(shape) ? { rank: conv_rank || rank, alpha: conv_alpha || alpha } : { rank, alpha };
 }
 
 /** Uniform numbers in [0, 1) for a parameter: initialisation must be the same wherever a run begins. */
@@ -45,7 +62,8 @@ export function addLora(
   }
   for (const { path, layer, replace } of layers) {
     if (!config.targets.some((target) => matches(path, target))) continue;
-    const adapted = isConvolution(layer) ? adaptConv(layer, config) : adaptLinear(layer, config);
+    const sizes = sizesFor(layer.children.weight.shape, config);
+    const adapted = isConvolution(layer) ? adaptConv(layer, sizes) : adaptLinear(layer, sizes);
     const { lora_A: down, lora_B: up } = adapted.children;
     start(down.children.weight, layer.children.weight.tensor, (count, fan) =>
       uniforms(`${path}.lora_A.weight`, count).map((u) => (2 * u - 1) / Math.sqrt(fan)),
@@ -99,7 +117,7 @@ const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(
 const weightOnly = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain') =>
   module({ weight: parameter(shape, layout) }, () => undefined);
 
-function adaptLinear(base: Linear, { rank, alpha }: LoraConfig) {
+function adaptLinear(base: Linear, { rank, alpha }: LoraSizes) {
   const [outputs, inputs] = base.children.weight.shape;
   return module(
     {
@@ -123,7 +141,7 @@ function adaptLinear(base: Linear, { rank, alpha }: LoraConfig) {
 }
 
 /** A's convolution has the base's kernel, stride and padding; B's is 1x1. */
-function adaptConv(base: Conv2d, { rank, alpha }: LoraConfig) {
+function adaptConv(base: Conv2d, { rank, alpha }: LoraSizes) {
   const [outputs, inputs, kh, kw] = base.children.weight.shape;
   return module(
     {

@@ -3,7 +3,7 @@
 import type { Parameter } from '../engine/module.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
-import type { LoraConfig } from './adapters.ts';
+import { isLarge, type LoraSizes, sizesFor } from './adapters.ts';
 import { channelsLast } from './checkpoint.ts';
 import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
 import { kindOf, magnitudeOf } from './lora_kinds.ts';
@@ -17,7 +17,7 @@ export function startFromLora(
   targets: LoraTargets,
   path: string,
   parameters: ReadonlyMap<string, Parameter>,
-  { rank, alpha }: Pick<LoraConfig, 'rank' | 'alpha'>,
+  sizes: LoraSizes,
 ): number {
   const file = openSafetensors(locateAdapter(path));
   try {
@@ -30,11 +30,14 @@ export function startFromLora(
       named(({ parts }) => !isPlain(parts)),
       'train on with a plain one, or begin anew',
     );
-    const others = updates.find(([, { parts }]) => parts.lora_down?.shape[0] !== rank);
-    if (others)
+    for (const [module, { target, rank: its }] of updates) {
+      const { rank } = sizesFor(target.weight.shape, sizes);
+      if (its === rank) continue;
+      const key = isLarge(target.weight.shape) ? 'conv_rank' : 'rank';
       throw new UserError(
-        `LoRA ${file.path}: ${others[0]} has rank ${others[1].parts.lora_down?.shape[0]}, and the run ${rank}; set lora.rank to that`,
+        `LoRA ${file.path}: ${module} has rank ${its}, and the run ${rank}; set lora.${key} to that`,
       );
+    }
     complain(
       file,
       'are of layers that the run puts no adapter on',
@@ -45,6 +48,7 @@ export function startFromLora(
       const load = (part: string, from: TensorInfo | undefined, factor: number) =>
         fill(parameters.get(`${target.path}.${part}.weight`) as Parameter, file, from as TensorInfo, factor);
       load('lora_A', parts.lora_down, 1);
+      const { rank, alpha } = sizesFor(target.weight.shape, sizes);
       load('lora_B', parts.lora_up, own.alpha / own.rank / (alpha / rank));
     }
     return updates.length;

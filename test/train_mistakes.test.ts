@@ -112,6 +112,12 @@ test('run files', async (t) => {
   );
   await refuses(
     t,
+    'a rank of adapters without adapters',
+    /"lora\.conv_rank" is of adapters, and target "unet" trains none/,
+    ...file('conv-rank', { lora: { conv_rank: 4 } }),
+  );
+  await refuses(
+    t,
     'text encoders beside a VAE',
     /"train\.text_encoders" trains the encoders beside the UNet, which target "vae" does not/,
     ...file('m', { train: { target: 'vae', text_encoders: true } }),
@@ -160,6 +166,8 @@ test('run files', async (t) => {
   for (const [assignment, place] of [
     ['min_snr_gamma=5', 'objective.snr_gamma'], // kohya's
     ['lora.network_dim=32', 'lora.rank'],
+    ['conv_dim=8', 'lora.conv_rank'],
+    ['conv_alpha=4', 'lora.conv_alpha'],
     ['gradient_checkpointing=true', 'train.gradient_checkpointing'], // in another group
     ['optimizer.num_cycles=2', 'lr_scheduler.num_cycles'],
   ])

@@ -94,10 +94,16 @@ function ofObjective({ objective }: Run): string[] {
     .map(([key, value]) => (value === true ? key : `${key} ${value}`));
 }
 
-const ofLora = ({ train, lora }: Run): string =>
-  train.target === 'lora'
-    ? ` (rank ${lora.rank}, alpha ${lora.alpha}${lora.network_weights && `, from ${lora.network_weights}`})`
-    : '';
+function ofLora({ train, lora }: Run): string {
+  if (train.target !== 'lora') return '';
+  const { rank, alpha, conv_rank, conv_alpha, network_weights } = lora;
+  const larger =
+    conv_rank || conv_alpha
+      ? [`convolutions larger than 1x1 rank ${conv_rank || rank}, alpha ${conv_alpha || alpha}`]
+      : [];
+  const begun = network_weights ? [`from ${network_weights}`] : [];
+  return ` (${[`rank ${rank}, alpha ${alpha}`, ...larger, ...begun].join(', ')})`;
+}
 
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>

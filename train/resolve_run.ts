@@ -58,6 +58,11 @@ function refuseUnused(
     throw new UserError(
       `${where}: "lora.network_weights" is what adapters begin with, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
     );
+  for (const key of ['conv_rank', 'conv_alpha'] as const)
+    if (lora[key] && target !== 'lora')
+      throw new UserError(
+        `${where}: "lora.${key}" is of adapters, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
+      );
   if (parts.length > 0 && target !== 'unet')
     throw new UserError(
       `${where}: "train.parts" are the UNet's own weights, which target "${target}" does not train; ${

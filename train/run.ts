@@ -43,11 +43,14 @@ export interface Run {
   lora: {
     rank: number;
     alpha: number;
+    /** Of convolutions larger than 1x1, of which `targets` then names some (LoCon); 0 for those above. */
+    conv_rank: number;
+    conv_alpha: number;
     /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
     targets: readonly string[];
     /** Those of the text encoders, where these are trained. */
     text_encoder_targets: readonly string[];
-    /** A LoRA to go on with, of this rank: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
+    /** A LoRA to go on with, of these ranks: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
     network_weights: string;
   };
   controlnet: {
@@ -184,6 +187,8 @@ export const fields: Fields<Run> = {
   lora: {
     rank: whole(8, { min: 1 }),
     alpha: number(8, { min: 0 }),
+    conv_rank: whole(0),
+    conv_alpha: number(0, { min: 0 }),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
     network_weights: text(''),

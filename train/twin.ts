@@ -2,11 +2,13 @@
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
 // ControlNet (controlnet.ts) is put beside the UNet.
 import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
-import { addLora, type Uniforms } from '../models/adapters.ts';
+import { UserError } from '../io/errors.ts';
+import { addLora, isLarge, type LoraSizes, sizesFor, type Uniforms } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
 import type { LoraTargets } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
+import { peftEntries } from '../models/peft_config.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
 import { keyOf } from './data/source.ts';
@@ -37,17 +39,18 @@ export const uniformsOf =
 
 /** LoRA adapters on the loaded pipeline: peft's keys, and its config in the file's metadata as diffusers reads it. */
 export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resumed: boolean): Added {
-  const { rank, alpha, network_weights: begun } = run.lora;
+  const { lora } = run;
   const parameters = adapt(run, pipeline, networks, uniformsOf(run.seed));
+  if ((lora.conv_rank || lora.conv_alpha) && ![...parameters.values()].some(({ shape }) => isLarge(shape)))
+    throw new UserError(
+      'lora.conv_rank and lora.conv_alpha are of convolutions larger than 1x1, and lora.targets names none; add conv1, conv2 and conv to it, or leave them out',
+    );
   // A resumed run has numbers of its own, and the file may be gone.
-  if (begun && !resumed)
-    startFromLora(targetsOf(run, pipeline, networks), begun, parameters, { rank, alpha });
-  const config = placesOf(run, pipeline, networks).map(({ name, targets }) => ({
-    [`${name}.peft_type`]: 'LORA',
-    [`${name}.r`]: rank,
-    [`${name}.lora_alpha`]: alpha,
-    [`${name}.target_modules`]: targets,
-  }));
+  if (lora.network_weights && !resumed)
+    startFromLora(targetsOf(run, pipeline, networks), lora.network_weights, parameters, lora);
+  const config = placesOf(run, pipeline, networks).map(({ name, targets }) =>
+    peftEntries(name, layersOf(name, parameters, lora), lora, { target_modules: targets }),
+  );
   return {
     component: {
       name: 'lora',
@@ -61,6 +64,13 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
     }),
   };
 }
+
+/** A network's adapted layers with their ranks and alphas. A has the kernel of the layer that it is put on. */
+const layersOf = (network: string, parameters: ReadonlyMap<string, Parameter>, sizes: LoraSizes) =>
+  [...parameters].flatMap(([key, { shape }]) => {
+    const path = key.startsWith(`${network}.`) && /^[^.]+\.(.*)\.lora_A\.weight$/.exec(key)?.[1];
+    return path ? [{ path, ...sizesFor(shape, sizes) }] : [];
+  });
 
 interface Place {
   /** The network's component. */
@@ -92,11 +102,10 @@ const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTarget
 
 /** Puts adapters on a pipeline's networks; gives their parameters by `network.key`. */
 function adapt(run: Run, pipeline: Pipeline, networks: Networks, uniforms: Uniforms): Map<string, Parameter> {
-  const { rank, alpha } = run.lora;
   const added = placesOf(run, pipeline, networks).flatMap(({ name, root, targets, option }) => {
     // Layers of two encoders have the same names, but not the same numbers to begin with.
     const drawn: Uniforms = (key, count) => uniforms(name === 'unet' ? key : `${name}.${key}`, count);
-    const parameters = addLora(root, { rank, alpha, targets }, drawn, option);
+    const parameters = addLora(root, { ...run.lora, targets }, drawn, option);
     return [...parameters].map(([key, parameter]) => [`${name}.${key}`, parameter] as const);
   });
   return new Map(added);
