@@ -2,6 +2,7 @@
 // exif_transpose and convert('RGB'): alpha dropped, colour profiles ignored, 16 bits cut to 8. The float
 // conversions are diffusers' VaeImageProcessor (image_processor.py) and transformers' CLIPImageProcessor, in
 // float32 step by step so that they agree to the bit.
+import type { Sharp } from 'sharp';
 import { UserError } from './errors.ts';
 import { readBytes, writeFileAtomic } from './files.ts';
 import type { Mask, Picture, Pixels } from './pixels.ts';
@@ -24,27 +25,54 @@ export async function decodePicture(
   name: string,
   { onWhite = false }: { onWhite?: boolean } = {},
 ): Promise<Picture> {
+  return decoded(file, name, async (image, inks) => {
+    const opaque = onWhite && !inks ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
+    const { width, height, data } = inks
+      ? await pixelsOf(opaque.pipelineColourspace('cmyk'), 'cmyk', 4)
+      : await pixelsOf(opaque, 'srgb', 3);
+    return { width, height, channels: 3, data: inks ? withoutInks(data) : data };
+  });
+}
+
+/** How opaque a picture is, as `decodePicture` reads it and Pillow's convert('RGBA') tells: 255 all over where it has no alpha. */
+export async function decodeAlpha(file: Uint8Array, name: string): Promise<Mask> {
+  return decoded(file, name, async (image) => {
+    const { width, height, data } = await pixelsOf(image.ensureAlpha(), 'srgb', 4);
+    const alpha = new Uint8Array(width * height);
+    for (let i = 0; i < alpha.length; i++) alpha[i] = data[4 * i + 3];
+    return { width, height, channels: 1, data: alpha };
+  });
+}
+
+/** What `make` makes of a file's picture, upright; `inks` tells that it is CMYK. @throws UserError */
+async function decoded<P extends Pixels>(
+  file: Uint8Array,
+  name: string,
+  make: (image: Sharp, inks: boolean) => Promise<P>,
+): Promise<P> {
   // Imported late: most commands never decode a picture.
   const { default: sharp } = await import('sharp');
   try {
     const image = sharp(file, { ignoreIcc: true, failOn: 'error', autoOrient: true });
     const { format, space } = await image.metadata();
     if (!formats.includes(format)) throw new Error(`the format is ${format}`);
-    const inks = space === 'cmyk';
-    const opaque = onWhite && !inks ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
-    const { data, info } = await (inks ? opaque.pipelineColourspace('cmyk') : opaque)
-      .toColourspace(inks ? 'cmyk' : 'srgb')
-      .raw({ depth: 'uchar' })
-      .toBuffer({ resolveWithObject: true });
-    const { width, height, channels } = info;
-    if (channels !== (inks ? 4 : 3)) throw new Error(`the picture has ${channels} channels`);
-    return { width, height, channels: 3, data: inks ? withoutInks(data) : new Uint8Array(data) };
+    return await make(image, space === 'cmyk');
   } catch (error) {
     const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
     throw new UserError(
       `${name} cannot be read as a picture (${reason}): give a sound PNG, JPEG or WebP file`,
     );
   }
+}
+
+async function pixelsOf(image: Sharp, space: 'srgb' | 'cmyk', wanted: number) {
+  const { data, info } = await image
+    .toColourspace(space)
+    .raw({ depth: 'uchar' })
+    .toBuffer({ resolveWithObject: true });
+  const { width, height, channels } = info;
+  if (channels !== wanted) throw new Error(`the picture has ${channels} channels`);
+  return { width, height, data: new Uint8Array(data) };
 }
 
 /** Pillow's way from CMYK to RGB, by no colour profile: what is left of white under each ink and black. */

@@ -7,6 +7,7 @@ import sharp from 'sharp';
 import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
 import {
+  decodeAlpha,
   postprocess,
   preprocess,
   preprocessMask,
@@ -243,6 +244,79 @@ test('pictures: every kind is read as 8-bit RGB', async (t) => {
   const turned = await readPicture(path);
   t.strictSame([turned.width, turned.height], [4, 6], 'EXIF orientation');
   t.strictSame([...turned.data.subarray(0, 3)], [...rgb.subarray(54, 57)], 'a quarter turn clockwise');
+  t.end();
+});
+
+test('pictures: how opaque each kind is', async (t) => {
+  // Three pixels by two as Pillow wrote them (16 bits by hand), and the alpha of its exif_transpose and convert('RGBA').
+  const files: readonly (readonly [label: string, alpha: number[][], base64: string])[] = [
+    [
+      'palette',
+      [
+        [255, 255, 64],
+        [128, 128, 0],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACAgMAAADgGo6JAAAADFBMVEUAChQeKDI8RlBaZG4t2Db8AAAABHRSTlMAQID/1YicnAAAAAxJREFUeJxj+MK0BgADkAGjL4uwjgAAAABJRU5ErkJggg==',
+    ],
+    [
+      'one colour',
+      [
+        [255, 0, 255],
+        [255, 255, 0],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAABnRSTlMACgAUAB7FNin/AAAAHElEQVR4nGPwO+PAJSKXXsXL0LXmQk0KD5eIHAA8wgWzbYUxfQAAAABJRU5ErkJggg==',
+    ],
+    [
+      'grey',
+      [
+        [34, 32, 204],
+        [127, 151, 153],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAQAAAA3fa6RAAAAFklEQVR4nGPwUxJQSD/DYhOrJ5F0FgAXcQPm+SuAMgAAAABJRU5ErkJggg==',
+    ],
+    [
+      'turned',
+      [
+        [127, 34],
+        [151, 32],
+        [153, 204],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAYAAACddGYaAAAAGmVYSWZNTQAqAAAACAABARIAAwAAAAEABgAAAAAAANZnS2kAAAAjSURBVHicY/A746Ak8OulQnoV7xnGrjUX6j/tsJFISn/PBACT3guIX2RNOQAAAABJRU5ErkJggg==',
+    ],
+    [
+      'WebP',
+      [
+        [34, 32, 204],
+        [127, 151, 153],
+      ],
+      'UklGRlwAAABXRUJQVlA4TE8AAAAvAkAAEC9AEEBiEVi0a4ywxiSKGUmCFMafYVhG49rfEhBmG2UKU7nv+RscxFmQBZho7JxEKrkkHEcct3Ljni8c0SkUpG3A4u4ZWkT/Y70AAA==',
+    ],
+    [
+      'no alpha',
+      [
+        [255, 255, 255],
+        [255, 255, 255],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAHElEQVR4nGPwO+PAJSKXXsXL0LXmQk0KD5eIHAA8wgWzbYUxfQAAAABJRU5ErkJggg==',
+    ],
+    [
+      '16 bits',
+      [
+        [237, 33, 159],
+        [130, 70, 201],
+      ],
+      'iVBORw0KGgoAAAANSUhEUgAAAAMAAAACEAYAAADN5LpZAAAAPUlEQVR42gEyAM3/AHxJJd5myO2fjDkSB4rxITjBIvLF+ryfMwDeS152JU+C6nGYqbD+mkZ62xAjUVkFybxfvRgwy3gNJQAAAABJRU5ErkJggg==',
+    ],
+  ];
+  for (const [label, want, base64] of files) {
+    const { width, height, channels, data } = await decodeAlpha(Buffer.from(base64, 'base64'), label);
+    t.strictSame([width, height, channels], [want[0].length, want.length, 1], label);
+    t.strictSame([...data], want.flat(), label);
+  }
+  const raw = { width: 4, height: 2, channels: 4, background: { r: 9, g: 9, b: 9, alpha: 0 } } as const;
+  const inks = await sharp({ create: raw }).removeAlpha().toColourspace('cmyk').jpeg().toBuffer();
+  t.strictSame([...(await decodeAlpha(inks, 'CMYK')).data], Array(8).fill(255), 'CMYK');
+  await t.rejects(decodeAlpha(Buffer.from('x'), 'a text'), { name: 'UserError', message: /^a text cannot/ });
   t.end();
 });
 
