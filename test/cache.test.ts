@@ -106,6 +106,7 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
   );
   t.equal(await cache.fill(await viewsOf(folder)), 0, 'nor is a new caption');
   t.equal(await momentsCache(at, coder, 'lanczos').fill(edited), 6, 'another way of resizing');
+  t.equal(await momentsCache(at, coder, 'bilinear', 'colours').fill(edited), 6, 'other colours');
 });
 
 test('one crop: one edit, one entry', async (t) => {

@@ -62,6 +62,35 @@ test('what is transparent lies on white', async (t) => {
   t.strictSame([...pixels.subarray(3, 6)], [1, 1, 1], 'and so do the pixels for the VAE');
 });
 
+test('alpha is shown as the picture is, and the colours beneath with it', async (t) => {
+  const raw = { width: 40, height: 30, channels: 4 } as const;
+  const rgba = Uint8Array.from({ length: 40 * 30 * 4 }, (_, i) => (i * i * 7 + (i >> 5)) % 256);
+  const file = await sharp(rgba, { raw }).png().toBuffer();
+  const drop = (from: (pixel: number, c: number) => number) =>
+    sharp(
+      Uint8Array.from({ length: 40 * 30 * 3 }, (_, i) => rgba[from(Math.floor(i / 3), i % 3)]),
+      { raw: { ...raw, channels: 3 } },
+    )
+      .png()
+      .toBuffer();
+  const colours = await drop((pixel, c) => 4 * pixel + c);
+  const alpha = await drop((pixel) => 4 * pixel + 3);
+  for (let key = 0; key < 4; key++) {
+    const options = { ...defaults, random_flip: true };
+    const geometry = geometryOf([30, 40], [16, 16], options, { seed: 1, key, variant: 0 });
+    const beneath = await readPixels(file, 'rgba', geometry, 'lanczos', 'colours');
+    t.strictSame(beneath, await readPixels(colours, 'rgb', geometry, 'lanczos'), `colours, ${geometry.flip}`);
+    const grey = await readPixels(alpha, 'alpha as grey', geometry, 'lanczos', 'conditioning');
+    const got = await readPixels(file, 'rgba', geometry, 'lanczos', 'alpha');
+    t.strictSame(
+      got,
+      grey.filter((_, i) => i % 3 === 0),
+      `alpha, ${geometry.flip}`,
+    );
+  }
+  t.end();
+});
+
 const where = { seed: 7, key: 11, variant: 0 };
 
 test('geometry covers the target and nothing more', (t) => {

@@ -16,8 +16,8 @@ import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
 import type { Vae } from '../models/vae.ts';
-import type { Geometry } from './data/picture.ts';
-import { mostThreads, readPixelsAside } from './data/pixel_threads.ts';
+import type { Geometry, Reading } from './data/picture.ts';
+import { mostThreads, type Question, readPixelsAside } from './data/pixel_threads.ts';
 import { contentHash, type Sample } from './data/survey.ts';
 
 /** Raise when an entry of the same name would hold something else. */
@@ -56,10 +56,14 @@ export function momentsCache(
   folder: string,
   vae: Vae,
   interpolation: ResizeFilter,
+  reading: Reading = 'picture',
 ): Cache<View, PictureMoments> {
   const encoder = modelHash(vae.module, vae.config);
   const pathOf = ({ sample, geometry }: View) =>
-    entryPath(folder, 'moments', { picture: sample.hash, geometry, interpolation, encoder });
+    entryPath(folder, 'moments', {
+      ...{ picture: sample.hash, geometry, interpolation, encoder },
+      ...(reading !== 'picture' && { reading }),
+    });
   return {
     read: (view) => readEntry(pathOf(view), 'mean', 'logvar', view.sample.id),
     async fill(views, onProgress) {
@@ -74,7 +78,7 @@ export function momentsCache(
         for (const [i, batch] of batches.entries()) {
           // While the VAE works on these, the next are read, one more than there are threads for it.
           for (const next of batches.slice(i + ahead.length, i + mostThreads + 1)) {
-            const pixels = readViews(next, interpolation, signal, heard);
+            const pixels = readViews(next, { interpolation, reading }, signal, heard);
             pixels.catch(() => undefined); // told when it is awaited
             ahead.push(pixels);
           }
@@ -136,7 +140,7 @@ function leaving(progress: () => unknown) {
 /** Calls `heard` after each picture, as those of a batch may take seconds. */
 async function readViews(
   views: readonly View[],
-  interpolation: ResizeFilter,
+  how: Pick<Question, 'interpolation' | 'reading'>,
   signal: AbortSignal,
   heard: () => void,
 ): Promise<Float32Array[]> {
@@ -145,7 +149,7 @@ async function readViews(
       const file = await sample.read();
       if (contentHash(file) !== sample.hash)
         throw new UserError(`${sample.id} was changed while it was being prepared: start again`);
-      const pixels = await readPixelsAside({ file, name: sample.id, geometry, interpolation }, signal);
+      const pixels = await readPixelsAside({ file, name: sample.id, geometry, ...how }, signal);
       heard();
       return pixels;
     }),

@@ -61,7 +61,9 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
   const configs = networks.texts.map(({ name }) => source.config(name));
   const texts = captions ? cachedTexts(pipeline, captions, configs, cacheFolder) : textsInPass(pipeline);
   // Hashing the VAE reads all its weights.
-  const moments = lazily(() => momentsCache(cacheFolder, coder, run.dataset.interpolation));
+  const { interpolation, alpha_mask } = run.dataset;
+  const reading = alpha_mask ? 'colours' : 'picture';
+  const moments = lazily(() => momentsCache(cacheFolder, coder, interpolation, reading));
   const hasPrior = pictures.samples.some(({ prior }) => prior);
   const latentShape = (bucket: number, n: number): number[] => {
     const [h, w] = pictures.buckets[bucket];

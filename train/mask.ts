@@ -1,35 +1,42 @@
-// Masked loss, as kohya's trainer has it: a picture's conditioning image is its mask, whose red tells how much each place counts, and a
-// latent counts as its pixels do on average. The mean stays one over all places. What goes to the device is the mask's square root:
-// times it, both what the network says and what it should, squares come out weighed, with no op of their own.
+// Masked loss, as kohya's trainer has it: a picture's mask is the red of its conditioning image, or its own alpha; it tells how much
+// each place counts, and a latent counts as its pixels do on average. The mean stays one over all places. What goes to the device is
+// the mask's square root: times it, both what the network says and what it should, squares come out weighed, with no op of their own.
+import { sizeOf } from '../engine/tensor.ts';
 import type { Size } from '../models/conditioning.ts';
 import { joined } from '../models/latents.ts';
 import type { View } from './cache.ts';
 import { type Control, uncontrolled } from './controlnet.ts';
-import { readConditioning } from './pictures.ts';
+import { readConditioning, readView } from './pictures.ts';
 import type { Run } from './run.ts';
 import type { PassInputs } from './task.ts';
 
-/** How much each latent counts, [h / ratio, w / ratio], by the red of an image [h, w, 3]. */
+/** How much each latent counts, [h / ratio, w / ratio], by the first channel of an image [h, w, channels]. */
 export function latentMask(image: Float32Array, [height, width]: Size, ratio: number): Float32Array {
   const columns = width / ratio;
+  const channels = image.length / (height * width);
   const mask = new Float32Array((height / ratio) * columns);
   for (let y = 0; y < height; y++)
     for (let x = 0; x < width; x++) {
       const at = Math.floor(y / ratio) * columns + Math.floor(x / ratio);
-      mask[at] += image[3 * (y * width + x)] / ratio ** 2;
+      mask[at] += image[channels * (y * width + x)] / ratio ** 2;
     }
   return mask;
 }
 
-/** The loss's mask as an input of passes. Pictures for prior preservation have none, and count wholly. */
+/** The loss's mask as an input of passes. Pictures for prior preservation have no conditioning image, and count wholly. */
 export function masked(run: Run, ratio: number): Control {
   const inputs = (n: number, [height, width]: Size, values: Float32Array): PassInputs => ({
     mask: { shape: [n, height / ratio, width / ratio, 1], values, dtype: 'float32' },
   });
   const rootOf = async (view: View, signal?: AbortSignal): Promise<Float32Array> => {
-    const [height, width] = view.geometry.target;
-    if (!view.sample.conditioning) return new Float32Array((height * width) / ratio ** 2).fill(1);
-    return latentMask(await readConditioning(view, run, signal), [height, width], ratio).map(Math.sqrt);
+    const { target } = view.geometry;
+    const { alpha_mask } = run.dataset;
+    if (!alpha_mask && !view.sample.conditioning)
+      return new Float32Array(sizeOf(target) / ratio ** 2).fill(1);
+    const image = await (alpha_mask
+      ? readView(view, run, signal, 'alpha')
+      : readConditioning(view, run, signal));
+    return latentMask(image, target, ratio).map(Math.sqrt);
   };
   return {
     async inputs(views, signal) {

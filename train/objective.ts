@@ -22,7 +22,7 @@ export interface ObjectiveSettings {
   huber_delta: number;
   /** What the loss of pictures for prior preservation weighs (dataset.class_data_dir). */
   prior_loss_weight: number;
-  /** Weigh each place of a picture by its mask, which is its conditioning image (mask.ts). */
+  /** Weigh each place of a picture by its mask, its conditioning image or its alpha (mask.ts). */
   masked_loss: boolean;
   /** Min-SNR weighting (Hang et al. 2023); 0 for none. */
   snr_gamma: number;

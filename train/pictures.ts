@@ -8,7 +8,7 @@ import type { Size } from '../models/conditioning.ts';
 import type { View } from './cache.ts';
 import { bucketSizes, nearestBucket } from './data/buckets.ts';
 import type { PictureFile } from './data/dataset.ts';
-import { geometryOf } from './data/picture.ts';
+import { geometryOf, type Reading } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
 import { keyOf, openDataset } from './data/source.ts';
 import { type Sample, survey } from './data/survey.ts';
@@ -104,16 +104,18 @@ export function viewIn(epoch: number, index: number, pictures: Pictures, run: Ru
   };
 }
 
-/** The view's pixels [h, w, 3] in [-1, 1]. */
+/** The view's pixels, [h, w, 3] in [-1, 1], or what else is to be read of its picture. */
 export const readView = async (
   { sample, geometry }: View,
   run: Run,
   signal?: AbortSignal,
+  reading?: Reading,
 ): Promise<Float32Array> =>
   readPixelsAside(
     {
       ...{ file: await sample.read(), name: sample.id, geometry },
       interpolation: run.dataset.interpolation,
+      reading,
     },
     signal,
   );
@@ -127,7 +129,7 @@ export const readConditioning = async (
   const { id, read } = sample.conditioning as PictureFile;
   const { interpolation } = run.dataset;
   return readPixelsAside(
-    { file: await read(), name: id, geometry, interpolation, conditioning: true },
+    { file: await read(), name: id, geometry, interpolation, reading: 'conditioning' },
     signal,
   );
 };

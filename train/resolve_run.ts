@@ -93,8 +93,25 @@ function refuseUnused(
 }
 
 /** Whether each picture has an image beside it. */
-const conditioned = ({ train, objective }: Run): boolean =>
-  train.target === 'controlnet' || objective.masked_loss;
+const conditioned = ({ train, objective, dataset }: Run): boolean =>
+  train.target === 'controlnet' || (objective.masked_loss && !dataset.alpha_mask);
+
+/** Alpha as a mask where no loss is weighed by one, or by another. */
+function refuseAlphaMask({ train: { target }, dataset, objective }: Run, where: string): void {
+  if (!dataset.alpha_mask) return;
+  if (target === 'controlnet' || target === 'vae')
+    throw new UserError(
+      `${where}: "dataset.alpha_mask" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+    );
+  if (!objective.masked_loss)
+    throw new UserError(
+      `${where}: "dataset.alpha_mask" makes each picture's alpha the mask of "objective.masked_loss", which is off; set that to true too, or leave alpha_mask out`,
+    );
+  if (dataset.conditioning_image_column)
+    throw new UserError(
+      `${where}: "dataset.alpha_mask" and "dataset.conditioning_image_column" each name a mask for every picture; leave out one of them`,
+    );
+}
 
 /** What is amiss with conditioning images, or meant for a ControlNet where none is trained. */
 function refuseConditions(run: Run, where: string): void {
@@ -105,6 +122,7 @@ function refuseConditions(run: Run, where: string): void {
     throw new UserError(
       `${where}: "objective.masked_loss" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
     );
+  refuseAlphaMask(run, where);
   if (dataset.conditioning_image_column && !conditioned(run))
     throw new UserError(
       `${where}: "dataset.conditioning_image_column" has images for a ControlNet, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,

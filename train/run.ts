@@ -70,6 +70,8 @@ export interface Run {
     caption_extension: string;
     /** What a ControlNet is shown with each picture, or the mask of its loss, of the same size. Empty for `conditioning_image` where it is wanted. */
     conditioning_image_column: string;
+    /** A picture's own alpha is the mask of its loss. The VAE is then shown the colours beneath what is transparent, else white. */
+    alpha_mask: boolean;
     /** The caption of pictures that have none; empty where each must have its own. */
     instance_prompt: string;
     /** An epoch has the pictures of a folder `10_name` ten times, as kohya's trainer. */
@@ -205,6 +207,7 @@ export const fields: Fields<Run> = {
     caption_column: text('text'),
     caption_extension: text('.txt'),
     conditioning_image_column: text(''),
+    alpha_mask: flag(false),
     instance_prompt: text(''),
     folder_repeats: flag(false),
     class_data_dir: text(''),

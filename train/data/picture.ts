@@ -1,9 +1,9 @@
-// One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]; or the
-// conditioning image beside it on its way to a ControlNet, done the same to, but in [0, 1]. What is done is decided first, as numbers
-// (Geometry): they go into the time ids and into the cache's keys, so that the model is always told of the crop it sees. Resizing and
-// rounding follow torchvision on Pillow pictures.
-import { decodePicture } from '../../io/image.ts';
-import type { Picture } from '../../io/pixels.ts';
+// One picture on its way to the VAE: resized to cover its bucket, cropped, perhaps mirrored, and scaled to [-1, 1]; or its alpha, or
+// the conditioning image beside it, done the same to, but in [0, 1]. What is done is decided first, as numbers (Geometry): they go
+// into the time ids and into the cache's keys, so that the model is always told of the crop it sees. Resizing and rounding follow
+// torchvision on Pillow pictures.
+import { decodeAlpha, decodePicture } from '../../io/image.ts';
+import type { Pixels } from '../../io/pixels.ts';
 import { type ResizeFilter, resize } from '../../io/resize.ts';
 import { type Size, timeIds } from '../../models/conditioning.ts';
 import { draws } from '../draws.ts';
@@ -56,40 +56,56 @@ function coveringSize([height, width]: Size, [targetHeight, targetWidth]: Size):
 /** Half of `side`, halves to even, as Python's round. */
 const halfOf = (side: number): number => (side % 4 === 3 ? (side + 1) / 2 : Math.floor(side / 2));
 
-/**
- * A file's picture after `geometry`: [h, w, 3] in [-1, 1], what is transparent on white. A conditioning image is in [0, 1] and shows
- * what is stored beneath, as when `sdxl sample` reads it.
- * @throws UserError
- */
+type Range = readonly [low: number, high: number];
+
+interface Kind {
+  decode(file: Uint8Array, name: string): Promise<Pixels>;
+  range: Range;
+}
+
+/** What may be read of a file. */
+const readings = {
+  /** What is transparent lies on white. */
+  picture: { decode: (file, name) => decodePicture(file, name, { onWhite: true }), range: [-1, 1] },
+  /** The colours that are stored beneath show, as in kohya's trainer: where alpha is the loss's mask. */
+  colours: { decode: decodePicture, range: [-1, 1] },
+  /** The same in the range of a ControlNet, as `sdxl sample` reads it, and of a mask. */
+  conditioning: { decode: decodePicture, range: [0, 1] },
+  /** How opaque it is, [h, w, 1]. */
+  alpha: { decode: decodeAlpha, range: [0, 1] },
+} as const satisfies Record<string, Kind>;
+
+export type Reading = keyof typeof readings;
+
+/** A file's picture, or what else is read of it, after `geometry`: [h, w, channels]. @throws UserError */
 export async function readPixels(
   file: Uint8Array,
   name: string,
   geometry: Geometry,
   interpolation: ResizeFilter,
-  conditioning = false,
+  reading: Reading = 'picture',
 ): Promise<Float32Array> {
-  const picture = await decodePicture(file, name, { onWhite: !conditioning });
-  return preparePicture(picture, geometry, interpolation, conditioning);
+  const { decode, range } = readings[reading];
+  return preparePicture(await decode(file, name), geometry, interpolation, range);
 }
 
-/** The picture after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. */
+/** The picture after `geometry`: [h, w, channels] in that range. */
 export function preparePicture(
-  picture: Picture,
+  picture: Pixels,
   geometry: Geometry,
   interpolation: ResizeFilter,
-  conditioning = false,
+  [low, high]: Range = [-1, 1],
 ): Float32Array {
   const { resized, crop, target, flip } = geometry;
   const [height, width] = target;
   const window = { top: crop[0], left: crop[1], height, width };
-  const { data } = resize(picture, resized[1], resized[0], interpolation, window);
-  const out = new Float32Array(height * width * 3);
-  const [factor, offset] = conditioning ? [1, 0] : [2, -1];
+  const { data, channels } = resize(picture, resized[1], resized[0], interpolation, window);
+  const out = new Float32Array(height * width * channels);
   let at = 0;
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
-      const from = (y * width + (flip ? width - 1 - x : x)) * 3;
-      for (let c = 0; c < 3; c++) out[at++] = factor * Math.fround(data[from + c] / 255) + offset;
+      const from = (y * width + (flip ? width - 1 - x : x)) * channels;
+      for (let c = 0; c < channels; c++) out[at++] = (high - low) * Math.fround(data[from + c] / 255) + low;
     }
   }
   return out;

@@ -8,7 +8,7 @@ import { Worker } from 'node:worker_threads';
 import { UserError } from '../../io/errors.ts';
 import { packageRoot } from '../../io/package_root.ts';
 import type { ResizeFilter } from '../../io/resize.ts';
-import { type Geometry, readPixels } from './picture.ts';
+import { type Geometry, type Reading, readPixels } from './picture.ts';
 
 /** To a thread: the arguments of readPixels(). */
 export interface Question {
@@ -16,7 +16,7 @@ export interface Question {
   name: string;
   geometry: Geometry;
   interpolation: ResizeFilter;
-  conditioning?: boolean;
+  reading?: Reading;
 }
 
 /** And back. */
@@ -38,8 +38,7 @@ let started = 0;
 let here: Promise<void> = Promise.resolve();
 
 /**
- * The picture in `file` after `geometry`: [h, w, 3] in [-1, 1], or for `conditioning` in [0, 1]. What is not begun when `signal` is
- * aborted is left.
+ * What readPixels() reads of `file`. What is not begun when `signal` is aborted is left.
  * @throws UserError naming the picture
  */
 export const readPixelsAside = (question: Question, signal?: AbortSignal): Promise<Float32Array> =>
@@ -78,8 +77,8 @@ function start(): Worker | undefined {
 
 /** One after another, as each holds a decoded picture. */
 function workHere({ question, resolve, reject }: Job): void {
-  const { file, name, geometry, interpolation, conditioning } = question;
-  here = here.then(() => readPixels(file, name, geometry, interpolation, conditioning).then(resolve, reject));
+  const { file, name, geometry, interpolation, reading } = question;
+  here = here.then(() => readPixels(file, name, geometry, interpolation, reading).then(resolve, reject));
 }
 
 function work(thread: Worker, job: Job): void {
