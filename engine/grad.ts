@@ -34,6 +34,8 @@ export class Node {
   readonly order = sequence++;
   /** For a leaf: the accumulated gradient. For an op: the gradient of its output, while backward runs. */
   grad: Tensor | undefined;
+  /** Whether anything was added to it: the zeros of a leaf that no loss reaches are no gradient. */
+  reached = false;
   /** The nodes of those inputs that want a gradient. */
   inputs: readonly Node[] = [];
   /** Makes the gradients of `inputs`, in their order. Undefined on a leaf or once spent. */
@@ -106,11 +108,14 @@ export function requireGrad<T extends Tensor>(tensor: T): T {
 }
 
 /** The gradient collected at a leaf so far (same shape and type as the leaf), or undefined. */
-export const gradOf = (leaf: Tensor): Tensor | undefined => leaf.node?.grad?.handle(leaf.shape);
+export const gradOf = (leaf: Tensor): Tensor | undefined =>
+  leaf.node?.reached ? leaf.node.grad?.handle(leaf.shape) : undefined;
 
-export function clearGrad(leaf: Tensor): void {
-  leaf.node?.grad?.release();
-  if (leaf.node) leaf.node.grad = undefined;
+export function clearGrad({ node }: Tensor): void {
+  if (!node) return;
+  node.grad?.release();
+  node.grad = undefined;
+  node.reached = false;
 }
 
 /** Adds to the gradient of a leaf, as backward does. */
@@ -118,7 +123,7 @@ export function addGrad(leaf: Tensor, more: Tensor): void {
   if (leaf.node) accumulate(leaf.node, more);
 }
 
-/** Gives a leaf a gradient of zeros, in the storage of the one it has: backward then adds to it where it lies. */
+/** Gives a leaf zeros, in the storage of the gradient that it has: backward then adds to them where they lie. */
 export function zeroGrad(leaf: Tensor): void {
   if (!leaf.node) return;
   if (leaf.node.grad) leaf.node.grad.clear();
@@ -151,6 +156,7 @@ export function backward(output: Tensor, dy?: Tensor): void {
 /** Adds to a node's gradient, in place where the storage is the node's alone. */
 function accumulate(node: Node, more: Tensor): void {
   const { grad } = node;
+  node.reached = true;
   if (!grad) node.grad = keep(more.handle());
   else if (grad.isShared) replace(node, grad, more);
   else grad.device.add(grad, grad, more);

@@ -23,10 +23,11 @@ const run = resolveRun({ optimizer: { lr: 0.1, max_grad_norm: 0 } }, 'test', 'te
 export const turn = (...update: MicroBatch[]): Turn => ({ update, epoch: 0 });
 export const pass = (...samples: number[]): MicroBatch => ({ bucket: 0, samples });
 
+/** A weight of the name `unread` has no part in it. */
 const model = (names: readonly string[]) =>
   module(
     Object.fromEntries(names.map((name) => [name, parameter([SIDE, SIDE])])),
-    ({ weight, ...others }, x: Tensor) =>
+    ({ weight, unread: _, ...others }, x: Tensor) =>
       Object.values(others).reduce(
         (y, { tensor }) => linear(x, tensor, undefined, { residual: y }),
         linear(x, weight.tensor),

@@ -137,12 +137,18 @@ const updates = Array.from({ length: 12 }, (_, k) => [
 test('recorded passes make the weights that passes make', async (t) => {
   const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
   const device = cudaDevice(gpu.api);
-  const eager = open([device]);
+  const names = ['weight', 'unread'];
+  const eager = open([device], { names });
   const want = await trained(eager, updates);
   t.equal(new Set(want).size, 11, 'each update but one changes them');
+  const unread = Math.fround(0.01);
+  t.ok(
+    eager.weights[1].tensor.floats().every((w) => w === unread),
+    'one that no gradient reaches does not decay',
+  );
   t.equal(gpu.made('cuGraphLaunch'), 0);
   eager.release();
-  const recorded = open([device], { records: true });
+  const recorded = open([device], { names, records: true });
   t.same(await trained(recorded, updates), want);
   t.equal(gpu.made('cuStreamBeginCapture'), 2, 'one recording for a shape');
   t.equal(gpu.made('cuGraphLaunch'), 12 + 18 - 2 * 2, 'which runs from the third pass on');
