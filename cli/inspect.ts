@@ -34,7 +34,7 @@ function asText({ path, kind, components, lora, metadata }: Inspection): string 
     size(c.bytes),
     Object.keys(c.dtypes).join(' '),
   ]);
-  const widths = rows[0].map((_, column) => Math.max(...rows.map((row) => row[column].length)));
+  const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column].length)));
   const lines = rows.map((row) => `  ${row.map((cell, i) => cell.padEnd(widths[i])).join('  ')}`.trimEnd());
   if (lora) {
     const layers = Object.entries(lora.layers).map(([target, count]) => `${count} in ${target}`);

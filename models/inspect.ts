@@ -19,6 +19,7 @@ import { buildComponent, classOf } from './components.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
+import { parseSchedulerConfig } from './samplers/config.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 import { tinyPart } from './taesd_file.ts';
 
@@ -87,12 +88,25 @@ function inspectPipeline(path: string): Inspection {
     if (!source.has(name)) problems.push(`${name} is named in model_index.json and its folder is missing`);
     else if (/^(unet|vae|text_encoder(_2)?)$/.test(name)) {
       components.push(inspectComponent(name, source.config(name), () => source.weights(name)));
-    }
+    } else if (name === 'scheduler')
+      problems.push(...problemOf(() => parseSchedulerConfig(source.config(name))));
   }
+  if (components.length === 0) problems.push('model_index.json names no component that SDXL has');
   const refiner = source.modelIndex.requires_aesthetics_score === true;
   const kind = `diffusers folder: ${refiner ? 'SDXL refiner' : String(source.modelIndex._class_name ?? 'unknown pipeline')}`;
   problems.push(...problemsOf(components));
   return { path, kind, components, metadata: {}, problems };
+}
+
+/** What keeps `read` from its end, if anything does. */
+function problemOf(read: () => unknown): string[] {
+  try {
+    read();
+    return [];
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    return [error.message];
+  }
 }
 
 /** Holds a component's weights against what its config asks for; a config or file that cannot be read is a problem. */

@@ -18,6 +18,7 @@ import {
 } from './checkpoint.ts';
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
 import { presets, sdxlVae } from './presets.ts';
+import { otherProcess } from './samplers/config.ts';
 import { isVaeAttention, type Origin, sgmOrigin, sgmPrefixes, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
 
@@ -48,6 +49,10 @@ export function openSingleFile(
       `${path} is not an SDXL checkpoint in one file (no UNet or no OpenCLIP under the original keys); ` +
         'give an SDXL base or refiner file, or a diffusers folder',
     );
+  }
+  if (edmMarks.some((name) => file.tensors.has(name))) {
+    file.close();
+    throw new UserError(`${path} ${otherProcess}`);
   }
   const preset = presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
   const [width] = preset.unet.block_out_channels;
@@ -132,6 +137,9 @@ const marks: Readonly<Record<string, Json>> = {
   v_pred: { prediction_type: 'v_prediction' },
   ztsnr: { rescale_betas_zero_snr: true },
 };
+
+/** Tensors by which Playground v2.5 and CosXL say that they are such: all else in their files is as SDXL's. */
+const edmMarks = ['edm_mean', 'edm_vpred.sigma_max'];
 
 const markedSchedule = (file: SafetensorsFile): Json =>
   Object.assign({}, ...Object.keys(marks).map((name) => (file.tensors.has(name) ? marks[name] : {})));

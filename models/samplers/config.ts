@@ -219,6 +219,13 @@ const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
   timestep_scaling: positive,
 };
 
+/** What is said of a model that no scheduler here can draw with, whichever is named: all that comes is noise. */
+export const otherProcess =
+  "was trained under another noise than SDXL's (EDM's or flow matching's), which no scheduler here samples: give a model of SDXL's own";
+
+/** The classes that such models come with. */
+const ofOtherProcesses = /^(EDM|FlowMatch|CosineDPM)/;
+
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
 
@@ -287,6 +294,9 @@ export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & 
     throw unlike('trained_betas', betas, `a list of ${count} numbers, one for each of num_train_timesteps`);
   if (steps_offset >= count)
     throw unlike('steps_offset', steps_offset, `below num_train_timesteps, which is ${count}`);
+  const { _class_name: name } = given;
+  if (typeof name === 'string' && ofOtherProcesses.test(name))
+    throw new UserError(`scheduler_config.json: _class_name is ${name}: the model ${otherProcess}`);
   for (const key of unsupported)
     if (given[key]) throw new UserError(`scheduler_config.json: ${key} is not supported: leave it out`);
   if (given.timestep_type === 'continuous')

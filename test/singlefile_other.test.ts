@@ -1,0 +1,59 @@
+// Single files as other programs leave them, through the command line: models that were trained under another noise, without a VAE,
+// and one that lends its VAE alone.
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { encodeNumbers } from '../io/dtype.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { refusesEach, sdxl } from './command_line.ts';
+import { contents } from './contents.ts';
+import { goldenFolder, goldenSingleFile } from './golden.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-singlefile-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const at = (name: string): string => join(folder, name);
+const model = join(goldenFolder, 'tiny-sdxl');
+const whole = goldenSingleFile('tiny-sdxl');
+
+/** The tiny model's single file without what begins with `without`, and with ones under the names `more`. */
+function changed(name: string, more: readonly string[], without = 'nothing'): string {
+  const file = openSafetensors(whole);
+  const kept = [...file.tensors.values()]
+    .filter((tensor) => !tensor.name.startsWith(without))
+    .map(({ name, dtype, shape }): TensorEntry => ({ name, dtype, shape, bytes: file.read(name) }));
+  file.close();
+  const bytes = encodeNumbers(Float32Array.of(1), 'float32');
+  writeSafetensors(at(name), [
+    ...kept,
+    ...more.map((each): TensorEntry => ({ name: each, dtype: 'float32', shape: [1], bytes })),
+  ]);
+  return at(name);
+}
+
+const sample = (...argv: string[]) =>
+  sdxl('sample', '--configs', model, '--prompt', 'a fox', '--steps', '1', '--seed', '1', '--quiet', ...argv);
+const drawn = async (name: string, ...argv: string[]) => {
+  const { status, err } = await sample('--output', at(`${name}.png`), '--save-latents', at(name), ...argv);
+  return { status, err, latents: status === 0 ? contents(at(name)) : undefined };
+};
+
+test('models that were trained under another noise are refused, whatever scheduler is named', async (t) => {
+  const playground = changed('playground.safetensors', ['edm_mean', 'edm_std']);
+  const cosxl = changed('cosxl.safetensors', ['edm_vpred.sigma_max', 'edm_vpred.sigma_min']);
+  const edm = at('edm');
+  cpSync(model, edm, { recursive: true });
+  const config = { _class_name: 'EDMEulerScheduler', prediction_type: 'v_prediction', sigma_max: 120 };
+  writeFileSync(join(edm, 'scheduler', 'scheduler_config.json'), JSON.stringify(config));
+  const another = /was trained under another noise than SDXL's/;
+  await refusesEach(t, sample, [
+    [['--model', playground], another],
+    [['--model', cosxl, '--scheduler', 'euler'], another],
+    [['--model', edm], another],
+    [['--model', edm, '--scheduler', 'euler'], another],
+  ]);
+  await refusesEach(t, (path) => sdxl('inspect', path), [
+    [[playground], another],
+    [[edm], another],
+  ]);
+});
