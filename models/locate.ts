@@ -131,7 +131,7 @@ async function publishedTokenizers(path: string): Promise<string> {
 /** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
 export async function locateVae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
-    return vaeOfFile(path);
+    return vaeOfFile(path, options);
   if (!existsSync(path) && !looksLikeHubId(path))
     throw new UserError(`no VAE at ${path}; give its folder, its .safetensors file or a hub id`);
   const folder = existsSync(path)
@@ -201,9 +201,9 @@ const download = (
 ): Promise<string> => resolveHub(path, { files, onProgress: (progress) => onProgress?.(path, progress) });
 
 /** A VAE alone in its file, or the one inside a whole model's file. */
-function vaeOfFile(path: string): ModelSource {
+function vaeOfFile(path: string, { configs }: LocateOptions): ModelSource {
   const file = openSafetensors(path);
   const whole = singleFilePrefixes(file) !== undefined;
   file.close();
-  return whole ? openSingleFile(path) : openVaeFile(path);
+  return whole ? openSingleFile(path, { configs }) : openVaeFile(path);
 }

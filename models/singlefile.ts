@@ -66,17 +66,22 @@ export function openSingleFile(
   const folder = typeof configs === 'string' ? openModel(configs) : configs;
   const published = componentConfigs(preset);
   published.unet.in_channels = convIn.shape[1];
+  const prefixes = sgmPrefixes(refiner);
+  const has = (component: string): boolean =>
+    component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component]));
   const config = (component: string): Json => {
+    if (component === 'vae' && !has(component))
+      throw new UserError(
+        `${path} has no VAE in it: give one with --vae, such as madebyollin/sdxl-vae-fp16-fix`,
+      );
     const found = folder?.config(component) ?? published[component];
     if (!found) throw new UserError(`${path} has no ${component}`);
     return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
   };
-  const prefixes = sgmPrefixes(refiner);
   const source: ModelSource = {
     path,
     modelIndex: folder?.modelIndex ?? modelIndex(preset),
-    has: (component) =>
-      component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component])),
+    has,
     config,
     folder(component) {
       if (folder) return folder.folder(component);

@@ -57,3 +57,23 @@ test('models that were trained under another noise are refused, whatever schedul
     [[edm], another],
   ]);
 });
+
+test('a file without a VAE says so, and draws with another', async (t) => {
+  const bare = changed('bare.safetensors', [], 'first_stage_model.');
+  await refusesEach(t, sample, [
+    [['--model', bare], /bare\.safetensors has no VAE in it: give one with --vae/],
+  ]);
+  const own = await drawn('own', '--model', whole);
+  t.equal(own.status, 0, own.err);
+  for (const vae of [join(model, 'vae'), whole]) {
+    const { status, err, latents } = await drawn('lent', '--model', bare, '--vae', vae);
+    t.equal(status, 0, err);
+    t.same(latents, own.latents, vae);
+  }
+});
+
+test('inspect tells of a folder that has nothing of SDXL', async (t) => {
+  const empty = mkdtempSync(at('empty'));
+  writeFileSync(join(empty, 'model_index.json'), '{"_class_name": "StableCascadePriorPipeline"}');
+  await refusesEach(t, (path) => sdxl('inspect', path), [[[empty], /names no component that SDXL has/]]);
+});
