@@ -151,6 +151,8 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
 export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const { layers, unknown } = layersIn(file);
+  if (file.tensors.size === 0)
+    throw new UserError(`LoRA ${file.path} holds no tensors; it was not saved right, download it again`);
   if (isIPAdapter(unknown))
     throw new UserError(
       `${file.path} is an IP-Adapter, which sdxl sample takes as --ip-adapter ${file.path}`,

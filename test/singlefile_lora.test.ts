@@ -371,6 +371,11 @@ test('a LoRA for another model is refused before anything changes', (t) => {
     /match no weight/,
     /and \d+ more/,
   );
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-lora-'));
+  const empty = join(folder, 'empty.safetensors');
+  writeSafetensors(empty, []);
+  refuses(t, 'nothing', () => mergeLora(refiner, empty), /LoRA .*empty\.safetensors holds no tensors/);
+  rmSync(folder, { recursive: true });
   t.ok(weights().equals(before), 'weights are as they were');
   unload(refiner.unet);
   t.end();
