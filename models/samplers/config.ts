@@ -229,11 +229,15 @@ const ofOtherProcesses = /^(EDM|FlowMatch|CosineDPM)/;
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
 
-/** Bounds of spaced sigmas: diffusers' classes heed these of another class's config too, but for two in Karras' spacing. */
+/** Bounds of spaced sigmas: diffusers' classes heed these of another class's config too, but for some layouts of three. */
 const limits = ['sigma_min', 'sigma_max'];
-const limited = (name: SchedulerClass, { use_karras_sigmas }: Partial<SchedulerConfig>): boolean =>
-  'use_karras_sigmas' in schedulerDefaults[name] &&
-  !(use_karras_sigmas && ['LMSDiscreteScheduler', 'DPMSolverSDEScheduler'].includes(name));
+const limited = (name: SchedulerClass, config: Partial<SchedulerConfig>): boolean => {
+  if (config.use_karras_sigmas && ['LMSDiscreteScheduler', 'DPMSolverSDEScheduler'].includes(name))
+    return false;
+  if (!config.use_karras_sigmas && config.use_lu_lambdas && name === 'DPMSolverMultistepScheduler')
+    return false;
+  return 'use_karras_sigmas' in schedulerDefaults[name];
+};
 
 /**
  * One class's full configuration: its defaults, with what `given` says about the options it has.
