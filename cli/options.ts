@@ -99,6 +99,6 @@ export const repeated =
 
 /** `FILE:SCALE` as typed after `flag`. */
 export function scaledFile(flag: string, text: string): { file: string; scale?: number } {
-  const [, file, scale] = /^(.*?)(?::(-?[\d.]+))?$/s.exec(text) as RegExpExecArray;
+  const [, file, scale] = /^(.*?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?$/is.exec(text) as RegExpExecArray;
   return { file, scale: scale === undefined ? undefined : number(`${flag} FILE:SCALE`)(scale) };
 }

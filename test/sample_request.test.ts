@@ -214,6 +214,9 @@ test('adapters with their scales, and sizes of files', (t) => {
     ['a.safetensors', 'a.safetensors', 1],
     ['a.safetensors:0.8', 'a.safetensors', 0.8],
     ['a:b:-1', 'a:b', -1],
+    ['a.safetensors:+0.5', 'a.safetensors', 0.5],
+    ['a.safetensors:1e-3', 'a.safetensors', 0.001],
+    ['a.safetensors:e1', 'a.safetensors:e1', 1],
     ['C:\\a', 'C:\\a', 1],
   ] as const)
     t.same(loraOf(text), { file, scale }, text);
