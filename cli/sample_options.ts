@@ -123,6 +123,10 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--karras: ${sampler.name} has no Karras sigmas; leave it out, or use dpm++2m or euler`,
     );
+  if (sampler && options.karras && (sampler.config.use_exponential_sigmas || sampler.config.use_beta_sigmas))
+    throw new UserError(
+      `--karras and --scheduler ${options.scheduler} lay out the noise levels, each in its way; give one of them`,
+    );
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
   if (options.paddingMaskCrop !== undefined && !options.mask)
     throw new UserError('--padding-mask-crop needs --mask: what to draw a part around');

@@ -7,6 +7,7 @@ import { CudaGenerator } from '../models/cuda_random.ts';
 import type { Latents } from '../models/latents.ts';
 import { type Request, type Sizes, stepsOf } from '../models/pipeline.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
+import { layoutOf } from '../models/samplers/registry.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { controlRequest } from './control_options.ts';
 import { ipAdapterRequest } from './ip_adapter_options.ts';
@@ -98,8 +99,7 @@ export function baseRequests(
   seed: number,
 ): Request[] {
   const { image, mask, controls = [], ipAdapterImages = [] } = inputs;
-  const config: Partial<SchedulerConfig> = {};
-  if (options.karras) config.use_karras_sigmas = true;
+  const config: Partial<SchedulerConfig> = options.karras ? layoutOf('karras') : {};
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   const { timesteps, sigmas } = options;
   const shared = {

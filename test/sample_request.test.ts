@@ -26,6 +26,8 @@ function given({ generators, image, mask, latents, last, ...fields }: ReturnType
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
 }
 
+const karras = { use_karras_sigmas: true, use_exponential_sigmas: false, use_beta_sigmas: false };
+
 /** What a request has that nothing was said of. */
 const plain = {
   prompt: ['a fox'],
@@ -90,7 +92,7 @@ test('each flag reaches what it names', (t) => {
     ['--eta 0.25', { eta: 0.25 }],
     [
       '--scheduler euler --karras --timestep-spacing trailing',
-      { scheduler: { name: 'euler', config: { use_karras_sigmas: true, timestep_spacing: 'trailing' } } },
+      { scheduler: { name: 'euler', config: { ...karras, timestep_spacing: 'trailing' } } },
     ],
     ['--original-size 1024x768', { original_size: [768, 1024] }],
     ['--crops-coords-top-left 3,4', { crops_coords_top_left: [3, 4] }],
@@ -203,6 +205,7 @@ test('values are bounded as they are read', (t) => {
     ['--padding-mask-crop 8', /--padding-mask-crop needs --mask/],
     ['--lora absent.safetensors', /no LoRA at absent\.safetensors; give a/],
     ['--scheduler lms --karras --output x.jpg', /ends in \.png/],
+    ['--scheduler euler_beta --karras', /--karras and --scheduler euler_beta lay out the noise levels/],
     ['--scheduler ddpm --karras', /--karras: DDPMScheduler has no Karras sigmas/],
   ] as const)
     t.throws(() => optionsOf(...argv.split(' ')), { name: 'UserError', message: says }, argv);

@@ -79,13 +79,17 @@ const shortNames: Record<string, Choice> = {
   tcd: { name: 'TCDScheduler' },
 };
 
+/** One layout in place of what a model's config has: they exclude each other. */
+export const layoutOf = (layout: keyof typeof layouts): Partial<SchedulerConfig> =>
+  Object.fromEntries(Object.entries(layouts).map(([each, key]) => [key, each === layout]));
+
 const laidOut = Object.entries(shortNames)
   .filter(([, { name }]) => 'use_karras_sigmas' in schedulerDefaults[name])
   .flatMap(([short, { name, config }]) =>
-    Object.entries(layouts).map(([layout, key]): [string, Choice] => {
-      const only = Object.fromEntries(Object.values(layouts).map((each) => [each, each === key]));
-      return [`${short}_${layout}`, { name, config: { ...config, ...only } }];
-    }),
+    (Object.keys(layouts) as (keyof typeof layouts)[]).map((layout): [string, Choice] => [
+      `${short}_${layout}`,
+      { name, config: { ...config, ...layoutOf(layout) } },
+    ]),
   );
 
 const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(laidOut) };
