@@ -157,17 +157,21 @@ const handover = (options: SampleOptions): number | undefined =>
 
 /**
  * The refiner goes on from the base's latents, with the same generator and scheduler, or noises those of the finished
- * picture again. A mask's picture stays beside them, as what the mask keeps.
+ * picture again. Beside half-finished ones a mask's picture stays what the mask keeps.
  */
-export const refinerRequest = (options: SampleOptions, base: Request, latents: Latents): Request => ({
-  ...base,
-  guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
-  image: base.mask && base.image,
-  latents,
-  control_image: undefined,
-  ip_adapter_image: undefined,
-  // With --image the strength is the base's.
-  strength: options.image ? 0.3 : options.strength,
-  denoising_end: undefined,
-  denoising_start: handover(options),
-});
+export function refinerRequest(options: SampleOptions, base: Request, drawn: Latents): Request {
+  const denoising_start = handover(options);
+  const beside = base.mask !== undefined && denoising_start !== undefined;
+  return {
+    ...base,
+    guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
+    image: beside ? base.image : drawn,
+    latents: beside ? drawn : undefined,
+    control_image: undefined,
+    ip_adapter_image: undefined,
+    // With --image the strength is the base's.
+    strength: options.image ? 0.3 : options.strength,
+    denoising_end: undefined,
+    denoising_start,
+  };
+}

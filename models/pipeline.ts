@@ -1,5 +1,5 @@
 // From prompts to pictures: text to image, image to image, inpainting, and the refiner's share of an ensemble. The
-// request decides which: an image makes it image-to-image, a mask inpainting, latents a continuation. The denoising loop
+// request decides which: an image makes it image-to-image, a mask inpainting, denoising_start a continuation. The denoising loop
 // is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
@@ -181,7 +181,7 @@ export interface Request
 
 /**
  * A request as it may be written. What diffusers' text-to-image pipeline has defaults for may be left out: 50 steps, a guidance scale
- * of 5, the size that the model was trained at; and the generator, which then has a random seed.
+ * of 5, the size that the model was trained at or that latents have; and the generator, which then has a random seed.
  */
 export type Asked = Texts & Partial<Omit<Request, keyof Texts>>;
 
@@ -194,10 +194,11 @@ interface Texts {
 }
 
 /** `asked` with the defaults filled in. */
-export function complete(
-  { sampleSize, sampleWidth = sampleSize }: Omit<Sizes, 'ratio'>,
-  asked: Asked,
-): Request {
+export function complete({ ratio, sampleSize, sampleWidth = sampleSize }: Sizes, asked: Asked): Request {
+  const [height, width] = asked.latents?.shape.slice(2).map((side) => side * ratio) ?? [
+    sampleSize,
+    sampleWidth,
+  ];
   const prompt = typeof asked.prompt === 'string' ? [asked.prompt] : asked.prompt;
   const each = (texts: Texts[keyof Texts]) => (typeof texts === 'string' ? prompt.map(() => texts) : texts);
   return {
@@ -208,8 +209,8 @@ export function complete(
     negative_prompt_2: each(asked.negative_prompt_2),
     num_inference_steps: stepsOf(asked) ?? 50,
     guidance_scale: asked.guidance_scale ?? 5,
-    width: asked.width ?? sampleWidth,
-    height: asked.height ?? sampleSize,
+    width: asked.width ?? width,
+    height: asked.height ?? height,
     generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
   };
 }
@@ -273,7 +274,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     aesthetic: pipeline.aesthetic,
     guided,
     images,
-    interleaved: request.image === undefined && request.latents === undefined,
+    interleaved: !goesOn(request),
   });
   const timesteps = plan.timesteps.slice(plan.begin, plan.end);
   const { predict, truncated, release } = openDenoiser(pipeline, request, {
@@ -309,6 +310,10 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
 /** @throws UserError where lists are not as long as the prompts, or sides are not whole latents */
 function checkCounts(request: Request, images: number, ratio: number): void {
   const { prompt, generators, width, height, image, latents, num_images_per_prompt: each = 1 } = request;
+  if (request.denoising_start !== undefined && !image && !latents)
+    throw new UserError(
+      'denoising_start goes on from what has its noise already, and there is nothing: give latents, or an image',
+    );
   if (!Number.isInteger(each) || each < 1)
     throw new UserError(`num_images_per_prompt is ${each}: give a whole number from 1`);
   for (const key of ['prompt_2', 'negative_prompt', 'negative_prompt_2'] as const) {
@@ -319,7 +324,7 @@ function checkCounts(request: Request, images: number, ratio: number): void {
   if (generators.length !== 1 && generators.length !== images)
     throw new UserError(`${generators.length} generators for ${images} images: give one, or one to each`);
   const isWhole = (side: number) => side >= ratio && side % ratio === 0;
-  if (!image && !latents && !(isWhole(width) && isWhole(height)))
+  if (!image && !(isWhole(width) && isWhole(height)))
     throw new UserError(`${width}x${height} pixels are not whole latents: give sides divisible by ${ratio}`);
 }
 
@@ -334,10 +339,14 @@ export const denoiseToEnd = (
 export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>
   decodeLatents(pipeline.vae, latents, tiling);
 
+/** Whether it begins at more than noise: diffusers' other pipelines. */
+const goesOn = ({ image, denoising_start }: Request): boolean =>
+  image !== undefined || denoising_start !== undefined;
+
 function planOptions(request: Request) {
-  const overPicture = request.image !== undefined || request.latents !== undefined;
   return {
-    strength: overPicture && request.denoising_start === undefined ? strengthOf(request) : undefined,
+    strength:
+      request.image !== undefined && request.denoising_start === undefined ? strengthOf(request) : undefined,
     denoisingStart: request.denoising_start,
     denoisingEnd: request.denoising_end,
     timesteps: request.timesteps,

@@ -1,6 +1,7 @@
-// What the denoising loop starts from, and what follows each step: pure noise, a picture under noise, or latents of an
-// earlier stage. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
+// What the denoising loop starts from, and what follows each step: pure noise, a picture or its latents under noise, or what an earlier
+// stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
+import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import { encodeImage, joined, type Latents, stacked } from './latents.ts';
@@ -14,18 +15,21 @@ export interface NoiseGenerator {
 
 /** The part of a request that says where the loop begins. */
 export interface StartRequest {
-  /** Pixels; for image-to-image the picture's own size counts. */
+  /** Pixels; over a picture its own size counts. */
   height: number;
   width: number;
   /** One generator for all images, or one each. */
   generators: readonly NoiseGenerator[];
-  /** [1, 3, h, w] in [-1, 1]. */
+  /** Pixels [1, 3, h, w] in [-1, 1], or the latents of a picture, or of one for each image, as they are. */
   image?: Latents;
   /** [1, 1, h, w], 1 where to paint anew. */
   mask?: Latents;
   /** The part of the steps to do over a picture: 0.3 where absent, 0.8 under a ControlNet, 0.9999 with a mask. */
   strength?: number;
-  /** Latents to go on from: with their noise where `denoising_start` says so, else a finished picture's. */
+  /**
+   * What to begin with in place of what is drawn: noise of unit variance, or where `denoising_start` says so, and over a picture without
+   * a mask, latents that have their noise already.
+   */
   latents?: Latents;
   denoising_start?: number;
   vae_tiling?: boolean;
@@ -66,64 +70,81 @@ export function startOf(
   plan: Plan,
   images: number,
 ): Start {
-  const { generators, image, latents } = request;
-  if (image) return overPicture(coder, { ...request, image }, sampler, plan, images);
-  // What comes from a run that stopped on its way has its noise; a finished picture gets it here.
-  if (latents) {
-    const draw = () => drawNoise(generators, latents.data.length);
-    const { shape, data } = latents;
-    const [, , h, w] = shape;
-    checkShape('latents', latents, [images, coder.vae.config.latent_channels, h, w]);
-    const noisy = request.denoising_start !== undefined;
-    return { shape, draw, begin: () => (noisy ? data : sampler.addNoise(plan, data, draw())) };
+  const { generators, image, mask, latents, denoising_start } = request;
+  const shape = [images, coder.vae.config.latent_channels, ...latentSides(request, coder.ratio)];
+  if (latents) checkShape('latents', latents, shape);
+  const draw = () => drawNoise(generators, sizeOf(shape));
+  const told = denoising_start !== undefined;
+  if (!image) {
+    const pure = () => (latents?.data ?? draw()).map((x) => x * plan.initNoiseSigma);
+    return { shape, draw, begin: () => (latents && told ? latents.data : pure()) };
   }
-  const channels = coder.vae.config.latent_channels;
-  const shape = [images, channels, request.height / coder.ratio, request.width / coder.ratio];
-  const count = shape.reduce((a, b) => a * b, 1);
-  const draw = () => drawNoise(generators, count);
-  return { shape, draw, begin: () => draw().map((x) => x * plan.initNoiseSigma) };
+  if (mask) return paintingIn(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
+  const from = latents ?? latentsOf(coder, { ...request, image }, images);
+  // Told where to start, diffusers takes the picture for one that has its noise already.
+  const noisy = told || latents !== undefined;
+  return { shape, draw, begin: () => (noisy ? from.data : sampler.addNoise(plan, from.data, draw())) };
 }
 
-/** Image-to-image and inpainting. With latents beside the picture, those go on and the picture is what a mask keeps. */
-function overPicture(
+/** Sides of the latents: a picture's, cut to whole ones, or as asked. */
+function latentSides({ image, height, width }: StartRequest, ratio: number): number[] {
+  if (!image) return [height / ratio, width / ratio];
+  const sides = image.shape.slice(2);
+  return isPixels(image) ? sides.map((side) => Math.floor(side / ratio)) : sides;
+}
+
+/** Inpainting. The picture is what the mask keeps, also where an earlier stage's latents go on. */
+function paintingIn(
   coder: Coder,
-  request: StartRequest & { image: Latents },
+  request: StartRequest & { image: Latents; mask: Latents },
   sampler: Sampler,
   plan: Plan,
-  images: number,
+  { shape, draw }: Pick<Start, 'shape' | 'draw'>,
 ): Start {
-  const { generators, image, mask, vae_tiling: tiling = false } = request;
-  const [h, w] = image.shape.slice(2).map((side) => side - (side % coder.ratio));
-  checkShape('image', image, [1, 3, h, w]);
-  // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
-  const encoders = mask ? generators.slice(0, 1) : generators;
-  const encoded = encoders.map((own) =>
-    encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling),
-  );
-  const known = stacked(encoded.length === images ? encoded : Array<Latents>(images).fill(encoded[0]));
-  const { shape } = known;
-  if (request.latents) checkShape('latents', request.latents, shape);
-  const from = request.latents?.data ?? known.data;
-  const draw = () => drawNoise(generators, known.data.length);
-  // Told where to start, diffusers takes the picture for one that has its noise already.
-  const noisy = request.denoising_start !== undefined;
-  if (!mask) return { shape, draw, begin: () => (noisy ? from : sampler.addNoise(plan, from, draw())) };
-  const noise = draw();
+  const { generators, image, mask, latents, denoising_start } = request;
+  const known = latentsOf(coder, request, shape[0]);
+  const noisy = denoising_start !== undefined;
+  const noise = latents && !noisy ? latents.data : draw();
   // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
-  if (coder.vae.posterior) drawNoise(encoders, known.data.length / images);
-  const pure = () => noise.map((x) => x * plan.initNoiseSigma);
-  const noised = () => (strengthOf(request) >= 1 ? pure() : sampler.addNoise(plan, from, noise));
+  if (coder.vae.posterior && isPixels(image)) drawNoise(generators.slice(0, 1), sizeOf(shape.slice(1)));
+  // A caller's noise is all that diffusers begins with, at whatever strength.
+  const pure = latents !== undefined || strengthOf(request) >= 1;
+  const noised = () =>
+    pure ? noise.map((x) => x * plan.initNoiseSigma) : sampler.addNoise(plan, known.data, noise);
   const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
   return {
     ...{ shape, draw },
-    begin: () => (noisy ? from : noised()),
+    begin: () => (noisy ? (latents ?? known).data : noised()),
     afterStep: keepKnown(mask, known, knownAt),
   };
 }
 
+const isPixels = ({ shape }: Latents): boolean => shape[1] === 3;
+
+/** A picture's latents, a row for each image; pixels are encoded. */
+function latentsOf(
+  coder: Coder,
+  { image, mask, generators, vae_tiling: tiling = false }: StartRequest & { image: Latents },
+  images: number,
+): Latents {
+  const [n, , ...sides] = image.shape;
+  const rows = (parts: Latents[]) =>
+    stacked(parts.length === images ? parts : Array<Latents>(images).fill(parts[0]));
+  if (!isPixels(image)) {
+    checkShape('image', image, [n === 1 ? 1 : images, coder.vae.config.latent_channels, ...sides]);
+    return n === images ? image : rows([image]);
+  }
+  checkShape('image', image, [1, 3, ...sides.map((side) => side - (side % coder.ratio))]);
+  // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
+  const encoders = mask ? generators.slice(0, 1) : generators;
+  return rows(
+    encoders.map((own) => encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling)),
+  );
+}
+
 /** @throws UserError where a program's own numbers do not fit the rest of its request */
 function checkShape(name: string, { shape, data }: Latents, wanted: readonly number[]): void {
-  if (`${shape}` === `${wanted}` && data.length === wanted.reduce((a, b) => a * b, 1)) return;
+  if (`${shape}` === `${wanted}` && data.length === sizeOf(wanted)) return;
   throw new UserError(
     `${name}: ${data.length} numbers of shape [${shape.join(', ')}], where the request takes [${wanted.join(', ')}]`,
   );

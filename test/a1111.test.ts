@@ -64,7 +64,10 @@ test('what else made a picture is told', (t) => {
 
 test('ours are in its words', (t) => {
   const options = { rng: 'cuda', emphasis: 'none' } as SampleOptions;
-  const request = complete({ sampleSize: 64 }, { prompt: ['a fox'], height: 32, num_inference_steps: 4 });
+  const request = complete(
+    { ratio: 8, sampleSize: 64 },
+    { prompt: ['a fox'], height: 32, num_inference_steps: 4 },
+  );
   for (const [name, said] of [
     ['dpm++2m_karras', 'Sampler: DPM++ 2M, Schedule type: Karras'],
     ['dpm++2m_sde_heun_exponential', 'Sampler: DPM++ 2M SDE Heun, Schedule type: Exponential'],

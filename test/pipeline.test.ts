@@ -11,6 +11,7 @@ import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { decodeLatents, encodeImage, type Latents, previewLatents } from '../models/latents.ts';
 import {
+  type Asked,
   complete,
   type Denoised,
   decode,
@@ -29,6 +30,14 @@ import { devices } from './models_golden.ts';
 const area = goldenArea('pipeline');
 /** What the reference loops can do in seconds. */
 const few = ['t2i_clip_skip', 't2i_lcm', 't2i_no_guidance'];
+
+/** Calls whose first draw is their noise, with its shape. */
+const noises: Record<string, readonly number[]> = {
+  t2i_cfg5: [1, 4, 16, 16],
+  t2i_two_images: [2, 4, 10, 14],
+  t2i_dpmpp_2m_sde_karras: [1, 4, 10, 14],
+  t2i_v_zero_snr: [1, 4, 10, 14],
+};
 
 const list = (value: unknown): string[] | undefined =>
   value === undefined || value === null
@@ -69,7 +78,7 @@ function requestOf(c: GoldenCase, settings: Record<string, unknown>): Request {
 }
 
 /** Drives the loop and keeps the latents after every step. */
-function run(pipeline: Pipeline, request: Request): Denoised & { history: Float32Array[] } {
+function run(pipeline: Pipeline, request: Asked): Denoised & { history: Float32Array[] } {
   const history: Float32Array[] = [];
   const loop = denoise(pipeline, request);
   for (;;) {
@@ -100,10 +109,11 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
   for (const c of cases) {
     const request = requestOf(c, c.settings as Record<string, unknown>);
     const result = run(pipelines[c.pipeline as string], request);
+    if (c.id in noises) checkNoiseGiven(t, c, pipelines[c.pipeline as string], result.history);
     let { latents, history } = result;
     if (c.refiner_settings) {
       const next = requestOf(c, c.refiner_settings as Record<string, unknown>);
-      const refined = run(refiner, { ...next, generators: request.generators, latents });
+      const refined = run(refiner, { ...next, generators: request.generators, image: latents });
       const { refiner_time_ids: ids } = c.expect;
       allClose(t, `${c.id} refiner time ids`, refined.timeIds.flat(), area.floats(ids.tensor), ids);
       latents = refined.latents;
@@ -127,6 +137,17 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
     checkPixels(t, c, images);
   }
   for (const pipeline of Object.values(pipelines)) pipeline.release();
+}
+
+/** The noise that a seed gives, given: what the generator draws after it stays, and so do the golden's latents. */
+function checkNoiseGiven(t: Assert, c: GoldenCase, pipeline: Pipeline, history: Float32Array[]): void {
+  const { width, height, ...request } = requestOf(c, c.settings as Record<string, unknown>);
+  const shape = noises[c.id];
+  const data = request.generators[0].randn(shape.reduce((a, b) => a * b, 1));
+  const given = run(pipeline, { ...request, latents: { shape, data } });
+  given.history.forEach((x, i) => {
+    t.ok(maxDifference(x, history[i]) === 0, `${c.id} from its noise as latents, step ${i}`);
+  });
 }
 
 test('a VAE runs in the type of the model, but in float32 where that is float16 and it says that it overflows', (t) => {
@@ -242,6 +263,8 @@ test('draws and defaults of calls that no golden covers', (t) => {
     [{ latents: { ...zeros(1, 4, 8, 8), shape: [1, 4, 4, 4] } }, /256 numbers of shape \[1, 4, 4, 4\]/],
     [{ image: zeros(1, 3, 64, 64), latents: zeros(1, 4, 4, 4) }, /where the request takes \[1, 4, 8, 8\]/],
     [{ image: zeros(1, 3, 60, 60) }, /^image: .* takes \[1, 3, 56, 56\]/],
+    [{ image: zeros(2, 4, 8, 8) }, /^image: 512 numbers of shape \[2, 4, 8, 8\].* takes \[1, 4, 8, 8\]/],
+    [{ denoising_start: 0.5 }, /^denoising_start goes on from .* give latents, or an image/],
   ] as const)
     t.throws(() => latents(more), { name: 'UserError', message });
 
@@ -268,12 +291,13 @@ test('draws and defaults of calls that no golden covers', (t) => {
     false,
   );
   const start = { denoising_start: 0.5 };
-  const went = maxDifference(latents({ image, ...start }), latents({ latents: known, ...start }));
+  const sides = { height: undefined, width: undefined };
+  const went = maxDifference(latents({ image, ...start }), latents({ ...sides, latents: known, ...start }));
   t.equal(went, 0, 'with denoising_start a picture is taken to have its noise already');
 
-  const again = run(pipeline, { ...base, ...seeded(3), latents: known, strength: 0.5 });
+  const again = run(pipeline, { ...base, ...seeded(3), image: known, strength: 0.5 });
   t.equal(again.timesteps.length, 2, 'finished latents are worked over at the strength');
-  const noised = latents({ latents: known, strength: 0.5 });
+  const noised = latents({ image: known, strength: 0.5 });
   t.ok(maxDifference(noised, known.data) > 0.1, 'under noise of their own');
 
   // All black: everything is kept, so the result is the picture's encoding, whatever came before.
@@ -283,6 +307,16 @@ test('draws and defaults of calls that no golden covers', (t) => {
   t.equal(maxDifference(whole.latents.data, known.data), 0, 'what the mask keeps');
   const handed = { latents: { ...known, data: known.data.map((x) => x + 1) }, denoising_start: 0.5 };
   t.equal(maxDifference(latents({ image, mask, ...handed }), known.data), 0, 'and keeps in the refiner');
+
+  // Noise of a caller's own over a picture, as diffusers takes it.
+  const own = { latents: { shape: known.shape, data: new TorchGenerator(7).randn(known.data.length) } };
+  const { initNoiseSigma } = samplerFor(pipeline, {}).plan(4);
+  const white = { ...mask, data: mask.data.map(() => 1) };
+  const pure = { ...own.latents, data: own.latents.data.map((x) => x * initNoiseSigma) };
+  const painted = latents({ image, mask: white, ...own, strength: 0.5 });
+  t.same(painted, latents({ ...half, latents: pure }), 'is all that painting everything anew begins with');
+  t.same(painted, latents({ image: known, mask: white, ...own, strength: 0.5 }), 'which reads no picture');
+  t.same(latents({ ...half, ...own }), latents({ image: own.latents, denoising_start: 0.5 }), 'noisy');
 
   pipeline.release();
   t.equal(device.memory.storages, before, 'live tensors');
@@ -304,17 +338,17 @@ function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
 
 test("what a request leaves out is diffusers' default", (t) => {
   const prompt = ['a fox'];
-  const { generators, ...rest } = complete({ sampleSize: 128 }, { prompt });
+  const { generators, ...rest } = complete({ ratio: 8, sampleSize: 128 }, { prompt });
   t.match(rest, { prompt, num_inference_steps: 50, guidance_scale: 5, width: 128, height: 128 });
   t.equal(generators.length, 1);
   const asked = { prompt, timesteps: [999, 500], width: 64, guidance_scale: 0, height: undefined };
-  t.match(complete({ sampleSize: 128 }, asked), {
+  t.match(complete({ ratio: 8, sampleSize: 128 }, asked), {
     num_inference_steps: 2,
     width: 64,
     guidance_scale: 0,
     height: 128,
   });
-  t.equal(complete({ sampleSize: 8 }, { prompt, sigmas: [14, 1, 0] }).num_inference_steps, 2);
+  t.equal(complete({ ratio: 8, sampleSize: 8 }, { prompt, sigmas: [14, 1, 0] }).num_inference_steps, 2);
   const tiny = openModel(join(goldenFolder, 'tiny-sdxl'));
   const trainedAt = (sample_size: unknown) => {
     const config = (name: string) => ({ ...tiny.config(name), ...(name === 'unet' && { sample_size }) });
@@ -328,12 +362,12 @@ test("what a request leaves out is diffusers' default", (t) => {
   ] as const)
     t.match(trainedAt(sample_size), { height, width }, JSON.stringify(sample_size));
   t.throws(() => trainedAt('16'), { name: 'UserError', message: /"sample_size" is "16", not a whole/ });
-  t.match(complete({ sampleSize: 8 }, { prompt: 'a fox', negative_prompt: 'rain' }), {
+  t.match(complete({ ratio: 8, sampleSize: 8 }, { prompt: 'a fox', negative_prompt: 'rain' }), {
     prompt,
     negative_prompt: ['rain'],
   });
   const both = complete(
-    { sampleSize: 8 },
+    { ratio: 8, sampleSize: 8 },
     { prompt: ['a fox', 'a hen'], negative_prompt: '', prompt_2: ['x', 'y'] },
   );
   t.match(both, { negative_prompt: ['', ''], prompt_2: ['x', 'y'], negative_prompt_2: undefined });

@@ -146,7 +146,7 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
   const refined = (...argv: string[]) => {
     const options = optionsOf('--refiner', 'r', ...argv);
     const request = refinerRequest(options, base(options), latents);
-    t.equal(request.latents, latents);
+    t.same([request.image, request.latents], [latents, undefined], 'as diffusers hands them over');
     const { guidance_scale, strength, denoising_start, denoising_end } = request;
     return [guidance_scale, strength, denoising_start, denoising_end];
   };
@@ -160,6 +160,14 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
     [5, 0.3, undefined, undefined],
     "with a picture the strength is the base's",
   );
+  const kept = (...argv: string[]) => {
+    const [image, mask] = [{}, {}] as Latents[];
+    const options = optionsOf('--refiner', 'r', '--image', 'x.png', ...argv);
+    const request = refinerRequest(options, { ...base(options), image, mask }, latents);
+    return [request.image === image, request.latents === latents, request.mask === mask];
+  };
+  t.same(kept('--denoising-end', '0.8'), [true, true, true], 'the picture stays what the mask keeps');
+  t.same(kept(), [false, false, true], 'a finished picture has what was kept');
   t.end();
 });
 
