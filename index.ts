@@ -13,6 +13,7 @@ export {
 } from './io/image.ts';
 export { cutAndFill, maskWindow, overlay } from './io/mask_crop.ts';
 export { openComponent, openComponentFile, openModel } from './models/checkpoint.ts';
+export type { Embeds, PromptEmbeds } from './models/conditioning.ts';
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export type { Latents } from './models/latents.ts';
@@ -31,6 +32,7 @@ export {
 } from './models/pipeline.ts';
 export type { ModelPreset } from './models/presets.ts';
 export { presets } from './models/presets.ts';
+export { encodePrompt } from './models/prompts.ts';
 export { openSingleFile } from './models/singlefile.ts';
 export { loadTextualInversion } from './models/textual_inversion.ts';
 export { TorchGenerator } from './models/torch_random.ts';

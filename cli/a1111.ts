@@ -27,7 +27,15 @@ const hasScheduleType = (sampler: string): boolean => /^(euler|heun|lms|dpm)/i.t
 
 export function writeParameters(
   options: SampleOptions,
-  { prompt: [prompt], width, height, num_inference_steps, guidance_scale, image, strength }: Request,
+  {
+    prompt: [prompt = ''] = [],
+    width,
+    height,
+    num_inference_steps,
+    guidance_scale,
+    image,
+    strength,
+  }: Request,
   seed: number,
   sampler: Sampler,
 ): string {

@@ -38,7 +38,7 @@ export function pictureText(
   sampler: Sampler,
 ): Record<string, string> {
   const { prompt, width, height } = request;
-  const settings = Object.entries({ ...options, prompt: prompt[0], width, height, seed })
+  const settings = Object.entries({ ...options, prompt: prompt?.[0], width, height, seed })
     .filter(([name, value]) => value !== undefined && !local.includes(name))
     .map(([name, value]): [string, unknown] => [name, typed(name, value)])
     // In one order, so that settings read back with --from give the same file.

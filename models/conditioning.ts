@@ -24,9 +24,25 @@ export interface TextStack {
   chunks?: number;
 }
 
+/** Numbers on the host. */
+export interface Embeds {
+  shape: readonly number[];
+  data: Float32Array;
+}
+
+/** What the text encoders would say, of a program's own, in place of texts. */
+export interface PromptEmbeds {
+  /** [prompts, tokens, c], where c is that of all encoders together. */
+  prompt_embeds?: Embeds;
+  /** [prompts, p], the last encoder's. */
+  pooled_prompt_embeds?: Embeds;
+  negative_prompt_embeds?: Embeds;
+  negative_pooled_prompt_embeds?: Embeds;
+}
+
 /** Lists of one length: a text for each picture (or for each group of `num_images_per_prompt`). */
-export interface Prompts {
-  prompt: readonly string[];
+export interface Prompts extends PromptEmbeds {
+  prompt?: readonly string[];
   /** For the second of two text encoders; the same where absent, as for the negative ones. */
   prompt_2?: readonly string[];
   negative_prompt?: readonly string[];
@@ -52,46 +68,73 @@ export interface Embeddings {
 
 const PENULTIMATE = -2;
 
-/** Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`. */
+/** How many prompts there are. @throws UserError where there is none */
+export function promptCount({ prompt, prompt_embeds }: Prompts): number {
+  const count = prompt?.length ?? prompt_embeds?.shape[0];
+  if (count) return count;
+  throw new UserError('there is no prompt to draw: give prompt, or prompt_embeds with pooled_prompt_embeds');
+}
+
+/** Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`. Embeddings stay as they are. */
 export function encodePrompts(
   stack: TextStack,
   prompts: Prompts,
-  options: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
+  { guided, copies, device, dtype }: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
 ): Embeddings {
   const truncated: string[] = [];
-  const { emphasis = 'none' } = prompts;
+  const { emphasis = 'none', prompt = [], prompt_2 = prompt } = prompts;
   const read = (texts: readonly (readonly string[])[]) =>
     stack.encoders.map(({ tokenizer }, i) => texts[i].map((text) => readPrompt(tokenizer, text, emphasis)));
-  const texts = read([prompts.prompt, prompts.prompt_2 ?? prompts.prompt]);
-  const negatives = options.guided ? negativesOf(stack, prompts) : undefined;
+  const given = placed(prompts.prompt_embeds, prompts.pooled_prompt_embeds, device);
+  const givenNegative = placed(prompts.negative_prompt_embeds, prompts.negative_pooled_prompt_embeds, device);
+  const texts = given ? [] : read([prompt, prompt_2]);
+  const negatives = guided && !givenNegative ? negativesOf(stack, prompts) : undefined;
   const negative = negatives && read(negatives);
-  const chunks = stack.chunks ?? chunksFor([texts, negative ?? []].flat(2), prompts.max_token_length);
+  const all = [texts, negative ?? []].flat(2);
+  const beside = all.length > 0 ? (given ?? givenNegative) : undefined;
+  const chunks =
+    stack.chunks ?? (beside ? chunksBeside(stack, beside) : chunksFor(all, prompts.max_token_length));
   const encodeAt = (each: readonly Weighted[][], layer: number) =>
-    encode(stack, each, { layer, chunks, emphasis, device: options.device }, truncated);
-  const positive = encodeAt(texts, PENULTIMATE - (prompts.clip_skip ?? 0));
-  const parts = [repeated(positive, options.copies)];
-  if (options.guided) {
+    encode(stack, each, { layer, chunks, emphasis, device }, truncated);
+  const positive = given ?? encodeAt(texts, PENULTIMATE - (prompts.clip_skip ?? 0));
+  const parts = [repeated(positive, copies)];
+  if (guided) {
     // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
-    const other = negative ? encodeAt(negative, PENULTIMATE) : nothingLike(positive);
-    parts.unshift(repeated(other, options.copies));
+    const other = givenNegative ?? (negative ? encodeAt(negative, PENULTIMATE) : nothingLike(positive));
+    parts.unshift(repeated(other, copies));
   }
-  const rows = (name: keyof Encoded) => parts.map((part) => part[name]);
-  return {
-    context: cast(concat(rows('context'), 0), options.dtype),
-    pooled: cast(concat(rows('pooled'), 0), options.dtype),
-    truncated,
-  };
+  const rows = (name: keyof Encoded) =>
+    concat(
+      parts.map((part) => cast(part[name], dtype)),
+      0,
+    );
+  return { context: rows('context'), pooled: rows('pooled'), truncated };
 }
+
+const placed = (context: Embeds | undefined, pooled: Embeds | undefined, device: Device) =>
+  context &&
+  pooled && {
+    context: tensor(context.data, context.shape, { device }),
+    pooled: tensor(pooled.data, pooled.shape, { device }),
+  };
 
 export type Encoded = Pick<Embeddings, 'context' | 'pooled'>;
 
+/** As many chunks as embeddings have, beside which texts stand. */
+function chunksBeside({ encoders: [{ tokenizer }] }: TextStack, { context }: Encoded): number {
+  const [, tokens] = context.shape;
+  const chunks = tokens / tokenizer.modelMaxLength;
+  if (Number.isInteger(chunks)) return chunks;
+  throw new UserError(
+    `prompt_embeds and negative_prompt_embeds are as long as each other, and a text comes to a multiple of ${tokenizer.modelMaxLength} tokens, not to the ${tokens} that one of them has: give both`,
+  );
+}
+
 /** The unconditional's texts, for each encoder; none where zeros take their place. */
-function negativesOf(
-  { forceZeros }: TextStack,
-  { prompt, negative_prompt, negative_prompt_2 }: Prompts,
-): (readonly string[])[] | undefined {
+function negativesOf({ forceZeros }: TextStack, prompts: Prompts): (readonly string[])[] | undefined {
+  const { negative_prompt, negative_prompt_2 } = prompts;
   if (!negative_prompt && forceZeros) return undefined;
-  const first = negative_prompt ?? prompt.map(() => '');
+  const first = negative_prompt ?? Array<string>(promptCount(prompts)).fill('');
   return [first, negative_prompt_2 ?? first];
 }
 

@@ -6,8 +6,9 @@ import { namedParameters, placeOf } from '../engine/module.ts';
 import { permute } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
 import { type Autoencoder, checkDecode } from './autoencoder.ts';
 
 export interface Latents {
@@ -135,4 +136,12 @@ export function joined(parts: readonly Float32Array[]): Float32Array {
     at += part.length;
   }
   return out;
+}
+
+/** @throws UserError where a program's own numbers do not fit the rest of its request */
+export function checkShape(name: string, { shape, data }: Latents, wanted: readonly number[]): void {
+  if (`${shape}` === `${wanted}` && data.length === sizeOf(wanted)) return;
+  throw new UserError(
+    `${name}: ${data.length} numbers of shape [${shape.join(', ')}], where the request takes [${wanted.join(', ')}]`,
+  );
 }

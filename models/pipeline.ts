@@ -11,12 +11,13 @@ import { inTurns } from '../io/turns.ts';
 import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
-import { type MicroConditioning, type Size, timeIds } from './conditioning.ts';
+import { type MicroConditioning, promptCount, type Size, timeIds } from './conditioning.ts';
 import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { type IPAdapterRequest, type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { type AdapterFile, withAdapters } from './lora.ts';
 import { type ControlRequest, controlsOf, loadControlNet } from './multicontrolnet.ts';
+import { checkPrompts, listed, type Texts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
@@ -185,28 +186,14 @@ export interface Request
  */
 export type Asked = Texts & Partial<Omit<Request, keyof Texts>>;
 
-/** A text stands for a list of one; for as many as there are prompts where it is no prompt itself. */
-interface Texts {
-  prompt: string | readonly string[];
-  prompt_2?: string | readonly string[];
-  negative_prompt?: string | readonly string[];
-  negative_prompt_2?: string | readonly string[];
-}
-
 /** `asked` with the defaults filled in. */
 export function complete({ ratio, sampleSize, sampleWidth = sampleSize }: Sizes, asked: Asked): Request {
   const [height, width] = asked.latents?.shape.slice(2).map((side) => side * ratio) ?? [
     sampleSize,
     sampleWidth,
   ];
-  const prompt = typeof asked.prompt === 'string' ? [asked.prompt] : asked.prompt;
-  const each = (texts: Texts[keyof Texts]) => (typeof texts === 'string' ? prompt.map(() => texts) : texts);
   return {
-    ...asked,
-    prompt,
-    prompt_2: each(asked.prompt_2),
-    negative_prompt: each(asked.negative_prompt),
-    negative_prompt_2: each(asked.negative_prompt_2),
+    ...listed(asked),
     num_inference_steps: stepsOf(asked) ?? 50,
     guidance_scale: asked.guidance_scale ?? 5,
     width: asked.width ?? width,
@@ -264,7 +251,8 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler'>, request: Request) 
 export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, Denoised> {
   const request = complete(pipeline, asked);
   const { sampler, plan } = planOf(pipeline, request);
-  const images = request.prompt.length * (request.num_images_per_prompt ?? 1);
+  checkPrompts(pipeline, request);
+  const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
   const guided = request.guidance_scale > 1;
   const start = startOf(pipeline, request, sampler, plan, images);
@@ -307,20 +295,15 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   }
 }
 
-/** @throws UserError where lists are not as long as the prompts, or sides are not whole latents */
+/** @throws UserError where there is no generator to each image, nothing to go on from, or sides are not whole latents */
 function checkCounts(request: Request, images: number, ratio: number): void {
-  const { prompt, generators, width, height, image, latents, num_images_per_prompt: each = 1 } = request;
+  const { generators, width, height, image, latents, num_images_per_prompt: each = 1 } = request;
   if (request.denoising_start !== undefined && !image && !latents)
     throw new UserError(
       'denoising_start goes on from what has its noise already, and there is nothing: give latents, or an image',
     );
   if (!Number.isInteger(each) || each < 1)
     throw new UserError(`num_images_per_prompt is ${each}: give a whole number from 1`);
-  for (const key of ['prompt_2', 'negative_prompt', 'negative_prompt_2'] as const) {
-    const { length } = request[key] ?? prompt;
-    if (length !== prompt.length)
-      throw new UserError(`prompt has ${prompt.length} texts and ${key} ${length}: give one to each`);
-  }
   if (generators.length !== 1 && generators.length !== images)
     throw new UserError(`${generators.length} generators for ${images} images: give one, or one to each`);
   const isWhole = (side: number) => side >= ratio && side % ratio === 0;

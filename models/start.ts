@@ -2,9 +2,8 @@
 // stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
 import { sizeOf } from '../engine/tensor.ts';
-import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
-import { encodeImage, joined, type Latents, stacked } from './latents.ts';
+import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 
 /** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
@@ -139,14 +138,6 @@ function latentsOf(
   const encoders = mask ? generators.slice(0, 1) : generators;
   return rows(
     encoders.map((own) => encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling)),
-  );
-}
-
-/** @throws UserError where a program's own numbers do not fit the rest of its request */
-function checkShape(name: string, { shape, data }: Latents, wanted: readonly number[]): void {
-  if (`${shape}` === `${wanted}` && data.length === sizeOf(wanted)) return;
-  throw new UserError(
-    `${name}: ${data.length} numbers of shape [${shape.join(', ')}], where the request takes [${wanted.join(', ')}]`,
   );
 }
 

@@ -6,28 +6,24 @@ import { type Device, openDevice } from '../engine/device.ts';
 import type { Conv2d } from '../engine/layers.ts';
 import { type Parameter, placeOf } from '../engine/module.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { preprocess, preprocessMask, toPictures } from '../io/image.ts';
+import { toPictures } from '../io/image.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { decodeLatents, encodeImage, type Latents, previewLatents } from '../models/latents.ts';
 import {
-  type Asked,
   complete,
-  type Denoised,
   decode,
-  denoise,
   loadPipeline,
   type Pipeline,
   type Request,
   samplerFor,
   sizesOf,
 } from '../models/pipeline.ts';
-import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { type Assert, allClose, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
+import { type Assert, allClose, type GoldenCase, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
+import { area, requestOf, run } from './pipeline_golden.ts';
 
-const area = goldenArea('pipeline');
 /** What the reference loops can do in seconds. */
 const few = ['t2i_clip_skip', 't2i_lcm', 't2i_no_guidance'];
 
@@ -38,55 +34,6 @@ const noises: Record<string, readonly number[]> = {
   t2i_dpmpp_2m_sde_karras: [1, 4, 10, 14],
   t2i_v_zero_snr: [1, 4, 10, 14],
 };
-
-const list = (value: unknown): string[] | undefined =>
-  value === undefined || value === null
-    ? undefined
-    : Array.isArray(value)
-      ? (value as string[])
-      : [value as string];
-
-/** A stored picture [h, w, 3] or mask [h, w]. */
-function stored(name: string) {
-  const shape = area.shape(name);
-  const grey = shape.at(-1) !== 3;
-  const [height, width] = grey ? shape.slice(-2) : shape.slice(-3);
-  return { width, height, channels: grey ? 1 : 3, data: area.bytes(name) };
-}
-
-function requestOf(c: GoldenCase, settings: Record<string, unknown>): Request {
-  const scheduler = settings.scheduler as { class: string; config: Partial<SchedulerConfig> } | undefined;
-  const seeds = ([] as number[]).concat(c.seed as number | number[]);
-  const request: Request = {
-    height: 128,
-    width: 128,
-    guidance_scale: 5,
-    num_inference_steps: 20,
-    ...(settings as Partial<Request>),
-    prompt: list(settings.prompt) as string[],
-    prompt_2: list(settings.prompt_2),
-    negative_prompt: list(settings.negative_prompt),
-    negative_prompt_2: list(settings.negative_prompt_2),
-    generators: seeds.map((seed) => new TorchGenerator(seed)),
-    scheduler: scheduler && { name: scheduler.class, config: scheduler.config },
-  };
-  if (c.inputs?.image) request.image = preprocess(stored(c.inputs.image) as Parameters<typeof preprocess>[0]);
-  if (c.inputs?.mask_image) {
-    request.mask = preprocessMask(stored(c.inputs.mask_image) as Parameters<typeof preprocessMask>[0]);
-  }
-  return request;
-}
-
-/** Drives the loop and keeps the latents after every step. */
-function run(pipeline: Pipeline, request: Asked): Denoised & { history: Float32Array[] } {
-  const history: Float32Array[] = [];
-  const loop = denoise(pipeline, request);
-  for (;;) {
-    const turn = loop.next();
-    if (turn.done) return { ...turn.value, history };
-    history.push(turn.value.latents.data);
-  }
-}
 
 for (const device of devices) {
   const cases = area.cases.filter(({ id }) => device.name !== 'reference' || few.includes(id));

@@ -57,7 +57,7 @@ test('batches count the seed on, prompt by prompt', (t) => {
   const options = optionsOf('--batch-count', '2');
   const requests = requestsOf(options, ['a fox', 'a cat']);
   t.same(
-    requests.map(({ prompt, last }) => [prompt[0], last]),
+    requests.map(({ prompt, last }) => [prompt?.[0], last]),
     [
       ['a fox', false],
       ['a fox', false],
