@@ -16,7 +16,7 @@ export class Parameter {
   path = '';
   /** What a tensor that is set becomes before it is kept: adapters merged while a model is loaded. */
   incoming: ((given: Tensor) => Tensor) | undefined;
-  /** Keeps what is set in 8-bit integers (ops/q8.ts): for sampling alone. Said before it is loaded. */
+  /** Keeps what is set in 8-bit integers (ops/q8.ts), where it is not to be trained. Said before it is loaded. */
   inQ8 = false;
   #tensor: Tensor | undefined;
   #fp8: Fp8Weight | undefined;
@@ -84,6 +84,16 @@ export class Parameter {
   set fp8(value: Fp8Weight) {
     this.unload();
     this.#fp8 = value;
+  }
+
+  /** The weight in 8-bit integers, where it is kept so. */
+  get q8(): Q8Weight | undefined {
+    return this.#q8;
+  }
+
+  set q8(value: Q8Weight) {
+    this.unload();
+    this.#q8 = value;
   }
 
   #release(): void {

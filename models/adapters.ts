@@ -65,10 +65,10 @@ export function addLora(
     const sizes = sizesFor(layer.children.weight.shape, config);
     const adapted = isConvolution(layer) ? adaptConv(layer, sizes) : adaptLinear(layer, sizes);
     const { lora_A: down, lora_B: up } = adapted.children;
-    start(down.children.weight, layer.children.weight.tensor, (count, fan) =>
+    start(down.children.weight, layer.children.weight.place, (count, fan) =>
       uniforms(`${path}.lora_A.weight`, count).map((u) => (2 * u - 1) / Math.sqrt(fan)),
     );
-    start(up.children.weight, layer.children.weight.tensor);
+    start(up.children.weight, layer.children.weight.place);
     replace(adapted);
     added.set(`${path}.lora_A.weight`, down.children.weight);
     added.set(`${path}.lora_B.weight`, up.children.weight);
@@ -162,8 +162,11 @@ function adaptConv(base: Conv2d, { rank, alpha }: LoraSizes) {
 }
 
 /** Loads a new parameter with what `values` makes of its size and its number of inputs, or with zeros. */
-function start(p: Parameter, like: Tensor, values?: (count: number, fan: number) => Float32Array): void {
-  const options = { device: like.device, dtype: like.dtype };
+function start(
+  p: Parameter,
+  options: Parameter['place'],
+  values?: (count: number, fan: number) => Float32Array,
+): void {
   p.tensor = unscoped(() =>
     values
       ? tensor(values(p.size, p.size / p.shape[0]), p.memoryShape, options)

@@ -2,9 +2,9 @@
 // copied, the last layer of the picture's embedding and all that is added to the UNet begin at zero, so that at first nothing is. A
 // small one has fewer transformer blocks and takes what the UNet has of them.
 import { noGrad } from '../engine/grad.ts';
-import { namedParameters, type Parameter } from '../engine/module.ts';
+import { namedParameters, type Parameter, placeOf } from '../engine/module.ts';
 import { scale } from '../engine/ops/unary.ts';
-import { unscoped } from '../engine/scope.ts';
+import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import type { Uniforms } from './adapters.ts';
@@ -83,7 +83,7 @@ const zeroed = /^controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\b/;
 export function startFromUNet(net: ControlNet, unet: UNet, uniforms: Uniforms): void {
   const given = namedParameters(unet);
   const own = namedParameters(net);
-  const { device, dtype } = (given.get('conv_in.weight') as Parameter).tensor;
+  const { device, dtype } = placeOf(unet);
   /** As PyTorch's convolutions begin: within 1 / sqrt(inputs), biases too. */
   const drawn = (key: string, { size, memoryShape }: Parameter): Tensor => {
     const weight = own.get(key.replace(/\.bias$/, '.weight')) as Parameter;
@@ -94,7 +94,7 @@ export function startFromUNet(net: ControlNet, unet: UNet, uniforms: Uniforms): 
   for (const [key, parameter] of own) {
     const from = given.get(key);
     parameter.tensor = unscoped(() => {
-      if (from) return noGrad(() => scale(from.tensor, 1));
+      if (from) return noGrad(() => scope(() => scale(from.tensor, 1)));
       return zeroed.test(key) ? zeros(parameter.memoryShape, { device, dtype }) : drawn(key, parameter);
     });
   }

@@ -250,6 +250,7 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
+    'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);
   for (const [name, task] of Object.entries(tasks)) {

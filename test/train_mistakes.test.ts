@@ -118,6 +118,18 @@ test('run files', async (t) => {
   );
   await refuses(
     t,
+    'a UNet in 8 bits that is trained itself',
+    /"train\.q8" keeps a UNet in 8-bit integers that is not trained.* "train\.target" is "unet"/,
+    ...file('q8', { train: { q8: true } }),
+  );
+  await refuses(
+    t,
+    'a UNet in 8 bits whose decoded weights would all be kept',
+    /set "train\.gradient_checkpointing" too, or leave it out/,
+    ...file('q8-kept', { train: { q8: true, target: 'lora' } }),
+  );
+  await refuses(
+    t,
     'text encoders beside a VAE',
     /"train\.text_encoders" trains the encoders beside the UNet, which target "vae" does not/,
     ...file('m', { train: { target: 'vae', text_encoders: true } }),
@@ -167,6 +179,7 @@ test('run files', async (t) => {
     ['min_snr_gamma=5', 'objective.snr_gamma'], // kohya's
     ['lora.network_dim=32', 'lora.rank'],
     ['conv_dim=8', 'lora.conv_rank'],
+    ['fp8_base=true', 'train.q8'],
     ['conv_alpha=4', 'lora.conv_alpha'],
     ['gradient_checkpointing=true', 'train.gradient_checkpointing'], // in another group
     ['optimizer.num_cycles=2', 'lr_scheduler.num_cycles'],

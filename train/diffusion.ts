@@ -161,10 +161,10 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
 
 /** The model, which samples previews by the scheduler that it is trained for. @throws UserError */
 function openPipeline(run: Run, { source, vaeSource }: Sources, device: Device): Pipeline {
-  const { gradient_checkpointing: gradientCheckpointing } = run.train;
+  const { gradient_checkpointing: gradientCheckpointing, q8 } = run.train;
   const { dtype } = run;
   const pipeline: Pipeline = {
-    ...loadPipeline(source, { device, dtype, vaeSource, vaeDtype: 'float32', gradientCheckpointing }),
+    ...loadPipeline(source, { device, dtype, vaeSource, vaeDtype: 'float32', gradientCheckpointing, q8 }),
     scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
   };
   pipeline.text.chunks = mostChunks(run.dataset.max_token_length);

@@ -16,6 +16,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   network_alpha: 'lora.alpha',
   lora_alpha: 'lora.alpha',
   conv_dim: 'lora.conv_rank',
+  fp8_base: 'train.q8',
   target_modules: 'lora.targets',
   controlnet_model: 'controlnet.controlnet_model_name_or_path',
   train_data_dir: 'dataset.path',

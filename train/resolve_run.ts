@@ -51,9 +51,17 @@ function refuseNothing({ train: { target }, lora, objective, vae_objective }: Ru
 
 /** What a run asks for that its target would pass over. */
 function refuseUnused(
-  { train: { target, parts, text_encoders }, lora, optimizer, dataset }: Run,
+  { train: { target, parts, text_encoders, q8, gradient_checkpointing }, lora, optimizer, dataset }: Run,
   where: string,
 ): void {
+  if (q8 && target !== 'lora' && target !== 'controlnet')
+    throw new UserError(
+      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora" and "controlnet", and "train.target" is "${target}"; leave it out`,
+    );
+  if (q8 && !gradient_checkpointing)
+    throw new UserError(
+      `${where}: "train.q8" takes more memory, not less, where every layer's weight is kept for its gradient; set "train.gradient_checkpointing" too, or leave it out`,
+    );
   if (lora.network_weights && target !== 'lora')
     throw new UserError(
       `${where}: "lora.network_weights" is what adapters begin with, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,

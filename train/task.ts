@@ -133,8 +133,13 @@ export const twin = (
   holding(component, () =>
     [...to].map(([key, parameter]) => {
       const name = `${component}.${key}`;
-      const own = (parameters.get(key) as Parameter).tensor;
-      parameter.tensor = unscoped(() => substitute(name, own));
+      const own = parameters.get(key) as Parameter;
+      unscoped(() => {
+        if (own.q8) {
+          const { bytes, scale } = own.q8;
+          parameter.q8 = { bytes: substitute(name, bytes), scale: substitute(name, scale) };
+        } else parameter.tensor = substitute(name, own.tensor);
+      });
       return [name, parameter];
     }),
   );
