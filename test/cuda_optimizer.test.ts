@@ -12,7 +12,7 @@ import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 const gpu = openVirtualGpu();
 const devices = { gpu: cudaDevice(gpu), reference: openDevice('reference') };
 const launches: Record<string, number> = {
-  ...{ adamw: 1, lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2 },
+  ...{ adamw: 1, lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2, prodigy_moments: 2, prodigy: 1 },
   adafactor: 5 + 3 + 3, // linear layers, convolutions, vectors
 };
 

@@ -3,8 +3,9 @@
 // device; k is split where it is long and tiles are few. On Hopper's a tile is forced, as the model of the time would choose
 // the same one for all small shapes; one multiprocessor makes a block take all items in turn, so that its ring goes round.
 import { adafactorSample } from '../engine/ops/adafactor.ts';
+import { momentsSample } from '../engine/ops/prodigy.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { type AnyRecord, type AnySample, withDtype } from './op_cases.ts';
+import { type AnyRecord, type AnySample, type Planted, withDtype } from './op_cases.ts';
 import { type FurtherSample, large, one, productSamples } from './product_samples.ts';
 
 function attention([n, heads, lq, lk, d]: readonly number[], causal: boolean): AnySample {
@@ -29,6 +30,14 @@ function groupNorm(x: readonly number[], groups: number, silu: boolean, skip = 0
   const beside: Record<string, number[]> = skip ? { skip: [...x.slice(0, -1), skip] } : {};
   return { inputs: { x, ...beside, weight: c, bias: c }, attrs: { groups, eps: 1e-5, silu } };
 }
+
+/** d stays what it is where nothing has come. */
+const noGradients: Planted = {
+  inputs: { sums: [2, 40], d: [4] },
+  attrs: { beta3: 0.9, rate: 0.7, d_coef: 1, growth_rate: 2, fresh: true },
+  dtypes: { sums: 'float32', d: 'float32' },
+  plant: (name, data) => void (name === 'sums' && data.fill(0)),
+};
 
 const furtherSamples: Record<string, readonly FurtherSample[]> = {
   ...productSamples,
@@ -149,6 +158,12 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
     one(adafactorSample([9, 1032], 1)),
     ...[[9, 16], [2, 3, 3, 8], [5]].map((shape) => ({ ...one(adafactorSample(shape, 0)), together: 40 })),
   ],
+  prodigy_moments: [
+    one(momentsSample([300_000], 0)),
+    { ...one(momentsSample([10], 1)), together: 40 },
+    { ...one(momentsSample([8200], 0)), together: 3 },
+  ],
+  prodigy_d: [one(noGradients)],
   // More chunks than blocks, which write their shared memory again.
   fp8_scale: [one({ inputs: { x: [270_000] }, attrs: {} })],
   sum_squares: [

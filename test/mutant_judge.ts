@@ -34,6 +34,7 @@ const opsOf: Record<string, readonly string[]> = {
   move: ['permute'],
   norm: ['group_norm', 'layer_norm', 'softmax'],
   optimizer: ['sum_squares'],
+  prodigy: ['prodigy_moments', 'prodigy_d'],
   reduce: ['sum', 'mse', 'huber'],
   attention_sm90: ['attention'],
   attention_backward_sm90: ['attention'],

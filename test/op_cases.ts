@@ -18,6 +18,7 @@ import '../engine/ops/move.ts';
 import '../engine/ops/norm.ts';
 import '../engine/ops/optimizer.ts';
 import '../engine/ops/q8.ts';
+import '../engine/ops/prodigy.ts';
 import '../engine/ops/reduce.ts';
 import '../engine/ops/unary.ts';
 

@@ -9,6 +9,7 @@ import {
   type LaunchArguments,
   type Plan,
   type PlanContext,
+  single,
   walking,
 } from './plan.ts';
 
@@ -59,15 +60,16 @@ function stepPlan(family: string, name: string, signature: string): [string, Pla
   });
 }
 
-function sumSquares(signature: string): [string, Plan] {
+/** A measure of each parameter: `sums` of it by chunks, then those of each row joined. */
+function measurePlan(family: string, name: string, signature: string, sums: number): [string, Plan] {
   const row = structLayout(signature);
   const chunksOf = elementChunks(row);
-  return updatePlan('sum_squares_forward', signature, (calls, context) => {
+  return updatePlan(`${name}_forward`, signature, (calls, context) => {
     const { rows, chunks } = rowsOf(row, calls, chunksOf, context);
-    const partial = context.workspace(chunks * FLOAT);
+    const partial = context.workspace(sums * chunks * FLOAT);
     return [
-      walking('optimizer', 'sum_squares_partial', chunks, 1, [partial, ...rows], context),
-      walking('optimizer', 'sum_squares_finish', calls.length, 1, [partial, ...rows], context),
+      walking(family, `${name}_partial`, chunks, 1, [partial, ...rows], context),
+      walking(family, `${name}_finish`, sums * calls.length, 1, [partial, ...rows], context),
     ];
   });
 }
@@ -77,5 +79,8 @@ export const optimizerPlans: readonly (readonly [string, Plan])[] = [
   stepPlan('optimizer', 'lion', 'ppppifffffiiii'),
   stepPlan('optimizer', 'ema', 'ppif'),
   stepPlan('adamw_8bit', 'adamw_8bit', 'pppppppiffffffffiiii'),
-  sumSquares('ppii'),
+  measurePlan('optimizer', 'sum_squares', 'ppii', 1),
+  measurePlan('prodigy', 'prodigy_moments', 'ppppppppiiifffffff', 2),
+  single('prodigy', 'prodigy_d_forward', () => 1, 1),
+  stepPlan('prodigy', 'prodigy', 'pppppifffiiii'),
 ];

@@ -32,29 +32,36 @@ export function checkStep(op: string, t: Tensors, others: readonly string[] = []
     if (size !== t.weight.size && !others.includes(name))
       throw new ShapeError(`${op}: ${name} [${shape}] does not fit weight [${t.weight.shape}]`);
   }
-  if (t.gradient.dtype !== t.weight.dtype)
+  if (t.gradient && t.gradient.dtype !== t.weight.dtype)
     throw new ShapeError(`${op}: weight is ${t.weight.dtype}, its gradient ${t.gradient.dtype}`);
   return {};
 }
 
 /** The kernels' last arguments. */
-export const roundingArguments = ({ rounding }: StepAttrs): number[] =>
+export const roundingArguments = ({ rounding }: Pick<StepAttrs, 'rounding'>): number[] =>
   rounding ? [1, rounding.seedLow, rounding.seedHigh, rounding.stream] : [0, 0, 0, 0];
 
-/** Replaces every weight by next(weight, scaled gradient, index), with the rounding that the attributes ask for. */
-export function eachWeight(
-  { weight, gradient, master }: RefTensors,
-  { gradientScale, rounding }: StepAttrs,
-  next: (weight: number, gradient: number, i: number) => number,
+/** Replaces every weight by next(weight, index), with the rounding that the attributes ask for. */
+export function setWeights(
+  { weight, master }: RefTensors,
+  { rounding }: Pick<StepAttrs, 'rounding'>,
+  next: (weight: number, i: number) => number,
 ): void {
   const value = (master ?? weight).data;
   const rounded = rounding && !master ? stochastic(rounding) : (x: number) => x;
   for (let i = 0; i < value.length; i++) {
-    const x = next(value[i], gradient.data[i] * gradientScale, i);
+    const x = next(value[i], i);
     if (master) master.data[i] = x;
     weight.data[i] = rounded(x, i);
   }
 }
+
+/** The same by next(weight, scaled gradient, index). */
+export const eachWeight = (
+  t: RefTensors,
+  attrs: Pick<StepAttrs, 'gradientScale' | 'rounding'>,
+  next: (weight: number, gradient: number, i: number) => number,
+): void => setWeights(t, attrs, (w, i) => next(w, t.gradient.data[i] * attrs.gradientScale, i));
 
 /** float32 to one of its two bfloat16 neighbours: element i takes 16 bits of the stream, eight elements to a block. */
 function stochastic({ seedLow, seedHigh, stream }: Stream): (x: number, i: number) => number {

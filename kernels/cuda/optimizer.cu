@@ -3,14 +3,6 @@
 // arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
 #include "optimizer.cuh"
 
-// body(row, i, count) for every pack of every row.
-template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
-  each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
-    const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(row.n));
-    for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) body(row, i, int(end - i));
-  });
-}
-
 struct AdamwRow {
   T *weight;
   float *master;
@@ -94,13 +86,12 @@ struct SquaresRow {
 KERNEL(sum_squares_partial)(float *partial, const SquaresRow *rows, const int *first_chunk, int count) {
   __shared__ float scratch[THREADS / 32];
   each_chunk(rows, first_chunk, count, [&](const SquaresRow &row, int chunk, int number) {
-    const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(row.n));
     float total = 0;
-    for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) {
-      const Pack p = load(row.x + i, int(end - i));
+    chunk_packs(row.n, chunk, [&](uint32_t i, int count) {
+      const Pack p = load(row.x + i, count);
 #pragma unroll
       for (int j = 0; j < PACK; j++) total += p.at[j] * p.at[j];
-    }
+    });
     total = block_sum(total, scratch);
     if (threadIdx.x == 0) partial[number] = total;
     __syncthreads();

@@ -24,6 +24,19 @@ template <class Row, class F> DEVICE void each_chunk(const Row *rows, const int 
   }
 }
 
+// body(i, count) for every pack of a chunk of n elements.
+template <class F> DEVICE void chunk_packs(int n, int chunk, F &&body) {
+  const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(n));
+  for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) body(i, int(end - i));
+}
+
+// body(row, i, count) for every pack of every row.
+template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
+  each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
+    chunk_packs(row.n, chunk, [&](uint32_t i, int count) { body(row, i, count); });
+  });
+}
+
 struct Weights {
   T *weight;
   float *master;
