@@ -12,20 +12,15 @@ import { addLora } from '../models/adapters.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import { unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
+import { fill } from '../train/fields.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { openPasses } from '../train/pass.ts';
+import { fields } from '../train/run.ts';
 import { casesOf, type OpCase } from './ops.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
 import { type Sizes, type Subject, unetInputs } from './subjects.ts';
 
-const settings = {
-  betas: [0.9, 0.999],
-  eps: 1e-8,
-  weight_decay: 1e-2,
-  clip_threshold: 1,
-  decay_rate: -0.8,
-  stochastic_rounding: true,
-} as const;
+const settings = { ...fill(fields, {}, 'the defaults').optimizer, stochastic_rounding: true };
 
 /** The layers that LoRA trains by default. */
 const targets = ['to_q', 'to_k', 'to_v', 'to_out.0'];

@@ -91,6 +91,24 @@ test('values under which nothing would be trained are refused', (t) => {
   t.end();
 });
 
+test('what Prodigy cannot find a learning rate with is refused', (t) => {
+  const prodigy = ['optimizer.name=prodigy', 'optimizer.lr=1'];
+  t.doesNotThrow(() => resolved(...prodigy, 'optimizer.growth_rate=1.02', 'train.text_encoders=true'));
+  const texts = ['train.text_encoders=true', 'optimizer.text_encoder_lr=0.5'];
+  for (const [says, ...assignments] of [
+    [/"optimizer\.lr" is 0\.00001, and Prodigy takes .*; set it to 1$/, 'optimizer.lr=0.00001'],
+    [/"optimizer\.text_encoder_lr" is 0\.5, and Prodigy has one/, ...texts],
+    [/"optimizer\.d0" is 0, with which Prodigy finds no/, 'optimizer.d0=0'],
+    [/"optimizer\.d_coef" is 0, /, 'optimizer.d_coef=0'],
+    [/"optimizer\.eps" is 0, /, 'optimizer.eps=0'],
+    [/"optimizer\.growth_rate" is 0\.5, .*0 for no bound$/, 'optimizer.growth_rate=0.5'],
+  ] as const)
+    refuses(t, says, () => resolved(...prodigy, ...assignments));
+  refuses(t, /"optimizer\.lr" is 0\.00001, /, () => resolved('optimizer.name=prodigy'));
+  t.doesNotThrow(() => resolved('optimizer.d0=0', 'optimizer.d_coef=0'), 'others do not use them');
+  t.end();
+});
+
 test('what does not fit is refused', (t) => {
   for (const [assignment, says] of [
     ['=5', /--set takes KEY=VALUE/],

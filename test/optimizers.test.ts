@@ -12,17 +12,14 @@ import { channelsLast } from '../models/checkpoint.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import { allClose } from './golden.ts';
 
 const device = openDevice('auto');
 const settings: OptimizerSettings = {
-  name: 'adamw',
+  ...resolveRun({}, 'test', 'test').optimizer,
   betas: [0.9, 0.99],
-  eps: 1e-8,
   weight_decay: 0.1,
-  clip_threshold: 1,
-  decay_rate: -0.8,
-  stochastic_rounding: false,
 };
 const shapes = [[3, 4], [2, 2, 3, 3], [5]];
 const sizeOf = (shape: readonly number[]) => shape.reduce((a, b) => a * b, 1);

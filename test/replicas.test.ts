@@ -53,6 +53,25 @@ test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async 
     }
 });
 
+test('Prodigy finds on several GPUs, of which each has some of the weights, what it finds on one', async (t) => {
+  for (const count of [2, 3]) {
+    const devices = three.devices.slice(0, count);
+    const optimizer = 'prodigy' as const;
+    const found = async (on: readonly Device[]) => {
+      const session = open(on, { names, optimizer });
+      const weights = await trained(session, updates(count));
+      const d = session.session.optimizer.state.get('d')?.floats();
+      session.release();
+      return { weights, d: [...(d ?? [])] };
+    };
+    const want = await found(devices.slice(0, 1));
+    t.equal(new Set(want.weights).size, 11, 'each update but one changes the weights');
+    t.ok(want.d[0] > 5e-6 && want.d[3] === 11, `d ${want.d}`);
+    t.same(await found(devices), want, `${count} GPUs`);
+    t.same(held(devices), Array(2 * count).fill(0), 'nothing is held');
+  }
+});
+
 test('more passes than GPUs: only the order of sums is another', async (t) => {
   const devices = three.devices.slice(0, 2);
   const floats = async (on: readonly Device[]) => {

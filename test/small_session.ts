@@ -9,16 +9,18 @@ import { mse } from '../engine/ops/loss.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { MicroBatch, Turn } from '../train/data/order.ts';
-import { createOptimizer } from '../train/optimizers/create.ts';
+import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { openReplicas } from '../train/replicas.ts';
 import { resolveRun } from '../train/resolve_run.ts';
+import type { Run } from '../train/run.ts';
 import type { Session } from '../train/session.ts';
 import { component, copied, type Substitute, type Task, trainedParameters, twin } from '../train/task.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
 
 const SIDE = 8;
 
-const run = resolveRun({ optimizer: { lr: 0.1, max_grad_norm: 0 } }, 'test', 'test');
+const runWith = (name: OptimizerSettings['name']): Run =>
+  resolveRun({ optimizer: { name, lr: 0.1, max_grad_norm: 0 } }, 'test', 'test');
 /** An update of the first epoch. */
 export const turn = (...update: MicroBatch[]): Turn => ({ update, epoch: 0 });
 export const pass = (...samples: number[]): MicroBatch => ({ bucket: 0, samples });
@@ -41,10 +43,16 @@ function withoutCapture({ driver }: Device): () => void {
   return () => void Object.assign(driver, { capture });
 }
 
+interface Options {
+  records?: boolean;
+  names?: readonly string[];
+  optimizer?: OptimizerSettings['name'];
+}
+
 /** Sample i has i in all places of x; weights are 0, then 0.01, ...; `events` are what is done. Passes are recorded where wished. */
 export function open(
   [device, ...further]: readonly Device[],
-  { records = false, names = ['weight'] as readonly string[] } = {},
+  { records = false, names = ['weight'], optimizer: rule = 'adamw' }: Options = {},
 ) {
   const events: string[] = [];
   const undo = records ? [] : [device, ...further].map(withoutCapture);
@@ -83,6 +91,7 @@ export function open(
   } as unknown as Task;
   const passes = openReplicas(task, trainedParameters([part]), device, further);
   const { parameters } = passes;
+  const run = runWith(rule);
   const optimizer = createOptimizer(parameters, run.optimizer, 0);
   const session = { run, task, device, parameters, passes, optimizer } as unknown as Session;
   const release = () => {

@@ -248,6 +248,7 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
       lora: { rank: 2, text_encoder_targets: ['q_proj', 'fc1'] },
       optimizer: { lr: 1e-3, text_encoder_lr: 1e-4 },
     },
+    prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },

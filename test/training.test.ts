@@ -142,7 +142,7 @@ function threeSteps(c: GoldenCase, names: string[]): (label: string) => ArrayLik
       3,
     );
     const { norm, scale } = clipGradients(parameters, settings.max_grad_norm);
-    const made = optimizer.step(lr, scale);
+    const { made } = optimizer.step(lr, scale);
     note('losses', loss);
     note('grad_norms', norm);
     note('lrs', lr);

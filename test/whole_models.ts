@@ -206,7 +206,7 @@ export function trainingStep(device: Device, dtype: FloatDType): Results {
     scope(() => Float32Array.from([...parameters].flatMap(([name, p]) => [...of(name, p).floats()])));
   const gradients = joined((_, p) => gradOf(p.tensor) as Tensor);
   const { norm, scale } = clipGradients(parameters, 1);
-  averages.step(optimizer.step(1e-3, scale));
+  averages.step(optimizer.step(1e-3, scale).made);
   for (const p of parameters.values()) clearGrad(p.tensor);
   const results = {
     ...{ loss, gradients, norm: Float32Array.of(norm) },

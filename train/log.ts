@@ -8,6 +8,8 @@ export interface LogEntry {
   epoch: number;
   loss: number;
   lr: number;
+  /** What Prodigy's d makes of it. */
+  'd*lr'?: number;
   grad_norm: number;
   /** Pictures per second since the last entry. */
   images_per_second: number;

@@ -31,6 +31,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseConditions(run, where);
   refuseNothing(run, where);
+  refuseRates(run, where);
 }
 
 /** Values under which no update would change a weight. */
@@ -46,6 +47,32 @@ function refuseNothing({ train: { target }, lora, objective, vae_objective }: Ru
   if (target !== 'vae' && objective.loss === 'huber' && objective.huber_delta === 0)
     throw new UserError(
       `${where}: "objective.huber_delta" is 0, which makes the loss 0, so nothing would be trained; give it a value such as 0.1`,
+    );
+}
+
+/** Prodigy finds its own learning rate: below this, what is multiplied by it is surely another optimizer's. */
+const LEAST_MULTIPLE = 0.01;
+
+/** What Prodigy could not find its learning rate with. */
+function refuseRates({ optimizer, train }: Run, where: string): void {
+  if (optimizer.name !== 'prodigy') return;
+  const { lr, text_encoder_lr, d0, d_coef, growth_rate } = optimizer;
+  if (lr < LEAST_MULTIPLE)
+    throw new UserError(
+      `${where}: "optimizer.lr" is ${lr}, and Prodigy takes the learning rate that it finds times that, so nothing would be learnt; set it to 1`,
+    );
+  if (train.text_encoders && text_encoder_lr && text_encoder_lr !== lr)
+    throw new UserError(
+      `${where}: "optimizer.text_encoder_lr" is ${text_encoder_lr}, and Prodigy has one learning rate for all weights; leave it out`,
+    );
+  for (const [key, value] of Object.entries({ d0, d_coef, eps: optimizer.eps }))
+    if (value === 0)
+      throw new UserError(
+        `${where}: "optimizer.${key}" is 0, with which Prodigy finds no learning rate; leave it out`,
+      );
+  if (growth_rate > 0 && growth_rate < 1)
+    throw new UserError(
+      `${where}: "optimizer.growth_rate" is ${growth_rate}, under which Prodigy's learning rate would shrink; give it a number above 1 such as 1.02, or 0 for no bound`,
     );
 }
 

@@ -276,7 +276,7 @@ export function estimate(
   session.task.rehearseCache?.();
   for (const _ of devices) session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
   session.passes.gather();
-  const made = session.optimizer.step(0);
+  const { made } = session.optimizer.step(run.optimizer.lr);
   session.passes.share();
   session.ema?.step(made);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);

@@ -6,7 +6,8 @@ import { join } from 'node:path';
 import { asUserError, makeFolder } from '../io/files.ts';
 
 export interface EventFile {
-  scalars(step: number, values: Readonly<Record<string, number>>): void;
+  /** Those of the values that are there. */
+  scalars(step: number, values: Readonly<Record<string, number | undefined>>): void;
   /** A picture as the bytes of a PNG. */
   image(step: number, tag: string, png: Uint8Array, width: number, height: number): void;
 }
@@ -30,7 +31,9 @@ export function openEventFile(folder: string, now: () => number = Date.now): Eve
     scalars: (step, values) =>
       summary(
         step,
-        Object.entries(values).map(([tag, value]) => Buffer.concat([text(1, tag), float(2, value)])),
+        Object.entries(values).flatMap(([tag, value]) =>
+          value === undefined ? [] : [Buffer.concat([text(1, tag), float(2, value)])],
+        ),
       ),
     image(step, tag, png, width, height) {
       const picture = Buffer.concat([integer(1, height), integer(2, width), integer(3, 3), bytes(4, png)]);

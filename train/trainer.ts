@@ -165,7 +165,7 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     note(
       { step, epoch }: Position,
       lr: number,
-      { loss, grad_norm, skipped }: Made,
+      { loss, grad_norm, dlr, skipped }: Made,
       update: Update,
       validation_loss?: number,
     ): void {
@@ -173,15 +173,15 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
       if (step % run.log_every === 0 || step === total || skipped || validation_loss !== undefined) {
         rate = (1000 * seen) / Math.max(1, performance.now() - since);
         [since, seen] = [performance.now(), 0];
-        const scalars = { loss, lr, grad_norm, images_per_second: rate };
-        const entry: LogEntry = { step, epoch, ...scalars, validation_loss, skipped };
+        const scalars = { loss, lr, 'd*lr': dlr, grad_norm, images_per_second: rate, validation_loss };
+        const entry: LogEntry = { step, epoch, ...scalars, skipped };
         appendLog(logFile(run.output), entry);
         report.entry?.(entry);
-        events.scalars(step, validation_loss === undefined ? scalars : { ...scalars, validation_loss });
+        events.scalars(step, scalars);
       }
       const told = [
         `loss ${loss.toFixed(4)}`,
-        `lr ${Number(lr.toPrecision(3))}`,
+        dlr === undefined ? `lr ${Number(lr.toPrecision(3))}` : `d*lr ${Number(dlr.toPrecision(3))}`,
         Number.isNaN(rate) ? '' : `${rate.toFixed(1)} images/s`,
         `peak ${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`,
       ];

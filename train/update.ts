@@ -13,6 +13,8 @@ export interface Made {
   /** The mean over the update's samples; of one that is not finite, that of its first bad pass. */
   loss: number;
   grad_norm: number;
+  /** The learning rate that the optimizer found, where it finds one. */
+  dlr?: number;
   /** Why the weights were left as they were. */
   skipped?: string;
 }
@@ -107,8 +109,8 @@ async function step(
   const loss = values.reduce((sum, value, i) => sum + shares[i] * value, 0);
   const { norm, scale, nonfinite } = norms.read(run.optimizer.max_grad_norm);
   if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
-  const made = optimizer.step(lr, scale);
+  const { made, dlr } = optimizer.step(lr, scale);
   passes.share();
   ema?.step(made);
-  return { loss, grad_norm: norm };
+  return { loss, grad_norm: norm, dlr };
 }

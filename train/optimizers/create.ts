@@ -4,10 +4,11 @@ import { adafactor } from './adafactor.ts';
 import { adamw } from './adamw.ts';
 import { adamw8bit } from './adamw_8bit.ts';
 import { lion } from './lion.ts';
-import { type Optimizer, optimize, type Rule } from './rule.ts';
+import { type ProdigyOptions, prodigy } from './prodigy.ts';
+import { type JointRule, type Optimizer, optimize, type Rule } from './rule.ts';
 
-export interface OptimizerSettings {
-  name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion';
+export interface OptimizerSettings extends ProdigyOptions {
+  name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion' | 'prodigy';
   betas: readonly [number, number];
   eps: number;
   weight_decay: number;
@@ -19,11 +20,12 @@ export interface OptimizerSettings {
   stochastic_rounding: boolean;
 }
 
-const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => Rule> = {
+const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => Rule | JointRule> = {
   adamw,
   adafactor,
   adamw8bit,
   lion,
+  prodigy,
 };
 
 /** An optimizer over loaded parameters; `seed` keys stochastic rounding, and a parameter's learning rate has its factor. */
