@@ -7,6 +7,8 @@
 //     --set lora.targets=to_q,to_k,to_v,to_out.0,conv1,conv2,conv_shortcut,conv
 // With adapters on the text encoders too, as --train_text_encoder there:
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set train.text_encoders=true --set optimizer.text_encoder_lr=5e-6
+// With the optimizer that finds its learning rate, as kohya's guides:
+//   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set optimizer.name=prodigy --set optimizer.lr=1
 //   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora runs/lora/final/pytorch_lora_weights.safetensors --prompt ...
 import { defineRun } from 'sdxl';
 
