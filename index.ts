@@ -21,7 +21,6 @@ export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
 export { locateIPAdapter } from './models/locate_ip_adapter.ts';
 export { mergeLora } from './models/lora.ts';
 export {
-  type Asked,
   type Denoised,
   decode,
   denoise,
@@ -33,6 +32,7 @@ export {
 export type { ModelPreset } from './models/presets.ts';
 export { presets } from './models/presets.ts';
 export { encodePrompt } from './models/prompts.ts';
+export type { Asked } from './models/request.ts';
 export { openSingleFile } from './models/singlefile.ts';
 export { loadTextualInversion } from './models/textual_inversion.ts';
 export { TorchGenerator } from './models/torch_random.ts';

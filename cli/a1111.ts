@@ -1,6 +1,6 @@
 // A1111's `parameters` text, which picture sites and other programs read and write too: the prompt, perhaps a line
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
-import type { Request } from '../models/pipeline.ts';
+import type { Request } from '../models/request.ts';
 import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
 import { version } from './about.ts';

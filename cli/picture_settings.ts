@@ -4,7 +4,7 @@
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readPngText } from '../io/png.ts';
-import type { Request } from '../models/pipeline.ts';
+import type { Request } from '../models/request.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
 import { type Parameters, readParameters, writeParameters } from './a1111.ts';
 import type { SampleOptions } from './sample_options.ts';

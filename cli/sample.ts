@@ -18,15 +18,8 @@ import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateAdapter } from '../models/lora_file.ts';
-import {
-  decode,
-  denoiseToEnd,
-  loadPipeline,
-  type Pipeline,
-  planOf,
-  type Request,
-  sizesOf,
-} from '../models/pipeline.ts';
+import { decode, denoiseToEnd, loadPipeline, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
+import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';

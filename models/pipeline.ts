@@ -3,28 +3,28 @@
 // is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
-import { unload } from '../engine/module.ts';
+import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
-import type { FloatDType } from '../io/dtype.ts';
+import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
 import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
-import { type MicroConditioning, promptCount, type Size, timeIds } from './conditioning.ts';
-import { type GuidanceRequest, type GuidedModel, openDenoiser } from './denoiser.ts';
-import { type IPAdapterRequest, type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
+import { promptCount, type Size, timeIds } from './conditioning.ts';
+import { type GuidedModel, openDenoiser } from './denoiser.ts';
+import { type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { type AdapterFile, withAdapters } from './lora.ts';
-import { type ControlRequest, controlsOf, loadControlNet } from './multicontrolnet.ts';
-import { checkPrompts, listed, type Texts } from './prompts.ts';
+import { controlsOf, loadControlNet } from './multicontrolnet.ts';
+import { checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
+import { type Asked, complete, type Request } from './request.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Sampler } from './samplers/sampler.ts';
-import { type StartRequest, startOf, strengthOf } from './start.ts';
+import { startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
-import { TorchGenerator } from './torch_random.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet.ts';
 
 export interface Sizes {
@@ -56,8 +56,10 @@ export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): S
  * Loads every component of a model onto a device; `vaeSource` replaces its VAE. Release the pipeline when done.
  * @throws UserError for a model that is incomplete or no SDXL model
  */
-export const loadPipeline = (source: ModelSource, options: LoadOptions): Pipeline =>
-  built(() => load(source, options));
+export function loadPipeline(source: ModelSource, options: LoadOptions): Pipeline {
+  checkLoad(source, options);
+  return built(() => load(source, options));
+}
 
 interface LoadOptions {
   device: Device;
@@ -75,6 +77,27 @@ interface LoadOptions {
   q8?: boolean;
   /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
   gradientCheckpointing?: boolean;
+}
+
+/** What TypeScript would tell a program of. @throws UserError */
+function checkLoad(
+  source: ModelSource,
+  { device, dtype, vaeDtype = dtype }: Partial<LoadOptions> = {},
+): void {
+  if (typeof source?.load !== 'function')
+    throw new UserError('loadPipeline takes an opened model first: what await locateModel(PATH) gives');
+  if (typeof device?.memory !== 'object')
+    throw new UserError("loadPipeline's device is none: give what openDevice('auto') gives");
+  for (const [key, value] of Object.entries({ dtype, vaeDtype }))
+    if (!isFloat(value as FloatDType))
+      throw new UserError(`loadPipeline's ${key} is ${value}: give float32, bfloat16 or float16`);
+}
+
+/** @throws UserError for a part that is freed */
+function checkLoaded(part: AnyModule): void {
+  const [first] = namedParameters(part).values();
+  if (!first.loaded)
+    throw new UserError('the pipeline was released, or has drawn its last request: load it again');
 }
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {
@@ -160,56 +183,6 @@ function checkChannels(path: string, { in_channels: taken }: UNetConfig, { confi
     );
 }
 
-/** What to draw, in the words of diffusers' SDXL pipelines. */
-export interface Request
-  extends GuidanceRequest,
-    MicroConditioning,
-    StartRequest,
-    ControlRequest,
-    IPAdapterRequest {
-  num_inference_steps: number;
-  /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
-  timesteps?: readonly number[];
-  /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
-  sigmas?: readonly number[];
-  /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
-  eta?: number;
-  /** Replaces the checkpoint's scheduler or parts of its config. */
-  scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
-  /** The part of the way, 0 to 1, after which a refiner takes over. */
-  denoising_end?: number;
-}
-
-/**
- * A request as it may be written. What diffusers' text-to-image pipeline has defaults for may be left out: 50 steps, a guidance scale
- * of 5, the size that the model was trained at or that latents have; and the generator, which then has a random seed.
- */
-export type Asked = Texts & Partial<Omit<Request, keyof Texts>>;
-
-/** `asked` with the defaults filled in. */
-export function complete({ ratio, sampleSize, sampleWidth = sampleSize }: Sizes, asked: Asked): Request {
-  const [height, width] = asked.latents?.shape.slice(2).map((side) => side * ratio) ?? [
-    sampleSize,
-    sampleWidth,
-  ];
-  return {
-    ...listed(asked),
-    num_inference_steps: stepsOf(asked) ?? 50,
-    guidance_scale: asked.guidance_scale ?? 5,
-    width: asked.width ?? width,
-    height: asked.height ?? height,
-    generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
-  };
-}
-
-/** As many as the lists of own ones come to. */
-export const stepsOf = ({
-  timesteps,
-  sigmas,
-  num_inference_steps,
-}: Partial<Pick<Request, 'timesteps' | 'sigmas' | 'num_inference_steps'>>): number | undefined =>
-  timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
-
 export interface Progress {
   /** Counted from 1. */
   step: number;
@@ -235,7 +208,8 @@ export function samplerFor(
   request: Pick<Request, 'scheduler'>,
 ): Sampler {
   const { _class_name: own = 'EulerDiscreteScheduler', ...config } = pipeline.scheduler;
-  return createSampler(request.scheduler?.name ?? own, { ...config, ...request.scheduler?.config });
+  const asked = parseSchedulerConfig(request.scheduler?.config ?? {}, "the request's scheduler.config");
+  return createSampler(request.scheduler?.name ?? own, { ...config, ...asked });
 }
 
 /** The steps that a request comes to. @throws UserError where the scheduler cannot do them, or none are left */
@@ -250,6 +224,7 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler'>, request: Request) 
  */
 export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, Denoised> {
   const request = complete(pipeline, asked);
+  checkLoaded(pipeline.unet);
   const { sampler, plan } = planOf(pipeline, request);
   checkPrompts(pipeline, request);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
@@ -297,13 +272,11 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
 
 /** @throws UserError where there is no generator to each image, nothing to go on from, or sides are not whole latents */
 function checkCounts(request: Request, images: number, ratio: number): void {
-  const { generators, width, height, image, latents, num_images_per_prompt: each = 1 } = request;
+  const { generators, width, height, image, latents } = request;
   if (request.denoising_start !== undefined && !image && !latents)
     throw new UserError(
       'denoising_start goes on from what has its noise already, and there is nothing: give latents, or an image',
     );
-  if (!Number.isInteger(each) || each < 1)
-    throw new UserError(`num_images_per_prompt is ${each}: give a whole number from 1`);
   if (generators.length !== 1 && generators.length !== images)
     throw new UserError(`${generators.length} generators for ${images} images: give one, or one to each`);
   const isWhole = (side: number) => side >= ratio && side % ratio === 0;
@@ -319,8 +292,10 @@ export const denoiseToEnd = (
 ): Promise<Denoised> => inTurns(denoise(pipeline, asked), onStep);
 
 /** Latents → pictures [n, 3, h, w], about [-1, 1]. */
-export const decode = (pipeline: Pipeline, latents: Latents, tiling = false): Latents =>
-  decodeLatents(pipeline.vae, latents, tiling);
+export function decode({ vae }: Pipeline, latents: Latents, tiling = false): Latents {
+  checkLoaded(vae.module);
+  return decodeLatents(vae, latents, tiling);
+}
 
 /** Whether it begins at more than noise: diffusers' other pipelines. */
 const goesOn = ({ image, denoising_start }: Request): boolean =>

@@ -2,7 +2,7 @@
 import { test } from 'tap';
 import { readParameters, writeParameters } from '../cli/a1111.ts';
 import type { SampleOptions } from '../cli/sample_options.ts';
-import { complete } from '../models/pipeline.ts';
+import { complete } from '../models/request.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 
 const read = (fields: string) => readParameters(`a fox\n${fields}`).settings;

@@ -17,8 +17,9 @@ import { loadAndClose, openComponent, openModel, sourceOf } from '../models/chec
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
 import { ipAdapter, openIPAdapter, parseIPAdapter } from '../models/ip_adapter.ts';
 import { toDevice } from '../models/latents.ts';
-import { denoiseToEnd, loadPipeline, type Request } from '../models/pipeline.ts';
+import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
+import type { Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { crossAttentions, unet } from '../models/unet.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';

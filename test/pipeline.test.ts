@@ -10,15 +10,8 @@ import { toPictures } from '../io/image.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
 import { decodeLatents, encodeImage, type Latents, previewLatents } from '../models/latents.ts';
-import {
-  complete,
-  decode,
-  loadPipeline,
-  type Pipeline,
-  type Request,
-  samplerFor,
-  sizesOf,
-} from '../models/pipeline.ts';
+import { decode, loadPipeline, type Pipeline, samplerFor, sizesOf } from '../models/pipeline.ts';
+import { complete, type Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { type Assert, allClose, type GoldenCase, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';

@@ -4,8 +4,9 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openModel } from '../models/checkpoint.ts';
 import type { Embeds } from '../models/conditioning.ts';
-import { type Asked, loadPipeline } from '../models/pipeline.ts';
+import { loadPipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
+import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
@@ -123,7 +124,7 @@ test('embeddings of many prompts, long ones and mistaken ones', (t) => {
   t.ok(draw(odd).every(Number.isFinite), 'with nothing as long');
   for (const [asked, message] of [
     [{}, /^there is no prompt to draw: give prompt, or prompt_embeds with pooled_prompt_embeds$/],
-    [{ prompt: [] }, /^there is no prompt to draw/],
+    [{ prompt: [] }, /^prompt is \[\]: give a text/],
     [{ ...one, prompt: 'a fox' }, /^prompt_embeds and prompt are both given, .*leave out one$/],
     [{ ...one, prompt_2: 'a fox' }, /^prompt_embeds and prompt_2 are both given/],
     [{ ...two, negative_prompt_2: 'rain' }, /^negative_prompt_embeds and negative_prompt_2 are both given/],

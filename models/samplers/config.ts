@@ -268,42 +268,43 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
 }
 
 /** A long list is told by its beginning. */
-function unlike(key: string, value: unknown, want: string): UserError {
+function unlike(key: string, value: unknown, want: string, where = 'scheduler_config.json'): UserError {
   const text = JSON.stringify(value);
   const shown = text.length > 60 ? `${text.slice(0, 60)}...` : text;
-  return new UserError(`scheduler_config.json: ${key} is ${shown}, but must be ${want}`);
+  return new UserError(`${where}: ${key} is ${shown}, but must be ${want}`);
 }
 
 /**
- * Checks a parsed scheduler_config.json and returns the options it gives, with `_class_name` where it names one.
- * Options we do not know are passed over, as diffusers does; a known option with a value we cannot honour is an error.
+ * Checks a parsed scheduler_config.json (`where` is what errors call it) and returns the options it gives, with `_class_name` where it
+ * names one. Options we do not know are passed over, as diffusers does; a known option with a value we cannot honour is an error.
  */
-export function parseSchedulerConfig(json: unknown): Partial<SchedulerConfig> & { _class_name?: string } {
+export function parseSchedulerConfig(
+  json: unknown,
+  where = 'scheduler_config.json',
+): Partial<SchedulerConfig> & { _class_name?: string } {
   if (typeof json !== 'object' || json === null || Array.isArray(json))
-    throw new UserError(
-      'scheduler_config.json does not hold a JSON object: take the file from a diffusers folder',
-    );
+    throw new UserError(`${where} does not hold a JSON object: take the file from a diffusers folder`);
   const given = json as Record<string, unknown>;
+  const bad = (key: string, want: string) => unlike(key, given[key], want, where);
   for (const [key, allowed] of Object.entries(choices)) {
     const value = given[key] as string | null | undefined;
     if (value === undefined || allowed.includes(value)) continue;
     const names = allowed.filter((name) => name !== null);
-    throw unlike(key, value, `one of ${allowed.join(', ')}${didYouMean(String(value), names)}`);
+    throw bad(key, `one of ${allowed.join(', ')}${didYouMean(String(value), names)}`);
   }
   for (const [key, [want, holds]] of Object.entries(rules))
-    if (given[key] !== undefined && !holds(given[key])) throw unlike(key, given[key], want);
+    if (given[key] !== undefined && !holds(given[key])) throw bad(key, want);
   const { num_train_timesteps: count = 1000, steps_offset = 0 } = given as Partial<SchedulerConfig>;
   const { trained_betas: betas } = given as Partial<SchedulerConfig>;
   if (betas && betas.length < count)
-    throw unlike('trained_betas', betas, `a list of ${count} numbers, one for each of num_train_timesteps`);
-  if (steps_offset >= count)
-    throw unlike('steps_offset', steps_offset, `below num_train_timesteps, which is ${count}`);
+    throw bad('trained_betas', `a list of ${count} numbers, one for each of num_train_timesteps`);
+  if (steps_offset >= count) throw bad('steps_offset', `below num_train_timesteps, which is ${count}`);
   const { _class_name: name } = given;
   if (typeof name === 'string' && ofOtherProcesses.test(name))
-    throw new UserError(`scheduler_config.json: _class_name is ${name}: the model ${otherProcess}`);
+    throw new UserError(`${where}: _class_name is ${name}: the model ${otherProcess}`);
   for (const key of unsupported)
-    if (given[key]) throw new UserError(`scheduler_config.json: ${key} is not supported: leave it out`);
+    if (given[key]) throw new UserError(`${where}: ${key} is not supported: leave it out`);
   if (given.timestep_type === 'continuous')
-    throw new UserError('scheduler_config.json: timestep_type "continuous" is not supported: use "discrete"');
+    throw new UserError(`${where}: timestep_type "continuous" is not supported: use "discrete"`);
   return given as Partial<SchedulerConfig> & { _class_name?: string };
 }

@@ -1,0 +1,215 @@
+// What is asked of a pipeline, in the words of diffusers' SDXL pipelines. TypeScript holds a program to it while it is compiled; of
+// JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
+import { didYouMean, UserError } from '../io/errors.ts';
+import type { MicroConditioning } from './conditioning.ts';
+import type { GuidanceRequest } from './denoiser.ts';
+import { emphases } from './emphasis.ts';
+import type { IPAdapterRequest } from './ip_adapter.ts';
+import type { ControlRequest } from './multicontrolnet.ts';
+import { listed, type Texts } from './prompts.ts';
+import type { SchedulerConfig } from './samplers/config.ts';
+import type { StartRequest } from './start.ts';
+import { TorchGenerator } from './torch_random.ts';
+
+/** What to draw, in the words of diffusers' SDXL pipelines. */
+export interface Request
+  extends GuidanceRequest,
+    MicroConditioning,
+    StartRequest,
+    ControlRequest,
+    IPAdapterRequest {
+  num_inference_steps: number;
+  /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
+  timesteps?: readonly number[];
+  /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
+  sigmas?: readonly number[];
+  /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
+  eta?: number;
+  /** Replaces the checkpoint's scheduler or parts of its config. */
+  scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
+  /** The part of the way, 0 to 1, after which a refiner takes over. */
+  denoising_end?: number;
+}
+
+/**
+ * A request as it may be written. What diffusers' text-to-image pipeline has defaults for may be left out: 50 steps, a guidance scale
+ * of 5, the size that the model was trained at or that latents have; and the generator, which then has a random seed.
+ */
+export type Asked = Texts & Partial<Omit<Request, keyof Texts>>;
+
+/**
+ * `given` with the defaults filled in; null is what is left out, as None is in Python.
+ * @throws UserError for a key that no request has, or a value of another kind
+ */
+export function complete(
+  {
+    ratio,
+    sampleSize,
+    sampleWidth = sampleSize,
+  }: { ratio: number; sampleSize: number; sampleWidth?: number },
+  given: Asked,
+): Request {
+  const asked = checked(given);
+  const [height, width] = asked.latents?.shape.slice(2).map((side) => side * ratio) ?? [
+    sampleSize,
+    sampleWidth,
+  ];
+  return {
+    ...listed(asked),
+    num_inference_steps: stepsOf(asked) ?? 50,
+    guidance_scale: asked.guidance_scale ?? 5,
+    width: asked.width ?? width,
+    height: asked.height ?? height,
+    generators: asked.generators ?? [new TorchGenerator(Math.floor(Math.random() * 2 ** 32))],
+  };
+}
+
+/** As many as the lists of own ones come to. */
+export const stepsOf = ({
+  timesteps,
+  sigmas,
+  num_inference_steps,
+}: Partial<Pick<Request, 'timesteps' | 'sigmas' | 'num_inference_steps'>>): number | undefined =>
+  timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
+
+/** What a key holds, in words, and whether a value is that. */
+type Rule = readonly [want: string, holds: (value: unknown) => boolean];
+
+const isText = (value: unknown): boolean => typeof value === 'string';
+const isNumber = (value: unknown): boolean => Number.isFinite(value);
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
+const every = (value: unknown, holds: (each: unknown) => boolean): boolean =>
+  Array.isArray(value) && value.length > 0 && value.every(holds);
+const listOf = (what: string, holds: (each: unknown) => boolean): Rule => [
+  `a list of ${what}`,
+  (value) => every(value, holds),
+];
+
+const texts: Rule = ['a text, or a list of texts', (value) => isText(value) || every(value, isText)];
+const finite: Rule = ['a number', isNumber];
+const part: Rule = [
+  'a number from 0 to 1',
+  (value) => isNumber(value) && Number(value) >= 0 && Number(value) <= 1,
+];
+const whole = (from: number): Rule => [
+  `a whole number from ${from}`,
+  (value) => Number.isInteger(value) && (value as number) >= from,
+];
+const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];
+const pair = (words: string): Rule => [
+  `[${words}]`,
+  (value) => every(value, isNumber) && (value as unknown[]).length === 2,
+];
+const size = pair('height, width');
+const corner = pair('top, left');
+const isLatents = (value: unknown): boolean =>
+  isObject(value) && value.data instanceof Float32Array && every(value.shape, Number.isInteger);
+const pixels = (how: string): Rule => [`{ data, shape } as ${how} gives it`, isLatents];
+const embeds = pixels('encodePrompt');
+const isPicture = (value: unknown): boolean =>
+  isObject(value) && value.data instanceof Uint8Array && isNumber(value.width) && isNumber(value.height);
+const each: Rule = [
+  'a number, or a list of one for each',
+  (value) => isNumber(value) || every(value, (one) => (one ?? null) === null || isNumber(one)),
+];
+
+/** Numbers whose bounds depend on the scheduler are its own to tell. */
+const anyNumber: Rule = ['a number', (value) => typeof value === 'number'];
+
+const rules: Readonly<Record<keyof Asked, Rule>> = {
+  prompt: texts,
+  prompt_2: texts,
+  negative_prompt: texts,
+  negative_prompt_2: texts,
+  prompt_embeds: embeds,
+  pooled_prompt_embeds: embeds,
+  negative_prompt_embeds: embeds,
+  negative_pooled_prompt_embeds: embeds,
+  max_token_length: anyNumber,
+  clip_skip: whole(0),
+  emphasis: [`one of ${emphases.join(', ')}`, (value) => emphases.some((each) => each === value)],
+  width: anyNumber,
+  height: anyNumber,
+  num_inference_steps: anyNumber,
+  timesteps: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
+  sigmas: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
+  eta: anyNumber,
+  guidance_scale: finite,
+  guidance_rescale: part,
+  num_images_per_prompt: whole(1),
+  generators: [
+    'a list of TorchGenerator or CudaGenerator',
+    (value) => Array.isArray(value) && value.every((one) => typeof one?.randn === 'function'),
+  ],
+  scheduler: [
+    '{ name, config }, each perhaps left out',
+    (value) =>
+      isObject(value) &&
+      (value.name === undefined || isText(value.name)) &&
+      (value.config === undefined || isObject(value.config)),
+  ],
+  image: pixels('preprocess'),
+  mask: pixels('preprocessMask'),
+  strength: anyNumber,
+  latents: pixels('denoiseToEnd'),
+  denoising_start: anyNumber,
+  denoising_end: anyNumber,
+  control_image: listOf('{ data, shape } as preprocessControl gives it', isLatents),
+  controlnet_conditioning_scale: each,
+  control_guidance_start: each,
+  control_guidance_end: each,
+  guess_mode: flag,
+  ip_adapter_image: listOf('pictures as readPicture gives them', isPicture),
+  ip_adapter_scale: each,
+  original_size: size,
+  crops_coords_top_left: corner,
+  target_size: size,
+  negative_original_size: size,
+  negative_crops_coords_top_left: corner,
+  negative_target_size: size,
+  aesthetic_score: finite,
+  negative_aesthetic_score: finite,
+  vae_tiling: flag,
+  last: flag,
+};
+
+/** What is typed for our keys by habit, where no key is spelled alike. */
+const foreign: Readonly<Record<string, string>> = {
+  seed: 'generators: [new TorchGenerator(SEED)]',
+  steps: 'num_inference_steps',
+  cfg_scale: 'guidance_scale',
+  mask_image: 'mask, by preprocessMask',
+};
+
+/** What is given of a request. @throws UserError */
+function checked(asked: Asked): Asked {
+  if (!isObject(asked)) throw new UserError(`the request is ${shown(asked)}: give an object with a prompt`);
+  // What encodePrompt gives may be spread into a request, the texts that it cut off beside the embeddings.
+  const given = Object.entries(asked).filter(([key, value]) => (value ?? null) !== null && key !== 'truncated');
+  for (const [key, value] of given) {
+    if (!Object.hasOwn(rules, key))
+      throw new UserError(
+        `a request has no ${key}${Object.hasOwn(foreign, key) ? `; here it is ${foreign[key]}` : didYouMean(key, Object.keys(rules))}`,
+      );
+    const [want, holds] = rules[key as keyof Asked];
+    if (!holds(value)) throw new UserError(`${key} is ${shown(value)}: give ${want}`);
+  }
+  const request = Object.fromEntries(given) as unknown as Asked;
+  if (request.mask && !request.image)
+    throw new UserError('mask needs image: the picture to paint in, by preprocess');
+  return request;
+}
+
+/** A value, in as many words as a sentence takes. */
+function shown(value: unknown): string {
+  if (typeof value === 'function') return 'a function';
+  if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
+    const { name } = value.constructor ?? Object;
+    return name === 'Object' ? cut(`{ ${Object.keys(value).join(', ')} }`) : `a ${name}`;
+  }
+  if (typeof value === 'string') return cut(`"${value}"`);
+  return Array.isArray(value) ? cut(`[${value.map(shown).join(', ')}]`) : String(value);
+}
+
+const cut = (text: string): string => (text.length > 60 ? `${text.slice(0, 60)}...` : text);

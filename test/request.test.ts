@@ -1,0 +1,93 @@
+// A request as JavaScript may write it, where no compiler tells of a key or a kind: each mistake is one sentence, and nothing is drawn.
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { type Asked, complete } from '../models/request.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { goldenFolder } from './golden.ts';
+
+const sizes = { ratio: 8, sampleSize: 8 };
+const says = (message: RegExp) => ({ name: 'UserError', message });
+/** As JavaScript calls it. */
+const untyped = <T>(value: unknown): T => value as T;
+const numbers = (...shape: number[]) => ({
+  shape,
+  data: new Float32Array(shape.reduce((product, n) => product * n, 1)),
+});
+
+test('keys and values that no request has', (t) => {
+  const picture = { width: 8, height: 8, channels: 3, data: new Uint8Array(192) };
+  for (const [given, message] of [
+    [{ prompt: 5 }, /^prompt is 5: give a text, or a list of texts$/],
+    [{ prompt: [] }, /^prompt is \[\]: give/],
+    [{ prompt: ['a', 5] }, /^prompt is \["a", 5\]: give/],
+    [{ prompt: null }, /^there is no prompt to draw/],
+    [{ generator: new TorchGenerator(1) }, /^a request has no generator; did you mean "generators"\?/],
+    [{ seed: 1 }, /^a request has no seed; here it is generators: \[new TorchGenerator\(SEED\)\]/],
+    [{ steps: 9 }, /has no steps; here it is num_inference_steps/],
+    [{ generators: new TorchGenerator(1) }, /^generators is a TorchGenerator: give a list of TorchGenerator/],
+    [{ generators: [1] }, /^generators is \[1\]/],
+    [{ num_inference_steps: '20' }, /^num_inference_steps is "20": give a number/],
+    [{ guidance_scale: '7' }, /^guidance_scale is "7": give a number/],
+    [{ guidance_scale: Number.NaN }, /^guidance_scale is NaN/],
+    [{ guidance_rescale: 3 }, /^guidance_rescale is 3: give a number from 0 to 1/],
+    [{ width: '64' }, /^width is "64": give a number/],
+    [{ clip_skip: -1 }, /^clip_skip is -1: give a whole number from 0/],
+    [{ emphasis: 'A1111' }, /^emphasis is "A1111": give one of none, ignore, original, no-norm/],
+    [{ original_size: 64 }, /^original_size is 64: give \[height, width\]/],
+    [{ original_size: [Number.NaN, 1] }, /^original_size is \[NaN, 1\]/],
+    [{ crops_coords_top_left: [1] }, /^crops_coords_top_left is \[1\]: give \[top, left\]/],
+    [{ timesteps: '999,500' }, /^timesteps is "999,500": give a list of numbers/],
+    [{ scheduler: 'euler' }, /^scheduler is "euler": give \{ name, config \}/],
+    [{ image: 'photo.png' }, /^image is "photo\.png": give \{ data, shape \} as preprocess gives it/],
+    [{ image: picture }, /^image is \{ width, height, channels, data \}: give/],
+    [{ mask: numbers(1, 1, 8, 8) }, /^mask needs image/],
+    [{ latents: new Float32Array(9) }, /^latents is a Float32Array: give/],
+    [{ control_image: numbers(1, 3, 8, 8) }, /^control_image is \{ shape, data \}: give a list/],
+    [{ ip_adapter_image: picture }, /^ip_adapter_image is .*: give a list of pictures/],
+    [{ vae_tiling: 'yes' }, /^vae_tiling is "yes": give true or false/],
+  ] as const)
+    t.throws(() => complete(sizes, untyped(Object.assign({ prompt: 'a fox' }, given))), says(message));
+  t.throws(() => complete(sizes, untyped(null)), says(/^the request is null: give an object/));
+  t.end();
+});
+
+test('null is what is left out, as None is in Python', (t) => {
+  const none = Object.fromEntries(
+    ['negative_prompt', 'image', 'mask', 'latents', 'strength', 'timesteps', 'clip_skip', 'eta', 'width'].map(
+      (key) => [key, null],
+    ),
+  );
+  const generators = [new TorchGenerator(1)];
+  const prompt = 'a fox';
+  t.same(complete(sizes, untyped({ prompt, generators, ...none })), complete(sizes, { prompt, generators }));
+  t.end();
+});
+
+test('a pipeline is loaded with what it takes, and draws until it is released', async (t) => {
+  const model = openModel(join(goldenFolder, 'tiny-sdxl'));
+  const device = openDevice('auto');
+  for (const [source, options, message] of [
+    ['tiny-sdxl', { device, dtype: 'float32' }, /takes an opened model first: what await locateModel/],
+    [Promise.resolve(model), { device, dtype: 'float32' }, /takes an opened model first/],
+    [model, undefined, /device is none: give what openDevice\('auto'\) gives/],
+    [model, { device: 'cpu', dtype: 'float32' }, /device is none/],
+    [model, { device, dtype: 'fp16' }, /dtype is fp16: give float32, bfloat16 or float16/],
+    [model, { device, dtype: 'float32', vaeDtype: 'auto' }, /vaeDtype is auto/],
+  ] as const)
+    t.throws(() => loadPipeline(untyped(source), untyped(options)), says(message));
+
+  const pipeline = loadPipeline(model, { device, dtype: 'float32' });
+  const ask = (more: object): Promise<unknown> =>
+    denoiseToEnd(pipeline, untyped<Asked>({ prompt: 'a fox', width: 64, height: 64, ...more }));
+  const config = { timestep_spacing: 'traling' };
+  await t.rejects(
+    ask({ scheduler: { config } }),
+    says(/^the request's scheduler\.config: timestep_spacing is "traling".* did you mean "trailing"/),
+  );
+  pipeline.release();
+  await t.rejects(ask({ num_inference_steps: 1 }), says(/the pipeline was released/));
+  t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
+});
