@@ -53,8 +53,12 @@ export function deviceNames(list: string): string[] {
   return ordinals.map((ordinal) => `cuda:${ordinal}`);
 }
 
+const unknownDevice = (name: unknown): UserError =>
+  new UserError(`unknown device "${name}"; the devices are auto, cpu, cuda, cuda:N and reference`);
+
 /** Opens a device, or returns the one that is open; `auto` is the best that works, and warns of a better one that does not. */
 export function openDevice(name: string, warn: (line: string) => void = console.warn): Device {
+  if (typeof name !== 'string') throw unknownDevice(name);
   const gpu = gpuPattern.exec(name);
   if (gpu) {
     const ordinal = Number(gpu[1] ?? 0);
@@ -62,9 +66,7 @@ export function openDevice(name: string, warn: (line: string) => void = console.
   }
   if (name.includes(','))
     throw new UserError(`"${name}": this takes one device; only training takes several GPUs`);
-  if (name !== 'auto' && name !== 'cpu' && name !== 'reference') {
-    throw new UserError(`unknown device "${name}"; the devices are auto, cpu, cuda, cuda:N and reference`);
-  }
+  if (name !== 'auto' && name !== 'cpu' && name !== 'reference') throw unknownDevice(name);
   if (name === 'reference') return once('reference', () => referenceDevice());
   const first = name === 'auto' && firstGpu(warn);
   if (first) return first;

@@ -2,6 +2,7 @@
 // from unless told otherwise. On a GPU each thread takes the first of its four normals: so it is for tensors of no more
 // elements than the GPU has threads at once, as the latents of a picture, and up to the last bits, as a GPU's sine is its own.
 import { philox } from '../engine/philox.ts';
+import { wholeSeed } from './torch_random.ts';
 
 const INVERSE = Math.fround(2 ** -32);
 const ANGLE = Math.fround(2 ** -32 * 2 * Math.PI);
@@ -14,7 +15,7 @@ export class CudaGenerator {
 
   /** @param seed a whole number of up to 64 bits */
   constructor(seed: number | bigint) {
-    const bits = BigInt.asUintN(64, BigInt(seed));
+    const bits = BigInt.asUintN(64, wholeSeed(seed));
     this.#key = [Number(bits & 0xffffffffn), Number(bits >> 32n)];
   }
 

@@ -8,6 +8,7 @@ import { sum } from '../engine/ops/reduce.ts';
 import { cast, scale as scaled, square } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
+import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
@@ -31,6 +32,7 @@ interface OpenAdapter {
 
 /** @throws UserError if a name of the file matches no weight or a shape does not fit */
 function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): OpenAdapter {
+  if (!Number.isFinite(scale)) throw new UserError(`the scale of ${path} is ${scale}: give a number`);
   const file = openSafetensors(path);
   try {
     const updates = [...updatesOf(file, targets).values()];

@@ -4,6 +4,7 @@
 // on, one at a time in float64 below that. Only float64 normals, and calls for fewer than 16, rest on the
 // platform's log, sin and cos: their last bit may differ.
 import { fromBfloat16, fromFloat16, toBfloat16, toFloat16 } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
 import { boxMuller16 } from './cephes_float.ts';
 
 export type RandomDType = 'float32' | 'float64' | 'float16' | 'bfloat16';
@@ -11,6 +12,12 @@ export type RandomDType = 'float32' | 'float64' | 'float16' | 'bfloat16';
 const stateSize = 624;
 const middle = 397;
 const blockSize = 16;
+
+/** @throws UserError for what is no integer */
+export function wholeSeed(seed: number | bigint): bigint {
+  if (typeof seed === 'bigint' || Number.isInteger(seed)) return BigInt(seed);
+  throw new UserError(`a generator's seed is ${seed}: give a whole number`);
+}
 
 /**
  * torch.Generator on the CPU. Calls advance one stream; the same calls in the same order give the same
@@ -25,7 +32,7 @@ export class TorchGenerator {
   /** @param seed any integer; as in torch only its low 32 bits count (5 and 2^32 + 5 are one stream) */
   constructor(seed: number | bigint) {
     const state = this.#state;
-    state[0] = Number(BigInt.asUintN(32, BigInt(seed)));
+    state[0] = Number(BigInt.asUintN(32, wholeSeed(seed)));
     for (let i = 1; i < stateSize; i++) {
       state[i] = Math.imul(1812433253, state[i - 1] ^ (state[i - 1] >>> 30)) + i;
     }

@@ -3,6 +3,8 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { CudaGenerator } from '../models/cuda_random.ts';
+import { mergeLora } from '../models/lora.ts';
 import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { type Asked, complete } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -78,6 +80,10 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
     [model, { device, dtype: 'float32', vaeDtype: 'auto' }, /vaeDtype is auto/],
   ] as const)
     t.throws(() => loadPipeline(untyped(source), untyped(options)), says(message));
+  t.throws(() => openDevice(untyped(undefined)), says(/unknown device "undefined"/));
+  for (const Generator of [TorchGenerator, CudaGenerator])
+    for (const seed of ['a', undefined, 1.5])
+      t.throws(() => new Generator(untyped(seed)), says(/seed is .*: give a whole number/), `seed ${seed}`);
 
   const pipeline = loadPipeline(model, { device, dtype: 'float32' });
   const ask = (more: object): Promise<unknown> =>
@@ -87,6 +93,8 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
     ask({ scheduler: { config } }),
     says(/^the request's scheduler\.config: timestep_spacing is "traling".* did you mean "trailing"/),
   );
+  for (const scale of [Number.NaN, '1'])
+    t.throws(() => mergeLora(pipeline, 'any', untyped(scale)), says(/scale of any is .*: give a number/));
   pipeline.release();
   await t.rejects(ask({ num_inference_steps: 1 }), says(/the pipeline was released/));
   t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
