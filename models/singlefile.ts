@@ -33,8 +33,9 @@ export function singleFilePrefixes(file: SafetensorsFile): Record<string, string
 }
 
 /**
- * Opens base or refiner. `configs` is a diffusers folder (or a model) for sizes other than SDXL's; `tokenizers` is a folder
- * that lends tokenizer/ and tokenizer_2/ alone, as the file has none. @throws UserError for another kind of file
+ * Opens base or refiner. `configs` is a diffusers folder (or a model) that lends configs, where it is of the same kind, and tokenizers
+ * in any case; `tokenizers` is a folder that lends tokenizer/ and tokenizer_2/ alone, as the file has none.
+ * @throws UserError for another kind of file
  */
 export function openSingleFile(
   path: string,
@@ -56,14 +57,17 @@ export function openSingleFile(
   }
   const preset = presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
   const [width] = preset.unet.block_out_channels;
-  if (!configs && convIn.shape[0] !== width) {
+  const lender = typeof configs === 'string' ? openModel(configs) : configs;
+  // Base and refiner are named in one call, and only the tokenizer is the same in both.
+  const folder =
+    lender && (lender.modelIndex.requires_aesthetics_score === true) === refiner ? lender : undefined;
+  if (!folder && convIn.shape[0] !== width) {
     file.close();
     throw new UserError(
       `${path}: its UNet begins with ${convIn.shape[0]} channels, SDXL's with ${width}; ` +
         'name a diffusers folder with its configs',
     );
   }
-  const folder = typeof configs === 'string' ? openModel(configs) : configs;
   const published = componentConfigs(preset);
   published.unet.in_channels = convIn.shape[1];
   const prefixes = sgmPrefixes(refiner);
@@ -84,7 +88,7 @@ export function openSingleFile(
     has,
     config,
     folder(component) {
-      if (folder) return folder.folder(component);
+      if (lender) return lender.folder(component);
       if (tokenizers) return join(tokenizers, component);
       throw new UserError(
         `${path} holds weights only, no ${component}: name a diffusers folder that has one`,

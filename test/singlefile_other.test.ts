@@ -1,11 +1,12 @@
-// Single files as other programs leave them, through the command line: models that were trained under another noise, without a VAE,
-// and one that lends its VAE alone.
+// Single files as other programs leave them: models that were trained under another noise, without a VAE, one that lends its VAE alone,
+// and a refiner beside a base.
 import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { openSingleFile } from '../models/singlefile.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
@@ -70,6 +71,25 @@ test('a file without a VAE says so, and draws with another', async (t) => {
     t.equal(status, 0, err);
     t.same(latents, own.latents, vae);
   }
+});
+
+test("a refiner's file takes a base's tokenizer, and configs of its own", (t) => {
+  const path = at('refiner.safetensors');
+  writeSafetensors(
+    path,
+    Object.entries({
+      'model.diffusion_model.input_blocks.0.0.weight': [384, 4, 3, 3],
+      'conditioner.embedders.0.model.ln_final.weight': [1280],
+    }).map(([name, shape]): TensorEntry => {
+      const count = shape.reduce((product, n) => product * n, 1);
+      return { name, dtype: 'float16', shape, bytes: new Uint8Array(2 * count) };
+    }),
+  );
+  const refiner = openSingleFile(path, { configs: model });
+  t.match(refiner.config('unet'), { block_out_channels: [384, 768, 1536, 1536], cross_attention_dim: 1280 });
+  t.equal(refiner.modelIndex.requires_aesthetics_score, true);
+  t.equal(refiner.folder('tokenizer_2'), join(model, 'tokenizer_2'));
+  t.end();
 });
 
 test('inspect tells of a folder that has nothing of SDXL', async (t) => {
