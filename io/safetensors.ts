@@ -59,6 +59,12 @@ const readable: Record<string, DType> = {
   BOOL: 'uint8',
 };
 
+/** Whether tensors of this stored type can be read. */
+export const isReadable = (storedAs: string): boolean => Object.hasOwn(readable, storedAs);
+
+/** What is to be done about others. */
+export const convertTypes = `convert it to one of ${Object.keys(readable).join(', ')}`;
+
 const bitsPerElement: Record<string, number> = {
   ...Object.fromEntries(['F64', 'I64', 'U64', 'C64'].map((word) => [word, 64])),
   ...Object.fromEntries(['F32', 'I32', 'U32'].map((word) => [word, 32])),
@@ -89,12 +95,8 @@ function safetensorsFile(path: string, fd: number, header: Header): SafetensorsF
     const info = header.tensors.get(name);
     if (!info)
       throw new UserError(`${path} has no tensor "${name}": check that it is the right kind of checkpoint`);
-    if (!Object.hasOwn(readable, info.storedAs)) {
-      const types = Object.keys(readable).join(', ');
-      throw new UserError(
-        `tensor "${name}" of ${path} has type ${info.storedAs}: convert it to one of ${types}`,
-      );
-    }
+    if (!isReadable(info.storedAs))
+      throw new UserError(`tensor "${name}" of ${path} has type ${info.storedAs}: ${convertTypes}`);
     return info;
   };
   const readInto = (name: string, target: Uint8Array): void => {
@@ -228,7 +230,7 @@ function parseTensor(path: string, name: string, entry: unknown, dataStart: numb
       throw bad(`has ${end - begin} bytes, but its shape [${shape}] of ${storedAs} needs ${bits / 8}`);
     }
   }
-  const dtype = Object.hasOwn(readable, storedAs) ? readable[storedAs] : 'uint8';
+  const dtype = isReadable(storedAs) ? readable[storedAs] : 'uint8';
   return { name, dtype, storedAs, shape, offset: dataStart + begin, bytes: end - begin };
 }
 

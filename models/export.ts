@@ -127,7 +127,10 @@ const sha256 = (bytes: Uint8Array | string): string => createHash('sha256').upda
 
 /** @throws UserError where float16 would turn a weight into infinity */
 function converted(weights: WeightSource, name: string, from: FloatDType, to: FloatDType): Uint8Array {
-  if (!isFloat(from)) throw new UserError(`${weights.where}: tensor ${name} is ${from}, not a float type`);
+  if (!isFloat(from)) {
+    weights.bytes(name); // tells of a type that is not read at all
+    throw new UserError(`${weights.where}: tensor ${name} is ${from}, not a float type`);
+  }
   if (from === to) return weights.bytes(name);
   const values = weights.floats(name);
   if (to === 'float16') {

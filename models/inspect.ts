@@ -6,7 +6,13 @@ import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import {
+  convertTypes,
+  isReadable,
+  openSafetensors,
+  type SafetensorsFile,
+  type TensorInfo,
+} from '../io/safetensors.ts';
 import {
   type Json,
   matchParameters,
@@ -119,11 +125,8 @@ function inspectComponent(name: string, config: Json, open: () => WeightSource):
     const problems = built
       ? matchParameters(built.module, weights).problems
       : [`class ${found.class} is not one that SDXL has`];
-    return {
-      ...found,
-      ...summary(weights.names.map((key) => infoOf(weights as WeightSource, key))),
-      problems,
-    };
+    const stored = weights.names.map((key) => infoOf(weights as WeightSource, key));
+    return { ...found, ...summary(stored), problems: [...problems, ...unread(stored)] };
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
     return { ...found, ...summary([]), problems: [error.message] };
@@ -135,6 +138,12 @@ function inspectComponent(name: string, config: Json, open: () => WeightSource):
 type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes'>;
 
 const infoOf = (weights: WeightSource, name: string): Stored => weights.info(name) as TensorInfo;
+
+/** A problem for each type of tensors that cannot be read. */
+function unread(tensors: readonly Stored[]): string[] {
+  const types = new Set(tensors.map(({ storedAs }) => storedAs).filter((type) => !isReadable(type)));
+  return [...types].map((type) => `has tensors of type ${type}: ${convertTypes}`);
+}
 
 function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
   const dtypes: Record<string, number> = {};
@@ -205,12 +214,11 @@ function inspectSingleFile(
   const owner = (name: string) =>
     Object.keys(prefixes).find((component) => name.startsWith(prefixes[component])) ?? 'other';
   const refiner = !all.some(({ name }) => owner(name) === 'text_encoder');
-  const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => ({
-    name,
-    ...summary(all.filter((tensor) => owner(tensor.name) === name)),
-    problems: [] as string[],
-  }));
-  const problems: string[] = [];
+  const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => {
+    const mine = all.filter((tensor) => owner(tensor.name) === name);
+    return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };
+  });
+  const problems = problemsOf(components);
   try {
     const source = openSingleFile(file.path);
     for (const component of components.filter(({ name }) => name !== 'other')) {
@@ -252,7 +260,7 @@ function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata
   const kinds = new Map<string, number>();
   const ranks = new Set<number>();
   const targets: Record<string, number> = {};
-  const problems: string[] = [];
+  const problems = unread([...file.tensors.values()]);
   for (const name of unknown) {
     const kind = unsupportedKind(name);
     if (kind) kinds.set(kind, 0);

@@ -1,6 +1,6 @@
 // Single files as other programs leave them: models that were trained under another noise, without a VAE, one that lends its VAE alone,
 // and a refiner beside a base.
-import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -96,4 +96,24 @@ test('inspect tells of a folder that has nothing of SDXL', async (t) => {
   const empty = mkdtempSync(at('empty'));
   writeFileSync(join(empty, 'model_index.json'), '{"_class_name": "StableCascadePriorPipeline"}');
   await refusesEach(t, (path) => sdxl('inspect', path), [[[empty], /names no component that SDXL has/]]);
+});
+
+test('types that are not read, as float8, are told by inspect and export too', async (t) => {
+  /** A copy of the file in which a tensor in float16 is said to be of a type as wide. */
+  const other = (path: string, to: string): void => {
+    const bytes = readFileSync(path);
+    bytes.write('"I16"', bytes.indexOf('"F16"'));
+    writeFileSync(to, bytes);
+  };
+  const copy = at('int16');
+  cpSync(model, copy, { recursive: true });
+  const unet = join('unet', 'diffusion_pytorch_model.safetensors');
+  other(join(model, unet), join(copy, unet));
+  other(whole, at('int16.safetensors'));
+  const type = /type I16: convert it to one of F32, F16, BF16/;
+  await refusesEach(t, (path) => sdxl('inspect', path), [
+    [[copy], type],
+    [[at('int16.safetensors')], type],
+  ]);
+  await refusesEach(t, (path) => sdxl('export', path, at('out'), '--quiet'), [[[copy], type]]);
 });
