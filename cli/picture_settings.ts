@@ -65,6 +65,8 @@ export function applySettings(command: Command, path: string): string[] {
     ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
     (name === 'prompt' && isTyped('promptFile'));
   const laidOut = layouts.some(isTyped);
+  // Asked now, as what is set below counts as typed.
+  const untaken = further.filter(({ option }) => option === undefined || !isTyped(option));
   for (const option of command.options) {
     const name = option.attributeName();
     const value = settings[name];
@@ -79,12 +81,10 @@ export function applySettings(command: Command, path: string): string[] {
       typeof value === 'boolean' ? value : texts.reduce((before, text) => read(text, before), first);
     command.setOptionValueWithSource(name, result, 'config');
   }
-  return further
-    .filter(({ option }) => option === undefined || !isTyped(option))
-    .map(({ text, option }) => {
-      const flag = command.options.find((each) => each.attributeName() === option)?.long;
-      return `${path} was made with ${text}, which --from does not take${flag ? `; there is ${flag}` : ''}`;
-    });
+  return untaken.map(({ text, option }) => {
+    const flag = command.options.find((each) => each.attributeName() === option)?.long;
+    return `${path} was made with ${text}, which --from does not take${flag ? `; there is ${flag}` : ''}`;
+  });
 }
 
 const damaged = (path: string): UserError =>

@@ -99,6 +99,14 @@ test('a picture gives its settings back', async (t) => {
   t.match(text.parameters, /RNG: CPU/, 'and ours says that it is not');
   t.notMatch(readPngText(again).parameters, /RNG/);
 
+  const ays = fields.replace('Karras', 'Align Your Steps').replace(/, Model.*/, '');
+  writePng(foreign, a, { parameters: `a cat\n${ays}` });
+  const lacking = ['sample', '--from', foreign, '-m', model, '-o', again, '--quiet', '--steps', '1'];
+  const untaken =
+    /made with Schedule type: Align Your Steps, which --from does not take; there is --scheduler/;
+  t.match((await run(...lacking)).err, untaken);
+  t.equal((await run(...lacking, '--scheduler', 'euler')).err, '', 'where the sampler is typed');
+
   writePng(foreign, a, { sdxl: '{"width": "12"}' });
   for (const [file, says] of [
     [foreign, /--width 12 is not divisible by 8/],
