@@ -10,7 +10,7 @@ import type { UNet } from './unet.ts';
 /** Rounds the feed-forward weights of a loaded UNet, in place, to 8-bit floats (e4m3), one scale a tensor. */
 export function feedForwardToFp8(denoiser: UNet): void {
   for (const [name, parameter] of namedParameters(denoiser)) {
-    if (!/\.ff\.net\.(0\.proj|2)\.weight$/.test(name)) continue;
+    if (!/\.ff\.net\.(0\.proj|2)\.weight$/.test(name) || parameter.fp8) continue;
     noGrad(() =>
       scope(() => {
         const { bytes, scale } = fp8Weight(parameter.tensor);

@@ -52,6 +52,10 @@ function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): Op
 export function mergeLora(targets: LoraTargets, path: string, scale = 1): number {
   const { changes, layers, close } = openAdapter(targets, { path, scale });
   try {
+    if (changes.some(([parameter]) => parameter.fp8))
+      throw new UserError(
+        `LoRA ${path} changes weights that are in 8-bit floats by now: merge it before feedForwardToFp8`,
+      );
     noGrad(() => {
       for (const [parameter, change] of changes)
         parameter.tensor = keep(scope(() => changed(parameter.tensor, change)));

@@ -1,9 +1,15 @@
 // A request as JavaScript may write it, where no compiler tells of a key or a kind: each mistake is one sentence, and nothing is drawn.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
+import { namedParameters } from '../engine/module.ts';
+import { encodeNumbers } from '../io/dtype.ts';
+import { writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
+import { feedForwardToFp8 } from '../models/fp8.ts';
 import { mergeLora } from '../models/lora.ts';
 import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { type Asked, complete } from '../models/request.ts';
@@ -98,4 +104,29 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
   pipeline.release();
   await t.rejects(ask({ num_inference_steps: 1 }), says(/the pipeline was released/));
   t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
+});
+
+test('an adapter comes before 8-bit floats, or not at all', (t) => {
+  const device = openDevice('auto');
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  const layers = [...namedParameters(pipeline.unet)].filter(([name]) =>
+    /^mid_block.*(attn1\.to_q|ff\.net\.2)\.weight$/.test(name),
+  );
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-request-'));
+  const path = join(folder, 'adapter.safetensors');
+  writeSafetensors(
+    path,
+    layers.map(([name, { shape, size }]) => {
+      const bytes = encodeNumbers(new Float32Array(size).fill(1), 'float32');
+      return { name: name.replace(/weight$/, 'diff'), dtype: 'float32', shape, bytes };
+    }),
+  );
+  const [[, attention]] = layers;
+  const before = attention.tensor.floats();
+  for (let times = 0; times < 2; times++) feedForwardToFp8(pipeline.unet);
+  t.throws(() => mergeLora(pipeline, path), says(/changes weights that are in 8-bit floats by now/));
+  t.same(attention.tensor.floats(), before, 'nothing of it is merged');
+  pipeline.release();
+  rmSync(folder, { recursive: true });
+  t.end();
 });
