@@ -186,7 +186,9 @@ const foreign: Readonly<Record<string, string>> = {
 function checked(asked: Asked): Asked {
   if (!isObject(asked)) throw new UserError(`the request is ${shown(asked)}: give an object with a prompt`);
   // What encodePrompt gives may be spread into a request, the texts that it cut off beside the embeddings.
-  const given = Object.entries(asked).filter(([key, value]) => (value ?? null) !== null && key !== 'truncated');
+  const given = Object.entries(asked).filter(
+    ([key, value]) => (value ?? null) !== null && key !== 'truncated',
+  );
   for (const [key, value] of given) {
     if (!Object.hasOwn(rules, key))
       throw new UserError(

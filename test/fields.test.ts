@@ -135,3 +135,42 @@ test('what does not fit is refused', (t) => {
     refuses(t, says, () => resolved(assignment));
   t.end();
 });
+
+test('a preview is a text, or a record with settings of its own', (t) => {
+  const given = (...prompts: unknown[]) => resolveRun({ previews: { prompts } }, 'the file', 'test');
+  const record = { prompt: 'a cat', width: 832, seed: 0, negative_prompt: undefined };
+  t.same(given('a cat', record).previews.prompts, ['a cat', record]);
+  const set = 'previews.prompts=["a cat",{"prompt":"a dog","num_inference_steps":4}]';
+  t.same(resolved(set).previews.prompts, ['a cat', { prompt: 'a dog', num_inference_steps: 4 }]);
+  for (const [prompt, says] of [
+    [
+      5,
+      /"previews\.prompts" is \["a cat",5\]; it takes a list, each entry a text, or an object such as \{ prompt/,
+    ],
+    [{ width: 8 }, /"previews\.prompts\[1\]" has no "prompt"; its keys are prompt, negative_prompt, width/],
+    [
+      { ...record, widht: 8 },
+      /unknown key "previews\.prompts\[1\]\.widht"; did you mean "previews\.prompts\[1\]\.width"/,
+    ],
+    [
+      { ...record, cfg_scale: 8 },
+      /"previews\.prompts\[1\]\.cfg_scale"; here it is "previews\.prompts\[1\]\.guidance_scale"/,
+    ],
+    [{ ...record, sample_steps: 8 }, /here it is "previews\.prompts\[1\]\.num_inference_steps"/],
+    [{ ...record, seed: -1 }, /"previews\.prompts\[1\]\.seed" is -1; it takes a whole number from 0/],
+    [{ ...record, height: 0 }, /"previews\.prompts\[1\]\.height" is 0; it takes a whole number from 1/],
+    [
+      'a cat, --prone --n blurry, bad --w 832 --d 7 --l 6.5 --s 28 --ss ddim',
+      /"previews\.prompts\[1\]" is a line of kohya's sample_prompts; write \{ prompt: "a cat,", negative_prompt: "blurry, bad", width: 832, seed: 7, guidance_scale: 6\.5, num_inference_steps: 28, scheduler: "ddim" \}/,
+    ],
+  ] as const)
+    refuses(t, says, () => given('a cat', prompt));
+  t.doesNotThrow(() => given('a cat -- 2 --ow 3'), 'dashes that are none of its flags');
+  refuses(t, /^--set .*"previews\.prompts\[0\]\.x"/, () =>
+    resolved('previews.prompts=[{"prompt":"a","x":1}]'),
+  );
+  refuses(t, /unknown key "sample_steps"; here it is "previews\.num_inference_steps"/, () =>
+    resolveRun({ sample_steps: 3 }, 'the file', 'test'),
+  );
+  t.end();
+});

@@ -172,6 +172,14 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     t.ok(lora > 6 * GIB && lora < 12e9, `${on}: LoRA, ${gib(lora)}`);
     const least8 = train(card, 10e9, { train: { target: 'lora', gradient_checkpointing, q8: true } });
     t.ok(lora - least8 > 2 * GIB, `${on}: LoRA beside 8-bit integers, ${gib(least8)}`);
+    const drawing = (width: number, height: number) =>
+      train(card, 16e9, {
+        train: { target: 'lora', gradient_checkpointing },
+        previews: { prompts: ['a red fox', { prompt: 'a red fox', width, height }] },
+      });
+    const seen = drawing(1024, 1024);
+    t.ok(seen > lora && seen < 16e9, `${on}: with previews, whose decoding takes more, ${gib(seen)}`);
+    t.throws(() => drawing(1536, 1536), { message: /^out of memory/ });
     const control = train(card, 32e9, { train: { target: 'controlnet', gradient_checkpointing } });
     t.ok(control > 24 * GIB && control < 32e9, `${on}: a ControlNet with AdamW, ${gib(control)}`);
     const frugal = train(card, 16e9, {

@@ -136,18 +136,35 @@ test('previews sample as the model is trained to predict, like the finished mode
   const file = runFile('velocity', {
     steps: 1,
     objective: { prediction_type: 'v_prediction', zero_terminal_snr: true },
-    previews: { prompts: ['a cat'], num_inference_steps: 2, seed: 7 },
+    previews: {
+      prompts: [
+        'a cat',
+        {
+          ...{ prompt: 'a dog', negative_prompt: 'rain', width: 48, height: 24, seed: 3 },
+          ...{ guidance_scale: 3, num_inference_steps: 3, scheduler: 'ddim' },
+        },
+        'a cat',
+        { prompt: 'a cat', height: 64 },
+      ],
+      ...{ num_inference_steps: 2, seed: 7 },
+    },
   });
   t.equal((await sdxl('train', file, '--quiet')).status, 0);
   const output = join(folder, 'velocity-out');
   const drawn = join(folder, 'velocity.png');
-  const { status, err } = await sdxl(
-    ...['sample', '-m', join(output, 'final'), '-p', 'a cat', '-s', '7', '--steps', '2'],
-    ...['-W', '32', '-H', '32', '-o', drawn, '--quiet'],
-  );
-  t.equal(status, 0, err);
-  const preview = join(output, 'previews', 'step-00000001', '0.png');
-  t.same((await readPicture(preview)).data, (await readPicture(drawn)).data);
+  const cat = '-p,a cat,--steps,2';
+  for (const [i, flags] of [
+    `${cat},-s,7,-W,32,-H,32`,
+    '-p,a dog,-n,rain,-W,48,-H,24,-s,3,--guidance-scale,3,--steps,3,--scheduler,ddim',
+    `${cat},-s,9,-W,32,-H,32`,
+    `${cat},-s,10,-W,32,-H,64`,
+  ].entries()) {
+    const argv = ['-m', join(output, 'final'), ...flags.split(','), '-o', drawn, '--quiet'];
+    const { status, err } = await sdxl('sample', ...argv);
+    t.equal(status, 0, err);
+    const preview = join(output, 'previews', 'step-00000001', `${i}.png`);
+    t.same(await readPicture(preview), await readPicture(drawn), flags);
+  }
 });
 
 test('plan', async (t) => {
@@ -173,6 +190,19 @@ test('plan', async (t) => {
   const locon = { rank: 4, alpha: 2, conv_rank: 3, targets: ['to_q', 'conv1'] };
   const divided = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, lora: locon }), '--quiet');
   t.match(divided.out, /lora \(rank 4, alpha 2, convolutions larger than 1x1 rank 3, alpha 2\): /);
+  const memory = async (...prompts: object[]) => {
+    const told = await sdxl('plan', runFile('plan', { previews: { prompts } }), '--quiet', '--json');
+    return JSON.parse(told.out).memory_bytes[0];
+  };
+  const [small, large] = [
+    { width: 32, height: 32 },
+    { width: 512, height: 512 },
+  ].map((size) => ({
+    ...{ prompt: 'a cat', guidance_scale: 1 },
+    ...size,
+  }));
+  t.ok((await memory(small)) < 1.1 * (await memory()), 'a small preview takes hardly more than an update');
+  t.ok((await memory(small, large)) > 2 * (await memory(small)), 'the largest counts');
   const json = await sdxl('plan', runFile('plan', { batch_size: 2 }), '--quiet', '--json');
   const { run, memory_bytes, ...rest } = JSON.parse(json.out);
   t.match(rest, {

@@ -217,6 +217,12 @@ test('run files', async (t) => {
   for (const command of ['train', 'plan'])
     await refuses(t, 'rules of a schedule', /lr_scheduler\.step_rules is ""; write/, command, ...rules);
   await refuses(t, "the previews' scheduler", /Eulr/, ...set('previews.scheduler=Eulr'));
+  for (const [own, says] of [
+    ['"scheduler":"Eulr"', /Eulr/],
+    ['"num_inference_steps":1001', /number of steps is 1001: give a whole number from 1 to 1000/],
+    ['"width":36', /"previews\.prompts\[0\]\.width" is 36, which is not divisible by 8; 32 is/],
+  ] as const)
+    await refuses(t, "a preview's own", says, ...set(`previews.prompts=[{"prompt":"a",${own}}]`));
   await refuses(
     t,
     'no layers',

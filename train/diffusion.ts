@@ -9,9 +9,9 @@ import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
 import { withPosterior } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { mostChunks, type Size } from '../models/conditioning.ts';
+import { mostChunks } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
-import { loadPipeline, type Pipeline, samplerFor } from '../models/pipeline.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { momentsCache, type PictureMoments, picturesAtOnce, type View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
@@ -22,7 +22,8 @@ import { draws } from './draws.ts';
 import { masked } from './mask.ts';
 import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
 import { type Pictures, viewIn } from './pictures.ts';
-import { samplePreviews, schedulerOf } from './preview.ts';
+import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
+import { previewsOf } from './preview_prompts.ts';
 import type { Run } from './run.ts';
 import {
   component,
@@ -53,6 +54,8 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     openPipeline(run, sources, device),
     sources,
   );
+  const previews = previewsOf(run.previews, previewSize(run, pictures));
+  checkPreviews(pipeline, run.previews, previews);
   const coder = withPosterior(pipeline.vae, sources.vaeSource.path);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const control = controlOf(run, pipeline);
@@ -145,18 +148,27 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
       };
     },
     async preview(weights, stop) {
-      if (run.previews.prompts.length === 0) return [];
-      const square: Size = [run.dataset.resolution, run.dataset.resolution];
-      const [height, width] = pictures.buckets[nearestBucket(square, pictures.buckets)];
+      if (previews.length === 0) return [];
       const other = averaged(weights);
       try {
-        return await samplePreviews(other, run.previews, { height, width }, pictures.validationImages, stop);
+        return await samplePreviews(other, previews, pictures.validationImages, stop);
       } finally {
         releaseTwin(other, pipeline);
       }
     },
+    rehearsePreviews(weights) {
+      const other = averaged(weights);
+      rehearsePreviews(other, previews, pictures.validationImages);
+      releaseTwin(other, pipeline);
+    },
     release: () => pipeline.release(),
   };
+}
+
+/** Pixels of a preview that names no size: the bucket of a square picture. */
+function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictures) {
+  const [height, width] = buckets[nearestBucket([resolution, resolution], buckets)];
+  return { height, width };
 }
 
 /** The model, which samples previews by the scheduler that it is trained for. @throws UserError */
@@ -168,7 +180,6 @@ function openPipeline(run: Run, { source, vaeSource }: Sources, device: Device):
     scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
   };
   pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
-  samplerFor(pipeline, { scheduler: schedulerOf(run.previews) }); // refuses a name that is none now, not at the first preview
   return pipeline;
 }
 

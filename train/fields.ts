@@ -12,6 +12,8 @@ export interface Field<T> {
   /** The words it takes, where it takes a few. */
   readonly choices?: readonly string[];
   accepts(value: unknown): boolean;
+  /** Looks into what is accepted, which stands at `path`. @throws UserError for a key in it that is unknown or unfit */
+  check?(value: unknown, where: string, path: string): void;
 }
 
 /** A table with a field for every key of T; plain objects nest, anything else is one field. */
@@ -72,12 +74,17 @@ export const choice = <T extends string>(fallback: T, ...choices: readonly T[]):
 });
 
 /** A list whose entries all pass `entry`. */
-export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly T[]> =>
-  field(
+export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly T[]> => ({
+  ...field(
     fallback,
     `a list, each entry ${entry.wants}`,
     (value) => Array.isArray(value) && value.every(entry.accepts),
-  );
+  ),
+  check: (value, where, path) =>
+    (value as readonly T[]).forEach((each, i) => {
+      entry.check?.(each, where, `${path}[${i}]`);
+    }),
+});
 
 /** Two entries that both pass `entry`. */
 export const pair = <T>(fallback: readonly [T, T], entry: Field<T>): Field<readonly [T, T]> =>
@@ -90,6 +97,22 @@ export const pair = <T>(fallback: readonly [T, T], entry: Field<T>): Field<reado
 /** A text, or an object that is taken as it stands; whoever uses it checks it. */
 export const textOrObject = <T extends object>(wants: string): Field<string | T> =>
   field<string | T>('', wants, (value) => typeof value === 'string' || isRecord(value));
+
+/** A text, or an object of these keys, of which `needed` is there. What else is absent stays so. */
+export const textOrRecord = <T extends object>(
+  keys: Fields<T>,
+  needed: keyof T & string,
+): Field<string | T> => ({
+  ...textOrObject<T>(`a text, or an object such as { ${needed}: "..." }`),
+  check(value, where, path) {
+    if (typeof value === 'string') return;
+    fill(keys, value, where, `${path}.`);
+    if ((value as Partial<T>)[needed] === undefined)
+      throw new UserError(
+        `${where}: "${path}" has no "${needed}"; its keys are ${Object.keys(keys).join(', ')}`,
+      );
+  },
+});
 
 export function isRecord(value: unknown): value is Record<string, unknown> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
@@ -125,6 +148,7 @@ export function fill<T>(
       throw new UserError(
         `${where}: "${path}${key}" is ${show(value)}; it takes ${entry.wants}${nearChoice(entry, value)}`,
       );
+    entry.check?.(value, where, `${path}${key}`);
     return [key, value] as const;
   });
   return Object.fromEntries(entries) as T;
@@ -141,7 +165,8 @@ const show = (value: unknown): string => {
 function suggestion(root: object, table: object, path: string, key: string): string {
   const places = [...placesOf(root, key)];
   const place = foreignKeys[key] ?? (places.length === 1 ? places[0] : undefined);
-  if (place) return `; here it is "${place}"`;
+  const own = place?.split('.').at(-1) ?? '';
+  if (place) return `; here it is "${Object.hasOwn(table, own) ? `${path}${own}` : place}"`;
   return didYouMean(key, Object.keys(table)).replace('"', `"${path}`);
 }
 
@@ -187,6 +212,7 @@ export function override<T>(fields: Fields<T>, run: T, assignment: string): void
   const value = parse(written, table);
   if (value === undefined)
     throw new UserError(`--set ${assignment}: "${path}" takes ${table.wants}${nearChoice(table, written)}`);
+  table.check?.(value, `--set ${assignment}`, path);
   (target as Record<string, unknown>)[keys[keys.length - 1]] = value;
 }
 

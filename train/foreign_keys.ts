@@ -80,4 +80,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   sample_every_n_steps: 'previews.every_steps',
   sample_every_n_epochs: 'previews.every_steps',
   sample_sampler: 'previews.scheduler',
+  sample_steps: 'previews.num_inference_steps',
+  scale: 'previews.guidance_scale',
+  cfg_scale: 'previews.guidance_scale',
 };

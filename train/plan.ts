@@ -25,7 +25,7 @@ export interface Plan {
   prediction_type?: string;
   trained_parameters: number;
   parameters: number;
-  /** The most that an update takes, by device; estimated. */
+  /** The most that an update or a preview takes, by device; estimated. */
   memory_bytes: number[];
 }
 

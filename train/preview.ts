@@ -1,17 +1,26 @@
-// Pictures while a run trains: the same prompts and seeds each time, as PNGs in previews/step-N/, and one contact sheet
+// Pictures while a run trains: the same prompts and settings each time, as PNGs in previews/step-N/, and one contact sheet
 // with a row for each time, so that the rows show the model learn. The sheet is made from the files on disk: a resumed run
 // goes on with it.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
+import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder } from '../io/files.ts';
 import { removeFolder } from '../io/folders.ts';
 import { grid } from '../io/grid.ts';
 import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
-import { decode, denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
+import {
+  type Asked,
+  type Denoised,
+  decode,
+  denoise,
+  denoiseToEnd,
+  type Pipeline,
+  samplerFor,
+} from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import type { Run } from './run.ts';
+import type { Preview, PreviewSettings } from './preview_prompts.ts';
 import type { Stop } from './task.ts';
 
 /** Pixels of a picture in the sheet, at most. */
@@ -20,18 +29,12 @@ const cell = 192;
 /** What ends a preview that the user no longer waits for. */
 class Left extends Error {}
 
-/** The prompt of each preview: where several pictures are followed, one may be for all. */
-export const promptsOf = ({ prompts, validation_image: { length } }: Run['previews']): readonly string[] =>
-  prompts.length === 1 && length > 1 ? Array<string>(length).fill(prompts[0]) : prompts;
-
 /**
- * One picture a prompt, or none at all once `stop.asked`; prompt i has the seed `seed + i`, so that four times one prompt gives four
- * pictures. A ControlNet in the pipeline follows one of `images` in all, or each in one.
+ * One picture a prompt, or none at all once `stop.asked`. A ControlNet in the pipeline follows one of `images` in all, or each in one.
  */
 export async function samplePreviews(
   pipeline: Pipeline,
-  previews: Run['previews'],
-  size: { height: number; width: number },
+  previews: readonly Preview[],
   images: readonly Picture[],
   stop: Stop,
 ): Promise<Picture[]> {
@@ -39,26 +42,11 @@ export async function samplePreviews(
   const leave = () => {
     if (stop.asked) throw new Left();
   };
-  const { height, width } = size;
-  const controls = images.map((picture) => preprocessControl(picture, width, height));
   try {
-    for (const [i, prompt] of promptsOf(previews).entries()) {
-      const { latents } = await denoiseToEnd(
-        pipeline,
-        {
-          prompt: [prompt],
-          negative_prompt: previews.negative_prompt ? [previews.negative_prompt] : undefined,
-          ...size,
-          num_inference_steps: previews.num_inference_steps,
-          guidance_scale: previews.guidance_scale,
-          scheduler: schedulerOf(previews),
-          generators: [new TorchGenerator(previews.seed + i)],
-          control_image: controls.length > 0 ? [controls[i] ?? controls[0]] : undefined,
-        },
-        leave,
-      );
-      const images = decode(pipeline, latents);
-      pictures.push(...toPictures(images.data, images.shape));
+    for (const request of requestsOf(previews, images)) {
+      const { latents } = await denoiseToEnd(pipeline, request, leave);
+      const drawn = decode(pipeline, latents);
+      pictures.push(...toPictures(drawn.data, drawn.shape));
     }
   } catch (error) {
     if (error instanceof Left) return [];
@@ -67,9 +55,53 @@ export async function samplePreviews(
   return pictures;
 }
 
-/** The scheduler that previews ask for; undefined for the model's own. */
-export const schedulerOf = ({ scheduler }: Run['previews']): { name: string } | undefined =>
-  scheduler ? { name: scheduler } : undefined;
+/** Previews as requests. */
+const requestsOf = (previews: readonly Preview[], images: readonly Picture[]): Asked[] =>
+  previews.map(({ seed, scheduler, negative_prompt, ...preview }, i) => {
+    const image = images.at(i) ?? images.at(0);
+    return {
+      ...preview,
+      negative_prompt: negative_prompt || undefined,
+      scheduler: { name: scheduler || undefined },
+      generators: [new TorchGenerator(seed)],
+      control_image: image && [preprocessControl(image, preview.width, preview.height)],
+    };
+  });
+
+/** @throws UserError for a scheduler, steps or a size that cannot be, so that it is told now and not at the first preview */
+export function checkPreviews(
+  pipeline: Pipeline,
+  { scheduler: name }: PreviewSettings,
+  previews: readonly Preview[],
+): void {
+  const { ratio } = pipeline;
+  samplerFor(pipeline, { scheduler: { name: name || undefined } });
+  previews.forEach((preview, i) => {
+    samplerFor(pipeline, requestsOf([preview], [])[0]).plan(preview.num_inference_steps);
+    for (const side of ['width', 'height'] as const)
+      if (preview[side] % ratio)
+        throw new UserError(
+          `"previews.prompts[${i}].${side}" is ${preview[side]}, which is not divisible by ${ratio}; ${Math.max(ratio, preview[side] - (preview[side] % ratio))} is`,
+        );
+  });
+}
+
+/** The most memory that previews take, each kind of them done for a step on a device without numbers. */
+export function rehearsePreviews(
+  pipeline: Pipeline,
+  previews: readonly Preview[],
+  images: readonly Picture[],
+): void {
+  const kinds = new Map(
+    requestsOf(previews, images).map((each) => [`${[each.width, each.height, each.guidance_scale]}`, each]),
+  );
+  for (const request of kinds.values()) {
+    const loop = denoise(pipeline, request);
+    const { value } = loop.next();
+    loop.return(value as Denoised);
+    decode(pipeline, value.latents);
+  }
+}
 
 const folderOf = (output: string): string => join(output, 'previews');
 const stepName = (step: number): string => `step-${String(step).padStart(8, '0')}`;

@@ -3,6 +3,7 @@
 import { UserError } from '../io/errors.ts';
 import { mostChunks } from '../models/conditioning.ts';
 import { fill, override } from './fields.ts';
+import { refuseLines } from './preview_prompts.ts';
 import { fields, type Run } from './run.ts';
 
 /** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
@@ -30,6 +31,7 @@ export function resolveRun(
 function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseConditions(run, where);
+  refuseLines(run.previews, where);
   refuseNothing(run, where);
   refuseRates(run, where);
 }

@@ -17,6 +17,7 @@ import {
 import type { LrSchedule } from './lr_schedule.ts';
 import type { ObjectiveSettings } from './objective.ts';
 import type { OptimizerSettings } from './optimizers/create.ts';
+import { type PreviewSettings, previewPrompt } from './preview_prompts.ts';
 
 export interface Run {
   /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
@@ -141,19 +142,7 @@ export interface Run {
     /** How many are kept. */
     keep: number;
   };
-  previews: {
-    prompts: readonly string[];
-    /** What a ControlNet that is trained follows in them: one for all, or as many as prompts; one prompt may have many. */
-    validation_image: readonly string[];
-    negative_prompt: string;
-    seed: number;
-    /** Updates between previews; 0 for every epoch. */
-    every_steps: number;
-    num_inference_steps: number;
-    guidance_scale: number;
-    /** A scheduler's name; empty for the model's. */
-    scheduler: string;
-  };
+  previews: PreviewSettings;
   /** The loss of the averaged weights on noise, timesteps and captions that no update draws, each time the same. */
   validation: {
     /** Pictures it is measured on, evenly spread over the dataset; 0 for none. */
@@ -291,7 +280,7 @@ export const fields: Fields<Run> = {
   ema: { decay: number(0, { min: 0, max: 1 }) },
   checkpoints: { every_steps: whole(0), keep: whole(3, { min: 1 }) },
   previews: {
-    prompts: list([], text('')),
+    prompts: list([], previewPrompt),
     validation_image: list([], text('')),
     negative_prompt: text(''),
     seed: whole(0),

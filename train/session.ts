@@ -257,8 +257,8 @@ function loadTrained(
 }
 
 /**
- * The most memory of each device that an update takes (caching, the largest pass, backward and step, all run on devices
- * without numbers), and counts.
+ * The most memory of each device that a run takes (caching, the largest pass, backward and step, the largest preview, all run on
+ * devices without numbers), and counts.
  */
 export function estimate(
   materials: Materials,
@@ -279,6 +279,7 @@ export function estimate(
   const { made } = session.optimizer.step(run.optimizer.lr);
   session.passes.share();
   session.ema?.step(made);
+  session.task.rehearsePreviews?.(session.ema?.weights);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();

@@ -87,6 +87,8 @@ export interface Task {
   replicate(device: Device): Replica;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
   preview(weights: Weights, stop: Stop): Promise<Picture[]>;
+  /** The most memory that previews take, done once without numbers. */
+  rehearsePreviews?(weights: Weights): void;
   /** The last word on configs, before the finished model is written. */
   finish?(weights: Weights): Promise<void>;
   release(): void;
