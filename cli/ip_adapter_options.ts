@@ -20,7 +20,7 @@ export const addIPAdapterOptions = (command: Command): Command =>
     )
     .option(
       '--ip-adapter-image <FILE>',
-      'the picture to draw by, whose middle square is seen; one for each --ip-adapter, in their order',
+      'the picture to draw by, whose middle square is seen; one for each --ip-adapter, in their order, or several for one alone',
       repeated((text) => text),
     );
 
@@ -28,15 +28,15 @@ export const addIPAdapterOptions = (command: Command): Command =>
 export const ipAdapterOf = (text: string): { file: string; scale?: number } =>
   scaledFile('--ip-adapter', text);
 
-/** @throws UserError where there is not a picture for each adapter */
+/** @throws UserError where there is not a picture for each adapter, or several for one */
 export function checkIPAdapters({
   ipAdapter: adapters = [],
   ipAdapterImage: images = [],
 }: IPAdapterOptions): void {
   adapters.map(ipAdapterOf);
-  if (images.length !== adapters.length)
+  if (images.length !== adapters.length && !(adapters.length === 1 && images.length > 1))
     throw new UserError(
-      `there are ${adapters.length} of --ip-adapter and ${images.length} of --ip-adapter-image: give a picture to each`,
+      `there are ${adapters.length} of --ip-adapter and ${images.length} of --ip-adapter-image: give a picture to each, or several to one alone`,
     );
 }
 
@@ -47,4 +47,7 @@ export const ipAdapterRequest = (
 ): IPAdapterRequest =>
   ipAdapter.length === 0
     ? {}
-    : { ip_adapter_image: pictures, ip_adapter_scale: ipAdapter.map((text) => ipAdapterOf(text).scale) };
+    : {
+        ip_adapter_image: ipAdapter.length === 1 ? [pictures] : pictures,
+        ip_adapter_scale: ipAdapter.map((text) => ipAdapterOf(text).scale),
+      };

@@ -1,4 +1,4 @@
-// IP-Adapter (Ye et al. 2023): a picture beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of that, and each
+// IP-Adapter (Ye et al. 2023): a picture, or several, beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of that, and each
 // attention over the prompt attends to these apart, by keys and values of its own: out = attn(q, k, v) + scale attn(q, k_ip, v_ip). No
 // step changes them, so they are made once an image, with the scale in v_ip, and the adapter's weights can go before the first.
 import type { Device } from '../engine/device.ts';
@@ -187,16 +187,16 @@ function checkFit(path: string, config: IPAdapterConfig, unet: UNet, unetConfig:
 
 /** The part of a request that IP-Adapters heed. */
 export interface IPAdapterRequest {
-  /** A picture for each IP-Adapter, of any size. */
-  ip_adapter_image?: readonly Picture[];
+  /** A picture for each IP-Adapter, of any size, or several, which it attends to together. */
+  ip_adapter_image?: readonly (Picture | readonly Picture[])[];
   /** How strongly each counts beside the prompt: one number for all, or one, or nothing, for each; 1 where absent. */
   ip_adapter_scale?: number | readonly (number | undefined)[];
 }
 
-/** A picture to draw by. */
+/** Pictures to draw by. */
 export interface ImagePrompt {
   adapter: IPAdapter;
-  picture: Picture;
+  pictures: readonly Picture[];
   scale: number;
 }
 
@@ -214,26 +214,40 @@ export function imagePromptsOf(
     throw new UserError(
       `ip_adapter_scale has ${scales.length} numbers for ${adapters.length} IP-Adapters: give one, or one to each`,
     );
-  const prompts = adapters.map((adapter, i) => ({
-    ...{ adapter, picture: pictures[i] },
-    scale: typeof scales === 'number' ? scales : (scales[i] ?? 1),
-  }));
+  const prompts = adapters.map((adapter, i) => {
+    const given = pictures[i];
+    return {
+      ...{ adapter, pictures: 'data' in given ? [given] : given },
+      scale: typeof scales === 'number' ? scales : (scales[i] ?? 1),
+    };
+  });
+  const bare = prompts.findIndex((each) => each.pictures.length === 0);
+  if (bare >= 0) throw new UserError(`ip_adapter_image[${bare}] is a list of no pictures: give one or more`);
   return prompts.filter((each) => each.scale !== 0);
 }
 
 /** Keys and values for `images` pictures to draw. Guided, rows that know of no picture come first: an embedding, or pixels, of zeros. */
 export function imageTokens(
-  { adapter: { config, module: adapter, encoder }, picture, scale: factor }: ImagePrompt,
+  { adapter: { config, module: adapter, encoder }, pictures, scale: factor }: ImagePrompt,
   unet: UNet,
   { guided, images }: { guided: boolean; images: number },
 ): ImageTokens {
   const { device, dtype } = placeOf(encoder);
-  const pixels = toDevice(preprocessClip(picture, encoder.config.image_size), device, dtype);
+  const side = encoder.config.image_size;
+  const pixels = concat(
+    pictures.map((picture) => toDevice(preprocessClip(picture, side), device, dtype)),
+    0,
+  );
   const beside = (x: Tensor): Tensor => (guided ? concat([scale(x, 0), x], 0) : x);
   const states = config.resampler
     ? encoder(beside(pixels), 'penultimate')
     : beside(encoder(pixels, 'image_embeds'));
-  const rows = (t: Tensor): Tensor => broadcast(t, 1, images).reshape(-1, ...t.shape.slice(1));
+  // The tokens of all pictures stand one after the other.
+  const rows = (t: Tensor): Tensor => {
+    const [, tokens, width] = t.shape;
+    const together = t.reshape(-1, pictures.length * tokens, width);
+    return broadcast(together, 1, images).reshape(-1, pictures.length * tokens, width);
+  };
   const pairs = adapter(states);
   return new Map(
     crossAttentions(unet).map((attention, i) => {

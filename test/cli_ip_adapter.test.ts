@@ -30,8 +30,10 @@ const size = ['--width', '64', '--height', '64'];
 const sample = (...argv: string[]) =>
   sdxl('sample', '--model', model, '--prompt', 'a red fox in the snow', '--quiet', ...argv);
 
+const ofs = (of: Of | Of[]): Of[] => (typeof of[0] === 'number' ? [of as Of] : (of as Of[]));
+
 test("diffusers' latents, and the settings in the picture", async (t) => {
-  for (const id of ['plain', 'two', 'img2img']) {
+  for (const id of ['plain', 'two', 'img2img', 'several_of_one']) {
     const c = golden.find(({ call }) => call === id) as (typeof golden)[number];
     const { num_images_per_prompt = 1, num_inference_steps = 4, strength } = c.settings;
     const [output, saved] = [at(`${id}.png`), at(`${id}-latents.safetensors`)];
@@ -41,7 +43,7 @@ test("diffusers' latents, and the settings in the picture", async (t) => {
       ...(strength ? ['--image', pictureFile(4, 64, 64), '--strength', String(strength)] : []),
       ...c.adapters.flatMap(([name, of, scale]) => [
         ...['--ip-adapter', `${at(`${name}.safetensors`)}${scale === 1 ? '' : `:${scale}`}`],
-        ...['--ip-adapter-image', pictureFile(...of)],
+        ...ofs(of).flatMap((each) => ['--ip-adapter-image', pictureFile(...each)]),
       ]),
       ...['--save-latents', saved],
     );

@@ -12,6 +12,7 @@ import { scale } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessClip, preprocessControl, preprocessMask } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { loadAndClose, openComponent, openModel, sourceOf } from '../models/checkpoint.ts';
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
@@ -24,7 +25,14 @@ import { TorchGenerator } from '../models/torch_random.ts';
 import { crossAttentions, unet } from '../models/unet.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, maxDifference } from './golden.ts';
-import { configs, encoderConfig, golden, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
+import {
+  configs,
+  encoderConfig,
+  golden,
+  picturesOf,
+  writeEncoder,
+  writeIPAdapter,
+} from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-ip-adapter-'));
@@ -105,7 +113,7 @@ function requestOf({ call, adapters, settings, seed }: (typeof golden)[number]):
     image: over ? preprocess(picture(4, 64, 64)) : undefined,
     mask: call === 'inpaint' ? preprocessMask(disc()) : undefined,
     generators: [new TorchGenerator(seed)],
-    ip_adapter_image: adapters.map(([, of]) => picture(...of)),
+    ip_adapter_image: adapters.map(([, of]) => picturesOf(of)),
     ip_adapter_scale: adapters.map(([, , factor]) => factor),
   };
 }
@@ -150,7 +158,7 @@ test('what has a part in a picture', async (t) => {
     controlnet: [openComponent(at('small'))],
   });
   const control_image = [preprocessControl(picture(1, 64, 64))];
-  const ip_adapter_image = [plain, plus].map(({ adapters: [[, of]] }) => picture(...of));
+  const ip_adapter_image = [plain, plus].map(({ adapters: [[, of]] }) => picturesOf(of));
   const request = {
     ...{ ...requestOf(plain), num_inference_steps: 2, num_images_per_prompt: 1 },
     ...{ ip_adapter_image, ip_adapter_scale: undefined },
@@ -172,6 +180,9 @@ test('what has a part in a picture', async (t) => {
   t.ok(maxDifference(alone, without) > 0.05, 'it does draw by the picture');
   const other = await drawn({ ip_adapter_image: [picture(9, 80, 60)] }, { ipAdapter: [one] });
   t.ok(maxDifference(alone, other) > 0.01, 'and by which');
+  const [first] = ip_adapter_image;
+  const twice = await drawn({ ip_adapter_image: [[first, first] as Picture[]] }, { ipAdapter: [one] });
+  t.ok(maxDifference(twice, alone) < 1e-4, 'one picture twice is that picture');
   const two = await drawn({ num_images_per_prompt: 2 });
   t.equal(two.length, 2 * alone.length);
   t.ok(maxDifference(two.subarray(0, alone.length), await drawn({})) < 1e-4, 'pictures share the tokens');
@@ -297,6 +308,7 @@ test('what is refused', async (t) => {
   const request = requestOf(callOf('plain'));
   for (const [more, says] of [
     [{ ip_adapter_image: undefined }, /ip_adapter_image has 0 pictures for 1 IP-Adapters: give one to each/],
+    [{ ip_adapter_image: [[]] }, /ip_adapter_image\[0\] is a list of no pictures: give one or more/],
     [{ ip_adapter_scale: [1, 2] }, /ip_adapter_scale has 2 numbers for 1 IP-Adapters/],
   ] as const)
     await t.rejects(denoiseToEnd(pipeline, { ...request, ...more }), { name: 'UserError', message: says });

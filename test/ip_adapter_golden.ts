@@ -4,10 +4,11 @@ import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
+import type { Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
 import { type IPAdapterConfig, ipAdapter } from '../models/ip_adapter.ts';
-import { weight } from './controlnet_golden.ts';
+import { picture, weight } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 
 /** A picture by its seed, width and height. */
@@ -24,7 +25,7 @@ interface Golden {
   adapter?: string;
   call?: string;
   seed: number;
-  adapters: [name: string, picture: Of, scale: number][];
+  adapters: [name: string, pictures: Of | Of[], scale: number][];
   settings: Record<string, number>;
   /** What of an encoder or an adapter. */
   of?: string;
@@ -37,6 +38,10 @@ export const golden: readonly Golden[] = readFileSync(join(goldenFolder, 'ip_ada
     const { values, ...rest } = JSON.parse(line) as Golden & { values: string };
     return { ...rest, values: decodeFloats(Buffer.from(values, 'base64'), 'float32') };
   });
+
+/** What a golden call draws by: a picture, or several. */
+export const picturesOf = (of: Of | Of[]): Picture | Picture[] =>
+  typeof of[0] === 'number' ? picture(...(of as Of)) : (of as Of[]).map((each) => picture(...each));
 
 export const encoderConfig = {
   architectures: ['CLIPVisionModelWithProjection'],

@@ -11,7 +11,6 @@ import { preprocessControl, readPicture, toPictures, writePng } from '../io/imag
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
 import {
-  type Asked,
   type Denoised,
   decode,
   denoise,
@@ -19,6 +18,7 @@ import {
   type Pipeline,
   samplerFor,
 } from '../models/pipeline.ts';
+import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import type { Preview, PreviewSettings } from './preview_prompts.ts';
 import type { Stop } from './task.ts';

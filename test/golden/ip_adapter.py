@@ -143,6 +143,12 @@ CALLS = [
     ("two", "text2img", [("plain", (1, 117, 149), 0.7), ("plus", (3, 56, 56), -0.4)], {}),
     ("img2img", "img2img", [("plain", (2, 200, 91), 0.8)], dict(strength=0.6, num_inference_steps=6)),
     ("inpaint", "inpaint", [("plus", (1, 117, 149), 1.5)], dict(strength=0.9, num_inference_steps=6)),
+    (
+        "several", "text2img",
+        [("plain", [(1, 117, 149), (4, 31, 40)], 0.7), ("plus", [(3, 56, 56), (2, 200, 91), (5, 60, 60)], 0.5)],
+        dict(num_images_per_prompt=2),
+    ),
+    ("several_of_one", "text2img", [("plus", [(1, 117, 149), (2, 200, 91)], 0.8)], {}),
 ]
 CLASSES = dict(
     text2img=diffusers.StableDiffusionXLPipeline,
@@ -161,7 +167,7 @@ def drawing():
             pipeline.load_ip_adapter(folder, subfolder="", weight_name=names, image_encoder_folder="image_encoder")
             pipeline.to(dtype)
             pipeline.set_ip_adapter_scale([scale for *_, scale in adapters])
-            images = [picture(*of) for _, of, _ in adapters]
+            images = [[picture(*each) for each in of] if isinstance(of, list) else picture(*of) for _, of, _ in adapters]
             over = {} if kind == "text2img" else {"image": picture(4, 64, 64)}
             over.update({"mask_image": disc()} if kind == "inpaint" else {})
             settings = {**SETTINGS, **more}
