@@ -66,7 +66,7 @@ export function scope<R>(fn: () => R): R {
   try {
     const result = fn();
     for (const tensor of tensorsIn(result)) {
-      if (mine.tensors.delete(tensor)) outer?.tensors.add(tensor);
+      if (mine.tensors.delete(tensor)) (outer?.tensors ?? lasting)?.add(tensor);
     }
     for (const undo of mine.undo) outer?.undo.push(undo);
     return result;

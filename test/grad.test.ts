@@ -110,6 +110,7 @@ test('an error frees what was made, kept and saved for the gradient', (t) => {
   };
   fails(() => built(() => throws(made())));
   fails(() => built(() => throws(scope(() => void keep(made())))));
+  fails(() => built(() => throws(scope(made)))); // what a scope returns where none is around it
   fails(() => built(() => throws(built(made)))); // what it built belongs to whoever called it
   fails(() =>
     built(() => {

@@ -8,7 +8,7 @@ import { namedParameters, unload } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { cast, exp, scale } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
+import { built, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { grid } from '../io/grid.ts';
 import { toPictures } from '../io/image.ts';
@@ -46,10 +46,11 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
     return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
   };
   /** The VAE with other weights, to be unloaded. */
-  const twinOf = (substitute: Substitute) => {
-    const other = vae(coder.config);
-    return { other, weights: twin(trained, namedParameters(other.module), substitute) };
-  };
+  const twinOf = (substitute: Substitute) =>
+    built(() => {
+      const other = vae(coder.config);
+      return { other, weights: twin(trained, namedParameters(other.module), substitute) };
+    });
   const lossOf = (used: Vae, { pictures: x, noise }: Tensors): Tensor => {
     const moments = used.encode(x);
     const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
@@ -100,9 +101,11 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
     },
     loss(inputs, weights) {
       const used = weights ? twinOf(lent(weights)).other : coder;
-      const loss = lossOf(used, inputs);
-      if (used !== coder) unload(used.module);
-      return loss;
+      try {
+        return lossOf(used, inputs);
+      } finally {
+        if (used !== coder) unload(used.module);
+      }
     },
     replicate(further) {
       const { other, weights } = twinOf(copied(further));

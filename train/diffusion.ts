@@ -134,9 +134,11 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
     },
     loss(inputs, weights) {
       const other = averaged(weights);
-      const loss = lossOf(other, inputs);
-      releaseTwin(other, pipeline);
-      return loss;
+      try {
+        return lossOf(other, inputs);
+      } finally {
+        releaseTwin(other, pipeline);
+      }
     },
     // Pictures and frozen encoders stay where they are: other devices get what these say.
     replicate(further) {

@@ -2,6 +2,7 @@
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
 // ControlNet (controlnet.ts) is put beside the UNet.
 import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { built } from '../engine/scope.ts';
 import { UserError } from '../io/errors.ts';
 import { addLora, isLarge, type LoraSizes, sizesFor, type Uniforms } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
@@ -111,14 +112,21 @@ function adapt(run: Run, pipeline: Pipeline, networks: Networks, uniforms: Unifo
   return new Map(added);
 }
 
+interface Twin {
+  other: Pipeline;
+  weights: ReadonlyMap<string, Parameter>;
+}
+
 /** The pipeline with other weights in the UNet and in what else is trained, and these by `component.key`. */
-export function twinPipeline(
+export const twinPipeline = (...parts: Parameters<typeof makeTwin>): Twin => built(() => makeTwin(...parts));
+
+function makeTwin(
   run: Run,
   pipeline: Pipeline,
   networks: Networks,
   added: Added | undefined,
   substitute: Substitute,
-): { other: Pipeline; weights: ReadonlyMap<string, Parameter> } {
+): Twin {
   const { gradient_checkpointing: gradientCheckpointing, text_encoders } = run.train;
   const weights = new Map<string, Parameter>();
   const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
