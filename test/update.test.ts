@@ -181,6 +181,26 @@ test('where memory is needed, recordings give theirs, and are made again if they
   t.same([device.memory.storages, device.memory.live], [0, 0]);
 });
 
+test('what cannot be placed for a recording leaves nothing', async (t) => {
+  for (const call of ['cuMemAllocAsync', 'cuMemcpyHtoDAsync'] as const) {
+    const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
+    const device = cudaDevice(gpu.api);
+    for (let at = 1; ; at++) {
+      const recorded = open([device], { records: true });
+      gpu.fail(call, 'CUDA_ERROR_OUT_OF_MEMORY', { at, always: true });
+      await trained(recorded, updates.slice(0, 1)).catch(() => undefined);
+      const { failed } = gpu;
+      gpu.heal();
+      recorded.release();
+      t.same([device.memory.storages, device.memory.live], [0, 0], `${call} ${at}`);
+      device.memory.trim();
+      if (failed) continue;
+      t.ok(at > 5, `${at - 1} of them were refused in turn`);
+      break;
+    }
+  }
+});
+
 test('a GPU that is lost is told once, and what is held is given back', async (t) => {
   const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
   const device = cudaDevice(gpu.api);

@@ -7,7 +7,7 @@ import { backward, clearGrad, noGrad, zeroGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { scale } from '../engine/ops/unary.ts';
-import { scope, unscoped } from '../engine/scope.ts';
+import { built, scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { HostTensor, PassInputs, Task } from './task.ts';
 
@@ -64,11 +64,12 @@ function recordedPasses(task: Trained, leaves: readonly Tensor[], device: Device
     for (const leaf of leaves) zeroGrad(leaf);
   };
   clear();
-  const start = (given: PassInputs): Recording => {
-    const inputs = unscoped(() => place(given, device));
-    const share = unscoped(() => tensor([1], [1], { device }));
-    return { inputs, share, step: device.step(() => forwardAndBack(task, inputs, share), reserve) };
-  };
+  const start = (given: PassInputs): Recording =>
+    built(() => {
+      const inputs = unscoped(() => place(given, device));
+      const share = unscoped(() => tensor([1], [1], { device }));
+      return { inputs, share, step: device.step(() => forwardAndBack(task, inputs, share), reserve) };
+    });
   return {
     queue(given, share) {
       const shapes = JSON.stringify(mapped(given, ({ shape }) => shape));
