@@ -80,7 +80,8 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
       }
       if (state === 'warm') return runAndRecord(read);
       const current = recorded;
-      if (current && reserve.use(() => launched(current))) return reserve.use(() => read(current.result));
+      if (current && reserve.use(() => launched(current)))
+        return reserve.use(() => scope(() => read(current.result)));
       drop();
       return runEagerly(read);
     },

@@ -191,6 +191,24 @@ test('what is read of a run outlives the recordings of steps that share its memo
   t.end();
 });
 
+test('what a reader of a run has made goes where it fails', (t) => {
+  const { device } = open();
+  const x = tensor(values(64, 1), [64], { device });
+  const step = device.step(() => noGrad(() => silu(x)));
+  for (let run = 0; run < 4; run++) {
+    const fails = (y: Tensor) => {
+      noGrad(() => scale(y, 1));
+      throw new Error('not to be read');
+    };
+    t.throws(() => step.run(fails), /not to be read/);
+    t.equal(device.memory.storages, run < 1 ? 1 : 2, 'x, and what is recorded');
+  }
+  step.release();
+  x.release();
+  t.same([device.memory.storages, device.memory.live], [0, 0]);
+  t.end();
+});
+
 test('where a graph or its memory does not fit, the step goes on eagerly', (t) => {
   for (const call of ['cuStreamBeginCapture', 'cuStreamEndCapture', 'cuGraphInstantiate'] as const) {
     const { device, failing } = open();
