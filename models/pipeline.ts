@@ -284,11 +284,11 @@ function checkCounts(request: Request, images: number, ratio: number): void {
     throw new UserError(`${width}x${height} pixels are not whole latents: give sides divisible by ${ratio}`);
 }
 
-/** denoise() to its end, with turns for others between the steps. `onStep` may leave by throwing. */
+/** denoise() to its end, with turns for others between the steps. `onStep` is waited for, and may leave by throwing. */
 export const denoiseToEnd = (
   pipeline: Pipeline,
   asked: Asked,
-  onStep?: (progress: Progress) => void,
+  onStep?: (progress: Progress) => unknown,
 ): Promise<Denoised> => inTurns(denoise(pipeline, asked), onStep);
 
 /** Latents → pictures [n, 3, h, w], about [-1, 1]. */

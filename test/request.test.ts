@@ -106,6 +106,27 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
   t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
 });
 
+test('what is called at each step is waited for, and ends the work where it fails', async (t) => {
+  const device = openDevice('auto');
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  const asked = { prompt: 'a fox', width: 64, height: 64, num_inference_steps: 2 };
+  const steps: number[] = [];
+  const later = () => new Promise((resolve) => setTimeout(resolve, 20));
+  await denoiseToEnd(pipeline, asked, async ({ step }) => {
+    await later();
+    steps.push(step);
+  });
+  t.same(steps, [1, 2]);
+  const { live } = device.memory;
+  const stop = async () => {
+    await later();
+    throw new Error('enough');
+  };
+  await t.rejects(denoiseToEnd(pipeline, asked, stop), { message: 'enough' });
+  t.equal(device.memory.live, live, 'nothing is left behind');
+  pipeline.release();
+});
+
 test('an adapter comes before 8-bit floats, or not at all', (t) => {
   const device = openDevice('auto');
   const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
