@@ -182,7 +182,9 @@ function kindOfCoder(file: SafetensorsFile): string | undefined {
   const part = tinyPart(file);
   if (part) return part === 'whole' ? 'tiny autoencoder in one file' : `${part} of a tiny autoencoder`;
   const names = [...file.tensors.keys()];
-  return names.some((name) => /^decoder\.up(_blocks)?\.0\./.test(name)) ? 'VAE in one file' : undefined;
+  return names.some((name) => /^(first_stage_model\.|vae\.)?decoder\.up(_blocks)?\.0\./.test(name))
+    ? 'VAE in one file'
+    : undefined;
 }
 
 /** Of a half, those of the pair. */

@@ -102,6 +102,9 @@ export function openSingleFile(
   return source;
 }
 
+/** What the original keys of a lone VAE may begin with: some are cut out of a whole model as they stand there. */
+const vaePrefixes = ['', 'first_stage_model.', 'vae.'];
+
 /**
  * Opens a VAE in one file, under the original keys (`encoder.down.0.block.0…`) or diffusers' own, or a tiny autoencoder. Its
  * config is the config.json beside it, else the published one's.
@@ -113,12 +116,8 @@ export function openVaeFile(path: string): ModelSource {
     file.close();
     return openTinyFile(path, part);
   }
-  const [original, diffusers] = [
-    'decoder.up.0.block.0.conv1.weight',
-    'decoder.up_blocks.0.resnets.0.conv1.weight',
-  ];
-  const spelling = [original, diffusers].find((name) => file.tensors.has(name));
-  if (!spelling) {
+  const prefix = vaePrefixes.find((each) => file.tensors.has(`${each}decoder.up.0.block.0.conv1.weight`));
+  if (prefix === undefined && !file.tensors.has('decoder.up_blocks.0.resnets.0.conv1.weight')) {
     file.close();
     throw new UserError(`${path} is not a VAE in one file; give a VAE's folder or file, or a whole model`);
   }
@@ -126,9 +125,9 @@ export function openVaeFile(path: string): ModelSource {
   const config = (): Json => (existsSync(beside) ? readJsonObject(beside) : vaeJson(sdxlVae));
   const levels = () => (config().block_out_channels as number[]).length;
   const weights = (): WeightSource =>
-    spelling === diffusers
+    prefix === undefined
       ? sourceOf(path, [openSafetensors(path)])
-      : translated(openSafetensors(path), (key) => ({ name: vaeKeyInSgm(key, levels()) }));
+      : translated(openSafetensors(path), (key) => ({ name: prefix + vaeKeyInSgm(key, levels()) }));
   file.close();
   return {
     path,

@@ -1,6 +1,6 @@
 // Single files as other programs leave them: models that were trained under another noise, without a VAE, one that lends its VAE alone,
 // and a refiner beside a base.
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -17,11 +17,11 @@ const at = (name: string): string => join(folder, name);
 const model = join(goldenFolder, 'tiny-sdxl');
 const whole = goldenSingleFile('tiny-sdxl');
 
-/** The tiny model's single file without what begins with `without`, and with ones under the names `more`. */
-function changed(name: string, more: readonly string[], without = 'nothing'): string {
+/** The tiny model's single file of what `isKept` says, and with ones under the names `more`. */
+function changed(name: string, more: readonly string[], isKept = (_: string) => true): string {
   const file = openSafetensors(whole);
   const kept = [...file.tensors.values()]
-    .filter((tensor) => !tensor.name.startsWith(without))
+    .filter((tensor) => isKept(tensor.name))
     .map(({ name, dtype, shape }): TensorEntry => ({ name, dtype, shape, bytes: file.read(name) }));
   file.close();
   const bytes = encodeNumbers(Float32Array.of(1), 'float32');
@@ -60,13 +60,18 @@ test('models that were trained under another noise are refused, whatever schedul
 });
 
 test('a file without a VAE says so, and draws with another', async (t) => {
-  const bare = changed('bare.safetensors', [], 'first_stage_model.');
+  const isVae = (name: string) => name.startsWith('first_stage_model.');
+  const bare = changed('bare.safetensors', [], (name) => !isVae(name));
+  mkdirSync(at('cut'));
+  const cut = changed('cut/vae.safetensors', [], isVae);
+  cpSync(join(model, 'vae', 'config.json'), at('cut/config.json'));
+  t.match((await sdxl('inspect', cut)).out, /VAE in one file/);
   await refusesEach(t, sample, [
     [['--model', bare], /bare\.safetensors has no VAE in it: give one with --vae/],
   ]);
   const own = await drawn('own', '--model', whole);
   t.equal(own.status, 0, own.err);
-  for (const vae of [join(model, 'vae'), whole]) {
+  for (const vae of [join(model, 'vae'), whole, cut]) {
     const { status, err, latents } = await drawn('lent', '--model', bare, '--vae', vae);
     t.equal(status, 0, err);
     t.same(latents, own.latents, vae);
