@@ -22,7 +22,7 @@ import type { Request } from '../models/request.ts';
 import { openVaeFile } from '../models/singlefile.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { sdxl } from './command_line.ts';
-import { allClose, goldenFolder, maxDifference } from './golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { tinyWeights, wave, writeTiny } from './tiny_autoencoder.ts';
 
@@ -38,10 +38,7 @@ interface Golden {
   bfloat16: number;
 }
 
-const cases = readFileSync(join(goldenFolder, 'autoencoder_tiny.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Golden);
+const cases = goldenLines<Golden>('autoencoder_tiny');
 const golden = (what: string) => cases.find((each) => each.what === what) as Golden;
 
 function unpacked(text: string): Float32Array {

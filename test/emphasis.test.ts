@@ -1,6 +1,5 @@
 // Prompt weights against A1111's own functions over transformers' text encoders (golden/emphasis.jsonl): spans of tricky prompts,
 // and embeddings of weighted ones, nested, escaped, with BREAK, and longer than a chunk.
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { noGrad } from '../engine/grad.ts';
@@ -11,7 +10,7 @@ import { encodePrompts, type Prompts } from '../models/conditioning.ts';
 import { type Emphasis, parsePromptAttention, readPrompt, type Span } from '../models/emphasis.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
-import { allClose, goldenFolder, maxDifference } from './golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 
 interface Parsed {
@@ -29,10 +28,7 @@ interface Encoded {
   pooled: number[];
 }
 
-const cases = readFileSync(join(goldenFolder, 'emphasis.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Parsed | Encoded);
+const cases = goldenLines<Parsed | Encoded>('emphasis');
 
 /** What is between float32 and float64 of the judge is 2.5e-6 at most. */
 const tolerance = { atol: 2.5e-5, rtol: 0 };

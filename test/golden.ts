@@ -52,6 +52,14 @@ let document: { areas: Record<string, { about: string; cases: GoldenCase[] }> } 
 const unpacked = (path: string): Buffer => brotliDecompressSync(readFileSync(join(goldenFolder, path)));
 const unpackedJson = (path: string): unknown => JSON.parse(unpacked(path).toString());
 
+/** The lines of NAME.jsonl, which its script's NAME.py writes and golden_pack.ts packs. */
+export const goldenLines = <T>(name: string): T[] =>
+  unpacked(`${name}.jsonl.br`)
+    .toString()
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line) as T);
+
 export function goldenArea(name: string): GoldenArea {
   document ??= unpackedJson('cases.json.br') as NonNullable<typeof document>;
   const area = document.areas[name];

@@ -1,6 +1,7 @@
 // Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases and their
 // tensors are compressed; a single file becomes a recipe, as its numbers are the folder's; the refiner's VAE becomes a link to
-// the base's, which it equals; tokenizer.json and pictures that no test reads are left out.
+// the base's, which it equals; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the scripts
+// in test/golden left there, NAME.jsonl.
 import { createHash } from 'node:crypto';
 import { cpSync, existsSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -9,7 +10,7 @@ import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
 import { goldenFolder, permuted, type SingleFileRecipe, transposed } from './golden.ts';
 
-const from = process.argv[2];
+const [, , from] = process.argv;
 
 function pack(path: string, bytes: Buffer): void {
   const { BROTLI_PARAM_QUALITY, BROTLI_PARAM_LGWIN } = constants;
@@ -79,14 +80,27 @@ function recipe(folder: string): SingleFileRecipe {
   };
 }
 
-// README.md describes what is packed, and so is written here.
-const unread =
-  /README\.md$|tokenizer\.json$|-singlefile\.safetensors$|cases\.json$|cases\/.*\.safetensors$|png\/(?!input|t2i_cfg5)/;
-cpSync(from, goldenFolder, { recursive: true, filter: (path) => !unread.test(path) });
-pack('cases.json', readFileSync(join(from, 'cases.json')));
-for (const name of readdirSync(join(from, 'cases'))) pack(`cases/${name}`, planes(join(from, 'cases', name)));
-for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner'])
-  pack(`${folder}-singlefile.json`, Buffer.from(JSON.stringify(recipe(folder))));
-const weights = join('vae', 'diffusion_pytorch_model.safetensors');
-rmSync(join(goldenFolder, 'tiny-sdxl-refiner', weights), { force: true });
-symlinkSync(join('..', '..', 'tiny-sdxl', weights), join(goldenFolder, 'tiny-sdxl-refiner', weights));
+function packFolder(): void {
+  // README.md describes what is packed, and so is written here.
+  const unread =
+    /README\.md$|tokenizer\.json$|-singlefile\.safetensors$|cases\.json$|cases\/.*\.safetensors$|png\/(?!input|t2i_cfg5)/;
+  cpSync(from, goldenFolder, { recursive: true, filter: (path) => !unread.test(path) });
+  pack('cases.json', readFileSync(join(from, 'cases.json')));
+  for (const name of readdirSync(join(from, 'cases')))
+    pack(`cases/${name}`, planes(join(from, 'cases', name)));
+  for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner'])
+    pack(`${folder}-singlefile.json`, Buffer.from(JSON.stringify(recipe(folder))));
+  const weights = join('vae', 'diffusion_pytorch_model.safetensors');
+  rmSync(join(goldenFolder, 'tiny-sdxl-refiner', weights), { force: true });
+  symlinkSync(join('..', '..', 'tiny-sdxl', weights), join(goldenFolder, 'tiny-sdxl-refiner', weights));
+}
+
+function packLines(): void {
+  for (const name of readdirSync(goldenFolder).filter((each) => each.endsWith('.jsonl'))) {
+    pack(name, readFileSync(join(goldenFolder, name)));
+    rmSync(join(goldenFolder, name));
+  }
+}
+
+if (from) packFolder();
+else packLines();

@@ -1,6 +1,6 @@
 // What golden/ip_adapter.jsonl was made from: a vision encoder and two IP-Adapters, whose weights are the formulas of ControlNets', and
 // numbers of diffusers' by what they are of.
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
@@ -9,7 +9,7 @@ import { writeSafetensors } from '../io/safetensors.ts';
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
 import { type IPAdapterConfig, ipAdapter } from '../models/ip_adapter.ts';
 import { picture, weight } from './controlnet_golden.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenLines } from './golden.ts';
 
 /** A picture by its seed, width and height. */
 export type Of = [seed: number, width: number, height: number];
@@ -31,13 +31,9 @@ interface Golden {
   of?: string;
 }
 
-export const golden: readonly Golden[] = readFileSync(join(goldenFolder, 'ip_adapter.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => {
-    const { values, ...rest } = JSON.parse(line) as Golden & { values: string };
-    return { ...rest, values: decodeFloats(Buffer.from(values, 'base64'), 'float32') };
-  });
+export const golden: readonly Golden[] = goldenLines<Golden & { values: string }>('ip_adapter').map(
+  ({ values, ...rest }) => ({ ...rest, values: decodeFloats(Buffer.from(values, 'base64'), 'float32') }),
+);
 
 /** What a golden call draws by: a picture, or several. */
 export const picturesOf = (of: Of | Of[]): Picture | Picture[] =>

@@ -1,6 +1,6 @@
 // Adapters of every kind against LyCORIS, peft and diffusers (golden/adapters.jsonl): the merged weights, of files whose numbers a
 // formula gives; and files that are refused.
-import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { type Device, openDevice } from '../engine/device.ts';
@@ -15,7 +15,7 @@ import { inspect } from '../models/inspect.ts';
 import { mergeLora } from '../models/lora.ts';
 import type { LoraTargets } from '../models/lora_file.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
-import { allClose, goldenFolder } from './golden.ts';
+import { allClose, goldenFolder, goldenLines } from './golden.ts';
 import { devices } from './models_golden.ts';
 
 interface Golden {
@@ -35,10 +35,7 @@ interface Golden {
   ][];
 }
 
-const cases = readFileSync(join(goldenFolder, 'adapters.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Golden);
+const cases = goldenLines<Golden>('adapters');
 
 const encoders = ['text_encoder', 'text_encoder_2'] as const;
 

@@ -8,7 +8,7 @@ import { cutAndFill, maskWindow, overlay } from '../io/mask_crop.ts';
 import type { Mask, Picture } from '../io/pixels.ts';
 import { readPngText } from '../io/png.ts';
 import { sdxl } from './command_line.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenFolder, goldenLines } from './golden.ts';
 
 interface Case {
   size: [number, number];
@@ -23,10 +23,7 @@ interface Case {
   overlay: string;
 }
 
-const cases = readFileSync(join(goldenFolder, 'mask_crop.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line): Case => JSON.parse(line));
+const cases = goldenLines<Case>('mask_crop');
 const bytes = (text: string): Uint8Array => new Uint8Array(Buffer.from(text, 'base64'));
 
 for (const golden of cases) {

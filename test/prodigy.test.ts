@@ -1,6 +1,5 @@
 // Prodigy against what prodigyopt does in float64 (golden/prodigy.py) on each kind of device, its state in each storage type, and in
 // whole runs: the log, resuming bit for bit.
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
@@ -14,7 +13,7 @@ import { readLog } from '../train/log.ts';
 import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { resolveRun } from '../train/resolve_run.ts';
-import { allClose, goldenFolder } from './golden.ts';
+import { allClose, goldenLines } from './golden.ts';
 import { basic, folder, resumes, run } from './small_runs.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
@@ -32,10 +31,7 @@ interface Case {
   noise: [d: number, weights: number];
 }
 
-const cases = readFileSync(join(goldenFolder, 'prodigy.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Case);
+const cases = goldenLines<Case>('prodigy');
 
 // As prodigy.py has them.
 const shapes = [[3, 4], [2, 2, 3, 3], [5], [4, 2]];

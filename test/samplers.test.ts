@@ -18,7 +18,7 @@ import {
   trainingTables,
   velocity,
 } from '../models/samplers/tables.ts';
-import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { allClose, type GoldenCase, goldenArea, goldenFolder, goldenLines } from './golden.ts';
 
 const area = goldenArea('schedulers');
 const sdxl = parseSchedulerConfig(
@@ -93,9 +93,7 @@ test('trajectories', (t) => {
 type OptionCase = [string, Record<string, unknown>, number, number[], number];
 
 test('options that no trajectory has', (t) => {
-  const lines = readFileSync(join(goldenFolder, 'scheduler_options.jsonl'), 'utf8').trim().split('\n');
-  for (const line of lines) {
-    const [name, config, steps, want, drawn] = JSON.parse(line) as OptionCase;
+  for (const [name, config, steps, want, drawn] of goldenLines<OptionCase>('scheduler_options')) {
     const sampler = createSampler(name, { ...sdxl, ...config });
     const plan = sampler.plan(steps);
     let taken = 0;
@@ -217,10 +215,9 @@ test('names', (t) => {
 });
 
 test('every class has the defaults that diffusers gives it', (t) => {
-  const lines = readFileSync(join(goldenFolder, 'scheduler_defaults.jsonl'), 'utf8').trim().split('\n');
+  const lines = goldenLines<{ class: SchedulerClass }>('scheduler_defaults');
   t.equal(lines.length, schedulerClasses.length);
-  for (const line of lines) {
-    const { class: name, ...want } = JSON.parse(line) as { class: SchedulerClass };
+  for (const { class: name, ...want } of lines) {
     const got: Partial<SchedulerConfig> = completeConfig(name, {});
     if (name === 'DPMSolverSinglestepScheduler') {
       // Which it has not, and its even layout does not read.

@@ -1,15 +1,15 @@
 // Calls that begin with latents of a caller's own, as noise or as the picture, against diffusers (golden/starts.jsonl).
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { decodeFloats } from '../io/dtype.ts';
 import { preprocess, preprocessMask } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import type { Latents } from '../models/latents.ts';
-import { type Asked, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { disc, picture } from './controlnet_golden.ts';
-import { allClose, goldenFolder } from './golden.ts';
+import { allClose, goldenFolder, goldenLines } from './golden.ts';
 import { devices } from './models_golden.ts';
 
 interface Call {
@@ -54,10 +54,7 @@ function requestOf({ kind, inputs: { latents, image, mask }, settings, seed }: C
   };
 }
 
-const calls = readFileSync(join(goldenFolder, 'starts.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Call);
+const calls = goldenLines<Call>('starts');
 
 test("latents of a caller's own", async (t) => {
   const [device] = devices;

@@ -14,7 +14,7 @@ import { encodePrompts, type Prompts } from '../models/conditioning.ts';
 import { readPrompt } from '../models/emphasis.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
-import { type Assert, allClose, goldenFolder } from './golden.ts';
+import { type Assert, allClose, goldenFolder, goldenLines } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
@@ -31,10 +31,7 @@ interface Golden {
   negative_pooled: number[];
 }
 
-const cases = readFileSync(join(goldenFolder, 'textual_inversion.jsonl'), 'utf8')
-  .trim()
-  .split('\n')
-  .map((line) => JSON.parse(line) as Golden);
+const cases = goldenLines<Golden>('textual_inversion');
 
 /** The k-th embedding of the golden cases: vectors [count, width]. */
 const vectors = (count: number, width: number, k: number) =>

@@ -1,6 +1,5 @@
 // How a ControlNet's training begins, against diffusers: the gradients of all its parameters (golden/controlnet_gradients.jsonl), and what
 // a new one is made of.
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
@@ -21,7 +20,7 @@ import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials, openSession } from '../train/session.ts';
 import { numbers, picture, writeControlNet } from './controlnet_golden.ts';
-import { goldenFolder, permuted } from './golden.ts';
+import { goldenLines, permuted } from './golden.ts';
 import { basic, control, device, folder, locate, model, silent } from './small_runs.ts';
 
 const source = openModel(model);
@@ -34,10 +33,7 @@ interface Told {
   loss: number;
 }
 type Gradient = [controlnet: string, key: string, norm: number, sum: number];
-const golden: (Told | Gradient)[] = readFileSync(join(goldenFolder, 'controlnet_gradients.jsonl'), 'utf8')
-  .split('\n')
-  .filter(Boolean)
-  .map((line) => JSON.parse(line));
+const golden = goldenLines<Told | Gradient>('controlnet_gradients');
 const told = golden.filter((each): each is Told => !Array.isArray(each));
 const gradients = golden.filter((each): each is Gradient => Array.isArray(each));
 

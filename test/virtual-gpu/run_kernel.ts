@@ -1,6 +1,7 @@
 // How the tests run one kernel: arrays go to the virtual GPU, the kernel is launched, arrays come back. A fault throws.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { brotliDecompressSync } from 'node:zlib';
 import type { Dim3, GpuApi, LaunchAttributes } from '../../engine/cuda/api.ts';
 import { type KernelArgument, packParameters, readManifest } from '../../engine/cuda/manifest.ts';
 import { packageRoot } from '../golden.ts';
@@ -19,9 +20,11 @@ type Values =
 export const bytesOf = (values: Values): Uint8Array =>
   new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 
-/** The text of test/virtual-gpu/kernels/<name>.ptx. */
+/** The text of test/virtual-gpu/kernels/<name>.ptx.br. */
 export const testPtx = (name: string): string =>
-  readFileSync(join(packageRoot, 'test', 'virtual-gpu', 'kernels', `${name}.ptx`), 'utf8');
+  brotliDecompressSync(
+    readFileSync(join(packageRoot, 'test', 'virtual-gpu', 'kernels', `${name}.ptx.br`)),
+  ).toString();
 
 export interface Bench<Gpu extends GpuApi = VirtualGpu> {
   readonly gpu: Gpu;
