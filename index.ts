@@ -19,6 +19,7 @@ export { feedForwardToFp8 } from './models/fp8.ts';
 export type { Latents } from './models/latents.ts';
 export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
 export { locateIPAdapter } from './models/locate_ip_adapter.ts';
+export { locateLora } from './models/locate_lora.ts';
 export { mergeLora } from './models/lora.ts';
 export {
   type Denoised,

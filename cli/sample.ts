@@ -17,7 +17,8 @@ import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { allFinite, type Latents, stacked } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
-import { locateAdapter } from '../models/lora_file.ts';
+import { locateLora } from '../models/locate_lora.ts';
+import type { AdapterFile } from '../models/lora.ts';
 import { decode, denoiseToEnd, loadPipeline, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -78,9 +79,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));
-  const lora = (options.lora ?? [])
-    .map(loraOf)
-    .map(({ file, scale }) => ({ path: locateAdapter(file), scale }));
+  const lora: AdapterFile[] = [];
+  for (const { file, scale } of (options.lora ?? []).map(loraOf))
+    lora.push({ path: await locateLora(file, locate), scale });
   const dtype = chooseDtype(options.dtype, source, device);
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;

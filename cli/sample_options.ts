@@ -4,6 +4,7 @@ import { existsSync } from 'node:fs';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, readLines } from '../io/files.ts';
+import { hubPath } from '../io/hub.ts';
 import { mostChunks, type Size } from '../models/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../models/emphasis.ts';
 import { locateAdapter } from '../models/lora_file.ts';
@@ -148,7 +149,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);
   checkIPAdapters(options);
-  for (const { file } of (options.lora ?? []).map(loraOf)) locateAdapter(file);
+  for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);
   if (!/\.png$/i.test(options.output))

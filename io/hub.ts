@@ -45,6 +45,16 @@ export function looksLikeHubId(text: string): boolean {
 }
 
 /**
+ * `owner/name`, and perhaps a file's path in it. Nothing where `text` reads otherwise or is there, as folder/name.safetensors is some
+ * file here, if a mistaken one.
+ */
+export function hubPath(text: string): { id: string; inner?: string } | undefined {
+  const [, id = '', inner] = /^([^/]+\/[^/]+)(?:\/(.+))?$/.exec(text) ?? [];
+  const isHub = looksLikeHubId(id) && !id.endsWith('.safetensors') && !existsSync(text);
+  return isHub ? { id, inner } : undefined;
+}
+
+/**
  * Downloads what is missing of a model or dataset and returns its snapshot folder. Without a network, or with
  * HF_HUB_OFFLINE, the cached snapshot serves. @throws UserError when the repository, revision or files cannot be
  * had, saying what to do

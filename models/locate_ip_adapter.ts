@@ -4,7 +4,7 @@ import { existsSync, statSync } from 'node:fs';
 import { dirname, join, posix, relative } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import { looksLikeHubId, NothingWantedError, resolveHub } from '../io/hub.ts';
+import { hubPath, NothingWantedError, resolveHub } from '../io/hub.ts';
 import { parseVisionConfig } from './clip_vision.ts';
 import { type IPAdapterSource, openIPAdapter, readIPAdapter, refusePickle, widthRead } from './ip_adapter.ts';
 import { type LocateOptions, weightsOf } from './locate.ts';
@@ -23,8 +23,9 @@ export async function locateIPAdapter(path: string, options: LocateOptions = {})
 
 /** `OWNER/NAME`, and perhaps a file's path in it. */
 async function locateOnHub(path: string, options: LocateOptions): Promise<IPAdapterSource> {
-  const [, id, inner] = /^([^/]+\/[^/]+)(?:\/(.+))?$/.exec(path) ?? [];
-  if (!id || !looksLikeHubId(id)) throw new UserError(`no IP-Adapter at ${path}; give ${mend}`);
+  const hub = hubPath(path);
+  if (!hub) throw new UserError(`no IP-Adapter at ${path}; give ${mend}`);
+  const { id, inner } = hub;
   if (inner) refusePickle(path);
   let name: string | undefined;
   const adapterAndConfigs = (all: readonly string[]): string[] => {

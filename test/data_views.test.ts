@@ -1,3 +1,4 @@
+// What a run sees of pictures: entries spread over all, buckets, crops and their time ids, captions, and what is transparent.
 import sharp from 'sharp';
 import { test } from 'tap';
 import { decodePicture } from '../io/image.ts';

@@ -1,0 +1,80 @@
+// LoRAs from a small hub of our own: which file of a repository is taken, and what cannot be had.
+import { copyFileSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { readPicture } from '../io/image.ts';
+import { locateLora } from '../models/locate_lora.ts';
+import { sdxl } from './command_line.ts';
+import { goldenFolder } from './golden.ts';
+import { hubOf } from './small_hub.ts';
+
+const golden = join(goldenFolder, 'lora', 'scaled_kohya.safetensors');
+
+test('an adapter of the hub', async (t) => {
+  const folder = t.testdir({ repo: { more: {} } });
+  const at = (name: string): string => join(folder, 'repo', name);
+  const usual = 'pytorch_lora_weights.safetensors';
+  for (const name of [usual, 'other.safetensors']) copyFileSync(golden, at(name));
+  copyFileSync(golden.replace('kohya', 'sgm'), at('more/deep.safetensors'));
+  writeFileSync(at('README.md'), 'of no interest');
+  const asked = await hubOf(t, folder);
+  const told: string[] = [];
+  const found = await locateLora('owner/name', { onProgress: (path) => told.push(path) });
+  t.same(asked, [usual], 'the one that diffusers names');
+  t.same([...new Set(told)], ['owner/name']);
+  t.same(readFileSync(found), readFileSync(golden));
+  t.match(await locateLora('owner/name/more/deep.safetensors'), /more.deep\.safetensors$/);
+  t.same(asked.length, 2);
+  await t.rejects(locateLora('owner/name/absent.safetensors'), {
+    name: 'UserError',
+    message: /^owner\/name on the hub has no absent\.safetensors; give a \.safetensors file/,
+  });
+  await t.rejects(locateLora('owner/name.safetensors'), {
+    message: /^no LoRA at owner\/name\.safetensors; give/,
+  });
+  t.equal(asked.length, 2, 'a mistaken path is not asked for');
+});
+
+test('another name, peft, and several', async (t) => {
+  const folder = t.testdir({ repo: {} });
+  const at = (name: string): string => join(folder, 'repo', name);
+  for (const name of ['a.safetensors', 'b.safetensors', 'adapter_model.safetensors'])
+    copyFileSync(golden, at(name));
+  writeFileSync(at('adapter_config.json'), '{}');
+  const asked = await hubOf(t, folder);
+  await locateLora('peft/one');
+  t.same(asked.sort(), ['adapter_config.json', 'adapter_model.safetensors']);
+  rmSync(at('adapter_model.safetensors'));
+  const again = await hubOf(t, folder);
+  await t.rejects(locateLora('several/ones'), {
+    message:
+      /^several\/ones has several files of weights: give one of them, several\/ones\/a\.safetensors or several\/ones\/b/,
+  });
+  t.same(again, []);
+});
+
+test('sdxl sample --lora OWNER/NAME:SCALE', async (t) => {
+  const folder = t.testdir({ repo: {} });
+  copyFileSync(golden, join(folder, 'repo', 'style.safetensors'));
+  const asked = await hubOf(t, folder);
+  const output = join(folder, 'out.png');
+  const drawn = async (lora: string) => {
+    const { status, err } = await sdxl(
+      ...[
+        'sample',
+        '--model',
+        join(goldenFolder, 'tiny-sdxl'),
+        '--prompt',
+        'a fox',
+        '--seed',
+        '1',
+        '--quiet',
+      ],
+      ...['--width', '64', '--height', '64', '--steps', '1', '--lora', lora, '--output', output],
+    );
+    t.equal(status, 0, err);
+    return (await readPicture(output)).data;
+  };
+  t.same(await drawn('owner/style:0.5'), await drawn(`${golden}:0.5`));
+  t.same(asked, ['style.safetensors']);
+});
