@@ -14,6 +14,7 @@ import { ema } from '../train/ema.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { allClose } from './golden.ts';
+import { giveGradient } from './gradients.ts';
 
 const device = openDevice('auto');
 const settings: OptimizerSettings = {
@@ -60,9 +61,8 @@ const gradientAt = (k: number, step: number, i: number) =>
 
 function setGradients(parameters: Map<string, Parameter>, step: number): void {
   [...parameters.values()].forEach((p, k) => {
-    clearGrad(p.tensor);
     const values = Float32Array.from({ length: p.size }, (_, i) => gradientAt(k, step, i));
-    if (p.tensor.node) p.tensor.node.grad = laid(p, values, p.tensor.dtype as FloatDType);
+    giveGradient(p.tensor, laid(p, values, p.tensor.dtype as FloatDType));
   });
 }
 
@@ -183,7 +183,7 @@ function drift(
   );
   for (let step = 0; step < steps; step++) {
     clearGrad(p.tensor);
-    if (p.tensor.node) p.tensor.node.grad = keep(tensor(ones, p.shape, { device, dtype: 'bfloat16' }));
+    giveGradient(p.tensor, keep(tensor(ones, p.shape, { device, dtype: 'bfloat16' })));
     optimizer.step(1e-4);
   }
   const values = p.tensor.floats();
@@ -246,7 +246,7 @@ test('both devices round the same weights to the same bits', (t) => {
       { ...settings, name: 'lion', weight_decay: 0, stochastic_rounding: true },
       3,
     );
-    if (p.tensor.node) p.tensor.node.grad = keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' }));
+    giveGradient(p.tensor, keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' })));
     // A power of two, so that the sum is exact before it is rounded.
     optimizer.step(2 ** -9);
     const bits = Buffer.from(p.tensor.bytes()).toString('hex');
@@ -275,11 +275,11 @@ test('clipping: the global norm, its factor, and who is not finite', (t) => {
   bad[35] = Number.NaN;
   const p1 = parameters.get('p1') as Parameter;
   clearGrad(p1.tensor);
-  if (p1.tensor.node) p1.tensor.node.grad = laid(p1, bad, 'float32');
+  giveGradient(p1.tensor, laid(p1, bad, 'float32'));
   t.equal(clipGradients(parameters, 1).nonfinite, 'p1');
   const [p0] = parameters.values();
   clearGrad(p0.tensor);
-  if (p0.tensor.node) p0.tensor.node.grad = laid(p0, bad.subarray(24).slice(), 'float32');
+  giveGradient(p0.tensor, laid(p0, bad.subarray(24).slice(), 'float32'));
   t.equal(clipGradients(parameters, 1).nonfinite, 'p0', 'the first of them');
   free(parameters, { release() {} });
   t.equal(device.memory.storages, before, 'live tensors');
@@ -319,7 +319,7 @@ test('AdamW with moments of a byte: the map of bitsandbytes, and steps near thos
         { length: 5000 },
         (_, i) => Math.sin(1 + i) + 0.3 * Math.sin(i * step),
       );
-      if (weights.tensor.node) weights.tensor.node.grad = keep(tensor(values, weights.shape, { device }));
+      giveGradient(weights.tensor, keep(tensor(values, weights.shape, { device })));
       optimizer.step(0.01);
     }
     const result = { values: weights.tensor.floats(), slots: [...optimizer.state.keys()] };

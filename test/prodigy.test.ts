@@ -14,6 +14,7 @@ import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { allClose, goldenLines } from './golden.ts';
+import { giveGradient } from './gradients.ts';
 import { basic, folder, resumes, run } from './small_runs.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
@@ -77,7 +78,7 @@ function trained(
       const weights = optimizer.weightOf(name).floats();
       const values = Float64Array.from(weights, (w, i) => times * gradientOf(k, step, i, w));
       clearGrad(p.tensor);
-      if (p.tensor.node) p.tensor.node.grad = keep(tensor(values, p.shape, { device, dtype }));
+      giveGradient(p.tensor, keep(tensor(values, p.shape, { device, dtype })));
     });
     found.push(optimizer.step(learningRate(rates, lr, step, STEPS), 1 / (times || 1)).dlr);
     d.push((optimizer.state.get('d') as Tensor).floats()[0]);
@@ -147,7 +148,7 @@ test('a plan counts what it keeps, and a step on it', (t) => {
   const p = new Parameter([1024, 1024]);
   const half = () => keep(empty(p.shape, { device, dtype: 'bfloat16' }));
   p.tensor = requireGrad(half());
-  if (p.tensor.node) p.tensor.node.grad = half();
+  giveGradient(p.tensor, half());
   const takes = (name: 'adamw' | 'prodigy') => {
     const before = device.memory.live;
     const optimizer = createOptimizer(new Map([['p', p]]), { ...usual.optimizer, name }, 1);
