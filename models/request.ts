@@ -160,7 +160,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   control_guidance_start: each,
   control_guidance_end: each,
   guess_mode: flag,
-  ip_adapter_image: listOf('pictures as readPicture gives them', isPicture),
+  ip_adapter_image: listOf(
+    'pictures as readPicture gives them, or of lists of them',
+    (one) => isPicture(one) || (Array.isArray(one) && one.every(isPicture)),
+  ),
   ip_adapter_scale: each,
   original_size: size,
   crops_coords_top_left: corner,
