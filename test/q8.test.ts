@@ -56,6 +56,11 @@ test('blocks are rounded as Q8_0 says, on every device', (t) => {
         if (Math.abs(back[64 + i] - value) > 0.5001 * last)
           t.fail(`${device.name}: ${value} is ${back[64 + i]}`);
     });
+    const lost = scope(() => fromQ8(toQ8(tensor(x.with(3, Number.NaN), [3, 32], { device }))).floats());
+    t.ok(
+      lost.slice(0, 32).every(Number.isNaN) && lost[40] === 0,
+      `${device.name}: NaN takes its block along`,
+    );
     t.equal(device.memory.storages, 0, 'live tensors');
   }
   t.throws(() => scope(() => toQ8(tensor(x.subarray(0, 33), [33], { device: cpu }))), /blocks of 32/);

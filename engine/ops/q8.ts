@@ -1,6 +1,6 @@
 // Weights in 8-bit integers, as Q8_0 of ggml: 32 neighbours share a scale, their largest magnitude over 127, and each is a byte, the
-// rounded quotient plus 128. Products take none of it: a weight is decoded before each. The scale has the type of the numbers
-// (ggml's is float16), so that what is decoded knows its type.
+// rounded quotient plus 128. (Where one is NaN, the scale is.) Products take none of it: a weight is decoded before each. The scale
+// has the type of the numbers (ggml's is float16), so that what is decoded knows its type.
 import { apply, defineOp, type Numbers } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import { awkwardShapes } from './samples.ts';
@@ -52,7 +52,7 @@ const toOp = defineOp<Record<string, never>>({
       for (let i = 0; i < x.data.length; i++) {
         const factor = inverse(scale.data, i);
         const number = rint(Math.fround(x.data[i] * factor));
-        y.data[i] = Math.min(LARGEST, Math.max(-LARGEST, number)) + OFFSET;
+        y.data[i] = (number > -LARGEST ? Math.min(LARGEST, number) : -LARGEST) + OFFSET;
       }
     },
   },

@@ -3,7 +3,7 @@
 
 constexpr int BLOCK = 32;
 
-// y[block] = max |x| / 127. A thread takes a block; a model is rounded once, when it is loaded.
+// y[block] = max |x| / 127; NaN where one is, of which the bytes tell nothing. A thread takes a block; a model is rounded once, when it is loaded.
 KERNEL(q8_scale_forward)(T *y, const T *x, int n) {
   for (uint32_t block = blockIdx.x * blockDim.x + threadIdx.x; block < uint32_t(n) / BLOCK; block += gridDim.x * blockDim.x) {
     float most = 0;
@@ -11,7 +11,10 @@ KERNEL(q8_scale_forward)(T *y, const T *x, int n) {
     for (int i = 0; i < BLOCK; i += PACK) {
       const Pack p = load(x + block * BLOCK + i, PACK, true);
 #pragma unroll
-      for (int j = 0; j < PACK; j++) most = fmaxf(most, fabsf(p.at[j]));
+      for (int j = 0; j < PACK; j++) {
+        const float value = fabsf(p.at[j]);
+        most = value > most || value != value ? value : most;
+      }
     }
     y[block] = from_float<T>(most / 127.f);
   }
