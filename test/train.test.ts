@@ -129,6 +129,34 @@ test('going back drops what was trained since once an update takes its place, an
   );
 });
 
+test('a run draws the previews that it had saved before and was ended at', async (t) => {
+  const previews = { prompts: ['a', 'b'], num_inference_steps: 2, every_steps: 1 };
+  const input = (output: string): RunInput => ({ ...basic(output), steps: 3, previews });
+  const drawn = ({ output = '' }: RunInput) =>
+    [
+      'previews.png',
+      ...[1, 2, 3].flatMap((step) => [0, 1].map((i) => `previews/step-0000000${step}/${i}.png`)),
+    ]
+      .map((name) => join(output, name))
+      .map((path) => existsSync(path) && readFileSync(path).toString('base64'));
+  const [whole, broken] = [input('drawn-whole'), input('drawn-broken')];
+  await run(whole);
+  const { folder: checkpoint } = await run(broken, { until: 2 });
+  t.notOk(existsSync(join(broken.output as string, 'previews', 'step-00000002')), 'left for whoever waits');
+  const { folder: finished } = await run(broken, { checkpoint });
+  t.same(drawn(broken), drawn(whole), 'drawn when it goes on');
+  // As killed after the last update.
+  for (const left of [finished, join(broken.output as string, 'previews', 'step-00000003')])
+    rmSync(left, { recursive: true });
+  const last = listCheckpoints(broken.output as string).at(-1) as string;
+  await run(broken, { checkpoint: last });
+  t.same(drawn(broken), drawn(whole), 'after the last update too');
+  // As killed between a step's pictures and the sheet.
+  writeFileSync(join(broken.output as string, 'previews.png'), 'older');
+  await run(broken, { checkpoint: last });
+  t.same(drawn(broken), drawn(whole), 'and the sheet has all');
+});
+
 test('what fails beside the weights costs no update that was made', async (t) => {
   const whole = { ...basic('unhurt'), checkpoints: { every_steps: 100 } };
   await run(whole);

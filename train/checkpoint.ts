@@ -10,6 +10,7 @@ import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/fo
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
 import { isRecord } from './fields.ts';
+import { previewFolder } from './preview.ts';
 import type { Run } from './run.ts';
 
 /** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
@@ -47,9 +48,10 @@ export function listCheckpoints(output: string): string[] {
     .map((name) => join(folder, name));
 }
 
-/** Clears away what killed programs left half-written in a run's folder and among its checkpoints. */
+/** Clears away what killed programs left half-written in a run's folder, among its checkpoints and its previews. */
 export function clearOutput(output: string): void {
-  for (const folder of [output, checkpointsOf(output)]) if (existsSync(folder)) clearUnfinished(folder);
+  for (const folder of [output, checkpointsOf(output), previewFolder(output)])
+    if (existsSync(folder)) clearUnfinished(folder);
 }
 
 /** Removes the checkpoints of later steps, the newest first: at every moment those that are left are of one course of training. */

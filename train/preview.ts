@@ -5,7 +5,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder } from '../io/files.ts';
-import { removeFolder } from '../io/folders.ts';
+import { removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { grid } from '../io/grid.ts';
 import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
@@ -103,31 +103,48 @@ export function rehearsePreviews(
   }
 }
 
-const folderOf = (output: string): string => join(output, 'previews');
+/** Where the contact sheet is, and its size. */
+interface Sheet {
+  path: string;
+  width: number;
+  height: number;
+}
+
+export const previewFolder = (output: string): string => join(output, 'previews');
 const stepName = (step: number): string => `step-${String(step).padStart(8, '0')}`;
 
-/** Writes the pictures of a step and the contact sheet anew; tells where that is and its size. */
+/** Whether the pictures of a step are there; they are all there or none. */
+export const hasPreviews = (output: string, step: number): boolean =>
+  existsSync(join(previewFolder(output), stepName(step)));
+
+/** Writes the pictures of a step, and the contact sheet. */
 export async function writePreviews(
   output: string,
   step: number,
   pictures: readonly Picture[],
   prompts: readonly string[],
-): Promise<{ path: string; width: number; height: number }> {
-  const folder = join(folderOf(output), stepName(step));
-  makeFolder(folder);
-  pictures.forEach((picture, i) => {
-    writePng(join(folder, `${i}.png`), picture, { parameters: `${prompts[i] ?? ''}\nstep ${step}` });
+): Promise<Sheet> {
+  makeFolder(previewFolder(output));
+  replaceFolderAtomically(join(previewFolder(output), stepName(step)), (temporary) => {
+    pictures.forEach((picture, i) => {
+      writePng(join(temporary, `${i}.png`), picture, { parameters: `${prompts[i] ?? ''}\nstep ${step}` });
+    });
   });
+  return writeSheet(output, prompts);
+}
+
+/** Writes the contact sheet anew from the pictures on disk. */
+export async function writeSheet(output: string, prompts: readonly string[]): Promise<Sheet> {
   const path = join(output, 'previews.png');
-  const sheet = await contactSheet(folderOf(output));
+  const sheet = await contactSheet(previewFolder(output));
   writePng(path, sheet, { prompts: prompts.join('\n') });
   return { path, width: sheet.width, height: sheet.height };
 }
 
 /** Removes what a resumed run will draw again. */
 export function rewindPreviews(output: string, step: number): void {
-  for (const name of stepFolders(folderOf(output)))
-    if (Number(name.slice('step-'.length)) > step) removeFolder(join(folderOf(output), name));
+  for (const name of stepFolders(previewFolder(output)))
+    if (Number(name.slice('step-'.length)) > step) removeFolder(join(previewFolder(output), name));
 }
 
 const stepFolders = (folder: string): string[] =>

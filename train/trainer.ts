@@ -12,7 +12,7 @@ import { turnsFrom, type Update } from './data/order.ts';
 import { removeLaterFinal, writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
-import { rewindPreviews, writePreviews } from './preview.ts';
+import { hasPreviews, rewindPreviews, writePreviews, writeSheet } from './preview.ts';
 import { promptsOf } from './preview_prompts.ts';
 import { resumeSession, type Session } from './session.ts';
 import { type Report, type Stop, saved } from './task.ts';
@@ -87,6 +87,9 @@ async function trainFrom(
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
   const turns = turnsFrom(placed, sizes, at.position);
   const begun = at.position.step;
+  if (begun > 0 && (begun === total || isDue(run.previews.every_steps, begun, at.position.update === 0)))
+    await journal.catchUp(begun, stop);
+  if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
   for (let turn = turns.next().value, next = turn; at.position.step < total; turn = next) {
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
@@ -162,7 +165,19 @@ function save({ run, task, pictures, optimizer, ema }: Session, at: Standing): v
 function openJournal({ run, task, ema, device, total }: Session, report: Report) {
   const events = openEventFile(join(run.output, 'tensorboard'));
   let [since, seen, rate] = [performance.now(), 0, Number.NaN];
+  const preview = async (step: number, stop: Stop): Promise<void> => {
+    const pictures = await task.preview(ema?.weights, stop);
+    if (pictures.length === 0) return;
+    const sheet = await writePreviews(run.output, step, pictures, promptsOf(run.previews));
+    const { path, width, height } = sheet;
+    events.image(step, 'previews', readFileSync(path), width, height);
+    since = performance.now(); // the rate is of training alone
+  };
   return {
+    preview,
+    /** A run that ended after it had saved and before its previews were whole has them yet to draw. */
+    catchUp: (step: number, stop: Stop): Promise<unknown> =>
+      hasPreviews(run.output, step) ? writeSheet(run.output, promptsOf(run.previews)) : preview(step, stop),
     note(
       { step, epoch }: Position,
       lr: number,
@@ -187,18 +202,6 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
         `peak ${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`,
       ];
       report.progress('training', step, total, told.filter(Boolean).join(', '));
-    },
-    async preview(step: number, stop: Stop): Promise<void> {
-      const pictures = await task.preview(ema?.weights, stop);
-      if (pictures.length === 0) return;
-      const { path, width, height } = await writePreviews(
-        run.output,
-        step,
-        pictures,
-        promptsOf(run.previews),
-      );
-      events.image(step, 'previews', readFileSync(path), width, height);
-      since = performance.now(); // the rate is of training alone
     },
   };
 }
