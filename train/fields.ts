@@ -183,7 +183,7 @@ const nearChoice = ({ choices = [] }: Field<unknown>, value: unknown): string =>
 
 /**
  * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a
- * number, a list is written as JSON or with commas. @throws UserError for a key that is not there or a value that does not fit
+ * number, a list is written as JSON or with commas, and nothing is an empty one. @throws UserError for a key that is not there or a value that does not fit
  */
 export function override<T>(fields: Fields<T>, run: T, assignment: string): void {
   const at = assignment.indexOf('=');
@@ -225,8 +225,9 @@ function parse(written: string, entry: Field<unknown>): unknown {
   } catch {
     // Not JSON: a bare text or a list with commas.
   }
-  const parts = written.split(',').map((part) => part.trim());
-  readings.push(parts.map(Number), parts, written);
+  const parts = written.trim() === '' ? [] : written.split(',').map((part) => part.trim());
+  const numbers = parts.map((part) => (part === '' ? Number.NaN : Number(part)));
+  readings.push(numbers, parts, written);
   const fitting = readings.filter((reading) => entry.accepts(reading));
   // A key that holds a text takes "12" as that text.
   return typeof entry.fallback === 'string' && entry.accepts(written) ? written : fitting[0];
