@@ -92,6 +92,12 @@ test('folders with captions beside the pictures', async (t) => {
   t.ok(Buffer.from(await examples[0].read()).equals(Buffer.from(png())), 'the bytes of the file');
 });
 
+test('names that other systems read as paths', async (t) => {
+  const path = folderOf(t, { 'a\\b.png': png(), 'a\\b.txt': 'blue' });
+  const { examples } = await openDataset({ path });
+  t.ok(Buffer.from(await examples[0].read()).equals(Buffer.from(png())));
+});
+
 test('pictures without a caption are given one where a run has one', async (t) => {
   const path = folderOf(t, {
     'a.png': png(),

@@ -5,7 +5,7 @@
 // NAME.conditioning_image.png, if the column is called so.
 import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
-import { join, normalize, relative } from 'node:path';
+import { join, normalize, relative, sep } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { asUserError, readLines } from '../../io/files.ts';
 import type { Dataset, DatasetOptions, PictureFile } from './dataset.ts';
@@ -110,7 +110,7 @@ export function openFolder(
   }
 
   function add(path: string, choices: readonly string[], beside?: string): void {
-    const idOf = (file: string) => relative(folder, file).replaceAll('\\', '/');
+    const idOf = (file: string) => relative(folder, file).replaceAll(sep, '/');
     const id = idOf(path);
     const image = beside && idOf(beside);
     const before = conditioning.get(id);
