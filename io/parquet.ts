@@ -98,8 +98,11 @@ function parquetError(error: unknown, path: string): unknown {
   const told = asUserError(error, path);
   if (told instanceof UserError) return told;
   const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
+  const another = 'write it with another compression';
   const mend = /ZSTD/.test(reason)
-    ? 'use Node 22.15 or newer, or write it with another compression'
-    : 'download it again';
+    ? `use Node 22.15 or newer, or ${another}`
+    : /unsupported compression/.test(reason)
+      ? `${another}, such as snappy`
+      : 'download it again';
   return new UserError(`${path} cannot be read as parquet (${reason}): ${mend}`);
 }

@@ -121,6 +121,7 @@ test('what is damaged is one sentence', async (t) => {
   const zstd = openDataset({ path: at('zstd') });
   if ('zstdDecompressSync' in zlib) t.equal((await zstd).examples.length, 3, 'Zstandard');
   else await refused(t, zstd, /ZSTD.*use Node 22\.15/);
+  await refused(t, openDataset({ path: at('lz4') }), /LZ4_RAW\): write it with another compression/);
 });
 
 test('the files of a split', (t) => {
