@@ -14,6 +14,7 @@ import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import type { Driver, Exchange } from '../engine/driver.ts';
+import { MemoryError } from '../engine/memory.ts';
 import { readPicture } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { loadPipeline } from '../models/pipeline.ts';
@@ -179,6 +180,30 @@ test('what fails beside the weights costs no update that was made', async (t) =>
     await run(hurt, { checkpoint: newest(hurt) });
     t.equal(digest(newest(hurt)), digest(newest(whole)), 'and goes on as if nothing had been');
   }
+});
+
+test('previews that find no memory cost no update', async (t) => {
+  const prompts = ['a'];
+  const hurt = {
+    ...basic('no-memory'),
+    checkpoints: { every_steps: 100 },
+    previews: { prompts, every_steps: 3 },
+  };
+  const { execute } = device;
+  // As drawing is told of, after the third update.
+  const meanwhile = (label: string, done: number) => {
+    if (label !== 'training' || done !== 3) return;
+    device.execute = () => {
+      throw new MemoryError('out of memory: tensors at work');
+    };
+  };
+  await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError' });
+  device.execute = execute;
+  const [saved] = listCheckpoints(hurt.output as string);
+  t.match(saved, /step-00000003$/, 'updates until then are saved');
+  const whole = { ...basic('with-memory'), checkpoints: { every_steps: 3 } };
+  await run(whole);
+  t.equal(digest(saved), digest(listCheckpoints(whole.output as string)[0]));
 });
 
 test('stopped while updates fail, a run keeps what it saved before', async (t) => {

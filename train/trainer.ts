@@ -40,24 +40,26 @@ interface Standing {
   failures: number;
   /** Whether updates were made that no checkpoint has. */
   unsaved: boolean;
+  /** Whether an update is being made: a device that fails then may have moved some of the weights. */
+  moving: boolean;
 }
 
 /**
  * Trains until the plan is done or `stop.asked`, from the session's checkpoint where it has one. What fails beside the weights, such
- * as a picture that has vanished or a log that cannot be written, costs no update: those before it are saved. @throws UserError
+ * as a picture that has vanished or previews that find no memory, costs no update: those before it are saved. @throws UserError
  */
 export async function train(session: Session, report: Report, stop: Stop): Promise<Outcome> {
   const feed = openFeed(session.task);
   const at: Standing = {
     position: { step: 0, epoch: 0, update: 0 },
-    ...{ folder: session.checkpoint ?? '', failures: 0, unsaved: false },
+    ...{ folder: session.checkpoint ?? '', failures: 0, unsaved: false, moving: false },
   };
   try {
     return await trainFrom(feed, session, report, stop, at);
   } catch (error) {
-    // A device that fails may have moved some of the weights.
-    const isOfDevice = error instanceof MemoryError || error instanceof CudaError;
-    if (error instanceof UserError && !isOfDevice && at.unsaved && at.failures === 0) {
+    // A device that has failed tells nothing any more; one without memory does.
+    const isLost = error instanceof CudaError || (error instanceof MemoryError && at.moving);
+    if (error instanceof UserError && !isLost && at.unsaved && at.failures === 0) {
       save(session, at);
       report.line(`what was trained until then is saved: ${at.folder}`);
     }
@@ -94,7 +96,9 @@ async function trainFrom(
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
     if (!done) next = turns.next().value;
+    at.moving = true;
     const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next);
+    at.moving = false;
     if (at.position.step === begun) dropLater(run.output, begun);
     const { update, endsEpoch } = turn;
     at.position = after(at.position, endsEpoch);
