@@ -22,10 +22,12 @@ import { listCheckpoints } from '../train/checkpoint.ts';
 import { isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { readLog } from '../train/log.ts';
+import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
+import { openMaterials } from '../train/session.ts';
 import { packageRoot } from './golden.ts';
-import { basic, control, device, digest, folder, losses, run } from './small_runs.ts';
+import { basic, control, device, digest, folder, locate, losses, run, silent } from './small_runs.ts';
 
 test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
   const before = device.memory.storages;
@@ -220,6 +222,22 @@ test('stopped while updates fail, a run keeps what it saved before', async (t) =
     listCheckpoints(failing.output as string).map((path) => Number(path.slice(-8))),
     [1, 2],
   );
+});
+
+test("a plan's memory is what a run takes, whose later passes find the gradients of earlier ones", async (t) => {
+  for (const gradient_accumulation_steps of [1, 2]) {
+    const { dataset } = basic('');
+    const input: RunInput = {
+      ...basic(`planned-${gradient_accumulation_steps}`),
+      ...{ train: { target: 'vae' }, dataset: { ...dataset, resolution: 64 }, gradient_accumulation_steps },
+    };
+    const [planned] = planOf(await openMaterials(resolveRun(input, '', ''), locate, silent), [
+      device,
+    ]).memory_bytes;
+    await run(input);
+    const { peak } = device.memory;
+    t.ok(planned >= peak && planned < 1.01 * peak, `planned ${planned}, taken ${peak}`);
+  }
 });
 
 test('a batch and its halves see the same draws', async (t) => {

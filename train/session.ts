@@ -256,6 +256,14 @@ function loadTrained(
   }
 }
 
+/** How many passes an update may have: of each size that is in it, at least one. A device's second finds the gradients of its first. */
+function passesOfUpdate({ run, pictures }: Materials): number {
+  const { batch_size, gradient_accumulation_steps } = run;
+  const samples = Math.min(batch_size * gradient_accumulation_steps, samplesPerEpoch(pictures.samples));
+  const sizes = new Set(pictures.bucketOf).size;
+  return Math.max(Math.ceil(samples / batch_size), Math.min(sizes, samples));
+}
+
 /**
  * The most memory of each device that a run takes (caching, the largest pass, backward and step, the largest preview, all run on
  * devices without numbers), and counts.
@@ -274,9 +282,13 @@ export function estimate(
   );
   const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
   session.task.rehearseCache?.();
-  for (const _ of devices) session.passes.queue(session.task.blank({ bucket, samples }), 1).release();
+  const rounds = passesOfUpdate(materials) > devices.length ? 2 : 1;
+  const losses = Array.from({ length: rounds * devices.length }, () =>
+    session.passes.queue(session.task.blank({ bucket, samples }), 1),
+  );
   session.passes.gather();
   const { made } = session.optimizer.step(run.optimizer.lr);
+  for (const loss of losses) loss.release();
   session.passes.share();
   session.ema?.step(made);
   session.task.rehearsePreviews?.(session.ema?.weights);
