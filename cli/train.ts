@@ -12,7 +12,7 @@ import { lockFolder } from '../io/lock.ts';
 import { clearOutput, listCheckpoints, readState } from '../train/checkpoint.ts';
 import { finalOf, isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
-import { describe, planOf } from '../train/plan.ts';
+import { describe, foreseen, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
@@ -62,14 +62,9 @@ const addShared = (command: Command): Command =>
 
 /** The runs of a file that are asked for, which have work for so many GPUs. */
 async function chosenRuns(file: string, { set, only }: Options, gpus: number): Promise<Run[]> {
-  const runs = await loadRuns(file, set);
-  const chosen = only === undefined ? runs : runs.filter(({ name }) => name === only);
-  for (const run of chosen) requirePasses(run, gpus);
-  if (chosen.length === 0)
-    throw new UserError(
-      `--only ${only}: ${file} has no such run, it has ${runs.map(({ name }) => name).join(', ')}`,
-    );
-  return chosen;
+  const runs = await loadRuns(file, set, only);
+  for (const run of runs) requirePasses(run, gpus);
+  return runs;
 }
 
 async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
@@ -79,14 +74,14 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
   // A plan leaves nothing behind.
   const tokenizers = temporaryFolder();
   try {
-    for (const run of runs) {
-      // The VAE that an earlier run of the file will make has the model's own shape.
-      const later = runs.some(({ output }) => run.vae.startsWith(`${output}/`)) && !existsSync(run.vae);
-      const materials = await openMaterials(later ? { ...run, vae: '' } : run, locate, report, {
-        tokenizers,
-      });
-      const plan = planOf(materials, planned);
-      terminal.out(`${options.json ? JSON.stringify({ ...plan, run }) : describe(plan).join('\n')}\n`);
+    const earlier: Run[] = [];
+    for (const given of runs) {
+      const run = foreseen(given, earlier);
+      earlier.push(run);
+      const made = planOf(await openMaterials(run, locate, report, { tokenizers }), planned);
+      const model = run.model === given.model ? made.model : String(given.model);
+      const plan = { ...made, run: given, model };
+      terminal.out(`${options.json ? JSON.stringify(plan) : describe(plan).join('\n')}\n`);
     }
   } finally {
     rmSync(tokenizers, { recursive: true });

@@ -12,7 +12,7 @@ import { presets } from '../models/presets.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
 import { packageRoot } from './golden.ts';
-import { folder, refuses, runFile } from './run_files.ts';
+import { folder, model, refuses, runFile, sound } from './run_files.ts';
 
 test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
   const file = runFile('longer', { checkpoints: { every_steps: 1, keep: 2 } });
@@ -217,6 +217,49 @@ test('plan', async (t) => {
   const scratch = await sdxl('plan', runFile('plan-preset', { model: presets.tiny }), '--quiet');
   t.equal(scratch.status, 0, scratch.err);
   t.notOk(existsSync(join(folder, 'plan-preset-out')), 'a plan leaves nothing behind');
+});
+
+test('runs that begin with what an earlier one of their file makes', async (t) => {
+  const place = (name: string) => join(folder, `chain-${name}`);
+  const keys = (name: string, more: object) => ({
+    ...{ name, output: place(name), model, steps: 1, dataset: { path: sound, resolution: 32 }, ...more },
+  });
+  const small = { transformer_layers_per_block: [0, 0, 0] };
+  const runs = [
+    keys('vae', { train: { target: 'vae' } }),
+    keys('unet', { vae: join(place('vae'), 'final/vae') }),
+    keys('lora', { model: join(place('unet'), 'final'), train: { target: 'lora' } }),
+    keys('further', {
+      ...{ model: join(place('unet'), 'final'), train: { target: 'lora' } },
+      lora: { network_weights: join(place('lora'), 'final') },
+    }),
+    keys('net', { train: { target: 'controlnet' }, controlnet: small }),
+    keys('net-further', {
+      train: { target: 'controlnet' },
+      controlnet: { controlnet_model_name_or_path: join(place('net'), 'final') },
+    }),
+  ];
+  const pairs = place('pairs');
+  cpSync(sound, pairs, { recursive: true });
+  for (const i of [0, 1, 2, 3]) cpSync(join(sound, `${i}.png`), join(pairs, `${i}.conditioning_image.png`));
+  for (const { dataset } of runs.slice(-2)) dataset.path = pairs;
+  const file = runFile('chain', {}, `export default ${JSON.stringify(runs)};`);
+  const plan = await sdxl('plan', file, '--quiet', '--json');
+  t.equal(plan.status, 0, plan.err);
+  const plans = plan.out
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line));
+  t.same(
+    plans.map((each) => [each.run.name, each.model]),
+    runs.map((each) => [each.name, each.model]),
+    'are planned before it is made',
+  );
+  t.equal(plans[5].trained_parameters, plans[4].trained_parameters, 'by what that begins with');
+  t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
+  const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];
+  const one = await sdxl('train', file, ...only);
+  t.equal(one.status, 0, `one of them goes elsewhere: ${one.err}`);
 });
 
 test('several GPUs', async (t) => {

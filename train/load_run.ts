@@ -10,8 +10,12 @@ import { defineRun, type Run } from './run.ts';
 /** What a run file sees as the package. */
 const sdxl = { defineRun, presets, UserError };
 
-/** The runs of a file, in order, with defaults and `--set` assignments applied. @throws UserError */
-export async function loadRuns(path: string, assignments: readonly string[] = []): Promise<Run[]> {
+/** The runs of a file, in order, with defaults and `--set` assignments applied; that of the name `only` where it is given. @throws UserError */
+export async function loadRuns(
+  path: string,
+  assignments: readonly string[] = [],
+  only?: string,
+): Promise<Run[]> {
   if (!existsSync(path)) throw new UserError(`no run file ${path}; give a .ts file such as configs/emoji.ts`);
   if (statSync(path).isDirectory())
     throw new UserError(`${path} is a folder; give a run file such as configs/emoji.ts`);
@@ -20,9 +24,14 @@ export async function loadRuns(path: string, assignments: readonly string[] = []
   if (stages.length === 0 || stages[0] === undefined)
     throw new UserError(`${path} exports no run; write export default defineRun({ ... })`);
   const stem = basename(path).replace(/\.[^.]*$/, '');
-  const runs = stages.map((stage, i) =>
+  const all = stages.map((stage, i) =>
     resolveRun(stage, path, stages.length === 1 ? stem : `${stem}-${i + 1}`, assignments),
   );
+  const runs = only === undefined ? all : all.filter(({ name }) => name === only);
+  if (runs.length === 0)
+    throw new UserError(
+      `--only ${only}: ${path} has no such run, it has ${all.map(({ name }) => name).join(', ')}`,
+    );
   const twice = runs.find((run, i) =>
     runs.some((other, j) => j < i && resolve(other.output) === resolve(run.output)),
   );

@@ -1,4 +1,6 @@
 // What a run comes to, before it starts: the resolved keys, and what it will take. Printed by `sdxl plan` and before every training.
+import { existsSync } from 'node:fs';
+import { resolve } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
@@ -27,6 +29,28 @@ export interface Plan {
   parameters: number;
   /** The most that an update or a preview takes, by device; estimated. */
   memory_bytes: number[];
+}
+
+/**
+ * A run with what an earlier one of its file has yet to make replaced by what that one begins with, which has the same shapes. They are
+ * in order, and the earlier ones such runs themselves.
+ */
+export function foreseen(run: Run, earlier: readonly Run[]): Run {
+  /** The run that is to make what a path names. */
+  const maker = (path: unknown): Run | undefined =>
+    typeof path === 'string' && path !== '' && !existsSync(path)
+      ? earlier.find(({ output }) => resolve(path).startsWith(`${resolve(output)}/`))
+      : undefined;
+  const { model, vae, lora, controlnet } = run;
+  const net = maker(controlnet.controlnet_model_name_or_path);
+  return {
+    ...run,
+    model: maker(model)?.model ?? model,
+    // One that is trained has the model's own shape.
+    vae: maker(vae) ? '' : vae,
+    lora: maker(lora.network_weights) ? { ...lora, network_weights: '' } : lora,
+    controlnet: net ? net.controlnet : controlnet,
+  };
 }
 
 /** Opens the run on stand-ins for `devices`, so as to know what it takes of their memory. */
