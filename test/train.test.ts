@@ -2,6 +2,7 @@
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
 import {
   appendFileSync,
+  cpSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -15,7 +16,7 @@ import { findLibrary } from '../engine/cpu/build.ts';
 import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import type { Driver, Exchange } from '../engine/driver.ts';
 import { MemoryError } from '../engine/memory.ts';
-import { readPicture } from '../io/image.ts';
+import { readPicture, writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
@@ -26,8 +27,21 @@ import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
+import { picture } from './controlnet_golden.ts';
 import { packageRoot } from './golden.ts';
-import { basic, control, device, digest, folder, locate, losses, run, silent } from './small_runs.ts';
+import {
+  basic,
+  control,
+  controlled,
+  device,
+  digest,
+  folder,
+  locate,
+  losses,
+  pictures,
+  run,
+  silent,
+} from './small_runs.ts';
 
 test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
   const before = device.memory.storages;
@@ -181,6 +195,29 @@ test('what fails beside the weights costs no update that was made', async (t) =>
     rmSync(join(hurt.output, 'log.jsonl'), { recursive: true });
     await run(hurt, { checkpoint: newest(hurt) });
     t.equal(digest(newest(hurt)), digest(newest(whole)), 'and goes on as if nothing had been');
+  }
+});
+
+test('a picture that has changed since it was looked at is not trained on', async (t) => {
+  for (const [target, of, changes] of [
+    ['vae', pictures, /^\d\.png$/],
+    ['controlnet', controlled, /conditioning_image/],
+  ] as const) {
+    const path = join(folder, `changing-${target}`);
+    cpSync(of, path, { recursive: true });
+    const input: RunInput = {
+      ...{ ...basic(`changed-${target}`), ...control, train: { target } },
+      ...{ dataset: { ...control.dataset, path }, steps: 8, checkpoints: { every_steps: 100 } },
+      ...(target === 'vae' && { controlnet: {} }),
+    };
+    const meanwhile = (label: string, done: number) => {
+      if (label !== 'training' || done !== 1) return;
+      for (const name of readdirSync(path))
+        if (changes.test(name)) writePng(join(path, name), picture(20, 48, 40));
+    };
+    const message = /\.png was changed since it was looked at: put it back, or start anew/;
+    await t.rejects(run(input, { meanwhile }), { name: 'UserError', message }, target);
+    t.equal(listCheckpoints(input.output as string).length, 1, 'what was trained until then is saved');
   }
 });
 

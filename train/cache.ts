@@ -18,7 +18,7 @@ import { encodePrompts, type TextStack } from '../models/conditioning.ts';
 import type { Vae } from '../models/vae.ts';
 import type { Geometry, Reading } from './data/picture.ts';
 import { mostThreads, type Question, readPixelsAside } from './data/pixel_threads.ts';
-import { contentHash, type Sample } from './data/survey.ts';
+import { readUnchanged, type Sample } from './data/survey.ts';
 
 /** Raise when an entry of the same name would hold something else. */
 const edition = 1;
@@ -146,9 +146,7 @@ async function readViews(
 ): Promise<Float32Array[]> {
   return Promise.all(
     views.map(async ({ sample, geometry }) => {
-      const file = await sample.read();
-      if (contentHash(file) !== sample.hash)
-        throw new UserError(`${sample.id} was changed while it was being prepared: start again`);
+      const file = await readUnchanged(sample);
       const pixels = await readPixelsAside({ file, name: sample.id, geometry, ...how }, signal);
       heard();
       return pixels;

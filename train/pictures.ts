@@ -7,11 +7,10 @@ import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
 import type { View } from './cache.ts';
 import { bucketSizes, nearestBucket } from './data/buckets.ts';
-import type { PictureFile } from './data/dataset.ts';
 import { geometryOf, type Reading } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
 import { keyOf, openDataset } from './data/source.ts';
-import { type Sample, survey } from './data/survey.ts';
+import { readUnchanged, type Sample, survey } from './data/survey.ts';
 import type { Run } from './run.ts';
 import type { Report } from './task.ts';
 
@@ -113,7 +112,7 @@ export const readView = async (
 ): Promise<Float32Array> =>
   readPixelsAside(
     {
-      ...{ file: await sample.read(), name: sample.id, geometry },
+      ...{ file: await readUnchanged(sample), name: sample.id, geometry },
       interpolation: run.dataset.interpolation,
       reading,
     },
@@ -126,12 +125,10 @@ export const readConditioning = async (
   run: Run,
   signal?: AbortSignal,
 ): Promise<Float32Array> => {
-  const { id, read } = sample.conditioning as PictureFile;
+  const image = sample.conditioning as NonNullable<Sample['conditioning']>;
   const { interpolation } = run.dataset;
-  return readPixelsAside(
-    { file: await read(), name: id, geometry, interpolation, reading: 'conditioning' },
-    signal,
-  );
+  const file = await readUnchanged(image);
+  return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
 };
 
 /** `count` entries, evenly spread; all where there are no more. */

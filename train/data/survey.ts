@@ -79,7 +79,15 @@ async function lookBeside(image: PictureFile, picture: Pick<Sample, 'id' | 'size
   return { ...image, hash };
 }
 
-export const contentHash = (file: Uint8Array): string => createHash('sha256').update(file).digest('hex');
+const contentHash = (file: Uint8Array): string => createHash('sha256').update(file).digest('hex');
+
+/** A file's bytes, which are those that were looked at. @throws UserError where they are others by now */
+export async function readUnchanged({ id, hash, read }: PictureFile & { hash: string }): Promise<Uint8Array> {
+  const file = await read();
+  if (contentHash(file) !== hash)
+    throw new UserError(`${id} was changed since it was looked at: put it back, or start anew`);
+  return file;
+}
 
 function unusable(problems: readonly string[], sound: number): UserError {
   const shown = problems.slice(0, 8).join('; ');
