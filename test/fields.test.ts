@@ -134,6 +134,7 @@ test('what does not fit is refused', (t) => {
     ['optimizer.lr.x=1', /no key "optimizer\.lr\.x"/],
     ['optimizer.eqs=1', /no key "optimizer\.eqs".*"optimizer\.eps"/],
     ['step=1', /no key "step".*"steps"/],
+    ['toString=1', /no key "toString"; the keys here are name, /],
   ] as const)
     refuses(t, says, () => resolved(assignment));
   t.end();

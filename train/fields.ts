@@ -164,7 +164,8 @@ const show = (value: unknown): string => {
 /** Where an unknown key belongs, or the nearest one; with `; ` before it, or nothing. `path` ends with a dot. */
 function suggestion(root: object, table: object, path: string, key: string): string {
   const places = [...placesOf(root, key)];
-  const place = foreignKeys[key] ?? (places.length === 1 ? places[0] : undefined);
+  const foreign = Object.hasOwn(foreignKeys, key) ? foreignKeys[key] : undefined;
+  const place = foreign ?? (places.length === 1 ? places[0] : undefined);
   const own = place?.split('.').at(-1) ?? '';
   if (place) return `; here it is "${Object.hasOwn(table, own) ? `${path}${own}` : place}"`;
   return didYouMean(key, Object.keys(table)).replace('"', `"${path}`);
