@@ -242,6 +242,19 @@ test('folders with metadata', async (t) => {
   });
   const ids = (await listed(swapped)).examples.map(([id]) => id);
   t.same(ids, ['a.png', 'b.png'], 'in an order of their own');
+  const mac = folderOf(t, {
+    'a.png': png(),
+    'b.png': png(),
+    'metadata.csv': 'file_name,text\ra.png,a\rb.png,b\r',
+  });
+  t.strictSame(
+    (await listed(mac)).examples,
+    [
+      ['a.png', 'a'],
+      ['b.png', 'b'],
+    ],
+    'lines of another system',
+  );
   const short = folderOf(t, { 'a.png': png(), 'metadata.csv': 'n,text,file_name,\n,a,a.png,' });
   t.strictSame(
     (await listed(short)).examples,
@@ -267,6 +280,8 @@ test('what is wrong with a dataset is one sentence', async (t) => {
   await refused(t, meta('metadata.csv', ''), /metadata\.csv is empty/);
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,red, fox\n'), /:2 has 3 fields.*names 2/);
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,"red\n'), /:2 has a quote that does not end/);
+  const long = 'file_name,text\na.png,"red\n'.padEnd(2 ** 24, 'word ');
+  await refused(t, meta('metadata.csv', long), /:2 has a quote that does not end/);
 });
 
 test('a picture that goes away is told, and a fault of ours is none of the dataset', async (t) => {

@@ -1,5 +1,5 @@
 // The rows of metadata.jsonl and metadata.csv: a file name and one or more captions each. CSV is RFC 4180's: quoted
-// fields may hold commas, doubled quotes and line breaks.
+// fields may hold commas, doubled quotes and line breaks; lines may end as in any system's texts.
 import { didYouMean, UserError } from '../../io/errors.ts';
 import { readText } from '../../io/files.ts';
 
@@ -98,7 +98,8 @@ function csvRecords(text: string, path: string): Located[] {
 
 function csvRows(text: string, path: string): { fields: string[]; line: number }[] {
   const rows: { fields: string[]; line: number }[] = [];
-  const field = /(?:"((?:[^"]|"")*)"|([^",\r\n]*))(,|\r?\n|$)/y;
+  // Without a choice for each letter, of which a long text would have more than the stack holds.
+  const field = /(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r\n|\n|\r|$)/y;
   let fields: string[] = [];
   let [line, begin] = [1, 1];
   while (field.lastIndex < text.length) {
@@ -106,7 +107,7 @@ function csvRows(text: string, path: string): { fields: string[]; line: number }
     if (!match)
       throw new UserError(`${path}:${line} has a quote that does not end: double quotes inside a text`);
     fields.push(match[1]?.replaceAll('""', '"') ?? match[2]);
-    line += match[0].split('\n').length - 1;
+    line += match[0].split(/\r\n|\n|\r/).length - 1;
     const ends = match[3] !== ',' || field.lastIndex === text.length;
     if (match[3] === ',' && ends) fields.push('');
     if (!ends) continue;
