@@ -20,6 +20,8 @@ export interface ModelReport extends Sizes {
   subject: SubjectName | 'train';
   /** Of adapters, where they are what is trained. */
   lora_rank?: number;
+  /** Whether the UNet's matrices are in 8-bit integers. */
+  q8?: boolean;
   preset: string;
   dtype: FloatDType;
   device: string;
@@ -40,6 +42,7 @@ export interface ModelOptions extends Sizes {
   dtype: FloatDType;
   runs: number;
   loraRank?: number;
+  q8?: boolean;
   onRun?: (run: number) => void;
 }
 
@@ -49,7 +52,7 @@ export function benchModel(
   options: ModelOptions,
   device: Device,
 ): ModelReport {
-  const { preset, width, height, batch, dtype, runs, loraRank, onRun } = options;
+  const { preset, width, height, batch, dtype, runs, loraRank, q8, onRun } = options;
   // A device that queues its work is watched in a run of its own: waiting for each op would slow the timed ones.
   const apart = device.driver.synchronize !== undefined;
   let watching = !apart;
@@ -66,7 +69,7 @@ export function benchModel(
   const model =
     subject === 'train'
       ? buildUpdate(presets[preset], sizes, counted, dtype, { loraRank })
-      : buildSubject(subject, presets[preset], sizes, counted, dtype);
+      : buildSubject(subject, presets[preset], { ...sizes, q8 }, counted, dtype);
   model.run();
   onRun?.(0);
   flops = 0;
@@ -86,6 +89,7 @@ export function benchModel(
   return {
     subject,
     lora_rank: loraRank,
+    q8,
     preset,
     ...sizes,
     dtype,

@@ -49,8 +49,9 @@ export function randomBytes(seed: number, dtype: FloatDType): (name: string, p: 
 export function fillRandom(module: AnyModule, device: Device, dtype: FloatDType, seed = 0): void {
   const bytes = randomBytes(seed, dtype);
   for (const [name, p] of namedParameters(module)) {
-    p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
-    if (device.name !== 'stand-in') p.tensor.upload(bytes(name, p));
+    const tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
+    if (device.name !== 'stand-in') tensor.upload(bytes(name, p));
+    p.tensor = tensor;
   }
 }
 

@@ -8,6 +8,7 @@ import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { placeTokens, type TextConfig, textEncoder } from '../models/clip.ts';
 import type { ModelPreset } from '../models/presets.ts';
+import { keepInQ8 } from '../models/q8.ts';
 import { unet } from '../models/unet.ts';
 import { vae } from '../models/vae.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
@@ -35,13 +36,14 @@ const TOKENS = 77;
 export function buildSubject(
   name: SubjectName,
   preset: ModelPreset,
-  { width, height, batch }: Sizes,
+  { width, height, batch, q8 = false }: Sizes & { q8?: boolean },
   device: Device,
   dtype: FloatDType,
   fill: typeof fillRandom = fillRandom,
 ): Subject {
   if (name === 'unet') {
     const module = unet(preset.unet);
+    if (q8) keepInQ8(module);
     fill(module, device, dtype);
     const { sample, times, conditioning, release } = unetInputs(
       preset,

@@ -22,6 +22,7 @@ interface Options {
   runs: number;
   op?: string;
   loraRank?: number;
+  q8?: boolean;
   json?: boolean;
   quiet?: boolean;
 }
@@ -58,6 +59,7 @@ export function addBench(bench: Command, terminal: Terminal): void {
       .option('--quiet', 'no progress')
       .action((options: Options) => run(subject, options, terminal));
     if (subject === 'ops') command.option('--op <NAME>', 'this one alone');
+    if (subject === 'unet') command.option('--q8', 'its matrices in 8-bit integers, as sdxl sample --q8');
     if (subject === 'train')
       command.option(
         '--lora-rank <N>',
@@ -109,7 +111,7 @@ function run(subject: Subject, options: Options, terminal: Terminal): void {
   const onRun = (done: number) => bar.update(done + 1, runs + 1);
   const report = benchModel(
     subject,
-    { preset, ...sizes, dtype, runs, loraRank: options.loraRank, onRun },
+    { preset, ...sizes, dtype, runs, loraRank: options.loraRank, q8: options.q8, onRun },
     device,
   );
   bar.end();
@@ -122,7 +124,7 @@ const milliseconds = (seconds: number): string => (seconds * 1000).toFixed(secon
 function modelTable(r: ModelReport): string {
   const { median, min, max, runs } = r.seconds;
   const lines = [
-    `${r.preset} ${r.subject}${r.lora_rank ? ` (LoRA, rank ${r.lora_rank})` : ''}, ${r.width}x${r.height}, batch ${r.batch}, ${r.dtype} on ${r.device}`,
+    `${r.preset} ${r.subject}${r.lora_rank ? ` (LoRA, rank ${r.lora_rank})` : ''}, ${r.width}x${r.height}, batch ${r.batch}, ${r.dtype}${r.q8 ? ' in 8-bit integers' : ''} on ${r.device}`,
     `parameters   ${r.parameters.toLocaleString('en')}`,
     `median time  ${median.toFixed(3)} s of ${runs} (${min.toFixed(3)} to ${max.toFixed(3)})`,
     `rate         ${r.tflops_per_second.toFixed(4)} TFLOP/s (${(r.flops / 1e12).toFixed(4)} TFLOP)`,

@@ -109,6 +109,26 @@ test('bench times an update, of all weights or of adapters', async (t) => {
   t.equal(calls('adafactor'), 620, 'one step for each parameter');
 });
 
+test('bench unet --q8 decodes each matrix once', async (t) => {
+  const size = ['--width', '64', '--height', '64'];
+  const { out } = await run(
+    'bench',
+    'unet',
+    '--preset',
+    'tiny',
+    ...size,
+    '--runs',
+    '1',
+    '--q8',
+    '--json',
+    '--quiet',
+  );
+  const { q8, ops } = JSON.parse(out);
+  t.equal(q8, true);
+  const { calls } = ops.find(({ op }: { op: string }) => op === 'from_q8');
+  t.ok(calls > 50, `${calls} calls`);
+});
+
 test('bench times every op of the models, each distinct call once', async (t) => {
   const { out } = await run('bench', 'ops', '--preset', 'tiny', '--op', 'attention', '--json', '--quiet');
   const { timings } = JSON.parse(out);
