@@ -1,6 +1,7 @@
-// IP-Adapter (Ye et al. 2023): a picture, or several, beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of that, and each
-// attention over the prompt attends to these apart, by keys and values of its own: out = attn(q, k, v) + scale attn(q, k_ip, v_ip). No
-// step changes them, so they are made once an image, with the scale in v_ip, and the adapter's weights can go before the first.
+// IP-Adapter (Ye et al. 2023): a picture, or several, beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of
+// that, and each attention over the prompt attends to these apart, by keys and values of its own: out = attn(q, k, v) + scale attn(q,
+// k_ip, v_ip). No step changes them, so they are made once an image, with the scale in v_ip, and the adapter's weights can go before
+// the first.
 import type { Device } from '../engine/device.ts';
 import { linear } from '../engine/layers.ts';
 import { holding } from '../engine/memory.ts';

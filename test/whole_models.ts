@@ -1,6 +1,7 @@
-// Whole models at work on any device, for comparing one with another: the tiny golden pipeline (text encoders, UNet under
-// guidance, VAE, four steps), one step of training, and a UNet wide enough for Hopper's kernels. Float32 agrees within its sums' order. In the half types devices
-// round every activation in their own places, so what is asked is that one is as near to the float32 result as the other.
+// Whole models at work on any device, for comparing one with another: the tiny golden pipeline (text encoders, UNet under guidance,
+// VAE, four steps), one step of training, and a UNet wide enough for Hopper's kernels. Float32 agrees within its sums' order. In the
+// half types devices round every activation in their own places, so what is asked is that one is as near to the float32 result as the
+// other.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';

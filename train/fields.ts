@@ -183,8 +183,9 @@ const nearChoice = ({ choices = [] }: Field<unknown>, value: unknown): string =>
   didYouMean(String(value), choices);
 
 /**
- * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a
- * number, a list is written as JSON or with commas, and nothing is an empty one. @throws UserError for a key that is not there or a value that does not fit
+ * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a number, a list
+ * is written as JSON or with commas, and nothing is an empty one.
+ * @throws UserError for a key that is not there or a value that does not fit
  */
 export function override<T>(fields: Fields<T>, run: T, assignment: string): void {
   const at = assignment.indexOf('=');

@@ -10,7 +10,10 @@ import { defineRun, type Run } from './run.ts';
 /** What a run file sees as the package. */
 const sdxl = { defineRun, presets, UserError };
 
-/** The runs of a file, in order, with defaults and `--set` assignments applied; that of the name `only` where it is given. @throws UserError */
+/**
+ * The runs of a file, in order, with defaults and `--set` assignments applied; that of the name `only` where it is given.
+ * @throws UserError
+ */
 export async function loadRuns(
   path: string,
   assignments: readonly string[] = [],
