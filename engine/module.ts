@@ -38,11 +38,7 @@ export class Parameter {
   }
 
   get loaded(): boolean {
-    return this.#stored !== undefined;
-  }
-
-  get #stored(): Tensor | undefined {
-    return this.#tensor ?? this.#fp8?.bytes ?? this.#q8?.scale;
+    return (this.#tensor ?? this.#fp8 ?? this.#q8) !== undefined;
   }
 
   get trained(): boolean {

@@ -107,6 +107,9 @@ const pieces = (args: readonly number[]): number => args[2] * divideUp(args[5] *
 const unary = ['silu', 'gelu', 'quick_gelu', 'relu', 'exp', 'square', 'tanh', 'sigmoid'];
 const casts = ['float32', 'bfloat16', 'float16'].map((to) => `cast_to_${to}_forward`);
 
+/** Numbers that share a scale (q8.cu). */
+const Q8_BLOCK = 32;
+
 /** Elementwise kernels, kernels that move elements, and random numbers. */
 export const simplePlans: readonly (readonly [string, Plan])[] = [
   ...unary.flatMap((name) => [
@@ -132,7 +135,7 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   single('move', 'upsample_nearest_forward', ([, , n, , , c, oh, ow]) => packs(n * oh * ow, c), THREADS),
   single('move', 'upsample_nearest_backward', ([, , n, h, w, c]) => packs(n * h * w, c), THREADS),
   single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
-  single('q8', 'q8_scale_forward', ([, , n]) => n / 32, THREADS),
+  single('q8', 'q8_scale_forward', ([, , n]) => n / Q8_BLOCK, THREADS),
   perElement('q8', 'to_q8_forward', 3),
   perElement('q8', 'from_q8_forward', 3),
   perElement('random', 'normal_forward', 1),

@@ -6,6 +6,7 @@ import type { FloatDType } from '../../io/dtype.ts';
 import { apply, defineOp, type Numbers, type Sample } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
 import { type Activation, activationCode, checkLinear, dims, linearReference } from './linear.ts';
+import { rint } from './math.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 
 const LARGEST = 448;
@@ -23,10 +24,7 @@ export function toE4m3(x: number): number {
   const sign = x < 0 || Object.is(x, -0) ? 0x80 : 0;
   const a = Math.min(Math.abs(x), LARGEST);
   const exponent = Math.max(-6, Math.floor(Math.log2(Math.max(a, 2 ** -20))));
-  const steps = a / 2 ** (exponent - 3);
-  const floor = Math.floor(steps);
-  const half = steps - floor;
-  const rounded = floor + (half > 0.5 || (half === 0.5 && floor % 2 === 1) ? 1 : 0);
+  const rounded = rint(a / 2 ** (exponent - 3));
   // `rounded` is 8 to 16 where normal: its carry walks into the exponent by itself.
   return sign | Math.min(0x7e, (exponent + 6) * 8 + rounded);
 }

@@ -18,6 +18,13 @@ function erf(x: number): number {
   return Math.sign(x) * (1 - Math.exp(-a * a) / Math.sqrt(Math.PI) / (a + fraction));
 }
 
+/** The nearest whole number, ties to even. */
+export function rint(x: number): number {
+  const floor = Math.floor(x);
+  const half = x - floor;
+  return floor + (half > 0.5 || (half === 0.5 && floor % 2 !== 0) ? 1 : 0);
+}
+
 export const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x));
 
 export interface Scalar {

@@ -3,6 +3,7 @@
 // has the type of the numbers (ggml's is float16), so that what is decoded knows its type.
 import { apply, defineOp, type Numbers } from '../op.ts';
 import { ShapeError, type Tensor } from '../tensor.ts';
+import { rint } from './math.ts';
 import { awkwardShapes } from './samples.ts';
 
 /** Numbers that share a scale. */
@@ -10,13 +11,6 @@ export const Q8_BLOCK = 32;
 const LARGEST = 127;
 /** What a byte holds beyond its number. */
 const OFFSET = 128;
-
-/** The nearest whole number, ties to even. */
-function rint(x: number): number {
-  const floor = Math.floor(x);
-  const half = x - floor;
-  return floor + (half > 0.5 || (half === 0.5 && floor % 2 !== 0) ? 1 : 0);
-}
 
 const scaleOp = defineOp<Record<string, never>>({
   name: 'q8_scale',
