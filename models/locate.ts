@@ -194,7 +194,8 @@ export function controlNetFiles(all: readonly string[], variant?: string): strin
   return ['config.json', ...weightsOf(weights, variant)];
 }
 
-const download = (
+/** Downloads the chosen files of a hub id; gives the folder that they are in. @throws UserError */
+export const download = (
   path: string,
   files: (all: readonly string[]) => readonly string[],
   { onProgress }: LocateOptions,

@@ -2,15 +2,15 @@
 // its adapter at its top, under diffusers' name or peft's, or it is the only file of weights there.
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { hubPath, NothingWantedError, resolveHub } from '../io/hub.ts';
-import type { LocateOptions } from './locate.ts';
+import { hubPath, NothingWantedError } from '../io/hub.ts';
+import { download, type LocateOptions } from './locate.ts';
 import { locateAdapter } from './lora_file.ts';
 
 const mend =
   'a .safetensors file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors';
 
 /** The adapter's file, downloaded if it has to be. @throws UserError where there is none, or several */
-export async function locateLora(path: string, { onProgress }: LocateOptions = {}): Promise<string> {
+export async function locateLora(path: string, options: LocateOptions = {}): Promise<string> {
   const hub = hubPath(path);
   if (!hub) return locateAdapter(path);
   const { id, inner } = hub;
@@ -22,10 +22,7 @@ export async function locateLora(path: string, { onProgress }: LocateOptions = {
       (each) => each !== undefined && all.includes(each),
     ) as string[];
   };
-  const folder = await resolveHub(id, {
-    files: adapterAndConfig,
-    onProgress: (progress) => onProgress?.(path, progress),
-  }).catch((error) => {
+  const folder = await download(id, adapterAndConfig, options).catch((error) => {
     if (!(error instanceof NothingWantedError)) throw error;
     throw new UserError(`${id} on the hub has no ${inner ?? 'LoRA'}; give ${mend}`);
   });

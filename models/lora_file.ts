@@ -76,7 +76,7 @@ export function locateAdapter(path: string): string {
   const places = placesIn(false).join(', ');
   if (!existsSync(path))
     throw new UserError(
-      `no LoRA at ${path}; give a .safetensors file, a folder that has one of ${places}, or a hub id`,
+      `no LoRA at ${path}; give a .safetensors file, or a folder that has one of ${places}`,
     );
   // Of a file of another kind the one who opens it tells more.
   if (!isFolder(path)) return path;
