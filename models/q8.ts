@@ -1,6 +1,5 @@
 // A UNet or ControlNet whose matrices are kept in 8-bit integers (engine/ops/q8.ts), half of what bfloat16 takes: each is decoded when
-// a layer needs it and freed after. Attention, norms and sums are what they were. Text encoders and the VAE stay as they are: they are
-// not in memory when it is short.
+// a layer needs it and freed after. Attention, norms and sums are what they were. Text encoders and the VAE stay as they are.
 import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { Q8_BLOCK } from '../engine/ops/q8.ts';
 
