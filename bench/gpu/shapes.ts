@@ -4,8 +4,9 @@
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Direction } from '../../engine/device.ts';
 import { type OpRecord, registry } from '../../engine/op.ts';
+import { blocksOf } from '../../engine/ops/adamw_8bit.ts';
 import { sizeOf } from '../../engine/tensor.ts';
-import type { FloatDType } from '../../io/dtype.ts';
+import { bytesPerElement, type FloatDType } from '../../io/dtype.ts';
 import { presets } from '../../models/presets.ts';
 import { type OpCase, opCases } from '../ops.ts';
 import { updateCases } from '../update.ts';
@@ -93,7 +94,10 @@ function passSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[
     );
   const extra = (section: string): BenchCase[] =>
     section === 'gemm'
-      ? [squareCase(shop, smoke ? 64 : SQUARE)]
+      ? [
+          ...picked('gemm', 'forward').flatMap((call) => withoutResidual(shop, call)),
+          squareCase(shop, smoke ? 64 : SQUARE),
+        ]
       : section === 'conv'
         ? vaeConvolutions(shop, { preset, side, smoke })
         : [];
@@ -124,6 +128,16 @@ function squareCase(shop: Shop, side: number): BenchCase {
   return kernelCase(shop, { op: call, direction: 'forward', name, key });
 }
 
+/** What a peer times beside a layer that adds a residual: the product and its bias alone. */
+function withoutResidual(shop: Shop, call: OpCase): BenchCase[] {
+  const { residual, ...inputs } = call.inputs;
+  if (!residual) return [];
+  const op = { ...call, inputs, count: 0 };
+  return [
+    kernelCase(shop, { op, direction: 'forward', name: nameOf(op, 'forward'), key: keyOf(op, 'forward') }),
+  ];
+}
+
 /** One picture; the decoder runs in float32 by default, but its convolutions are timed as a peer times them. */
 function vaeConvolutions(shop: Shop, { preset, side, smoke }: Scale): BenchCase[] {
   const all = opCases(preset, { width: side, height: side, batch: 1 }, DTYPE, ['vae']).filter(
@@ -136,17 +150,17 @@ function vaeConvolutions(shop: Shop, { preset, side, smoke }: Scale): BenchCase[
   });
 }
 
-/** AdamW over flat parameters, its moments in float32. */
-function adamw(shop: Shop, count: number, dtype: FloatDType): BenchCase {
+/** AdamW over flat parameters, its moments in float32 or a byte each. */
+function adamw(shop: Shop, count: number, dtype: FloatDType, moments: 'float32' | 'uint8'): BenchCase {
   const shape = [count];
-  const single = { shape, dtype: 'float32' } as const;
-  const inputs = {
-    weight: { shape, dtype },
-    gradient: { shape, dtype },
-    exp_avg: single,
-    exp_avg_sq: single,
-  };
-  const label = `adamw ${(count / 1e6).toFixed(0)}M ${dtype}, moments in float32`;
+  const moment = { shape, dtype: moments };
+  const largest = { shape: [blocksOf(count)], dtype: 'float32' } as const;
+  const states =
+    moments === 'float32'
+      ? { exp_avg: moment, exp_avg_sq: moment }
+      : { state1: moment, state2: moment, absmax1: largest, absmax2: largest };
+  const inputs = { weight: { shape, dtype }, gradient: { shape, dtype }, ...states };
+  const label = `adamw ${(count / 1e6).toFixed(0)}M ${dtype}, moments in ${moments}`;
   return {
     label,
     run() {
@@ -154,7 +168,12 @@ function adamw(shop: Shop, count: number, dtype: FloatDType): BenchCase {
       const tensors = Object.fromEntries(
         Object.entries(inputs).map(([name, spec]) => [
           name,
-          buffers.random(spec, name === 'weight' ? 1 : 1e-2, name !== 'exp_avg_sq'),
+          // Bytes name one of 256 values.
+          buffers.random(
+            spec,
+            spec.dtype === 'uint8' ? 60 : name === 'weight' ? 1 : 1e-2,
+            name === 'weight' || name === 'gradient' || name === 'exp_avg',
+          ),
         ]),
       );
       const attrs = {
@@ -165,16 +184,15 @@ function adamw(shop: Shop, count: number, dtype: FloatDType): BenchCase {
         eps: 1e-8,
         step: 10,
       };
-      const record = op('adamw');
+      const record = op(moments === 'float32' ? 'adamw' : 'adamw_8bit');
       // Each step brings its table of parameters to the device, which no graph holds.
       const step = () => gpu.device.execute(record, 'forward', tensors, attrs);
       step();
       const timing = timer.events(50, step);
       for (const t of Object.values(tensors)) t.release();
       gpu.device.memory.trim();
-      const half = dtype === 'float32' ? 4 : 2;
       // Weight and moments are read and written, the gradient read.
-      const bytes = count * (3 * half + 16);
+      const bytes = count * (3 * bytesPerElement[dtype] + 4 * bytesPerElement[moments]);
       return { name: label, key: { params: count, dtype }, timing, bytes };
     },
   };
@@ -232,7 +250,9 @@ export const kernelSections = (shop: Shop, scale: Scale): BenchSection[] => [
     name: 'adamw',
     cases: () =>
       (['bfloat16', 'float32'] as const).flatMap((dtype) =>
-        (scale.smoke ? [5000] : [1e8, 5e8, 1e9]).map((count) => adamw(shop, count, dtype)),
+        (['float32', 'uint8'] as const).flatMap((moments) =>
+          (scale.smoke ? [5000] : [1e8, 5e8, 1e9]).map((count) => adamw(shop, count, dtype, moments)),
+        ),
       ),
   },
 ];
