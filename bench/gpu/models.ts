@@ -11,8 +11,10 @@ import type { FloatDType } from '../../io/dtype.ts';
 import { packageRoot } from '../../io/package_root.ts';
 import type { ModelSource } from '../../models/checkpoint.ts';
 import { newContextCache } from '../../models/context_cache.ts';
+import { feedForwardToFp8 } from '../../models/fp8.ts';
 import { decode, denoise, loadPipeline, type Pipeline } from '../../models/pipeline.ts';
 import { type ModelPreset, presets } from '../../models/presets.ts';
+import { keepInQ8 } from '../../models/q8.ts';
 import { randomModel } from '../../models/random_weights.ts';
 import { TorchGenerator } from '../../models/torch_random.ts';
 import { unet } from '../../models/unet.ts';
@@ -94,13 +96,23 @@ function subject(shop: Shop, name: SubjectName, batch: number, dtype: FloatDType
   };
 }
 
-/**
- * One step of the base UNet on two rows, from a graph: all of it, and as sampling has it with the image's part cached. `pdl`
- * tells of the shop.
- */
-function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchCase {
-  const kept = cached ? ', prompt and times cached' : '';
-  const label = `unet batch 2 bfloat16, replayed${kept}${pdl ? '' : ', without PDL'}`;
+interface Replayed {
+  /** As sampling has it, with the image's part cached. */
+  cached?: boolean;
+  /** What the shop has. */
+  pdl?: boolean;
+  /** Matrices as Q8_0, or the feed-forward layers' products in fp8. */
+  weights?: 'q8' | 'fp8';
+}
+
+/** One step of the base UNet on two rows, from a graph. */
+function replayed(
+  shop: Shop,
+  scale: Scale,
+  { cached = false, pdl = true, weights }: Replayed = {},
+): BenchCase {
+  const marks = [cached && 'prompt and times cached', !pdl && 'without PDL', weights];
+  const label = ['unet batch 2 bfloat16, replayed', ...marks.filter((mark) => mark)].join(', ');
   return {
     label,
     run() {
@@ -108,7 +120,9 @@ function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchC
       const { device } = gpu;
       const preset: ModelPreset = presets[scale.preset];
       const module = unet(preset.unet);
+      if (weights === 'q8') keepInQ8(module);
       fillRandom(module, device, 'bfloat16');
+      if (weights === 'fp8') feedForwardToFp8(module);
       const sizes = { width: scale.side, height: scale.side, batch: 2 };
       const { sample, times, conditioning, release } = unetInputs(preset, sizes, device, 'bfloat16');
       const cache = cached ? newContextCache() : undefined;
@@ -134,6 +148,7 @@ function replayed(shop: Shop, scale: Scale, cached: boolean, pdl = true): BenchC
         batch: 2,
         ...(cached && { cached }),
         ...(pdl ? {} : { pdl }),
+        ...(weights && { weights }),
       };
       const flops = cached ? undefined : passFlops('unet', scale, 2);
       const problem = finite ? {} : { problem: 'the output is not finite' };
@@ -234,9 +249,11 @@ export function modelSections(shop: Shop, scale: Scale, plain?: Shop): BenchSect
     {
       name: 'unet',
       cases: () => [
-        replayed(shop, scale, false),
-        replayed(shop, scale, true),
-        ...(plain ? [replayed(plain, scale, true, false)] : []),
+        replayed(shop, scale),
+        replayed(shop, scale, { cached: true }),
+        ...(plain ? [replayed(plain, scale, { cached: true, pdl: false })] : []),
+        replayed(shop, scale, { cached: true, weights: 'fp8' }),
+        replayed(shop, scale, { cached: true, weights: 'q8' }),
         subject(shop, 'unet', 2, 'bfloat16', scale),
       ],
     },
