@@ -31,7 +31,7 @@ type Shop = () => Workshop;
 
 /** Runs of a whole model before those that are timed: two, of which the second is recorded, and a replay. */
 const WARM = 3;
-const RUNS = 50;
+const RUNS = 12;
 /** Where a run only proves the program, as few as do it. */
 const runsOf = ({ smoke }: Scale, { warm = WARM, runs = RUNS } = {}) =>
   smoke ? { warm, runs: 1 } : { warm: WARM, runs };

@@ -10,14 +10,18 @@ export interface Timer {
   /** Sets of buffers to rotate over, when one is this large. */
   setsFor(bytes: number): number;
   /** Times `call(set)`, which must only launch, on memory that its first run has taken. */
-  time(sets: number, call: (set: number) => void, least?: number): Timing;
+  time(sets: number, call: (set: number) => void, options?: { samples?: number; restMs?: number }): Timing;
   /** Times work that cannot be captured, or captures itself. */
   events(samples: number, work: () => void): Timing;
   sync(): void;
 }
 
-/** Replays of a timing, at least; about how long a graph is, and how many calls it has at most. */
-const SAMPLES = 50;
+/**
+ * Replays of a timing, at least; about how long a graph is, and how many calls it has at most. They are few, and the GPU rests before
+ * them, as with the peer's: a large product that has run for some 50 ms is slowed by 10 % and more, for its power.
+ */
+const SAMPLES = 12;
+const REST_MS = 100;
 const GRAPH_US = 1000;
 const MOST_CALLS = 400;
 const DEFAULT_L2 = 50 * 2 ** 20;
@@ -32,6 +36,10 @@ export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): T
     api.cuEventRecord(marks[i], stream);
   };
   const sync = () => api.cuStreamSynchronize(stream);
+  const rest = (ms: number) => {
+    sync();
+    if (!smoke) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
+  };
   /** Microseconds between one mark and the next of `count` runs of `work`. */
   const between = (count: number, work: () => void): number[] => {
     mark(0);
@@ -42,12 +50,11 @@ export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): T
     sync();
     return Array.from({ length: count }, (_, i) => api.cuEventElapsedTime(marks[i], marks[i + 1]) * 1000);
   };
-  const enough = (least = SAMPLES) => (smoke ? 2 : least);
 
   return {
     sync,
     setsFor: (bytes) => (smoke ? 2 : Math.max(2, Math.min(64, Math.ceil((3 * l2) / bytes)))),
-    time(sets, call, least) {
+    time(sets, call, { samples = SAMPLES, restMs = REST_MS } = {}) {
       for (let set = 0; set < sets; set++) call(set);
       sync();
       const estimate = Math.max(0.5, between(3, () => call(0))[2]);
@@ -56,8 +63,9 @@ export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): T
       const graph = driver.capture(() => {
         for (let i = 0; i < calls; i++) call(i % sets);
       });
+      rest(restMs);
       between(2, graph.launch);
-      const replayed = between(enough(least), graph.launch).map((us) => us / calls);
+      const replayed = between(smoke ? 2 : samples, graph.launch).map((us) => us / calls);
       graph.release();
       const began = performance.now();
       let launch = 0;

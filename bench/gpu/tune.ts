@@ -188,7 +188,7 @@ function tune(shop: Workshop, key: string, product: Product): TunedMeasure {
   const sets = tensorsOf(shop, product);
   const [planned, all] = scope(() => {
     const run = launchesOf(gpu.device, product, sets)[product.index];
-    const time = () => timer.time(1, run, 10);
+    const time = () => timer.time(1, run, { samples: 10, restMs: 20 });
     overrides.delete(key);
     const planned = time();
     const all = likely(product, multiprocessors).map((choice) => {
