@@ -113,11 +113,21 @@ export const decodeLatents = decodeBy(withoutOverflow);
 /** The same for a look at latents on their way: what overflows stays so, as the final picture may not depend on who has looked. */
 export const previewLatents = decodeBy(asItIs);
 
-/** Whether no number is NaN or infinite: times zero, only those are not zero. A plain loop, as `every` takes ten times as long. */
+/**
+ * Whether no number is NaN or infinite: times zero, only those are not zero. A plain loop, as `every` takes ten times as long, and four
+ * sums, as each addition waits for the one before.
+ */
 export function allFinite(numbers: Float32Array): boolean {
-  let sum = 0;
-  for (let i = 0; i < numbers.length; i++) sum += numbers[i] * 0;
-  return sum === 0;
+  let [a, b, c, d] = [0, 0, 0, 0];
+  const even = numbers.length - (numbers.length % 4);
+  for (let i = 0; i < even; i += 4) {
+    a += numbers[i] * 0;
+    b += numbers[i + 1] * 0;
+    c += numbers[i + 2] * 0;
+    d += numbers[i + 3] * 0;
+  }
+  for (let i = even; i < numbers.length; i++) a += numbers[i] * 0;
+  return a + b + c + d === 0;
 }
 
 /** Batches of one shape as one batch. */
