@@ -101,10 +101,14 @@ export class TorchGenerator {
 
   #refill(): void {
     const state = this.#state;
-    for (let i = 0; i < stateSize; i++) {
-      const y = (state[i] & 0x80000000) | (state[(i + 1) % stateSize] & 0x7fffffff);
-      state[i] = state[(i + middle) % stateSize] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
-    }
+    const turn = (i: number, next: number, far: number) => {
+      const y = (state[i] & 0x80000000) | (state[next] & 0x7fffffff);
+      state[i] = state[far] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
+    };
+    const rest = stateSize - middle;
+    for (let i = 0; i < rest; i++) turn(i, i + 1, i + middle);
+    for (let i = rest; i < stateSize - 1; i++) turn(i, i + 1, i - rest);
+    turn(stateSize - 1, 0, middle - 1);
     this.#next = 0;
   }
 
@@ -115,6 +119,24 @@ export class TorchGenerator {
 
   #uniform32(): number {
     return (this.#draw() & 0xffffff) * 2 ** -24;
+  }
+
+  /** As many draws of #uniform32, without a call to each. */
+  #uniforms32(out: Float32Array, start: number, end: number): void {
+    const state = this.#state;
+    let next = this.#next;
+    for (let i = start; i < end; i++) {
+      if (next === stateSize) {
+        this.#refill();
+        next = 0;
+      }
+      let y = state[next++];
+      y ^= y >>> 11;
+      y ^= (y << 7) & 0x9d2c5680;
+      y ^= (y << 15) & 0xefc60000;
+      out[i] = ((y ^ (y >>> 18)) & 0xffffff) * 2 ** -24;
+    }
+    this.#next = next;
   }
 
   // The low 53 of 64 bits; the first draw is the high word.
@@ -143,14 +165,14 @@ export class TorchGenerator {
   // All uniforms are drawn first; the ragged end is covered by one more block over the last 16 places.
   #normals32(n: number): Float32Array {
     const out = new Float32Array(n);
-    for (let i = 0; i < n; i++) out[i] = this.#uniform32();
+    this.#uniforms32(out, 0, n);
     for (let i = 0; i + blockSize <= n; i += blockSize) boxMuller16(out, i);
     if (n % blockSize) this.#normalBlock32(out, n - blockSize);
     return out;
   }
 
   #normalBlock32(out: Float32Array, start: number): void {
-    for (let i = start; i < start + blockSize; i++) out[i] = this.#uniform32();
+    this.#uniforms32(out, start, start + blockSize);
     boxMuller16(out, start);
   }
 
