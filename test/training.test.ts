@@ -246,17 +246,20 @@ test('gradient checkpointing gives the same gradients and keeps less', (t) => {
   const before = device.memory.storages;
   const [plainly, checkpointed] = [onePass(false), onePass(true)];
   t.equal(checkpointed.loss, plainly.loss);
-  const differing = [...plainly.gradients].filter(([name, want]) =>
-    Buffer.compare(Buffer.from(want.buffer), Buffer.from(checkpointed.gradients.get(name)!.buffer)),
-  );
-  // The prompt's gradient sums what each block's keys and values give, block by block instead of all in a row.
-  t.same(
-    differing.map(([name]) => name).filter((name) => name !== 'context'),
-    [],
-    `${plainly.gradients.size} gradients`,
-  );
-  const prompts = [checkpointed, plainly].map(({ gradients }) => gradients.get('context') as Float32Array);
-  allClose(t, 'the gradient of the prompt', prompts[0], prompts[1], { atol: 1e-8, rtol: 1e-5 });
+  // The prompt's gradient sums what each block's keys and values give, block by block instead of all in a row; and on a GPU a layer that
+  // records nothing has its gate in the product, which rounds once less.
+  const exact = [...plainly.gradients.keys()].filter((name) => device.name === 'cpu' && name !== 'context');
+  const differing = exact.filter((name) => {
+    const [got, want] = [checkpointed, plainly].map(({ gradients }) => gradients.get(name) as Float32Array);
+    return Buffer.compare(Buffer.from(got.buffer), Buffer.from(want.buffer));
+  });
+  t.same(differing, [], `${exact.length} gradients`);
+  for (const [name, want] of plainly.gradients) {
+    if (exact.includes(name)) continue;
+    const got = checkpointed.gradients.get(name) as Float32Array;
+    const atol = name === 'context' ? 1e-8 : 1e-5 * Math.max(...want.map(Math.abs));
+    allClose(t, `the gradient of ${name}`, got, want, { atol, rtol: 1e-5 });
+  }
   const share = checkpointed.afterForward / plainly.afterForward;
   t.ok(share < 0.5, `the tape holds ${(100 * share).toFixed(0)} % of what it holds without`);
   t.equal(device.memory.storages, before, 'live tensors');
