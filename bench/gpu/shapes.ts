@@ -206,7 +206,7 @@ function copies(shop: Shop, { smoke }: Scale): BenchCase[] {
       const { gpu, timer, buffers } = shop();
       const { stream } = gpu.device.driver as CudaDriver;
       const size = mib * 2 ** 20;
-      const spec = { shape: [size / 2], dtype: DTYPE };
+      const spec = { shape: [size / 4], dtype: 'float32' } as const;
       const sets = Array.from({ length: timer.setsFor(2 * size) }, () => [
         buffers.random(spec),
         buffers.empty(spec),
