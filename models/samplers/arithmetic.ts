@@ -47,6 +47,30 @@ function sumOfTwo([v, a]: Term, [w, b]: Term, length: number): Float32Array {
   return sum;
 }
 
+/**
+ * combine([v, x], [w, combine([a, x], [b, y])]) in one walk, to the bit: most steps lead x towards the x_0 that it and the output y
+ * make.
+ */
+export function combineWithin(
+  [v, w]: readonly [number, number],
+  [a, b]: readonly [number, number],
+  x: Float32Array,
+  y: Float32Array,
+): Float32Array {
+  if (v === 0 || w === 0 || a === 0 || b === 0) return combine([v, x], [w, combine([a, x], [b, y])]);
+  const { fround } = Math;
+  const sum = new Float32Array(x.length);
+  const even = x.length - (x.length % 4);
+  for (let i = 0; i < even; i += 4) {
+    sum[i] = 0 + v * x[i] + w * fround(0 + a * x[i] + b * y[i]);
+    sum[i + 1] = 0 + v * x[i + 1] + w * fround(0 + a * x[i + 1] + b * y[i + 1]);
+    sum[i + 2] = 0 + v * x[i + 2] + w * fround(0 + a * x[i + 2] + b * y[i + 2]);
+    sum[i + 3] = 0 + v * x[i + 3] + w * fround(0 + a * x[i + 3] + b * y[i + 3]);
+  }
+  for (let i = even; i < x.length; i++) sum[i] = 0 + v * x[i] + w * fround(0 + a * x[i] + b * y[i]);
+  return sum;
+}
+
 /** x_0 clamped to the configured range, where the config asks for it (pixel-space models do; SDXL's does not). */
 export function clipSample(config: SchedulerConfig, x0: Float32Array): Float32Array {
   if (!config.clip_sample) return x0;
@@ -92,7 +116,32 @@ export function denoised(
   sigma: number,
 ): Float32Array {
   if (type === 'sample') return output;
-  if (type === 'epsilon') return combine([1, x], [-sigma, output]);
+  const [ofX, ofOutput] = denoisedWeights(type, sigma);
+  return combine([ofX, x], [ofOutput, output]);
+}
+
+/** x_0's weights of x and of the network's output. */
+function denoisedWeights(type: Exclude<PredictionType, 'sample'>, sigma: number): [number, number] {
+  if (type === 'epsilon') return [1, -sigma];
   const variance = sigma * sigma + 1;
-  return combine([-sigma / Math.sqrt(variance), output], [1 / variance, x]);
+  return [1 / variance, -sigma / Math.sqrt(variance)];
+}
+
+/** x moved from level `from` to level `to` along the line through x_0. */
+export function towards(x: Float32Array, x0: Float32Array, from: number, to: number): Float32Array {
+  const ratio = (to - from) / from;
+  return combine([1 + ratio, x], [-ratio, x0]);
+}
+
+/** The same towards what denoised() makes of the network's output at sigma. */
+export function towardsDenoised(
+  type: PredictionType,
+  output: Float32Array,
+  x: Float32Array,
+  sigma: number,
+  [from, to]: readonly [number, number],
+): Float32Array {
+  if (type === 'sample') return towards(x, output, from, to);
+  const ratio = (to - from) / from;
+  return combineWithin([1 + ratio, -ratio], denoisedWeights(type, sigma), x, output);
 }

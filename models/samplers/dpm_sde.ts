@@ -1,9 +1,9 @@
 // DPM++ SDE, after k-diffusion's sample_dpmpp_sde: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) of second order with
 // its midpoint at half the step in log sigma, and ancestral noise after both calls. diffusers takes the noise from a
 // Brownian tree so that runs with other step counts resemble each other; here each call draws fresh normal noise.
-import { combine, denoised } from './arithmetic.ts';
+import { combine, denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { sigmaSchedule, towards } from './euler.ts';
+import { sigmaSchedule } from './euler.ts';
 import { ancestralLevels } from './euler_ancestral.ts';
 import { twice } from './heun.ts';
 import type { Method } from './sampler.ts';

@@ -1,6 +1,6 @@
 // Euler's method on dx/dsigma = (x - x_0(x; sigma)) / sigma, with the optional churn of noise of Karras et al. 2022
 // (arXiv:2206.00364, algorithm 2); the scheduler that SDXL's checkpoints name.
-import { combine, denoised } from './arithmetic.ts';
+import { combine, towardsDenoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
 import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
@@ -21,15 +21,9 @@ export function euler(config: SchedulerConfig): Method {
       if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
       // v was trained at sigma, not at the churned level: diffusers keeps sigma there.
       const level = config.prediction_type === 'v_prediction' ? sigma : hat;
-      return towards(x, denoised(config.prediction_type, output, x, level), hat, plan.sigmas[i + 1]);
+      return towardsDenoised(config.prediction_type, output, x, level, [hat, plan.sigmas[i + 1]]);
     },
   };
-}
-
-/** x moved from level `from` to level `to` along the line through x_0. */
-export function towards(x: Float32Array, x0: Float32Array, from: number, to: number): Float32Array {
-  const ratio = (to - from) / from;
-  return combine([1 + ratio, x], [-ratio, x0]);
 }
 
 /** Standard deviation to start from: with leading spacing the first sigma is below the last training step's. */

@@ -1,8 +1,8 @@
 // Heun's second-order method, Karras et al. 2022 (arXiv:2206.00364, algorithm 1): an Euler step to the next sigma, then
 // the step again with the mean of the derivatives at both ends. The last step, to sigma 0, is Euler's alone.
-import { clipSample, combine, denoised } from './arithmetic.ts';
+import { clipSample, combine, denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
-import { sigmaSchedule, towards } from './euler.ts';
+import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
 import { discreteLevels } from './sigmas.ts';
 import { finiteSigmas } from './tables.ts';
