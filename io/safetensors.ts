@@ -188,7 +188,8 @@ function parseHeader(path: string, bytes: Uint8Array, dataStart: number) {
   if (!isRecord(parsed)) {
     throw new UserError(`the header of ${path} is not a JSON object: the file is damaged, download it again`);
   }
-  const { __metadata__: metadata = {}, ...entries } = parsed;
+  const { __metadata__, ...entries } = parsed;
+  const metadata = __metadata__ ?? {}; // some writers leave a null
   if (!isRecord(metadata) || Object.values(metadata).some((value) => typeof value !== 'string')) {
     throw new UserError(
       `"__metadata__" of ${path} is not a map of strings: save the file again with strings there`,

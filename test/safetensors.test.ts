@@ -167,6 +167,8 @@ test('safetensors: odd but lawful headers', (t) => {
   writeFileSync(path, craft({ a: f32([160], 0, 640) }, 640));
   writeFileSync(path, craft(JSON.stringify({ a: f32([1], 0, 4) }).padEnd(640), 4));
   t.equal(openSafetensors(path).tensors.size, 1, 'a header of 640 bytes begins like a pickle');
+  writeFileSync(path, craft({ __metadata__: null, a: f32([1], 0, 4) }, 4));
+  t.same(openSafetensors(path).metadata, {}, 'no metadata');
   t.end();
 });
 
