@@ -99,8 +99,10 @@ function passSections(shop: Shop, { preset, side, smoke }: Scale): BenchSection[
           squareCase(shop, smoke ? 64 : SQUARE),
         ]
       : section === 'conv'
-        ? vaeConvolutions(shop, { preset, side, smoke })
-        : [];
+        ? vaeCases(shop, 'conv2d', { preset, side, smoke })
+        : section === 'norm'
+          ? vaeCases(shop, 'group_norm', { preset, side, smoke })
+          : [];
   const names = [...new Set(Object.values(sectionOf))];
   return [
     ...names.map((name) => ({ name, cases: () => [...cases(name, 'forward'), ...extra(name)] })),
@@ -138,10 +140,10 @@ function withoutResidual(shop: Shop, call: OpCase): BenchCase[] {
   ];
 }
 
-/** One picture; the decoder runs in float32 by default, but its convolutions are timed as a peer times them. */
-function vaeConvolutions(shop: Shop, { preset, side, smoke }: Scale): BenchCase[] {
+/** An op's calls for one picture; the decoder runs in float32 by default, but they are timed as a peer times them. */
+function vaeCases(shop: Shop, name: string, { preset, side, smoke }: Scale): BenchCase[] {
   const all = opCases(preset, { width: side, height: side, batch: 1 }, DTYPE, ['vae']).filter(
-    ({ record }) => record.name === 'conv2d',
+    ({ record }) => record.name === name,
   );
   return (smoke ? all.slice(0, 1) : all).map((each) => {
     const call = { ...inType(each, DTYPE), count: 0 };
