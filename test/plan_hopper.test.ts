@@ -174,6 +174,13 @@ test("the base UNet's group norms at 1024x1024, two images: one launch forward, 
   t.end();
 });
 
+test('a group norm of more than L2 holds is three launches of many blocks', (t) => {
+  const launches = (side: number, c: number) =>
+    planned('group_norm_forward', [...Array(7).fill(256n), 1, side * side, c, c, 32, 1, 1e-5], h200).length;
+  t.same([launches(256, 512), launches(512, 256), launches(512, 512)], [1, 3, 3]);
+  t.end();
+});
+
 test('a skip connection is read where it lies: one launch, which no copy precedes where TMA and packs can walk it', (t) => {
   const norm = (own: number) =>
     planned('group_norm_forward', [...Array(7).fill(256n), 2, 64, 64, own, 2, 1, 1e-5], h200);
