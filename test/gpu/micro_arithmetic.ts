@@ -191,7 +191,10 @@ function floats(): MicroKernel[] {
   };
   const list = (names: string, arity: number) => names.split(' ').map((name) => of(name, arity));
   return [
-    ...list('add.f32 sub.f32 mul.f32 mul.rn.f32 add.rn.f32 div.rn.f32 min.f32 max.f32 copysign.f32', 2),
+    ...list(
+      'add.f32 sub.f32 sub.rn.f32 mul.f32 mul.rn.f32 add.rn.f32 div.rn.f32 min.f32 max.f32 copysign.f32',
+      2,
+    ),
     ...list('fma.rn.f32 fma.rm.f32 fma.rz.f32', 3),
     ...list('neg.f32 abs.f32 rcp.rn.f32 sqrt.rn.f32', 1),
     ...list('add.f64 add.rn.f64 sub.f64 mul.f64 mul.rn.f64 div.rn.f64 max.f64', 2),
@@ -281,6 +284,7 @@ function approximations(): MicroKernel[] {
     of('ex2.approx.ftz.f32', x, ulps('f32', 3)),
     of('ex2.approx.f32', x, ulps('f32', 3)),
     of('lg2.approx.f32', positive, ulps('f32', 64)),
+    of('lg2.approx.ftz.f32', positive, ulps('f32', 64)),
     of('rcp.approx.ftz.f32', x, ulps('f32', 2)),
     lanes(
       'approximation',

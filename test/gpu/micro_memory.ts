@@ -217,6 +217,7 @@ function generic(): MicroKernel[] {
     of('f32', '%f1', 4),
     of('v4.u8', vectors['v4.u8'], 4),
     of('v4.u16', vectors['v4.u16'], 8),
+    of('v2.u32', vectors['v2.u32'], 8),
     of('v4.u32', vectors['v4.u32'], 16),
     of('v4.f32', vectors['v4.f32'], 16),
   ];
