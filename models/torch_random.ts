@@ -92,11 +92,7 @@ export class TorchGenerator {
 
   #draw(): number {
     if (this.#next === stateSize) this.#refill();
-    let y = this.#state[this.#next++];
-    y ^= y >>> 11;
-    y ^= (y << 7) & 0x9d2c5680;
-    y ^= (y << 15) & 0xefc60000;
-    return (y ^ (y >>> 18)) >>> 0;
+    return tempered(this.#state[this.#next++]) >>> 0;
   }
 
   #refill(): void {
@@ -130,11 +126,7 @@ export class TorchGenerator {
         this.#refill();
         next = 0;
       }
-      let y = state[next++];
-      y ^= y >>> 11;
-      y ^= (y << 7) & 0x9d2c5680;
-      y ^= (y << 15) & 0xefc60000;
-      out[i] = ((y ^ (y >>> 18)) & 0xffffff) * 2 ** -24;
+      out[i] = (tempered(state[next++]) & 0xffffff) * 2 ** -24;
     }
     this.#next = next;
   }
@@ -194,6 +186,14 @@ export class TorchGenerator {
     if (n % blockSize) this.#normalBlock32(out, n - blockSize);
     return out.map(round);
   }
+}
+
+/** A word of the state as it is given out. */
+function tempered(y: number): number {
+  y ^= y >>> 11;
+  y ^= (y << 7) & 0x9d2c5680;
+  y ^= (y << 15) & 0xefc60000;
+  return y ^ (y >>> 18);
 }
 
 // Every type but float64 passes through float32.

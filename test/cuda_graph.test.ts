@@ -230,6 +230,22 @@ test('where a graph or its memory does not fit, the step goes on eagerly', (t) =
   t.end();
 });
 
+test('what the first run could not record the second does', (t) => {
+  const { device, failing } = open();
+  scope(() => {
+    const { x, forward } = block(device);
+    x.set(inputs(0));
+    const want = eagerStep(forward).run(read);
+    const step = device.step(forward);
+    failing.fail('cuGraphInstantiate', 'CUDA_ERROR_OUT_OF_MEMORY');
+    for (let run = 0; run < 4; run++) t.ok(step.run(read) === want, `run ${run}`);
+    t.same([failing.made('cuStreamBeginCapture'), failing.made('cuGraphLaunch')], [2, 2]);
+    step.release();
+  });
+  t.same([device.memory.storages, device.memory.live], [0, 0]);
+  t.end();
+});
+
 test('where a recorded graph finds no memory at a launch, the step goes on eagerly', (t) => {
   for (const [replays, recordings] of [
     [1, 1],
