@@ -1,4 +1,4 @@
-// A kernel's signature says what its parameters are: p a pointer, i an int, f a float. A call is checked against it, because
+// A kernel's signature says what its parameters are: p a pointer, i an int, f a float, d a double. A call is checked against it, because
 // neither C nor a GPU would notice a wrong one.
 
 /** Throws where arguments do not fit a signature. */
@@ -13,6 +13,6 @@ export function mismatch(symbol: string, signature: string, args: readonly unkno
   const letters: Record<string, string> = { bigint: 'p', number: 'n' };
   const given = args.map((argument) => letters[typeof argument] ?? 'b').join('');
   return new Error(
-    `${symbol} takes (${signature}), got (${given}): p pointer, i int, f float, n number, b bytes`,
+    `${symbol} takes (${signature}), got (${given}): p pointer, i int, f float, d double, n number, b bytes`,
   );
 }

@@ -93,7 +93,7 @@ export function encodeNumbers(values: ArrayLike<number>, dtype: DType): Uint8Arr
   const bytes = new Uint8Array(values.length * bytesPerElement[dtype]);
   const out = typedView(bytes, dtype);
   if (out instanceof BigInt64Array) for (let i = 0; i < values.length; i++) out[i] = BigInt(values[i]);
-  else if (out instanceof Float32Array) out.set(values);
+  else if (out instanceof Float32Array || out instanceof Int32Array) out.set(values);
   else if (dtype === 'bfloat16') {
     const singles = values instanceof Float32Array ? values : Float32Array.from(values);
     const bits = new Uint32Array(singles.buffer, singles.byteOffset, singles.length);

@@ -3,9 +3,9 @@
 // Normals: Box-Muller, in blocks of 16 with Cephes' float32 polynomials (cephes_float.ts) from 16 elements
 // on, one at a time in float64 below that. Only float64 normals, and calls for fewer than 16, rest on the
 // platform's log, sin and cos: their last bit may differ.
+import { boxMuller16 } from '../engine/cephes_float.ts';
 import { fromBfloat16, fromFloat16, toBfloat16, toFloat16 } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { boxMuller16 } from './cephes_float.ts';
 
 export type RandomDType = 'float32' | 'float64' | 'float16' | 'bfloat16';
 
@@ -66,6 +66,17 @@ export class TorchGenerator {
   }
 
   /**
+   * The words that randn(n) makes its numbers of, for a device to do that (engine/ops/random.ts); undefined where it takes them
+   * otherwise, and draws nothing then.
+   */
+  words(n: number): Int32Array | undefined {
+    if (n < blockSize || n % blockSize) return undefined;
+    const out = new Int32Array(n);
+    this.#words(out, 0, n);
+    return out;
+  }
+
+  /**
    * torch.randint: `n` integers in [lo, hi). Float64Array, as ranges may pass 2^31.
    * @throws RangeError when the range is empty or an end is not a safe integer
    */
@@ -117,8 +128,8 @@ export class TorchGenerator {
     return (this.#draw() & 0xffffff) * 2 ** -24;
   }
 
-  /** As many draws of #uniform32, without a call to each. */
-  #uniforms32(out: Float32Array, start: number, end: number): void {
+  /** As many draws of #uniform32 in units of 2^-24, without a call to each. */
+  #words(out: Float32Array | Int32Array, start: number, end: number): void {
     const state = this.#state;
     let next = this.#next;
     for (let i = start; i < end; i++) {
@@ -126,7 +137,7 @@ export class TorchGenerator {
         this.#refill();
         next = 0;
       }
-      out[i] = (tempered(state[next++]) & 0xffffff) * 2 ** -24;
+      out[i] = tempered(state[next++]) & 0xffffff;
     }
     this.#next = next;
   }
@@ -157,14 +168,14 @@ export class TorchGenerator {
   // All uniforms are drawn first; the ragged end is covered by one more block over the last 16 places.
   #normals32(n: number): Float32Array {
     const out = new Float32Array(n);
-    this.#uniforms32(out, 0, n);
+    this.#words(out, 0, n);
     for (let i = 0; i + blockSize <= n; i += blockSize) boxMuller16(out, i);
     if (n % blockSize) this.#normalBlock32(out, n - blockSize);
     return out;
   }
 
   #normalBlock32(out: Float32Array, start: number): void {
-    this.#uniforms32(out, start, start + blockSize);
+    this.#words(out, start, start + blockSize);
     boxMuller16(out, start);
   }
 

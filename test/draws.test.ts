@@ -1,11 +1,6 @@
-// Training's draws: Philox against the published known answers, the TypeScript stream against the native kernel, the
-// independence of keys, and the moments of what is drawn.
+// Training's draws: Philox against the published known answers, the independence of keys, and the moments of what is drawn.
 import { test } from 'tap';
-import { findLibrary } from '../engine/cpu/build.ts';
-import { openDevice } from '../engine/device.ts';
 import { philox } from '../engine/philox.ts';
-import { scope } from '../engine/scope.ts';
-import { empty } from '../engine/tensor.ts';
 import { draws, streamOf } from '../train/draws.ts';
 
 test('the known answers of Random123', (t) => {
@@ -21,30 +16,6 @@ test('the known answers of Random123', (t) => {
     answer([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
     'd16cfe09 94fdcceb 5001e420 24126ea1',
   );
-  t.end();
-});
-
-const library = findLibrary();
-test('the native kernel draws the same numbers', { skip: 'reason' in library && library.reason }, (t) => {
-  const device = openDevice('cpu');
-  const count = 20001;
-  const keys: Parameters<typeof draws>[] = [
-    [7, 0, 0, 'noise'],
-    [2 ** 40 + 3, 12, 4_000_000_000, 'timestep'],
-  ];
-  for (const key of keys) {
-    const { seedLow, seedHigh, stream } = streamOf(...key);
-    const native = (symbol: string) =>
-      scope(() => {
-        const y = empty([count], { device });
-        device.driver.launch(`${symbol}_float32`, [y.block.address, count, seedLow, seedHigh, stream, 0]);
-        return y.floats();
-      });
-    t.same(Buffer.from(draws(...key).normals(count).buffer), Buffer.from(native('normal_forward').buffer));
-    const one = draws(...key);
-    const uniforms = Float32Array.from({ length: count }, () => one.uniform());
-    t.same(Buffer.from(uniforms.buffer), Buffer.from(native('uniform_forward').buffer));
-  }
   t.end();
 });
 

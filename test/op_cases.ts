@@ -47,9 +47,10 @@ export function inputValues(
     Object.entries(sample.inputs).map(([name, shape], i) => {
       const signed = values(size(shape), i + 1);
       const data = sample.nonnegative?.includes(name) ? signed.map(Math.abs) : signed;
-      const bound = sample.ints?.[name];
+      const bound = sample.ints?.[name] ?? 0;
+      const integer = (j: number) => (bound > 2 ** 16 ? Math.imul(j + 1, 0x9e3779b1) >>> 0 : j * 7 + 3);
       (sample as Planted).plant?.(name, data);
-      return [name, { shape, data: bound ? data.map((_, j) => (j * 7 + 3) % bound) : data }];
+      return [name, { shape, data: bound ? data.map((_, j) => integer(j) % bound) : data }];
     }),
   );
 }

@@ -2,10 +2,17 @@
 // grants a tolerance (float64 Box-Muller, which rests on the C library) the test takes that tolerance and no
 // more.
 import { test } from 'tap';
-import { fma32 } from '../models/cephes_float.ts';
+import { fma32 } from '../engine/cephes_float.ts';
+import { findLibrary } from '../engine/cpu/build.ts';
+import { openCpuDriver } from '../engine/cpu/driver.ts';
+import { cudaDevice, nativeDevice, openDevice } from '../engine/device.ts';
+import { torchNormal } from '../engine/ops/random.ts';
+import { scope } from '../engine/scope.ts';
+import { empty, tensor } from '../engine/tensor.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
 import { type RandomDType, TorchGenerator } from '../models/torch_random.ts';
 import { allClose, type GoldenCase, goldenArea, maxDifference } from './golden.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 const area = goldenArea('rng');
 
@@ -68,6 +75,30 @@ test('seeds and arguments', async (t) => {
   t.equal(new TorchGenerator(1).randn(0).length, 0);
   t.throws(() => new TorchGenerator(0.5), { name: 'UserError', message: /whole number/ });
   t.throws(() => new TorchGenerator(1).randint(3, 3, 1), RangeError);
+});
+
+test('devices make the same normals of the words, to the bit', (t) => {
+  const library = findLibrary();
+  const natives =
+    'path' in library
+      ? ['portable', openCpuDriver(library.path).arch].map((arch) => nativeDevice(library.path, arch))
+      : [];
+  for (const device of [openDevice('reference'), ...natives, cudaDevice(openVirtualGpu())])
+    for (const n of [16, 4096]) {
+      const [own, other] = [new TorchGenerator(7), new TorchGenerator(7)];
+      for (let call = 0; call < 2; call++) {
+        const words = other.words(n) ?? new Int32Array();
+        const got = scope(() => torchNormal(tensor(words, [n], { device, dtype: 'int32' })).bytes());
+        t.ok(Buffer.from(own.randn(n).buffer).equals(got), `${device.name}, ${n} numbers, call ${call}`);
+      }
+    }
+  const generator = new TorchGenerator(7);
+  for (const n of [0, 15, 17]) t.equal(generator.words(n), undefined);
+  t.same(generator.randn(20), new TorchGenerator(7).randn(20), 'which draws nothing');
+  t.throws(() => torchNormal(empty([17], { device: openDevice('reference'), dtype: 'int32' })), {
+    message: /words are int32 \[17\], not int32 by the 16/,
+  });
+  t.end();
 });
 
 test('fma32 rounds once', async (t) => {

@@ -43,6 +43,21 @@ test('numbers that no int holds are refused when they are packed, not wrapped', 
   t.end();
 });
 
+test('a double lies on a multiple of eight bytes', (t) => {
+  const packed = packParameters(structLayout('idfp'), [3, Math.PI, 0.5, 9n]);
+  const view = new DataView(packed.buffer);
+  t.same(
+    [
+      view.getInt32(0, true),
+      view.getFloat64(8, true),
+      view.getFloat32(16, true),
+      view.getBigUint64(24, true),
+    ],
+    [3, Math.PI, 0.5, 9n],
+  );
+  t.end();
+});
+
 test('a type that has no kernels is named', (t) => {
   const device = standInCuda();
   t.throws(() => scope(() => silu(empty([4], { device, dtype: 'int32' }))), {

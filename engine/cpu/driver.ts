@@ -14,7 +14,7 @@ export interface CpuDriver extends Driver {
   setThreads(count: number): void;
 }
 
-const parameterTypes: Record<string, string> = { p: 'void *', i: 'int', f: 'float' };
+const parameterTypes: Record<string, string> = { p: 'void *', i: 'int', f: 'float', d: 'double' };
 const prototypes = new Map<string, TypeObject>();
 
 function prototypeOf(signature: string): TypeObject {

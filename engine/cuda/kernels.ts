@@ -1,6 +1,7 @@
 // Where the kernels' PTX lies, packed with Brotli: one file per family and storage type, `kernels/ptx/<family>_<dtype>.ptx.br`,
 // loaded when first a kernel of it is launched. A family whose name ends in _sm90 is for Hopper alone (compute capability 9.0): it
-// uses instructions that no other GPU has, and comes in the half types; matrix products also in float32, as sums of bfloat16.
+// uses instructions that no other GPU has, and comes in the half types; matrix products also in float32, as sums of bfloat16. Random
+// numbers come in float32 alone.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { brotliDecompressSync } from 'node:zlib';
@@ -16,5 +17,7 @@ export const readPtx = (family: string, dtype: string, folder = ptxFolder): stri
 
 export const forHopper = (family: string): boolean => family.endsWith('_sm90');
 const splitFloat32 = ['conv2d_sm90', 'gemm_sm90'];
-export const typesOf = (family: string): readonly string[] =>
-  forHopper(family) && !splitFloat32.includes(family) ? storageTypes.slice(1) : storageTypes;
+export function typesOf(family: string): readonly string[] {
+  if (family === 'random') return storageTypes.slice(0, 1);
+  return forHopper(family) && !splitFloat32.includes(family) ? storageTypes.slice(1) : storageTypes;
+}

@@ -2,8 +2,8 @@
 // into the block that cuLaunchKernel takes. The driver never checks that block, so count and kind are checked here.
 import { mismatch } from '../signature.ts';
 
-/** p a 64-bit pointer, i a 32-bit integer, f a float32, b bytes by value (a tensor map or a struct). */
-export type ParameterKind = 'p' | 'i' | 'f' | 'b';
+/** p a 64-bit pointer, i a 32-bit integer, f a float32, d a float64, b bytes by value (a tensor map or a struct). */
+export type ParameterKind = 'p' | 'i' | 'f' | 'd' | 'b';
 
 export interface Parameter {
   readonly kind: ParameterKind;
@@ -33,6 +33,7 @@ const sizes: Record<string, number> = {
   s32: 4,
   b32: 4,
   f32: 4,
+  f64: 8,
   u64: 8,
   s64: 8,
   b64: 8,
@@ -66,6 +67,7 @@ export function readManifest(ptx: string): Map<string, Entry> {
 function kindOf(type: string, count: string | undefined): ParameterKind {
   if (count !== undefined) return 'b';
   if (type === 'f32') return 'f';
+  if (type === 'f64') return 'd';
   return sizes[type] === 8 ? 'p' : 'i';
 }
 
@@ -87,6 +89,7 @@ function packAt(view: DataView, start: number, entry: Layout, args: readonly Ker
       view.setBigUint64(at, value, true);
     } else if (typeof value === 'number') {
       if (kind === 'f') view.setFloat32(at, value, true);
+      else if (kind === 'd') view.setFloat64(at, value, true);
       else if (kind !== 'i') throw refused(entry, args);
       else if ((value | 0) === value) view.setInt32(at, value, true);
       else throw new Error(`${entry.name}: argument ${i} is ${value}, not a 32-bit integer`);
@@ -102,12 +105,12 @@ function packAt(view: DataView, start: number, entry: Layout, args: readonly Ker
 const refused = ({ name, parameters }: Layout, args: readonly KernelArgument[]): Error =>
   mismatch(name, parameters.map(({ kind }) => kind).join(''), args);
 
-/** Where a C struct of 8-byte pointers (p), ints (i) and floats (f) has them; its size is a multiple of 8 bytes. */
+/** Where a C struct of 8-byte pointers (p), ints (i), floats (f) and doubles (d) has them; its size is a multiple of 8 bytes. */
 export function structLayout(signature: string): Layout {
   const parameters: Parameter[] = [];
   let end = 0;
   for (const kind of signature as Iterable<ParameterKind>) {
-    const bytes = kind === 'p' ? 8 : 4;
+    const bytes = kind === 'p' || kind === 'd' ? 8 : 4;
     const offset = Math.ceil(end / bytes) * bytes;
     parameters.push({ kind, offset, bytes });
     end = offset + bytes;

@@ -40,7 +40,7 @@ export interface PlanContext {
 }
 
 export interface Plan {
-  /** The parameters (p pointer, i int, f float) where no entry has the symbol's own name. */
+  /** The parameters (p pointer, i int, f float, d double) where no entry has the symbol's own name. */
   readonly signature?: string;
   launches(args: LaunchArguments, context: PlanContext): KernelLaunch[];
   /** The launches of several calls that are independent of each other, where they are fewer than one by one. */
@@ -120,6 +120,7 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   ...['mul', 'div'].map((name) => perElement('elementwise', `${name}_backward`, 5)),
   ...['scale_forward', ...casts].map((name) => perElement('elementwise', name, 2)),
   perElement('elementwise', 'fill_forward', 1),
+  perElement('elementwise', 'combine_forward', 13),
   single('elementwise', 'geglu_forward', ([, , rows]) => rows, 1),
   single('elementwise', 'geglu_backward', ([, , , rows]) => rows, 1),
   single('move', 'embedding_forward', ([, , , rows]) => rows, 1),
@@ -138,6 +139,5 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   single('q8', 'q8_scale_forward', ([, , n]) => n / Q8_BLOCK, THREADS),
   perElement('q8', 'to_q8_forward', 3),
   perElement('q8', 'from_q8_forward', 3),
-  perElement('random', 'normal_forward', 1),
-  perElement('random', 'uniform_forward', 1),
+  single('random', 'torch_normal_forward', ([, , n]) => n / 2, THREADS),
 ];

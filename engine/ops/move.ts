@@ -1,9 +1,9 @@
 // Ops that move elements: concat and slice along an axis, permute, nearest upsampling, row lookup. Tensors are always
 // contiguous, so each of these copies, once; reshape (tensor.ts) is the only view.
-import { apply, defineOp, type Numbers, sameFloat, type Tensors } from '../op.ts';
+import { apply, defineOp, type Numbers, sameFloat, type Tensors, type Update, updateOf } from '../op.ts';
 import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { around, resolveAxis } from './reduce.ts';
-import { awkwardSizes } from './samples.ts';
+import { awkwardShapes, awkwardSizes } from './samples.ts';
 
 const partsOf = <T>(t: Record<string, T>, prefix: string, count: number): (T | undefined)[] =>
   Array.from({ length: count }, (_, i) => t[`${prefix}${i}`]);
@@ -152,6 +152,28 @@ export function slice(x: Tensor, axis: number, start: number, length: number): T
   const at = resolveAxis('slice', axis, x.shape.length);
   return apply(sliceOp, { x }, { axis: at, start, length });
 }
+
+const copyOp = defineOp<Record<string, never>>({
+  name: 'copy',
+  outputs(t) {
+    if (t.y.size !== t.x.size || t.y.dtype !== t.x.dtype)
+      throw new ShapeError(`copy: ${t.x.dtype} [${t.x.shape}] does not fit ${t.y.dtype} [${t.y.shape}]`);
+    return {};
+  },
+  saves: [],
+  updates: ['y'],
+  forward: (t, _, launch) => launch('place_forward', [t.y, t.x, 1, t.x.size, 0, t.x.size, 1]),
+  reference: {
+    forward: ({ y, x }) => y.data.set(x.data),
+  },
+  samples: [[1], [7], [4099], ...awkwardShapes].map((shape) => ({
+    inputs: { y: shape, x: shape },
+    attrs: {},
+  })),
+});
+
+/** y's elements become x's. */
+export const copy = (y: Tensor, x: Tensor): Update => updateOf(copyOp, { y, x }, {});
 
 interface PermuteAttrs {
   order: readonly number[];

@@ -1,6 +1,6 @@
 // What every kernel file shares: the three storage types, and the table through which a kernel is found by name.
 // A kernel is a plain function template over its storage type; EXPORT_FLOATS stamps `<op>_<direction>_<dtype>` entries
-// whose signature (p pointer, i int, f float) is deduced from the function type, so the library is its own manifest.
+// whose signature (p pointer, i int, f float, d double) is deduced from the function type, so the library is its own manifest.
 // Each file is compiled once per instruction set with ARCH naming the namespace; the loader picks a table at run time.
 #pragma once
 #include <cstdint>
@@ -35,6 +35,7 @@ void add_entry(Entry *entry);
 template <class A> constexpr char letter_of() {
   if constexpr (__is_same(A, int)) return 'i';
   else if constexpr (__is_same(A, float)) return 'f';
+  else if constexpr (__is_same(A, double)) return 'd';
   else return 'p';
 }
 

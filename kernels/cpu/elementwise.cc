@@ -106,6 +106,24 @@ template <class T> void fill_forward(T *y, int n, float value) {
   each(n, [=](int64_t i, int64_t count) { store(y + i, splat(value), count); });
 }
 
+// y = wa a + wb b + ..., summed in double and rounded once. Absent terms are null, and come last.
+template <class T>
+void combine_forward(T *y, const T *a, const T *b, const T *c, const T *d, const T *e, const T *f, double wa, double wb,
+                     double wc, double wd, double we, double wf, int n) {
+  const T *terms[] = {a, b, c, d, e, f};
+  const double weights[] = {wa, wb, wc, wd, we, wf};
+  each(n, [=](int64_t i, int64_t count) {
+    double sum[LANES] = {};
+    for (int k = 0; k < 6 && terms[k]; k++) {
+      const vf x = load(terms[k] + i, count);
+      for (int lane = 0; lane < LANES; lane++) sum[lane] += weights[k] * double(x[lane]);
+    }
+    vf rounded;
+    for (int lane = 0; lane < LANES; lane++) rounded[lane] = float(sum[lane]);
+    store(y + i, rounded, count);
+  });
+}
+
 template <class T> void geglu_forward(T *y, const T *x, int rows, int c) {
   parallel_for(rows, rows_per_range(c), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
@@ -155,6 +173,7 @@ EXPORT_FLOATS(add_forward, add_forward)
 EXPORT_FLOATS(sub_forward, sub_forward)
 EXPORT_FLOATS(scale_forward, scale_forward)
 EXPORT_FLOATS(fill_forward, fill_forward)
+EXPORT_FLOATS(combine_forward, combine_forward)
 EXPORT_FLOATS(cast_to_float32_forward, cast_to_float32)
 EXPORT_FLOATS(cast_to_bfloat16_forward, cast_to_bfloat16)
 EXPORT_FLOATS(cast_to_float16_forward, cast_to_float16)

@@ -105,6 +105,29 @@ KERNEL(fill_forward)(T *y, int n, float value) {
   each_pack(n, [=](uint32_t i, int count) { store(y + i, Pack{{value, value, value, value}}, count); });
 }
 
+DEVICE void add_weighted(double (&sum)[PACK], const Pack &x, double weight) {
+#pragma unroll
+  for (int j = 0; j < PACK; j++) sum[j] = fma(weight, double(x.at[j]), sum[j]);
+}
+
+// y = wa a + wb b + ..., summed in double and rounded once. Absent terms are null, and come last.
+KERNEL(combine_forward)(T *y, const T *a, const T *b, const T *c, const T *d, const T *e, const T *f, double wa, double wb,
+                        double wc, double wd, double we, double wf, int n) {
+  each_pack(n, [=](uint32_t i, int count) {
+    double sum[PACK] = {};
+    add_weighted(sum, load(a + i, count), wa);
+    if (b) add_weighted(sum, load(b + i, count), wb);
+    if (c) add_weighted(sum, load(c + i, count), wc);
+    if (d) add_weighted(sum, load(d + i, count), wd);
+    if (e) add_weighted(sum, load(e + i, count), we);
+    if (f) add_weighted(sum, load(f + i, count), wf);
+    Pack p;
+#pragma unroll
+    for (int j = 0; j < PACK; j++) p.at[j] = float(sum[j]);
+    store(y + i, p, count);
+  });
+}
+
 // x is [rows][2][c]: c values, then their c gates. A block walks rows, its threads a row's packs.
 KERNEL(geglu_forward)(T *y, const T *x, int rows, int c) {
   const bool aligned = c % PACK == 0;

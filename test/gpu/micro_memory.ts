@@ -228,17 +228,19 @@ function parameters(): MicroKernel {
   const ptx = `.version 7.0
 .target sm_80
 .address_size 64
-.visible .entry op(.param .u32 a, .param .u64 to, .param .f32 b, .param .s32 c, .param .u64 d)
+.visible .entry op(.param .u32 a, .param .u64 to, .param .f32 b, .param .s32 c, .param .u64 d,
+.param .u32 e, .param .f64 g)
 {
-.reg .b32 %r<4>; .reg .f32 %f<2>; .reg .b64 %w<4>;
+.reg .b32 %r<4>; .reg .f32 %f<2>; .reg .f64 %g<2>; .reg .b64 %w<4>;
 ld.param.u32 %r1, [a]; ld.param.u64 %w1, [to]; ld.param.f32 %f1, [b]; ld.param.s32 %r2, [c]; ld.param.u64 %w2, [d];
+ld.param.u32 %r3, [e]; ld.param.f64 %g1, [g];
 cvta.to.global.u64 %w1, %w1; st.global.u32 [%w1], %r1; st.global.f32 [%w1+4], %f1; st.global.u32 [%w1+8], %r2;
-st.global.u32 [%w1+12], %r1; st.global.u64 [%w1+16], %w2; ret;
+st.global.u32 [%w1+12], %r3; st.global.u64 [%w1+16], %w2; st.global.f64 [%w1+24], %g1; ret;
 }`;
   const run = (bench: Bench<GpuApi>) => {
-    const to = bench.room(24);
-    bench.launch(ptx, 'op', 1, 1, [7, to, 1.1, -3, 0x123456789abcdefn]);
-    return bench.bytes(to, 24);
+    const to = bench.room(32);
+    bench.launch(ptx, 'op', 1, 1, [7, to, 1.1, -3, 0x123456789abcdefn, 5, Math.PI]);
+    return bench.bytes(to, 32);
   };
   return { group: 'memory', name: 'parameters', ptx, run, agree: sameBits('u32') };
 }

@@ -94,11 +94,11 @@ function sinCos32(theta: number, out: Float32Array): void {
 const twoPi = fround(2 * Math.PI);
 const sinCos = new Float32Array(2);
 
-/** Turns the 16 uniforms of [0, 1) at `d[start..]` into normals: places j and j + 8 hold one pair. */
+/** Turns the 16 words of 24 bits at `d[start..]` into normals: places j and j + 8 hold one pair. */
 export function boxMuller16(d: Float32Array, start: number): void {
   for (let j = start; j < start + 8; j++) {
-    const radius = fround(Math.sqrt(fround(-2 * log32(1 - d[j]))));
-    sinCos32(fround(twoPi * d[j + 8]), sinCos);
+    const radius = fround(Math.sqrt(fround(-2 * log32(1 - d[j] * 2 ** -24))));
+    sinCos32(fround(twoPi * (d[j + 8] * 2 ** -24)), sinCos);
     d[j] = radius * sinCos[1];
     d[j + 8] = radius * sinCos[0];
   }
