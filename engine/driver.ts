@@ -27,12 +27,17 @@ export interface Driver {
   readonly exchange?: Exchange;
   /** Fills the first bytes with zeros. */
   clear(block: Block, bytes: number): void;
-  /** Runs the kernel `symbol`; numbers are ints or floats as its signature says, bigints are addresses, 0n is null. */
+  /** Runs the kernel `symbol`; numbers are ints, floats or doubles as its signature says, bigints are addresses, 0n is null. */
   launch(symbol: string, args: readonly (bigint | number)[]): void;
   /** Runs it for each of several argument lists that are independent of each other, in one launch where it can. */
   launchAll?(symbol: string, calls: readonly (readonly (bigint | number)[])[]): void;
   /** Waits for what was queued, where calls return before they are done. */
   synchronize?(): void;
+  /**
+   * Marks the end of what is queued now, where calls return before they are done, and gives what waits for it. That may wait for more
+   * once a later mark is made.
+   */
+  mark?(): () => void;
   /** Records the launches that `queue` makes, to be run again as they are. Nothing may be allocated or copied in it. */
   capture?(queue: () => void): Replay;
 }

@@ -5,8 +5,9 @@ import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
+import { update } from '../engine/op.ts';
 import { add, sub } from '../engine/ops/binary.ts';
-import { concat, slice } from '../engine/ops/move.ts';
+import { concat, copy, slice } from '../engine/ops/move.ts';
 import { cast, scale } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
@@ -61,7 +62,7 @@ export interface DenoiserPlan {
 
 export interface Denoiser {
   /** The network's output at latents x [n, c, h, w] and the i-th time, guided. */
-  predict(x: Float32Array, i: number): Float32Array;
+  predict(x: Tensor, i: number): Tensor;
   /** Prompt text past the tokens that are read. */
   truncated: string[];
   release(): void;
@@ -121,10 +122,16 @@ export function openDenoiser(
   const passes = passesOf(placed, calls, passUnder);
   return {
     predict(x, i) {
-      latents.upload(new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
+      update([copy(latents, x)]);
       step.set([i]);
-      const data = passes.at(i).run((y) => y.floats());
-      return guided && rescale > 0 ? rescaled(data, images, rescale) : data;
+      // The next pass writes where this one's output is.
+      return passes
+        .at(i)
+        .run((y) =>
+          guided && rescale > 0
+            ? tensor(rescaled(y.floats(), images, rescale), shape, { device })
+            : slice(y, 0, 0, images),
+        );
     },
     truncated,
     release() {

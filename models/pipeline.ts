@@ -4,7 +4,7 @@
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
 import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
-import { built } from '../engine/scope.ts';
+import { built, keep, scope } from '../engine/scope.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
@@ -12,7 +12,7 @@ import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
-import { type GuidedModel, openDenoiser } from './denoiser.ts';
+import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { decodeLatents, type Latents } from './latents.ts';
 import { type AdapterFile, withAdapters } from './lora.ts';
@@ -22,8 +22,8 @@ import { keepInQ8 } from './q8.ts';
 import { type Asked, complete, type Request } from './request.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
-import type { Denoise, Sampler } from './samplers/sampler.ts';
-import { startOf, strengthOf } from './start.ts';
+import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
+import { type Start, startOf, strengthOf } from './start.ts';
 import { loadTokenizer } from './tokenizer.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet.ts';
 
@@ -188,9 +188,9 @@ export interface Progress {
   step: number;
   steps: number;
   timestep: number;
-  /** Scaled latents after the step, [n, c, h, w]. */
-  latents: Latents;
-  /** The finished latents as this step's output has them, scaled: what the picture will be. Made when asked for. */
+  /** Scaled latents after the step, [n, c, h, w]. Brought from the device when it is read, before the loop goes on. */
+  readonly latents: Latents;
+  /** The finished latents as this step's output has them, scaled: what the picture will be. Made when asked for, before the loop goes on. */
   predOriginalSample(): Latents;
   /** Prompt text past the tokens that are read, the same at each step. */
   truncated: readonly string[];
@@ -231,41 +231,74 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkCounts(request, images, pipeline.ratio);
   const guided = request.guidance_scale > 1;
   const start = startOf(pipeline, request, sampler, plan, images);
-  const { shape } = start;
-  const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
-  const ids = timeIds(request, size, {
-    aesthetic: pipeline.aesthetic,
-    guided,
-    images,
-    interleaved: !goesOn(request),
-  });
-  const timesteps = plan.timesteps.slice(plan.begin, plan.end);
-  const { predict, truncated, release } = openDenoiser(pipeline, request, {
-    ...{ timesteps, shape, ids, guided },
-    controls: controlsOf(pipeline.controlnet, request, size),
-    imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
-    calls: plan.timesteps.length - plan.begin,
-  });
   try {
-    const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
-    const loop = sampler.run(plan, start.begin(), denoiseAt, start.draw);
+    const { shape } = start;
+    const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
+    const ids = timeIds(request, size, {
+      aesthetic: pipeline.aesthetic,
+      guided,
+      images,
+      interleaved: !goesOn(request),
+    });
+    const timesteps = plan.timesteps.slice(plan.begin, plan.end);
+    const denoiser = openDenoiser(pipeline, request, {
+      ...{ timesteps, shape, ids, guided },
+      controls: controlsOf(pipeline.controlnet, request, size),
+      imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
+      calls: plan.timesteps.length - plan.begin,
+    });
+    const latents = yield* steps(pipeline.device, sampler, plan, start, denoiser);
+    if (request.last) for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
+    return { latents, timeIds: ids, timesteps };
+  } finally {
+    start.release();
+  }
+}
+
+/** The loop itself: tells of each step when it is done, and gives the last latents. Releases the denoiser. */
+function* steps(
+  device: Device,
+  sampler: Sampler,
+  plan: Plan,
+  start: Start,
+  { predict, truncated, release }: Denoiser,
+): Generator<Progress, Latents> {
+  const { shape } = start;
+  const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
+  const loop = sampler.run(plan, start.begin, denoiseAt, start.draw);
+  try {
     let turn = loop.next();
     while (!turn.done) {
-      const { index, timestep, predOriginalSample } = turn.value;
-      const x = start.afterStep?.(turn.value.x, index) ?? turn.value.x;
-      yield {
-        step: index - plan.begin + 1,
-        steps: plan.steps,
-        timestep,
-        latents: { shape, data: x },
-        predOriginalSample: () => ({ shape, data: predOriginalSample() }),
-        truncated,
-      };
-      turn = loop.next(x);
+      const { index, timestep, predOriginalSample, ...after } = turn.value;
+      const x = keep(start.afterStep?.(after.x, index) ?? after.x.handle());
+      try {
+        // A GPU is at the next step while the caller looks at this one.
+        const landed = device.driver.mark?.();
+        const next = landed && index + 1 < plan.end ? loop.next(x) : undefined;
+        landed?.();
+        yield {
+          step: index - plan.begin + 1,
+          steps: plan.steps,
+          timestep,
+          get latents() {
+            return { shape, data: x.floats() };
+          },
+          predOriginalSample: () => ({ shape, data: scope(() => predOriginalSample().floats()) }),
+          truncated,
+        };
+        turn = next ?? loop.next(x);
+      } finally {
+        x.release();
+      }
     }
-    if (request.last) for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
-    return { latents: { shape, data: turn.value }, timeIds: ids, timesteps };
+    const last = turn.value;
+    try {
+      return { shape, data: last.floats() };
+    } finally {
+      last.release();
+    }
   } finally {
+    loop.return(undefined as never);
     release();
   }
 }

@@ -1,7 +1,13 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture or its latents under noise, or what an earlier
 // stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
-import { sizeOf } from '../engine/tensor.ts';
+import type { Device } from '../engine/device.ts';
+import { add, mul } from '../engine/ops/binary.ts';
+import { combine } from '../engine/ops/combine.ts';
+import { concat } from '../engine/ops/move.ts';
+import { torchNormal } from '../engine/ops/random.ts';
+import { keep, scope } from '../engine/scope.ts';
+import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
@@ -10,6 +16,8 @@ import type { Plan, Sampler } from './samplers/sampler.ts';
 export interface NoiseGenerator {
   /** `n` standard normals. Calls advance one stream. */
   randn(n: number): Float32Array;
+  /** What the device makes the same numbers of (torchNormal); undefined where it cannot, and then nothing is drawn. */
+  words?(n: number): Int32Array | undefined;
 }
 
 /** The part of a request that says where the loop begins. */
@@ -36,6 +44,7 @@ export interface StartRequest {
 
 /** What a picture is encoded with. `ratio` is pixels per latent. */
 interface Coder {
+  device: Device;
   vae: Autoencoder;
   ratio: number;
 }
@@ -44,10 +53,11 @@ export interface Start {
   /** Of the latents, [n, c, h, w]. */
   shape: readonly number[];
   /** The latents, whose noise is drawn now: the device may be at work on the prompts meanwhile. */
-  begin: () => Float32Array;
-  draw: () => Float32Array;
+  begin(): Tensor;
+  draw(): Tensor;
   /** Inpainting puts the known part back, noised to the level of the next step. */
-  afterStep?: (x: Float32Array, index: number) => Float32Array;
+  afterStep?(x: Tensor, index: number): Tensor;
+  release(): void;
 }
 
 /** The part of the steps that are done over a picture where the request does not say: the defaults of diffusers' pipelines. */
@@ -62,6 +72,18 @@ export const strengthOf = ({
 const drawNoise = (generators: readonly NoiseGenerator[], count: number): Float32Array =>
   joined(generators.map((generator) => generator.randn(count / generators.length)));
 
+/** The same on a device, which makes most of it there: by the host's arithmetic it takes as long as half a step of the UNet. */
+const noiseOn = (device: Device, generators: readonly NoiseGenerator[], shape: readonly number[]): Tensor =>
+  scope(() => {
+    const count = sizeOf(shape) / generators.length;
+    const parts = generators.map((generator) => {
+      const words = generator.words?.(count);
+      if (!words) return tensor(generator.randn(count), [count], { device });
+      return torchNormal(tensor(words, [count], { device, dtype: 'int32' }));
+    });
+    return (parts.length === 1 ? parts[0] : concat(parts, 0)).reshape(...shape);
+  });
+
 export function startOf(
   coder: Coder,
   request: StartRequest,
@@ -72,17 +94,18 @@ export function startOf(
   const { generators, image, mask, latents, denoising_start } = request;
   const shape = [images, coder.vae.config.latent_channels, ...latentSides(request, coder.ratio)];
   if (latents) checkShape('latents', latents, shape);
-  const draw = () => drawNoise(generators, sizeOf(shape));
+  const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
+  const draw = () => noiseOn(coder.device, generators, shape);
+  if (image && mask) return paintingIn(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
   const told = denoising_start !== undefined;
-  if (!image) {
-    const pure = () => (latents?.data ?? draw()).map((x) => x * plan.initNoiseSigma);
-    return { shape, draw, begin: () => (latents && told ? latents.data : pure()) };
-  }
-  if (mask) return paintingIn(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
-  const from = latents ?? latentsOf(coder, { ...request, image }, images);
-  // Told where to start, diffusers takes the picture for one that has its noise already.
-  const noisy = told || latents !== undefined;
-  return { shape, draw, begin: () => (noisy ? from.data : sampler.addNoise(plan, from.data, draw())) };
+  const from = image && !latents ? latentsOf(coder, { ...request, image }, images) : undefined;
+  const begin = () => {
+    // Told where to start, diffusers takes the picture for one that has its noise already.
+    if (latents && (told || image)) return onDevice(latents.data);
+    if (from) return told ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), draw());
+    return combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : draw()]);
+  };
+  return { shape, draw, begin: () => scope(begin), release() {} };
 }
 
 /** Sides of the latents: a picture's, cut to whole ones, or as asked. */
@@ -101,20 +124,29 @@ function paintingIn(
   { shape, draw }: Pick<Start, 'shape' | 'draw'>,
 ): Start {
   const { generators, image, mask, latents, denoising_start } = request;
-  const known = latentsOf(coder, request, shape[0]);
+  const { data: picture } = latentsOf(coder, request, shape[0]);
   const noisy = denoising_start !== undefined;
-  const noise = latents && !noisy ? latents.data : draw();
+  const [known, noise, painted, kept] = scope(() => {
+    const onDevice = (data: Float32Array) => keep(tensor(data, shape, { device: coder.device }));
+    const noise = latents && !noisy ? onDevice(latents.data) : keep(draw());
+    const painted = maskOf(mask, shape);
+    return [onDevice(picture), noise, onDevice(painted), onDevice(painted.map((part) => 1 - part))];
+  });
   // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
   if (coder.vae.posterior && isPixels(image)) drawNoise(generators.slice(0, 1), sizeOf(shape.slice(1)));
   // A caller's noise is all that diffusers begins with, at whatever strength.
   const pure = latents !== undefined || strengthOf(request) >= 1;
-  const noised = () =>
-    pure ? noise.map((x) => x * plan.initNoiseSigma) : sampler.addNoise(plan, known.data, noise);
-  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known.data, noise, i) : known.data);
+  const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known, noise, i) : known);
   return {
     ...{ shape, draw },
-    begin: () => (noisy ? (latents ?? known).data : noised()),
-    afterStep: keepKnown(mask, known, knownAt),
+    begin() {
+      if (noisy) return latents ? tensor(latents.data, shape, { device: coder.device }) : known.handle();
+      return pure ? combine([plan.initNoiseSigma, noise]) : sampler.addNoise(plan, known, noise);
+    },
+    afterStep: (x, index) => scope(() => add(mul(knownAt(index + 1), kept), mul(x, painted))),
+    release() {
+      for (const t of [known, noise, painted, kept]) t.release();
+    },
   };
 }
 
@@ -141,16 +173,13 @@ function latentsOf(
   );
 }
 
-function keepKnown(mask: Latents, { shape }: Latents, knownAt: (index: number) => Float32Array) {
+/** The mask at the size of the latents, for each of their channels: nearest, as torch's interpolate picks it. */
+function maskOf(mask: Latents, shape: readonly number[]): Float32Array {
   const [, , h, w] = shape;
   const [, , mh, mw] = mask.shape;
-  // Nearest, as torch's interpolate picks them.
-  const small = Float32Array.from(
+  const small = Array.from(
     { length: h * w },
     (_, p) => mask.data[Math.floor((Math.floor(p / w) * mh) / h) * mw + Math.floor(((p % w) * mw) / w)],
   );
-  return (x: Float32Array, index: number): Float32Array => {
-    const known = knownAt(index + 1);
-    return x.map((value, i) => (1 - small[i % (h * w)]) * known[i] + small[i % (h * w)] * value);
-  };
+  return Float32Array.from({ length: sizeOf(shape) }, (_, i) => small[i % (h * w)]);
 }

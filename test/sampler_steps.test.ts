@@ -2,7 +2,6 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { combine, combineWithin } from '../models/samplers/arithmetic.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 import { goldenFolder } from './golden.ts';
@@ -10,29 +9,6 @@ import { goldenFolder } from './golden.ts';
 const sdxl = parseSchedulerConfig(
   JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
 );
-
-test('two sums in one walk have the bits of two walks', (t) => {
-  const numbers = (seed: number) =>
-    Float32Array.from({ length: 4099 }, (_, i) => Math.sin(i * seed) * 10 ** ((i % 17) - 8));
-  const [x, y] = [numbers(1.1), numbers(2.3)];
-  y[7] = Number.POSITIVE_INFINITY;
-  for (const [v, w] of [
-    [1.25, -0.25],
-    [0, 1],
-  ] as const)
-    for (const [a, b] of [
-      [1, -14.6],
-      [0.3, -0.7],
-      [1, 0],
-    ] as const) {
-      const two = combine([v, x], [w, combine([a, x], [b, y])]);
-      t.equal(
-        Buffer.compare(Buffer.from(combineWithin([v, w], [a, b], x, y).buffer), Buffer.from(two.buffer)),
-        0,
-      );
-    }
-  t.end();
-});
 
 test("a caller's own steps", (t) => {
   const [euler, solver] = ['euler', 'dpm++2m'].map((name) => createSampler(name, sdxl));

@@ -2,6 +2,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
 import {
   completeConfig,
   parseSchedulerConfig,
@@ -10,7 +12,7 @@ import {
   schedulerClasses,
 } from '../models/samplers/config.ts';
 import { createSampler, samplerNames, shortSchedulerNames } from '../models/samplers/registry.ts';
-import type { PlanOptions } from '../models/samplers/sampler.ts';
+import type { Plan, PlanOptions, Sampler } from '../models/samplers/sampler.ts';
 import {
   noised,
   signalToNoise,
@@ -24,6 +26,29 @@ const area = goldenArea('schedulers');
 const sdxl = parseSchedulerConfig(
   JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
 );
+
+const device = openDevice('cpu');
+const onDevice = (values: Float32Array) => tensor(values, [values.length], { device });
+
+/** A sampler's run and its arithmetic for numbers on the host. */
+function onHost(sampler: Sampler) {
+  type Network = (x: Float32Array, timestep: number) => Float32Array;
+  return {
+    addNoise: (plan: Plan, x0: Float32Array, noise: Float32Array, i?: number) =>
+      sampler.addNoise(plan, onDevice(x0), onDevice(noise), i).floats(),
+    *run(plan: Plan, start: Float32Array, network: Network, draw: () => Float32Array) {
+      const denoise = (x: Tensor, timestep: number) => onDevice(network(x.floats(), timestep));
+      const loop = sampler.run(
+        plan,
+        () => onDevice(start),
+        denoise,
+        () => onDevice(draw()),
+      );
+      for (const { index, x, predOriginalSample } of loop)
+        yield { index, x: x.floats(), predOriginalSample: () => predOriginalSample().floats() };
+    },
+  };
+}
 
 /** The network every trajectory was made with. */
 function model(noise: Float32Array) {
@@ -63,10 +88,10 @@ function runGolden(golden: GoldenCase) {
   const plan = sampler.plan(steps, { ...(golden.step_settings as PlanOptions), ...custom, begin });
   const [noise, modelNoise] = [area.floats(golden.inputs!.noise), area.floats(golden.inputs!.model_noise)];
   const start =
-    begin > 0 ? sampler.addNoise(plan, modelNoise, noise) : noise.map((v) => v * plan.initNoiseSigma);
+    begin > 0 ? onHost(sampler).addNoise(plan, modelNoise, noise) : noise.map((v) => v * plan.initNoiseSigma);
   const draws = storedDraws(golden, noise.length);
   const trajectory = [start];
-  for (const { x } of sampler.run(plan, start, model(modelNoise), draws.draw)) trajectory.push(x);
+  for (const { x } of onHost(sampler).run(plan, start, model(modelNoise), draws.draw)) trajectory.push(x);
   return { sampler, plan, trajectory, drawsLeft: draws.left() };
 }
 
@@ -103,7 +128,7 @@ test('options that no trajectory has', (t) => {
     };
     let x: Float32Array = Float32Array.from(want, (_, i) => ((i - 1.5) / 2) * plan.initNoiseSigma);
     const noise = Float32Array.from(want, (_, i) => (((3 * i) % 4) - 1.5) / 2);
-    for (const step of sampler.run(plan, x, model(noise), draw)) x = step.x;
+    for (const step of onHost(sampler).run(plan, x, model(noise), draw)) x = step.x;
     allClose(t, `${name} ${JSON.stringify(config)}`, x, want, { atol: 1e-5, rtol: 2e-5 });
     t.equal(taken, drawn, `${name} draws`);
   }
@@ -156,7 +181,7 @@ test('noise for training', (t) => {
   const noisy = [...area.floats(euler.inputs!.timesteps)].flatMap((timestep, n) => {
     const part = [n * size, (n + 1) * size] as const;
     const index = plan.timesteps.indexOf(timestep);
-    return [...sampler.addNoise(plan, samples.subarray(...part), noises.subarray(...part), index)];
+    return [...onHost(sampler).addNoise(plan, samples.subarray(...part), noises.subarray(...part), index)];
   });
   close(t, euler.id, noisy, area.doubles(euler.expect.noisy.tensor), euler.expect.noisy);
   t.end();
@@ -275,7 +300,7 @@ test('configs that cannot be honoured', (t) => {
   const x = new Float32Array(4);
   t.throws(
     () => [
-      ...dpm.run(
+      ...onHost(dpm).run(
         dpm.plan(4),
         x,
         () => x,
@@ -303,7 +328,7 @@ test('runs and parts of runs', (t) => {
     const run = (options: PlanOptions, x = noise) => {
       const plan = sampler.plan(10, options);
       let result = x;
-      for (const step of sampler.run(plan, x, model(noise), () => noise)) result = step.x;
+      for (const step of onHost(sampler).run(plan, x, model(noise), () => noise)) result = step.x;
       return { plan, result };
     };
     const [once, again] = [run({}), run({})];
@@ -328,13 +353,18 @@ test('runs and parts of runs', (t) => {
   const plan = sampler.plan(5);
   const zero = new Float32Array(noise.length);
   const inputs: Float32Array[] = [];
-  const recorded = (x: Float32Array) => {
-    inputs.push(x);
-    return noise;
+  const recorded = (x: Tensor) => {
+    inputs.push(x.floats());
+    return onDevice(noise);
   };
-  const loop = sampler.run(plan, noise, recorded, () => noise);
+  const loop = sampler.run(
+    plan,
+    () => onDevice(noise),
+    recorded,
+    () => onDevice(noise),
+  );
   loop.next();
-  loop.next(zero);
+  loop.next(onDevice(zero));
   t.ok(
     inputs[1].every((value) => value === 0),
     'a run goes on from the latents given to next',
@@ -370,7 +400,7 @@ test('pred_original_sample is the picture that the network points at, at every c
       let seed = 1;
       const draw = () => x0.map(() => Math.sin(seed++));
       const start = draw().map((x) => x * plan.initNoiseSigma);
-      for (const { index, predOriginalSample } of sampler.run(plan, start, network, draw))
+      for (const { index, predOriginalSample } of onHost(sampler).run(plan, start, network, draw))
         allClose(t, `${name} ${prediction_type} at ${index}`, predOriginalSample(), x0, {
           ...{ atol: 2e-4, rtol: 0 },
         });

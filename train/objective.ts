@@ -8,9 +8,8 @@ import { cast } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { combine } from '../models/samplers/arithmetic.ts';
 import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
-import { noised, signalToNoise, trainingTables, velocity } from '../models/samplers/tables.ts';
+import { noised, signalToNoise, trainingTables, velocity, weighted } from '../models/samplers/tables.ts';
 import type { Conditioning } from '../models/transformer.ts';
 import { draws } from './draws.ts';
 import type { HostTensor, PassInputs } from './task.ts';
@@ -140,7 +139,7 @@ export function noiseBatch(objective: Objective, batch: LatentBatch, seed: numbe
     noise.set(one, i * size);
     if (seen !== noise) {
       const more = draws(seed, epoch, id, 'perturbation').normals(size);
-      seen.set(combine([1, one], [objective.settings.input_perturbation, more]), i * size);
+      seen.set(weighted(1, one, objective.settings.input_perturbation, more), i * size);
     }
   });
   const made = addNoise(objective, latents, shape, timesteps, noise, seen);

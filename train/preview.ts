@@ -98,8 +98,9 @@ export function rehearsePreviews(
   for (const request of kinds.values()) {
     const loop = denoise(pipeline, request);
     const { value } = loop.next();
+    const { latents } = value;
     loop.return(value as Denoised);
-    decode(pipeline, value.latents);
+    decode(pipeline, latents);
   }
 }
 

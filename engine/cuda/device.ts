@@ -2,7 +2,15 @@
 // kernels by symbol (launcher.ts).
 import type { Block, Driver } from '../driver.ts';
 import { MemoryPool } from '../memory.ts';
-import { type Context, DeviceAttribute, type GpuApi, RELEASE_THRESHOLD, type Stream } from './api.ts';
+import {
+  type Context,
+  DeviceAttribute,
+  DISABLE_TIMING,
+  type Event,
+  type GpuApi,
+  RELEASE_THRESHOLD,
+  type Stream,
+} from './api.ts';
 import { CudaError, isOutOfMemory } from './errors.ts';
 import { openExchange } from './exchange.ts';
 import { recordGraph } from './graph.ts';
@@ -90,6 +98,7 @@ function openQueue(api: GpuApi, ordinal: number, context: Context, label: string
   api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
   const staging = openStaging(api, stream);
+  let marked: Event | undefined;
   let capturing = false;
   const notInCapture = (what: string): void => {
     if (capturing) throw new Error(`${what} in a step that is being captured`);
@@ -149,6 +158,11 @@ function openQueue(api: GpuApi, ordinal: number, context: Context, label: string
       return { ...replay, launch };
     },
     synchronize: () => api.cuStreamSynchronize(stream),
+    mark() {
+      const event = (marked ??= api.cuEventCreate(DISABLE_TIMING));
+      api.cuEventRecord(event, stream);
+      return () => api.cuEventSynchronize(event);
+    },
   };
   return { ...queue, memory: new MemoryPool(queue) };
 }

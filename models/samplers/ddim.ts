@@ -1,7 +1,8 @@
 // DDIM, Song et al. 2020 (arXiv:2010.02502), equation 12: x_0 is predicted and noised again to the level before,
 // x' = sqrt(abar') x_0 + sqrt(1 - abar' - s^2) epsilon + s z, with s = eta sqrt((1 - abar') / (1 - abar) (1 - abar / abar')).
+import { combine } from '../../engine/ops/combine.ts';
 import { UserError } from '../../io/errors.ts';
-import { clipSample, combine, predictEpsilon, predictX0 } from './arithmetic.ts';
+import { clipSample, predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, Schedule } from './sampler.ts';
 import { roundHalfEven, spacedTimesteps, trainingTables } from './tables.ts';

@@ -1,8 +1,9 @@
 // DDPM ancestral sampling, Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7: the mean of q(x' | x, x_0) with the
 // predicted x_0, plus noise of the posterior's variance (fixed_small, which fixed_small_log gives by another way) or of beta
 // (fixed_large).
+import { combine } from '../../engine/ops/combine.ts';
 import { UserError } from '../../io/errors.ts';
-import { clipSample, combine, predictX0 } from './arithmetic.ts';
+import { clipSample, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { varianceSchedule } from './ddim.ts';
 import type { Method } from './sampler.ts';

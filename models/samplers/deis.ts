@@ -1,6 +1,7 @@
 // DEIS in log rho, Zhang and Chen 2022 (arXiv:2204.13902): with rho = sigma / alpha, x / alpha moves by the integral over
 // rho of the polynomial in log rho through the latest epsilons, which has a closed form.
-import { combine, predictEpsilon, type Term } from './arithmetic.ts';
+import { combine, type Term } from '../../engine/ops/combine.ts';
+import { predictEpsilon } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { levelOf, solverSchedule } from './dpm_solver.ts';
 import type { Method, Plan } from './sampler.ts';
@@ -11,19 +12,18 @@ export function deis(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule: (steps, custom) => solverSchedule(config, table, steps, custom),
-    start(plan) {
-      /** Latest first. */
-      let epsilons: Float32Array[] = [];
+    start(plan, remember) {
+      const epsilons = remember(config.solver_order);
       return (output, x, i) => {
         const [from, to] = [levelOf(plan.sigmas[i]), levelOf(plan.sigmas[i + 1])];
-        epsilons = [predictEpsilon(config.prediction_type, output, x, from.alpha, from.sigma), ...epsilons];
-        epsilons = epsilons.slice(0, config.solver_order);
-        const order = Math.min(epsilons.length, stepOrder(config, plan, i));
+        const epsilon = predictEpsilon(config.prediction_type, output, x, from.alpha, from.sigma);
+        const latest = epsilons.add(epsilon);
+        const order = Math.min(latest.length, stepOrder(config, plan, i));
         const nodes = Array.from({ length: order }, (_, k) => Math.log(plan.sigmas[i - k]));
         const terms = nodes.map(
           (_, k): Term => [
             to.alpha * integratedBasis(nodes, k, plan.sigmas[i], plan.sigmas[i + 1]),
-            epsilons[k],
+            latest[k],
           ],
         );
         return combine([to.alpha / from.alpha, x], ...terms);

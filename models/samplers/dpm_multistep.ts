@@ -1,6 +1,7 @@
 // DPM-Solver multistep, "DPM++ 2M" and its kin (Lu et al. 2022, arXiv:2211.01095): the derivatives of the series come from
 // the outputs of earlier steps, so each step costs one call. Its "sde-" forms are DPM++ 2M SDE.
-import { combine } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import type { Tensor } from '../../engine/tensor.ts';
 import type { SchedulerConfig } from './config.ts';
 import {
   isStochastic,
@@ -18,19 +19,18 @@ export function dpmMultistep(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule: (steps, custom) => solverSchedule(config, table, steps, custom),
-    start(plan) {
-      /** Latest first. */
-      let outputs: Float32Array[] = [];
+    start(plan, remember) {
+      const outputs = remember(config.solver_order);
       return (output, x, i, draw) => {
         const level = levelOf(plan.sigmas[i]);
-        outputs = [solverOutput(config, output, x, level), ...outputs].slice(0, config.solver_order);
-        const order = Math.min(outputs.length, stepOrder(config, plan, i));
+        const latest = outputs.add(solverOutput(config, output, x, level));
+        const order = Math.min(latest.length, stepOrder(config, plan, i));
         const weights = solverWeights(
           order === 3 ? { ...config, solver_type: 'heun' } : config,
           levelOf(plan.sigmas[i + 1]),
           level,
         );
-        const terms = seriesTerms(outputs.slice(0, order), (back) => levelOf(plan.sigmas[i + back]).lambda);
+        const terms = seriesTerms(latest.slice(0, order), (back) => levelOf(plan.sigmas[i + back]).lambda);
         return solverUpdate(weights, x, terms, isStochastic(config) ? draw() : undefined);
       };
     },
@@ -46,7 +46,7 @@ function stepOrder(config: SchedulerConfig, plan: Plan, i: number): number {
 }
 
 /** D0, D1 and D2 by divided differences; `lambda(k)` is lambda k calls from now (1 is the step's end, 0 its start). */
-function seriesTerms(outputs: Float32Array[], lambda: (calls: number) => number): Float32Array[] {
+function seriesTerms(outputs: readonly Tensor[], lambda: (calls: number) => number): Tensor[] {
   const [m0, m1, m2] = outputs;
   if (!m1) return [m0];
   const h = lambda(1) - lambda(0);

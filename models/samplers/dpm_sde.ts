@@ -1,7 +1,8 @@
 // DPM++ SDE, after k-diffusion's sample_dpmpp_sde: DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) of second order with
 // its midpoint at half the step in log sigma, and ancestral noise after both calls. diffusers takes the noise from a
 // Brownian tree so that runs with other step counts resemble each other; here each call draws fresh normal noise.
-import { combine, denoised, towards } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { sigmaSchedule } from './euler.ts';
 import { ancestralLevels } from './euler_ancestral.ts';
@@ -24,18 +25,20 @@ export function dpmSde(config: SchedulerConfig): Method {
       );
       return sigmaSchedule(config, timesteps, [...sigmas, 0], inputs);
     },
-    start(plan) {
-      let start: Float32Array | undefined;
+    start(plan, remember) {
+      const start = remember(1);
       return (output, x, i, draw) => {
-        const second = start !== undefined;
+        const [first] = start.values;
+        const second = first !== undefined;
         const sigma = plan.sigmas[second ? i - 1 : i];
         const next = plan.sigmas[second ? i : i + 1];
         const x0 = denoised(config.prediction_type, output, x, plan.inputSigmas![i]);
         if (next === 0) return towards(x, x0, sigma, 0);
-        const from = start ?? x;
-        start = second ? undefined : x;
         const { down, up } = ancestralLevels(sigma, second ? next : plan.inputSigmas![i + 1]);
-        return combine([down / sigma, from], [1 - down / sigma, x0], [up, draw()]);
+        const moved = combine([down / sigma, first ?? x], [1 - down / sigma, x0], [up, draw()]);
+        if (second) start.clear();
+        else start.add(x);
+        return moved;
       };
     },
   };

@@ -1,6 +1,7 @@
 // DPM-Solver singlestep (Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095): calls come in groups of up to
 // `solver_order`, each group starting anew from its first latents with one order more per call.
-import { combine } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import type { Tensor } from '../../engine/tensor.ts';
 import type { SchedulerConfig } from './config.ts';
 import {
   isStochastic,
@@ -18,24 +19,19 @@ export function dpmSinglestep(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule: (steps, custom) => solverSchedule(config, table, steps, custom, evenTimesteps),
-    start(plan) {
+    start(plan, remember) {
       const orders = orderList(config, plan.timesteps.length);
-      /** Latest first. */
-      let outputs: Float32Array[] = [];
-      let first: Float32Array | undefined;
+      const [outputs, first] = [remember(config.solver_order), remember(1)];
       return (output, x, i, draw) => {
-        outputs = [solverOutput(config, output, x, levelOf(plan.sigmas[i])), ...outputs].slice(
-          0,
-          config.solver_order,
-        );
-        const order = Math.min(orders[i], outputs.length);
-        if (order === 1 || !first) first = x;
+        const latest = outputs.add(solverOutput(config, output, x, levelOf(plan.sigmas[i])));
+        const order = Math.min(orders[i], latest.length);
+        const [start] = order === 1 || first.values.length === 0 ? first.add(x) : first.values;
         const levels = Array.from({ length: order + 1 }, (_, k) => levelOf(plan.sigmas[i + 1 - k]));
         const lambdas = levels.map((level) => level.lambda);
         const integrated = order === 3 ? ({ ...config, solver_type: 'heun' } as const) : config;
         const weights = solverWeights(integrated, levels[0], levels[order]);
-        const terms = seriesTerms(outputs.slice(0, order), lambdas, config.solver_type === 'midpoint');
-        return solverUpdate(weights, first, terms, isStochastic(config) ? draw() : undefined);
+        const terms = seriesTerms(latest.slice(0, order), lambdas, config.solver_type === 'midpoint');
+        return solverUpdate(weights, start, terms, isStochastic(config) ? draw() : undefined);
       };
     },
   };
@@ -59,7 +55,7 @@ function orderList(config: SchedulerConfig, steps: number): number[] {
 }
 
 /** D0, D1 and D2 around the group's first output; lambdas run from the step's end back to the group's start. */
-function seriesTerms(outputs: Float32Array[], lambdas: number[], midpoint: boolean): Float32Array[] {
+function seriesTerms(outputs: readonly Tensor[], lambdas: number[], midpoint: boolean): Tensor[] {
   const start = outputs[outputs.length - 1];
   const base = lambdas[lambdas.length - 1];
   const slope = (k: number) => {

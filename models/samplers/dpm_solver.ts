@@ -1,7 +1,9 @@
 // What the DPM-Solvers share (Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095): with lambda = log(alpha / sigma), a
 // step of h in lambda is exact in the linear part, and the network's output is a Taylor series D0 + D1 + D2 in lambda.
 // "dpmsolver" expands epsilon, "dpmsolver++" x_0; the "sde-" forms add noise.
-import { combine, predictEpsilon, predictX0, type Term } from './arithmetic.ts';
+import { combine, type Term } from '../../engine/ops/combine.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import { predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { PlanOptions, Schedule } from './sampler.ts';
 import { hasSpacedSigmas, solverLevels } from './sigmas.ts';
@@ -59,10 +61,10 @@ export const isStochastic = (config: SchedulerConfig): boolean => config.algorit
 /** The quantity the algorithm expands: x_0, or epsilon for the "dpmsolver" forms. */
 export function solverOutput(
   config: SchedulerConfig,
-  output: Float32Array,
-  x: Float32Array,
+  output: Tensor,
+  x: Tensor,
   { alpha, sigma }: Level,
-): Float32Array {
+): Tensor {
   const predict = config.algorithm_type.endsWith('++') ? predictX0 : predictEpsilon;
   return predict(config.prediction_type, output, x, alpha, sigma);
 }
@@ -70,10 +72,10 @@ export function solverOutput(
 /** x, the series' terms and the noise, weighted; an absent term (of a lower order) is left out. */
 export function solverUpdate(
   weights: Weights,
-  x: Float32Array,
-  terms: readonly (Float32Array | undefined)[],
-  noise?: Float32Array,
-): Float32Array {
+  x: Tensor,
+  terms: readonly (Tensor | undefined)[],
+  noise?: Tensor,
+): Tensor {
   const sum: Term[] = [[weights.x, x]];
   const [d0, d1, d2] = terms;
   if (d0) sum.push([weights.d0, d0]);

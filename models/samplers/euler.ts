@@ -1,6 +1,7 @@
 // Euler's method on dx/dsigma = (x - x_0(x; sigma)) / sigma, with the optional churn of noise of Karras et al. 2022
 // (arXiv:2206.00364, algorithm 2); the scheduler that SDXL's checkpoints name.
-import { combine, towardsDenoised } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
 import { discreteLevels, sigmaToTimestep } from './sigmas.ts';
@@ -21,7 +22,7 @@ export function euler(config: SchedulerConfig): Method {
       if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
       // v was trained at sigma, not at the churned level: diffusers keeps sigma there.
       const level = config.prediction_type === 'v_prediction' ? sigma : hat;
-      return towardsDenoised(config.prediction_type, output, x, level, [hat, plan.sigmas[i + 1]]);
+      return towards(x, denoised(config.prediction_type, output, x, level), hat, plan.sigmas[i + 1]);
     },
   };
 }

@@ -1,6 +1,7 @@
 // Euler's method with ancestral noise, after k-diffusion: a step to sigma_down, then fresh noise of sigma_up, where
 // sigma_down^2 + sigma_up^2 = sigma_next^2 and sigma_up^2 = sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2.
-import { combine, towardsDenoised } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
@@ -18,7 +19,7 @@ export function eulerAncestral(config: SchedulerConfig): Method {
     start: (plan) => (output, x, i, draw) => {
       const sigma = plan.sigmas[i];
       const { down, up } = ancestralLevels(sigma, plan.sigmas[i + 1]);
-      const moved = towardsDenoised(config.prediction_type, output, x, sigma, [sigma, down]);
+      const moved = towards(x, denoised(config.prediction_type, output, x, sigma), sigma, down);
       return combine([1, moved], [up, draw()]);
     },
   };

@@ -1,6 +1,7 @@
 // Heun's second-order method, Karras et al. 2022 (arXiv:2206.00364, algorithm 1): an Euler step to the next sigma, then
 // the step again with the mean of the derivatives at both ends. The last step, to sigma 0, is Euler's alone.
-import { clipSample, combine, denoised, towards } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { clipSample, denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
@@ -16,25 +17,28 @@ export function heun(config: SchedulerConfig): Method {
       const sigmas = [...twice(levels.sigmas), 0];
       return sigmaSchedule(config, twice(levels.timesteps), sigmas);
     },
-    start(plan) {
-      let first: { x: Float32Array; x0: Float32Array } | undefined;
+    start(plan, remember) {
+      const [starts, ends] = [remember(1), remember(1)];
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
         const x0 = clipSample(config, denoised(config.prediction_type, output, x, sigma));
-        if (!first) {
-          first = { x, x0 };
+        const [start, end] = [starts.values.at(0), ends.values.at(0)];
+        if (!start || !end) {
+          starts.add(x);
+          ends.add(x0);
           return towards(x, x0, sigma, plan.sigmas[i + 1]);
         }
         const from = plan.sigmas[i - 1];
         const half = (sigma - from) / 2;
-        const start = first;
-        first = undefined;
-        return combine(
-          [1 + half / from, start.x],
-          [-half / from, start.x0],
+        const moved = combine(
+          [1 + half / from, start],
+          [-half / from, end],
           [half / sigma, x],
           [-half / sigma, x0],
         );
+        starts.clear();
+        ends.clear();
+        return moved;
       };
     },
   };

@@ -1,7 +1,8 @@
 // DPM-Solver-2 in the form of Karras et al. 2022 (arXiv:2206.00364, algorithm 2 without churn), after k-diffusion: a step
 // to the geometric mean of two sigmas, and from there the derivative for the whole step. The ancestral variant aims at
 // sigma_down and adds noise of sigma_up.
-import { combine, denoised } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { sigmaSchedule } from './euler.ts';
 import { ancestralLevels } from './euler_ancestral.ts';
@@ -30,22 +31,22 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
       );
       return sigmaSchedule(config, timesteps, [...twice(sigmas), 0], inputs);
     },
-    start(plan) {
-      let start: Float32Array | undefined;
+    start(plan, remember) {
+      const start = remember(1);
       return (output, x, i, draw) => {
         const middle = plan.inputSigmas![i];
         const x0 = denoised(config.prediction_type, output, x, middle);
-        if (!start) {
+        const [from] = start.values;
+        if (!from) {
           // The last step, to sigma 0, has no middle and goes all the way.
           const to = i + 1 < plan.timesteps.length ? plan.inputSigmas![i + 1] : 0;
-          start = x;
+          start.add(x);
           return combine([to / middle, x], [1 - to / middle, x0]);
         }
-        const from = start;
-        start = undefined;
         const { down, up } = target(plan.sigmas[i - 1], plan.sigmas[i]);
         const ratio = (down - plan.sigmas[i - 1]) / middle;
         const moved = combine([1, from], [ratio, x], [-ratio, x0]);
+        start.clear();
         return ancestral ? combine([1, moved], [up, draw()]) : moved;
       };
     },

@@ -1,8 +1,9 @@
 // Latent consistency models, Luo et al. 2023 (arXiv:2310.04378): the network's x_0, joined to x by the boundary condition
 // c_skip x + c_out x_0, is noised again to the next of few timesteps. The last step adds no noise.
 
+import { combine } from '../../engine/ops/combine.ts';
 import { UserError } from '../../io/errors.ts';
-import { clipSample, combine, predictX0 } from './arithmetic.ts';
+import { clipSample, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { varianceSchedule } from './ddim.ts';
 import type { Method } from './sampler.ts';

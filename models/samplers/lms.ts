@@ -1,6 +1,7 @@
 // Linear multistep (Adams-Bashforth on uneven sigmas), after k-diffusion: the polynomial through the last `order`
 // derivatives dx/dsigma is integrated over the step.
-import { combine, denoised, type Term } from './arithmetic.ts';
+import { combine, type Term } from '../../engine/ops/combine.ts';
+import { denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
@@ -15,18 +16,17 @@ export function lms(config: SchedulerConfig): Method {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
       return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
     },
-    start(plan) {
-      /** Latest first. */
-      let derivatives: Float32Array[] = [];
+    start(plan, remember) {
+      const order = plan.settings.order ?? 4;
+      const derivatives = remember(order);
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
         const x0 = denoised(config.prediction_type, output, x, sigma);
-        const order = plan.settings.order ?? 4;
-        derivatives = [combine([1 / sigma, x], [-1 / sigma, x0]), ...derivatives].slice(0, order);
+        const latest = derivatives.add(combine([1 / sigma, x], [-1 / sigma, x0]));
         // The polynomial's degree counts steps from the start of the schedule, also when a run begins in the middle, as
         // diffusers has it; coefficients of derivatives that were never taken are then dropped.
         const nodes = Array.from({ length: Math.min(i + 1, order) }, (_, k) => plan.sigmas[i - k]);
-        const weights = derivatives.map(
+        const weights = latest.map(
           (values, k): Term => [integratedBasis(nodes, k, sigma, plan.sigmas[i + 1]), values],
         );
         return combine([1, x], ...weights);

@@ -2,10 +2,12 @@
 // skip_prk_steps (Stable Diffusion's setting) the linear multistep form starts with one Heun-like repeated step;
 // otherwise the first three steps are Runge-Kutta, four calls each.
 
+import { combine, type Term } from '../../engine/ops/combine.ts';
+import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { combine, type Term } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { varianceSchedule } from './ddim.ts';
+import type { Remember } from './memory.ts';
 import type { Method, Plan, Step } from './sampler.ts';
 import { roundHalfEven, spacedTimesteps, trainingTables } from './tables.ts';
 
@@ -18,7 +20,7 @@ const multistepWeights = [
 ];
 const rungeKuttaWeights = [1 / 6, 1 / 3, 1 / 3, 1 / 6];
 
-type Transfer = (x: Float32Array, output: Float32Array, from: number, to: number) => Float32Array;
+type Transfer = (x: Tensor, output: Tensor, from: number, to: number) => Tensor;
 
 export function pndm(config: SchedulerConfig): Method {
   if (config.prediction_type === 'sample')
@@ -33,7 +35,7 @@ export function pndm(config: SchedulerConfig): Method {
       const ratio = Math.floor(config.num_train_timesteps / steps);
       return varianceSchedule(alphasCumprod, calls(config, Array.from(falling), ratio));
     },
-    start: (plan) => pndmStep(config, plan, transfer),
+    start: (plan, remember) => pndmStep(config, plan, transfer, remember),
   };
 }
 
@@ -56,40 +58,38 @@ function calls(config: SchedulerConfig, falling: number[], ratio: number): numbe
   return [...rungeKutta, ...falling.slice(3)];
 }
 
-function pndmStep(config: SchedulerConfig, plan: Plan, transfer: Transfer): Step {
+function pndmStep(config: SchedulerConfig, plan: Plan, transfer: Transfer, remember: Remember): Step {
   const whole = config.skip_prk_steps ? Math.max(plan.timesteps.length - 1, 1) : plan.timesteps.length - 9;
   const ratio = Math.floor(config.num_train_timesteps / whole);
   const rungeKuttaCalls = config.skip_prk_steps ? 0 : 12;
   let counter = 0;
-  let epsilons: Float32Array[] = [];
-  let start: Float32Array | undefined;
-  let sum: Term[] = [];
+  const [epsilons, stages, start] = [remember(4), remember(4), remember(1)];
 
   const rungeKutta: Step = (output, x, i) => {
     const stage = counter % 4;
     // Counted from the first call made, not of the schedule: diffusers has it so where a run begins in its middle.
     const from = plan.timesteps[counter++ - stage];
     if (stage === 0) {
-      epsilons = [output, ...epsilons];
-      start = x;
-      sum = [];
+      epsilons.add(output);
+      start.add(x);
     }
-    sum.push([rungeKuttaWeights[stage], output]);
+    const outputs = stages.add(output);
     const to = plan.timesteps[i] - (stage % 2 ? 0 : Math.floor(ratio / 2));
-    return transfer(start!, stage === 3 ? combine(...sum) : output, from, to);
+    const sum = () => combine(...rungeKuttaWeights.map((weight, k): Term => [weight, outputs[3 - k]]));
+    return transfer(start.values[0], stage === 3 ? sum() : output, from, to);
   };
 
   return (output, x, i, draw) => {
     if (counter < rungeKuttaCalls) return rungeKutta(output, x, i, draw);
     const t = plan.timesteps[i];
     if (counter++ === 1) {
-      const mean = combine([0.5, output], [0.5, epsilons[0]]);
-      return transfer(start!, mean, t + ratio, t);
+      const mean = combine([0.5, output], [0.5, epsilons.values[0]]);
+      return transfer(start.values[0], mean, t + ratio, t);
     }
-    epsilons = [output, ...epsilons].slice(0, 4);
-    start = x;
+    const latest = epsilons.add(output);
+    start.add(x);
     const mean = combine(
-      ...multistepWeights[epsilons.length - 1].map((weight, k): Term => [weight, epsilons[k]]),
+      ...multistepWeights[latest.length - 1].map((weight, k): Term => [weight, latest[k]]),
     );
     return transfer(x, mean, t, t - ratio);
   };

@@ -1,9 +1,13 @@
 // What a sampler is, and the one loop that drives every method: a method only lays out its timesteps and sigmas and gives
-// a step function that keeps its own history. Latents stay on the host as Float32Array between steps: they are tiny next
-// to a pass of the network, and the arithmetic is then the same on every device.
+// a step function that says what it remembers. Latents stay on the device, float32 [n, c, h, w]: the host never waits for a
+// number, and a GPU never for the host.
+import { combine } from '../../engine/ops/combine.ts';
+import { keep, scope, unscoped } from '../../engine/scope.ts';
+import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { combine, denoised, predictX0 } from './arithmetic.ts';
+import { denoised, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
+import { openMemory, type Remember } from './memory.ts';
 import { hasSpacedSigmas } from './sigmas.ts';
 import { roundHalfEven } from './tables.ts';
 
@@ -57,10 +61,10 @@ export interface Plan extends Schedule {
   settings: StepSettings;
 }
 
-export type Draw = () => Float32Array;
-export type Denoise = (x: Float32Array, timestep: number, i: number) => Float32Array;
+export type Draw = () => Tensor;
+export type Denoise = (x: Tensor, timestep: number, i: number) => Tensor;
 /** One call of `step`: the network's output at x, before call i, to the latents after it. */
-export type Step = (output: Float32Array, x: Float32Array, i: number, draw: Draw) => Float32Array;
+export type Step = (output: Tensor, x: Tensor, i: number, draw: Draw) => Tensor;
 
 /** What a method's file provides. */
 export interface Method {
@@ -71,17 +75,18 @@ export interface Method {
   takesSigmas?: boolean;
   /** Whether a step goes down by an even share of the training range, wherever the next timestep lies: a caller's own are refused. */
   evenSteps?: boolean;
-  /** A step function with a fresh history. */
-  start(plan: Plan): Step;
+  /** A step function with a fresh history. Tensors of one step reach the next through `remember` alone. */
+  start(plan: Plan, remember: Remember): Step;
 }
 
+/** A call and what it came to. Its tensors live until the run has gone on twice, so that it may go on while one is looked at. */
 export interface StepResult {
   /** Index of the call into plan.timesteps. */
   index: number;
   timestep: number;
-  x: Float32Array;
+  x: Tensor;
   /** x_0 as the call's output has it, before the step: what diffusers' schedulers call pred_original_sample. Made when asked for. */
-  predOriginalSample(): Float32Array;
+  predOriginalSample(): Tensor;
 }
 
 export interface Sampler {
@@ -92,20 +97,20 @@ export interface Sampler {
   /** Lays out `steps` steps and chooses the part to run. */
   plan(steps: number, options?: PlanOptions): Plan;
   /** Latents of image `x0` as they stand before call `i` (default: the plan's first). */
-  addNoise(plan: Plan, x0: Float32Array, noise: Float32Array, i?: number): Float32Array;
+  addNoise(plan: Plan, x0: Tensor, noise: Tensor, i?: number): Tensor;
   /** What the network is handed at call `i`. */
-  scaleModelInput(plan: Plan, x: Float32Array, i: number): Float32Array;
+  scaleModelInput(plan: Plan, x: Tensor, i: number): Tensor;
   /**
-   * Runs the plan from latents `x`. `denoise` gets the scaled model input and returns the network's output after
+   * Runs the plan from the latents that `begin` makes. `denoise` gets the scaled model input and returns the network's output after
    * guidance; `draw` returns standard normal noise of x's size. Yields after each call; `next(replacement)` goes on
-   * from other latents (inpainting). Returns the last latents.
+   * from other latents (inpainting). Returns the last latents, which the caller releases. To leave early call return().
    */
   run(
     plan: Plan,
-    x: Float32Array,
+    begin: () => Tensor,
     denoise: Denoise,
     draw: Draw,
-  ): Generator<StepResult, Float32Array, Float32Array | undefined>;
+  ): Generator<StepResult, Tensor, Tensor | undefined>;
 }
 
 export function makeSampler(name: string, config: SchedulerConfig, method: Method): Sampler {
@@ -144,30 +149,51 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
       const sigma = plan.inputSigmas[i];
       return combine([1 / Math.sqrt(sigma * sigma + 1), x]);
     },
-    *run(plan, x, denoise, draw) {
-      const step = method.start(plan);
-      for (let i = plan.begin; i < plan.end; i++) {
-        const timestep = plan.timesteps[i];
-        const before = x;
-        const output = denoise(sampler.scaleModelInput(plan, x, i), timestep, i);
-        x = step(output, before, i, draw);
-        const predOriginalSample = () => originalSample(config, plan, output, before, i);
-        x = (yield { index: i, timestep, x, predOriginalSample }) ?? x;
+    *run(plan, begin, denoise, draw) {
+      const memory = openMemory();
+      const results: Tensor[][] = [];
+      try {
+        const step = method.start(plan, memory.remember);
+        let before = keep(begin());
+        for (let i = plan.begin; i < plan.end; i++) {
+          const timestep = plan.timesteps[i];
+          const from = before;
+          const result = [from];
+          results.push(result);
+          if (results.length > 2) release(results.shift());
+          const [output, after] = unscoped(() =>
+            scope(() => {
+              const output = denoise(sampler.scaleModelInput(plan, from, i), timestep, i).handle();
+              return [output, step(output, from, i, draw)];
+            }),
+          );
+          result.push(output, after);
+          const predOriginalSample = () => originalSample(config, plan, output, from, i);
+          const next = (yield { index: i, timestep, x: after, predOriginalSample }) ?? after;
+          before = keep(next.handle());
+        }
+        return before;
+      } finally {
+        for (const result of results) release(result);
+        memory.release();
       }
-      return x;
     },
   };
   return sampler;
 }
 
+const release = (tensors: readonly Tensor[] = []): void => {
+  for (const t of tensors) t.release();
+};
+
 /** x_0 by the level that the network was told of. */
 function originalSample(
   { prediction_type: type }: SchedulerConfig,
   { inputSigmas, marginal }: Plan,
-  output: Float32Array,
-  x: Float32Array,
+  output: Tensor,
+  x: Tensor,
   i: number,
-): Float32Array {
+): Tensor {
   if (inputSigmas) return denoised(type, output, x, inputSigmas[i]);
   const { signal, noise } = marginal(i);
   return predictX0(type, output, x, signal, noise);

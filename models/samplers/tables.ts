@@ -1,7 +1,6 @@
 // The tables a diffusion model is trained with (betas, cumulative products of alphas) and the timesteps a sampler visits.
 // The forward process is q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), Ho et al. 2020 (arXiv:2006.11239). Values are
 // float32 and follow torch's order of rounding, since checkpoints were trained with those very numbers.
-import { combine } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 
 const f32 = Math.fround;
@@ -143,10 +142,17 @@ export function signalToNoise(abar: number): number {
 
 /** The training target of v-prediction, v = sqrt(abar) epsilon - sqrt(1 - abar) x_0 (arXiv:2202.00512, appendix D). */
 export function velocity(x0: Float32Array, noise: Float32Array, abar: number): Float32Array {
-  return combine([Math.sqrt(abar), noise], [-Math.sqrt(1 - abar), x0]);
+  return weighted(Math.sqrt(abar), noise, -Math.sqrt(1 - abar), x0);
 }
 
 /** x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon, the forward process in one step. */
 export function noised(x0: Float32Array, noise: Float32Array, abar: number): Float32Array {
-  return combine([Math.sqrt(abar), x0], [Math.sqrt(1 - abar), noise]);
+  return weighted(Math.sqrt(abar), x0, Math.sqrt(1 - abar), noise);
+}
+
+/** v a + w b, summed in float64. */
+export function weighted(v: number, a: Float32Array, w: number, b: Float32Array): Float32Array {
+  const sum = new Float32Array(a.length);
+  for (let i = 0; i < a.length; i++) sum[i] = v * a[i] + w * b[i];
+  return sum;
 }

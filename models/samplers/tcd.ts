@@ -1,6 +1,7 @@
 // Trajectory consistency distillation, Zheng et al. 2024 (arXiv:2402.19159): a jump along the trajectory to timestep
 // s = (1 - gamma) t', then noise from s up to t'. gamma is called eta, as in diffusers; 0 is deterministic.
-import { combine, predictEpsilon, predictX0 } from './arithmetic.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { varianceSchedule } from './ddim.ts';
 import { distilledTimesteps } from './lcm.ts';

@@ -1,6 +1,8 @@
 // UniPC, Zhao et al. 2023 (arXiv:2302.04867): a multistep predictor, and a corrector that redoes the step before with the
 // output at its end, at no extra call. Both weight differences of outputs by the solution of a small linear system.
-import { combine, predictEpsilon, predictX0, type Term } from './arithmetic.ts';
+import { combine, type Term } from '../../engine/ops/combine.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import { predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import { levelOf, solverSchedule } from './dpm_solver.ts';
 import type { Method, Plan } from './sampler.ts';
@@ -12,21 +14,19 @@ export function unipc(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule: (steps, custom) => solverSchedule(config, table, steps, custom),
-    start(plan) {
-      /** Latest first. */
-      let outputs: Float32Array[] = [];
-      let previous: { x: Float32Array; order: number } | undefined;
+    start(plan, remember) {
+      const [outputs, previous] = [remember(config.solver_order), remember(1)];
+      let order = 0;
       let taken = 0;
       return (output, x, i) => {
         const { alpha, sigma } = levelOf(plan.sigmas[i]);
         const latest = predict(config.prediction_type, output, x, alpha, sigma);
-        if (previous && !config.disable_corrector.includes(i - 1))
-          x = unifiedUpdate(config, plan, i - 1, previous.x, outputs, previous.order, latest);
-        outputs = [latest, ...outputs].slice(0, config.solver_order);
+        if (taken > 0 && !config.disable_corrector.includes(i - 1))
+          x = unifiedUpdate(config, plan, i - 1, previous.values[0], outputs.values, order, latest);
         const left = config.lower_order_final ? plan.timesteps.length - i : config.solver_order;
-        const order = Math.min(config.solver_order, left, ++taken);
-        previous = { x, order };
-        return unifiedUpdate(config, plan, i, x, outputs, order);
+        order = Math.min(config.solver_order, left, ++taken);
+        previous.add(x);
+        return unifiedUpdate(config, plan, i, x, outputs.add(latest), order);
       };
     },
   };
@@ -40,11 +40,11 @@ function unifiedUpdate(
   config: SchedulerConfig,
   plan: Plan,
   i: number,
-  x: Float32Array,
-  outputs: Float32Array[],
+  x: Tensor,
+  outputs: readonly Tensor[],
   order: number,
-  reached?: Float32Array,
-): Float32Array {
+  reached?: Tensor,
+): Tensor {
   const [from, to] = [levelOf(plan.sigmas[i]), levelOf(plan.sigmas[i + 1])];
   const h = to.lambda - from.lambda;
   const signed = config.predict_x0 ? -h : h;
@@ -59,7 +59,7 @@ function unifiedUpdate(
 
   let ofM0 = -base * phi;
   const terms: Term[] = [[config.predict_x0 ? to.sigma / from.sigma : to.alpha / from.alpha, x]];
-  const add = (weight: number, values: Float32Array) => {
+  const add = (weight: number, values: Tensor) => {
     terms.push([weight, values]);
     ofM0 -= weight;
   };
