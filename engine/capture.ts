@@ -1,13 +1,12 @@
 // A step that runs many times over the same tensors, such as a denoising step. Where the device can record launches (a CUDA
-// graph), the first run is eager: it loads kernels and fills caches, and shows how much memory the step takes. The step is then
-// recorded in memory set aside for it, while the device still works on what was launched; if that fails, as the first run may take
-// less than others do, it is tried again after the second. All later runs are replays. Inputs are changed by uploads between runs.
-// When memory runs out, recordings give theirs up, and are made again later if the last one had paid.
-import { CudaError } from './cuda/errors.ts';
+// graph), the first run is eager: it loads kernels and fills caches. So is the second, which shows how much memory the step
+// takes; the step is then recorded in memory set aside for it, while the device still works on what was launched. All later runs
+// are replays. Inputs are changed by uploads between runs. When memory runs out, recordings give theirs up, and are made again
+// later if the last one had paid.
 import type { Device } from './device.ts';
 import type { Replay } from './driver.ts';
 import type { Reserve } from './memory.ts';
-import { DemandError, MemoryError } from './memory.ts';
+import { MemoryError } from './memory.ts';
 import { keep, scope, unscoped } from './scope.ts';
 import type { Tensor } from './tensor.ts';
 
@@ -57,31 +56,29 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
   };
   /** Only the step borrows: what `read` makes may outlive it, and the next recording would write over it. */
   const runEagerly = <R>(read: (y: Tensor) => R): R => scope(() => read(reserve.borrow(() => scope(fn))));
+  /** The second run. */
   const runAndRecord = <R>(read: (y: Tensor) => R): R =>
     scope(() => {
       const { result: y, demand } = reserve.borrow(() => device.memory.metered(() => scope(fn)));
       try {
-        recorded = reserve.record(demand(y.block), drop, () => record(device, observe, fn));
+        recorded = reserve.record(demand, drop, () => record(device, observe, fn));
         state = 'replayed';
       } catch (error) {
-        if (state === 'new' && mayPass(error)) state = 'warm';
-        else if (error instanceof MemoryError) {
-          // A recording holds its memory for good. Where there is not enough, the step stays eager.
-          state = 'eager';
-          if (!shared) reserve.release();
-        } else throw error;
+        if (!(error instanceof MemoryError)) throw error;
+        // A recording holds its memory for good. Where there is not enough, the step stays eager.
+        state = 'eager';
+        if (!shared) reserve.release();
       }
       return read(y);
     });
   return {
     run(read) {
       if (state === 'released') throw new Error('a step was run after its release');
-      // Steps that share memory are a training's passes: the second adds to the gradients that the first has made.
-      if (state === 'new' && shared) {
+      if (state === 'new') {
         state = 'warm';
         return runEagerly(read);
       }
-      if (state === 'new' || state === 'warm') return runAndRecord(read);
+      if (state === 'warm') return runAndRecord(read);
       const current = recorded;
       if (current && reserve.use(() => launched(current)))
         return reserve.use(() => scope(() => read(current.result)));
@@ -95,10 +92,6 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
     },
   };
 }
-
-/** Whether the next run may record what this one could not: that finds kernels loaded, caches filled and perhaps more memory. */
-const mayPass = (error: unknown): boolean =>
-  error instanceof MemoryError || error instanceof DemandError || error instanceof CudaError;
 
 /** Replays it, where there is memory for it. */
 function launched(recorded: Recorded): boolean {

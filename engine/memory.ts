@@ -15,9 +15,6 @@ export class MemoryError extends UserError {
   override readonly name = 'MemoryError';
 }
 
-/** A recording wants more than it was promised: its run before took less. */
-export class DemandError extends Error {}
-
 const AT_WORK = 'tensors at work';
 let owner = AT_WORK;
 
@@ -95,8 +92,7 @@ export class MemoryPool {
   /** The lists of a reserve that blocks are taken from now, alone or first. */
   #only: Lists | undefined;
   #first: Lists | undefined;
-  /** What has been taken and given, in order, while it is metered. */
-  #meter: { block: Block; taken: boolean }[] | undefined;
+  #meter: { blocks: Set<Block>; now: Map<number, number>; most: Map<number, number> } | undefined;
   /** Bytes in live tensors, their maximum so far, live storages, and bytes held from the driver. */
   live = 0;
   peak = 0;
@@ -117,7 +113,13 @@ export class MemoryPool {
     this.#owned.set(owner, (this.#owned.get(owner) ?? 0) + size);
     this.live += size;
     this.peak = Math.max(this.peak, this.live);
-    this.#meter?.push({ block, taken: true });
+    if (this.#meter) {
+      const { blocks, now, most } = this.#meter;
+      blocks.add(block);
+      const count = (now.get(size) ?? 0) + 1;
+      now.set(size, count);
+      most.set(size, Math.max(count, most.get(size) ?? 0));
+    }
     return block;
   }
 
@@ -126,7 +128,8 @@ export class MemoryPool {
     this.storages--;
     this.live -= bytes;
     this.#owned.set(holder, (this.#owned.get(holder) as number) - bytes);
-    this.#meter?.push({ block, taken: false });
+    if (this.#meter?.blocks.delete(block))
+      this.#meter.now.set(bytes, (this.#meter.now.get(bytes) as number) - 1);
     (this.#reserved.get(block) ?? this.#free).push(block);
   }
 
@@ -164,16 +167,14 @@ export class MemoryPool {
   /** Whether the block was taken from a reserve. */
   isReserved = (block: Block): boolean => this.#reserved.has(block);
 
-  /** Runs `fn` and tells how many blocks of each size it took at once, but for those that it has kept beside its result's. */
-  metered<R>(fn: () => R): { result: R; demand: (result: Block) => Demand } {
-    const outer = this.#meter;
-    const log: { block: Block; taken: boolean }[] = [];
-    this.#meter = log;
+  /** Runs `fn` and tells how many blocks of each size it took at once. */
+  metered<R>(fn: () => R): { result: R; demand: Demand } {
+    const most = new Map<number, number>();
+    this.#meter = { blocks: new Set(), now: new Map(), most };
     try {
-      return { result: fn(), demand: (result) => demandOf(log, result) };
+      return { result: fn(), demand: most };
     } finally {
-      this.#meter = outer;
-      for (const each of log) outer?.push(each);
+      this.#meter = undefined;
     }
   }
 
@@ -275,30 +276,9 @@ export class MemoryPool {
   }
 }
 
-function demandOf(log: readonly { block: Block; taken: boolean }[], result: Block): Demand {
-  const held = new Map<Block, number>();
-  log.forEach(({ block, taken }, i) => {
-    if (taken) held.set(block, i);
-    else held.delete(block);
-  });
-  held.delete(result);
-  const kept = new Set(held.values());
-  const mine = new Set<Block>();
-  const now = new Map<number, number>();
-  const most = new Map<number, number>();
-  log.forEach(({ block, taken }, i) => {
-    if (kept.has(i) || (!taken && !mine.delete(block))) return;
-    if (taken) mine.add(block);
-    const count = (now.get(block.bytes) ?? 0) + (taken ? 1 : -1);
-    now.set(block.bytes, count);
-    most.set(block.bytes, Math.max(count, most.get(block.bytes) ?? 0));
-  });
-  return most;
-}
-
 function takeReserved(lists: Lists, size: number): Block {
   const block = lists.pop(size);
-  if (!block) throw new DemandError(`a captured step takes ${size} bytes that its run before did not take`);
+  if (!block) throw new Error(`a captured step takes ${size} bytes that its run before did not take`);
   return block;
 }
 
