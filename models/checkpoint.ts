@@ -7,8 +7,8 @@ import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { update } from '../engine/op.ts';
 import { permute } from '../engine/ops/move.ts';
-import { sumSquares } from '../engine/ops/optimizer.ts';
-import { cast, scale } from '../engine/ops/unary.ts';
+import { isWhollyFinite, sumSquares } from '../engine/ops/optimizer.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { keep, scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../io/dtype.ts';
@@ -314,14 +314,6 @@ function fillParameter(
     update([sumSquares(laid, sums, index)]);
   });
 }
-
-/** Told exactly, where a sum of squares may have overflowed: 0 times what is not finite is NaN. */
-const isWhollyFinite = (weight: Tensor): boolean =>
-  scope(() => {
-    const sum = zeros([1], { device: weight.device });
-    update([sumSquares(scale(weight, 0), sum, 0)]);
-    return !Number.isNaN(sum.floats()[0]);
-  });
 
 /** Why a weight is not finite, told by what is stored. */
 function notFinite(source: WeightSource, name: string, dtype: FloatDType): UserError {

@@ -4,6 +4,7 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { namedParameters, placeOf } from '../engine/module.ts';
 import { permute } from '../engine/ops/move.ts';
+import { isWhollyFinite } from '../engine/ops/optimizer.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
@@ -57,15 +58,15 @@ export function encodeImage(
 ): Latents {
   const [mean, logvar] = withoutOverflow(vae, (device, dtype) => {
     const x = toDevice(image, device, dtype);
-    if (!vae.posterior) return [toHost(vae.encode(x, { tiling }).latents)];
+    if (!vae.posterior) return [vae.encode(x, { tiling }).latents];
     const moments = vae.encode(x, { tiling });
-    return [toHost(moments.mean), toHost(moments.logvar)];
+    return [moments.mean, moments.logvar];
   });
   const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
   return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
 }
 
-type Run = (device: Device, dtype: FloatDType) => Latents[];
+type Run = (device: Device, dtype: FloatDType) => Tensor[];
 type Way = (vae: Autoencoder, run: Run) => Latents[];
 
 /** One image at a time, to keep memory low. */
@@ -76,12 +77,11 @@ const decodeBy =
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
     checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);
     const images = Array.from({ length: n }, (_, i) => {
-      const data = latents.data
-        .slice(i * c * h * w, (i + 1) * c * h * w)
-        .map((x) => x / vae.config.scaling_factor);
+      const data = latents.data.slice(i * c * h * w, (i + 1) * c * h * w);
+      for (let j = 0; j < data.length; j++) data[j] /= vae.config.scaling_factor;
       const [image] = way(vae, (device, dtype) => {
         const z = toDevice({ shape: [1, c, h, w], data }, device, dtype);
-        return [toHost(vae.decode(z, { tiling }))];
+        return [vae.decode(z, { tiling })];
       });
       return image;
     });
@@ -91,7 +91,7 @@ const decodeBy =
 /** Runs an autoencoder in the type of its weights, and leaves it as it was. */
 const asItIs: Way = (vae, run) => {
   const { device, dtype } = placeOf(vae.module);
-  return noGrad(() => scope(() => run(device, dtype)));
+  return noGrad(() => scope(() => run(device, dtype).map(toHost)));
 };
 
 /**
@@ -100,11 +100,16 @@ const asItIs: Way = (vae, run) => {
  */
 const withoutOverflow: Way = (vae, run) => {
   const { device, dtype } = placeOf(vae.module);
-  const results = asItIs(vae, run);
-  if (dtype === 'float32' || results.every(({ data }) => allFinite(data))) return results;
+  const results = noGrad(() =>
+    scope(() => {
+      const made = run(device, dtype);
+      return dtype === 'float32' || made.every(isWhollyFinite) ? made.map(toHost) : undefined;
+    }),
+  );
+  if (results) return results;
   for (const parameter of namedParameters(vae.module).values())
     parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
-  return noGrad(() => scope(() => run(device, 'float32')));
+  return noGrad(() => scope(() => run(device, 'float32').map(toHost)));
 };
 
 /** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. */

@@ -1,10 +1,20 @@
 // One step of an optimizer on one parameter, as ops that update their inputs in place: AdamW and Lion, the moving average
 // of weights, and the sum of squares behind global-norm clipping. A weight may have a float32 `master` beside it; without
 // one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
-import { defineOp, type RefTensors, type Sample, type Tensors, type Update, updateOf } from '../op.ts';
+import {
+  defineOp,
+  type RefTensors,
+  type Sample,
+  type Tensors,
+  type Update,
+  update,
+  updateOf,
+} from '../op.ts';
 import { philox, type Stream } from '../philox.ts';
-import { ShapeError, type Tensor } from '../tensor.ts';
+import { scope } from '../scope.ts';
+import { ShapeError, type Tensor, zeros } from '../tensor.ts';
 import { awkwardShapes } from './samples.ts';
+import { scale } from './unary.ts';
 
 const shapes = [[1], [4099], [40, 333], ...awkwardShapes];
 
@@ -243,3 +253,11 @@ const sumSquaresOp = defineOp<{ index: number }>({
 /** sums[index] = the sum of x's squares. Many tensors fill one `sums`, which is then downloaded once. */
 export const sumSquares = (x: Tensor, sums: Tensor, index: number): Update =>
   updateOf(sumSquaresOp, { x, sums }, { index });
+
+/** Whether all of x is finite, told exactly where a sum of squares may overflow: 0 times what is not finite is NaN. */
+export const isWhollyFinite = (x: Tensor): boolean =>
+  scope(() => {
+    const sum = zeros([1], { device: x.device });
+    update([sumSquares(scale(x, 0), sum, 0)]);
+    return !Number.isNaN(sum.floats()[0]);
+  });
