@@ -184,16 +184,22 @@ export function preprocessMask(
 
 /** Decoded values [n, 3, h, w] to [n, h, w, 3] in [0, 1]: z / 2 + 0.5, clamped. */
 export function postprocess(z: Float32Array, shape: readonly number[]): Float32Array {
-  const [n, channels, height, width] = shape;
+  return interleaved(z, shape, new Float32Array(z.length), 1);
+}
+
+/** The same `times` as much, in float32 step by step, and as `out` rounds. */
+function interleaved<T extends Float32Array | Uint8ClampedArray>(
+  z: Float32Array,
+  [n, channels, height, width]: readonly number[],
+  out: T,
+  times: number,
+): T {
   const area = height * width;
-  const out = new Float32Array(z.length);
-  for (let image = 0; image < n; image++) {
-    for (let c = 0; c < channels; c++) {
-      const plane = (image * channels + c) * area;
-      for (let i = 0; i < area; i++) {
-        const value = Math.fround(z[plane + i] * 0.5 + 0.5);
-        out[(image * area + i) * channels + c] = Math.min(1, Math.max(0, value));
-      }
+  for (let plane = 0; plane < n * channels; plane++) {
+    const first = Math.floor(plane / channels) * area * channels + (plane % channels);
+    for (let i = 0; i < area; i++) {
+      const value = Math.fround(z[plane * area + i] * 0.5 + 0.5);
+      out[first + i * channels] = Math.fround(times * Math.min(1, Math.max(0, value)));
     }
   }
   return out;
@@ -203,10 +209,9 @@ export function postprocess(z: Float32Array, shape: readonly number[]): Float32A
 export function toPictures(z: Float32Array, shape: readonly number[]): Picture[] {
   const [n, channels, height, width] = shape;
   if (channels !== 3) throw new Error(`a picture has 3 channels, not ${channels}`);
-  const floats = postprocess(z, shape);
   const size = 3 * height * width;
   // Filling a clamped array rounds halves to even, as numpy does.
-  const bytes = new Uint8ClampedArray(floats.map((value) => 255 * value));
+  const bytes = interleaved(z, shape, new Uint8ClampedArray(z.length), 255);
   return Array.from({ length: n }, (_, image) => ({
     width,
     height,

@@ -46,57 +46,60 @@ function textChunk(keyword: string, value: string): Uint8Array {
   );
 }
 
-/** Predicts a byte from the ones left, above and above left of it; indexed by filter type. */
-const predictors: readonly ((left: number, up: number, upLeft: number) => number)[] = [
-  () => 0,
-  (left) => left,
-  (_left, up) => up,
-  (left, up) => (left + up) >> 1,
-  (left, up, upLeft) => {
-    const toLeft = Math.abs(up - upLeft);
-    const toUp = Math.abs(left - upLeft);
-    const toUpLeft = Math.abs(left + up - 2 * upLeft);
-    if (toLeft <= toUp && toLeft <= toUpLeft) return left;
-    return toUp <= toUpLeft ? up : upLeft;
-  },
-];
+/** Paeth's choice (filter 4): of the bytes left, above and above left the one nearest to left + up - upLeft. */
+function paeth(left: number, up: number, upLeft: number): number {
+  const toLeft = Math.abs(up - upLeft);
+  const toUp = Math.abs(left - upLeft);
+  const toUpLeft = Math.abs(left + up - 2 * upLeft);
+  if (toLeft <= toUp && toLeft <= toUpLeft) return left;
+  return toUp <= toUpLeft ? up : upLeft;
+}
 
 function filterRows({ data, width, height, channels }: Pixels): Uint8Array {
   const rowBytes = width * channels;
   const out = new Uint8Array(height * (1 + rowBytes));
-  const candidate = new Uint8Array(rowBytes);
+  // Rows behind a pixel of zeros, which is what lies left of them.
+  let row = new Uint8Array(channels + rowBytes);
+  let above = new Uint8Array(channels + rowBytes);
   for (let y = 0; y < height; y++) {
-    const row = data.subarray(y * rowBytes, (y + 1) * rowBytes);
-    const above = y === 0 ? new Uint8Array(rowBytes) : data.subarray((y - 1) * rowBytes, y * rowBytes);
-    let best = Number.POSITIVE_INFINITY;
-    predictors.forEach((_, type) => {
-      const cost = filterRow(type, row, above, channels, candidate);
-      if (cost >= best) return;
-      best = cost;
-      out[y * (1 + rowBytes)] = type;
-      out.set(candidate, y * (1 + rowBytes) + 1);
-    });
+    row.set(data.subarray(y * rowBytes, (y + 1) * rowBytes), channels);
+    const costs = filterCosts(row, above, channels);
+    const type = costs.indexOf(Math.min(...costs));
+    out[y * (1 + rowBytes)] = type;
+    filterRow(type, row, above, channels, out.subarray(y * (1 + rowBytes) + 1));
+    [row, above] = [above, row];
   }
   return out;
 }
 
-/** Filters `row` into `target` and returns the sum of magnitudes. */
+/** The sums of magnitudes that the filters leave, by type; all in one walk, as most of a PNG's time goes here. */
+function filterCosts(row: Uint8Array, above: Uint8Array, channels: number): number[] {
+  let [none, sub, up, average, best] = [0, 0, 0, 0, 0];
+  const magnitude = (rest: number) => Math.abs((rest << 24) >> 24);
+  for (let i = channels; i < row.length; i++) {
+    const [x, a, b, c] = [row[i], row[i - channels], above[i], above[i - channels]];
+    none += magnitude(x);
+    sub += magnitude(x - a);
+    up += magnitude(x - b);
+    average += magnitude(x - ((a + b) >> 1));
+    best += magnitude(x - paeth(a, b, c));
+  }
+  return [none, sub, up, average, best];
+}
+
+/** What filter `type` leaves of a row. */
 function filterRow(
   type: number,
   row: Uint8Array,
   above: Uint8Array,
   channels: number,
   target: Uint8Array,
-): number {
-  const predict = predictors[type];
-  let cost = 0;
-  for (let i = 0; i < row.length; i++) {
-    const inside = i >= channels;
-    const rest = row[i] - predict(inside ? row[i - channels] : 0, above[i], inside ? above[i - channels] : 0);
-    target[i] = rest;
-    cost += Math.abs((rest << 24) >> 24);
+): void {
+  for (let i = channels; i < row.length; i++) {
+    const [a, b, c] = [row[i - channels], above[i], above[i - channels]];
+    const predicted = [0, a, b, (a + b) >> 1, type === 4 ? paeth(a, b, c) : 0][type];
+    target[i - channels] = row[i] - predicted;
   }
-  return cost;
 }
 
 /**
