@@ -2,8 +2,7 @@
 // sampled. What is shown is x_0 as the last step predicts it, which samplers give for nothing, not the latents under their noise. A step
 // waits for the decoding and the file's write: PNGs, which take longer than a GPU's step, are encoded by a thread of their own,
 // and what comes faster than that is passed over.
-import { join, resolve } from 'node:path';
-import { Worker } from 'node:worker_threads';
+import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
@@ -11,7 +10,6 @@ import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, writeFileAtomic } from '../io/files.ts';
-import { packageRoot } from '../io/package_root.ts';
 import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { latentRgb, latentRgbChannels } from '../models/latent_rgb.ts';
@@ -19,6 +17,7 @@ import { type Latents, previewLatents } from '../models/latents.ts';
 import type { Pipeline, Progress } from '../models/pipeline.ts';
 import { sdxlVae } from '../models/presets.ts';
 import { number, oneOf } from './options.ts';
+import { encodeAside } from './png_threads.ts';
 
 const methods = ['none', 'proj', 'tae', 'vae'] as const;
 
@@ -133,53 +132,30 @@ const loadTae = (
     return coder;
   });
 
-/** The file at `path`, whole at any time: the newest pictures that were given while the thread was busy come next. */
+/** The file at `path`, whole at any time: the newest pictures that were given while others were encoded come next. */
 function openFile(path: string, told: (trouble: string) => void) {
-  const thread = new Worker(join(packageRoot, 'dist', 'cli', 'preview_thread.js'));
-  let [busy, broken] = [false, false];
+  let working: Promise<void> | undefined;
+  let broken = false;
   let next: Latents | undefined;
-  let onRest = () => {};
-  const encode = (images: Latents) => {
-    busy = true;
-    thread.ref();
-    thread.postMessage(images, [images.data.buffer as ArrayBuffer]);
-  };
-  const rest = () => {
-    busy = false;
-    thread.unref(); // holds the program up only while it has work
-    onRest();
-  };
-  const giveUp = (error: Error) => {
-    if (!broken) told(`no more previews: ${error.message}`);
-    [broken, next] = [true, undefined];
-    rest();
-  };
-  thread.unref();
-  thread.on('error', giveUp);
-  thread.on('message', (png: Uint8Array) => {
+  const write = async (images: Latents): Promise<void> => {
     try {
-      writeFileAtomic(path, png);
+      for (let now: Latents | undefined = images; now && !broken; now = next) {
+        next = undefined;
+        writeFileAtomic(path, await encodeAside({ images: now }));
+      }
     } catch (error) {
       if (!(error instanceof UserError)) throw error;
-      giveUp(error);
-      return;
+      broken = true;
+      told(`no more previews: ${error.message}`);
     }
-    if (next) encode(next);
-    else rest();
-    next = undefined;
-  });
+    working = undefined;
+  };
   return {
     replace(images: Latents): void {
       if (broken) return;
-      if (busy) next = images;
-      else encode(images);
+      if (working) next = images;
+      else working = write(images);
     },
-    async close(): Promise<void> {
-      if (busy)
-        await new Promise<void>((resolve) => {
-          onRest = resolve;
-        });
-      await thread.terminate();
-    },
+    close: async (): Promise<void> => working,
   };
 }

@@ -1,20 +1,15 @@
 // `sdxl sample`: prompt to PNG. Everything that can be wrong with the request is checked before weights are read, and a
 // picture appears under its name only once it is whole.
-import { resolve } from 'node:path';
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
 import { built } from '../engine/scope.ts';
-import { encodeNumbers, type FloatDType } from '../io/dtype.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { assertWritable } from '../io/files.ts';
-import { toPictures, writePng } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
-import { writeSafetensors } from '../io/safetensors.ts';
 import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
-import { allFinite, type Latents, stacked } from '../models/latents.ts';
+import type { Latents } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
@@ -24,6 +19,7 @@ import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
+import { openAlbum } from './album.ts';
 import { controlnetOf } from './control_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
@@ -62,7 +58,11 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
   for (const line of checkTexts(options, prompts)) terminal.err(`warning: ${line}\n`);
-  const album = openAlbum(options, prompts.length * options.batchCount * options.numImages);
+  const album = openAlbum(
+    options.output,
+    options.saveLatents,
+    prompts.length * options.batchCount * options.numImages,
+  );
   checkPreview(options, album.paths);
   const inputs = await readInputs(options);
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
@@ -129,7 +129,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       timed('decode', () => {
         const images = decode(pipeline, latents, options.vaeTiling);
         const text = pictureText(options, request, seedOf(options, seed, i), sampler);
-        album.add(images, latents, text, canvas.finish);
+        return album.add(images, latents, text, canvas.finish);
       });
     const halfway: Latents[] = [];
     const sampling = stage('sampling');
@@ -149,7 +149,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
         await finish(request, i, await timed('sample', () => refining(pipeline, refined)));
       }
     }
-    album.close();
+    await timed('decode', () => album.close());
     report(options, terminal, {
       files: album.files,
       ...{ seed, ...canvas.written, steps },
@@ -163,6 +163,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       );
   } finally {
     pipeline.release();
+    await album.settle();
     await previews?.close();
   }
 }
@@ -217,49 +218,6 @@ function stages(
       bar.end();
       return latents;
     };
-  };
-}
-
-/** The files of a call: pictures, written as each prompt's are there, and in the end all latents if they are wanted. */
-function openAlbum({ output, saveLatents }: SampleOptions, count: number) {
-  const [, stem, extension] = /^(.*)(\.png)$/is.exec(output) as RegExpExecArray;
-  const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
-  const pictures = Array.from({ length: count }, (_, i) => fileOf(i));
-  for (const file of pictures) assertWritable(file);
-  if (saveLatents && pictures.some((file) => resolve(file) === resolve(saveLatents)))
-    throw new UserError(
-      `--save-latents ${saveLatents} is the name of a picture; give the latents one of their own`,
-    );
-  const files: string[] = [];
-  const spoilt: string[] = [];
-  const all: Latents[] = [];
-  return {
-    /** All that will be written. */
-    paths: [...pictures, ...(saveLatents ? [saveLatents] : [])],
-    files,
-    /** Those that overflow has left black, in whole or in part. */
-    spoilt,
-    add(
-      images: Latents,
-      latents: Latents,
-      text: Record<string, string>,
-      finish: (drawn: Picture) => Picture,
-    ): void {
-      const size = images.data.length / images.shape[0];
-      for (const [i, picture] of toPictures(images.data, images.shape).entries()) {
-        const file = fileOf(files.length);
-        writePng(file, finish(picture), text);
-        files.push(file);
-        if (!allFinite(images.data.subarray(i * size, (i + 1) * size))) spoilt.push(file);
-      }
-      all.push(latents);
-    },
-    close(): void {
-      if (!saveLatents) return;
-      const { data, shape } = stacked(all);
-      const bytes = encodeNumbers(data, 'float32');
-      writeSafetensors(saveLatents, [{ name: 'latents', dtype: 'float32', shape, bytes }]);
-    },
   };
 }
 

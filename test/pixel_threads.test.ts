@@ -5,8 +5,9 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
+import { mostThreads } from '../io/threads.ts';
 import { geometryOf, readPixels } from '../train/data/picture.ts';
-import { mostThreads, readPixelsAside } from '../train/data/pixel_threads.ts';
+import { readPixelsAside } from '../train/data/pixel_threads.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
 
 const file = readFileSync(join(goldenFolder, 'png', 'input.png'));

@@ -14,10 +14,11 @@ import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
 import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import { mostThreads } from '../io/threads.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
 import type { Vae } from '../models/vae.ts';
 import type { Geometry, Reading } from './data/picture.ts';
-import { mostThreads, type Question, readPixelsAside } from './data/pixel_threads.ts';
+import { type Question, readPixelsAside } from './data/pixel_threads.ts';
 import { readUnchanged, type Sample } from './data/survey.ts';
 
 /** Raise when an entry of the same name would hold something else. */

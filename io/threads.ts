@@ -1,0 +1,112 @@
+// Work on threads of their own, so that none of it holds up the thread that drives the device. Threads start when they are first
+// needed and hold the program up only while they have work. Where a system gives none, or one dies, the work is done here.
+import { availableParallelism } from 'node:os';
+import { join } from 'node:path';
+import { parentPort, Worker } from 'node:worker_threads';
+import { UserError } from './errors.ts';
+import { packageRoot } from './package_root.ts';
+
+/** One processor is left for the thread that asks. */
+export const mostThreads = Math.max(1, Math.min(8, availableParallelism() - 1));
+
+type Work<Question, Answer> = (question: Question) => Answer | Promise<Answer>;
+
+/** What a thread sends back. */
+type Reply<Answer> = { answer: Answer } | { message: string; isUserError: boolean };
+
+interface Job<Question, Answer> {
+  question: Question;
+  signal?: AbortSignal;
+  resolve(answer: Answer): void;
+  reject(error: Error): void;
+}
+
+/** In a thread's program: does `work` for each question. Buffers of an answer that are handed over are not copied. */
+export function answering<Question, Answer>(
+  work: Work<Question, Answer>,
+  buffersOf: (answer: Answer) => ArrayBuffer[] = () => [],
+): void {
+  const reply = (each: Reply<Answer>, moved: ArrayBuffer[] = []) => parentPort?.postMessage(each, moved);
+  parentPort?.on('message', async (question: Question) => {
+    try {
+      const answer = await work(question);
+      reply({ answer }, buffersOf(answer));
+    } catch (error) {
+      const { message } = error as Error;
+      reply({ message, isUserError: error instanceof UserError });
+    }
+  });
+}
+
+/**
+ * Threads that run `program`, a file of this package, which calls answering() with the same `work`. Gives what asks them: what is not
+ * begun when `signal` is aborted is left.
+ */
+export function threads<Question, Answer>(program: readonly string[], work: Work<Question, Answer>) {
+  type Asked = Job<Question, Answer>;
+  const idle: Worker[] = [];
+  const waiting: Asked[] = [];
+  let started = 0;
+  let here: Promise<void> = Promise.resolve();
+
+  /** Gives jobs to threads while there are both. */
+  function assign(): void {
+    for (let job = waiting.shift(); job; job = waiting.shift()) {
+      if (job.signal?.aborted) {
+        job.reject(job.signal.reason);
+        continue;
+      }
+      const thread = idle.pop() ?? start();
+      if (thread) give(thread, job);
+      else if (started === 0) doHere(job);
+      else {
+        waiting.unshift(job); // until a thread has done its own
+        return;
+      }
+    }
+  }
+
+  function start(): Worker | undefined {
+    if (started === mostThreads) return undefined;
+    try {
+      const thread = new Worker(join(packageRoot, 'dist', ...program));
+      started++;
+      return thread;
+    } catch {
+      return undefined;
+    }
+  }
+
+  /** One after another, as each may hold a picture. */
+  function doHere({ question, resolve, reject }: Asked): void {
+    here = here.then(async () => work(question)).then(resolve, reject);
+  }
+
+  function give(thread: Worker, job: Asked): void {
+    const { question, resolve, reject } = job;
+    thread.ref();
+    const onMessage = (reply: Reply<Answer>): void => {
+      thread.off('error', onError);
+      thread.unref();
+      idle.push(thread);
+      if ('answer' in reply) resolve(reply.answer);
+      else reject(reply.isUserError ? new UserError(reply.message) : new Error(reply.message));
+      assign();
+    };
+    const onError = (): void => {
+      thread.off('message', onMessage);
+      started--;
+      doHere(job);
+      assign();
+    };
+    thread.once('message', onMessage);
+    thread.once('error', onError);
+    thread.postMessage(question);
+  }
+
+  return (question: Question, signal?: AbortSignal): Promise<Answer> =>
+    new Promise((resolve, reject) => {
+      waiting.push({ question, signal, resolve, reject });
+      assign();
+    });
+}
