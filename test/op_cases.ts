@@ -10,6 +10,7 @@ import '../engine/ops/adafactor.ts';
 import '../engine/ops/adamw_8bit.ts';
 import '../engine/ops/attention.ts';
 import '../engine/ops/binary.ts';
+import '../engine/ops/combine.ts';
 import '../engine/ops/conv2d.ts';
 import '../engine/ops/fp8.ts';
 import '../engine/ops/linear.ts';
@@ -17,8 +18,10 @@ import '../engine/ops/loss.ts';
 import '../engine/ops/move.ts';
 import '../engine/ops/norm.ts';
 import '../engine/ops/optimizer.ts';
+import '../engine/ops/pixels.ts';
 import '../engine/ops/q8.ts';
 import '../engine/ops/prodigy.ts';
+import '../engine/ops/random.ts';
 import '../engine/ops/reduce.ts';
 import '../engine/ops/unary.ts';
 

@@ -1,6 +1,8 @@
 // Every op of the registry, with no per-op code: gradients of the reference loops against float64 finite differences,
 // and the cpu kernels (every instruction set this machine runs) against the reference, in each storage type. Live
 // tensors must be back to their count at the end of each case.
+import { readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
@@ -8,6 +10,7 @@ import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import { type RefTensors, registry, type Spec } from '../engine/op.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
+import { packageRoot } from '../io/package_root.ts';
 import {
   type AnyRecord,
   type AnySample,
@@ -38,6 +41,14 @@ function referenceForward(record: AnyRecord, sample: AnySample, inputs: RefTenso
   record.reference.forward(all, sample.attrs);
   return all;
 }
+
+test('every file of ops is here', (t) => {
+  const ops = join(packageRoot, 'engine', 'ops');
+  const here = readFileSync(join(packageRoot, 'test', 'op_cases.ts'), 'utf8');
+  for (const file of readdirSync(ops))
+    if (readFileSync(join(ops, file), 'utf8').includes('defineOp')) t.ok(here.includes(`/${file}'`), file);
+  t.end();
+});
 
 test('every op has twenty samples and more', (t) => {
   for (const { name, samples } of registry.values())

@@ -28,11 +28,13 @@ const torchNormalOp = defineOp<Record<string, never>>({
       }
     },
   },
-  samples: [1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 65, 127, 129, 257].map((blocks) => ({
-    inputs: { words: [BLOCK * blocks] },
-    attrs: {},
-    ints: { words: 2 ** 24 },
-  })),
+  samples: [1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 77, 127, 128, 129, 257].map(
+    (blocks) => ({
+      inputs: { words: [BLOCK * blocks] },
+      attrs: {},
+      ints: { words: 2 ** 24 },
+    }),
+  ),
 });
 
 /** float32 normals of int32 words of 24 bits, by the 16. */
