@@ -10,10 +10,12 @@ import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, writeFileAtomic } from '../io/files.ts';
+import { toPictures } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { latentRgb, latentRgbChannels } from '../models/latent_rgb.ts';
-import { type Latents, previewLatents } from '../models/latents.ts';
+import { type Latents, previewPictures } from '../models/latents.ts';
 import type { Pipeline, Progress } from '../models/pipeline.ts';
 import { sdxlVae } from '../models/presets.ts';
 import { number, oneOf } from './options.ts';
@@ -109,8 +111,11 @@ export function openPreviews(
   if (preview === 'none') return { show() {}, close: async () => {} };
   const coder = tae && loadTae(tae, place);
   const file = openFile(pathOf(options), told);
-  const look = (pipeline: Pipeline, latents: Latents): Latents =>
-    preview === 'proj' ? latentRgb(latents) : previewLatents(coder ?? pipeline.vae, latents, vaeTiling);
+  const look = (pipeline: Pipeline, latents: Latents): readonly Picture[] => {
+    if (preview !== 'proj') return previewPictures(coder ?? pipeline.vae, latents, vaeTiling);
+    const { data, shape } = latentRgb(latents);
+    return toPictures(data, shape);
+  };
   return {
     show(pipeline, { step, predOriginalSample }) {
       if (step % previewInterval === 0) file.replace(look(pipeline, predOriginalSample()));
@@ -136,12 +141,12 @@ const loadTae = (
 function openFile(path: string, told: (trouble: string) => void) {
   let working: Promise<void> | undefined;
   let broken = false;
-  let next: Latents | undefined;
-  const write = async (images: Latents): Promise<void> => {
+  let next: readonly Picture[] | undefined;
+  const write = async (pictures: readonly Picture[]): Promise<void> => {
     try {
-      for (let now: Latents | undefined = images; now && !broken; now = next) {
+      for (let now: readonly Picture[] | undefined = pictures; now && !broken; now = next) {
         next = undefined;
-        writeFileAtomic(path, await encodeAside({ images: now }));
+        writeFileAtomic(path, await encodeAside({ pictures: now }));
       }
     } catch (error) {
       if (!(error instanceof UserError)) throw error;
@@ -151,10 +156,10 @@ function openFile(path: string, told: (trouble: string) => void) {
     working = undefined;
   };
   return {
-    replace(images: Latents): void {
+    replace(pictures: readonly Picture[]): void {
       if (broken) return;
-      if (working) next = images;
-      else working = write(images);
+      if (working) next = pictures;
+      else working = write(pictures);
     },
     close: async (): Promise<void> => working,
   };

@@ -127,9 +127,9 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
     const finish = (request: Request, i: number, latents: Latents) =>
       timed('decode', () => {
-        const images = decode(pipeline, latents, options.vaeTiling);
+        const pictures = decode(pipeline, latents, options.vaeTiling);
         const text = pictureText(options, request, seedOf(options, seed, i), sampler);
-        return album.add(images, latents, text, canvas.finish);
+        return album.add(pictures, latents, text, canvas.finish);
       });
     const halfway: Latents[] = [];
     const sampling = stage('sampling');

@@ -5,11 +5,13 @@ import { noGrad } from '../engine/grad.ts';
 import { namedParameters, placeOf } from '../engine/module.ts';
 import { permute } from '../engine/ops/move.ts';
 import { isWhollyFinite } from '../engine/ops/optimizer.ts';
+import { toPixels } from '../engine/ops/pixels.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import type { Picture } from '../io/pixels.ts';
 import { type Autoencoder, checkDecode } from './autoencoder.ts';
 
 export interface Latents {
@@ -56,84 +58,86 @@ export function encodeImage(
   draw: (count: number) => Float32Array,
   tiling: boolean,
 ): Latents {
-  const [mean, logvar] = withoutOverflow(vae, (device, dtype) => {
+  const encode: Run = (device, dtype) => {
     const x = toDevice(image, device, dtype);
     if (!vae.posterior) return [vae.encode(x, { tiling }).latents];
     const moments = vae.encode(x, { tiling });
     return [moments.mean, moments.logvar];
-  });
+  };
+  const [mean, logvar] = withoutOverflow(vae, encode, toHost);
   const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
   return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
 }
 
 type Run = (device: Device, dtype: FloatDType) => Tensor[];
-type Way = (vae: Autoencoder, run: Run) => Latents[];
+/** A way to run an autoencoder; what it gives is brought to the host by `bring`. */
+type Way = <R>(vae: Autoencoder, run: Run, bring: (t: Tensor) => R) => R[];
 
 /** One image at a time, to keep memory low. */
 const decodeBy =
-  (way: Way) =>
-  (vae: Autoencoder, latents: Latents, tiling: boolean): Latents => {
+  <R>(way: Way, bring: (t: Tensor) => R) =>
+  (vae: Autoencoder, latents: Latents, tiling: boolean): R[] => {
     const [n, c, h, w] = latents.shape;
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
     checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);
-    const images = Array.from({ length: n }, (_, i) => {
+    return Array.from({ length: n }, (_, i) => {
       const data = latents.data.slice(i * c * h * w, (i + 1) * c * h * w);
       for (let j = 0; j < data.length; j++) data[j] /= vae.config.scaling_factor;
-      const [image] = way(vae, (device, dtype) => {
+      const run: Run = (device, dtype) => {
         const z = toDevice({ shape: [1, c, h, w], data }, device, dtype);
         return [vae.decode(z, { tiling })];
-      });
-      return image;
+      };
+      return way(vae, run, bring)[0];
     });
-    return stacked(images);
   };
 
 /** Runs an autoencoder in the type of its weights, and leaves it as it was. */
-const asItIs: Way = (vae, run) => {
+const asItIs: Way = (vae, run, bring) => {
   const { device, dtype } = placeOf(vae.module);
-  return noGrad(() => scope(() => run(device, dtype).map(toHost)));
+  return noGrad(() => scope(() => run(device, dtype).map(bring)));
 };
 
 /**
  * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. Every number
  * is looked at: a tile may overflow where the others do not.
  */
-const withoutOverflow: Way = (vae, run) => {
+const withoutOverflow: Way = (vae, run, bring) => {
   const { device, dtype } = placeOf(vae.module);
   const results = noGrad(() =>
     scope(() => {
       const made = run(device, dtype);
-      return dtype === 'float32' || made.every(isWhollyFinite) ? made.map(toHost) : undefined;
+      return dtype === 'float32' || made.every(isWhollyFinite) ? made.map(bring) : undefined;
     }),
   );
   if (results) return results;
   for (const parameter of namedParameters(vae.module).values())
     parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
-  return noGrad(() => scope(() => run(device, 'float32').map(toHost)));
+  return noGrad(() => scope(() => run(device, 'float32').map(bring)));
 };
 
-/** Scaled latents → pictures [n, 3, h, w], about [-1, 1]. */
-export const decodeLatents = decodeBy(withoutOverflow);
+/** A decoded picture. */
+export interface DecodedPicture extends Picture {
+  /** False where NaN or infinite values have left it black, in whole or in part. */
+  finite: boolean;
+}
+
+/** A decoded tensor [1, h, w, 3] as a picture: the device makes its bytes, a quarter of what it would bring as float32. */
+function toPicture(t: Tensor): DecodedPicture {
+  const [, height, width] = t.shape;
+  return { width, height, channels: 3, data: toPixels(t).bytes(), finite: isWhollyFinite(t) };
+}
+
+const decodeEach = decodeBy(withoutOverflow, toHost);
+
+/** Scaled latents → decoded values [n, 3, h, w], about [-1, 1]. */
+export const decodeLatents = (vae: Autoencoder, latents: Latents, tiling = false): Latents =>
+  stacked(decodeEach(vae, latents, tiling));
+
+/** Scaled latents → pictures. */
+export const decodePictures = decodeBy(withoutOverflow, toPicture);
 
 /** The same for a look at latents on their way: what overflows stays so, as the final picture may not depend on who has looked. */
-export const previewLatents = decodeBy(asItIs);
-
-/**
- * Whether no number is NaN or infinite: times zero, only those are not zero. A plain loop, as `every` takes ten times as long, and four
- * sums, as each addition waits for the one before.
- */
-export function allFinite(numbers: Float32Array): boolean {
-  let [a, b, c, d] = [0, 0, 0, 0];
-  const even = numbers.length - (numbers.length % 4);
-  for (let i = 0; i < even; i += 4) {
-    a += numbers[i] * 0;
-    b += numbers[i + 1] * 0;
-    c += numbers[i + 2] * 0;
-    d += numbers[i + 3] * 0;
-  }
-  for (let i = even; i < numbers.length; i++) a += numbers[i] * 0;
-  return a + b + c + d === 0;
-}
+export const previewPictures = decodeBy(asItIs, toPicture);
 
 /** Batches of one shape as one batch. */
 export function stacked(parts: readonly Latents[]): Latents {

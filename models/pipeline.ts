@@ -14,7 +14,7 @@ import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
-import { decodeLatents, type Latents } from './latents.ts';
+import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
 import { type AdapterFile, withAdapters } from './lora.ts';
 import { controlsOf, loadControlNet } from './multicontrolnet.ts';
 import { checkPrompts } from './prompts.ts';
@@ -324,10 +324,10 @@ export const denoiseToEnd = (
   onStep?: (progress: Progress) => unknown,
 ): Promise<Denoised> => inTurns(denoise(pipeline, asked), onStep);
 
-/** Latents → pictures [n, 3, h, w], about [-1, 1]. */
-export function decode({ vae }: Pipeline, latents: Latents, tiling = false): Latents {
+/** Latents → pictures, with whether each is finite. */
+export function decode({ vae }: Pipeline, latents: Latents, tiling = false): DecodedPicture[] {
   checkLoaded(vae.module);
-  return decodeLatents(vae, latents, tiling);
+  return decodePictures(vae, latents, tiling);
 }
 
 /** Whether it begins at more than noise: diffusers' other pipelines. */

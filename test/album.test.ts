@@ -3,18 +3,18 @@ import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openAlbum } from '../cli/album.ts';
-import { toPictures } from '../io/image.ts';
 import { encodePng } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
-import type { Latents } from '../models/latents.ts';
+import type { DecodedPicture, Latents } from '../models/latents.ts';
 
 const latents = (seed: number): Latents => ({ shape: [1, 1, 1, 2], data: Float32Array.of(seed, -seed) });
 /** Two pictures of 24x16. */
-const images = (seed: number): Latents => ({
-  shape: [2, 3, 16, 24],
-  data: Float32Array.from({ length: 2 * 3 * 16 * 24 }, (_, i) => Math.sin(i * seed)),
-});
+const images = (seed: number): DecodedPicture[] =>
+  [0, 1].map((image) => ({
+    ...{ width: 24, height: 16, channels: 3, finite: true },
+    data: Uint8Array.from({ length: 3 * 16 * 24 }, (_, i) => 127 * (1 + Math.sin((i + image) * seed))),
+  }));
 const asDrawn = <T>(drawn: T): T => drawn;
 
 test('pictures, their text and the latents', async (t) => {
@@ -31,8 +31,7 @@ test('pictures, their text and the latents', async (t) => {
   );
   for (const [i, file] of album.files.entries()) {
     const call = Math.floor(i / 2);
-    const { data, shape } = images(call + 1);
-    const want = encodePng(toPictures(data, shape)[i % 2], { parameters: `call ${call}` });
+    const want = encodePng(images(call + 1)[i % 2], { parameters: `call ${call}` });
     t.ok(readFileSync(file).equals(want), file);
   }
   t.same(openSafetensors(saved).tensors.get('latents')?.shape, [calls, 1, 1, 2]);
@@ -42,9 +41,8 @@ test('pictures, their text and the latents', async (t) => {
 test('what is not finite is told, and written', async (t) => {
   const output = join(t.testdir(), 'out.png');
   const album = openAlbum(output, undefined, 2);
-  const { shape, data } = images(1);
-  data[data.length - 1] = Number.NaN;
-  await album.add({ shape, data }, latents(0), {}, asDrawn);
+  const [first, second] = images(1);
+  await album.add([first, { ...second, finite: false }], latents(0), {}, asDrawn);
   await album.close();
   t.same(album.spoilt, [output.replace('.png', '-1.png')]);
   t.ok(album.files.every(existsSync));

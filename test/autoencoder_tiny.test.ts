@@ -16,8 +16,8 @@ import { autoencoder } from '../models/autoencoder.ts';
 import type { AutoencoderTiny } from '../models/autoencoder_tiny.ts';
 import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { inspect } from '../models/inspect.ts';
-import { toDevice, toHost } from '../models/latents.ts';
-import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { decodeLatents, toDevice, toHost } from '../models/latents.ts';
+import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { openVaeFile } from '../models/singlefile.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -140,8 +140,7 @@ test('as the VAE of text to image, image to image and inpainting', async (t) => 
     });
     const want = golden(what);
     allClose(t, `${what}: latents`, latents.data, unpacked(want.latents), { atol: 1e-3, rtol: 1e-4 });
-    const images = decode(pipeline, latents);
-    const shown = images.data.map((x) => Math.min(1, Math.max(0, x / 2 + 0.5)));
+    const shown = decodeLatents(pipeline.vae, latents).data.map((x) => Math.min(1, Math.max(0, x / 2 + 0.5)));
     const pixels = every(want.stride, shown);
     allClose(t, `${what}: pixels`, pixels, unpacked(want.pixels), { atol: 1e-3, rtol: 0 });
   }

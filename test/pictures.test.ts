@@ -5,6 +5,10 @@ import { deflateSync } from 'node:zlib';
 import { decode } from 'fast-png';
 import sharp from 'sharp';
 import { test } from 'tap';
+import { cudaDevice, openDevice } from '../engine/device.ts';
+import { toPixels } from '../engine/ops/pixels.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import {
   decodeAlpha,
@@ -20,8 +24,10 @@ import {
 import type { Picture, Pixels } from '../io/pixels.ts';
 import { encodePng, readPngText } from '../io/png.ts';
 import { type ResizeFilter, resize } from '../io/resize.ts';
+import { channelsLast } from '../models/latents.ts';
 import { allClose, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { at, exact, folder, randomNumbers, sameBytes } from './io_helpers.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 const golden = goldenArea('image');
 
@@ -116,6 +122,28 @@ test('pixels: VaeImageProcessor', (t) => {
   const got = preprocessMask({ width, height, channels: 1, data: golden.bytes(maskTensor) });
   t.strictSame(got.shape, golden.shape(mask.expect.y.tensor), 'mask: shape');
   allClose(t, 'mask', got.data, golden.floats(mask.expect.y.tensor), exact);
+  t.end();
+});
+
+test('a device makes the same bytes of a picture', (t) => {
+  const { inputs, expect } = golden.cases.find(({ id }) => id === 'postprocess')!;
+  const z = golden.floats(inputs?.z ?? '');
+  const [n, c, h, w] = golden.shape(inputs?.z ?? '');
+  const want = golden.bytes(expect.uint8.tensor);
+  const odd = [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY, 1, -1, 1.1, -1.1, 0];
+  const halves = Array.from({ length: 255 }, (_, grey) => 2 * Math.fround((grey + 0.5) / 255) - 1);
+  const more = Float32Array.from([...odd, ...halves]);
+  const [{ data }] = toPictures(Float32Array.from([...more, ...more, ...more]), [1, 3, 1, more.length]);
+  const ours = data.filter((_, i) => i % 3 === 0);
+  for (const device of [openDevice('reference'), openDevice('auto'), cudaDevice(openVirtualGpu())])
+    scope(() => {
+      const x = channelsLast(tensor(z, [n, c, h, w], { device }));
+      t.ok(sameBytes(toPixels(x).bytes(), want), `${device.name}: diffusers' picture`);
+      t.ok(
+        sameBytes(toPixels(tensor(more, [more.length], { device })).bytes(), ours),
+        `${device.name}: what is odd`,
+      );
+    });
   t.end();
 });
 

@@ -6,10 +6,16 @@ import { type Device, openDevice } from '../engine/device.ts';
 import type { Conv2d } from '../engine/layers.ts';
 import { type Parameter, placeOf } from '../engine/module.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { toPictures } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
-import { decodeLatents, encodeImage, type Latents, previewLatents } from '../models/latents.ts';
+import {
+  decodeLatents,
+  decodePictures,
+  encodeImage,
+  type Latents,
+  previewPictures,
+} from '../models/latents.ts';
 import { decode, loadPipeline, type Pipeline, samplerFor, sizesOf } from '../models/pipeline.ts';
 import { complete, type Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -68,13 +74,13 @@ function checkPipelines(t: Assert, cases: readonly GoldenCase[], device: Device)
       area.floats(c.expect.time_ids.tensor),
       c.expect.time_ids,
     );
-    const images = decode(pipelines[c.pipeline as string], latents);
-    const shown = images.data.map((x) => Math.min(1, Math.max(0, x / 2 + 0.5)));
+    const pipeline = pipelines[c.pipeline as string];
+    const shown = decodeLatents(pipeline.vae, latents).data.map((x) => Math.min(1, Math.max(0, x / 2 + 0.5)));
     const { image, scheduler_timesteps: times } = c.expect;
     if (image) allClose(t, `${c.id} image`, shown, area.floats(image.tensor), image);
-    const whole = samplerFor(pipelines[c.pipeline as string], request).plan(request.num_inference_steps);
+    const whole = samplerFor(pipeline, request).plan(request.num_inference_steps);
     allClose(t, `${c.id} timesteps`, whole.timesteps, area.floats(times.tensor), times);
-    checkPixels(t, c, images);
+    checkPixels(t, c, decode(pipeline, latents));
   }
   for (const pipeline of Object.values(pipelines)) pipeline.release();
 }
@@ -105,7 +111,7 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   const data = new TorchGenerator(2).randn(4 * 16 * 16) as Float32Array;
   const latents = { shape: [1, 4, 16, 16], data: data.map((x) => 0.2 * x) };
   const drawn = (pipeline: Pipeline) => {
-    const { data } = decode(pipeline, latents);
+    const { data } = decodeLatents(pipeline.vae, latents);
     const type = typeOf(pipeline);
     pipeline.release();
     return { data, type };
@@ -148,12 +154,13 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   decodeLatents(vae, wide, true);
   t.equal(placeOf(vae.module).dtype, 'float16', 'what is nothing does not overflow');
   for (let row = 0; row < 4 * 16; row++) wide.data.fill(1, row * 64 + 56, row * 64 + 64);
-  const seen = previewLatents(vae, wide, true).data;
-  t.notOk(seen.every(Number.isFinite), 'a look on the way overflows');
+  const [seen] = previewPictures(vae, wide, true);
+  t.notOk(seen.finite, 'a look on the way overflows');
   t.equal(placeOf(vae.module).dtype, 'float16', 'and changes nothing');
   const tiles = decodeLatents(vae, wide, true).data;
   t.equal(placeOf(vae.module).dtype, 'float32', 'nor does one in its last tile go unseen');
   t.ok(tiles.every(Number.isFinite));
+  t.ok(decodePictures(vae, wide, true)[0].finite);
   release();
   t.equal(device.memory.storages, before, 'live tensors');
   t.end();
@@ -263,8 +270,8 @@ test('draws and defaults of calls that no golden covers', (t) => {
   t.end();
 });
 
-function checkPixels(t: Assert, c: GoldenCase, images: Latents): void {
-  const got = Buffer.concat(toPictures(images.data, images.shape).map((picture) => picture.data));
+function checkPixels(t: Assert, c: GoldenCase, pictures: readonly Picture[]): void {
+  const got = Buffer.concat(pictures.map((picture) => picture.data));
   const want = area.bytes(c.expect.image_uint8.tensor);
   let [off, far] = [0, 0];
   for (let i = 0; i < want.length; i++) {

@@ -10,7 +10,7 @@ import { readPicture, toPictures } from '../io/image.ts';
 import { autoencoder } from '../models/autoencoder.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
 import { latentRgb } from '../models/latent_rgb.ts';
-import { type Latents, previewLatents } from '../models/latents.ts';
+import { decodeLatents, type Latents } from '../models/latents.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
@@ -68,9 +68,9 @@ test('a preview is the decoded prediction of its step, and the picture stays wha
     ({ predOriginalSample }) => predicted.push(predOriginalSample()),
   );
   const wanted = {
-    proj: latentRgb,
-    tae: (latents: Latents) => previewLatents(coder, latents, false),
-    vae: (latents: Latents) => previewLatents(pipeline.vae, latents, false),
+    proj: (latents: Latents) => latentRgb(latents),
+    tae: (latents: Latents) => decodeLatents(coder, latents),
+    vae: (latents: Latents) => decodeLatents(pipeline.vae, latents),
   };
   for (const [method, decoded] of Object.entries(wanted)) {
     const more = method === 'tae' ? ['--tae', tae] : [];

@@ -16,8 +16,8 @@ import type { FloatDType } from '../io/dtype.ts';
 import { preprocessControl } from '../io/image.ts';
 import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
-import { previewLatents } from '../models/latents.ts';
-import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
+import { decodeLatents } from '../models/latents.ts';
+import { denoise, loadPipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
@@ -88,10 +88,10 @@ export function pipelineSteps(device: Device, dtype: FloatDType): Results {
   let turn = loop.next();
   for (; !turn.done; turn = loop.next()) {
     const { step, predOriginalSample } = turn.value;
-    results[`preview ${step}`] = previewLatents(tae, predOriginalSample(), false).data;
+    results[`preview ${step}`] = decodeLatents(tae, predOriginalSample()).data;
   }
   const { latents } = turn.value;
-  const picture = decode(pipeline, latents).data;
+  const picture = decodeLatents(pipeline.vae, latents).data;
   unload(tae.module);
   pipeline.release();
   return { ...results, latents: latents.data, picture };

@@ -7,7 +7,7 @@ import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder } from '../io/files.ts';
 import { removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { grid } from '../io/grid.ts';
-import { preprocessControl, readPicture, toPictures, writePng } from '../io/image.ts';
+import { preprocessControl, readPicture, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
 import {
@@ -45,8 +45,7 @@ export async function samplePreviews(
   try {
     for (const request of requestsOf(previews, images)) {
       const { latents } = await denoiseToEnd(pipeline, request, leave);
-      const drawn = decode(pipeline, latents);
-      pictures.push(...toPictures(drawn.data, drawn.shape));
+      pictures.push(...decode(pipeline, latents));
     }
   } catch (error) {
     if (error instanceof Left) return [];

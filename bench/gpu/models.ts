@@ -178,9 +178,13 @@ function picture(shop: Shop, scale: Scale, vaeDtype: FloatDType): BenchCase {
         while (!turn.done) turn = loop.next();
         timer.sync();
         const denoised = performance.now();
-        const { data } = decode(pipeline, turn.value.latents);
+        const pictures = decode(pipeline, turn.value.latents);
         const ended = performance.now();
-        return { all: ended - began, decoding: ended - denoised, finite: data.every(Number.isFinite) };
+        return {
+          all: ended - began,
+          decoding: ended - denoised,
+          finite: pictures.every(({ finite }) => finite),
+        };
       };
       const first = draw(steps);
       const all = scale.smoke ? [first] : Array.from({ length: 5 }, () => draw(steps));

@@ -121,6 +121,7 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
   ...['scale_forward', ...casts].map((name) => perElement('elementwise', name, 2)),
   perElement('elementwise', 'fill_forward', 1),
   perElement('elementwise', 'combine_forward', 13),
+  perElement('elementwise', 'to_pixels_forward', 2),
   single('elementwise', 'geglu_forward', ([, , rows]) => rows, 1),
   single('elementwise', 'geglu_backward', ([, , , rows]) => rows, 1),
   single('move', 'embedding_forward', ([, , , rows]) => rows, 1),

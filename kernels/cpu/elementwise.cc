@@ -106,6 +106,17 @@ template <class T> void fill_forward(T *y, int n, float value) {
   each(n, [=](int64_t i, int64_t count) { store(y + i, splat(value), count); });
 }
 
+// 255 (x / 2 + 0.5) as a byte, rounded half to even; NaN is 0.
+template <class T> void to_pixels_forward(uint8_t *y, const T *x, int n) {
+  parallel_for(n, GRAIN, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const float value = 0.5f * to_float(x[i]) + 0.5f; // fused or not, rounded once
+      const float clamped = value > 0.f ? value < 1.f ? value : 1.f : 0.f;
+      y[i] = uint8_t(__builtin_rintf(255.f * clamped));
+    }
+  });
+}
+
 // y = wa a + wb b + ..., summed in double and rounded once. Absent terms are null, and come last.
 template <class T>
 void combine_forward(T *y, const T *a, const T *b, const T *c, const T *d, const T *e, const T *f, double wa, double wb,
@@ -174,6 +185,7 @@ EXPORT_FLOATS(sub_forward, sub_forward)
 EXPORT_FLOATS(scale_forward, scale_forward)
 EXPORT_FLOATS(fill_forward, fill_forward)
 EXPORT_FLOATS(combine_forward, combine_forward)
+EXPORT_FLOATS(to_pixels_forward, to_pixels_forward)
 EXPORT_FLOATS(cast_to_float32_forward, cast_to_float32)
 EXPORT_FLOATS(cast_to_bfloat16_forward, cast_to_bfloat16)
 EXPORT_FLOATS(cast_to_float16_forward, cast_to_float16)

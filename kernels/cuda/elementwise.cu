@@ -105,6 +105,22 @@ KERNEL(fill_forward)(T *y, int n, float value) {
   each_pack(n, [=](uint32_t i, int count) { store(y + i, Pack{{value, value, value, value}}, count); });
 }
 
+// 255 (x / 2 + 0.5) as a byte, rounded half to even; NaN is 0.
+KERNEL(to_pixels_forward)(uint8_t *y, const T *x, int n) {
+  each_pack(n, [=](uint32_t i, int count) {
+    const Pack p = load(x + i, count);
+    uint32_t word = 0;
+#pragma unroll
+    for (int j = 0; j < PACK; j++) {
+      const float value = __fadd_rn(0.5f * p.at[j], 0.5f);
+      word |= uint32_t(__float2int_rn(__fmul_rn(255.f, value > 0.f ? fminf(value, 1.f) : 0.f))) << 8 * j;
+    }
+    if (count >= PACK) *reinterpret_cast<uint32_t *>(y + i) = word;
+    else
+      for (int j = 0; j < count; j++) y[i + j] = uint8_t(word >> 8 * j);
+  });
+}
+
 DEVICE void add_weighted(double (&sum)[PACK], const Pack &x, double weight) {
 #pragma unroll
   for (int j = 0; j < PACK; j++) sum[j] = fma(weight, double(x.at[j]), sum[j]);
