@@ -269,8 +269,8 @@ function* steps(
   try {
     let turn = loop.next();
     while (!turn.done) {
-      const { index, timestep, predOriginalSample, ...after } = turn.value;
-      const x = keep(start.afterStep?.(after.x, index) ?? after.x.handle());
+      const { index, timestep, x: made, predOriginalSample } = turn.value;
+      const x = keep(start.afterStep?.(made, index) ?? made.handle());
       try {
         // A GPU is at the next step while the caller looks at this one.
         const landed = device.driver.mark?.();

@@ -2,6 +2,10 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { openDevice } from '../engine/device.ts';
+import { combine } from '../engine/ops/combine.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 import { goldenFolder } from './golden.ts';
@@ -9,6 +13,22 @@ import { goldenFolder } from './golden.ts';
 const sdxl = parseSchedulerConfig(
   JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
 );
+
+test('sums of latents', (t) => {
+  const device = openDevice('auto');
+  const x = (...values: number[]) => tensor(values, [values.length], { device });
+  scope(() => {
+    const many = Array.from({ length: 9 }, (_, k) => [k + 1, x(k, -k)] as const);
+    t.same([...combine(...many).floats()], [240, -240], 'of more terms than a launch takes');
+    const wild = x(Number.POSITIVE_INFINITY, Number.NaN);
+    t.same([...combine([0, wild], [2, x(1, 2)]).floats()], [2, 4], 'what has no weight is left out');
+    t.same([...combine([0, wild], [0, wild]).floats()], [0, 0], 'all of it');
+    // 1e8 is even in float32: summed there the ones would be lost.
+    t.same([...combine([1, x(1e8)], [1, x(3)], [-1, x(1e8)]).floats()], [3], 'in float64');
+    t.throws(() => combine([1, x(1, 2)], [1, x(1)]), { message: /combine: \[2\] and \[1\] differ/ });
+  });
+  t.end();
+});
 
 test("a caller's own steps", (t) => {
   const [euler, solver] = ['euler', 'dpm++2m'].map((name) => createSampler(name, sdxl));
