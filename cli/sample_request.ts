@@ -41,6 +41,8 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,
     );
   }
+  if (options.paddingMaskCrop !== undefined && !mask.data.some((grey) => grey > 0))
+    throw new UserError(`${options.mask} is all black: make white what is to be painted anew`);
   return { image, mask, controls, ipAdapterImages };
 }
 

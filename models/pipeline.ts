@@ -24,7 +24,7 @@ import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
 import { type Start, startOf, strengthOf } from './start.ts';
-import { loadTokenizer } from './tokenizer.ts';
+import { loadTokenizer, type Tokenizer } from './tokenizer.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet.ts';
 
 export interface Sizes {
@@ -124,7 +124,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   );
   const encoders = components.map((name, i) => ({
     encoder: textEncoder(textConfigs[i]),
-    tokenizer: loadTokenizer(source.folder(name.replace('text_encoder', 'tokenizer'))),
+    tokenizer: tokenizerFor(textConfigs[i], source.folder(name.replace('text_encoder', 'tokenizer'))),
   }));
   const denoiser = unet(unetConfig, { gradientCheckpointing });
   if (q8) keepInQ8(denoiser);
@@ -153,6 +153,14 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
+}
+
+function tokenizerFor({ max_position_embeddings: most }: TextConfig, folder: string): Tokenizer {
+  const tokenizer = loadTokenizer(folder);
+  if (tokenizer.modelMaxLength <= most) return tokenizer;
+  throw new UserError(
+    `${folder} makes ${tokenizer.modelMaxLength} tokens of a prompt, and its text encoder takes ${most}: correct model_max_length in tokenizer_config.json to ${most}`,
+  );
 }
 
 /** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */

@@ -90,6 +90,6 @@ test('sdxl sample draws the part, and leaves the rest of the picture as it is', 
   writePng(mask, { width, height, channels: 1, data: new Uint8Array(width * height) });
   const black = await sdxl('sample', ...model, ...over, '-o', output);
   t.equal(black.status, 2);
-  t.match(black.err, /the mask is all black: make white what is to be painted anew/);
+  t.match(black.err, /error: .*mask.*\.png is all black: make white what is to be painted anew/);
   rmSync(folder, { recursive: true });
 });

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { encodeNumbers } from '../io/dtype.ts';
+import { readJsonObject } from '../io/files.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';
@@ -147,6 +148,14 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
       "another model's text encoder",
       (model) => cpSync(join(model, 'text_encoder_2'), join(model, 'text_encoder'), { recursive: true }),
       [/takes 80 features of text and its text encoders give 96; take all of them from one model/],
+    ],
+    [
+      'a tokenizer of longer prompts',
+      (model) => {
+        const path = join(model, 'tokenizer_2', 'tokenizer_config.json');
+        writeFileSync(path, JSON.stringify({ ...readJsonObject(path), model_max_length: 248 }));
+      },
+      [/tokenizer_2 makes 248 tokens of a prompt, and its text encoder takes 77: correct model_max_length/],
     ],
     [
       'no config',
