@@ -4,7 +4,7 @@
 // (Aitken et al. 2017, from the other end). Sums of taps are rounded to the weight's type.
 import { add } from './ops/binary.ts';
 import { conv2d } from './ops/conv2d.ts';
-import { concat, slice } from './ops/move.ts';
+import { concat, joinQuarters, slice } from './ops/move.ts';
 import { cast } from './ops/unary.ts';
 import { scope } from './scope.ts';
 import type { Tensor } from './tensor.ts';
@@ -24,19 +24,12 @@ export const doubledTaps = (weight: Tensor): Tensor[] =>
   );
 
 /** x [n, h, w, c], taps by doubledTaps() → [n, 2h, 2w, o]. */
-export function conv2dDoubled(x: Tensor, taps: readonly Tensor[], bias?: Tensor): Tensor {
-  const [n, h, w] = x.shape;
-  const [o] = taps[0].shape;
-  const rows = [0, 1].map((odd) =>
-    scope(() => {
-      const columns = [0, 1].map((right) =>
-        conv2d(x, taps[2 * odd + right], bias, { padding: [1 - odd, 1 - right, odd, right] }),
-      );
-      return concat(
-        columns.map((y) => y.reshape(n * h * w, 1, o)),
-        1,
-      ).reshape(n * h, 1, 2 * w * o);
-    }),
+export const conv2dDoubled = (x: Tensor, taps: readonly Tensor[], bias?: Tensor): Tensor =>
+  scope(() =>
+    joinQuarters(
+      taps.map((each, i) => {
+        const [odd, right] = [i >> 1, i & 1];
+        return conv2d(x, each, bias, { padding: [1 - odd, 1 - right, odd, right] });
+      }),
+    ),
   );
-  return concat(rows, 1).reshape(n, 2 * h, 2 * w, o);
-}

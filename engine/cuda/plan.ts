@@ -135,6 +135,7 @@ export const simplePlans: readonly (readonly [string, Plan])[] = [
     1,
   ),
   single('move', 'upsample_nearest_forward', ([, , n, , , c, oh, ow]) => packs(n * oh * ow, c), THREADS),
+  single('move', 'join_quarters_forward', ([, , , , , rows, w, c]) => packs(4 * rows * w, c), THREADS),
   single('move', 'upsample_nearest_backward', ([, , n, h, w, c]) => packs(n * h * w, c), THREADS),
   single('move', 'timestep_embedding_forward', ([, , n, dim]) => n * (Math.floor(dim / 2) + 1), THREADS),
   single('q8', 'q8_scale_forward', ([, , n]) => n / Q8_BLOCK, THREADS),

@@ -291,6 +291,46 @@ function eachNearest(
 export const upsampleNearest = (x: Tensor, height: number, width: number): Tensor =>
   apply(upsampleOp, { x }, { height, width });
 
+const quarters = ['x0', 'x1', 'x2', 'x3'];
+
+const joinQuartersOp = defineOp<Record<string, never>>({
+  name: 'join_quarters',
+  outputs(t) {
+    for (const name of quarters)
+      if (t.x0.shape.length !== 4 || t[name].shape.join() !== t.x0.shape.join())
+        throw new ShapeError(
+          `join_quarters: [${t[name].shape}] beside [${t.x0.shape}], not [n, h, w, c] both`,
+        );
+    const [n, h, w, c] = t.x0.shape;
+    return { y: { shape: [n, 2 * h, 2 * w, c], dtype: sameFloat('join_quarters', t, ...quarters) } };
+  },
+  saves: [],
+  forward(t, _, launch) {
+    const [n, h, w, c] = t.x0.shape;
+    launch('join_quarters_forward', [t.y, ...quarters.map((name) => t[name]), n * h, w, c]);
+  },
+  reference: {
+    forward(t) {
+      const [, , w, c] = t.x0.shape;
+      for (let i = 0; i < t.y.data.length; i++) {
+        const [channel, pixel] = [i % c, Math.floor(i / c)];
+        const [row, column] = [Math.floor(pixel / (2 * w)), pixel % (2 * w)];
+        const from = (row >> 1) * w + (column >> 1);
+        t.y.data[i] = t[quarters[2 * (row & 1) + (column & 1)]].data[from * c + channel];
+      }
+    },
+  },
+  samples: [
+    [1, 1, 1, 1],
+    [2, 3, 5, 17],
+    ...awkwardSizes.map(([c, a, b], i) => [1 + (i % 2), 1 + (a % 11), 1 + (b % 13), c]),
+  ].map((shape) => ({ inputs: Object.fromEntries(quarters.map((name) => [name, shape])), attrs: {} })),
+});
+
+/** Four images [n, h, w, c] as one [n, 2h, 2w, c], whose pixel (2 i + a, 2 j + b) is (i, j) of image 2 a + b. */
+export const joinQuarters = ([x0, x1, x2, x3]: readonly Tensor[]): Tensor =>
+  apply(joinQuartersOp, { x0, x1, x2, x3 }, {});
+
 const embeddingOp = defineOp<Record<string, never>>({
   name: 'embedding',
   outputs(t) {

@@ -74,6 +74,18 @@ template <class T> void upsample_nearest_forward(T *y, const T *x, int n, int h,
   });
 }
 
+// Pixel (2 i + a, 2 j + b) of y is (i, j) of quarter 2 a + b; the quarters have `rows` rows, of all images.
+template <class T> void join_quarters_forward(T *y, const T *q0, const T *q1, const T *q2, const T *q3, int rows, int w, int c) {
+  const T *quarters[] = {q0, q1, q2, q3};
+  parallel_for(2 * int64_t(rows), rows_per_range(2 * int64_t(w) * c), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      for (int64_t column = 0; column < 2 * int64_t(w); column++) {
+        const T *from = quarters[row % 2 * 2 + column % 2] + (row / 2 * w + column / 2) * c;
+        memcpy(y + (row * 2 * w + column) * c, from, sizeof(T) * size_t(c));
+      }
+  });
+}
+
 // The first output that reads input `i`, of `out` outputs over `in` inputs: the least j with floor(j in / out) >= i.
 inline int64_t first_reader(int64_t i, int64_t in, int64_t out) { return (i * out + in - 1) / in; }
 
@@ -115,6 +127,7 @@ EXPORT_FLOATS(slice_forward, slice_forward)
 EXPORT_FLOATS(place_forward, place_forward)
 EXPORT_FLOATS(permute_forward, permute_forward)
 EXPORT_FLOATS(upsample_nearest_forward, upsample_nearest_forward)
+EXPORT_FLOATS(join_quarters_forward, join_quarters_forward)
 EXPORT_FLOATS(upsample_nearest_backward, upsample_nearest_backward)
 EXPORT_FLOATS(timestep_embedding_forward, timestep_embedding_forward)
 

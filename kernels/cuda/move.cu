@@ -99,6 +99,19 @@ KERNEL(upsample_nearest_forward)(T *y, const T *x, int n, int h, int w, int c, i
   }
 }
 
+// Pixel (2 i + a, 2 j + b) of y is (i, j) of quarter 2 a + b; the quarters have `rows` rows, of all images.
+KERNEL(join_quarters_forward)(T *y, const T *q0, const T *q1, const T *q2, const T *q3, int rows, int w, int c) {
+  const bool aligned = c % PACK == 0;
+  const int packs = (c + PACK - 1) / PACK;
+  const uint32_t total = uint32_t(rows) * 4 * w * packs;
+  for (uint32_t job = blockIdx.x * blockDim.x + threadIdx.x; job < total; job += gridDim.x * blockDim.x) {
+    const int k = int(job % packs) * PACK;
+    const uint32_t pixel = job / packs, row = pixel / (2 * w), column = pixel - row * 2 * w;
+    const T *quarter = row & 1 ? (column & 1 ? q3 : q2) : (column & 1 ? q1 : q0);
+    store(y + pixel * c + k, load(quarter + (row / 2 * w + column / 2) * c + k, c - k, aligned), c - k, aligned);
+  }
+}
+
 // The first output that reads input `i`, of `out` outputs over `in` inputs: the least j with floor(j in / out) >= i.
 DEVICE int first_reader(int i, int in, int out) { return (i * out + in - 1) / in; }
 
