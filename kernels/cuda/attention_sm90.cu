@@ -269,6 +269,11 @@ extern "C" __global__ void __launch_bounds__(GROUPS *WARPGROUP + 32, 1)
   const int begin = share_begin(units, blockIdx.x), end = share_begin(units, blockIdx.x + 1);
   Piece piece(begin, per_head, heads);
   const int first_head = piece.all;
+  // Keys and values are most often the prompt's, which no L2 holds since the last step.
+  if (threadIdx.x == GROUPS * WARPGROUP && begin < end) {
+    prefetch_box(map_k, piece.head * HEAD, 0, piece.image);
+    prefetch_box(map_v, piece.head * HEAD, 0, piece.image);
+  }
   wait_for_prerequisites();
   if (threadIdx.x >= GROUPS * WARPGROUP) {
     if (!elect_one()) return;

@@ -159,6 +159,11 @@ JOIN: bar.warp.sync -1; shfl.sync.bfly.b32 %r2, %r2, 8, 31, -1;`,
 function others(): MicroKernel[] {
   return [
     memory(
+      'prefetch.global.L2',
+      `${step('%at', '%in', 16)} prefetch.global.L2 [%at]; ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%at]; ${store4}`,
+      THREADS * 16,
+    ),
+    memory(
       'bar.warp.sync',
       `${oneWord} ${stepShared('%r8', '%t', 4)} st.shared.u32 [%r8], %r1; bar.warp.sync -1; xor.b32 %r9, %t, 17;
 ${stepShared('%r8', '%r9', 4)} ld.shared.u32 %r2, [%r8]; ${storeWord()}`,
