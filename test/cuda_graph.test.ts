@@ -17,7 +17,7 @@ import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from '../models/clip.ts';
 import { tokensOf } from '../models/conditioning.ts';
-import { denoise, loadPipeline } from '../models/pipeline.ts';
+import { denoise, loadPipeline, type Progress } from '../models/pipeline.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { goldenFolder } from './golden.ts';
@@ -291,8 +291,11 @@ test('a text encoder is recorded, as where prompts end comes with their tokens',
   t.end();
 });
 
-/** What a denoising loop on a GPU without numbers does, in order; `leaveAt` is the step after which the caller leaves. */
-function denoising(scheduler: string, leaveAt = Number.POSITIVE_INFINITY) {
+/**
+ * What a denoising loop on a GPU without numbers does, in order; `leaveAt` is the step after which the caller leaves, `look` at what it
+ * is told of.
+ */
+function denoising(scheduler: string, leaveAt = Number.POSITIVE_INFINITY, look = (_: Progress) => {}) {
   const done: string[] = [];
   const api = standInApi(anyHopper);
   const queued = () => {
@@ -316,12 +319,13 @@ function denoising(scheduler: string, leaveAt = Number.POSITIVE_INFINITY) {
   const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'bfloat16' });
   const loaded = device.memory.storages;
   done.length = 0;
-  for (const { step } of denoise(pipeline, {
+  for (const progress of denoise(pipeline, {
     ...{ prompt: ['a red fox'], width: 32, height: 32, num_inference_steps: 4, guidance_scale: 5 },
     ...{ generators: [new TorchGenerator(1)], scheduler: { name: scheduler } },
   })) {
-    done.push(`told of ${step}`);
-    if (step === leaveAt) break;
+    done.push(`told of ${progress.step}`);
+    look(progress);
+    if (progress.step === leaveAt) break;
   }
   return { done: done.join(', '), held: device.memory.storages - loaded };
 }
@@ -332,6 +336,11 @@ test('a GPU is at the next step of a picture while the caller is told of one', (
     held: 0,
   });
   t.same(denoising('unipc', 2), { done: 'queued, waited, told of 1, queued, waited, told of 2', held: 0 });
+  const look = ({ latents, predOriginalSample }: Progress) =>
+    t.same(latents.shape, predOriginalSample().shape, 'both are there still');
+  for (const scheduler of ['heun', 'dpm++2s', 'plms', 'lms', 'dpm2_a'])
+    for (const leaveAt of [3, 4, 5])
+      t.equal(denoising(scheduler, leaveAt, look).held, 0, `${scheduler}, left at ${leaveAt}`);
   t.end();
 });
 
