@@ -5,6 +5,7 @@ import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
 import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
 import { built, keep, scope } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
@@ -279,23 +280,29 @@ function* steps(
     while (!turn.done) {
       const { index, timestep, x: made, predOriginalSample } = turn.value;
       const x = keep(start.afterStep?.(made, index) ?? made.handle());
+      const step = index - plan.begin + 1;
+      let past = false;
+      const told = (make: () => Tensor): Latents => {
+        if (!past) return { shape, data: scope(() => make().floats()) };
+        throw new UserError(
+          `step ${step} is past: read what it tells of before the loop goes on, and keep that`,
+        );
+      };
       try {
         // A GPU is at the next step while the caller looks at this one.
         const landed = device.driver.mark?.();
         const next = landed && index + 1 < plan.end ? loop.next(x) : undefined;
         landed?.();
         yield {
-          step: index - plan.begin + 1,
-          steps: plan.steps,
-          timestep,
+          ...{ step, steps: plan.steps, timestep, truncated },
           get latents() {
-            return { shape, data: x.floats() };
+            return told(() => x);
           },
-          predOriginalSample: () => ({ shape, data: scope(() => predOriginalSample().floats()) }),
-          truncated,
+          predOriginalSample: () => told(predOriginalSample),
         };
         turn = next ?? loop.next(x);
       } finally {
+        past = true;
         x.release();
       }
     }

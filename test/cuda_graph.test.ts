@@ -336,11 +336,20 @@ test('a GPU is at the next step of a picture while the caller is told of one', (
     held: 0,
   });
   t.same(denoising('unipc', 2), { done: 'queued, waited, told of 1, queued, waited, told of 2', held: 0 });
-  const look = ({ latents, predOriginalSample }: Progress) =>
-    t.same(latents.shape, predOriginalSample().shape, 'both are there still');
+  const all: Progress[] = [];
+  const look = (progress: Progress) => {
+    all.push(progress);
+    t.same(progress.latents.shape, progress.predOriginalSample().shape, 'both are there still');
+  };
   for (const scheduler of ['heun', 'dpm++2s', 'plms', 'lms', 'dpm2_a'])
     for (const leaveAt of [3, 4, 5])
       t.equal(denoising(scheduler, leaveAt, look).held, 0, `${scheduler}, left at ${leaveAt}`);
+  const says = {
+    name: 'UserError',
+    message: /^step 1 is past: read what it tells of before the loop goes on/,
+  };
+  t.throws(() => all[0].latents, says);
+  t.throws(() => all[0].predOriginalSample(), says);
   t.end();
 });
 
