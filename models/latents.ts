@@ -70,12 +70,14 @@ export function encodeImage(
 }
 
 type Run = (device: Device, dtype: FloatDType) => Tensor[];
-/** A way to run an autoencoder; what it gives is brought to the host by `bring`. */
-type Way = <R>(vae: Autoencoder, run: Run, bring: (t: Tensor) => R) => R[];
+/** What brings a tensor to the host, told that it is finite where that is known. */
+type Bring<R> = (t: Tensor, finite?: boolean) => R;
+/** A way to run an autoencoder. */
+type Way = <R>(vae: Autoencoder, run: Run, bring: Bring<R>) => R[];
 
 /** One image at a time, to keep memory low. */
 const decodeBy =
-  <R>(way: Way, bring: (t: Tensor) => R) =>
+  <R>(way: Way, bring: Bring<R>) =>
   (vae: Autoencoder, latents: Latents, tiling: boolean): R[] => {
     const [n, c, h, w] = latents.shape;
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
@@ -94,7 +96,7 @@ const decodeBy =
 /** Runs an autoencoder in the type of its weights, and leaves it as it was. */
 const asItIs: Way = (vae, run, bring) => {
   const { device, dtype } = placeOf(vae.module);
-  return noGrad(() => scope(() => run(device, dtype).map(bring)));
+  return noGrad(() => scope(() => run(device, dtype).map((t) => bring(t))));
 };
 
 /**
@@ -106,13 +108,14 @@ const withoutOverflow: Way = (vae, run, bring) => {
   const results = noGrad(() =>
     scope(() => {
       const made = run(device, dtype);
-      return dtype === 'float32' || made.every(isWhollyFinite) ? made.map(bring) : undefined;
+      if (dtype === 'float32') return made.map((t) => bring(t));
+      return made.every(isWhollyFinite) ? made.map((t) => bring(t, true)) : undefined;
     }),
   );
   if (results) return results;
   for (const parameter of namedParameters(vae.module).values())
     parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
-  return noGrad(() => scope(() => run(device, 'float32').map(bring)));
+  return noGrad(() => scope(() => run(device, 'float32').map((t) => bring(t))));
 };
 
 /** A decoded picture. */
@@ -122,9 +125,9 @@ export interface DecodedPicture extends Picture {
 }
 
 /** A decoded tensor [1, h, w, 3] as a picture: the device makes its bytes, a quarter of what it would bring as float32. */
-function toPicture(t: Tensor): DecodedPicture {
+function toPicture(t: Tensor, finite = isWhollyFinite(t)): DecodedPicture {
   const [, height, width] = t.shape;
-  return { width, height, channels: 3, data: toPixels(t).bytes(), finite: isWhollyFinite(t) };
+  return { width, height, channels: 3, data: toPixels(t).bytes(), finite };
 }
 
 const decodeEach = decodeBy(withoutOverflow, toHost);
