@@ -2,6 +2,7 @@
 // that a row of y sees, two are the same row of x, so their taps are summed beforehand; likewise columns. Even and odd rows
 // and columns see different pairs, which makes four convolutions of 2x2 taps over x, and 16 products where there were 36
 // (Aitken et al. 2017, from the other end). Sums of taps are rounded to the weight's type.
+// Forward alone: for sampling.
 import { add } from './ops/binary.ts';
 import { conv2d } from './ops/conv2d.ts';
 import { concat, joinQuarters, slice } from './ops/move.ts';

@@ -1,5 +1,5 @@
 // One step of an optimizer on one parameter, as ops that update their inputs in place: AdamW and Lion, the moving average
-// of weights, and the sum of squares behind global-norm clipping. A weight may have a float32 `master` beside it; without
+// of weights, and the sum of squares behind global-norm clipping and the question whether a tensor is finite. A weight may have a float32 `master` beside it; without
 // one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
 import {
   defineOp,

@@ -18,14 +18,14 @@ export function heun(config: SchedulerConfig): Method {
       return sigmaSchedule(config, twice(levels.timesteps), sigmas);
     },
     start(plan, remember) {
-      const [starts, ends] = [remember(1), remember(1)];
+      const first = remember(2);
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
         const x0 = clipSample(config, denoised(config.prediction_type, output, x, sigma));
-        const [start, end] = [starts.values.at(0), ends.values.at(0)];
-        if (!start || !end) {
-          starts.add(x);
-          ends.add(x0);
+        const [end, start] = first.values;
+        if (!start) {
+          first.add(x);
+          first.add(x0);
           return towards(x, x0, sigma, plan.sigmas[i + 1]);
         }
         const from = plan.sigmas[i - 1];
@@ -36,8 +36,7 @@ export function heun(config: SchedulerConfig): Method {
           [half / sigma, x],
           [-half / sigma, x0],
         );
-        starts.clear();
-        ends.clear();
+        first.clear();
         return moved;
       };
     },

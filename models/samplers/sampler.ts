@@ -1,6 +1,6 @@
 // What a sampler is, and the one loop that drives every method: a method only lays out its timesteps and sigmas and gives
-// a step function that says what it remembers. Latents stay on the device, float32 [n, c, h, w]: the host never waits for a
-// number, and a GPU never for the host.
+// a step function that says what it remembers. Latents stay on the device, float32 [n, c, h, w]: the host waits for no
+// number (but where a config clips x_0), and a GPU not for the host.
 import { combine } from '../../engine/ops/combine.ts';
 import { keep, scope, unscoped } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
