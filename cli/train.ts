@@ -15,7 +15,7 @@ import { loadRuns } from '../train/load_run.ts';
 import { describe, foreseen, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
-import { type Locate, openMaterials, openSession, stateOf } from '../train/session.ts';
+import { type Locate, openMaterials, stateOf } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { train } from '../train/trainer.ts';
 import { downloadsOn, locatorOf } from './model.ts';
@@ -110,9 +110,7 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     throw new UserError(
       `--resume ${options.resume}: ${file} has several runs; say with --only which one it belongs to`,
     );
-  const [device, ...further] = names.map((name) =>
-    openDevice(name, (line) => terminal.err(`warning: ${line}\n`)),
-  );
+  const opened = names.map((name) => openDevice(name, (line) => terminal.err(`warning: ${line}\n`)));
   const { locate, report } = tools(terminal, options.quiet, options.json);
   const tell = ({ name }: Run, folder: string, stopped: boolean): void => {
     if (options.json) terminal.out(`${JSON.stringify({ name, folder, stopped })}\n`);
@@ -127,21 +125,18 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     const checkpoint = startOf(run, options.resume);
     const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
     const materials = await openMaterials(run, locate, report, { checkpoint });
-    const devices = [device, ...further];
-    for (const line of describe(planOf(materials, devices), devices)) report.line(line);
+    for (const line of describe(planOf(materials, opened), opened)) report.line(line);
     const { lr } = run.optimizer;
     if (checkpoint)
       report.line(
         `resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`,
       );
-    const session = openSession(materials, device, further);
     const stop: { asked: boolean; by?: NodeJS.Signals } = { asked: false };
     const ask = (signal: NodeJS.Signals): void => {
       Object.assign(stop, { asked: true, by: signal });
       report.line('stopping after this update and saving; once more to leave at once');
     };
-    const work = () => train(session, report, stop);
-    const { folder, stopped } = await heedingSignals(ask, work).finally(session.release);
+    const { folder, stopped } = await heedingSignals(ask, () => train(materials, opened, report, stop));
     report.line(
       folder
         ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`

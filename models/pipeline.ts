@@ -62,9 +62,14 @@ export function loadPipeline(source: ModelSource, options: LoadOptions): Pipelin
   return built(() => load(source, options));
 }
 
+/** What a model's weights are of; a refiner has no text_encoder. */
+export type Part = 'text_encoder' | 'text_encoder_2' | 'unet' | 'vae';
+
 interface LoadOptions {
   device: Device;
   dtype: FloatDType;
+  /** The parts whose weights are read, all where absent. The others are built without, and only what needs none of theirs can be done. */
+  only?: readonly Part[];
   vaeSource?: ModelSource;
   /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
   vaeDtype?: FloatDType;
@@ -102,8 +107,8 @@ function checkLoaded(part: AnyModule): void {
 }
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {
-  const { device, dtype, vaeSource = source, gradientCheckpointing, q8 } = options;
-  const components = ['text_encoder', 'text_encoder_2'].filter((name) => source.has(name));
+  const { device, dtype, vaeSource = source, gradientCheckpointing, q8, only } = options;
+  const components = (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
@@ -131,11 +136,14 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   if (q8) keepInQ8(denoiser);
   const texts = Object.fromEntries(components.map((name, i) => [name, encoders[i].encoder]));
   const ipAdapter = loadIPAdapters(options.ipAdapter ?? [], { unet: denoiser, unetConfig }, device, dtype);
+  const read = (from: ModelSource, name: Part, module: AnyModule, as: FloatDType) => {
+    if (only?.includes(name) ?? true) holding(name, () => from.load(name, module, device, as));
+  };
   withAdapters({ ...texts, unet: denoiser, unetConfig }, options.lora ?? [], () => {
-    for (const [name, module] of Object.entries({ ...texts, unet: denoiser }))
-      holding(name, () => source.load(name, module, device, dtype));
+    components.forEach((name, i) => void read(source, name, encoders[i].encoder, dtype));
+    read(source, 'unet', denoiser, dtype);
   });
-  holding('vae', () => vaeSource.load('vae', coder.module, device, vaeDtype));
+  read(vaeSource, 'vae', coder.module, vaeDtype);
   return {
     device,
     dtype,

@@ -8,9 +8,9 @@ import { writePng } from '../io/image.ts';
 import { latentMask } from '../train/mask.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { openMaterials } from '../train/session.ts';
 import { picture } from './controlnet_golden.ts';
-import { basic, device, folder, locate, losses, resumes, run, silent } from './small_runs.ts';
+import { basic, folder, locate, losses, resumes, run, sessionOf, silent } from './small_runs.ts';
 
 /** Four pictures of 64 x 32, each with a mask that is as white as `red` says of a column. */
 function place(name: string, red: (x: number) => number): string {
@@ -73,8 +73,7 @@ async function follows(t: Test, alpha_mask: boolean): Promise<void> {
     'test',
     'test',
   );
-  const session = openSession(await openMaterials(own, locate, silent), device);
-  await session.task.fillCache?.(silent, { asked: false });
+  const session = await sessionOf(await openMaterials(own, locate, silent));
   const counts = new Set<string>();
   for (let epoch = 0; epoch < 4; epoch++) {
     const { mask, timeIds } = await session.task.prepare({ bucket: 0, samples: [0, 1, 2, 3] }, epoch);
@@ -155,8 +154,7 @@ test("pictures of a class count by their own alpha, as kohya's do", async (t) =>
     random_flip: false,
   };
   const own = resolveRun({ ...input, dataset }, 'test', 'test');
-  const session = openSession(await openMaterials(own, locate, silent), device);
-  await session.task.fillCache?.(silent, { asked: false });
+  const session = await sessionOf(await openMaterials(own, locate, silent));
   const { mask } = await session.task.prepare({ bucket: 0, samples: [0, 4] }, 0);
   const [first, second] = [mask.values.subarray(0, 16), mask.values.subarray(16)];
   t.ok(
@@ -206,5 +204,5 @@ test('mistakes', async (t) => {
   }
   const huber = { ...maskedRun('huber', half), objective: { masked_loss: true, loss: 'huber' as const } };
   const materials = await openMaterials(resolveRun(huber, 'run.ts', 'test'), locate, silent);
-  t.throws(() => openSession(materials, device), { message: /objective\.masked_loss weighs squares/ });
+  await t.rejects(sessionOf(materials), { message: /objective\.masked_loss weighs squares/ });
 });

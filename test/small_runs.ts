@@ -9,9 +9,11 @@ import { writePng } from '../io/image.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
+import { type Prepared, prepare } from '../train/preparation.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { type Materials, openMaterials, openSession, type Session } from '../train/session.ts';
+import type { Report } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
 import { picture } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
@@ -63,6 +65,12 @@ interface How {
   further?: readonly Device[];
 }
 
+/** A run's session, with what is prepared for it. */
+export async function sessionOf(materials: Materials, report: Report = silent): Promise<Session> {
+  const prepared = await prepare(materials, device, report, { asked: false });
+  return openSession(materials, prepared as Prepared, device);
+}
+
 /** Trains in this process. */
 export async function run(
   input: RunInput,
@@ -70,17 +78,12 @@ export async function run(
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
   const materials = await openMaterials(resolved, locate, silent, { checkpoint });
-  const session = openSession(materials, device, further);
   const stop = { asked: false };
   const progress = (label: string, done: number, total: number) => {
     meanwhile?.(label, done, total);
     if (label === during && until !== undefined && done >= until) stop.asked = true;
   };
-  try {
-    return await train(session, { ...silent, progress }, stop);
-  } finally {
-    session.release();
-  }
+  return train(materials, [device, ...(further ?? [])], { ...silent, progress }, stop);
 }
 
 /** What the log says of each update: step, loss, validation loss. */

@@ -2,6 +2,7 @@
 // that is stopped and resumed ends in the same bytes as one that is not; batches split or accumulated see the same draws.
 import {
   appendFileSync,
+  cpSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -16,7 +17,8 @@ import { type Device, nativeDevice, openDevice } from '../engine/device.ts';
 import type { Driver, Exchange } from '../engine/driver.ts';
 import { readPicture } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { loadPipeline } from '../models/pipeline.ts';
+import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { isFinished } from '../train/final.ts';
 import { loadRuns } from '../train/load_run.ts';
@@ -26,7 +28,19 @@ import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { packageRoot } from './golden.ts';
-import { basic, control, device, digest, folder, locate, losses, run, silent } from './small_runs.ts';
+import {
+  basic,
+  control,
+  device,
+  digest,
+  folder,
+  locate,
+  losses,
+  model,
+  pictures,
+  run,
+  silent,
+} from './small_runs.ts';
 
 test('a run leaves what it promises, and a resumed one the same bytes', async (t) => {
   const before = device.memory.storages;
@@ -93,6 +107,36 @@ test('previews are square, whatever shapes the pictures have', async (t) => {
   await run({ ...input, previews, dataset, steps: 1 });
   const { width, height } = await readPicture(join(output, 'previews', 'step-00000001', '0.png'));
   t.same([width, height], [128, 128]);
+});
+
+test('previews are what their prompts draw, though the text encoders are gone by then', async (t) => {
+  const settings = { num_inference_steps: 2, guidance_scale: 4 };
+  const first = { prompt: 'stripes', negative_prompt: 'a circle', width: 32, height: 40 };
+  const still = { ...basic('drawn'), steps: 1, optimizer: { lr: 0 }, lr_scheduler: {}, ema: {} };
+  await run({ ...still, previews: { ...settings, seed: 8, prompts: [first, 'no circle'] } });
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
+  for (const [i, asked] of [first, { prompt: 'no circle', width: 32, height: 32 }].entries()) {
+    const request = { ...settings, ...asked, generators: [new TorchGenerator(8 + i)] };
+    const [{ data }] = decode(pipeline, (await denoiseToEnd(pipeline, request)).latents);
+    const preview = await readPicture(join(folder, 'drawn', 'previews', 'step-00000001', `${i}.png`));
+    t.ok(Buffer.from(preview.data).equals(data), `picture ${i}`);
+  }
+  pipeline.release();
+});
+
+test('other pictures than it was trained on are refused before they are encoded', async (t) => {
+  const own = join(folder, 'own-pictures');
+  cpSync(pictures, own, { recursive: true });
+  const input = { ...basic('pictures'), steps: 2 };
+  const dataset = { ...input.dataset, path: own, cache: join(folder, 'pictures-cache') };
+  const { folder: checkpoint } = await run({ ...input, dataset }, { until: 1 });
+  rmSync(join(folder, 'pictures-cache'), { recursive: true });
+  cpSync(join(own, '0.png'), join(own, '6.png'));
+  writeFileSync(join(own, '6.txt'), 'one more');
+  await t.rejects(run({ ...input, dataset }, { checkpoint }), {
+    message: /was trained on other pictures than/,
+  });
+  t.notOk(existsSync(join(folder, 'pictures-cache')));
 });
 
 test('going back drops what was trained since once an update takes its place, and not before', async (t) => {

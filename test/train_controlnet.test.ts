@@ -14,7 +14,7 @@ import { openPictures, readConditioning, readView, viewIn } from '../train/pictu
 import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { openMaterials } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
@@ -30,6 +30,7 @@ import {
   model,
   resumes,
   run,
+  sessionOf,
   silent,
 } from './small_runs.ts';
 
@@ -57,8 +58,7 @@ test('a conditioning image is cropped, resized and mirrored as its picture is', 
   const settings = { path, random_flip: true, crops: 3, conditioning_image_column: 'edges' };
   const input: RunInput = { ...controlRun('places'), batch_size: 8 };
   const own = resolveRun({ ...input, dataset: { ...input.dataset, ...settings } }, 'test', 'test');
-  const session = openSession(await openMaterials(own, locate, silent), device);
-  await session.task.fillCache?.(silent, { asked: false });
+  const session = await sessionOf(await openMaterials(own, locate, silent));
   let [mirrored, plain] = [0, 0];
   for (let epoch = 0; epoch < 3; epoch++) {
     const samples = [0, 1, 2, 3, 4, 5, 6, 7];
@@ -323,8 +323,8 @@ test('what a dataset and a run may lack', async (t) => {
     dataset: { ...controlRun('refiner').dataset, resolution: 64 },
   };
   const materials = await openMaterials(resolveRun(refiner, 'test', 'test'), locate, silent);
-  t.throws(() => openSession(materials, device), { message: /is a refiner, which takes no ControlNet/ });
+  await t.rejects(sessionOf(materials), { message: /is a refiner, which takes no ControlNet/ });
   const wide = { ...controlRun('wide'), controlnet: { transformer_layers_per_block: [1, 2] } };
   const unfit = await openMaterials(resolveRun(wide, 'test', 'test'), locate, silent);
-  t.throws(() => openSession(unfit, device), { message: /"transformer_layers_per_block" is \[1,2\]/ });
+  await t.rejects(sessionOf(unfit), { message: /"transformer_layers_per_block" is \[1,2\]/ });
 });

@@ -18,10 +18,10 @@ import { controlled as controlledBy } from '../train/controlnet.ts';
 import { diffusionLoss, objectiveOf } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { openMaterials } from '../train/session.ts';
 import { numbers, picture, writeControlNet } from './controlnet_golden.ts';
 import { goldenLines, permuted } from './golden.ts';
-import { basic, control, device, folder, locate, model, silent } from './small_runs.ts';
+import { basic, control, device, folder, locate, model, sessionOf, silent } from './small_runs.ts';
 
 const source = openModel(model);
 
@@ -139,10 +139,7 @@ test("a new one has diffusers' config, and is the UNet's half behind zeros", asy
   const given = openWeights(join(model, 'unet'));
   for (const transformer_layers_per_block of [[], [0, 0, 1]]) {
     const input = { ...controlRun('new'), controlnet: { transformer_layers_per_block } };
-    const session = openSession(
-      await openMaterials(resolveRun(input, 'test', 'test'), locate, silent),
-      device,
-    );
+    const session = await sessionOf(await openMaterials(resolveRun(input, 'test', 'test'), locate, silent));
     const [{ parameters }] = session.task.components;
     const copies = [...parameters].filter(([key]) => given.info(key));
     t.ok(

@@ -3,21 +3,25 @@
 import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { openModel, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
+import { buildComponent } from '../models/components.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import type { ModelPreset } from '../models/presets.ts';
+import { randomModel } from '../models/random_weights.ts';
+import { weightEntries } from '../models/save.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
 import type { ObjectiveSettings } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { openMaterials } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 import {
   basic,
@@ -29,6 +33,7 @@ import {
   pictures,
   resumes,
   run,
+  sessionOf,
   silent,
 } from './small_runs.ts';
 
@@ -147,9 +152,8 @@ test('captions of several chunks', async (t) => {
     [150, 1],
     [225, 0],
   ]) {
-    const session = openSession(await materials(tokens), device);
     told.length = 0;
-    await session.task.fillCache?.({ ...silent, line: (text) => told.push(text) }, { asked: false });
+    const session = await sessionOf(await materials(tokens), { ...silent, line: (text) => told.push(text) });
     t.equal(told.length, count, `${tokens}: ${count} are cut off`);
     const { context } = await session.task.prepare({ bucket: 0, samples: [0, 1, 2] }, 0);
     t.same(context.shape.slice(0, 2), [3, (77 * tokens) / 75]);
@@ -179,8 +183,7 @@ test('prior preservation: pictures of the class beside, weighed by prior_loss_we
   const { pictures, updatesPerEpoch } = materials;
   t.equal(pictures.samples.length, 6 + 9);
   t.equal(updatesPerEpoch, 3, 'six of each in updates of four');
-  const session = openSession(materials, device);
-  await session.task.fillCache?.(silent, { asked: false });
+  const session = await sessionOf(materials);
   const [own, prior] = [false, true].map((of) =>
     pictures.samples.findIndex((each) => (each.prior ?? false) === of),
   );
@@ -253,6 +256,26 @@ test('a model from a preset, with its text encoders and a vocabulary of its own'
   t.equal(ids.length, 20, 'tokens as the preset says');
   t.ok(ids.indexOf(ids.reduce((a, b) => Math.max(a, b))) < 8, "the captions' words are merged");
   pipeline.release();
+});
+
+test("a preset's parts that are not trained are in the finished model as they began", async (t) => {
+  const preset = smallPreset();
+  const input = { ...basic('frozen'), model: preset, seed: 5, steps: 1 };
+  const { folder: final } = await run(input);
+  const begun = randomModel(preset, { seed: 5 });
+  for (const name of ['text_encoder', 'text_encoder_2', 'vae']) {
+    const { module } = buildComponent(begun.config(name)) as { module: AnyModule };
+    begun.load(name, module, device, 'float32');
+    const weights = openModel(final).weights(name);
+    const own = weightEntries(namedParameters(module));
+    t.same(weights.names.toSorted(), own.map((entry) => entry.name).toSorted(), name);
+    t.ok(
+      own.every(({ name, bytes }) => Buffer.from(weights.bytes(name)).equals((bytes as () => Uint8Array)())),
+      `${name}: to the bit`,
+    );
+    weights.close();
+    unload(module);
+  }
 });
 
 test('the refiner, which has one text encoder and an aesthetic score', async (t) => {

@@ -3,9 +3,9 @@ import { test } from 'tap';
 import type { Driver } from '../engine/driver.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials, openSession } from '../train/session.ts';
+import { openMaterials } from '../train/session.ts';
 import { validationLoss } from '../train/validation.ts';
-import { basic, control, device, locate, silent } from './small_runs.ts';
+import { basic, control, device, locate, sessionOf, silent } from './small_runs.ts';
 
 const { driver, memory } = device;
 
@@ -46,8 +46,7 @@ for (const [name, more] of Object.entries(targets))
     const input: RunInput = { ...basic(`twin-${name}`), dtype: 'bfloat16', ...more };
     const run = resolveRun({ ...input, validation: { samples: 1 } }, 'test', 'test');
     const materials = await openMaterials(run, locate, silent);
-    const session = openSession(materials, device);
-    await session.task.fillCache?.(silent, { asked: false });
+    const session = await sessionOf(materials);
     const measure = () => validationLoss(session);
     const loss = await measure();
     const { live, storages } = memory;

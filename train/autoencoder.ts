@@ -84,7 +84,6 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
   });
   return {
     components: [trained],
-    frozen: [],
     async prepare({ bucket, samples }, epoch, signal) {
       const pixels = samples.map((i) => readView(viewIn(epoch, i, pictures, run), run, signal));
       const { picture, latent } = shapes(bucket, samples.length);

@@ -1,27 +1,21 @@
 // Training the UNet, alone or with the text encoders, or what is put on it or beside it (twin.ts, controlnet.ts): latents drawn anew
 // each epoch from their cached moments, captions chosen each epoch, time ids from the true crop, and the loss of objective.ts. A
 // caption that is left away becomes what the model is given without a prompt: zeros (the base model), or the embedding of an empty text.
-import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
 import type { Tensors } from '../engine/op.ts';
-import { scope } from '../engine/scope.ts';
-import { sizeOf, type Tensor, zeros } from '../engine/tensor.ts';
-import { withPosterior } from '../models/autoencoder.ts';
+import { sizeOf, type Tensor } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { mostChunks } from '../models/conditioning.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
-import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import { momentsCache, type PictureMoments, picturesAtOnce, type View } from './cache.ts';
+import type { Pipeline } from '../models/pipeline.ts';
+import type { PictureMoments, View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
-import { nearestBucket } from './data/buckets.ts';
-import { allCaptions, captionOf } from './data/caption.ts';
+import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
 import { masked } from './mask.ts';
-import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf, trainedScheduler } from './objective.ts';
-import { type Pictures, viewIn } from './pictures.ts';
+import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf } from './objective.ts';
+import { type Pictures, previewSize, viewIn } from './pictures.ts';
+import { openParts, type Prepared, textParts } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
 import { previewsOf } from './preview_prompts.ts';
 import type { Run } from './run.ts';
@@ -34,7 +28,7 @@ import {
   type Task,
   type Weights,
 } from './task.ts';
-import { cachedTexts, lazily, textsInPass } from './texts.ts';
+import { preparedTexts, textsInPass } from './texts.ts';
 import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
 /** Where a run's weights begin. */
@@ -47,26 +41,27 @@ export interface Sources {
   checkpoint?: string;
 }
 
-export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, device: Device): Task {
+export function diffusionTask(
+  run: Run,
+  pictures: Pictures,
+  sources: Sources,
+  { moments, texts: said }: Prepared,
+  device: Device,
+): Task {
   const { source } = sources;
-  const { pipeline, components, frozen, added, networks } = partsOf(
-    run,
-    openPipeline(run, sources, device),
-    sources,
-  );
   const previews = previewsOf(run.previews, previewSize(run, pictures));
+  const needed = [
+    ...(said ? [] : textParts(source)),
+    'unet' as const,
+    ...(previews.length ? ['vae' as const] : []),
+  ];
+  const opened = openParts({ run, ...sources }, device, needed);
+  const { pipeline, components, added, networks } = partsOf(run, opened, sources);
   checkPreviews(pipeline, run.previews, previews);
-  const coder = withPosterior(pipeline.vae, sources.vaeSource.path);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const control = controlOf(run, pipeline);
-  const cacheFolder = run.dataset.cache || join(run.output, 'cache');
-  const captions = run.train.text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
   const configs = networks.texts.map(({ name }) => source.config(name));
-  const texts = captions ? cachedTexts(pipeline, captions, configs, cacheFolder) : textsInPass(pipeline);
-  // Hashing the VAE reads all its weights.
-  const { interpolation, alpha_mask } = run.dataset;
-  const reading = alpha_mask ? 'colours' : 'picture';
-  const moments = lazily(() => momentsCache(cacheFolder, coder, interpolation, reading));
+  const texts = said ? preparedTexts(pipeline, said, configs) : textsInPass(pipeline);
   const hasPrior = pictures.samples.some(({ prior }) => prior);
   const latentShape = (bucket: number, n: number): number[] => {
     const [h, w] = pictures.buckets[bucket];
@@ -82,21 +77,9 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
     components,
-    frozen,
-    async fillCache(report, stop) {
-      const heard = (label: string) => (done: number, total: number) => {
-        report.progress(label, done, total);
-        return !stop.asked;
-      };
-      const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
-        pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
-      ).flat();
-      await moments().fill(views, heard('encoding pictures'));
-      if (!stop.asked) await texts.fill(report, heard('encoding captions'));
-    },
     async prepare({ bucket, samples }, epoch, signal) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
-      const latents = views.map((view) => drawLatents(moments().read(view), view, pipeline, run, epoch));
+      const latents = views.map((view) => drawLatents(moments(view), view, pipeline, run, epoch));
       const [, height, width] = latentShape(bucket, 1);
       const batch = {
         ids: views.map(({ sample }) => sample.key),
@@ -112,12 +95,6 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
         ...texts.inputs(chosen),
         ...(await control.inputs(views, signal)),
       };
-    },
-    rehearseCache() {
-      const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
-      const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
-      noGrad(() => scope(() => void coder.encode(zeros(shape, { device }))));
-      texts.rehearse();
     },
     blank({ bucket, samples }) {
       const n = samples.length;
@@ -153,36 +130,18 @@ export function diffusionTask(run: Run, pictures: Pictures, sources: Sources, de
       if (previews.length === 0) return [];
       const other = averaged(weights);
       try {
-        return await samplePreviews(other, previews, pictures.validationImages, stop);
+        return await samplePreviews(other, previews, said?.previews, pictures.validationImages, stop);
       } finally {
         releaseTwin(other, pipeline);
       }
     },
     rehearsePreviews(weights) {
       const other = averaged(weights);
-      rehearsePreviews(other, previews, pictures.validationImages);
+      rehearsePreviews(other, previews, said?.previews, pictures.validationImages);
       releaseTwin(other, pipeline);
     },
     release: () => pipeline.release(),
   };
-}
-
-/** Pixels of a preview that names no size: the bucket of a square picture. */
-function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictures) {
-  const [height, width] = buckets[nearestBucket([resolution, resolution], buckets)];
-  return { height, width };
-}
-
-/** The model, which samples previews by the scheduler that it is trained for. @throws UserError */
-function openPipeline(run: Run, { source, vaeSource }: Sources, device: Device): Pipeline {
-  const { gradient_checkpointing: gradientCheckpointing, q8 } = run.train;
-  const { dtype } = run;
-  const pipeline: Pipeline = {
-    ...loadPipeline(source, { device, dtype, vaeSource, vaeDtype: 'float32', gradientCheckpointing, q8 }),
-    scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
-  };
-  pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
-  return pipeline;
 }
 
 /** What becomes of a run's conditioning images. */
@@ -193,27 +152,21 @@ function controlOf(run: Run, { ratio }: Pipeline): Control {
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
 function partsOf(run: Run, pipeline: Pipeline, sources: Sources) {
-  const { source, vaeSource, controlSource, checkpoint } = sources;
+  const { source, controlSource, checkpoint } = sources;
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
-  const names = encoders.length === 2 ? ['text_encoder', 'text_encoder_2'] : ['text_encoder_2'];
+  const names = textParts(source);
   const isTrained = (key: string) => parts.length === 0 || parts.some((part) => key.includes(part));
   const net = component('unet', source.config('unet'), pipeline.unet, isTrained);
   const texts = encoders.map(({ encoder }, i) => component(names[i], source.config(names[i]), encoder));
-  const coder = component('vae', vaeSource.config('vae'), pipeline.vae.module);
   const networks = { net, texts };
-  if (target === 'unet') {
-    const beside = text_encoders ? texts : [];
-    const frozen = [coder, ...texts.filter((each) => !beside.includes(each))];
-    return { pipeline, networks, components: [net, ...beside], frozen };
-  }
+  if (target === 'unet') return { pipeline, networks, components: [net, ...(text_encoders ? texts : [])] };
   // Made last: what is listed above is the model alone.
   const { other, added } =
     target === 'lora'
       ? { other: pipeline, added: adapters(run, pipeline, networks, checkpoint !== undefined) }
       : withControlNet(run, pipeline, source, controlSource);
-  const frozen = [net, coder, ...texts];
-  return { pipeline: other, networks, added, components: [added.component], frozen };
+  return { pipeline: other, networks, added, components: [added.component] };
 }
 
 /** Scaled latents [h, w, c] drawn from the moments of a picture's view, anew each epoch. */

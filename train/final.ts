@@ -1,19 +1,24 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
-// that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or written from memory where
+// that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or read and written where
 // there is none: a preset's random weights, or an original single file. A VAE, a LoRA or a ControlNet stands alone. The state of the
 // checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
 import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { openDevice } from '../engine/device.ts';
+import { type AnyModule, unload } from '../engine/module.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import { copyFolder, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
+import { buildComponent } from '../models/components.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
 import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
 import { trainedScheduler } from './objective.ts';
+import { textParts } from './preparation.ts';
 import type { Run } from './run.ts';
 import type { Session } from './session.ts';
-import { saved } from './task.ts';
+import { component, saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
@@ -37,11 +42,12 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
     }
     copyFileSync(stateFile(checkpoint), join(temporary, 'run.json'));
     if (run.train.target !== 'unet') return;
-    for (const component of task.frozen) {
-      const { name } = component;
-      const from = folderOf(name === 'vae' ? vaeSource : source, name);
+    for (const name of [...textParts(source), 'vae']) {
+      if (task.components.some((component) => component.name === name)) continue;
+      const owner = name === 'vae' ? vaeSource : source;
+      const from = folderOf(owner, name);
       if (from) copyFolder(from, join(temporary, name));
-      else saveComponent(join(temporary, name), saved(component));
+      else writeFrozen(owner, name, join(temporary, name), name === 'vae' ? 'float32' : run.dtype);
     }
     for (const name of tokenizers) {
       const from = folderOf(source, name);
@@ -71,6 +77,19 @@ export function removeLaterFinal(output: string, step: number): void {
   const made = join(finalOf(output), 'run.json');
   if (existsSync(made) && (readJsonObject(made) as unknown as State).step > step)
     removeFolder(finalOf(output));
+}
+
+/** Writes what is on no device any more: of a preset's random weights, or from an original single file. */
+function writeFrozen(source: ModelSource, name: string, folder: string, dtype: FloatDType): void {
+  const config = source.config(name);
+  const { module } = buildComponent(config) as { module: AnyModule };
+  try {
+    // In the host's memory: the device may have no room beside what was trained.
+    source.load(name, module, openDevice('reference'), dtype);
+    saveComponent(folder, saved(component(name, config, module)));
+  } finally {
+    unload(module);
+  }
 }
 
 /** Where a source keeps a component's files, if it does. */

@@ -92,6 +92,12 @@ export function sideStep(
   return 2 ** (halvings('vae', vaeSource) + (target === 'vae' ? 0 : halvings('unet', source)));
 }
 
+/** Pixels of a preview that names no size: the bucket of a square picture. */
+export function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictures) {
+  const [height, width] = buckets[nearestBucket([resolution, resolution], buckets)];
+  return { height, width };
+}
+
 /** How sample `index` is shown in an epoch: a run that prepares k versions of each picture shows them in turn. */
 export function viewIn(epoch: number, index: number, pictures: Pictures, run: Run): View {
   const sample = pictures.samples[index];

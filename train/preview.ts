@@ -10,6 +10,7 @@ import { grid } from '../io/grid.ts';
 import { preprocessControl, readPicture, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
+import type { PromptEmbeds } from '../models/conditioning.ts';
 import {
   type Denoised,
   decode,
@@ -30,11 +31,13 @@ const cell = 192;
 class Left extends Error {}
 
 /**
- * One picture a prompt, or none at all once `stop.asked`. A ControlNet in the pipeline follows one of `images` in all, or each in one.
+ * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. A ControlNet in
+ * the pipeline follows one of `images` in all, or each in one.
  */
 export async function samplePreviews(
   pipeline: Pipeline,
   previews: readonly Preview[],
+  embeds: readonly PromptEmbeds[] | undefined,
   images: readonly Picture[],
   stop: Stop,
 ): Promise<Picture[]> {
@@ -43,7 +46,7 @@ export async function samplePreviews(
     if (stop.asked) throw new Left();
   };
   try {
-    for (const request of requestsOf(previews, images)) {
+    for (const request of requestsOf(previews, embeds, images)) {
       const { latents } = await denoiseToEnd(pipeline, request, leave);
       pictures.push(...decode(pipeline, latents));
     }
@@ -55,12 +58,16 @@ export async function samplePreviews(
 }
 
 /** Previews as requests. */
-const requestsOf = (previews: readonly Preview[], images: readonly Picture[]): Asked[] =>
-  previews.map(({ seed, scheduler, negative_prompt, ...preview }, i) => {
+const requestsOf = (
+  previews: readonly Preview[],
+  embeds: readonly PromptEmbeds[] | undefined,
+  images: readonly Picture[],
+): Asked[] =>
+  previews.map(({ seed, scheduler, prompt, negative_prompt, ...preview }, i) => {
     const image = images.at(i) ?? images.at(0);
     return {
       ...preview,
-      negative_prompt: negative_prompt || undefined,
+      ...(embeds ? embeds[i] : { prompt, negative_prompt: negative_prompt || undefined }),
       scheduler: { name: scheduler || undefined },
       generators: [new TorchGenerator(seed)],
       control_image: image && [preprocessControl(image, preview.width, preview.height)],
@@ -76,7 +83,7 @@ export function checkPreviews(
   const { ratio } = pipeline;
   samplerFor(pipeline, { scheduler: { name: name || undefined } });
   previews.forEach((preview, i) => {
-    samplerFor(pipeline, requestsOf([preview], [])[0]).plan(preview.num_inference_steps);
+    samplerFor(pipeline, requestsOf([preview], undefined, [])[0]).plan(preview.num_inference_steps);
     for (const side of ['width', 'height'] as const)
       if (preview[side] % ratio)
         throw new UserError(
@@ -89,10 +96,14 @@ export function checkPreviews(
 export function rehearsePreviews(
   pipeline: Pipeline,
   previews: readonly Preview[],
+  embeds: readonly PromptEmbeds[] | undefined,
   images: readonly Picture[],
 ): void {
   const kinds = new Map(
-    requestsOf(previews, images).map((each) => [`${[each.width, each.height, each.guidance_scale]}`, each]),
+    requestsOf(previews, embeds, images).map((each) => [
+      `${[each.width, each.height, each.guidance_scale]}`,
+      each,
+    ]),
   );
   for (const request of kinds.values()) {
     const loop = denoise(pipeline, request);

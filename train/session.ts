@@ -28,6 +28,7 @@ import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
+import { type Prepared, rehearse } from './preparation.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
 import { fields, type Run } from './run.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
@@ -84,6 +85,10 @@ export async function openMaterials(
     : undefined;
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
+  if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
+    throw new UserError(
+      `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
+    );
   const perEpoch = updatesPerEpoch(
     samplesPerEpoch(pictures.samples),
     run.batch_size,
@@ -144,16 +149,28 @@ function keepTokenizers(tokenizers: string, checkpoint: string): void {
   replaceFolderAtomically(tokenizers, (temporary) => copyFolder(theirs, temporary));
 }
 
-/** Loads the weights onto `device`, and copies of those that passes need onto `further` ones. @throws UserError */
-export const openSession = (materials: Materials, device: Device, further: readonly Device[] = []): Session =>
-  built(() => startSession(materials, device, further));
+/**
+ * Loads the weights that passes and previews need onto `device`, and copies of those that passes need onto `further` ones.
+ * @throws UserError
+ */
+export const openSession = (
+  materials: Materials,
+  prepared: Prepared,
+  device: Device,
+  further: readonly Device[] = [],
+): Session => built(() => startSession(materials, prepared, device, further));
 
-function startSession(materials: Materials, device: Device, further: readonly Device[]): Session {
+function startSession(
+  materials: Materials,
+  prepared: Prepared,
+  device: Device,
+  further: readonly Device[],
+): Session {
   const { run, vaeSource, pictures } = materials;
   const task: Task =
     run.train.target === 'vae'
       ? autoencoderTask(run, pictures, vaeSource, device)
-      : diffusionTask(run, pictures, materials, device);
+      : diffusionTask(run, pictures, materials, prepared, device);
   const trained = trainedParameters(task.components);
   if (trained.size === 0)
     throw new UserError(
@@ -209,13 +226,8 @@ export function stateOf(run: Run, checkpoint: string): State {
 
 /** Puts a session where a checkpoint left it. @throws UserError when the checkpoint is another run's */
 export function resumeSession(session: Session, checkpoint: string): Position {
-  const { run, pictures, task, parameters, passes, optimizer, ema } = session;
+  const { run, task, parameters, passes, optimizer, ema } = session;
   const state = stateOf(run, checkpoint);
-  if (state.dataset !== pictures.hash) {
-    throw new UserError(
-      `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
-    );
-  }
   for (const component of task.components) {
     const { name } = component;
     const own = (key: string) => parameters.get(`${name}.${key}`) as Parameter;
@@ -265,7 +277,7 @@ function passesOfUpdate({ run, pictures }: Materials): number {
 }
 
 /**
- * The most memory of each device that a run takes (caching, the largest pass, backward and step, the largest preview, all run on
+ * The most memory of each device that a run takes (its preparation, the largest pass, backward and step, the largest preview, all run on
  * devices without numbers), and counts.
  */
 export function estimate(
@@ -274,14 +286,13 @@ export function estimate(
 ): { bytes: number[]; trained: number; all: number } {
   const { run, pictures } = materials;
   const [device, ...further] = devices;
-  const session = openSession(materials, device, further);
+  const session = openSession(materials, rehearse(materials, device), device, further);
   const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
   const bucket = pictures.bucketOf.reduce(
     (best, b) => (area(b) > area(best) ? b : best),
     pictures.bucketOf[0],
   );
   const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
-  session.task.rehearseCache?.();
   const rounds = passesOfUpdate(materials) > devices.length ? 2 : 1;
   const losses = Array.from({ length: rounds * devices.length }, () =>
     session.passes.queue(session.task.blank({ bucket, samples }), 1),

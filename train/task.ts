@@ -68,14 +68,8 @@ export type PassInputs = Readonly<Record<string, HostTensor>>;
 
 export interface Task {
   components: readonly Component[];
-  /** What else the model is made of. */
-  frozen: readonly Component[];
-  /** What is computed once and kept on disk: latents and embeddings. Left unfinished once `stop.asked`. */
-  fillCache?(report: Report, stop: Stop): Promise<void>;
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. Pictures may be left unread once `signal` is aborted. */
   prepare(batch: MicroBatch, epoch: number, signal?: AbortSignal): Promise<PassInputs>;
-  /** The most memory that filling the cache takes, done once without numbers. */
-  rehearseCache?(): void;
   /** Inputs of the shapes that a pass has, without its numbers: to estimate memory. */
   blank(batch: MicroBatch): PassInputs;
   /**

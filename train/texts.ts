@@ -1,27 +1,19 @@
 // The captions of the UNet's passes. Where the text encoders are frozen and every caption is known, embeddings come from the cache.
 // Where they train, or tags are drawn anew, the tokens go to the device, and through the encoders in the pass.
-import { noGrad } from '../engine/grad.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { cast } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
 import { sizeOf } from '../engine/tensor.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { type Encoded, encodeTokens, tokensOf } from '../models/conditioning.ts';
 import { joined } from '../models/latents.ts';
 import type { Pipeline } from '../models/pipeline.ts';
-import { captionsAtOnce, encodeTexts, type TextEmbeddings, textCache } from './cache.ts';
-import type { HostTensor, PassInputs, Report } from './task.ts';
-
-/** Hears how far something is; false has it left. */
-type Heard = (done: number, total: number) => boolean;
+import type { TextEmbeddings } from './cache.ts';
+import type { PreparedTexts } from './preparation.ts';
+import type { HostTensor, PassInputs } from './task.ts';
 
 export interface Texts {
-  /** Computes what is kept on disk. */
-  fill(report: Report, heard: Heard): Promise<void>;
-  /** The most memory that this takes, once without numbers. */
-  rehearse(): void;
   /** A pass's captions as its inputs; undefined is a caption that is left away. */
   inputs(captions: readonly (string | undefined)[]): PassInputs;
   /** Inputs of the shapes that so many captions have, without their numbers. */
@@ -30,48 +22,22 @@ export interface Texts {
   encoded(model: Pipeline, inputs: Tensors): Encoded;
 }
 
-/** `captions` are all there are, `configs` the encoders'. */
-export function cachedTexts(
+/** `configs` are the encoders'. */
+export const preparedTexts = (
   pipeline: Pipeline,
-  captions: readonly string[],
+  { read }: PreparedTexts,
   configs: readonly Json[],
-  folder: string,
-): Texts {
-  // Hashing the encoders reads all their weights, so the cache is made when it is first asked for.
-  const cache = lazily(() => textCache(folder, pipeline.text, configs));
-  return {
-    async fill(report, heard) {
-      await cache().fill(captions, heard);
-      for (const text of cache().tooLong(captions))
-        report.line(
-          `the end of this caption is not seen, it has more tokens than dataset.max_token_length: "${text}"`,
-        );
-    },
-    rehearse() {
-      noGrad(() => scope(() => void encodeTexts(pipeline.text, captions.slice(0, captionsAtOnce))));
-    },
-    inputs: (chosen) =>
-      embeddedInputs(
-        pipeline,
-        chosen.map((caption) => cache().read(caption)),
-      ),
-    blank: (n) => blankEmbeddings(pipeline, configs, n),
-    encoded: (_, { context, pooled }) => ({ context, pooled }),
-  };
-}
+): Texts => ({
+  inputs: (chosen) => embeddedInputs(pipeline, chosen.map(read)),
+  blank: (n) => blankEmbeddings(pipeline, configs, n),
+  encoded: (_, { context, pooled }) => ({ context, pooled }),
+});
 
 export const textsInPass = (pipeline: Pipeline): Texts => ({
-  async fill() {},
-  rehearse() {},
   inputs: (chosen) => tokenInputs(pipeline, chosen),
   blank: (n) => tokenInputs(pipeline, Array<string>(n).fill('')),
   encoded: throughEncoders,
 });
-
-export function lazily<T>(make: () => T): () => T {
-  let made: T | undefined;
-  return () => (made ??= make());
-}
 
 /** What the cache has of captions, as inputs [n, 77, c] and [n, p]. */
 function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmbeddings[]): PassInputs {

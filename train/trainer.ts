@@ -3,6 +3,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { CudaError } from '../engine/cuda/errors.ts';
+import type { Device } from '../engine/device.ts';
 import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
@@ -12,9 +13,10 @@ import { turnsFrom, type Update } from './data/order.ts';
 import { removeLaterFinal, writeFinal } from './final.ts';
 import { appendLog, type LogEntry, readLog, rewindLog } from './log.ts';
 import { learningRate } from './lr_schedule.ts';
+import { prepare } from './preparation.ts';
 import { hasPreviews, rewindPreviews, writePreviews, writeSheet } from './preview.ts';
 import { promptsOf } from './preview_prompts.ts';
-import { resumeSession, type Session } from './session.ts';
+import { type Materials, openSession, resumeSession, type Session, stateOf } from './session.ts';
 import { type Report, type Stop, saved } from './task.ts';
 import { openEventFile } from './tensorboard.ts';
 import { type Feed, type Made, makeUpdate, openFeed } from './update.ts';
@@ -31,6 +33,8 @@ export interface Outcome {
 /** Where a run's files lie in its output. */
 const logFile = (output: string): string => join(output, 'log.jsonl');
 
+const start: Position = { step: 0, epoch: 0, update: 0 };
+
 /** Where a run stands between two updates. */
 interface Standing {
   position: Position;
@@ -45,13 +49,32 @@ interface Standing {
 }
 
 /**
- * Trains until the plan is done or `stop.asked`, from the session's checkpoint where it has one. What fails beside the weights, such
- * as a picture that has vanished or previews that find no memory, costs no update: those before it are saved. @throws UserError
+ * Trains on `devices` until the plan is done or `stop.asked`, from the checkpoint where there is one. @throws UserError
  */
-export async function train(session: Session, report: Report, stop: Stop): Promise<Outcome> {
+export async function train(
+  materials: Materials,
+  [device, ...further]: readonly Device[],
+  report: Report,
+  stop: Stop,
+): Promise<Outcome> {
+  const prepared = await prepare(materials, device, report, stop);
+  const { run, checkpoint } = materials;
+  if (!prepared) {
+    const { step, epoch, update } = checkpoint ? stateOf(run, checkpoint) : start;
+    return { position: { step, epoch, update }, folder: checkpoint ?? '', stopped: true };
+  }
+  const session = openSession(materials, prepared, device, further);
+  return trainSession(session, report, stop).finally(session.release);
+}
+
+/**
+ * The same once all is loaded. What fails beside the weights, such as a picture that has vanished or previews that find no memory, costs
+ * no update: those before it are saved.
+ */
+async function trainSession(session: Session, report: Report, stop: Stop): Promise<Outcome> {
   const feed = openFeed(session.task);
   const at: Standing = {
-    position: { step: 0, epoch: 0, update: 0 },
+    position: start,
     ...{ folder: session.checkpoint ?? '', failures: 0, unsaved: false, moving: false },
   };
   try {
@@ -76,14 +99,12 @@ async function trainFrom(
   stop: Stop,
   at: Standing,
 ): Promise<Outcome> {
-  const { run, pictures, total, task, device } = session;
+  const { run, pictures, total, device } = session;
   makeFolder(run.output);
   if (at.folder) at.position = resumeSession(session, at.folder);
-  await task.fillCache?.(report, stop);
+  device.memory.peak = device.memory.live; // what is told of it is of training
+  await othersTurn();
   if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
-  // What follows needs other sizes, and its peak is what the plan estimated.
-  device.memory.trim();
-  device.memory.peak = device.memory.live;
   const journal = openJournal(session, report);
   const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
   const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
@@ -117,7 +138,7 @@ async function trainFrom(
     // Asked during the update, or during the previews after it.
     if (stop.asked && at.unsaved) save(session, at);
     if (stop.asked && !done) return { position: at.position, folder: at.folder, stopped: true };
-    await new Promise((resolve) => setImmediate(resolve)); // signals are heard here
+    await othersTurn();
   }
   // Where no update was left to make, later lines are still there.
   const entries = readLog(logFile(run.output)).filter(({ step }) => step <= at.position.step);
@@ -125,6 +146,9 @@ async function trainFrom(
   writeFileAtomic(join(run.output, 'loss.svg'), curve);
   return { position: at.position, folder: await writeFinal(session, at.folder), stopped: false };
 }
+
+/** Signals are heard here. */
+const othersTurn = () => new Promise((resolve) => setImmediate(resolve));
 
 /**
  * Drops what was trained past `step` before the run was taken up again there. That stays whole until there is an update to take its

@@ -1,0 +1,183 @@
+// What the frozen models say, asked before anything that is trained is loaded: the VAE's moments of every picture, the text encoders'
+// embeddings of every caption (cache.ts), and those of the previews' prompts. Each model has the device to itself and is gone again when
+// it has answered, so that an update shares its memory with none of them: of SDXL's 2.2 GiB, and 3.3 that encoding takes.
+import { join } from 'node:path';
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { scope } from '../engine/scope.ts';
+import { zeros } from '../engine/tensor.ts';
+import { withPosterior } from '../models/autoencoder.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import { mostChunks, type PromptEmbeds } from '../models/conditioning.ts';
+import { loadPipeline, type Part, type Pipeline } from '../models/pipeline.ts';
+import { encodePrompt } from '../models/prompts.ts';
+import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import {
+  captionsAtOnce,
+  encodeTexts,
+  momentsCache,
+  type PictureMoments,
+  picturesAtOnce,
+  type TextEmbeddings,
+  textCache,
+  type View,
+} from './cache.ts';
+import { allCaptions } from './data/caption.ts';
+import { trainedScheduler } from './objective.ts';
+import { type Pictures, previewSize, viewIn } from './pictures.ts';
+import { previewsOf } from './preview_prompts.ts';
+import type { Run } from './run.ts';
+import type { Report, Stop } from './task.ts';
+
+/** What a run is made of, as far as it is asked here. */
+interface Subject {
+  run: Run;
+  pictures: Pictures;
+  source: ModelSource;
+  vaeSource: ModelSource;
+}
+
+export interface Prepared {
+  moments(view: View): PictureMoments;
+  /** Absent where the text encoders run in the pass: they are trained, or tags are drawn anew. */
+  texts?: PreparedTexts;
+}
+
+export interface PreparedTexts {
+  /** Those of a caption; undefined is one that is left away. */
+  read(caption: string | undefined): TextEmbeddings;
+  /** By preview. */
+  previews: readonly PromptEmbeds[];
+}
+
+/** The run's pipeline with the weights of some parts, which samples by the scheduler that the run trains for. @throws UserError */
+export function openParts(
+  { run, source, vaeSource }: Omit<Subject, 'pictures'>,
+  device: Device,
+  only: readonly Part[],
+  vaeDtype?: 'float32',
+): Pipeline {
+  const { gradient_checkpointing: gradientCheckpointing, q8 } = run.train;
+  const { dtype } = run;
+  const pipeline: Pipeline = {
+    ...loadPipeline(source, { device, dtype, only, vaeSource, vaeDtype, gradientCheckpointing, q8 }),
+    scheduler: parseSchedulerConfig(trainedScheduler(source.config('scheduler'), run.objective)),
+  };
+  pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
+  return pipeline;
+}
+
+/** The text encoders of a model, in their order. */
+export const textParts = (source: ModelSource): ('text_encoder' | 'text_encoder_2')[] =>
+  (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
+
+const openVae = (subject: Subject, device: Device): Pipeline =>
+  openParts(subject, device, ['vae'], 'float32');
+
+const openTexts = (subject: Subject, device: Device): Pipeline =>
+  openParts(subject, device, textParts(subject.source));
+
+/** All captions, where they are encoded ahead. */
+const captionsOf = ({ run, pictures }: Subject): string[] | undefined =>
+  run.train.text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
+
+/** Makes what is not in the cache yet; undefined once `stop.asked`, where what is made stays. @throws UserError */
+export async function prepare(
+  subject: Subject,
+  device: Device,
+  report: Report,
+  stop: Stop,
+): Promise<Prepared | undefined> {
+  if (subject.run.train.target === 'vae') return nothing;
+  const heard = (label: string) => (done: number, total: number) => {
+    report.progress(label, done, total);
+    return !stop.asked;
+  };
+  const moments = await preparePictures(subject, openVae(subject, device), heard('encoding pictures'));
+  const captions = captionsOf(subject);
+  const texts =
+    captions && !stop.asked
+      ? await prepareTexts(subject, openTexts(subject, device), captions, report, heard('encoding captions'))
+      : undefined;
+  device.memory.trim(); // what follows needs other sizes
+  return stop.asked ? undefined : { moments, texts };
+}
+
+/** Hears how far something is; false has it left. */
+type Heard = (done: number, total: number) => boolean;
+
+async function preparePictures(
+  { run, pictures, vaeSource }: Subject,
+  pipeline: Pipeline,
+  heard: Heard,
+): Promise<Prepared['moments']> {
+  try {
+    const { interpolation, alpha_mask } = run.dataset;
+    const reading = alpha_mask ? 'colours' : 'picture';
+    const coder = withPosterior(pipeline.vae, vaeSource.path);
+    const cache = momentsCache(cacheFolder(run), coder, interpolation, reading);
+    const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
+      pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
+    ).flat();
+    await cache.fill(views, heard);
+    return cache.read;
+  } finally {
+    pipeline.release();
+  }
+}
+
+async function prepareTexts(
+  subject: Subject,
+  pipeline: Pipeline,
+  captions: readonly string[],
+  report: Report,
+  heard: Heard,
+): Promise<PreparedTexts> {
+  const { run, source } = subject;
+  try {
+    const configs = textParts(source).map((name) => source.config(name));
+    const cache = textCache(cacheFolder(run), pipeline.text, configs);
+    await cache.fill(captions, heard);
+    for (const text of cache.tooLong(captions))
+      report.line(
+        `the end of this caption is not seen, it has more tokens than dataset.max_token_length: "${text}"`,
+      );
+    return { read: cache.read, previews: previewEmbeds(subject, pipeline) };
+  } finally {
+    pipeline.release();
+  }
+}
+
+const cacheFolder = ({ dataset, output }: Run): string => dataset.cache || join(output, 'cache');
+
+/** What the previews' prompts are to the text encoders, and what they are not to show. */
+const previewEmbeds = ({ run, pictures }: Subject, pipeline: Pipeline): PromptEmbeds[] =>
+  previewsOf(run.previews, previewSize(run, pictures)).map(({ prompt, negative_prompt }) => {
+    const asked = { prompt, negative_prompt: negative_prompt || undefined };
+    const { truncated: _, ...embeds } = encodePrompt(pipeline, asked);
+    return embeds;
+  });
+
+/** The most memory that this takes, done once on a device without numbers. */
+export function rehearse(subject: Subject, device: Device): Prepared {
+  const { run, pictures } = subject;
+  if (run.train.target === 'vae') return nothing;
+  const coder = openVae(subject, device);
+  const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
+  const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
+  noGrad(() => scope(() => void withPosterior(coder.vae, '').encode(zeros(shape, { device }))));
+  coder.release();
+  const captions = captionsOf(subject);
+  if (!captions) return nothing;
+  const encoders = openTexts(subject, device);
+  encodeTexts(encoders.text, captions.slice(0, captionsAtOnce));
+  const previews = previewEmbeds(subject, encoders);
+  encoders.release();
+  return { ...nothing, texts: { read: nothing.moments, previews } };
+}
+
+const nothing: Prepared & { moments: () => never } = {
+  moments() {
+    throw new Error('nothing was prepared of this run');
+  },
+};
