@@ -36,6 +36,8 @@ export class Node {
   grad: Tensor | undefined;
   /** Whether anything was added to it: the zeros of a leaf that no loss reaches are no gradient. */
   reached = false;
+  /** Of a leaf: is given what would be added. */
+  take: ((more: Tensor) => void) | undefined;
   /** The nodes of those inputs that want a gradient. */
   inputs: readonly Node[] = [];
   /** Makes the gradients of `inputs`, in their order. Undefined on a leaf or once spent. */
@@ -118,6 +120,11 @@ export function clearGrad({ node }: Tensor): void {
   node.reached = false;
 }
 
+/** From now on has `take` given what backward finds for a leaf, when it is found, and collects nothing; collects again without. */
+export function handOver({ node }: Tensor, take?: (gradient: Tensor) => void): void {
+  if (node) node.take = take;
+}
+
 /** Adds to the gradient of a leaf, as backward does. */
 export function addGrad(leaf: Tensor, more: Tensor): void {
   if (leaf.node) accumulate(leaf.node, more);
@@ -155,9 +162,10 @@ export function backward(output: Tensor, dy?: Tensor): void {
 
 /** Adds to a node's gradient, in place where the storage is the node's alone. */
 function accumulate(node: Node, more: Tensor): void {
-  const { grad } = node;
+  const { grad, take } = node;
   node.reached = true;
-  if (!grad) node.grad = keep(more.handle());
+  if (take) take(more);
+  else if (!grad) node.grad = keep(more.handle());
   else if (grad.isShared) replace(node, grad, more);
   else grad.device.add(grad, grad, more);
 }

@@ -168,6 +168,9 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     const rounding = { optimizer: { name: 'adafactor', stochastic_rounding: true } } as const;
     const least = train(card, 16e9, { train: { gradient_checkpointing }, ...rounding });
     t.ok(least < 16e9, `${on}: all weights, Adafactor that rounds at random, ${gib(least)}`);
+    const fused = { gradient_checkpointing, fused_backward_pass: true };
+    const leanest = train(card, 8 * GIB, { train: fused, ...rounding });
+    t.ok(least - leanest > 4 * GIB, `${on}: whose gradients are never all there, ${gib(leanest)}`);
     const lora = train(card, 8e9, { train: { target: 'lora', gradient_checkpointing } });
     t.ok(lora > 5 * GIB && lora < 8e9, `${on}: LoRA, ${gib(lora)}`);
     const least8 = train(card, 6e9, { train: { target: 'lora', gradient_checkpointing, q8: true } });

@@ -11,6 +11,7 @@ import {
 } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
+import { writePng } from '../io/image.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { foreignKeys } from '../train/foreign_keys.ts';
 import { resolveRun } from '../train/resolve_run.ts';
@@ -72,6 +73,32 @@ test('run files', async (t) => {
     'a tiny autoencoder',
     /taesdxl has a tiny autoencoder \(AutoencoderTiny\), .*train with the VAE that the model was made for/,
     ...file('tiny', { vae: writeTiny(join(folder, 'taesdxl')) }),
+  );
+  const several = dataset('two-shapes', 2);
+  writePng(join(several, '0.png'), { width: 64, height: 24, channels: 3, data: new Uint8Array(3 * 64 * 24) });
+  for (const [name, more, says] of [
+    [
+      'fused-prodigy',
+      { optimizer: { name: 'prodigy', lr: 1 } },
+      /Prodigy all by one number that hangs on every gradient; leave it out/,
+    ],
+    [
+      'fused-accumulated',
+      { gradient_accumulation_steps: 2 },
+      /"gradient_accumulation_steps" 2 could be added to; set that to 1/,
+    ],
+    [
+      'fused-buckets',
+      { batch_size: 2, dataset: { path: several, resolution: 64, aspect_ratio_buckets: true } },
+      /pictures of 2 sizes share no pass; set batch_size to 1, or dataset\.aspect_ratio_buckets to false/,
+    ],
+  ] as const)
+    await refuses(t, name, says, ...file(name, { train: { fused_backward_pass: true }, ...more }));
+  await refuses(
+    t,
+    'fused-gpus',
+    /is one pass, as train\.fused_backward_pass is set, and 2 GPUs take passes in turn; name one GPU/,
+    ...['plan', runFile('fused-gpus', { train: { fused_backward_pass: true } }), '--device', 'cuda:0,cuda:1'],
   );
   await refuses(t, 'no model', /names no model/, ...file('f', { model: '' }));
   await refuses(

@@ -5,7 +5,7 @@ import { gradOf } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { update } from '../engine/op.ts';
 import { sumSquares } from '../engine/ops/optimizer.ts';
-import { scope } from '../engine/scope.ts';
+import { built, scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, zeros } from '../engine/tensor.ts';
 
 export interface Clipping {
@@ -17,31 +17,46 @@ export interface Clipping {
   nonfinite?: string;
 }
 
+/** Gradients by parameter. */
+export type Gradients = ReadonlyMap<string, Tensor>;
+
+/** Those that parameters have collected. */
+export const gradientsOf = (parameters: ReadonlyMap<string, Parameter>): Gradients =>
+  new Map(
+    [...parameters].flatMap(([name, { tensor }]) => {
+      const gradient = gradOf(tensor);
+      return gradient ? [[name, gradient] as const] : [];
+    }),
+  );
+
 /** The squares of gradients, on their way. */
 export interface GradientNorms {
+  /** Begins to measure these, each on its device. */
+  add(gradients: Gradients): void;
   /** Waits for them. `maxNorm` 0 measures and does not clip. */
   read(maxNorm: number): Clipping;
   release(): void;
 }
 
-/** Begins to measure the gradients that the parameters have now, each on its device. */
-export function queueNorms(parameters: ReadonlyMap<string, Parameter>): GradientNorms {
-  const sums = scope(() => {
-    const made = new Map<Device, Tensor>();
-    const measures = [...parameters.values()].map(({ tensor }, i) => {
-      const { device } = tensor;
-      const gradient = gradOf(tensor);
-      if (!gradient) return [];
-      const sum = made.get(device) ?? zeros([parameters.size], { device });
-      made.set(device, sum);
-      return sumSquares(gradient, sum, i);
-    });
-    update(measures.flat());
-    return [...made.values()];
-  });
+/** Measures gradients of the parameters. */
+export function openNorms(parameters: ReadonlyMap<string, Parameter>): GradientNorms {
+  const places = new Map([...parameters.keys()].map((name, i) => [name, i]));
+  const sums = new Map<Device, Tensor>();
+  const sumOn = (device: Device): Tensor => {
+    const sum = sums.get(device) ?? unscoped(() => zeros([parameters.size], { device }));
+    sums.set(device, sum);
+    return sum;
+  };
   return {
+    add(gradients) {
+      update(
+        [...gradients].map(([name, gradient]) =>
+          sumSquares(gradient, sumOn(gradient.device), places.get(name) as number),
+        ),
+      );
+    },
     read(maxNorm) {
-      const parts = sums.map((sum) => sum.floats());
+      const parts = [...sums.values()].map((sum) => sum.floats());
       // On each device the others' are zero.
       const values = Array.from(parameters, (_, i) => parts.reduce((sum, part) => sum + part[i], 0));
       const bad = values.findIndex((value) => !Number.isFinite(value));
@@ -50,10 +65,18 @@ export function queueNorms(parameters: ReadonlyMap<string, Parameter>): Gradient
       return { norm, scale, nonfinite: bad < 0 ? undefined : [...parameters.keys()][bad] };
     },
     release() {
-      for (const sum of sums) sum.release();
+      for (const sum of sums.values()) sum.release();
     },
   };
 }
+
+/** Begins to measure the gradients that the parameters have now. */
+export const queueNorms = (parameters: ReadonlyMap<string, Parameter>): GradientNorms =>
+  built(() => {
+    const norms = openNorms(parameters);
+    scope(() => norms.add(gradientsOf(parameters)));
+    return norms;
+  });
 
 /** The norm of the gradients that the parameters have now, and the factor that brings it to `maxNorm`. */
 export function clipGradients(parameters: ReadonlyMap<string, Parameter>, maxNorm: number): Clipping {

@@ -8,6 +8,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   output_name: 'name',
   mixed_precision: 'dtype',
   full_bf16: 'dtype',
+  fused_backward_pass: 'train.fused_backward_pass',
   network_train_unet_only: 'train.text_encoders',
   train_text_encoder: 'train.text_encoders',
   network_dim: 'lora.rank',

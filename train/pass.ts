@@ -63,7 +63,6 @@ function recordedPasses(task: Trained, leaves: readonly Tensor[], device: Device
   const clear = () => {
     for (const leaf of leaves) zeroGrad(leaf);
   };
-  clear();
   const start = (given: PassInputs): Recording =>
     built(() => {
       const inputs = unscoped(() => place(given, device));
@@ -72,6 +71,7 @@ function recordedPasses(task: Trained, leaves: readonly Tensor[], device: Device
     });
   return {
     queue(given, share) {
+      if (recordings.size === 0) clear();
       const shapes = JSON.stringify(mapped(given, ({ shape }) => shape));
       const recording = recordings.get(shapes) ?? start(given);
       recordings.set(shapes, recording);

@@ -136,10 +136,14 @@ const present = <T>(values: readonly (T | undefined)[]): T[] => values.filter((v
 
 /** @throws UserError where GPUs would have nothing to do */
 export function requirePasses(
-  { name, batch_size, gradient_accumulation_steps: passes }: Run,
+  { name, train, batch_size, gradient_accumulation_steps: passes }: Run,
   gpus: number,
 ): void {
   if (passes >= gpus) return;
+  if (train.fused_backward_pass)
+    throw new UserError(
+      `an update of ${name} is one pass, as train.fused_backward_pass is set, and ${gpus} GPUs take passes in turn; name one GPU, or leave that out`,
+    );
   throw new UserError(
     `an update of ${name} has ${passes} ${passes === 1 ? 'pass' : 'passes'} of batch_size ${batch_size}, fewer than the ${gpus} GPUs that take them in turn; set gradient_accumulation_steps to ${gpus} or a multiple of it`,
   );

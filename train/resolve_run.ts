@@ -34,6 +34,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseLines(run.previews, where);
   refuseNothing(run, where);
   refuseRates(run, where);
+  refuseFused(run, where);
 }
 
 /** Values under which no update would change a weight. */
@@ -126,6 +127,19 @@ function refuseUnused(
   if (dataset.class_prompt && !dataset.class_data_dir)
     throw new UserError(
       `${where}: "dataset.class_prompt" says what pictures in "dataset.class_data_dir" are, and there is none; name it too`,
+    );
+}
+
+/** Gradients that are gone at once can be neither added to nor looked at together. */
+function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, where: string): void {
+  if (!train.fused_backward_pass) return;
+  if (optimizer.name === 'prodigy')
+    throw new UserError(
+      `${where}: "train.fused_backward_pass" moves weights one after the other, and Prodigy all by one number that hangs on every gradient; leave it out, or take another "optimizer.name"`,
+    );
+  if (gradient_accumulation_steps > 1)
+    throw new UserError(
+      `${where}: "train.fused_backward_pass" keeps no gradients that "gradient_accumulation_steps" ${gradient_accumulation_steps} could be added to; set that to 1, or leave it out`,
     );
 }
 

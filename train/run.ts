@@ -40,6 +40,11 @@ export interface Run {
     text_encoders: boolean;
     /** Recompute activations in the backward pass: less memory, a third more work. */
     gradient_checkpointing: boolean;
+    /**
+     * Move each weight as soon as its gradient is there, and drop that: none of the gradients' memory, the same bits. With
+     * `optimizer.max_grad_norm` a pass is made twice, as the norm has to be known first.
+     */
+    fused_backward_pass: boolean;
     /** Keep the UNet that is not trained itself in 8-bit integers: half its memory. For targets `lora` and `controlnet`. */
     q8: boolean;
   };
@@ -176,6 +181,7 @@ export const fields: Fields<Run> = {
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
+    fused_backward_pass: flag(false),
     q8: flag(false),
   },
   lora: {

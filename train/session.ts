@@ -24,6 +24,7 @@ import { openDataset } from './data/source.ts';
 import { diffusionTask, type Sources } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
 import { fill } from './fields.ts';
+import { moveThrough } from './fused.ts';
 import { learningRate } from './lr_schedule.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
@@ -167,6 +168,7 @@ function startSession(
   further: readonly Device[],
 ): Session {
   const { run, vaeSource, pictures } = materials;
+  refuseFused(materials);
   const task: Task =
     run.train.target === 'vae'
       ? autoencoderTask(run, pictures, vaeSource, device)
@@ -201,6 +203,15 @@ function startSession(
       average?.release();
     },
   };
+}
+
+/** @throws UserError where an update has several passes, whose gradients would have to wait for each other */
+function refuseFused(materials: Materials): void {
+  const { run, pictures } = materials;
+  if (!run.train.fused_backward_pass || passesOfUpdate(materials) === 1) return;
+  throw new UserError(
+    `train.fused_backward_pass moves weights in the one pass that an update has, and pictures of ${new Set(pictures.bucketOf).size} sizes share no pass; set batch_size to 1, or dataset.aspect_ratio_buckets to false`,
+  );
 }
 
 /** The text encoders may have a learning rate of their own. */
@@ -284,28 +295,38 @@ export function estimate(
   materials: Materials,
   devices: readonly Device[] = [standInDevice()],
 ): { bytes: number[]; trained: number; all: number } {
-  const { run, pictures } = materials;
   const [device, ...further] = devices;
   const session = openSession(materials, rehearse(materials, device), device, further);
-  const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
-  const bucket = pictures.bucketOf.reduce(
-    (best, b) => (area(b) > area(best) ? b : best),
-    pictures.bucketOf[0],
-  );
-  const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
-  const rounds = passesOfUpdate(materials) > devices.length ? 2 : 1;
-  const losses = Array.from({ length: rounds * devices.length }, () =>
-    session.passes.queue(session.task.blank({ bucket, samples }), 1),
-  );
-  session.passes.gather();
-  const { made } = session.optimizer.step(run.optimizer.lr);
-  for (const loss of losses) loss.release();
-  session.passes.share();
-  session.ema?.step(made);
+  rehearseUpdate(session, devices);
   session.task.rehearsePreviews?.(session.ema?.weights);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();
   const bytes = devices.map(({ memory }) => memory.peak);
   return { bytes, trained: sizes(session.parameters.values()), all: sizes(all) };
+}
+
+/** An update of the largest pictures, without numbers. */
+function rehearseUpdate(session: Session, devices: readonly Device[]): void {
+  const { run, pictures, passes, optimizer, task, ema } = session;
+  const area = (bucket: number) => pictures.buckets[bucket][0] * pictures.buckets[bucket][1];
+  const bucket = pictures.bucketOf.reduce(
+    (best, b) => (area(b) > area(best) ? b : best),
+    pictures.bucketOf[0],
+  );
+  const samples = Array<number>(Math.min(run.batch_size, pictures.samples.length)).fill(0);
+  const blank = () => task.blank({ bucket, samples });
+  if (run.train.fused_backward_pass) {
+    const { made, move } = optimizer.begin(run.optimizer.lr);
+    moveThrough(session, blank(), move);
+    ema?.step(made);
+    return;
+  }
+  const rounds = passesOfUpdate(session) > devices.length ? 2 : 1;
+  const losses = Array.from({ length: rounds * devices.length }, () => passes.queue(blank(), 1));
+  passes.gather();
+  const { made } = optimizer.step(run.optimizer.lr);
+  for (const loss of losses) loss.release();
+  passes.share();
+  ema?.step(made);
 }

@@ -5,6 +5,7 @@ import { setImmediate } from 'node:timers/promises';
 import type { Tensor } from '../engine/tensor.ts';
 import { type GradientNorms, queueNorms } from './clip.ts';
 import type { MicroBatch, Turn, Update } from './data/order.ts';
+import { measure, moveThrough, type Walked } from './fused.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import type { Session } from './session.ts';
 import type { PassInputs, Task } from './task.ts';
@@ -48,6 +49,31 @@ export function openFeed(task: Task): Feed {
 }
 
 /**
+ * Makes an update of one pass whose gradients are never all there (fused.ts). Where they are not clipped the pass is made once, and a
+ * gradient that is not finite leaves the weights of its part and of those that follow.
+ */
+async function makeFused(
+  session: Session,
+  feed: Feed,
+  { update: [pass], epoch }: Turn,
+  lr: number,
+  next?: Turn,
+): Promise<Made> {
+  const { run, optimizer, ema } = session;
+  const inputs = await feed.take(pass, epoch);
+  if (next) feed.begin(next.update[0], next.epoch);
+  await setImmediate();
+  const { max_grad_norm } = run.optimizer;
+  const measured = max_grad_norm > 0 ? measure(session, inputs, max_grad_norm) : undefined;
+  const failed = measured && (await whySkipped(session, pass, epoch, measured));
+  if (failed) return failed;
+  const { made, move } = optimizer.begin(lr, measured?.scale);
+  const moved = moveThrough(session, inputs, move, !measured);
+  ema?.step(made);
+  return (await whySkipped(session, pass, epoch, moved)) ?? { loss: moved.loss, grad_norm: moved.norm };
+}
+
+/**
  * Makes an update at learning rate `lr`; `next` follows it. A loss or gradient that is not finite leaves the weights. After an
  * error the session can only be released.
  */
@@ -58,6 +84,7 @@ export async function makeUpdate(
   lr: number,
   next?: Turn,
 ): Promise<Made> {
+  if (session.run.train.fused_backward_pass) return makeFused(session, feed, turn, lr, next);
   const { update, epoch } = turn;
   const { passes, parameters } = session;
   const shares = sharesOf(update);
@@ -97,20 +124,33 @@ async function step(
   losses: readonly Tensor[],
   norms: GradientNorms,
 ): Promise<Made> {
-  const { run, passes, optimizer, ema, device, task } = session;
+  const { run, passes, optimizer, ema } = session;
   const values = losses.map((loss) => loss.floats()[0]);
-  const bad = values.findIndex((value) => !Number.isFinite(value));
-  if (bad >= 0) {
-    const tensor = firstBadTensor(task, await task.prepare(update[bad], epoch), device);
-    const skipped = `the loss is ${values[bad]}; the first tensor that is not finite is ${tensor}`;
-    return { loss: values[bad], grad_norm: Number.NaN, skipped };
-  }
   const shares = sharesOf(update);
-  const loss = values.reduce((sum, value, i) => sum + shares[i] * value, 0);
-  const { norm, scale, nonfinite } = norms.read(run.optimizer.max_grad_norm);
-  if (nonfinite) return { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` };
-  const { made, dlr } = optimizer.step(lr, scale);
+  const bad = values.findIndex((value) => !Number.isFinite(value));
+  const loss = bad < 0 ? values.reduce((sum, value, i) => sum + shares[i] * value, 0) : values[bad];
+  const clipping = norms.read(run.optimizer.max_grad_norm);
+  const failed = await whySkipped(session, update[Math.max(0, bad)], epoch, { loss, ...clipping });
+  if (failed) return failed;
+  const { made, dlr } = optimizer.step(lr, clipping.scale);
   passes.share();
   ema?.step(made);
-  return { loss, grad_norm: norm, dlr };
+  return { loss, grad_norm: clipping.norm, dlr };
+}
+
+/** What is told of an update that is not finite, of which `pass` is the first that is not. */
+async function whySkipped(
+  { task, device }: Session,
+  pass: MicroBatch,
+  epoch: number,
+  { loss, norm, nonfinite }: Walked,
+): Promise<Made | undefined> {
+  if (!Number.isFinite(loss)) {
+    const tensor = firstBadTensor(task, await task.prepare(pass, epoch), device);
+    const skipped = `the loss is ${loss}; the first tensor that is not finite is ${tensor}`;
+    return { loss, grad_norm: Number.NaN, skipped };
+  }
+  return nonfinite
+    ? { loss, grad_norm: norm, skipped: `the gradient of ${nonfinite} is not finite` }
+    : undefined;
 }

@@ -1,6 +1,6 @@
 // What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights, and
 // the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it, or on all.
-import { gradOf, noGrad } from '../../engine/grad.ts';
+import { noGrad } from '../../engine/grad.ts';
 import { holding } from '../../engine/memory.ts';
 import type { Parameter } from '../../engine/module.ts';
 import { type Update, update } from '../../engine/op.ts';
@@ -10,6 +10,7 @@ import { cast } from '../../engine/ops/unary.ts';
 import { built, scope, unscoped } from '../../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';
+import { type Gradients, gradientsOf } from '../clip.ts';
 import { streamOf } from '../draws.ts';
 
 export type Slots = Record<string, Tensor>;
@@ -62,6 +63,8 @@ export interface Optimizer {
   readonly state: ReadonlyMap<string, Tensor>;
   /** Updates every parameter that has a gradient. `gradientScale` multiplies all gradients first. */
   step(lr: number, gradientScale?: number): Stepped;
+  /** Begins an update in which parameters move as their gradients are given. Not by a joint rule. */
+  begin(lr: number, gradientScale?: number): { made: number; move(gradients: Gradients): void };
   /** The parameter's value at full precision: its float32 master where there is one. */
   weightOf(name: string): Tensor;
   release(): void;
@@ -110,16 +113,15 @@ function startOptimizer(
       slots[slot] = kind === 'weight' ? copyOf(parameter.tensor) : emptySlot(parameter.tensor, kind);
       state.set(`${slot}.${name}`, slots[slot]);
     }
-    return { parameter, master, slots, factor: lrFactor(name) };
+    return { name, parameter, master, slots, factor: lrFactor(name) };
   });
-  return {
-    state,
-    step(lr, gradientScale = 1) {
-      const step = counter.floats()[0] + 1;
-      counter.upload(new Uint8Array(Int32Array.of(step).buffer));
-      const dlr = scope(() => {
-        const moves = items.flatMap(({ parameter, master, slots, factor }, index): Move[] => {
-          const gradient = gradOf(parameter.tensor);
+  const begin = (lr: number, gradientScale = 1) => {
+    const step = counter.floats()[0] + 1;
+    counter.upload(new Uint8Array(Int32Array.of(step).buffer));
+    const move = (gradients: Gradients): number | undefined =>
+      scope(() => {
+        const moves = items.flatMap(({ name, parameter, master, slots, factor }, index): Move[] => {
+          const gradient = gradients.get(name);
           if (!gradient) return [];
           const rounds = parameter.tensor.dtype === 'bfloat16' && !master;
           const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
@@ -130,7 +132,14 @@ function startOptimizer(
         update(moves.map(({ tensors, slots, context }) => rule.step(tensors, slots, context)));
         return undefined;
       });
-      return { made: step, dlr };
+    return { made: step, move };
+  };
+  return {
+    state,
+    begin,
+    step(lr, gradientScale) {
+      const { made, move } = begin(lr, gradientScale);
+      return { made, dlr: scope(() => move(gradientsOf(parameters))) };
     },
     weightOf(name) {
       const weight = state.get(`master.${name}`) ?? parameters.get(name)?.tensor;
