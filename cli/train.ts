@@ -11,15 +11,16 @@ import { asUserError } from '../io/files.ts';
 import { lockFolder } from '../io/lock.ts';
 import { clearOutput, listCheckpoints, readState } from '../train/checkpoint.ts';
 import { finalOf, isFinished } from '../train/final.ts';
+import { DRIVERS_SHARE, fitInto, tellFit } from '../train/fit.ts';
 import { loadRuns } from '../train/load_run.ts';
-import { describe, foreseen, planOf } from '../train/plan.ts';
+import { describe, foreseen, type Plan, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
 import type { Run } from '../train/run.ts';
-import { type Locate, openMaterials, stateOf } from '../train/session.ts';
+import { type Locate, type Materials, openMaterials, stateOf } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { train } from '../train/trainer.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { devices } from './options.ts';
+import { bytes, devices } from './options.ts';
 import { type Bar, progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
@@ -30,6 +31,7 @@ interface Options {
   json?: boolean;
   device: string;
   quiet?: boolean;
+  vram?: number;
 }
 
 export function addTrain(command: Command, terminal: Terminal): void {
@@ -43,6 +45,11 @@ export function addTrain(command: Command, terminal: Terminal): void {
 export function addPlan(command: Command, terminal: Terminal): void {
   addShared(command)
     .option('--device <NAME>', 'whose memory to plan: cpu, cuda, or cuda:0,cuda:1; needs no GPU', 'cpu')
+    .option(
+      '--vram <SIZE>',
+      "a GPU's memory, such as 12GiB: what to set for each run to fit into that",
+      bytes('--vram'),
+    )
     .option(
       '--json',
       'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
@@ -78,10 +85,14 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
     for (const given of runs) {
       const run = foreseen(given, earlier);
       earlier.push(run);
-      const made = planOf(await openMaterials(run, locate, report, { tokenizers }), planned);
+      const materials = await openMaterials(run, locate, report, { tokenizers });
+      const made = planOf(materials, planned);
       const model = run.model === given.model ? made.model : String(given.model);
       const plan = { ...made, run: given, model };
-      terminal.out(`${options.json ? JSON.stringify(plan) : describe(plan).join('\n')}\n`);
+      const { vram } = options;
+      const fit = vram === undefined ? undefined : fitInto(materials, planned, vram - DRIVERS_SHARE);
+      const lines = [...describe(plan), ...(fit ? [`vram        ${tellFit(fit)}`] : [])];
+      terminal.out(`${options.json ? JSON.stringify({ ...plan, fit }) : lines.join('\n')}\n`);
     }
   } finally {
     rmSync(tokenizers, { recursive: true });
@@ -125,7 +136,9 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     const checkpoint = startOf(run, options.resume);
     const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
     const materials = await openMaterials(run, locate, report, { checkpoint });
-    for (const line of describe(planOf(materials, opened), opened)) report.line(line);
+    const plan = planOf(materials, opened);
+    for (const line of describe(plan, opened)) report.line(line);
+    warnOfMemory(plan, materials, opened, report);
     const { lr } = run.optimizer;
     if (checkpoint)
       report.line(
@@ -149,6 +162,20 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
     const unlock = lockFolder(run.output);
     await trainOne(run).finally(unlock);
   }
+}
+
+/** Tells what would help where a run that begins takes more than is free: it may end before its first update. */
+function warnOfMemory(
+  { memory_bytes }: Plan,
+  materials: Materials,
+  devices: readonly Device[],
+  report: Report,
+): void {
+  const free = devices.map(({ driver }) => driver.room?.().free ?? Number.POSITIVE_INFINITY);
+  if (materials.checkpoint || memory_bytes.every((bytes, i) => bytes <= free[i])) return;
+  report.line(
+    `warning: that is more than is free; ${tellFit(fitInto(materials, devices, Math.min(...free)))}`,
+  );
 }
 
 /** The checkpoint to go on from. @throws UserError rather than train over what an earlier run has left */

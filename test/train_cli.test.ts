@@ -229,6 +229,59 @@ test('plan', async (t) => {
   t.notOk(existsSync(join(folder, 'plan-preset-out')), 'a plan leaves nothing behind');
 });
 
+test('a plan tells what to set for a run to fit', async (t) => {
+  const file = runFile('fit', { batch_size: 4 });
+  const planned = async (vram: number, ...more: string[]) => {
+    const { out, err } = await sdxl('plan', file, '--vram', `${vram}`, '--json', '--quiet', ...more);
+    t.equal(err, '');
+    return JSON.parse(out);
+  };
+  const share = 0.75 * 2 ** 30;
+  const { memory_bytes, fit } = await planned(2 ** 30);
+  const [bytes] = memory_bytes;
+  t.same(fit, { set: [], bytes, fits: true });
+  for (const part of [0.9, 0.75, 0.6]) {
+    const room = Math.floor(part * bytes);
+    const { set, bytes: least, fits } = (await planned(share + room)).fit;
+    t.ok(fits && least <= room, `${part}: ${set}`);
+    const flags = (set as string[]).flatMap((each) => ['--set', each]);
+    const { memory_bytes: then, effective_batch_size } = await planned(2 ** 30, ...flags);
+    t.equal(then[0], least, 'what it tells is so');
+    t.equal(effective_batch_size, 4, 'of as many pictures an update');
+    for (const i of set.keys()) {
+      const fewer = flags.filter((_, k) => k >> 1 !== i);
+      if (!/batch_size|accumulation/.test(set[i]))
+        t.ok((await planned(2 ** 30, ...fewer)).memory_bytes[0] > room, `${set[i]} is needed`);
+    }
+  }
+  const hopeless = await sdxl('plan', file, '--vram', '0.75GiB', '--quiet');
+  t.match(hopeless.out, /vram +it does not fit; the least it takes is 0\.\d\d GiB, with --set [a-z]/);
+  t.match((await sdxl('plan', file, '--vram', '12GB', '--quiet')).out, /vram +it fits\n/);
+  await refuses(t, 'no size', /--vram takes a size such as 10GB, not "much"/, 'plan', file, '--vram', 'much');
+});
+
+test('a run that takes more than is free is begun, with a word of what would help', async (t) => {
+  const library = findLibrary();
+  if ('reason' in library) return;
+  const device = adopt(nativeDevice(library.path));
+  const told = async (free: number, name: string, ...more: string[]) => {
+    device.driver.room = () => ({ free, total: free });
+    const file = runFile(name, { steps: 1, batch_size: 4 });
+    const { status, err } = await sdxl('train', file, '--device', 'cpu', ...more);
+    t.equal(status, 0, err);
+    return err;
+  };
+  const warning = /warning: that is more than is free; it fits with --set [a-z]/;
+  t.match(await told(10e6, 'tight'), warning);
+  t.notMatch(
+    await told(10e6, 'tight', '--resume', '--set', 'steps=2'),
+    /warning/,
+    'a run that goes on stays what it is',
+  );
+  t.notMatch(await told(1e9, 'roomy'), /warning/);
+  adopt(nativeDevice(library.path));
+});
+
 test('runs that begin with what an earlier one of their file makes', async (t) => {
   const place = (name: string) => join(folder, `chain-${name}`);
   const keys = (name: string, more: object) => ({
