@@ -1,5 +1,5 @@
-// An adapter from one spelling to another: diffusers' (`unet.….lora.down.weight`, alpha in the metadata) or kohya's
-// (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own weights, because
+// An adapter from one spelling to another: diffusers' (`unet.….lora.down.weight` and `text_encoder.….lora_linear_layer.down.weight`,
+// alpha in the metadata) or kohya's (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own weights, because
 // kohya's underscores cannot be split again. Every kind has names in kohya's spelling, as LyCORIS writes them; diffusers' files hold
 // LoRA and DoRA alone.
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
@@ -52,19 +52,23 @@ function tensorOf(
   return { name, dtype: to, shape, bytes };
 }
 
-/** Where peft has a tensor of a LoRA or a DoRA. */
-const peftNames: Record<string, string> = {
-  lora_down: 'lora.down.weight',
-  lora_up: 'lora.up.weight',
-  lora_magnitude_vector: 'lora_magnitude_vector',
-  dora_scale: 'lora_magnitude_vector',
-};
+/** Where diffusers has a tensor of a LoRA or a DoRA. It reads a text encoder's layers under another word than the UNet's. */
+function peftName(part: string, path: string): string | undefined {
+  const word = path.startsWith('text_encoder') ? 'lora_linear_layer' : 'lora';
+  const names: Record<string, string> = {
+    lora_down: `${word}.down.weight`,
+    lora_up: `${word}.up.weight`,
+    lora_magnitude_vector: 'lora_magnitude_vector',
+    dora_scale: 'lora_magnitude_vector',
+  };
+  return names[part];
+}
 
 function inPeft(file: SafetensorsFile, update: Update, dtype?: FloatDType): TensorEntry[] {
   const { target, parts } = update;
   const weight = target.weight.shape;
   return tensorsOf(update).map(([part, info]) => {
-    const name = peftNames[part];
+    const name = peftName(part, target.path);
     if (!name || (part === 'dora_scale' && magnitudeAxis(parts, weight) !== 'rows')) {
       const what = name ? `${kindName(parts)} over inputs` : `${kindName(parts)} with ${part}`;
       throw new UserError(
@@ -73,7 +77,7 @@ function inPeft(file: SafetensorsFile, update: Update, dtype?: FloatDType): Tens
     }
     const [o, , ...kernel] = weight;
     const shape = kernel.length > 0 ? [1, o, ...kernel.map(() => 1)] : [o];
-    const isMagnitude = name === peftNames.dora_scale;
+    const isMagnitude = name === 'lora_magnitude_vector';
     return tensorOf(file, info, `${target.path}.${name}`, dtype, isMagnitude ? shape : undefined);
   });
 }

@@ -74,6 +74,16 @@ test("LoRA files keep each layer's rank and alpha, of the text encoders too", as
   });
   const file = openSafetensors(peft);
   const config = JSON.parse(file.metadata.lora_adapter_metadata) as Record<string, unknown>;
+  const words = [...file.tensors.keys()].map((name) =>
+    name.replace(/\.(text_model|down_blocks)\..*\.(?=\w+\.\w+\.weight$)/, ' '),
+  );
+  t.same(
+    [...new Set(words)].sort(),
+    ['unet lora', 'text_encoder lora_linear_layer', 'text_encoder_2 lora_linear_layer']
+      .flatMap((word) => [`${word}.down.weight`, `${word}.up.weight`])
+      .sort(),
+    "each network's layers under the word by which diffusers knows them",
+  );
   file.close();
   const of = (component: string) =>
     ['r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'target_modules'].map(
