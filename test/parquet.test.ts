@@ -148,6 +148,9 @@ test('the files of a split', (t) => {
     3,
     'pictures of trains',
   );
+  const above = ['data/metadata.csv', 'data/train/a.png', 'data/test/b.png', 'data/note.txt'];
+  t.same(chooseFiles(above, 'train').names, above, 'metadata above the folders of splits');
+  t.same(chooseFiles(['a.png', 'a.TAGS', 'a.txt'], 'train', '.tags').names, ['a.png', 'a.TAGS'], 'captions');
   t.end();
 });
 
@@ -200,6 +203,14 @@ test('datasets of the hub', async (t) => {
   const requests = await fakeHub(t, {
     'o/table@main': { 'data/train-0.parquet': parquet, 'data/test-0.parquet': parquet, 'README.md': rows },
     'o/folder@main': { 'train/a.png': png, 'train/metadata.jsonl': rows, 'test/b.png': png },
+    'o/above@main': {
+      'metadata.jsonl': Buffer.from(
+        '{"file_name": "train/a.png", "text": "a"}\n{"file_name": "test/b.png", "text": "b"}',
+      ),
+      'train/a.png': png,
+      'test/b.png': png,
+    },
+    'o/tags@main': { 'a.png': png, 'a.tags': Buffer.from('a') },
     'o/zipped@main': { 'all.zip': png },
     'o/zipped@refs/convert/parquet': { 'default/train/0000.parquet': parquet },
     'o/nothing@main': { 'all.zip': png },
@@ -221,6 +232,18 @@ test('datasets of the hub', async (t) => {
     pictures.examples.map(({ id, captions }) => [id, ...captions]),
     [['a.png', 'a']],
   );
+  const above = await openDataset({ path: 'o/above' });
+  t.strictSame(above.problems, []);
+  t.strictSame(
+    above.examples.map(({ id, captions }) => [id, ...captions]),
+    [
+      ['test/b.png', 'b'],
+      ['train/a.png', 'a'],
+    ],
+    'metadata above the folders of splits speaks for all, as in a folder here',
+  );
+  const tags = await openDataset({ path: 'o/tags', caption_extension: 'tags' });
+  t.strictSame(tags.examples[0].captions, ['a'], 'captions of another extension');
   t.equal((await openDataset({ path: 'o/zipped' })).examples.length, 9, "the hub's own parquet branch");
   await refused(
     t,

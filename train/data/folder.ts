@@ -28,7 +28,7 @@ export function openFolder(
     'caption_column' | 'caption_extension' | 'conditioning_image_column' | 'instance_prompt'
   >,
 ): Dataset {
-  const extension = `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
+  const extension = captionEnding(caption_extension);
   const otherwise = instance_prompt ? [instance_prompt] : [];
   const captions = new Map<string, string[]>();
   const conditioning = new Map<string, string>();
@@ -120,6 +120,10 @@ export function openFolder(
     captions.set(id, [...(captions.get(id) ?? []), ...choices]);
   }
 }
+
+/** What the name of a picture's file of captions ends in, in small letters, with a dot. */
+export const captionEnding = (caption_extension: string): string =>
+  `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
 
 const stem = (name: string) => name.replace(/\.[^.]*$/, '');
 

@@ -5,11 +5,12 @@ import { createHash } from 'node:crypto';
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
+import { listFolder } from '../../io/files.ts';
 import { type HubProgress, looksLikeHubId, NothingWantedError, resolveHub } from '../../io/hub.ts';
 import { type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
-import { filesBelow, openFolder } from './folder.ts';
+import { captionEnding, filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
-import { chooseFiles, hasFolderOf } from './split.ts';
+import { chooseFiles, hasFolderOf, isAbove } from './split.ts';
 
 /** Lists the examples of a dataset. @throws UserError when it is missing, has no example, or its metadata is damaged */
 export async function openDataset(
@@ -38,7 +39,7 @@ async function openPlace(place: string, options: DatasetOptions): Promise<Datase
     );
   }
   const all = filesBelow(place);
-  const { kind, names } = chooseFiles(all, options.split);
+  const { kind, names } = chooseFiles(all, options.split, captionEnding(options.caption_extension));
   if (kind === 'pictures')
     return openFolder(hasFolderOf(all, options.split) ? join(place, options.split) : place, options);
   if (names.length > 0) return openParquetDataset(place, names, options);
@@ -48,10 +49,10 @@ async function openPlace(place: string, options: DatasetOptions): Promise<Datase
 }
 
 async function download(
-  { path, revision, split }: DatasetOptions,
+  { path, revision, split, caption_extension }: DatasetOptions,
   onProgress?: (progress: HubProgress) => void,
 ): Promise<string> {
-  const files = (all: readonly string[]) => chooseFiles(all, split).names;
+  const files = (all: readonly string[]) => chooseFiles(all, split, captionEnding(caption_extension)).names;
   const get = (at: string) => resolveHub(path, { repo_type: 'dataset', revision: at, files, onProgress });
   try {
     const folder = await get(revision).catch((error: unknown) => {
@@ -63,7 +64,7 @@ async function download(
     });
     // With pictures in a folder for each split, only that of this split has been asked for.
     const ofSplit = join(folder, split);
-    return existsSync(ofSplit) ? ofSplit : folder;
+    return existsSync(ofSplit) && !listFolder(folder).some(isAbove) ? ofSplit : folder;
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
     throw new UserError(`no folder ${path} is here, and ${error.message}`);
