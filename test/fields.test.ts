@@ -137,6 +137,17 @@ test('what does not fit is refused', (t) => {
     ['toString=1', /no key "toString"; the keys here are name, /],
   ] as const)
     refuses(t, says, () => resolved(assignment));
+  const circle: { rank?: unknown } = {};
+  circle.rank = circle;
+  for (const [given, says] of [
+    [{ steps: 10n }, /"steps" is 10n; it takes a whole number/],
+    [{ lora: circle }, /"lora\.rank" is <ref \*1> \{ rank: \[Circular \*1\] \}; it takes a whole number/],
+    // biome-ignore lint/suspicious/noSparseArray: what a comma too many makes
+    [{ lora: { targets: ['to_q', , 'to_k'] } }, /"lora\.targets" is \["to_q",null,"to_k"\]; it takes a list/],
+    // biome-ignore lint/suspicious/noSparseArray: the same
+    [{ optimizer: { betas: [0.9, ,] } }, /"optimizer\.betas" is \[0\.9,null\]; it takes a list of two/],
+  ] as const)
+    refuses(t, says, () => resolveRun(given, 'the file', 'test'));
   t.end();
 });
 

@@ -1,6 +1,7 @@
 // The checks behind a run file: a field is a default and a test of what may stand there, and a table of fields has the
 // same nesting as the run it describes. Filling a table from a user's object names every unknown key with the one that is
 // meant, as far as that can be known, and every value of the wrong kind with its place.
+import { inspect } from 'node:util';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { foreignKeys } from './foreign_keys.ts';
 
@@ -73,12 +74,15 @@ export const choice = <T extends string>(fallback: T, ...choices: readonly T[]):
   choices,
 });
 
+/** The entries, and undefined where a comma too many leaves a hole, which `every` would pass over. */
+const entriesOf = (value: readonly unknown[]): unknown[] => Array.from(value);
+
 /** A list whose entries all pass `entry`. */
 export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly T[]> => ({
   ...field(
     fallback,
     `a list, each entry ${entry.wants}`,
-    (value) => Array.isArray(value) && value.every(entry.accepts),
+    (value) => Array.isArray(value) && entriesOf(value).every(entry.accepts),
   ),
   check: (value, where, path) =>
     (value as readonly T[]).forEach((each, i) => {
@@ -91,7 +95,7 @@ export const pair = <T>(fallback: readonly [T, T], entry: Field<T>): Field<reado
   field(
     fallback,
     `a list of two, each ${entry.wants}`,
-    (value) => Array.isArray(value) && value.length === 2 && value.every(entry.accepts),
+    (value) => Array.isArray(value) && value.length === 2 && entriesOf(value).every(entry.accepts),
   );
 
 /** A text, or an object that is taken as it stands; whoever uses it checks it. */
@@ -158,8 +162,17 @@ const show = (value: unknown): string => {
   if (typeof value === 'function') return 'a function';
   // JSON has no NaN and no Infinity.
   if (typeof value === 'number') return String(value);
-  return (JSON.stringify(value) ?? String(value)).slice(0, 80);
+  return (asJson(value) ?? inspect(value, { compact: true, breakLength: Infinity })).slice(0, 80);
 };
+
+/** Undefined for what JSON cannot say: nothing, a bigint, an object that holds itself. */
+function asJson(value: unknown): string | undefined {
+  try {
+    return JSON.stringify(value);
+  } catch {
+    return undefined;
+  }
+}
 
 /** Where an unknown key belongs, or the nearest one; with `; ` before it, or nothing. `path` ends with a dot. */
 function suggestion(root: object, table: object, path: string, key: string): string {
