@@ -14,7 +14,7 @@ import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { locateModel } from '../models/locate.ts';
-import { adapterAt, isAdapter, type LoraTargets } from '../models/lora_file.ts';
+import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora_file.ts';
 import { presets } from '../models/presets.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
@@ -73,6 +73,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     .allowExcessArguments() // told of here, as people put spaces between names
     .action((from: string, out: string, options: Options) => {
       refuseFurther(command.args.slice(2), options);
+      refuseIdle(options, command.getOptionValueSource('maxShardSize') === 'cli');
       return run(from, out, options, terminal);
     });
 }
@@ -85,20 +86,31 @@ function refuseFurther([further]: readonly string[], { saveKeys }: Options): voi
   throw new UserError(`sdxl export takes two places, and "${further}" is a third; ${mend}`);
 }
 
+/** What is asked for and would change nothing. */
+function refuseIdle({ format, saveKeys }: Options, sharded: boolean): void {
+  const idle = [
+    ['--max-shard-size', sharded && format !== 'diffusers'],
+    ['--save-keys', saveKeys !== undefined && isOfLora(format)],
+  ] as const;
+  for (const [flag, given] of idle)
+    if (given) throw new UserError(`${flag} is for a model's parts, and ${format} is one file; leave it out`);
+}
+
+const isOfLora = (format: Format): format is LoraFormat => format.startsWith('lora');
+
 async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {
   const { format, dtype } = options;
   refuseOccupied(out, format);
+  if (options.ema && !isCheckpoint(from))
+    throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const adapter = adapterFile(from, options);
-  if (format.startsWith('lora') !== (adapter !== undefined)) {
-    throw new UserError(
-      adapter
-        ? `${from} is a LoRA; export it as --format lora-peft or lora-kohya`
-        : `${from} is a whole model, not a LoRA; export it as --format diffusers or single-file`,
-    );
-  }
-  const report = adapter
-    ? { layers: exportLora(adapter, out, format as LoraFormat, loraTargets(options.configs), dtype) }
-    : await exportWeights(from, out, options, terminal);
+  if (adapter && !isOfLora(format))
+    throw new UserError(`${from} is a LoRA; export it as --format lora-peft or lora-kohya`);
+  if (!adapter && isOfLora(format)) throw noAdapter(from, options);
+  const report =
+    adapter && isOfLora(format)
+      ? { layers: exportLora(adapter, out, format, loraTargets(options.configs), dtype) }
+      : await exportWeights(from, out, options, terminal);
   if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, ...report })}\n`);
   else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
 }
@@ -140,6 +152,17 @@ function adapterFile(path: string, { ema }: Options): string | undefined {
   return adapter ? found : undefined;
 }
 
+const isCheckpoint = (path: string): boolean => existsSync(join(path, 'state.json'));
+
+/** Why there is no adapter to export. */
+function noAdapter(path: string, { ema }: Options): UserError {
+  if (ema && adapterAt(path))
+    return new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
+  const isModel = existsSync(join(path, 'model_index.json')) || isCheckpoint(path);
+  if (!isModel) locateAdapter(path); // tells of nothing there, and of a folder that has none
+  return new UserError(`${path} is not a LoRA; export a whole model as --format diffusers or single-file`);
+}
+
 /** The model that an adapter is for, on shapes alone. */
 function loraTargets(configs: string | undefined): LoraTargets {
   const source = configs === undefined ? undefined : openModel(configs);
@@ -175,14 +198,12 @@ async function exportWeights(
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
   const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
-  const source: ModelSource = existsSync(join(from, 'state.json'))
+  const source: ModelSource = isCheckpoint(from)
     ? await openCheckpoint(from, {
         ema: options.ema ?? false,
         locate: locatorOf(where),
       })
     : await locateModel(from, where);
-  if (options.ema && !existsSync(join(from, 'state.json')))
-    throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const bar = progressBar(terminal, 'tensors', quiet);
   const request = {
     save_keys: options.saveKeys === undefined ? [] : namesOf(options.saveKeys),

@@ -1,6 +1,7 @@
 // Exports against the golden models: the same weights as a folder and as one file, written by the libraries themselves, must
 // come out of each other. What goes wrong leaves nothing behind. (Adapters: export_lora.test.ts.)
 import {
+  copyFileSync,
   cpSync,
   existsSync,
   mkdirSync,
@@ -360,6 +361,11 @@ test('mistakes leave nothing behind', async (t) => {
   writeSafetensors(join(strange, 'unet', 'diffusion_pytorch_model.safetensors'), whole);
   const out = join(folder, 'out');
   const lora = golden('lora/plain_diffusers.safetensors');
+  const kohya = ['--format', 'lora-kohya'];
+  const checkpoint = scratch();
+  mkdirSync(join(checkpoint, 'lora'));
+  copyFileSync(lora, join(checkpoint, 'lora', 'pytorch_lora_weights.safetensors'));
+  writeFileSync(join(checkpoint, 'state.json'), '{}');
   const cases: [label: string, argv: string[], says: RegExp][] = [
     [
       'unknown --save-keys',
@@ -410,7 +416,29 @@ test('mistakes leave nothing behind', async (t) => {
     [
       'a model as a LoRA',
       [golden('tiny-sdxl'), `${out}.safetensors`, '--format', 'lora-kohya'],
-      /not a LoRA/,
+      /is not a LoRA; export a whole model as --format diffusers/,
+    ],
+    ['no LoRA', [join(folder, 'absent.safetensors'), `${out}.safetensors`, ...kohya], /no LoRA at .*absent/],
+    ['a folder without one', [folder, `${out}.safetensors`, ...kohya], /holds no LoRA: a folder must have/],
+    [
+      '--ema of a LoRA',
+      [lora, `${out}.safetensors`, ...kohya, '--ema'],
+      /no moving averages; leave out --ema/,
+    ],
+    [
+      '--ema of a LoRA whose run kept none',
+      [checkpoint, `${out}.safetensors`, ...kohya, '--ema'],
+      /no moving averages, as its run kept none; leave out --ema/,
+    ],
+    [
+      'parts of a LoRA',
+      [lora, `${out}.safetensors`, ...kohya, '--save-keys', 'unet'],
+      /--save-keys is for a model's parts, and lora-kohya is one file; leave it out/,
+    ],
+    [
+      'shards of a file',
+      [golden('tiny-sdxl'), `${out}.safetensors`, '--format', 'single-file', '--max-shard-size', '1GB'],
+      /--max-shard-size is for .* single-file is one file; leave it out/,
     ],
     [
       'a file that no program would know',
