@@ -4,7 +4,6 @@ import { benchModel, type ModelReport } from '../bench/model.ts';
 import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
 import { type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
-import { registry } from '../engine/op.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/presets.ts';
@@ -42,8 +41,6 @@ export function addBench(bench: Command, terminal: Terminal): void {
       .command(subject)
       .description(descriptions[subject])
       .addOption(choice('--preset <NAME>', 'the model', Object.keys(presets)).default('sdxl-base'))
-      .option('--width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
-      .option('--height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
       .option('--batch <N>', 'images', number('--batch', { min: 1, max: 64, whole: true }), 1)
       .addOption(
         choice('--dtype <NAME>', 'auto is bfloat16 on cpu, float32 for tiny and the VAE', [
@@ -54,10 +51,16 @@ export function addBench(bench: Command, terminal: Terminal): void {
         ]).default('auto'),
       )
       .option('--device <NAME>', devices, 'auto')
-      .option('--runs <N>', 'timed runs', number('--runs', { min: 1, max: 1000, whole: true }), 3)
       .option('--json', 'one JSON object on stdout')
       .option('--quiet', 'no progress')
       .action((options: Options) => run(subject, options, terminal));
+    if (subject !== 'text')
+      command
+        .option('--width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
+        .option('--height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'));
+    // An op is run for half a second, however often that is.
+    if (subject !== 'ops')
+      command.option('--runs <N>', 'timed runs', number('--runs', { min: 1, max: 1000, whole: true }), 3);
     if (subject === 'ops') command.option('--op <NAME>', 'this one alone');
     if (subject === 'unet') command.option('--q8', 'its matrices in 8-bit integers, as sdxl sample --q8');
     if (subject === 'train')
@@ -87,12 +90,11 @@ function run(subject: Subject, options: Options, terminal: Terminal): void {
   const dtype = options.dtype === 'auto' ? (small ? 'float32' : 'bfloat16') : options.dtype;
   const sizes = { width, height, batch };
   if (subject === 'ops') {
-    const cases = opCases(preset, sizes, dtype).filter(
-      ({ record }) => !options.op || record.name === options.op,
-    );
+    const all = opCases(preset, sizes, dtype);
+    const cases = all.filter(({ record }) => !options.op || record.name === options.op);
     if (cases.length === 0) {
-      const known = [...registry.keys()].join(', ');
-      throw new UserError(`these models never run an op "${options.op}"; the ops are ${known}`);
+      const theirs = [...new Set(all.map(({ record }) => record.name))].join(', ');
+      throw new UserError(`these models never run an op "${options.op}"; their ops are ${theirs}`);
     }
     const bar = progressBar(terminal, 'ops', quiet);
     const timings = cases.map((each, i) => {

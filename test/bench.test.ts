@@ -145,6 +145,9 @@ test('a wrong benchmark is one sentence', async (t) => {
     [['bench', 'vae', '--width', '60'], 'divisible by 8'],
     [['bench', 'text', '--dtype', 'int8'], 'bfloat16'],
     [['bench', 'ops', '--preset', 'tiny', '--op', 'atention'], 'attention'],
+    [['bench', 'ops', '--preset', 'tiny', '--op', 'lion'], /"lion"; their ops are (?!.*lion).*attention/],
+    [['bench', 'ops', '--preset', 'tiny', '--op', 'attention', '--runs', '1'], "unknown option '--runs'"],
+    [['bench', 'text', '--preset', 'tiny', '--width', '64'], "unknown option '--width'"],
   ] as const) {
     const { status, err } = await run(...argv, '--quiet');
     t.equal(status, 2);
