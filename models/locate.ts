@@ -90,7 +90,10 @@ export async function locateModel(path: string, where: LocateOptions = {}): Prom
   }
   if (!looksLikeHubId(path))
     throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
-  return openModel(await download(path, (all) => neededFiles(all, variant), where), { variant });
+  // Of a single file's model the cache has tokenizers alone, which are no model to be opened offline.
+  const files = (all: readonly string[]) =>
+    all.includes('model_index.json') ? neededFiles(all, variant) : [];
+  return openModel(await download(path, files, where), { variant });
 }
 
 /** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */

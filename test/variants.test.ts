@@ -3,10 +3,12 @@ import { cpSync, mkdtempSync, rmSync, truncateSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { resolveHub } from '../io/hub.ts';
 import { readPicture } from '../io/image.ts';
-import { controlNetFiles, neededFiles } from '../models/locate.ts';
+import { controlNetFiles, locateModel, neededFiles } from '../models/locate.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
+import { hubOf } from './small_hub.ts';
 
 test('the files that a hub model is asked for', (t) => {
   const from = (...all: string[]) => neededFiles(all);
@@ -35,6 +37,25 @@ test('the files that a hub model is asked for', (t) => {
   const index = `${unet}.safetensors.index.json`;
   t.same(from(...shards, index), [...shards, index]);
   t.end();
+});
+
+test('a cache that has no more than tokenizers holds no model', async (t) => {
+  const repo = {
+    'model_index.json': '{}',
+    tokenizer: { 'vocab.json': '{}' },
+    unet: { 'config.json': '{}' },
+  };
+  await hubOf(t, t.testdir({ repo }));
+  await resolveHub('o/n', { files: ['tokenizer/vocab.json'] });
+  process.env.HF_HUB_OFFLINE = '1';
+  t.teardown(() => delete process.env.HF_HUB_OFFLINE);
+  await t.rejects(locateModel('o/n'), {
+    message: /^HF_HUB_OFFLINE is set and o\/n is not \(wholly\) in .*: unset it to download$/,
+  });
+  delete process.env.HF_HUB_OFFLINE;
+  await locateModel('o/n');
+  process.env.HF_HUB_OFFLINE = '1';
+  await t.resolves(locateModel('o/n'), 'downloaded since');
 });
 
 test('the files that a ControlNet on the hub is asked for', (t) => {
