@@ -141,9 +141,9 @@ class HubRepo {
       before += file.size;
       report(0);
     }
-    // Last, so that a half-downloaded snapshot never becomes what offline use finds.
-    if (this.revision !== sha) {
-      const ref = join(this.folder, 'refs', this.revision);
+    // Last, so that a half-downloaded snapshot never becomes what offline use finds. A cache that has all of it may be read-only.
+    const ref = join(this.folder, 'refs', this.revision);
+    if (this.revision !== sha && readText(ref) !== sha) {
       makeFolder(dirname(ref));
       writeFileAtomic(ref, sha);
     }

@@ -6,6 +6,7 @@ import {
   readFileSync,
   readlinkSync,
   rmSync,
+  statSync,
   utimesSync,
   writeFileSync,
 } from 'node:fs';
@@ -116,13 +117,20 @@ test('a download fills the shared cache', async (t) => {
 
   await resolveHub('o/n', { files: (all) => all.filter((name) => name.endsWith('.json')) });
   t.equal(hub.requests.length, 4, 'what is there is not fetched again');
+  const written = statSync(join(hub.repo, 'refs', 'main')).ino;
+  await resolveHub('o/n', wanted);
+  t.equal(
+    statSync(join(hub.repo, 'refs', 'main')).ino,
+    written,
+    'nor written, as the cache may be read-only',
+  );
   process.env.HF_HUB_OFFLINE = '1';
   t.equal(await resolveHub('o/n', wanted), folder, 'offline');
   t.equal(
     await resolveHub('o/n', { files: (all) => all.filter((name) => name === 'unet/model.safetensors') }),
     folder,
   );
-  t.equal(hub.requests.length, 4);
+  t.equal(hub.requests.length, 5);
   process.env.HF_HUB_OFFLINE = '0';
   await hub.close();
   t.equal(await resolveHub('o/n', wanted), folder, 'without a network the cache serves');
