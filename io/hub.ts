@@ -130,7 +130,7 @@ class HubRepo {
 
   async download({ files, onProgress }: HubOptions): Promise<string> {
     const { sha, siblings } = await this.#list();
-    const wanted = choose(this, siblings.map(remoteFile), files);
+    const wanted = choose(this, siblings, files);
     const snapshot = join(this.folder, 'snapshots', sha);
     makeFolder(join(this.folder, 'blobs'));
     const total = wanted.reduce((sum, { size }) => sum + size, 0);
@@ -178,7 +178,12 @@ class HubRepo {
       {},
     );
     const listing = (await response.json().catch(() => undefined)) as Listing | undefined;
-    if (!listing || !isCommit(String(listing.sha)) || !Array.isArray(listing.siblings)) {
+    const isNamed = (file: Partial<Listing['siblings'][number]>) => typeof file?.rfilename === 'string';
+    if (
+      !isCommit(String(listing?.sha)) ||
+      !Array.isArray(listing?.siblings) ||
+      !listing.siblings.every(isNamed)
+    ) {
       throw new UserError(`${endpoint()} does not answer like the Hugging Face hub: check HF_ENDPOINT`);
     }
     return listing;
@@ -233,23 +238,23 @@ function remoteFile({ rfilename, size, blobId, lfs }: Listing['siblings'][number
   // The names become paths, so they are not taken on trust.
   if (!isSafePath(rfilename) || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash)) {
     throw new UserError(
-      `${endpoint()} lists "${rfilename}" in a way that is not safe to store: check HF_ENDPOINT`,
+      `${endpoint()} lists "${rfilename}" in a way that is not safe to store: give it another name there, or check HF_ENDPOINT`,
     );
   }
   return { name: rfilename, size: lfs?.size ?? size ?? 0, hash };
 }
 
-function choose({ id, type }: HubRepo, all: RemoteFile[], files: HubOptions['files']): RemoteFile[] {
-  const wanted = typeof files === 'function' ? files(all.map(({ name }) => name)) : files;
+function choose({ id, type }: HubRepo, all: Listing['siblings'], files: HubOptions['files']): RemoteFile[] {
+  const wanted = typeof files === 'function' ? files(all.map(({ rfilename }) => rfilename)) : files;
   if (wanted.length === 0) {
     throw new NothingWantedError(
       `${id} on the hub has none of the files needed: check that it is the right kind of ${type}`,
     );
   }
-  const byName = new Map(all.map((file) => [file.name, file]));
+  const byName = new Map(all.map((file) => [file.rfilename, file]));
   return wanted.map((name) => {
     const found = byName.get(name);
-    if (found) return found;
+    if (found) return remoteFile(found);
     throw new UserError(`${id} on the hub has no file ${name}: check the ${type}'s name and revision`);
   });
 }

@@ -281,6 +281,15 @@ test('tokens and refusals', async (t) => {
   const siblings = [{ rfilename: '../../evil', size: 1, blobId: sha1 }];
   hub.intercept = (_, response) => Boolean(response.end(JSON.stringify({ sha, siblings })));
   await refused(t, resolveHub('o/n', { files: (all) => all }), /not safe to store/);
+  const beside = { rfilename: 'samples\\of:it.png', size: 1, blobId: sha1 };
+  const usual = { rfilename: 'config.json', size: small.length, blobId: sha1 };
+  hub.intercept = (request, response) =>
+    !request.url?.includes('/resolve/') &&
+    Boolean(response.end(JSON.stringify({ sha, siblings: [beside, usual] })));
+  await t.resolves(
+    resolveHub('o/beside', { files: ['config.json'] }),
+    'of a file that nobody wants the name is free',
+  );
   process.env.HF_HUB_OFFLINE = 'true';
   await refused(t, resolveHub('o/absent', wanted), /HF_HUB_OFFLINE is set/);
 });
