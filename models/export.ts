@@ -205,6 +205,11 @@ export function* exportSingleFile(
   const needed = weightComponents.filter((name) => source.has(name));
   if (needed.some((name) => !weighty.includes(name)))
     throw new UserError(`a single file holds a whole model; export ${needed.join(', ')} together`);
+  const lacking = ['unet', 'text_encoder_2'].filter((name) => !source.has(name));
+  if (lacking.length > 0)
+    throw new UserError(
+      `a single file holds a whole model, and ${source.path} has no ${lacking.join(' and no ')}; export it as a folder`,
+    );
   if (needed.includes('vae') && classOf(source.config('vae')) === 'AutoencoderTiny')
     throw new UserError(
       `${source.path} has a tiny autoencoder (AutoencoderTiny), which no single file has; export a folder`,

@@ -362,6 +362,8 @@ test('mistakes leave nothing behind', async (t) => {
   const out = join(folder, 'out');
   const lora = golden('lora/plain_diffusers.safetensors');
   const kohya = ['--format', 'lora-kohya'];
+  const parts = join(scratch(), 'parts');
+  await run(golden('tiny-sdxl'), parts, '--save-keys', 'unet,vae', '--quiet');
   const checkpoint = scratch();
   mkdirSync(join(checkpoint, 'lora'));
   copyFileSync(lora, join(checkpoint, 'lora', 'pytorch_lora_weights.safetensors'));
@@ -406,6 +408,11 @@ test('mistakes leave nothing behind', async (t) => {
       'a part as a single file',
       [golden('tiny-sdxl'), `${out}.safetensors`, '--format', 'single-file', '--save-keys', 'unet'],
       /whole model/,
+    ],
+    [
+      'what is no whole model as a single file',
+      [parts, `${out}.safetensors`, '--format', 'single-file'],
+      /holds a whole model, and .*parts has no text_encoder_2; export it as a folder/,
     ],
     ['a LoRA as a folder', [lora, out], /is a LoRA/],
     [
