@@ -39,6 +39,9 @@ export interface HubOptions {
 /** The repository is there, and has nothing that would be chosen. */
 export class NothingWantedError extends UserError {}
 
+/** The hub cannot be asked, and what is wanted is not in the cache. */
+export class OutOfReachError extends UserError {}
+
 /** Whether `text` reads as owner/name on the hub and is no path that exists here. */
 export function looksLikeHubId(text: string): boolean {
   return /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/.test(text) && !/--|\.\./.test(text) && !existsSync(text);
@@ -66,7 +69,7 @@ export async function resolveHub(repoId: string, options: HubOptions): Promise<s
   const pinned = isCommit(repo.revision) && Array.isArray(options.files);
   if (cached && (isOffline() || pinned)) return cached;
   if (isOffline())
-    throw new UserError(
+    throw new OutOfReachError(
       `HF_HUB_OFFLINE is set and ${repoId} is not (wholly) in ${repo.folder}${lacks}: unset it to download`,
     );
   try {
@@ -74,7 +77,7 @@ export async function resolveHub(repoId: string, options: HubOptions): Promise<s
   } catch (error) {
     if (!(error instanceof NetworkError)) throw asUserError(error, repo.folder);
     if (cached) return cached;
-    throw new UserError(
+    throw new OutOfReachError(
       `cannot reach ${endpoint()} for ${repoId} (${error.message}), which is not (wholly) in ${repo.folder}${lacks}: ` +
         'check the network, or give a local folder',
     );

@@ -253,6 +253,12 @@ test('datasets of the hub', async (t) => {
   await refused(t, openDataset({ path: 'o/absent' }), /the hub has no dataset o\/absent/);
   process.env.HF_HUB_OFFLINE = '1';
   t.equal((await openDataset({ path: 'o/table' })).examples.length, 9, 'offline');
+  t.equal((await openDataset({ path: 'o/zipped' })).examples.length, 9, "offline from the hub's own branch");
+  await refused(
+    t,
+    openDataset({ path: 'o/never' }),
+    /HF_HUB_OFFLINE is set and o\/never is not .*: unset it/,
+  );
   delete process.env.HF_HUB_OFFLINE;
 });
 

@@ -6,7 +6,13 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { listFolder } from '../../io/files.ts';
-import { type HubProgress, looksLikeHubId, NothingWantedError, resolveHub } from '../../io/hub.ts';
+import {
+  type HubProgress,
+  looksLikeHubId,
+  NothingWantedError,
+  OutOfReachError,
+  resolveHub,
+} from '../../io/hub.ts';
 import { type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
 import { captionEnding, filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
@@ -56,8 +62,9 @@ async function download(
   const get = (at: string) => resolveHub(path, { repo_type: 'dataset', revision: at, files, onProgress });
   try {
     const folder = await get(revision).catch((error: unknown) => {
-      if (!(error instanceof NothingWantedError) || revision !== datasetDefaults.revision) throw error;
-      // The hub itself keeps datasets of other formats as parquet files, on a branch of their own.
+      // The hub itself keeps datasets of other formats as parquet files, on a branch of their own. Offline that may be all there is here.
+      const elsewhere = error instanceof NothingWantedError || error instanceof OutOfReachError;
+      if (!elsewhere || revision !== datasetDefaults.revision) throw error;
       return get('refs/convert/parquet').catch(() => {
         throw error;
       });
