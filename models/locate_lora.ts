@@ -1,6 +1,6 @@
 // Finding an adapter by what the user names: its file, a folder that has one, or a hub id and perhaps a file in it. A repository has
 // its adapter at its top, under diffusers' name or peft's, or it is the only file of weights there.
-import { join } from 'node:path';
+import { join, posix } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { hubPath, NothingWantedError } from '../io/hub.ts';
 import { download, type LocateOptions } from './locate.ts';
@@ -17,10 +17,10 @@ export async function locateLora(path: string, options: LocateOptions = {}): Pro
   let name: string | undefined;
   const adapterAndConfig = (all: readonly string[]): string[] => {
     name = inner ?? adapterAmong(all, id);
+    if (!name || !all.includes(name)) return [];
     // peft tells alpha in it.
-    return [name, 'adapter_config.json'].filter(
-      (each) => each !== undefined && all.includes(each),
-    ) as string[];
+    const config = posix.join(posix.dirname(name), 'adapter_config.json');
+    return all.includes(config) ? [name, config] : [name];
   };
   const folder = await download(id, adapterAndConfig, options).catch((error) => {
     if (!(error instanceof NothingWantedError)) throw error;

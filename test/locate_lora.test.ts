@@ -1,6 +1,6 @@
 // LoRAs from a small hub of our own: which file of a repository is taken, and what cannot be had.
-import { copyFileSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { readPicture } from '../io/image.ts';
 import { locateLora } from '../models/locate_lora.ts';
@@ -45,12 +45,23 @@ test('another name, peft, and several', async (t) => {
   await locateLora('peft/one');
   t.same(asked.sort(), ['adapter_config.json', 'adapter_model.safetensors']);
   rmSync(at('adapter_model.safetensors'));
+  mkdirSync(at('step-5'));
+  copyFileSync(golden, at('step-5/adapter_model.safetensors'));
+  writeFileSync(at('step-5/adapter_config.json'), '{ "lora_alpha": 2 }');
+  const deep = await hubOf(t, folder);
+  const file = await locateLora('peft/deep/step-5/adapter_model.safetensors');
+  t.same(deep.sort(), ['step-5/adapter_config.json', 'step-5/adapter_model.safetensors']);
+  t.match(readFileSync(join(dirname(file), 'adapter_config.json'), 'utf8'), /2/, 'alpha, beside its file');
+  rmSync(at('step-5'), { recursive: true });
   const again = await hubOf(t, folder);
   await t.rejects(locateLora('several/ones'), {
     message:
       /^several\/ones has several files of weights: give one of them, several\/ones\/a\.safetensors or several\/ones\/b/,
   });
   t.same(again, []);
+  for (const name of ['a.safetensors', 'b.safetensors']) rmSync(at(name));
+  await hubOf(t, folder);
+  await t.rejects(locateLora('only/config'), { message: /^only\/config on the hub has no LoRA; give/ });
 });
 
 test('sdxl sample --lora OWNER/NAME:SCALE', async (t) => {
