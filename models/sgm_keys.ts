@@ -2,7 +2,7 @@
 // published in one file: which prefix each component has, how blocks are numbered, and what OpenCLIP keeps fused or transposed.
 // Each key is spelled in one direction alone: what is read is looked up by it, what is written is named by it.
 import type { Json } from './checkpoint.ts';
-import type { UNetConfig } from './unet.ts';
+import { parseUNetConfig, type UNetConfig } from './unet.ts';
 
 /** Where a diffusers tensor lies: under `name`, perhaps as one third of a fused matrix, or transposed. */
 export interface Origin {
@@ -127,7 +127,7 @@ export function sgmOrigin(
   const prefix = sgmPrefixes(refiner)[component];
   const named = (spell: (key: string) => string) => (key: string) => ({ name: prefix + spell(key) });
   if (component === 'unet') {
-    const layout = config('unet') as unknown as UNetConfig;
+    const layout = parseUNetConfig(config('unet')); // with diffusers' defaults for what it leaves out
     return named((key) => unetKeyInSgm(key, layout));
   }
   if (component === 'vae') {

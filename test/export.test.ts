@@ -86,6 +86,21 @@ test('folders and single files come out of each other', async (t) => {
   rmSync(folder, { recursive: true });
 });
 
+test("a single file of a config that leaves diffusers' defaults out", async (t) => {
+  const folder = scratch();
+  const model = join(folder, 'model');
+  cpSync(golden('tiny-sdxl'), model, { recursive: true });
+  const file = join(model, 'unet', 'config.json');
+  const { layers_per_block, ...config } = readJson(file) as Record<string, unknown>;
+  t.equal(layers_per_block, 2);
+  writeFileSync(file, JSON.stringify(config));
+  const out = join(folder, 'single.safetensors');
+  const { status, err } = await run(model, out, '--format', 'single-file', '--dtype', 'float16', '--quiet');
+  t.equal(status, 0, err);
+  t.same(contents(out), contents(goldenSingleFile('tiny-sdxl')));
+  rmSync(folder, { recursive: true });
+});
+
 test('large weights are sharded, and chosen parts are a folder of their own', async (t) => {
   const out = join(scratch(), 'model');
   const { status, err } = await run(
