@@ -10,6 +10,7 @@ import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import type { TextStack } from './conditioning.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
 
@@ -44,14 +45,23 @@ function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): Op
   }
 }
 
+/** The text encoders of a pipeline by their names in a folder: the refiner's lone one is the second. */
+const encodersOf = ({ encoders }: TextStack): Pick<LoraTargets, 'text_encoder' | 'text_encoder_2'> => {
+  const names = ['text_encoder', 'text_encoder_2'].slice(-encoders.length);
+  return Object.fromEntries(names.map((name, i) => [name, encoders[i].encoder]));
+};
+
 /**
- * Adds the adapter in `path`, times `scale`, to the loaded weights. Several adapters are merged one after the other; merging with
- * the negative scale takes one without DoRA out again up to rounding. Returns how many layers changed.
+ * Adds the adapter in `path`, times `scale`, to the loaded weights of a pipeline, or of models by name. Several adapters are merged one
+ * after the other; merging with the negative scale takes one without DoRA out again up to rounding. Returns how many layers changed.
  * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not fit
  */
-export function mergeLora(targets: LoraTargets, path: string, scale = 1): number {
+export function mergeLora(into: LoraTargets & { text?: TextStack }, path: string, scale = 1): number {
+  const targets = into.text ? { ...into, ...encodersOf(into.text) } : into;
   const { changes, layers, close } = openAdapter(targets, { path, scale });
   try {
+    if (!changes.every(([parameter]) => parameter.loaded))
+      throw new UserError(`LoRA ${path} changes weights that are released by now: load the pipeline again`);
     if (changes.some(([parameter]) => parameter.fp8))
       throw new UserError(
         `LoRA ${path} changes weights that are in 8-bit floats by now: merge it before feedForwardToFp8`,

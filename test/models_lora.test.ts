@@ -3,9 +3,13 @@
 import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
-import { unload } from '../engine/module.ts';
+import { namedParameters, unload } from '../engine/module.ts';
+import { encodeNumbers } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { mergeLora } from '../models/lora.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import { compareSample, devices } from './models_golden.ts';
@@ -41,3 +45,40 @@ for (const device of devices) {
     t.end();
   });
 }
+
+test('a loaded pipeline takes an adapter of its text encoders too', (t) => {
+  const [device] = devices;
+  const path = join(t.testdir(), 'texts.safetensors');
+  const layer = 'text_model_encoder_layers_1_self_attn_q_proj';
+  const ones = (name: string, shape: number[]) => {
+    const bytes = encodeNumbers(new Float32Array(shape[0] * shape[1]).fill(0.5), 'float32');
+    return { name, dtype: 'float32' as const, shape, bytes };
+  };
+  const parts = (encoder: string, width: number) => [
+    ones(`lora_${encoder}_${layer}.lora_down.weight`, [2, width]),
+    ones(`lora_${encoder}_${layer}.lora_up.weight`, [width, 2]),
+  ];
+  const texts = ({ text }: Pipeline) =>
+    text.encoders.map(({ encoder }) =>
+      namedParameters(encoder).get('text_model.encoder.layers.1.self_attn.q_proj.weight')?.tensor.floats(),
+    );
+  for (const [model, entries] of [
+    ['tiny-sdxl', [...parts('te1', 32), ...parts('te2', 48)]],
+    ['tiny-sdxl-refiner', parts('te', 48)],
+  ] as const) {
+    writeSafetensors(path, entries);
+    const source = openModel(join(goldenFolder, model));
+    const place = { device, dtype: 'float32' } as const;
+    const [loaded, merged] = [[{ path, scale: 0.5 }], []].map((lora) =>
+      loadPipeline(source, { ...place, lora }),
+    );
+    t.equal(mergeLora(merged, path, 0.5), entries.length / 2, model);
+    t.same(texts(merged), texts(loaded), `${model}: as when it is loaded with it`);
+    for (const each of [loaded, merged]) each.release();
+    t.throws(
+      () => mergeLora(merged, path),
+      new UserError(`LoRA ${path} changes weights that are released by now: load the pipeline again`),
+    );
+  }
+  t.end();
+});
