@@ -113,7 +113,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       built(() => {
         const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, q8, ...under });
         for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
-          loadTextualInversion(loaded.text, file, token);
+          loadTextualInversion(loaded, file, token);
         return loaded;
       }),
     );

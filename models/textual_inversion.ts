@@ -96,12 +96,16 @@ function vectorsOf(file: SafetensorsFile, name: string): Vectors {
 }
 
 /**
- * Gives the encoders of a loaded model the textual inversion at `path`, and returns the token that prompts call it by, in capitals
+ * Gives the text encoders of a loaded pipeline the textual inversion at `path`, and returns the token that prompts call it by, in capitals
  * too. One of several vectors is read as all of them; the later ones alone are `token_1`, `token_2` and so on, as in diffusers.
  * A lone encoder, the refiner's, takes clip_g.
  * @throws UserError before anything is changed, for widths of another model or a token that there is already
  */
-export function loadTextualInversion({ encoders }: TextStack, path: string, token?: string): string {
+export function loadTextualInversion(
+  { text: { encoders } }: { text: TextStack },
+  path: string,
+  token?: string,
+): string {
   const read = readTextualInversion(path, token);
   const parts = (['clip_l', 'clip_g'] as const).slice(-encoders.length);
   const names = Array.from({ length: read.clip_g.count }, (_, i) => (i ? `${read.token}_${i}` : read.token));

@@ -109,8 +109,8 @@ for (const device of devices) {
     const { toy, style } = embeddings(t);
     for (const name of ['tiny-sdxl', 'tiny-sdxl-refiner']) {
       const pipeline = open(device, name);
-      t.equal(loadTextualInversion(pipeline.text, toy), '<toy>');
-      t.equal(loadTextualInversion(pipeline.text, style), 'mystyle');
+      t.equal(loadTextualInversion(pipeline, toy), '<toy>');
+      t.equal(loadTextualInversion(pipeline, style), 'mystyle');
       for (const golden of cases.filter((each) => each.pipeline === name)) check(t, pipeline, golden);
       pipeline.release();
     }
@@ -124,7 +124,7 @@ test('weighted and on a virtual GPU, as on the CPU', { timeout: 300_000 }, (t) =
   const [want, got] = [openDevice('cpu'), cudaDevice(openVirtualGpu({ races: false }))].map((device) => {
     const before = device.memory.storages;
     const pipeline = open(device, 'tiny-sdxl-refiner');
-    loadTextualInversion(pipeline.text, toy);
+    loadTextualInversion(pipeline, toy);
     const { context } = embed(pipeline, { prompt: ['a (<toy>:1.5) [fox]'], emphasis: 'original' });
     pipeline.release();
     t.equal(device.memory.storages, before, 'live tensors');
@@ -139,7 +139,7 @@ test('names, in capitals, weighted, and cut off', (t) => {
   const pipeline = open(device);
   const { toy, style } = embeddings(t);
   const before = embed(pipeline, { prompt: ['a red fox'] }).context;
-  t.equal(loadTextualInversion(pipeline.text, toy, 'MyToy'), 'MyToy');
+  t.equal(loadTextualInversion(pipeline, toy, 'MyToy'), 'MyToy');
   t.same(embed(pipeline, { prompt: ['a red fox'] }).context, before, 'other prompts are as they were');
   const { context } = embed(pipeline, { prompt: ['a MyToy fox'] });
   t.same(embed(pipeline, { prompt: ['a mytoy fox'] }).context, context);
@@ -174,7 +174,7 @@ test('names, in capitals, weighted, and cut off', (t) => {
 
   const refused = (path: string, token: string | undefined, message: RegExp) => {
     try {
-      loadTextualInversion(pipeline.text, path, token);
+      loadTextualInversion(pipeline, path, token);
       t.fail(`no error like ${message}`);
     } catch (error) {
       t.ok(error instanceof UserError && message.test(error.message), String(error));
@@ -195,7 +195,7 @@ test('files that are no textual inversion for the model', (t) => {
   const [l, g] = [vectors(2, 32, 1), vectors(2, 48, 1)];
   const refused = (path: string, message: RegExp, token?: string) => {
     try {
-      loadTextualInversion(pipeline.text, path, token);
+      loadTextualInversion(pipeline, path, token);
       t.fail(`no error like ${message}`);
     } catch (error) {
       t.ok(error instanceof UserError && message.test(error.message), String(error));
