@@ -6,7 +6,7 @@ import { holding } from '../engine/memory.ts';
 import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
 import { built, keep, scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import { type FloatDType, isFloat } from '../io/dtype.ts';
+import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
 import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
@@ -14,9 +14,10 @@ import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
-import { type IPAdapterSource, imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
+import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
-import { type AdapterFile, withAdapters } from './lora.ts';
+import { checkedLoad, type LoadOptions, type Part } from './load_options.ts';
+import { withAdapters } from './lora.ts';
 import { controlsOf, loadControlNet } from './multicontrolnet.ts';
 import { checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
@@ -58,45 +59,8 @@ export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): S
  * @throws UserError for a model that is incomplete or no SDXL model
  */
 export function loadPipeline(source: ModelSource, options: LoadOptions): Pipeline {
-  checkLoad(source, options);
-  return built(() => load(source, options));
-}
-
-/** What a model's weights are of; a refiner has no text_encoder. */
-export type Part = 'text_encoder' | 'text_encoder_2' | 'unet' | 'vae';
-
-interface LoadOptions {
-  device: Device;
-  dtype: FloatDType;
-  /** The parts whose weights are read, all where absent. The others are built without, and only what needs none of theirs can be done. */
-  only?: readonly Part[];
-  vaeSource?: ModelSource;
-  /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
-  vaeDtype?: FloatDType;
-  /** What controls the UNet, in the order of a request's control_image. */
-  controlnet?: readonly ModelSource[];
-  /** What pictures are drawn by, in the order of a request's ip_adapter_image. */
-  ipAdapter?: readonly IPAdapterSource[];
-  /** Adapters that are merged while weights are read, `scale` times; 1 where it is not told. */
-  lora?: readonly AdapterFile[];
-  /** Keeps the matrices of the UNet and of ControlNets in 8-bit integers: half the memory, a little less exact, a little slower. */
-  q8?: boolean;
-  /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
-  gradientCheckpointing?: boolean;
-}
-
-/** What TypeScript would tell a program of. @throws UserError */
-function checkLoad(
-  source: ModelSource,
-  { device, dtype, vaeDtype = dtype }: Partial<LoadOptions> = {},
-): void {
-  if (typeof source?.load !== 'function')
-    throw new UserError('loadPipeline takes an opened model first: what await locateModel(PATH) gives');
-  if (typeof device?.memory !== 'object')
-    throw new UserError("loadPipeline's device is none: give what openDevice('auto') gives");
-  for (const [key, value] of Object.entries({ dtype, vaeDtype }))
-    if (!isFloat(value as FloatDType))
-      throw new UserError(`loadPipeline's ${key} is ${value}: give float32, bfloat16 or float16`);
+  const checked = checkedLoad(source, options);
+  return built(() => load(source, checked));
 }
 
 /** @throws UserError for a part that is freed */

@@ -73,11 +73,11 @@ export const stepsOf = ({
   timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
 
 /** What a key holds, in words, and whether a value is that. */
-type Rule = readonly [want: string, holds: (value: unknown) => boolean];
+export type Rule = readonly [want: string, holds: (value: unknown) => boolean];
 
 const isText = (value: unknown): boolean => typeof value === 'string';
 const isNumber = (value: unknown): boolean => Number.isFinite(value);
-const isObject = (value: unknown): value is Record<string, unknown> =>
+export const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
 const every = (value: unknown, holds: (each: unknown) => boolean): boolean =>
   Array.isArray(value) && value.length > 0 && value.every(holds);
@@ -96,7 +96,7 @@ const whole = (from: number): Rule => [
   `a whole number from ${from}`,
   (value) => Number.isInteger(value) && (value as number) >= from,
 ];
-const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];
+export const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];
 const pair = (words: string): Rule => [
   `[${words}]`,
   (value) => every(value, isNumber) && (value as unknown[]).length === 2,
@@ -207,7 +207,7 @@ function checked(asked: Asked): Asked {
 }
 
 /** A value, in as many words as a sentence takes. */
-function shown(value: unknown): string {
+export function shown(value: unknown): string {
   if (typeof value === 'function') return 'a function';
   if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
     const { name } = value.constructor ?? Object;

@@ -72,7 +72,15 @@ test('flags that are taken as they are', (t) => {
 });
 
 test('names in a program', (t) => {
-  const parts = ['pipeline', 'request', 'denoiser', 'start', 'conditioning', 'multicontrolnet', 'ip_adapter'];
+  const parts = [
+    'load_options',
+    'request',
+    'denoiser',
+    'start',
+    'conditioning',
+    'multicontrolnet',
+    'ip_adapter',
+  ];
   const request = parts
     .map((name) => readFileSync(join(packageRoot, 'models', `${name}.ts`), 'utf8'))
     .join('\n');

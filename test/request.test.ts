@@ -80,10 +80,28 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
   for (const [source, options, message] of [
     ['tiny-sdxl', { device, dtype: 'float32' }, /takes an opened model first: what await locateModel/],
     [Promise.resolve(model), { device, dtype: 'float32' }, /takes an opened model first/],
-    [model, undefined, /device is none: give what openDevice\('auto'\) gives/],
-    [model, { device: 'cpu', dtype: 'float32' }, /device is none/],
-    [model, { device, dtype: 'fp16' }, /dtype is fp16: give float32, bfloat16 or float16/],
-    [model, { device, dtype: 'float32', vaeDtype: 'auto' }, /vaeDtype is auto/],
+    [model, undefined, /device is undefined: give what openDevice\('auto'\) gives/],
+    [model, { device: 'cpu', dtype: 'float32' }, /device is "cpu": give what openDevice/],
+    [model, { device }, /dtype is undefined: give float32/],
+    [model, { device, dtype: 'fp16' }, /dtype is "fp16": give float32, bfloat16 or float16/],
+    [model, { device, dtype: 'float32', vaeDtype: 'auto' }, /vaeDtype is "auto"/],
+    [
+      model,
+      { device, dtype: 'float32', lora: 'a.safetensors' },
+      /lora is "a\.safetensors": give a list of { path/,
+    ],
+    [
+      model,
+      { device, dtype: 'float32', lora: ['a.safetensors'] },
+      /lora is \["a\.safetensors"\]: give a list/,
+    ],
+    [model, { device, dtype: 'float32', controlnet: ['net'] }, /controlnet is \["net"\]: .*locateControlNet/],
+    [model, { device, dtype: 'float32', controlnet: model }, /controlnet is .*: give a list/],
+    [model, { device, dtype: 'float32', ipAdapter: ['a'] }, /ipAdapter is \["a"\]: .*locateIPAdapter/],
+    [model, { device, dtype: 'float32', vaeSource: 'vae' }, /vaeSource is "vae": give what await locateVae/],
+    [model, { device, dtype: 'float32', q8: 'yes' }, /q8 is "yes": give true or false/],
+    [model, { device, dtype: 'float32', loras: [] }, /takes no loras; did you mean "lora"\?/],
+    [model, { device, dtype: 'float32', vae: model }, /takes no vae; here it is vaeSource/],
   ] as const)
     t.throws(() => loadPipeline(untyped(source), untyped(options)), says(message));
   t.throws(() => openDevice(untyped(undefined)), says(/unknown device "undefined"/));
@@ -91,7 +109,9 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
     for (const seed of ['a', undefined, 1.5])
       t.throws(() => new Generator(untyped(seed)), says(/seed is .*: give a whole number/), `seed ${seed}`);
 
-  const pipeline = loadPipeline(model, { device, dtype: 'float32' });
+  const none = untyped<undefined>(null);
+  const left = { vaeSource: none, vaeDtype: none, controlnet: [], ipAdapter: none, lora: none, q8: none };
+  const pipeline = loadPipeline(model, { device, dtype: 'float32', ...left });
   const ask = (more: object): Promise<unknown> =>
     denoiseToEnd(pipeline, untyped<Asked>({ prompt: 'a fox', width: 64, height: 64, ...more }));
   const config = { timestep_spacing: 'traling' };

@@ -9,7 +9,8 @@ import { zeros } from '../engine/tensor.ts';
 import { withPosterior } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { mostChunks, type PromptEmbeds } from '../models/conditioning.ts';
-import { loadPipeline, type Part, type Pipeline } from '../models/pipeline.ts';
+import type { Part } from '../models/load_options.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import {

@@ -1,0 +1,88 @@
+// What a pipeline is loaded with. TypeScript holds a program to it; of JavaScript each key is held here, as of a request (request.ts).
+import type { Device } from '../engine/device.ts';
+import { type FloatDType, isFloat } from '../io/dtype.ts';
+import { didYouMean, UserError } from '../io/errors.ts';
+import type { ModelSource } from './checkpoint.ts';
+import type { IPAdapterSource } from './ip_adapter.ts';
+import type { AdapterFile } from './lora.ts';
+import { flag, isObject, type Rule, shown } from './request.ts';
+
+/** What a model's weights are of; a refiner has no text_encoder. */
+export const parts = ['text_encoder', 'text_encoder_2', 'unet', 'vae'] as const;
+export type Part = (typeof parts)[number];
+
+export interface LoadOptions {
+  device: Device;
+  dtype: FloatDType;
+  /** The parts whose weights are read, all where absent. The others are built without, and only what needs none of theirs can be done. */
+  only?: readonly Part[];
+  vaeSource?: ModelSource;
+  /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
+  vaeDtype?: FloatDType;
+  /** What controls the UNet, in the order of a request's control_image. */
+  controlnet?: readonly ModelSource[];
+  /** What pictures are drawn by, in the order of a request's ip_adapter_image. */
+  ipAdapter?: readonly IPAdapterSource[];
+  /** Adapters that are merged while weights are read, `scale` times; 1 where it is not told. */
+  lora?: readonly AdapterFile[];
+  /** Keeps the matrices of the UNet and of ControlNets in 8-bit integers: half the memory, a little less exact, a little slower. */
+  q8?: boolean;
+  /** For training: the UNet runs its blocks again in backward instead of keeping their activations. */
+  gradientCheckpointing?: boolean;
+}
+
+const list = (what: string, holds: (each: unknown) => boolean): Rule => [
+  `a list of ${what}`,
+  (value) => Array.isArray(value) && value.every(holds),
+];
+const isSource = (value: unknown): boolean => isObject(value) && typeof value.load === 'function';
+const dtype: Rule = ['float32, bfloat16 or float16', (value) => isFloat(value as FloatDType)];
+
+const rules: Readonly<Record<keyof LoadOptions, Rule>> = {
+  device: [
+    "what openDevice('auto') gives",
+    (value) => typeof (value as Device | undefined)?.memory === 'object',
+  ],
+  dtype,
+  only: list(`${parts.slice(0, -1).join(', ')} and ${parts.at(-1)}`, (value) =>
+    parts.some((part) => part === value),
+  ),
+  vaeSource: ['what await locateVae(PATH) gives', isSource],
+  vaeDtype: dtype,
+  controlnet: list('what await locateControlNet(PATH) gives', isSource),
+  ipAdapter: list(
+    'what await locateIPAdapter(PATH) gives',
+    (value) => isObject(value) && isSource(value.imageEncoder),
+  ),
+  lora: list(
+    '{ path, scale }, path by await locateLora(PATH)',
+    (value) => isObject(value) && typeof value.path === 'string',
+  ),
+  q8: flag,
+  gradientCheckpointing: flag,
+};
+
+/** What is typed for our keys by habit. */
+const foreign: Readonly<Record<string, string>> = {
+  torch_dtype: 'dtype',
+  vae: 'vaeSource, by await locateVae(PATH)',
+  variant: "locateModel's: await locateModel(PATH, { variant })",
+};
+
+/** What is given, where null is what is left out. @throws UserError for what TypeScript would tell a program of */
+export function checkedLoad(source: ModelSource, given: Partial<LoadOptions> = {}): LoadOptions {
+  if (!isSource(source))
+    throw new UserError('loadPipeline takes an opened model first: what await locateModel(PATH) gives');
+  const { device, dtype, ...optional } = given;
+  const told = Object.entries(optional).filter(([, value]) => (value ?? null) !== null);
+  const options = { ...Object.fromEntries(told), device, dtype };
+  for (const [key, value] of Object.entries(options)) {
+    if (!Object.hasOwn(rules, key))
+      throw new UserError(
+        `loadPipeline takes no ${key}${Object.hasOwn(foreign, key) ? `; here it is ${foreign[key]}` : didYouMean(key, Object.keys(rules))}`,
+      );
+    const [want, holds] = rules[key as keyof LoadOptions];
+    if (!holds(value)) throw new UserError(`loadPipeline's ${key} is ${shown(value)}: give ${want}`);
+  }
+  return options as LoadOptions;
+}
