@@ -39,6 +39,7 @@ test("a caller's own steps", (t) => {
     [euler, { timesteps: [9.5] }, /give whole numbers/],
     [euler, { sigmas: [14, 14, 0] }, /sigmas are 14, 14, 0: give the noise levels/],
     [euler, { sigmas: [14] }, /and the one to end at/],
+    [euler, { sigmas: [14, 0], timesteps: [999] }, /^timesteps and sigmas both lay out the steps: give one/],
     [solver, { sigmas: [14, 0] }, /DPMSolverMultistepScheduler takes no sigmas of yours; Euler does/],
     // These two step by an even share of the range, whatever timestep is next: a picture by others would be wrong.
     [
@@ -54,6 +55,26 @@ test("a caller's own steps", (t) => {
     ],
   ] as const)
     t.throws(() => sampler.plan(1, options), { name: 'UserError', message: says });
+  t.end();
+});
+
+test('a part without steps, and what has chosen it', (t) => {
+  const euler = createSampler('euler', sdxl);
+  for (const [options, mend] of [
+    [{ strength: 0.05 }, 'raise strength, or give more steps'],
+    [{ denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
+    [{ strength: 1, denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
+    [{ strength: 0.5, denoisingEnd: 0.4 }, 'raise strength, or raise denoising_end, or give more steps'],
+    [{ denoisingStart: 0.999 }, 'lower denoising_start, or give more steps'],
+    [
+      { denoisingStart: 0.42, denoisingEnd: 0.48 },
+      'lower denoising_start, or raise denoising_end, or give more steps',
+    ],
+  ] as const)
+    t.throws(() => euler.plan(10, options), {
+      name: 'UserError',
+      message: `these settings leave none of the 10 steps to run: ${mend}`,
+    });
   t.end();
 });
 

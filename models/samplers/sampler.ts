@@ -205,6 +205,8 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
     throw new UserError(`the number of steps is ${steps}: give a whole number from 1 to ${total}`);
   const { strength, eta, denoisingStart: denoising_start, denoisingEnd: denoising_end = 1 } = options;
   const { timesteps = [], sigmas = [] } = options;
+  if (options.timesteps && options.sigmas)
+    throw new UserError('timesteps and sigmas both lay out the steps: give one of them');
   const falls = (list: readonly number[]) => list.every((value, i) => i === 0 || value < list[i - 1]);
   if (!falls(timesteps) || timesteps.some((t) => !Number.isInteger(t) || t < 0 || t >= total))
     throw new UserError(
@@ -248,9 +250,19 @@ function chosenPart(
     const bound = cutoff(options.denoisingEnd);
     end = begin + timesteps.subarray(begin).filter((t) => t >= bound).length;
   }
-  if (begin >= end)
-    throw new UserError(
-      `these settings leave none of the ${steps} steps to run: raise strength, or give more steps`,
-    );
+  if (begin >= end) throw nothingLeft(steps, options);
   return { begin, end };
+}
+
+/** The mend is of what has chosen the part: strength has no say beside denoising_start. */
+function nothingLeft(
+  steps: number,
+  { strength = 1, denoisingStart, denoisingEnd = 1 }: PlanOptions,
+): UserError {
+  const mends = [
+    ...(denoisingStart !== undefined ? ['lower denoising_start'] : strength < 1 ? ['raise strength'] : []),
+    ...(denoisingEnd < 1 ? ['raise denoising_end'] : []),
+    'give more steps',
+  ];
+  return new UserError(`these settings leave none of the ${steps} steps to run: ${mends.join(', or ')}`);
 }
