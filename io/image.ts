@@ -110,12 +110,19 @@ export function writePng(path: string, picture: Pixels, text: Readonly<Record<st
  */
 const vaeSide = (side: number): number => side - (side % 8);
 
+/** @throws UserError for what no reader of pictures gives, such as a path, or a promise of one: JavaScript has no types */
+function assertPixels(picture: Pixels): void {
+  if (!(picture?.data instanceof Uint8Array))
+    throw new UserError('what is to be preprocessed is no picture: give what await readPicture(PATH) gives');
+}
+
 /** One picture as a ControlNet takes it: [1, 3, h, w] in [0, 1], resized by Lanczos to `width` x `height`. */
 export function preprocessControl(
   picture: Picture,
   width: number = vaeSide(picture.width),
   height: number = vaeSide(picture.height),
 ): { data: Float32Array; shape: [1, 3, number, number] } {
+  assertPixels(picture);
   const { data: pixels } = resize(picture, width, height, 'lanczos');
   const area = width * height;
   const data = new Float32Array(3 * area);
@@ -174,6 +181,7 @@ export function preprocessMask(
   width: number = vaeSide(mask.width),
   height: number = vaeSide(mask.height),
 ): { data: Float32Array; shape: [1, 1, number, number] } {
+  assertPixels(mask);
   const resized = resize(mask, width, height, 'lanczos');
   const { data: grey } = resized.channels === 3 ? toGrey(resized) : resized;
   return {

@@ -79,6 +79,8 @@ type Way = <R>(vae: Autoencoder, run: Run, bring: Bring<R>) => R[];
 const decodeBy =
   <R>(way: Way, bring: Bring<R>) =>
   (vae: Autoencoder, latents: Latents, tiling: boolean): R[] => {
+    if (!Array.isArray(latents?.shape) || !(latents.data instanceof Float32Array))
+      throw new UserError('what is to be decoded is no latents: of what denoiseToEnd gives take .latents');
     const [n, c, h, w] = latents.shape;
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
     checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);

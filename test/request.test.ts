@@ -6,6 +6,7 @@ import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { namedParameters } from '../engine/module.ts';
 import { encodeNumbers } from '../io/dtype.ts';
+import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
@@ -121,6 +122,20 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
   );
   for (const scale of [Number.NaN, '1'])
     t.throws(() => mergeLora(pipeline, 'any', untyped(scale)), says(/scale of any is .*: give a number/));
+  const denoised = await denoiseToEnd(pipeline, {
+    prompt: 'a fox',
+    width: 64,
+    height: 64,
+    num_inference_steps: 1,
+  });
+  for (const wrong of [denoised, undefined, { ...denoised.latents, data: [1] }])
+    t.throws(
+      () => decode(pipeline, untyped(wrong)),
+      says(/no latents: of what denoiseToEnd gives take \.latents/),
+    );
+  for (const prepare of [preprocess, preprocessControl, preprocessMask])
+    for (const wrong of ['photo.png', Promise.resolve()])
+      t.throws(() => prepare(untyped(wrong)), says(/is no picture: give what await readPicture/));
   pipeline.release();
   await t.rejects(ask({ num_inference_steps: 1 }), says(/the pipeline was released/));
   t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
