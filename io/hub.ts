@@ -42,19 +42,19 @@ export class NothingWantedError extends UserError {}
 /** The hub cannot be asked, and what is wanted is not in the cache. */
 export class OutOfReachError extends UserError {}
 
+/** How files of weights end: models/sdxl.safetensors that is not here is a file that is missed, and no repository to be asked for. */
+const weights = /\.(safetensors|gguf|ckpt|pth?|bin)$/i;
+
 /** Whether `text` reads as owner/name on the hub and is no path that exists here. */
 export function looksLikeHubId(text: string): boolean {
-  return /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/.test(text) && !/--|\.\./.test(text) && !existsSync(text);
+  const reads = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/.test(text) && !/--|\.\./.test(text);
+  return reads && !weights.test(text) && !existsSync(text);
 }
 
-/**
- * `owner/name`, and perhaps a file's path in it. Nothing where `text` reads otherwise or is there, as folder/name.safetensors is some
- * file here, if a mistaken one.
- */
+/** `owner/name`, and perhaps a file's path in it. Nothing where `text` reads otherwise or is there. */
 export function hubPath(text: string): { id: string; inner?: string } | undefined {
   const [, id = '', inner] = /^([^/]+\/[^/]+)(?:\/(.+))?$/.exec(text) ?? [];
-  const isHub = looksLikeHubId(id) && !id.endsWith('.safetensors') && !existsSync(text);
-  return isHub ? { id, inner } : undefined;
+  return looksLikeHubId(id) && !existsSync(text) ? { id, inner } : undefined;
 }
 
 /**

@@ -358,4 +358,7 @@ test('what looks like a model on the hub', async (t) => {
   for (const other of ['io/hub.ts', './o/n', 'model.safetensors', '/o/n', 'a/b/c', '../n', 'o/a..b']) {
     t.notOk(looksLikeHubId(other), other);
   }
+  for (const ending of ['safetensors', 'SAFETENSORS', 'ckpt', 'pt', 'pth', 'bin', 'gguf'])
+    t.notOk(looksLikeHubId(`models/sdxl.${ending}`), `a file that is not there: ${ending}`);
+  t.ok(looksLikeHubId('owner/sdxl-gguf'), 'a name that only tells of files');
 });
