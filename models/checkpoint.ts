@@ -112,10 +112,11 @@ function folderSource(
       const folder = folderOf(component);
       const names = ['config.json', 'scheduler_config.json'].map((name) => join(folder, name));
       const found = names.find((name) => existsSync(name));
-      if (!found)
-        throw new UserError(
-          `${path} has no ${component}/config.json; the model is incomplete, download it again`,
-        );
+      if (!found) {
+        const missing =
+          component === 'scheduler' ? 'scheduler/scheduler_config.json' : `${component}/config.json`;
+        throw new UserError(`${path} has no ${missing}; the model is incomplete, download it again`);
+      }
       return readJsonObject(found);
     },
     folder: folderOf,

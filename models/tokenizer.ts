@@ -64,8 +64,15 @@ export function loadTokenizer(folder: string): Tokenizer {
   const config = { ...optional('special_tokens_map.json'), ...optional('tokenizer_config.json') };
   if (existsSync(at('tokenizer.json')) && !existsSync(at('vocab.json')))
     return loadTokenizerJson(readJsonObject(at('tokenizer.json')), config, at('tokenizer.json'));
-  const vocab = readJsonObject(at('vocab.json')) as Record<string, number>;
-  return loadTokenizerFiles(vocab, readText(at('merges.txt')), config, folder);
+  const present = (name: string): string => {
+    if (existsSync(at(name))) return at(name);
+    throw new UserError(`${folder} has no ${name}; the model is incomplete, download it again`);
+  };
+  const vocab = readJsonObject(present('vocab.json')) as Record<string, number>;
+  const merges = readText(present('merges.txt'));
+  // Where there are none to merge there is a version line yet; without any the words would be read letter by letter.
+  if (merges.trim() === '') throw new UserError(`${at('merges.txt')} is empty: download it again`);
+  return loadTokenizerFiles(vocab, merges, config, folder);
 }
 
 /** The part of tokenizer.json that is not the same for all of CLIP's tokenizers. */

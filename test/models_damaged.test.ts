@@ -73,6 +73,11 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
       (name) =>
         [`nothing in ${name}`, writing(name, 'null'), [/config|index/, /a JSON object/, /download/]] as const,
     ),
+    [
+      'no schedule',
+      (model) => rmSync(join(model, 'scheduler'), { recursive: true }),
+      [/has no scheduler\/scheduler_config\.json; the model is incomplete/],
+    ],
     ['an empty config', writing('unet/config.json', '{}'), [/unet/, /"block_out_channels" is undefined/]],
     [
       'a schedule in words',

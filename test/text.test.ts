@@ -124,11 +124,13 @@ test('files that are missing or do not fit', async (t) => {
       t.ok(error instanceof UserError && pattern.test(error.message), String(error));
     }
   };
-  refused(/vocab\.json does not exist/);
+  refused(/has no vocab\.json; the model is incomplete/);
   writeFileSync(join(folder, 'vocab.json'), '[]');
   refused(/vocab\.json does not hold a JSON object/);
   writeFileSync(join(folder, 'vocab.json'), '{"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3}');
-  refused(/merges\.txt does not exist/);
+  refused(/has no merges\.txt; the model is incomplete/);
+  writeFileSync(join(folder, 'merges.txt'), '');
+  refused(/merges\.txt is empty: download it again/);
   writeFileSync(join(folder, 'merges.txt'), '#version: 0.2\na b</w>\n');
   refused(/no token "<\|endoftext\|>"/);
   const vocab = { a: 0, 'b</w>': 1, 'ab</w>': 2, '<|startoftext|>': 3, '<|endoftext|>': 4 };
