@@ -29,6 +29,8 @@ import { progressBar } from './progress.ts';
 import { addSampleOptions } from './sample_flags.ts';
 import {
   checkSample,
+  checkScores,
+  checkSizes,
   checkTexts,
   loraOf,
   promptsOf,
@@ -57,7 +59,8 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
-  for (const line of checkTexts(options, prompts)) terminal.err(`warning: ${line}\n`);
+  for (const line of [...checkTexts(options, prompts), ...checkSizes(options)])
+    terminal.err(`warning: ${line}\n`);
   const album = openAlbum(
     options.output,
     options.saveLatents,
@@ -69,6 +72,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const { configs, variant } = options;
   const locate = { configs, variant, onProgress: downloadsOn(terminal, quiet) };
   const source = await locateModel(model, locate);
+  checkScores(options, source.modelIndex.requires_aesthetics_score === true);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
   const taeSource = options.tae ? await locateTae(options.tae, locate) : undefined;

@@ -7,6 +7,7 @@ import { addControlOptions } from './control_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
 import { corner, devices, number, numbers, oneOf, repeated, side, size } from './options.ts';
 import { addPreviewOptions } from './preview.ts';
+import { usualScores } from './sample_options.ts';
 
 /** What --dtype and its like take. */
 const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
@@ -240,12 +241,12 @@ const refinerOptions = (command: Command): Command =>
       'default: --guidance-scale',
       number('--refiner-guidance-scale', { min: 0 }),
     )
-    .option('--aesthetic-score <F>', 'told to the refiner', number('--aesthetic-score'), 6)
+    .option('--aesthetic-score <F>', 'told to the refiner', number('--aesthetic-score'), usualScores[0])
     .option(
       '--negative-aesthetic-score <F>',
       'told to the refiner',
       number('--negative-aesthetic-score'),
-      2.5,
+      usualScores[1],
     );
 
 const fileOptions = (command: Command): Command =>

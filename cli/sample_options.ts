@@ -74,6 +74,9 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, Preview
   quiet?: boolean;
 }
 
+/** What a refiner is told where nothing is typed. */
+export const usualScores: readonly [aesthetic: number, negative: number] = [6, 2.5];
+
 /** `FILE:SCALE` as typed after --lora. */
 export function loraOf(text: string): { file: string; scale: number } {
   const { file, scale = 1 } = scaledFile('--lora', text);
@@ -93,6 +96,28 @@ export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] 
   const lines = readLines(promptFile);
   if (lines.length === 0) throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
   return [...prompt, ...lines];
+}
+
+/** Warnings of sizes that diffusers' text-to-image pipeline passes over. */
+export function checkSizes(options: SampleOptions): string[] {
+  const { negativeOriginalSize: original, negativeTargetSize: target, image, refiner } = options;
+  const given = [original, options.negativeCropsCoordsTopLeft, target].some((each) => each !== undefined);
+  if (!given || (original && target) || image || refiner) return [];
+  return [
+    "what is told of the negative prompt's picture counts only where --negative-original-size and --negative-target-size are both given, as in diffusers",
+  ];
+}
+
+/** @throws UserError for scores that nothing is told of; `taken` by the model itself, if it is a refiner */
+export function checkScores(options: SampleOptions, taken: boolean): void {
+  if (taken || options.refiner) return;
+  const { aestheticScore, negativeAestheticScore } = options;
+  for (const [flag, score, usual] of [
+    ['--aesthetic-score', aestheticScore, usualScores[0]],
+    ['--negative-aesthetic-score', negativeAestheticScore, usualScores[1]],
+  ])
+    if (score !== usual)
+      throw new UserError(`${flag} is told to a refiner, and there is none: give --refiner, or leave it out`);
 }
 
 /** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
@@ -133,6 +158,11 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--padding-mask-crop needs --mask: what to draw a part around');
   if (options.strength !== undefined && !options.image && !options.refiner)
     throw new UserError('--strength needs --image or --refiner');
+  const start = options.denoisingStart !== undefined ? '--denoising-start' : '--denoising-end';
+  if (options.strength !== undefined && !options.image && (options.denoisingStart ?? options.denoisingEnd))
+    throw new UserError(`--strength and ${start} both say where the refiner begins; give one of them`);
+  if (options.refinerGuidanceScale !== undefined && !options.refiner)
+    throw new UserError('--refiner-guidance-scale needs --refiner; without one there is --guidance-scale');
   if (options.denoisingStart !== undefined && !options.image && !options.refiner)
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
   if (options.timesteps && options.sigmas)

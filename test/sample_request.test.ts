@@ -4,7 +4,7 @@ import { Command } from 'commander';
 import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
 import { addSampleOptions } from '../cli/sample_flags.ts';
-import { checkSample, loraOf, type SampleOptions } from '../cli/sample_options.ts';
+import { checkSample, checkScores, checkSizes, loraOf, type SampleOptions } from '../cli/sample_options.ts';
 import { baseRequests, canvasOf, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import type { Latents } from '../models/latents.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
@@ -171,6 +171,25 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
   t.end();
 });
 
+test('what is told of, and counts for nothing', (t) => {
+  const scores = (argv: string, taken = false) => checkScores(optionsOf(...argv.split(' ')), taken);
+  for (const flag of ['--aesthetic-score', '--negative-aesthetic-score']) {
+    const message = `${flag} is told to a refiner, and there is none: give --refiner, or leave it out`;
+    t.throws(() => scores(`${flag} 7`), { name: 'UserError', message });
+    scores(`${flag} 7 --refiner r`);
+    scores(`${flag} 7`, true);
+  }
+  scores('--aesthetic-score 6 --negative-aesthetic-score 2.5');
+  const said = (argv: string) => checkSizes(optionsOf(...argv.split(' '))).length;
+  for (const alone of ['original-size 8x8', 'target-size 8x8', 'crops-coords-top-left 1,2']) {
+    t.equal(said(`--negative-${alone}`), 1, alone);
+    t.equal(said(`--negative-${alone} --image x.png`), 0, 'over a picture each counts');
+  }
+  t.equal(said('--negative-original-size 8x8 --negative-target-size 8x8'), 0);
+  t.equal(said('--original-size 8x8'), 0);
+  t.end();
+});
+
 test('types by their names', (t) => {
   const types = (...argv: string[]) => {
     const { dtype, vaeDtype } = optionsOf(...argv);
@@ -207,6 +226,12 @@ test('values are bounded as they are read', (t) => {
     ['--timestep-spacing even', /--timestep-spacing takes leading, trailing, linspace, not "even"/],
     ['--strength 0.5', /--strength needs --image or --refiner/],
     ['--denoising-start 0.5', /--denoising-start needs --refiner or --image/],
+    ['--refiner-guidance-scale 2', /--refiner-guidance-scale needs --refiner/],
+    [
+      '--refiner r --strength 0.5 --denoising-end 0.8',
+      /^--strength and --denoising-end both say where the refiner begins; give one/,
+    ],
+    ['--refiner r --strength 0.5 --denoising-start 0.8', /^--strength and --denoising-start both say/],
     ['--denoising-end 0', /--denoising-end 0 leaves nothing to do/],
     ['--denoising-start 0 --refiner r', /--denoising-start 0 leaves the base nothing to do/],
     ['--mask m.png', /--mask needs --image/],
