@@ -13,6 +13,8 @@ export type Inputs = Record<string, Tensor | undefined>;
 export type Numbers = Float32Array | Float64Array;
 export interface RefTensor {
   shape: readonly number[];
+  /** What it is stored in: optimizers round bfloat16 at random. Unknown where numbers are never stored. */
+  dtype?: DType;
   data: Numbers;
 }
 /** By name: inputs, outputs, `dy`, and `d<input>` where that gradient is wanted (undefined otherwise). */

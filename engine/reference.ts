@@ -21,7 +21,8 @@ export function referenceDevice(): Device {
     },
     execute(record, direction, tensors, attrs) {
       const arrays: RefTensors = {};
-      for (const [name, t] of Object.entries(tensors)) arrays[name] = { shape: t.shape, data: hostFloats(t) };
+      for (const [name, t] of Object.entries(tensors))
+        arrays[name] = { shape: t.shape, dtype: t.dtype, data: hostFloats(t) };
       const run = direction === 'forward' ? record.reference.forward : record.reference.backward;
       if (!run) throw new Error(`op ${record.name} has no reference ${direction}`);
       run(arrays, attrs);

@@ -115,8 +115,10 @@ const rounded = (data: ArrayLike<number>, dtype: DType): Float64Array =>
 /** A sample's inputs as they are in storage. */
 function inputsIn(sample: AnySample, dtype: FloatDType): RefTensors {
   const inputs: RefTensors = {};
-  for (const [name, { shape, data }] of Object.entries(inputValues(sample)))
-    inputs[name] = { shape, data: rounded(data, typeOf(sample, name, dtype)) };
+  for (const [name, { shape, data }] of Object.entries(inputValues(sample))) {
+    const type = typeOf(sample, name, dtype);
+    inputs[name] = { shape, dtype: type, data: rounded(data, type) };
+  }
   return inputs;
 }
 

@@ -76,6 +76,7 @@ function measurePlan(family: string, name: string, signature: string, sums: numb
 
 export const optimizerPlans: readonly (readonly [string, Plan])[] = [
   stepPlan('optimizer', 'adamw', 'pppppiffffffffiiii'),
+  stepPlan('optimizer', 'adamw_bf16_moments', 'pppppiffffffffiiii'),
   stepPlan('optimizer', 'lion', 'ppppifffffiiii'),
   stepPlan('optimizer', 'ema', 'ppif'),
   stepPlan('adamw_8bit', 'adamw_8bit', 'pppppppiffffffffiiii'),

@@ -1,10 +1,14 @@
 // One step of an optimizer on one parameter, as ops that update their inputs in place: AdamW and Lion, the moving average
-// of weights, and the sum of squares behind global-norm clipping and the question whether a tensor is finite. A weight may have a float32 `master` beside it; without
-// one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last place still count on average.
+// of weights, and the sum of squares behind global-norm clipping and the question whether a tensor is finite. A weight may have a
+// float32 `master` beside it; without one, bfloat16 can be rounded stochastically, so that updates below half a unit in the last
+// place still count on average. AdamW's moments are float32, or bfloat16, which is always rounded so.
+import type { FloatDType } from '../../io/dtype.ts';
 import {
   defineOp,
+  type RefTensor,
   type RefTensors,
   type Sample,
+  sameFloat,
   type Tensors,
   type Update,
   update,
@@ -24,7 +28,7 @@ export interface StepAttrs {
   weightDecay: number;
   /** Multiplies the gradient first: clipping. */
   gradientScale: number;
-  /** Where stochastic rounding takes its bits; undefined rounds to nearest even. For bfloat16 weights without a master. */
+  /** Where stochastic rounding takes its bits: for bfloat16 weights without a master, which else go to nearest even, and moments. */
   rounding?: Stream;
 }
 
@@ -58,7 +62,7 @@ export function setWeights(
   next: (weight: number, i: number) => number,
 ): void {
   const value = (master ?? weight).data;
-  const rounded = rounding && !master ? stochastic(rounding) : (x: number) => x;
+  const rounded = master ? (x: number) => x : rounderOf(weight, rounding, 'weight');
   for (let i = 0; i < value.length; i++) {
     const x = next(value[i], i);
     if (master) master.data[i] = x;
@@ -73,8 +77,19 @@ export const eachWeight = (
   next: (weight: number, gradient: number, i: number) => number,
 ): void => setWeights(t, attrs, (w, i) => next(w, t.gradient.data[i] * attrs.gradientScale, i));
 
+/** Which of an element's numbers random bits are for: each has a Philox block of its own, by the last word of its counter. */
+const drawn = ['weight', 'first moment', 'second moment'] as const;
+
+/** How element i of a tensor is rounded: bfloat16 at random, where there are bits for it. */
+const rounderOf = (
+  { dtype }: RefTensor,
+  rounding: Stream | undefined,
+  what: (typeof drawn)[number],
+): ((x: number, i: number) => number) =>
+  dtype === 'bfloat16' && rounding ? stochastic(rounding, drawn.indexOf(what)) : (x) => x;
+
 /** float32 to one of its two bfloat16 neighbours: element i takes 16 bits of the stream, eight elements to a block. */
-function stochastic({ seedLow, seedHigh, stream }: Stream): (x: number, i: number) => number {
+function stochastic({ seedLow, seedHigh, stream }: Stream, last: number): (x: number, i: number) => number {
   const words = new Uint32Array(4);
   const float = new Float32Array(1);
   const bits = new Uint32Array(float.buffer);
@@ -82,7 +97,7 @@ function stochastic({ seedLow, seedHigh, stream }: Stream): (x: number, i: numbe
   return (x, i) => {
     if (i >>> 3 !== block) {
       block = i >>> 3;
-      philox(words, block, 0, stream, 0, seedLow, seedHigh);
+      philox(words, block, 0, stream, last, seedLow, seedHigh);
     }
     float[0] = x;
     if (!Number.isFinite(x)) return x;
@@ -110,12 +125,16 @@ export function adamFactors({ lr, weightDecay, betas: [beta1, beta2], step }: Ad
   ];
 }
 
-/** Every other shape has a master; `states` are float32 and shaped like the weight. */
-function stepSamples<A extends StepAttrs>(states: readonly string[], attrs: A): Sample<A>[] {
+/** Every other shape has a master, in float32; `states` are shaped like the weight. */
+function stepSamples<A extends StepAttrs>(
+  states: readonly string[],
+  attrs: A,
+  dtype: FloatDType = 'float32',
+): Sample<A>[] {
   const sample = (shape: readonly number[], more: readonly string[]): Sample<A> => ({
     inputs: Object.fromEntries(['weight', 'gradient', ...more].map((name) => [name, shape])),
     attrs,
-    dtypes: Object.fromEntries(more.map((name) => [name, 'float32'])),
+    dtypes: Object.fromEntries(more.map((name) => [name, name === 'master' ? 'float32' : dtype])),
     nonnegative: ['exp_avg_sq'],
   });
   return shapes.map((shape, i) => sample(shape, i % 2 ? ['master', ...states] : states));
@@ -130,14 +149,22 @@ export const adamSample: AdamAttrs = {
   step: 3,
 };
 
+const inBfloat16 = ({ exp_avg }: Tensors): boolean => exp_avg.dtype === 'bfloat16';
+
+// In bfloat16 half the way to the next number is 0.2 to 0.4 % of a number. At a beta2 of 0.999 v moves by 0.1 % of itself at most,
+// as long as squared gradients are below twice it: rounded to nearest it would never come down again, nor go up to their mean.
 const adamwOp = defineOp<AdamAttrs>({
   name: 'adamw',
-  outputs: (t) => checkStep('adamw', t),
+  outputs(t, { rounding }) {
+    if (sameFloat('adamw', t, 'exp_avg', 'exp_avg_sq') === 'bfloat16' && !rounding)
+      throw new ShapeError('adamw: moments in bfloat16 are rounded at random, and there are no bits for it');
+    return checkStep('adamw', t);
+  },
   saves: [],
   storage: 'weight',
   updates: ['weight', 'master', 'exp_avg', 'exp_avg_sq'],
   forward: (t, attrs, launch) =>
-    launch('adamw_forward', [
+    launch(inBfloat16(t) ? 'adamw_bf16_moments_forward' : 'adamw_forward', [
       t.weight,
       t.master,
       t.gradient,
@@ -153,17 +180,29 @@ const adamwOp = defineOp<AdamAttrs>({
     forward(t, attrs) {
       const [decay, rate1, beta2, rate2, size, correction] = adamFactors(attrs);
       const [m, v] = [t.exp_avg.data, t.exp_avg_sq.data];
+      const first = rounderOf(t.exp_avg, attrs.rounding, 'first moment');
+      const second = rounderOf(t.exp_avg_sq, attrs.rounding, 'second moment');
       eachWeight(t, attrs, (w, g, i) => {
-        m[i] += rate1 * (g - m[i]);
-        v[i] = v[i] * beta2 + rate2 * g * g;
-        return w * decay - (size * m[i]) / (Math.sqrt(v[i]) * correction + attrs.eps);
+        // The step is taken with the moments as they are before they are rounded.
+        const mean = m[i] + rate1 * (g - m[i]);
+        const square = v[i] * beta2 + rate2 * g * g;
+        m[i] = first(mean, i);
+        v[i] = second(square, i);
+        return w * decay - (size * mean) / (Math.sqrt(square) * correction + attrs.eps);
       });
     },
   },
-  samples: stepSamples(['exp_avg', 'exp_avg_sq'], adamSample),
+  samples: [
+    ...stepSamples(['exp_avg', 'exp_avg_sq'], adamSample),
+    ...stepSamples(
+      ['exp_avg', 'exp_avg_sq'],
+      { ...adamSample, rounding: { seedLow: 1, seedHigh: 2, stream: 3 } },
+      'bfloat16',
+    ),
+  ],
 });
 
-/** One step of AdamW with torch's order of decay and bias corrections; exp_avg and exp_avg_sq are float32. */
+/** One step of AdamW with torch's order of decay and bias corrections; exp_avg and exp_avg_sq are float32 or bfloat16. */
 export const adamwStep = (
   tensors: StepInputs & { exp_avg: Tensor; exp_avg_sq: Tensor },
   attrs: AdamAttrs,

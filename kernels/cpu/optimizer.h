@@ -1,6 +1,6 @@
 // What every optimizer's kernel shares: reading a weight and writing it back. A weight lies in its storage type T, with a
 // float32 master beside it or none; without one, bfloat16 may be rounded up or down at random, with the odds that keep
-// the mean (stochastic rounding), from 16 bits per element of a Philox stream.
+// the mean (stochastic rounding), from 16 bits per element of a Philox stream. bfloat16 moments always are.
 #pragma once
 #include "each.h"
 #include "philox.h"
@@ -14,14 +14,17 @@ struct Rounding {
   uint32_t seed_low, seed_high, stream;
 };
 
+// Which of an element's numbers random bits are for: each has a Philox block of its own, the last word of its counter.
+enum Drawn : uint32_t { WEIGHT, FIRST_MOMENT, SECOND_MOMENT };
+
 // 16 random bits for each element from i on (a multiple of LANES): eight elements to a block of four words.
-inline vu random_bits(const Rounding &rounding, int64_t i) {
+inline vu random_bits(const Rounding &rounding, int64_t i, Drawn drawn) {
   vu bits = {};
   Four words = {};
   for (int lane = 0; lane < LANES; lane++) {
     const uint64_t at = uint64_t(i + lane), block = at / 8;
     if (lane == 0 || at % 8 == 0)
-      words = philox({{uint32_t(block), uint32_t(block >> 32), rounding.stream, 0}}, rounding.seed_low, rounding.seed_high);
+      words = philox({{uint32_t(block), uint32_t(block >> 32), rounding.stream, drawn}}, rounding.seed_low, rounding.seed_high);
     bits[lane] = words.at[at % 8 / 2] >> (at % 2 * 16) & 0xffffu;
   }
   return bits;
@@ -35,6 +38,11 @@ inline void store_stochastic(bf16 *p, vf x, vu random, int64_t count) {
   store(p, bit_cast<vf>((finite | nan) & 0xffff0000u), count);
 }
 
+inline void store_moment(float *p, vf x, const Rounding &, int64_t, Drawn, int64_t count) { store(p, x, count); }
+inline void store_moment(bf16 *p, vf x, const Rounding &rounding, int64_t i, Drawn drawn, int64_t count) {
+  store_stochastic(p, x, random_bits(rounding, i, drawn), count);
+}
+
 template <class T> struct Weights {
   T *weight;
   float *master;
@@ -45,7 +53,7 @@ template <class T> struct Weights {
   void write(int64_t i, vf x, int64_t count) const {
     if (master) store(master + i, x, count);
     if constexpr (__is_same(T, bf16)) {
-      if (!master && rounding.stochastic) return store_stochastic(weight + i, x, random_bits(rounding, i), count);
+      if (!master && rounding.stochastic) return store_stochastic(weight + i, x, random_bits(rounding, i, WEIGHT), count);
     }
     store(weight + i, x, count);
   }

@@ -56,43 +56,44 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
 
 constexpr int PACK = 4;
 
-struct Pack {
-  float at[PACK];
+template <int N> struct Floats {
+  float at[N];
+};
+typedef Floats<PACK> Pack;
+
+template <class S, int N = PACK> struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Stored {
+  S at[N];
 };
 
-template <class S> struct alignas(PACK * sizeof(S)) Stored {
-  S at[PACK];
-};
-
-// Four neighbours where `whole`: p then lies on a pack's boundary. Otherwise the first `count` of them, one by one: the rest
+// N neighbours where `whole`: p then lies on their boundary. Otherwise the first `count` of them, one by one: the rest
 // read as 0 and are not written. Rows of whole packs are told apart by their length alone, so no tail is tested for in them.
-template <class S> DEVICE Pack load(const S *p, int count, bool whole) {
-  Pack x;
+template <int N = PACK, class S> DEVICE Floats<N> load(const S *p, int count, bool whole) {
+  Floats<N> x;
   if (whole) {
-    const Stored<S> in = *reinterpret_cast<const Stored<S> *>(p);
+    const Stored<S, N> in = *reinterpret_cast<const Stored<S, N> *>(p);
 #pragma unroll
-    for (int i = 0; i < PACK; i++) x.at[i] = to_float(in.at[i]);
+    for (int i = 0; i < N; i++) x.at[i] = to_float(in.at[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < PACK; i++) x.at[i] = i < count ? to_float(p[i]) : 0.f;
+    for (int i = 0; i < N; i++) x.at[i] = i < count ? to_float(p[i]) : 0.f;
   }
   return x;
 }
-template <class S> DEVICE Pack load(const S *p, int count) { return load(p, count, count >= PACK); }
+template <int N = PACK, class S> DEVICE Floats<N> load(const S *p, int count) { return load<N>(p, count, count >= N); }
 
-template <class S> DEVICE void store(S *p, const Pack &x, int count, bool whole) {
+template <int N, class S> DEVICE void store(S *p, const Floats<N> &x, int count, bool whole) {
   if (whole) {
-    Stored<S> out;
+    Stored<S, N> out;
 #pragma unroll
-    for (int i = 0; i < PACK; i++) out.at[i] = from_float<S>(x.at[i]);
-    *reinterpret_cast<Stored<S> *>(p) = out;
+    for (int i = 0; i < N; i++) out.at[i] = from_float<S>(x.at[i]);
+    *reinterpret_cast<Stored<S, N> *>(p) = out;
   } else {
 #pragma unroll
-    for (int i = 0; i < PACK; i++)
+    for (int i = 0; i < N; i++)
       if (i < count) p[i] = from_float<S>(x.at[i]);
   }
 }
-template <class S> DEVICE void store(S *p, const Pack &x, int count) { store(p, x, count, count >= PACK); }
+template <int N, class S> DEVICE void store(S *p, const Floats<N> &x, int count) { store(p, x, count, count >= N); }
 
 // body(i, count) for every pack of n elements, over the whole grid.
 template <class F> DEVICE void each_pack(int n, F &&body) {

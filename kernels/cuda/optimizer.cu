@@ -1,35 +1,46 @@
 // Elementwise optimizer steps, each one pass over all parameters in one launch: AdamW (Loshchilov & Hutter 2019), Lion (Chen
-// et al. 2023), the moving average of weights, and the sum of squares behind global-norm clipping. State is float32, as is all
-// arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
+// et al. 2023), the moving average of weights, and the sum of squares behind global-norm clipping. State is float32 (AdamW's
+// moments may be bfloat16), as is all arithmetic; what depends on the step alone comes ready from the caller, who has doubles.
 #include "optimizer.cuh"
 
-struct AdamwRow {
+// M is the moments' type.
+template <class M> struct AdamwRow {
   T *weight;
   float *master;
   const T *gradient;
-  float *exp_avg, *exp_avg_sq;
+  M *exp_avg, *exp_avg_sq;
   int n;
   float gradient_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, eps;
   Rounding rounding;
 };
 
-KERNEL(adamw_rows)(const AdamwRow *rows, const int *first_chunk, int count) {
-  each_row_pack(rows, first_chunk, count, [](const AdamwRow &row, uint32_t i, int count) {
+// The step is taken with the new moments before they are rounded. A thread takes 16 bytes of the wider of weight and moment at a time.
+template <class M> DEVICE void adamw(const AdamwRow<M> *rows, const int *first_chunk, int count) {
+  constexpr int N = 16 / (sizeof(M) > sizeof(T) ? sizeof(M) : sizeof(T));
+  each_row_pack<N>(rows, first_chunk, count, [](const AdamwRow<M> &row, uint32_t i, int count) {
     const Weights weights = weights_of(row);
-    const Pack g = load(row.gradient + i, count);
-    Pack m = load(row.exp_avg + i, count), v = load(row.exp_avg_sq + i, count), w = weights.read(i, count);
+    const Floats<N> g = load<N>(row.gradient + i, count);
+    Floats<N> m = load<N>(row.exp_avg + i, count), v = load<N>(row.exp_avg_sq + i, count), w = weights.read<N>(i, count);
 #pragma unroll
-    for (int j = 0; j < PACK; j++) {
+    for (int j = 0; j < N; j++) {
       const float scaled = g.at[j] * row.gradient_scale;
       m.at[j] += row.one_minus_beta1 * (scaled - m.at[j]);
       v.at[j] = v.at[j] * row.beta2 + row.one_minus_beta2 * scaled * scaled;
-      w.at[j] = w.at[j] * row.decay - row.step_size * (m.at[j] / (sqrtf(v.at[j]) * row.inverse_correction2 + row.eps));
+      // Root and quotient to 2^-21 of the step: exact ones branch, and with a branch for each, elements go one after another.
+      float root;
+      asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v.at[j]));
+      w.at[j] = w.at[j] * row.decay - row.step_size * __fdividef(m.at[j], root * row.inverse_correction2 + row.eps);
     }
+    if constexpr (sizeof(M) == 2) row.rounding.moments(i, m.at, v.at);
     store(row.exp_avg + i, m, count);
     store(row.exp_avg_sq + i, v, count);
     weights.write(i, w, count);
   });
 }
+
+KERNEL(adamw_rows)(const AdamwRow<float> *rows, const int *first_chunk, int count) { adamw(rows, first_chunk, count); }
+
+KERNEL(adamw_bf16_moments_rows)(const AdamwRow<bf16> *rows, const int *first_chunk, int count) { adamw(rows, first_chunk, count); }
 
 struct LionRow {
   T *weight;

@@ -1,7 +1,7 @@
 // What every optimizer's kernel shares: the walk over all parameters, and reading a weight and writing it back. A parameter is
 // a row, the arguments of the CPU's kernel packed as a struct; rows are cut into chunks, and blocks walk over the chunks of all
 // rows. A weight lies in T, with a float32 master beside it or none; without one, bfloat16 may be rounded up or down at random,
-// with the odds that keep the mean (stochastic rounding), from 16 bits per element of a Philox stream.
+// with the odds that keep the mean (stochastic rounding), from 16 bits per element of a Philox stream. bfloat16 moments always are.
 #pragma once
 #include "philox.cuh"
 
@@ -24,61 +24,77 @@ template <class Row, class F> DEVICE void each_chunk(const Row *rows, const int 
   }
 }
 
-// body(i, count) for every pack of a chunk of n elements.
-template <class F> DEVICE void chunk_packs(int n, int chunk, F &&body) {
+// body(i, count) for every N neighbours of a chunk of n elements.
+template <int N = PACK, class F> DEVICE void chunk_packs(int n, int chunk, F &&body) {
   const uint32_t start = uint32_t(chunk) * ROW_CHUNK, end = min(start + ROW_CHUNK, uint32_t(n));
-  for (uint32_t i = start + threadIdx.x * PACK; i < end; i += THREADS * PACK) body(i, int(end - i));
+  for (uint32_t i = start + threadIdx.x * N; i < end; i += THREADS * N) body(i, int(end - i));
 }
 
-// body(row, i, count) for every pack of every row.
-template <class Row, class F> DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
+// body(row, i, count) for every N neighbours of every row.
+template <int N = PACK, class Row, class F>
+DEVICE void each_row_pack(const Row *rows, const int *first_chunk, int count, F &&body) {
   each_chunk(rows, first_chunk, count, [&](const Row &row, int chunk, int) {
-    chunk_packs(row.n, chunk, [&](uint32_t i, int count) { body(row, i, count); });
+    chunk_packs<N>(row.n, chunk, [&](uint32_t i, int count) { body(row, i, count); });
   });
 }
+
+// Which of an element's numbers random bits are for: each has a Philox block of its own, the last word of its counter.
+enum Drawn : uint32_t { WEIGHT, FIRST_MOMENT, SECOND_MOMENT };
+
+struct Rounding {
+  int stochastic, seed_low, seed_high, stream;
+
+  // Both round N neighbours to bfloat16 at random; i is a multiple of N.
+  template <int N> __device__ void weights(uint32_t i, float (&w)[N]) const {
+    move(i, w, philox(block(i, WEIGHT), uint32_t(seed_low), uint32_t(seed_high)));
+  }
+  template <int N> __device__ void moments(uint32_t i, float (&m)[N], float (&v)[N]) const {
+    uint4 first = block(i, FIRST_MOMENT), second = block(i, SECOND_MOMENT);
+    philox(first, second, uint32_t(seed_low), uint32_t(seed_high));
+    move(i, m, first);
+    move(i, v, second);
+  }
+
+private:
+  // Eight elements to a block of four words, of which a pack or element may be a part.
+  __device__ uint4 block(uint32_t i, Drawn drawn) const { return make_uint4(i / 8, 0, uint32_t(stream), drawn); }
+
+  template <int N> static __device__ void move(uint32_t i, float (&x)[N], const uint4 &words) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const uint32_t at = (i & (8 - N)) | j;
+      const uint32_t word = at & 4 ? (at & 2 ? words.w : words.z) : (at & 2 ? words.y : words.x);
+      // An infinity stays one, as its own bits end above the cut; a NaN might not.
+      const uint32_t moved = __float_as_uint(x[j]) + (at & 1 ? word >> 16 : word & 0xffffu);
+      x[j] = __uint_as_float((isnan(x[j]) ? 0x7fffffffu : moved) & 0xffff0000u);
+    }
+  }
+};
 
 struct Weights {
   T *weight;
   float *master;
-  int stochastic;
-  uint32_t seed_low, seed_high, stream;
+  Rounding rounding;
 
-  __device__ Pack read(uint32_t i, int count) const { return master ? load(master + i, count) : load(weight + i, count); }
+  template <int N = PACK> __device__ Floats<N> read(uint32_t i, int count) const {
+    return master ? load<N>(master + i, count) : load<N>(weight + i, count);
+  }
 
-  __device__ void write(uint32_t i, Pack x, int count) const {
+  template <int N> __device__ void write(uint32_t i, Floats<N> x, int count) const {
     if (master) store(master + i, x, count);
     round(i, x.at);
     store(weight + i, x, count);
   }
 
-  // Rounds N neighbours to bfloat16 at random, where that is wanted; i is a multiple of N.
+  // Rounds N neighbours where that is wanted.
   template <int N> __device__ void round(uint32_t i, float (&x)[N]) const {
 #if defined(T_BFLOAT16)
-    if (master || !stochastic) return;
-    // Eight elements to a block of four words, of which this pack or element may be a part.
-    const uint4 words = philox(make_uint4(i / 8, 0, stream, 0), seed_low, seed_high);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const uint32_t at = (i & (8 - N)) | j;
-      const uint32_t word = at & 4 ? (at & 2 ? words.w : words.z) : (at & 2 ? words.y : words.x);
-      const uint32_t bits = __float_as_uint(x[j]);
-      const uint32_t moved = (bits & 0x7f800000u) != 0x7f800000u ? bits + (at & 1 ? word >> 16 : word & 0xffffu) : bits;
-      // A NaN whose bits all lie below the cut would turn into an infinity.
-      const uint32_t nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0u;
-      x[j] = __uint_as_float((moved | nan) & 0xffff0000u);
-    }
+    if (!master && rounding.stochastic) rounding.weights(i, x);
 #endif
   }
 };
 
-struct Rounding {
-  int stochastic, seed_low, seed_high, stream;
-};
-
-template <class Row> DEVICE Weights weights_of(const Row &row) {
-  const Rounding &r = row.rounding;
-  return {row.weight, row.master, r.stochastic, uint32_t(r.seed_low), uint32_t(r.seed_high), uint32_t(r.stream)};
-}
+template <class Row> DEVICE Weights weights_of(const Row &row) { return {row.weight, row.master, row.rounding}; }
 
 // One block adds `count` float32 sums in double: its threads take every 256th, and the first adds theirs in order.
 // Thread 0 returns the sum, the others 0.

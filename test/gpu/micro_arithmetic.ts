@@ -296,6 +296,7 @@ function approximations(): MicroKernel[] {
     ),
     of('rsqrt.approx.f32', positive, ulps('f32', 3)),
     of('rsqrt.approx.ftz.f32', positive, ulps('f32', 3)),
+    of('sqrt.approx.f32', positive, ulps('f32', 4)),
     of('sqrt.approx.ftz.f32', positive, ulps('f32', 4)),
     // Relative 2^-11.
     of('tanh.approx.f32', x, ulps('f32', 2 ** 13)),
