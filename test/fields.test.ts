@@ -111,6 +111,20 @@ test('what Prodigy cannot find a learning rate with is refused', (t) => {
   t.end();
 });
 
+test('moments in bfloat16 are for AdamW', (t) => {
+  const bfloat16 = 'optimizer.moments_dtype=bfloat16';
+  for (const given of [[], ['dtype=bfloat16'], ['dtype=bfloat16', 'optimizer.stochastic_rounding=true']])
+    t.equal(resolved(bfloat16, ...given).optimizer.moments_dtype, 'bfloat16');
+  for (const name of ['adamw8bit', 'adafactor', 'lion'])
+    refuses(
+      t,
+      new RegExp(`"optimizer\\.moments_dtype" is for AdamW's moments, and .* is "${name}"; leave it out, `),
+      () => resolved(bfloat16, `optimizer.name=${name}`),
+    );
+  refuses(t, /"optimizer\.moments_dtype" takes /, () => resolved('optimizer.moments_dtype=float16'));
+  t.end();
+});
+
 test('what does not fit is refused', (t) => {
   for (const [assignment, says] of [
     ['=5', /--set takes KEY=VALUE/],

@@ -7,7 +7,7 @@ import { Parameter } from '../engine/module.ts';
 import { dynamicMap } from '../engine/ops/adamw_8bit.ts';
 import { keep } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { bytesPerElement, type FloatDType } from '../io/dtype.ts';
+import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { channelsLast } from '../models/checkpoint.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
@@ -209,6 +209,56 @@ test('stochastic rounding is unbiased', (t) => {
   t.end();
 });
 
+test('moments in bfloat16 come to the mean of gradients and squares, where nearest rounding stands still', (t) => {
+  const [size, steps, g] = [2048, 4000, 0.3];
+  const p = new Parameter([size]);
+  p.tensor = requireGrad(keep(tensor(new Float32Array(size), p.shape, { device })));
+  const parameters = new Map([['p', p]]);
+  const given = { ...settings, betas: [0.99, 0.999], moments_dtype: 'bfloat16' } as const;
+  const optimizer = createOptimizer(parameters, given, 5);
+  giveGradient(p.tensor, keep(tensor(new Float32Array(size).fill(g), p.shape, { device })));
+  for (let step = 0; step < steps; step++) optimizer.step(0);
+  const v = g ** 2 * (1 - 0.999 ** steps);
+  for (const [name, want] of [
+    ['exp_avg.p', g],
+    ['exp_avg_sq.p', v],
+  ] as const) {
+    const moment = optimizer.state.get(name) as Tensor;
+    t.equal(moment.dtype, 'bfloat16');
+    const mean = moment.floats().reduce((sum, x) => sum + x / size, 0);
+    // Each lies about a neighbour's distance from it, 2^-8 to 2^-7 of it; a mean of 2048 a 45th as far.
+    t.ok(Math.abs(mean / want - 1) < 4 * (2 ** -7 / 45), `${name}: ${mean}, want ${want}`);
+  }
+  free(parameters, optimizer);
+  const toNearest = (x: number) => decodeFloats(encodeNumbers([x], 'bfloat16'), 'bfloat16')[0];
+  let stuck = 0;
+  for (let step = 0; step < steps; step++) stuck = toNearest(0.999 * stuck + 0.001 * g ** 2);
+  t.ok(stuck < 0.5 * v, `to nearest the second stays at ${stuck}`);
+  t.end();
+});
+
+test('AdamW, in float64 by its formula, with either moments', (t) => {
+  const want = shapes.flatMap((shape, k) =>
+    Array.from({ length: sizeOf(shape) }, (_, i) => {
+      let [w, m, v] = [Math.cos(1 + 0.7 * i + k), 0, 0];
+      for (let step = 0; step < 3; step++) {
+        const g = gradientAt(k, step, i);
+        [m, v] = [0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g];
+        const root = Math.sqrt(v / (1 - 0.99 ** (step + 1)));
+        w = w * (1 - 0.05 * 0.1) - (0.05 * m) / (1 - 0.9 ** (step + 1)) / (root + 1e-8);
+      }
+      return w;
+    }),
+  );
+  allClose(t, 'float32', threeSteps({}), want, { atol: 1e-6, rtol: 0 });
+  // Two roundings of 2^-7 each, of steps of 0.05.
+  allClose(t, 'bfloat16', threeSteps({ moments_dtype: 'bfloat16' }), want, {
+    atol: 2 * 2 ** -7 * 0.05,
+    rtol: 0,
+  });
+  t.end();
+});
+
 test('the moving average of weights without masters', (t) => {
   const before = device.memory.storages;
   const values = [1, -2, 3, 0.5];
@@ -235,25 +285,30 @@ test('the moving average of weights without masters', (t) => {
   t.end();
 });
 
-test('both devices round the same weights to the same bits', (t) => {
+test('both devices round the same weights and moments to the same bits', (t) => {
   const results = ['auto', 'reference'].map((name) => {
     const on = openDevice(name);
-    const p = new Parameter([37]);
-    const values = Float32Array.from({ length: 37 }, (_, i) => Math.sin(i) + 2);
-    p.tensor = requireGrad(keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' })));
-    const optimizer = createOptimizer(
-      new Map([['p', p]]),
-      { ...settings, name: 'lion', weight_decay: 0, stochastic_rounding: true },
-      3,
-    );
-    giveGradient(p.tensor, keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' })));
-    // A power of two, so that the sum is exact before it is rounded.
-    optimizer.step(2 ** -9);
-    const bits = Buffer.from(p.tensor.bytes()).toString('hex');
-    free(new Map([['p', p]]), optimizer);
-    return bits;
+    // Sums, products and the step are exact before they are rounded: halves of eight bits, and a step that is a power of two.
+    const bitsOf = (given: Partial<OptimizerSettings>, steps: number, lr: number) => {
+      const p = new Parameter([37]);
+      const values = Float32Array.from({ length: 37 }, (_, i) => Math.sin(i) + 2);
+      const bfloat16 = () => keep(tensor(values, p.shape, { device: on, dtype: 'bfloat16' }));
+      p.tensor = requireGrad(bfloat16());
+      const parameters = new Map([['p', p]]);
+      const options = { ...settings, weight_decay: 0, stochastic_rounding: true, ...given };
+      const optimizer = createOptimizer(parameters, options, 3);
+      giveGradient(p.tensor, bfloat16());
+      for (let step = 0; step < steps; step++) optimizer.step(lr);
+      const bits = [p.tensor, ...optimizer.state.values()].map((x) => Buffer.from(x.bytes()).toString('hex'));
+      free(parameters, optimizer);
+      return bits;
+    };
+    return {
+      lion: bitsOf({ name: 'lion' }, 1, 2 ** -9)[0],
+      adamw: bitsOf({ betas: [0.5, 0.5], moments_dtype: 'bfloat16' }, 3, 0),
+    };
   });
-  t.equal(results[0], results[1]);
+  t.same(results[0], results[1]);
   t.end();
 });
 

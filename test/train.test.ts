@@ -263,6 +263,11 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
   const tasks: Record<string, RunInput> = {
     unet: { train: { gradient_checkpointing: true } },
     parts: { dtype: 'bfloat16', train: { parts: ['attn2'] } },
+    'all-bfloat16': {
+      dtype: 'bfloat16',
+      train: { parts: ['attn2'] },
+      optimizer: { moments_dtype: 'bfloat16', stochastic_rounding: true },
+    },
     lora: { train: { target: 'lora' }, lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] } },
     texts: { train: { text_encoders: true } },
     'lora-texts': {

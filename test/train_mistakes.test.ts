@@ -349,6 +349,12 @@ test('checkpoints', async (t) => {
     first,
     ...other,
   );
+  await refuses(
+    t,
+    'other moments',
+    /is of another run: optimizer\.moments_dtype was "float32" and is "bfloat16"/,
+    ...['train', file, '--resume', first, '--set', 'optimizer.moments_dtype=bfloat16'],
+  );
   const { err } = await sdxl('train', file, '--resume', first, ...other);
   t.notMatch(err, /looking at pictures/, 'refused before the pictures are looked at');
   const elsewhere = runFile('elsewhere', { dataset: { path: dataset('others', 5), resolution: 32 } });

@@ -112,6 +112,10 @@ function refuseUnused(
     throw new UserError(
       `${where}: "train.text_encoders" trains the encoders beside the UNet, which target "${target}" does not; leave it out`,
     );
+  if (optimizer.moments_dtype !== 'float32' && optimizer.name !== 'adamw')
+    throw new UserError(
+      `${where}: "optimizer.moments_dtype" is for AdamW's moments, and "optimizer.name" is "${optimizer.name}"; leave it out, or set "optimizer.name" to "adamw"`,
+    );
   if (optimizer.text_encoder_lr && !text_encoders)
     throw new UserError(
       `${where}: "optimizer.text_encoder_lr" is the text encoders' learning rate, and they are not trained; set "train.text_encoders", or leave it out`,

@@ -255,6 +255,7 @@ export const fields: Fields<Run> = {
     text_encoder_lr: number(0, { min: 0 }),
     betas: pair([0.9, 0.999], number(0, { min: 0, below: 1 })),
     eps: number(1e-8, { min: 0 }),
+    moments_dtype: choice('float32', 'float32', 'bfloat16'),
     weight_decay: number(1e-2, { min: 0 }),
     clip_threshold: number(1, { min: 0 }),
     decay_rate: number(-0.8, { max: 0 }),

@@ -11,6 +11,8 @@ export interface OptimizerSettings extends ProdigyOptions {
   name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion' | 'prodigy';
   betas: readonly [number, number];
   eps: number;
+  /** What AdamW's moments are kept in; bfloat16 ones are rounded up or down at random. */
+  moments_dtype: 'float32' | 'bfloat16';
   weight_decay: number;
   /** Adafactor's bound on the root mean square of an update. */
   clip_threshold: number;

@@ -1,4 +1,4 @@
-// What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights, and
+// What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights and state, and
 // the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it, or on all.
 import { noGrad } from '../../engine/grad.ts';
 import { holding } from '../../engine/memory.ts';
@@ -113,17 +113,18 @@ function startOptimizer(
       slots[slot] = kind === 'weight' ? copyOf(parameter.tensor) : emptySlot(parameter.tensor, kind);
       state.set(`${slot}.${name}`, slots[slot]);
     }
-    return { name, parameter, master, slots, factor: lrFactor(name) };
+    const kept = [master ?? parameter.tensor, ...Object.values(slots)];
+    const rounds = kept.some(({ dtype }) => dtype === 'bfloat16');
+    return { name, parameter, master, slots, rounds, factor: lrFactor(name) };
   });
   const begin = (lr: number, gradientScale = 1) => {
     const step = counter.floats()[0] + 1;
     counter.upload(new Uint8Array(Int32Array.of(step).buffer));
     const move = (gradients: Gradients): number | undefined =>
       scope(() => {
-        const moves = items.flatMap(({ name, parameter, master, slots, factor }, index): Move[] => {
+        const moves = items.flatMap(({ name, parameter, master, slots, rounds, factor }, index): Move[] => {
           const gradient = gradients.get(name);
           if (!gradient) return [];
-          const rounds = parameter.tensor.dtype === 'bfloat16' && !master;
           const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
           const context = { lr: lr * factor, weightDecay: weight_decay, gradientScale, step, rounding };
           return [{ tensors: { weight: parameter.tensor, gradient, master }, slots, context }];
