@@ -80,7 +80,11 @@ const finders: Record<string, Finder> = {
   ln: (peer, { m, c, variant }) => [
     variant === 'fwd' ? find(peer, 'ln', { m, c }, /^layer_norm/) : undefined,
   ],
-  adamw: (peer, { params, dtype }) => [find(peer, 'adamw', { params, dtype })],
+  // PyTorch's moments are of the weights' type. Beside ours of another type a step moves other bytes, so the type is told.
+  adamw(peer, { params, dtype }) {
+    const row = find(peer, 'adamw', { params, dtype });
+    return [row && { ...row, name: `${row.name}, moments in ${dtype}` }];
+  },
   unet: (peer, { how, batch }) => [
     how === 'graph'
       ? fastestOf(

@@ -152,15 +152,17 @@ function vaeCases(shop: Shop, name: string, { preset, side, smoke }: Scale): Ben
   });
 }
 
-/** AdamW over flat parameters, its moments in float32 or a byte each. */
-function adamw(shop: Shop, count: number, dtype: FloatDType, moments: 'float32' | 'uint8'): BenchCase {
+type Moments = 'float32' | 'bfloat16' | 'uint8';
+
+/** AdamW over flat parameters, its moments in floats or a byte each. */
+function adamw(shop: Shop, count: number, dtype: FloatDType, moments: Moments): BenchCase {
   const shape = [count];
   const moment = { shape, dtype: moments };
   const largest = { shape: [blocksOf(count)], dtype: 'float32' } as const;
   const states =
-    moments === 'float32'
-      ? { exp_avg: moment, exp_avg_sq: moment }
-      : { state1: moment, state2: moment, absmax1: largest, absmax2: largest };
+    moments === 'uint8'
+      ? { state1: moment, state2: moment, absmax1: largest, absmax2: largest }
+      : { exp_avg: moment, exp_avg_sq: moment };
   const inputs = { weight: { shape, dtype }, gradient: { shape, dtype }, ...states };
   const label = `adamw ${(count / 1e6).toFixed(0)}M ${dtype}, moments in ${moments}`;
   return {
@@ -185,8 +187,9 @@ function adamw(shop: Shop, count: number, dtype: FloatDType, moments: 'float32' 
         betas: [0.9, 0.999],
         eps: 1e-8,
         step: 10,
+        rounding: moments === 'bfloat16' ? { seedLow: 1, seedHigh: 2, stream: 3 } : undefined,
       };
-      const record = op(moments === 'float32' ? 'adamw' : 'adamw_8bit');
+      const record = op(moments === 'uint8' ? 'adamw_8bit' : 'adamw');
       // Each step brings its table of parameters to the device, which no graph holds.
       const step = () => gpu.device.execute(record, 'forward', tensors, attrs);
       step();
@@ -251,10 +254,16 @@ export const kernelSections = (shop: Shop, scale: Scale): BenchSection[] => [
   {
     name: 'adamw',
     cases: () =>
-      (['bfloat16', 'float32'] as const).flatMap((dtype) =>
-        (['float32', 'uint8'] as const).flatMap((moments) =>
-          (scale.smoke ? [5000] : [1e8, 5e8, 1e9]).map((count) => adamw(shop, count, dtype, moments)),
-        ),
+      (
+        [
+          ['bfloat16', 'bfloat16'],
+          ['bfloat16', 'float32'],
+          ['bfloat16', 'uint8'],
+          ['float32', 'float32'],
+          ['float32', 'uint8'],
+        ] as const
+      ).flatMap(([dtype, moments]) =>
+        (scale.smoke ? [5000] : [1e8, 5e8, 1e9]).map((count) => adamw(shop, count, dtype, moments)),
       ),
   },
 ];
