@@ -18,7 +18,7 @@ import { clipGradients } from '../train/clip.ts';
 import { draws } from '../train/draws.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
-import { allClose, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
+import { allClose, type GoldenCase, goldenArea, goldenFolder, goldenLora, maxDifference } from './golden.ts';
 
 const device = openDevice('auto');
 const area = goldenArea('lora');
@@ -56,7 +56,7 @@ const stored = (name: string) => `unet.${name.replace('lora_A', 'lora.down').rep
 /** The tiny UNet with the adapter of a golden file, ready to train; parameters by the file's names. */
 function adapted(file: string, config: LoraConfig): { model: UNet; parameters: Map<string, Parameter> } {
   const model = openUNet();
-  const weights = openSafetensors(join(goldenFolder, file));
+  const weights = openSafetensors(goldenLora(file));
   const parameters = new Map<string, Parameter>();
   for (const [name, p] of addLora(model, config, uniforms)) {
     const bytes = weights.read(stored(name));

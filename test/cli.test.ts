@@ -22,11 +22,11 @@ import { writePng } from '../io/image.ts';
 import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { sdxl as run } from './command_line.ts';
-import { goldenFolder, goldenSingleFile } from './golden.ts';
+import { goldenFolder, goldenLora, goldenSingleFile } from './golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
 const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
-const lora = join(goldenFolder, 'lora', 'scaled_kohya.safetensors');
+const lora = goldenLora('lora/scaled_kohya.safetensors');
 
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-cli-'));
 

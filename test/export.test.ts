@@ -27,7 +27,7 @@ import { exportFolder } from '../models/export.ts';
 import { openSingleFile } from '../models/singlefile.ts';
 import { sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
-import { goldenFolder, goldenSingleFile } from './golden.ts';
+import { goldenFolder, goldenLora, goldenSingleFile } from './golden.ts';
 
 const golden = (name: string) => join(goldenFolder, name);
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-export-'));
@@ -375,7 +375,7 @@ test('mistakes leave nothing behind', async (t) => {
   );
   writeSafetensors(join(strange, 'unet', 'diffusion_pytorch_model.safetensors'), whole);
   const out = join(folder, 'out');
-  const lora = golden('lora/plain_diffusers.safetensors');
+  const lora = goldenLora('lora/plain_diffusers.safetensors');
   const kohya = ['--format', 'lora-kohya'];
   const parts = join(scratch(), 'parts');
   await run(golden('tiny-sdxl'), parts, '--save-keys', 'unet,vae', '--quiet');

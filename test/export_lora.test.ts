@@ -6,7 +6,7 @@ import { test } from 'tap';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenFolder, goldenLora } from './golden.ts';
 
 const golden = (name: string) => join(goldenFolder, name);
 const scratch = () => mkdtempSync(join(tmpdir(), 'sdxl-export-'));
@@ -23,17 +23,17 @@ test('LoRA files change their spelling and nothing else', async (t) => {
     return contents(out);
   };
   const [plain, scaled] = [
-    golden('lora/plain_diffusers.safetensors'),
-    golden('lora/scaled_diffusers.safetensors'),
+    goldenLora('lora/plain_diffusers.safetensors'),
+    goldenLora('lora/scaled_diffusers.safetensors'),
   ];
   t.same(await made(plain, 'plain', 'lora-peft'), contents(plain), 'diffusers to diffusers');
-  const kohya = golden('lora/scaled_kohya.safetensors');
+  const kohya = goldenLora('lora/scaled_kohya.safetensors');
   t.same(
     await made(scaled, 'kohya', 'lora-kohya', '--dtype', 'float16'),
     contents(kohya),
     'to kohya, alpha from the metadata',
   );
-  const sgm = golden('lora/scaled_sgm.safetensors');
+  const sgm = goldenLora('lora/scaled_sgm.safetensors');
   t.same(
     await made(sgm, 'renamed', 'lora-kohya'),
     contents(kohya),

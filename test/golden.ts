@@ -3,7 +3,7 @@
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { brotliDecompressSync } from 'node:zlib';
 import { type DType, decodeFloats, encodeNumbers, typedView } from '../io/dtype.ts';
 import { writeFileAtomic } from '../io/files.ts';
@@ -164,6 +164,17 @@ export function goldenSingleFile(folder: string): string {
   for (const file of components.values()) file.close();
   if (createHash('sha256').update(bytes).digest('hex') !== sha256)
     throw new Error(`${path} put together from test/golden/${folder} is not what diffusers made`);
+  mkdirSync(dirname(path), { recursive: true });
+  writeFileAtomic(path, bytes);
+  return path;
+}
+
+/** A LoRA file, lora/NAME.safetensors as cases name it; kept packed, and unpacked in the temporary folder. */
+export function goldenLora(file: string): string {
+  const bytes = unpacked(`${file}.br`);
+  const hash = createHash('sha256').update(bytes).digest('hex');
+  const path = join(tmpdir(), `sdxl-golden-${hash.slice(0, 16)}`, basename(file));
+  if (existsSync(path)) return path;
   mkdirSync(dirname(path), { recursive: true });
   writeFileAtomic(path, bytes);
   return path;

@@ -1,5 +1,5 @@
-// Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases and their
-// tensors are compressed; a single file becomes a recipe, as its numbers are the folder's; the refiner's VAE becomes a link to
+// Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases, their
+// tensors and LoRA files are compressed; a single file becomes a recipe, as its numbers are the folder's; the refiner's VAE becomes a link to
 // the base's, which it equals; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the scripts
 // in test/golden left there, NAME.jsonl.
 import { createHash } from 'node:crypto';
@@ -83,11 +83,13 @@ function recipe(folder: string): SingleFileRecipe {
 function packFolder(): void {
   // README.md describes what is packed, and so is written here.
   const unread =
-    /README\.md$|tokenizer\.json$|-singlefile\.safetensors$|cases\.json$|cases\/.*\.safetensors$|png\/(?!input|t2i_cfg5)/;
+    /README\.md$|tokenizer\.json$|-singlefile\.safetensors$|cases\.json$|(cases|lora)\/.*\.safetensors$|png\/(?!input|t2i_cfg5)/;
   cpSync(from, goldenFolder, { recursive: true, filter: (path) => !unread.test(path) });
   pack('cases.json', readFileSync(join(from, 'cases.json')));
   for (const name of readdirSync(join(from, 'cases')))
     pack(`cases/${name}`, planes(join(from, 'cases', name)));
+  for (const name of readdirSync(join(from, 'lora')))
+    pack(`lora/${name}`, readFileSync(join(from, 'lora', name)));
   for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner'])
     pack(`${folder}-singlefile.json`, Buffer.from(JSON.stringify(recipe(folder))));
   const weights = join('vae', 'diffusion_pytorch_model.safetensors');

@@ -5,17 +5,17 @@ import { test } from 'tap';
 import { readPicture } from '../io/image.ts';
 import { locateLora } from '../models/locate_lora.ts';
 import { sdxl } from './command_line.ts';
-import { goldenFolder } from './golden.ts';
+import { goldenFolder, goldenLora } from './golden.ts';
 import { hubOf } from './small_hub.ts';
 
-const golden = join(goldenFolder, 'lora', 'scaled_kohya.safetensors');
+const golden = goldenLora('lora/scaled_kohya.safetensors');
 
 test('an adapter of the hub', async (t) => {
   const folder = t.testdir({ repo: { more: {} } });
   const at = (name: string): string => join(folder, 'repo', name);
   const usual = 'pytorch_lora_weights.safetensors';
   for (const name of [usual, 'other.safetensors']) copyFileSync(golden, at(name));
-  copyFileSync(golden.replace('kohya', 'sgm'), at('more/deep.safetensors'));
+  copyFileSync(goldenLora('lora/scaled_sgm.safetensors'), at('more/deep.safetensors'));
   writeFileSync(at('README.md'), 'of no interest');
   const asked = await hubOf(t, folder);
   const told: string[] = [];

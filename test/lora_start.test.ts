@@ -13,7 +13,7 @@ import { startFromLora } from '../models/lora_start.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { type Assert, type GoldenCase, goldenArea, goldenLora } from './golden.ts';
 import { compareSample, devices } from './models_golden.ts';
 import { basic, folder, model, run } from './small_runs.ts';
 
@@ -35,7 +35,7 @@ function adapted(device: Device, { rank = 4, alpha = 8, targets = kohya } = {}) 
 
 function check(t: Assert, c: GoldenCase, device: Device): void {
   const { own, start } = adapted(device);
-  t.ok(start(join(goldenFolder, (c.files as string[])[0])) === LAYERS, `${c.id}: all its layers`);
+  t.ok(start(goldenLora((c.files as string[])[0])) === LAYERS, `${c.id}: all its layers`);
   compareSample(t, area, c, own, device);
   unload(own);
 }
@@ -57,7 +57,7 @@ for (const device of devices) {
 
 test('what adapters cannot begin with is refused in a sentence, before anything is changed', (t) => {
   const [device] = devices;
-  const plain = join(goldenFolder, 'lora', 'plain_diffusers.safetensors');
+  const plain = goldenLora('lora/plain_diffusers.safetensors');
   const file = openSafetensors(plain);
   const entries = [...file.tensors.values()].map((info) => ({ ...info, bytes: file.read(info.name) }));
   const stretched = join(folder, 'stretched.safetensors');

@@ -11,7 +11,7 @@ import { openModel } from '../models/checkpoint.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
-import { type Assert, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
+import { type Assert, type GoldenCase, goldenArea, goldenFolder, goldenLora } from './golden.ts';
 import { compareSample, devices } from './models_golden.ts';
 
 const area = goldenArea('lora');
@@ -29,7 +29,7 @@ function check(t: Assert, c: GoldenCase, device: Device): void {
   const { scale, adapter_weights: weights } = c.settings as unknown as Settings;
   (c.files as string[]).forEach((file, i) => {
     const factor = weights?.[i] ?? scale ?? 1;
-    const changed = mergeLora({ unet: model, unetConfig }, join(goldenFolder, file), factor);
+    const changed = mergeLora({ unet: model, unetConfig }, goldenLora(file), factor);
     t.ok(changed === 136, `${c.id}: ${file} changes ${changed} weights`);
   });
   compareSample(t, area, c, model, device);

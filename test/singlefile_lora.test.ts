@@ -26,7 +26,7 @@ import { unetKeyInSgm } from '../models/sgm_keys.ts';
 import { openSingleFile } from '../models/singlefile.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
 import { parseVaeConfig, vae } from '../models/vae.ts';
-import { allClose, goldenFolder, goldenSingleFile } from './golden.ts';
+import { allClose, goldenFolder, goldenLora, goldenSingleFile } from './golden.ts';
 
 const device = openDevice('auto');
 const golden = (name: string): string => join(goldenFolder, name);
@@ -115,7 +115,12 @@ test('a single file is the same model as its folder', (t) => {
 });
 
 test('files that are no SDXL checkpoint are refused', (t) => {
-  refuses(t, 'a LoRA', () => openSingleFile(golden('lora/scaled_sgm.safetensors')), /not an SDXL checkpoint/);
+  refuses(
+    t,
+    'a LoRA',
+    () => openSingleFile(goldenLora('lora/scaled_sgm.safetensors')),
+    /not an SDXL checkpoint/,
+  );
   refuses(t, 'other sizes', () => openSingleFile(goldenSingleFile('tiny-sdxl')), /16 channels/, /320/);
   refuses(t, 'no file', () => openSingleFile(golden('absent.safetensors')), /does not exist/);
   t.end();
@@ -362,7 +367,7 @@ test('a LoRA for another model is refused before anything changes', (t) => {
   const refiner = tinyUNet('tiny-sdxl-refiner');
   const weights = () => bytesOf([...namedParameters(refiner.unet).values()][20].tensor.floats());
   const before = weights();
-  const run = () => mergeLora(refiner, golden('lora/scaled_kohya.safetensors'));
+  const run = () => mergeLora(refiner, goldenLora('lora/scaled_kohya.safetensors'));
   refuses(t, 'kohya', run, /LoRA/, /match no weight|another shape/);
   refuses(
     t,

@@ -1,14 +1,13 @@
 // What `npm run test:interop` draws with both programs: every scheduler with every spacing, and calls that no golden case
 // has. A call is written in diffusers' words; its flags follow from them.
 import { join } from 'node:path';
-import { packageRoot } from '../../io/package_root.ts';
 import { schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
+import { goldenFolder as golden, goldenLora } from '../golden.ts';
 
-const golden = join(packageRoot, 'test', 'golden');
 export const base = join(golden, 'tiny-sdxl');
 const refiner = join(golden, 'tiny-sdxl-refiner');
-export const adapter = join(golden, 'lora', 'scaled_kohya.safetensors');
-const plainAdapter = join(golden, 'lora', 'plain_diffusers.safetensors');
+export const adapter = goldenLora('lora/scaled_kohya.safetensors');
+const plainAdapter = goldenLora('lora/plain_diffusers.safetensors');
 
 type Settings = Record<string, string | number | readonly number[]>;
 
