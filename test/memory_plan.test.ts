@@ -171,6 +171,9 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     const fused = { gradient_checkpointing, fused_backward_pass: true };
     const leanest = train(card, 8 * GIB, { train: fused, ...rounding });
     t.ok(least - leanest > 4 * GIB, `${on}: whose gradients are never all there, ${gib(leanest)}`);
+    const halves = { stochastic_rounding: true, moments_dtype: 'bfloat16' } as const;
+    const adamw = train(card, 24 * GIB, { train: { gradient_checkpointing }, optimizer: halves });
+    t.ok(adamw < full / 1.9, `${on}: all weights, AdamW all in bfloat16, ${gib(adamw)}`);
     const lora = train(card, 8e9, { train: { target: 'lora', gradient_checkpointing } });
     t.ok(lora > 5 * GIB && lora < 8e9, `${on}: LoRA, ${gib(lora)}`);
     const least8 = train(card, 6e9, { train: { target: 'lora', gradient_checkpointing, q8: true } });

@@ -196,6 +196,9 @@ test('plan', async (t) => {
   const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
   t.match(told.out, /trained +lora \(rank 8, alpha 8\): /);
   t.match(told.out, /objective +epsilon, mse, snr_gamma 5, noise_offset 0\.05, timesteps later\n/);
+  const rounding = { name: 'adamw', lr: 1e-4, moments_dtype: 'bfloat16' };
+  const halved = await sdxl('plan', runFile('plan', { optimizer: rounding }), '--quiet');
+  t.match(halved.out, /optimizer +adamw \(moments in bfloat16\), lr 0\.0001 /);
   const locon = { rank: 4, alpha: 2, conv_rank: 3, targets: ['to_q', 'conv1'] };
   const divided = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, lora: locon }), '--quiet');
   t.match(divided.out, /lora \(rank 4, alpha 2, convolutions larger than 1x1 rank 3, alpha 2\): /);

@@ -34,9 +34,10 @@ function savings({ batch_size, gradient_accumulation_steps: passes }: Run): stri
     ['dtype=bfloat16'],
     ['train.q8=true'],
     ['optimizer.stochastic_rounding=true'],
+    ['optimizer.moments_dtype=bfloat16'],
     // Another way to learn.
-    ['optimizer.name=adamw8bit'],
-    ['optimizer.name=adafactor'],
+    ['optimizer.name=adamw8bit', 'optimizer.moments_dtype=float32'],
+    ['optimizer.name=adafactor', 'optimizer.moments_dtype=float32'],
     ...(batch_size * passes > 1 ? [['batch_size=1', 'gradient_accumulation_steps=1']] : []),
   ];
 }
@@ -66,9 +67,15 @@ export function fitInto(materials: Materials, devices: readonly Device[], room: 
     const most = taken(fewer.flat());
     if (most <= room) [steps, bytes] = [fewer, most];
   }
-  // Of several settings of a key the last counts.
-  const set = new Map(steps.flat().map((each) => [each.slice(0, each.indexOf('=')), each]));
-  return { set: [...set.values()], bytes, fits: bytes <= room };
+  return { set: changes(materials.run, steps.flat()), bytes, fits: bytes <= room };
+}
+
+/** What of these is otherwise in the run; of several settings of a key the last counts. */
+function changes(run: Run, set: readonly string[]): string[] {
+  const last = new Map(set.map((each) => [each.slice(0, each.indexOf('=')), each]));
+  const own = (key: string): unknown =>
+    key.split('.').reduce<unknown>((value, name) => (value as Record<string, unknown>)[name], run);
+  return [...last].flatMap(([key, each]) => (`${key}=${own(key)}` === each ? [] : [each]));
 }
 
 /** The same in words. */

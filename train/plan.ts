@@ -95,7 +95,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
       : []),
-    `optimizer   ${run.optimizer.name}, lr ${run.optimizer.lr}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
+    `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];
@@ -128,6 +128,10 @@ function ofLora({ train, lora }: Run): string {
   const begun = network_weights ? [`from ${network_weights}`] : [];
   return ` (${[`rank ${rank}, alpha ${alpha}`, ...larger, ...begun].join(', ')})`;
 }
+
+/** The type of its moments, where it is another. */
+const ofMoments = ({ optimizer: { moments_dtype } }: Run): string =>
+  moments_dtype === 'float32' ? '' : ` (moments in ${moments_dtype})`;
 
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
