@@ -1,7 +1,7 @@
 // An adapter from one spelling to another: diffusers' (`unet.….lora.down.weight` and `text_encoder.….lora_linear_layer.down.weight`,
-// alpha in the metadata) or kohya's (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own weights, because
-// kohya's underscores cannot be split again. Every kind has names in kohya's spelling, as LyCORIS writes them; diffusers' files hold
-// LoRA and DoRA alone.
+// alpha in the metadata) or kohya's (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own
+// weights, because kohya's underscores cannot be split again. Every kind has names in kohya's spelling, as LyCORIS writes them;
+// diffusers' files hold LoRA and DoRA alone.
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import {
