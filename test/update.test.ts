@@ -158,6 +158,26 @@ test('recorded passes make the weights that passes make', async (t) => {
   t.equal(device.memory.held, 0, 'what was set aside for recordings is given back');
 });
 
+test('on a GPU too, weights that move amid the pass are those that move after it', async (t) => {
+  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
+  const device = cudaDevice(gpu.api);
+  const single = [0, 1, 2, Number.NaN, 4, 5].map((k) => [pass(k, 1)]);
+  const names = ['weight', 'second', 'unread'];
+  for (const max_grad_norm of [0, 0.5]) {
+    const [kept, fused] = [false, true].map((fused_backward_pass) => {
+      const opened = open([device], { names, records: fused_backward_pass });
+      Object.assign(opened.session.run.train, { fused_backward_pass });
+      Object.assign(opened.session.run.optimizer, { max_grad_norm });
+      return opened;
+    });
+    const want = await trained(kept, single);
+    t.equal(new Set(want).size, 5, 'each update but one changes them');
+    t.same(await trained(fused, single), want, `clipped to ${max_grad_norm}`);
+    for (const { release } of [kept, fused]) release();
+    t.same([device.memory.storages, device.memory.live], [0, 0]);
+  }
+});
+
 test('where memory is needed, recordings give theirs, and are made again if they had paid', async (t) => {
   const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
   const device = cudaDevice(gpu.api);

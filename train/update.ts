@@ -3,7 +3,7 @@
 // picture of 1024 x 1024 cost the host some 10 ms, in which the device would have nothing to do.
 import { setImmediate } from 'node:timers/promises';
 import type { Tensor } from '../engine/tensor.ts';
-import { type GradientNorms, queueNorms } from './clip.ts';
+import { type GradientNorms, type Gradients, queueNorms } from './clip.ts';
 import type { MicroBatch, Turn, Update } from './data/order.ts';
 import { measure, moveThrough, type Walked } from './fused.ts';
 import { firstBadTensor } from './nonfinite.ts';
@@ -67,9 +67,13 @@ async function makeFused(
   const measured = max_grad_norm > 0 ? measure(session, inputs, max_grad_norm) : undefined;
   const failed = measured && (await whySkipped(session, pass, epoch, measured));
   if (failed) return failed;
-  const { made, move } = optimizer.begin(lr, measured?.scale);
+  let begun: ReturnType<typeof optimizer.begin> | undefined;
+  const move = (part: Gradients) => {
+    begun ??= optimizer.begin(lr, measured?.scale);
+    begun.move(part);
+  };
   const moved = moveThrough(session, inputs, move, !measured);
-  ema?.step(made);
+  if (begun) ema?.step(begun.made);
   return (await whySkipped(session, pass, epoch, moved)) ?? { loss: moved.loss, grad_norm: moved.norm };
 }
 
