@@ -2,22 +2,21 @@
 // picture appears under its name only once it is whole.
 import type { Command } from 'commander';
 import { type Device, openDevice } from '../engine/device.ts';
-import { built } from '../engine/scope.ts';
+import { MemoryError } from '../engine/memory.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
-import type { Latents } from '../models/latents.ts';
+import type { DecodedPicture, Latents } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
 import type { AdapterFile } from '../models/lora.ts';
-import { decode, denoiseToEnd, loadPipeline, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
+import { decode, denoiseToEnd, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
 import { controlnetOf } from './control_options.ts';
@@ -27,6 +26,7 @@ import { applySettings, pictureText } from './picture_settings.ts';
 import { checkPreview, fitPreview, openPreviews, type Previews } from './preview.ts';
 import { progressBar } from './progress.ts';
 import { addSampleOptions } from './sample_flags.ts';
+import { openFor, type Under } from './sample_models.ts';
 import {
   checkSample,
   checkScores,
@@ -35,7 +35,6 @@ import {
   loraOf,
   promptsOf,
   type SampleOptions,
-  textualInversionOf,
 } from './sample_options.ts';
 import { baseRequests, canvasOf, readInputs, refinerRequest, seedOf } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
@@ -105,52 +104,41 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
 
 /** Loads the models, one after the other, and draws. */
 async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
-  const { options, requests, canvas, album, device, dtype, seed, sampler } = prepared;
+  const { options, requests, canvas, album, device, dtype, seed } = prepared;
   const { source, refinerSource, vaeSource, taeSource } = prepared;
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
   const { seconds, timed } = stopwatch();
-  const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
-  const { q8 } = options;
-  const load = (from: ModelSource, under: Partial<typeof prepared.under> = {}) =>
-    timed('load', () =>
-      built(() => {
-        const loaded = loadPipeline(from, { device, dtype, vaeSource, vaeDtype, q8, ...under });
-        for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
-          loadTextualInversion(loaded, file, token);
-        return loaded;
-      }),
-    );
-  let pipeline = await load(source, prepared.under);
+  const warn = (line: string) => terminal.err(`warning: ${line}\n`);
+  const tell = onceOf(warn);
+  const open = async (from: ModelSource, asked: readonly Request[], under?: Under) => {
+    const opened = await openFor(from, asked, { options, device, dtype, vaeSource, tell, timed }, under);
+    if (options.fp8) feedForwardToFp8(opened.pipeline.unet);
+    return opened;
+  };
+  let { pipeline, requests: asked } = await open(source, requests, prepared.under);
   let previews: Previews | undefined;
   try {
-    const warn = (line: string) => terminal.err(`warning: ${line}\n`);
     previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
-    const stage = stages(requests.length, options, previews, terminal);
-    if (options.fp8) feedForwardToFp8(pipeline.unet);
+    const stage = stages(requests.length, options, previews, terminal, tell);
     if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
-    const finish = (request: Request, i: number, latents: Latents) =>
-      timed('decode', () => {
-        const pictures = decode(pipeline, latents, options.vaeTiling);
-        const text = pictureText(options, request, seedOf(options, seed, i), sampler);
-        return album.add(pictures, latents, text, canvas.finish);
-      });
+    const finish = finishing(prepared, warn, (latents) => decode(pipeline, latents, options.vaeTiling));
     const halfway: Latents[] = [];
     const sampling = stage('sampling');
-    for (const [i, request] of requests.entries()) {
+    for (const [i, request] of asked.entries()) {
       const latents = await timed('sample', () => sampling(pipeline, request));
       if (refinerSource) halfway.push(latents);
-      else await finish(request, i, latents);
+      else await timed('decode', () => finish(i, latents));
     }
     if (refinerSource) {
       // One model after the other: together they would take twice the memory.
       pipeline.release();
-      pipeline = await load(refinerSource);
-      if (options.fp8) feedForwardToFp8(pipeline.unet);
+      const refined = requests.map((request, i) => refinerRequest(options, request, halfway[i]));
+      ({ pipeline, requests: asked } = await open(refinerSource, refined));
       const refining = stage('refining');
-      for (const [i, request] of requests.entries()) {
-        const refined = refinerRequest(options, request, halfway[i]);
-        await finish(request, i, await timed('sample', () => refining(pipeline, refined)));
+      for (const [i, request] of asked.entries()) {
+        const latents = await timed('sample', () => refining(pipeline, request));
+        await timed('decode', () => finish(i, latents));
       }
     }
     await timed('decode', () => album.close());
@@ -172,6 +160,47 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   }
 }
 
+/**
+ * Decodes the latents of a request and writes the pictures; or has them wait for the last request, which frees the UNet, where there is
+ * no memory to decode beside it.
+ */
+function finishing(
+  { options, requests, canvas, album, seed, sampler }: Awaited<ReturnType<typeof prepare>>,
+  warn: (line: string) => void,
+  decoded: (latents: Latents) => DecodedPicture[],
+) {
+  const finish = (i: number, latents: Latents) => {
+    const text = pictureText(options, requests[i], seedOf(options, seed, i), sampler);
+    return album.add(decoded(latents), latents, text, canvas.finish);
+  };
+  const waiting: [number, Latents][] = [];
+  return async (i: number, latents: Latents): Promise<void> => {
+    const isLast = i === requests.length - 1;
+    try {
+      if (waiting.length === 0) return await finish(i, latents);
+    } catch (error) {
+      if (!(error instanceof MemoryError) || isLast) throw error;
+      warn('there is no memory to decode beside the UNet, so pictures come when all are sampled');
+    }
+    waiting.push([i, latents]);
+    if (isLast) for (const each of waiting) await finish(...each);
+  };
+}
+
+/** Tells of text that is cut off, of each once for all models. */
+function onceOf(warn: (line: string) => void) {
+  const told = new Set<string>();
+  return (cut: readonly string[], before?: () => void): void => {
+    for (const text of cut.filter((each) => !told.has(each))) {
+      told.add(text);
+      before?.();
+      warn(
+        `the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"`,
+      );
+    }
+  };
+}
+
 /** Adds up what the parts of a call take. */
 function stopwatch() {
   const seconds = { load: 0, sample: 0, decode: 0 };
@@ -191,14 +220,14 @@ function chooseDtype(asked: FloatDType | 'auto', source: ModelSource, device: De
   return device.name !== 'reference' && channels >= 256 ? 'bfloat16' : 'float32';
 }
 
-/** Drives the loop, with one bar for all requests of a stage; says once for both stages what of a prompt was cut off. */
+/** Drives the loop, with one bar for all requests of a stage. */
 function stages(
   requests: number,
   { quiet = false, batchCount }: SampleOptions,
   previews: Previews,
   terminal: Terminal,
+  tell: ReturnType<typeof onceOf>,
 ) {
-  const told = new Set<string>();
   return (label: string) => {
     const bar = progressBar(terminal, label, quiet);
     let before = 0;
@@ -208,14 +237,7 @@ function stages(
       const { latents } = await denoiseToEnd(pipeline, request, (progress) => {
         const { step, steps, truncated } = progress;
         previews.show(pipeline, progress);
-        const cut = truncated.filter((each) => !told.has(each));
-        if (cut.length) bar.end(); // the line is the warning's
-        for (const text of cut) {
-          told.add(text);
-          terminal.err(
-            `warning: the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"\n`,
-          );
-        }
+        tell(truncated, () => bar.end()); // the line is the warning's
         bar.update(before * steps + step, requests * steps, note);
       });
       before++;

@@ -4,6 +4,8 @@ import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { openFor } from '../cli/sample_models.ts';
+import type { SampleOptions } from '../cli/sample_options.ts';
 import { anyHopper, standInApi } from '../engine/cuda/stand_in.ts';
 import { namedParameters } from '../engine/module.ts';
 import { attention } from '../engine/ops/attention.ts';
@@ -14,10 +16,11 @@ import { empty } from '../engine/tensor.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { type IPAdapterSource, ipAdapter } from '../models/ip_adapter.ts';
-import { decode, denoise, loadPipeline } from '../models/pipeline.ts';
+import type { Latents } from '../models/latents.ts';
+import { decode, denoise, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
-import type { Request } from '../models/request.ts';
+import { complete, type Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { crossAttentions, unet } from '../models/unet.ts';
 import { resolveRun } from '../train/resolve_run.ts';
@@ -127,6 +130,31 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
     });
   }
   t.end();
+});
+
+test('several pictures of sdxl sample, whose text encoders are gone before the UNet comes', async (t) => {
+  for (const card of cards)
+    for (const [bytes, q8] of [
+      [8 * GIB, false],
+      [5 * GIB, true],
+    ] as const) {
+      const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
+      const options = { vaeDtype: 'auto', q8 } as SampleOptions;
+      const timed = async <R>(_: string, fn: () => R) => fn();
+      const place = { options, device, dtype: 'bfloat16', tell() {}, timed } as const;
+      const asked = ['a red fox', 'a hare'].map((prompt, i) => ({
+        ...complete({ ratio: 8, sampleSize: 1024 }, { prompt, num_inference_steps: 5 }),
+        last: i === 1,
+      }));
+      const { pipeline, requests } = await openFor(source, asked, place);
+      const drawn: Latents[] = [];
+      for (const request of requests) drawn.push((await denoiseToEnd(pipeline, request)).latents);
+      for (const latents of drawn) decode(pipeline, latents);
+      pipeline.release();
+      t.pass(
+        `sm_${card.capability.join('')}: within ${bytes / GIB} GiB, ${(device.memory.peak / GIB).toFixed(2)}`,
+      );
+    }
 });
 
 /** What `sdxl plan` foretells of a run whose largest picture is of 1024x1024, within the cards' memory: bytes of each. */

@@ -1,0 +1,97 @@
+// The models of a call of `sdxl sample` in turn: the text encoders say what they have to say of all prompts and leave the device, then the
+// UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
+import type { Device } from '../engine/device.ts';
+import { built } from '../engine/scope.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import type { LoadOptions, Part } from '../models/load_options.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { encodePrompt } from '../models/prompts.ts';
+import type { Request } from '../models/request.ts';
+import { loadTextualInversion } from '../models/textual_inversion.ts';
+import { type SampleOptions, textualInversionOf } from './sample_options.ts';
+
+/** What a pipeline is loaded with beside its model. */
+export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'ipAdapter' | 'lora'>>;
+
+/** A model with requests that it can answer. */
+export interface Opened {
+  pipeline: Pipeline;
+  requests: readonly Request[];
+}
+
+interface Place {
+  options: SampleOptions;
+  device: Device;
+  dtype: FloatDType;
+  vaeSource?: ModelSource;
+  /** Hears of text past the tokens that are read. */
+  tell(cut: readonly string[]): void;
+  /** Adds up what loading and encoding take. */
+  timed<R>(part: 'load' | 'sample', fn: () => R): Promise<R>;
+}
+
+/** The most requests that are encoded ahead: each takes 1.3 MB of the host's memory. For more the encoders stay. */
+const MOST_AHEAD = 1000;
+
+const encoders: readonly Part[] = ['text_encoder', 'text_encoder_2'];
+
+/** Opens a model for requests: release its pipeline when done. @throws UserError */
+export async function openFor(
+  source: ModelSource,
+  requests: readonly Request[],
+  place: Place,
+  under: Under = {},
+): Promise<Opened> {
+  const { timed } = place;
+  if (requests.length > MOST_AHEAD)
+    return { pipeline: await timed('load', () => withInversions(source, place, under)), requests };
+  const { lora } = under;
+  const texts = await timed('load', () => withInversions(source, place, { lora }, encoders));
+  let encoded: Request[];
+  try {
+    encoded = await timed('sample', () => inEmbeddings(texts, requests, place));
+  } finally {
+    texts.release();
+  }
+  const pipeline = await timed('load', () => load(source, place, under, ['unet', 'vae']));
+  return { pipeline, requests: encoded };
+}
+
+function load(
+  source: ModelSource,
+  { options, device, dtype, vaeSource }: Place,
+  under: Under,
+  only?: readonly Part[],
+): Pipeline {
+  const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
+  return loadPipeline(source, { device, dtype, only, vaeSource, vaeDtype, q8: options.q8, ...under });
+}
+
+const withInversions = (source: ModelSource, place: Place, under: Under, only?: readonly Part[]): Pipeline =>
+  built(() => {
+    const pipeline = load(source, place, under, only);
+    for (const { file, token } of (place.options.textualInversion ?? []).map(textualInversionOf))
+      loadTextualInversion(pipeline, file, token);
+    return pipeline;
+  });
+
+/** Requests with what the text encoders say in their texts' place; those of the same texts share it. */
+function inEmbeddings(texts: Pipeline, requests: readonly Request[], { tell }: Place): Request[] {
+  const made = new Map<string, Omit<ReturnType<typeof encodePrompt>, 'truncated'>>();
+  return requests.map(({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }) => {
+    const { max_token_length, clip_skip, emphasis, guidance_scale } = others;
+    // Without guidance nobody reads the negative prompt, nor is the other as long as it.
+    const negative = guidance_scale > 1 ? { negative_prompt, negative_prompt_2 } : {};
+    const asked = { prompt, prompt_2, ...negative, max_token_length, clip_skip, emphasis };
+    const key = JSON.stringify(asked);
+    let embeds = made.get(key);
+    if (!embeds) {
+      const { truncated, ...rest } = encodePrompt(texts, asked);
+      tell(truncated);
+      embeds = rest;
+      made.set(key, embeds);
+    }
+    return { ...others, ...embeds };
+  });
+}
