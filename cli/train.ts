@@ -31,6 +31,10 @@ interface Options {
   json?: boolean;
   device: string;
   quiet?: boolean;
+}
+
+interface PlanOptions extends Omit<Options, 'device'> {
+  device?: string;
   vram?: number;
 }
 
@@ -44,7 +48,10 @@ export function addTrain(command: Command, terminal: Terminal): void {
 
 export function addPlan(command: Command, terminal: Terminal): void {
   addShared(command)
-    .option('--device <NAME>', 'whose memory to plan: cpu, cuda, or cuda:0,cuda:1; needs no GPU', 'cpu')
+    .option(
+      '--device <NAME>',
+      'whose memory to plan: cpu, cuda, or cuda:0,cuda:1; needs no GPU (default: cpu, or cuda with --vram)',
+    )
     .option(
       '--vram <SIZE>',
       "a GPU's memory, such as 12GiB: what to set for each run to fit into that",
@@ -54,7 +61,7 @@ export function addPlan(command: Command, terminal: Terminal): void {
       '--json',
       'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
     )
-    .action((file: string, options: Options) => planAll(file, options, terminal));
+    .action((file: string, options: PlanOptions) => planAll(file, options, terminal));
 }
 
 const addShared = (command: Command): Command =>
@@ -68,15 +75,20 @@ const addShared = (command: Command): Command =>
     .option('--quiet', 'no progress');
 
 /** The runs of a file that are asked for, which have work for so many GPUs. */
-async function chosenRuns(file: string, { set, only }: Options, gpus: number): Promise<Run[]> {
+async function chosenRuns(
+  file: string,
+  { set, only }: Pick<Options, 'set' | 'only'>,
+  gpus: number,
+): Promise<Run[]> {
   const runs = await loadRuns(file, set, only);
   for (const run of runs) requirePasses(run, gpus);
   return runs;
 }
 
-async function planAll(file: string, options: Options, terminal: Terminal): Promise<void> {
+async function planAll(file: string, options: PlanOptions, terminal: Terminal): Promise<void> {
   const { locate, report } = tools(terminal, options.quiet);
-  const planned = deviceNames(options.device).map(standIn);
+  const { vram, device = vram === undefined ? 'cpu' : 'cuda' } = options;
+  const planned = deviceNames(device).map(standIn);
   const runs = await chosenRuns(file, options, planned.length);
   // A plan leaves nothing behind.
   const tokenizers = temporaryFolder();
@@ -89,7 +101,6 @@ async function planAll(file: string, options: Options, terminal: Terminal): Prom
       const made = planOf(materials, planned);
       const model = run.model === given.model ? made.model : String(given.model);
       const plan = { ...made, run: given, model };
-      const { vram } = options;
       const fit = vram === undefined ? undefined : fitInto(materials, planned, vram - DRIVERS_SHARE);
       const lines = [...describe(plan), ...(fit ? [`vram        ${tellFit(fit)}`] : [])];
       terminal.out(`${options.json ? JSON.stringify({ ...plan, fit }) : lines.join('\n')}\n`);
