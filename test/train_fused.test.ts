@@ -53,18 +53,23 @@ test('an update has the bits of one that keeps its gradients', async (t) => {
   t.equal(device.memory.storages, before, 'live tensors');
 });
 
-test('stopped and resumed, it goes on as if it had not been', async (t) => {
-  const fused = { train: { fused_backward_pass: true } };
-  const whole = input('whole', fused);
+test('stopped and resumed, with or without gradients that are kept, a run goes on as if it had not been', async (t) => {
+  const keeping = (fused_backward_pass: boolean) => ({ train: { fused_backward_pass } });
+  const newest = ({ output }: RunInput) => digest(listCheckpoints(output as string).at(-1) as string);
+  const whole = input('whole', keeping(true));
   await run(whole);
-  const broken = input('broken', fused);
-  const { folder: checkpoint } = await run(broken, { until: 1 });
-  await run(broken, { checkpoint });
-  const [a, b] = [whole, broken].map(({ output }) =>
-    digest(listCheckpoints(output as string).at(-1) as string),
-  );
-  t.equal(b, a);
-  t.same(losses(broken.output as string), losses(whole.output as string));
+  for (const [first, then] of [
+    [true, true],
+    [false, true],
+    [true, false],
+  ]) {
+    const name = `broken-${first}-${then}`;
+    const { folder: checkpoint } = await run(input(name, keeping(first)), { until: 1 });
+    const broken = input(name, keeping(then));
+    await run(broken, { checkpoint });
+    t.equal(newest(broken), newest(whole), name);
+    t.same(losses(broken.output as string), losses(whole.output as string));
+  }
 });
 
 test('the device never holds all gradients, nor any after an update', async (t) => {

@@ -134,6 +134,7 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
  * are compared by content, not by path.
  */
 const free = [
+  'train.fused_backward_pass',
   'optimizer.lr',
   'optimizer.text_encoder_lr',
   'name',
