@@ -89,6 +89,7 @@ test('the device never holds all gradients, nor any after an update', async (t) 
         session.parameters.size,
         'each weight has its turn',
       );
+      t.ok(parts.length > 16, `weights move in ${parts.length} parts`);
       t.equal(memory.live, live, 'nothing is left');
     } else session.passes.queue(inputs, 1).release();
     peaks.push(memory.live - live);

@@ -22,8 +22,9 @@ export interface Walked extends Clipping {
   loss: number;
 }
 
-/** Gradients that wait to be used: enough for each launch to be of many parameters. */
+/** Gradients that wait to be used: enough for each launch to be of many parameters, and of a small model a part of all too. */
 const PART_BYTES = 2 ** 26;
+const PARTS = 32;
 
 /** The loss and the norm of its gradients, of which none is kept. */
 export function measure(fused: Fused, inputs: PassInputs, maxNorm: number): Walked {
@@ -66,6 +67,8 @@ function walk(
   inputs: PassInputs,
   use: (part: Gradients) => void,
 ): number {
+  const all = [...parameters.values()].reduce((sum, { tensor }) => sum + tensor.byteLength, 0);
+  const enough = Math.min(PART_BYTES, all / PARTS);
   const seen = new Set<string>();
   let waiting = new Map<string, Tensor>();
   let bytes = 0;
@@ -84,7 +87,7 @@ function walk(
       seen.add(name);
       waiting.set(name, keep(gradient.handle(tensor.shape)));
       bytes += gradient.byteLength;
-      if (bytes >= PART_BYTES) useUp();
+      if (bytes >= enough) useUp();
     });
   try {
     return scope(() => {
