@@ -101,7 +101,7 @@ async function planAll(file: string, options: PlanOptions, terminal: Terminal): 
       const made = planOf(materials, planned);
       const model = run.model === given.model ? made.model : String(given.model);
       const plan = { ...made, run: given, model };
-      const fit = vram === undefined ? undefined : fitInto(materials, planned, vram - DRIVERS_SHARE);
+      const fit = vram === undefined ? undefined : fitInto(materials, planned, made, vram - DRIVERS_SHARE);
       const lines = [...describe(plan), ...(fit ? [`vram        ${tellFit(fit)}`] : [])];
       terminal.out(`${options.json ? JSON.stringify({ ...plan, fit }) : lines.join('\n')}\n`);
     }
@@ -176,16 +176,11 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
 }
 
 /** Tells what would help where a run that begins takes more than is free: it may end before its first update. */
-function warnOfMemory(
-  { memory_bytes }: Plan,
-  materials: Materials,
-  devices: readonly Device[],
-  report: Report,
-): void {
+function warnOfMemory(plan: Plan, materials: Materials, devices: readonly Device[], report: Report): void {
   const free = devices.map(({ driver }) => driver.room?.().free ?? Number.POSITIVE_INFINITY);
-  if (materials.checkpoint || memory_bytes.every((bytes, i) => bytes <= free[i])) return;
+  if (materials.checkpoint || plan.memory_bytes.every((bytes, i) => bytes <= free[i])) return;
   report.line(
-    `warning: that is more than is free; ${tellFit(fitInto(materials, devices, Math.min(...free)))}`,
+    `warning: that is more than is free; ${tellFit(fitInto(materials, devices, plan, Math.min(...free)))}`,
   );
 }
 

@@ -23,14 +23,13 @@ import { randomModel } from '../models/random_weights.ts';
 import { complete, type Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { crossAttentions, unet } from '../models/unet.ts';
+import { DRIVERS_SHARE } from '../train/fit.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { estimate } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 
 const GIB = 2 ** 30;
-/** For the context, the kernels' code and what the driver's own pool wastes. */
-const DRIVERS_SHARE = 0.75 * GIB;
 /** By compute capability: what Ada and Hopper plan differs, and so may the workspaces. */
 const cards = [
   { capability: [8, 9], multiprocessors: 24 },

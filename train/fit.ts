@@ -3,6 +3,7 @@
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
+import { gib, type Plan } from './plan.ts';
 import { resolveRun } from './resolve_run.ts';
 import type { Run } from './run.ts';
 import { estimate, type Materials } from './session.ts';
@@ -15,7 +16,7 @@ export interface Fit {
   fits: boolean;
 }
 
-/** What the driver keeps of a GPU for itself, its kernels' code among it. */
+/** What the driver keeps of a GPU for itself: the context, the kernels' code and what its own pool wastes. */
 export const DRIVERS_SHARE = 0.75 * 2 ** 30;
 
 /** What saves memory, a step at a time. */
@@ -24,7 +25,7 @@ function savings({ batch_size, gradient_accumulation_steps: passes }: Run): stri
   for (let batch = batch_size / 2, times = 2; Number.isInteger(batch); batch /= 2, times *= 2)
     halves.push([`batch_size=${batch}`, `gradient_accumulation_steps=${passes * times}`]);
   return [
-    // The same bits, for more work.
+    // The same updates, for more work.
     ['train.gradient_checkpointing=true'],
     ['train.fused_backward_pass=true'],
     // The same draws.
@@ -42,8 +43,16 @@ function savings({ batch_size, gradient_accumulation_steps: passes }: Run): stri
   ];
 }
 
-/** The settings by which a run takes no more than `room` bytes of each device, or the least of them all that can be had. */
-export function fitInto(materials: Materials, devices: readonly Device[], room: number): Fit {
+/**
+ * The settings by which a run, of which its plan is told, takes no more than `room` of each device; or the least of them all that can
+ * be had.
+ */
+export function fitInto(
+  materials: Materials,
+  devices: readonly Device[],
+  { memory_bytes }: Pick<Plan, 'memory_bytes'>,
+  room: number,
+): Fit {
   const taken = (set: readonly string[]): number => {
     try {
       const run = resolveRun(materials.run, 'the run', materials.run.name, set);
@@ -55,7 +64,7 @@ export function fitInto(materials: Materials, devices: readonly Device[], room: 
     }
   };
   let steps: string[][] = [];
-  let bytes = taken([]);
+  let bytes = Math.max(...memory_bytes);
   for (const step of savings(materials.run)) {
     if (bytes <= room) break;
     const more = [...steps, step];
@@ -80,11 +89,10 @@ function changes(run: Run, set: readonly string[]): string[] {
 
 /** The same in words. */
 export function tellFit({ set, bytes, fits }: Fit): string {
-  const gib = `${(bytes / 2 ** 30).toFixed(2)} GiB`;
   if (set.length === 0)
     return fits ? 'it fits' : 'it does not fit, and nothing that could be set makes it smaller';
   const flags = set.map((each) => `--set ${each}`).join(' ');
   return fits
-    ? `it fits with ${flags}: ${gib}`
-    : `it does not fit; the least it takes is ${gib}, with ${flags}`;
+    ? `it fits with ${flags}: ${gib(bytes)}`
+    : `it does not fit; the least it takes is ${gib(bytes)}, with ${flags}`;
 }

@@ -167,7 +167,7 @@ function there(devices: readonly Device[] = []): string {
   return told.length ? `; ${told.join(', ')}` : '';
 }
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 
 const count = (n: number): string =>
   n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(2)} M` : `${n}`;
