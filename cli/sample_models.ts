@@ -4,7 +4,7 @@ import type { Device } from '../engine/device.ts';
 import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import type { LoadOptions, Part } from '../models/load_options.ts';
+import { type LoadOptions, type Part, textParts } from '../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import type { Request } from '../models/request.ts';
@@ -34,8 +34,6 @@ interface Place {
 /** The most requests that are encoded ahead: each takes 1.3 MB of the host's memory. For more the encoders stay. */
 const MOST_AHEAD = 1000;
 
-const encoders: readonly Part[] = ['text_encoder', 'text_encoder_2'];
-
 /** Opens a model for requests: release its pipeline when done. @throws UserError */
 export async function openFor(
   source: ModelSource,
@@ -47,7 +45,7 @@ export async function openFor(
   if (requests.length > MOST_AHEAD)
     return { pipeline: await timed('load', () => withInversions(source, place, under)), requests };
   const { lora } = under;
-  const texts = await timed('load', () => withInversions(source, place, { lora }, encoders));
+  const texts = await timed('load', () => withInversions(source, place, { lora }, textParts(source)));
   let encoded: Request[];
   try {
     encoded = await timed('sample', () => inEmbeddings(texts, requests, place));

@@ -11,6 +11,10 @@ import { flag, isObject, type Rule, shown } from './request.ts';
 export const parts = ['text_encoder', 'text_encoder_2', 'unet', 'vae'] as const;
 export type Part = (typeof parts)[number];
 
+/** The text encoders of a model, in their order. */
+export const textParts = (source: ModelSource): ('text_encoder' | 'text_encoder_2')[] =>
+  (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
+
 export interface LoadOptions {
   device: Device;
   dtype: FloatDType;

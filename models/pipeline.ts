@@ -16,7 +16,7 @@ import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
-import { checkedLoad, type LoadOptions, type Part } from './load_options.ts';
+import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { withAdapters } from './lora.ts';
 import { controlsOf, loadControlNet } from './multicontrolnet.ts';
 import { checkPrompts } from './prompts.ts';
@@ -72,7 +72,7 @@ function checkLoaded(part: AnyModule): void {
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {
   const { device, dtype, vaeSource = source, gradientCheckpointing, q8, only } = options;
-  const components = (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
+  const components = textParts(source);
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));

@@ -9,7 +9,7 @@ import { zeros } from '../engine/tensor.ts';
 import { withPosterior } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { mostChunks, type PromptEmbeds } from '../models/conditioning.ts';
-import type { Part } from '../models/load_options.ts';
+import { type Part, textParts } from '../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
@@ -67,10 +67,6 @@ export function openParts(
   pipeline.text.chunks = mostChunks(run.dataset.max_token_length);
   return pipeline;
 }
-
-/** The text encoders of a model, in their order. */
-export const textParts = (source: ModelSource): ('text_encoder' | 'text_encoder_2')[] =>
-  (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
 
 const openVae = (subject: Subject, device: Device): Pipeline =>
   openParts(subject, device, ['vae'], 'float32');
