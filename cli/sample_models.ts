@@ -31,7 +31,7 @@ interface Place {
   timed<R>(part: 'load' | 'sample', fn: () => R): Promise<R>;
 }
 
-/** The most requests that are encoded ahead: each takes 1.3 MB of the host's memory. For more the encoders stay. */
+/** The most prompts that are encoded ahead: each takes 1.3 MB of the host's memory. For more the encoders stay. */
 const MOST_AHEAD = 1000;
 
 /** Opens a model for requests: release its pipeline when done. @throws UserError */
@@ -42,7 +42,7 @@ export async function openFor(
   under: Under = {},
 ): Promise<Opened> {
   const { timed } = place;
-  if (requests.length > MOST_AHEAD)
+  if (new Set(requests.map(({ prompt }) => JSON.stringify(prompt))).size > MOST_AHEAD)
     return { pipeline: await timed('load', () => withInversions(source, place, under)), requests };
   const { lora } = under;
   const texts = await timed('load', () => withInversions(source, place, { lora }, textParts(source)));

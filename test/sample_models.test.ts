@@ -41,7 +41,7 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   t.ok(a && a === again && a !== b, 'the same prompt is encoded once');
   t.ok(few.requests.every(({ prompt }) => prompt === undefined));
   few.pipeline.release();
-  const many = Array<Request>(1001).fill(asked[0]);
+  const many = Array.from({ length: 1001 }, (_, i) => request(`fox ${i}`));
   const all = await openFor(openModel(model), many, place);
   t.same(loaded(all), [true, true, true, true]);
   t.equal(all.requests, many);
