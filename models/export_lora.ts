@@ -1,7 +1,9 @@
 // An adapter from one spelling to another: diffusers' (`unet.….lora.down.weight` and `text_encoder.….lora_linear_layer.down.weight`,
 // alpha in the metadata) or kohya's (`lora_unet_…_….lora_down.weight`, alpha in a tensor). Names are matched through the model's own
 // weights, because kohya's underscores cannot be split again. Every kind has names in kohya's spelling, as LyCORIS writes them;
-// diffusers' files hold LoRA and DoRA alone.
+// diffusers' files hold LoRA and DoRA alone. A file in kohya's spelling says in its metadata that it is SDXL's: A1111 takes one
+// with metadata that does not for Stable Diffusion 1's, and does not list it beside an SDXL model.
+import { basename } from 'node:path';
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import {
@@ -30,7 +32,7 @@ export function exportLora(
     const updates = [...updatesOf(file, targets).values()];
     const spelled = format === 'lora-kohya' ? inKohya : inPeft;
     const entries = updates.flatMap((update) => spelled(file, update, dtype));
-    const metadata = format === 'lora-peft' ? peftMetadata(updates) : {};
+    const metadata = format === 'lora-peft' ? peftMetadata(updates) : kohyaMetadata(file, updates, out);
     writeSafetensors(out, entries, { format: 'pt', ...metadata });
     return updates.length;
   } finally {
@@ -141,4 +143,27 @@ function peftMetadata(updates: readonly Update[]): Record<string, string> {
     Object.assign(config, peftEntries(component, layers, layers[0], more));
   }
   return { lora_adapter_metadata: JSON.stringify(config) };
+}
+
+/** kohya's words for what the file holds, and, of a file that has them, its own: how it was trained, its tags, its licence. */
+function kohyaMetadata(
+  { metadata }: SafetensorsFile,
+  updates: readonly Update[],
+  out: string,
+): Record<string, string> {
+  const told = (numbers: readonly number[]) => (new Set(numbers).size === 1 ? `${numbers[0]}` : 'Dynamic');
+  const plain = updates.every(({ parts }) => kindName(parts) === 'LoRA');
+  // A hash is one of the tensors as they were.
+  const own = Object.entries(metadata).filter(([key]) => /^(ss_|modelspec\.(?!hash))/.test(key));
+  return {
+    ss_base_model_version: 'sdxl_base_v1-0',
+    ss_network_module: plain ? 'networks.lora' : 'lycoris.kohya',
+    ss_network_dim: told(updates.map(({ rank }) => rank)),
+    ss_network_alpha: told(updates.map(({ alpha }) => alpha)),
+    'modelspec.sai_model_spec': '1.0.0',
+    'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
+    'modelspec.implementation': 'https://github.com/Stability-AI/generative-models',
+    'modelspec.title': basename(out, '.safetensors'),
+    ...Object.fromEntries(own),
+  };
 }

@@ -99,3 +99,45 @@ test("LoRA files keep each layer's rank and alpha, of the text encoders too", as
   t.same(contents(back), contents(kohya), 'and back');
   rmSync(folder, { recursive: true });
 });
+
+test("a file in kohya's spelling says that it is SDXL's, and keeps what its source says", async (t) => {
+  const folder = scratch();
+  const metadataOf = (path: string) => {
+    const file = openSafetensors(path);
+    file.close();
+    return file.metadata;
+  };
+  const made = async (from: string, name: string) => {
+    const out = join(folder, `${name}.safetensors`);
+    const configs = ['--configs', golden('tiny-sdxl'), '--quiet'];
+    t.equal((await run(from, out, '--format', 'lora-kohya', ...configs)).status, 0, name);
+    return metadataOf(out);
+  };
+  // What A1111 lists a file by: the base's version, which begins with sdxl_.
+  t.match(await made(goldenLora('lora/plain_diffusers.safetensors'), 'style'), {
+    ss_base_model_version: 'sdxl_base_v1-0',
+    ss_network_module: 'networks.lora',
+    ss_network_dim: '4',
+    ss_network_alpha: '4',
+    'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
+    'modelspec.title': 'style',
+  });
+  const kohya = goldenLora('lora/scaled_kohya.safetensors');
+  const source = openSafetensors(kohya);
+  const entries = [...source.tensors.values()].map(({ name, dtype, shape }) => {
+    return { name, dtype, shape, bytes: source.read(name) };
+  });
+  source.close();
+  const tagged = join(folder, 'tagged.safetensors');
+  const own = {
+    ss_tag_frequency: '{"szn": 3}',
+    'modelspec.title': 'Szn',
+    ss_base_model_version: 'sdxl_base_v0-9',
+  };
+  const hashes = { sshs_model_hash: 'ab', 'modelspec.hash_sha256': '0xcd' };
+  writeSafetensors(tagged, entries, { ...own, ...hashes });
+  const kept = await made(tagged, 'again');
+  t.match(kept, own, 'what it says itself goes before');
+  t.notOk(kept.sshs_model_hash ?? kept['modelspec.hash_sha256'], "no other file's hash");
+  rmSync(folder, { recursive: true });
+});
