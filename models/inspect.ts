@@ -277,12 +277,20 @@ function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata
     kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
     const rank = rankOf(parts);
     if (rank) ranks.add(rank);
-    const target = /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?)(?=[._])/.exec(module)?.[0] ?? 'unet';
+    const target =
+      /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?|diffusion_model|text_encoders\.clip_.)(?=[._])/.exec(
+        module,
+      )?.[0] ?? 'unet';
     targets[target] = (targets[target] ?? 0) + 1;
   }
-  const kohya = [...file.tensors.keys()].some((name) => /^(lora|lycoris)_/.test(name));
+  const has = (start: RegExp) => [...file.tensors.keys()].some((name) => start.test(name));
+  const spelling = has(/^(lora|lycoris)_/)
+    ? "kohya's"
+    : has(/^(diffusion_model|text_encoders)\./)
+      ? "ComfyUI's"
+      : "diffusers' (peft)";
   const components = [{ name: 'adapter', ...summary([...file.tensors.values()]), problems }];
-  const kind = `${[...kinds.keys()].sort().join(' and ')}, ${kohya ? "kohya's" : "diffusers' (peft)"} keys`;
+  const kind = `${[...kinds.keys()].sort().join(' and ')}, ${spelling} keys`;
   const lora = { kinds: Object.fromEntries(kinds), ranks: [...ranks].sort((a, b) => a - b), layers: targets };
   return { kind, components, lora, problems };
 }

@@ -1,5 +1,6 @@
-// An adapter's file against a model: whose layer each tensor is, and what alpha and rank it has. Names are in one of three
-// spellings: diffusers' and peft's (dots), kohya's (underscores), and kohya's with the original model's block names.
+// An adapter's file against a model: whose layer each tensor is, and what alpha and rank it has. Names are in one of four
+// spellings: diffusers' and peft's (dots), kohya's (underscores), kohya's with the original model's block names, and ComfyUI's,
+// whose nodes save those with dots.
 // Underscores cannot be split again, so names are matched by spelling every layer of the model in all ways; a name that
 // matches none is an error, as a silently lost layer would be.
 import { existsSync, statSync } from 'node:fs';
@@ -121,7 +122,12 @@ const plainModule = (module: string): string =>
 function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTargets): Map<string, Target> {
   const found = new Map<string, Target>();
   const flat = (name: string) => name.replaceAll('.', '_');
-  const note = (module: AnyModule | undefined, dotted: string, underscored: readonly string[]) => {
+  const note = (
+    module: AnyModule | undefined,
+    dotted: string,
+    underscored: readonly string[],
+    comfy = '',
+  ) => {
     if (!module) return;
     const parameters = namedParameters(module);
     for (const [key, weight] of parameters) {
@@ -131,16 +137,17 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
       // transformers 5 leaves `text_model.` out of the text encoders' keys.
       for (const each of [path, path.replace(/^text_model\./, '')]) found.set(`${dotted}.${each}`, target);
       for (const prefix of underscored) found.set(prefix + flat(path), target);
+      if (comfy) found.set(`text_encoders.${comfy}.transformer.${path}`, target);
       if (module !== unet) continue;
-      found.set(path, target);
-      found.set(`lora_unet_${flat(unetKeyInSgm(key, unetConfig).replace(/\.weight$/, ''))}`, target);
+      const sgm = unetKeyInSgm(key, unetConfig).replace(/\.weight$/, '');
+      for (const name of [path, `lora_unet_${flat(sgm)}`, `diffusion_model.${sgm}`]) found.set(name, target);
     }
   };
   // Without kohya's trainer LyCORIS calls the network by its own name.
   note(unet, 'unet', ['lora_unet_', 'lycoris_']);
-  note(text_encoder, 'text_encoder', ['lora_te1_']);
+  note(text_encoder, 'text_encoder', ['lora_te1_'], 'clip_l');
   // Trained on the refiner, whose only encoder it is, kohya calls it `te`.
-  note(text_encoder_2, 'text_encoder_2', text_encoder ? ['lora_te2_'] : ['lora_te2_', 'lora_te_']);
+  note(text_encoder_2, 'text_encoder_2', text_encoder ? ['lora_te2_'] : ['lora_te2_', 'lora_te_'], 'clip_g');
   return found;
 }
 

@@ -8,6 +8,7 @@ import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { inspect } from '../models/inspect.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
@@ -80,5 +81,65 @@ test('a loaded pipeline takes an adapter of its text encoders too', (t) => {
       new UserError(`LoRA ${path} changes weights that are released by now: load the pipeline again`),
     );
   }
+  t.end();
+});
+
+test("ComfyUI's spelling is read as kohya's of the same layers", (t) => {
+  const [device] = devices;
+  const folder = t.testdir();
+  const entry = (name: string, rows: number, columns: number) => {
+    const values = Float32Array.from({ length: rows * columns }, (_, i) => Math.sin(i + rows));
+    return {
+      name,
+      dtype: 'float32' as const,
+      shape: [rows, columns],
+      bytes: encodeNumbers(values, 'float32'),
+    };
+  };
+  // As ComfyUI's model_lora_keys_unet and model_lora_keys_clip list them.
+  const layers = [
+    [
+      'diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q',
+      'unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q',
+      24,
+    ],
+    [
+      'diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q',
+      'unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q',
+      32,
+    ],
+    [
+      'text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj',
+      'te1_text_model_encoder_layers_1_self_attn_q_proj',
+      32,
+    ],
+    [
+      'text_encoders.clip_g.transformer.text_model.encoder.layers.1.self_attn.q_proj',
+      'te2_text_model_encoder_layers_1_self_attn_q_proj',
+      48,
+    ],
+  ] as const;
+  const merged = (spelling: 0 | 1) => {
+    const path = join(folder, `${spelling}.safetensors`);
+    const module = (names: (typeof layers)[number]) => (spelling ? `lora_${names[1]}` : names[0]);
+    const entries = layers.flatMap((names) => [
+      entry(`${module(names)}.lora_down.weight`, 2, names[2]),
+      entry(`${module(names)}.lora_up.weight`, names[2], 2),
+    ]);
+    writeSafetensors(path, entries);
+    const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+    t.equal(mergeLora(pipeline, path), layers.length, `${path}: layers`);
+    const parts = [pipeline.unet, ...pipeline.text.encoders.map(({ encoder }) => encoder)];
+    const weights = parts.flatMap((part) =>
+      [...namedParameters(part)].map(([name, { tensor }]) => `${name} ${tensor.floats()}`),
+    );
+    pipeline.release();
+    return weights;
+  };
+  t.same(merged(0), merged(1));
+  t.match(inspect(join(folder, '0.safetensors')), {
+    kind: "LoRA, ComfyUI's keys",
+    lora: { layers: { diffusion_model: 2, 'text_encoders.clip_l': 1, 'text_encoders.clip_g': 1 } },
+  });
   t.end();
 });
