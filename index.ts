@@ -16,6 +16,7 @@ export { openComponent, openComponentFile, openModel } from './models/checkpoint
 export type { Embeds, PromptEmbeds } from './models/conditioning.ts';
 export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
+export { type Interpolation, interpolate } from './models/interpolate.ts';
 export { type DecodedPicture, decodeLatents, type Latents } from './models/latents.ts';
 export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
 export { locateIPAdapter } from './models/locate_ip_adapter.ts';

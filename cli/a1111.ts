@@ -4,6 +4,7 @@ import type { Request } from '../models/request.ts';
 import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
 import { version } from './about.ts';
+import { hiresUpscalers } from './hires_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 /** Its names of our schedulers, where it has them. */
@@ -47,11 +48,24 @@ export function writeParameters(
     `Seed: ${seed}`,
     `Size: ${width}x${height}`,
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
+    ...hiresFields(options),
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
     ...emphasisField(options, prompt),
     `Version: sdxl ${version}`,
   ];
   return `${prompt}${negative}\n${fields.join(', ')}`;
+}
+
+function hiresFields(options: SampleOptions): string[] {
+  const { hires, hiresScale, hiresWidth, hiresHeight, hiresSteps } = options;
+  if (!hires) return [];
+  const isSized = hiresWidth !== undefined || hiresHeight !== undefined;
+  return [
+    `Denoising strength: ${options.hiresDenoisingStrength ?? 0.7}`,
+    isSized ? `Hires resize: ${hiresWidth ?? 0}x${hiresHeight ?? 0}` : `Hires upscale: ${hiresScale ?? 2}`,
+    ...(hiresSteps === undefined ? [] : [`Hires steps: ${hiresSteps}`]),
+    `Hires upscaler: ${options.hiresUpscaler ?? 'Latent'}`,
+  ];
 }
 
 function samplerFields({ name, config }: Sampler): string[] {
@@ -86,13 +100,17 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   Refiner: 'refiner',
   'Denoising strength': 'strength',
   'ControlNet 0': 'controlnet',
-  'Hires upscale': undefined,
+  'Hires sampler': undefined,
+  'Hires schedule type': undefined,
+  'Hires CFG Scale': undefined,
+  'Hires prompt': undefined,
+  'Hires negative prompt': undefined,
   'Variation seed': undefined,
 };
 
 export interface Parameters {
   /** Values by our options' names, as they would be typed. */
-  settings: Record<string, string | undefined>;
+  settings: Record<string, string | true | undefined>;
   /** What else made the picture, with the option that would do it here. */
   further: { text: string; option?: keyof SampleOptions }[];
 }
@@ -103,7 +121,10 @@ export function readParameters(text: string): Parameters {
   const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
   const [width, height] = (field('Size') ?? '').split('x');
   const adapters = [...new Set(body.match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [])];
-  const others = Object.entries(unread).map(([name, option]) => ({ name, option, value: field(name) }));
+  const hires = hiresOf(field);
+  const others = Object.entries(unread)
+    .filter(([name]) => !hires || name !== 'Denoising strength')
+    .map(([name, option]) => ({ name, option, value: field(name) }));
   const type = field('Schedule type');
   const { unheeded, ...scheduler } = schedulerOf(
     field('Sampler'),
@@ -121,11 +142,13 @@ export function readParameters(text: string): Parameters {
       emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
       rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
       ...scheduler,
+      ...hires?.settings,
       width: width || undefined,
       height,
     },
     further: [
       ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),
+      ...(hires?.untaken ? [{ text: hires.untaken, option: 'hires' as const }] : []),
       ...(unheeded ? [{ text: `Schedule type: ${unheeded}`, option: 'scheduler' as const }] : []),
       ...others
         .filter(({ value }) => value !== undefined)
@@ -152,6 +175,33 @@ function schedulerOf(text: string | undefined, given = '', ours = false) {
     scheduler: isKnown ? named : sampler,
     timestepSpacing: ['SGM Uniform', 'Simple'].includes(type) ? 'trailing' : 'linspace',
     unheeded: (layout ? isKnown : spacings.includes(type)) ? undefined : type,
+  };
+}
+
+/**
+ * Its second pass over the picture enlarged. Where it names no upscaler it is a plain one of latents; stable-diffusion.cpp has the
+ * upscaler's name in the scale's place, and zeros for what is not said.
+ */
+function hiresOf(field: (name: string) => string | undefined) {
+  const [upscale, resize] = [field('Hires upscale'), field('Hires resize')];
+  if ((upscale ?? resize) === undefined) return undefined;
+  const named = upscale !== undefined && !/^[\d.]+$/.test(upscale);
+  const upscaler = field('Hires upscaler') ?? (named ? upscale : 'Latent');
+  const scale = named ? field('Hires scale') : upscale;
+  if (!hiresUpscalers.some((each) => each === upscaler))
+    return { untaken: `a second pass by the upscaler ${upscaler}` };
+  const [width, height] = (resize ?? '').split('x').map((text) => (Number(text) > 0 ? text : undefined));
+  const steps = field('Hires steps');
+  return {
+    settings: {
+      hires: true as const,
+      hiresUpscaler: upscaler,
+      hiresDenoisingStrength: field('Denoising strength'),
+      hiresScale: (width ?? height) ? undefined : scale,
+      hiresWidth: width,
+      hiresHeight: height,
+      hiresSteps: Number(steps) > 0 ? steps : undefined,
+    },
   };
 }
 

@@ -20,6 +20,7 @@ import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
 import { controlnetOf } from './control_options.ts';
+import { enlarged, hiresSize } from './hires_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
@@ -36,7 +37,14 @@ import {
   promptsOf,
   type SampleOptions,
 } from './sample_options.ts';
-import { baseRequests, canvasOf, readInputs, refinerRequest, seedOf } from './sample_request.ts';
+import {
+  baseRequests,
+  canvasOf,
+  hiresRequest,
+  readInputs,
+  refinerRequest,
+  seedOf,
+} from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
@@ -90,7 +98,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
-  checkDecode(autoencoder((vaeSource ?? refinerSource ?? source).config('vae')), canvas, options.vaeTiling);
+  const larger = hiresSize(options, canvas, sizes.ratio);
+  const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
+  checkDecode(decoder, larger ?? canvas, options.vaeTiling);
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
@@ -98,13 +108,18 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
+  if (larger)
+    planned(
+      source,
+      hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
+    );
   const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter, lora } };
-  return { options, requests, canvas, album, device, dtype, seed, sampler, ...sources };
+  return { options, requests, canvas, larger, album, device, dtype, seed, sampler, ...sources };
 }
 
 /** Loads the models, one after the other, and draws. */
 async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
-  const { options, requests, canvas, album, device, dtype, seed } = prepared;
+  const { options, requests, canvas, larger, album, device, dtype, seed } = prepared;
   const { source, refinerSource, vaeSource, taeSource } = prepared;
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
@@ -121,12 +136,22 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   try {
     previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
     const stage = stages(requests.length, options, previews, terminal, tell);
-    if (!quiet) terminal.err(`seed ${seed}, ${width}x${height}, ${dtype} on ${device.name}\n`);
+    const sizes = [{ width, height }, ...(larger ? [larger] : [])].map(
+      (each) => `${each.width}x${each.height}`,
+    );
+    if (!quiet) terminal.err(`seed ${seed}, ${sizes.join(', then ')}, ${dtype} on ${device.name}\n`);
     const finish = finishing(prepared, warn, (latents) => decode(pipeline, latents, options.vaeTiling));
     const halfway: Latents[] = [];
-    const sampling = stage('sampling');
+    const [sampling, again] = [stage('sampling'), stage('second pass')];
     for (const [i, request] of asked.entries()) {
-      const latents = await timed('sample', () => sampling(pipeline, request));
+      let latents = await timed('sample', () => sampling(pipeline, request));
+      if (larger) {
+        const place = [seed, i, requests.length] as const;
+        const second = hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
+          enlarged(pipeline, latents, larger, options, draw),
+        );
+        latents = await timed('sample', () => again(pipeline, second));
+      }
       if (refinerSource) halfway.push(latents);
       else await timed('decode', () => finish(i, latents));
     }
@@ -144,7 +169,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     await timed('decode', () => album.close());
     report(options, terminal, {
       files: album.files,
-      ...{ seed, ...canvas.written, steps },
+      ...{ seed, ...(larger ?? canvas.written), steps },
       ...{ model, dtype, device: device.name, seconds },
       peak_bytes: device.memory.peak,
       peak_process_bytes: process.resourceUsage().maxRSS * 1024,

@@ -4,6 +4,7 @@ import type { Command } from 'commander';
 import { emphases } from '../models/emphasis.ts';
 import { shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
 import { addControlOptions } from './control_options.ts';
+import { addHiresOptions } from './hires_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
 import { corner, devices, number, numbers, oneOf, repeated, side, size } from './options.ts';
 import { addPreviewOptions } from './preview.ts';
@@ -19,6 +20,7 @@ Examples:
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
+  sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
@@ -275,7 +277,14 @@ export function addSampleOptions(command: Command): Command {
       microConditioningOptions,
       overPictureOptions,
     ],
-    ...[addControlOptions, addIPAdapterOptions, refinerOptions, addPreviewOptions, fileOptions],
+    ...[
+      addHiresOptions,
+      addControlOptions,
+      addIPAdapterOptions,
+      refinerOptions,
+      addPreviewOptions,
+      fileOptions,
+    ],
   ];
   for (const add of groups) add(command);
   return command

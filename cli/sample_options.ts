@@ -12,11 +12,12 @@ import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
+import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { scaledFile } from './options.ts';
 import type { PreviewOptions } from './preview.ts';
 
-export interface SampleOptions extends ControlOptions, IPAdapterOptions, PreviewOptions {
+export interface SampleOptions extends ControlOptions, IPAdapterOptions, HiresOptions, PreviewOptions {
   model?: string;
   from?: string;
   configs?: string;
@@ -179,6 +180,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);
   checkIPAdapters(options);
+  checkHires(options);
   for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);

@@ -11,6 +11,7 @@ import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { layoutOf } from '../models/samplers/registry.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { controlRequest } from './control_options.ts';
+import { hiresSteps } from './hires_options.ts';
 import { ipAdapterRequest } from './ip_adapter_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
@@ -140,19 +141,42 @@ export function baseRequests(
     aesthetic_score: options.aestheticScore,
     negative_aesthetic_score: options.negativeAestheticScore,
   };
-  const Generator = options.rng === 'cuda' ? CudaGenerator : TorchGenerator;
   const count = prompts.length * options.batchCount;
   return Array.from({ length: count }, (_, i) => ({
     ...shared,
     prompt: [prompts[Math.floor(i / options.batchCount)]],
-    generators: [new Generator(seedOf(options, seed, i))],
-    last: i === count - 1,
+    generators: [generatorOf(options, seed, i)],
+    last: i === count - 1 && !options.hires,
   }));
 }
 
 /** The seed of the i-th request: each prompt's batches begin at `seed` and count on. */
 export const seedOf = ({ batchCount }: SampleOptions, seed: number, i: number): number =>
   seed + (i % batchCount);
+
+const generatorOf = (options: SampleOptions, seed: number, i: number): TorchGenerator | CudaGenerator =>
+  new (options.rng === 'cuda' ? CudaGenerator : TorchGenerator)(seedOf(options, seed, i));
+
+/** The second pass of the i-th request: over what `enlarge` makes of its latents, at the larger size and from its seed anew. */
+export function hiresRequest(
+  options: SampleOptions,
+  { width, height }: { width: number; height: number },
+  { controls = [] }: Inputs,
+  base: Request,
+  [seed, i, count]: readonly [seed: number, i: number, count: number],
+  enlarge: (draw: (count: number) => Float32Array) => Latents,
+): Request {
+  const generator = generatorOf(options, seed, i);
+  return {
+    ...base,
+    ...{ width, height },
+    ...hiresSteps(options, base.num_inference_steps),
+    image: enlarge((n) => generator.randn(n)),
+    generators: [generator],
+    ...controlRequest(options, controls, width, height),
+    last: i === count - 1,
+  };
+}
 
 /** Where the refiner takes over the base's latents; undefined where it works over the finished picture. */
 const handover = (options: SampleOptions): number | undefined =>

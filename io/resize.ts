@@ -62,6 +62,34 @@ interface Taps {
   size: number;
 }
 
+/** What an output pixel takes: weights, whose sum is 1, of input pixels from `first` on. */
+export interface Mix {
+  first: number;
+  weights: readonly number[];
+}
+
+/**
+ * The i-th of `outputSize` pixels under a filter that widens when shrinking: also what torch's interpolate takes with
+ * `antialias`.
+ */
+export function mixOf(
+  i: number,
+  inputSize: number,
+  outputSize: number,
+  filter: Exclude<ResizeFilter, 'nearest'>,
+): Mix {
+  const { support, weight } = filters[filter];
+  const scale = inputSize / outputSize;
+  const stretch = Math.max(scale, 1);
+  const reach = support * stretch;
+  const center = (i + 0.5) * scale;
+  const first = Math.max(0, Math.trunc(center - reach + 0.5));
+  const count = Math.min(inputSize, Math.trunc(center + reach + 0.5)) - first;
+  const exact = Array.from({ length: count }, (_, x) => weight((x + first - center + 0.5) * (1 / stretch)));
+  const sum = exact.reduce((total, w) => total + w, 0);
+  return { first, weights: exact.map((w) => w / sum) };
+}
+
 /** The taps of `length` output pixels from `begin` on. */
 function makeTaps(
   inputSize: number,
@@ -70,10 +98,7 @@ function makeTaps(
   length: number,
   filter: Exclude<ResizeFilter, 'nearest'>,
 ): Taps {
-  const { support, weight } = filters[filter];
-  const scale = inputSize / outputSize;
-  const stretch = Math.max(scale, 1);
-  const reach = support * stretch;
+  const reach = filters[filter].support * Math.max(inputSize / outputSize, 1);
   const size = Math.ceil(reach) * 2 + 1;
   const taps: Taps = {
     first: new Int32Array(length),
@@ -82,16 +107,12 @@ function makeTaps(
     size,
   };
   for (let i = 0; i < length; i++) {
-    const center = (begin + i + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(center - reach + 0.5));
-    const count = Math.min(inputSize, Math.trunc(center + reach + 0.5)) - first;
-    const exact = Array.from({ length: count }, (_, x) => weight((x + first - center + 0.5) * (1 / stretch)));
-    const sum = exact.reduce((total, w) => total + w, 0);
+    const { first, weights } = mixOf(begin + i, inputSize, outputSize, filter);
     taps.first[i] = first;
-    taps.count[i] = count;
+    taps.count[i] = weights.length;
     // Rounded half away from zero, as C's cast after adding or subtracting one half.
-    exact.forEach((w, x) => {
-      const scaled = (w / sum) * 2 ** precisionBits;
+    weights.forEach((w, x) => {
+      const scaled = w * 2 ** precisionBits;
       taps.weights[i * size + x] = Math.trunc(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
     });
   }

@@ -36,7 +36,7 @@ test('samplers with their schedule types', (t) => {
 test('what else made a picture is told', (t) => {
   const { settings, further } = readParameters(
     'a <lora:style:0.8> fox, red <lora:more:1>\nNegative prompt: rain\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, ' +
-      'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Denoising strength: 0.5, Hires upscale: 2, ' +
+      'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Denoising strength: 0.5, Variation seed: 2, ' +
       'Lora hashes: "style: 1, more: 2", Version: v1.10.1',
   );
   t.match(settings, { prompt: 'a fox, red', negativePrompt: 'rain', width: '512', height: '768', seed: '3' });
@@ -45,7 +45,7 @@ test('what else made a picture is told', (t) => {
     { text: '<lora:more:1>', option: 'lora' },
     { text: 'Model: sd_xl_base_1.0', option: 'model' },
     { text: 'Denoising strength: 0.5', option: 'strength' },
-    { text: 'Hires upscale: 2', option: undefined },
+    { text: 'Variation seed: 2', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
   for (const [sampler, type] of [
@@ -59,6 +59,36 @@ test('what else made a picture is told', (t) => {
       { text: `Schedule type: ${type}`, option: 'scheduler' },
     ]);
   }
+  t.end();
+});
+
+test('a second pass over the picture enlarged', (t) => {
+  for (const [fields, settings] of [
+    [
+      'Denoising strength: 0.5, Hires upscale: 1.5, Hires steps: 12, Hires upscaler: Latent (bicubic antialiased), Version: v1.10.1',
+      {
+        ...{ hiresScale: '1.5', hiresSteps: '12', hiresDenoisingStrength: '0.5' },
+        ...{ hiresUpscaler: 'Latent (bicubic antialiased)', hiresWidth: undefined },
+      },
+    ],
+    [
+      'Denoising strength: 0.7, Hires resize: 0x1536, Hires upscaler: Lanczos, Version: v1.10.1',
+      { hiresScale: undefined, hiresWidth: undefined, hiresHeight: '1536', hiresUpscaler: 'Lanczos' },
+    ],
+    [
+      'Hires upscale: Latent, Hires scale: 2.000000, Hires resize: 0x0, Hires steps: 0, Denoising strength: 0.700000, Version: stable-diffusion.cpp',
+      { hiresScale: '2.000000', hiresHeight: undefined, hiresSteps: undefined, hiresUpscaler: 'Latent' },
+    ],
+  ] as const) {
+    const { settings: found, further } = readParameters(`a fox\nSteps: 20, Sampler: Euler, ${fields}`);
+    t.match(found, { hires: true, ...settings }, fields);
+    t.same(further, [], 'nothing else');
+  }
+  const foreign = readParameters(
+    'a fox\nSteps: 20, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: 4x-UltraSharp',
+  );
+  t.equal(foreign.settings.hires, undefined, 'an upscaler that is none of ours is told of');
+  t.same(foreign.further, [{ text: 'a second pass by the upscaler 4x-UltraSharp', option: 'hires' }]);
   t.end();
 });
 

@@ -97,6 +97,21 @@ test('the first picture to follow gives the size, several prompts share it, and 
   t.equal(maxDifference((await readPicture(files[0])).data, (await readPicture(alone)).data), 0);
 });
 
+test('a second pass over the picture enlarged is followed too: two calls in one', async (t) => {
+  const [first, second, both] = ['first.png', 'second.png', 'both.png'].map(at);
+  const follow = ['--controlnet', at('full'), '--control-image', pictureFile(1, 96, 96), '--seed', '1'];
+  const large = ['--width', '96', '--height', '96'];
+  const hires = ['--hires', '--hires-scale', '1.5', '--hires-upscaler', 'Lanczos'];
+  for (const argv of [
+    [...size, '--steps', '4', '--output', first],
+    // Four steps of five: what four of a strength of 0.7 come to.
+    [...large, '--steps', '5', '--image', first, '--strength', '0.85', '--output', second],
+    [...size, '--steps', '4', ...hires, '--output', both],
+  ])
+    t.equal((await sample(...follow, ...argv)).status, 0, argv.join(' '));
+  t.equal(maxDifference((await readPicture(both)).data, (await readPicture(second)).data), 0);
+});
+
 test('a ControlNet in one file is the folder it came from', async (t) => {
   const draw = async (path: string, ...argv: string[]) => {
     const output = at('y.png');

@@ -1,0 +1,136 @@
+// The flags of `sdxl sample` for a second pass over the picture enlarged (A1111's hires. fix), in stable-diffusion.cpp's words, what can
+// be known to be wrong with them, and the request that they come to. As there, so many steps are done as are asked for, of a schedule
+// that is longer by the strength, where --strength does a part of the steps; and the seed begins anew.
+import type { Command } from 'commander';
+import { UserError } from '../io/errors.ts';
+import { preprocess } from '../io/image.ts';
+import { resize } from '../io/resize.ts';
+import { type Interpolation, interpolate } from '../models/interpolate.ts';
+import { encodeImage, type Latents, stacked } from '../models/latents.ts';
+import { decode, type Pipeline } from '../models/pipeline.ts';
+import type { Request } from '../models/request.ts';
+import { number, oneOf, side } from './options.ts';
+
+/** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
+const upscalers = {
+  Latent: { mode: 'bilinear' },
+  'Latent (nearest)': { mode: 'nearest' },
+  'Latent (nearest-exact)': { mode: 'nearest-exact' },
+  'Latent (antialiased)': { mode: 'bilinear', antialias: true },
+  'Latent (bicubic)': { mode: 'bicubic' },
+  'Latent (bicubic antialiased)': { mode: 'bicubic', antialias: true },
+  Lanczos: 'lanczos',
+  Nearest: 'nearest',
+} as const satisfies Record<string, Interpolation | 'lanczos' | 'nearest'>;
+type Upscaler = keyof typeof upscalers;
+export const hiresUpscalers = Object.keys(upscalers) as Upscaler[];
+
+export interface HiresOptions {
+  hires?: boolean;
+  hiresScale?: number;
+  hiresWidth?: number;
+  hiresHeight?: number;
+  hiresSteps?: number;
+  hiresDenoisingStrength?: number;
+  hiresUpscaler?: Upscaler;
+}
+
+export const addHiresOptions = (command: Command): Command =>
+  command
+    .optionsGroup('Larger (a second pass over the picture enlarged):')
+    .option('--hires', 'draw as usual, enlarge, and draw over it')
+    .option('--hires-scale <F>', 'how much larger (default: 2)', number('--hires-scale', { min: 1, max: 8 }))
+    .option('--hires-width <N>', 'or how wide; alone it keeps the shape', side('--hires-width'))
+    .option('--hires-height <N>', 'or how high', side('--hires-height'))
+    .option(
+      '--hires-steps <N>',
+      'steps of the second pass (default: --steps)',
+      number('--hires-steps', { min: 1, max: 1000, whole: true }),
+    )
+    .option(
+      '--hires-denoising-strength <F>',
+      'how far it may leave the first, above 0 to 1 (default: 0.7)',
+      number('--hires-denoising-strength', { min: 0.01, max: 1 }),
+    )
+    .option(
+      '--hires-upscaler <NAME>',
+      `${hiresUpscalers.join(', ')} (default: Latent); with Lanczos and Nearest the picture is enlarged`,
+      oneOf('--hires-upscaler', hiresUpscalers),
+    );
+
+/** @throws UserError for flags that say nothing or contradict each other */
+export function checkHires(options: HiresOptions & HiresRivals): void {
+  const idle = Object.entries({
+    '--hires-scale': options.hiresScale,
+    '--hires-width': options.hiresWidth,
+    '--hires-height': options.hiresHeight,
+    '--hires-steps': options.hiresSteps,
+    '--hires-denoising-strength': options.hiresDenoisingStrength,
+    '--hires-upscaler': options.hiresUpscaler,
+  }).find(([, value]) => value !== undefined);
+  if (!options.hires) {
+    if (idle) throw new UserError(`${idle[0]} needs --hires: a second pass`);
+    return;
+  }
+  if (options.hiresScale !== undefined && (options.hiresWidth ?? options.hiresHeight) !== undefined)
+    throw new UserError(
+      '--hires-scale says how large, and so do --hires-width and --hires-height; give one of them',
+    );
+  const rival = rivals.find(([name]) => options[name] !== undefined);
+  if (rival) throw new UserError(`--hires draws from a prompt alone: ${rival[1]}`);
+}
+
+/** Options that a second pass does not go with, and what there is instead. */
+const rivals = [
+  ['image', 'over a picture give a larger --width and --height'],
+  ['refiner', 'leave out --refiner, or refine its picture in a call of its own, as --image'],
+  ['denoisingEnd', 'leave out --denoising-end'],
+  ['timesteps', 'give --steps in place of --timesteps'],
+  ['sigmas', 'give --steps in place of --sigmas'],
+] as const;
+type HiresRivals = Partial<Record<(typeof rivals)[number][0], unknown>>;
+
+interface Sides {
+  width: number;
+  height: number;
+}
+
+/** How large the second pass is, cut to whole latents; undefined where there is none. */
+export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio: number): Sides | undefined {
+  const { hires, hiresScale = 2, hiresWidth, hiresHeight } = options;
+  if (!hires) return undefined;
+  const scale =
+    hiresWidth !== undefined
+      ? hiresWidth / width
+      : hiresHeight !== undefined
+        ? hiresHeight / height
+        : hiresScale;
+  const floored = (pixels: number) => Math.floor(pixels) - (Math.floor(pixels) % ratio);
+  return { width: hiresWidth ?? floored(width * scale), height: hiresHeight ?? floored(height * scale) };
+}
+
+/** The steps that a second pass does, as A1111 lays them out. */
+export function hiresSteps(
+  { hiresSteps: asked, hiresDenoisingStrength: strength = 0.7 }: HiresOptions,
+  steps: number,
+): Pick<Request, 'num_inference_steps' | 'strength'> {
+  const done = asked ?? steps;
+  const total = Math.floor(done / Math.min(strength, 0.999));
+  // diffusers' share of the steps is cut to whole ones: half a step more, so that none is lost to rounding.
+  return { num_inference_steps: total, strength: Math.min(1, (done + 0.5) / total) };
+}
+
+/** What the second pass begins with: latents of the larger size. `draw` is for the VAE's encoder, where there is one to ask. */
+export function enlarged(
+  pipeline: Pipeline,
+  latents: Latents,
+  { width, height }: Sides,
+  { hiresUpscaler = 'Latent', vaeTiling = false }: HiresOptions & { vaeTiling?: boolean },
+  draw: (count: number) => Float32Array,
+): Latents {
+  const way = upscalers[hiresUpscaler];
+  const { ratio, vae } = pipeline;
+  if (typeof way === 'object') return interpolate(latents, [height / ratio, width / ratio], way);
+  const pictures = decode(pipeline, latents, vaeTiling).map((each) => resize(each, width, height, way));
+  return stacked(pictures.map((each) => encodeImage(vae, preprocess(each, width, height), draw, vaeTiling)));
+}
