@@ -8,19 +8,21 @@ import { UserError } from '../io/errors.ts';
 import { assertWritable, listFolder } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { inTurns } from '../io/turns.ts';
-import { type Json, type ModelSource, openModel } from '../models/checkpoint.ts';
-import { buildComponent } from '../models/components.ts';
+import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { locateModel } from '../models/locate.ts';
+import { locateLora } from '../models/locate_lora.ts';
+import type { AdapterFile } from '../models/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora_file.ts';
+import { mergedModel, targetsIn, targetsOf } from '../models/merged.ts';
 import { presets } from '../models/presets.ts';
-import { parseUNetConfig } from '../models/unet.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { bytes, devices, oneOf } from './options.ts';
+import { bytes, devices, oneOf, repeated } from './options.ts';
 import { progressBar } from './progress.ts';
+import { loraOf } from './sample_options.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
@@ -30,6 +32,7 @@ interface Options {
   maxShardSize: number;
   ema?: boolean;
   configs?: string;
+  lora?: string[];
   device: string;
   json?: boolean;
   quiet?: boolean;
@@ -43,6 +46,7 @@ Examples:
   sdxl export runs/pokemon-blip/checkpoints/step-00010400 ./pokemon --save-keys unet --dtype float16
   sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
   sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
+  sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's.`;
@@ -65,6 +69,11 @@ export function addExport(command: Command, terminal: Terminal): void {
         .default(10e9, '10GB'),
     )
     .option('--ema', 'the moving averages instead of the last weights')
+    .option(
+      '--lora <FILE[:SCALE]>',
+      'an adapter to be merged into the weights for good, or its folder or hub id; may be given more than once',
+      repeated((text) => text),
+    )
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
     .option('--device <NAME>', `where the forward passes run that are compared: ${devices}`, 'auto')
     .option('--json', 'one JSON object on stdout')
@@ -87,10 +96,11 @@ function refuseFurther([further]: readonly string[], { saveKeys }: Options): voi
 }
 
 /** What is asked for and would change nothing. */
-function refuseIdle({ format, saveKeys }: Options, sharded: boolean): void {
+function refuseIdle({ format, saveKeys, lora }: Options, sharded: boolean): void {
   const idle = [
     ['--max-shard-size', sharded && format !== 'diffusers'],
     ['--save-keys', saveKeys !== undefined && isOfLora(format)],
+    ['--lora', lora !== undefined && isOfLora(format)],
   ] as const;
   for (const [flag, given] of idle)
     if (given) throw new UserError(`${flag} is for a model's parts, and ${format} is one file; leave it out`);
@@ -163,24 +173,11 @@ function noAdapter(path: string, { ema }: Options): UserError {
   return new UserError(`${path} is not a LoRA; export a whole model as --format diffusers or single-file`);
 }
 
-/** The model that an adapter is for, on shapes alone. */
+/** The model that an adapter is for, on shapes alone: SDXL's base where none lends its configs. */
 function loraTargets(configs: string | undefined): LoraTargets {
-  const source = configs === undefined ? undefined : openModel(configs);
+  if (configs !== undefined) return targetsIn(openModel(configs));
   const published = componentConfigs(presets['sdxl-base']);
-  const config = (name: string): Json | undefined =>
-    source ? (source.has(name) ? source.config(name) : undefined) : published[name];
-  const built = (name: string) => {
-    const json = config(name);
-    return json && buildComponent(json)?.module;
-  };
-  const unet = built('unet');
-  if (!unet) throw new UserError(`${configs} has no unet`);
-  return {
-    unet,
-    unetConfig: parseUNetConfig(config('unet') as Json),
-    text_encoder: built('text_encoder'),
-    text_encoder_2: built('text_encoder_2'),
-  };
+  return targetsOf('sdxl-base', (name) => published[name]);
 }
 
 function namesOf(text: string): string[] {
@@ -204,19 +201,31 @@ async function exportWeights(
         locate: locatorOf(where),
       })
     : await locateModel(from, where);
+  const lora: AdapterFile[] = [];
+  for (const { file, scale } of (options.lora ?? []).map(loraOf))
+    lora.push({ path: await locateLora(file, where), scale });
+  const device = openDevice(options.device);
+  const merged = lora.length > 0 ? mergedModel(source, lora, { device, dtype: options.dtype }) : undefined;
   const bar = progressBar(terminal, 'tensors', quiet);
   const request = {
     save_keys: options.saveKeys === undefined ? [] : namesOf(options.saveKeys),
     dtype: options.dtype,
     max_shard_size: options.maxShardSize,
-    device: openDevice(options.device),
+    device,
     onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
   };
-  const work = (options.format === 'single-file' ? exportSingleFile : exportFolder)(source, out, request);
+  const work = (options.format === 'single-file' ? exportSingleFile : exportFolder)(
+    merged ?? source,
+    out,
+    request,
+  );
   const stop: { by?: NodeJS.Signals } = {};
   const heed = (): void => {
     if (stop.by) throw new Stopped(stop.by);
   };
   const ask = (signal: NodeJS.Signals) => void (stop.by = signal);
-  return heedingSignals(ask, () => inTurns(work, heed)).finally(bar.end);
+  return heedingSignals(ask, () => inTurns(work, heed)).finally(() => {
+    bar.end();
+    merged?.close();
+  });
 }

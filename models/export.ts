@@ -131,15 +131,21 @@ function converted(weights: WeightSource, name: string, from: FloatDType, to: Fl
     weights.bytes(name); // tells of a type that is not read at all
     throw new UserError(`${weights.where}: tensor ${name} is ${from}, not a float type`);
   }
-  if (from === to) return weights.bytes(name);
-  const values = weights.floats(name);
-  if (to === 'float16') {
-    const large = values.find((value) => Math.abs(value) >= 65520);
-    if (large !== undefined)
-      throw new UserError(
-        `${weights.where}: tensor ${name} holds ${large}, more than float16 can; export it as bfloat16 or float32`,
-      );
-  }
+  return from === to ? weights.bytes(name) : encodeWeight(weights, name, weights.floats(name), to);
+}
+
+/** A weight's numbers in a type. @throws UserError where float16 would turn one into infinity */
+export function encodeWeight(
+  { where }: WeightSource,
+  name: string,
+  values: Float32Array,
+  to: FloatDType,
+): Uint8Array {
+  const large = to === 'float16' ? values.find((value) => Math.abs(value) >= 65520) : undefined;
+  if (large !== undefined)
+    throw new UserError(
+      `${where}: tensor ${name} holds ${large}, more than float16 can; export it as bfloat16 or float32`,
+    );
   return encodeNumbers(values, to);
 }
 

@@ -14,8 +14,8 @@ import type { TextStack } from './conditioning.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
 
-/** What an adapter makes of a weight, or of a bias. */
-type Change = (values: Tensor) => Tensor;
+/** What an adapter makes of a weight, or of a bias, in float32. */
+export type Change = (values: Tensor) => Tensor;
 
 /** An adapter to be added `scale` times: once where it is not told. */
 export interface AdapterFile {
@@ -76,16 +76,33 @@ export function mergeLora(into: LoraTargets & { text?: TextStack }, path: string
   }
 }
 
+/** Several of them, whose changes come one after the other. @throws UserError if one does not fit, and then none is open */
+export function openAdapters(
+  targets: LoraTargets,
+  files: readonly AdapterFile[],
+): Pick<OpenAdapter, 'changes' | 'close'> {
+  const opened: OpenAdapter[] = [];
+  const close = () => {
+    for (const each of opened) each.close();
+  };
+  try {
+    for (const file of files) opened.push(openAdapter(targets, file));
+  } catch (error) {
+    close();
+    throw error;
+  }
+  return { changes: opened.flatMap(({ changes }) => changes), close };
+}
+
 /**
  * Runs `load`, which loads the targets' weights, with adapters merged into each as it comes, before it is kept in fewer bits.
  * @throws UserError before anything is loaded, if an adapter does not fit
  */
 export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[], load: () => void): void {
-  const opened: OpenAdapter[] = [];
+  const { changes, close } = openAdapters(targets, files);
   const changing = new Set<Parameter>();
   try {
-    for (const file of files) opened.push(openAdapter(targets, file));
-    for (const [parameter, change] of opened.flatMap(({ changes }) => changes)) {
+    for (const [parameter, change] of changes) {
       const { incoming: before } = parameter;
       parameter.incoming = (given) => changed(before?.(given) ?? given, change);
       changing.add(parameter);
@@ -93,7 +110,7 @@ export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[]
     load();
   } finally {
     for (const parameter of changing) parameter.incoming = undefined;
-    for (const { close } of opened) close();
+    close();
   }
 }
 
