@@ -1,15 +1,17 @@
 // The flags of `sdxl sample` for ControlNets, what can be known to be wrong with them, and the part of a request that they come
 // to. Lists go by the order of --controlnet; what is given once counts for all.
 import type { Command } from 'commander';
-import { UserError } from '../io/errors.ts';
+import { didYouMean, UserError } from '../io/errors.ts';
 import { preprocessControl } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
+import { controlModeOf, controlModes } from '../models/controlnet_union.ts';
 import type { ControlRequest } from '../models/multicontrolnet.ts';
 import { number, repeated, scaledFile } from './options.ts';
 
 export interface ControlOptions {
   controlnet?: string[];
   controlImage?: string[];
+  controlMode?: number[];
   controlGuidanceStart?: number[];
   controlGuidanceEnd?: number[];
   guessMode?: boolean;
@@ -29,6 +31,11 @@ export const addControlOptions = (command: Command): Command =>
       repeated((text) => text),
     )
     .option(
+      '--control-mode <N|NAME>',
+      `what the picture is, for a ControlNet union: ${controlModes.map((names, i) => `${i} or ${names.join(', ')}`).join('; ')}; given once for all, or once for each --controlnet`,
+      repeated(mode),
+    )
+    .option(
       '--control-guidance-start <F>',
       'the part of the steps from which on it is followed, 0 to 1 (default: 0); given once for all, or once for each',
       repeated(number('--control-guidance-start', { min: 0, max: 1 })),
@@ -39,6 +46,16 @@ export const addControlOptions = (command: Command): Command =>
       repeated(number('--control-guidance-end', { min: 0, max: 1 })),
     )
     .option('--guess-mode', "control the prompt's prediction alone, and early features less than late ones");
+
+function mode(text: string): number {
+  const named = controlModeOf(text);
+  if (named !== undefined) return named;
+  if (/^\d+$/.test(text)) return Number(text);
+  const names = controlModes.flat();
+  throw new UserError(
+    `--control-mode takes a number from 0 to ${controlModes.length - 1} or ${names.join(', ')}, not "${text}"${didYouMean(text, names)}`,
+  );
+}
 
 /** `PATH:SCALE` as typed after --controlnet. */
 export const controlnetOf = (text: string): { file: string; scale?: number } =>
@@ -59,6 +76,7 @@ export function checkControl(options: ControlOptions): void {
     );
   const [starts, ends] = [controlGuidanceStart ?? [0], controlGuidanceEnd ?? [1]];
   for (const [flag, list] of [
+    ['--control-mode', options.controlMode],
     ['--control-guidance-start', controlGuidanceStart],
     ['--control-guidance-end', controlGuidanceEnd],
     ['--guess-mode', options.guessMode ? nets.slice(0, 1) : undefined],
@@ -80,7 +98,13 @@ export function checkControl(options: ControlOptions): void {
 
 /** The part that ControlNets heed; nothing where there are none. A scale that is not typed is the pipeline's own. */
 export function controlRequest(
-  { controlnet = [], controlGuidanceStart: starts, controlGuidanceEnd: ends, guessMode }: ControlOptions,
+  {
+    controlnet = [],
+    controlMode: modes,
+    controlGuidanceStart: starts,
+    controlGuidanceEnd: ends,
+    guessMode,
+  }: ControlOptions,
   controls: readonly Picture[],
   width: number,
   height: number,
@@ -90,6 +114,7 @@ export function controlRequest(
   return {
     control_image: controls.map((picture) => preprocessControl(picture, width, height)),
     controlnet_conditioning_scale: controlnet.map((text) => controlnetOf(text).scale),
+    control_mode: oneOrAll(modes),
     control_guidance_start: oneOrAll(starts),
     control_guidance_end: oneOrAll(ends),
     guess_mode: guessMode,

@@ -23,6 +23,7 @@ const lists = [
   'ipAdapterImage',
   'controlnet',
   'controlImage',
+  'controlMode',
   'controlGuidanceStart',
   'controlGuidanceEnd',
 ];

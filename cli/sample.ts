@@ -14,12 +14,13 @@ import { locateControlNet, locateModel, locateTae, locateVae } from '../models/l
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
 import type { AdapterFile } from '../models/lora.ts';
+import { checkControlModes } from '../models/multicontrolnet.ts';
 import { decode, denoiseToEnd, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
-import { controlnetOf } from './control_options.ts';
+import { controlnetOf, controlRequest } from './control_options.ts';
 import { enlarged, hiresSize } from './hires_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
@@ -87,6 +88,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
+  checkControlModes(controlnet, controlRequest(options, [], 0, 0).control_mode);
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));

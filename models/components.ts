@@ -11,6 +11,7 @@ import type { Json } from './checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from './clip.ts';
 import { parseVisionConfig, visionEncoder } from './clip_vision.ts';
 import { controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts';
+import { controlnetUnion, parseControlNetUnionConfig } from './controlnet_union.ts';
 import { joined } from './latents.ts';
 import { parseUNetConfig, unet } from './unet.ts';
 import type { EncoderConfig, Question } from './unet_encoder.ts';
@@ -30,6 +31,7 @@ export function buildComponent(config: Json): Component | undefined {
   const name = classOf(config);
   if (name === 'UNet2DConditionModel') return unetComponent(config);
   if (name === 'ControlNetModel') return controlnetComponent(config);
+  if (name === 'ControlNetUnionModel') return controlnetUnionComponent(config);
   if (name === 'AutoencoderKL' || name === 'AutoencoderTiny') return autoencoderComponent(config);
   if (name === 'CLIPVisionModelWithProjection') return visionComponent(config);
   return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
@@ -83,6 +85,18 @@ function controlnetComponent(json: Json): Component {
       const question = questionOf(config, device, dtype);
       const side = question.sample.shape[1] * controlRatio(config);
       return module(question, wave([1, side, side, 3], device, dtype));
+    });
+  return { module, probe };
+}
+
+function controlnetUnionComponent(json: Json): Component {
+  const config = parseControlNetUnionConfig(json, 'config.json');
+  const module = controlnetUnion(config);
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => {
+      const question = questionOf(config, device, dtype);
+      const side = question.sample.shape[1] * controlRatio(config);
+      return module(question, [{ picture: wave([1, side, side, 3], device, dtype), mode: 0, weight: 1 }]);
     });
   return { module, probe };
 }

@@ -10,6 +10,7 @@ import type { Tensor } from '../engine/tensor.ts';
 import { once } from './context_cache.ts';
 import type { AdditionalResiduals } from './unet.ts';
 import {
+  type ConfigRules,
   type EncoderConfig,
   encode,
   encoder,
@@ -29,30 +30,33 @@ export interface ControlNetConfig extends EncoderConfig {
  * @throws UserError naming a field that is absent, or asks for another architecture
  */
 export const parseControlNetConfig = (json: Record<string, unknown>, file: string): ControlNetConfig =>
-  parseConfig(json, {
-    ...{ file, what: "a ControlNet of diffusers' for SDXL" },
-    fixed: {
-      conditioning_channels: 3,
-      controlnet_conditioning_channel_order: 'rgb',
-      encoder_hid_dim: null,
-      encoder_hid_dim_type: null,
-      global_pool_conditions: false,
-      num_attention_heads: null,
-      num_class_embeds: null,
-      only_cross_attention: false,
-      resnet_time_scale_shift: 'default',
-    },
-    oneOf: { mid_block_type: ['UNetMidBlock2DCrossAttn', 'UNetMidBlock2D'] },
-    widths: ['conditioning_embedding_out_channels'],
-    defaults: { conditioning_embedding_out_channels: [16, 32, 96, 256] },
-  });
+  parseConfig(json, controlnetRules(file));
+
+/** What a ControlNet's config.json may say. */
+export const controlnetRules = (file: string): ConfigRules => ({
+  ...{ file, what: "a ControlNet of diffusers' for SDXL" },
+  fixed: {
+    conditioning_channels: 3,
+    controlnet_conditioning_channel_order: 'rgb',
+    encoder_hid_dim: null,
+    encoder_hid_dim_type: null,
+    global_pool_conditions: false,
+    num_attention_heads: null,
+    num_class_embeds: null,
+    only_cross_attention: false,
+    resnet_time_scale_shift: 'default',
+  },
+  oneOf: { mid_block_type: ['UNetMidBlock2DCrossAttn', 'UNetMidBlock2D'] },
+  widths: ['conditioning_embedding_out_channels'],
+  defaults: { conditioning_embedding_out_channels: [16, 32, 96, 256] },
+});
 
 /** Pixels per latent, of a config. */
 export const controlRatio = ({ conditioning_embedding_out_channels: widths }: ControlNetConfig): number =>
   2 ** (widths.length - 1);
 
 /** A picture [n, h, w, 3] to features [n, h / 8, w / 8, width]: two 3x3 convolutions for each half of the resolution. */
-const conditioningEmbedding = ([first, ...widths]: readonly number[], width: number) => {
+export const conditioningEmbedding = ([first, ...widths]: readonly number[], width: number) => {
   const from = [first, ...widths];
   const last = from[widths.length];
   return module(
@@ -74,6 +78,21 @@ const conditioningEmbedding = ([first, ...widths]: readonly number[], width: num
 
 const zeroConvolution = (c: number) => conv2d(c, c, 1);
 
+/** A zero convolution for each feature and one for the middle block's output. */
+export function controlBlocks(config: EncoderConfig) {
+  const widths = featureWidths(config);
+  return {
+    controlnet_down_blocks: widths.map(zeroConvolution),
+    controlnet_mid_block: zeroConvolution(widths[widths.length - 1]),
+  };
+}
+
+/** What they make of the features, the middle block's last. */
+export const residualsFrom = (
+  m: ReturnType<typeof controlBlocks>,
+  { features, middle }: Pick<ReturnType<typeof encode>, 'features' | 'middle'>,
+): Tensor[] => [...features.map((x, i) => m.controlnet_down_blocks[i](x)), m.controlnet_mid_block(middle)];
+
 /**
  * What is to be added to the UNet that is asked the same: a tensor for each of its features, the first convolution's first, and
  * one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all rows, [1, ...],
@@ -82,24 +101,20 @@ const zeroConvolution = (c: number) => conv2d(c, c, 1);
  */
 export function controlnet(config: ControlNetConfig, { gradientCheckpointing = false } = {}) {
   const [width] = config.block_out_channels;
-  const widths = featureWidths(config);
   return module(
     {
       ...encoder(config, gradientCheckpointing ? checkpointed : undefined),
       controlnet_cond_embedding: conditioningEmbedding(config.conditioning_embedding_out_channels, width),
-      controlnet_down_blocks: widths.map(zeroConvolution),
-      controlnet_mid_block: zeroConvolution(widths[widths.length - 1]),
+      ...controlBlocks(config),
     },
     (m, question: Question, picture: Tensor): Tensor[] => {
-      const embedding = m.controlnet_cond_embedding;
-      const [hint] = once(question.conditioning.cache, embedding, () => {
-        const embedded = embedding(picture);
+      const [hint] = once(question.conditioning.cache, picture, () => {
+        const embedded = m.controlnet_cond_embedding(picture);
         const [rows] = question.sample.shape;
         if (embedded.shape[0] === rows) return [embedded];
         return [broadcast(embedded, 0, rows).reshape(rows, ...embedded.shape.slice(1))];
       });
-      const { features, middle } = encode(m, config, { ...question, hint });
-      return [...features.map((x, i) => m.controlnet_down_blocks[i](x)), m.controlnet_mid_block(middle)];
+      return residualsFrom(m, encode(m, config, { ...question, hint }));
     },
   );
 }

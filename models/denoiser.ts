@@ -14,10 +14,15 @@ import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
-import type { ControlNet } from './controlnet.ts';
 import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
 import { channelsFirst, channelsLast, toDevice } from './latents.ts';
-import { type Control, isOn, type PlacedControl, residualsOf } from './multicontrolnet.ts';
+import {
+  type AnyControlNet,
+  type Control,
+  type PlacedControl,
+  partsOf,
+  residualsOf,
+} from './multicontrolnet.ts';
 import type { ImageTokens } from './transformer.ts';
 import type { UNet } from './unet.ts';
 
@@ -40,7 +45,7 @@ export interface GuidedModel {
   text: TextStack;
   unet: UNet;
   /** What controls the UNet, if anything does. */
-  controlnet: readonly ControlNet[];
+  controlnet: readonly AnyControlNet[];
   /** What pictures to draw by go through, if any do. */
   ipAdapter: readonly IPAdapter[];
 }
@@ -154,10 +159,11 @@ function passesOf(
 ) {
   let on: readonly PlacedControl[] = [];
   let pass = passUnder(on);
+  const isSame = (a: PlacedControl, b?: PlacedControl) => a.picture === b?.picture && a.scale === b.scale;
   return {
     at(i: number): Step {
-      const now = controls.filter((control) => isOn(control, i, calls));
-      if (now.length !== on.length || now.some((control, k) => control !== on[k])) {
+      const now = partsOf(controls, i, calls);
+      if (now.length !== on.length || now.some((control, k) => !isSame(control, on[k]))) {
         pass.release();
         on = now;
         pass = passUnder(on);

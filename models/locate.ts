@@ -15,6 +15,7 @@ import {
   variantOf,
 } from './checkpoint.ts';
 import { classOf } from './components.ts';
+import { asItsWeightsTell } from './controlnet_union.ts';
 import { adapterAt } from './lora_file.ts';
 import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
 
@@ -107,7 +108,7 @@ function refuseOtherFolders(path: string): void {
       `${path} holds a LoRA, which sdxl sample takes as --lora ${path}; give the model that it was made for`,
     );
   const config = join(path, 'config.json');
-  if (existsSync(config) && classOf(readJsonObject(config)) === 'ControlNetModel')
+  if (existsSync(config) && controlNetClasses.includes(classOf(readJsonObject(config)) ?? ''))
     throw new UserError(
       `${path} holds a ControlNet, which sdxl sample takes as --controlnet ${path}; give the model that it was made for`,
     );
@@ -157,6 +158,13 @@ export async function locateTae(path: string, options: LocateOptions = {}): Prom
   return source;
 }
 
+/** Those of one kind, and of several (models/controlnet_union.ts), which their author calls otherwise. */
+const controlNetClasses: readonly string[] = [
+  'ControlNetModel',
+  'ControlNetUnionModel',
+  'ControlNetModel_Union',
+];
+
 /** @throws UserError where a lone component's config names another class */
 function ofClass(source: ModelSource, wanted: readonly string[], what: string, mend: string): ModelSource {
   const name = classOf(source.config(wanted[0]));
@@ -172,7 +180,7 @@ function ofClass(source: ModelSource, wanted: readonly string[], what: string, m
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend = "a ControlNet's folder, its .safetensors file or a hub id";
   const checked = (source: ModelSource) =>
-    ofClass(source, ['ControlNetModel'], 'a ControlNet that sdxl runs', mend);
+    asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
   if (existsSync(path) && !statSync(path).isDirectory()) {
     if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
     return checked(openComponentFile(path));

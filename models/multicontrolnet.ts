@@ -1,5 +1,7 @@
 // Several ControlNets at work on one image, as diffusers' MultiControlNetModel: each has a picture, a scale and a part of the
-// steps, and what they give is summed. Outside its part a ControlNet is not run, where diffusers runs it and takes it times 0.
+// steps, and what they give is summed. Outside its part a ControlNet is not run, where diffusers runs it and takes it times 0. One that
+// is given more than once is loaded once; a union one (controlnet_union.ts) then sees its pictures together, and alone among ControlNets
+// takes the scales for them and not for what it gives: as diffusers has it.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -13,10 +15,18 @@ import type { Size } from './conditioning.ts';
 import {
   additionalResiduals,
   type ControlNet,
+  type ControlNetConfig,
   controlnet,
   controlRatio,
   parseControlNetConfig,
 } from './controlnet.ts';
+import {
+  type ControlNetUnion,
+  controlModes,
+  controlnetUnion,
+  parseControlNetUnionConfig,
+  unionConfigOf,
+} from './controlnet_union.ts';
 import type { Latents } from './latents.ts';
 import { keepInQ8 } from './q8.ts';
 import type { AdditionalResiduals, UNetConfig } from './unet.ts';
@@ -29,6 +39,8 @@ type Each = number | readonly (number | undefined)[];
 export interface ControlRequest {
   /** A picture for each ControlNet, [1, 3, height, width] in [0, 1], of the size that is drawn. */
   control_image?: readonly Latents[];
+  /** What a union ControlNet's picture is, by its number: 0 openpose, 1 depth, 2 scribble, 3 canny, 4 normal, 5 segment, 6 tile, 7 repaint. */
+  control_mode?: Each;
   /** How strongly each is followed: 1 where absent, but 0.8 over a picture without a mask. */
   controlnet_conditioning_scale?: Each;
   /** The part of the steps, 0 to 1, from which on each is on; 0 where absent. */
@@ -39,9 +51,22 @@ export interface ControlRequest {
   guess_mode?: boolean;
 }
 
+/** A ControlNet of either kind. */
+export type AnyControlNet = ControlNet | ControlNetUnion;
+
+export const isUnion = (net: AnyControlNet): net is ControlNetUnion => 'task_embedding' in net.children;
+
+/** One that is known to be no union: training loads none. */
+export function ofOneKind(net: AnyControlNet): ControlNet {
+  if (isUnion(net)) throw new Error('a ControlNet union where one of one kind belongs');
+  return net;
+}
+
 /** A ControlNet and what it is asked to do. */
 export interface Control {
-  net: ControlNet;
+  net: AnyControlNet;
+  /** Of a union one. */
+  mode?: number;
   image: Latents;
   scale: number;
   start: number;
@@ -50,15 +75,66 @@ export interface Control {
   guess: boolean;
 }
 
-/** Loads a ControlNet onto a device. @throws UserError where it does not fit its config, or the UNet and the VAE */
+interface Fitting {
+  unet: UNetConfig;
+  /** Pixels per latent of the VAE. */
+  ratio: number;
+}
+
+/** Loads ControlNets onto a device, each once. @throws UserError where one does not fit its config, or the UNet and the VAE */
+export function loadControlNets(
+  sources: readonly ModelSource[],
+  fitting: Fitting,
+  device: Device,
+  dtype: FloatDType,
+  { q8 = false } = {},
+): AnyControlNet[] {
+  const loaded = new Map<string, AnyControlNet>();
+  return sources.map((source) => {
+    const net = loaded.get(source.path) ?? loadAny(source, fitting, device, dtype, q8);
+    loaded.set(source.path, net);
+    return net;
+  });
+}
+
+function loadAny(
+  source: ModelSource,
+  fitting: Fitting,
+  device: Device,
+  dtype: FloatDType,
+  q8: boolean,
+): AnyControlNet {
+  const union = unionConfigOf(source);
+  if (!union) return loadControlNet(source, fitting, device, dtype, { q8 });
+  const config = parseControlNetUnionConfig(union, `the config.json of ${source.path}`);
+  checkFits(source, config, fitting);
+  const net = controlnetUnion(config);
+  if (q8) keepInQ8(net);
+  holding('controlnet', () => source.load('controlnet', net, device, dtype));
+  return net;
+}
+
+/** Loads one that is no union. @throws UserError where it does not fit its config, or the UNet and the VAE */
 export function loadControlNet(
   source: ModelSource,
-  { unet, ratio }: { unet: UNetConfig; ratio: number },
+  fitting: Fitting,
   device: Device,
   dtype: FloatDType,
   { gradientCheckpointing = false, q8 = false }: { gradientCheckpointing?: boolean; q8?: boolean } = {},
 ): ControlNet {
+  if (unionConfigOf(source))
+    throw new UserError(
+      `${source.path} is a ControlNet union, which sdxl sample draws with and sdxl train does not train: give a ControlNet of one kind`,
+    );
   const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
+  checkFits(source, config, fitting);
+  const net = controlnet(config, { gradientCheckpointing });
+  if (q8) keepInQ8(net);
+  holding('controlnet', () => source.load('controlnet', net, device, dtype));
+  return net;
+}
+
+function checkFits(source: ModelSource, config: ControlNetConfig, { unet, ratio }: Fitting): void {
   for (const key of sharedKeys) {
     const [own, wanted] = [config[key], unet[key]].map((value) => JSON.stringify(value));
     if (own !== wanted)
@@ -70,10 +146,6 @@ export function loadControlNet(
     throw new UserError(
       `the ControlNet of ${source.path} takes ${controlRatio(config)} pixels to a latent and the VAE ${ratio}: take one that was made for this model`,
     );
-  const net = controlnet(config, { gradientCheckpointing });
-  if (q8) keepInQ8(net);
-  holding('controlnet', () => source.load('controlnet', net, device, dtype));
-  return net;
 }
 
 /** What decides the shapes of inputs and features, in which a ControlNet cannot differ from its UNet. */
@@ -90,7 +162,7 @@ type NumbersOf = 'controlnet_conditioning_scale' | 'control_guidance_start' | 'c
 
 /** What a request asks of each ControlNet. @throws UserError where it has not one of each thing for each, or is out of bounds */
 export function controlsOf(
-  nets: readonly ControlNet[],
+  nets: readonly AnyControlNet[],
   request: ControlRequest & { image?: Latents; mask?: Latents },
   [height, width]: Size,
 ): Control[] {
@@ -115,6 +187,7 @@ export function controlsOf(
     return list.map((each) => each ?? otherwise);
   };
   const scales = forEach('controlnet_conditioning_scale', image && !mask ? 0.8 : 1);
+  const modes = modesOf(nets.length, request.control_mode);
   const starts = forEach('control_guidance_start', 0);
   const ends = forEach('control_guidance_end', 1);
   starts.forEach((start, i) => {
@@ -123,14 +196,80 @@ export function controlsOf(
         `control_guidance_start is ${start} and control_guidance_end ${ends[i]}: give parts of the way, the end after the start`,
       );
   });
-  return nets.map((net, i) => ({
-    ...{ net, image: images[i], scale: scales[i], start: starts[i], end: ends[i], guess },
+  const controls = nets.map((net, i) => ({
+    ...{ net, mode: modes[i], image: images[i], scale: scales[i], start: starts[i], end: ends[i], guess },
   }));
+  const groups = [...byNet(controls).values()];
+  for (const group of groups) {
+    for (const { net, mode } of group)
+      checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
+    if (groups.length > 1 && isUnion(group[0].net) && group.some(({ scale }) => scale !== group[0].scale))
+      throw new UserError(
+        'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
+      );
+  }
+  return controls;
+}
+
+/** What can be told of modes before weights are read. @throws UserError where a union's picture has none, or another's has one */
+export function checkControlModes(sources: readonly ModelSource[], given: Each | undefined): void {
+  const modes = modesOf(sources.length, given);
+  sources.forEach((source, i) => {
+    checkMode(unionConfigOf(source)?.num_control_type as number | undefined, modes[i]);
+  });
+}
+
+/** `kinds` is how many a union knows. */
+function checkMode(kinds: number | undefined, mode: number | undefined): void {
+  if (kinds === undefined) {
+    if (mode === undefined) return;
+    throw new UserError(
+      `control_mode is ${mode} for a ControlNet of one kind: it is for a ControlNet union alone`,
+    );
+  }
+  if (mode !== undefined && Number.isInteger(mode) && mode >= 0 && mode < kinds) return;
+  const known = controlModes.slice(0, kinds).map(([name], i) => `${i} ${name}`);
+  throw new UserError(
+    `${mode === undefined ? 'no control_mode (--control-mode)' : `control_mode ${mode}`} for a ControlNet union: say what its picture is, ${known.join(', ')}`,
+  );
+}
+
+/** Controls by their ControlNet, in their order. */
+function byNet<C extends Control>(controls: readonly C[]): Map<AnyControlNet, C[]> {
+  const groups = new Map<AnyControlNet, C[]>();
+  for (const control of controls) groups.set(control.net, [...(groups.get(control.net) ?? []), control]);
+  return groups;
+}
+
+/** A mode for each, or none. */
+function modesOf(count: number, given: Each | undefined): readonly (number | undefined)[] {
+  const list = typeof given === 'number' ? Array<number>(count).fill(given) : (given ?? []);
+  if (list.length === count || list.length === 0) return list;
+  throw new UserError(
+    `control_mode has ${list.length} numbers for ${count} ControlNets: give one, or one to each`,
+  );
 }
 
 /** Whether it has a part in a call of the network, the `i`-th of `calls`. */
-export const isOn = ({ start, end }: Control, i: number, calls: number): boolean =>
+const isOn = ({ start, end }: Control, i: number, calls: number): boolean =>
   i / calls >= start && (i + 1) / calls <= end;
+
+/**
+ * Those that have a part in the `i`-th of `calls`. A union sees all of its pictures while one of them has a part, and those without one
+ * count nothing.
+ */
+export function partsOf(
+  controls: readonly PlacedControl[],
+  i: number,
+  calls: number,
+): readonly PlacedControl[] {
+  const isRunning = (each: Control) =>
+    isOn(each, i, calls) ||
+    (isUnion(each.net) && controls.some((other) => other.net === each.net && isOn(other, i, calls)));
+  return controls
+    .filter(isRunning)
+    .map((control) => (isOn(control, i, calls) ? control : { ...control, scale: 0 }));
+}
 
 /** A Control whose picture is on the device, [1, height, width, 3]. */
 export type PlacedControl = Control & { picture: Tensor };
@@ -144,14 +283,29 @@ export function residualsOf(
   if (on.length === 0) return undefined;
   const [{ guess }] = on;
   const asked = guess && guided ? ofPrompts(question) : question;
-  const given = on.map(({ net, picture, scale: factor }) => {
-    const residuals = net(asked, picture);
-    const last = residuals.length - 1;
-    return residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / last - 1) : factor));
-  });
+  const groups = [...byNet(on)];
+  const given = groups.flatMap(([net, controls]) => givenBy(net, controls, asked, groups.length > 1));
   const sums = given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
   const all = asked === question ? sums : sums.map((x) => concat([scale(x, 0), x], 0));
   return additionalResiduals(all);
+}
+
+/** What a ControlNet makes of its pictures, one after the other, or a union of all of them together. */
+function givenBy(
+  net: AnyControlNet,
+  controls: readonly PlacedControl[],
+  question: Question,
+  beside: boolean,
+): Tensor[][] {
+  const weighed = (residuals: readonly Tensor[], { guess }: Control, factor: number) =>
+    residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / (residuals.length - 1) - 1) : factor));
+  if (!isUnion(net))
+    return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
+  // Of several pictures in a union alone the scales are theirs.
+  const own = controls.length > 1 && !beside;
+  const seen = controls.map(({ picture, mode = 0, scale }) => ({ picture, mode, weight: own ? scale : 1 }));
+  const first = controls.find(({ scale }) => scale !== 0) ?? controls[0];
+  return [weighed(net(question, seen), first, own ? 1 : first.scale)];
 }
 
 const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));

@@ -18,7 +18,7 @@ import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { withAdapters } from './lora.ts';
-import { controlsOf, loadControlNet } from './multicontrolnet.ts';
+import { controlsOf, loadControlNets } from './multicontrolnet.ts';
 import { checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
 import { type Asked, complete, type Request } from './request.ts';
@@ -89,9 +89,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   checkChannels(source.path, unetConfig, coder);
   const sizes = sizesOf(source, vaeSource);
   const fitting = { unet: unetConfig, ratio: sizes.ratio };
-  const controlnet = (options.controlnet ?? []).map((each) =>
-    loadControlNet(each, fitting, device, dtype, { q8 }),
-  );
+  const controlnet = loadControlNets(options.controlnet ?? [], fitting, device, dtype, { q8 });
   const encoders = components.map((name, i) => ({
     encoder: textEncoder(textConfigs[i]),
     tokenizer: tokenizerFor(textConfigs[i], source.folder(name.replace('text_encoder', 'tokenizer'))),

@@ -156,6 +156,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   denoising_start: anyNumber,
   denoising_end: anyNumber,
   control_image: listOf('{ data, shape } as preprocessControl gives it', isLatents),
+  control_mode: each,
   controlnet_conditioning_scale: each,
   control_guidance_start: each,
   control_guidance_end: each,

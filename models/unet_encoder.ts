@@ -225,21 +225,26 @@ export interface Question {
   conditioning: Conditioning;
   /** Added to the first convolution's output, [n, h, w, c]. */
   hint?: Tensor;
+  /** What becomes of that output. */
+  fuse?(h: Tensor): Tensor;
+  /** Added to the embedded conditions, [n, 4 c]. */
+  more?(): Tensor;
 }
 
 /** The features of all levels, the first convolution's first, the middle block's output, and the time for the way up. */
 export function encode(
   m: ReturnType<typeof encoder>,
   config: EncoderConfig,
-  { sample, times, conditioning, hint }: Question,
+  { sample, times, conditioning, hint, fuse, more }: Question,
 ): { features: Tensor[]; middle: Tensor; time: Time } {
   const { cache } = conditioning;
   const [added] = once(cache, m.add_embedding, () => [
-    m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim)),
+    m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim), more?.()),
   ]);
   const [width] = config.block_out_channels;
   const time = embedTime(m.time_embedding, times, added, { width, dtype: sample.dtype, cache });
-  let h = m.conv_in(sample, { residual: hint });
+  const first = m.conv_in(sample, { residual: hint });
+  let h = fuse?.(first) ?? first;
   const features = [h];
   for (const block of m.down_blocks) {
     features.push(...block(h, time, conditioning));

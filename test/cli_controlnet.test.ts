@@ -172,7 +172,7 @@ test('mistakes', async (t) => {
     [['--controlnet', edges, '--control-image', edges], /is not a ControlNet: give/],
     [
       ['--controlnet', join(model, 'unet'), '--control-image', edges],
-      /holds a UNet2DConditionModel, not a ControlNet that sdxl runs \(ControlNetModel\)/,
+      /holds a UNet2DConditionModel, not a ControlNet that sdxl runs \(ControlNetModel or ControlNetUnionModel or /,
     ],
   ];
   await refusesEach(t, (...argv) => sample(...size, ...argv, '--output', output), cases);

@@ -14,6 +14,7 @@ import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
 import { openComponent, openComponentFile, openModel } from '../models/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
 import { toDevice } from '../models/latents.ts';
+import { ofOneKind } from '../models/multicontrolnet.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
 import type { Request } from '../models/request.ts';
@@ -120,7 +121,7 @@ test('a ControlNet is not run in the steps that it has no part in', async (t) =>
   const device = openDevice('cpu'); // which records no steps, so that a run is a call
   const pipeline = pipelineOf(['full'], device);
   const c = calls.find(({ id }) => id === 'window') as GoldenCase;
-  const [net] = pipeline.controlnet;
+  const [net] = pipeline.controlnet.map(ofOneKind);
   let runs = 0;
   const run = (...args: Parameters<typeof net>) => {
     runs++;

@@ -7,8 +7,9 @@ import { sizeOf } from '../engine/tensor.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import type { Mask, Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
+import type { Json } from '../models/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
-import { goldenArea } from './golden.ts';
+import { goldenArea, goldenLines } from './golden.ts';
 
 export const area = goldenArea('controlnet');
 
@@ -42,20 +43,43 @@ export function weight(name: string, key: string, shape: readonly number[]): Flo
   return Float32Array.from(k, (n) => (n / 256) * unit);
 }
 
+/** A union ControlNet of golden/controlnet_union.jsonl: diffusers' config and the shapes of its weights. */
+export const unionArchitecture = goldenLines<{ config: Json; keys: Record<string, number[]> }>(
+  'controlnet_union',
+).find(({ keys }) => keys) as { config: Json; keys: Record<string, number[]> };
+
+/** Writes a union ControlNet's folder, whose weights are those of `name`. */
+export function writeControlNetUnion(
+  folder: string,
+  name: string,
+  json: Json = unionArchitecture.config,
+): string {
+  const shapes = Object.entries(unionArchitecture.keys);
+  return write(folder, name, json, shapes);
+}
+
+function write(
+  folder: string,
+  name: string,
+  json: Json,
+  shapes: readonly (readonly [string, readonly number[]])[],
+): string {
+  mkdirSync(folder, { recursive: true });
+  writeFileSync(join(folder, 'config.json'), JSON.stringify(json));
+  const entries = shapes.map(([key, shape]) => ({
+    ...{ name: key, dtype: 'float16' as const, shape },
+    bytes: encodeNumbers(weight(name, key, shape), 'float16'),
+  }));
+  writeSafetensors(join(folder, 'diffusion_pytorch_model.safetensors'), entries);
+  return folder;
+}
+
 /** Writes a ControlNet's folder; `skip` leaves a tensor out. */
 export function writeControlNet(folder: string, name: string, skip?: string): string {
   const json = configOf(name);
-  mkdirSync(folder, { recursive: true });
-  writeFileSync(join(folder, 'config.json'), JSON.stringify(json));
   const parameters = [...namedParameters(controlnet(parseControlNetConfig(json, name)))];
-  const entries = parameters
-    .filter(([key]) => key !== skip)
-    .map(([key, { shape }]) => ({
-      ...{ name: key, dtype: 'float16' as const, shape },
-      bytes: encodeNumbers(weight(name, key, shape), 'float16'),
-    }));
-  writeSafetensors(join(folder, 'diffusion_pytorch_model.safetensors'), entries);
-  return folder;
+  const shapes = parameters.filter(([key]) => key !== skip).map(([key, { shape }]) => [key, shape] as const);
+  return write(folder, name, json, shapes);
 }
 
 export function picture(seed: number, width: number, height: number): Picture {

@@ -18,6 +18,7 @@ import { loadAndClose, openComponent, openModel, sourceOf } from '../models/chec
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
 import { ipAdapter, openIPAdapter, parseIPAdapter } from '../models/ip_adapter.ts';
 import { toDevice } from '../models/latents.ts';
+import { ofOneKind } from '../models/multicontrolnet.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import { presets } from '../models/presets.ts';
 import type { Request } from '../models/request.ts';
@@ -187,7 +188,7 @@ test('what has a part in a picture', async (t) => {
   t.equal(two.length, 2 * alone.length);
   t.ok(maxDifference(two.subarray(0, alone.length), await drawn({})) < 1e-4, 'pictures share the tokens');
 
-  const [net] = pipeline.controlnet;
+  const [net] = pipeline.controlnet.map(ofOneKind);
   const seen: unknown[] = [];
   const watched = Object.assign((...args: Parameters<typeof net>) => {
     seen.push(net(...args).map((x) => x.floats()));

@@ -30,7 +30,7 @@ import { optimize } from '../train/optimizers/rule.ts';
 import { openPasses, place } from '../train/pass.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { fields } from '../train/run.ts';
-import { picture, writeControlNet } from './controlnet_golden.ts';
+import { picture, writeControlNet, writeControlNetUnion } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 import { relativeError } from './op_cases.ts';
 import { tinyConfig, writeTiny } from './tiny_autoencoder.ts';
@@ -116,6 +116,25 @@ export function controlledSteps(device: Device, dtype: FloatDType): Results {
     ...{ height: 32, width: 32, num_inference_steps: 5, guidance_scale: 5 },
     control_image: [preprocessControl(picture(1, 32, 32))],
     ...{ controlnet_conditioning_scale: 0.8, control_guidance_start: 0.2, control_guidance_end: 0.8 },
+    generators: [new TorchGenerator(3)],
+  });
+  const results: Results = {};
+  for (const { step, latents } of loop) results[`step ${step}`] = latents.data;
+  pipeline.release();
+  return results;
+}
+
+/** Latents of two guided steps under a union ControlNet that sees two pictures. */
+export function unitedSteps(device: Device, dtype: FloatDType): Results {
+  const folder = mkdtempSync(join(tmpdir(), 'sdxl-united-'));
+  const net = openComponent(writeControlNetUnion(folder, 'union'));
+  const pipeline = loadPipeline(source, { device, dtype, controlnet: [net, net] });
+  rmSync(folder, { recursive: true });
+  const loop = denoise(pipeline, {
+    prompt: ['a red fox in the snow'],
+    ...{ height: 32, width: 32, num_inference_steps: 2, guidance_scale: 5 },
+    control_image: [1, 2].map((seed) => preprocessControl(picture(seed, 32, 32))),
+    ...{ control_mode: [3, 0], controlnet_conditioning_scale: [0.8, 0.5] },
     generators: [new TorchGenerator(3)],
   });
   const results: Results = {};

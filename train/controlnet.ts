@@ -16,7 +16,7 @@ import {
 } from '../models/controlnet.ts';
 import { controlNetJson, startFromUNet } from '../models/controlnet_start.ts';
 import { joined } from '../models/latents.ts';
-import { loadControlNet } from '../models/multicontrolnet.ts';
+import { loadControlNet, ofOneKind } from '../models/multicontrolnet.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import type { View } from './cache.ts';
 import type { Network } from './objective.ts';
@@ -53,8 +53,10 @@ export const controlled = (run: Run): Control => {
     blank: (n, size) => inputs(n, size, new Float32Array(n * sizeOf(size) * 3)),
     network:
       ({ unet, controlnet: [net] }, { controlnet_cond: image }) =>
-      (sample, times, conditioning) =>
-        unet(sample, times, conditioning, additionalResiduals(net({ sample, times, conditioning }, image))),
+      (sample, times, conditioning) => {
+        const residuals = ofOneKind(net)({ sample, times, conditioning }, image);
+        return unet(sample, times, conditioning, additionalResiduals(residuals));
+      },
   };
 };
 
