@@ -2,41 +2,20 @@
 // bytes end to end (https://huggingface.co/docs/safetensors). Only the header is held in memory; a tensor is
 // read when asked for, so a file larger than memory is fine. The header comes from strangers, so all of it is
 // checked before any of it is used.
-import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
-import { asUserError, largestTransfer, replaceInTurns, writeFully } from './files.ts';
+import { replaceInTurns, writeFully } from './files.ts';
+import { float8E4M3, float8E5M2, float64, plain } from './stored_types.ts';
+import {
+  checkedProduct,
+  type Header,
+  openTensorFile,
+  readFully,
+  type StoredType,
+  type TensorFile,
+  type TensorInfo,
+} from './tensor_file.ts';
 import { atOnce } from './turns.ts';
-
-export interface TensorInfo {
-  name: string;
-  /**
-   * How `read` gives the elements; a stored type we do not compute with is listed as uint8 and refused by
-   * `read`.
-   */
-  dtype: DType;
-  /** The header's own word for the type, such as 'F16'. */
-  storedAs: string;
-  shape: readonly number[];
-  /** From the beginning of the file. */
-  offset: number;
-  bytes: number;
-}
-
-/** Memory for so many bytes. */
-export type Room = (bytes: number) => Uint8Array;
-
-export interface SafetensorsFile {
-  path: string;
-  /** In the order of the file. */
-  tensors: Map<string, TensorInfo>;
-  metadata: Record<string, string>;
-  /** The tensor's raw bytes, in fresh memory or in `room`. @throws UserError for an absent tensor or unsupported type */
-  read(name: string, room?: Room): Uint8Array;
-  /** As `read`, into `target`, which is exactly as long as the tensor. */
-  readInto(name: string, target: Uint8Array): void;
-  close(): void;
-}
 
 export interface TensorEntry {
   name: string;
@@ -49,21 +28,21 @@ export interface TensorEntry {
 const maxHeaderBytes = 100_000_000;
 const maxTensors = 100_000;
 
-const readable: Record<string, DType> = {
-  F32: 'float32',
-  F16: 'float16',
-  BF16: 'bfloat16',
-  I32: 'int32',
-  I64: 'int64',
-  U8: 'uint8',
-  BOOL: 'uint8',
+const readable: Record<string, StoredType> = {
+  F32: plain('float32'),
+  F16: plain('float16'),
+  BF16: plain('bfloat16'),
+  F8_E4M3: float8E4M3,
+  F8_E5M2: float8E5M2,
+  F64: float64,
+  I32: plain('int32'),
+  I64: plain('int64'),
+  U8: plain('uint8'),
+  BOOL: plain('uint8'),
 };
 
-/** Whether tensors of this stored type can be read. */
-export const isReadable = (storedAs: string): boolean => Object.hasOwn(readable, storedAs);
-
-/** What is to be done about others. */
-export const convertTypes = `convert it to one of ${Object.keys(readable).join(', ')}`;
+/** What is to be done about other types. */
+const convertTypes = `convert it to one of ${Object.keys(readable).join(', ')}`;
 
 const bitsPerElement: Record<string, number> = {
   ...Object.fromEntries(['F64', 'I64', 'U64', 'C64'].map((word) => [word, 64])),
@@ -75,67 +54,11 @@ const bitsPerElement: Record<string, number> = {
 };
 
 /** Opens `path` and checks its whole header. @throws UserError saying what is wrong with the file */
-export function openSafetensors(path: string): SafetensorsFile {
-  let fd: number | undefined;
-  try {
-    fd = openSync(path, 'r');
-    return safetensorsFile(path, fd, readHeader(path, fd));
-  } catch (error) {
-    if (fd !== undefined) closeSync(fd);
-    throw asUserError(error, path);
-  }
-}
+export const openSafetensors = (path: string): TensorFile => openTensorFile(path, '.safetensors', readHeader);
 
-type Header = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
-
-function safetensorsFile(path: string, fd: number, header: Header): SafetensorsFile {
-  let open = true;
-  const find = (name: string): TensorInfo => {
-    if (!open) throw new Error(`${path} is closed`);
-    const info = header.tensors.get(name);
-    if (!info)
-      throw new UserError(`${path} has no tensor "${name}": check that it is the right kind of checkpoint`);
-    if (!isReadable(info.storedAs))
-      throw new UserError(`tensor "${name}" of ${path} has type ${info.storedAs}: ${convertTypes}`);
-    return info;
-  };
-  const readInto = (name: string, target: Uint8Array): void => {
-    const info = find(name);
-    if (target.byteLength !== info.bytes) {
-      throw new Error(`tensor "${name}" has ${info.bytes} bytes, the target ${target.byteLength}`);
-    }
-    readFully(path, fd, target, info.offset);
-  };
-  return {
-    path,
-    ...header,
-    readInto,
-    read: (name, room = (bytes) => new Uint8Array(bytes)) => {
-      const target = room(find(name).bytes);
-      readInto(name, target);
-      return target;
-    },
-    close: () => {
-      if (open) closeSync(fd);
-      open = false;
-    },
-  };
-}
-
-function readFully(path: string, fd: number, target: Uint8Array, position: number): void {
-  for (let done = 0; done < target.byteLength; ) {
-    const wanted = Math.min(largestTransfer, target.byteLength - done);
-    const got = readSync(fd, target, done, wanted, position + done);
-    if (got === 0) throw new UserError(`${path} became shorter while it was read: download it again`);
-    done += got;
-  }
-}
-
-function readHeader(path: string, fd: number): Header {
-  const status = fstatSync(fd);
-  if (status.isDirectory()) throw new UserError(`${path} is a folder: give the path of a .safetensors file`);
-  if (status.size < 8) throw new UserError(`${path} is too short for a safetensors file: download it again`);
-  const start = new Uint8Array(Math.min(32, status.size));
+function readHeader(path: string, fd: number, fileBytes: number): Header {
+  if (fileBytes < 8) throw new UserError(`${path} is too short for a safetensors file: download it again`);
+  const start = new Uint8Array(Math.min(32, fileBytes));
   readFully(path, fd, start, 0);
   refuseOtherFormats(path, start);
   const length = new DataView(start.buffer).getBigUint64(0, true);
@@ -145,13 +68,13 @@ function readHeader(path: string, fd: number): Header {
     );
   }
   const dataStart = 8 + Number(length);
-  if (dataStart > status.size) {
+  if (dataStart > fileBytes) {
     throw new UserError(`${path} ends inside its header: it is truncated, download it again`);
   }
   const header = new Uint8Array(Number(length));
   readFully(path, fd, header, 8);
   const { tensors, metadata } = parseHeader(path, header, dataStart);
-  checkLayout(path, tensors, dataStart, status.size);
+  checkLayout(path, tensors, dataStart, fileBytes);
   return { metadata, tensors: new Map(tensors.map((info) => [info.name, info])) };
 }
 
@@ -165,7 +88,13 @@ function refuseOtherFormats(path: string, start: Uint8Array): void {
       `${path} is a PyTorch pickle, which can run any program when opened: use a .safetensors version of it`,
     );
   }
-  if (new TextDecoder('latin1').decode(start).startsWith('version https://git-lfs')) {
+  const text = new TextDecoder('latin1').decode(start);
+  if (!isSafetensors && text.startsWith('GGUF')) {
+    throw new UserError(
+      `${path} is a GGUF file, which only models are read from: use a .safetensors version of it`,
+    );
+  }
+  if (text.startsWith('version https://git-lfs')) {
     throw new UserError(`${path} is a Git LFS pointer and not the file itself: run "git lfs pull"`);
   }
 }
@@ -231,18 +160,10 @@ function parseTensor(path: string, name: string, entry: unknown, dataStart: numb
       throw bad(`has ${end - begin} bytes, but its shape [${shape}] of ${storedAs} needs ${bits / 8}`);
     }
   }
-  const dtype = isReadable(storedAs) ? readable[storedAs] : 'uint8';
-  return { name, dtype, storedAs, shape, offset: dataStart + begin, bytes: end - begin };
-}
-
-/** The product, or undefined where it or a product on the way leaves the exact integers. */
-function checkedProduct(factors: readonly number[]): number | undefined {
-  let product = 1;
-  for (const factor of factors) {
-    product *= factor;
-    if (!Number.isSafeInteger(product)) return undefined;
-  }
-  return product;
+  const place = { name, storedAs, shape, offset: dataStart + begin, bytes: end - begin };
+  if (!Object.hasOwn(readable, storedAs)) return { ...place, dtype: 'uint8', mend: convertTypes };
+  const type = readable[storedAs];
+  return { ...place, dtype: type.dtype, type };
 }
 
 /**

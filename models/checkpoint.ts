@@ -14,7 +14,8 @@ import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import { openSafetensors, type Room, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { Room, TensorFile } from '../io/tensor_file.ts';
 
 export type Json = Record<string, unknown>;
 
@@ -164,10 +165,10 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
 }
 
 /** Several safetensors files seen as one set of names. */
-export function sourceOf(where: string, files: readonly SafetensorsFile[]): WeightSource {
-  const holder = new Map<string, SafetensorsFile>();
+export function sourceOf(where: string, files: readonly TensorFile[]): WeightSource {
+  const holder = new Map<string, TensorFile>();
   for (const file of files) for (const name of file.tensors.keys()) holder.set(name, file);
-  const fileOf = (name: string): SafetensorsFile => {
+  const fileOf = (name: string): TensorFile => {
     const file = holder.get(name);
     if (!file) throw new UserError(`${where} has no tensor ${name}`);
     return file;

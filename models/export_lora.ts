@@ -6,13 +6,8 @@
 import { basename } from 'node:path';
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import {
-  openSafetensors,
-  type SafetensorsFile,
-  type TensorEntry,
-  type TensorInfo,
-  writeSafetensors,
-} from '../io/safetensors.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { kindName, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
 import { peftEntries } from './peft_config.ts';
@@ -41,7 +36,7 @@ export function exportLora(
 }
 
 function tensorOf(
-  file: SafetensorsFile,
+  file: TensorFile,
   info: TensorInfo,
   name: string,
   dtype?: FloatDType,
@@ -66,7 +61,7 @@ function peftName(part: string, path: string): string | undefined {
   return names[part];
 }
 
-function inPeft(file: SafetensorsFile, update: Update, dtype?: FloatDType): TensorEntry[] {
+function inPeft(file: TensorFile, update: Update, dtype?: FloatDType): TensorEntry[] {
   const { target, parts } = update;
   const weight = target.weight.shape;
   return tensorsOf(update).map(([part, info]) => {
@@ -103,7 +98,7 @@ function kohyaName(part: string, isNorm: boolean): string {
   return part === 'lora_magnitude_vector' ? 'dora_scale' : part;
 }
 
-function inKohya(file: SafetensorsFile, update: Update, dtype?: FloatDType): TensorEntry[] {
+function inKohya(file: TensorFile, update: Update, dtype?: FloatDType): TensorEntry[] {
   const { target, parts, alpha, rank } = update;
   const [component, ...path] = target.path.split('.');
   const module = kohyaPrefixes[component] + path.join('_');
@@ -147,7 +142,7 @@ function peftMetadata(updates: readonly Update[]): Record<string, string> {
 
 /** kohya's words for what the file holds, and, of a file that has them, its own: how it was trained, its tags, its licence. */
 function kohyaMetadata(
-  { metadata }: SafetensorsFile,
+  { metadata }: TensorFile,
   updates: readonly Update[],
   out: string,
 ): Record<string, string> {

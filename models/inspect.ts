@@ -6,13 +6,8 @@ import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import {
-  convertTypes,
-  isReadable,
-  openSafetensors,
-  type SafetensorsFile,
-  type TensorInfo,
-} from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import {
   type Json,
   matchParameters,
@@ -135,15 +130,16 @@ function inspectComponent(name: string, config: Json, open: () => WeightSource):
   }
 }
 
-type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes'>;
+type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes' | 'mend'>;
 
 const infoOf = (weights: WeightSource, name: string): Stored => weights.info(name) as TensorInfo;
 
 /** A problem for each type of tensors that cannot be read. */
-function unread(tensors: readonly Stored[]): string[] {
-  const types = new Set(tensors.map(({ storedAs }) => storedAs).filter((type) => !isReadable(type)));
-  return [...types].map((type) => `has tensors of type ${type}: ${convertTypes}`);
-}
+const unread = (tensors: readonly Stored[]): string[] => [
+  ...new Set(
+    tensors.flatMap(({ storedAs, mend }) => (mend ? [`has tensors of type ${storedAs}: ${mend}`] : [])),
+  ),
+];
 
 function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
   const dtypes: Record<string, number> = {};
@@ -178,7 +174,7 @@ function inspectFile(path: string): Inspection {
   }
 }
 
-function kindOfCoder(file: SafetensorsFile): string | undefined {
+function kindOfCoder(file: TensorFile): string | undefined {
   const part = tinyPart(file);
   if (part) return part === 'whole' ? 'tiny autoencoder in one file' : `${part} of a tiny autoencoder`;
   const names = [...file.tensors.keys()];
@@ -209,7 +205,7 @@ const kindOfComponent = (names: readonly string[], config: boolean): string => {
 };
 
 function inspectSingleFile(
-  file: SafetensorsFile,
+  file: TensorFile,
   prefixes: Readonly<Record<string, string>>,
 ): Omit<Inspection, 'path' | 'metadata'> {
   const all = [...file.tensors.values()];
@@ -237,7 +233,7 @@ function inspectSingleFile(
   return { kind, components, problems };
 }
 
-function inspectIPAdapter(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {
+function inspectIPAdapter(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {
   const weights = sourceOf(file.path, [file]);
   const found = { name: 'ip_adapter', ...summary([...file.tensors.values()]) };
   try {
@@ -257,7 +253,7 @@ function inspectIPAdapter(file: SafetensorsFile): Omit<Inspection, 'path' | 'met
   }
 }
 
-function inspectLora(file: SafetensorsFile): Omit<Inspection, 'path' | 'metadata'> {
+function inspectLora(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {
   const { layers, unknown } = layersIn(file);
   const kinds = new Map<string, number>();
   const ranks = new Set<number>();

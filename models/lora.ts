@@ -9,7 +9,8 @@ import { cast, scale as scaled, square } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import type { TextStack } from './conditioning.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
@@ -118,7 +119,7 @@ export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[]
 const changed = (values: Tensor, change: Change): Tensor =>
   cast(change(cast(values, 'float32')), values.dtype);
 
-function changesOf(file: SafetensorsFile, update: Update, scale: number): [Parameter, Change][] {
+function changesOf(file: TensorFile, update: Update, scale: number): [Parameter, Change][] {
   const { target, parts } = update;
   const changes: [Parameter, Change][] = [];
   if (kindOf(parts)) changes.push([target.weight, (weight) => merged(file, update, scale, weight)]);
@@ -133,7 +134,7 @@ function changesOf(file: SafetensorsFile, update: Update, scale: number): [Param
   return changes;
 }
 
-function merged(file: SafetensorsFile, update: Update, scale: number, weight: Tensor): Tensor {
+function merged(file: TensorFile, update: Update, scale: number, weight: Tensor): Tensor {
   const { target, parts, alpha, rank } = update;
   const read = floatsOf.bind(undefined, file);
   const made = difference(parts, target.weight.shape, read, weight.device);
@@ -146,7 +147,7 @@ function merged(file: SafetensorsFile, update: Update, scale: number, weight: Te
 }
 
 /** The weight with its rows or columns made as long as the file says. */
-function withMagnitude(file: SafetensorsFile, { target, parts }: Update, weight: Tensor): Tensor {
+function withMagnitude(file: TensorFile, { target, parts }: Update, weight: Tensor): Tensor {
   const [outputs, inputs] = target.weight.shape;
   const rows = magnitudeAxis(parts, target.weight.shape) === 'rows';
   const matrix = rows ? weight.reshape(outputs, -1) : weight.reshape(-1, inputs);

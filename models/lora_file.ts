@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { type AnyModule, namedParameters, type Parameter } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import type { SafetensorsFile, TensorInfo } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { isIPAdapter } from './ip_adapter.ts';
 import {
   fits,
@@ -87,7 +87,7 @@ export function locateAdapter(path: string): string {
 }
 
 /** A file's tensors by layer, in the file's spelling, and the names that are no part of an adapter. */
-export function layersIn(file: SafetensorsFile): { layers: Map<string, Parts>; unknown: string[] } {
+export function layersIn(file: TensorFile): { layers: Map<string, Parts>; unknown: string[] } {
   const layers = new Map<string, Record<string, TensorInfo>>();
   const unknown: string[] = [];
   for (const info of file.tensors.values()) {
@@ -102,7 +102,7 @@ export function layersIn(file: SafetensorsFile): { layers: Map<string, Parts>; u
 }
 
 /** Whether it is an adapter, if only of a kind that cannot be read. */
-export function isAdapter(file: SafetensorsFile): boolean {
+export function isAdapter(file: TensorFile): boolean {
   const { layers, unknown } = layersIn(file);
   return unknown.some(unsupportedKind) || [...layers.values()].some(kindOf);
 }
@@ -155,7 +155,7 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
  * Pairs the file's tensors with the model's layers, by the file's spelling.
  * @throws UserError listing what matches nothing, is incomplete or fits badly
  */
-export function updatesOf(file: SafetensorsFile, targets: LoraTargets): Map<string, Update> {
+export function updatesOf(file: TensorFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const { layers, unknown } = layersIn(file);
   if (file.tensors.size === 0)
@@ -202,7 +202,7 @@ const fitsTarget = ({ weight, bias }: Target, parts: Parts): boolean =>
   (!parts.diff_b || parts.diff_b.shape.join() === bias?.shape.join()) &&
   (!magnitudeOf(parts) || magnitudeAxis(parts, weight.shape) !== undefined);
 
-function refuseUnsupported(file: SafetensorsFile, unknown: readonly string[]): void {
+function refuseUnsupported(file: TensorFile, unknown: readonly string[]): void {
   const name = unknown.find(unsupportedKind);
   if (name === undefined) return;
   throw new UserError(
@@ -213,7 +213,7 @@ function refuseUnsupported(file: SafetensorsFile, unknown: readonly string[]): v
 
 /** Throws a sentence that names the first eight of these, where there are any. */
 export function complain(
-  file: SafetensorsFile,
+  file: TensorFile,
   what: string,
   names: readonly string[],
   mend = 'use an adapter made for this model, or name the model that it was made for (sdxl sample --model, sdxl export --configs)',
@@ -231,7 +231,7 @@ export function complain(
  * root of the rank) are told as what a plain one would say, as LyCORIS writes them.
  */
 function ratioOf(
-  file: SafetensorsFile,
+  file: TensorFile,
   parts: Parts,
   config: PeftConfig,
   path: string,
@@ -246,5 +246,5 @@ function ratioOf(
 }
 
 /** A part's numbers in float32. */
-export const floatsOf = (file: SafetensorsFile, { name, dtype }: TensorInfo): Float32Array =>
+export const floatsOf = (file: TensorFile, { name, dtype }: TensorInfo): Float32Array =>
   decodeFloats(file.read(name), dtype);

@@ -12,7 +12,7 @@ import { mul } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';
 import { broadcast } from '../engine/ops/reduce.ts';
 import { empty, sizeOf, type Tensor } from '../engine/tensor.ts';
-import type { TensorInfo } from '../io/safetensors.ts';
+import type { TensorInfo } from '../io/tensor_file.ts';
 import { channelsLast } from './checkpoint.ts';
 
 type Shape = readonly number[];

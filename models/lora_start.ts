@@ -2,7 +2,8 @@
 // alpha / rank is of theirs, so that the model computes what it would with the file merged.
 import type { Parameter } from '../engine/module.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { isLarge, type LoraSizes, sizesFor } from './adapters.ts';
 import { channelsLast } from './checkpoint.ts';
 import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
@@ -60,7 +61,7 @@ export function startFromLora(
 const isPlain = (parts: Update['parts']): boolean =>
   kindOf(parts)?.name === 'LoRA' && !parts.lora_mid && !magnitudeOf(parts) && !parts.diff_b;
 
-function fill(parameter: Parameter, file: SafetensorsFile, from: TensorInfo, factor: number): void {
+function fill(parameter: Parameter, file: TensorFile, from: TensorInfo, factor: number): void {
   const values = floatsOf(file, from).map((x) => x * factor);
   const { shape } = parameter;
   parameter.tensor.set(

@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import type { SafetensorsFile } from '../io/safetensors.ts';
+import type { TensorFile } from '../io/tensor_file.ts';
 
 /** What peft's own files put before each path. */
 export const peftRoot = /^base_model\.model\./;
@@ -21,7 +21,7 @@ export interface PeftConfig {
 }
 
 /** The config of a layer, by its path: diffusers keeps it in the metadata, peft in a file beside its own. */
-export function peftConfigs(file: SafetensorsFile): (path: string) => PeftConfig {
+export function peftConfigs(file: TensorFile): (path: string) => PeftConfig {
   const text = file.metadata.lora_adapter_metadata;
   if (text !== undefined) {
     const metadata = parsed(file, text);
@@ -37,7 +37,7 @@ export function peftConfigs(file: SafetensorsFile): (path: string) => PeftConfig
   return () => config;
 }
 
-function parsed(file: SafetensorsFile, text: string): Record<string, unknown> {
+function parsed(file: TensorFile, text: string): Record<string, unknown> {
   try {
     return JSON.parse(text) as Record<string, unknown>;
   } catch {

@@ -7,7 +7,8 @@ import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors, type Room, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { Room, TensorFile } from '../io/tensor_file.ts';
 import {
   type Json,
   loadAndClose,
@@ -23,11 +24,11 @@ import { isVaeAttention, type Origin, sgmOrigin, sgmPrefixes, vaeKeyInSgm } from
 import { openTinyFile, tinyPart } from './taesd_file.ts';
 
 /** Whether a file is the refiner, told by where OpenCLIP stands; undefined where that is nowhere. */
-const isRefiner = (file: SafetensorsFile): boolean | undefined =>
+const isRefiner = (file: TensorFile): boolean | undefined =>
   [false, true].find((refiner) => file.tensors.has(`${sgmPrefixes(refiner).text_encoder_2}ln_final.weight`));
 
 /** Which of a single file's tensors belong to which component, by the prefix of their names; none for another file. */
-export function singleFilePrefixes(file: SafetensorsFile): Record<string, string> | undefined {
+export function singleFilePrefixes(file: TensorFile): Record<string, string> | undefined {
   const refiner = isRefiner(file);
   return refiner === undefined ? undefined : sgmPrefixes(refiner);
 }
@@ -149,7 +150,7 @@ const marks: Readonly<Record<string, Json>> = {
 /** Tensors by which Playground v2.5 and CosXL say that they are such: all else in their files is as SDXL's. */
 const edmMarks = ['edm_mean', 'edm_vpred.sigma_max'];
 
-const markedSchedule = (file: SafetensorsFile): Json =>
+const markedSchedule = (file: TensorFile): Json =>
   Object.assign({}, ...Object.keys(marks).map((name) => (file.tensors.has(name) ? marks[name] : {})));
 
 /** The marks that a file needs for this scheduler's config. */
@@ -159,7 +160,7 @@ export const scheduleMarks = (scheduler: Json): string[] =>
   );
 
 /** The file under diffusers' names and shapes. It lists no names: what nobody asks for is passed over. */
-function translated(file: SafetensorsFile, origin: (key: string) => Origin): WeightSource {
+function translated(file: TensorFile, origin: (key: string) => Origin): WeightSource {
   const find = (key: string) => {
     const from = origin(key);
     const stored = file.tensors.get(from.name);

@@ -6,14 +6,15 @@ import { basename, dirname, join } from 'node:path';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile } from '../io/tensor_file.ts';
 import { taesdxlJson } from './autoencoder_tiny.ts';
 import { loadAndClose, type ModelSource, sourceOf, type WeightSource } from './checkpoint.ts';
 
 type Half = 'encoder' | 'decoder';
 
 /** What a file has of a tiny autoencoder, told by its keys; undefined for another file. */
-export function tinyPart({ tensors }: SafetensorsFile): 'whole' | Half | undefined {
+export function tinyPart({ tensors }: TensorFile): 'whole' | Half | undefined {
   if (tensors.has('decoder.layers.0.weight')) return 'whole';
   if (tensors.has('0.weight') && tensors.has('1.conv.0.weight')) return 'encoder';
   return tensors.has('1.weight') && tensors.has('3.conv.0.weight') ? 'decoder' : undefined;
@@ -55,7 +56,7 @@ function paired(path: string, part: Half): WeightSource {
   const other = otherHalf(path, part);
   const files = (part === 'encoder' ? [path, other] : [other, path]).map(openSafetensors);
   const [encoder, decoder] = files;
-  const stored = new Map<string, { file: SafetensorsFile; name: string }>();
+  const stored = new Map<string, { file: TensorFile; name: string }>();
   for (const [half, file, clamps] of [
     ['encoder', encoder, 0],
     ['decoder', decoder, 1],

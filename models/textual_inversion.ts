@@ -5,7 +5,8 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile } from '../io/tensor_file.ts';
 import type { TextStack } from './conditioning.ts';
 
 /** What one encoder reads: `values` are [count, width]. */
@@ -78,7 +79,7 @@ function readFolder(path: string): TextualInversion {
   return { token: first.token, clip_l: first.vectors, clip_g: second.vectors };
 }
 
-function within<R>(path: string, use: (file: SafetensorsFile) => R): R {
+function within<R>(path: string, use: (file: TensorFile) => R): R {
   const file = openSafetensors(path);
   try {
     return use(file);
@@ -87,7 +88,7 @@ function within<R>(path: string, use: (file: SafetensorsFile) => R): R {
   }
 }
 
-function vectorsOf(file: SafetensorsFile, name: string): Vectors {
+function vectorsOf(file: TensorFile, name: string): Vectors {
   const { shape = [], dtype } = file.tensors.get(name) ?? {};
   const [count, width] = shape.length === 1 ? [1, shape[0]] : shape;
   if (shape.length > 2 || !count || !width)

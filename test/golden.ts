@@ -8,7 +8,8 @@ import { brotliDecompressSync } from 'node:zlib';
 import { type DType, decodeFloats, encodeNumbers, typedView } from '../io/dtype.ts';
 import { writeFileAtomic } from '../io/files.ts';
 import { packageRoot } from '../io/package_root.ts';
-import { openSafetensors, type SafetensorsFile, type TensorInfo } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 
 export { packageRoot };
 export const goldenFolder = join(packageRoot, 'test', 'golden');
@@ -149,7 +150,7 @@ export function goldenSingleFile(folder: string): string {
   const { sha256, header, parts } = unpackedJson(`${folder}-singlefile.json.br`) as SingleFileRecipe;
   const path = join(tmpdir(), `sdxl-golden-${sha256.slice(0, 16)}`, `${folder}-singlefile.safetensors`);
   if (existsSync(path)) return path;
-  const components = new Map<string, SafetensorsFile>();
+  const components = new Map<string, TensorFile>();
   const halves = (part: string): Uint8Array => {
     const [, turned, component, name] = /^(T )?([^/]+)\/(.*)$/.exec(part) as RegExpExecArray;
     const file = components.get(component) ?? openComponent(join(goldenFolder, folder, component));
@@ -180,7 +181,7 @@ export function goldenLora(file: string): string {
   return path;
 }
 
-const openComponent = (folder: string): SafetensorsFile =>
+const openComponent = (folder: string): TensorFile =>
   openSafetensors(join(folder, readdirSync(folder).find((name) => name.endsWith('.safetensors')) as string));
 
 /** Values of a tensor of this shape with its axes in another order: axis i of the result is axis order[i]. */

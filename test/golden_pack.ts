@@ -7,7 +7,8 @@ import { cpSync, existsSync, readdirSync, readFileSync, rmSync, symlinkSync, wri
 import { join } from 'node:path';
 import { brotliCompressSync, constants } from 'node:zlib';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
-import { openSafetensors, type SafetensorsFile } from '../io/safetensors.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorFile } from '../io/tensor_file.ts';
 import { goldenFolder, permuted, type SingleFileRecipe, transposed } from './golden.ts';
 
 const [, , from] = process.argv;
@@ -56,7 +57,7 @@ function tensorsOf(folder: string): Map<string, string> {
 }
 
 /** One of the folder's tensors, or three end to end (OpenCLIP's fused q, k and v). */
-function partsOf(file: SafetensorsFile, name: string, known: ReadonlyMap<string, string>): string[] {
+function partsOf(file: TensorFile, name: string, known: ReadonlyMap<string, string>): string[] {
   const bytes = file.read(name);
   for (const count of [1, 3]) {
     const parts = Array.from({ length: count }, (_, i) =>
