@@ -67,7 +67,7 @@ export function fromFloat16(bits: number): number {
 
 let halves: Float32Array | undefined;
 /** Every float16 by its bits: to take it apart costs ten times a look. */
-const allFloat16 = (): Float32Array =>
+export const allFloat16 = (): Float32Array =>
   (halves ??= Float32Array.from({ length: 2 ** 16 }, (_, bits) => fromFloat16(bits)));
 
 /** The elements of raw little-endian `bytes` as float32 numbers (int64 beyond 2^24 loses precision). */
