@@ -21,6 +21,7 @@ export { type DecodedPicture, decodeLatents, type Latents } from './models/laten
 export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
 export { locateIPAdapter } from './models/locate_ip_adapter.ts';
 export { locateLora } from './models/locate_lora.ts';
+export { withUNet } from './models/locate_unet.ts';
 export { mergeLora } from './models/lora.ts';
 export {
   type Denoised,

@@ -11,6 +11,7 @@ const aliases: Readonly<Record<string, string>> = {
   '--num-inference-steps': '--steps',
   '--num-images-per-prompt': '--num-images',
   '--taesd': '--tae',
+  '--diffusion-model': '--unet',
 };
 
 /** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */

@@ -6,7 +6,6 @@ import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { assertWritable, listFolder } from '../io/files.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import { inTurns } from '../io/turns.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
@@ -14,10 +13,12 @@ import { type Certificate, exportFolder, exportSingleFile } from '../models/expo
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { locateModel } from '../models/locate.ts';
 import { locateLora } from '../models/locate_lora.ts';
+import { withUNet } from '../models/locate_unet.ts';
 import type { AdapterFile } from '../models/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora_file.ts';
 import { mergedModel, targetsIn, targetsOf } from '../models/merged.ts';
 import { presets } from '../models/presets.ts';
+import { openWeightsFile } from '../models/weights_file.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { downloadsOn, locatorOf } from './model.ts';
 import { bytes, devices, oneOf, repeated } from './options.ts';
@@ -31,6 +32,7 @@ interface Options {
   dtype?: FloatDType;
   maxShardSize: number;
   ema?: boolean;
+  unet?: string;
   configs?: string;
   lora?: string[];
   device: string;
@@ -47,6 +49,7 @@ Examples:
   sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
   sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
   sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
+  sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's.`;
@@ -69,6 +72,7 @@ export function addExport(command: Command, terminal: Terminal): void {
         .default(10e9, '10GB'),
     )
     .option('--ema', 'the moving averages instead of the last weights')
+    .option('--unet <DIR|FILE|HUB_ID>', "another UNet than the model has, such as one of ComfyUI's in .gguf")
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter to be merged into the weights for good, or its folder or hub id; may be given more than once',
@@ -96,10 +100,11 @@ function refuseFurther([further]: readonly string[], { saveKeys }: Options): voi
 }
 
 /** What is asked for and would change nothing. */
-function refuseIdle({ format, saveKeys, lora }: Options, sharded: boolean): void {
+function refuseIdle({ format, saveKeys, unet, lora }: Options, sharded: boolean): void {
   const idle = [
     ['--max-shard-size', sharded && format !== 'diffusers'],
     ['--save-keys', saveKeys !== undefined && isOfLora(format)],
+    ['--unet', unet !== undefined && isOfLora(format)],
     ['--lora', lora !== undefined && isOfLora(format)],
   ] as const;
   for (const [flag, given] of idle)
@@ -156,7 +161,7 @@ function refuseOccupied(out: string, format: Format): void {
 function adapterFile(path: string, { ema }: Options): string | undefined {
   const found = adapterAt(path, { ema });
   if (!found) return undefined;
-  const file = openSafetensors(found);
+  const file = openWeightsFile(found);
   const adapter = isAdapter(file);
   file.close();
   return adapter ? found : undefined;
@@ -194,13 +199,15 @@ async function exportWeights(
   terminal: Terminal,
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
-  const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
-  const source: ModelSource = isCheckpoint(from)
+  const { configs, unet } = options;
+  const where = { configs, onProgress: downloadsOn(terminal, quiet) };
+  const own: ModelSource = isCheckpoint(from)
     ? await openCheckpoint(from, {
         ema: options.ema ?? false,
         locate: locatorOf(where),
       })
-    : await locateModel(from, where);
+    : await locateModel(from, { ...where, without: unet && 'unet' });
+  const source = unet ? await withUNet(own, unet, where) : own;
   const lora: AdapterFile[] = [];
   for (const { file, scale } of (options.lora ?? []).map(loraOf))
     lora.push({ path: await locateLora(file, where), scale });

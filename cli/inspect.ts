@@ -7,6 +7,7 @@ import type { Terminal } from './terminal.ts';
 const examples = `
 Examples:
   sdxl inspect sd_xl_base_1.0.safetensors
+  sdxl inspect sdxl-Q4_K_M.gguf
   sdxl inspect ./my-model --json
 
 Problems are what would keep it from loading; with any, the exit status is 2.`;

@@ -18,6 +18,7 @@ Examples:
   sdxl sample --prompt "red heart"
   sdxl sample --model ./sdxl-base --prompt "yoda pokemon" --seed 1
   sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --prompt "a red fox"
+  sdxl sample --model sdxl-q8_0.gguf --prompt "a red fox"
   sdxl sample --model ./base --refiner ./refiner --denoising-end 0.8 --prompt "a castle on a hill"
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
@@ -38,13 +39,17 @@ const modelOptions = (command: Command): Command =>
     .optionsGroup('Model:')
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
-      'diffusers folder, original .safetensors file, or Hugging Face id (default: a small emoji model)',
+      'diffusers folder, original .safetensors or .gguf file, or Hugging Face id (default: a small emoji model)',
     )
     .option(
       '--variant <NAME>',
       'which weights of a folder or hub id, such as fp16: half the download (default: the plain ones)',
     )
     .option('--configs <DIR>', 'diffusers folder that lends configs and tokenizers to a single-file model')
+    .option(
+      '--unet <DIR|FILE|HUB_ID>',
+      "another UNet than the model has, such as one of ComfyUI's in .gguf or latent-consistency/lcm-sdxl",
+    )
     .option(
       '--vae <DIR|FILE|HUB_ID>',
       'another VAE than the model has, or a tiny autoencoder such as madebyollin/taesdxl: coarser, in a fraction of the time',

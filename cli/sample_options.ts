@@ -61,6 +61,7 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, HiresOp
   refinerGuidanceScale?: number;
   aestheticScore: number;
   negativeAestheticScore: number;
+  unet?: string;
   vae?: string;
   vaeDtype: FloatDType | 'auto';
   lora?: string[];

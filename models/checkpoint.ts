@@ -14,8 +14,8 @@ import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { Room, TensorFile } from '../io/tensor_file.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 export type Json = Record<string, unknown>;
 
@@ -49,7 +49,9 @@ export interface ModelSource {
  */
 export function openModel(path: string, { variant }: { variant?: string } = {}): ModelSource {
   if (!existsSync(path))
-    throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+    throw new UserError(
+      `no model at ${path}; give a diffusers folder, a .safetensors or .gguf file or a hub id`,
+    );
   if (!statSync(path).isDirectory()) throw new UserError(`${path} is not a folder`);
   const index = join(path, 'model_index.json');
   if (!existsSync(index)) {
@@ -90,7 +92,7 @@ export function openComponentFile(path: string): ModelSource {
   const folder = dirname(path);
   if (!existsSync(join(folder, 'config.json')))
     throw new UserError(`${path} holds weights only: put the config.json that belongs to it into ${folder}`);
-  const weights = () => sourceOf(path, [openSafetensors(path)]);
+  const weights = () => sourceOf(path, [openWeightsFile(path)]);
   return {
     ...openComponent(folder),
     path,
@@ -133,7 +135,7 @@ export function openWeights(folder: string, variant?: string): WeightSource {
   if (!existsSync(folder))
     throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
   const files = pickFiles(folder, weightFiles(folder), variant).map((name) =>
-    openSafetensors(join(folder, name)),
+    openWeightsFile(join(folder, name)),
   );
   return sourceOf(folder, files);
 }
@@ -164,7 +166,7 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
   return shards;
 }
 
-/** Several safetensors files seen as one set of names. */
+/** Several files seen as one set of names. */
 export function sourceOf(where: string, files: readonly TensorFile[]): WeightSource {
   const holder = new Map<string, TensorFile>();
   for (const file of files) for (const name of file.tensors.keys()) holder.set(name, file);

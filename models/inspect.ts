@@ -6,7 +6,6 @@ import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import {
   type Json,
@@ -21,8 +20,11 @@ import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
 import { parseSchedulerConfig } from './samplers/config.ts';
-import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
+import { layoutOf, loneUNet } from './sgm_keys.ts';
+import { openSingleFile, openVaeFile } from './singlefile.ts';
 import { tinyPart } from './taesd_file.ts';
+import { openUNetFile } from './unet_file.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 export interface Component {
   name: string;
@@ -47,10 +49,10 @@ export interface Inspection {
   problems: string[];
 }
 
-/** @throws UserError when the path is neither a model's folder nor a safetensors file */
+/** @throws UserError when the path is neither a model's folder nor a file of weights */
 export function inspect(path: string): Inspection {
   if (!existsSync(path))
-    throw new UserError(`nothing at ${path}; give a model's folder or a .safetensors file`);
+    throw new UserError(`nothing at ${path}; give a model's folder or a .safetensors or .gguf file`);
   return statSync(path).isDirectory() ? inspectFolder(path) : inspectFile(path);
 }
 
@@ -153,25 +155,39 @@ function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems
 }
 
 function inspectFile(path: string): Inspection {
-  const file = openSafetensors(path);
+  const file = openWeightsFile(path);
   try {
     const names = [...file.tensors.keys()];
     const base = { path, metadata: file.metadata };
-    const prefixes = singleFilePrefixes(file);
-    if (prefixes) return { ...base, ...inspectSingleFile(file, prefixes) };
+    const layout = layoutOf(file.tensors);
+    if (layout) return { ...base, ...inspectSingleFile(file, layout.prefixes) };
     if (isIPAdapter(names)) return { ...base, ...inspectIPAdapter(file) };
     if (isAdapter(file)) return { ...base, ...inspectLora(file) };
-    const components = [{ name: 'tensors', ...summary([...file.tensors.values()]), problems: [] }];
+    const tensors = [...file.tensors.values()];
+    if (loneUNet(file.tensors)?.original) return { ...base, ...inspectUNet(path, tensors) };
+    const problems = unread(tensors);
+    const components = [{ name: 'tensors', ...summary(tensors), problems }];
     const coder = kindOfCoder(file);
     if (coder) {
       const problems = problemsOfCoder(path);
       return { ...base, kind: coder, components: [{ ...components[0], name: 'vae', problems }], problems };
     }
     const kind = kindOfComponent(names, existsSync(join(dirname(path), 'config.json')));
-    return { ...base, kind, components, problems: [] };
+    return { ...base, kind, components, problems };
   } finally {
     file.close();
   }
+}
+
+/** A UNet alone, as ComfyUI has it. */
+function inspectUNet(path: string, tensors: readonly Stored[]): Omit<Inspection, 'path' | 'metadata'> {
+  const source = openUNetFile(path);
+  const problems = [
+    ...unread(tensors),
+    ...inspectComponent('unet', source.config('unet'), () => source.weights('unet')).problems,
+  ];
+  const components = [{ name: 'unet', ...summary(tensors), problems }];
+  return { kind: 'UNet in one file, original keys', components, problems };
 }
 
 function kindOfCoder(file: TensorFile): string | undefined {
@@ -201,7 +217,7 @@ const kindOfComponent = (names: readonly string[], config: boolean): string => {
   if (names.some((name) => /(^|\.)encoder\.layers\.0\.self_attn\./.test(name)))
     return `text encoder weights${beside}`;
   if (names.includes('clip_l') && names.includes('clip_g')) return 'textual inversion for SDXL';
-  return `safetensors file of no kind that is known${beside}`;
+  return `tensors of no kind that is known${beside}`;
 };
 
 function inspectSingleFile(

@@ -1,11 +1,10 @@
-// Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original .safetensors file, or a Hugging Face hub
-// id, of which only the files that are read are downloaded.
+// Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original file (.safetensors or .gguf), or a Hugging
+// Face hub id, of which only the files that are read are downloaded.
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import {
   type ModelSource,
   openComponent,
@@ -17,7 +16,9 @@ import {
 import { classOf } from './components.ts';
 import { asItsWeightsTell } from './controlnet_union.ts';
 import { adapterAt } from './lora_file.ts';
-import { openSingleFile, openVaeFile, singleFilePrefixes } from './singlefile.ts';
+import { layoutOf } from './sgm_keys.ts';
+import { openSingleFile, openVaeFile } from './singlefile.ts';
+import { isWeightsFile, openWeightsFile } from './weights_file.ts';
 
 /**
  * Of each folder's weights the `wanted` variant, or where it has none of that, or none is named, the plain ones, or fp16 where it has
@@ -60,14 +61,16 @@ export interface LocateOptions {
   configs?: string;
   /** Of a folder's or repository's weights, such as fp16. */
   variant?: string;
+  /** A component whose weights are not downloaded, as another's stand in. */
+  without?: string;
 }
 
 /**
- * Opens the model at `path`: a diffusers folder, an original .safetensors file, or a hub id, which is downloaded first.
+ * Opens the model at `path`: a diffusers folder, an original .safetensors or .gguf file, or a hub id, which is downloaded first.
  * @throws UserError where it is none of these, or incomplete
  */
 export async function locateModel(path: string, where: LocateOptions = {}): Promise<ModelSource> {
-  const { configs, variant } = where;
+  const { configs, variant, without } = where;
   if (existsSync(path)) {
     if (statSync(path).isDirectory()) {
       refuseOtherFolders(path);
@@ -77,25 +80,32 @@ export async function locateModel(path: string, where: LocateOptions = {}): Prom
       throw new UserError(
         `--variant ${variant} chooses among a folder's files, and ${path} is one file; leave it out`,
       );
-    if (path.endsWith('.safetensors')) {
+    if (isWeightsFile(path)) {
       // Opened first, so that a file that is no model is refused before anything is downloaded for it.
       const source = openSingleFile(path, { configs });
       return configs ? source : openSingleFile(path, { tokenizers: await publishedTokenizers(path) });
     }
     if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
       throw new UserError(
-        `${path} is a pickle, which can run code when read and is refused; use a .safetensors file`,
+        `${path} is a pickle, which can run code when read and is refused; use a .safetensors or .gguf file`,
       );
     }
-    throw new UserError(`${path} is not a model: give a diffusers folder, a .safetensors file or a hub id`);
+    throw new UserError(
+      `${path} is not a model: give a diffusers folder, a .safetensors or .gguf file or a hub id`,
+    );
   }
   if (!looksLikeHubId(path))
-    throw new UserError(`no model at ${path}; give a diffusers folder, a .safetensors file or a hub id`);
+    throw new UserError(
+      `no model at ${path}; give a diffusers folder, a .safetensors or .gguf file or a hub id`,
+    );
   // Of a single file's model the cache has tokenizers alone, which are no model to be opened offline.
   const files = (all: readonly string[]) =>
-    all.includes('model_index.json') ? neededFiles(all, variant) : [];
+    all.includes('model_index.json') ? withoutWeights(neededFiles(all, variant), without) : [];
   return openModel(await download(path, files, where), { variant });
 }
+
+const withoutWeights = (files: readonly string[], component: string | undefined): string[] =>
+  files.filter((name) => !(name.startsWith(`${component}/`) && name.endsWith('.safetensors')));
 
 /** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */
 function refuseOtherFolders(path: string): void {
@@ -134,10 +144,10 @@ async function publishedTokenizers(path: string): Promise<string> {
 
 /** A VAE's own folder (config.json beside its weights, as fp16-fix is published), or a model or a run's `final` that has one. */
 export async function locateVae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
-  if (existsSync(path) && !statSync(path).isDirectory() && path.endsWith('.safetensors'))
+  if (existsSync(path) && !statSync(path).isDirectory() && isWeightsFile(path))
     return vaeOfFile(path, options);
   if (!existsSync(path) && !looksLikeHubId(path))
-    throw new UserError(`no VAE at ${path}; give its folder, its .safetensors file or a hub id`);
+    throw new UserError(`no VAE at ${path}; give its folder, its file or a hub id`);
   const folder = existsSync(path)
     ? path
     : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
@@ -166,7 +176,12 @@ const controlNetClasses: readonly string[] = [
 ];
 
 /** @throws UserError where a lone component's config names another class */
-function ofClass(source: ModelSource, wanted: readonly string[], what: string, mend: string): ModelSource {
+export function ofClass(
+  source: ModelSource,
+  wanted: readonly string[],
+  what: string,
+  mend: string,
+): ModelSource {
   const name = classOf(source.config(wanted[0]));
   if (name !== undefined && !wanted.includes(name))
     throw new UserError(`${source.path} holds a ${name}, not ${what} (${wanted.join(' or ')}); give ${mend}`);
@@ -189,18 +204,18 @@ export async function locateControlNet(path: string, options: LocateOptions = {}
     throw new UserError(`no ControlNet at ${path}; give ${mend}`);
   const folder = existsSync(path)
     ? path
-    : await download(path, (all) => controlNetFiles(all, options.variant), options);
+    : await download(path, (all) => componentFiles(all, 'ControlNet', options.variant), options);
   const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
   return checked(openComponent(own, { variant: options.variant }));
 }
 
-/** The files of a ControlNet's repository: its config, and its weights as diffusers names them. @throws UserError for none */
-export function controlNetFiles(all: readonly string[], variant?: string): string[] {
+/** The files of a lone component's repository: its config, and its weights as diffusers names them. @throws UserError for none */
+export function componentFiles(all: readonly string[], what: string, variant?: string): string[] {
   const weights = all.filter((name) => /^diffusion_pytorch_model[.-].*safetensors$/.test(name));
   if (weights.length === 0)
     throw new UserError(
-      'the ControlNet has no diffusion_pytorch_model.safetensors on the hub; download what it has, and give a .safetensors file with its config.json beside it',
+      `the ${what} has no diffusion_pytorch_model.safetensors on the hub; download what it has, and give a .safetensors file with its config.json beside it`,
     );
   return ['config.json', ...weightsOf(weights, variant)];
 }
@@ -214,8 +229,8 @@ export const download = (
 
 /** A VAE alone in its file, or the one inside a whole model's file. */
 function vaeOfFile(path: string, { configs }: LocateOptions): ModelSource {
-  const file = openSafetensors(path);
-  const whole = singleFilePrefixes(file) !== undefined;
+  const file = openWeightsFile(path);
+  const whole = layoutOf(file.tensors) !== undefined;
   file.close();
   return whole ? openSingleFile(path, { configs }) : openVaeFile(path);
 }

@@ -1,4 +1,4 @@
-// Checkpoints in one .safetensors file under the original keys (sgm_keys.ts). Each diffusers key is spelled in the original's
+// Checkpoints in one file, .safetensors or .gguf, under the original keys (sgm_keys.ts). Each diffusers key is spelled in the original's
 // words and looked up, so whatever else the file holds is passed over. The file has no configs: the published models' are taken,
 // or those of a folder.
 import { existsSync } from 'node:fs';
@@ -7,7 +7,6 @@ import type { AnyModule } from '../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { Room, TensorFile } from '../io/tensor_file.ts';
 import {
   type Json,
@@ -20,18 +19,9 @@ import {
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
 import { presets, sdxlVae } from './presets.ts';
 import { otherProcess } from './samplers/config.ts';
-import { isVaeAttention, type Origin, sgmOrigin, sgmPrefixes, vaeKeyInSgm } from './sgm_keys.ts';
+import { layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
-
-/** Whether a file is the refiner, told by where OpenCLIP stands; undefined where that is nowhere. */
-const isRefiner = (file: TensorFile): boolean | undefined =>
-  [false, true].find((refiner) => file.tensors.has(`${sgmPrefixes(refiner).text_encoder_2}ln_final.weight`));
-
-/** Which of a single file's tensors belong to which component, by the prefix of their names; none for another file. */
-export function singleFilePrefixes(file: TensorFile): Record<string, string> | undefined {
-  const refiner = isRefiner(file);
-  return refiner === undefined ? undefined : sgmPrefixes(refiner);
-}
+import { openWeightsFile } from './weights_file.ts';
 
 /**
  * Opens base or refiner. `configs` is a diffusers folder (or a model) that lends configs, where it is of the same kind, and tokenizers
@@ -42,11 +32,15 @@ export function openSingleFile(
   path: string,
   { configs, tokenizers }: { configs?: string | ModelSource; tokenizers?: string } = {},
 ): ModelSource {
-  const file = openSafetensors(path);
-  const refiner = isRefiner(file);
+  const file = openWeightsFile(path);
+  const layout = layoutOf(file.tensors);
   const convIn = file.tensors.get('model.diffusion_model.input_blocks.0.0.weight');
-  if (refiner === undefined || !convIn) {
+  if (!layout || !convIn) {
     file.close();
+    if (loneUNet(file.tensors))
+      throw new UserError(
+        `${path} holds a UNet alone: give a whole model as --model, and this beside it as --unet of sdxl sample or export`,
+      );
     throw new UserError(
       `${path} is not an SDXL checkpoint in one file (no UNet or no OpenCLIP under the original keys); ` +
         'give an SDXL base or refiner file, or a diffusers folder',
@@ -56,6 +50,7 @@ export function openSingleFile(
     file.close();
     throw new UserError(`${path} ${otherProcess}`);
   }
+  const { refiner, prefixes } = layout;
   const preset = presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
   const [width] = preset.unet.block_out_channels;
   const lender = typeof configs === 'string' ? openModel(configs) : configs;
@@ -71,7 +66,6 @@ export function openSingleFile(
   }
   const published = componentConfigs(preset);
   published.unet.in_channels = convIn.shape[1];
-  const prefixes = sgmPrefixes(refiner);
   const has = (component: string): boolean =>
     component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component]));
   const config = (component: string): Json => {
@@ -95,7 +89,7 @@ export function openSingleFile(
         `${path} holds weights only, no ${component}: name a diffusers folder that has one`,
       );
     },
-    weights: (component) => translated(openSafetensors(path), sgmOrigin(component, config, refiner)),
+    weights: (component) => translated(openWeightsFile(path), sgmOrigin(component, config, layout)),
     load: (component, module: AnyModule, device, dtype) =>
       loadAndClose(module, source.weights(component), device, dtype),
   };
@@ -111,7 +105,7 @@ const vaePrefixes = ['', 'first_stage_model.', 'vae.'];
  * config is the config.json beside it, else the published one's.
  */
 export function openVaeFile(path: string): ModelSource {
-  const file = openSafetensors(path);
+  const file = openWeightsFile(path);
   const part = tinyPart(file);
   if (part) {
     file.close();
@@ -127,8 +121,8 @@ export function openVaeFile(path: string): ModelSource {
   const levels = () => (config().block_out_channels as number[]).length;
   const weights = (): WeightSource =>
     prefix === undefined
-      ? sourceOf(path, [openSafetensors(path)])
-      : translated(openSafetensors(path), (key) => ({ name: prefix + vaeKeyInSgm(key, levels()) }));
+      ? sourceOf(path, [openWeightsFile(path)])
+      : translated(openWeightsFile(path), (key) => ({ name: prefix + vaeKeyInSgm(key, levels()) }));
   file.close();
   return {
     path,
@@ -160,7 +154,7 @@ export const scheduleMarks = (scheduler: Json): string[] =>
   );
 
 /** The file under diffusers' names and shapes. It lists no names: what nobody asks for is passed over. */
-function translated(file: TensorFile, origin: (key: string) => Origin): WeightSource {
+export function translated(file: TensorFile, origin: (key: string) => Origin): WeightSource {
   const find = (key: string) => {
     const from = origin(key);
     const stored = file.tensors.get(from.name);
@@ -190,13 +184,15 @@ function translated(file: TensorFile, origin: (key: string) => Origin): WeightSo
   };
 }
 
-/**
- * The diffusers shape of a stored tensor; the original's attention in the VAE is written as 1x1 convolutions.
- */
+/** Linear layers that the original's VAE and stable-diffusion.cpp have as 1x1 convolutions. */
+const pointwise = /\.(attn_1\.[qkv]|proj_in|proj_out)\.weight$/;
+
+/** The diffusers shape of a stored tensor. */
 function shapeOf({ name, third, transposed }: Origin, shape: readonly number[]): readonly number[] {
   if (third !== undefined) return [shape[0] / 3, ...shape.slice(1)];
   if (transposed) return shape.toReversed();
-  return isVaeAttention(name) ? shape.slice(0, 2) : shape;
+  const isPointwise = pointwise.test(name) && shape.slice(2).every((size) => size === 1);
+  return isPointwise ? shape.slice(0, 2) : shape;
 }
 
 /** [rows, columns] → [columns, rows], on raw elements. */

@@ -6,10 +6,10 @@ import { basename, dirname, join } from 'node:path';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
 import { taesdxlJson } from './autoencoder_tiny.ts';
 import { loadAndClose, type ModelSource, sourceOf, type WeightSource } from './checkpoint.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 type Half = 'encoder' | 'decoder';
 
@@ -27,7 +27,7 @@ export function openTinyFile(path: string, part: 'whole' | Half): ModelSource {
   const config = own._class_name === 'AutoencoderTiny' ? own : taesdxlJson();
   if (part !== 'whole') otherHalf(path, part); // told now, and not when weights are read
   const weights = (): WeightSource =>
-    part === 'whole' ? sourceOf(path, [openSafetensors(path)]) : paired(path, part);
+    part === 'whole' ? sourceOf(path, [openWeightsFile(path)]) : paired(path, part);
   return {
     path,
     modelIndex: {},
@@ -54,7 +54,7 @@ function otherHalf(path: string, part: Half): string {
 /** Both halves under diffusers' keys. */
 function paired(path: string, part: Half): WeightSource {
   const other = otherHalf(path, part);
-  const files = (part === 'encoder' ? [path, other] : [other, path]).map(openSafetensors);
+  const files = (part === 'encoder' ? [path, other] : [other, path]).map(openWeightsFile);
   const [encoder, decoder] = files;
   const stored = new Map<string, { file: TensorFile; name: string }>();
   for (const [half, file, clamps] of [

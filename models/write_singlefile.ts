@@ -3,7 +3,7 @@
 // attention goes back to 1x1 convolutions. How the model predicts is marked by empty tensors, as other programs look for them.
 import type { TensorEntry } from '../io/safetensors.ts';
 import type { ModelSource } from './checkpoint.ts';
-import { isVaeAttention, type Origin, sgmOrigin } from './sgm_keys.ts';
+import { isVaeAttention, type Origin, sgmLayout, sgmOrigin } from './sgm_keys.ts';
 import { transposed } from './singlefile.ts';
 
 /** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. `marks` are empty. */
@@ -13,9 +13,9 @@ export function singleFileEntries(
   entriesOf: (component: string) => TensorEntry[],
   marks: readonly string[],
 ): TensorEntry[] {
-  const refiner = !source.has('text_encoder');
+  const layout = sgmLayout(!source.has('text_encoder'));
   const weights = components.flatMap((component) => {
-    const origin = sgmOrigin(component, source.config, refiner);
+    const origin = sgmOrigin(component, source.config, layout);
     const parts = new Map<string, { from: Origin; entry: TensorEntry }[]>();
     for (const entry of entriesOf(component)) {
       const from = origin(entry.name);

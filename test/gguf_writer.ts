@@ -67,12 +67,13 @@ export function ggufBytes(
 
 /** Numbers as ggml's Q8_0: of each 32 a float16 scale, the largest over 127, and bytes. */
 export function q8_0(values: Float32Array): Uint8Array {
-  const out = Buffer.alloc((values.length / 32) * 34);
+  const bytes = new Uint8Array((values.length / 32) * 34);
+  const out = new DataView(bytes.buffer);
   for (let block = 0; block < values.length / 32; block++) {
     const mine = values.subarray(32 * block, 32 * block + 32);
     const d = mine.reduce((most, value) => Math.max(most, Math.abs(value)), 0) / 127;
-    out.writeUInt16LE(toFloat16(d), 34 * block);
-    mine.forEach((value, i) => void out.writeInt8(d && Math.round(value / d), 34 * block + 2 + i));
+    out.setUint16(34 * block, toFloat16(d), true);
+    mine.forEach((value, i) => void out.setInt8(34 * block + 2 + i, d && Math.round(value / d)));
   }
-  return out;
+  return bytes;
 }

@@ -103,7 +103,7 @@ test('inspect tells of a folder that has nothing of SDXL', async (t) => {
   await refusesEach(t, (path) => sdxl('inspect', path), [[[empty], /names no component that SDXL has/]]);
 });
 
-test('types that are not read, as float8, are told by inspect and export too', async (t) => {
+test('types that are not read, as int16, are told by inspect and export too', async (t) => {
   /** A copy of the file in which a tensor in float16 is said to be of a type as wide. */
   const other = (path: string, to: string): void => {
     const bytes = readFileSync(path);

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { resolveHub } from '../io/hub.ts';
 import { readPicture } from '../io/image.ts';
-import { controlNetFiles, locateModel, neededFiles } from '../models/locate.ts';
+import { componentFiles, locateModel, neededFiles } from '../models/locate.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 import { hubOf } from './small_hub.ts';
@@ -67,11 +67,11 @@ test('the files that a ControlNet on the hub is asked for', (t) => {
     'out_bird.png',
   ];
   const [plain, fp16] = all;
-  t.same(controlNetFiles(['README.md', 'config.json', ...all]), ['config.json', plain]);
-  t.same(controlNetFiles(all, 'fp16'), ['config.json', fp16], 'the variant');
-  t.same(controlNetFiles(all, 'bf16'), ['config.json', plain], 'that the base alone has');
-  t.same(controlNetFiles([fp16, `${weights}_V2.safetensors`]), ['config.json', fp16]);
-  t.throws(() => controlNetFiles(['config.json', `${weights}.bin`]), {
+  t.same(componentFiles(['README.md', 'config.json', ...all], 'ControlNet'), ['config.json', plain]);
+  t.same(componentFiles(all, 'ControlNet', 'fp16'), ['config.json', fp16], 'the variant');
+  t.same(componentFiles(all, 'ControlNet', 'bf16'), ['config.json', plain], 'that the base alone has');
+  t.same(componentFiles([fp16, `${weights}_V2.safetensors`], 'ControlNet'), ['config.json', fp16]);
+  t.throws(() => componentFiles(['config.json', `${weights}.bin`], 'ControlNet'), {
     message: /no diffusion_pytorch_model\.saf/,
   });
   t.end();

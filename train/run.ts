@@ -25,7 +25,7 @@ export interface Run {
   /** Receives checkpoints, previews, the log and the final model. */
   output: string;
   seed: number;
-  /** A diffusers folder, an original .safetensors file, a hub id; or a preset, which starts from random weights. */
+  /** A diffusers folder, an original .safetensors or .gguf file, a hub id; or a preset, which starts from random weights. */
   model: string | ModelPreset;
   /** Another VAE than the model's: a folder or a hub id. Empty for the model's own. */
   vae: string;
@@ -172,7 +172,7 @@ export const fields: Fields<Run> = {
   output: text(''),
   seed: whole(0),
   model: textOrObject<ModelPreset>(
-    'a folder, a .safetensors file, a hub id, or a preset { unet, vae, text_encoder, ... }',
+    'a folder, a .safetensors or .gguf file, a hub id, or a preset { unet, vae, text_encoder, ... }',
   ),
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),

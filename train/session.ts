@@ -118,7 +118,7 @@ async function openSource(
 ): Promise<ModelSource> {
   if (run.model === '')
     throw new UserError(
-      'the run names no model; set model to a folder, a .safetensors file, a hub id or a preset',
+      'the run names no model; set model to a folder, a .safetensors or .gguf file, a hub id or a preset',
     );
   if (typeof run.model === 'string') return locate.model(run.model);
   const parts = run.model as unknown as Record<string, Record<string, unknown> | undefined>;

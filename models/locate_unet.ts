@@ -1,0 +1,53 @@
+// A model with another UNet than its own: one that is published alone, as a file (ComfyUI's, in GGUF above all), as diffusers' folder of one
+// component, or on the hub, perhaps as one file of a repository.
+import { existsSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import { UserError } from '../io/errors.ts';
+import { hubPath, NothingWantedError } from '../io/hub.ts';
+import { type ModelSource, openComponent } from './checkpoint.ts';
+import { componentFiles, download, type LocateOptions, neededFiles, ofClass } from './locate.ts';
+import { openUNetFile } from './unet_file.ts';
+
+const mend =
+  "a UNet's .gguf or .safetensors file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors";
+
+/** `model` with the UNet at `path`, a file, folder or hub id, in its own one's place. @throws UserError where there is none */
+export async function withUNet(
+  model: ModelSource,
+  path: string,
+  options: LocateOptions = {},
+): Promise<ModelSource> {
+  const unet = await locateUNet(path, model, options);
+  const owner = (component: string): ModelSource => (component === 'unet' ? unet : model);
+  return {
+    ...model,
+    has: (component) => owner(component).has(component),
+    config: (component) => owner(component).config(component),
+    weights: (component) => owner(component).weights(component),
+    load: (component, module, device, dtype) => owner(component).load(component, module, device, dtype),
+  };
+}
+
+async function locateUNet(path: string, model: ModelSource, options: LocateOptions): Promise<ModelSource> {
+  const { variant } = options;
+  const hub = hubPath(path);
+  if (hub?.inner) {
+    const { id, inner } = hub;
+    const wanted = (all: readonly string[]) => all.filter((name) => name === inner);
+    const folder = await download(id, wanted, options).catch((error) => {
+      if (!(error instanceof NothingWantedError)) throw error;
+      throw new UserError(`${id} on the hub has no ${inner}; give ${mend}`);
+    });
+    return openUNetFile(join(folder, inner), model);
+  }
+  if (!hub && !existsSync(path)) throw new UserError(`no UNet at ${path}; give ${mend}`);
+  if (!hub && !statSync(path).isDirectory()) return openUNetFile(path, model);
+  const files = (all: readonly string[]) =>
+    all.includes('model_index.json')
+      ? neededFiles(all, variant).filter((name) => /^(unet\/|model_index\.json$)/.test(name))
+      : componentFiles(all, 'UNet', variant);
+  const folder = hub ? await download(hub.id, files, options) : path;
+  const own = [folder, join(folder, 'unet')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) throw new UserError(`${path} has no config.json of a UNet; give ${mend}`);
+  return ofClass(openComponent(own, { variant }), ['UNet2DConditionModel'], "SDXL's UNet", mend);
+}
