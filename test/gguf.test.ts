@@ -7,7 +7,7 @@ import { ggmlTypes } from '../io/ggml_types.ts';
 import { isGguf, openGguf } from '../io/gguf.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { float8E4M3, float8E5M2, float64 } from '../io/stored_types.ts';
-import type { StoredType } from '../io/tensor_file.ts';
+import type { StoredType, TensorInfo } from '../io/tensor_file.ts';
 import { type GgufTensor, type GgufValue, ggufBytes, q8_0, text, u32, u64 } from './gguf_writer.ts';
 import { goldenLines } from './golden.ts';
 import { at, filesOpen, folder, messageOf, randomNumbers, refuses, sameBytes } from './io_helpers.ts';
@@ -105,6 +105,29 @@ test('what types stand for, as gguf and torch have it, to the bit', (t) => {
       name,
     );
   }
+  t.end();
+});
+
+interface Made {
+  file: string;
+  metadata: Record<string, string>;
+  tensors: { name: string; shape: number[]; values: string }[];
+}
+
+test("a file by gguf's own writer", (t) => {
+  const [made] = goldenLines<Made>('gguf_file');
+  const path = at('made.gguf');
+  writeFileSync(path, Buffer.from(made.file, 'hex'));
+  const file = openGguf(path);
+  t.match(file.metadata, { ...made.metadata, 'general.architecture': 'sdxl', 'general.alignment': '64' });
+  t.equal(file.tensors.size, made.tensors.length);
+  for (const { name, shape, values } of made.tensors) {
+    const { shape: ours, dtype } = file.tensors.get(name) as TensorInfo;
+    t.same(ours, shape, name);
+    const got = Float32Array.from(decodeFloats(file.read(name), dtype));
+    t.equal(Buffer.from(got.buffer).toString('hex'), values, name);
+  }
+  file.close();
   t.end();
 });
 
