@@ -63,7 +63,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--format <NAME>', formats.join(', '), oneOf('--format', formats), 'diffusers')
     .option(
       '--dtype <NAME>',
-      'float32, bfloat16 or float16 (default: as it is stored)',
+      'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised)',
       oneOf('--dtype', ['float32', 'bfloat16', 'float16']),
     )
     .addOption(

@@ -47,7 +47,7 @@ const groups = new Set(keys.filter((key) => key.includes('.')).map((key) => key.
 test('flags and keys', (t) => {
   t.same(
     tables.map(({ rows }) => rows.length > 10),
-    [true, true, true, true, true],
+    [true, true, true, true, true, true],
   );
   for (const { heading, rows } of tables)
     for (const [theirs, ...ours] of rows)
