@@ -28,10 +28,10 @@ const beside = /(^|\.)(scale_weight|weight_scale|scale_input|input_scale|comfy_q
 function scaled(file: TensorFile): TensorFile {
   const scales = new Map<string, string>();
   for (const name of file.tensors.keys()) {
-    const weight = `${scaleName.exec(name)?.[1]}.weight`;
-    if (!file.tensors.has(weight)) continue;
-    checkScale(file, weight, name);
-    scales.set(weight, name);
+    const [, layer] = scaleName.exec(name) ?? [];
+    if (!layer) continue;
+    checkScale(file, `${layer}.weight`, name);
+    scales.set(`${layer}.weight`, name);
   }
   if (scales.size === 0) return file;
   const times = (name: string, scale: string): Float32Array => {
@@ -64,7 +64,11 @@ function scaled(file: TensorFile): TensorFile {
 }
 
 function checkScale({ path, tensors }: TensorFile, weight: string, scale: string): void {
-  const [of, by] = [weight, scale].map((name) => tensors.get(name) as TensorInfo);
+  const [of, by] = [tensors.get(weight), tensors.get(scale) as TensorInfo];
+  if (!of)
+    throw new UserError(
+      `tensor "${scale}" of ${path} scales no weight, as there is no "${weight}": take the model in another type`,
+    );
   const one = by.shape.every((size) => size === 1) && isFloat(by.dtype);
   if (one && of.storedAs.startsWith('F8_')) return;
   throw new UserError(

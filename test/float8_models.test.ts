@@ -126,6 +126,10 @@ test('what is scaled in other ways is refused', (t) => {
   refuses(t, /"a\.weight" of .* is F8_E4M3 scaled by "a\.weight_scale", F32 \[2,1\], and only/, () =>
     openWeightsFile(rows),
   );
+  const lone = rawFile('lone.safetensors', [f32('a.scale_weight', [])]);
+  refuses(t, /"a\.scale_weight" of .* scales no weight, as there is no "a\.weight"/, () =>
+    openWeightsFile(lone),
+  );
   const nvfp4 = rawFile('nvfp4.safetensors', [{ ...weight, dtype: 'U8' }, f32('a.weight_scale', [])]);
   refuses(t, /"a\.weight" of .* is U8 scaled by/, () => openWeightsFile(nvfp4));
   const file = openWeightsFile(
