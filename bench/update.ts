@@ -8,7 +8,7 @@ import { cast } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import { sizeOf, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { addLora } from '../models/adapters.ts';
+import { addAdapters, parametersOf } from '../models/adapters.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import { unet } from '../models/unet.ts';
 import { clipGradients } from '../train/clip.ts';
@@ -43,8 +43,10 @@ export function buildUpdate(
   const module = unet(preset.unet, { gradientCheckpointing: checkpointing });
   fillRandom(module, device, dtype);
   const trained = loraRank
-    ? addLora(module, { rank: loraRank, alpha: loraRank, targets }, (_, count) =>
-        uniforms(count, 1).map((x) => (x + 1) / 2),
+    ? parametersOf(
+        addAdapters(module, { rank: loraRank, alpha: loraRank, targets }, (_, count) =>
+          uniforms(count, 1).map((x) => (x + 1) / 2),
+        ),
       )
     : namedParameters(module);
   for (const parameter of trained.values()) requireGrad(parameter.tensor);

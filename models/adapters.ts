@@ -1,57 +1,57 @@
-// Low-rank adapters (Hu et al. 2021) that train on a live model: y = W x + alpha / rank * B (A x). A layer that is adapted
-// is replaced in the module tree by one with two more children, so its keys stay what they were and the adapter's are peft's
-// (`...to_q.lora_A.weight`). lora.ts merges adapters that are done.
+// Adapters that train on a live model: LoRA (Hu et al. 2021), y = W x + alpha / rank * B (A x), and LoHa and LoKr (adapter_kinds.ts),
+// y = W x + D x, whose difference D is formed at each call. It is not added to W: in bfloat16 most of it would be rounded away, so peft
+// and LyCORIS take a product of its own, too. A layer that is adapted is replaced in the module tree by one with more children, so its
+// keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's (`...to_q.hada_w1_a`). lora.ts merges
+// adapters that are done.
+import { checkpointed } from '../engine/checkpointing.ts';
 import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';
-import { type AnyModule, type Child, module, type Parameter, parameter } from '../engine/module.ts';
+import { type AnyModule, type Child, module, type Parameter } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
 import { conv2d } from '../engine/ops/conv2d.ts';
 import { type Activation, activate, linear } from '../engine/ops/linear.ts';
 import { upsampleNearest } from '../engine/ops/move.ts';
-import { scale } from '../engine/ops/unary.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
+import { type AdapterConfig, type Matrices, type Matrix, matricesFor, scaled } from './adapter_kinds.ts';
 
-export interface LoraConfig extends LoraSizes {
+export interface AdaptersConfig extends AdapterConfig {
   /** Names of layers, or endings of their paths, as peft's target_modules: `to_q`, `to_out.0`, `conv1`. */
   targets: readonly string[];
 }
 
-/** Ranks and alphas as kohya and LyCORIS divide them. */
-export interface LoraSizes {
-  /** Of linear layers and 1x1 convolutions. */
-  rank: number;
-  alpha: number;
-  /** Of convolutions with a larger kernel; 0 for those above. */
-  conv_rank?: number;
-  conv_alpha?: number;
+/**
+ * `count` numbers for a parameter, uniform in [0, 1) or standard normal: initialisation must be the same wherever a run begins.
+ */
+export type Numbers = (name: string, count: number, kind: 'uniform' | 'normal') => Float32Array;
+
+/** What a layer was given. */
+export interface Adapter extends Matrices {
+  /** Of the layer. */
+  path: string;
+  /** Of its weight, as a checkpoint spells it. */
+  weight: readonly number[];
 }
 
-/** Whether a weight of that shape is a convolution's that `conv_rank` is of. */
-export const isLarge = ([, , kh = 1, kw = 1]: readonly number[]): boolean => kh * kw > 1;
-
-/** The rank and alpha of a layer whose weight has that shape. */
-export function sizesFor(shape: readonly number[], sizes: LoraSizes): { rank: number; alpha: number } {
-  const { rank, alpha, conv_rank, conv_alpha } = sizes;
-  return isLarge(shape) ? { rank: conv_rank || rank, alpha: conv_alpha || alpha } : { rank, alpha };
-}
-
-/** Uniform numbers in [0, 1) for a parameter: initialisation must be the same wherever a run begins. */
-export type Uniforms = (name: string, count: number) => Float32Array;
+/** Adapters' parameters by key. */
+export const parametersOf = (adapters: readonly Adapter[]): Map<string, Parameter> =>
+  new Map(
+    adapters.flatMap(({ path, matrices }) =>
+      matrices.map(({ key, parameter }) => [`${path}.${key}`, parameter] as const),
+    ),
+  );
 
 /**
- * Puts adapters on every layer of a loaded model that a target names, and returns their parameters by key. A starts as
- * peft's (Kaiming uniform: within 1 / sqrt(inputs)), B at zero, both in the layer's type.
+ * Puts adapters on every layer of a loaded model that a target names. They change nothing at first, and are in the layer's type.
  * @throws UserError for a target that names no linear layer or convolution, with the `option` that it comes from
  */
-export function addLora(
+export function addAdapters(
   root: AnyModule,
-  config: LoraConfig,
-  uniforms: Uniforms,
+  config: AdaptersConfig,
+  numbers: Numbers,
   option = 'lora.targets',
-): Map<string, Parameter> {
+): Adapter[] {
   const layers = layersOf(root);
-  const added = new Map<string, Parameter>();
   const matches = (path: string, target: string) => path === target || path.endsWith(`.${target}`);
   for (const target of config.targets) {
     if (layers.some(({ path }) => matches(path, target))) continue;
@@ -60,20 +60,15 @@ export function addLora(
       `${option}: "${target}" names no linear layer or convolution of the model${didYouMean(target, names)}`,
     );
   }
-  for (const { path, layer, replace } of layers) {
-    if (!config.targets.some((target) => matches(path, target))) continue;
-    const sizes = sizesFor(layer.children.weight.shape, config);
-    const adapted = isConvolution(layer) ? adaptConv(layer, sizes) : adaptLinear(layer, sizes);
-    const { lora_A: down, lora_B: up } = adapted.children;
-    start(down.children.weight, layer.children.weight.place, (count, fan) =>
-      uniforms(`${path}.lora_A.weight`, count).map((u) => (2 * u - 1) / Math.sqrt(fan)),
-    );
-    start(up.children.weight, layer.children.weight.place);
-    replace(adapted);
-    added.set(`${path}.lora_A.weight`, down.children.weight);
-    added.set(`${path}.lora_B.weight`, up.children.weight);
-  }
-  return added;
+  const chosen = layers.filter(({ path }) => config.targets.some((target) => matches(path, target)));
+  return chosen.map(({ path, layer, replace }) => {
+    const { shape: weight, place } = layer.children.weight;
+    const adapter = { path, weight, ...matricesFor(weight, config) };
+    for (const { key, parameter, start } of adapter.matrices)
+      begin(parameter, start, place, (kind) => numbers(`${path}.${key}`, parameter.size, kind));
+    replace(adapted(layer, adapter));
+    return adapter;
+  });
 }
 
 interface Place {
@@ -110,66 +105,98 @@ function isLayer(child: AnyModule): child is Linear | Conv2d {
 
 const isConvolution = (layer: Linear | Conv2d): layer is Conv2d => layer.children.weight.layout === 'conv';
 
-/** Spares the two launches of a factor of 1, which every adapter has where alpha is the rank. */
-const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
+/** What an adapter adds to a layer's result: first what it makes of x alone, then the sum. */
+type Plus = (x: Tensor, skip?: Tensor) => (y: Tensor) => Tensor;
 
-/** A lone weight, as peft nests it. */
-const weightOnly = (shape: readonly number[], layout: 'plain' | 'conv' = 'plain') =>
-  module({ weight: parameter(shape, layout) }, () => undefined);
+const adapted = (layer: Linear | Conv2d, adapter: Adapter): AnyModule =>
+  isConvolution(layer)
+    ? adaptConv(layer, adapter, plusOf(adapter, convolving(layer)))
+    : adaptLinear(
+        layer,
+        adapter,
+        plusOf(adapter, (x, w, { residual }) => linear(x, w, undefined, { residual })),
+      );
 
-function adaptLinear(base: Linear, { rank, alpha }: LoraSizes) {
-  const [outputs, inputs] = base.children.weight.shape;
-  return module(
-    {
-      ...base.children,
-      lora_A: weightOnly([rank, inputs]),
-      lora_B: weightOnly([outputs, rank]),
-    },
+/** x through a weight of the layer's shape, or of its shape but for the outputs. */
+type Through = (x: Tensor, weight: Tensor, options: { residual?: Tensor; skip?: Tensor }) => Tensor;
+
+const convolving =
+  ({ stride, padding }: Conv2d): Through =>
+  (x, weight, options) =>
+    conv2d(x, weight, undefined, { stride, padding, ...options });
+
+function plusOf(adapter: Adapter, through: Through): Plus {
+  const { matrices, rank, alpha, weight } = adapter;
+  const [down, up] = matrices;
+  if (down.part !== 'lora_down') return plusDifference(adapter, through);
+  return (x, skip) => {
+    const inner = through(x, down.parameter.tensor, { skip });
+    const out = weight.length > 2 ? conv2d : linear;
+    return (residual) => out(scaled(inner, alpha / rank), up.parameter.tensor, undefined, { residual });
+  };
+}
+
+/** The tape keeps the difference, and makes again what it was made of. */
+function plusDifference({ matrices, weight, difference }: Adapter, through: Through): Plus {
+  const [o, i, ...kernel] = weight;
+  const parameters = Object.fromEntries(matrices.map(({ part, parameter }) => [part, parameter]));
+  const made = checkpointed(
+    module(parameters, (m) =>
+      difference(Object.values(m).map(({ tensor }) => tensor)).reshape(o, ...kernel, i),
+    ),
+  );
+  return (x, skip) => {
+    const delta = made();
+    return (residual) => through(x, delta, { skip, residual });
+  };
+}
+
+/** The children that a layer gets. peft nests a lone weight. */
+const childrenOf = ({ matrices }: Adapter): Record<string, Child> =>
+  Object.fromEntries(
+    matrices.map(({ key, parameter }): [string, Child] => {
+      const nested = /^(.*)\.weight$/.exec(key);
+      return nested ? [nested[1], module({ weight: parameter }, () => undefined)] : [key, parameter];
+    }),
+  );
+
+const adaptLinear = (base: Linear, adapter: Adapter, plus: Plus) =>
+  module(
+    { ...base.children, ...childrenOf(adapter) },
     (
-      m,
+      _,
       x: Tensor,
       { residual, activation = 'none' }: { residual?: Tensor; activation?: Activation } = {},
     ) => {
-      const down = scaled(linear(x, m.lora_A.children.weight.tensor), alpha / rank);
-      const up = (y: Tensor) => linear(down, m.lora_B.children.weight.tensor, undefined, { residual: y });
-      if (activation === 'none') return up(base(x, { residual }));
+      const added = plus(x);
+      if (activation === 'none') return added(base(x, { residual }));
       // An activation comes after the sum, so it cannot ride in the base layer's product.
-      const y = activate(up(base(x)), activation);
+      const y = activate(added(base(x)), activation);
       return residual ? add(y, residual) : y;
     },
   );
-}
 
-/** A's convolution has the base's kernel, stride and padding; B's is 1x1. */
-function adaptConv(base: Conv2d, { rank, alpha }: LoraSizes) {
-  const [outputs, inputs, kh, kw] = base.children.weight.shape;
-  return module(
-    {
-      ...base.children,
-      lora_A: weightOnly([rank, inputs, kh, kw], 'conv'),
-      lora_B: weightOnly([outputs, rank, 1, 1], 'conv'),
-    },
-    (m, x: Tensor, options: ConvOptions = {}) => {
-      const { stride, padding } = base;
-      const [, h, w] = x.shape;
-      const seen = options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x;
-      const { skip } = options;
-      const down = conv2d(seen, m.lora_A.children.weight.tensor, undefined, { stride, padding, skip });
-      const residual = base(x, options);
-      return conv2d(scaled(down, alpha / rank), m.lora_B.children.weight.tensor, undefined, { residual });
-    },
-  );
-}
+const adaptConv = (base: Conv2d, adapter: Adapter, plus: Plus) =>
+  module({ ...base.children, ...childrenOf(adapter) }, (_, x: Tensor, options: ConvOptions = {}) => {
+    const [, h, w] = x.shape;
+    const added = plus(options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x, options.skip);
+    return added(base(x, options));
+  });
 
-/** Loads a new parameter with what `values` makes of its size and its number of inputs, or with zeros. */
-function start(
+/** Loads a new parameter. */
+function begin(
   p: Parameter,
+  start: Matrix['start'],
   options: Parameter['place'],
-  values?: (count: number, fan: number) => Float32Array,
+  numbers: (kind: 'uniform' | 'normal') => Float32Array,
 ): void {
-  p.tensor = unscoped(() =>
-    values
-      ? tensor(values(p.size, p.size / p.shape[0]), p.memoryShape, options)
-      : zeros(p.memoryShape, options),
-  );
+  p.tensor = unscoped(() => {
+    if (start === 'zeros') return zeros(p.memoryShape, options);
+    const fan = p.size / p.shape[0];
+    const values =
+      start === 'uniform'
+        ? numbers('uniform').map((u) => (2 * u - 1) / Math.sqrt(fan))
+        : numbers('normal').map((x) => start * x);
+    return tensor(values, p.memoryShape, options);
+  });
 }

@@ -7,7 +7,7 @@ import { scale } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import type { Uniforms } from './adapters.ts';
+import type { Numbers } from './adapters.ts';
 import type { Json } from './checkpoint.ts';
 import type { ControlNet } from './controlnet.ts';
 import type { UNet } from './unet.ts';
@@ -80,7 +80,7 @@ export function controlNetJson(
 const zeroed = /^controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\b/;
 
 /** Loads a new ControlNet beside its loaded UNet, on the same device and in the same type. */
-export function startFromUNet(net: ControlNet, unet: UNet, uniforms: Uniforms): void {
+export function startFromUNet(net: ControlNet, unet: UNet, numbers: Numbers): void {
   const given = namedParameters(unet);
   const own = namedParameters(net);
   const { device, dtype } = placeOf(unet);
@@ -88,7 +88,7 @@ export function startFromUNet(net: ControlNet, unet: UNet, uniforms: Uniforms): 
   const drawn = (key: string, { size, memoryShape }: Parameter): Tensor => {
     const weight = own.get(key.replace(/\.bias$/, '.weight')) as Parameter;
     const bound = 1 / Math.sqrt(weight.size / weight.shape[0]);
-    const values = uniforms(key, size).map((u) => (2 * u - 1) * bound);
+    const values = numbers(key, size, 'uniform').map((u) => (2 * u - 1) * bound);
     return tensor(values, memoryShape, { device, dtype });
   };
   for (const [key, parameter] of own) {

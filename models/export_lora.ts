@@ -91,6 +91,12 @@ const kohyaPrefixes: Record<string, string> = {
   text_encoder_2: 'lora_te2_',
 };
 
+/** A layer, by its path behind its network's name, as kohya spells it. */
+export function kohyaModule(path: string): string {
+  const [component, ...names] = path.split('.');
+  return kohyaPrefixes[component] + names.join('_');
+}
+
 /** What LyCORIS calls a part; norms have names of their own. */
 function kohyaName(part: string, isNorm: boolean): string {
   if (part.startsWith('lora_') && part !== 'lora_magnitude_vector') return `${part}.weight`;
@@ -100,8 +106,7 @@ function kohyaName(part: string, isNorm: boolean): string {
 
 function inKohya(file: TensorFile, update: Update, dtype?: FloatDType): TensorEntry[] {
   const { target, parts, alpha, rank } = update;
-  const [component, ...path] = target.path.split('.');
-  const module = kohyaPrefixes[component] + path.join('_');
+  const module = kohyaModule(target.path);
   const [o, ...rest] = target.weight.shape;
   const entries = tensorsOf(update).map(([part, info]) => {
     const shape = part === 'lora_magnitude_vector' ? [o, ...rest.map(() => 1)] : undefined;

@@ -10,12 +10,12 @@
 import type { Device } from '../engine/device.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';
-import { broadcast } from '../engine/ops/reduce.ts';
+import { permute } from '../engine/ops/move.ts';
 import { empty, sizeOf, type Tensor } from '../engine/tensor.ts';
 import type { TensorInfo } from '../io/tensor_file.ts';
 import { channelsLast } from './checkpoint.ts';
 
-type Shape = readonly number[];
+export type Shape = readonly number[];
 
 /** What a file has for one layer, by part: `lora_up`, `hada_w1_a`, `alpha`, ... */
 export type Parts = Readonly<Record<string, TensorInfo | undefined>>;
@@ -39,7 +39,7 @@ interface Kind {
   suffixes: readonly (readonly [suffix: RegExp, part?: string])[];
   factors: readonly Factor[];
   /** Shapes of the factors, for a weight. */
-  shapes(weight: Shape, parts: Parts): readonly Shape[];
+  shapes(weight: Shape, parts: Readonly<Record<string, { shape: Shape } | undefined>>): readonly Shape[];
   /** The difference [o, taps * i], in any shape of as many elements, of the factors [o, taps * i] each. */
   join(factors: readonly Tensor[], shapes: readonly Shape[]): Tensor;
 }
@@ -238,8 +238,8 @@ function factorOf(factor: Factor, parts: Parts, target: Shape, read: Read, devic
   return matmul(outer, inner.reshape(p, taps * i), { transA: factor.turned });
 }
 
-/** [a, b] and [c, d] make [a, c, b, d]. */
+/** [a, b] and [c, d] make [a, c, b, d]: an outer product, of which training keeps nothing but the two. */
 function kronecker(first: Tensor, second: Tensor): Tensor {
-  const [a, b] = first.shape;
-  return mul(broadcast(broadcast(second, 1, b), 0, a), first.reshape(a, 1, b, 1));
+  const outer = matmul(first.reshape(-1, 1), second.reshape(1, -1));
+  return permute(outer.reshape(...first.shape, ...second.shape), [0, 2, 1, 3]);
 }

@@ -4,7 +4,7 @@ import type { Parameter } from '../engine/module.ts';
 import { UserError } from '../io/errors.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
-import { isLarge, type LoraSizes, sizesFor } from './adapters.ts';
+import { isLarge, type LoraSizes, sizesFor } from './adapter_kinds.ts';
 import { channelsLast } from './checkpoint.ts';
 import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
 import { kindOf, magnitudeOf } from './lora_kinds.ts';

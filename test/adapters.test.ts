@@ -9,7 +9,7 @@ import { mse } from '../engine/ops/loss.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { addLora, type LoraConfig } from '../models/adapters.ts';
+import { type AdaptersConfig, addAdapters, parametersOf } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from '../models/clip.ts';
 import { toDevice } from '../models/latents.ts';
@@ -54,11 +54,11 @@ function predict(model: UNet): Tensor {
 const stored = (name: string) => `unet.${name.replace('lora_A', 'lora.down').replace('lora_B', 'lora.up')}`;
 
 /** The tiny UNet with the adapter of a golden file, ready to train; parameters by the file's names. */
-function adapted(file: string, config: LoraConfig): { model: UNet; parameters: Map<string, Parameter> } {
+function adapted(file: string, config: AdaptersConfig): { model: UNet; parameters: Map<string, Parameter> } {
   const model = openUNet();
   const weights = openSafetensors(goldenLora(file));
   const parameters = new Map<string, Parameter>();
-  for (const [name, p] of addLora(model, config, uniforms)) {
+  for (const [name, p] of parametersOf(addAdapters(model, config, uniforms))) {
     const bytes = weights.read(stored(name));
     p.tensor.upload(bytes);
     requireGrad(p.tensor);
@@ -76,7 +76,7 @@ function checkNames(parameters: Map<string, Parameter>, names: string[]): void {
 
 const norm = (values: Float32Array): number => Math.sqrt(values.reduce((sum, x) => sum + x * x, 0));
 const theCase = (id: string) => area.cases.find((c) => c.id === id) as GoldenCase;
-const scaled: LoraConfig = { rank: 4, alpha: 2, targets: attention };
+const scaled: AdaptersConfig = { rank: 4, alpha: 2, targets: attention };
 
 test('gradients of the adapter alone', (t) => {
   const before = device.memory.storages;
@@ -149,7 +149,7 @@ test('fresh adapters on every layer: nothing changes, everything is reached', (t
   const layers = keys.filter((key) => key.endsWith('.weight')).map((key) => key.slice(0, -'.weight'.length));
   const norms = /(^|\.)(norm\d?|conv_norm_out)$/;
   const targets = layers.filter((path) => !norms.test(path));
-  const added = addLora(model, { rank: 2, alpha: 2, targets }, uniforms);
+  const added = parametersOf(addAdapters(model, { rank: 2, alpha: 2, targets }, uniforms));
   t.equal(added.size, 2 * targets.length, `${targets.length} layers`);
   t.ok(
     keys.every((key) => namedParameters(model).has(key)),
@@ -184,7 +184,7 @@ test('an adapter on convolutions and feed-forwards computes what merging it comp
     'proj_in',
   ];
   const [live, merged] = [openUNet(), openUNet()];
-  const added = addLora(live, { rank: 3, alpha: 6, targets }, uniforms);
+  const added = parametersOf(addAdapters(live, { rank: 3, alpha: 6, targets }, uniforms));
   for (const [name, p] of added) {
     const values = uniforms(`${name} again`, p.size).map((u) => 0.3 * (u - 0.5));
     p.tensor.upload(new Uint8Array(values.buffer));
@@ -202,7 +202,11 @@ test('an adapter on convolutions and feed-forwards computes what merging it comp
 
 test('adapters on a text encoder: the merged weights and their gradients', (t) => {
   const before = device.memory.storages;
-  const config: LoraConfig = { rank: 2, alpha: 5, targets: ['q_proj', 'v_proj', 'out_proj', 'fc1', 'fc2'] };
+  const config: AdaptersConfig = {
+    rank: 2,
+    alpha: 5,
+    targets: ['q_proj', 'v_proj', 'out_proj', 'fc1', 'fc2'],
+  };
   const factor = 5 / 2;
   const ids = Int32Array.from({ length: 77 }, (_, i) => (i < 9 ? 3 + 5 * i : 999));
   const opened = () => {
@@ -211,7 +215,7 @@ test('adapters on a text encoder: the merged weights and their gradients', (t) =
     return model;
   };
   const [live, merged] = [opened(), opened()];
-  const added = addLora(live, config, uniforms);
+  const added = parametersOf(addAdapters(live, config, uniforms));
   for (const [name, p] of added) {
     const values = uniforms(`${name} again`, p.size).map((u) => 0.3 * (u - 0.5));
     p.tensor.upload(new Uint8Array(values.buffer));
@@ -282,7 +286,7 @@ function merge(model: AnyModule, added: Map<string, Parameter>, factor: number):
 test('a target that names nothing is refused', (t) => {
   const model = openUNet();
   t.throws(
-    () => addLora(model, { ...scaled, targets: ['to_qq'] }, uniforms),
+    () => parametersOf(addAdapters(model, { ...scaled, targets: ['to_qq'] }, uniforms)),
     /"to_qq" names no.*did you mean "to_q"/,
   );
   unload(model);

@@ -7,7 +7,7 @@ import { namedParameters, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { addLora } from '../models/adapters.ts';
+import { addAdapters, parametersOf } from '../models/adapters.ts';
 import { upsample } from '../models/blocks.ts';
 import { newContextCache } from '../models/context_cache.ts';
 import { relativeError, values } from './op_cases.ts';
@@ -37,7 +37,7 @@ function run(
   if (how.adapted) {
     const uniforms = (name: string, count: number) =>
       Float32Array.from(values(count, name.length)).map(Math.abs);
-    const added = addLora(model, { rank: 4, alpha: 4, targets: ['conv'] }, uniforms);
+    const added = parametersOf(addAdapters(model, { rank: 4, alpha: 4, targets: ['conv'] }, uniforms));
     for (const [name, p] of added) if (name.endsWith('lora_B.weight')) p.tensor = fill(7, p.memoryShape, 0.5);
   }
   const cache = how.cached ? newContextCache() : undefined;

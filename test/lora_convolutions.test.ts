@@ -7,7 +7,7 @@ import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { addLora } from '../models/adapters.ts';
+import { addAdapters, parametersOf } from '../models/adapters.ts';
 import { channelsLast, openModel } from '../models/checkpoint.ts';
 import { mergeLora } from '../models/lora.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
@@ -88,7 +88,9 @@ function mergedByHand(path: string): UNet {
 function adaptedBy(path: string): UNet {
   const own = openUNet();
   const tensors = tensorsOf(path);
-  for (const [name, { shape, tensor }] of addLora(own, lora, (_, count) => new Float32Array(count))) {
+  for (const [name, { shape, tensor }] of parametersOf(
+    addAdapters(own, lora, (_, count) => new Float32Array(count)),
+  )) {
     const { values } = tensors.get(`unet.${name}`) as { values: Float32Array };
     const bytes = encodeNumbers(values, 'float32');
     tensor.upload(shape.length === 4 ? channelsLast(bytes, shape, 4) : bytes);
@@ -179,10 +181,8 @@ test('a run whose convolutions have their own rank and alpha', async (t) => {
 test('what is left out is as for other layers', (t) => {
   const shapes = (sizes: object) => {
     const own = openUNet();
-    const added = addLora(
-      own,
-      { rank: 3, alpha: 6, targets: ['conv1'], ...sizes },
-      (_, n) => new Float32Array(n),
+    const added = parametersOf(
+      addAdapters(own, { rank: 3, alpha: 6, targets: ['conv1'], ...sizes }, (_, n) => new Float32Array(n)),
     );
     const [[, a]] = added;
     unload(own);

@@ -6,7 +6,7 @@ import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
 import { unload } from '../engine/module.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { addLora } from '../models/adapters.ts';
+import { addAdapters, parametersOf } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { locateAdapter } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
@@ -27,7 +27,9 @@ function adapted(device: Device, { rank = 4, alpha = 8, targets = kohya } = {}) 
   const unetConfig = parseUNetConfig(source.config('unet'));
   const own = unet(unetConfig);
   source.load('unet', own, device, 'float32');
-  const drawn = addLora(own, { rank, alpha, targets }, (_, count) => new Float32Array(count).fill(0.75));
+  const drawn = parametersOf(
+    addAdapters(own, { rank, alpha, targets }, (_, count) => new Float32Array(count).fill(0.75)),
+  );
   const parameters = new Map([...drawn].map(([key, parameter]) => [`unet.${key}`, parameter] as const));
   const start = (path: string) => startFromLora({ unet: own, unetConfig }, path, parameters, { rank, alpha });
   return { own, parameters, start };

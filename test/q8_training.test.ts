@@ -7,7 +7,7 @@ import { namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { mse } from '../engine/ops/loss.ts';
 import { scope } from '../engine/scope.ts';
 import { zeros } from '../engine/tensor.ts';
-import { addLora } from '../models/adapters.ts';
+import { addAdapters, parametersOf } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
 import { controlNetJson, startFromUNet } from '../models/controlnet_start.ts';
@@ -36,7 +36,9 @@ function gradients(own: UNet): Map<string, Float32Array> {
     const numbers = draws(1, 0, name.length, 'weights');
     return Float32Array.from({ length: count }, () => numbers.uniform());
   };
-  const added = addLora(own, { rank: 2, alpha: 2, targets: ['to_q', 'to_v', 'proj', 'conv1'] }, drawn);
+  const added = parametersOf(
+    addAdapters(own, { rank: 2, alpha: 2, targets: ['to_q', 'to_v', 'proj', 'conv1'] }, drawn),
+  );
   for (const [name, { tensor }] of added) {
     if (name.includes('lora_B')) tensor.set(drawn(name, tensor.size).map((u) => u / 10));
     requireGrad(tensor);

@@ -278,6 +278,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
+    lokr: {
+      ...{ dtype: 'bfloat16', train: { target: 'lora' } },
+      lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'] },
+    },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

@@ -23,7 +23,7 @@ import type { Network } from './objective.ts';
 import { readConditioning } from './pictures.ts';
 import type { Run } from './run.ts';
 import { component, type PassInputs } from './task.ts';
-import { type Added, uniformsOf } from './twin.ts';
+import { type Added, numbersOf } from './twin.ts';
 
 /** What passes give the UNet beside what it is always given. */
 export interface Control {
@@ -84,7 +84,7 @@ export function withControlNet(
   const net = given
     ? loadControlNet(given, { unet: unetConfig, ratio }, device, dtype, { gradientCheckpointing })
     : made();
-  if (!given) holding('controlnet', () => startFromUNet(net, unet, uniformsOf(run.seed)));
+  if (!given) holding('controlnet', () => startFromUNet(net, unet, numbersOf(run.seed)));
   return {
     other: {
       ...pipeline,

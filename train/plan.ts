@@ -120,13 +120,19 @@ function ofObjective({ objective }: Run): string[] {
 
 function ofLora({ train, lora }: Run): string {
   if (train.target !== 'lora') return '';
-  const { rank, alpha, conv_rank, conv_alpha, network_weights } = lora;
+  const { algo, rank, alpha, conv_rank, conv_alpha, network_weights } = lora;
+  const kind = algo === 'lora' ? [] : [algo];
   const larger =
     conv_rank || conv_alpha
       ? [`convolutions larger than 1x1 rank ${conv_rank || rank}, alpha ${conv_alpha || alpha}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
-  return ` (${[`rank ${rank}, alpha ${alpha}`, ...larger, ...begun].join(', ')})`;
+  const told = ['factor', 'decompose_both'] as const;
+  const usual = fill(fields, {}, 'the defaults').lora;
+  const others = told.flatMap((key) =>
+    lora[key] === usual[key] ? [] : [lora[key] === true ? key : `${key} ${lora[key]}`],
+  );
+  return ` (${[...kind, `rank ${rank}, alpha ${alpha}`, ...larger, ...others, ...begun].join(', ')})`;
 }
 
 /** The type of its moments, where it is another. */

@@ -30,6 +30,7 @@ export function resolveRun(
 /** @throws UserError for what does not go together; `where` names the file */
 function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
+  refuseOfOtherKinds(run, where);
   refuseConditions(run, where);
   refuseLines(run.previews, where);
   refuseNothing(run, where);
@@ -79,6 +80,29 @@ function refuseRates({ optimizer, train }: Run, where: string): void {
     );
 }
 
+/** What only adapters have; where they are not asked for, these do nothing. */
+const ofAdapters = ['algo', 'conv_rank', 'conv_alpha', 'factor', 'decompose_both'] as const;
+
+const { lora: usual } = fill(fields, {}, 'the defaults');
+
+/** What a kind of adapter does not have. */
+function refuseOfOtherKinds({ lora }: Run, where: string): void {
+  const { algo, factor, network_weights } = lora;
+  for (const key of ['factor', 'decompose_both'] as const)
+    if (lora[key] !== usual[key] && algo !== 'lokr')
+      throw new UserError(
+        `${where}: "lora.${key}" is of LoKr, and "lora.algo" is "${algo}"; leave it out, or set "lora.algo" to "lokr"`,
+      );
+  if (factor === 0)
+    throw new UserError(
+      `${where}: "lora.factor" is 0, by which nothing is divided; set it to -1 for two factors near each other, or to one such as 8`,
+    );
+  if (network_weights && algo !== 'lora')
+    throw new UserError(
+      `${where}: "lora.network_weights" goes on with a plain LoRA, and "lora.algo" is "${algo}"; leave it out`,
+    );
+}
+
 /** What a run asks for that its target would pass over. */
 function refuseUnused(
   { train: { target, parts, text_encoders, q8, gradient_checkpointing }, lora, optimizer, dataset }: Run,
@@ -96,8 +120,8 @@ function refuseUnused(
     throw new UserError(
       `${where}: "lora.network_weights" is what adapters begin with, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
     );
-  for (const key of ['conv_rank', 'conv_alpha'] as const)
-    if (lora[key] && target !== 'lora')
+  for (const key of ofAdapters)
+    if (lora[key] !== usual[key] && target !== 'lora')
       throw new UserError(
         `${where}: "lora.${key}" is of adapters, and target "${target}" trains none; leave it out, or set "train.target" to "lora"`,
       );

@@ -1,6 +1,7 @@
 // A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface
 // is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
+import { type Algo, algos } from '../models/adapter_kinds.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import {
   choice,
@@ -49,11 +50,17 @@ export interface Run {
     q8: boolean;
   };
   lora: {
+    /** The kind of adapter: LoRA, or LyCORIS's LoHa or LoKr. */
+    algo: Algo;
     rank: number;
     alpha: number;
     /** Of convolutions larger than 1x1, of which `targets` then names some (LoCon); 0 for those above. */
     conv_rank: number;
     conv_alpha: number;
+    /** LoKr: what each side of a weight is divided by, where it can be; -1 for two numbers near each other. */
+    factor: number;
+    /** LoKr: make the smaller of its two matrices a product, too. */
+    decompose_both: boolean;
     /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
     targets: readonly string[];
     /** Those of the text encoders, where these are trained. */
@@ -185,10 +192,13 @@ export const fields: Fields<Run> = {
     q8: flag(false),
   },
   lora: {
+    algo: choice('lora', ...algos),
     rank: whole(8, { min: 1 }),
     alpha: number(8, { min: 0 }),
     conv_rank: whole(0),
     conv_alpha: number(0, { min: 0 }),
+    factor: whole(-1, { min: -1 }),
+    decompose_both: flag(false),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
     network_weights: text(''),

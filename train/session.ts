@@ -217,7 +217,7 @@ function refuseFused(materials: Materials): void {
 /** The text encoders may have a learning rate of their own. */
 function lrFactorOf({ optimizer: { lr, text_encoder_lr } }: Run): (name: string) => number {
   const factor = text_encoder_lr && lr ? text_encoder_lr / lr : 1;
-  return (name) => (/^(lora\.)?text_encoder/.test(name) ? factor : 1);
+  return (name) => (/^(lora\.(lora_te|text_encoder)|text_encoder)/.test(name) ? factor : 1);
 }
 
 /** What a checkpoint says of this run. @throws UserError when it is none, or another run's */

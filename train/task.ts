@@ -11,6 +11,7 @@ import { scope, unscoped } from '../engine/scope.ts';
 import { empty, type Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import type { Picture } from '../io/pixels.ts';
+import type { TensorEntry } from '../io/safetensors.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { type SavedComponent, weightEntries } from '../models/save.ts';
 import type { MicroBatch } from './data/order.ts';
@@ -40,6 +41,8 @@ export interface Component {
   parameters: ReadonlyMap<string, Parameter>;
   /** The keys of those that are trained. */
   trained: readonly string[];
+  /** What its weight file has besides. */
+  constants?: readonly TensorEntry[];
 }
 
 /** Other tensors in place of trained parameters, by `component.key`: the moving averages. */
@@ -108,13 +111,16 @@ export const trainedParameters = (components: readonly Component[]): Map<string,
 
 /** A component as it is saved, with `weights` in place of what is trained. */
 export const saved = (
-  { name, config, metadata, parameters }: Component,
+  { name, config, metadata, parameters, constants = [] }: Component,
   weights?: Weights,
 ): SavedComponent => ({
   name,
   config,
   metadata,
-  weights: weightEntries(parameters, (key, own) => weights?.get(`${name}.${key}`) ?? own.tensor),
+  weights: [
+    ...constants,
+    ...weightEntries(parameters, (key, own) => weights?.get(`${name}.${key}`) ?? own.tensor),
+  ],
 });
 
 /**

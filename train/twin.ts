@@ -3,10 +3,13 @@
 // ControlNet (controlnet.ts) is put beside the UNet.
 import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
+import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { addLora, isLarge, type LoraSizes, sizesFor, type Uniforms } from '../models/adapters.ts';
+import { isLarge } from '../models/adapter_kinds.ts';
+import { type Adapter, addAdapters, type Numbers } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
+import { kohyaModule } from '../models/export_lora.ts';
 import type { LoraTargets } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
 import { peftEntries } from '../models/peft_config.ts';
@@ -31,47 +34,77 @@ export interface Added {
 }
 
 /** What new weights are drawn from, each by its name. */
-export const uniformsOf =
-  (seed: number): Uniforms =>
-  (name, count) => {
+export const numbersOf =
+  (seed: number): Numbers =>
+  (name, count, kind) => {
     const source = draws(seed, 0, keyOf(name), 'weights');
-    return Float32Array.from({ length: count }, () => source.uniform());
+    return kind === 'normal'
+      ? source.normals(count)
+      : Float32Array.from({ length: count }, () => source.uniform());
   };
 
-/** LoRA adapters on the loaded pipeline: peft's keys, and its config in the file's metadata as diffusers reads it. */
+/**
+ * Adapters on the loaded pipeline. A LoRA has peft's keys, and its config in the file's metadata as diffusers reads it; LoHa and LoKr
+ * have kohya's spelling of LyCORIS's, which tells alpha in a tensor.
+ */
 export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resumed: boolean): Added {
   const { lora } = run;
-  const parameters = adapt(run, pipeline, networks, uniformsOf(run.seed));
-  if ((lora.conv_rank || lora.conv_alpha) && ![...parameters.values()].some(({ shape }) => isLarge(shape)))
+  const put = adapt(run, pipeline, networks, numbersOf(run.seed));
+  const parameters = byKey(put);
+  if ((lora.conv_rank || lora.conv_alpha) && !put.some(({ adapter }) => isLarge(adapter.weight)))
     throw new UserError(
       'lora.conv_rank and lora.conv_alpha are of convolutions larger than 1x1, and lora.targets names none; add conv1, conv2 and conv to it, or leave them out',
     );
   // A resumed run has numbers of its own, and the file may be gone.
   if (lora.network_weights && !resumed)
     startFromLora(targetsOf(run, pipeline, networks), lora.network_weights, parameters, lora);
-  const config = placesOf(run, pipeline, networks).map(({ name, targets }) =>
-    peftEntries(name, layersOf(name, parameters, lora), lora, { target_modules: targets }),
-  );
+  const spelled = lora.algo === 'lora' ? inPeft(run, pipeline, networks, put) : inLycoris(run, put);
   return {
-    component: {
-      name: 'lora',
-      metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) },
-      parameters,
-      trained: [...parameters.keys()],
-    },
+    component: { name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
     putOn: (other) => ({
       other,
-      parameters: adapt(run, other, networks, (_, count) => new Float32Array(count)),
+      parameters: byKey(adapt(run, other, networks, (_, count) => new Float32Array(count))),
     }),
   };
 }
 
-/** A network's adapted layers with their ranks and alphas. A has the kernel of the layer that it is put on. */
-const layersOf = (network: string, parameters: ReadonlyMap<string, Parameter>, sizes: LoraSizes) =>
-  [...parameters].flatMap(([key, { shape }]) => {
-    const path = key.startsWith(`${network}.`) && /^[^.]+\.(.*)\.lora_A\.weight$/.exec(key)?.[1];
-    return path ? [{ path, ...sizesFor(shape, sizes) }] : [];
+const byKey = (put: readonly Put[]): Map<string, Parameter> =>
+  new Map(
+    put.flatMap(({ adapter, keys }) =>
+      adapter.matrices.map(({ parameter }, k) => [keys[k], parameter] as const),
+    ),
+  );
+
+type Spelled = Pick<Component, 'metadata' | 'constants'>;
+
+function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly Put[]): Spelled {
+  const config = placesOf(run, pipeline, networks).map(({ name, targets }) => {
+    const layers = put.flatMap(({ network, adapter }) => (network === name ? [adapter] : []));
+    return peftEntries(name, layers, run.lora, { target_modules: targets });
   });
+  return { metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) } };
+}
+
+/** Metadata as kohya's trainer has it. */
+function inLycoris({ lora }: Run, put: readonly Put[]): Spelled {
+  const { algo, rank, alpha, conv_rank, conv_alpha, factor, decompose_both } = lora;
+  const more = algo === 'lokr' ? { factor, decompose_both } : {};
+  const args = { algo, conv_dim: conv_rank || rank, conv_alpha: conv_alpha || alpha, ...more };
+  return {
+    metadata: {
+      ss_network_module: 'lycoris.kohya',
+      ss_network_dim: `${rank}`,
+      ss_network_alpha: `${alpha}`,
+      ss_network_args: JSON.stringify(args),
+    },
+    constants: put.map(({ network, adapter: { path, alpha } }) => ({
+      name: `${kohyaModule(`${network}.${path}`)}.alpha`,
+      dtype: 'float32',
+      shape: [],
+      bytes: encodeNumbers([alpha], 'float32'),
+    })),
+  };
+}
 
 interface Place {
   /** The network's component. */
@@ -101,15 +134,24 @@ const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTarget
   }),
 });
 
-/** Puts adapters on a pipeline's networks; gives their parameters by `network.key`. */
-function adapt(run: Run, pipeline: Pipeline, networks: Networks, uniforms: Uniforms): Map<string, Parameter> {
-  const added = placesOf(run, pipeline, networks).flatMap(({ name, root, targets, option }) => {
+/** An adapter on a network, with the component's keys of its matrices. */
+interface Put {
+  network: string;
+  adapter: Adapter;
+  keys: readonly string[];
+}
+
+function adapt(run: Run, pipeline: Pipeline, networks: Networks, numbers: Numbers): Put[] {
+  return placesOf(run, pipeline, networks).flatMap(({ name: network, root, targets, option }) => {
     // Layers of two encoders have the same names, but not the same numbers to begin with.
-    const drawn: Uniforms = (key, count) => uniforms(name === 'unet' ? key : `${name}.${key}`, count);
-    const parameters = addLora(root, { ...run.lora, targets }, drawn, option);
-    return [...parameters].map(([key, parameter]) => [`${name}.${key}`, parameter] as const);
+    const drawn: Numbers = (key, ...rest) => numbers(network === 'unet' ? key : `${network}.${key}`, ...rest);
+    const put = addAdapters(root, { ...run.lora, targets }, drawn, option);
+    return put.map((adapter): Put => {
+      const layer = `${network}.${adapter.path}`;
+      const own = run.lora.algo === 'lora' ? layer : kohyaModule(layer);
+      return { network, adapter, keys: adapter.matrices.map(({ key }) => `${own}.${key}`) };
+    });
   });
-  return new Map(added);
 }
 
 interface Twin {
