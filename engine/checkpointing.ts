@@ -1,5 +1,6 @@
 // Gradient checkpointing (Chen et al. 2016): a module that keeps only its inputs on the tape and runs again, this time
 // recording, when its gradient is due. Memory falls to one module's activations at a time, for one more forward pass.
+import { currentDrop, withDrop } from './dropout.ts';
 import { backward, clearGrad, gradOf, isRecording, Node, noGrad, recorded, requireGrad } from './grad.ts';
 import { type Children, isTrained, type Module } from './module.ts';
 import { keep, mapTensors, onFailure, tensorsIn } from './scope.ts';
@@ -23,15 +24,15 @@ function taped<A extends readonly unknown[]>(module: Module<A, Tensor>, args: A)
   if (wanted.length === 0 && !isTrained(module)) return y;
   const saved = new Map(inputs.map((t) => [t, keep(t.handle())]));
   const nodes = wanted.map(({ node }) => node as Node);
+  const drop = currentDrop();
   y.node = Node.ofFunction(nodes, [...saved.values()], (dy) => {
     const leaves = new Map(inputs.map((t) => [t, (saved.get(t) as Tensor).handle()]));
     for (const t of wanted) {
       const leaf = requireGrad(leaves.get(t) as Tensor);
       onFailure(() => clearGrad(leaf));
     }
-    const again = recorded(() =>
-      module(...(mapTensors(args, (t) => leaves.get(t) as Tensor) as unknown as A)),
-    );
+    const given = mapTensors(args, (t) => leaves.get(t) as Tensor) as unknown as A;
+    const again = withDrop(drop, () => recorded(() => module(...given)));
     backward(again, dy);
     return wanted.map((t) => {
       const leaf = leaves.get(t) as Tensor;

@@ -4,6 +4,7 @@
 // keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's (`...to_q.hada_w1_a`). lora.ts merges
 // adapters that are done.
 import { checkpointed } from '../engine/checkpointing.ts';
+import { dropped } from '../engine/dropout.ts';
 import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';
 import { type AnyModule, type Child, module, type Parameter } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -41,6 +42,13 @@ export const parametersOf = (adapters: readonly Adapter[]): Map<string, Paramete
     ),
   );
 
+interface Options {
+  /** What the targets are told by. */
+  option?: string;
+  /** What a layer's path has before it, where masks of dropout are asked for. */
+  prefix?: string;
+}
+
 /**
  * Puts adapters on every layer of a loaded model that a target names. They change nothing at first, and are in the layer's type.
  * @throws UserError for a target that names no linear layer or convolution, with the `option` that it comes from
@@ -49,7 +57,7 @@ export function addAdapters(
   root: AnyModule,
   config: AdaptersConfig,
   numbers: Numbers,
-  option = 'lora.targets',
+  { option = 'lora.targets', prefix = '' }: Options = {},
 ): Adapter[] {
   const layers = layersOf(root);
   const matches = (path: string, target: string) => path === target || path.endsWith(`.${target}`);
@@ -66,7 +74,7 @@ export function addAdapters(
     const adapter = { path, weight, ...matricesFor(weight, config) };
     for (const { key, parameter, start } of adapter.matrices)
       begin(parameter, start, place, (kind) => numbers(`${path}.${key}`, parameter.size, kind));
-    replace(adapted(layer, adapter));
+    replace(adapted(layer, adapter, prefix + path));
     return adapter;
   });
 }
@@ -108,13 +116,13 @@ const isConvolution = (layer: Linear | Conv2d): layer is Conv2d => layer.childre
 /** What an adapter adds to a layer's result: first what it makes of x alone, then the sum. */
 type Plus = (x: Tensor, skip?: Tensor) => (y: Tensor) => Tensor;
 
-const adapted = (layer: Linear | Conv2d, adapter: Adapter): AnyModule =>
+const adapted = (layer: Linear | Conv2d, adapter: Adapter, name: string): AnyModule =>
   isConvolution(layer)
-    ? adaptConv(layer, adapter, plusOf(adapter, convolving(layer)))
+    ? adaptConv(layer, adapter, plusOf(adapter, name, convolving(layer)))
     : adaptLinear(
         layer,
         adapter,
-        plusOf(adapter, (x, w, { residual }) => linear(x, w, undefined, { residual })),
+        plusOf(adapter, name, (x, w, { residual }) => linear(x, w, undefined, { residual })),
       );
 
 /** x through a weight of the layer's shape, or of its shape but for the outputs. */
@@ -125,12 +133,12 @@ const convolving =
   (x, weight, options) =>
     conv2d(x, weight, undefined, { stride, padding, ...options });
 
-function plusOf(adapter: Adapter, through: Through): Plus {
+function plusOf(adapter: Adapter, name: string, through: Through): Plus {
   const { matrices, rank, alpha, weight } = adapter;
   const [down, up] = matrices;
   if (down.part !== 'lora_down') return plusDifference(adapter, through);
   return (x, skip) => {
-    const inner = through(x, down.parameter.tensor, { skip });
+    const inner = dropped(name, through(x, down.parameter.tensor, { skip }));
     const out = weight.length > 2 ? conv2d : linear;
     return (residual) => out(scaled(inner, alpha / rank), up.parameter.tensor, undefined, { residual });
   };

@@ -251,6 +251,10 @@ test('what does not go together is refused', (t) => {
     /"lora\.decompose_both" is of LoKr, and "lora\.algo" is "loha"/,
   );
   refused({ algo: 'lokr', factor: 0 }, /"lora\.factor" is 0, by which nothing is divided; set it to -1/);
+  refused(
+    { algo: 'loha', network_dropout: 0.1 },
+    /"lora\.network_dropout" drops what is behind the A of a LoRA/,
+  );
   refused({ algo: 'lokr', network_weights: 'x' }, /"lora\.network_weights" goes on with a plain LoRA/);
   refused({ algo: 'loha' }, /"lora\.algo" is of adapters, and target "unet" trains none/, 'unet');
   refused(

@@ -278,6 +278,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
+    'lora-regular': {
+      train: { target: 'lora', gradient_checkpointing: true },
+      lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1 },
+    },
     lokr: {
       ...{ dtype: 'bfloat16', train: { target: 'lora' } },
       lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'] },

@@ -2,8 +2,11 @@
 // each epoch from their cached moments, captions chosen each epoch, time ids from the true crop, and the loss of objective.ts. A
 // caption that is left away becomes what the model is given without a prompt: zeros (the base model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
 import type { Tensors } from '../engine/op.ts';
-import { sizeOf, type Tensor } from '../engine/tensor.ts';
+import { standInDevice } from '../engine/profile.ts';
+import { scope } from '../engine/scope.ts';
+import { empty, sizeOf, type Tensor } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { textParts } from '../models/load_options.ts';
@@ -13,8 +16,10 @@ import { type Control, controlled, uncontrolled, withControlNet } from './contro
 import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
+import { dropoutOf } from './dropout.ts';
 import { masked } from './mask.ts';
 import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf } from './objective.ts';
+import { place } from './pass.ts';
 import { type Pictures, previewSize, viewIn } from './pictures.ts';
 import { openParts, type Prepared } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
@@ -29,7 +34,7 @@ import {
   type Task,
   type Weights,
 } from './task.ts';
-import { preparedTexts, textsInPass } from './texts.ts';
+import { blankEmbeddings, preparedTexts, textsInPass } from './texts.ts';
 import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
 /** Where a run's weights begin. */
@@ -68,12 +73,25 @@ export function diffusionTask(
     const [h, w] = pictures.buckets[bucket];
     return [n, h / pipeline.ratio, w / pipeline.ratio, pipeline.vae.config.latent_channels];
   };
-  const lossOf = (model: Pipeline, inputs: Tensors): Tensor => {
-    const { context, pooled } = texts.encoded(model, inputs);
-    const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
-    return diffusionLoss(control.network(model, inputs), objective, inputs, conditioning);
-  };
+  const lossOf = (model: Pipeline, inputs: Tensors, encoded = texts.encoded): Tensor =>
+    dropout.during(inputs, () => {
+      const { context, pooled } = encoded(model, inputs);
+      const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
+      return diffusionLoss(control.network(model, inputs), objective, inputs, conditioning);
+    });
   const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, added, substitute);
+  /** A pass without numbers. Encoders that are not trained are on the device alone, and have nothing to drop. */
+  const dropout = dropoutOf(run, (inputs) => {
+    const device = standInDevice();
+    const { other } = twinOf((_, { shape, dtype }) => empty(shape, { device, dtype }));
+    const n = inputs.timesteps.shape[0];
+    const told = run.train.text_encoders ? inputs : { ...inputs, ...blankEmbeddings(pipeline, configs, n) };
+    const encoded = run.train.text_encoders
+      ? texts.encoded
+      : (_: Pipeline, { context, pooled }: Tensors) => ({ context, pooled });
+    noGrad(() => scope(() => void lossOf(other, place(told, device), encoded)));
+    releaseTwin(other, pipeline);
+  });
   /** The model with other weights in what is trained; the model itself where there are none. */
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
@@ -90,12 +108,13 @@ export function diffusionTask(
       const chosen = views.map(({ sample: { captions: choices, key } }) =>
         captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
       );
-      return {
+      const inputs = {
         ...noisedInputs(noiseBatch(objective, batch, run.seed), run.dtype),
         timeIds: timeIdsInput(views, pipeline, run),
         ...texts.inputs(chosen),
         ...(await control.inputs(views, signal)),
       };
+      return { ...inputs, ...dropout.inputs(inputs, batch.ids, epoch) };
     },
     blank({ bucket, samples }) {
       const n = samples.length;
@@ -103,12 +122,14 @@ export function diffusionTask(
       const nothing = new Float32Array(sizeOf(shape));
       const ids = pipeline.aesthetic ? 5 : 6;
       const noised = { shape, sample: nothing, timesteps: new Float32Array(n), target: nothing };
-      return {
+      const timeIds: HostTensor = { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' };
+      const inputs = {
         ...noisedInputs(noised, run.dtype),
-        timeIds: { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' },
+        timeIds,
         ...texts.blank(n),
         ...control.blank(n, pictures.buckets[bucket]),
       };
+      return { ...inputs, ...dropout.blank(inputs, n) };
     },
     loss(inputs, weights) {
       const other = averaged(weights);

@@ -20,6 +20,9 @@ const purposes = [
   'rounding',
   'weights',
   'class',
+  'network_dropout',
+  'rank_dropout',
+  'module_dropout',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -18,6 +18,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   lora_alpha: 'lora.alpha',
   conv_dim: 'lora.conv_rank',
   decompose_factor: 'lora.factor',
+  lora_dropout: 'lora.network_dropout',
   fp8_base: 'train.q8',
   target_modules: 'lora.targets',
   controlnet_model: 'controlnet.controlnet_model_name_or_path',

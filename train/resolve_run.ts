@@ -81,7 +81,16 @@ function refuseRates({ optimizer, train }: Run, where: string): void {
 }
 
 /** What only adapters have; where they are not asked for, these do nothing. */
-const ofAdapters = ['algo', 'conv_rank', 'conv_alpha', 'factor', 'decompose_both'] as const;
+const ofAdapters = [
+  'algo',
+  'conv_rank',
+  'conv_alpha',
+  'factor',
+  'decompose_both',
+  'network_dropout',
+  'rank_dropout',
+  'module_dropout',
+] as const;
 
 const { lora: usual } = fill(fields, {}, 'the defaults');
 
@@ -97,7 +106,13 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
     throw new UserError(
       `${where}: "lora.factor" is 0, by which nothing is divided; set it to -1 for two factors near each other, or to one such as 8`,
     );
-  if (network_weights && algo !== 'lora')
+  if (algo === 'lora') return;
+  for (const key of ['network_dropout', 'rank_dropout', 'module_dropout'] as const)
+    if (lora[key])
+      throw new UserError(
+        `${where}: "lora.${key}" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,
+      );
+  if (network_weights)
     throw new UserError(
       `${where}: "lora.network_weights" goes on with a plain LoRA, and "lora.algo" is "${algo}"; leave it out`,
     );

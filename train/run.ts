@@ -61,6 +61,12 @@ export interface Run {
     factor: number;
     /** LoKr: make the smaller of its two matrices a product, too. */
     decompose_both: boolean;
+    /** Of LoRA, the share of A's results that a pass drops (peft's lora_dropout drops what A is given). */
+    network_dropout: number;
+    /** Of LoRA, the share of a layer's ranks that a picture drops. */
+    rank_dropout: number;
+    /** Of LoRA, the share of layers whose adapter a picture drops. */
+    module_dropout: number;
     /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
     targets: readonly string[];
     /** Those of the text encoders, where these are trained. */
@@ -199,6 +205,9 @@ export const fields: Fields<Run> = {
     conv_alpha: number(0, { min: 0 }),
     factor: whole(-1, { min: -1 }),
     decompose_both: flag(false),
+    network_dropout: number(0, { min: 0, below: 1 }),
+    rank_dropout: number(0, { min: 0, below: 1 }),
+    module_dropout: number(0, { min: 0, below: 1 }),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
     network_weights: text(''),

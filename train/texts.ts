@@ -52,7 +52,7 @@ function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmb
 }
 
 /** Inputs of their shapes without a caption. */
-function blankEmbeddings(
+export function blankEmbeddings(
   { text, dtype, unetConfig }: Pipeline,
   configs: readonly Json[],
   n: number,

@@ -145,7 +145,7 @@ function adapt(run: Run, pipeline: Pipeline, networks: Networks, numbers: Number
   return placesOf(run, pipeline, networks).flatMap(({ name: network, root, targets, option }) => {
     // Layers of two encoders have the same names, but not the same numbers to begin with.
     const drawn: Numbers = (key, ...rest) => numbers(network === 'unet' ? key : `${network}.${key}`, ...rest);
-    const put = addAdapters(root, { ...run.lora, targets }, drawn, option);
+    const put = addAdapters(root, { ...run.lora, targets }, drawn, { option, prefix: `${network}.` });
     return put.map((adapter): Put => {
       const layer = `${network}.${adapter.path}`;
       const own = run.lora.algo === 'lora' ? layer : kohyaModule(layer);

@@ -4,6 +4,7 @@
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import type { MicroBatch } from './data/order.ts';
+import { undropped } from './dropout.ts';
 import { place } from './pass.ts';
 import { spread } from './pictures.ts';
 import type { Session } from './session.ts';
@@ -19,7 +20,7 @@ export async function validationLoss({ run, pictures, task, ema, device }: Sessi
   );
   let sum = 0;
   for (const pass of batches(chosen, pictures.bucketOf, run.batch_size)) {
-    const inputs = await task.prepare(pass, HELD_OUT_EPOCH);
+    const inputs = undropped(await task.prepare(pass, HELD_OUT_EPOCH));
     const loss = noGrad(() => scope(() => task.loss(place(inputs, device), ema?.weights).floats()[0]));
     sum += pass.samples.length * loss;
   }
