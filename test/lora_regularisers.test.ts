@@ -1,5 +1,5 @@
 // What keeps a LoRA from learning too much, against kohya's trainer (golden/lycoris.py): dropout behind A, with its draws replaced by a
-// formula. Then that a run's draws are the pictures' own: the same however they are dealt out, in a
+// formula, and the bound on a layer's norm. Then that a run's draws are the pictures' own: the same however they are dealt out, in a
 // recomputation, and after a resume; and that what is only measured drops nothing.
 import { createHash } from 'node:crypto';
 import { test } from 'tap';
@@ -7,19 +7,42 @@ import { currentDrop, dropped, withDrop } from '../engine/dropout.ts';
 import { backward, clearGrad, gradOf } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
+import { decodeFloats } from '../io/dtype.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import type { TensorInfo } from '../io/tensor_file.ts';
 import { dropoutOf, undropped } from '../train/dropout.ts';
+import { boundNorms } from '../train/max_norm.ts';
 import { place } from '../train/pass.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import type { PassInputs } from '../train/task.ts';
 import { validationLoss } from '../train/validation.ts';
-import { checkLayer, fill, type LayerCase, numbers, toMemory } from './adapter_golden.ts';
+import {
+  adaptedLayer,
+  checkLayer,
+  fill,
+  fromMemory,
+  type LayerCase,
+  numbers,
+  release,
+  toMemory,
+  unpacked,
+} from './adapter_golden.ts';
 import { goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
-import { basic, device, locate, resumes, sessionOf, silent } from './small_runs.ts';
+import { basic, device, locate, resumes, run, sessionOf, silent } from './small_runs.ts';
 
-const lines = goldenLines<LayerCase>('lycoris');
+interface Bounded {
+  by: 'max norm';
+  weight: number[];
+  rank: number;
+  alpha: number;
+  bound: number;
+  after: string[];
+}
+
+const lines = goldenLines<LayerCase | Bounded>('lycoris');
 
 /** What kohya's LoRAModule keeps, of its `call`-th draw: number i of it is ((7 i + 3 k) mod 16) / 16. */
 const kept = (count: number, call: number, p: number): Float32Array =>
@@ -68,6 +91,38 @@ test("what is dropped and what is made larger is kohya's", (t) => {
         t.equal(both.length, sizeOf(mask.shape), 'a number for each');
         return dropout.during({ x, dropout: tensor(both, mask.shape, { device: on }) }, () => root(x));
       });
+    }
+  t.end();
+});
+
+test("a layer's norm is bounded as kohya's trainer does", (t) => {
+  const cases = lines.filter((line): line is Bounded => line.by === 'max norm');
+  t.equal(cases.length, 4);
+  for (const on of devices)
+    for (const { weight, rank, alpha, bound, after } of cases) {
+      const golden = { weight, rank, alpha, x: [] } as unknown as LayerCase;
+      const { root, adapter } = adaptedLayer(golden, on);
+      const parameters = new Map(adapter.matrices.map(({ key, parameter }) => [key, parameter]));
+      const settings = resolveRun(
+        { lora: { scale_weight_norms: bound }, train: { target: 'lora' } },
+        't',
+        't',
+      );
+      boundNorms({
+        run: settings,
+        task: { adapters: [{ names: [...parameters.keys()], difference: adapter.difference }] },
+        parameters,
+        optimizer: { weightOf: (name) => (parameters.get(name) as { tensor: Tensor }).tensor },
+      });
+      for (const [k, { part, parameter }] of adapter.matrices.entries()) {
+        const own = parameter.tensor.floats();
+        const got = parameter.layout === 'conv' ? fromMemory(own, parameter.shape) : own;
+        t.ok(
+          maxDifference(got, unpacked(after[k])) < 1e-7,
+          `[${weight}] within ${bound} on ${on.name}: ${part}`,
+        );
+      }
+      release(root, adapter);
     }
   t.end();
 });
@@ -124,7 +179,7 @@ test('masks: rates, keys, and a place for every layer', (t) => {
 
 const regular: RunInput['lora'] = {
   ...{ rank: 4, alpha: 4, targets: ['to_q', 'to_out.0', 'ff.net.2', 'conv1', 'time_emb_proj'] },
-  ...{ network_dropout: 0.3, rank_dropout: 0.2, module_dropout: 0.1 },
+  ...{ network_dropout: 0.3, rank_dropout: 0.2, module_dropout: 0.1, scale_weight_norms: 0.02 },
 };
 
 test('a run resumes bit for bit, in each way to train', async (t) => {
@@ -203,3 +258,44 @@ test('the same numbers are dropped when a block is computed again, and however p
 
 const validationLossOf = (session: Awaited<ReturnType<typeof passes>>['session']) =>
   validationLoss({ ...session, run: { ...session.run, validation: { samples: 2, every_steps: 0 } } });
+
+test('norms stay within the bound, masters too', async (t) => {
+  for (const dtype of ['float32', 'bfloat16'] as const) {
+    const input: RunInput = {
+      ...basic(`bounded-${dtype}`),
+      ...{ dtype, steps: 4, train: { target: 'lora' }, ema: { decay: 0 }, optimizer: { lr: 1e-2 } },
+      lora: { rank: 2, alpha: 2, targets: ['to_q', 'conv2'], scale_weight_norms: 0.05 },
+    };
+    const { folder } = await run(input);
+    const norms = normsIn(`${folder}/pytorch_lora_weights.safetensors`);
+    t.ok(
+      Math.max(...norms) < 0.05 * (dtype === 'float32' ? 1.0001 : 1.01),
+      `${dtype}: at most ${Math.max(...norms)}`,
+    );
+    t.ok(norms.filter((norm) => norm > 0.0495).length > 5, 'which some have met');
+  }
+});
+
+/** Of B A, by layer, in loops. */
+function normsIn(path: string): number[] {
+  const file = openSafetensors(path);
+  const read = (name: string) => {
+    const { dtype, shape } = file.tensors.get(name) as TensorInfo;
+    return { shape, values: decodeFloats(file.read(name), dtype) };
+  };
+  const norms = [...file.tensors.keys()].flatMap((name) => {
+    if (!name.includes('lora_A')) return [];
+    const [a, b] = [read(name), read(name.replace('lora_A', 'lora_B'))];
+    const [rank, inner] = [a.shape[0], a.values.length / a.shape[0]];
+    let sum = 0;
+    for (let o = 0; o < b.shape[0]; o++)
+      for (let i = 0; i < inner; i++) {
+        let x = 0;
+        for (let r = 0; r < rank; r++) x += b.values[o * rank + r] * a.values[r * inner + i];
+        sum += x * x;
+      }
+    return Math.sqrt(sum);
+  });
+  file.close();
+  return norms;
+}

@@ -113,7 +113,7 @@ test('sides are divided as LyCORIS does', (t) => {
 const kinds: (Partial<Run['lora']> & LoraSizes)[] = [
   { algo: 'loha', rank: 2, alpha: 3, conv_rank: 1, conv_alpha: 2 },
   { algo: 'lokr', rank: 2, alpha: 1, factor: 4 },
-  { algo: 'lokr', rank: 1, alpha: 2, conv_rank: 100, decompose_both: true },
+  { algo: 'lokr', rank: 1, alpha: 2, conv_rank: 100, decompose_both: true, scale_weight_norms: 0.02 },
 ];
 
 const targets = [

@@ -280,11 +280,11 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
     'lora-regular': {
       train: { target: 'lora', gradient_checkpointing: true },
-      lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1 },
+      lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1, scale_weight_norms: 0.01 },
     },
     lokr: {
       ...{ dtype: 'bfloat16', train: { target: 'lora' } },
-      lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'] },
+      lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'], scale_weight_norms: 0.01 },
     },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };

@@ -96,6 +96,7 @@ export function diffusionTask(
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
   return {
     components,
+    adapters: added?.adapters,
     async prepare({ bucket, samples }, epoch, signal) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
       const latents = views.map((view) => drawLatents(moments(view), view, pipeline, run, epoch));

@@ -127,7 +127,14 @@ function ofLora({ train, lora }: Run): string {
       ? [`convolutions larger than 1x1 rank ${conv_rank || rank}, alpha ${conv_alpha || alpha}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
-  const told = ['factor', 'decompose_both', 'network_dropout', 'rank_dropout', 'module_dropout'] as const;
+  const told = [
+    'factor',
+    'decompose_both',
+    'network_dropout',
+    'rank_dropout',
+    'module_dropout',
+    'scale_weight_norms',
+  ] as const;
   const usual = fill(fields, {}, 'the defaults').lora;
   const others = told.flatMap((key) =>
     lora[key] === usual[key] ? [] : [lora[key] === true ? key : `${key} ${lora[key]}`],

@@ -90,6 +90,7 @@ const ofAdapters = [
   'network_dropout',
   'rank_dropout',
   'module_dropout',
+  'scale_weight_norms',
 ] as const;
 
 const { lora: usual } = fill(fields, {}, 'the defaults');

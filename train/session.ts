@@ -26,6 +26,7 @@ import { type Ema, ema as startEma } from './ema.ts';
 import { fill } from './fields.ts';
 import { moveThrough } from './fused.ts';
 import { learningRate } from './lr_schedule.ts';
+import { boundNorms } from './max_norm.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
@@ -319,6 +320,7 @@ function rehearseUpdate(session: Session, devices: readonly Device[]): void {
   if (run.train.fused_backward_pass) {
     const { made, move } = optimizer.begin(run.optimizer.lr);
     moveThrough(session, blank(), move);
+    boundNorms(session);
     ema?.step(made);
     return;
   }
@@ -326,6 +328,7 @@ function rehearseUpdate(session: Session, devices: readonly Device[]): void {
   const losses = Array.from({ length: rounds * devices.length }, () => passes.queue(blank(), 1));
   passes.gather();
   const { made } = optimizer.step(run.optimizer.lr);
+  boundNorms(session);
   for (const loss of losses) loss.release();
   passes.share();
   ema?.step(made);

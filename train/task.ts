@@ -45,6 +45,14 @@ export interface Component {
   constants?: readonly TensorEntry[];
 }
 
+/** An adapter of a layer. */
+export interface TrainedAdapter {
+  /** Of its trained parameters, `component.key`. */
+  names: readonly string[];
+  /** alpha / rank times the difference [o, taps * i] that such tensors make of the layer's weight. */
+  difference(tensors: readonly Tensor[]): Tensor;
+}
+
 /** Other tensors in place of trained parameters, by `component.key`: the moving averages. */
 export type Weights = ReadonlyMap<string, Tensor> | undefined;
 
@@ -71,6 +79,8 @@ export type PassInputs = Readonly<Record<string, HostTensor>>;
 
 export interface Task {
   components: readonly Component[];
+  /** Where adapters are trained. */
+  adapters?: readonly TrainedAdapter[];
   /** Everything random about a pass is drawn here, keyed by seed, epoch and sample. Pictures may be left unread once `signal` is aborted. */
   prepare(batch: MicroBatch, epoch: number, signal?: AbortSignal): Promise<PassInputs>;
   /** Inputs of the shapes that a pass has, without its numbers: to estimate memory. */

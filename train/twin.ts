@@ -18,7 +18,7 @@ import { unet } from '../models/unet.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import type { Run } from './run.ts';
-import { type Component, type Substitute, twin } from './task.ts';
+import { type Component, type Substitute, type TrainedAdapter, twin } from './task.ts';
 
 /** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
 export interface Networks {
@@ -29,6 +29,8 @@ export interface Networks {
 /** What a run trains on a pipeline or beside it, of which the model itself has nothing. */
 export interface Added {
   component: Component;
+  /** Where that is adapters. */
+  adapters?: readonly TrainedAdapter[];
   /** The twin of a pipeline with the same on it, and its parameters by the component's keys. They are to be filled. */
   putOn(twin: Pipeline): { other: Pipeline; parameters: ReadonlyMap<string, Parameter> };
 }
@@ -61,6 +63,10 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
   const spelled = lora.algo === 'lora' ? inPeft(run, pipeline, networks, put) : inLycoris(run, put);
   return {
     component: { name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
+    adapters: put.map(({ adapter, keys }) => ({
+      names: keys.map((key) => `lora.${key}`),
+      difference: adapter.difference,
+    })),
     putOn: (other) => ({
       other,
       parameters: byKey(adapt(run, other, networks, (_, count) => new Float32Array(count))),

@@ -6,6 +6,7 @@ import type { Tensor } from '../engine/tensor.ts';
 import { type GradientNorms, type Gradients, queueNorms } from './clip.ts';
 import type { MicroBatch, Turn, Update } from './data/order.ts';
 import { measure, moveThrough, type Walked } from './fused.ts';
+import { boundNorms } from './max_norm.ts';
 import { firstBadTensor } from './nonfinite.ts';
 import type { Session } from './session.ts';
 import type { PassInputs, Task } from './task.ts';
@@ -73,6 +74,7 @@ async function makeFused(
     begun.move(part);
   };
   const moved = moveThrough(session, inputs, move, !measured);
+  if (begun) boundNorms(session);
   if (begun) ema?.step(begun.made);
   return (await whySkipped(session, pass, epoch, moved)) ?? { loss: moved.loss, grad_norm: moved.norm };
 }
@@ -137,6 +139,7 @@ async function step(
   const failed = await whySkipped(session, update[Math.max(0, bad)], epoch, { loss, ...clipping });
   if (failed) return failed;
   const { made, dlr } = optimizer.step(lr, clipping.scale);
+  boundNorms(session);
   passes.share();
   ema?.step(made);
   return { loss, grad_norm: clipping.norm, dlr };
