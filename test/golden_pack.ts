@@ -1,10 +1,10 @@
 // Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases, their
-// tensors and LoRA files are compressed; a single file becomes a recipe, as its numbers are the folder's; the refiner's VAE becomes a link to
-// the base's, which it equals; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the scripts
+// tensors and LoRA files are compressed; a single file becomes a recipe, as its numbers are the folder's; files that equal
+// others become links to them; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the scripts
 // in test/golden left there, NAME.jsonl.
 import { createHash } from 'node:crypto';
 import { cpSync, existsSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join, relative } from 'node:path';
 import { brotliCompressSync, constants } from 'node:zlib';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
@@ -81,6 +81,20 @@ function recipe(folder: string): SingleFileRecipe {
   };
 }
 
+/** Files that are others' copies, which links stand for. */
+const twins = [
+  [
+    'tiny-sdxl-refiner/vae/diffusion_pytorch_model.safetensors',
+    'tiny-sdxl/vae/diffusion_pytorch_model.safetensors',
+  ],
+  ...['vocab.json', 'merges.txt'].flatMap((file) =>
+    ['tiny-sdxl', 'tiny-sdxl-refiner'].map((model) => [
+      `${model}/tokenizer_2/${file}`,
+      `tiny-sdxl/tokenizer/${file}`,
+    ]),
+  ),
+];
+
 function packFolder(): void {
   // README.md describes what is packed, and so is written here.
   const unread =
@@ -93,9 +107,13 @@ function packFolder(): void {
     pack(`lora/${name}`, readFileSync(join(from, 'lora', name)));
   for (const folder of ['tiny-sdxl', 'tiny-sdxl-refiner'])
     pack(`${folder}-singlefile.json`, Buffer.from(JSON.stringify(recipe(folder))));
-  const weights = join('vae', 'diffusion_pytorch_model.safetensors');
-  rmSync(join(goldenFolder, 'tiny-sdxl-refiner', weights), { force: true });
-  symlinkSync(join('..', '..', 'tiny-sdxl', weights), join(goldenFolder, 'tiny-sdxl-refiner', weights));
+  for (const [path, to] of twins) {
+    rmSync(join(goldenFolder, path), { force: true });
+    symlinkSync(
+      relative(join(goldenFolder, dirname(path)), join(goldenFolder, to)),
+      join(goldenFolder, path),
+    );
+  }
 }
 
 function packLines(): void {
