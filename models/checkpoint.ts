@@ -37,7 +37,7 @@ export interface ModelSource {
   has(component: string): boolean;
   /** The component's config (`scheduler` included). */
   config(component: string): Json;
-  /** Where a tokenizer's files lie. */
+  /** Where a component's files lie, all of them its own; a tokenizer's may be another model's. @throws UserError where it has no folder */
   folder(component: string): string;
   weights(component: string): WeightSource;
   load(component: string, module: AnyModule, device: Device, dtype: FloatDType): void;
@@ -87,6 +87,13 @@ export const variantNames = (found: Iterable<string | undefined>): string =>
 export const openComponent = (path: string, { variant }: { variant?: string } = {}): ModelSource =>
   folderSource(path, {}, () => path, variant);
 
+/** The folders of a model that is one file: what lies beside it is not its own. */
+export const noFolder =
+  (path: string) =>
+  (component: string): never => {
+    throw new UserError(`${path} is one file, and no folder is its ${component}'s`);
+  };
+
 /** A lone component in one file under diffusers' names, with its config.json beside it, seen as such a model. */
 export function openComponentFile(path: string): ModelSource {
   const folder = dirname(path);
@@ -96,6 +103,7 @@ export function openComponentFile(path: string): ModelSource {
   return {
     ...openComponent(folder),
     path,
+    folder: noFolder(path),
     weights,
     load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
   };

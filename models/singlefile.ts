@@ -12,6 +12,7 @@ import {
   type Json,
   loadAndClose,
   type ModelSource,
+  noFolder,
   openModel,
   sourceOf,
   type WeightSource,
@@ -83,6 +84,8 @@ export function openSingleFile(
     has,
     config,
     folder(component) {
+      // Who lends a tokenizer has text encoders, too, which are others.
+      if (!component.startsWith('tokenizer')) return noFolder(path)(component);
       if (lender) return lender.folder(component);
       if (tokenizers) return join(tokenizers, component);
       throw new UserError(
@@ -129,7 +132,7 @@ export function openVaeFile(path: string): ModelSource {
     modelIndex: {},
     has: (component) => component === 'vae',
     config,
-    folder: () => dirname(path),
+    folder: noFolder(path),
     weights,
     load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
   };

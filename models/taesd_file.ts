@@ -8,7 +8,7 @@ import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
 import { taesdxlJson } from './autoencoder_tiny.ts';
-import { loadAndClose, type ModelSource, sourceOf, type WeightSource } from './checkpoint.ts';
+import { loadAndClose, type ModelSource, noFolder, sourceOf, type WeightSource } from './checkpoint.ts';
 import { openWeightsFile } from './weights_file.ts';
 
 type Half = 'encoder' | 'decoder';
@@ -33,7 +33,7 @@ export function openTinyFile(path: string, part: 'whole' | Half): ModelSource {
     modelIndex: {},
     has: (component) => component === 'vae',
     config: () => config,
-    folder: () => dirname(path),
+    folder: noFolder(path),
     weights,
     load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
   };

@@ -5,7 +5,7 @@ import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import type { TensorInfo } from '../io/tensor_file.ts';
-import { type Json, loadAndClose, type ModelSource } from './checkpoint.ts';
+import { type Json, loadAndClose, type ModelSource, noFolder } from './checkpoint.ts';
 import { classOf } from './components.ts';
 import { componentConfigs } from './diffusers_config.ts';
 import { presets } from './presets.ts';
@@ -40,7 +40,7 @@ export function openUNetFile(path: string, model?: ModelSource): ModelSource {
     modelIndex: {},
     has: (component) => component === 'unet',
     config: () => config,
-    folder: () => dirname(path),
+    folder: noFolder(path),
     weights,
     load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
   };

@@ -12,7 +12,7 @@ import { readLog } from '../train/log.ts';
 import { type Prepared, prepare } from '../train/preparation.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { type Materials, openMaterials, openSession, type Session } from '../train/session.ts';
+import { type Locate, type Materials, openMaterials, openSession, type Session } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
 import { picture } from './controlnet_golden.ts';
@@ -63,6 +63,8 @@ interface How {
   checkpoint?: string;
   /** Devices that take passes in turn with the first. */
   further?: readonly Device[];
+  /** Where models are found by what a run names. */
+  locate?: Locate;
 }
 
 /** A run's session, with what is prepared for it. */
@@ -74,10 +76,10 @@ export async function sessionOf(materials: Materials, report: Report = silent): 
 /** Trains in this process. */
 export async function run(
   input: RunInput,
-  { until, during = 'training', meanwhile, checkpoint, further }: How = {},
+  { until, during = 'training', meanwhile, checkpoint, further, locate: places = locate }: How = {},
 ): Promise<Outcome> {
   const resolved = resolveRun(input, 'test', 'test');
-  const materials = await openMaterials(resolved, locate, silent, { checkpoint });
+  const materials = await openMaterials(resolved, places, silent, { checkpoint });
   const stop = { asked: false };
   const progress = (label: string, done: number, total: number) => {
     meanwhile?.(label, done, total);

@@ -1,12 +1,22 @@
 // What can be trained, and on what: adapters on the UNet and on the text encoders, parts of the UNet, a model from a preset, the
 // refiner, the VAE; captions of several chunks, and pictures of a class beside those of the subject.
-import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
-import { decodeFloats } from '../io/dtype.ts';
+import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
-import { openSafetensors } from '../io/safetensors.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { openModel, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
 import { buildComponent } from '../models/components.ts';
@@ -15,6 +25,7 @@ import { loadPipeline } from '../models/pipeline.ts';
 import type { ModelPreset } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { weightEntries } from '../models/save.ts';
+import { openSingleFile, openVaeFile } from '../models/singlefile.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
@@ -22,7 +33,8 @@ import type { ObjectiveSettings } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
-import { goldenFolder } from './golden.ts';
+import { sdxl } from './command_line.ts';
+import { goldenFolder, maxDifference } from './golden.ts';
 import {
   basic,
   device,
@@ -276,6 +288,48 @@ test("a preset's parts that are not trained are in the finished model as they be
     weights.close();
     unload(module);
   }
+});
+
+test('what is not trained comes from the files that a run names, and not from what lies beside or lends', async (t) => {
+  const entry = (name: string, shape: readonly number[]) => {
+    const values = new Float32Array(shape[0] * shape[1]).fill(0.1);
+    return { name, dtype: 'float32' as const, shape, bytes: encodeNumbers(values, 'float32') };
+  };
+  const lora = join(folder, 'texts.safetensors');
+  const layer = 'lora_te1_text_model_encoder_layers_0_self_attn_q_proj';
+  writeSafetensors(lora, [
+    entry(`${layer}.lora_down.weight`, [2, 32]),
+    entry(`${layer}.lora_up.weight`, [32, 2]),
+  ]);
+  // A single file whose text encoder is another than that of the folder which lends it tokenizers and configs.
+  const file = join(folder, 'single.safetensors');
+  const call = ['export', model, file, '--format', 'single-file', '--lora', lora, '--quiet'];
+  t.equal((await sdxl(...call)).status, 0);
+  const source = openSingleFile(file, { configs: openModel(model) });
+  const coders = join(folder, 'coders');
+  cpSync(join(model, 'vae'), coders, { recursive: true });
+  const [named] = readdirSync(coders).filter((name) => name.endsWith('.safetensors'));
+  renameSync(join(coders, named), join(coders, 'mine.safetensors'));
+  for (const other of [named, 'large.bin']) writeFileSync(join(coders, other), 'another');
+  const vae = openVaeFile(join(coders, 'mine.safetensors'));
+  const input = { ...basic('from-files'), steps: 1, previews: { prompts: [] } };
+  const places = { ...locate, model: async () => source, vae: async () => vae };
+  const { folder: final } = await run({ ...input, vae: 'named' }, { locate: places });
+  t.same(readdirSync(join(final, 'vae')).sort(), ['config.json', named], 'the VAE alone');
+  for (const [name, from] of [
+    ['text_encoder', source],
+    ['text_encoder_2', source],
+    ['vae', vae],
+  ] as const) {
+    const [want, made] = [from, openModel(final)].map((each) => each.weights(name));
+    t.ok(
+      made.names.every((key) => maxDifference(made.floats(key), want.floats(key)) === 0),
+      name,
+    );
+    for (const each of [want, made]) each.close();
+  }
+  const pipeline = loadPipeline(openModel(final), { device, dtype: 'float32' });
+  pipeline.release();
 });
 
 test('the refiner, which has one text encoder and an aesthetic score', async (t) => {
