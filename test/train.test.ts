@@ -270,6 +270,7 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     },
     lora: { train: { target: 'lora' }, lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] } },
     texts: { train: { text_encoders: true } },
+    'tags anew': { dataset: { ...basic('tags').dataset, path: pictures, shuffle_caption: true } },
     'lora-texts': {
       train: { target: 'lora', text_encoders: true },
       lora: { rank: 2, text_encoder_targets: ['q_proj', 'fc1'] },

@@ -140,7 +140,7 @@ export function diffusionTask(
         releaseTwin(other, pipeline);
       }
     },
-    // Pictures and frozen encoders stay where they are: other devices get what these say.
+    // Frozen models that are asked beforehand stay where they are: other devices get what these say.
     replicate(further) {
       const { other, weights } = twinOf(copied(further));
       return {

@@ -1,7 +1,7 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
 // ControlNet (controlnet.ts) is put beside the UNet.
-import { type AnyModule, namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
@@ -183,8 +183,11 @@ function makeTwin(
   const { net, texts } = networks;
   const own = unet(pipeline.unetConfig, { gradientCheckpointing });
   replace(net, namedParameters(own));
+  // Frozen encoders are shared, but on another device, where a pass that runs them has them beside the rest.
+  const isElsewhere = placeOf(own).device !== pipeline.device;
   const encoders = pipeline.text.encoders.map((pair, i) => {
-    if (!text_encoders) return pair;
+    const runs = text_encoders || (isElsewhere && isLoaded(pair.encoder));
+    if (!runs) return pair;
     const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
     replace(texts[i], namedParameters(encoder));
     return { ...pair, encoder };
@@ -195,6 +198,9 @@ function makeTwin(
   replace(added.component, parameters);
   return { other, weights };
 }
+
+const isLoaded = (network: AnyModule): boolean =>
+  [...namedParameters(network).values()].every(({ loaded }) => loaded);
 
 export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
   if (twin === owner) return;
