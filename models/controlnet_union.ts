@@ -13,7 +13,7 @@ import { broadcast, sum } from '../engine/ops/reduce.ts';
 import { cast, scale } from '../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import type { Json, ModelSource } from './checkpoint.ts';
+import type { Json, ModelSource, WeightSource } from './checkpoint.ts';
 import { once } from './context_cache.ts';
 import {
   type ControlNetConfig,
@@ -90,19 +90,20 @@ export function unionConfigOf(source: ModelSource): Json | undefined {
 }
 
 /**
- * A ControlNet under the class that its weights tell. What xinsir published calls itself a plain one, and beside his model of more kinds
- * lies the config of the first.
+ * The config of a component under the class that its weights tell. What xinsir published calls itself a plain ControlNet, and beside his
+ * model of more kinds lies the config of the first.
  */
+export function asWeightsTell(config: Json, weights: WeightSource): Json {
+  const learnt = weights.info('task_embedding')?.shape;
+  return learnt ? { ...config, _class_name: unionClass, num_control_type: learnt[0] } : config;
+}
+
+/** The same of a ControlNet. */
 export function asItsWeightsTell(source: ModelSource): ModelSource {
   const weights = source.weights('controlnet');
-  const learnt = weights.info('task_embedding')?.shape;
+  const config = asWeightsTell(source.config('controlnet'), weights);
   weights.close();
-  if (!learnt) return source;
-  const config = (component: string): Json => ({
-    ...source.config(component),
-    ...{ _class_name: unionClass, num_control_type: learnt[0] },
-  });
-  return { ...source, config };
+  return { ...source, config: () => config };
 }
 
 /** residual + attention of x [l, n, c] over its n, in each of l. torch's MultiheadAttention. */

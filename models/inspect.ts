@@ -16,6 +16,7 @@ import {
   type WeightSource,
 } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
+import { asWeightsTell } from './controlnet_union.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
@@ -113,11 +114,13 @@ function problemOf(read: () => unknown): string[] {
 }
 
 /** Holds a component's weights against what its config asks for; a config or file that cannot be read is a problem. */
-function inspectComponent(name: string, config: Json, open: () => WeightSource): Component {
-  const found = { name, class: classOf(config) };
+function inspectComponent(name: string, told: Json, open: () => WeightSource): Component {
+  let found = { name, class: classOf(told) };
   let weights: WeightSource | undefined;
   try {
     weights = open();
+    const config = asWeightsTell(told, weights);
+    found = { name, class: classOf(config) };
     const built = buildComponent(config);
     const problems = built
       ? matchParameters(built.module, weights).problems
@@ -212,6 +215,8 @@ function problemsOfCoder(path: string): string[] {
 
 const kindOfComponent = (names: readonly string[], config: boolean): string => {
   const beside = config ? '; give its folder to hold it against its config' : '';
+  if (names.includes('controlnet_mid_block.weight'))
+    return `ControlNet weights under diffusers' keys${beside}`;
   if (names.includes('conv_in.weight') && names.includes('time_embedding.linear_1.weight'))
     return `UNet weights under diffusers' keys${beside}`;
   if (names.some((name) => /(^|\.)encoder\.layers\.0\.self_attn\./.test(name)))

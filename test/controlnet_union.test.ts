@@ -11,6 +11,7 @@ import { preprocess, preprocessControl, writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type Json, openModel } from '../models/checkpoint.ts';
 import { controlnetUnion, parseControlNetUnionConfig } from '../models/controlnet_union.ts';
+import { inspect } from '../models/inspect.ts';
 import { locateControlNet } from '../models/locate.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
@@ -149,6 +150,9 @@ test('as its author published it, and in 8-bit integers', async (t) => {
     await sampled(t, 'q8', ...flags, '--controlnet', at('union'), '--q8'),
   ];
   t.equal(maxDifference(own, published), 0, `the weights tell that there are ${num_control_type} kinds`);
+  t.match(inspect(path), { kind: 'diffusers component: ControlNetUnionModel', problems: [] });
+  const alone = join(path, 'diffusion_pytorch_model.safetensors');
+  t.match(inspect(alone).kind, /^ControlNet weights under diffusers' keys/);
   const off = maxDifference(own, q8);
   t.ok(off > 0 && off < 1, `${off} off in 8 bits`);
 });
