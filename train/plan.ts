@@ -6,6 +6,7 @@ import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { fill } from './fields.ts';
 import { objectiveOf } from './objective.ts';
+import { ofAdapters } from './resolve_run.ts';
 import { fields, type Run } from './run.ts';
 import { estimate, type Materials } from './session.ts';
 
@@ -127,18 +128,10 @@ function ofLora({ train, lora }: Run): string {
       ? [`convolutions larger than 1x1 rank ${conv_rank || rank}, alpha ${conv_alpha || alpha}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
-  const told = [
-    'factor',
-    'decompose_both',
-    'network_dropout',
-    'rank_dropout',
-    'module_dropout',
-    'scale_weight_norms',
-  ] as const;
   const usual = fill(fields, {}, 'the defaults').lora;
-  const others = told.flatMap((key) =>
-    lora[key] === usual[key] ? [] : [lora[key] === true ? key : `${key} ${lora[key]}`],
-  );
+  const others = ofAdapters
+    .filter((key) => !/^(algo|conv_)/.test(key) && lora[key] !== usual[key])
+    .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
   return ` (${[...kind, `rank ${rank}, alpha ${alpha}`, ...larger, ...others, ...begun].join(', ')})`;
 }
 

@@ -81,7 +81,7 @@ function refuseRates({ optimizer, train }: Run, where: string): void {
 }
 
 /** What only adapters have; where they are not asked for, these do nothing. */
-const ofAdapters = [
+export const ofAdapters = [
   'algo',
   'conv_rank',
   'conv_alpha',
