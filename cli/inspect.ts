@@ -2,7 +2,7 @@
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { type Inspection, inspect } from '../models/inspect.ts';
-import type { Terminal } from './terminal.ts';
+import { printable, type Terminal } from './terminal.ts';
 
 const examples = `
 Examples:
@@ -18,7 +18,7 @@ export function addInspect(command: Command, terminal: Terminal): void {
     .addHelpText('after', examples)
     .action((path: string, { json }: { json?: boolean }) => {
       const found = inspect(path);
-      terminal.out(json ? `${JSON.stringify(found)}\n` : asText(found));
+      terminal.out(json ? `${JSON.stringify(found)}\n` : printable(asText(found)));
       const [first, ...more] = found.problems;
       const where = first?.startsWith(path) ? '' : `${path}: `;
       if (first)

@@ -4,7 +4,7 @@ import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { version } from './about.ts';
 import { spelledOut } from './aliases.ts';
-import { ownTerminal, Stopped, type Terminal } from './terminal.ts';
+import { ownTerminal, printable, Stopped, type Terminal } from './terminal.ts';
 
 interface CommandFile {
   usage: string;
@@ -74,7 +74,7 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof Stopped) return error.status;
     if (!(error instanceof UserError)) throw error;
-    terminal.err(`error: ${error.message}\n`);
+    terminal.err(`error: ${printable(error.message)}\n`);
     return 2;
   }
 }

@@ -34,6 +34,9 @@ export function ownTerminal(): Terminal {
   };
 }
 
+/** A text that may be a stranger's, as names in a file are, without what would steer a screen. */
+export const printable = (text: string): string => text.replace(/[^\P{Cc}\n\t]/gu, '\ufffd');
+
 /** A signal has ended the work in good order; `status` is the program's, as shells count. */
 export class Stopped extends Error {
   readonly status: number;

@@ -119,8 +119,8 @@ function assertPixels(picture: Pixels): void {
 /** One picture as a ControlNet takes it: [1, 3, h, w] in [0, 1], resized by Lanczos to `width` x `height`. */
 export function preprocessControl(
   picture: Picture,
-  width: number = vaeSide(picture.width),
-  height: number = vaeSide(picture.height),
+  width: number = vaeSide(picture?.width),
+  height: number = vaeSide(picture?.height),
 ): { data: Float32Array; shape: [1, 3, number, number] } {
   assertPixels(picture);
   const { data: pixels } = resize(picture, width, height, 'lanczos');
@@ -178,8 +178,8 @@ export function preprocessClip(
  */
 export function preprocessMask(
   mask: Picture | Mask,
-  width: number = vaeSide(mask.width),
-  height: number = vaeSide(mask.height),
+  width: number = vaeSide(mask?.width),
+  height: number = vaeSide(mask?.height),
 ): { data: Float32Array; shape: [1, 1, number, number] } {
   assertPixels(mask);
   const resized = resize(mask, width, height, 'lanczos');

@@ -3,7 +3,7 @@
 // is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
-import { type AnyModule, namedParameters, unload } from '../engine/module.ts';
+import { type AnyModule, unload } from '../engine/module.ts';
 import { built, keep, scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
@@ -19,7 +19,7 @@ import { type DecodedPicture, decodePictures, type Latents } from './latents.ts'
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { withAdapters } from './lora.ts';
 import { controlsOf, loadControlNets } from './multicontrolnet.ts';
-import { checkPrompts } from './prompts.ts';
+import { checkLoaded, checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
 import { type Asked, complete, type Request } from './request.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
@@ -61,13 +61,6 @@ export function sizesOf(source: ModelSource, vaeSource: ModelSource = source): S
 export function loadPipeline(source: ModelSource, options: LoadOptions): Pipeline {
   const checked = checkedLoad(source, options);
   return built(() => load(source, checked));
-}
-
-/** @throws UserError for a part that is freed */
-function checkLoaded(part: AnyModule): void {
-  const [first] = namedParameters(part).values();
-  if (!first.loaded)
-    throw new UserError('the pipeline was released, or has drawn its last request: load it again');
 }
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {

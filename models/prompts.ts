@@ -1,6 +1,7 @@
 // The prompts of a request as a program gives them, texts or embeddings of its own: what stands for what, the checks, and encodePrompt,
 // which makes embeddings of texts, to be kept or mixed.
 import { noGrad } from '../engine/grad.ts';
+import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { slice } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
@@ -78,16 +79,24 @@ export function checkPrompts({ unetConfig, aesthetic }: TextTaker, prompts: Prom
   }
 }
 
+/** @throws UserError for a part that is freed */
+export function checkLoaded(part: AnyModule): void {
+  const [first] = namedParameters(part).values();
+  if (!first.loaded)
+    throw new UserError('the pipeline was released, or has drawn its last request: load it again');
+}
+
 /**
  * What the text encoders say of prompts, a row for each, to be given in a request in the prompts' place. (Rows are repeated for
  * num_images_per_prompt there, not here.) `truncated` is text past the tokens that are read.
- * @throws UserError where there is not one text to each prompt
+ * @throws UserError where there is not one text to each prompt, or the encoders are freed
  */
 export function encodePrompt(
   pipeline: Pick<GuidedModel, 'text' | 'device' | 'dtype'> & TextTaker,
   asked: AskedPrompts,
 ): Required<PromptEmbeds> & { truncated: readonly string[] } {
   const { text, device } = pipeline;
+  for (const { encoder } of text.encoders) checkLoaded(encoder);
   const prompts = listed(asked);
   checkPrompts(pipeline, prompts);
   const count = promptCount(prompts);

@@ -18,6 +18,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { progressBar } from '../cli/progress.ts';
+import { encodeNumbers } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { packageRoot } from '../io/package_root.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
@@ -286,4 +287,17 @@ test('help and doctor', async (t) => {
     'help lists flags and examples',
   );
   t.ok(JSON.parse((await run('doctor', '--json')).out).node, 'doctor reports');
+});
+
+test('what would steer a screen is not printed of a file', async (t) => {
+  const folder = scratch();
+  const hostile = join(folder, 'hostile.safetensors');
+  const bytes = encodeNumbers(new Float32Array(1), 'float32');
+  const name = 'lora_unet_\u001b]0;mine\u0007x.lora_up.weight';
+  writeSafetensors(hostile, [{ name, dtype: 'float32', shape: [1], bytes }], { title: 'a\u001b[2Jb' });
+  const { out, err } = await run('inspect', hostile);
+  t.match(out, /title: a\ufffd\[2Jb/);
+  t.match(err, /lora_unet_\ufffd\]0;mine\ufffdx/);
+  t.notMatch(out + err, /[^\P{Cc}\n]/u);
+  rmSync(folder, { recursive: true });
 });

@@ -13,6 +13,7 @@ import { CudaGenerator } from '../models/cuda_random.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import { mergeLora } from '../models/lora.ts';
 import { decode, denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { encodePrompt } from '../models/prompts.ts';
 import { type Asked, complete } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { goldenFolder } from './golden.ts';
@@ -134,11 +135,12 @@ test('a pipeline is loaded with what it takes, and draws until it is released', 
       says(/no latents: of what denoiseToEnd gives take \.latents/),
     );
   for (const prepare of [preprocess, preprocessControl, preprocessMask])
-    for (const wrong of ['photo.png', Promise.resolve()])
+    for (const wrong of ['photo.png', Promise.resolve(), undefined])
       t.throws(() => prepare(untyped(wrong)), says(/is no picture: give what await readPicture/));
   pipeline.release();
   await t.rejects(ask({ num_inference_steps: 1 }), says(/the pipeline was released/));
   t.throws(() => decode(pipeline, numbers(1, 4, 8, 8)), says(/the pipeline was released/));
+  t.throws(() => encodePrompt(pipeline, { prompt: 'a fox' }), says(/the pipeline was released/));
 });
 
 test('what is called at each step is waited for, and ends the work where it fails', async (t) => {
