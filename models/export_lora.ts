@@ -145,6 +145,14 @@ function peftMetadata(updates: readonly Update[]): Record<string, string> {
   return { lora_adapter_metadata: JSON.stringify(config) };
 }
 
+/** kohya's words for what a file in its spelling is for, beside what it was made by and how large it is. */
+export const kohyaModel = {
+  ss_base_model_version: 'sdxl_base_v1-0',
+  'modelspec.sai_model_spec': '1.0.0',
+  'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
+  'modelspec.implementation': 'https://github.com/Stability-AI/generative-models',
+};
+
 /** kohya's words for what the file holds, and, of a file that has them, its own: how it was trained, its tags, its licence. */
 function kohyaMetadata(
   { metadata }: TensorFile,
@@ -156,13 +164,10 @@ function kohyaMetadata(
   // A hash is one of the tensors as they were.
   const own = Object.entries(metadata).filter(([key]) => /^(ss_|modelspec\.(?!hash))/.test(key));
   return {
-    ss_base_model_version: 'sdxl_base_v1-0',
+    ...kohyaModel,
     ss_network_module: plain ? 'networks.lora' : 'lycoris.kohya',
     ss_network_dim: told(updates.map(({ rank }) => rank)),
     ss_network_alpha: told(updates.map(({ alpha }) => alpha)),
-    'modelspec.sai_model_spec': '1.0.0',
-    'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
-    'modelspec.implementation': 'https://github.com/Stability-AI/generative-models',
     'modelspec.title': basename(out, '.safetensors'),
     ...Object.fromEntries(own),
   };

@@ -224,6 +224,12 @@ test('adapters of text encoders have their own learning rate, and their names', 
     t.ok(Math.abs(Math.max(...moved) / rate - 1) < 0.01, `${network}: ${Math.max(...moved)}`);
   }
   file.close();
+  // A1111 does not list a file with metadata beside an SDXL model unless this begins with sdxl_.
+  t.match(file.metadata, {
+    ss_base_model_version: 'sdxl_base_v1-0',
+    ss_network_module: 'lycoris.kohya',
+    'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
+  });
   const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32' });
   t.ok(mergeLora(pipeline, path) > 30, 'its names are known');
   pipeline.release();

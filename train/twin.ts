@@ -9,7 +9,7 @@ import { isLarge } from '../models/adapter_kinds.ts';
 import { type Adapter, addAdapters, type Numbers } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { kohyaModule } from '../models/export_lora.ts';
+import { kohyaModel, kohyaModule } from '../models/export_lora.ts';
 import type { LoraTargets } from '../models/lora_file.ts';
 import { startFromLora } from '../models/lora_start.ts';
 import { peftEntries } from '../models/peft_config.ts';
@@ -98,6 +98,7 @@ function inLycoris({ lora }: Run, put: readonly Put[]): Spelled {
   const args = { algo, conv_dim: conv_rank || rank, conv_alpha: conv_alpha || alpha, ...more };
   return {
     metadata: {
+      ...kohyaModel,
       ss_network_module: 'lycoris.kohya',
       ss_network_dim: `${rank}`,
       ss_network_alpha: `${alpha}`,
