@@ -99,14 +99,15 @@ interface Sides {
 export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio: number): Sides | undefined {
   const { hires, hiresScale = 2, hiresWidth, hiresHeight } = options;
   if (!hires) return undefined;
-  const scale =
+  // The product first: a quotient that is rounded could come out below a whole number, and lose a latent's pixels.
+  const larger = (pixels: number): number =>
     hiresWidth !== undefined
-      ? hiresWidth / width
+      ? (pixels * hiresWidth) / width
       : hiresHeight !== undefined
-        ? hiresHeight / height
-        : hiresScale;
+        ? (pixels * hiresHeight) / height
+        : pixels * hiresScale;
   const floored = (pixels: number) => Math.floor(pixels) - (Math.floor(pixels) % ratio);
-  return { width: hiresWidth ?? floored(width * scale), height: hiresHeight ?? floored(height * scale) };
+  return { width: hiresWidth ?? floored(larger(width)), height: hiresHeight ?? floored(larger(height)) };
 }
 
 /** The steps that a second pass does, as A1111 lays them out. */

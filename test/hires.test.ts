@@ -4,6 +4,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { hiresSize } from '../cli/hires_options.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
@@ -120,6 +121,24 @@ test('each of several pictures has its own second pass', async (t) => {
     await drawn('lanczos', '--seed', '4', '--hires-upscaler', 'Lanczos'),
   ];
   t.ok(maxDifference(latent, lanczos) > 0.1, 'pixels enlarged are others than latents');
+});
+
+test('how large it is', (t) => {
+  const sizes = (width: number, height: number, options: object) =>
+    hiresSize({ hires: true, ...options }, { width, height }, 8);
+  t.same(sizes(832, 1216, {}), { width: 1664, height: 2432 });
+  t.same(sizes(832, 1216, { hiresHeight: 1824 }), { width: 1248, height: 1824 });
+  t.same(sizes(832, 1216, { hiresWidth: 1000 }), { width: 1000, height: 1456 }, 'cut to whole latents');
+  // No square of which a side was asked for may come out another shape, as 832 * (960 / 832) is below 960.
+  for (let from = 64; from <= 1536; from += 8)
+    for (let to = from; to <= 2048; to += 8) {
+      const both = { width: to, height: to };
+      for (const options of [{ hiresWidth: to }, { hiresHeight: to }]) {
+        const found = sizes(from, from, options);
+        if (found?.width !== to || found?.height !== to) t.same(found, both, `${from} to ${to}`);
+      }
+    }
+  t.end();
 });
 
 test('mistakes', (t) =>
