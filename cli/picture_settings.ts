@@ -28,8 +28,11 @@ const lists = [
   'controlGuidanceEnd',
 ];
 
-/** Ways to say how the steps lie: typed, one of them stands for all. */
-const layouts = ['steps', 'timesteps', 'sigmas'];
+/** Ways to say one thing, how the steps lie and how large a second pass is: typed, one of them stands for all. */
+const ways = [
+  ['steps', 'timesteps', 'sigmas'],
+  ['hiresScale', 'hiresWidth', 'hiresHeight'],
+];
 
 /** The texts to put into the PNG. `sampler` is the one that ran. */
 export function pictureText(
@@ -65,15 +68,15 @@ export function applySettings(command: Command, path: string): string[] {
   const isTyped = (name: string): boolean =>
     ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
     (name === 'prompt' && isTyped('promptFile'));
-  const laidOut = layouts.some(isTyped);
   // Asked now, as what is set below counts as typed.
+  const said = ways.filter((names) => names.some(isTyped)).flat();
   const untaken = further.filter(({ option }) => option === undefined || !isTyped(option));
   for (const option of command.options) {
     const name = option.attributeName();
     const value = settings[name];
     if (value === undefined || local.includes(name) || isTyped(name)) continue;
     if ((typeof value === 'boolean') !== option.isBoolean()) throw damaged(path);
-    if (layouts.includes(name) && laidOut) continue;
+    if (said.includes(name)) continue;
     const texts = (Array.isArray(value) ? value : [value]).map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;

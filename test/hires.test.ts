@@ -141,6 +141,26 @@ test('how large it is', (t) => {
   t.end();
 });
 
+test('a size that is typed beside --from stands for the one in the picture', async (t) => {
+  const from = async (first: readonly string[], typed: readonly string[]) => {
+    const made = await sample(
+      ...['--width', '64', '--height', '64', '--steps', '1', '--hires', ...first],
+      ...['--output', at('first.png')],
+    );
+    t.equal(made.status, 0, made.err);
+    const argv = ['--from', at('first.png'), ...typed, '--output', at('second.png'), '--json', '--quiet'];
+    const { status, out, err } = await sdxl('sample', ...argv);
+    t.equal(status, 0, err);
+    return JSON.parse(out) as unknown;
+  };
+  t.match(await from(['--hires-scale', '2'], ['--hires-width', '80']), { width: 80, height: 80 });
+  t.match(
+    await from(['--hires-width', '96', '--hires-height', '72'], ['--hires-scale', '1.5']),
+    { width: 96, height: 96 },
+    'both sides give way',
+  );
+});
+
 test('mistakes', (t) =>
   refusesEach(t, sample, [
     [['--hires-scale', '2'], /--hires-scale needs --hires: a second pass/],
