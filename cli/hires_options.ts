@@ -121,6 +121,20 @@ export function hiresSteps(
   return { num_inference_steps: total, strength: Math.min(1, (done + 0.5) / total) };
 }
 
+/** Plans a second pass. @throws UserError that tells its schedule's length, which nobody typed */
+export function planSecondPass(options: HiresOptions, steps: number, plan: () => void): void {
+  try {
+    plan();
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    const { hiresSteps: done = steps, hiresDenoisingStrength: strength = 0.7 } = options;
+    const { num_inference_steps: total } = hiresSteps(options, steps);
+    throw new UserError(
+      `at --hires-denoising-strength ${strength} the ${done} --hires-steps are of a schedule of ${total}, and ${error.message}`,
+    );
+  }
+}
+
 /** What the second pass begins with: latents of the larger size. `draw` is for the VAE's encoder, where there is one to ask. */
 export function enlarged(
   pipeline: Pipeline,

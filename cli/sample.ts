@@ -22,7 +22,7 @@ import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
-import { enlarged, hiresSize } from './hires_options.ts';
+import { enlarged, hiresSize, planSecondPass } from './hires_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
@@ -113,10 +113,12 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
   if (larger)
-    planned(
-      source,
-      hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
-    );
+    planSecondPass(options, first.num_inference_steps, () => {
+      planned(
+        source,
+        hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
+      );
+    });
   const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter, lora } };
   return { options, requests, canvas, larger, album, device, dtype, seed, sampler, ...sources };
 }

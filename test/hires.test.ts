@@ -170,6 +170,14 @@ test('mistakes', (t) =>
       ['--hires', '--hires-denoising-strength', '0'],
       /--hires-denoising-strength takes a number from 0.01 to 1/,
     ],
+    [
+      ['--hires', '--hires-steps', '20', '--hires-denoising-strength', '0.01'],
+      /at --hires-denoising-strength 0\.01 the 20 --hires-steps are of a schedule of 2000, and .* from 1 to 1000/,
+    ],
+    [
+      ['--hires', '--steps', '8', '--hires-denoising-strength', '0.1', '--scheduler', 'lcm'],
+      /at --hires-denoising-strength 0\.1 the 8 --hires-steps are of a schedule of 80, and .* more than the 50/,
+    ],
     [['--hires', '--image', 'x.png'], /--hires draws from a prompt alone: over a picture give a larger/],
     [['--hires', '--refiner', 'x'], /--hires draws from a prompt alone: leave out --refiner/],
     [['--hires', '--sigmas', '3,0'], /--hires draws from a prompt alone: give --steps in place of --sigmas/],
