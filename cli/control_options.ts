@@ -32,7 +32,7 @@ export const addControlOptions = (command: Command): Command =>
     )
     .option(
       '--control-mode <N|NAME>',
-      `what the picture is, for a ControlNet union: ${controlModes.map((names, i) => `${i} or ${names.join(', ')}`).join('; ')}; given once for all, or once for each --controlnet`,
+      `what the picture is, for a ControlNet union: ${controlModes.map((names, i) => `${i} or ${names.join(', ')}`).join('; ')}; given once for all unions, or once for each, in their order`,
       repeated(mode),
     )
     .option(
@@ -82,7 +82,10 @@ export function checkControl(options: ControlOptions): void {
     ['--guess-mode', options.guessMode ? nets.slice(0, 1) : undefined],
   ] as const) {
     if (list && nets.length === 0) throw new UserError(`${flag} needs --controlnet: something to follow`);
-    if (list && list.length !== 1 && list.length !== nets.length)
+    // How many of them are unions is known when they are found.
+    const fits =
+      flag === '--control-mode' ? (list ?? []).length <= nets.length : list?.length === nets.length;
+    if (list && list.length !== 1 && !fits)
       throw new UserError(
         `there are ${list.length} of ${flag} and ${nets.length} of --controlnet: give one, or one to each`,
       );

@@ -39,7 +39,10 @@ type Each = number | readonly (number | undefined)[];
 export interface ControlRequest {
   /** A picture for each ControlNet, [1, 3, height, width] in [0, 1], of the size that is drawn. */
   control_image?: readonly Latents[];
-  /** What a union ControlNet's picture is, by its number: 0 openpose, 1 depth, 2 scribble, 3 canny, 4 normal, 5 segment, 6 tile, 7 repaint. */
+  /**
+   * What a union ControlNet's picture is, by its number: 0 openpose, 1 depth, 2 scribble, 3 canny, 4 normal, 5 segment, 6 tile, 7 repaint.
+   * One for all unions, or a list for them alone, or one with nothing for each ControlNet of one kind.
+   */
   control_mode?: Each;
   /** How strongly each is followed: 1 where absent, but 0.8 over a picture without a mask. */
   controlnet_conditioning_scale?: Each;
@@ -187,7 +190,7 @@ export function controlsOf(
     return list.map((each) => each ?? otherwise);
   };
   const scales = forEach('controlnet_conditioning_scale', image && !mask ? 0.8 : 1);
-  const modes = modesOf(nets.length, request.control_mode);
+  const modes = modesOf(nets.map(isUnion), request.control_mode);
   const starts = forEach('control_guidance_start', 0);
   const ends = forEach('control_guidance_end', 1);
   starts.forEach((start, i) => {
@@ -213,9 +216,13 @@ export function controlsOf(
 
 /** What can be told of modes before weights are read. @throws UserError where a union's picture has none, or another's has one */
 export function checkControlModes(sources: readonly ModelSource[], given: Each | undefined): void {
-  const modes = modesOf(sources.length, given);
-  sources.forEach((source, i) => {
-    checkMode(unionConfigOf(source)?.num_control_type as number | undefined, modes[i]);
+  const unions = sources.map(unionConfigOf);
+  const modes = modesOf(
+    unions.map((union) => union !== undefined),
+    given,
+  );
+  unions.forEach((union, i) => {
+    checkMode(union?.num_control_type as number | undefined, modes[i]);
   });
 }
 
@@ -241,12 +248,16 @@ function byNet<C extends Control>(controls: readonly C[]): Map<AnyControlNet, C[
   return groups;
 }
 
-/** A mode for each, or none. */
-function modesOf(count: number, given: Each | undefined): readonly (number | undefined)[] {
-  const list = typeof given === 'number' ? Array<number>(count).fill(given) : (given ?? []);
-  if (list.length === count || list.length === 0) return list;
+/** A mode for each, or none. `unions` says of each whether it is one. */
+function modesOf(unions: readonly boolean[], given: Each | undefined): readonly (number | undefined)[] {
+  const places = unions.flatMap((union, i) => (union ? [i] : []));
+  // Where there is no union, what is given is refused of each.
+  const alone = places.length > 0 ? places : unions.map((_, i) => i);
+  const list = typeof given === 'number' ? alone.map(() => given) : (given ?? []);
+  if (list.length === unions.length || list.length === 0) return list;
+  if (list.length === alone.length) return unions.map((_, i) => list[alone.indexOf(i)]);
   throw new UserError(
-    `control_mode has ${list.length} numbers for ${count} ControlNets: give one, or one to each`,
+    `control_mode has ${list.length} numbers for ${unions.length} ControlNets, of which ${places.length} are unions: give one, or one to each union`,
   );
 }
 

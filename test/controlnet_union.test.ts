@@ -183,6 +183,38 @@ test('one of one kind, given twice, is loaded once and follows each picture', as
   t.equal(maxDifference(once.latents, twice.latents), 0, 'the same picture');
 });
 
+test('beside those of one kind, which have no mode', async (t) => {
+  const given = (name: string, i: number) => [
+    ...['--controlnet', at(name), '--control-image', pictureFile([i, 64, 64])],
+  ];
+  const rest = ['--steps', '2', '--seed', '1'];
+  const drawn =
+    (id: string, ...names: string[]) =>
+    (...modes: string[]) =>
+      sampled(t, id, ...names.flatMap(given), ...modes.flatMap((mode) => ['--control-mode', mode]), ...rest);
+  const mixed = drawn('mixed', 'plain', 'union');
+  const [depth, normal] = [await mixed('depth'), await mixed('normal')];
+  t.ok(maxDifference(depth, normal) > 1e-3, 'its mode counts');
+  const device = openDevice('cpu');
+  const sources = await Promise.all(['plain', 'union'].map((name) => locateControlNet(at(name))));
+  const pipeline = loadPipeline(openModel(model), { device, dtype: 'float32', controlnet: sources });
+  const { latents } = await denoiseToEnd(pipeline, {
+    ...{ prompt: 'a red fox in the snow', width: 64, height: 64, num_inference_steps: 2 },
+    control_image: [0, 1].map((seed) => preprocessControl(picture(seed, 64, 64), 64, 64)),
+    control_mode: [undefined, 1],
+    generators: [new TorchGenerator(1)],
+  });
+  pipeline.release();
+  t.equal(maxDifference(depth, latents.data), 0, 'it is that of the union');
+  const two = drawn('two', 'union', 'plain', 'other');
+  const [same, others] = [await two('depth'), await two('depth', 'normal')];
+  t.equal(maxDifference(same, await two('depth', 'depth')), 0, 'once for all unions');
+  t.ok(maxDifference(same, others) > 1e-3, 'once for each');
+  const again = at('mixed-again.png');
+  t.equal((await sdxl('sample', '--from', at('two.png'), '--output', again, '--quiet')).status, 0);
+  t.ok(readFileSync(again).equals(readFileSync(at('two.png'))), 'the settings are in the picture');
+});
+
 test('mistakes', async (t) => {
   const shown = (path: string, ...argv: string[]) => [
     ...['--controlnet', at(path), '--control-image', pictureFile([1, 64, 64])],
@@ -202,6 +234,10 @@ test('mistakes', async (t) => {
       /--control-mode takes a number from 0 to 7 or .*; did you mean "?canny/,
     ],
     [shown('plain', '--control-mode', '1'), /control_mode is 1 for a ControlNet of one kind/],
+    [
+      [...shown('plain'), ...shown('union'), ...shown('plain'), '--control-mode', '1', '--control-mode', '2'],
+      /control_mode has 2 numbers for 3 ControlNets, of which 1 are unions: give one, or one to each union/,
+    ],
     [['--control-mode', '1'], /--control-mode needs --controlnet/],
   ]);
 });
