@@ -10,7 +10,7 @@ import { type Request, stepsOf } from '../models/request.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { layoutOf } from '../models/samplers/registry.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { controlRequest } from './control_options.ts';
+import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
 import { ipAdapterRequest } from './ip_adapter_options.ts';
 import type { SampleOptions } from './sample_options.ts';
@@ -174,6 +174,8 @@ export function hiresRequest(
     image: enlarge((n) => generator.randn(n)),
     generators: [generator],
     ...controlRequest(options, controls, width, height),
+    // As in the first pass: what is drawn over is no picture of the user's, over which ControlNets are followed less.
+    controlnet_conditioning_scale: options.controlnet?.map((text) => controlnetOf(text).scale ?? 1),
     last: i === count - 1,
   };
 }

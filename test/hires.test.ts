@@ -6,10 +6,12 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { hiresSize } from '../cli/hires_options.ts';
 import { decodeFloats } from '../io/dtype.ts';
+import { writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type Interpolation, interpolate } from '../models/interpolate.ts';
 import { refusesEach, sdxl } from './command_line.ts';
+import { picture, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 
 type Line = Interpolation & { values: string; shape: number[] } & (
@@ -121,6 +123,36 @@ test('each of several pictures has its own second pass', async (t) => {
     await drawn('lanczos', '--seed', '4', '--hires-upscaler', 'Lanczos'),
   ];
   t.ok(maxDifference(latent, lanczos) > 0.1, 'pixels enlarged are others than latents');
+});
+
+test('ControlNets are followed as in the first pass', async (t) => {
+  const net = writeControlNet(at('net'), 'full');
+  writePng(at('control.png'), picture(1, 64, 64));
+  const drawn = async (scale: string) => {
+    const argv = [
+      '--width',
+      '64',
+      '--height',
+      '64',
+      '--steps',
+      '2',
+      '--seed',
+      '1',
+      '--hires',
+      '--hires-scale',
+      '1',
+    ];
+    const controlled = ['--controlnet', `${net}${scale}`, '--control-image', at('control.png')];
+    const saved = at('controlled.safetensors');
+    const { status, err } = await sample(
+      ...[...argv, ...controlled, '--output', at('controlled.png'), '--save-latents', saved],
+    );
+    t.equal(status, 0, err);
+    return latentsOf(saved);
+  };
+  const [plain, one, less] = [await drawn(''), await drawn(':1'), await drawn(':0.8')];
+  t.equal(maxDifference(plain, one), 0, 'by 1, and not by the 0.8 of pictures that are drawn over');
+  t.ok(maxDifference(plain, less) > 1e-3, 'which would show');
 });
 
 test('how large it is', (t) => {
