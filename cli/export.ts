@@ -99,6 +99,19 @@ function refuseFurther([further]: readonly string[], { saveKeys }: Options): voi
   throw new UserError(`sdxl export takes two places, and "${further}" is a third; ${mend}`);
 }
 
+/** What changes parts, none of which is saved. */
+function refuseUnsaved(
+  keys: readonly string[],
+  changes: Readonly<Record<string, ((name: string) => boolean) | undefined>>,
+): void {
+  if (keys.length === 0 || keys.includes('all')) return;
+  for (const [flag, isChanged] of Object.entries(changes))
+    if (isChanged && !keys.some(isChanged))
+      throw new UserError(
+        `${flag} changes nothing of what --save-keys names (${keys.join(', ')}); leave it out`,
+      );
+}
+
 /** What is asked for and would change nothing. */
 function refuseIdle({ format, saveKeys, unet, lora }: Options, sharded: boolean): void {
   const idle = [
@@ -213,9 +226,17 @@ async function exportWeights(
     lora.push({ path: await locateLora(file, where), scale });
   const device = openDevice(options.device);
   const merged = lora.length > 0 ? mergedModel(source, lora, { device, dtype: options.dtype }) : undefined;
+  const keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
+  const isUNet = (name: string): boolean => name === 'unet';
+  try {
+    refuseUnsaved(keys, { '--unet': unet === undefined ? undefined : isUNet, '--lora': merged?.changes });
+  } catch (error) {
+    merged?.close();
+    throw error;
+  }
   const bar = progressBar(terminal, 'tensors', quiet);
   const request = {
-    save_keys: options.saveKeys === undefined ? [] : namesOf(options.saveKeys),
+    save_keys: keys,
     dtype: options.dtype,
     max_shard_size: options.maxShardSize,
     device,

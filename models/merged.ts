@@ -29,12 +29,19 @@ export interface MergedOptions {
   dtype?: FloatDType;
 }
 
-/** Close it when all is written. @throws UserError for an adapter that does not fit the model */
+/** To be closed when all is written. */
+export interface Merged extends ModelSource {
+  /** Whether a weight of the component is another one than it was. */
+  changes(component: string): boolean;
+  close(): void;
+}
+
+/** @throws UserError for an adapter that does not fit the model */
 export function mergedModel(
   source: ModelSource,
   files: readonly AdapterFile[],
   options: MergedOptions,
-): ModelSource & { close(): void } {
+): Merged {
   const targets = targetsIn(source);
   const { changes, close } = openAdapters(targets, files);
   const byParameter = new Map<Parameter, Change[]>();
@@ -49,6 +56,12 @@ export function mergedModel(
     ...source,
     weights,
     load: (component, module, device, dtype) => loadAndClose(module, weights(component), device, dtype),
+    changes(component) {
+      const module = targets[component as keyof Modules];
+      return (
+        module !== undefined && [...namedParameters(module).values()].some((own) => byParameter.has(own))
+      );
+    },
     close,
   };
 }

@@ -110,9 +110,16 @@ test('mistakes', async (t) => {
     [['--lora', at('nothing')], /no LoRA at/],
     [['--lora', large, '--dtype', 'float16'], /holds -?\d.*, more than float16 can; export it as bfloat16/],
     [
+      ['--lora', large, '--save-keys', 'vae,tokenizer'],
+      /--lora changes nothing of what --save-keys names \(vae, tokenizer\); leave it out/,
+    ],
+    [['--unet', model, '--save-keys', 'text_encoder'], /--unet changes nothing of what --save-keys names/],
+    [
       ['--lora', large, '--format', 'lora-kohya'],
       /--lora is for a model's parts, and lora-kohya is one file/,
     ],
   ]);
   t.notOk(existsSync(out), 'nothing is written');
+  const parts = ['--lora', large, '--save-keys', 'unet,vae', '--dtype', 'float32'];
+  t.match(await call(...parts), { status: 0 }, 'where it changes one of them, it may be asked for');
 });
