@@ -148,11 +148,15 @@ function drawTheirs(jobs: readonly (Job & { out: string })[]): boolean {
   const list = join(folder, 'jobs.jsonl');
   writeFileSync(list, jobs.map((job) => `${JSON.stringify(job)}\n`).join(''));
   const script = join(packageRoot, 'test', 'interop', 'diffusers_peer.py');
-  const { status, stdout, stderr } = spawnSync('python3', [script, list], { encoding: 'utf8' });
-  if (status === 3 || status === null) {
+  // torch may have much to say of a machine.
+  const options = { encoding: 'utf8', maxBuffer: 2 ** 28 } as const;
+  const { status, stdout, stderr, error } = spawnSync('python3', [script, list], options);
+  const isAbsent = error && 'code' in error && error.code === 'ENOENT';
+  if (status === 3 || isAbsent) {
     console.log(`SKIPPED: diffusers cannot be loaded here (${stdout?.trim() || 'no python3'})`);
     return false;
   }
+  if (error) throw error;
   if (status !== 0) throw new Error(stderr.slice(-2000));
   return true;
 }
