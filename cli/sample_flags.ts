@@ -39,7 +39,7 @@ const modelOptions = (command: Command): Command =>
     .optionsGroup('Model:')
     .option(
       '-m, --model <DIR|FILE|HUB_ID>',
-      'diffusers folder, original .safetensors or .gguf file, or Hugging Face id (default: a small emoji model)',
+      'diffusers folder, original .safetensors or .gguf file, or Hugging Face id, perhaps with such a file in it: OWNER/NAME/FILE (default: a small emoji model)',
     )
     .option(
       '--variant <NAME>',

@@ -4,7 +4,7 @@ import { existsSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import { type HubProgress, looksLikeHubId, resolveHub } from '../io/hub.ts';
+import { type HubProgress, hubPath, looksLikeHubId, NothingWantedError, resolveHub } from '../io/hub.ts';
 import {
   type ModelSource,
   openComponent,
@@ -66,7 +66,8 @@ export interface LocateOptions {
 }
 
 /**
- * Opens the model at `path`: a diffusers folder, an original .safetensors or .gguf file, or a hub id, which is downloaded first.
+ * Opens the model at `path`: a diffusers folder, an original .safetensors or .gguf file, or a hub id, or OWNER/NAME/FILE of such a file
+ * there, which is downloaded first.
  * @throws UserError where it is none of these, or incomplete
  */
 export async function locateModel(path: string, where: LocateOptions = {}): Promise<ModelSource> {
@@ -94,6 +95,8 @@ export async function locateModel(path: string, where: LocateOptions = {}): Prom
       `${path} is not a model: give a diffusers folder, a .safetensors or .gguf file or a hub id`,
     );
   }
+  const inner = await hubFile(path, where);
+  if (inner !== undefined) return locateModel(inner, where);
   if (!looksLikeHubId(path))
     throw new UserError(
       `no model at ${path}; give a diffusers folder, a .safetensors or .gguf file or a hub id`,
@@ -146,6 +149,8 @@ async function publishedTokenizers(path: string): Promise<string> {
 export async function locateVae(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory() && isWeightsFile(path))
     return vaeOfFile(path, options);
+  const inner = await hubFile(path, options);
+  if (inner !== undefined) return vaeOfFile(inner, options);
   if (!existsSync(path) && !looksLikeHubId(path))
     throw new UserError(`no VAE at ${path}; give its folder, its file or a hub id`);
   const folder = existsSync(path)
@@ -226,6 +231,23 @@ export const download = (
   files: (all: readonly string[]) => readonly string[],
   { onProgress }: LocateOptions,
 ): Promise<string> => resolveHub(path, { files, onProgress: (progress) => onProgress?.(path, progress) });
+
+/**
+ * A file of weights in a repository, OWNER/NAME/FILE, downloaded; undefined where `path` reads otherwise or is there.
+ * @throws UserError where it cannot be had
+ */
+export async function hubFile(path: string, options: LocateOptions): Promise<string | undefined> {
+  const { id = '', inner } = hubPath(path) ?? {};
+  if (inner === undefined || !isWeightsFile(inner)) return undefined;
+  const wanted = (all: readonly string[]) => all.filter((name) => name === inner);
+  try {
+    return join(await download(id, wanted, options), inner);
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    const why = error instanceof NothingWantedError ? `${id} on the hub has no ${inner}` : error.message;
+    throw new UserError(`there is no file ${path}, and ${why}`);
+  }
+}
 
 /** A VAE alone in its file, or the one inside a whole model's file. */
 function vaeOfFile(path: string, { configs }: LocateOptions): ModelSource {

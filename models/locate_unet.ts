@@ -3,9 +3,9 @@
 import { existsSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { hubPath, NothingWantedError } from '../io/hub.ts';
+import { hubPath } from '../io/hub.ts';
 import { type ModelSource, openComponent } from './checkpoint.ts';
-import { componentFiles, download, type LocateOptions, neededFiles, ofClass } from './locate.ts';
+import { componentFiles, download, hubFile, type LocateOptions, neededFiles, ofClass } from './locate.ts';
 import { openUNetFile } from './unet_file.ts';
 
 const mend =
@@ -31,16 +31,9 @@ export async function withUNet(
 async function locateUNet(path: string, model: ModelSource, options: LocateOptions): Promise<ModelSource> {
   const { variant } = options;
   const hub = hubPath(path);
-  if (hub?.inner) {
-    const { id, inner } = hub;
-    const wanted = (all: readonly string[]) => all.filter((name) => name === inner);
-    const folder = await download(id, wanted, options).catch((error) => {
-      if (!(error instanceof NothingWantedError)) throw error;
-      throw new UserError(`${id} on the hub has no ${inner}; give ${mend}`);
-    });
-    return openUNetFile(join(folder, inner), model);
-  }
-  if (!hub && !existsSync(path)) throw new UserError(`no UNet at ${path}; give ${mend}`);
+  const inner = await hubFile(path, options);
+  if (inner !== undefined) return openUNetFile(inner, model);
+  if (!existsSync(path) && (!hub || hub.inner)) throw new UserError(`no UNet at ${path}; give ${mend}`);
   if (!hub && !statSync(path).isDirectory()) return openUNetFile(path, model);
   const files = (all: readonly string[]) =>
     all.includes('model_index.json')

@@ -1,11 +1,12 @@
 // Which of a model's weight files are read, where it has several for one component.
-import { cpSync, mkdtempSync, rmSync, truncateSync } from 'node:fs';
+import { copyFileSync, cpSync, mkdtempSync, readFileSync, rmSync, truncateSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { resolveHub } from '../io/hub.ts';
 import { readPicture } from '../io/image.ts';
-import { componentFiles, locateModel, neededFiles } from '../models/locate.ts';
+import { componentFiles, locateModel, locateVae, neededFiles } from '../models/locate.ts';
+import { withUNet } from '../models/locate_unet.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 import { hubOf } from './small_hub.ts';
@@ -75,6 +76,31 @@ test('the files that a ControlNet on the hub is asked for', (t) => {
     message: /no diffusion_pytorch_model\.saf/,
   });
   t.end();
+});
+
+test('one file of a repository, for a model, a VAE and a UNet', async (t) => {
+  const folder = t.testdir({ repo: { deep: {} } });
+  const model = join(goldenFolder, 'tiny-sdxl');
+  const single = goldenSingleFile('tiny-sdxl');
+  copyFileSync(single, join(folder, 'repo', 'deep', 'base.safetensors'));
+  copyFileSync(join(model, 'vae', 'config.json'), join(folder, 'repo', 'config.json'));
+  const asked = await hubOf(t, folder);
+  const path = 'owner/name/deep/base.safetensors';
+  const source = await locateModel(path, { configs: model });
+  t.same(asked, ['deep/base.safetensors'], 'it alone is downloaded');
+  t.ok(readFileSync(source.path).equals(readFileSync(single)));
+  t.ok((await locateVae(path, { configs: model })).has('vae'));
+  t.ok((await withUNet(source, path)).has('unet'));
+  t.same(asked.length, 1, 'once');
+  for (const locate of [locateModel, locateVae, (at: string) => withUNet(source, at)]) {
+    await t.rejects(locate('owner/name/none.safetensors'), {
+      message:
+        'there is no file owner/name/none.safetensors, and owner/name on the hub has no none.safetensors',
+    });
+    await t.rejects(locate('owner/name/deep'), {
+      message: /^no (model|VAE|UNet) at owner\/name\/deep; give/,
+    });
+  }
 });
 
 test("a folder's variant", async (t) => {
