@@ -261,6 +261,12 @@ test('what does not go together is refused', (t) => {
     { algo: 'loha', network_dropout: 0.1 },
     /"lora\.network_dropout" drops what is behind the A of a LoRA/,
   );
+  refused({ algo: 'loha', loraplus_lr_ratio: 4 }, /"lora\.loraplus_lr_ratio" is of the B of a LoRA/);
+  const prodigy = { train: { target: 'lora' }, lora: { loraplus_lr_ratio: 4 } } as const;
+  t.throws(
+    () => resolveRun({ ...prodigy, optimizer: { name: 'prodigy', lr: 1 } }, 'test', 'test'),
+    /"lora\.loraplus_lr_ratio" is 4, and Prodigy has one learning rate/,
+  );
   refused({ algo: 'lokr', network_weights: 'x' }, /"lora\.network_weights" goes on with a plain LoRA/);
   refused({ algo: 'loha' }, /"lora\.algo" is of adapters, and target "unet" trains none/, 'unet');
   refused(

@@ -104,7 +104,7 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
   pipeline.release();
 });
 
-test("the text encoders' own learning rate", async (t) => {
+test("the text encoders' own learning rate, and that of B", async (t) => {
   // AdamW's first step moves each weight that has a gradient by the learning rate.
   const numbers = (path: string, names: RegExp) => {
     const weights = openWeights(path);
@@ -113,9 +113,10 @@ test("the text encoders' own learning rate", async (t) => {
     return found.flatMap((values) => [...values]);
   };
   const greatest = (moved: readonly number[]) => moved.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
-  const trained = (target: 'unet' | 'lora') =>
+  const trained = (target: 'unet' | 'lora', loraplus_lr_ratio = 1) =>
     run({
-      ...basic(`rates-${target}`),
+      ...basic(`rates-${target}-${loraplus_lr_ratio}`),
+      lora: { loraplus_lr_ratio },
       ...{ steps: 1, ema: { decay: 0 }, lr_scheduler: { name: 'constant' } },
       optimizer: { lr: 1e-3, text_encoder_lr: 1e-4, weight_decay: 0 },
       train: { target, text_encoders: true },
@@ -124,6 +125,7 @@ test("the text encoders' own learning rate", async (t) => {
     t.ok(Math.abs(moved / rate - 1) < 0.01, `${what}: ${moved}`);
   const whole = (await trained('unet')).folder;
   const adapters = (await trained('lora')).folder;
+  const plus = (await trained('lora', 8)).folder;
   for (const [component, rate] of [
     ['unet', 1e-3],
     ['text_encoder', 1e-4],
@@ -136,6 +138,11 @@ test("the text encoders' own learning rate", async (t) => {
       greatest(numbers(adapters, new RegExp(`^${component}\\..*lora_B`))),
       rate,
       `adapters of ${component}`,
+    );
+    near(
+      greatest(numbers(plus, new RegExp(`^${component}\\..*lora_B`))),
+      8 * rate,
+      `B of LoRA+, ${component}`,
     );
   }
 });

@@ -58,7 +58,7 @@ function refuseNothing({ train: { target }, lora, objective, vae_objective }: Ru
 const LEAST_MULTIPLE = 0.01;
 
 /** What Prodigy could not find its learning rate with. */
-function refuseRates({ optimizer, train }: Run, where: string): void {
+function refuseRates({ optimizer, train, lora }: Run, where: string): void {
   if (optimizer.name !== 'prodigy') return;
   const { lr, text_encoder_lr, d0, d_coef, growth_rate } = optimizer;
   if (lr < LEAST_MULTIPLE)
@@ -68,6 +68,10 @@ function refuseRates({ optimizer, train }: Run, where: string): void {
   if (train.text_encoders && text_encoder_lr && text_encoder_lr !== lr)
     throw new UserError(
       `${where}: "optimizer.text_encoder_lr" is ${text_encoder_lr}, and Prodigy has one learning rate for all weights; leave it out`,
+    );
+  if (train.target === 'lora' && lora.loraplus_lr_ratio !== 1)
+    throw new UserError(
+      `${where}: "lora.loraplus_lr_ratio" is ${lora.loraplus_lr_ratio}, and Prodigy has one learning rate for all weights; leave it out`,
     );
   for (const [key, value] of Object.entries({ d0, d_coef, eps: optimizer.eps }))
     if (value === 0)
@@ -90,6 +94,7 @@ export const ofAdapters = [
   'network_dropout',
   'rank_dropout',
   'module_dropout',
+  'loraplus_lr_ratio',
   'scale_weight_norms',
 ] as const;
 
@@ -113,6 +118,10 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
       throw new UserError(
         `${where}: "lora.${key}" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,
       );
+  if (lora.loraplus_lr_ratio !== 1)
+    throw new UserError(
+      `${where}: "lora.loraplus_lr_ratio" is of the B of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,
+    );
   if (network_weights)
     throw new UserError(
       `${where}: "lora.network_weights" goes on with a plain LoRA, and "lora.algo" is "${algo}"; leave it out`,

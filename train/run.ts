@@ -67,6 +67,8 @@ export interface Run {
     rank_dropout: number;
     /** Of LoRA, the share of layers whose adapter a picture drops. */
     module_dropout: number;
+    /** Of LoRA, by how much faster than A its B learns (LoRA+, Hayou et al. 2024); 1 is as fast. */
+    loraplus_lr_ratio: number;
     /** The greatest norm that the difference of a layer's weight may have; 0 for any. */
     scale_weight_norms: number;
     /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
@@ -210,6 +212,7 @@ export const fields: Fields<Run> = {
     network_dropout: number(0, { min: 0, below: 1 }),
     rank_dropout: number(0, { min: 0, below: 1 }),
     module_dropout: number(0, { min: 0, below: 1 }),
+    loraplus_lr_ratio: number(1, { min: 1 }),
     scale_weight_norms: number(0, { min: 0 }),
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),

@@ -215,10 +215,13 @@ function refuseFused(materials: Materials): void {
   );
 }
 
-/** The text encoders may have a learning rate of their own. */
-function lrFactorOf({ optimizer: { lr, text_encoder_lr } }: Run): (name: string) => number {
+/** The text encoders may have a learning rate of their own, and so may B of adapters. */
+function lrFactorOf({ optimizer: { lr, text_encoder_lr }, lora }: Run): (name: string) => number {
   const factor = text_encoder_lr && lr ? text_encoder_lr / lr : 1;
-  return (name) => (/^(lora\.(lora_te|text_encoder)|text_encoder)/.test(name) ? factor : 1);
+  return (name) => {
+    const own = /^(lora\.(lora_te|text_encoder)|text_encoder)/.test(name) ? factor : 1;
+    return /^lora\..*\.lora_B\.weight$/.test(name) ? own * lora.loraplus_lr_ratio : own;
+  };
 }
 
 /** What a checkpoint says of this run. @throws UserError when it is none, or another run's */
