@@ -99,14 +99,25 @@ test('the first picture to follow gives the size, several prompts share it, and 
 
 test('a second pass over the picture enlarged is followed too: two calls in one', async (t) => {
   const [first, second, both] = ['first.png', 'second.png', 'both.png'].map(at);
-  const follow = ['--controlnet', at('full'), '--control-image', pictureFile(1, 96, 96), '--seed', '1'];
+  const follow = ['--control-image', pictureFile(1, 96, 96), '--seed', '1'];
   const large = ['--width', '96', '--height', '96'];
   const hires = ['--hires', '--hires-scale', '1.5', '--hires-upscaler', 'Lanczos'];
   for (const argv of [
-    [...size, '--steps', '4', '--output', first],
-    // Four steps of five: what four of a strength of 0.7 come to.
-    [...large, '--steps', '5', '--image', first, '--strength', '0.85', '--output', second],
-    [...size, '--steps', '4', ...hires, '--output', both],
+    ['--controlnet', at('full'), ...size, '--steps', '4', '--output', first],
+    // Four steps of five: what four of a strength of 0.7 come to. Over a picture of the user's a ControlNet is followed at 0.8.
+    [
+      `--controlnet=${at('full')}:1`,
+      ...large,
+      '--steps',
+      '5',
+      '--image',
+      first,
+      '--strength',
+      '0.85',
+      '--output',
+      second,
+    ],
+    ['--controlnet', at('full'), ...size, '--steps', '4', ...hires, '--output', both],
   ])
     t.equal((await sample(...follow, ...argv)).status, 0, argv.join(' '));
   t.equal(maxDifference((await readPicture(both)).data, (await readPicture(second)).data), 0);
