@@ -22,7 +22,7 @@ export const addControlOptions = (command: Command): Command =>
     .optionsGroup('Control (the base alone; several ControlNets add up):')
     .option(
       '--controlnet <DIR|FILE|HUB_ID[:SCALE]>',
-      "a ControlNet of diffusers', and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
+      "a ControlNet of diffusers' (on the hub perhaps one file of several: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
       repeated((text) => text),
     )
     .option(

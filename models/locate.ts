@@ -1,7 +1,7 @@
 // Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original file (.safetensors or .gguf), or a Hugging
 // Face hub id, of which only the files that are read are downloaded.
 import { existsSync, statSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { dirname, join, posix } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
 import { type HubProgress, hubPath, looksLikeHubId, NothingWantedError, resolveHub } from '../io/hub.ts';
@@ -194,17 +194,21 @@ export function ofClass(
 }
 
 /**
- * A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id.
+ * A ControlNet's folder (or a checkpoint of diffusers' script, which has one), its file with its config.json beside it, or a hub id,
+ * perhaps with such a file there.
  * Of several variants --variant's is taken.
  */
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
-  const mend = "a ControlNet's folder, its .safetensors file or a hub id";
+  const mend =
+    "a ControlNet's folder, its .safetensors file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
   const checked = (source: ModelSource) =>
     asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
   if (existsSync(path) && !statSync(path).isDirectory()) {
     if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
     return checked(openComponentFile(path));
   }
+  const inner = await hubFile(path, options, ['config.json']);
+  if (inner !== undefined) return checked(openComponentFile(inner));
   if (!existsSync(path) && !looksLikeHubId(path))
     throw new UserError(`no ControlNet at ${path}; give ${mend}`);
   const folder = existsSync(path)
@@ -233,13 +237,20 @@ export const download = (
 ): Promise<string> => resolveHub(path, { files, onProgress: (progress) => onProgress?.(path, progress) });
 
 /**
- * A file of weights in a repository, OWNER/NAME/FILE, downloaded; undefined where `path` reads otherwise or is there.
+ * A file of weights in a repository, OWNER/NAME/FILE, downloaded with those that lie `beside` it there; undefined where `path` reads
+ * otherwise or is there.
  * @throws UserError where it cannot be had
  */
-export async function hubFile(path: string, options: LocateOptions): Promise<string | undefined> {
+export async function hubFile(
+  path: string,
+  options: LocateOptions,
+  beside: readonly string[] = [],
+): Promise<string | undefined> {
   const { id = '', inner } = hubPath(path) ?? {};
   if (inner === undefined || !isWeightsFile(inner)) return undefined;
-  const wanted = (all: readonly string[]) => all.filter((name) => name === inner);
+  const names = [inner, ...beside.map((name) => posix.join(posix.dirname(inner), name))];
+  const wanted = (all: readonly string[]) =>
+    all.includes(inner) ? names.filter((name) => all.includes(name)) : [];
   try {
     return join(await download(id, wanted, options), inner);
   } catch (error) {

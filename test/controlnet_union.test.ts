@@ -1,6 +1,6 @@
 // ControlNets for many kinds of pictures against diffusers (golden/controlnet_union.jsonl): whole calls, in a program and by
 // `sdxl sample`; that one given twice is loaded once; and what is refused.
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Test, test } from 'tap';
@@ -20,6 +20,7 @@ import { refusesEach, sdxl } from './command_line.ts';
 import { picture, unionArchitecture, writeControlNet, writeControlNetUnion } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
+import { hubOf } from './small_hub.ts';
 
 type Of = [seed: number, width: number, height: number];
 interface Call {
@@ -155,6 +156,17 @@ test('as its author published it, and in 8-bit integers', async (t) => {
   t.match(inspect(alone).kind, /^ControlNet weights under diffusers' keys/);
   const off = maxDifference(own, q8);
   t.ok(off > 0 && off < 1, `${off} off in 8 bits`);
+});
+
+test('another file of its repository on the hub, which tells of more kinds than the config beside it', async (t) => {
+  const repo = t.testdir({ repo: {} });
+  const promax = 'diffusion_pytorch_model_promax.safetensors';
+  copyFileSync(join(at('union'), 'diffusion_pytorch_model.safetensors'), join(repo, 'repo', promax));
+  writeFileSync(join(repo, 'repo', 'config.json'), JSON.stringify({ ...config, num_control_type: 3 }));
+  const asked = await hubOf(t, repo);
+  const source = await locateControlNet(`xinsir/union/${promax}`);
+  t.same(asked.sort(), ['config.json', promax]);
+  t.equal(source.config('controlnet').num_control_type, config.num_control_type);
 });
 
 test('one of one kind, given twice, is loaded once and follows each picture', async (t) => {
