@@ -111,10 +111,7 @@ function loadAny(
   if (!union) return loadControlNet(source, fitting, device, dtype, { q8 });
   const config = parseControlNetUnionConfig(union, `the config.json of ${source.path}`);
   checkFits(source, config, fitting);
-  const net = controlnetUnion(config);
-  if (q8) keepInQ8(net);
-  holding('controlnet', () => source.load('controlnet', net, device, dtype));
-  return net;
+  return filled(controlnetUnion(config), source, device, dtype, q8);
 }
 
 /** Loads one that is no union. @throws UserError where it does not fit its config, or the UNet and the VAE */
@@ -131,7 +128,17 @@ export function loadControlNet(
     );
   const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
   checkFits(source, config, fitting);
-  const net = controlnet(config, { gradientCheckpointing });
+  return filled(controlnet(config, { gradientCheckpointing }), source, device, dtype, q8);
+}
+
+/** With its weights read. */
+function filled<N extends AnyControlNet>(
+  net: N,
+  source: ModelSource,
+  device: Device,
+  dtype: FloatDType,
+  q8: boolean,
+): N {
   if (q8) keepInQ8(net);
   holding('controlnet', () => source.load('controlnet', net, device, dtype));
   return net;
