@@ -4,7 +4,7 @@ import type { Request } from '../models/request.ts';
 import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
 import { version } from './about.ts';
-import { hiresUpscalers } from './hires_options.ts';
+import { hiresUpscalers, usualHires } from './hires_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 /** Its names of our schedulers, where it has them. */
@@ -61,10 +61,12 @@ function hiresFields(options: SampleOptions): string[] {
   if (!hires) return [];
   const isSized = hiresWidth !== undefined || hiresHeight !== undefined;
   return [
-    `Denoising strength: ${options.hiresDenoisingStrength ?? 0.7}`,
-    isSized ? `Hires resize: ${hiresWidth ?? 0}x${hiresHeight ?? 0}` : `Hires upscale: ${hiresScale ?? 2}`,
+    `Denoising strength: ${options.hiresDenoisingStrength ?? usualHires.strength}`,
+    isSized
+      ? `Hires resize: ${hiresWidth ?? 0}x${hiresHeight ?? 0}`
+      : `Hires upscale: ${hiresScale ?? usualHires.scale}`,
     ...(hiresSteps === undefined ? [] : [`Hires steps: ${hiresSteps}`]),
-    `Hires upscaler: ${options.hiresUpscaler ?? 'Latent'}`,
+    `Hires upscaler: ${options.hiresUpscaler ?? usualHires.upscaler}`,
   ];
 }
 

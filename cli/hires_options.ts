@@ -25,6 +25,9 @@ const upscalers = {
 type Upscaler = keyof typeof upscalers;
 export const hiresUpscalers = Object.keys(upscalers) as Upscaler[];
 
+/** What stands where nothing is typed. */
+export const usualHires = { scale: 2, strength: 0.7, upscaler: 'Latent' } as const;
+
 export interface HiresOptions {
   hires?: boolean;
   hiresScale?: number;
@@ -97,7 +100,7 @@ interface Sides {
 
 /** How large the second pass is, cut to whole latents; undefined where there is none. */
 export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio: number): Sides | undefined {
-  const { hires, hiresScale = 2, hiresWidth, hiresHeight } = options;
+  const { hires, hiresScale = usualHires.scale, hiresWidth, hiresHeight } = options;
   if (!hires) return undefined;
   // The product first: a quotient that is rounded could come out below a whole number, and lose a latent's pixels.
   const larger = (pixels: number): number =>
@@ -112,7 +115,7 @@ export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio
 
 /** The steps that a second pass does, as A1111 lays them out. */
 export function hiresSteps(
-  { hiresSteps: asked, hiresDenoisingStrength: strength = 0.7 }: HiresOptions,
+  { hiresSteps: asked, hiresDenoisingStrength: strength = usualHires.strength }: HiresOptions,
   steps: number,
 ): Pick<Request, 'num_inference_steps' | 'strength'> {
   const done = asked ?? steps;
@@ -127,7 +130,7 @@ export function planSecondPass(options: HiresOptions, steps: number, plan: () =>
     plan();
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
-    const { hiresSteps: done = steps, hiresDenoisingStrength: strength = 0.7 } = options;
+    const { hiresSteps: done = steps, hiresDenoisingStrength: strength = usualHires.strength } = options;
     const { num_inference_steps: total } = hiresSteps(options, steps);
     throw new UserError(
       `at --hires-denoising-strength ${strength} the ${done} --hires-steps are of a schedule of ${total}, and ${error.message}`,
@@ -140,7 +143,7 @@ export function enlarged(
   pipeline: Pipeline,
   latents: Latents,
   { width, height }: Sides,
-  { hiresUpscaler = 'Latent', vaeTiling = false }: HiresOptions & { vaeTiling?: boolean },
+  { hiresUpscaler = usualHires.upscaler, vaeTiling = false }: HiresOptions & { vaeTiling?: boolean },
   draw: (count: number) => Float32Array,
 ): Latents {
   const way = upscalers[hiresUpscaler];
