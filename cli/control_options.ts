@@ -99,6 +99,10 @@ export function checkControl(options: ControlOptions): void {
   });
 }
 
+/** A number that is given once is for all. */
+export const oneOrAll = (list: number[] | undefined): number | number[] | undefined =>
+  list?.length === 1 ? list[0] : list;
+
 /** The part that ControlNets heed; nothing where there are none. A scale that is not typed is the pipeline's own. */
 export function controlRequest(
   {
@@ -113,7 +117,6 @@ export function controlRequest(
   height: number,
 ): ControlRequest {
   if (controlnet.length === 0) return {};
-  const oneOrAll = (list: number[] | undefined) => (list?.length === 1 ? list[0] : list);
   return {
     control_image: controls.map((picture) => preprocessControl(picture, width, height)),
     controlnet_conditioning_scale: controlnet.map((text) => controlnetOf(text).scale),

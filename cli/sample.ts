@@ -21,7 +21,7 @@ import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import { parseUNetConfig } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
-import { controlnetOf, controlRequest } from './control_options.ts';
+import { controlnetOf, oneOrAll } from './control_options.ts';
 import { enlarged, hiresSize, planSecondPass } from './hires_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
@@ -90,7 +90,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
-  checkControlModes(controlnet, controlRequest(options, [], 0, 0).control_mode);
+  checkControlModes(controlnet, oneOrAll(options.controlMode));
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));
