@@ -153,10 +153,11 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       let latents = await timed('sample', () => sampling(pipeline, request));
       if (larger) {
         const place = [seed, i, requests.length] as const;
-        const second = hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
-          enlarged(pipeline, latents, larger, options, draw),
-        );
-        latents = await timed('sample', () => again(pipeline, second));
+        const second = () =>
+          hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
+            enlarged(pipeline, latents, larger, options, draw),
+          );
+        latents = await timed('sample', () => again(pipeline, second()));
       }
       if (refinerSource) halfway.push(latents);
       else await timed('decode', () => finish(i, latents));
