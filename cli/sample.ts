@@ -7,6 +7,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
+import { cachingOf } from '../models/deepcache.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import type { DecodedPicture, Latents } from '../models/latents.ts';
@@ -108,8 +109,10 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
-  const planned = (from: ModelSource, asked: Request) =>
-    planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
+  const planned = (from: ModelSource, asked: Request) => {
+    cachingOf(asked, parseUNetConfig(from.config('unet')));
+    return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
+  };
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
   if (larger)

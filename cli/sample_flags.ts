@@ -178,6 +178,16 @@ const stepOptions = (command: Command): Command =>
       'the same as noise levels, with the last one to end at (Euler alone)',
       numbers('--sigmas'),
     )
+    .option(
+      '--cache-interval <N>',
+      'DeepCache: run all of the UNet in every N-th step alone, and its first and last layers in the others; faster, and another picture (default: 1, off)',
+      number('--cache-interval', { min: 1, whole: true }),
+    )
+    .option(
+      '--cache-branch-id <N>',
+      'how many more layers run in the others, 0 to 8: slower, and nearer to the picture without (default: 0)',
+      number('--cache-branch-id', { min: 0, whole: true }),
+    )
     .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'));
 
 const microConditioningOptions = (command: Command): Command =>

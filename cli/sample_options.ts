@@ -34,6 +34,8 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, HiresOp
   sigmas?: number[];
   guidanceScale: number;
   guidanceRescale: number;
+  cacheInterval?: number;
+  cacheBranchId?: number;
   scheduler?: string;
   karras?: boolean;
   timestepSpacing?: SchedulerConfig['timestep_spacing'];
@@ -169,6 +171,10 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
   if (options.timesteps && options.sigmas)
     throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
+  if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
+    throw new UserError(
+      '--cache-branch-id needs --cache-interval: every so manieth step is then done in full',
+    );
   if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
     throw new UserError(
       `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,

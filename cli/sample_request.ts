@@ -121,6 +121,8 @@ export function baseRequests(
     num_inference_steps: stepsOf({ timesteps, sigmas, num_inference_steps: options.steps }) as number,
     guidance_scale: options.guidanceScale,
     guidance_rescale: options.guidanceRescale,
+    cache_interval: options.cacheInterval,
+    cache_branch_id: options.cacheBranchId,
     num_images_per_prompt: options.numImages,
     eta: options.eta,
     scheduler: { name: options.scheduler, config },

@@ -87,15 +87,19 @@ export function controlBlocks(config: EncoderConfig) {
   };
 }
 
-/** What they make of the features, the middle block's last. */
-export const residualsFrom = (
+/** What they make of the features, and where these are all, of the middle block's output last. */
+export function residualsFrom(
   m: ReturnType<typeof controlBlocks>,
   { features, middle }: Pick<ReturnType<typeof encode>, 'features' | 'middle'>,
-): Tensor[] => [...features.map((x, i) => m.controlnet_down_blocks[i](x)), m.controlnet_mid_block(middle)];
+): Tensor[] {
+  const residuals = features.map((x, i) => m.controlnet_down_blocks[i](x));
+  if (features.length === m.controlnet_down_blocks.length) residuals.push(m.controlnet_mid_block(middle()));
+  return residuals;
+}
 
 /**
  * What is to be added to the UNet that is asked the same: a tensor for each of its features, the first convolution's first, and
- * one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all rows, [1, ...],
+ * where all are wanted one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all rows, [1, ...],
  * or one for each. It is embedded once an image where there is a ContextCache. With gradient checkpointing, transformer blocks run
  * again in backward instead of keeping their activations.
  */
@@ -121,8 +125,11 @@ export function controlnet(config: ControlNetConfig, { gradientCheckpointing = f
 
 export type ControlNet = ReturnType<typeof controlnet>;
 
-/** What a ControlNet gives, or a sum of several, as the UNet takes it. */
-export const additionalResiduals = (residuals: readonly Tensor[]): AdditionalResiduals => ({
-  down_block_additional_residuals: residuals.slice(0, -1),
-  mid_block_additional_residual: residuals[residuals.length - 1],
+/** What a ControlNet gives, or a sum of several, as a UNet of so many features takes it. */
+export const additionalResiduals = (
+  residuals: readonly Tensor[],
+  features = residuals.length - 1,
+): AdditionalResiduals => ({
+  down_block_additional_residuals: residuals.slice(0, features),
+  mid_block_additional_residual: residuals.at(features),
 });

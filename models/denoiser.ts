@@ -1,6 +1,7 @@
 // The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What is
 // the same for all steps of an image is computed once: the encoded prompts, their keys and values, and what the resnets add for
-// each call's time. A pass is a step of the device, which a GPU replays from a recording.
+// each call's time. A pass is a step of the device, which a GPU replays from a recording; under DeepCache there are two, the whole one
+// and the shallow one.
 import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -14,6 +15,7 @@ import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
+import { type Caching, deepCache } from './deepcache.ts';
 import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
 import { channelsFirst, channelsLast, toDevice } from './latents.ts';
 import {
@@ -24,7 +26,7 @@ import {
   residualsOf,
 } from './multicontrolnet.ts';
 import type { ImageTokens } from './transformer.ts';
-import type { UNet } from './unet.ts';
+import { type DeepFeature, featuresMade, type UNet } from './unet.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
 export interface GuidanceRequest extends Prompts {
@@ -63,6 +65,8 @@ export interface DenoiserPlan {
   imagePrompts: readonly ImagePrompt[];
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
   calls: number;
+  /** In which calls all of the network runs, and how much of it in the others. */
+  caching: Caching;
 }
 
 export interface Denoiser {
@@ -77,7 +81,7 @@ export interface Denoiser {
 export function openDenoiser(
   { device, dtype, text, unet, ipAdapter }: GuidedModel,
   request: GuidanceRequest,
-  { timesteps, shape, ids, guided, controls, imagePrompts, calls }: DenoiserPlan,
+  { timesteps, shape, ids, guided, controls, imagePrompts, calls, caching }: DenoiserPlan,
 ): Denoiser {
   const [images] = shape;
   const rows = guided ? 2 * images : images;
@@ -111,19 +115,30 @@ export function openDenoiser(
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
-  const passUnder = (on: readonly PlacedControl[]): Step =>
-    device.step(() =>
-      noGrad(() => {
-        const x = cast(channelsLast(latents), dtype);
-        const question = { sample: guided ? concat([x, x], 0) : x, times: { times, step }, conditioning };
-        const residuals = residualsOf(on, question, guided);
-        const y = cast(
-          channelsFirst(unet(question.sample, question.times, conditioning, residuals)),
-          'float32',
-        );
-        return guided ? guide(y, request.guidance_scale, rescale > 0) : y;
-      }),
+  const pass = (on: readonly PlacedControl[], deep?: DeepFeature): Tensor => {
+    const x = cast(channelsLast(latents), dtype);
+    const sample = guided ? concat([x, x], 0) : x;
+    const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
+    const residuals = residualsOf(on, question, guided);
+    const said = unet(sample, { times, step }, conditioning, residuals, deep);
+    const y = cast(channelsFirst(said), 'float32');
+    return guided ? guide(y, request.guidance_scale, rescale > 0) : y;
+  };
+  const deep = caching.interval > 1 ? deepCache(caching.branch) : undefined;
+  const passUnder = (on: readonly PlacedControl[]): Pass => {
+    // The whole pass and the shallow one take turns.
+    const reserve = deep && device.memory.openReserve();
+    const [whole, shallow] = [deep?.whole, deep?.shallow].map((each) =>
+      device.step(() => noGrad(() => pass(on, each)), reserve),
     );
+    return {
+      at: (i) => (i % caching.interval === 0 ? whole : shallow),
+      release() {
+        for (const each of [whole, shallow]) each.release();
+        reserve?.release();
+      },
+    };
+  };
   const passes = passesOf(placed, calls, passUnder);
   return {
     predict(x, i) {
@@ -141,6 +156,7 @@ export function openDenoiser(
     truncated,
     release() {
       passes.release();
+      deep?.release();
       cache.release();
       const inputs = [context, pooled, timeIds, latents, times, step, ...pictures, ...tensorsOf(tokens)];
       for (const t of inputs) t.release();
@@ -151,24 +167,30 @@ export function openDenoiser(
 const tensorsOf = (images: readonly ImageTokens[]): Tensor[] =>
   images.flatMap((image) => [...image.values()].flat());
 
-/** The step of each call. A recording is of one set of controls, and goes when the set changes: it hardly comes back. */
+/** The step of the i-th call. */
+interface Pass {
+  at(i: number): Step;
+  release(): void;
+}
+
+/** Of each call the step. A recording is of one set of controls, and goes when the set changes: it hardly comes back. */
 function passesOf(
   controls: readonly PlacedControl[],
   calls: number,
-  passUnder: (on: readonly PlacedControl[]) => Step,
-) {
+  passUnder: (on: readonly PlacedControl[]) => Pass,
+): Pass {
   let on: readonly PlacedControl[] = [];
   let pass = passUnder(on);
   const isSame = (a: PlacedControl, b?: PlacedControl) => a.picture === b?.picture && a.scale === b.scale;
   return {
-    at(i: number): Step {
+    at(i) {
       const now = partsOf(controls, i, calls);
       if (now.length !== on.length || now.some((control, k) => !isSame(control, on[k]))) {
         pass.release();
         on = now;
         pass = passUnder(on);
       }
-      return pass;
+      return pass.at(i);
     },
     release: () => pass.release(),
   };

@@ -299,14 +299,17 @@ export function residualsOf(
   guided: boolean,
 ): AdditionalResiduals | undefined {
   if (on.length === 0) return undefined;
-  const [{ guess }] = on;
+  const [{ guess, net }] = on;
   const asked = guess && guided ? ofPrompts(question) : question;
   const groups = [...byNet(on)];
   const given = groups.flatMap(([net, controls]) => givenBy(net, controls, asked, groups.length > 1));
   const sums = given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
   const all = asked === question ? sums : sums.map((x) => concat([scale(x, 0), x], 0));
-  return additionalResiduals(all);
+  return additionalResiduals(all, featuresOf(net));
 }
+
+/** How many features it adds to, beside the middle block's output. */
+const featuresOf = (net: AnyControlNet): number => net.children.controlnet_down_blocks.length;
 
 /** What a ControlNet makes of its pictures, one after the other, or a union of all of them together. */
 function givenBy(
@@ -316,7 +319,7 @@ function givenBy(
   beside: boolean,
 ): Tensor[][] {
   const weighed = (residuals: readonly Tensor[], { guess }: Control, factor: number) =>
-    residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / (residuals.length - 1) - 1) : factor));
+    residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / featuresOf(net) - 1) : factor));
   if (!isUnion(net))
     return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
   // Of several pictures in a union alone the scales are theirs.
@@ -329,11 +332,11 @@ function givenBy(
 const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
 
 /** The half of the rows that follows the negative prompts'. */
-function ofPrompts({ sample, times, conditioning }: Question): Question {
+function ofPrompts({ sample, times, conditioning, count }: Question): Question {
   const later = (t: Tensor, axis = 0): Tensor => slice(t, axis, t.shape[axis] / 2, t.shape[axis] / 2);
   const { context, textEmbeds, timeIds, cache } = conditioning;
   return {
-    sample: later(sample),
+    ...{ sample: later(sample), count },
     times: times instanceof Tensor ? later(times) : { ...times, times: later(times.times, 1) },
     conditioning: {
       ...{ context: later(context), textEmbeds: later(textEmbeds), timeIds: later(timeIds) },

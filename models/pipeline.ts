@@ -13,6 +13,7 @@ import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
+import { cachingOf } from './deepcache.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
@@ -199,6 +200,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkLoaded(pipeline.unet);
   const { sampler, plan } = planOf(pipeline, request);
   checkPrompts(pipeline, request);
+  const caching = cachingOf(request, pipeline.unetConfig);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
   const guided = request.guidance_scale > 1;
@@ -214,7 +216,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided },
+      ...{ timesteps, shape, ids, guided, caching },
       controls: controlsOf(pipeline.controlnet, request, size),
       imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
       calls: plan.timesteps.length - plan.begin,

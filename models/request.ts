@@ -2,6 +2,7 @@
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
 import { didYouMean, UserError } from '../io/errors.ts';
 import type { MicroConditioning } from './conditioning.ts';
+import type { CacheRequest } from './deepcache.ts';
 import type { GuidanceRequest } from './denoiser.ts';
 import { emphases } from './emphasis.ts';
 import type { IPAdapterRequest } from './ip_adapter.ts';
@@ -17,7 +18,8 @@ export interface Request
     MicroConditioning,
     StartRequest,
     ControlRequest,
-    IPAdapterRequest {
+    IPAdapterRequest,
+    CacheRequest {
   num_inference_steps: number;
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
   timesteps?: readonly number[];
@@ -137,6 +139,8 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
+  cache_interval: whole(1),
+  cache_branch_id: whole(0),
   num_images_per_prompt: whole(1),
   generators: [
     'a list of TorchGenerator or CudaGenerator',

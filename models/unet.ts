@@ -1,5 +1,6 @@
 // SDXL's UNet (Podell et al. 2023, section 2.1), base and refiner from one description: features pushed on the way down
-// (unet_encoder.ts) and popped on the way up, each with what a ControlNet adds to it. The tree spells diffusers' keys.
+// (unet_encoder.ts) and taken on the way up, the last first, each with what a ControlNet adds to it. The way up may be cut in two, to
+// keep what the deeper part gives (DeepCache). The tree spells diffusers' keys.
 import { checkpointed } from '../engine/checkpointing.ts';
 import { conv2d, groupNorm } from '../engine/layers.ts';
 import { module } from '../engine/module.ts';
@@ -61,22 +62,36 @@ export function trainedSides({ sample_size }: Record<string, unknown>): [height:
   );
 }
 
-/** A level on the way up: each resnet takes one feature off `skips`; upsampling aims at the size of the next. */
+/** A part of the way up: through the layers that take the features below `from`, down to `to`. */
+interface Ascent {
+  features: readonly Tensor[];
+  from: number;
+  to: number;
+  time: Time;
+  conditioning: Conditioning;
+}
+
+/** A level on the way up: each resnet takes a feature, from the `last` on down; upsampling aims at the size of the next. */
 const upBlock = (
+  last: number,
   resnets: Resnet[],
   attentions: (Transformer | undefined)[],
   upsamplers: ReturnType<typeof upsample>[],
 ) =>
   module(
     { resnets, attentions, upsamplers },
-    (m, x: Tensor, skips: Tensor[], time: Time, conditioning: Conditioning): Tensor => {
+    (m, x: Tensor, { features, from, to, time, conditioning }: Ascent): Tensor => {
+      const has = (feature: number) => feature < from && feature >= to;
+      const next = last - m.resnets.length;
       let h = x;
       m.resnets.forEach((resnet, i) => {
-        h = resnet(h, { time, skip: skips.pop() });
+        if (!has(last - i)) return;
+        h = resnet(h, { time, skip: features[last - i] });
         h = m.attentions[i]?.(h, conditioning) ?? h;
       });
+      if (!has(next + 1)) return h;
       for (const up of m.upsamplers) {
-        const [, height, width] = (skips.at(-1) as Tensor).shape;
+        const [, height, width] = features[next].shape;
         h = up(h, height, width, conditioning.cache);
       }
       return h;
@@ -96,16 +111,31 @@ function upBlocks(config: UNetConfig, wrap: Wrap) {
       return made;
     });
     const attentions = attentionsOf(config, { level, type: config.up_block_types[i], count, wrap });
-    return upBlock(resnets, attentions, i < levels.length - 1 ? [upsample(c)] : []);
+    const last = skips.length + count - 1;
+    return upBlock(last, resnets, attentions, i < levels.length - 1 ? [upsample(c)] : []);
   });
 }
 
 /** What is added to the UNet's features and its middle block's output (a ControlNet's), in diffusers' words. */
 export interface AdditionalResiduals {
-  /** As many as the features, the first convolution's first. */
+  /** As many as the features that are made, the first convolution's first. */
   down_block_additional_residuals: readonly Tensor[];
-  mid_block_additional_residual: Tensor;
+  /** Where all are. */
+  mid_block_additional_residual?: Tensor;
 }
+
+/** Where DeepCache cuts the UNet (deepcache.ts), and what the layers below the cut give to those above it. */
+export interface DeepFeature {
+  /** The last feature above the cut. */
+  branch: number;
+  /** Stands for what the layers below would give; they do not run. */
+  kept?: Tensor;
+  /** Is given what they give. */
+  keep?(h: Tensor): void;
+}
+
+/** How many features are made: all where undefined. */
+export const featuresMade = (deep?: DeepFeature): number | undefined => deep?.kept && deep.branch + 1;
 
 /**
  * Predicts what the model was trained to predict (noise, for SDXL) from `sample` [n, h, w, in_channels] in the model's
@@ -114,6 +144,7 @@ export interface AdditionalResiduals {
  */
 export function unet(config: UNetConfig, { gradientCheckpointing = false } = {}) {
   const [width] = config.block_out_channels;
+  const all = featureWidths(config).length;
   const wrap: Wrap = gradientCheckpointing ? checkpointed : (block) => block;
   return module(
     {
@@ -128,13 +159,22 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
       times: Tensor | Schedule,
       conditioning: Conditioning,
       residuals?: AdditionalResiduals,
+      deep?: DeepFeature,
     ): Tensor => {
-      const { features, middle, time } = encode(m, config, { sample, times, conditioning });
+      const cut = deep ? deep.branch + 1 : 0;
+      const question = { sample, times, conditioning, count: featuresMade(deep) };
+      const { features: own, middle, time } = encode(m, config, question);
       const plus = (x: Tensor, more?: Tensor): Tensor => (more ? add(x, more) : x);
-      const skips = features.map((x, i) => plus(x, residuals?.down_block_additional_residuals[i]));
-      let h = plus(middle, residuals?.mid_block_additional_residual);
-      for (const block of m.up_blocks) h = block(h, skips, time, conditioning);
-      return m.conv_out(m.conv_norm_out(h));
+      const features = own.map((x, i) => plus(x, residuals?.down_block_additional_residuals[i]));
+      const up = (x: Tensor, from: number, to: number): Tensor => {
+        if (from === to) return x;
+        let h = from === all ? plus(x, residuals?.mid_block_additional_residual) : x;
+        for (const block of m.up_blocks) h = block(h, { features, from, to, time, conditioning });
+        return h;
+      };
+      const h = deep?.kept ?? up(middle(), all, cut);
+      deep?.keep?.(h);
+      return m.conv_out(m.conv_norm_out(up(h, cut, 0)));
     },
   );
 }

@@ -150,7 +150,7 @@ export const embeddingMlp = (inputs: number, width: number) =>
     (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
   );
 
-/** A level on the way down; returns everything the way up will want, the last entry being its output. */
+/** A level on the way down; returns what the way up will want, at most `count` of it, the last of all being its output. */
 const downBlock = (
   resnets: Resnet[],
   attentions: (Transformer | undefined)[],
@@ -158,15 +158,15 @@ const downBlock = (
 ) =>
   module(
     { resnets, attentions, downsamplers },
-    (m, x: Tensor, time: Time, conditioning: Conditioning): Tensor[] => {
+    (m, x: Tensor, time: Time, conditioning: Conditioning, count: number): Tensor[] => {
       let h = x;
       const features: Tensor[] = [];
-      m.resnets.forEach((resnet, i) => {
+      m.resnets.slice(0, count).forEach((resnet, i) => {
         h = resnet(h, { time });
         h = m.attentions[i]?.(h, conditioning) ?? h;
         features.push(h);
       });
-      for (const down of m.downsamplers) features.push(down(h));
+      if (features.length < count) for (const down of m.downsamplers) features.push(down(h));
       return features;
     },
   );
@@ -229,14 +229,16 @@ export interface Question {
   fuse?(h: Tensor): Tensor;
   /** Added to the embedded conditions, [n, 4 c]. */
   more?(): Tensor;
+  /** How many features are wanted, the first ones; all where absent. */
+  count?: number;
 }
 
-/** The features of all levels, the first convolution's first, the middle block's output, and the time for the way up. */
+/** The features, the first convolution's first; of all of them the middle block's output, when asked for; and the time for the way up. */
 export function encode(
   m: ReturnType<typeof encoder>,
   config: EncoderConfig,
-  { sample, times, conditioning, hint, fuse, more }: Question,
-): { features: Tensor[]; middle: Tensor; time: Time } {
+  { sample, times, conditioning, hint, fuse, more, count = Number.POSITIVE_INFINITY }: Question,
+): { features: Tensor[]; middle(): Tensor; time: Time } {
   const { cache } = conditioning;
   const [added] = once(cache, m.add_embedding, () => [
     m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim), more?.()),
@@ -247,10 +249,11 @@ export function encode(
   let h = fuse?.(first) ?? first;
   const features = [h];
   for (const block of m.down_blocks) {
-    features.push(...block(h, time, conditioning));
+    if (features.length >= count) break;
+    features.push(...block(h, time, conditioning, count - features.length));
     h = features[features.length - 1];
   }
-  return { features, middle: m.mid_block(h, time, conditioning), time };
+  return { features, middle: () => m.mid_block(h, time, conditioning), time };
 }
 
 /** SiLU of the embedded time and added conditions; of a schedule, of all its times at once. */
