@@ -26,6 +26,7 @@ const lists = [
   'controlMode',
   'controlGuidanceStart',
   'controlGuidanceEnd',
+  'pagAppliedLayers',
 ];
 
 /** Ways to say one thing, how the steps lie and how large a second pass is: typed, one of them stands for all. */

@@ -17,10 +17,11 @@ import { locateLora } from '../models/locate_lora.ts';
 import { withUNet } from '../models/locate_unet.ts';
 import type { AdapterFile } from '../models/lora.ts';
 import { checkControlModes } from '../models/multicontrolnet.ts';
+import { pagOf } from '../models/pag.ts';
 import { decode, denoiseToEnd, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import { parseUNetConfig } from '../models/unet.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
 import { openAlbum } from './album.ts';
 import { controlnetOf, oneOrAll } from './control_options.ts';
 import { enlarged, hiresSize, planSecondPass } from './hires_options.ts';
@@ -109,10 +110,6 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
   const none: Latents = { shape: [], data: new Float32Array() };
-  const planned = (from: ModelSource, asked: Request) => {
-    cachingOf(asked, parseUNetConfig(from.config('unet')));
-    return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
-  };
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
   if (larger)
@@ -124,6 +121,14 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
     });
   const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter, lora } };
   return { options, requests, canvas, larger, album, device, dtype, seed, sampler, ...sources };
+}
+
+/** The steps of a request. @throws UserError where the model cannot do them, or has no such layers */
+function planned(from: ModelSource, asked: Request) {
+  const config = parseUNetConfig(from.config('unet'));
+  cachingOf(asked, config);
+  pagOf(asked, unet(config));
+  return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
 }
 
 /** Loads the models, one after the other, and draws. */

@@ -161,6 +161,21 @@ const stepOptions = (command: Command): Command =>
       fraction('--guidance-rescale'),
       0,
     )
+    .option(
+      '--pag-scale <F>',
+      'perturbed-attention guidance, such as 3: how far to leave what the model would draw without regard for structure; a step takes half as long again (default: 0, off)',
+      number('--pag-scale', { min: 0 }),
+    )
+    .option(
+      '--pag-adaptive-scale <F>',
+      'how much that scale falls with each timestep below 1000, such as 0.005 (default: 0)',
+      number('--pag-adaptive-scale', { min: 0 }),
+    )
+    .option(
+      '--pag-applied-layers <NAME>',
+      'the layers that it perturbs, by a part of their names in diffusers, such as mid, up or down_blocks.2 (default: mid); may be given more than once',
+      repeated((text) => text),
+    )
     .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
     .option('--karras', 'use_karras_sigmas, as in DPM++ 2M Karras')
     .option(

@@ -34,6 +34,9 @@ export interface SampleOptions extends ControlOptions, IPAdapterOptions, HiresOp
   sigmas?: number[];
   guidanceScale: number;
   guidanceRescale: number;
+  pagScale?: number;
+  pagAdaptiveScale?: number;
+  pagAppliedLayers?: string[];
   cacheInterval?: number;
   cacheBranchId?: number;
   scheduler?: string;
@@ -171,6 +174,11 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
   if (options.timesteps && options.sigmas)
     throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
+  const idle = options.pagAdaptiveScale !== undefined ? '--pag-adaptive-scale' : '--pag-applied-layers';
+  if (options.pagScale === undefined && (options.pagAdaptiveScale ?? options.pagAppliedLayers) !== undefined)
+    throw new UserError(
+      `${idle} needs --pag-scale: how strongly to leave the perturbed prediction, such as 3`,
+    );
   if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
     throw new UserError(
       '--cache-branch-id needs --cache-interval: every so manieth step is then done in full',

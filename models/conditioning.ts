@@ -254,12 +254,12 @@ export interface MicroConditioning {
 /**
  * Rows of time ids: (original h, w, crop top, left, target h, w), or for a model that wants an aesthetic score that score
  * in place of the target. `interleaved` is text-to-image's order in diffusers: the [negative, positive] pair is repeated
- * per image as a whole, so that with several images the rows alternate.
+ * per image as a whole, so that with several images the rows alternate. `perturbed` rows, as positive ones, are the last of each.
  */
 export function timeIds(
   micro: MicroConditioning,
   size: Size,
-  options: { aesthetic: boolean; guided: boolean; images: number; interleaved: boolean },
+  options: { aesthetic: boolean; guided: boolean; perturbed?: boolean; images: number; interleaved: boolean },
 ): number[][] {
   const original = micro.original_size ?? size;
   const target = micro.target_size ?? size;
@@ -277,7 +277,7 @@ export function timeIds(
         ...tail(micro.negative_target_size ?? target, micro.negative_aesthetic_score ?? 2.5),
       ]
     : positive;
-  const rows = options.guided ? [negative, positive] : [positive];
+  const rows = [...(options.guided ? [negative] : []), positive, ...(options.perturbed ? [positive] : [])];
   const each = (row: number[]) => Array.from({ length: options.images }, () => row);
   if (!options.interleaved) return rows.flatMap(each);
   return Array.from({ length: options.images }, () => rows).flat();

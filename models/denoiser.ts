@@ -7,15 +7,15 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { update } from '../engine/op.ts';
-import { add, sub } from '../engine/ops/binary.ts';
-import { concat, copy, slice } from '../engine/ops/move.ts';
-import { cast, scale } from '../engine/ops/unary.ts';
+import { concat, copy, embedding, slice } from '../engine/ops/move.ts';
+import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
 import { type Caching, deepCache } from './deepcache.ts';
+import { guide, rescaled } from './guidance.ts';
 import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
 import { channelsFirst, channelsLast, toDevice } from './latents.ts';
 import {
@@ -25,6 +25,7 @@ import {
   partsOf,
   residualsOf,
 } from './multicontrolnet.ts';
+import type { PAG } from './pag.ts';
 import type { ImageTokens } from './transformer.ts';
 import { type DeepFeature, featuresMade, type UNet } from './unet.ts';
 
@@ -61,6 +62,7 @@ export interface DenoiserPlan {
   /** The rows of time ids. */
   ids: number[][];
   guided: boolean;
+  pag?: PAG;
   controls: readonly Control[];
   imagePrompts: readonly ImagePrompt[];
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
@@ -81,26 +83,34 @@ export interface Denoiser {
 export function openDenoiser(
   { device, dtype, text, unet, ipAdapter }: GuidedModel,
   request: GuidanceRequest,
-  { timesteps, shape, ids, guided, controls, imagePrompts, calls, caching }: DenoiserPlan,
+  { timesteps, shape, ids, guided, pag, controls, imagePrompts, calls, caching }: DenoiserPlan,
 ): Denoiser {
   const [images] = shape;
-  const rows = guided ? 2 * images : images;
+  const parts = 1 + Number(guided) + Number(pag !== undefined);
+  const rows = parts * images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
   const cache = newContextCache();
   const made = noGrad(() =>
     scope(() => {
       const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
+      // Rows that are perturbed are of the text, once more.
+      const withPerturbed = (t: Tensor) =>
+        pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t;
       const inputs = {
-        context: encoded.context,
-        pooled: encoded.pooled,
+        context: withPerturbed(encoded.context),
+        pooled: withPerturbed(encoded.pooled),
         timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
         latents: empty(shape, { device }),
         times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
         step: empty([1], { device, dtype: 'int32' }),
+        pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
       };
       const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
-      const tokens = imagePrompts.map((each) => imageTokens(each, unet, { guided, images }));
+      const tokens = imagePrompts.map((each): ImageTokens => {
+        const pairs = [...imageTokens(each, unet, { guided, images })];
+        return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
+      });
       for (const t of [...Object.values(inputs), ...pictures, ...tensorsOf(tokens)]) keep(t);
       return { ...inputs, pictures, tokens, truncated: encoded.truncated };
     }),
@@ -110,19 +120,25 @@ export function openDenoiser(
     for (const { module } of ipAdapter) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, pictures, tokens, truncated } = made;
-  const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, cache };
+  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, tokens, truncated } = made;
+  const perturbed = pag && { layers: pag.layers, rows: images };
+  const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, perturbed, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
   const pass = (on: readonly PlacedControl[], deep?: DeepFeature): Tensor => {
     const x = cast(channelsLast(latents), dtype);
-    const sample = guided ? concat([x, x], 0) : x;
+    const sample = parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
     const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
     const residuals = residualsOf(on, question, guided);
     const said = unet(sample, { times, step }, conditioning, residuals, deep);
     const y = cast(channelsFirst(said), 'float32');
-    return guided ? guide(y, request.guidance_scale, rescale > 0) : y;
+    if (parts === 1) return y;
+    return guide(y, images, {
+      guidanceScale: guided ? request.guidance_scale : undefined,
+      pagScale: pag && embedding(step, pagScales),
+      withText: guided && rescale > 0,
+    });
   };
   const deep = caching.interval > 1 ? deepCache(caching.branch) : undefined;
   const passUnder = (on: readonly PlacedControl[]): Pass => {
@@ -158,8 +174,8 @@ export function openDenoiser(
       passes.release();
       deep?.release();
       cache.release();
-      const inputs = [context, pooled, timeIds, latents, times, step, ...pictures, ...tensorsOf(tokens)];
-      for (const t of inputs) t.release();
+      const inputs = [context, pooled, timeIds, latents, times, step, pagScales];
+      for (const t of [...inputs, ...pictures, ...tensorsOf(tokens)]) t.release();
     },
   };
 }
@@ -194,35 +210,4 @@ function passesOf(
     },
     release: () => pass.release(),
   };
-}
-
-/** uncond + s (text - uncond) of rows [unconditional; conditional]; `withText` puts the conditional ones after it, for rescaled(). */
-export function guide(both: Tensor, guidanceScale: number, withText: boolean): Tensor {
-  const rows = both.shape[0] / 2;
-  const [uncond, text] = [slice(both, 0, 0, rows), slice(both, 0, rows, rows)];
-  const guided = add(uncond, scale(sub(text, uncond), guidanceScale));
-  return withText ? concat([guided, text], 0) : guided;
-}
-
-/** What guide() gave with the text's prediction, scaled toward the spread of that, image by image (Lin et al. 2023). */
-export function rescaled(both: Float32Array, images: number, guidanceRescale: number): Float32Array {
-  const half = both.length / 2;
-  const [guided, text] = [both.slice(0, half), both.subarray(half)];
-  const size = half / images;
-  for (let i = 0; i < images; i++) {
-    const mine = guided.subarray(i * size, (i + 1) * size);
-    const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
-    const factor = guidanceRescale * ratio + (1 - guidanceRescale);
-    for (let j = 0; j < size; j++) mine[j] *= factor;
-  }
-  return guided;
-}
-
-/** Unbiased standard deviation, as torch's std. */
-function deviation(values: Float32Array): number {
-  let mean = 0;
-  for (const x of values) mean += x / values.length;
-  let spread = 0;
-  for (const x of values) spread += (x - mean) ** 2;
-  return Math.sqrt(spread / (values.length - 1));
 }

@@ -20,6 +20,7 @@ import { type DecodedPicture, decodePictures, type Latents } from './latents.ts'
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { withAdapters } from './lora.ts';
 import { controlsOf, loadControlNets } from './multicontrolnet.ts';
+import { pagOf } from './pag.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
 import { type Asked, complete, type Request } from './request.ts';
@@ -201,6 +202,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const { sampler, plan } = planOf(pipeline, request);
   checkPrompts(pipeline, request);
   const caching = cachingOf(request, pipeline.unetConfig);
+  const pag = pagOf(request, pipeline.unet);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
   const guided = request.guidance_scale > 1;
@@ -211,12 +213,13 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     const ids = timeIds(request, size, {
       aesthetic: pipeline.aesthetic,
       guided,
+      perturbed: pag !== undefined,
       images,
       interleaved: !goesOn(request),
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, caching },
+      ...{ timesteps, shape, ids, guided, pag, caching },
       controls: controlsOf(pipeline.controlnet, request, size),
       imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
       calls: plan.timesteps.length - plan.begin,

@@ -7,6 +7,7 @@ import type { GuidanceRequest } from './denoiser.ts';
 import { emphases } from './emphasis.ts';
 import type { IPAdapterRequest } from './ip_adapter.ts';
 import type { ControlRequest } from './multicontrolnet.ts';
+import type { PAGRequest } from './pag.ts';
 import { listed, type Texts } from './prompts.ts';
 import type { SchedulerConfig } from './samplers/config.ts';
 import type { StartRequest } from './start.ts';
@@ -19,6 +20,7 @@ export interface Request
     StartRequest,
     ControlRequest,
     IPAdapterRequest,
+    PAGRequest,
     CacheRequest {
   num_inference_steps: number;
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
@@ -90,6 +92,7 @@ const listOf = (what: string, holds: (each: unknown) => boolean): Rule => [
 
 const texts: Rule = ['a text, or a list of texts', (value) => isText(value) || every(value, isText)];
 const finite: Rule = ['a number', isNumber];
+const atLeast0: Rule = ['a number from 0', (value) => isNumber(value) && (value as number) >= 0];
 const part: Rule = [
   'a number from 0 to 1',
   (value) => isNumber(value) && Number(value) >= 0 && Number(value) <= 1,
@@ -139,6 +142,9 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
+  pag_scale: atLeast0,
+  pag_adaptive_scale: atLeast0,
+  pag_applied_layers: texts,
   cache_interval: whole(1),
   cache_branch_id: whole(0),
   num_images_per_prompt: whole(1),

@@ -7,11 +7,12 @@ import { groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
 import { add } from '../engine/ops/binary.ts';
+import { concat, slice } from '../engine/ops/move.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
 
 /** A picture as keys and values [n, tokens, width] for the UNet's attentions over the prompt; a ControlNet's have none. */
-export type ImageTokens = ReadonlyMap<CrossAttention['children'], readonly [k: Tensor, v: Tensor]>;
+export type ImageTokens = ReadonlyMap<Attention['children'], readonly [k: Tensor, v: Tensor]>;
 
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
@@ -22,6 +23,8 @@ export interface Conditioning {
   timeIds: Tensor;
   /** What is attended to beside the prompt. */
   images?: readonly ImageTokens[];
+  /** Self-attentions that are the identity for the last `rows` of the pass; a ControlNet's are not among them. */
+  perturbed?: { layers: ReadonlySet<Attention['children']>; rows: number };
   cache?: ContextCache;
 }
 
@@ -35,22 +38,26 @@ const attentionChildren = (c: number, contextWidth: number) => ({
   to_out: [linear(c, c)],
 });
 
-/** residual + attention of x [n, l, c] over itself. */
-const selfAttention = (c: number, heads: number) =>
-  module(attentionChildren(c, c), (m, x: Tensor, residual: Tensor) => {
+/** residual + attention of x [n, l, c] over itself; in rows that are perturbed each pixel attends to itself alone. */
+const selfAttention = (c: number, heads: number): Attention =>
+  module(attentionChildren(c, c), (m, x, { perturbed }, residual) => {
     const [q, k, v] = x.device.together(() => [m.to_q(x), m.to_k(x), m.to_v(x)]);
-    return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
+    if (!perturbed?.layers.has(m)) return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
+    const others = x.shape[0] - perturbed.rows;
+    const [q0, k0, v0] = [q, k, v].map((t) => slice(t, 0, 0, others));
+    const h = concat([attentionOp(q0, k0, v0, { heads }), slice(v, 0, others, perturbed.rows)], 0);
+    return m.to_out[0](h, { residual });
   });
 
 type AttentionChildren = ReturnType<typeof attentionChildren>;
-type CrossAttention = Module<
+export type Attention = Module<
   [x: Tensor, conditioning: Conditioning, residual: Tensor],
   Tensor,
   AttentionChildren
 >;
 
 /** residual + attention of x [n, l, c] over the prompt, and over each picture apart. */
-const crossAttention = (c: number, contextWidth: number, heads: number): CrossAttention =>
+const crossAttention = (c: number, contextWidth: number, heads: number): Attention =>
   module(attentionChildren(c, contextWidth), (m, x, { context, images = [], cache }, residual) => {
     const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
     const q = m.to_q(x);
@@ -81,7 +88,7 @@ export const transformerBlock = (c: number, contextWidth: number, heads: number)
       ff: feedForward(c),
     },
     (m, x: Tensor, conditioning: Conditioning) => {
-      let h = m.attn1(m.norm1(x), x);
+      let h = m.attn1(m.norm1(x), conditioning, x);
       h = m.attn2(m.norm2(h), conditioning, h);
       return m.ff(m.norm3(h), h);
     },

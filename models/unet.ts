@@ -181,9 +181,26 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
 
 export type UNet = ReturnType<typeof unet>;
 
-/** The attentions over the prompt, in the order in which diffusers registers them: the middle block's last. */
-export const crossAttentions = ({ children: { down_blocks, up_blocks, mid_block } }: UNet) =>
-  [...down_blocks, ...up_blocks, mid_block]
-    .flatMap(({ children }) => children.attentions as readonly (Transformer | undefined)[])
-    .flatMap((each) => each?.children.transformer_blocks ?? [])
-    .map(({ children }) => children.attn2.children);
+/** The transformer blocks with their paths, in the order in which diffusers registers them: the middle block's last. */
+function transformerBlocks({ children: { down_blocks, up_blocks, mid_block } }: UNet) {
+  const levels = Object.entries({ down_blocks, up_blocks }).flatMap(([name, blocks]) =>
+    blocks.map(({ children }, i) => [`${name}.${i}`, children.attentions] as const),
+  );
+  return [...levels, ['mid_block', mid_block.children.attentions] as const].flatMap(([level, attentions]) =>
+    attentions.flatMap((each: Transformer | undefined, i) =>
+      (each?.children.transformer_blocks ?? []).map(({ children }, j) => ({
+        ...{ path: `${level}.attentions.${i}.transformer_blocks.${j}`, children },
+      })),
+    ),
+  );
+}
+
+/** The attentions over the prompt. */
+export const crossAttentions = (unet: UNet) =>
+  transformerBlocks(unet).map(({ children }) => children.attn2.children);
+
+/** The attentions of an image over itself, with their paths. */
+export const selfAttentions = (unet: UNet) =>
+  transformerBlocks(unet).map(({ path, children }) => ({
+    ...{ path: `${path}.attn1`, children: children.attn1.children },
+  }));

@@ -15,7 +15,7 @@ import { gelu, quickGelu, scale, silu, square, tanh } from '../engine/ops/unary.
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { downsample, resnet, upsample } from '../models/blocks.ts';
-import { guide, rescaled } from '../models/denoiser.ts';
+import { guide, rescaled } from '../models/guidance.ts';
 import { type Conditioning, transformer, transformerBlock } from '../models/transformer.ts';
 import { embeddingMlp } from '../models/unet_encoder.ts';
 import { pixelAttention } from '../models/vae.ts';
@@ -242,7 +242,8 @@ function runGuidance(t: Assert, c: GoldenCase, device: Device): void {
   const [images, ...rest] = area.shape(c.expect.y.tensor);
   const got = scope(() => {
     const both = tensor(Float32Array.of(...uncond, ...text), [2 * images, ...rest], { device });
-    const data = guide(both, guidance_scale, guidance_rescale > 0).floats();
+    const how = { guidanceScale: guidance_scale, withText: guidance_rescale > 0 };
+    const data = guide(both, images, how).floats();
     return guidance_rescale > 0 ? rescaled(data, images, guidance_rescale) : data;
   });
   allClose(t, c.id, got, area.floats(c.expect.y.tensor), c.expect.y);

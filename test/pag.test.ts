@@ -1,0 +1,181 @@
+// Perturbed-attention guidance against diffusers' pipelines that have it (golden/pag.jsonl): whole calls. That a recorded step gives an
+// eager one's bits, that it goes with DeepCache, and `sdxl sample`.
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { decodeFloats } from '../io/dtype.ts';
+import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { openComponent, openModel } from '../models/checkpoint.ts';
+import { openIPAdapter } from '../models/ip_adapter.ts';
+import { denoiseToEnd, loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import type { Asked } from '../models/request.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { refusesEach, sdxl } from './command_line.ts';
+import { disc, picture, writeControlNet } from './controlnet_golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
+import { writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
+import { devices } from './models_golden.ts';
+import { relativeError } from './op_cases.ts';
+import { failingGpu } from './virtual-gpu/failing.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+
+interface Call {
+  kind: 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
+  settings: Omit<Asked, 'scheduler'> & { scheduler?: string };
+  seed: number;
+  atol: number;
+  values: string;
+}
+const calls = goldenLines<Call>('pag');
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-pag-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const at = (name: string): string => join(folder, name);
+const net = openComponent(writeControlNet(at('full'), 'full'));
+
+const adapter = openIPAdapter(writeIPAdapter(at('plain.safetensors'), 'plain'), writeEncoder(at('encoder')));
+
+const pipelineOf = (kind: Call['kind'], device: Device): Pipeline =>
+  loadPipeline(openModel(join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl')), {
+    ...{ device, dtype: 'float32' },
+    controlnet: kind === 'controlled' ? [net] : [],
+    ipAdapter: kind === 'adapted' ? [adapter] : [],
+  });
+
+function requestOf({ kind, settings: { scheduler, ...settings }, seed }: Call): Asked {
+  const begins = ['img2img', 'inpaint', 'refiner'].includes(kind);
+  return {
+    ...{ width: 64, height: 64, ...settings },
+    scheduler: { name: scheduler },
+    image: begins ? preprocess(picture(4, 64, 64)) : undefined,
+    mask: kind === 'inpaint' ? preprocessMask(disc()) : undefined,
+    control_image: kind === 'controlled' ? [preprocessControl(picture(1, 64, 64))] : undefined,
+    ip_adapter_image: kind === 'adapted' ? [picture(1, 117, 149)] : undefined,
+    ip_adapter_scale: kind === 'adapted' ? 0.7 : undefined,
+    generators: [new TorchGenerator(seed)],
+  };
+}
+
+const latentsOf = async (pipeline: Pipeline, asked: Asked): Promise<Float32Array> =>
+  (await denoiseToEnd(pipeline, asked)).latents.data;
+
+for (const device of devices) {
+  test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
+    const before = device.memory.storages;
+    t.equal(calls.length, 12);
+    for (const call of device.name === 'reference' ? calls.slice(0, 1) : calls) {
+      const pipeline = pipelineOf(call.kind, device);
+      const some = (await latentsOf(pipeline, requestOf(call))).filter((_, i) => i % 5 === 0);
+      const want = decodeFloats(Buffer.from(call.values, 'base64'), 'float32');
+      const { kind, settings, atol } = call;
+      allClose(t, `${kind} ${JSON.stringify(settings)}`, some, want, { atol, rtol: 0 });
+      pipeline.release();
+    }
+    t.equal(device.memory.storages, before, 'live tensors');
+  });
+}
+
+const seeded = (more: Partial<Asked> = {}): Asked => ({
+  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
+  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
+  ...more,
+});
+
+test('a scale of 0 leaves every bit as it is', async (t) => {
+  const pipeline = pipelineOf('text2img', openDevice('cpu'));
+  const want = await latentsOf(pipeline, seeded());
+  const off = await latentsOf(pipeline, seeded({ pag_scale: 0, pag_applied_layers: 'up' }));
+  t.equal(maxDifference(off, want), 0);
+  // Rows that are perturbed change nothing of the others.
+  const faded = await latentsOf(pipeline, seeded({ pag_scale: 1e-3, pag_adaptive_scale: 1 }));
+  t.ok(maxDifference(faded, want) < 1e-3, 'nor does one that fades before the first step, but for rounding');
+  const one = await latentsOf(pipeline, seeded({ pag_scale: 3, pag_applied_layers: 'mid' }));
+  t.ok(maxDifference(one, want) > 1e-2, 'others do not');
+  const caching = { cache_interval: 2, cache_branch_id: 5 };
+  const both = await latentsOf(pipeline, seeded({ pag_scale: 3, ...caching }));
+  t.ok(maxDifference(both, one) > 1e-3, 'with DeepCache beside it');
+  t.ok(maxDifference(both, await latentsOf(pipeline, seeded(caching))) > 1e-2, 'each has its part');
+  pipeline.release();
+});
+
+/** Latents of four steps at a scale that changes from one to the next. */
+async function onVirtualGpu(records: boolean) {
+  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26 }));
+  if (!records) failing.fail('cuStreamBeginCapture', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+  const device = cudaDevice(failing.api);
+  const latents = await small(device);
+  return { latents, replays: failing.made('cuGraphLaunch'), left: device.memory.storages };
+}
+
+async function small(device: Device): Promise<Float32Array> {
+  const pipeline = pipelineOf('text2img', device);
+  const fading = { pag_scale: 3, pag_adaptive_scale: 0.004, pag_applied_layers: ['mid', 'down_blocks.2'] };
+  const latents = await latentsOf(pipeline, seeded({ ...fading, width: 16, height: 16 }));
+  pipeline.release();
+  return latents;
+}
+
+test('on a GPU recorded steps give the bits of eager ones', { timeout: 600_000 }, async (t) => {
+  const [recorded, eager] = [await onVirtualGpu(true), await onVirtualGpu(false)];
+  t.equal(maxDifference(recorded.latents, eager.latents), 0);
+  t.same([recorded.replays, recorded.left, eager.replays, eager.left], [2, 0, 0, 0]);
+  const error = relativeError(recorded.latents, await small(openDevice('cpu')));
+  t.ok(error < 1e-5, `from the CPU's: ${error}`);
+});
+
+const sample = (...argv: string[]) =>
+  sdxl(
+    ...['sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox in the snow'],
+    ...['--width', '64', '--height', '64', '--steps', '4', '--seed', '3', '--quiet', ...argv],
+  );
+
+test('sdxl sample', async (t) => {
+  const [drawn, saved] = [at('drawn.png'), at('drawn.safetensors')];
+  const { status, err } = await sample(
+    ...['--negative-prompt', 'rain', '--pag-scale', '3', '--pag-adaptive-scale', '0.001'],
+    ...['--pag-applied-layers', 'mid', '--pag-applied-layers', 'up_blocks.0'],
+    ...['--output', drawn, '--save-latents', saved],
+  );
+  t.equal(status, 0, err);
+  const pipeline = pipelineOf('text2img', openDevice('cpu'));
+  const layers = { pag_applied_layers: ['mid', 'up_blocks.0'] };
+  const own = await latentsOf(pipeline, seeded({ pag_scale: 3, pag_adaptive_scale: 0.001, ...layers }));
+  pipeline.release();
+  const latents = decodeFloats(openSafetensors(saved).read('latents'), 'float32');
+  t.equal(maxDifference(latents, own), 0, "as a program's");
+  const again = at('again.png');
+  t.equal((await sdxl('sample', '--from', drawn, '--output', again, '--quiet')).status, 0);
+  t.ok(readFileSync(again).equals(readFileSync(drawn)), 'the same picture and settings');
+});
+
+test('mistakes', async (t) => {
+  await refusesEach(t, sample, [
+    [['--pag-scale', '-1'], /--pag-scale/],
+    [['--pag-adaptive-scale', '0.1'], /--pag-adaptive-scale needs --pag-scale/],
+    [['--pag-applied-layers', 'mid'], /--pag-applied-layers needs --pag-scale/],
+    [
+      ['--pag-scale', '3', '--pag-applied-layers', 'middle'],
+      /pag_applied_layers \(--pag-applied-layers\) "middle" names no self-attention of this UNet: give a part of a name, as mid, up or down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1$/m,
+    ],
+    // It has no transformers.
+    [
+      ['--pag-scale', '3', '--pag-applied-layers', 'down_blocks.0'],
+      /"down_blocks\.0" names no self-attention/,
+    ],
+    [['--pag-scale', '3', '--pag-applied-layers', ''], /"" names no self-attention/],
+  ]);
+  const pipeline = pipelineOf('text2img', openDevice('cpu'));
+  for (const [more, says] of [
+    [{ pag_scale: -1 }, /pag_scale is -1: give a number from 0/],
+    [{ pag_scale: 3, pag_applied_layers: [] }, /pag_applied_layers is \[\]: give a text, or a list of texts/],
+    [
+      { pag_scale: 3, guess_mode: true },
+      /guess_mode \(--guess-mode\) and pag_scale \(--pag-scale\) do not go together/,
+    ],
+  ] as const)
+    await t.rejects(latentsOf(pipeline, seeded(more)), { message: says });
+  pipeline.release();
+});
