@@ -104,7 +104,7 @@ const perElement = (family: string, symbol: string, countAt: number) =>
   single(family, symbol, (args) => divideUp(args[countAt], PACK), THREADS);
 const pieces = (args: readonly number[]): number => args[2] * divideUp(args[5] * args[6], 4096);
 
-const unary = ['silu', 'gelu', 'quick_gelu', 'relu', 'exp', 'square', 'tanh', 'sigmoid'];
+const unary = ['silu', 'gelu', 'quick_gelu', 'relu', 'leaky_relu', 'exp', 'square', 'tanh', 'sigmoid'];
 const casts = ['float32', 'bfloat16', 'float16'].map((to) => `cast_to_${to}_forward`);
 
 /** Numbers that share a scale (q8.cu). */

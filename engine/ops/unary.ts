@@ -34,6 +34,11 @@ export const silu = unary('silu', scalar.silu);
 export const gelu = unary('gelu', scalar.gelu);
 export const quickGelu = unary('quick_gelu', scalar.quickGelu);
 export const relu = unary('relu', { f: (x) => (x < 0 ? 0 : x), df: (x) => (x > 0 ? 1 : 0) });
+/** Of the slope that ESRGAN has below 0. */
+export const leakyRelu = unary('leaky_relu', {
+  f: (x) => (x < 0 ? 0.2 * x : x),
+  df: (x) => (x > 0 ? 1 : 0.2),
+});
 export const exp = unary('exp', { f: Math.exp, df: Math.exp });
 export const square = unary('square', { f: (x) => x * x, df: (x) => 2 * x });
 export const tanh = unary('tanh', { f: Math.tanh, df: (x) => 1 - Math.tanh(x) ** 2 });

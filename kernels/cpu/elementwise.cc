@@ -28,6 +28,10 @@ struct Relu {
   static vf f(vf x) { return x < 0.f ? splat(0.f) : x; } // NaN stays NaN
   static vf df(vf x) { return x > 0.f ? splat(1.f) : splat(0.f); }
 };
+struct LeakyRelu { // as in ESRGAN, whose slope below 0 is 0.2
+  static vf f(vf x) { return x < 0.f ? 0.2f * x : x; }
+  static vf df(vf x) { return x > 0.f ? splat(1.f) : splat(0.2f); }
+};
 struct Exp {
   static vf f(vf x) { return fast_exp(x); }
   static vf df(vf x) { return fast_exp(x); }
@@ -67,6 +71,7 @@ UNARY(silu, Silu)
 UNARY(gelu, Gelu)
 UNARY(quick_gelu, QuickGelu)
 UNARY(relu, Relu)
+UNARY(leaky_relu, LeakyRelu)
 UNARY(exp, Exp)
 UNARY(square, Square)
 UNARY(tanh, Tanh)
@@ -177,6 +182,7 @@ EXPORT_BOTH(square)
 EXPORT_BOTH(tanh)
 EXPORT_BOTH(sigmoid)
 EXPORT_BOTH(relu)
+EXPORT_BOTH(leaky_relu)
 EXPORT_BOTH(mul)
 EXPORT_BOTH(div)
 EXPORT_BOTH(geglu)

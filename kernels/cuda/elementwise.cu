@@ -40,6 +40,7 @@ UNARY(silu, silu(v), silu_slope(v, 1.f))
 UNARY(gelu, gelu(v), (gelu_cdf(v) + v * gelu_density(v)))
 UNARY(quick_gelu, quick_gelu(v), silu_slope(v, 1.702f))
 UNARY(relu, (v < 0.f ? 0.f : v), (v > 0.f ? 1.f : 0.f))
+UNARY(leaky_relu, (v < 0.f ? 0.2f * v : v), (v > 0.f ? 1.f : 0.2f)) // ESRGAN's slope
 UNARY(exp, expf(v), expf(v))
 UNARY(square, (v * v), (2.f * v))
 UNARY(tanh, tanhf(v), (4.f * bell(2.f * v)))
