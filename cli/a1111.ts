@@ -1,5 +1,6 @@
 // A1111's `parameters` text, which picture sites and other programs read and write too: the prompt, perhaps a line
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
+import { basename } from 'node:path';
 import type { Request } from '../models/request.ts';
 import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
 import type { Sampler } from '../models/samplers/sampler.ts';
@@ -66,9 +67,15 @@ function hiresFields(options: SampleOptions): string[] {
       ? `Hires resize: ${hiresWidth ?? 0}x${hiresHeight ?? 0}`
       : `Hires upscale: ${hiresScale ?? usualHires.scale}`,
     ...(hiresSteps === undefined ? [] : [`Hires steps: ${hiresSteps}`]),
-    `Hires upscaler: ${options.hiresUpscaler ?? usualHires.upscaler}`,
+    `Hires upscaler: ${upscalerName(options.hiresUpscaler ?? usualHires.upscaler)}`,
   ];
 }
+
+/** A1111 calls a network by its file, without a comma, which would end the field. */
+const upscalerName = (upscaler: string): string =>
+  basename(upscaler)
+    .replace(/\.\w+$/, '')
+    .replaceAll(',', ' ');
 
 function samplerFields({ name, config }: Sampler): string[] {
   const sde = config.algorithm_type?.startsWith('sde') ? ' SDE' : '';

@@ -45,12 +45,11 @@ export function openAlbum(output: string, saveLatents: string | undefined, count
       pictures: readonly DecodedPicture[],
       latents: Latents,
       text: Record<string, string>,
-      finish: (drawn: Picture) => Picture,
     ): Promise<void> {
       for (const { finite, ...picture } of pictures) {
         while (onTheirWay.size > mostThreads) await Promise.race(onTheirWay);
         const file = fileOf(files.length);
-        write(file, finish(picture), text);
+        write(file, picture, text);
         files.push(file);
         if (!finite) spoilt.push(file);
       }

@@ -9,6 +9,8 @@ import { type Interpolation, interpolate } from '../models/interpolate.ts';
 import { encodeImage, type Latents, stacked } from '../models/latents.ts';
 import { decode, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
+import { enlargeTo, type Upscaler } from '../models/upscaler.ts';
+import { isWeightsFile } from '../models/weights_file.ts';
 import { number, oneOf, side } from './options.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
@@ -22,8 +24,14 @@ const upscalers = {
   Lanczos: 'lanczos',
   Nearest: 'nearest',
 } as const satisfies Record<string, Interpolation | 'lanczos' | 'nearest'>;
-type Upscaler = keyof typeof upscalers;
-export const hiresUpscalers = Object.keys(upscalers) as Upscaler[];
+export const hiresUpscalers = Object.keys(upscalers) as (keyof typeof upscalers)[];
+
+/** Whether it is a network's file that enlarges, and none of the ways above. */
+export const namesNetwork = (upscaler: string | undefined): upscaler is string =>
+  upscaler !== undefined && isWeightsFile(upscaler);
+
+const upscalerOf = (text: string): string =>
+  namesNetwork(text) ? text : oneOf('--hires-upscaler', [...hiresUpscalers, 'FILE.safetensors'])(text);
 
 /** What stands where nothing is typed. */
 export const usualHires = { scale: 2, strength: 0.7, upscaler: 'Latent' } as const;
@@ -35,12 +43,12 @@ export interface HiresOptions {
   hiresHeight?: number;
   hiresSteps?: number;
   hiresDenoisingStrength?: number;
-  hiresUpscaler?: Upscaler;
+  hiresUpscaler?: string;
 }
 
 export const addHiresOptions = (command: Command): Command =>
   command
-    .optionsGroup('Larger (a second pass over the picture enlarged):')
+    .optionsGroup('Larger (a second pass over the picture enlarged, or the finished one):')
     .option('--hires', 'draw as usual, enlarge, and draw over it')
     .option('--hires-scale <F>', 'how much larger (default: 2)', number('--hires-scale', { min: 1, max: 8 }))
     .option('--hires-width <N>', 'or how wide; alone it keeps the shape', side('--hires-width'))
@@ -57,8 +65,8 @@ export const addHiresOptions = (command: Command): Command =>
     )
     .option(
       '--hires-upscaler <NAME>',
-      `${hiresUpscalers.join(', ')} (default: Latent); with Lanczos and Nearest the picture is enlarged`,
-      oneOf('--hires-upscaler', hiresUpscalers),
+      `${hiresUpscalers.join(', ')} (default: Latent), or a network as --upscale-model takes; with Lanczos, Nearest and networks the picture is enlarged`,
+      upscalerOf,
     );
 
 /** @throws UserError for flags that say nothing or contradict each other */
@@ -138,17 +146,26 @@ export function planSecondPass(options: HiresOptions, steps: number, plan: () =>
   }
 }
 
+/** What enlarges latents, and how: a network where one is named. */
+interface Enlarging extends Pick<HiresOptions, 'hiresUpscaler'> {
+  vaeTiling?: boolean;
+  network?: Upscaler;
+  onTile?(done: number, all: number): void;
+}
+
 /** What the second pass begins with: latents of the larger size. `draw` is for the VAE's encoder, where there is one to ask. */
 export function enlarged(
   pipeline: Pipeline,
   latents: Latents,
   { width, height }: Sides,
-  { hiresUpscaler = usualHires.upscaler, vaeTiling = false }: HiresOptions & { vaeTiling?: boolean },
+  { hiresUpscaler = usualHires.upscaler, vaeTiling = false, network, onTile }: Enlarging,
   draw: (count: number) => Float32Array,
 ): Latents {
-  const way = upscalers[hiresUpscaler];
+  const way = network ? 'lanczos' : upscalers[hiresUpscaler as keyof typeof upscalers];
   const { ratio, vae } = pipeline;
   if (typeof way === 'object') return interpolate(latents, [height / ratio, width / ratio], way);
-  const pictures = decode(pipeline, latents, vaeTiling).map((each) => resize(each, width, height, way));
+  const pictures = decode(pipeline, latents, vaeTiling).map((each) =>
+    resize(network ? enlargeTo(network, each, { width, height }, onTile) : each, width, height, way),
+  );
   return stacked(pictures.map((each) => encodeImage(vae, preprocess(each, width, height), draw, vaeTiling)));
 }

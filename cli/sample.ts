@@ -29,7 +29,7 @@ import { ipAdapterOf } from './ip_adapter_options.ts';
 import { downloadsOn, shippedModel } from './model.ts';
 import { applySettings, pictureText } from './picture_settings.ts';
 import { checkPreview, fitPreview, openPreviews, type Previews } from './preview.ts';
-import { progressBar } from './progress.ts';
+import { type Bar, progressBar } from './progress.ts';
 import { addSampleOptions } from './sample_flags.ts';
 import { openFor, type Under } from './sample_models.ts';
 import {
@@ -50,6 +50,7 @@ import {
   seedOf,
 } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
+import { locateUpscalers, openUpscalers, type Upscalers, writtenSize } from './upscale_options.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
   addSampleOptions(command).action(async (options: SampleOptions) => {
@@ -96,6 +97,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));
+  const upscalers = await locateUpscalers(options, locate);
   const lora: AdapterFile[] = [];
   for (const { file, scale } of (options.lora ?? []).map(loraOf))
     lora.push({ path: await locateLora(file, locate), scale });
@@ -105,6 +107,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
   const larger = hiresSize(options, canvas, sizes.ratio);
+  const written = writtenSize(larger ?? canvas.written, options, upscalers);
   const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
   checkDecode(decoder, larger ?? canvas, options.vaeTiling);
   const requests = baseRequests(options, canvas, prompts, seed);
@@ -119,8 +122,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
         hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
       );
     });
-  const sources = { source, refinerSource, vaeSource, taeSource, under: { controlnet, ipAdapter, lora } };
-  return { options, requests, canvas, larger, album, device, dtype, seed, sampler, ...sources };
+  const under = { controlnet, ipAdapter, lora };
+  const sources = { source, refinerSource, vaeSource, taeSource, upscalers, under };
+  return { options, requests, canvas, larger, written, album, device, dtype, seed, sampler, ...sources };
 }
 
 /** The steps of a request. @throws UserError where the model cannot do them, or has no such layers */
@@ -133,7 +137,7 @@ function planned(from: ModelSource, asked: Request) {
 
 /** Loads the models, one after the other, and draws. */
 async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Terminal): Promise<void> {
-  const { options, requests, canvas, larger, album, device, dtype, seed } = prepared;
+  const { options, requests, canvas, larger, written, album, device, dtype, seed } = prepared;
   const { source, refinerSource, vaeSource, taeSource } = prepared;
   const { quiet = false, model } = options;
   const [{ width, height, num_inference_steps: steps }] = requests;
@@ -147,14 +151,23 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
   };
   let { pipeline, requests: asked } = await open(source, requests, prepared.under);
   let previews: Previews | undefined;
+  let upscalers: Upscalers | undefined;
   try {
+    upscalers = await timed('load', () => openUpscalers(prepared.upscalers, options, device));
     previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
     const stage = stages(requests.length, options, previews, terminal, tell);
     const sizes = [{ width, height }, ...(larger ? [larger] : [])].map(
       (each) => `${each.width}x${each.height}`,
     );
     if (!quiet) terminal.err(`seed ${seed}, ${sizes.join(', then ')}, ${dtype} on ${device.name}\n`);
-    const finish = finishing(prepared, warn, (latents) => decode(pipeline, latents, options.vaeTiling));
+    const { finish: enlarge, hires: network } = upscalers;
+    const onTile = onTileOf(terminal, quiet);
+    const finish = finishing(prepared, warn, (latents) =>
+      decode(pipeline, latents, options.vaeTiling).map(({ finite, ...drawn }) => ({
+        ...enlarge(canvas.finish(drawn), onTile),
+        finite,
+      })),
+    );
     const halfway: Latents[] = [];
     const [sampling, again] = [stage('sampling'), stage('second pass')];
     for (const [i, request] of asked.entries()) {
@@ -163,7 +176,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
         const place = [seed, i, requests.length] as const;
         const second = () =>
           hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
-            enlarged(pipeline, latents, larger, options, draw),
+            enlarged(pipeline, latents, larger, { ...options, network, onTile }, draw),
           );
         latents = await timed('sample', () => again(pipeline, second()));
       }
@@ -184,7 +197,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
     await timed('decode', () => album.close());
     report(options, terminal, {
       files: album.files,
-      ...{ seed, ...(larger ?? canvas.written), steps },
+      ...{ seed, ...written, steps },
       ...{ model, dtype, device: device.name, seconds },
       peak_bytes: device.memory.peak,
       peak_process_bytes: process.resourceUsage().maxRSS * 1024,
@@ -195,6 +208,7 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
       );
   } finally {
     pipeline.release();
+    upscalers?.release();
     await album.settle();
     await previews?.close();
   }
@@ -205,13 +219,13 @@ async function draw(prepared: Awaited<ReturnType<typeof prepare>>, terminal: Ter
  * no memory to decode beside it.
  */
 function finishing(
-  { options, requests, canvas, album, seed, sampler }: Awaited<ReturnType<typeof prepare>>,
+  { options, requests, album, seed, sampler }: Awaited<ReturnType<typeof prepare>>,
   warn: (line: string) => void,
-  decoded: (latents: Latents) => DecodedPicture[],
+  finished: (latents: Latents) => DecodedPicture[],
 ) {
   const finish = (i: number, latents: Latents) => {
     const text = pictureText(options, requests[i], seedOf(options, seed, i), sampler);
-    return album.add(decoded(latents), latents, text, canvas.finish);
+    return album.add(finished(latents), latents, text);
   };
   const waiting: [number, Latents][] = [];
   return async (i: number, latents: Latents): Promise<void> => {
@@ -224,6 +238,18 @@ function finishing(
     }
     waiting.push([i, latents]);
     if (isLast) for (const each of waiting) await finish(...each);
+  };
+}
+
+/** A bar for each picture that a network enlarges. */
+function onTileOf(terminal: Terminal, quiet: boolean) {
+  let bar: Bar | undefined;
+  return (done: number, all: number): void => {
+    bar ??= progressBar(terminal, 'enlarging', quiet);
+    bar.update(done, all);
+    if (done < all) return;
+    bar.end();
+    bar = undefined;
   };
 }
 

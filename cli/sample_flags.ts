@@ -9,6 +9,7 @@ import { addIPAdapterOptions } from './ip_adapter_options.ts';
 import { corner, devices, number, numbers, oneOf, repeated, side, size } from './options.ts';
 import { addPreviewOptions } from './preview.ts';
 import { usualScores } from './sample_options.ts';
+import { addUpscaleOptions } from './upscale_options.ts';
 
 /** What --dtype and its like take. */
 const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
@@ -309,6 +310,7 @@ export function addSampleOptions(command: Command): Command {
     ],
     ...[
       addHiresOptions,
+      addUpscaleOptions,
       addControlOptions,
       addIPAdapterOptions,
       refinerOptions,

@@ -16,8 +16,14 @@ import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { scaledFile } from './options.ts';
 import type { PreviewOptions } from './preview.ts';
+import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 
-export interface SampleOptions extends ControlOptions, IPAdapterOptions, HiresOptions, PreviewOptions {
+export interface SampleOptions
+  extends ControlOptions,
+    IPAdapterOptions,
+    HiresOptions,
+    PreviewOptions,
+    UpscaleOptions {
   model?: string;
   from?: string;
   configs?: string;
@@ -196,6 +202,7 @@ export function checkSample(options: SampleOptions): void {
   checkControl(options);
   checkIPAdapters(options);
   checkHires(options);
+  checkUpscale(options);
   for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);

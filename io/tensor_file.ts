@@ -48,6 +48,17 @@ export interface TensorFile {
   close(): void;
 }
 
+/** The file with its tensors under other names: those of `names`, each with the name that the file has for it. */
+export const renamed = (file: TensorFile, names: ReadonlyMap<string, string>): TensorFile => {
+  const nameOf = (key: string) => names.get(key) ?? key;
+  return {
+    ...file,
+    tensors: new Map([...names].map(([key, name]) => [key, file.tensors.get(name) as TensorInfo])),
+    read: (key, room) => file.read(nameOf(key), room),
+    readInto: (key, target) => file.readInto(nameOf(key), target),
+  };
+};
+
 /** What a header tells. */
 export type Header = Pick<TensorFile, 'tensors' | 'metadata'>;
 

@@ -3,10 +3,9 @@
 // the first, which diffusers leaves out of the list.
 import { existsSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
-import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { readJsonObject } from '../io/files.ts';
-import type { TensorFile } from '../io/tensor_file.ts';
+import { renamed, type TensorFile } from '../io/tensor_file.ts';
 import { taesdxlJson } from './autoencoder_tiny.ts';
 import { loadAndClose, type ModelSource, noFolder, sourceOf, type WeightSource } from './checkpoint.ts';
 import { openWeightsFile } from './weights_file.ts';
@@ -54,38 +53,16 @@ function otherHalf(path: string, part: Half): string {
 /** Both halves under diffusers' keys. */
 function paired(path: string, part: Half): WeightSource {
   const other = otherHalf(path, part);
-  const files = (part === 'encoder' ? [path, other] : [other, path]).map(openWeightsFile);
-  const [encoder, decoder] = files;
-  const stored = new Map<string, { file: TensorFile; name: string }>();
-  for (const [half, file, clamps] of [
-    ['encoder', encoder, 0],
-    ['decoder', decoder, 1],
-  ] as const)
-    for (const name of file.tensors.keys()) {
-      const key = name.replace(/^\d+/, (layer) => String(Number(layer) - clamps));
-      stored.set(`${half}.layers.${key}`, { file, name });
-    }
-  const found = (key: string) => {
-    const place = stored.get(key);
-    if (!place) throw new UserError(`${path} has no tensor ${key}`);
-    return place;
-  };
-  const info = (key: string) => {
-    const place = stored.get(key);
-    return place?.file.tensors.get(place.name);
-  };
-  const bytes: WeightSource['bytes'] = (key, room) => {
-    const { file, name } = found(key);
-    return file.read(name, room);
-  };
-  return {
-    where: path,
-    names: [...stored.keys()],
-    info,
-    bytes,
-    floats: (key) => decodeFloats(bytes(key), info(key)?.dtype ?? 'float32'),
-    close() {
-      for (const file of files) file.close();
-    },
-  };
+  const [encoder, decoder] = (part === 'encoder' ? [path, other] : [other, path]).map(openWeightsFile);
+  const inDiffusers = (half: Half, file: TensorFile, clamps: number): TensorFile =>
+    renamed(
+      file,
+      new Map(
+        [...file.tensors.keys()].map((name) => [
+          `${half}.layers.${name.replace(/^\d+/, (layer) => String(Number(layer) - clamps))}`,
+          name,
+        ]),
+      ),
+    );
+  return sourceOf(path, [inDiffusers('encoder', encoder, 0), inDiffusers('decoder', decoder, 1)]);
 }

@@ -15,7 +15,6 @@ const images = (seed: number): DecodedPicture[] =>
     ...{ width: 24, height: 16, channels: 3, finite: true },
     data: Uint8Array.from({ length: 3 * 16 * 24 }, (_, i) => 127 * (1 + Math.sin((i + image) * seed))),
   }));
-const asDrawn = <T>(drawn: T): T => drawn;
 
 test('pictures, their text and the latents', async (t) => {
   const folder = t.testdir();
@@ -23,7 +22,7 @@ test('pictures, their text and the latents', async (t) => {
   const calls = 2 * mostThreads + 2;
   const album = openAlbum(join(folder, 'out.png'), saved, 2 * calls);
   for (let call = 0; call < calls; call++)
-    await album.add(images(call + 1), latents(call), { parameters: `call ${call}` }, asDrawn);
+    await album.add(images(call + 1), latents(call), { parameters: `call ${call}` });
   await album.close();
   t.same(
     album.files,
@@ -42,7 +41,7 @@ test('what is not finite is told, and written', async (t) => {
   const output = join(t.testdir(), 'out.png');
   const album = openAlbum(output, undefined, 2);
   const [first, second] = images(1);
-  await album.add([first, { ...second, finite: false }], latents(0), {}, asDrawn);
+  await album.add([first, { ...second, finite: false }], latents(0), {});
   await album.close();
   t.same(album.spoilt, [output.replace('.png', '-1.png')]);
   t.ok(album.files.every(existsSync));
@@ -53,19 +52,15 @@ test('a picture that cannot be written ends the call, and the others stay', asyn
   const saved = join(t.testdirName, 'latents.safetensors');
   mkdirSync(folder);
   const album = openAlbum(join(folder, 'out.png'), saved, 6);
-  await album.add(images(1), latents(0), {}, asDrawn);
+  await album.add(images(1), latents(0), {});
   await album.settle();
   const kept = album.files.map((file) => readFileSync(file));
   t.equal(kept.length, 2);
   rmSync(folder, { recursive: true });
   const message = /pictures.*does not exist/;
-  await album.add(images(2), latents(1), {}, asDrawn);
+  await album.add(images(2), latents(1), {});
   await album.settle();
-  await t.rejects(
-    album.add(images(3), latents(2), {}, asDrawn),
-    { name: 'UserError', message },
-    'at the next',
-  );
+  await t.rejects(album.add(images(3), latents(2), {}), { name: 'UserError', message }, 'at the next');
   await album.settle();
   await t.rejects(album.close(), { name: 'UserError', message }, 'at the end');
   t.notOk(existsSync(saved), 'no latents of pictures that are not there');

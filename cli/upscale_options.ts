@@ -1,0 +1,102 @@
+// The flags of `sdxl sample` for networks that enlarge pictures (models/upscaler.ts), in stable-diffusion.cpp's words: the finished
+// picture's, and that of a second pass (hires_options.ts), which are one where they are one file.
+import type { Command } from 'commander';
+import type { Device } from '../engine/device.ts';
+import { UserError } from '../io/errors.ts';
+import type { Picture } from '../io/pixels.ts';
+import type { LocateOptions } from '../models/locate.ts';
+import { locateUpscaler, type UpscalerSource } from '../models/rrdbnet_file.ts';
+import { openUpscaler, scaleOf, type Upscaler } from '../models/upscaler.ts';
+import { type HiresOptions, namesNetwork } from './hires_options.ts';
+import { number } from './options.ts';
+
+export interface UpscaleOptions {
+  upscaleModel?: string;
+  upscaleRepeats?: number;
+}
+
+export const addUpscaleOptions = (command: Command): Command =>
+  command
+    .option(
+      '--upscale-model <FILE|HUB_ID/FILE>',
+      'enlarge the finished picture by a network, an ESRGAN or Real-ESRGAN in .safetensors',
+    )
+    .option(
+      '--upscale-repeats <N>',
+      'how often (default: 1)',
+      number('--upscale-repeats', { min: 1, max: 4, whole: true }),
+    );
+
+/** @throws UserError for a flag that says nothing */
+export function checkUpscale({ upscaleModel, upscaleRepeats }: UpscaleOptions): void {
+  if (upscaleRepeats !== undefined && upscaleModel === undefined)
+    throw new UserError('--upscale-repeats needs --upscale-model: what enlarges the picture');
+}
+
+/** The networks that a call names. */
+export interface UpscalerSources {
+  finished?: UpscalerSource;
+  hires?: UpscalerSource;
+}
+
+export async function locateUpscalers(
+  { upscaleModel, hiresUpscaler }: UpscaleOptions & HiresOptions,
+  locate: LocateOptions,
+): Promise<UpscalerSources> {
+  return {
+    finished: upscaleModel === undefined ? undefined : await locateUpscaler(upscaleModel, locate),
+    hires: namesNetwork(hiresUpscaler) ? await locateUpscaler(hiresUpscaler, locate) : undefined,
+  };
+}
+
+/** A chunk of a PNG is at most so long, and the pixels are one. */
+const MOST_BYTES = 2 ** 31 - 1;
+
+/** How large a picture of these sides is written. @throws UserError where it is larger than a PNG may be here */
+export function writtenSize<S extends { width: number; height: number }>(
+  { width, height }: S,
+  { upscaleRepeats = 1 }: UpscaleOptions,
+  { finished }: UpscalerSources,
+): { width: number; height: number } {
+  const times = finished ? scaleOf(finished.config) ** upscaleRepeats : 1;
+  const written = { width: width * times, height: height * times };
+  if (3 * written.width * written.height > MOST_BYTES)
+    throw new UserError(
+      `--upscale-model would make a picture of ${written.width}x${written.height}, which is more than a PNG is written of; give fewer --upscale-repeats`,
+    );
+  return written;
+}
+
+/** The networks, loaded. The caller releases them. */
+export interface Upscalers {
+  /** The finished picture enlarged, or itself. */
+  finish(picture: Picture, onTile: (done: number, all: number) => void): Picture;
+  hires?: Upscaler;
+  release(): void;
+}
+
+export function openUpscalers(
+  { finished, hires }: UpscalerSources,
+  { upscaleRepeats = 1 }: UpscaleOptions,
+  device: Device,
+): Upscalers {
+  const opened = new Map<string, Upscaler>();
+  const open = (source: UpscalerSource | undefined): Upscaler | undefined => {
+    if (!source) return undefined;
+    const upscaler = opened.get(source.path) ?? openUpscaler(source, device);
+    opened.set(source.path, upscaler);
+    return upscaler;
+  };
+  const last = open(finished);
+  return {
+    finish(picture, onTile) {
+      let result = picture;
+      for (let i = 0; last && i < upscaleRepeats; i++) result = last.enlarge(result, onTile);
+      return result;
+    },
+    hires: open(hires),
+    release() {
+      for (const each of opened.values()) each.release();
+    },
+  };
+}
