@@ -143,6 +143,22 @@ const furtherSamples: Record<string, readonly FurtherSample[]> = {
       ] as const
     ).map((x) => ({ ...one(layerNorm(x)), hopper: {} })),
   ],
+  // Rows enough for several chunks, and more of them than an unrolled turn joins.
+  weight_norm: (
+    [
+      [700, 8],
+      [2100, 68],
+      [1300, 33],
+    ] as const
+  ).map(([rows, c]) =>
+    one({
+      inputs: { x: [rows, c], magnitude: [c], norms: [c] },
+      attrs: {},
+      dtypes: { magnitude: 'float32', norms: 'float32' },
+      nonnegative: ['norms'],
+      frozen: ['norms'],
+    }),
+  ),
   // More jobs than the grid has blocks: what a block leaves in shared memory has to be read before its next job writes there.
   permute: [one({ inputs: { x: [40, 2, 3, 2] }, attrs: { order: [0, 2, 3, 1] } })],
   mse: [one({ inputs: { prediction: [40, 50], target: [40, 50], weights: [40] }, attrs: { delta: 0.5 } })],

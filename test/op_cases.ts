@@ -24,6 +24,7 @@ import '../engine/ops/prodigy.ts';
 import '../engine/ops/random.ts';
 import '../engine/ops/reduce.ts';
 import '../engine/ops/unary.ts';
+import '../engine/ops/weight_norm.ts';
 
 export type { AnyRecord };
 export type AnySample = Sample<unknown>;

@@ -8,6 +8,7 @@ import { fp8Plans } from './plan_fp8.ts';
 import { matrixPlans } from './plan_matrix.ts';
 import { optimizerPlans } from './plan_optimizer.ts';
 import { reducePlans } from './plan_reduce.ts';
+import { weightNormPlans } from './plan_weight_norm.ts';
 
 export const plans: ReadonlyMap<string, Plan> = new Map([
   ...simplePlans,
@@ -18,6 +19,7 @@ export const plans: ReadonlyMap<string, Plan> = new Map([
   ...adafactorPlans,
   ...optimizerPlans,
   ...fp8Plans,
+  ...weightNormPlans,
 ]);
 
 /** A symbol's plan, once arguments are checked against its signature. Throws where there is no such kernel. */
