@@ -28,15 +28,21 @@ export interface AdapterConfig extends LoraSizes {
   factor?: number;
   /** LoKr: make the smaller matrix a product too. */
   decompose_both?: boolean;
+  /** LoRA: give the weight's rows lengths that are trained beside their directions (DoRA). */
+  use_dora?: boolean;
 }
 
-/** A matrix of a layer's adapter. */
-export interface Matrix {
+/** What of a layer's adapter is trained. */
+export interface Part {
   /** As lora_kinds.ts names it. */
   part: string;
   /** Behind the layer's path. */
   key: string;
   parameter: Parameter;
+}
+
+/** A matrix of a layer's adapter. */
+export interface Matrix extends Part {
   /** Zeros, uniform numbers within 1 / sqrt(inputs), or normals of a standard deviation. */
   start: 'zeros' | 'uniform' | number;
 }
@@ -44,6 +50,8 @@ export interface Matrix {
 /** What an adapter has for a layer. */
 export interface Matrices {
   matrices: readonly Matrix[];
+  /** Of a DoRA: the lengths of the rows of weight and difference together, as which they begin. In float32, so that each step tells. */
+  magnitude?: Part;
   rank: number;
   alpha: number;
   /** alpha / rank times the difference [o, taps * i] that such tensors make of the weight, each in its matrix's place. */
@@ -66,7 +74,19 @@ export function matricesFor(weight: Shape, config: AdapterConfig): Matrices {
   const matrices = makers[algo](weight, rank, config);
   // LyCORIS takes a LoKr of two whole factors as it is, whatever its alpha.
   const own = { rank, alpha: isWhole(matrices) ? rank : alpha };
-  return { matrices, ...own, difference: differenceOf(algo, matrices, weight, own.alpha / rank) };
+  const magnitude = config.use_dora ? magnitudeFor(weight) : undefined;
+  return { matrices, magnitude, ...own, difference: differenceOf(algo, matrices, weight, own.alpha / rank) };
+}
+
+/** All that is trained of it. */
+export const partsOf = ({ matrices, magnitude }: Pick<Matrices, 'matrices' | 'magnitude'>): Part[] =>
+  magnitude ? [...matrices, magnitude] : [...matrices];
+
+/** In peft's shapes. */
+function magnitudeFor([o, , ...kernel]: Shape): Part {
+  const name = 'lora_magnitude_vector';
+  const shape = kernel.length ? [1, o, ...kernel.map(() => 1)] : [o];
+  return { part: name, key: name, parameter: parameter(shape) };
 }
 
 const isWhole = (matrices: readonly Matrix[]): boolean =>

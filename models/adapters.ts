@@ -1,6 +1,6 @@
 // Adapters that train on a live model: LoRA (Hu et al. 2021), y = W x + alpha / rank * B (A x), and LoHa and LoKr (adapter_kinds.ts),
 // y = W x + D x, whose difference D is formed at each call. It is not added to W: in bfloat16 most of it would be rounded away, so peft
-// and LyCORIS take a product of its own, too. A layer that is adapted is replaced in the module tree by one with more children, so its
+// and LyCORIS take a product of its own, too. A DoRA (dora.ts) then scales the sum. A layer that is adapted is replaced in the module tree by one with more children, so its
 // keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's (`...to_q.hada_w1_a`). lora.ts merges
 // adapters that are done.
 import { checkpointed } from '../engine/checkpointing.ts';
@@ -11,10 +11,19 @@ import { add } from '../engine/ops/binary.ts';
 import { conv2d } from '../engine/ops/conv2d.ts';
 import { type Activation, activate, linear } from '../engine/ops/linear.ts';
 import { upsampleNearest } from '../engine/ops/move.ts';
+import { weightNorm } from '../engine/ops/weight_norm.ts';
 import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
-import { type AdapterConfig, type Matrices, type Matrix, matricesFor, scaled } from './adapter_kinds.ts';
+import {
+  type AdapterConfig,
+  type Matrices,
+  type Matrix,
+  matricesFor,
+  partsOf,
+  scaled,
+} from './adapter_kinds.ts';
+import { adaptedLengths, beginMagnitude } from './dora.ts';
 
 export interface AdaptersConfig extends AdapterConfig {
   /** Names of layers, or endings of their paths, as peft's target_modules: `to_q`, `to_out.0`, `conv1`. */
@@ -37,12 +46,12 @@ export interface Adapter extends Matrices {
 /** Adapters' parameters by key. */
 export const parametersOf = (adapters: readonly Adapter[]): Map<string, Parameter> =>
   new Map(
-    adapters.flatMap(({ path, matrices }) =>
-      matrices.map(({ key, parameter }) => [`${path}.${key}`, parameter] as const),
+    adapters.flatMap((adapter) =>
+      partsOf(adapter).map(({ key, parameter }) => [`${adapter.path}.${key}`, parameter] as const),
     ),
   );
 
-interface Options {
+interface Naming {
   /** What the targets are told by. */
   option?: string;
   /** What a layer's path has before it, where masks of dropout are asked for. */
@@ -57,7 +66,7 @@ export function addAdapters(
   root: AnyModule,
   config: AdaptersConfig,
   numbers: Numbers,
-  { option = 'lora.targets', prefix = '' }: Options = {},
+  { option = 'lora.targets', prefix = '' }: Naming = {},
 ): Adapter[] {
   const layers = layersOf(root);
   const matches = (path: string, target: string) => path === target || path.endsWith(`.${target}`);
@@ -74,6 +83,7 @@ export function addAdapters(
     const adapter = { path, weight, ...matricesFor(weight, config) };
     for (const { key, parameter, start } of adapter.matrices)
       begin(parameter, start, place, (kind) => numbers(`${path}.${key}`, parameter.size, kind));
+    beginMagnitude(adapter, layer.children.weight);
     replace(adapted(layer, adapter, prefix + path));
     return adapter;
   });
@@ -116,14 +126,43 @@ const isConvolution = (layer: Linear | Conv2d): layer is Conv2d => layer.childre
 /** What an adapter adds to a layer's result: first what it makes of x alone, then the sum. */
 type Plus = (x: Tensor, skip?: Tensor) => (y: Tensor) => Tensor;
 
+/** What a layer takes besides x, and what it adds in the end. */
+interface Options {
+  skip?: Tensor;
+  shift?: Tensor;
+  residual?: Tensor;
+}
+
+/** What a layer makes of x with its adapter; `own` tells what it makes alone, with what it adds. */
+type Run = (x: Tensor, own: () => Tensor, options: Options) => Tensor;
+
 const adapted = (layer: Linear | Conv2d, adapter: Adapter, name: string): AnyModule =>
   isConvolution(layer)
-    ? adaptConv(layer, adapter, plusOf(adapter, name, convolving(layer)))
+    ? adaptConv(layer, adapter, runOf(layer, adapter, name, convolving(layer)))
     : adaptLinear(
         layer,
         adapter,
-        plusOf(adapter, name, (x, w, { residual }) => linear(x, w, undefined, { residual })),
+        runOf(layer, adapter, name, (x, w, { residual }) => linear(x, w, undefined, { residual })),
       );
+
+function runOf({ children }: Linear | Conv2d, adapter: Adapter, name: string, through: Through): Run {
+  const plus = plusOf(adapter, name, through);
+  const { magnitude } = adapter;
+  if (!magnitude) return (x, own, { skip }) => plus(x, skip)(own());
+  return (x, _, { skip, shift, residual }) => {
+    const weight = children.weight.tensor;
+    const sum = plus(x, skip)(through(x, weight, { skip }));
+    const [length] = weight.shape;
+    const y = weightNorm(
+      sum,
+      magnitude.parameter.tensor.reshape(length),
+      adaptedLengths(weight, adapter),
+      children.bias?.tensor,
+    );
+    const shifted = shift ? add(y, shift.reshape(shift.shape[0], 1, 1, length)) : y;
+    return residual ? add(shifted, residual) : shifted;
+  };
+}
 
 /** x through a weight of the layer's shape, or of its shape but for the outputs. */
 type Through = (x: Tensor, weight: Tensor, options: { residual?: Tensor; skip?: Tensor }) => Tensor;
@@ -160,15 +199,15 @@ function plusDifference({ matrices, weight, difference }: Adapter, through: Thro
 }
 
 /** The children that a layer gets. peft nests a lone weight. */
-const childrenOf = ({ matrices }: Adapter): Record<string, Child> =>
+const childrenOf = (adapter: Adapter): Record<string, Child> =>
   Object.fromEntries(
-    matrices.map(({ key, parameter }): [string, Child] => {
+    partsOf(adapter).map(({ key, parameter }): [string, Child] => {
       const nested = /^(.*)\.weight$/.exec(key);
       return nested ? [nested[1], module({ weight: parameter }, () => undefined)] : [key, parameter];
     }),
   );
 
-const adaptLinear = (base: Linear, adapter: Adapter, plus: Plus) =>
+const adaptLinear = (base: Linear, adapter: Adapter, run: Run) =>
   module(
     { ...base.children, ...childrenOf(adapter) },
     (
@@ -176,19 +215,21 @@ const adaptLinear = (base: Linear, adapter: Adapter, plus: Plus) =>
       x: Tensor,
       { residual, activation = 'none' }: { residual?: Tensor; activation?: Activation } = {},
     ) => {
-      const added = plus(x);
-      if (activation === 'none') return added(base(x, { residual }));
+      if (activation === 'none') return run(x, () => base(x, { residual }), { residual });
       // An activation comes after the sum, so it cannot ride in the base layer's product.
-      const y = activate(added(base(x)), activation);
+      const y = activate(
+        run(x, () => base(x), {}),
+        activation,
+      );
       return residual ? add(y, residual) : y;
     },
   );
 
-const adaptConv = (base: Conv2d, adapter: Adapter, plus: Plus) =>
+const adaptConv = (base: Conv2d, adapter: Adapter, run: Run) =>
   module({ ...base.children, ...childrenOf(adapter) }, (_, x: Tensor, options: ConvOptions = {}) => {
     const [, h, w] = x.shape;
-    const added = plus(options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x, options.skip);
-    return added(base(x, options));
+    const seen = options.doubled ? upsampleNearest(x, 2 * h, 2 * w) : x;
+    return run(seen, () => base(x, options), options);
   });
 
 /** Loads a new parameter. */

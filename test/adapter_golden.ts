@@ -5,7 +5,7 @@ import { conv2d, linear } from '../engine/layers.ts';
 import { module, type Parameter, unload } from '../engine/module.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
-import type { AdapterConfig } from '../models/adapter_kinds.ts';
+import { type AdapterConfig, type Part, partsOf } from '../models/adapter_kinds.ts';
 import { type Adapter, addAdapters } from '../models/adapters.ts';
 import { channelsFirst, channelsLast } from '../models/checkpoint.ts';
 import { type Assert, maxDifference } from './golden.ts';
@@ -50,7 +50,11 @@ export const fill = (p: Parameter, values: Float32Array): void => {
   p.tensor.set(p.layout === 'conv' ? toMemory(values, p.shape) : values);
 };
 
-/** The case's layer with its adapter, loaded with the formula's numbers and ready to train. */
+/** Of an adapter's k-th tensor; lengths are positive. */
+const numbersOf = ({ part, parameter: { shape } }: Part, k: number): Float32Array =>
+  part === 'lora_magnitude_vector' ? numbers(shape, 4 + k).map((x) => 1 + x / 2) : numbers(shape, 4 + k);
+
+/** The case's layer with its adapter, loaded with the formula's numbers and ready to train; and what a magnitude had begun as. */
 export function adaptedLayer(golden: LayerCase, device: Device) {
   const { weight, stride, padding } = golden;
   const [o, i, kernel] = weight;
@@ -64,11 +68,12 @@ export function adaptedLayer(golden: LayerCase, device: Device) {
   fill(layer.children.weight, numbers(weight, 0));
   fill(layer.children.bias as Parameter, numbers([o], 1));
   const [adapter] = addAdapters(root, { ...golden, targets: ['layer'] }, (_, n) => new Float32Array(n));
-  for (const [k, { parameter }] of adapter.matrices.entries()) {
-    fill(parameter, numbers(parameter.shape, 4 + k));
-    requireGrad(parameter.tensor);
+  const begun = adapter.magnitude?.parameter.tensor.floats();
+  for (const [k, part] of partsOf(adapter).entries()) {
+    fill(part.parameter, numbersOf(part, k));
+    requireGrad(part.parameter.tensor);
   }
-  return { root, adapter };
+  return { root, adapter, begun };
 }
 
 /** Runs the layer there and back and holds it against the case; y's shape is told by the case's numbers. */
@@ -90,7 +95,7 @@ export function checkLayer(t: Assert, golden: LayerCase, device: Device, run = r
     close('y', fromMemory(y.floats(), shape), golden.y);
     backward(y, tensor(toMemory(numbers(shape, 3), shape), y.shape, { device }));
     close('dx', fromMemory((gradOf(x) as Tensor).floats(), golden.x), golden.dx);
-    for (const [k, { part, parameter }] of adapter.matrices.entries()) {
+    for (const [k, { part, parameter }] of partsOf(adapter).entries()) {
       const gradient = (gradOf(parameter.tensor) as Tensor).floats();
       const own = parameter.layout === 'conv' ? fromMemory(gradient, parameter.shape) : gradient;
       close(`the gradient of ${part}`, own, golden.gradients[k]);
@@ -102,7 +107,7 @@ export function checkLayer(t: Assert, golden: LayerCase, device: Device, run = r
 
 const runOf = (_: LayerCase, root: ReturnType<typeof adaptedLayer>['root'], x: Tensor): Tensor => root(x);
 
-export function release(root: ReturnType<typeof adaptedLayer>['root'], { matrices }: Adapter): void {
-  for (const { parameter } of matrices) clearGrad(parameter.tensor);
+export function release(root: ReturnType<typeof adaptedLayer>['root'], adapter: Adapter): void {
+  for (const { parameter } of partsOf(adapter)) clearGrad(parameter.tensor);
   unload(root);
 }

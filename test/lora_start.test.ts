@@ -75,7 +75,7 @@ test('what adapters cannot begin with is refused in a sentence, before anything 
   for (const [options, path, sentence] of [
     [{ rank: 8 }, plain, /^LoRA .* has rank 4, and the run 8; set lora\.rank to that$/],
     [{ targets: ['to_q'] }, plain, /names are of layers that the run puts no adapter on: .*lora\.targets/],
-    [{}, stretched, /^LoRA .*: 1 of its names are of no plain LoRA: .*attn1\.to_k; train on/],
+    [{}, stretched, /^LoRA .*: 1 of its names are of a DoRA: .*attn1\.to_k; set lora\.use_dora$/],
     [{}, join(folder, 'absent.safetensors'), /absent\.safetensors/],
   ] as const) {
     const { own, parameters, start } = adapted(device, {

@@ -203,7 +203,12 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     t.ok(adamw < full / 1.9, `${on}: all weights, AdamW all in bfloat16, ${gib(adamw)}`);
     const lora = train(card, 8e9, { train: { target: 'lora', gradient_checkpointing } });
     t.ok(lora > 5 * GIB && lora < 8e9, `${on}: LoRA, ${gib(lora)}`);
-    for (const more of [{ algo: 'loha' }, { algo: 'lokr' }, { network_dropout: 0.1 }] as const) {
+    for (const more of [
+      { algo: 'loha' },
+      { algo: 'lokr' },
+      { use_dora: true },
+      { network_dropout: 0.1 },
+    ] as const) {
       const other = train(card, 8e9, { train: { target: 'lora', gradient_checkpointing }, lora: more });
       t.ok(Math.abs(other - lora) < 0.3 * GIB, `${on}: LoRA of ${JSON.stringify(more)}, ${gib(other)}`);
     }

@@ -91,6 +91,7 @@ export const ofAdapters = [
   'conv_alpha',
   'factor',
   'decompose_both',
+  'use_dora',
   'network_dropout',
   'rank_dropout',
   'module_dropout',
@@ -118,6 +119,10 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
       throw new UserError(
         `${where}: "lora.${key}" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,
       );
+  if (lora.use_dora)
+    throw new UserError(
+      `${where}: "lora.use_dora" is of LoRA, and "lora.algo" is "${algo}", which LyCORIS trains with other lengths and another gradient; leave it out`,
+    );
   if (lora.loraplus_lr_ratio !== 1)
     throw new UserError(
       `${where}: "lora.loraplus_lr_ratio" is of the B of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,

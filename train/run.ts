@@ -61,6 +61,11 @@ export interface Run {
     factor: number;
     /** LoKr: make the smaller of its two matrices a product, too. */
     decompose_both: boolean;
+    /**
+     * Of LoRA, train the lengths of each weight's rows apart from their directions (DoRA, Liu et al. 2024). What a dropout drops leaves the
+     * lengths as they are.
+     */
+    use_dora: boolean;
     /** Of LoRA, the share of A's results that a pass drops (peft's lora_dropout drops what A is given). */
     network_dropout: number;
     /** Of LoRA, the share of a layer's ranks that a picture drops. */
@@ -209,6 +214,7 @@ export const fields: Fields<Run> = {
     conv_alpha: number(0, { min: 0 }),
     factor: whole(-1, { min: -1 }),
     decompose_both: flag(false),
+    use_dora: flag(false),
     network_dropout: number(0, { min: 0, below: 1 }),
     rank_dropout: number(0, { min: 0, below: 1 }),
     module_dropout: number(0, { min: 0, below: 1 }),

@@ -47,7 +47,7 @@ export interface Component {
 
 /** An adapter of a layer. */
 export interface TrainedAdapter {
-  /** Of its trained parameters, `component.key`. */
+  /** Of the trained matrices that its difference is made of, `component.key`. */
   names: readonly string[];
   /** alpha / rank times the difference [o, taps * i] that such tensors make of the layer's weight. */
   difference(tensors: readonly Tensor[]): Tensor;

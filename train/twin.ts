@@ -5,7 +5,7 @@ import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { isLarge } from '../models/adapter_kinds.ts';
+import { isLarge, partsOf } from '../models/adapter_kinds.ts';
 import { type Adapter, addAdapters, type Numbers } from '../models/adapters.ts';
 import type { Json } from '../models/checkpoint.ts';
 import { parseTextConfig, textEncoder } from '../models/clip.ts';
@@ -64,7 +64,8 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
   return {
     component: { name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
     adapters: put.map(({ adapter, keys }) => ({
-      names: keys.map((key) => `lora.${key}`),
+      // Its matrices' are the first.
+      names: keys.slice(0, adapter.matrices.length).map((key) => `lora.${key}`),
       difference: adapter.difference,
     })),
     putOn: (other) => ({
@@ -77,7 +78,7 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
 const byKey = (put: readonly Put[]): Map<string, Parameter> =>
   new Map(
     put.flatMap(({ adapter, keys }) =>
-      adapter.matrices.map(({ parameter }, k) => [keys[k], parameter] as const),
+      partsOf(adapter).map(({ parameter }, k) => [keys[k], parameter] as const),
     ),
   );
 
@@ -86,7 +87,8 @@ type Spelled = Pick<Component, 'metadata' | 'constants'>;
 function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly Put[]): Spelled {
   const config = placesOf(run, pipeline, networks).map(({ name, targets }) => {
     const layers = put.flatMap(({ network, adapter }) => (network === name ? [adapter] : []));
-    return peftEntries(name, layers, run.lora, { target_modules: targets });
+    const { use_dora } = run.lora;
+    return peftEntries(name, layers, run.lora, { use_dora, target_modules: targets });
   });
   return { metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) } };
 }
@@ -141,7 +143,7 @@ const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTarget
   }),
 });
 
-/** An adapter on a network, with the component's keys of its matrices. */
+/** An adapter on a network, with the component's keys of its parts. */
 interface Put {
   network: string;
   adapter: Adapter;
@@ -156,7 +158,7 @@ function adapt(run: Run, pipeline: Pipeline, networks: Networks, numbers: Number
     return put.map((adapter): Put => {
       const layer = `${network}.${adapter.path}`;
       const own = run.lora.algo === 'lora' ? layer : kohyaModule(layer);
-      return { network, adapter, keys: adapter.matrices.map(({ key }) => `${own}.${key}`) };
+      return { network, adapter, keys: partsOf(adapter).map(({ key }) => `${own}.${key}`) };
     });
   });
 }
