@@ -36,6 +36,7 @@ const opsOf: Record<string, readonly string[]> = {
   optimizer: ['sum_squares'],
   prodigy: ['prodigy_moments', 'prodigy_d'],
   reduce: ['sum', 'mse', 'huber'],
+  weight_norm: ['row_norms', 'weight_norm'],
   attention_sm90: ['attention'],
   attention_backward_sm90: ['attention'],
   conv2d_sm90: ['conv2d'],
