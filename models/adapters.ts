@@ -56,6 +56,8 @@ interface Naming {
   option?: string;
   /** What a layer's path has before it, where masks of dropout are asked for. */
   prefix?: string;
+  /** Whether a layer that is named gets one, by its path. */
+  isChosen?(path: string): boolean;
 }
 
 /**
@@ -66,7 +68,7 @@ export function addAdapters(
   root: AnyModule,
   config: AdaptersConfig,
   numbers: Numbers,
-  { option = 'lora.targets', prefix = '' }: Naming = {},
+  { option = 'lora.targets', prefix = '', isChosen = () => true }: Naming = {},
 ): Adapter[] {
   const layers = layersOf(root);
   const matches = (path: string, target: string) => path === target || path.endsWith(`.${target}`);
@@ -77,7 +79,9 @@ export function addAdapters(
       `${option}: "${target}" names no linear layer or convolution of the model${didYouMean(target, names)}`,
     );
   }
-  const chosen = layers.filter(({ path }) => config.targets.some((target) => matches(path, target)));
+  const chosen = layers.filter(
+    ({ path }) => isChosen(path) && config.targets.some((target) => matches(path, target)),
+  );
   return chosen.map(({ path, layer, replace }) => {
     const { shape: weight, place } = layer.children.weight;
     const adapter = { path, weight, ...matricesFor(weight, config) };

@@ -61,7 +61,7 @@ export function startFromLora(
       file,
       'are of layers that the run puts no adapter on',
       named(({ target }) => !parameters.has(`${target.path}.lora_A.weight`)),
-      'name their layers in lora.targets, and of text encoders in lora.text_encoder_targets with train.text_encoders',
+      'name their layers in lora.targets, and of text encoders in lora.text_encoder_targets with train.text_encoders, and give their blocks a rate where optimizer.block_lr has some',
     );
     for (const [, update] of updates) {
       const { target, parts, ...own } = update;

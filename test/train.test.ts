@@ -288,6 +288,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
       lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'], scale_weight_norms: 0.01 },
     },
     dora: { dtype: 'bfloat16', train: { target: 'lora' }, lora: { rank: 2, use_dora: true } },
+    blocks: {
+      train: { parts: ['attn', 'time_'] },
+      optimizer: { lr: 1e-3, block_lr: Array.from({ length: 23 }, (_, block) => (block % 3) * 1e-3) },
+    },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

@@ -151,6 +151,11 @@ const free = [
   'dataset.path',
 ];
 
+/** Of a key that may change but in a part, that part: which blocks are not trained. */
+const held: Readonly<Record<string, (value: unknown) => unknown>> = {
+  'optimizer.block_lr': (rates) => (rates as number[]).flatMap((rate, block) => (rate === 0 ? [block] : [])),
+};
+
 /**
  * The first key in which two runs would train differently, with both values; undefined where there is none. A key that the first lacks,
  * as an older program knew it not, has its `usual` value.
@@ -166,6 +171,7 @@ export function difference(then: unknown, b: unknown, usual: unknown, path = '')
     }
     return undefined;
   }
-  const [was, is] = [JSON.stringify(a), JSON.stringify(b)];
-  return was === is ? undefined : `${path} was ${was} and is ${is}`;
+  const part = held[path] ?? ((value) => value);
+  if (JSON.stringify(part(a)) === JSON.stringify(part(b))) return undefined;
+  return `${path} was ${JSON.stringify(a)} and is ${JSON.stringify(b)}`;
 }

@@ -11,6 +11,7 @@ import type { ModelSource } from '../models/checkpoint.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { textParts } from '../models/load_options.ts';
 import type { Pipeline } from '../models/pipeline.ts';
+import { blockRates } from './block_lr.ts';
 import type { PictureMoments, View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
 import { captionOf } from './data/caption.ts';
@@ -179,9 +180,14 @@ function partsOf(run: Run, pipeline: Pipeline, sources: Sources) {
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
   const names = textParts(source);
-  const isTrained = (key: string) => parts.length === 0 || parts.some((part) => key.includes(part));
-  const net = component('unet', source.config('unet'), pipeline.unet, isTrained);
-  const texts = encoders.map(({ encoder }, i) => component(names[i], source.config(names[i]), encoder));
+  const lr = blockRates(run, pipeline.unetConfig);
+  const isTrained = (key: string) =>
+    lr(key) !== 0 && (parts.length === 0 || parts.some((part) => key.includes(part)));
+  const net = component('unet', source.config('unet'), pipeline.unet, { isTrained, lr });
+  const ofTexts = { lr: () => run.optimizer.text_encoder_lr || undefined };
+  const texts = encoders.map(({ encoder }, i) =>
+    component(names[i], source.config(names[i]), encoder, ofTexts),
+  );
   const networks = { net, texts };
   if (target === 'unet') return { pipeline, networks, components: [net, ...(text_encoders ? texts : [])] };
   // Made last: what is listed above is the model alone.

@@ -4,6 +4,7 @@ import { resolve } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
+import { blockRatesInWords } from './block_lr.ts';
 import { fill } from './fields.ts';
 import { objectiveOf } from './objective.ts';
 import { ofAdapters } from './resolve_run.ts';
@@ -96,7 +97,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
       : []),
-    `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
+    `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${blockRatesInWords(run)}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];

@@ -60,7 +60,7 @@ const LEAST_MULTIPLE = 0.01;
 /** What Prodigy could not find its learning rate with. */
 function refuseRates({ optimizer, train, lora }: Run, where: string): void {
   if (optimizer.name !== 'prodigy') return;
-  const { lr, text_encoder_lr, d0, d_coef, growth_rate } = optimizer;
+  const { lr, text_encoder_lr, block_lr, d0, d_coef, growth_rate } = optimizer;
   if (lr < LEAST_MULTIPLE)
     throw new UserError(
       `${where}: "optimizer.lr" is ${lr}, and Prodigy takes the learning rate that it finds times that, so nothing would be learnt; set it to 1`,
@@ -68,6 +68,11 @@ function refuseRates({ optimizer, train, lora }: Run, where: string): void {
   if (train.text_encoders && text_encoder_lr && text_encoder_lr !== lr)
     throw new UserError(
       `${where}: "optimizer.text_encoder_lr" is ${text_encoder_lr}, and Prodigy has one learning rate for all weights; leave it out`,
+    );
+  const other = block_lr.find((rate) => rate !== 0 && rate !== lr);
+  if (other !== undefined)
+    throw new UserError(
+      `${where}: "optimizer.block_lr" has ${other} beside "optimizer.lr" ${lr}, and Prodigy has one learning rate for all weights; give each block that or 0`,
     );
   if (train.target === 'lora' && lora.loraplus_lr_ratio !== 1)
     throw new UserError(
@@ -178,6 +183,7 @@ function refuseUnused(
     throw new UserError(
       `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
     );
+  refuseBlockRates(optimizer, trainsUNet, text_encoders, where);
   if (dataset.class_data_dir && !trainsUNet)
     throw new UserError(
       `${where}: "dataset.class_data_dir" has pictures for the UNet to keep in mind, which target "${target}" does not train; leave it out`,
@@ -185,6 +191,28 @@ function refuseUnused(
   if (dataset.class_prompt && !dataset.class_data_dir)
     throw new UserError(
       `${where}: "dataset.class_prompt" says what pictures in "dataset.class_data_dir" are, and there is none; name it too`,
+    );
+}
+
+/** Learning rates of blocks where there are none that are trained. */
+function refuseBlockRates(
+  { block_lr, lr }: Run['optimizer'],
+  trainsUNet: boolean,
+  trainsTexts: boolean,
+  where: string,
+): void {
+  if (block_lr.length === 0) return;
+  if (!trainsUNet)
+    throw new UserError(
+      `${where}: "optimizer.block_lr" has learning rates of the UNet's blocks, for the targets "unet" and "lora"; leave it out`,
+    );
+  if (lr === 0)
+    throw new UserError(
+      `${where}: "optimizer.lr" is 0, of which "optimizer.block_lr" are kept as multiples, so nothing would be trained; give lr a small value`,
+    );
+  if (!trainsTexts && block_lr.every((rate) => rate === 0))
+    throw new UserError(
+      `${where}: "optimizer.block_lr" has only rates of 0, so nothing would be trained; give some blocks a rate such as "optimizer.lr"`,
     );
 }
 

@@ -155,6 +155,12 @@ export interface Run {
     lr: number;
     /** The text encoders' learning rate, where they are trained; 0 for `lr`. It goes by the same schedule. */
     text_encoder_lr: number;
+    /**
+     * The learning rates of the UNet's blocks, for targets `unet` and `lora`, as kohya numbers them: 0 the embeddings of time and sizes,
+     * 1 to 9 the way down, 10 to 12 the middle, 13 to 21 the way up, 22 the last layers. They go by the same schedule, and 0 trains
+     * nothing of a block. Empty for `lr`.
+     */
+    block_lr: readonly number[];
     /** Global norm that gradients are clipped to; 0 for none. */
     max_grad_norm: number;
   };
@@ -284,6 +290,7 @@ export const fields: Fields<Run> = {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
     lr: number(1e-5, { min: 0 }),
     text_encoder_lr: number(0, { min: 0 }),
+    block_lr: list([], number(0, { min: 0 })),
     betas: pair([0.9, 0.999], number(0, { min: 0, below: 1 })),
     eps: number(1e-8, { min: 0 }),
     moments_dtype: choice('float32', 'float32', 'bfloat16'),

@@ -175,16 +175,11 @@ function startSession(
       ? autoencoderTask(run, pictures, vaeSource, device)
       : diffusionTask(run, pictures, materials, prepared, device);
   const trained = trainedParameters(task.components);
-  if (trained.size === 0)
-    throw new UserError(
-      run.train.target === 'lora'
-        ? 'lora.targets is empty, so nothing would be trained; leave it out, or name layers such as to_q'
-        : `train.parts ${JSON.stringify(run.train.parts)} matches no weight of the UNet; give a part of a key such as attn2`,
-    );
+  if (trained.size === 0) throw new UserError(whyNothing(run));
   for (const parameter of trained.values()) requireGrad(parameter.tensor);
   const passes = openReplicas(task, trained, device, further);
   const { parameters } = passes;
-  const optimizer = createOptimizer(parameters, run.optimizer, run.seed, lrFactorOf(run));
+  const optimizer = createOptimizer(parameters, run.optimizer, run.seed, lrFactorOf(run, task.components));
   const average =
     run.ema.decay > 0
       ? startEma(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay)
@@ -215,12 +210,27 @@ function refuseFused(materials: Materials): void {
   );
 }
 
-/** The text encoders may have a learning rate of their own, and so may B of adapters. */
-function lrFactorOf({ optimizer: { lr, text_encoder_lr }, lora }: Run): (name: string) => number {
-  const factor = text_encoder_lr && lr ? text_encoder_lr / lr : 1;
+/** Why no weight is trained. */
+function whyNothing({ train: { target, parts }, lora, optimizer }: Run): string {
+  if (target === 'lora' && lora.targets.length === 0)
+    return 'lora.targets is empty, so nothing would be trained; leave it out, or name layers such as to_q';
+  const named =
+    target === 'lora' ? 'layers of lora.targets' : `weights of train.parts ${JSON.stringify(parts)}`;
+  if (optimizer.block_lr.length > 0)
+    return `optimizer.block_lr is 0 for every block that has ${named}, so nothing would be trained; give one of them a rate`;
+  return `train.parts ${JSON.stringify(parts)} matches no weight of the UNet; give a part of a key such as attn2`;
+}
+
+/** Blocks and text encoders may have learning rates of their own, and B of adapters a multiple. */
+function lrFactorOf({ optimizer, lora }: Run, components: readonly Component[]): (name: string) => number {
+  const rates = new Map<string, number | undefined>(
+    components.flatMap(({ name, trained, lr }) =>
+      trained.map((key) => [`${name}.${key}`, lr?.(key)] as const),
+    ),
+  );
   return (name) => {
-    const own = /^(lora\.(lora_te|text_encoder)|text_encoder)/.test(name) ? factor : 1;
-    return /^lora\..*\.lora_B\.weight$/.test(name) ? own * lora.loraplus_lr_ratio : own;
+    const factor = optimizer.lr ? (rates.get(name) ?? optimizer.lr) / optimizer.lr : 1;
+    return /^lora\..*\.lora_B\.weight$/.test(name) ? factor * lora.loraplus_lr_ratio : factor;
   };
 }
 

@@ -41,6 +41,8 @@ export interface Component {
   parameters: ReadonlyMap<string, Parameter>;
   /** The keys of those that are trained. */
   trained: readonly string[];
+  /** The learning rate of a key that has another than the run's. */
+  lr?(key: string): number | undefined;
   /** What its weight file has besides. */
   constants?: readonly TensorEntry[];
 }
@@ -105,10 +107,10 @@ export function component(
   name: string,
   config: Json,
   module: AnyModule,
-  isTrained: (key: string) => boolean = () => true,
+  { isTrained = () => true, lr }: { isTrained?(key: string): boolean; lr?: Component['lr'] } = {},
 ): Component {
   const parameters = namedParameters(module);
-  return { name, config, parameters, trained: [...parameters.keys()].filter(isTrained) };
+  return { name, config, parameters, trained: [...parameters.keys()].filter(isTrained), lr };
 }
 
 /** The trained parameters of all components by `component.key`: the names that optimizer and averages know. */

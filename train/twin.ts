@@ -15,6 +15,7 @@ import { startFromLora } from '../models/lora_start.ts';
 import { peftEntries } from '../models/peft_config.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { unet } from '../models/unet.ts';
+import { blockRates } from './block_lr.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import type { Run } from './run.ts';
@@ -61,8 +62,12 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
   if (lora.network_weights && !resumed)
     startFromLora(targetsOf(run, pipeline, networks), lora.network_weights, parameters, lora);
   const spelled = lora.algo === 'lora' ? inPeft(run, pipeline, networks, put) : inLycoris(run, put);
+  const rates = new Map(put.flatMap(({ keys, lr }) => keys.map((key) => [key, lr] as const)));
   return {
-    component: { name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
+    component: {
+      ...{ name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
+      lr: (key) => rates.get(key),
+    },
     adapters: put.map(({ adapter, keys }) => ({
       // Its matrices' are the first.
       names: keys.slice(0, adapter.matrices.length).map((key) => `lora.${key}`),
@@ -88,7 +93,9 @@ function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly 
   const config = placesOf(run, pipeline, networks).map(({ name, targets }) => {
     const layers = put.flatMap(({ network, adapter }) => (network === name ? [adapter] : []));
     const { use_dora } = run.lora;
-    return peftEntries(name, layers, run.lora, { use_dora, target_modules: targets });
+    const whole = run.optimizer.block_lr.length === 0;
+    const target_modules = whole ? targets : layers.map(({ path }) => path);
+    return peftEntries(name, layers, run.lora, { use_dora, target_modules });
   });
   return { metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) } };
 }
@@ -121,17 +128,25 @@ interface Place {
   root: AnyModule;
   targets: readonly string[];
   option: string;
+  /** The learning rate of a layer that has another than the run's; 0 for one that gets no adapter. */
+  lr(path: string): number | undefined;
 }
 
 /** The networks that a run puts adapters on. */
-function placesOf({ lora, train }: Run, { unet: root, text }: Pipeline, { texts }: Networks): Place[] {
+function placesOf(run: Run, { unet: root, unetConfig, text }: Pipeline, { texts }: Networks): Place[] {
+  const { lora, train, optimizer } = run;
   const encoders = text.encoders.map(({ encoder }, i) => ({
     name: texts[i].name,
     root: encoder,
     targets: lora.text_encoder_targets,
     option: 'lora.text_encoder_targets',
+    lr: () => optimizer.text_encoder_lr || undefined,
   }));
-  const own = { name: 'unet', root, targets: lora.targets, option: 'lora.targets' };
+  const rates = blockRates(run, unetConfig);
+  const own = {
+    ...{ name: 'unet', root, targets: lora.targets, option: 'lora.targets' },
+    lr: (path: string) => rates(`${path}.weight`),
+  };
   return train.text_encoders ? [own, ...encoders] : [own];
 }
 
@@ -147,18 +162,28 @@ const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTarget
 interface Put {
   network: string;
   adapter: Adapter;
+  lr: number | undefined;
   keys: readonly string[];
 }
 
 function adapt(run: Run, pipeline: Pipeline, networks: Networks, numbers: Numbers): Put[] {
-  return placesOf(run, pipeline, networks).flatMap(({ name: network, root, targets, option }) => {
+  return placesOf(run, pipeline, networks).flatMap(({ name: network, root, targets, option, lr }) => {
     // Layers of two encoders have the same names, but not the same numbers to begin with.
     const drawn: Numbers = (key, ...rest) => numbers(network === 'unet' ? key : `${network}.${key}`, ...rest);
-    const put = addAdapters(root, { ...run.lora, targets }, drawn, { option, prefix: `${network}.` });
+    const put = addAdapters(root, { ...run.lora, targets }, drawn, {
+      option,
+      prefix: `${network}.`,
+      isChosen: (path) => lr(path) !== 0,
+    });
     return put.map((adapter): Put => {
       const layer = `${network}.${adapter.path}`;
       const own = run.lora.algo === 'lora' ? layer : kohyaModule(layer);
-      return { network, adapter, keys: partsOf(adapter).map(({ key }) => `${own}.${key}`) };
+      return {
+        network,
+        adapter,
+        lr: lr(adapter.path),
+        keys: partsOf(adapter).map(({ key }) => `${own}.${key}`),
+      };
     });
   });
 }
