@@ -4,7 +4,7 @@
 // keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's (`...to_q.hada_w1_a`). lora.ts merges
 // adapters that are done.
 import { checkpointed } from '../engine/checkpointing.ts';
-import { dropped } from '../engine/dropout.ts';
+import { currentDrop, dropped } from '../engine/dropout.ts';
 import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';
 import { type AnyModule, type Child, module, type Parameter } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -179,7 +179,7 @@ const convolving =
 function plusOf(adapter: Adapter, name: string, through: Through): Plus {
   const { matrices, rank, alpha, weight } = adapter;
   const [down, up] = matrices;
-  if (down.part !== 'lora_down') return plusDifference(adapter, through);
+  if (down.part !== 'lora_down') return plusDifference(adapter, name, through);
   return (x, skip) => {
     const inner = dropped(name, through(x, down.parameter.tensor, { skip }));
     const out = weight.length > 2 ? conv2d : linear;
@@ -188,7 +188,7 @@ function plusOf(adapter: Adapter, name: string, through: Through): Plus {
 }
 
 /** The tape keeps the difference, and makes again what it was made of. */
-function plusDifference({ matrices, weight, difference }: Adapter, through: Through): Plus {
+function plusDifference({ matrices, weight, difference }: Adapter, name: string, through: Through): Plus {
   const [o, i, ...kernel] = weight;
   const parameters = Object.fromEntries(matrices.map(({ part, parameter }) => [part, parameter]));
   const made = checkpointed(
@@ -198,7 +198,9 @@ function plusDifference({ matrices, weight, difference }: Adapter, through: Thro
   );
   return (x, skip) => {
     const delta = made();
-    return (residual) => through(x, delta, { skip, residual });
+    if (!currentDrop()) return (residual) => through(x, delta, { skip, residual });
+    const kept = dropped(name, through(x, delta, { skip }));
+    return (residual) => add(kept, residual);
   };
 }
 

@@ -95,6 +95,80 @@ test("what is dropped and what is made larger is kohya's", (t) => {
   t.end();
 });
 
+/** What a layer makes of x without its adapter, in float64, in torch's order. */
+function baseOf({
+  weight,
+  x: shape,
+  stride = 1,
+  padding = 0,
+}: LayerCase): (channel: number, at: number) => number {
+  const [, i, kernel = 1] = weight;
+  const [w, bias, x] = [numbers(weight, 0), numbers(weight.slice(0, 1), 1), numbers(shape, 2)];
+  if (shape.length !== 4) return (o, row) => bias[o] + sum(i, (k) => w[o * i + k] * x[row * i + k]);
+  const [, , high, wide] = shape;
+  const columns = Math.floor((wide + 2 * padding - kernel) / stride) + 1;
+  return (o, at) => {
+    const [top, left] = [Math.floor(at / columns), at % columns].map((p) => p * stride - padding);
+    return (
+      bias[o] +
+      sum(i * kernel * kernel, (tap) => {
+        const [row, column] = [top + (Math.floor(tap / kernel) % kernel), left + (tap % kernel)];
+        if (row < 0 || row >= high || column < 0 || column >= wide) return 0;
+        const channel = Math.floor(tap / kernel / kernel);
+        return w[o * i * kernel * kernel + tap] * x[(channel * high + row) * wide + column];
+      })
+    );
+  };
+}
+
+const sum = (count: number, term: (k: number) => number): number => {
+  let total = 0;
+  for (let k = 0; k < count; k++) total += term(k);
+  return total;
+};
+
+test("of LyCORIS's adapters outputs are dropped, and nothing is made larger", (t) => {
+  const cases = lines.filter((line): line is LayerCase => line.by === 'lycoris');
+  t.equal(cases.length, 9);
+  for (const on of devices)
+    for (const golden of cases) {
+      const [{ root, adapter }, whole] = [adaptedLayer(golden, on), unpacked(golden.y)];
+      const [n, ...rest] = golden.x;
+      const [o] = golden.weight;
+      const conv = rest.length === 3;
+      const settings = resolveRun(
+        { lora: { algo: golden.algo, rank_dropout: 0.4 }, train: { target: 'lora' } },
+        't',
+        't',
+      );
+      scope(() => {
+        const shape = conv ? [n, rest[1], rest[2], rest[0]] : golden.x;
+        const x = tensor(toMemory(numbers(golden.x, 2), golden.x), shape, { device: on });
+        const given: PassInputs = { x: { shape, values: new Float32Array(x.size), dtype: 'float32' } };
+        const dropout = dropoutOf(settings, () => scope(() => void root(x)));
+        const { dropout: mask } = dropout.inputs(given, Array<number>(n).fill(0), 0);
+        t.same(mask.shape, [n, o], 'a number for each output');
+        const kept = Float32Array.from({ length: n * o }, (_, i) => Number((7 * i + 3) % 16 > 6));
+        const y = dropout.during({ x, dropout: tensor(kept, [n, o], { device: on }) }, () => root(x));
+        const [, h, w] = y.shape;
+        const got = conv ? fromMemory(y.floats(), [n, o, h, w]) : y.floats();
+        const base = baseOf(golden);
+        const pixels = conv ? h * w : 0;
+        const want = whole.map((value, i) => {
+          const [picture, channel, at] = conv
+            ? [Math.floor(i / pixels / o), Math.floor(i / pixels) % o, i % pixels]
+            : [Math.floor(i / (whole.length / n)), i % o, Math.floor(i / o)];
+          const own = base(channel, at);
+          return own + kept[picture * o + channel] * (value - own);
+        });
+        const most = Math.max(...whole.map(Math.abs));
+        t.ok(maxDifference(got, want) < 4e-6 * most, `${golden.algo} [${golden.weight}] on ${on.name}`);
+      });
+      release(root, adapter);
+    }
+  t.end();
+});
+
 test("a layer's norm is bounded as kohya's trainer does", (t) => {
   const cases = lines.filter((line): line is Bounded => line.by === 'max norm');
   t.equal(cases.length, 4);

@@ -111,8 +111,8 @@ test('sides are divided as LyCORIS does', (t) => {
 });
 
 const kinds: (Partial<Run['lora']> & LoraSizes)[] = [
-  { algo: 'loha', rank: 2, alpha: 3, conv_rank: 1, conv_alpha: 2 },
-  { algo: 'lokr', rank: 2, alpha: 1, factor: 4 },
+  { algo: 'loha', rank: 2, alpha: 3, conv_rank: 1, conv_alpha: 2, rank_dropout: 0.2, module_dropout: 0.1 },
+  { algo: 'lokr', rank: 2, alpha: 1, factor: 4, rank_dropout: 0.3 },
   { algo: 'lokr', rank: 1, alpha: 2, conv_rank: 100, decompose_both: true, scale_weight_norms: 0.02 },
 ];
 

@@ -285,7 +285,14 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     },
     lokr: {
       ...{ dtype: 'bfloat16', train: { target: 'lora' } },
-      lora: { algo: 'lokr', rank: 2, factor: 4, targets: ['to_q', 'conv1'], scale_weight_norms: 0.01 },
+      lora: {
+        algo: 'lokr',
+        rank: 2,
+        factor: 4,
+        targets: ['to_q', 'conv1'],
+        scale_weight_norms: 0.01,
+        rank_dropout: 0.2,
+      },
     },
     dora: { dtype: 'bfloat16', train: { target: 'lora' }, lora: { rank: 2, use_dora: true } },
     blocks: {

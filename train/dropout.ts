@@ -1,15 +1,16 @@
 // What kohya's trainer drops of a LoRA while it trains, all of it behind A, whose result has a number for each neuron: numbers one by
 // one (network_dropout; peft's lora_dropout drops those of x, before A), ranks of a picture (rank_dropout), or the layer's adapter of a
 // picture (module_dropout). What is left is made larger by 1 / (1 - p), but for the last; kohya draws that one for a whole pass, where
-// here no draw may hang on how pictures are dealt out. Masks are inputs of a pass as its noise is, in one tensor [n, numbers of all
+// here no draw may hang on how pictures are dealt out. LoHa and LoKr have no A: as in LyCORIS a rank_dropout drops outputs of their
+// difference (its rows, there for a whole pass), and makes nothing larger. Masks are inputs of a pass as its noise is, in one tensor [n, numbers of all
 // layers], so a pass can be recorded, made twice or recomputed. How many numbers a layer has only a forward pass tells: one without
 // numbers, on a stand-in device.
 import { withDrop } from '../engine/dropout.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { slice } from '../engine/ops/move.ts';
-import { scale } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import { scaled } from '../models/adapter_kinds.ts';
 import { type Draws, draws } from './draws.ts';
 import type { Run } from './run.ts';
 import type { PassInputs } from './task.ts';
@@ -31,7 +32,7 @@ interface Place {
   offset: number;
   length: number;
   rank: number;
-  /** Of A's result that a picture has: 1, or chunks of its caption. */
+  /** Of the result that a picture has: 1, or chunks of its caption. */
   rows: number;
 }
 
@@ -53,7 +54,7 @@ export function dropoutOf({ lora, seed, dtype }: Run, rehearse: (inputs: PassInp
     const shape = [n, lengthOf(layout)];
     return { dropout: { shape, values: values ?? new Float32Array(n * shape[1]), dtype } };
   };
-  const factor = 1 / ((1 - network_dropout) * (1 - rank_dropout));
+  const factor = lora.algo === 'lora' ? 1 / ((1 - network_dropout) * (1 - rank_dropout)) : 1;
   return {
     inputs(given, keys, epoch) {
       const layout = layoutOf(given, keys.length);
@@ -74,7 +75,7 @@ export function dropoutOf({ lora, seed, dtype }: Run, rehearse: (inputs: PassInp
         const own = slice(mask, 1, offset, length);
         const fits = length * mask.shape[0] === x.size;
         const rows = [x.shape[0], ...x.shape.slice(1, -1).map(() => 1), rank];
-        return scale(mul(x, own.reshape(...(fits ? x.shape : rows))), factor);
+        return scaled(mul(x, own.reshape(...(fits ? x.shape : rows))), factor);
       }, fn);
     },
   };
@@ -86,7 +87,7 @@ const shapesOf = (inputs: Readonly<Record<string, { shape: readonly number[] }>>
 const lengthOf = (layout: Layout): number =>
   [...layout.values()].reduce((sum, { length }) => sum + length, 0);
 
-/** The layers in the order of a pass, each with a number for every one of A's result, or for every rank. */
+/** The layers in the order of a pass, each with a number for every one of A's result, or for every rank (output of a difference). */
 function findLayout(rehearse: () => void, n: number, each: boolean): Layout {
   const layout = new Map<string, Place>();
   let offset = 0;

@@ -119,11 +119,10 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
       `${where}: "lora.factor" is 0, by which nothing is divided; set it to -1 for two factors near each other, or to one such as 8`,
     );
   if (algo === 'lora') return;
-  for (const key of ['network_dropout', 'rank_dropout', 'module_dropout'] as const)
-    if (lora[key])
-      throw new UserError(
-        `${where}: "lora.${key}" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out`,
-      );
+  if (lora.network_dropout)
+    throw new UserError(
+      `${where}: "lora.network_dropout" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out, or set "lora.rank_dropout"`,
+    );
   if (lora.use_dora)
     throw new UserError(
       `${where}: "lora.use_dora" is of LoRA, and "lora.algo" is "${algo}", which LyCORIS trains with other lengths and another gradient; leave it out`,

@@ -68,9 +68,9 @@ export interface Run {
     use_dora: boolean;
     /** Of LoRA, the share of A's results that a pass drops (peft's lora_dropout drops what A is given). */
     network_dropout: number;
-    /** Of LoRA, the share of a layer's ranks that a picture drops. */
+    /** The share of a layer's ranks, or of LoHa's and LoKr's outputs, that a picture drops. */
     rank_dropout: number;
-    /** Of LoRA, the share of layers whose adapter a picture drops. */
+    /** The share of layers whose adapter a picture drops. */
     module_dropout: number;
     /** Of LoRA, by how much faster than A its B learns (LoRA+, Hayou et al. 2024); 1 is as fast. */
     loraplus_lr_ratio: number;
