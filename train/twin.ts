@@ -95,7 +95,7 @@ function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly 
     const { use_dora } = run.lora;
     const whole = run.optimizer.block_lr.length === 0;
     const target_modules = whole ? targets : layers.map(({ path }) => path);
-    return peftEntries(name, layers, run.lora, { use_dora, target_modules });
+    return peftEntries(name, layers, run.lora, { ...(use_dora && { use_dora }), target_modules });
   });
   return { metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) } };
 }
