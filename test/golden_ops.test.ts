@@ -19,7 +19,7 @@ import { guide, rescaled } from '../models/guidance.ts';
 import { type Conditioning, transformer, transformerBlock } from '../models/transformer.ts';
 import { embeddingMlp } from '../models/unet_encoder.ts';
 import { pixelAttention } from '../models/vae.ts';
-import { type Assert, allClose, type GoldenCase, goldenArea, permuted } from './golden.ts';
+import { type Assert, allClose, folded, type GoldenCase, goldenArea, permuted } from './golden.ts';
 import { devices } from './models_golden.ts';
 
 const area = goldenArea('ops');
@@ -227,6 +227,26 @@ for (const device of devices) {
     t.end();
   });
 }
+
+test('sums of elements show what is off as the elements would', (t) => {
+  const of = [2, 3, 341];
+  const exact = Float32Array.from({ length: 2 * 3 * 341 }, (_, i) => Math.sin(i));
+  const want = folded(exact);
+  t.equal(want.length, 512);
+  const passes = (got: Float32Array) => {
+    let passed = false;
+    allClose({ ok: (value) => void (passed = Boolean(value)) }, '', got, want, { atol: 1e-3, rtol: 1, of });
+    return passed;
+  };
+  const off = (by: (i: number) => number) => exact.map((x, i) => x + by(i));
+  t.ok(passes(off((i) => 1e-4 * Math.sin(3 * i))), 'noise of a tenth of atol is none');
+  const unseen = [...exact.keys()].filter((at) => passes(off((i) => (i === at ? 1.01e-3 : 0))));
+  t.same(unseen, [], 'one element, wherever');
+  t.notOk(passes(off(() => 1.01e-3)), 'all by the same');
+  t.notOk(passes(off((i) => (i === 7 ? Number.NaN : 0))));
+  t.notOk(passes(exact.subarray(1)), 'and their number counts');
+  t.end();
+});
 
 /** The loss has a gradient for its prediction only; it is symmetric, so the target's is had by trading places. */
 function runMse(t: Assert, c: GoldenCase, device: Device): void {
