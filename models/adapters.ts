@@ -1,8 +1,8 @@
 // Adapters that train on a live model: LoRA (Hu et al. 2021), y = W x + alpha / rank * B (A x), and LoHa and LoKr (adapter_kinds.ts),
 // y = W x + D x, whose difference D is formed at each call. It is not added to W: in bfloat16 most of it would be rounded away, so peft
-// and LyCORIS take a product of its own, too. A DoRA (dora.ts) then scales the sum. A layer that is adapted is replaced in the module tree by one with more children, so its
-// keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's (`...to_q.hada_w1_a`). lora.ts merges
-// adapters that are done.
+// and LyCORIS take a product of its own, too. A DoRA (dora.ts) then scales the sum. A layer that is adapted is replaced in the module tree
+// by one with more children, so its keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's
+// (`...to_q.hada_w1_a`). lora.ts merges adapters that are done.
 import { checkpointed } from '../engine/checkpointing.ts';
 import { currentDrop, dropped } from '../engine/dropout.ts';
 import type { Conv2d, ConvOptions, Linear } from '../engine/layers.ts';

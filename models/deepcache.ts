@@ -12,7 +12,7 @@ import { type EncoderConfig, featureWidths } from './unet_encoder.ts';
 
 /** The part of a request that says how much of the UNet runs. */
 export interface CacheRequest {
-  /** All of the UNet runs in every so manieth call; 1, always, where absent. */
+  /** In every so many calls all of the UNet runs in the first; 1, always, where absent. */
   cache_interval?: number;
   /**
    * The last skip connection that the other calls use, 0 to 8 for SDXL's base and 0 to 11 for its refiner; 0, the first convolution's, where

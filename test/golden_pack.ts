@@ -1,7 +1,7 @@
-// Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases, their
-// tensors (large ones as sums of their elements) and LoRA files are compressed; a single file becomes a recipe, as its numbers are the folder's; files that equal
-// others become links to them; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the scripts
-// in test/golden left there, NAME.jsonl.
+// Packs golden data as its generator leaves it into test/golden: `node dist/test/golden_pack.js FOLDER`. Cases, their tensors (large ones
+// as sums of their elements) and LoRA files are compressed; a single file becomes a recipe, as its numbers are the folder's; files that
+// equal others become links to them; tokenizer.json and pictures that no test reads are left out. Without FOLDER it packs what the
+// scripts in test/golden left there, NAME.jsonl.
 import { createHash } from 'node:crypto';
 import { cpSync, existsSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { dirname, join, relative } from 'node:path';

@@ -2,9 +2,9 @@
 // one (network_dropout; peft's lora_dropout drops those of x, before A), ranks of a picture (rank_dropout), or the layer's adapter of a
 // picture (module_dropout). What is left is made larger by 1 / (1 - p), but for the last; kohya draws that one for a whole pass, where
 // here no draw may hang on how pictures are dealt out. LoHa and LoKr have no A: as in LyCORIS a rank_dropout drops outputs of their
-// difference (its rows, there for a whole pass), and makes nothing larger. Masks are inputs of a pass as its noise is, in one tensor [n, numbers of all
-// layers], so a pass can be recorded, made twice or recomputed. How many numbers a layer has only a forward pass tells: one without
-// numbers, on a stand-in device.
+// difference (its rows, there for a whole pass), and makes nothing larger. Masks are inputs of a pass as its noise is, in one tensor
+// [n, numbers of all layers], so a pass can be recorded, made twice or recomputed. How many numbers a layer has only a forward pass tells:
+// one without numbers, on a stand-in device.
 import { withDrop } from '../engine/dropout.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
