@@ -10,6 +10,7 @@ import { inTurns } from '../io/turns.ts';
 import { type ModelSource, openModel } from '../models/checkpoint.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
+import { exportGguf, type GgufType, ggufTypes } from '../models/export_gguf.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { locateModel } from '../models/locate.ts';
 import { locateLora } from '../models/locate_lora.ts';
@@ -30,6 +31,7 @@ interface Options {
   saveKeys?: string;
   format: Format;
   dtype?: FloatDType;
+  type?: GgufType;
   maxShardSize: number;
   ema?: boolean;
   unet?: string;
@@ -40,7 +42,7 @@ interface Options {
   quiet?: boolean;
 }
 
-const formats = ['diffusers', 'single-file', 'lora-peft', 'lora-kohya'] as const;
+const formats = ['diffusers', 'single-file', 'gguf', 'lora-peft', 'lora-kohya'] as const;
 type Format = (typeof formats)[number];
 
 const examples = `
@@ -48,11 +50,13 @@ Examples:
   sdxl export runs/pokemon-blip/checkpoints/step-00010400 ./pokemon --save-keys unet --dtype float16
   sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
   sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
+  sdxl export ./sdxl-base sdxl-q8_0.gguf --format gguf --type q8_0 --dtype float16
   sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
   sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
 
-Weights are streamed, read back and compared; one forward pass through the result equals the source's.`;
+Weights are streamed, read back and compared; one forward pass through the result equals the source's, or in GGUF is near it.
+GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.`;
 
 export function addExport(command: Command, terminal: Terminal): void {
   command
@@ -65,6 +69,11 @@ export function addExport(command: Command, terminal: Terminal): void {
       '--dtype <NAME>',
       'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised)',
       oneOf('--dtype', ['float32', 'bfloat16', 'float16']),
+    )
+    .option(
+      '--type <NAME>',
+      `in GGUF, of the weights that take it: ${ggufTypes.join(', ')} (the rest, or all without it: see --dtype)`,
+      oneOf('--type', ggufTypes),
     )
     .addOption(
       new Option('--max-shard-size <SIZE>', 'of a weight file in a folder')
@@ -113,7 +122,11 @@ function refuseUnsaved(
 }
 
 /** What is asked for and would change nothing. */
-function refuseIdle({ format, saveKeys, unet, lora }: Options, sharded: boolean): void {
+function refuseIdle({ format, type, saveKeys, unet, lora }: Options, sharded: boolean): void {
+  if (type && format !== 'gguf')
+    throw new UserError(
+      `--type is of GGUF, and this is ${format}; give --format gguf, or --dtype for the type`,
+    );
   const idle = [
     ['--max-shard-size', sharded && format !== 'diffusers'],
     ['--save-keys', saveKeys !== undefined && isOfLora(format)],
@@ -127,7 +140,7 @@ function refuseIdle({ format, saveKeys, unet, lora }: Options, sharded: boolean)
 const isOfLora = (format: Format): format is LoraFormat => format.startsWith('lora');
 
 async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {
-  const { format, dtype } = options;
+  const { format, dtype, type } = options;
   refuseOccupied(out, format);
   if (options.ema && !isCheckpoint(from))
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
@@ -139,7 +152,7 @@ async function run(from: string, out: string, options: Options, terminal: Termin
     adapter && isOfLora(format)
       ? { layers: exportLora(adapter, out, format, loraTargets(options.configs), dtype) }
       : await exportWeights(from, out, options, terminal);
-  if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, ...report })}\n`);
+  if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, type, ...report })}\n`);
   else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
 }
 
@@ -148,14 +161,18 @@ const told = (report: Certificate | { layers: number }): string =>
     ? `${report.layers} layers`
     : report.tensors === 0
       ? 'no weights, the rest as it was'
-      : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} equals the source's`;
+      : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} ${nearness(report)} the source's`;
+
+const nearness = ({ error }: Certificate): string =>
+  error ? `is at most ${(100 * error).toPrecision(2)} % from` : 'equals';
 
 /** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
 function refuseOccupied(out: string, format: Format): void {
   if (format !== 'diffusers') {
     // Programs know such a file, and this one a model in it, by its name.
-    if (!out.endsWith('.safetensors'))
-      throw new UserError(`${format} is one file; give a name that ends in .safetensors, not ${out}`);
+    const ending = format === 'gguf' ? '.gguf' : '.safetensors';
+    if (!out.endsWith(ending))
+      throw new UserError(`${format} is one file; give a name that ends in ${ending}, not ${out}`);
     assertWritable(out);
   }
   if (!existsSync(out)) return;
@@ -188,7 +205,9 @@ function noAdapter(path: string, { ema }: Options): UserError {
     return new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const isModel = existsSync(join(path, 'model_index.json')) || isCheckpoint(path);
   if (!isModel) locateAdapter(path); // tells of nothing there, and of a folder that has none
-  return new UserError(`${path} is not a LoRA; export a whole model as --format diffusers or single-file`);
+  return new UserError(
+    `${path} is not a LoRA; export a whole model as --format diffusers, single-file or gguf`,
+  );
 }
 
 /** The model that an adapter is for, on shapes alone: SDXL's base where none lends its configs. */
@@ -238,15 +257,13 @@ async function exportWeights(
   const request = {
     save_keys: keys,
     dtype: options.dtype,
+    type: options.type,
     max_shard_size: options.maxShardSize,
     device,
     onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
   };
-  const work = (options.format === 'single-file' ? exportSingleFile : exportFolder)(
-    merged ?? source,
-    out,
-    request,
-  );
+  const written = { 'single-file': exportSingleFile, gguf: exportGguf, diffusers: exportFolder };
+  const work = written[options.format as keyof typeof written](merged ?? source, out, request);
   const stop: { by?: NodeJS.Signals } = {};
   const heed = (): void => {
     if (stop.by) throw new Stopped(stop.by);

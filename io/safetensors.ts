@@ -25,6 +25,10 @@ export interface TensorEntry {
   bytes: Uint8Array | (() => Uint8Array);
 }
 
+/** An entry's bytes, made where they are yet to be. */
+export const bytesOf = ({ bytes }: Pick<TensorEntry, 'bytes'>): Uint8Array =>
+  typeof bytes === 'function' ? bytes() : bytes;
+
 const maxHeaderBytes = 100_000_000;
 const maxTensors = 100_000;
 
@@ -257,7 +261,7 @@ export function* writeSafetensorsInTurns(
   yield* replaceInTurns(path, function* (_temporary, fd) {
     writeFully(fd, header);
     for (const entry of sorted) {
-      const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
+      const bytes = bytesOf(entry);
       if (bytes.byteLength !== byteLength(entry)) {
         throw new Error(
           `tensor "${entry.name}" has ${bytes.byteLength} bytes, its shape needs ${byteLength(entry)}`,

@@ -45,6 +45,8 @@ export interface TensorFile {
   read(name: string, room?: Room): Uint8Array;
   /** As `read`, into `target`, which is exactly as long as the tensor. */
   readInto(name: string, target: Uint8Array): void;
+  /** The tensor's bytes as they lie in the file. */
+  stored(name: string): Uint8Array;
   close(): void;
 }
 
@@ -105,6 +107,12 @@ function tensorFile(path: string, fd: number, header: Header): TensorFile {
     read: (name, room = (bytes) => new Uint8Array(bytes)) => {
       const target = room(readBytes(find(name)));
       readInto(name, target);
+      return target;
+    },
+    stored(name) {
+      const { offset, bytes } = find(name);
+      const target = new Uint8Array(bytes);
+      readFully(path, fd, target, offset);
       return target;
     },
     close: () => {

@@ -11,7 +11,8 @@ import { encodeNumbers, type FloatDType, isFloat } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { replaceInTurns } from '../io/files.ts';
 import { copyFolder, newFolderInTurns } from '../io/folders.ts';
-import { openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
+import { isGguf, openGguf } from '../io/gguf.ts';
+import { bytesOf, openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../io/safetensors.ts';
 import {
   type Json,
   type ModelSource,
@@ -26,7 +27,7 @@ import { saveShardsInTurns, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
-const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
+export const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
 const tokenizers = ['tokenizer', 'tokenizer_2'] as const;
 const exportable: readonly string[] = [...weightComponents, ...tokenizers, 'scheduler'];
 
@@ -49,10 +50,12 @@ export interface Certificate {
   sha256: string;
   /** Components whose forward pass through the new files equals the source's. */
   forward: string[];
+  /** How far that is from the source's at most, as a share (root mean square), where types lose something. */
+  error?: number;
 }
 
 /** Which of the source's components a request means. @throws UserError for a name the source has not */
-function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
+export function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
   const present = exportable.filter((name) => hasComponent(source, name));
   for (const key of keys.filter((name) => name !== 'all')) {
     if (!present.includes(key))
@@ -64,7 +67,7 @@ function chooseComponents(source: ModelSource, keys: readonly string[]): string[
 }
 
 /** A single file has no folders for its scheduler and tokenizers, and lends or borrows them. */
-function hasComponent(source: ModelSource, name: string): boolean {
+export function hasComponent(source: ModelSource, name: string): boolean {
   if (source.has(name)) return true;
   try {
     if (name === 'scheduler') return source.config(name) !== undefined;
@@ -80,7 +83,7 @@ function hasComponent(source: ModelSource, name: string): boolean {
 }
 
 /** Weights in the type asked for, each made when its turn to be written comes, hashed and counted on the way. */
-class Outgoing {
+export class Outgoing {
   readonly hashes = new Map<string, string>();
   readonly #request: ExportRequest;
   readonly #open: WeightSource[] = [];
@@ -106,11 +109,15 @@ class Outgoing {
   }
 
   /** The entries, noting the hash of what is written under `scope`/name, and that it is one more of `total`. */
-  noted(scope: string, entries: readonly TensorEntry[], total: number): TensorEntry[] {
+  noted<E extends Pick<TensorEntry, 'name' | 'bytes'>>(
+    scope: string,
+    entries: readonly E[],
+    total: number,
+  ): (E & { bytes(): Uint8Array })[] {
     return entries.map((entry) => ({
       ...entry,
       bytes: () => {
-        const bytes = typeof entry.bytes === 'function' ? entry.bytes() : entry.bytes;
+        const bytes = bytesOf(entry);
         this.hashes.set(`${scope}/${entry.name}`, sha256(bytes));
         this.#request.onProgress?.({ done: this.hashes.size, total });
         return bytes;
@@ -136,7 +143,7 @@ function converted(weights: WeightSource, name: string, from: FloatDType, to: Fl
 
 /** A weight's numbers in a type. @throws UserError where float16 would turn one into infinity */
 export function encodeWeight(
-  { where }: WeightSource,
+  { where }: Pick<WeightSource, 'where'>,
   name: string,
   values: Float32Array,
   to: FloatDType,
@@ -200,13 +207,9 @@ function indexOf(source: ModelSource, chosen: readonly string[]): Json {
   return { ...source.modelIndex, ...Object.fromEntries(named) };
 }
 
-/** Writes all weights into one file under the original keys. */
-export function* exportSingleFile(
-  source: ModelSource,
-  out: string,
-  request: ExportRequest,
-): Generator<void, Certificate> {
-  const chosen = chooseComponents(source, request.save_keys);
+/** All weights of a model, which one file holds under the original keys. @throws UserError for a part, or what such a file has no names for */
+export function wholeModel(source: ModelSource, { save_keys }: ExportRequest): string[] {
+  const chosen = chooseComponents(source, save_keys);
   const weighty = chosen.filter((name) => (weightComponents as readonly string[]).includes(name));
   const needed = weightComponents.filter((name) => source.has(name));
   if (needed.some((name) => !weighty.includes(name)))
@@ -220,10 +223,24 @@ export function* exportSingleFile(
     throw new UserError(
       `${source.path} has a tiny autoencoder (AutoencoderTiny), which no single file has; export a folder`,
     );
+  return weighty;
+}
+
+/** What a single file of this model says of its schedule. */
+export const marksOf = (source: ModelSource): string[] =>
+  hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];
+
+/** Writes all weights into one file under the original keys. */
+export function* exportSingleFile(
+  source: ModelSource,
+  out: string,
+  request: ExportRequest,
+): Generator<void, Certificate> {
+  const weighty = wholeModel(source, request);
   const outgoing = new Outgoing(request);
   try {
-    const marks = hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];
-    const entries = singleFileEntries(source, weighty, (name) => outgoing.entries(source, name), marks);
+    const entriesOf = (name: string) => outgoing.entries(source, name);
+    const entries = singleFileEntries(source, weighty, entriesOf, marksOf(source));
     const noted = outgoing.noted('', entries, entries.length);
     return yield* replaceInTurns(out, function* (temporary) {
       yield* writeSafetensorsInTurns(temporary, noted, { format: 'pt' });
@@ -237,15 +254,15 @@ export function* exportSingleFile(
 }
 
 /** Reads a written file back. A difference is a broken disk or a bug, not a user's mistake. */
-function* compareHashes(
+export function* compareHashes(
   path: string,
   scope: string,
   hashes: ReadonlyMap<string, string>,
 ): Generator<void, void> {
-  const file = openSafetensors(path);
+  const file = isGguf(path) ? openGguf(path) : openSafetensors(path);
   try {
     for (const name of file.tensors.keys()) {
-      if (sha256(file.read(name)) !== hashes.get(`${scope}/${name}`))
+      if (sha256(file.stored(name)) !== hashes.get(`${scope}/${name}`))
         throw new UserError(`${path}: tensor ${name} reads back other than it was written; check the disk`);
       yield;
     }
@@ -254,24 +271,35 @@ function* compareHashes(
   }
 }
 
-/** Loads each component from both and compares one forward pass, bit for bit. */
-function* certify(
+/** Loads each component from both and compares one forward pass: bit for bit, or to `most` of its numbers (root mean square). */
+export function* certify(
   source: ModelSource,
   written: ModelSource,
   hashes: ReadonlyMap<string, string>,
   forward: string[],
   request: ExportRequest,
+  most?: number,
 ): Generator<void, Certificate> {
+  let error = 0;
   for (const name of forward) {
     const dtype = request.dtype ?? storedType(source, name);
     const want = throughModel(source, name, dtype, request.device);
     yield;
     const got = throughModel(written, name, dtype, request.device);
-    if (Buffer.compare(Buffer.from(want.buffer), Buffer.from(got.buffer)) !== 0)
+    const off = Buffer.compare(Buffer.from(want.buffer), Buffer.from(got.buffer)) && apart(got, want);
+    if (!(off <= (most ?? 0)))
       throw new UserError(`the exported ${name} computes other numbers than its source; nothing was kept`);
+    error = Math.max(error, off);
     yield;
   }
-  return { tensors: hashes.size, sha256: total(hashes), forward };
+  return { tensors: hashes.size, sha256: total(hashes), forward, ...(most !== undefined && { error }) };
+}
+
+/** How far numbers are from others, as a share of these, by the root mean square; infinite where the bits differ and nothing else. */
+function apart(got: Float32Array, want: Float32Array): number {
+  const power = (of: (i: number) => number) => want.reduce((sum, _, i) => sum + of(i) ** 2, 0);
+  if (got.length !== want.length) return Number.POSITIVE_INFINITY;
+  return Math.sqrt(power((i) => got[i] - want[i]) / power((i) => want[i])) || Number.POSITIVE_INFINITY;
 }
 
 function throughModel(model: ModelSource, name: string, dtype: FloatDType, device: Device): Float32Array {

@@ -1,7 +1,7 @@
 // The original single file's tensors from a model under diffusers' keys: the other direction of singlefile.ts, through the
 // same spelling. Fused matrices are put together from their thirds, the bare text projection is turned, and the VAE's
 // attention goes back to 1x1 convolutions. How the model predicts is marked by empty tensors, as other programs look for them.
-import type { TensorEntry } from '../io/safetensors.ts';
+import { bytesOf, type TensorEntry } from '../io/safetensors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { isVaeAttention, type Origin, sgmLayout, sgmOrigin } from './sgm_keys.ts';
 import { transposed } from './singlefile.ts';
@@ -28,8 +28,6 @@ export function singleFileEntries(
     ...marks.map((name) => ({ name, dtype: 'float32' as const, shape: [0], bytes: new Uint8Array() })),
   ];
 }
-
-const bytesOf = ({ bytes }: TensorEntry): Uint8Array => (typeof bytes === 'function' ? bytes() : bytes);
 
 function plain(name: string, { from, entry }: { from: Origin; entry: TensorEntry }): TensorEntry {
   const { dtype, shape } = entry;

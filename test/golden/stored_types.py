@@ -1,7 +1,8 @@
 # Makes stored_types.jsonl: python3 stored_types.py, with torch and gguf. What types that files keep numbers in stand for: of each a line
 # with its name, blocks, and the numbers in them, both as bytes in hexadecimal, numbers in float32. ggml's by gguf's quants.py, 8-bit floats
 # by torch, all 256 of each. Blocks are random but for their float16 scales, some of which are negative or subnormal. And
-# gguf_file.jsonl: a small file by gguf's own writer, what was put in, and the numbers.
+# gguf_file.jsonl: a small file by gguf's own writer, what was put in, and the numbers. And gguf_quantised.jsonl: numbers, and the blocks
+# that quants.py makes of them, by type.
 import json
 import os
 import tempfile
@@ -69,3 +70,13 @@ writer.close()
 with open(path, "rb") as made, open(os.path.join(here, "gguf_file.jsonl"), "w") as out:
     metadata = {name: str(value).lower() if value is True else str(value) for name, value in metadata.items()}
     out.write(json.dumps({"file": made.read().hex(), "metadata": metadata, "tensors": tensors}) + "\n")
+
+# Blocks of every size of number, of zeros, of one number, of halves between steps, of one sign, and with the largest twice.
+rows = [random.normal(size=32) * scale for scale in (1, 0.02, 3e-6, 40, 1e-9)]
+rows += [np.zeros(32), np.full(32, -0.3), (np.arange(32) - 15.5) / 2, np.arange(32) - 8.5, np.abs(rows[0]) + 1, np.tile([3, -3], 16)]
+rows += [np.where(np.arange(32) == 17, 127, np.arange(32) - 15.5), -np.abs(rows[1]), *random.normal(size=(8, 32))]
+rows = np.array(rows).astype(np.float32)
+with open(os.path.join(here, "gguf_quantised.jsonl"), "w") as out:
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        blocks = gguf.quantize(rows, gguf.GGMLQuantizationType[name])
+        out.write(line(name, blocks.tobytes(), rows))

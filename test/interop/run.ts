@@ -1,5 +1,5 @@
 // `sdxl` beside the real diffusers: our exports must load there, and both must draw the same latents from the same seed, to
-// 1e-3 of the largest, for every call of calls.ts. Needs Python with torch, transformers, peft, scipy and diffusers (PYTHONPATH
+// 1e-3 of the largest, for every call of calls.ts. GGUF files are read by gguf's own reader. Needs Python with torch, transformers, peft, scipy and diffusers (PYTHONPATH
 // counts); says so and stops where they are absent. Run by `npm run test:interop`; words after it choose calls by label.
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { main } from '../../cli/main.ts';
 import type { Terminal } from '../../cli/terminal.ts';
 import { decodeFloats, encodeNumbers } from '../../io/dtype.ts';
+import { openGguf } from '../../io/gguf.ts';
 import { readPicture, writePng } from '../../io/image.ts';
 import { packageRoot } from '../../io/package_root.ts';
 import { resize } from '../../io/resize.ts';
@@ -174,6 +175,43 @@ async function compare(job: Job & { out: string }): Promise<boolean> {
   return ok;
 }
 
+/** Our exports to GGUF as gguf's own reader sees them: what they say of themselves, and every number as ours reads it. */
+async function readByGguf(words: readonly string[]): Promise<number> {
+  let failed = 0;
+  for (const [label, flags, says] of [
+    ['a whole model', [], '"metadata": {}, "types": ["F16", "F32", "Q8_0"]'],
+    ['a UNet', ['--save-keys', 'unet'], '"general.architecture": "sdxl", "general.quantization_version": 2'],
+  ] as const) {
+    if (words.length > 0 && !words.some((word) => `export: gguf, ${label}`.includes(word))) continue;
+    const [path, out] = ['exported.gguf', 'read.safetensors'].map((name) => join(folder, name));
+    rmSync(path, { force: true });
+    await sdxl('export', base, path, '--format', 'gguf', '--type', 'q8_0', ...flags);
+    const script = join(packageRoot, 'test', 'interop', 'gguf_peer.py');
+    const { status, stdout, stderr } = spawnSync('python3', [script, path, out], { encoding: 'utf8' });
+    if (status === 3 || status === null) {
+      console.log(`SKIPPED: gguf cannot be loaded here (${stdout?.trim() || 'no python3'})`);
+      return failed;
+    }
+    const [ours, theirs] = [openGguf(path), status === 0 ? openSafetensors(out) : undefined];
+    const other = [...ours.tensors.values()].filter(({ name, dtype, shape }) => {
+      const want = theirs?.tensors.get(name);
+      const values = decodeFloats(ours.read(name), dtype);
+      return (
+        want?.shape.join() !== shape.join() ||
+        !theirs ||
+        Buffer.compare(theirs.read(name), encodeNumbers(values, 'float32')) !== 0
+      );
+    });
+    const ok = stdout.includes(says) && theirs?.tensors.size === ours.tensors.size && other.length === 0;
+    console.log(
+      `${ok ? 'ok' : 'NOT OK'}  export: gguf, ${label}: ${other.length} tensors read otherwise ${stderr.slice(-300)}`,
+    );
+    if (!ok) failed++;
+    for (const file of [ours, theirs]) file?.close();
+  }
+  return failed;
+}
+
 async function all(words: readonly string[]): Promise<number> {
   const [full, small] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
   writeEncoder(join(folder, 'image_encoder'));
@@ -184,10 +222,10 @@ async function all(words: readonly string[]): Promise<number> {
   const jobs = [...(await saved()), ...textAdapters(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
-  if (!drawTheirs(jobs)) return 0;
-  let failed = 0;
+  let failed = await readByGguf(words);
+  if (!drawTheirs(jobs)) return failed;
   for (const job of jobs) if (!(await compare(job))) failed++;
-  console.log(`${jobs.length - failed} passed, ${failed} failed`);
+  console.log(`${jobs.length} calls, ${failed} failed`);
   return failed;
 }
 
