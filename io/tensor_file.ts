@@ -57,6 +57,7 @@ export const renamed = (file: TensorFile, names: ReadonlyMap<string, string>): T
     ...file,
     tensors: new Map([...names].map(([key, name]) => [key, file.tensors.get(name) as TensorInfo])),
     read: (key, room) => file.read(nameOf(key), room),
+    stored: (key) => file.stored(nameOf(key)),
     readInto: (key, target) => file.readInto(nameOf(key), target),
   };
 };
