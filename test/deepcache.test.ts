@@ -1,76 +1,25 @@
 // DeepCache against its own helper over diffusers' pipelines (golden/deepcache.jsonl): whole calls. Which modules run, that a recorded
 // step gives an eager one's bits, and `sdxl sample`.
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
 import { watchCalls } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
-import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
+import { preprocessControl } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openComponent, openModel } from '../models/checkpoint.ts';
-import { denoise, denoiseToEnd, loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { denoise, type Pipeline } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
-import { disc, picture, writeControlNet } from './controlnet_golden.ts';
-import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
-import { devices } from './models_golden.ts';
+import { picture } from './controlnet_golden.ts';
+import { goldenFolder, maxDifference } from './golden.ts';
+import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
-interface Call {
-  kind: 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled';
-  settings: Omit<Asked, 'scheduler'> & { scheduler?: string };
-  seed: number;
-  atol: number;
-  values: string;
-}
-const calls = goldenLines<Call>('deepcache');
-
-const folder = mkdtempSync(join(tmpdir(), 'sdxl-deepcache-'));
-process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
-const at = (name: string): string => join(folder, name);
-const net = openComponent(writeControlNet(at('full'), 'full'));
-
-const pipelineOf = (kind: Call['kind'], device: Device): Pipeline =>
-  loadPipeline(openModel(join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl')), {
-    ...{ device, dtype: 'float32' },
-    controlnet: kind === 'controlled' ? [net] : [],
-  });
-
-function requestOf({ kind, settings: { scheduler, ...settings }, seed }: Call): Asked {
-  const begins = ['img2img', 'inpaint', 'refiner'].includes(kind);
-  return {
-    ...{ width: 64, height: 64, ...settings },
-    scheduler: { name: scheduler },
-    image: begins ? preprocess(picture(4, 64, 64)) : undefined,
-    mask: kind === 'inpaint' ? preprocessMask(disc()) : undefined,
-    control_image: kind === 'controlled' ? [preprocessControl(picture(1, 64, 64))] : undefined,
-    generators: [new TorchGenerator(seed)],
-  };
-}
-
-const latentsOf = async (pipeline: Pipeline, asked: Asked): Promise<Float32Array> =>
-  (await denoiseToEnd(pipeline, asked)).latents.data;
-
-for (const device of devices) {
-  test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
-    const before = device.memory.storages;
-    t.equal(calls.length, 13);
-    for (const call of device.name === 'reference' ? calls.slice(2, 3) : calls) {
-      const pipeline = pipelineOf(call.kind, device);
-      const some = (await latentsOf(pipeline, requestOf(call))).filter((_, i) => i % 5 === 0);
-      const want = decodeFloats(Buffer.from(call.values, 'base64'), 'float32');
-      const { kind, settings, atol } = call;
-      allClose(t, `${kind} ${JSON.stringify(settings)}`, some, want, { atol, rtol: 0 });
-      pipeline.release();
-    }
-    t.equal(device.memory.storages, before, 'live tensors');
-  });
-}
+testCalls('deepcache', 13, 2);
 
 const plain: Asked = {
   ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },

@@ -1,82 +1,21 @@
 // Perturbed-attention guidance against diffusers' pipelines that have it (golden/pag.jsonl): whole calls. That a recorded step gives an
 // eager one's bits, that it goes with DeepCache, and `sdxl sample`.
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
 import { decodeFloats } from '../io/dtype.ts';
-import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openComponent, openModel } from '../models/checkpoint.ts';
-import { openIPAdapter } from '../models/ip_adapter.ts';
-import { denoiseToEnd, loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
-import { disc, picture, writeControlNet } from './controlnet_golden.ts';
-import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
-import { writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
-import { devices } from './models_golden.ts';
+import { goldenFolder, maxDifference } from './golden.ts';
+import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
-interface Call {
-  kind: 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
-  settings: Omit<Asked, 'scheduler'> & { scheduler?: string };
-  seed: number;
-  atol: number;
-  values: string;
-}
-const calls = goldenLines<Call>('pag');
-
-const folder = mkdtempSync(join(tmpdir(), 'sdxl-pag-'));
-process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
-const at = (name: string): string => join(folder, name);
-const net = openComponent(writeControlNet(at('full'), 'full'));
-
-const adapter = openIPAdapter(writeIPAdapter(at('plain.safetensors'), 'plain'), writeEncoder(at('encoder')));
-
-const pipelineOf = (kind: Call['kind'], device: Device): Pipeline =>
-  loadPipeline(openModel(join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl')), {
-    ...{ device, dtype: 'float32' },
-    controlnet: kind === 'controlled' ? [net] : [],
-    ipAdapter: kind === 'adapted' ? [adapter] : [],
-  });
-
-function requestOf({ kind, settings: { scheduler, ...settings }, seed }: Call): Asked {
-  const begins = ['img2img', 'inpaint', 'refiner'].includes(kind);
-  return {
-    ...{ width: 64, height: 64, ...settings },
-    scheduler: { name: scheduler },
-    image: begins ? preprocess(picture(4, 64, 64)) : undefined,
-    mask: kind === 'inpaint' ? preprocessMask(disc()) : undefined,
-    control_image: kind === 'controlled' ? [preprocessControl(picture(1, 64, 64))] : undefined,
-    ip_adapter_image: kind === 'adapted' ? [picture(1, 117, 149)] : undefined,
-    ip_adapter_scale: kind === 'adapted' ? 0.7 : undefined,
-    generators: [new TorchGenerator(seed)],
-  };
-}
-
-const latentsOf = async (pipeline: Pipeline, asked: Asked): Promise<Float32Array> =>
-  (await denoiseToEnd(pipeline, asked)).latents.data;
-
-for (const device of devices) {
-  test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
-    const before = device.memory.storages;
-    t.equal(calls.length, 12);
-    for (const call of device.name === 'reference' ? calls.slice(0, 1) : calls) {
-      const pipeline = pipelineOf(call.kind, device);
-      const some = (await latentsOf(pipeline, requestOf(call))).filter((_, i) => i % 5 === 0);
-      const want = decodeFloats(Buffer.from(call.values, 'base64'), 'float32');
-      const { kind, settings, atol } = call;
-      allClose(t, `${kind} ${JSON.stringify(settings)}`, some, want, { atol, rtol: 0 });
-      pipeline.release();
-    }
-    t.equal(device.memory.storages, before, 'live tensors');
-  });
-}
+testCalls('pag', 12, 0);
 
 const seeded = (more: Partial<Asked> = {}): Asked => ({
   ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
