@@ -101,7 +101,7 @@ const rivals = [
 ] as const;
 type HiresRivals = Partial<Record<(typeof rivals)[number][0], unknown>>;
 
-interface Sides {
+export interface Sides {
   width: number;
   height: number;
 }

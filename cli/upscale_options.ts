@@ -7,7 +7,7 @@ import type { Picture } from '../io/pixels.ts';
 import type { LocateOptions } from '../models/locate.ts';
 import { locateUpscaler, type UpscalerSource } from '../models/rrdbnet_file.ts';
 import { openUpscaler, scaleOf, type Upscaler } from '../models/upscaler.ts';
-import { type HiresOptions, namesNetwork } from './hires_options.ts';
+import { type HiresOptions, namesNetwork, type Sides } from './hires_options.ts';
 import { number } from './options.ts';
 
 export interface UpscaleOptions {
@@ -53,11 +53,11 @@ export async function locateUpscalers(
 const MOST_BYTES = 2 ** 31 - 1;
 
 /** How large a picture of these sides is written. @throws UserError where it is larger than a PNG may be here */
-export function writtenSize<S extends { width: number; height: number }>(
-  { width, height }: S,
+export function writtenSize(
+  { width, height }: Sides,
   { upscaleRepeats = 1 }: UpscaleOptions,
   { finished }: UpscalerSources,
-): { width: number; height: number } {
+): Sides {
   const times = finished ? scaleOf(finished.config) ** upscaleRepeats : 1;
   const written = { width: width * times, height: height * times };
   if (3 * written.width * written.height > MOST_BYTES)

@@ -3,7 +3,7 @@
 // enlarge less see 2x2 or 4x4 pixels as one (pixel unshuffle), and so run on fewer. Pictures are [n, h, w, c] in [0, 1].
 import { doubledTaps } from '../engine/doubled.ts';
 import { conv2d } from '../engine/layers.ts';
-import { type Module, module } from '../engine/module.ts';
+import { module } from '../engine/module.ts';
 import { combine } from '../engine/ops/combine.ts';
 import { concat } from '../engine/ops/move.ts';
 import { leakyRelu } from '../engine/ops/unary.ts';
@@ -74,5 +74,3 @@ export function rrdbnet({ num_feat: c, num_block, num_grow_ch, doublings, unshuf
     },
   );
 }
-
-export type RRDBNet = Module<[x: Tensor], Tensor>;

@@ -4,9 +4,9 @@
 import { existsSync, statSync } from 'node:fs';
 import { UserError } from '../io/errors.ts';
 import { renamed, type TensorFile } from '../io/tensor_file.ts';
-import { sourceOf, type WeightSource } from './checkpoint.ts';
+import { matchParameters, sourceOf, type WeightSource } from './checkpoint.ts';
 import { hubFile, type LocateOptions } from './locate.ts';
-import type { RRDBNetConfig } from './rrdbnet.ts';
+import { type RRDBNetConfig, rrdbnet } from './rrdbnet.ts';
 import { isWeightsFile, openWeightsFile } from './weights_file.ts';
 
 /** A network that enlarges pictures: its file, looked at. */
@@ -39,7 +39,14 @@ export function openUpscalerFile(path: string): UpscalerSource {
   };
   const file = open();
   file.close();
-  return { path, config: configOf(file), weights: () => sourceOf(path, [open()]) };
+  const config = configOf(file);
+  // Looked at now, and not when a model has been loaded before.
+  const { problems } = matchParameters(rrdbnet(config), sourceOf(path, [file]));
+  if (problems.length > 0)
+    throw new UserError(
+      `${path} is not an ESRGAN of the plain kind (RRDBNet): ${problems.join('; ')}; give ${mend}`,
+    );
+  return { path, config, weights: () => sourceOf(path, [open()]) };
 }
 
 /** The numbers of those layers that are convolutions behind the trunk: each doubling's, conv_hr's and conv_last's. */

@@ -71,15 +71,19 @@ export function openUpscaler({ path, config, weights }: UpscalerSource, device: 
   };
 }
 
-/** The picture enlarged until it is as wide and high as asked for, or larger; at most three times, as A1111 does. */
+/**
+ * The picture enlarged until it is as wide and high as asked for, or larger: once at least and three times at most, as A1111 does, and
+ * once by a network that leaves the size.
+ */
 export function enlargeTo(
   upscaler: Upscaler,
   picture: Picture,
   { width, height }: { width: number; height: number },
   onTile?: (done: number, all: number) => void,
 ): Picture {
-  let result = picture;
-  for (let i = 0; i < 3 && (result.width < width || result.height < height); i++)
+  let result = upscaler.enlarge(picture, onTile);
+  const most = upscaler.scale > 1 ? 3 : 1;
+  for (let i = 1; i < most && (result.width < width || result.height < height); i++)
     result = upscaler.enlarge(result, onTile);
   return result;
 }

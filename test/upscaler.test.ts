@@ -181,16 +181,24 @@ const cut = (from: Picture, left: number, width: number): Picture =>
   resize(from, from.width, from.height, 'lanczos', { left, top: 0, width, height: from.height });
 
 test('enlarged until it is large enough', (t) => {
-  const upscaler = openUpscaler(openUpscalerFile(written(t, 2)), openDevice('cpu'));
+  const device = openDevice('cpu');
+  const upscaler = openUpscaler(openUpscalerFile(written(t, 2)), device);
   const sides = (width: number, height: number) => {
     const made = enlargeTo(upscaler, pictureOf(8, 6), { width, height });
     return [made.width, made.height];
   };
-  t.same(sides(8, 6), [8, 6], 'it is');
+  t.same(sides(8, 6), [16, 12], 'once at least');
   t.same(sides(9, 6), [16, 12]);
   t.same(sides(16, 13), [32, 24]);
   t.same(sides(400, 300), [64, 48], 'three times at most');
   upscaler.release();
+  const same = openUpscaler(openUpscalerFile(written(t, 1)), device);
+  const [once, asked] = [
+    same.enlarge(pictureOf(8, 6)),
+    enlargeTo(same, pictureOf(8, 6), { width: 9, height: 9 }),
+  ];
+  t.ok(sameBytes(asked, once), 'once, where the network leaves the size');
+  same.release();
   t.end();
 });
 
@@ -272,7 +280,10 @@ test('what is refused', async (t) => {
     [['--upscale-model', at('x4.pth')], /x4\.pth is a pickle, which can run code when read and is refused/],
     [['--upscale-model', at('other.safetensors')], /is not an ESRGAN for pictures in colour \(RRDBNet\)/],
     [['--hires', '--hires-upscaler', at('other.safetensors')], /is not an ESRGAN for pictures in colour/],
-    [['--upscale-model', at('more.safetensors')], /unexpected body\.0\.rdb1\.conv1x1\.weight/],
+    [
+      ['--upscale-model', at('more.safetensors')],
+      /more\.safetensors is not an ESRGAN of the plain kind \(RRDBNet\): unexpected body\.0\.rdb1\.conv1x1\.weight; give/,
+    ],
     [['--upscale-model', at('huge.safetensors')], /huge\.safetensors gives values that are not finite/],
     [
       ['--upscale-model', at('x4.safetensors'), '--upscale-repeats', '4', '--width', '256'],
