@@ -131,7 +131,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
 function planned(from: ModelSource, asked: Request) {
   const config = parseUNetConfig(from.config('unet'));
   cachingOf(asked, config);
-  pagOf(asked, unet(config));
+  if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
   return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
 }
 

@@ -187,7 +187,7 @@ export function checkSample(options: SampleOptions): void {
     );
   if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
     throw new UserError(
-      '--cache-branch-id needs --cache-interval: every so manieth step is then done in full',
+      '--cache-branch-id needs --cache-interval: how many steps there are to one that is done in full, such as 3',
     );
   if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
     throw new UserError(
