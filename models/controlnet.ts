@@ -99,9 +99,9 @@ export function residualsFrom(
 
 /**
  * What is to be added to the UNet that is asked the same: a tensor for each of its features, the first convolution's first, and
- * where all are wanted one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all rows, [1, ...],
- * or one for each. It is embedded once an image where there is a ContextCache. With gradient checkpointing, transformer blocks run
- * again in backward instead of keeping their activations.
+ * where all are wanted one for the middle block's output last. A `picture` is [8 h, 8 w, 3] in [0, 1], in the model's type: one for all
+ * rows, [1, ...], or one for each. It is embedded once an image where there is a ContextCache. With gradient checkpointing, transformer
+ * blocks run again in backward instead of keeping their activations.
  */
 export function controlnet(config: ControlNetConfig, { gradientCheckpointing = false } = {}) {
   const [width] = config.block_out_channels;

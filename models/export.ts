@@ -27,7 +27,7 @@ import { saveShardsInTurns, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
-export const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
+const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
 const tokenizers = ['tokenizer', 'tokenizer_2'] as const;
 const exportable: readonly string[] = [...weightComponents, ...tokenizers, 'scheduler'];
 
@@ -55,7 +55,7 @@ export interface Certificate {
 }
 
 /** Which of the source's components a request means. @throws UserError for a name the source has not */
-export function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
+function chooseComponents(source: ModelSource, keys: readonly string[]): string[] {
   const present = exportable.filter((name) => hasComponent(source, name));
   for (const key of keys.filter((name) => name !== 'all')) {
     if (!present.includes(key))
@@ -67,7 +67,7 @@ export function chooseComponents(source: ModelSource, keys: readonly string[]): 
 }
 
 /** A single file has no folders for its scheduler and tokenizers, and lends or borrows them. */
-export function hasComponent(source: ModelSource, name: string): boolean {
+function hasComponent(source: ModelSource, name: string): boolean {
   if (source.has(name)) return true;
   try {
     if (name === 'scheduler') return source.config(name) !== undefined;
