@@ -6,11 +6,12 @@
 import { basename } from 'node:path';
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { kindName, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
 import { peftEntries } from './peft_config.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 export type LoraFormat = 'lora-peft' | 'lora-kohya';
 
@@ -22,7 +23,7 @@ export function exportLora(
   targets: LoraTargets,
   dtype?: FloatDType,
 ): number {
-  const file = openSafetensors(path);
+  const file = openWeightsFile(path);
   try {
     const updates = [...updatesOf(file, targets).values()];
     const spelled = format === 'lora-kohya' ? inKohya : inPeft;

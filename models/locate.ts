@@ -200,11 +200,11 @@ export function ofClass(
  */
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
-    "a ControlNet's folder, its .safetensors file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
+    "a ControlNet's folder, its .safetensors or .gguf file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
   const checked = (source: ModelSource) =>
     asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
   if (existsSync(path) && !statSync(path).isDirectory()) {
-    if (!path.endsWith('.safetensors')) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
+    if (!isWeightsFile(path)) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
     return checked(openComponentFile(path));
   }
   const inner = await hubFile(path, options, ['config.json']);

@@ -7,7 +7,7 @@ import { download, type LocateOptions } from './locate.ts';
 import { locateAdapter } from './lora_file.ts';
 
 const mend =
-  'a .safetensors file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors';
+  'a .safetensors or .gguf file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors';
 
 /** The adapter's file, downloaded if it has to be. @throws UserError where there is none, or several */
 export async function locateLora(path: string, options: LocateOptions = {}): Promise<string> {

@@ -9,11 +9,11 @@ import { cast, scale as scaled, square } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import type { TextStack } from './conditioning.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 /** What an adapter makes of a weight, or of a bias, in float32. */
 export type Change = (values: Tensor) => Tensor;
@@ -35,7 +35,7 @@ interface OpenAdapter {
 /** @throws UserError if a name of the file matches no weight or a shape does not fit */
 function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): OpenAdapter {
   if (!Number.isFinite(scale)) throw new UserError(`the scale of ${path} is ${scale}: give a number`);
-  const file = openSafetensors(path);
+  const file = openWeightsFile(path);
   try {
     const updates = [...updatesOf(file, targets).values()];
     const changes = updates.flatMap((update) => changesOf(file, update, scale));

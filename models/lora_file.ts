@@ -26,6 +26,7 @@ import { byPattern, type PeftConfig, peftConfigs, peftRoot } from './peft_config
 import { weightFile } from './save.ts';
 import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
+import { isWeightsFile } from './weights_file.ts';
 
 /**
  * The models an adapter may change; parts of a file for an absent one are an error like any unmatched name.
@@ -62,7 +63,7 @@ const placesIn = (ema: boolean): string[] => {
 /** The adapter's file: `path` itself, or that of a folder; undefined where it is neither. */
 export function adapterAt(path: string, { ema = false } = {}): string | undefined {
   const places = [path, ...placesIn(ema).map((place) => join(path, place))];
-  return places.find((place) => place.endsWith('.safetensors') && existsSync(place) && !isFolder(place));
+  return places.find((place) => isWeightsFile(place) && existsSync(place) && !isFolder(place));
 }
 
 const isFolder = (path: string): boolean => statSync(path).isDirectory();
@@ -77,12 +78,12 @@ export function locateAdapter(path: string): string {
   const places = placesIn(false).join(', ');
   if (!existsSync(path))
     throw new UserError(
-      `no LoRA at ${path}; give a .safetensors file, or a folder that has one of ${places}`,
+      `no LoRA at ${path}; give a .safetensors or .gguf file, or a folder that has one of ${places}`,
     );
   // Of a file of another kind the one who opens it tells more.
   if (!isFolder(path)) return path;
   throw new UserError(
-    `${path} holds no LoRA: a folder must have one of ${places}; give such a folder, or a .safetensors file`,
+    `${path} holds no LoRA: a folder must have one of ${places}; give such a folder, or a .safetensors or .gguf file`,
   );
 }
 

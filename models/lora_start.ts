@@ -4,13 +4,13 @@
 import type { Parameter } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { UserError } from '../io/errors.ts';
-import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { type AdapterConfig, isLarge, sizesFor } from './adapter_kinds.ts';
 import { channelsLast } from './checkpoint.ts';
 import { lengthsOf } from './dora.ts';
 import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
 import { kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
+import { openWeightsFile } from './weights_file.ts';
 
 /**
  * Loads the file, or the one in the folder, into adapters' `parameters`, by `network.path.lora_A.weight`. Layers that the file
@@ -23,7 +23,7 @@ export function startFromLora(
   parameters: ReadonlyMap<string, Parameter>,
   sizes: AdapterConfig,
 ): number {
-  const file = openSafetensors(locateAdapter(path));
+  const file = openWeightsFile(locateAdapter(path));
   try {
     const updates = [...updatesOf(file, targets)];
     const named = (is: (update: Update) => boolean) =>

@@ -1,6 +1,6 @@
 // Models in GGUF, as stable-diffusion.cpp and ComfyUI-GGUF write them: each loads as a safetensors file does that holds the numbers which
 // the other one's stand for.
-import { cpSync } from 'node:fs';
+import { cpSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { encodeNumbers } from '../io/dtype.ts';
@@ -10,8 +10,9 @@ import { openSingleFile, openVaeFile } from '../models/singlefile.ts';
 import { openWeightsFile } from '../models/weights_file.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
+import { writeControlNet } from './controlnet_golden.ts';
 import { type GgufTensor, type GgufValue, ggufBytes, q8_0 } from './gguf_writer.ts';
-import { goldenFolder, goldenSingleFile } from './golden.ts';
+import { goldenFolder, goldenLora, goldenSingleFile } from './golden.ts';
 import {
   asGguf,
   at,
@@ -234,6 +235,46 @@ test('the program draws from them, with --q8 too, inspects and exports them', as
   sameModel(t, whole(joined), whole(at('comfy.safetensors')));
 });
 
+/** A safetensors file's tensors in float32, as GGUF: a number alone is a row of one there. */
+function ggufOf(path: string): Buffer {
+  const tensors = [...weightsOf(path)].map(([name, { shape, values }]) => ({
+    ...{ name, shape: shape.length === 0 ? [1] : shape, type: 0 },
+    bytes: encodeNumbers(values, 'float32'),
+  }));
+  return ggufBytes(tensors);
+}
+
+test('adapters and ControlNets in GGUF, as stable-diffusion.cpp converts them', async (t) => {
+  const lora = goldenLora('lora/scaled_kohya.safetensors');
+  const inGguf = fileOf('lora.gguf', ggufOf(lora));
+  const [want, got] = [
+    await draw('want', '--model', model, '--lora', `${lora}:0.7`),
+    await draw('got', '--model', model, '--lora', `${inGguf}:0.7`),
+  ];
+  t.equal(got.status, 0, got.err);
+  t.same(got.latents, want.latents);
+  t.notSame(got.latents, (await draw('own', '--model', model)).latents);
+  const [plain, ours] = ['plain', 'ours'].map((name) => at(`${name}-kohya.safetensors`));
+  for (const [from, out] of [
+    [lora, plain],
+    [inGguf, ours],
+  ]) {
+    const format = ['--format', 'lora-kohya', '--configs', model, '--dtype', 'float32', '--quiet'];
+    const { status, err } = await sdxl('export', from, out, ...format);
+    t.equal(status, 0, err);
+  }
+  t.same(contents(ours), contents(plain));
+
+  const net = writeControlNet(at('net'), 'full');
+  const file = join(net, 'net.gguf');
+  writeFileSync(file, ggufOf(join(net, 'diffusion_pytorch_model.safetensors')));
+  const followed = (path: string) =>
+    draw('control', '--model', model, '--controlnet', path, '--control-image', at('got.png'));
+  const [folder, alone] = [await followed(net), await followed(file)];
+  t.equal(alone.status, 0, alone.err);
+  t.same(alone.latents, folder.latents);
+});
+
 test('what the program says to files that are not what was asked for', async (t) => {
   const unet = fileOf('unet.gguf', comfyBytes());
   const odd = ggufBytes(
@@ -255,7 +296,8 @@ test('what the program says to files that are not what was asked for', async (t)
       /past the end of the file: it is truncated/,
     ],
     [['--model', fileOf('renamed.safetensors', bytes), '--unet', at('flux.gguf')], /kind "flux"/],
-    [['--lora', unet], /is a GGUF file, which only models are read from/],
+    [['--lora', unet], /unet\.gguf: \d+ of its names match no weight of this model/],
+    [['--controlnet', at('flux.gguf'), '--control-image', at('got.png')], /flux\.gguf/],
   ]);
   await refusesEach(t, (path) => sdxl('inspect', path), [
     [[at('odd.gguf')], /odd\.gguf: .*has tensors of type IQ4_NL: convert it/],

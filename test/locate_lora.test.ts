@@ -27,7 +27,7 @@ test('an adapter of the hub', async (t) => {
   t.same(asked.length, 2);
   await t.rejects(locateLora('owner/name/absent.safetensors'), {
     name: 'UserError',
-    message: /^owner\/name on the hub has no absent\.safetensors; give a \.safetensors file/,
+    message: /^owner\/name on the hub has no absent\.safetensors; give a \.safetensors or \.gguf file/,
   });
   await t.rejects(locateLora('owner/name.safetensors'), {
     message: /^no LoRA at owner\/name\.safetensors; give/,
