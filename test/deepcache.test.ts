@@ -1,9 +1,9 @@
-// DeepCache against its own helper over diffusers' pipelines (golden/deepcache.jsonl): whole calls. Which modules run, that a recorded
-// step gives an eager one's bits, and `sdxl sample`.
+// DeepCache against its own helper over diffusers' pipelines (golden/deepcache.jsonl): whole calls. Which modules run, and
+// `sdxl sample`. Recorded steps: cuda_recorded.test.ts.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { openDevice } from '../engine/device.ts';
 import { watchCalls } from '../engine/module.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { preprocessControl } from '../io/image.ts';
@@ -16,8 +16,6 @@ import { picture } from './controlnet_golden.ts';
 import { goldenFolder, maxDifference } from './golden.ts';
 import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
-import { failingGpu } from './virtual-gpu/failing.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 testCalls('deepcache', 13, 2);
 
@@ -117,48 +115,6 @@ test('which layers run', (t) => {
   );
   t.equal(last.control.at(-1), 'mid_block', 'what is added to its output is made anew');
   pipeline.release();
-  t.end();
-});
-
-/** Latents of seven steps, of which a ControlNet has a part in the first, and how often a recording was replayed. */
-function onVirtualGpu(records: boolean, branch: number) {
-  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26 }));
-  if (!records) failing.fail('cuStreamBeginCapture', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
-  const device = cudaDevice(failing.api);
-  const latents = controlledLatents(device, branch);
-  const counts = { replays: failing.made('cuGraphLaunch'), recorded: failing.made('cuStreamBeginCapture') };
-  return { latents, ...counts, left: device.memory.storages };
-}
-
-function controlledLatents(device: Device, branch: number): Float32Array {
-  const pipeline = pipelineOf('controlled', device);
-  let latents = new Float32Array();
-  for (const progress of denoise(
-    pipeline,
-    seeded({
-      ...{ width: 16, height: 16, num_inference_steps: 7, cache_interval: 2, cache_branch_id: branch },
-      ...{ control_image: [preprocessControl(picture(1, 16, 16))], control_guidance_end: 0.15 },
-    }),
-  ))
-    latents = Float32Array.from(progress.latents.data);
-  pipeline.release();
-  return latents;
-}
-
-test('a GPU records the whole pass and the shallow one, which give the bits of eager ones', {
-  timeout: 600_000,
-}, (t) => {
-  const branch = 4;
-  const [recorded, eager] = [onVirtualGpu(true, branch), onVirtualGpu(false, branch)];
-  t.equal(maxDifference(recorded.latents, eager.latents), 0);
-  t.same(
-    [recorded.replays, recorded.recorded, recorded.left],
-    [2, 2, 0],
-    'of the six steps without it the last two',
-  );
-  t.same([eager.replays, eager.left], [0, 0]);
-  const error = relativeError(recorded.latents, controlledLatents(openDevice('cpu'), branch));
-  t.ok(error < 1e-5, `from the CPU's: ${error}`);
   t.end();
 });
 

@@ -1,9 +1,9 @@
-// Perturbed-attention guidance against diffusers' pipelines that have it (golden/pag.jsonl): whole calls. That a recorded step gives an
-// eager one's bits, that it goes with DeepCache, and `sdxl sample`.
+// Perturbed-attention guidance against diffusers' pipelines that have it (golden/pag.jsonl): whole calls. That it goes with
+// DeepCache, and `sdxl sample`. Recorded steps: cuda_recorded.test.ts.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { openDevice } from '../engine/device.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import type { Asked } from '../models/request.ts';
@@ -11,9 +11,6 @@ import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { goldenFolder, maxDifference } from './golden.ts';
 import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
-import { relativeError } from './op_cases.ts';
-import { failingGpu } from './virtual-gpu/failing.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 testCalls('pag', 12, 0);
 
@@ -38,31 +35,6 @@ test('a scale of 0 leaves every bit as it is', async (t) => {
   t.ok(maxDifference(both, one) > 1e-3, 'with DeepCache beside it');
   t.ok(maxDifference(both, await latentsOf(pipeline, seeded(caching))) > 1e-2, 'each has its part');
   pipeline.release();
-});
-
-/** Latents of four steps at a scale that changes from one to the next. */
-async function onVirtualGpu(records: boolean) {
-  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26 }));
-  if (!records) failing.fail('cuStreamBeginCapture', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
-  const device = cudaDevice(failing.api);
-  const latents = await small(device);
-  return { latents, replays: failing.made('cuGraphLaunch'), left: device.memory.storages };
-}
-
-async function small(device: Device): Promise<Float32Array> {
-  const pipeline = pipelineOf('text2img', device);
-  const fading = { pag_scale: 3, pag_adaptive_scale: 0.004, pag_applied_layers: ['mid', 'down_blocks.2'] };
-  const latents = await latentsOf(pipeline, seeded({ ...fading, width: 16, height: 16 }));
-  pipeline.release();
-  return latents;
-}
-
-test('on a GPU recorded steps give the bits of eager ones', { timeout: 600_000 }, async (t) => {
-  const [recorded, eager] = [await onVirtualGpu(true), await onVirtualGpu(false)];
-  t.equal(maxDifference(recorded.latents, eager.latents), 0);
-  t.same([recorded.replays, recorded.left, eager.replays, eager.left], [2, 0, 0, 0]);
-  const error = relativeError(recorded.latents, await small(openDevice('cpu')));
-  t.ok(error < 1e-5, `from the CPU's: ${error}`);
 });
 
 const sample = (...argv: string[]) =>

@@ -1,5 +1,5 @@
 // Runs every test file but the kernels' through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
-// do not print. Exit status is tap's. Arguments are passed on: `npm test -- dist/test/ops.test.js`.
+// do not print. Exit status is tap's. Arguments are files, `npm test -- dist/test/ops.test.js`, or `--kernels`: those alone.
 import { spawn } from 'node:child_process';
 import { readdirSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -8,19 +8,21 @@ import { fileURLToPath } from 'node:url';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
-/** The proof of the GPU's kernels, alone and in whole models, takes longer than all else: `npm run test:kernels`. */
+/**
+ * The proof of the GPU's kernels, alone and in whole models, and of the programs for a machine that has one: it takes longer than all
+ * else, and its first file as long as the others together.
+ */
 const kernels: readonly string[] = [
   'cuda.test.js',
   'cuda_models.test.js',
-  'cuda_controlnet.test.js',
   'cuda_hopper_mutants.test.js',
+  'cuda_controlnet.test.js',
+  'cuda_recorded.test.js',
+  'gpu_programs.test.js',
 ];
-const files = given.length
-  ? given
-  : readdirSync(here)
-      .filter((name) => name.endsWith('.test.js') && !kernels.includes(name))
-      .sort()
-      .map((name) => join(here, name));
+const others = () => readdirSync(here).filter((name) => name.endsWith('.test.js') && !kernels.includes(name));
+const inHere = (names: readonly string[]) => names.map((name) => join(here, name));
+const files = given[0] === '--kernels' ? inHere(kernels) : given.length ? given : inHere(others().sort());
 
 let passed = 0;
 let failed = 0;
