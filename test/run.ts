@@ -1,5 +1,5 @@
 // Runs every test file but the kernels' through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
-// do not print. Exit status is tap's. Arguments are files, `npm test -- dist/test/ops.test.js`, or `--kernels`: those alone.
+// do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/ops.test.js`, or `--kernels`, for those alone.
 import { spawn } from 'node:child_process';
 import { readdirSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -9,20 +9,18 @@ import { fileURLToPath } from 'node:url';
 const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
 /**
- * The proof of the GPU's kernels, alone and in whole models, and of the programs for a machine that has one: it takes longer than all
- * else, and its first file as long as the others together.
+ * What a GPU does, on the virtual one, and the programs for a machine that has one, are suites of their own: they take longer than all
+ * else together, and cuda.test.js, every kernel's proof, as long as the rest of them.
  */
-const kernels: readonly string[] = [
-  'cuda.test.js',
-  'cuda_models.test.js',
-  'cuda_hopper_mutants.test.js',
-  'cuda_controlnet.test.js',
-  'cuda_recorded.test.js',
-  'gpu_programs.test.js',
-];
-const others = () => readdirSync(here).filter((name) => name.endsWith('.test.js') && !kernels.includes(name));
-const inHere = (names: readonly string[]) => names.map((name) => join(here, name));
-const files = given[0] === '--kernels' ? inHere(kernels) : given.length ? given : inHere(others().sort());
+const forGpus = (name: string) => /^(cuda|gpu)/.test(name);
+const wanted = given[0] === '--kernels' ? forGpus : (name: string) => !forGpus(name);
+const found = () => readdirSync(here).filter((name) => name.endsWith('.test.js') && wanted(name));
+const named = given.filter((each) => each !== '--kernels');
+const files = named.length
+  ? named
+  : found()
+      .sort()
+      .map((name) => join(here, name));
 
 let passed = 0;
 let failed = 0;

@@ -23,7 +23,7 @@ for (let i = 0; i < 5; i++) {
 }
 
 /** More than twenty killed runs get to. */
-const steps = 100;
+const steps = 60;
 const kills = 20;
 const program = join(packageRoot, 'bin', 'sdxl.js');
 
