@@ -57,7 +57,7 @@ const modelOptions = (command: Command): Command =>
     )
     .option(
       '--lora <FILE[:SCALE]>',
-      'an adapter (LoRA, DoRA, LoHa, LoKr or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder or hub id of one; may be given more than once',
+      'an adapter (LoRA, DoRA, LoHa, LoKr, OFT or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder or hub id of one; may be given more than once',
       repeated((text) => text),
     )
     .option(

@@ -9,7 +9,7 @@ import { UserError } from '../io/errors.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import { type LoraTargets, type Update, updatesOf } from './lora_file.ts';
-import { kindName, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
+import { kindName, kindOf, magnitudeAxis, magnitudeOf, rankOf } from './lora_kinds.ts';
 import { peftEntries } from './peft_config.ts';
 import { openWeightsFile } from './weights_file.ts';
 
@@ -113,6 +113,13 @@ function inKohya(file: TensorFile, update: Update, dtype?: FloatDType): TensorEn
     const shape = part === 'lora_magnitude_vector' ? [o, ...rest.map(() => 1)] : undefined;
     return tensorOf(file, info, `${module}.${kohyaName(part, rest.length === 0)}`, dtype, shape);
   });
+  if (parts.oft_R)
+    throw new UserError(
+      `${file.path}: ${target.path} has peft's OFT, which turns what a layer is given, and kohya's spelling has one of what it makes; keep the file as it is, as --lora reads it`,
+    );
+  // The constraint of an OFT, which has no rank.
+  if (kindOf(parts)?.turns && parts.alpha)
+    return [tensorOf(file, parts.alpha, `${module}.alpha`, dtype), ...entries];
   const own = rankOf(parts);
   if (own === undefined && alpha !== rank) {
     throw new UserError(

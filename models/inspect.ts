@@ -295,13 +295,13 @@ function inspectLora(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {
     const rank = rankOf(parts);
     if (rank) ranks.add(rank);
     const target =
-      /^(lora_unet|lora_te\d?|unet|text_encoder(_2)?|diffusion_model|text_encoders\.clip_.)(?=[._])/.exec(
+      /^(lora_unet|lora_te\d?|oft_unet|unet|text_encoder(_2)?|diffusion_model|text_encoders\.clip_.)(?=[._])/.exec(
         module,
       )?.[0] ?? 'unet';
     targets[target] = (targets[target] ?? 0) + 1;
   }
   const has = (start: RegExp) => [...file.tensors.keys()].some((name) => start.test(name));
-  const spelling = has(/^(lora|lycoris)_/)
+  const spelling = has(/^(lora|lycoris|oft)_/)
     ? "kohya's"
     : has(/^(diffusion_model|text_encoders)\./)
       ? "ComfyUI's"

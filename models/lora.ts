@@ -1,5 +1,5 @@
 // Adapters merged into loaded weights: W += scale * alpha / rank * D, in float32, where D is the difference that its kind makes
-// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts). DoRA (Liu et al. 2024) then gives each row, or in
+// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al. 2024) then gives each row, or in
 // files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
 import { noGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
@@ -13,6 +13,7 @@ import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import type { TextStack } from './conditioning.ts';
 import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
 import { difference, kindOf, magnitudeAxis, magnitudeOf } from './lora_kinds.ts';
+import { rotated } from './oft.ts';
 import { openWeightsFile } from './weights_file.ts';
 
 /** What an adapter makes of a weight, or of a bias, in float32. */
@@ -54,7 +55,7 @@ const encodersOf = ({ encoders }: TextStack): Pick<LoraTargets, 'text_encoder' |
 
 /**
  * Adds the adapter in `path`, times `scale`, to the loaded weights of a pipeline, or of models by name. Several adapters are merged one
- * after the other; merging with the negative scale takes one without DoRA out again up to rounding. Returns how many layers changed.
+ * after the other; merging with the negative scale takes one without DoRA and OFT out again up to rounding. Returns how many layers changed.
  * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not fit
  */
 export function mergeLora(into: LoraTargets & { text?: TextStack }, path: string, scale = 1): number {
@@ -135,9 +136,11 @@ function changesOf(file: TensorFile, update: Update, scale: number): [Parameter,
 }
 
 function merged(file: TensorFile, update: Update, scale: number, weight: Tensor): Tensor {
-  const { target, parts, alpha, rank } = update;
+  const { target, parts, alpha, rank, config } = update;
   const read = floatsOf.bind(undefined, file);
-  const made = difference(parts, target.weight.shape, read, weight.device);
+  const made = kindOf(parts)?.turns
+    ? rotated(parts, weight, read, config)
+    : difference(parts, target.weight.shape, read, weight.device);
   const factor = (magnitudeOf(parts) ? 1 : scale) * (alpha / rank);
   const longer = add(weight, scaled(made, factor).reshape(...weight.shape));
   if (!magnitudeOf(parts)) return longer;

@@ -52,6 +52,8 @@ export interface Update {
   /** The difference counts alpha / rank times. Both are 1 where a file tells neither. */
   alpha: number;
   rank: number;
+  /** peft's, where the file has one. */
+  config: PeftConfig;
 }
 
 /** The file of a folder's adapter by its place: a finished run's is at its top, a checkpoint's in lora/. */
@@ -92,7 +94,7 @@ export function layersIn(file: TensorFile): { layers: Map<string, Parts>; unknow
   const layers = new Map<string, Record<string, TensorInfo>>();
   const unknown: string[] = [];
   for (const info of file.tensors.values()) {
-    const found = partOf(info.name);
+    const found = partOf(info);
     const module = plainModule(found?.module ?? '');
     const parts = layers.get(module) ?? {};
     // A part that is there under another name already is none.
@@ -141,11 +143,12 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
       if (comfy) found.set(`text_encoders.${comfy}.transformer.${path}`, target);
       if (module !== unet) continue;
       const sgm = unetKeyInSgm(key, unetConfig).replace(/\.weight$/, '');
-      for (const name of [path, `lora_unet_${flat(sgm)}`, `diffusion_model.${sgm}`]) found.set(name, target);
+      const others = [`lora_unet_${flat(sgm)}`, `oft_unet_${flat(sgm)}`, `diffusion_model.${sgm}`];
+      for (const name of [path, ...others]) found.set(name, target);
     }
   };
-  // Without kohya's trainer LyCORIS calls the network by its own name.
-  note(unet, 'unet', ['lora_unet_', 'lycoris_']);
+  // Without kohya's trainer LyCORIS calls the network by its own name; kohya's OFT has another word than its LoRA.
+  note(unet, 'unet', ['lora_unet_', 'lycoris_', 'oft_unet_']);
   note(text_encoder, 'text_encoder', ['lora_te1_'], 'clip_l');
   // Trained on the refiner, whose only encoder it is, kohya calls it `te`.
   note(text_encoder_2, 'text_encoder_2', text_encoder ? ['lora_te2_'] : ['lora_te2_', 'lora_te_'], 'clip_g');
@@ -187,13 +190,19 @@ export function updatesOf(file: TensorFile, targets: LoraTargets): Map<string, U
   const configOf = peftConfigs(file);
   return new Map(
     paired.map(([module, target, parts]) => {
-      const ratio = ratioOf(file, parts, configOf(target.path), target.path.replace(/^\w+\./, ''));
-      if (!Number.isFinite(ratio.alpha / ratio.rank)) {
+      const config = configOf(target.path);
+      const ratio = ratioOf(file, parts, config, target.path.replace(/^\w+\./, ''));
+      const alpha = parts.alpha ? floatsOf(file, parts.alpha)[0] : 1;
+      if (!Number.isFinite(alpha) || !Number.isFinite(ratio.alpha / ratio.rank)) {
         throw new UserError(
           `LoRA ${file.path}: the alpha of ${module} is not a finite number; the file is damaged`,
         );
       }
-      return [module, { target, parts, ...ratio }];
+      if (parts.oft_R && config.oft_block_size === undefined)
+        throw new UserError(
+          `LoRA ${file.path}: how peft's OFT turns is told by its adapter_config.json, and there is none of OFT beside the file; put the two into one folder`,
+        );
+      return [module, { target, parts, ...ratio, config }];
     }),
   );
 }
@@ -228,7 +237,7 @@ export function complain(
 
 /**
  * Alpha and rank: kohya keeps alpha in a tensor, peft in its config; without either it is the rank. A LoKr of two whole factors
- * has no rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. Rank-stabilised adapters (alpha over the
+ * has no rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. OFT has none either. Rank-stabilised adapters (alpha over the
  * root of the rank) are told as what a plain one would say, as LyCORIS writes them.
  */
 function ratioOf(

@@ -4,6 +4,7 @@
 //   LoHa (FedPara, Hyeon-Woo et al. 2022)      (B1 A1) * (B2 A2), element by element
 //   LoKr (LyCORIS, Yeh et al. 2023)            C x D, a Kronecker product; C and D are whole or products B A
 //   whole difference                           D
+//   OFT (Qiu et al. 2023)                      R W - W, R a rotation (oft.ts)
 //
 // In a convolution's product a Tucker core T may stand between: the sum over p and q of B[o, p] T[p, q, tap] A[q, i]. All is
 // computed in float32 and channels last, [o, taps * i], in which the Kronecker product of convolutions is one of matrices.
@@ -38,6 +39,8 @@ interface Kind {
   /** A suffix, and the part that it tells; without a name it is what the brackets hold. */
   suffixes: readonly (readonly [suffix: RegExp, part?: string])[];
   factors: readonly Factor[];
+  /** A layer has one of the factors, which turns the weight: there is no difference without it. */
+  turns?: true;
   /** Shapes of the factors, for a weight. */
   shapes(weight: Shape, parts: Readonly<Record<string, { shape: Shape } | undefined>>): readonly Shape[];
   /** The difference [o, taps * i], in any shape of as many elements, of the factors [o, taps * i] each. */
@@ -96,7 +99,26 @@ export const kinds: readonly Kind[] = [
     shapes: (weight) => [weight],
     join: ([whole]) => whole,
   },
+  {
+    name: 'OFT',
+    suffixes: [[/\.(oft_blocks|oft_diag|rescale)$/], [/\.oft_R(?:\.default)?\.weight$/, 'oft_R']],
+    factors: [{ whole: 'oft_blocks' }, { whole: 'oft_diag' }, { whole: 'oft_R' }],
+    turns: true,
+    shapes([o, ...rest], { oft_blocks, oft_diag, oft_R }) {
+      if (!oft_R) {
+        const [, b] = (oft_blocks ?? oft_diag)?.shape ?? [];
+        return [[o / b, b, b]];
+      }
+      const [blocks, count] = oft_R.shape;
+      const most = sizeOf(rest) / sideOf(count);
+      return [[blocks === 1 && Number.isInteger(most) ? 1 : most, count]];
+    },
+    join: ([whole]) => whole,
+  },
 ];
+
+/** Of a skew matrix, by how many numbers are above its diagonal. */
+export const sideOf = (count: number): number => (1 + Math.sqrt(1 + 8 * count)) / 2;
 
 /** Parts that any kind may have. The two magnitudes are DoRA's (Liu et al. 2024). */
 const common: Kind['suffixes'] = [
@@ -109,9 +131,11 @@ const common: Kind['suffixes'] = [
 const suffixes = [...kinds.flatMap((kind) => kind.suffixes), ...common];
 
 /** A tensor's name without the suffix of its part, or undefined where it has none that is known. */
-export function partOf(name: string): { module: string; part: string } | undefined {
+export function partOf({ name, shape }: TensorInfo): { module: string; part: string } | undefined {
   for (const [suffix, part] of suffixes) {
     const found = suffix.exec(name);
+    // LyCORIS's BOFT goes by the names of its OFT, with an axis more.
+    if (found && unsupportedKind(name) && shape.length === 4) return undefined;
     if (found) return { module: name.slice(0, found.index), part: part ?? found[1] };
   }
   return undefined;
@@ -119,7 +143,9 @@ export function partOf(name: string): { module: string; part: string } | undefin
 
 const others: readonly (readonly [RegExp, string])[] = [
   [/\.boft_[Rs](\.|$)/, 'BOFT'],
-  [/\.oft_([Rrs](\.|$)|blocks$|diag$)/, 'OFT or BOFT'],
+  // A rotation of one factor is OFT.
+  [/\.oft_(blocks|diag)$/, 'BOFT'],
+  [/\.oft_[rs](\.|$)/, 'OFT as peft wrote it up to 0.15'],
   [/\.(on_input$|ia3_l(\.|$))/, 'IA3'],
 ];
 
@@ -130,8 +156,13 @@ export const unsupportedKind = (name: string): string | undefined =>
 /** The kind of a layer's parts; undefined for a bias alone. */
 export const kindOf = (parts: Parts): Kind | undefined => kinds.find((kind) => kindHas(kind, parts));
 
-const kindHas = ({ factors }: Kind, parts: Parts): boolean =>
-  factors.some((factor) => namesOf(factor).some((name) => parts[name]));
+const kindHas = ({ factors }: Kind, parts: Parts): boolean => factors.some((factor) => has(factor, parts));
+
+const has = (factor: Factor, parts: Parts): boolean => namesOf(factor).some((name) => parts[name]);
+
+/** Those that a layer should have. */
+const factorsOf = ({ factors, turns }: Kind, parts: Parts): readonly Factor[] =>
+  turns ? factors.filter((factor) => has(factor, parts)) : factors;
 
 const namesOf = ({ whole, left, right, core }: Factor): string[] =>
   [whole, left, right, core].filter((name) => name !== undefined);
@@ -162,7 +193,9 @@ export function lackOf(parts: Parts): string | undefined {
   const [kind, other] = kinds.filter((each) => kindHas(each, parts));
   if (other) return `${kind.name} and ${other.name} at once`;
   if (!kind) return parts.diff_b && !magnitudeOf(parts) ? undefined : `only ${Object.keys(parts).join(', ')}`;
-  for (const factor of kind.factors) {
+  const factors = factorsOf(kind, parts);
+  if (kind.turns && factors.length > 1) return factors.map(({ whole }) => whole).join(' and ');
+  for (const factor of factors) {
     const { whole, left = '', right = '' } = factor;
     const present = namesOf(factor).filter((name) => parts[name]);
     if (whole && parts[whole]) {
@@ -184,7 +217,8 @@ export function rankOf(parts: Parts): number | undefined {
 export function fits(parts: Parts, weight: Shape): boolean {
   const kind = kindOf(parts);
   const shapes = kind?.shapes(weight, parts);
-  return kind?.factors.every((factor, i) => factorFits(factor, parts, shapes?.[i] ?? [])) ?? true;
+  if (parts.rescale && sizeOf(parts.rescale.shape) !== weight[0]) return false;
+  return !kind || factorsOf(kind, parts).every((factor, i) => factorFits(factor, parts, shapes?.[i] ?? []));
 }
 
 function factorFits(factor: Factor, parts: Parts, target: Shape): boolean {

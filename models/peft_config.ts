@@ -9,7 +9,7 @@ import type { TensorFile } from '../io/tensor_file.ts';
 /** What peft's own files put before each path. */
 export const peftRoot = /^base_model\.model\./;
 
-/** What of peft's LoraConfig, LoHaConfig and LoKrConfig tells alpha and rank. */
+/** What of peft's LoraConfig, LoHaConfig and LoKrConfig tells alpha and rank, and of its OFTConfig how rotations are made. */
 export interface PeftConfig {
   r?: number;
   lora_alpha?: number;
@@ -18,6 +18,11 @@ export interface PeftConfig {
   rank_pattern?: Record<string, number>;
   alpha_pattern?: Record<string, number>;
   use_rslora?: boolean;
+  oft_block_size?: number;
+  coft?: boolean;
+  eps?: number;
+  use_cayley_neumann?: boolean;
+  num_cayley_neumann_terms?: number;
 }
 
 /** The config of a layer, by its path: diffusers keeps it in the metadata, peft in a file beside its own. */

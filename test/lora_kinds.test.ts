@@ -1,5 +1,5 @@
-// Adapters of every kind against LyCORIS, peft and diffusers (golden/adapters.jsonl): the merged weights, of files whose numbers a
-// formula gives; and files that are refused.
+// Adapters of every kind against LyCORIS, kohya, peft and diffusers (golden/adapters.jsonl, golden/oft.jsonl): the merged weights, of
+// files whose numbers a formula gives; and files that are refused.
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Test, test } from 'tap';
@@ -35,7 +35,7 @@ interface Golden {
   ][];
 }
 
-const cases = goldenLines<Golden>('adapters');
+const cases = [...goldenLines<Golden>('adapters'), ...goldenLines<Golden>('oft')];
 
 const encoders = ['text_encoder', 'text_encoder_2'] as const;
 
@@ -150,8 +150,8 @@ test('a LoRA with a bias beside', (t) => {
   t.end();
 });
 
-test('the scale of a DoRA counts for its whole change', (t) => {
-  const golden = caseOf('DoRA, by outputs');
+function countsForAll(t: Test, of: string): void {
+  const golden = caseOf(of);
   const path = write(t, golden);
   const models = loaded(device, golden);
   const [component, name, stride, values] = golden.expect[1];
@@ -160,11 +160,15 @@ test('the scale of a DoRA counts for its whole change', (t) => {
   const before = strided();
   const whole = new Float32Array(new Uint8Array(Buffer.from(values, 'base64')).buffer);
   mergeLora(models, path, 0);
-  t.same(strided(), before, 'at 0 the model itself');
+  t.same(strided(), before, `${of}: at 0 the model itself`);
   mergeLora(models, path, 0.25);
   const want = before.map((x, i) => x + 0.25 * (whole[i] - x));
-  allClose(t, 'a quarter', strided(), want, { atol: 1e-6, rtol: 2e-6 });
+  allClose(t, `${of}: a quarter`, strided(), want, { atol: 1e-6, rtol: 2e-6 });
   free(models);
+}
+
+test('the scale of a DoRA, and of an OFT that stretches rows, counts for its whole change', (t) => {
+  for (const name of ['DoRA, by outputs', 'diag-oft, constrained and rescaled']) countsForAll(t, name);
   t.end();
 });
 
@@ -183,6 +187,9 @@ test('other spellings of every kind', (t) => {
     ['LoKr with DoRA', 'lora-kohya', "LoKr with DoRA, kohya's keys"],
     ['whole differences', 'lora-kohya', "whole difference, kohya's keys"],
     ['norms', 'lora-kohya', "whole difference, kohya's keys"],
+    ['diag-oft, constrained and rescaled', 'lora-kohya', "OFT, kohya's keys"],
+    ['OFT of kohya', 'lora-kohya', "OFT, kohya's keys"],
+    ['diag-oft of LyCORIS 2.0', 'lora-kohya', "OFT, kohya's keys"],
   ];
   for (const [name, format, kind] of agree) {
     const models = loaded(device, caseOf(name));
@@ -202,6 +209,8 @@ test('other spellings of every kind', (t) => {
       'lora-kohya',
       /two whole factors times 0\.\d+, which kohya's spelling cannot/,
     ],
+    ['diag-oft', 'lora-peft', /hold no OFT with oft_blocks/],
+    ['OFT of peft', 'lora-kohya', /has peft's OFT, which turns what a layer is given/],
   ];
   for (const [name, format, words] of refused)
     refuses(t, `${name} as ${format}`, () => spelled(name, format, models), words);
@@ -254,9 +263,55 @@ test('what is no whole adapter, or of another kind, is refused by name', (t) => 
       /match no weight .*to_q.lora_(down|A)/,
     ],
     [
-      'OFT',
-      [[`${attention}.oft_blocks`, [4, 6, 6]]],
-      /oft_blocks is a tensor of OFT or BOFT, which is not supported; LoRA, /,
+      'BOFT of LyCORIS',
+      [[`${attention}.oft_blocks`, [3, 4, 6, 6]]],
+      /oft_blocks is a tensor of BOFT, which is not supported; LoRA, /,
+    ],
+    [
+      'OFT of old',
+      [[`${attention}.oft_r`, [4, 6, 6]]],
+      /oft_r is a tensor of OFT as peft wrote it up to 0.15, which is not supported/,
+    ],
+    ['OFT that does not divide', [[`${attention}.oft_blocks`, [4, 5, 5]]], /another shape .*to_q/],
+    [
+      'OFT with a short rescale',
+      [
+        [`${attention}.oft_blocks`, [4, 6, 6]],
+        [`${attention}.rescale`, [20, 1]],
+      ],
+      /another shape than the model: .*to_q/,
+    ],
+    [
+      'OFT of no length',
+      [
+        [`${attention}.oft_blocks`, [4, 6, 6]],
+        [`${attention}.alpha`, Number.NaN],
+      ],
+      /alpha of .*to_q is not a finite number/,
+    ],
+    [
+      'two OFTs',
+      [
+        [`${attention}.oft_blocks`, [4, 6, 6]],
+        [`${attention}.oft_diag`, [4, 6, 6]],
+      ],
+      /to_q \(oft_blocks and oft_diag\)/,
+    ],
+    ['rescale alone', [[`${attention}.rescale`, [24, 1]]], /to_q \(only rescale\)/],
+    [
+      'OFT of peft without its config',
+      [['base_model.model.conv_in.oft_R.weight', [9, 6]]],
+      /told by its adapter_config.json, and there is none of OFT beside the file/,
+    ],
+    [
+      'OFT of peft of another size',
+      [['base_model.model.conv_in.oft_R.weight', [8, 6]]],
+      /another shape than the model: conv_in/,
+    ],
+    [
+      'OFT of peft of no side',
+      [['base_model.model.conv_in.oft_R.weight', [9, 7]]],
+      /another shape than the model: conv_in/,
     ],
     ['BOFT', [['base_model.model.conv_in.boft_R', [1, 2, 4, 4]]], /boft_R is a tensor of BOFT/],
     [
@@ -276,7 +331,7 @@ test('what is no whole adapter, or of another kind, is refused by name', (t) => 
   for (const [label, keys, words] of cases) {
     const path = write(t, { keys });
     refuses(t, label, () => mergeLora(models, path), words);
-    if (/OFT|IA3|half|too many|two/.test(label))
+    if (/BOFT|of old|IA3|half|too many|two/.test(label))
       t.ok(
         inspect(path).problems.length > 0,
         `${label}: ${inspect(path).kind}: ${inspect(path).problems[0]}`,
