@@ -18,7 +18,7 @@ export { CudaGenerator } from './models/cuda_random.ts';
 export { feedForwardToFp8 } from './models/fp8.ts';
 export { type Interpolation, interpolate } from './models/interpolate.ts';
 export { type DecodedPicture, decodeLatents, type Latents } from './models/latents.ts';
-export { locateControlNet, locateModel, locateVae } from './models/locate.ts';
+export { locateControlNet, locateModel, locateT2IAdapter, locateVae } from './models/locate.ts';
 export { locateIPAdapter } from './models/locate_ip_adapter.ts';
 export { locateLora } from './models/locate_lora.ts';
 export { withUNet } from './models/locate_unet.ts';

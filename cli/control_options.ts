@@ -19,7 +19,7 @@ export interface ControlOptions {
 
 export const addControlOptions = (command: Command): Command =>
   command
-    .optionsGroup('Control (the base alone; several ControlNets add up):')
+    .optionsGroup('Control (the base alone; several ControlNets and T2I-Adapters add up):')
     .option(
       '--controlnet <DIR|FILE|HUB_ID[:SCALE]>',
       "a ControlNet of diffusers' (on the hub perhaps one file of several: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",

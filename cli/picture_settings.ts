@@ -19,6 +19,8 @@ const local = [
 const lists = [
   'lora',
   'textualInversion',
+  'adapter',
+  'adapterImage',
   'ipAdapter',
   'ipAdapterImage',
   'controlnet',

@@ -11,7 +11,7 @@ import { cachingOf } from '../models/deepcache.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import type { DecodedPicture, Latents } from '../models/latents.ts';
-import { locateControlNet, locateModel, locateTae, locateVae } from '../models/locate.ts';
+import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
 import { withUNet } from '../models/locate_unet.ts';
@@ -21,7 +21,9 @@ import { pagOf } from '../models/pag.ts';
 import { decode, denoiseToEnd, type Pipeline, planOf, sizesOf } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import { checkSquares, t2iAdapterConfig } from '../models/t2i_adapter.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
+import { adapterOf } from './adapter_options.ts';
 import { openAlbum } from './album.ts';
 import { controlnetOf, oneOrAll } from './control_options.ts';
 import { enlarged, hiresSize, planSecondPass } from './hires_options.ts';
@@ -48,6 +50,7 @@ import {
   readInputs,
   refinerRequest,
   seedOf,
+  wholeSide,
 } from './sample_request.ts';
 import type { Terminal } from './terminal.ts';
 import { locateUpscalers, openUpscalers, type Upscalers, writtenSize } from './upscale_options.ts';
@@ -94,6 +97,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
   checkControlModes(controlnet, oneOrAll(options.controlMode));
+  const adapter: ModelSource[] = [];
+  for (const { file } of (options.adapter ?? []).map(adapterOf))
+    adapter.push(await locateT2IAdapter(file, locate));
   const ipAdapter: IPAdapterSource[] = [];
   for (const { file } of (options.ipAdapter ?? []).map(ipAdapterOf))
     ipAdapter.push(await locateIPAdapter(file, locate));
@@ -106,7 +112,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
-  const larger = hiresSize(options, canvas, sizes.ratio);
+  const larger = hiresSize(options, canvas, wholeSide(options, sizes));
+  for (const { width, height } of larger ? [canvas, larger] : [canvas])
+    for (const each of adapter) checkSquares(t2iAdapterConfig(each), [height, width]);
   const written = writtenSize(larger ?? canvas.written, options, upscalers);
   const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
   checkDecode(decoder, larger ?? canvas, options.vaeTiling);
@@ -122,7 +130,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
         hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
       );
     });
-  const under = { controlnet, ipAdapter, lora };
+  const under = { controlnet, adapter, ipAdapter, lora };
   const sources = { source, refinerSource, vaeSource, taeSource, upscalers, under };
   return { options, requests, canvas, larger, written, album, device, dtype, seed, sampler, ...sources };
 }

@@ -3,6 +3,7 @@
 import type { Command } from 'commander';
 import { emphases } from '../models/emphasis.ts';
 import { shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
+import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
@@ -25,6 +26,7 @@ Examples:
   sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
+  sdxl sample --model ./base --adapter TencentARC/t2i-adapter-canny-sdxl-1.0:0.8 --adapter-image edges.png --prompt "a bird"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
@@ -312,6 +314,7 @@ export function addSampleOptions(command: Command): Command {
       addHiresOptions,
       addUpscaleOptions,
       addControlOptions,
+      addAdapterOptions,
       addIPAdapterOptions,
       refinerOptions,
       addPreviewOptions,

@@ -12,7 +12,7 @@ import { loadTextualInversion } from '../models/textual_inversion.ts';
 import { type SampleOptions, textualInversionOf } from './sample_options.ts';
 
 /** What a pipeline is loaded with beside its model. */
-export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'ipAdapter' | 'lora'>>;
+export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'adapter' | 'ipAdapter' | 'lora'>>;
 
 /** A model with requests that it can answer. */
 export interface Opened {

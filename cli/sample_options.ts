@@ -11,6 +11,7 @@ import { locateAdapter } from '../models/lora_file.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
+import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
@@ -20,6 +21,7 @@ import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 
 export interface SampleOptions
   extends ControlOptions,
+    AdapterOptions,
     IPAdapterOptions,
     HiresOptions,
     PreviewOptions,
@@ -200,6 +202,7 @@ export function checkSample(options: SampleOptions): void {
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
   checkControl(options);
+  checkAdapters(options);
   checkIPAdapters(options);
   checkHires(options);
   checkUpscale(options);

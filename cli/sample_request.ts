@@ -10,6 +10,7 @@ import { type Request, stepsOf } from '../models/request.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
 import { layoutOf } from '../models/samplers/registry.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
+import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
 import { ipAdapterRequest } from './ip_adapter_options.ts';
@@ -20,6 +21,8 @@ export interface Inputs {
   mask?: Mask;
   /** One for each ControlNet. */
   controls?: readonly Picture[];
+  /** One for each T2I-Adapter. */
+  adapterImages?: readonly Picture[];
   /** One for each IP-Adapter. */
   ipAdapterImages?: readonly Picture[];
 }
@@ -32,10 +35,12 @@ async function readPictures(paths: readonly string[] = []): Promise<Picture[]> {
 
 export async function readInputs(options: SampleOptions): Promise<Inputs> {
   const controls = await readPictures(options.controlImage);
+  const adapterImages = await readPictures(options.adapterImage);
   const ipAdapterImages = await readPictures(options.ipAdapterImage);
-  if (!options.image) return { controls, ipAdapterImages };
+  const others = { controls, adapterImages, ipAdapterImages };
+  if (!options.image) return others;
   const image = await readPicture(options.image);
-  if (!options.mask) return { image, controls, ipAdapterImages };
+  if (!options.mask) return { image, ...others };
   const mask = await readMask(options.mask);
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
@@ -44,7 +49,7 @@ export async function readInputs(options: SampleOptions): Promise<Inputs> {
   }
   if (options.paddingMaskCrop !== undefined && !mask.data.some((grey) => grey > 0))
     throw new UserError(`${options.mask} is all black: make white what is to be painted anew`);
-  return { image, mask, controls, ipAdapterImages };
+  return { image, mask, ...others };
 }
 
 /** What is drawn: how large, over and after which pictures, and what is made of the result. */
@@ -57,6 +62,10 @@ export interface Canvas {
   written: { width: number; height: number };
 }
 
+/** The side that sizes which nobody typed are cut to multiples of: a latent's, of T2I-Adapters the squares that these see. */
+export const wholeSide = ({ adapter }: SampleOptions, { ratio }: Pick<Sizes, 'ratio'>): number =>
+  adapter ? 2 * ratio : ratio;
+
 /**
  * Where no size is given that of the picture to start from counts, or else of the first to follow, cut to whole latents; but a part of
  * a picture (--padding-mask-crop) is drawn at the model's size, and comes back into the picture.
@@ -66,15 +75,16 @@ export function canvasOf(
   { ratio, sampleSize, sampleWidth = sampleSize }: Sizes,
   inputs: Inputs,
 ): Canvas {
-  const { image, mask, controls = [] } = inputs;
+  const { image, mask, controls = [], adapterImages = [] } = inputs;
   const { paddingMaskCrop: padding } = options;
-  const sized = padding === undefined ? (image ?? controls.at(0)) : undefined;
-  const floored = (pixels: number) => pixels - (pixels % ratio);
+  const sized = padding === undefined ? (image ?? controls.at(0) ?? adapterImages.at(0)) : undefined;
+  const whole = wholeSide(options, { ratio });
+  const floored = (pixels: number) => pixels - (pixels % whole);
   const { width = floored(sized?.width ?? sampleWidth), height = floored(sized?.height ?? sampleSize) } =
     options;
   if (sized && width * height === 0)
     throw new UserError(
-      `${options.image ?? options.controlImage?.[0]} is ${sized.width}x${sized.height} and a latent ${ratio}x${ratio} pixels: give --width and --height`,
+      `${options.image ?? options.controlImage?.[0] ?? options.adapterImage?.[0]} is ${sized.width}x${sized.height}, and sides are cut to multiples of ${whole} pixels: give --width and --height`,
     );
   if (padding === undefined || !image || !mask) {
     const size = { width, height };
@@ -84,12 +94,15 @@ export function canvasOf(
   const part = <P extends Picture | Mask>(of: P): P => {
     if (of.width === mask.width && of.height === mask.height) return cutAndFill(of, window, width, height);
     throw new UserError(
-      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image is ${of.width}x${of.height}; make them the same size`,
+      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image or --adapter-image is ${of.width}x${of.height}; make them the same size`,
     );
   };
   return {
     ...{ width, height },
-    inputs: { ...inputs, image: part(image), mask: part(mask), controls: controls.map(part) },
+    inputs: {
+      ...{ ...inputs, image: part(image), mask: part(mask) },
+      ...{ controls: controls.map(part), adapterImages: adapterImages.map(part) },
+    },
     finish: (drawn) => overlay(image, mask, window, drawn),
     written: { width: image.width, height: image.height },
   };
@@ -102,7 +115,7 @@ export function baseRequests(
   prompts: readonly string[],
   seed: number,
 ): Request[] {
-  const { image, mask, controls = [], ipAdapterImages = [] } = inputs;
+  const { image, mask, controls = [], adapterImages = [], ipAdapterImages = [] } = inputs;
   const config: Partial<SchedulerConfig> = options.karras ? layoutOf('karras') : {};
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   const { timesteps, sigmas } = options;
@@ -133,6 +146,7 @@ export function baseRequests(
     mask: mask && preprocessMask(mask, width, height),
     strength: options.strength,
     ...controlRequest(options, controls, width, height),
+    ...adapterRequest(options, adapterImages),
     ...ipAdapterRequest(options, ipAdapterImages),
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
@@ -202,6 +216,7 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
     image: beside ? base.image : drawn,
     latents: beside ? drawn : undefined,
     control_image: undefined,
+    adapter_image: undefined,
     ip_adapter_image: undefined,
     // With --image the strength is the base's.
     strength: options.image ? 0.3 : options.strength,

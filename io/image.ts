@@ -123,13 +123,29 @@ export function preprocessControl(
   height: number = vaeSide(picture?.height),
 ): { data: Float32Array; shape: [1, 3, number, number] } {
   assertPixels(picture);
-  const { data: pixels } = resize(picture, width, height, 'lanczos');
+  return { data: inUnit(picture, width, height), shape: [1, 3, height, width] };
+}
+
+/** The same as a T2I-Adapter takes it, in colour or as grey levels, [1, 1 or 3, h, w]. */
+export function preprocessAdapter(
+  picture: Picture,
+  channels: Pixels['channels'],
+  width: number,
+  height: number,
+): { data: Float32Array; shape: [1, 1 | 3, number, number] } {
+  const seen = channels === 1 ? toGrey(picture) : picture;
+  return { data: inUnit(seen, width, height), shape: [1, channels, height, width] };
+}
+
+/** Pixels in [0, 1], channel by channel, resized. */
+function inUnit(picture: Pixels, width: number, height: number): Float32Array {
+  const { data: pixels, channels } = resize(picture, width, height, 'lanczos');
   const area = width * height;
-  const data = new Float32Array(3 * area);
+  const data = new Float32Array(channels * area);
   for (let i = 0; i < area; i++) {
-    for (let c = 0; c < 3; c++) data[c * area + i] = pixels[3 * i + c] / 255;
+    for (let c = 0; c < channels; c++) data[c * area + i] = pixels[channels * i + c] / 255;
   }
-  return { data, shape: [1, 3, height, width] };
+  return data;
 }
 
 /** One picture as the VAE takes it: the same in [-1, 1]. */

@@ -94,14 +94,15 @@ export const noFolder =
     throw new UserError(`${path} is one file, and no folder is its ${component}'s`);
   };
 
-/** A lone component in one file under diffusers' names, with its config.json beside it, seen as such a model. */
-export function openComponentFile(path: string): ModelSource {
+/** A lone component in one file under diffusers' names, with its config.json beside it or a given `config`, seen as such a model. */
+export function openComponentFile(path: string, config?: Json): ModelSource {
   const folder = dirname(path);
-  if (!existsSync(join(folder, 'config.json')))
+  if (!config && !existsSync(join(folder, 'config.json')))
     throw new UserError(`${path} holds weights only: put the config.json that belongs to it into ${folder}`);
   const weights = () => sourceOf(path, [openWeightsFile(path)]);
   return {
     ...openComponent(folder),
+    ...(config && { config: () => config }),
     path,
     folder: noFolder(path),
     weights,

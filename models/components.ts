@@ -13,6 +13,7 @@ import { parseVisionConfig, visionEncoder } from './clip_vision.ts';
 import { controlnet, controlRatio, parseControlNetConfig } from './controlnet.ts';
 import { controlnetUnion, parseControlNetUnionConfig } from './controlnet_union.ts';
 import { joined } from './latents.ts';
+import { parseT2IAdapterConfig, t2iAdapter } from './t2i_adapter.ts';
 import { parseUNetConfig, unet } from './unet.ts';
 import type { EncoderConfig, Question } from './unet_encoder.ts';
 
@@ -32,6 +33,7 @@ export function buildComponent(config: Json): Component | undefined {
   if (name === 'UNet2DConditionModel') return unetComponent(config);
   if (name === 'ControlNetModel') return controlnetComponent(config);
   if (name === 'ControlNetUnionModel') return controlnetUnionComponent(config);
+  if (name === 'T2IAdapter') return t2iAdapterComponent(config);
   if (name === 'AutoencoderKL' || name === 'AutoencoderTiny') return autoencoderComponent(config);
   if (name === 'CLIPVisionModelWithProjection') return visionComponent(config);
   return name?.startsWith('CLIPTextModel') ? textComponent(config) : undefined;
@@ -98,6 +100,15 @@ function controlnetUnionComponent(json: Json): Component {
       const side = question.sample.shape[1] * controlRatio(config);
       return module(question, [{ picture: wave([1, side, side, 3], device, dtype), mode: 0, weight: 1 }]);
     });
+  return { module, probe };
+}
+
+function t2iAdapterComponent(json: Json): Component {
+  const config = parseT2IAdapterConfig(json, 'config.json');
+  const module = t2iAdapter(config);
+  const side = 4 * config.downscale_factor;
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => module(wave([1, config.in_channels, side, side], device, dtype)));
   return { module, probe };
 }
 

@@ -26,6 +26,7 @@ import {
   residualsOf,
 } from './multicontrolnet.ts';
 import type { PAG } from './pag.ts';
+import { type Followed, featuresOf, type T2IAdapter } from './t2i_adapter.ts';
 import type { ImageTokens } from './transformer.ts';
 import { type DeepFeature, featuresMade, type UNet } from './unet.ts';
 
@@ -49,6 +50,8 @@ export interface GuidedModel {
   unet: UNet;
   /** What controls the UNet, if anything does. */
   controlnet: readonly AnyControlNet[];
+  /** T2I-Adapters, which are asked but once. */
+  adapter: readonly T2IAdapter[];
   /** What pictures to draw by go through, if any do. */
   ipAdapter: readonly IPAdapter[];
 }
@@ -64,6 +67,9 @@ export interface DenoiserPlan {
   guided: boolean;
   pag?: PAG;
   controls: readonly Control[];
+  followed: readonly Followed[];
+  /** In how many of the calls, from the first on, what T2I-Adapters give is added. */
+  followedCalls: number;
   imagePrompts: readonly ImagePrompt[];
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
   calls: number;
@@ -81,10 +87,11 @@ export interface Denoiser {
 
 /** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
 export function openDenoiser(
-  { device, dtype, text, unet, ipAdapter }: GuidedModel,
+  { device, dtype, text, unet, adapter, ipAdapter }: GuidedModel,
   request: GuidanceRequest,
-  { timesteps, shape, ids, guided, pag, controls, imagePrompts, calls, caching }: DenoiserPlan,
+  plan: DenoiserPlan,
 ): Denoiser {
+  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, calls, caching } = plan;
   const [images] = shape;
   const parts = 1 + Number(guided) + Number(pag !== undefined);
   const rows = parts * images;
@@ -111,26 +118,31 @@ export function openDenoiser(
         const pairs = [...imageTokens(each, unet, { guided, images })];
         return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
       });
-      for (const t of [...Object.values(inputs), ...pictures, ...tensorsOf(tokens)]) keep(t);
-      return { ...inputs, pictures, tokens, truncated: encoded.truncated };
+      const features = featuresOf(plan.followed, rows, device, dtype);
+      for (const t of [...Object.values(inputs), ...pictures, ...(features ?? []), ...tensorsOf(tokens)])
+        keep(t);
+      return { ...inputs, pictures, features, tokens, truncated: encoded.truncated };
     }),
   );
   if (request.last) {
     for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
-    for (const { module } of ipAdapter) unload(module);
+    for (const { module } of [...adapter, ...ipAdapter]) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, tokens, truncated } = made;
+  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, features, tokens } = made;
   const perturbed = pag && { layers: pag.layers, rows: images };
   const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, perturbed, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
-  const pass = (on: readonly PlacedControl[], deep?: DeepFeature): Tensor => {
+  const pass = ({ on, within }: Parts, deep?: DeepFeature): Tensor => {
     const x = cast(channelsLast(latents), dtype);
     const sample = parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
     const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
-    const residuals = residualsOf(on, question, guided);
+    const residuals = {
+      ...residualsOf(on, question, guided),
+      down_intrablock_additional_residuals: within,
+    };
     const said = unet(sample, { times, step }, conditioning, residuals, deep);
     const y = cast(channelsFirst(said), 'float32');
     if (parts === 1) return y;
@@ -141,11 +153,11 @@ export function openDenoiser(
     });
   };
   const deep = caching.interval > 1 ? deepCache(caching.branch) : undefined;
-  const passUnder = (on: readonly PlacedControl[]): Pass => {
+  const passUnder = (parts: Parts): Pass => {
     // The whole pass and the shallow one take turns.
     const reserve = deep && device.memory.openReserve();
     const [whole, shallow] = [deep?.whole, deep?.shallow].map((each) =>
-      device.step(() => noGrad(() => pass(on, each)), reserve),
+      device.step(() => noGrad(() => pass(parts, each)), reserve),
     );
     return {
       at: (i) => (i % caching.interval === 0 ? whole : shallow),
@@ -155,7 +167,11 @@ export function openDenoiser(
       },
     };
   };
-  const passes = passesOf(placed, calls, passUnder);
+  const partsAt = (i: number): Parts => ({
+    on: partsOf(placed, i, calls),
+    within: i < plan.followedCalls ? features : undefined,
+  });
+  const passes = passesOf(partsAt, passUnder);
   return {
     predict(x, i) {
       update([copy(latents, x)]);
@@ -169,13 +185,13 @@ export function openDenoiser(
             : slice(y, 0, 0, images),
         );
     },
-    truncated,
+    truncated: made.truncated,
     release() {
       passes.release();
       deep?.release();
       cache.release();
       const inputs = [context, pooled, timeIds, latents, times, step, pagScales];
-      for (const t of [...inputs, ...pictures, ...tensorsOf(tokens)]) t.release();
+      for (const t of [...inputs, ...pictures, ...(features ?? []), ...tensorsOf(tokens)]) t.release();
     },
   };
 }
@@ -189,22 +205,28 @@ interface Pass {
   release(): void;
 }
 
-/** Of each call the step. A recording is of one set of controls, and goes when the set changes: it hardly comes back. */
-function passesOf(
-  controls: readonly PlacedControl[],
-  calls: number,
-  passUnder: (on: readonly PlacedControl[]) => Pass,
-): Pass {
-  let on: readonly PlacedControl[] = [];
-  let pass = passUnder(on);
-  const isSame = (a: PlacedControl, b?: PlacedControl) => a.picture === b?.picture && a.scale === b.scale;
+/** What has a part in a call: ControlNets, and what T2I-Adapters have given. */
+interface Parts {
+  on: readonly PlacedControl[];
+  within?: readonly Tensor[];
+}
+
+const isSame = (a: Parts, b: Parts): boolean =>
+  a.within === b.within &&
+  a.on.length === b.on.length &&
+  a.on.every(({ picture, scale }, k) => picture === b.on[k].picture && scale === b.on[k].scale);
+
+/** Of each call the step. A recording is of one set of parts, and goes when the set changes: it hardly comes back. */
+function passesOf(partsAt: (i: number) => Parts, passUnder: (parts: Parts) => Pass): Pass {
+  let parts = partsAt(0);
+  let pass = passUnder(parts);
   return {
     at(i) {
-      const now = partsOf(controls, i, calls);
-      if (now.length !== on.length || now.some((control, k) => !isSame(control, on[k]))) {
+      const now = partsAt(i);
+      if (!isSame(now, parts)) {
         pass.release();
-        on = now;
-        pass = passUnder(on);
+        parts = now;
+        pass = passUnder(parts);
       }
       return pass.at(i);
     },

@@ -1,5 +1,5 @@
 // What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
-// a VAE, a LoRA, an IP-Adapter, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
+// a VAE, a LoRA, an IP-Adapter, a T2I-Adapter, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
 // fail to load is known without loading it.
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
@@ -9,6 +9,7 @@ import { listFolder, readJsonObject } from '../io/files.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
 import {
   type Json,
+  type ModelSource,
   matchParameters,
   openModel,
   openWeights,
@@ -23,6 +24,7 @@ import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
 import { parseSchedulerConfig } from './samplers/config.ts';
 import { layoutOf, loneUNet } from './sgm_keys.ts';
 import { openSingleFile, openVaeFile } from './singlefile.ts';
+import { isT2IAdapter, openT2IAdapterFile } from './t2i_adapter.ts';
 import { tinyPart } from './taesd_file.ts';
 import { openUNetFile } from './unet_file.ts';
 import { openWeightsFile } from './weights_file.ts';
@@ -170,11 +172,13 @@ function inspectFile(path: string): Inspection {
     if (loneUNet(file.tensors)?.original) return { ...base, ...inspectUNet(path, tensors) };
     const problems = unread(tensors);
     const components = [{ name: 'tensors', ...summary(tensors), problems }];
+    const opened = (kind: string, name: string, open: (path: string) => ModelSource) => {
+      const problems = problemsOfLone(path, name, open);
+      return { ...base, kind, components: [{ ...components[0], name, problems }], problems };
+    };
     const coder = kindOfCoder(file);
-    if (coder) {
-      const problems = problemsOfCoder(path);
-      return { ...base, kind: coder, components: [{ ...components[0], name: 'vae', problems }], problems };
-    }
+    if (coder) return opened(coder, 'vae', openVaeFile);
+    if (isT2IAdapter(names)) return opened('T2I-Adapter in one file', 'adapter', openT2IAdapterFile);
     const kind = kindOfComponent(names, existsSync(join(dirname(path), 'config.json')));
     return { ...base, kind, components, problems };
   } finally {
@@ -202,11 +206,11 @@ function kindOfCoder(file: TensorFile): string | undefined {
     : undefined;
 }
 
-/** Of a half, those of the pair. */
-function problemsOfCoder(path: string): string[] {
+/** Of a half of a tiny autoencoder, those of the pair. */
+function problemsOfLone(path: string, name: string, open: (path: string) => ModelSource): string[] {
   try {
-    const source = openVaeFile(path);
-    return inspectComponent('vae', source.config('vae'), () => source.weights('vae')).problems;
+    const source = open(path);
+    return inspectComponent(name, source.config(name), () => source.weights(name)).problems;
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
     return [error.message];

@@ -25,6 +25,8 @@ export interface LoadOptions {
   vaeDtype?: FloatDType;
   /** What controls the UNet, in the order of a request's control_image. */
   controlnet?: readonly ModelSource[];
+  /** T2I-Adapters, in the order of a request's adapter_image. */
+  adapter?: readonly ModelSource[];
   /** What pictures are drawn by, in the order of a request's ip_adapter_image. */
   ipAdapter?: readonly IPAdapterSource[];
   /** Adapters that are merged while weights are read, `scale` times; 1 where it is not told. */
@@ -54,6 +56,7 @@ const rules: Readonly<Record<keyof LoadOptions, Rule>> = {
   vaeSource: ['what await locateVae(PATH) gives', isSource],
   vaeDtype: dtype,
   controlnet: list('what await locateControlNet(PATH) gives', isSource),
+  adapter: list('what await locateT2IAdapter(PATH) gives', isSource),
   ipAdapter: list(
     'what await locateIPAdapter(PATH) gives',
     (value) => isObject(value) && isSource(value.imageEncoder),

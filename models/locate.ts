@@ -1,5 +1,5 @@
-// Finding a model, VAE or ControlNet by what the user names: a diffusers folder, an original file (.safetensors or .gguf), or a Hugging
-// Face hub id, of which only the files that are read are downloaded.
+// Finding a model, VAE, ControlNet or T2I-Adapter by what the user names: a diffusers folder, an original file (.safetensors or .gguf), or
+// a Hugging Face hub id, of which only the files that are read are downloaded.
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join, posix } from 'node:path';
 import { UserError } from '../io/errors.ts';
@@ -18,6 +18,7 @@ import { asItsWeightsTell } from './controlnet_union.ts';
 import { adapterAt } from './lora_file.ts';
 import { layoutOf } from './sgm_keys.ts';
 import { openSingleFile, openVaeFile } from './singlefile.ts';
+import { openT2IAdapterFile, t2iAdapterConfig } from './t2i_adapter.ts';
 import { isWeightsFile, openWeightsFile } from './weights_file.ts';
 
 /**
@@ -201,22 +202,48 @@ export function ofClass(
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
     "a ControlNet's folder, its .safetensors or .gguf file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
-  const checked = (source: ModelSource) =>
-    asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
+  const kind = { what: 'ControlNet', subfolder: 'controlnet', mend, openFile: openComponentFile };
+  const source = await locateComponent(path, kind, options);
+  return asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
+}
+
+/** The same of a T2I-Adapter, whose file may be without a config.json. */
+export async function locateT2IAdapter(path: string, options: LocateOptions = {}): Promise<ModelSource> {
+  const mend =
+    "a T2I-Adapter's folder, its .safetensors or .gguf file or a hub id such as TencentARC/t2i-adapter-canny-sdxl-1.0";
+  const kind = { what: 'T2I-Adapter', subfolder: 'adapter', mend, openFile: openT2IAdapterFile };
+  const source = ofClass(await locateComponent(path, kind, options), ['T2IAdapter'], 'a T2I-Adapter', mend);
+  t2iAdapterConfig(source);
+  return source;
+}
+
+/** A kind of component that is published alone. */
+interface Lone {
+  what: string;
+  /** Where a checkpoint of training has it. */
+  subfolder: string;
+  mend: string;
+  openFile(path: string): ModelSource;
+}
+
+async function locateComponent(
+  path: string,
+  { what, subfolder, mend, openFile }: Lone,
+  options: LocateOptions,
+): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory()) {
-    if (!isWeightsFile(path)) throw new UserError(`${path} is not a ControlNet: give ${mend}`);
-    return checked(openComponentFile(path));
+    if (!isWeightsFile(path)) throw new UserError(`${path} is not a ${what}: give ${mend}`);
+    return openFile(path);
   }
   const inner = await hubFile(path, options, ['config.json']);
-  if (inner !== undefined) return checked(openComponentFile(inner));
-  if (!existsSync(path) && !looksLikeHubId(path))
-    throw new UserError(`no ControlNet at ${path}; give ${mend}`);
+  if (inner !== undefined) return openFile(inner);
+  if (!existsSync(path) && !looksLikeHubId(path)) throw new UserError(`no ${what} at ${path}; give ${mend}`);
   const folder = existsSync(path)
     ? path
-    : await download(path, (all) => componentFiles(all, 'ControlNet', options.variant), options);
-  const own = [folder, join(folder, 'controlnet')].find((each) => existsSync(join(each, 'config.json')));
+    : await download(path, (all) => componentFiles(all, what, options.variant), options);
+  const own = [folder, join(folder, subfolder)].find((each) => existsSync(join(each, 'config.json')));
   if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
-  return checked(openComponent(own, { variant: options.variant }));
+  return openComponent(own, { variant: options.variant });
 }
 
 /** The files of a lone component's repository: its config, and its weights as diffusers names them. @throws UserError for none */

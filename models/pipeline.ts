@@ -28,6 +28,7 @@ import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
 import { type Start, startOf, strengthOf } from './start.ts';
+import { followedOf, loadT2IAdapters } from './t2i_adapter.ts';
 import { loadTokenizer, type Tokenizer } from './tokenizer.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet.ts';
 
@@ -85,6 +86,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   const sizes = sizesOf(source, vaeSource);
   const fitting = { unet: unetConfig, ratio: sizes.ratio };
   const controlnet = loadControlNets(options.controlnet ?? [], fitting, device, dtype, { q8 });
+  const adapter = loadT2IAdapters(options.adapter ?? [], fitting, device, dtype);
   const encoders = components.map((name, i) => ({
     encoder: textEncoder(textConfigs[i]),
     tokenizer: tokenizerFor(textConfigs[i], source.folder(name.replace('text_encoder', 'tokenizer'))),
@@ -108,6 +110,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     unet: denoiser,
     unetConfig,
     controlnet,
+    adapter,
     ipAdapter,
     vae: coder,
     aesthetic,
@@ -115,7 +118,8 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     ...sizes,
     release() {
       for (const { encoder } of encoders) unload(encoder);
-      for (const { encoder, module } of ipAdapter) for (const each of [encoder, module]) unload(each);
+      for (const { encoder } of ipAdapter) unload(encoder);
+      for (const { module } of [...adapter, ...ipAdapter]) unload(module);
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
@@ -221,6 +225,8 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     const denoiser = openDenoiser(pipeline, request, {
       ...{ timesteps, shape, ids, guided, pag, caching },
       controls: controlsOf(pipeline.controlnet, request, size),
+      followed: followedOf(pipeline.adapter, request, size),
+      followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),
       imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
       calls: plan.timesteps.length - plan.begin,
     });

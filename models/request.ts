@@ -11,6 +11,7 @@ import type { PAGRequest } from './pag.ts';
 import { listed, type Texts } from './prompts.ts';
 import type { SchedulerConfig } from './samplers/config.ts';
 import type { StartRequest } from './start.ts';
+import type { T2IAdapterRequest } from './t2i_adapter.ts';
 import { TorchGenerator } from './torch_random.ts';
 
 /** What to draw, in the words of diffusers' SDXL pipelines. */
@@ -19,6 +20,7 @@ export interface Request
     MicroConditioning,
     StartRequest,
     ControlRequest,
+    T2IAdapterRequest,
     IPAdapterRequest,
     PAGRequest,
     CacheRequest {
@@ -171,6 +173,9 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   control_guidance_start: each,
   control_guidance_end: each,
   guess_mode: flag,
+  adapter_image: listOf('pictures as readPicture gives them', isPicture),
+  adapter_conditioning_scale: each,
+  adapter_conditioning_factor: part,
   ip_adapter_image: listOf(
     'pictures as readPicture gives them, or of lists of them',
     (one) => isPicture(one) || (Array.isArray(one) && one.every(isPicture)),

@@ -116,12 +116,14 @@ function upBlocks(config: UNetConfig, wrap: Wrap) {
   });
 }
 
-/** What is added to the UNet's features and its middle block's output (a ControlNet's), in diffusers' words. */
+/** What is added to the UNet's features and its middle block's output, in diffusers' words. */
 export interface AdditionalResiduals {
-  /** As many as the features that are made, the first convolution's first. */
-  down_block_additional_residuals: readonly Tensor[];
+  /** A ControlNet's, for the way up: as many as the features that are made, the first convolution's first. */
+  down_block_additional_residuals?: readonly Tensor[];
   /** Where all are. */
   mid_block_additional_residual?: Tensor;
+  /** A T2I-Adapter's, for the way down too: one for each level, and the middle block's. */
+  down_intrablock_additional_residuals?: readonly Tensor[];
 }
 
 /** Where DeepCache cuts the UNet (deepcache.ts), and what the layers below the cut give to those above it. */
@@ -162,10 +164,11 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
       deep?: DeepFeature,
     ): Tensor => {
       const cut = deep ? deep.branch + 1 : 0;
-      const question = { sample, times, conditioning, count: featuresMade(deep) };
+      const intrablock = residuals?.down_intrablock_additional_residuals;
+      const question = { sample, times, conditioning, intrablock, count: featuresMade(deep) };
       const { features: own, middle, time } = encode(m, config, question);
       const plus = (x: Tensor, more?: Tensor): Tensor => (more ? add(x, more) : x);
-      const features = own.map((x, i) => plus(x, residuals?.down_block_additional_residuals[i]));
+      const features = own.map((x, i) => plus(x, residuals?.down_block_additional_residuals?.[i]));
       const up = (x: Tensor, from: number, to: number): Tensor => {
         if (from === to) return x;
         let h = from === all ? plus(x, residuals?.mid_block_additional_residual) : x;

@@ -3,6 +3,7 @@
 // latents (the embedded sizes and times) is computed once an image when the conditioning carries a ContextCache.
 import { conv2d, linear } from '../engine/layers.ts';
 import { module } from '../engine/module.ts';
+import { add } from '../engine/ops/binary.ts';
 import { concat, timestepEmbedding } from '../engine/ops/move.ts';
 import { broadcast } from '../engine/ops/reduce.ts';
 import { cast, silu } from '../engine/ops/unary.ts';
@@ -150,7 +151,10 @@ export const embeddingMlp = (inputs: number, width: number) =>
     (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
   );
 
-/** A level on the way down; returns what the way up will want, at most `count` of it, the last of all being its output. */
+/**
+ * A level on the way down; returns what the way up will want, at most `count` of it, the last of all being its output. `more` (a
+ * T2I-Adapter's) is added to what its transformers give before the downsampler, but where it has none to its output: as diffusers has it.
+ */
 const downBlock = (
   resnets: Resnet[],
   attentions: (Transformer | undefined)[],
@@ -158,15 +162,19 @@ const downBlock = (
 ) =>
   module(
     { resnets, attentions, downsamplers },
-    (m, x: Tensor, time: Time, conditioning: Conditioning, count: number): Tensor[] => {
+    (m, x: Tensor, time: Time, conditioning: Conditioning, count: number, more?: Tensor): Tensor[] => {
       let h = x;
       const features: Tensor[] = [];
-      m.resnets.slice(0, count).forEach((resnet, i) => {
-        h = resnet(h, { time });
-        h = m.attentions[i]?.(h, conditioning) ?? h;
+      const place = m.resnets.length + (m.attentions[0] ? 0 : m.downsamplers.length) - 1;
+      const note = (made: Tensor): void => {
+        h = more && features.length === place ? add(made, more) : made;
         features.push(h);
+      };
+      m.resnets.slice(0, count).forEach((resnet, i) => {
+        const made = resnet(h, { time });
+        note(m.attentions[i]?.(made, conditioning) ?? made);
       });
-      if (features.length < count) for (const down of m.downsamplers) features.push(down(h));
+      if (features.length < count) for (const down of m.downsamplers) note(down(h));
       return features;
     },
   );
@@ -229,6 +237,8 @@ export interface Question {
   fuse?(h: Tensor): Tensor;
   /** Added to the embedded conditions, [n, 4 c]. */
   more?(): Tensor;
+  /** Added within the levels, one for each, and to the middle block's output. */
+  intrablock?: readonly Tensor[];
   /** How many features are wanted, the first ones; all where absent. */
   count?: number;
 }
@@ -237,7 +247,16 @@ export interface Question {
 export function encode(
   m: ReturnType<typeof encoder>,
   config: EncoderConfig,
-  { sample, times, conditioning, hint, fuse, more, count = Number.POSITIVE_INFINITY }: Question,
+  {
+    sample,
+    times,
+    conditioning,
+    hint,
+    fuse,
+    more,
+    intrablock = [],
+    count = Number.POSITIVE_INFINITY,
+  }: Question,
 ): { features: Tensor[]; middle(): Tensor; time: Time } {
   const { cache } = conditioning;
   const [added] = once(cache, m.add_embedding, () => [
@@ -248,12 +267,16 @@ export function encode(
   const first = m.conv_in(sample, { residual: hint });
   let h = fuse?.(first) ?? first;
   const features = [h];
-  for (const block of m.down_blocks) {
+  for (const [i, block] of m.down_blocks.entries()) {
     if (features.length >= count) break;
-    features.push(...block(h, time, conditioning, count - features.length));
+    features.push(...block(h, time, conditioning, count - features.length, intrablock[i]));
     h = features[features.length - 1];
   }
-  return { features, middle: () => m.mid_block(h, time, conditioning), time };
+  const middle = (): Tensor => {
+    const [made, within] = [m.mid_block(h, time, conditioning), intrablock.at(m.down_blocks.length)];
+    return within ? add(made, within) : made;
+  };
+  return { features, middle, time };
 }
 
 /** SiLU of the embedded time and added conditions; of a schedule, of all its times at once. */

@@ -55,10 +55,11 @@ export function writeControlNetUnion(
   json: Json = unionArchitecture.config,
 ): string {
   const shapes = Object.entries(unionArchitecture.keys);
-  return write(folder, name, json, shapes);
+  return writeComponent(folder, name, json, shapes);
 }
 
-function write(
+/** Writes a component's folder, whose weights are those of `name`. */
+export function writeComponent(
   folder: string,
   name: string,
   json: Json,
@@ -79,7 +80,7 @@ export function writeControlNet(folder: string, name: string, skip?: string): st
   const json = configOf(name);
   const parameters = [...namedParameters(controlnet(parseControlNetConfig(json, name)))];
   const shapes = parameters.filter(([key]) => key !== skip).map(([key, { shape }]) => [key, shape] as const);
-  return write(folder, name, json, shapes);
+  return writeComponent(folder, name, json, shapes);
 }
 
 export function picture(seed: number, width: number, height: number): Picture {

@@ -1,26 +1,28 @@
-// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl and pag.jsonl have them: every fifth number of the
-// latents. The ControlNet and IP-Adapter that they take are written into a folder that goes with the process.
+// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl and t2i_adapter.jsonl have them: every
+// fifth number of the latents. ControlNet, T2I-Adapters and IP-Adapter that they take are written into a folder that goes with the process.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
-import { decodeFloats } from '../io/dtype.ts';
+import { decodeFloats, type FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
-import { openComponent, openModel } from '../models/checkpoint.ts';
+import { type Json, type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { openIPAdapter } from '../models/ip_adapter.ts';
 import { denoiseToEnd, loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { disc, picture, writeControlNet } from './controlnet_golden.ts';
+import { disc, picture, writeComponent, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines } from './golden.ts';
-import { writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
+import { type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
 
 export type Kind = 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
 
-interface Call {
+export interface Call {
   kind: Kind;
+  /** T2I-Adapters, each with a picture and a scale. */
+  adapters?: readonly (readonly [name: string, of: Of, scale: number])[];
   settings: Omit<Asked, 'scheduler'> & { scheduler?: string };
   seed: number;
   atol: number;
@@ -32,16 +34,36 @@ process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 /** A file of the test's own. */
 export const at = (name: string): string => join(folder, name);
 const net = openComponent(writeControlNet(at('full'), 'full'));
-const adapter = openIPAdapter(writeIPAdapter(at('plain.safetensors'), 'plain'), writeEncoder(at('encoder')));
+const ipAdapter = openIPAdapter(
+  writeIPAdapter(at('plain.safetensors'), 'plain'),
+  writeEncoder(at('encoder')),
+);
 
-export const pipelineOf = (kind: Kind, device: Device): Pipeline =>
+/** The T2I-Adapters of t2i_adapter.jsonl: diffusers' config and the shapes of their weights. */
+export const t2iAdapters = goldenLines<{ adapter?: string; config: Json; keys: Record<string, number[]> }>(
+  't2i_adapter',
+).flatMap(({ adapter, config, keys }) => (adapter ? [{ name: adapter, config, keys }] : []));
+
+/** Writes the folder of one of them, perhaps with another config. */
+export function writeT2IAdapter(folder: string, name: string, more: Json = {}): string {
+  const { config, keys } = t2iAdapters.find((each) => each.name === name) as (typeof t2iAdapters)[number];
+  return writeComponent(folder, name, { ...config, ...more }, Object.entries(keys));
+}
+
+export const pipelineOf = (
+  kind: Kind,
+  device: Device,
+  adapter: readonly ModelSource[] = [],
+  dtype: FloatDType = 'float32',
+): Pipeline =>
   loadPipeline(openModel(join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl')), {
-    ...{ device, dtype: 'float32' },
+    ...{ device, dtype, adapter },
     controlnet: kind === 'controlled' ? [net] : [],
-    ipAdapter: kind === 'adapted' ? [adapter] : [],
+    ipAdapter: kind === 'adapted' ? [ipAdapter] : [],
   });
 
-function requestOf({ kind, settings: { scheduler, ...settings }, seed }: Call): Asked {
+/** What a golden call asks. */
+export function requestOf({ kind, adapters, settings: { scheduler, ...settings }, seed }: Call): Asked {
   const begins = ['img2img', 'inpaint', 'refiner'].includes(kind);
   return {
     ...{ width: 64, height: 64, ...settings },
@@ -49,6 +71,8 @@ function requestOf({ kind, settings: { scheduler, ...settings }, seed }: Call): 
     image: begins ? preprocess(picture(4, 64, 64)) : undefined,
     mask: kind === 'inpaint' ? preprocessMask(disc()) : undefined,
     control_image: kind === 'controlled' ? [preprocessControl(picture(1, 64, 64))] : undefined,
+    adapter_image: adapters?.map(([, of]) => picture(...of)),
+    adapter_conditioning_scale: adapters?.map(([, , scale]) => scale),
     ip_adapter_image: kind === 'adapted' ? [picture(1, 117, 149)] : undefined,
     ip_adapter_scale: kind === 'adapted' ? 0.7 : undefined,
     generators: [new TorchGenerator(seed)],
@@ -60,13 +84,14 @@ export const latentsOf = async (pipeline: Pipeline, asked: Asked): Promise<Float
 
 /** Tests the calls of a golden file, which are so many, on every device; of the reference, which is slow, the one at `slow` alone. */
 export function testCalls(name: string, count: number, slow: number): void {
-  const calls = goldenLines<Call>(name);
+  const calls = goldenLines<Call>(name).filter(({ kind }) => kind !== undefined);
   for (const device of devices)
     test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
       const before = device.memory.storages;
       t.equal(calls.length, count);
       for (const call of device.name === 'reference' ? [calls[slow]] : calls) {
-        const pipeline = pipelineOf(call.kind, device);
+        const adapters = call.adapters?.map(([name]) => openComponent(writeT2IAdapter(at(name), name)));
+        const pipeline = pipelineOf(call.kind, device, adapters);
         const some = (await latentsOf(pipeline, requestOf(call))).filter((_, i) => i % 5 === 0);
         const want = decodeFloats(Buffer.from(call.values, 'base64'), 'float32');
         const { kind, settings, atol } = call;
