@@ -9,6 +9,7 @@ import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { cachingOf } from '../models/deepcache.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
+import { checkInpainting } from '../models/inpainting.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import type { DecodedPicture, Latents } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
@@ -135,9 +136,10 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   return { options, requests, canvas, larger, written, album, device, dtype, seed, sampler, ...sources };
 }
 
-/** The steps of a request. @throws UserError where the model cannot do them, or has no such layers */
+/** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */
 function planned(from: ModelSource, asked: Request) {
   const config = parseUNetConfig(from.config('unet'));
+  checkInpainting(config, asked);
   cachingOf(asked, config);
   if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
   return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);

@@ -17,7 +17,7 @@ import { newContextCache } from './context_cache.ts';
 import { type Caching, deepCache } from './deepcache.ts';
 import { guide, rescaled } from './guidance.ts';
 import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
-import { channelsFirst, channelsLast, toDevice } from './latents.ts';
+import { channelsFirst, channelsLast, type Latents, toDevice } from './latents.ts';
 import {
   type AnyControlNet,
   type Control,
@@ -71,6 +71,8 @@ export interface DenoiserPlan {
   /** In how many of the calls, from the first on, what T2I-Adapters give is added. */
   followedCalls: number;
   imagePrompts: readonly ImagePrompt[];
+  /** What an inpainting model sees beside the latents. */
+  beside?: Latents;
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
   calls: number;
   /** In which calls all of the network runs, and how much of it in the others. */
@@ -91,12 +93,13 @@ export function openDenoiser(
   request: GuidanceRequest,
   plan: DenoiserPlan,
 ): Denoiser {
-  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, calls, caching } = plan;
+  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, beside, calls, caching } = plan;
   const [images] = shape;
   const parts = 1 + Number(guided) + Number(pag !== undefined);
   const rows = parts * images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
+  const forParts = (x: Tensor) => (parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x);
   const cache = newContextCache();
   const made = noGrad(() =>
     scope(() => {
@@ -119,9 +122,10 @@ export function openDenoiser(
         return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
       });
       const features = featuresOf(plan.followed, rows, device, dtype);
-      for (const t of [...Object.values(inputs), ...pictures, ...(features ?? []), ...tensorsOf(tokens)])
-        keep(t);
-      return { ...inputs, pictures, features, tokens, truncated: encoded.truncated };
+      const seen = beside && forParts(toDevice(beside, device, dtype));
+      const more = [...pictures, ...(features ?? []), ...(seen ? [seen] : []), ...tensorsOf(tokens)];
+      const kept = [...Object.values(inputs), ...more].map(keep);
+      return { ...inputs, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
     }),
   );
   if (request.last) {
@@ -129,21 +133,22 @@ export function openDenoiser(
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, features, tokens } = made;
+  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, features, seen, tokens } =
+    made;
   const perturbed = pag && { layers: pag.layers, rows: images };
   const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, perturbed, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
   const pass = ({ on, within }: Parts, deep?: DeepFeature): Tensor => {
-    const x = cast(channelsLast(latents), dtype);
-    const sample = parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
+    const sample = forParts(cast(channelsLast(latents), dtype));
     const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
     const residuals = {
       ...residualsOf(on, question, guided),
       down_intrablock_additional_residuals: within,
     };
-    const said = unet(sample, { times, step }, conditioning, residuals, deep);
+    const all = seen ? concat([sample, seen], 3) : sample; // ControlNets see the latents alone
+    const said = unet(all, { times, step }, conditioning, residuals, deep);
     const y = cast(channelsFirst(said), 'float32');
     if (parts === 1) return y;
     return guide(y, images, {
@@ -190,8 +195,7 @@ export function openDenoiser(
       passes.release();
       deep?.release();
       cache.release();
-      const inputs = [context, pooled, timeIds, latents, times, step, pagScales];
-      for (const t of [...inputs, ...pictures, ...(features ?? []), ...tensorsOf(tokens)]) t.release();
+      for (const t of made.kept) t.release();
     },
   };
 }

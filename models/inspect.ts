@@ -18,6 +18,7 @@ import {
 } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
 import { asWeightsTell } from './controlnet_union.ts';
+import { isInpainting } from './inpainting.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
@@ -63,13 +64,13 @@ function inspectFolder(path: string): Inspection {
   if (existsSync(join(path, 'model_index.json'))) return inspectPipeline(path);
   const adapter = adapterAt(path);
   if (adapter) return inspectFile(adapter);
+  const configAt = (folder: string): Json => readJsonObject(join(folder, 'config.json'));
   const componentAt = (folder: string): Component =>
-    inspectComponent(basename(folder), readJsonObject(join(folder, 'config.json')), () =>
-      openWeights(folder),
-    );
+    inspectComponent(basename(folder), configAt(folder), () => openWeights(folder));
   if (existsSync(join(path, 'config.json'))) {
     const component = componentAt(path);
-    const kind = `diffusers component: ${component.class ?? 'unknown class'}`;
+    const whose = isInpainting(configAt(path)) ? ' of an inpainting model' : '';
+    const kind = `diffusers component: ${component.class ?? 'unknown class'}${whose}`;
     return { path, kind, components: [component], metadata: {}, problems: component.problems };
   }
   // What was trained, as a checkpoint of training keeps it.
@@ -98,10 +99,16 @@ function inspectPipeline(path: string): Inspection {
       problems.push(...problemOf(() => parseSchedulerConfig(source.config(name))));
   }
   if (components.length === 0) problems.push('model_index.json names no component that SDXL has');
-  const refiner = source.modelIndex.requires_aesthetics_score === true;
-  const kind = `diffusers folder: ${refiner ? 'SDXL refiner' : String(source.modelIndex._class_name ?? 'unknown pipeline')}`;
+  const { requires_aesthetics_score, _class_name = 'unknown pipeline' } = source.modelIndex;
+  const inpainting = source.has('unet') && isInpainting(source.config('unet'));
+  const kind =
+    requires_aesthetics_score === true
+      ? 'SDXL refiner'
+      : inpainting
+        ? 'SDXL inpainting model'
+        : String(_class_name);
   problems.push(...problemsOf(components));
-  return { path, kind, components, metadata: {}, problems };
+  return { path, kind: `diffusers folder: ${kind}`, components, metadata: {}, problems };
 }
 
 /** What keeps `read` from its end, if anything does. */
@@ -194,7 +201,8 @@ function inspectUNet(path: string, tensors: readonly Stored[]): Omit<Inspection,
     ...inspectComponent('unet', source.config('unet'), () => source.weights('unet')).problems,
   ];
   const components = [{ name: 'unet', ...summary(tensors), problems }];
-  return { kind: 'UNet in one file, original keys', components, problems };
+  const whose = isInpainting(source.config('unet')) ? ' of an inpainting model' : '';
+  return { kind: `UNet${whose} in one file, original keys`, components, problems };
 }
 
 function kindOfCoder(file: TensorFile): string | undefined {
@@ -236,7 +244,10 @@ function inspectSingleFile(
   const all = [...file.tensors.values()];
   const owner = (name: string) =>
     Object.keys(prefixes).find((component) => name.startsWith(prefixes[component])) ?? 'other';
-  const refiner = !all.some(({ name }) => owner(name) === 'text_encoder');
+  const shapeOf = (name: string) => file.tensors.get(`${prefixes.unet}${name}.weight`)?.shape ?? [];
+  const channels = { in_channels: shapeOf('input_blocks.0.0')[1], out_channels: shapeOf('out.2')[0] };
+  const first = all.some(({ name }) => owner(name) === 'text_encoder') ? 'base' : 'refiner';
+  const kind = isInpainting(channels) ? 'inpainting model' : first;
   const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => {
     const mine = all.filter((tensor) => owner(tensor.name) === name);
     return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };
@@ -254,8 +265,7 @@ function inspectSingleFile(
     if (!(error instanceof UserError)) throw error;
     problems.push(error.message);
   }
-  const kind = `original single file: SDXL ${refiner ? 'refiner' : 'base'}`;
-  return { kind, components, problems };
+  return { kind: `original single file: SDXL ${kind}`, components, problems };
 }
 
 function inspectIPAdapter(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {

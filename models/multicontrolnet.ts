@@ -27,6 +27,7 @@ import {
   parseControlNetUnionConfig,
   unionConfigOf,
 } from './controlnet_union.ts';
+import { latentChannelsOf } from './inpainting.ts';
 import type { Latents } from './latents.ts';
 import { keepInQ8 } from './q8.ts';
 import type { AdditionalResiduals, UNetConfig } from './unet.ts';
@@ -145,11 +146,12 @@ function filled<N extends AnyControlNet>(
 }
 
 function checkFits(source: ModelSource, config: ControlNetConfig, { unet, ratio }: Fitting): void {
+  const wanted = { ...unet, in_channels: latentChannelsOf(unet) };
   for (const key of sharedKeys) {
-    const [own, wanted] = [config[key], unet[key]].map((value) => JSON.stringify(value));
-    if (own !== wanted)
+    const [own, other] = [config[key], wanted[key]].map((value) => JSON.stringify(value));
+    if (own !== other)
       throw new UserError(
-        `the ControlNet of ${source.path} has "${key}" ${own} and the UNet ${wanted}: take one that was made for this model`,
+        `the ControlNet of ${source.path} has "${key}" ${own} and the UNet ${other}${key === 'in_channels' ? ' of latents' : ''}: take one that was made for this model`,
       );
   }
   if (controlRatio(config) !== ratio)

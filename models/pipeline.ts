@@ -15,6 +15,7 @@ import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { cachingOf } from './deepcache.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
+import { checkInpainting, latentChannelsOf } from './inpainting.ts';
 import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
@@ -149,15 +150,12 @@ function checkTexts(
   );
 }
 
-/** Other programs' inpainting models see mask and picture beside the latents; ours paint in with a plain UNet. */
-function checkChannels(path: string, { in_channels: taken }: UNetConfig, { config }: Autoencoder): void {
+/** @throws UserError for a VAE whose latents the UNet does not take */
+function checkChannels(path: string, unetConfig: UNetConfig, { config }: Autoencoder): void {
+  const taken = latentChannelsOf(unetConfig);
   if (taken !== config.latent_channels)
     throw new UserError(
-      `the UNet of ${path} takes ${taken} channels and the VAE gives ${config.latent_channels}; ${
-        taken === 9
-          ? 'it is an inpainting model, which sdxl does not run: inpaint with a base model and --mask'
-          : 'use the VAE that the model was made for'
-      }`,
+      `the UNet of ${path} takes latents of ${taken} channels and the VAE gives ${config.latent_channels}; use the VAE that the model was made for`,
     );
 }
 
@@ -205,6 +203,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkLoaded(pipeline.unet);
   const { sampler, plan } = planOf(pipeline, request);
   checkPrompts(pipeline, request);
+  checkInpainting(pipeline.unetConfig, request);
   const caching = cachingOf(request, pipeline.unetConfig);
   const pag = pagOf(request, pipeline.unet);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
@@ -212,7 +211,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const guided = request.guidance_scale > 1;
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
-    const { shape } = start;
+    const { shape, beside } = start;
     const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
     const ids = timeIds(request, size, {
       aesthetic: pipeline.aesthetic,
@@ -223,7 +222,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, pag, caching },
+      ...{ timesteps, shape, ids, guided, pag, caching, beside },
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),

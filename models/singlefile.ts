@@ -66,7 +66,6 @@ export function openSingleFile(
     );
   }
   const published = componentConfigs(preset);
-  published.unet.in_channels = convIn.shape[1];
   const has = (component: string): boolean =>
     component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component]));
   const config = (component: string): Json => {
@@ -76,6 +75,7 @@ export function openSingleFile(
       );
     const found = folder?.config(component) ?? published[component];
     if (!found) throw new UserError(`${path} has no ${component}`);
+    if (component === 'unet') return { ...found, in_channels: convIn.shape[1] }; // an inpainting model's, whoever lends the rest
     return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
   };
   const source: ModelSource = {

@@ -1,6 +1,7 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture or its latents under noise, or what an earlier
 // stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
-// of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet).
+// of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet), but for an
+// inpainting model, which is shown it (inpainting.ts).
 import type { Device } from '../engine/device.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { combine } from '../engine/ops/combine.ts';
@@ -9,8 +10,10 @@ import { torchNormal } from '../engine/ops/random.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { Autoencoder } from './autoencoder.ts';
+import { besideLatents, isInpainting, maskAt } from './inpainting.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
+import type { UNetConfig } from './unet.ts';
 
 /** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
 export interface NoiseGenerator {
@@ -42,11 +45,12 @@ export interface StartRequest {
   vae_tiling?: boolean;
 }
 
-/** What a picture is encoded with. `ratio` is pixels per latent. */
+/** What a picture is encoded with, and for. `ratio` is pixels per latent. */
 interface Coder {
   device: Device;
   vae: Autoencoder;
   ratio: number;
+  unetConfig: UNetConfig;
 }
 
 export interface Start {
@@ -55,8 +59,10 @@ export interface Start {
   /** The latents, whose noise is drawn now: the device may be at work on the prompts meanwhile. */
   begin(): Tensor;
   draw(): Tensor;
-  /** Inpainting puts the known part back, noised to the level of the next step. */
+  /** Inpainting by a plain UNet puts the known part back, noised to the level of the next step. */
   afterStep?(x: Tensor, index: number): Tensor;
+  /** What an inpainting model sees beside the latents at each step. */
+  beside?: Latents;
   release(): void;
 }
 
@@ -96,7 +102,10 @@ export function startOf(
   if (latents) checkShape('latents', latents, shape);
   const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
   const draw = () => noiseOn(coder.device, generators, shape);
-  if (image && mask) return paintingIn(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
+  if (image && mask) {
+    const start = isInpainting(coder.unetConfig) ? seeing : paintingIn;
+    return start(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
+  }
   const told = denoising_start !== undefined;
   const from = image && !latents ? latentsOf(coder, { ...request, image }, images) : undefined;
   const begin = () => {
@@ -115,7 +124,7 @@ function latentSides({ image, height, width }: StartRequest, ratio: number): num
   return isPixels(image) ? sides.map((side) => Math.floor(side / ratio)) : sides;
 }
 
-/** Inpainting. The picture is what the mask keeps, also where an earlier stage's latents go on. */
+/** Inpainting by a plain UNet. The picture is what the mask keeps, also where an earlier stage's latents go on. */
 function paintingIn(
   coder: Coder,
   request: StartRequest & { image: Latents; mask: Latents },
@@ -129,10 +138,11 @@ function paintingIn(
   const [known, noise, painted, kept] = scope(() => {
     const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
     const noise = latents && !noisy ? onDevice(latents.data) : draw();
-    const painted = maskOf(mask, shape);
+    const plane = maskAt(mask, shape.slice(2));
+    const painted = Float32Array.from({ length: sizeOf(shape) }, (_, i) => plane[i % plane.length]);
     return [onDevice(picture), noise, onDevice(painted), onDevice(painted.map((part) => 1 - part))];
   }).map(keep);
-  // Diffusers also encodes the masked picture for a UNet of nine channels; with four only its draw remains.
+  // Diffusers encodes the masked picture here too; with four channels only its draw remains.
   if (coder.vae.posterior && isPixels(image)) drawNoise(generators.slice(0, 1), sizeOf(shape.slice(1)));
   // A caller's noise is all that diffusers begins with, at whatever strength.
   const pure = latents !== undefined || strengthOf(request) >= 1;
@@ -148,6 +158,33 @@ function paintingIn(
       for (const t of [known, noise, painted, kept]) t.release();
     },
   };
+}
+
+/** Inpainting by a model for it. It begins as a plain UNet does; what it does not begin with is not encoded, nor drawn for. */
+function seeing(
+  coder: Coder,
+  request: StartRequest & { image: Latents; mask: Latents },
+  sampler: Sampler,
+  plan: Plan,
+  { shape, draw }: Pick<Start, 'shape' | 'draw'>,
+): Start {
+  const { generators, latents, denoising_start } = request;
+  const noisy = denoising_start !== undefined;
+  const pure = !noisy && (latents !== undefined || strengthOf(request) >= 1);
+  const given = noisy ? latents : undefined;
+  const from = given ?? (pure ? undefined : latentsOf(coder, request, shape[0]));
+  const { first, beside } = scope(() => {
+    const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
+    const noise = latents && !noisy ? onDevice(latents.data) : draw();
+    const beginning = (): Tensor => {
+      if (!from) return combine([plan.initNoiseSigma, noise]);
+      return noisy ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), noise);
+    };
+    const drawBeside = (count: number) => drawNoise(generators.slice(0, 1), count);
+    return { first: beginning(), beside: besideLatents(coder, request, shape, drawBeside) };
+  });
+  keep(first);
+  return { ...{ shape, draw, beside }, begin: () => first.handle(), release: () => first.release() };
 }
 
 const isPixels = ({ shape }: Latents): boolean => shape[1] === 3;
@@ -171,15 +208,4 @@ function latentsOf(
   return rows(
     encoders.map((own) => encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling)),
   );
-}
-
-/** The mask at the size of the latents, for each of their channels: nearest, as torch's interpolate picks it. */
-function maskOf(mask: Latents, shape: readonly number[]): Float32Array {
-  const [, , h, w] = shape;
-  const [, , mh, mw] = mask.shape;
-  const small = Array.from(
-    { length: h * w },
-    (_, p) => mask.data[Math.floor((Math.floor(p / w) * mh) / h) * mw + Math.floor(((p % w) * mw) / w)],
-  );
-  return Float32Array.from({ length: sizeOf(shape) }, (_, i) => small[i % (h * w)]);
 }

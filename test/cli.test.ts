@@ -92,8 +92,8 @@ test('mistakes', async (t) => {
     ['a whole model that is a LoRA', ['--model', lora], /not an SDXL checkpoint in one file/],
     [
       'an inpainting model',
-      ['--model', inpainting],
-      /takes 9 channels.*inpaint with a base model and --mask/,
+      ['--model', inpainting, '--image', picture],
+      /this UNet takes 9 channels: it is an inpainting model, .* give image and mask \(--image, --mask\), or take a base model/,
     ],
     [
       'a folder without a LoRA',

@@ -58,7 +58,7 @@ export function writeControlNetUnion(
   return writeComponent(folder, name, json, shapes);
 }
 
-/** Writes a component's folder, whose weights are those of `name`. */
+/** Writes the folder of a component of diffusers', whose weights are those of `name`. */
 export function writeComponent(
   folder: string,
   name: string,
@@ -91,10 +91,10 @@ export function picture(seed: number, width: number, height: number): Picture {
   return { width, height, channels: 3, data };
 }
 
-/** The golden calls' mask, 64 x 64. */
-export const disc = (): Mask => ({
-  ...{ width: 64, height: 64, channels: 1 },
-  data: Uint8Array.from({ length: 64 * 64 }, (_, i) =>
-    ((i % 64) - 30) ** 2 + (Math.floor(i / 64) - 36) ** 2 < 400 ? 255 : 0,
+/** The golden calls' mask. */
+export const disc = (width = 64, height = 64): Mask => ({
+  ...{ width, height, channels: 1 },
+  data: Uint8Array.from({ length: width * height }, (_, i) =>
+    ((i % width) - 30) ** 2 + (Math.floor(i / width) - 36) ** 2 < 400 ? 255 : 0,
   ),
 });

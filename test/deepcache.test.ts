@@ -13,11 +13,11 @@ import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
-import { goldenFolder, maxDifference } from './golden.ts';
-import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
+import { goldenFolder, goldenLines, maxDifference } from './golden.ts';
+import { at, type Call, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
 
-testCalls('deepcache', 13, 2);
+testCalls(goldenLines<Call>('deepcache'), 13, 2);
 
 const plain: Asked = {
   ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },

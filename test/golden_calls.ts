@@ -1,5 +1,5 @@
-// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl and t2i_adapter.jsonl have them: every
-// fifth number of the latents. ControlNet, T2I-Adapters and IP-Adapter that they take are written into a folder that goes with the process.
+// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl and inpainting.jsonl
+// have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -14,17 +14,22 @@ import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { disc, picture, writeComponent, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines } from './golden.ts';
+import { writeInpainting } from './inpainting_golden.ts';
 import { type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
 
-export type Kind = 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
+type Plain = 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
+/** Those whose names begin so are of an inpainting model. */
+export type Kind = Plain | 'inpainting' | 'inpainting controlled' | 'inpainting adapted';
 
 export interface Call {
   kind: Kind;
   /** T2I-Adapters, each with a picture and a scale. */
   adapters?: readonly (readonly [name: string, of: Of, scale: number])[];
-  settings: Omit<Asked, 'scheduler'> & { scheduler?: string };
-  seed: number;
+  /** `noise` is the seed of latents that are given. */
+  settings: Omit<Asked, 'scheduler'> & { scheduler?: string; noise?: number };
+  /** Or one for each image. */
+  seed: number | number[];
   atol: number;
   values: string;
 }
@@ -39,6 +44,9 @@ const ipAdapter = openIPAdapter(
   writeEncoder(at('encoder')),
 );
 
+/** The inpainting model's folder. */
+export const inpainting = writeInpainting(at('inpainting'));
+
 /** The T2I-Adapters of t2i_adapter.jsonl: diffusers' config and the shapes of their weights. */
 export const t2iAdapters = goldenLines<{ adapter?: string; config: Json; keys: Record<string, number[]> }>(
   't2i_adapter',
@@ -50,41 +58,56 @@ export function writeT2IAdapter(folder: string, name: string, more: Json = {}): 
   return writeComponent(folder, name, { ...config, ...more }, Object.entries(keys));
 }
 
+const isControlled = (kind: Kind) => kind.endsWith('controlled');
+const isAdapted = (kind: Kind) => kind.endsWith('adapted');
+
+function modelOf(kind: Kind): string {
+  if (kind.startsWith('inpainting')) return inpainting;
+  return join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl');
+}
+
 export const pipelineOf = (
   kind: Kind,
   device: Device,
   adapter: readonly ModelSource[] = [],
   dtype: FloatDType = 'float32',
 ): Pipeline =>
-  loadPipeline(openModel(join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl')), {
+  loadPipeline(openModel(modelOf(kind)), {
     ...{ device, dtype, adapter },
-    controlnet: kind === 'controlled' ? [net] : [],
-    ipAdapter: kind === 'adapted' ? [ipAdapter] : [],
+    controlnet: isControlled(kind) ? [net] : [],
+    ipAdapter: isAdapted(kind) ? [ipAdapter] : [],
   });
 
 /** What a golden call asks. */
-export function requestOf({ kind, adapters, settings: { scheduler, ...settings }, seed }: Call): Asked {
-  const begins = ['img2img', 'inpaint', 'refiner'].includes(kind);
+export function requestOf({
+  kind,
+  adapters,
+  settings: { scheduler, noise, ...settings },
+  seed,
+}: Call): Asked {
+  const masked = kind.startsWith('inpaint');
+  const begins = masked || ['img2img', 'refiner'].includes(kind);
+  const given = noise === undefined ? undefined : new TorchGenerator(noise).randn(4 * 8 * 8);
   return {
     ...{ width: 64, height: 64, ...settings },
     scheduler: { name: scheduler },
     image: begins ? preprocess(picture(4, 64, 64)) : undefined,
-    mask: kind === 'inpaint' ? preprocessMask(disc()) : undefined,
-    control_image: kind === 'controlled' ? [preprocessControl(picture(1, 64, 64))] : undefined,
+    mask: masked ? preprocessMask(disc()) : undefined,
+    latents: given && { shape: [1, 4, 8, 8], data: given },
+    control_image: isControlled(kind) ? [preprocessControl(picture(1, 64, 64))] : undefined,
     adapter_image: adapters?.map(([, of]) => picture(...of)),
     adapter_conditioning_scale: adapters?.map(([, , scale]) => scale),
-    ip_adapter_image: kind === 'adapted' ? [picture(1, 117, 149)] : undefined,
-    ip_adapter_scale: kind === 'adapted' ? 0.7 : undefined,
-    generators: [new TorchGenerator(seed)],
+    ip_adapter_image: isAdapted(kind) ? [picture(1, 117, 149)] : undefined,
+    ip_adapter_scale: isAdapted(kind) ? 0.7 : undefined,
+    generators: [seed].flat().map((each) => new TorchGenerator(each)),
   };
 }
 
 export const latentsOf = async (pipeline: Pipeline, asked: Asked): Promise<Float32Array> =>
   (await denoiseToEnd(pipeline, asked)).latents.data;
 
-/** Tests the calls of a golden file, which are so many, on every device; of the reference, which is slow, the one at `slow` alone. */
-export function testCalls(name: string, count: number, slow: number): void {
-  const calls = goldenLines<Call>(name).filter(({ kind }) => kind !== undefined);
+/** Tests calls, which are so many, on every device; of the reference, which is slow, the one at `slow` alone. */
+export function testCalls(calls: readonly Call[], count: number, slow: number): void {
   for (const device of devices)
     test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
       const before = device.memory.storages;

@@ -9,10 +9,10 @@ import { openSafetensors } from '../io/safetensors.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { refusesEach, sdxl } from './command_line.ts';
-import { goldenFolder, maxDifference } from './golden.ts';
-import { at, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
+import { goldenFolder, goldenLines, maxDifference } from './golden.ts';
+import { at, type Call, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
 
-testCalls('pag', 12, 0);
+testCalls(goldenLines<Call>('pag'), 12, 0);
 
 const seeded = (more: Partial<Asked> = {}): Asked => ({
   ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },

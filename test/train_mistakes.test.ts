@@ -16,6 +16,7 @@ import { listCheckpoints } from '../train/checkpoint.ts';
 import { foreignKeys } from '../train/foreign_keys.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { sdxl } from './command_line.ts';
+import { writeInpainting } from './inpainting_golden.ts';
 import { dataset, folder, model, refuses, runFile } from './run_files.ts';
 import { writeTiny } from './tiny_autoencoder.ts';
 
@@ -73,6 +74,12 @@ test('run files', async (t) => {
     'a tiny autoencoder',
     /taesdxl has a tiny autoencoder \(AutoencoderTiny\), .*train with the VAE that the model was made for/,
     ...file('tiny', { vae: writeTiny(join(folder, 'taesdxl')) }),
+  );
+  await refuses(
+    t,
+    'an inpainting model',
+    /inpainting is an inpainting model, .*sdxl train does not train it; begin with a base model/,
+    ...file('inpainting', { model: writeInpainting(join(folder, 'inpainting')) }),
   );
   const several = dataset('two-shapes', 2);
   writePng(join(several, '0.png'), { width: 64, height: 24, channels: 3, data: new Uint8Array(3 * 64 * 24) });

@@ -16,6 +16,7 @@ import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { autoencoder, withPosterior } from '../models/autoencoder.ts';
 import { channelsLast, type ModelSource, openComponent, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
+import { isInpainting } from '../models/inpainting.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, loadTensors, type Position, readState, type State } from './checkpoint.ts';
@@ -86,6 +87,10 @@ export async function openMaterials(
     ? await (checkpoint ? openComponent(join(checkpoint, 'controlnet')) : locate.controlnet(controlnet))
     : undefined;
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
+  if (run.train.target !== 'vae' && isInpainting(source.config('unet')))
+    throw new UserError(
+      `${source.path} is an inpainting model, whose UNet sees a mask and a picture beside the latents: sdxl train does not train it; begin with a base model`,
+    );
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
     throw new UserError(

@@ -1,0 +1,177 @@
+// Inpainting models, whose UNets take nine channels, against diffusers' pipelines (golden/inpainting.jsonl): whole calls, one of them by
+// `sdxl sample`. That a recorded step gives an eager one's bits, that other forms of the model draw the same, what is told of it, and
+// what is refused.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { cudaDevice, openDevice } from '../engine/device.ts';
+import { namedParameters } from '../engine/module.ts';
+import { decodeFloats } from '../io/dtype.ts';
+import { preprocess, preprocessMask, writePng } from '../io/image.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { inspect } from '../models/inspect.ts';
+import { withUNet } from '../models/locate_unet.ts';
+import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { encodePrompt } from '../models/prompts.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { refusesEach, sdxl } from './command_line.ts';
+import { contents } from './contents.ts';
+import { configOf, disc, picture, writeComponent } from './controlnet_golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
+import { at, type Call, inpainting, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
+import { relativeError } from './op_cases.ts';
+import { failingGpu } from './virtual-gpu/failing.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+
+type Golden = Omit<Call, 'kind'> & { kind: Call['kind'] | 'cropped' };
+const golden = goldenLines<Golden>('inpainting');
+const isWhole = (call: Golden): call is Call => call.kind !== 'cropped';
+const numbers = (text: string): Float32Array => decodeFloats(Buffer.from(text, 'base64'), 'float32');
+testCalls(golden.filter(isWhole), 13, 0);
+
+/** The model with a smaller UNet, for a machine that takes its time. */
+async function smallModel(): Promise<ModelSource> {
+  const model = openModel(inpainting);
+  const json = {
+    ...model.config('unet'),
+    ...{ block_out_channels: [16, 24], layers_per_block: 1 },
+    ...{ attention_head_dim: [1, 2], transformer_layers_per_block: [1, 1] },
+    ...{ down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D'] },
+    ...{ up_block_types: ['CrossAttnUpBlock2D', 'UpBlock2D'] },
+  };
+  const shapes = [...namedParameters(unet(parseUNetConfig(json)))].map(([key, p]) => [key, p.shape] as const);
+  return withUNet(model, writeComponent(at('small'), 'small', json, shapes));
+}
+
+test('on a GPU recorded steps give the bits of eager ones', { timeout: 600_000 }, async (t) => {
+  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26 }));
+  const [gpu, cpu] = [cudaDevice(failing.api), openDevice('cpu')];
+  const model = await smallModel();
+  const [onGpu, onCpu] = [gpu, cpu].map((device) =>
+    loadPipeline(model, { device, dtype: 'float32', only: device === gpu ? ['unet', 'vae'] : undefined }),
+  );
+  const { truncated, ...embeds } = encodePrompt(onCpu, { prompt: 'a red fox', negative_prompt: 'rain' });
+  const over = { image: preprocess(picture(4, 8, 8)), mask: preprocessMask(disc(), 8, 8), strength: 1 };
+  const small = { ...embeds, ...over, num_inference_steps: 3, guidance_scale: 5 };
+  const latents = (pipeline: Pipeline) =>
+    latentsOf(pipeline, { ...small, generators: [new TorchGenerator(3)] });
+  failing.fail('cuStreamBeginCapture', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
+  const eager = await latents(onGpu);
+  t.equal(failing.made('cuGraphLaunch'), 0);
+  failing.heal();
+  const recorded = await latents(onGpu);
+  t.equal(failing.made('cuGraphLaunch'), 1);
+  t.equal(maxDifference(recorded, eager), 0);
+  const error = relativeError(recorded, await latents(onCpu));
+  t.ok(error < 1e-5, `from the CPU's: ${error}`);
+  for (const pipeline of [onGpu, onCpu]) pipeline.release();
+  t.equal(gpu.memory.storages, 0, 'live tensors');
+});
+
+const [image, mask] = [at('image.png'), at('mask.png')];
+writePng(image, picture(4, 80, 72));
+writePng(mask, disc(80, 72));
+const over = ['--image', image, '--mask', mask];
+const sample = (...argv: string[]) =>
+  sdxl(
+    ...['sample', '--prompt', 'a red fox in the snow', '--negative-prompt', 'rain', '--steps', '5'],
+    ...['--seed', '13', '--width', '64', '--height', '64', '--quiet', '--output', at('x.png'), ...argv],
+  );
+
+test('sdxl sample paints in a part that is cut out, as diffusers', async (t) => {
+  const { values, atol } = golden.find((call) => !isWhole(call)) as Golden;
+  const saved = at('cropped.safetensors');
+  const cut = ['--padding-mask-crop', '5', '--strength', '0.7', '--save-latents', saved];
+  const preview = ['--preview', 'proj', '--preview-path', at('preview.png')];
+  const { status, err } = await sample('--model', inpainting, ...over, ...cut, ...preview);
+  t.equal(status, 0, err);
+  const file = openSafetensors(saved);
+  const some = decodeFloats(file.read('latents'), 'float32').filter((_, i) => i % 5 === 0);
+  file.close();
+  allClose(t, 'latents', some, numbers(values), { atol, rtol: 0 });
+  t.equal((await sdxl('sample', '--from', at('x.png'), '--output', at('y.png'), '--quiet')).status, 0);
+  t.ok(readFileSync(at('y.png')).equals(readFileSync(at('x.png'))), 'and again by its settings');
+});
+
+test('a file, and a UNet in a base model, draw what the folder draws', async (t) => {
+  const base = join(goldenFolder, 'tiny-sdxl');
+  const [single, lone, folder] = ['single.safetensors', 'unet.gguf', 'exported'].map(at);
+  const kind = (path: string): string => inspect(path).kind;
+  for (const argv of [
+    [inpainting, single, '--format', 'single-file'],
+    [inpainting, lone, '--format', 'gguf', '--save-keys', 'unet'],
+    [base, folder, '--unet', lone],
+  ]) {
+    const { status, err } = await sdxl('export', ...argv, '--quiet');
+    t.equal(status, 0, err);
+  }
+  t.equal(kind(inpainting), 'diffusers folder: SDXL inpainting model');
+  t.equal(kind(single), 'original single file: SDXL inpainting model');
+  t.match(kind(lone), /^UNet of an inpainting model in one file/);
+  t.equal(kind(join(inpainting, 'unet')), 'diffusers component: UNet2DConditionModel of an inpainting model');
+  t.equal(openModel(folder).modelIndex._class_name, 'StableDiffusionXLInpaintPipeline');
+  const drawn: Map<string, string>[] = [];
+  for (const model of [[inpainting], [single, '--configs', base], [base, '--unet', lone], [folder]]) {
+    const saved = at('drawn.safetensors');
+    const { status, err } = await sample(
+      '--model',
+      ...model,
+      ...over,
+      '--steps',
+      '2',
+      '--save-latents',
+      saved,
+    );
+    t.equal(status, 0, err);
+    drawn.push(contents(saved));
+  }
+  for (const each of drawn.slice(1)) t.same(each, drawn[0]);
+  const plain = await sample(
+    '--model',
+    base,
+    ...over,
+    '--steps',
+    '2',
+    '--save-latents',
+    at('plain.safetensors'),
+  );
+  t.equal(plain.status, 0, plain.err);
+  t.notSame(contents(at('plain.safetensors')), drawn[0]);
+  const refiner = ['--refiner', join(goldenFolder, 'tiny-sdxl-refiner'), '--denoising-end', '0.6'];
+  const refined = await sample('--model', inpainting, ...over, ...refiner);
+  t.equal(refined.status, 0, refined.err);
+});
+
+test('mistakes', async (t) => {
+  const alone =
+    /^error: this UNet takes 9 channels: it is an inpainting model, .* give image and mask \(--image, --mask\)/;
+  await refusesEach(t, (...argv) => sample('--model', inpainting, ...argv), [
+    [[], alone],
+    [['--image', image], alone],
+    [['--hires'], alone],
+    [['--hires', ...over], /--hires draws from a prompt alone/],
+  ]);
+  const device = openDevice('cpu');
+  const pipeline = pipelineOf('inpainting', device);
+  const loaded = device.memory.storages;
+  const asked = { prompt: 'x', image: preprocess(picture(4, 64, 64)), mask: preprocessMask(disc()) };
+  const latents = { shape: [1, 4, 8, 8], data: new Float32Array(256) };
+  for (const [more, says] of [
+    [{ mask: undefined }, /it is an inpainting model/],
+    [{ image: latents }, /latents do not tell: give image as pixels, by preprocess/],
+    [
+      { mask: preprocessMask(disc(80, 72)) },
+      /^mask: 5760 numbers of shape \[1, 1, 72, 80\], where .* \[1, 1, 64, 64\]/,
+    ],
+  ] as const)
+    await t.rejects(latentsOf(pipeline, { ...asked, ...more }), { message: says });
+  t.equal(device.memory.storages, loaded, 'live tensors');
+  pipeline.release();
+  const json = { ...configOf('full'), in_channels: 9 };
+  const nine = openComponent(writeComponent(at('nine'), 'full', json, []));
+  t.throws(() => loadPipeline(openModel(inpainting), { device, dtype: 'float32', controlnet: [nine] }), {
+    message: /nine has "in_channels" 9 and the UNet 4 of latents: take one that was made for this model/,
+  });
+});
