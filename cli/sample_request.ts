@@ -84,7 +84,7 @@ export function canvasOf(
     options;
   if (sized && width * height === 0)
     throw new UserError(
-      `${options.image ?? options.controlImage?.[0] ?? options.adapterImage?.[0]} is ${sized.width}x${sized.height}, and sides are cut to multiples of ${whole} pixels: give --width and --height`,
+      `${options.image ?? options.controlImage?.[0] ?? options.adapterImage?.[0]} is ${sized.width}x${sized.height} and ${options.adapter ? 'a T2I-Adapter sees squares of' : 'a latent'} ${whole}x${whole} pixels: give --width and --height`,
     );
   if (padding === undefined || !image || !mask) {
     const size = { width, height };

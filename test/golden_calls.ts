@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
-import { decodeFloats, type FloatDType } from '../io/dtype.ts';
+import { decodeFloats } from '../io/dtype.ts';
 import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
 import { type Json, type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { openIPAdapter } from '../models/ip_adapter.ts';
@@ -66,14 +66,9 @@ function modelOf(kind: Kind): string {
   return join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl');
 }
 
-export const pipelineOf = (
-  kind: Kind,
-  device: Device,
-  adapter: readonly ModelSource[] = [],
-  dtype: FloatDType = 'float32',
-): Pipeline =>
+export const pipelineOf = (kind: Kind, device: Device, adapter: readonly ModelSource[] = []): Pipeline =>
   loadPipeline(openModel(modelOf(kind)), {
-    ...{ device, dtype, adapter },
+    ...{ device, dtype: 'float32', adapter },
     controlnet: isControlled(kind) ? [net] : [],
     ipAdapter: isAdapted(kind) ? [ipAdapter] : [],
   });
