@@ -46,6 +46,8 @@ export interface Tokens {
   ids: Tensor;
   /** Where each prompt's first EOS is, as a row of all [n * 77]: int32 [n], by endsOf. */
   ends: Tensor;
+  /** Where each token's vector is, of an encoder with tokens of its own: int32 [n, 77], by splitTokens. */
+  places?: Tensor;
 }
 
 export type TextEncoder = Module<
@@ -56,8 +58,10 @@ export type TextEncoder = Module<
   readonly hidden_size: number;
   /** How many tokens the config counts; what addTokens adds comes after them. */
   readonly vocab_size: number;
-  /** Adds rows of the embeddings' width to the loaded table, and returns the first one's id. */
+  /** Adds tokens with vectors of the embeddings' width to a loaded encoder, and returns the first one's id. */
   addTokens(rows: Float32Array): number;
+  /** The vectors of all that were added, [tokens, width]. */
+  addedTokens(): Parameter | undefined;
 };
 
 /**
@@ -72,22 +76,26 @@ export function textEncoder(config: TextConfig): TextEncoder {
         {
           token_embedding: embedding(config.vocab_size, c),
           position_embedding: embedding(config.max_position_embeddings, c),
+          added: undefined as Parameter | undefined,
         },
-        (m, ids: Tensor) => {
+        (m, { ids, places }: Pick<Tokens, 'ids' | 'places'>) => {
           const positions = m.position_embedding.children.weight.tensor;
-          return add(m.token_embedding(ids), slice(positions, 0, 0, ids.shape[1]));
+          const known = m.token_embedding(ids);
+          const words =
+            places && m.added ? rowsAt(places, concat([known.reshape(-1, c), m.added.tensor], 0)) : known;
+          return add(words, slice(positions, 0, 0, ids.shape[1]));
         },
       ),
       encoder: encoderLayers(config, { causal: true }),
       final_layer_norm: layerNorm(c, { eps: config.layer_norm_eps }),
     },
-    (m, ids: Tensor, layer: number, pooled: boolean) => {
+    (m, tokens: Tokens, layer: number, pooled: boolean) => {
       const entry = layer < 0 ? depth + 1 + layer : layer;
       if (entry < 0 || entry > depth)
         throw new UserError(
           `--clip-skip: of a text encoder's ${depth} layers at most ${depth - 1} can be skipped`,
         );
-      const hidden = m.encoder(m.embeddings(ids), entry);
+      const hidden = m.encoder(m.embeddings(tokens), entry);
       const rest = pooled
         ? m.encoder.children.layers.slice(entry).reduce((h, next) => next(h), hidden)
         : undefined;
@@ -97,32 +105,42 @@ export function textEncoder(config: TextConfig): TextEncoder {
   const text_projection = projection === undefined ? undefined : linear(c, projection, { bias: false });
   const encoder = module(
     { text_model: textModel, text_projection },
-    (m, { ids, ends }: Tokens, options: { layer: number; pooled: boolean }) => {
-      const { hidden, final } = m.text_model(ids, options.layer, options.pooled);
-      return { hidden, pooled: final && m.text_projection?.(rowsAt(ends, final.reshape(-1, c))) };
+    (m, tokens: Tokens, options: { layer: number; pooled: boolean }) => {
+      const { hidden, final } = m.text_model(tokens, options.layer, options.pooled);
+      return { hidden, pooled: final && m.text_projection?.(rowsAt(tokens.ends, final.reshape(-1, c))) };
     },
   );
-  const addTokens = (rows: Float32Array): number =>
-    addRows(textModel.children.embeddings.children.token_embedding.children, rows);
   const { eos_token_id, hidden_size, vocab_size } = config;
-  return Object.assign(encoder, { eos_token_id, hidden_size, vocab_size, addTokens });
+  const { children: embeddings } = textModel.children.embeddings;
+  return Object.assign(encoder, {
+    ...{ eos_token_id, hidden_size, vocab_size },
+    addedTokens: () => embeddings.added,
+    addTokens(rows: Float32Array): number {
+      const { added: before } = embeddings;
+      embeddings.added = withRows(before, rows, embeddings.token_embedding.children.weight);
+      before?.unload();
+      return vocab_size + (before?.shape[0] ?? 0);
+    },
+  });
 }
 
-/** A parameter's shape is fixed, so a longer table is another one. */
-function addRows(table: { weight: Parameter }, rows: Float32Array): number {
-  const [count, c] = table.weight.shape;
-  const { device, dtype } = table.weight.tensor;
-  const longer = parameter([count + rows.length / c, c]);
-  longer.tensor = keep(
+/** Vectors with more behind them, where a table is and of its type and width. */
+function withRows(
+  before: Parameter | undefined,
+  rows: Float32Array,
+  { shape: [, c], tensor: { device, dtype } }: Parameter,
+): Parameter {
+  const more = [rows.length / c, c];
+  const all = parameter([more[0] + (before?.shape[0] ?? 0), c]);
+  all.tensor = keep(
     noGrad(() =>
-      scope(() =>
-        concat([table.weight.tensor, cast(tensor(rows, [rows.length / c, c], { device }), dtype)], 0),
-      ),
+      scope(() => {
+        const last = cast(tensor(rows, more, { device }), dtype);
+        return before ? concat([before.tensor, last], 0) : last;
+      }),
     ),
   );
-  table.weight.unload();
-  table.weight = longer;
-  return count;
+  return all;
 }
 
 /**
@@ -141,7 +159,21 @@ export function endsOf(
   });
 }
 
-/** Rows of `length` ids on a device, for `encoder`. */
+/**
+ * Ids of which some are of added tokens, as the encoder looks them up: `ids` in its own table, where the added ones are 0, and `places`
+ * among the vectors found so and those of the added ones behind them. So the table itself is neither copied nor, where the added vectors
+ * are trained, given a gradient.
+ */
+export function splitTokens(
+  given: Int32Array,
+  { vocab_size }: Pick<TextConfig, 'vocab_size'>,
+): { ids: Int32Array; places: Int32Array } {
+  const ids = given.map((id) => (id < vocab_size ? id : 0));
+  const places = given.map((id, i) => (id < vocab_size ? i : given.length + id - vocab_size));
+  return { ids, places };
+}
+
+/** Rows of `length` ids on a device, for `encoder`; none of added tokens. */
 export function placeTokens(
   encoder: Pick<TextConfig, 'eos_token_id' | 'vocab_size'>,
   ids: Int32Array,

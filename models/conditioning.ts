@@ -6,7 +6,7 @@ import { cast, scale } from '../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { endsOf, type TextEncoder, type Tokens } from './clip.ts';
+import { endsOf, splitTokens, type TextEncoder, type Tokens } from './clip.ts';
 import { type Emphasis, emphasize, readPrompt, type Weighted, weightRows } from './emphasis.ts';
 import type { Chunks, Tokenizer } from './tokenizer.ts';
 
@@ -171,8 +171,8 @@ function encode(
   const place = ({ values, shape }: Rows) => tensor(values, shape, { device, dtype: 'int32' });
   const tokens = stack.encoders.map((encoder, i) => {
     const read = texts[i].map((text) => text.chunks);
-    const { ids, ends } = tokensOf(encoder, read, chunks, truncated);
-    return { ids: place(ids), ends: place(ends) };
+    const { ids, ends, places } = tokensOf(encoder, read, chunks, truncated);
+    return { ids: place(ids), ends: place(ends), places: places && place(places) };
   });
   return encodeTokens(stack, tokens, layer, (hidden, i) => {
     const [rows, length] = hidden.shape;
@@ -187,13 +187,13 @@ interface Rows {
   shape: readonly number[];
 }
 
-/** n texts as an encoder's Tokens: ids [n * chunks, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
+/** n texts as an encoder's Tokens: ids and places [n * chunks, 77] and ends [n]. Adds to `truncated` what does not fit, once. */
 export function tokensOf(
   { tokenizer, encoder }: TokenizedEncoder,
   texts: readonly (string | Chunks)[],
   chunks = 1,
   truncated: string[] = [],
-): Record<keyof Tokens, Rows> {
+): { ids: Rows; ends: Rows; places?: Rows } {
   const rows = texts.map((text) => tokenizer.encode(text, chunks));
   for (const row of rows)
     if (row.truncated && !truncated.includes(row.truncated)) truncated.push(row.truncated);
@@ -202,11 +202,14 @@ export function tokensOf(
   rows.forEach((row, r) => {
     values.set(row.ids, r * chunks * length);
   });
-  const ends = endsOf(values, length, encoder).filter((_, i) => i % chunks === 0);
-  return {
-    ids: { values, shape: [rows.length * chunks, length] },
-    ends: { values: ends, shape: [rows.length] },
+  const shape = [rows.length * chunks, length];
+  const ends = {
+    values: endsOf(values, length, encoder).filter((_, i) => i % chunks === 0),
+    shape: [rows.length],
   };
+  if (!encoder.addedTokens()) return { ids: { values, shape }, ends };
+  const { ids, places } = splitTokens(values, encoder);
+  return { ids: { values: ids, shape }, ends, places: { values: places, shape } };
 }
 
 /**

@@ -1,5 +1,5 @@
 // The captions of the UNet's passes. Where the text encoders are frozen and every caption is known, embeddings come from the cache.
-// Where they train, or tags are drawn anew, the tokens go to the device, and through the encoders in the pass.
+// Where they or a token's vectors train, or tags are drawn anew, the tokens go to the device, and through the encoders in the pass.
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { cast } from '../engine/ops/unary.ts';
@@ -71,13 +71,11 @@ export function blankEmbeddings(
 function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | undefined)[]): PassInputs {
   const n = captions.length;
   const texts = captions.map((caption) => caption ?? '');
-  const tokens = text.encoders.flatMap((encoder, i) => {
-    const { ids, ends } = tokensOf(encoder, texts, text.chunks);
-    return [
-      [`ids_${i}`, { ...ids, dtype: 'int32' }] as const,
-      [`ends_${i}`, { ...ends, dtype: 'int32' }] as const,
-    ];
-  });
+  const tokens = text.encoders.flatMap((encoder, i) =>
+    Object.entries(tokensOf(encoder, texts, text.chunks)).map(
+      ([name, rows]) => [`${name}_${i}`, { ...rows, dtype: 'int32' as const }] as const,
+    ),
+  );
   const masked = text.forceZeros && captions.includes(undefined);
   const kept = Float32Array.from(captions, (caption) => (caption === undefined ? 0 : 1));
   return { ...Object.fromEntries(tokens), ...(masked && { kept: { shape: [n], values: kept, dtype } }) };
@@ -87,7 +85,11 @@ function tokenInputs({ text, dtype }: Pipeline, captions: readonly (string | und
 function throughEncoders({ text, dtype }: Pipeline, inputs: Tensors): Encoded {
   const states = encodeTokens(
     text,
-    text.encoders.map((_, i) => ({ ids: inputs[`ids_${i}`], ends: inputs[`ends_${i}`] })),
+    text.encoders.map((_, i) => ({
+      ids: inputs[`ids_${i}`],
+      ends: inputs[`ends_${i}`],
+      places: inputs[`places_${i}`],
+    })),
   );
   const [context, pooled] = [cast(states.context, dtype), cast(states.pooled, dtype)];
   const { kept } = inputs;
