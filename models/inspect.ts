@@ -27,6 +27,7 @@ import { layoutOf, loneUNet } from './sgm_keys.ts';
 import { openSingleFile, openVaeFile } from './singlefile.ts';
 import { isT2IAdapter, openT2IAdapterFile } from './t2i_adapter.ts';
 import { tinyPart } from './taesd_file.ts';
+import { inversionIn } from './textual_inversion.ts';
 import { openUNetFile } from './unet_file.ts';
 import { openWeightsFile } from './weights_file.ts';
 
@@ -73,6 +74,8 @@ function inspectFolder(path: string): Inspection {
     const kind = `diffusers component: ${component.class ?? 'unknown class'}${whose}`;
     return { path, kind, components: [component], metadata: {}, problems: component.problems };
   }
+  const inversion = inversionIn(path);
+  if (inversion) return inspectFile(inversion);
   // What was trained, as a checkpoint of training keeps it.
   const parts = listFolder(path).filter((name) => existsSync(join(path, name, 'config.json')));
   if (parts.length === 0)

@@ -19,6 +19,7 @@ import { adapterAt } from './lora_file.ts';
 import { layoutOf } from './sgm_keys.ts';
 import { openSingleFile, openVaeFile } from './singlefile.ts';
 import { openT2IAdapterFile, t2iAdapterConfig } from './t2i_adapter.ts';
+import { inversionIn } from './textual_inversion.ts';
 import { isWeightsFile, openWeightsFile } from './weights_file.ts';
 
 /**
@@ -125,6 +126,10 @@ function refuseOtherFolders(path: string): void {
   if (existsSync(config) && controlNetClasses.includes(classOf(readJsonObject(config)) ?? ''))
     throw new UserError(
       `${path} holds a ControlNet, which sdxl sample takes as --controlnet ${path}; give the model that it was made for`,
+    );
+  if (!existsSync(config) && inversionIn(path))
+    throw new UserError(
+      `${path} holds a textual inversion, which sdxl sample takes as --textual-inversion ${path}; give the model that it was made for`,
     );
   if (existsSync(join(path, 'state.json')))
     throw new UserError(

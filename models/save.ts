@@ -34,9 +34,10 @@ export function weightEntries(
 const format = { format: 'pt' };
 
 export interface SavedComponent {
-  /** Names the weight file; `lora` for adapters. */
+  /** Names the weight file, where `file` does not; `lora` for adapters. */
   name: string;
-  /** config.json; adapters have none. */
+  file?: string;
+  /** config.json; adapters and textual inversions have none. */
   config?: Json;
   /** Of the weight file. */
   metadata?: Readonly<Record<string, string>>;
@@ -44,10 +45,13 @@ export interface SavedComponent {
 }
 
 /** Writes FOLDER/config.json and the weights. @throws UserError when the disk is full or closed to us */
-export function saveComponent(folder: string, { name, config, metadata, weights }: SavedComponent): void {
+export function saveComponent(
+  folder: string,
+  { name, config, file = weightFile(name), metadata, weights }: SavedComponent,
+): void {
   makeFolder(folder);
   if (config) writeJson(join(folder, 'config.json'), config);
-  writeSafetensors(join(folder, weightFile(name)), weights, { ...format, ...metadata });
+  writeSafetensors(join(folder, file), weights, { ...format, ...metadata });
 }
 
 /** Writes a component's weights, a tensor at a time: one file, or above `maxShardSize` bytes several and the index that names them. */

@@ -5,6 +5,7 @@ import { existsSync, statSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
+import { listFolder } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
 import type { TextStack } from './conditioning.ts';
@@ -24,6 +25,9 @@ export interface TextualInversion {
   clip_g: Vectors;
 }
 
+/** What a file calls the vectors of text_encoder and text_encoder_2. */
+export const parts = ['clip_l', 'clip_g'] as const;
+
 /** The files that diffusers' script leaves for the two encoders, in a folder; each has one tensor, with the token's name. */
 const learned = ['learned_embeds.safetensors', 'learned_embeds_2.safetensors'] as const;
 
@@ -36,7 +40,9 @@ export function readTextualInversion(path: string, token?: string): TextualInver
     throw new UserError(
       `${path} is a pickle, which can run code when read and is refused; convert it to .safetensors with the keys clip_l and clip_g`,
     );
-  const read = existsSync(path) && statSync(path).isDirectory() ? readFolder(path) : readFile(path);
+  const isFolder = existsSync(path) && statSync(path).isDirectory();
+  const file = isFolder ? inversionIn(path) : path;
+  const read = file === undefined ? readFolder(path) : readFile(file);
   const [{ clip_l, clip_g }, name] = [read, token ?? read.token];
   if (name.trim() === '') throw new UserError(`${path} needs a name in prompts; give one as FILE:TOKEN`);
   if (clip_l.count !== clip_g.count)
@@ -44,6 +50,16 @@ export function readTextualInversion(path: string, token?: string): TextualInver
       `${path} has ${clip_l.count} vectors for the first text encoder and ${clip_g.count} for the second; save it again`,
     );
   return { token: name, clip_l, clip_g };
+}
+
+/** The file of a finished run's folder, or of a checkpoint's; undefined for a folder that is neither. */
+export function inversionIn(folder: string): string | undefined {
+  const inner = join(folder, 'textual_inversion');
+  const place = existsSync(inner) ? inner : folder;
+  const [name, ...others] = listFolder(place).filter((each) => each.endsWith('.safetensors'));
+  if (name === undefined || others.length > 0) return undefined;
+  const path = join(place, name);
+  return within(path, ({ tensors }) => parts.every((part) => tensors.has(part))) ? path : undefined;
 }
 
 function readFile(path: string): TextualInversion {
@@ -102,29 +118,43 @@ function vectorsOf(file: TensorFile, name: string): Vectors {
  * A lone encoder, the refiner's, takes clip_g.
  * @throws UserError before anything is changed, for widths of another model or a token that there is already
  */
-export function loadTextualInversion(
-  { text: { encoders } }: { text: TextStack },
-  path: string,
-  token?: string,
-): string {
+export function loadTextualInversion({ text }: { text: TextStack }, path: string, token?: string): string {
   const read = readTextualInversion(path, token);
-  const parts = (['clip_l', 'clip_g'] as const).slice(-encoders.length);
-  const names = Array.from({ length: read.clip_g.count }, (_, i) => (i ? `${read.token}_${i}` : read.token));
-  for (const [i, { encoder, tokenizer }] of encoders.entries()) {
-    const { width } = read[parts[i]];
+  const known = knownToken(text, read.token, read.clip_g.count);
+  if (known !== undefined)
+    throw new UserError(
+      `${path}: the tokenizer has a token "${known}" already; call the embedding otherwise, as FILE:TOKEN`,
+    );
+  addToken(text, read.token, vectorsFor(text, path, read));
+  return read.token;
+}
+
+/** The numbers for each encoder. @throws UserError where these are of another width */
+export const vectorsFor = ({ encoders }: TextStack, path: string, read: TextualInversion): Float32Array[] =>
+  encoders.map(({ encoder }, i) => {
+    const part = parts.slice(-encoders.length)[i];
+    const { width, values } = read[part];
     if (width !== encoder.hidden_size)
       throw new UserError(
-        `${path}: ${parts[i]} is ${width} numbers wide, and the model's text encoder takes ${encoder.hidden_size}; use an embedding made for this model`,
+        `${path}: ${part} is ${width} numbers wide, and the model's text encoder takes ${encoder.hidden_size}; use an embedding made for this model`,
       );
-    const known = names.find(tokenizer.has);
-    if (known !== undefined)
-      throw new UserError(
-        `${path}: the tokenizer has a token "${known}" already; call the embedding otherwise, as FILE:TOKEN`,
-      );
-  }
+    return values;
+  });
+
+const namesOf = (token: string, count: number): string[] =>
+  Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token));
+
+/** Of the names that a token of `count` vectors has, one that a tokenizer knows already. */
+export const knownToken = ({ encoders }: TextStack, token: string, count: number): string | undefined =>
+  namesOf(token, count).find((name) => encoders.some(({ tokenizer }) => tokenizer.has(name)));
+
+/** Puts a token's vectors, [count, width] for each encoder, behind the tables. */
+export function addToken({ encoders }: TextStack, token: string, vectors: readonly Float32Array[]): void {
   for (const [i, each] of encoders.entries()) {
-    const first = each.encoder.addTokens(read[parts[i]].values);
-    each.tokenizer = each.tokenizer.withTokens(names, first);
+    const first = each.encoder.addTokens(vectors[i]);
+    each.tokenizer = each.tokenizer.withTokens(
+      namesOf(token, vectors[i].length / each.encoder.hidden_size),
+      first,
+    );
   }
-  return read.token;
 }

@@ -22,6 +22,10 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
     throw new UserError(
       `${path} is a ControlNet's, which diffusers and sdxl sample --controlnet read as it is: take ${join(path, 'controlnet')}, or its averages in ${join(path, 'ema', 'controlnet')}`,
     );
+  if (run.train.target === 'textual_inversion')
+    throw new UserError(
+      `${path} is a textual inversion's, which A1111, ComfyUI and sdxl sample --textual-inversion read as it is: take the file in ${join(path, 'textual_inversion')}, or its averages in ${join(path, 'ema', 'textual_inversion')}`,
+    );
   if (ema && !existsSync(join(path, 'ema')))
     throw new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const preset = typeof run.model !== 'string';

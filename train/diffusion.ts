@@ -1,4 +1,4 @@
-// Training the UNet, alone or with the text encoders, or what is put on it or beside it (twin.ts, controlnet.ts): latents drawn anew
+// Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts, textual_inversion.ts): latents drawn anew
 // each epoch from their cached moments, captions chosen each epoch, time ids from the true crop, and the loss of objective.ts. A
 // caption that is left away becomes what the model is given without a prompt: zeros (the base model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
@@ -36,6 +36,7 @@ import {
   type Weights,
 } from './task.ts';
 import { blankEmbeddings, preparedTexts, textsInPass } from './texts.ts';
+import { withToken } from './textual_inversion.ts';
 import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
 /** Where a run's weights begin. */
@@ -63,7 +64,7 @@ export function diffusionTask(
     ...(previews.length ? ['vae' as const] : []),
   ];
   const opened = openParts({ run, ...sources }, device, needed);
-  const { pipeline, components, added, networks } = partsOf(run, opened, sources);
+  const { pipeline, components, added, networks } = partsOf(run, opened, sources, pictures);
   checkPreviews(pipeline, run.previews, previews);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const control = controlOf(run, pipeline);
@@ -175,7 +176,7 @@ function controlOf(run: Run, { ratio }: Pipeline): Control {
 }
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
-function partsOf(run: Run, pipeline: Pipeline, sources: Sources) {
+function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pictures) {
   const { source, controlSource, checkpoint } = sources;
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
@@ -191,11 +192,16 @@ function partsOf(run: Run, pipeline: Pipeline, sources: Sources) {
   const networks = { net, texts };
   if (target === 'unet') return { pipeline, networks, components: [net, ...(text_encoders ? texts : [])] };
   // Made last: what is listed above is the model alone.
-  const { other, added } =
+  if (target === 'controlnet') {
+    const { other, added } = withControlNet(run, pipeline, source, controlSource);
+    return { pipeline: other, networks, added, components: [added.component] };
+  }
+  const resumed = checkpoint !== undefined;
+  const added =
     target === 'lora'
-      ? { other: pipeline, added: adapters(run, pipeline, networks, checkpoint !== undefined) }
-      : withControlNet(run, pipeline, source, controlSource);
-  return { pipeline: other, networks, added, components: [added.component] };
+      ? adapters(run, pipeline, networks, resumed)
+      : withToken(run, pipeline, samples, resumed);
+  return { pipeline, networks, added, components: [added.component] };
 }
 
 /** Scaled latents [h, w, c] drawn from the moments of a picture's view, anew each epoch. */

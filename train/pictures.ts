@@ -11,6 +11,7 @@ import { geometryOf, type Reading } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
 import { keyOf, openDataset } from './data/source.ts';
 import { readUnchanged, type Sample, survey } from './data/survey.ts';
+import { templatesOf } from './data/templates.ts';
 import type { Run } from './run.ts';
 import type { Report } from './task.ts';
 
@@ -39,7 +40,13 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     for (const problem of skipped) report.line(`skipped: ${problem}`);
     return samples;
   };
-  const own = await look(run.dataset, 'looking at pictures');
+  const { learnable_property, placeholder_token } = run.textual_inversion;
+  const templates = templatesOf(learnable_property, placeholder_token);
+  const found = await look(
+    templates ? { ...run.dataset, instance_prompt: templates[0] } : run.dataset,
+    'looking at pictures',
+  );
+  const own = templates ? found.map((sample) => ({ ...sample, captions: templates })) : found;
   const { class_data_dir, class_prompt } = run.dataset;
   const prior = class_data_dir
     ? await look(

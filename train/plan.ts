@@ -43,7 +43,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
     typeof path === 'string' && path !== '' && !existsSync(path)
       ? earlier.find(({ output }) => resolve(path).startsWith(`${resolve(output)}/`))
       : undefined;
-  const { model, vae, lora, controlnet } = run;
+  const { model, vae, lora, controlnet, textual_inversion } = run;
   const net = maker(controlnet.controlnet_model_name_or_path);
   return {
     ...run,
@@ -52,6 +52,10 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
     vae: maker(vae) ? '' : vae,
     lora: maker(lora.network_weights) ? { ...lora, network_weights: '' } : lora,
     controlnet: net ? net.controlnet : controlnet,
+    // A letter is one token.
+    textual_inversion: maker(textual_inversion.weights)
+      ? { ...textual_inversion, weights: '', initializer_token: 'a' }
+      : textual_inversion,
   };
 }
 
@@ -93,7 +97,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${ofLora(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
       : []),
@@ -134,6 +138,15 @@ function ofLora({ train, lora }: Run): string {
     .filter((key) => !/^(algo|conv_)/.test(key) && lora[key] !== usual[key])
     .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
   return ` (${[...kind, `rank ${rank}, alpha ${alpha}`, ...larger, ...others, ...begun].join(', ')})`;
+}
+
+function ofToken({ train, textual_inversion }: Run): string {
+  if (train.target !== 'textual_inversion') return '';
+  const { placeholder_token, num_vectors, initializer_token, weights, learnable_property } =
+    textual_inversion;
+  const templates = learnable_property ? `, templates of ${learnable_property}` : '';
+  const vectors = `${num_vectors} ${num_vectors === 1 ? 'vector' : 'vectors'}`;
+  return ` ("${placeholder_token}", ${vectors} from ${weights || `"${initializer_token}"`}${templates})`;
 }
 
 /** The type of its moments, where it is another. */

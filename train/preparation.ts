@@ -27,7 +27,7 @@ import { allCaptions } from './data/caption.ts';
 import { trainedScheduler } from './objective.ts';
 import { type Pictures, previewSize, viewIn } from './pictures.ts';
 import { previewsOf } from './preview_prompts.ts';
-import type { Run } from './run.ts';
+import { type Run, trainsTexts } from './run.ts';
 import type { Report, Stop } from './task.ts';
 
 /** What a run is made of, as far as it is asked here. */
@@ -40,7 +40,7 @@ interface Subject {
 
 export interface Prepared {
   moments(view: View): PictureMoments;
-  /** Absent where the text encoders run in the pass: they are trained, or tags are drawn anew. */
+  /** Absent where the text encoders run in the pass: they or a token's vectors are trained, or tags are drawn anew. */
   texts?: PreparedTexts;
 }
 
@@ -76,7 +76,7 @@ const openTexts = (subject: Subject, device: Device): Pipeline =>
 
 /** All captions, where they are encoded ahead. */
 const captionsOf = ({ run, pictures }: Subject): string[] | undefined =>
-  run.train.text_encoders ? undefined : allCaptions(pictures.samples, run.dataset);
+  trainsTexts(run) ? undefined : allCaptions(pictures.samples, run.dataset);
 
 /** Makes what is not in the cache yet; undefined once `stop.asked`, where what is made stays. @throws UserError */
 export async function prepare(

@@ -32,6 +32,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseOfOtherKinds(run, where);
   refuseConditions(run, where);
+  refuseToken(run, where);
   refuseLines(run.previews, where);
   refuseNothing(run, where);
   refuseRates(run, where);
@@ -104,7 +105,7 @@ export const ofAdapters = [
   'scale_weight_norms',
 ] as const;
 
-const { lora: usual } = fill(fields, {}, 'the defaults');
+const { lora: usual, textual_inversion: noToken } = fill(fields, {}, 'the defaults');
 
 /** What a kind of adapter does not have. */
 function refuseOfOtherKinds({ lora }: Run, where: string): void {
@@ -142,9 +143,9 @@ function refuseUnused(
   { train: { target, parts, text_encoders, q8, gradient_checkpointing }, lora, optimizer, dataset }: Run,
   where: string,
 ): void {
-  if (q8 && target !== 'lora' && target !== 'controlnet')
+  if (q8 && (target === 'unet' || target === 'vae'))
     throw new UserError(
-      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora" and "controlnet", and "train.target" is "${target}"; leave it out`,
+      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora", "controlnet" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   if (q8 && !gradient_checkpointing)
     throw new UserError(
@@ -215,6 +216,38 @@ function refuseBlockRates(
     );
 }
 
+/** What is amiss with the token of a textual inversion, or meant for one where none is trained. */
+function refuseToken({ train: { target }, textual_inversion, dataset }: Run, where: string): void {
+  const { placeholder_token: token, initializer_token, learnable_property, weights } = textual_inversion;
+  if (target !== 'textual_inversion') {
+    const given = Object.entries(textual_inversion).find(
+      ([key, value]) => value !== noToken[key as keyof typeof noToken],
+    );
+    if (!given) return;
+    throw new UserError(
+      `${where}: "textual_inversion.${given[0]}" is of a token's vectors, which target "${target}" does not train; leave it out, or set "train.target" to "textual_inversion"`,
+    );
+  }
+  if (token === '')
+    throw new UserError(
+      `${where}: "textual_inversion.placeholder_token" is empty; name what is learnt as captions and prompts call it, such as "<cat-toy>"`,
+    );
+  if (!/^[^\s./\\][^/\\\n\0]*(?<!\s)$/.test(token) || Buffer.byteLength(token) > 200)
+    throw new UserError(
+      `${where}: "textual_inversion.placeholder_token" is ${JSON.stringify(token)}, and a file is named by it; give a word such as "<cat-toy>", without a slash, a dot before it or spaces around it`,
+    );
+  if ((initializer_token === '') === (weights === ''))
+    throw new UserError(
+      weights
+        ? `${where}: "textual_inversion.initializer_token" and "textual_inversion.weights" both say what the token begins as; leave out one of them`
+        : `${where}: "textual_inversion.initializer_token" is empty; name a word that is near what is learnt, such as "toy", or a file to go on with in "textual_inversion.weights"`,
+    );
+  if (learnable_property && dataset.instance_prompt)
+    throw new UserError(
+      `${where}: "textual_inversion.learnable_property" takes templates for all captions, and "dataset.instance_prompt" is one; leave out one of them`,
+    );
+}
+
 /** Gradients that are gone at once can be neither added to nor looked at together. */
 function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, where: string): void {
   if (!train.fused_backward_pass) return;
@@ -237,7 +270,7 @@ function refuseAlphaMask({ train: { target }, dataset, objective }: Run, where: 
   if (!dataset.alpha_mask) return;
   if (target === 'controlnet' || target === 'vae')
     throw new UserError(
-      `${where}: "dataset.alpha_mask" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+      `${where}: "dataset.alpha_mask" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   if (!objective.masked_loss)
     throw new UserError(
@@ -256,7 +289,7 @@ function refuseConditions(run: Run, where: string): void {
   const { prompts, validation_image: images } = previews;
   if (objective.masked_loss && (target === 'controlnet' || target === 'vae'))
     throw new UserError(
-      `${where}: "objective.masked_loss" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+      `${where}: "objective.masked_loss" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   refuseAlphaMask(run, where);
   if (dataset.conditioning_image_column && !conditioned(run))

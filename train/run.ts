@@ -33,8 +33,8 @@ export interface Run {
   /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
   dtype: 'float32' | 'bfloat16';
   train: {
-    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet beside it, or the VAE. */
-    target: 'unet' | 'lora' | 'controlnet' | 'vae';
+    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet beside it, a token's vectors, or the VAE. */
+    target: 'unet' | 'lora' | 'controlnet' | 'textual_inversion' | 'vae';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -46,7 +46,7 @@ export interface Run {
      * `optimizer.max_grad_norm` a pass is made twice, as the norm has to be known first.
      */
     fused_backward_pass: boolean;
-    /** Keep the UNet that is not trained itself in 8-bit integers: half its memory. For targets `lora` and `controlnet`. */
+    /** Keep the UNet that is not trained itself in 8-bit integers: half its memory. For all targets but `unet` and `vae`. */
     q8: boolean;
   };
   lora: {
@@ -88,6 +88,18 @@ export interface Run {
     controlnet_model_name_or_path: string;
     /** Transformer blocks of each level of a new one: fewer make a small ControlNet. Empty for as many as the UNet has. */
     transformer_layers_per_block: readonly number[];
+  };
+  textual_inversion: {
+    /** What stands in captions and prompts for what is learnt: no word yet, and the name of the file. */
+    placeholder_token: string;
+    /** The word that it begins as, of no more tokens than there are vectors. */
+    initializer_token: string;
+    /** Vectors in each text encoder. */
+    num_vectors: number;
+    /** Templates about an object or in a style (data/templates.ts) in the captions' place; empty for captions that hold the token. */
+    learnable_property: '' | 'object' | 'style';
+    /** A textual inversion to go on with, of so many vectors: a file, or a run's folder or checkpoint. */
+    weights: string;
   };
   dataset: {
     /** A folder, a .parquet file, or owner/name on the hub. */
@@ -205,7 +217,7 @@ export const fields: Fields<Run> = {
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
-    target: choice('unet', 'unet', 'lora', 'controlnet', 'vae'),
+    target: choice('unet', 'unet', 'lora', 'controlnet', 'textual_inversion', 'vae'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -233,6 +245,13 @@ export const fields: Fields<Run> = {
   controlnet: {
     controlnet_model_name_or_path: text(''),
     transformer_layers_per_block: list([], whole(0)),
+  },
+  textual_inversion: {
+    placeholder_token: text(''),
+    initializer_token: text(''),
+    num_vectors: whole(1, { min: 1 }),
+    learnable_property: choice('', '', 'object', 'style'),
+    weights: text(''),
   },
   dataset: {
     path: text(''),
@@ -338,6 +357,10 @@ export const fields: Fields<Run> = {
   log_every: whole(1, { min: 1 }),
   max_nonfinite: whole(5, { min: 1 }),
 };
+
+/** Whether something in the text encoders is trained, so that they run in each pass. */
+export const trainsTexts = ({ train }: Pick<Run, 'train'>): boolean =>
+  train.text_encoders || train.target === 'textual_inversion';
 
 /**
  * Describes a run, or several that are trained one after another. Gives back what it is given: its use is that an editor

@@ -32,9 +32,11 @@ export interface Stop {
 }
 
 export interface Component {
-  /** Its folder in a diffusers model; `lora` for adapters. */
+  /** Its folder in a diffusers model; `lora` for adapters, `textual_inversion` for a token's vectors. */
   name: string;
   config?: Json;
+  /** Its weight file's name, where that is not every such component's. */
+  file?: string;
   /** Of its weight file. */
   metadata?: Readonly<Record<string, string>>;
   /** All its weights by checkpoint key. */
@@ -123,11 +125,12 @@ export const trainedParameters = (components: readonly Component[]): Map<string,
 
 /** A component as it is saved, with `weights` in place of what is trained. */
 export const saved = (
-  { name, config, metadata, parameters, constants = [] }: Component,
+  { name, config, file, metadata, parameters, constants = [] }: Component,
   weights?: Weights,
 ): SavedComponent => ({
   name,
   config,
+  file,
   metadata,
   weights: [
     ...constants,

@@ -1,6 +1,6 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
-// ControlNet (controlnet.ts) is put beside the UNet.
+// ControlNet (controlnet.ts) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
 import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
@@ -18,7 +18,7 @@ import { unet } from '../models/unet.ts';
 import { blockRates } from './block_lr.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
-import type { Run } from './run.ts';
+import { type Run, trainsTexts } from './run.ts';
 import { type Component, type Substitute, type TrainedAdapter, twin } from './task.ts';
 
 /** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
@@ -203,7 +203,7 @@ function makeTwin(
   added: Added | undefined,
   substitute: Substitute,
 ): Twin {
-  const { gradient_checkpointing: gradientCheckpointing, text_encoders } = run.train;
+  const { gradient_checkpointing: gradientCheckpointing } = run.train;
   const weights = new Map<string, Parameter>();
   const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
     for (const [name, parameter] of twin(from, to, substitute)) weights.set(name, parameter);
@@ -211,10 +211,10 @@ function makeTwin(
   const { net, texts } = networks;
   const own = unet(pipeline.unetConfig, { gradientCheckpointing });
   replace(net, namedParameters(own));
-  // Frozen encoders are shared, but on another device, where a pass that runs them has them beside the rest.
+  // Encoders in which nothing is trained are shared, but on another device, where a pass that runs them has them beside the rest.
   const isElsewhere = placeOf(own).device !== pipeline.device;
   const encoders = pipeline.text.encoders.map((pair, i) => {
-    const runs = text_encoders || (isElsewhere && isLoaded(pair.encoder));
+    const runs = trainsTexts(run) || (isElsewhere && isLoaded(pair.encoder));
     if (!runs) return pair;
     const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
     replace(texts[i], namedParameters(encoder));
