@@ -171,8 +171,14 @@ test("pictures of a class count by their own alpha, as kohya's do", async (t) =>
 
 test('mistakes', async (t) => {
   for (const [more, sentence] of [
-    [{ train: { target: 'controlnet' } }, /"objective\.masked_loss" is for the targets "unet", "lora" and "textual_inversion"/],
-    [{ train: { target: 'vae' } }, /"objective\.masked_loss" is for the targets "unet", "lora" and "textual_inversion"/],
+    [
+      { train: { target: 'controlnet' } },
+      /"objective\.masked_loss" is for the targets "unet", "lora" and "textual_inversion"/,
+    ],
+    [
+      { train: { target: 'vae' } },
+      /"objective\.masked_loss" is for the targets "unet", "lora" and "textual_inversion"/,
+    ],
     [
       { objective: {}, dataset: { conditioning_image_column: 'mask' } },
       /masks for "objective\.masked_loss", which is off; leave it out/,

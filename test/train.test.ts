@@ -299,6 +299,13 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
       train: { parts: ['attn', 'time_'] },
       optimizer: { lr: 1e-3, block_lr: Array.from({ length: 23 }, (_, block) => (block % 3) * 1e-3) },
     },
+    token: {
+      train: { target: 'textual_inversion', gradient_checkpointing: true },
+      textual_inversion: {
+        ...{ placeholder_token: '<stripes>', initializer_token: 'red', num_vectors: 2 },
+        learnable_property: 'style',
+      },
+    },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

@@ -290,6 +290,7 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
   const keys = (name: string, more: object) => ({
     ...{ name, output: place(name), model, steps: 1, dataset: { path: sound, resolution: 32 }, ...more },
   });
+  const token = { placeholder_token: '<toy>', num_vectors: 2, learnable_property: 'object' };
   const small = { transformer_layers_per_block: [0, 0, 0] };
   const runs = [
     keys('vae', { train: { target: 'vae' } }),
@@ -298,6 +299,14 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
     keys('further', {
       ...{ model: join(place('unet'), 'final'), train: { target: 'lora' } },
       lora: { network_weights: join(place('lora'), 'final') },
+    }),
+    keys('token', {
+      train: { target: 'textual_inversion' },
+      textual_inversion: { ...token, initializer_token: 'red' },
+    }),
+    keys('token-further', {
+      train: { target: 'textual_inversion' },
+      textual_inversion: { ...token, weights: join(place('token'), 'final') },
     }),
     keys('net', { train: { target: 'controlnet' }, controlnet: small }),
     keys('net-further', {
@@ -321,7 +330,8 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
     runs.map((each) => [each.name, each.model]),
     'are planned before it is made',
   );
-  t.equal(plans[5].trained_parameters, plans[4].trained_parameters, 'by what that begins with');
+  for (const i of [5, 7])
+    t.equal(plans[i].trained_parameters, plans[i - 1].trained_parameters, 'by what that begins with');
   t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];
   const one = await sdxl('train', file, ...only);

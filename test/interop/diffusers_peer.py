@@ -8,7 +8,7 @@ try:
     import diffusers
     import torch
     from PIL import Image
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 except ImportError as error:
     print(f"absent: {error}")
     sys.exit(3)
@@ -89,6 +89,32 @@ def draw(kind, model, job, generator, settings, controls=(), pictures=(), **more
     return pipeline(generator=generator, output_type="latent", **arguments).images
 
 
+def in_each_encoder(pipeline, call):
+    for part, number in ("clip_l", ""), ("clip_g", "_2"):
+        call(part, getattr(pipeline, f"text_encoder{number}"), getattr(pipeline, f"tokenizer{number}"))
+
+
+def invert(pipeline, file, token):
+    vectors = load_file(file)
+
+    def add(part, encoder, tokenizer):
+        pipeline.load_textual_inversion(vectors[part], token=token, text_encoder=encoder, tokenizer=tokenizer)
+        # The config's 2 would have the pooled vector taken at the last new token.
+        inner = getattr(encoder, "text_model", encoder)
+        inner.eos_token_id = tokenizer.eos_token_id
+
+    in_each_encoder(pipeline, add)
+
+
+def revert(pipeline, token):
+    def drop(_, encoder, tokenizer):
+        pipeline.unload_textual_inversion(token, text_encoder=encoder, tokenizer=tokenizer)
+        inner = getattr(encoder, "text_model", encoder)
+        inner.eos_token_id = 2
+
+    in_each_encoder(pipeline, drop)
+
+
 for line in open(sys.argv[1]):
     job = json.loads(line)
     generator = torch.Generator("cpu").manual_seed(job["seed"])
@@ -99,6 +125,9 @@ for line in open(sys.argv[1]):
         for name, (file, _) in zip(names, adapters):
             pipeline.load_lora_weights(file, adapter_name=name)
         pipeline.set_adapters(names, [scale for _, scale in adapters])
+    if "inversion" in job:
+        pipeline, _ = load(job["pipeline"], job["model"], job.get("configs"))
+        invert(pipeline, *job["inversion"])
     controls = job.get("controlnets") or []
     pictures = job.get("ipAdapters") or []
     latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls, pictures)
@@ -106,6 +135,8 @@ for line in open(sys.argv[1]):
         load(job["pipeline"], job["model"], job.get("configs"))[0].save_pretrained(job["save"])
     if adapters:
         pipeline.unload_lora_weights()
+    if "inversion" in job:
+        revert(pipeline, job["inversion"][1])
     if job.get("refiner"):
         refiner = job["refiner"]
         latents = draw("img2img", refiner["model"], job, generator, refiner["settings"], image=latents)

@@ -3,7 +3,7 @@
 // scipy and diffusers (PYTHONPATH counts), and gguf; says so and stops where they are absent. Run by `npm run test:interop`; words after it
 // choose calls by label.
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { main } from '../../cli/main.ts';
@@ -56,6 +56,8 @@ interface Job extends Call {
   configs?: string;
   /** Where diffusers saves its pipeline, with the job's scheduler. */
   save?: string;
+  /** A textual inversion's file, and what the prompt calls it. */
+  inversion?: readonly [file: string, token: string];
 }
 
 /** The tiny model as either program saves it, drawn from by the other; who saves draws from the original. */
@@ -145,6 +147,26 @@ function textAdapters(): Job[] {
   });
 }
 
+/** A textual inversion that `sdxl train` has made. */
+async function trained(): Promise<Job> {
+  const [place, output, token] = [join(folder, 'pictures'), join(folder, 'run'), '<stripes>'];
+  cpSync(join(packageRoot, 'test', 'golden', 'png'), place, { recursive: true });
+  const run = {
+    ...{ output, model: base, steps: 3, optimizer: { lr: 0.02 }, train: { target: 'textual_inversion' } },
+    dataset: { path: place, resolution: 32 },
+    textual_inversion: {
+      ...{ placeholder_token: token, initializer_token: 'red', num_vectors: 2, learnable_property: 'style' },
+    },
+  };
+  const file = join(folder, 'run.ts');
+  writeFileSync(file, `export default ${JSON.stringify(run)};`);
+  await sdxl('train', file);
+  const settings = { prompt: `a fox in ${token}`, width: 64, height: 64, num_inference_steps: 4 };
+  const call: Call = { label: 'a textual inversion', pipeline: 'text2img', model: base, seed: 13, settings };
+  const inversion = [join(output, 'final', `${token}.safetensors`), token] as const;
+  return { ...call, inversion, ours: [...argvOf(call), '--textual-inversion', join(output, 'final')] };
+}
+
 /** Has diffusers draw them all; false where it is absent. */
 function drawTheirs(jobs: readonly (Job & { out: string })[]): boolean {
   const list = join(folder, 'jobs.jsonl');
@@ -220,7 +242,7 @@ async function all(words: readonly string[]): Promise<number> {
     writeIPAdapter(join(folder, `ip-adapter_${name}.safetensors`), name),
   );
   const calls = allCalls(await oddPictures(), { full, small }, { plain, plus });
-  const jobs = [...(await saved()), ...textAdapters(), ...calls]
+  const jobs = [...(await saved()), ...textAdapters(), await trained(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   const results = await readByGguf(words);
