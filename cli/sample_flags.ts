@@ -64,7 +64,7 @@ const modelOptions = (command: Command): Command =>
     )
     .option(
       '--textual-inversion <FILE[:TOKEN]>',
-      "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script), called by TOKEN in prompts (default: the file's name); may be given more than once",
+      "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script or of a run), called by TOKEN in prompts (default: the file's name); may be given more than once",
       repeated((text) => text),
     )
     .option('--device <NAME>', devices, 'auto')
