@@ -170,7 +170,7 @@ function trainOn(
     'plan',
   );
   const read = () => Promise.reject(new Error('a plan reads no pixels'));
-  const sample = { id: '0', key: 0, hash: '', captions: ['a red fox'], size: [1024, 1024] as const, read };
+  const sample = { id: '0', key: 0, hash: '', captions: ['a red <fox>'], size: [1024, 1024] as const, read };
   const buckets = [512, 1024, 768].map((side) => [side, side] as const);
   const pictures = {
     samples: [sample, sample, sample],
@@ -226,6 +226,16 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
       train: { target: 'lora', gradient_checkpointing, text_encoders: true },
     });
     t.ok(told > lora + GIB, `${on}: LoRA of the text encoders too, ${gib(told)}`);
+    const token = (bytes: number, q8: boolean) =>
+      train(card, bytes, {
+        train: { target: 'textual_inversion', gradient_checkpointing, q8 },
+        textual_inversion: { placeholder_token: '<fox>', initializer_token: 'fox' },
+      });
+    const [vectors, vectors8] = [token(10e9, false), token(8e9, true)];
+    t.ok(
+      vectors > vectors8 && vectors < told,
+      `${on}: a textual inversion, ${gib(vectors)}, ${gib(vectors8)}`,
+    );
     const control = train(card, 32e9, { train: { target: 'controlnet', gradient_checkpointing } });
     t.ok(control > 24 * GIB && control < 32e9, `${on}: a ControlNet with AdamW, ${gib(control)}`);
     const frugal = train(card, 16e9, {

@@ -8,7 +8,7 @@ import type { Parameter } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
-import { openSafetensors } from '../io/safetensors.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { inspect } from '../models/inspect.ts';
 import { readTextualInversion } from '../models/textual_inversion.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
@@ -256,7 +256,14 @@ test('templates, and the plan', async (t) => {
 });
 
 test('what a run may get wrong', async (t) => {
-  const saved = join(folder, 'two.safetensors');
+  const saved = join(folder, 'three.safetensors');
+  writeSafetensors(
+    saved,
+    golden.map(({ name, begun }) => {
+      const bytes = Buffer.from(begun, 'base64');
+      return { name, dtype: 'float32', shape: [3, bytes.length / 12], bytes };
+    }),
+  );
   const given = (keys: RunInput['textual_inversion'], others: object = {}) => ({
     train: { target: 'textual_inversion' },
     dataset: { path: toys, resolution: 32 },
@@ -296,6 +303,10 @@ test('what a run may get wrong', async (t) => {
     [
       given({}, { model: refiner, dataset: { path: toys, resolution: 64 } }),
       /has one text encoder, as a refiner has/,
+    ],
+    [
+      given({ initializer_token: '', weights: saved }),
+      /three\.safetensors has 3 vectors, and the run 1; set textual_inversion\.num_vectors to that/,
     ],
     [
       given({ initializer_token: '', weights: join(folder, 'nowhere.safetensors') }),

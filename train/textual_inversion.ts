@@ -114,7 +114,7 @@ function refuseAbsent(
   { max_token_length }: Run['dataset'],
 ): void {
   const last = encoder.vocab_size + (encoder.addedTokens() as Parameter).shape[0] - 1;
-  const captions = samples.flatMap((sample) => sample.captions);
+  const captions = [...new Set(samples.flatMap((sample) => sample.captions))];
   const lacking = captions.filter((text) => !tokenizer.encode(text, chunks).ids.includes(last));
   if (lacking.length === 0) return;
   const [first] = lacking;
