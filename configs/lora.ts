@@ -5,7 +5,7 @@
 // On convolutions too, with a rank of their own (LoCon):
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set lora.conv_rank=4 --set lora.conv_alpha=4 \
 //     --set lora.targets=to_q,to_k,to_v,to_out.0,conv1,conv2,conv_shortcut,conv
-// LyCORIS's LoKr (or LoHa) in LoRA's place:
+// LyCORIS's LoKr (or LoHa, or OFT) in LoRA's place:
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set lora.algo=lokr --set lora.factor=8
 // With adapters on the text encoders too, as --train_text_encoder there:
 //   npx sdxl train configs/lora.ts --set dataset.path=FOLDER --set train.text_encoders=true --set optimizer.text_encoder_lr=5e-6

@@ -1,20 +1,23 @@
 // Adapters that can be trained, by LyCORIS's word `algo`: the matrices that each gives a layer, how they begin, and the difference
 // that they make of its weight. What kinds are made of is told in lora_kinds.ts; shapes and beginnings are peft's for LoRA (Kaiming
-// uniform, zeros) and LyCORIS's for LoHa and LoKr (lycoris/modules/loha.py and lokr.py), where peft's begin with other numbers.
-// Matrices lie as LyCORIS saves them, so a convolution's right one is flat, [rank, i * taps], and is turned channels last when used.
+// uniform, zeros) and LyCORIS's for LoHa, LoKr and OFT (lycoris/modules/loha.py, lokr.py and diag_oft.py), where peft's begin with other
+// numbers, or turn other axes. Matrices lie as LyCORIS saves them, so a convolution's right one is flat, [rank, i * taps], and is turned channels last when used.
 import { type Parameter, parameter } from '../engine/module.ts';
+import { sub } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';
 import { permute } from '../engine/ops/move.ts';
-import { scale } from '../engine/ops/unary.ts';
+import { cast, scale } from '../engine/ops/unary.ts';
 import { sizeOf, type Tensor } from '../engine/tensor.ts';
+import { cayley } from './cayley.ts';
 import { kinds, type Shape } from './lora_kinds.ts';
+import { stretched, turnedOutputs } from './oft.ts';
 
-export const algos = ['lora', 'loha', 'lokr'] as const;
+export const algos = ['lora', 'loha', 'lokr', 'oft'] as const;
 export type Algo = (typeof algos)[number];
 
 /** Ranks and alphas as kohya and LyCORIS divide them. */
 export interface LoraSizes {
-  /** Of linear layers and 1x1 convolutions. */
+  /** Of linear layers and 1x1 convolutions; of OFT the side of its blocks, as near as divisors of the outputs come. */
   rank: number;
   alpha: number;
   /** Of convolutions with a larger kernel; 0 for those above. */
@@ -30,6 +33,8 @@ export interface AdapterConfig extends LoraSizes {
   decompose_both?: boolean;
   /** LoRA: give the weight's rows lengths that are trained beside their directions (DoRA). */
   use_dora?: boolean;
+  /** OFT: stretch the weight's rows, too, by factors that are trained. */
+  rescaled?: boolean;
 }
 
 /** What of a layer's adapter is trained. */
@@ -43,8 +48,11 @@ export interface Part {
 
 /** A matrix of a layer's adapter. */
 export interface Matrix extends Part {
-  /** Zeros, uniform numbers within 1 / sqrt(inputs), or normals of a standard deviation. */
-  start: 'zeros' | 'uniform' | number;
+  /**
+   * Zeros, uniform numbers within 1 / sqrt(inputs), or normals of a standard deviation; or ones, of factors, which are in float32 so that
+   * each step tells.
+   */
+  start: 'zeros' | 'ones' | 'uniform' | number;
 }
 
 /** What an adapter has for a layer. */
@@ -55,7 +63,9 @@ export interface Matrices {
   rank: number;
   alpha: number;
   /** alpha / rank times the difference [o, taps * i] that such tensors make of the weight, each in its matrix's place. */
-  difference(tensors: readonly Tensor[]): Tensor;
+  difference(tensors: readonly Tensor[], weight: Parameter): Tensor;
+  /** What a bound on norms is of: the difference, but of OFT the blocks, as in LyCORIS. */
+  bounded(tensors: readonly Tensor[]): Tensor;
 }
 
 /** Whether a weight of that shape is a convolution's that `conv_rank` is of. */
@@ -72,10 +82,13 @@ export function matricesFor(weight: Shape, config: AdapterConfig): Matrices {
   const { algo = 'lora' } = config;
   const { rank, alpha } = sizesFor(weight, config);
   const matrices = makers[algo](weight, rank, config);
+  // LyCORIS keeps an OFT's constraint as its alpha: none.
+  if (algo === 'oft') return { matrices, rank, alpha: 0, difference: turned, bounded: ([blocks]) => blocks };
   // LyCORIS takes a LoKr of two whole factors as it is, whatever its alpha.
   const own = { rank, alpha: isWhole(matrices) ? rank : alpha };
   const magnitude = config.use_dora ? magnitudeFor(weight) : undefined;
-  return { matrices, magnitude, ...own, difference: differenceOf(algo, matrices, weight, own.alpha / rank) };
+  const difference = differenceOf(algo, matrices, weight, own.alpha / rank);
+  return { matrices, magnitude, ...own, difference, bounded: difference };
 }
 
 /** All that is trained of it. */
@@ -96,6 +109,7 @@ const makers: Record<Algo, (weight: Shape, rank: number, config: AdapterConfig) 
   lora: loraMatrices,
   loha: lohaMatrices,
   lokr: lokrMatrices,
+  oft: oftMatrices,
 };
 
 /** A's convolution has the base's kernel; B's is 1x1. */
@@ -162,10 +176,31 @@ export function factorization(side: number, factor: number): [number, number] {
   return m > n ? [n, m] : [m, n];
 }
 
-const kindNames: Record<Algo, string> = { lora: 'LoRA', loha: 'LoHa', lokr: 'LoKr' };
+/** As LyCORIS divides outputs, blocks are no larger than there are of them. */
+function oftMatrices([o, ...rest]: Shape, rank: number, { rescaled }: AdapterConfig): Matrix[] {
+  const [b, blocks] = factorization(o, rank);
+  const made = [flat('oft_blocks', [blocks, b, b], 'zeros')];
+  return rescaled ? [...made, flat('rescale', [o, ...rest.map(() => 1)], 'ones')] : made;
+}
+
+/** What OFT makes of a weight, less the weight itself. */
+function turned([given, rescale]: readonly Tensor[], { tensor }: Parameter): Tensor {
+  const weight = tensor.reshape(tensor.shape[0], -1);
+  const blocks = cast(given, 'float32');
+  const rotation = cayley(sub(blocks, permute(blocks, [0, 2, 1])));
+  const delta = turnedOutputs(weight, cast(rotation, weight.dtype));
+  return rescale ? stretched(delta, weight, rescale) : delta;
+}
+
+const kindNames: Record<Exclude<Algo, 'oft'>, string> = { lora: 'LoRA', loha: 'LoHa', lokr: 'LoKr' };
 
 /** alpha / rank goes to a small matrix: the first of all. */
-function differenceOf(algo: Algo, matrices: readonly Matrix[], weight: Shape, factor: number) {
+function differenceOf(
+  algo: Exclude<Algo, 'oft'>,
+  matrices: readonly Matrix[],
+  weight: Shape,
+  factor: number,
+) {
   const kind = kinds.find(({ name }) => name === kindNames[algo]) as (typeof kinds)[number];
   const places = new Map(matrices.map(({ part }, k) => [part, k]));
   const shapeOf = Object.fromEntries(matrices.map(({ part, parameter: { shape } }) => [part, { shape }]));

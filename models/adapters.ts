@@ -1,4 +1,4 @@
-// Adapters that train on a live model: LoRA (Hu et al. 2021), y = W x + alpha / rank * B (A x), and LoHa and LoKr (adapter_kinds.ts),
+// Adapters that train on a live model: LoRA (Hu et al. 2021), y = W x + alpha / rank * B (A x), and LoHa, LoKr and OFT (adapter_kinds.ts),
 // y = W x + D x, whose difference D is formed at each call. It is not added to W: in bfloat16 most of it would be rounded away, so peft
 // and LyCORIS take a product of its own, too. A DoRA (dora.ts) then scales the sum. A layer that is adapted is replaced in the module tree
 // by one with more children, so its keys stay what they were and the adapter's are peft's (`...to_q.lora_A.weight`) or LyCORIS's
@@ -150,7 +150,7 @@ const adapted = (layer: Linear | Conv2d, adapter: Adapter, name: string): AnyMod
       );
 
 function runOf({ children }: Linear | Conv2d, adapter: Adapter, name: string, through: Through): Run {
-  const plus = plusOf(adapter, name, through);
+  const plus = plusOf(adapter, children.weight, name, through);
   const { magnitude } = adapter;
   if (!magnitude) return (x, own, { skip }) => plus(x, skip)(own());
   return (x, _, { skip, shift, residual }) => {
@@ -176,10 +176,10 @@ const convolving =
   (x, weight, options) =>
     conv2d(x, weight, undefined, { stride, padding, ...options });
 
-function plusOf(adapter: Adapter, name: string, through: Through): Plus {
+function plusOf(adapter: Adapter, base: Parameter, name: string, through: Through): Plus {
   const { matrices, rank, alpha, weight } = adapter;
   const [down, up] = matrices;
-  if (down.part !== 'lora_down') return plusDifference(adapter, name, through);
+  if (down.part !== 'lora_down') return plusDifference(adapter, base, name, through);
   return (x, skip) => {
     const inner = dropped(name, through(x, down.parameter.tensor, { skip }));
     const out = weight.length > 2 ? conv2d : linear;
@@ -188,12 +188,20 @@ function plusOf(adapter: Adapter, name: string, through: Through): Plus {
 }
 
 /** The tape keeps the difference, and makes again what it was made of. */
-function plusDifference({ matrices, weight, difference }: Adapter, name: string, through: Through): Plus {
+function plusDifference(
+  { matrices, weight, difference }: Adapter,
+  base: Parameter,
+  name: string,
+  through: Through,
+): Plus {
   const [o, i, ...kernel] = weight;
   const parameters = Object.fromEntries(matrices.map(({ part, parameter }) => [part, parameter]));
   const made = checkpointed(
     module(parameters, (m) =>
-      difference(Object.values(m).map(({ tensor }) => tensor)).reshape(o, ...kernel, i),
+      difference(
+        Object.values(m).map(({ tensor }) => tensor),
+        base,
+      ).reshape(o, ...kernel, i),
     ),
   );
   return (x, skip) => {
@@ -247,6 +255,8 @@ function begin(
 ): void {
   p.tensor = unscoped(() => {
     if (start === 'zeros') return zeros(p.memoryShape, options);
+    if (start === 'ones')
+      return tensor(new Float32Array(p.size).fill(1), p.memoryShape, { device: options.device });
     const fan = p.size / p.shape[0];
     const values =
       start === 'uniform'

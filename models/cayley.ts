@@ -3,8 +3,9 @@
 //   Cayley     R = (I + Q) (I - Q)^-1
 //   Neumann    R = I + 2 Q + 2 Q^2 + ... + Q^n, its series cut off (peft's use_cayley_neumann)
 //
-// What is computed is R - I = 2 Q (I - Q)^-1, so that small rotations keep their digits. The inverse comes by Newton's iteration (Schulz
-// 1933), which is matrix products alone: no elimination, and nothing that a GPU would have to tell the host.
+// What is computed is R - I = 2 (X - I) with X = (I - Q)^-1, without an identity on the way, so that small rotations keep their digits. X
+// comes by Newton's iteration (Schulz 1933), which is matrix products alone: no elimination, and nothing that a GPU would have to tell the
+// host.
 import { noGrad } from '../engine/grad.ts';
 import { add } from '../engine/ops/binary.ts';
 import { combine } from '../engine/ops/combine.ts';
@@ -18,48 +19,36 @@ import type { Tensor } from '../engine/tensor.ts';
  */
 const LONGEST = 64;
 
-/** An inverse s I + z. */
-interface Inverse {
-  s: number;
-  z: Tensor;
-}
-
 /**
- * R - I. The gradient is that of the inverse, d(X) = X dQ X, to which the way it was found adds nothing.
+ * R - I. The gradient of an inverse X is X dQ X, whatever way it was found: so that is noted of this product alone.
  * @param longest the most that a Q's spectral norm may be; the less it is, the fewer products are taken
  */
 export function cayley(q: Tensor, longest = LONGEST): Tensor {
-  const found = noGrad(() => inverse(q, longest));
-  const rest = noGrad(() => {
-    const product = times(q, found);
-    return combine([2, product], [-2, between(found, product)]);
-  });
-  return add(scale(between(found, times(q, found)), 2), rest);
+  const z = noGrad(() => inverse(q, longest));
+  const p = add(q, matmul(q, z));
+  const product = add(p, matmul(z, p));
+  // Without a gradient, so that in sum there is 2 z.
+  const rest = noGrad(() => combine([2, z], [-2, product]));
+  return add(scale(product, 2), rest);
 }
 
-/** q X */
-const times = (q: Tensor, { s, z }: Inverse): Tensor => add(scale(q, s), matmul(q, z));
-
-/** X p */
-const between = ({ s, z }: Inverse, p: Tensor): Tensor => add(scale(p, s), matmul(z, p));
-
 /**
- * (I - Q)^-1. X = I + Q is the beginning: (I - Q) X has no eigenvalues but those between 1 and 1 + |Q|^2. Each step, X = X (2 I - (I - Q) X),
- * takes an eigenvalue y to 1 - (1 - y)^2, and X is scaled before it so that the least and the greatest lie as far from 1. No identity is
- * added to a tensor: X is s I + z.
+ * (I - Q)^-1 - I, which is Q (I - Q)^-1. X = I + Q is the beginning: (I - Q) X has no eigenvalues but those between 1 and 1 + |Q|^2. Each
+ * step, X (2 I - (I - Q) X), takes an eigenvalue y to 1 - (1 - y)^2, and X is scaled before it so that the least and the greatest lie as
+ * far from 1. No identity is added to a tensor: X is s I + z, and s ends at 1 as eigenvalues do.
  */
-function inverse(q: Tensor, longest: number): Inverse {
+function inverse(q: Tensor, longest: number): Tensor {
   let [s, z] = [1, q];
   let [least, most] = [1, 1 + longest * longest];
-  while (most - least > 1e-9) {
+  do {
     const t = 2 / (least + most);
     // (I - Q) X = s I + w
     const w = combine([1, z], [-s, q], [-1, matmul(q, z)]);
     z = combine([2 * t - t * t * s, z], [-t * t * s, w], [-t * t, matmul(z, w)]);
     s = 2 * t * s - t * t * s * s;
     [least, most] = [1 - (1 - t * least) ** 2, 1];
-  }
-  return { s, z };
+  } while (most - least > 1e-9);
+  return z;
 }
 
 /** R - I of peft's series, by its num_cayley_neumann_terms; 4 are as many as 3 there. */

@@ -10,6 +10,7 @@
 import { add, mul } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';
 import { permute } from '../engine/ops/move.ts';
+import { cast, scale } from '../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { TensorInfo } from '../io/tensor_file.ts';
 import { cayley, neumann } from './cayley.ts';
@@ -20,14 +21,19 @@ import type { PeftConfig } from './peft_config.ts';
 export function rotated(parts: Parts, weight: Tensor, read: Read, config: PeftConfig): Tensor {
   if (parts.oft_R) return turnedInputs(weight, rotationOfPeft(parts.oft_R, weight, read, config));
   const [o] = weight.shape;
-  const turned = turnedOutputs(weight.reshape(o, -1), rotationOf(parts, weight, read));
+  const matrix = weight.reshape(o, -1);
+  const turned = turnedOutputs(matrix, rotationOf(parts, weight, read));
   const { rescale } = parts;
   if (!rescale) return turned.reshape(...weight.shape);
-  const factors = read(rescale);
-  const column = (values: Float32Array) => tensor(values, [o, 1], { device: weight.device });
-  const stretched = mul(turned, column(factors));
-  const longer = mul(weight.reshape(o, -1), column(factors.map((x) => x - 1)));
-  return add(stretched, longer).reshape(...weight.shape);
+  const factors = tensor(read(rescale), [o, 1], { device: weight.device });
+  return stretched(turned, matrix, factors).reshape(...weight.shape);
+}
+
+/** What makes rows of the weight and its difference longer by float32 factors, less the weight: factor (W + D) - W. */
+export function stretched(difference: Tensor, weight: Tensor, factors: Tensor): Tensor {
+  const column = factors.reshape(weight.shape[0], 1);
+  const longer = mul(weight, cast(scale(column, 1, -1), weight.dtype));
+  return add(mul(difference, cast(column, weight.dtype)), longer);
 }
 
 /** (R - I)^T W of a matrix [o, n] and a rotation's R - I [blocks, b, b]. */

@@ -6,8 +6,10 @@ import { module, type Parameter, unload } from '../engine/module.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { type AdapterConfig, type Part, partsOf } from '../models/adapter_kinds.ts';
-import { type Adapter, addAdapters } from '../models/adapters.ts';
+import { type Adapter, addAdapters, parametersOf } from '../models/adapters.ts';
 import { channelsFirst, channelsLast } from '../models/checkpoint.ts';
+import { createOptimizer } from '../train/optimizers/create.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import { type Assert, maxDifference } from './golden.ts';
 
 type Shape = readonly number[];
@@ -24,6 +26,11 @@ export interface LayerCase extends AdapterConfig {
   y: string;
   dx: string;
   gradients: string[];
+}
+
+export interface SteppedCase extends LayerCase {
+  /** All that is trained, after five steps. */
+  after: string[];
 }
 
 /** Number i of the k-th tensor. */
@@ -102,6 +109,32 @@ export function checkLayer(t: Assert, golden: LayerCase, device: Device, run = r
     }
     clearGrad(x);
   });
+  release(root, adapter);
+}
+
+/** Five steps of AdamW from there on, with decay, held against the case's. */
+export function checkSteps(t: Assert, golden: SteppedCase, device: Device): void {
+  const { root, adapter } = adaptedLayer(golden, device);
+  const settings = resolveRun({ optimizer: { weight_decay: 0.1 } }, 'test', 'test');
+  const optimizer = createOptimizer(parametersOf([adapter]), settings.optimizer, 1);
+  for (let step = 0; step < 5; step++) {
+    scope(() => {
+      const x = tensor(toMemory(numbers(golden.x, 2), golden.x), memoryShape(golden.x), { device });
+      const y = root(x);
+      const [n, h, w, c] = y.shape;
+      const shape = golden.x.length === 4 ? [n, c, h, w] : y.shape;
+      backward(y, tensor(toMemory(numbers(shape, 3), shape), y.shape, { device }));
+    });
+    optimizer.step(0.01);
+    for (const { parameter } of partsOf(adapter)) parameter.tensor.node?.grad?.clear();
+  }
+  for (const [k, { part, parameter }] of partsOf(adapter).entries()) {
+    const own = parameter.tensor.floats();
+    const got = parameter.layout === 'conv' ? fromMemory(own, parameter.shape) : own;
+    const most = maxDifference(got, unpacked(golden.after[k]));
+    t.ok(most < 2e-6, `${golden.algo} [${golden.weight}] on ${device.name}: ${part}, ${most}`);
+  }
+  optimizer.release();
   release(root, adapter);
 }
 

@@ -2,21 +2,20 @@
 // are merged again and gone on from; and what no run may ask.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { backward, noGrad } from '../engine/grad.ts';
+import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { type Algo, partsOf } from '../models/adapter_kinds.ts';
-import { type AdaptersConfig, addAdapters, parametersOf } from '../models/adapters.ts';
+import { type AdaptersConfig, addAdapters } from '../models/adapters.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { exportLora } from '../models/export_lora.ts';
 import { inspect } from '../models/inspect.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../models/unet.ts';
-import { createOptimizer } from '../train/optimizers/create.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
@@ -24,23 +23,20 @@ import { openMaterials } from '../train/session.ts';
 import {
   adaptedLayer,
   checkLayer,
+  checkSteps,
   fill,
-  fromMemory,
-  type LayerCase,
   numbers,
   release,
-  toMemory,
+  type SteppedCase,
   unpacked,
 } from './adapter_golden.ts';
 import { goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { basic, device, folder, locate, losses, model, resumes, run, silent } from './small_runs.ts';
 
-interface DoraCase extends LayerCase {
+interface DoraCase extends SteppedCase {
   /** The magnitude at first. */
   start: string;
-  /** All that is trained, after five steps. */
-  after: string[];
 }
 
 const cases = goldenLines<DoraCase>('dora');
@@ -63,39 +59,7 @@ test('shapes, starts, results and gradients are those of peft', (t) => {
 });
 
 test('steps of AdamW end where those of torch over peft do', (t) => {
-  for (const on of devices)
-    for (const golden of cases) {
-      const { root, adapter } = adaptedLayer(golden, on);
-      const parameters = parametersOf([adapter]);
-      const settings = resolveRun({ optimizer: { weight_decay: 0.1 } }, 'test', 'test');
-      const optimizer = createOptimizer(parameters, settings.optimizer, 1);
-      const [n, c, h, w] = golden.x;
-      const conv = golden.x.length === 4;
-      for (let step = 0; step < 5; step++) {
-        scope(() => {
-          const x = tensor(toMemory(numbers(golden.x, 2), golden.x), conv ? [n, h, w, c] : golden.x, {
-            device: on,
-          });
-          const y = root(x);
-          const [, high, wide, o] = y.shape;
-          const shape = conv ? [n, o, high, wide] : y.shape;
-          backward(y, tensor(toMemory(numbers(shape, 3), shape), y.shape, { device: on }));
-        });
-        optimizer.step(0.01);
-        for (const { parameter } of partsOf(adapter)) {
-          const { tensor: weight } = parameter;
-          if (weight.node?.grad) weight.node.grad.clear();
-        }
-      }
-      for (const [k, { part, parameter }] of partsOf(adapter).entries()) {
-        const own = parameter.tensor.floats();
-        const got = parameter.layout === 'conv' ? fromMemory(own, parameter.shape) : own;
-        const most = maxDifference(got, unpacked(golden.after[k]));
-        t.ok(most < 2e-6, `[${golden.weight}] on ${on.name}: ${part}, ${most}`);
-      }
-      optimizer.release();
-      release(root, adapter);
-    }
+  for (const on of devices) for (const golden of cases) checkSteps(t, golden, on);
   t.end();
 });
 

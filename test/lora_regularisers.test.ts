@@ -129,18 +129,17 @@ const sum = (count: number, term: (k: number) => number): number => {
 
 test("of LyCORIS's adapters outputs are dropped, and nothing is made larger", (t) => {
   const cases = lines.filter((line): line is LayerCase => line.by === 'lycoris');
-  t.equal(cases.length, 9);
+  t.equal(cases.length, 13);
   for (const on of devices)
     for (const golden of cases) {
       const [{ root, adapter }, whole] = [adaptedLayer(golden, on), unpacked(golden.y)];
       const [n, ...rest] = golden.x;
       const [o] = golden.weight;
       const conv = rest.length === 3;
-      const settings = resolveRun(
-        { lora: { algo: golden.algo, rank_dropout: 0.4 }, train: { target: 'lora' } },
-        't',
-        't',
-      );
+      // An OFT has no ranks, but what it adds to a layer can be dropped, too.
+      const rate = golden.algo === 'oft' ? 'module_dropout' : 'rank_dropout';
+      const lora = { algo: golden.algo, [rate]: 0.4 };
+      const settings = resolveRun({ lora, train: { target: 'lora' } }, 't', 't');
       scope(() => {
         const shape = conv ? [n, rest[1], rest[2], rest[0]] : golden.x;
         const x = tensor(toMemory(numbers(golden.x, 2), golden.x), shape, { device: on });
@@ -184,7 +183,7 @@ test("a layer's norm is bounded as kohya's trainer does", (t) => {
       );
       boundNorms({
         run: settings,
-        task: { adapters: [{ names: [...parameters.keys()], difference: adapter.difference }] },
+        task: { adapters: [{ names: [...parameters.keys()], bounded: adapter.bounded }] },
         parameters,
         optimizer: { weightOf: (name) => (parameters.get(name) as { tensor: Tensor }).tensor },
       });

@@ -1,5 +1,5 @@
-// LoHa and LoKr as they train: shapes, results and gradients of a layer against LyCORIS's modules and peft's layers, and how they begin
-// (golden/lycoris.py); runs, whose files are read again; and what no run may ask.
+// LoHa, LoKr and OFT as they train: shapes, results and gradients of a layer against LyCORIS's modules and peft's layers, steps of OFT, and
+// how they begin (golden/lycoris.py); runs, whose files are read again; and what no run may ask.
 import { join } from 'node:path';
 import { test } from 'tap';
 import { noGrad } from '../engine/grad.ts';
@@ -21,7 +21,16 @@ import { resolveRun } from '../train/resolve_run.ts';
 import type { Run, RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { numbersOf } from '../train/twin.ts';
-import { adaptedLayer, checkLayer, fill, type LayerCase, numbers, release } from './adapter_golden.ts';
+import {
+  adaptedLayer,
+  checkLayer,
+  checkSteps,
+  fill,
+  type LayerCase,
+  numbers,
+  release,
+  type SteppedCase,
+} from './adapter_golden.ts';
 import { goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { basic, device, folder, locate, losses, model, resumes, run, silent } from './small_runs.ts';
@@ -44,8 +53,10 @@ interface Divided {
 const lines = goldenLines<LayerCase | Starts | Divided>('lycoris');
 const cases = lines.filter((line): line is LayerCase => ['lycoris', 'peft'].includes(line.by));
 
+const hasSteps = (golden: LayerCase): golden is SteppedCase => 'after' in golden;
+
 test('shapes, results and gradients are those of LyCORIS and peft', (t) => {
-  t.equal(cases.length, 12);
+  t.equal(cases.length, 16);
   for (const on of devices) {
     const before = on.memory.storages;
     for (const golden of cases) {
@@ -54,6 +65,7 @@ test('shapes, results and gradients are those of LyCORIS and peft', (t) => {
       t.same(shapes, golden.shapes, `${golden.by}, ${golden.algo} [${golden.weight}]`);
       release(root, adapter);
       checkLayer(t, golden, on);
+      if (hasSteps(golden)) checkSteps(t, golden, on);
     }
     t.equal(on.memory.storages, before, 'live tensors');
   }
@@ -68,7 +80,7 @@ test('they begin as in LyCORIS, and change nothing', (t) => {
     const { matrices } = matricesFor(weight, { ...config, alpha: 1 });
     const drawn = numbersOf(5);
     const values = matrices.map(({ key, parameter: { size, shape }, start }) => {
-      if (start === 'zeros') return new Float32Array(size);
+      if (start === 'zeros' || start === 'ones') return new Float32Array(size);
       const bound = 1 / Math.sqrt(size / shape[0]);
       return start === 'uniform'
         ? drawn(key, size, 'uniform').map((u) => (2 * u - 1) * bound)
@@ -91,7 +103,7 @@ test('they begin as in LyCORIS, and change nothing', (t) => {
     for (const [k, { parameter }] of adapter.matrices.entries())
       if (adapter.matrices[k].start === 'zeros') parameter.tensor.clear();
     const delta = noGrad(() =>
-      scope(() => adapter.difference(adapter.matrices.map((m) => m.parameter.tensor)).floats()),
+      scope(() => adapter.bounded(adapter.matrices.map((m) => m.parameter.tensor)).floats()),
     );
     t.ok(
       delta.every((x) => x === 0),
@@ -114,7 +126,18 @@ const kinds: (Partial<Run['lora']> & LoraSizes)[] = [
   { algo: 'loha', rank: 2, alpha: 3, conv_rank: 1, conv_alpha: 2, rank_dropout: 0.2, module_dropout: 0.1 },
   { algo: 'lokr', rank: 2, alpha: 1, factor: 4, rank_dropout: 0.3 },
   { algo: 'lokr', rank: 1, alpha: 2, conv_rank: 100, decompose_both: true, scale_weight_norms: 0.02 },
+  {
+    algo: 'oft',
+    rank: 4,
+    alpha: 8,
+    conv_rank: 3,
+    rescaled: true,
+    module_dropout: 0.1,
+    scale_weight_norms: 0.01,
+  },
 ];
+
+const firstOf = { lora: 'lora_down', loha: 'hada_w1', lokr: 'lokr_w1', oft: 'oft_blocks' };
 
 const targets = [
   'to_q',
@@ -131,7 +154,7 @@ for (const [k, lora] of kinds.entries())
     const before = device.memory.storages;
     const name = `lycoris-${k}`;
     const more: RunInput = {
-      train: { target: 'lora', gradient_checkpointing: k > 0, q8: k === 1, fused_backward_pass: k === 2 },
+      train: { target: 'lora', gradient_checkpointing: k > 0, q8: k % 2 === 1, fused_backward_pass: k === 2 },
       gradient_accumulation_steps: k === 2 ? 1 : 2,
       lora: { ...lora, targets },
       previews: { prompts: ['stripes'], num_inference_steps: 1 },
@@ -142,14 +165,19 @@ for (const [k, lora] of kinds.entries())
     const file = openSafetensors(path);
     const layer = 'lora_unet_down_blocks_0_resnets_0_conv1';
     t.ok(
-      [...file.tensors.keys()].some((key) =>
-        key.startsWith(`${layer}.${lora.algo === 'loha' ? 'hada' : 'lokr'}_w1`),
-      ),
+      [...file.tensors.keys()].some((key) => key.startsWith(`${layer}.${firstOf[lora.algo ?? 'lora']}`)),
       'spelled as LyCORIS',
     );
     t.same(file.tensors.get(`${layer}.alpha`)?.shape, []);
+    if (lora.algo === 'oft') {
+      const norms = [...file.tensors.keys()]
+        .filter((key) => key.endsWith('.oft_blocks'))
+        .map((key) => Math.hypot(...decodeFloats(file.read(key), 'float32')));
+      t.ok(Math.max(...norms) < 0.01001 && Math.max(...norms) > 0.0099, `bounded: ${norms}`);
+      t.equal(decodeFloats(file.read(`${layer}.alpha`), 'float32')[0], 0, 'no constraint');
+    }
     file.close();
-    t.match(JSON.stringify(inspect(path)), lora.algo === 'loha' ? /LoHa/ : /LoKr/);
+    t.match(inspect(path).kind.toLowerCase(), new RegExp(`^${lora.algo},`));
     const [base, live, merged] = predictions(path, { ...lora, targets });
     t.ok(maxDifference(base, live) > 1e-3, 'it has learnt');
     t.ok(
@@ -261,6 +289,11 @@ test('what does not go together is refused', (t) => {
     { algo: 'loha', network_dropout: 0.1 },
     /"lora\.network_dropout" drops what is behind the A of a LoRA/,
   );
+  refused({ rescaled: true }, /"lora\.rescaled" is of OFT, and "lora\.algo" is "lora"/);
+  refused({ algo: 'oft', alpha: 4 }, /"lora\.alpha" is what a difference is multiplied by, and OFT turns/);
+  refused({ algo: 'oft', conv_alpha: 4 }, /"lora\.conv_alpha" is what a difference is multiplied by/);
+  refused({ algo: 'oft', rank_dropout: 0.1 }, /"lora\.rank_dropout" would drop numbers of rotations/);
+  refused({ algo: 'oft', factor: 4 }, /"lora\.factor" is of LoKr, and "lora\.algo" is "oft"/);
   refused({ algo: 'loha', loraplus_lr_ratio: 4 }, /"lora\.loraplus_lr_ratio" is of the B of a LoRA/);
   const prodigy = { train: { target: 'lora' }, lora: { loraplus_lr_ratio: 4 } } as const;
   t.throws(
@@ -271,7 +304,7 @@ test('what does not go together is refused', (t) => {
   refused({ algo: 'loha' }, /"lora\.algo" is of adapters, and target "unet" trains none/, 'unet');
   refused(
     { algo: 'locon' } as unknown as RunInput['lora'],
-    /"lora\.algo" is "locon"; it takes "lora" or "loha" or "lokr"/,
+    /"lora\.algo" is "locon"; it takes "lora" or "loha" or "lokr" or "oft"/,
   );
   t.end();
 });

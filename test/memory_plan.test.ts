@@ -206,6 +206,7 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     for (const more of [
       { algo: 'loha' },
       { algo: 'lokr' },
+      { algo: 'oft' },
       { use_dora: true },
       { network_dropout: 0.1 },
     ] as const) {

@@ -1,10 +1,11 @@
 // Rotations out of skew matrices against elimination in float64.
 import { type Test, test } from 'tap';
-import { openDevice } from '../engine/device.ts';
+import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { cayley } from '../models/cayley.ts';
+import { devices } from './models_golden.ts';
 
 /** 2 Q (I - Q)^-1 by elimination with pivots: X (I - Q) = 2 Q, transposed (I + Q) X^T = -2 Q. */
 function eliminated(q: Float64Array, b: number): Float64Array {
@@ -38,8 +39,7 @@ function skew(b: number, norm: number): Float64Array {
   return Float64Array.from(new Float32Array(q.map((x) => (x * norm) / length)));
 }
 
-function rotations(t: Test, name: 'cpu' | 'reference'): void {
-  const device = openDevice(name);
+function rotations(t: Test, device: Device): void {
   const before = device.memory.storages;
   for (const [b, norm] of [
     [1, 0],
@@ -62,7 +62,7 @@ function rotations(t: Test, name: 'cpu' | 'reference'): void {
       });
       t.ok(
         Math.max(...off) <= (2e-6 + 1.5e-7 * norm) * most,
-        `${name}: [${b}, ${b}] of norm ${norm}: ${Math.max(...off)} of ${most}`,
+        `${device.name}: [${b}, ${b}] of norm ${norm}: ${Math.max(...off)} of ${most}`,
       );
     }
   }
@@ -72,6 +72,6 @@ function rotations(t: Test, name: 'cpu' | 'reference'): void {
 }
 
 test('rotations are those of elimination', (t) => {
-  for (const name of ['cpu', 'reference'] as const) rotations(t, name);
+  for (const device of devices) rotations(t, device);
   t.end();
 });

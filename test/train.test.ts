@@ -294,6 +294,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
         rank_dropout: 0.2,
       },
     },
+    oft: {
+      ...{ dtype: 'bfloat16', train: { target: 'lora' } },
+      lora: { algo: 'oft', rank: 4, rescaled: true, targets: ['to_q', 'conv1'], module_dropout: 0.2 },
+    },
     dora: { dtype: 'bfloat16', train: { target: 'lora' }, lora: { rank: 2, use_dora: true } },
     blocks: {
       train: { parts: ['attn', 'time_'] },

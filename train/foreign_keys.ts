@@ -18,6 +18,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   lora_alpha: 'lora.alpha',
   conv_dim: 'lora.conv_rank',
   decompose_factor: 'lora.factor',
+  oft_block_size: 'lora.rank',
   dora_wd: 'lora.use_dora',
   weight_decompose: 'lora.use_dora',
   lora_decompose: 'lora.use_dora',

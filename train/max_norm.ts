@@ -1,6 +1,7 @@
 // Max-norm regularisation of adapters, kohya's scale_weight_norms: after each update a layer whose difference alpha / rank * B A has a
 // Frobenius norm above the bound is brought back to it, each of its matrices by the same factor, the root of what is too much. (LyCORIS
-// does so for LoKr; its LoHa keeps a factor of its own beside the matrices, which only its file has multiplied in.)
+// does so for LoKr; its LoHa keeps a factor of its own beside the matrices, which only its file has multiplied in; of OFT it is the blocks'
+// own norm, there and here.)
 import type { Device } from '../engine/device.ts';
 import { copyBetween } from '../engine/exchange.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -38,18 +39,18 @@ export function boundNorms({ run, task, parameters, optimizer }: Moved): void {
   });
 }
 
-/** Of the differences as they are at full precision, a layer at a time. */
+/** Of what is bounded as it is at full precision, a layer at a time. */
 function normsOf(adapters: readonly TrainedAdapter[], weightOf: (name: string) => Tensor): Float64Array {
   return scope(() => {
     const sums = new Map<Device, Tensor>();
-    for (const [i, { names, difference }] of adapters.entries()) {
+    for (const [i, { names, bounded }] of adapters.entries()) {
       const weights = names.map(weightOf);
       const { device } = weights[0];
       const sum = sums.get(device) ?? zeros([adapters.length], { device });
       sums.set(device, sum);
       scope(() => {
-        const delta = difference(weights.map((weight) => cast(brought(weight, device), 'float32')));
-        update([sumSquares(delta, sum, i)]);
+        const measured = bounded(weights.map((weight) => cast(brought(weight, device), 'float32')));
+        update([sumSquares(measured, sum, i)]);
       });
     }
     const parts = [...sums.values()].map((sum) => sum.floats());

@@ -128,16 +128,18 @@ function ofLora({ train, lora }: Run): string {
   if (train.target !== 'lora') return '';
   const { algo, rank, alpha, conv_rank, conv_alpha, network_weights } = lora;
   const kind = algo === 'lora' ? [] : [algo];
+  // An OFT has no alpha.
+  const sizes = (r: number, a: number) => (algo === 'oft' ? `rank ${r}` : `rank ${r}, alpha ${a}`);
   const larger =
     conv_rank || conv_alpha
-      ? [`convolutions larger than 1x1 rank ${conv_rank || rank}, alpha ${conv_alpha || alpha}`]
+      ? [`convolutions larger than 1x1 ${sizes(conv_rank || rank, conv_alpha || alpha)}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
   const usual = fill(fields, {}, 'the defaults').lora;
   const others = ofAdapters
     .filter((key) => !/^(algo|conv_)/.test(key) && lora[key] !== usual[key])
     .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
-  return ` (${[...kind, `rank ${rank}, alpha ${alpha}`, ...larger, ...others, ...begun].join(', ')})`;
+  return ` (${[...kind, sizes(rank, alpha), ...larger, ...others, ...begun].join(', ')})`;
 }
 
 function ofToken({ train, textual_inversion }: Run): string {

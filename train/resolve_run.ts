@@ -98,6 +98,7 @@ export const ofAdapters = [
   'factor',
   'decompose_both',
   'use_dora',
+  'rescaled',
   'network_dropout',
   'rank_dropout',
   'module_dropout',
@@ -115,6 +116,7 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
       throw new UserError(
         `${where}: "lora.${key}" is of LoKr, and "lora.algo" is "${algo}"; leave it out, or set "lora.algo" to "lokr"`,
       );
+  refuseOfOft(lora, where);
   if (factor === 0)
     throw new UserError(
       `${where}: "lora.factor" is 0, by which nothing is divided; set it to -1 for two factors near each other, or to one such as 8`,
@@ -122,7 +124,7 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
   if (algo === 'lora') return;
   if (lora.network_dropout)
     throw new UserError(
-      `${where}: "lora.network_dropout" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out, or set "lora.rank_dropout"`,
+      `${where}: "lora.network_dropout" drops what is behind the A of a LoRA, and "lora.algo" "${algo}" has none; leave it out, or set "lora.module_dropout"`,
     );
   if (lora.use_dora)
     throw new UserError(
@@ -135,6 +137,25 @@ function refuseOfOtherKinds({ lora }: Run, where: string): void {
   if (network_weights)
     throw new UserError(
       `${where}: "lora.network_weights" goes on with a plain LoRA, and "lora.algo" is "${algo}"; leave it out`,
+    );
+}
+
+/** What only OFT has, and what it has not: it scales no product, and what is left of a rotation is none. */
+function refuseOfOft(lora: Run['lora'], where: string): void {
+  const { algo } = lora;
+  if (lora.rescaled && algo !== 'oft')
+    throw new UserError(
+      `${where}: "lora.rescaled" is of OFT, and "lora.algo" is "${algo}"; leave it out, or set "lora.algo" to "oft"`,
+    );
+  if (algo !== 'oft') return;
+  for (const key of ['alpha', 'conv_alpha'] as const)
+    if (lora[key] !== usual[key])
+      throw new UserError(
+        `${where}: "lora.${key}" is what a difference is multiplied by, and OFT turns weights; leave it out (${usual[key]})`,
+      );
+  if (lora.rank_dropout)
+    throw new UserError(
+      `${where}: "lora.rank_dropout" would drop numbers of rotations, and "lora.algo" is "oft"; leave it out, or set "lora.module_dropout"`,
     );
 }
 

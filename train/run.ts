@@ -50,8 +50,9 @@ export interface Run {
     q8: boolean;
   };
   lora: {
-    /** The kind of adapter: LoRA, or LyCORIS's LoHa or LoKr. */
+    /** The kind of adapter: LoRA, or LyCORIS's LoHa, LoKr or OFT (its diag-oft). */
     algo: Algo;
+    /** Of OFT the side of its blocks, as near as divisors of a layer's outputs come. */
     rank: number;
     alpha: number;
     /** Of convolutions larger than 1x1, of which `targets` then names some (LoCon); 0 for those above. */
@@ -66,6 +67,8 @@ export interface Run {
      * lengths as they are.
      */
     use_dora: boolean;
+    /** OFT: stretch the rows of weights, too. */
+    rescaled: boolean;
     /** Of LoRA, the share of A's results that a pass drops (peft's lora_dropout drops what A is given). */
     network_dropout: number;
     /** The share of a layer's ranks, or of LoHa's and LoKr's outputs, that a picture drops. */
@@ -74,7 +77,7 @@ export interface Run {
     module_dropout: number;
     /** Of LoRA, by how much faster than A its B learns (LoRA+, Hayou et al. 2024); 1 is as fast. */
     loraplus_lr_ratio: number;
-    /** The greatest norm that the difference of a layer's weight may have; 0 for any. */
+    /** The greatest norm that the difference of a layer's weight may have, or OFT's blocks; 0 for any. */
     scale_weight_norms: number;
     /** Names of the UNet's linear layers and convolutions, as peft's target_modules. */
     targets: readonly string[];
@@ -233,6 +236,7 @@ export const fields: Fields<Run> = {
     factor: whole(-1, { min: -1 }),
     decompose_both: flag(false),
     use_dora: flag(false),
+    rescaled: flag(false),
     network_dropout: number(0, { min: 0, below: 1 }),
     rank_dropout: number(0, { min: 0, below: 1 }),
     module_dropout: number(0, { min: 0, below: 1 }),

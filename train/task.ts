@@ -53,8 +53,8 @@ export interface Component {
 export interface TrainedAdapter {
   /** Of the trained matrices that its difference is made of, `component.key`. */
   names: readonly string[];
-  /** alpha / rank times the difference [o, taps * i] that such tensors make of the layer's weight. */
-  difference(tensors: readonly Tensor[]): Tensor;
+  /** What such tensors make, of which the norm is bounded: mostly the difference [o, taps * i] of the layer's weight. */
+  bounded(tensors: readonly Tensor[]): Tensor;
 }
 
 /** Other tensors in place of trained parameters, by `component.key`: the moving averages. */

@@ -47,7 +47,7 @@ export const numbersOf =
   };
 
 /**
- * Adapters on the loaded pipeline. A LoRA has peft's keys, and its config in the file's metadata as diffusers reads it; LoHa and LoKr
+ * Adapters on the loaded pipeline. A LoRA has peft's keys, and its config in the file's metadata as diffusers reads it; the others
  * have kohya's spelling of LyCORIS's, which tells alpha in a tensor.
  */
 export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resumed: boolean): Added {
@@ -69,9 +69,9 @@ export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resum
       lr: (key) => rates.get(key),
     },
     adapters: put.map(({ adapter, keys }) => ({
-      // Its matrices' are the first.
-      names: keys.slice(0, adapter.matrices.length).map((key) => `lora.${key}`),
-      difference: adapter.difference,
+      // Its matrices' are the first. What begins with ones are lengths.
+      names: adapter.matrices.flatMap(({ start }, k) => (start === 'ones' ? [] : [`lora.${keys[k]}`])),
+      bounded: adapter.bounded,
     })),
     putOn: (other) => ({
       other,
@@ -102,9 +102,10 @@ function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly 
 
 /** Metadata as kohya's trainer has it. */
 function inLycoris({ lora }: Run, put: readonly Put[]): Spelled {
-  const { algo, rank, alpha, conv_rank, conv_alpha, factor, decompose_both } = lora;
-  const more = algo === 'lokr' ? { factor, decompose_both } : {};
-  const args = { algo, conv_dim: conv_rank || rank, conv_alpha: conv_alpha || alpha, ...more };
+  const { algo, rank, alpha, conv_rank, conv_alpha, factor, decompose_both, rescaled } = lora;
+  const more = { lora: {}, loha: {}, lokr: { factor, decompose_both }, oft: { rescaled } }[algo];
+  const theirs = algo === 'oft' ? 'diag-oft' : algo;
+  const args = { algo: theirs, conv_dim: conv_rank || rank, conv_alpha: conv_alpha || alpha, ...more };
   return {
     metadata: {
       ...kohyaModel,

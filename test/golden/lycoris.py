@@ -14,6 +14,7 @@ import torch
 lycoris, scripts = sys.argv[1:]
 sys.path.insert(0, lycoris)
 from lycoris.functional import factorization
+from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from peft import LoHaConfig, LoKrConfig
@@ -22,6 +23,8 @@ from peft.tuners.lokr.layer import Conv2d as PeftLoKrConv, Linear as PeftLoKr
 
 here = os.path.dirname(os.path.abspath(__file__))
 torch.set_default_dtype(torch.float64)
+# OFT takes (I - Q).float().inverse().
+torch.Tensor.float = torch.Tensor.double
 lines = []
 
 
@@ -57,7 +60,7 @@ def case(by, spec, module, names, run=None):
 
 
 def trained(module):
-    return [(name, name) for name, p in module.named_parameters() if name.startswith(("hada", "lokr"))]
+    return [(name, name) for name, p in module.named_parameters() if name.startswith(("hada", "lokr", "oft", "rescale"))]
 
 
 LINEAR, CONV, POINT = [[10, 12], [2, 2, 12]], [[6, 4, 3, 3], [1, 4, 3, 4]], [[6, 8, 1, 1], [1, 8, 2, 3]]
@@ -79,6 +82,25 @@ for algo, (weight, x), more in [
     module = OURS[algo]("", layer, 1.0, more["rank"], more["alpha"], **options)
     module.apply_to()
     case("lycoris", spec, module, trained(module))
+
+for (weight, x), more in [
+    (([36, 4], [1, 2, 4]), dict(rank=6)),
+    (LINEAR, dict(rank=-1, rescaled=True)),
+    (CONV, dict(rank=3, stride=2, padding=1)),
+    (POINT, dict(rank=3, rescaled=True)),
+]:
+    spec = dict(algo="oft", weight=weight, x=x, alpha=1, **more)
+    module = DiagOFTModule("", layer_of(weight, more.get("stride", 1), more.get("padding", 0)), 1.0, more["rank"], rescaled=more.get("rescaled", False))
+    module.apply_to()
+    case("lycoris", spec, module, trained(module))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
+    inputs = numbers(x, 2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        y = module(inputs)
+        (y * numbers(y.shape, 3)).sum().backward()
+        optimizer.step()
+    lines[-1]["after"] = [packed(module.get_parameter(name)) for name, _ in trained(module)]
 
 PEFT = dict(loha=(PeftLoHa, LoHaConfig), lokr=(PeftLoKr, LoKrConfig))
 for algo, (weight, x), more in [

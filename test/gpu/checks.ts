@@ -183,6 +183,7 @@ const golden = [
   'models_unet',
   'models_lora',
   'lora_kinds',
+  'oft',
   'pipeline',
   'controlnet',
   'ip_adapter',
