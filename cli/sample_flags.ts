@@ -242,7 +242,10 @@ const overPictureOptions = (command: Command): Command =>
   command
     .optionsGroup('Over a picture:')
     .option('-i, --image <FILE>', 'start from this picture')
-    .option('--mask <FILE>', 'paint anew where this is white (needs --image)')
+    .option(
+      '--mask <FILE>',
+      'paint anew where this is white (needs --image); an inpainting model, such as diffusers/stable-diffusion-xl-1.0-inpainting-0.1, takes both',
+    )
     .option(
       '--padding-mask-crop <N>',
       "draw only what is masked, with so many pixels around it, as large as --width and --height (default: the model's size), and lay it back over the picture",

@@ -224,6 +224,34 @@ function controlled(
   };
 }
 
+/** In a part of a picture, by an inpainting model. */
+function seeing(
+  { odd, oddMask }: Pictures,
+  { full }: ControlNets,
+  model: string,
+): Record<string, [Call['pipeline'], Short]> {
+  const masked = { image: odd, mask_image: oddMask, width: 112, height: 144, num_inference_steps: 6 };
+  const calls: Record<string, Short> = {
+    'at the default strength': { settings: masked },
+    'at 0.6, two images, ancestral': {
+      settings: { ...masked, strength: 0.6, num_images_per_prompt: 2 },
+      ...named('EulerAncestralDiscreteScheduler'),
+    },
+    'at 1, without guidance, DPM++ 2M': {
+      settings: { ...masked, strength: 1, guidance_scale: 1 },
+      ...named('DPMSolverMultistepScheduler'),
+    },
+    'with an adapter': { settings: masked, loras: [[adapter, 0.6]] },
+    'under a ControlNet': { settings: masked, controlnets: [[full, odd, 0.7]] },
+  };
+  return Object.fromEntries(
+    Object.entries(calls).map(([label, call]) => [
+      `an inpainting model ${label}`,
+      ['inpaint', { ...call, model }],
+    ]),
+  );
+}
+
 /** By pictures, through what lies in `plain` and `plus`. */
 function byPictures(
   { odd, oddMask }: Pictures,
@@ -260,7 +288,7 @@ function byPictures(
   };
 }
 
-interface Pictures {
+export interface Pictures {
   odd: string;
   oddMask: string;
 }
@@ -275,7 +303,12 @@ interface IPAdapters {
   plus: string;
 }
 
-export function allCalls(pictures: Pictures, controlnets: ControlNets, ipAdapters: IPAdapters): Call[] {
+export function allCalls(
+  pictures: Pictures,
+  controlnets: ControlNets,
+  ipAdapters: IPAdapters,
+  inpainting: string,
+): Call[] {
   const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
     ...schedulers.map(({ label, scheduler }, i): [string, 'text2img', Short] => [
       label,
@@ -290,6 +323,7 @@ export function allCalls(pictures: Pictures, controlnets: ControlNets, ipAdapter
     ...Object.entries({
       ...overPictures(pictures.odd, pictures.oddMask),
       ...controlled(pictures, controlnets),
+      ...seeing(pictures, controlnets, inpainting),
       ...byPictures(pictures, controlnets, ipAdapters),
     }).map(([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call]),
   ];

@@ -16,8 +16,9 @@ import { resize } from '../../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/torch_random.ts';
 import { writeControlNet } from '../controlnet_golden.ts';
+import { writeInpainting } from '../inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
-import { adapter, allCalls, argvOf, base, type Call } from './calls.ts';
+import { adapter, allCalls, argvOf, base, type Call, type Pictures } from './calls.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
 let said = '';
@@ -38,7 +39,7 @@ function latents(path: string): { values: Float32Array; shape: string } {
 }
 
 /** A picture and a mask of sides that 8 does not divide, the mask with greys. */
-async function oddPictures(): Promise<{ odd: string; oddMask: string }> {
+async function oddPictures(): Promise<Pictures> {
   const [odd, oddMask] = ['odd.png', 'odd-mask.png'].map((name) => join(folder, name));
   const [width, height] = [117, 149];
   const given = await readPicture(join(packageRoot, 'test', 'golden', 'png', 'input.png'));
@@ -61,7 +62,7 @@ interface Job extends Call {
 }
 
 /** The tiny model as either program saves it, drawn from by the other; who saves draws from the original. */
-async function saved(): Promise<Job[]> {
+async function saved(inpainting: string, { odd, oddMask }: Pictures): Promise<Job[]> {
   const exported = join(folder, 'exported');
   await sdxl('export', base, exported, '--dtype', 'float16', '--max-shard-size', '600kB');
   const single = join(folder, 'single.safetensors');
@@ -87,6 +88,14 @@ async function saved(): Promise<Job[]> {
     { ...call, label: 'export: a sharded folder', model: exported, ours: argvOf(call) },
     { ...call, label: 'export: a single file', model: single, configs: base, ours: argvOf(call) },
   ];
+  const nine = join(folder, 'nine.safetensors');
+  await sdxl('export', inpainting, nine, '--format', 'single-file', '--dtype', 'float16');
+  const masked: Call = {
+    ...{ ...call, pipeline: 'inpaint', model: inpainting },
+    settings: { ...settings, image: odd, mask_image: oddMask },
+  };
+  const label = 'export: a single file of an inpainting model';
+  jobs.push({ ...masked, label, model: nine, configs: inpainting, ours: argvOf(masked) });
   for (const format of ['lora-peft', 'lora-kohya']) {
     const out = join(folder, `${format}.safetensors`);
     await sdxl('export', adapter, out, '--format', format, '--configs', base);
@@ -241,8 +250,10 @@ async function all(words: readonly string[]): Promise<number> {
   const [plain, plus] = ['plain', 'plus'].map((name) =>
     writeIPAdapter(join(folder, `ip-adapter_${name}.safetensors`), name),
   );
-  const calls = allCalls(await oddPictures(), { full, small }, { plain, plus });
-  const jobs = [...(await saved()), ...textAdapters(), await trained(), ...calls]
+  const inpainting = writeInpainting(join(folder, 'inpainting'));
+  const pictures = await oddPictures();
+  const calls = allCalls(pictures, { full, small }, { plain, plus }, inpainting);
+  const jobs = [...(await saved(inpainting, pictures)), ...textAdapters(), await trained(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   const results = await readByGguf(words);
