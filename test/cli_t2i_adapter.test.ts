@@ -10,8 +10,9 @@ import { locateT2IAdapter } from '../models/locate.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
-import { at, type Call, writeT2IAdapter } from './golden_calls.ts';
+import { at, type Call } from './golden_calls.ts';
 import { hubOf } from './small_hub.ts';
+import { writeT2IAdapter } from './t2i_adapter_golden.ts';
 
 const calls = goldenLines<Call>('t2i_adapter').filter(({ kind }) => kind === 'text2img');
 const [model, refiner] = ['tiny-sdxl', 'tiny-sdxl-refiner'].map((name) => join(goldenFolder, name));

@@ -11,8 +11,9 @@ import { loadPipeline } from '../models/pipeline.ts';
 import { followedOf } from '../models/t2i_adapter.ts';
 import { numbers, picture, weight } from './controlnet_golden.ts';
 import { goldenFolder, maxDifference } from './golden.ts';
-import { at, writeT2IAdapter } from './golden_calls.ts';
+import { at } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
+import { writeT2IAdapter } from './t2i_adapter_golden.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 

@@ -7,16 +7,17 @@ import { test } from 'tap';
 import type { Device } from '../engine/device.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
-import { type Json, type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
 import { openIPAdapter } from '../models/ip_adapter.ts';
 import { denoiseToEnd, loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { disc, picture, writeComponent, writeControlNet } from './controlnet_golden.ts';
-import { allClose, goldenFolder, goldenLines } from './golden.ts';
+import { disc, picture, writeControlNet } from './controlnet_golden.ts';
+import { allClose, goldenFolder } from './golden.ts';
 import { writeInpainting } from './inpainting_golden.ts';
 import { type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
+import { writeT2IAdapter } from './t2i_adapter_golden.ts';
 
 type Plain = 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
 /** Those whose names begin so are of an inpainting model. */
@@ -47,17 +48,6 @@ const ipAdapter = openIPAdapter(
 /** The inpainting model's folder. */
 export const inpainting = writeInpainting(at('inpainting'));
 
-/** The T2I-Adapters of t2i_adapter.jsonl: diffusers' config and the shapes of their weights. */
-export const t2iAdapters = goldenLines<{ adapter?: string; config: Json; keys: Record<string, number[]> }>(
-  't2i_adapter',
-).flatMap(({ adapter, config, keys }) => (adapter ? [{ name: adapter, config, keys }] : []));
-
-/** Writes the folder of one of them, perhaps with another config. */
-export function writeT2IAdapter(folder: string, name: string, more: Json = {}): string {
-  const { config, keys } = t2iAdapters.find((each) => each.name === name) as (typeof t2iAdapters)[number];
-  return writeComponent(folder, name, { ...config, ...more }, Object.entries(keys));
-}
-
 const isControlled = (kind: Kind) => kind.endsWith('controlled');
 const isAdapted = (kind: Kind) => kind.endsWith('adapted');
 
@@ -73,13 +63,7 @@ export const pipelineOf = (kind: Kind, device: Device, adapter: readonly ModelSo
     ipAdapter: isAdapted(kind) ? [ipAdapter] : [],
   });
 
-/** What a golden call asks. */
-export function requestOf({
-  kind,
-  adapters,
-  settings: { scheduler, noise, ...settings },
-  seed,
-}: Call): Asked {
+function requestOf({ kind, adapters, settings: { scheduler, noise, ...settings }, seed }: Call): Asked {
   const masked = kind.startsWith('inpaint');
   const begins = masked || ['img2img', 'refiner'].includes(kind);
   const given = noise === undefined ? undefined : new TorchGenerator(noise).randn(4 * 8 * 8);

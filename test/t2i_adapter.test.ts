@@ -8,15 +8,8 @@ import { parseT2IAdapterConfig, t2iAdapter } from '../models/t2i_adapter.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { picture } from './controlnet_golden.ts';
 import { goldenLines, maxDifference } from './golden.ts';
-import {
-  at,
-  type Call,
-  latentsOf,
-  pipelineOf,
-  t2iAdapters,
-  testCalls,
-  writeT2IAdapter,
-} from './golden_calls.ts';
+import { at, type Call, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
+import { t2iAdapters, writeT2IAdapter } from './t2i_adapter_golden.ts';
 
 testCalls(
   goldenLines<Call>('t2i_adapter').filter(({ kind }) => kind !== undefined),

@@ -23,6 +23,8 @@ export interface Call {
   loras?: readonly (readonly [file: string, scale: number])[];
   /** ControlNets' folders, what each follows, and how strongly where that is said. */
   controlnets?: readonly (readonly [folder: string, image: string, scale?: number])[];
+  /** T2I-Adapters' folders, what each follows, and how strongly where that is said. */
+  t2iAdapters?: readonly (readonly [folder: string, image: string, scale?: number])[];
   /** IP-Adapters' files, the picture that each draws by, and how strongly where that is said. */
   ipAdapters?: readonly (readonly [file: string, image: string, scale?: number])[];
   /** What then works over the latents, with the same generator and scheduler. */
@@ -288,6 +290,34 @@ function byPictures(
   };
 }
 
+/** What lies in `edges` and `sketch` follows pictures of other sides than the drawn, the latter in grey. */
+function followed(
+  { odd, oddMask }: Pictures,
+  { edges, sketch }: T2IAdapters,
+  { plain }: IPAdapters,
+): Record<string, Short> {
+  const one: Short = { t2iAdapters: [[edges, odd, 0.8]] };
+  return {
+    'a T2I-Adapter': { t2iAdapters: [[edges, odd]] },
+    'a T2I-Adapter for grey pictures, two images, ancestral': {
+      ...{ t2iAdapters: [[sketch, odd]], settings: { num_images_per_prompt: 2, width: 80, height: 48 } },
+      ...named('EulerAncestralDiscreteScheduler'),
+    },
+    'two T2I-Adapters in half of the steps, DPM++ 2M': {
+      t2iAdapters: [
+        [edges, odd, 0.6],
+        [sketch, oddMask, 1.2],
+      ],
+      settings: { adapter_conditioning_factor: 0.5 },
+      ...named('DPMSolverMultistepScheduler'),
+    },
+    'a T2I-Adapter beside an IP-Adapter, without guidance': {
+      ...{ ...one, ipAdapters: [[plain, odd, 0.7]], settings: { guidance_scale: 1 } },
+    },
+    'a T2I-Adapter and a refiner': { ...hands(0.6), ...one },
+  };
+}
+
 export interface Pictures {
   odd: string;
   oddMask: string;
@@ -303,19 +333,26 @@ interface IPAdapters {
   plus: string;
 }
 
+interface T2IAdapters {
+  edges: string;
+  sketch: string;
+}
+
 export function allCalls(
   pictures: Pictures,
   controlnets: ControlNets,
+  t2iAdapters: T2IAdapters,
   ipAdapters: IPAdapters,
   inpainting: string,
 ): Call[] {
+  const overNoise = { ...textToImage, ...refined, ...followed(pictures, t2iAdapters, ipAdapters) };
   const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
     ...schedulers.map(({ label, scheduler }, i): [string, 'text2img', Short] => [
       label,
       'text2img',
       { scheduler, settings: { num_inference_steps: 3 + (i % 6) } },
     ]),
-    ...Object.entries({ ...textToImage, ...refined }).map(([label, call]): [string, 'text2img', Short] => [
+    ...Object.entries(overNoise).map(([label, call]): [string, 'text2img', Short] => [
       label,
       'text2img',
       call,
@@ -349,7 +386,7 @@ function typed(name: string, value: Settings[string]): string {
 
 /** The same call for `sdxl sample`. */
 export function argvOf({ model, seed, settings, scheduler, refiner: second, ...more }: Call): string[] {
-  const { loras = [], controlnets = [], ipAdapters = [] } = more;
+  const { loras = [], controlnets = [], t2iAdapters = [], ipAdapters = [] } = more;
   const own = ['strength', 'aesthetic_score', 'negative_aesthetic_score'];
   const later = Object.entries(second?.settings ?? {}).filter(([name]) => own.includes(name));
   const { algorithm_type, use_karras_sigmas, timestep_spacing } = scheduler?.config ?? {};
@@ -364,6 +401,10 @@ export function argvOf({ model, seed, settings, scheduler, refiner: second, ...m
     ...controlnets.flatMap(([net, image, scale]) => [
       ...['--controlnet', scale === undefined ? net : `${net}:${scale}`],
       ...['--control-image', image],
+    ]),
+    ...t2iAdapters.flatMap(([folder, image, scale]) => [
+      ...['--adapter', scale === undefined ? folder : `${folder}:${scale}`],
+      ...['--adapter-image', image],
     ]),
     ...ipAdapters.flatMap(([file, image, scale]) => [
       ...['--ip-adapter', scale === undefined ? file : `${file}:${scale}`],

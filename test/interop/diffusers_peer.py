@@ -30,11 +30,12 @@ UNDER_CONTROL = {
 loaded = {}
 
 
-def load(kind, model, configs, controls=(), pictures=()):
+def load(kind, model, configs, controls=(), pictures=(), followed=()):
     """The pipeline and its own scheduler, which a job may replace."""
     folders = tuple(folder for folder, *_ in controls)
     files = tuple(file for file, *_ in pictures)
-    key = (kind, model, folders, files)
+    adapters = tuple(folder for folder, *_ in followed)
+    key = (kind, model, folders, files, adapters)
     if key not in loaded:
         if model.endswith(".safetensors"):
             pipeline = CLASSES[kind].from_single_file(
@@ -44,6 +45,11 @@ def load(kind, model, configs, controls=(), pictures=()):
             nets = [diffusers.ControlNetModel.from_pretrained(each, torch_dtype=torch.float32) for each in folders]
             pipeline = UNDER_CONTROL[kind].from_pretrained(
                 model, controlnet=nets if len(nets) > 1 else nets[0], torch_dtype=torch.float32
+            )
+        elif adapters:
+            models = [diffusers.T2IAdapter.from_pretrained(each, torch_dtype=torch.float32) for each in adapters]
+            pipeline = diffusers.StableDiffusionXLAdapterPipeline.from_pretrained(
+                model, adapter=diffusers.MultiAdapter(models) if len(models) > 1 else models[0], torch_dtype=torch.float32
             )
         else:
             pipeline = CLASSES[kind].from_pretrained(model, torch_dtype=torch.float32)
@@ -70,9 +76,22 @@ def follow(kind, controls):
     }
 
 
-def draw(kind, model, job, generator, settings, controls=(), pictures=(), **more):
-    pipeline, own = load(kind, model, job.get("configs"), controls, pictures)
+def follow_by_adapters(pipeline, followed):
+    if not followed:
+        return {}
+    adapters = getattr(pipeline.adapter, "adapters", [pipeline.adapter])
+    modes = ["L" if adapter.config.in_channels == 1 else "RGB" for adapter in adapters]
+    one_or_all = lambda items: items if len(items) > 1 else items[0]
+    return {
+        "image": one_or_all([Image.open(image).convert(mode) for (_, image, *_), mode in zip(followed, modes)]),
+        "adapter_conditioning_scale": one_or_all([scales[0] if scales else 1.0 for _, _, *scales in followed]),
+    }
+
+
+def draw(kind, model, job, generator, settings, controls=(), pictures=(), followed=(), **more):
+    pipeline, own = load(kind, model, job.get("configs"), controls, pictures, followed)
     more.update(follow(kind, controls))
+    more.update(follow_by_adapters(pipeline, followed))
     if pictures:
         pipeline.set_ip_adapter_scale([scales[0] if scales else 1.0 for _, _, *scales in pictures])
         more["ip_adapter_image"] = [Image.open(image).convert("RGB") for _, image, *_ in pictures]
@@ -130,7 +149,8 @@ for line in open(sys.argv[1]):
         invert(pipeline, *job["inversion"])
     controls = job.get("controlnets") or []
     pictures = job.get("ipAdapters") or []
-    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls, pictures)
+    followed = job.get("t2iAdapters") or []
+    latents = draw(job["pipeline"], job["model"], job, generator, job["settings"], controls, pictures, followed)
     if "save" in job:
         load(job["pipeline"], job["model"], job.get("configs"))[0].save_pretrained(job["save"])
     if adapters:

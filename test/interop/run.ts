@@ -18,6 +18,7 @@ import { TorchGenerator } from '../../models/torch_random.ts';
 import { writeControlNet } from '../controlnet_golden.ts';
 import { writeInpainting } from '../inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
+import { writeT2IAdapter } from '../t2i_adapter_golden.ts';
 import { adapter, allCalls, argvOf, base, type Call, type Pictures } from './calls.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
@@ -250,9 +251,10 @@ async function all(words: readonly string[]): Promise<number> {
   const [plain, plus] = ['plain', 'plus'].map((name) =>
     writeIPAdapter(join(folder, `ip-adapter_${name}.safetensors`), name),
   );
+  const [edges, sketch] = ['edges', 'sketch'].map((name) => writeT2IAdapter(join(folder, name), name));
   const inpainting = writeInpainting(join(folder, 'inpainting'));
   const pictures = await oddPictures();
-  const calls = allCalls(pictures, { full, small }, { plain, plus }, inpainting);
+  const calls = allCalls(pictures, { full, small }, { edges, sketch }, { plain, plus }, inpainting);
   const jobs = [...(await saved(inpainting, pictures)), ...textAdapters(), await trained(), ...calls]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
