@@ -35,12 +35,12 @@ export interface T2IAdapterConfig {
   downscale_factor: number;
 }
 
-/** Reads an adapter's config.json, which errors call `file`. @throws UserError for SD 1.5's, and for one that is none */
-export function parseT2IAdapterConfig(json: Json, file: string): T2IAdapterConfig {
+/** Reads an adapter's config.json, or what stands for it; errors call it `where`. @throws UserError for SD 1.5's, and for one that is none */
+export function parseT2IAdapterConfig(json: Json, where: string): T2IAdapterConfig {
   const { adapter_type: type = 'full_adapter' } = json;
   if (type !== 'full_adapter_xl')
     throw new UserError(
-      `${file}: "adapter_type" is ${JSON.stringify(type)}, as those of SD 1.5 are: give a T2I-Adapter for SDXL, which is a full_adapter_xl`,
+      `${where}: "adapter_type" is ${JSON.stringify(type)}, as those of SD 1.5 are: give a T2I-Adapter for SDXL, which is a full_adapter_xl`,
     );
   const config = { ...{ in_channels: 3, num_res_blocks: 2, downscale_factor: 8 }, ...json };
   const { channels = [320, 640, 1280, 1280] } = json;
@@ -53,7 +53,7 @@ export function parseT2IAdapterConfig(json: Json, file: string): T2IAdapterConfi
   for (const [key, holds, want] of rules)
     if (!holds)
       throw new UserError(
-        `${file}: "${key}" is ${JSON.stringify(json[key])}, not ${want}; is this a T2I-Adapter for SDXL?`,
+        `${where}: "${key}" is ${JSON.stringify(json[key])}, not ${want}; is this a T2I-Adapter for SDXL?`,
       );
   return { ...config, channels } as T2IAdapterConfig;
 }
@@ -86,7 +86,7 @@ function toldByWeights({ where, names, info }: WeightSource): Json {
   if (![1, 3].includes(in_channels))
     throw new UserError(
       isT2IAdapter(names)
-        ? `${where} is a T2I-Adapter that does not see squares of ${SQUARE} pixels, as those of SD 1.5 do not: give one for SDXL`
+        ? `${where} is a T2I-Adapter that sees other squares than of ${SQUARE}x${SQUARE} pixels, as those of SD 1.5 do: give one for SDXL`
         : `${where} is no T2I-Adapter under diffusers' keys, as it has no adapter.body.0.resnets.0.block1.weight`,
     );
   const isOfFirst = (name: string) => /^adapter\.body\.0\.resnets\.\d+\.block1\.weight$/.test(name);
@@ -118,8 +118,9 @@ const block = (cin: number, cout: number, count: number, down: boolean) =>
 function halved(x: Tensor): Tensor {
   const twiceTheLast = (x: Tensor, axis: number): Tensor =>
     x.shape[axis] % 2 ? concat([x, slice(x, axis, x.shape[axis] - 1, 1)], axis) : x;
-  const [n, h, w, c] = twiceTheLast(twiceTheLast(x, 1), 2).shape;
-  const rows = sum(twiceTheLast(twiceTheLast(x, 1), 2).reshape((n * h) / 2, 2, w * c), 1);
+  const even = twiceTheLast(twiceTheLast(x, 1), 2);
+  const [n, h, w, c] = even.shape;
+  const rows = sum(even.reshape((n * h) / 2, 2, w * c), 1);
   return scale(sum(rows.reshape((n * h * w) / 4, 2, c), 1), 1 / 4).reshape(n, h / 2, w / 2, c);
 }
 
@@ -156,7 +157,7 @@ export interface T2IAdapter {
 
 /** What an opened adapter is. @throws UserError as parseT2IAdapterConfig */
 export const t2iAdapterConfig = (source: ModelSource): T2IAdapterConfig =>
-  parseT2IAdapterConfig(source.config('adapter'), `the config.json of ${source.path}`);
+  parseT2IAdapterConfig(source.config('adapter'), source.path);
 
 /** Loads T2I-Adapters onto a device. @throws UserError where one does not fit its config, or the UNet and the VAE's `ratio` */
 export const loadT2IAdapters = (

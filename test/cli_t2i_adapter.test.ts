@@ -157,7 +157,7 @@ test('inspect', async (t) => {
   for (const [path, says, wanted] of [
     [at('edges'), /diffusers component: T2IAdapter/, 0],
     [sketch, /T2I-Adapter in one file/, 0],
-    [old, /old\.safetensors is a T2I-Adapter that does not see squares of 16/, 2],
+    [old, /old\.safetensors is a T2I-Adapter that sees other squares than of 16x16/, 2],
     [torn, /misshapen adapter\.body\.1\.in_conv\.weight is \[2,16,1,1\]/, 2],
   ] as const) {
     const { status, out, err } = await sdxl('inspect', path);
@@ -217,7 +217,7 @@ test('mistakes', async (t) => {
     [by(edges, '--model', refiner), /the UNet takes .*: take one that was made for this model/],
     [
       by(old),
-      /old\.safetensors is a T2I-Adapter that does not see squares of 16 pixels, as those of SD 1\.5/,
+      /old\.safetensors is a T2I-Adapter that sees other squares than of 16x16 pixels, as those of SD 1\.5 do/,
     ],
     [by(torn), /misshapen adapter\.body\.1\.in_conv\.weight/],
     [by(original), /original\.safetensors is no T2I-Adapter under diffusers' keys/],
