@@ -48,6 +48,11 @@ const controlnet: ModelSource = {
       p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
   },
 };
+/** A T2I-Adapter such as t2i-adapter-canny-sdxl-1.0. */
+const adapter: ModelSource = {
+  ...controlnet,
+  config: () => ({ adapter_type: 'full_adapter_xl', downscale_factor: 16 }),
+};
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-memory-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 
@@ -76,9 +81,8 @@ function ipAdapterSource(): IPAdapterSource {
   };
   return { path, imageEncoder: { ...controlnet, config: () => config } };
 }
-const ip_adapter_image: Picture[] = [
-  { width: 64, height: 64, channels: 3, data: new Uint8Array(3 * 64 * 64) },
-];
+const pictures: Picture[] = [{ width: 64, height: 64, channels: 3, data: new Uint8Array(3 * 64 * 64) }];
+const [ip_adapter_image, adapter_image] = [pictures, pictures];
 
 const control_image = [{ shape: [1, 3, 1024, 1024], data: new Float32Array(3 * 1024 * 1024) }];
 
@@ -87,7 +91,10 @@ function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request
   const device = standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   const nets = more.control_image ? [controlnet] : [];
   const ipAdapter = more.ip_adapter_image ? [ipAdapterSource()] : [];
-  const pipeline = loadPipeline(source, { device, dtype: 'bfloat16', controlnet: nets, ipAdapter, q8 });
+  const pipeline = loadPipeline(source, {
+    ...{ device, dtype: 'bfloat16', controlnet: nets, ipAdapter, q8 },
+    adapter: more.adapter_image ? [adapter] : [],
+  });
   const loop = denoise(pipeline, {
     prompt: ['a red fox in the snow'],
     ...{ height: 1024, width: 1024, num_inference_steps: 5, guidance_scale: 5, ...more },
@@ -109,6 +116,10 @@ test('a picture of 1024x1024 in bfloat16', (t) => {
     t.doesNotThrow(
       () => draw(card, 10 * GIB, { last: true, control_image }),
       `${on}: under control within 10 GiB`,
+    );
+    t.doesNotThrow(
+      () => draw(card, 8 * GIB, { last: true, adapter_image }),
+      `${on}: under a T2I-Adapter within 8 GiB`,
     );
     t.doesNotThrow(
       () => draw(card, 10 * GIB, { last: true, ip_adapter_image }),
