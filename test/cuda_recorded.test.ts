@@ -2,11 +2,11 @@
 // eager steps and, within float32's sums, the CPU's numbers.
 import { type Test, test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
-import { preprocessControl } from '../io/image.ts';
+import { preprocess, preprocessControl, preprocessMask } from '../io/image.ts';
 import { denoise } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
-import { picture } from './controlnet_golden.ts';
+import { disc, picture } from './controlnet_golden.ts';
 import { maxDifference } from './golden.ts';
 import { type Kind, pipelineOf } from './golden_calls.ts';
 import { relativeError } from './op_cases.ts';
@@ -67,6 +67,17 @@ test('perturbed-attention guidance at a scale that changes from step to step', (
     {
       ...{ num_inference_steps: 4, guidance_scale: 5, pag_scale: 3, pag_adaptive_scale: 0.004 },
       pag_applied_layers: ['mid', 'down_blocks.2'],
+    },
+    { recorded: 1, replays: 2 },
+  ));
+
+test('an inpainting model, which sees five channels beside the latents', (t) =>
+  records(
+    t,
+    'inpainting',
+    {
+      ...{ num_inference_steps: 4, guidance_scale: 5, strength: 1 },
+      ...{ image: preprocess(picture(4, 16, 16)), mask: preprocessMask(disc(), 16, 16) },
     },
     { recorded: 1, replays: 2 },
   ));

@@ -1,74 +1,27 @@
 // Inpainting models, whose UNets take nine channels, against diffusers' pipelines (golden/inpainting.jsonl): whole calls, one of them by
-// `sdxl sample`. That a recorded step gives an eager one's bits, that other forms of the model draw the same, what is told of it, and
-// what is refused.
+// `sdxl sample`. That other forms of the model draw the same, what is told of it, and what is refused. Recorded steps:
+// cuda_recorded.test.ts.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { cudaDevice, openDevice } from '../engine/device.ts';
-import { namedParameters } from '../engine/module.ts';
+import { openDevice } from '../engine/device.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { preprocess, preprocessMask, writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { type ModelSource, openComponent, openModel } from '../models/checkpoint.ts';
+import { openComponent, openModel } from '../models/checkpoint.ts';
 import { inspect } from '../models/inspect.ts';
-import { withUNet } from '../models/locate_unet.ts';
-import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { encodePrompt } from '../models/prompts.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
+import { loadPipeline } from '../models/pipeline.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
 import { configOf, disc, picture, writeComponent } from './controlnet_golden.ts';
-import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
+import { allClose, goldenFolder, goldenLines } from './golden.ts';
 import { at, type Call, inpainting, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
-import { relativeError } from './op_cases.ts';
-import { failingGpu } from './virtual-gpu/failing.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 type Golden = Omit<Call, 'kind'> & { kind: Call['kind'] | 'cropped' };
 const golden = goldenLines<Golden>('inpainting');
 const isWhole = (call: Golden): call is Call => call.kind !== 'cropped';
 const numbers = (text: string): Float32Array => decodeFloats(Buffer.from(text, 'base64'), 'float32');
 testCalls(golden.filter(isWhole), 13, 0);
-
-/** The model with a smaller UNet, for a machine that takes its time. */
-async function smallModel(): Promise<ModelSource> {
-  const model = openModel(inpainting);
-  const json = {
-    ...model.config('unet'),
-    ...{ block_out_channels: [16, 24], layers_per_block: 1 },
-    ...{ attention_head_dim: [1, 2], transformer_layers_per_block: [1, 1] },
-    ...{ down_block_types: ['DownBlock2D', 'CrossAttnDownBlock2D'] },
-    ...{ up_block_types: ['CrossAttnUpBlock2D', 'UpBlock2D'] },
-  };
-  const shapes = [...namedParameters(unet(parseUNetConfig(json)))].map(([key, p]) => [key, p.shape] as const);
-  return withUNet(model, writeComponent(at('small'), 'small', json, shapes));
-}
-
-test('on a GPU recorded steps give the bits of eager ones', { timeout: 600_000 }, async (t) => {
-  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26 }));
-  const [gpu, cpu] = [cudaDevice(failing.api), openDevice('cpu')];
-  const model = await smallModel();
-  const [onGpu, onCpu] = [gpu, cpu].map((device) =>
-    loadPipeline(model, { device, dtype: 'float32', only: device === gpu ? ['unet', 'vae'] : undefined }),
-  );
-  const { truncated, ...embeds } = encodePrompt(onCpu, { prompt: 'a red fox', negative_prompt: 'rain' });
-  const over = { image: preprocess(picture(4, 8, 8)), mask: preprocessMask(disc(), 8, 8), strength: 1 };
-  const small = { ...embeds, ...over, num_inference_steps: 3, guidance_scale: 5 };
-  const latents = (pipeline: Pipeline) =>
-    latentsOf(pipeline, { ...small, generators: [new TorchGenerator(3)] });
-  failing.fail('cuStreamBeginCapture', 'CUDA_ERROR_OUT_OF_MEMORY', { always: true });
-  const eager = await latents(onGpu);
-  t.equal(failing.made('cuGraphLaunch'), 0);
-  failing.heal();
-  const recorded = await latents(onGpu);
-  t.equal(failing.made('cuGraphLaunch'), 1);
-  t.equal(maxDifference(recorded, eager), 0);
-  const error = relativeError(recorded, await latents(onCpu));
-  t.ok(error < 1e-5, `from the CPU's: ${error}`);
-  for (const pipeline of [onGpu, onCpu]) pipeline.release();
-  t.equal(gpu.memory.storages, 0, 'live tensors');
-});
 
 const [image, mask] = [at('image.png'), at('mask.png')];
 writePng(image, picture(4, 80, 72));
