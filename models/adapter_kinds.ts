@@ -1,7 +1,8 @@
 // Adapters that can be trained, by LyCORIS's word `algo`: the matrices that each gives a layer, how they begin, and the difference
 // that they make of its weight. What kinds are made of is told in lora_kinds.ts; shapes and beginnings are peft's for LoRA (Kaiming
-// uniform, zeros) and LyCORIS's for LoHa, LoKr and OFT (lycoris/modules/loha.py, lokr.py and diag_oft.py), where peft's begin with other
-// numbers, or turn other axes. Matrices lie as LyCORIS saves them, so a convolution's right one is flat, [rank, i * taps], and is turned channels last when used.
+// uniform, zeros) and LyCORIS's for LoHa, LoKr and OFT (lycoris/modules/loha.py, lokr.py and diag_oft.py), where peft's begin with
+// other numbers, or turn other axes. Matrices lie as LyCORIS saves them, so a convolution's right one is flat, [rank, i * taps], and
+// is turned channels last when used.
 import { type Parameter, parameter } from '../engine/module.ts';
 import { sub } from '../engine/ops/binary.ts';
 import { matmul } from '../engine/ops/linear.ts';

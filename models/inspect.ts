@@ -1,6 +1,6 @@
-// What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file,
-// a VAE, a LoRA, an IP-Adapter, a T2I-Adapter, or plain tensors. Each component is held against the shapes its config asks for, so a model that would
-// fail to load is known without loading it.
+// What a checkpoint is, told from its headers alone: a diffusers folder, one component's folder, an original single file, a VAE, a
+// LoRA, an IP-Adapter, a T2I-Adapter, or plain tensors. Each component is held against the shapes its config asks for, so a model that
+// would fail to load is known without loading it.
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';

@@ -1,6 +1,6 @@
 // Adapters merged into loaded weights: W += scale * alpha / rank * D, in float32, where D is the difference that its kind makes
-// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al. 2024) then gives each row, or in
-// files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
+// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al.
+// 2024) then gives each row, or in files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
 import { noGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { add, mul, sub } from '../engine/ops/binary.ts';

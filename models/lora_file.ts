@@ -236,9 +236,9 @@ export function complain(
 }
 
 /**
- * Alpha and rank: kohya keeps alpha in a tensor, peft in its config; without either it is the rank. A LoKr of two whole factors
- * has no rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. OFT has none either. Rank-stabilised adapters (alpha over the
- * root of the rank) are told as what a plain one would say, as LyCORIS writes them.
+ * Alpha and rank: kohya keeps alpha in a tensor, peft in its config; without either it is the rank. A LoKr of two whole factors has no
+ * rank: LyCORIS takes it as it is, whatever its alpha, and peft by its config's. OFT has none either. Rank-stabilised adapters (alpha
+ * over the root of the rank) are told as what a plain one would say, as LyCORIS writes them.
  */
 function ratioOf(
   file: TensorFile,

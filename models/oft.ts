@@ -1,5 +1,5 @@
-// Orthogonal finetuning (OFT, Qiu et al. 2023) out of files: a weight is multiplied by a rotation R of blocks along its diagonal, each made
-// of a skew matrix Q (cayley.ts). Three spellings are told by their parts:
+// Orthogonal finetuning (OFT, Qiu et al. 2023) out of files: a weight is multiplied by a rotation R of blocks along its diagonal, each
+// made of a skew matrix Q (cayley.ts). Three spellings are told by their parts:
 //
 //   oft_blocks [blocks, b, b]         LyCORIS's diag-oft and kohya's networks/oft.py: Q = B - B^T, W' = R^T W turns outputs
 //   oft_diag [blocks, b, b]           LyCORIS 2.0: R itself

@@ -1,6 +1,6 @@
-// T2I-Adapter for SDXL (Mou et al. 2023; T2IAdapter of diffusers, of the type full_adapter_xl): a small network that makes four features of
-// a picture to follow, each added where a level of the UNet's way down, or its middle block, ends. No step changes them, so they are made
-// once an image, and of several adapters summed (MultiAdapter). The tree spells diffusers' keys.
+// T2I-Adapter for SDXL (Mou et al. 2023; T2IAdapter of diffusers, of the type full_adapter_xl): a small network that makes four
+// features of a picture to follow, each added where a level of the UNet's way down, or its middle block, ends. No step changes them,
+// so they are made once an image, and of several adapters summed (MultiAdapter). The tree spells diffusers' keys.
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import type { Device } from '../engine/device.ts';

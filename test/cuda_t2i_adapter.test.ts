@@ -1,4 +1,5 @@
-// Steps under a T2I-Adapter on the virtual GPU: a recording has the bits of the eager step before it, and goes when the adapter's part ends.
+// Steps under a T2I-Adapter on the virtual GPU: a recording has the bits of the eager step before it, and goes when the adapter's part
+// ends.
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';

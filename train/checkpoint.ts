@@ -1,6 +1,7 @@
-// A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, adapters in lora/, or vectors in textual_inversion/),
-// the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json, which says
-// where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are removed.
+// A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, adapters in lora/, or vectors
+// in textual_inversion/), the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json,
+// which says where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are
+// removed.
 import { existsSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';

@@ -1,6 +1,7 @@
-// Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts, textual_inversion.ts): latents drawn anew
-// each epoch from their cached moments, captions chosen each epoch, time ids from the true crop, and the loss of objective.ts. A
-// caption that is left away becomes what the model is given without a prompt: zeros (the base model), or the embedding of an empty text.
+// Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts,
+// textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the true
+// crop, and the loss of objective.ts. A caption that is left away becomes what the model is given without a prompt: zeros (the base
+// model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import type { Tensors } from '../engine/op.ts';

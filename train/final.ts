@@ -1,7 +1,7 @@
-// The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder
-// that diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or read and written where
-// there is none: a preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet or a textual inversion stands alone. The state of the
-// checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
+// The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder that
+// diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or read and written where there is none: a
+// preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet or a textual inversion stands alone. The state of
+// the checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
 import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { openDevice } from '../engine/device.ts';
