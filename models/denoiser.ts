@@ -87,47 +87,54 @@ export interface Denoiser {
   release(): void;
 }
 
-/** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
-export function openDenoiser(
-  { device, dtype, text, unet, adapter, ipAdapter }: GuidedModel,
+/** As many rows for each part of a guided pass. */
+const forParts = (x: Tensor, parts: number): Tensor =>
+  parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
+
+/** Encodes the prompts, pictures among them, and places and keeps what the steps read. */
+function placeInputs(
+  { device, dtype, text, unet }: GuidedModel,
   request: GuidanceRequest,
   plan: DenoiserPlan,
-): Denoiser {
-  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, beside, calls, caching } = plan;
+  parts: number,
+) {
+  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, beside } = plan;
   const [images] = shape;
-  const parts = 1 + Number(guided) + Number(pag !== undefined);
   const rows = parts * images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
-  const forParts = (x: Tensor) => (parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x);
+  const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
+  // Rows that are perturbed are of the text, once more.
+  const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
+  const inputs = {
+    context: withPerturbed(encoded.context),
+    pooled: withPerturbed(encoded.pooled),
+    timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
+    latents: empty(shape, { device }),
+    times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
+    step: empty([1], { device, dtype: 'int32' }),
+    pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
+  };
+  const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
+  const tokens = imagePrompts.map((each): ImageTokens => {
+    const pairs = [...imageTokens(each, unet, { guided, images })];
+    return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
+  });
+  const features = featuresOf(plan.followed, rows, device, dtype);
+  const seen = beside && forParts(toDevice(beside, device, dtype), parts);
+  const more = [...pictures, ...(features ?? []), ...(seen ? [seen] : []), ...tensorsOf(tokens)];
+  const kept = [...Object.values(inputs), ...more].map(keep);
+  return { ...inputs, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
+}
+
+/** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
+export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan: DenoiserPlan): Denoiser {
+  const { device, dtype, text, unet, adapter, ipAdapter } = model;
+  const { shape, guided, pag, controls, calls, caching } = plan;
+  const [images] = shape;
+  const parts = 1 + Number(guided) + Number(pag !== undefined);
   const cache = newContextCache();
-  const made = noGrad(() =>
-    scope(() => {
-      const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
-      // Rows that are perturbed are of the text, once more.
-      const withPerturbed = (t: Tensor) =>
-        pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t;
-      const inputs = {
-        context: withPerturbed(encoded.context),
-        pooled: withPerturbed(encoded.pooled),
-        timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
-        latents: empty(shape, { device }),
-        times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
-        step: empty([1], { device, dtype: 'int32' }),
-        pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
-      };
-      const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
-      const tokens = imagePrompts.map((each): ImageTokens => {
-        const pairs = [...imageTokens(each, unet, { guided, images })];
-        return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
-      });
-      const features = featuresOf(plan.followed, rows, device, dtype);
-      const seen = beside && forParts(toDevice(beside, device, dtype));
-      const more = [...pictures, ...(features ?? []), ...(seen ? [seen] : []), ...tensorsOf(tokens)];
-      const kept = [...Object.values(inputs), ...more].map(keep);
-      return { ...inputs, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
-    }),
-  );
+  const made = noGrad(() => scope(() => placeInputs(model, request, plan, parts)));
   if (request.last) {
     for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
@@ -141,7 +148,7 @@ export function openDenoiser(
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
   const pass = ({ on, within }: Parts, deep?: DeepFeature): Tensor => {
-    const sample = forParts(cast(channelsLast(latents), dtype));
+    const sample = forParts(cast(channelsLast(latents), dtype), parts);
     const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
     const residuals = {
       ...residualsOf(on, question, guided),
