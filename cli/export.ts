@@ -12,9 +12,10 @@ import { componentConfigs } from '../models/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/export.ts';
 import { exportGguf, type GgufType, ggufTypes } from '../models/export_gguf.ts';
 import { exportLora, type LoraFormat } from '../models/export_lora.ts';
-import { locateModel } from '../models/locate.ts';
+import { type Extracted, extractLora } from '../models/extract_lora.ts';
+import { type LocateOptions, locateModel } from '../models/locate.ts';
 import { locateLora } from '../models/locate_lora.ts';
-import { withUNet } from '../models/locate_unet.ts';
+import { locateUNet, withUNet } from '../models/locate_unet.ts';
 import type { AdapterFile } from '../models/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora_file.ts';
 import { mergedModel, targetsIn, targetsOf } from '../models/merged.ts';
@@ -22,7 +23,7 @@ import { presets } from '../models/presets.ts';
 import { openWeightsFile } from '../models/weights_file.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { bytes, devices, oneOf, repeated } from './options.ts';
+import { bytes, devices, number, oneOf, repeated } from './options.ts';
 import { progressBar } from './progress.ts';
 import { loraOf } from './sample_options.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
@@ -37,6 +38,9 @@ interface Options {
   unet?: string;
   configs?: string;
   lora?: string[];
+  base?: string;
+  rank?: number;
+  convRank?: number;
   device: string;
   json?: boolean;
   quiet?: boolean;
@@ -44,6 +48,10 @@ interface Options {
 
 const formats = ['diffusers', 'single-file', 'gguf', 'lora-peft', 'lora-kohya'] as const;
 type Format = (typeof formats)[number];
+
+/** Of an extracted LoRA. */
+const RANK = 64;
+const rank = (flag: string) => number(flag, { min: 1, whole: true });
 
 const examples = `
 Examples:
@@ -54,6 +62,7 @@ Examples:
   sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
   sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
+  sdxl export tuned.safetensors lora.safetensors --format lora-kohya --base ./sdxl-base --rank 64 --conv-rank 32
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's, or in GGUF is near it.
 GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.`;
@@ -86,6 +95,16 @@ export function addExport(command: Command, terminal: Terminal): void {
       '--lora <FILE[:SCALE]>',
       'an adapter to be merged into the weights for good, or its folder or hub id; may be given more than once',
       repeated((text) => text),
+    )
+    .option(
+      '--base <DIR|FILE|HUB_ID>',
+      'the model that this one was tuned from: a LoRA is extracted of what differs (--format lora-kohya, lora-peft)',
+    )
+    .option('--rank <N>', `of an extracted LoRA, which is its alpha too (default: ${RANK})`, rank('--rank'))
+    .option(
+      '--conv-rank <N>',
+      'of its convolutions larger than 1x1 (default: as the others)',
+      rank('--conv-rank'),
     )
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
     .option('--device <NAME>', `where the forward passes run that are compared: ${devices}`, 'auto')
@@ -122,15 +141,26 @@ function refuseUnsaved(
 }
 
 /** What is asked for and would change nothing. */
-function refuseIdle({ format, type, saveKeys, unet, lora }: Options, sharded: boolean): void {
+function refuseIdle(options: Options, sharded: boolean): void {
+  const { format, type, saveKeys, unet, lora, base } = options;
   if (type && format !== 'gguf')
     throw new UserError(
       `--type is of GGUF, and this is ${format}; give --format gguf, or --dtype for the type`,
     );
+  if (base !== undefined && !isOfLora(format))
+    throw new UserError(
+      `--base is for a LoRA that is extracted, and this is ${format}; give --format lora-kohya or lora-peft`,
+    );
+  for (const [flag, given] of [['--rank', options.rank] as const, ['--conv-rank', options.convRank] as const])
+    if (given !== undefined && base === undefined)
+      throw new UserError(
+        `${flag} is of a LoRA that is extracted; name the model it was tuned from with --base`,
+      );
+  const isAdapter = isOfLora(format) && base === undefined;
   const idle = [
     ['--max-shard-size', sharded && format !== 'diffusers'],
-    ['--save-keys', saveKeys !== undefined && isOfLora(format)],
-    ['--unet', unet !== undefined && isOfLora(format)],
+    ['--save-keys', saveKeys !== undefined && isAdapter],
+    ['--unet', unet !== undefined && isAdapter],
     ['--lora', lora !== undefined && isOfLora(format)],
   ] as const;
   for (const [flag, given] of idle)
@@ -145,26 +175,37 @@ async function run(from: string, out: string, options: Options, terminal: Termin
   if (options.ema && !isCheckpoint(from))
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const adapter = adapterFile(from, options);
+  if (adapter && options.base !== undefined)
+    throw new UserError(`${from} is a LoRA, and --base is beside a whole tuned model; leave it out`);
   if (adapter && !isOfLora(format))
     throw new UserError(`${from} is a LoRA; export it as --format lora-peft or lora-kohya`);
-  if (!adapter && isOfLora(format)) throw noAdapter(from, options);
+  if (!adapter && isOfLora(format) && options.base === undefined) throw noAdapter(from, options);
   const report =
     adapter && isOfLora(format)
       ? { layers: exportLora(adapter, out, format, loraTargets(options.configs), dtype) }
-      : await exportWeights(from, out, options, terminal);
+      : isOfLora(format)
+        ? await extract(from, out, format, options, terminal)
+        : await exportWeights(from, out, options, terminal);
   if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, type, ...report })}\n`);
   else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
 }
 
-const told = (report: Certificate | { layers: number }): string =>
+const told = (report: Certificate | Extracted | { layers: number }): string =>
   'layers' in report
-    ? `${report.layers} layers`
+    ? `${report.layers} layers${'retained' in report ? howNear(report) : ''}`
     : report.tensors === 0
       ? 'no weights, the rest as it was'
       : `${report.tensors} tensors read back equal; a forward pass of ${report.forward.join(', ')} ${nearness(report)} the source's`;
 
 const nearness = ({ error }: Certificate): string =>
   error ? `is at most ${(100 * error).toPrecision(2)} % from` : 'equals';
+
+const percent = (share: number): string => `${(100 * share).toFixed(1)} %`;
+
+const howNear = ({ retained, worst, others }: Extracted): string =>
+  ` retain ${percent(retained)} of what differs in them (Frobenius norm), the worst, ${worst.layer}, ${percent(worst.retained)}${
+    others ? `; ${others} norms, biases and embeddings differ too, which a LoRA does not hold` : ''
+  }`;
 
 /** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
 function refuseOccupied(out: string, format: Format): void {
@@ -206,7 +247,7 @@ function noAdapter(path: string, { ema }: Options): UserError {
   const isModel = existsSync(join(path, 'model_index.json')) || isCheckpoint(path);
   if (!isModel) locateAdapter(path); // tells of nothing there, and of a folder that has none
   return new UserError(
-    `${path} is not a LoRA; export a whole model as --format diffusers, single-file or gguf`,
+    `${path} is not a LoRA; export a whole model as --format diffusers, single-file or gguf, or name the model that it was tuned from with --base`,
   );
 }
 
@@ -224,6 +265,53 @@ function namesOf(text: string): string[] {
   return names;
 }
 
+/** What is exported: a model or a checkpoint of training, perhaps with another UNet. */
+async function openSource(
+  from: string,
+  { ema = false, unet }: Options,
+  where: LocateOptions,
+): Promise<ModelSource> {
+  const own = isCheckpoint(from)
+    ? await openCheckpoint(from, { ema, locate: locatorOf(where) })
+    : await locateModel(from, { ...where, without: unet && 'unet' });
+  return unet ? withUNet(own, unet, where) : own;
+}
+
+async function extract(
+  from: string,
+  out: string,
+  format: LoraFormat,
+  options: Options,
+  terminal: Terminal,
+): Promise<Extracted> {
+  const quiet = options.quiet ?? false;
+  const { configs, rank = RANK, convRank: conv_rank, dtype } = options;
+  const where = { configs, onProgress: downloadsOn(terminal, quiet) };
+  const save_keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
+  // Where nothing else is compared, either may be a UNet alone.
+  const isLone = save_keys.join() === 'unet';
+  const lender = isLone && configs !== undefined ? openModel(configs) : undefined;
+  const located = (path: string) => (isLone ? locateUNet(path, lender, where) : locateModel(path, where));
+  const isWhole = isCheckpoint(from) || options.unet !== undefined;
+  const tuned = await (isWhole ? openSource(from, options, where) : located(from));
+  const base = await located(options.base as string);
+  const bar = progressBar(terminal, 'weights', quiet);
+  const device = openDevice(options.device);
+  const onProgress = ({ done, total }: { done: number; total: number }) => bar.update(done, total);
+  const request = { save_keys, rank, conv_rank, dtype, device, onProgress };
+  return heeded(extractLora(base, tuned, out, format, request)).finally(() => bar.end());
+}
+
+/** Does the work to its end, or to a signal, at which it leaves nothing. */
+function heeded<R>(work: Generator<void, R>): Promise<R> {
+  const stop: { by?: NodeJS.Signals } = {};
+  const heed = (): void => {
+    if (stop.by) throw new Stopped(stop.by);
+  };
+  const ask = (signal: NodeJS.Signals) => void (stop.by = signal);
+  return heedingSignals(ask, () => inTurns(work, heed));
+}
+
 async function exportWeights(
   from: string,
   out: string,
@@ -231,15 +319,8 @@ async function exportWeights(
   terminal: Terminal,
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
-  const { configs, unet } = options;
-  const where = { configs, onProgress: downloadsOn(terminal, quiet) };
-  const own: ModelSource = isCheckpoint(from)
-    ? await openCheckpoint(from, {
-        ema: options.ema ?? false,
-        locate: locatorOf(where),
-      })
-    : await locateModel(from, { ...where, without: unet && 'unet' });
-  const source = unet ? await withUNet(own, unet, where) : own;
+  const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
+  const source = await openSource(from, options, where);
   const lora: AdapterFile[] = [];
   for (const { file, scale } of (options.lora ?? []).map(loraOf))
     lora.push({ path: await locateLora(file, where), scale });
@@ -248,7 +329,10 @@ async function exportWeights(
   const keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
   const isUNet = (name: string): boolean => name === 'unet';
   try {
-    refuseUnsaved(keys, { '--unet': unet === undefined ? undefined : isUNet, '--lora': merged?.changes });
+    refuseUnsaved(keys, {
+      '--unet': options.unet === undefined ? undefined : isUNet,
+      '--lora': merged?.changes,
+    });
   } catch (error) {
     merged?.close();
     throw error;
@@ -264,12 +348,7 @@ async function exportWeights(
   };
   const written = { 'single-file': exportSingleFile, gguf: exportGguf, diffusers: exportFolder };
   const work = written[options.format as keyof typeof written](merged ?? source, out, request);
-  const stop: { by?: NodeJS.Signals } = {};
-  const heed = (): void => {
-    if (stop.by) throw new Stopped(stop.by);
-  };
-  const ask = (signal: NodeJS.Signals) => void (stop.by = signal);
-  return heedingSignals(ask, () => inTurns(work, heed)).finally(() => {
+  return heeded(work).finally(() => {
     bar.end();
     merged?.close();
   });

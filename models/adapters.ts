@@ -100,7 +100,7 @@ interface Place {
 }
 
 /** Every linear layer and convolution with its path and a way to put another in its place. */
-function layersOf(root: AnyModule): Place[] {
+export function layersOf(root: AnyModule): Place[] {
   const places: Place[] = [];
   const visit = (child: Child, path: string, replace: (by: AnyModule) => void): void => {
     if (typeof child === 'function') {

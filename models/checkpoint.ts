@@ -314,12 +314,8 @@ function fillParameter(
   index: number,
 ): void {
   const { device } = sums;
-  const type = source.info(name)?.dtype as DType;
   scope(() => {
-    const raw = isFloat(type)
-      ? empty(target.shape, { device, dtype: type }).upload(source.bytes(name, room))
-      : tensor(source.floats(name), target.shape, { device });
-    const cut = cast(raw, dtype);
+    const cut = cast(storedTensor(source, name, device, room), dtype);
     const [, , ...taps] = target.shape;
     const turned = target.layout === 'conv' && taps.some((n) => n > 1);
     const laid = turned ? permute(cut, [0, 2, 3, 1]) : cut;
@@ -328,8 +324,16 @@ function fillParameter(
   });
 }
 
+/** A weight as it is stored, or in float32 what is stored as no float. */
+export function storedTensor(source: WeightSource, name: string, device: Device, room?: Room): Tensor {
+  const { dtype = 'float32', shape = [] } = source.info(name) ?? {};
+  return isFloat(dtype as DType)
+    ? empty(shape, { device, dtype: dtype as FloatDType }).upload(source.bytes(name, room))
+    : tensor(source.floats(name), shape, { device });
+}
+
 /** Why a weight is not finite, told by what is stored. */
-function notFinite(source: WeightSource, name: string, dtype: FloatDType): UserError {
+export function notFinite(source: WeightSource, name: string, dtype: FloatDType): UserError {
   return new UserError(
     allFinite(source.bytes(name), source.info(name)?.dtype)
       ? `${source.where}: tensor ${name} holds numbers too large for ${dtype}; use --dtype bfloat16 or float32`

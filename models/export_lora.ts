@@ -25,15 +25,26 @@ export function exportLora(
 ): number {
   const file = openWeightsFile(path);
   try {
-    const updates = [...updatesOf(file, targets).values()];
-    const spelled = format === 'lora-kohya' ? inKohya : inPeft;
-    const entries = updates.flatMap((update) => spelled(file, update, dtype));
-    const metadata = format === 'lora-peft' ? peftMetadata(updates) : kohyaMetadata(file, updates, out);
-    writeSafetensors(out, entries, { format: 'pt', ...metadata });
-    return updates.length;
+    return writeLora(file, out, format, targets, dtype);
   } finally {
     file.close();
   }
+}
+
+/** The same of a file that is open, or of tensors that are in memory only. */
+export function writeLora(
+  file: TensorFile,
+  out: string,
+  format: LoraFormat,
+  targets: LoraTargets,
+  dtype?: FloatDType,
+): number {
+  const updates = [...updatesOf(file, targets).values()];
+  const spelled = format === 'lora-kohya' ? inKohya : inPeft;
+  const entries = updates.flatMap((update) => spelled(file, update, dtype));
+  const metadata = format === 'lora-peft' ? peftMetadata(updates) : kohyaMetadata(file, updates, out);
+  writeSafetensors(out, entries, { format: 'pt', ...metadata });
+  return updates.length;
 }
 
 function tensorOf(
@@ -92,10 +103,17 @@ const kohyaPrefixes: Record<string, string> = {
   text_encoder_2: 'lora_te2_',
 };
 
+/** Layers that A1111 and diffusers know in this spelling by the original's name alone. */
+const originals: Record<string, string> = {
+  add_embedding_linear_1: 'label_emb_0_0',
+  add_embedding_linear_2: 'label_emb_0_2',
+};
+
 /** A layer, by its path behind its network's name, as kohya spells it. */
 export function kohyaModule(path: string): string {
   const [component, ...names] = path.split('.');
-  return kohyaPrefixes[component] + names.join('_');
+  const name = names.join('_');
+  return kohyaPrefixes[component] + (originals[name] ?? name);
 }
 
 /** What LyCORIS calls a part; norms have names of their own. */

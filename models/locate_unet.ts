@@ -28,7 +28,12 @@ export async function withUNet(
   };
 }
 
-async function locateUNet(path: string, model: ModelSource, options: LocateOptions): Promise<ModelSource> {
+/** The UNet alone at `path`, a model's too; `model` lends a file without a config its own. @throws UserError where there is none */
+export async function locateUNet(
+  path: string,
+  model: ModelSource | undefined,
+  options: LocateOptions,
+): Promise<ModelSource> {
   const { variant } = options;
   const hub = hubPath(path);
   const inner = await hubFile(path, options);
