@@ -65,7 +65,8 @@ Examples:
   sdxl export tuned.safetensors lora.safetensors --format lora-kohya --base ./sdxl-base --rank 64 --conv-rank 32
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's, or in GGUF is near it.
-GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.`;
+GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.
+A LoRA is extracted of all linear layers and convolutions of the UNet and the text encoders that differ, with alpha its rank.`;
 
 export function addExport(command: Command, terminal: Terminal): void {
   command
@@ -107,7 +108,11 @@ export function addExport(command: Command, terminal: Terminal): void {
       rank('--conv-rank'),
     )
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
-    .option('--device <NAME>', `where the forward passes run that are compared: ${devices}`, 'auto')
+    .option(
+      '--device <NAME>',
+      `where the forward passes run that are compared, or a LoRA is extracted: ${devices}`,
+      'auto',
+    )
     .option('--json', 'one JSON object on stdout')
     .option('--quiet', 'no progress')
     .addHelpText('after', examples)

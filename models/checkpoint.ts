@@ -255,7 +255,7 @@ export function loadParameters(
       const room = reusedRoom();
       [...stored].forEach(([name, spelling], i) => {
         fillParameter(parameters.get(name) as Parameter, spelling, source, dtype, room, sums, i);
-        if (device.memory.held - device.memory.live > MOST_CACHED) device.memory.trim();
+        trimMemory(device);
       });
       const found = sums.floats();
       [...stored].forEach(([name, spelling], i) => {
@@ -269,6 +269,11 @@ export function loadParameters(
 
 /** What conversions may leave to be used again, in bytes. */
 const MOST_CACHED = 2 ** 29;
+
+/** Gives back what conversions left, where that is much. */
+export function trimMemory({ memory }: Device): void {
+  if (memory.held - memory.live > MOST_CACHED) memory.trim();
+}
 
 /** loadParameters from a source that is used for nothing else. */
 export function loadAndClose(

@@ -22,6 +22,7 @@ import {
   misfit,
   notFinite,
   storedTensor,
+  trimMemory,
   type WeightSource,
 } from './checkpoint.ts';
 import { buildComponent } from './components.ts';
@@ -88,6 +89,7 @@ export function* extractLora(
       const one = noGrad(() => scope(() => extracted(pair, request)));
       if (one && pair.isLayer) made.push(one);
       else if (one) others++;
+      trimMemory(request.device);
       request.onProgress?.({ done: i + 1, total: pairs.length });
       yield;
     }

@@ -97,11 +97,18 @@ async function saved(inpainting: string, { odd, oddMask }: Pictures): Promise<Jo
   };
   const label = 'export: a single file of an inpainting model';
   jobs.push({ ...masked, label, model: nine, configs: inpainting, ours: argvOf(masked) });
+  // As float32 it has the adapter exactly, and nothing else.
+  const tuned = join(folder, 'tuned');
+  await sdxl('export', base, tuned, '--lora', adapter, '--dtype', 'float32');
   for (const format of ['lora-peft', 'lora-kohya']) {
     const out = join(folder, `${format}.safetensors`);
     await sdxl('export', adapter, out, '--format', format, '--configs', base);
     const ours = argvOf({ ...call, loras: [[adapter, 1]] });
     jobs.push({ ...call, label: `export: ${format}`, loras: [[out, 1]], ours });
+    const extracted = join(folder, `extracted-${format}.safetensors`);
+    const rank = ['--base', base, '--rank', '4', '--dtype', 'float32'];
+    await sdxl('export', tuned, extracted, '--format', format, ...rank);
+    jobs.push({ ...call, label: `export: extracted ${format}`, loras: [[extracted, 1]], ours });
   }
   return jobs;
 }
