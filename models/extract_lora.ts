@@ -170,7 +170,10 @@ interface Made {
   rest: number;
 }
 
-/** Undefined where a weight is the same in both; without matrices where it is no layer's. @throws UserError for numbers that are not finite */
+/**
+ * Undefined where a weight is the same in both; without matrices where it is no layer's.
+ * @throws UserError for numbers that are not finite, and those that the type cannot hold
+ */
 function extracted(
   { path, base, tuned, isLayer }: Pair,
   { device, rank, conv_rank, dtype: wanted }: ExtractRequest,

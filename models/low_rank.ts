@@ -26,18 +26,19 @@ export function lowRank(matrix: Tensor, rank: number): LowRank {
   const [short, long] = isWide ? [o, c] : [c, o];
   const count = Math.min(short, rank + spare(rank));
   const { device } = matrix;
-  const through = (rows: Float32Array, rounds: (rows: Tensor) => Tensor): Float32Array =>
-    scope(() => rounds(tensor(rows, [count, short], { device })).floats());
+  const through = (rows: Float32Array, products: (rows: Tensor) => Tensor): Float32Array =>
+    scope(() => products(tensor(rows, [count, short], { device })).floats());
   /** Rows as long as the short side to rows as long as the long one, and back. */
   const forth = (rows: Tensor) => matmul(rows, matrix, { transB: !isWide });
   const back = (rows: Tensor) => matmul(rows, matrix, { transB: isWide });
   let basis = new TorchGenerator(0).randn(count * short);
-  orthonormalise(basis, count);
-  // All directions are followed already where there are no more.
-  for (let round = 0; round < (count < short ? ROUNDS : 0); round++) {
-    basis = through(basis, (rows) => back(forth(rows)));
-    orthonormalise(basis, count);
-  }
+  // Where there are no more directions all of them are followed already.
+  if (count === short) orthonormalise(basis, count);
+  else
+    for (let round = 0; round < ROUNDS; round++) {
+      basis = through(basis, (rows) => back(forth(rows)));
+      orthonormalise(basis, count);
+    }
   const image = through(basis, forth);
   const turn = eigenvectors(gram(image, count), count).slice(0, rank);
   const [near, far] = [turned(turn, basis, short), turned(turn, image, long)];
@@ -98,7 +99,7 @@ function gram(values: Float32Array, count: number): Float64Array[] {
   return made;
 }
 
-/** Of a symmetric matrix, those of the largest values first: Jacobi's rotations, round after round, until nothing is beside the diagonal. */
+/** Of a symmetric matrix, those of the largest values first: Jacobi's rotations, until nothing is beside the diagonal. */
 function eigenvectors(matrix: Float64Array[], count: number): Float64Array[] {
   const vectors = matrix.map((_, i) => new Float64Array(count).fill(1, i, i + 1));
   const whole = matrix.reduce((total, row) => total + dot(row, row), 0);
