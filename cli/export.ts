@@ -15,7 +15,7 @@ import { exportLora, type LoraFormat } from '../models/export_lora.ts';
 import { type Extracted, extractLora } from '../models/extract_lora.ts';
 import { type LocateOptions, locateModel } from '../models/locate.ts';
 import { locateLora } from '../models/locate_lora.ts';
-import { locateUNet, withUNet } from '../models/locate_unet.ts';
+import { locateUNet, locateWithUNet, withUNet } from '../models/locate_unet.ts';
 import type { AdapterFile } from '../models/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora_file.ts';
 import { mergedModel, targetsIn, targetsOf } from '../models/merged.ts';
@@ -276,10 +276,9 @@ async function openSource(
   { ema = false, unet }: Options,
   where: LocateOptions,
 ): Promise<ModelSource> {
-  const own = isCheckpoint(from)
-    ? await openCheckpoint(from, { ema, locate: locatorOf(where) })
-    : await locateModel(from, { ...where, without: unet && 'unet' });
-  return unet ? withUNet(own, unet, where) : own;
+  if (!isCheckpoint(from)) return locateWithUNet(from, unet, where);
+  const trained = await openCheckpoint(from, { ema, locate: locatorOf(where) });
+  return unet ? withUNet(trained, unet, where) : trained;
 }
 
 async function extract(

@@ -1,7 +1,8 @@
 // Models as commands ask for them: with downloads shown on the terminal.
 import { join } from 'node:path';
 import { packageRoot } from '../io/package_root.ts';
-import { type LocateOptions, locateControlNet, locateModel, locateVae } from '../models/locate.ts';
+import { type LocateOptions, locateControlNet, locateVae } from '../models/locate.ts';
+import { locateWithUNet } from '../models/locate_unet.ts';
 import type { Locate } from '../train/session.ts';
 import { type Bar, progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
@@ -24,7 +25,7 @@ export function downloadsOn(terminal: Terminal, quiet: boolean): LocateOptions['
 
 /** All, as training asks for them. */
 export const locatorOf = (where: LocateOptions): Locate => ({
-  model: (path) => locateModel(path, where),
+  model: (path, unet) => locateWithUNet(path, unet, where),
   vae: (path) => locateVae(path, where),
   controlnet: (path) => locateControlNet(path, where),
 });

@@ -15,7 +15,7 @@ import type { DecodedPicture, Latents } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
 import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
-import { withUNet } from '../models/locate_unet.ts';
+import { locateWithUNet } from '../models/locate_unet.ts';
 import type { AdapterFile } from '../models/lora.ts';
 import { checkControlModes } from '../models/multicontrolnet.ts';
 import { pagOf } from '../models/pag.ts';
@@ -87,8 +87,7 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   const device = openDevice(options.device, (line) => terminal.err(`warning: ${line}\n`));
   const { configs, variant, unet } = options;
   const locate = { configs, variant, onProgress: downloadsOn(terminal, quiet) };
-  const own = await locateModel(model, { ...locate, without: unet && 'unet' });
-  const source = unet ? await withUNet(own, unet, locate) : own;
+  const source = await locateWithUNet(model, unet, locate);
   checkScores(options, source.modelIndex.requires_aesthetics_score === true);
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;

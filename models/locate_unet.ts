@@ -5,11 +5,29 @@ import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { hubPath } from '../io/hub.ts';
 import { type ModelSource, openComponent } from './checkpoint.ts';
-import { componentFiles, download, hubFile, type LocateOptions, neededFiles, ofClass } from './locate.ts';
+import {
+  componentFiles,
+  download,
+  hubFile,
+  type LocateOptions,
+  locateModel,
+  neededFiles,
+  ofClass,
+} from './locate.ts';
 import { openUNetFile } from './unet_file.ts';
 
 const mend =
   "a UNet's .gguf or .safetensors file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors";
+
+/** The model at `path`, of which its own UNet is not downloaded where that at `unet` stands in its place. @throws UserError for either */
+export async function locateWithUNet(
+  path: string,
+  unet: string | undefined,
+  options: LocateOptions = {},
+): Promise<ModelSource> {
+  const own = await locateModel(path, { ...options, without: unet && 'unet' });
+  return unet ? withUNet(own, unet, options) : own;
+}
 
 /** `model` with the UNet at `path`, a file, folder or hub id, in its own one's place. @throws UserError where there is none */
 export async function withUNet(

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { type Device, openDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
+import { withUNet } from '../models/locate_unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
 import { type Prepared, prepare } from '../train/preparation.ts';
@@ -42,7 +43,7 @@ for (let i = 0; i < 6; i++) {
 
 export const silent = { line() {}, progress() {} };
 export const locate = {
-  model: async (path: string) => openModel(path),
+  model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),
   vae: async (path: string) => openModel(path),
   controlnet: async (path: string) => openComponent(path),
 };

@@ -22,22 +22,25 @@ import { parseTextConfig } from '../models/clip.ts';
 import { buildComponent } from '../models/components.ts';
 import { mergeLora } from '../models/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
-import type { ModelPreset } from '../models/presets.ts';
+import { type ModelPreset, presets } from '../models/presets.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { weightEntries } from '../models/save.ts';
 import { openSingleFile, openVaeFile } from '../models/singlefile.ts';
 import { loadTokenizer } from '../models/tokenizer.ts';
-import { parseUNetConfig } from '../models/unet.ts';
+import { unet as denoiser, parseUNetConfig } from '../models/unet.ts';
 import { parseVaeConfig } from '../models/vae.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
 import type { ObjectiveSettings } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
+import { writeComponent } from './controlnet_golden.ts';
 import { goldenFolder, maxDifference } from './golden.ts';
 import {
   basic,
   device,
+  digest,
   folder,
   locate,
   losses,
@@ -337,6 +340,33 @@ test('what is not trained comes from the files that a run names, and not from wh
   }
   const pipeline = loadPipeline(openModel(final), { device, dtype: 'float32' });
   pipeline.release();
+});
+
+test("another UNet in the model's place of its own trains as in a model that has it", async (t) => {
+  const json = openModel(model).config('unet');
+  const shapes = [...namedParameters(denoiser(parseUNetConfig(json)))].map(
+    ([key, p]) => [key, p.shape] as const,
+  );
+  const unet = writeComponent(join(folder, 'another-unet'), 'another', json, shapes);
+  const whole = join(folder, 'with-unet');
+  const joined = ['export', model, whole, '--unet', unet, '--dtype', 'float32', '--quiet'];
+  t.equal((await sdxl(...joined)).status, 0);
+  const input = (name: string): RunInput => ({ ...basic(name), steps: 2, train: { target: 'lora' } });
+  await run({ ...input('beside'), unet }, { until: 1 });
+  const [first] = listCheckpoints(join(folder, 'beside'));
+  await run({ ...input('beside'), unet }, { checkpoint: first });
+  await run({ ...input('within'), model: whole });
+  await run(input('own'));
+  const [beside, within, own] = ['beside', 'within', 'own'].map((name) =>
+    digest(listCheckpoints(join(folder, name)).at(-1) as string),
+  );
+  t.equal(beside, within);
+  t.not(beside, own);
+  for (const [more, message] of [
+    [{ model: presets.tiny }, /"unet" stands in a model's place for its own, and "model" is a preset/],
+    [{ train: { target: 'vae' } }, /"unet" has no part in target "vae"; leave it out/],
+  ] as const)
+    t.throws(() => resolveRun({ unet, ...more }, 'x.ts', 'x'), { name: 'UserError', message });
 });
 
 test('the refiner, which has one text encoder and an aesthetic score', async (t) => {

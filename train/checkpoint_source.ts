@@ -33,7 +33,7 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
   const tokenizers = join(dirname(dirname(path)), 'tokenizers');
   const origin =
     typeof run.model === 'string'
-      ? await locate.model(run.model)
+      ? await locate.model(run.model, run.unet)
       : randomModel(run.model, { seed: run.seed, tokenizers });
   const ownVae = run.vae ? await locate.vae(run.vae) : undefined;
   const sourceOf = (component: string): ModelSource => {

@@ -92,7 +92,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   const epochs = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
   return [
     `run         ${run.name}, into ${run.output}`,
-    `model       ${plan.model}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
+    `model       ${plan.model}${run.unet ? `, UNet ${run.unet}` : ''}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
     `images      ${plan.images} from ${run.dataset.path}${ofClass(plan)}`,
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,

@@ -29,6 +29,7 @@ export function resolveRun(
 
 /** @throws UserError for what does not go together; `where` names the file */
 function refuseUnfit(run: Run, where: string): void {
+  refuseUNet(run, where);
   refuseUnused(run, where);
   refuseOfOtherKinds(run, where);
   refuseConditions(run, where);
@@ -157,6 +158,16 @@ function refuseOfOft(lora: Run['lora'], where: string): void {
     throw new UserError(
       `${where}: "lora.rank_dropout" would drop numbers of rotations, and "lora.algo" is "oft"; leave it out, or set "lora.module_dropout"`,
     );
+}
+
+/** A UNet that has no model to be put into, or no part in what is trained. */
+function refuseUNet({ model, unet, train: { target } }: Run, where: string): void {
+  if (!unet) return;
+  if (typeof model !== 'string')
+    throw new UserError(
+      `${where}: "unet" stands in a model's place for its own, and "model" is a preset of random weights; leave it out`,
+    );
+  if (target === 'vae') throw new UserError(`${where}: "unet" has no part in target "vae"; leave it out`);
 }
 
 /** What a run asks for that its target would pass over. */

@@ -28,6 +28,8 @@ export interface Run {
   seed: number;
   /** A diffusers folder, an original .safetensors or .gguf file, a hub id; or a preset, which starts from random weights. */
   model: string | ModelPreset;
+  /** Another UNet than the model's: a file (ComfyUI's .gguf), a folder or a hub id. Empty for the model's own. */
+  unet: string;
   /** Another VAE than the model's: a folder or a hub id. Empty for the model's own. */
   vae: string;
   /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
@@ -217,6 +219,7 @@ export const fields: Fields<Run> = {
   model: textOrObject<ModelPreset>(
     'a folder, a .safetensors or .gguf file, a hub id, or a preset { unet, vae, text_encoder, ... }',
   ),
+  unet: text(''),
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {

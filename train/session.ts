@@ -39,7 +39,8 @@ import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 
 /** How models are found by what the user wrote: the command line brings downloads. */
 export interface Locate {
-  model(path: string): Promise<ModelSource>;
+  /** With the UNet at `unet` in its own one's place, where that names one. */
+  model(path: string, unet: string): Promise<ModelSource>;
   vae(path: string): Promise<ModelSource>;
   controlnet(path: string): Promise<ModelSource>;
 }
@@ -126,7 +127,7 @@ async function openSource(
     throw new UserError(
       'the run names no model; set model to a folder, a .safetensors or .gguf file, a hub id or a preset',
     );
-  if (typeof run.model === 'string') return locate.model(run.model);
+  if (typeof run.model === 'string') return locate.model(run.model, run.unet);
   const parts = run.model as unknown as Record<string, Record<string, unknown> | undefined>;
   const lacking = wanted.filter(([part, key]) => parts[part]?.[key] === undefined);
   if (lacking.length)
