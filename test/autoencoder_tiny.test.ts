@@ -232,7 +232,7 @@ test('sdxl sample draws by one, in tiles too, and tells what it cannot', async (
   const wide = writeTiny(join(folder, 'wide'), { latent_channels: 16 });
   t.match(await sdxl(...asked, ...size, '--vae', wide), {
     status: 2,
-    err: /the UNet of .* takes 4 channels and the VAE gives 16; use the VAE that the model was made for/,
+    err: /the UNet of .* takes latents of 4 channels and the VAE gives 16; use the VAE that the model was made for/,
   });
   const unet = join(model, 'unet');
   t.match(await sdxl(...asked, ...size, '--vae', unet), {
