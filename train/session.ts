@@ -90,7 +90,7 @@ export async function openMaterials(
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   if (run.train.target !== 'vae' && isInpainting(source.config('unet')))
     throw new UserError(
-      `${source.path} is an inpainting model, whose UNet sees a mask and a picture beside the latents: sdxl train does not train it; begin with a base model`,
+      `${run.unet || source.path} is an inpainting model, whose UNet sees a mask and a picture beside the latents: sdxl train does not train it; begin with a base model`,
     );
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
