@@ -299,8 +299,8 @@ async function extract(
   const isWhole = isCheckpoint(from) || options.unet !== undefined;
   const tuned = await (isWhole ? openSource(from, options, where) : located(from));
   const base = await located(options.base as string);
-  const bar = progressBar(terminal, 'weights', quiet);
   const device = openDevice(options.device);
+  const bar = progressBar(terminal, 'weights', quiet);
   const onProgress = ({ done, total }: { done: number; total: number }) => bar.update(done, total);
   const request = { save_keys, rank, conv_rank, dtype, device, onProgress };
   return heeded(extractLora(base, tuned, out, format, request)).finally(() => bar.end());
