@@ -1,7 +1,7 @@
 // Models as commands ask for them: with downloads shown on the terminal.
 import { join } from 'node:path';
 import { packageRoot } from '../io/package_root.ts';
-import { type LocateOptions, locateControlNet, locateVae } from '../models/locate.ts';
+import { type LocateOptions, locateControlNet, locateT2IAdapter, locateVae } from '../models/locate.ts';
 import { locateWithUNet } from '../models/locate_unet.ts';
 import type { Locate } from '../train/session.ts';
 import { type Bar, progressBar } from './progress.ts';
@@ -28,4 +28,5 @@ export const locatorOf = (where: LocateOptions): Locate => ({
   model: (path, unet) => locateWithUNet(path, unet, where),
   vae: (path) => locateVae(path, where),
   controlnet: (path) => locateControlNet(path, where),
+  adapter: (path) => locateT2IAdapter(path, where),
 });

@@ -2,14 +2,15 @@
 // copied, the last layer of the picture's embedding and all that is added to the UNet begin at zero, so that at first nothing is. A
 // small one has fewer transformer blocks and takes what the UNet has of them.
 import { noGrad } from '../engine/grad.ts';
-import { namedParameters, type Parameter, placeOf } from '../engine/module.ts';
+import { namedParameters, placeOf } from '../engine/module.ts';
 import { scale } from '../engine/ops/unary.ts';
 import { scope, unscoped } from '../engine/scope.ts';
-import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
+import { zeros } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import type { Numbers } from './adapters.ts';
 import type { Json } from './checkpoint.ts';
 import type { ControlNet } from './controlnet.ts';
+import { begun } from './layer_init.ts';
 import type { UNet } from './unet.ts';
 
 /** The fields of a UNet's config.json that a ControlNet's has too. */
@@ -84,18 +85,13 @@ export function startFromUNet(net: ControlNet, unet: UNet, numbers: Numbers): vo
   const given = namedParameters(unet);
   const own = namedParameters(net);
   const { device, dtype } = placeOf(unet);
-  /** As PyTorch's convolutions begin: within 1 / sqrt(inputs), biases too. */
-  const drawn = (key: string, { size, memoryShape }: Parameter): Tensor => {
-    const weight = own.get(key.replace(/\.bias$/, '.weight')) as Parameter;
-    const bound = 1 / Math.sqrt(weight.size / weight.shape[0]);
-    const values = numbers(key, size, 'uniform').map((u) => (2 * u - 1) * bound);
-    return tensor(values, memoryShape, { device, dtype });
-  };
   for (const [key, parameter] of own) {
     const from = given.get(key);
     parameter.tensor = unscoped(() => {
       if (from) return noGrad(() => scope(() => scale(from.tensor, 1)));
-      return zeroed.test(key) ? zeros(parameter.memoryShape, { device, dtype }) : drawn(key, parameter);
+      return zeroed.test(key)
+        ? zeros(parameter.memoryShape, { device, dtype })
+        : begun(key, own, numbers, { device, dtype });
     });
   }
 }

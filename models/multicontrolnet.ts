@@ -79,7 +79,8 @@ export interface Control {
   guess: boolean;
 }
 
-interface Fitting {
+/** What is beside a UNet has to fit. */
+export interface Fitting {
   unet: UNetConfig;
   /** Pixels per latent of the VAE. */
   ratio: number;

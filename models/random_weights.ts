@@ -11,6 +11,7 @@ import { UserError } from '../io/errors.ts';
 import { channelsLast, type Json, type ModelSource } from './checkpoint.ts';
 import type { TextConfig } from './clip.ts';
 import { componentConfigs, modelIndex } from './diffusers_config.ts';
+import { type Init, standard } from './layer_init.ts';
 import type { ModelPreset } from './presets.ts';
 import { TorchGenerator } from './torch_random.ts';
 
@@ -45,8 +46,6 @@ export function randomModel(
   };
 }
 
-/** What one parameter starts as: a constant, uniform within ±bound, or normal with a standard deviation. */
-type Init = { constant: number } | { uniform: number } | { normal: number };
 type InitRule = (name: string, parameter: Parameter, weight: Parameter) => Init;
 
 const initOf = (component: string, preset: ModelPreset): InitRule => {
@@ -60,12 +59,6 @@ const initOf = (component: string, preset: ModelPreset): InitRule => {
 const zero = { constant: 0 };
 /** The layers that end a residual branch in the original UNet, and its output. */
 const zeroed = /(^|\.)(resnets\.\d+\.conv2|proj_out|conv_out)\.(weight|bias)$/;
-
-/** nn.Linear and nn.Conv2d: uniform within 1/sqrt(fan in), biases too; norms 1 and 0. */
-function standard(name: string, _: Parameter, weight: Parameter): Init {
-  if (weight.shape.length === 1) return { constant: name.endsWith('.weight') ? 1 : 0 };
-  return { uniform: 1 / Math.sqrt(weight.size / weight.shape[0]) };
-}
 
 /** transformers' CLIPPreTrainedModel._init_weights with factor 1: normal, biases zero. */
 function clipInit({ hidden_size: c, num_hidden_layers: depth }: TextConfig): InitRule {

@@ -20,7 +20,7 @@ import type { Picture } from '../io/pixels.ts';
 import { type Json, type ModelSource, openComponentFile, sourceOf, type WeightSource } from './checkpoint.ts';
 import type { Size } from './conditioning.ts';
 import { isCount, isListOf } from './config_values.ts';
-import type { UNetConfig } from './unet.ts';
+import type { Fitting } from './multicontrolnet.ts';
 import { times } from './unet_encoder.ts';
 import { openWeightsFile } from './weights_file.ts';
 
@@ -124,30 +124,30 @@ function halved(x: Tensor): Tensor {
   return scale(sum(rows.reshape((n * h * w) / 4, 2, c), 1), 1 / 4).reshape(n, h / 2, w / 2, c);
 }
 
-/** A picture [1, c, h, w] as [1, h / f, w / f, c f^2]: torch's pixel_unshuffle, channels last. */
+/** Pictures [n, c, h, w] as [n, h / f, w / f, c f^2]: torch's pixel_unshuffle, channels last. */
 function unshuffled(x: Tensor, f: number): Tensor {
-  const [, c, height, width] = x.shape;
+  const [n, c, height, width] = x.shape;
   const [h, w] = [height / f, width / f];
-  const squares = permute(x.reshape(c * h, f, w, f), [0, 2, 1, 3]);
-  return permute(squares.reshape(c, h * w, f * f), [1, 0, 2]).reshape(1, h, w, c * f * f);
+  const squares = permute(x.reshape(n * c * h, f, w, f), [0, 2, 1, 3]);
+  return permute(squares.reshape(n, c, h * w, f * f), [0, 2, 1, 3]).reshape(n, h, w, c * f * f);
 }
 
-/** A picture [1, in_channels, h, w] in [0, 1] → its features, [1, h / f, w / f, c] twice and two of half the sides, rounded up. */
+/** Pictures [n, in_channels, h, w] in [0, 1] → their features, [n, h / f, w / f, c] twice and two of half the sides, rounded up. */
 export function t2iAdapter({ in_channels, channels, num_res_blocks, downscale_factor }: T2IAdapterConfig) {
   const body = channels.map((width, i) =>
     block(i === 1 || i === 2 ? channels[i - 1] : width, width, num_res_blocks, i === 2),
   );
   const adapter = module(
     { conv_in: conv2d(in_channels * downscale_factor ** 2, channels[0], 3, { padding: 1 }), body },
-    (m, picture: Tensor): Tensor[] => {
-      let h = m.conv_in(unshuffled(picture, downscale_factor));
+    (m, pictures: Tensor): Tensor[] => {
+      let h = m.conv_in(unshuffled(pictures, downscale_factor));
       return m.body.map((block) => {
         h = block(h);
         return h;
       });
     },
   );
-  return module({ adapter }, (m, picture: Tensor) => m.adapter(picture));
+  return module({ adapter }, (m, pictures: Tensor) => m.adapter(pictures));
 }
 
 export interface T2IAdapter {
@@ -162,13 +162,13 @@ export const t2iAdapterConfig = (source: ModelSource): T2IAdapterConfig =>
 /** Loads T2I-Adapters onto a device. @throws UserError where one does not fit its config, or the UNet and the VAE's `ratio` */
 export const loadT2IAdapters = (
   sources: readonly ModelSource[],
-  { unet, ratio }: { unet: UNetConfig; ratio: number },
+  fitting: Fitting,
   device: Device,
   dtype: FloatDType,
 ): T2IAdapter[] =>
   sources.map((source) => {
     const config = t2iAdapterConfig(source);
-    const [given, taken] = [featuresGiven(config), featuresTaken(unet, ratio)].map((each) => each.join(', '));
+    const [given, taken] = [featuresGiven(config), featuresTaken(fitting)].map(inWords);
     if (given !== taken)
       throw new UserError(
         `the T2I-Adapter of ${source.path} gives features ${given} of a picture's sides and the UNet takes ${taken}: take one that was made for this model`,
@@ -178,17 +178,38 @@ export const loadT2IAdapters = (
     return { config, module };
   });
 
-const featuresGiven = ({ channels, downscale_factor: f }: T2IAdapterConfig): string[] =>
-  channels.map((width, i) => `${width} wide at 1/${i < 2 ? f : 2 * f}`);
+/** The width of a feature, and the side of the square of pixels that it has one of. */
+type Feature = [width: number, square: number];
+
+const inWords = (features: readonly Feature[]): string =>
+  features.map(([width, square]) => `${width} wide at 1/${square}`).join(', ');
+
+const featuresGiven = ({ channels, downscale_factor: f }: T2IAdapterConfig): Feature[] =>
+  channels.map((width, i) => [width, i < 2 ? f : 2 * f]);
 
 /** Behind a level's downsampler where it does not attend to the prompt, else before it, and behind the middle block. */
-function featuresTaken({ block_out_channels: widths, down_block_types: types }: UNetConfig, ratio: number) {
+function featuresTaken({ unet, ratio }: Fitting): Feature[] {
+  const { block_out_channels: widths, down_block_types: types } = unet;
   const last = widths.length - 1;
   const levels = [
     ...types.map((type, i) => (type.startsWith('CrossAttn') ? i : Math.min(i + 1, last))),
     last,
   ];
-  return levels.map((level, i) => `${widths[i] ?? widths[last]} wide at 1/${ratio * 2 ** level}`);
+  return levels.map((level, i) => [widths[i] ?? widths[last], ratio * 2 ** level]);
+}
+
+/** The config.json of a new one, as the published ones for SDXL have it. @throws UserError where a model takes other features */
+export function t2iAdapterJson(fitting: Fitting): Json {
+  const taken = featuresTaken(fitting);
+  const sizes = { channels: taken.map(([width]) => width), downscale_factor: taken[0][1] };
+  const json = {
+    ...{ _class_name: 'T2IAdapter', adapter_type: 'full_adapter_xl', in_channels: 3, num_res_blocks: 2 },
+    ...sizes,
+  };
+  if (taken.length === 4 && inWords(featuresGiven(json as T2IAdapterConfig)) === inWords(taken)) return json;
+  throw new UserError(
+    `the UNet takes features ${inWords(taken)} of a picture's sides, which no T2I-Adapter for SDXL gives: train one for another model, or a ControlNet`,
+  );
 }
 
 /** The part of a request that T2I-Adapters heed. */

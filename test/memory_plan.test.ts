@@ -255,6 +255,8 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
       ...rounding,
     });
     t.ok(frugal < 16e9, `${on}: a ControlNet with Adafactor that rounds at random, ${gib(frugal)}`);
+    const adapter = train(card, 12e9, { train: { target: 't2i_adapter', gradient_checkpointing } });
+    t.ok(adapter < 12e9, `${on}: a T2I-Adapter with AdamW, ${gib(adapter)}`);
     t.throws(() => train(card, 24e9, { train: { gradient_checkpointing } }), {
       message: /optimizer \d+\.\d\d GiB/,
     });

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { type Device, openDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
+import { locateT2IAdapter } from '../models/locate.ts';
 import { withUNet } from '../models/locate_unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
@@ -46,6 +47,7 @@ export const locate = {
   model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),
   vae: async (path: string) => openModel(path),
   controlnet: async (path: string) => openComponent(path),
+  adapter: async (path: string) => locateT2IAdapter(path),
 };
 
 /** What `basic` has to be given for a small ControlNet. */

@@ -279,6 +279,7 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
+    t2i_adapter: { ...control, train: { target: 't2i_adapter' }, controlnet: {} },
     'lora-regular': {
       train: { target: 'lora', gradient_checkpointing: true },
       lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1, scale_weight_norms: 0.01 },

@@ -313,11 +313,16 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
       train: { target: 'controlnet' },
       controlnet: { controlnet_model_name_or_path: join(place('net'), 'final') },
     }),
+    keys('adapter', { train: { target: 't2i_adapter' } }),
+    keys('adapter-further', {
+      train: { target: 't2i_adapter' },
+      t2i_adapter: { adapter_model_name_or_path: join(place('adapter'), 'final') },
+    }),
   ];
   const pairs = place('pairs');
   cpSync(sound, pairs, { recursive: true });
   for (const i of [0, 1, 2, 3]) cpSync(join(sound, `${i}.png`), join(pairs, `${i}.conditioning_image.png`));
-  for (const { dataset } of runs.slice(-2)) dataset.path = pairs;
+  for (const { dataset } of runs.slice(-4)) dataset.path = pairs;
   const file = runFile('chain', {}, `export default ${JSON.stringify(runs)};`);
   const plan = await sdxl('plan', file, '--quiet', '--json');
   t.equal(plan.status, 0, plan.err);
@@ -330,7 +335,7 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
     runs.map((each) => [each.name, each.model]),
     'are planned before it is made',
   );
-  for (const i of [5, 7])
+  for (const i of [5, 7, 9])
     t.equal(plans[i].trained_parameters, plans[i - 1].trained_parameters, 'by what that begins with');
   t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];

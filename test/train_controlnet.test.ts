@@ -62,11 +62,11 @@ test('a conditioning image is cropped, resized and mirrored as its picture is', 
   let [mirrored, plain] = [0, 0];
   for (let epoch = 0; epoch < 3; epoch++) {
     const samples = [0, 1, 2, 3, 4, 5, 6, 7];
-    const { controlnet_cond, timeIds } = await session.task.prepare({ bucket: 0, samples }, epoch);
-    t.same(controlnet_cond.shape, [8, 32, 32, 3]);
+    const { conditioning_pixel_values, timeIds } = await session.task.prepare({ bucket: 0, samples }, epoch);
+    t.same(conditioning_pixel_values.shape, [8, 32, 32, 3]);
     for (const i of samples) {
       const at = (y: number, x: number, c: number) =>
-        Math.round(255 * controlnet_cond.values[((i * 32 + y) * 32 + x) * 3 + c]);
+        Math.round(255 * conditioning_pixel_values.values[((i * 32 + y) * 32 + x) * 3 + c]);
       const left = timeIds.values[6 * i + 3];
       const flipped = at(0, 1, 0) < at(0, 0, 0);
       flipped ? mirrored++ : plain++;
@@ -277,7 +277,7 @@ test('what a dataset and a run may lack', async (t) => {
         controlnet: {},
         dataset: { ...dataset, conditioning_image_column: 'edges' },
       },
-      /"dataset\.conditioning_image_column" has images for a ControlNet, which target "lora" does not train/,
+      /"dataset\.conditioning_image_column" has images for a ControlNet or T2I-Adapter, which target "lora" does not train/,
     ],
     [
       'a size for another target',

@@ -168,7 +168,7 @@ export function controlledGradients(device: Device, dtype: FloatDType): Results 
   const loss = scope(() => {
     const inputs = {
       ...place(noisedInputs(noised, dtype), device),
-      controlnet_cond: tensor(
+      conditioning_pixel_values: tensor(
         images.map((x) => x / 255),
         [2, 32, 32, 3],
         { device, dtype },

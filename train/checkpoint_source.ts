@@ -18,11 +18,14 @@ export interface CheckpointOptions {
 /** @throws UserError when the folder is no checkpoint or has no moving averages */
 export async function openCheckpoint(path: string, { ema, locate }: CheckpointOptions): Promise<ModelSource> {
   const { run } = readState(path);
-  if (run.train.target === 'controlnet')
+  const { target } = run.train;
+  if (target === 'controlnet' || target === 't2i_adapter') {
+    const [name, kind] = target === 'controlnet' ? ['controlnet', 'ControlNet'] : ['adapter', 'T2I-Adapter'];
     throw new UserError(
-      `${path} is a ControlNet's, which diffusers and sdxl sample --controlnet read as it is: take ${join(path, 'controlnet')}, or its averages in ${join(path, 'ema', 'controlnet')}`,
+      `${path} is a ${kind}'s, which diffusers and sdxl sample --${name} read as it is: take ${join(path, name)}, or its averages in ${join(path, 'ema', name)}`,
     );
-  if (run.train.target === 'textual_inversion')
+  }
+  if (target === 'textual_inversion')
     throw new UserError(
       `${path} is a textual inversion's, which A1111, ComfyUI and sdxl sample --textual-inversion read as it is: take the file in ${join(path, 'textual_inversion')}, or its averages in ${join(path, 'ema', 'textual_inversion')}`,
     );

@@ -2,11 +2,11 @@
 // picture's conditioning image, and the loss is that of the UNet under it. Nothing of the UNet is trained, so gradients run through
 // its way up alone, to where the ControlNet's features are added.
 import { holding } from '../engine/memory.ts';
-import { namedParameters, unload } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import type { Json, ModelSource } from '../models/checkpoint.ts';
+import { toGrey } from '../io/image.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
 import {
   additionalResiduals,
@@ -22,8 +22,8 @@ import type { View } from './cache.ts';
 import type { Network } from './objective.ts';
 import { readConditioning } from './pictures.ts';
 import type { Run } from './run.ts';
-import { component, type PassInputs } from './task.ts';
-import { type Added, numbersOf } from './twin.ts';
+import type { PassInputs } from './task.ts';
+import { type Added, besideUNet, numbersOf } from './twin.ts';
 
 /** What passes give the UNet beside what it is always given. */
 export interface Control {
@@ -40,25 +40,41 @@ export const uncontrolled: Control = {
   network: ({ unet }) => unet,
 };
 
-/** Conditioning images, for the pipeline's ControlNet. */
-export const controlled = (run: Run): Control => {
+/** Conditioning images as an input of passes, for the network that is trained beside the UNet; in colour, or as grey levels. */
+export function shown(run: Run, network: Control['network'], channels: 1 | 3 = 3): Control {
   const inputs = (n: number, [height, width]: Size, values: Float32Array): PassInputs => ({
-    controlnet_cond: { shape: [n, height, width, 3], values, dtype: run.dtype },
+    conditioning_pixel_values: { shape: [n, height, width, channels], values, dtype: run.dtype },
   });
   return {
     async inputs(views, signal) {
       const images = await Promise.all(views.map((view) => readConditioning(view, run, signal)));
-      return inputs(views.length, views[0].geometry.target, joined(images));
+      const seen = channels === 1 ? images.map(inGrey) : images;
+      return inputs(views.length, views[0].geometry.target, joined(seen));
     },
-    blank: (n, size) => inputs(n, size, new Float32Array(n * sizeOf(size) * 3)),
-    network:
-      ({ unet, controlnet: [net] }, { controlnet_cond: image }) =>
+    blank: (n, size) => inputs(n, size, new Float32Array(n * sizeOf(size) * channels)),
+    network,
+  };
+}
+
+/** Pixels in [0, 1] that were bytes, as Pillow takes these to grey. */
+function inGrey(values: Float32Array): Float32Array {
+  const data = Uint8Array.from(values, (x) => Math.round(255 * x));
+  return Float32Array.from(
+    toGrey({ width: data.length / 3, height: 1, channels: 3, data }).data,
+    (x) => x / 255,
+  );
+}
+
+/** Conditioning images, for the pipeline's ControlNet. */
+export const controlled = (run: Run): Control =>
+  shown(
+    run,
+    ({ unet, controlnet: [net] }, { conditioning_pixel_values: image }) =>
       (sample, times, conditioning) => {
         const residuals = ofOneKind(net)({ sample, times, conditioning }, image);
         return unet(sample, times, conditioning, additionalResiduals(residuals));
       },
-  };
-};
+  );
 
 /**
  * The pipeline with the ControlNet that a run trains: the one at `given`, or a new one made from the UNet.
@@ -85,21 +101,6 @@ export function withControlNet(
     ? loadControlNet(given, { unet: unetConfig, ratio }, device, dtype, { gradientCheckpointing })
     : made();
   if (!given) holding('controlnet', () => startFromUNet(net, unet, numbersOf(run.seed)));
-  return {
-    other: {
-      ...pipeline,
-      controlnet: [net],
-      release() {
-        unload(net);
-        pipeline.release();
-      },
-    },
-    added: {
-      component: component('controlnet', json as Json, net),
-      putOn(other) {
-        const own = made();
-        return { other: { ...other, controlnet: [own] }, parameters: namedParameters(own) };
-      },
-    },
-  };
+  const put = (own: ControlNet) => ({ controlnet: [own] });
+  return besideUNet(pipeline, { name: 'controlnet', config: json, net, made, put });
 }

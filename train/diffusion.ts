@@ -1,5 +1,5 @@
 // Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts,
-// textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the true
+// t2i_adapter.ts, textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the true
 // crop, and the loss of objective.ts. A caption that is left away becomes what the model is given without a prompt: zeros (the base
 // model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
@@ -27,6 +27,7 @@ import { openParts, type Prepared } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
 import { previewsOf } from './preview_prompts.ts';
 import type { Run } from './run.ts';
+import { adapted, withT2IAdapter } from './t2i_adapter.ts';
 import {
   component,
   copied,
@@ -44,7 +45,7 @@ import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 export interface Sources {
   source: ModelSource;
   vaeSource: ModelSource;
-  /** A ControlNet to go on with. */
+  /** A ControlNet or T2I-Adapter to go on with. */
   controlSource?: ModelSource;
   /** The checkpoint that the run goes on from, if it does. */
   checkpoint?: string;
@@ -171,9 +172,10 @@ export function diffusionTask(
 }
 
 /** What becomes of a run's conditioning images. */
-function controlOf(run: Run, { ratio }: Pipeline): Control {
+function controlOf(run: Run, pipeline: Pipeline): Control {
   if (run.train.target === 'controlnet') return controlled(run);
-  return run.objective.masked_loss ? masked(run, ratio) : uncontrolled;
+  if (run.train.target === 't2i_adapter') return adapted(run, pipeline);
+  return run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
 }
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
@@ -193,8 +195,9 @@ function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pi
   const networks = { net, texts };
   if (target === 'unet') return { pipeline, networks, components: [net, ...(text_encoders ? texts : [])] };
   // Made last: what is listed above is the model alone.
-  if (target === 'controlnet') {
-    const { other, added } = withControlNet(run, pipeline, source, controlSource);
+  if (target === 'controlnet' || target === 't2i_adapter') {
+    const put = target === 'controlnet' ? withControlNet : withT2IAdapter;
+    const { other, added } = put(run, pipeline, source, controlSource);
     return { pipeline: other, networks, added, components: [added.component] };
   }
   const resumed = checkpoint !== undefined;

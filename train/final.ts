@@ -1,6 +1,6 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder that
 // diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or read and written where there is none: a
-// preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet or a textual inversion stands alone. The state of
+// preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet, a T2I-Adapter or a textual inversion stands alone. The state of
 // the checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
 import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -22,8 +22,8 @@ import { component, saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
-/** Where diffusers looks for them, and `sdxl sample` with --lora, --controlnet and --textual-inversion. */
-const lieAtTop = ['lora', 'controlnet', 'textual_inversion'];
+/** Where diffusers looks for them, and `sdxl sample` with --lora, --controlnet, --adapter and --textual-inversion. */
+const lieAtTop = ['lora', 'controlnet', 'adapter', 'textual_inversion'];
 
 export const finalOf = (output: string): string => join(output, 'final');
 

@@ -31,6 +31,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   use_object_template: 'textual_inversion.learnable_property',
   use_style_template: 'textual_inversion.learnable_property',
   controlnet_model: 'controlnet.controlnet_model_name_or_path',
+  adapter_model: 't2i_adapter.adapter_model_name_or_path',
   train_data_dir: 'dataset.path',
   conditioning_data_dir: 'dataset.conditioning_image_column',
   image_dir: 'dataset.path',

@@ -20,6 +20,7 @@ import {
   samplerFor,
 } from '../models/pipeline.ts';
 import type { Asked } from '../models/request.ts';
+import { checkSquares } from '../models/t2i_adapter.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import type { Preview, PreviewSettings } from './preview_prompts.ts';
 import type { Stop } from './task.ts';
@@ -31,8 +32,8 @@ const cell = 192;
 class Left extends Error {}
 
 /**
- * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. A ControlNet in
- * the pipeline follows one of `images` in all, or each in one.
+ * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. A ControlNet or
+ * T2I-Adapter in the pipeline follows one of `images` in all, or each in one.
  */
 export async function samplePreviews(
   pipeline: Pipeline,
@@ -46,7 +47,7 @@ export async function samplePreviews(
     if (stop.asked) throw new Left();
   };
   try {
-    for (const request of requestsOf(previews, embeds, images)) {
+    for (const request of requestsOf(pipeline, previews, embeds, images)) {
       const { latents } = await denoiseToEnd(pipeline, request, leave);
       pictures.push(...decode(pipeline, latents));
     }
@@ -59,6 +60,7 @@ export async function samplePreviews(
 
 /** Previews as requests. */
 const requestsOf = (
+  pipeline: Pipeline,
   previews: readonly Preview[],
   embeds: readonly PromptEmbeds[] | undefined,
   images: readonly Picture[],
@@ -70,9 +72,19 @@ const requestsOf = (
       ...(embeds ? embeds[i] : { prompt, negative_prompt: negative_prompt || undefined }),
       scheduler: { name: scheduler || undefined },
       generators: [new TorchGenerator(seed)],
-      control_image: image && [preprocessControl(image, preview.width, preview.height)],
+      ...(image && followed(pipeline, image, preview)),
     };
   });
+
+/** An image to follow, for what the pipeline has beside its UNet. */
+const followed = (
+  { adapter }: Pipeline,
+  image: Picture,
+  { width, height }: Pick<Preview, 'width' | 'height'>,
+) =>
+  adapter.length > 0
+    ? { adapter_image: [image] }
+    : { control_image: [preprocessControl(image, width, height)] };
 
 /** @throws UserError for a scheduler, steps or a size that cannot be, so that it is told now and not at the first preview */
 export function checkPreviews(
@@ -80,15 +92,16 @@ export function checkPreviews(
   { scheduler: name }: PreviewSettings,
   previews: readonly Preview[],
 ): void {
-  const { ratio } = pipeline;
+  const { ratio, adapter } = pipeline;
   samplerFor(pipeline, { scheduler: { name: name || undefined } });
   previews.forEach((preview, i) => {
-    samplerFor(pipeline, requestsOf([preview], undefined, [])[0]).plan(preview.num_inference_steps);
+    samplerFor(pipeline, requestsOf(pipeline, [preview], undefined, [])[0]).plan(preview.num_inference_steps);
     for (const side of ['width', 'height'] as const)
       if (preview[side] % ratio)
         throw new UserError(
           `"previews.prompts[${i}].${side}" is ${preview[side]}, which is not divisible by ${ratio}; ${Math.max(ratio, preview[side] - (preview[side] % ratio))} is`,
         );
+    for (const { config } of adapter) checkSquares(config, [preview.height, preview.width]);
   });
 }
 
@@ -100,7 +113,7 @@ export function rehearsePreviews(
   images: readonly Picture[],
 ): void {
   const kinds = new Map(
-    requestsOf(previews, embeds, images).map((each) => [
+    requestsOf(pipeline, previews, embeds, images).map((each) => [
       `${[each.width, each.height, each.guidance_scale]}`,
       each,
     ]),

@@ -4,7 +4,7 @@ import { UserError } from '../io/errors.ts';
 import { mostChunks } from '../models/conditioning.ts';
 import { fill, override } from './fields.ts';
 import { refuseLines } from './preview_prompts.ts';
-import { fields, type Run } from './run.ts';
+import { fields, followsImages, type Run } from './run.ts';
 
 /** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
 export function resolveRun(
@@ -177,7 +177,7 @@ function refuseUnused(
 ): void {
   if (q8 && (target === 'unet' || target === 'vae'))
     throw new UserError(
-      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora", "controlnet" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
+      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora", "controlnet", "t2i_adapter" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   if (q8 && !gradient_checkpointing)
     throw new UserError(
@@ -294,13 +294,15 @@ function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, whe
 }
 
 /** Whether each picture has an image beside it. */
-const conditioned = ({ train, objective, dataset }: Run): boolean =>
-  train.target === 'controlnet' || (objective.masked_loss && !dataset.alpha_mask);
+const conditioned = (run: Run): boolean =>
+  followsImages(run) || (run.objective.masked_loss && !run.dataset.alpha_mask);
 
 /** Alpha as a mask where no loss is weighed by one, or by another. */
-function refuseAlphaMask({ train: { target }, dataset, objective }: Run, where: string): void {
+function refuseAlphaMask(run: Run, where: string): void {
+  const { dataset, objective } = run;
+  const { target } = run.train;
   if (!dataset.alpha_mask) return;
-  if (target === 'controlnet' || target === 'vae')
+  if (followsImages(run) || target === 'vae')
     throw new UserError(
       `${where}: "dataset.alpha_mask" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
@@ -314,32 +316,32 @@ function refuseAlphaMask({ train: { target }, dataset, objective }: Run, where: 
     );
 }
 
-/** What is amiss with conditioning images, or meant for a ControlNet where none is trained. */
+/** What is amiss with conditioning images, or meant for a ControlNet or T2I-Adapter where none is trained. */
 function refuseConditions(run: Run, where: string): void {
-  const { dataset, controlnet, previews, objective } = run;
+  const { dataset, controlnet, t2i_adapter, previews, objective } = run;
   const { target } = run.train;
   const { prompts, validation_image: images } = previews;
-  if (objective.masked_loss && (target === 'controlnet' || target === 'vae'))
+  if (objective.masked_loss && (followsImages(run) || target === 'vae'))
     throw new UserError(
       `${where}: "objective.masked_loss" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   refuseAlphaMask(run, where);
   if (dataset.conditioning_image_column && !conditioned(run))
     throw new UserError(
-      `${where}: "dataset.conditioning_image_column" has images for a ControlNet, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,
+      `${where}: "dataset.conditioning_image_column" has images for a ControlNet or T2I-Adapter, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,
     );
-  if (target !== 'controlnet') {
-    for (const [key, value] of [
-      ['previews.validation_image', images],
-      ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path],
-      ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block],
-    ] as const)
-      if (value.length > 0)
-        throw new UserError(
-          `${where}: "${key}" is for a ControlNet, which target "${target}" does not train; leave it out, or set "train.target" to "controlnet"`,
-        );
-    return;
-  }
+  const followed = followsImages(run) ? target : 'controlnet';
+  for (const [key, value, of] of [
+    ['previews.validation_image', images, followed],
+    ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path, 'controlnet'],
+    ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block, 'controlnet'],
+    ['t2i_adapter.adapter_model_name_or_path', t2i_adapter.adapter_model_name_or_path, 't2i_adapter'],
+  ] as const)
+    if (value.length > 0 && target !== of)
+      throw new UserError(
+        `${where}: "${key}" is for a ${of === 'controlnet' ? 'ControlNet' : 'T2I-Adapter'}, which target "${target}" does not train; leave it out, or set "train.target" to "${of}"`,
+      );
+  if (!followsImages(run)) return;
   if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
     throw new UserError(
       `${where}: "controlnet.transformer_layers_per_block" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,

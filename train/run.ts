@@ -35,8 +35,8 @@ export interface Run {
   /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
   dtype: 'float32' | 'bfloat16';
   train: {
-    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet beside it, a token's vectors, or the VAE. */
-    target: 'unet' | 'lora' | 'controlnet' | 'textual_inversion' | 'vae';
+    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet or T2I-Adapter beside it, a token's vectors, or the VAE. */
+    target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'textual_inversion' | 'vae';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -94,6 +94,10 @@ export interface Run {
     /** Transformer blocks of each level of a new one: fewer make a small ControlNet. Empty for as many as the UNet has. */
     transformer_layers_per_block: readonly number[];
   };
+  t2i_adapter: {
+    /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a new one. */
+    adapter_model_name_or_path: string;
+  };
   textual_inversion: {
     /** What stands in captions and prompts for what is learnt: no word yet, and the name of the file. */
     placeholder_token: string;
@@ -115,7 +119,7 @@ export interface Run {
     caption_column: string;
     /** What the name of a picture's file of captions ends in. */
     caption_extension: string;
-    /** What a ControlNet is shown with each picture, or the mask of its loss, of the same size. Empty for `conditioning_image` where it is wanted. */
+    /** What a ControlNet or T2I-Adapter is shown with each picture, or the mask of its loss, of the same size. Empty for `conditioning_image` where it is wanted. */
     conditioning_image_column: string;
     /** A picture's own alpha is the mask of its loss. The VAE is then shown the colours beneath what is transparent, else white. */
     alpha_mask: boolean;
@@ -223,7 +227,7 @@ export const fields: Fields<Run> = {
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
-    target: choice('unet', 'unet', 'lora', 'controlnet', 'textual_inversion', 'vae'),
+    target: choice('unet', 'unet', 'lora', 'controlnet', 't2i_adapter', 'textual_inversion', 'vae'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -253,6 +257,7 @@ export const fields: Fields<Run> = {
     controlnet_model_name_or_path: text(''),
     transformer_layers_per_block: list([], whole(0)),
   },
+  t2i_adapter: { adapter_model_name_or_path: text('') },
   textual_inversion: {
     placeholder_token: text(''),
     initializer_token: text(''),
@@ -368,6 +373,10 @@ export const fields: Fields<Run> = {
 /** Whether something in the text encoders is trained, so that they run in each pass. */
 export const trainsTexts = ({ train }: Pick<Run, 'train'>): boolean =>
   train.text_encoders || train.target === 'textual_inversion';
+
+/** Whether what is trained is shown conditioning images, and so are its previews. */
+export const followsImages = ({ train: { target } }: Pick<Run, 'train'>): boolean =>
+  target === 'controlnet' || target === 't2i_adapter';
 
 /**
  * Describes a run, or several that are trained one after another. Gives back what it is given: its use is that an editor

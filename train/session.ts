@@ -43,6 +43,7 @@ export interface Locate {
   model(path: string, unet: string): Promise<ModelSource>;
   vae(path: string): Promise<ModelSource>;
   controlnet(path: string): Promise<ModelSource>;
+  adapter(path: string): Promise<ModelSource>;
 }
 
 /** What a run is made of, before any weight is on a device. */
@@ -82,11 +83,7 @@ export async function openMaterials(
 ): Promise<Materials> {
   const source = await openSource(run, locate, tokenizers, checkpoint);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
-  const { controlnet_model_name_or_path: controlnet } = run.controlnet;
-  // A checkpoint has the whole of it, and what the run began with may be gone.
-  const controlSource = controlnet
-    ? await (checkpoint ? openComponent(join(checkpoint, 'controlnet')) : locate.controlnet(controlnet))
-    : undefined;
+  const controlSource = await openControl(run, locate, checkpoint);
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   if (run.train.target !== 'vae' && isInpainting(source.config('unet')))
     throw new UserError(
@@ -106,6 +103,15 @@ export async function openMaterials(
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses what cannot be followed, before any work
   const sources = { source, vaeSource, controlSource, checkpoint };
   return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
+}
+
+/** The ControlNet or T2I-Adapter to go on with. A checkpoint has the whole of it, and what the run began with may be gone. */
+async function openControl(run: Run, locate: Locate, checkpoint?: string): Promise<ModelSource | undefined> {
+  const { controlnet_model_name_or_path: controlnet } = run.controlnet;
+  const { adapter_model_name_or_path: adapter } = run.t2i_adapter;
+  if (!controlnet && !adapter) return undefined;
+  if (checkpoint) return openComponent(join(checkpoint, controlnet ? 'controlnet' : 'adapter'));
+  return controlnet ? locate.controlnet(controlnet) : locate.adapter(adapter);
 }
 
 /** Of each part of a preset, a key that none can do without: files that no compiler saw may lack it. */

@@ -1,6 +1,6 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
-// ControlNet (controlnet.ts) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
+// ControlNet (controlnet.ts) or T2I-Adapter (t2i_adapter.ts) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
 import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
@@ -19,7 +19,7 @@ import { blockRates } from './block_lr.ts';
 import { keyOf } from './data/source.ts';
 import { draws } from './draws.ts';
 import { type Run, trainsTexts } from './run.ts';
-import { type Component, type Substitute, type TrainedAdapter, twin } from './task.ts';
+import { type Component, component, type Substitute, type TrainedAdapter, twin } from './task.ts';
 
 /** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
 export interface Networks {
@@ -35,6 +35,39 @@ export interface Added {
   /** The twin of a pipeline with the same on it, and its parameters by the component's keys. They are to be filled. */
   putOn(twin: Pipeline): { other: Pipeline; parameters: ReadonlyMap<string, Parameter> };
 }
+
+/** What is trained beside the UNet, and what a pipeline has of it. */
+interface Beside<M extends AnyModule> {
+  /** Its component's. */
+  name: string;
+  config: Json;
+  net: M;
+  /** Another, without weights. */
+  made(): M;
+  put(net: M): Partial<Pipeline>;
+}
+
+/** The pipeline with a network that a run trains beside the UNet. */
+export const besideUNet = <M extends AnyModule>(
+  pipeline: Pipeline,
+  { name, config, net, made, put }: Beside<M>,
+): { other: Pipeline; added: Added } => ({
+  other: {
+    ...pipeline,
+    ...put(net),
+    release() {
+      unload(net);
+      pipeline.release();
+    },
+  },
+  added: {
+    component: component(name, config, net),
+    putOn(other) {
+      const own = made();
+      return { other: { ...other, ...put(own) }, parameters: namedParameters(own) };
+    },
+  },
+});
 
 /** What new weights are drawn from, each by its name. */
 export const numbersOf =
@@ -237,5 +270,11 @@ export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
   twin.text.encoders.forEach(({ encoder }, i) => {
     if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
   });
-  for (const net of twin.controlnet) if (!owner.controlnet.includes(net)) unload(net);
+  const own = netsBeside(owner);
+  for (const net of netsBeside(twin)) if (!own.includes(net)) unload(net);
 }
+
+const netsBeside = ({ controlnet, adapter }: Pipeline): AnyModule[] => [
+  ...controlnet,
+  ...adapter.map(({ module }) => module),
+];

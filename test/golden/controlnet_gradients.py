@@ -47,35 +47,43 @@ def picture(seed, width, height):
     return torch.from_numpy((data / 255).astype(np.float32).astype(np.float64)).permute(2, 0, 1)
 
 
-def gradients(unet, net, name, dtype):
-    unet, net = unet.to(dtype), net.to(dtype)
-    net.zero_grad()
+def question(name, dtype):
+    """What the UNet is asked in a pass, and the pictures that go with it."""
     given = dict(
         encoder_hidden_states=numbers(f"{name}.encoder_hidden_states", ROWS, 77, 80).to(dtype),
         added_cond_kwargs=dict(
             text_embeds=numbers(f"{name}.text_embeds", ROWS, 40).to(dtype),
             time_ids=torch.tensor([[64, 96, 0, 0, 64, 96], [80, 100, 8, 2, 64, 96]], dtype=dtype),
         ),
+        return_dict=False,
     )
     sample = numbers(f"{name}.sample", ROWS, 4, HEIGHT, WIDTH).to(dtype)
-    times = torch.tensor([7, 803])
     pictures = torch.stack([picture(seed, 8 * WIDTH, 8 * HEIGHT) for seed in (1, 2)]).to(dtype)
-    down, mid = net(sample, times, controlnet_cond=pictures, return_dict=False, **given)
-    said = unet(
-        sample,
-        times,
-        down_block_additional_residuals=down,
-        mid_block_additional_residual=mid,
-        return_dict=False,
-        **given,
-    )[0]
-    loss = torch.nn.functional.mse_loss(said, numbers(f"{name}.target", *sample.shape).to(dtype))
+    return (sample, torch.tensor([7, 803])), given, pictures
+
+
+def gradients(net, name, dtype, predict):
+    net.zero_grad()
+    said = predict(dtype)
+    loss = torch.nn.functional.mse_loss(said, numbers(f"{name}.target", *said.shape).to(dtype))
     loss.backward()
     return loss.item(), {key: p.grad.double().clone() for key, p in net.named_parameters()}
 
 
-def main(folder):
+def tell(net, name, predict, **first):
+    """Prints the lines of a network; `predict` says what the UNet does beside it."""
     rms = lambda t: t.pow(2).mean().sqrt()
+    _, rough = gradients(net, name, torch.float32, predict)
+    loss, exact = gradients(net, name, torch.float64, predict)
+    noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items())
+    print(json.dumps(dict(**first, loss=loss, noise=noise), separators=(",", ":")))
+    for key, g in exact.items():
+        flat = g.flatten()
+        told = [name, key, *(float(f"{x.item():.8g}") for x in (flat.norm(), flat @ numbers(key, flat.numel())))]
+        print(json.dumps(told, separators=(",", ":")))
+
+
+def main(folder):
     for name, depths in ("full", [1, 1, 2]), ("small", [0, 0, 0]):
         unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
         types = [kind if depth else "DownBlock2D" for kind, depth in zip(unet.config.down_block_types, depths)]
@@ -85,14 +93,15 @@ def main(folder):
         )
         config = {key: value for key, value in net.config.items() if not key.startswith("_")}
         net.double().load_state_dict({key: weight(name, key, p.shape) for key, p in net.state_dict().items()})
-        _, rough = gradients(unet, net, name, torch.float32)
-        loss, exact = gradients(unet, net, name, torch.float64)
-        noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items())
-        print(json.dumps(dict(controlnet=name, config=config, loss=loss, noise=noise), separators=(",", ":")))
-        for key, g in exact.items():
-            flat = g.flatten()
-            told = [name, key, *(float(f"{x.item():.8g}") for x in (flat.norm(), flat @ numbers(key, flat.numel())))]
-            print(json.dumps(told, separators=(",", ":")))
+
+        def predict(dtype):
+            asked, given, pictures = question(name, dtype)
+            down, mid = net.to(dtype)(*asked, controlnet_cond=pictures, **given)
+            residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+            return unet.to(dtype)(*asked, **residuals, **given)[0]
+
+        tell(net, name, predict, controlnet=name, config=config)
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -10,7 +10,7 @@ export interface PictureFile {
 export interface Example extends PictureFile {
   /** The choices for its caption, at least one. */
   captions: string[];
-  /** What a ControlNet is shown beside it, where that is asked for. */
+  /** What a ControlNet or T2I-Adapter is shown beside it, where that is asked for. */
   conditioning?: PictureFile;
 }
 

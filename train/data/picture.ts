@@ -69,7 +69,7 @@ const readings = {
   picture: { decode: (file, name) => decodePicture(file, name, { onWhite: true }), range: [-1, 1] },
   /** The colours that are stored beneath show, as in kohya's trainer: where alpha is the loss's mask. */
   colours: { decode: decodePicture, range: [-1, 1] },
-  /** The same in the range of a ControlNet, as `sdxl sample` reads it, and of a mask. */
+  /** The same in the range of a ControlNet or T2I-Adapter, as `sdxl sample` reads it, and of a mask. */
   conditioning: { decode: decodePicture, range: [0, 1] },
   /** How opaque it is, [h, w, 1]. */
   alpha: { decode: decodeAlpha, range: [0, 1] },
