@@ -1,17 +1,21 @@
 // Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts,
-// t2i_adapter.ts, textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the true
-// crop, and the loss of objective.ts. A caption that is left away becomes what the model is given without a prompt: zeros (the base
-// model), or the embedding of an empty text.
+// t2i_adapter.ts, textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids
+// from the true crop, and the loss of the run's method (method.ts). A caption that is left away becomes what the model is given without
+// a prompt: zeros (the base model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
+import { withDrop } from '../engine/dropout.ts';
 import { noGrad } from '../engine/grad.ts';
+import { unload } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { standInDevice } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
-import { empty, sizeOf, type Tensor } from '../engine/tensor.ts';
+import { empty, type Tensor } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { joined, samplePosterior } from '../models/latents.ts';
 import { textParts } from '../models/load_options.ts';
 import type { Pipeline } from '../models/pipeline.ts';
+import type { Conditioning } from '../models/transformer.ts';
+import type { UNet } from '../models/unet.ts';
 import { blockRates } from './block_lr.ts';
 import type { PictureMoments, View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
@@ -20,7 +24,8 @@ import { timeIdsOf } from './data/picture.ts';
 import { draws } from './draws.ts';
 import { dropoutOf } from './dropout.ts';
 import { masked } from './mask.ts';
-import { diffusionLoss, noiseBatch, noisedInputs, objectiveOf } from './objective.ts';
+import { type MakeMethod, type Method, plainDiffusion } from './method.ts';
+import { type Network, objectiveOf } from './objective.ts';
 import { place } from './pass.ts';
 import { type Pictures, previewSize, viewIn } from './pictures.ts';
 import { openParts, type Prepared } from './preparation.ts';
@@ -29,6 +34,7 @@ import { previewsOf } from './preview_prompts.ts';
 import type { Run } from './run.ts';
 import { adapted, withT2IAdapter } from './t2i_adapter.ts';
 import {
+  type Component,
   component,
   copied,
   type HostTensor,
@@ -37,7 +43,8 @@ import {
   type Task,
   type Weights,
 } from './task.ts';
-import { blankEmbeddings, preparedTexts, textsInPass } from './texts.ts';
+import { type Teacher, teacherOf } from './teacher.ts';
+import { aside, blankEmbeddings, fromAside, preparedTexts, textsInPass } from './texts.ts';
 import { withToken } from './textual_inversion.ts';
 import { adapters, releaseTwin, twinPipeline } from './twin.ts';
 
@@ -49,6 +56,15 @@ export interface Sources {
   controlSource?: ModelSource;
   /** The checkpoint that the run goes on from, if it does. */
   checkpoint?: string;
+}
+
+/** By `train.method`. */
+const methods: Record<Run['train']['method'], MakeMethod> = { diffusion: plainDiffusion };
+
+/** What a pass runs through. */
+interface Side {
+  model: Pipeline;
+  teacher?: UNet;
 }
 
 export function diffusionTask(
@@ -77,24 +93,59 @@ export function diffusionTask(
     const [h, w] = pictures.buckets[bucket];
     return [n, h / pipeline.ratio, w / pipeline.ratio, pipeline.vae.config.latent_channels];
   };
-  const lossOf = (model: Pipeline, inputs: Tensors, encoded = texts.encoded): Tensor =>
-    dropout.during(inputs, () => {
-      const { context, pooled } = encoded(model, inputs);
-      const conditioning = { context, textEmbeds: pooled, timeIds: inputs.timeIds };
-      return diffusionLoss(control.network(model, inputs), objective, inputs, conditioning);
-    });
+  const method = methods[run.train.method](run, objective);
+  const teacher = teacherFor(run, method, pipeline, networks.net);
+  let averages: Weights;
+  const lossOf = ({ model, teacher }: Side, inputs: Tensors, encoded = texts.encoded): Tensor => {
+    const told = (given: Tensors): Conditioning => {
+      const { context, pooled } = encoded(model, given);
+      return { context, textEmbeds: pooled, timeIds: inputs.timeIds };
+    };
+    const target: Network = (...asked) => {
+      const other = model === pipeline ? averaged(averages) : model;
+      try {
+        return noGrad(() => withDrop(undefined, () => control.network(other, inputs)(...asked)));
+      } finally {
+        releaseTwin(other, model);
+      }
+    };
+    return dropout.during(inputs, () =>
+      method.loss(
+        {
+          student: control.network(model, inputs),
+          teacher: (...asked) => noGrad(() => (teacher as UNet)(...asked)),
+          target,
+          conditioning: told(inputs),
+          get unconditional() {
+            return told(fromAside(inputs));
+          },
+        },
+        inputs,
+      ),
+    );
+  };
   const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, added, substitute);
+  /** A twin with a teacher of its own, on its device. */
+  const sideOf = (substitute: Substitute, device: Device) => {
+    const { other, weights } = twinOf(substitute);
+    const own = teacher?.beside(weights, device);
+    const release = () => {
+      if (own) unload(own);
+      releaseTwin(other, pipeline);
+    };
+    return { side: { model: other, teacher: own }, weights, release };
+  };
   /** A pass without numbers. Encoders that are not trained are on the device alone, and have nothing to drop. */
   const dropout = dropoutOf(run, (inputs) => {
     const device = standInDevice();
-    const { other } = twinOf((_, { shape, dtype }) => empty(shape, { device, dtype }));
-    const n = inputs.timesteps.shape[0];
-    const told = run.train.text_encoders ? inputs : { ...inputs, ...blankEmbeddings(pipeline, configs, n) };
+    const { side, release } = sideOf((_, { shape, dtype }) => empty(shape, { device, dtype }), device);
+    const blank = blankEmbeddings(pipeline, configs, inputs.timesteps.shape[0]);
+    const told = run.train.text_encoders ? inputs : { ...inputs, ...blank, ...aside(blank) };
     const encoded = run.train.text_encoders
       ? texts.encoded
       : (_: Pipeline, { context, pooled }: Tensors) => ({ context, pooled });
-    noGrad(() => scope(() => void lossOf(other, place(told, device), encoded)));
-    releaseTwin(other, pipeline);
+    noGrad(() => scope(() => void lossOf(side, place(told, device), encoded)));
+    release();
   });
   /** The model with other weights in what is trained; the model itself where there are none. */
   const averaged = (weights: Weights): Pipeline => (weights ? twinOf(lent(weights)).other : pipeline);
@@ -114,9 +165,10 @@ export function diffusionTask(
         captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
       );
       const inputs = {
-        ...noisedInputs(noiseBatch(objective, batch, run.seed), run.dtype),
+        ...method.inputs(batch),
         timeIds: timeIdsInput(views, pipeline, run),
         ...texts.inputs(chosen),
+        ...(method.asks.unconditional && aside(texts.inputs(chosen.map(() => undefined)))),
         ...(await control.inputs(views, signal)),
       };
       return { ...inputs, ...dropout.inputs(inputs, batch.ids, epoch) };
@@ -124,14 +176,13 @@ export function diffusionTask(
     blank({ bucket, samples }) {
       const n = samples.length;
       const shape = latentShape(bucket, n);
-      const nothing = new Float32Array(sizeOf(shape));
       const ids = pipeline.aesthetic ? 5 : 6;
-      const noised = { shape, sample: nothing, timesteps: new Float32Array(n), target: nothing };
       const timeIds: HostTensor = { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' };
       const inputs = {
-        ...noisedInputs(noised, run.dtype),
+        ...method.blank(shape),
         timeIds,
         ...texts.blank(n),
+        ...(method.asks.unconditional && aside(texts.blank(n))),
         ...control.blank(n, pictures.buckets[bucket]),
       };
       return { ...inputs, ...dropout.blank(inputs, n) };
@@ -139,19 +190,20 @@ export function diffusionTask(
     loss(inputs, weights) {
       const other = averaged(weights);
       try {
-        return lossOf(other, inputs);
+        return lossOf({ model: other, teacher: teacher?.unet }, inputs);
       } finally {
         releaseTwin(other, pipeline);
       }
     },
+    ...(method.asks.average && {
+      follow(weights) {
+        averages = weights;
+      },
+    }),
     // Frozen models that are asked beforehand stay where they are: other devices get what these say.
     replicate(further) {
-      const { other, weights } = twinOf(copied(further));
-      return {
-        weights,
-        loss: (inputs) => lossOf(other, inputs),
-        release: () => releaseTwin(other, pipeline),
-      };
+      const { side, weights, release } = sideOf(copied(further), further);
+      return { weights, loss: (inputs) => lossOf(side, inputs), release };
     },
     async preview(weights, stop) {
       if (previews.length === 0) return [];
@@ -167,8 +219,22 @@ export function diffusionTask(
       rehearsePreviews(other, previews, said?.previews, pictures.validationImages);
       releaseTwin(other, pipeline);
     },
-    release: () => pipeline.release(),
+    release() {
+      teacher?.release();
+      pipeline.release();
+    },
   };
+}
+
+/** The model as it is loaded, where the method asks it. */
+function teacherFor(
+  run: Run,
+  { asks }: Method,
+  { unetConfig }: Pipeline,
+  net: Component,
+): Teacher | undefined {
+  if (!asks.teacher) return undefined;
+  return teacherOf(unetConfig, net, new Set(run.train.target === 'unet' ? net.trained : []));
 }
 
 /** What becomes of a run's conditioning images. */

@@ -37,6 +37,8 @@ export interface Run {
   train: {
     /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet or T2I-Adapter beside it, a token's vectors, or the VAE. */
     target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'textual_inversion' | 'vae';
+    /** What it learns from: the diffusion loss of `objective`. */
+    method: 'diffusion';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -228,6 +230,7 @@ export const fields: Fields<Run> = {
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
     target: choice('unet', 'unet', 'lora', 'controlnet', 't2i_adapter', 'textual_inversion', 'vae'),
+    method: choice('diffusion', 'diffusion'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),

@@ -196,6 +196,10 @@ function startSession(
     run.ema.decay > 0
       ? startEma(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay)
       : undefined;
+  if (average && task.follow) {
+    if (further.length > 0) throw new UserError(followsNone(run));
+    task.follow(average.weights);
+  }
   return {
     ...materials,
     device,
@@ -221,6 +225,10 @@ function refuseFused(materials: Materials): void {
     `train.fused_backward_pass moves weights in the one pass that an update has, and pictures of ${new Set(pictures.bucketOf).size} sizes share no pass; set batch_size to 1, or dataset.aspect_ratio_buckets to false`,
   );
 }
+
+/** Why several GPUs cannot ask the averages: each holds those of its own weights. */
+const followsNone = ({ train, ema }: Run): string =>
+  `train.method "${train.method}" asks the moving averages of ema.decay ${ema.decay}, which several GPUs share among them; name one GPU, or set ema.decay to 0`;
 
 /** Why no weight is trained. */
 function whyNothing({ train: { target, parts }, lora, optimizer }: Run): string {

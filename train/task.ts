@@ -94,6 +94,8 @@ export interface Task {
    * alone, the same ones for the same shapes of inputs, so that it can be recorded.
    */
   loss(inputs: Tensors, weights?: Weights): Tensor;
+  /** Where a loss asks the moving averages: is given them, before the first pass. */
+  follow?(averages: ReadonlyMap<string, Tensor>): void;
   /** The same loss on another device, over copies of the weights. */
   replicate(device: Device): Replica;
   /** What the model makes now, if the run wants to see it, with `weights` in place of what is trained. None once `stop.asked`. */
@@ -143,7 +145,7 @@ export const saved = (
  * `component.key`. Unload the tree when done.
  */
 export const twin = (
-  { name: component, parameters }: Component,
+  { name: component, parameters }: Pick<Component, 'name' | 'parameters'>,
   to: ReadonlyMap<string, Parameter>,
   substitute: Substitute,
 ): [name: string, Parameter][] =>

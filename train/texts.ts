@@ -22,6 +22,20 @@ export interface Texts {
   encoded(model: Pipeline, inputs: Tensors): Encoded;
 }
 
+const ASIDE = 'unconditional_';
+
+/** Such inputs under other names, for a pass that has two kinds of them. */
+export const aside = (inputs: PassInputs): PassInputs =>
+  Object.fromEntries(Object.entries(inputs).map(([name, input]) => [`${ASIDE}${name}`, input]));
+
+/** Those inputs of a pass under their own names again. */
+export const fromAside = (inputs: Tensors): Tensors =>
+  Object.fromEntries(
+    Object.entries(inputs).flatMap(([name, t]) =>
+      name.startsWith(ASIDE) ? [[name.slice(ASIDE.length), t]] : [],
+    ),
+  );
+
 /** `configs` are the encoders'. */
 export const preparedTexts = (
   pipeline: Pipeline,

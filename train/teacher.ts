@@ -1,0 +1,47 @@
+// The frozen teacher of a method that asks one: the UNet as the run's model was loaded, with nothing put on it. It shares the storage of
+// what is not trained, so beside adapters it costs no memory. What is trained it copies, before a checkpoint or an update moves that.
+import type { Device } from '../engine/device.ts';
+import { noGrad } from '../engine/grad.ts';
+import { namedParameters, type Parameter, unload } from '../engine/module.ts';
+import { scale } from '../engine/ops/unary.ts';
+import { built, scope } from '../engine/scope.ts';
+import type { Tensor } from '../engine/tensor.ts';
+import { type UNet, type UNetConfig, unet } from '../models/unet.ts';
+import { type Component, copied, type Substitute, twin } from './task.ts';
+
+export interface Teacher {
+  unet: UNet;
+  /** The same beside a twin on that device, whose weights are named `component.key`: to be unloaded. */
+  beside(weights: ReadonlyMap<string, Parameter>, device: Device): UNet;
+  release(): void;
+}
+
+/** Of the loaded UNet's weights those in `moved` will be trained. */
+export function teacherOf(
+  config: UNetConfig,
+  { parameters }: Component,
+  moved: ReadonlySet<string>,
+): Teacher {
+  const made = (from: ReadonlyMap<string, Parameter>, substitute: Substitute): UNet =>
+    built(() => {
+      const own = unet(config);
+      twin({ name: 'teacher', parameters: from }, namedParameters(own), substitute);
+      return own;
+    });
+  const own = made(parameters, (name, given) =>
+    moved.has(name.slice('teacher.'.length)) ? duplicate(given) : given.handle(),
+  );
+  const frozen = namedParameters(own);
+  return {
+    unet: own,
+    beside(weights, device) {
+      const there = [...frozen].map(([key, mine]): [string, Parameter] => {
+        return [key, moved.has(key) ? mine : (weights.get(`unet.${key}`) as Parameter)];
+      });
+      return made(new Map(there), copied(device));
+    },
+    release: () => unload(own),
+  };
+}
+
+const duplicate = (weight: Tensor): Tensor => noGrad(() => scope(() => scale(weight, 1)));
