@@ -23,7 +23,7 @@ import {
 } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
-import { isInpainting } from './inpainting.ts';
+import { pipelineIndex } from './inpainting.ts';
 import { saveShardsInTurns, writeJson } from './save.ts';
 import { openSingleFile, scheduleMarks } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
@@ -195,7 +195,7 @@ function copyPlain(source: ModelSource, name: string, folder: string): void {
   copyFolder(source.folder(name), folder);
 }
 
-/** The source's index, with what was left out marked so in diffusers' way, and the pipeline that an inpainting UNet is for. */
+/** The source's index, with what was left out marked so in diffusers' way. */
 function indexOf(source: ModelSource, chosen: readonly string[]): Json {
   const named = exportable.map((name) => {
     const known = source.modelIndex[name] as [string, string] | undefined;
@@ -205,9 +205,7 @@ function indexOf(source: ModelSource, chosen: readonly string[]): Json {
       name === 'scheduler' ? (source.config(name)._class_name as string | undefined) : undefined;
     return [name, scheduler ? ['diffusers', scheduler] : componentClasses[name]];
   });
-  const paints = source.has('unet') && isInpainting(source.config('unet'));
-  const pipeline = paints ? { _class_name: 'StableDiffusionXLInpaintPipeline' } : {};
-  return { ...source.modelIndex, ...pipeline, ...Object.fromEntries(named) };
+  return { ...pipelineIndex(source), ...Object.fromEntries(named) };
 }
 
 /** All weights of a model, which one file holds under the original keys. @throws UserError for a part, or what such a file has no names for */

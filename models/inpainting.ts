@@ -3,6 +3,7 @@
 // channels alone: nothing of it is put back after a step, as it is where a plain UNet paints in (start.ts).
 import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
+import type { Json, ModelSource } from './checkpoint.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { UNetConfig } from './unet.ts';
 
@@ -11,6 +12,12 @@ type Channels = Pick<UNetConfig, 'in_channels' | 'out_channels'>;
 /** Whether a UNet sees the mask and the masked picture: nine channels for four of latents. Its config may be as it stands in the file. */
 export const isInpainting = ({ in_channels, out_channels }: Partial<Channels>): boolean =>
   in_channels === 2 * Number(out_channels) + 1;
+
+/** The model's index, with the pipeline that an inpainting UNet is for. */
+export const pipelineIndex = ({ modelIndex, has, config }: ModelSource): Json => ({
+  ...modelIndex,
+  ...(has('unet') && isInpainting(config('unet')) && { _class_name: 'StableDiffusionXLInpaintPipeline' }),
+});
 
 /** How many of a UNet's channels are those of the latents. */
 export const latentChannelsOf = (config: Channels): number =>

@@ -21,7 +21,7 @@ import { withPosterior } from '../models/autoencoder.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { encodePrompts } from '../models/conditioning.ts';
 import { loadPipeline } from '../models/pipeline.ts';
-import { momentsCache, picturesAtOnce, textCache, type View } from '../train/cache.ts';
+import { momentsCache, picturesAtOnce, shownPicture, textCache, type View } from '../train/cache.ts';
 import { geometryOf, preparePicture } from '../train/data/picture.ts';
 import { openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
@@ -60,7 +60,7 @@ async function viewsOf(path: string, crops = 2): Promise<View[]> {
   const options = { center_crop: false, random_flip: false };
   return samples.flatMap((sample) =>
     Array.from({ length: crops }, (_, variant) => ({
-      sample,
+      ...{ sample, variant },
       geometry: geometryOf(sample.size, [32, 32], options, { seed: 1, key: sample.key, variant }),
     })),
   );
@@ -76,7 +76,7 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
   const { folder, views } = await folderWithViews(t);
   const at = join(folder, '..', 'cache');
   const before = device.memory.storages;
-  const cache = momentsCache(at, coder, 'bilinear');
+  const cache = momentsCache(at, coder, shownPicture('bilinear'));
   const progress: number[][] = [];
   t.equal(await cache.fill(views, (...told) => progress.push(told)), 6);
   t.strictSame(progress, [...Array(6).fill([0, 6]), [6, 6]], 'asked after each picture of a batch');
@@ -105,13 +105,17 @@ test("moments are the VAE's, and an edited picture costs one entry", async (t) =
     readFileSync(join(folder, 'metadata.jsonl'), 'utf8').replace('0"', 'x"'),
   );
   t.equal(await cache.fill(await viewsOf(folder)), 0, 'nor is a new caption');
-  t.equal(await momentsCache(at, coder, 'lanczos').fill(edited), 6, 'another way of resizing');
-  t.equal(await momentsCache(at, coder, 'bilinear', 'colours').fill(edited), 6, 'other colours');
+  t.equal(await momentsCache(at, coder, shownPicture('lanczos')).fill(edited), 6, 'another way of resizing');
+  t.equal(
+    await momentsCache(at, coder, shownPicture('bilinear', 'colours')).fill(edited),
+    6,
+    'other colours',
+  );
 });
 
 test('one crop: one edit, one entry', async (t) => {
   const { folder } = await folderWithViews(t, 1);
-  const cache = momentsCache(join(folder, '..', 'cache'), coder, 'bilinear');
+  const cache = momentsCache(join(folder, '..', 'cache'), coder, shownPicture('bilinear'));
   t.equal(await cache.fill(await viewsOf(folder, 1)), 3);
   write(folder, 2, 7);
   t.equal(await cache.fill(await viewsOf(folder, 1)), 1);
@@ -135,26 +139,30 @@ test('pictures go through the VAE together up to the pixels of one of 1024 x 102
 test('other weights are another cache', async (t) => {
   const { folder, views } = await folderWithViews(t, 1);
   const at = join(folder, '..', 'cache');
-  await momentsCache(at, coder, 'bilinear').fill(views);
+  await momentsCache(at, coder, shownPicture('bilinear')).fill(views);
   const bias = namedParameters(coder.module).get('encoder.conv_out.bias')!;
   const values = bias.tensor.bytes();
   const changed = values.slice();
   changed[0] ^= 1;
   bias.tensor.upload(changed);
-  t.equal(await momentsCache(at, coder, 'bilinear').fill(views), 3, 'the last bit of one weight');
+  t.equal(
+    await momentsCache(at, coder, shownPicture('bilinear')).fill(views),
+    3,
+    'the last bit of one weight',
+  );
   bias.tensor.upload(
     new Uint8Array(Float32Array.from({ length: values.length / 4 }, () => Number.NaN).buffer),
   );
-  const failing = momentsCache(at, coder, 'bilinear').fill(views);
+  const failing = momentsCache(at, coder, shownPicture('bilinear')).fill(views);
   await t.rejects(failing, /moments of 0\.png are not finite.*float32/);
   bias.tensor.upload(values);
-  t.equal(await momentsCache(at, coder, 'bilinear').fill(views), 0);
+  t.equal(await momentsCache(at, coder, shownPicture('bilinear')).fill(views), 0);
 });
 
 test('a fill that is cut off goes on where it stopped', async (t) => {
   const { folder, views } = await folderWithViews(t, 1);
   const at = join(folder, '..', 'cache');
-  const cache = momentsCache(at, coder, 'bilinear');
+  const cache = momentsCache(at, coder, shownPicture('bilinear'));
   const wide = views.map((view, i) => ({
     ...view,
     geometry: {
@@ -173,7 +181,7 @@ test('a fill that is cut off goes on where it stopped', async (t) => {
   t.ok(left.length > 0 && left.length < 3, `${left.length} of 3 are there`);
   t.equal(await cache.fill(wide), 3 - left.length);
   let asked = 0;
-  const elsewhere = momentsCache(join(folder, '..', 'elsewhere'), coder, 'bilinear');
+  const elsewhere = momentsCache(join(folder, '..', 'elsewhere'), coder, shownPicture('bilinear'));
   const batch = await viewsOf(folder, 20);
   t.equal(await elsewhere.fill(batch, () => ++asked < 2), 0, 'left in the midst of a batch');
   t.ok(asked < 20, `without waiting for the rest of it: asked ${asked} times`);
@@ -183,7 +191,10 @@ test('a fill that is cut off goes on where it stopped', async (t) => {
   const shape = new Set(filesBelow(at).map((name) => name.slice(at.length).split('/').length));
   t.strictSame([...shape], [4], 'moments/xx/name');
   write(folder, 0, 5);
-  await t.rejects(momentsCache(join(at, 'new'), coder, 'bilinear').fill(wide), /0\.png was changed/);
+  await t.rejects(
+    momentsCache(join(at, 'new'), coder, shownPicture('bilinear')).fill(wide),
+    /0\.png was changed/,
+  );
 });
 
 test('embeddings are the encoders, and an edited caption costs one entry', async (t) => {

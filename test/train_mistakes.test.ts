@@ -78,7 +78,7 @@ test('run files', async (t) => {
   await refuses(
     t,
     'an inpainting model',
-    /inpainting is an inpainting model, .*sdxl train does not train it; begin with a base model/,
+    /inpainting is an inpainting model, .*; say with inpainting\.mask_mode what is masked, .* begin with a base model/,
     ...file('inpainting', { model: writeInpainting(join(folder, 'inpainting')) }),
   );
   const several = dataset('two-shapes', 2);

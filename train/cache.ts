@@ -16,10 +16,12 @@ import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
+import { samplePosterior } from '../models/latents.ts';
 import type { Vae } from '../models/vae.ts';
 import type { Geometry, Reading } from './data/picture.ts';
-import { type Question, readPixelsAside } from './data/pixel_threads.ts';
+import { readPixelsAside } from './data/pixel_threads.ts';
 import { readUnchanged, type Sample } from './data/survey.ts';
+import { draws } from './draws.ts';
 
 /** Raise when an entry of the same name would hold something else. */
 const edition = 1;
@@ -27,8 +29,30 @@ const edition = 1;
 /** One picture, as it is shown in some epoch. */
 export interface View {
   sample: Sample;
+  /** Which of the versions that a run prepares: what else is drawn of it hangs on that. */
+  variant: number;
   geometry: Geometry;
 }
+
+/** What the VAE is shown of a view. */
+export interface Shown {
+  /** All that its pixels depend on. */
+  nameOf(view: View): object;
+  /** [h, w, 3] in [-1, 1]. */
+  read(view: View, signal: AbortSignal): Promise<Float32Array>;
+}
+
+/** The picture itself, or with the colours that are stored beneath what is transparent. */
+export const shownPicture = (interpolation: ResizeFilter, reading: Reading = 'picture'): Shown => ({
+  nameOf: ({ sample, geometry }) => ({
+    ...{ picture: sample.hash, geometry, interpolation },
+    ...(reading !== 'picture' && { reading }),
+  }),
+  read: async ({ sample, geometry }, signal) => {
+    const file = await readUnchanged(sample);
+    return readPixelsAside({ file, name: sample.id, geometry, interpolation, reading }, signal);
+  },
+});
 
 /** What the VAE gives for one view: [h, w, c] each, neither scaled nor clamped. */
 export interface PictureMoments {
@@ -42,6 +66,18 @@ export interface TextEmbeddings {
   pooled: Float32Array;
 }
 
+/** Scaled latents [h, w, c] drawn from the moments of a view, anew each epoch. */
+export function drawLatents(
+  { mean, logvar }: PictureMoments,
+  { sample }: View,
+  { scaling_factor }: Pick<Vae['config'], 'scaling_factor'>,
+  { seed, epoch }: { seed: number; epoch: number },
+  purpose: 'moments' | 'masked_moments' = 'moments',
+): Float32Array {
+  const noise = draws(seed, epoch, sample.key, purpose).normals(mean.length);
+  return samplePosterior(mean, logvar, noise).map((z) => z * scaling_factor);
+}
+
 export interface Cache<Subject, Value> {
   /**
    * Makes what is not there and says how many that were; signals are heard meanwhile. Stops where `onProgress` returns false:
@@ -53,18 +89,9 @@ export interface Cache<Subject, Value> {
 }
 
 /** The VAE works in the type of its weights; it may be unloaded when all is filled. */
-export function momentsCache(
-  folder: string,
-  vae: Vae,
-  interpolation: ResizeFilter,
-  reading: Reading = 'picture',
-): Cache<View, PictureMoments> {
+export function momentsCache(folder: string, vae: Vae, shown: Shown): Cache<View, PictureMoments> {
   const encoder = modelHash(vae.module, vae.config);
-  const pathOf = ({ sample, geometry }: View) =>
-    entryPath(folder, 'moments', {
-      ...{ picture: sample.hash, geometry, interpolation, encoder },
-      ...(reading !== 'picture' && { reading }),
-    });
+  const pathOf = (view: View) => entryPath(folder, 'moments', { ...shown.nameOf(view), encoder });
   return {
     read: (view) => readEntry(pathOf(view), 'mean', 'logvar', view.sample.id),
     async fill(views, onProgress) {
@@ -79,7 +106,7 @@ export function momentsCache(
         for (const [i, batch] of batches.entries()) {
           // While the VAE works on these, the next are read, one more than there are threads for it.
           for (const next of batches.slice(i + ahead.length, i + mostThreads + 1)) {
-            const pixels = readViews(next, { interpolation, reading }, signal, heard);
+            const pixels = readViews(next, shown, signal, heard);
             pixels.catch(() => undefined); // told when it is awaited
             ahead.push(pixels);
           }
@@ -141,14 +168,13 @@ function leaving(progress: () => unknown) {
 /** Calls `heard` after each picture, as those of a batch may take seconds. */
 async function readViews(
   views: readonly View[],
-  how: Pick<Question, 'interpolation' | 'reading'>,
+  shown: Shown,
   signal: AbortSignal,
   heard: () => void,
 ): Promise<Float32Array[]> {
   return Promise.all(
-    views.map(async ({ sample, geometry }) => {
-      const file = await readUnchanged(sample);
-      const pixels = await readPixelsAside({ file, name: sample.id, geometry, ...how }, signal);
+    views.map(async (view) => {
+      const pixels = await shown.read(view, signal);
       heard();
       return pixels;
     }),

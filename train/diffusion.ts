@@ -11,18 +11,18 @@ import { standInDevice } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
 import { empty, type Tensor } from '../engine/tensor.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { joined, samplePosterior } from '../models/latents.ts';
+import { joined } from '../models/latents.ts';
 import { textParts } from '../models/load_options.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import type { Conditioning } from '../models/transformer.ts';
 import type { UNet } from '../models/unet.ts';
 import { blockRates } from './block_lr.ts';
-import type { PictureMoments, View } from './cache.ts';
+import { drawLatents, type View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
 import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
-import { draws } from './draws.ts';
 import { dropoutOf } from './dropout.ts';
+import { paintingIn } from './inpainting.ts';
 import { masked } from './mask.ts';
 import { type MakeMethod, type Method, plainDiffusion } from './method.ts';
 import { type Network, objectiveOf } from './objective.ts';
@@ -71,7 +71,7 @@ export function diffusionTask(
   run: Run,
   pictures: Pictures,
   sources: Sources,
-  { moments, texts: said }: Prepared,
+  { moments, beside, texts: said }: Prepared,
   device: Device,
 ): Task {
   const { source } = sources;
@@ -85,7 +85,8 @@ export function diffusionTask(
   const { pipeline, components, added, networks } = partsOf(run, opened, sources, pictures);
   checkPreviews(pipeline, run.previews, previews);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
-  const control = controlOf(run, pipeline);
+  const control = controlOf(run, pipeline, beside);
+  const shown = previews.map((preview, i) => control.preview(preview, imageOf(pictures, i)));
   const configs = networks.texts.map(({ name }) => source.config(name));
   const texts = said ? preparedTexts(pipeline, said, configs) : textsInPass(pipeline);
   const hasPrior = pictures.samples.some(({ prior }) => prior);
@@ -154,7 +155,10 @@ export function diffusionTask(
     adapters: added?.adapters,
     async prepare({ bucket, samples }, epoch, signal) {
       const views = samples.map((i) => viewIn(epoch, i, pictures, run));
-      const latents = views.map((view) => drawLatents(moments(view), view, pipeline, run, epoch));
+      const { seed } = run;
+      const latents = views.map((view) =>
+        drawLatents(moments(view), view, pipeline.vae.config, { seed, epoch }),
+      );
       const [, height, width] = latentShape(bucket, 1);
       const batch = {
         ids: views.map(({ sample }) => sample.key),
@@ -162,14 +166,14 @@ export function diffusionTask(
         weights: hasPrior ? priorWeights(views, run) : undefined,
       };
       const chosen = views.map(({ sample: { captions: choices, key } }) =>
-        captionOf(choices, run.dataset, { seed: run.seed, epoch, key }),
+        captionOf(choices, run.dataset, { seed, epoch, key }),
       );
       const inputs = {
         ...method.inputs(batch),
         timeIds: timeIdsInput(views, pipeline, run),
         ...texts.inputs(chosen),
         ...(method.asks.unconditional && aside(texts.inputs(chosen.map(() => undefined)))),
-        ...(await control.inputs(views, signal)),
+        ...(await control.inputs(views, epoch, signal)),
       };
       return { ...inputs, ...dropout.inputs(inputs, batch.ids, epoch) };
     },
@@ -209,14 +213,14 @@ export function diffusionTask(
       if (previews.length === 0) return [];
       const other = averaged(weights);
       try {
-        return await samplePreviews(other, previews, said?.previews, pictures.validationImages, stop);
+        return await samplePreviews(other, previews, said?.previews, shown, stop);
       } finally {
         releaseTwin(other, pipeline);
       }
     },
     rehearsePreviews(weights) {
       const other = averaged(weights);
-      rehearsePreviews(other, previews, said?.previews, pictures.validationImages);
+      rehearsePreviews(other, previews, said?.previews, shown);
       releaseTwin(other, pipeline);
     },
     release() {
@@ -237,12 +241,22 @@ function teacherFor(
   return teacherOf(unetConfig, net, new Set(run.train.target === 'unet' ? net.trained : []));
 }
 
-/** What becomes of a run's conditioning images. */
-function controlOf(run: Run, pipeline: Pipeline): Control {
+/** What passes have besides, such as what becomes of a run's conditioning images. */
+function controlOf(run: Run, pipeline: Pipeline, beside: Prepared['beside']): Control {
   if (run.train.target === 'controlnet') return controlled(run);
   if (run.train.target === 't2i_adapter') return adapted(run, pipeline);
-  return run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
+  const weighed = run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
+  if (!run.inpainting.mask_mode) return weighed;
+  const seeing = paintingIn(run, pipeline, beside);
+  return {
+    ...seeing,
+    inputs: async (...asked) => ({ ...(await weighed.inputs(...asked)), ...(await seeing.inputs(...asked)) }),
+    blank: (...asked) => ({ ...weighed.blank(...asked), ...seeing.blank(...asked) }),
+  };
 }
+
+/** What the i-th preview is over: its own of previews.validation_image, or the one for all. */
+const imageOf = ({ validationImages: images }: Pictures, i: number) => images.at(i) ?? images.at(0);
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
 function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pictures) {
@@ -272,18 +286,6 @@ function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pi
       ? adapters(run, pipeline, networks, resumed)
       : withToken(run, pipeline, samples, resumed);
   return { pipeline, networks, added, components: [added.component] };
-}
-
-/** Scaled latents [h, w, c] drawn from the moments of a picture's view, anew each epoch. */
-function drawLatents(
-  { mean, logvar }: PictureMoments,
-  { sample }: View,
-  { vae }: Pipeline,
-  { seed }: Run,
-  epoch: number,
-): Float32Array {
-  const noise = draws(seed, epoch, sample.key, 'moments').normals(mean.length);
-  return samplePosterior(mean, logvar, noise).map((z) => z * vae.config.scaling_factor);
 }
 
 /** What each picture's loss weighs beside those for prior preservation. */

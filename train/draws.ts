@@ -23,6 +23,8 @@ const purposes = [
   'network_dropout',
   'rank_dropout',
   'module_dropout',
+  'mask',
+  'masked_moments',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -12,6 +12,7 @@ import { readJsonObject } from '../io/files.ts';
 import { copyFolder, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { buildComponent } from '../models/components.ts';
+import { pipelineIndex } from '../models/inpainting.ts';
 import { textParts } from '../models/load_options.ts';
 import { saveComponent, writeJson } from '../models/save.ts';
 import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
@@ -57,7 +58,7 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
       join(temporary, 'scheduler', 'scheduler_config.json'),
       trainedScheduler(source.config('scheduler'), run.objective),
     );
-    writeJson(join(temporary, 'model_index.json'), source.modelIndex);
+    writeJson(join(temporary, 'model_index.json'), pipelineIndex(source));
   });
   return folder;
 }

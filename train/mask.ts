@@ -39,11 +39,12 @@ export function masked(run: Run, ratio: number): Control {
     return latentMask(image, target, ratio).map(Math.sqrt);
   };
   return {
-    async inputs(views, signal) {
+    async inputs(views, _, signal) {
       const roots = await Promise.all(views.map((view) => rootOf(view, signal)));
       return inputs(views.length, views[0].geometry.target, joined(roots));
     },
     blank: (n, size) => inputs(n, size, new Float32Array((n * size[0] * size[1]) / ratio ** 2)),
     network: uncontrolled.network,
+    preview: uncontrolled.preview,
   };
 }

@@ -22,7 +22,7 @@ export interface Pictures {
   bucketOf: readonly number[];
   /** Names the samples and their contents: a resumed run must see the same ones. */
   hash: string;
-  /** What previews follow, of a ControlNet or T2I-Adapter that is trained. */
+  /** What previews follow, of a ControlNet or T2I-Adapter that is trained, or what an inpainting model paints in. */
   validationImages: readonly Picture[];
 }
 
@@ -111,7 +111,7 @@ export function viewIn(epoch: number, index: number, pictures: Pictures, run: Ru
   const target = pictures.buckets[pictures.bucketOf[index]];
   const variant = epoch % run.dataset.crops;
   return {
-    sample,
+    ...{ sample, variant },
     geometry: geometryOf(sample.size, target, run.dataset, { seed: run.seed, key: sample.key, variant }),
   };
 }

@@ -98,7 +98,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofInpainting(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
       : []),
@@ -141,6 +141,11 @@ function ofLora({ train, lora }: Run): string {
     .filter((key) => !/^(algo|conv_)/.test(key) && lora[key] !== usual[key])
     .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
   return ` (${[...kind, sizes(rank, alpha), ...larger, ...others, ...begun].join(', ')})`;
+}
+
+function ofInpainting({ inpainting: { mask_mode, full_mask_rate } }: Run): string {
+  if (!mask_mode) return '';
+  return `, an inpainting model (${mask_mode} masks${full_mask_rate ? `, ${full_mask_rate} of them whole` : ''})`;
 }
 
 function ofToken({ train, textual_inversion }: Run): string {

@@ -19,11 +19,14 @@ import {
   momentsCache,
   type PictureMoments,
   picturesAtOnce,
+  type Shown,
+  shownPicture,
   type TextEmbeddings,
   textCache,
   type View,
 } from './cache.ts';
 import { allCaptions } from './data/caption.ts';
+import { shownMasked } from './inpainting.ts';
 import { trainedScheduler } from './objective.ts';
 import { type Pictures, previewSize, viewIn } from './pictures.ts';
 import { previewsOf } from './preview_prompts.ts';
@@ -40,6 +43,8 @@ interface Subject {
 
 export interface Prepared {
   moments(view: View): PictureMoments;
+  /** Those of the pictures that the UNet sees beside the latents. @throws where it sees none */
+  beside(view: View): PictureMoments;
   /** Absent where the text encoders run in the pass: they or a token's vectors are trained, or tags are drawn anew. */
   texts?: PreparedTexts;
 }
@@ -90,14 +95,14 @@ export async function prepare(
     report.progress(label, done, total);
     return !stop.asked;
   };
-  const moments = await preparePictures(subject, openVae(subject, device), heard('encoding pictures'));
+  const encoded = await preparePictures(subject, openVae(subject, device), heard);
   const captions = captionsOf(subject);
   const texts =
     captions && !stop.asked
       ? await prepareTexts(subject, openTexts(subject, device), captions, report, heard('encoding captions'))
       : undefined;
   device.memory.trim(); // what follows needs other sizes
-  return stop.asked ? undefined : { moments, texts };
+  return stop.asked ? undefined : { ...encoded, texts };
 }
 
 /** Hears how far something is; false has it left. */
@@ -106,18 +111,21 @@ type Heard = (done: number, total: number) => boolean;
 async function preparePictures(
   { run, pictures, vaeSource }: Subject,
   pipeline: Pipeline,
-  heard: Heard,
-): Promise<Prepared['moments']> {
+  heard: (label: string) => Heard,
+): Promise<Pick<Prepared, 'moments' | 'beside'>> {
   try {
     const { interpolation, alpha_mask } = run.dataset;
-    const reading = alpha_mask ? 'colours' : 'picture';
     const coder = withPosterior(pipeline.vae, vaeSource.path);
-    const cache = momentsCache(cacheFolder(run), coder, interpolation, reading);
+    const cacheOf = (shown: Shown) => momentsCache(cacheFolder(run), coder, shown);
+    const cache = cacheOf(shownPicture(interpolation, alpha_mask ? 'colours' : 'picture'));
     const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
       pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
     ).flat();
-    await cache.fill(views, heard);
-    return cache.read;
+    await cache.fill(views, heard('encoding pictures'));
+    if (!run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
+    const masked = cacheOf(shownMasked(run));
+    await masked.fill(views, heard('encoding masked pictures'));
+    return { moments: cache.read, beside: masked.read };
   } finally {
     pipeline.release();
   }
@@ -173,8 +181,8 @@ export function rehearse(subject: Subject, device: Device): Prepared {
   return { ...nothing, texts: { read: nothing.moments, previews } };
 }
 
-const nothing: Prepared & { moments: () => never } = {
-  moments() {
-    throw new Error('nothing was prepared of this run');
-  },
+const unprepared = (): never => {
+  throw new Error('nothing was prepared of this run');
 };
+
+const nothing = { moments: unprepared, beside: unprepared };

@@ -7,7 +7,7 @@ import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder } from '../io/files.ts';
 import { removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { grid } from '../io/grid.ts';
-import { preprocessControl, readPicture, writePng } from '../io/image.ts';
+import { readPicture, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
 import type { PromptEmbeds } from '../models/conditioning.ts';
@@ -32,14 +32,14 @@ const cell = 192;
 class Left extends Error {}
 
 /**
- * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. A ControlNet or
- * T2I-Adapter in the pipeline follows one of `images` in all, or each in one.
+ * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. `more` is what
+ * each is given besides.
  */
 export async function samplePreviews(
   pipeline: Pipeline,
   previews: readonly Preview[],
   embeds: readonly PromptEmbeds[] | undefined,
-  images: readonly Picture[],
+  more: readonly Partial<Asked>[],
   stop: Stop,
 ): Promise<Picture[]> {
   const pictures: Picture[] = [];
@@ -47,7 +47,7 @@ export async function samplePreviews(
     if (stop.asked) throw new Left();
   };
   try {
-    for (const request of requestsOf(pipeline, previews, embeds, images)) {
+    for (const request of requestsOf(previews, embeds, more)) {
       const { latents } = await denoiseToEnd(pipeline, request, leave);
       pictures.push(...decode(pipeline, latents));
     }
@@ -60,31 +60,17 @@ export async function samplePreviews(
 
 /** Previews as requests. */
 const requestsOf = (
-  pipeline: Pipeline,
   previews: readonly Preview[],
   embeds: readonly PromptEmbeds[] | undefined,
-  images: readonly Picture[],
+  more: readonly Partial<Asked>[],
 ): Asked[] =>
-  previews.map(({ seed, scheduler, prompt, negative_prompt, ...preview }, i) => {
-    const image = images.at(i) ?? images.at(0);
-    return {
-      ...preview,
-      ...(embeds ? embeds[i] : { prompt, negative_prompt: negative_prompt || undefined }),
-      scheduler: { name: scheduler || undefined },
-      generators: [new TorchGenerator(seed)],
-      ...(image && followed(pipeline, image, preview)),
-    };
-  });
-
-/** An image to follow, for what the pipeline has beside its UNet. */
-const followed = (
-  { adapter }: Pipeline,
-  image: Picture,
-  { width, height }: Pick<Preview, 'width' | 'height'>,
-) =>
-  adapter.length > 0
-    ? { adapter_image: [image] }
-    : { control_image: [preprocessControl(image, width, height)] };
+  previews.map(({ seed, scheduler, prompt, negative_prompt, ...preview }, i) => ({
+    ...preview,
+    ...(embeds ? embeds[i] : { prompt, negative_prompt: negative_prompt || undefined }),
+    scheduler: { name: scheduler || undefined },
+    generators: [new TorchGenerator(seed)],
+    ...more[i],
+  }));
 
 /** @throws UserError for a scheduler, steps or a size that cannot be, so that it is told now and not at the first preview */
 export function checkPreviews(
@@ -95,7 +81,7 @@ export function checkPreviews(
   const { ratio, adapter } = pipeline;
   samplerFor(pipeline, { scheduler: { name: name || undefined } });
   previews.forEach((preview, i) => {
-    samplerFor(pipeline, requestsOf(pipeline, [preview], undefined, [])[0]).plan(preview.num_inference_steps);
+    samplerFor(pipeline, requestsOf([preview], undefined, [])[0]).plan(preview.num_inference_steps);
     for (const side of ['width', 'height'] as const)
       if (preview[side] % ratio)
         throw new UserError(
@@ -110,10 +96,10 @@ export function rehearsePreviews(
   pipeline: Pipeline,
   previews: readonly Preview[],
   embeds: readonly PromptEmbeds[] | undefined,
-  images: readonly Picture[],
+  more: readonly Partial<Asked>[],
 ): void {
   const kinds = new Map(
-    requestsOf(pipeline, previews, embeds, images).map((each) => [
+    requestsOf(previews, embeds, more).map((each) => [
       `${[each.width, each.height, each.guidance_scale]}`,
       each,
     ]),

@@ -32,6 +32,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseUNet(run, where);
   refuseUnused(run, where);
   refuseOfOtherKinds(run, where);
+  refuseInpainting(run, where);
   refuseConditions(run, where);
   refuseToken(run, where);
   refuseLines(run.previews, where);
@@ -295,11 +296,27 @@ function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, whe
 
 /** Whether each picture has an image beside it. */
 const conditioned = (run: Run): boolean =>
-  followsImages(run) || (run.objective.masked_loss && !run.dataset.alpha_mask);
+  followsImages(run) ||
+  run.inpainting.mask_mode === 'conditioning_image' ||
+  (run.objective.masked_loss && !run.dataset.alpha_mask);
+
+/** Masks for what paints nothing in. */
+function refuseInpainting({ train: { target }, inpainting }: Run, where: string): void {
+  const { mask_mode, full_mask_rate } = inpainting;
+  if (mask_mode && target !== 'unet' && target !== 'lora')
+    throw new UserError(
+      `${where}: "inpainting.mask_mode" is of inpainting models, for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
+    );
+  const drawn = mask_mode && mask_mode !== 'conditioning_image';
+  if (full_mask_rate && !drawn)
+    throw new UserError(
+      `${where}: "inpainting.full_mask_rate" is of masks that are drawn, and "inpainting.mask_mode" is "${mask_mode}"; leave it out, or set that to "random_mask"`,
+    );
+}
 
 /** Alpha as a mask where no loss is weighed by one, or by another. */
 function refuseAlphaMask(run: Run, where: string): void {
-  const { dataset, objective } = run;
+  const { dataset, objective, inpainting } = run;
   const { target } = run.train;
   if (!dataset.alpha_mask) return;
   if (followsImages(run) || target === 'vae')
@@ -310,7 +327,7 @@ function refuseAlphaMask(run: Run, where: string): void {
     throw new UserError(
       `${where}: "dataset.alpha_mask" makes each picture's alpha the mask of "objective.masked_loss", which is off; set that to true too, or leave alpha_mask out`,
     );
-  if (dataset.conditioning_image_column)
+  if (dataset.conditioning_image_column && inpainting.mask_mode !== 'conditioning_image')
     throw new UserError(
       `${where}: "dataset.alpha_mask" and "dataset.conditioning_image_column" each name a mask for every picture; leave out one of them`,
     );
@@ -320,7 +337,7 @@ function refuseAlphaMask(run: Run, where: string): void {
 function refuseConditions(run: Run, where: string): void {
   const { dataset, controlnet, t2i_adapter, previews, objective } = run;
   const { target } = run.train;
-  const { prompts, validation_image: images } = previews;
+  const { validation_image: images } = previews;
   if (objective.masked_loss && (followsImages(run) || target === 'vae'))
     throw new UserError(
       `${where}: "objective.masked_loss" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
@@ -328,11 +345,9 @@ function refuseConditions(run: Run, where: string): void {
   refuseAlphaMask(run, where);
   if (dataset.conditioning_image_column && !conditioned(run))
     throw new UserError(
-      `${where}: "dataset.conditioning_image_column" has images for a ControlNet or T2I-Adapter, which target "${target}" does not train, or masks for "objective.masked_loss", which is off; leave it out`,
+      `${where}: "dataset.conditioning_image_column" has images for a ControlNet or T2I-Adapter, which target "${target}" does not train, masks for "inpainting.mask_mode", which is not "conditioning_image", or masks for "objective.masked_loss", which is off; leave it out`,
     );
-  const followed = followsImages(run) ? target : 'controlnet';
   for (const [key, value, of] of [
-    ['previews.validation_image', images, followed],
     ['controlnet.controlnet_model_name_or_path', controlnet.controlnet_model_name_or_path, 'controlnet'],
     ['controlnet.transformer_layers_per_block', controlnet.transformer_layers_per_block, 'controlnet'],
     ['t2i_adapter.adapter_model_name_or_path', t2i_adapter.adapter_model_name_or_path, 't2i_adapter'],
@@ -341,14 +356,26 @@ function refuseConditions(run: Run, where: string): void {
       throw new UserError(
         `${where}: "${key}" is for a ${of === 'controlnet' ? 'ControlNet' : 'T2I-Adapter'}, which target "${target}" does not train; leave it out, or set "train.target" to "${of}"`,
       );
-  if (!followsImages(run)) return;
+  if (images.length > 0 && !followsImages(run) && !run.inpainting.mask_mode)
+    throw new UserError(
+      `${where}: "previews.validation_image" is for a ControlNet, a T2I-Adapter or an inpainting model, which target "${target}" without "inpainting.mask_mode" does not train; leave it out, or set one of them`,
+    );
+  if (!followsImages(run)) {
+    if (images.length > 0) refuseCounts(previews, where);
+    return;
+  }
   if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
     throw new UserError(
       `${where}: "controlnet.transformer_layers_per_block" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,
     );
-  const [texts, pictures] = [prompts.length, images.length];
+  refuseCounts(previews, where);
+}
+
+/** Previews that are not as many as what they are over. */
+function refuseCounts({ prompts, validation_image }: Run['previews'], where: string): void {
+  const [texts, pictures] = [prompts.length, validation_image.length];
   if (texts > 0 !== pictures > 0 || (texts !== pictures && texts > 1 && pictures > 1))
     throw new UserError(
-      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the conditioning images that previews follow; give one to each prompt, or one of either for all`,
+      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the pictures that previews follow or paint in; give one to each prompt, or one of either for all`,
     );
 }

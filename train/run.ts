@@ -3,6 +3,7 @@
 // or this file does not compile. Names are those of diffusers' training scripts where these have one.
 import { type Algo, algos } from '../models/adapter_kinds.ts';
 import type { ModelPreset } from '../models/presets.ts';
+import { type RandomMask, randomMasks } from './data/random_mask.ts';
 import {
   choice,
   countOrShare,
@@ -100,6 +101,16 @@ export interface Run {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a new one. */
     adapter_model_name_or_path: string;
   };
+  inpainting: {
+    /**
+     * Trains the UNet, or LoRA on it, to paint in what is masked, which it sees beside the latents in nine channels: a base model's UNet is
+     * widened. `random_mask` draws boxes and ellipses, `bbox` boxes of half the sides, `irregular` strokes, a mask for each of the
+     * `dataset.crops` versions of a picture; of `conditioning_image` the white is painted anew. Empty for another model.
+     */
+    mask_mode: '' | RandomMask | 'conditioning_image';
+    /** The share of drawn masks that are of the whole picture; runwayml's model was trained with 0.25. */
+    full_mask_rate: number;
+  };
   textual_inversion: {
     /** What stands in captions and prompts for what is learnt: no word yet, and the name of the file. */
     placeholder_token: string;
@@ -121,7 +132,10 @@ export interface Run {
     caption_column: string;
     /** What the name of a picture's file of captions ends in. */
     caption_extension: string;
-    /** What a ControlNet or T2I-Adapter is shown with each picture, or the mask of its loss, of the same size. Empty for `conditioning_image` where it is wanted. */
+    /**
+     * What a ControlNet or T2I-Adapter is shown with each picture, or the mask of its loss or of inpainting, of the same size. Empty for
+     * `conditioning_image` where it is wanted.
+     */
     conditioning_image_column: string;
     /** A picture's own alpha is the mask of its loss. The VAE is then shown the colours beneath what is transparent, else white. */
     alpha_mask: boolean;
@@ -142,7 +156,7 @@ export interface Run {
     aspect_ratio_buckets: boolean;
     /** Crop at the centre rather than at random. */
     center_crop: boolean;
-    /** Versions of one picture that are prepared, where crop or flip are drawn. */
+    /** Versions of one picture that are prepared, where crop, flip or a mask are drawn. */
     crops: number;
     random_flip: boolean;
     interpolation: 'lanczos' | 'bilinear';
@@ -261,6 +275,10 @@ export const fields: Fields<Run> = {
     transformer_layers_per_block: list([], whole(0)),
   },
   t2i_adapter: { adapter_model_name_or_path: text('') },
+  inpainting: {
+    mask_mode: choice('', '', ...randomMasks, 'conditioning_image'),
+    full_mask_rate: number(0, { min: 0, max: 1 }),
+  },
   textual_inversion: {
     placeholder_token: text(''),
     initializer_token: text(''),

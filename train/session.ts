@@ -16,7 +16,6 @@ import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { autoencoder, withPosterior } from '../models/autoencoder.ts';
 import { channelsLast, type ModelSource, openComponent, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
-import { isInpainting } from '../models/inpainting.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, loadTensors, type Position, readState, type State } from './checkpoint.ts';
@@ -26,6 +25,7 @@ import { diffusionTask, type Sources } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
 import { fill } from './fields.ts';
 import { moveThrough } from './fused.ts';
+import { asInpainting } from './inpainting.ts';
 import { learningRate } from './lr_schedule.ts';
 import { boundNorms } from './max_norm.ts';
 import { createOptimizer } from './optimizers/create.ts';
@@ -81,14 +81,10 @@ export async function openMaterials(
   report: Report,
   { checkpoint, tokenizers = join(run.output, 'tokenizers') }: MaterialOptions = {},
 ): Promise<Materials> {
-  const source = await openSource(run, locate, tokenizers, checkpoint);
+  const source = asInpainting(run, await openSource(run, locate, tokenizers, checkpoint));
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
-  if (run.train.target !== 'vae' && isInpainting(source.config('unet')))
-    throw new UserError(
-      `${run.unet || source.path} is an inpainting model, whose UNet sees a mask and a picture beside the latents: sdxl train does not train it; begin with a base model`,
-    );
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
     throw new UserError(

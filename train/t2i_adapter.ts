@@ -23,11 +23,15 @@ import { type Added, besideUNet, numbersOf } from './twin.ts';
 export const adapted = (run: Run, { adapter: [{ config }] }: Pipeline): Control =>
   shown(
     run,
-    ({ unet, adapter: [{ module }] }, { conditioning_pixel_values: image }) =>
-      (sample, times, conditioning) =>
-        unet(sample, times, conditioning, {
-          down_intrablock_additional_residuals: module(channelsFirst(image)),
-        }),
+    {
+      network:
+        ({ unet, adapter: [{ module }] }, { conditioning_pixel_values: image }) =>
+        (sample, times, conditioning) =>
+          unet(sample, times, conditioning, {
+            down_intrablock_additional_residuals: module(channelsFirst(image)),
+          }),
+      preview: (_, image) => ({ adapter_image: image && [image] }),
+    },
     config.in_channels,
   );
 
