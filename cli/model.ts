@@ -2,6 +2,7 @@
 import { join } from 'node:path';
 import { packageRoot } from '../io/package_root.ts';
 import { type LocateOptions, locateControlNet, locateT2IAdapter, locateVae } from '../models/locate.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateWithUNet } from '../models/locate_unet.ts';
 import type { Locate } from '../train/session.ts';
 import { type Bar, progressBar } from './progress.ts';
@@ -29,4 +30,6 @@ export const locatorOf = (where: LocateOptions): Locate => ({
   vae: (path) => locateVae(path, where),
   controlnet: (path) => locateControlNet(path, where),
   adapter: (path) => locateT2IAdapter(path, where),
+  ipAdapter: (path) => locateIPAdapter(path, where),
+  imageEncoder: (path) => locateImageEncoder(path, where),
 });

@@ -7,7 +7,7 @@ import { keep, mapTensors, onFailure, tensorsIn } from './scope.ts';
 import type { Tensor } from './tensor.ts';
 
 /**
- * `module` with checkpointing. Its inputs are the tensors in its arguments, also those in plain objects among them; its
+ * `module` with checkpointing. Its inputs are the tensors in its arguments, also those in maps and plain objects among them; its
  * parameters collect their gradients as always. It must return one tensor, and the same numbers when it runs again.
  */
 export function checkpointed<A extends readonly unknown[], C extends Children>(

@@ -79,13 +79,13 @@ export function scope<R>(fn: () => R): R {
   }
 }
 
-/** The tensors in a value, its arrays and its plain objects. */
+/** The tensors in a value, its arrays, the values of its maps, and its plain objects. */
 export function* tensorsIn(value: unknown): Generator<Tensor> {
   if (typeof value !== 'object' || value === null) return;
   if (isTensor(value)) yield value;
   else if (Array.isArray(value)) for (const item of value) yield* tensorsIn(item);
-  else if (isPlain(value)) {
-    for (const item of Object.values(value)) yield* tensorsIn(item);
+  else if (value instanceof Map || isPlain(value)) {
+    for (const item of value instanceof Map ? value.values() : Object.values(value)) yield* tensorsIn(item);
   }
 }
 
@@ -94,6 +94,7 @@ export function mapTensors(value: unknown, replace: (tensor: Tensor) => Tensor):
   if (typeof value !== 'object' || value === null) return value;
   if (isTensor(value)) return replace(value);
   if (Array.isArray(value)) return value.map((item) => mapTensors(item, replace));
+  if (value instanceof Map) return new Map([...value].map(([key, item]) => [key, mapTensors(item, replace)]));
   if (!isPlain(value)) return value;
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, mapTensors(item, replace)]));
 }

@@ -137,38 +137,66 @@ export interface IPAdapter {
 }
 
 /** How wide what an adapter reads of an encoder is: the states of its tokens, or their embedding. */
-export const widthRead = ({ resampler }: ProjectionConfig, encoder: VisionConfig): number =>
-  resampler ? encoder.hidden_size : encoder.projection_dim;
+export const widthRead = (
+  { resampler }: Pick<ProjectionConfig, 'resampler'>,
+  encoder: VisionConfig,
+): number => (resampler ? encoder.hidden_size : encoder.projection_dim);
 
 /** Loads IP-Adapters onto a device, each vision encoder once. @throws UserError where one does not fit its encoder or the UNet */
 export function loadIPAdapters(
   sources: readonly IPAdapterSource[],
-  { unet, unetConfig }: { unet: UNet; unetConfig: UNetConfig },
+  model: { unet: UNet; unetConfig: UNetConfig },
   device: Device,
   dtype: FloatDType,
 ): IPAdapter[] {
   const encoders = new Map<string, VisionEncoder>();
-  return sources.map(({ path, imageEncoder }) => {
-    const config = readIPAdapter(path);
-    checkFit(path, config, unet, unetConfig);
-    const encoderConfig = parseVisionConfig(imageEncoder.config('image_encoder'));
-    if (widthRead(config, encoderConfig) !== config.inputs)
-      throw new UserError(
-        `${path} reads ${config.inputs} numbers of an image encoder and ${imageEncoder.path} gives ${widthRead(config, encoderConfig)}: take the one that it was made with`,
-      );
-    const encoder = encoders.get(imageEncoder.path) ?? visionEncoder(encoderConfig);
+  return sources.map((source) => {
+    const { path, imageEncoder } = source;
+    const config = fittingIPAdapter(source, model);
+    const encoder =
+      encoders.get(imageEncoder.path) ??
+      visionEncoder(parseVisionConfig(imageEncoder.config('image_encoder')));
     if (!encoders.has(imageEncoder.path))
       holding('image_encoder', () => imageEncoder.load('image_encoder', encoder, device, dtype));
     encoders.set(imageEncoder.path, encoder);
-    const adapter = ipAdapter(config);
-    const weights = sourceOf(path, [openSafetensors(path)]);
-    holding('ip_adapter', () => loadAndClose(adapter, weights, device, dtype));
-    return { config, module: adapter, encoder };
+    return { config, module: loadIPAdapter(path, config, device, dtype), encoder };
   });
 }
 
+/** A file's weights onto a device. */
+export function loadIPAdapter(
+  path: string,
+  config: IPAdapterConfig,
+  device: Device,
+  dtype: FloatDType,
+): IPAdapter['module'] {
+  const adapter = ipAdapter(config);
+  const weights = sourceOf(path, [openSafetensors(path)]);
+  holding('ip_adapter', () => loadAndClose(adapter, weights, device, dtype));
+  return adapter;
+}
+
+/** What an IP-Adapter is. @throws UserError where it does not fit its encoder or the UNet */
+export function fittingIPAdapter(
+  { path, imageEncoder }: IPAdapterSource,
+  { unet, unetConfig }: { unet: UNet; unetConfig: UNetConfig },
+): IPAdapterConfig {
+  const config = readIPAdapter(path);
+  checkFit(path, config, unet, unetConfig);
+  const given = widthRead(config, parseVisionConfig(imageEncoder.config('image_encoder')));
+  if (given !== config.inputs)
+    throw new UserError(
+      `${path} reads ${config.inputs} numbers of an image encoder and ${imageEncoder.path} gives ${given}: take the one that it was made with`,
+    );
+  return config;
+}
+
+/** Of the attentions over the prompt, in diffusers' order. */
+export const attentionWidths = (unet: UNet): number[] =>
+  crossAttentions(unet).map(({ to_k }) => to_k.children.weight.shape[0]);
+
 function checkFit(path: string, config: IPAdapterConfig, unet: UNet, unetConfig: UNetConfig): void {
-  const widths = crossAttentions(unet).map(({ to_k }) => to_k.children.weight.shape[0]);
+  const widths = attentionWidths(unet);
   const { cross_attention_dim: own } = config;
   const mend = 'take one that was made for this model';
   if (own !== unetConfig.cross_attention_dim)

@@ -5,9 +5,10 @@ import { dirname, join, posix, relative } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
 import { hubPath, NothingWantedError, resolveHub } from '../io/hub.ts';
+import { type ModelSource, openComponent } from './checkpoint.ts';
 import { parseVisionConfig } from './clip_vision.ts';
 import { type IPAdapterSource, openIPAdapter, readIPAdapter, refusePickle, widthRead } from './ip_adapter.ts';
-import { type LocateOptions, weightsOf } from './locate.ts';
+import { download as fromHub, type LocateOptions, ofClass, weightsOf } from './locate.ts';
 
 const mend =
   "an IP-Adapter's .safetensors file, its folder, or a hub id and file such as h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors";
@@ -48,6 +49,37 @@ async function locateOnHub(path: string, options: LocateOptions): Promise<IPAdap
   };
   await download(`${id}/${encoder}`, weights);
   return withEncoder(file, options);
+}
+
+const encoderClass = 'CLIPVisionModelWithProjection';
+
+/** A vision encoder alone: its folder, or one that has it as image_encoder, or where in a repository either is. @throws UserError */
+export async function locateImageEncoder(path: string, options: LocateOptions = {}): Promise<ModelSource> {
+  const mend = `the folder of a ${encoderClass}, or a hub id and folder such as h94/IP-Adapter/models/image_encoder`;
+  const folder = existsSync(path) ? path : await encoderOnHub(path, mend, options);
+  const own = [folder, join(folder, 'image_encoder')].find((each) => existsSync(join(each, 'config.json')));
+  if (!own) throw new UserError(`${path} has no image encoder; give ${mend}`);
+  return ofClass(openComponent(own, { variant: options.variant }), [encoderClass], 'an image encoder', mend);
+}
+
+async function encoderOnHub(path: string, mend: string, options: LocateOptions): Promise<string> {
+  const { id, inner = '.' } = hubPath(path) ?? {};
+  if (!id) throw new UserError(`no image encoder at ${path}; give ${mend}`);
+  const files = (all: readonly string[]): string[] => {
+    const own = [inner, posix.join(inner, 'image_encoder')].find((place) =>
+      all.includes(posix.join(place, 'config.json')),
+    );
+    if (own === undefined) return [];
+    const inIt = all.filter((each) => posix.dirname(each) === own);
+    const weights = inIt.filter((each) => each.endsWith('.safetensors'));
+    return [posix.join(own, 'config.json'), ...weightsOf(weights, options.variant)];
+  };
+  try {
+    return join(await fromHub(id, files, options), inner);
+  } catch (error) {
+    if (!(error instanceof NothingWantedError)) throw error;
+    throw new UserError(`${id} on the hub has no image encoder in ${inner}; give ${mend}`);
+  }
 }
 
 /** A folder's files, and those of sdxl_models in it. */

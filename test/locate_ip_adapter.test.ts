@@ -2,7 +2,7 @@
 import { cpSync, existsSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { encoderConfig, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { hubOf } from './small_hub.ts';
 
@@ -33,6 +33,18 @@ test('the adapter, and of two vision encoders the one of its width', async (t) =
   t.match(other.imageEncoder.path, /sdxl_models.image_encoder$/);
   t.same(asked, [plain, 'sdxl_models/image_encoder/model.safetensors']);
   t.ok(existsSync(join(other.imageEncoder.path, 'model.safetensors')));
+
+  asked.length = 0;
+  for (const place of ['models/image_encoder', 'models']) {
+    const encoder = await locateImageEncoder(`h94/IP-Adapter/${place}`);
+    t.match(encoder.path, /[^_]models.image_encoder$/);
+    t.equal(encoder.config('image_encoder').hidden_size, 48);
+  }
+  t.same(asked, [], 'it is there already');
+  await t.rejects(locateImageEncoder('h94/IP-Adapter/elsewhere'), {
+    name: 'UserError',
+    message: /h94\/IP-Adapter on the hub has no image encoder in elsewhere; give the folder of a CLIPVision/,
+  });
 
   await t.rejects(locateIPAdapter('h94/IP-Adapter/sdxl_models/none.safetensors'), {
     name: 'UserError',

@@ -190,7 +190,9 @@ function trainOn(
     hash: '',
     validationImages: [],
   };
-  const materials = { run, source, vaeSource: source, pictures, updatesPerEpoch: 1, total: 1 };
+  const ipAdapter =
+    run.train.target === 'ip_adapter' ? { imageEncoder: ipAdapterSource().imageEncoder } : undefined;
+  const materials = { run, source, vaeSource: source, ipAdapter, pictures, updatesPerEpoch: 1, total: 1 };
   const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   return estimate(materials, Array.from({ length: gpus }, device)).bytes;
 }
@@ -257,6 +259,11 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
     t.ok(frugal < 16e9, `${on}: a ControlNet with Adafactor that rounds at random, ${gib(frugal)}`);
     const adapter = train(card, 12e9, { train: { target: 't2i_adapter', gradient_checkpointing } });
     t.ok(adapter < 12e9, `${on}: a T2I-Adapter with AdamW, ${gib(adapter)}`);
+    const byPictures = train(card, 12e9, {
+      train: { target: 'ip_adapter', gradient_checkpointing },
+      ...{ ip_adapter: { image_encoder_path: 'ViT-H' }, ...rounding },
+    });
+    t.ok(byPictures < 12e9, `${on}: an IP-Adapter with Adafactor that rounds at random, ${gib(byPictures)}`);
     t.throws(() => train(card, 24e9, { train: { gradient_checkpointing } }), {
       message: /optimizer \d+\.\d\d GiB/,
     });

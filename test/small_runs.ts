@@ -8,6 +8,7 @@ import { type Device, openDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
 import { openComponent, openModel } from '../models/checkpoint.ts';
 import { locateT2IAdapter } from '../models/locate.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { withUNet } from '../models/locate_unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
@@ -17,6 +18,7 @@ import type { RunInput } from '../train/run.ts';
 import { type Locate, type Materials, openMaterials, openSession, type Session } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
 import { type Outcome, train } from '../train/trainer.ts';
+import { sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
 import { goldenFolder } from './golden.ts';
 
@@ -47,7 +49,9 @@ export const locate = {
   model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),
   vae: async (path: string) => openModel(path),
   controlnet: async (path: string) => openComponent(path),
-  adapter: async (path: string) => locateT2IAdapter(path),
+  adapter: (path: string) => locateT2IAdapter(path),
+  ipAdapter: (path: string) => locateIPAdapter(path),
+  imageEncoder: (path: string) => locateImageEncoder(path),
 };
 
 /** What `basic` has to be given for a small ControlNet. */
@@ -139,4 +143,19 @@ export async function resumes(
   );
   t.equal(digest(a), digest(b), `${name}: resumed bit for bit`);
   return whole.folder;
+}
+
+/** What `sdxl sample` makes of the model in two steps, with more flags. */
+export async function drawn(
+  t: { equal(a: unknown, b: unknown, message: string): unknown },
+  name: string,
+  ...more: string[]
+): Promise<Buffer> {
+  const output = join(folder, `${name}.png`);
+  const { status, err } = await sdxl(
+    ...['sample', '--model', model, '--prompt', 'stripes', '--steps', '2', '--seed', '1', '--quiet'],
+    ...['--width', '64', '--height', '64', '--output', output, ...more],
+  );
+  t.equal(status, 0, `${name} ${err}`);
+  return readFileSync(output);
 }

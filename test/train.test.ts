@@ -28,6 +28,7 @@ import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { packageRoot } from './golden.ts';
+import { writeEncoder } from './ip_adapter_golden.ts';
 import {
   basic,
   control,
@@ -280,6 +281,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
     t2i_adapter: { ...control, train: { target: 't2i_adapter' }, controlnet: {} },
+    ip_adapter: {
+      train: { target: 'ip_adapter', gradient_checkpointing: true },
+      ip_adapter: { image_encoder_path: writeEncoder(join(folder, 'image_encoder')) },
+    },
     'lora-regular': {
       train: { target: 'lora', gradient_checkpointing: true },
       lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1, scale_weight_norms: 0.01 },

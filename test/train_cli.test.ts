@@ -21,6 +21,7 @@ import { presets } from '../models/presets.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
 import { packageRoot } from './golden.ts';
+import { writeEncoder } from './ip_adapter_golden.ts';
 import { folder, model, refuses, runFile, sound } from './run_files.ts';
 
 test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
@@ -308,6 +309,14 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
       train: { target: 'textual_inversion' },
       textual_inversion: { ...token, weights: join(place('token'), 'final') },
     }),
+    keys('ip', {
+      train: { target: 'ip_adapter' },
+      ip_adapter: { image_encoder_path: writeEncoder(place('encoder')) },
+    }),
+    keys('ip-further', {
+      train: { target: 'ip_adapter' },
+      ip_adapter: { pretrained_ip_adapter_path: join(place('ip'), 'final') },
+    }),
     keys('net', { train: { target: 'controlnet' }, controlnet: small }),
     keys('net-further', {
       train: { target: 'controlnet' },
@@ -335,7 +344,7 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
     runs.map((each) => [each.name, each.model]),
     'are planned before it is made',
   );
-  for (const i of [5, 7, 9])
+  for (const i of [5, 7, 9, 11])
     t.equal(plans[i].trained_parameters, plans[i - 1].trained_parameters, 'by what that begins with');
   t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];

@@ -24,6 +24,7 @@ import {
   controlled,
   device,
   digest,
+  drawn,
   folder,
   locate,
   losses,
@@ -114,19 +115,10 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
   );
   weights.close();
 
-  const drawn = async (name: string, ...more: string[]) => {
-    const output = join(folder, `${name}.png`);
-    const { status, err } = await sdxl(
-      ...['sample', '--model', model, '--prompt', 'stripes', '--steps', '2', '--seed', '1', '--quiet'],
-      ...['--width', '64', '--height', '64', '--output', output, ...more],
-    );
-    t.equal(status, 0, `${name} ${err}`);
-    return readFileSync(output);
-  };
-  const free = await drawn('free');
-  t.notOk(free.equals(await drawn('under', '--controlnet', `${final}:50`, '--control-image', image)));
+  const free = await drawn(t, 'free');
+  t.notOk(free.equals(await drawn(t, 'under', '--controlnet', `${final}:50`, '--control-image', image)));
   const checkpoint = listCheckpoints(join(folder, 'control-whole')).at(-1) as string;
-  await drawn('under-checkpoint', '--controlnet', checkpoint, '--control-image', image);
+  await drawn(t, 'under-checkpoint', '--controlnet', checkpoint, '--control-image', image);
 
   const next = await run({
     ...controlRun('next'),

@@ -23,6 +23,7 @@ import {
   controlled,
   device,
   digest,
+  drawn,
   folder,
   locate,
   model,
@@ -116,19 +117,10 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
   t.same(readdirSync(pictures), ['0.png', '1.png']);
   t.notOk(readFileSync(join(pictures, '0.png')).equals(readFileSync(join(pictures, '1.png'))));
 
-  const drawn = async (name: string, ...more: string[]) => {
-    const output = join(folder, `${name}.png`);
-    const { status, err } = await sdxl(
-      ...['sample', '--model', model, '--prompt', 'stripes', '--steps', '2', '--seed', '1', '--quiet'],
-      ...['--width', '64', '--height', '64', '--output', output, ...more],
-    );
-    t.equal(status, 0, `${name} ${err}`);
-    return readFileSync(output);
-  };
-  const free = await drawn('free');
-  t.notOk(free.equals(await drawn('under', '--adapter', `${final}:50`, '--adapter-image', image)));
+  const free = await drawn(t, 'free');
+  t.notOk(free.equals(await drawn(t, 'under', '--adapter', `${final}:50`, '--adapter-image', image)));
   const checkpoint = listCheckpoints(join(folder, 'adapter-whole')).at(-1) as string;
-  await drawn('under-checkpoint', '--adapter', checkpoint, '--adapter-image', image);
+  await drawn(t, 'under-checkpoint', '--adapter', checkpoint, '--adapter-image', image);
 
   const more = { ...given(final), steps: 1, optimizer: { lr: 0 }, ema: { decay: 0 } };
   const next = await run(adapterRun('next', more));

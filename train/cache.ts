@@ -1,22 +1,25 @@
 // What the frozen models say of the data, kept on disk: the VAE's moments of each picture (mean and log-variance, so that
-// latents are drawn anew each epoch) and the text encoders' embeddings of each caption. An entry's name is the hash of all
-// it depends on, so an entry that is there is right: an edited picture or caption has another name, and only its own entry
-// is made. Entries are whole or absent; the folder can be deleted at any time.
+// latents are drawn anew each epoch), the text encoders' embeddings of each caption and, for an IP-Adapter, a vision encoder's of
+// each picture. An entry's name is the hash of all it depends on, so an entry that is there is right: an edited picture or caption
+// has another name, and only its own entry is made. Entries are whole or absent; the folder can be deleted at any time.
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { noGrad } from '../engine/grad.ts';
 import { type AnyModule, namedParameters, placeOf } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
+import { decodePicture, preprocessClip } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import type { ResizeFilter } from '../io/resize.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
+import type { VisionEncoder } from '../models/clip_vision.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
-import { samplePosterior } from '../models/latents.ts';
+import { samplePosterior, toDevice } from '../models/latents.ts';
 import type { Vae } from '../models/vae.ts';
 import type { Geometry, Reading } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
@@ -60,6 +63,9 @@ export interface PictureMoments {
   logvar: Float32Array;
 }
 
+/** What an IP-Adapter reads of a vision encoder. */
+export type Said = 'image_embeds' | 'penultimate';
+
 /** What the text encoders give for one caption: [77, c] and [p]. */
 export interface TextEmbeddings {
   context: Float32Array;
@@ -93,7 +99,7 @@ export function momentsCache(folder: string, vae: Vae, shown: Shown): Cache<View
   const encoder = modelHash(vae.module, vae.config);
   const pathOf = (view: View) => entryPath(folder, 'moments', { ...shown.nameOf(view), encoder });
   return {
-    read: (view) => readEntry(pathOf(view), 'mean', 'logvar', view.sample.id),
+    read: (view) => readEntry(pathOf(view), ['mean', 'logvar'], view.sample.id),
     async fill(views, onProgress) {
       const missing = [...new Map(views.map((view) => [pathOf(view), view]))].filter(
         ([path]) => !isWhole(path),
@@ -212,7 +218,7 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
     stack.encoders.map(({ tokenizer }) => tokenizer.encode(text, stack.chunks));
   const pathOf = (text: string) =>
     entryPath(folder, 'text', { tokens: tokensOf(text).map(({ ids }) => [...ids]), encoders });
-  const read = (text: string): TextEmbeddings => readEntry(pathOf(text), 'context', 'pooled', `"${text}"`);
+  const read = (text: string): TextEmbeddings => readEntry(pathOf(text), ['context', 'pooled'], `"${text}"`);
   return {
     tooLong: (captions) =>
       captions.filter((text) => tokensOf(text).some(({ truncated }) => truncated !== '')),
@@ -257,6 +263,56 @@ export function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmb
   );
 }
 
+/**
+ * What a vision encoder says of whole pictures, as an IP-Adapter reads it; a picture that is left away (undefined) is zeros: of an embedding
+ * itself, else pixels of zeros.
+ */
+export function imageCache(
+  folder: string,
+  encoder: VisionEncoder,
+  wanted: Said,
+): Cache<Sample | undefined, Float32Array> {
+  const hash = modelHash(encoder, encoder.config);
+  const pathOf = (sample: Sample | undefined) =>
+    entryPath(folder, 'images', { picture: sample?.hash ?? '', encoder: hash, wanted });
+  const nameOf = (sample: Sample | undefined) => sample?.id ?? 'no picture';
+  return {
+    read: (sample) => readEntry(pathOf(sample), ['said'], nameOf(sample)).said,
+    async fill(samples, onProgress) {
+      const all = [...new Map([undefined, ...samples].map((sample) => [pathOf(sample), sample]))];
+      const missing = all.filter(([path]) => !isWhole(path));
+      let done = 0;
+      for (const [path, sample] of missing) {
+        const picture =
+          sample && (await decodePicture(await readUnchanged(sample), sample.id, { onWhite: true }));
+        const said = encodePicture(encoder, picture, wanted);
+        writeEntry(path, { said }, `what the image encoder says of ${nameOf(sample)}`);
+        if (onProgress?.(++done, missing.length) === false) break;
+      }
+      return done;
+    },
+  };
+}
+
+/** A picture through the encoder, in the type of its weights. */
+export function encodePicture(
+  encoder: VisionEncoder,
+  picture: Picture | undefined,
+  wanted: Said,
+): Float32Array<ArrayBuffer> {
+  const { image_size: side, projection_dim } = encoder.config;
+  if (!picture && wanted === 'image_embeds') return new Float32Array(projection_dim);
+  const { device, dtype } = placeOf(encoder);
+  return noGrad(() =>
+    scope(() => {
+      const pixels = picture
+        ? toDevice(preprocessClip(picture, side), device, dtype)
+        : zeros([1, side, side, 3], { device, dtype });
+      return new Float32Array(encoder(pixels, wanted).floats());
+    }),
+  );
+}
+
 /** The rows of the first axis, each an array of its own. */
 function rowsOf(t: Tensor): Float32Array[] {
   const values = t.floats();
@@ -292,20 +348,19 @@ function isWhole(path: string): boolean {
   }
 }
 
-function readEntry<A extends string, B extends string>(
+function readEntry<N extends string>(
   path: string,
-  a: A,
-  b: B,
+  names: readonly N[],
   what: string,
-): Record<A | B, Float32Array> {
+): Record<N, Float32Array> {
   if (!existsSync(path))
     throw new UserError(
       `${path}, prepared from ${what}, is gone from the cache: start again, to make it anew`,
     );
   const file = openSafetensors(path);
   try {
-    const entries = [a, b].map((name) => [name, decodeFloats(file.read(name), 'float32')]);
-    return Object.fromEntries(entries) as Record<A | B, Float32Array>;
+    const entries = names.map((name) => [name, decodeFloats(file.read(name), 'float32')]);
+    return Object.fromEntries(entries) as Record<N, Float32Array>;
   } finally {
     file.close();
   }

@@ -6,6 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { type Json, type ModelSource, openComponent } from '../models/checkpoint.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { readState } from './checkpoint.ts';
+import { ipAdapterFile } from './ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
 import type { Locate } from './session.ts';
 
@@ -25,6 +26,10 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
       `${path} is a ${kind}'s, which diffusers and sdxl sample --${name} read as it is: take ${join(path, name)}, or its averages in ${join(path, 'ema', name)}`,
     );
   }
+  if (target === 'ip_adapter')
+    throw new UserError(
+      `${path} is an IP-Adapter's, which diffusers and sdxl sample --ip-adapter read as it is: take ${join(path, 'ip_adapter', ipAdapterFile)}, or its averages in ${join(path, 'ema', 'ip_adapter')}, and put the image_encoder of the finished one beside it`,
+    );
   if (target === 'textual_inversion')
     throw new UserError(
       `${path} is a textual inversion's, which A1111, ComfyUI and sdxl sample --textual-inversion read as it is: take the file in ${join(path, 'textual_inversion')}, or its averages in ${join(path, 'ema', 'textual_inversion')}`,

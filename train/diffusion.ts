@@ -1,7 +1,7 @@
 // Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (twin.ts, controlnet.ts,
-// t2i_adapter.ts, textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids
-// from the true crop, and the loss of the run's method (method.ts). A caption that is left away becomes what the model is given without
-// a prompt: zeros (the base model), or the embedding of an empty text.
+// t2i_adapter.ts, ip_adapter.ts, textual_inversion.ts): latents drawn anew each epoch from their cached moments, captions chosen each
+// epoch, time ids from the true crop, and the loss of the run's method (method.ts). A caption that is left away becomes what the model
+// is given without a prompt: zeros (the base model), or the embedding of an empty text.
 import type { Device } from '../engine/device.ts';
 import { withDrop } from '../engine/dropout.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -23,6 +23,7 @@ import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { dropoutOf } from './dropout.ts';
 import { paintingIn } from './inpainting.ts';
+import { type IPAdapterBegin, prompted, withIPAdapter } from './ip_adapter.ts';
 import { masked } from './mask.ts';
 import { type MakeMethod, type Method, plainDiffusion } from './method.ts';
 import { type Network, objectiveOf } from './objective.ts';
@@ -54,6 +55,8 @@ export interface Sources {
   vaeSource: ModelSource;
   /** A ControlNet or T2I-Adapter to go on with. */
   controlSource?: ModelSource;
+  /** What an IP-Adapter is made from. */
+  ipAdapter?: IPAdapterBegin;
   /** The checkpoint that the run goes on from, if it does. */
   checkpoint?: string;
 }
@@ -71,10 +74,11 @@ export function diffusionTask(
   run: Run,
   pictures: Pictures,
   sources: Sources,
-  { moments, beside, texts: said }: Prepared,
+  prepared: Prepared,
   device: Device,
 ): Task {
   const { source } = sources;
+  const { moments, texts: said } = prepared;
   const previews = previewsOf(run.previews, previewSize(run, pictures));
   const needed = [
     ...(said ? [] : textParts(source)),
@@ -85,7 +89,7 @@ export function diffusionTask(
   const { pipeline, components, added, networks } = partsOf(run, opened, sources, pictures);
   checkPreviews(pipeline, run.previews, previews);
   const objective = objectiveOf(run.objective, source.config('scheduler'));
-  const control = controlOf(run, pipeline, beside);
+  const control = controlOf(run, pipeline, prepared);
   const shown = previews.map((preview, i) => control.preview(preview, imageOf(pictures, i)));
   const configs = networks.texts.map(({ name }) => source.config(name));
   const texts = said ? preparedTexts(pipeline, said, configs) : textsInPass(pipeline);
@@ -241,10 +245,11 @@ function teacherFor(
   return teacherOf(unetConfig, net, new Set(run.train.target === 'unet' ? net.trained : []));
 }
 
-/** What passes have besides, such as what becomes of a run's conditioning images. */
-function controlOf(run: Run, pipeline: Pipeline, beside: Prepared['beside']): Control {
+/** What passes have besides, such as what becomes of a run's conditioning images, or of its pictures as image prompts. */
+function controlOf(run: Run, pipeline: Pipeline, { beside, images }: Prepared): Control {
   if (run.train.target === 'controlnet') return controlled(run);
   if (run.train.target === 't2i_adapter') return adapted(run, pipeline);
+  if (images) return prompted(run, pipeline, images);
   const weighed = run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
   if (!run.inpainting.mask_mode) return weighed;
   const seeing = paintingIn(run, pipeline, beside);
@@ -260,7 +265,7 @@ const imageOf = ({ validationImages: images }: Pictures, i: number) => images.at
 
 /** What the model is made of, which of it a run trains, and the pipeline with what that puts on it. */
 function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pictures) {
-  const { source, controlSource, checkpoint } = sources;
+  const { source, controlSource, ipAdapter, checkpoint } = sources;
   const { parts, text_encoders, target } = run.train;
   const { encoders } = pipeline.text;
   const names = textParts(source);
@@ -278,6 +283,10 @@ function partsOf(run: Run, pipeline: Pipeline, sources: Sources, { samples }: Pi
   if (target === 'controlnet' || target === 't2i_adapter') {
     const put = target === 'controlnet' ? withControlNet : withT2IAdapter;
     const { other, added } = put(run, pipeline, source, controlSource);
+    return { pipeline: other, networks, added, components: [added.component] };
+  }
+  if (ipAdapter) {
+    const { other, added } = withIPAdapter(run, pipeline, source, ipAdapter);
     return { pipeline: other, networks, added, components: [added.component] };
   }
   const resumed = checkpoint !== undefined;

@@ -25,6 +25,7 @@ const purposes = [
   'module_dropout',
   'mask',
   'masked_moments',
+  'image_dropout',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -1,7 +1,8 @@
 // The finished model, in OUTPUT/final: the trained components with their averaged weights where there are any, as a folder that
 // diffusers and `sdxl sample` open. What was not trained is copied from the model's folder, or read and written where there is none: a
-// preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet, a T2I-Adapter or a textual inversion stands alone. The state of
-// the checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume` knows whether there is more to do.
+// preset's random weights, or an original single file. A VAE, a LoRA, a ControlNet, a T2I-Adapter or a textual inversion stands alone, an
+// IP-Adapter with its vision encoder. The state of the checkpoint that it is of lies beside, in run.json: by it `sdxl train --resume`
+// knows whether there is more to do.
 import { copyFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { openDevice } from '../engine/device.ts';
@@ -23,14 +24,14 @@ import { component, saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 
-/** Where diffusers looks for them, and `sdxl sample` with --lora, --controlnet, --adapter and --textual-inversion. */
-const lieAtTop = ['lora', 'controlnet', 'adapter', 'textual_inversion'];
+/** Where diffusers looks for them, and `sdxl sample` with --lora, --controlnet, --adapter, --ip-adapter and --textual-inversion. */
+const lieAtTop = ['lora', 'controlnet', 'adapter', 'ip_adapter', 'textual_inversion'];
 
 export const finalOf = (output: string): string => join(output, 'final');
 
 /** Writes the finished model, which is that of `checkpoint`, and returns its folder. @throws UserError */
 export async function writeFinal(session: Session, checkpoint: string): Promise<string> {
-  const { run, task, ema, source, vaeSource } = session;
+  const { run, task, ema, source, vaeSource, ipAdapter } = session;
   await task.finish?.(ema?.weights);
   const folder = finalOf(run.output);
   replaceFolderAtomically(folder, (temporary) => {
@@ -42,6 +43,8 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
       );
     }
     copyFileSync(stateFile(checkpoint), join(temporary, 'run.json'));
+    if (ipAdapter)
+      copyFolder(ipAdapter.imageEncoder.folder('image_encoder'), join(temporary, 'image_encoder'));
     if (run.train.target !== 'unet') return;
     for (const name of [...textParts(source), 'vae']) {
       if (task.components.some((component) => component.name === name)) continue;

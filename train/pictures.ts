@@ -22,7 +22,7 @@ export interface Pictures {
   bucketOf: readonly number[];
   /** Names the samples and their contents: a resumed run must see the same ones. */
   hash: string;
-  /** What previews follow, of a ControlNet or T2I-Adapter that is trained, or what an inpainting model paints in. */
+  /** What previews follow, of a ControlNet, T2I-Adapter or IP-Adapter that is trained, or what an inpainting model paints in. */
   validationImages: readonly Picture[];
 }
 

@@ -43,7 +43,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
     typeof path === 'string' && path !== '' && !existsSync(path)
       ? earlier.find(({ output }) => resolve(path).startsWith(`${resolve(output)}/`))
       : undefined;
-  const { model, vae, lora, controlnet, t2i_adapter, textual_inversion } = run;
+  const { model, vae, lora, controlnet, t2i_adapter, ip_adapter, textual_inversion } = run;
   const net = maker(controlnet.controlnet_model_name_or_path);
   return {
     ...run,
@@ -53,6 +53,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
     lora: maker(lora.network_weights) ? { ...lora, network_weights: '' } : lora,
     controlnet: net ? net.controlnet : controlnet,
     t2i_adapter: maker(t2i_adapter.adapter_model_name_or_path)?.t2i_adapter ?? t2i_adapter,
+    ip_adapter: maker(ip_adapter.pretrained_ip_adapter_path)?.ip_adapter ?? ip_adapter,
     // A letter is one token.
     textual_inversion: maker(textual_inversion.weights)
       ? { ...textual_inversion, weights: '', initializer_token: 'a' }

@@ -4,6 +4,7 @@
 import { join } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
+import { unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { zeros } from '../engine/tensor.ts';
 import { withPosterior } from '../models/autoencoder.ts';
@@ -15,7 +16,9 @@ import { encodePrompt } from '../models/prompts.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import {
   captionsAtOnce,
+  encodePicture,
   encodeTexts,
+  imageCache,
   momentsCache,
   type PictureMoments,
   picturesAtOnce,
@@ -26,7 +29,9 @@ import {
   type View,
 } from './cache.ts';
 import { allCaptions } from './data/caption.ts';
+import type { Sample } from './data/survey.ts';
 import { shownMasked } from './inpainting.ts';
+import { type IPAdapterBegin, openImageEncoder, saidFor } from './ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
 import { type Pictures, previewSize, viewIn } from './pictures.ts';
 import { previewsOf } from './preview_prompts.ts';
@@ -39,6 +44,7 @@ interface Subject {
   pictures: Pictures;
   source: ModelSource;
   vaeSource: ModelSource;
+  ipAdapter?: IPAdapterBegin;
 }
 
 export interface Prepared {
@@ -47,6 +53,8 @@ export interface Prepared {
   beside(view: View): PictureMoments;
   /** Absent where the text encoders run in the pass: they or a token's vectors are trained, or tags are drawn anew. */
   texts?: PreparedTexts;
+  /** What the vision encoder says of a picture, where an IP-Adapter is trained; undefined is one that is left away. */
+  images?(sample: Sample | undefined): Float32Array;
 }
 
 export interface PreparedTexts {
@@ -101,8 +109,13 @@ export async function prepare(
     captions && !stop.asked
       ? await prepareTexts(subject, openTexts(subject, device), captions, report, heard('encoding captions'))
       : undefined;
+  const { ipAdapter } = subject;
+  const images =
+    ipAdapter && !stop.asked
+      ? await prepareImages(subject, ipAdapter, device, heard('encoding image prompts'))
+      : undefined;
   device.memory.trim(); // what follows needs other sizes
-  return stop.asked ? undefined : { ...encoded, texts };
+  return stop.asked ? undefined : { ...encoded, texts, images };
 }
 
 /** Hears how far something is; false has it left. */
@@ -153,6 +166,22 @@ async function prepareTexts(
   }
 }
 
+async function prepareImages(
+  { run, pictures }: Subject,
+  begin: IPAdapterBegin,
+  device: Device,
+  heard: Heard,
+): Promise<NonNullable<Prepared['images']>> {
+  const encoder = openImageEncoder(begin, device, run.dtype);
+  try {
+    const cache = imageCache(cacheFolder(run), encoder, saidFor(run, begin));
+    await cache.fill(pictures.samples, heard);
+    return cache.read;
+  } finally {
+    unload(encoder);
+  }
+}
+
 const cacheFolder = ({ dataset, output }: Run): string => dataset.cache || join(output, 'cache');
 
 /** What the previews' prompts are to the text encoders, and what they are not to show. */
@@ -172,13 +201,20 @@ export function rehearse(subject: Subject, device: Device): Prepared {
   const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
   noGrad(() => scope(() => void withPosterior(coder.vae, '').encode(zeros(shape, { device }))));
   coder.release();
+  const { ipAdapter } = subject;
+  if (ipAdapter) {
+    const encoder = openImageEncoder(ipAdapter, device, run.dtype);
+    encodePicture(encoder, undefined, 'penultimate');
+    unload(encoder);
+  }
+  const images = ipAdapter && nothing.moments;
   const captions = captionsOf(subject);
-  if (!captions) return nothing;
+  if (!captions) return { ...nothing, images };
   const encoders = openTexts(subject, device);
   encodeTexts(encoders.text, captions.slice(0, captionsAtOnce));
   const previews = previewEmbeds(subject, encoders);
   encoders.release();
-  return { ...nothing, texts: { read: nothing.moments, previews } };
+  return { ...nothing, texts: { read: nothing.moments, previews }, images };
 }
 
 const unprepared = (): never => {

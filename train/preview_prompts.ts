@@ -18,7 +18,7 @@ export interface PreviewPrompt {
 export interface PreviewSettings {
   /** The i-th has the seed `seed + i`, so that four times one prompt gives four pictures. */
   prompts: readonly (string | PreviewPrompt)[];
-  /** What a ControlNet or T2I-Adapter that is trained follows in them: one for all, or as many as prompts; one prompt may have many. */
+  /** What a ControlNet or adapter that is trained beside the UNet follows in them: one for all, or as many as prompts; one prompt may have many. */
   validation_image: readonly string[];
   negative_prompt: string;
   seed: number;

@@ -35,6 +35,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseInpainting(run, where);
   refuseConditions(run, where);
   refuseToken(run, where);
+  refuseImagePrompts(run, where);
   refuseLines(run.previews, where);
   refuseNothing(run, where);
   refuseRates(run, where);
@@ -108,7 +109,7 @@ export const ofAdapters = [
   'scale_weight_norms',
 ] as const;
 
-const { lora: usual, textual_inversion: noToken } = fill(fields, {}, 'the defaults');
+const { lora: usual, textual_inversion: noToken, ip_adapter: noIPAdapter } = fill(fields, {}, 'the defaults');
 
 /** What a kind of adapter does not have. */
 function refuseOfOtherKinds({ lora }: Run, where: string): void {
@@ -178,7 +179,7 @@ function refuseUnused(
 ): void {
   if (q8 && (target === 'unet' || target === 'vae'))
     throw new UserError(
-      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora", "controlnet", "t2i_adapter" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
+      `${where}: "train.q8" keeps a UNet in 8-bit integers that is not trained, for the targets "lora", "controlnet", "t2i_adapter", "ip_adapter" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
   if (q8 && !gradient_checkpointing)
     throw new UserError(
@@ -253,12 +254,10 @@ function refuseBlockRates(
 function refuseToken({ train: { target }, textual_inversion, dataset }: Run, where: string): void {
   const { placeholder_token: token, initializer_token, learnable_property, weights } = textual_inversion;
   if (target !== 'textual_inversion') {
-    const given = Object.entries(textual_inversion).find(
-      ([key, value]) => value !== noToken[key as keyof typeof noToken],
-    );
+    const given = givenIn(textual_inversion, noToken);
     if (!given) return;
     throw new UserError(
-      `${where}: "textual_inversion.${given[0]}" is of a token's vectors, which target "${target}" does not train; leave it out, or set "train.target" to "textual_inversion"`,
+      `${where}: "textual_inversion.${given}" is of a token's vectors, which target "${target}" does not train; leave it out, or set "train.target" to "textual_inversion"`,
     );
   }
   if (token === '')
@@ -281,6 +280,34 @@ function refuseToken({ train: { target }, textual_inversion, dataset }: Run, whe
     );
 }
 
+/** The first key of a group that is not as by default. */
+const givenIn = <G extends object>(group: G, usual: G): string | undefined =>
+  Object.entries(group).find(([key, value]) => value !== usual[key as keyof G])?.[0];
+
+/** What is amiss with an IP-Adapter, or meant for one where none is trained. */
+function refuseImagePrompts({ train: { target }, ip_adapter }: Run, where: string): void {
+  const { image_encoder_path, image_projection, pretrained_ip_adapter_path: path } = ip_adapter;
+  if (target !== 'ip_adapter') {
+    const given = givenIn(ip_adapter, noIPAdapter);
+    if (!given) return;
+    throw new UserError(
+      `${where}: "ip_adapter.${given}" is for an IP-Adapter, which target "${target}" does not train; leave it out, or set "train.target" to "ip_adapter"`,
+    );
+  }
+  if (!image_encoder_path && !path)
+    throw new UserError(
+      `${where}: "ip_adapter.image_encoder_path" is empty; name the vision encoder by which pictures are seen, such as "h94/IP-Adapter/models/image_encoder", or one to go on with in "ip_adapter.pretrained_ip_adapter_path"`,
+    );
+  const own = [
+    image_encoder_path && 'image_encoder_path',
+    image_projection !== noIPAdapter.image_projection && 'image_projection',
+  ].find((key) => key);
+  if (path && own)
+    throw new UserError(
+      `${where}: "ip_adapter.${own}" is for a new IP-Adapter, and the one of "ip_adapter.pretrained_ip_adapter_path" has its own; leave out one of them`,
+    );
+}
+
 /** Gradients that are gone at once can be neither added to nor looked at together. */
 function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, where: string): void {
   if (!train.fused_backward_pass) return;
@@ -296,7 +323,8 @@ function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, whe
 
 /** Whether each picture has an image beside it. */
 const conditioned = (run: Run): boolean =>
-  followsImages(run) ||
+  run.train.target === 'controlnet' ||
+  run.train.target === 't2i_adapter' ||
   run.inpainting.mask_mode === 'conditioning_image' ||
   (run.objective.masked_loss && !run.dataset.alpha_mask);
 

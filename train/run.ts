@@ -36,8 +36,8 @@ export interface Run {
   /** The type of weights and activations. bfloat16 weights keep float32 masters unless the optimizer rounds stochastically. */
   dtype: 'float32' | 'bfloat16';
   train: {
-    /** What is trained: the UNet's own weights, LoRA adapters on it, a ControlNet or T2I-Adapter beside it, a token's vectors, or the VAE. */
-    target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'textual_inversion' | 'vae';
+    /** What is trained: the UNet's own weights, LoRA on it, a ControlNet, T2I- or IP-Adapter beside it, a token's vectors, or the VAE. */
+    target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'ip_adapter' | 'textual_inversion' | 'vae';
     /** What it learns from: the diffusion loss of `objective`. */
     method: 'diffusion';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
@@ -100,6 +100,16 @@ export interface Run {
   t2i_adapter: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a new one. */
     adapter_model_name_or_path: string;
+  };
+  ip_adapter: {
+    /** The frozen vision encoder of a new one, a CLIPVisionModelWithProjection: a folder, or OWNER/NAME/FOLDER on the hub. */
+    image_encoder_path: string;
+    /** What makes tokens of a picture: 4 of its embedding (plain), or 16 of all the encoder's states (plus). */
+    image_projection: 'ImageProjModel' | 'Resampler';
+    /** One to go on with, and its vision encoder: what `sdxl sample --ip-adapter` takes. */
+    pretrained_ip_adapter_path: string;
+    /** Share of pictures that are left away, for zeros. */
+    zeros_image_embeddings_prob: number;
   };
   inpainting: {
     /**
@@ -243,7 +253,16 @@ export const fields: Fields<Run> = {
   vae: text(''),
   dtype: choice('float32', 'float32', 'bfloat16'),
   train: {
-    target: choice('unet', 'unet', 'lora', 'controlnet', 't2i_adapter', 'textual_inversion', 'vae'),
+    target: choice(
+      'unet',
+      'unet',
+      'lora',
+      'controlnet',
+      't2i_adapter',
+      'ip_adapter',
+      'textual_inversion',
+      'vae',
+    ),
     method: choice('diffusion', 'diffusion'),
     parts: list([], text('')),
     text_encoders: flag(false),
@@ -275,6 +294,12 @@ export const fields: Fields<Run> = {
     transformer_layers_per_block: list([], whole(0)),
   },
   t2i_adapter: { adapter_model_name_or_path: text('') },
+  ip_adapter: {
+    image_encoder_path: text(''),
+    image_projection: choice('ImageProjModel', 'ImageProjModel', 'Resampler'),
+    pretrained_ip_adapter_path: text(''),
+    zeros_image_embeddings_prob: number(0.1, { min: 0, max: 1 }),
+  },
   inpainting: {
     mask_mode: choice('', '', ...randomMasks, 'conditioning_image'),
     full_mask_rate: number(0, { min: 0, max: 1 }),
@@ -395,9 +420,9 @@ export const fields: Fields<Run> = {
 export const trainsTexts = ({ train }: Pick<Run, 'train'>): boolean =>
   train.text_encoders || train.target === 'textual_inversion';
 
-/** Whether what is trained is shown conditioning images, and so are its previews. */
+/** Whether what is trained beside the UNet is shown images, and so are its previews. */
 export const followsImages = ({ train: { target } }: Pick<Run, 'train'>): boolean =>
-  target === 'controlnet' || target === 't2i_adapter';
+  target === 'controlnet' || target === 't2i_adapter' || target === 'ip_adapter';
 
 /**
  * Describes a run, or several that are trained one after another. Gives back what it is given: its use is that an editor

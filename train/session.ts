@@ -16,6 +16,7 @@ import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { autoencoder, withPosterior } from '../models/autoencoder.ts';
 import { channelsLast, type ModelSource, openComponent, openWeights } from '../models/checkpoint.ts';
 import { parseTextConfig } from '../models/clip.ts';
+import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, loadTensors, type Position, readState, type State } from './checkpoint.ts';
@@ -26,6 +27,7 @@ import { type Ema, ema as startEma } from './ema.ts';
 import { fill } from './fields.ts';
 import { moveThrough } from './fused.ts';
 import { asInpainting } from './inpainting.ts';
+import type { IPAdapterBegin } from './ip_adapter.ts';
 import { learningRate } from './lr_schedule.ts';
 import { boundNorms } from './max_norm.ts';
 import { createOptimizer } from './optimizers/create.ts';
@@ -44,6 +46,8 @@ export interface Locate {
   vae(path: string): Promise<ModelSource>;
   controlnet(path: string): Promise<ModelSource>;
   adapter(path: string): Promise<ModelSource>;
+  ipAdapter(path: string): Promise<IPAdapterSource>;
+  imageEncoder(path: string): Promise<ModelSource>;
 }
 
 /** What a run is made of, before any weight is on a device. */
@@ -84,6 +88,7 @@ export async function openMaterials(
   const source = asInpainting(run, await openSource(run, locate, tokenizers, checkpoint));
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
+  const ipAdapter = await openIPAdapter(run, locate);
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
   if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
@@ -97,7 +102,7 @@ export async function openMaterials(
   );
   const total = run.steps || run.epochs * perEpoch;
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses what cannot be followed, before any work
-  const sources = { source, vaeSource, controlSource, checkpoint };
+  const sources = { source, vaeSource, controlSource, ipAdapter, checkpoint };
   return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
 }
 
@@ -108,6 +113,13 @@ async function openControl(run: Run, locate: Locate, checkpoint?: string): Promi
   if (!controlnet && !adapter) return undefined;
   if (checkpoint) return openComponent(join(checkpoint, controlnet ? 'controlnet' : 'adapter'));
   return controlnet ? locate.controlnet(controlnet) : locate.adapter(adapter);
+}
+
+/** What an IP-Adapter is made from. */
+async function openIPAdapter(run: Run, locate: Locate): Promise<IPAdapterBegin | undefined> {
+  const { pretrained_ip_adapter_path: path, image_encoder_path: encoder } = run.ip_adapter;
+  if (path) return locate.ipAdapter(path);
+  return encoder ? { imageEncoder: await locate.imageEncoder(encoder) } : undefined;
 }
 
 /** Of each part of a preset, a key that none can do without: files that no compiler saw may lack it. */

@@ -109,7 +109,7 @@ export interface Task {
 
 export function component(
   name: string,
-  config: Json,
+  config: Json | undefined,
   module: AnyModule,
   { isTrained = () => true, lr }: { isTrained?(key: string): boolean; lr?: Component['lr'] } = {},
 ): Component {

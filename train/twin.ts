@@ -1,6 +1,7 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
-// ControlNet (controlnet.ts) or T2I-Adapter (t2i_adapter.ts) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
+// ControlNet (controlnet.ts), T2I-Adapter or IP-Adapter (t2i_adapter.ts, ip_adapter.ts) is put beside the UNet, and a token
+// (textual_inversion.ts) into the text encoders.
 import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
@@ -40,7 +41,8 @@ export interface Added {
 interface Beside<M extends AnyModule> {
   /** Its component's. */
   name: string;
-  config: Json;
+  config?: Json;
+  file?: string;
   net: M;
   /** Another, without weights. */
   made(): M;
@@ -50,7 +52,7 @@ interface Beside<M extends AnyModule> {
 /** The pipeline with a network that a run trains beside the UNet. */
 export const besideUNet = <M extends AnyModule>(
   pipeline: Pipeline,
-  { name, config, net, made, put }: Beside<M>,
+  { name, config, file, net, made, put }: Beside<M>,
 ): { other: Pipeline; added: Added } => ({
   other: {
     ...pipeline,
@@ -61,7 +63,7 @@ export const besideUNet = <M extends AnyModule>(
     },
   },
   added: {
-    component: component(name, config, net),
+    component: { ...component(name, config, net), file },
     putOn(other) {
       const own = made();
       return { other: { ...other, ...put(own) }, parameters: namedParameters(own) };
@@ -274,7 +276,7 @@ export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
   for (const net of netsBeside(twin)) if (!own.includes(net)) unload(net);
 }
 
-const netsBeside = ({ controlnet, adapter }: Pipeline): AnyModule[] => [
+const netsBeside = ({ controlnet, adapter, ipAdapter }: Pipeline): AnyModule[] => [
   ...controlnet,
-  ...adapter.map(({ module }) => module),
+  ...[...adapter, ...ipAdapter].map(({ module }) => module),
 ];
