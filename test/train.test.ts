@@ -316,6 +316,8 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
         learnable_property: 'style',
       },
     },
+    lcm: { dtype: 'bfloat16', train: { target: 'lora', method: 'lcm' }, lora: { rank: 2 } },
+    'lcm-unet': { train: { method: 'lcm', parts: ['attn2'] }, ema: { decay: 0 } },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

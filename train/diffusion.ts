@@ -24,6 +24,7 @@ import { timeIdsOf } from './data/picture.ts';
 import { dropoutOf } from './dropout.ts';
 import { paintingIn } from './inpainting.ts';
 import { type IPAdapterBegin, prompted, withIPAdapter } from './ip_adapter.ts';
+import { latentConsistency } from './lcm.ts';
 import { masked } from './mask.ts';
 import { type MakeMethod, type Method, plainDiffusion } from './method.ts';
 import { type Network, objectiveOf } from './objective.ts';
@@ -62,7 +63,10 @@ export interface Sources {
 }
 
 /** By `train.method`. */
-const methods: Record<Run['train']['method'], MakeMethod> = { diffusion: plainDiffusion };
+const methods: Record<Run['train']['method'], MakeMethod> = {
+  diffusion: plainDiffusion,
+  lcm: latentConsistency,
+};
 
 /** What a pass runs through. */
 interface Side {

@@ -26,6 +26,7 @@ const purposes = [
   'mask',
   'masked_moments',
   'image_dropout',
+  'guidance',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -54,6 +54,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   v_parameterization: 'objective.prediction_type',
   loss_type: 'objective.loss',
   huber_c: 'objective.huber_delta',
+  pretrained_teacher_model: 'model',
   min_snr_gamma: 'objective.snr_gamma',
   debiased_estimation_loss: 'objective.debiased',
   ip_noise_gamma: 'objective.input_perturbation',

@@ -101,7 +101,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
     `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofInpainting(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
     ...(plan.prediction_type
-      ? [`objective   ${[plan.prediction_type, run.objective.loss, ...ofObjective(run)].join(', ')}`]
+      ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...ofObjective(run)].join(', ')}`]
       : []),
     `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${blockRatesInWords(run)}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
@@ -114,6 +114,13 @@ const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>
   class_images
     ? `, ${class_images} of the class from ${dataset.class_data_dir} (loss times ${objective.prior_loss_weight})`
     : '';
+
+/** The loss, and what it is of where it is not the plain one. */
+function ofMethod({ train, objective, lcm }: Run): string[] {
+  if (train.method === 'diffusion') return [objective.loss];
+  const { w_min, w_max, num_ddim_timesteps, loss_type } = lcm;
+  return [train.method, loss_type, `w ${w_min} to ${w_max}`, `${num_ddim_timesteps} DDIM timesteps`];
+}
 
 /** What of the objective is not as by default, but for what other lines tell. */
 function ofObjective({ objective }: Run): string[] {

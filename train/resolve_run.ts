@@ -3,6 +3,7 @@
 import { UserError } from '../io/errors.ts';
 import { mostChunks } from '../models/conditioning.ts';
 import { fill, override } from './fields.ts';
+import { refuseOfMethods } from './method_rules.ts';
 import { refuseLines } from './preview_prompts.ts';
 import { fields, followsImages, type Run } from './run.ts';
 
@@ -31,6 +32,7 @@ export function resolveRun(
 function refuseUnfit(run: Run, where: string): void {
   refuseUNet(run, where);
   refuseUnused(run, where);
+  refuseOfMethods(run, where);
   refuseOfOtherKinds(run, where);
   refuseInpainting(run, where);
   refuseConditions(run, where);

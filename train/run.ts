@@ -38,8 +38,8 @@ export interface Run {
   train: {
     /** What is trained: the UNet's own weights, LoRA on it, a ControlNet, T2I- or IP-Adapter beside it, a token's vectors, or the VAE. */
     target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'ip_adapter' | 'textual_inversion' | 'vae';
-    /** What it learns from: the diffusion loss of `objective`. */
-    method: 'diffusion';
+    /** What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, the model itself, to draw in a few steps (`lcm`). */
+    method: 'diffusion' | 'lcm';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -90,6 +90,19 @@ export interface Run {
     text_encoder_targets: readonly string[];
     /** A LoRA to go on with, of these ranks: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
     network_weights: string;
+  };
+  /** Latent consistency distillation (Luo et al. 2023), in the words of diffusers' scripts. */
+  lcm: {
+    /** The guidance that is distilled, drawn for each picture from here to there; one less than `guidance_scale` counts it. */
+    w_min: number;
+    w_max: number;
+    /** The timesteps that the student learns to draw from; the steps of `lcm` samplers are some of them. */
+    num_ddim_timesteps: number;
+    /** The square of the distance, or sqrt(r^2 + huber_c^2) - huber_c. */
+    loss_type: 'l2' | 'huber';
+    huber_c: number;
+    /** How soon above timestep 0 the prediction counts, and not the noised picture itself. */
+    timestep_scaling_factor: number;
   };
   controlnet: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */
@@ -263,7 +276,7 @@ export const fields: Fields<Run> = {
       'textual_inversion',
       'vae',
     ),
-    method: choice('diffusion', 'diffusion'),
+    method: choice('diffusion', 'diffusion', 'lcm'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -288,6 +301,14 @@ export const fields: Fields<Run> = {
     targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
     network_weights: text(''),
+  },
+  lcm: {
+    w_min: number(3, { min: 0 }),
+    w_max: number(15, { min: 0 }),
+    num_ddim_timesteps: whole(50, { min: 1 }),
+    loss_type: choice('l2', 'l2', 'huber'),
+    huber_c: number(0.001, { min: 1e-6 }),
+    timestep_scaling_factor: number(10, { min: 1 }),
   },
   controlnet: {
     controlnet_model_name_or_path: text(''),

@@ -1,0 +1,362 @@
+// Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
+// pseudo-Huber loss against float64, runs that resume bit for bit and share passes among devices, what they make, and mistakes.
+import { join } from 'node:path';
+import { test } from 'tap';
+import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
+import { backward, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
+import { type Parameter, parameter } from '../engine/module.ts';
+import type { Tensors } from '../engine/op.ts';
+import { mul } from '../engine/ops/binary.ts';
+import { linear } from '../engine/ops/linear.ts';
+import { scope } from '../engine/scope.ts';
+import { type Tensor, tensor } from '../engine/tensor.ts';
+import { readPicture } from '../io/image.ts';
+import { openModel } from '../models/checkpoint.ts';
+import { listCheckpoints } from '../train/checkpoint.ts';
+import { consistency, consistencyLoss, distilled, pseudoHuber, solverSteps } from '../train/lcm.ts';
+import type { Asked } from '../train/method.ts';
+import { objectiveOf } from '../train/objective.ts';
+import { openPasses, place } from '../train/pass.ts';
+import { describe, planOf } from '../train/plan.ts';
+import { resolveRun } from '../train/resolve_run.ts';
+import type { Run, RunInput } from '../train/run.ts';
+import { openMaterials, type Session } from '../train/session.ts';
+import { sdxl } from './command_line.ts';
+import { numbers } from './controlnet_golden.ts';
+import { allClose, goldenLines, permuted } from './golden.ts';
+import {
+  basic,
+  device,
+  digest,
+  folder,
+  locate,
+  losses,
+  model,
+  pictures,
+  resumes,
+  run,
+  sessionOf,
+  silent,
+} from './small_runs.ts';
+import { failingGpu } from './virtual-gpu/failing.ts';
+import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+
+interface Tables {
+  ddim_timesteps: number[];
+  ddim_alpha_cumprods_prev: number[];
+}
+interface Case {
+  name: string;
+  prediction_type: 'epsilon' | 'v_prediction';
+  loss_type: Run['lcm']['loss_type'];
+  huber_c: number;
+  scaling: number;
+  index: number[];
+  w: number[];
+  loss: number;
+  noise: number;
+  gradients: [key: string, norm: number, sum: number][];
+}
+const golden = goldenLines<Tables | Case>('lcm');
+const tables = golden.filter((each): each is Tables => 'ddim_timesteps' in each);
+const cases = golden.filter((each): each is Case => 'name' in each);
+
+const defaults = resolveRun({}, 'test', 'test');
+const scheduler = openModel(model).config('scheduler');
+const epsilon = objectiveOf(defaults.objective, scheduler);
+
+test("the solver's steps are those of diffusers' DDIMSolver", (t) => {
+  for (const { ddim_timesteps, ddim_alpha_cumprods_prev } of tables) {
+    const steps = solverSteps(epsilon.alphasCumprod, ddim_timesteps.length);
+    t.same(
+      steps.map(({ from }) => from),
+      ddim_timesteps,
+    );
+    const abars = steps.map(({ abar }) => abar);
+    allClose(t, `${steps.length} steps`, abars, ddim_alpha_cumprods_prev, { atol: 0, rtol: 1e-7 });
+    const ends = ddim_timesteps.map((at) => Math.max(0, at - ddim_timesteps[0] - 1));
+    t.same(
+      steps.map(({ to }) => to),
+      ends,
+    );
+  }
+  t.same(
+    consistency(epsilon, 0, 10),
+    [1, 0].map((x) => x + 0),
+    'at timestep 0 there is nothing to do',
+  );
+  t.end();
+});
+
+/** What a run of a case has beside what `basic` has. */
+const runOf = (
+  { name, prediction_type, loss_type, huber_c, scaling }: Case,
+  checkpointing: boolean,
+): RunInput => {
+  const adapters = name !== 'unet';
+  return {
+    train: {
+      target: adapters ? 'lora' : 'unet',
+      method: 'lcm',
+      parts: adapters ? [] : ['attn2.to_k'],
+      gradient_checkpointing: checkpointing,
+    },
+    ...(adapters && { lora: { rank: 2, alpha: 2, targets: ['to_k', 'to_out.0'] } }),
+    objective: { prediction_type },
+    lcm: { loss_type, huber_c, timestep_scaling_factor: scaling },
+  };
+};
+
+/** The trained weights of a case, and its target's, as the script has them. */
+function setWeights({ parameters, ema }: Session): void {
+  for (const [name, { tensor: own, shape }] of parameters) {
+    const key = name.replace(/^(lora\.)?unet\./, '');
+    if (name.startsWith('lora.')) own.set(numbers(key, shape).map((x) => x / 16));
+    else {
+      const begun = own.floats();
+      const moved = (of: string) => numbers(`${of}.${key}`, shape).map((x, i) => begun[i] + x / 32);
+      own.set(moved('student'));
+      ema?.weights.get(name)?.set(moved('target'));
+    }
+  }
+}
+
+/** The script's pass. */
+function passOf({ index, w }: Case, { run, source }: Session) {
+  const objective = objectiveOf(run.objective, source.config('scheduler'));
+  const steps = solverSteps(objective.alphasCumprod, 50);
+  const [n, c, side] = [2, 4, 8];
+  const batch = {
+    ids: [1, 2],
+    epoch: 0,
+    latents: new Float32Array(n * side * side * c),
+    height: side,
+    width: side,
+  };
+  const drawn = index.map((at, i) => ({ step: steps[at], w: w[i] }));
+  const { sample, ...inputs } = distilled(objective, batch, drawn, run);
+  const input = (values: Float32Array, ...shape: number[]) => ({ shape, values, dtype: 'float32' as const });
+  const nchw = [n, c, side, side];
+  return {
+    ...inputs,
+    sample: { ...sample, values: permuted(numbers('sample', nchw), nchw, [0, 2, 3, 1]) },
+    context: input(numbers('context', [n, 77, 80]), n, 77, 80),
+    pooled: input(numbers('pooled', [n, 40]), n, 40),
+    unconditional_context: input(new Float32Array(n * 77 * 80), n, 77, 80),
+    unconditional_pooled: input(new Float32Array(n * 40), n, 40),
+    timeIds: input(Float32Array.of(64, 96, 0, 0, 64, 64, 80, 100, 8, 2, 64, 64), n, 6),
+  };
+}
+
+const opened = (input: RunInput) => openMaterials(resolveRun(input, 'test', 'test'), locate, silent);
+
+for (const [i, one] of cases.entries())
+  test(`${one.name}: the loss and its gradients are the script's`, async (t) => {
+    const before = device.memory.storages;
+    const session = await sessionOf(await opened({ ...basic(one.name), ...runOf(one, i === 0) }));
+    setWeights(session);
+    const inputs = passOf(one, session);
+    scope(() => {
+      const loss = session.task.loss(place(inputs, device));
+      const [got] = loss.floats();
+      t.ok(Math.abs(got / one.loss - 1) < 1e-5, `the loss ${got}, the script's ${one.loss}`);
+      backward(loss);
+    });
+    let worst = { key: '', error: 0 };
+    for (const [key, norm, sum] of one.gradients) {
+      const name = key.includes('lora_') ? `lora.unet.${key}` : `unet.${key}`;
+      const { tensor: own } = session.parameters.get(name) as Parameter;
+      const values = scope(() => gradOf(own)?.floats() ?? new Float32Array());
+      const factors = numbers(key, [values.length]);
+      const ownNorm = Math.sqrt(values.reduce((total, x) => total + x * x, 0));
+      const ownSum = values.reduce((total, x, k) => total + x * factors[k], 0);
+      // Errors of elements that are independent add up in the sum as its factors' root mean square, which is 1.15.
+      const error = Math.max(Math.abs(ownNorm - norm), Math.abs(ownSum - sum) / 1.15) / norm;
+      if (error > worst.error) worst = { key, error };
+    }
+    t.ok(worst.error < 20 * one.noise, `${worst.key} is ${worst.error} off, float32 ${one.noise}`);
+    t.equal(session.parameters.size, one.gradients.length, 'nothing else is trained');
+    session.release();
+    t.equal(device.memory.storages, before, 'live tensors');
+  });
+
+test('the pseudo-Huber loss and its gradient', (t) => {
+  const [shape, c] = [[2, 3, 5, 4], 0.01];
+  const values = numbers('r', shape).map((x, i) => (i % 7 ? x : 0) * 10 ** -(i % 5));
+  for (const weights of [undefined, [0.5, 2]]) {
+    const weight = (i: number) => (weights?.[Math.floor(i / 60)] ?? 1) / 120;
+    const want = values.reduce((total, r, i) => total + weight(i) * (Math.hypot(r, c) - c), 0);
+    const slopes = values.map((r, i) => (weight(i) * r) / Math.hypot(r, c));
+    scope(() => {
+      const r = requireGrad(tensor(values, shape, { device }));
+      const loss = pseudoHuber(r, c, weights && tensor(weights, [2], { device }));
+      t.same(loss.shape, [1]);
+      allClose(t, 'loss', loss.floats(), [want], { atol: 0, rtol: 1e-6 });
+      backward(loss);
+      allClose(t, 'gradient', gradOf(r)?.floats() ?? [], slopes, { atol: 1e-9, rtol: 2e-6 });
+    });
+  }
+  t.end();
+});
+
+/** Losses and gradients of three passes through networks that are a product. */
+function passesOn(device: Device): number[] {
+  const weight = parameter([4, 4]);
+  weight.tensor = requireGrad(tensor(numbers('weight', [4, 4]), [4, 4], { device }));
+  const student = (x: Tensor) => linear(x, weight.tensor);
+  const asked: Omit<Asked, 'conditioning' | 'unconditional'> = {
+    student,
+    target: (x) => noGrad(() => student(x)),
+    teacher: (x, _, { context }) => mul(x, context),
+  };
+  const told = (context: Tensor) => ({ context, textEmbeds: context, timeIds: context });
+  const loss = (inputs: Tensors) => {
+    const conditioning = told(inputs.context);
+    const unconditional = told(inputs.unconditional);
+    return consistencyLoss(
+      { ...asked, conditioning, unconditional },
+      inputs,
+      { loss_type: 'huber', huber_c: 0.01 },
+      'float32',
+    );
+  };
+  const passes = openPasses({ loss }, new Map([['weight', weight]]), device);
+  const got = [1, 2, 3].flatMap((k) => {
+    const input = (name: string, ...shape: number[]) => {
+      return { shape, values: numbers(`${name} ${k}`, shape), dtype: 'float32' as const };
+    };
+    const pictures = { sample: [2, 3, 5, 4], context: [2, 3, 5, 4], unconditional: [2, 3, 5, 4] };
+    const rows = { factors: [2, 7], weights: [2], timesteps: [2], ends: [2] };
+    const inputs = Object.entries({ ...pictures, ...rows }).map(([name, shape]) => [
+      name,
+      input(name, ...shape),
+    ]);
+    const made = passes.queue(Object.fromEntries(inputs), 1);
+    const [value] = made.floats();
+    made.release();
+    return [value, ...scope(() => gradOf(weight.tensor)?.floats() ?? [])];
+  });
+  passes.release();
+  weight.unload();
+  return got;
+}
+
+test('a pass is recorded on a GPU, and tells what it tells on a CPU', (t) => {
+  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26, races: false }));
+  const gpu = cudaDevice(failing.api);
+  const [recorded, eager] = [gpu, openDevice('reference')].map(passesOn);
+  t.ok(failing.made('cuGraphLaunch') > 0, 'it was replayed');
+  allClose(t, 'losses and gradients', recorded, eager, { atol: 1e-5, rtol: 1e-5 });
+  t.equal(gpu.memory.storages, 0);
+  t.end();
+});
+
+test('runs resume bit for bit, fused or not, and a LoRA draws in few steps without guidance', async (t) => {
+  const before = device.memory.storages;
+  const few = { prompts: ['stripes'], num_inference_steps: 2, guidance_scale: 1, scheduler: 'lcm' };
+  const final = await resumes(t, 'lcm', {
+    train: { target: 'lora', method: 'lcm', gradient_checkpointing: true },
+    lora: { rank: 2, network_dropout: 0.2 },
+    lcm: { loss_type: 'huber' },
+    previews: few,
+    validation: { samples: 2 },
+  });
+  const told = losses(join(folder, 'lcm-whole')).flatMap(([, ...each]) =>
+    each.filter((x) => x !== undefined),
+  );
+  t.ok(told.length === 5 && told.every((loss) => loss > 0), `losses, of validation too: ${told}`);
+  const all: RunInput = {
+    train: { method: 'lcm', parts: ['attn2'] },
+    dataset: { ...basic('').dataset, path: pictures, shuffle_caption: true },
+  };
+  await resumes(t, 'lcm-unet', all);
+  const once = (name: string, fused_backward_pass: boolean): RunInput => ({
+    ...basic(name),
+    ...all,
+    ...{ steps: 2, gradient_accumulation_steps: 1, train: { ...all.train, fused_backward_pass } },
+  });
+  for (const fused of [false, true]) await run(once(`lcm-fused-${fused}`, fused));
+  const [kept, fused] = [false, true].map(
+    (how) => listCheckpoints(join(folder, `lcm-fused-${how}`)).at(-1) as string,
+  );
+  t.equal(digest(fused), digest(kept), 'fused');
+  t.equal(device.memory.storages, before, 'live tensors');
+
+  const output = join(folder, 'lcm.png');
+  const { status, err } = await sdxl(
+    ...[
+      'sample',
+      '--model',
+      model,
+      '--lora',
+      final,
+      '--prompt',
+      'stripes',
+      '--scheduler',
+      'lcm',
+      '--steps',
+      '4',
+    ],
+    ...[
+      '--guidance-scale',
+      '1',
+      '--width',
+      '64',
+      '--height',
+      '64',
+      '--seed',
+      '1',
+      '--output',
+      output,
+      '--quiet',
+    ],
+  );
+  t.equal(status, 0, err);
+  t.equal((await readPicture(output)).width, 64);
+});
+
+test('what a run is told, and mistakes', async (t) => {
+  const lora = { target: 'lora', method: 'lcm' } as const;
+  const plan = planOf(await opened({ ...basic('plan'), train: lora, lcm: { w_max: 8 } }));
+  t.match(describe(plan).join('\n'), /objective {3}epsilon, lcm, l2, w 3 to 8, 50 DDIM timesteps/);
+  const mistakes: [RunInput, RegExp][] = [
+    [
+      { lcm: { w_max: 8 } },
+      /"lcm\.w_max" is of latent .*"train\.method" is "diffusion"; leave it out, or set "train\.method" to "lcm"/,
+    ],
+    [
+      { train: { target: 'vae', method: 'lcm' } },
+      /"train\.method" "lcm" is for the targets "unet" and "lora", and "train\.target" is "vae"/,
+    ],
+    [{ train: { target: 'controlnet', method: 'lcm' } }, /"train\.target" is "controlnet"; leave it out/],
+    [
+      {
+        train: { target: 'textual_inversion', method: 'lcm' },
+        textual_inversion: { placeholder_token: '<x>', initializer_token: 'x' },
+      },
+      /"train\.target" is "textual_inversion"; leave it out/,
+    ],
+    [{ train: { ...lora, text_encoders: true } }, /"train\.text_encoders" is of the method "diffusion"/],
+    [{ train: lora, objective: { snr_gamma: 5 } }, /"objective\.snr_gamma" is of the method "diffusion"/],
+    [
+      { train: lora, objective: { masked_loss: true } },
+      /"objective\.masked_loss" is of the method "diffusion"/,
+    ],
+    [{ train: lora, lcm: { w_min: 20 } }, /"lcm\.w_min" is 20 and "lcm\.w_max" 15; write the smaller first/],
+    [{ train: lora, lcm: { huber_c: 0 } }, /"lcm\.huber_c" is 0; it takes a number from 0\.000001/],
+  ];
+  for (const [input, sentence] of mistakes)
+    t.throws(() => resolveRun(input, 'test', 'test'), { message: sentence, name: 'UserError' });
+  const late: [RunInput, RegExp][] = [
+    [
+      { lcm: { num_ddim_timesteps: 2000 } },
+      /lcm\.num_ddim_timesteps is 2000, and the model's schedule has 1000 timesteps/,
+    ],
+    [{ objective: { zero_terminal_snr: true } }, /needs objective\.prediction_type "v_prediction"/],
+  ];
+  for (const [more, sentence] of late)
+    await t.rejects(opened({ ...basic('late'), train: lora, ...more }).then(planOf), {
+      message: sentence,
+      name: 'UserError',
+    });
+});
