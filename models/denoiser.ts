@@ -65,6 +65,8 @@ export interface DenoiserPlan {
   /** The rows of time ids. */
   ids: number[][];
   guided: boolean;
+  /** The guidance w that the UNet is told, where it is. */
+  told?: number;
   pag?: PAG;
   controls: readonly Control[];
   followed: readonly Followed[];
@@ -98,7 +100,7 @@ function placeInputs(
   plan: DenoiserPlan,
   parts: number,
 ) {
-  const { timesteps, shape, ids, guided, pag, controls, imagePrompts, beside } = plan;
+  const { timesteps, shape, ids, guided, told, pag, controls, imagePrompts, beside } = plan;
   const [images] = shape;
   const rows = parts * images;
   const copies = request.num_images_per_prompt ?? 1;
@@ -122,9 +124,11 @@ function placeInputs(
   });
   const features = featuresOf(plan.followed, rows, device, dtype);
   const seen = beside && forParts(toDevice(beside, device, dtype), parts);
-  const more = [...pictures, ...(features ?? []), ...(seen ? [seen] : []), ...tensorsOf(tokens)];
+  const guidance = told === undefined ? undefined : tensor(each(told), [rows], { device });
+  const others = [seen, guidance].filter((t) => t !== undefined);
+  const more = [...pictures, ...(features ?? []), ...others, ...tensorsOf(tokens)];
   const kept = [...Object.values(inputs), ...more].map(keep);
-  return { ...inputs, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
+  return { ...inputs, guidance, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
 }
 
 /** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
@@ -140,10 +144,10 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, latents, times, step, pagScales, pictures, features, seen, tokens } =
-    made;
+  const { context, pooled, timeIds, guidance, latents, times, step, pagScales } = made;
+  const { pictures, features, seen, tokens } = made;
   const perturbed = pag && { layers: pag.layers, rows: images };
-  const conditioning = { context, textEmbeds: pooled, timeIds, images: tokens, perturbed, cache };
+  const conditioning = { context, textEmbeds: pooled, timeIds, guidance, images: tokens, perturbed, cache };
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.

@@ -208,7 +208,9 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const pag = pagOf(request, pipeline.unet);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
-  const guided = request.guidance_scale > 1;
+  // A model that is told its guidance needs no pass without the prompt.
+  const told = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
+  const guided = request.guidance_scale > 1 && told === undefined;
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;
@@ -222,7 +224,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, pag, caching, beside },
+      ...{ timesteps, shape, ids, guided, told, pag, caching, beside },
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),

@@ -21,6 +21,8 @@ export interface Conditioning {
   textEmbeds: Tensor;
   /** float32 [n, 6]: original height, width, crop top, left, target height, width; refiner [n, 5]: aesthetic score last. */
   timeIds: Tensor;
+  /** float32 [n]: w, which is guidance_scale - 1, for UNets that have `time_cond_proj_dim`; others do not hear it. */
+  guidance?: Tensor;
   /** What is attended to beside the prompt. */
   images?: readonly ImageTokens[];
   /** Self-attentions that are the identity for the last `rows` of the pass; a ControlNet's are not among them. */

@@ -35,6 +35,11 @@ export interface UNetConfig extends EncoderConfig {
 /** Reads unet/config.json. @throws UserError naming a field that is absent, or asks for another architecture */
 export function parseUNetConfig(json: Record<string, unknown>): UNetConfig {
   trainedSides(json);
+  const { time_cond_proj_dim: told = null } = json;
+  if (told !== null && !(isCount(told) && (told as number) % 2 === 0 && (told as number) > 2))
+    throw new UserError(
+      `unet/config.json: "time_cond_proj_dim" is ${JSON.stringify(told)}, not an even number above 2; is this an SDXL UNet?`,
+    );
   return parseConfig(json, {
     file: 'unet/config.json',
     what: 'an SDXL UNet',

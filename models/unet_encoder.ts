@@ -6,7 +6,7 @@ import { module } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
 import { concat, timestepEmbedding } from '../engine/ops/move.ts';
 import { broadcast } from '../engine/ops/reduce.ts';
-import { cast, silu } from '../engine/ops/unary.ts';
+import { cast, scale, silu } from '../engine/ops/unary.ts';
 import { Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
@@ -31,6 +31,8 @@ export interface EncoderConfig {
   projection_class_embeddings_input_dim: number;
   norm_num_groups: number;
   norm_eps: number;
+  /** Of UNets that are told the guidance they stand for (latent consistency models): the width of its embedding. */
+  time_cond_proj_dim?: number | null;
 }
 
 /** What config.json may say in one way only, because SDXL's models all say so; what else changes a weight's shape shows there. */
@@ -144,11 +146,18 @@ export const normOf = (config: EncoderConfig): NormConfig => ({
 /** The width of the time embedding. */
 export const timeWidth = ({ block_out_channels: [width] }: EncoderConfig): number => 4 * width;
 
-/** Two linears with SiLU between, for the timestep and for the added conditions. */
-export const embeddingMlp = (inputs: number, width: number) =>
+/** Two linears with SiLU between, for the timestep and for the added conditions. Of the timestep a third may add what it is told to x. */
+export const embeddingMlp = (inputs: number, width: number, told?: number | null) =>
   module(
-    { linear_1: linear(inputs, width), linear_2: linear(width, width) },
-    (m, x: Tensor, residual?: Tensor) => m.linear_2(m.linear_1(x, { activation: 'silu' }), { residual }),
+    {
+      linear_1: linear(inputs, width),
+      linear_2: linear(width, width),
+      cond_proj: told ? linear(told, inputs, { bias: false }) : undefined,
+    },
+    (m, x: Tensor, residual?: Tensor, cond?: Tensor) => {
+      const h = cond && m.cond_proj ? m.cond_proj(cond, { residual: x }) : x;
+      return m.linear_2(m.linear_1(h, { activation: 'silu' }), { residual });
+    },
   );
 
 /**
@@ -204,7 +213,7 @@ export function encoder(config: EncoderConfig, wrap?: Wrap) {
   };
   return {
     conv_in: conv2d(config.in_channels, width, 3, { padding: 1 }),
-    time_embedding: embeddingMlp(width, ctemb),
+    time_embedding: embeddingMlp(width, ctemb, config.time_cond_proj_dim),
     add_embedding: embeddingMlp(config.projection_class_embeddings_input_dim, ctemb),
     down_blocks: levels.map((level, i) =>
       downBlock(
@@ -263,7 +272,8 @@ export function encode(
     m.add_embedding(addedConditions(conditioning, config.addition_time_embed_dim), more?.()),
   ]);
   const [width] = config.block_out_channels;
-  const time = embedTime(m.time_embedding, times, added, { width, dtype: sample.dtype, cache });
+  const guidance = guidanceEmbedding(conditioning, config, sample.dtype);
+  const time = embedTime(m.time_embedding, times, added, { width, dtype: sample.dtype, guidance, cache });
   const first = m.conv_in(sample, { residual: hint });
   let h = fuse?.(first) ?? first;
   const features = [h];
@@ -284,18 +294,34 @@ function embedTime(
   embedding: ReturnType<typeof embeddingMlp>,
   times: Tensor | Schedule,
   added: Tensor,
-  { width, dtype, cache }: { width: number; dtype: DType; cache?: ContextCache },
+  {
+    width,
+    dtype,
+    guidance,
+    cache,
+  }: { width: number; dtype: DType; guidance: Tensor | undefined; cache?: ContextCache },
 ): Time {
-  const embed = (t: Tensor, residual: Tensor): Tensor =>
-    silu(embedding(cast(timestepEmbedding(t, width), dtype), residual));
-  if (times instanceof Tensor) return { temb: embed(times, added) };
+  const embed = (t: Tensor, residual: Tensor, cond?: Tensor): Tensor =>
+    silu(embedding(cast(timestepEmbedding(t, width), dtype), residual, cond));
+  if (times instanceof Tensor) return { temb: embed(times, added, guidance) };
   const { times: all, step } = times;
   const [steps, n] = all.shape;
+  const each = (x: Tensor) => broadcast(x, 0, steps).reshape(steps * n, -1);
   const [temb] = once(cache, embedding, () => [
-    embed(all.reshape(steps * n), broadcast(added, 0, steps).reshape(steps * n, -1)),
+    embed(all.reshape(steps * n), each(added), guidance && each(guidance)),
   ]);
   return { temb, step, cache };
 }
+
+/** Sinusoids of 1000 w, sines first, as of diffusers' get_guidance_scale_embedding; none where nothing is told, or nobody hears it. */
+const guidanceEmbedding = (
+  { guidance }: Conditioning,
+  { time_cond_proj_dim: dim }: EncoderConfig,
+  dtype: DType,
+): Tensor | undefined =>
+  guidance && dim
+    ? cast(timestepEmbedding(scale(guidance, 1000), dim, { flipSinToCos: false, shift: 1 }), dtype)
+    : undefined;
 
 /** [n, projection_dim + ids * dim]: the pooled prompt, then each id's sinusoids. */
 function addedConditions({ textEmbeds, timeIds }: Conditioning, dim: number): Tensor {

@@ -1,5 +1,6 @@
 // Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
 // pseudo-Huber loss against float64, runs that resume bit for bit and share passes among devices, what they make, and mistakes.
+import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
@@ -10,8 +11,13 @@ import { mul } from '../engine/ops/binary.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
+import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { readPicture } from '../io/image.ts';
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/torch_random.ts';
+import { parseUNetConfig } from '../models/unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { consistency, consistencyLoss, distilled, pseudoHuber, solverSteps } from '../train/lcm.ts';
 import type { Asked } from '../train/method.ts';
@@ -55,11 +61,21 @@ interface Case {
   w: number[];
   loss: number;
   noise: number;
+  /** Of the UNet's weights, those that train; adapters where absent. */
+  part?: string;
   gradients: [key: string, norm: number, sum: number][];
 }
-const golden = goldenLines<Tables | Case>('lcm');
+interface Called {
+  call: { seed: number; scheduler: string; num_inference_steps: number; guidance_scale: number };
+  atol: number;
+  /** Every fifth number of the latents, float32 in base64. */
+  values: string;
+}
+const golden = goldenLines<Tables | Case | Called>('lcm');
 const tables = golden.filter((each): each is Tables => 'ddim_timesteps' in each);
 const cases = golden.filter((each): each is Case => 'name' in each);
+
+const calls = golden.filter((each): each is Called => 'call' in each);
 
 const defaults = resolveRun({}, 'test', 'test');
 const scheduler = openModel(model).config('scheduler');
@@ -88,24 +104,48 @@ test("the solver's steps are those of diffusers' DDIMSolver", (t) => {
   t.end();
 });
 
+/** Writes tiny-sdxl with a layer that its UNet is told w by, as the script has it. */
+function writeTold(): string {
+  const path = join(folder, 'told');
+  mkdirSync(join(path, 'unet'), { recursive: true });
+  for (const name of readdirSync(model))
+    if (name !== 'unet') symlinkSync(join(model, name), join(path, name));
+  const config = JSON.parse(readFileSync(join(model, 'unet', 'config.json'), 'utf8'));
+  const [shape, key] = [[16, 8], 'time_embedding.cond_proj.weight'];
+  writeFileSync(
+    join(path, 'unet', 'config.json'),
+    JSON.stringify({ ...config, time_cond_proj_dim: shape[1] }),
+  );
+  const file = join('unet', 'diffusion_pytorch_model.safetensors');
+  const own = openSafetensors(join(model, file));
+  const entries = [...own.tensors.values()].map(({ name, dtype, shape }): TensorEntry => {
+    return { name, dtype, shape, bytes: own.read(name) };
+  });
+  const layer = encodeNumbers(
+    numbers(key, shape).map((x) => x / 4),
+    'float16',
+  );
+  writeSafetensors(join(path, file), [...entries, { name: key, dtype: 'float16', shape, bytes: layer }]);
+  own.close();
+  return path;
+}
+const told = writeTold();
+
 /** What a run of a case has beside what `basic` has. */
 const runOf = (
-  { name, prediction_type, loss_type, huber_c, scaling }: Case,
-  checkpointing: boolean,
-): RunInput => {
-  const adapters = name !== 'unet';
-  return {
-    train: {
-      target: adapters ? 'lora' : 'unet',
-      method: 'lcm',
-      parts: adapters ? [] : ['attn2.to_k'],
-      gradient_checkpointing: checkpointing,
-    },
-    ...(adapters && { lora: { rank: 2, alpha: 2, targets: ['to_k', 'to_out.0'] } }),
-    objective: { prediction_type },
-    lcm: { loss_type, huber_c, timestep_scaling_factor: scaling },
-  };
-};
+  { name, prediction_type, loss_type, huber_c, scaling, part }: Case,
+  gradient_checkpointing: boolean,
+): RunInput => ({
+  ...(name === 'told' && { model: told }),
+  ...(part
+    ? { train: { method: 'lcm', parts: [part], gradient_checkpointing } }
+    : {
+        train: { target: 'lora', method: 'lcm', gradient_checkpointing },
+        lora: { rank: 2, alpha: 2, targets: ['to_k', 'to_out.0'] },
+      }),
+  objective: { prediction_type },
+  lcm: { loss_type, huber_c, timestep_scaling_factor: scaling },
+});
 
 /** The trained weights of a case, and its target's, as the script has them. */
 function setWeights({ parameters, ema }: Session): void {
@@ -180,6 +220,31 @@ for (const [i, one] of cases.entries())
     t.equal(device.memory.storages, before, 'live tensors');
   });
 
+test('a UNet that is told the guidance draws as in diffusers, without a second pass', async (t) => {
+  const before = device.memory.storages;
+  const pipeline = loadPipeline(openModel(told), { device, dtype: 'float32' });
+  t.equal(calls.length, 2);
+  for (const { call, atol, values } of calls) {
+    const { seed, scheduler, ...settings } = call;
+    const { latents } = await denoiseToEnd(pipeline, {
+      ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64, ...settings },
+      scheduler: { name: scheduler },
+      generators: [new TorchGenerator(seed)],
+    });
+    const some = latents.data.filter((_, i) => i % 5 === 0);
+    const want = decodeFloats(Buffer.from(values, 'base64'), 'float32');
+    allClose(t, JSON.stringify(call), some, want, { atol, rtol: 0 });
+  }
+  pipeline.release();
+  t.equal(device.memory.storages, before, 'live tensors');
+  const config = openModel(told).config('unet');
+  for (const time_cond_proj_dim of ['256', 7, 2])
+    t.throws(
+      () => parseUNetConfig({ ...config, time_cond_proj_dim }),
+      /"time_cond_proj_dim" is .*, not an even number above 2/,
+    );
+});
+
 test('the pseudo-Huber loss and its gradient', (t) => {
   const [shape, c] = [[2, 3, 5, 4], 0.01];
   const values = numbers('r', shape).map((x, i) => (i % 7 ? x : 0) * 10 ** -(i % 5));
@@ -209,10 +274,10 @@ function passesOn(device: Device): number[] {
     target: (x) => noGrad(() => student(x)),
     teacher: (x, _, { context }) => mul(x, context),
   };
-  const told = (context: Tensor) => ({ context, textEmbeds: context, timeIds: context });
+  const said = (context: Tensor) => ({ context, textEmbeds: context, timeIds: context });
   const loss = (inputs: Tensors) => {
-    const conditioning = told(inputs.context);
-    const unconditional = told(inputs.unconditional);
+    const conditioning = said(inputs.context);
+    const unconditional = said(inputs.unconditional);
     return consistencyLoss(
       { ...asked, conditioning, unconditional },
       inputs,
@@ -261,10 +326,10 @@ test('runs resume bit for bit, fused or not, and a LoRA draws in few steps witho
     previews: few,
     validation: { samples: 2 },
   });
-  const told = losses(join(folder, 'lcm-whole')).flatMap(([, ...each]) =>
+  const noted = losses(join(folder, 'lcm-whole')).flatMap(([, ...each]) =>
     each.filter((x) => x !== undefined),
   );
-  t.ok(told.length === 5 && told.every((loss) => loss > 0), `losses, of validation too: ${told}`);
+  t.ok(noted.length === 5 && noted.every((loss) => loss > 0), `losses, of validation too: ${noted}`);
   const all: RunInput = {
     train: { method: 'lcm', parts: ['attn2'] },
     dataset: { ...basic('').dataset, path: pictures, shuffle_caption: true },

@@ -164,6 +164,8 @@ export function consistencyLoss(
   const summed = (k: number, x: Tensor, o: Tensor) => add(mul(x, factor(k)), mul(o, factor(k + 1)));
   const ask = (network: Network, x: Tensor, t: Tensor, told: Conditioning) =>
     cast(network(cast(x, dtype), t, told), 'float32');
+  // The teacher is guided, and hears of no guidance.
+  const guided = { ...conditioning, guidance: slice(factors, 1, GUIDANCE, 1).reshape(-1) };
   // First what is off the tape, so that nothing of the student's pass has to be kept meanwhile.
   const wanted = noGrad(() =>
     scope(() => {
@@ -171,10 +173,10 @@ export function consistencyLoss(
       // The paper's guidance: w is one less than what sampling calls guidance_scale.
       const more = sub(told, ask(teacher, sample, timesteps, unconditional));
       const before = summed(SOLVER, sample, add(told, mul(more, factor(GUIDANCE))));
-      return summed(TARGET, before, ask(target, before, ends, conditioning));
+      return summed(TARGET, before, ask(target, before, ends, guided));
     }),
   );
-  const given = summed(STUDENT, sample, ask(student, sample, timesteps, conditioning));
+  const given = summed(STUDENT, sample, ask(student, sample, timesteps, guided));
   return settings.loss_type === 'l2'
     ? mse(given, wanted, weights)
     : pseudoHuber(sub(given, wanted), settings.huber_c, weights);

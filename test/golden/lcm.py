@@ -1,18 +1,21 @@
 """Makes lcm.jsonl: latent consistency distillation over tiny-sdxl as diffusers' script distils.
 
-    PYTHONPATH=DIFFUSERS/src python3 lcm.py DIFFUSERS/examples/consistency_distillation/train_lcm_distill_lora_sdxl.py
+    PYTHONPATH=DIFFUSERS/src python3 lcm.py DIFFUSERS/examples/consistency_distillation
 
-The solver, boundary conditions and readings of the network are that script's own functions, the adapters peft's, all in float64. A first
-line has the solver's tables. Then, for each case, the loss, and of each trained weight its gradient's norm and sum with the formula's
-numbers of that name as factors; `noise` is how far float32's gradients are from these. Adapters, inputs and what the student (and its
-target) differ by from the teacher are formulas: `numbers` of test/controlnet_golden.ts.
+The solver, boundary conditions, the embedding of w and readings of the network are the scripts' own functions, the adapters peft's, all in
+float64. First lines have the solver's tables. Then, for each case, the loss, and of each trained weight its gradient's norm and sum with
+the formula's numbers of that name as factors; `noise` is how far float32's gradients are from these. Adapters, inputs, the layer that is
+told w and what the student (and its target) differ by from the teacher are formulas: `numbers` of test/controlnet_golden.ts. Last come
+latents of whole calls of diffusers' pipelines over a UNet that is told w, float64's, with `atol` twenty times what float32 is off.
 """
 import ast
+import base64
 import json
 import math
 import os
 import sys
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -26,22 +29,30 @@ WANTED = {
     "get_predicted_original_sample",
     "get_predicted_noise",
     "extract_into_tensor",
+    "guidance_scale_embedding",
 }
 ROWS, SIDE, RANK = 2, 8, 2
 CASES = [
     dict(name="lora", prediction_type="epsilon", loss_type="huber", huber_c=0.001, scaling=10.0, index=[0, 37], w=[3.5, 14.25]),
     dict(name="velocity", prediction_type="v_prediction", loss_type="l2", huber_c=0.001, scaling=10.0, index=[49, 12], w=[0.0, 7.0]),
-    dict(name="unet", prediction_type="epsilon", loss_type="huber", huber_c=0.05, scaling=4.0, index=[20, 3], w=[4.0, 9.5]),
+    dict(name="unet", prediction_type="epsilon", loss_type="huber", huber_c=0.05, scaling=4.0, index=[20, 3], w=[4.0, 9.5], part="attn2.to_k"),
+    dict(name="told", prediction_type="epsilon", loss_type="l2", huber_c=0.001, scaling=10.0, index=[30, 8], w=[3.0, 12.5], part="time_embedding"),
 ]
 TARGETS = ["to_k", "to_out.0"]
-PART = "attn2.to_k"
+DIM, COND = 8, "time_embedding.cond_proj.weight"  # time_cond_proj_dim
+PROMPTS = dict(prompt="a red fox in the snow", negative_prompt="rain", height=64, width=64)
+CALLS = [
+    dict(seed=1, scheduler="LCMScheduler", num_inference_steps=4, guidance_scale=8.5),
+    dict(seed=2, scheduler="EulerDiscreteScheduler", num_inference_steps=3, guidance_scale=0.5, num_images_per_prompt=2),
+]
 
 
-def functions(path):
-    tree = ast.parse(open(path).read())
-    tree.body = [node for node in tree.body if getattr(node, "name", "") in WANTED]
+def functions(folder):
     theirs = dict(np=np, torch=torch)
-    exec(compile(tree, path, "exec"), theirs)
+    for name in "train_lcm_distill_sdxl_wds.py", "train_lcm_distill_lora_sdxl.py":
+        tree = ast.parse(open(os.path.join(folder, name)).read())
+        tree.body = [node for node in tree.body if getattr(node, "name", "") in WANTED]
+        exec(compile(tree, name, "exec"), theirs)
     return theirs
 
 
@@ -56,20 +67,26 @@ def numbers(name, *shape):
     return torch.from_numpy(whole / 128).reshape(shape)
 
 
-def unet_of(dtype, moved=None):
-    """tiny-sdxl's, with its PART weights moved by the numbers of that name."""
-    unet = UNet2DConditionModel.from_pretrained(f"{here}/tiny-sdxl", subfolder="unet").to(dtype).requires_grad_(False)
+def unet_of(dtype, told=False, part=None, moved=None):
+    """tiny-sdxl's, with a layer that is told w, and the weights of a part moved by the numbers of that name."""
+    unet = UNet2DConditionModel.from_pretrained(f"{here}/tiny-sdxl", subfolder="unet")
+    if told:
+        weights = unet.state_dict()
+        unet = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=DIM).eval()
+        unet.load_state_dict({**weights, COND: numbers(COND, *unet.state_dict()[COND].shape) / 4})
+    unet.to(dtype).requires_grad_(False)
     for key, p in unet.named_parameters():
-        if moved and PART in key:
+        if moved and part in key:
             p += (numbers(f"{moved}.{key}", *p.shape) / 32).to(dtype)
     return unet
 
 
 def gradients(theirs, case, dtype):
-    teacher = unet_of(dtype)
-    if case["name"] == "unet":
-        student, target = unet_of(dtype, "student"), unet_of(dtype, "target")
-        trained = {key: p for key, p in student.named_parameters() if PART in key}
+    told = case["name"] == "told"
+    teacher, part = unet_of(dtype, told), case.get("part")
+    if part:
+        student, target = (unet_of(dtype, told, part, moved) for moved in ("student", "target"))
+        trained = {key: p for key, p in student.named_parameters() if part in key}
     else:
         student = target = unet_of(dtype)
         student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
@@ -94,8 +111,10 @@ def gradients(theirs, case, dtype):
     times = torch.tensor([[64, 96, 0, 0, 64, 64], [80, 100, 8, 2, 64, 64]], dtype=dtype)
     context, pooled = numbers("context", ROWS, 77, 80).to(dtype), numbers("pooled", ROWS, 40).to(dtype)
 
-    def ask(unet, x, t, told=1):
-        return unet(x, t, context * told, added_cond_kwargs=dict(text_embeds=pooled * told, time_ids=times)).sample
+    embedded = theirs["guidance_scale_embedding"](w.flatten(), embedding_dim=DIM, dtype=dtype) if told else None
+
+    def ask(unet, x, t, said=1, **more):
+        return unet(x, t, context * said, added_cond_kwargs=dict(text_embeds=pooled * said, time_ids=times), **more).sample
 
     def read(which, said, x, t):
         return theirs[which](said, t, x, case["prediction_type"], alphas, sigmas)
@@ -105,7 +124,7 @@ def gradients(theirs, case, dtype):
         skip, out = (theirs["append_dims"](each.to(dtype), 4) for each in (skip, out))
         return skip * x + out * read("get_predicted_original_sample", said, x, t)
 
-    given = consistent(ask(student, noisy, start), noisy, start)
+    given = consistent(ask(student, noisy, start, timestep_cond=embedded), noisy, start)
     with torch.no_grad():
         said, untold = ask(teacher, noisy, start), ask(teacher, noisy, start, 0)
         x0, noise = (
@@ -113,7 +132,7 @@ def gradients(theirs, case, dtype):
             for which in ("get_predicted_original_sample", "get_predicted_noise")
         )
         before = solver.ddim_step(x0, noise, index).to(dtype)
-        wanted = consistent(ask(target, before, end), before, end)
+        wanted = consistent(ask(target, before, end, timestep_cond=embedded), before, end)
     if case["loss_type"] == "l2":
         loss = torch.nn.functional.mse_loss(given, wanted)
     else:
@@ -122,8 +141,21 @@ def gradients(theirs, case, dtype):
     return loss.item(), {key: p.grad.double() for key, p in trained.items()}
 
 
-def main(script):
-    theirs = functions(script)
+randn = torch.randn
+torch.randn = lambda *args, dtype=None, **more: randn(*args, dtype=torch.float32, **more).to(dtype or torch.float32)
+
+
+@torch.no_grad()
+def latents(call, dtype):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(f"{here}/tiny-sdxl", unet=unet_of(dtype, True)).to(dtype)
+    seed, scheduler, more = call["seed"], call["scheduler"], {k: v for k, v in call.items() if k not in ("seed", "scheduler")}
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**PROMPTS, **more, generator=torch.Generator().manual_seed(seed), output_type="latent").images.double()
+
+
+def main(folder):
+    theirs = functions(folder)
     scheduler = DDPMScheduler.from_pretrained(f"{here}/tiny-sdxl", subfolder="scheduler")
     rms = lambda t: t.pow(2).mean().sqrt()
     with open(os.path.join(here, "lcm.jsonl"), "w") as out:
@@ -139,6 +171,12 @@ def main(script):
             print(case["name"], loss, rough_loss - loss, len(exact), noise)
             told = [[key, *(float(f"{x.item():.7g}") for x in (g.norm(), g.flatten() @ numbers(key, g.numel())))] for key, g in exact.items()]
             write({**case, "loss": loss, "noise": float(f"{noise:.2g}"), "gradients": told})
+        for call in CALLS:
+            exact, rough = (latents(call, dtype) for dtype in (torch.float64, torch.float32))
+            atol = float(f"{20 * (exact - rough).abs().max().item():.2g}")
+            print(call, atol, exact.std().item())
+            some = exact.flatten()[::5].to(torch.float32).numpy().tobytes()
+            write({"call": call, "atol": atol, "values": base64.b64encode(some).decode()})
 
 
 main(sys.argv[1])
