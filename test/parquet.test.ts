@@ -1,5 +1,5 @@
 // Datasets in parquet, on files that pyarrow 25 wrote (test/parquet): ten rows of an image struct and a caption, of which row
-// 3 has no caption and row 7 no picture; and datasets of the hub, against a small hub of our own on 127.0.0.1.
+// 3 has no caption and row 7 no picture; pairs of pictures with labels; and datasets of the hub, against a small hub of our own on 127.0.0.1.
 import { createHash } from 'node:crypto';
 import { copyFileSync, existsSync, mkdirSync, readFileSync, truncateSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
@@ -90,8 +90,8 @@ test('other columns, and lists of captions', async (t) => {
     /no column "text"; its columns are img, caption/,
   );
   const beside = { caption_column: 'text', conditioning_image_column: 'image' };
-  const [{ conditioning }] = (await openDataset({ path: at('snappy'), ...beside })).examples;
-  t.ok(conditioning && (await isPicture(await conditioning.read(), 0)), 'a column of conditioning images');
+  const [{ beside: image }] = (await openDataset({ path: at('snappy'), ...beside })).examples;
+  t.ok(image && (await isPicture(await image.read(), 0)), 'a column of conditioning images');
   await refused(
     t,
     openDataset({ path: at('snappy'), conditioning_image_column: 'images' }),
@@ -100,6 +100,47 @@ test('other columns, and lists of captions', async (t) => {
   const wrong = await openDataset({ path: at('snappy'), image_column: 'text' });
   await refused(t, wrong.examples[0].read(), /no picture in "text".*bytes/);
   await refused(t, openDataset({ path: at('snappy'), caption_column: 'width' }), /"width" is neither a text/);
+});
+
+test('pairs of which a column of labels says which picture is preferred, as Pick-a-Pic has them', async (t) => {
+  const path = at('pairs');
+  const columns = {
+    image_column: 'jpg_0',
+    rejected_image_column: 'jpg_1',
+    label_column: 'label_0',
+    caption_column: 'caption',
+  };
+  const { examples, problems } = await openDataset({ path, ...columns });
+  t.same(problems, []);
+  t.same(
+    examples.map(({ captions, beside }) => [captions[0], beside?.kind]),
+    [0, 1, 3].map((row) => [`pair ${row}`, 'rejected picture']),
+    'a tie is left out',
+  );
+  // Rows hold pictures (0, 1), (2, 4), (5, 6), (8, 9) with labels 1, 0, 0.5, 0.
+  for (const [i, [preferred, rejected]] of [
+    [0, 1],
+    [4, 2],
+    [9, 8],
+  ].entries()) {
+    const { read, beside } = examples[i];
+    t.ok(await isPicture(await read(), preferred), `row ${i}: the preferred picture`);
+    t.ok(beside && (await isPicture(await beside.read(), rejected)), `row ${i}: the other`);
+  }
+  t.match(examples[1].beside?.id, /#00000001 \(jpg_0\)$/, 'messages name its column');
+  const unlabelled = await openDataset({ path, ...columns, label_column: '' });
+  t.equal(unlabelled.examples.length, 4, 'without labels the first is always preferred');
+  t.ok(await isPicture(await unlabelled.examples[1].read(), 2));
+  await refused(
+    t,
+    openDataset({ path, ...columns, label_column: 'label' }),
+    /no column "label"; did you mean "label_0"/,
+  );
+  await refused(
+    t,
+    openDataset({ path, ...columns, label_column: 'caption' }),
+    /#00000000: "caption" is not a number from 0 to 1: 1 prefers the first picture/,
+  );
 });
 
 test('what is damaged is one sentence', async (t) => {

@@ -181,7 +181,7 @@ test('the plan, and how the conditioning images decide what is learnt', async (t
 
 test('a run without conditioning images does not look for them', async (t) => {
   const { examples } = await openDataset({ path: join(folder, 'pictures') });
-  t.ok(examples.every(({ conditioning }) => conditioning === undefined));
+  t.ok(examples.every(({ beside }) => beside === undefined));
   t.end();
 });
 

@@ -22,7 +22,7 @@ import type { PassInputs } from './task.ts';
 
 /** Of a mask that each picture has beside it, or is drawn. Pictures for prior preservation have none, and theirs is drawn. */
 const isBeside = ({ inpainting }: Run, { sample }: View): boolean =>
-  inpainting.mask_mode === 'conditioning_image' && sample.conditioning !== undefined;
+  inpainting.mask_mode === 'conditioning_image' && sample.beside !== undefined;
 
 const randomMode = ({ mask_mode }: Run['inpainting']): RandomMask =>
   mask_mode === 'conditioning_image' || mask_mode === '' ? 'random_mask' : mask_mode;
@@ -30,9 +30,9 @@ const randomMode = ({ mask_mode }: Run['inpainting']): RandomMask =>
 /** What a view's mask depends on. */
 function nameOfMask(run: Run, view: View): object {
   const { full_mask_rate } = run.inpainting;
-  const { key, conditioning } = view.sample;
+  const { key, beside } = view.sample;
   const { variant } = view;
-  if (isBeside(run, view)) return { conditioning: conditioning?.hash };
+  if (isBeside(run, view)) return { conditioning: beside?.hash };
   return { mode: randomMode(run.inpainting), full_mask_rate, seed: run.seed, key, variant };
 }
 

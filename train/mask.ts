@@ -31,8 +31,7 @@ export function masked(run: Run, ratio: number): Control {
   const rootOf = async (view: View, signal?: AbortSignal): Promise<Float32Array> => {
     const { target } = view.geometry;
     const { alpha_mask } = run.dataset;
-    if (!alpha_mask && !view.sample.conditioning)
-      return new Float32Array(sizeOf(target) / ratio ** 2).fill(1);
+    if (!alpha_mask && !view.sample.beside) return new Float32Array(sizeOf(target) / ratio ** 2).fill(1);
     const image = await (alpha_mask
       ? readView(view, run, signal, 'alpha')
       : readConditioning(view, run, signal));

@@ -61,9 +61,7 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     run.dataset.folder_repeats ? repeated : (each) => [each],
   );
   const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
-  const names = samples.map(({ id, hash, conditioning }) =>
-    [id, hash, ...(conditioning ? [conditioning.hash] : [])].join(' '),
-  );
+  const names = samples.map(({ id, hash, beside }) => [id, hash, ...(beside ? [beside.hash] : [])].join(' '));
   return {
     samples,
     buckets,
@@ -138,11 +136,18 @@ export const readConditioning = async (
   run: Run,
   signal?: AbortSignal,
 ): Promise<Float32Array> => {
-  const image = sample.conditioning as NonNullable<Sample['conditioning']>;
+  const image = sample.beside as NonNullable<Sample['beside']>;
   const { interpolation } = run.dataset;
   const file = await readUnchanged(image);
   return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
 };
+
+/** The view of the picture that was rejected, cropped and mirrored as the preferred one is, and with its draws. */
+export function rejectedView(view: View): View {
+  const { sample } = view;
+  const { id, hash, read } = sample.beside as NonNullable<Sample['beside']>;
+  return { ...view, sample: { ...sample, id, hash, read } };
+}
 
 /** `count` entries, evenly spread; all where there are no more. */
 export function spread<T>(values: readonly T[], count: number): T[] {

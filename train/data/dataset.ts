@@ -10,8 +10,13 @@ export interface PictureFile {
 export interface Example extends PictureFile {
   /** The choices for its caption, at least one. */
   captions: string[];
-  /** What a ControlNet or T2I-Adapter is shown beside it, where that is asked for. */
-  conditioning?: PictureFile;
+  /** A second picture that belongs to it, where that is asked for. */
+  beside?: Beside;
+}
+
+/** What a ControlNet or T2I-Adapter is shown with a picture, or its mask; or the one that people like less. */
+export interface Beside extends PictureFile {
+  kind: 'conditioning image' | 'rejected picture';
 }
 
 export interface Dataset {
@@ -32,8 +37,11 @@ export interface DatasetOptions {
   caption_column: string;
   /** Folders: what the name of a picture's file of captions ends in. */
   caption_extension: string;
-  /** Where each picture's conditioning image is; empty where none is wanted. */
+  /** Where each picture's conditioning image is, or the one that was rejected; empty where none is wanted. One of both may be. */
   conditioning_image_column: string;
+  rejected_image_column: string;
+  /** Parquet: 1 where the first of both pictures is preferred, 0 where the other is, between them a tie, which is left out. Empty for always 1. */
+  label_column: string;
   /** The caption of pictures that have none; empty where each must have its own. */
   instance_prompt: string;
 }
@@ -45,5 +53,19 @@ export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
   caption_column: 'text',
   caption_extension: '.txt',
   conditioning_image_column: '',
+  rejected_image_column: '',
+  label_column: '',
   instance_prompt: '',
 };
+
+/** The column of what is beside each picture, empty where nothing is, and its kind. */
+export const besideOf = ({
+  conditioning_image_column,
+  rejected_image_column,
+}: Pick<DatasetOptions, 'conditioning_image_column' | 'rejected_image_column'>): {
+  column: string;
+  kind: Beside['kind'];
+} =>
+  rejected_image_column
+    ? { column: rejected_image_column, kind: 'rejected picture' }
+    : { column: conditioning_image_column, kind: 'conditioning image' };

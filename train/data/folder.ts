@@ -1,14 +1,14 @@
 // A folder of pictures. A metadata.jsonl or metadata.csv (columns file_name and a caption, as Hugging Face's imagefolder)
 // speaks for all pictures at its level and below; where there is none, each picture has its caption in a .txt (or
 // caption_extension) beside it, one choice a line. A file named in several rows has several captions to choose from.
-// Conditioning images are named in their column of the metadata; where there is none, that of NAME.png lies beside it as
-// NAME.conditioning_image.png, if the column is called so.
+// Conditioning images, or rejected pictures, are named in their column of the metadata; where there is none, that of NAME.png lies
+// beside it as NAME.conditioning_image.png, if the column is called so.
 import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, normalize, relative, sep } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { asUserError, readLines } from '../../io/files.ts';
-import type { Dataset, DatasetOptions, PictureFile } from './dataset.ts';
+import { besideOf, type Dataset, type DatasetOptions, type Example } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
 const pictureName = /\.(png|jpe?g|webp)$/i;
@@ -18,29 +18,23 @@ const metadataName = /^metadata\.(jsonl|csv)$/;
 /** Lists a folder's pictures and captions. @throws UserError when it cannot be read or its metadata is damaged */
 export function openFolder(
   folder: string,
-  {
-    caption_column,
-    caption_extension,
-    conditioning_image_column: column,
-    instance_prompt,
-  }: Pick<
-    DatasetOptions,
-    'caption_column' | 'caption_extension' | 'conditioning_image_column' | 'instance_prompt'
-  >,
+  options: Omit<DatasetOptions, 'path' | 'revision' | 'split'>,
 ): Dataset {
+  const { caption_column, caption_extension, instance_prompt } = options;
+  const { column, kind } = besideOf(options);
   const extension = captionEnding(caption_extension);
   const otherwise = instance_prompt ? [instance_prompt] : [];
   const captions = new Map<string, string[]>();
-  const conditioning = new Map<string, string>();
+  const seconds = new Map<string, string>();
   const problems: string[] = [];
   visit(folder);
-  const fileOf = (id: string): PictureFile => ({ id, read: readerOf(folder, id) });
-  const examples = [...captions].map(([id, choices]) => {
-    const beside = conditioning.get(id);
+  const fileOf = (id: string) => ({ id, read: readerOf(folder, id) });
+  const examples = [...captions].map(([id, choices]): Example => {
+    const beside = seconds.get(id);
     return {
       ...fileOf(id),
       captions: choices,
-      ...(beside !== undefined && { conditioning: fileOf(beside) }),
+      ...(beside !== undefined && { beside: { ...fileOf(beside), kind } }),
     };
   });
   return { examples, problems };
@@ -58,10 +52,10 @@ export function openFolder(
     const plain = (name: string) => normalize(name).replaceAll('\\', '/');
     for (const row of readMetadata(file, caption_column, column, !instance_prompt)) {
       const name = plain(row.file_name);
-      const beside = row.conditioning && plain(row.conditioning);
+      const beside = row.beside && plain(row.beside);
       for (const each of [name, beside]) if (each) named.add(each);
       const captions = row.captions.length ? row.captions : otherwise;
-      const problem = problemOf({ ...row, captions }, (file) => present.has(plain(file)), column);
+      const problem = problemOf({ ...row, captions }, (file) => present.has(plain(file)), column, kind);
       if (problem) problems.push(`${file}:${row.line}: ${problem}`);
       else add(join(path, name), captions, beside && join(path, beside));
     }
@@ -99,11 +93,11 @@ export function openFolder(
       else if (choices.length === 0)
         problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
       else if (column && !beside)
-        problems.push(`${join(path, name)} has no conditioning image ${stem(name)}.${column}.png beside it`);
+        problems.push(`${join(path, name)} has no ${kind} ${stem(name)}.${column}.png beside it`);
       else add(join(path, name), choices, beside && join(path, beside));
     }
     for (const [key, name] of [...texts, ...images]) {
-      const what = texts.get(key) === name ? 'caption' : 'conditioning image';
+      const what = texts.get(key) === name ? 'caption' : kind;
       if (!stems.has(key)) problems.push(`${join(path, name)} is a ${what} without a picture`);
     }
     for (const name of folders) visit(join(path, name));
@@ -113,10 +107,10 @@ export function openFolder(
     const idOf = (file: string) => relative(folder, file).replaceAll(sep, '/');
     const id = idOf(path);
     const image = beside && idOf(beside);
-    const before = conditioning.get(id);
+    const before = seconds.get(id);
     if (before !== undefined && before !== image)
-      problems.push(`${path} has two conditioning images, ${before} and ${image}: copy it to another name`);
-    if (image) conditioning.set(id, image);
+      problems.push(`${path} has two ${kind}s, ${before} and ${image}: copy it to another name`);
+    if (image) seconds.set(id, image);
     captions.set(id, [...(captions.get(id) ?? []), ...choices]);
   }
 }
@@ -128,12 +122,13 @@ export const captionEnding = (caption_extension: string): string =>
 const stem = (name: string) => name.replace(/\.[^.]*$/, '');
 
 function problemOf(
-  { file_name, captions, conditioning }: MetadataRow,
+  { file_name, captions, beside }: MetadataRow,
   present: (file: string) => boolean,
   column: string,
+  kind: string,
 ): string | undefined {
-  if (column && !conditioning) return `${file_name} has no conditioning image in "${column}"`;
-  for (const file of [file_name, conditioning ?? file_name]) {
+  if (column && !beside) return `${file_name} has no ${kind} in "${column}"`;
+  for (const file of [file_name, beside ?? file_name]) {
     if (!present(file)) return `${file} is not there`;
     if (!pictureName.test(file)) return `${file} is neither PNG, JPEG nor WebP`;
   }

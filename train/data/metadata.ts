@@ -7,8 +7,8 @@ export interface MetadataRow {
   file_name: string;
   /** Trimmed, without empty ones. */
   captions: string[];
-  /** The conditioning image's file name; undefined where none is wanted, or the row has none. */
-  conditioning?: string;
+  /** The file name of what is beside it; undefined where nothing is wanted, or the row has none. */
+  beside?: string;
   /** Where the row begins, from 1. */
   line: number;
 }
@@ -21,16 +21,15 @@ export interface MetadataRow {
 export function readMetadata(
   path: string,
   captionColumn: string,
-  conditioningColumn: string = '',
+  besideColumn: string = '',
   needsCaptions = true,
 ): MetadataRow[] {
   const text = readText(path);
   const records = path.endsWith('.csv') ? csvRecords(text, path) : jsonLines(text, path);
   return records.map(({ record, line }) => {
-    const spelled = [`${conditioningColumn}_file_name`, conditioningColumn];
-    const conditioning =
-      conditioningColumn && (spelled.find((key) => Object.hasOwn(record, key)) ?? spelled[1]);
-    const columns = [needsCaptions && captionColumn, conditioning !== '' && conditioning];
+    const spelled = [`${besideColumn}_file_name`, besideColumn];
+    const second = besideColumn && (spelled.find((key) => Object.hasOwn(record, key)) ?? spelled[1]);
+    const columns = [needsCaptions && captionColumn, second !== '' && second];
     for (const column of ['file_name', ...columns.filter((each) => each !== false)]) {
       if (!Object.hasOwn(record, column)) throw noColumn(`${path}:${line}`, column, Object.keys(record));
     }
@@ -42,10 +41,10 @@ export function readMetadata(
       throw new UserError(
         `${path}:${line}: "${captionColumn}" is neither a text nor a list of texts: mend it`,
       );
-    const beside = conditioning ? (record[conditioning] ?? '') : '';
+    const beside = second ? (record[second] ?? '') : '';
     if (typeof beside !== 'string')
-      throw new UserError(`${path}:${line}: "${conditioning}" is not a text: write the image's path there`);
-    return { file_name: name, captions, conditioning: beside || undefined, line };
+      throw new UserError(`${path}:${line}: "${second}" is not a text: write the image's path there`);
+    return { file_name: name, captions, beside: beside || undefined, line };
   });
 }
 

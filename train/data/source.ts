@@ -13,7 +13,7 @@ import {
   OutOfReachError,
   resolveHub,
 } from '../../io/hub.ts';
-import { type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
+import { besideOf, type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
 import { captionEnding, filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
 import { chooseFiles, hasFolderOf, isAbove } from './split.ts';
@@ -46,8 +46,13 @@ async function openPlace(place: string, options: DatasetOptions): Promise<Datase
   }
   const all = filesBelow(place);
   const { kind, names } = chooseFiles(all, options.split, captionEnding(options.caption_extension));
-  if (kind === 'pictures')
+  if (kind === 'pictures') {
+    if (options.label_column)
+      throw new UserError(
+        `dataset.label_column is a column of parquet files, and ${options.path} is a folder of pictures: leave it out, and name the preferred picture first`,
+      );
     return openFolder(hasFolderOf(all, options.split) ? join(place, options.split) : place, options);
+  }
   if (names.length > 0) return openParquetDataset(place, names, options);
   throw new UserError(
     `${options.path} has no parquet file of the split "${options.split}": check dataset.split`,
@@ -78,16 +83,15 @@ async function download(
   }
 }
 
-function emptyDataset(
-  { path, conditioning_image_column: column }: DatasetOptions,
-  problems: readonly string[],
-): UserError {
+function emptyDataset(options: DatasetOptions, problems: readonly string[]): UserError {
+  const { path } = options;
+  const { column, kind } = besideOf(options);
   const beside = column
-    ? `; and for each picture its conditioning image in the column "${column}", or beside NAME.png as NAME.${column}.png`
+    ? `; and for each picture its ${kind} in the column "${column}", or beside NAME.png as NAME.${column}.png`
     : '';
   const found = problems.length > 0 ? ` (${problems[0]})` : '';
   return new UserError(
-    `the dataset ${path} has no picture with a caption${column && ' and a conditioning image'}${found}: ` +
+    `the dataset ${path} has no picture with a caption${column && ` and a ${kind}`}${found}: ` +
       `put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each, or give them all one caption with dataset.instance_prompt${beside}`,
   );
 }

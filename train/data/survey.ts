@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import type { Size } from '../../models/conditioning.ts';
-import type { Dataset, Example, PictureFile } from './dataset.ts';
+import type { Beside, Dataset, Example, PictureFile } from './dataset.ts';
 import { keyOf } from './source.ts';
 
 export interface Sample extends Example {
@@ -13,7 +13,7 @@ export interface Sample extends Example {
   key: number;
   /** SHA-256 of the file's bytes. */
   hash: string;
-  conditioning?: PictureFile & { hash: string };
+  beside?: Beside & { hash: string };
   /** Upright, as the picture is seen. */
   size: Size;
   /** Of the subject's class, not of what is to be learnt: for prior preservation. */
@@ -53,9 +53,9 @@ export async function survey(
 /** The example with what was found, or what is wrong with it. */
 async function look(example: Example): Promise<Sample | string> {
   try {
-    const { conditioning, ...picture } = example;
+    const { beside, ...picture } = example;
     const sample = { ...picture, key: keyOf(example.id), ...(await decoded(example)) };
-    return conditioning ? { ...sample, conditioning: await lookBeside(conditioning, sample) } : sample;
+    return beside ? { ...sample, beside: await lookBeside(beside, sample) } : sample;
   } catch (error) {
     if (error instanceof UserError) return error.message;
     throw error;
@@ -68,13 +68,18 @@ async function decoded({ id, read }: PictureFile): Promise<{ hash: string; size:
   return { hash: contentHash(file), size: [height, width] };
 }
 
-/** The conditioning image of a picture, with which it is resized and cropped. @throws UserError where it is of another size */
-async function lookBeside(image: PictureFile, picture: Pick<Sample, 'id' | 'size'>) {
+/**
+ * What is beside a picture, with which it is resized and cropped. A rejected picture may be larger or smaller, as another model's is.
+ * @throws UserError where it is of another size or shape
+ */
+async function lookBeside(image: Beside, picture: Pick<Sample, 'id' | 'size'>) {
   const { hash, size } = await decoded(image);
   const told = ([height, width]: Size): string => `${width}x${height}`;
-  if (size.join() !== picture.size.join())
+  const [[height, width], [ownHeight, ownWidth]] = [size, picture.size];
+  const scales = image.kind === 'rejected picture';
+  if (scales ? height * ownWidth !== width * ownHeight : size.join() !== picture.size.join())
     throw new UserError(
-      `the conditioning image ${image.id} is ${told(size)} and its picture ${picture.id} ${told(picture.size)}: make it the picture's size`,
+      `the ${image.kind} ${image.id} is ${told(size)} and its picture ${picture.id} ${told(picture.size)}: make it the picture's ${scales ? 'shape' : 'size'}`,
     );
   return { ...image, hash };
 }
