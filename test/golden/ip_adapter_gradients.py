@@ -5,6 +5,7 @@
 All else is as controlnet_gradients.py has it: `plain` and `plus` are those of ip_adapter.jsonl, whose names of weights gradients go by here,
 and what a vision encoder would say is the formula's numbers.
 """
+import re
 import sys
 
 import torch
@@ -30,19 +31,18 @@ def projection_shapes(name):
     return shapes
 
 
+# By what a layer of a Resampler calls them, the parameters of diffusers' that one is, or is cut into.
+THEIRS = {
+    "0.norm1": ["ln0"], "0.norm2": ["ln1"], "0.to_q": ["attn.to_q"], "0.to_kv": ["attn.to_k", "attn.to_v"],
+    "0.to_out": ["attn.to_out.0"], "1.0": ["ff.0"], "1.1": ["ff.1.net.0.proj"], "1.3": ["ff.1.net.2"],
+}
+
+
 def theirs(key):
-    """The parameters of diffusers' projection that one of the file is, or is cut into."""
-    if key.startswith("proj."):
-        return [key.replace("proj", "image_embeds")]
-    if ".to_kv." in key:
-        return [key.replace("0.to_kv", f"attn.{each}") for each in ("to_k", "to_v")]
-    for own, other in (
-        ("0.norm1", "ln0"), ("0.norm2", "ln1"), ("0.to_q", "attn.to_q"), ("0.to_out", "attn.to_out.0"),
-        (".1.0.", ".ff.0."), (".1.1.", ".ff.1.net.0.proj."), (".1.3.", ".ff.1.net.2."),
-    ):
-        if key.startswith("layers.") and own in key[len("layers.0") :]:
-            return [key[: len("layers.0")] + key[len("layers.0") :].replace(own, other)]
-    return [key]
+    inner = re.fullmatch(r"(layers\.\d)\.(.+)\.(weight|bias)", key)
+    if inner:
+        return [f"{inner[1]}.{each}.{inner[3]}" for each in THEIRS[inner[2]]]
+    return [re.sub(r"^proj\b", "image_embeds", key)]
 
 
 class Adapter:
@@ -50,8 +50,7 @@ class Adapter:
 
     def __init__(self, unet, name):
         shapes = projection_shapes(name)
-        self.widths = [width for width in WIDTHS for _ in range(2)]
-        pairs = {f"{2 * (i // 2) + 1}.to_{'kv'[i % 2]}_ip.weight": [w, CONTEXT] for i, w in enumerate(self.widths)}
+        pairs = {f"{2 * i + 1}.to_{of}_ip.weight": [width, CONTEXT] for i, width in enumerate(WIDTHS) for of in "kv"}
         make = lambda part, key, shape: weight(name, f"{part}.{key}", shape)
         unet._load_ip_adapter_weights(
             dict(
@@ -67,7 +66,6 @@ class Adapter:
         for key in self.shapes:
             yield f"image_proj.{key}", [own[each] for each in theirs(key)]
         given = [each for each in self.unet.attn_processors.values() if hasattr(each, "to_k_ip")]
-        given = [each for each in given if isinstance(each.to_k_ip, torch.nn.ModuleList)]
         for i, each in enumerate(given):
             yield f"ip_adapter.{2 * i + 1}.to_k_ip.weight", [each.to_k_ip[0].weight]
             yield f"ip_adapter.{2 * i + 1}.to_v_ip.weight", [each.to_v_ip[0].weight]
