@@ -44,6 +44,15 @@ for (let i = 0; i < 6; i++) {
   writeFileSync(join(controlled, `${i}.txt`), `picture ${i}\n`);
 }
 
+/** And for preferences: a rejected picture beside each. */
+export const paired = join(folder, 'paired');
+mkdirSync(paired);
+for (let i = 0; i < 6; i++) {
+  writePng(join(paired, `${i}.png`), picture(i, 48, 40));
+  writePng(join(paired, `${i}.rejected.png`), picture(9 - i, 48, 40));
+  writeFileSync(join(paired, `${i}.txt`), `picture ${i}\n`);
+}
+
 export const silent = { line() {}, progress() {} };
 export const locate = {
   model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),

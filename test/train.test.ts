@@ -38,6 +38,7 @@ import {
   locate,
   losses,
   model,
+  paired,
   pictures,
   run,
   silent,
@@ -318,6 +319,10 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     },
     lcm: { dtype: 'bfloat16', train: { target: 'lora', method: 'lcm' }, lora: { rank: 2 } },
     'lcm-unet': { train: { method: 'lcm', parts: ['attn2'] }, ema: { decay: 0 } },
+    dpo: {
+      train: { method: 'dpo', parts: ['attn2'] },
+      dataset: { ...basic('dpo').dataset, path: paired },
+    },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
   const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);

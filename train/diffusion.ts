@@ -21,6 +21,7 @@ import { drawLatents, type View } from './cache.ts';
 import { type Control, controlled, uncontrolled, withControlNet } from './controlnet.ts';
 import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
+import { dpo } from './dpo.ts';
 import { dropoutOf } from './dropout.ts';
 import { paintingIn } from './inpainting.ts';
 import { type IPAdapterBegin, prompted, withIPAdapter } from './ip_adapter.ts';
@@ -29,7 +30,7 @@ import { masked } from './mask.ts';
 import { type MakeMethod, type Method, plainDiffusion } from './method.ts';
 import { type Network, objectiveOf } from './objective.ts';
 import { place } from './pass.ts';
-import { type Pictures, previewSize, viewIn } from './pictures.ts';
+import { type Pictures, previewSize, viewIn, withRejected } from './pictures.ts';
 import { openParts, type Prepared } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
 import { previewsOf } from './preview_prompts.ts';
@@ -65,6 +66,7 @@ export interface Sources {
 /** By `train.method`. */
 const methods: Record<Run['train']['method'], MakeMethod> = {
   diffusion: plainDiffusion,
+  dpo,
   lcm: latentConsistency,
 };
 
@@ -162,7 +164,7 @@ export function diffusionTask(
     components,
     adapters: added?.adapters,
     async prepare({ bucket, samples }, epoch, signal) {
-      const views = samples.map((i) => viewIn(epoch, i, pictures, run));
+      const views = withRejected(samples.map((i) => viewIn(epoch, i, pictures, run)));
       const { seed } = run;
       const latents = views.map((view) =>
         drawLatents(moments(view), view, pipeline.vae.config, { seed, epoch }),
@@ -186,7 +188,7 @@ export function diffusionTask(
       return { ...inputs, ...dropout.inputs(inputs, batch.ids, epoch) };
     },
     blank({ bucket, samples }) {
-      const n = samples.length;
+      const n = samples.length * (run.dataset.rejected_image_column ? 2 : 1);
       const shape = latentShape(bucket, n);
       const ids = pipeline.aesthetic ? 5 : 6;
       const timeIds: HostTensor = { shape: [n, ids], values: new Float32Array(n * ids), dtype: 'float32' };

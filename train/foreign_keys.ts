@@ -40,6 +40,7 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   image_dir: 'dataset.path',
   instance_data_dir: 'dataset.path',
   dataset_name: 'dataset.path',
+  dataset_split_name: 'dataset.split',
   reg_data_dir: 'dataset.class_data_dir',
   enable_bucket: 'dataset.aspect_ratio_buckets',
   random_crop: 'dataset.center_crop',

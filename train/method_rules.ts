@@ -3,23 +3,45 @@ import { UserError } from '../io/errors.ts';
 import { fill } from './fields.ts';
 import { fields, type Run } from './run.ts';
 
-const { lcm: noLcm, objective: plain } = fill(fields, {}, 'the defaults');
+const usual = fill(fields, {}, 'the defaults');
 
-/** What of `objective` is not of the diffusion loss alone: what the model predicts, and what pictures weigh. */
+/** What of `objective` every method has: what the model predicts, and what pictures weigh. */
 const ofAllMethods = ['prediction_type', 'zero_terminal_snr', 'prior_loss_weight'];
 
+type Method = Run['train']['method'];
+type Group = 'objective' | 'dataset' | 'lcm' | 'dpo';
+
 /** The keys of a group that are not as by default. */
-const given = <T extends object>(group: T, usual: T): string[] =>
-  Object.keys(group).filter((key) => String(group[key as keyof T]) !== String(usual[key as keyof T]));
+function given(run: Run, group: Group): string[] {
+  const [own, common] = [run, usual].map((each) => each[group] as unknown as Record<string, unknown>);
+  return Object.keys(own).filter((key) => String(own[key]) !== String(common[key]));
+}
+
+/** Keys that are of one method alone, which `keys` matches. */
+const owned: readonly { method: Method; name: string; group: Group; keys: RegExp }[] = [
+  { method: 'lcm', name: 'latent consistency distillation', group: 'lcm', keys: /./ },
+  { method: 'dpo', name: 'Diffusion-DPO', group: 'dpo', keys: /./ },
+  { method: 'dpo', name: 'Diffusion-DPO', group: 'dataset', keys: /^(rejected_image|label)_column$/ },
+];
+
+/** Whether a method has no use for a key of `objective`. */
+const isUnused: Record<Method, (key: string) => boolean> = {
+  diffusion: () => false,
+  dpo: (key) => /^(loss|huber_delta|masked_loss)$/.test(key),
+  lcm: (key) => !ofAllMethods.includes(key),
+};
 
 /** @throws UserError for what a method does not train, or what is of another; `where` names the file */
-export function refuseOfMethods({ train, lcm, objective }: Run, where: string): void {
+export function refuseOfMethods(run: Run, where: string): void {
+  const { train, lcm } = run;
   const { method, target } = train;
-  const [foreign] = method === 'lcm' ? [] : given(lcm, noLcm);
-  if (foreign)
-    throw new UserError(
-      `${where}: "lcm.${foreign}" is of latent consistency distillation, and "train.method" is "${method}"; leave it out, or set "train.method" to "lcm"`,
-    );
+  for (const { method: owner, name, group, keys } of owned) {
+    const foreign = given(run, group).find((key) => keys.test(key));
+    if (foreign && method !== owner)
+      throw new UserError(
+        `${where}: "${group}.${foreign}" is of ${name}, and "train.method" is "${method}"; leave it out, or set "train.method" to "${owner}"`,
+      );
+  }
   if (method === 'diffusion') return;
   if (target !== 'unet' && target !== 'lora')
     throw new UserError(
@@ -29,7 +51,7 @@ export function refuseOfMethods({ train, lcm, objective }: Run, where: string): 
     throw new UserError(
       `${where}: "train.text_encoders" is of the method "diffusion", and "train.method" is "${method}", whose teacher and student read the same text; leave it out`,
     );
-  const other = given(objective, plain).find((key) => !ofAllMethods.includes(key));
+  const other = given(run, 'objective').find(isUnused[method]);
   if (other)
     throw new UserError(
       `${where}: "objective.${other}" is of the method "diffusion", and "train.method" is "${method}"; leave it out`,
@@ -37,5 +59,18 @@ export function refuseOfMethods({ train, lcm, objective }: Run, where: string): 
   if (lcm.w_min > lcm.w_max)
     throw new UserError(
       `${where}: "lcm.w_min" is ${lcm.w_min} and "lcm.w_max" ${lcm.w_max}; write the smaller first`,
+    );
+  if (method === 'dpo') refuseOfPairs(run, where);
+}
+
+/** What pairs of pictures cannot be used for. */
+function refuseOfPairs({ dataset, dpo }: Run, where: string): void {
+  if (dpo.beta_dpo === 0)
+    throw new UserError(
+      `${where}: "dpo.beta_dpo" is 0, which takes every pair times 0, so nothing would be trained; give it a value such as ${usual.dpo.beta_dpo}`,
+    );
+  if (dataset.class_data_dir)
+    throw new UserError(
+      `${where}: "dataset.class_data_dir" has no part in "train.method" "dpo", which learns from pairs of pictures; leave it out`,
     );
 }

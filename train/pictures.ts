@@ -142,12 +142,16 @@ export const readConditioning = async (
   return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
 };
 
-/** The view of the picture that was rejected, cropped and mirrored as the preferred one is, and with its draws. */
-export function rejectedView(view: View): View {
-  const { sample } = view;
-  const { id, hash, read } = sample.beside as NonNullable<Sample['beside']>;
-  return { ...view, sample: { ...sample, id, hash, read } };
-}
+/** Behind the views those of the pictures that were rejected for them, if any: cropped, mirrored and drawn for alike. */
+export const withRejected = (views: readonly View[]): View[] => [
+  ...views,
+  ...views.flatMap((view) => {
+    const { beside } = view.sample;
+    if (beside?.kind !== 'rejected picture') return [];
+    const { id, hash, read } = beside;
+    return [{ ...view, sample: { ...view.sample, id, hash, read } }];
+  }),
+];
 
 /** `count` entries, evenly spread; all where there are no more. */
 export function spread<T>(values: readonly T[], count: number): T[] {

@@ -33,7 +33,7 @@ import type { Sample } from './data/survey.ts';
 import { shownMasked } from './inpainting.ts';
 import { type IPAdapterBegin, openImageEncoder, saidFor } from './ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
-import { type Pictures, previewSize, viewIn } from './pictures.ts';
+import { type Pictures, previewSize, viewIn, withRejected } from './pictures.ts';
 import { previewsOf } from './preview_prompts.ts';
 import { type Run, trainsTexts } from './run.ts';
 import type { Report, Stop } from './task.ts';
@@ -134,7 +134,7 @@ async function preparePictures(
     const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
       pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
     ).flat();
-    await cache.fill(views, heard('encoding pictures'));
+    await cache.fill(withRejected(views), heard('encoding pictures'));
     if (!run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
     const masked = cacheOf(shownMasked(run));
     await masked.fill(views, heard('encoding masked pictures'));

@@ -24,6 +24,7 @@ export function resolveRun(
   run.output ||= `runs/${run.name}`;
   refuseUnfit(run, where);
   if (conditioned(run)) run.dataset.conditioning_image_column ||= 'conditioning_image';
+  if (run.train.method === 'dpo') run.dataset.rejected_image_column ||= 'rejected';
   mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }

@@ -38,8 +38,11 @@ export interface Run {
   train: {
     /** What is trained: the UNet's own weights, LoRA on it, a ControlNet, T2I- or IP-Adapter beside it, a token's vectors, or the VAE. */
     target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'ip_adapter' | 'textual_inversion' | 'vae';
-    /** What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, the model itself, to draw in a few steps (`lcm`). */
-    method: 'diffusion' | 'lcm';
+    /**
+     * What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, pairs of pictures of which people prefer one
+     * (Diffusion-DPO), or the model itself, to draw in a few steps (`lcm`).
+     */
+    method: 'diffusion' | 'dpo' | 'lcm';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -160,6 +163,10 @@ export interface Run {
      * `conditioning_image` where it is wanted.
      */
     conditioning_image_column: string;
+    /** For method `dpo`: the picture of the same shape that was rejected for each. Empty for `rejected`, where it is wanted. */
+    rejected_image_column: string;
+    /** Parquet: 1 where `image_column` has the preferred picture, 0 where `rejected_image_column` has, 0.5 for a tie, left out. Empty for 1. */
+    label_column: string;
     /** A picture's own alpha is the mask of its loss. The VAE is then shown the colours beneath what is transparent, else white. */
     alpha_mask: boolean;
     /** The caption of pictures that have none; empty where each must have its own. */
@@ -206,6 +213,10 @@ export interface Run {
   /** Updates; 0 to count by epochs. */
   steps: number;
   objective: ObjectiveSettings;
+  dpo: {
+    /** How near the network is held to the model as it was loaded: large is near. */
+    beta_dpo: number;
+  };
   vae_objective: {
     l1: number;
     mse: number;
@@ -276,7 +287,7 @@ export const fields: Fields<Run> = {
       'textual_inversion',
       'vae',
     ),
-    method: choice('diffusion', 'diffusion', 'lcm'),
+    method: choice('diffusion', 'diffusion', 'dpo', 'lcm'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -340,6 +351,8 @@ export const fields: Fields<Run> = {
     caption_column: text('text'),
     caption_extension: text('.txt'),
     conditioning_image_column: text(''),
+    rejected_image_column: text(''),
+    label_column: text(''),
     alpha_mask: flag(false),
     instance_prompt: text(''),
     folder_repeats: flag(false),
@@ -383,6 +396,7 @@ export const fields: Fields<Run> = {
     min_timestep: whole(0, { min: 0 }),
     max_timestep: whole(0, { min: 0 }),
   },
+  dpo: { beta_dpo: number(5000, { min: 0 }) },
   vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
   optimizer: {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
