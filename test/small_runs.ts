@@ -83,6 +83,9 @@ interface How {
   locate?: Locate;
 }
 
+export const opened = (input: RunInput): Promise<Materials> =>
+  openMaterials(resolveRun(input, 'test', 'test'), locate, silent);
+
 /** A run's session, with what is prepared for it. */
 export async function sessionOf(materials: Materials, report: Report = silent): Promise<Session> {
   const prepared = await prepare(materials, device, report, { asked: false });

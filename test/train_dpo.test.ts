@@ -1,4 +1,4 @@
-// Diffusion-DPO: its loss and gradients against torch over diffusers' UNet (golden/dpo.py), pairs that are shown alike, runs that resume
+// Diffusion-DPO: its loss and gradients against torch over diffusers' UNet (golden/dpo_esd.py), pairs that are shown alike, runs that resume
 // bit for bit and learn what is preferred, and mistakes.
 import { copyFileSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -7,25 +7,21 @@ import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { writePng } from '../io/image.ts';
-import { openModel } from '../models/checkpoint.ts';
 import { softplus } from '../train/dpo.ts';
-import { addNoise, noisedInputs, objectiveOf } from '../train/objective.ts';
 import { openPictures } from '../train/pictures.ts';
 import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
-import { openMaterials } from '../train/session.ts';
 import type { HostTensor, PassInputs } from '../train/task.ts';
-import { numbers, picture } from './controlnet_golden.ts';
-import { goldenLines, permuted } from './golden.ts';
+import { picture } from './controlnet_golden.ts';
+import { testGradients } from './frozen_golden.ts';
 import { devices } from './models_golden.ts';
 import {
   basic,
   device,
   folder,
-  locate,
   losses,
-  model,
+  opened,
   paired,
   pictures,
   resumes,
@@ -33,16 +29,6 @@ import {
   sessionOf,
   silent,
 } from './small_runs.ts';
-
-interface Told {
-  target: 'lora' | 'unet';
-  beta_dpo: number;
-  loss: number;
-  count: number;
-  noise: number;
-}
-type Gradient = [target: string, key: string, norm: number, sum: number];
-const golden = goldenLines<Told | Gradient>('dpo');
 
 const dataset = { ...basic('').dataset, path: paired };
 /** What a run of pairs has beside what `basic` has. */
@@ -55,86 +41,8 @@ const dpoRun = (output: string, target: 'lora' | 'unet' = 'lora'): RunInput => (
   ...basic(output),
   ...ofPairs(target),
 });
-const opened = (input: RunInput) => openMaterials(resolveRun(input, 'test', 'test'), locate, silent);
 
-const toOurs = [0, 2, 3, 1];
-const toTorch = [0, 3, 1, 2];
-
-/** The script's pass. */
-function goldenPass(): PassInputs {
-  const { objective } = resolveRun(dpoRun('golden'), 'test', 'test');
-  const twice = (values: Float32Array) => Float32Array.of(...values, ...values);
-  const [pairs, h, w] = [2, 8, 12];
-  const made = (name: string, ...[n, ...rest]: number[]): HostTensor => ({
-    shape: [2 * n, ...rest],
-    values: twice(numbers(name, [n, ...rest])),
-    dtype: 'float32',
-  });
-  const latents = permuted(numbers('latents', [4, 4, h, w]), [4, 4, h, w], toOurs);
-  const noise = twice(permuted(numbers('noise', [pairs, 4, h, w]), [pairs, 4, h, w], toOurs));
-  const noised = addNoise(
-    objectiveOf(objective, openModel(model).config('scheduler')),
-    latents,
-    [4, h, w, 4],
-    Float32Array.of(107, 803, 107, 803),
-    noise,
-  );
-  const timeIds = twice(Float32Array.of(64, 96, 0, 0, 64, 96, 80, 100, 8, 2, 64, 96));
-  return {
-    ...noisedInputs(noised, 'float32'),
-    context: made('encoder_hidden_states', pairs, 77, 80),
-    pooled: made('text_embeds', pairs, 40),
-    timeIds: { shape: [4, 6], values: timeIds, dtype: 'float32' },
-  };
-}
-
-for (const told of golden.filter((each): each is Told => !Array.isArray(each)))
-  test(`the loss and its gradients are diffusers', ${told.target}`, async (t) => {
-    const before = device.memory.storages;
-    const { target, beta_dpo } = told;
-    const session = await sessionOf(
-      await opened({ ...dpoRun(`golden-${target}`, target), ema: { decay: 0 }, dpo: { beta_dpo } }),
-    );
-    const prefix = target === 'lora' ? 'lora.unet.' : 'unet.';
-    t.equal(session.parameters.size, told.count);
-    for (const [name, { tensor: own, shape, layout, memoryShape }] of session.parameters) {
-      const key = name.slice(prefix.length);
-      const factors = numbers(key, shape);
-      const conv = layout === 'conv';
-      const was = conv ? permuted(own.floats(), memoryShape, toTorch) : own.floats();
-      const moved = factors.map((x, i) => {
-        if (target === 'lora') return x / (key.includes('lora_A') ? 8 : 16);
-        return was[i] * (1 + x / 32);
-      });
-      own.set(conv ? permuted(moved, shape, toOurs) : moved);
-    }
-    const loss = session.passes.queue(goldenPass(), 1);
-    const [got] = loss.floats();
-    loss.release();
-    t.ok(Math.abs(got / told.loss - 1) < 1e-5, `the loss ${got}, diffusers' ${told.loss}`);
-    session.passes.gather();
-    const gradients = golden.filter((each): each is Gradient => each[0 as never] === target);
-    t.ok(gradients.length > 20);
-    for (const [, key, norm, sum] of gradients) {
-      const parameter = session.parameters.get(prefix + key);
-      const values = scope(() => parameter && gradOf(parameter.tensor)?.floats());
-      if (!parameter || !values) {
-        t.fail(`${key} has no gradient`);
-        continue;
-      }
-      const laid = parameter.layout === 'conv' ? permuted(values, parameter.memoryShape, toTorch) : values;
-      const factors = numbers(key, [laid.length]);
-      const own = [
-        Math.sqrt(laid.reduce((total, x) => total + x * x, 0)),
-        laid.reduce((total, x, i) => total + x * factors[i], 0),
-      ];
-      // The errors of elements add up in the sum as its factors' root mean square, which is 1.15.
-      const error = Math.max(Math.abs(own[0] - norm), Math.abs(own[1] - sum) / 1.15) / norm;
-      t.ok(error < 10 * told.noise, `${key} is ${error} off`);
-    }
-    session.release();
-    t.equal(device.memory.storages, before, 'live tensors');
-  });
+testGradients('dpo', (target) => ({ ...dpoRun(`golden-${target}`, target), dpo: { beta_dpo: 200 } }));
 
 test('softplus and its gradient, where a loss begins and far from there', (t) => {
   const values = [0, 1e-6, -1e-6, 0.3, -0.3, 1, -1, 3, -3, 9, -9, 20, -20, 90, -90, 3e4, -3e4];

@@ -23,6 +23,7 @@ import { captionOf } from './data/caption.ts';
 import { timeIdsOf } from './data/picture.ts';
 import { dpo } from './dpo.ts';
 import { dropoutOf } from './dropout.ts';
+import { esd } from './esd.ts';
 import { paintingIn } from './inpainting.ts';
 import { type IPAdapterBegin, prompted, withIPAdapter } from './ip_adapter.ts';
 import { latentConsistency } from './lcm.ts';
@@ -67,6 +68,7 @@ export interface Sources {
 const methods: Record<Run['train']['method'], MakeMethod> = {
   diffusion: plainDiffusion,
   dpo,
+  esd,
   lcm: latentConsistency,
 };
 

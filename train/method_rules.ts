@@ -9,7 +9,7 @@ const usual = fill(fields, {}, 'the defaults');
 const ofAllMethods = ['prediction_type', 'zero_terminal_snr', 'prior_loss_weight'];
 
 type Method = Run['train']['method'];
-type Group = 'objective' | 'dataset' | 'lcm' | 'dpo';
+type Group = 'objective' | 'dataset' | 'lcm' | 'dpo' | 'esd';
 
 /** The keys of a group that are not as by default. */
 function given(run: Run, group: Group): string[] {
@@ -22,12 +22,14 @@ const owned: readonly { method: Method; name: string; group: Group; keys: RegExp
   { method: 'lcm', name: 'latent consistency distillation', group: 'lcm', keys: /./ },
   { method: 'dpo', name: 'Diffusion-DPO', group: 'dpo', keys: /./ },
   { method: 'dpo', name: 'Diffusion-DPO', group: 'dataset', keys: /^(rejected_image|label)_column$/ },
+  { method: 'esd', name: 'ESD', group: 'esd', keys: /./ },
 ];
 
 /** Whether a method has no use for a key of `objective`. */
 const isUnused: Record<Method, (key: string) => boolean> = {
   diffusion: () => false,
   dpo: (key) => /^(loss|huber_delta|masked_loss)$/.test(key),
+  esd: () => false,
   lcm: (key) => !ofAllMethods.includes(key),
 };
 

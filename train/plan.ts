@@ -116,9 +116,11 @@ const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>
     : '';
 
 /** The loss, and what it is of where it is not the plain one. */
-function ofMethod({ train, objective, dpo, lcm }: Run): string[] {
+function ofMethod({ train, objective, dpo, esd, lcm }: Run): string[] {
   if (train.method === 'diffusion') return [objective.loss];
   if (train.method === 'dpo') return [train.method, `beta_dpo ${dpo.beta_dpo}`];
+  if (train.method === 'esd')
+    return [train.method, objective.loss, `negative_guidance ${esd.negative_guidance}`];
   const { w_min, w_max, num_ddim_timesteps, loss_type } = lcm;
   return [train.method, loss_type, `w ${w_min} to ${w_max}`, `${num_ddim_timesteps} DDIM timesteps`];
 }

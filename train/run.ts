@@ -40,9 +40,9 @@ export interface Run {
     target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'ip_adapter' | 'textual_inversion' | 'vae';
     /**
      * What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, pairs of pictures of which people prefer one
-     * (Diffusion-DPO), or the model itself, to draw in a few steps (`lcm`).
+     * (Diffusion-DPO), or the model itself: to forget a concept (ESD), or to draw in a few steps (`lcm`).
      */
-    method: 'diffusion' | 'dpo' | 'lcm';
+    method: 'diffusion' | 'dpo' | 'esd' | 'lcm';
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -217,6 +217,10 @@ export interface Run {
     /** How near the network is held to the model as it was loaded: large is near. */
     beta_dpo: number;
   };
+  esd: {
+    /** How far away from the concept, as a guidance; 0 for no further than without a caption. */
+    negative_guidance: number;
+  };
   vae_objective: {
     l1: number;
     mse: number;
@@ -287,7 +291,7 @@ export const fields: Fields<Run> = {
       'textual_inversion',
       'vae',
     ),
-    method: choice('diffusion', 'diffusion', 'dpo', 'lcm'),
+    method: choice('diffusion', 'diffusion', 'dpo', 'esd', 'lcm'),
     parts: list([], text('')),
     text_encoders: flag(false),
     gradient_checkpointing: flag(false),
@@ -397,6 +401,7 @@ export const fields: Fields<Run> = {
     max_timestep: whole(0, { min: 0 }),
   },
   dpo: { beta_dpo: number(5000, { min: 0 }) },
+  esd: { negative_guidance: number(1, { min: 0 }) },
   vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
   optimizer: {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
