@@ -4,7 +4,8 @@
 //   npx sdxl train configs/lcm-lora.ts --set dataset.path=FOLDER
 //   npx sdxl sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora runs/lcm-lora/final --scheduler lcm --steps 4 \
 //     --guidance-scale 1 --prompt ...
-// The whole UNet instead, after train_lcm_distill_sdxl_wds.py but without its embedding of w; its target is then the moving average:
+// The whole UNet instead, as train_lcm_distill_sdxl_wds.py: it is told the guidance, and its target is the moving average. It is drawn
+// with by --model runs/lcm-lora/final and the --guidance-scale that is wished, without a second pass:
 //   --set train.target=unet --set optimizer.lr=1e-6 --set ema.decay=0.95
 import { defineRun } from 'sdxl';
 

@@ -144,7 +144,10 @@ const runOf = (
         lora: { rank: 2, alpha: 2, targets: ['to_k', 'to_out.0'] },
       }),
   objective: { prediction_type },
-  lcm: { loss_type, huber_c, timestep_scaling_factor: scaling },
+  lcm: {
+    ...{ loss_type, huber_c, timestep_scaling_factor: scaling },
+    ...(part && { unet_time_cond_proj_dim: 0 }),
+  },
 });
 
 /** The trained weights of a case, and its target's, as the script has them. */
@@ -334,7 +337,12 @@ test('runs resume bit for bit, fused or not, and a LoRA draws in few steps witho
     train: { method: 'lcm', parts: ['attn2'] },
     dataset: { ...basic('').dataset, path: pictures, shuffle_caption: true },
   };
-  await resumes(t, 'lcm-unet', all);
+  const whole = await resumes(t, 'lcm-unet', all);
+  const made = openModel(whole);
+  t.equal(made.config('unet').time_cond_proj_dim, 256, 'the UNet is told w');
+  const layer = made.weights('unet').floats('time_embedding.cond_proj.weight');
+  const most = Math.max(...layer.map(Math.abs));
+  t.ok(layer.length === 16 * 256 && most < 1 / 16 && most > 0.99 / 16, 'by a layer as it begins');
   const once = (name: string, fused_backward_pass: boolean): RunInput => ({
     ...basic(name),
     ...all,
@@ -408,6 +416,14 @@ test('what a run is told, and mistakes', async (t) => {
       /"objective\.masked_loss" is of the method "diffusion"/,
     ],
     [{ train: lora, lcm: { w_min: 20 } }, /"lcm\.w_min" is 20 and "lcm\.w_max" 15; write the smaller first/],
+    [
+      { train: lora, lcm: { unet_time_cond_proj_dim: 0 } },
+      /"lcm\.unet_time_cond_proj_dim" is of a UNet that is distilled whole/,
+    ],
+    [
+      { train: { method: 'lcm' }, lcm: { unet_time_cond_proj_dim: 7 } },
+      /is 7, and sines and cosines come in pairs/,
+    ],
     [{ train: lora, lcm: { huber_c: 0 } }, /"lcm\.huber_c" is 0; it takes a number from 0\.000001/],
   ];
   for (const [input, sentence] of mistakes)

@@ -58,6 +58,15 @@ export function refuseOfMethods(run: Run, where: string): void {
     throw new UserError(
       `${where}: "objective.${other}" is of the method "diffusion", and "train.method" is "${method}"; leave it out`,
     );
+  const { unet_time_cond_proj_dim: dim } = lcm;
+  if (dim !== usual.lcm.unet_time_cond_proj_dim && target !== 'unet')
+    throw new UserError(
+      `${where}: "lcm.unet_time_cond_proj_dim" is of a UNet that is distilled whole, and "train.target" is "${target}"; leave it out`,
+    );
+  if (dim % 2 === 1 || dim === 2)
+    throw new UserError(
+      `${where}: "lcm.unet_time_cond_proj_dim" is ${dim}, and sines and cosines come in pairs, more than one; give an even number such as 256, or 0`,
+    );
   if (lcm.w_min > lcm.w_max)
     throw new UserError(
       `${where}: "lcm.w_min" is ${lcm.w_min} and "lcm.w_max" ${lcm.w_max}; write the smaller first`,

@@ -17,6 +17,7 @@ import {
   whole,
 } from './fields.ts';
 import type { LrSchedule } from './lr_schedule.ts';
+import { type LcmSettings, lcmFields } from './method_settings.ts';
 import type { ObjectiveSettings } from './objective.ts';
 import type { OptimizerSettings } from './optimizers/create.ts';
 import { type PreviewSettings, previewPrompt } from './preview_prompts.ts';
@@ -94,19 +95,8 @@ export interface Run {
     /** A LoRA to go on with, of these ranks: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
     network_weights: string;
   };
-  /** Latent consistency distillation (Luo et al. 2023), in the words of diffusers' scripts. */
-  lcm: {
-    /** The guidance that is distilled, drawn for each picture from here to there; one less than `guidance_scale` counts it. */
-    w_min: number;
-    w_max: number;
-    /** The timesteps that the student learns to draw from; the steps of `lcm` samplers are some of them. */
-    num_ddim_timesteps: number;
-    /** The square of the distance, or sqrt(r^2 + huber_c^2) - huber_c. */
-    loss_type: 'l2' | 'huber';
-    huber_c: number;
-    /** How soon above timestep 0 the prediction counts, and not the noised picture itself. */
-    timestep_scaling_factor: number;
-  };
+  /** Latent consistency distillation. */
+  lcm: LcmSettings;
   controlnet: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */
     controlnet_model_name_or_path: string;
@@ -317,14 +307,7 @@ export const fields: Fields<Run> = {
     text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
     network_weights: text(''),
   },
-  lcm: {
-    w_min: number(3, { min: 0 }),
-    w_max: number(15, { min: 0 }),
-    num_ddim_timesteps: whole(50, { min: 1 }),
-    loss_type: choice('l2', 'l2', 'huber'),
-    huber_c: number(0.001, { min: 1e-6 }),
-    timestep_scaling_factor: number(10, { min: 1 }),
-  },
+  lcm: lcmFields,
   controlnet: {
     controlnet_model_name_or_path: text(''),
     transformer_layers_per_block: list([], whole(0)),

@@ -37,6 +37,7 @@ import { type Prepared, rehearse } from './preparation.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
 import { fields, type Run } from './run.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
+import { toldGuidance } from './told_guidance.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 
 /** How models are found by what the user wrote: the command line brings downloads. */
@@ -85,7 +86,7 @@ export async function openMaterials(
   report: Report,
   { checkpoint, tokenizers = join(run.output, 'tokenizers') }: MaterialOptions = {},
 ): Promise<Materials> {
-  const source = asInpainting(run, await openSource(run, locate, tokenizers, checkpoint));
+  const source = toldGuidance(run, asInpainting(run, await openSource(run, locate, tokenizers, checkpoint)));
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
   const ipAdapter = await openIPAdapter(run, locate);
