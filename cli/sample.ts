@@ -10,6 +10,7 @@ import type { ModelSource } from '../models/checkpoint.ts';
 import { cachingOf } from '../models/deepcache.ts';
 import { feedForwardToFp8 } from '../models/fp8.ts';
 import { checkInpainting } from '../models/inpainting.ts';
+import { checkInstructPix2Pix } from '../models/instruct_pix2pix.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import type { DecodedPicture, Latents } from '../models/latents.ts';
 import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
@@ -139,9 +140,11 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
 function planned(from: ModelSource, asked: Request) {
   const config = parseUNetConfig(from.config('unet'));
   checkInpainting(config, asked);
+  checkInstructPix2Pix(config, asked);
   cachingOf(asked, config);
   if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
-  return planOf({ scheduler: parseSchedulerConfig(from.config('scheduler')) }, asked);
+  const scheduler = parseSchedulerConfig(from.config('scheduler'));
+  return planOf({ scheduler, unetConfig: config }, asked);
 }
 
 /** Loads the models, one after the other, and draws. */

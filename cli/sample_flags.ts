@@ -241,7 +241,15 @@ const microConditioningOptions = (command: Command): Command =>
 const overPictureOptions = (command: Command): Command =>
   command
     .optionsGroup('Over a picture:')
-    .option('-i, --image <FILE>', 'start from this picture')
+    .option(
+      '-i, --image <FILE>',
+      'start from this picture; an InstructPix2Pix model, such as diffusers/sdxl-instructpix2pix-768, edits it as --prompt tells',
+    )
+    .option(
+      '--image-guidance-scale <F>',
+      'of an InstructPix2Pix model: how strongly to keep to the picture, and below 1 no guidance at all (default: 1.5)',
+      number('--image-guidance-scale', { min: 0 }),
+    )
     .option(
       '--mask <FILE>',
       'paint anew where this is white (needs --image); an inpainting model, such as diffusers/stable-diffusion-xl-1.0-inpainting-0.1, takes both',

@@ -42,6 +42,7 @@ export interface SampleOptions
   sigmas?: number[];
   guidanceScale: number;
   guidanceRescale: number;
+  imageGuidanceScale?: number;
   pagScale?: number;
   pagAdaptiveScale?: number;
   pagAppliedLayers?: string[];
@@ -168,6 +169,8 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--karras and --scheduler ${options.scheduler} lay out the noise levels, each in its way; give one of them`,
     );
+  if (options.imageGuidanceScale !== undefined && !options.image)
+    throw new UserError('--image-guidance-scale needs --image: the picture to keep to');
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
   if (options.paddingMaskCrop !== undefined && !options.mask)
     throw new UserError('--padding-mask-crop needs --mask: what to draw a part around');

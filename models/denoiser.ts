@@ -10,7 +10,7 @@ import { update } from '../engine/op.ts';
 import { concat, copy, embedding, slice } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
-import { empty, type Tensor, tensor } from '../engine/tensor.ts';
+import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
@@ -73,8 +73,10 @@ export interface DenoiserPlan {
   /** In how many of the calls, from the first on, what T2I-Adapters give is added. */
   followedCalls: number;
   imagePrompts: readonly ImagePrompt[];
-  /** What an inpainting model sees beside the latents. */
+  /** What an inpainting or an InstructPix2Pix model sees beside the latents. */
   beside?: Latents;
+  /** Of an InstructPix2Pix model, which has a third part where it is guided, of the picture without the text. */
+  imageGuidanceScale?: number;
   /** How many calls the controls' parts are parts of: those that a refiner will do count. */
   calls: number;
   /** In which calls all of the network runs, and how much of it in the others. */
@@ -108,9 +110,12 @@ function placeInputs(
   const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
   // Rows that are perturbed are of the text, once more.
   const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
+  const byPicture = guided && plan.imageGuidanceScale !== undefined;
+  const withPicture = (t: Tensor) => (byPicture ? concat([t, slice(t, 0, 0, images)], 0) : t);
+  const placed = beside && toDevice(beside, device, dtype);
   const inputs = {
-    context: withPerturbed(encoded.context),
-    pooled: withPerturbed(encoded.pooled),
+    context: withPicture(withPerturbed(encoded.context)),
+    pooled: withPicture(withPerturbed(encoded.pooled)),
     timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
     latents: empty(shape, { device }),
     times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
@@ -123,7 +128,12 @@ function placeInputs(
     return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
   });
   const features = featuresOf(plan.followed, rows, device, dtype);
-  const seen = beside && forParts(toDevice(beside, device, dtype), parts);
+  // Unconditional is without the picture, too.
+  const seen =
+    placed &&
+    (byPicture
+      ? concat([zeros(placed.shape, { device, dtype }), placed, placed], 0)
+      : forParts(placed, parts));
   const guidance = told === undefined ? undefined : tensor(each(told), [rows], { device });
   const others = [seen, guidance].filter((t) => t !== undefined);
   const more = [...pictures, ...(features ?? []), ...others, ...tensorsOf(tokens)];
@@ -136,7 +146,8 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   const { device, dtype, text, unet, adapter, ipAdapter } = model;
   const { shape, guided, pag, controls, calls, caching } = plan;
   const [images] = shape;
-  const parts = 1 + Number(guided) + Number(pag !== undefined);
+  const imageGuidanceScale = guided ? plan.imageGuidanceScale : undefined;
+  const parts = 1 + Number(guided) + Number(pag !== undefined) + Number(imageGuidanceScale !== undefined);
   const cache = newContextCache();
   const made = noGrad(() => scope(() => placeInputs(model, request, plan, parts)));
   if (request.last) {
@@ -164,6 +175,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
     if (parts === 1) return y;
     return guide(y, images, {
       guidanceScale: guided ? request.guidance_scale : undefined,
+      imageGuidanceScale,
       pagScale: pag && embedding(step, pagScales),
       withText: guided && rescale > 0,
     });

@@ -4,6 +4,7 @@
 import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import type { Json, ModelSource } from './checkpoint.ts';
+import { isInstructPix2Pix } from './instruct_pix2pix.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { UNetConfig } from './unet.ts';
 
@@ -13,15 +14,22 @@ type Channels = Pick<UNetConfig, 'in_channels' | 'out_channels'>;
 export const isInpainting = ({ in_channels, out_channels }: Partial<Channels>): boolean =>
   in_channels === 2 * Number(out_channels) + 1;
 
-/** The model's index, with the pipeline that an inpainting UNet is for. */
-export const pipelineIndex = ({ modelIndex, has, config }: ModelSource): Json => ({
-  ...modelIndex,
-  ...(has('unet') && isInpainting(config('unet')) && { _class_name: 'StableDiffusionXLInpaintPipeline' }),
-});
+/** What a UNet that sees more than latents is of, in words, and diffusers' pipeline for it; undefined for another. */
+export function kindOf(config: Partial<Channels>): { name: string; pipeline: string } | undefined {
+  if (isInpainting(config)) return { name: 'inpainting model', pipeline: 'StableDiffusionXLInpaintPipeline' };
+  if (!isInstructPix2Pix(config)) return undefined;
+  return { name: 'InstructPix2Pix model', pipeline: 'StableDiffusionXLInstructPix2PixPipeline' };
+}
+
+/** The model's index, with the pipeline that its UNet is for, where that sees more than latents. */
+export function pipelineIndex({ modelIndex, has, config }: ModelSource): Json {
+  const kind = has('unet') ? kindOf(config('unet')) : undefined;
+  return { ...modelIndex, ...(kind && { _class_name: kind.pipeline }) };
+}
 
 /** How many of a UNet's channels are those of the latents. */
 export const latentChannelsOf = (config: Channels): number =>
-  isInpainting(config) ? config.out_channels : config.in_channels;
+  kindOf(config) ? config.out_channels : config.in_channels;
 
 /** @throws UserError where an inpainting model is asked for what it has not learnt, or cannot be shown the picture */
 export function checkInpainting(

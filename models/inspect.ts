@@ -18,7 +18,7 @@ import {
 } from './checkpoint.ts';
 import { buildComponent, classOf } from './components.ts';
 import { asWeightsTell } from './controlnet_union.ts';
-import { isInpainting } from './inpainting.ts';
+import { kindOf } from './inpainting.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
@@ -70,7 +70,7 @@ function inspectFolder(path: string): Inspection {
     inspectComponent(basename(folder), configAt(folder), () => openWeights(folder));
   if (existsSync(join(path, 'config.json'))) {
     const component = componentAt(path);
-    const whose = isInpainting(configAt(path)) ? ' of an inpainting model' : '';
+    const whose = whoseUNet(configAt(path));
     const kind = `diffusers component: ${component.class ?? 'unknown class'}${whose}`;
     return { path, kind, components: [component], metadata: {}, problems: component.problems };
   }
@@ -103,12 +103,12 @@ function inspectPipeline(path: string): Inspection {
   }
   if (components.length === 0) problems.push('model_index.json names no component that SDXL has');
   const { requires_aesthetics_score, _class_name = 'unknown pipeline' } = source.modelIndex;
-  const inpainting = source.has('unet') && isInpainting(source.config('unet'));
+  const seeing = source.has('unet') ? kindOf(source.config('unet')) : undefined;
   const kind =
     requires_aesthetics_score === true
       ? 'SDXL refiner'
-      : inpainting
-        ? 'SDXL inpainting model'
+      : seeing
+        ? `SDXL ${seeing.name}`
         : String(_class_name);
   problems.push(...problemsOf(components));
   return { path, kind: `diffusers folder: ${kind}`, components, metadata: {}, problems };
@@ -204,8 +204,14 @@ function inspectUNet(path: string, tensors: readonly Stored[]): Omit<Inspection,
     ...inspectComponent('unet', source.config('unet'), () => source.weights('unet')).problems,
   ];
   const components = [{ name: 'unet', ...summary(tensors), problems }];
-  const whose = isInpainting(source.config('unet')) ? ' of an inpainting model' : '';
+  const whose = whoseUNet(source.config('unet'));
   return { kind: `UNet${whose} in one file, original keys`, components, problems };
+}
+
+/** What a UNet that sees more than latents is of. */
+function whoseUNet(config: Json): string {
+  const kind = kindOf(config);
+  return kind ? ` of an ${kind.name}` : '';
 }
 
 function kindOfCoder(file: TensorFile): string | undefined {
@@ -250,7 +256,7 @@ function inspectSingleFile(
   const shapeOf = (name: string) => file.tensors.get(`${prefixes.unet}${name}.weight`)?.shape ?? [];
   const channels = { in_channels: shapeOf('input_blocks.0.0')[1], out_channels: shapeOf('out.2')[0] };
   const first = all.some(({ name }) => owner(name) === 'text_encoder') ? 'base' : 'refiner';
-  const kind = isInpainting(channels) ? 'inpainting model' : first;
+  const kind = kindOf(channels)?.name ?? first;
   const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => {
     const mine = all.filter((tensor) => owner(tensor.name) === name);
     return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };

@@ -58,15 +58,24 @@ export function encodeImage(
   draw: (count: number) => Float32Array,
   tiling: boolean,
 ): Latents {
+  const [mean, logvar] = encoded(vae, image, tiling);
+  const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
+  return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
+}
+
+/** The mode of what an encoder says of a picture in [-1, 1], not scaled. */
+export const encodeMode = (vae: Autoencoder, image: Latents, tiling: boolean): Latents =>
+  encoded(vae, image, tiling)[0];
+
+/** Mean and log-variance, or where there is no posterior the latents. */
+function encoded(vae: Autoencoder, image: Latents, tiling: boolean): Latents[] {
   const encode: Run = (device, dtype) => {
     const x = toDevice(image, device, dtype);
     if (!vae.posterior) return [vae.encode(x, { tiling }).latents];
     const moments = vae.encode(x, { tiling });
     return [moments.mean, moments.logvar];
   };
-  const [mean, logvar] = withoutOverflow(vae, encode, toHost);
-  const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
-  return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
+  return withoutOverflow(vae, encode, toHost);
 }
 
 type Run = (device: Device, dtype: FloatDType) => Tensor[];

@@ -16,6 +16,7 @@ import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { cachingOf } from './deepcache.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { checkInpainting, latentChannelsOf } from './inpainting.ts';
+import { checkInstructPix2Pix, imageGuidanceOf, isInstructPix2Pix } from './instruct_pix2pix.ts';
 import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
@@ -189,10 +190,15 @@ export function samplerFor(
 }
 
 /** The steps that a request comes to. @throws UserError where the scheduler cannot do them, or none are left */
-export function planOf(pipeline: Pick<Pipeline, 'scheduler'>, request: Request) {
+export function planOf(pipeline: Pick<Pipeline, 'scheduler' | 'unetConfig'>, request: Request) {
   const sampler = samplerFor(pipeline, request);
-  return { sampler, plan: sampler.plan(request.num_inference_steps, planOptions(request)) };
+  const options = planOptions(request, beginsWith(pipeline, request));
+  return { sampler, plan: sampler.plan(request.num_inference_steps, options) };
 }
+
+/** Whether the picture is begun with, and not edited by a model that sees it. */
+const beginsWith = ({ unetConfig }: Pick<Pipeline, 'unetConfig'>, { image }: Request): boolean =>
+  image !== undefined && !isInstructPix2Pix(unetConfig);
 
 /**
  * Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode().
@@ -204,13 +210,15 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const { sampler, plan } = planOf(pipeline, request);
   checkPrompts(pipeline, request);
   checkInpainting(pipeline.unetConfig, request);
+  checkInstructPix2Pix(pipeline.unetConfig, request);
   const caching = cachingOf(request, pipeline.unetConfig);
   const pag = pagOf(request, pipeline.unet);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
+  const imageGuidanceScale = imageGuidanceOf(pipeline.unetConfig, request);
   // A model that is told its guidance needs no pass without the prompt.
   const told = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
-  const guided = request.guidance_scale > 1 && told === undefined;
+  const guided = request.guidance_scale > 1 && (imageGuidanceScale ?? 1) >= 1 && told === undefined;
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;
@@ -218,13 +226,13 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     const ids = timeIds(request, size, {
       aesthetic: pipeline.aesthetic,
       guided,
-      perturbed: pag !== undefined,
+      perturbed: pag !== undefined || (guided && imageGuidanceScale !== undefined),
       images,
       interleaved: !goesOn(request),
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, told, pag, caching, beside },
+      ...{ timesteps, shape, ids, guided, told, pag, caching, beside, imageGuidanceScale },
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),
@@ -324,10 +332,9 @@ export function decode({ vae }: Pipeline, latents: Latents, tiling = false): Dec
 const goesOn = ({ image, denoising_start }: Request): boolean =>
   image !== undefined || denoising_start !== undefined;
 
-function planOptions(request: Request) {
+function planOptions(request: Request, begun: boolean) {
   return {
-    strength:
-      request.image !== undefined && request.denoising_start === undefined ? strengthOf(request) : undefined,
+    strength: begun && request.denoising_start === undefined ? strengthOf(request) : undefined,
     denoisingStart: request.denoising_start,
     denoisingEnd: request.denoising_end,
     timesteps: request.timesteps,

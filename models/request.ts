@@ -5,6 +5,7 @@ import type { MicroConditioning } from './conditioning.ts';
 import type { CacheRequest } from './deepcache.ts';
 import type { GuidanceRequest } from './denoiser.ts';
 import { emphases } from './emphasis.ts';
+import type { InstructPix2PixRequest } from './instruct_pix2pix.ts';
 import type { IPAdapterRequest } from './ip_adapter.ts';
 import type { ControlRequest } from './multicontrolnet.ts';
 import type { PAGRequest } from './pag.ts';
@@ -23,6 +24,7 @@ export interface Request
     T2IAdapterRequest,
     IPAdapterRequest,
     PAGRequest,
+    InstructPix2PixRequest,
     CacheRequest {
   num_inference_steps: number;
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
@@ -144,6 +146,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
+  image_guidance_scale: atLeast0,
   pag_scale: atLeast0,
   pag_adaptive_scale: atLeast0,
   pag_applied_layers: texts,

@@ -1,7 +1,7 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture or its latents under noise, or what an earlier
 // stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet), but for an
-// inpainting model, which is shown it (inpainting.ts).
+// inpainting model, which is shown it (inpainting.ts); an InstructPix2Pix model sees the picture too, and begins with noise.
 import type { Device } from '../engine/device.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { combine } from '../engine/ops/combine.ts';
@@ -11,6 +11,7 @@ import { keep, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import { besideLatents, isInpainting, maskAt } from './inpainting.ts';
+import { isInstructPix2Pix, originalLatents } from './instruct_pix2pix.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
 import type { UNetConfig } from './unet.ts';
@@ -61,7 +62,7 @@ export interface Start {
   draw(): Tensor;
   /** Inpainting by a plain UNet puts the known part back, noised to the level of the next step. */
   afterStep?(x: Tensor, index: number): Tensor;
-  /** What an inpainting model sees beside the latents at each step. */
+  /** What an inpainting or an InstructPix2Pix model sees beside the latents at each step. */
   beside?: Latents;
   release(): void;
 }
@@ -106,13 +107,18 @@ export function startOf(
     const start = isInpainting(coder.unetConfig) ? seeing : paintingIn;
     return start(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
   }
+  const noise = () => combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : draw()]);
+  if (image && isInstructPix2Pix(coder.unetConfig)) {
+    const beside = originalLatents(coder, { ...request, image }, shape);
+    return { shape, draw, beside, begin: () => scope(noise), release() {} };
+  }
   const told = denoising_start !== undefined;
   const from = image && !latents ? latentsOf(coder, { ...request, image }, images) : undefined;
   const begin = () => {
     // Told where to start, diffusers takes the picture for one that has its noise already.
     if (latents && (told || image)) return onDevice(latents.data);
     if (from) return told ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), draw());
-    return combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : draw()]);
+    return noise();
   };
   return { shape, draw, begin: () => scope(begin), release() {} };
 }

@@ -1,5 +1,5 @@
-// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl and inpainting.jsonl
-// have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
+// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl, inpainting.jsonl and
+// instruct_pix2pix.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -14,14 +14,14 @@ import type { Asked } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder } from './golden.ts';
-import { writeInpainting } from './inpainting_golden.ts';
+import { writeInpainting, writeInstructPix2Pix } from './inpainting_golden.ts';
 import { type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
 import { writeT2IAdapter } from './t2i_adapter_golden.ts';
 
 type Plain = 'text2img' | 'img2img' | 'inpaint' | 'refiner' | 'controlled' | 'adapted';
 /** Those whose names begin so are of an inpainting model. */
-export type Kind = Plain | 'inpainting' | 'inpainting controlled' | 'inpainting adapted';
+export type Kind = Plain | 'instruct_pix2pix' | 'inpainting' | 'inpainting controlled' | 'inpainting adapted';
 
 export interface Call {
   kind: Kind;
@@ -48,11 +48,15 @@ const ipAdapter = openIPAdapter(
 /** The inpainting model's folder. */
 export const inpainting = writeInpainting(at('inpainting'));
 
+/** InstructPix2Pix's. */
+export const instructed = writeInstructPix2Pix(at('instruct_pix2pix'));
+
 const isControlled = (kind: Kind) => kind.endsWith('controlled');
 const isAdapted = (kind: Kind) => kind.endsWith('adapted');
 
 function modelOf(kind: Kind): string {
   if (kind.startsWith('inpainting')) return inpainting;
+  if (kind === 'instruct_pix2pix') return instructed;
   return join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl');
 }
 
@@ -65,7 +69,7 @@ export const pipelineOf = (kind: Kind, device: Device, adapter: readonly ModelSo
 
 function requestOf({ kind, adapters, settings: { scheduler, noise, ...settings }, seed }: Call): Asked {
   const masked = kind.startsWith('inpaint');
-  const begins = masked || ['img2img', 'refiner'].includes(kind);
+  const begins = masked || ['img2img', 'refiner', 'instruct_pix2pix'].includes(kind);
   const given = noise === undefined ? undefined : new TorchGenerator(noise).randn(4 * 8 * 8);
   return {
     ...{ width: 64, height: 64, ...settings },

@@ -24,7 +24,7 @@ import { openMaterials } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
 import { disc, numbers, picture } from './controlnet_golden.ts';
 import { goldenFolder, goldenLines, permuted } from './golden.ts';
-import { writeInpainting } from './inpainting_golden.ts';
+import { writeInpainting, writeInstructPix2Pix } from './inpainting_golden.ts';
 import { basic, device, folder, locate, losses, resumes, run, sessionOf, silent } from './small_runs.ts';
 
 interface Drawing {
@@ -38,6 +38,7 @@ type Told = { model: string; loss: number };
 type Gradient = [model: string, key: string, part: number, norm: number, sum: number];
 const golden = goldenLines<Drawing | Told | Gradient>('inpainting_training');
 const painter = writeInpainting(join(folder, 'painter'));
+const editor = writeInstructPix2Pix(join(folder, 'editor'));
 
 /** Two pictures of 64 x 64 with masks beside them. */
 const masked = join(folder, 'masked');
@@ -257,6 +258,7 @@ test('mistakes', async (t) => {
   const { inpainting: _, ...unmasked } = beside('x');
   const token = { placeholder_token: '<x>', initializer_token: 'a' };
   for (const [more, message] of [
+    [{ model: editor }, /editor is an InstructPix2Pix model/],
     [{ model: painter }, /painter is an inpainting model, .* say with inpainting\.mask_mode/],
     [
       { model: painter, train: { target: 'controlnet' }, dataset: { path: masked } },

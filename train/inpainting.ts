@@ -9,6 +9,7 @@ import { preprocess } from '../io/image.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
 import { isInpainting, maskAt } from '../models/inpainting.ts';
+import { isInstructPix2Pix } from '../models/instruct_pix2pix.ts';
 import { joined } from '../models/latents.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { widened } from '../models/widened.ts';
@@ -129,6 +130,10 @@ export function asInpainting(run: Run, source: ModelSource): ModelSource {
       );
     return source;
   }
+  if (isInstructPix2Pix(config))
+    throw new UserError(
+      `${name} is an InstructPix2Pix model, which sdxl train does not train; begin with a base model`,
+    );
   if (!mask_mode) return source;
   if (source.modelIndex.requires_aesthetics_score === true)
     throw new UserError(
