@@ -3,40 +3,23 @@
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
-import { namedParameters } from '../engine/module.ts';
-import { scope } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
 import { writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { toDevice } from '../models/latents.ts';
-import { loadPipeline } from '../models/pipeline.ts';
-import { momentsCache } from '../train/cache.ts';
-import { drawMask, type RandomMask } from '../train/data/random_mask.ts';
+import { drawMask } from '../train/data/random_mask.ts';
 import { draws } from '../train/draws.ts';
 import { maskOf, paintingIn, shownMasked } from '../train/inpainting.ts';
-import { diffusionLoss, objectiveOf } from '../train/objective.ts';
 import { openPictures, viewIn } from '../train/pictures.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
-import { disc, numbers, picture } from './controlnet_golden.ts';
-import { goldenFolder, goldenLines, permuted } from './golden.ts';
+import { disc, picture } from './controlnet_golden.ts';
+import { goldenFolder } from './golden.ts';
 import { writeInpainting, writeInstructPix2Pix } from './inpainting_golden.ts';
+import { gradients, seeingGolden } from './seeing_golden.ts';
 import { basic, device, folder, locate, losses, resumes, run, sessionOf, silent } from './small_runs.ts';
 
-interface Drawing {
-  mode: RandomMask;
-  size: [number, number];
-  mean: number;
-  deviation: number;
-  rates: number[];
-}
-type Told = { model: string; loss: number };
-type Gradient = [model: string, key: string, part: number, norm: number, sum: number];
-const golden = goldenLines<Drawing | Told | Gradient>('inpainting_training');
 const painter = writeInpainting(join(folder, 'painter'));
 const editor = writeInstructPix2Pix(join(folder, 'editor'));
 
@@ -54,7 +37,7 @@ for (const [i, seed] of [4, 5].entries()) {
 }
 
 test("masks are drawn as often at each place as the peers'", (t) => {
-  for (const each of golden) {
+  for (const each of seeingGolden) {
     if (!('mode' in each)) continue;
     const { mode, size, mean, deviation, rates } = each;
     const [h, w] = size;
@@ -96,73 +79,8 @@ const beside = (output: string): RunInput => {
 };
 
 test("a pass's gradients are diffusers', from files on", async (t) => {
-  const before = device.memory.storages;
   const own = resolveRun({ ...beside('gradients'), batch_size: 2 }, 'test', 'test');
-  own.dataset.random_flip = false;
-  const pipeline = loadPipeline(openModel(painter), { device, dtype: 'float32' });
-  const pictures = await openPictures(own, 32, silent);
-  const views = [0, 1].map((i) => viewIn(0, i, pictures, own));
-  const { vae } = pipeline;
-  if (!vae.posterior) throw new Error('the golden model has a VAE');
-  const cache = momentsCache(join(folder, 'gradients-cache'), vae, shownMasked(own));
-  t.equal(await cache.fill(views), 2);
-  t.equal(await cache.fill(views), 0);
-  // Next to no variance: the posterior's mode.
-  const control = paintingIn(own, pipeline, (view) => {
-    const { mean } = cache.read(view);
-    return { mean, logvar: new Float32Array(mean.length).fill(-30) };
-  });
-  const made = await control.inputs(views, 0);
-  t.same([made.beside.shape, made.beside.dtype], [[2, 8, 8, 5], 'float32']);
-  t.same(control.blank(2, [64, 64]).beside.shape, [2, 8, 8, 5]);
-  const parameters = namedParameters(pipeline.unet);
-  for (const { tensor: weight } of parameters.values()) requireGrad(weight);
-  const name = 'inpainting';
-  scope(() => {
-    const given = (key: string, ...shape: number[]) =>
-      tensor(numbers(`${name}.${key}`, shape), shape, { device });
-    const latents = (key: string) =>
-      toDevice({ shape: [2, 4, 8, 8], data: numbers(`${name}.${key}`, [2, 4, 8, 8]) }, device, 'float32');
-    const inputs = {
-      ...{ sample: latents('sample'), target: latents('target') },
-      timesteps: tensor([7, 803], [2], { device }),
-      beside: tensor(made.beside.values as Float32Array, made.beside.shape, { device }),
-    };
-    const ids = [64, 64, 0, 0, 64, 64];
-    const conditioning = {
-      context: given('encoder_hidden_states', 2, 77, 80),
-      textEmbeds: given('text_embeds', 2, 40),
-      timeIds: tensor([...ids, ...ids], [2, 6], { device }),
-    };
-    const objective = objectiveOf(own.objective, openModel(painter).config('scheduler'));
-    const loss = diffusionLoss(control.network(pipeline, inputs), objective, inputs, conditioning);
-    const told = golden.find((each): each is Told => 'loss' in each && each.model === name);
-    const [got] = loss.floats();
-    t.ok(Math.abs(got / Number(told?.loss) - 1) < 1e-5, `the loss ${got}, diffusers' ${told?.loss}`);
-    backward(loss);
-  });
-  const wanted = golden.filter((each): each is Gradient => Array.isArray(each) && each[0] === name);
-  t.ok(wanted.length > 40, `${wanted.length}`);
-  let worst = { key: '', error: 0 };
-  for (const [, key, part, norm, sum] of wanted) {
-    const parameter = parameters.get(key);
-    const values = scope(() => parameter && gradOf(parameter.tensor)?.floats());
-    if (!parameter || !values) throw new Error(`${key} has no gradient`);
-    const [, i = 1, ...taps] = parameter.shape;
-    const laid = parameter.layout === 'conv' ? permuted(values, parameter.memoryShape, [0, 3, 1, 2]) : values;
-    const area = taps.reduce((product, side) => product * side, 1);
-    // Of the first convolution a channel of what it reads.
-    const of = key === 'conv_in.weight' ? laid.filter((_, at) => Math.floor(at / area) % i === part) : laid;
-    const factors = numbers(key, [of.length]);
-    const ownNorm = Math.sqrt(of.reduce((total, x) => total + x * x, 0));
-    const ownSum = of.reduce((total, x, at) => total + x * factors[at], 0);
-    const error = Math.max(Math.abs(ownNorm - norm), Math.abs(ownSum - sum) / 1.15) / norm;
-    if (error > worst.error) worst = { key, error };
-  }
-  t.ok(worst.error < 1e-4, `${worst.key} is ${worst.error} off`);
-  for (const { tensor: weight } of parameters.values()) clearGrad(weight);
-  pipeline.release();
-  t.equal(device.memory.storages, before, 'live tensors');
+  await gradients(t, 'inpainting', { own, model: painter, shown: shownMasked(own), controlOf: paintingIn });
 });
 
 const image = join(masked, '0.png');
@@ -258,7 +176,10 @@ test('mistakes', async (t) => {
   const { inpainting: _, ...unmasked } = beside('x');
   const token = { placeholder_token: '<x>', initializer_token: 'a' };
   for (const [more, message] of [
-    [{ model: editor }, /editor is an InstructPix2Pix model/],
+    [
+      { model: editor },
+      /editor is an InstructPix2Pix model, .*; say with dataset\.original_image_column where that is/,
+    ],
     [{ model: painter }, /painter is an inpainting model, .* say with inpainting\.mask_mode/],
     [
       { model: painter, train: { target: 'controlnet' }, dataset: { path: masked } },
@@ -270,9 +191,9 @@ test('mistakes', async (t) => {
     ],
     [
       { inpainting, train: { target: 'lora' } },
-      /the UNet of .* takes 4 channels, and sees no mask; begin with an inpainting model such as .*, or make one with train\.target "unet"/,
+      /the UNet of .* takes 4 channels, so it is not an inpainting model; begin with one such as .*, or make one with train\.target "unet"/,
     ],
-    [{ inpainting, model: refiner }, /is a refiner, which is no inpainting model/],
+    [{ inpainting, model: refiner }, /is a refiner, which does not become an inpainting model/],
     [{ inpainting, train: { parts: ['attn2'] } }, /which train\.parts \["attn2"\] leaves at zero/],
     [
       { inpainting, train: { target: 'vae' } },
@@ -289,7 +210,7 @@ test('mistakes', async (t) => {
     ],
     [
       { previews: { prompts: ['a'], validation_image: [image] } },
-      /is for a ControlNet or an inpainting model/,
+      /is for a ControlNet, an inpainting or an InstructPix2Pix model/,
     ],
     [
       { inpainting, previews: { prompts: ['a', 'b', 'c'], validation_image: [image, image] } },

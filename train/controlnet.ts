@@ -35,6 +35,8 @@ export interface Control {
   blank(n: number, size: Size): PassInputs;
   /** The network that such inputs make of a model. */
   network(model: Pipeline, inputs: Tensors): Network;
+  /** Whether a view is shown without its caption in an epoch, whatever dataset.caption_dropout_rate says. */
+  isUnprompted?(view: View, epoch: number): boolean;
   /** What a preview is given for it, over one of previews.validation_image where there are any. */
   preview(preview: Preview, image?: Picture): Partial<Asked>;
 }

@@ -25,6 +25,7 @@ import { dpo } from './dpo.ts';
 import { dropoutOf } from './dropout.ts';
 import { esd } from './esd.ts';
 import { paintingIn } from './inpainting.ts';
+import { editing } from './instruct_pix2pix.ts';
 import { type IPAdapterBegin, prompted, withIPAdapter } from './ip_adapter.ts';
 import { latentConsistency } from './lcm.ts';
 import { masked } from './mask.ts';
@@ -177,9 +178,11 @@ export function diffusionTask(
         ...{ epoch, latents: joined(latents), height, width },
         weights: hasPrior ? priorWeights(views, run) : undefined,
       };
-      const chosen = views.map(({ sample: { captions: choices, key } }) =>
-        captionOf(choices, run.dataset, { seed, epoch, key }),
-      );
+      const chosen = views.map((view) => {
+        if (control.isUnprompted?.(view, epoch)) return undefined;
+        const { captions: choices, key } = view.sample;
+        return captionOf(choices, run.dataset, { seed, epoch, key });
+      });
       const inputs = {
         ...method.inputs(batch),
         timeIds: timeIdsInput(views, pipeline, run),
@@ -259,8 +262,9 @@ function controlOf(run: Run, pipeline: Pipeline, { beside, images }: Prepared): 
   if (run.train.target === 't2i_adapter') return adapted(run, pipeline);
   if (images) return prompted(run, pipeline, images);
   const weighed = run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
-  if (!run.inpainting.mask_mode) return weighed;
-  const seeing = paintingIn(run, pipeline, beside);
+  const edits = run.dataset.original_image_column !== '';
+  if (!edits && !run.inpainting.mask_mode) return weighed;
+  const seeing = (edits ? editing : paintingIn)(run, pipeline, beside);
   return {
     ...seeing,
     inputs: async (...asked) => ({ ...(await weighed.inputs(...asked)), ...(await seeing.inputs(...asked)) }),

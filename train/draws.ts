@@ -27,6 +27,7 @@ const purposes = [
   'masked_moments',
   'image_dropout',
   'guidance',
+  'conditioning',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

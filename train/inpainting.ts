@@ -1,25 +1,19 @@
 // Training inpainting models, whose UNets see beside the noised latents a mask and the latents of the picture without what it marks
 // (models/inpainting.ts); the loss is that of the whole picture. A mask is drawn for each version of a picture that a run prepares
 // (dataset.crops), so that what the VAE says of the masked ones is cached as of the others: encoding in passes would keep the VAE
-// beside the UNet. A base model becomes an inpainting one by a wider first convolution.
-import { concat } from '../engine/ops/move.ts';
+// beside the UNet.
 import { sizeOf } from '../engine/tensor.ts';
-import { UserError } from '../io/errors.ts';
 import { preprocess } from '../io/image.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
 import type { Size } from '../models/conditioning.ts';
-import { isInpainting, maskAt } from '../models/inpainting.ts';
-import { isInstructPix2Pix } from '../models/instruct_pix2pix.ts';
-import { joined } from '../models/latents.ts';
+import { maskAt } from '../models/inpainting.ts';
 import type { Pipeline } from '../models/pipeline.ts';
-import { widened } from '../models/widened.ts';
 import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from './cache.ts';
 import type { Control } from './controlnet.ts';
 import { drawMask, type RandomMask } from './data/random_mask.ts';
 import { draws } from './draws.ts';
 import { readConditioning } from './pictures.ts';
 import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
+import { seeing } from './seeing.ts';
 
 /** Of a mask that each picture has beside it, or is drawn. Pictures for prior preservation have none, and theirs is drawn. */
 const isBeside = ({ inpainting }: Run, { sample }: View): boolean =>
@@ -69,14 +63,10 @@ export function paintingIn(
   moments: (view: View) => PictureMoments,
 ): Control {
   const channels = 1 + vae.config.latent_channels;
-  const latentSides = ([height, width]: Size): Size => [height / ratio, width / ratio];
-  const inputs = (n: number, size: Size, values: Float32Array): PassInputs => ({
-    beside: { shape: [n, ...latentSides(size), channels], values, dtype: run.dtype },
-  });
   const seenOf = async (view: View, epoch: number, signal?: AbortSignal): Promise<Float32Array> => {
-    const { target } = view.geometry;
-    const mask = { shape: [1, 1, ...target], data: await maskOf(run, view, signal) };
-    const plane = maskAt(mask, latentSides(target));
+    const [height, width] = view.geometry.target;
+    const mask = { shape: [1, 1, height, width], data: await maskOf(run, view, signal) };
+    const plane = maskAt(mask, [height / ratio, width / ratio]);
     const latents = drawLatents(moments(view), view, vae.config, { seed: run.seed, epoch }, 'masked_moments');
     return Float32Array.from({ length: plane.length * channels }, (_, i) => {
       const [at, c] = [Math.floor(i / channels), i % channels];
@@ -84,15 +74,7 @@ export function paintingIn(
     });
   };
   return {
-    async inputs(views, epoch, signal) {
-      const seen = await Promise.all(views.map((view) => seenOf(view, epoch, signal)));
-      return inputs(views.length, views[0].geometry.target, joined(seen));
-    },
-    blank: (n, size) => inputs(n, size, new Float32Array(n * sizeOf(latentSides(size)) * channels)),
-    network:
-      ({ unet }, { beside }) =>
-      (sample, times, conditioning) =>
-        unet(concat([sample, beside], 3), times, conditioning),
+    ...seeing(run, { ratio, channels }, seenOf),
     // A picture is painted in by a mask that is drawn; where there is none, all of it.
     preview({ width, height, seed }, image) {
       const size: Size = [height, width];
@@ -106,46 +88,4 @@ export function paintingIn(
       };
     },
   };
-}
-
-/**
- * The model that a run with inpainting.mask_mode trains, and any other as it is.
- * @throws UserError where the run does not say so of an inpainting model, or of one that cannot become one
- */
-export function asInpainting(run: Run, source: ModelSource): ModelSource {
-  if (run.train.target === 'vae') return source;
-  const { mask_mode } = run.inpainting;
-  const { target, parts } = run.train;
-  const name = run.unet || source.path;
-  const config = source.config('unet');
-  const { in_channels, out_channels } = config as Partial<Record<string, number>>;
-  if (isInpainting(config)) {
-    if (target !== 'unet' && target !== 'lora')
-      throw new UserError(
-        `${name} is an inpainting model, whose UNet sees a mask and a picture beside the latents: sdxl train trains it with target "unet" or "lora", not "${target}"; begin with a base model`,
-      );
-    if (!mask_mode)
-      throw new UserError(
-        `${name} is an inpainting model, whose UNet sees a mask and a picture beside the latents; say with inpainting.mask_mode what is masked, such as "random_mask", or begin with a base model`,
-      );
-    return source;
-  }
-  if (isInstructPix2Pix(config))
-    throw new UserError(
-      `${name} is an InstructPix2Pix model, which sdxl train does not train; begin with a base model`,
-    );
-  if (!mask_mode) return source;
-  if (source.modelIndex.requires_aesthetics_score === true)
-    throw new UserError(
-      `${name} is a refiner, which is no inpainting model; leave inpainting.mask_mode out, or begin with a base model`,
-    );
-  if (target === 'lora' || in_channels !== out_channels)
-    throw new UserError(
-      `the UNet of ${name} takes ${in_channels} channels, and sees no mask; begin with an inpainting model such as diffusers/stable-diffusion-xl-1.0-inpainting-0.1, or${target === 'lora' ? ' make one with train.target "unet"' : ' with a base model'}`,
-    );
-  if (parts.length > 0 && !parts.some((part) => 'conv_in.weight'.includes(part)))
-    throw new UserError(
-      `the UNet of ${name} becomes an inpainting one by a wider conv_in, which train.parts ${JSON.stringify(parts)} leaves at zero; add "conv_in.weight"`,
-    );
-  return widened(source, 2 * Number(out_channels) + 1);
 }

@@ -142,15 +142,16 @@ export const readConditioning = async (
   return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
 };
 
-/** Behind the views those of the pictures that were rejected for them, if any: cropped, mirrored and drawn for alike. */
+/** The view of the picture beside the view's own, cropped, mirrored and drawn for alike. */
+export function besideView(view: View): View {
+  const { id, hash, read } = view.sample.beside as NonNullable<Sample['beside']>;
+  return { ...view, sample: { ...view.sample, id, hash, read } };
+}
+
+/** Behind the views those of the pictures that were rejected for them, if any. */
 export const withRejected = (views: readonly View[]): View[] => [
   ...views,
-  ...views.flatMap((view) => {
-    const { beside } = view.sample;
-    if (beside?.kind !== 'rejected picture') return [];
-    const { id, hash, read } = beside;
-    return [{ ...view, sample: { ...view.sample, id, hash, read } }];
-  }),
+  ...views.filter(({ sample }) => sample.beside?.kind === 'rejected picture').map(besideView),
 ];
 
 /** `count` entries, evenly spread; all where there are no more. */

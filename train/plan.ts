@@ -99,7 +99,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofInpainting(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofSeeing(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...ofObjective(run)].join(', ')}`]
       : []),
@@ -154,7 +154,8 @@ function ofLora({ train, lora }: Run): string {
   return ` (${[...kind, sizes(rank, alpha), ...larger, ...others, ...begun].join(', ')})`;
 }
 
-function ofInpainting({ inpainting: { mask_mode, full_mask_rate } }: Run): string {
+function ofSeeing({ inpainting: { mask_mode, full_mask_rate }, dataset }: Run): string {
+  if (dataset.original_image_column) return ', an InstructPix2Pix model';
   if (!mask_mode) return '';
   return `, an inpainting model (${mask_mode} masks${full_mask_rate ? `, ${full_mask_rate} of them whole` : ''})`;
 }

@@ -31,6 +31,7 @@ import {
 import { allCaptions } from './data/caption.ts';
 import type { Sample } from './data/survey.ts';
 import { shownMasked } from './inpainting.ts';
+import { shownOriginal } from './instruct_pix2pix.ts';
 import { type IPAdapterBegin, openImageEncoder, saidFor } from './ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
 import { type Pictures, previewSize, viewIn, withRejected } from './pictures.ts';
@@ -135,10 +136,11 @@ async function preparePictures(
       pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
     ).flat();
     await cache.fill(withRejected(views), heard('encoding pictures'));
-    if (!run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
-    const masked = cacheOf(shownMasked(run));
-    await masked.fill(views, heard('encoding masked pictures'));
-    return { moments: cache.read, beside: masked.read };
+    const edits = run.dataset.original_image_column !== '';
+    if (!edits && !run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
+    const beside = cacheOf(edits ? shownOriginal(run) : shownMasked(run));
+    await beside.fill(views, heard(edits ? 'encoding pictures before edits' : 'encoding masked pictures'));
+    return { moments: cache.read, beside: beside.read };
   } finally {
     pipeline.release();
   }

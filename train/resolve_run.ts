@@ -5,6 +5,7 @@ import { mostChunks } from '../models/conditioning.ts';
 import { fill, override } from './fields.ts';
 import { refuseOfMethods } from './method_rules.ts';
 import { refuseLines } from './preview_prompts.ts';
+import { refuseSeeing } from './resolve_seeing.ts';
 import { fields, followsImages, type Run } from './run.ts';
 
 /** Fills in the defaults, then applies `--set` assignments. @throws UserError for an unknown key or an unfit value */
@@ -23,8 +24,10 @@ export function resolveRun(
     );
   run.output ||= `runs/${run.name}`;
   refuseUnfit(run, where);
-  if (conditioned(run)) run.dataset.conditioning_image_column ||= 'conditioning_image';
-  if (run.train.method === 'dpo') run.dataset.rejected_image_column ||= 'rejected';
+  const { dataset } = run;
+  if (conditioned(run))
+    dataset.conditioning_image_column ||= dataset.original_image_column || 'conditioning_image';
+  if (run.train.method === 'dpo') dataset.rejected_image_column ||= 'rejected';
   mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }
@@ -35,7 +38,7 @@ function refuseUnfit(run: Run, where: string): void {
   refuseUnused(run, where);
   refuseOfMethods(run, where);
   refuseOfOtherKinds(run, where);
-  refuseInpainting(run, where);
+  refuseSeeing(run, where);
   refuseConditions(run, where);
   refuseToken(run, where);
   refuseImagePrompts(run, where);
@@ -329,21 +332,8 @@ const conditioned = (run: Run): boolean =>
   run.train.target === 'controlnet' ||
   run.train.target === 't2i_adapter' ||
   run.inpainting.mask_mode === 'conditioning_image' ||
+  run.dataset.original_image_column !== '' ||
   (run.objective.masked_loss && !run.dataset.alpha_mask);
-
-/** Masks for what paints nothing in. */
-function refuseInpainting({ train: { target }, inpainting }: Run, where: string): void {
-  const { mask_mode, full_mask_rate } = inpainting;
-  if (mask_mode && target !== 'unet' && target !== 'lora')
-    throw new UserError(
-      `${where}: "inpainting.mask_mode" is of inpainting models, for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
-    );
-  const drawn = mask_mode && mask_mode !== 'conditioning_image';
-  if (full_mask_rate && !drawn)
-    throw new UserError(
-      `${where}: "inpainting.full_mask_rate" is of masks that are drawn, and "inpainting.mask_mode" is "${mask_mode}"; leave it out, or set that to "random_mask"`,
-    );
-}
 
 /** Alpha as a mask where no loss is weighed by one, or by another. */
 function refuseAlphaMask(run: Run, where: string): void {
@@ -387,12 +377,13 @@ function refuseConditions(run: Run, where: string): void {
       throw new UserError(
         `${where}: "${key}" is for a ${of === 'controlnet' ? 'ControlNet' : 'T2I-Adapter'}, which target "${target}" does not train; leave it out, or set "train.target" to "${of}"`,
       );
-  if (images.length > 0 && !followsImages(run) && !run.inpainting.mask_mode)
+  const edits = dataset.original_image_column !== '';
+  if (images.length > 0 && !followsImages(run) && !run.inpainting.mask_mode && !edits)
     throw new UserError(
-      `${where}: "previews.validation_image" is for a ControlNet, a T2I-Adapter or an inpainting model, which target "${target}" without "inpainting.mask_mode" does not train; leave it out, or set one of them`,
+      `${where}: "previews.validation_image" is for what is trained to follow images, or for an inpainting or InstructPix2Pix model, and the run trains none; leave it out, or set "train.target" to "controlnet", "t2i_adapter" or "ip_adapter", or "inpainting.mask_mode" or "dataset.original_image_column"`,
     );
   if (!followsImages(run)) {
-    if (images.length > 0) refuseCounts(previews, where);
+    if (images.length > 0 || edits) refuseCounts(previews, where);
     return;
   }
   if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
@@ -407,6 +398,6 @@ function refuseCounts({ prompts, validation_image }: Run['previews'], where: str
   const [texts, pictures] = [prompts.length, validation_image.length];
   if (texts > 0 !== pictures > 0 || (texts !== pictures && texts > 1 && pictures > 1))
     throw new UserError(
-      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the pictures that previews follow or paint in; give one to each prompt, or one of either for all`,
+      `${where}: "previews.prompts" has ${texts} and "previews.validation_image" ${pictures}, the pictures that previews follow or begin with; give one to each prompt, or one of either for all`,
     );
 }

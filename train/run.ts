@@ -157,6 +157,10 @@ export interface Run {
     rejected_image_column: string;
     /** Parquet: 1 where `image_column` has the preferred picture, 0 where `rejected_image_column` has, 0.5 for a tie, left out. Empty for 1. */
     label_column: string;
+    /** Trains an InstructPix2Pix model on these: what each picture was before the edit that its caption tells, of the same size. Empty for another. */
+    original_image_column: string;
+    /** The share of such captions that are left away, of pictures before the edit, and of both. */
+    conditioning_dropout_prob: number;
     /** A picture's own alpha is the mask of its loss. The VAE is then shown the colours beneath what is transparent, else white. */
     alpha_mask: boolean;
     /** The caption of pictures that have none; empty where each must have its own. */
@@ -340,6 +344,8 @@ export const fields: Fields<Run> = {
     conditioning_image_column: text(''),
     rejected_image_column: text(''),
     label_column: text(''),
+    original_image_column: text(''),
+    conditioning_dropout_prob: number(0, { min: 0, max: 0.33 }),
     alpha_mask: flag(false),
     instance_prompt: text(''),
     folder_repeats: flag(false),

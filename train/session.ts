@@ -26,7 +26,6 @@ import { diffusionTask, type Sources } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
 import { fill } from './fields.ts';
 import { moveThrough } from './fused.ts';
-import { asInpainting } from './inpainting.ts';
 import type { IPAdapterBegin } from './ip_adapter.ts';
 import { learningRate } from './lr_schedule.ts';
 import { boundNorms } from './max_norm.ts';
@@ -36,6 +35,7 @@ import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import { type Prepared, rehearse } from './preparation.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
 import { fields, type Run } from './run.ts';
+import { asSeeing } from './seeing.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
 import { toldGuidance } from './told_guidance.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
@@ -86,7 +86,7 @@ export async function openMaterials(
   report: Report,
   { checkpoint, tokenizers = join(run.output, 'tokenizers') }: MaterialOptions = {},
 ): Promise<Materials> {
-  const source = toldGuidance(run, asInpainting(run, await openSource(run, locate, tokenizers, checkpoint)));
+  const source = toldGuidance(run, asSeeing(run, await openSource(run, locate, tokenizers, checkpoint)));
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
   const ipAdapter = await openIPAdapter(run, locate);
