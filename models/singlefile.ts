@@ -22,6 +22,7 @@ import { presets, sdxlVae } from './presets.ts';
 import { otherProcess } from './samplers/config.ts';
 import { layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
+import { toldIn } from './unet.ts';
 import { openWeightsFile } from './weights_file.ts';
 
 /**
@@ -75,7 +76,9 @@ export function openSingleFile(
       );
     const found = folder?.config(component) ?? published[component];
     if (!found) throw new UserError(`${path} has no ${component}`);
-    if (component === 'unet') return { ...found, in_channels: convIn.shape[1] }; // an inpainting model's, whoever lends the rest
+    // An inpainting model's, or one that is told its guidance, whoever lends the rest.
+    if (component === 'unet')
+      return { ...found, in_channels: convIn.shape[1], ...toldIn(file.tensors, prefixes.unet) };
     return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
   };
   const source: ModelSource = {

@@ -57,6 +57,15 @@ export function parseUNetConfig(json: Record<string, unknown>): UNetConfig {
   });
 }
 
+/** Of the UNet in a file without a config, how it is told its guidance, where it is: no program has a word of its own for that layer. */
+export function toldIn(
+  tensors: ReadonlyMap<string, { shape: readonly number[] }>,
+  prefix: string,
+): Pick<UNetConfig, 'time_cond_proj_dim'> {
+  const layer = tensors.get(`${prefix}time_embedding.cond_proj.weight`);
+  return layer ? { time_cond_proj_dim: layer.shape[1] } : {};
+}
+
 /** The latent's height and width that a model was trained for: sample_size may be one side or both. @throws UserError for another */
 export function trainedSides({ sample_size }: Record<string, unknown>): [height: number, width: number] {
   const told = sample_size ?? 128;

@@ -1,6 +1,6 @@
 // Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
 // pseudo-Huber loss against float64, runs that resume bit for bit and share passes among devices, what they make, and mistakes.
-import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import { copyFileSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
@@ -16,8 +16,10 @@ import { readPicture } from '../io/image.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
+import { openSingleFile } from '../models/singlefile.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 import { parseUNetConfig } from '../models/unet.ts';
+import { openUNetFile } from '../models/unet_file.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { consistency, consistencyLoss, distilled, pseudoHuber, solverSteps } from '../train/lcm.ts';
 import type { Asked } from '../train/method.ts';
@@ -96,11 +98,7 @@ test("the solver's steps are those of diffusers' DDIMSolver", (t) => {
       ends,
     );
   }
-  t.same(
-    consistency(epsilon, 0, 10),
-    [1, 0].map((x) => x + 0),
-    'at timestep 0 there is nothing to do',
-  );
+  t.same(consistency(epsilon, 0, 10), [1, 0], 'at timestep 0 there is nothing to do');
   t.end();
 });
 
@@ -241,6 +239,18 @@ test('a UNet that is told the guidance draws as in diffusers, without a second p
   pipeline.release();
   t.equal(device.memory.storages, before, 'live tensors');
   const config = openModel(told).config('unet');
+  const alone = join(told, 'unet', 'alone.safetensors');
+  for (const [path, from, flags] of [
+    [alone, join(told, 'unet', 'diffusion_pytorch_model.safetensors'), undefined],
+    [join(folder, 'one.safetensors'), told, ['--format', 'single-file']],
+  ] as const) {
+    if (flags) t.match(await sdxl('export', from, path, ...flags), { status: 0 });
+    else copyFileSync(from, path);
+    const file = flags
+      ? openSingleFile(path, { configs: openModel(model) })
+      : openUNetFile(path, openModel(model));
+    t.equal(file.config('unet').time_cond_proj_dim, 8, `${path} tells by its tensors`);
+  }
   for (const time_cond_proj_dim of ['256', 7, 2])
     t.throws(
       () => parseUNetConfig({ ...config, time_cond_proj_dim }),
