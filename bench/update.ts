@@ -15,7 +15,7 @@ import { clipGradients } from '../train/clip.ts';
 import { fill } from '../train/fields.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
 import { openPasses } from '../train/pass.ts';
-import { fields } from '../train/run.ts';
+import { fields } from '../train/run_fields.ts';
 import { casesOf, type OpCase } from './ops.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
 import { type Sizes, type Subject, unetInputs } from './subjects.ts';

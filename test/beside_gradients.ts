@@ -9,7 +9,7 @@ import { openModel } from '../models/checkpoint.ts';
 import { toDevice } from '../models/latents.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet.ts';
-import type { Control } from '../train/controlnet.ts';
+import type { Control } from '../train/controls/control.ts';
 import { diffusionLoss, objectiveOf } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { numbers, picture } from './controlnet_golden.ts';

@@ -11,7 +11,7 @@ import { survey } from '../train/data/survey.ts';
 import { fill } from '../train/fields.ts';
 import { openPictures } from '../train/pictures.ts';
 import { resolveRun } from '../train/resolve_run.ts';
-import { fields } from '../train/run.ts';
+import { fields } from '../train/run_fields.ts';
 
 /** What a run has that says nothing of its dataset. */
 const _defaults = fill(fields, {}, 'defaults').dataset;

@@ -9,7 +9,7 @@ import { allCaptions, captionOf } from '../train/data/caption.ts';
 import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';
 import { fill } from '../train/fields.ts';
 import { spread } from '../train/pictures.ts';
-import { fields } from '../train/run.ts';
+import { fields } from '../train/run_fields.ts';
 
 /** What a run has that says nothing of its dataset. */
 const defaults = fill(fields, {}, 'defaults').dataset;

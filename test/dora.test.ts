@@ -251,7 +251,11 @@ test('what does not go together is refused', (t) => {
       { algo, use_dora: true },
       new RegExp(`"lora\\.use_dora" is of LoRA, and "lora\\.algo" is "${algo}"`),
     );
-  refused({ use_dora: true }, /"lora\.use_dora" is of adapters, and target "unet" trains none/, 'unet');
+  refused(
+    { use_dora: true },
+    /"lora\.use_dora" is of adapters, and "train\.target" is "unet"; leave it out, or set/,
+    'unet',
+  );
   for (const key of ['dora_wd', 'weight_decompose'])
     refused({ [key]: true } as RunInput['lora'], /unknown key "lora\.\w+"; here it is "lora\.use_dora"/);
   t.throws(() => resolveRun({ use_dora: true } as RunInput, 'test', 'test'), /here it is "lora\.use_dora"/);

@@ -301,7 +301,11 @@ test('what does not go together is refused', (t) => {
     /"lora\.loraplus_lr_ratio" is 4, and Prodigy has one learning rate/,
   );
   refused({ algo: 'lokr', network_weights: 'x' }, /"lora\.network_weights" goes on with a plain LoRA/);
-  refused({ algo: 'loha' }, /"lora\.algo" is of adapters, and target "unet" trains none/, 'unet');
+  refused(
+    { algo: 'loha' },
+    /"lora\.algo" is of adapters, and "train\.target" is "unet"; leave it out, or set/,
+    'unet',
+  );
   refused(
     { algo: 'locon' } as unknown as RunInput['lora'],
     /"lora\.algo" is "locon"; it takes "lora" or "loha" or "lokr" or "oft"/,

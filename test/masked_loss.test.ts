@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import sharp from 'sharp';
 import { type Test, test } from 'tap';
 import { writePng } from '../io/image.ts';
-import { latentMask } from '../train/mask.ts';
+import { latentMask } from '../train/controls/mask.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';

@@ -21,7 +21,7 @@ import {
   objectiveOf,
 } from '../train/objective.ts';
 import { place } from '../train/pass.ts';
-import { fields } from '../train/run.ts';
+import { fields } from '../train/run_fields.ts';
 import { vaeLoss } from '../train/vae_objective.ts';
 import { allClose } from './golden.ts';
 

@@ -10,7 +10,7 @@ import { openModel } from '../models/checkpoint.ts';
 import { toDevice } from '../models/latents.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { momentsCache, type PictureMoments, type Shown, type View } from '../train/cache.ts';
-import type { Control } from '../train/controlnet.ts';
+import type { Control } from '../train/controls/control.ts';
 import type { RandomMask } from '../train/data/random_mask.ts';
 import { diffusionLoss, objectiveOf } from '../train/objective.ts';
 import { openPictures, viewIn } from '../train/pictures.ts';

@@ -274,7 +274,7 @@ test('what a dataset and a run may lack', async (t) => {
     [
       'a size for another target',
       { train: { target: 'unet' } },
-      /"controlnet\.transformer_layers_per_block" is for a ControlNet/,
+      /"controlnet\.transformer_layers_per_block" is of a ControlNet, and/,
     ],
     [
       'two beginnings',

@@ -10,7 +10,7 @@ import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
 import { controlNetJson } from '../models/controlnet_start.ts';
 import { componentConfigs } from '../models/diffusers_config.ts';
 import { presets } from '../models/presets.ts';
-import { controlled as controlledBy } from '../train/controlnet.ts';
+import { controlled as controlledBy } from '../train/controls/controlnet.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';

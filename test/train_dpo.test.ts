@@ -7,7 +7,7 @@ import { backward, clearGrad, gradOf, requireGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { writePng } from '../io/image.ts';
-import { softplus } from '../train/dpo.ts';
+import { softplus } from '../train/methods/dpo.ts';
 import { openPictures } from '../train/pictures.ts';
 import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';

@@ -5,9 +5,9 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { writePng } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
+import { maskOf, paintingIn, shownMasked } from '../train/controls/inpainting.ts';
 import { drawMask } from '../train/data/random_mask.ts';
 import { draws } from '../train/draws.ts';
-import { maskOf, paintingIn, shownMasked } from '../train/inpainting.ts';
 import { openPictures, viewIn } from '../train/pictures.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
@@ -210,7 +210,7 @@ test('mistakes', async (t) => {
     ],
     [
       { previews: { prompts: ['a'], validation_image: [image] } },
-      /is for a ControlNet, an inpainting or an InstructPix2Pix model/,
+      /is for what is trained to follow images, or for an inpainting or InstructPix2Pix model/,
     ],
     [
       { inpainting, previews: { prompts: ['a', 'b', 'c'], validation_image: [image, image] } },

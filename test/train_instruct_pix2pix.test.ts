@@ -4,7 +4,7 @@ import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { writePng } from '../io/image.ts';
-import { droppedOf, editing, shownOriginal } from '../train/instruct_pix2pix.ts';
+import { droppedOf, editing, shownOriginal } from '../train/controls/instruct_pix2pix.ts';
 import { openPictures, viewIn } from '../train/pictures.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';

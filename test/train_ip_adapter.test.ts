@@ -15,7 +15,7 @@ import { locateImageEncoder } from '../models/locate_ip_adapter.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { crossAttentions } from '../models/unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
-import { prompted } from '../train/ip_adapter.ts';
+import { prompted } from '../train/controls/ip_adapter.ts';
 import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
@@ -272,13 +272,13 @@ test('what a run may not say', async (t) => {
       'for another target',
       fresh,
       { train: { target: 'lora' } },
-      /"ip_adapter\.image_encoder_path" is for an IP-Adapter, which target "lora" does not train; leave it out, or set "train\.target" to "ip_adapter"/,
+      /"ip_adapter\.image_encoder_path" is of an IP-Adapter, and "train\.target" is "lora"; leave it out, or set "train\.target" to "ip_adapter"/,
     ],
     [
       'conditioning images',
       fresh,
       { dataset: control.dataset && { ...dataset, conditioning_image_column: 'x' } },
-      /target "ip_adapter" does not train, or masks/,
+      /target "ip_adapter" does not train, masks/,
     ],
     [
       'previews of nothing',

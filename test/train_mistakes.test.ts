@@ -147,7 +147,7 @@ test('run files', async (t) => {
   await refuses(
     t,
     'a rank of adapters without adapters',
-    /"lora\.conv_rank" is of adapters, and target "unet" trains none/,
+    /"lora\.conv_rank" is of adapters, and "train\.target" is "unet"/,
     ...file('conv-rank', { lora: { conv_rank: 4 } }),
   );
   await refuses(

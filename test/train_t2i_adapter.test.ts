@@ -9,11 +9,11 @@ import { openComponent, openWeights } from '../models/checkpoint.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { t2iAdapter, t2iAdapterConfig } from '../models/t2i_adapter.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
+import { adapted } from '../train/controls/t2i_adapter.ts';
 import { planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';
 import { openMaterials } from '../train/session.ts';
-import { adapted } from '../train/t2i_adapter.ts';
 import { frozenUNet, type Gradient, holdGradients, pixelShape } from './beside_gradients.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenLines, maxDifference } from './golden.ts';
@@ -193,12 +193,12 @@ test('what a run may not say', async (t) => {
     [
       'of a ControlNet',
       { controlnet },
-      /"controlnet\.transformer_layers_per_block" is for a ControlNet, which target "t2i_adapter" does not train/,
+      /"controlnet\.transformer_layers_per_block" is of a ControlNet, and "train\.target" is "t2i_adapter"/,
     ],
     [
       'for another target',
       { ...control, ...given('x') },
-      /"t2i_adapter\.adapter_model_name_or_path" is for a T2I-Adapter, which target "controlnet" does not train; leave it out, or set "train\.target" to "t2i_adapter"/,
+      /"t2i_adapter\.adapter_model_name_or_path" is of a T2I-Adapter, and "train\.target" is "controlnet"; leave it out, or set "train\.target" to "t2i_adapter"/,
     ],
     [
       'previews of nothing',

@@ -312,7 +312,7 @@ test('what a run may get wrong', async (t) => {
       given({ initializer_token: '', weights: join(folder, 'nowhere.safetensors') }),
       /nowhere\.safetensors does not exist/,
     ],
-    [given({}, { train: { target: 'lora' } }), /is of a token's vectors, which target "lora" does not train/],
+    [given({}, { train: { target: 'lora' } }), /is of a token's vectors, and "train\.target" is "lora"/],
     [
       given({}, { train: { target: 'textual_inversion', text_encoders: true } }),
       /"train\.text_encoders" trains .* target "textual_inversion" does not/,

@@ -17,7 +17,7 @@ import { addNoise, diffusionLoss, noisedInputs, objectiveOf } from '../train/obj
 import { adamw } from '../train/optimizers/adamw.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { place } from '../train/pass.ts';
-import { fields } from '../train/run.ts';
+import { fields } from '../train/run_fields.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import { devices } from './models_golden.ts';
 

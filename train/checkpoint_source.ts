@@ -6,7 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { type Json, type ModelSource, openComponent } from '../models/checkpoint.ts';
 import { randomModel } from '../models/random_weights.ts';
 import { readState } from './checkpoint.ts';
-import { ipAdapterFile } from './ip_adapter.ts';
+import { ipAdapterFile } from './controls/ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
 import type { Locate } from './session.ts';
 

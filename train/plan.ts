@@ -7,8 +7,9 @@ import { bytesPerElement } from '../io/dtype.ts';
 import { blockRatesInWords } from './block_lr.ts';
 import { fill } from './fields.ts';
 import { objectiveOf } from './objective.ts';
-import { ofAdapters } from './resolve_run.ts';
-import { fields, type Run } from './run.ts';
+import { given } from './rules/owners.ts';
+import type { Run } from './run.ts';
+import { fields } from './run_fields.ts';
 import { estimate, type Materials } from './session.ts';
 
 /** What a run comes to. */
@@ -136,7 +137,11 @@ function ofObjective({ objective }: Run): string[] {
     .map(([key, value]) => (value === true ? key : `${key} ${value}`));
 }
 
-function ofLora({ train, lora }: Run): string {
+/** Keys of adapters that are told otherwise, or not at all. */
+const told = /^(algo|rank|alpha|conv_.*|targets|text_encoder_targets|network_weights)$/;
+
+function ofLora(run: Run): string {
+  const { train, lora } = run;
   if (train.target !== 'lora') return '';
   const { algo, rank, alpha, conv_rank, conv_alpha, network_weights } = lora;
   const kind = algo === 'lora' ? [] : [algo];
@@ -147,9 +152,8 @@ function ofLora({ train, lora }: Run): string {
       ? [`convolutions larger than 1x1 ${sizes(conv_rank || rank, conv_alpha || alpha)}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
-  const usual = fill(fields, {}, 'the defaults').lora;
-  const others = ofAdapters
-    .filter((key) => !/^(algo|conv_)/.test(key) && lora[key] !== usual[key])
+  const others = given(run, 'lora')
+    .filter((key) => !told.test(key))
     .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
   return ` (${[...kind, sizes(rank, alpha), ...larger, ...others, ...begun].join(', ')})`;
 }

@@ -28,11 +28,11 @@ import {
   textCache,
   type View,
 } from './cache.ts';
+import { shownMasked } from './controls/inpainting.ts';
+import { shownOriginal } from './controls/instruct_pix2pix.ts';
+import { type IPAdapterBegin, openImageEncoder, saidFor } from './controls/ip_adapter.ts';
 import { allCaptions } from './data/caption.ts';
 import type { Sample } from './data/survey.ts';
-import { shownMasked } from './inpainting.ts';
-import { shownOriginal } from './instruct_pix2pix.ts';
-import { type IPAdapterBegin, openImageEncoder, saidFor } from './ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';
 import { type Pictures, previewSize, viewIn, withRejected } from './pictures.ts';
 import { previewsOf } from './preview_prompts.ts';

@@ -1,26 +1,23 @@
-// A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface
-// is for editors and readers; the table below it holds defaults and what each key takes, and both must name the same keys
-// or this file does not compile. Names are those of diffusers' training scripts where these have one.
-import { type Algo, algos } from '../models/adapter_kinds.ts';
+// A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface is for editors
+// and readers; defaults and what each key takes are in run_fields.ts. Names are those of diffusers' training scripts where these have one.
+import type { Algo } from '../models/adapter_kinds.ts';
 import type { ModelPreset } from '../models/presets.ts';
-import { type RandomMask, randomMasks } from './data/random_mask.ts';
-import {
-  choice,
-  countOrShare,
-  type Fields,
-  flag,
-  list,
-  number,
-  pair,
-  text,
-  textOrObject,
-  whole,
-} from './fields.ts';
+import type { RandomMask } from './data/random_mask.ts';
 import type { LrSchedule } from './lr_schedule.ts';
-import { type LcmSettings, lcmFields } from './method_settings.ts';
 import type { ObjectiveSettings } from './objective.ts';
 import type { OptimizerSettings } from './optimizers/create.ts';
-import { type PreviewSettings, previewPrompt } from './preview_prompts.ts';
+import type { PreviewSettings } from './preview_prompts.ts';
+
+export const targets = [
+  'unet',
+  'lora',
+  'controlnet',
+  't2i_adapter',
+  'ip_adapter',
+  'textual_inversion',
+  'vae',
+] as const;
+export const methods = ['diffusion', 'dpo', 'esd', 'lcm'] as const;
 
 export interface Run {
   /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
@@ -38,12 +35,12 @@ export interface Run {
   dtype: 'float32' | 'bfloat16';
   train: {
     /** What is trained: the UNet's own weights, LoRA on it, a ControlNet, T2I- or IP-Adapter beside it, a token's vectors, or the VAE. */
-    target: 'unet' | 'lora' | 'controlnet' | 't2i_adapter' | 'ip_adapter' | 'textual_inversion' | 'vae';
+    target: (typeof targets)[number];
     /**
      * What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, pairs of pictures of which people prefer one
      * (Diffusion-DPO), or the model itself: to forget a concept (ESD), or to draw in a few steps (`lcm`).
      */
-    method: 'diffusion' | 'dpo' | 'esd' | 'lcm';
+    method: (typeof methods)[number];
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
     parts: readonly string[];
     /** Train both text encoders along with the UNet: whole for target `unet`, by adapters for `lora`. */
@@ -96,7 +93,24 @@ export interface Run {
     network_weights: string;
   };
   /** Latent consistency distillation. */
-  lcm: LcmSettings;
+  /** Latent consistency distillation (Luo et al. 2023; methods/lcm.ts), in the words of diffusers' scripts. */
+  lcm: {
+    /** The guidance w that is distilled, drawn for each picture from here to there; in `guidance_scale` it is 1 more. */
+    w_min: number;
+    w_max: number;
+    /** The timesteps that the student learns to draw from: an LCM sampler's `original_inference_steps`. */
+    num_ddim_timesteps: number;
+    /** The square of the distance, or sqrt(r^2 + huber_c^2) - huber_c. */
+    loss_type: 'l2' | 'huber';
+    huber_c: number;
+    /** How soon above timestep 0 the prediction counts, and not the noised picture itself. */
+    timestep_scaling_factor: number;
+    /**
+     * Of target `unet`: tell the UNet the drawn guidance, embedded in so many numbers, where the model has no such layer yet
+     * (`time_cond_proj_dim`); 0 not to. Adapters are told nothing.
+     */
+    unet_time_cond_proj_dim: number;
+  };
   controlnet: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */
     controlnet_model_name_or_path: string;
@@ -261,188 +275,6 @@ export interface Run {
 /** What a file may leave out: everything. */
 export type RunInput = {
   [K in keyof Run]?: Run[K] extends readonly unknown[] | string | number ? Run[K] : Partial<Run[K]>;
-};
-
-/** Learning rate, weight decay, clipping, epochs and checkpoints are by default the seed recipe's (configs/pokemon-blip.ts). */
-export const fields: Fields<Run> = {
-  name: text(''),
-  output: text(''),
-  seed: whole(0),
-  model: textOrObject<ModelPreset>(
-    'a folder, a .safetensors or .gguf file, a hub id, or a preset { unet, vae, text_encoder, ... }',
-  ),
-  unet: text(''),
-  vae: text(''),
-  dtype: choice('float32', 'float32', 'bfloat16'),
-  train: {
-    target: choice(
-      'unet',
-      'unet',
-      'lora',
-      'controlnet',
-      't2i_adapter',
-      'ip_adapter',
-      'textual_inversion',
-      'vae',
-    ),
-    method: choice('diffusion', 'diffusion', 'dpo', 'esd', 'lcm'),
-    parts: list([], text('')),
-    text_encoders: flag(false),
-    gradient_checkpointing: flag(false),
-    fused_backward_pass: flag(false),
-    q8: flag(false),
-  },
-  lora: {
-    algo: choice('lora', ...algos),
-    rank: whole(8, { min: 1 }),
-    alpha: number(8, { min: 0 }),
-    conv_rank: whole(0),
-    conv_alpha: number(0, { min: 0 }),
-    factor: whole(-1, { min: -1 }),
-    decompose_both: flag(false),
-    use_dora: flag(false),
-    rescaled: flag(false),
-    network_dropout: number(0, { min: 0, below: 1 }),
-    rank_dropout: number(0, { min: 0, below: 1 }),
-    module_dropout: number(0, { min: 0, below: 1 }),
-    loraplus_lr_ratio: number(1, { min: 1 }),
-    scale_weight_norms: number(0, { min: 0 }),
-    targets: list(['to_q', 'to_k', 'to_v', 'to_out.0'], text('')),
-    text_encoder_targets: list(['q_proj', 'k_proj', 'v_proj', 'out_proj'], text('')),
-    network_weights: text(''),
-  },
-  lcm: lcmFields,
-  controlnet: {
-    controlnet_model_name_or_path: text(''),
-    transformer_layers_per_block: list([], whole(0)),
-  },
-  t2i_adapter: { adapter_model_name_or_path: text('') },
-  ip_adapter: {
-    image_encoder_path: text(''),
-    image_projection: choice('ImageProjModel', 'ImageProjModel', 'Resampler'),
-    pretrained_ip_adapter_path: text(''),
-    zeros_image_embeddings_prob: number(0.1, { min: 0, max: 1 }),
-  },
-  inpainting: {
-    mask_mode: choice('', '', ...randomMasks, 'conditioning_image'),
-    full_mask_rate: number(0, { min: 0, max: 1 }),
-  },
-  textual_inversion: {
-    placeholder_token: text(''),
-    initializer_token: text(''),
-    num_vectors: whole(1, { min: 1 }),
-    learnable_property: choice('', '', 'object', 'style'),
-    weights: text(''),
-  },
-  dataset: {
-    path: text(''),
-    revision: text('main'),
-    split: text('train'),
-    image_column: text('image'),
-    caption_column: text('text'),
-    caption_extension: text('.txt'),
-    conditioning_image_column: text(''),
-    rejected_image_column: text(''),
-    label_column: text(''),
-    original_image_column: text(''),
-    conditioning_dropout_prob: number(0, { min: 0, max: 0.33 }),
-    alpha_mask: flag(false),
-    instance_prompt: text(''),
-    folder_repeats: flag(false),
-    class_data_dir: text(''),
-    class_prompt: text(''),
-    resolution: whole(1024, { min: 8 }),
-    aspect_ratio_buckets: flag(false),
-    center_crop: flag(false),
-    crops: whole(1, { min: 1 }),
-    random_flip: flag(false),
-    interpolation: choice('lanczos', 'lanczos', 'bilinear'),
-    max_token_length: whole(75, { min: 1 }),
-    caption_dropout_rate: number(0, { min: 0, max: 1 }),
-    caption_tag_dropout_rate: number(0, { min: 0, max: 1 }),
-    shuffle_caption: flag(false),
-    keep_tokens: whole(0),
-    caption_separator: text(','),
-    broken: choice('fatal', 'fatal', 'skip'),
-    aesthetic_score: number(6),
-    cache: text(''),
-  },
-  batch_size: whole(1, { min: 1 }),
-  gradient_accumulation_steps: whole(1, { min: 1 }),
-  epochs: whole(50, { min: 1 }),
-  steps: whole(0),
-  objective: {
-    prediction_type: choice('', '', 'epsilon', 'v_prediction'),
-    loss: choice('mse', 'mse', 'huber'),
-    huber_delta: number(1, { min: 0 }),
-    prior_loss_weight: number(1, { min: 0 }),
-    masked_loss: flag(false),
-    snr_gamma: number(0, { min: 0 }),
-    debiased: flag(false),
-    zero_terminal_snr: flag(false),
-    noise_offset: number(0, { min: 0 }),
-    pyramid_noise: number(0, { min: 0 }),
-    input_perturbation: number(0, { min: 0 }),
-    timesteps: choice('uniform', 'uniform', 'earlier', 'later', 'range', 'cubic'),
-    timestep_bias: number(0.25, { min: 0, max: 1 }),
-    timestep_range: pair([0.25, 0.75], number(0, { min: 0, max: 1 })),
-    min_timestep: whole(0, { min: 0 }),
-    max_timestep: whole(0, { min: 0 }),
-  },
-  dpo: { beta_dpo: number(5000, { min: 0 }) },
-  esd: { negative_guidance: number(1, { min: 0 }) },
-  vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
-  optimizer: {
-    name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
-    lr: number(1e-5, { min: 0 }),
-    text_encoder_lr: number(0, { min: 0 }),
-    block_lr: list([], number(0, { min: 0 })),
-    betas: pair([0.9, 0.999], number(0, { min: 0, below: 1 })),
-    eps: number(1e-8, { min: 0 }),
-    moments_dtype: choice('float32', 'float32', 'bfloat16'),
-    weight_decay: number(1e-2, { min: 0 }),
-    clip_threshold: number(1, { min: 0 }),
-    decay_rate: number(-0.8, { max: 0 }),
-    d_coef: number(1, { min: 0 }),
-    d0: number(1e-6, { min: 0 }),
-    beta3: number(0, { min: 0, below: 1 }),
-    growth_rate: number(0, { min: 0 }),
-    use_bias_correction: flag(false),
-    safeguard_warmup: flag(false),
-    stochastic_rounding: flag(false),
-    max_grad_norm: number(1, { min: 0 }),
-  },
-  lr_scheduler: {
-    name: choice(
-      'constant',
-      'constant',
-      'constant_with_warmup',
-      'linear',
-      'cosine',
-      'cosine_with_restarts',
-      'polynomial',
-      'piecewise_constant',
-    ),
-    warmup_steps: countOrShare(0),
-    num_cycles: number(1, { min: 0 }),
-    power: number(1, { min: 0 }),
-    step_rules: text(''),
-  },
-  ema: { decay: number(0, { min: 0, max: 1 }) },
-  checkpoints: { every_steps: whole(0), keep: whole(3, { min: 1 }) },
-  previews: {
-    prompts: list([], previewPrompt),
-    validation_image: list([], text('')),
-    negative_prompt: text(''),
-    seed: whole(0),
-    every_steps: whole(0),
-    num_inference_steps: whole(50, { min: 1 }),
-    guidance_scale: number(5, { min: 0 }),
-    scheduler: text(''),
-  },
-  validation: { samples: whole(0), every_steps: whole(0) },
-  log_every: whole(1, { min: 1 }),
-  max_nonfinite: whole(5, { min: 1 }),
 };
 
 /** Whether something in the text encoders is trained, so that they run in each pass. */

@@ -25,7 +25,7 @@ import { fill } from '../../train/fields.ts';
 import { diffusionLoss, noisedInputs, objectiveOf } from '../../train/objective.ts';
 import { createOptimizer } from '../../train/optimizers/create.ts';
 import { place } from '../../train/pass.ts';
-import { fields } from '../../train/run.ts';
+import { fields } from '../../train/run_fields.ts';
 import { vaeLoss } from '../../train/vae_objective.ts';
 import { fillRandom, uniforms } from '../pool_weights.ts';
 import { median } from '../timing.ts';

@@ -2,17 +2,17 @@
 // (models/inpainting.ts); the loss is that of the whole picture. A mask is drawn for each version of a picture that a run prepares
 // (dataset.crops), so that what the VAE says of the masked ones is cached as of the others: encoding in passes would keep the VAE
 // beside the UNet.
-import { sizeOf } from '../engine/tensor.ts';
-import { preprocess } from '../io/image.ts';
-import type { Size } from '../models/conditioning.ts';
-import { maskAt } from '../models/inpainting.ts';
-import type { Pipeline } from '../models/pipeline.ts';
-import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from './cache.ts';
-import type { Control } from './controlnet.ts';
-import { drawMask, type RandomMask } from './data/random_mask.ts';
-import { draws } from './draws.ts';
-import { readConditioning } from './pictures.ts';
-import type { Run } from './run.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import { preprocess } from '../../io/image.ts';
+import type { Size } from '../../models/conditioning.ts';
+import { maskAt } from '../../models/inpainting.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from '../cache.ts';
+import { drawMask, type RandomMask } from '../data/random_mask.ts';
+import { draws } from '../draws.ts';
+import { readConditioning } from '../pictures.ts';
+import type { Run } from '../run.ts';
+import type { Control } from './control.ts';
 import { seeing } from './seeing.ts';
 
 /** Of a mask that each picture has beside it, or is drawn. Pictures for prior preservation have none, and theirs is drawn. */

@@ -1,29 +1,12 @@
-// What a run may not say of `train.method`: targets that it does not train, and keys that are another method's.
-import { UserError } from '../io/errors.ts';
-import { fill } from './fields.ts';
-import { fields, type Run } from './run.ts';
-
-const usual = fill(fields, {}, 'the defaults');
+// What a run may not say together with its method.
+import { UserError } from '../../io/errors.ts';
+import type { Run } from '../run.ts';
+import { given, usual } from './owners.ts';
 
 /** What of `objective` every method has: what the model predicts, and what pictures weigh. */
 const ofAllMethods = ['prediction_type', 'zero_terminal_snr', 'prior_loss_weight'];
 
 type Method = Run['train']['method'];
-type Group = 'objective' | 'dataset' | 'lcm' | 'dpo' | 'esd';
-
-/** The keys of a group that are not as by default. */
-function given(run: Run, group: Group): string[] {
-  const [own, common] = [run, usual].map((each) => each[group] as unknown as Record<string, unknown>);
-  return Object.keys(own).filter((key) => String(own[key]) !== String(common[key]));
-}
-
-/** Keys that are of one method alone, which `keys` matches. */
-const owned: readonly { method: Method; name: string; group: Group; keys: RegExp }[] = [
-  { method: 'lcm', name: 'latent consistency distillation', group: 'lcm', keys: /./ },
-  { method: 'dpo', name: 'Diffusion-DPO', group: 'dpo', keys: /./ },
-  { method: 'dpo', name: 'Diffusion-DPO', group: 'dataset', keys: /^(rejected_image|label)_column$/ },
-  { method: 'esd', name: 'ESD', group: 'esd', keys: /./ },
-];
 
 /** Whether a method has no use for a key of `objective`. */
 const isUnused: Record<Method, (key: string) => boolean> = {
@@ -33,17 +16,10 @@ const isUnused: Record<Method, (key: string) => boolean> = {
   lcm: (key) => !ofAllMethods.includes(key),
 };
 
-/** @throws UserError for what a method does not train, or what is of another; `where` names the file */
+/** @throws UserError for what a method does not train, or has no use for; `where` names the file */
 export function refuseOfMethods(run: Run, where: string): void {
   const { train, lcm } = run;
   const { method, target } = train;
-  for (const { method: owner, name, group, keys } of owned) {
-    const foreign = given(run, group).find((key) => keys.test(key));
-    if (foreign && method !== owner)
-      throw new UserError(
-        `${where}: "${group}.${foreign}" is of ${name}, and "train.method" is "${method}"; leave it out, or set "train.method" to "${owner}"`,
-      );
-  }
   if (method === 'diffusion') return;
   if (target !== 'unet' && target !== 'lora')
     throw new UserError(
@@ -52,6 +28,14 @@ export function refuseOfMethods(run: Run, where: string): void {
   if (train.text_encoders)
     throw new UserError(
       `${where}: "train.text_encoders" is of the method "diffusion", and "train.method" is "${method}", whose teacher and student read the same text; leave it out`,
+    );
+  const seen = [
+    run.inpainting.mask_mode && 'inpainting.mask_mode',
+    run.dataset.original_image_column && 'dataset.original_image_column',
+  ].find((key) => key);
+  if (seen)
+    throw new UserError(
+      `${where}: "${seen}" is of models that see more than latents, which the method "diffusion" trains, and "train.method" is "${method}"; leave it out`,
     );
   const other = given(run, 'objective').find(isUnused[method]);
   if (other)

@@ -2,9 +2,9 @@
 // diffusion teaches the network its own target. Other methods ask networks, too: a teacher that stays as the model was loaded
 // (teacher.ts), or the student itself off the tape.
 
-import type { Tensors } from '../engine/op.ts';
-import { sizeOf, type Tensor } from '../engine/tensor.ts';
-import type { Conditioning } from '../models/transformer.ts';
+import type { Tensors } from '../../engine/op.ts';
+import { sizeOf, type Tensor } from '../../engine/tensor.ts';
+import type { Conditioning } from '../../models/transformer.ts';
 import {
   diffusionLoss,
   type LatentBatch,
@@ -12,9 +12,9 @@ import {
   noiseBatch,
   noisedInputs,
   type Objective,
-} from './objective.ts';
-import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
+} from '../objective.ts';
+import type { Run } from '../run.ts';
+import type { PassInputs } from '../task.ts';
 
 /** What a loss may ask, on the device of its pass. What is not asked costs nothing. */
 export interface Asked {

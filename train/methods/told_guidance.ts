@@ -1,13 +1,13 @@
 // A model whose UNet is told the guidance it is to stand for, made of one that is not, as diffusers' script for whole UNets makes it: the
 // time's embedding gets a layer (cond_proj) that begins as PyTorch's do, uniform within 1 / sqrt(dim). A teacher is never told w, so for it
 // the layer is not there.
-import { type AnyModule, module } from '../engine/module.ts';
-import { unscoped } from '../engine/scope.ts';
-import { tensor } from '../engine/tensor.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import type { UNet } from '../models/unet.ts';
-import type { Run } from './run.ts';
-import { numbersOf } from './twin.ts';
+import { type AnyModule, module } from '../../engine/module.ts';
+import { unscoped } from '../../engine/scope.ts';
+import { tensor } from '../../engine/tensor.ts';
+import type { ModelSource } from '../../models/checkpoint.ts';
+import type { UNet } from '../../models/unet.ts';
+import type { Run } from '../run.ts';
+import { numbersOf } from '../twin.ts';
 
 /** `model`, with such a layer where the run distils a whole UNet into one and the model has none. */
 export function toldGuidance({ train, lcm, seed }: Run, model: ModelSource): ModelSource {

@@ -1,37 +1,37 @@
 // Training an IP-Adapter (Ye et al. 2023): the UNet is shown, beside a caption, the picture that it has to denoise, as a frozen vision
 // encoder sees it whole. What that says is asked beforehand (cache.ts), so that passes read it as they do captions' embeddings; of some
 // pictures it is left away, for zeros. Gradients reach the projection and the new keys and values alone.
-import type { Device } from '../engine/device.ts';
-import { holding } from '../engine/memory.ts';
-import { unload } from '../engine/module.ts';
-import { sizeOf } from '../engine/tensor.ts';
-import type { FloatDType } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
+import type { Device } from '../../engine/device.ts';
+import { holding } from '../../engine/memory.ts';
+import { unload } from '../../engine/module.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../../models/checkpoint.ts';
 import {
   parseVisionConfig,
   type VisionConfig,
   type VisionEncoder,
   visionEncoder,
-} from '../models/clip_vision.ts';
+} from '../../models/clip_vision.ts';
 import {
   fittingIPAdapter,
   type IPAdapter,
   ipAdapter,
   loadIPAdapter,
   readIPAdapter,
-} from '../models/ip_adapter.ts';
-import { newIPAdapterConfig, startIPAdapter } from '../models/ip_adapter_start.ts';
-import { joined } from '../models/latents.ts';
-import type { Pipeline } from '../models/pipeline.ts';
-import { crossAttentions } from '../models/unet.ts';
-import type { Said } from './cache.ts';
-import type { Control } from './controlnet.ts';
-import type { Sample } from './data/survey.ts';
-import { draws } from './draws.ts';
-import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
-import { type Added, besideUNet, numbersOf } from './twin.ts';
+} from '../../models/ip_adapter.ts';
+import { newIPAdapterConfig, startIPAdapter } from '../../models/ip_adapter_start.ts';
+import { joined } from '../../models/latents.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { crossAttentions } from '../../models/unet.ts';
+import type { Said } from '../cache.ts';
+import type { Sample } from '../data/survey.ts';
+import { draws } from '../draws.ts';
+import type { Run } from '../run.ts';
+import type { PassInputs } from '../task.ts';
+import { type Added, besideUNet, numbersOf } from '../twin.ts';
+import type { Control } from './control.ts';
 
 /** What a run's IP-Adapter is made from: a vision encoder, and the file of one to go on with. */
 export interface IPAdapterBegin {

@@ -1,6 +1,6 @@
 // What a run may not say together of models whose UNets see more than latents (seeing.ts).
-import { UserError } from '../io/errors.ts';
-import type { Run } from './run.ts';
+import { UserError } from '../../io/errors.ts';
+import type { Run } from '../run.ts';
 
 /** @throws UserError for masks, or pictures before an edit, that nothing would be made of; `where` names the file */
 export function refuseSeeing(run: Run, where: string): void {

@@ -2,25 +2,25 @@
 // picture is noised to one of a few timesteps. From there the frozen teacher, guided by a drawn w, takes a step of DDIM back. What the
 // student makes of the noisier point is to be what it makes, off the tape, of the other: from any point of the way the same x_0, in one
 // step. Each of these is a sum a x + b o of the latents x and the network's output o, so a, b are made on the host, for each image.
-import { noGrad } from '../engine/grad.ts';
-import type { Tensors } from '../engine/op.ts';
-import { add, mul, sub } from '../engine/ops/binary.ts';
-import { mse } from '../engine/ops/loss.ts';
-import { concat, slice } from '../engine/ops/move.ts';
-import { layerNorm } from '../engine/ops/norm.ts';
-import { sum } from '../engine/ops/reduce.ts';
-import { cast, scale } from '../engine/ops/unary.ts';
-import { scope } from '../engine/scope.ts';
-import { sizeOf, type Tensor } from '../engine/tensor.ts';
-import type { FloatDType } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import { noised } from '../models/samplers/tables.ts';
-import type { Conditioning } from '../models/transformer.ts';
-import { draws } from './draws.ts';
+import { noGrad } from '../../engine/grad.ts';
+import type { Tensors } from '../../engine/op.ts';
+import { add, mul, sub } from '../../engine/ops/binary.ts';
+import { mse } from '../../engine/ops/loss.ts';
+import { concat, slice } from '../../engine/ops/move.ts';
+import { layerNorm } from '../../engine/ops/norm.ts';
+import { sum } from '../../engine/ops/reduce.ts';
+import { cast, scale } from '../../engine/ops/unary.ts';
+import { scope } from '../../engine/scope.ts';
+import { sizeOf, type Tensor } from '../../engine/tensor.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { noised } from '../../models/samplers/tables.ts';
+import type { Conditioning } from '../../models/transformer.ts';
+import { draws } from '../draws.ts';
+import type { LatentBatch, Network, Objective } from '../objective.ts';
+import type { Run } from '../run.ts';
+import type { PassInputs } from '../task.ts';
 import type { Asked, MakeMethod } from './method.ts';
-import type { LatentBatch, Network, Objective } from './objective.ts';
-import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
 
 /** The data's standard deviation that the boundary condition is built on, as in models/samplers/lcm.ts. */
 const SIGMA_DATA = 0.5;

@@ -1,14 +1,14 @@
 // Masked loss, as kohya's trainer has it: a picture's mask is the red of its conditioning image, or its own alpha; it tells how much
 // each place counts, and a latent counts as its pixels do on average. The mean stays one over all places. What goes to the device is
 // the mask's square root: times it, both what the network says and what it should, squares come out weighed, with no op of their own.
-import { sizeOf } from '../engine/tensor.ts';
-import type { Size } from '../models/conditioning.ts';
-import { joined } from '../models/latents.ts';
-import type { View } from './cache.ts';
-import { type Control, uncontrolled } from './controlnet.ts';
-import { readConditioning, readView } from './pictures.ts';
-import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import type { Size } from '../../models/conditioning.ts';
+import { joined } from '../../models/latents.ts';
+import type { View } from '../cache.ts';
+import { readConditioning, readView } from '../pictures.ts';
+import type { Run } from '../run.ts';
+import type { PassInputs } from '../task.ts';
+import { type Control, uncontrolled } from './control.ts';
 
 /** How much each latent counts, [h / ratio, w / ratio], by the first channel of an image [h, w, channels]. */
 export function latentMask(image: Float32Array, [height, width]: Size, ratio: number): Float32Array {

@@ -2,14 +2,14 @@
 // (w), one rejected (l), at the same timestep and under the same noise, the network is to lower its error on w, against that of the model
 // as it was loaded, more than on l: -log sigmoid(-beta/2 ((m_w - m_l) - (r_w - r_l))), m and r the mean squared errors of both networks.
 // A pass's first half is the preferred pictures, its second half the rejected ones in the same order.
-import type { Tensors } from '../engine/op.ts';
-import { add, div, mul, sub } from '../engine/ops/binary.ts';
-import { slice } from '../engine/ops/move.ts';
-import { sum } from '../engine/ops/reduce.ts';
-import { cast, exp, relu, scale, square } from '../engine/ops/unary.ts';
-import type { Tensor } from '../engine/tensor.ts';
+import type { Tensors } from '../../engine/op.ts';
+import { add, div, mul, sub } from '../../engine/ops/binary.ts';
+import { slice } from '../../engine/ops/move.ts';
+import { sum } from '../../engine/ops/reduce.ts';
+import { cast, exp, relu, scale, square } from '../../engine/ops/unary.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import type { Network } from '../objective.ts';
 import { type Asked, type MakeMethod, plainDiffusion } from './method.ts';
-import type { Network } from './objective.ts';
 
 export const dpo: MakeMethod = (run, objective) => ({
   ...plainDiffusion(run, objective),

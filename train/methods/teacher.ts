@@ -1,13 +1,13 @@
 // The frozen teacher of a method that asks one: the UNet as the run's model was loaded, with nothing put on it. It shares the storage of
 // what is not trained, so beside adapters it costs no memory. What is trained it copies, before a checkpoint or an update moves that.
-import type { Device } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
-import { namedParameters, type Parameter, unload } from '../engine/module.ts';
-import { scale } from '../engine/ops/unary.ts';
-import { built, scope } from '../engine/scope.ts';
-import type { Tensor } from '../engine/tensor.ts';
-import { type UNet, type UNetConfig, unet } from '../models/unet.ts';
-import { type Component, copied, type Substitute, twin } from './task.ts';
+import type { Device } from '../../engine/device.ts';
+import { noGrad } from '../../engine/grad.ts';
+import { namedParameters, type Parameter, unload } from '../../engine/module.ts';
+import { scale } from '../../engine/ops/unary.ts';
+import { built, scope } from '../../engine/scope.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import { type UNet, type UNetConfig, unet } from '../../models/unet.ts';
+import { type Component, copied, type Substitute, twin } from '../task.ts';
 
 export interface Teacher {
   unet: UNet;

@@ -1,20 +1,20 @@
 // Training UNets that see more than the noised latents: inpainting models (inpainting.ts) and InstructPix2Pix models (instruct_pix2pix.ts).
 // What they see is an input of each pass, after the latents. A base model becomes such a one by a wider first convolution, as in the
 // papers' and diffusers' scripts.
-import { concat } from '../engine/ops/move.ts';
-import { sizeOf } from '../engine/tensor.ts';
-import { UserError } from '../io/errors.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import type { Size } from '../models/conditioning.ts';
-import { isInpainting } from '../models/inpainting.ts';
-import { isInstructPix2Pix } from '../models/instruct_pix2pix.ts';
-import { joined } from '../models/latents.ts';
-import type { UNetConfig } from '../models/unet.ts';
-import { widened } from '../models/widened.ts';
-import type { View } from './cache.ts';
-import type { Control } from './controlnet.ts';
-import type { Run } from './run.ts';
-import type { PassInputs } from './task.ts';
+import { concat } from '../../engine/ops/move.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../../models/checkpoint.ts';
+import type { Size } from '../../models/conditioning.ts';
+import { isInpainting } from '../../models/inpainting.ts';
+import { isInstructPix2Pix } from '../../models/instruct_pix2pix.ts';
+import { joined } from '../../models/latents.ts';
+import type { UNetConfig } from '../../models/unet.ts';
+import { widened } from '../../models/widened.ts';
+import type { View } from '../cache.ts';
+import type { Run } from '../run.ts';
+import type { PassInputs } from '../task.ts';
+import type { Control } from './control.ts';
 
 /** Passes whose UNet sees `channels` beside the latents; `seenOf` gives those of a view, [h, w, channels] of latents' size. */
 export function seeing(

@@ -2,10 +2,10 @@
 // loaded, says without one, and to keep away from the concept as guidance would go to it: e(x) - eta (e(x, c) - e(x)), eta being
 // `esd.negative_guidance`. Theirs, and diffengine's, has the network draw x halfway for each pass. Here x is a picture of the dataset under
 // noise, which is the same where the model has drawn these pictures of the concept before: so passes are like all others.
-import { sub } from '../engine/ops/binary.ts';
-import { cast, scale } from '../engine/ops/unary.ts';
+import { sub } from '../../engine/ops/binary.ts';
+import { cast, scale } from '../../engine/ops/unary.ts';
+import { diffusionLoss } from '../objective.ts';
 import { type MakeMethod, plainDiffusion } from './method.ts';
-import { diffusionLoss } from './objective.ts';
 
 export const esd: MakeMethod = (run, objective) => ({
   ...plainDiffusion(run, objective),

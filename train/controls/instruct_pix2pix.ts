@@ -2,13 +2,13 @@
 // it, and the caption tells the edit. What the VAE says of the former is not scaled, and its mode is taken, as in the paper's code and in
 // sampling (diffusers' script for SDXL draws from it). Captions, pictures or both are left away at the same rate each, so that guidance has
 // something to compare with; of a caption the model's own unconditional remains, pooled too, as sampling has it.
-import { preprocess } from '../io/image.ts';
-import type { Pipeline } from '../models/pipeline.ts';
-import { type PictureMoments, type Shown, shownPicture, type View } from './cache.ts';
-import type { Control } from './controlnet.ts';
-import { draws } from './draws.ts';
-import { besideView } from './pictures.ts';
-import type { Run } from './run.ts';
+import { preprocess } from '../../io/image.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { type PictureMoments, type Shown, shownPicture, type View } from '../cache.ts';
+import { draws } from '../draws.ts';
+import { besideView } from '../pictures.ts';
+import type { Run } from '../run.ts';
+import type { Control } from './control.ts';
 import { seeing } from './seeing.ts';
 
 /** What is shown to the VAE besides the pictures: what they were made from, done the same to. */

@@ -1,23 +1,24 @@
 // Training a T2I-Adapter (Mou et al. 2023), as a ControlNet is (controlnet.ts): beside the frozen UNet, shown each picture's conditioning
 // image. The UNet's way down goes on from where features are added, so gradients run through all of it but the first level.
-import { holding } from '../engine/memory.ts';
-import { namedParameters } from '../engine/module.ts';
-import { unscoped } from '../engine/scope.ts';
-import { UserError } from '../io/errors.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import { channelsFirst } from '../models/latents.ts';
-import { begun } from '../models/layer_init.ts';
-import type { Pipeline } from '../models/pipeline.ts';
+import { holding } from '../../engine/memory.ts';
+import { namedParameters } from '../../engine/module.ts';
+import { unscoped } from '../../engine/scope.ts';
+import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../../models/checkpoint.ts';
+import { channelsFirst } from '../../models/latents.ts';
+import { begun } from '../../models/layer_init.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
 import {
   loadT2IAdapters,
   parseT2IAdapterConfig,
   type T2IAdapter,
   t2iAdapter,
   t2iAdapterJson,
-} from '../models/t2i_adapter.ts';
-import { type Control, shown } from './controlnet.ts';
-import type { Run } from './run.ts';
-import { type Added, besideUNet, numbersOf } from './twin.ts';
+} from '../../models/t2i_adapter.ts';
+import type { Run } from '../run.ts';
+import { type Added, besideUNet, numbersOf } from '../twin.ts';
+import { shown } from './conditioning_image.ts';
+import type { Control } from './control.ts';
 
 /** Conditioning images, for the pipeline's T2I-Adapter. */
 export const adapted = (run: Run, { adapter: [{ config }] }: Pipeline): Control =>
