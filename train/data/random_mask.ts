@@ -22,16 +22,21 @@ export function drawMask(mode: RandomMask, full: number, size: Size, source: Dra
   return drawings[mode](size, source);
 }
 
-/** Marks the pixels of `mask` within those bounds, the last ones too, that `isInside` says. */
+/** Marks the pixels of `mask` within those bounds, the last ones too, that `isInside` says; how many were not marked before. */
 function mark(
   mask: Float32Array,
   [height, width]: Size,
   [top, left, bottom, right]: readonly [number, number, number, number],
   isInside: (y: number, x: number) => boolean = () => true,
-): void {
+): number {
+  let count = 0;
   for (let y = Math.max(0, top); y <= Math.min(height - 1, bottom); y++)
     for (let x = Math.max(0, left); x <= Math.min(width - 1, right); x++)
-      if (isInside(y, x)) mask[y * width + x] = 1;
+      if (mask[y * width + x] === 0 && isInside(y, x)) {
+        mask[y * width + x] = 1;
+        count++;
+      }
+  return count;
 }
 
 /** Any two sides, then any centre that leaves the whole of it in the picture. */
@@ -66,25 +71,30 @@ function strokes(size: Size, source: Draws): Float32Array {
   for (;;) {
     const mask = new Float32Array(size[0] * size[1]);
     const count = 4 + source.integer(4);
-    for (let i = 0; i < count; i++) brush(mask, size, source, i % 2 === 0 ? -1 : 1);
-    const share = mask.reduce((sum, x) => sum + x, 0) / mask.length;
+    let share = 0;
+    for (let i = 0; i < count; i++) share += brush(mask, size, source, i % 2 === 0 ? -1 : 1) / mask.length;
     if (share > coverage[0] && share < coverage[1]) return mask;
   }
 }
 
-/** One to five strokes end to end, which turn by 0 to 3 radians; of pictures of 256 a side 10 to 99 long and 10 to 39 wide. */
-function brush(mask: Float32Array, size: Size, source: Draws, turn: 1 | -1): void {
+/**
+ * One to five strokes end to end, which turn by 0 to 3 radians; of pictures of 256 a side 10 to 99 long and 10 to 39 wide. Gives how
+ * many pixels they mark.
+ */
+function brush(mask: Float32Array, size: Size, source: Draws, turn: 1 | -1): number {
   const unit = Math.sqrt(size[0] * size[1]) / 256;
   let [x, y] = [source.integer(size[1]), source.integer(size[0])];
   const count = 1 + source.integer(5);
+  let marked = 0;
   for (let i = 0; i < count; i++) {
     const angle = turn * (0.01 + source.integer(4));
     const length = unit * (10 + source.integer(90));
     const radius = (unit * (10 + source.integer(30))) / 2;
     const [dx, dy] = [length * Math.cos(angle), length * Math.sin(angle)];
-    line(mask, size, { x, y, dx, dy, radius });
+    marked += line(mask, size, { x, y, dx, dy, radius });
     [x, y] = [x + dx, y + dy];
   }
+  return marked;
 }
 
 interface Line {
@@ -96,15 +106,15 @@ interface Line {
 }
 
 /** A line with round ends: what is no farther than the radius from its axis. */
-function line(mask: Float32Array, size: Size, { x, y, dx, dy, radius }: Line): void {
+function line(mask: Float32Array, size: Size, { x, y, dx, dy, radius }: Line): number {
   const bound = (a: number, d: number): [number, number] => [
     Math.ceil(Math.min(a, a + d) - radius),
     Math.floor(Math.max(a, a + d) + radius),
   ];
   const [[top, bottom], [left, right]] = [bound(y, dy), bound(x, dx)];
   const square = dx * dx + dy * dy;
-  mark(mask, size, [top, left, bottom, right], (i, j) => {
+  return mark(mask, size, [top, left, bottom, right], (i, j) => {
     const along = Math.min(1, Math.max(0, ((j - x) * dx + (i - y) * dy) / square));
-    return Math.hypot(j - x - along * dx, i - y - along * dy) <= radius;
+    return (j - x - along * dx) ** 2 + (i - y - along * dy) ** 2 <= radius * radius;
   });
 }
