@@ -15,6 +15,7 @@ import { DRIVERS_SHARE, fitInto, tellFit } from '../train/fit.ts';
 import { loadRuns } from '../train/load_run.ts';
 import { describe, foreseen, type Plan, planOf } from '../train/plan.ts';
 import { requirePasses } from '../train/replicas.ts';
+import { requireAverages } from '../train/rules/methods.ts';
 import type { Run } from '../train/run.ts';
 import { type Locate, type Materials, openMaterials, stateOf } from '../train/session.ts';
 import type { Report } from '../train/task.ts';
@@ -81,7 +82,10 @@ async function chosenRuns(
   gpus: number,
 ): Promise<Run[]> {
   const runs = await loadRuns(file, set, only);
-  for (const run of runs) requirePasses(run, gpus);
+  for (const run of runs) {
+    requirePasses(run, gpus);
+    requireAverages(run, gpus);
+  }
   return runs;
 }
 

@@ -1,6 +1,5 @@
 // Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
 // pseudo-Huber loss against float64, runs that resume bit for bit and share passes among devices, what they make, and mistakes.
-import { copyFileSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
@@ -11,15 +10,8 @@ import { mul } from '../engine/ops/binary.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { readPicture } from '../io/image.ts';
-import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { openModel } from '../models/checkpoint.ts';
-import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
-import { openSingleFile } from '../models/singlefile.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
-import { parseUNetConfig } from '../models/unet.ts';
-import { openUNetFile } from '../models/unet_file.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { consistency, consistencyLoss, distilled, pseudoHuber, solverSteps } from '../train/methods/lcm.ts';
 import type { Asked } from '../train/methods/method.ts';
@@ -27,6 +19,7 @@ import { objectiveOf } from '../train/objective.ts';
 import { openPasses, place } from '../train/pass.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
+import { requireAverages } from '../train/rules/methods.ts';
 import type { Run, RunInput } from '../train/run.ts';
 import { openMaterials, type Session } from '../train/session.ts';
 import { lent } from '../train/task.ts';
@@ -47,6 +40,7 @@ import {
   sessionOf,
   silent,
 } from './small_runs.ts';
+import { writeTold } from './told_golden.ts';
 import { failingGpu } from './virtual-gpu/failing.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
@@ -68,17 +62,9 @@ interface Case {
   part?: string;
   gradients: [key: string, norm: number, sum: number][];
 }
-interface Called {
-  call: { seed: number; scheduler: string; num_inference_steps: number; guidance_scale: number };
-  atol: number;
-  /** Every fifth number of the latents, float32 in base64. */
-  values: string;
-}
-const golden = goldenLines<Tables | Case | Called>('lcm');
+const golden = goldenLines<Tables | Case | object>('lcm');
 const tables = golden.filter((each): each is Tables => 'ddim_timesteps' in each);
 const cases = golden.filter((each): each is Case => 'name' in each);
-
-const calls = golden.filter((each): each is Called => 'call' in each);
 
 const defaults = resolveRun({}, 'test', 'test');
 const scheduler = openModel(model).config('scheduler');
@@ -103,32 +89,7 @@ test("the solver's steps are those of diffusers' DDIMSolver", (t) => {
   t.end();
 });
 
-/** Writes tiny-sdxl with a layer that its UNet is told w by, as the script has it. */
-function writeTold(): string {
-  const path = join(folder, 'told');
-  mkdirSync(join(path, 'unet'), { recursive: true });
-  for (const name of readdirSync(model))
-    if (name !== 'unet') symlinkSync(join(model, name), join(path, name));
-  const config = JSON.parse(readFileSync(join(model, 'unet', 'config.json'), 'utf8'));
-  const [shape, key] = [[16, 8], 'time_embedding.cond_proj.weight'];
-  writeFileSync(
-    join(path, 'unet', 'config.json'),
-    JSON.stringify({ ...config, time_cond_proj_dim: shape[1] }),
-  );
-  const file = join('unet', 'diffusion_pytorch_model.safetensors');
-  const own = openSafetensors(join(model, file));
-  const entries = [...own.tensors.values()].map(({ name, dtype, shape }): TensorEntry => {
-    return { name, dtype, shape, bytes: own.read(name) };
-  });
-  const layer = encodeNumbers(
-    numbers(key, shape).map((x) => x / 4),
-    'float16',
-  );
-  writeSafetensors(join(path, file), [...entries, { name: key, dtype: 'float16', shape, bytes: layer }]);
-  own.close();
-  return path;
-}
-const told = writeTold();
+const told = writeTold(join(folder, 'told'));
 
 /** What a run of a case has beside what `basic` has. */
 const runOf = (
@@ -221,43 +182,6 @@ for (const [i, one] of cases.entries())
     session.release();
     t.equal(device.memory.storages, before, 'live tensors');
   });
-
-test('a UNet that is told the guidance draws as in diffusers, without a second pass', async (t) => {
-  const before = device.memory.storages;
-  const pipeline = loadPipeline(openModel(told), { device, dtype: 'float32' });
-  t.equal(calls.length, 2);
-  for (const { call, atol, values } of calls) {
-    const { seed, scheduler, ...settings } = call;
-    const { latents } = await denoiseToEnd(pipeline, {
-      ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64, ...settings },
-      scheduler: { name: scheduler },
-      generators: [new TorchGenerator(seed)],
-    });
-    const some = latents.data.filter((_, i) => i % 5 === 0);
-    const want = decodeFloats(Buffer.from(values, 'base64'), 'float32');
-    allClose(t, JSON.stringify(call), some, want, { atol, rtol: 0 });
-  }
-  pipeline.release();
-  t.equal(device.memory.storages, before, 'live tensors');
-  const config = openModel(told).config('unet');
-  const alone = join(told, 'unet', 'alone.safetensors');
-  for (const [path, from, flags] of [
-    [alone, join(told, 'unet', 'diffusion_pytorch_model.safetensors'), undefined],
-    [join(folder, 'one.safetensors'), told, ['--format', 'single-file']],
-  ] as const) {
-    if (flags) t.match(await sdxl('export', from, path, ...flags), { status: 0 });
-    else copyFileSync(from, path);
-    const file = flags
-      ? openSingleFile(path, { configs: openModel(model) })
-      : openUNetFile(path, openModel(model));
-    t.equal(file.config('unet').time_cond_proj_dim, 8, `${path} tells by its tensors`);
-  }
-  for (const time_cond_proj_dim of ['256', 7, 2])
-    t.throws(
-      () => parseUNetConfig({ ...config, time_cond_proj_dim }),
-      /"time_cond_proj_dim" is .*, not an even number above 2/,
-    );
-});
 
 test('the pseudo-Huber loss and its gradient', (t) => {
   const [shape, c] = [[2, 3, 5, 4], 0.01];
@@ -448,6 +372,11 @@ test('what a run is told, and mistakes', async (t) => {
   ];
   for (const [input, sentence] of mistakes)
     t.throws(() => resolveRun(input, 'test', 'test'), { message: sentence, name: 'UserError' });
+  const averaged = resolveRun({ train: { method: 'lcm' }, ema: { decay: 0.95 } }, 'test', 'test');
+  t.throws(() => requireAverages(averaged, 2), {
+    message: /asks the moving averages of ema\.decay 0\.95, which several GPUs/,
+  });
+  t.doesNotThrow(() => requireAverages({ ...averaged, ema: { decay: 0 } }, 2));
   const late: [RunInput, RegExp][] = [
     [
       { lcm: { num_ddim_timesteps: 2000 } },

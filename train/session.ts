@@ -36,6 +36,7 @@ import type { Optimizer } from './optimizers/rule.ts';
 import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import { type Prepared, rehearse } from './preparation.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
+import { requireAverages } from './rules/methods.ts';
 import type { Run } from './run.ts';
 import { fields } from './run_fields.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
@@ -193,6 +194,7 @@ function startSession(
 ): Session {
   const { run, vaeSource, pictures } = materials;
   refuseFused(materials);
+  requireAverages(run, 1 + further.length);
   const task: Task =
     run.train.target === 'vae'
       ? autoencoderTask(run, pictures, vaeSource, device)
@@ -207,10 +209,7 @@ function startSession(
     run.ema.decay > 0
       ? startEma(parameters.keys(), (name) => optimizer.weightOf(name), run.ema.decay)
       : undefined;
-  if (average && task.follow) {
-    if (further.length > 0) throw new UserError(followsNone(run));
-    task.follow(average.weights);
-  }
+  if (average) task.follow?.(average.weights);
   return {
     ...materials,
     device,
@@ -236,10 +235,6 @@ function refuseFused(materials: Materials): void {
     `train.fused_backward_pass moves weights in the one pass that an update has, and pictures of ${new Set(pictures.bucketOf).size} sizes share no pass; set batch_size to 1, or dataset.aspect_ratio_buckets to false`,
   );
 }
-
-/** Why several GPUs cannot ask the averages: each holds those of its own weights. */
-const followsNone = ({ train, ema }: Run): string =>
-  `train.method "${train.method}" asks the moving averages of ema.decay ${ema.decay}, which several GPUs share among them; name one GPU, or set ema.decay to 0`;
 
 /** Why no weight is trained. */
 function whyNothing({ train: { target, parts }, lora, optimizer }: Run): string {

@@ -18,6 +18,7 @@ import { noised } from '../../models/samplers/tables.ts';
 import type { Conditioning } from '../../models/transformer.ts';
 import { draws } from '../draws.ts';
 import type { LatentBatch, Network, Objective } from '../objective.ts';
+import { asksAverages } from '../rules/methods.ts';
 import type { Run } from '../run.ts';
 import type { PassInputs } from '../task.ts';
 import type { Asked, MakeMethod } from './method.ts';
@@ -78,7 +79,8 @@ function factorsOf(
 }
 
 /** `train.method` "lcm". The target is the student itself for adapters, else its moving average where there is one. */
-export const latentConsistency: MakeMethod = ({ lcm, seed, dtype, train }, objective) => {
+export const latentConsistency: MakeMethod = (run, objective) => {
+  const { lcm, seed, dtype } = run;
   const { length: count } = objective.alphasCumprod;
   if (lcm.num_ddim_timesteps > count)
     throw new UserError(
@@ -86,7 +88,7 @@ export const latentConsistency: MakeMethod = ({ lcm, seed, dtype, train }, objec
     );
   const steps = solverSteps(objective.alphasCumprod, lcm.num_ddim_timesteps);
   return {
-    asks: { teacher: true, unconditional: true, average: train.target === 'unet' },
+    asks: { teacher: true, unconditional: true, average: asksAverages(run) },
     inputs(batch) {
       const drawn = batch.ids.map((id) => {
         const step = steps[draws(seed, batch.epoch, id, 'timestep').integer(steps.length)];

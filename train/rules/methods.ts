@@ -69,3 +69,15 @@ function refuseOfPairs({ dataset, dpo }: Run, where: string): void {
       `${where}: "dataset.class_data_dir" has no part in "train.method" "dpo", which learns from pairs of pictures; leave it out`,
     );
 }
+
+/** Whether a loss asks the moving averages: the target of a UNet that is distilled whole. */
+export const asksAverages = ({ train, ema }: Run): boolean =>
+  train.method === 'lcm' && train.target === 'unet' && ema.decay > 0;
+
+/** @throws UserError where several GPUs would have to ask them: each holds those of its own weights */
+export function requireAverages(run: Run, gpus: number): void {
+  if (gpus === 1 || !asksAverages(run)) return;
+  throw new UserError(
+    `train.method "${run.train.method}" of ${run.name} asks the moving averages of ema.decay ${run.ema.decay}, which several GPUs share among them; name one GPU, or set ema.decay to 0`,
+  );
+}

@@ -28,12 +28,15 @@ interface Owned {
 }
 
 const owned: readonly Owned[] = [
-  { group: 'lora', of: 'adapters', by: 'target', owner: 'lora' },
+  // What every adapter has may stay where none is trained: a run may be tried with and without.
+  {
+    ...{ group: 'lora', keys: /^(?!(rank|alpha|targets|text_encoder_targets)$)/ },
+    ...{ of: 'adapters', by: 'target', owner: 'lora' },
+  },
   { group: 'controlnet', of: 'a ControlNet', by: 'target', owner: 'controlnet' },
   { group: 't2i_adapter', of: 'a T2I-Adapter', by: 'target', owner: 't2i_adapter' },
   { group: 'ip_adapter', of: 'an IP-Adapter', by: 'target', owner: 'ip_adapter' },
   { group: 'textual_inversion', of: "a token's vectors", by: 'target', owner: 'textual_inversion' },
-  { group: 'vae_objective', of: 'the VAE', by: 'target', owner: 'vae' },
   { group: 'lcm', of: 'latent consistency distillation', by: 'method', owner: 'lcm' },
   { group: 'dpo', of: 'Diffusion-DPO', by: 'method', owner: 'dpo' },
   {
