@@ -7,44 +7,18 @@ for each ControlNet has its config as ControlNetModel.from_unet makes it, the lo
 each further line has a parameter's gradient: its norm, and its sum with the formula's numbers of that name as factors.
 """
 import json
-import math
 import sys
 
 import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from formulas import fill, folded, numbers, pixels
 
 ROWS, HEIGHT, WIDTH = 2, 8, 12
 
 
-def whole_numbers(name, count):
-    seed = 0x811C9DC5
-    for byte in name.encode():
-        seed = ((seed ^ byte) * 0x01000193) & 0xFFFFFFFF
-    h = np.uint32(seed) + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.float64) - 256
-
-
-def numbers(name, *shape):
-    return torch.from_numpy(whole_numbers(name, math.prod(shape)) / 128).reshape(shape)
-
-
-def weight(name, key, shape):
-    k = whole_numbers(f"{name}.{key}", math.prod(shape))
-    if len(shape) == 1:
-        values = 1 + k / 1024 if key.endswith(".weight") else k / 4096
-    else:
-        unit = 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5)
-        values = k / 256 * unit * (3 if "cond_embedding" in key else 1)
-    return torch.from_numpy(values.astype(np.float16).astype(np.float64)).reshape(shape)
-
-
 def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    data = ((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) % 256
-    return torch.from_numpy((data / 255).astype(np.float32).astype(np.float64)).permute(2, 0, 1)
+    return torch.from_numpy((pixels(seed, width, height) / 255).astype(np.float32).astype(np.float64)).permute(2, 0, 1)
 
 
 def question(name, dtype):
@@ -78,9 +52,7 @@ def tell(net, name, predict, **first):
     noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items())
     print(json.dumps(dict(**first, loss=loss, noise=noise), separators=(",", ":")))
     for key, g in exact.items():
-        flat = g.flatten()
-        told = [name, key, *(float(f"{x.item():.8g}") for x in (flat.norm(), flat @ numbers(key, flat.numel())))]
-        print(json.dumps(told, separators=(",", ":")))
+        print(json.dumps([name, key, *folded(g, key)], separators=(",", ":")))
 
 
 def main(folder):
@@ -92,7 +64,7 @@ def main(folder):
             unet, conditioning_embedding_out_channels=(4, 8, 12, 16), load_weights_from_unet=False
         )
         config = {key: value for key, value in net.config.items() if not key.startswith("_")}
-        net.double().load_state_dict({key: weight(name, key, p.shape) for key, p in net.state_dict().items()})
+        fill(net.double(), name)
 
         def predict(dtype):
             asked, given, pictures = question(name, dtype)

@@ -1,19 +1,11 @@
 # Makes controlnet_union.jsonl: python3 controlnet_union.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Weights and
 # pictures are formulas, which test/controlnet_golden.ts has too; numbers are float64's, and `atol` twenty times what float32 is off.
-import base64
 import json
-import math
-import os
 
 import diffusers
-import numpy as np
 import torch
-from PIL import Image
-
-here = os.path.dirname(os.path.abspath(__file__))
-torch.set_grad_enabled(False)
-diffusers.utils.logging.set_verbosity_error()
-lines = []
+from formulas import fill
+from recorded import here, noted, picture, write
 
 CONFIG = dict(
     addition_embed_type="text_time", addition_time_embed_dim=16, attention_head_dim=[1, 2, 4], block_out_channels=[16, 24, 32],
@@ -24,51 +16,10 @@ CONFIG = dict(
 )
 
 
-def whole_numbers(name, count):
-    seed = np.uint32(0x811C9DC5)
-    with np.errstate(over="ignore"):
-        for byte in name.encode():
-            seed = (seed ^ np.uint32(byte)) * np.uint32(0x01000193)
-        h = seed + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.int64) - 256
-
-
-def weight(name, key, shape):
-    k = whole_numbers(f"{name}.{key}", math.prod(shape)).astype(np.float64)
-    if len(shape) == 1:
-        values = 1 + k / 1024 if key.endswith(".weight") else k / 4096
-    else:
-        larger = 3 if "cond_embedding" in key else 1
-        values = k / 256 * 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5) * larger
-    return torch.tensor(values, dtype=torch.float16).reshape(shape)
-
-
-def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return Image.fromarray((((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) & 255).astype(np.uint8))
-
-
 def net(name, dtype):
-    made = diffusers.ControlNetUnionModel(**CONFIG)
-    for key, value in made.state_dict().items():
-        value.copy_(weight(name, key, list(value.shape)))
-    return made.to(dtype)
+    return fill(diffusers.ControlNetUnionModel(**CONFIG), name).to(dtype)
 
 
-def packed(values):
-    return base64.b64encode(np.asarray(values, dtype=np.float32).tobytes()).decode()
-
-
-randn = torch.randn
-
-
-def drawn_in_float32(*args, dtype=None, **more):
-    return randn(*args, dtype=torch.float32, **more).to(dtype or torch.float32)
-
-
-torch.randn = drawn_in_float32
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", height=64, width=64, num_inference_steps=4, guidance_scale=5)
 # What is asked of each net: pictures with their modes. Guess mode fails there under guidance.
 CALLS = [
@@ -92,6 +43,7 @@ CLASSES = dict(
     img2img=(diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline),
 )
 
+lines = []
 for number, (id, kind, nets, more) in enumerate(CALLS):
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -106,12 +58,10 @@ for number, (id, kind, nets, more) in enumerate(CALLS):
             asked["image"] = picture(4, 64, 64)
         generator = torch.Generator("cpu").manual_seed(number)
         results.append(pipeline(generator=generator, output_type="latent", **asked, **{**SETTINGS, **more}).images)
-    rough, exact = (np.asarray(each, dtype=np.float64).ravel() for each in results)
-    atol = float(f"{20 * max(np.abs(exact - rough).max(), 2.0**-24 * np.abs(exact).max()):.3g}")
-    print(id, atol, np.abs(exact).max())
-    lines.append(json.dumps(dict(call=id, kind=kind, seed=number, nets=nets, settings={**SETTINGS, **more}, atol=atol, values=packed(exact))))
+    case = noted(*results)
+    print(id, case["atol"])
+    lines.append(dict(call=id, kind=kind, seed=number, nets=nets, settings={**SETTINGS, **more}, **case))
 made = net("union", torch.float32)
 keys = {key: list(value.shape) for key, value in made.state_dict().items()}
-lines.append(json.dumps(dict(config=json.loads(made.to_json_string()), keys=keys)))
-with open(f"{here}/controlnet_union.jsonl", "w") as file:
-    file.write("".join(f"{line}\n" for line in lines))
+lines.append(dict(config=json.loads(made.to_json_string()), keys=keys))
+write("controlnet_union", lines)

@@ -10,29 +10,17 @@ norm, and its sum with the formula's numbers of that name as factors. Of the par
 """
 import copy
 import json
-import math
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from formulas import folded, numbers
 from peft import LoraConfig
 
 PAIRS, HEIGHT, WIDTH = 2, 8, 12
 BETA_DPO, NEGATIVE_GUIDANCE = 200, 1.5
 STRIDE = dict(lora=7, unet=23)
-
-
-def numbers(name, *shape):
-    seed = 0x811C9DC5
-    for byte in name.encode():
-        seed = ((seed ^ byte) * 0x01000193) & 0xFFFFFFFF
-    h = np.uint32(seed) + np.arange(math.prod(shape), dtype=np.uint32) * np.uint32(0x9E3779B9)
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    whole = ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.float64) - 256
-    return torch.from_numpy(whole / 128).reshape(shape)
 
 
 def trained(folder, target):
@@ -107,9 +95,7 @@ def main(folder):
             print(json.dumps(about, separators=(",", ":")))
             print(about, len(chosen), file=sys.stderr)
             for key in chosen:
-                flat = exact[key].flatten()
-                told = (float(f"{x.item():.8g}") for x in (flat.norm(), flat @ numbers(key, flat.numel())))
-                print(json.dumps([method.__name__, target, key, *told], separators=(",", ":")))
+                print(json.dumps([method.__name__, target, key, *folded(exact[key], key)], separators=(",", ":")))
 
 
 main(sys.argv[1])

@@ -20,6 +20,7 @@ import cv2
 import diffusers
 import numpy as np
 import torch
+from formulas import disc_in, folded, numbers, pixels, weight
 from PIL import Image, ImageDraw
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -30,36 +31,6 @@ def functions_of(path, names, **known):
     nodes = [n for n in ast.parse(open(path).read()).body if isinstance(n, ast.FunctionDef) and n.name in names]
     exec(compile(ast.Module(nodes, []), path, "exec"), known)
     return known
-
-
-# As in controlnet_gradients.py.
-def whole_numbers(name, count):
-    seed = 0x811C9DC5
-    for byte in name.encode():
-        seed = ((seed ^ byte) * 0x01000193) & 0xFFFFFFFF
-    h = np.uint32(seed) + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.float64) - 256
-
-
-def numbers(name, *shape):
-    return torch.from_numpy(whole_numbers(name, math.prod(shape)) / 128).reshape(shape)
-
-
-def weight(name, key, shape):
-    values = whole_numbers(f"{name}.{key}", math.prod(shape)) / 256 * 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5)
-    return torch.from_numpy(values.astype(np.float16).astype(np.float64)).reshape(shape)
-
-
-def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return ((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) % 256
-
-
-def disc(size=64):
-    y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
-    return (x - 30) ** 2 + (y - 36) ** 2 < 400
 
 
 def told(values):
@@ -92,17 +63,17 @@ def unet_of(name, channels):
     unet = diffusers.UNet2DConditionModel.from_pretrained(f"{here}/tiny-sdxl", subfolder="unet", torch_dtype=torch.float32)
     bias = unet.conv_in.bias
     unet.conv_in = torch.nn.Conv2d(channels, 16, 3, padding=1)
-    unet.conv_in.weight = torch.nn.Parameter(weight(name, "conv_in.weight", [16, channels, 3, 3]))
+    unet.conv_in.weight = torch.nn.Parameter(weight(name, "conv_in.weight", [16, channels, 3, 3]).float())
     unet.conv_in.bias = bias
     return unet.double()
 
 
 def beside(name):
     vae = diffusers.AutoencoderKL.from_pretrained(f"{here}/tiny-sdxl", subfolder="vae", torch_dtype=torch.float32).double()
-    pictures = torch.from_numpy(np.stack([picture(seed, 64, 64) for seed in (4, 5)]) / 127.5 - 1).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(np.stack([pixels(seed, 64, 64) for seed in (4, 5)]) / 127.5 - 1).permute(0, 3, 1, 2)
     if name == "instruct_pix2pix":
         return vae.encode(pictures).latent_dist.mode()
-    masks = torch.from_numpy(np.stack([disc(), ~disc()])[:, None].astype(np.float64))
+    masks = torch.from_numpy(np.stack([disc_in(), ~disc_in()])[:, None].astype(np.float64))
     latents = vae.encode(pictures * (masks < 0.5)).latent_dist.mode() * vae.config.scaling_factor
     return torch.cat([torch.nn.functional.interpolate(masks, size=(8, 8)), latents], 1)
 
@@ -127,8 +98,7 @@ def gradients(name, channels):
     for i, (key, p) in enumerate(unet.named_parameters()):
         parts = p.grad.unbind(1) if key == "conv_in.weight" else [p.grad] if i % 16 == 1 else []
         for k, part in enumerate(parts):
-            flat = part.flatten()
-            yield [name, key, k, *told([flat.norm().item(), (flat @ numbers(key, flat.numel())).item()])]
+            yield [name, key, k, *folded(part, key)]
 
 
 with open(f"{here}/inpainting_training.jsonl", "w") as file:

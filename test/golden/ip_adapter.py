@@ -1,112 +1,37 @@
 # Makes ip_adapter.jsonl: python3 ip_adapter.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Weights, pictures and
 # mask are formulas, which test/controlnet_golden.ts and test/ip_adapter_golden.ts have too; numbers are float64's, and `atol` twenty times
 # what float32 is off.
-import base64
-import json
-import math
-import os
 import tempfile
 
 import diffusers
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from recorded import CONTEXT, ENCODER, disc, here, noted, packed, picture, write, write_image_encoder, write_ip_adapter
+from transformers import CLIPImageProcessor
 
-here = os.path.dirname(os.path.abspath(__file__))
-torch.set_grad_enabled(False)
-diffusers.utils.logging.set_verbosity_error()
 scratch = tempfile.TemporaryDirectory()
 folder = scratch.name
 lines = []
 
-ENCODER = dict(
-    hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=56, patch_size=14,
-    projection_dim=40, hidden_act="gelu",
-)
-CONTEXT = 80
-# By the order in which diffusers registers the attentions over the prompt: down, up, middle.
-WIDTHS = [24, 24] + [32] * 4 + [32] * 6 + [24] * 3 + [32] * 2
 
-
-def whole_numbers(name, count):
-    seed = np.uint32(0x811C9DC5)
-    with np.errstate(over="ignore"):
-        for byte in name.encode():
-            seed = (seed ^ np.uint32(byte)) * np.uint32(0x01000193)
-        h = seed + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.int64) - 256
-
-
-def weight(name, key, shape):
-    k = whole_numbers(f"{name}.{key}", math.prod(shape)).astype(np.float64)
-    if len(shape) == 1:
-        values = 1 + k / 1024 if key.endswith(".weight") else k / 4096
-    else:
-        values = k / 256 * 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5)
-    return torch.tensor(values, dtype=torch.float16).reshape(shape)
-
-
-def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return Image.fromarray((((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) & 255).astype(np.uint8))
-
-
-def disc():
-    y, x = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")
-    return Image.fromarray((((x - 30) ** 2 + (y - 36) ** 2 < 400) * 255).astype(np.uint8))
-
-
-def adapter_shapes(kind):
-    """The published files' keys."""
-    shapes = {}
-    if kind == "plain":
-        shapes["proj.weight"], shapes["proj.bias"] = [4 * CONTEXT, ENCODER["projection_dim"]], [4 * CONTEXT]
-        shapes["norm.weight"] = shapes["norm.bias"] = [CONTEXT]
-    else:
-        width, inner, wide = 32, 128, 128
-        shapes["latents"] = [1, 6, width]
-        shapes["proj_in.weight"], shapes["proj_in.bias"] = [width, ENCODER["hidden_size"]], [width]
-        shapes["proj_out.weight"], shapes["proj_out.bias"] = [CONTEXT, width], [CONTEXT]
-        shapes["norm_out.weight"] = shapes["norm_out.bias"] = [CONTEXT]
-        for i in range(4):
-            for norm in ("0.norm1", "0.norm2", "1.0"):
-                shapes[f"layers.{i}.{norm}.weight"] = shapes[f"layers.{i}.{norm}.bias"] = [width]
-            shapes[f"layers.{i}.0.to_q.weight"] = [inner, width]
-            shapes[f"layers.{i}.0.to_kv.weight"] = [2 * inner, width]
-            shapes[f"layers.{i}.0.to_out.weight"] = [width, inner]
-            shapes[f"layers.{i}.1.1.weight"], shapes[f"layers.{i}.1.3.weight"] = [wide, width], [width, wide]
-    shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()}
-    for i, width in enumerate(WIDTHS):
-        for projection in ("to_k_ip", "to_v_ip"):
-            shapes[f"ip_adapter.{2 * i + 1}.{projection}.weight"] = [width, CONTEXT]
+def plus_shapes():
+    """Of the projection, under the published files' keys."""
+    width, inner, wide = 32, 128, 128
+    shapes = {"latents": [1, 6, width]}
+    shapes["proj_in.weight"], shapes["proj_in.bias"] = [width, ENCODER["hidden_size"]], [width]
+    shapes["proj_out.weight"], shapes["proj_out.bias"] = [CONTEXT, width], [CONTEXT]
+    shapes["norm_out.weight"] = shapes["norm_out.bias"] = [CONTEXT]
+    for i in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes[f"layers.{i}.{norm}.weight"] = shapes[f"layers.{i}.{norm}.bias"] = [width]
+        shapes[f"layers.{i}.0.to_q.weight"] = [inner, width]
+        shapes[f"layers.{i}.0.to_kv.weight"] = [2 * inner, width]
+        shapes[f"layers.{i}.0.to_out.weight"] = [width, inner]
+        shapes[f"layers.{i}.1.1.weight"], shapes[f"layers.{i}.1.3.weight"] = [wide, width], [width, wide]
     return shapes
 
 
-def packed(values):
-    return base64.b64encode(np.asarray(values, dtype=np.float32).tobytes()).decode()
-
-
 def note(exact, rough, **case):
-    """float64's numbers, in torch's order."""
-    exact, rough = (np.asarray(each, dtype=np.float64).ravel() for each in (exact, rough))
-    case["atol"] = float(f"{20 * max(np.abs(exact - rough).max(), 2.0**-24 * np.abs(exact).max()):.3g}")
-    lines.append(json.dumps({**case, "values": packed(exact)}))
-
-
-def write():
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER))
-    state = encoder.state_dict()
-    for key, value in state.items():
-        if "position_ids" not in key:
-            value.copy_(weight("image_encoder", key, list(value.shape)))
-    encoder.save_pretrained(f"{folder}/image_encoder")
-    for kind in ("plain", "plus"):
-        save_file({key: weight(kind, key, shape) for key, shape in adapter_shapes(kind).items()}, f"{folder}/{kind}.safetensors")
-    return encoder
+    lines.append({**case, **noted(rough, exact)})
 
 
 def preprocessing():
@@ -114,7 +39,7 @@ def preprocessing():
         pixels = CLIPImageProcessor(size=size, crop_size=size)(picture(*of), return_tensors="np").pixel_values
         stride = 41 if size == 56 else 499
         values = packed(pixels.ravel()[::stride])
-        lines.append(json.dumps({"picture": of, "size": size, "stride": stride, "values": values}))
+        lines.append({"picture": of, "size": size, "stride": stride, "values": values})
 
 
 def encoding(encoder):
@@ -127,14 +52,6 @@ def encoding(encoder):
         note(outputs[torch.float64][name], outputs[torch.float32][name], encoder=ENCODER, picture=(1, 117, 149), of=name)
 
 
-randn = torch.randn
-
-
-def drawn_in_float32(*args, dtype=None, **more):
-    return randn(*args, dtype=torch.float32, **more).to(dtype or torch.float32)
-
-
-torch.randn = drawn_in_float32
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", height=64, width=64, num_inference_steps=4, guidance_scale=5)
 CALLS = [
     ("plain", "text2img", [("plain", (1, 117, 149), 1)], dict(num_images_per_prompt=2)),
@@ -185,9 +102,10 @@ def drawing():
         note(exact, rough, call=id, seed=number, adapters=adapters, settings=more)
 
 
-encoder = write()
+encoder = write_image_encoder(folder)
+write_ip_adapter(folder)
+write_ip_adapter(folder, "plus", plus_shapes())
 preprocessing()
 encoding(encoder)
 drawing()
-with open(f"{here}/ip_adapter.jsonl", "w") as file:
-    file.write("".join(f"{line}\n" for line in lines))
+write("ip_adapter", lines)

@@ -9,8 +9,9 @@ import re
 import sys
 
 import torch
-from controlnet_gradients import ROWS, numbers, question, tell, weight
+from controlnet_gradients import ROWS, question, tell
 from diffusers import UNet2DConditionModel
+from formulas import numbers, weight
 
 CONTEXT = 80
 WIDTHS = [24, 24] + [32] * 10 + [24] * 3 + [32] * 2

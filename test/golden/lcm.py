@@ -11,7 +11,6 @@ latents of whole calls of diffusers' pipelines over a UNet that is told w, float
 import ast
 import base64
 import json
-import math
 import os
 import sys
 
@@ -19,6 +18,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from formulas import numbers
 from peft import LoraConfig
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -54,17 +54,6 @@ def functions(folder):
         tree.body = [node for node in tree.body if getattr(node, "name", "") in WANTED]
         exec(compile(tree, name, "exec"), theirs)
     return theirs
-
-
-def numbers(name, *shape):
-    seed = 0x811C9DC5
-    for byte in name.encode():
-        seed = ((seed ^ byte) * 0x01000193) & 0xFFFFFFFF
-    h = np.uint32(seed) + np.arange(math.prod(shape), dtype=np.uint32) * np.uint32(0x9E3779B9)
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    whole = ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.float64) - 256
-    return torch.from_numpy(whole / 128).reshape(shape)
 
 
 def unet_of(dtype, told=False, part=None, moved=None):

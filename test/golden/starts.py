@@ -1,18 +1,9 @@
 # Makes starts.jsonl: python3 starts.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Calls that begin with latents
 # or embeddings of a caller's own; numbers are float64's, and `atol` twenty times what float32 is off.
-import base64
-import json
-import math
-import os
-
 import diffusers
-import numpy as np
 import torch
-from PIL import Image
+from recorded import call, disc, here, noted, picture, randn, write
 
-here = os.path.dirname(os.path.abspath(__file__))
-torch.set_grad_enabled(False)
-diffusers.utils.logging.set_verbosity_error()
 CLASSES = dict(
     text2img=diffusers.StableDiffusionXLPipeline,
     img2img=diffusers.StableDiffusionXLImg2ImgPipeline,
@@ -20,25 +11,6 @@ CLASSES = dict(
 )
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", num_inference_steps=6, guidance_scale=5)
 SIZE = dict(height=64, width=64)
-randn = torch.randn
-
-
-def drawn_in_float32(*args, dtype=None, **more):
-    return randn(*args, dtype=torch.float32, **more).to(dtype or torch.float32)
-
-
-torch.randn = drawn_in_float32
-
-
-# As in ip_adapter.py.
-def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return Image.fromarray((((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) & 255).astype(np.uint8))
-
-
-def disc():
-    y, x = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")
-    return Image.fromarray((((x - 30) ** 2 + (y - 36) ** 2 < 400) * 255).astype(np.uint8))
 
 
 def noise(seed, rows, dtype):
@@ -64,27 +36,15 @@ def given(inputs, dtype):
     return {**latents, **over, **({"mask_image": disc()} if "mask" in inputs else {})}
 
 
-def packed(values):
-    return base64.b64encode(np.asarray(values, dtype=np.float32).tobytes()).decode()
-
-
 lines = []
 for number, (kind, inputs, more) in enumerate(CALLS):
-    settings = dict(more)
-    scheduler = settings.pop("scheduler", None)
     results = []
     for dtype in (torch.float32, torch.float64):
-        pipeline = CLASSES[kind].from_pretrained(f"{here}/tiny-sdxl", torch_dtype=dtype)
-        pipeline.to(dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        if scheduler:
-            pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+        made = CLASSES[kind].from_pretrained(f"{here}/tiny-sdxl", torch_dtype=dtype)
+        pipeline, settings = call(made.to(dtype), more)
         generator = torch.Generator("cpu").manual_seed(number)
         size = {} if kind == "img2img" else SIZE
-        call = {**SETTINGS, **size, **settings, **given(inputs, dtype)}
-        results.append(pipeline(generator=generator, output_type="latent", **call).images.double().numpy())
-    rough, exact = results
-    atol = float(f"{20 * max(np.abs(exact - rough).max(), 2.0**-24 * np.abs(exact).max()):.3g}")
-    lines.append(json.dumps(dict(kind=kind, inputs=inputs, settings=more, seed=number, atol=atol, values=packed(exact))))
-with open(f"{here}/starts.jsonl", "w") as file:
-    file.write("".join(f"{line}\n" for line in lines))
+        asked = {**SETTINGS, **size, **settings, **given(inputs, dtype)}
+        results.append(pipeline(generator=generator, output_type="latent", **asked).images.double().numpy())
+    lines.append(dict(kind=kind, inputs=inputs, settings=more, seed=number, **noted(*results)))
+write("starts", lines)

@@ -1,94 +1,18 @@
 # Makes t2i_adapter.jsonl: python3 t2i_adapter.py, with torch, transformers, Pillow, diffusers and DeepCache (PYTHONPATH counts). Latents of
 # whole calls of StableDiffusionXLAdapterPipeline, and of pipelines without adapters whose UNet is handed what T2IAdapter gives; every fifth
 # number in float64, and `atol` twenty times what float32 is off.
-import base64
 import json
-import math
-import os
 import tempfile
 
 import diffusers
 import numpy as np
 import torch
-from DeepCache.extension.deepcache import DeepCacheSDHelper
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-here = os.path.dirname(os.path.abspath(__file__))
-torch.set_grad_enabled(False)
-diffusers.utils.logging.set_verbosity_error()
-
-
-# As in controlnet_union.py.
-def whole_numbers(name, count):
-    seed = np.uint32(0x811C9DC5)
-    with np.errstate(over="ignore"):
-        for byte in name.encode():
-            seed = (seed ^ np.uint32(byte)) * np.uint32(0x01000193)
-        h = seed + np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((h ^ (h >> np.uint32(16))) >> np.uint32(23)).astype(np.int64) - 256
-
-
-def weight(name, key, shape):
-    k = whole_numbers(f"{name}.{key}", math.prod(shape)).astype(np.float64)
-    if len(shape) == 1:
-        values = 1 + k / 1024 if key.endswith(".weight") else k / 4096
-    else:
-        larger = 3 if "cond_embedding" in key else 1
-        values = k / 256 * 2.0 ** -math.floor(math.log2(math.prod(shape[1:])) / 2 + 0.5) * larger
-    return torch.tensor(values, dtype=torch.float16).reshape(shape)
-
-
-def fill(module, name):
-    for key, value in module.state_dict().items():
-        if "position_ids" not in key:
-            value.copy_(weight(name, key, list(value.shape)))
-    return module
-
-
-def picture(seed, width, height):
-    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return Image.fromarray((((3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9)) & 255).astype(np.uint8))
-
-
-def disc():
-    y, x = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")
-    return Image.fromarray((((x - 30) ** 2 + (y - 36) ** 2 < 400) * 255).astype(np.uint8))
-
+from formulas import fill
+from recorded import call, disc, full_controlnet, here, noted, picture, with_ip_adapter, write
 
 CONFIG = dict(channels=[16, 24, 32, 32], downscale_factor=16, adapter_type="full_adapter_xl")
 ADAPTERS = dict(edges=dict(**CONFIG, in_channels=3, num_res_blocks=2), sketch=dict(**CONFIG, in_channels=1, num_res_blocks=1))
-# The vision encoder and the plain adapter of ip_adapter.py.
-ENCODER = dict(
-    hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=56, patch_size=14,
-    projection_dim=40, hidden_act="gelu",
-)
-CONTEXT = 80
-WIDTHS = [24, 24] + [32] * 4 + [32] * 6 + [24] * 3 + [32] * 2
-
-
-def write_ip_adapter(folder):
-    fill(CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)), "image_encoder").save_pretrained(f"{folder}/image_encoder")
-    shapes = {"image_proj.proj.weight": [4 * CONTEXT, ENCODER["projection_dim"]], "image_proj.proj.bias": [4 * CONTEXT]}
-    shapes.update({f"image_proj.norm.{each}": [CONTEXT] for each in ("weight", "bias")})
-    for i, width in enumerate(WIDTHS):
-        shapes.update({f"ip_adapter.{2 * i + 1}.{each}.weight": [width, CONTEXT] for each in ("to_k_ip", "to_v_ip")})
-    save_file({key: weight("plain", key, shape) for key, shape in shapes.items()}, f"{folder}/plain.safetensors")
-
-
 scratch = tempfile.TemporaryDirectory()
-write_ip_adapter(scratch.name)
-randn = torch.randn
-
-
-def drawn_in_float32(*args, dtype=None, **more):
-    return randn(*args, dtype=torch.float32, **more).to(dtype or torch.float32)
-
-
-torch.randn = drawn_in_float32
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", num_inference_steps=5, guidance_scale=5, height=64, width=64)
 PAIR = dict(prompt=["a red fox", "a castle"], negative_prompt=["rain", "fog"])
 # The kind, adapters with their pictures and scales, and the rest of the call.
@@ -132,13 +56,12 @@ def opened(kind, adapters, dtype):
         adapter = diffusers.MultiAdapter(models) if len(models) > 1 else models[0]
         pipeline = load(diffusers.StableDiffusionXLAdapterPipeline, adapter=adapter)
         if kind == "adapted":
-            pipeline.load_ip_adapter(scratch.name, subfolder="", weight_name="plain.safetensors", image_encoder_folder="image_encoder")
-            pipeline.set_ip_adapter_scale(0.7)
+            with_ip_adapter(pipeline, scratch.name, 0.7)
         return pipeline.to(dtype)
     if kind == "controlled":
         parts = load(diffusers.StableDiffusionXLPipeline).components
-        net = diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8, 12, 16))
-        return diffusers.StableDiffusionXLControlNetPipeline(**parts, controlnet=fill(net, "full")).to(dtype)
+        net = full_controlnet(parts["unet"], dtype)
+        return diffusers.StableDiffusionXLControlNetPipeline(**parts, controlnet=net).to(dtype)
     return load(OTHERS[kind]).to(dtype)
 
 
@@ -157,17 +80,7 @@ def hand_over(unet, adapters, dtype):
 
 
 def drawn(kind, adapters, seed, dtype, settings):
-    settings = dict(settings)
-    scheduler = settings.pop("scheduler", None)
-    cache = {key: settings.pop(key) for key in list(settings) if key.startswith("cache_")}
-    pipeline = opened(kind, adapters, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    if scheduler:
-        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
-    if cache:
-        helper = DeepCacheSDHelper(pipe=pipeline)
-        helper.set_params(**cache)
-        helper.enable()
+    pipeline, settings = call(opened(kind, adapters, dtype), settings)
     if kind in ("text2img", "adapted"):
         images, scales = [seen(name, of) for name, of, _ in adapters], [scale for *_, scale in adapters]
         prompts = len(settings["prompt"]) if isinstance(settings["prompt"], list) else 1
@@ -185,22 +98,16 @@ def drawn(kind, adapters, seed, dtype, settings):
     return pipeline(generator=generator, output_type="latent", **settings).images.double().numpy()
 
 
-def packed(values):
-    return base64.b64encode(np.asarray(values, dtype=np.float32).tobytes()).decode()
-
-
 lines = []
 for name, config in ADAPTERS.items():
     made = adapter_of(name, torch.float32)
     keys = {key: list(value.shape) for key, value in made.state_dict().items()}
-    lines.append(json.dumps(dict(adapter=name, config=json.loads(made.to_json_string()), keys=keys)))
+    lines.append(dict(adapter=name, config=json.loads(made.to_json_string()), keys=keys))
 for seed, (kind, adapters, more) in enumerate(CALLS):
     settings = {**SETTINGS, **more}
     rough, exact = (drawn(kind, adapters, seed, dtype, settings) for dtype in (torch.float32, torch.float64))
     without = drawn(kind, [(name, of, 0) for name, of, _ in adapters], seed, torch.float64, settings)
-    atol = float(f"{20 * max(np.abs(exact - rough).max(), 2.0**-24 * np.abs(exact).max()):.3g}")
-    print(kind, adapters, more, "atol", atol, "from without", np.abs(exact - without).max())
-    case = dict(kind=kind, adapters=adapters, settings=settings, seed=seed, atol=atol, values=packed(exact.ravel()[::5]))
-    lines.append(json.dumps(case))
-with open(f"{here}/t2i_adapter.jsonl", "w") as file:
-    file.write("".join(f"{line}\n" for line in lines))
+    case = noted(rough, exact, 5)
+    print(kind, adapters, more, "atol", case["atol"], "from without", np.abs(exact - without).max())
+    lines.append(dict(kind=kind, adapters=adapters, settings=settings, seed=seed, **case))
+write("t2i_adapter", lines)

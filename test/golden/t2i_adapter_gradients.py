@@ -7,8 +7,9 @@ All else is as controlnet_gradients.py has it. `sketch` sees grey levels: the gr
 import sys
 
 import torch
-from controlnet_gradients import question, tell, weight
+from controlnet_gradients import question, tell
 from diffusers import T2IAdapter, UNet2DConditionModel
+from formulas import fill
 
 CONFIG = dict(channels=[16, 24, 32, 32], downscale_factor=16, adapter_type="full_adapter_xl")
 
@@ -16,8 +17,7 @@ CONFIG = dict(channels=[16, 24, 32, 32], downscale_factor=16, adapter_type="full
 def main(folder):
     for name, channels, depth in ("edges", 3, 2), ("sketch", 1, 1):
         unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
-        net = T2IAdapter(**CONFIG, in_channels=channels, num_res_blocks=depth)
-        net.double().load_state_dict({key: weight(name, key, p.shape) for key, p in net.state_dict().items()})
+        net = fill(T2IAdapter(**CONFIG, in_channels=channels, num_res_blocks=depth).double(), name)
 
         def predict(dtype):
             asked, given, pictures = question(name, dtype)
