@@ -14,7 +14,7 @@ type Settings = Record<string, string | number | readonly number[]>;
 /** One picture, or several, as diffusers is called for it. */
 export interface Call {
   label: string;
-  pipeline: 'text2img' | 'img2img' | 'inpaint';
+  pipeline: 'text2img' | 'img2img' | 'inpaint' | 'edit';
   model: string;
   seed: number;
   /** Keyword arguments of the pipeline; pictures by their paths. */

@@ -21,6 +21,7 @@ CLASSES = {
     "text2img": diffusers.StableDiffusionXLPipeline,
     "img2img": diffusers.StableDiffusionXLImg2ImgPipeline,
     "inpaint": diffusers.StableDiffusionXLInpaintPipeline,
+    "edit": diffusers.StableDiffusionXLInstructPix2PixPipeline,
 }
 UNDER_CONTROL = {
     "text2img": diffusers.StableDiffusionXLControlNetPipeline,

@@ -3,7 +3,7 @@
 // scipy and diffusers (PYTHONPATH counts), and gguf; says so and stops where they are absent. Run by `npm run test:interop`; words after it
 // choose calls by label.
 import { spawnSync } from 'node:child_process';
-import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { main } from '../../cli/main.ts';
@@ -20,6 +20,7 @@ import { writeInpainting } from '../inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
 import { writeT2IAdapter } from '../t2i_adapter_golden.ts';
 import { adapter, allCalls, argvOf, base, type Call, type Pictures } from './calls.ts';
+import { trained } from './trained.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
 let said = '';
@@ -52,7 +53,7 @@ async function oddPictures(): Promise<Pictures> {
   return { odd, oddMask };
 }
 
-interface Job extends Call {
+export interface Job extends Call {
   /** What `sdxl` draws it from, where that is not the same. */
   ours?: string[];
   configs?: string;
@@ -164,26 +165,6 @@ function textAdapters(): Job[] {
   });
 }
 
-/** A textual inversion that `sdxl train` has made. */
-async function trained(): Promise<Job> {
-  const [place, output, token] = [join(folder, 'pictures'), join(folder, 'run'), '<stripes>'];
-  cpSync(join(packageRoot, 'test', 'golden', 'png'), place, { recursive: true });
-  const run = {
-    ...{ output, model: base, steps: 3, optimizer: { lr: 0.02 }, train: { target: 'textual_inversion' } },
-    dataset: { path: place, resolution: 32 },
-    textual_inversion: {
-      ...{ placeholder_token: token, initializer_token: 'red', num_vectors: 2, learnable_property: 'style' },
-    },
-  };
-  const file = join(folder, 'run.ts');
-  writeFileSync(file, `export default ${JSON.stringify(run)};`);
-  await sdxl('train', file);
-  const settings = { prompt: `a fox in ${token}`, width: 64, height: 64, num_inference_steps: 4 };
-  const call: Call = { label: 'a textual inversion', pipeline: 'text2img', model: base, seed: 13, settings };
-  const inversion = [join(output, 'final', `${token}.safetensors`), token] as const;
-  return { ...call, inversion, ours: [...argvOf(call), '--textual-inversion', join(output, 'final')] };
-}
-
 /** Has diffusers draw them all; false where it is absent. */
 function drawTheirs(jobs: readonly (Job & { out: string })[]): boolean {
   const list = join(folder, 'jobs.jsonl');
@@ -254,7 +235,8 @@ async function readByGguf(words: readonly string[]): Promise<boolean[]> {
 
 async function all(words: readonly string[]): Promise<number> {
   const [full, small] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
-  writeEncoder(join(folder, 'image_encoder'));
+  const encoder = join(folder, 'image_encoder');
+  writeEncoder(encoder);
   const [plain, plus] = ['plain', 'plus'].map((name) =>
     writeIPAdapter(join(folder, `ip-adapter_${name}.safetensors`), name),
   );
@@ -262,7 +244,12 @@ async function all(words: readonly string[]): Promise<number> {
   const inpainting = writeInpainting(join(folder, 'inpainting'));
   const pictures = await oddPictures();
   const calls = allCalls(pictures, { full, small }, { edges, sketch }, { plain, plus }, inpainting);
-  const jobs = [...(await saved(inpainting, pictures)), ...textAdapters(), await trained(), ...calls]
+  const jobs = [
+    ...(await saved(inpainting, pictures)),
+    ...textAdapters(),
+    ...(await trained(sdxl, folder, pictures, encoder)),
+    ...calls,
+  ]
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   const results = await readByGguf(words);
