@@ -91,7 +91,7 @@ test('what adapters cannot begin with is refused in a sentence, before anything 
     unload(own);
   }
   t.throws(() => resolveRun({ ...basic('refused'), lora: { network_weights: plain } }, 'test', 'run.ts'), {
-    message: /^test: "lora\.network_weights" is what adapters begin with, and target "unet" trains none/,
+    message: /^test: "lora\.network_weights" is of adapters, and "train\.target" is "unet"; leave it out/,
   });
   t.end();
 });
