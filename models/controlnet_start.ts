@@ -50,7 +50,7 @@ const embeddingWidths = [16, 32, 96, 256];
 
 /**
  * A ControlNet's config.json from its UNet's, for a VAE that takes `ratio` pixels to a latent.
- * @throws UserError for a ratio that the embedding's four widths do not reach
+ * @throws UserError for a ratio that the embedding's four widths do not reach, or a UNet without the middle block that is copied
  */
 export function controlNetJson(
   unet: Json,
@@ -60,6 +60,10 @@ export function controlNetJson(
   if (halvings >= embeddingWidths.length)
     throw new UserError(
       `the VAE takes ${ratio} pixels to a latent, and a new ControlNet at most ${2 ** (embeddingWidths.length - 1)}: begin with one of that ratio, by controlnet.controlnet_model_name_or_path`,
+    );
+  if (unet.mid_block_type === null)
+    throw new UserError(
+      'the UNet has no middle block, which a new ControlNet is begun from: begin with one by controlnet.controlnet_model_name_or_path',
     );
   return {
     _class_name: 'ControlNetModel',

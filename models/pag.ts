@@ -41,7 +41,7 @@ export function pagOf(
     const found = all.filter(({ path }) => path.includes(part));
     if (found.length > 0 && part !== '') return found;
     throw new UserError(
-      `pag_applied_layers (--pag-applied-layers) "${part}" names no self-attention of this UNet: give a part of a name, as mid, up or ${all[0]?.path}`,
+      `pag_applied_layers (--pag-applied-layers) "${part}" names no self-attention of this UNet: give a part of a name, as up or ${all[0]?.path}`,
     );
   });
   return {

@@ -22,7 +22,7 @@ import { presets, sdxlVae } from './presets.ts';
 import { otherProcess } from './samplers/config.ts';
 import { layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
-import { toldIn } from './unet.ts';
+import { toldIn } from './unet_told.ts';
 import { openWeightsFile } from './weights_file.ts';
 
 /**
@@ -67,6 +67,7 @@ export function openSingleFile(
     );
   }
   const published = componentConfigs(preset);
+  const told = (found: Json) => toldIn(file.tensors, { prefix: prefixes.unet, original: true }, found);
   const has = (component: string): boolean =>
     component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component]));
   const config = (component: string): Json => {
@@ -76,9 +77,8 @@ export function openSingleFile(
       );
     const found = folder?.config(component) ?? published[component];
     if (!found) throw new UserError(`${path} has no ${component}`);
-    // An inpainting model's, or one that is told its guidance, whoever lends the rest.
-    if (component === 'unet')
-      return { ...found, in_channels: convIn.shape[1], ...toldIn(file.tensors, prefixes.unet) };
+    // An inpainting model's, a distilled one's, or one that is told its guidance, whoever lends the rest.
+    if (component === 'unet') return { ...found, in_channels: convIn.shape[1], ...told(found) };
     return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
   };
   const source: ModelSource = {

@@ -11,7 +11,9 @@ import { type Resnet, resnet, type Time, upsample } from './blocks.ts';
 import { isCount, isListOf } from './config_values.ts';
 import type { Conditioning, Transformer, Wrap } from './transformer.ts';
 import {
+  areDepths,
   attentionsOf,
+  type Depths,
   type EncoderConfig,
   encode,
   encoder,
@@ -30,40 +32,49 @@ export interface UNetConfig extends EncoderConfig {
   /** The latent's side that the model was trained for, or its height and width. */
   sample_size: number | readonly number[];
   up_block_types: readonly string[];
+  /** Of the way up, from its first level on; those of the way down in reverse where absent. */
+  reverse_transformer_layers_per_block?: readonly Depths[] | null;
 }
+
+const refusal = (key: string, value: unknown, want: string) =>
+  new UserError(`unet/config.json: "${key}" is ${JSON.stringify(value)}, not ${want}; is this an SDXL UNet?`);
 
 /** Reads unet/config.json. @throws UserError naming a field that is absent, or asks for another architecture */
 export function parseUNetConfig(json: Record<string, unknown>): UNetConfig {
   trainedSides(json);
   const { time_cond_proj_dim: told = null } = json;
   if (told !== null && !(isCount(told) && (told as number) % 2 === 0 && (told as number) > 2))
-    throw new UserError(
-      `unet/config.json: "time_cond_proj_dim" is ${JSON.stringify(told)}, not an even number above 2; is this an SDXL UNet?`,
-    );
-  return parseConfig(json, {
+    throw refusal('time_cond_proj_dim', told, 'an even number above 2');
+  const config = parseConfig<UNetConfig>(json, {
     file: 'unet/config.json',
     what: 'an SDXL UNet',
     fixed: {
       center_input_sample: false,
-      mid_block_type: 'UNetMidBlock2DCrossAttn',
       resnet_out_scale_factor: 1,
       resnet_skip_time_act: false,
       time_embedding_act_fn: null,
       timestep_post_act: null,
     },
+    oneOf: { mid_block_type: ['UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', null] },
     blockTypes: ['up_block_types'],
     counts: ['out_channels'],
-    defaults: { sample_size: 128 },
+    defaults: { sample_size: 128, mid_block_type: 'UNetMidBlock2DCrossAttn' },
   });
+  refuseDepths(config);
+  return config;
 }
 
-/** Of the UNet in a file without a config, how it is told its guidance, where it is: no program has a word of its own for that layer. */
-export function toldIn(
-  tensors: ReadonlyMap<string, { shape: readonly number[] }>,
-  prefix: string,
-): Pick<UNetConfig, 'time_cond_proj_dim'> {
-  const layer = tensors.get(`${prefix}time_embedding.cond_proj.weight`);
-  return layer ? { time_cond_proj_dim: layer.shape[1] } : {};
+/** @throws UserError where the depths of the way up are no such, or those of the way down do not say them and they are absent */
+function refuseDepths({ transformer_layers_per_block: down, ...config }: UNetConfig): void {
+  const key = 'reverse_transformer_layers_per_block';
+  const [levels, layers] = [config.block_out_channels.length, config.layers_per_block + 1];
+  const up = config[key] ?? null;
+  if (up === null ? Array.isArray(down) && down.some(Array.isArray) : !areDepths(up, levels, layers))
+    throw refusal(
+      key,
+      up,
+      `a list of ${levels} whole numbers of at least 0 or lists of ${layers}${up === null ? ', which lists in "transformer_layers_per_block" ask for' : ''}`,
+    );
 }
 
 /** The latent's height and width that a model was trained for: sample_size may be one side or both. @throws UserError for another */
@@ -71,9 +82,7 @@ export function trainedSides({ sample_size }: Record<string, unknown>): [height:
   const told = sample_size ?? 128;
   const sides = Array.isArray(told) ? told : [told, told];
   if (isListOf(isCount, sides, 2)) return sides as [number, number];
-  throw new UserError(
-    `unet/config.json: "sample_size" is ${JSON.stringify(told)}, not a whole number of at least 1 or a pair of them; is this an SDXL UNet?`,
-  );
+  throw refusal('sample_size', told, 'a whole number of at least 1 or a pair of them');
 }
 
 /** A part of the way up: through the layers that take the features below `from`, down to `to`. */
@@ -114,7 +123,10 @@ const upBlock = (
 
 /** The levels on the way up. Widths are popped here exactly as forward pops features. */
 function upBlocks(config: UNetConfig, wrap: Wrap) {
-  const levels = levelsOf(config).toReversed();
+  const own = config.reverse_transformer_layers_per_block;
+  const levels = levelsOf(config)
+    .toReversed()
+    .map((level, i) => (own ? { ...level, depths: own[i] } : level));
   const skips = featureWidths(config);
   const count = config.layers_per_block + 1;
   let c = levels[0].width;
@@ -198,17 +210,18 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
 
 export type UNet = ReturnType<typeof unet>;
 
-/** The transformer blocks with their paths, in the order in which diffusers registers them: the middle block's last. */
+/** The transformer blocks with their paths, in the order in which diffusers registers them: the middle block's last, where it has some. */
 function transformerBlocks({ children: { down_blocks, up_blocks, mid_block } }: UNet) {
   const levels = Object.entries({ down_blocks, up_blocks }).flatMap(([name, blocks]) =>
     blocks.map(({ children }, i) => [`${name}.${i}`, children.attentions] as const),
   );
-  return [...levels, ['mid_block', mid_block.children.attentions] as const].flatMap(([level, attentions]) =>
-    attentions.flatMap((each: Transformer | undefined, i) =>
-      (each?.children.transformer_blocks ?? []).map(({ children }, j) => ({
-        ...{ path: `${level}.attentions.${i}.transformer_blocks.${j}`, children },
-      })),
-    ),
+  return [...levels, ['mid_block', mid_block?.children.attentions ?? []] as const].flatMap(
+    ([level, attentions]) =>
+      attentions.flatMap((each: Transformer | undefined, i) =>
+        (each?.children.transformer_blocks ?? []).map(({ children }, j) => ({
+          ...{ path: `${level}.attentions.${i}.transformer_blocks.${j}`, children },
+        })),
+      ),
   );
 }
 

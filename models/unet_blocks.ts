@@ -1,5 +1,6 @@
 // The UNet's blocks in one row, as kohya's block_lr counts them by the original's names: 0 the embeddings of time and sizes, then
-// input_blocks (of SDXL's base nine), middle_block (three), output_blocks (nine), and last the layers behind them: 23 of the base.
+// input_blocks (of SDXL's base nine), middle_block (three), output_blocks (nine), and last the layers behind them: 23 of the base. A distilled
+// UNet's blocks keep these numbers; those that its middle block lacks are empty.
 import { unetKeyInSgm } from './sgm_keys.ts';
 import type { UNetConfig } from './unet.ts';
 

@@ -1,6 +1,7 @@
 // The half of SDXL's UNet that a ControlNet has a copy of: the embeddings of the time and of the added conditions, the levels on
 // the way down, and the middle block. A table of levels says each one's width and transformer depth. What does not depend on the
-// latents (the embedded sizes and times) is computed once an image when the conditioning carries a ContextCache.
+// latents (the embedded sizes and times) is computed once an image when the conditioning carries a ContextCache. Distilled UNets (SSD-1B,
+// Segmind-Vega; Gupta et al. 2024) have depths of their own for each transformer of a level, and a lesser middle block or none.
 import { conv2d, linear } from '../engine/layers.ts';
 import { module } from '../engine/module.ts';
 import { add } from '../engine/ops/binary.ts';
@@ -15,17 +16,21 @@ import { isCount, isListOf, isPositive } from './config_values.ts';
 import { type ContextCache, once } from './context_cache.ts';
 import { type Conditioning, type Level, type Transformer, transformer, type Wrap } from './transformer.ts';
 
+/** Blocks of each transformer of a level: one number for all, or one for each. */
+export type Depths = number | readonly number[];
+
 /** The fields of diffusers' config.json that say what this half is. */
 export interface EncoderConfig {
   in_channels: number;
   block_out_channels: readonly number[];
   layers_per_block: number;
   down_block_types: readonly string[];
-  /** UNetMidBlock2D, of small ControlNets, has one resnet and no transformer; UNetMidBlock2DCrossAttn where absent. */
-  mid_block_type?: string;
+  /** UNetMidBlock2D has one resnet and no transformer, null is no middle block; UNetMidBlock2DCrossAttn where absent. */
+  mid_block_type?: string | null;
   /** Per level or one for all. Despite its name in diffusers, the NUMBER of heads. */
   attention_head_dim: number | readonly number[];
-  transformer_layers_per_block: number | readonly number[];
+  /** Per level or one for all, and of a level one for each of its transformers or one for all. */
+  transformer_layers_per_block: number | readonly Depths[];
   cross_attention_dim: number;
   addition_time_embed_dim: number;
   projection_class_embeddings_input_dim: number;
@@ -47,6 +52,7 @@ const fixed: Record<string, unknown> = {
   use_linear_projection: true,
 };
 
+/** A level without transformers may say so by a depth of 0. */
 const isDepth = (value: unknown): boolean => value === 0 || isCount(value);
 const isType = (value: unknown): boolean => typeof value === 'string';
 
@@ -58,7 +64,7 @@ export interface ConfigRules {
   what: string;
   fixed: Readonly<Record<string, unknown>>;
   /** Fields that may be absent, or one of a few words. */
-  oneOf?: Readonly<Record<string, readonly string[]>>;
+  oneOf?: Readonly<Record<string, readonly (string | null)[]>>;
   /** Fields that list widths, or a block type for each level, and fields that are numbers. */
   widths?: readonly string[];
   blockTypes?: readonly string[];
@@ -76,28 +82,35 @@ export function parseConfig<C extends EncoderConfig>(json: Record<string, unknow
     if (key in json && json[key] !== want) throw complain(key, JSON.stringify(want));
   }
   for (const [key, words] of Object.entries(rules.oneOf ?? {}))
-    if (key in json && !words.includes(json[key] as string)) throw complain(key, words.join(' or '));
+    if (key in json && !words.includes(json[key] as string | null))
+      throw complain(key, words.map(String).join(' or '));
   const config: Record<string, unknown> = { ...defaults, ...rules.defaults, ...json };
   for (const key of ['block_out_channels', ...(rules.widths ?? [])])
     if (!isListOf(isCount, config[key])) throw complain(key, 'a list of widths');
   const { length: levels } = config.block_out_channels as number[];
   for (const key of ['down_block_types', ...(rules.blockTypes ?? [])])
     if (!isListOf(isType, config[key], levels)) throw complain(key, `a list of ${levels} block types`);
-  for (const [key, is, least] of perLevelFields)
-    if (!is(config[key]) && !isListOf(is, config[key], levels))
-      throw complain(key, `a whole number of at least ${least} or a list of ${levels}`);
+  const heads = config.attention_head_dim;
+  if (!isCount(heads) && !isListOf(isCount, heads, levels))
+    throw complain('attention_head_dim', `a whole number of at least 1 or a list of ${levels}`);
   for (const key of [...counts, ...(rules.counts ?? [])])
     if (!isCount(config[key])) throw complain(key, 'a whole number of at least 1');
+  const depths = 'transformer_layers_per_block';
+  const layers = config.layers_per_block as number;
+  if (!isDepth(config[depths]) && !areDepths(config[depths], levels, layers))
+    throw complain(
+      depths,
+      `a whole number of at least 0, a list of ${levels}, or one with lists of ${layers} in it`,
+    );
   if (!isPositive(config.norm_eps)) throw complain('norm_eps', 'a number above 0');
   return config as unknown as C;
 }
 
+/** A list of depths for each level, or of lists of one for each of its so many layers. */
+export const areDepths = (value: unknown, levels: number, layers: number): boolean =>
+  isListOf((level) => isDepth(level) || isListOf(isDepth, level, layers), value, levels);
+
 const defaults = { norm_num_groups: 32, norm_eps: 1e-5, layers_per_block: 2 };
-/** What may be told per level or once for all; a level without transformers may say so by a depth of 0. */
-const perLevelFields = [
-  ['attention_head_dim', isCount, 1],
-  ['transformer_layers_per_block', isDepth, 0],
-] as const;
 const counts = [
   'in_channels',
   'layers_per_block',
@@ -110,25 +123,36 @@ const counts = [
 export const times = <T>(count: number, make: (i: number) => T): T[] =>
   Array.from({ length: count }, (_, i) => make(i));
 
-const perLevel = (value: number | readonly number[], level: number): number =>
-  typeof value === 'number' ? value : value[level];
+const each = <T>(value: number | readonly T[], i: number): number | T =>
+  typeof value === 'number' ? value : value[i];
 
-/** Widths, heads and depths from the first level down, before block types decide where transformers are. */
-export const levelsOf = (config: EncoderConfig): Level[] =>
+/** A level's transformers are of one width and so many heads, but each of a depth of its own. */
+export interface LevelOf extends Omit<Level, 'depth'> {
+  depths: Depths;
+}
+
+/** From the first level down, before block types decide where transformers are. */
+export const levelsOf = (config: EncoderConfig): LevelOf[] =>
   config.block_out_channels.map((width, i) => ({
     width,
-    heads: perLevel(config.attention_head_dim, i),
-    depth: perLevel(config.transformer_layers_per_block, i),
+    heads: each(config.attention_head_dim, i),
+    depths: each(config.transformer_layers_per_block, i),
   }));
+
+const transformerOf = (
+  { cross_attention_dim, norm_num_groups }: EncoderConfig,
+  { width, heads, depths }: LevelOf,
+  i: number,
+  wrap?: Wrap,
+): Transformer =>
+  transformer({ width, heads, depth: each(depths, i) }, cross_attention_dim, norm_num_groups, wrap);
 
 /** The transformers that follow resnets in a level whose blocks are of this type: as many, or none. */
 export const attentionsOf = (
-  { cross_attention_dim, norm_num_groups }: EncoderConfig,
-  { level, type, count, wrap }: { level: Level; type: string; count: number; wrap?: Wrap },
+  config: EncoderConfig,
+  { level, type, count, wrap }: { level: LevelOf; type: string; count: number; wrap?: Wrap },
 ): (Transformer | undefined)[] =>
-  times(count, () =>
-    type.startsWith('CrossAttn') ? transformer(level, cross_attention_dim, norm_num_groups, wrap) : undefined,
-  );
+  times(count, (i) => (type.startsWith('CrossAttn') ? transformerOf(config, level, i, wrap) : undefined));
 
 /** The widths of all features that are pushed on the way down, from the first convolution's on. */
 export const featureWidths = ({ block_out_channels, layers_per_block }: EncoderConfig): number[] => [
@@ -211,6 +235,12 @@ export function encoder(config: EncoderConfig, wrap?: Wrap) {
     c = width;
     return made;
   };
+  const middleOf = () => {
+    if (config.mid_block_type === null) return undefined;
+    if (config.mid_block_type === 'UNetMidBlock2D') return midBlock([to(c)], []);
+    // Of several depths the first, as in diffusers.
+    return midBlock([to(c), to(c)], [transformerOf(config, deepest, 0, wrap)]);
+  };
   return {
     conv_in: conv2d(config.in_channels, width, 3, { padding: 1 }),
     time_embedding: embeddingMlp(width, ctemb, config.time_cond_proj_dim),
@@ -222,10 +252,7 @@ export function encoder(config: EncoderConfig, wrap?: Wrap) {
         i < levels.length - 1 ? [downsample(c, [1, 1, 1, 1])] : [],
       ),
     ),
-    mid_block:
-      config.mid_block_type === 'UNetMidBlock2D'
-        ? midBlock([to(c)], [])
-        : midBlock([to(c), to(c)], [transformer(deepest, config.cross_attention_dim, norm.groups, wrap)]),
+    mid_block: middleOf(),
   };
 }
 
@@ -252,7 +279,10 @@ export interface Question {
   count?: number;
 }
 
-/** The features, the first convolution's first; of all of them the middle block's output, when asked for; and the time for the way up. */
+/**
+ * The features, the first convolution's first; of all of them the middle block's output (without one the last feature), when asked for;
+ * and the time for the way up.
+ */
 export function encode(
   m: ReturnType<typeof encoder>,
   config: EncoderConfig,
@@ -283,6 +313,7 @@ export function encode(
     h = features[features.length - 1];
   }
   const middle = (): Tensor => {
+    if (!m.mid_block) return h;
     const [made, within] = [m.mid_block(h, time, conditioning), intrablock.at(m.down_blocks.length)];
     return within ? add(made, within) : made;
   };

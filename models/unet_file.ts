@@ -11,7 +11,8 @@ import { componentConfigs } from './diffusers_config.ts';
 import { presets } from './presets.ts';
 import { loneUNet, unetKeyInSgm } from './sgm_keys.ts';
 import { translated } from './singlefile.ts';
-import { parseUNetConfig, toldIn } from './unet.ts';
+import { parseUNetConfig } from './unet.ts';
+import { toldIn } from './unet_told.ts';
 import { openWeightsFile } from './weights_file.ts';
 
 /** Opens a UNet's file, or the UNet in a whole model's; `model` lends its config. @throws UserError for another file */
@@ -31,7 +32,8 @@ export function openUNetFile(path: string, model?: ModelSource): ModelSource {
     `${prefix}${original ? 'input_blocks.0.0' : 'conv_in'}.weight`,
   ) as TensorInfo;
   const [width, channels] = convIn.shape;
-  const config = { ...configOf(path, width, model), in_channels: channels, ...toldIn(file.tensors, prefix) };
+  const lent = configOf(path, width, model);
+  const config = { ...lent, in_channels: channels, ...toldIn(file.tensors, found, lent) };
   const layout = parseUNetConfig(config);
   const origin = (key: string) => ({ name: prefix + (original ? unetKeyInSgm(key, layout) : key) });
   const weights = () => translated(openWeightsFile(path), origin);

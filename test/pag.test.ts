@@ -69,7 +69,7 @@ test('mistakes', async (t) => {
     [['--pag-applied-layers', 'mid'], /--pag-applied-layers needs --pag-scale/],
     [
       ['--pag-scale', '3', '--pag-applied-layers', 'middle'],
-      /pag_applied_layers \(--pag-applied-layers\) "middle" names no self-attention of this UNet: give a part of a name, as mid, up or down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1$/m,
+      /pag_applied_layers \(--pag-applied-layers\) "middle" names no self-attention of this UNet: give a part of a name, as up or down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1$/m,
     ],
     // It has no transformers.
     [
