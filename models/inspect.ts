@@ -256,7 +256,9 @@ function inspectSingleFile(
   const shapeOf = (name: string) => file.tensors.get(`${prefixes.unet}${name}.weight`)?.shape ?? [];
   const channels = { in_channels: shapeOf('input_blocks.0.0')[1], out_channels: shapeOf('out.2')[0] };
   const first = all.some(({ name }) => owner(name) === 'text_encoder') ? 'base' : 'refiner';
-  const kind = kindOf(channels)?.name ?? first;
+  // As stable-diffusion.cpp knows SSD-1B and Segmind-Vega.
+  const whole = all.some(({ name }) => name.startsWith(`${prefixes.unet}middle_block.1.`));
+  const kind = `${kindOf(channels)?.name ?? first}${channels.in_channels && !whole ? ', distilled' : ''}`;
   const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => {
     const mine = all.filter((tensor) => owner(tensor.name) === name);
     return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };

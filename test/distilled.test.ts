@@ -213,6 +213,8 @@ test('files tell by their tensors what they are, whoever lends a config', async 
     const file = openSingleFile(single, { configs: base });
     holdShape(t, file, name, "the original's keys");
     t.equal(maxDifference(await latentsOf(file, first), want), 0, 'and its weights');
+    const kind = /original single file: SDXL base(, distilled)?\n/.exec((await sdxl('inspect', single)).out);
+    t.equal(kind?.[1], name === 'deep' ? undefined : ', distilled');
     const back = await sdxl('export', single, again, '--configs', model, '--quiet');
     t.match(back, { status: 0 }, back.err);
     holdShape(t, openModel(again), name, 'and back');
