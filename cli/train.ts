@@ -99,9 +99,9 @@ async function planAll(file: string, options: PlanOptions, terminal: Terminal): 
   try {
     const earlier: Run[] = [];
     for (const given of runs) {
-      const run = foreseen(given, earlier);
+      const { run, maker } = foreseen(given, earlier);
       earlier.push(run);
-      const materials = await openMaterials(run, locate, report, { tokenizers });
+      const materials = await openMaterials(run, locate, report, { tokenizers, maker });
       const made = planOf(materials, planned);
       const model = run.model === given.model ? made.model : String(given.model);
       const plan = { ...made, run: given, model };

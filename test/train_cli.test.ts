@@ -347,6 +347,11 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
   for (const i of [5, 7, 9, 11])
     t.equal(plans[i].trained_parameters, plans[i - 1].trained_parameters, 'by what that begins with');
   t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
+  const wide = { inpainting: { mask_mode: 'random_mask' } };
+  const next = { model: join(place('painter'), 'final'), train: { target: 'lora' } };
+  const painters = [keys('painter', wide), keys('painter-lora', { ...wide, ...next })];
+  const widened = runFile('painters', {}, `export default ${JSON.stringify(painters)};`);
+  t.match(await sdxl('plan', widened, '--quiet'), { status: 0 }, 'a UNet that the first one widens');
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];
   const one = await sdxl('train', file, ...only);
   t.equal(one.status, 0, `one of them goes elsewhere: ${one.err}`);

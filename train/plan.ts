@@ -34,11 +34,17 @@ export interface Plan {
   memory_bytes: number[];
 }
 
+interface Foreseen {
+  run: Run;
+  /** The earlier run that will make its model, of whose UNet that one may change the shape. */
+  maker?: Run;
+}
+
 /**
- * A run with what an earlier one of its file has yet to make replaced by what that one begins with, which has the same shapes. They are
- * in order, and the earlier ones such runs themselves.
+ * A run with what an earlier one of its file has yet to make replaced by what that one begins with, which but for a UNet has the same
+ * shapes. They are in order, and the earlier ones such runs themselves.
  */
-export function foreseen(run: Run, earlier: readonly Run[]): Run {
+export function foreseen(run: Run, earlier: readonly Run[]): Foreseen {
   /** The run that is to make what a path names. */
   const maker = (path: unknown): Run | undefined =>
     typeof path === 'string' && path !== '' && !existsSync(path)
@@ -46,7 +52,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
       : undefined;
   const { model, vae, lora, controlnet, t2i_adapter, ip_adapter, textual_inversion } = run;
   const net = maker(controlnet.controlnet_model_name_or_path);
-  return {
+  const made: Run = {
     ...run,
     model: maker(model)?.model ?? model,
     // One that is trained has the model's own shape.
@@ -60,6 +66,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Run {
       ? { ...textual_inversion, weights: '', initializer_token: 'a' }
       : textual_inversion,
   };
+  return { run: made, maker: maker(model) };
 }
 
 /** Opens the run on stand-ins for `devices`, so as to know what it takes of their memory. */

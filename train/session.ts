@@ -80,16 +80,22 @@ interface MaterialOptions {
   checkpoint?: string;
   /** Where a preset's tokenizers are written: the run's output, if absent. */
   tokenizers?: string;
+  /** The run that has yet to make the model, which is planned from what that one begins with. */
+  maker?: Run;
 }
+
+/** The model as a run trains it: its UNet may get further layers or channels first. */
+const shaped = (run: Run, source: ModelSource): ModelSource => toldGuidance(run, asSeeing(run, source));
 
 /** @throws UserError for whatever is missing or unfit */
 export async function openMaterials(
   run: Run,
   locate: Locate,
   report: Report,
-  { checkpoint, tokenizers = join(run.output, 'tokenizers') }: MaterialOptions = {},
+  { checkpoint, tokenizers = join(run.output, 'tokenizers'), maker }: MaterialOptions = {},
 ): Promise<Materials> {
-  const source = toldGuidance(run, asSeeing(run, await openSource(run, locate, tokenizers, checkpoint)));
+  const opened = await openSource(run, locate, tokenizers, checkpoint);
+  const source = shaped(run, maker ? shaped(maker, opened) : opened);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
   const ipAdapter = await openIPAdapter(run, locate);
