@@ -62,6 +62,14 @@ test('mistakes', (t) => {
     [{ esd: { negative_guidance: 2 } }, /"esd\.negative_guidance" is of ESD, .* "diffusion"/],
     [{ train: { method: 'esd' }, esd: { negative_guidance: -1 } }, /negative_guidance" is -1; .* from 0/],
     [{ train: { method: 'esd' }, dpo: { beta_dpo: 2 } }, /"dpo\.beta_dpo" is of Diffusion-DPO, .* "esd"/],
+    [
+      { train: { method: 'esd' }, inpainting: { mask_mode: 'bbox' } },
+      /"inpainting\.mask_mode" is of models that see more than latents, .* "esd"/,
+    ],
+    [
+      { train: { method: 'esd' }, dataset: { path: 'x', original_image_column: 'before' } },
+      /"dataset\.original_image_column" is of models that see more than latents, .* "esd"/,
+    ],
   ] as const)
     t.throws(() => resolveRun({ ...basic('x'), ...more }, 'run.ts', 'test'), { message: sentence });
   t.end();
