@@ -4,7 +4,8 @@ import type { Device } from '../engine/device.ts';
 import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
-import { type LoadOptions, type Part, textParts } from '../models/load_options.ts';
+import { feedForwardToFp8 } from '../models/fp8.ts';
+import { type LoadOptions, type Part, parts, textParts } from '../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import type { Request } from '../models/request.ts';
@@ -20,11 +21,16 @@ export interface Opened {
   requests: readonly Request[];
 }
 
-interface Place {
+/** Where a model is loaded, and how. */
+export interface Place {
   options: SampleOptions;
   device: Device;
   dtype: FloatDType;
   vaeSource?: ModelSource;
+}
+
+/** Who loads it for a call. */
+interface Caller {
   /** Hears of text past the tokens that are read. */
   tell(cut: readonly string[]): void;
   /** Adds up what loading and encoding take. */
@@ -38,44 +44,46 @@ const MOST_AHEAD = 1000;
 export async function openFor(
   source: ModelSource,
   requests: readonly Request[],
-  place: Place,
+  place: Place & Caller,
   under: Under = {},
 ): Promise<Opened> {
   const { timed } = place;
   if (new Set(requests.map(({ prompt }) => JSON.stringify(prompt))).size > MOST_AHEAD)
-    return { pipeline: await timed('load', () => withInversions(source, place, under)), requests };
+    return { pipeline: await timed('load', () => openPipeline(source, place, under)), requests };
   const { lora } = under;
-  const texts = await timed('load', () => withInversions(source, place, { lora }, textParts(source)));
+  const texts = await timed('load', () => openPipeline(source, place, { lora }, textParts(source)));
   let encoded: Request[];
   try {
     encoded = await timed('sample', () => inEmbeddings(texts, requests, place));
   } finally {
     texts.release();
   }
-  const pipeline = await timed('load', () => load(source, place, under, ['unet', 'vae']));
+  const pipeline = await timed('load', () => openPipeline(source, place, under, ['unet', 'vae']));
   return { pipeline, requests: encoded };
 }
 
-function load(
+/** A model as the flags want it, or `only` some parts of it. Release it when done. @throws UserError */
+export const openPipeline = (
   source: ModelSource,
   { options, device, dtype, vaeSource }: Place,
   under: Under,
-  only?: readonly Part[],
-): Pipeline {
-  const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
-  return loadPipeline(source, { device, dtype, only, vaeSource, vaeDtype, q8: options.q8, ...under });
-}
-
-const withInversions = (source: ModelSource, place: Place, under: Under, only?: readonly Part[]): Pipeline =>
+  only: readonly Part[] = parts,
+): Pipeline =>
   built(() => {
-    const pipeline = load(source, place, under, only);
-    for (const { file, token } of (place.options.textualInversion ?? []).map(textualInversionOf))
-      loadTextualInversion(pipeline, file, token);
+    const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
+    const pipeline = loadPipeline(source, {
+      ...{ device, dtype, only, vaeSource, vaeDtype, q8: options.q8 },
+      ...under,
+    });
+    if (options.fp8 && only.includes('unet')) feedForwardToFp8(pipeline.unet);
+    if (only.includes('text_encoder_2'))
+      for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
+        loadTextualInversion(pipeline, file, token);
     return pipeline;
   });
 
 /** Requests with what the text encoders say in their texts' place; those of the same texts share it. */
-function inEmbeddings(texts: Pipeline, requests: readonly Request[], { tell }: Place): Request[] {
+function inEmbeddings(texts: Pipeline, requests: readonly Request[], { tell }: Caller): Request[] {
   const made = new Map<string, Omit<ReturnType<typeof encodePrompt>, 'truncated'>>();
   return requests.map(({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }) => {
     const { max_token_length, clip_skip, emphasis, guidance_scale } = others;

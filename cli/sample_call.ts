@@ -1,0 +1,86 @@
+// What a call of `sdxl sample` comes to on the models that it names: how large, from which seed, in which steps. All that can be wrong
+// with it is found here, by the models' configs, before any weight is read.
+import { autoencoder, checkDecode } from '../models/autoencoder.ts';
+import type { ModelSource } from '../models/checkpoint.ts';
+import { cachingOf } from '../models/deepcache.ts';
+import { checkInpainting } from '../models/inpainting.ts';
+import { checkInstructPix2Pix } from '../models/instruct_pix2pix.ts';
+import type { Latents } from '../models/latents.ts';
+import { pagOf } from '../models/pag.ts';
+import { planOf, sizesOf } from '../models/pipeline.ts';
+import type { Request } from '../models/request.ts';
+import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import type { Sampler } from '../models/samplers/sampler.ts';
+import { checkSquares, t2iAdapterConfig } from '../models/t2i_adapter.ts';
+import { parseUNetConfig, unet } from '../models/unet.ts';
+import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
+import type { SampleOptions } from './sample_options.ts';
+import {
+  baseRequests,
+  type Canvas,
+  canvasOf,
+  hiresRequest,
+  type Inputs,
+  refinerRequest,
+  wholeSide,
+} from './sample_request.ts';
+import type { Sources } from './sample_sources.ts';
+import { writtenSize } from './upscale_options.ts';
+
+export interface SampleCall {
+  options: SampleOptions;
+  /** The base's, in the order in which they are drawn. */
+  requests: Request[];
+  canvas: Canvas;
+  /** The size of the second pass, where there is one. */
+  larger?: Sides;
+  /** The size of the files. */
+  written: Sides;
+  /** That of the first picture. */
+  seed: number;
+  /** The one that runs. */
+  sampler: Sampler;
+}
+
+/** @throws UserError for what the models cannot do */
+export function planCall(
+  options: SampleOptions,
+  { source, refinerSource, vaeSource, upscalers, under }: Sources,
+  inputs: Inputs,
+  prompts: readonly string[],
+): SampleCall {
+  const { seed: asked = -1 } = options;
+  const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
+  const sizes = sizesOf(source, vaeSource);
+  const canvas = canvasOf(options, sizes, inputs);
+  const larger = hiresSize(options, canvas, wholeSide(options, sizes));
+  for (const { width, height } of larger ? [canvas, larger] : [canvas])
+    for (const each of under.adapter) checkSquares(t2iAdapterConfig(each), [height, width]);
+  const written = writtenSize(larger ?? canvas.written, options, upscalers);
+  const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
+  checkDecode(decoder, larger ?? canvas, options.vaeTiling);
+  const requests = baseRequests(options, canvas, prompts, seed);
+  const [first] = requests;
+  const none: Latents = { shape: [], data: new Float32Array() };
+  const { sampler } = planned(source, first);
+  if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
+  if (larger)
+    planSecondPass(options, first.num_inference_steps, () => {
+      planned(
+        source,
+        hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
+      );
+    });
+  return { options, requests, canvas, larger, written, seed, sampler };
+}
+
+/** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */
+function planned(from: ModelSource, asked: Request) {
+  const config = parseUNetConfig(from.config('unet'));
+  checkInpainting(config, asked);
+  checkInstructPix2Pix(config, asked);
+  cachingOf(asked, config);
+  if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
+  const scheduler = parseSchedulerConfig(from.config('scheduler'));
+  return planOf({ scheduler, unetConfig: config }, asked);
+}
