@@ -9,7 +9,7 @@ import { hiresUpscalers, usualHires } from './hires_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
 /** Its names of our schedulers, where it has them. */
-const samplerLabels: Readonly<Record<string, string>> = {
+export const samplerLabels: Readonly<Record<string, string>> = {
   EulerDiscreteScheduler: 'Euler',
   EulerAncestralDiscreteScheduler: 'Euler a',
   HeunDiscreteScheduler: 'Heun',
@@ -173,7 +173,16 @@ const withoutTags = (text: string): string => text.replace(/ ?<(lora|lyco|hypern
  * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,
  * and `ours` go by the model's spacing: SDXL's published scheduler begins lower.
  */
-function schedulerOf(text: string | undefined, given = '', ours = false) {
+export function schedulerOf(
+  text: string | undefined,
+  given = '',
+  ours = false,
+): {
+  scheduler?: string;
+  timestepSpacing?: 'trailing' | 'linspace';
+  /** A type that is not there. */
+  unheeded?: string;
+} {
   const [sampler, type = given] = withType(text);
   if (sampler === undefined || !hasScheduleType(sampler)) return { scheduler: sampler };
   if (ours && type === '') return { scheduler: sampler };

@@ -31,37 +31,50 @@ export interface PreviewOptions {
   vaeTiling?: boolean;
 }
 
-export const addPreviewOptions = (command: Command): Command =>
+/** What a preview is made by. */
+export const lookOptions = (command: Command, usual: PreviewOptions['preview']): Command =>
   command
-    .optionsGroup('Preview (what the picture will be, in a file that is replaced while it is sampled):')
     .option(
       '--preview <NAME>',
       "none; proj, SDXL's latents as colours, an eighth in size; tae, by --tae's tiny autoencoder; vae, by the model's own",
       oneOf('--preview', methods),
-      'none',
+      usual,
     )
-    .option(
-      '--preview-interval <N>',
-      'steps from one preview to the next (default: 1)',
-      number('--preview-interval', { min: 1, whole: true }),
-    )
-    .option('--preview-path <FILE.png>', 'where it is written (default: preview.png)')
     .option(
       '--tae <DIR|FILE|HUB_ID>',
       'a tiny autoencoder for --preview tae, such as madebyollin/taesdxl; --vae takes one for the picture itself',
     );
 
+export const addPreviewOptions = (command: Command): Command =>
+  lookOptions(
+    command.optionsGroup(
+      'Preview (what the picture will be, in a file that is replaced while it is sampled):',
+    ),
+    'none',
+  )
+    .option(
+      '--preview-interval <N>',
+      'steps from one preview to the next (default: 1)',
+      number('--preview-interval', { min: 1, whole: true }),
+    )
+    .option('--preview-path <FILE.png>', 'where it is written (default: preview.png)');
+
 const pathOf = ({ previewPath = 'preview.png' }: PreviewOptions): string => previewPath;
 
-/** What can be known to be wrong before a model is opened; `others` are the files that the call writes. @throws UserError */
-export function checkPreview(options: PreviewOptions, others: readonly string[]): void {
-  const { preview, previewInterval, previewPath, tae } = options;
+/** @throws UserError for a tiny autoencoder that is missing, or idle */
+export function checkLook({ preview, tae }: PreviewOptions): void {
   if (preview === 'tae' && tae === undefined)
     throw new UserError('--preview tae needs --tae: a tiny autoencoder such as madebyollin/taesdxl');
   if (preview !== 'tae' && tae !== undefined)
     throw new UserError(
       '--tae is what --preview tae decodes by; for the picture itself give a tiny autoencoder as --vae',
     );
+}
+
+/** What can be known to be wrong before a model is opened; `others` are the files that the call writes. @throws UserError */
+export function checkPreview(options: PreviewOptions, others: readonly string[]): void {
+  const { preview, previewInterval, previewPath } = options;
+  checkLook(options);
   if (preview === 'none') {
     const flag = previewPath !== undefined ? 'path' : previewInterval !== undefined ? 'interval' : undefined;
     if (flag) throw new UserError(`--preview-${flag} needs --preview proj, tae or vae: what to show`);
@@ -100,6 +113,33 @@ export interface Previews {
   close(): Promise<void>;
 }
 
+/** What latents on their way look like. */
+export interface Look {
+  pictures(pipeline: Pipeline, latents: Latents): readonly Picture[];
+  /** Frees the tiny autoencoder. */
+  release(): void;
+}
+
+/** The look that the flags ask for, or none. */
+export function openLook(
+  { preview, vaeTiling = false }: PreviewOptions,
+  tae: ModelSource | undefined,
+  place: { device: Device; dtype: FloatDType },
+): Look | undefined {
+  if (preview === 'none') return undefined;
+  const coder = tae && loadTae(tae, place);
+  return {
+    pictures(pipeline, latents) {
+      if (preview !== 'proj') return previewPictures(coder ?? pipeline.vae, latents, vaeTiling);
+      const { data, shape } = latentRgb(latents);
+      return toPictures(data, shape);
+    },
+    release() {
+      if (coder) unload(coder.module);
+    },
+  };
+}
+
 /** `told` gets a sentence where previews cannot go on; the picture does. */
 export function openPreviews(
   options: PreviewOptions,
@@ -107,21 +147,16 @@ export function openPreviews(
   place: { device: Device; dtype: FloatDType },
   told: (trouble: string) => void,
 ): Previews {
-  const { preview, previewInterval = 1, vaeTiling = false } = options;
-  if (preview === 'none') return { show() {}, close: async () => {} };
-  const coder = tae && loadTae(tae, place);
+  const look = openLook(options, tae, place);
+  if (!look) return { show() {}, close: async () => {} };
+  const { previewInterval = 1 } = options;
   const file = openFile(pathOf(options), told);
-  const look = (pipeline: Pipeline, latents: Latents): readonly Picture[] => {
-    if (preview !== 'proj') return previewPictures(coder ?? pipeline.vae, latents, vaeTiling);
-    const { data, shape } = latentRgb(latents);
-    return toPictures(data, shape);
-  };
   return {
     show(pipeline, { step, predOriginalSample }) {
-      if (step % previewInterval === 0) file.replace(look(pipeline, predOriginalSample()));
+      if (step % previewInterval === 0) file.replace(look.pictures(pipeline, predOriginalSample()));
     },
     async close() {
-      if (coder) unload(coder.module);
+      look.release();
       await file.close();
     },
   };

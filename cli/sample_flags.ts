@@ -15,6 +15,9 @@ import { addUpscaleOptions } from './upscale_options.ts';
 /** What --dtype and its like take. */
 const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
 
+export const schedulersHelp = `Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by _karras, _exponential or _beta,
+and the spellings of other programs are taken, such as "DPM++ 2M Karras".`;
+
 const examples = `
 Examples:
   sdxl sample --prompt "red heart"
@@ -30,14 +33,13 @@ Examples:
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
-Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by _karras, _exponential or _beta,
-and the spellings of other programs are taken, such as "DPM++ 2M Karras".
+${schedulersHelp}
 
 The same seed gives the picture that diffusers gives with a CPU generator, or with --rng cuda with one on a GPU.`;
 
 const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
 
-const modelOptions = (command: Command): Command =>
+export const modelOptions = (command: Command): Command =>
   command
     .optionsGroup('Model:')
     .option(
@@ -90,17 +92,23 @@ const modelOptions = (command: Command): Command =>
     );
 
 const promptOptions = (command: Command): Command =>
+  textOptions(
+    command
+      .optionsGroup('Prompt:')
+      .option(
+        '-p, --prompt <TEXT>',
+        'what to draw, up to 77 tokens (but see --max-token-length); given more than once, a picture of each, all from one seed',
+        repeated((text) => text),
+      )
+      .option('--prompt-file <FILE>', 'more prompts, one a line')
+      .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
+      .option('-n, --negative-prompt <TEXT>', 'what not to draw')
+      .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder'),
+  );
+
+/** How texts are read. */
+export const textOptions = (command: Command): Command =>
   command
-    .optionsGroup('Prompt:')
-    .option(
-      '-p, --prompt <TEXT>',
-      'what to draw, up to 77 tokens (but see --max-token-length); given more than once, a picture of each, all from one seed',
-      repeated((text) => text),
-    )
-    .option('--prompt-file <FILE>', 'more prompts, one a line')
-    .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
-    .option('-n, --negative-prompt <TEXT>', 'what not to draw')
-    .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
     .option(
       '--max-token-length <N>',
       'a multiple of 75: read longer prompts too, in chunks of 75 tokens, as A1111 and ComfyUI (default: 75, as diffusers)',
@@ -119,20 +127,11 @@ const promptOptions = (command: Command): Command =>
     );
 
 const pictureOptions = (command: Command): Command =>
-  command
-    .optionsGroup('Picture:')
-    .option('-W, --width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
-    .option('-H, --height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
+  sizeOptions(command.optionsGroup('Picture:'))
     .option(
       '-s, --seed <N>',
       'default, or -1: random, and printed',
       number('--seed', { min: -1, max: Number.MAX_SAFE_INTEGER, whole: true }),
-    )
-    .option(
-      '--rng <NAME>',
-      "whose numbers the noise is: cpu, as diffusers mostly, or cuda, as A1111, stable-diffusion.cpp and a GPU's generator",
-      oneOf('--rng', ['cpu', 'cuda']),
-      'cpu',
     )
     .option(
       '-b, --batch-count <N>',
@@ -145,10 +144,22 @@ const pictureOptions = (command: Command): Command =>
       'pictures at once from one seed, as num_images_per_prompt',
       number('--num-images', { min: 1, max: 64, whole: true }),
       1,
+    );
+
+/** How large a picture is, by whose noise, and how it is decoded. */
+export const sizeOptions = (command: Command): Command =>
+  command
+    .option('-W, --width <N>', "pixels, divisible by 8 (default: the model's size)", side('--width'))
+    .option('-H, --height <N>', "pixels, divisible by 8 (default: the model's size)", side('--height'))
+    .option(
+      '--rng <NAME>',
+      "whose numbers the noise is: cpu, as diffusers mostly, or cuda, as A1111, stable-diffusion.cpp and a GPU's generator",
+      oneOf('--rng', ['cpu', 'cuda']),
+      'cpu',
     )
     .option('--vae-tiling', 'decode in tiles, for large pictures');
 
-const stepOptions = (command: Command): Command =>
+export const stepOptions = (command: Command): Command =>
   command
     .optionsGroup('Steps:')
     .option('--steps <N>', 'num_inference_steps', number('--steps', { min: 1, max: 1000, whole: true }), 50)
@@ -265,7 +276,7 @@ const overPictureOptions = (command: Command): Command =>
       fraction('--strength'),
     );
 
-const refinerOptions = (command: Command): Command =>
+export const refinerOptions = (command: Command): Command =>
   command
     .optionsGroup('Refiner:')
     .option(

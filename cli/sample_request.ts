@@ -1,6 +1,6 @@
 // What the flags of `sdxl sample` come to: the pictures they name, read, and the requests for the base and the refiner.
 import { UserError } from '../io/errors.ts';
-import { preprocess, preprocessMask, readMask, readPicture } from '../io/image.ts';
+import { preprocess, preprocessMask, readPicture, toGrey } from '../io/image.ts';
 import { cutAndFill, maskWindow, overlay } from '../io/mask_crop.ts';
 import type { Mask, Picture } from '../io/pixels.ts';
 import { CudaGenerator } from '../models/cuda_random.ts';
@@ -27,21 +27,24 @@ export interface Inputs {
   ipAdapterImages?: readonly Picture[];
 }
 
-async function readPictures(paths: readonly string[] = []): Promise<Picture[]> {
-  const pictures: Picture[] = [];
-  for (const path of paths) pictures.push(await readPicture(path));
-  return pictures;
-}
-
-export async function readInputs(options: SampleOptions): Promise<Inputs> {
-  const controls = await readPictures(options.controlImage);
-  const adapterImages = await readPictures(options.adapterImage);
-  const ipAdapterImages = await readPictures(options.ipAdapterImage);
+/** Reads the pictures that the options name, each by `read`. @throws UserError */
+export async function readInputs(
+  options: SampleOptions,
+  read: (path: string) => Promise<Picture> = readPicture,
+): Promise<Inputs> {
+  const readAll = async (paths: readonly string[] = []): Promise<Picture[]> => {
+    const pictures: Picture[] = [];
+    for (const path of paths) pictures.push(await read(path));
+    return pictures;
+  };
+  const controls = await readAll(options.controlImage);
+  const adapterImages = await readAll(options.adapterImage);
+  const ipAdapterImages = await readAll(options.ipAdapterImage);
   const others = { controls, adapterImages, ipAdapterImages };
   if (!options.image) return others;
-  const image = await readPicture(options.image);
+  const image = await read(options.image);
   if (!options.mask) return { image, ...others };
-  const mask = await readMask(options.mask);
+  const mask = toGrey(await read(options.mask));
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,

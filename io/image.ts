@@ -18,14 +18,14 @@ export async function readPicture(path: string): Promise<Picture> {
 
 /**
  * As `readPicture`, from the bytes of a file; `name` is what error messages call it. With `onWhite` what is transparent
- * lies on white instead of showing the colours that were stored beneath it.
+ * lies on white instead of showing the colours that were stored beneath it. A picture of more than `mostPixels` is refused unread.
  */
 export async function decodePicture(
   file: Uint8Array,
   name: string,
-  { onWhite = false }: { onWhite?: boolean } = {},
+  { onWhite = false, mostPixels }: { onWhite?: boolean; mostPixels?: number } = {},
 ): Promise<Picture> {
-  return decoded(file, name, async (image, inks) => {
+  return decoded(file, name, mostPixels, async (image, inks) => {
     const opaque = onWhite && !inks ? image.flatten({ background: '#ffffff' }) : image.removeAlpha();
     const { width, height, data } = inks
       ? await pixelsOf(opaque.pipelineColourspace('cmyk'), 'cmyk', 4)
@@ -35,8 +35,12 @@ export async function decodePicture(
 }
 
 /** How opaque a picture is, as `decodePicture` reads it and Pillow's convert('RGBA') tells: 255 all over where it has no alpha. */
-export async function decodeAlpha(file: Uint8Array, name: string): Promise<Mask> {
-  return decoded(file, name, async (image) => {
+export async function decodeAlpha(
+  file: Uint8Array,
+  name: string,
+  { mostPixels }: { mostPixels?: number } = {},
+): Promise<Mask> {
+  return decoded(file, name, mostPixels, async (image) => {
     const { width, height, data } = await pixelsOf(image.ensureAlpha(), 'srgb', 4);
     const alpha = new Uint8Array(width * height);
     for (let i = 0; i < alpha.length; i++) alpha[i] = data[4 * i + 3];
@@ -48,12 +52,16 @@ export async function decodeAlpha(file: Uint8Array, name: string): Promise<Mask>
 async function decoded<P extends Pixels>(
   file: Uint8Array,
   name: string,
+  mostPixels: number | undefined,
   make: (image: Sharp, inks: boolean) => Promise<P>,
 ): Promise<P> {
   // Imported late: most commands never decode a picture.
   const { default: sharp } = await import('sharp');
   try {
-    const image = sharp(file, { ignoreIcc: true, failOn: 'error', autoOrient: true });
+    const image = sharp(file, {
+      ...{ ignoreIcc: true, failOn: 'error', autoOrient: true },
+      limitInputPixels: mostPixels,
+    });
     const { format, space } = await image.metadata();
     if (!formats.includes(format)) throw new Error(`the format is ${format}`);
     return await make(image, space === 'cmyk');

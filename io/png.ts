@@ -102,14 +102,16 @@ function filterRow(
   }
 }
 
+/** `pngText` of a file. @throws UserError when it cannot be read, too */
+export const readPngText = (path: string): Record<string, string> => pngText(readBytes(path), path);
+
 /**
- * The text of a PNG file by keyword (tEXt, zTXt and iTXt). A chunk that is damaged is passed over.
- * @throws UserError when the file cannot be read or is no PNG
+ * The text of a PNG by keyword (tEXt, zTXt and iTXt); `name` is what errors call it. A chunk that is damaged is passed over.
+ * @throws UserError when it is no PNG
  */
-export function readPngText(path: string): Record<string, string> {
-  const file = readBytes(path);
+export function pngText(file: Buffer, name: string): Record<string, string> {
   if (file.subarray(0, 8).toString('latin1') !== '\x89PNG\r\n\x1a\n')
-    throw new UserError(`${path} is not a PNG file; give one that carries its settings`);
+    throw new UserError(`${name} is not a PNG file; give one that carries its settings`);
   const text: Record<string, string> = Object.create(null);
   for (let at = 8; at + 12 <= file.length; ) {
     const length = file.readUInt32BE(at);
