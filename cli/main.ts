@@ -21,6 +21,11 @@ const commands: readonly CommandFile[] = [
     load: async () => (await import('./sample.ts')).addSample,
   },
   {
+    usage: 'serve',
+    description: 'keep a model loaded and draw for other programs, by HTTP, and for people, on a page',
+    load: async () => (await import('./serve.ts')).addServe,
+  },
+  {
     usage: 'export <CHECKPOINT> <OUT>',
     description: 'write a model for diffusers and other programs, in their formats',
     load: async () => (await import('./export.ts')).addExport,
@@ -68,7 +73,9 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (command.name() === called) (await load())(command, terminal);
   }
   try {
-    await program.parseAsync(argv[0] === 'sample' ? spelledOut(argv) : [...argv], { from: 'user' });
+    await program.parseAsync(['sample', 'serve'].includes(argv[0]) ? spelledOut(argv) : [...argv], {
+      from: 'user',
+    });
     return 0;
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;

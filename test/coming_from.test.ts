@@ -6,6 +6,7 @@ import { test } from 'tap';
 import { spelledOut } from '../cli/aliases.ts';
 import { addExport } from '../cli/export.ts';
 import { addSampleOptions } from '../cli/sample_flags.ts';
+import { addServe } from '../cli/serve.ts';
 import { addTrain } from '../cli/train.ts';
 import * as sdxl from '../index.ts';
 import { createSampler } from '../models/samplers/registry.ts';
@@ -29,7 +30,7 @@ const named = (cell: string): string[] => [...cell.matchAll(/`([^`]+)`/g)].map((
 
 const sampling = addSampleOptions(new Command('sample'));
 const terminal = { out() {}, err() {}, live: false };
-const flags = [addTrain, addExport].flatMap((add) => {
+const flags = [addTrain, addExport, addServe].flatMap((add) => {
   const command = new Command();
   add(command, terminal);
   return command.options;

@@ -1,0 +1,279 @@
+// `sdxl serve`: a model that stays loaded and draws for other programs, by HTTP in OpenAI's words (serve/openai_api.ts) and A1111's
+// (serve/a1111_api.ts), and for people by a page. Flags are those of `sdxl sample`, and stand where a request says nothing, so that a seed
+// gives the picture that `sdxl sample` gives. One process answers, another draws (serve/drawer.ts).
+import { readFileSync } from 'node:fs';
+import type { Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { basename } from 'node:path';
+import type { Command } from 'commander';
+import { UserError } from '../io/errors.ts';
+import { asUserError } from '../io/files.ts';
+import { shippedModel } from './model.ts';
+import { number, repeated } from './options.ts';
+import { checkLook, lookOptions } from './preview.ts';
+import {
+  modelOptions,
+  refinerOptions,
+  schedulersHelp,
+  sizeOptions,
+  stepOptions,
+  textOptions,
+} from './sample_flags.ts';
+import { checkSample, loraOf, type SampleOptions } from './sample_options.ts';
+import { a1111Api } from './serve/a1111_api.ts';
+import { type Drawer, openDrawer } from './serve/drawer_process.ts';
+import { isLoopback } from './serve/guard.ts';
+import { httpServer, Refusal, type Routes } from './serve/http.ts';
+import type { Standing } from './serve/messages.ts';
+import { openaiApi } from './serve/openai_api.ts';
+import { page } from './serve/page.ts';
+import { openQueue, type Queue } from './serve/queue.ts';
+import type { Served } from './serve/served.ts';
+import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
+import { addUpscaleOptions } from './upscale_options.ts';
+
+interface ServeOptions extends SampleOptions {
+  listenIp: string;
+  listenPort: number;
+  apiKeyFile?: string;
+  cors?: string[];
+  queue: number;
+  keepAlive?: number;
+}
+
+const examples = `
+Examples:
+  sdxl serve
+  sdxl serve --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --lora style.safetensors
+  sdxl serve --model ./sdxl-base --steps 30 --scheduler "DPM++ 2M Karras" --keep-alive 5
+  sdxl serve --model ./sdxl-base --listen-ip 0.0.0.0 --api-key-file key.txt
+
+  curl localhost:7860/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "a red fox", "seed": 1}'
+  curl localhost:7860/sdapi/v1/txt2img -H 'Content-Type: application/json' -d '{"prompt": "a (red:1.2) fox", "steps": 25}'
+
+${schedulersHelp}
+
+Routes: / (a page), /v1/images/generations, /v1/images/edits, /v1/models, /sdapi/v1/txt2img, img2img, progress, interrupt, png-info,
+options, samplers, schedulers, sd-models, loras, upscalers, and /healthz. docs/serve.md tells what they take.`;
+
+export function addServe(command: Command, terminal: Terminal): void {
+  modelOptions(command);
+  addUpscaleOptions(command);
+  sizeOptions(textOptions(command.optionsGroup('Pictures, where a request says nothing:')));
+  stepOptions(command);
+  refinerOptions(command);
+  lookOptions(command.optionsGroup('Preview (while a picture is drawn, for who asks):'), 'proj');
+  command
+    .optionsGroup('Server:')
+    .option('--listen-ip <ADDRESS>', 'who reaches it: 0.0.0.0 is everyone, with a key', '127.0.0.1')
+    .option(
+      '--listen-port <N>',
+      '0 takes a free one',
+      number('--listen-port', { min: 0, max: 65535, whole: true }),
+      7860,
+    )
+    .option(
+      '--api-key-file <FILE>',
+      'a file with the key that requests have to bring, as Authorization: Bearer KEY or as the password of Basic',
+    )
+    .option(
+      '--cors <ORIGIN>',
+      'let the pages of this origin ask, such as https://example.org; may be given more than once',
+      repeated((text) => text),
+    )
+    .option(
+      '--queue <N>',
+      'how many requests may wait',
+      number('--queue', { min: 1, max: 10000, whole: true }),
+      16,
+    )
+    .option(
+      '--keep-alive <MINUTES>',
+      'free all memory when nobody has asked for so long, and load the model again for who does (default: keep it)',
+      number('--keep-alive', { min: 0 }),
+    )
+    .option('--json', 'one JSON object on stdout when it is ready: url, model, device, dtype')
+    .option('--quiet', 'no line for each request')
+    .addHelpText('after', examples)
+    .action((options: ServeOptions) => serve(options, command, terminal));
+}
+
+async function serve(options: ServeOptions, command: Command, terminal: Terminal): Promise<void> {
+  const { listenIp, listenPort, cors: origins = [], quiet = false } = options;
+  const key = options.apiKeyFile === undefined ? undefined : keyIn(options.apiKeyFile);
+  if (!isLoopback(listenIp) && !key)
+    throw new UserError(
+      `--listen-ip ${listenIp} is reached from other machines: give --api-key-file, so that not everyone may draw`,
+    );
+  const standing = standingOf(options);
+  const log = (line: string): void => {
+    if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${line}\n`);
+  };
+  const drawer: Drawer = openDrawer(standing, {
+    idleMs: options.keepAlive === undefined ? undefined : options.keepAlive * 60_000,
+    tell: terminal.err,
+    onLost: () => {
+      terminal.err('warning: the process that draws has ended; it is started again\n');
+      drawer.open().catch((error) => terminal.err(`error: ${error.message}\n`));
+    },
+  });
+  const queue = logged(openQueue(drawer, options.queue), log);
+  const served = servedOf(standing, command, log);
+  const routes: Routes = {
+    'GET /': () => ({ html: page }),
+    'GET /healthz': () => health(drawer, queue),
+    ...openaiApi(served, queue),
+    ...a1111Api(served, queue),
+  };
+  const server = httpServer(routes, {
+    ...{ key, origins, keyless: ['GET /healthz', 'GET /'] },
+    onBug: (error) => terminal.err(`${(error as Error).stack}\n`),
+  });
+  let signal: NodeJS.Signals | undefined;
+  let leave = () => {};
+  const left = new Promise<void>((resolve) => {
+    leave = resolve;
+  });
+  await heedingSignals(
+    (heard) => {
+      signal = heard;
+      leave();
+    },
+    async () => {
+      try {
+        const url = await listening(server, listenIp, listenPort);
+        const told = await Promise.race([drawer.open(), left]);
+        if (told) {
+          const { device, dtype } = told;
+          if (options.json) terminal.out(`${JSON.stringify({ url, model: served.name, device, dtype })}\n`);
+          else terminal.err(`${served.name}, ${dtype} on ${device}, at ${url} (Ctrl-C ends it)\n`);
+          await left;
+        }
+        if (queue.working()) terminal.err('finishing the picture at work; Ctrl-C again leaves at once\n');
+        await queue.close();
+      } finally {
+        drawer.close();
+        await closed(server);
+      }
+    },
+  );
+  if (signal) throw new Stopped(signal);
+}
+
+/** The options that hold for every request. @throws UserError for flags that contradict each other */
+function standingOf({
+  apiKeyFile,
+  cors,
+  queue,
+  keepAlive,
+  listenIp,
+  listenPort,
+  ...given
+}: ServeOptions): Standing {
+  const standing = {
+    ...given,
+    model: given.model ?? shippedModel,
+    numImages: 1,
+    batchCount: 1,
+    output: 'out.png',
+  };
+  checkSample({ ...standing, prompt: [''] });
+  checkLook(standing);
+  return standing;
+}
+
+/** @throws UserError */
+function keyIn(file: string): string {
+  let key: string;
+  try {
+    key = readFileSync(file, 'utf8').trim();
+  } catch (error) {
+    throw asUserError(error, `--api-key-file ${file}`);
+  }
+  if (key.length < 8 || /\s/.test(key))
+    throw new UserError(
+      `--api-key-file ${file} takes one line of 8 letters or more; openssl rand -hex 16 makes one`,
+    );
+  return key;
+}
+
+function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
+  const told = new Set<string>();
+  const isTyped = (name: string) => command.getOptionValueSource(name) === 'cli';
+  const { emphasis, maxTokenLength } = standing;
+  return {
+    name:
+      standing.model === shippedModel
+        ? 'emoji'
+        : basename(standing.model).replace(/\.(safetensors|gguf)$/, ''),
+    loras: (standing.lora ?? []).map((text) => basename(loraOf(text).file).replace(/\.safetensors$/, '')),
+    texts: {
+      ...(isTyped('emphasis') ? { emphasis } : {}),
+      ...(isTyped('maxTokenLength') ? { maxTokenLength } : {}),
+    },
+    tellIgnored(key) {
+      if (told.has(key)) return;
+      told.add(key);
+      log(`"${key}" of a request says nothing to this server`);
+    },
+  };
+}
+
+function logged(queue: Queue, log: (line: string) => void): Queue {
+  return {
+    ...queue,
+    async draw(order, signal, watch) {
+      const began = performance.now();
+      try {
+        const drawn = await queue.draw(order, signal, watch);
+        const seconds = ((performance.now() - began) / 1000).toFixed(1);
+        log(
+          `${drawn.length} drawn in ${seconds} s, from ${drawn.map(({ seed }) => `seed ${seed}`).join(', ')}`,
+        );
+        return drawn;
+      } catch (error) {
+        log(`not drawn: ${(error as Error).message}`);
+        throw error;
+      }
+    },
+  };
+}
+
+/** @throws Refusal while nothing could be drawn */
+function health(drawer: Drawer, queue: Queue) {
+  const state = drawer.state();
+  if (state === 'opening') throw new Refusal(503, 'the model is being loaded');
+  if (state === 'lost')
+    throw new Refusal(503, 'the process that draws has ended and could not be started again');
+  return { json: { status: 'ok', state, waiting: queue.waiting() } };
+}
+
+/** Once what is being answered is, or in five seconds for who does not read it. */
+function closed(server: Server): Promise<void> {
+  const patience = setTimeout(() => server.closeAllConnections(), 5000);
+  return new Promise((resolve) => {
+    server.close(() => {
+      clearTimeout(patience);
+      resolve();
+    });
+  });
+}
+
+/** Its address, once it listens. @throws UserError */
+function listening(server: Server, host: string, port: number): Promise<string> {
+  return new Promise((resolve, reject) => {
+    server.once('error', (error: NodeJS.ErrnoException) =>
+      reject(
+        error.code === 'EADDRINUSE'
+          ? new UserError(`port ${port} of ${host} is taken by another program; give another --listen-port`)
+          : new UserError(
+              `${host}:${port} cannot be listened on (${error.message}); give another --listen-ip or --listen-port`,
+            ),
+      ),
+    );
+    server.listen(port, host, () => {
+      const { address, port: taken, family } = server.address() as AddressInfo;
+      resolve(`http://${family === 'IPv6' ? `[${address}]` : address}:${taken}`);
+    });
+  });
+}

@@ -1,0 +1,176 @@
+// The process of `sdxl serve` that draws: it opens the models once, keeps them, and draws one order after the other as `sdxl sample`
+// would. It ends with the server, when its pipe closes, and by itself after an error that may have left the device broken.
+
+import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
+import { UserError } from '../../io/errors.ts';
+import { decodePicture } from '../../io/image.ts';
+import type { DecodedPicture, Latents } from '../../models/latents.ts';
+import { denoiseToEnd, type Pipeline, sizesOf } from '../../models/pipeline.ts';
+import type { Request } from '../../models/request.ts';
+import { encodeAside } from '../png_threads.ts';
+import { type Look, openLook } from '../preview.ts';
+import { planCall } from '../sample_call.ts';
+import { drawCall } from '../sample_draw.ts';
+import { openPipeline } from '../sample_models.ts';
+import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample_options.ts';
+import { readInputs } from '../sample_request.ts';
+import { locateSources, type Sources } from '../sample_sources.ts';
+import { openUpscalers, type Upscalers } from '../upscale_options.ts';
+import type { Drawn, FromDrawer, ModelTold, Order, Standing, ToDrawer } from './messages.ts';
+import { mostSide } from './served.ts';
+
+/** The models, open for good. */
+interface Kept {
+  options: Standing;
+  sources: Sources;
+  base: Pipeline;
+  refiner?: Pipeline;
+  upscalers: Upscalers;
+  look?: Look;
+}
+
+/** Leaves an order that is no longer wanted. */
+class NoLongerWanted extends Error {}
+
+const say = (message: FromDrawer): void => void process.send?.(message);
+const warn = (line: string): void => say({ kind: 'warning', line });
+const terminal = { out: () => {}, err: (text: string) => void process.stderr.write(text), live: false };
+
+async function open(options: Standing): Promise<Kept> {
+  const sources = await locateSources(options, terminal);
+  const { source, refinerSource, taeSource, device, dtype, vaeSource, under } = sources;
+  const place = { options, device, dtype, vaeSource };
+  const base = openPipeline(source, place, under);
+  const refiner = refinerSource && openPipeline(refinerSource, place, {});
+  const upscalers = openUpscalers(sources.upscalers, options, device);
+  return { options, sources, base, refiner, upscalers, look: openLook(options, taeSource, place) };
+}
+
+function told({ options, sources: { source, vaeSource, device, dtype } }: Kept): ModelTold {
+  const { sampleSize, sampleWidth = sampleSize } = sizesOf(source, vaeSource);
+  const { width = sampleWidth, height = sampleSize } = options;
+  return { device: device.name, dtype, width, height };
+}
+
+/** Draws an order; says each step, and each picture as it is there. */
+async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
+  const options = { ...kept.options, ...settings };
+  checkSample(options);
+  const prompts = promptsOf(options);
+  for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
+  const read = (name: string) => decodePicture(pictures[name], name, { mostPixels: mostSide ** 2 });
+  const call = planCall(options, kept.sources, await readInputs(options, read), prompts);
+  for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
+    if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
+  const { requests } = call;
+  const { base, refiner, upscalers } = kept;
+  const sent: Promise<void>[] = [];
+  await drawCall(call, {
+    ...{ upscalers, warn, base: { pipeline: base, requests } },
+    refiner: refiner && (async (refined) => ({ pipeline: refiner, requests: refined })),
+    stage: stages(kept, id, requests.length * (1 + Number(!!call.larger) + Number(!!refiner))),
+    onTile: () => leaveIfUnwanted(id),
+    timed: async (_, work) => work(),
+    add: async (finished, _, text, seed) => {
+      for (const each of finished) {
+        const sending = sendPicture(id, each, text, seed);
+        sending.catch(() => {}); // told of below, where all are waited for
+        sent.push(sending);
+      }
+    },
+  });
+  await Promise.all(sent);
+}
+
+async function sendPicture(
+  id: number,
+  { finite, ...picture }: DecodedPicture,
+  text: Record<string, string>,
+  seed: number,
+): Promise<void> {
+  if (!finite)
+    throw new UserError(
+      'the picture shows nothing, as the model gave values that are not finite: lower the guidance scale, or serve with --dtype float32',
+    );
+  const drawn: Drawn = {
+    png: await encodeAside({ pictures: [picture], text }),
+    seed,
+    parameters: text.parameters,
+  };
+  say({ kind: 'picture', id, drawn });
+}
+
+/** Orders that are to end, and those whose next step someone wants to see. */
+const unwanted = new Set<number>();
+const watched = new Set<number>();
+
+function leaveIfUnwanted(id: number): void {
+  if (unwanted.has(id)) throw new NoLongerWanted();
+}
+
+/** Drives loops, `runs` in all, and tells of their steps. */
+function stages({ look }: Kept, id: number, runs: number) {
+  let before = 0;
+  const heard = new Set<string>();
+  const run = async (pipeline: Pipeline, request: Request): Promise<Latents> => {
+    leaveIfUnwanted(id);
+    // The models stay for the next order.
+    const { latents } = await denoiseToEnd(pipeline, { ...request, last: false }, (progress) => {
+      leaveIfUnwanted(id);
+      const { step, steps, truncated } = progress;
+      for (const cut of truncated.filter((each) => !heard.has(each))) {
+        heard.add(cut);
+        warn(`a prompt has more tokens than are read; this part was cut off: "${cut}"`);
+      }
+      say({ kind: 'step', id, share: (before + step / steps) / runs, step, steps });
+      if (!look || !watched.delete(id)) return;
+      const pictures = look.pictures(pipeline, progress.predOriginalSample());
+      void encodeAside({ pictures }).then((png) => say({ kind: 'preview', id, png }));
+    });
+    before++;
+    return latents;
+  };
+  return () => run;
+}
+
+/** Says what went wrong; ends the process where it may be broken by it, or is of no use. */
+function fail(error: unknown, id?: number): void {
+  const { message, stack } = error as Error;
+  const mistake = error instanceof UserError && (isOutOfMemory(error) || !(error instanceof CudaError));
+  if (!mistake) process.stderr.write(`${stack}\n`);
+  const told: FromDrawer = { kind: 'failed', id, message, mistake };
+  if (mistake && id !== undefined) say(told);
+  else process.send?.(told, () => process.exit(1));
+}
+
+let kept: Kept | undefined;
+
+async function heed(message: ToDrawer): Promise<void> {
+  if (message.kind === 'open') {
+    try {
+      kept = await open(message.options);
+      say({ kind: 'opened', told: told(kept) });
+    } catch (error) {
+      fail(error);
+    }
+    return;
+  }
+  const { kind, id } = message;
+  if (kind === 'stop') unwanted.add(id);
+  if (kind === 'look') watched.add(id);
+  if (kind !== 'draw' || !kept) return;
+  try {
+    await draw(kept, id, message.order);
+    say({ kind: 'done', id });
+  } catch (error) {
+    if (error instanceof NoLongerWanted) say({ kind: 'done', id });
+    else fail(error, id);
+  }
+  unwanted.delete(id);
+  watched.delete(id);
+}
+
+process.on('message', (message: ToDrawer) => void heed(message));
+process.on('disconnect', () => process.exit());
+// Ctrl-C reaches the whole group of processes; when this one ends is the server's to say.
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => {});

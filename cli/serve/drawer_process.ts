@@ -1,0 +1,143 @@
+// The process that draws (drawer.ts), as the server holds it: started when it is first needed and again when it has ended, and let go
+// when nobody has asked it for a while, which frees all of the device's memory.
+import { type ChildProcess, fork } from 'node:child_process';
+import { join } from 'node:path';
+import { UserError } from '../../io/errors.ts';
+import { packageRoot } from '../../io/package_root.ts';
+import { Refusal } from './http.ts';
+import type { Drawn, FromDrawer, ModelTold, Order, Standing, ToDrawer } from './messages.ts';
+
+/** Who has asked for an order hears of it. */
+export interface Hearing {
+  step?(share: number, step: number, steps: number): void;
+  preview?(png: Uint8Array): void;
+  picture(drawn: Drawn): void;
+}
+
+export interface Drawer {
+  /** Opens the models, where they are not open. @throws UserError for models that cannot be opened */
+  open(): Promise<ModelTold>;
+  /** Draws one order; there is one at a time. What is aborted ends after its step, with what is finished. */
+  draw(order: Order, hearing: Hearing, signal: AbortSignal): Promise<void>;
+  /** Asks for a preview of the order at work after its next step. */
+  look(): void;
+  /** `idle`: let go, and opened again by the next order. `lost`: not to be opened at the last try. */
+  state(): 'opening' | 'open' | 'idle' | 'lost';
+  close(): void;
+}
+
+type OfOrder = Exclude<FromDrawer, { kind: 'opened' | 'warning' }>;
+
+interface Work {
+  id: number;
+  hearing: Hearing;
+  resolve(): void;
+  reject(error: Error): void;
+}
+
+/** Nothing that the order could have said otherwise. */
+const lostWith = (message: string) => new Refusal(500, message);
+
+export interface DrawerOptions {
+  /** How long it is kept without work; for good where absent. */
+  idleMs?: number;
+  /** Gets what it says on its error stream, and its warnings. */
+  tell(text: string): void;
+  /** Hears that it has ended by itself. */
+  onLost(): void;
+}
+
+export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOptions): Drawer {
+  let child: ChildProcess | undefined;
+  let opening: Promise<ModelTold> | undefined;
+  let work: Work | undefined;
+  let idle: NodeJS.Timeout | undefined;
+  let ids = 0;
+  let state: ReturnType<Drawer['state']> = 'idle';
+  const send = (message: ToDrawer): void => void child?.send(message);
+
+  function start(): Promise<ModelTold> {
+    const started = fork(join(packageRoot, 'dist', 'cli', 'serve', 'drawer.js'), {
+      serialization: 'advanced',
+      stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
+    });
+    child = started;
+    state = 'opening';
+    started.stderr?.setEncoding('utf8').on('data', tell);
+    return new Promise((resolve, reject) => {
+      let lost: Error | undefined;
+      started.on('message', (message: FromDrawer) => {
+        if (message.kind === 'opened') {
+          state = 'open';
+          resolve(message.told);
+        } else if (message.kind === 'failed' && message.id === undefined)
+          lost = message.mistake ? new UserError(message.message) : lostWith(message.message);
+        else hear(message);
+      });
+      started.on('error', reject);
+      started.on('exit', (status, signal) => {
+        lost ??= lostWith(`the process that draws has ended (${signal ?? `status ${status}`})`);
+        reject(lost);
+        if (child !== started) return; // closed by us
+        const was = state;
+        child = opening = undefined;
+        state = 'lost';
+        work?.reject(lost);
+        if (was === 'open') onLost();
+      });
+      send({ kind: 'open', options });
+    });
+  }
+
+  function hear(message: OfOrder | { kind: 'warning'; line: string }): void {
+    if (message.kind === 'warning') tell(`warning: ${message.line}\n`);
+    else if (work && work.id === message.id) heed(message, work);
+  }
+
+  function heed(message: OfOrder, { hearing, resolve, reject }: Work): void {
+    if (message.kind === 'step') hearing.step?.(message.share, message.step, message.steps);
+    if (message.kind === 'preview') hearing.preview?.(message.png);
+    if (message.kind === 'picture') hearing.picture(message.drawn);
+    if (message.kind === 'done') resolve();
+    if (message.kind === 'failed')
+      reject(message.mistake ? new UserError(message.message) : lostWith(message.message));
+  }
+
+  const open = (): Promise<ModelTold> => {
+    opening ??= start();
+    return opening;
+  };
+
+  function close(): void {
+    const closed = child;
+    child = opening = undefined;
+    state = 'idle';
+    if (!closed?.connected) return;
+    closed.disconnect(); // at which it ends, after its step
+  }
+
+  return {
+    open,
+    async draw(order, hearing, signal) {
+      clearTimeout(idle);
+      const id = ++ids;
+      const stop = () => send({ kind: 'stop', id });
+      try {
+        await open();
+        signal.throwIfAborted();
+        signal.addEventListener('abort', stop);
+        await new Promise<void>((resolve, reject) => {
+          work = { id, hearing, resolve, reject };
+          send({ kind: 'draw', id, order });
+        });
+      } finally {
+        work = undefined;
+        signal.removeEventListener('abort', stop);
+        if (idleMs !== undefined) idle = setTimeout(close, idleMs).unref();
+      }
+    },
+    look: () => work && send({ kind: 'look', id: work.id }),
+    state: () => state,
+    close,
+  };
+}

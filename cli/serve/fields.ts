@@ -1,0 +1,60 @@
+// A request's keys, read one by one into options of `sdxl sample`, whatever other program's words they are in. Each value goes through
+// the reader of the flag, so that a number is bounded alike wherever it comes from.
+import { UserError } from '../../io/errors.ts';
+import { number } from '../options.ts';
+import type { Settings } from './messages.ts';
+
+/** What a key's value comes to, or a sentence's error. */
+export type Field = (value: unknown, key: string) => Settings;
+
+export const text =
+  (option: keyof Settings): Field =>
+  (value, key) => {
+    if (typeof value !== 'string') throw new UserError(`${key} takes a text, not ${JSON.stringify(value)}`);
+    return { [option]: value };
+  };
+
+/** A number, or a text that is one. */
+export const numeric =
+  (option: keyof Settings, bounds: Parameters<typeof number>[1]): Field =>
+  (value, key) => {
+    const isOne = typeof value === 'number' || typeof value === 'string';
+    return { [option]: number(key, bounds)(isOne ? String(value) : JSON.stringify(value)) };
+  };
+
+/** Says nothing of the picture, or only what holds here anyway. */
+export const unheeded: Field = () => ({});
+
+/** Something that is not there: only what means that it is not wanted is taken. */
+export const only =
+  (...neutral: readonly unknown[]): Field =>
+  (value, key) => {
+    if (neutral.some((each) => JSON.stringify(each) === JSON.stringify(value))) return {};
+    throw new UserError(`${key} ${JSON.stringify(value)?.slice(0, 60)} is not there; leave ${key} out`);
+  };
+
+/** The keys of `body` by a table; null is what is left out. `unknown` hears of keys that are in no table, which change nothing. */
+export function readFields(
+  body: Readonly<Record<string, unknown>>,
+  fields: Readonly<Record<string, Field>>,
+  unknown: (key: string) => void,
+): Settings {
+  const read = Object.entries(body).map(([key, value]): Settings => {
+    if (value === null || value === undefined) return {};
+    if (Object.hasOwn(fields, key)) return fields[key](value, key);
+    unknown(key);
+    return {};
+  });
+  return Object.assign({}, ...read);
+}
+
+/** The bytes of a picture in base64, or in a data URL. @throws UserError */
+export function pictureBytes(value: unknown, key: string): Buffer {
+  const encoded = typeof value === 'string' ? value.replace(/^data:image\/[\w.+-]+;base64,/, '') : '';
+  const compact = encoded.replace(/\s+/g, '');
+  if (compact === '' || !/^[A-Za-z0-9+/_-]*={0,2}$/.test(compact))
+    throw new UserError(`${key} takes a picture's file in base64`);
+  return Buffer.from(compact, 'base64');
+}
+
+export const base64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');

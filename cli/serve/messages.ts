@@ -1,0 +1,51 @@
+// What the two processes of `sdxl serve` tell each other: one answers HTTP and never waits for a step, the other draws. A GPU that fails
+// for good, or a kernel that takes its process with it, so ends the one that draws alone, which is started again.
+import type { SampleOptions } from '../sample_options.ts';
+
+/** What a picture is asked for with, in `sdxl sample`'s options; the rest is as the server was started. */
+export type Settings = Partial<SampleOptions>;
+
+/** Options that name a picture (`image`, `mask`) say which of these is meant. */
+export interface Order {
+  settings: Settings;
+  /** Files as they were sent. */
+  pictures: Readonly<Record<string, Uint8Array>>;
+}
+
+/** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */
+export type Standing = SampleOptions & { model: string };
+
+/** What draws. */
+export interface ModelTold {
+  device: string;
+  dtype: string;
+  /** The size where an order names none. */
+  width: number;
+  height: number;
+}
+
+export interface Drawn {
+  png: Uint8Array;
+  seed: number;
+  /** A1111's text of its settings. */
+  parameters: string;
+}
+
+export type ToDrawer =
+  | { kind: 'open'; options: Standing }
+  | { kind: 'draw'; id: number; order: Order }
+  /** Wants the order ended after its step. */
+  | { kind: 'stop'; id: number }
+  /** Wants to see what the next step leaves. */
+  | { kind: 'look'; id: number };
+
+export type FromDrawer =
+  | { kind: 'opened'; told: ModelTold }
+  /** `share` of the whole order is done, 0 to 1. */
+  | { kind: 'step'; id: number; share: number; step: number; steps: number }
+  | { kind: 'preview'; id: number; png: Uint8Array }
+  | { kind: 'picture'; id: number; drawn: Drawn }
+  | { kind: 'warning'; line: string }
+  | { kind: 'done'; id: number }
+  /** Of opening where there is no id. `mistake`: in what was asked, and told in one sentence; else the process ends. */
+  | { kind: 'failed'; id?: number; message: string; mistake: boolean };

@@ -1,0 +1,160 @@
+// OpenAI's routes for images (`/v1`), which many programs speak: pictures from a prompt, or of a picture with a mask whose transparent
+// parts are painted anew, as base64, and on wish as events with previews while they are drawn. What OpenAI has no word for is in
+// diffusers' words, and prompts are read as `sdxl sample` reads them.
+import { UserError } from '../../io/errors.ts';
+import { decodeAlpha } from '../../io/image.ts';
+import { encodePng } from '../../io/png.ts';
+import { number, oneOf, side } from '../options.ts';
+import { base64, type Field, numeric, only, readFields, text, unheeded } from './fields.ts';
+import type { Asked, Reply, Routes } from './http.ts';
+import type { Drawn, Order, Settings } from './messages.ts';
+import type { Queue } from './queue.ts';
+import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
+
+const size: Field = (value, key) => {
+  if (value === 'auto') return {};
+  const [, width, height] = /^(\d+)x(\d+)$/.exec(String(value)) ?? [];
+  if (width === undefined)
+    throw new UserError(`${key} takes WIDTHxHEIGHT such as 1024x1024, or auto, not ${JSON.stringify(value)}`);
+  const read = (pixels: string): number => {
+    if (Number(pixels) > mostSide) throw new UserError(`${key} ${value}: the longest side is ${mostSide}`);
+    return side(key)(pixels);
+  };
+  return { width: read(width), height: read(height) };
+};
+
+/** The files that are made of the pictures' PNGs. */
+const formats = ['png', 'jpeg', 'webp'] as const;
+type Format = (typeof formats)[number];
+
+/** Keys of both routes. */
+const fields: Readonly<Record<string, Field>> = {
+  prompt: (value, key) => ({ prompt: [`${text('prompt2')(value, key).prompt2}`] }),
+  n: numeric('batchCount', { min: 1, max: mostPictures, whole: true }),
+  size,
+  seed: numeric('seed', { min: -1, max: 2 ** 53 - 1, whole: true }),
+  negative_prompt: text('negativePrompt'),
+  num_inference_steps: numeric('steps', { min: 1, max: mostSteps, whole: true }),
+  guidance_scale: numeric('guidanceScale', { min: 0 }),
+  strength: numeric('strength', { min: 0, max: 1 }),
+  scheduler: text('scheduler'),
+  background: only('auto', 'opaque'),
+  // Read below, or a wish that there is one answer to.
+  ...Object.fromEntries(
+    [
+      ...['response_format', 'output_format', 'output_compression', 'stream', 'partial_images'],
+      ...['model', 'quality', 'style', 'user', 'moderation', 'input_fidelity'],
+    ].map((key) => [key, unheeded]),
+  ),
+};
+
+type Body = Readonly<Record<string, unknown>>;
+
+/** How the pictures are handed over. */
+function answerOf(body: Body) {
+  if ((body.response_format ?? 'b64_json') !== 'b64_json')
+    throw new UserError(
+      'response_format takes b64_json alone: this server keeps no pictures that a URL could name',
+    );
+  const format = oneOf('output_format', formats)(String(body.output_format ?? 'png'));
+  const whole = (key: string, usual: number, max: number): number =>
+    number(key, { min: 0, max, whole: true })(String(body[key] ?? usual));
+  return {
+    format,
+    quality: Math.max(1, whole('output_compression', 100, 100)),
+    partials: whole('partial_images', 0, 3),
+    stream: body.stream === true || body.stream === 'true',
+  };
+}
+
+type Answer = ReturnType<typeof answerOf>;
+
+/** A picture's file in the format that is wished. PNGs keep their text. */
+async function encoded({ png }: Drawn, { format, quality }: Answer): Promise<string> {
+  if (format === 'png') return base64(png);
+  const { default: sharp } = await import('sharp');
+  return base64(await sharp(png)[format as Exclude<Format, 'png'>]({ quality }).toBuffer());
+}
+
+const now = (): number => Math.floor(Date.now() / 1000);
+
+async function whole(queue: Queue, order: Order, answer: Answer, signal: AbortSignal): Promise<Reply> {
+  const drawn = await queue.draw(order, signal);
+  const data = await Promise.all(
+    drawn.map(async (each) => ({ b64_json: await encoded(each, answer), seed: each.seed })),
+  );
+  return { json: { created: now(), output_format: answer.format, data } };
+}
+
+/** So many previews, spread over the steps, then each picture. */
+function events(queue: Queue, order: Order, answer: Answer, signal: AbortSignal, kind: string): Reply {
+  return {
+    async events(send) {
+      const told = { created_at: now(), output_format: answer.format };
+      const [all, partial] = [answer.partials, `${kind}.partial_image`];
+      let [asked, shown] = [0, 0];
+      const drawn = await queue.draw(order, signal, {
+        step(share) {
+          if (asked === all || share < (asked + 1) / (all + 1)) return;
+          asked++;
+          queue.look();
+        },
+        preview: (png) =>
+          send(partial, {
+            ...{ type: partial, b64_json: base64(png), partial_image_index: shown++ },
+            ...{ ...told, output_format: 'png' },
+          }),
+      });
+      const type = `${kind}.completed`;
+      for (const each of drawn)
+        send(type, { type, b64_json: await encoded(each, answer), seed: each.seed, ...told });
+    },
+  };
+}
+
+export function openaiApi(served: Served, queue: Queue): Routes {
+  const draw = async (body: Body, over: Order, kind: string, signal: AbortSignal): Promise<Reply> => {
+    const read = readFields(body, fields, served.tellIgnored);
+    if (!read.prompt) throw new UserError('prompt is not there; say what to draw');
+    const answer = answerOf(body);
+    const settings: Settings = { ...read, ...over.settings };
+    const order = { settings, pictures: over.pictures };
+    return answer.stream ? events(queue, order, answer, signal, kind) : whole(queue, order, answer, signal);
+  };
+  return {
+    'POST /v1/images/generations': async ({ json, signal }) =>
+      draw(await json(), { settings: {}, pictures: {} }, 'image_generation', signal),
+    'POST /v1/images/edits': async (asked) => {
+      const { body, over } = await editOf(asked);
+      return draw(body, over, 'image_edit', asked.signal);
+    },
+    'GET /v1/models': () => ({
+      json: { object: 'list', data: [{ id: served.name, object: 'model', created: 0, owned_by: 'sdxl' }] },
+    }),
+  };
+}
+
+/** A form with a picture, and perhaps a mask. */
+async function editOf({ form }: Asked): Promise<{ body: Body; over: Order }> {
+  const entries = [...(await form())];
+  const files = entries.filter(([, value]) => typeof value !== 'string') as [string, Blob][];
+  const named = (...keys: string[]) => files.filter(([key]) => keys.includes(key)).map(([, file]) => file);
+  const [image, ...more] = named('image', 'image[]');
+  if (!image || more.length > 0) throw new UserError('image takes one picture, as a file of the form');
+  const [mask] = named('mask');
+  const bytes = new Uint8Array(await image.arrayBuffer());
+  const body = Object.fromEntries(entries.filter(([, value]) => typeof value === 'string'));
+  if (!mask) return { body, over: { settings: { image: 'image' }, pictures: { image: bytes } } };
+  const painted = await paintedWhere(new Uint8Array(await mask.arrayBuffer()));
+  return {
+    body,
+    over: { settings: { image: 'image', mask: 'mask' }, pictures: { image: bytes, mask: painted } },
+  };
+}
+
+/** OpenAI's mask, which is transparent where to paint, as ours, which is white there; one without transparent parts is ours. */
+async function paintedWhere(file: Uint8Array): Promise<Uint8Array> {
+  const alpha = await decodeAlpha(file, 'mask', { mostPixels: mostSide ** 2 });
+  if (alpha.data.every((opacity) => opacity === 255)) return file;
+  return encodePng({ ...alpha, data: alpha.data.map((opacity) => 255 - opacity) });
+}

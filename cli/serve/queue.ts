@@ -1,0 +1,114 @@
+// The orders of a server, drawn one after the other in the order in which they came: a device that draws one picture as fast as it can
+// draws two no faster at once.
+import type { Drawer } from './drawer_process.ts';
+import { Refusal } from './http.ts';
+import type { Drawn, Order } from './messages.ts';
+
+/** What is told of an order on its way. */
+export interface Watch {
+  /** The part that is done, 0 to 1. */
+  step?(share: number): void;
+  /** What was asked for by `look`. */
+  preview?(png: Uint8Array): void;
+}
+
+/** The order at work. */
+export interface Working {
+  /** The part that is done, 0 to 1. */
+  share: number;
+  step: number;
+  steps: number;
+  /** When it began, in milliseconds as of `performance.now()`. */
+  began: number;
+  /** The newest preview that was asked for. */
+  preview?: Uint8Array;
+}
+
+interface Entry {
+  begin(): void;
+  refuse(error: Error): void;
+}
+
+export interface Queue {
+  /** The pictures of an order, or those that were finished when `interrupt` ended it. An order whose `signal` aborts is given up. */
+  draw(order: Order, signal: AbortSignal, watch?: Watch): Promise<Drawn[]>;
+  working(): Working | undefined;
+  /** How many wait. */
+  waiting(): number;
+  /** Asks for a preview of the order at work after its next step. */
+  look(): void;
+  /** Ends the order at work after its step. */
+  interrupt(): void;
+  /** Refuses those that wait and whatever comes, and resolves when the one at work is done. */
+  close(): Promise<void>;
+}
+
+/** `most` may wait; further ones are refused. */
+export function openQueue(drawer: Drawer, most: number): Queue {
+  const entries: Entry[] = [];
+  let current: { told: Working; stop: AbortController; done: Promise<unknown> } | undefined;
+  let closed = false;
+  const leaving = () => new Refusal(503, 'the server is about to end; ask again when it is back');
+
+  const next = (): void => {
+    if (!current) entries.shift()?.begin();
+  };
+
+  async function work(order: Order, signal: AbortSignal, watch: Watch): Promise<Drawn[]> {
+    const told: Working = { share: 0, step: 0, steps: 0, began: performance.now() };
+    const stop = new AbortController();
+    const pictures: Drawn[] = [];
+    const done = drawer.draw(
+      order,
+      {
+        step(share, step, steps) {
+          Object.assign(told, { share, step, steps });
+          watch.step?.(share);
+        },
+        preview(png) {
+          told.preview = png;
+          watch.preview?.(png);
+        },
+        picture: (drawn) => pictures.push(drawn),
+      },
+      AbortSignal.any([signal, stop.signal]),
+    );
+    current = { told, stop, done };
+    try {
+      await done;
+    } finally {
+      current = undefined;
+      next();
+    }
+    return pictures;
+  }
+
+  return {
+    draw(order, signal, watch = {}) {
+      if (closed) return Promise.reject(leaving());
+      if (entries.length >= most)
+        return Promise.reject(new Refusal(429, `${most} orders wait already; ask again later`));
+      return new Promise((resolve, reject) => {
+        const entry: Entry = {
+          begin: () => void work(order, signal, watch).then(resolve, reject),
+          refuse: reject,
+        };
+        entries.push(entry);
+        signal.addEventListener('abort', () => {
+          if (entries.includes(entry)) entries.splice(entries.indexOf(entry), 1);
+          reject(signal.reason);
+        });
+        next();
+      });
+    },
+    working: () => current?.told,
+    waiting: () => entries.length,
+    look: () => drawer.look(),
+    interrupt: () => current?.stop.abort(),
+    async close() {
+      closed = true;
+      for (const entry of entries.splice(0)) entry.refuse(leaving());
+      await current?.done.catch(() => {});
+    },
+  };
+}

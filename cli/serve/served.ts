@@ -1,0 +1,18 @@
+// What the routes know of the server that they are of, and the bounds of what may be asked of it.
+import type { Settings } from './messages.ts';
+
+/** The longest side of a picture, sent or drawn. */
+export const mostSide = 4096;
+export const mostSteps = 150;
+/** Of one request. */
+export const mostPictures = 16;
+
+export interface Served {
+  /** What clients call the model. */
+  name: string;
+  loras: readonly string[];
+  /** How prompts are read, where the flags say. */
+  texts: Settings;
+  /** Hears of keys that change nothing. */
+  tellIgnored(key: string): void;
+}

@@ -1,0 +1,495 @@
+// `sdxl serve` whole, on the tiny model: the pictures of `sdxl sample` by both of its languages, what it refuses, and that it outlives
+// the process that draws.
+import { execFileSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { main } from '../cli/main.ts';
+import { a1111Api } from '../cli/serve/a1111_api.ts';
+import { openaiApi } from '../cli/serve/openai_api.ts';
+import type { Queue } from '../cli/serve/queue.ts';
+import { decodePicture, writePng } from '../io/image.ts';
+import { sdxl } from './command_line.ts';
+import { goldenFolder, maxDifference, packageRoot } from './golden.ts';
+
+const model = join(goldenFolder, 'tiny-sdxl');
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
+const small = ['--width', '64', '--height', '64', '--steps', '2'];
+
+interface Answer {
+  status: number;
+  // biome-ignore lint/suspicious/noExplicitAny: what a route answers is read key by key
+  body: any;
+}
+
+interface Running {
+  url: string;
+  post(path: string, body: unknown, signal?: AbortSignal): Promise<Answer>;
+  get(path: string): Promise<Answer>;
+  /** What it has said on its error stream. */
+  said(): string;
+  /** Ends it as a service manager does. */
+  end(): Promise<number>;
+}
+
+/** A server in this process, which draws in another. */
+async function serve(...flags: string[]): Promise<Running> {
+  let [err, out] = ['', ''];
+  let ready = () => {};
+  const isReady = new Promise<void>((resolve) => {
+    ready = resolve;
+  });
+  const terminal = {
+    out: (text: string) => {
+      out += text;
+      ready();
+    },
+    err: (text: string) => void (err += text),
+    live: false,
+  };
+  const done = main(['serve', '--model', model, '--listen-port', '0', '--json', ...flags], terminal);
+  await Promise.race([isReady, done]);
+  if (out === '') throw new Error(`no server: ${err}`);
+  const { url } = JSON.parse(out);
+  const ask = async (path: string, init: RequestInit): Promise<Answer> => {
+    const response = await fetch(url + path, init);
+    return { status: response.status, body: await response.json() };
+  };
+  return {
+    url,
+    post: (path, body, signal) =>
+      ask(path, {
+        ...{ method: 'POST', body: JSON.stringify(body), signal },
+        headers: { 'Content-Type': 'application/json' },
+      }),
+    get: (path) => ask(path, {}),
+    said: () => err,
+    async end() {
+      process.emit('SIGTERM', 'SIGTERM');
+      return done;
+    },
+  };
+}
+
+const pixels = (base64: string) => decodePicture(Buffer.from(base64, 'base64'), 'answer');
+
+/** What `sdxl sample` draws. */
+async function sampled(...flags: string[]) {
+  const output = join(folder, 'sampled.png');
+  const { status, err } = await sdxl('sample', '--model', model, '--quiet', '--output', output, ...flags);
+  if (status !== 0) throw new Error(err);
+  return { output, picture: await decodePicture(readFileSync(output), output) };
+}
+
+/** The processes that draw for this one. */
+const drawers = (): number[] => {
+  const list = execFileSync('ps', ['-o', 'pid=,ppid=,args=', '-A'], { encoding: 'utf8' }).trim().split('\n');
+  return list
+    .map((line) => line.trim().split(/\s+/))
+    .filter(
+      ([, parent, ...args]) => Number(parent) === process.pid && args.join(' ').includes('serve/drawer.js'),
+    )
+    .map(([pid]) => Number(pid));
+};
+
+/** Waits for what comes in a minute, or never. */
+async function eventually(holds: () => Promise<boolean>): Promise<void> {
+  for (const deadline = Date.now() + 60_000; !(await holds()); ) {
+    if (Date.now() > deadline) throw new Error('it has not come');
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+/** What is told of the progress, once it `holds`. */
+async function seen(server: Running, holds: (progress: Answer['body']) => boolean): Promise<Answer['body']> {
+  let body: Answer['body'];
+  await eventually(async () => {
+    ({ body } = await server.get('/sdapi/v1/progress'));
+    return holds(body);
+  });
+  return body;
+}
+
+/** For the tests that leave it as it was. */
+const shared = serve(...small);
+
+const fox = { prompt: 'a red fox', seed: 5 };
+
+test('a server draws what sample draws', async (t) => {
+  const server = await shared;
+  const plain = await sampled(...small, '--prompt', 'a red fox', '--seed', '5');
+  const { status, body } = await server.post('/v1/images/generations', { ...fox, n: 2, size: '64x64' });
+  t.equal(status, 200);
+  t.same(
+    body.data.map(({ seed }: { seed: number }) => seed),
+    [5, 6],
+    'from the seeds that follow',
+  );
+  t.equal(maxDifference((await pixels(body.data[0].b64_json)).data, plain.picture.data), 0);
+
+  const kept = join(folder, 'kept.png');
+  writeFileSync(kept, Buffer.from(body.data[1].b64_json, 'base64'));
+  const again = await sampled('--from', kept);
+  t.equal(
+    maxDifference((await pixels(body.data[1].b64_json)).data, again.picture.data),
+    0,
+    'and --from draws it again',
+  );
+
+  const a1111 = await server.post('/sdapi/v1/txt2img', {
+    ...{
+      prompt: 'a (red:1.3) fox',
+      negative_prompt: 'rain',
+      seed: 7,
+      steps: 3,
+      cfg_scale: 4,
+      width: 72,
+      height: 64,
+    },
+    ...{
+      sampler_name: 'DPM++ 2M',
+      scheduler: 'karras',
+      batch_size: 2,
+      n_iter: 1,
+      restore_faces: false,
+      styles: [],
+    },
+  });
+  t.equal(a1111.status, 200, a1111.body.detail);
+  const info = JSON.parse(a1111.body.info);
+  t.same(info.all_seeds, [7, 8]);
+  t.match(
+    info.infotexts[0],
+    /a \(red:1.3\) fox\nNegative prompt: rain\nSteps: 3, Sampler: DPM\+\+ 2M, Schedule type: Karras/,
+  );
+  const typed = await sampled(
+    ...[
+      '--prompt',
+      'a (red:1.3) fox',
+      '--negative-prompt',
+      'rain',
+      '--seed',
+      '8',
+      '--steps',
+      '3',
+      '--cfg-scale',
+      '4',
+    ],
+    ...[
+      '--width',
+      '72',
+      '--height',
+      '64',
+      '--scheduler',
+      'DPM++ 2M Karras',
+      '--timestep-spacing',
+      'linspace',
+    ],
+    ...['--emphasis', 'original', '--max-token-length', '225'],
+  );
+  t.equal(maxDifference((await pixels(a1111.body.images[1])).data, typed.picture.data), 0);
+  const text = await server.post('/sdapi/v1/png-info', { image: a1111.body.images[0] });
+  t.equal(text.body.info, info.infotexts[0]);
+
+  const own = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DPM++ 2M SDE' });
+  t.match(
+    JSON.parse(own.body.info).infotexts[0],
+    /Schedule type: Exponential/,
+    "the sampler's own schedule type",
+  );
+  const larger = await server.post('/sdapi/v1/txt2img', {
+    ...{
+      ...fox,
+      enable_hr: true,
+      hr_scale: 1.5,
+      hr_upscaler: 'Latent',
+      hr_second_pass_steps: 0,
+      denoising_strength: 0.6,
+    },
+  });
+  const hires = await sampled(
+    ...[...small, '--prompt', 'a red fox', '--seed', '5', '--hires', '--hires-scale', '1.5'],
+    ...['--hires-denoising-strength', '0.6', '--emphasis', 'original', '--max-token-length', '225'],
+  );
+  t.equal(maxDifference((await pixels(larger.body.images[0])).data, hires.picture.data), 0, 'a second pass');
+});
+
+test('a server draws over pictures', async (t) => {
+  const server = await shared;
+  const [image, mask] = [join(folder, 'image.png'), join(folder, 'mask.png')];
+  const ramp = (size: number) => Uint8Array.from({ length: size }, (_, i) => (i * 37) % 256);
+  writePng(image, { width: 64, height: 64, channels: 3, data: ramp(3 * 64 * 64) });
+  const painted = Uint8Array.from({ length: 64 * 64 }, (_, i) => (i % 64 < 32 ? 255 : 0));
+  writePng(mask, { width: 64, height: 64, channels: 1, data: painted });
+  const inBase64 = (path: string) => readFileSync(path).toString('base64');
+  const said = [...small, '--prompt', 'a red fox', '--seed', '5', '--image', image];
+
+  const over = await server.post('/sdapi/v1/img2img', {
+    ...{ ...fox, init_images: [`data:image/png;base64,${inBase64(image)}`] },
+  });
+  const wanted = await sampled(...said, '--strength', '0.75');
+  t.equal(
+    maxDifference((await pixels(over.body.images[0])).data, wanted.picture.data),
+    0,
+    "A1111's strength",
+  );
+  t.notOk('init_images' in over.body.parameters, 'what was sent is not sent back');
+
+  const inPart = await server.post('/sdapi/v1/img2img', {
+    ...{ ...fox, init_images: [inBase64(image)], mask: inBase64(mask), denoising_strength: 1 },
+    ...{ inpaint_full_res: false, mask_blur: 4 },
+  });
+  const masked = await sampled(...said, '--mask', mask, '--strength', '1');
+  t.equal(maxDifference((await pixels(inPart.body.images[0])).data, masked.picture.data), 0, 'in a part');
+  const onlyMasked = await server.post('/sdapi/v1/img2img', {
+    ...{
+      ...fox,
+      init_images: [inBase64(image)],
+      mask: inBase64(mask),
+      denoising_strength: 1,
+      inpaint_full_res_padding: 8,
+    },
+  });
+  const cropped = await sampled(...said, '--mask', mask, '--strength', '1', '--padding-mask-crop', '8');
+  t.equal(
+    maxDifference((await pixels(onlyMasked.body.images[0])).data, cropped.picture.data),
+    0,
+    'only masked',
+  );
+
+  // OpenAI's mask is transparent where to paint: the red channel as an alpha channel, by another program's encoder.
+  const { default: sharp } = await import('sharp');
+  const transparent = await sharp(image)
+    .joinChannel(Buffer.from(painted.map((grey) => 255 - grey)), {
+      raw: { width: 64, height: 64, channels: 1 },
+    })
+    .png()
+    .toBuffer();
+  const form = new FormData();
+  form.set('image', new Blob([readFileSync(image)]), 'image.png');
+  form.set('mask', new Blob([transparent]), 'mask.png');
+  for (const [key, value] of Object.entries({ ...fox, strength: 1 })) form.set(key, String(value));
+  const edited = await fetch(`${server.url}/v1/images/edits`, { method: 'POST', body: form });
+  const { data } = (await edited.json()) as { data: { b64_json: string }[] };
+  t.equal(
+    maxDifference((await pixels(data[0].b64_json)).data, masked.picture.data),
+    0,
+    "an edit in OpenAI's words",
+  );
+});
+
+test('a request that cannot be drawn is told why, in one sentence', async (t) => {
+  const server = await shared;
+  const { default: sharp } = await import('sharp');
+  const huge = await sharp({ create: { width: 8192, height: 4096, channels: 3, background: 'red' } })
+    .png()
+    .toBuffer();
+  const cases: [string, Record<string, unknown>, RegExp][] = [
+    ['/v1/images/generations', {}, /prompt is not there/],
+    ['/v1/images/generations', { prompt: 3 }, /prompt takes a text, not 3/],
+    ['/v1/images/generations', { prompt: 'x', n: 17 }, /n takes a whole number from 1 to 16/],
+    ['/v1/images/generations', { prompt: 'x', size: '100x64' }, /not divisible by 8/],
+    ['/v1/images/generations', { prompt: 'x', size: '8192x64' }, /longest side is 4096/],
+    ['/v1/images/generations', { prompt: 'x', size: 'big' }, /WIDTHxHEIGHT/],
+    ['/v1/images/generations', { prompt: 'x', response_format: 'url' }, /b64_json alone/],
+    ['/v1/images/generations', { prompt: 'x', output_format: 'gif' }, /png, jpeg, webp/],
+    ['/v1/images/generations', { prompt: 'x', scheduler: 'eular' }, /unknown scheduler "eular".*euler/],
+    [
+      '/v1/images/generations',
+      { prompt: 'x', background: 'transparent' },
+      /background "transparent" is not there/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: 'many' }, /steps takes a whole number/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: 1000 }, /steps takes a whole number from 1 to 150/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', width: 5000 }, /width takes a number.* to 4096/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', width: 65 }, /width 65 is not divisible by 8/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', batch_size: 8, n_iter: 8 }, /is 64, and 16 is the most/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', restore_faces: true }, /restore_faces true is not there/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', alwayson_scripts: { adetailer: {} } },
+      /alwayson_scripts .* is not there/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x <lora:style:1>' }, /was started with/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', sampler_name: 'Euler b' }, /unknown scheduler/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', sampler_name: 'Euler', scheduler: 'spiral' },
+      /scheduler takes Automatic/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', override_settings: { sd_model_checkpoint: 'other' } },
+      /tiny-sdxl alone/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_scale: 80 }, /hr_scale takes/],
+    ['/sdapi/v1/img2img', { prompt: 'x' }, /init_images takes a list/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['?'] }, /file in base64/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['AAAA'] }, /init_images cannot be read as a picture/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: [huge.toString('base64')] }, /pixel limit/],
+    [
+      '/sdapi/v1/img2img',
+      { prompt: 'x', init_images: ['/etc/passwd'] },
+      /cannot be read as a picture|base64/,
+    ],
+    ['/sdapi/v1/options', { sd_model_checkpoint: 'other' }, /tiny-sdxl alone/],
+    ['/sdapi/v1/png-info', { image: 'AAAA' }, /not a PNG/],
+  ];
+  for (const [path, body, sentence] of cases) {
+    const { status, body: answer } = await server.post(path, body);
+    t.equal(status, 400, `${path} ${JSON.stringify(body).slice(0, 80)}: ${answer.detail}`);
+    t.match(answer.detail, sentence);
+    t.equal(answer.detail.split('\n').length, 1);
+  }
+  const lenient = await server.post('/sdapi/v1/txt2img', {
+    ...fox,
+    hr_scale: 2,
+    denoising_strength: 0.7,
+    flavour: 1,
+  });
+  t.equal(lenient.status, 200, 'what would only count for a second pass, and a key of another program');
+  t.match(server.said(), /"flavour" of a request says nothing/);
+  t.equal((await server.get('/healthz')).body.status, 'ok');
+});
+
+test('lists that programs ask for before they draw', async (t) => {
+  const server = await shared;
+  const names = async (path: string) =>
+    (await server.get(path)).body.map((each: { name: string }) => each.name);
+  t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
+  t.same((await server.get('/sdapi/v1/sd-models')).body[0].title, 'tiny-sdxl');
+  t.equal((await server.get('/sdapi/v1/options')).body.sd_model_checkpoint, 'tiny-sdxl');
+  t.equal((await server.post('/sdapi/v1/options', { sd_model_checkpoint: 'tiny-sdxl' })).status, 200);
+  const samplers = await names('/sdapi/v1/samplers');
+  t.ok(samplers.includes('DPM++ 2M') && samplers.includes('Euler a'));
+  for (const sampler_name of samplers) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name });
+    t.equal(status, 200, `${sampler_name} ${body.detail ?? ''}`);
+  }
+  t.same(await names('/sdapi/v1/loras'), []);
+  t.ok((await names('/sdapi/v1/upscalers')).includes('Lanczos'));
+  t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
+  t.ok((await names('/sdapi/v1/schedulers')).includes('sgm_uniform'));
+  t.match(await (await fetch(server.url)).text(), /<title>sdxl/, 'a page');
+});
+
+test('a page tells of every route', async (t) => {
+  const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
+  const served = { name: '', loras: [], texts: {}, tellIgnored() {} };
+  const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
+  for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
+});
+
+test('a service manager ends it', async (t) => {
+  t.equal(await (await shared).end(), 143);
+  t.same(drawers(), []);
+});
+
+test('a picture is watched, stopped, and left by who is gone', async (t) => {
+  const server = await serve('--width', '64', '--height', '64', '--steps', '150');
+  t.teardown(() => server.end());
+  const until = (holds: (progress: Answer['body']) => boolean) => seen(server, holds);
+  const drawing = server.post('/sdapi/v1/txt2img', { ...fox, n_iter: 16 });
+  const look = await until(({ current_image }) => current_image !== null);
+  t.ok(look.progress > 0 && look.progress < 1 && look.eta_relative > 0);
+  t.equal(look.state.sampling_steps, 150);
+  t.equal((await pixels(look.current_image)).width, 8, "latents' colours");
+  await server.post('/sdapi/v1/interrupt', {});
+  const stopped = await drawing;
+  t.equal(stopped.status, 200);
+  t.ok(stopped.body.images.length < 16, 'what was finished');
+
+  const leaving = new AbortController();
+  const left = server.post('/v1/images/generations', { ...fox, n: 16 }, leaving.signal);
+  await until(({ state }) => state.sampling_step > 0);
+  leaving.abort();
+  await t.rejects(left);
+  await until(({ state }) => state.job === '');
+
+  const events = await fetch(`${server.url}/v1/images/generations`, {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify({
+      ...fox,
+      num_inference_steps: 12,
+      stream: true,
+      partial_images: 2,
+      output_format: 'webp',
+    }),
+  });
+  t.match(events.headers.get('content-type'), /event-stream/);
+  const told = (await events.text())
+    .trim()
+    .split('\n\n')
+    .map((event) => event.split('\n'));
+  t.same(
+    told.map(([name]) => name),
+    ['partial_image', 'partial_image', 'completed'].map((name) => `event: image_generation.${name}`),
+  );
+  const last = JSON.parse(told[2][1].slice('data: '.length));
+  t.equal(Buffer.from(last.b64_json, 'base64').toString('latin1', 8, 12), 'WEBP');
+});
+
+test('a server outlives the process that draws, and lets it go when it is idle', async (t) => {
+  const server = await serve('--width', '64', '--height', '64', '--steps', '150', '--keep-alive', '0.01');
+  const drawing = server.post('/v1/images/generations', { ...fox, n: 16 });
+  const waiting = server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 });
+  await seen(server, ({ state }) => state.sampling_step > 0);
+  const [first] = drawers();
+  process.kill(first, 'SIGKILL');
+  const lost = await drawing;
+  t.equal(lost.status, 500);
+  t.match(lost.body.detail, /the process that draws has ended \(SIGKILL\)/);
+  t.equal((await waiting).status, 200, 'who waited is drawn for by the next');
+  t.not(drawers()[0], first);
+  t.match(server.said(), /it is started again/);
+  await eventually(async () => drawers().length === 0);
+  t.equal((await server.get('/healthz')).body.state, 'idle', 'memory is free');
+  t.equal(
+    (await server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 })).status,
+    200,
+    'and comes back',
+  );
+
+  const last = server.post('/v1/images/generations', { ...fox, num_inference_steps: 40 });
+  await seen(server, ({ state }) => state.sampling_step > 0);
+  const ended = server.end();
+  t.equal((await last).status, 200, 'the picture at work is finished');
+  t.equal(await ended, 143);
+  t.same(drawers(), []);
+});
+
+test('a server that cannot begin says why', async (t) => {
+  const taken = createServer();
+  await new Promise<void>((resolve) => taken.listen(0, '127.0.0.1', resolve));
+  const { port } = taken.address() as { port: number };
+  const [short, key] = [join(folder, 'short.txt'), join(folder, 'key.txt')];
+  writeFileSync(short, 'abc\n');
+  writeFileSync(key, 'a-long-enough-key\n');
+  const cases: [string[], RegExp][] = [
+    [['--listen-port', `${port}`], /port \d+ of 127.0.0.1 is taken/],
+    [['--listen-ip', '0.0.0.0'], /reached from other machines: give --api-key-file/],
+    [['--listen-ip', '203.0.113.7', '--api-key-file', key], /cannot be listened on/],
+    [['--api-key-file', join(folder, 'none.txt')], /none.txt/],
+    [['--api-key-file', short], /8 letters or more/],
+    [['--model', join(folder, 'none'), '--listen-port', '0'], /none/],
+    [['--cache-branch-id', '1'], /needs --cache-interval/],
+    [['--preview', 'tae'], /needs --tae/],
+    [['--prompt', 'x'], /unknown option '--prompt'/],
+    [['--queue', '0'], /--queue takes/],
+  ];
+  for (const [flags, sentence] of cases) {
+    const { status, err } = await sdxl('serve', '--model', model, ...flags);
+    t.equal(status, 2, flags.join(' '));
+    t.match(err, sentence);
+  }
+  await new Promise((resolve) => taken.close(resolve));
+  t.same(drawers(), []);
+
+  const server = await serve(...small, '--api-key-file', key);
+  t.equal((await server.get('/healthz')).status, 200, 'without the key');
+  t.equal((await server.post('/v1/images/generations', fox)).status, 401);
+  await server.end();
+});
