@@ -1,6 +1,7 @@
 // `sdxl` beside the real diffusers: our exports must load there, and both must draw the same latents from the same seed, to
-// 1e-3 of the largest, for every call of calls.ts. GGUF files are read by gguf's own reader. Needs Python with torch, transformers, peft,
-// scipy and diffusers (PYTHONPATH counts), and gguf; says so and stops where they are absent. Run by `npm run test:interop`; words after it
+// 1e-3 of the largest, for every call of calls.ts. GGUF files are read by gguf's own reader, and OpenAI's own
+// client asks the server. Needs Python with torch, transformers, peft, scipy and diffusers (PYTHONPATH counts), gguf and openai; says so
+// and stops where they are absent. Run by `npm run test:interop`; words after it
 // choose calls by label.
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -20,6 +21,7 @@ import { writeInpainting } from '../inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
 import { writeT2IAdapter } from '../t2i_adapter_golden.ts';
 import { adapter, allCalls, argvOf, base, type Call, type Pictures } from './calls.ts';
+import { served } from './served.ts';
 import { trained } from './trained.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-interop-'));
@@ -253,6 +255,8 @@ async function all(words: readonly string[]): Promise<number> {
     .filter(({ label }) => words.length === 0 || words.some((word) => label.includes(word)))
     .map((job, i) => ({ ...job, out: join(folder, `theirs-${i}.safetensors`) }));
   const results = await readByGguf(words);
+  if (words.length === 0 || words.some((word) => "serve: OpenAI's client".includes(word)))
+    results.push(...(await served(sdxl, folder)));
   const drawn = drawTheirs(jobs);
   if (drawn) for (const job of jobs) results.push(await compare(job));
   const failed = results.filter((ok) => !ok).length;
