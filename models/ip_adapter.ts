@@ -193,7 +193,7 @@ export function fittingIPAdapter(
 
 /** Of the attentions over the prompt, in diffusers' order. */
 export const attentionWidths = (unet: UNet): number[] =>
-  crossAttentions(unet).map(({ to_k }) => to_k.children.weight.shape[0]);
+  crossAttentions(unet).map(({ children }) => children.to_k.children.weight.shape[0]);
 
 function checkFit(path: string, config: IPAdapterConfig, unet: UNet, unetConfig: UNetConfig): void {
   const widths = attentionWidths(unet);
@@ -279,9 +279,9 @@ export function imageTokens(
   };
   const pairs = adapter(states);
   return new Map(
-    crossAttentions(unet).map((attention, i) => {
+    crossAttentions(unet).map(({ children }, i) => {
       const [k, v] = pairs[i];
-      return [attention, [rows(k), rows(factor === 1 ? v : scale(v, factor))]];
+      return [children, [rows(k), rows(factor === 1 ? v : scale(v, factor))]];
     }),
   );
 }

@@ -36,7 +36,7 @@ export function startIPAdapter(net: IPAdapter['module'], unet: UNet, numbers: Nu
   const own = namedParameters(net);
   const place = placeOf(unet);
   const given = new Map<string, Parameter>(
-    crossAttentions(unet).flatMap(({ to_k, to_v }, i) => [
+    crossAttentions(unet).flatMap(({ children: { to_k, to_v } }, i) => [
       [`ip_adapter.${2 * i + 1}.to_k_ip.weight`, to_k.children.weight] as const,
       [`ip_adapter.${2 * i + 1}.to_v_ip.weight`, to_v.children.weight] as const,
     ]),

@@ -210,27 +210,34 @@ export function unet(config: UNetConfig, { gradientCheckpointing = false } = {})
 
 export type UNet = ReturnType<typeof unet>;
 
-/** The transformer blocks with their paths, in the order in which diffusers registers them: the middle block's last, where it has some. */
+/**
+ * The transformer blocks with the path of their transformer and how often its image is halved, in the order in which diffusers registers
+ * them: the middle block's last, where it has some.
+ */
 function transformerBlocks({ children: { down_blocks, up_blocks, mid_block } }: UNet) {
-  const levels = Object.entries({ down_blocks, up_blocks }).flatMap(([name, blocks]) =>
-    blocks.map(({ children }, i) => [`${name}.${i}`, children.attentions] as const),
-  );
-  return [...levels, ['mid_block', mid_block?.children.attentions ?? []] as const].flatMap(
-    ([level, attentions]) =>
-      attentions.flatMap((each: Transformer | undefined, i) =>
-        (each?.children.transformer_blocks ?? []).map(({ children }, j) => ({
-          ...{ path: `${level}.attentions.${i}.transformer_blocks.${j}`, children },
-        })),
-      ),
+  const last = down_blocks.length - 1;
+  const blocks = [
+    ...down_blocks.map(({ children }, i) => [`down_blocks.${i}`, i, children.attentions] as const),
+    ...up_blocks.map(({ children }, i) => [`up_blocks.${i}`, last - i, children.attentions] as const),
+    ['mid_block', last, mid_block?.children.attentions ?? []] as const,
+  ];
+  return blocks.flatMap(([block, halvings, attentions]) =>
+    attentions.flatMap((each: Transformer | undefined, i) =>
+      (each?.children.transformer_blocks ?? []).map(({ children }, j) => ({
+        ...{ transformer: `${block}.attentions.${i}`, j, halvings, children },
+      })),
+    ),
   );
 }
 
-/** The attentions over the prompt. */
+/** The attentions over the prompt, each with the path of its transformer and how often the latents are halved there. */
 export const crossAttentions = (unet: UNet) =>
-  transformerBlocks(unet).map(({ children }) => children.attn2.children);
+  transformerBlocks(unet).map(({ transformer, halvings, children }) => ({
+    ...{ transformer, halvings, children: children.attn2.children },
+  }));
 
 /** The attentions of an image over itself, with their paths. */
 export const selfAttentions = (unet: UNet) =>
-  transformerBlocks(unet).map(({ path, children }) => ({
-    ...{ path: `${path}.attn1`, children: children.attn1.children },
+  transformerBlocks(unet).map(({ transformer, j, children }) => ({
+    ...{ path: `${transformer}.transformer_blocks.${j}.attn1`, children: children.attn1.children },
   }));

@@ -59,7 +59,7 @@ process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 /** An IP-Adapter as large as ip-adapter-plus_sdxl_vit-h, with ViT-H: a file of holes, as none of its numbers is read. */
 function ipAdapterSource(): IPAdapterSource {
   const widths = crossAttentions(unet(presets['sdxl-base'].unet)).map(
-    ({ to_q }) => to_q.children.weight.shape[0],
+    ({ children }) => children.to_q.children.weight.shape[0],
   );
   const resampler = { width: 1280, depth: 4, inner: 1280, feedForward: 5120 };
   const adapter = ipAdapter({ tokens: 16, cross_attention_dim: 2048, inputs: 1280, resampler, widths });

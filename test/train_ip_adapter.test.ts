@@ -93,7 +93,7 @@ test("a new one has torch's beginning, and the prompt's keys and values", async 
     const [{ name, parameters }] = task.components;
     t.equal(name, 'ip_adapter');
     const values = (key: string) => scope(() => parameters.get(key)?.tensor.floats() ?? new Float32Array(0));
-    crossAttentions(unet).forEach(({ to_k, to_v }, i) => {
+    crossAttentions(unet).forEach(({ children: { to_k, to_v } }, i) => {
       for (const [of, { children }] of Object.entries({ k: to_k, v: to_v }))
         t.equal(
           maxDifference(

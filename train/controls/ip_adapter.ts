@@ -79,7 +79,7 @@ export function prompted(
       ({ unet, ipAdapter: [{ module }] }, { image_embeds }) =>
       (sample, times, conditioning) => {
         const pairs = module(image_embeds);
-        const images = new Map(crossAttentions(unet).map((attention, i) => [attention, pairs[i]]));
+        const images = new Map(crossAttentions(unet).map(({ children }, i) => [children, pairs[i]]));
         return unet(sample, times, { ...conditioning, images: [images] });
       },
     preview: (_, image) => ({ ip_adapter_image: image && [image] }),
