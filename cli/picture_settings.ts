@@ -23,6 +23,7 @@ const lists = [
   'adapterImage',
   'ipAdapter',
   'ipAdapterImage',
+  'ipAdapterMask',
   'controlnet',
   'controlImage',
   'controlMode',

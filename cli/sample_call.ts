@@ -3,6 +3,7 @@
 import { autoencoder, checkDecode } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import { cachingOf } from '../models/deepcache.ts';
+import { askedPictures } from '../models/image_prompt.ts';
 import { checkInpainting } from '../models/inpainting.ts';
 import { checkInstructPix2Pix } from '../models/instruct_pix2pix.ts';
 import type { Latents } from '../models/latents.ts';
@@ -61,6 +62,7 @@ export function planCall(
   checkDecode(decoder, larger ?? canvas, options.vaeTiling);
   const requests = baseRequests(options, canvas, prompts, seed);
   const [first] = requests;
+  askedPictures(under.ipAdapter.length, first, parseUNetConfig(source.config('unet')));
   const none: Latents = { shape: [], data: new Float32Array() };
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));

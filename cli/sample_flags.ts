@@ -31,6 +31,7 @@ Examples:
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
   sdxl sample --model ./base --adapter TencentARC/t2i-adapter-canny-sdxl-1.0:0.8 --adapter-image edges.png --prompt "a bird"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
+  sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:up.block_0=0,1,0 --ip-adapter-image painting.png --prompt "a cat"
   sdxl sample --model ./base --image photo.png --mask mask.png --strength 0.75 --prompt "a wooden door"
 
 ${schedulersHelp}

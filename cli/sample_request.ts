@@ -13,18 +13,16 @@ import { TorchGenerator } from '../models/torch_random.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
-import { ipAdapterRequest } from './ip_adapter_options.ts';
+import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
 import type { SampleOptions } from './sample_options.ts';
 
-export interface Inputs {
+export interface Inputs extends IPAdapterInputs {
   image?: Picture;
   mask?: Mask;
   /** One for each ControlNet. */
   controls?: readonly Picture[];
   /** One for each T2I-Adapter. */
   adapterImages?: readonly Picture[];
-  /** One for each IP-Adapter. */
-  ipAdapterImages?: readonly Picture[];
 }
 
 /** Reads the pictures that the options name, each by `read`. @throws UserError */
@@ -40,7 +38,8 @@ export async function readInputs(
   const controls = await readAll(options.controlImage);
   const adapterImages = await readAll(options.adapterImage);
   const ipAdapterImages = await readAll(options.ipAdapterImage);
-  const others = { controls, adapterImages, ipAdapterImages };
+  const ipAdapterMasks = await readAll(options.ipAdapterMask);
+  const others = { controls, adapterImages, ipAdapterImages, ipAdapterMasks };
   if (!options.image) return others;
   const image = await read(options.image);
   if (!options.mask) return { image, ...others };
@@ -78,7 +77,7 @@ export function canvasOf(
   { ratio, sampleSize, sampleWidth = sampleSize }: Sizes,
   inputs: Inputs,
 ): Canvas {
-  const { image, mask, controls = [], adapterImages = [] } = inputs;
+  const { image, mask, controls = [], adapterImages = [], ipAdapterMasks = [] } = inputs;
   const { paddingMaskCrop: padding } = options;
   const sized = padding === undefined ? (image ?? controls.at(0) ?? adapterImages.at(0)) : undefined;
   const whole = wholeSide(options, { ratio });
@@ -97,7 +96,7 @@ export function canvasOf(
   const part = <P extends Picture | Mask>(of: P): P => {
     if (of.width === mask.width && of.height === mask.height) return cutAndFill(of, window, width, height);
     throw new UserError(
-      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image or --adapter-image is ${of.width}x${of.height}; make them the same size`,
+      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image, --adapter-image or --ip-adapter-mask is ${of.width}x${of.height}; make them the same size`,
     );
   };
   return {
@@ -105,6 +104,7 @@ export function canvasOf(
     inputs: {
       ...{ ...inputs, image: part(image), mask: part(mask) },
       ...{ controls: controls.map(part), adapterImages: adapterImages.map(part) },
+      ipAdapterMasks: ipAdapterMasks.map(part),
     },
     finish: (drawn) => overlay(image, mask, window, drawn),
     written: { width: image.width, height: image.height },
@@ -118,7 +118,7 @@ export function baseRequests(
   prompts: readonly string[],
   seed: number,
 ): Request[] {
-  const { image, mask, controls = [], adapterImages = [], ipAdapterImages = [] } = inputs;
+  const { image, mask, controls = [], adapterImages = [] } = inputs;
   const config: Partial<SchedulerConfig> = options.karras ? layoutOf('karras') : {};
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   const { timesteps, sigmas } = options;
@@ -151,7 +151,7 @@ export function baseRequests(
     strength: options.strength,
     ...controlRequest(options, controls, width, height),
     ...adapterRequest(options, adapterImages),
-    ...ipAdapterRequest(options, ipAdapterImages),
+    ...ipAdapterRequest(options, inputs, width, height),
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
@@ -184,7 +184,7 @@ const generatorOf = (options: SampleOptions, seed: number, i: number): TorchGene
 export function hiresRequest(
   options: SampleOptions,
   { width, height }: { width: number; height: number },
-  { controls = [] }: Inputs,
+  inputs: Inputs,
   base: Request,
   [seed, i, count]: readonly [seed: number, i: number, count: number],
   enlarge: (draw: (count: number) => Float32Array) => Latents,
@@ -196,7 +196,8 @@ export function hiresRequest(
     ...hiresSteps(options, base.num_inference_steps),
     image: enlarge((n) => generator.randn(n)),
     generators: [generator],
-    ...controlRequest(options, controls, width, height),
+    ...controlRequest(options, inputs.controls ?? [], width, height),
+    ...ipAdapterRequest(options, inputs, width, height),
     // As in the first pass: what is drawn over is no picture of the user's, over which ControlNets are followed less.
     controlnet_conditioning_scale: options.controlnet?.map((text) => controlnetOf(text).scale ?? 1),
     last: i === count - 1,
@@ -223,6 +224,7 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
     control_image: undefined,
     adapter_image: undefined,
     ip_adapter_image: undefined,
+    ip_adapter_masks: undefined,
     // With --image the strength is the base's.
     strength: options.image ? 0.3 : options.strength,
     denoising_end: undefined,

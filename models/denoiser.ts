@@ -16,7 +16,8 @@ import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
 import { newContextCache } from './context_cache.ts';
 import { type Caching, deepCache } from './deepcache.ts';
 import { guide, rescaled } from './guidance.ts';
-import { type ImagePrompt, type IPAdapter, imageTokens } from './ip_adapter.ts';
+import { type ImagePrompt, imageTokens } from './image_prompt.ts';
+import type { IPAdapter } from './ip_adapter.ts';
 import { channelsFirst, channelsLast, type Latents, toDevice } from './latents.ts';
 import {
   type AnyControlNet,
@@ -123,10 +124,14 @@ function placeInputs(
     pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
   };
   const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
-  const tokens = imagePrompts.map((each): ImageTokens => {
-    const pairs = [...imageTokens(each, unet, { guided, images })];
-    return new Map(pairs.map(([at, [k, v]]) => [at, [withPerturbed(k), withPerturbed(v)]]));
-  });
+  const tokens = imagePrompts
+    .flatMap((each) => imageTokens(each, unet, { guided, shape, rows }))
+    .map((all): ImageTokens => {
+      const entries = [...all].map(
+        ([at, [k, v, mask]]) => [at, [withPerturbed(k), withPerturbed(v), mask]] as const,
+      );
+      return new Map(entries);
+    });
   const features = featuresOf(plan.followed, rows, device, dtype);
   // Unconditional is without the picture, too.
   const seen =
@@ -224,7 +229,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
 }
 
 const tensorsOf = (images: readonly ImageTokens[]): Tensor[] =>
-  images.flatMap((image) => [...image.values()].flat());
+  images.flatMap((image) => [...image.values()].flat()).filter((t) => t !== undefined);
 
 /** The step of the i-th call. */
 interface Pass {

@@ -1,25 +1,17 @@
 // IP-Adapter (Ye et al. 2023): a picture, or several, beside the prompt. CLIP's vision encoder reads it, a projection makes tokens of
 // that, and each attention over the prompt attends to these apart, by keys and values of its own: out = attn(q, k, v) + scale attn(q,
-// k_ip, v_ip). No step changes them, so they are made once an image, with the scale in v_ip, and the adapter's weights can go before
-// the first.
+// k_ip, v_ip). Here are the files and the modules; image_prompt.ts makes keys and values of pictures.
 import type { Device } from '../engine/device.ts';
 import { linear } from '../engine/layers.ts';
 import { holding } from '../engine/memory.ts';
-import { module, placeOf } from '../engine/module.ts';
-import { concat } from '../engine/ops/move.ts';
-import { broadcast } from '../engine/ops/reduce.ts';
-import { scale } from '../engine/ops/unary.ts';
+import { module } from '../engine/module.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { preprocessClip } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { loadAndClose, type ModelSource, openComponent, sourceOf, type WeightSource } from './checkpoint.ts';
 import { parseVisionConfig, type VisionConfig, type VisionEncoder, visionEncoder } from './clip_vision.ts';
 import { HEAD, imageProjection, type ProjectionConfig } from './image_projection.ts';
-import { toDevice } from './latents.ts';
-import type { ImageTokens } from './transformer.ts';
 import { crossAttentions, type UNet, type UNetConfig } from './unet.ts';
 
 export interface IPAdapterConfig extends ProjectionConfig {
@@ -212,76 +204,4 @@ function checkFit(path: string, config: IPAdapterConfig, unet: UNet, unetConfig:
     throw new UserError(
       `${path} has ip_adapter.${2 * at + 1} of width ${config.widths[at]} for a layer of the UNet of ${widths[at]}: ${mend}`,
     );
-}
-
-/** The part of a request that IP-Adapters heed. */
-export interface IPAdapterRequest {
-  /** A picture for each IP-Adapter, of any size, or several, which it attends to together. */
-  ip_adapter_image?: readonly (Picture | readonly Picture[])[];
-  /** How strongly each counts beside the prompt: one number for all, or one, or nothing, for each; 1 where absent. */
-  ip_adapter_scale?: number | readonly (number | undefined)[];
-}
-
-/** Pictures to draw by. */
-export interface ImagePrompt {
-  adapter: IPAdapter;
-  pictures: readonly Picture[];
-  scale: number;
-}
-
-/** What a request asks of each adapter; those with a scale of 0 have no part. @throws UserError where one has no picture or number */
-export function imagePromptsOf(
-  adapters: readonly IPAdapter[],
-  { ip_adapter_image: pictures = [], ip_adapter_scale: scales = 1 }: IPAdapterRequest,
-): ImagePrompt[] {
-  if (adapters.length === 0 && pictures.length === 0) return [];
-  if (pictures.length !== adapters.length)
-    throw new UserError(
-      `ip_adapter_image has ${pictures.length} pictures for ${adapters.length} IP-Adapters: give one to each`,
-    );
-  if (typeof scales !== 'number' && scales.length !== adapters.length)
-    throw new UserError(
-      `ip_adapter_scale has ${scales.length} numbers for ${adapters.length} IP-Adapters: give one, or one to each`,
-    );
-  const prompts = adapters.map((adapter, i) => {
-    const given = pictures[i];
-    return {
-      ...{ adapter, pictures: 'data' in given ? [given] : given },
-      scale: typeof scales === 'number' ? scales : (scales[i] ?? 1),
-    };
-  });
-  const bare = prompts.findIndex((each) => each.pictures.length === 0);
-  if (bare >= 0) throw new UserError(`ip_adapter_image[${bare}] is a list of no pictures: give one or more`);
-  return prompts.filter((each) => each.scale !== 0);
-}
-
-/** Keys and values for `images` pictures to draw. Guided, rows that know of no picture come first: an embedding, or pixels, of zeros. */
-export function imageTokens(
-  { adapter: { config, module: adapter, encoder }, pictures, scale: factor }: ImagePrompt,
-  unet: UNet,
-  { guided, images }: { guided: boolean; images: number },
-): ImageTokens {
-  const { device, dtype } = placeOf(encoder);
-  const side = encoder.config.image_size;
-  const pixels = concat(
-    pictures.map((picture) => toDevice(preprocessClip(picture, side), device, dtype)),
-    0,
-  );
-  const beside = (x: Tensor): Tensor => (guided ? concat([scale(x, 0), x], 0) : x);
-  const states = config.resampler
-    ? encoder(beside(pixels), 'penultimate')
-    : beside(encoder(pixels, 'image_embeds'));
-  // The tokens of all pictures stand one after the other.
-  const rows = (t: Tensor): Tensor => {
-    const [, tokens, width] = t.shape;
-    const together = t.reshape(-1, pictures.length * tokens, width);
-    return broadcast(together, 1, images).reshape(-1, pictures.length * tokens, width);
-  };
-  const pairs = adapter(states);
-  return new Map(
-    crossAttentions(unet).map(({ children }, i) => {
-      const [k, v] = pairs[i];
-      return [children, [rows(k), rows(factor === 1 ? v : scale(v, factor))]];
-    }),
-  );
 }

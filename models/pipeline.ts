@@ -15,9 +15,10 @@ import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
 import { cachingOf } from './deepcache.ts';
 import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
+import { imagePromptsOf } from './image_prompt.ts';
 import { checkInpainting, latentChannelsOf } from './inpainting.ts';
 import { checkInstructPix2Pix, imageGuidanceOf, isInstructPix2Pix } from './instruct_pix2pix.ts';
-import { imagePromptsOf, loadIPAdapters } from './ip_adapter.ts';
+import { loadIPAdapters } from './ip_adapter.ts';
 import { type DecodedPicture, decodePictures, type Latents } from './latents.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { withAdapters } from './lora.ts';
@@ -236,7 +237,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),
-      imagePrompts: imagePromptsOf(pipeline.ipAdapter, request),
+      imagePrompts: imagePromptsOf(pipeline, request),
       calls: plan.timesteps.length - plan.begin,
     });
     const latents = yield* steps(pipeline.device, sampler, plan, start, denoiser);

@@ -5,8 +5,8 @@ import type { MicroConditioning } from './conditioning.ts';
 import type { CacheRequest } from './deepcache.ts';
 import type { GuidanceRequest } from './denoiser.ts';
 import { emphases } from './emphasis.ts';
+import type { IPAdapterRequest } from './image_prompt.ts';
 import type { InstructPix2PixRequest } from './instruct_pix2pix.ts';
-import type { IPAdapterRequest } from './ip_adapter.ts';
 import type { ControlRequest } from './multicontrolnet.ts';
 import type { PAGRequest } from './pag.ts';
 import { listed, type Texts } from './prompts.ts';
@@ -118,10 +118,14 @@ const pixels = (how: string): Rule => [`{ data, shape } as ${how} gives it`, isL
 const embeds = pixels('encodePrompt');
 const isPicture = (value: unknown): boolean =>
   isObject(value) && value.data instanceof Uint8Array && isNumber(value.width) && isNumber(value.height);
+const isNone = (value: unknown): boolean => (value ?? null) === null;
 const each: Rule = [
   'a number, or a list of one for each',
-  (value) => isNumber(value) || every(value, (one) => (one ?? null) === null || isNumber(one)),
+  (value) => isNumber(value) || every(value, (one) => isNone(one) || isNumber(one)),
 ];
+/** What it holds is told of beside the UNet. */
+const isScaleOrNone = (value: unknown): boolean =>
+  isNone(value) || isNumber(value) || isObject(value) || every(value, isNumber);
 
 /** Numbers whose bounds depend on the scheduler are its own to tell. */
 const anyNumber: Rule = ['a number', (value) => typeof value === 'number'];
@@ -183,7 +187,14 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
     'pictures as readPicture gives them, or of lists of them',
     (one) => isPicture(one) || (Array.isArray(one) && one.every(isPicture)),
   ),
-  ip_adapter_scale: each,
+  ip_adapter_scale: [
+    'a number, or numbers by block such as { up: { block_0: [0, 1, 0] } }, or a list of one for each',
+    (value) => isNumber(value) || isObject(value) || every(value, isScaleOrNone),
+  ],
+  ip_adapter_masks: listOf(
+    '{ data, shape } as preprocessMask gives it, or of lists of them',
+    (one) => isNone(one) || isLatents(one) || every(one, isLatents),
+  ),
   original_size: size,
   crops_coords_top_left: corner,
   target_size: size,

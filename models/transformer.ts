@@ -6,13 +6,16 @@ import type { checkpointed } from '../engine/checkpointing.ts';
 import { groupNorm, layerNorm, linear } from '../engine/layers.ts';
 import { type Module, module } from '../engine/module.ts';
 import { attention as attentionOp } from '../engine/ops/attention.ts';
-import { add } from '../engine/ops/binary.ts';
+import { add, mul } from '../engine/ops/binary.ts';
 import { concat, slice } from '../engine/ops/move.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
 
-/** A picture as keys and values [n, tokens, width] for the UNet's attentions over the prompt; a ControlNet's have none. */
-export type ImageTokens = ReadonlyMap<Attention['children'], readonly [k: Tensor, v: Tensor]>;
+/**
+ * A picture as keys and values [n, tokens, width] for the UNet's attentions over the prompt, or some of them, and perhaps what their result
+ * is multiplied by, [n, l, width]; a ControlNet's have none.
+ */
+export type ImageTokens = ReadonlyMap<Attention['children'], readonly [k: Tensor, v: Tensor, mask?: Tensor]>;
 
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
@@ -66,7 +69,10 @@ const crossAttention = (c: number, contextWidth: number, heads: number): Attenti
     let h = attentionOp(q, k, v, { heads });
     for (const image of images) {
       const own = image.get(m);
-      if (own) h = add(h, attentionOp(q, ...own, { heads }));
+      if (!own) continue;
+      const [keys, values, mask] = own;
+      const found = attentionOp(q, keys, values, { heads });
+      h = add(h, mask ? mul(found, mask) : found);
     }
     return m.to_out[0](h, { residual });
   });

@@ -8,8 +8,9 @@ import { decodeFloats } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import type { Scale, ScalesByBlock } from '../models/ip_adapter_scale.ts';
 import { refusesEach, sdxl } from './command_line.ts';
-import { picture } from './controlnet_golden.ts';
+import { disc, picture } from './controlnet_golden.ts';
 import { allClose, goldenFolder, maxDifference } from './golden.ts';
 import { encoderConfig, golden, type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 
@@ -30,20 +31,51 @@ const size = ['--width', '64', '--height', '64'];
 const sample = (...argv: string[]) =>
   sdxl('sample', '--model', model, '--prompt', 'a red fox in the snow', '--quiet', ...argv);
 
+/** As it is typed. */
+function scaleText(scale: Scale | ScalesByBlock): string {
+  if (typeof scale === 'number') return scale === 1 ? '' : `:${scale}`;
+  if (Array.isArray(scale)) return `:${scale}`;
+  const parts = Object.entries(scale).flatMap(([side, given]: [string, unknown]) =>
+    Object.entries(typeof given === 'object' ? { ...given } : { '': given }).map(
+      ([block, list]) => `:${[side, block].filter(Boolean).join('.')}=${list}`,
+    ),
+  );
+  return parts.join('');
+}
+
+function maskFile(of: 'disc' | Of): string {
+  if (of !== 'disc') return pictureFile(...of);
+  writePng(at('disc.png'), disc());
+  return at('disc.png');
+}
+
 const ofs = (of: Of | Of[]): Of[] => (typeof of[0] === 'number' ? [of as Of] : (of as Of[]));
 
 test("diffusers' latents, and the settings in the picture", async (t) => {
-  for (const id of ['plain', 'two', 'img2img', 'several_of_one']) {
+  for (const id of ['plain', 'two', 'img2img', 'several_of_one', 'blocks_of_two', 'masks']) {
     const c = golden.find(({ call }) => call === id) as (typeof golden)[number];
-    const { num_images_per_prompt = 1, num_inference_steps = 4, strength } = c.settings;
+    const { num_images_per_prompt = 1, num_inference_steps = 4, strength, cache_interval } = c.settings;
+    const { width = 64, height = 64 } = c.settings;
     const [output, saved] = [at(`${id}.png`), at(`${id}-latents.safetensors`)];
     const { status, err, out } = await sample(
-      ...[...size, '--negative-prompt', 'rain', '--seed', String(c.seed), '--json', '--output', output],
+      ...[
+        '--width',
+        `${width}`,
+        '--height',
+        `${height}`,
+        '--seed',
+        String(c.seed),
+        '--json',
+        '--output',
+        output,
+      ],
+      ...['--negative-prompt', 'rain', ...(cache_interval ? ['--cache-interval', `${cache_interval}`] : [])],
       ...['--num-images', String(num_images_per_prompt), '--steps', String(num_inference_steps)],
       ...(strength ? ['--image', pictureFile(4, 64, 64), '--strength', String(strength)] : []),
-      ...c.adapters.flatMap(([name, of, scale]) => [
-        ...['--ip-adapter', `${at(`${name}.safetensors`)}${scale === 1 ? '' : `:${scale}`}`],
+      ...c.adapters.flatMap(([name, of, scale, masks]) => [
+        ...['--ip-adapter', `${at(`${name}.safetensors`)}${scaleText(scale)}`],
         ...ofs(of).flatMap((each) => ['--ip-adapter-image', pictureFile(...each)]),
+        ...(masks ?? []).flatMap((each) => ['--ip-adapter-mask', maskFile(each)]),
       ]),
       ...['--save-latents', saved],
     );
@@ -68,6 +100,15 @@ test("diffusers' latents, and the settings in the picture", async (t) => {
   const kept = JSON.parse(readPngText(at('two.png')).sdxl);
   t.same(kept.ipAdapter, [`${at('plain.safetensors')}:0.7`, `${at('plus.safetensors')}:-0.4`]);
   t.same(kept.ipAdapterImage, [seen, pictureFile(3, 56, 56)]);
+  const [blocks, masked] = ['blocks_of_two', 'masks'].map((id) =>
+    JSON.parse(readPngText(at(`${id}.png`)).sdxl),
+  );
+  t.same(blocks.ipAdapter, [
+    `${at('plain.safetensors')}:down.block_2=0,1:mid=0.5`,
+    `${at('plus.safetensors')}:up=0.8:down.block_1=-0.3`,
+  ]);
+  t.same(masked.ipAdapter, [`${at('plain.safetensors')}:0.7,1.2`]);
+  t.same(masked.ipAdapterMask, [at('disc.png'), pictureFile(2, 60, 80)]);
 });
 
 /** What is drawn by the picture in two steps. */
@@ -79,7 +120,8 @@ async function draw(adapter: string, ...argv: string[]) {
 }
 
 test('a refiner goes on alone, and folders and the hub have what belongs together', async (t) => {
-  const refined = await draw(at('plain.safetensors'), '--refiner', refiner, '--denoising-end', '0.5');
+  const parts = [`${at('plain.safetensors')}:up=1`, '--ip-adapter-mask', seen] as const;
+  const refined = await draw(...parts, '--refiner', refiner, '--denoising-end', '0.5');
   t.equal(refined.status, 0, refined.err);
   const want = { plain: await draw(at('plain.safetensors')), plus: await draw(at('plus.safetensors')) };
   t.ok(maxDifference(want.plain.data, want.plus.data) > 1);
@@ -170,8 +212,30 @@ test('mistakes', async (t) => {
   cpSync(at('plain.safetensors'), join(at('alone'), 'plain.safetensors'));
   writeFileSync(join(at('pickled'), 'ip-adapter_sdxl.bin'), '');
   const by = (...argv: string[]) => [...argv, '--ip-adapter-image', seen];
+  const scaled = (scale: string) => by('--ip-adapter', `${at('plain.safetensors')}:${scale}`);
   const cases: [argv: string[], says: RegExp][] = [
     [plain, /there are 1 of --ip-adapter and 0 of --ip-adapter-image: give a picture to each/],
+    [
+      by(...plain, '--ip-adapter-mask', seen, '--ip-adapter-mask', seen),
+      /there are 1 of --ip-adapter-image and 2 of --ip-adapter-mask: give a mask to each picture, in their order/,
+    ],
+    [by(...plain, '--ip-adapter-mask', at('absent.png')), /absent\.png does not exist/],
+    [scaled('0.7,'), /--ip-adapter FILE:SCALE takes a number, not ""/],
+    [
+      scaled('0.7,1.2'),
+      /has a number for each picture, which masks alone keep apart: give .*--ip-adapter-mask/,
+    ],
+    [scaled('up.block_0=0,x'), /--ip-adapter FILE:up\.block_0 takes a number, not "x"/],
+    [scaled('up.block_0='), /--ip-adapter FILE:up\.block_0 takes a number, not ""/],
+    [scaled('up.block_0.1=1'), /takes a BLOCK such as mid, up or up\.block_0, not "up\.block_0\.1"/],
+    [scaled('up=1:up.block_0=0'), /FILE:up=1:up\.block_0=0 says up\.block_0 twice; give it once/],
+    [scaled('0.6:mid=1'), /has a scale beside those of blocks: leave it out, as what is not named counts 0/],
+    [scaled('mid=1:mid=0'), /says mid twice/],
+    [
+      scaled('up.block_2=1'),
+      /names up\.block_2, and this UNet attends to the prompt in .*; did you mean "up\.block_0"/,
+    ],
+    [scaled('up.block_0=0,1'), /of up\.block_0 has 2 scales for 3 transformers/],
     [by(), /there are 0 of --ip-adapter and 1 of --ip-adapter-image/],
     [[...plain, '--ip-adapter-image', at('absent.png')], /absent\.png does not exist/],
     [by('--ip-adapter', `${at('plain.safetensors')}:1.2.3`), /--ip-adapter .*takes a number, not "1\.2\.3"/],

@@ -80,7 +80,7 @@ test('names in a program', (t) => {
     'start',
     'conditioning',
     'multicontrolnet',
-    'ip_adapter',
+    'image_prompt',
   ];
   const request = parts
     .map((name) => readFileSync(join(packageRoot, 'models', `${name}.ts`), 'utf8'))

@@ -30,6 +30,7 @@ import {
   configs,
   encoderConfig,
   golden,
+  masksOf,
   picturesOf,
   writeEncoder,
   writeIPAdapter,
@@ -107,15 +108,19 @@ for (const device of devices) {
 
 /** The request of a golden call. */
 function requestOf({ call, adapters, settings, seed }: (typeof golden)[number]): Request {
-  const over = call === 'img2img' || call === 'inpaint';
+  const isMasked = call === 'inpaint' || call === 'masks_of_two';
+  const over = call === 'img2img' || isMasked;
+  const { width = 64, height = 64 } = settings;
+  const masks = adapters.map(([, , , of]) => masksOf(of)?.map((mask) => preprocessMask(mask, width, height)));
   return {
-    ...{ prompt: ['a red fox in the snow'], negative_prompt: ['rain'], width: 64, height: 64 },
-    ...{ num_inference_steps: 4, guidance_scale: 5, ...settings },
+    ...{ prompt: ['a red fox in the snow'], negative_prompt: ['rain'] },
+    ...{ num_inference_steps: 4, guidance_scale: 5, ...settings, width, height },
     image: over ? preprocess(picture(4, 64, 64)) : undefined,
-    mask: call === 'inpaint' ? preprocessMask(disc()) : undefined,
+    mask: isMasked ? preprocessMask(disc()) : undefined,
     generators: [new TorchGenerator(seed)],
     ip_adapter_image: adapters.map(([, of]) => picturesOf(of)),
     ip_adapter_scale: adapters.map(([, , factor]) => factor),
+    ip_adapter_masks: masks.some((each) => each) ? masks : undefined,
   };
 }
 
@@ -310,7 +315,7 @@ test('what is refused', async (t) => {
   for (const [more, says] of [
     [{ ip_adapter_image: undefined }, /ip_adapter_image has 0 pictures for 1 IP-Adapters: give one to each/],
     [{ ip_adapter_image: [[]] }, /ip_adapter_image\[0\] is a list of no pictures: give one or more/],
-    [{ ip_adapter_scale: [1, 2] }, /ip_adapter_scale has 2 numbers for 1 IP-Adapters/],
+    [{ ip_adapter_scale: [1, 2] }, /ip_adapter_scale has 2 scales for 1 IP-Adapters/],
   ] as const)
     await t.rejects(denoiseToEnd(pipeline, { ...request, ...more }), { name: 'UserError', message: says });
   await t.rejects(denoiseToEnd({ ...pipeline, ipAdapter: [] }, request), {

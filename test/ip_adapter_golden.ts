@@ -4,15 +4,19 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
-import type { Picture } from '../io/pixels.ts';
+import type { Mask, Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
 import { type IPAdapterConfig, ipAdapter } from '../models/ip_adapter.ts';
-import { picture, weight } from './controlnet_golden.ts';
+import type { Scale, ScalesByBlock } from '../models/ip_adapter_scale.ts';
+import { disc, picture, weight } from './controlnet_golden.ts';
 import { goldenLines } from './golden.ts';
 
 /** A picture by its seed, width and height. */
 export type Of = [seed: number, width: number, height: number];
+
+/** A mask is a disc, or what is bright of a picture. */
+type Masks = ('disc' | Of)[];
 
 interface Golden {
   values: Float32Array;
@@ -25,7 +29,7 @@ interface Golden {
   adapter?: string;
   call?: string;
   seed: number;
-  adapters: [name: string, pictures: Of | Of[], scale: number][];
+  adapters: [name: string, pictures: Of | Of[], scale: Scale | ScalesByBlock, masks?: Masks | null][];
   settings: Record<string, number>;
   /** What of an encoder or an adapter. */
   of?: string;
@@ -38,6 +42,10 @@ export const golden: readonly Golden[] = goldenLines<Golden & { values: string }
 /** What a golden call draws by: a picture, or several. */
 export const picturesOf = (of: Of | Of[]): Picture | Picture[] =>
   typeof of[0] === 'number' ? picture(...(of as Of)) : (of as Of[]).map((each) => picture(...each));
+
+/** What its masks are, none where its pictures act everywhere. */
+export const masksOf = (of?: Masks | null): (Mask | Picture)[] | undefined =>
+  of?.map((each) => (each === 'disc' ? disc() : picture(...each)));
 
 export const encoderConfig = {
   architectures: ['CLIPVisionModelWithProjection'],

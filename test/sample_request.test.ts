@@ -5,8 +5,11 @@ import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
 import { addSampleOptions } from '../cli/sample_flags.ts';
 import { checkSample, checkScores, checkSizes, loraOf, type SampleOptions } from '../cli/sample_options.ts';
-import { baseRequests, canvasOf, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import { baseRequests, canvasOf, hiresRequest, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import { toGrey } from '../io/image.ts';
+import type { Picture } from '../io/pixels.ts';
 import type { Latents } from '../models/latents.ts';
+import type { Request } from '../models/request.ts';
 import { TorchGenerator } from '../models/torch_random.ts';
 
 function optionsOf(...argv: string[]): SampleOptions {
@@ -168,6 +171,41 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
   };
   t.same(kept('--denoising-end', '0.8'), [true, true, true], 'the picture stays what the mask keeps');
   t.same(kept(), [false, false, true], 'a finished picture has what was kept');
+  t.end();
+});
+
+test('masks of IP-Adapters are as large as what each pass draws, and cut as it is', (t) => {
+  const argv = ['--ip-adapter', 'a.safetensors:up.block_0=0,1,0:mid=1', '--ip-adapter-image', 'a.png'];
+  const options = optionsOf(...argv, '--ip-adapter-mask', 'm.png', '--hires');
+  const pixels = (light: (x: number, y: number) => boolean): Picture => {
+    const data = Uint8Array.from({ length: 64 * 64 * 3 }, (_, i) => {
+      const at = Math.floor(i / 3);
+      return light(at % 64, Math.floor(at / 64)) ? 255 : 0;
+    });
+    return { width: 64, height: 64, channels: 3, data };
+  };
+  const left = pixels((x) => x < 32);
+  const inputs: Inputs = { ipAdapterImages: [left], ipAdapterMasks: [left] };
+  const masksOf = ({ ip_adapter_masks = [] }: Request) => ip_adapter_masks.flat() as Latents[];
+  const first = base({ ...options, width: 48, height: 32 }, inputs);
+  t.same(first.ip_adapter_scale, [{ up: { block_0: [0, 1, 0] }, mid: 1 }]);
+  t.same(
+    masksOf(first).map(({ shape }) => shape),
+    [[1, 1, 32, 48]],
+  );
+  const latents = { shape: [1, 4, 4, 6], data: new Float32Array(96) };
+  const second = hiresRequest(options, { width: 96, height: 64 }, inputs, first, [5, 0, 1], () => latents);
+  t.same(
+    masksOf(second).map(({ shape }) => shape),
+    [[1, 1, 64, 96]],
+  );
+  t.equal(refinerRequest(options, first, latents).ip_adapter_masks, undefined);
+  // Of the left half alone its mask is white.
+  const corner = toGrey(pixels((x, y) => x < 16 && y < 16));
+  const part = base({ ...options, paddingMaskCrop: 0 }, { ...inputs, image: left, mask: corner });
+  const [{ data }] = masksOf(part);
+  t.ok(data.length === 64 * 64 && data.every((x) => x === 1));
+  t.ok(masksOf(base(options, inputs))[0].data.some((x) => x === 0));
   t.end();
 });
 

@@ -1,11 +1,12 @@
 # Makes ip_adapter.jsonl: python3 ip_adapter.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Weights, pictures and
 # mask are formulas, which test/controlnet_golden.ts and test/ip_adapter_golden.ts have too; numbers are float64's, and `atol` twenty times
-# what float32 is off.
+# what float32 is off. DeepCache's own helper is wanted, too.
 import tempfile
 
 import diffusers
 import torch
-from recorded import CONTEXT, ENCODER, disc, here, noted, packed, picture, write, write_image_encoder, write_ip_adapter
+from diffusers.image_processor import IPAdapterMaskProcessor
+from recorded import CONTEXT, ENCODER, call, disc, here, noted, packed, picture, write, write_image_encoder, write_ip_adapter
 from transformers import CLIPImageProcessor
 
 scratch = tempfile.TemporaryDirectory()
@@ -53,6 +54,7 @@ def encoding(encoder):
 
 
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", height=64, width=64, num_inference_steps=4, guidance_scale=5)
+# Of each adapter the picture or pictures, the scale and perhaps the masks, one for each picture.
 CALLS = [
     ("plain", "text2img", [("plain", (1, 117, 149), 1)], dict(num_images_per_prompt=2)),
     ("plus", "text2img", [("plus", (2, 200, 91), 0.6)], {}),
@@ -66,12 +68,49 @@ CALLS = [
         dict(num_images_per_prompt=2),
     ),
     ("several_of_one", "text2img", [("plus", [(1, 117, 149), (2, 200, 91)], 0.8)], {}),
+    ("style", "text2img", [("plain", (1, 117, 149), {"up": {"block_0": [0.0, 1.0, 0.0]}})], {}),
+    (
+        "blocks_of_two", "text2img",
+        [
+            ("plain", (1, 117, 149), {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}),
+            ("plus", (3, 56, 56), {"up": 0.8, "down": {"block_1": [-0.3]}}),
+        ],
+        {},
+    ),
+    ("mask", "text2img", [("plus", (2, 200, 91), 0.9, ["disc"])], dict(width=96, num_images_per_prompt=2)),
+    (
+        "masks", "text2img", [("plain", [(1, 117, 149), (4, 31, 40)], [0.7, 1.2], ["disc", (2, 60, 80)])],
+        dict(width=72, height=56, cache_interval=2, cache_branch_id=0),
+    ),
+    (
+        "masks_by_block", "pag",
+        [
+            ("plain", [(1, 117, 149), (4, 31, 40)], {"up": {"block_0": [0.0, [0.5, 1.2], 0.6]}, "mid": [[0.3, 0.9]]}, [(2, 60, 80), "disc"]),
+            ("plus", (3, 56, 56), -0.4, None),
+        ],
+        dict(pag_scale=2),
+    ),
+    (
+        "masks_of_two", "inpaint", [("plain", (1, 117, 149), 0.7, ["disc"]), ("plus", (2, 200, 91), 1.1, [(3, 70, 50)])],
+        dict(strength=0.9, num_inference_steps=5),
+    ),
 ]
 CLASSES = dict(
     text2img=diffusers.StableDiffusionXLPipeline,
     img2img=diffusers.StableDiffusionXLImg2ImgPipeline,
     inpaint=diffusers.StableDiffusionXLInpaintPipeline,
+    pag=diffusers.StableDiffusionXLPAGPipeline,
 )
+
+
+def masks_of(adapters, height, width):
+    """What the pipelines take as cross_attention_kwargs."""
+    made = []
+    for _, _, _, *masks in adapters:
+        given = [disc() if each == "disc" else picture(*each) for each in (masks[0] if masks else None) or []]
+        planes = [IPAdapterMaskProcessor().preprocess(each, height=height, width=width) for each in given]
+        made.append(torch.cat(planes, 1) if planes else None)
+    return dict(cross_attention_kwargs=dict(ip_adapter_masks=made)) if any(each is not None for each in made) else {}
 
 
 def drawing():
@@ -79,15 +118,15 @@ def drawing():
         results = []
         for dtype in (torch.float32, torch.float64):
             pipeline = CLASSES[kind].from_pretrained(f"{here}/tiny-sdxl", torch_dtype=dtype)
-            pipeline.set_progress_bar_config(disable=True)
             names = [f"{name}.safetensors" for name, *_ in adapters]
             pipeline.load_ip_adapter(folder, subfolder="", weight_name=names, image_encoder_folder="image_encoder")
             pipeline.to(dtype)
-            pipeline.set_ip_adapter_scale([scale for *_, scale in adapters])
-            images = [[picture(*each) for each in of] if isinstance(of, list) else picture(*of) for _, of, _ in adapters]
-            over = {} if kind == "text2img" else {"image": picture(4, 64, 64)}
+            pipeline.set_ip_adapter_scale([adapter[2] for adapter in adapters])
+            images = [[picture(*each) for each in of] if isinstance(of, list) else picture(*of) for _, of, *_ in adapters]
+            over = {} if kind in ("text2img", "pag") else {"image": picture(4, 64, 64)}
             over.update({"mask_image": disc()} if kind == "inpaint" else {})
-            settings = {**SETTINGS, **more}
+            pipeline, settings = call(pipeline, {**SETTINGS, **more})
+            over.update(masks_of(adapters, settings["height"], settings["width"]))
             if kind == "img2img":
                 settings = {name: value for name, value in settings.items() if name not in ("height", "width")}
             if dtype == torch.float64 and id in ("plain", "plus"):
