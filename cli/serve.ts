@@ -8,6 +8,7 @@ import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { asUserError } from '../io/files.ts';
+import { controlnetOf } from './control_options.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './options.ts';
 import { checkLook, lookOptions } from './preview.ts';
@@ -58,6 +59,11 @@ options, samplers, schedulers, sd-models, loras, upscalers, and /healthz. docs/s
 
 export function addServe(command: Command, terminal: Terminal): void {
   modelOptions(command);
+  command.option(
+    '--controlnet <DIR|FILE|HUB_ID>',
+    "a ControlNet of one kind that A1111's clients may have followed, by the name of its folder or file; may be given more than once",
+    repeated((text) => text),
+  );
   addUpscaleOptions(command);
   sizeOptions(textOptions(command.optionsGroup('Pictures, where a request says nothing:')));
   stepOptions(command);
@@ -177,7 +183,7 @@ function standingOf({
     batchCount: 1,
     output: 'out.png',
   };
-  checkSample({ ...standing, prompt: [''] });
+  checkSample({ ...standing, controlnet: undefined, prompt: [''] }); // a request has their pictures
   checkLook(standing);
   return standing;
 }
@@ -197,16 +203,19 @@ function keyIn(file: string): string {
   return key;
 }
 
+/** What people call a model by its folder, file or hub id. */
+const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|gguf)$/, '');
+
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
   const isTyped = (name: string) => command.getOptionValueSource(name) === 'cli';
   const { emphasis, maxTokenLength } = standing;
   return {
-    name:
-      standing.model === shippedModel
-        ? 'emoji'
-        : basename(standing.model).replace(/\.(safetensors|gguf)$/, ''),
-    loras: (standing.lora ?? []).map((text) => basename(loraOf(text).file).replace(/\.safetensors$/, '')),
+    name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
+    loras: (standing.lora ?? []).map((text) => nameOf(loraOf(text).file)),
+    controlnets: new Map(
+      (standing.controlnet ?? []).map((text) => controlnetOf(text).file).map((file) => [nameOf(file), file]),
+    ),
     texts: {
       ...(isTyped('emphasis') ? { emphasis } : {}),
       ...(isTyped('maxTokenLength') ? { maxTokenLength } : {}),

@@ -6,6 +6,7 @@ import { pngText } from '../../io/png.ts';
 import { samplerLabels, schedulerOf } from '../a1111.ts';
 import { hiresUpscalers } from '../hires_options.ts';
 import { oneOf, side } from '../options.ts';
+import { controlnetApi, controlsIn } from './controlnet_api.ts';
 import { base64, type Field, numeric, only, pictureBytes, readFields, text, unheeded } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
@@ -73,7 +74,14 @@ const taken = [
     'send_images',
   ],
   ...['enable_hr', 'hr_scale', 'hr_upscaler', 'hr_second_pass_steps', 'hr_resize_x', 'hr_resize_y'],
-  ...['denoising_strength', 'init_images', 'mask', 'inpaint_full_res', 'inpaint_full_res_padding'],
+  ...[
+    'alwayson_scripts',
+    'denoising_strength',
+    'init_images',
+    'mask',
+    'inpaint_full_res',
+    'inpaint_full_res_padding',
+  ],
 ];
 
 /** Keys that say nothing of the picture here, or that only what follows them would. */
@@ -118,7 +126,6 @@ const absent: Readonly<Record<string, Field>> = {
   s_min_uncond: only(0),
   script_name: only(''),
   script_args: only([]),
-  alwayson_scripts: only({}),
   refiner_checkpoint: only(''),
   refiner_switch_at: only(0, 1),
   firstphase_width: only(0),
@@ -243,18 +250,26 @@ export function a1111Api(served: Served, queue: Queue): Routes {
         'a prompt takes no <lora:NAME:1>; this server has the adapters that it was started with (--lora)',
       );
     checkOverrides(body.override_settings, served);
-    const { settings: further, pictures } = over(body);
+    const [drawnOver, controls] = [over(body), controlsIn(body.alwayson_scripts, served)];
     const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
     const order = {
-      settings: { ...habits, ...settings, ...samplerOf(body), ...countOf(body), ...further },
-      pictures,
+      settings: {
+        ...habits,
+        ...settings,
+        ...samplerOf(body),
+        ...countOf(body),
+        ...drawnOver.settings,
+        ...controls.settings,
+      },
+      pictures: { ...drawnOver.pictures, ...controls.pictures },
     };
     const drawn = await queue.draw(order, signal);
-    const { init_images: _, mask: __, ...parameters } = body;
+    const { init_images: _, mask: __, alwayson_scripts: ___, ...parameters } = body;
     const images = body.send_images === false ? [] : drawn.map(({ png }) => base64(png));
     return { json: { images, parameters, info: JSON.stringify(infoOf(order.settings, drawn)) } };
   };
   return {
+    ...controlnetApi(served),
     'POST /sdapi/v1/txt2img': (asked) => draw(asked, (body) => ({ settings: hiresOf(body), pictures: {} })),
     'POST /sdapi/v1/img2img': (asked) => draw(asked, overOf),
     'GET /sdapi/v1/progress': ({ url }) =>

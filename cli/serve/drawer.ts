@@ -4,9 +4,11 @@
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
+import { unionConfigOf } from '../../models/controlnet_union.ts';
 import type { DecodedPicture, Latents } from '../../models/latents.ts';
 import { denoiseToEnd, type Pipeline, sizesOf } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
+import { controlnetOf } from '../control_options.ts';
 import { encodeAside } from '../png_threads.ts';
 import { type Look, openLook } from '../preview.ts';
 import { planCall } from '../sample_call.ts';
@@ -38,6 +40,11 @@ const terminal = { out: () => {}, err: (text: string) => void process.stderr.wri
 
 async function open(options: Standing): Promise<Kept> {
   const sources = await locateSources(options, terminal);
+  const union = sources.under.controlnet.find(unionConfigOf);
+  if (union)
+    throw new UserError(
+      `${union.path} is a ControlNet union, and requests cannot say what a picture is: serve one of one kind`,
+    );
   const { source, refinerSource, taeSource, device, dtype, vaeSource, under } = sources;
   const place = { options, device, dtype, vaeSource };
   const base = openPipeline(source, place, under);
@@ -54,7 +61,7 @@ function told({ options, sources: { source, vaeSource, device, dtype } }: Kept):
 
 /** Draws an order; says each step, and each picture as it is there. */
 async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
-  const options = { ...kept.options, ...settings };
+  const options = { ...kept.options, controlnet: undefined, ...settings };
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
@@ -63,7 +70,8 @@ async function draw(kept: Kept, id: number, { settings, pictures }: Order): Prom
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
   const { requests } = call;
-  const { base, refiner, upscalers } = kept;
+  const { refiner, upscalers } = kept;
+  const base = following(kept, options.controlnet);
   const sent: Promise<void>[] = [];
   await drawCall(call, {
     ...{ upscalers, warn, base: { pipeline: base, requests } },
@@ -80,6 +88,16 @@ async function draw(kept: Kept, id: number, { settings, pictures }: Order): Prom
     },
   });
   await Promise.all(sent);
+}
+
+/** The base with those of its ControlNets that an order follows, in the order's order. */
+function following(
+  { base, options: { controlnet: kept = [] } }: Kept,
+  wanted: readonly string[] = [],
+): Pipeline {
+  const fileOf = (typed: string): string => controlnetOf(typed).file;
+  const files = kept.map(fileOf);
+  return { ...base, controlnet: wanted.map((typed) => base.controlnet[files.indexOf(fileOf(typed))]) };
 }
 
 async function sendPicture(

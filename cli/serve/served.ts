@@ -11,6 +11,8 @@ export interface Served {
   /** What clients call the model. */
   name: string;
   loras: readonly string[];
+  /** The ControlNets that requests may follow, as they were typed, by their names. */
+  controlnets: ReadonlyMap<string, string>;
   /** How prompts are read, where the flags say. */
   texts: Settings;
   /** Hears of keys that change nothing. */
