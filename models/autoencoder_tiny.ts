@@ -20,6 +20,9 @@ export interface AutoencoderTinyConfig {
   num_encoder_blocks: readonly number[];
   num_decoder_blocks: readonly number[];
   scaling_factor: number;
+  /** Where it stands in for a VAE whose config has them (`vaeFor`). */
+  latents_mean?: readonly number[] | null;
+  latents_std?: readonly number[] | null;
   /** The decoder's, by which pipelines tell how many pixels a latent has. */
   block_out_channels: readonly number[];
   force_upcast: false;

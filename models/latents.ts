@@ -13,6 +13,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { Picture } from '../io/pixels.ts';
 import { type Autoencoder, checkDecode } from './autoencoder.ts';
+import type { VaeConfig } from './vae.ts';
 
 export interface Latents {
   /** [n, c, h, w]. */
@@ -48,6 +49,30 @@ export function samplePosterior(mean: Float32Array, logvar: Float32Array, noise:
   return mean.map((m, i) => m + std[i] * noise[i]);
 }
 
+/** How a VAE's latents become those that a UNet sees, as its config tells: (z - mean) scaling_factor / std. */
+export type LatentScale = Pick<VaeConfig, 'scaling_factor' | 'latents_mean' | 'latents_std'>;
+
+/** Latents of a VAE, scaled. `area` is how many numbers of one channel lie side by side: 1 where channels are last. */
+export function scaleLatents(
+  { scaling_factor, latents_mean: mean, latents_std: std }: LatentScale,
+  z: Float32Array,
+  area: number,
+): Float32Array {
+  if (!mean || !std) return z.map((value) => value * scaling_factor);
+  const channel = (i: number) => Math.floor(i / area) % mean.length;
+  return z.map((value, i) => ((value - mean[channel(i)]) * scaling_factor) / std[channel(i)]);
+}
+
+/** Scaled latents [n, c, h, w] as the VAE's own. */
+export function unscaleLatents(
+  { scaling_factor, latents_mean: mean, latents_std: std }: LatentScale,
+  { shape: [, , h, w], data }: Latents,
+): Float32Array {
+  if (!mean || !std) return data.map((value) => value / scaling_factor);
+  const channel = (i: number) => Math.floor(i / (h * w)) % mean.length;
+  return data.map((value, i) => (value * std[channel(i)]) / scaling_factor + mean[channel(i)]);
+}
+
 /**
  * A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. Where there is no
  * posterior nothing is drawn.
@@ -60,7 +85,8 @@ export function encodeImage(
 ): Latents {
   const [mean, logvar] = encoded(vae, image, tiling);
   const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
-  return { shape: mean.shape, data: sample.map((z) => z * vae.config.scaling_factor) };
+  const [, , h, w] = mean.shape;
+  return { shape: mean.shape, data: scaleLatents(vae.config, sample, h * w) };
 }
 
 /** The mode of what an encoder says of a picture in [-1, 1], not scaled. */
@@ -94,10 +120,11 @@ const decodeBy =
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
     checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);
     return Array.from({ length: n }, (_, i) => {
-      const data = latents.data.slice(i * c * h * w, (i + 1) * c * h * w);
-      for (let j = 0; j < data.length; j++) data[j] /= vae.config.scaling_factor;
+      const shape = [1, c, h, w];
+      const own = latents.data.subarray(i * c * h * w, (i + 1) * c * h * w);
+      const data = unscaleLatents(vae.config, { shape, data: own });
       const run: Run = (device, dtype) => {
-        const z = toDevice({ shape: [1, c, h, w], data }, device, dtype);
+        const z = toDevice({ shape, data }, device, dtype);
         return [vae.decode(z, { tiling })];
       };
       return way(vae, run, bring)[0];

@@ -21,6 +21,9 @@ export interface VaeConfig {
   norm_num_groups: number;
   sample_size: number;
   scaling_factor: number;
+  /** Of each channel, where latents are scaled channel by channel, too: Playground v2.5's. Both or none. */
+  latents_mean?: readonly number[] | null;
+  latents_std?: readonly number[] | null;
   use_quant_conv: boolean;
   use_post_quant_conv: boolean;
   /** Activations leave the range of float16, but not bfloat16's; false of a VAE that is mended, as fp16-fix. */
@@ -41,8 +44,8 @@ const defaults = {
   force_upcast: true,
 };
 
-/** What config.json may say in one way only, as SDXL's VAEs do: latents are scaled by one factor, not channel by channel. */
-const fixed: Record<string, unknown> = { act_fn: 'silu', latents_mean: null, latents_std: null };
+/** What config.json may say in one way only, as SDXL's VAEs do. */
+const fixed: Record<string, unknown> = { act_fn: 'silu' };
 
 /** Reads vae/config.json. @throws UserError naming a field that is absent, or asks for what is not built */
 export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
@@ -65,6 +68,14 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
   for (const key of counts) if (!isCount(config[key])) throw wanted(key, 'a whole number of at least 1');
   if (!isListOf(isCount, config.block_out_channels)) throw wanted('block_out_channels', 'a list of widths');
   if (!isPositive(config.scaling_factor)) throw wanted('scaling_factor', 'a number above 0');
+  const { latents_mean: mean, latents_std: std, latent_channels } = config;
+  if (mean || std) {
+    const channels = latent_channels as number;
+    if (!isListOf(Number.isFinite, mean, channels))
+      throw wanted('latents_mean', 'a list of a number for each latent channel, as latents_std is');
+    if (!isListOf(isPositive, std, channels))
+      throw wanted('latents_std', 'a list of a number above 0 for each latent channel, as latents_mean is');
+  }
   return sized as unknown as VaeConfig;
 }
 

@@ -117,12 +117,16 @@ test('configs of what is not built are refused, by the field', (t) => {
     [{ cross_attention_dim: null }, /"cross_attention_dim" is null, not a whole number/],
   ];
   for (const [fields, message] of other) t.throws(() => parseUNetConfig({ ...net, ...fields }), { message });
-  t.throws(() => parseVaeConfig({ ...coder, latents_mean: [0, 0, 0, 0] }), {
-    message: /"latents_mean" is \[0,0,0,0\], not null; use another VAE/,
-  });
   const vaes: [Record<string, unknown>, RegExp][] = [
     [{ scaling_factor: 0 }, /vae\/config\.json: "scaling_factor" is 0, not a number above 0; is this/],
     [{ scaling_factor: null }, /"scaling_factor" is null, not a number above 0/],
+    [{ act_fn: 'gelu' }, /"act_fn" is "gelu", not "silu"; use another VAE/],
+    [{ latents_mean: [0, 0, 0, 0] }, /"latents_std" is undefined, not a list of a number above 0 for each/],
+    [
+      { latents_mean: [0, 0], latents_std: [1, 1] },
+      /"latents_mean" is \[0,0\], not a list of a number for each/,
+    ],
+    [{ latents_mean: [0, 0, 0, 0], latents_std: [1, 1, 1, 0] }, /"latents_std" is \[1,1,1,0\]/],
     [{ norm_num_groups: 0 }, /"norm_num_groups" is 0, not a whole number of at least 1/],
     [{ block_out_channels: [] }, /"block_out_channels" is \[\], not a list of widths/],
   ];

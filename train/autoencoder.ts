@@ -133,6 +133,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       }
       const variance = squares / count - (sum / count) ** 2;
       config.scaling_factor = Number((1 / Math.sqrt(variance)).toPrecision(6));
+      for (const each of ['latents_mean', 'latents_std']) delete config[each]; // the former latents'
     },
     release: () => unload(coder.module),
   };

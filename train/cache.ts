@@ -19,7 +19,7 @@ import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
 import type { VisionEncoder } from '../models/clip_vision.ts';
 import { encodePrompts, type TextStack } from '../models/conditioning.ts';
-import { samplePosterior, toDevice } from '../models/latents.ts';
+import { type LatentScale, samplePosterior, scaleLatents, toDevice } from '../models/latents.ts';
 import type { Vae } from '../models/vae.ts';
 import type { Geometry, Reading } from './data/picture.ts';
 import { readPixelsAside } from './data/pixel_threads.ts';
@@ -76,12 +76,12 @@ export interface TextEmbeddings {
 export function drawLatents(
   { mean, logvar }: PictureMoments,
   { sample }: View,
-  { scaling_factor }: Pick<Vae['config'], 'scaling_factor'>,
+  scale: LatentScale,
   { seed, epoch }: { seed: number; epoch: number },
   purpose: 'moments' | 'masked_moments' = 'moments',
 ): Float32Array {
   const noise = draws(seed, epoch, sample.key, purpose).normals(mean.length);
-  return samplePosterior(mean, logvar, noise).map((z) => z * scaling_factor);
+  return scaleLatents(scale, samplePosterior(mean, logvar, noise), 1);
 }
 
 export interface Cache<Subject, Value> {
