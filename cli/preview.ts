@@ -13,9 +13,9 @@ import { assertWritable, writeFileAtomic } from '../io/files.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
+import type { Json, ModelSource } from '../models/checkpoint.ts';
 import { latentRgb, latentRgbChannels } from '../models/latent_rgb.ts';
-import { type Latents, previewPictures } from '../models/latents.ts';
+import { type Latents, previewPictures, unscaleLatents } from '../models/latents.ts';
 import type { Pipeline, Progress } from '../models/pipeline.ts';
 import { sdxlVae } from '../models/presets.ts';
 import { number, oneOf } from './options.ts';
@@ -89,9 +89,9 @@ export function checkPreview(options: PreviewOptions, others: readonly string[])
 }
 
 /** Warnings of what a preview shows of the model whose VAE has this config. @throws UserError where it can show nothing */
-export function fitPreview({ preview }: PreviewOptions, vae: ModelSource, tae?: ModelSource): string[] {
-  const { config, posterior } = autoencoder(vae.config('vae'));
-  const { latent_channels: channels, scaling_factor: factor } = config;
+export function fitPreview({ preview }: PreviewOptions, vae: Json, tae?: ModelSource): string[] {
+  const { config, posterior } = autoencoder(vae);
+  const { latent_channels: channels, scaling_factor: factor, latents_mean } = config;
   const taken =
     preview === 'proj' ? latentRgbChannels : tae && autoencoder(tae.config('vae')).config.latent_channels;
   if (taken !== undefined && taken !== channels)
@@ -99,7 +99,7 @@ export function fitPreview({ preview }: PreviewOptions, vae: ModelSource, tae?: 
       `--preview ${preview} shows latents of ${taken} channels, and the model's have ${channels}; use --preview vae`,
     );
   const own = sdxlVae.scaling_factor;
-  return taken !== undefined && posterior && factor !== own
+  return taken !== undefined && posterior && factor !== own && !latents_mean
     ? [
         `--preview ${preview} shows SDXL's latents (scaling_factor ${own}), and this model has others (${factor}), which only --preview vae shows right`,
       ]
@@ -130,8 +130,10 @@ export function openLook(
   const coder = tae && loadTae(tae, place);
   return {
     pictures(pipeline, latents) {
-      if (preview !== 'proj') return previewPictures(coder ?? pipeline.vae, latents, vaeTiling);
-      const { data, shape } = latentRgb(latents);
+      if (preview === 'vae') return previewPictures(pipeline.vae, latents, vaeTiling);
+      const asSdxl = asSdxlScales(pipeline.vae, latents);
+      if (coder) return previewPictures(coder, asSdxl, vaeTiling);
+      const { data, shape } = latentRgb(asSdxl);
       return toPictures(data, shape);
     },
     release() {
@@ -160,6 +162,13 @@ export function openPreviews(
       await file.close();
     },
   };
+}
+
+/** Latents that have a mean and a spread by channel (Playground v2.5's) are those of SDXL's VAE in another scale; a tiny VAE has SDXL's. */
+function asSdxlScales({ config, posterior }: Autoencoder, latents: Latents): Latents {
+  if (!config.latents_mean) return latents;
+  const factor = posterior ? sdxlVae.scaling_factor : 1;
+  return { ...latents, data: unscaleLatents(config, latents).map((z) => z * factor) };
 }
 
 const loadTae = (

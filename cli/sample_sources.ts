@@ -2,6 +2,8 @@
 // weight is read.
 import { type Device, openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
+import { UserError } from '../io/errors.ts';
+import { vaeFor } from '../models/autoencoder.ts';
 import type { ModelSource } from '../models/checkpoint.ts';
 import type { IPAdapterSource } from '../models/ip_adapter.ts';
 import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
@@ -51,7 +53,12 @@ export async function locateSources(
   const refinerSource = options.refiner ? await locateModel(options.refiner, locate) : undefined;
   const vaeSource = options.vae ? await locateVae(options.vae, locate) : undefined;
   const taeSource = options.tae ? await locateTae(options.tae, locate) : undefined;
-  for (const line of fitPreview(options, vaeSource ?? source, taeSource)) warn(line);
+  const coder = vaeFor(source, vaeSource);
+  if (refinerSource && coder.latents_mean)
+    throw new UserError(
+      `${options.refiner} goes on from SDXL's latents, and those of ${options.model} have a mean and a spread of their own (latents_mean): leave --refiner out`,
+    );
+  for (const line of fitPreview(options, coder, taeSource)) warn(line);
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));

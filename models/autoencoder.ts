@@ -3,6 +3,8 @@
 import { MOST_ELEMENTS } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { type AutoencoderTiny, autoencoderTiny, parseAutoencoderTinyConfig } from './autoencoder_tiny.ts';
+import type { Json, ModelSource } from './checkpoint.ts';
+import { sdxlVae } from './presets.ts';
 import { parseVaeConfig, type Vae, vae } from './vae.ts';
 
 /** `posterior` tells them apart: whether encode() gives a distribution to draw latents from, or the latents. */
@@ -19,6 +21,21 @@ export const pixelsPerLatent = (json: Record<string, unknown>): number => {
   const parsed = isTiny(json) ? parseAutoencoderTinyConfig(json) : parseVaeConfig(json);
   return 2 ** (parsed.block_out_channels.length - 1);
 };
+
+/**
+ * The config of what decodes a model's latents. Whoever stands in for its VAE, the mean and the spread of its latents are the model's:
+ * Playground v2.5 has SDXL's VAE, scaled in another way. A tiny autoencoder's own latents are SDXL's, scaled as those are.
+ */
+export function vaeFor(source: ModelSource, vaeSource: ModelSource = source): Json {
+  const config = vaeSource.config('vae');
+  if (vaeSource === source || !source.has('vae')) return config;
+  const own = source.config('vae');
+  if (!own.latents_mean && !config.latents_mean) return config;
+  const { latents_mean, latents_std, scaling_factor } = autoencoder(own).config;
+  const factor = isTiny(config) ? sdxlVae.scaling_factor : 1;
+  const [mean, std] = [latents_mean, latents_std].map((values) => values?.map((value) => value * factor));
+  return { ...config, scaling_factor, latents_mean: mean, latents_std: std };
+}
 
 /** The VAE, for what draws latents from a posterior. @throws UserError for a tiny one, which `where` had */
 export function withPosterior(coder: Autoencoder, where: string): Vae {

@@ -24,8 +24,11 @@ import {
 import { buildComponent, classOf } from './components.ts';
 import { componentClasses } from './diffusers_config.ts';
 import { pipelineIndex } from './inpainting.ts';
+import { isInstructPix2Pix } from './instruct_pix2pix.ts';
+import { marksFor } from './marks.ts';
+import { isEDM } from './samplers/config.ts';
 import { saveShardsInTurns, writeJson } from './save.ts';
-import { openSingleFile, scheduleMarks } from './singlefile.ts';
+import { openSingleFile } from './singlefile.ts';
 import { singleFileEntries } from './write_singlefile.ts';
 
 const weightComponents = ['unet', 'vae', 'text_encoder', 'text_encoder_2'] as const;
@@ -205,7 +208,15 @@ function indexOf(source: ModelSource, chosen: readonly string[]): Json {
       name === 'scheduler' ? (source.config(name)._class_name as string | undefined) : undefined;
     return [name, scheduler ? ['diffusers', scheduler] : componentClasses[name]];
   });
-  return { ...pipelineIndex(source), ...Object.fromEntries(named) };
+  const isEdit =
+    ['unet', 'scheduler'].every((name) => chosen.includes(name)) &&
+    isInstructPix2Pix(source.config('unet')) &&
+    isEDM(source.config('scheduler')._class_name);
+  return {
+    ...pipelineIndex(source),
+    ...(isEdit && { is_cosxl_edit: true }),
+    ...Object.fromEntries(named),
+  };
 }
 
 /** All weights of a model, which one file holds under the original keys. @throws UserError for a part, or what such a file has no names for */
@@ -227,9 +238,11 @@ export function wholeModel(source: ModelSource, { save_keys }: ExportRequest): s
   return weighty;
 }
 
-/** What a single file of this model says of its schedule. */
-export const marksOf = (source: ModelSource): string[] =>
-  hasComponent(source, 'scheduler') ? scheduleMarks(source.config('scheduler')) : [];
+/** What a single file of this model says of its noise. @throws UserError where it has no words for it */
+export const marksOf = (source: ModelSource): TensorEntry[] =>
+  hasComponent(source, 'scheduler')
+    ? marksFor(source.config('scheduler'), source.has('vae') ? source.config('vae') : undefined)
+    : [];
 
 /** Writes all weights into one file under the original keys. */
 export function* exportSingleFile(

@@ -22,7 +22,8 @@ import { kindOf } from './inpainting.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
-import { parseSchedulerConfig } from './samplers/config.ts';
+import { markedIn } from './marks.ts';
+import { isEDM, parseSchedulerConfig } from './samplers/config.ts';
 import { layoutOf, loneUNet } from './sgm_keys.ts';
 import { openSingleFile, openVaeFile } from './singlefile.ts';
 import { isT2IAdapter, openT2IAdapterFile } from './t2i_adapter.ts';
@@ -94,12 +95,13 @@ function inspectPipeline(path: string): Inspection {
   );
   const problems: string[] = [];
   const components: Component[] = [];
+  let noise = '';
   for (const [name] of named) {
     if (!source.has(name)) problems.push(`${name} is named in model_index.json and its folder is missing`);
     else if (/^(unet|vae|text_encoder(_2)?)$/.test(name)) {
       components.push(inspectComponent(name, source.config(name), () => source.weights(name)));
     } else if (name === 'scheduler')
-      problems.push(...problemOf(() => parseSchedulerConfig(source.config(name))));
+      problems.push(...problemOf(() => (noise = noiseOf(parseSchedulerConfig(source.config(name))))));
   }
   if (components.length === 0) problems.push('model_index.json names no component that SDXL has');
   const { requires_aesthetics_score, _class_name = 'unknown pipeline' } = source.modelIndex;
@@ -111,8 +113,12 @@ function inspectPipeline(path: string): Inspection {
         ? `SDXL ${seeing.name}`
         : String(_class_name);
   problems.push(...problemsOf(components));
-  return { path, kind: `diffusers folder: ${kind}`, components, metadata: {}, problems };
+  return { path, kind: `diffusers folder: ${kind}${noise}`, components, metadata: {}, problems };
 }
+
+/** Of a model whose noise is not SDXL's. */
+const noiseOf = ({ _class_name: name }: { _class_name?: unknown }): string =>
+  isEDM(name) ? `, trained under EDM's noise (${name})` : '';
 
 /** What keeps `read` from its end, if anything does. */
 function problemOf(read: () => unknown): string[] {
@@ -258,13 +264,14 @@ function inspectSingleFile(
   const first = all.some(({ name }) => owner(name) === 'text_encoder') ? 'base' : 'refiner';
   // As stable-diffusion.cpp knows SSD-1B and Segmind-Vega.
   const whole = all.some(({ name }) => name.startsWith(`${prefixes.unet}middle_block.1.`));
-  const kind = `${kindOf(channels)?.name ?? first}${channels.in_channels && !whole ? ', distilled' : ''}`;
+  let kind = `${kindOf(channels)?.name ?? first}${channels.in_channels && !whole ? ', distilled' : ''}`;
   const components = [...new Set(all.map(({ name }) => owner(name)))].map((name) => {
     const mine = all.filter((tensor) => owner(tensor.name) === name);
     return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };
   });
   const problems = problemsOf(components);
   try {
+    kind += noiseOf(markedIn(file).scheduler);
     const source = openSingleFile(file.path);
     for (const component of components.filter(({ name }) => name !== 'other')) {
       const { name } = component;

@@ -1,7 +1,8 @@
 // InstructPix2Pix (Brooks et al. 2023): models that edit a picture as the prompt tells, such as diffusers/sdxl-instructpix2pix-768. Their
 // UNets see beside the latents those of the picture, the mode of what the VAE says, not scaled, as diffusers'
-// StableDiffusionXLInstructPix2PixPipeline has them; drawing begins with noise alone. Guidance has two scales, for the prompt and for the
-// picture, and three parts: without both, with the picture, with both.
+// StableDiffusionXLInstructPix2PixPipeline has them, but scaled for models under EDM's noise (CosXL Edit, its is_cosxl_edit); drawing
+// begins with noise alone. Guidance has two scales, for the prompt and for the picture, and three parts: without both, with the picture,
+// with both.
 import { UserError } from '../io/errors.ts';
 import type { Autoencoder } from './autoencoder.ts';
 import { checkShape, encodeMode, type Latents, stacked } from './latents.ts';
@@ -53,15 +54,17 @@ export function checkInstructPix2Pix(config: Channels, request: Asked): void {
       throw new UserError(`${whose}, beginning with noise, and takes no ${key} (${option}): leave it out`);
 }
 
-/** What the UNet sees beside latents of this shape, [n, c, h, w]: of pixels [1, 3, ...] their latents, and latents as they are. */
+/** What the UNet sees beside latents of this shape, [n, c, h, w]: of pixels [1, 3, ...] their latents, or latents; `scaled`, or as they are. */
 export function originalLatents(
   { vae, ratio }: { vae: Autoencoder; ratio: number },
-  { image, vae_tiling = false }: { image: Latents; vae_tiling?: boolean },
+  { image, scaled, vae_tiling = false }: { image: Latents; scaled: boolean; vae_tiling?: boolean },
   [n, c, h, w]: readonly number[],
 ): Latents {
   const isPixels = image.shape[1] === 3;
   const rows = !isPixels && image.shape[0] > 1 ? n : 1;
   checkShape('image', image, isPixels ? [1, 3, h * ratio, w * ratio] : [rows, c, h, w]);
-  const latents = isPixels ? encodeMode(vae, image, vae_tiling) : image;
+  const mode = isPixels ? encodeMode(vae, image, vae_tiling) : image;
+  const factor = scaled ? vae.config.scaling_factor : 1;
+  const latents = { ...mode, data: mode.data.map((value) => value * factor) };
   return rows === n ? latents : stacked(Array<Latents>(n).fill(latents));
 }

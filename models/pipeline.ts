@@ -9,7 +9,7 @@ import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
-import { type Autoencoder, autoencoder, pixelsPerLatent } from './autoencoder.ts';
+import { type Autoencoder, autoencoder, pixelsPerLatent, vaeFor } from './autoencoder.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { parseTextConfig, type TextConfig, textEncoder } from './clip.ts';
 import { promptCount, type Size, timeIds } from './conditioning.ts';
@@ -27,7 +27,7 @@ import { pagOf } from './pag.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { keepInQ8 } from './q8.ts';
 import { type Asked, complete, type Request } from './request.ts';
-import { parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
+import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
 import { type Start, startOf, strengthOf } from './start.ts';
@@ -82,7 +82,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     throw new UserError(
       `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,
     );
-  const coder = autoencoder(vaeSource.config('vae'));
+  const coder = autoencoder(vaeFor(source, vaeSource));
   const overflows = coder.config.force_upcast && dtype === 'float16';
   const { vaeDtype = overflows ? 'float32' : dtype } = options;
   checkChannels(source.path, unetConfig, coder);
@@ -180,14 +180,23 @@ export interface Denoised {
   timesteps: Float32Array;
 }
 
-/** The sampler that a request names, over the checkpoint's scheduler config. */
+/** The sampler that a request names, over the checkpoint's scheduler config. @throws UserError for one of another noise than the model's */
 export function samplerFor(
   pipeline: Pick<Pipeline, 'scheduler'>,
   request: Pick<Request, 'scheduler'>,
 ): Sampler {
   const { _class_name: own = 'EulerDiscreteScheduler', ...config } = pipeline.scheduler;
   const asked = parseSchedulerConfig(request.scheduler?.config ?? {}, "the request's scheduler.config");
-  return createSampler(request.scheduler?.name ?? own, { ...config, ...asked });
+  const sampler = createSampler(request.scheduler?.name ?? own, { ...config, ...asked });
+  if (isEDM(own) && !isEDM(sampler.name))
+    throw new UserError(
+      `the model was trained under EDM's noise (${own}), from which ${sampler.name} draws nothing but noise: leave the scheduler out, or take edm_euler, edm_dpm++2m or edm_dpm++2m_sde`,
+    );
+  if (isEDM(sampler.name) && !isEDM(own))
+    throw new UserError(
+      `${sampler.name} draws with models that were trained under EDM's noise, such as Playground v2.5 and CosXL, and this is none: leave the scheduler out, or take another, such as euler`,
+    );
+  return sampler;
 }
 
 /** The steps that a request comes to. @throws UserError where the scheduler cannot do them, or none are left */

@@ -18,8 +18,8 @@ import {
   type WeightSource,
 } from './checkpoint.ts';
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
+import { markedIn } from './marks.ts';
 import { presets, sdxlVae } from './presets.ts';
-import { otherProcess } from './samplers/config.ts';
 import { layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
 import { toldIn } from './unet_told.ts';
@@ -48,10 +48,7 @@ export function openSingleFile(
         'give an SDXL base or refiner file, or a diffusers folder',
     );
   }
-  if (edmMarks.some((name) => file.tensors.has(name))) {
-    file.close();
-    throw new UserError(`${path} ${otherProcess}`);
-  }
+  const marked = orClosed(file, markedIn);
   const { refiner, prefixes } = layout;
   const preset = presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
   const [width] = preset.unet.block_out_channels;
@@ -79,11 +76,16 @@ export function openSingleFile(
     if (!found) throw new UserError(`${path} has no ${component}`);
     // An inpainting model's, a distilled one's, or one that is told its guidance, whoever lends the rest.
     if (component === 'unet') return { ...found, in_channels: convIn.shape[1], ...told(found) };
-    return component === 'scheduler' ? { ...found, ...markedSchedule(file) } : found;
+    if (component === 'vae') return { ...found, ...marked.vae };
+    if (component !== 'scheduler') return found;
+    return { ...(!marked.scheduler._class_name && found), ...marked.scheduler };
   };
   const source: ModelSource = {
     path,
-    modelIndex: folder?.modelIndex ?? modelIndex(preset),
+    modelIndex: {
+      ...(folder?.modelIndex ?? modelIndex(preset)),
+      ...(marked.scheduler._class_name ? { scheduler: ['diffusers', marked.scheduler._class_name] } : {}),
+    },
     has,
     config,
     folder(component) {
@@ -141,23 +143,14 @@ export function openVaeFile(path: string): ModelSource {
   };
 }
 
-/** Two empty tensors by which fine-tunes say how they were trained: a file has no scheduler's config. */
-const marks: Readonly<Record<string, Json>> = {
-  v_pred: { prediction_type: 'v_prediction' },
-  ztsnr: { rescale_betas_zero_snr: true },
-};
-
-/** Tensors by which Playground v2.5 and CosXL say that they are such: all else in their files is as SDXL's. */
-const edmMarks = ['edm_mean', 'edm_vpred.sigma_max'];
-
-const markedSchedule = (file: TensorFile): Json =>
-  Object.assign({}, ...Object.keys(marks).map((name) => (file.tensors.has(name) ? marks[name] : {})));
-
-/** The marks that a file needs for this scheduler's config. */
-export const scheduleMarks = (scheduler: Json): string[] =>
-  Object.keys(marks).filter((name) =>
-    Object.entries(marks[name]).every(([key, value]) => scheduler[key] === value),
-  );
+function orClosed<R>(file: TensorFile, read: (file: TensorFile) => R): R {
+  try {
+    return read(file);
+  } catch (error) {
+    file.close();
+    throw error;
+  }
+}
 
 /** The file under diffusers' names and shapes. It lists no names: what nobody asks for is passed over. */
 export function translated(file: TensorFile, origin: (key: string) => Origin): WeightSource {

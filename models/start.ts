@@ -109,7 +109,8 @@ export function startOf(
   }
   const noise = () => combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : draw()]);
   if (image && isInstructPix2Pix(coder.unetConfig)) {
-    const beside = originalLatents(coder, { ...request, image }, shape);
+    const scaled = sampler.config.sigma_data !== undefined;
+    const beside = originalLatents(coder, { ...request, image, scaled }, shape);
     return { shape, draw, beside, begin: () => scope(noise), release() {} };
   }
   const told = denoising_start !== undefined;

@@ -1,17 +1,17 @@
 // The original single file's tensors from a model under diffusers' keys: the other direction of singlefile.ts, through the
 // same spelling. Fused matrices are put together from their thirds, the bare text projection is turned, and the VAE's
-// attention goes back to 1x1 convolutions. How the model predicts is marked by empty tensors, as other programs look for them.
+// attention goes back to 1x1 convolutions. Marks say what a folder's scheduler does (marks.ts).
 import { bytesOf, type TensorEntry } from '../io/safetensors.ts';
 import type { ModelSource } from './checkpoint.ts';
 import { isVaeAttention, type Origin, sgmLayout, sgmOrigin } from './sgm_keys.ts';
 import { transposed } from './singlefile.ts';
 
-/** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. `marks` are empty. */
+/** `entriesOf` gives a component's tensors under diffusers' keys; bytes are made when they are asked for. */
 export function singleFileEntries(
   source: ModelSource,
   components: readonly string[],
   entriesOf: (component: string) => TensorEntry[],
-  marks: readonly string[],
+  marks: readonly TensorEntry[],
 ): TensorEntry[] {
   const layout = sgmLayout(!source.has('text_encoder'));
   const weights = components.flatMap((component) => {
@@ -23,10 +23,7 @@ export function singleFileEntries(
     }
     return [...parts].map(([name, group]) => (group.length > 1 ? fused(name, group) : plain(name, group[0])));
   });
-  return [
-    ...weights,
-    ...marks.map((name) => ({ name, dtype: 'float32' as const, shape: [0], bytes: new Uint8Array() })),
-  ];
+  return [...weights, ...marks];
 }
 
 function plain(name: string, { from, entry }: { from: Origin; entry: TensorEntry }): TensorEntry {

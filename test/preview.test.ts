@@ -119,7 +119,7 @@ test('where a preview cannot be written the run goes on', async (t) => {
     predOriginalSample: () => latents,
   };
   rmSync(join(folder, 'gone'), { recursive: true });
-  for (let i = 0; i < 3; i++) previews.show({} as never, progress);
+  for (let i = 0; i < 3; i++) previews.show({ vae: { config: {} } } as never, progress);
   await previews.close();
   t.equal(lines.length, 1, 'told once');
   t.match(lines[0], /^no more previews: .*gone/);

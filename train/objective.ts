@@ -8,7 +8,7 @@ import { cast } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { completeConfig, parseSchedulerConfig } from '../models/samplers/config.ts';
+import { completeConfig, isEDM, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity, weighted } from '../models/samplers/tables.ts';
 import type { Conditioning } from '../models/transformer.ts';
 import { draws } from './draws.ts';
@@ -92,6 +92,10 @@ export function objectiveOf(
   settings: ObjectiveSettings,
   given: Readonly<Record<string, unknown>>,
 ): Objective {
+  if (isEDM(given._class_name))
+    throw new UserError(
+      `the model was trained under EDM's noise (${given._class_name}), and what is trained here learns from DDPM's: give a model of SDXL's own noise, such as stabilityai/stable-diffusion-xl-base-1.0`,
+    );
   const scheduler = completeConfig('DDPMScheduler', parseSchedulerConfig(trainedScheduler(given, settings)));
   const { prediction_type } = scheduler;
   if (prediction_type === 'sample')

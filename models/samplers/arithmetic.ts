@@ -45,12 +45,23 @@ export function predictEpsilon(
   return combine([1 / sigma, x], [-alpha / sigma, output]);
 }
 
-/** x_0 from the network's output at x = x_0 + sigma epsilon (the network saw x / sqrt(sigma^2 + 1)). */
-export function denoised(type: PredictionType, output: Tensor, x: Tensor, sigma: number): Tensor {
+/**
+ * x_0 from the network's output at x = x_0 + sigma epsilon. The network saw x / sqrt(sigma^2 + 1), or under EDM x / sqrt(sigma^2 +
+ * sigma_data^2), and what "epsilon" names there is the paper's F (Karras et al. 2022, table 1), of which v is the negative.
+ */
+export function denoised(
+  { prediction_type: type, sigma_data }: SchedulerConfig,
+  output: Tensor,
+  x: Tensor,
+  sigma: number,
+): Tensor {
   if (type === 'sample') return output;
-  if (type === 'epsilon') return combine([1, x], [-sigma, output]);
-  const variance = sigma * sigma + 1;
-  return combine([1 / variance, x], [-sigma / Math.sqrt(variance), output]);
+  const isF = sigma_data !== undefined && type === 'epsilon';
+  if (type === 'epsilon' && !isF) return combine([1, x], [-sigma, output]);
+  const data = sigma_data ?? 1;
+  const variance = sigma * sigma + data * data;
+  const weight = (sigma * data) / Math.sqrt(variance);
+  return combine([(data * data) / variance, x], [isF ? weight : -weight, output]);
 }
 
 /** x moved from level `from` to level `to` along the line through x_0. */

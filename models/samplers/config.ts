@@ -21,6 +21,10 @@ export interface SchedulerConfig {
   use_lu_lambdas: boolean;
   sigma_min: number | null;
   sigma_max: number | null;
+  /** EDM's classes alone have this and the next two: the spread of the data, which the network's input and output are scaled by. */
+  sigma_data?: number;
+  sigma_schedule: 'karras' | 'exponential';
+  rho: number;
   final_sigmas_type: 'zero' | 'sigma_min';
   clip_sample: boolean;
   clip_sample_range: number;
@@ -79,6 +83,16 @@ const multistep: Partial<SchedulerConfig> = {
   ...spacedSigmas,
   solver_order: 2,
   lower_order_final: true,
+};
+const edm: Partial<SchedulerConfig> = {
+  sigma_min: 0.002,
+  sigma_max: 80,
+  sigma_data: 0.5,
+  sigma_schedule: 'karras',
+  num_train_timesteps: 1000,
+  prediction_type: 'epsilon',
+  rho: 7,
+  final_sigmas_type: 'zero',
 };
 
 /** The options of each scheduler class, with its defaults. */
@@ -142,9 +156,21 @@ export const schedulerDefaults = {
   },
   LCMScheduler: consistency,
   TCDScheduler: consistency,
+  EDMEulerScheduler: edm,
+  EDMDPMSolverMultistepScheduler: {
+    ...edm,
+    solver_order: 2,
+    algorithm_type: 'dpmsolver++',
+    solver_type: 'midpoint',
+    lower_order_final: true,
+    euler_at_final: false,
+  },
 } satisfies Record<string, Partial<SchedulerConfig>>;
 
 export type SchedulerClass = keyof typeof schedulerDefaults;
+
+/** Whether models that were trained under EDM's noise (Karras et al. 2022) come with this class, which draws with no others. */
+export const isEDM = (name: unknown): boolean => typeof name === 'string' && name.startsWith('EDM');
 
 export const schedulerClasses = Object.keys(schedulerDefaults) as SchedulerClass[];
 
@@ -155,6 +181,7 @@ const choices: Partial<Record<keyof SchedulerConfig, readonly (string | null)[]>
   timestep_spacing: ['linspace', 'leading', 'trailing'],
   interpolation_type: ['linear', 'log_linear'],
   final_sigmas_type: ['zero', 'sigma_min'],
+  sigma_schedule: ['karras', 'exponential'],
   variance_type: [
     ...['fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log'],
     ...['learned', 'learned_range', null],
@@ -206,6 +233,8 @@ const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
   use_lu_lambdas: flag,
   sigma_min: nothingOr(positive),
   sigma_max: nothingOr(positive),
+  sigma_data: positive,
+  rho: positive,
   clip_sample: flag,
   clip_sample_range: positive,
   set_alpha_to_one: flag,
@@ -220,11 +249,11 @@ const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
 };
 
 /** What is said of a model that no scheduler here can draw with, whichever is named: all that comes is noise. */
-export const otherProcess =
-  "was trained under another noise than SDXL's (EDM's or flow matching's), which no scheduler here samples: give a model of SDXL's own";
+const otherProcess =
+  "was trained under another noise (flow matching's, or a cosine's), which no scheduler here samples: give a model of SDXL's own noise, or of EDM's";
 
 /** The classes that such models come with. */
-const ofOtherProcesses = /^(EDM|FlowMatch|CosineDPM)/;
+const ofOtherProcesses = /^(FlowMatch|CosineDPM)/;
 
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
@@ -264,7 +293,18 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
     throw new UserError(
       `the scheduler config's algorithm_type "${algorithm_type}" cannot step to sigma 0: set final_sigmas_type to "sigma_min"`,
     );
+  if (isEDM(name)) checkEDM(name, config);
   return config;
+}
+
+/** @throws UserError for what EDM's classes have no formula of */
+function checkEDM(name: string, { prediction_type, algorithm_type, sigma_min, sigma_max }: SchedulerConfig) {
+  if (prediction_type === 'sample')
+    throw unlike('prediction_type', prediction_type, `"epsilon" or "v_prediction" for ${name}`);
+  if (algorithm_type && !algorithm_type.endsWith('++'))
+    throw unlike('algorithm_type', algorithm_type, `"dpmsolver++" or "sde-dpmsolver++" for ${name}`);
+  if (!sigma_min || !sigma_max || sigma_min >= sigma_max)
+    throw unlike('sigma_min', sigma_min, `above 0 and below sigma_max, which is ${sigma_max}, for ${name}`);
 }
 
 /** A long list is told by its beginning. */

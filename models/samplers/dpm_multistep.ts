@@ -5,6 +5,7 @@ import type { Tensor } from '../../engine/tensor.ts';
 import type { SchedulerConfig } from './config.ts';
 import {
   isStochastic,
+  type Level,
   levelOf,
   solverOutput,
   solverSchedule,
@@ -19,29 +20,38 @@ export function dpmMultistep(config: SchedulerConfig): Method {
   return {
     order: 1,
     schedule: (steps, custom) => solverSchedule(config, table, steps, custom),
-    start(plan, remember) {
-      const outputs = remember(config.solver_order);
-      return (output, x, i, draw) => {
-        const level = levelOf(plan.sigmas[i]);
-        const latest = outputs.add(solverOutput(config, output, x, level));
-        const order = Math.min(latest.length, stepOrder(config, plan, i));
-        const weights = solverWeights(
-          order === 3 ? { ...config, solver_type: 'heun' } : config,
-          levelOf(plan.sigmas[i + 1]),
-          level,
-        );
-        const terms = seriesTerms(latest.slice(0, order), (back) => levelOf(plan.sigmas[i + back]).lambda);
-        return solverUpdate(weights, x, terms, isStochastic(config) ? draw() : undefined);
-      };
-    },
+    start: multistepStart(config, levelOf),
   };
 }
 
-/** The order to use at call i: short runs end with lower orders, and a step to sigma 0 is always of first order. */
+/** The steps, in the parametrization of noise levels that `levelAt` makes of the schedule's sigmas. */
+export const multistepStart =
+  (config: SchedulerConfig, levelAt: (sigma: number) => Level): Method['start'] =>
+  (plan, remember) => {
+    const outputs = remember(config.solver_order);
+    return (output, x, i, draw) => {
+      const level = levelAt(plan.sigmas[i]);
+      const latest = outputs.add(solverOutput(config, output, x, level));
+      const order = Math.min(latest.length, stepOrder(config, plan, i));
+      const weights = solverWeights(
+        order === 3 ? { ...config, solver_type: 'heun' } : config,
+        levelAt(plan.sigmas[i + 1]),
+        level,
+      );
+      const terms = seriesTerms(latest.slice(0, order), (back) => levelAt(plan.sigmas[i + back]).lambda);
+      return solverUpdate(weights, x, terms, isStochastic(config) ? draw() : undefined);
+    };
+  };
+
+/**
+ * The order to use at call i: short runs end with lower orders, and a step to sigma 0 is always of first order. Under EDM so is the last to
+ * sigma_min, which is there already: its length would be a divisor, as it is in diffusers.
+ */
 function stepOrder(config: SchedulerConfig, plan: Plan, i: number): number {
   const left = plan.timesteps.length - i;
   const lowers = config.lower_order_final && plan.timesteps.length < 15;
-  if (left === 1 && (config.euler_at_final || lowers || config.final_sigmas_type === 'zero')) return 1;
+  const isFirst = config.euler_at_final || lowers || config.final_sigmas_type === 'zero' || config.sigma_data;
+  if (left === 1 && isFirst) return 1;
   return left === 2 && lowers ? 2 : config.solver_order;
 }
 

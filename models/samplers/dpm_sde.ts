@@ -32,7 +32,7 @@ export function dpmSde(config: SchedulerConfig): Method {
         const second = first !== undefined;
         const sigma = plan.sigmas[second ? i - 1 : i];
         const next = plan.sigmas[second ? i : i + 1];
-        const x0 = denoised(config.prediction_type, output, x, plan.inputSigmas![i]);
+        const x0 = denoised(config, output, x, plan.inputSigmas![i]);
         if (next === 0) return towards(x, x0, sigma, 0);
         const { down, up } = ancestralLevels(sigma, second ? next : plan.inputSigmas![i + 1]);
         const moved = combine([down / sigma, first ?? x], [1 - down / sigma, x0], [up, draw()]);

@@ -3,19 +3,20 @@
 // "dpmsolver" expands epsilon, "dpmsolver++" x_0; the "sde-" forms add noise.
 import { combine, type Term } from '../../engine/ops/combine.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import { predictEpsilon, predictX0 } from './arithmetic.ts';
+import { denoised, predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { PlanOptions, Schedule } from './sampler.ts';
 import { hasSpacedSigmas, solverLevels } from './sigmas.ts';
 import { solverTimesteps } from './tables.ts';
 
-/** A noise level in the parametrization with alpha^2 + sigma^2 = 1, from sigma / alpha. */
+/** A noise level; lambda is log(alpha / sigma). */
 export interface Level {
   alpha: number;
   sigma: number;
   lambda: number;
 }
 
+/** In the parametrization with alpha^2 + sigma^2 = 1, from sigma / alpha. */
 export function levelOf(ratio: number): Level {
   const alpha = 1 / Math.sqrt(ratio * ratio + 1);
   return { alpha, sigma: ratio * alpha, lambda: -Math.log(ratio) };
@@ -65,6 +66,7 @@ export function solverOutput(
   x: Tensor,
   { alpha, sigma }: Level,
 ): Tensor {
+  if (config.sigma_data) return denoised(config, output, x, sigma);
   const predict = config.algorithm_type.endsWith('++') ? predictX0 : predictEpsilon;
   return predict(config.prediction_type, output, x, alpha, sigma);
 }

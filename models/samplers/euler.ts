@@ -13,19 +13,25 @@ export function euler(config: SchedulerConfig): Method {
     order: 1,
     takesSigmas: true,
     schedule: (steps, custom) => eulerSchedule(config, table, steps, custom),
-    start: (plan) => (output, x, i, draw) => {
-      const sigma = plan.sigmas[i];
-      const { s_churn = 0, s_tmin = 0, s_tmax = Number.POSITIVE_INFINITY, s_noise = 1 } = plan.settings;
-      const churns = s_churn > 0 && sigma >= s_tmin && sigma <= s_tmax;
-      const gamma = churns ? Math.min(s_churn / (plan.sigmas.length - 1), Math.SQRT2 - 1) : 0;
-      const hat = sigma * (gamma + 1);
-      if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
-      // v was trained at sigma, not at the churned level: diffusers keeps sigma there.
-      const level = config.prediction_type === 'v_prediction' ? sigma : hat;
-      return towards(x, denoised(config.prediction_type, output, x, level), hat, plan.sigmas[i + 1]);
-    },
+    start: eulerStart(config),
   };
 }
+
+/** The steps over any layout of sigmas. */
+export const eulerStart =
+  (config: SchedulerConfig): Method['start'] =>
+  (plan) =>
+  (output, x, i, draw) => {
+    const sigma = plan.sigmas[i];
+    const { s_churn = 0, s_tmin = 0, s_tmax = Number.POSITIVE_INFINITY, s_noise = 1 } = plan.settings;
+    const churns = s_churn > 0 && sigma >= s_tmin && sigma <= s_tmax;
+    const gamma = churns ? Math.min(s_churn / (plan.sigmas.length - 1), Math.SQRT2 - 1) : 0;
+    const hat = sigma * (gamma + 1);
+    if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
+    // v was trained at sigma, not at the churned level: diffusers keeps sigma there, but not under EDM.
+    const level = config.prediction_type === 'v_prediction' && !config.sigma_data ? sigma : hat;
+    return towards(x, denoised(config, output, x, level), hat, plan.sigmas[i + 1]);
+  };
 
 /** Standard deviation to start from: with leading spacing the first sigma is below the last training step's. */
 function startSigma(config: SchedulerConfig, sigmas: Float32Array): number {

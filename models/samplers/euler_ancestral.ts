@@ -19,7 +19,7 @@ export function eulerAncestral(config: SchedulerConfig): Method {
     start: (plan) => (output, x, i, draw) => {
       const sigma = plan.sigmas[i];
       const { down, up } = ancestralLevels(sigma, plan.sigmas[i + 1]);
-      const moved = towards(x, denoised(config.prediction_type, output, x, sigma), sigma, down);
+      const moved = towards(x, denoised(config, output, x, sigma), sigma, down);
       return combine([1, moved], [up, draw()]);
     },
   };

@@ -21,7 +21,7 @@ export function heun(config: SchedulerConfig): Method {
       const first = remember(2);
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
-        const x0 = clipSample(config, denoised(config.prediction_type, output, x, sigma));
+        const x0 = clipSample(config, denoised(config, output, x, sigma));
         const [end, start] = first.values;
         if (!start) {
           first.add(x);

@@ -35,7 +35,7 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
       const start = remember(1);
       return (output, x, i, draw) => {
         const middle = plan.inputSigmas![i];
-        const x0 = denoised(config.prediction_type, output, x, middle);
+        const x0 = denoised(config, output, x, middle);
         const [from] = start.values;
         if (!from) {
           // The last step, to sigma 0, has no middle and goes all the way.

@@ -21,7 +21,7 @@ export function lms(config: SchedulerConfig): Method {
       const derivatives = remember(order);
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
-        const x0 = denoised(config.prediction_type, output, x, sigma);
+        const x0 = denoised(config, output, x, sigma);
         const latest = derivatives.add(combine([1 / sigma, x], [-1 / sigma, x0]));
         // The polynomial's degree counts steps from the start of the schedule, also when a run begins in the middle, as
         // diffusers has it; coefficients of derivatives that were never taken are then dropped.

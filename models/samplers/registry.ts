@@ -2,6 +2,7 @@
 import { didYouMean, UserError } from '../../io/errors.ts';
 import {
   completeConfig,
+  isEDM,
   type SchedulerClass,
   type SchedulerConfig,
   schedulerClasses,
@@ -13,6 +14,7 @@ import { deis } from './deis.ts';
 import { dpmMultistep } from './dpm_multistep.ts';
 import { dpmSde } from './dpm_sde.ts';
 import { dpmSinglestep } from './dpm_singlestep.ts';
+import { edmDpmMultistep, edmEuler } from './edm.ts';
 import { euler } from './euler.ts';
 import { eulerAncestral } from './euler_ancestral.ts';
 import { heun } from './heun.ts';
@@ -41,6 +43,8 @@ const methods: Record<SchedulerClass, (config: SchedulerConfig) => Method> = {
   UniPCMultistepScheduler: unipc,
   LCMScheduler: lcm,
   TCDScheduler: tcd,
+  EDMEulerScheduler: edmEuler,
+  EDMDPMSolverMultistepScheduler: edmDpmMultistep,
 };
 
 interface Choice {
@@ -77,20 +81,28 @@ const shortNames: Record<string, Choice> = {
   deis: { name: 'DEISMultistepScheduler' },
   lcm: { name: 'LCMScheduler' },
   tcd: { name: 'TCDScheduler' },
+  edm_euler: { name: 'EDMEulerScheduler' },
+  'edm_dpm++2m': { name: 'EDMDPMSolverMultistepScheduler' },
+  'edm_dpm++2m_sde': { name: 'EDMDPMSolverMultistepScheduler', config: sde },
 };
 
 /** One layout in place of what a model's config has: they exclude each other. */
-export const layoutOf = (layout: keyof typeof layouts): Partial<SchedulerConfig> =>
-  Object.fromEntries(Object.entries(layouts).map(([each, key]) => [key, each === layout]));
+export const layoutOf = (layout: keyof typeof layouts): Partial<SchedulerConfig> => ({
+  ...Object.fromEntries(Object.entries(layouts).map(([each, key]) => [key, each === layout])),
+  ...(layout !== 'beta' && { sigma_schedule: layout }), // EDM's word for the same
+});
 
-const laidOut = Object.entries(shortNames)
-  .filter(([, { name }]) => 'use_karras_sigmas' in schedulerDefaults[name])
-  .flatMap(([short, { name, config }]) =>
-    (Object.keys(layouts) as (keyof typeof layouts)[]).map((layout): [string, Choice] => [
+const hasLayout = (name: SchedulerClass, layout: keyof typeof layouts): boolean =>
+  layouts[layout] in schedulerDefaults[name] || (isEDM(name) && layout !== 'beta');
+
+const laidOut = Object.entries(shortNames).flatMap(([short, { name, config }]) =>
+  (Object.keys(layouts) as (keyof typeof layouts)[])
+    .filter((layout) => hasLayout(name, layout))
+    .map((layout): [string, Choice] => [
       `${short}_${layout}`,
       { name, config: { ...config, ...layoutOf(layout) } },
     ]),
-  );
+);
 
 const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(laidOut) };
 

@@ -35,7 +35,7 @@ export interface PlanOptions extends StepSettings {
   begin?: number;
   /** Own timesteps, falling, in place of the spacing. */
   timesteps?: readonly number[];
-  /** Own sigmas, falling and ending with the final one (Euler only). */
+  /** Own sigmas, falling and ending with the final one (Euler and EDM's only). */
   sigmas?: readonly number[];
 }
 
@@ -47,7 +47,10 @@ export interface Schedule {
   sigmas: Float32Array;
   /** Standard deviation of the noise to start from. */
   initNoiseSigma: number;
-  /** The sigma by which call i's input is scaled, x / sqrt(sigma^2 + 1); absent when the network sees x itself. */
+  /**
+   * The sigma by which call i's input is scaled, x / sqrt(sigma^2 + 1), where EDM has sigma_data^2 in 1's place; absent when the network
+   * sees x itself.
+   */
   inputSigmas?: Float32Array;
   /** Weights of x_0 and of the noise in the latents before call i. */
   marginal(i: number): { signal: number; noise: number };
@@ -120,6 +123,7 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
     order: method.order,
     plan(steps, options = {}) {
       checkOptions(steps, config, options);
+      if (config.sigma_data) checkEDM(name, options);
       if (options.sigmas && !method.takesSigmas)
         throw new UserError(`${name} takes no sigmas of yours; Euler does`);
       if (options.timesteps && method.evenSteps)
@@ -146,8 +150,8 @@ export function makeSampler(name: string, config: SchedulerConfig, method: Metho
     },
     scaleModelInput(plan, x, i) {
       if (!plan.inputSigmas) return x;
-      const sigma = plan.inputSigmas[i];
-      return combine([1 / Math.sqrt(sigma * sigma + 1), x]);
+      const [sigma, { sigma_data: data = 1 }] = [plan.inputSigmas[i], config];
+      return combine([1 / Math.sqrt(sigma * sigma + data * data), x]);
     },
     *run(plan, begin, denoise, draw) {
       const memory = openMemory();
@@ -188,15 +192,15 @@ const release = (tensors: readonly Tensor[] = []): void => {
 
 /** x_0 by the level that the network was told of. */
 function originalSample(
-  { prediction_type: type }: SchedulerConfig,
+  config: SchedulerConfig,
   { inputSigmas, marginal }: Plan,
   output: Tensor,
   x: Tensor,
   i: number,
 ): Tensor {
-  if (inputSigmas) return denoised(type, output, x, inputSigmas[i]);
+  if (inputSigmas) return denoised(config, output, x, inputSigmas[i]);
   const { signal, noise } = marginal(i);
-  return predictX0(type, output, x, signal, noise);
+  return predictX0(config.prediction_type, output, x, signal, noise);
 }
 
 function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptions): void {
@@ -222,6 +226,18 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
   if (denoising_start !== undefined && denoising_start >= denoising_end)
     throw new UserError(
       `denoising_start ${denoising_start} is not below denoising_end ${denoising_end}, so nothing is left to do: lower the start, such as 0.8 for a refiner`,
+    );
+}
+
+/** @throws UserError for what counts in the timesteps of training: models under EDM's noise are told its level */
+function checkEDM(name: string, { timesteps, denoisingStart, denoisingEnd = 1 }: PlanOptions): void {
+  if (timesteps)
+    throw new UserError(
+      `${name} takes no timesteps of yours, as a model under EDM's noise is told its level: give sigmas`,
+    );
+  if (denoisingStart !== undefined || denoisingEnd < 1)
+    throw new UserError(
+      `denoising_start and denoising_end are parts of the timesteps of training, of which ${name} has none: leave them out`,
     );
 }
 

@@ -18,13 +18,16 @@ export function spacedSigmas(config: SchedulerConfig, max: number, min: number, 
   const [high, low] = [config.sigma_max ?? max, config.sigma_min ?? min];
   if (config.use_karras_sigmas) return karrasSigmas(high, low, steps);
   if (config.use_beta_sigmas) return betaSigmas(high, low, steps);
-  // Even steps in log sigma. use_lu_lambdas (Lu et al. 2022, arXiv:2206.00927) names the same layout.
-  return linspace(Math.log(high), Math.log(low), steps).map(Math.exp);
+  // use_lu_lambdas (Lu et al. 2022, arXiv:2206.00927) names the same layout.
+  return exponentialSigmas(high, low, steps);
 }
 
-/** Karras et al. 2022 (arXiv:2206.00364), equation 5, with rho = 7. */
-function karrasSigmas(max: number, min: number, steps: number): Float64Array {
-  const rho = 7;
+/** Even steps in log sigma. */
+export const exponentialSigmas = (max: number, min: number, steps: number): Float64Array =>
+  linspace(Math.log(max), Math.log(min), steps).map(Math.exp);
+
+/** Karras et al. 2022 (arXiv:2206.00364), equation 5. */
+export function karrasSigmas(max: number, min: number, steps: number, rho = 7): Float64Array {
   const [high, low] = [max ** (1 / rho), min ** (1 / rho)];
   return linspace(0, 1, steps).map((ramp) => (high + ramp * (low - high)) ** rho);
 }
