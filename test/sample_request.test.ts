@@ -29,7 +29,10 @@ function given({ generators, image, mask, latents, last, ...fields }: ReturnType
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
 }
 
-const karras = { use_karras_sigmas: true, use_exponential_sigmas: false, use_beta_sigmas: false };
+const karras = {
+  ...{ use_karras_sigmas: true, use_exponential_sigmas: false, use_beta_sigmas: false },
+  sigma_schedule: 'karras' as const,
+};
 
 /** What a request has that nothing was said of. */
 const plain = {
