@@ -31,12 +31,14 @@ export type AnySample = Sample<unknown>;
 
 /** Deterministic values in [-1.5, 1.5] away from zero, so that quotients and kinks stay differentiable. */
 export function values(count: number, seed: number): Float64Array {
+  const made = new Float64Array(count);
   let state = (seed * 2654435761 + 12345) >>> 0;
-  return Float64Array.from({ length: count }, () => {
+  for (let i = 0; i < count; i++) {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     const u = state / 2 ** 32;
-    return Math.fround((u < 0.5 ? -1 : 1) * (0.3 + 1.2 * ((u * 2) % 1)));
-  });
+    made[i] = Math.fround((u < 0.5 ? -1 : 1) * (0.3 + 1.2 * ((u * 2) % 1)));
+  }
+  return made;
 }
 
 /** A sample of which a test changes numbers: what is not finite, for one. */
