@@ -1,7 +1,8 @@
 // softmax(scale q k^T) v per head, on [n, l, heads * d] as the projections leave it: no transposes, and the scores are
 // never stored (FlashAttention, Dao 2022). Backward computes them again from the saved log-sum-exp.
-import { apply, defineOp, type Numbers, type RefTensors, sameFloat, type Tensors } from '../op.ts';
+import { apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { addScaled, dotAt } from './runs.ts';
 import { awkwardSizes } from './samples.ts';
 
 interface AttentionAttrs {
@@ -64,24 +65,22 @@ const attentionOp = defineOp<AttentionAttrs>({
       t.y.data.fill(0);
       eachRow(t, attrs, ({ row, p, iq, keyAt, lse, d }) => {
         t.lse.data[row] = lse;
-        for (let j = 0; j < p.length; j++)
-          for (let c = 0; c < d; c++) t.y.data[iq + c] += p[j] * t.v.data[keyAt(j) + c];
+        for (let j = 0; j < p.length; j++) addScaled(t.y.data, iq, p[j], t.v.data, keyAt(j), d);
       });
     },
     backward(t, attrs) {
       const { dq, dk, dv, dy, y, q, k, v } = t;
       for (const gradient of [dq, dk, dv]) gradient?.data.fill(0);
       eachRow(t, attrs, ({ p, iq, keyAt, d }) => {
-        const dp = p.map((_, j) => dotAt(dy.data, iq, v.data, keyAt(j), d));
         // The mean of dp under p, which is what dy has of y.
         const mean = dotAt(dy.data, iq, y.data, iq, d);
         for (let j = 0; j < p.length; j++) {
-          const ds = p[j] * (dp[j] - mean) * attrs.scale;
-          for (let c = 0; c < d; c++) {
-            if (dq) dq.data[iq + c] += ds * k.data[keyAt(j) + c];
-            if (dk) dk.data[keyAt(j) + c] += ds * q.data[iq + c];
-            if (dv) dv.data[keyAt(j) + c] += p[j] * dy.data[iq + c];
-          }
+          const key = keyAt(j);
+          const dp = dotAt(dy.data, iq, v.data, key, d);
+          const ds = p[j] * (dp - mean) * attrs.scale;
+          if (dq) addScaled(dq.data, iq, ds, k.data, key, d);
+          if (dk) addScaled(dk.data, key, ds, q.data, iq, d);
+          if (dv) addScaled(dv.data, key, p[j], dy.data, iq, d);
         }
       });
     },
@@ -109,12 +108,6 @@ const attentionOp = defineOp<AttentionAttrs>({
 function sample(n: number, lq: number, lk: number, c: number, heads: number, causal = false) {
   const inputs = { q: [n, lq, c], k: [n, lk, c], v: [n, lk, c] };
   return { inputs, attrs: { heads, causal, scale: (c / heads) ** -0.5 } };
-}
-
-function dotAt(a: Numbers, ia: number, b: Numbers, ib: number, length: number): number {
-  let total = 0;
-  for (let c = 0; c < length; c++) total += a[ia + c] * b[ib + c];
-  return total;
 }
 
 interface Row {

@@ -2,6 +2,7 @@
 // encoder pads right and bottom only). Epilogue: bias, a per-image channel shift (the time embedding) and a residual.
 import { apply, defineOp, type RefTensors, type Sample, sameFloat } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
+import { addScaled } from './runs.ts';
 import { awkwardSizes } from './samples.ts';
 import { joinedReference, launchPlace, launchSlice, partsOf, shapeBeside } from './skip.ts';
 
@@ -93,8 +94,11 @@ const convOp = defineOp<ConvAttrs>({
           y.data[i] =
             (bias?.data[channel] ?? 0) + (shift?.data[image * o + channel] ?? 0) + (residual?.data[i] ?? 0);
         }
-        eachTap(t, attrs, (iy, ix, iw) => {
-          y.data[iy] += t.x.data[ix] * t.weight.data[iw];
+        const [x, weight, sums] = [t.x.data, t.weight.data, y.data];
+        eachTap(t, attrs, (iy, ix, iw, c) => {
+          let total = 0;
+          for (let k = 0; k < c; k++) total += x[ix + k] * weight[iw + k];
+          sums[iy] += total;
         });
       }),
     backward: (tensors, attrs) =>
@@ -107,9 +111,9 @@ const convOp = defineOp<ConvAttrs>({
           if (dbias) dbias.data[i % o] += dy.data[i];
           if (dshift) dshift.data[Math.floor(i / (oh * ow * o)) * o + (i % o)] += dy.data[i];
         }
-        eachTap(t, attrs, (iy, ix, iw) => {
-          if (dx) dx.data[ix] += dy.data[iy] * t.weight.data[iw];
-          if (dweight) dweight.data[iw] += dy.data[iy] * t.x.data[ix];
+        eachTap(t, attrs, (iy, ix, iw, c) => {
+          if (dx) addScaled(dx.data, ix, dy.data[iy], t.weight.data, iw, c);
+          if (dweight) addScaled(dweight.data, iw, dy.data[iy], t.x.data, ix, c);
         });
       }),
   },
@@ -165,8 +169,12 @@ function skipSample(
   return { inputs, attrs: { stride: 1, padding: [kh >> 1, kw >> 1, kh >> 1, kw >> 1] } };
 }
 
-/** Visits every product of the sum with its flat indexes in y, x and weight. */
-function eachTap(t: RefTensors, attrs: ConvAttrs, visit: (iy: number, ix: number, iw: number) => void): void {
+/** Visits what a pixel of x gives to a number of y, products over `c` channels, with the flat indexes in y, x and weight. */
+function eachTap(
+  t: RefTensors,
+  attrs: ConvAttrs,
+  visit: (iy: number, ix: number, iw: number, c: number) => void,
+): void {
   const { n, h, w, c, oh, ow, o, kh, kw, stride, top, left } = dims(t.x.shape, t.weight.shape, attrs);
   for (let image = 0; image < n; image++)
     for (let i = 0; i < oh; i++)
@@ -177,10 +185,7 @@ function eachTap(t: RefTensors, attrs: ConvAttrs, visit: (iy: number, ix: number
             if (row < 0 || row >= h || column < 0 || column >= w) continue;
             const ix = ((image * h + row) * w + column) * c;
             const iy = ((image * oh + i) * ow + j) * o;
-            for (let k = 0; k < o; k++) {
-              const iw = ((k * kh + p) * kw + q) * c;
-              for (let channel = 0; channel < c; channel++) visit(iy + k, ix + channel, iw + channel);
-            }
+            for (let k = 0; k < o; k++) visit(iy + k, ix, ((k * kh + p) * kw + q) * c, c);
           }
 }
 

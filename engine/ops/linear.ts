@@ -16,6 +16,7 @@ import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { add } from './binary.ts';
 import * as scalar from './math.ts';
 import { rowsOf } from './reduce.ts';
+import { addScaled, dotAt } from './runs.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 import { gelu, quickGelu, silu } from './unary.ts';
 
@@ -108,10 +109,8 @@ const linearOp = defineOp<None>({
         for (let j = 0; j < n; j++) {
           const g = dy.data[i * n + j];
           if (dbias) dbias.data[j] += g;
-          for (let p = 0; p < k; p++) {
-            if (dx) dx.data[i * k + p] += g * weight.data[j * k + p];
-            if (dweight) dweight.data[j * k + p] += g * x.data[i * k + p];
-          }
+          if (dx) addScaled(dx.data, i * k, g, weight.data, j * k, k);
+          if (dweight) addScaled(dweight.data, j * k, g, x.data, i * k, k);
         }
     },
   },
@@ -179,11 +178,7 @@ function product(
 ): Float64Array {
   const y = new Float64Array(m * n);
   for (let i = 0; i < m; i++)
-    for (let j = 0; j < n; j++) {
-      let total = bias ? bias[j] : 0;
-      for (let p = 0; p < k; p++) total += x[i * k + p] * weight[j * k + p];
-      y[i * n + j] = total;
-    }
+    for (let j = 0; j < n; j++) y[i * n + j] = (bias ? bias[j] : 0) + dotAt(x, i * k, weight, j * k, k);
   return y;
 }
 
