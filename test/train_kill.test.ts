@@ -1,5 +1,6 @@
 // Killing a run: after `kill -9` at any moment there is a whole checkpoint or none, and the run goes on from it to the same
-// bytes as one that was never killed. Each run is a process of its own, killed at a moment drawn from a seed.
+// bytes as one that was never killed. Each run is a process of its own. It is killed at each kind of call by which it changes files, and
+// by the clock, at moments drawn from a seed, which may be amid a call or amid a pass.
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -22,9 +23,8 @@ for (let i = 0; i < 5; i++) {
   writeFileSync(join(pictures, `${i}.txt`), `picture ${i}`);
 }
 
-/** More than twenty killed runs get to. */
-const steps = 60;
-const kills = 20;
+/** More than all killed runs get to. */
+const steps = 24;
 const program = join(packageRoot, 'bin', 'sdxl.js');
 
 function runFile(name: string, more: object = {}): string {
@@ -60,42 +60,88 @@ function digest(checkpoint: string): string {
   return hash.digest('hex');
 }
 
-/** Resolves `delay` ms after the program has begun to train, or when it ends before. */
-async function killed(child: ChildProcess, delay: number): Promise<boolean> {
+/** Killed before the nth call, of one of these functions of node:fs, on what has such a path. */
+type Moment = readonly [what: string, call: RegExp, nth: number];
+
+/** In this order the first comes upon a checkpoint to go on from, and the last ones upon two, of which a third makes one go. */
+const moments: readonly Moment[] = [
+  ['a new log, as the run is taken up', /^renameSync .*killed.\.sdxl-[^/]*$/, 1],
+  ['a line of the log', /^appendFileSync .*log\.jsonl$/, 2],
+  ['amid the weights', /^writeSync .*checkpoints.*\.tmp.unet.\.sdxl/, 40],
+  ['whole weights, not yet on the disk', /^fsyncSync .*\.tmp.ema.unet.\.sdxl/, 1],
+  ['amid the optimizer', /^writeSync .*checkpoints.\.sdxl[^/]*\.tmp.\.sdxl/, 40],
+  ['a whole checkpoint without its name', /^renameSync .*checkpoints.\.sdxl[^/]*\.tmp$/, 2],
+  ['its name, not yet on the disk', /^fsyncSync .*checkpoints$/, 1],
+  ['the oldest, which is to go', /^renameSync .*checkpoints.step-\d*$/, 1],
+  ['the oldest, which has lost its name', /^rmSync .*checkpoints.\.sdxl[^/]*\.tmp$/, 1],
+];
+
+/** A module that node loads before the program. */
+function killer([what, call, nth]: Moment): string {
+  const path = join(folder, `${what.replaceAll(/\W+/g, '-')}.mjs`);
+  writeFileSync(
+    path,
+    `import fs from 'node:fs';
+    import { syncBuiltinESMExports } from 'node:module';
+    const paths = new Map();
+    let calls = 0;
+    for (const name of ['openSync', 'writeSync', 'appendFileSync', 'fsyncSync', 'renameSync', 'rmSync']) {
+      const call = fs[name];
+      fs[name] = (...given) => {
+        if (${call}.test(name + ' ' + (paths.get(given[0]) ?? given[0])) && ++calls === ${nth}) process.kill(process.pid, 'SIGKILL');
+        const result = call(...given);
+        if (name === 'openSync') paths.set(result, given[0]);
+        return result;
+      };
+    }
+    syncBuiltinESMExports();`,
+  );
+  return path;
+}
+
+/** Whether it was killed, by itself or `delay` ms after it has begun to train. */
+async function killed(child: ChildProcess, delay?: number): Promise<boolean> {
   return new Promise((resolve) => {
     child.stderr?.on('data', (text: Buffer) => {
-      if (String(text).includes('training ')) setTimeout(() => child.kill('SIGKILL'), delay);
+      if (delay !== undefined && String(text).includes('training '))
+        setTimeout(() => child.kill('SIGKILL'), delay);
     });
     child.on('close', (_, signal) => resolve(signal === 'SIGKILL'));
   });
 }
 
-test('twenty kills', { timeout: 600_000 }, async (t) => {
+test('a run killed again and again ends in the bytes of one that was not', {
+  timeout: 600_000,
+}, async (t) => {
   const began = performance.now();
   const whole = spawnSync(process.execPath, [program, 'train', runFile('whole'), '--quiet'], {
     encoding: 'utf8',
   });
   t.equal(whole.status, 0, whole.stderr);
-  // Up to three updates at this machine's pace, so that some get on however busy it is.
-  const longest = Math.max(120, Math.round((3 * (performance.now() - began)) / steps));
+  // Up to two updates at this machine's pace, so that some get on however busy it is.
+  const longest = Math.max(120, Math.round((2 * (performance.now() - began)) / steps));
   const file = runFile('killed');
   const random = draws(11, 0, 0, 'order');
-  let count = 0;
   let furthest = 0;
-  for (let turn = 0; turn < kills; turn++) {
-    // A machine that has become less busy since is far quicker: halfway through, runs are killed at once.
-    const delay = furthest > steps / 2 ? 0 : random.integer(longest);
-    const child = spawn(process.execPath, [program, 'train', file, '--resume'], {
+  const kill = async (what: string, delay: number | undefined, ...flags: string[]) => {
+    const child = spawn(process.execPath, [...flags, program, 'train', file, '--resume'], {
       stdio: ['ignore', 'ignore', 'pipe'],
     });
-    if (await killed(child, delay)) count++;
+    t.ok(await killed(child, delay), `killed: ${what}, from step ${furthest} on`);
     for (const checkpoint of listCheckpoints(join(folder, 'killed'))) {
       for (const name of files(checkpoint)) openSafetensors(join(checkpoint, name)).close();
       furthest = readState(checkpoint).step;
     }
+  };
+  await kill('a first checkpoint', undefined, '--import', killer(['first', /^fsyncSync .*checkpoints$/, 1]));
+  t.equal(furthest, 1, 'which had its name already');
+  for (const moment of moments) await kill(moment[0], undefined, '--import', killer(moment));
+  // A machine that has become less busy since is far quicker: once far on, runs are killed at once.
+  for (let turn = 0; turn < 4; turn++) {
+    const delay = furthest > steps / 2 ? 0 : random.integer(longest);
+    await kill(`after ${delay} ms`, delay);
   }
-  t.equal(count, kills, `each was killed while it trained; the last checkpoint was of step ${furthest}`);
-  t.ok(furthest > 0, 'and some had got on');
+  t.ok(furthest > 4 && furthest < steps, `some had got on, to step ${furthest}`);
   const end = spawnSync(process.execPath, [program, 'train', file, '--resume', '--quiet'], {
     encoding: 'utf8',
   });
