@@ -194,10 +194,17 @@ export function permuted(
   order: readonly number[],
 ): Float32Array {
   const strides = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
-  let from = [0];
-  for (const axis of order)
-    from = from.flatMap((start) => Array.from({ length: shape[axis] }, (_, i) => start + i * strides[axis]));
-  return Float32Array.from(from, (at) => values[at]);
+  const made = new Float32Array(values.length);
+  let count = 0;
+  const fill = (depth: number, start: number): void => {
+    const [size, stride] = [shape[order[depth]], strides[order[depth]]];
+    const innermost = depth === order.length - 1;
+    for (let i = 0; i < size; i++)
+      if (innermost) made[count++] = values[start + i * stride];
+      else fill(depth + 1, start + i * stride);
+  };
+  fill(0, 0);
+  return made;
 }
 
 /** What the helpers need of tap. */
