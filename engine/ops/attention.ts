@@ -114,7 +114,7 @@ interface Row {
   /** Index into lse; start of this query's head in q and y; the probabilities; where key j's head starts. */
   row: number;
   iq: number;
-  p: number[];
+  p: Float64Array;
   keyAt: (j: number) => number;
   lse: number;
   d: number;
@@ -129,10 +129,8 @@ function eachRow(t: RefTensors, attrs: AttentionAttrs, visit: (row: Row) => void
         const iq = (image * lq + i) * c + head * d;
         const keyAt = (j: number) => (image * lk + j) * c + head * d;
         const seen = attrs.causal ? Math.min(i + 1, lk) : lk;
-        const scores = Array.from(
-          { length: seen },
-          (_, j) => attrs.scale * dotAt(t.q.data, iq, t.k.data, keyAt(j), d),
-        );
+        const scores = new Float64Array(seen);
+        for (let j = 0; j < seen; j++) scores[j] = attrs.scale * dotAt(t.q.data, iq, t.k.data, keyAt(j), d);
         const max = scores.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
         const lse = max + Math.log(scores.reduce((total, s) => total + Math.exp(s - max), 0));
         visit({

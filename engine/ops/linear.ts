@@ -71,12 +71,13 @@ export function checkLinear(op: string, t: Tensors, activation: Activation): rea
 export function linearReference({ y, x, weight, bias, residual }: RefTensors, activation: Activation): void {
   const { m, n, h, k } = dims(x.shape, weight.shape, activation);
   const pre = product(x.data, weight.data, bias?.data, m, h, k);
-  for (let i = 0; i < m * n; i++) {
-    const at = (column: number) => pre[Math.floor(i / n) * h + column];
-    const value =
-      activation === 'geglu' ? at(i % n) * scalar.gelu.f(at((i % n) + n)) : scalarOf[activation].f(pre[i]);
-    y.data[i] = value + (residual ? residual.data[i] : 0);
-  }
+  for (let i = 0; i < m; i++)
+    for (let j = 0; j < n; j++) {
+      const at = i * h + j;
+      const value =
+        activation === 'geglu' ? pre[at] * scalar.gelu.f(pre[at + n]) : scalarOf[activation].f(pre[at]);
+      y.data[i * n + j] = value + (residual ? residual.data[i * n + j] : 0);
+    }
 }
 
 const linearOp = defineOp<None>({
