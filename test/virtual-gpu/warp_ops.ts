@@ -203,7 +203,8 @@ const shuffle: WarpInstruction = (call) => {
   const { m, i, active } = call;
   const [target, source, by, clamp, members] = i.operands;
   if (!membersHere(call, members)) return 'park';
-  const values = Int32Array.from({ length: 32 }, (_, l) => laneValue(call, source, l));
+  const values = new Int32Array(32);
+  for (let l = 0; l < 32; l++) values[l] = laneValue(call, source, l);
   const mode = i.modifiers[1];
   eachLane(call, (l) => {
     const b = laneValue(call, by, l) & 31;
