@@ -12,8 +12,8 @@ const held = (devices: readonly Device[]): number[] =>
   devices.flatMap(({ memory }) => [memory.storages, memory.live]);
 
 /** Updates of `count` passes, of which the fourth has a last loss that is not finite; each third is a short one. */
-const updates = (count: number) =>
-  Array.from({ length: 12 }, (_, k) =>
+const updates = (count: number, length = 7) =>
+  Array.from({ length }, (_, k) =>
     Array.from({ length: k % 3 === 2 ? 1 : count }, (_, i) =>
       i === 0 ? pass(k, 1) : pass(k === 3 && i === count - 1 ? Number.NaN : 0.3 * k + i, i),
     ),
@@ -30,7 +30,7 @@ test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async 
       const [devices, failing] = [three.devices.slice(0, count), three.failing.slice(0, count)];
       const alone = open(devices.slice(0, 1), { records, names });
       const want = await trained(alone, updates(count));
-      t.equal(new Set(want).size, 11, `${what}: each update but one changes the weights`);
+      t.equal(new Set(want).size, 6, `${what}: each update but one changes the weights`);
       alone.release();
       const made = (call: keyof GpuApi) => failing.map((gpu) => gpu.made(call));
       const before = made('cuLaunchKernel');
@@ -54,12 +54,13 @@ test('as many GPUs as passes make the bits of one', { timeout: 120_000 }, async 
 });
 
 test('Prodigy finds on several GPUs, of which each has some of the weights, what it finds on one', async (t) => {
+  // As many as d takes to grow.
   for (const count of [2, 3]) {
     const devices = three.devices.slice(0, count);
     const optimizer = 'prodigy' as const;
     const found = async (on: readonly Device[]) => {
       const session = open(on, { names, optimizer });
-      const weights = await trained(session, updates(count));
+      const weights = await trained(session, updates(count, 12));
       const d = session.session.optimizer.state.get('d')?.floats();
       session.release();
       return { weights, d: [...(d ?? [])] };
@@ -78,7 +79,7 @@ test('more passes than GPUs: only the order of sums is another', async (t) => {
     const session = open(on, { names });
     const after = await trained(session, updates(5));
     session.release();
-    return new Float32Array(Uint8Array.from(Buffer.from(after[11], 'hex')).buffer);
+    return new Float32Array(Uint8Array.from(Buffer.from(after[6], 'hex')).buffer);
   };
   const [one, two] = [await floats(devices.slice(0, 1)), await floats(devices)];
   t.ok(Math.max(...one.map((w, i) => Math.abs(w - two[i]))) < 1e-6);
