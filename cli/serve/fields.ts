@@ -7,12 +7,17 @@ import type { Settings } from './messages.ts';
 /** What a key's value comes to, or a sentence's error. */
 export type Field = (value: unknown, key: string) => Settings;
 
+/** @throws UserError for what is no text */
+export function textOf(value: unknown, key: string): string {
+  if (typeof value === 'string') return value;
+  throw new UserError(`${key} takes a text, not ${JSON.stringify(value)}`);
+}
+
 export const text =
   (option: keyof Settings): Field =>
-  (value, key) => {
-    if (typeof value !== 'string') throw new UserError(`${key} takes a text, not ${JSON.stringify(value)}`);
-    return { [option]: value };
-  };
+  (value, key) => ({ [option]: textOf(value, key) });
+
+export const prompt: Field = (value, key) => ({ prompt: [textOf(value, key)] });
 
 /** A number, or a text that is one. */
 export const numeric =

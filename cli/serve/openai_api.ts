@@ -5,7 +5,7 @@ import { UserError } from '../../io/errors.ts';
 import { decodeAlpha } from '../../io/image.ts';
 import { encodePng } from '../../io/png.ts';
 import { number, oneOf, side } from '../options.ts';
-import { base64, type Field, numeric, only, readFields, text, unheeded } from './fields.ts';
+import { base64, type Field, numeric, only, prompt, readFields, text, unheeded } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
 import type { Queue } from './queue.ts';
@@ -29,7 +29,7 @@ type Format = (typeof formats)[number];
 
 /** Keys of both routes. */
 const fields: Readonly<Record<string, Field>> = {
-  prompt: (value, key) => ({ prompt: [`${text('prompt2')(value, key).prompt2}`] }),
+  prompt,
   n: numeric('batchCount', { min: 1, max: mostPictures, whole: true }),
   size,
   seed: numeric('seed', { min: -1, max: 2 ** 53 - 1, whole: true }),

@@ -1,0 +1,223 @@
+// What a request in A1111's words comes to, with A1111's habits: weights in prompts are read, and so are long ones, and a sampler without a
+// schedule type takes A1111's own for it. What changes a picture there and is not here is refused unless it is as good as left out; what
+// only says what to keep on its disk is passed over.
+import { UserError } from '../../io/errors.ts';
+import { schedulerOf } from '../a1111.ts';
+import { hiresUpscalers } from '../hires_options.ts';
+import { oneOf, side } from '../options.ts';
+import { controlsIn } from './controlnet_api.ts';
+import {
+  type Field,
+  numeric,
+  only,
+  pictureBytes,
+  prompt,
+  readFields,
+  text,
+  textOf,
+  unheeded,
+} from './fields.ts';
+import type { Order, Settings } from './messages.ts';
+import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
+
+/** The schedule types that its samplers take by themselves ("Automatic"), where it is not one of timesteps. */
+const ownTypes: Readonly<Record<string, string>> = {
+  'DPM++ 2M': 'Karras',
+  'DPM++ SDE': 'Karras',
+  'DPM++ 2M SDE': 'Exponential',
+  'DPM++ 2M SDE Heun': 'Exponential',
+  DPM2: 'Karras',
+  'DPM2 a': 'Karras',
+};
+
+export const scheduleTypes = [
+  'Automatic',
+  'Uniform',
+  'Karras',
+  'Exponential',
+  'SGM Uniform',
+  'Simple',
+  'Beta',
+] as const;
+
+/** Its names and labels of one thing: `sgm_uniform` is "SGM Uniform". */
+export const plain = (name: string): string => name.toLowerCase().replace(/[^a-z0-9+]/g, '');
+const labelled = <T extends string>(key: string, value: string, labels: readonly T[]): T =>
+  labels.find((label) => plain(label) === plain(value)) ?? oneOf(key, labels)(value);
+
+const sideOf =
+  (option: 'width' | 'height'): Field =>
+  (value, key) => ({ ...numeric(option, { max: mostSide })(value, key), [option]: side(key)(String(value)) });
+
+/** Keys that every picture heeds. */
+const picture: Readonly<Record<string, Field>> = {
+  prompt,
+  negative_prompt: text('negativePrompt'),
+  seed: numeric('seed', { min: -1, max: 2 ** 53 - 1, whole: true }),
+  steps: numeric('steps', { min: 1, max: mostSteps, whole: true }),
+  cfg_scale: numeric('guidanceScale', { min: 0 }),
+  image_cfg_scale: numeric('imageGuidanceScale', { min: 0 }),
+  width: sideOf('width'),
+  height: sideOf('height'),
+  eta: numeric('eta', { min: 0, max: 1 }),
+};
+
+const words = (text: string): string[] => text.trim().split(/\s+/);
+
+/** Keys that readers below take apart. */
+const taken = words(`
+  sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength init_images mask
+  inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y`);
+
+/** Keys that say nothing of the picture here, or that only what is refused below would heed. */
+const idle = words(`
+  save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id disable_extra_networks
+  include_init_images subseed s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext`);
+
+/** Keys of what is not there, with what leaves it out. */
+const absent: Readonly<Record<string, Field>> = {
+  restore_faces: only(false),
+  tiling: only(false),
+  subseed_strength: only(0),
+  seed_resize_from_h: only(-1, 0),
+  seed_resize_from_w: only(-1, 0),
+  styles: only([]),
+  s_churn: only(0),
+  s_tmin: only(0),
+  s_noise: only(1),
+  s_min_uncond: only(0),
+  initial_noise_multiplier: only(1),
+  script_name: only(''),
+  script_args: only([]),
+  refiner_checkpoint: only(''),
+  refiner_switch_at: only(0, 1),
+  firstphase_width: only(0),
+  firstphase_height: only(0),
+  hr_checkpoint_name: only('', 'Use same checkpoint'),
+  hr_sampler_name: only('', 'Use same sampler'),
+  hr_scheduler: only('', 'Use same scheduler'),
+  hr_prompt: only(''),
+  hr_negative_prompt: only(''),
+  inpainting_fill: only(1),
+  inpainting_mask_invert: only(0),
+  resize_mode: only(0),
+  latent_mask: only(''),
+};
+
+const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) => [key, unheeded]));
+const fields = { ...picture, ...nothing(taken), ...nothing(idle), ...absent };
+
+/** A request's JSON. */
+type Body = Readonly<Record<string, unknown>>;
+
+/** A text, or nothing where it is empty. */
+const said = (body: Body, key: string): string | undefined =>
+  body[key] === null || body[key] === undefined ? undefined : textOf(body[key], key) || undefined;
+
+/** The sampler and how its noise levels lie. */
+function samplerOf(body: Body): Settings {
+  const name = said(body, 'sampler_name') ?? said(body, 'sampler_index');
+  const type = labelled('scheduler', said(body, 'scheduler') ?? 'Automatic', scheduleTypes);
+  if (name === undefined) return {};
+  const label = Object.keys(ownTypes).find((each) => plain(each) === plain(name));
+  const own = label === undefined ? type : ownTypes[label];
+  const { unheeded: left, ...laidOut } = schedulerOf(name, type === 'Automatic' ? own : type);
+  if (left) throw new UserError(`scheduler "${left}" is not there for ${name}; take Automatic`);
+  return laidOut;
+}
+
+/** So many pictures, from the seeds that follow. */
+function countOf(body: Body): Settings {
+  const bounds = { min: 1, max: mostPictures, whole: true };
+  const [size, iterations] = ['batch_size', 'n_iter'].map(
+    (key) => numeric('batchCount', bounds)(body[key] ?? 1, key).batchCount as number,
+  );
+  if (size * iterations > mostPictures)
+    throw new UserError(
+      `batch_size x n_iter is ${size * iterations}, and ${mostPictures} is the most at once`,
+    );
+  return { batchCount: size * iterations };
+}
+
+/** The second pass. A1111 takes 0 for what is not said. */
+function hiresOf(body: Body): Settings {
+  const { enable_hr = false } = body;
+  if (typeof enable_hr !== 'boolean' && enable_hr !== null)
+    throw new UserError(`enable_hr takes true or false, not ${JSON.stringify(enable_hr)}`);
+  if (!enable_hr) return {};
+  const given = (key: string) => (body[key] === 0 ? undefined : (body[key] ?? undefined));
+  const [width, height] = ['hr_resize_x', 'hr_resize_y'].map(given);
+  const isSized = (width ?? height) !== undefined;
+  const keys: Record<string, [value: unknown, field: Field]> = {
+    hr_scale: [isSized ? undefined : given('hr_scale'), numeric('hiresScale', { min: 1, max: 8 })],
+    hr_resize_x: [width, (value, key) => ({ hiresWidth: side(key)(String(value)) })],
+    hr_resize_y: [height, (value, key) => ({ hiresHeight: side(key)(String(value)) })],
+    hr_second_pass_steps: [
+      given('hr_second_pass_steps'),
+      numeric('hiresSteps', { min: 1, max: mostSteps, whole: true }),
+    ],
+    denoising_strength: [
+      given('denoising_strength') ?? 0.75,
+      numeric('hiresDenoisingStrength', { min: 0.01, max: 1 }),
+    ],
+    hr_upscaler: [
+      said(body, 'hr_upscaler'),
+      (value, key) => ({ hiresUpscaler: labelled(key, String(value), hiresUpscalers) }),
+    ],
+  };
+  const read = Object.entries(keys).map(([key, [value, field]]) =>
+    value === undefined ? {} : field(value, key),
+  );
+  return Object.assign({ hires: true }, ...read);
+}
+
+/** What is drawn over. */
+function overOf(body: Body): Order {
+  const images = body.init_images;
+  if (!Array.isArray(images) || images.length !== 1)
+    throw new UserError('init_images takes a list of one picture in base64');
+  const image = pictureBytes(images[0], 'init_images');
+  const strength = numeric('strength', { min: 0, max: 1 })(
+    body.denoising_strength ?? 0.75,
+    'denoising_strength',
+  );
+  if ((body.mask ?? undefined) === undefined)
+    return { settings: { image: 'init_images', ...strength }, pictures: { init_images: image } };
+  const inFull = body.inpaint_full_res ?? true; // "only masked", its default
+  const padding = numeric('paddingMaskCrop', { min: 0, max: mostSide, whole: true });
+  const part = inFull ? padding(body.inpaint_full_res_padding ?? 0, 'inpaint_full_res_padding') : {};
+  return {
+    settings: { image: 'init_images', mask: 'mask', ...strength, ...part },
+    pictures: { init_images: image, mask: pictureBytes(body.mask, 'mask') },
+  };
+}
+
+/** Another checkpoint than the one that is open cannot be had. */
+export function checkOverrides(value: unknown, served: Served): void {
+  const overrides = typeof value === 'object' && value !== null ? value : {};
+  for (const [key, wanted] of Object.entries(overrides)) {
+    if (key === 'sd_model_checkpoint' && wanted !== null && wanted !== '' && wanted !== served.name)
+      throw new UserError(
+        `this server draws with ${served.name} alone; start another for ${JSON.stringify(wanted)}`,
+      );
+    if (!['sd_model_checkpoint', 'CLIP_stop_at_last_layers', 'sd_vae'].includes(key)) served.tellIgnored(key);
+  }
+}
+
+/** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
+export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
+  const settings = readFields(body, fields, served.tellIgnored);
+  if (settings.prompt?.[0].match(/<(lora|lyco|hypernet):[^<>]+>/))
+    throw new UserError(
+      'a prompt takes no <lora:NAME:1>; this server has the adapters that it was started with (--lora)',
+    );
+  checkOverrides(body.override_settings, served);
+  const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };
+  const controls = controlsIn(body.alwayson_scripts, served);
+  const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
+  const drawn = { ...samplerOf(body), ...countOf(body) };
+  return {
+    settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
+    pictures: { ...over.pictures, ...controls.pictures },
+  };
+}
