@@ -352,6 +352,10 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
   const painters = [keys('painter', wide), keys('painter-lora', { ...wide, ...next })];
   const widened = runFile('painters', {}, `export default ${JSON.stringify(painters)};`);
   t.match(await sdxl('plan', widened, '--quiet'), { status: 0 }, 'a UNet that the first one widens');
+  const lent = { unet: join(place('painter'), 'final/unet'), train: { target: 'lora' } };
+  const lenders = [keys('painter', wide), keys('lent-lora', { ...wide, ...lent })];
+  const borrowed = runFile('lenders', {}, `export default ${JSON.stringify(lenders)};`);
+  t.match(await sdxl('plan', borrowed, '--quiet'), { status: 0 }, "a UNet in the place of the model's own");
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];
   const one = await sdxl('train', file, ...only);
   t.equal(one.status, 0, `one of them goes elsewhere: ${one.err}`);

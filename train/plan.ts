@@ -50,11 +50,13 @@ export function foreseen(run: Run, earlier: readonly Run[]): Foreseen {
     typeof path === 'string' && path !== '' && !existsSync(path)
       ? earlier.find(({ output }) => resolve(path).startsWith(`${resolve(output)}/`))
       : undefined;
-  const { model, vae, lora, controlnet, t2i_adapter, ip_adapter, textual_inversion } = run;
+  const { model, unet, vae, lora, controlnet, t2i_adapter, ip_adapter, textual_inversion } = run;
   const net = maker(controlnet.controlnet_model_name_or_path);
+  const lender = maker(unet);
   const made: Run = {
     ...run,
     model: maker(model)?.model ?? model,
+    unet: lender ? lender.unet || (typeof lender.model === 'string' ? lender.model : '') : unet,
     // One that is trained has the model's own shape.
     vae: maker(vae) ? '' : vae,
     lora: maker(lora.network_weights) ? { ...lora, network_weights: '' } : lora,
@@ -66,7 +68,7 @@ export function foreseen(run: Run, earlier: readonly Run[]): Foreseen {
       ? { ...textual_inversion, weights: '', initializer_token: 'a' }
       : textual_inversion,
   };
-  return { run: made, maker: maker(model) };
+  return { run: made, maker: unet ? lender : maker(model) };
 }
 
 /** Opens the run on stand-ins for `devices`, so as to know what it takes of their memory. */
