@@ -92,7 +92,6 @@ export interface Run {
     /** A LoRA to go on with, of these ranks: a file, or a run's folder or checkpoint. Empty to begin with one that changes nothing. */
     network_weights: string;
   };
-  /** Latent consistency distillation. */
   /** Latent consistency distillation (Luo et al. 2023; methods/lcm.ts), in the words of diffusers' scripts. */
   lcm: {
     /** The guidance w that is distilled, drawn for each picture from here to there; in `guidance_scale` it is 1 more. */

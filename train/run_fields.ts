@@ -17,6 +17,9 @@ import {
 import { previewPrompt } from './preview_prompts.ts';
 import { methods, type Run, targets } from './run.ts';
 
+/** More rows than any layer of SDXL has inputs or outputs: a number beyond is a slip, and its tensors would fit no memory. */
+const MOST_WIDE = 2 ** 14;
+
 /** Learning rate, weight decay, clipping, epochs and checkpoints are by default the seed recipe's (configs/pokemon-blip.ts). */
 export const fields: Fields<Run> = {
   name: text(''),
@@ -39,9 +42,9 @@ export const fields: Fields<Run> = {
   },
   lora: {
     algo: choice('lora', ...algos),
-    rank: whole(8, { min: 1 }),
+    rank: whole(8, { min: 1, max: MOST_WIDE }),
     alpha: number(8, { min: 0 }),
-    conv_rank: whole(0),
+    conv_rank: whole(0, { min: 0, max: MOST_WIDE }),
     conv_alpha: number(0, { min: 0 }),
     factor: whole(-1, { min: -1 }),
     decompose_both: flag(false),
@@ -63,7 +66,7 @@ export const fields: Fields<Run> = {
     loss_type: choice('l2', 'l2', 'huber'),
     huber_c: number(0.001, { min: 1e-6 }),
     timestep_scaling_factor: number(10, { min: 1 }),
-    unet_time_cond_proj_dim: whole(256),
+    unet_time_cond_proj_dim: whole(256, { min: 0, max: MOST_WIDE }),
   },
   controlnet: {
     controlnet_model_name_or_path: text(''),
@@ -83,7 +86,7 @@ export const fields: Fields<Run> = {
   textual_inversion: {
     placeholder_token: text(''),
     initializer_token: text(''),
-    num_vectors: whole(1, { min: 1 }),
+    num_vectors: whole(1, { min: 1, max: MOST_WIDE }),
     learnable_property: choice('', '', 'object', 'style'),
     weights: text(''),
   },
