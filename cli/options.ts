@@ -1,5 +1,6 @@
 // Reading option values: each reader takes the text after a flag and returns a value, or says in one sentence what the
 // flag takes. Checked before any weight is loaded.
+import { existsSync } from 'node:fs';
 import { didYouMean, UserError } from '../io/errors.ts';
 import type { Size } from '../models/conditioning.ts';
 
@@ -97,8 +98,9 @@ export const repeated =
   <T>(read: (text: string) => T) =>
   (text: string, all: readonly T[] = []): T[] => [...all, read(text)];
 
-/** `FILE:SCALE` as typed after `flag`. */
+/** `FILE:SCALE` as typed after `flag`. What is there by the whole name is no file with a scale. */
 export function scaledFile(flag: string, text: string): { file: string; scale?: number } {
+  if (existsSync(text)) return { file: text };
   const [, file, scale] = /^(.*?)(?::([-+]?[\d.]+(?:e[-+]?\d+)?))?$/is.exec(text) as RegExpExecArray;
   return { file, scale: scale === undefined ? undefined : number(`${flag} FILE:SCALE`)(scale) };
 }

@@ -1,5 +1,6 @@
 // The flags of `sdxl sample` and the requests that they come to, by diffusers' names: each flag reaches what it names, and what
 // is not given stays open for the pipeline to fill in.
+import { join } from 'node:path';
 import { Command } from 'commander';
 import { test } from 'tap';
 import { bytes } from '../cli/options.ts';
@@ -297,6 +298,9 @@ test('adapters with their scales, and sizes of files', (t) => {
     ['C:\\a', 'C:\\a', 1],
   ] as const)
     t.same(loraOf(text), { file, scale }, text);
+  const there = join(t.testdir({ 'v1:2': {} }), 'v1:2');
+  t.same(loraOf(there), { file: there, scale: 1 }, 'a folder of that name');
+  t.same(loraOf(`${there}:0.5`), { file: there, scale: 0.5 });
   const size = bytes('--size');
   for (const [text, want] of [
     ['10', 10],
