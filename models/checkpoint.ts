@@ -347,7 +347,7 @@ export function notFinite(source: WeightSource, name: string, dtype: FloatDType)
 }
 
 /** NaN and infinities are told by the exponent bits alone: all ones. */
-function allFinite(raw: Uint8Array, dtype: string | undefined): boolean {
+export function allFinite(raw: Uint8Array, dtype: string | undefined): boolean {
   const mask = { float32: 0x7f800000, bfloat16: 0x7f80, float16: 0x7c00 }[dtype ?? ''];
   if (mask === undefined) return true;
   const bits = typedView(raw, dtype === 'float32' ? 'int32' : 'float16') as Int32Array | Uint16Array;

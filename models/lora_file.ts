@@ -9,6 +9,7 @@ import { type AnyModule, namedParameters, type Parameter } from '../engine/modul
 import { decodeFloats } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
+import { allFinite } from './checkpoint.ts';
 import { isIPAdapter } from './ip_adapter.ts';
 import {
   fits,
@@ -187,6 +188,12 @@ export function updatesOf(file: TensorFile, targets: LoraTargets): Map<string, U
     'have another shape than the model',
     misfits.map(([module]) => module),
   );
+  complain(
+    file,
+    'have NaN or infinity in their tensors',
+    paired.filter(([, , parts]) => !isSound(file, parts)).map(([module]) => module),
+    'the file is damaged, download it again',
+  );
   const configOf = peftConfigs(file);
   return new Map(
     paired.map(([module, target, parts]) => {
@@ -254,6 +261,10 @@ function ratioOf(
   const alpha = byPattern(config.alpha_pattern, path) ?? named ?? rank;
   return { alpha: alpha * (config.use_rslora ? Math.sqrt(rank) : 1), rank };
 }
+
+/** Whether all of a layer's numbers are finite, but alpha, which is told of by itself. */
+const isSound = (file: TensorFile, { alpha, ...parts }: Parts): boolean =>
+  Object.values(parts).every((part) => part === undefined || allFinite(file.read(part.name), part.dtype));
 
 /** A part's numbers in float32. */
 export const floatsOf = (file: TensorFile, { name, dtype }: TensorInfo): Float32Array =>

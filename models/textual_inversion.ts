@@ -8,6 +8,7 @@ import { UserError } from '../io/errors.ts';
 import { listFolder } from '../io/files.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
+import { allFinite } from './checkpoint.ts';
 import type { TextStack } from './conditioning.ts';
 
 /** What one encoder reads: `values` are [count, width]. */
@@ -109,7 +110,12 @@ function vectorsOf(file: TensorFile, name: string): Vectors {
   const [count, width] = shape.length === 1 ? [1, shape[0]] : shape;
   if (shape.length > 2 || !count || !width)
     throw new UserError(`${file.path}: ${name} is [${shape}]; a textual inversion is [vectors, width]`);
-  return { count, width, values: decodeFloats(file.read(name), dtype ?? 'float32') };
+  const bytes = file.read(name);
+  if (!allFinite(bytes, dtype))
+    throw new UserError(
+      `${file.path}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`,
+    );
+  return { count, width, values: decodeFloats(bytes, dtype ?? 'float32') };
 }
 
 /**

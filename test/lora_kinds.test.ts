@@ -328,6 +328,19 @@ test('what is no whole adapter, or of another kind, is refused by name', (t) => 
       /alpha of .*to_q is not a finite number/,
     ],
   ];
+  const down = Float32Array.from({ length: 48 }, (_, i) => (i === 47 ? Number.NaN : 0));
+  const spoilt = join(t.testdir({}), 'spoilt.safetensors');
+  const entry = (part: string, shape: number[], values: Float32Array) => ({
+    ...{ name: `${attention}.${part}.weight`, shape, dtype: 'float32' as const },
+    bytes: encodeNumbers(values, 'float32'),
+  });
+  writeSafetensors(spoilt, [entry('lora_A', [2, 24], down), entry('lora_B', [24, 2], new Float32Array(48))]);
+  refuses(
+    t,
+    'NaN',
+    () => mergeLora(models, spoilt),
+    /1 of its names have NaN or infinity .*to_q; the file is damaged/,
+  );
   for (const [label, keys, words] of cases) {
     const path = write(t, { keys });
     refuses(t, label, () => mergeLora(models, path), words);

@@ -228,6 +228,14 @@ test('files that are no textual inversion for the model', (t) => {
     /clip_l is \[1,2,32\]; a textual inversion is \[vectors, width\]/,
   );
   refused(
+    write(
+      at('broken.safetensors'),
+      ['clip_l', [2, 32], l.map((x, i) => (i === 40 ? Number.NaN : x))],
+      ['clip_g', [2, 48], g],
+    ),
+    /broken\.safetensors: tensor clip_l holds NaN or infinity; the file is damaged/,
+  );
+  refused(
     write(at('none.safetensors'), ['clip_l', [0, 32], l.slice(0, 0)], ['clip_g', [0, 48], g.slice(0, 0)]),
     /clip_l is \[0,32\]/,
   );
