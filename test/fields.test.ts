@@ -90,6 +90,18 @@ test('values under which nothing would be trained are refused', (t) => {
   t.doesNotThrow(() => resolved('train.target=vae', ...weightless.slice(1)), 'one term is enough');
   t.doesNotThrow(() => resolved(...weightless), 'where no VAE is trained');
   t.doesNotThrow(() => resolved('lora.alpha=0', 'objective.huber_delta=0'), 'where they are not used');
+  for (const [key, value, name] of [
+    ['warmup_steps', '100', 'constant_with_warmup'],
+    ['num_cycles', '3', 'cosine_with_restarts'],
+    ['power', '2', 'polynomial'],
+    ['step_rules', '1:10,0.1', 'piecewise_constant'],
+  ]) {
+    const unheeded = new RegExp(
+      `"lr_scheduler\\.${key}" is .*"constant" does not follow; set that to "${name}"`,
+    );
+    refuses(t, unheeded, () => resolved(`lr_scheduler.${key}=${value}`));
+    t.doesNotThrow(() => resolved(`lr_scheduler.${key}=${value}`, `lr_scheduler.name=${name}`));
+  }
   t.end();
 });
 

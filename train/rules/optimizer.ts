@@ -1,6 +1,7 @@
 // What a run may not say together of its optimizer and learning rates.
 import { UserError } from '../../io/errors.ts';
 import type { Run } from '../run.ts';
+import { usual } from './owners.ts';
 
 /** @throws UserError for rates, moments or gradients that nothing would be made of; `where` names the file */
 export function refuseOptimizer(run: Run, where: string): void {
@@ -17,9 +18,27 @@ export function refuseOptimizer(run: Run, where: string): void {
     throw new UserError(
       `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
     );
+  refuseSchedule(run, where);
   refuseBlockRates(run, where);
   refuseRates(run, where);
   refuseFused(run, where);
+}
+
+/** Which schedules follow a key, the one to set first. */
+const followers = [
+  ['warmup_steps', ['constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial']],
+  ['num_cycles', ['cosine_with_restarts']],
+  ['power', ['polynomial']],
+  ['step_rules', ['piecewise_constant']],
+] as const;
+
+/** What the schedule does not follow: the rate would be another than the run says. */
+function refuseSchedule({ lr_scheduler: given }: Run, where: string): void {
+  for (const [key, names] of followers)
+    if (given[key] !== usual.lr_scheduler[key] && !names.some((name) => name === given.name))
+      throw new UserError(
+        `${where}: "lr_scheduler.${key}" is ${JSON.stringify(given[key])}, which "lr_scheduler.name" "${given.name}" does not follow; set that to "${names[0]}", or leave it out`,
+      );
 }
 
 /** Learning rates of blocks where there are none that are trained. */
