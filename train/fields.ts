@@ -55,6 +55,9 @@ export const whole = (fallback: number, bounds: Bounds = { min: 0 }): Field<numb
     (value) => Number.isInteger(value) && within(value, bounds),
   );
 
+/** Where random numbers begin: what is larger is no longer told from its neighbours, and begins as one of them. */
+export const seed = (): Field<number> => whole(0, { min: 0, max: Number.MAX_SAFE_INTEGER });
+
 /** How many of something, or below 1 a share of all. */
 export const countOrShare = (fallback: number): Field<number> =>
   field(

@@ -1,6 +1,6 @@
 // What previews draw: a run's prompts, each a text or a record with settings of its own before the ones that all share.
 import { UserError } from '../io/errors.ts';
-import { type Fields, number, text, textOrRecord, whole } from './fields.ts';
+import { type Fields, number, seed, text, textOrRecord, whole } from './fields.ts';
 
 /** A prompt with settings of its own, in the words of a request; what is absent is as for all. */
 export interface PreviewPrompt {
@@ -35,7 +35,7 @@ const own: Fields<PreviewPrompt> = {
   negative_prompt: text(''),
   width: whole(0, { min: 1 }),
   height: whole(0, { min: 1 }),
-  seed: whole(0),
+  seed: seed(),
   guidance_scale: number(5, { min: 0 }),
   num_inference_steps: whole(50, { min: 1 }),
   scheduler: text(''),

@@ -10,6 +10,7 @@ import {
   list,
   number,
   pair,
+  seed,
   text,
   textOrObject,
   whole,
@@ -24,7 +25,7 @@ const MOST_WIDE = 2 ** 14;
 export const fields: Fields<Run> = {
   name: text(''),
   output: text(''),
-  seed: whole(0),
+  seed: seed(),
   model: textOrObject<ModelPreset>(
     'a folder, a .safetensors or .gguf file, a hub id, or a preset { unet, vae, text_encoder, ... }',
   ),
@@ -190,7 +191,7 @@ export const fields: Fields<Run> = {
     prompts: list([], previewPrompt),
     validation_image: list([], text('')),
     negative_prompt: text(''),
-    seed: whole(0),
+    seed: seed(),
     every_steps: whole(0),
     num_inference_steps: whole(50, { min: 1 }),
     guidance_scale: number(5, { min: 0 }),
