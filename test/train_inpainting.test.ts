@@ -182,6 +182,10 @@ test('mistakes', async (t) => {
     ],
     [{ model: painter }, /painter is an inpainting model, .* say with inpainting\.mask_mode/],
     [
+      { model: painter, train: { method: 'esd' } },
+      /painter is an inpainting model, .*, which the method "diffusion" trains, and train\.method is "esd"/,
+    ],
+    [
       { model: painter, train: { target: 'controlnet' }, dataset: { path: masked } },
       /trains it with target "unet" or "lora", not "controlnet"/,
     ],

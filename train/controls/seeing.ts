@@ -75,7 +75,7 @@ const kinds: readonly Kind[] = [
  * @throws UserError where run and model are not of one kind, or the model cannot become one
  */
 export function asSeeing(run: Run, source: ModelSource): ModelSource {
-  const { target, parts } = run.train;
+  const { target, method, parts } = run.train;
   if (target === 'vae') return source;
   const name = run.unet || source.path;
   const config = source.config('unet');
@@ -84,6 +84,10 @@ export function asSeeing(run: Run, source: ModelSource): ModelSource {
   if (own && target !== 'unet' && target !== 'lora')
     throw new UserError(
       `${whose}: sdxl train trains it with target "unet" or "lora", not "${target}"; begin with a base model`,
+    );
+  if (own && method !== 'diffusion')
+    throw new UserError(
+      `${whose}, which the method "diffusion" trains, and train.method is "${method}"; leave that out, or begin with a base model`,
     );
   if (own && !own.isTrained(run))
     throw new UserError(`${whose}; say with ${own.key} ${own.says}, or begin with a base model`);
