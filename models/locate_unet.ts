@@ -36,6 +36,13 @@ export async function withUNet(
   options: LocateOptions = {},
 ): Promise<ModelSource> {
   const unet = await locateUNet(path, model, options);
+  const [own, other] = [model, unet].map(
+    (each) => each.has('unet') && each.config('unet').cross_attention_dim,
+  );
+  if (own !== false && own !== other)
+    throw new UserError(
+      `the UNet of ${path} takes ${other} features of text and that of ${model.path} ${own}: take one that was made for this model`,
+    );
   const owner = (component: string): ModelSource => (component === 'unet' ? unet : model);
   return {
     ...model,

@@ -78,6 +78,23 @@ test('the files that a ControlNet on the hub is asked for', (t) => {
   t.end();
 });
 
+test('a UNet of another model', async (t) => {
+  const [base, refiner] = ['tiny-sdxl', 'tiny-sdxl-refiner'].map((name) => join(goldenFolder, name));
+  for (const [model, unet, message] of [
+    [
+      refiner,
+      base,
+      /tiny-sdxl takes 80 features of text and that of .*tiny-sdxl-refiner 48: take one that was/,
+    ],
+    [
+      base,
+      refiner,
+      /tiny-sdxl-refiner takes 48 features of text and that of .*tiny-sdxl 80: take one that was/,
+    ],
+  ] as const)
+    await t.rejects(withUNet(await locateModel(model), unet), { name: 'UserError', message });
+});
+
 test('one file of a repository, for a model, a VAE and a UNet', async (t) => {
   const folder = t.testdir({ repo: { deep: {} } });
   const model = join(goldenFolder, 'tiny-sdxl');
