@@ -26,7 +26,6 @@ import { samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { diffusionTask } from './diffusion.ts';
 import { type Ema, ema as startEma } from './ema.ts';
-import { fill } from './fields.ts';
 import { moveThrough } from './fused.ts';
 import { learningRate } from './lr_schedule.ts';
 import { boundNorms } from './max_norm.ts';
@@ -37,8 +36,9 @@ import { openPictures, type Pictures, sideStep } from './pictures.ts';
 import { type Prepared, rehearse } from './preparation.ts';
 import { openReplicas, type Replicas } from './replicas.ts';
 import { requireAverages } from './rules/methods.ts';
+import { followed } from './rules/optimizer.ts';
+import { usual } from './rules/owners.ts';
 import type { Run } from './run.ts';
-import { fields } from './run_fields.ts';
 import { type Component, type Report, type Task, trainedParameters } from './task.ts';
 import type { Sources } from './trained_parts.ts';
 import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
@@ -272,7 +272,8 @@ export function stateOf(run: Run, checkpoint: string): State {
   const { step, epoch, update } = state;
   if (![step, epoch, update].every(Number.isInteger))
     throw new UserError(`${checkpoint} does not say where the run stood, so it is damaged; take another`);
-  const differs = difference(state.run, run, fill(fields, {}, 'the defaults'));
+  const then = { ...state.run, lr_scheduler: followed({ ...usual.lr_scheduler, ...state.run.lr_scheduler }) };
+  const differs = difference(then, run, usual);
   if (differs) {
     throw new UserError(
       `${checkpoint} is of another run: ${differs}; resume with the run file that wrote it, or start anew with another output`,

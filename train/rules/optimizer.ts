@@ -32,13 +32,26 @@ const followers = [
   ['step_rules', ['piecewise_constant']],
 ] as const;
 
+type Schedule = Run['lr_scheduler'];
+
+/** The keys that say something which a schedule does not follow, with the one to set first. */
+const unfollowed = (given: Schedule) =>
+  followers.filter(
+    ([key, names]) => given[key] !== usual.lr_scheduler[key] && !names.some((name) => name === given.name),
+  );
+
+/** A schedule without what it does not follow, which earlier programs passed over, so that checkpoints may have it. */
+export const followed = (given: Schedule): Schedule => ({
+  ...given,
+  ...Object.fromEntries(unfollowed(given).map(([key]) => [key, usual.lr_scheduler[key]])),
+});
+
 /** What the schedule does not follow: the rate would be another than the run says. */
 function refuseSchedule({ lr_scheduler: given }: Run, where: string): void {
-  for (const [key, names] of followers)
-    if (given[key] !== usual.lr_scheduler[key] && !names.some((name) => name === given.name))
-      throw new UserError(
-        `${where}: "lr_scheduler.${key}" is ${JSON.stringify(given[key])}, which "lr_scheduler.name" "${given.name}" does not follow; set that to "${names[0]}", or leave it out`,
-      );
+  for (const [key, names] of unfollowed(given))
+    throw new UserError(
+      `${where}: "lr_scheduler.${key}" is ${JSON.stringify(given[key])}, which "lr_scheduler.name" "${given.name}" does not follow; set that to "${names[0]}", or leave it out`,
+    );
 }
 
 /** Learning rates of blocks where there are none that are trained. */
