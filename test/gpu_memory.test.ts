@@ -110,8 +110,9 @@ function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request
 test('a picture of 1024x1024 in bfloat16', (t) => {
   for (const card of cards) {
     const on = `sm_${card.capability.join('')}`;
-    const kept = draw(card, 16 * GIB, {});
-    t.ok(kept < 12 * GIB, `${on}, all kept for the next picture: ${(kept / GIB).toFixed(2)} GiB`);
+    const serves = `${on}: all kept for the next picture, as by a server`;
+    t.doesNotThrow(() => draw(card, 10 * GIB, {}), `${serves}, within 10 GiB`);
+    t.doesNotThrow(() => draw(card, 8 * GIB, {}, true), `${serves}, in 8-bit integers within 8 GiB`);
     t.doesNotThrow(() => draw(card, 8 * GIB, { last: true }), `${on}: within 8 GiB`);
     t.doesNotThrow(
       () => draw(card, 10 * GIB, { last: true, control_image }),
