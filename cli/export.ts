@@ -77,7 +77,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--format <NAME>', formats.join(', '), oneOf('--format', formats), 'diffusers')
     .option(
       '--dtype <NAME>',
-      'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised)',
+      'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised; in GGUF of a UNet alone 16 bits, as ComfyUI-GGUF)',
       oneOf('--dtype', ['float32', 'bfloat16', 'float16']),
     )
     .option(

@@ -278,6 +278,13 @@ test('what is wrong with a dataset is one sentence', async (t) => {
   await refused(t, meta('metadata.jsonl', '{"file_name": "a.png", "text": 5}'), /neither a text nor a list/);
   await refused(t, meta('metadata.jsonl', '{"file_name": 5, "text": "5"}'), /file_name is not a text/);
   await refused(t, meta('metadata.csv', ''), /metadata\.csv is empty/);
+  const both = openDataset({
+    path: folderOf(t, {
+      ...{ 'a.png': png(), 'metadata.csv': 'file_name,text\na.png,a\n' },
+      'metadata.jsonl': '{"file_name": "a.png", "text": "b"}\n',
+    }),
+  });
+  t.match((await both).problems, [/has metadata\.csv and metadata\.jsonl, of which one counts/]);
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,red, fox\n'), /:2 has 3 fields.*names 2/);
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,"red\n'), /:2 has a quote that does not end/);
   const long = 'file_name,text\na.png,"red\n'.padEnd(2 ** 24, 'word ');

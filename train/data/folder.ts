@@ -40,7 +40,8 @@ export function openFolder(
   return { examples, problems };
 
   function visit(path: string): void {
-    const metadata = list(path).files.find((name) => metadataName.test(name));
+    const [metadata, other] = list(path).files.filter((name) => metadataName.test(name));
+    if (other) problems.push(`${path} has ${metadata} and ${other}, of which one counts: leave one there`);
     if (metadata) fromMetadata(path, join(path, metadata));
     else fromSidecars(path);
   }
