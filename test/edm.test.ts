@@ -1,6 +1,6 @@
 // Models that were trained under EDM's noise, against diffusers (golden/edm.jsonl): its two schedulers step by step, and whole calls as
 // Playground v2.5's and CosXL's. That folders and single files are told, and draw and export the same; what is refused.
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -26,6 +26,7 @@ import { objectiveOf } from '../train/objective.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
+import { change, type edmSchedulers, spread, writeEDM } from './edm_golden.ts';
 import { allClose, goldenFolder, goldenLines } from './golden.ts';
 import { writeInstructPix2Pix } from './inpainting_golden.ts';
 
@@ -60,31 +61,8 @@ const at = (name: string): string => join(folder, name);
 const base = join(goldenFolder, 'tiny-sdxl');
 const device = openDevice('cpu');
 
-/** Changes fields of a JSON file. */
-function change(path: string, more: object): void {
-  writeFileSync(path, JSON.stringify({ ...JSON.parse(readFileSync(path, 'utf8')), ...more }));
-}
-const schedulers = {
-  playground: { _class_name: 'EDMDPMSolverMultistepScheduler', prediction_type: 'epsilon' },
-  cosxl: {
-    ...{ _class_name: 'EDMEulerScheduler', prediction_type: 'v_prediction', sigma_schedule: 'exponential' },
-    ...{ sigma_data: 1, sigma_min: 0.002, sigma_max: 120 },
-  },
-};
-const spread = {
-  latents_mean: [-1.6574, 1.886, -1.383, 2.5155],
-  latents_std: [8.4927, 5.9022, 6.5498, 5.2299],
-  scaling_factor: 0.5,
-};
-
-/** A copy of a model's folder with such a scheduler, and VAE. */
-function written(name: string, like: keyof typeof schedulers, from = base): string {
-  cpSync(from, at(name), { recursive: true, dereference: true });
-  writeFileSync(join(at(name), 'scheduler', 'scheduler_config.json'), JSON.stringify(schedulers[like]));
-  change(join(at(name), 'model_index.json'), { scheduler: ['diffusers', schedulers[like]._class_name] });
-  if (like === 'playground') change(join(at(name), 'vae', 'config.json'), spread);
-  return at(name);
-}
+const written = (name: string, like: keyof typeof edmSchedulers, from?: string): string =>
+  writeEDM(at(name), like, from);
 const [playground, cosxl] = [written('playground', 'playground'), written('cosxl', 'cosxl')];
 const edit = written('edit', 'cosxl', writeInstructPix2Pix(at('instruct_pix2pix')));
 const net = openComponent(writeControlNet(at('full'), 'full'));
@@ -314,7 +292,7 @@ test('marks as other programs write them, and damaged ones', (t) => {
 });
 
 test('mistakes', async (t) => {
-  const of = (name: string, like: keyof typeof schedulers, more: object) => {
+  const of = (name: string, like: keyof typeof edmSchedulers, more: object) => {
     const model = written(name, like);
     change(join(model, 'scheduler', 'scheduler_config.json'), more);
     return model;

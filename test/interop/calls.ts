@@ -1,7 +1,7 @@
 // What `npm run test:interop` draws with both programs: every scheduler with every spacing, and calls that no golden case
 // has. A call is written in diffusers' words; its flags follow from them.
 import { join } from 'node:path';
-import { schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
+import { isEDM, schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
 import { goldenFolder as golden, goldenLora } from '../golden.ts';
 
 export const base = join(golden, 'tiny-sdxl');
@@ -33,21 +33,24 @@ export interface Call {
 
 const common = { prompt: 'a red fox', num_inference_steps: 5, guidance_scale: 5 };
 
-/** DPM++ SDE takes its noise from a Brownian tree in diffusers, seeded apart from the generator: not comparable. */
-const schedulers = schedulerClasses
-  .filter((name) => name !== 'DPMSolverSDEScheduler')
-  .flatMap((name) =>
-    ['leading', 'trailing', 'linspace'].flatMap((timestep_spacing) => {
-      const karras = 'use_karras_sigmas' in schedulerDefaults[name] ? [false, true] : [false];
-      return karras.map((use_karras_sigmas) => ({
-        label: `${name}, ${timestep_spacing}${use_karras_sigmas ? ', Karras' : ''}`,
-        scheduler: {
-          class: name,
-          config: use_karras_sigmas ? { timestep_spacing, use_karras_sigmas } : { timestep_spacing },
-        },
-      }));
-    }),
-  );
+/**
+ * DPM++ SDE takes its noise from a Brownian tree in diffusers, seeded apart from the generator: not comparable. EDM's draw with models of
+ * their own.
+ */
+const comparable = schedulerClasses.filter((name) => name !== 'DPMSolverSDEScheduler' && !isEDM(name));
+
+const schedulers = comparable.flatMap((name) =>
+  ['leading', 'trailing', 'linspace'].flatMap((timestep_spacing) => {
+    const karras = 'use_karras_sigmas' in schedulerDefaults[name] ? [false, true] : [false];
+    return karras.map((use_karras_sigmas) => ({
+      label: `${name}, ${timestep_spacing}${use_karras_sigmas ? ', Karras' : ''}`,
+      scheduler: {
+        class: name,
+        config: use_karras_sigmas ? { timestep_spacing, use_karras_sigmas } : { timestep_spacing },
+      },
+    }));
+  }),
+);
 
 const small = { height: 64, width: 64 };
 const named = (name: string) => ({ scheduler: { class: name } });
@@ -109,12 +112,10 @@ function overPictures(odd: string, oddMask: string): Record<string, [Call['pipel
   const image = { image: odd, num_inference_steps: 9 };
   const masked = { image: odd, mask_image: oddMask, width: 112, height: 144, num_inference_steps: 6 };
   const over = Object.fromEntries(
-    schedulerClasses
-      .filter((name) => name !== 'DPMSolverSDEScheduler')
-      .map((name): [string, [Call['pipeline'], Short]] => [
-        `image to image, ${name}`,
-        ['img2img', { settings: { ...image, strength: 0.55 }, ...named(name) }],
-      ]),
+    comparable.map((name): [string, [Call['pipeline'], Short]] => [
+      `image to image, ${name}`,
+      ['img2img', { settings: { ...image, strength: 0.55 }, ...named(name) }],
+    ]),
   );
   return {
     ...over,
@@ -254,6 +255,23 @@ function seeing(
   );
 }
 
+/** With models as those that were trained under EDM's noise. */
+function underEDM(
+  { odd }: Pictures,
+  { full }: ControlNets,
+  { playground, cosxl }: EDMModels,
+): Record<string, [Call['pipeline'], Short]> {
+  const over = { image: odd, strength: 0.6, num_inference_steps: 6 };
+  return {
+    'as Playground': ['text2img', { model: playground, settings: { num_images_per_prompt: 2 } }],
+    'as Playground, Euler': ['text2img', { model: playground, ...named('EDMEulerScheduler') }],
+    'as Playground, over a picture': ['img2img', { model: playground, settings: over }],
+    'as Playground, under a ControlNet': ['text2img', { model: playground, controlnets: [[full, odd, 0.7]] }],
+    'as CosXL': ['text2img', { model: cosxl, loras: [[adapter, 0.6]] }],
+    'as CosXL, over a picture': ['img2img', { model: cosxl, settings: over }],
+  };
+}
+
 /** By pictures, through what lies in `plain` and `plus`. */
 function byPictures(
   { odd, oddMask }: Pictures,
@@ -338,12 +356,18 @@ interface T2IAdapters {
   sketch: string;
 }
 
+export interface EDMModels {
+  playground: string;
+  cosxl: string;
+}
+
 export function allCalls(
   pictures: Pictures,
   controlnets: ControlNets,
   t2iAdapters: T2IAdapters,
   ipAdapters: IPAdapters,
   inpainting: string,
+  edm: EDMModels,
 ): Call[] {
   const overNoise = { ...textToImage, ...refined, ...followed(pictures, t2iAdapters, ipAdapters) };
   const short: [label: string, pipeline: Call['pipeline'], call: Short][] = [
@@ -362,6 +386,7 @@ export function allCalls(
       ...controlled(pictures, controlnets),
       ...seeing(pictures, controlnets, inpainting),
       ...byPictures(pictures, controlnets, ipAdapters),
+      ...underEDM(pictures, controlnets, edm),
     }).map(([label, [pipeline, call]]): [string, Call['pipeline'], Short] => [label, pipeline, call]),
   ];
   return short.map(([label, pipeline, call], i) => {

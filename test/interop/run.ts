@@ -17,6 +17,7 @@ import { resize } from '../../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/torch_random.ts';
 import { writeControlNet } from '../controlnet_golden.ts';
+import { writeEDM } from '../edm_golden.ts';
 import { writeInpainting } from '../inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../ip_adapter_golden.ts';
 import { writeT2IAdapter } from '../t2i_adapter_golden.ts';
@@ -244,8 +245,12 @@ async function all(words: readonly string[]): Promise<number> {
   );
   const [edges, sketch] = ['edges', 'sketch'].map((name) => writeT2IAdapter(join(folder, name), name));
   const inpainting = writeInpainting(join(folder, 'inpainting'));
+  const edm = {
+    playground: writeEDM(join(folder, 'playground'), 'playground'),
+    cosxl: writeEDM(join(folder, 'cosxl'), 'cosxl'),
+  };
   const pictures = await oddPictures();
-  const calls = allCalls(pictures, { full, small }, { edges, sketch }, { plain, plus }, inpainting);
+  const calls = allCalls(pictures, { full, small }, { edges, sketch }, { plain, plus }, inpainting, edm);
   const jobs = [
     ...(await saved(inpainting, pictures)),
     ...textAdapters(),
