@@ -1,28 +1,22 @@
 // Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
-// pseudo-Huber loss against float64, runs that resume bit for bit and share passes among devices, what they make, and mistakes.
+// pseudo-Huber loss against float64, runs that resume bit for bit, what they make, and mistakes. A pass on a GPU: gpu_training.test.ts.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
-import { backward, gradOf, noGrad, requireGrad } from '../engine/grad.ts';
-import { type Parameter, parameter } from '../engine/module.ts';
-import type { Tensors } from '../engine/op.ts';
-import { mul } from '../engine/ops/binary.ts';
-import { linear } from '../engine/ops/linear.ts';
-import { scope, unscoped } from '../engine/scope.ts';
-import { type Tensor, tensor } from '../engine/tensor.ts';
+import { backward, gradOf, requireGrad } from '../engine/grad.ts';
+import type { Parameter } from '../engine/module.ts';
+import { scope } from '../engine/scope.ts';
+import { tensor } from '../engine/tensor.ts';
 import { readPicture } from '../io/image.ts';
 import { openModel } from '../models/checkpoint.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
-import { consistency, consistencyLoss, distilled, pseudoHuber, solverSteps } from '../train/methods/lcm.ts';
-import type { Asked } from '../train/methods/method.ts';
+import { consistency, distilled, pseudoHuber, solverSteps } from '../train/methods/lcm.ts';
 import { objectiveOf } from '../train/objective.ts';
-import { openPasses, place } from '../train/pass.ts';
+import { place } from '../train/pass.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import { requireAverages } from '../train/rules/methods.ts';
 import type { Run, RunInput } from '../train/run.ts';
 import { openMaterials, type Session } from '../train/session.ts';
-import { lent } from '../train/task.ts';
 import { sdxl } from './command_line.ts';
 import { numbers } from './controlnet_golden.ts';
 import { allClose, goldenLines, permuted } from './golden.ts';
@@ -41,8 +35,6 @@ import {
   silent,
 } from './small_runs.ts';
 import { writeTold } from './told_golden.ts';
-import { failingGpu } from './virtual-gpu/failing.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 
 interface Tables {
   ddim_timesteps: number[];
@@ -199,67 +191,6 @@ test('the pseudo-Huber loss and its gradient', (t) => {
       allClose(t, 'gradient', gradOf(r)?.floats() ?? [], slopes, { atol: 1e-9, rtol: 2e-6 });
     });
   }
-  t.end();
-});
-
-/** Losses and gradients of three passes through networks that are a product. */
-function passesOn(device: Device): number[] {
-  const weight = parameter([4, 4]);
-  weight.tensor = requireGrad(tensor(numbers('weight', [4, 4]), [4, 4], { device }));
-  const average = tensor(numbers('average', [4, 4]), [4, 4], { device, dtype: 'bfloat16' });
-  const student = (x: Tensor) => linear(x, weight.tensor);
-  const asked: Omit<Asked, 'conditioning' | 'unconditional'> = {
-    student,
-    // As a twin has an average of another type: cast in the pass, and let go.
-    target(x) {
-      const own = unscoped(() => lent(new Map([['weight', average]]))('weight', weight.tensor));
-      const made = noGrad(() => linear(x, own));
-      own.release();
-      return made;
-    },
-    teacher: (x, _, { context }) => mul(x, context),
-  };
-  const said = (context: Tensor) => ({ context, textEmbeds: context, timeIds: context });
-  const loss = (inputs: Tensors) => {
-    const conditioning = said(inputs.context);
-    const unconditional = said(inputs.unconditional);
-    return consistencyLoss(
-      { ...asked, conditioning, unconditional },
-      inputs,
-      { loss_type: 'huber', huber_c: 0.01 },
-      'float32',
-    );
-  };
-  const passes = openPasses({ loss }, new Map([['weight', weight]]), device);
-  const got = [1, 2, 3].flatMap((k) => {
-    const input = (name: string, ...shape: number[]) => {
-      return { shape, values: numbers(`${name} ${k}`, shape), dtype: 'float32' as const };
-    };
-    const pictures = { sample: [2, 3, 5, 4], context: [2, 3, 5, 4], unconditional: [2, 3, 5, 4] };
-    const rows = { factors: [2, 7], weights: [2], timesteps: [2], ends: [2] };
-    const inputs = Object.entries({ ...pictures, ...rows }).map(([name, shape]) => [
-      name,
-      input(name, ...shape),
-    ]);
-    const made = passes.queue(Object.fromEntries(inputs), 1);
-    const [value] = made.floats();
-    made.release();
-    average.set(numbers(`average ${k}`, [4, 4]));
-    return [value, ...scope(() => gradOf(weight.tensor)?.floats() ?? [])];
-  });
-  passes.release();
-  weight.unload();
-  average.release();
-  return got;
-}
-
-test('a pass is recorded on a GPU, and tells what it tells on a CPU', (t) => {
-  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26, races: false }));
-  const gpu = cudaDevice(failing.api);
-  const [recorded, eager] = [gpu, openDevice('reference')].map(passesOn);
-  t.ok(failing.made('cuGraphLaunch') > 0, 'it was replayed');
-  allClose(t, 'losses and gradients', recorded, eager, { atol: 1e-5, rtol: 1e-5 });
-  t.equal(gpu.memory.storages, 0);
   t.end();
 });
 

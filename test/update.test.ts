@@ -1,16 +1,12 @@
 // One update of training over a model of one weight: what is queued before anything is read, what is prepared meanwhile, and
-// what becomes of numbers that are not finite.
+// what becomes of numbers that are not finite. Recorded passes are gpu_training.test.ts's matter.
 import { test } from 'tap';
-import { cudaDevice, openDevice } from '../engine/device.ts';
+import { openDevice } from '../engine/device.ts';
 import { gradOf } from '../engine/grad.ts';
-import { unscoped } from '../engine/scope.ts';
-import { type Tensor, zeros } from '../engine/tensor.ts';
 import type { Session } from '../train/session.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
 import { validationLoss } from '../train/validation.ts';
-import { open, pass, trained, turn } from './small_session.ts';
-import { failingGpu } from './virtual-gpu/failing.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+import { open, pass, turn } from './small_session.ts';
 
 const cpu = openDevice('auto');
 
@@ -125,108 +121,4 @@ test('what cannot be prepared ahead is told when its turn comes', async (t) => {
   await makeUpdate(session, feed, turn(pass(1)), 0.1, next);
   await t.rejects(makeUpdate(session, feed, next, 0.1), /no such picture/);
   release();
-});
-
-/** Passes of two shapes, two or three to an update; the fourth update has a loss that is not finite. */
-const updates = Array.from({ length: 12 }, (_, k) => [
-  pass(k, 1),
-  pass(2),
-  ...(k % 2 ? [pass(k === 3 ? Number.NaN : k)] : []),
-]);
-
-test('recorded passes make the weights that passes make', async (t) => {
-  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
-  const device = cudaDevice(gpu.api);
-  const names = ['weight', 'unread'];
-  const eager = open([device], { names });
-  const want = await trained(eager, updates);
-  t.equal(new Set(want).size, 11, 'each update but one changes them');
-  const unread = Math.fround(0.01);
-  t.ok(
-    eager.weights[1].tensor.floats().every((w) => w === unread),
-    'one that no gradient reaches does not decay',
-  );
-  t.equal(gpu.made('cuGraphLaunch'), 0);
-  eager.release();
-  const recorded = open([device], { names, records: true });
-  t.same(await trained(recorded, updates), want);
-  t.equal(gpu.made('cuStreamBeginCapture'), 2, 'one recording for a shape');
-  t.equal(gpu.made('cuGraphLaunch'), 12 + 18 - 2 * 2, 'which runs from the third pass on');
-  recorded.release();
-  t.same([device.memory.storages, device.memory.live], [0, 0]);
-  device.memory.trim();
-  t.equal(device.memory.held, 0, 'what was set aside for recordings is given back');
-});
-
-test('on a GPU too, weights that move amid the pass are those that move after it', async (t) => {
-  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
-  const device = cudaDevice(gpu.api);
-  const single = [0, 1, 2, Number.NaN, 4, 5].map((k) => [pass(k, 1)]);
-  const names = ['weight', 'second', 'unread'];
-  for (const max_grad_norm of [0, 0.5]) {
-    const [kept, fused] = [false, true].map((fused_backward_pass) => {
-      const opened = open([device], { names, records: fused_backward_pass });
-      Object.assign(opened.session.run.train, { fused_backward_pass });
-      Object.assign(opened.session.run.optimizer, { max_grad_norm });
-      return opened;
-    });
-    const want = await trained(kept, single);
-    t.equal(new Set(want).size, 5, 'each update but one changes them');
-    t.same(await trained(fused, single), want, `clipped to ${max_grad_norm}`);
-    for (const { release } of [kept, fused]) release();
-    t.same([device.memory.storages, device.memory.live], [0, 0]);
-  }
-});
-
-test('where memory is needed, recordings give theirs, and are made again if they had paid', async (t) => {
-  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
-  const device = cudaDevice(gpu.api);
-  const eager = open([device]);
-  const want = await trained(eager, updates);
-  eager.release();
-  const recorded = open([device], { records: true });
-  const got = await trained(recorded, updates, (k) => {
-    if (k !== 8) return;
-    t.equal(gpu.made('cuGraphExecDestroy'), 0);
-    const others: Tensor[] = [];
-    t.throws(() => {
-      for (;;) others.push(unscoped(() => zeros([2 ** 13], { device })));
-    }, /out of memory/);
-    for (const other of others) other.release();
-  });
-  t.same(got, want);
-  t.equal(gpu.made('cuGraphExecDestroy'), 2, 'both are dropped');
-  t.equal(gpu.made('cuStreamBeginCapture'), 3, 'one had been replayed 11 times, the other 7');
-  recorded.release();
-  t.same([device.memory.storages, device.memory.live], [0, 0]);
-});
-
-test('what cannot be placed for a recording leaves nothing', async (t) => {
-  for (const call of ['cuMemAllocAsync', 'cuMemcpyHtoDAsync'] as const) {
-    const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
-    const device = cudaDevice(gpu.api);
-    for (let at = 1; ; at++) {
-      const recorded = open([device], { records: true });
-      gpu.fail(call, 'CUDA_ERROR_OUT_OF_MEMORY', { at, always: true });
-      await trained(recorded, updates.slice(0, 1)).catch(() => undefined);
-      const { failed } = gpu;
-      gpu.heal();
-      recorded.release();
-      t.same([device.memory.storages, device.memory.live], [0, 0], `${call} ${at}`);
-      device.memory.trim();
-      if (failed) continue;
-      t.ok(at > 5, `${at - 1} of them were refused in turn`);
-      break;
-    }
-  }
-});
-
-test('a GPU that is lost is told once, and what is held is given back', async (t) => {
-  const gpu = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 24, memoryBytes: 2 ** 22 }));
-  const device = cudaDevice(gpu.api);
-  const recorded = open([device], { records: true });
-  gpu.fail('cuGraphLaunch', 'CUDA_ERROR_ECC_UNCORRECTABLE', { at: 2 });
-  await t.rejects(trained(recorded, updates), { message: /^cuGraphLaunch failed with CUDA_ERROR_ECC_UNC/ });
-  t.doesNotThrow(recorded.release);
-  t.same([device.memory.storages, device.memory.live], [0, 0]);
 });
