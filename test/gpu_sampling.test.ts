@@ -1,8 +1,9 @@
-// What only sampling does, on virtual GPUs: linear layers in 8-bit floats, on Hopper in each tile under three schedules. Steps of whole
-// models are cuda_models.test.ts's and cuda_recorded.test.ts's matter.
+// What only sampling does, on virtual GPUs: linear layers in 8-bit floats, on Hopper in each tile under three schedules, and convolutions of
+// a doubled image without the doubled image. Steps of whole models are cuda_models.test.ts's and cuda_recorded.test.ts's matter.
 import { test } from 'tap';
 import { keyOf, overrides, type TileName, tilesOf } from '../engine/cuda/plan_sm90.ts';
 import { cudaDevice } from '../engine/device.ts';
+import { bounds, reference, upsampled } from './doubled_upsampler.ts';
 import { type Layer, layersInFp8, roundsToNearest, runLayer } from './fp8_layers.ts';
 import { relativeError } from './op_cases.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
@@ -51,6 +52,26 @@ test('Hopper multiplies bytes, in each tile and under every schedule', (t) => {
   t.equal(
     new Set(met.map(({ kernel }) => kernel)).size,
     2 * (tilesOf.e4m3.length + tilesOf.e4m3_geglu.length),
+  );
+  t.end();
+});
+
+test('on Hopper the four convolutions of a doubled image go by TMA', (t) => {
+  const gpu = openVirtualGpu({ capability: [9, 0] });
+  for (const shape of [
+    [2, 9, 11, 64],
+    [1, 16, 16, 72],
+  ]) {
+    const [want] = upsampled(reference, 'bfloat16', shape, { cached: false, adapted: false });
+    const [got] = upsampled(cudaDevice(gpu), 'bfloat16', shape, { cached: true, adapted: false });
+    const nmse = relativeError(got, want) ** 2;
+    t.ok(nmse <= bounds.bfloat16, `[${shape}]: ${nmse.toExponential(2)}`);
+  }
+  const ran = gpu.coverage().filter(({ entered }) => entered.size > 0);
+  const kernels = new Set(ran.map(({ kernel }) => kernel).filter((kernel) => kernel.startsWith('conv2d')));
+  t.ok(
+    kernels.size > 0 && [...kernels].every((kernel) => kernel.startsWith('conv2d_sm90_forward')),
+    [...kernels].join(),
   );
   t.end();
 });
