@@ -2,6 +2,9 @@
 // cuda.test.ts, and not again here.
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
+import { loadTextualInversion } from '../models/textual_inversion.ts';
+import { allClose } from './golden.ts';
+import { embed, embeddings, open } from './textual_inversions.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep } from './whole_models.ts';
 
@@ -22,6 +25,21 @@ for (const [label, work] of [
     t.end();
   });
 }
+
+test('a prompt with a textual inversion, weighted', { timeout: 300_000 }, (t) => {
+  const { toy } = embeddings(t);
+  const [want, got] = [cpu, device].map((device) => {
+    const before = device.memory.storages;
+    const pipeline = open(device, 'tiny-sdxl-refiner');
+    loadTextualInversion(pipeline, toy);
+    const { context } = embed(pipeline, { prompt: ['a (<toy>:1.5) [fox]'], emphasis: 'original' });
+    pipeline.release();
+    t.equal(device.memory.storages, before, 'live tensors');
+    return context;
+  });
+  allClose(t, 'context', got, want, { atol: 2.5e-5, rtol: 0 });
+  t.end();
+});
 
 test('a UNet on Hopper: tensor maps and wgmma, replayed and with gradients', (t) => {
   const gpu = openVirtualGpu({ capability: [9, 0], races: false });

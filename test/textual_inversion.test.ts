@@ -1,22 +1,15 @@
 // Textual inversions against diffusers (golden/textual_inversion.jsonl): prompts with embeddings of one vector and of several, which
-// a formula gives, in the base and the refiner; and files and names that are refused.
+// a formula gives, in the base and the refiner; and files and names that are refused. On a GPU: cuda_models.test.ts.
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { type Test, test } from 'tap';
-import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
-import { noGrad } from '../engine/grad.ts';
-import { scope } from '../engine/scope.ts';
-import { encodeNumbers } from '../io/dtype.ts';
+import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
-import { writeSafetensors } from '../io/safetensors.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { encodePrompts, type Prompts } from '../models/conditioning.ts';
 import { readPrompt } from '../models/emphasis.ts';
-import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import type { Pipeline } from '../models/pipeline.ts';
 import { loadTextualInversion } from '../models/textual_inversion.ts';
-import { type Assert, allClose, goldenFolder, goldenLines } from './golden.ts';
+import { type Assert, allClose, goldenLines } from './golden.ts';
 import { devices } from './models_golden.ts';
-import { openVirtualGpu } from './virtual-gpu/gpu.ts';
+import { embed, embeddings, open, vectors, write } from './textual_inversions.ts';
 
 /** Contexts are float32 in base64, [77, channels], of some channels; pooled vectors are their beginnings. */
 interface Golden {
@@ -32,54 +25,6 @@ interface Golden {
 }
 
 const cases = goldenLines<Golden>('textual_inversion');
-
-/** The k-th embedding of the golden cases: vectors [count, width]. */
-const vectors = (count: number, width: number, k: number) =>
-  Float32Array.from({ length: count * width }, (_, at) => {
-    const [i, c] = [Math.floor(at / width), at % width];
-    return (((k * 7 + i * 31 + c * 17) % 101) - 50) / 250;
-  });
-
-type Entry = [name: string, shape: number[], values: Float32Array];
-
-function write(path: string, ...entries: Entry[]): string {
-  writeSafetensors(
-    path,
-    entries.map(([name, shape, values]) => ({
-      name,
-      shape,
-      dtype: 'float32',
-      bytes: encodeNumbers(values, 'float32'),
-    })),
-  );
-  return path;
-}
-
-/** <toy> of three vectors as diffusers' script leaves them, mystyle of one without its own axis as others may. */
-function embeddings(t: Test): { toy: string; style: string } {
-  const folder = t.testdir({ toy: {} });
-  const toy = join(folder, 'toy');
-  write(join(toy, 'learned_embeds.safetensors'), ['<toy>', [3, 32], vectors(3, 32, 1)]);
-  write(join(toy, 'learned_embeds_2.safetensors'), ['<toy>', [3, 48], vectors(3, 48, 1)]);
-  const style = write(
-    join(folder, 'mystyle.safetensors'),
-    ['clip_l', [32], vectors(1, 32, 2)],
-    ['clip_g', [48], vectors(1, 48, 2)],
-  );
-  return { toy, style };
-}
-
-const open = (device: Device, name = 'tiny-sdxl'): Pipeline =>
-  loadPipeline(openModel(join(goldenFolder, name)), { device, dtype: 'float32' });
-
-function embed({ text, device }: Pipeline, prompts: Prompts, guided = false) {
-  return noGrad(() =>
-    scope(() => {
-      const got = encodePrompts(text, prompts, { guided, copies: 1, device, dtype: 'float32' });
-      return { context: got.context.floats(), pooled: got.pooled.floats(), cut: got.truncated };
-    }),
-  );
-}
 
 function check(t: Assert, pipeline: Pipeline, golden: Golden): void {
   const { prompt, prompt_2, negative_prompt, channels } = golden;
@@ -118,21 +63,6 @@ for (const device of devices) {
     t.end();
   });
 }
-
-test('weighted and on a virtual GPU, as on the CPU', { timeout: 300_000 }, (t) => {
-  const { toy } = embeddings(t);
-  const [want, got] = [openDevice('cpu'), cudaDevice(openVirtualGpu({ races: false }))].map((device) => {
-    const before = device.memory.storages;
-    const pipeline = open(device, 'tiny-sdxl-refiner');
-    loadTextualInversion(pipeline, toy);
-    const { context } = embed(pipeline, { prompt: ['a (<toy>:1.5) [fox]'], emphasis: 'original' });
-    pipeline.release();
-    t.equal(device.memory.storages, before, 'live tensors');
-    return context;
-  });
-  allClose(t, 'context', got, want, { atol: 2.5e-5, rtol: 0 });
-  t.end();
-});
 
 test('names, in capitals, weighted, and cut off', (t) => {
   const [device] = devices;
