@@ -10,7 +10,8 @@ const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
 /**
  * What a GPU does, on the virtual one, this itself, what it has memory for, and the programs for a machine that has one, are a suite of
- * their own: they take longer than all else together, and cuda.test.js, every kernel's proof, as long as the rest of them.
+ * their own: they take longer than all else together, and cuda.test.js, every kernel's proof, as long as the rest of them. A case of
+ * a second or two on the virtual GPU stays with those of the other devices.
  */
 const forGpus = (name: string) => /^(cuda|gpu|lab|ptx|virtual_gpu)/.test(name);
 const wanted = given[0] === '--kernels' ? forGpus : (name: string) => !forGpus(name);
