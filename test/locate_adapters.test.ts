@@ -1,16 +1,19 @@
-// LoRAs from a small hub of our own: which file of a repository is taken, and what cannot be had.
-import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+// Adapters from a small hub of our own, LoRAs, and IP-Adapters in the layout of h94/IP-Adapter: which files of a repository are taken, and
+// what cannot be had.
+import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { readPicture } from '../io/image.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
 import { locateLora } from '../models/locate_lora.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenLora } from './golden.ts';
+import { encoderConfig, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { hubOf } from './small_hub.ts';
 
 const golden = goldenLora('lora/scaled_kohya.safetensors');
 
-test('an adapter of the hub', async (t) => {
+test('a LoRA of the hub', async (t) => {
   const folder = t.testdir({ repo: { more: {} } });
   const at = (name: string): string => join(folder, 'repo', name);
   const usual = 'pytorch_lora_weights.safetensors';
@@ -88,4 +91,60 @@ test('sdxl sample --lora OWNER/NAME:SCALE', async (t) => {
   };
   t.same(await drawn('owner/style:0.5'), await drawn(`${golden}:0.5`));
   t.same(asked, ['style.safetensors']);
+});
+
+test('an IP-Adapter, and of two vision encoders the one of its width', async (t) => {
+  const folder = t.testdir({ repo: { sdxl_models: {}, models: {} } });
+  const at = (name: string): string => join(folder, 'repo', name);
+  // "Plus" reads hidden states; of the encoder beside it these are of another width.
+  writeEncoder(at('models/image_encoder'));
+  writeEncoder(at('sdxl_models/image_encoder'), { ...encoderConfig, hidden_size: 24 });
+  writeFileSync(at('models/image_encoder/pytorch_model.bin'), '');
+  writeIPAdapter(at('sdxl_models/ip-adapter_sdxl.safetensors'), 'plain');
+  writeIPAdapter(at('sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors'), 'plus');
+  cpSync(at('sdxl_models/ip-adapter_sdxl.safetensors'), at('models/ip-adapter_sd15.safetensors'));
+  const [plain, plus] = ['ip-adapter_sdxl', 'ip-adapter-plus_sdxl_vit-h'].map(
+    (name) => `sdxl_models/${name}.safetensors`,
+  );
+
+  const asked = await hubOf(t, folder);
+  const told: string[] = [];
+  const found = await locateIPAdapter(`h94/IP-Adapter/${plus}`, { onProgress: (path) => told.push(path) });
+  t.match(found.path, new RegExp(`${plus}$`));
+  t.match(found.imageEncoder.path, /[^_]models.image_encoder$/);
+  const both = ['sdxl_models/image_encoder/config.json', 'models/image_encoder/config.json'];
+  t.same(asked, [plus, ...both, 'models/image_encoder/model.safetensors']);
+  t.same([...new Set(told)], [`h94/IP-Adapter/${plus}`, 'h94/IP-Adapter/models/image_encoder']);
+  asked.length = 0;
+  const other = await locateIPAdapter(`h94/IP-Adapter/${plain}`);
+  t.match(other.imageEncoder.path, /sdxl_models.image_encoder$/);
+  t.same(asked, [plain, 'sdxl_models/image_encoder/model.safetensors']);
+  t.ok(existsSync(join(other.imageEncoder.path, 'model.safetensors')));
+
+  asked.length = 0;
+  for (const place of ['models/image_encoder', 'models']) {
+    const encoder = await locateImageEncoder(`h94/IP-Adapter/${place}`);
+    t.match(encoder.path, /[^_]models.image_encoder$/);
+    t.equal(encoder.config('image_encoder').hidden_size, 48);
+  }
+  t.same(asked, [], 'it is there already');
+  await t.rejects(locateImageEncoder('h94/IP-Adapter/elsewhere'), {
+    name: 'UserError',
+    message: /h94\/IP-Adapter on the hub has no image encoder in elsewhere; give the folder of a CLIPVision/,
+  });
+
+  await t.rejects(locateIPAdapter('h94/IP-Adapter/sdxl_models/none.safetensors'), {
+    name: 'UserError',
+    message: /h94\/IP-Adapter on the hub has no sdxl_models\/none\.safetensors; give an IP-Adapter's/,
+  });
+  await t.rejects(locateIPAdapter('h94/IP-Adapter'), {
+    message: /h94\/IP-Adapter has several IP-Adapters: give one of them, .*ip-adapter_sdxl\.safetensors/,
+  });
+});
+
+test('a repository without an IP-Adapter', async (t) => {
+  await hubOf(t, t.testdir({ repo: { 'config.json': '{}' } }));
+  await t.rejects(locateIPAdapter('h94/IP-Adapter'), {
+    message: /h94\/IP-Adapter on the hub has no IP-Adapter; give/,
+  });
 });
