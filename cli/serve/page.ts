@@ -46,7 +46,7 @@ export const page = `<!doctype html>
     method: body ? 'POST' : 'GET',
     headers: {
       ...(body ? { 'Content-Type': 'application/json' } : {}),
-      ...(form.key.value ? { Authorization: 'Bearer ' + form.key.value } : {}),
+      ...(form.elements.key.value ? { Authorization: 'Bearer ' + form.elements.key.value } : {}),
     },
     body: body && JSON.stringify(body),
   });
@@ -60,7 +60,7 @@ export const page = `<!doctype html>
   function requestOf() {
     const { width, height, key, ...said } = Object.fromEntries(new FormData(form));
     const given = Object.entries(said).filter(([, value]) => value !== '');
-    const numbers = given.map(([name, value]) => [name, form[name].type === 'number' ? Number(value) : value]);
+    const numbers = given.map(([name, value]) => [name, form.elements[name].type === 'number' ? Number(value) : value]);
     return { ...Object.fromEntries(numbers), ...(width && height ? { size: width + 'x' + height } : {}) };
   }
   /** Until \`done\`: how far it is, and what there is to be seen. */
