@@ -1,5 +1,5 @@
 // HTTP around `sdxl serve` without a model: who is let in, what is read of a body, and the order of a queue.
-import type { IncomingMessage } from 'node:http';
+import { type IncomingMessage, request } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { type Test, test } from 'tap';
 import type { Drawer } from '../cli/serve/drawer_process.ts';
@@ -137,6 +137,7 @@ test('a body that is not what was asked for is told of', async (t) => {
     [404, /there is no \/nowhere/, '/nowhere', {}],
     [404, /there is no/, '/../../etc/passwd', {}],
     [404, /there is no/, '/__proto__', {}],
+    [404, /there is no \/\/json here/, '//json', {}],
     [405, /\/json takes POST/, '/json', {}],
     [415, /send JSON/, '/json', { method: 'POST', body: '{}', headers: { 'Content-Type': 'text/plain' } }],
     [415, /send JSON/, '/json', { method: 'POST' }],
@@ -159,6 +160,10 @@ test('a body that is not what was asked for is told of', async (t) => {
     t.match(message, sentence);
     t.notMatch(message, /inner workings/);
   }
+  const target = await new Promise<number | undefined>((resolve) => {
+    request(url, { path: 'http://[' }, ({ statusCode }) => resolve(statusCode)).end();
+  });
+  t.equal(target, 400, 'a target that no client sends');
   const form = new FormData();
   form.set('prompt', 'a fox');
   t.same(await (await fetch(`${url}/form`, { method: 'POST', body: form })).json(), ['prompt']);

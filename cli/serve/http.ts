@@ -64,7 +64,7 @@ async function answer(
     if (!response.writableEnded) gone.abort(new Refusal(499, 'who asked is gone'));
   });
   try {
-    const url = new URL(request.url ?? '/', 'http://localhost');
+    const url = targetOf(request);
     const name = `${request.method} ${url.pathname}`;
     allow(request, response, name, options);
     if (request.method === 'OPTIONS') return void response.writeHead(204).end();
@@ -79,6 +79,15 @@ async function answer(
     await write(response, reply);
   } catch (error) {
     failed(request, response, error, options);
+  }
+}
+
+/** What is asked for. Two slashes at its begin are a path here, though a browser would read a host. @throws UserError */
+function targetOf({ url = '/' }: IncomingMessage): URL {
+  try {
+    return new URL(url.startsWith('/') ? `http://localhost${url}` : url, 'http://localhost');
+  } catch {
+    throw new UserError('the path that is asked for is none');
   }
 }
 
