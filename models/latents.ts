@@ -138,8 +138,8 @@ const asItIs: Way = (vae, run, bring) => {
 };
 
 /**
- * Runs a VAE in the type of its weights. One that overflows goes on in float32, so that what was drawn is not lost. Every number
- * is looked at: a tile may overflow where the others do not.
+ * Runs a VAE in the type of its weights. One that overflows runs again in float32, so that what was drawn is not lost, and has its type
+ * back, which loses nothing: no picture depends on those before it. Every number is looked at: a tile may overflow where others do not.
  */
 const withoutOverflow: Way = (vae, run, bring) => {
   const { device, dtype } = placeOf(vae.module);
@@ -151,10 +151,18 @@ const withoutOverflow: Way = (vae, run, bring) => {
     }),
   );
   if (results) return results;
-  for (const parameter of namedParameters(vae.module).values())
-    parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, 'float32')));
-  return noGrad(() => scope(() => run(device, 'float32').map((t) => bring(t))));
+  try {
+    castTo(vae, 'float32');
+    return noGrad(() => scope(() => run(device, 'float32').map((t) => bring(t))));
+  } finally {
+    castTo(vae, dtype);
+  }
 };
+
+function castTo(vae: Autoencoder, dtype: FloatDType): void {
+  for (const parameter of namedParameters(vae.module).values())
+    parameter.tensor = noGrad(() => unscoped(() => cast(parameter.tensor, dtype)));
+}
 
 /** A decoded picture. */
 export interface DecodedPicture extends Picture {

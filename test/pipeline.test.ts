@@ -150,8 +150,8 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
     return pipeline;
   };
   const { data: saved, type } = drawn(strained());
-  t.equal(type, 'float32', 'a VAE that overflows goes on in float32');
-  t.ok(saved.every(Number.isFinite));
+  t.ok(saved.every(Number.isFinite), 'a VAE that overflows runs in float32');
+  t.equal(type, 'float16', 'and has its own type for the next picture');
 
   const { vae, release } = strained();
   const wide = { shape: [1, 4, 16, 64], data: new Float32Array(4 * 16 * 64) };
@@ -161,9 +161,11 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
   const [seen] = previewPictures(vae, wide, true);
   t.notOk(seen.finite, 'a look on the way overflows');
   t.equal(placeOf(vae.module).dtype, 'float16', 'and changes nothing');
+  const fits = () => decodeLatents(vae, { ...wide, data: new Float32Array(wide.data.length) }, true).data;
+  const alone = fits();
   const tiles = decodeLatents(vae, wide, true).data;
-  t.equal(placeOf(vae.module).dtype, 'float32', 'nor does one in its last tile go unseen');
-  t.ok(tiles.every(Number.isFinite));
+  t.ok(tiles.every(Number.isFinite), 'nor does one in its last tile go unseen');
+  t.equal(maxDifference(fits(), alone), 0, 'and the next picture is as it would be alone');
   t.ok(decodePictures(vae, wide, true)[0].finite);
   release();
   t.equal(device.memory.storages, before, 'live tensors');
