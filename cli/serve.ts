@@ -30,7 +30,7 @@ import { openaiApi } from './serve/openai_api.ts';
 import { page } from './serve/page.ts';
 import { openQueue, type Queue } from './serve/queue.ts';
 import type { Served } from './serve/served.ts';
-import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
+import { heedingSignals, inOneLine, Stopped, type Terminal } from './terminal.ts';
 import { addUpscaleOptions } from './upscale_options.ts';
 
 interface ServeOptions extends SampleOptions {
@@ -113,7 +113,7 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
     );
   const standing = standingOf(options);
   const log = (line: string): void => {
-    if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${line}\n`);
+    if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${inOneLine(line)}\n`);
   };
   const drawer: Drawer = openDrawer(standing, {
     idleMs: options.keepAlive === undefined ? undefined : options.keepAlive * 60_000,
@@ -206,6 +206,9 @@ function keyIn(file: string): string {
 /** What people call a model by its folder, file or hub id. */
 const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|gguf)$/, '');
 
+/** So many keys that say nothing are told of: clients have a few, and who makes up more fills no log. */
+const mostTold = 100;
+
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
   const isTyped = (name: string) => command.getOptionValueSource(name) === 'cli';
@@ -221,9 +224,9 @@ function servedOf(standing: Standing, command: Command, log: (line: string) => v
       ...(isTyped('maxTokenLength') ? { maxTokenLength } : {}),
     },
     tellIgnored(key) {
-      if (told.has(key)) return;
+      if (told.has(key) || told.size === mostTold) return;
       told.add(key);
-      log(`"${key}" of a request says nothing to this server`);
+      log(`"${key.slice(0, 60)}" of a request says nothing to this server`);
     },
   };
 }

@@ -37,6 +37,13 @@ export function ownTerminal(): Terminal {
 /** A text that may be a stranger's, as names in a file are, without what would steer a screen. */
 export const printable = (text: string): string => text.replace(/[^\P{Cc}\n\t]/gu, '\ufffd');
 
+/** Such a text in a line that others follow, such as a log's: one line of it, and not all where it is long. */
+export function inOneLine(text: string): string {
+  const most = 500;
+  const shown = text.length > most ? `${text.slice(0, most)}...` : text;
+  return printable(shown.replace(/\s+/g, ' '));
+}
+
 /** A signal has ended the work in good order; `status` is the program's, as shells count. */
 export class Stopped extends Error {
   readonly status: number;

@@ -364,6 +364,8 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       { prompt: 'x', background: 'transparent' },
       /background "transparent" is not there/,
     ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: '9'.repeat(1e6) }, /^steps takes .{488}\.\.\.$/],
+    ['/sdapi/v1/txt2img', { prompt: 'x'.repeat(10_001) }, /prompt has 10001 letters, and 10000 is the most/],
     ['/sdapi/v1/txt2img', { prompt: 'x', steps: 'many' }, /steps takes a whole number/],
     ['/sdapi/v1/txt2img', { prompt: 'x', steps: 1000 }, /steps takes a whole number from 1 to 150/],
     ['/sdapi/v1/txt2img', { prompt: 'x', width: 5000 }, /width takes a number.* to 4096/],

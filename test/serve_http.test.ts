@@ -133,6 +133,7 @@ test('a body that is not what was asked for is told of', async (t) => {
     t.equal(error.message, detail, 'for clients of both kinds');
     return [response.status, detail];
   };
+  const deep = `{"a": ${'['.repeat(1e5)}${']'.repeat(1e5)}}`;
   const cases: [number, RegExp, string, RequestInit][] = [
     [404, /there is no \/nowhere/, '/nowhere', {}],
     [404, /there is no/, '/../../etc/passwd', {}],
@@ -144,6 +145,7 @@ test('a body that is not what was asked for is told of', async (t) => {
     [400, /no JSON: /, '/json', { method: 'POST', body: '{"a":', headers: json }],
     [400, /no JSON object/, '/json', { method: 'POST', body: '[1]', headers: json }],
     [400, /no JSON object/, '/json', { method: 'POST', body: 'null', headers: json }],
+    [400, /more than 32 deep/, '/json', { method: 'POST', body: deep, headers: json }],
     [415, /send a form/, '/form', { method: 'POST', body: '{}', headers: json }],
     [
       400,

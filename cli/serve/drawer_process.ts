@@ -4,6 +4,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { packageRoot } from '../../io/package_root.ts';
+import { inOneLine } from '../terminal.ts';
 import { Refusal } from './http.ts';
 import type { Drawn, FromDrawer, ModelTold, Order, Standing, ToDrawer } from './messages.ts';
 
@@ -90,7 +91,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   }
 
   function hear(message: OfOrder | { kind: 'warning'; line: string }): void {
-    if (message.kind === 'warning') tell(`warning: ${message.line}\n`);
+    if (message.kind === 'warning') tell(`warning: ${inOneLine(message.line)}\n`);
     else if (work && work.id === message.id) heed(message, work);
   }
 

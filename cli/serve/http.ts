@@ -2,10 +2,13 @@
 // server: there are a dozen fixed paths, and nothing of a framework would be used.
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { UserError } from '../../io/errors.ts';
+import { inOneLine } from '../terminal.ts';
 import { type Rules, refusal } from './guard.ts';
 
 /** A picture of 16 megapixels in base64, with room. */
 const MOST_BYTES = 32e6;
+/** Of lists and objects in each other. */
+const MOST_DEPTH = 32;
 
 /** An answer with another status than that of a mistake in what was asked (400). */
 export class Refusal extends Error {
@@ -144,8 +147,16 @@ async function jsonOf(request: IncomingMessage): Promise<Record<string, unknown>
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value))
     throw new UserError('the body is no JSON object; send one such as {"prompt": "a red fox"}');
+  if (isDeeper(value, MOST_DEPTH))
+    throw new UserError(`the body has lists or objects more than ${MOST_DEPTH} deep; no key takes such`);
   return value as Record<string, unknown>;
 }
+
+/** Whether lists and objects lie deeper in each other: what goes over them by recursion would run out of stack. */
+const isDeeper = (value: unknown, most: number): boolean =>
+  typeof value === 'object' &&
+  value !== null &&
+  (most === 0 || Object.values(value).some((each) => isDeeper(each, most - 1)));
 
 async function formOf(request: IncomingMessage): Promise<FormData> {
   const type = request.headers['content-type'] ?? '';
@@ -199,7 +210,10 @@ function failed(
   const known = error instanceof UserError || error instanceof Refusal;
   const status = error instanceof Refusal ? error.status : known ? 400 : 500;
   if (!known) onBug(error);
-  const told = errorOf(status, known ? error.message : 'the server failed; its own output says how');
+  const told = errorOf(
+    status,
+    known ? inOneLine(error.message) : 'the server failed; its own output says how',
+  );
   if (response.destroyed) return;
   if (response.headersSent) {
     response.end(`event: error\ndata: ${JSON.stringify(told)}\n\n`);
