@@ -444,7 +444,7 @@ test('a page tells of every route', async (t) => {
 
 test('a service manager ends it', async (t) => {
   t.equal(await (await shared).end(), 143);
-  t.same(drawers(), []);
+  await eventually(async () => drawers().length === 0);
 });
 
 test('a picture is watched, stopped, and left by who is gone', async (t) => {
@@ -494,6 +494,7 @@ test('a picture is watched, stopped, and left by who is gone', async (t) => {
 
 test('a server outlives the process that draws, and lets it go when it is idle', async (t) => {
   const server = await serve('--width', '64', '--height', '64', '--steps', '150', '--keep-alive', '0.01');
+  await eventually(async () => drawers().length === 0); // nobody has asked yet
   const drawing = server.post('/v1/images/generations', { ...fox, n: 16 });
   const waiting = server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 });
   await seen(server, ({ state }) => state.sampling_step > 0);
@@ -507,6 +508,10 @@ test('a server outlives the process that draws, and lets it go when it is idle',
   t.match(server.said(), /it is started again/);
   await eventually(async () => drawers().length === 0);
   t.equal((await server.get('/healthz')).body.state, 'idle', 'memory is free');
+  const early = server.post('/sdapi/v1/txt2img', fox);
+  await seen(server, ({ state }) => state.job !== '');
+  await server.post('/sdapi/v1/interrupt', {});
+  t.same((await early).body.images, [], 'interrupted while the model is loaded');
   t.equal(
     (await server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 })).status,
     200,
@@ -518,7 +523,7 @@ test('a server outlives the process that draws, and lets it go when it is idle',
   const ended = server.end();
   t.equal((await last).status, 200, 'the picture at work is finished');
   t.equal(await ended, 143);
-  t.same(drawers(), []);
+  await eventually(async () => drawers().length === 0);
 });
 
 test('a server that cannot begin says why', async (t) => {
@@ -546,7 +551,7 @@ test('a server that cannot begin says why', async (t) => {
     t.match(err, sentence);
   }
   await new Promise((resolve) => taken.close(resolve));
-  t.same(drawers(), []);
+  await eventually(async () => drawers().length === 0);
 
   const server = await serve(...small, '--api-key-file', key);
   t.equal((await server.get('/healthz')).status, 200, 'without the key');

@@ -2,10 +2,10 @@
 import { type IncomingMessage, request } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { type Test, test } from 'tap';
-import type { Drawer } from '../cli/serve/drawer_process.ts';
+import { type Drawer, openDrawer } from '../cli/serve/drawer_process.ts';
 import { isLoopback, type Rules, refusal } from '../cli/serve/guard.ts';
 import { httpServer, type Routes } from '../cli/serve/http.ts';
-import type { Order } from '../cli/serve/messages.ts';
+import type { Order, Standing } from '../cli/serve/messages.ts';
 import { openQueue } from '../cli/serve/queue.ts';
 
 type Headers = Record<string, string>;
@@ -256,4 +256,17 @@ test('orders are drawn one after the other, in their order, and no more wait tha
     begun.map(({ order }) => order.settings.seed),
     [1, 2, 5, 6],
   );
+});
+
+test('a process that cannot be started is told of, and tried again', async (t) => {
+  const { execPath } = process;
+  t.teardown(() => {
+    process.execPath = execPath;
+  });
+  process.execPath = '/nowhere/node';
+  const drawer = openDrawer({ model: 'none' } as Standing, { tell() {}, onLost() {} });
+  for (let i = 0; i < 2; i++) {
+    await t.rejects(drawer.open(), /the process that draws has ended \(spawn .*ENOENT\)/);
+    t.equal(drawer.state(), 'lost');
+  }
 });

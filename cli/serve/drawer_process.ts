@@ -52,10 +52,13 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   let child: ChildProcess | undefined;
   let opening: Promise<ModelTold> | undefined;
   let work: Work | undefined;
+  let drawing = false;
   let idle: NodeJS.Timeout | undefined;
   let ids = 0;
   let state: ReturnType<Drawer['state']> = 'idle';
-  const send = (message: ToDrawer): void => void child?.send(message);
+  const send = (message: ToDrawer): void => {
+    if (child?.connected) child.send(message);
+  };
 
   function start(): Promise<ModelTold> {
     const started = fork(join(packageRoot, 'dist', 'cli', 'serve', 'drawer.js'), {
@@ -75,9 +78,8 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
           lost = message.mistake ? new UserError(message.message) : lostWith(message.message);
         else hear(message);
       });
-      started.on('error', reject);
-      started.on('exit', (status, signal) => {
-        lost ??= lostWith(`the process that draws has ended (${signal ?? `status ${status}`})`);
+      const ended = (how: string): void => {
+        lost ??= lostWith(`the process that draws has ended (${how})`);
         reject(lost);
         if (child !== started) return; // closed by us
         const was = state;
@@ -85,6 +87,11 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
         state = 'lost';
         work?.reject(lost);
         if (was === 'open') onLost();
+      };
+      started.on('exit', (status, signal) => ended(signal ?? `status ${status}`));
+      started.on('error', (error) => {
+        // One that could not be started has no exit; of the others this is a message that came too late.
+        if (started.pid === undefined) ended(error.message);
       });
       send({ kind: 'open', options });
     });
@@ -109,6 +116,11 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
     return opening;
   };
 
+  const untilIdle = (): void => {
+    clearTimeout(idle);
+    if (idleMs !== undefined && !drawing) idle = setTimeout(close, idleMs).unref();
+  };
+
   function close(): void {
     const closed = child;
     child = opening = undefined;
@@ -118,14 +130,19 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   }
 
   return {
-    open,
+    async open() {
+      const told = await open();
+      untilIdle();
+      return told;
+    },
     async draw(order, hearing, signal) {
       clearTimeout(idle);
+      drawing = true;
       const id = ++ids;
       const stop = () => send({ kind: 'stop', id });
       try {
         await open();
-        signal.throwIfAborted();
+        if (signal.aborted) return; // while the models were opened
         signal.addEventListener('abort', stop);
         await new Promise<void>((resolve, reject) => {
           work = { id, hearing, resolve, reject };
@@ -133,8 +150,9 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
         });
       } finally {
         work = undefined;
+        drawing = false;
         signal.removeEventListener('abort', stop);
-        if (idleMs !== undefined) idle = setTimeout(close, idleMs).unref();
+        untilIdle();
       }
     },
     look: () => work && send({ kind: 'look', id: work.id }),
