@@ -229,6 +229,7 @@ test('a server draws over pictures', async (t) => {
   const said = [...small, '--prompt', 'a red fox', '--seed', '5', '--image', image];
 
   const over = await server.post('/sdapi/v1/img2img', {
+    ...{ inpainting_fill: 0, image_cfg_scale: 1.5 }, // as webuiapi sends without a mask, to any model
     ...{ ...fox, init_images: [`data:image/png;base64,${inBase64(image)}`] },
   });
   const wanted = await sampled(...said, '--strength', '0.75');
@@ -334,6 +335,11 @@ test('a server has its ControlNets followed where a request says so', async (t) 
     [unit({ model: 'full' }), /image takes a picture's file/],
     [unit({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],
     [unit({ model: 'full', image, guidance_start: 0.8, guidance_end: 0.2 }), /nothing would be followed/],
+    [
+      { alwayson_scripts: { controlnet: { args: Array(11).fill({ model: 'full', image }) } } },
+      /11 ControlNet units are followed, and 10/,
+    ],
+    [{ alwayson_scripts: { adetailer: { args: [true] } } }, /there is no script "adetailer"/],
     [{ alwayson_scripts: { adetailer: {} } }, /there is no script "adetailer"/],
     [{ alwayson_scripts: [] }, /takes an object/],
   ] as const) {
@@ -404,10 +410,16 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
     t.equal(answer.detail.split('\n').length, 1);
   }
   const lenient = await server.post('/sdapi/v1/txt2img', {
-    ...fox,
-    hr_scale: 2,
-    denoising_strength: 0.7,
-    flavour: 1,
+    ...{
+      ...fox,
+      hr_scale: 2,
+      hr_sampler_name: 'Euler',
+      hr_prompt: 'a fox',
+      denoising_strength: 0.7,
+      flavour: 1,
+    },
+    ...{ script_name: 'None', refiner_checkpoint: 'None', refiner_switch_at: 0.8 },
+    alwayson_scripts: { ADetailer: { args: [false] }, Sampler: { args: [] } },
   });
   t.equal(lenient.status, 200, 'what would only count for a second pass, and a key of another program');
   t.match(server.said(), /"flavour" of a request says nothing/);

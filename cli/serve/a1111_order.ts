@@ -72,43 +72,55 @@ const taken = words(`
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
   save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id disable_extra_networks
-  include_init_images subseed s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext`);
+  include_init_images subseed s_tmin s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext script_args
+  refiner_switch_at`);
 
 /** Keys of what is not there, with what leaves it out. */
 const absent: Readonly<Record<string, Field>> = {
-  restore_faces: only(false),
-  tiling: only(false),
+  restore_faces: only(false, 0),
+  tiling: only(false, 0),
   subseed_strength: only(0),
   seed_resize_from_h: only(-1, 0),
   seed_resize_from_w: only(-1, 0),
   styles: only([]),
   s_churn: only(0),
-  s_tmin: only(0),
   s_noise: only(1),
   s_min_uncond: only(0),
   initial_noise_multiplier: only(1),
-  script_name: only(''),
-  script_args: only([]),
-  refiner_checkpoint: only(''),
-  refiner_switch_at: only(0, 1),
+  script_name: only('', 'None'),
+  refiner_checkpoint: only('', 'None'),
   firstphase_width: only(0),
   firstphase_height: only(0),
+  resize_mode: only(0),
+};
+
+/** The same of the second pass alone. */
+const absentOfHires: Readonly<Record<string, Field>> = {
   hr_checkpoint_name: only('', 'Use same checkpoint'),
   hr_sampler_name: only('', 'Use same sampler'),
   hr_scheduler: only('', 'Use same scheduler'),
   hr_prompt: only(''),
   hr_negative_prompt: only(''),
+};
+
+/** The same of a mask alone. */
+const absentOfMask: Readonly<Record<string, Field>> = {
   inpainting_fill: only(1),
-  inpainting_mask_invert: only(0),
-  resize_mode: only(0),
+  inpainting_mask_invert: only(0, false),
   latent_mask: only(''),
 };
 
 const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) => [key, unheeded]));
-const fields = { ...picture, ...nothing(taken), ...nothing(idle), ...absent };
 
 /** A request's JSON. */
 type Body = Readonly<Record<string, unknown>>;
+
+/** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
+const fieldsOf = ({ enable_hr, mask }: Body): Readonly<Record<string, Field>> => ({
+  ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
+  ...(enable_hr ? absentOfHires : nothing(Object.keys(absentOfHires))),
+  ...((mask ?? undefined) === undefined ? nothing(Object.keys(absentOfMask)) : absentOfMask),
+});
 
 /** A text, or nothing where it is empty. */
 const said = (body: Body, key: string): string | undefined =>
@@ -206,7 +218,7 @@ export function checkOverrides(value: unknown, served: Served): void {
 
 /** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
 export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
-  const settings = readFields(body, fields, served.tellIgnored);
+  const settings = readFields(body, fieldsOf(body), served.tellIgnored);
   if (settings.prompt?.[0].match(/<(lora|lyco|hypernet):[^<>]+>/))
     throw new UserError(
       'a prompt takes no <lora:NAME:1>; this server has the adapters that it was started with (--lora)',

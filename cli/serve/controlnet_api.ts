@@ -14,6 +14,9 @@ interface Unit {
   end: number;
 }
 
+/** Each has a picture, which is small in a body and large in memory. */
+const mostUnits = 10;
+
 /** What the scripts of a request come to. @throws UserError for other scripts than ControlNets */
 export function controlsIn(scripts: unknown, served: Served): Order {
   const isObject = (value: unknown): value is Record<string, unknown> =>
@@ -21,15 +24,19 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   if (!isObject(scripts ?? {}))
     throw new UserError('alwayson_scripts takes an object, by the names of scripts');
   const entries = Object.entries(scripts ?? {});
-  const other = entries.find(([name]) => name.toLowerCase() !== 'controlnet');
+  const isOff = (script: unknown): boolean =>
+    isObject(script) && Array.isArray(script.args) && (script.args[0] ?? false) === false;
+  const other = entries.find(([name, script]) => name.toLowerCase() !== 'controlnet' && !isOff(script));
   if (other) throw new UserError(`alwayson_scripts: there is no script "${other[0]}" here; leave it out`);
-  const sent = entries.flatMap(([, script]) =>
-    isObject(script) && Array.isArray(script.args) ? script.args : [],
+  const sent = entries.flatMap(([name, script]) =>
+    name.toLowerCase() === 'controlnet' && isObject(script) && Array.isArray(script.args) ? script.args : [],
   );
   const units = sent
     .filter(isObject)
     .filter(({ enabled }) => enabled !== false)
     .map((unit) => unitOf(unit, served));
+  if (units.length > mostUnits)
+    throw new UserError(`${units.length} ControlNet units are followed, and ${mostUnits} is the most`);
   if (units.length === 0) return { settings: {}, pictures: {} };
   const names = units.map((_, i) => `controlnet_${i}`);
   return {

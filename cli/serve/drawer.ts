@@ -5,6 +5,7 @@ import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import { unionConfigOf } from '../../models/controlnet_union.ts';
+import { isInstructPix2Pix } from '../../models/instruct_pix2pix.ts';
 import type { DecodedPicture, Latents } from '../../models/latents.ts';
 import { denoiseToEnd, type Pipeline, sizesOf } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
@@ -18,7 +19,7 @@ import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample_option
 import { readInputs } from '../sample_request.ts';
 import { locateSources, type Sources } from '../sample_sources.ts';
 import { openUpscalers, type Upscalers } from '../upscale_options.ts';
-import type { Drawn, FromDrawer, ModelTold, Order, Standing, ToDrawer } from './messages.ts';
+import type { Drawn, FromDrawer, ModelTold, Order, Settings, Standing, ToDrawer } from './messages.ts';
 import { mostSide } from './served.ts';
 
 /** The models, open for good. */
@@ -61,7 +62,7 @@ function told({ options, sources: { source, vaeSource, device, dtype } }: Kept):
 
 /** Draws an order; says each step, and each picture as it is there. */
 async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
-  const options = { ...kept.options, controlnet: undefined, ...settings };
+  const options = { ...kept.options, controlnet: undefined, ...heeded(settings, kept.sources) };
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
@@ -88,6 +89,14 @@ async function draw(kept: Kept, id: number, { settings, pictures }: Order): Prom
     },
   });
   await Promise.all(sent);
+}
+
+/** Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any. */
+function heeded(settings: Settings, { source }: Sources): Settings {
+  const { imageGuidanceScale, ...ofMost } = settings;
+  if (!isInstructPix2Pix(source.config('unet'))) return ofMost;
+  const { strength, ...ofEdits } = settings;
+  return strength === 1 ? ofEdits : settings;
 }
 
 /** The base with those of its ControlNets that an order follows, in the order's order. */
