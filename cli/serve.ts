@@ -85,7 +85,7 @@ export function addServe(command: Command, terminal: Terminal): void {
     .option(
       '--cors <ORIGIN>',
       'let the pages of this origin ask, such as https://example.org; may be given more than once',
-      repeated((text) => text),
+      repeated(originOf),
     )
     .option(
       '--queue <N>',
@@ -102,6 +102,12 @@ export function addServe(command: Command, terminal: Terminal): void {
     .option('--quiet', 'no line for each request')
     .addHelpText('after', examples)
     .action((options: ServeOptions) => serve(options, command, terminal));
+}
+
+/** As browsers write it: another way, such as with a slash at its end, would let nobody in. @throws UserError */
+function originOf(text: string): string {
+  if (URL.canParse(text) && new URL(text).origin === text) return text;
+  throw new UserError(`--cors takes an origin such as https://example.org, without a path, not "${text}"`);
 }
 
 async function serve(options: ServeOptions, command: Command, terminal: Terminal): Promise<void> {

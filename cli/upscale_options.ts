@@ -60,10 +60,14 @@ export function writtenSize(
 ): Sides {
   const times = finished ? scaleOf(finished.config) ** upscaleRepeats : 1;
   const written = { width: width * times, height: height * times };
-  if (3 * written.width * written.height > MOST_BYTES)
+  if (3 * written.width * written.height > MOST_BYTES) {
+    const [who, mend] = finished
+      ? ['--upscale-model', 'give fewer --upscale-repeats']
+      : ['this', 'give smaller sides'];
     throw new UserError(
-      `--upscale-model would make a picture of ${written.width}x${written.height}, which is more than a PNG is written of; give fewer --upscale-repeats`,
+      `${who} would make a picture of ${written.width}x${written.height}, which is more than a PNG is written of; ${mend}`,
     );
+  }
   return written;
 }
 

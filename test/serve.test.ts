@@ -391,6 +391,11 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       /tiny-sdxl alone/,
     ],
     ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_scale: 80 }, /hr_scale takes/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', enable_hr: true, hr_resize_x: 1e6, hr_resize_y: 1e6 },
+      /1000000x1000000, which is more .* give smaller sides/,
+    ],
     ['/sdapi/v1/img2img', { prompt: 'x' }, /init_images takes a list/],
     ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['?'] }, /file in base64/],
     ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['AAAA'] }, /init_images cannot be read as a picture/],
@@ -556,6 +561,8 @@ test('a server that cannot begin says why', async (t) => {
     [['--preview', 'tae'], /needs --tae/],
     [['--prompt', 'x'], /unknown option '--prompt'/],
     [['--queue', '0'], /--queue takes/],
+    [['--cors', 'https://example.org/'], /--cors takes an origin/],
+    [['--cors', '*'], /--cors takes an origin/],
   ];
   for (const [flags, sentence] of cases) {
     const { status, err } = await sdxl('serve', '--model', model, ...flags);

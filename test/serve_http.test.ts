@@ -179,11 +179,15 @@ test('a page that may ask is told so, and another is not', async (t) => {
     { 'GET /x': () => ({ json: 1 }) },
     { origins: ['https://example.org'], key: 'secret-key' },
   );
-  const preflight = (origin: string) => fetch(`${url}/x`, { method: 'OPTIONS', headers: { origin } });
+  const preflight = (origin: string, more = {}) =>
+    fetch(`${url}/x`, { method: 'OPTIONS', headers: { origin, ...more } });
   const allowed = await preflight('https://example.org');
   t.equal(allowed.status, 204, 'asked without the key, as browsers do');
   t.equal(allowed.headers.get('access-control-allow-origin'), 'https://example.org');
   t.match(allowed.headers.get('access-control-allow-headers'), /authorization/);
+  const asked = { 'access-control-request-headers': 'authorization, x-stainless-os' };
+  const library = await preflight('https://example.org', asked);
+  t.match(library.headers.get('access-control-allow-headers'), /x-stainless-os/, "OpenAI's own client");
   const other = await preflight('https://evil.example');
   t.equal(other.status, 403);
   t.equal(other.headers.get('access-control-allow-origin'), null);

@@ -99,7 +99,8 @@ function allow(request: IncomingMessage, response: ServerResponse, name: string,
   const { origin } = request.headers;
   if (origin !== undefined && options.origins.includes(origin)) {
     response.setHeader('Access-Control-Allow-Origin', origin);
-    response.setHeader('Access-Control-Allow-Headers', 'authorization, content-type');
+    const asked = request.headers['access-control-request-headers'];
+    response.setHeader('Access-Control-Allow-Headers', asked ?? 'authorization, content-type');
     response.setHeader('Access-Control-Allow-Methods', 'GET, POST');
     response.setHeader('Vary', 'Origin');
   }
