@@ -121,10 +121,12 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
   const log = (line: string): void => {
     if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${inOneLine(line)}\n`);
   };
+  let signal: NodeJS.Signals | undefined;
   const drawer: Drawer = openDrawer(standing, {
     idleMs: options.keepAlive === undefined ? undefined : options.keepAlive * 60_000,
     tell: terminal.err,
     onLost: () => {
+      if (signal) return; // nobody is to be drawn for any more
       terminal.err('warning: the process that draws has ended; it is started again\n');
       drawer.open().catch((error) => terminal.err(`error: ${error.message}\n`));
     },
@@ -141,7 +143,6 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
     ...{ key, origins, keyless: ['GET /healthz', 'GET /'] },
     onBug: (error) => terminal.err(`${(error as Error).stack}\n`),
   });
-  let signal: NodeJS.Signals | undefined;
   let leave = () => {};
   const left = new Promise<void>((resolve) => {
     leave = resolve;

@@ -543,6 +543,17 @@ test('a server outlives the process that draws, and lets it go when it is idle',
   await eventually(async () => drawers().length === 0);
 });
 
+test('a server that ends starts no other process in the place of one that dies', async (t) => {
+  const server = await serve('--width', '64', '--height', '64', '--steps', '150');
+  const last = server.post('/v1/images/generations', { ...fox, n: 16 });
+  await seen(server, ({ state }) => state.sampling_step > 0);
+  const ended = server.end();
+  process.kill(drawers()[0], 'SIGKILL');
+  t.equal((await last).status, 500);
+  t.equal(await ended, 143);
+  t.notMatch(server.said(), /started again/);
+});
+
 test('a server that cannot begin says why', async (t) => {
   const taken = createServer();
   await new Promise<void>((resolve) => taken.listen(0, '127.0.0.1', resolve));
