@@ -117,7 +117,7 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
     throw new UserError(
       `--listen-ip ${listenIp} is reached from other machines: give --api-key-file, so that not everyone may draw`,
     );
-  const standing = standingOf(options);
+  const standing = standingOf(options, command);
   const log = (line: string): void => {
     if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${inOneLine(line)}\n`);
   };
@@ -173,19 +173,18 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
   if (signal) throw new Stopped(signal);
 }
 
+const isTyped = (command: Command, name: string): boolean => command.getOptionValueSource(name) === 'cli';
+
 /** The options that hold for every request. @throws UserError for flags that contradict each other */
-function standingOf({
-  apiKeyFile,
-  cors,
-  queue,
-  keepAlive,
-  listenIp,
-  listenPort,
-  ...given
-}: ServeOptions): Standing {
+function standingOf(
+  { apiKeyFile, cors, queue, keepAlive, listenIp, listenPort, ...given }: ServeOptions,
+  command: Command,
+): Standing {
   const standing = {
     ...given,
     model: given.model ?? shippedModel,
+    // The latents of the model that comes along are none of SDXL's, whose colours proj shows.
+    preview: given.model || isTyped(command, 'preview') ? given.preview : ('vae' as const),
     numImages: 1,
     batchCount: 1,
     output: 'out.png',
@@ -218,7 +217,6 @@ const mostTold = 100;
 
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
-  const isTyped = (name: string) => command.getOptionValueSource(name) === 'cli';
   const { emphasis, maxTokenLength } = standing;
   return {
     name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
@@ -227,8 +225,8 @@ function servedOf(standing: Standing, command: Command, log: (line: string) => v
       (standing.controlnet ?? []).map((text) => controlnetOf(text).file).map((file) => [nameOf(file), file]),
     ),
     texts: {
-      ...(isTyped('emphasis') ? { emphasis } : {}),
-      ...(isTyped('maxTokenLength') ? { maxTokenLength } : {}),
+      ...(isTyped(command, 'emphasis') ? { emphasis } : {}),
+      ...(isTyped(command, 'maxTokenLength') ? { maxTokenLength } : {}),
     },
     tellIgnored(key) {
       if (told.has(key) || told.size === mostTold) return;
