@@ -26,6 +26,7 @@ test('programs of this machine and its own page are let in', (t) => {
     [{ host: '127.0.0.1' }],
     [{ host: '[::1]:7860' }],
     [{ host: 'localhost' }],
+    [{ host: 'LocalHost:7860' }],
     [{ origin: `http://${own}`, 'sec-fetch-site': 'same-origin' }],
     [{ 'sec-fetch-site': 'none', 'sec-fetch-mode': 'navigate' }, {}, 'GET'],
     [{ 'sec-fetch-site': 'cross-site', 'sec-fetch-mode': 'navigate' }, {}, 'GET'], // a link to the page

@@ -22,7 +22,8 @@ export function refusal(
   { key, origins }: Rules,
   keyless: boolean,
 ): [status: number, reason: string] | undefined {
-  const { host = '', origin } = request.headers;
+  const { origin } = request.headers;
+  const host = (request.headers.host ?? '').toLowerCase();
   if (!key && !isLoopback(hostnameOf(host)))
     return [
       403,
