@@ -130,7 +130,11 @@ const said = (body: Body, key: string): string | undefined =>
 function samplerOf(body: Body): Settings {
   const name = said(body, 'sampler_name') ?? said(body, 'sampler_index');
   const type = labelled('scheduler', said(body, 'scheduler') ?? 'Automatic', scheduleTypes);
-  if (name === undefined) return {};
+  if (name === undefined && type === 'Automatic') return {};
+  if (name === undefined)
+    throw new UserError(
+      `scheduler "${type}" is how a sampler's noise levels lie; give its sampler_name, too`,
+    );
   const label = Object.keys(ownTypes).find((each) => plain(each) === plain(name));
   const own = label === undefined ? type : ownTypes[label];
   const { unheeded: left, ...laidOut } = schedulerOf(name, type === 'Automatic' ? own : type);
@@ -204,13 +208,17 @@ function overOf(body: Body): Order {
   };
 }
 
-/** Another checkpoint than the one that is open cannot be had. */
+/** Another checkpoint or VAE than those that are open cannot be had. @throws UserError */
 export function checkOverrides(value: unknown, served: Served): void {
   const overrides = typeof value === 'object' && value !== null ? value : {};
   for (const [key, wanted] of Object.entries(overrides)) {
     if (key === 'sd_model_checkpoint' && wanted !== null && wanted !== '' && wanted !== served.name)
       throw new UserError(
         `this server draws with ${served.name} alone; start another for ${JSON.stringify(wanted)}`,
+      );
+    if (key === 'sd_vae' && ![null, '', 'Automatic', 'None'].includes(wanted as string | null))
+      throw new UserError(
+        `this server decodes by the VAE that it was started with; start another for ${JSON.stringify(wanted)} (--vae)`,
       );
     if (!['sd_model_checkpoint', 'CLIP_stop_at_last_layers', 'sd_vae'].includes(key)) served.tellIgnored(key);
   }
