@@ -2,7 +2,7 @@
 // encoder pads right and bottom only). Epilogue: bias, a per-image channel shift (the time embedding) and a residual.
 import { apply, defineOp, type RefTensors, type Sample, sameFloat } from '../op.ts';
 import { empty, ShapeError, type Tensor } from '../tensor.ts';
-import { addScaled } from './runs.ts';
+import { addScaled, dotAt } from './runs.ts';
 import { awkwardSizes } from './samples.ts';
 import { joinedReference, launchPlace, launchSlice, partsOf, shapeBeside } from './skip.ts';
 
@@ -96,9 +96,7 @@ const convOp = defineOp<ConvAttrs>({
         }
         const [x, weight, sums] = [t.x.data, t.weight.data, y.data];
         eachTap(t, attrs, (iy, ix, iw, c) => {
-          let total = 0;
-          for (let k = 0; k < c; k++) total += x[ix + k] * weight[iw + k];
-          sums[iy] += total;
+          sums[iy] += dotAt(x, ix, weight, iw, c);
         });
       }),
     backward: (tensors, attrs) =>
