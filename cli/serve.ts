@@ -1,13 +1,12 @@
 // `sdxl serve`: a model that stays loaded and draws for other programs, by HTTP in OpenAI's words (serve/openai_api.ts) and A1111's
 // (serve/a1111_api.ts), and for people by a page. Flags are those of `sdxl sample`, and stand where a request says nothing, so that a seed
 // gives the picture that `sdxl sample` gives. One process answers, another draws (serve/drawer.ts).
-import { readFileSync } from 'node:fs';
 import type { Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
-import { asUserError } from '../io/files.ts';
+import { readLines } from '../io/files.ts';
 import { controlnetOf } from './control_options.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './options.ts';
@@ -196,17 +195,11 @@ function standingOf(
 
 /** @throws UserError */
 function keyIn(file: string): string {
-  let key: string;
-  try {
-    key = readFileSync(file, 'utf8').trim();
-  } catch (error) {
-    throw asUserError(error, `--api-key-file ${file}`);
-  }
-  if (key.length < 8 || /\s/.test(key))
-    throw new UserError(
-      `--api-key-file ${file} takes one line of 8 letters or more; openssl rand -hex 16 makes one`,
-    );
-  return key;
+  const [key = '', ...more] = readLines(file);
+  if (key.length >= 8 && more.length === 0 && !/\s/.test(key)) return key;
+  throw new UserError(
+    `--api-key-file ${file} takes one line of 8 letters or more; openssl rand -hex 16 makes one`,
+  );
 }
 
 /** What people call a model by its folder, file or hub id. */

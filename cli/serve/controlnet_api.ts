@@ -1,6 +1,7 @@
 // The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet of those that the server
 // was started with, and a picture that it follows as it is, as there are no preprocessors here.
 import { UserError } from '../../io/errors.ts';
+import { isObject } from '../../models/request.ts';
 import { number } from '../options.ts';
 import { pictureBytes } from './fields.ts';
 import type { Routes } from './http.ts';
@@ -19,8 +20,6 @@ const mostUnits = 10;
 
 /** What the scripts of a request come to. @throws UserError for other scripts than ControlNets */
 export function controlsIn(scripts: unknown, served: Served): Order {
-  const isObject = (value: unknown): value is Record<string, unknown> =>
-    typeof value === 'object' && value !== null && !Array.isArray(value);
   if (!isObject(scripts ?? {}))
     throw new UserError('alwayson_scripts takes an object, by the names of scripts');
   const entries = Object.entries(scripts ?? {});

@@ -1,13 +1,12 @@
 // The process of `sdxl serve` that draws: it opens the models once, keeps them, and draws one order after the other as `sdxl sample`
 // would. It ends with the server, when its pipe closes, and by itself after an error that may have left the device broken.
-
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import { unionConfigOf } from '../../models/controlnet_union.ts';
 import { isInstructPix2Pix } from '../../models/instruct_pix2pix.ts';
 import type { DecodedPicture, Latents } from '../../models/latents.ts';
-import { denoiseToEnd, type Pipeline, sizesOf } from '../../models/pipeline.ts';
+import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import { controlnetOf } from '../control_options.ts';
 import { encodeAside } from '../png_threads.ts';
@@ -19,7 +18,7 @@ import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample_option
 import { readInputs } from '../sample_request.ts';
 import { locateSources, type Sources } from '../sample_sources.ts';
 import { openUpscalers, type Upscalers } from '../upscale_options.ts';
-import type { Drawn, FromDrawer, ModelTold, Order, Settings, Standing, ToDrawer } from './messages.ts';
+import type { Drawn, FromDrawer, Order, Settings, Standing, ToDrawer } from './messages.ts';
 import { mostSide } from './served.ts';
 
 /** The models, open for good. */
@@ -54,12 +53,6 @@ async function open(options: Standing): Promise<Kept> {
   return { options, sources, base, refiner, upscalers, look: openLook(options, taeSource, place) };
 }
 
-function told({ options, sources: { source, vaeSource, device, dtype } }: Kept): ModelTold {
-  const { sampleSize, sampleWidth = sampleSize } = sizesOf(source, vaeSource);
-  const { width = sampleWidth, height = sampleSize } = options;
-  return { device: device.name, dtype, width, height };
-}
-
 /** Draws an order; says each step, and each picture as it is there. */
 async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
   const options = { ...kept.options, controlnet: undefined, ...heeded(settings, kept.sources) };
@@ -78,7 +71,7 @@ async function draw(kept: Kept, id: number, { settings, pictures }: Order): Prom
     ...{ upscalers, warn, base: { pipeline: base, requests } },
     refiner: refiner && (async (refined) => ({ pipeline: refiner, requests: refined })),
     stage: stages(kept, id, requests.length * (1 + Number(!!call.larger) + Number(!!refiner))),
-    onTile: () => leaveIfUnwanted(id),
+    onTile: leaveIfUnwanted,
     timed: async (_, work) => work(),
     add: async (finished, _, text, seed) => {
       for (const each of finished) {
@@ -127,12 +120,11 @@ async function sendPicture(
   say({ kind: 'picture', id, drawn });
 }
 
-/** Orders that are to end, and those whose next step someone wants to see. */
-const unwanted = new Set<number>();
-const watched = new Set<number>();
+/** The order at work: whether it is to end, and whether someone wants to see its next step. */
+let current: { id: number; unwanted: boolean; watched: boolean } | undefined;
 
-function leaveIfUnwanted(id: number): void {
-  if (unwanted.has(id)) throw new NoLongerWanted();
+function leaveIfUnwanted(): void {
+  if (current?.unwanted) throw new NoLongerWanted();
 }
 
 /** Drives loops, `runs` in all, and tells of their steps. */
@@ -140,17 +132,18 @@ function stages({ look }: Kept, id: number, runs: number) {
   let before = 0;
   const heard = new Set<string>();
   const run = async (pipeline: Pipeline, request: Request): Promise<Latents> => {
-    leaveIfUnwanted(id);
+    leaveIfUnwanted();
     // The models stay for the next order.
     const { latents } = await denoiseToEnd(pipeline, { ...request, last: false }, (progress) => {
-      leaveIfUnwanted(id);
+      leaveIfUnwanted();
       const { step, steps, truncated } = progress;
       for (const cut of truncated.filter((each) => !heard.has(each))) {
         heard.add(cut);
         warn(`a prompt has more tokens than are read; this part was cut off: "${cut}"`);
       }
       say({ kind: 'step', id, share: (before + step / steps) / runs, step, steps });
-      if (!look || !watched.delete(id)) return;
+      if (!look || !current?.watched) return;
+      current.watched = false;
       const pictures = look.pictures(pipeline, progress.predOriginalSample());
       void encodeAside({ pictures }).then((png) => say({ kind: 'preview', id, png }));
     });
@@ -176,16 +169,19 @@ async function heed(message: ToDrawer): Promise<void> {
   if (message.kind === 'open') {
     try {
       kept = await open(message.options);
-      say({ kind: 'opened', told: told(kept) });
+      const { device, dtype } = kept.sources;
+      say({ kind: 'opened', told: { device: device.name, dtype } });
     } catch (error) {
       fail(error);
     }
     return;
   }
   const { kind, id } = message;
-  if (kind === 'stop') unwanted.add(id);
-  if (kind === 'look') watched.add(id);
+  // What comes of an order that has ended meanwhile is no longer for anyone.
+  if (kind === 'stop' && current?.id === id) current.unwanted = true;
+  if (kind === 'look' && current?.id === id) current.watched = true;
   if (kind !== 'draw' || !kept) return;
+  current = { id, unwanted: false, watched: false };
   try {
     await draw(kept, id, message.order);
     say({ kind: 'done', id });
@@ -193,8 +189,7 @@ async function heed(message: ToDrawer): Promise<void> {
     if (error instanceof NoLongerWanted) say({ kind: 'done', id });
     else fail(error, id);
   }
-  unwanted.delete(id);
-  watched.delete(id);
+  current = undefined;
 }
 
 process.on('message', (message: ToDrawer) => void heed(message));

@@ -19,9 +19,6 @@ export type Standing = SampleOptions & { model: string };
 export interface ModelTold {
   device: string;
   dtype: string;
-  /** The size where an order names none. */
-  width: number;
-  height: number;
 }
 
 export interface Drawn {
