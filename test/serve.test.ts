@@ -1,80 +1,19 @@
-// `sdxl serve` whole, on the tiny model: the pictures of `sdxl sample` by both of its languages, what it refuses, and that it outlives
-// the process that draws.
-import { execFileSync } from 'node:child_process';
-import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
-import { createServer } from 'node:net';
+// `sdxl serve` on the tiny model: the pictures of `sdxl sample` by both of its languages, and what it refuses.
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { main } from '../cli/main.ts';
 import { a1111Api } from '../cli/serve/a1111_api.ts';
 import { openaiApi } from '../cli/serve/openai_api.ts';
 import type { Queue } from '../cli/serve/queue.ts';
 import { decodePicture, writePng } from '../io/image.ts';
 import { sdxl } from './command_line.ts';
 import { writeControlNet } from './controlnet_golden.ts';
-import { goldenFolder, maxDifference, packageRoot } from './golden.ts';
+import { maxDifference, packageRoot } from './golden.ts';
+import { drawers, eventually, fox, model, pixels, serve, small } from './served.ts';
 
-const model = join(goldenFolder, 'tiny-sdxl');
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
-const small = ['--width', '64', '--height', '64', '--steps', '2'];
-
-interface Answer {
-  status: number;
-  // biome-ignore lint/suspicious/noExplicitAny: what a route answers is read key by key
-  body: any;
-}
-
-interface Running {
-  url: string;
-  post(path: string, body: unknown, signal?: AbortSignal): Promise<Answer>;
-  get(path: string): Promise<Answer>;
-  /** What it has said on its error stream. */
-  said(): string;
-  /** Ends it as a service manager does. */
-  end(): Promise<number>;
-}
-
-/** A server in this process, which draws in another. */
-async function serve(...flags: string[]): Promise<Running> {
-  let [err, out] = ['', ''];
-  let ready = () => {};
-  const isReady = new Promise<void>((resolve) => {
-    ready = resolve;
-  });
-  const terminal = {
-    out: (text: string) => {
-      out += text;
-      ready();
-    },
-    err: (text: string) => void (err += text),
-    live: false,
-  };
-  const done = main(['serve', '--model', model, '--listen-port', '0', '--json', ...flags], terminal);
-  await Promise.race([isReady, done]);
-  if (out === '') throw new Error(`no server: ${err}`);
-  const { url } = JSON.parse(out);
-  const ask = async (path: string, init: RequestInit): Promise<Answer> => {
-    const response = await fetch(url + path, init);
-    return { status: response.status, body: await response.json() };
-  };
-  return {
-    url,
-    post: (path, body, signal) =>
-      ask(path, {
-        ...{ method: 'POST', body: JSON.stringify(body), signal },
-        headers: { 'Content-Type': 'application/json' },
-      }),
-    get: (path) => ask(path, {}),
-    said: () => err,
-    async end() {
-      process.emit('SIGTERM', 'SIGTERM');
-      return done;
-    },
-  };
-}
-
-const pixels = (base64: string) => decodePicture(Buffer.from(base64, 'base64'), 'answer');
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 
 /** What `sdxl sample` draws. */
 async function sampled(...flags: string[]) {
@@ -84,40 +23,9 @@ async function sampled(...flags: string[]) {
   return { output, picture: await decodePicture(readFileSync(output), output) };
 }
 
-/** The processes that draw for this one. */
-const drawers = (): number[] => {
-  const list = execFileSync('ps', ['-o', 'pid=,ppid=,args=', '-A'], { encoding: 'utf8' }).trim().split('\n');
-  return list
-    .map((line) => line.trim().split(/\s+/))
-    .filter(
-      ([, parent, ...args]) => Number(parent) === process.pid && args.join(' ').includes('serve/drawer.js'),
-    )
-    .map(([pid]) => Number(pid));
-};
-
-/** Waits for what comes in a minute, or never. */
-async function eventually(holds: () => Promise<boolean>): Promise<void> {
-  for (const deadline = Date.now() + 60_000; !(await holds()); ) {
-    if (Date.now() > deadline) throw new Error('it has not come');
-    await new Promise((resolve) => setTimeout(resolve, 10));
-  }
-}
-
-/** What is told of the progress, once it `holds`. */
-async function seen(server: Running, holds: (progress: Answer['body']) => boolean): Promise<Answer['body']> {
-  let body: Answer['body'];
-  await eventually(async () => {
-    ({ body } = await server.get('/sdapi/v1/progress'));
-    return holds(body);
-  });
-  return body;
-}
-
 /** For the tests that leave it as it was. */
 const [full, little] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
 const shared = serve(...small, '--controlnet', full, '--controlnet', little);
-
-const fox = { prompt: 'a red fox', seed: 5 };
 
 test('a server draws what sample draws', async (t) => {
   const server = await shared;
@@ -405,6 +313,12 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       { prompt: 'x', init_images: ['/etc/passwd'] },
       /cannot be read as a picture|base64/,
     ],
+    ['/sdapi/v1/options', { sd_vae: 'other.safetensors' }, /decodes by the VAE that it was started with/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', scheduler: 'karras' },
+      /scheduler "Karras" .* give its sampler_name/,
+    ],
     ['/sdapi/v1/options', { sd_model_checkpoint: 'other' }, /tiny-sdxl alone/],
     ['/sdapi/v1/png-info', { image: 'AAAA' }, /not a PNG/],
   ];
@@ -438,7 +352,11 @@ test('lists that programs ask for before they draw', async (t) => {
   t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
   t.same((await server.get('/sdapi/v1/sd-models')).body[0].title, 'tiny-sdxl');
   t.equal((await server.get('/sdapi/v1/options')).body.sd_model_checkpoint, 'tiny-sdxl');
-  t.equal((await server.post('/sdapi/v1/options', { sd_model_checkpoint: 'tiny-sdxl' })).status, 200);
+  t.equal(
+    (await server.post('/sdapi/v1/options', { sd_model_checkpoint: 'tiny-sdxl', sd_vae: 'Automatic' }))
+      .status,
+    200,
+  );
   const samplers = await names('/sdapi/v1/samplers');
   t.ok(samplers.includes('DPM++ 2M') && samplers.includes('Euler a'));
   for (const sampler_name of samplers) {
@@ -462,129 +380,4 @@ test('a page tells of every route', async (t) => {
 test('a service manager ends it', async (t) => {
   t.equal(await (await shared).end(), 143);
   await eventually(async () => drawers().length === 0);
-});
-
-test('a picture is watched, stopped, and left by who is gone', async (t) => {
-  const server = await serve('--width', '64', '--height', '64', '--steps', '150');
-  t.teardown(() => server.end());
-  const until = (holds: (progress: Answer['body']) => boolean) => seen(server, holds);
-  const drawing = server.post('/sdapi/v1/txt2img', { ...fox, n_iter: 16 });
-  const look = await until(({ current_image }) => current_image !== null);
-  t.ok(look.progress > 0 && look.progress < 1 && look.eta_relative > 0);
-  t.equal(look.state.sampling_steps, 150);
-  t.equal((await pixels(look.current_image)).width, 8, "latents' colours");
-  await server.post('/sdapi/v1/interrupt', {});
-  const stopped = await drawing;
-  t.equal(stopped.status, 200);
-  t.ok(stopped.body.images.length < 16, 'what was finished');
-
-  const leaving = new AbortController();
-  const left = server.post('/v1/images/generations', { ...fox, n: 16 }, leaving.signal);
-  await until(({ state }) => state.sampling_step > 0);
-  leaving.abort();
-  await t.rejects(left);
-  await until(({ state }) => state.job === '');
-
-  const events = await fetch(`${server.url}/v1/images/generations`, {
-    method: 'POST',
-    headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify({
-      ...fox,
-      num_inference_steps: 12,
-      stream: true,
-      partial_images: 2,
-      output_format: 'webp',
-    }),
-  });
-  t.match(events.headers.get('content-type'), /event-stream/);
-  const told = (await events.text())
-    .trim()
-    .split('\n\n')
-    .map((event) => event.split('\n'));
-  t.same(
-    told.map(([name]) => name),
-    ['partial_image', 'partial_image', 'completed'].map((name) => `event: image_generation.${name}`),
-  );
-  const last = JSON.parse(told[2][1].slice('data: '.length));
-  t.equal(Buffer.from(last.b64_json, 'base64').toString('latin1', 8, 12), 'WEBP');
-});
-
-test('a server outlives the process that draws, and lets it go when it is idle', async (t) => {
-  const server = await serve('--width', '64', '--height', '64', '--steps', '150', '--keep-alive', '0.01');
-  await eventually(async () => drawers().length === 0); // nobody has asked yet
-  const drawing = server.post('/v1/images/generations', { ...fox, n: 16 });
-  const waiting = server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 });
-  await seen(server, ({ state }) => state.sampling_step > 0);
-  const [first] = drawers();
-  process.kill(first, 'SIGKILL');
-  const lost = await drawing;
-  t.equal(lost.status, 500);
-  t.match(lost.body.detail, /the process that draws has ended \(SIGKILL\)/);
-  t.equal((await waiting).status, 200, 'who waited is drawn for by the next');
-  t.not(drawers()[0], first);
-  t.match(server.said(), /it is started again/);
-  await eventually(async () => drawers().length === 0);
-  t.equal((await server.get('/healthz')).body.state, 'idle', 'memory is free');
-  const early = server.post('/sdapi/v1/txt2img', fox);
-  await seen(server, ({ state }) => state.job !== '');
-  await server.post('/sdapi/v1/interrupt', {});
-  t.same((await early).body.images, [], 'interrupted while the model is loaded');
-  t.equal(
-    (await server.post('/v1/images/generations', { ...fox, num_inference_steps: 1 })).status,
-    200,
-    'and comes back',
-  );
-
-  const last = server.post('/v1/images/generations', { ...fox, num_inference_steps: 40 });
-  await seen(server, ({ state }) => state.sampling_step > 0);
-  const ended = server.end();
-  t.equal((await last).status, 200, 'the picture at work is finished');
-  t.equal(await ended, 143);
-  await eventually(async () => drawers().length === 0);
-});
-
-test('a server that ends starts no other process in the place of one that dies', async (t) => {
-  const server = await serve('--width', '64', '--height', '64', '--steps', '150');
-  const last = server.post('/v1/images/generations', { ...fox, n: 16 });
-  await seen(server, ({ state }) => state.sampling_step > 0);
-  const ended = server.end();
-  process.kill(drawers()[0], 'SIGKILL');
-  t.equal((await last).status, 500);
-  t.equal(await ended, 143);
-  t.notMatch(server.said(), /started again/);
-});
-
-test('a server that cannot begin says why', async (t) => {
-  const taken = createServer();
-  await new Promise<void>((resolve) => taken.listen(0, '127.0.0.1', resolve));
-  const { port } = taken.address() as { port: number };
-  const [short, key] = [join(folder, 'short.txt'), join(folder, 'key.txt')];
-  writeFileSync(short, 'abc\n');
-  writeFileSync(key, 'a-long-enough-key\n');
-  const cases: [string[], RegExp][] = [
-    [['--listen-port', `${port}`], /port \d+ of 127.0.0.1 is taken/],
-    [['--listen-ip', '0.0.0.0'], /reached from other machines: give --api-key-file/],
-    [['--listen-ip', '203.0.113.7', '--api-key-file', key], /cannot be listened on/],
-    [['--api-key-file', join(folder, 'none.txt')], /none.txt/],
-    [['--api-key-file', short], /8 letters or more/],
-    [['--model', join(folder, 'none'), '--listen-port', '0'], /none/],
-    [['--cache-branch-id', '1'], /needs --cache-interval/],
-    [['--preview', 'tae'], /needs --tae/],
-    [['--prompt', 'x'], /unknown option '--prompt'/],
-    [['--queue', '0'], /--queue takes/],
-    [['--cors', 'https://example.org/'], /--cors takes an origin/],
-    [['--cors', '*'], /--cors takes an origin/],
-  ];
-  for (const [flags, sentence] of cases) {
-    const { status, err } = await sdxl('serve', '--model', model, ...flags);
-    t.equal(status, 2, flags.join(' '));
-    t.match(err, sentence);
-  }
-  await new Promise((resolve) => taken.close(resolve));
-  await eventually(async () => drawers().length === 0);
-
-  const server = await serve(...small, '--api-key-file', key);
-  t.equal((await server.get('/healthz')).status, 200, 'without the key');
-  t.equal((await server.post('/v1/images/generations', fox)).status, 401);
-  await server.end();
 });
