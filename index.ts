@@ -12,17 +12,15 @@ export {
   writePng,
 } from './io/image.ts';
 export { cutAndFill, maskWindow, overlay } from './io/mask_crop.ts';
-export { openComponent, openComponentFile, openModel } from './models/checkpoint.ts';
-export type { Embeds, PromptEmbeds } from './models/conditioning.ts';
-export { CudaGenerator } from './models/cuda_random.ts';
-export { feedForwardToFp8 } from './models/fp8.ts';
-export { type Interpolation, interpolate } from './models/interpolate.ts';
-export { type DecodedPicture, decodeLatents, type Latents } from './models/latents.ts';
-export { locateControlNet, locateModel, locateT2IAdapter, locateVae } from './models/locate.ts';
-export { locateIPAdapter } from './models/locate_ip_adapter.ts';
-export { locateLora } from './models/locate_lora.ts';
-export { withUNet } from './models/locate_unet.ts';
-export { mergeLora } from './models/lora.ts';
+export { openComponent, openComponentFile, openModel } from './models/checkpoint/checkpoint.ts';
+export type { ModelPreset } from './models/formats/presets.ts';
+export { presets } from './models/formats/presets.ts';
+export { openSingleFile } from './models/formats/singlefile.ts';
+export { locateControlNet, locateModel, locateT2IAdapter, locateVae } from './models/locate/locate.ts';
+export { locateIPAdapter } from './models/locate/locate_ip_adapter.ts';
+export { locateLora } from './models/locate/locate_lora.ts';
+export { withUNet } from './models/locate/locate_unet.ts';
+export { mergeLora } from './models/lora/lora.ts';
 export {
   type Denoised,
   decode,
@@ -32,13 +30,15 @@ export {
   type Pipeline,
   type Progress,
 } from './models/pipeline.ts';
-export type { ModelPreset } from './models/presets.ts';
-export { presets } from './models/presets.ts';
 export { encodePrompt } from './models/prompts.ts';
+export { CudaGenerator } from './models/random/cuda_random.ts';
+export { TorchGenerator } from './models/random/torch_random.ts';
 export type { Asked } from './models/request.ts';
-export { locateUpscaler, type UpscalerSource } from './models/rrdbnet_file.ts';
-export { openSingleFile } from './models/singlefile.ts';
-export { loadTextualInversion } from './models/textual_inversion.ts';
-export { TorchGenerator } from './models/torch_random.ts';
-export { openUpscaler, type Upscaler } from './models/upscaler.ts';
+export type { Embeds, PromptEmbeds } from './models/text/conditioning.ts';
+export { loadTextualInversion } from './models/text/textual_inversion.ts';
+export { feedForwardToFp8 } from './models/unet/fp8.ts';
+export { locateUpscaler, type UpscalerSource } from './models/upscaler/rrdbnet_file.ts';
+export { openUpscaler, type Upscaler } from './models/upscaler/upscaler.ts';
+export { type Interpolation, interpolate } from './models/vae/interpolate.ts';
+export { type DecodedPicture, decodeLatents, type Latents } from './models/vae/latents.ts';
 export { defineRun, type Run, type RunInput } from './train/run.ts';

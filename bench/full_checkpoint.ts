@@ -7,10 +7,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { namedParameters } from '../engine/module.ts';
 import { packageRoot } from '../io/package_root.ts';
-import { buildComponent, type Component } from '../models/components.ts';
-import { componentConfigs, modelIndex } from '../models/diffusers_config.ts';
-import { presets } from '../models/presets.ts';
-import { saveComponent, writeJson } from '../models/save.ts';
+import { saveComponent, writeJson } from '../models/checkpoint/save.ts';
+import { buildComponent, type Component } from '../models/formats/components.ts';
+import { componentConfigs, modelIndex } from '../models/formats/diffusers_config.ts';
+import { presets } from '../models/formats/presets.ts';
 import { randomBytes } from './pool_weights.ts';
 
 const base = presets['sdxl-base'];

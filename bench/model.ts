@@ -3,7 +3,7 @@ import type { Device } from '../engine/device.ts';
 import type { Tensors } from '../engine/op.ts';
 import { type OpCall, profiled } from '../engine/profile.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { buildSubject, type Sizes, type SubjectName } from './subjects.ts';
 import { stopwatch, type Timing, timingOf } from './timing.ts';
 import { buildUpdate } from './update.ts';

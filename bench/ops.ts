@@ -6,7 +6,7 @@ import { profiled, standInDevice } from '../engine/profile.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { uniforms } from './pool_weights.ts';
 import { buildSubject, type Sizes, type SubjectName, subjectNames } from './subjects.ts';
 import { median, stopwatch } from './timing.ts';

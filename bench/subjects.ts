@@ -6,11 +6,11 @@ import { type AnyModule, parameterCount, unload } from '../engine/module.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { placeTokens, type TextConfig, textEncoder } from '../models/clip.ts';
-import type { ModelPreset } from '../models/presets.ts';
-import { keepInQ8 } from '../models/q8.ts';
-import { unet } from '../models/unet.ts';
-import { vae } from '../models/vae.ts';
+import type { ModelPreset } from '../models/formats/presets.ts';
+import { placeTokens, type TextConfig, textEncoder } from '../models/text/clip.ts';
+import { keepInQ8 } from '../models/unet/q8.ts';
+import { unet } from '../models/unet/unet.ts';
+import { vae } from '../models/vae/vae.ts';
 import { fillRandom, uniforms } from './pool_weights.ts';
 
 export const subjectNames = ['unet', 'vae', 'text'] as const;

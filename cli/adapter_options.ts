@@ -2,7 +2,7 @@
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import type { Picture } from '../io/pixels.ts';
-import type { T2IAdapterRequest } from '../models/t2i_adapter.ts';
+import type { T2IAdapterRequest } from '../models/control/t2i_adapter.ts';
 import { number, repeated, scaledFile } from './options.ts';
 
 export interface AdapterOptions {

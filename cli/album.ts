@@ -7,7 +7,7 @@ import { assertWritable, writeFileAtomic } from '../io/files.ts';
 import type { Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
-import { type DecodedPicture, type Latents, stacked } from '../models/latents.ts';
+import { type DecodedPicture, type Latents, stacked } from '../models/vae/latents.ts';
 import { encodeAside } from './png_threads.ts';
 
 /** @throws UserError for a file that cannot be written */

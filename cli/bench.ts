@@ -6,7 +6,7 @@ import { type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { devices, number, side } from './options.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';

@@ -4,8 +4,8 @@ import type { Command } from 'commander';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { preprocessControl } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import { controlModeOf, controlModes } from '../models/controlnet_union.ts';
-import type { ControlRequest } from '../models/multicontrolnet.ts';
+import { controlModeOf, controlModes } from '../models/control/controlnet_union.ts';
+import type { ControlRequest } from '../models/control/multicontrolnet.ts';
 import { number, repeated, scaledFile } from './options.ts';
 
 export interface ControlOptions {

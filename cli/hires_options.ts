@@ -5,12 +5,12 @@ import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { preprocess } from '../io/image.ts';
 import { resize } from '../io/resize.ts';
-import { type Interpolation, interpolate } from '../models/interpolate.ts';
-import { encodeImage, type Latents, stacked } from '../models/latents.ts';
+import { isWeightsFile } from '../models/checkpoint/weights_file.ts';
 import { decode, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
-import { enlargeTo, type Upscaler } from '../models/upscaler.ts';
-import { isWeightsFile } from '../models/weights_file.ts';
+import { enlargeTo, type Upscaler } from '../models/upscaler/upscaler.ts';
+import { type Interpolation, interpolate } from '../models/vae/interpolate.ts';
+import { encodeImage, type Latents, stacked } from '../models/vae/latents.ts';
 import { number, oneOf, side } from './options.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */

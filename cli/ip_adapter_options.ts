@@ -3,8 +3,8 @@ import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { preprocessMask } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import type { IPAdapterRequest } from '../models/image_prompt.ts';
-import type { Scale, ScalesByBlock } from '../models/ip_adapter_scale.ts';
+import type { IPAdapterRequest } from '../models/ip_adapter/image_prompt.ts';
+import type { Scale, ScalesByBlock } from '../models/ip_adapter/ip_adapter_scale.ts';
 import { numbers, repeated, scaledFile } from './options.ts';
 
 export interface IPAdapterOptions {

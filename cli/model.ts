@@ -1,9 +1,14 @@
 // Models as commands ask for them: with downloads shown on the terminal.
 import { join } from 'node:path';
 import { packageRoot } from '../io/package_root.ts';
-import { type LocateOptions, locateControlNet, locateT2IAdapter, locateVae } from '../models/locate.ts';
-import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
-import { locateWithUNet } from '../models/locate_unet.ts';
+import {
+  type LocateOptions,
+  locateControlNet,
+  locateT2IAdapter,
+  locateVae,
+} from '../models/locate/locate.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
+import { locateWithUNet } from '../models/locate/locate_unet.ts';
 import type { Locate } from '../train/session.ts';
 import { type Bar, progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';

@@ -2,7 +2,7 @@
 // flag takes. Checked before any weight is loaded.
 import { existsSync } from 'node:fs';
 import { didYouMean, UserError } from '../io/errors.ts';
-import type { Size } from '../models/conditioning.ts';
+import type { Size } from '../models/text/conditioning.ts';
 
 /** What --device takes, for the help. */
 export const devices = 'auto, cpu, cuda[:N] or reference';

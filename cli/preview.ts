@@ -12,12 +12,12 @@ import { UserError } from '../io/errors.ts';
 import { assertWritable, writeFileAtomic } from '../io/files.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import { type Autoencoder, autoencoder } from '../models/autoencoder.ts';
-import type { Json, ModelSource } from '../models/checkpoint.ts';
-import { latentRgb, latentRgbChannels } from '../models/latent_rgb.ts';
-import { type Latents, previewPictures, unscaleLatents } from '../models/latents.ts';
+import type { Json, ModelSource } from '../models/checkpoint/checkpoint.ts';
 import type { Pipeline, Progress } from '../models/pipeline.ts';
-import { sdxlVae } from '../models/presets.ts';
+import { type Autoencoder, autoencoder } from '../models/vae/autoencoder.ts';
+import { latentRgb, latentRgbChannels } from '../models/vae/latent_rgb.ts';
+import { type Latents, previewPictures, unscaleLatents } from '../models/vae/latents.ts';
+import { sdxlScalingFactor } from '../models/vae/vae.ts';
 import { number, oneOf } from './options.ts';
 import { encodeAside } from './png_threads.ts';
 
@@ -98,10 +98,9 @@ export function fitPreview({ preview }: PreviewOptions, vae: Json, tae?: ModelSo
     throw new UserError(
       `--preview ${preview} shows latents of ${taken} channels, and the model's have ${channels}; use --preview vae`,
     );
-  const own = sdxlVae.scaling_factor;
-  return taken !== undefined && posterior && factor !== own && !latents_mean
+  return taken !== undefined && posterior && factor !== sdxlScalingFactor && !latents_mean
     ? [
-        `--preview ${preview} shows SDXL's latents (scaling_factor ${own}), and this model has others (${factor}), which only --preview vae shows right`,
+        `--preview ${preview} shows SDXL's latents (scaling_factor ${sdxlScalingFactor}), and this model has others (${factor}), which only --preview vae shows right`,
       ]
     : [];
 }
@@ -167,7 +166,7 @@ export function openPreviews(
 /** Latents that have a mean and a spread by channel (Playground v2.5's) are those of SDXL's VAE in another scale; a tiny VAE has SDXL's. */
 function asSdxlScales({ config, posterior }: Autoencoder, latents: Latents): Latents {
   if (!config.latents_mean) return latents;
-  const factor = posterior ? sdxlVae.scaling_factor : 1;
+  const factor = posterior ? sdxlScalingFactor : 1;
   return { ...latents, data: unscaleLatents(config, latents).map((z) => z * factor) };
 }
 

@@ -2,10 +2,10 @@
 // picture appears under its name only once it is whole.
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import type { Latents } from '../models/latents.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
+import type { Latents } from '../models/vae/latents.ts';
 import { openAlbum } from './album.ts';
 import { shippedModel } from './model.ts';
 import { applySettings } from './picture_settings.ts';

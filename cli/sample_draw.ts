@@ -2,9 +2,9 @@
 // memory at what time, where steps are told of and where pictures go is the caller's: `sdxl sample` has one model after the other and
 // files, `sdxl serve` keeps its models and answers.
 import { MemoryError } from '../engine/memory.ts';
-import type { DecodedPicture, Latents } from '../models/latents.ts';
 import { decode, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
+import type { DecodedPicture, Latents } from '../models/vae/latents.ts';
 import { enlarged } from './hires_options.ts';
 import { pictureText } from './picture_settings.ts';
 import type { SampleCall } from './sample_call.ts';

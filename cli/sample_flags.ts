@@ -1,8 +1,8 @@
 // The flags of `sdxl sample`, group by group: diffusers' words (other programs' are in aliases.ts). Values are read and bounded as
 // they are typed; sample_options.ts says what they come to.
 import type { Command } from 'commander';
-import { emphases } from '../models/emphasis.ts';
 import { shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
+import { emphases } from '../models/text/emphasis.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';

@@ -3,13 +3,13 @@
 import type { Device } from '../engine/device.ts';
 import { built } from '../engine/scope.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import { feedForwardToFp8 } from '../models/fp8.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { type LoadOptions, type Part, parts, textParts } from '../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import type { Request } from '../models/request.ts';
-import { loadTextualInversion } from '../models/textual_inversion.ts';
+import { loadTextualInversion } from '../models/text/textual_inversion.ts';
+import { feedForwardToFp8 } from '../models/unet/fp8.ts';
 import { type SampleOptions, textualInversionOf } from './sample_options.ts';
 
 /** What a pipeline is loaded with beside its model. */

@@ -3,16 +3,22 @@
 import { type Device, openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { vaeFor } from '../models/autoencoder.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import type { IPAdapterSource } from '../models/ip_adapter.ts';
-import { locateControlNet, locateModel, locateT2IAdapter, locateTae, locateVae } from '../models/locate.ts';
-import { locateIPAdapter } from '../models/locate_ip_adapter.ts';
-import { locateLora } from '../models/locate_lora.ts';
-import { locateWithUNet } from '../models/locate_unet.ts';
-import type { AdapterFile } from '../models/lora.ts';
-import { checkControlModes } from '../models/multicontrolnet.ts';
-import { parseUNetConfig } from '../models/unet.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
+import { checkControlModes } from '../models/control/multicontrolnet.ts';
+import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
+import {
+  locateControlNet,
+  locateModel,
+  locateT2IAdapter,
+  locateTae,
+  locateVae,
+} from '../models/locate/locate.ts';
+import { locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
+import { locateLora } from '../models/locate/locate_lora.ts';
+import { locateWithUNet } from '../models/locate/locate_unet.ts';
+import type { AdapterFile } from '../models/lora/lora.ts';
+import { parseUNetConfig } from '../models/unet/unet.ts';
+import { vaeFor } from '../models/vae/autoencoder.ts';
 import { adapterOf } from './adapter_options.ts';
 import { controlnetOf, oneOrAll } from './control_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';

@@ -3,7 +3,7 @@
 // times as often. All weights in float16 take 13.5 MB.
 //   npx sdxl train configs/emoji.ts
 import { defineRun, type RunInput } from 'sdxl';
-import { emojiModel as model } from '../models/presets.ts';
+import { emojiModel as model } from '../models/formats/presets.ts';
 import { drawEmoji } from './emoji_data.ts';
 
 const dataset = { path: await drawEmoji('data/emoji'), resolution: 64, center_crop: true };

@@ -8,11 +8,11 @@ import { openDevice } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { preprocess, readPicture } from '../io/image.ts';
-import { withPosterior } from '../models/autoencoder.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { toDevice, toHost } from '../models/latents.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { denoise, loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
+import { withPosterior } from '../models/vae/autoencoder.ts';
+import { toDevice, toHost } from '../models/vae/latents.ts';
 import { draws } from '../train/draws.ts';
 import { drawEmoji } from './emoji_data.ts';
 

@@ -12,24 +12,24 @@ import { cast } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { encodePrompts, type Prompts, type TextStack } from './conditioning.ts';
-import { newContextCache } from './context_cache.ts';
-import { type Caching, deepCache } from './deepcache.ts';
-import { guide, rescaled } from './guidance.ts';
-import { type ImagePrompt, imageTokens } from './image_prompt.ts';
-import type { IPAdapter } from './ip_adapter.ts';
-import { channelsFirst, channelsLast, type Latents, toDevice } from './latents.ts';
 import {
   type AnyControlNet,
   type Control,
   type PlacedControl,
   partsOf,
   residualsOf,
-} from './multicontrolnet.ts';
-import type { PAG } from './pag.ts';
-import { type Followed, featuresOf, type T2IAdapter } from './t2i_adapter.ts';
-import type { ImageTokens } from './transformer.ts';
-import { type DeepFeature, featuresMade, type UNet } from './unet.ts';
+} from './control/multicontrolnet.ts';
+import { type Followed, featuresOf, type T2IAdapter } from './control/t2i_adapter.ts';
+import { type ImagePrompt, imageTokens } from './ip_adapter/image_prompt.ts';
+import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
+import { encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
+import { newContextCache } from './unet/context_cache.ts';
+import { type Caching, deepCache } from './unet/deepcache.ts';
+import { guide, rescaled } from './unet/guidance.ts';
+import type { PAG } from './unet/pag.ts';
+import type { ImageTokens } from './unet/transformer.ts';
+import { type DeepFeature, featuresMade, type UNet } from './unet/unet.ts';
+import { channelsFirst, channelsLast, type Latents, toDevice } from './vae/latents.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
 export interface GuidanceRequest extends Prompts {

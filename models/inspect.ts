@@ -7,6 +7,7 @@ import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
 import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
+import { kindName, lackOf, rankOf, unsupportedKind } from './adapters/lora_kinds.ts';
 import {
   type Json,
   type ModelSource,
@@ -15,22 +16,21 @@ import {
   openWeights,
   sourceOf,
   type WeightSource,
-} from './checkpoint.ts';
-import { buildComponent, classOf } from './components.ts';
-import { asWeightsTell } from './controlnet_union.ts';
-import { kindOf } from './inpainting.ts';
-import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter.ts';
-import { adapterAt, isAdapter, layersIn } from './lora_file.ts';
-import { kindName, lackOf, rankOf, unsupportedKind } from './lora_kinds.ts';
-import { markedIn } from './marks.ts';
+} from './checkpoint/checkpoint.ts';
+import { openWeightsFile } from './checkpoint/weights_file.ts';
+import { asWeightsTell } from './control/controlnet_union.ts';
+import { kindOf } from './control/inpainting.ts';
+import { isT2IAdapter, openT2IAdapterFile } from './control/t2i_adapter.ts';
+import { buildComponent, classOf } from './formats/components.ts';
+import { markedIn } from './formats/marks.ts';
+import { layoutOf, loneUNet } from './formats/sgm_keys.ts';
+import { openSingleFile, openVaeFile } from './formats/singlefile.ts';
+import { tinyPart } from './formats/taesd_file.ts';
+import { openUNetFile } from './formats/unet_file.ts';
+import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter/ip_adapter.ts';
+import { adapterAt, isAdapter, layersIn } from './lora/lora_file.ts';
 import { isEDM, parseSchedulerConfig } from './samplers/config.ts';
-import { layoutOf, loneUNet } from './sgm_keys.ts';
-import { openSingleFile, openVaeFile } from './singlefile.ts';
-import { isT2IAdapter, openT2IAdapterFile } from './t2i_adapter.ts';
-import { tinyPart } from './taesd_file.ts';
-import { inversionIn } from './textual_inversion.ts';
-import { openUNetFile } from './unet_file.ts';
-import { openWeightsFile } from './weights_file.ts';
+import { inversionIn } from './text/textual_inversion.ts';
 
 export interface Component {
   name: string;

@@ -2,9 +2,9 @@
 import type { Device } from '../engine/device.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
-import type { ModelSource } from './checkpoint.ts';
-import type { IPAdapterSource } from './ip_adapter.ts';
-import type { AdapterFile } from './lora.ts';
+import type { ModelSource } from './checkpoint/checkpoint.ts';
+import type { IPAdapterSource } from './ip_adapter/ip_adapter.ts';
+import type { AdapterFile } from './lora/lora.ts';
 import { flag, isObject, type Rule, shown } from './request.ts';
 
 /** What a model's weights are of; a refiner has no text_encoder. */

@@ -6,10 +6,16 @@ import { slice } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { type Embeds, encodePrompts, type PromptEmbeds, type Prompts, promptCount } from './conditioning.ts';
 import type { GuidedModel } from './denoiser.ts';
-import { checkShape } from './latents.ts';
-import type { UNetConfig } from './unet.ts';
+import {
+  type Embeds,
+  encodePrompts,
+  type PromptEmbeds,
+  type Prompts,
+  promptCount,
+} from './text/conditioning.ts';
+import type { UNetConfig } from './unet/unet.ts';
+import { checkShape } from './vae/latents.ts';
 
 /** A text stands for a list of one; for as many as there are prompts where it is no prompt itself. */
 export interface Texts {

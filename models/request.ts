@@ -1,19 +1,19 @@
 // What is asked of a pipeline, in the words of diffusers' SDXL pipelines. TypeScript holds a program to it while it is compiled; of
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
 import { didYouMean, UserError } from '../io/errors.ts';
-import type { MicroConditioning } from './conditioning.ts';
-import type { CacheRequest } from './deepcache.ts';
+import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';
+import type { ControlRequest } from './control/multicontrolnet.ts';
+import type { T2IAdapterRequest } from './control/t2i_adapter.ts';
 import type { GuidanceRequest } from './denoiser.ts';
-import { emphases } from './emphasis.ts';
-import type { IPAdapterRequest } from './image_prompt.ts';
-import type { InstructPix2PixRequest } from './instruct_pix2pix.ts';
-import type { ControlRequest } from './multicontrolnet.ts';
-import type { PAGRequest } from './pag.ts';
+import type { IPAdapterRequest } from './ip_adapter/image_prompt.ts';
 import { listed, type Texts } from './prompts.ts';
+import { TorchGenerator } from './random/torch_random.ts';
 import type { SchedulerConfig } from './samplers/config.ts';
 import type { StartRequest } from './start.ts';
-import type { T2IAdapterRequest } from './t2i_adapter.ts';
-import { TorchGenerator } from './torch_random.ts';
+import type { MicroConditioning } from './text/conditioning.ts';
+import { emphases } from './text/emphasis.ts';
+import type { CacheRequest } from './unet/deepcache.ts';
+import type { PAGRequest } from './unet/pag.ts';
 
 /** What to draw, in the words of diffusers' SDXL pipelines. */
 export interface Request

@@ -1,7 +1,7 @@
 // What the denoising loop starts from, and what follows each step: pure noise, a picture or its latents under noise, or what an earlier
 // stage left under its own. The order of draws is diffusers', so that a seed gives the same numbers. Inpainting keeps the known part
 // of the picture by putting it back after each step (RePaint's simple form, as diffusers does with a four-channel UNet), but for an
-// inpainting model, which is shown it (inpainting.ts); an InstructPix2Pix model sees the picture too, and begins with noise.
+// inpainting model, which is shown it (control/inpainting.ts); an InstructPix2Pix model sees the picture too, and begins with noise.
 import type { Device } from '../engine/device.ts';
 import { add, mul } from '../engine/ops/binary.ts';
 import { combine } from '../engine/ops/combine.ts';
@@ -9,12 +9,12 @@ import { concat } from '../engine/ops/move.ts';
 import { torchNormal } from '../engine/ops/random.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
-import type { Autoencoder } from './autoencoder.ts';
-import { besideLatents, isInpainting, maskAt } from './inpainting.ts';
-import { isInstructPix2Pix, originalLatents } from './instruct_pix2pix.ts';
-import { checkShape, encodeImage, joined, type Latents, stacked } from './latents.ts';
+import { besideLatents, isInpainting, maskAt } from './control/inpainting.ts';
+import { isInstructPix2Pix, originalLatents } from './control/instruct_pix2pix.ts';
 import type { Plan, Sampler } from './samplers/sampler.ts';
-import type { UNetConfig } from './unet.ts';
+import type { UNetConfig } from './unet/unet.ts';
+import type { Autoencoder } from './vae/autoencoder.ts';
+import { checkShape, encodeImage, joined, type Latents, stacked } from './vae/latents.ts';
 
 /** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
 export interface NoiseGenerator {

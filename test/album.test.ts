@@ -6,7 +6,7 @@ import { openAlbum } from '../cli/album.ts';
 import { encodePng } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';
-import type { DecodedPicture, Latents } from '../models/latents.ts';
+import type { DecodedPicture, Latents } from '../models/vae/latents.ts';
 
 const latents = (seed: number): Latents => ({ shape: [1, 1, 1, 2], data: Float32Array.of(seed, -seed) });
 /** Two pictures of 24x16. */

@@ -6,7 +6,7 @@ import { opCases } from '../bench/ops.ts';
 import { buildSubject } from '../bench/subjects.ts';
 import { type Device, openDevice } from '../engine/device.ts';
 import { profiled, standInCuda, standInDevice } from '../engine/profile.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { sdxl as run } from './command_line.ts';
 
 const square = (side: number) => ({ width: side, height: side, batch: 1 });

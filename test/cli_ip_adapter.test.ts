@@ -8,7 +8,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import type { Scale, ScalesByBlock } from '../models/ip_adapter_scale.ts';
+import type { Scale, ScalesByBlock } from '../models/ip_adapter/ip_adapter_scale.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { disc, picture } from './controlnet_golden.ts';
 import { allClose, goldenFolder, maxDifference } from './golden.ts';

@@ -6,7 +6,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { locateT2IAdapter } from '../models/locate.ts';
+import { locateT2IAdapter } from '../models/locate/locate.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';

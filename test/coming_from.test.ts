@@ -78,9 +78,9 @@ test('names in a program', (t) => {
     'request',
     'denoiser',
     'start',
-    'conditioning',
-    'multicontrolnet',
-    'image_prompt',
+    'text/conditioning',
+    'control/multicontrolnet',
+    'ip_adapter/image_prompt',
   ];
   const request = parts
     .map((name) => readFileSync(join(packageRoot, 'models', `${name}.ts`), 'utf8'))

@@ -7,8 +7,8 @@ import { sizeOf } from '../engine/tensor.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import type { Mask, Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import type { Json } from '../models/checkpoint.ts';
-import { controlnet, parseControlNetConfig } from '../models/controlnet.ts';
+import type { Json } from '../models/checkpoint/checkpoint.ts';
+import { controlnet, parseControlNetConfig } from '../models/control/controlnet.ts';
 import { goldenArea, goldenLines } from './golden.ts';
 
 export const area = goldenArea('controlnet');

@@ -2,7 +2,7 @@
 // cuda.test.ts, and not again here.
 import { test } from 'tap';
 import { cudaDevice, openDevice } from '../engine/device.ts';
-import { loadTextualInversion } from '../models/textual_inversion.ts';
+import { loadTextualInversion } from '../models/text/textual_inversion.ts';
 import { allClose } from './golden.ts';
 import { embed, embeddings, open } from './textual_inversions.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';

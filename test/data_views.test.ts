@@ -3,7 +3,7 @@ import sharp from 'sharp';
 import { test } from 'tap';
 import { decodePicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import type { Size } from '../models/conditioning.ts';
+import type { Size } from '../models/text/conditioning.ts';
 import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
 import { allCaptions, captionOf } from '../train/data/caption.ts';
 import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';

@@ -6,7 +6,7 @@ import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { readJsonObject } from '../io/files.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { parseUNetConfig, type UNetConfig, unet } from '../models/unet.ts';
+import { parseUNetConfig, type UNetConfig, unet } from '../models/unet/unet.ts';
 import { numbers, writeComponent } from './controlnet_golden.ts';
 import { goldenFolder, goldenLines } from './golden.ts';
 

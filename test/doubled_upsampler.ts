@@ -6,9 +6,9 @@ import { namedParameters, unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { addAdapters, parametersOf } from '../models/adapters.ts';
-import { upsample } from '../models/blocks.ts';
-import { newContextCache } from '../models/context_cache.ts';
+import { addAdapters, parametersOf } from '../models/adapters/adapters.ts';
+import { upsample } from '../models/unet/blocks.ts';
+import { newContextCache } from '../models/unet/context_cache.ts';
 import { values } from './op_cases.ts';
 
 export const reference = openDevice('reference');

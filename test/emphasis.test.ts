@@ -5,11 +5,11 @@ import { test } from 'tap';
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { UserError } from '../io/errors.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { encodePrompts, type Prompts } from '../models/conditioning.ts';
-import { type Emphasis, parsePromptAttention, readPrompt, type Span } from '../models/emphasis.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { loadTokenizer } from '../models/tokenizer.ts';
+import { encodePrompts, type Prompts } from '../models/text/conditioning.ts';
+import { type Emphasis, parsePromptAttention, readPrompt, type Span } from '../models/text/emphasis.ts';
+import { loadTokenizer } from '../models/text/tokenizer.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 

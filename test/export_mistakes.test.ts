@@ -19,8 +19,8 @@ import { openDevice } from '../engine/device.ts';
 import { namedParameters } from '../engine/module.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { inTurns } from '../io/turns.ts';
-import { type ModelSource, openModel } from '../models/checkpoint.ts';
-import { exportFolder } from '../models/export.ts';
+import { type ModelSource, openModel } from '../models/checkpoint/checkpoint.ts';
+import { exportFolder } from '../models/formats/export.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenLora } from './golden.ts';
 

@@ -2,7 +2,7 @@
 import { test } from 'tap';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openWeightsFile } from '../models/weights_file.ts';
+import { openWeightsFile } from '../models/checkpoint/weights_file.ts';
 import { refuses } from './io_helpers.ts';
 import {
   fileOf,

@@ -6,7 +6,7 @@ import { openDevice } from '../engine/device.ts';
 import { fromE4m3, toE4m3 } from '../engine/ops/fp8.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { feedForwardToFp8 } from '../models/fp8.ts';
+import { feedForwardToFp8 } from '../models/unet/fp8.ts';
 import { sdxl } from './command_line.ts';
 import { layersInFp8, roundsToNearest } from './fp8_layers.ts';
 import { goldenArea, goldenFolder } from './golden.ts';

@@ -2,7 +2,7 @@
 import { test } from 'tap';
 import { gradOf } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { addNoise, noisedInputs, objectiveOf } from '../train/objective.ts';
 import { resolveRun } from '../train/resolve_run.ts';
 import type { RunInput } from '../train/run.ts';

@@ -14,11 +14,11 @@ import { groupNorm, layerNorm, softmax } from '../engine/ops/norm.ts';
 import { gelu, quickGelu, scale, silu, square, tanh } from '../engine/ops/unary.ts';
 import { keep, scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { downsample, resnet, upsample } from '../models/blocks.ts';
-import { guide, rescaled } from '../models/guidance.ts';
-import { type Conditioning, transformer, transformerBlock } from '../models/transformer.ts';
-import { embeddingMlp } from '../models/unet_encoder.ts';
-import { pixelAttention } from '../models/vae.ts';
+import { downsample, resnet, upsample } from '../models/unet/blocks.ts';
+import { guide, rescaled } from '../models/unet/guidance.ts';
+import { type Conditioning, transformer, transformerBlock } from '../models/unet/transformer.ts';
+import { embeddingMlp } from '../models/unet/unet_encoder.ts';
+import { pixelAttention } from '../models/vae/vae.ts';
 import { type Assert, allClose, folded, type GoldenCase, goldenArea, permuted } from './golden.ts';
 import { devices } from './models_golden.ts';
 

@@ -9,7 +9,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { type Interpolation, interpolate } from '../models/interpolate.ts';
+import { type Interpolation, interpolate } from '../models/vae/interpolate.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { picture, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';

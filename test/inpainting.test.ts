@@ -8,7 +8,7 @@ import { openDevice } from '../engine/device.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { preprocess, preprocessMask, writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { openComponent, openModel } from '../models/checkpoint.ts';
+import { openComponent, openModel } from '../models/checkpoint/checkpoint.ts';
 import { inspect } from '../models/inspect.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { refusesEach, sdxl } from './command_line.ts';

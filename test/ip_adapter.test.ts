@@ -14,16 +14,21 @@ import type { FloatDType } from '../io/dtype.ts';
 import { preprocess, preprocessClip, preprocessControl, preprocessMask } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { loadAndClose, openComponent, openModel, sourceOf } from '../models/checkpoint.ts';
-import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
-import { attentionWidths, ipAdapter, openIPAdapter, parseIPAdapter } from '../models/ip_adapter.ts';
-import { toDevice } from '../models/latents.ts';
-import { ofOneKind } from '../models/multicontrolnet.ts';
+import { loadAndClose, openComponent, openModel, sourceOf } from '../models/checkpoint/checkpoint.ts';
+import { ofOneKind } from '../models/control/multicontrolnet.ts';
+import { presets } from '../models/formats/presets.ts';
+import { parseVisionConfig, visionEncoder } from '../models/ip_adapter/clip_vision.ts';
+import {
+  attentionWidths,
+  ipAdapter,
+  openIPAdapter,
+  parseIPAdapter,
+} from '../models/ip_adapter/ip_adapter.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
-import { presets } from '../models/presets.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import type { Request } from '../models/request.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
-import { unet } from '../models/unet.ts';
+import { unet } from '../models/unet/unet.ts';
+import { toDevice } from '../models/vae/latents.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
 import { allClose, goldenFolder, maxDifference } from './golden.ts';
 import {

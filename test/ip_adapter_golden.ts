@@ -6,9 +6,9 @@ import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';
 import type { Mask, Picture } from '../io/pixels.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { parseVisionConfig, visionEncoder } from '../models/clip_vision.ts';
-import { type IPAdapterConfig, ipAdapter } from '../models/ip_adapter.ts';
-import type { Scale, ScalesByBlock } from '../models/ip_adapter_scale.ts';
+import { parseVisionConfig, visionEncoder } from '../models/ip_adapter/clip_vision.ts';
+import { type IPAdapterConfig, ipAdapter } from '../models/ip_adapter/ip_adapter.ts';
+import type { Scale, ScalesByBlock } from '../models/ip_adapter/ip_adapter_scale.ts';
 import { disc, picture, weight } from './controlnet_golden.ts';
 import { goldenLines } from './golden.ts';
 

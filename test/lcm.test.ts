@@ -7,7 +7,7 @@ import type { Parameter } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { readPicture } from '../io/image.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { consistency, distilled, pseudoHuber, solverSteps } from '../train/methods/lcm.ts';
 import { objectiveOf } from '../train/objective.ts';

@@ -4,8 +4,8 @@ import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, writ
 import { dirname, join } from 'node:path';
 import { test } from 'tap';
 import { readPicture } from '../io/image.ts';
-import { locateImageEncoder, locateIPAdapter } from '../models/locate_ip_adapter.ts';
-import { locateLora } from '../models/locate_lora.ts';
+import { locateImageEncoder, locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
+import { locateLora } from '../models/locate/locate_lora.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder, goldenLora } from './golden.ts';
 import { encoderConfig, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';

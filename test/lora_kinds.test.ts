@@ -8,13 +8,13 @@ import { type AnyModule, namedParameters, type Parameter, unload } from '../engi
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { channelsFirst, openModel } from '../models/checkpoint.ts';
-import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { exportLora } from '../models/export_lora.ts';
+import { channelsFirst, openModel } from '../models/checkpoint/checkpoint.ts';
 import { inspect } from '../models/inspect.ts';
-import { mergeLora } from '../models/lora.ts';
-import type { LoraTargets } from '../models/lora_file.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
+import { exportLora } from '../models/lora/export_lora.ts';
+import { mergeLora } from '../models/lora/lora.ts';
+import type { LoraTargets } from '../models/lora/lora_file.ts';
+import { parseTextConfig, textEncoder } from '../models/text/clip.ts';
+import { parseUNetConfig, unet } from '../models/unet/unet.ts';
 import { allClose, goldenFolder, goldenLines } from './golden.ts';
 import { devices } from './models_golden.ts';
 

@@ -4,7 +4,7 @@ import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
-import { lowRank } from '../models/low_rank.ts';
+import { lowRank } from '../models/adapters/low_rank.ts';
 import { numbers } from './controlnet_golden.ts';
 import { goldenLines } from './golden.ts';
 

@@ -8,11 +8,11 @@ import { openDevice } from '../engine/device.ts';
 import { type AnyModule, namedParameters } from '../engine/module.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { type ModelSource, openModel } from '../models/checkpoint.ts';
-import { joined } from '../models/latents.ts';
-import { mergeLora } from '../models/lora.ts';
+import { type ModelSource, openModel } from '../models/checkpoint/checkpoint.ts';
+import { openSingleFile } from '../models/formats/singlefile.ts';
+import { mergeLora } from '../models/lora/lora.ts';
 import { loadPipeline } from '../models/pipeline.ts';
-import { openSingleFile } from '../models/singlefile.ts';
+import { joined } from '../models/vae/latents.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { goldenFolder, goldenLora, maxDifference } from './golden.ts';
 

@@ -9,7 +9,7 @@ import { module, namedParameters, parameter, unload } from '../engine/module.ts'
 import { sizeOf } from '../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { channelsLast, loadAndClose, sourceOf } from '../models/checkpoint.ts';
+import { channelsLast, loadAndClose, sourceOf } from '../models/checkpoint/checkpoint.ts';
 import { values } from './op_cases.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-load-'));

@@ -7,11 +7,11 @@ import { namedParameters, unload } from '../engine/module.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { inspect } from '../models/inspect.ts';
-import { mergeLora } from '../models/lora.ts';
+import { mergeLora } from '../models/lora/lora.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
+import { parseUNetConfig, unet } from '../models/unet/unet.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, goldenLora } from './golden.ts';
 import { compareSample, devices } from './models_golden.ts';
 

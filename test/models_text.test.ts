@@ -10,10 +10,16 @@ import { slice } from '../engine/ops/move.ts';
 import { sum } from '../engine/ops/reduce.ts';
 import { scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { parseTextConfig, placeTokens, type TextEncoder, type Tokens, textEncoder } from '../models/clip.ts';
-import { encodePrompts, type Prompts } from '../models/conditioning.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import {
+  parseTextConfig,
+  placeTokens,
+  type TextEncoder,
+  type Tokens,
+  textEncoder,
+} from '../models/text/clip.ts';
+import { encodePrompts, type Prompts } from '../models/text/conditioning.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import {
   checkActivations,

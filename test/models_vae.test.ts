@@ -13,12 +13,12 @@ import { exp, scale, square } from '../engine/ops/unary.ts';
 import { standInDevice } from '../engine/profile.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { empty, sizeOf as sizeOfShape, type Tensor } from '../engine/tensor.ts';
-import { autoencoder, checkDecode } from '../models/autoencoder.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { decodeLatents, posteriorStd, samplePosterior, toHost } from '../models/latents.ts';
-import { sdxlVae } from '../models/presets.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
-import { type Moments, parseVaeConfig, type Vae, vae } from '../models/vae.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
+import { sdxlVae } from '../models/formats/presets.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
+import { autoencoder, checkDecode } from '../models/vae/autoencoder.ts';
+import { decodeLatents, posteriorStd, samplePosterior, toHost } from '../models/vae/latents.ts';
+import { type Moments, parseVaeConfig, type Vae, vae } from '../models/vae/vae.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, permuted } from './golden.ts';
 import {
   checkActivations,

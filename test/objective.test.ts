@@ -4,10 +4,10 @@ import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { sdxlScheduler } from '../models/presets.ts';
+import { sdxlScheduler } from '../models/formats/presets.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import type { Conditioning } from '../models/transformer.ts';
-import type { UNet } from '../models/unet.ts';
+import type { Conditioning } from '../models/unet/transformer.ts';
+import type { UNet } from '../models/unet/unet.ts';
 import { draws } from '../train/draws.ts';
 import { fill } from '../train/fields.ts';
 import {

@@ -4,7 +4,7 @@ import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
-import { cayley } from '../models/cayley.ts';
+import { cayley } from '../models/adapters/cayley.ts';
 import { devices } from './models_golden.ts';
 
 /** 2 Q (I - Q)^-1 by elimination with pivots: X (I - Q) = 2 Q, transposed (I + Q) X^T = -2 Q. */

@@ -8,7 +8,7 @@ import { dynamicMap } from '../engine/ops/adamw_8bit.ts';
 import { keep } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
-import { channelsLast } from '../models/checkpoint.ts';
+import { channelsLast } from '../models/checkpoint/checkpoint.ts';
 import { clipGradients } from '../train/clip.ts';
 import { ema } from '../train/ema.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';

@@ -24,7 +24,7 @@ import {
 import type { Picture, Pixels } from '../io/pixels.ts';
 import { encodePng, readPngText } from '../io/png.ts';
 import { type ResizeFilter, resize } from '../io/resize.ts';
-import { channelsLast } from '../models/latents.ts';
+import { channelsLast } from '../models/vae/latents.ts';
 import { allClose, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { at, exact, folder, randomNumbers, sameBytes } from './io_helpers.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';

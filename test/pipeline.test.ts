@@ -8,18 +8,18 @@ import { type Parameter, placeOf } from '../engine/module.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { toPictures } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import { type ModelSource, openModel } from '../models/checkpoint.ts';
-import { type MicroConditioning, timeIds } from '../models/conditioning.ts';
+import { type ModelSource, openModel } from '../models/checkpoint/checkpoint.ts';
+import { decode, loadPipeline, type Pipeline, samplerFor, sizesOf } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
+import { complete, type Request } from '../models/request.ts';
+import { type MicroConditioning, timeIds } from '../models/text/conditioning.ts';
 import {
   decodeLatents,
   decodePictures,
   encodeImage,
   type Latents,
   previewPictures,
-} from '../models/latents.ts';
-import { decode, loadPipeline, type Pipeline, samplerFor, sizesOf } from '../models/pipeline.ts';
-import { complete, type Request } from '../models/request.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+} from '../models/vae/latents.ts';
 import { type Assert, allClose, type GoldenCase, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { area, requestOf, run } from './pipeline_golden.ts';

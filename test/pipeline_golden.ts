@@ -1,9 +1,9 @@
 // Golden area pipeline: diffusers' calls as requests of ours, and the latents of each step.
 import { preprocess, preprocessMask } from '../io/image.ts';
 import { type Denoised, denoise, type Pipeline } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import type { Asked, Request } from '../models/request.ts';
 import type { SchedulerConfig } from '../models/samplers/config.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
 import { type GoldenCase, goldenArea } from './golden.ts';
 
 export const area = goldenArea('pipeline');

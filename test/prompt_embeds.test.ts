@@ -2,12 +2,12 @@
 // pipeline), encodePrompt makes the same, and mistakes are told.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openModel } from '../models/checkpoint.ts';
-import type { Embeds } from '../models/conditioning.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import type { Asked } from '../models/request.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+import type { Embeds } from '../models/text/conditioning.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder, maxDifference } from './golden.ts';
 import { devices } from './models_golden.ts';
 import { area, requestOf, run } from './pipeline_golden.ts';

@@ -3,12 +3,12 @@
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { namedParameters, unload } from '../engine/module.ts';
-import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { componentConfigs } from '../models/diffusers_config.ts';
-import { type ModelPreset, presets, sdxlScheduler } from '../models/presets.ts';
-import { randomModel } from '../models/random_weights.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
-import { parseVaeConfig, vae } from '../models/vae.ts';
+import { componentConfigs } from '../models/formats/diffusers_config.ts';
+import { type ModelPreset, presets, sdxlScheduler } from '../models/formats/presets.ts';
+import { randomModel } from '../models/formats/random_weights.ts';
+import { parseTextConfig, textEncoder } from '../models/text/clip.ts';
+import { parseUNetConfig, unet } from '../models/unet/unet.ts';
+import { parseVaeConfig, vae } from '../models/vae/vae.ts';
 
 const device = openDevice('auto');
 

@@ -9,8 +9,8 @@ import { cudaDevice, nativeDevice, openDevice } from '../engine/device.ts';
 import { torchNormal } from '../engine/ops/random.ts';
 import { scope } from '../engine/scope.ts';
 import { empty, tensor } from '../engine/tensor.ts';
-import { CudaGenerator } from '../models/cuda_random.ts';
-import { type RandomDType, TorchGenerator } from '../models/torch_random.ts';
+import { CudaGenerator } from '../models/random/cuda_random.ts';
+import { type RandomDType, TorchGenerator } from '../models/random/torch_random.ts';
 import { allClose, type GoldenCase, goldenArea, maxDifference } from './golden.ts';
 import { openVirtualGpu } from './virtual-gpu/gpu.ts';
 

@@ -9,7 +9,7 @@ import { findLibrary } from '../engine/cpu/build.ts';
 import { adopt, nativeDevice, openDevice } from '../engine/device.ts';
 import { MemoryError } from '../engine/memory.ts';
 import { namedParameters } from '../engine/module.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { complete, type Request } from '../models/request.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';

@@ -9,9 +9,9 @@ import { checkSample, checkScores, checkSizes, loraOf, type SampleOptions } from
 import { baseRequests, canvasOf, hiresRequest, type Inputs, refinerRequest } from '../cli/sample_request.ts';
 import { toGrey } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
-import type { Latents } from '../models/latents.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import type { Request } from '../models/request.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+import type { Latents } from '../models/vae/latents.ts';
 
 function optionsOf(...argv: string[]): SampleOptions {
   const command = addSampleOptions(new Command('sample').exitOverride());

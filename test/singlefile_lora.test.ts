@@ -18,14 +18,14 @@ import {
 import { encodeNumbers } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { loadParameters, type ModelSource, openModel, openWeights } from '../models/checkpoint.ts';
-import { parseTextConfig, textEncoder } from '../models/clip.ts';
-import { mergeLora } from '../models/lora.ts';
-import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/presets.ts';
-import { unetKeyInSgm } from '../models/sgm_keys.ts';
-import { openSingleFile } from '../models/singlefile.ts';
-import { parseUNetConfig, unet } from '../models/unet.ts';
-import { parseVaeConfig, vae } from '../models/vae.ts';
+import { loadParameters, type ModelSource, openModel, openWeights } from '../models/checkpoint/checkpoint.ts';
+import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../models/formats/presets.ts';
+import { unetKeyInSgm } from '../models/formats/sgm_keys.ts';
+import { openSingleFile } from '../models/formats/singlefile.ts';
+import { mergeLora } from '../models/lora/lora.ts';
+import { parseTextConfig, textEncoder } from '../models/text/clip.ts';
+import { parseUNetConfig, unet } from '../models/unet/unet.ts';
+import { parseVaeConfig, vae } from '../models/vae/vae.ts';
 import { allClose, goldenFolder, goldenLora, goldenSingleFile } from './golden.ts';
 
 const device = openDevice('auto');

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { openSingleFile } from '../models/singlefile.ts';
+import { openSingleFile } from '../models/formats/singlefile.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';

@@ -3,9 +3,9 @@
 import { test } from 'tap';
 import { openDevice } from '../engine/device.ts';
 import { namedParameters, parameterCount } from '../engine/module.ts';
-import { openComponent } from '../models/checkpoint.ts';
-import { parseT2IAdapterConfig, t2iAdapter } from '../models/t2i_adapter.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+import { openComponent } from '../models/checkpoint/checkpoint.ts';
+import { parseT2IAdapterConfig, t2iAdapter } from '../models/control/t2i_adapter.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import { picture } from './controlnet_golden.ts';
 import { goldenLines, maxDifference } from './golden.ts';
 import { at, type Call, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';

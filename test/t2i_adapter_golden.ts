@@ -1,5 +1,5 @@
 // The T2I-Adapters that golden/t2i_adapter.jsonl was made with: their weights are the formulas of ControlNets'.
-import type { Json } from '../models/checkpoint.ts';
+import type { Json } from '../models/checkpoint/checkpoint.ts';
 import { writeComponent } from './controlnet_golden.ts';
 import { goldenLines } from './golden.ts';
 

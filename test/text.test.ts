@@ -3,8 +3,8 @@ import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
-import { endsOf, parseTextConfig } from '../models/clip.ts';
-import { loadTokenizer, loadTokenizerFiles, type Tokenizer } from '../models/tokenizer.ts';
+import { endsOf, parseTextConfig } from '../models/text/clip.ts';
+import { loadTokenizer, loadTokenizerFiles, type Tokenizer } from '../models/text/tokenizer.ts';
 import { goldenArea, goldenFolder } from './golden.ts';
 
 const area = goldenArea('text');

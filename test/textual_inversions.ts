@@ -7,9 +7,9 @@ import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { openModel } from '../models/checkpoint.ts';
-import { encodePrompts, type Prompts } from '../models/conditioning.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
+import { encodePrompts, type Prompts } from '../models/text/conditioning.ts';
 import { goldenFolder } from './golden.ts';
 
 /** The k-th embedding of the golden cases: vectors [count, width]. */

@@ -5,7 +5,7 @@ import { namedParameters } from '../engine/module.ts';
 import { sizeOf } from '../engine/tensor.ts';
 import { encodeNumbers } from '../io/dtype.ts';
 import { type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { autoencoder } from '../models/autoencoder.ts';
+import { autoencoder } from '../models/vae/autoencoder.ts';
 
 export const tinyConfig = {
   _class_name: 'AutoencoderTiny',

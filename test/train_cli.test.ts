@@ -17,7 +17,7 @@ import { CudaError } from '../engine/cuda/errors.ts';
 import { adopt, nativeDevice } from '../engine/device.ts';
 import { readPicture } from '../io/image.ts';
 import { lockFolder } from '../io/lock.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { sdxl } from './command_line.ts';
 import { packageRoot } from './golden.ts';

@@ -11,7 +11,7 @@ import { readPicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { readPngText } from '../io/png.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
-import { loadTokenizer } from '../models/tokenizer.ts';
+import { loadTokenizer } from '../models/text/tokenizer.ts';
 import { loadTensors } from '../train/checkpoint.ts';
 import { lossCurve } from '../train/curve.ts';
 import { rewindPreviews, writePreviews } from '../train/preview.ts';

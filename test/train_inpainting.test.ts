@@ -4,7 +4,7 @@ import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { writePng } from '../io/image.ts';
-import { openModel } from '../models/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { maskOf, paintingIn, shownMasked } from '../train/controls/inpainting.ts';
 import { drawMask } from '../train/data/random_mask.ts';
 import { draws } from '../train/draws.ts';

@@ -10,7 +10,7 @@ import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { inspect } from '../models/inspect.ts';
-import { readTextualInversion } from '../models/textual_inversion.ts';
+import { readTextualInversion } from '../models/text/textual_inversion.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { describe, planOf } from '../train/plan.ts';
 import { resolveRun } from '../train/resolve_run.ts';

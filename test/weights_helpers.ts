@@ -7,9 +7,9 @@ import { openDevice } from '../engine/device.ts';
 import { namedParameters, unload } from '../engine/module.ts';
 import { decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import { buildComponent } from '../models/components.ts';
-import { openSingleFile } from '../models/singlefile.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
+import { buildComponent } from '../models/formats/components.ts';
+import { openSingleFile } from '../models/formats/singlefile.ts';
 import { type GgufTensor, type GgufValue, ggufBytes, q8_0 } from './gguf_writer.ts';
 import { goldenFolder, goldenSingleFile } from './golden.ts';
 

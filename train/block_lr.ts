@@ -1,8 +1,8 @@
 // Learning rates of the UNet's blocks (kohya's block_lr, and for adapters its down_lr_weight and their kin). A block whose rate is 0 is
 // not trained: it has no adapters, no gradient and nothing in the optimizer.
 import { UserError } from '../io/errors.ts';
-import type { UNetConfig } from '../models/unet.ts';
-import { blockCount, blockOf, blocksOfWay } from '../models/unet_blocks.ts';
+import { blockCount, blockOf, blocksOfWay } from '../models/formats/unet_blocks.ts';
+import type { UNetConfig } from '../models/unet/unet.ts';
 import type { Run } from './run.ts';
 
 /** The rate of a key of the UNet, where blocks have rates of their own. @throws UserError where these are not as many as the blocks */

@@ -9,7 +9,7 @@ import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder, readJsonObject } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
-import { type SavedComponent, saveComponent, writeJson } from '../models/save.ts';
+import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
 import { isRecord } from './fields.ts';
 import { previewFolder } from './preview.ts';
 import type { Run } from './run.ts';

@@ -3,8 +3,8 @@
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { type Json, type ModelSource, openComponent } from '../models/checkpoint.ts';
-import { randomModel } from '../models/random_weights.ts';
+import { type Json, type ModelSource, openComponent } from '../models/checkpoint/checkpoint.ts';
+import { randomModel } from '../models/formats/random_weights.ts';
 import { readState } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
 import { trainedScheduler } from './objective.ts';

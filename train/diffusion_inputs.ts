@@ -1,8 +1,9 @@
 // The inputs of the UNet's passes: latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the
 // true crop, and what the method (methods/) and the run (controls/) add. A caption that is left away becomes what the model is given
 // without a prompt: zeros (the base model), or the embedding of an empty text.
-import { joined } from '../models/latents.ts';
+
 import type { Pipeline } from '../models/pipeline.ts';
+import { joined } from '../models/vae/latents.ts';
 import { drawLatents, type PictureMoments, type View } from './cache.ts';
 import type { Control } from './controls/control.ts';
 import { captionOf } from './data/caption.ts';

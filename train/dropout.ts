@@ -10,7 +10,7 @@ import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { slice } from '../engine/ops/move.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import { scaled } from '../models/adapter_kinds.ts';
+import { scaled } from '../models/adapters/adapter_kinds.ts';
 import { type Draws, draws } from './draws.ts';
 import type { Run } from './run.ts';
 import type { PassInputs } from './task.ts';

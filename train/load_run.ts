@@ -3,7 +3,7 @@
 import { existsSync, statSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
 import { UserError } from '../io/errors.ts';
-import { presets } from '../models/presets.ts';
+import { presets } from '../models/formats/presets.ts';
 import { resolveRun } from './resolve_run.ts';
 import { defineRun, type Run } from './run.ts';
 

@@ -10,7 +10,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { completeConfig, isEDM, parseSchedulerConfig } from '../models/samplers/config.ts';
 import { noised, signalToNoise, trainingTables, velocity, weighted } from '../models/samplers/tables.ts';
-import type { Conditioning } from '../models/transformer.ts';
+import type { Conditioning } from '../models/unet/transformer.ts';
 import { draws } from './draws.ts';
 import type { HostTensor, PassInputs } from './task.ts';
 

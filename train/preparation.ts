@@ -7,13 +7,13 @@ import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { scope } from '../engine/scope.ts';
 import { zeros } from '../engine/tensor.ts';
-import { withPosterior } from '../models/autoencoder.ts';
-import type { ModelSource } from '../models/checkpoint.ts';
-import { mostChunks, type PromptEmbeds } from '../models/conditioning.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { type Part, textParts } from '../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { encodePrompt } from '../models/prompts.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
+import { mostChunks, type PromptEmbeds } from '../models/text/conditioning.ts';
+import { withPosterior } from '../models/vae/autoencoder.ts';
 import {
   captionsAtOnce,
   encodePicture,

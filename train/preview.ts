@@ -10,7 +10,7 @@ import { grid } from '../io/grid.ts';
 import { readPicture, writePng } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { resize } from '../io/resize.ts';
-import type { PromptEmbeds } from '../models/conditioning.ts';
+import { checkSquares } from '../models/control/t2i_adapter.ts';
 import {
   type Denoised,
   decode,
@@ -19,9 +19,9 @@ import {
   type Pipeline,
   samplerFor,
 } from '../models/pipeline.ts';
+import { TorchGenerator } from '../models/random/torch_random.ts';
 import type { Asked } from '../models/request.ts';
-import { checkSquares } from '../models/t2i_adapter.ts';
-import { TorchGenerator } from '../models/torch_random.ts';
+import type { PromptEmbeds } from '../models/text/conditioning.ts';
 import type { Preview, PreviewSettings } from './preview_prompts.ts';
 import type { Stop } from './task.ts';
 

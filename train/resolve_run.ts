@@ -1,7 +1,7 @@
 // A run file's value as the run that will be trained: defaults filled in, `--set` applied, and what it may say key by key but not
 // together refused in a sentence before any work is begun.
 import { UserError } from '../io/errors.ts';
-import { mostChunks } from '../models/conditioning.ts';
+import { mostChunks } from '../models/text/conditioning.ts';
 import { fill, override } from './fields.ts';
 import { refuseLines } from './preview_prompts.ts';
 import { refuseAdapters } from './rules/adapters.ts';

@@ -1,7 +1,7 @@
 // A run: everything that decides what is trained, on what, and how, as one typed value in a file of its own. The interface is for editors
 // and readers; defaults and what each key takes are in run_fields.ts. Names are those of diffusers' training scripts where these have one.
-import type { Algo } from '../models/adapter_kinds.ts';
-import type { ModelPreset } from '../models/presets.ts';
+import type { Algo } from '../models/adapters/adapter_kinds.ts';
+import type { ModelPreset } from '../models/formats/presets.ts';
 import type { RandomMask } from './data/random_mask.ts';
 import type { LrSchedule } from './lr_schedule.ts';
 import type { ObjectiveSettings } from './objective.ts';

@@ -1,6 +1,6 @@
 // The keys of a run once more: for each its default and what may stand there. It names those of the interface (run.ts), or does not compile.
-import { algos } from '../models/adapter_kinds.ts';
-import type { ModelPreset } from '../models/presets.ts';
+import { algos } from '../models/adapters/adapter_kinds.ts';
+import type { ModelPreset } from '../models/formats/presets.ts';
 import { randomMasks } from './data/random_mask.ts';
 import {
   choice,

@@ -13,11 +13,16 @@ import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
 import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
-import { autoencoder, withPosterior } from '../models/autoencoder.ts';
-import { channelsLast, type ModelSource, openComponent, openWeights } from '../models/checkpoint.ts';
-import { parseTextConfig } from '../models/clip.ts';
-import type { IPAdapterSource } from '../models/ip_adapter.ts';
-import { randomModel } from '../models/random_weights.ts';
+import {
+  channelsLast,
+  type ModelSource,
+  openComponent,
+  openWeights,
+} from '../models/checkpoint/checkpoint.ts';
+import { randomModel } from '../models/formats/random_weights.ts';
+import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
+import { parseTextConfig } from '../models/text/clip.ts';
+import { autoencoder, withPosterior } from '../models/vae/autoencoder.ts';
 import { autoencoderTask } from './autoencoder.ts';
 import { difference, loadTensors, type Position, readState, type State } from './checkpoint.ts';
 import type { IPAdapterBegin } from './controls/ip_adapter.ts';

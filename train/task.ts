@@ -12,8 +12,8 @@ import { empty, type Tensor } from '../engine/tensor.ts';
 import type { DType } from '../io/dtype.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { TensorEntry } from '../io/safetensors.ts';
-import type { Json } from '../models/checkpoint.ts';
-import { type SavedComponent, weightEntries } from '../models/save.ts';
+import type { Json } from '../models/checkpoint/checkpoint.ts';
+import { type SavedComponent, weightEntries } from '../models/checkpoint/save.ts';
 import type { MicroBatch } from './data/order.ts';
 import type { LogEntry } from './log.ts';
 

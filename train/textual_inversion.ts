@@ -7,15 +7,15 @@ import { embedding } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import type { TextStack, TokenizedEncoder } from '../models/conditioning.ts';
 import type { Pipeline } from '../models/pipeline.ts';
+import type { TextStack, TokenizedEncoder } from '../models/text/conditioning.ts';
 import {
   addToken,
   knownToken,
   parts,
   readTextualInversion,
   vectorsFor,
-} from '../models/textual_inversion.ts';
+} from '../models/text/textual_inversion.ts';
 import type { Sample } from './data/survey.ts';
 import type { Run } from './run.ts';
 import type { Added } from './twin.ts';

@@ -1,6 +1,6 @@
 // What of the loaded model a run trains, or what it puts on it, beside it or into it: weights of the UNet and the text encoders
 // themselves, adapters (twin.ts), a ControlNet, T2I- or IP-Adapter (controls/), or a token's vectors (textual_inversion.ts).
-import type { ModelSource } from '../models/checkpoint.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { textParts } from '../models/load_options.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { blockRates } from './block_lr.ts';

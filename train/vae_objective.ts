@@ -6,7 +6,7 @@ import { huber, mse } from '../engine/ops/loss.ts';
 import { sum } from '../engine/ops/reduce.ts';
 import { cast, exp, scale, square } from '../engine/ops/unary.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import type { Moments } from '../models/vae.ts';
+import type { Moments } from '../models/vae/vae.ts';
 
 export interface VaeObjective {
   /** Weights of the three terms; 0 leaves one away. */

@@ -3,9 +3,9 @@
 // same captions give the same files.
 import { join } from 'node:path';
 import { writeFileAtomic } from '../io/files.ts';
-import { characterOfByte } from '../models/byte_pairs.ts';
-import { writeJson } from '../models/save.ts';
-import { wordsOf } from '../models/tokenizer.ts';
+import { writeJson } from '../models/checkpoint/save.ts';
+import { characterOfByte } from '../models/text/byte_pairs.ts';
+import { wordsOf } from '../models/text/tokenizer.ts';
 
 export interface Vocabulary {
   /** Ids by token: single bytes, bytes that end a word, merges, start and end of text. */

@@ -7,7 +7,7 @@ import { type OpRecord, registry } from '../../engine/op.ts';
 import { blocksOf } from '../../engine/ops/adamw_8bit.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import { bytesPerElement, type FloatDType } from '../../io/dtype.ts';
-import { presets } from '../../models/presets.ts';
+import { presets } from '../../models/formats/presets.ts';
 import { type OpCase, opCases } from '../ops.ts';
 import { updateCases } from '../update.ts';
 import type { BenchCase, Key, Measure } from './gpu.ts';

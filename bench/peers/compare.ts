@@ -12,7 +12,7 @@ import { type Device, type Direction, openDevice } from '../../engine/device.ts'
 import type { FloatDType } from '../../io/dtype.ts';
 import { writeFileAtomic } from '../../io/files.ts';
 import { packageRoot } from '../../io/package_root.ts';
-import { presets } from '../../models/presets.ts';
+import { presets } from '../../models/formats/presets.ts';
 import { flopsOf, type OpCase, opCases, prepareCase, runsWithin, shapesOf } from '../ops.ts';
 import { fillRandom, fillSharingBlocks } from '../pool_weights.ts';
 import { buildSubject, type SubjectName } from '../subjects.ts';

@@ -3,11 +3,11 @@
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
-import { unionConfigOf } from '../../models/controlnet_union.ts';
-import { isInstructPix2Pix } from '../../models/instruct_pix2pix.ts';
-import type { DecodedPicture, Latents } from '../../models/latents.ts';
+import { unionConfigOf } from '../../models/control/controlnet_union.ts';
+import { isInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
 import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
+import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
 import { controlnetOf } from '../control_options.ts';
 import { encodeAside } from '../png_threads.ts';
 import { type Look, openLook } from '../preview.ts';

@@ -11,8 +11,8 @@ import { mse } from '../../engine/ops/loss.ts';
 import { cast } from '../../engine/ops/unary.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { sizeOf, tensor } from '../../engine/tensor.ts';
-import { presets } from '../../models/presets.ts';
-import { unet } from '../../models/unet.ts';
+import { presets } from '../../models/formats/presets.ts';
+import { unet } from '../../models/unet/unet.ts';
 import { clipGradients } from '../../train/clip.ts';
 import { openPasses } from '../../train/pass.ts';
 

@@ -15,7 +15,7 @@ import { readPicture, writePng } from '../../io/image.ts';
 import { packageRoot } from '../../io/package_root.ts';
 import { resize } from '../../io/resize.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
-import { TorchGenerator } from '../../models/torch_random.ts';
+import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { writeControlNet } from '../controlnet_golden.ts';
 import { writeEDM } from '../edm_golden.ts';
 import { writeInpainting } from '../inpainting_golden.ts';

@@ -1,8 +1,8 @@
 // Conditioning images as an input of passes, for a network that is trained beside the UNet and follows them.
 import { sizeOf } from '../../engine/tensor.ts';
 import { toGrey } from '../../io/image.ts';
-import type { Size } from '../../models/conditioning.ts';
-import { joined } from '../../models/latents.ts';
+import type { Size } from '../../models/text/conditioning.ts';
+import { joined } from '../../models/vae/latents.ts';
 import { readConditioning } from '../pictures.ts';
 import type { Run } from '../run.ts';
 import type { PassInputs } from '../task.ts';

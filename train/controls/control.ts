@@ -2,9 +2,9 @@
 // sees beside the latents, or the mask of its loss. Each is a record of inputs, the network that they make, and what previews are given.
 import type { Tensors } from '../../engine/op.ts';
 import type { Picture } from '../../io/pixels.ts';
-import type { Size } from '../../models/conditioning.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import type { Asked } from '../../models/request.ts';
+import type { Size } from '../../models/text/conditioning.ts';
 import type { View } from '../cache.ts';
 import type { Network } from '../objective.ts';
 import type { Preview } from '../preview_prompts.ts';

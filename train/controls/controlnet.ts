@@ -4,15 +4,15 @@
 import { holding } from '../../engine/memory.ts';
 import { UserError } from '../../io/errors.ts';
 import { preprocessControl } from '../../io/image.ts';
-import type { ModelSource } from '../../models/checkpoint.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
   additionalResiduals,
   type ControlNet,
   controlnet,
   parseControlNetConfig,
-} from '../../models/controlnet.ts';
-import { controlNetJson, startFromUNet } from '../../models/controlnet_start.ts';
-import { loadControlNet, ofOneKind } from '../../models/multicontrolnet.ts';
+} from '../../models/control/controlnet.ts';
+import { controlNetJson, startFromUNet } from '../../models/control/controlnet_start.ts';
+import { loadControlNet, ofOneKind } from '../../models/control/multicontrolnet.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import type { Run } from '../run.ts';
 import { type Added, besideUNet, numbersOf } from '../twin.ts';

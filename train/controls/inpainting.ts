@@ -1,12 +1,12 @@
 // Training inpainting models, whose UNets see beside the noised latents a mask and the latents of the picture without what it marks
-// (models/inpainting.ts); the loss is that of the whole picture. A mask is drawn for each version of a picture that a run prepares
+// (models/control/inpainting.ts); the loss is that of the whole picture. A mask is drawn for each version of a picture that a run prepares
 // (dataset.crops), so that what the VAE says of the masked ones is cached as of the others: encoding in passes would keep the VAE
 // beside the UNet.
 import { sizeOf } from '../../engine/tensor.ts';
 import { preprocess } from '../../io/image.ts';
-import type { Size } from '../../models/conditioning.ts';
-import { maskAt } from '../../models/inpainting.ts';
+import { maskAt } from '../../models/control/inpainting.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
+import type { Size } from '../../models/text/conditioning.ts';
 import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from '../cache.ts';
 import { drawMask, type RandomMask } from '../data/random_mask.ts';
 import { draws } from '../draws.ts';

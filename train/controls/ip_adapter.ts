@@ -7,24 +7,24 @@ import { unload } from '../../engine/module.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import type { ModelSource } from '../../models/checkpoint.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
   parseVisionConfig,
   type VisionConfig,
   type VisionEncoder,
   visionEncoder,
-} from '../../models/clip_vision.ts';
+} from '../../models/ip_adapter/clip_vision.ts';
 import {
   fittingIPAdapter,
   type IPAdapter,
   ipAdapter,
   loadIPAdapter,
   readIPAdapter,
-} from '../../models/ip_adapter.ts';
-import { newIPAdapterConfig, startIPAdapter } from '../../models/ip_adapter_start.ts';
-import { joined } from '../../models/latents.ts';
+} from '../../models/ip_adapter/ip_adapter.ts';
+import { newIPAdapterConfig, startIPAdapter } from '../../models/ip_adapter/ip_adapter_start.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
-import { crossAttentions } from '../../models/unet.ts';
+import { crossAttentions } from '../../models/unet/unet.ts';
+import { joined } from '../../models/vae/latents.ts';
 import type { Said } from '../cache.ts';
 import type { Sample } from '../data/survey.ts';
 import { draws } from '../draws.ts';

@@ -2,8 +2,8 @@
 // each place counts, and a latent counts as its pixels do on average. The mean stays one over all places. What goes to the device is
 // the mask's square root: times it, both what the network says and what it should, squares come out weighed, with no op of their own.
 import { sizeOf } from '../../engine/tensor.ts';
-import type { Size } from '../../models/conditioning.ts';
-import { joined } from '../../models/latents.ts';
+import type { Size } from '../../models/text/conditioning.ts';
+import { joined } from '../../models/vae/latents.ts';
 import type { View } from '../cache.ts';
 import { readConditioning, readView } from '../pictures.ts';
 import type { Run } from '../run.ts';

@@ -4,17 +4,17 @@ import { holding } from '../../engine/memory.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { UserError } from '../../io/errors.ts';
-import type { ModelSource } from '../../models/checkpoint.ts';
-import { channelsFirst } from '../../models/latents.ts';
-import { begun } from '../../models/layer_init.ts';
-import type { Pipeline } from '../../models/pipeline.ts';
+import { begun } from '../../models/adapters/layer_init.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
   loadT2IAdapters,
   parseT2IAdapterConfig,
   type T2IAdapter,
   t2iAdapter,
   t2iAdapterJson,
-} from '../../models/t2i_adapter.ts';
+} from '../../models/control/t2i_adapter.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { channelsFirst } from '../../models/vae/latents.ts';
 import type { Run } from '../run.ts';
 import { type Added, besideUNet, numbersOf } from '../twin.ts';
 import { shown } from './conditioning_image.ts';

@@ -1,7 +1,7 @@
 // Aspect-ratio buckets: the sizes that pictures are cropped to. At 1024 they are the forty of SDXL (Podell et al. 2023,
 // appendix I); at another resolution the same sides are scaled. A picture goes to the size nearest in aspect ratio by
 // logarithm, so that wide and tall ones are treated alike.
-import type { Size } from '../../models/conditioning.ts';
+import type { Size } from '../../models/text/conditioning.ts';
 
 /** [height, width]. The first, 704 x 1344, is the one wide size to which the paper has no tall twin. */
 const wideSizes: readonly Size[] = [

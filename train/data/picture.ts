@@ -5,7 +5,7 @@
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
 import type { Pixels } from '../../io/pixels.ts';
 import { type ResizeFilter, resize } from '../../io/resize.ts';
-import { type Size, timeIds } from '../../models/conditioning.ts';
+import { type Size, timeIds } from '../../models/text/conditioning.ts';
 import { draws } from '../draws.ts';
 
 export interface Geometry {

@@ -2,7 +2,7 @@
 // of any size (diffusers' train_dreambooth_inpaint.py), `bbox` a box of about half of each side (MMagic's random_bbox with the numbers of
 // diffengine's recipe), `irregular` strokes of a brush (Liu et al. 2018, MMagic's get_irregular_mask). MMagic's lengths are pixels of
 // pictures of 512 and 256 a side, and here parts of a side.
-import type { Size } from '../../models/conditioning.ts';
+import type { Size } from '../../models/text/conditioning.ts';
 import type { Draws } from '../draws.ts';
 
 /** Fills a mask [h, w] of zeros with ones. */

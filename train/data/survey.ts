@@ -4,7 +4,7 @@
 import { createHash } from 'node:crypto';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
-import type { Size } from '../../models/conditioning.ts';
+import type { Size } from '../../models/text/conditioning.ts';
 import type { Beside, Dataset, Example, PictureFile } from './dataset.ts';
 import { keyOf } from './source.ts';
 

@@ -15,7 +15,7 @@ import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { noised } from '../../models/samplers/tables.ts';
-import type { Conditioning } from '../../models/transformer.ts';
+import type { Conditioning } from '../../models/unet/transformer.ts';
 import { draws } from '../draws.ts';
 import type { LatentBatch, Network, Objective } from '../objective.ts';
 import { asksAverages } from '../rules/methods.ts';

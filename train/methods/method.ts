@@ -4,7 +4,7 @@
 
 import type { Tensors } from '../../engine/op.ts';
 import { sizeOf, type Tensor } from '../../engine/tensor.ts';
-import type { Conditioning } from '../../models/transformer.ts';
+import type { Conditioning } from '../../models/unet/transformer.ts';
 import {
   diffusionLoss,
   type LatentBatch,

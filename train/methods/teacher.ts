@@ -6,7 +6,7 @@ import { namedParameters, type Parameter, unload } from '../../engine/module.ts'
 import { scale } from '../../engine/ops/unary.ts';
 import { built, scope } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import { type UNet, type UNetConfig, unet } from '../../models/unet.ts';
+import { type UNet, type UNetConfig, unet } from '../../models/unet/unet.ts';
 import { type Component, copied, type Substitute, twin } from '../task.ts';
 
 export interface Teacher {

@@ -4,8 +4,8 @@
 import { type AnyModule, module } from '../../engine/module.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
-import type { ModelSource } from '../../models/checkpoint.ts';
-import type { UNet } from '../../models/unet.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import type { UNet } from '../../models/unet/unet.ts';
 import type { Run } from '../run.ts';
 import { numbersOf } from '../twin.ts';
 

@@ -1,0 +1,92 @@
+// peft's config of an adapter, which tells the rank and alpha of each layer: diffusers keeps it in the metadata of the file, by the
+// network's name, and peft in a file beside its own.
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { UserError } from '../../io/errors.ts';
+import { readJsonObject } from '../../io/files.ts';
+import type { TensorFile } from '../../io/tensor_file.ts';
+
+/** What peft's own files put before each path. */
+export const peftRoot = /^base_model\.model\./;
+
+/** What of peft's LoraConfig, LoHaConfig and LoKrConfig tells alpha and rank, and of its OFTConfig how rotations are made. */
+export interface PeftConfig {
+  r?: number;
+  lora_alpha?: number;
+  /** LoHa and LoKr call it so. */
+  alpha?: number;
+  rank_pattern?: Record<string, number>;
+  alpha_pattern?: Record<string, number>;
+  use_rslora?: boolean;
+  oft_block_size?: number;
+  coft?: boolean;
+  eps?: number;
+  use_cayley_neumann?: boolean;
+  num_cayley_neumann_terms?: number;
+}
+
+/** The config of a layer, by its path: diffusers keeps it in the metadata, peft in a file beside its own. */
+export function peftConfigs(file: TensorFile): (path: string) => PeftConfig {
+  const text = file.metadata.lora_adapter_metadata;
+  if (text !== undefined) {
+    const metadata = parsed(file, text);
+    return (path) => {
+      const prefix = `${path.split('.')[0]}.`;
+      const mine = Object.entries(metadata).filter(([key]) => key.startsWith(prefix));
+      return Object.fromEntries(mine.map(([key, value]) => [key.slice(prefix.length), value]));
+    };
+  }
+  const beside = join(dirname(file.path), 'adapter_config.json');
+  const peft = [...file.tensors.keys()].some((name) => peftRoot.test(name));
+  const config: PeftConfig = peft && existsSync(beside) ? readJsonObject(beside) : {};
+  return () => config;
+}
+
+function parsed(file: TensorFile, text: string): Record<string, unknown> {
+  try {
+    return JSON.parse(text) as Record<string, unknown>;
+  } catch {
+    throw new UserError(`LoRA ${file.path}: its "lora_adapter_metadata" is not JSON; save the adapter again`);
+  }
+}
+
+/** peft's rule: the first pattern, a regular expression, that matches the path or an ending of it behind a dot. */
+export function byPattern(patterns: Record<string, number> | undefined, path: string): number | undefined {
+  const found = Object.entries(patterns ?? {}).find(([pattern]) => {
+    try {
+      return new RegExp(`^(.*\\.)?(${pattern})$`).test(path);
+    } catch {
+      throw new UserError(`"${pattern}" in the adapter's alpha_pattern or rank_pattern is no pattern`);
+    }
+  });
+  return found?.[1];
+}
+
+/** A layer by its path in the network. */
+interface SizedLayer {
+  path: string;
+  rank: number;
+  alpha: number;
+}
+
+/** peft's LoraConfig of a network's layers, most of which have the `usual` rank and alpha, as diffusers reads it in a file's metadata. */
+export function peftEntries(
+  network: string,
+  layers: readonly SizedLayer[],
+  usual: Pick<SizedLayer, 'rank' | 'alpha'>,
+  more: Readonly<Record<string, unknown>>,
+): Record<string, unknown> {
+  const others = (key: 'rank' | 'alpha') =>
+    Object.fromEntries(
+      layers.filter((layer) => layer[key] !== usual[key]).map((layer) => [layer.path, layer[key]]),
+    );
+  const config = {
+    peft_type: 'LORA',
+    r: usual.rank,
+    lora_alpha: usual.alpha,
+    rank_pattern: others('rank'),
+    alpha_pattern: others('alpha'),
+    ...more,
+  };
+  return Object.fromEntries(Object.entries(config).map(([key, value]) => [`${network}.${key}`, value]));
+}

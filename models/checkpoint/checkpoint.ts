@@ -1,0 +1,379 @@
+// Reading a diffusers folder: one config.json and one or more .safetensors files per component. Weights are streamed
+// tensor by tensor into the device, so loading never holds more than one tensor beside the model itself.
+import { existsSync, statSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import type { Device } from '../../engine/device.ts';
+import { noGrad } from '../../engine/grad.ts';
+import { type AnyModule, namedParameters, type Parameter } from '../../engine/module.ts';
+import { update } from '../../engine/op.ts';
+import { permute } from '../../engine/ops/move.ts';
+import { isWhollyFinite, sumSquares } from '../../engine/ops/optimizer.ts';
+import { cast } from '../../engine/ops/unary.ts';
+import { keep, scope, unscoped } from '../../engine/scope.ts';
+import { empty, type Tensor, tensor, zeros } from '../../engine/tensor.ts';
+import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { listFolder, readJsonObject } from '../../io/files.ts';
+import type { Room, TensorFile } from '../../io/tensor_file.ts';
+import { openWeightsFile } from './weights_file.ts';
+
+export type Json = Record<string, unknown>;
+
+/** Weights by name, wherever they lie: `read` returns raw bytes in the checkpoint's own layout. */
+export interface WeightSource {
+  /** What error messages call it. */
+  readonly where: string;
+  readonly names: readonly string[];
+  info(name: string): { dtype: string; shape: readonly number[] } | undefined;
+  floats(name: string): Float32Array;
+  /** In fresh memory, or in `room` where that saves a copy. */
+  bytes(name: string, room?: Room): Uint8Array;
+  close(): void;
+}
+
+export interface ModelSource {
+  readonly path: string;
+  readonly modelIndex: Json;
+  has(component: string): boolean;
+  /** The component's config (`scheduler` included). */
+  config(component: string): Json;
+  /** Where a component's files lie, all of them its own; a tokenizer's may be another model's. @throws UserError where it has no folder */
+  folder(component: string): string;
+  weights(component: string): WeightSource;
+  load(component: string, module: AnyModule, device: Device, dtype: FloatDType): void;
+}
+
+/**
+ * Opens a diffusers folder, reading no weights yet; `variant` picks files such as diffusion_pytorch_model.fp16.safetensors.
+ * @throws UserError where there is none
+ */
+export function openModel(path: string, { variant }: { variant?: string } = {}): ModelSource {
+  if (!existsSync(path))
+    throw new UserError(
+      `no model at ${path}; give a diffusers folder, a .safetensors or .gguf file or a hub id`,
+    );
+  if (!statSync(path).isDirectory()) throw new UserError(`${path} is not a folder`);
+  const index = join(path, 'model_index.json');
+  if (!existsSync(index)) {
+    throw new UserError(
+      `${path} has no model_index.json; give the folder that holds unet/, vae/ and the rest`,
+    );
+  }
+  const folderOf = (component: string) => join(path, component);
+  if (variant)
+    refuseUnknownVariant(path, ['unet', 'vae', 'text_encoder', 'text_encoder_2'].map(folderOf), variant);
+  return folderSource(path, readJsonObject(index), folderOf, variant);
+}
+
+/** A component that has no such weights brings its plain ones; a model of which none has them was not what was meant. */
+function refuseUnknownVariant(path: string, folders: readonly string[], variant: string): void {
+  const files = folders.filter((folder) => existsSync(folder)).flatMap(weightFiles);
+  const found = new Set(files.map(variantOf));
+  if (files.length === 0 || found.has(variant)) return;
+  throw new UserError(
+    `${path} has no weights of the variant ${variant}, only ${variantNames(found)}; name another or none`,
+  );
+}
+
+/** The variant in a weight file's name: fp16 in x.fp16.safetensors and x.fp16-00001-of-00002.safetensors. */
+export const variantOf = (name: string): string | undefined =>
+  /\.([a-z0-9_]+)(-\d{5}-of-\d{5})?\.safetensors$/i.exec(name)?.[1];
+
+/** What there is instead, for a sentence. */
+export const variantNames = (found: Iterable<string | undefined>): string =>
+  [...new Set(found)].map((name) => name ?? 'plain ones').join(' and ');
+
+/** A lone component's folder (config.json beside its weights, as a VAE is published), seen as a model that has only it. */
+export const openComponent = (path: string, { variant }: { variant?: string } = {}): ModelSource =>
+  folderSource(path, {}, () => path, variant);
+
+/** The folders of a model that is one file: what lies beside it is not its own. */
+export const noFolder =
+  (path: string) =>
+  (component: string): never => {
+    throw new UserError(`${path} is one file, and no folder is its ${component}'s`);
+  };
+
+/** A lone component in one file under diffusers' names, with its config.json beside it or a given `config`, seen as such a model. */
+export function openComponentFile(path: string, config?: Json): ModelSource {
+  const folder = dirname(path);
+  if (!config && !existsSync(join(folder, 'config.json')))
+    throw new UserError(`${path} holds weights only: put the config.json that belongs to it into ${folder}`);
+  const weights = () => sourceOf(path, [openWeightsFile(path)]);
+  return {
+    ...openComponent(folder),
+    ...(config && { config: () => config }),
+    path,
+    folder: noFolder(path),
+    weights,
+    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
+  };
+}
+
+function folderSource(
+  path: string,
+  modelIndex: Json,
+  folderOf: (component: string) => string,
+  variant?: string,
+): ModelSource {
+  const source: ModelSource = {
+    path,
+    modelIndex,
+    has: (component) => existsSync(folderOf(component)),
+    config(component) {
+      const folder = folderOf(component);
+      const names = ['config.json', 'scheduler_config.json'].map((name) => join(folder, name));
+      const found = names.find((name) => existsSync(name));
+      if (!found) {
+        const missing =
+          component === 'scheduler' ? 'scheduler/scheduler_config.json' : `${component}/config.json`;
+        throw new UserError(`${path} has no ${missing}; the model is incomplete, download it again`);
+      }
+      return readJsonObject(found);
+    },
+    folder: folderOf,
+    weights: (component) => openWeights(folderOf(component), variant),
+    load: (component, module, device, dtype) =>
+      loadAndClose(module, source.weights(component), device, dtype),
+  };
+  return source;
+}
+
+/** The weight files of a component folder: one file, or shards named by an index. */
+export function openWeights(folder: string, variant?: string): WeightSource {
+  if (!existsSync(folder))
+    throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
+  const files = pickFiles(folder, weightFiles(folder), variant).map((name) =>
+    openWeightsFile(join(folder, name)),
+  );
+  return sourceOf(folder, files);
+}
+
+const weightFiles = (folder: string): string[] =>
+  listFolder(folder).filter((name) => name.endsWith('.safetensors'));
+
+/** The variant's files where there are some, else the plain ones, else what there is. */
+function pickFiles(folder: string, present: readonly string[], variant: string | undefined): string[] {
+  const choices = [variant, undefined].map((each) => present.filter((name) => variantOf(name) === each));
+  const wanted = choices.find((names) => names.length > 0) ?? present;
+  if (wanted.length === 0) {
+    const pickled = listFolder(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
+    if (pickled) {
+      throw new UserError(
+        `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,
+      );
+    }
+    throw new UserError(`${folder} has no .safetensors file; the model is incomplete, download it again`);
+  }
+  const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));
+  const shards = wanted.filter((name) => !whole.includes(name)).sort();
+  if (whole.length > 0) return [whole.sort()[0]];
+  const count = Number(/-of-(\d{5})\./.exec(shards[0])?.[1]);
+  if (shards.length !== count) {
+    throw new UserError(`${folder} has ${shards.length} of ${count} shards; download the missing ones`);
+  }
+  return shards;
+}
+
+/** Several files seen as one set of names. */
+export function sourceOf(where: string, files: readonly TensorFile[]): WeightSource {
+  const holder = new Map<string, TensorFile>();
+  for (const file of files) for (const name of file.tensors.keys()) holder.set(name, file);
+  const fileOf = (name: string): TensorFile => {
+    const file = holder.get(name);
+    if (!file) throw new UserError(`${where} has no tensor ${name}`);
+    return file;
+  };
+  return {
+    where,
+    names: [...holder.keys()],
+    info: (name) => holder.get(name)?.tensors.get(name),
+    floats(name) {
+      const file = fileOf(name);
+      return decodeFloats(file.read(name), file.tensors.get(name)?.dtype ?? 'float32');
+    },
+    bytes: (name, room) => fileOf(name).read(name, room),
+    close() {
+      for (const file of files) file.close();
+    },
+  };
+}
+
+/** Names that published files carry and no parameter wants. */
+const ignorable = /(^|\.)(position_ids|logit_scale)$/;
+
+/** transformers 5 saves text_encoder's keys without the `text_model.` that published files have: accept both. */
+const spellings = (name: string): string[] =>
+  name.startsWith('text_model.') ? [name, name.slice('text_model.'.length)] : [name];
+
+/** How the weights of `source` meet the parameters of `module`: the stored name of each, and what does not fit. */
+export function matchParameters(module: AnyModule, source: WeightSource) {
+  const parameters = namedParameters(module);
+  const stored = new Map<string, string>();
+  for (const name of parameters.keys()) {
+    const found = spellings(name).find((spelling) => source.info(spelling));
+    if (found) stored.set(name, found);
+  }
+  const used = new Set(stored.values());
+  const missing = [...parameters.keys()].filter((name) => !stored.has(name));
+  const extra = source.names.filter((name) => !used.has(name) && !ignorable.test(name));
+  const misshapen = [...stored].flatMap(([name, spelling]) => {
+    const [want, got] = [parameters.get(name)?.shape, source.info(spelling)?.shape];
+    return want?.join() === got?.join() ? [] : [`${name} is [${got}] and should be [${want}]`];
+  });
+  const problems = [
+    listed('missing', missing),
+    listed('unexpected', extra),
+    listed('misshapen', misshapen),
+  ].filter(Boolean);
+  return { parameters, stored, problems };
+}
+
+/** What `matchParameters` found, in one sentence. */
+export const misfit = ({ where }: WeightSource, problems: readonly string[]): UserError =>
+  new UserError(
+    `${where} does not fit its config: ${problems.join('; ')}; take config and weights from one model, or download it again`,
+  );
+
+/** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
+export function loadParameters(
+  module: AnyModule,
+  source: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
+  const { parameters, stored, problems } = matchParameters(module, source);
+  if (problems.length) throw misfit(source, problems);
+  // A stand-in device holds no numbers: none need to be read.
+  if (device.name === 'stand-in') {
+    for (const p of parameters.values()) p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
+    return;
+  }
+  noGrad(() =>
+    scope(() => {
+      const sums = zeros([stored.size], { device });
+      const room = reusedRoom();
+      [...stored].forEach(([name, spelling], i) => {
+        fillParameter(parameters.get(name) as Parameter, spelling, source, dtype, room, sums, i);
+        trimMemory(device);
+      });
+      const found = sums.floats();
+      [...stored].forEach(([name, spelling], i) => {
+        if (!Number.isFinite(found[i]) && !isWhollyFinite((parameters.get(name) as Parameter).tensor))
+          throw notFinite(source, spelling, dtype);
+      });
+    }),
+  );
+  device.memory.trim();
+}
+
+/** What conversions may leave to be used again, in bytes. */
+const MOST_CACHED = 2 ** 29;
+
+/** Gives back what conversions left, where that is much. */
+export function trimMemory({ memory }: Device): void {
+  if (memory.held - memory.live > MOST_CACHED) memory.trim();
+}
+
+/** loadParameters from a source that is used for nothing else. */
+export function loadAndClose(
+  module: AnyModule,
+  weights: WeightSource,
+  device: Device,
+  dtype: FloatDType,
+): void {
+  try {
+    loadParameters(module, weights, device, dtype);
+  } finally {
+    weights.close();
+  }
+}
+
+function listed(what: string, names: readonly string[]): string {
+  if (names.length === 0) return '';
+  const most = 20;
+  const more = names.length > most ? ` and ${names.length - most} more` : '';
+  return `${what} ${names.slice(0, most).join(', ')}${more}`;
+}
+
+/** One piece of memory, for one weight after another: fresh memory for each costs more than reading the file into it. */
+function reusedRoom(): Room {
+  let memory = new Uint8Array(0);
+  return (bytes) => {
+    if (memory.byteLength < bytes) memory = new Uint8Array(bytes);
+    return memory.subarray(0, bytes);
+  };
+}
+
+/**
+ * Uploads a weight as it is stored, and has the device turn it into its type and layout: on the host that takes ten times as
+ * long as reading the file. sums[index] becomes the sum of its squares, which is finite only where all of it is.
+ */
+function fillParameter(
+  target: Parameter,
+  name: string,
+  source: WeightSource,
+  dtype: FloatDType,
+  room: Room,
+  sums: Tensor,
+  index: number,
+): void {
+  const { device } = sums;
+  scope(() => {
+    const cut = cast(storedTensor(source, name, device, room), dtype);
+    const [, , ...taps] = target.shape;
+    const turned = target.layout === 'conv' && taps.some((n) => n > 1);
+    const laid = turned ? permute(cut, [0, 2, 3, 1]) : cut;
+    target.tensor = keep(laid.reshape(...target.memoryShape));
+    update([sumSquares(laid, sums, index)]);
+  });
+}
+
+/** A weight as it is stored, or in float32 what is stored as no float. */
+export function storedTensor(source: WeightSource, name: string, device: Device, room?: Room): Tensor {
+  const { dtype = 'float32', shape = [] } = source.info(name) ?? {};
+  return isFloat(dtype as DType)
+    ? empty(shape, { device, dtype: dtype as FloatDType }).upload(source.bytes(name, room))
+    : tensor(source.floats(name), shape, { device });
+}
+
+/** Why a weight is not finite, told by what is stored. */
+export function notFinite(source: WeightSource, name: string, dtype: FloatDType): UserError {
+  return new UserError(
+    allFinite(source.bytes(name), source.info(name)?.dtype)
+      ? `${source.where}: tensor ${name} holds numbers too large for ${dtype}; use --dtype bfloat16 or float32`
+      : `${source.where}: tensor ${name} holds NaN or infinity; the file is damaged, download it again`,
+  );
+}
+
+/** NaN and infinities are told by the exponent bits alone: all ones. */
+export function allFinite(raw: Uint8Array, dtype: string | undefined): boolean {
+  const mask = { float32: 0x7f800000, bfloat16: 0x7f80, float16: 0x7c00 }[dtype ?? ''];
+  if (mask === undefined) return true;
+  const bits = typedView(raw, dtype === 'float32' ? 'int32' : 'float16') as Int32Array | Uint16Array;
+  for (let i = 0; i < bits.length; i++) if ((bits[i] & mask) === mask) return false;
+  return true;
+}
+
+/** [o, i, kh, kw] → [o, kh, kw, i], on raw elements of `size` bytes. */
+export function channelsLast(bytes: Uint8Array, [o, i, kh, kw]: readonly number[], size: number): Uint8Array {
+  const taps = kh * kw;
+  if (taps === 1) return bytes;
+  const View = size === 4 ? Uint32Array : Uint16Array;
+  const from = new View(bytes.buffer as ArrayBuffer, bytes.byteOffset, bytes.byteLength / size);
+  const to = new View(from.length);
+  for (let out = 0; out < o; out++)
+    for (let c = 0; c < i; c++)
+      for (let tap = 0; tap < taps; tap++) to[(out * taps + tap) * i + c] = from[(out * i + c) * taps + tap];
+  return new Uint8Array(to.buffer as ArrayBuffer);
+}
+
+/** [o, kh, kw, i] → [o, i, kh, kw], on raw elements of `size` bytes: what a checkpoint of [o, i, kh, kw] stores. */
+export function channelsFirst(
+  bytes: Uint8Array,
+  [o, i, kh, kw]: readonly number[],
+  size: number,
+): Uint8Array {
+  // The same turn with the roles of taps and channels exchanged.
+  return channelsLast(bytes, [o, kh * kw, i, 1], size);
+}

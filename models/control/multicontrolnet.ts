@@ -1,0 +1,349 @@
+// Several ControlNets at work on one image, as diffusers' MultiControlNetModel: each has a picture, a scale and a part of the
+// steps, and what they give is summed. Outside its part a ControlNet is not run, where diffusers runs it and takes it times 0. One that
+// is given more than once is loaded once; a union one (controlnet_union.ts) then sees its pictures together, and alone among ControlNets
+// takes the scales for them and not for what it gives: as diffusers has it.
+import type { Device } from '../../engine/device.ts';
+import { holding } from '../../engine/memory.ts';
+import { add } from '../../engine/ops/binary.ts';
+import { concat, slice } from '../../engine/ops/move.ts';
+import { scale } from '../../engine/ops/unary.ts';
+import { Tensor } from '../../engine/tensor.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../checkpoint/checkpoint.ts';
+import type { Size } from '../text/conditioning.ts';
+import { keepInQ8 } from '../unet/q8.ts';
+import type { AdditionalResiduals, UNetConfig } from '../unet/unet.ts';
+import type { Question } from '../unet/unet_encoder.ts';
+import type { Latents } from '../vae/latents.ts';
+import {
+  additionalResiduals,
+  type ControlNet,
+  type ControlNetConfig,
+  controlnet,
+  controlRatio,
+  parseControlNetConfig,
+} from './controlnet.ts';
+import {
+  type ControlNetUnion,
+  controlModes,
+  controlnetUnion,
+  parseControlNetUnionConfig,
+  unionConfigOf,
+} from './controlnet_union.ts';
+import { latentChannelsOf } from './inpainting.ts';
+
+/** One number for all ControlNets, or a list with one, or nothing, for each. */
+type Each = number | readonly (number | undefined)[];
+
+/** The part of a request that ControlNets heed. */
+export interface ControlRequest {
+  /** A picture for each ControlNet, [1, 3, height, width] in [0, 1], of the size that is drawn. */
+  control_image?: readonly Latents[];
+  /**
+   * What a union ControlNet's picture is, by its number: 0 openpose, 1 depth, 2 scribble, 3 canny, 4 normal, 5 segment, 6 tile, 7 repaint.
+   * One for all unions, or a list for them alone, or one with nothing for each ControlNet of one kind.
+   */
+  control_mode?: Each;
+  /** How strongly each is followed: 1 where absent, but 0.8 over a picture without a mask. */
+  controlnet_conditioning_scale?: Each;
+  /** The part of the steps, 0 to 1, from which on each is on; 0 where absent. */
+  control_guidance_start?: Each;
+  /** The part of the steps after which each is off; 1 where absent. */
+  control_guidance_end?: Each;
+  /** Controls the prompt's prediction alone, not the negative one's, and early features less than late ones. */
+  guess_mode?: boolean;
+}
+
+/** A ControlNet of either kind. */
+export type AnyControlNet = ControlNet | ControlNetUnion;
+
+export const isUnion = (net: AnyControlNet): net is ControlNetUnion => 'task_embedding' in net.children;
+
+/** One that is known to be no union: training loads none. */
+export function ofOneKind(net: AnyControlNet): ControlNet {
+  if (isUnion(net)) throw new Error('a ControlNet union where one of one kind belongs');
+  return net;
+}
+
+/** A ControlNet and what it is asked to do. */
+export interface Control {
+  net: AnyControlNet;
+  /** Of a union one. */
+  mode?: number;
+  image: Latents;
+  scale: number;
+  start: number;
+  end: number;
+  /** Takes its share of guess_mode. */
+  guess: boolean;
+}
+
+/** What is beside a UNet has to fit. */
+export interface Fitting {
+  unet: UNetConfig;
+  /** Pixels per latent of the VAE. */
+  ratio: number;
+}
+
+/** Loads ControlNets onto a device, each once. @throws UserError where one does not fit its config, or the UNet and the VAE */
+export function loadControlNets(
+  sources: readonly ModelSource[],
+  fitting: Fitting,
+  device: Device,
+  dtype: FloatDType,
+  { q8 = false } = {},
+): AnyControlNet[] {
+  const loaded = new Map<string, AnyControlNet>();
+  return sources.map((source) => {
+    const net = loaded.get(source.path) ?? loadAny(source, fitting, device, dtype, q8);
+    loaded.set(source.path, net);
+    return net;
+  });
+}
+
+function loadAny(
+  source: ModelSource,
+  fitting: Fitting,
+  device: Device,
+  dtype: FloatDType,
+  q8: boolean,
+): AnyControlNet {
+  const union = unionConfigOf(source);
+  if (!union) return loadControlNet(source, fitting, device, dtype, { q8 });
+  const config = parseControlNetUnionConfig(union, `the config.json of ${source.path}`);
+  checkFits(source, config, fitting);
+  return filled(controlnetUnion(config), source, device, dtype, q8);
+}
+
+/** Loads one that is no union. @throws UserError where it does not fit its config, or the UNet and the VAE */
+export function loadControlNet(
+  source: ModelSource,
+  fitting: Fitting,
+  device: Device,
+  dtype: FloatDType,
+  { gradientCheckpointing = false, q8 = false }: { gradientCheckpointing?: boolean; q8?: boolean } = {},
+): ControlNet {
+  if (unionConfigOf(source))
+    throw new UserError(
+      `${source.path} is a ControlNet union, which sdxl sample draws with and sdxl train does not train: give a ControlNet of one kind`,
+    );
+  const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
+  checkFits(source, config, fitting);
+  return filled(controlnet(config, { gradientCheckpointing }), source, device, dtype, q8);
+}
+
+/** With its weights read. */
+function filled<N extends AnyControlNet>(
+  net: N,
+  source: ModelSource,
+  device: Device,
+  dtype: FloatDType,
+  q8: boolean,
+): N {
+  if (q8) keepInQ8(net);
+  holding('controlnet', () => source.load('controlnet', net, device, dtype));
+  return net;
+}
+
+function checkFits(source: ModelSource, config: ControlNetConfig, { unet, ratio }: Fitting): void {
+  const wanted = { ...unet, in_channels: latentChannelsOf(unet) };
+  for (const key of sharedKeys) {
+    const [own, other] = [config[key], wanted[key]].map((value) => JSON.stringify(value));
+    if (own !== other)
+      throw new UserError(
+        `the ControlNet of ${source.path} has "${key}" ${own} and the UNet ${other}${key === 'in_channels' ? ' of latents' : ''}: take one that was made for this model`,
+      );
+  }
+  if (controlRatio(config) !== ratio)
+    throw new UserError(
+      `the ControlNet of ${source.path} takes ${controlRatio(config)} pixels to a latent and the VAE ${ratio}: take one that was made for this model`,
+    );
+}
+
+/** What decides the shapes of inputs and features, in which a ControlNet cannot differ from its UNet. */
+const sharedKeys = [
+  'in_channels',
+  'block_out_channels',
+  'layers_per_block',
+  'cross_attention_dim',
+  'addition_time_embed_dim',
+  'projection_class_embeddings_input_dim',
+] as const;
+
+type NumbersOf = 'controlnet_conditioning_scale' | 'control_guidance_start' | 'control_guidance_end';
+
+/** What a request asks of each ControlNet. @throws UserError where it has not one of each thing for each, or is out of bounds */
+export function controlsOf(
+  nets: readonly AnyControlNet[],
+  request: ControlRequest & { image?: Latents; mask?: Latents },
+  [height, width]: Size,
+): Control[] {
+  const { control_image: images = [], guess_mode: guess = false, image, mask } = request;
+  if (nets.length === 0 && images.length === 0) return [];
+  if (images.length !== nets.length)
+    throw new UserError(
+      `control_image has ${images.length} pictures for ${nets.length} ControlNets: give one to each`,
+    );
+  for (const { shape } of images)
+    if (shape.join() !== [1, 3, height, width].join())
+      throw new UserError(
+        `a picture in control_image is [${shape}], not [1,3,${height},${width}]: resize it`,
+      );
+  const forEach = (key: NumbersOf, otherwise: number): readonly number[] => {
+    const given = request[key] ?? otherwise;
+    const list = typeof given === 'number' ? nets.map(() => given) : given;
+    if (list.length !== nets.length)
+      throw new UserError(
+        `${key} has ${list.length} numbers for ${nets.length} ControlNets: give one, or one to each`,
+      );
+    return list.map((each) => each ?? otherwise);
+  };
+  const scales = forEach('controlnet_conditioning_scale', image && !mask ? 0.8 : 1);
+  const modes = modesOf(nets.map(isUnion), request.control_mode);
+  const starts = forEach('control_guidance_start', 0);
+  const ends = forEach('control_guidance_end', 1);
+  starts.forEach((start, i) => {
+    if (!(start >= 0 && start < ends[i] && ends[i] <= 1))
+      throw new UserError(
+        `control_guidance_start is ${start} and control_guidance_end ${ends[i]}: give parts of the way, the end after the start`,
+      );
+  });
+  const controls = nets.map((net, i) => ({
+    ...{ net, mode: modes[i], image: images[i], scale: scales[i], start: starts[i], end: ends[i], guess },
+  }));
+  const groups = [...byNet(controls).values()];
+  for (const group of groups) {
+    for (const { net, mode } of group)
+      checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
+    if (groups.length > 1 && isUnion(group[0].net) && group.some(({ scale }) => scale !== group[0].scale))
+      throw new UserError(
+        'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
+      );
+  }
+  return controls;
+}
+
+/** What can be told of modes before weights are read. @throws UserError where a union's picture has none, or another's has one */
+export function checkControlModes(sources: readonly ModelSource[], given: Each | undefined): void {
+  const unions = sources.map(unionConfigOf);
+  const modes = modesOf(
+    unions.map((union) => union !== undefined),
+    given,
+  );
+  unions.forEach((union, i) => {
+    checkMode(union?.num_control_type as number | undefined, modes[i]);
+  });
+}
+
+/** `kinds` is how many a union knows. */
+function checkMode(kinds: number | undefined, mode: number | undefined): void {
+  if (kinds === undefined) {
+    if (mode === undefined) return;
+    throw new UserError(
+      `control_mode is ${mode} for a ControlNet of one kind: it is for a ControlNet union alone`,
+    );
+  }
+  if (mode !== undefined && Number.isInteger(mode) && mode >= 0 && mode < kinds) return;
+  const known = controlModes.slice(0, kinds).map(([name], i) => `${i} ${name}`);
+  throw new UserError(
+    `${mode === undefined ? 'no control_mode (--control-mode)' : `control_mode ${mode}`} for a ControlNet union: say what its picture is, ${known.join(', ')}`,
+  );
+}
+
+/** Controls by their ControlNet, in their order. */
+function byNet<C extends Control>(controls: readonly C[]): Map<AnyControlNet, C[]> {
+  const groups = new Map<AnyControlNet, C[]>();
+  for (const control of controls) groups.set(control.net, [...(groups.get(control.net) ?? []), control]);
+  return groups;
+}
+
+/** A mode for each, or none. `unions` says of each whether it is one. */
+function modesOf(unions: readonly boolean[], given: Each | undefined): readonly (number | undefined)[] {
+  const places = unions.flatMap((union, i) => (union ? [i] : []));
+  // Where there is no union, what is given is refused of each.
+  const alone = places.length > 0 ? places : unions.map((_, i) => i);
+  const list = typeof given === 'number' ? alone.map(() => given) : (given ?? []);
+  if (list.length === unions.length || list.length === 0) return list;
+  if (list.length === alone.length) return unions.map((_, i) => list[alone.indexOf(i)]);
+  throw new UserError(
+    `control_mode has ${list.length} numbers for ${unions.length} ControlNets, of which ${places.length} are unions: give one, or one to each union`,
+  );
+}
+
+/** Whether it has a part in a call of the network, the `i`-th of `calls`. */
+const isOn = ({ start, end }: Control, i: number, calls: number): boolean =>
+  i / calls >= start && (i + 1) / calls <= end;
+
+/**
+ * Those that have a part in the `i`-th of `calls`. A union sees all of its pictures while one of them has a part, and those without one
+ * count nothing.
+ */
+export function partsOf(
+  controls: readonly PlacedControl[],
+  i: number,
+  calls: number,
+): readonly PlacedControl[] {
+  const isRunning = (each: Control) =>
+    isOn(each, i, calls) ||
+    (isUnion(each.net) && controls.some((other) => other.net === each.net && isOn(other, i, calls)));
+  return controls
+    .filter(isRunning)
+    .map((control) => (isOn(control, i, calls) ? control : { ...control, scale: 0 }));
+}
+
+/** A Control whose picture is on the device, [1, height, width, 3]. */
+export type PlacedControl = Control & { picture: Tensor };
+
+/** What those that are on add to the UNet that is asked the same. Guided, the negative prompts' rows come first. */
+export function residualsOf(
+  on: readonly PlacedControl[],
+  question: Question,
+  guided: boolean,
+): AdditionalResiduals | undefined {
+  if (on.length === 0) return undefined;
+  const [{ guess, net }] = on;
+  const asked = guess && guided ? ofPrompts(question) : question;
+  const groups = [...byNet(on)];
+  const given = groups.flatMap(([net, controls]) => givenBy(net, controls, asked, groups.length > 1));
+  const sums = given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
+  const all = asked === question ? sums : sums.map((x) => concat([scale(x, 0), x], 0));
+  return additionalResiduals(all, featuresOf(net));
+}
+
+/** How many features it adds to, beside the middle block's output. */
+const featuresOf = (net: AnyControlNet): number => net.children.controlnet_down_blocks.length;
+
+/** What a ControlNet makes of its pictures, one after the other, or a union of all of them together. */
+function givenBy(
+  net: AnyControlNet,
+  controls: readonly PlacedControl[],
+  question: Question,
+  beside: boolean,
+): Tensor[][] {
+  const weighed = (residuals: readonly Tensor[], { guess }: Control, factor: number) =>
+    residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / featuresOf(net) - 1) : factor));
+  if (!isUnion(net))
+    return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
+  // Of several pictures in a union alone the scales are theirs.
+  const own = controls.length > 1 && !beside;
+  const seen = controls.map(({ picture, mode = 0, scale }) => ({ picture, mode, weight: own ? scale : 1 }));
+  const first = controls.find(({ scale }) => scale !== 0) ?? controls[0];
+  return [weighed(net(question, seen), first, own ? 1 : first.scale)];
+}
+
+const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
+
+/** The half of the rows that follows the negative prompts'. */
+function ofPrompts({ sample, times, conditioning, count }: Question): Question {
+  const later = (t: Tensor, axis = 0): Tensor => slice(t, axis, t.shape[axis] / 2, t.shape[axis] / 2);
+  const { context, textEmbeds, timeIds, cache } = conditioning;
+  return {
+    ...{ sample: later(sample), count },
+    times: times instanceof Tensor ? later(times) : { ...times, times: later(times.times, 1) },
+    conditioning: {
+      ...{ context: later(context), textEmbeds: later(textEmbeds), timeIds: later(timeIds) },
+      cache,
+    },
+  };
+}

@@ -1,0 +1,164 @@
+// Adapters merged into loaded weights: W += scale * alpha / rank * D, in float32, where D is the difference that its kind makes
+// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al.
+// 2024) then gives each row, or in files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
+import { noGrad } from '../../engine/grad.ts';
+import type { Parameter } from '../../engine/module.ts';
+import { add, mul, sub } from '../../engine/ops/binary.ts';
+import { sum } from '../../engine/ops/reduce.ts';
+import { cast, scale as scaled, square } from '../../engine/ops/unary.ts';
+import { keep, scope } from '../../engine/scope.ts';
+import { type Tensor, tensor } from '../../engine/tensor.ts';
+import { UserError } from '../../io/errors.ts';
+import type { TensorFile, TensorInfo } from '../../io/tensor_file.ts';
+import { difference, kindOf, magnitudeAxis, magnitudeOf } from '../adapters/lora_kinds.ts';
+import { rotated } from '../adapters/oft.ts';
+import { openWeightsFile } from '../checkpoint/weights_file.ts';
+import type { TextStack } from '../text/conditioning.ts';
+import { floatsOf, type LoraTargets, type Update, updatesOf } from './lora_file.ts';
+
+/** What an adapter makes of a weight, or of a bias, in float32. */
+export type Change = (values: Tensor) => Tensor;
+
+/** An adapter to be added `scale` times: once where it is not told. */
+export interface AdapterFile {
+  readonly path: string;
+  readonly scale?: number;
+}
+
+/** An adapter's file, held against a model: what it changes there. */
+interface OpenAdapter {
+  readonly changes: readonly (readonly [Parameter, Change])[];
+  /** How many layers that are. */
+  readonly layers: number;
+  close(): void;
+}
+
+/** @throws UserError if a name of the file matches no weight or a shape does not fit */
+function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): OpenAdapter {
+  if (!Number.isFinite(scale)) throw new UserError(`the scale of ${path} is ${scale}: give a number`);
+  const file = openWeightsFile(path);
+  try {
+    const updates = [...updatesOf(file, targets).values()];
+    const changes = updates.flatMap((update) => changesOf(file, update, scale));
+    return { changes, layers: updates.length, close: () => file.close() };
+  } catch (error) {
+    file.close();
+    throw error;
+  }
+}
+
+/** The text encoders of a pipeline by their names in a folder: the refiner's lone one is the second. */
+const encodersOf = ({ encoders }: TextStack): Pick<LoraTargets, 'text_encoder' | 'text_encoder_2'> => {
+  const names = ['text_encoder', 'text_encoder_2'].slice(-encoders.length);
+  return Object.fromEntries(names.map((name, i) => [name, encoders[i].encoder]));
+};
+
+/**
+ * Adds the adapter in `path`, times `scale`, to the loaded weights of a pipeline, or of models by name. Several adapters are merged one
+ * after the other; merging with the negative scale takes one without DoRA and OFT out again up to rounding. Returns how many layers changed.
+ * @throws UserError before anything is changed, if a name of the file matches no weight or a shape does not fit
+ */
+export function mergeLora(into: LoraTargets & { text?: TextStack }, path: string, scale = 1): number {
+  const targets = into.text ? { ...into, ...encodersOf(into.text) } : into;
+  const { changes, layers, close } = openAdapter(targets, { path, scale });
+  try {
+    if (!changes.every(([parameter]) => parameter.loaded))
+      throw new UserError(`LoRA ${path} changes weights that are released by now: load the pipeline again`);
+    if (changes.some(([parameter]) => parameter.fp8))
+      throw new UserError(
+        `LoRA ${path} changes weights that are in 8-bit floats by now: merge it before feedForwardToFp8`,
+      );
+    noGrad(() => {
+      for (const [parameter, change] of changes)
+        parameter.tensor = keep(scope(() => changed(parameter.tensor, change)));
+    });
+    return layers;
+  } finally {
+    close();
+  }
+}
+
+/** Several of them, whose changes come one after the other. @throws UserError if one does not fit, and then none is open */
+export function openAdapters(
+  targets: LoraTargets,
+  files: readonly AdapterFile[],
+): Pick<OpenAdapter, 'changes' | 'close'> {
+  const opened: OpenAdapter[] = [];
+  const close = () => {
+    for (const each of opened) each.close();
+  };
+  try {
+    for (const file of files) opened.push(openAdapter(targets, file));
+  } catch (error) {
+    close();
+    throw error;
+  }
+  return { changes: opened.flatMap(({ changes }) => changes), close };
+}
+
+/**
+ * Runs `load`, which loads the targets' weights, with adapters merged into each as it comes, before it is kept in fewer bits.
+ * @throws UserError before anything is loaded, if an adapter does not fit
+ */
+export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[], load: () => void): void {
+  const { changes, close } = openAdapters(targets, files);
+  const changing = new Set<Parameter>();
+  try {
+    for (const [parameter, change] of changes) {
+      const { incoming: before } = parameter;
+      parameter.incoming = (given) => changed(before?.(given) ?? given, change);
+      changing.add(parameter);
+    }
+    load();
+  } finally {
+    for (const parameter of changing) parameter.incoming = undefined;
+    close();
+  }
+}
+
+/** The sums in float32, rounded once to the weight's own type. */
+const changed = (values: Tensor, change: Change): Tensor =>
+  cast(change(cast(values, 'float32')), values.dtype);
+
+function changesOf(file: TensorFile, update: Update, scale: number): [Parameter, Change][] {
+  const { target, parts } = update;
+  const changes: [Parameter, Change][] = [];
+  if (kindOf(parts)) changes.push([target.weight, (weight) => merged(file, update, scale, weight)]);
+  const { diff_b: shift } = parts;
+  if (shift && target.bias) {
+    const shifted = (bias: Tensor) => {
+      const values = floatsOf(file, shift).map((x) => x * scale);
+      return add(bias, tensor(values, bias.shape, { device: bias.device }));
+    };
+    changes.push([target.bias, shifted]);
+  }
+  return changes;
+}
+
+function merged(file: TensorFile, update: Update, scale: number, weight: Tensor): Tensor {
+  const { target, parts, alpha, rank, config } = update;
+  const read = floatsOf.bind(undefined, file);
+  const made = kindOf(parts)?.turns
+    ? rotated(parts, weight, read, config)
+    : difference(parts, target.weight.shape, read, weight.device);
+  const factor = (magnitudeOf(parts) ? 1 : scale) * (alpha / rank);
+  const longer = add(weight, scaled(made, factor).reshape(...weight.shape));
+  if (!magnitudeOf(parts)) return longer;
+  // As A1111 and ComfyUI do, scale counts for the whole change, so that 0 is the model itself; diffusers scales D alone,
+  // and lengthens W even at 0.
+  return add(weight, scaled(sub(withMagnitude(file, update, longer), weight), scale));
+}
+
+/** The weight with its rows or columns made as long as the file says. */
+function withMagnitude(file: TensorFile, { target, parts }: Update, weight: Tensor): Tensor {
+  const [outputs, inputs] = target.weight.shape;
+  const rows = magnitudeAxis(parts, target.weight.shape) === 'rows';
+  const matrix = rows ? weight.reshape(outputs, -1) : weight.reshape(-1, inputs);
+  const squares = sum(square(matrix), rows ? 1 : 0).floats();
+  // What is zero stays zero.
+  const factors = floatsOf(file, magnitudeOf(parts) as TensorInfo).map(
+    (length, i) => length / (Math.sqrt(squares[i]) || 1),
+  );
+  const stretch = tensor(factors, rows ? [outputs, 1] : [1, inputs], { device: weight.device });
+  return mul(matrix, stretch).reshape(...weight.shape);
+}

@@ -1,0 +1,68 @@
+// One prediction of those that a pass makes for a picture: classifier-free guidance (Ho & Salimans 2022), also by a picture (Brooks et al.
+// 2023), perturbed-attention guidance (Ahn et al. 2024) and the rescaling of the first (Lin et al. 2023), as diffusers' pipelines have them.
+import { add, mul, sub } from '../../engine/ops/binary.ts';
+import { concat, slice } from '../../engine/ops/move.ts';
+import { broadcast } from '../../engine/ops/reduce.ts';
+import { scale } from '../../engine/ops/unary.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+
+export interface Guidance {
+  /** Of classifier-free guidance; undefined without, and then there are no unconditional rows. */
+  guidanceScale?: number;
+  /** Of InstructPix2Pix; undefined for other models. Its rows come with classifier-free guidance alone. */
+  imageGuidanceScale?: number;
+  /** Of perturbed-attention guidance, [1, 1] on the device, as it may change from call to call; undefined without. */
+  pagScale?: Tensor;
+  /** Puts the text's prediction after the guided one, for rescaled(). */
+  withText: boolean;
+}
+
+/**
+ * uncond + s (text - uncond) + pag (text - perturbed) of rows [unconditional; text; perturbed], as many of each as there are images. Where
+ * the first or the last are not there the text stands for them. Of InstructPix2Pix uncond + s (text - image) + image guidance (image -
+ * uncond), of rows [without the picture; with it and the text; with the picture alone].
+ */
+export function guide(
+  said: Tensor,
+  images: number,
+  { guidanceScale, imageGuidanceScale, pagScale, withText }: Guidance,
+): Tensor {
+  const part = (i: number) => slice(said, 0, i * images, images);
+  const first = part(0);
+  const text = guidanceScale === undefined ? first : part(1);
+  let guided = text;
+  if (guidanceScale !== undefined) {
+    const without = imageGuidanceScale === undefined ? first : part(2);
+    guided = add(first, scale(sub(text, without), guidanceScale));
+    if (imageGuidanceScale !== undefined)
+      guided = add(guided, scale(sub(without, first), imageGuidanceScale));
+  }
+  if (pagScale) {
+    const away = sub(text, part(said.shape[0] / images - 1));
+    guided = add(guided, mul(away, broadcast(pagScale.reshape(1), 0, away.size).reshape(...away.shape)));
+  }
+  return withText ? concat([guided, text], 0) : guided;
+}
+
+/** What guide() gave with the text's prediction, scaled toward the spread of that, image by image (Lin et al. 2023). */
+export function rescaled(both: Float32Array, images: number, guidanceRescale: number): Float32Array {
+  const half = both.length / 2;
+  const [guided, text] = [both.slice(0, half), both.subarray(half)];
+  const size = half / images;
+  for (let i = 0; i < images; i++) {
+    const mine = guided.subarray(i * size, (i + 1) * size);
+    const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
+    const factor = guidanceRescale * ratio + (1 - guidanceRescale);
+    for (let j = 0; j < size; j++) mine[j] *= factor;
+  }
+  return guided;
+}
+
+/** Unbiased standard deviation, as torch's std. */
+function deviation(values: Float32Array): number {
+  let mean = 0;
+  for (const x of values) mean += x / values.length;
+  let spread = 0;
+  for (const x of values) spread += (x - mean) ** 2;
+  return Math.sqrt(spread / (values.length - 1));
+}
