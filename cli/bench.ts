@@ -7,7 +7,7 @@ import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/formats/presets.ts';
-import { devices, number, side } from './options.ts';
+import { devices, number, side } from './option_values.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 

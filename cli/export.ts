@@ -23,9 +23,9 @@ import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models
 import { mergedModel, targetsIn, targetsOf } from '../models/lora/merged.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { bytes, devices, number, oneOf, repeated } from './options.ts';
+import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
 import { progressBar } from './progress.ts';
-import { loraOf } from './sample_options.ts';
+import { loraOf } from './sample/options.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
 interface Options {

@@ -6,20 +6,20 @@ import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import type { Latents } from '../models/vae/latents.ts';
-import { openAlbum } from './album.ts';
 import { shippedModel } from './model.ts';
-import { applySettings } from './picture_settings.ts';
-import { checkPreview, openPreviews, type Previews } from './preview.ts';
 import { type Bar, progressBar } from './progress.ts';
-import { planCall } from './sample_call.ts';
-import { drawCall } from './sample_draw.ts';
-import { addSampleOptions } from './sample_flags.ts';
-import { openFor } from './sample_models.ts';
-import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from './sample_options.ts';
-import { readInputs } from './sample_request.ts';
-import { locateSources } from './sample_sources.ts';
+import { openAlbum } from './sample/album.ts';
+import { planCall } from './sample/call.ts';
+import { drawCall } from './sample/draw.ts';
+import { addSampleOptions } from './sample/flags.ts';
+import { openFor } from './sample/models.ts';
+import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from './sample/options.ts';
+import { applySettings } from './sample/picture_settings.ts';
+import { checkPreview, openPreviews, type Previews } from './sample/preview.ts';
+import { readInputs } from './sample/request.ts';
+import { locateSources } from './sample/sources.ts';
+import { openUpscalers, type Upscalers } from './sample/upscale_options.ts';
 import type { Terminal } from './terminal.ts';
-import { openUpscalers, type Upscalers } from './upscale_options.ts';
 
 export function addSample(command: Command, terminal: Terminal): void {
   addSampleOptions(command).action(async (options: SampleOptions) => {

@@ -7,10 +7,9 @@ import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
-import { controlnetOf } from './control_options.ts';
 import { shippedModel } from './model.ts';
-import { number, repeated } from './options.ts';
-import { checkLook, lookOptions } from './preview.ts';
+import { number, repeated } from './option_values.ts';
+import { controlnetOf } from './sample/control_options.ts';
 import {
   modelOptions,
   refinerOptions,
@@ -18,8 +17,10 @@ import {
   sizeOptions,
   stepOptions,
   textOptions,
-} from './sample_flags.ts';
-import { checkSample, loraOf, type SampleOptions } from './sample_options.ts';
+} from './sample/flags.ts';
+import { checkSample, loraOf, type SampleOptions } from './sample/options.ts';
+import { checkLook, lookOptions } from './sample/preview.ts';
+import { addUpscaleOptions } from './sample/upscale_options.ts';
 import { a1111Api } from './serve/a1111_api.ts';
 import { type Drawer, openDrawer } from './serve/drawer_process.ts';
 import { isLoopback } from './serve/guard.ts';
@@ -30,7 +31,6 @@ import { page } from './serve/page.ts';
 import { openQueue, type Queue } from './serve/queue.ts';
 import type { Served } from './serve/served.ts';
 import { heedingSignals, inOneLine, Stopped, type Terminal } from './terminal.ts';
-import { addUpscaleOptions } from './upscale_options.ts';
 
 interface ServeOptions extends SampleOptions {
   listenIp: string;

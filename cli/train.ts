@@ -21,7 +21,7 @@ import { type Locate, type Materials, openMaterials, stateOf } from '../train/se
 import type { Report } from '../train/task.ts';
 import { train } from '../train/trainer.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { bytes, devices } from './options.ts';
+import { bytes, devices } from './option_values.ts';
 import { type Bar, progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 

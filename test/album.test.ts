@@ -2,7 +2,7 @@
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openAlbum } from '../cli/album.ts';
+import { openAlbum } from '../cli/sample/album.ts';
 import { encodePng } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { mostThreads } from '../io/threads.ts';

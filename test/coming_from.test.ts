@@ -5,7 +5,7 @@ import { Command } from 'commander';
 import { test } from 'tap';
 import { spelledOut } from '../cli/aliases.ts';
 import { addExport } from '../cli/export.ts';
-import { addSampleOptions } from '../cli/sample_flags.ts';
+import { addSampleOptions } from '../cli/sample/flags.ts';
 import { addServe } from '../cli/serve.ts';
 import { addTrain } from '../cli/train.ts';
 import * as sdxl from '../index.ts';

@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openPreviews } from '../cli/preview.ts';
+import { openPreviews } from '../cli/sample/preview.ts';
 import { openDevice } from '../engine/device.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { decodeFloats, encodeNumbers } from '../io/dtype.ts';

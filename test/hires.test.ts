@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { hiresSize } from '../cli/hires_options.ts';
+import { hiresSize } from '../cli/sample/hires_options.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';

@@ -4,7 +4,7 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Test, test } from 'tap';
-import { openPreviews, type PreviewOptions } from '../cli/preview.ts';
+import { openPreviews, type PreviewOptions } from '../cli/sample/preview.ts';
 import { openDevice } from '../engine/device.ts';
 import { readPicture, toPictures } from '../io/image.ts';
 import { openComponent, openModel } from '../models/checkpoint/checkpoint.ts';

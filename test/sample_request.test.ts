@@ -3,10 +3,10 @@
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { test } from 'tap';
-import { bytes } from '../cli/options.ts';
-import { addSampleOptions } from '../cli/sample_flags.ts';
-import { checkSample, checkScores, checkSizes, loraOf, type SampleOptions } from '../cli/sample_options.ts';
-import { baseRequests, canvasOf, hiresRequest, type Inputs, refinerRequest } from '../cli/sample_request.ts';
+import { bytes } from '../cli/option_values.ts';
+import { addSampleOptions } from '../cli/sample/flags.ts';
+import { checkSample, checkScores, checkSizes, loraOf, type SampleOptions } from '../cli/sample/options.ts';
+import { baseRequests, canvasOf, hiresRequest, type Inputs, refinerRequest } from '../cli/sample/request.ts';
 import { toGrey } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import { TorchGenerator } from '../models/random/torch_random.ts';

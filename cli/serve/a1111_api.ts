@@ -1,7 +1,7 @@
 // A1111's routes (`/sdapi/v1`) that clients draw with, and those that they ask what there is before they draw.
 import { pngText } from '../../io/png.ts';
-import { samplerLabels } from '../a1111.ts';
-import { hiresUpscalers } from '../hires_options.ts';
+import { samplerLabels } from '../sample/a1111.ts';
+import { hiresUpscalers } from '../sample/hires_options.ts';
 import { checkOverrides, orderOf, plain, scheduleTypes } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
 import { base64, pictureBytes } from './fields.ts';

@@ -2,9 +2,9 @@
 // schedule type takes A1111's own for it. What changes a picture there and is not here is refused unless it is as good as left out; what
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
-import { schedulerOf } from '../a1111.ts';
-import { hiresUpscalers } from '../hires_options.ts';
-import { oneOf, side } from '../options.ts';
+import { oneOf, side } from '../option_values.ts';
+import { schedulerOf } from '../sample/a1111.ts';
+import { hiresUpscalers } from '../sample/hires_options.ts';
 import { controlsIn } from './controlnet_api.ts';
 import {
   type Field,

@@ -2,7 +2,7 @@
 // was started with, and a picture that it follows as it is, as there are no preprocessors here.
 import { UserError } from '../../io/errors.ts';
 import { isObject } from '../../models/request.ts';
-import { number } from '../options.ts';
+import { number } from '../option_values.ts';
 import { pictureBytes } from './fields.ts';
 import type { Routes } from './http.ts';
 import type { Order } from './messages.ts';

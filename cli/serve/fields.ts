@@ -1,7 +1,7 @@
 // A request's keys, read one by one into options of `sdxl sample`, whatever other program's words they are in. Each value goes through
 // the reader of the flag, so that a number is bounded alike wherever it comes from.
 import { UserError } from '../../io/errors.ts';
-import { number } from '../options.ts';
+import { number } from '../option_values.ts';
 import type { Settings } from './messages.ts';
 
 /** What a key's value comes to, or a sentence's error. */

@@ -1,6 +1,6 @@
 // What the two processes of `sdxl serve` tell each other: one answers HTTP and never waits for a step, the other draws. A GPU that fails
 // for good, or a kernel that takes its process with it, so ends the one that draws alone, which is started again.
-import type { SampleOptions } from '../sample_options.ts';
+import type { SampleOptions } from '../sample/options.ts';
 
 /** What a picture is asked for with, in `sdxl sample`'s options; the rest is as the server was started. */
 export type Settings = Partial<SampleOptions>;

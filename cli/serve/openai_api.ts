@@ -4,7 +4,7 @@
 import { UserError } from '../../io/errors.ts';
 import { decodeAlpha } from '../../io/image.ts';
 import { encodePng } from '../../io/png.ts';
-import { number, oneOf, side } from '../options.ts';
+import { number, oneOf, side } from '../option_values.ts';
 import { base64, type Field, numeric, only, prompt, readFields, text, unheeded } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';

@@ -1,31 +1,31 @@
 // Where a call of `sdxl sample` draws and what it reads its models from: all are found, and told apart by their configs, before any
 // weight is read.
-import { type Device, openDevice } from '../engine/device.ts';
-import type { FloatDType } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
-import { checkControlModes } from '../models/control/multicontrolnet.ts';
-import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
+import { type Device, openDevice } from '../../engine/device.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { checkControlModes } from '../../models/control/multicontrolnet.ts';
+import type { IPAdapterSource } from '../../models/ip_adapter/ip_adapter.ts';
 import {
   locateControlNet,
   locateModel,
   locateT2IAdapter,
   locateTae,
   locateVae,
-} from '../models/locate/locate.ts';
-import { locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
-import { locateLora } from '../models/locate/locate_lora.ts';
-import { locateWithUNet } from '../models/locate/locate_unet.ts';
-import type { AdapterFile } from '../models/lora/lora.ts';
-import { parseUNetConfig } from '../models/unet/unet.ts';
-import { vaeFor } from '../models/vae/autoencoder.ts';
+} from '../../models/locate/locate.ts';
+import { locateIPAdapter } from '../../models/locate/locate_ip_adapter.ts';
+import { locateLora } from '../../models/locate/locate_lora.ts';
+import { locateWithUNet } from '../../models/locate/locate_unet.ts';
+import type { AdapterFile } from '../../models/lora/lora.ts';
+import { parseUNetConfig } from '../../models/unet/unet.ts';
+import { vaeFor } from '../../models/vae/autoencoder.ts';
+import { downloadsOn } from '../model.ts';
+import type { Terminal } from '../terminal.ts';
 import { adapterOf } from './adapter_options.ts';
 import { controlnetOf, oneOrAll } from './control_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
-import { downloadsOn } from './model.ts';
+import { checkScores, loraOf, type SampleOptions } from './options.ts';
 import { fitPreview } from './preview.ts';
-import { checkScores, loraOf, type SampleOptions } from './sample_options.ts';
-import type { Terminal } from './terminal.ts';
 import { locateUpscalers, type UpscalerSources } from './upscale_options.ts';
 
 export interface Sources {

@@ -1,20 +1,20 @@
 // What the flags of `sdxl sample` come to: the pictures they name, read, and the requests for the base and the refiner.
-import { UserError } from '../io/errors.ts';
-import { preprocess, preprocessMask, readPicture, toGrey } from '../io/image.ts';
-import { cutAndFill, maskWindow, overlay } from '../io/mask_crop.ts';
-import type { Mask, Picture } from '../io/pixels.ts';
-import type { Sizes } from '../models/pipeline.ts';
-import { CudaGenerator } from '../models/random/cuda_random.ts';
-import { TorchGenerator } from '../models/random/torch_random.ts';
-import { type Request, stepsOf } from '../models/request.ts';
-import type { SchedulerConfig } from '../models/samplers/config.ts';
-import { layoutOf } from '../models/samplers/registry.ts';
-import type { Latents } from '../models/vae/latents.ts';
+import { UserError } from '../../io/errors.ts';
+import { preprocess, preprocessMask, readPicture, toGrey } from '../../io/image.ts';
+import { cutAndFill, maskWindow, overlay } from '../../io/mask_crop.ts';
+import type { Mask, Picture } from '../../io/pixels.ts';
+import type { Sizes } from '../../models/pipeline.ts';
+import { CudaGenerator } from '../../models/random/cuda_random.ts';
+import { TorchGenerator } from '../../models/random/torch_random.ts';
+import { type Request, stepsOf } from '../../models/request.ts';
+import type { SchedulerConfig } from '../../models/samplers/config.ts';
+import { layoutOf } from '../../models/samplers/registry.ts';
+import type { Latents } from '../../models/vae/latents.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
-import type { SampleOptions } from './sample_options.ts';
+import type { SampleOptions } from './options.ts';
 
 export interface Inputs extends IPAdapterInputs {
   image?: Picture;

@@ -1,14 +1,14 @@
 // The files of a call of `sdxl sample`: pictures, written as they are there, and in the end all latents if they are wanted. PNGs are
 // encoded on other threads while the device draws on; a picture that cannot be written ends the call at the next one, or at its end.
 import { resolve } from 'node:path';
-import { encodeNumbers } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import { assertWritable, writeFileAtomic } from '../io/files.ts';
-import type { Picture } from '../io/pixels.ts';
-import { writeSafetensors } from '../io/safetensors.ts';
-import { mostThreads } from '../io/threads.ts';
-import { type DecodedPicture, type Latents, stacked } from '../models/vae/latents.ts';
-import { encodeAside } from './png_threads.ts';
+import { encodeNumbers } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { assertWritable, writeFileAtomic } from '../../io/files.ts';
+import type { Picture } from '../../io/pixels.ts';
+import { writeSafetensors } from '../../io/safetensors.ts';
+import { mostThreads } from '../../io/threads.ts';
+import { type DecodedPicture, type Latents, stacked } from '../../models/vae/latents.ts';
+import { encodeAside } from '../png_threads.ts';
 
 /** @throws UserError for a file that cannot be written */
 export function openAlbum(output: string, saveLatents: string | undefined, count: number) {

@@ -1,9 +1,9 @@
 // The flags of `sdxl sample` for T2I-Adapters, what can be known to be wrong with them, and the part of a request that they come to.
 import type { Command } from 'commander';
-import { UserError } from '../io/errors.ts';
-import type { Picture } from '../io/pixels.ts';
-import type { T2IAdapterRequest } from '../models/control/t2i_adapter.ts';
-import { number, repeated, scaledFile } from './options.ts';
+import { UserError } from '../../io/errors.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { T2IAdapterRequest } from '../../models/control/t2i_adapter.ts';
+import { number, repeated, scaledFile } from '../option_values.ts';
 
 export interface AdapterOptions {
   adapter?: string[];

@@ -1,16 +1,16 @@
 // The models of a call of `sdxl sample` in turn: the text encoders say what they have to say of all prompts and leave the device, then the
 // UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
-import type { Device } from '../engine/device.ts';
-import { built } from '../engine/scope.ts';
-import type { FloatDType } from '../io/dtype.ts';
-import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
-import { type LoadOptions, type Part, parts, textParts } from '../models/load_options.ts';
-import { loadPipeline, type Pipeline } from '../models/pipeline.ts';
-import { encodePrompt } from '../models/prompts.ts';
-import type { Request } from '../models/request.ts';
-import { loadTextualInversion } from '../models/text/textual_inversion.ts';
-import { feedForwardToFp8 } from '../models/unet/fp8.ts';
-import { type SampleOptions, textualInversionOf } from './sample_options.ts';
+import type { Device } from '../../engine/device.ts';
+import { built } from '../../engine/scope.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { type LoadOptions, type Part, parts, textParts } from '../../models/load_options.ts';
+import { loadPipeline, type Pipeline } from '../../models/pipeline.ts';
+import { encodePrompt } from '../../models/prompts.ts';
+import type { Request } from '../../models/request.ts';
+import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
+import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
+import { type SampleOptions, textualInversionOf } from './options.ts';
 
 /** What a pipeline is loaded with beside its model. */
 export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'adapter' | 'ipAdapter' | 'lora'>>;

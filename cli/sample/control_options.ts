@@ -1,12 +1,12 @@
 // The flags of `sdxl sample` for ControlNets, what can be known to be wrong with them, and the part of a request that they come
 // to. Lists go by the order of --controlnet; what is given once counts for all.
 import type { Command } from 'commander';
-import { didYouMean, UserError } from '../io/errors.ts';
-import { preprocessControl } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
-import { controlModeOf, controlModes } from '../models/control/controlnet_union.ts';
-import type { ControlRequest } from '../models/control/multicontrolnet.ts';
-import { number, repeated, scaledFile } from './options.ts';
+import { didYouMean, UserError } from '../../io/errors.ts';
+import { preprocessControl } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
+import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
+import type { ControlRequest } from '../../models/control/multicontrolnet.ts';
+import { number, repeated, scaledFile } from '../option_values.ts';
 
 export interface ControlOptions {
   controlnet?: string[];

@@ -1,12 +1,12 @@
 // A1111's `parameters` text, which picture sites and other programs read and write too: the prompt, perhaps a line
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
 import { basename } from 'node:path';
-import type { Request } from '../models/request.ts';
-import { plainSpelling, samplerNames } from '../models/samplers/registry.ts';
-import type { Sampler } from '../models/samplers/sampler.ts';
-import { version } from './about.ts';
+import type { Request } from '../../models/request.ts';
+import { plainSpelling, samplerNames } from '../../models/samplers/registry.ts';
+import type { Sampler } from '../../models/samplers/sampler.ts';
+import { version } from '../about.ts';
 import { hiresUpscalers, usualHires } from './hires_options.ts';
-import type { SampleOptions } from './sample_options.ts';
+import type { SampleOptions } from './options.ts';
 
 /** Its names of our schedulers, where it has them. */
 export const samplerLabels: Readonly<Record<string, string>> = {

@@ -1,15 +1,15 @@
 // The drawing of a call: base, perhaps a second pass over each picture enlarged, perhaps a refiner, then pictures. Which models are in
 // memory at what time, where steps are told of and where pictures go is the caller's: `sdxl sample` has one model after the other and
 // files, `sdxl serve` keeps its models and answers.
-import { MemoryError } from '../engine/memory.ts';
-import { decode, type Pipeline } from '../models/pipeline.ts';
-import type { Request } from '../models/request.ts';
-import type { DecodedPicture, Latents } from '../models/vae/latents.ts';
+import { MemoryError } from '../../engine/memory.ts';
+import { decode, type Pipeline } from '../../models/pipeline.ts';
+import type { Request } from '../../models/request.ts';
+import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
+import type { SampleCall } from './call.ts';
 import { enlarged } from './hires_options.ts';
+import type { Opened } from './models.ts';
 import { pictureText } from './picture_settings.ts';
-import type { SampleCall } from './sample_call.ts';
-import type { Opened } from './sample_models.ts';
-import { hiresRequest, refinerRequest, seedOf } from './sample_request.ts';
+import { hiresRequest, refinerRequest, seedOf } from './request.ts';
 import type { Upscalers } from './upscale_options.ts';
 
 /** What a call draws with. */

@@ -1,14 +1,14 @@
 // The flags of `sdxl sample` for networks that enlarge pictures (models/upscaler/upscaler.ts), in stable-diffusion.cpp's words: the finished
 // picture's, and that of a second pass (hires_options.ts), which are one where they are one file.
 import type { Command } from 'commander';
-import type { Device } from '../engine/device.ts';
-import { UserError } from '../io/errors.ts';
-import type { Picture } from '../io/pixels.ts';
-import type { LocateOptions } from '../models/locate/locate.ts';
-import { locateUpscaler, type UpscalerSource } from '../models/upscaler/rrdbnet_file.ts';
-import { openUpscaler, scaleOf, type Upscaler } from '../models/upscaler/upscaler.ts';
+import type { Device } from '../../engine/device.ts';
+import { UserError } from '../../io/errors.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { LocateOptions } from '../../models/locate/locate.ts';
+import { locateUpscaler, type UpscalerSource } from '../../models/upscaler/rrdbnet_file.ts';
+import { openUpscaler, scaleOf, type Upscaler } from '../../models/upscaler/upscaler.ts';
+import { number } from '../option_values.ts';
 import { type HiresOptions, namesNetwork, type Sides } from './hires_options.ts';
-import { number } from './options.ts';
 
 export interface UpscaleOptions {
   upscaleModel?: string;

@@ -1,22 +1,22 @@
 // What a call of `sdxl sample` comes to on the models that it names: how large, from which seed, in which steps. All that can be wrong
 // with it is found here, by the models' configs, before any weight is read.
 
-import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
-import { checkInpainting } from '../models/control/inpainting.ts';
-import { checkInstructPix2Pix } from '../models/control/instruct_pix2pix.ts';
-import { checkSquares, t2iAdapterConfig } from '../models/control/t2i_adapter.ts';
-import { askedPictures } from '../models/ip_adapter/image_prompt.ts';
-import { planOf, sizesOf } from '../models/pipeline.ts';
-import type { Request } from '../models/request.ts';
-import { parseSchedulerConfig } from '../models/samplers/config.ts';
-import type { Sampler } from '../models/samplers/sampler.ts';
-import { cachingOf } from '../models/unet/deepcache.ts';
-import { pagOf } from '../models/unet/pag.ts';
-import { parseUNetConfig, unet } from '../models/unet/unet.ts';
-import { autoencoder, checkDecode } from '../models/vae/autoencoder.ts';
-import type { Latents } from '../models/vae/latents.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { checkInpainting } from '../../models/control/inpainting.ts';
+import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
+import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
+import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
+import { planOf, sizesOf } from '../../models/pipeline.ts';
+import type { Request } from '../../models/request.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import type { Sampler } from '../../models/samplers/sampler.ts';
+import { cachingOf } from '../../models/unet/deepcache.ts';
+import { pagOf } from '../../models/unet/pag.ts';
+import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
+import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
+import type { Latents } from '../../models/vae/latents.ts';
 import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
-import type { SampleOptions } from './sample_options.ts';
+import type { SampleOptions } from './options.ts';
 import {
   baseRequests,
   type Canvas,
@@ -25,8 +25,8 @@ import {
   type Inputs,
   refinerRequest,
   wholeSide,
-} from './sample_request.ts';
-import type { Sources } from './sample_sources.ts';
+} from './request.ts';
+import type { Sources } from './sources.ts';
 import { writtenSize } from './upscale_options.ts';
 
 export interface SampleCall {

@@ -4,22 +4,22 @@
 // and what comes faster than that is passed over.
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
-import type { Device } from '../engine/device.ts';
-import { unload } from '../engine/module.ts';
-import { built } from '../engine/scope.ts';
-import type { FloatDType } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import { assertWritable, writeFileAtomic } from '../io/files.ts';
-import { toPictures } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
-import type { Json, ModelSource } from '../models/checkpoint/checkpoint.ts';
-import type { Pipeline, Progress } from '../models/pipeline.ts';
-import { type Autoencoder, autoencoder } from '../models/vae/autoencoder.ts';
-import { latentRgb, latentRgbChannels } from '../models/vae/latent_rgb.ts';
-import { type Latents, previewPictures, unscaleLatents } from '../models/vae/latents.ts';
-import { sdxlScalingFactor } from '../models/vae/vae.ts';
-import { number, oneOf } from './options.ts';
-import { encodeAside } from './png_threads.ts';
+import type { Device } from '../../engine/device.ts';
+import { unload } from '../../engine/module.ts';
+import { built } from '../../engine/scope.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { assertWritable, writeFileAtomic } from '../../io/files.ts';
+import { toPictures } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { Json, ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import type { Pipeline, Progress } from '../../models/pipeline.ts';
+import { type Autoencoder, autoencoder } from '../../models/vae/autoencoder.ts';
+import { latentRgb, latentRgbChannels } from '../../models/vae/latent_rgb.ts';
+import { type Latents, previewPictures, unscaleLatents } from '../../models/vae/latents.ts';
+import { sdxlScalingFactor } from '../../models/vae/vae.ts';
+import { number, oneOf } from '../option_values.ts';
+import { encodeAside } from '../png_threads.ts';
 
 const methods = ['none', 'proj', 'tae', 'vae'] as const;
 

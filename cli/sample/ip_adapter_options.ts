@@ -1,11 +1,11 @@
 // The flags of `sdxl sample` for IP-Adapters, what can be known to be wrong with them, and the part of a request that they come to.
 import type { Command } from 'commander';
-import { UserError } from '../io/errors.ts';
-import { preprocessMask } from '../io/image.ts';
-import type { Picture } from '../io/pixels.ts';
-import type { IPAdapterRequest } from '../models/ip_adapter/image_prompt.ts';
-import type { Scale, ScalesByBlock } from '../models/ip_adapter/ip_adapter_scale.ts';
-import { numbers, repeated, scaledFile } from './options.ts';
+import { UserError } from '../../io/errors.ts';
+import { preprocessMask } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { IPAdapterRequest } from '../../models/ip_adapter/image_prompt.ts';
+import type { Scale, ScalesByBlock } from '../../models/ip_adapter/ip_adapter_scale.ts';
+import { numbers, repeated, scaledFile } from '../option_values.ts';
 
 export interface IPAdapterOptions {
   ipAdapter?: string[];

@@ -2,16 +2,16 @@
 // be known to be wrong with them, and the request that they come to. As there, so many steps are done as are asked for, of a schedule
 // that is longer by the strength, where --strength does a part of the steps; and the seed begins anew.
 import type { Command } from 'commander';
-import { UserError } from '../io/errors.ts';
-import { preprocess } from '../io/image.ts';
-import { resize } from '../io/resize.ts';
-import { isWeightsFile } from '../models/checkpoint/weights_file.ts';
-import { decode, type Pipeline } from '../models/pipeline.ts';
-import type { Request } from '../models/request.ts';
-import { enlargeTo, type Upscaler } from '../models/upscaler/upscaler.ts';
-import { type Interpolation, interpolate } from '../models/vae/interpolate.ts';
-import { encodeImage, type Latents, stacked } from '../models/vae/latents.ts';
-import { number, oneOf, side } from './options.ts';
+import { UserError } from '../../io/errors.ts';
+import { preprocess } from '../../io/image.ts';
+import { resize } from '../../io/resize.ts';
+import { isWeightsFile } from '../../models/checkpoint/weights_file.ts';
+import { decode, type Pipeline } from '../../models/pipeline.ts';
+import type { Request } from '../../models/request.ts';
+import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
+import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
+import { encodeImage, type Latents, stacked } from '../../models/vae/latents.ts';
+import { number, oneOf, side } from '../option_values.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
 const upscalers = {

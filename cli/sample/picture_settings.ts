@@ -2,12 +2,12 @@
 // which says everything. `--from` reads either back; the file comes from a stranger, so each value goes through the same
 // reader as if it had been typed.
 import type { Command } from 'commander';
-import { UserError } from '../io/errors.ts';
-import { readPngText } from '../io/png.ts';
-import type { Request } from '../models/request.ts';
-import type { Sampler } from '../models/samplers/sampler.ts';
+import { UserError } from '../../io/errors.ts';
+import { readPngText } from '../../io/png.ts';
+import type { Request } from '../../models/request.ts';
+import type { Sampler } from '../../models/samplers/sampler.ts';
 import { type Parameters, readParameters, writeParameters } from './a1111.ts';
-import type { SampleOptions } from './sample_options.ts';
+import type { SampleOptions } from './options.ts';
 
 /** What of a request depends on this machine or this call rather than on the picture. */
 const local = [

@@ -1,21 +1,21 @@
-// What the flags of `sdxl sample` (sample_flags.ts) give. What can be known to be wrong with a request is refused here, before any
+// What the flags of `sdxl sample` (flags.ts) give. What can be known to be wrong with a request is refused here, before any
 // weight is read.
 import { existsSync } from 'node:fs';
-import type { FloatDType } from '../io/dtype.ts';
-import { UserError } from '../io/errors.ts';
-import { assertWritable, readLines } from '../io/files.ts';
-import { hubPath } from '../io/hub.ts';
-import { locateAdapter } from '../models/lora/lora_file.ts';
-import type { SchedulerConfig } from '../models/samplers/config.ts';
-import { createSampler } from '../models/samplers/registry.ts';
-import { mostChunks, type Size } from '../models/text/conditioning.ts';
-import { type Emphasis, parsePromptAttention } from '../models/text/emphasis.ts';
-import { readTextualInversion } from '../models/text/textual_inversion.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { assertWritable, readLines } from '../../io/files.ts';
+import { hubPath } from '../../io/hub.ts';
+import { locateAdapter } from '../../models/lora/lora_file.ts';
+import type { SchedulerConfig } from '../../models/samplers/config.ts';
+import { createSampler } from '../../models/samplers/registry.ts';
+import { mostChunks, type Size } from '../../models/text/conditioning.ts';
+import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
+import { readTextualInversion } from '../../models/text/textual_inversion.ts';
+import { scaledFile } from '../option_values.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
-import { scaledFile } from './options.ts';
 import type { PreviewOptions } from './preview.ts';
 import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 

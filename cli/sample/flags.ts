@@ -1,15 +1,15 @@
 // The flags of `sdxl sample`, group by group: diffusers' words (other programs' are in aliases.ts). Values are read and bounded as
-// they are typed; sample_options.ts says what they come to.
+// they are typed; options.ts says what they come to.
 import type { Command } from 'commander';
-import { shortSchedulerNames as schedulerNames } from '../models/samplers/registry.ts';
-import { emphases } from '../models/text/emphasis.ts';
+import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
+import { emphases } from '../../models/text/emphasis.ts';
+import { corner, devices, number, numbers, oneOf, repeated, side, size } from '../option_values.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
-import { corner, devices, number, numbers, oneOf, repeated, side, size } from './options.ts';
+import { usualScores } from './options.ts';
 import { addPreviewOptions } from './preview.ts';
-import { usualScores } from './sample_options.ts';
 import { addUpscaleOptions } from './upscale_options.ts';
 
 /** What --dtype and its like take. */
