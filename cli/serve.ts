@@ -9,6 +9,7 @@ import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './option_values.ts';
+import { adapterOf } from './sample/adapter_options.ts';
 import { controlnetOf } from './sample/control_options.ts';
 import {
   modelOptions,
@@ -18,6 +19,7 @@ import {
   stepOptions,
   textOptions,
 } from './sample/flags.ts';
+import { ipAdapterOf } from './sample/ip_adapter_options.ts';
 import { checkSample, loraOf, type SampleOptions } from './sample/options.ts';
 import { checkLook, lookOptions } from './sample/preview.ts';
 import { addUpscaleOptions } from './sample/upscale_options.ts';
@@ -25,11 +27,11 @@ import { a1111Api } from './serve/a1111_api.ts';
 import { type Drawer, openDrawer } from './serve/drawer_process.ts';
 import { isLoopback } from './serve/guard.ts';
 import { httpServer, Refusal, type Routes } from './serve/http.ts';
-import type { Standing } from './serve/messages.ts';
+import { nothingFollowed, type Standing } from './serve/messages.ts';
 import { openaiApi } from './serve/openai_api.ts';
 import { page } from './serve/page.ts';
 import { openQueue, type Queue } from './serve/queue.ts';
-import type { Served } from './serve/served.ts';
+import type { Followed, Served } from './serve/served.ts';
 import { heedingSignals, inOneLine, Stopped, type Terminal } from './terminal.ts';
 
 interface ServeOptions extends SampleOptions {
@@ -60,7 +62,17 @@ export function addServe(command: Command, terminal: Terminal): void {
   modelOptions(command);
   command.option(
     '--controlnet <DIR|FILE|HUB_ID>',
-    "a ControlNet of one kind that A1111's clients may have followed, by the name of its folder or file; may be given more than once",
+    "a ControlNet or a union that A1111's clients may have followed, by the name of its folder or file; may be given more than once",
+    repeated((text) => text),
+  );
+  command.option(
+    '--adapter <DIR|FILE|HUB_ID>',
+    'the same of a T2I-Adapter',
+    repeated((text) => text),
+  );
+  command.option(
+    '--ip-adapter <FILE|DIR|HUB_ID/FILE>',
+    'the same of an IP-Adapter',
     repeated((text) => text),
   );
   addUpscaleOptions(command);
@@ -188,7 +200,7 @@ function standingOf(
     batchCount: 1,
     output: 'out.png',
   };
-  checkSample({ ...standing, controlnet: undefined, prompt: [''] }); // a request has their pictures
+  checkSample({ ...standing, ...nothingFollowed, prompt: [''] }); // a request has their pictures
   checkLook(standing);
   return standing;
 }
@@ -208,15 +220,19 @@ const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|
 /** So many keys that say nothing are told of: clients have a few, and who makes up more fills no log. */
 const mostTold = 100;
 
+const followedOf = ({ controlnet = [], adapter = [], ipAdapter = [] }: Standing): Followed[] => [
+  ...controlnet.map((text): Followed => ({ kind: 'controlnet', file: controlnetOf(text).file })),
+  ...adapter.map((text): Followed => ({ kind: 'adapter', file: adapterOf(text).file })),
+  ...ipAdapter.map((text): Followed => ({ kind: 'ipAdapter', file: ipAdapterOf(text).file })),
+];
+
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
   const { emphasis, maxTokenLength } = standing;
   return {
     name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
     loras: (standing.lora ?? []).map((text) => nameOf(loraOf(text).file)),
-    controlnets: new Map(
-      (standing.controlnet ?? []).map((text) => controlnetOf(text).file).map((file) => [nameOf(file), file]),
-    ),
+    followed: new Map(followedOf(standing).map((each) => [nameOf(each.file), each])),
     texts: {
       ...(isTyped(command, 'emphasis') ? { emphasis } : {}),
       ...(isTyped(command, 'maxTokenLength') ? { maxTokenLength } : {}),

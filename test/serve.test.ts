@@ -8,7 +8,6 @@ import { openaiApi } from '../cli/serve/openai_api.ts';
 import type { Queue } from '../cli/serve/queue.ts';
 import { decodePicture, writePng } from '../io/image.ts';
 import { sdxl } from './command_line.ts';
-import { writeControlNet } from './controlnet_golden.ts';
 import { maxDifference, packageRoot } from './golden.ts';
 import { drawers, eventually, fox, model, pixels, serve, small } from './served.ts';
 
@@ -24,8 +23,7 @@ async function sampled(...flags: string[]) {
 }
 
 /** For the tests that leave it as it was. */
-const [full, little] = ['full', 'small'].map((name) => writeControlNet(join(folder, name), name));
-const shared = serve(...small, '--controlnet', full, '--controlnet', little);
+const shared = serve(...small);
 
 test('a server draws what sample draws', async (t) => {
   const server = await shared;
@@ -191,72 +189,6 @@ test('a server draws over pictures', async (t) => {
   );
 });
 
-test('a server has its ControlNets followed where a request says so', async (t) => {
-  const server = await shared;
-  t.same((await server.get('/controlnet/model_list')).body.model_list, ['full', 'small']);
-  const edges = join(folder, 'edges.png');
-  writePng(edges, {
-    ...{ width: 64, height: 64, channels: 3 },
-    data: Uint8Array.from({ length: 3 * 64 * 64 }, (_, i) => (i % 7 ? 0 : 255)),
-  });
-  const image = readFileSync(edges).toString('base64');
-  const units = [
-    { model: 'small [1234abcd]', module: 'none', image, weight: 0.6, guidance_end: 0.5, pixel_perfect: true },
-    { enabled: false, model: 'absent', image },
-    { model: 'full', input_image: image, weight: 0.3, control_mode: 'Balanced' },
-  ];
-  const asked = { ...fox, alwayson_scripts: { ControlNet: { args: units } } };
-  const followed = await server.post('/sdapi/v1/txt2img', asked);
-  t.equal(followed.status, 200, followed.body.detail);
-  const wanted = await sampled(
-    ...[
-      ...small,
-      '--prompt',
-      'a red fox',
-      '--seed',
-      '5',
-      '--emphasis',
-      'original',
-      '--max-token-length',
-      '225',
-    ],
-    ...['--controlnet', `${little}:0.6`, '--control-image', edges, '--controlnet', `${full}:0.3`],
-    ...['--control-image', edges, '--control-guidance-start', '0', '--control-guidance-start', '0'],
-    ...['--control-guidance-end', '0.5', '--control-guidance-end', '1'],
-  );
-  t.equal(maxDifference((await pixels(followed.body.images[0])).data, wanted.picture.data), 0);
-  const free = await server.post('/v1/images/generations', fox);
-  const plain = await sampled(...small, '--prompt', 'a red fox', '--seed', '5');
-  t.equal(
-    maxDifference((await pixels(free.body.data[0].b64_json)).data, plain.picture.data),
-    0,
-    'and no other',
-  );
-  t.ok(maxDifference(wanted.picture.data, plain.picture.data) > 0);
-
-  const unit = (given: Record<string, unknown>) => ({ alwayson_scripts: { controlnet: { args: [given] } } });
-  for (const [body, sentence] of [
-    [unit({ image }), /names null, and this server has full, small/],
-    [unit({ model: 'canny', image }), /names "canny", and this server has full, small/],
-    [unit({ model: 'full', module: 'canny', image }), /module "canny": there are no preprocessors/],
-    [unit({ model: 'full', control_mode: 2, image }), /control_mode takes Balanced alone/],
-    [unit({ model: 'full' }), /image takes a picture's file/],
-    [unit({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],
-    [unit({ model: 'full', image, guidance_start: 0.8, guidance_end: 0.2 }), /nothing would be followed/],
-    [
-      { alwayson_scripts: { controlnet: { args: Array(11).fill({ model: 'full', image }) } } },
-      /11 ControlNet units are followed, and 10/,
-    ],
-    [{ alwayson_scripts: { adetailer: { args: [true] } } }, /there is no script "adetailer"/],
-    [{ alwayson_scripts: { adetailer: {} } }, /there is no script "adetailer"/],
-    [{ alwayson_scripts: [] }, /takes an object/],
-  ] as const) {
-    const { status, body: answer } = await server.post('/sdapi/v1/txt2img', { ...fox, ...body });
-    t.equal(status, 400, JSON.stringify(body).slice(0, 80));
-    t.match(answer.detail, sentence);
-  }
-});
-
 test('a request that cannot be drawn is told why, in one sentence', async (t) => {
   const server = await shared;
   const { default: sharp } = await import('sharp');
@@ -372,7 +304,7 @@ test('lists that programs ask for before they draw', async (t) => {
 
 test('a page tells of every route', async (t) => {
   const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
-  const served = { name: '', loras: [], controlnets: new Map(), texts: {}, tellIgnored() {} };
+  const served = { name: '', loras: [], followed: new Map(), texts: {}, tellIgnored() {} };
   const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
   for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
 });

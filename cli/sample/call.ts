@@ -4,6 +4,7 @@
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { checkInpainting } from '../../models/control/inpainting.ts';
 import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
+import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
 import { planOf, sizesOf } from '../../models/pipeline.ts';
@@ -15,6 +16,7 @@ import { pagOf } from '../../models/unet/pag.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
 import type { Latents } from '../../models/vae/latents.ts';
+import { oneOrAll } from './control_options.ts';
 import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
 import type { SampleOptions } from './options.ts';
 import {
@@ -53,6 +55,7 @@ export function planCall(
 ): SampleCall {
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
+  checkControlModes(under.controlnet, oneOrAll(options.controlMode));
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
   const larger = hiresSize(options, canvas, wholeSide(options, sizes));

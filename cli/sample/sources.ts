@@ -4,7 +4,6 @@ import { type Device, openDevice } from '../../engine/device.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
-import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import type { IPAdapterSource } from '../../models/ip_adapter/ip_adapter.ts';
 import {
   locateControlNet,
@@ -22,7 +21,7 @@ import { vaeFor } from '../../models/vae/autoencoder.ts';
 import { downloadsOn } from '../model.ts';
 import type { Terminal } from '../terminal.ts';
 import { adapterOf } from './adapter_options.ts';
-import { controlnetOf, oneOrAll } from './control_options.ts';
+import { controlnetOf } from './control_options.ts';
 import { ipAdapterOf } from './ip_adapter_options.ts';
 import { checkScores, loraOf, type SampleOptions } from './options.ts';
 import { fitPreview } from './preview.ts';
@@ -68,7 +67,6 @@ export async function locateSources(
   const controlnet: ModelSource[] = [];
   for (const { file } of (options.controlnet ?? []).map(controlnetOf))
     controlnet.push(await locateControlNet(file, locate));
-  checkControlModes(controlnet, oneOrAll(options.controlMode));
   const adapter: ModelSource[] = [];
   for (const { file } of (options.adapter ?? []).map(adapterOf))
     adapter.push(await locateT2IAdapter(file, locate));

@@ -1,18 +1,22 @@
-// The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet of those that the server
-// was started with, and a picture that it follows as it is, as there are no preprocessors here.
+// The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet, a T2I-Adapter or an
+// IP-Adapter of those that the server was started with, and a picture that it follows as it is, as there are no preprocessors here. (An
+// IP-Adapter's is what its vision encoder is called, which comes with it.)
 import { UserError } from '../../io/errors.ts';
+import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
-import { number } from '../option_values.ts';
-import { pictureBytes } from './fields.ts';
+import { number, oneOf } from '../option_values.ts';
+import { only, pictureBytes, readFields } from './fields.ts';
 import type { Routes } from './http.ts';
-import type { Order } from './messages.ts';
-import type { Served } from './served.ts';
+import type { Order, Settings } from './messages.ts';
+import type { Followed, Served } from './served.ts';
 
-interface Unit {
-  controlnet: string;
+interface Unit extends Followed {
   picture: Buffer;
+  weight: number;
   start: number;
   end: number;
+  /** What the picture is, for a union; -1 where it is not said. */
+  mode: number;
 }
 
 /** Each has a picture, which is small in a body and large in memory. */
@@ -36,50 +40,108 @@ export function controlsIn(scripts: unknown, served: Served): Order {
     .map((unit) => unitOf(unit, served));
   if (units.length > mostUnits)
     throw new UserError(`${units.length} ControlNet units are followed, and ${mostUnits} is the most`);
-  if (units.length === 0) return { settings: {}, pictures: {} };
-  const names = units.map((_, i) => `controlnet_${i}`);
+  const names = new Map(units.map((unit, i) => [unit, `controlnet_${i}`]));
   return {
-    settings: {
-      controlnet: units.map(({ controlnet }) => controlnet),
-      controlImage: names,
-      controlGuidanceStart: units.map(({ start }) => start),
-      controlGuidanceEnd: units.map(({ end }) => end),
-    },
-    pictures: Object.fromEntries(units.map(({ picture }, i) => [names[i], picture])),
+    settings: settingsOf(units, (unit) => names.get(unit) as string),
+    pictures: Object.fromEntries([...names].map(([{ picture }, name]) => [name, picture])),
   };
 }
 
-function unitOf(unit: Record<string, unknown>, { controlnets }: Served): Unit {
-  const { model, module = 'none', control_mode = 0, image = unit.input_image } = unit;
-  if (!/^none$/i.test(String(module ?? 'none')))
+/** The options of `sdxl sample` that units come to, by their kind. */
+function settingsOf(units: readonly Unit[], nameOf: (unit: Unit) => string): Settings {
+  const of = (kind: Followed['kind']) => units.filter((unit) => unit.kind === kind);
+  const scaled = (kind: Followed['kind']) => of(kind).map(({ file, weight }) => `${file}:${weight}`);
+  const [nets, adapters, prompts] = [of('controlnet'), of('adapter'), of('ipAdapter')];
+  const [factor = 1, ...others] = new Set(adapters.map(({ end }) => end));
+  if (others.length > 0 || adapters.some(({ start }) => start > 0))
     throw new UserError(
-      `a ControlNet unit has the module "${module}": there are no preprocessors here, send what it would make`,
+      'T2I-Adapters are followed from the first step on (guidance_start 0), and all of a request to the same guidance_end',
     );
+  if (prompts.some(({ start, end }) => start > 0 || end < 1))
+    throw new UserError('an IP-Adapter is followed in all steps: leave guidance_start and guidance_end out');
+  return {
+    ...(nets.length > 0 && {
+      controlnet: scaled('controlnet'),
+      controlImage: nets.map(nameOf),
+      controlMode: nets.map(({ mode }) => mode),
+      controlGuidanceStart: nets.map(({ start }) => start),
+      controlGuidanceEnd: nets.map(({ end }) => end),
+    }),
+    ...(adapters.length > 0 && {
+      adapter: scaled('adapter'),
+      adapterImage: adapters.map(nameOf),
+      adapterConditioningFactor: factor,
+    }),
+    ...(prompts.length > 0 && { ipAdapter: scaled('ipAdapter'), ipAdapterImage: prompts.map(nameOf) }),
+  };
+}
+
+/** Keys of a unit that would change the picture, and are not there. */
+const absent = {
+  effective_region_mask: only(''),
+  advanced_weighting: only([]),
+  ipadapter_input: only([]),
+  mask: only(''),
+  mask_image: only(''),
+};
+
+function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
+  const { model, control_mode = 0, image = unit.input_image } = unit;
+  readFields(unit, absent, () => {});
   if (![0, 'Balanced', null].includes(control_mode as number))
     throw new UserError(
       `a ControlNet unit's control_mode takes Balanced alone, not ${JSON.stringify(control_mode)}`,
     );
   // A1111 shows a name with a hash behind it.
   const name = String(model ?? '').replace(/ \[\w*\]$/, '');
-  const file =
-    controlnets.get(name) ??
-    (name === '' && controlnets.size === 1 ? [...controlnets.values()][0] : undefined);
-  if (file === undefined)
+  const found =
+    followed.get(name) ?? (name === '' && followed.size === 1 ? [...followed.values()][0] : undefined);
+  if (found === undefined)
     throw new UserError(
-      `a ControlNet unit names ${JSON.stringify(model ?? null)}, and this server has ${[...controlnets.keys()].join(', ') || 'none (--controlnet)'}`,
+      `a ControlNet unit names ${JSON.stringify(model ?? null)}, and this server has ${[...followed.keys()].join(', ') || 'none (--controlnet, --adapter, --ip-adapter)'}`,
     );
+  checkModule(String(unit.module ?? 'none'), found);
   const read = (key: string, usual: number, bounds: Parameters<typeof number>[1]): number =>
     number(`a ControlNet unit's ${key}`, bounds)(String(unit[key] ?? usual));
   const picture = typeof image === 'object' && image !== null && 'image' in image ? image.image : image;
   return {
-    controlnet: `${file}:${read('weight', 1, { min: 0 })}`,
+    ...found,
+    weight: read('weight', 1, { min: 0 }),
     picture: pictureBytes(picture, "a ControlNet unit's image"),
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
+    mode: modeOf(unit.union_control_type ?? 'Unknown'),
   };
 }
 
-export const controlnetApi = ({ controlnets }: Served): Routes => ({
-  'GET /controlnet/model_list': () => ({ json: { model_list: [...controlnets.keys()] } }),
+/** @throws UserError for a preprocessor; what sees an IP-Adapter's picture is none, but for faces */
+function checkModule(module: string, { kind }: Followed): void {
+  const sees = kind === 'ipAdapter' && /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
+  if (!sees && !/^none$/i.test(module))
+    throw new UserError(
+      `a ControlNet unit has the module "${module}": there are no preprocessors here, send what it would make`,
+    );
+}
+
+/** sd-webui-controlnet's words for what a union is shown, by diffusers'. */
+const unionTypes: Readonly<Record<string, string>> = {
+  OpenPose: 'openpose',
+  Depth: 'depth',
+  'Soft Edge': 'hed',
+  'Hard Edge': 'canny',
+  'Normal Map': 'normal',
+  Segmentation: 'segment',
+};
+
+/** @throws UserError */
+function modeOf(type: unknown): number {
+  if (type === 'Unknown') return -1;
+  const words = [...Object.keys(unionTypes), ...controlModes.flat()];
+  const word = oneOf('union_control_type', words)(String(type));
+  return controlModeOf(unionTypes[word] ?? word) as number;
+}
+
+export const controlnetApi = ({ followed }: Served): Routes => ({
+  'GET /controlnet/model_list': () => ({ json: { model_list: [...followed.keys()] } }),
   'GET /controlnet/module_list': () => ({ json: { module_list: ['none'] } }),
 });

@@ -9,16 +9,26 @@ import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
 import { encodeAside } from '../png_threads.ts';
+import { adapterOf } from '../sample/adapter_options.ts';
 import { planCall } from '../sample/call.ts';
 import { controlnetOf } from '../sample/control_options.ts';
 import { drawCall } from '../sample/draw.ts';
+import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { openPipeline } from '../sample/models.ts';
 import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample/options.ts';
 import { type Look, openLook } from '../sample/preview.ts';
 import { readInputs } from '../sample/request.ts';
 import { locateSources, type Sources } from '../sample/sources.ts';
 import { openUpscalers, type Upscalers } from '../sample/upscale_options.ts';
-import type { Drawn, FromDrawer, Order, Settings, Standing, ToDrawer } from './messages.ts';
+import {
+  type Drawn,
+  type FromDrawer,
+  nothingFollowed,
+  type Order,
+  type Settings,
+  type Standing,
+  type ToDrawer,
+} from './messages.ts';
 import { mostSide } from './served.ts';
 
 /** The models, open for good. */
@@ -40,11 +50,6 @@ const terminal = { out: () => {}, err: (text: string) => void process.stderr.wri
 
 async function open(options: Standing): Promise<Kept> {
   const sources = await locateSources(options, terminal);
-  const union = sources.under.controlnet.find(unionConfigOf);
-  if (union)
-    throw new UserError(
-      `${union.path} is a ControlNet union, and requests cannot say what a picture is: serve one of one kind`,
-    );
   const { source, refinerSource, taeSource, device, dtype, vaeSource, under } = sources;
   const place = { options, device, dtype, vaeSource };
   const base = openPipeline(source, place, under);
@@ -55,17 +60,16 @@ async function open(options: Standing): Promise<Kept> {
 
 /** Draws an order; says each step, and each picture as it is there. */
 async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
-  const options = { ...kept.options, controlnet: undefined, ...heeded(settings, kept.sources) };
+  const { base, sources, options } = following(kept, heeded(settings, kept.sources));
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
   const read = (name: string) => decodePicture(pictures[name], name, { mostPixels: mostSide ** 2 });
-  const call = planCall(options, kept.sources, await readInputs(options, read), prompts);
+  const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
   const { requests } = call;
   const { refiner, upscalers } = kept;
-  const base = following(kept, options.controlnet);
   const sent: Promise<void>[] = [];
   await drawCall(call, {
     ...{ upscalers, warn, base: { pipeline: base, requests } },
@@ -92,14 +96,42 @@ function heeded(settings: Settings, { source }: Sources): Settings {
   return strength === 1 ? ofEdits : settings;
 }
 
-/** The base with those of its ControlNets that an order follows, in the order's order. */
-function following(
-  { base, options: { controlnet: kept = [] } }: Kept,
+/** Which of the files that the server was started with an order names. */
+const chosen = (
+  of: (typed: string) => { file: string },
+  all: readonly string[] = [],
   wanted: readonly string[] = [],
-): Pipeline {
-  const fileOf = (typed: string): string => controlnetOf(typed).file;
-  const files = kept.map(fileOf);
-  return { ...base, controlnet: wanted.map((typed) => base.controlnet[files.indexOf(fileOf(typed))]) };
+): number[] => {
+  const files = all.map((typed) => of(typed).file);
+  return wanted.map((typed) => files.indexOf(of(typed).file));
+};
+
+/** The server's models and options with what an order follows beside the UNet, in its order, and nothing else. */
+function following({ base, sources, options: standing }: Kept, settings: Settings) {
+  const options: Standing = { ...standing, ...nothingFollowed, ...settings };
+  const nets = chosen(controlnetOf, standing.controlnet, options.controlnet);
+  const adapters = chosen(adapterOf, standing.adapter, options.adapter);
+  const ipAdapters = chosen(ipAdapterOf, standing.ipAdapter, options.ipAdapter);
+  const alone = <C, A, I>(of: {
+    controlnet: readonly C[];
+    adapter: readonly A[];
+    ipAdapter: readonly I[];
+  }) => ({
+    controlnet: nets.map((i) => of.controlnet[i]),
+    adapter: adapters.map((i) => of.adapter[i]),
+    ipAdapter: ipAdapters.map((i) => of.ipAdapter[i]),
+  });
+  const under = { ...sources.under, ...alone(sources.under) };
+  const controlMode = options.controlMode?.filter((_, i) => unionConfigOf(under.controlnet[i]));
+  if (controlMode?.includes(-1))
+    throw new UserError(
+      `${under.controlnet.find(unionConfigOf)?.path} is a ControlNet union: say what its picture is by union_control_type`,
+    );
+  return {
+    base: { ...base, ...alone(base) },
+    sources: { ...sources, under },
+    options: { ...options, controlMode: controlMode?.length ? controlMode : undefined },
+  };
 }
 
 async function sendPicture(

@@ -15,6 +15,9 @@ export interface Order {
 /** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */
 export type Standing = SampleOptions & { model: string };
 
+/** What is put beside the UNet is open, and followed where an order says so. */
+export const nothingFollowed = { controlnet: undefined, adapter: undefined, ipAdapter: undefined };
+
 /** What draws. */
 export interface ModelTold {
   device: string;

@@ -7,12 +7,18 @@ export const mostSteps = 150;
 /** Of one request. */
 export const mostPictures = 16;
 
+/** Something that is put beside the UNet, by the option that names its file. */
+export interface Followed {
+  kind: 'controlnet' | 'adapter' | 'ipAdapter';
+  file: string;
+}
+
 export interface Served {
   /** What clients call the model. */
   name: string;
   loras: readonly string[];
-  /** The ControlNets that requests may follow, as they were typed, by their names. */
-  controlnets: ReadonlyMap<string, string>;
+  /** What units of requests may follow, by their names. */
+  followed: ReadonlyMap<string, Followed>;
   /** How prompts are read, where the flags say. */
   texts: Settings;
   /** Hears of keys that change nothing. */
