@@ -1,5 +1,6 @@
 // The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
 export { openDevice } from './engine/device.ts';
+export { canny } from './io/canny.ts';
 export { UserError } from './io/errors.ts';
 export { resolveHub } from './io/hub.ts';
 export {

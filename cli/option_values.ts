@@ -73,12 +73,15 @@ export const size =
     return [Number(match[2]), Number(match[1])];
   };
 
-/** `TOP,LEFT`. */
-export const corner =
-  (flag: string) =>
-  (text: string): [number, number] => {
+/** Two whole numbers with a comma between. */
+export type Pair = [number, number];
+
+/** `what` is how people write them. */
+export const pair =
+  (flag: string, what: string) =>
+  (text: string): Pair => {
     const match = /^(\d+),(\d+)$/.exec(text);
-    if (!match) throw new UserError(`${flag} takes TOP,LEFT such as 0,0, not "${text}"`);
+    if (!match) throw new UserError(`${flag} takes ${what}, not "${text}"`);
     return [Number(match[1]), Number(match[2])];
   };
 

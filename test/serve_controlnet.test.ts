@@ -76,9 +76,12 @@ test('what a unit names is followed, as by sample', async (t) => {
       ],
     ],
     [
-      'a T2I-Adapter',
-      [{ model: 'edges', image, weight: 0.8, guidance_end: 0.5 }],
-      ['--adapter', `${edges}:0.8`, '--adapter-image', file, '--adapter-conditioning-factor', '0.5'],
+      "a T2I-Adapter along a picture's edges",
+      [{ model: 'edges', module: 'canny', threshold_a: 60, image, weight: 0.8, guidance_end: 0.5 }],
+      [
+        ...['--adapter', `${edges}:0.8`, '--adapter-image', file, '--canny', '60,200'],
+        ...['--adapter-conditioning-factor', '0.5'],
+      ],
     ],
     [
       'an IP-Adapter beside a T2I-Adapter and a ControlNet',
@@ -114,9 +117,12 @@ test('a unit that cannot be followed is told of', async (t) => {
   for (const [body, sentence] of [
     [units({ image }), /names null, and this server has full, small, union/],
     [units({ model: 'canny', image }), /names "canny", and this server has full/],
-    [units({ model: 'full', module: 'canny', image }), /module "canny": there are no preprocessors/],
-    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there are no preprocessors/],
-    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there are no preprocessors/],
+    [
+      units({ model: 'full', module: 'depth_midas', image }),
+      /module "depth_midas", and there is canny alone/,
+    ],
+    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there is canny alone/],
+    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there is canny alone/],
     [units({ model: 'full', control_mode: 2, image }), /control_mode takes Balanced alone/],
     [units({ model: 'full' }), /image takes a picture's file/],
     [units({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],

@@ -1,16 +1,18 @@
 // The flags of `sdxl sample` for ControlNets, what can be known to be wrong with them, and the part of a request that they come
 // to. Lists go by the order of --controlnet; what is given once counts for all.
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import { didYouMean, UserError } from '../../io/errors.ts';
 import { preprocessControl } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import type { ControlRequest } from '../../models/control/multicontrolnet.ts';
-import { number, repeated, scaledFile } from '../option_values.ts';
+import { number, type Pair, pair, repeated, scaledFile } from '../option_values.ts';
 
 export interface ControlOptions {
   controlnet?: string[];
   controlImage?: string[];
+  /** Of the edges that are followed in the pictures' place, those of T2I-Adapters too. */
+  canny?: Pair;
   controlMode?: number[];
   controlGuidanceStart?: number[];
   controlGuidanceEnd?: number[];
@@ -29,6 +31,14 @@ export const addControlOptions = (command: Command): Command =>
       '--control-image <FILE>',
       'what it follows (edges, depth, ... as it was trained on), taken as it is; one for each --controlnet, in their order',
       repeated((text) => text),
+    )
+    .addOption(
+      new Option(
+        '--canny [LOW,HIGH]',
+        "take the edges of each --control-image and --adapter-image in its place, as OpenCV's Canny finds them (default thresholds, as in diffusers' examples: 100,200)",
+      )
+        .argParser(pair('--canny', 'LOW,HIGH such as 100,200'))
+        .preset('100,200'),
     )
     .option(
       '--control-mode <N|NAME>',
@@ -62,7 +72,7 @@ export const controlnetOf = (text: string): { file: string; scale?: number } =>
   scaledFile('--controlnet', text);
 
 /** @throws UserError where there is not one of each thing for each ControlNet */
-export function checkControl(options: ControlOptions): void {
+export function checkControl(options: ControlOptions & { adapter?: string[] }): void {
   const {
     controlnet: nets = [],
     controlImage: images = [],
@@ -70,6 +80,8 @@ export function checkControl(options: ControlOptions): void {
     controlGuidanceEnd,
   } = options;
   nets.map(controlnetOf);
+  if (options.canny && nets.length + (options.adapter ?? []).length === 0)
+    throw new UserError('--canny needs --controlnet or --adapter: something that follows edges');
   if (images.length !== nets.length)
     throw new UserError(
       `there are ${nets.length} of --controlnet and ${images.length} of --control-image: give a picture to each`,

@@ -3,7 +3,7 @@
 import type { Command } from 'commander';
 import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
 import { emphases } from '../../models/text/emphasis.ts';
-import { corner, devices, number, numbers, oneOf, repeated, side, size } from '../option_values.ts';
+import { devices, number, numbers, oneOf, pair, repeated, side, size } from '../option_values.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';
@@ -28,7 +28,7 @@ Examples:
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
-  sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image edges.png --prompt "a bird"
+  sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image photo.png --canny --prompt "a bird"
   sdxl sample --model ./base --adapter TencentARC/t2i-adapter-canny-sdxl-1.0:0.8 --adapter-image edges.png --prompt "a bird"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:up.block_0=0,1,0 --ip-adapter-image painting.png --prompt "a cat"
@@ -231,7 +231,7 @@ const microConditioningOptions = (command: Command): Command =>
     .option(
       '--crops-coords-top-left <TOP,LEFT>',
       'where it was cropped (default: 0,0)',
-      corner('--crops-coords-top-left'),
+      pair('--crops-coords-top-left', 'TOP,LEFT such as 0,0'),
     )
     .option('--target-size <WxH>', "its size after (default: the picture's)", size('--target-size'))
     .option(
@@ -242,7 +242,7 @@ const microConditioningOptions = (command: Command): Command =>
     .option(
       '--negative-crops-coords-top-left <TOP,LEFT>',
       'the same for the negative prompt',
-      corner('--negative-crops-coords-top-left'),
+      pair('--negative-crops-coords-top-left', 'TOP,LEFT such as 0,0'),
     )
     .option(
       '--negative-target-size <WxH>',

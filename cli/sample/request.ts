@@ -1,4 +1,5 @@
 // What the flags of `sdxl sample` come to: the pictures they name, read, and the requests for the base and the refiner.
+import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { preprocess, preprocessMask, readPicture, toGrey } from '../../io/image.ts';
 import { cutAndFill, maskWindow, overlay } from '../../io/mask_crop.ts';
@@ -35,8 +36,10 @@ export async function readInputs(
     for (const path of paths) pictures.push(await read(path));
     return pictures;
   };
-  const controls = await readAll(options.controlImage);
-  const adapterImages = await readAll(options.adapterImage);
+  const { canny: thresholds } = options;
+  const followed = (picture: Picture) => (thresholds ? canny(picture, thresholds) : picture);
+  const controls = (await readAll(options.controlImage)).map(followed);
+  const adapterImages = (await readAll(options.adapterImage)).map(followed);
   const ipAdapterImages = await readAll(options.ipAdapterImage);
   const ipAdapterMasks = await readAll(options.ipAdapterMask);
   const others = { controls, adapterImages, ipAdapterImages, ipAdapterMasks };

@@ -239,5 +239,6 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   return {
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
+    edges: controls.edges,
   };
 }

@@ -1,6 +1,7 @@
 // The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet, a T2I-Adapter or an
-// IP-Adapter of those that the server was started with, and a picture that it follows as it is, as there are no preprocessors here. (An
-// IP-Adapter's is what its vision encoder is called, which comes with it.)
+// IP-Adapter of those that the server was started with, and a picture that it follows as it is, or its edges: of all preprocessors there
+// is Canny's. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
+import type { Thresholds } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
@@ -15,6 +16,8 @@ interface Unit extends Followed {
   weight: number;
   start: number;
   end: number;
+  /** Of its edges, where these are followed. */
+  edges?: Thresholds;
   /** What the picture is, for a union; -1 where it is not said. */
   mode: number;
 }
@@ -44,6 +47,7 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   return {
     settings: settingsOf(units, (unit) => names.get(unit) as string),
     pictures: Object.fromEntries([...names].map(([{ picture }, name]) => [name, picture])),
+    edges: Object.fromEntries([...names].flatMap(([{ edges }, name]) => (edges ? [[name, edges]] : []))),
   };
 }
 
@@ -100,7 +104,6 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
     throw new UserError(
       `a ControlNet unit names ${JSON.stringify(model ?? null)}, and this server has ${[...followed.keys()].join(', ') || 'none (--controlnet, --adapter, --ip-adapter)'}`,
     );
-  checkModule(String(unit.module ?? 'none'), found);
   const read = (key: string, usual: number, bounds: Parameters<typeof number>[1]): number =>
     number(`a ControlNet unit's ${key}`, bounds)(String(unit[key] ?? usual));
   const picture = typeof image === 'object' && image !== null && 'image' in image ? image.image : image;
@@ -110,17 +113,24 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
     picture: pictureBytes(picture, "a ControlNet unit's image"),
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
+    edges: edgesOf(String(unit.module ?? 'none'), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
   };
 }
 
-/** @throws UserError for a preprocessor; what sees an IP-Adapter's picture is none, but for faces */
-function checkModule(module: string, { kind }: Followed): void {
-  const sees = kind === 'ipAdapter' && /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
-  if (!sees && !/^none$/i.test(module))
+/** @throws UserError for another preprocessor; what sees an IP-Adapter's picture is none, but for faces */
+function edgesOf(module: string, unit: Record<string, unknown>, { kind }: Followed): Thresholds | undefined {
+  const sees = /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
+  if (/^none$/i.test(module) || (kind === 'ipAdapter' && sees)) return undefined;
+  if (!/^canny$/i.test(module) || kind === 'ipAdapter')
     throw new UserError(
-      `a ControlNet unit has the module "${module}": there are no preprocessors here, send what it would make`,
+      `a ControlNet unit has the module "${module}", and there is canny alone; send what it would make, with the module "none"`,
     );
+  const threshold = (key: string, usual: number): number => {
+    const value = number(`a ControlNet unit's ${key}`)(String(unit[key] ?? usual));
+    return value < 0 ? usual : value; // -1 is what it has by itself
+  };
+  return [threshold('threshold_a', 100), threshold('threshold_b', 200)];
 }
 
 /** sd-webui-controlnet's words for what a union is shown, by diffusers'. */
@@ -143,5 +153,5 @@ function modeOf(type: unknown): number {
 
 export const controlnetApi = ({ followed }: Served): Routes => ({
   'GET /controlnet/model_list': () => ({ json: { model_list: [...followed.keys()] } }),
-  'GET /controlnet/module_list': () => ({ json: { module_list: ['none'] } }),
+  'GET /controlnet/module_list': () => ({ json: { module_list: ['none', 'canny'] } }),
 });

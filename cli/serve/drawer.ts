@@ -1,6 +1,7 @@
 // The process of `sdxl serve` that draws: it opens the models once, keeps them, and draws one order after the other as `sdxl sample`
 // would. It ends with the server, when its pipe closes, and by itself after an error that may have left the device broken.
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
+import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import { unionConfigOf } from '../../models/control/controlnet_union.ts';
@@ -59,12 +60,15 @@ async function open(options: Standing): Promise<Kept> {
 }
 
 /** Draws an order; says each step, and each picture as it is there. */
-async function draw(kept: Kept, id: number, { settings, pictures }: Order): Promise<void> {
+async function draw(kept: Kept, id: number, { settings, pictures, edges = {} }: Order): Promise<void> {
   const { base, sources, options } = following(kept, heeded(settings, kept.sources));
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
-  const read = (name: string) => decodePicture(pictures[name], name, { mostPixels: mostSide ** 2 });
+  const read = async (name: string) => {
+    const picture = await decodePicture(pictures[name], name, { mostPixels: mostSide ** 2 });
+    return edges[name] ? canny(picture, edges[name]) : picture;
+  };
   const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);

@@ -1,5 +1,6 @@
 // What the two processes of `sdxl serve` tell each other: one answers HTTP and never waits for a step, the other draws. A GPU that fails
 // for good, or a kernel that takes its process with it, so ends the one that draws alone, which is started again.
+import type { Thresholds } from '../../io/canny.ts';
 import type { SampleOptions } from '../sample/options.ts';
 
 /** What a picture is asked for with, in `sdxl sample`'s options; the rest is as the server was started. */
@@ -10,6 +11,8 @@ export interface Order {
   settings: Settings;
   /** Files as they were sent. */
   pictures: Readonly<Record<string, Uint8Array>>;
+  /** Of which of them the edges are meant. */
+  edges?: Readonly<Record<string, Thresholds>>;
 }
 
 /** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */
