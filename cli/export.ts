@@ -20,7 +20,7 @@ import { exportLora, type LoraFormat } from '../models/lora/export_lora.ts';
 import { type Extracted, extractLora } from '../models/lora/extract_lora.ts';
 import type { AdapterFile } from '../models/lora/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora/lora_file.ts';
-import { mergedModel, targetsIn, targetsOf } from '../models/lora/merged.ts';
+import { type Merged, type MergedOptions, mergedModel, targetsIn, targetsOf } from '../models/lora/merged.ts';
 import { openCheckpoint } from '../train/checkpoint_source.ts';
 import { downloadsOn, locatorOf } from './model.ts';
 import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
@@ -63,10 +63,12 @@ Examples:
   sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
   sdxl export tuned.safetensors lora.safetensors --format lora-kohya --base ./sdxl-base --rank 64 --conv-rank 32
+  sdxl export ./sdxl-base both.safetensors --format lora-kohya --base ./sdxl-base --lora style.safetensors:0.8 --lora detail.safetensors
 
 Weights are streamed, read back and compared; one forward pass through the result equals the source's, or in GGUF is near it.
 GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.
-A LoRA is extracted of all linear layers and convolutions of the UNet and the text encoders that differ, with alpha its rank.`;
+A LoRA is extracted of all linear layers and convolutions of the UNet and the text encoders that differ, with alpha its rank. Of a model and
+itself with --lora it is one of several adapters, or one of another rank.`;
 
 export function addExport(command: Command, terminal: Terminal): void {
   command
@@ -166,8 +168,11 @@ function refuseIdle(options: Options, sharded: boolean): void {
     ['--max-shard-size', sharded && format !== 'diffusers'],
     ['--save-keys', saveKeys !== undefined && isAdapter],
     ['--unet', unet !== undefined && isAdapter],
-    ['--lora', lora !== undefined && isOfLora(format)],
   ] as const;
+  if (lora && isAdapter)
+    throw new UserError(
+      '--lora is merged into a model, and without --base a LoRA is exported as it is; give the model that it is for, in its place and as --base',
+    );
   for (const [flag, given] of idle)
     if (given) throw new UserError(`${flag} is for a model's parts, and ${format} is one file; leave it out`);
 }
@@ -281,6 +286,18 @@ async function openSource(
   return unet ? withUNet(trained, unet, where) : trained;
 }
 
+/** The model with what --lora names merged into it, where it names something. */
+async function withLoras(
+  source: ModelSource,
+  { lora = [] }: Options,
+  where: LocateOptions,
+  how: MergedOptions,
+): Promise<Merged | undefined> {
+  const files: AdapterFile[] = [];
+  for (const { file, scale } of lora.map(loraOf)) files.push({ path: await locateLora(file, where), scale });
+  return files.length > 0 ? mergedModel(source, files, how) : undefined;
+}
+
 async function extract(
   from: string,
   out: string,
@@ -300,10 +317,15 @@ async function extract(
   const tuned = await (isWhole ? openSource(from, options, where) : located(from));
   const base = await located(options.base as string);
   const device = openDevice(options.device);
+  // In float32, as what is merged is to be seen as it is.
+  const merged = await withLoras(tuned, options, where, { device, dtype: 'float32' });
   const bar = progressBar(terminal, 'weights', quiet);
   const onProgress = ({ done, total }: { done: number; total: number }) => bar.update(done, total);
   const request = { save_keys, rank, conv_rank, dtype, device, onProgress };
-  return heeded(extractLora(base, tuned, out, format, request)).finally(() => bar.end());
+  return heeded(extractLora(base, merged ?? tuned, out, format, request)).finally(() => {
+    bar.end();
+    merged?.close();
+  });
 }
 
 /** Does the work to its end, or to a signal, at which it leaves nothing. */
@@ -325,11 +347,8 @@ async function exportWeights(
   const quiet = options.quiet ?? false;
   const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
   const source = await openSource(from, options, where);
-  const lora: AdapterFile[] = [];
-  for (const { file, scale } of (options.lora ?? []).map(loraOf))
-    lora.push({ path: await locateLora(file, where), scale });
   const device = openDevice(options.device);
-  const merged = lora.length > 0 ? mergedModel(source, lora, { device, dtype: options.dtype }) : undefined;
+  const merged = await withLoras(source, options, where, { device, dtype: options.dtype });
   const keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
   const isUNet = (name: string): boolean => name === 'unet';
   try {

@@ -215,6 +215,37 @@ test('what a rank cuts off is told, as it is stored', async (t) => {
   });
 });
 
+test('several adapters become one, and one of another rank', async (t) => {
+  const twice = ['unet.conv_in', 'text_encoder_2.text_model.encoder.layers.1.mlp.fc1'];
+  const second = write('second', (path, shape) =>
+    twice.includes(path) ? update(`${path} second`, shape, 2) : undefined,
+  );
+  const [low, other, both, less] = ['low', 'other', 'both', 'less'].map((name) => at(`${name}.safetensors`));
+  const made = async (out: string, ...argv: string[]) => {
+    const { status, err } = await run(base, out, '--format', 'lora-kohya', '--quiet', ...argv);
+    t.equal(status, 0, err);
+    return layersOf(out);
+  };
+  t.equal((await run(second, other, ...kohya, '--rank', '2', '--quiet')).status, 0);
+  const [from, to] = [layersOf(low), layersOf(other)];
+  const merged = await made(both, '--base', base, '--lora', `${low}:0.5`, '--lora', `${other}:-1`);
+  t.same([...merged.keys()].sort(), [...from.keys()].sort());
+  for (const [layer, { product }] of merged) {
+    const [a, b] = [from, to].map((file) => file.get(layer)?.product ?? new Float32Array(product.length));
+    const want = a.map((x, i) => 0.5 * x - b[i]);
+    const most = want.reduce((m, x) => Math.max(m, Math.abs(x)), 0);
+    t.ok(maxDifference(product, want) < 1e-4 * most, `${layer}: ${maxDifference(product, want)} of ${most}`);
+  }
+  const cut = await made(less, '--base', base, '--lora', low, '--rank', '2', '--dtype', 'float16');
+  for (const [layer, { down, dtype }] of cut)
+    t.same([down[0], dtype], [Math.min(2, from.get(layer)?.down[0] ?? 0, down[0]), 'float16'], layer);
+  const whole = await run(low, at('none.safetensors'), '--format', 'lora-kohya', '--lora', other);
+  t.match(whole, {
+    status: 2,
+    err: /--lora is merged into a model, and without --base a LoRA is exported as it is/,
+  });
+});
+
 test("with all ranks it draws the tuned model's picture", async (t) => {
   const tuned = write('all', everywhere);
   const lora = at('all.safetensors');
@@ -310,10 +341,6 @@ test('mistakes', async (t) => {
     [
       [tuned, ...kohya, '--save-keys', 'vae'],
       /--save-keys: a LoRA is of unet, text_encoder, text_encoder_2, not vae/,
-    ],
-    [
-      [tuned, ...kohya, '--lora', lora],
-      /--lora is for a model's parts, and lora-kohya is one file; leave it out/,
     ],
     [[tuned, '--format', 'lora-kohya', '--base', at('nowhere')], /no model at .*nowhere/],
   ]);
