@@ -8,7 +8,7 @@ import {
   locateVae,
 } from '../models/locate/locate.ts';
 import { locateImageEncoder, locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
-import { locateWithUNet } from '../models/locate/locate_unet.ts';
+import { locateUNet, locateWithUNet } from '../models/locate/locate_unet.ts';
 import type { Locate } from '../train/session.ts';
 import { type Bar, progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
@@ -32,6 +32,7 @@ export function downloadsOn(terminal: Terminal, quiet: boolean): LocateOptions['
 /** All, as training asks for them. */
 export const locatorOf = (where: LocateOptions): Locate => ({
   model: (path, unet) => locateWithUNet(path, unet, where),
+  unet: (path, model) => locateUNet(path, model, where),
   vae: (path) => locateVae(path, where),
   controlnet: (path) => locateControlNet(path, where),
   adapter: (path) => locateT2IAdapter(path, where),

@@ -6,10 +6,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Device, openDevice } from '../engine/device.ts';
 import { writePng } from '../io/image.ts';
-import { openComponent, openModel } from '../models/checkpoint/checkpoint.ts';
+import { type ModelSource, openComponent, openModel } from '../models/checkpoint/checkpoint.ts';
 import { locateT2IAdapter } from '../models/locate/locate.ts';
 import { locateImageEncoder, locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
-import { withUNet } from '../models/locate/locate_unet.ts';
+import { locateUNet, withUNet } from '../models/locate/locate_unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { readLog } from '../train/log.ts';
 import { type Prepared, prepare } from '../train/preparation.ts';
@@ -56,6 +56,7 @@ for (let i = 0; i < 6; i++) {
 export const silent = { line() {}, progress() {} };
 export const locate = {
   model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),
+  unet: (path: string, model: ModelSource) => locateUNet(path, model, {}),
   vae: async (path: string) => openModel(path),
   controlnet: async (path: string) => openComponent(path),
   adapter: (path: string) => locateT2IAdapter(path),

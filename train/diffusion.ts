@@ -7,17 +7,19 @@ import type { Tensors } from '../engine/op.ts';
 import { standInDevice } from '../engine/profile.ts';
 import { scope } from '../engine/scope.ts';
 import { empty, type Tensor } from '../engine/tensor.ts';
+import type { ModelSource } from '../models/checkpoint/checkpoint.ts';
 import { textParts } from '../models/load_options.ts';
 import type { Pipeline } from '../models/pipeline.ts';
 import { controlOf } from './controls/control_of.ts';
 import { diffusionInputs } from './diffusion_inputs.ts';
 import { dropoutOf } from './dropout.ts';
 import { askedOf, type Side } from './methods/asked.ts';
+import { distillation } from './methods/distillation.ts';
 import { dpo } from './methods/dpo.ts';
 import { esd } from './methods/esd.ts';
 import { latentConsistency } from './methods/lcm.ts';
 import { type MakeMethod, type Method, plainDiffusion } from './methods/method.ts';
-import { type Teacher, teacherOf } from './methods/teacher.ts';
+import { otherTeacher, type Teacher, teacherOf } from './methods/teacher.ts';
 import { objectiveOf } from './objective.ts';
 import { place } from './pass.ts';
 import { type Pictures, previewSize } from './pictures.ts';
@@ -33,6 +35,7 @@ import { releaseTwin, twinPipeline } from './twin.ts';
 /** By `train.method`. */
 const methods: Record<Run['train']['method'], MakeMethod> = {
   diffusion: plainDiffusion,
+  distillation,
   dpo,
   esd,
   lcm: latentConsistency,
@@ -61,7 +64,7 @@ export function diffusionTask(
   const configs = networks.texts.map(({ name }) => source.config(name));
   const texts = said ? preparedTexts(pipeline, said, configs) : textsInPass(pipeline);
   const method = methods[run.train.method](run, objectiveOf(run.objective, source.config('scheduler')));
-  const teacher = teacherFor(run, method, pipeline, networks.net);
+  const teacher = teacherFor(run, method, pipeline, networks.net, sources.teacherSource);
   let averages: Weights;
   const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, added, substitute);
   /** The model with other weights in what is trained; the model itself where there are none. */
@@ -146,14 +149,16 @@ export function diffusionTask(
   };
 }
 
-/** The model as it is loaded, where the method asks it. */
+/** The model as it is loaded, or the larger one that is named beside it, where the method asks a teacher. */
 function teacherFor(
   run: Run,
   { asks }: Method,
-  { unetConfig }: Pipeline,
+  { unetConfig, device }: Pipeline,
   net: Component,
+  other?: ModelSource,
 ): Teacher | undefined {
   if (!asks.teacher) return undefined;
+  if (other) return otherTeacher(other, device, run.dtype);
   return teacherOf(unetConfig, net, new Set(run.train.target === 'unet' ? net.trained : []));
 }
 

@@ -338,9 +338,18 @@ export function diffusionLoss(
   conditioning: Conditioning,
 ): Tensor {
   const seen = (x: Tensor): Tensor => (mask ? mul(x, mask) : x);
-  const given = seen(cast(network(sample, timesteps, conditioning), 'float32'));
-  const target = seen(wanted);
-  return settings.loss === 'huber'
-    ? huber(given, target, weights, settings.huber_delta)
-    : mse(given, target, weights);
+  return distance(
+    settings,
+    seen(cast(network(sample, timesteps, conditioning), 'float32')),
+    seen(wanted),
+    weights,
+  );
 }
+
+/** How far `given` is from `wanted`, of one type, by the loss of a run: its mean over images, [1] float32; `weights` are theirs. */
+export const distance = (
+  { loss, huber_delta }: Pick<ObjectiveSettings, 'loss' | 'huber_delta'>,
+  given: Tensor,
+  wanted: Tensor,
+  weights?: Tensor,
+): Tensor => (loss === 'huber' ? huber(given, wanted, weights, huber_delta) : mse(given, wanted, weights));

@@ -50,16 +50,21 @@ export function foreseen(run: Run, earlier: readonly Run[]): Foreseen {
     typeof path === 'string' && path !== '' && !existsSync(path)
       ? earlier.find(({ output }) => resolve(path).startsWith(`${resolve(output)}/`))
       : undefined;
-  const { model, unet, vae, lora, controlnet, t2i_adapter, ip_adapter, textual_inversion } = run;
+  const { model, unet, vae, lora, distillation, controlnet, t2i_adapter, ip_adapter, textual_inversion } =
+    run;
+  /** Where a run begins that is to make a UNet; a preset is nowhere. */
+  const begin = ({ unet, model }: Run): string => unet || (typeof model === 'string' ? model : '');
   const net = maker(controlnet.controlnet_model_name_or_path);
   const lender = maker(unet);
+  const teacher = maker(distillation.pretrained_teacher_model);
   const made: Run = {
     ...run,
     model: maker(model)?.model ?? model,
-    unet: lender ? lender.unet || (typeof lender.model === 'string' ? lender.model : '') : unet,
+    unet: lender ? begin(lender) : unet,
     // One that is trained has the model's own shape.
     vae: maker(vae) ? '' : vae,
     lora: maker(lora.network_weights) ? { ...lora, network_weights: '' } : lora,
+    distillation: teacher ? { ...distillation, pretrained_teacher_model: begin(teacher) } : distillation,
     controlnet: net ? net.controlnet : controlnet,
     t2i_adapter: maker(t2i_adapter.adapter_model_name_or_path)?.t2i_adapter ?? t2i_adapter,
     ip_adapter: maker(ip_adapter.pretrained_ip_adapter_path)?.ip_adapter ?? ip_adapter,
@@ -104,7 +109,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   const epochs = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
   return [
     `run         ${run.name}, into ${run.output}`,
-    `model       ${plan.model}${run.unet ? `, UNet ${run.unet}` : ''}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
+    `model       ${plan.model}${run.unet ? `, UNet ${run.unet}` : ''}${ofTeacher(run)}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
     `images      ${plan.images} from ${run.dataset.path}${ofClass(plan)}`,
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
@@ -125,9 +130,20 @@ const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>
     ? `, ${class_images} of the class from ${dataset.class_data_dir} (loss times ${objective.prior_loss_weight})`
     : '';
 
+const ofTeacher = ({ distillation: { pretrained_teacher_model, student_weight_from_teacher } }: Run) =>
+  pretrained_teacher_model
+    ? `, teacher ${pretrained_teacher_model}${student_weight_from_teacher ? ', whose weights it begins with' : ''}`
+    : '';
+
 /** The loss, and what it is of where it is not the plain one. */
-function ofMethod({ train, objective, dpo, esd, lcm }: Run): string[] {
+function ofMethod({ train, objective, distillation, dpo, esd, lcm }: Run): string[] {
   if (train.method === 'diffusion') return [objective.loss];
+  const { output_weight, feature_weight, distill_level } = distillation;
+  if (train.method === 'distillation')
+    return [
+      ...[train.method, objective.loss, `output_weight ${output_weight}`],
+      `feature_weight ${feature_weight} by ${distill_level}`,
+    ];
   if (train.method === 'dpo') return [train.method, `beta_dpo ${dpo.beta_dpo}`];
   if (train.method === 'esd')
     return [train.method, objective.loss, `negative_guidance ${esd.negative_guidance}`];

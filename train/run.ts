@@ -17,7 +17,7 @@ export const targets = [
   'textual_inversion',
   'vae',
 ] as const;
-export const methods = ['diffusion', 'dpo', 'esd', 'lcm'] as const;
+export const methods = ['diffusion', 'distillation', 'dpo', 'esd', 'lcm'] as const;
 
 export interface Run {
   /** Names the run in logs and, unless `output` says otherwise, its folder runs/NAME. */
@@ -38,7 +38,8 @@ export interface Run {
     target: (typeof targets)[number];
     /**
      * What it learns from: the diffusion loss of `objective`, or, for `unet` and `lora`, pairs of pictures of which people prefer one
-     * (Diffusion-DPO), or the model itself: to forget a concept (ESD), or to draw in a few steps (`lcm`).
+     * (Diffusion-DPO), or the model itself: to forget a concept (ESD), or to draw in a few steps (`lcm`). For `unet` from a larger model
+     * (`distillation`).
      */
     method: (typeof methods)[number];
     /** Of the UNet's weights, those whose key contains one of these; empty for all. */
@@ -109,6 +110,19 @@ export interface Run {
      * (`time_cond_proj_dim`); 0 not to. Adapters are told nothing.
      */
     unet_time_cond_proj_dim: number;
+  };
+  /** Distillation of a larger UNet into a smaller one, as of SDXL into SSD-1B (Gupta et al. 2024; methods/distillation.ts). */
+  distillation: {
+    /** The teacher, a frozen UNet of the student's widths that predicts the same: a model's folder, file or hub id, or a UNet's alone. */
+    pretrained_teacher_model: string;
+    /** Begin the student with the teacher's weights. Of its own UNet a config.json is enough. */
+    student_weight_from_teacher: boolean;
+    /** What is compared on the way: the outputs of all resnets and transformers that both have, or of levels. Both and the middle block. */
+    distill_level: 'block' | 'sub_block';
+    /** What the distance of both outputs counts beside the loss. */
+    output_weight: number;
+    /** What those on the way count. */
+    feature_weight: number;
   };
   controlnet: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a copy of the UNet's encoder. */

@@ -69,6 +69,13 @@ export const fields: Fields<Run> = {
     timestep_scaling_factor: number(10, { min: 1 }),
     unet_time_cond_proj_dim: whole(256, { min: 0, max: MOST_WIDE }),
   },
+  distillation: {
+    pretrained_teacher_model: text(''),
+    student_weight_from_teacher: flag(false),
+    distill_level: choice('sub_block', 'block', 'sub_block'),
+    output_weight: number(0.5, { min: 0 }),
+    feature_weight: number(0.5, { min: 0 }),
+  },
   controlnet: {
     controlnet_model_name_or_path: text(''),
     transformer_layers_per_block: list([], whole(0)),

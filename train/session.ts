@@ -34,6 +34,7 @@ import { type Ema, ema as startEma } from './ema.ts';
 import { moveThrough } from './fused.ts';
 import { learningRate } from './lr_schedule.ts';
 import { boundNorms } from './max_norm.ts';
+import { asStudent } from './methods/student.ts';
 import { toldGuidance } from './methods/told_guidance.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import type { Optimizer } from './optimizers/rule.ts';
@@ -52,6 +53,8 @@ import { learnVocabulary, writeTokenizers } from './vocabulary.ts';
 export interface Locate {
   /** With the UNet at `unet` in its own one's place, where that names one. */
   model(path: string, unet: string): Promise<ModelSource>;
+  /** A UNet alone, or a model's; `model` lends a file without a config its own. */
+  unet(path: string, model: ModelSource): Promise<ModelSource>;
   vae(path: string): Promise<ModelSource>;
   controlnet(path: string): Promise<ModelSource>;
   adapter(path: string): Promise<ModelSource>;
@@ -89,8 +92,9 @@ interface MaterialOptions {
   maker?: Run;
 }
 
-/** The model as a run trains it: its UNet may get further layers or channels first. */
-const shaped = (run: Run, source: ModelSource): ModelSource => toldGuidance(run, asSeeing(run, source));
+/** The model as a run trains it: its UNet may get further layers or channels first, or a teacher's weights. */
+const shaped = (run: Run, source: ModelSource, teacher?: ModelSource): ModelSource =>
+  asStudent(run, toldGuidance(run, asSeeing(run, source)), teacher);
 
 /** @throws UserError for whatever is missing or unfit */
 export async function openMaterials(
@@ -100,7 +104,9 @@ export async function openMaterials(
   { checkpoint, tokenizers = join(run.output, 'tokenizers'), maker }: MaterialOptions = {},
 ): Promise<Materials> {
   const opened = await openSource(run, locate, tokenizers, checkpoint);
-  const source = shaped(run, maker ? shaped(maker, opened) : opened);
+  const { pretrained_teacher_model: teacher } = run.distillation;
+  const teacherSource = teacher ? await locate.unet(teacher, opened) : undefined;
+  const source = shaped(run, maker ? shaped(maker, opened) : opened, teacherSource);
   const vaeSource = run.vae ? await locate.vae(run.vae) : source;
   const controlSource = await openControl(run, locate, checkpoint);
   const ipAdapter = await openIPAdapter(run, locate);
@@ -117,7 +123,7 @@ export async function openMaterials(
   );
   const total = run.steps || run.epochs * perEpoch;
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses what cannot be followed, before any work
-  const sources = { source, vaeSource, controlSource, ipAdapter, checkpoint };
+  const sources = { source, vaeSource, teacherSource, controlSource, ipAdapter, checkpoint };
   return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
 }
 

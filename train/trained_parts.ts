@@ -17,6 +17,8 @@ import { type Added, adapters, type Networks } from './twin.ts';
 export interface Sources {
   source: ModelSource;
   vaeSource: ModelSource;
+  /** Another UNet than the model's for the teacher of a method that asks one. */
+  teacherSource?: ModelSource;
   /** A ControlNet or T2I-Adapter to go on with. */
   controlSource?: ModelSource;
   /** What an IP-Adapter is made from. */

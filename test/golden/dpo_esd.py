@@ -61,9 +61,8 @@ def esd(unet, reference, noise):
     return F.mse_loss(unet(), free - NEGATIVE_GUIDANCE * (named - free))
 
 
-def compute(folder, method, target, dtype):
-    unet, named, reference = trained(folder, target)
-    unet, reference = unet.to(dtype), reference.to(dtype)
+def batch(folder, dtype):
+    """The timesteps and noise of a pass, and what a network says there."""
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     latents = numbers("latents", 2 * PAIRS, 4, HEIGHT, WIDTH).to(dtype)
     noise = numbers("noise", PAIRS, 4, HEIGHT, WIDTH).to(dtype).repeat(2, 1, 1, 1)
@@ -78,24 +77,33 @@ def compute(folder, method, target, dtype):
             seen, timesteps, context * told, added_cond_kwargs=dict(text_embeds=pooled * told, time_ids=sizes)
         ).sample
 
+    return scheduler.alphas_cumprod[timesteps].to(dtype), noise, saying
+
+
+def compute(folder, method, target, dtype):
+    unet, named, reference = trained(folder, target)
+    unet, reference = unet.to(dtype), reference.to(dtype)
+    _, noise, saying = batch(folder, dtype)
     loss = method(saying(unet), saying(reference), noise)
     loss.backward()
     return loss.item(), {k: p.grad.double().clone() for k, p in named.items()}
 
 
-def main(folder):
+def tell(name, target, stride, computed):
+    """The lines of what `computed` gives in a type."""
     rms = lambda t: t.pow(2).mean().sqrt()
+    _, rough = computed(torch.float32)
+    loss, exact = computed(torch.float64)
+    chosen = list(exact)[::stride]
+    noise = max((rms(rough[k] - exact[k]) / rms(exact[k])).item() for k in chosen)
+    about = dict(method=name, target=target, loss=loss, count=len(exact), noise=float(f"{noise:.2g}"))
+    print(json.dumps(about, separators=(",", ":")))
+    print(about, len(chosen), file=sys.stderr)
+    for key in chosen:
+        print(json.dumps([name, target, key, *folded(exact[key], key)], separators=(",", ":")))
+
+
+if __name__ == "__main__":
     for method in dpo, esd:
         for target, stride in STRIDE.items():
-            _, rough = compute(folder, method, target, torch.float32)
-            loss, exact = compute(folder, method, target, torch.float64)
-            chosen = list(exact)[::stride]
-            noise = max((rms(rough[k] - exact[k]) / rms(exact[k])).item() for k in chosen)
-            about = dict(method=method.__name__, target=target, loss=loss, count=len(exact), noise=float(f"{noise:.2g}"))
-            print(json.dumps(about, separators=(",", ":")))
-            print(about, len(chosen), file=sys.stderr)
-            for key in chosen:
-                print(json.dumps([method.__name__, target, key, *folded(exact[key], key)], separators=(",", ":")))
-
-
-main(sys.argv[1])
+            tell(method.__name__, target, stride, lambda dtype: compute(sys.argv[1], method, target, dtype))

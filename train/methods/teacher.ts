@@ -1,12 +1,16 @@
 // The frozen teacher of a method that asks one: the UNet as the run's model was loaded, with nothing put on it. It shares the storage of
-// what is not trained, so beside adapters it costs no memory. What is trained it copies, before a checkpoint or an update moves that.
+// what is not trained, so beside adapters it costs no memory. What is trained it copies, before a checkpoint or an update moves that. Or it
+// is another model's UNet, whole on each device.
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
+import { holding } from '../../engine/memory.ts';
 import { namedParameters, type Parameter, unload } from '../../engine/module.ts';
 import { scale } from '../../engine/ops/unary.ts';
 import { built, scope } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import { type UNet, type UNetConfig, unet } from '../../models/unet/unet.ts';
+import type { FloatDType } from '../../io/dtype.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { parseUNetConfig, type UNet, type UNetConfig, unet } from '../../models/unet/unet.ts';
 import { type Component, copied, type Substitute, twin } from '../task.ts';
 
 export interface Teacher {
@@ -22,12 +26,7 @@ export function teacherOf(
   { parameters }: Component,
   moved: ReadonlySet<string>,
 ): Teacher {
-  const made = (from: ReadonlyMap<string, Parameter>, substitute: Substitute): UNet =>
-    built(() => {
-      const own = unet(config);
-      twin({ name: 'teacher', parameters: from }, namedParameters(own), substitute);
-      return own;
-    });
+  const made = makerOf(config);
   const own = made(parameters, (name, given) =>
     moved.has(name.slice('teacher.'.length)) ? duplicate(given) : given.handle(),
   );
@@ -43,5 +42,30 @@ export function teacherOf(
     release: () => unload(own),
   };
 }
+
+/** The UNet of another model, in the type of the run. @throws UserError where it cannot be loaded */
+export function otherTeacher(source: ModelSource, device: Device, dtype: FloatDType): Teacher {
+  const config = parseUNetConfig(source.config('unet'));
+  const own = built(() => {
+    const made = unet(config);
+    holding('teacher', () => source.load('unet', made, device, dtype));
+    return made;
+  });
+  return {
+    unet: own,
+    beside: (_, device) => makerOf(config)(namedParameters(own), copied(device)),
+    release: () => unload(own),
+  };
+}
+
+/** Makes UNets with a tensor for each weight. */
+const makerOf =
+  (config: UNetConfig) =>
+  (parameters: ReadonlyMap<string, Parameter>, substitute: Substitute): UNet =>
+    built(() => {
+      const own = unet(config);
+      twin({ name: 'teacher', parameters }, namedParameters(own), substitute);
+      return own;
+    });
 
 const duplicate = (weight: Tensor): Tensor => noGrad(() => scope(() => scale(weight, 1)));

@@ -11,6 +11,7 @@ type Method = Run['train']['method'];
 /** Whether a method has no use for a key of `objective`. */
 const isUnused: Record<Method, (key: string) => boolean> = {
   diffusion: () => false,
+  distillation: (key) => key === 'masked_loss',
   dpo: (key) => /^(loss|huber_delta|masked_loss)$/.test(key),
   esd: () => false,
   lcm: (key) => !ofAllMethods.includes(key),
@@ -21,6 +22,7 @@ export function refuseOfMethods(run: Run, where: string): void {
   const { train, lcm } = run;
   const { method, target } = train;
   if (method === 'diffusion') return;
+  if (method === 'distillation') refuseOfStudents(run, where);
   if (target !== 'unet' && target !== 'lora')
     throw new UserError(
       `${where}: "train.method" "${method}" is for the targets "unet" and "lora", and "train.target" is "${target}"; leave it out`,
@@ -56,6 +58,27 @@ export function refuseOfMethods(run: Run, where: string): void {
       `${where}: "lcm.w_min" is ${lcm.w_min} and "lcm.w_max" ${lcm.w_max}; write the smaller first`,
     );
   if (method === 'dpo') refuseOfPairs(run, where);
+}
+
+/** What makes no teacher and student. */
+function refuseOfStudents({ train: { target }, model, distillation }: Run, where: string): void {
+  const { pretrained_teacher_model, output_weight, feature_weight } = distillation;
+  if (target !== 'unet')
+    throw new UserError(
+      `${where}: "train.method" "distillation" makes a smaller UNet, and "train.target" is "${target}"; set "train.target" to "unet"`,
+    );
+  if (pretrained_teacher_model === '')
+    throw new UserError(
+      `${where}: "distillation.pretrained_teacher_model" is empty; name the model whose UNet is the teacher, such as "stabilityai/stable-diffusion-xl-base-1.0"`,
+    );
+  if (typeof model !== 'string')
+    throw new UserError(
+      `${where}: "model" is a preset, whose random text encoders the teacher of "distillation.pretrained_teacher_model" knows nothing of; name a model with the teacher's, and perhaps with "unet" a smaller UNet`,
+    );
+  if (output_weight === 0 && feature_weight === 0)
+    throw new UserError(
+      `${where}: "distillation.output_weight" and "distillation.feature_weight" are 0, so the teacher would teach nothing; give one of them a value such as 0.5`,
+    );
 }
 
 /** What pairs of pictures cannot be used for. */

@@ -38,6 +38,7 @@ const owned: readonly Owned[] = [
   { group: 'ip_adapter', of: 'an IP-Adapter', by: 'target', owner: 'ip_adapter' },
   { group: 'textual_inversion', of: "a token's vectors", by: 'target', owner: 'textual_inversion' },
   { group: 'lcm', of: 'latent consistency distillation', by: 'method', owner: 'lcm' },
+  { group: 'distillation', of: 'distillation into a smaller UNet', by: 'method', owner: 'distillation' },
   { group: 'dpo', of: 'Diffusion-DPO', by: 'method', owner: 'dpo' },
   {
     ...{ group: 'dataset', keys: /^(rejected_image|label)_column$/ },
