@@ -39,6 +39,20 @@ const cards = [
 // The golden tokenizers' ids lie within the real vocabulary.
 const source = randomModel(presets['sdxl-base'], { seed: 0, tokenizers: join(goldenFolder, 'tiny-sdxl') });
 
+/** A model with SSD-1B's UNet, which lacks the middle block's attention and blocks of the deepest level. */
+const ssd1b = randomModel(
+  {
+    ...presets['sdxl-base'],
+    unet: {
+      ...presets['sdxl-base'].unet,
+      transformer_layers_per_block: [0, 2, [4, 4]],
+      reverse_transformer_layers_per_block: [[4, 4, 10], [2, 1, 1], 1],
+      mid_block_type: 'UNetMidBlock2D',
+    },
+  },
+  { seed: 0, tokenizers: join(goldenFolder, 'tiny-sdxl') },
+);
+
 /** A ControlNet as large as its UNet's half, such as controlnet-canny-sdxl-1.0. */
 const controlnet: ModelSource = {
   ...source,
@@ -193,7 +207,11 @@ function trainOn(
   };
   const ipAdapter =
     run.train.target === 'ip_adapter' ? { imageEncoder: ipAdapterSource().imageEncoder } : undefined;
-  const materials = { run, source, vaeSource: source, ipAdapter, pictures, updatesPerEpoch: 1, total: 1 };
+  const distils = run.train.method === 'distillation';
+  const own = distils
+    ? { source: ssd1b, vaeSource: source, teacherSource: source }
+    : { source, vaeSource: source };
+  const materials = { run, ...own, ipAdapter, pictures, updatesPerEpoch: 1, total: 1 };
   const device = () => standInCuda({ ...card, bytes: bytes - DRIVERS_SHARE });
   return estimate(materials, Array.from({ length: gpus }, device)).bytes;
 }
@@ -269,6 +287,27 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
       message: /optimizer \d+\.\d\d GiB/,
     });
   }
+  t.end();
+});
+
+test('distillation of SSD-1B at 1024x1024, with a whole teacher on each GPU', (t) => {
+  const train = { method: 'distillation', gradient_checkpointing: true } as const;
+  const on = (gpus: number, bytes: number, more: RunInput) =>
+    trainOn(gpus, cards[1], bytes, { train, distillation: { pretrained_teacher_model: 'sdxl' }, ...more });
+  const gib = (bytes: readonly number[]) => bytes.map((each) => (each / GIB).toFixed(2)).join(', ');
+  const adafactor = { name: 'adafactor' } as const;
+  const [one] = on(1, 18e9 + DRIVERS_SHARE, { optimizer: adafactor });
+  const least = on(1, 11e9, {
+    train: { ...train, fused_backward_pass: true },
+    optimizer: { ...adafactor, stochastic_rounding: true },
+  });
+  t.ok(
+    one - least[0] > 7 * GIB,
+    `Adafactor with float32 masters, ${gib([one])}, and all lean, ${gib(least)}`,
+  );
+  const two = on(2, 18e9, { optimizer: adafactor });
+  // The teacher's 4.78 GiB, as much of the student's weights and gradients, and half of its masters.
+  t.ok(Math.min(...two) > 12 * GIB && Math.max(...two) < one - 2 * GIB, `on two: ${gib(two)}`);
   t.end();
 });
 
