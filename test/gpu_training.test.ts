@@ -1,17 +1,22 @@
 // What training does on a GPU, a virtual one here: an update's passes are recorded and replayed, weights move amid the pass, memory
-// runs out, the GPU is lost. And what has a judge elsewhere: Prodigy over 60 steps, a pass of consistency distillation.
+// runs out, the GPU is lost. And what has a judge elsewhere: Prodigy over 60 steps, a pass of consistency distillation
+// and one of distillation into a smaller network.
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../engine/device.ts';
 import { gradOf, noGrad, requireGrad } from '../engine/grad.ts';
-import { parameter } from '../engine/module.ts';
+import { module, namedParameters, parameter } from '../engine/module.ts';
 import type { Tensors } from '../engine/op.ts';
 import { mul } from '../engine/ops/binary.ts';
 import { linear } from '../engine/ops/linear.ts';
 import { scope, unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../engine/tensor.ts';
+import { presets } from '../models/formats/presets.ts';
+import { distillation } from '../train/methods/distillation.ts';
 import { consistencyLoss } from '../train/methods/lcm.ts';
 import type { Asked } from '../train/methods/method.ts';
+import { objectiveOf } from '../train/objective.ts';
 import { openPasses } from '../train/pass.ts';
+import { resolveRun } from '../train/resolve_run.ts';
 import { lent } from '../train/task.ts';
 import { numbers } from './controlnet_golden.ts';
 import { allClose } from './golden.ts';
@@ -129,12 +134,21 @@ test("prodigyopt's d and weights over 60 steps", { timeout: 120_000 }, (t) => {
   t.end();
 });
 
+type LossOf = (asked: Asked, inputs: Tensors) => Tensor;
+
 /** Losses and gradients of three passes through networks that are a product. */
-function passesOn(device: Device): number[] {
-  const weight = parameter([4, 4]);
-  weight.tensor = requireGrad(tensor(numbers('weight', [4, 4]), [4, 4], { device }));
+function passesOn(device: Device, lossOf: LossOf): number[] {
+  const product = (name: string) => {
+    const weight = parameter([4, 4]);
+    weight.tensor = unscoped(() => tensor(numbers(name, [4, 4]), [4, 4], { device }));
+    const layer = module({ weight }, (m, x: Tensor) => linear(x, m.weight.tensor));
+    const net = module({ mid_block: layer }, (m, x: Tensor) => m.mid_block(x));
+    namedParameters(net); // gives the paths
+    return { net, weight };
+  };
+  const [{ net: student, weight }, other] = [product('weight'), product('other')];
+  requireGrad(weight.tensor);
   const average = tensor(numbers('average', [4, 4]), [4, 4], { device, dtype: 'bfloat16' });
-  const student = (x: Tensor) => linear(x, weight.tensor);
   const asked: Omit<Asked, 'conditioning' | 'unconditional'> = {
     student,
     // As a twin has an average of another type: cast in the pass, and let go.
@@ -144,25 +158,22 @@ function passesOn(device: Device): number[] {
       own.release();
       return made;
     },
-    teacher: (x, _, { context }) => mul(x, context),
+    teacher: (x, _, { context }) => noGrad(() => other.net(mul(x, context))),
   };
   const said = (context: Tensor) => ({ context, textEmbeds: context, timeIds: context });
-  const loss = (inputs: Tensors) => {
-    const conditioning = said(inputs.context);
-    const unconditional = said(inputs.unconditional);
-    return consistencyLoss(
-      { ...asked, conditioning, unconditional },
+  const loss = (inputs: Tensors) =>
+    lossOf(
+      { ...asked, conditioning: said(inputs.context), unconditional: said(inputs.unconditional) },
       inputs,
-      { loss_type: 'huber', huber_c: 0.01 },
-      'float32',
     );
-  };
   const passes = openPasses({ loss }, new Map([['weight', weight]]), device);
   const got = [1, 2, 3].flatMap((k) => {
     const input = (name: string, ...shape: number[]) => {
       return { shape, values: numbers(`${name} ${k}`, shape), dtype: 'float32' as const };
     };
-    const pictures = { sample: [2, 3, 5, 4], context: [2, 3, 5, 4], unconditional: [2, 3, 5, 4] };
+    const pictures = Object.fromEntries(
+      ['sample', 'target', 'context', 'unconditional'].map((name) => [name, [2, 3, 5, 4]]),
+    );
     const rows = { factors: [2, 7], weights: [2], timesteps: [2], ends: [2] };
     const inputs = Object.entries({ ...pictures, ...rows }).map(([name, shape]) => [
       name,
@@ -175,17 +186,25 @@ function passesOn(device: Device): number[] {
     return [value, ...scope(() => gradOf(weight.tensor)?.floats() ?? [])];
   });
   passes.release();
-  weight.unload();
+  for (const each of [weight, other.weight]) each.unload();
   average.release();
   return got;
 }
 
-test('a pass is recorded on a GPU, and tells what it tells on a CPU', (t) => {
-  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26, races: false }));
-  const gpu = cudaDevice(failing.api);
-  const [recorded, eager] = [gpu, openDevice('reference')].map(passesOn);
-  t.ok(failing.made('cuGraphLaunch') > 0, 'it was replayed');
-  allClose(t, 'losses and gradients', recorded, eager, { atol: 1e-5, rtol: 1e-5 });
-  t.equal(gpu.memory.storages, 0);
-  t.end();
-});
+const run = resolveRun({}, 'test', 'test');
+const kinds: Record<string, LossOf> = {
+  consistency: (asked, inputs) =>
+    consistencyLoss(asked, inputs, { loss_type: 'huber', huber_c: 0.01 }, 'float32'),
+  distillation: distillation(run, objectiveOf(run.objective, presets.tiny.scheduler)).loss,
+};
+
+for (const [kind, lossOf] of Object.entries(kinds))
+  test(`a pass of ${kind} is recorded on a GPU, and tells what it tells on a CPU`, (t) => {
+    const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26, races: false }));
+    const gpu = cudaDevice(failing.api);
+    const [recorded, eager] = [gpu, openDevice('reference')].map((device) => passesOn(device, lossOf));
+    t.ok(failing.made('cuGraphLaunch') > 0, 'it was replayed');
+    allClose(t, 'losses and gradients', recorded, eager, { atol: 1e-5, rtol: 1e-5 });
+    t.equal(gpu.memory.storages, 0);
+    t.end();
+  });
