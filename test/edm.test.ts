@@ -22,7 +22,6 @@ import type { PlanOptions } from '../models/samplers/sampler.ts';
 import { vaeFor } from '../models/vae/autoencoder.ts';
 import { scaleLatents } from '../models/vae/latents.ts';
 import { parseVaeConfig } from '../models/vae/vae.ts';
-import { objectiveOf } from '../train/objective.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { contents } from './contents.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
@@ -342,10 +341,6 @@ test('mistakes', async (t) => {
     ],
   );
   const scheduler = openModel(cosxl).config('scheduler');
-  t.throws(() => objectiveOf({} as never, scheduler), {
-    name: 'UserError',
-    message: /trained under EDM's noise \(EDMEulerScheduler\), and what is trained here learns from DDPM's/,
-  });
   t.throws(() => samplerFor({ scheduler: parseSchedulerConfig(scheduler) }, { scheduler: { name: 'lcm' } }), {
     message: /LCMScheduler draws nothing but noise/,
   });

@@ -9,6 +9,7 @@ import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { completeConfig, isEDM, parseSchedulerConfig } from '../models/samplers/config.ts';
+import { type EDMTables, edmTables } from '../models/samplers/edm.ts';
 import { noised, signalToNoise, trainingTables, velocity, weighted } from '../models/samplers/tables.ts';
 import type { Conditioning } from '../models/unet/transformer.ts';
 import { draws } from './draws.ts';
@@ -69,7 +70,9 @@ export interface NoisedBatch {
 export interface Objective {
   settings: ObjectiveSettings & { prediction_type: 'epsilon' | 'v_prediction' };
   /** abar_t by timestep. */
-  alphasCumprod: Float32Array;
+  alphasCumprod: Float32Array | Float64Array;
+  /** Of a model of EDM's noise, whose levels are counted as timesteps. */
+  edm?: EDMTables;
 }
 
 /** The model's scheduler config as it is of the trained model: previews and the finished model sample by it. */
@@ -92,12 +95,17 @@ export function objectiveOf(
   settings: ObjectiveSettings,
   given: Readonly<Record<string, unknown>>,
 ): Objective {
-  if (isEDM(given._class_name))
+  const isOfEDM = isEDM(given._class_name);
+  if (isOfEDM && (settings.prediction_type || settings.zero_terminal_snr))
     throw new UserError(
-      `the model was trained under EDM's noise (${given._class_name}), and what is trained here learns from DDPM's: give a model of SDXL's own noise, such as stabilityai/stable-diffusion-xl-base-1.0`,
+      `the model was trained under EDM's noise (${given._class_name}), which says what it predicts: leave objective.prediction_type and objective.zero_terminal_snr out`,
     );
-  const scheduler = completeConfig('DDPMScheduler', parseSchedulerConfig(trainedScheduler(given, settings)));
-  const { prediction_type } = scheduler;
+  const scheduler = completeConfig(
+    isOfEDM ? 'EDMEulerScheduler' : 'DDPMScheduler',
+    parseSchedulerConfig(trainedScheduler(given, settings)),
+  );
+  const edm = isOfEDM ? edmTables(scheduler) : undefined;
+  const prediction_type = edm ? 'v_prediction' : scheduler.prediction_type;
   if (prediction_type === 'sample')
     throw new UserError(
       'the model predicts the picture itself (prediction_type "sample"), which is not trained here: teach it another with objective.prediction_type',
@@ -121,13 +129,13 @@ export function objectiveOf(
     throw new UserError(
       `objective.timestep_range begins at ${begin} and ends at ${end}; write the smaller share first`,
     );
-  const { alphasCumprod } = trainingTables(scheduler);
+  const { alphasCumprod } = edm ?? trainingTables(scheduler);
   const [first, last] = drawable(settings, alphasCumprod.length);
   if (last > alphasCumprod.length || first >= last)
     throw new UserError(
       `objective.min_timestep ${settings.min_timestep} and objective.max_timestep ${settings.max_timestep} leave none of the schedule's ${alphasCumprod.length} timesteps; begin below the end, and end at ${alphasCumprod.length} at most`,
     );
-  return { settings: { ...settings, prediction_type }, alphasCumprod };
+  return { settings: { ...settings, prediction_type }, alphasCumprod, edm };
 }
 
 /** Draws timesteps and noise for a batch and makes what the network sees and what it should say. */
@@ -153,14 +161,15 @@ export function noiseBatch(objective: Objective, batch: LatentBatch, seed: numbe
 
 /** The sample, target and weights that given timesteps and noise make; `seen` is the noise that is added. */
 export function addNoise(
-  { settings, alphasCumprod }: Objective,
-  latents: Float32Array,
+  { settings, alphasCumprod, edm }: Objective,
+  scaled: Float32Array,
   shape: readonly number[],
   timesteps: Float32Array,
   noise: Float32Array,
   seen: Float32Array = noise,
 ): NoisedBatch {
   const [n] = shape;
+  const latents = edm ? scaled.map((z) => z / edm.sigma_data) : scaled;
   const size = latents.length / n;
   const sample = new Float32Array(latents.length);
   const target = settings.prediction_type === 'epsilon' ? noise : new Float32Array(latents.length);
@@ -170,9 +179,10 @@ export function addNoise(
     sample.set(noised(image(latents), image(seen), abar), i * size);
     if (target !== noise) target.set(velocity(image(latents), image(noise), abar), i * size);
   }
+  if (edm?.sign === -1) target.forEach((v, i) => void (target[i] = -v));
   const weighted = settings.snr_gamma > 0 || settings.debiased;
   const weights = weighted ? timesteps.map((t) => lossWeight(settings, alphasCumprod[t])) : undefined;
-  return { shape, sample, timesteps, target, weights };
+  return { shape, sample, timesteps: edm ? timesteps.map((t) => edm.told[t]) : timesteps, target, weights };
 }
 
 /**

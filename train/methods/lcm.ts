@@ -39,7 +39,10 @@ export interface SolverStep {
 }
 
 /** The steps of diffusers' DDIMSolver, the last of the way, to timestep 0, first. */
-export function solverSteps(alphasCumprod: Float32Array, num_ddim_timesteps: number): SolverStep[] {
+export function solverSteps(
+  alphasCumprod: Objective['alphasCumprod'],
+  num_ddim_timesteps: number,
+): SolverStep[] {
   const ratio = Math.floor(alphasCumprod.length / num_ddim_timesteps);
   return Array.from({ length: num_ddim_timesteps }, (_, i) => {
     const to = Math.max(0, i * ratio - 1);
@@ -82,6 +85,10 @@ function factorsOf(
 export const latentConsistency: MakeMethod = (run, objective) => {
   const { lcm, seed, dtype } = run;
   const { length: count } = objective.alphasCumprod;
+  if (objective.edm)
+    throw new UserError(
+      `the model was trained under EDM's noise, and "train.method" "lcm" is for DDPM's: give a model of SDXL's own noise`,
+    );
   if (lcm.num_ddim_timesteps > count)
     throw new UserError(
       `lcm.num_ddim_timesteps is ${lcm.num_ddim_timesteps}, and the model's schedule has ${count} timesteps; give that or fewer, such as 50`,
