@@ -3,13 +3,13 @@
 // is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
-import { type AnyModule, unload } from '../engine/module.ts';
+import { type AnyModule, type Parameter, unload } from '../engine/module.ts';
 import { built, keep, scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
-import type { ModelSource } from './checkpoint/checkpoint.ts';
+import { loadAndClose, type ModelSource } from './checkpoint/checkpoint.ts';
 import { checkInpainting, latentChannelsOf } from './control/inpainting.ts';
 import { checkInstructPix2Pix, imageGuidanceOf, isInstructPix2Pix } from './control/instruct_pix2pix.ts';
 import { controlsOf, loadControlNets } from './control/multicontrolnet.ts';
@@ -18,7 +18,7 @@ import { type Denoiser, type GuidedModel, openDenoiser } from './denoiser.ts';
 import { imagePromptsOf } from './ip_adapter/image_prompt.ts';
 import { loadIPAdapters } from './ip_adapter/ip_adapter.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
-import { withAdapters } from './lora/lora.ts';
+import { type AdapterFile, adapterSetter } from './lora/lora.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { type Asked, complete, type Request } from './request.ts';
 import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
@@ -50,6 +50,12 @@ export interface Pipeline extends GuidedModel, Sizes {
   /** Wants an aesthetic score instead of the target size: the refiner. */
   aesthetic: boolean;
   scheduler: Partial<SchedulerConfig> & { _class_name?: string };
+  /**
+   * Has these adapters in place of the ones that it was loaded with, or that were set last: what either change is read from the model
+   * again, a tensor at a time. What mergeLora has merged may be lost.
+   * @throws UserError before anything is changed, for an adapter that does not fit; after another error it has to be called again
+   */
+  setAdapters(files: readonly AdapterFile[]): void;
   release(): void;
 }
 
@@ -98,13 +104,23 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   if (q8) keepInQ8(denoiser);
   const texts = Object.fromEntries(components.map((name, i) => [name, encoders[i].encoder]));
   const ipAdapter = loadIPAdapters(options.ipAdapter ?? [], { unet: denoiser, unetConfig }, device, dtype);
-  const read = (from: ModelSource, name: Part, module: AnyModule, as: FloatDType) => {
-    if (only?.includes(name) ?? true) holding(name, () => from.load(name, module, device, as));
+  const read = (
+    from: ModelSource,
+    name: Part,
+    module: AnyModule,
+    as: FloatDType,
+    some?: ReadonlySet<Parameter>,
+  ) => {
+    if (only && !only.includes(name)) return;
+    holding(name, () =>
+      some ? loadAndClose(module, from.weights(name), device, as, some) : from.load(name, module, device, as),
+    );
   };
-  withAdapters({ ...texts, unet: denoiser, unetConfig }, options.lora ?? [], () => {
-    components.forEach((name, i) => void read(source, name, encoders[i].encoder, dtype));
-    read(source, 'unet', denoiser, dtype);
+  const setAdapters = adapterSetter({ ...texts, unet: denoiser, unetConfig }, (some) => {
+    components.forEach((name, i) => void read(source, name, encoders[i].encoder, dtype, some));
+    read(source, 'unet', denoiser, dtype, some);
   });
+  setAdapters(options.lora ?? []);
   read(vaeSource, 'vae', coder.module, vaeDtype);
   return {
     device,
@@ -119,6 +135,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
     aesthetic,
     scheduler: parseSchedulerConfig(source.config('scheduler')),
     ...sizes,
+    setAdapters,
     release() {
       for (const { encoder } of encoders) unload(encoder);
       for (const { encoder } of ipAdapter) unload(encoder);

@@ -15,33 +15,13 @@ import { loadPipeline } from '../models/pipeline.ts';
 import { joined } from '../models/vae/latents.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { goldenFolder, goldenLora, maxDifference } from './golden.ts';
+import { writeAdapter } from './tiny_adapter.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-merged-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 const at = (name: string): string => join(folder, name);
 const device = openDevice('cpu');
-
-/** An adapter that changes a convolution of the UNet, a bias of it, and a layer of each text encoder. */
-function writeAdapter(path: string, size = 1): string {
-  const entry = (name: string, shape: readonly number[]) => {
-    const count = shape.reduce((a, b) => a * b, 1);
-    const values = Float32Array.from({ length: count }, (_, i) => size * Math.sin(i + count));
-    return { name, dtype: 'float32' as const, shape, bytes: encodeNumbers(values, 'float32') };
-  };
-  const conv = 'lora_unet_down_blocks_0_resnets_0_conv1';
-  const text = 'text_model_encoder_layers_0_self_attn_q_proj';
-  writeSafetensors(path, [
-    entry(`${conv}.lora_down.weight`, [2, 16, 3, 3]),
-    entry(`${conv}.lora_up.weight`, [16, 2, 1, 1]),
-    entry(`${conv}.diff_b`, [16]),
-    ...[['te1', 32] as const, ['te2', 48] as const].flatMap(([encoder, width]) => [
-      entry(`lora_${encoder}_${text}.lora_down.weight`, [2, width]),
-      entry(`lora_${encoder}_${text}.lora_up.weight`, [width, 2]),
-    ]),
-  ]);
-  return path;
-}
 
 /** Every weight of a pipeline in float32, end to end. */
 function weightsOf(source: ModelSource, merge: readonly [path: string, scale: number][] = []): Float32Array {
@@ -81,7 +61,7 @@ test('the weights of a pipeline with the same adapters', async (t) => {
 });
 
 test('a weight keeps its type where none is asked for', async (t) => {
-  const mine = writeAdapter(at('small.safetensors'), 0.01);
+  const mine = writeAdapter(at('small.safetensors'), { size: 0.01 });
   t.match(await sdxl('export', model, at('half'), '--lora', mine, '--quiet'), { status: 0 });
   const [before, after] = [openModel(model), openModel(at('half'))].map((source) => {
     const weights = source.weights('unet');
@@ -102,7 +82,7 @@ test('mistakes', async (t) => {
       ...{ shape: [2, 4], bytes },
     })),
   );
-  const large = writeAdapter(at('large.safetensors'), 1e4);
+  const large = writeAdapter(at('large.safetensors'), { size: 1e4 });
   const out = at('none');
   const call = (...argv: string[]) => sdxl('export', model, out, '--quiet', ...argv);
   await refusesEach(t, call, [

@@ -235,30 +235,39 @@ export const misfit = ({ where }: WeightSource, problems: readonly string[]): Us
     `${where} does not fit its config: ${problems.join('; ')}; take config and weights from one model, or download it again`,
   );
 
-/** Fills every parameter of `module`; what is missing, left over or misshapen is one error that names all of it. */
+/**
+ * Fills every parameter of `module`, or those of `some` that are its own; what is missing, left over or misshapen is one error that
+ * names all of it.
+ */
 export function loadParameters(
   module: AnyModule,
   source: WeightSource,
   device: Device,
   dtype: FloatDType,
+  some?: ReadonlySet<Parameter>,
 ): void {
-  const { parameters, stored, problems } = matchParameters(module, source);
+  const { parameters, stored: all, problems } = matchParameters(module, source);
   if (problems.length) throw misfit(source, problems);
+  const stored = [...all].filter(([name]) => some?.has(parameters.get(name) as Parameter) ?? true);
+  if (stored.length === 0) return;
   // A stand-in device holds no numbers: none need to be read.
   if (device.name === 'stand-in') {
-    for (const p of parameters.values()) p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
+    for (const [name] of stored) {
+      const p = parameters.get(name) as Parameter;
+      p.tensor = unscoped(() => empty(p.memoryShape, { device, dtype }));
+    }
     return;
   }
   noGrad(() =>
     scope(() => {
-      const sums = zeros([stored.size], { device });
+      const sums = zeros([stored.length], { device });
       const room = reusedRoom();
-      [...stored].forEach(([name, spelling], i) => {
+      stored.forEach(([name, spelling], i) => {
         fillParameter(parameters.get(name) as Parameter, spelling, source, dtype, room, sums, i);
         trimMemory(device);
       });
       const found = sums.floats();
-      [...stored].forEach(([name, spelling], i) => {
+      stored.forEach(([name, spelling], i) => {
         if (!Number.isFinite(found[i]) && !isWhollyFinite((parameters.get(name) as Parameter).tensor))
           throw notFinite(source, spelling, dtype);
       });
@@ -281,9 +290,10 @@ export function loadAndClose(
   weights: WeightSource,
   device: Device,
   dtype: FloatDType,
+  some?: ReadonlySet<Parameter>,
 ): void {
   try {
-    loadParameters(module, weights, device, dtype);
+    loadParameters(module, weights, device, dtype, some);
   } finally {
     weights.close();
   }

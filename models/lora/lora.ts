@@ -1,12 +1,13 @@
 // Adapters merged into loaded weights: W += scale * alpha / rank * D, in float32, where D is the difference that its kind makes
 // (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al.
 // 2024) then gives each row, or in files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
+import { statSync } from 'node:fs';
 import { noGrad } from '../../engine/grad.ts';
-import type { Parameter } from '../../engine/module.ts';
+import { type AnyModule, namedParameters, type Parameter } from '../../engine/module.ts';
 import { add, mul, sub } from '../../engine/ops/binary.ts';
 import { sum } from '../../engine/ops/reduce.ts';
 import { cast, scale as scaled, square } from '../../engine/ops/unary.ts';
-import { keep, scope } from '../../engine/scope.ts';
+import { built, keep, scope } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import type { TensorFile, TensorInfo } from '../../io/tensor_file.ts';
@@ -23,6 +24,8 @@ export type Change = (values: Tensor) => Tensor;
 export interface AdapterFile {
   readonly path: string;
   readonly scale?: number;
+  /** The same for the text encoders; `scale` where it is not told. */
+  readonly textEncoderScale?: number;
 }
 
 /** An adapter's file, held against a model: what it changes there. */
@@ -34,12 +37,17 @@ interface OpenAdapter {
 }
 
 /** @throws UserError if a name of the file matches no weight or a shape does not fit */
-function openAdapter(targets: LoraTargets, { path, scale = 1 }: AdapterFile): OpenAdapter {
-  if (!Number.isFinite(scale)) throw new UserError(`the scale of ${path} is ${scale}: give a number`);
+function openAdapter(
+  targets: LoraTargets,
+  { path, scale = 1, textEncoderScale = scale }: AdapterFile,
+): OpenAdapter {
+  for (const each of [scale, textEncoderScale])
+    if (!Number.isFinite(each)) throw new UserError(`the scale of ${path} is ${each}: give a number`);
+  const scaleOf = ({ target }: Update) => (target.path.startsWith('unet.') ? scale : textEncoderScale);
   const file = openWeightsFile(path);
   try {
     const updates = [...updatesOf(file, targets).values()];
-    const changes = updates.flatMap((update) => changesOf(file, update, scale));
+    const changes = updates.flatMap((update) => changesOf(file, update, scaleOf(update)));
     return { changes, layers: updates.length, close: () => file.close() };
   } catch (error) {
     file.close();
@@ -97,22 +105,79 @@ export function openAdapters(
 }
 
 /**
- * Runs `load`, which loads the targets' weights, with adapters merged into each as it comes, before it is kept in fewer bits.
- * @throws UserError before anything is loaded, if an adapter does not fit
+ * What has adapters merged into a model in place of those that it merged before: `read` loads the parameters that it is given, at the
+ * first call all, and each is changed as it comes, before it is kept in fewer bits. So weights are to the bit those of a model that is
+ * loaded with these adapters, which subtracting the last ones would not give, and what no adapter touches is not read again. A call
+ * with what is merged already, unchanged on the disk, does nothing.
+ * @throws UserError before anything is changed, if an adapter does not fit or the weights are released by now. After another error what
+ * was to be changed is not loaded, until a call succeeds.
  */
-export function withAdapters(targets: LoraTargets, files: readonly AdapterFile[], load: () => void): void {
-  const { changes, close } = openAdapters(targets, files);
-  const changing = new Set<Parameter>();
+export function adapterSetter(
+  targets: LoraTargets,
+  read: (some?: ReadonlySet<Parameter>) => void,
+): (files: readonly AdapterFile[]) => void {
+  /** What is merged; undefined while nothing is loaded, or after an error. */
+  let present: string | undefined;
+  /** What is not as the model has it. */
+  let changing: ReadonlySet<Parameter> = new Set();
+  /** What was loaded at first: of some models only parts are. */
+  let held: ReadonlySet<Parameter> | undefined;
+  /** When each file was written, as of the last look at it: one that is gone by now has not changed. */
+  const written = new Map<string, number>();
+  return (files) => {
+    for (const { path } of files) {
+      const found = statSync(path, { throwIfNoEntry: false });
+      if (found) written.set(path, found.mtimeMs);
+    }
+    const wanted = JSON.stringify(files.map((each) => [each, written.get(each.path)]));
+    if (wanted === present) return;
+    const { changes, close } = openAdapters(targets, files);
+    const touched = new Set([...changing, ...changes.map(([parameter]) => parameter)]);
+    try {
+      if (!held) changingAsTheyCome(changes, read);
+      else {
+        const some = new Set([...touched].filter((each) => held?.has(each)));
+        if (present !== undefined && [...some].some(({ loaded }) => !loaded))
+          throw new UserError('adapters change weights that are released by now: load the pipeline again');
+        present = undefined;
+        replaceAll(some, () => changingAsTheyCome(changes, () => read(some)));
+      }
+    } finally {
+      changing = touched;
+      close();
+    }
+    present = wanted;
+    changing = new Set(changes.map(([parameter]) => parameter));
+    held ??= new Set(parametersOf(targets).filter(({ loaded }) => loaded));
+  };
+}
+
+const parametersOf = ({ unet, text_encoder, text_encoder_2 }: LoraTargets): Parameter[] =>
+  [unet, text_encoder, text_encoder_2]
+    .filter((each): each is AnyModule => each !== undefined)
+    .flatMap((each) => [...namedParameters(each).values()]);
+
+/** Runs `load`, with each parameter changed as it gets its tensor. */
+function changingAsTheyCome(changes: OpenAdapter['changes'], load: () => void): void {
+  const changing = new Set(changes.map(([parameter]) => parameter));
   try {
     for (const [parameter, change] of changes) {
       const { incoming: before } = parameter;
       parameter.incoming = (given) => changed(before?.(given) ?? given, change);
-      changing.add(parameter);
     }
     load();
   } finally {
     for (const parameter of changing) parameter.incoming = undefined;
-    close();
+  }
+}
+
+/** Runs `load`, which loads loaded parameters anew; after an error none of them is, and nothing else is left of it. */
+function replaceAll(parameters: ReadonlySet<Parameter>, load: () => void): void {
+  try {
+    built(load);
+  } catch (error) {
+    for (const each of parameters) each.unload();
+    throw error;
   }
 }
 
