@@ -66,7 +66,7 @@ async function draw(
   const warn = (line: string) => terminal.err(`warning: ${line}\n`);
   const tell = onceOf(warn);
   const place = { options, device, dtype, vaeSource, tell, timed };
-  const base = await openFor(source, requests, place, sources.under);
+  const base = await openFor(source, requests, place, sources.under, call.adapters);
   let { pipeline } = base;
   /** After the base is gone: together they would take twice the memory. */
   const openRefiner = async (from: ModelSource, refined: readonly Request[]) => {

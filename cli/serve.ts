@@ -7,6 +7,7 @@ import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
+import { metadataOf, openLoraFolder } from './lora_folder.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './option_values.ts';
 import { adapterOf } from './sample/adapter_options.ts';
@@ -47,7 +48,7 @@ const examples = `
 Examples:
   sdxl serve
   sdxl serve --model stabilityai/stable-diffusion-xl-base-1.0 --vae madebyollin/sdxl-vae-fp16-fix --lora style.safetensors
-  sdxl serve --model ./sdxl-base --steps 30 --scheduler "DPM++ 2M Karras" --keep-alive 5
+  sdxl serve --model ./sdxl-base --lora-model-dir ./loras --steps 30 --scheduler "DPM++ 2M Karras" --keep-alive 5
   sdxl serve --model ./sdxl-base --listen-ip 0.0.0.0 --api-key-file key.txt
 
   curl localhost:7860/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "a red fox", "seed": 1}'
@@ -56,7 +57,8 @@ Examples:
 ${schedulersHelp}
 
 Routes: / (a page), /v1/images/generations, /v1/images/edits, /v1/models, /sdapi/v1/txt2img, img2img, progress, interrupt, png-info,
-options, samplers, schedulers, sd-models, loras, upscalers, /controlnet/model_list, and /healthz. docs/serve.md tells what they take.`;
+options, samplers, schedulers, sd-models, loras, refresh-loras, upscalers, /controlnet/model_list, and /healthz. docs/serve.md tells what
+they take.`;
 
 export function addServe(command: Command, terminal: Terminal): void {
   modelOptions(command);
@@ -228,10 +230,16 @@ const followedOf = ({ controlnet = [], adapter = [], ipAdapter = [] }: Standing)
 
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
-  const { emphasis, maxTokenLength } = standing;
+  const { emphasis, maxTokenLength, lora = [], loraModelDir } = standing;
   return {
     name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
-    loras: (standing.lora ?? []).map((text) => nameOf(loraOf(text).file)),
+    loraModelDir,
+    loras: () =>
+      loraModelDir === undefined
+        ? lora.map((text) => loraOf(text).file).map((path) => ({ name: nameOf(path), path, metadata: {} }))
+        : openLoraFolder(loraModelDir)
+            .all()
+            .map((each) => ({ ...each, metadata: metadataOf(each.path) })),
     followed: new Map(followedOf(standing).map((each) => [nameOf(each.file), each])),
     texts: {
       ...(isTyped(command, 'emphasis') ? { emphasis } : {}),

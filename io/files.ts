@@ -12,6 +12,7 @@ import {
   openSync,
   readdirSync,
   readFileSync,
+  realpathSync,
   renameSync,
   rmSync,
   statSync,
@@ -130,6 +131,31 @@ export function listFolder(path: string): string[] {
   } catch (error) {
     throw asUserError(error, path);
   }
+}
+
+/**
+ * The files in a folder and in those that it holds, by their paths there with `/`. Links are followed, none twice; a folder in it that
+ * cannot be read is passed over. @throws UserError when it cannot be read itself
+ */
+export function filesBelow(path: string): string[] {
+  const seen = new Set<string>();
+  const below = (names: readonly string[], at: string): string[] =>
+    names.flatMap((name) => {
+      const place = join(path, at, name);
+      try {
+        const found = statSync(place);
+        if (!found.isDirectory()) return found.isFile() ? [at + name] : [];
+        const real = realpathSync(place);
+        if (seen.has(real)) return [];
+        seen.add(real);
+        return below(readdirSync(place).sort(), `${at}${name}/`);
+      } catch {
+        return [];
+      }
+    });
+  const names = listFolder(path);
+  seen.add(realpathSync(path));
+  return below(names, '');
 }
 
 /** Writes `bytes` to `path`, all or nothing. @throws UserError as `replaceAtomically` */

@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { main } from '../cli/main.ts';
 import { decodePicture } from '../io/image.ts';
+import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';
 
 export const model = join(goldenFolder, 'tiny-sdxl');
@@ -62,6 +63,13 @@ export async function serve(...flags: string[]): Promise<Running> {
       return done;
     },
   };
+}
+
+/** What `sdxl sample` draws. */
+export async function sampledTo(output: string, ...flags: string[]) {
+  const { status, err } = await sdxl('sample', '--model', model, '--quiet', '--output', output, ...flags);
+  if (status !== 0) throw new Error(err);
+  return { output, picture: await decodePicture(readFileSync(output), output) };
 }
 
 export const pixels = (base64: string) => decodePicture(Buffer.from(base64, 'base64'), 'answer');

@@ -124,12 +124,15 @@ export interface Parameters {
   further: { text: string; option?: keyof SampleOptions }[];
 }
 
-export function readParameters(text: string): Parameters {
+/** What a text says; `keepsLoras` leaves what names them in the prompt, for who can heed it. */
+export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
   const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
   const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
   const [width, height] = (field('Size') ?? '').split('x');
-  const adapters = [...new Set(body.match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [])];
+  // In its negative prompt they are words; out of the other it takes them, and the file's fields have their hashes.
+  const untaken = keepsLoras ? / ?<hypernet:[^<>]+>/g : / ?<(lora|lyco|hypernet):[^<>]+>/g;
+  const adapters = [...new Set(prompt.match(untaken)?.map((tag) => tag.trim()))];
   const hires = hiresOf(field);
   const others = Object.entries(unread)
     .filter(([name]) => !hires || name !== 'Denoising strength')
@@ -142,8 +145,8 @@ export function readParameters(text: string): Parameters {
   );
   return {
     settings: {
-      prompt: withoutTags(prompt),
-      negativePrompt: negative && withoutTags(negative),
+      prompt: prompt.replace(untaken, '').trim(),
+      negativePrompt: negative?.trim(),
       steps: field('Steps'),
       sigmas: /Custom Sigmas: \[([^\]]+)\]/.exec(last)?.[1], // stable-diffusion.cpp's
       guidanceScale: field('CFG scale'),
@@ -165,9 +168,6 @@ export function readParameters(text: string): Parameters {
     ],
   };
 }
-
-/** It takes what names adapters out of a prompt, and the file's fields have their hashes. */
-const withoutTags = (text: string): string => text.replace(/ ?<(lora|lyco|hypernet):[^<>]+>/g, '').trim();
 
 /**
  * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,

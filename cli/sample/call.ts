@@ -7,6 +7,7 @@ import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
 import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
+import type { AdapterFile } from '../../models/lora/lora.ts';
 import { planOf, sizesOf } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
@@ -16,6 +17,7 @@ import { pagOf } from '../../models/unet/pag.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
 import type { Latents } from '../../models/vae/latents.ts';
+import type { Prompt } from '../prompt_loras.ts';
 import { oneOrAll } from './control_options.ts';
 import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
 import type { SampleOptions } from './options.ts';
@@ -25,6 +27,7 @@ import {
   canvasOf,
   hiresRequest,
   type Inputs,
+  promptAt,
   refinerRequest,
   wholeSide,
 } from './request.ts';
@@ -35,6 +38,10 @@ export interface SampleCall {
   options: SampleOptions;
   /** The base's, in the order in which they are drawn. */
   requests: Request[];
+  /** The prompt of each as it was typed, with the LoRAs that it names. */
+  typed: readonly string[];
+  /** What the base has merged into it for each: those of all prompts, and then those that the prompt names. */
+  adapters: readonly (readonly AdapterFile[])[];
   canvas: Canvas;
   /** The size of the second pass, where there is one. */
   larger?: Sides;
@@ -51,7 +58,7 @@ export function planCall(
   options: SampleOptions,
   { source, refinerSource, vaeSource, upscalers, under }: Sources,
   inputs: Inputs,
-  prompts: readonly string[],
+  prompts: readonly Prompt[],
 ): SampleCall {
   const { seed: asked = -1 } = options;
   const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
@@ -64,7 +71,9 @@ export function planCall(
   const written = writtenSize(larger ?? canvas.written, options, upscalers);
   const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
   checkDecode(decoder, larger ?? canvas, options.vaeTiling);
-  const requests = baseRequests(options, canvas, prompts, seed);
+  const texts = prompts.map(({ text }) => text);
+  const requests = baseRequests(options, canvas, texts, seed);
+  const named = requests.map((_, i) => prompts[promptAt(options, i)]);
   const [first] = requests;
   askedPictures(under.ipAdapter.length, first, parseUNetConfig(source.config('unet')));
   const none: Latents = { shape: [], data: new Float32Array() };
@@ -77,7 +86,11 @@ export function planCall(
         hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
       );
     });
-  return { options, requests, canvas, larger, written, seed, sampler };
+  return {
+    ...{ options, requests, canvas, larger, written, seed, sampler },
+    typed: named.map(({ typed }) => typed),
+    adapters: named.map(({ lora }) => [...under.lora, ...lora]),
+  };
 }
 
 /** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */

@@ -25,7 +25,7 @@ export interface Studio {
   onTile(done: number, all: number): void;
   warn(line: string): void;
   /** Adds up what the parts take. */
-  timed<R>(part: 'sample' | 'decode', work: () => R | Promise<R>): Promise<R>;
+  timed<R>(part: 'load' | 'sample' | 'decode', work: () => R | Promise<R>): Promise<R>;
   /** Takes the pictures of a request as they are finished, from its seed, with the text that their files carry. */
   add(
     pictures: readonly DecodedPicture[],
@@ -36,7 +36,7 @@ export interface Studio {
 }
 
 export async function drawCall(call: SampleCall, studio: Studio): Promise<void> {
-  const { options, requests, canvas, larger, seed } = call;
+  const { options, requests, adapters, canvas, larger, seed } = call;
   const { refiner, upscalers, stage, onTile, timed } = studio;
   let { pipeline, requests: asked } = studio.base;
   const finish = finishing(call, studio, (latents) =>
@@ -48,6 +48,7 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
   const halfway: Latents[] = [];
   const [sampling, again] = [stage('sampling'), stage('second pass')];
   for (const [i, request] of asked.entries()) {
+    await timed('load', () => pipeline.setAdapters(adapters[i]));
     let latents = await timed('sample', () => sampling(pipeline, request));
     if (larger) {
       const place = [seed, i, requests.length] as const;
@@ -76,13 +77,14 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
  * is no memory to decode beside it.
  */
 function finishing(
-  { options, requests, seed, sampler }: SampleCall,
+  { options, requests, typed, seed, sampler }: SampleCall,
   { warn, add }: Studio,
   finished: (latents: Latents) => DecodedPicture[],
 ) {
   const finish = (i: number, latents: Latents) => {
     const own = seedOf(options, seed, i);
-    return add(finished(latents), latents, pictureText(options, requests[i], own, sampler), own);
+    const text = pictureText(options, { ...requests[i], prompt: [typed[i]] }, own, sampler);
+    return add(finished(latents), latents, text, own);
   };
   const waiting: [number, Latents][] = [];
   return async (i: number, latents: Latents): Promise<void> => {

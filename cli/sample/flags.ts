@@ -28,6 +28,7 @@ Examples:
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
+  sdxl sample --model ./base --lora-model-dir ./loras --prompt "a castle <lora:watercolour:0.8>"
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image photo.png --canny --prompt "a bird"
   sdxl sample --model ./base --adapter TencentARC/t2i-adapter-canny-sdxl-1.0:0.8 --adapter-image edges.png --prompt "a bird"
   sdxl sample --model ./base --ip-adapter h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors:0.6 --ip-adapter-image statue.png --prompt "a cat"
@@ -64,6 +65,10 @@ export const modelOptions = (command: Command): Command =>
       '--lora <FILE[:SCALE]>',
       'an adapter (LoRA, DoRA, LoHa, LoKr, OFT or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder or hub id of one; may be given more than once',
       repeated((text) => text),
+    )
+    .option(
+      '--lora-model-dir <DIR>',
+      'the folder of those that prompts name, as in A1111 and stable-diffusion.cpp: <lora:NAME:0.8> (default: such tags are text)',
     )
     .option(
       '--textual-inversion <FILE[:TOKEN]>',

@@ -3,7 +3,7 @@
 import { existsSync } from 'node:fs';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import { assertWritable, readLines } from '../../io/files.ts';
+import { assertWritable, listFolder, readLines } from '../../io/files.ts';
 import { hubPath } from '../../io/hub.ts';
 import { locateAdapter } from '../../models/lora/lora_file.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
@@ -12,6 +12,7 @@ import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { scaledFile } from '../option_values.ts';
+import { loraTags, type Prompt, readPrompts } from '../prompt_loras.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
@@ -79,6 +80,7 @@ export interface SampleOptions
   vae?: string;
   vaeDtype: FloatDType | 'auto';
   lora?: string[];
+  loraModelDir?: string;
   textualInversion?: string[];
   device: string;
   dtype: FloatDType | 'auto';
@@ -107,11 +109,11 @@ export function textualInversionOf(text: string): { file: string; token?: string
 }
 
 /** All prompts, in the order they come. @throws UserError */
-export function promptsOf({ prompt = [], promptFile }: SampleOptions): string[] {
-  if (promptFile === undefined) return [...prompt];
-  const lines = readLines(promptFile);
-  if (lines.length === 0) throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
-  return [...prompt, ...lines];
+export function promptsOf({ prompt = [], promptFile, loraModelDir }: SampleOptions): Prompt[] {
+  const lines = promptFile === undefined ? [] : readLines(promptFile);
+  if (promptFile !== undefined && lines.length === 0)
+    throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
+  return readPrompts([...prompt, ...lines], loraModelDir);
 }
 
 /** Warnings of sizes that diffusers' text-to-image pipeline passes over. */
@@ -137,18 +139,22 @@ export function checkScores(options: SampleOptions, taken: boolean): void {
 }
 
 /** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
-export function checkTexts(options: SampleOptions, prompts: readonly string[]): string[] {
+export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): string[] {
   const { emphasis, prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
-  const texts = [...prompts, prompt2, negativePrompt, negativePrompt2];
+  const texts = [...prompts.map(({ text }) => text), prompt2, negativePrompt, negativePrompt2];
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
   const said = texts.join('\n').toLowerCase();
-  const tags = [...new Set(texts.flatMap((text) => text.match(/<(lora|lyco):[^<>]+>/g) ?? []))];
+  const tags = [...new Set(texts.flatMap((text) => text.match(loraTags) ?? []))];
+  const instead =
+    options.loraModelDir === undefined
+      ? 'leave it out, and give --lora FILE:SCALE, or --lora-model-dir with the folder that has it'
+      : 'LoRAs are named in --prompt alone';
   const unsaid = (options.textualInversion ?? [])
     .map(textualInversionOf)
     .map(({ file, token }) => ({ file, ...readTextualInversion(file, token) }))
     .filter(({ token }) => !said.includes(token.toLowerCase()));
   return [
-    ...tags.map((tag) => `"${tag}" is read as words of the prompt; leave it out, and give --lora FILE:SCALE`),
+    ...tags.map((tag) => `"${tag}" is read as words of the prompt; ${instead}`),
     ...unsaid.map(
       ({ file, token }) => `no prompt has "${token}", by which --textual-inversion ${file} is called`,
     ),
@@ -210,6 +216,7 @@ export function checkSample(options: SampleOptions): void {
   checkHires(options);
   checkUpscale(options);
   for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
+  if (options.loraModelDir !== undefined) listFolder(options.loraModelDir);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);
   if (!/\.png$/i.test(options.output))

@@ -6,6 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { readPngText } from '../../io/png.ts';
 import type { Request } from '../../models/request.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
+import { loraTags } from '../prompt_loras.ts';
 import { type Parameters, readParameters, writeParameters } from './a1111.ts';
 import type { SampleOptions } from './options.ts';
 
@@ -45,8 +46,10 @@ export function pictureText(
   seed: number,
   sampler: Sampler,
 ): Record<string, string> {
-  const { prompt, width, height } = request;
-  const settings = Object.entries({ ...options, prompt: prompt?.[0], width, height, seed })
+  const { prompt: [prompt] = [''], width, height } = request;
+  // A folder that no prompt asks for need not be there when the picture is drawn again.
+  const loraModelDir = prompt.match(loraTags) ? options.loraModelDir : undefined;
+  const settings = Object.entries({ ...options, loraModelDir, prompt, width, height, seed })
     .filter(([name, value]) => value !== undefined && !local.includes(name))
     .map(([name, value]): [string, unknown] => [name, typed(name, value)])
     // In one order, so that settings read back with --from give the same file.
@@ -68,10 +71,10 @@ function typed(name: string, value: unknown): unknown {
  * made the picture besides, and is neither taken nor typed.
  */
 export function applySettings(command: Command, path: string): string[] {
-  const { settings, further } = readSettings(path);
   const isTyped = (name: string): boolean =>
     ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
     (name === 'prompt' && isTyped('promptFile'));
+  const { settings, further } = readSettings(path, isTyped('loraModelDir'));
   // Asked now, as what is set below counts as typed.
   const said = ways.filter((names) => names.some(isTyped)).flat();
   const untaken = further.filter(({ option }) => option === undefined || !isTyped(option));
@@ -98,7 +101,10 @@ export function applySettings(command: Command, path: string): string[] {
 const damaged = (path: string): UserError =>
   new UserError(`the settings in ${path} are damaged; type them, or use another picture`);
 
-function readSettings(path: string): Omit<Parameters, 'settings'> & { settings: Record<string, unknown> } {
+function readSettings(
+  path: string,
+  keepsLoras: boolean,
+): Omit<Parameters, 'settings'> & { settings: Record<string, unknown> } {
   const text = readPngText(path);
   if (text.sdxl !== undefined) {
     try {
@@ -110,6 +116,6 @@ function readSettings(path: string): Omit<Parameters, 'settings'> & { settings: 
     }
     throw damaged(path);
   }
-  if (text.parameters !== undefined) return readParameters(text.parameters);
+  if (text.parameters !== undefined) return readParameters(text.parameters, keepsLoras);
   throw new UserError(`${path} carries no settings; --from takes a PNG as sdxl or A1111 wrote it`);
 }

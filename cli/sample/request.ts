@@ -170,11 +170,14 @@ export function baseRequests(
   const count = prompts.length * options.batchCount;
   return Array.from({ length: count }, (_, i) => ({
     ...shared,
-    prompt: [prompts[Math.floor(i / options.batchCount)]],
+    prompt: [prompts[promptAt(options, i)]],
     generators: [generatorOf(options, seed, i)],
     last: i === count - 1 && !options.hires,
   }));
 }
+
+/** Which of the prompts the i-th request is of. */
+export const promptAt = ({ batchCount }: SampleOptions, i: number): number => Math.floor(i / batchCount);
 
 /** The seed of the i-th request: each prompt's batches begin at `seed` and count on. */
 export const seedOf = ({ batchCount }: SampleOptions, seed: number, i: number): number =>

@@ -52,9 +52,8 @@ export function a1111Api(served: Served, queue: Queue): Routes {
       ],
     }),
     'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
-    'GET /sdapi/v1/loras': () => ({
-      json: served.loras.map((name) => ({ name, alias: name, path: name, metadata: {} })),
-    }),
+    'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
+    'POST /sdapi/v1/refresh-loras': () => ({ json: null }), // they are looked for at each asking
     'GET /sdapi/v1/samplers': () => ({
       json: Object.values(samplerLabels).map((name) => ({ name, aliases: [plain(name)], options: {} })),
     }),

@@ -71,7 +71,7 @@ const taken = words(`
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
-  save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id disable_extra_networks
+  save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id
   include_init_images subseed s_tmin s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext script_args
   refiner_switch_at`);
 
@@ -91,6 +91,8 @@ const absent: Readonly<Record<string, Field>> = {
   refiner_checkpoint: only('', 'None'),
   firstphase_width: only(0),
   firstphase_height: only(0),
+  disable_extra_networks: only(false),
+  lora: only([]), // stable-diffusion.cpp's server
   resize_mode: only(0),
 };
 
@@ -227,9 +229,12 @@ export function checkOverrides(value: unknown, served: Served): void {
 /** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
 export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
   const settings = readFields(body, fieldsOf(body), served.tellIgnored);
-  if (settings.prompt?.[0].match(/<(lora|lyco|hypernet):[^<>]+>/))
+  const unheededTag =
+    served.loraModelDir === undefined ? /<(lora|lyco|hypernet):[^<>]+>/ : /<hypernet:[^<>]+>/;
+  const [tag] = settings.prompt?.[0].match(unheededTag) ?? [];
+  if (tag !== undefined)
     throw new UserError(
-      'a prompt takes no <lora:NAME:1>; this server has the adapters that it was started with (--lora)',
+      `a prompt takes no ${tag} here: LoRAs are named where the server is started with --lora-model-dir, and hypernetworks are not there`,
     );
   checkOverrides(body.override_settings, served);
   const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };

@@ -1,5 +1,6 @@
 // The process of `sdxl serve` that draws: it opens the models once, keeps them, and draws one order after the other as `sdxl sample`
-// would. It ends with the server, when its pipe closes, and by itself after an error that may have left the device broken.
+// would; for one that names other LoRAs what these change is read again. It ends with the server, when its pipe closes, and by itself after
+// an error that may have left the device broken.
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';

@@ -13,10 +13,20 @@ export interface Followed {
   file: string;
 }
 
+/** As A1111 tells of it. */
+interface LoraTold {
+  name: string;
+  path: string;
+  metadata: Record<string, unknown>;
+}
+
 export interface Served {
   /** What clients call the model. */
   name: string;
-  loras: readonly string[];
+  /** The folder whose LoRAs prompts may name. */
+  loraModelDir?: string;
+  /** The LoRAs that there are: the folder's, or else those that are merged for good. */
+  loras(): LoraTold[];
   /** What units of requests may follow, by their names. */
   followed: ReadonlyMap<string, Followed>;
   /** How prompts are read, where the flags say. */
