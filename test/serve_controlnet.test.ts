@@ -3,12 +3,11 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { readPicture, writePng } from '../io/image.ts';
-import { sdxl } from './command_line.ts';
+import { writePng } from '../io/image.ts';
 import { picture, writeControlNet, writeControlNetUnion } from './controlnet_golden.ts';
 import { maxDifference } from './golden.ts';
 import { writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
-import { fox, model, pixels, serve, small } from './served.ts';
+import { fox, pixels, sampledTo, serve, small } from './served.ts';
 import { writeT2IAdapter } from './t2i_adapter_golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
@@ -33,12 +32,9 @@ const units = (...args: Record<string, unknown>[]) => ({ alwayson_scripts: { Con
 
 /** What `sdxl sample` draws, with A1111's habits. */
 async function sampled(...flags: string[]) {
-  const output = at('sampled.png');
-  const habits = ['--emphasis', 'original', '--max-token-length', '225', '--quiet', '--output', output];
-  const drawn = ['--model', model, ...small, '--prompt', fox.prompt, '--seed', `${fox.seed}`];
-  const { status, err } = await sdxl('sample', ...drawn, ...habits, ...flags);
-  if (status !== 0) throw new Error(err);
-  return readPicture(output);
+  const habits = ['--emphasis', 'original', '--max-token-length', '225'];
+  const asked = [...small, '--prompt', fox.prompt, '--seed', `${fox.seed}`];
+  return (await sampledTo(at('sampled.png'), ...asked, ...habits, ...flags)).picture;
 }
 
 test('what a unit names is followed, as by sample', async (t) => {
