@@ -67,13 +67,12 @@ async function draw(
   const tell = onceOf(warn);
   const place = { options, device, dtype, vaeSource, tell, timed };
   const base = await openFor(source, requests, place, sources.under, call.adapters);
-  let { pipeline } = base;
+  let pipeline = base;
   /** After the base is gone: together they would take twice the memory. */
   const openRefiner = async (from: ModelSource, refined: readonly Request[]) => {
     pipeline.release();
-    const opened = await openFor(from, refined, place);
-    ({ pipeline } = opened);
-    return opened;
+    pipeline = await openFor(from, refined, place);
+    return pipeline;
   };
   let previews: Previews | undefined;
   let upscalers: Upscalers | undefined;

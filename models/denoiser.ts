@@ -1,7 +1,7 @@
 // The UNet as the sampler sees it: a function of scaled latents and the number of a call, under guidance. What is
 // the same for all steps of an image is computed once: the encoded prompts, their keys and values, and what the resnets add for
 // each call's time. A pass is a step of the device, which a GPU replays from a recording; under DeepCache there are two, the whole one
-// and the shallow one.
+// and the shallow one. Where prompts change with the calls, all of this is made anew with each change.
 import type { Step } from '../engine/capture.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
@@ -22,8 +22,9 @@ import {
 import { type Followed, featuresOf, type T2IAdapter } from './control/t2i_adapter.ts';
 import { type ImagePrompt, imageTokens } from './ip_adapter/image_prompt.ts';
 import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
-import { encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
-import { newContextCache } from './unet/context_cache.ts';
+import type { Scheduled } from './prompt_schedule.ts';
+import { type Encoded, encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
+import { type ContextCache, newContextCache } from './unet/context_cache.ts';
 import { type Caching, deepCache } from './unet/deepcache.ts';
 import { guide, rescaled } from './unet/guidance.ts';
 import type { PAG } from './unet/pag.ts';
@@ -63,11 +64,13 @@ export interface DenoiserPlan {
   timesteps: Float32Array;
   /** The latents' [n, c, h, w]. */
   shape: readonly number[];
+  /** What each call is told of the request's prompts. */
+  told: Scheduled;
   /** The rows of time ids. */
   ids: number[][];
   guided: boolean;
   /** The guidance w that the UNet is told, where it is. */
-  told?: number;
+  embedded?: number;
   pag?: PAG;
   controls: readonly Control[];
   followed: readonly Followed[];
@@ -103,20 +106,24 @@ function placeInputs(
   plan: DenoiserPlan,
   parts: number,
 ) {
-  const { timesteps, shape, ids, guided, told, pag, controls, imagePrompts, beside } = plan;
+  const { timesteps, shape, ids, guided, embedded, pag, controls, imagePrompts, beside } = plan;
   const [images] = shape;
   const rows = parts * images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
-  const encoded = encodePrompts(text, request, { guided, copies, device, dtype });
+  const encoded = plan.told.prompts.map((prompts) =>
+    encodePrompts(text, prompts, { guided, copies, device, dtype }),
+  );
   // Rows that are perturbed are of the text, once more.
   const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
   const byPicture = guided && plan.imageGuidanceScale !== undefined;
   const withPicture = (t: Tensor) => (byPicture ? concat([t, slice(t, 0, 0, images)], 0) : t);
   const placed = beside && toDevice(beside, device, dtype);
+  const told = encoded.map(({ context, pooled }) => ({
+    context: withPicture(withPerturbed(context)),
+    pooled: withPicture(withPerturbed(pooled)),
+  }));
   const inputs = {
-    context: withPicture(withPerturbed(encoded.context)),
-    pooled: withPicture(withPerturbed(encoded.pooled)),
     timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
     latents: empty(shape, { device }),
     times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
@@ -139,11 +146,13 @@ function placeInputs(
     (byPicture
       ? concat([zeros(placed.shape, { device, dtype }), placed, placed], 0)
       : forParts(placed, parts));
-  const guidance = told === undefined ? undefined : tensor(each(told), [rows], { device });
+  const guidance = embedded === undefined ? undefined : tensor(each(embedded), [rows], { device });
   const others = [seen, guidance].filter((t) => t !== undefined);
-  const more = [...pictures, ...(features ?? []), ...others, ...tensorsOf(tokens)];
+  const texts = told.flatMap(({ context, pooled }) => [context, pooled]);
+  const more = [...texts, ...pictures, ...(features ?? []), ...others, ...tensorsOf(tokens)];
   const kept = [...Object.values(inputs), ...more].map(keep);
-  return { ...inputs, guidance, pictures, features, seen, tokens, kept, truncated: encoded.truncated };
+  const truncated = [...new Set(encoded.flatMap((each) => each.truncated))];
+  return { ...inputs, told, guidance, pictures, features, seen, tokens, kept, truncated };
 }
 
 /** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
@@ -153,21 +162,22 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   const [images] = shape;
   const imageGuidanceScale = guided ? plan.imageGuidanceScale : undefined;
   const parts = 1 + Number(guided) + Number(pag !== undefined) + Number(imageGuidanceScale !== undefined);
-  const cache = newContextCache();
   const made = noGrad(() => scope(() => placeInputs(model, request, plan, parts)));
   if (request.last) {
     for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
     device.memory.trim();
   }
-  const { context, pooled, timeIds, guidance, latents, times, step, pagScales } = made;
+  const { timeIds, guidance, latents, times, step, pagScales } = made;
   const { pictures, features, seen, tokens } = made;
   const perturbed = pag && { layers: pag.layers, rows: images };
-  const conditioning = { context, textEmbeds: pooled, timeIds, guidance, images: tokens, perturbed, cache };
+  const told = made.told.map((each): Told => ({ ...each, cache: newContextCache() }));
   const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: pictures[i] }));
   const rescale = request.guidance_rescale ?? 0;
   // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
-  const pass = ({ on, within }: Parts, deep?: DeepFeature): Tensor => {
+  const pass = ({ on, within, told: { pooled, ...ofTexts } }: Parts, deep?: DeepFeature): Tensor => {
+    const shared = { timeIds, guidance, images: tokens, perturbed };
+    const conditioning = { ...shared, ...ofTexts, textEmbeds: pooled };
     const sample = forParts(cast(channelsLast(latents), dtype), parts);
     const question = { sample, times: { times, step }, conditioning, count: featuresMade(deep) };
     const residuals = {
@@ -203,6 +213,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   const partsAt = (i: number): Parts => ({
     on: partsOf(placed, i, calls),
     within: i < plan.followedCalls ? features : undefined,
+    told: told[plan.told.at[i]],
   });
   const passes = passesOf(partsAt, passUnder);
   return {
@@ -222,7 +233,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
     release() {
       passes.release();
       deep?.release();
-      cache.release();
+      for (const { cache } of told) cache.release();
       for (const t of made.kept) t.release();
     },
   };
@@ -237,14 +248,21 @@ interface Pass {
   release(): void;
 }
 
-/** What has a part in a call: ControlNets, and what T2I-Adapters have given. */
+/** Prompts as the network is told them, and what steps share as long as they hold. */
+interface Told extends Encoded {
+  cache: ContextCache;
+}
+
+/** What has a part in a call: ControlNets, what T2I-Adapters have given, and the prompts. */
 interface Parts {
   on: readonly PlacedControl[];
   within?: readonly Tensor[];
+  told: Told;
 }
 
 const isSame = (a: Parts, b: Parts): boolean =>
   a.within === b.within &&
+  a.told === b.told &&
   a.on.length === b.on.length &&
   a.on.every(({ picture, scale }, k) => picture === b.on[k].picture && scale === b.on[k].scale);
 
@@ -257,6 +275,7 @@ function passesOf(partsAt: (i: number) => Parts, passUnder: (parts: Parts) => Pa
       const now = partsAt(i);
       if (!isSame(now, parts)) {
         pass.release();
+        if (now.told !== parts.told) parts.told.cache.release();
         parts = now;
         pass = passUnder(parts);
       }

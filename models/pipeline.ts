@@ -19,6 +19,7 @@ import { imagePromptsOf } from './ip_adapter/image_prompt.ts';
 import { loadIPAdapters } from './ip_adapter/ip_adapter.ts';
 import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
 import { type AdapterFile, adapterSetter } from './lora/lora.ts';
+import { type Scheduled, scheduled } from './prompt_schedule.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { type Asked, complete, type Request } from './request.ts';
 import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
@@ -223,6 +224,23 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler' | 'unetConfig'>, req
   return { sampler, plan: sampler.plan(request.num_inference_steps, options) };
 }
 
+/**
+ * What each call of a plan is told of a request's prompts. Calls count from the first one done, as A1111 counts them, and a refiner's go
+ * on from the base's.
+ */
+export function promptsThrough(
+  request: Request,
+  { sampler: { order }, plan }: ReturnType<typeof planOf>,
+): Scheduled {
+  const { base_steps, denoising_start, num_inference_steps } = request;
+  const { begin, steps } = plan;
+  const first = denoising_start === undefined ? 0 : begin;
+  const calls = Array.from({ length: steps }, (_, i) => first + i);
+  if (base_steps === undefined) return scheduled(request, { calls: num_inference_steps * order }, calls);
+  const pass = { calls: Math.ceil(steps / order) * order, before: base_steps * order };
+  return scheduled(request, pass, calls);
+}
+
 /** Whether the picture is begun with, and not edited by a model that sees it. */
 const beginsWith = ({ unetConfig }: Pick<Pipeline, 'unetConfig'>, { image }: Request): boolean =>
   image !== undefined && !isInstructPix2Pix(unetConfig);
@@ -234,7 +252,8 @@ const beginsWith = ({ unetConfig }: Pick<Pipeline, 'unetConfig'>, { image }: Req
 export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, Denoised> {
   const request = complete(pipeline, asked);
   checkLoaded(pipeline.unet);
-  const { sampler, plan } = planOf(pipeline, request);
+  const planned = planOf(pipeline, request);
+  const { sampler, plan } = planned;
   checkPrompts(pipeline, request);
   checkInpainting(pipeline.unetConfig, request);
   checkInstructPix2Pix(pipeline.unetConfig, request);
@@ -244,8 +263,8 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkCounts(request, images, pipeline.ratio);
   const imageGuidanceScale = imageGuidanceOf(pipeline.unetConfig, request);
   // A model that is told its guidance needs no pass without the prompt.
-  const told = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
-  const guided = request.guidance_scale > 1 && (imageGuidanceScale ?? 1) >= 1 && told === undefined;
+  const embedded = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
+  const guided = request.guidance_scale > 1 && (imageGuidanceScale ?? 1) >= 1 && embedded === undefined;
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;
@@ -259,7 +278,8 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, told, pag, caching, beside, imageGuidanceScale },
+      ...{ timesteps, shape, ids, guided, embedded, pag, caching, beside, imageGuidanceScale },
+      told: promptsThrough(request, planned),
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),

@@ -27,6 +27,8 @@ export interface Request
     InstructPix2PixRequest,
     CacheRequest {
   num_inference_steps: number;
+  /** Of a second pass: the steps of the first, after which numbers in prompts that are edited count on, as A1111's. */
+  base_steps?: number;
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
   timesteps?: readonly number[];
   /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
@@ -145,6 +147,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   width: anyNumber,
   height: anyNumber,
   num_inference_steps: anyNumber,
+  base_steps: whole(1),
   timesteps: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
   sigmas: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
   eta: anyNumber,

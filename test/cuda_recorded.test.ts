@@ -81,3 +81,11 @@ test('an inpainting model, which sees five channels beside the latents', (t) =>
     },
     { recorded: 1, replays: 2 },
   ));
+
+test('a prompt that changes', (t) =>
+  records(
+    t,
+    'text2img',
+    { num_inference_steps: 5, prompt: '[a red fox:a hare:1]', emphasis: 'original', guidance_scale: 1 },
+    { recorded: 2, replays: 1 },
+  ));

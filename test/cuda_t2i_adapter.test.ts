@@ -43,6 +43,7 @@ function predicted(device: Device): Float32Array[] {
   };
   const denoiser = openDenoiser(pipeline, request, {
     ...{ timesteps: new Float32Array(4).fill(500), shape, ids: [[16, 16, 0, 0, 16, 16]], guided: false },
+    told: { prompts: [request], at: [0, 0, 0, 0] },
     followed: followedOf(pipeline.adapter, { adapter_image: [picture(1, 16, 16)] }, [16, 16]),
     ...{ followedCalls: 3, controls: [], imagePrompts: [], calls: 4, caching: { interval: 1, branch: 0 } },
   });

@@ -11,6 +11,7 @@ import { MemoryError } from '../engine/memory.ts';
 import { namedParameters } from '../engine/module.ts';
 import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { complete, type Request } from '../models/request.ts';
+import { textKey } from '../models/text/conditioning.ts';
 import { sdxl } from './command_line.ts';
 import { goldenFolder } from './golden.ts';
 
@@ -29,23 +30,22 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   const request = (prompt: string): Request => complete({ ratio: 8, sampleSize: 64 }, { prompt });
   const asked = ['a fox', 'a hare', 'a fox'].map(request);
   const few = await openFor(openModel(model), asked, place);
-  const loaded = ({ pipeline }: typeof few) => {
-    const { text, unet, vae } = pipeline;
+  const loaded = ({ text, unet, vae }: typeof few) => {
     return [...text.encoders.map(({ encoder }) => encoder), unet, vae.module].map(
       (module) => [...namedParameters(module).values()][0].loaded,
     );
   };
   t.same(loaded(few), [false, false, true, true]);
   t.same(parts, ['load', 'sample', 'load']);
-  const [a, b, again] = few.requests.map(({ prompt_embeds }) => prompt_embeds);
-  t.ok(a && a === again && a !== b, 'the same prompt is encoded once');
-  t.ok(few.requests.every(({ prompt }) => prompt === undefined));
-  few.pipeline.release();
+  const [a, b, again] = asked.map((each) => few.text.encoded?.get(textKey(each)));
+  t.ok(a && a === again && b && a !== b, 'each prompt is encoded');
+  t.equal(few.text.encoded?.size, 2, 'the same one once');
+  few.release();
   const many = Array.from({ length: 1001 }, (_, i) => request(`fox ${i}`));
   const all = await openFor(openModel(model), many, place);
   t.same(loaded(all), [true, true, true, true]);
-  t.equal(all.requests, many);
-  all.pipeline.release();
+  t.equal(all.text.encoded, undefined);
+  all.release();
   t.equal(device.memory.storages, before, 'live tensors');
 });
 

@@ -7,17 +7,15 @@ import type { Request } from '../../models/request.ts';
 import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
 import type { SampleCall } from './call.ts';
 import { enlarged } from './hires_options.ts';
-import type { Opened } from './models.ts';
 import { pictureText } from './picture_settings.ts';
 import { hiresRequest, refinerRequest, seedOf } from './request.ts';
 import type { Upscalers } from './upscale_options.ts';
 
 /** What a call draws with. */
 export interface Studio {
-  /** The base, with its requests. */
-  base: Opened;
-  /** The refiner, with requests for it; the base may be gone from then on. */
-  refiner?(requests: readonly Request[]): Promise<Opened>;
+  base: Pipeline;
+  /** The refiner, for such requests; the base may be gone from then on. */
+  refiner?(requests: readonly Request[]): Promise<Pipeline>;
   upscalers: Upscalers;
   /** What drives a request's loop in a part of the call, such as "sampling". */
   stage(label: string): (pipeline: Pipeline, request: Request) => Promise<Latents>;
@@ -38,7 +36,7 @@ export interface Studio {
 export async function drawCall(call: SampleCall, studio: Studio): Promise<void> {
   const { options, requests, adapters, canvas, larger, seed } = call;
   const { refiner, upscalers, stage, onTile, timed } = studio;
-  let { pipeline, requests: asked } = studio.base;
+  let pipeline = studio.base;
   const finish = finishing(call, studio, (latents) =>
     decode(pipeline, latents, options.vaeTiling).map(({ finite, ...drawn }) => ({
       ...upscalers.finish(canvas.finish(drawn), onTile),
@@ -47,7 +45,7 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
   );
   const halfway: Latents[] = [];
   const [sampling, again] = [stage('sampling'), stage('second pass')];
-  for (const [i, request] of asked.entries()) {
+  for (const [i, request] of requests.entries()) {
     await timed('load', () => pipeline.setAdapters(adapters[i]));
     let latents = await timed('sample', () => sampling(pipeline, request));
     if (larger) {
@@ -64,9 +62,9 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
   }
   if (!refiner) return;
   const refined = requests.map((request, i) => refinerRequest(options, request, halfway[i]));
-  ({ pipeline, requests: asked } = await refiner(refined));
+  pipeline = await refiner(refined);
   const refining = stage('refining');
-  for (const [i, request] of asked.entries()) {
+  for (const [i, request] of refined.entries()) {
     const latents = await timed('sample', () => refining(pipeline, request));
     await timed('decode', () => finish(i, latents));
   }

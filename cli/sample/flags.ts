@@ -28,6 +28,7 @@ Examples:
   sdxl sample --model ./base --prompt-file prompts.txt --output fox.png
   sdxl sample --model ./base --hires --hires-scale 1.5 --prompt "a wide valley"
   sdxl sample --model ./base --emphasis original --prompt "a (red:1.3) fox, [snow], (((moon)))"
+  sdxl sample --model ./base --emphasis original --prompt "a [fox:hare:0.4] in the snow"
   sdxl sample --model ./base --lora-model-dir ./loras --prompt "a castle <lora:watercolour:0.8>"
   sdxl sample --model ./base --controlnet diffusers/controlnet-canny-sdxl-1.0:0.5 --control-image photo.png --canny --prompt "a bird"
   sdxl sample --model ./base --adapter TencentARC/t2i-adapter-canny-sdxl-1.0:0.8 --adapter-image edges.png --prompt "a bird"
@@ -122,7 +123,7 @@ export const textOptions = (command: Command): Command =>
     )
     .option(
       '--emphasis <NAME>',
-      'weights in prompts, as (word:1.2), (word) or [word], and BREAK: original or no-norm, as A1111 applies them; ignore, read and not applied; none, text as it stands, as diffusers',
+      'weights in prompts, as (word:1.2), (word) or [word], and BREAK: original or no-norm, as A1111 applies them; ignore, read and not applied; none, text as it stands, as diffusers. But for none a prompt may change: [from:to:0.5] after half of the steps, [to:10] after ten, [from::0.5], and [a|b] from step to step',
       oneOf('--emphasis', emphases),
       'none',
     )

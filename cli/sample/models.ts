@@ -6,21 +6,19 @@ import type { FloatDType } from '../../io/dtype.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { type LoadOptions, type Part, parts, textParts } from '../../models/load_options.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';
-import { loadPipeline, type Pipeline } from '../../models/pipeline.ts';
+import { loadPipeline, type Pipeline, planOf, promptsThrough } from '../../models/pipeline.ts';
 import { encodePrompt } from '../../models/prompts.ts';
 import type { Request } from '../../models/request.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { type PromptEmbeds, type Prompts, textKey } from '../../models/text/conditioning.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
+import { parseUNetConfig } from '../../models/unet/unet.ts';
 import { type SampleOptions, textualInversionOf } from './options.ts';
+import { hiresRequest } from './request.ts';
 
 /** What a pipeline is loaded with beside its model. */
 export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'adapter' | 'ipAdapter' | 'lora'>>;
-
-/** A model with requests that it can answer. */
-export interface Opened {
-  pipeline: Pipeline;
-  requests: readonly Request[];
-}
 
 /** Where a model is loaded, and how. */
 export interface Place {
@@ -51,21 +49,73 @@ export async function openFor(
   place: Place & Caller,
   others: Under = {},
   adapters: readonly (readonly AdapterFile[])[] = [],
-): Promise<Opened> {
+): Promise<Pipeline> {
   const { timed } = place;
   const [lora = []] = adapters;
   const under = { ...others, lora };
-  if (new Set(requests.map(({ prompt }) => JSON.stringify(prompt))).size > MOST_AHEAD)
-    return { pipeline: await timed('load', () => openPipeline(source, place, under)), requests };
+  const told = toldBy(source, requests, adapters, place.options);
+  if (!told) return timed('load', () => openPipeline(source, place, under));
   const texts = await timed('load', () => openPipeline(source, place, { lora }, textParts(source)));
-  let encoded: Request[];
+  let encoded: Encoded;
   try {
-    encoded = await timed('sample', () => inEmbeddings(texts, requests, adapters, place));
+    encoded = await timed('sample', () => inEmbeddings(texts, told, place));
   } finally {
     texts.release();
   }
   const pipeline = await timed('load', () => openPipeline(source, place, under, ['unet', 'vae']));
-  return { pipeline, requests: encoded };
+  let said = encoded.get(keyOf(lora));
+  return {
+    ...pipeline,
+    text: {
+      ...pipeline.text,
+      get encoded() {
+        return said;
+      },
+    },
+    setAdapters(files) {
+      pipeline.setAdapters(files);
+      said = encoded.get(keyOf(files));
+    },
+  };
+}
+
+type Told = Prompts & Pick<Request, 'guidance_scale'>;
+
+/** What the encoders say by the texts' keys, by the adapters that they say it with. */
+type Encoded = ReadonlyMap<string, ReadonlyMap<string, PromptEmbeds>>;
+
+const keyOf = (adapters: readonly AdapterFile[]): string => JSON.stringify(adapters);
+
+/** Texts by their keys, and the adapters that they are told with. */
+interface Group {
+  lora: readonly AdapterFile[];
+  told: Map<string, Told>;
+}
+
+/** What a model is told in the passes of requests, once each; undefined where that is too much to be encoded ahead. */
+function toldBy(
+  source: ModelSource,
+  requests: readonly Request[],
+  adapters: readonly (readonly AdapterFile[])[],
+  options: SampleOptions,
+): Group[] | undefined {
+  const scheduler = parseSchedulerConfig(source.config('scheduler'));
+  const unetConfig = parseUNetConfig(source.config('unet'));
+  const none = { shape: [], data: new Float32Array() };
+  const second = (request: Request) => hiresRequest(options, request, {}, request, [0, 0, 1], () => none);
+  const asked = requests.map((request, i) => ({ request, lora: adapters[i] ?? [] }));
+  const once = new Map(asked.map((each) => [keyOf(each.lora) + textKey(each.request), each]));
+  if (once.size > MOST_AHEAD) return undefined;
+  const groups = new Map<string, Group>();
+  for (const { request, lora } of once.values()) {
+    const group = groups.get(keyOf(lora)) ?? { lora, told: new Map() };
+    groups.set(keyOf(lora), group);
+    for (const pass of options.hires ? [request, second(request)] : [request])
+      for (const prompts of promptsThrough(pass, planOf({ scheduler, unetConfig }, pass)).prompts)
+        group.told.set(textKey(prompts), { ...prompts, guidance_scale: pass.guidance_scale });
+  }
+  const all = [...groups.values()];
+  return all.reduce((sum, { told }) => sum + told.size, 0) > MOST_AHEAD ? undefined : all;
 }
 
 /** A model as the flags want it, or `only` some parts of it. Release it when done. @throws UserError */
@@ -95,29 +145,21 @@ export const openPipeline = (
     };
   });
 
-/** Requests with what the text encoders say in their texts' place; those of the same texts and adapters share it. */
-function inEmbeddings(
-  texts: Pipeline,
-  requests: readonly Request[],
-  adapters: readonly (readonly AdapterFile[])[],
-  { tell }: Caller,
-): Request[] {
-  const made = new Map<string, Omit<ReturnType<typeof encodePrompt>, 'truncated'>>();
-  return requests.map(({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }, i) => {
-    const lora = adapters[i] ?? [];
+function inEmbeddings(texts: Pipeline, groups: readonly Group[], { tell }: Caller): Encoded {
+  const encodedOf = ({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }: Told) => {
     const { max_token_length, clip_skip, emphasis, guidance_scale } = others;
     // Without guidance nobody reads the negative prompt, nor is the other as long as it.
     const negative = guidance_scale > 1 ? { negative_prompt, negative_prompt_2 } : {};
-    const asked = { prompt, prompt_2, ...negative, max_token_length, clip_skip, emphasis };
-    const key = JSON.stringify([asked, lora]);
-    let embeds = made.get(key);
-    if (!embeds) {
+    const { truncated, ...embeds } = encodePrompt(texts, {
+      ...{ prompt, prompt_2, ...negative, max_token_length, clip_skip, emphasis },
+    });
+    tell(truncated);
+    return embeds;
+  };
+  return new Map(
+    groups.map(({ lora, told }) => {
       texts.setAdapters(lora);
-      const { truncated, ...rest } = encodePrompt(texts, asked);
-      tell(truncated);
-      embeds = rest;
-      made.set(key, embeds);
-    }
-    return { ...others, ...embeds };
-  });
+      return [keyOf(lora), new Map([...told].map(([key, prompts]) => [key, encodedOf(prompts)]))];
+    }),
+  );
 }

@@ -200,6 +200,7 @@ export function hiresRequest(
     ...base,
     ...{ width, height },
     ...hiresSteps(options, base.num_inference_steps),
+    base_steps: base.num_inference_steps,
     image: enlarge((n) => generator.randn(n)),
     generators: [generator],
     ...controlRequest(options, inputs.controls ?? [], width, height),

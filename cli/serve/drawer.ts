@@ -77,8 +77,8 @@ async function draw(kept: Kept, id: number, { settings, pictures, edges = {} }: 
   const { refiner, upscalers } = kept;
   const sent: Promise<void>[] = [];
   await drawCall(call, {
-    ...{ upscalers, warn, base: { pipeline: base, requests } },
-    refiner: refiner && (async (refined) => ({ pipeline: refiner, requests: refined })),
+    ...{ upscalers, warn, base },
+    refiner: refiner && (async () => refiner),
     stage: stages(kept, id, requests.length * (1 + Number(!!call.larger) + Number(!!refiner))),
     onTile: leaveIfUnwanted,
     timed: async (_, work) => work(),

@@ -22,6 +22,8 @@ export interface TextStack {
   forceZeros: boolean;
   /** How many chunks of 75 tokens every text takes; where absent as many as a request's texts need and it allows. */
   chunks?: number;
+  /** What the encoders have said of prompts, by textKey, where they may be gone since. */
+  encoded?: ReadonlyMap<string, PromptEmbeds>;
 }
 
 /** Numbers on the host. */
@@ -75,13 +77,24 @@ export function promptCount({ prompt, prompt_embeds }: Prompts): number {
   throw new UserError('there is no prompt to draw: give prompt, or prompt_embeds with pooled_prompt_embeds');
 }
 
+/** All that the embeddings of texts come of. */
+export const textKey = (prompts: Prompts): string => {
+  const { prompt, prompt_2, negative_prompt, negative_prompt_2 } = prompts;
+  const { max_token_length, clip_skip, emphasis } = prompts;
+  return JSON.stringify([
+    ...[prompt, prompt_2, negative_prompt, negative_prompt_2],
+    ...[max_token_length, clip_skip, emphasis],
+  ]);
+};
+
 /** Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`. Embeddings stay as they are. */
 export function encodePrompts(
   stack: TextStack,
-  prompts: Prompts,
+  asked: Prompts,
   { guided, copies, device, dtype }: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
 ): Embeddings {
   const truncated: string[] = [];
+  const prompts = { ...asked, ...stack.encoded?.get(textKey(asked)) };
   const { emphasis = 'none', prompt = [], prompt_2 = prompt } = prompts;
   const read = (texts: readonly (readonly string[])[]) =>
     stack.encoders.map(({ tokenizer }, i) => texts[i].map((text) => readPrompt(tokenizer, text, emphasis)));
