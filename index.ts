@@ -42,4 +42,5 @@ export { locateUpscaler, type UpscalerSource } from './models/upscaler/rrdbnet_f
 export { openUpscaler, type Upscaler } from './models/upscaler/upscaler.ts';
 export { type Interpolation, interpolate } from './models/vae/interpolate.ts';
 export { type DecodedPicture, decodeLatents, type Latents } from './models/vae/latents.ts';
+export { type Variation, VariedGenerator } from './models/variation.ts';
 export { defineRun, type Run, type RunInput } from './train/run.ts';

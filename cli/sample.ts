@@ -82,7 +82,9 @@ async function draw(
     const sizes = [{ width, height }, ...(larger ? [larger] : [])].map(
       (each) => `${each.width}x${each.height}`,
     );
-    if (!quiet) terminal.err(`seed ${seed}, ${sizes.join(', then ')}, ${dtype} on ${device.name}\n`);
+    const { subseed } = call.options;
+    const seeds = [`seed ${seed}`, ...(subseed === undefined ? [] : [`subseed ${subseed}`])].join(', ');
+    if (!quiet) terminal.err(`${seeds}, ${sizes.join(', then ')}, ${dtype} on ${device.name}\n`);
     await drawCall(call, {
       ...{ base, upscalers, warn, timed },
       refiner: refinerSource && ((refined) => openRefiner(refinerSource, refined)),
@@ -93,7 +95,7 @@ async function draw(
     await timed('decode', () => album.close());
     report(options, terminal, {
       files: album.files,
-      ...{ seed, ...written, steps },
+      ...{ seed, subseed, ...written, steps },
       ...{ model, dtype, device: device.name, seconds },
       peak_bytes: device.memory.peak,
       peak_process_bytes: process.resourceUsage().maxRSS * 1024,

@@ -11,7 +11,7 @@ import { keep, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { besideLatents, isInpainting, maskAt } from './control/inpainting.ts';
 import { isInstructPix2Pix, originalLatents } from './control/instruct_pix2pix.ts';
-import type { Plan, Sampler } from './samplers/sampler.ts';
+import type { Draw, Plan, Sampler } from './samplers/sampler.ts';
 import type { UNetConfig } from './unet/unet.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './vae/latents.ts';
@@ -22,6 +22,8 @@ export interface NoiseGenerator {
   randn(n: number): Float32Array;
   /** What the device makes the same numbers of (torchNormal); undefined where it cannot, and then nothing is drawn. */
   words?(n: number): Int32Array | undefined;
+  /** The noise [n, c, h, w] that pictures begin with, where that is not the stream's next. */
+  first?(shape: readonly number[]): Float32Array;
 }
 
 /** The part of a request that says where the loop begins. */
@@ -91,6 +93,18 @@ const noiseOn = (device: Device, generators: readonly NoiseGenerator[], shape: r
     return (parts.length === 1 ? parts[0] : concat(parts, 0)).reshape(...shape);
   });
 
+/** The noise that pictures begin with. */
+function firstNoiseOn(
+  device: Device,
+  generators: readonly NoiseGenerator[],
+  shape: readonly number[],
+): Tensor {
+  if (generators.every(({ first }) => first === undefined)) return noiseOn(device, generators, shape);
+  const own = [shape[0] / generators.length, ...shape.slice(1)];
+  const parts = generators.map((each) => each.first?.(own) ?? each.randn(sizeOf(own)));
+  return tensor(joined(parts), shape, { device });
+}
+
 export function startOf(
   coder: Coder,
   request: StartRequest,
@@ -103,11 +117,12 @@ export function startOf(
   if (latents) checkShape('latents', latents, shape);
   const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
   const draw = () => noiseOn(coder.device, generators, shape);
+  const drawFirst = () => firstNoiseOn(coder.device, generators, shape);
   if (image && mask) {
     const start = isInpainting(coder.unetConfig) ? seeing : paintingIn;
-    return start(coder, { ...request, image, mask }, sampler, plan, { shape, draw });
+    return start(coder, { ...request, image, mask }, sampler, plan, { shape, draw, drawFirst });
   }
-  const noise = () => combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : draw()]);
+  const noise = () => combine([plan.initNoiseSigma, latents ? onDevice(latents.data) : drawFirst()]);
   if (image && isInstructPix2Pix(coder.unetConfig)) {
     const scaled = sampler.config.sigma_data !== undefined;
     const beside = originalLatents(coder, { ...request, image, scaled }, shape);
@@ -118,7 +133,7 @@ export function startOf(
   const begin = () => {
     // Told where to start, diffusers takes the picture for one that has its noise already.
     if (latents && (told || image)) return onDevice(latents.data);
-    if (from) return told ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), draw());
+    if (from) return told ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), drawFirst());
     return noise();
   };
   return { shape, draw, begin: () => scope(begin), release() {} };
@@ -137,14 +152,14 @@ function paintingIn(
   request: StartRequest & { image: Latents; mask: Latents },
   sampler: Sampler,
   plan: Plan,
-  { shape, draw }: Pick<Start, 'shape' | 'draw'>,
+  { shape, draw, drawFirst }: Pick<Start, 'shape' | 'draw'> & { drawFirst: Draw },
 ): Start {
   const { generators, image, mask, latents, denoising_start } = request;
   const { data: picture } = latentsOf(coder, request, shape[0]);
   const noisy = denoising_start !== undefined;
   const [known, noise, painted, kept] = scope(() => {
     const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
-    const noise = latents && !noisy ? onDevice(latents.data) : draw();
+    const noise = latents && !noisy ? onDevice(latents.data) : drawFirst();
     const plane = maskAt(mask, shape.slice(2));
     const painted = Float32Array.from({ length: sizeOf(shape) }, (_, i) => plane[i % plane.length]);
     return [onDevice(picture), noise, onDevice(painted), onDevice(painted.map((part) => 1 - part))];
@@ -173,7 +188,7 @@ function seeing(
   request: StartRequest & { image: Latents; mask: Latents },
   sampler: Sampler,
   plan: Plan,
-  { shape, draw }: Pick<Start, 'shape' | 'draw'>,
+  { shape, draw, drawFirst }: Pick<Start, 'shape' | 'draw'> & { drawFirst: Draw },
 ): Start {
   const { generators, latents, denoising_start } = request;
   const noisy = denoising_start !== undefined;
@@ -182,7 +197,7 @@ function seeing(
   const from = given ?? (pure ? undefined : latentsOf(coder, request, shape[0]));
   const { first, beside } = scope(() => {
     const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
-    const noise = latents && !noisy ? onDevice(latents.data) : draw();
+    const noise = latents && !noisy ? onDevice(latents.data) : drawFirst();
     const beginning = (): Tensor => {
       if (!from) return combine([plan.initNoiseSigma, noise]);
       return noisy ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), noise);

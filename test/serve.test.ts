@@ -117,6 +117,45 @@ test('a server draws what sample draws', async (t) => {
   t.equal(maxDifference((await pixels(larger.body.images[0])).data, hires.picture.data), 0, 'a second pass');
 });
 
+test('a server changes prompts and varies noise', async (t) => {
+  const server = await shared;
+  const asked = {
+    ...fox,
+    prompt: 'a [red|blue] fox',
+    negative_prompt: '[rain:snow:0.5]',
+    sampler_name: 'Euler',
+  };
+  const variation = { subseed: 9, subseed_strength: 0.3, seed_resize_from_w: 48, seed_resize_from_h: 96 };
+  const varied = await server.post('/sdapi/v1/txt2img', { ...asked, ...variation, steps: 4, batch_size: 2 });
+  t.equal(varied.status, 200, varied.body.detail);
+  t.match(JSON.parse(varied.body.info), { all_seeds: [5, 5], all_subseeds: [9, 10], subseed_strength: 0.3 });
+  const typed = await sampled(
+    ...[...small, '--prompt', asked.prompt, '--negative-prompt', asked.negative_prompt, '--seed', '5'],
+    ...[
+      '--subseed',
+      '10',
+      '--subseed-strength',
+      '0.3',
+      '--seed-resize-from-w',
+      '48',
+      '--seed-resize-from-h',
+      '96',
+    ],
+    ...['--steps', '4', '--scheduler', 'Euler', '--timestep-spacing', 'linspace', '--emphasis', 'original'],
+  );
+  t.equal(maxDifference((await pixels(varied.body.images[1])).data, typed.picture.data), 0);
+  const [plain, none] = [
+    {},
+    { subseed: 9, subseed_strength: 0, seed_resize_from_w: -1, seed_resize_from_h: 0 },
+  ];
+  const [want, got] = [
+    await server.post('/sdapi/v1/txt2img', { ...asked, ...plain }),
+    await server.post('/sdapi/v1/txt2img', { ...asked, ...none }),
+  ];
+  t.same(got.body.images, want.body.images, 'what clients send anyway');
+  t.same(JSON.parse(got.body.info).all_subseeds, [-1]);
+});
+
 test('a server draws over pictures', async (t) => {
   const server = await shared;
   const [image, mask] = [join(folder, 'image.png'), join(folder, 'mask.png')];
@@ -208,6 +247,11 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
     ['/sdapi/v1/txt2img', { prompt: 'x', steps: 'many' }, /steps takes a whole number/],
     ['/sdapi/v1/txt2img', { prompt: 'x', steps: 1000 }, /steps takes a whole number from 1 to 150/],
     ['/sdapi/v1/txt2img', { prompt: 'x', width: 5000 }, /width takes a number.* to 4096/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', subseed_strength: 2 },
+      /subseed_strength takes a number from 0 to 1/,
+    ],
     ['/sdapi/v1/txt2img', { prompt: 'x', width: 65 }, /width 65 is not divisible by 8/],
     ['/sdapi/v1/txt2img', { prompt: 'x', batch_size: 8, n_iter: 8 }, /is 64, and 16 is the most/],
     ['/sdapi/v1/txt2img', { prompt: 'x', restore_faces: true }, /restore_faces true is not there/],

@@ -48,6 +48,7 @@ export function writeParameters(
     `CFG scale: ${guidance_scale}`,
     `Seed: ${seed}`,
     `Size: ${width}x${height}`,
+    ...variationFields(options),
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
     ...hiresFields(options),
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
@@ -55,6 +56,15 @@ export function writeParameters(
     `Version: sdxl ${version}`,
   ];
   return `${prompt}${negative}\n${fields.join(', ')}`;
+}
+
+function variationFields(options: SampleOptions): string[] {
+  const { subseed, subseedStrength, seedResizeFromW: w, seedResizeFromH: h } = options;
+  return [
+    ...(subseed === undefined ? [] : [`Variation seed: ${subseed}`]),
+    ...(subseedStrength ? [`Variation seed strength: ${subseedStrength}`] : []),
+    ...(w === undefined || h === undefined ? [] : [`Seed resize from: ${w}x${h}`]),
+  ];
 }
 
 function hiresFields(options: SampleOptions): string[] {
@@ -114,7 +124,6 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   'Hires CFG Scale': undefined,
   'Hires prompt': undefined,
   'Hires negative prompt': undefined,
-  'Variation seed': undefined,
 };
 
 export interface Parameters {
@@ -129,7 +138,10 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
   const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
   const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
-  const [width, height] = (field('Size') ?? '').split('x');
+  const sides = (name: string) => (field(name) ?? '').split('x').map((side) => side || undefined);
+  const [width, height] = sides('Size');
+  const [seedResizeFromW, seedResizeFromH] = sides('Seed resize from');
+  const strength = field('Variation seed strength');
   // In its negative prompt they are words; out of the other it takes them, and the file's fields have their hashes.
   const untaken = keepsLoras ? / ?<hypernet:[^<>]+>/g : / ?<(lora|lyco|hypernet):[^<>]+>/g;
   const adapters = [...new Set(prompt.match(untaken)?.map((tag) => tag.trim()))];
@@ -151,12 +163,14 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
       sigmas: /Custom Sigmas: \[([^\]]+)\]/.exec(last)?.[1], // stable-diffusion.cpp's
       guidanceScale: field('CFG scale'),
       seed: field('Seed'),
+      subseed: strength && field('Variation seed'),
+      subseedStrength: strength,
+      ...{ seedResizeFromW, seedResizeFromH },
       emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
       rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',
       ...scheduler,
       ...hires?.settings,
-      width: width || undefined,
-      height,
+      ...{ width, height },
     },
     further: [
       ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),

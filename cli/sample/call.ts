@@ -35,6 +35,7 @@ import type { Sources } from './sources.ts';
 import { writtenSize } from './upscale_options.ts';
 
 export interface SampleCall {
+  /** As typed, but that a subseed is a number, and there only where it counts. */
   options: SampleOptions;
   /** The base's, in the order in which they are drawn. */
   requests: Request[];
@@ -55,13 +56,13 @@ export interface SampleCall {
 
 /** @throws UserError for what the models cannot do */
 export function planCall(
-  options: SampleOptions,
+  typed: SampleOptions,
   { source, refinerSource, vaeSource, upscalers, under }: Sources,
   inputs: Inputs,
   prompts: readonly Prompt[],
 ): SampleCall {
-  const { seed: asked = -1 } = options;
-  const seed = asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked;
+  const seed = seedFor(typed.seed);
+  const options = { ...typed, subseed: typed.subseedStrength ? seedFor(typed.subseed) : undefined };
   checkControlModes(under.controlnet, oneOrAll(options.controlMode));
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
@@ -92,6 +93,9 @@ export function planCall(
     adapters: named.map(({ lora }) => [...under.lora, ...lora]),
   };
 }
+
+/** A random one where none is given. */
+const seedFor = (asked = -1): number => (asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked);
 
 /** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */
 function planned(from: ModelSource, asked: Request) {

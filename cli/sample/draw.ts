@@ -8,7 +8,7 @@ import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
 import type { SampleCall } from './call.ts';
 import { enlarged } from './hires_options.ts';
 import { pictureText } from './picture_settings.ts';
-import { hiresRequest, refinerRequest, seedOf } from './request.ts';
+import { hiresRequest, refinerRequest, seedOf, subseedOf } from './request.ts';
 import type { Upscalers } from './upscale_options.ts';
 
 /** What a call draws with. */
@@ -81,7 +81,8 @@ function finishing(
 ) {
   const finish = (i: number, latents: Latents) => {
     const own = seedOf(options, seed, i);
-    const text = pictureText(options, { ...requests[i], prompt: [typed[i]] }, own, sampler);
+    const drawn = { ...options, subseed: subseedOf(options, i) };
+    const text = pictureText(drawn, { ...requests[i], prompt: [typed[i]] }, own, sampler);
     return add(finished(latents), latents, text, own);
   };
   const waiting: [number, Latents][] = [];

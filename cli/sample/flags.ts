@@ -141,8 +141,24 @@ const pictureOptions = (command: Command): Command =>
       number('--seed', { min: -1, max: Number.MAX_SAFE_INTEGER, whole: true }),
     )
     .option(
+      '--subseed <N>',
+      'a variation: the noise lies between that of --seed and this one (default, or -1: random, and printed)',
+      number('--subseed', { min: -1, max: Number.MAX_SAFE_INTEGER, whole: true }),
+    )
+    .option(
+      '--subseed-strength <F>',
+      'how far from the first to the second, 0 to 1 (default: 0)',
+      fraction('--subseed-strength'),
+    )
+    .option(
+      '--seed-resize-from-w <N>',
+      'the noise of a picture so wide, in the middle of the own',
+      side('--seed-resize-from-w'),
+    )
+    .option('--seed-resize-from-h <N>', 'and so high', side('--seed-resize-from-h'))
+    .option(
       '-b, --batch-count <N>',
-      'so many times, one after the other, each from the next seed',
+      'so many times, one after the other, each from the next seed, or with --subseed-strength from the next subseed',
       number('--batch-count', { min: 1, max: 10000, whole: true }),
       1,
     )

@@ -54,6 +54,10 @@ export interface SampleOptions
   timestepSpacing?: SchedulerConfig['timestep_spacing'];
   eta?: number;
   seed?: number;
+  subseed?: number;
+  subseedStrength?: number;
+  seedResizeFromW?: number;
+  seedResizeFromH?: number;
   rng: 'cpu' | 'cuda';
   numImages: number;
   batchCount: number;
@@ -161,6 +165,18 @@ export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): 
   ];
 }
 
+/** @throws UserError for flags of a variation that say nothing */
+function checkVariation({ subseed, subseedStrength, batchCount, ...options }: SampleOptions): void {
+  if (subseed !== undefined && subseedStrength === undefined)
+    throw new UserError(
+      '--subseed needs --subseed-strength: how far to go to its noise, 0 to 1, such as 0.2',
+    );
+  if (subseedStrength && (subseed ?? 0) > Number.MAX_SAFE_INTEGER - batchCount + 1)
+    throw new UserError(`--subseed ${subseed} has no ${batchCount - 1} seeds after it; take a smaller one`);
+  if ((options.seedResizeFromW === undefined) !== (options.seedResizeFromH === undefined))
+    throw new UserError('--seed-resize-from-w and --seed-resize-from-h are the sides of one size: give both');
+}
+
 /** What can be known to be wrong before anything is read. */
 export function checkSample(options: SampleOptions): void {
   if (options.prompt === undefined && options.promptFile === undefined)
@@ -204,6 +220,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,
     );
+  checkVariation(options);
   if (options.denoisingStart === 0 && options.refiner)
     throw new UserError(
       '--denoising-start 0 leaves the base nothing to do; give a part of the way such as 0.8',

@@ -10,7 +10,9 @@ import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { type Request, stepsOf } from '../../models/request.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { layoutOf } from '../../models/samplers/registry.ts';
+import type { NoiseGenerator } from '../../models/start.ts';
 import type { Latents } from '../../models/vae/latents.ts';
+import { VariedGenerator } from '../../models/variation.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
@@ -179,12 +181,23 @@ export function baseRequests(
 /** Which of the prompts the i-th request is of. */
 export const promptAt = ({ batchCount }: SampleOptions, i: number): number => Math.floor(i / batchCount);
 
-/** The seed of the i-th request: each prompt's batches begin at `seed` and count on. */
-export const seedOf = ({ batchCount }: SampleOptions, seed: number, i: number): number =>
-  seed + (i % batchCount);
+/** The seed of the i-th request: each prompt's batches begin at `seed` and count on, but for those that differ in their variation. */
+export const seedOf = ({ batchCount, subseedStrength }: SampleOptions, seed: number, i: number): number =>
+  seed + (subseedStrength ? 0 : i % batchCount);
 
-const generatorOf = (options: SampleOptions, seed: number, i: number): TorchGenerator | CudaGenerator =>
-  new (options.rng === 'cuda' ? CudaGenerator : TorchGenerator)(seedOf(options, seed, i));
+/** The subseed of the i-th request, where there is one. */
+export const subseedOf = ({ batchCount, subseed }: SampleOptions, i: number): number | undefined =>
+  subseed === undefined ? undefined : subseed + (i % batchCount);
+
+function generatorOf(options: SampleOptions, seed: number, i: number): NoiseGenerator {
+  const Kind = options.rng === 'cuda' ? CudaGenerator : TorchGenerator;
+  const { subseedStrength, seedResizeFromW: w, seedResizeFromH: h } = options;
+  const own = seedOf(options, seed, i);
+  if (!subseedStrength && w === undefined) return new Kind(own);
+  const seed_resize_from = w === undefined || h === undefined ? undefined : ([h, w] as const);
+  const variation = { subseed: subseedOf(options, i), subseed_strength: subseedStrength, seed_resize_from };
+  return new VariedGenerator(own, variation, Kind);
+}
 
 /** The second pass of the i-th request: over what `enlarge` makes of its latents, at the larger size and from its seed anew. */
 export function hiresRequest(

@@ -1,6 +1,6 @@
 // A1111's routes (`/sdapi/v1`) that clients draw with, and those that they ask what there is before they draw.
 import { pngText } from '../../io/png.ts';
-import { samplerLabels } from '../sample/a1111.ts';
+import { readParameters, samplerLabels } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { checkOverrides, orderOf, plain, scheduleTypes } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
@@ -97,14 +97,21 @@ function progress(queue: Queue, withImage: boolean): Reply {
 
 /** What A1111 tells of the pictures, of which clients read seeds and texts. */
 function infoOf(
-  { prompt: [prompt] = [''], negativePrompt = '', batchCount }: Settings,
+  { prompt: [prompt] = [''], negativePrompt = '', batchCount, subseedStrength = 0 }: Settings,
   drawn: readonly Drawn[],
 ) {
   const seeds = drawn.map(({ seed }) => seed);
+  const subseeds = drawn.map(({ parameters }) => Number(readParameters(parameters).settings.subseed ?? -1));
   return {
     ...{ prompt, all_prompts: drawn.map(() => prompt) },
     ...{ negative_prompt: negativePrompt, all_negative_prompts: drawn.map(() => negativePrompt) },
-    ...{ seed: seeds[0] ?? -1, all_seeds: seeds, subseed: -1, all_subseeds: seeds.map(() => -1) },
+    ...{
+      seed: seeds[0] ?? -1,
+      all_seeds: seeds,
+      subseed: subseeds[0] ?? -1,
+      all_subseeds: subseeds,
+      subseed_strength: subseedStrength,
+    },
     ...{ batch_size: batchCount, index_of_first_image: 0 },
     infotexts: drawn.map(({ parameters }) => parameters),
   };

@@ -46,14 +46,17 @@ const labelled = <T extends string>(key: string, value: string, labels: readonly
   labels.find((label) => plain(label) === plain(value)) ?? oneOf(key, labels)(value);
 
 const sideOf =
-  (option: 'width' | 'height'): Field =>
+  (option: 'width' | 'height' | 'seedResizeFromW' | 'seedResizeFromH'): Field =>
   (value, key) => ({ ...numeric(option, { max: mostSide })(value, key), [option]: side(key)(String(value)) });
+
+const seedNumber = (option: 'seed' | 'subseed'): Field =>
+  numeric(option, { min: -1, max: 2 ** 53 - 1, whole: true });
 
 /** Keys that every picture heeds. */
 const picture: Readonly<Record<string, Field>> = {
   prompt,
   negative_prompt: text('negativePrompt'),
-  seed: numeric('seed', { min: -1, max: 2 ** 53 - 1, whole: true }),
+  seed: seedNumber('seed'),
   steps: numeric('steps', { min: 1, max: mostSteps, whole: true }),
   cfg_scale: numeric('guidanceScale', { min: 0 }),
   image_cfg_scale: numeric('imageGuidanceScale', { min: 0 }),
@@ -67,21 +70,19 @@ const words = (text: string): string[] => text.trim().split(/\s+/);
 /** Keys that readers below take apart. */
 const taken = words(`
   sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength init_images mask
-  inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y`);
+  inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y
+  subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
   save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id
-  include_init_images subseed s_tmin s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext script_args
+  include_init_images s_tmin s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext script_args
   refiner_switch_at`);
 
 /** Keys of what is not there, with what leaves it out. */
 const absent: Readonly<Record<string, Field>> = {
   restore_faces: only(false, 0),
   tiling: only(false, 0),
-  subseed_strength: only(0),
-  seed_resize_from_h: only(-1, 0),
-  seed_resize_from_w: only(-1, 0),
   styles: only([]),
   s_churn: only(0),
   s_noise: only(1),
@@ -155,6 +156,23 @@ function countOf(body: Body): Settings {
       `batch_size x n_iter is ${size * iterations}, and ${mostPictures} is the most at once`,
     );
   return { batchCount: size * iterations };
+}
+
+/** A variation, where there is one: clients send a subseed without a strength, and 0 or -1 for no size. */
+function variationOf(body: Body): Settings {
+  const given = (key: string) => ([0, -1].includes(Number(body[key])) ? undefined : (body[key] ?? undefined));
+  const [width, height] = ['seed_resize_from_w', 'seed_resize_from_h'].map(given);
+  const [w, h] = [sideOf('seedResizeFromW'), sideOf('seedResizeFromH')];
+  const subseed = seedNumber('subseed')(body.subseed ?? -1, 'subseed');
+  const strength = numeric('subseedStrength', { min: 0, max: 1 })(
+    body.subseed_strength ?? 0,
+    'subseed_strength',
+  );
+  return {
+    ...(strength.subseedStrength ? { ...subseed, ...strength } : {}),
+    ...(width !== undefined &&
+      height !== undefined && { ...w(width, 'seed_resize_from_w'), ...h(height, 'seed_resize_from_h') }),
+  };
 }
 
 /** The second pass. A1111 takes 0 for what is not said. */
@@ -240,7 +258,7 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };
   const controls = controlsIn(body.alwayson_scripts, served);
   const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
-  const drawn = { ...samplerOf(body), ...countOf(body) };
+  const drawn = { ...samplerOf(body), ...countOf(body), ...variationOf(body) };
   return {
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
