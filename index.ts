@@ -34,6 +34,7 @@ export {
 export { encodePrompt } from './models/prompts.ts';
 export { CudaGenerator } from './models/random/cuda_random.ts';
 export { TorchGenerator } from './models/random/torch_random.ts';
+export { type Variation, VariedGenerator } from './models/random/variation.ts';
 export type { Asked } from './models/request.ts';
 export type { Embeds, PromptEmbeds } from './models/text/conditioning.ts';
 export { loadTextualInversion } from './models/text/textual_inversion.ts';
@@ -42,5 +43,4 @@ export { locateUpscaler, type UpscalerSource } from './models/upscaler/rrdbnet_f
 export { openUpscaler, type Upscaler } from './models/upscaler/upscaler.ts';
 export { type Interpolation, interpolate } from './models/vae/interpolate.ts';
 export { type DecodedPicture, decodeLatents, type Latents } from './models/vae/latents.ts';
-export { type Variation, VariedGenerator } from './models/variation.ts';
 export { defineRun, type Run, type RunInput } from './train/run.ts';

@@ -7,7 +7,6 @@ import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
-import { metadataOf, openLoraFolder } from './lora_folder.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './option_values.ts';
 import { adapterOf } from './sample/adapter_options.ts';
@@ -21,6 +20,7 @@ import {
   textOptions,
 } from './sample/flags.ts';
 import { ipAdapterOf } from './sample/ip_adapter_options.ts';
+import { metadataOf, openLoraFolder } from './sample/lora_folder.ts';
 import { checkSample, loraOf, type SampleOptions } from './sample/options.ts';
 import { checkLook, lookOptions } from './sample/preview.ts';
 import { addUpscaleOptions } from './sample/upscale_options.ts';

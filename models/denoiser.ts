@@ -22,8 +22,8 @@ import {
 import { type Followed, featuresOf, type T2IAdapter } from './control/t2i_adapter.ts';
 import { type ImagePrompt, imageTokens } from './ip_adapter/image_prompt.ts';
 import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
-import type { Scheduled } from './prompt_schedule.ts';
 import { type Encoded, encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
+import type { Scheduled } from './text/prompt_schedule.ts';
 import { type ContextCache, newContextCache } from './unet/context_cache.ts';
 import { type Caching, deepCache } from './unet/deepcache.ts';
 import { guide, rescaled } from './unet/guidance.ts';

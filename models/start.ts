@@ -11,20 +11,11 @@ import { keep, scope } from '../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../engine/tensor.ts';
 import { besideLatents, isInpainting, maskAt } from './control/inpainting.ts';
 import { isInstructPix2Pix, originalLatents } from './control/instruct_pix2pix.ts';
+import type { NoiseGenerator } from './random/generator.ts';
 import type { Draw, Plan, Sampler } from './samplers/sampler.ts';
 import type { UNetConfig } from './unet/unet.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './vae/latents.ts';
-
-/** Where noise comes from: TorchGenerator's CPU stream, or CudaGenerator's. */
-export interface NoiseGenerator {
-  /** `n` standard normals. Calls advance one stream. */
-  randn(n: number): Float32Array;
-  /** What the device makes the same numbers of (torchNormal); undefined where it cannot, and then nothing is drawn. */
-  words?(n: number): Int32Array | undefined;
-  /** The noise [n, c, h, w] that pictures begin with, where that is not the stream's next. */
-  first?(shape: readonly number[]): Float32Array;
-}
 
 /** The part of a request that says where the loop begins. */
 export interface StartRequest {

@@ -4,9 +4,9 @@ import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { metadataOf, openLoraFolder } from '../cli/lora_folder.ts';
-import { readPrompts, withoutLoras } from '../cli/prompt_loras.ts';
 import { readParameters } from '../cli/sample/a1111.ts';
+import { metadataOf, openLoraFolder } from '../cli/sample/lora_folder.ts';
+import { readPrompts, withoutLoras } from '../cli/sample/prompt_loras.ts';
 import { writePng } from '../io/image.ts';
 import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
@@ -227,11 +227,15 @@ test('a prompt draws what --lora draws', async (t) => {
 
 test('prompts that name other LoRAs are each drawn with their own', async (t) => {
   const lines = at('lines.txt');
-  writeFileSync(lines, 'a fox <lora:style:0.5>\na hare<lora:style:0.5>\na fox \na fox <lora:deep>\n');
-  const more = ['--seed', '3', '--batch-count', '2', '--hires', '--hires-scale', '1.5', ...small];
+  writeFileSync(
+    lines,
+    'a [fox:hare:0.5] <lora:style:0.5>\na hare<lora:style:0.5>\na fox \na fox <lora:deep>\n',
+  );
+  const read = ['--emphasis', 'original'];
+  const more = ['--seed', '3', '--batch-count', '2', '--hires', '--hires-scale', '1.5', ...small, ...read];
   const all = await drawn('all', '--prompt-file', lines, '--lora-model-dir', loras, ...more);
   const alone = [
-    ['a fox ', '--lora', `${style}:0.5`],
+    ['a [fox:hare:0.5] ', '--lora', `${style}:0.5`],
     ['a hare', '--lora', `${style}:0.5`],
     ['a fox'],
     ['a fox ', '--lora', deep],

@@ -9,7 +9,7 @@ import { readPngText } from '../io/png.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { CudaGenerator } from '../models/random/cuda_random.ts';
 import { TorchGenerator } from '../models/random/torch_random.ts';
-import { VariedGenerator } from '../models/variation.ts';
+import { VariedGenerator } from '../models/random/variation.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';

@@ -17,10 +17,10 @@ import { pagOf } from '../../models/unet/pag.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
 import type { Latents } from '../../models/vae/latents.ts';
-import type { Prompt } from '../prompt_loras.ts';
 import { oneOrAll } from './control_options.ts';
 import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
 import type { SampleOptions } from './options.ts';
+import type { Prompt } from './prompt_loras.ts';
 import {
   baseRequests,
   type Canvas,

@@ -12,12 +12,12 @@ import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { scaledFile } from '../option_values.ts';
-import { loraTags, type Prompt, readPrompts } from '../prompt_loras.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import type { PreviewOptions } from './preview.ts';
+import { loraTags, type Prompt, readPrompts } from './prompt_loras.ts';
 import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 
 export interface SampleOptions

@@ -6,9 +6,9 @@ import { UserError } from '../../io/errors.ts';
 import { readPngText } from '../../io/png.ts';
 import type { Request } from '../../models/request.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
-import { loraTags } from '../prompt_loras.ts';
 import { type Parameters, readParameters, writeParameters } from './a1111.ts';
 import type { SampleOptions } from './options.ts';
+import { loraTags } from './prompt_loras.ts';
 
 /** What of a request depends on this machine or this call rather than on the picture. */
 const local = [

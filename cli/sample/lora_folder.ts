@@ -3,9 +3,9 @@
 // while a server runs.
 import { statSync } from 'node:fs';
 import { join, posix } from 'node:path';
-import { didYouMean, UserError } from '../io/errors.ts';
-import { filesBelow } from '../io/files.ts';
-import { isWeightsFile, openWeightsFile } from '../models/checkpoint/weights_file.ts';
+import { didYouMean, UserError } from '../../io/errors.ts';
+import { filesBelow } from '../../io/files.ts';
+import { isWeightsFile, openWeightsFile } from '../../models/checkpoint/weights_file.ts';
 
 const withoutEnd = (path: string): string => path.replace(/\.(safetensors|gguf)$/i, '');
 

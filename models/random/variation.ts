@@ -1,9 +1,8 @@
 // A1111's variation seeds and "Resize seed from" (its rng.py): the noise that a picture begins with lies between two seeds' on the arc that
 // joins them (Shoemake 1985), column by column of the latents; or is that of another size, laid into the middle of its own. All later
 // draws are the seed's.
-
-import { TorchGenerator } from './random/torch_random.ts';
-import type { NoiseGenerator } from './start.ts';
+import type { NoiseGenerator } from './generator.ts';
+import { TorchGenerator } from './torch_random.ts';
 
 export interface Variation {
   subseed?: number;

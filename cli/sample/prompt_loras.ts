@@ -1,10 +1,10 @@
 // LoRAs that a prompt names: `<lora:NAME:0.8>`, as A1111 (modules/extra_networks.py) and stable-diffusion.cpp (extract_and_remove_lora)
 // read it. A tag is taken out of the text and nothing around it, so its spaces stay. Where one is named twice its weights add up, as in
 // stable-diffusion.cpp; A1111 counts the last one's twice.
-import { UserError } from '../io/errors.ts';
-import type { AdapterFile } from '../models/lora/lora.ts';
+import { UserError } from '../../io/errors.ts';
+import type { AdapterFile } from '../../models/lora/lora.ts';
+import { number } from '../option_values.ts';
 import { openLoraFolder } from './lora_folder.ts';
-import { number } from './option_values.ts';
 
 /** A prompt as it was typed, the text that is read of it, and what it is drawn with. */
 export interface Prompt {

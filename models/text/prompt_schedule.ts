@@ -3,7 +3,7 @@
 // bracket or colon that belongs to nothing is text; but a `|` outside of brackets, or a last backslash, makes all of a prompt text.
 // Brackets that are weights stay as they are, for emphasis.ts. (Of a stray bracket right behind nested ones, as in `([a:b:1])]`, A1111's
 // parser makes text of all three.)
-import type { Prompts } from './text/conditioning.ts';
+import type { Prompts } from './conditioning.ts';
 
 /** A pass over a picture. A number in a prompt with a point is a share of its calls, one without is a call. */
 export interface Pass {
