@@ -21,6 +21,9 @@ import { methods, type Run, targets } from './run.ts';
 /** More rows than any layer of SDXL has inputs or outputs: a number beyond is a slip, and its tensors would fit no memory. */
 const MOST_WIDE = 2 ** 14;
 
+/** Ten times as many as a block of SDXL has: plans of many more take minutes. */
+const MOST_DEEP = 100;
+
 /** Learning rate, weight decay, clipping, epochs and checkpoints are by default the seed recipe's (configs/pokemon-blip.ts). */
 export const fields: Fields<Run> = {
   name: text(''),
@@ -78,7 +81,7 @@ export const fields: Fields<Run> = {
   },
   controlnet: {
     controlnet_model_name_or_path: text(''),
-    transformer_layers_per_block: list([], whole(0)),
+    transformer_layers_per_block: list([], whole(0, { min: 0, max: MOST_DEEP })),
   },
   t2i_adapter: { adapter_model_name_or_path: text('') },
   ip_adapter: {
@@ -118,7 +121,7 @@ export const fields: Fields<Run> = {
     resolution: whole(1024, { min: 8 }),
     aspect_ratio_buckets: flag(false),
     center_crop: flag(false),
-    crops: whole(1, { min: 1 }),
+    crops: whole(1, { min: 1, max: 1000 }),
     random_flip: flag(false),
     interpolation: choice('lanczos', 'lanczos', 'bilinear'),
     max_token_length: whole(75, { min: 1 }),
