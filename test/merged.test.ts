@@ -96,7 +96,7 @@ test('mistakes', async (t) => {
     [['--unet', model, '--save-keys', 'text_encoder'], /--unet changes nothing of what --save-keys names/],
     [
       ['--lora', large, '--format', 'lora-kohya'],
-      /--lora is for a model's parts, and lora-kohya is one file/,
+      /--lora is merged into a model, and without --base a LoRA is exported as it is/,
     ],
   ]);
   t.notOk(existsSync(out), 'nothing is written');
