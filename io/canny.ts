@@ -1,6 +1,7 @@
 // The edges of a picture (Canny 1986), white on black, pixel for pixel as OpenCV's Canny(picture, low, high) finds them: a gradient by
 // Sobel over 3 x 3 pixels, of the channel where it is largest, measured as |dx| + |dy|; of it what is largest across its edge, in one of
-// four directions told apart in fixed point; and of that what is above `high`, with what is above `low` and hangs on to it.
+// four directions told apart in fixed point; and of that what is above the higher threshold, with what is above the lower one and hangs on
+// to it. Which of the two comes first says nothing, as there.
 import type { Picture } from './pixels.ts';
 
 export type Thresholds = readonly [low: number, high: number];
@@ -8,8 +9,9 @@ export type Thresholds = readonly [low: number, high: number];
 /** tan(22.5 degrees) with 15 bits behind the point. */
 const TAN_22 = Math.round((Math.SQRT2 - 1) * 2 ** 15);
 
-export function canny(picture: Picture, [low, high]: Thresholds): Picture {
+export function canny(picture: Picture, thresholds: Thresholds): Picture {
   const { width, height } = picture;
+  const [low, high] = [Math.min(...thresholds), Math.max(...thresholds)].map(Math.floor);
   const { dx, dy, size } = gradients(picture);
   const wide = width + 2; // a pixel around, where nothing is
   const edge = new Uint8Array(wide * (height + 2));
@@ -17,9 +19,8 @@ export function canny(picture: Picture, [low, high]: Thresholds): Picture {
   const found: number[] = [];
   for (let y = 0; y < height; y++)
     for (let x = 0, i = (y + 1) * wide + 1; x < width; x++, i++) {
-      if (size[i] <= Math.floor(low) || !isPeak(size, i, wide, dx[y * width + x], dy[y * width + x]))
-        continue;
-      edge[i] = size[i] > Math.floor(high) ? strong : weak;
+      if (size[i] <= low || !isPeak(size, i, wide, dx[y * width + x], dy[y * width + x])) continue;
+      edge[i] = size[i] > high ? strong : weak;
       if (edge[i] === strong) found.push(i);
     }
   const around = [-wide - 1, -wide, -wide + 1, -1, 1, wide - 1, wide, wide + 1];
