@@ -228,6 +228,21 @@ const followedOf = ({ controlnet = [], adapter = [], ipAdapter = [] }: Standing)
   ...ipAdapter.map((text): Followed => ({ kind: 'ipAdapter', file: ipAdapterOf(text).file })),
 ];
 
+/** By the names that units call them. @throws UserError where two have one */
+function byName(followed: readonly Followed[]): Served['followed'] {
+  const found = new Map<string, Followed>();
+  for (const each of followed) {
+    const name = nameOf(each.file);
+    const other = found.get(name);
+    if (other)
+      throw new UserError(
+        `${other.file} and ${each.file} would both be called ${name}, by which A1111's clients choose; give one of them another name`,
+      );
+    found.set(name, each);
+  }
+  return found;
+}
+
 function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
   const told = new Set<string>();
   const { emphasis, maxTokenLength, lora = [], loraModelDir } = standing;
@@ -240,7 +255,7 @@ function servedOf(standing: Standing, command: Command, log: (line: string) => v
         : openLoraFolder(loraModelDir)
             .all()
             .map((each) => ({ ...each, metadata: metadataOf(each.path) })),
-    followed: new Map(followedOf(standing).map((each) => [nameOf(each.file), each])),
+    followed: byName(followedOf(standing)),
     texts: {
       ...(isTyped(command, 'emphasis') ? { emphasis } : {}),
       ...(isTyped(command, 'maxTokenLength') ? { maxTokenLength } : {}),

@@ -121,6 +121,10 @@ test('a server that cannot begin says why', async (t) => {
     [['--queue', '0'], /--queue takes/],
     [['--cors', 'https://example.org/'], /--cors takes an origin/],
     [['--cors', '*'], /--cors takes an origin/],
+    [
+      ['--controlnet', 'a/final', '--adapter', 'b/final.safetensors'],
+      /a\/final and b\/final.safetensors would both be called final, by which/,
+    ],
   ];
   for (const [flags, sentence] of cases) {
     const { status, err } = await sdxl('serve', '--model', model, ...flags);
