@@ -50,7 +50,7 @@ test('what a unit names is followed, as by sample', async (t) => {
           ...{ pixel_perfect: true, effective_region_mask: null, advanced_weighting: null },
         },
         { enabled: false, model: 'absent', image },
-        { model: 'full', input_image: image, weight: 0.3, control_mode: 'Balanced' },
+        { model: 'full', image: null, input_image: image, weight: 0.3, control_mode: 'Balanced' },
       ],
       [
         ...['--controlnet', `${little}:0.6`, '--control-image', file, '--controlnet', `${full}:0.3`],
@@ -110,6 +110,7 @@ test('what a unit names is followed, as by sample', async (t) => {
 
 test('a unit that cannot be followed is told of', async (t) => {
   const server = await started;
+  const hostile = { toString: 1 }; // no text can be made of it
   for (const [body, sentence] of [
     [units({ image }), /names null, and this server has full, small, union/],
     [units({ model: 'canny', image }), /names "canny", and this server has full/],
@@ -143,6 +144,19 @@ test('a unit that cannot be followed is told of', async (t) => {
     [{ alwayson_scripts: { adetailer: { args: [true] } } }, /there is no script "adetailer"/],
     [{ alwayson_scripts: { adetailer: {} } }, /there is no script "adetailer"/],
     [{ alwayson_scripts: [] }, /takes an object/],
+    [
+      { alwayson_scripts: { controlnet: { args: { model: 'full', image } } } },
+      /"controlnet" takes an object with args, a list of units/,
+    ],
+    [units({ model: hostile, image }), /unit's model takes a text, not \{"toString":1\}/],
+    [units({ model: 'full', image, module: hostile }), /unit's module takes a text, not/],
+    [units({ model: 'union', image, union_control_type: hostile }), /union_control_type takes a text, not/],
+    [units({ model: 'full', image, weight: hostile }), /unit's weight takes a number from 0, not/],
+    [
+      units({ model: 'full', image, module: 'canny', threshold_a: hostile }),
+      /unit's threshold_a takes a number, not/,
+    ],
+    [{ enable_hr: true, hr_resize_x: hostile }, /hr_resize_x takes a number, not/],
   ] as const) {
     const { status, body: answer } = await server.post('/sdapi/v1/txt2img', { ...fox, ...body });
     t.equal(status, 400, JSON.stringify(body).slice(0, 80));

@@ -8,6 +8,7 @@ import { hiresUpscalers } from '../sample/hires_options.ts';
 import { controlsIn } from './controlnet_api.ts';
 import {
   type Field,
+  numberOf,
   numeric,
   only,
   pictureBytes,
@@ -186,8 +187,8 @@ function hiresOf(body: Body): Settings {
   const isSized = (width ?? height) !== undefined;
   const keys: Record<string, [value: unknown, field: Field]> = {
     hr_scale: [isSized ? undefined : given('hr_scale'), numeric('hiresScale', { min: 1, max: 8 })],
-    hr_resize_x: [width, (value, key) => ({ hiresWidth: side(key)(String(value)) })],
-    hr_resize_y: [height, (value, key) => ({ hiresHeight: side(key)(String(value)) })],
+    hr_resize_x: [width, (value, key) => ({ hiresWidth: side(key)(`${numberOf(value, key)}`) })],
+    hr_resize_y: [height, (value, key) => ({ hiresHeight: side(key)(`${numberOf(value, key)}`) })],
     hr_second_pass_steps: [
       given('hr_second_pass_steps'),
       numeric('hiresSteps', { min: 1, max: mostSteps, whole: true }),

@@ -5,8 +5,8 @@ import type { Thresholds } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
-import { number, oneOf } from '../option_values.ts';
-import { only, pictureBytes, readFields } from './fields.ts';
+import { oneOf } from '../option_values.ts';
+import { numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
 import type { Routes } from './http.ts';
 import type { Order, Settings } from './messages.ts';
 import type { Followed, Served } from './served.ts';
@@ -34,9 +34,11 @@ export function controlsIn(scripts: unknown, served: Served): Order {
     isObject(script) && Array.isArray(script.args) && (script.args[0] ?? false) === false;
   const other = entries.find(([name, script]) => name.toLowerCase() !== 'controlnet' && !isOff(script));
   if (other) throw new UserError(`alwayson_scripts: there is no script "${other[0]}" here; leave it out`);
-  const sent = entries.flatMap(([name, script]) =>
-    name.toLowerCase() === 'controlnet' && isObject(script) && Array.isArray(script.args) ? script.args : [],
-  );
+  const sent = entries.flatMap(([name, script]) => {
+    if (name.toLowerCase() !== 'controlnet') return [];
+    if (isObject(script) && Array.isArray(script.args)) return script.args;
+    throw new UserError(`alwayson_scripts: "${name}" takes an object with args, a list of units`);
+  });
   const units = sent
     .filter(isObject)
     .filter(({ enabled }) => enabled !== false)
@@ -90,22 +92,23 @@ const absent = {
 };
 
 function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
-  const { model, control_mode = 0, image = unit.input_image } = unit;
+  const { control_mode = 0 } = unit;
+  const [model, image] = [unit.model ?? '', unit.image ?? unit.input_image];
   readFields(unit, absent, () => {});
   if (![0, 'Balanced', null].includes(control_mode as number))
     throw new UserError(
       `a ControlNet unit's control_mode takes Balanced alone, not ${JSON.stringify(control_mode)}`,
     );
   // A1111 shows a name with a hash behind it.
-  const name = String(model ?? '').replace(/ \[\w*\]$/, '');
+  const name = textOf(model, "a ControlNet unit's model").replace(/ \[\w*\]$/, '');
   const found =
     followed.get(name) ?? (name === '' && followed.size === 1 ? [...followed.values()][0] : undefined);
   if (found === undefined)
     throw new UserError(
-      `a ControlNet unit names ${JSON.stringify(model ?? null)}, and this server has ${[...followed.keys()].join(', ') || 'none (--controlnet, --adapter, --ip-adapter)'}`,
+      `a ControlNet unit names ${JSON.stringify(model || null)}, and this server has ${[...followed.keys()].join(', ') || 'none (--controlnet, --adapter, --ip-adapter)'}`,
     );
-  const read = (key: string, usual: number, bounds: Parameters<typeof number>[1]): number =>
-    number(`a ControlNet unit's ${key}`, bounds)(String(unit[key] ?? usual));
+  const read = (key: string, usual: number, bounds: Parameters<typeof numberOf>[2]): number =>
+    numberOf(unit[key] ?? usual, `a ControlNet unit's ${key}`, bounds);
   const picture = typeof image === 'object' && image !== null && 'image' in image ? image.image : image;
   return {
     ...found,
@@ -113,7 +116,7 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
     picture: pictureBytes(picture, "a ControlNet unit's image"),
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
-    edges: edgesOf(String(unit.module ?? 'none'), unit, found),
+    edges: edgesOf(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
   };
 }
@@ -127,7 +130,7 @@ function edgesOf(module: string, unit: Record<string, unknown>, { kind }: Follow
       `a ControlNet unit has the module "${module}", and there is canny alone; send what it would make, with the module "none"`,
     );
   const threshold = (key: string, usual: number): number => {
-    const value = number(`a ControlNet unit's ${key}`)(String(unit[key] ?? usual));
+    const value = numberOf(unit[key] ?? usual, `a ControlNet unit's ${key}`);
     return value < 0 ? usual : value; // -1 is what it has by itself
   };
   return [threshold('threshold_a', 100), threshold('threshold_b', 200)];
@@ -147,7 +150,7 @@ const unionTypes: Readonly<Record<string, string>> = {
 function modeOf(type: unknown): number {
   if (type === 'Unknown') return -1;
   const words = [...Object.keys(unionTypes), ...controlModes.flat()];
-  const word = oneOf('union_control_type', words)(String(type));
+  const word = oneOf('union_control_type', words)(textOf(type, 'union_control_type'));
   return controlModeOf(unionTypes[word] ?? word) as number;
 }
 

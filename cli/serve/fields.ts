@@ -24,13 +24,17 @@ export const text =
 
 export const prompt: Field = (value, key) => ({ prompt: [textOf(value, key)] });
 
-/** A number, or a text that is one. */
+type Bounds = Parameters<typeof number>[1];
+
+/** A number, or a text that is one. @throws UserError */
+export function numberOf(value: unknown, key: string, bounds?: Bounds): number {
+  const isOne = typeof value === 'number' || typeof value === 'string';
+  return number(key, bounds)(isOne ? String(value) : JSON.stringify(value));
+}
+
 export const numeric =
-  (option: keyof Settings, bounds: Parameters<typeof number>[1]): Field =>
-  (value, key) => {
-    const isOne = typeof value === 'number' || typeof value === 'string';
-    return { [option]: number(key, bounds)(isOne ? String(value) : JSON.stringify(value)) };
-  };
+  (option: keyof Settings, bounds: Bounds): Field =>
+  (value, key) => ({ [option]: numberOf(value, key, bounds) });
 
 /** Says nothing of the picture, or only what holds here anyway. */
 export const unheeded: Field = () => ({});
