@@ -275,9 +275,15 @@ test('run files', async (t) => {
 test("other trainers' keys name keys of ours", (t) => {
   const run: unknown = resolveRun({}, 'the defaults', 'x');
   for (const [theirs, ours] of Object.entries(foreignKeys)) {
-    const value = ours.split('.').reduce((at, key) => (at as Record<string, unknown>)?.[key], run);
-    t.ok(value !== undefined && (typeof value !== 'object' || Array.isArray(value)), `${theirs}: ${ours}`);
+    for (const each of [ours].flat()) {
+      const value = each.split('.').reduce((at, key) => (at as Record<string, unknown>)?.[key], run);
+      t.ok(value !== undefined && (typeof value !== 'object' || Array.isArray(value)), `${theirs}: ${each}`);
+    }
   }
+  for (const written of [{ pretrained_teacher_model: 'x' }, { lcm: { pretrained_teacher_model: 'x' } }])
+    t.throws(() => resolveRun(written, 'run.ts', 'x'), {
+      message: /; here it is "model" or "distillation\.pretrained_teacher_model"$/,
+    });
   t.end();
 });
 

@@ -180,10 +180,12 @@ function asJson(value: unknown): string | undefined {
 /** Where an unknown key belongs, or the nearest one; with `; ` before it, or nothing. `path` ends with a dot. */
 function suggestion(root: object, table: object, path: string, key: string): string {
   const places = [...placesOf(root, key)];
-  const foreign = Object.hasOwn(foreignKeys, key) ? foreignKeys[key] : undefined;
-  const place = foreign ?? (places.length === 1 ? places[0] : undefined);
-  const own = place?.split('.').at(-1) ?? '';
-  if (place) return `; here it is "${Object.hasOwn(table, own) ? `${path}${own}` : place}"`;
+  const foreign = Object.hasOwn(foreignKeys, key) ? [foreignKeys[key]].flat() : undefined;
+  const meant = (foreign ?? (places.length === 1 ? places : [])).map((place) => {
+    const own = place.split('.').at(-1) as string;
+    return `"${Object.hasOwn(table, own) ? `${path}${own}` : place}"`;
+  });
+  if (meant.length > 0) return `; here it is ${meant.join(' or ')}`;
   return didYouMean(key, Object.keys(table)).replace('"', `"${path}`);
 }
 

@@ -1,7 +1,8 @@
 // What other trainers call the keys of a run: kohya's sd-scripts, diffusers' scripts and peft. Told to whoever writes one of
 // these; a run file takes our own names alone, so that each thing has one.
 
-export const foreignKeys: Readonly<Record<string, string>> = {
+/** Where a word means another key by the script it is of, all of them. */
+export const foreignKeys: Readonly<Record<string, string | readonly string[]>> = {
   pretrained_model_name_or_path: 'model',
   pretrained_vae_model_name_or_path: 'vae',
   output_dir: 'output',
@@ -58,6 +59,8 @@ export const foreignKeys: Readonly<Record<string, string>> = {
   v_parameterization: 'objective.prediction_type',
   loss_type: 'objective.loss',
   huber_c: 'objective.huber_delta',
+  // Of diffusers' scripts for LCM the first, of distillation into a smaller UNet the second.
+  pretrained_teacher_model: ['model', 'distillation.pretrained_teacher_model'],
   teacher_unet: 'distillation.pretrained_teacher_model',
   student_unet: 'model',
   min_snr_gamma: 'objective.snr_gamma',
