@@ -1,6 +1,6 @@
 // From prompts to pictures: text to image, image to image, inpainting, and the refiner's share of an ensemble. The
 // request decides which: an image makes it image-to-image, a mask inpainting, denoising_start a continuation. The denoising loop
-// is a generator, so the caller owns progress. Draws come from torch's CPU generator in diffusers' order.
+// is a generator, so the caller owns progress. Draws come from torch's generators in diffusers' order.
 import type { Device } from '../engine/device.ts';
 import { holding } from '../engine/memory.ts';
 import { type AnyModule, type Parameter, unload } from '../engine/module.ts';

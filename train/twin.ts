@@ -1,7 +1,6 @@
 // Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
 // moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
-// ControlNet (controlnet.ts), T2I-Adapter or IP-Adapter (t2i_adapter.ts, ip_adapter.ts) is put beside the UNet, and a token
-// (textual_inversion.ts) into the text encoders.
+// ControlNet, T2I-Adapter or IP-Adapter (controls/) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
 import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import { encodeNumbers } from '../io/dtype.ts';

@@ -79,7 +79,7 @@ export const modelOptions = (command: Command): Command =>
     .option('--device <NAME>', devices, 'auto')
     .option(
       '--dtype <NAME>',
-      'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu',
+      'auto, float32, bfloat16 or float16; auto is bfloat16 for the full-size model on cpu and cuda',
       oneOf('--dtype', dtypes),
       'auto',
     )
@@ -222,12 +222,12 @@ export const stepOptions = (command: Command): Command =>
     )
     .option(
       '--timesteps <N,...>',
-      'own timesteps in place of --steps, such as 999,850,700,... (a distilled model, Align Your Steps); not for DDIM and PNDM',
+      'own timesteps in place of --steps, such as 999,850,700,... (a distilled model, Align Your Steps); not for DDIM, PNDM and those of EDM',
       numbers('--timesteps'),
     )
     .option(
       '--sigmas <F,...>',
-      'the same as noise levels, with the last one to end at (Euler alone)',
+      "the same as noise levels, with the last one to end at (Euler and EDM's alone)",
       numbers('--sigmas'),
     )
     .option(

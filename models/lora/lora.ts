@@ -1,6 +1,6 @@
 // Adapters merged into loaded weights: W += scale * alpha / rank * D, in float32, where D is the difference that its kind makes
-// (lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (oft.ts). DoRA (Liu et al.
-// 2024) then gives each row, or in files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
+// (adapters/lora_kinds.ts) of the tensors that a file has for the layer (lora_file.ts), an OFT of the weight too (adapters/oft.ts). DoRA
+// (Liu et al. 2024) then gives each row, or in files of LyCORIS each column, of W + alpha / rank * D the length that the file says.
 import { statSync } from 'node:fs';
 import { noGrad } from '../../engine/grad.ts';
 import { type AnyModule, namedParameters, type Parameter } from '../../engine/module.ts';

@@ -1,6 +1,6 @@
 // Random numbers equal bit for bit to those of PyTorch's CPU generator (the AVX2 build), so that a seed gives
 // the same picture here as in diffusers. Engine: the Mersenne Twister MT19937 (Matsumoto & Nishimura 1998).
-// Normals: Box-Muller, in blocks of 16 with Cephes' float32 polynomials (cephes_float.ts) from 16 elements
+// Normals: Box-Muller, in blocks of 16 with Cephes' float32 polynomials (engine/cephes_float.ts) from 16 elements
 // on, one at a time in float64 below that. Only float64 normals, and calls for fewer than 16, rest on the
 // platform's log, sin and cos: their last bit may differ.
 import { boxMuller16 } from '../../engine/cephes_float.ts';

@@ -1,4 +1,4 @@
-// What a run may not say together of models whose UNets see more than latents (seeing.ts).
+// What a run may not say together of models whose UNets see more than latents (controls/seeing.ts).
 import { UserError } from '../../io/errors.ts';
 import type { Run } from '../run.ts';
 
