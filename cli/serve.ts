@@ -3,14 +3,11 @@
 // gives the picture that `sdxl sample` gives. One process answers, another draws (serve/drawer.ts).
 import type { Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
-import { basename } from 'node:path';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './option_values.ts';
-import { adapterOf } from './sample/adapter_options.ts';
-import { controlnetOf } from './sample/control_options.ts';
 import {
   modelOptions,
   refinerOptions,
@@ -19,20 +16,18 @@ import {
   stepOptions,
   textOptions,
 } from './sample/flags.ts';
-import { ipAdapterOf } from './sample/ip_adapter_options.ts';
-import { metadataOf, openLoraFolder } from './sample/lora_folder.ts';
-import { checkSample, loraOf, type SampleOptions } from './sample/options.ts';
+import { checkSample, type SampleOptions } from './sample/options.ts';
 import { checkLook, lookOptions } from './sample/preview.ts';
 import { addUpscaleOptions } from './sample/upscale_options.ts';
 import { a1111Api } from './serve/a1111_api.ts';
 import { type Drawer, openDrawer } from './serve/drawer_process.ts';
 import { isLoopback } from './serve/guard.ts';
 import { httpServer, Refusal, type Routes } from './serve/http.ts';
-import { nothingFollowed, type Standing } from './serve/messages.ts';
+import { type ModelTold, nothingFollowed, type Settings, type Standing } from './serve/messages.ts';
 import { openaiApi } from './serve/openai_api.ts';
 import { page } from './serve/page.ts';
 import { openQueue, type Queue } from './serve/queue.ts';
-import type { Followed, Served } from './serve/served.ts';
+import { type Served, servedOf } from './serve/served.ts';
 import { heedingSignals, inOneLine, Stopped, type Terminal } from './terminal.ts';
 
 interface ServeOptions extends SampleOptions {
@@ -124,55 +119,30 @@ function originOf(text: string): string {
 }
 
 async function serve(options: ServeOptions, command: Command, terminal: Terminal): Promise<void> {
-  const { listenIp, listenPort, cors: origins = [], quiet = false } = options;
-  const key = options.apiKeyFile === undefined ? undefined : keyIn(options.apiKeyFile);
-  if (!isLoopback(listenIp) && !key)
-    throw new UserError(
-      `--listen-ip ${listenIp} is reached from other machines: give --api-key-file, so that not everyone may draw`,
-    );
+  const key = keyOf(options);
   const standing = standingOf(options, command);
   const log = (line: string): void => {
-    if (!quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${inOneLine(line)}\n`);
+    if (!options.quiet) terminal.err(`${new Date().toTimeString().slice(0, 8)} ${inOneLine(line)}\n`);
   };
-  let signal: NodeJS.Signals | undefined;
-  const drawer: Drawer = openDrawer(standing, {
-    idleMs: options.keepAlive === undefined ? undefined : options.keepAlive * 60_000,
-    tell: terminal.err,
-    onLost: () => {
-      if (signal) return; // nobody is to be drawn for any more
-      terminal.err('warning: the process that draws has ended; it is started again\n');
-      drawer.open().catch((error) => terminal.err(`error: ${error.message}\n`));
-    },
+  const leave = new AbortController(); // for the signal that is its reason
+  const left = new Promise<void>((resolve) => {
+    leave.signal.addEventListener('abort', () => resolve());
   });
+  const drawer = drawerOf(standing, options, leave.signal, terminal);
   const queue = logged(openQueue(drawer, options.queue), log);
-  const served = servedOf(standing, command, log);
-  const routes: Routes = {
-    'GET /': () => ({ html: page }),
-    'GET /healthz': () => health(drawer, queue),
-    ...openaiApi(served, queue),
-    ...a1111Api(served, queue),
-  };
-  const server = httpServer(routes, {
-    ...{ key, origins, keyless: ['GET /healthz', 'GET /'] },
+  const served = servedOf(standing, textsTyped(standing, command), log);
+  const server = httpServer(routesOf(served, drawer, queue), {
+    ...{ key, origins: options.cors ?? [], keyless: ['GET /healthz', 'GET /'] },
     onBug: (error) => terminal.err(`${(error as Error).stack}\n`),
   });
-  let leave = () => {};
-  const left = new Promise<void>((resolve) => {
-    leave = resolve;
-  });
   await heedingSignals(
-    (heard) => {
-      signal = heard;
-      leave();
-    },
+    (signal) => leave.abort(signal),
     async () => {
       try {
-        const url = await listening(server, listenIp, listenPort);
+        const url = await listening(server, options.listenIp, options.listenPort);
         const told = await Promise.race([drawer.open(), left]);
         if (told) {
-          const { device, dtype } = told;
-          if (options.json) terminal.out(`${JSON.stringify({ url, model: served.name, device, dtype })}\n`);
-          else terminal.err(`${served.name}, ${dtype} on ${device}, at ${url} (Ctrl-C ends it)\n`);
+          tellReady({ url, model: served.name, ...told }, options, terminal);
           await left;
         }
         if (queue.working()) terminal.err('finishing the picture at work; Ctrl-C again leaves at once\n');
@@ -183,10 +153,61 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
       }
     },
   );
-  if (signal) throw new Stopped(signal);
+  if (leave.signal.aborted) throw new Stopped(leave.signal.reason);
+}
+
+/** The key that requests have to bring, if any. @throws UserError where everyone could draw */
+function keyOf({ apiKeyFile, listenIp }: ServeOptions): string | undefined {
+  const key = apiKeyFile === undefined ? undefined : keyIn(apiKeyFile);
+  if (key || isLoopback(listenIp)) return key;
+  throw new UserError(
+    `--listen-ip ${listenIp} is reached from other machines: give --api-key-file, so that not everyone may draw`,
+  );
+}
+
+/** What draws; it is started again where it ends by itself, until `left`. */
+function drawerOf(
+  standing: Standing,
+  { keepAlive }: ServeOptions,
+  left: AbortSignal,
+  terminal: Terminal,
+): Drawer {
+  const drawer: Drawer = openDrawer(standing, {
+    idleMs: keepAlive === undefined ? undefined : keepAlive * 60_000,
+    tell: terminal.err,
+    onLost: () => {
+      if (left.aborted) return; // nobody is to be drawn for any more
+      terminal.err('warning: the process that draws has ended; it is started again\n');
+      drawer.open().catch((error) => terminal.err(`error: ${error.message}\n`));
+    },
+  });
+  return drawer;
+}
+
+const routesOf = (served: Served, drawer: Drawer, queue: Queue): Routes => ({
+  'GET /': () => ({ html: page }),
+  'GET /healthz': () => health(drawer, queue),
+  ...openaiApi(served, queue),
+  ...a1111Api(served, queue),
+});
+
+interface Ready extends ModelTold {
+  url: string;
+  model: string;
+}
+
+function tellReady({ url, model, device, dtype }: Ready, { json }: ServeOptions, terminal: Terminal): void {
+  if (json) terminal.out(`${JSON.stringify({ url, model, device, dtype })}\n`);
+  else terminal.err(`${model}, ${dtype} on ${device}, at ${url} (Ctrl-C ends it)\n`);
 }
 
 const isTyped = (command: Command, name: string): boolean => command.getOptionValueSource(name) === 'cli';
+
+/** How prompts are read, where that was typed: A1111's habits are others. */
+const textsTyped = ({ emphasis, maxTokenLength }: Standing, command: Command): Settings => ({
+  ...(isTyped(command, 'emphasis') ? { emphasis } : {}),
+  ...(isTyped(command, 'maxTokenLength') ? { maxTokenLength } : {}),
+});
 
 /** The options that hold for every request. @throws UserError for flags that contradict each other */
 function standingOf(
@@ -214,58 +235,6 @@ function keyIn(file: string): string {
   throw new UserError(
     `--api-key-file ${file} takes one line of 8 letters or more; openssl rand -hex 16 makes one`,
   );
-}
-
-/** What people call a model by its folder, file or hub id. */
-const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|gguf)$/, '');
-
-/** So many keys that say nothing are told of: clients have a few, and who makes up more fills no log. */
-const mostTold = 100;
-
-const followedOf = ({ controlnet = [], adapter = [], ipAdapter = [] }: Standing): Followed[] => [
-  ...controlnet.map((text): Followed => ({ kind: 'controlnet', file: controlnetOf(text).file })),
-  ...adapter.map((text): Followed => ({ kind: 'adapter', file: adapterOf(text).file })),
-  ...ipAdapter.map((text): Followed => ({ kind: 'ipAdapter', file: ipAdapterOf(text).file })),
-];
-
-/** By the names that units call them. @throws UserError where two have one */
-function byName(followed: readonly Followed[]): Served['followed'] {
-  const found = new Map<string, Followed>();
-  for (const each of followed) {
-    const name = nameOf(each.file);
-    const other = found.get(name);
-    if (other)
-      throw new UserError(
-        `${other.file} and ${each.file} would both be called ${name}, by which A1111's clients choose; give one of them another name`,
-      );
-    found.set(name, each);
-  }
-  return found;
-}
-
-function servedOf(standing: Standing, command: Command, log: (line: string) => void): Served {
-  const told = new Set<string>();
-  const { emphasis, maxTokenLength, lora = [], loraModelDir } = standing;
-  return {
-    name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
-    loraModelDir,
-    loras: () =>
-      loraModelDir === undefined
-        ? lora.map((text) => loraOf(text).file).map((path) => ({ name: nameOf(path), path, metadata: {} }))
-        : openLoraFolder(loraModelDir)
-            .all()
-            .map((each) => ({ ...each, metadata: metadataOf(each.path) })),
-    followed: byName(followedOf(standing)),
-    texts: {
-      ...(isTyped(command, 'emphasis') ? { emphasis } : {}),
-      ...(isTyped(command, 'maxTokenLength') ? { maxTokenLength } : {}),
-    },
-    tellIgnored(key) {
-      if (told.has(key) || told.size === mostTold) return;
-      told.add(key);
-      log(`"${key.slice(0, 60)}" of a request says nothing to this server`);
-    },
-  };
 }
 
 function logged(queue: Queue, log: (line: string) => void): Queue {

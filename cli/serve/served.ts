@@ -1,5 +1,13 @@
 // What the routes know of the server that they are of, and the bounds of what may be asked of it.
-import type { Settings } from './messages.ts';
+import { basename } from 'node:path';
+import { UserError } from '../../io/errors.ts';
+import { shippedModel } from '../model.ts';
+import { adapterOf } from '../sample/adapter_options.ts';
+import { controlnetOf } from '../sample/control_options.ts';
+import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
+import { metadataOf, openLoraFolder } from '../sample/lora_folder.ts';
+import { loraOf } from '../sample/options.ts';
+import type { Settings, Standing } from './messages.ts';
 
 /** The longest side of a picture, sent or drawn. */
 export const mostSide = 4096;
@@ -33,4 +41,54 @@ export interface Served {
   texts: Settings;
   /** Hears of keys that change nothing. */
   tellIgnored(key: string): void;
+}
+
+/** What people call a model by its folder, file or hub id. */
+const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|gguf)$/, '');
+
+/** So many keys that say nothing are told of: clients have a few, and who makes up more fills no log. */
+const mostTold = 100;
+
+const followedOf = ({ controlnet = [], adapter = [], ipAdapter = [] }: Standing): Followed[] => [
+  ...controlnet.map((text): Followed => ({ kind: 'controlnet', file: controlnetOf(text).file })),
+  ...adapter.map((text): Followed => ({ kind: 'adapter', file: adapterOf(text).file })),
+  ...ipAdapter.map((text): Followed => ({ kind: 'ipAdapter', file: ipAdapterOf(text).file })),
+];
+
+/** By the names that units call them. @throws UserError where two have one */
+function byName(followed: readonly Followed[]): Served['followed'] {
+  const found = new Map<string, Followed>();
+  for (const each of followed) {
+    const name = nameOf(each.file);
+    const other = found.get(name);
+    if (other)
+      throw new UserError(
+        `${other.file} and ${each.file} would both be called ${name}, by which A1111's clients choose; give one of them another name`,
+      );
+    found.set(name, each);
+  }
+  return found;
+}
+
+/** Of a server with these options; `texts` are those of prompts that were typed. @throws UserError for names that two have */
+export function servedOf(standing: Standing, texts: Settings, log: (line: string) => void): Served {
+  const told = new Set<string>();
+  const { lora = [], loraModelDir } = standing;
+  return {
+    name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
+    loraModelDir,
+    loras: () =>
+      loraModelDir === undefined
+        ? lora.map((text) => loraOf(text).file).map((path) => ({ name: nameOf(path), path, metadata: {} }))
+        : openLoraFolder(loraModelDir)
+            .all()
+            .map((each) => ({ ...each, metadata: metadataOf(each.path) })),
+    followed: byName(followedOf(standing)),
+    texts,
+    tellIgnored(key) {
+      if (told.has(key) || told.size === mostTold) return;
+      told.add(key);
+      log(`"${key.slice(0, 60)}" of a request says nothing to this server`);
+    },
+  };
 }
