@@ -134,13 +134,14 @@ export function listFolder(path: string): string[] {
 }
 
 /**
- * The files in a folder and in those that it holds, by their paths there with `/`. Links are followed, none twice; a folder in it that
- * cannot be read is passed over. @throws UserError when it cannot be read itself
+ * The files in a folder and in those that it holds, by their paths there with `/`. Hidden ones are left out, such as macOS writes beside
+ * each file. Links are followed, none twice; a folder in it that cannot be read is passed over. @throws UserError when it cannot be read itself
  */
-export function filesBelow(path: string): string[] {
+export function filesUnder(path: string): string[] {
   const seen = new Set<string>();
   const below = (names: readonly string[], at: string): string[] =>
     names.flatMap((name) => {
+      if (name.startsWith('.')) return [];
       const place = join(path, at, name);
       try {
         const found = statSync(place);

@@ -66,11 +66,13 @@ test('tags are read as A1111 reads them', (t) => {
 
 test('a name is of a file in the folder', (t) => {
   const dir = at('named');
-  for (const each of ['sub/deep', 'other', 'mine/final']) mkdirSync(join(dir, each), { recursive: true });
+  for (const each of ['sub/deep', 'other', 'mine/final', '.trash'])
+    mkdirSync(join(dir, each), { recursive: true });
   const files = [
     ...['style.safetensors', 'twice.safetensors', 'twice.gguf', 'v1.5.safetensors', 'sub/style.safetensors'],
     ...['sub/deep/watercolour.safetensors', 'other/same.safetensors', 'sub/same.safetensors', 'notes.txt'],
     'mine/final/pytorch_lora_weights.safetensors',
+    ...['._style.safetensors', '.trash/watercolour.safetensors'], // hidden
   ];
   for (const each of files) writeFileSync(join(dir, each), '');
   writeFileSync(at('outside.safetensors'), '');
@@ -100,6 +102,7 @@ test('a name is of a file in the folder', (t) => {
     [at('outside'), /^no LoRA/],
     [at('outside.safetensors'), /^no LoRA/],
     ['notes', /^no LoRA/],
+    ['._style', /^no LoRA/],
     ['sub', /^no LoRA/],
     ['', /^no LoRA ""/],
     ['|high_noise|style', /^no LoRA/],

@@ -4,7 +4,7 @@
 import { statSync } from 'node:fs';
 import { join, posix } from 'node:path';
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { filesBelow } from '../../io/files.ts';
+import { filesUnder } from '../../io/files.ts';
 import { isWeightsFile, openWeightsFile } from '../../models/checkpoint/weights_file.ts';
 
 const withoutEnd = (path: string): string => path.replace(/\.(safetensors|gguf)$/i, '');
@@ -28,7 +28,7 @@ export interface LoraFolder {
 
 /** @throws UserError where the folder cannot be read */
 export function openLoraFolder(folder: string): LoraFolder {
-  const files = filesBelow(folder).filter(isWeightsFile);
+  const files = filesUnder(folder).filter(isWeightsFile);
   const byName = ways.map((way) => {
     const found = new Map<string, string[]>();
     for (const file of files) found.set(way(file), [...(found.get(way(file)) ?? []), file]);
