@@ -12,6 +12,8 @@ import type { Order, Settings } from './messages.ts';
 import type { Followed, Served } from './served.ts';
 
 interface Unit extends Followed {
+  /** By which the order calls its picture. */
+  name: string;
   picture: Buffer;
   weight: number;
   start: number;
@@ -42,21 +44,21 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   const units = sent
     .filter(isObject)
     .filter(({ enabled }) => enabled !== false)
-    .map((unit) => unitOf(unit, served));
+    .map((unit, i): Unit => ({ ...unitOf(unit, served), name: `controlnet_${i}` }));
   if (units.length > mostUnits)
     throw new UserError(`${units.length} ControlNet units are followed, and ${mostUnits} is the most`);
-  const names = new Map(units.map((unit, i) => [unit, `controlnet_${i}`]));
   return {
-    settings: settingsOf(units, (unit) => names.get(unit) as string),
-    pictures: Object.fromEntries([...names].map(([{ picture }, name]) => [name, picture])),
-    edges: Object.fromEntries([...names].flatMap(([{ edges }, name]) => (edges ? [[name, edges]] : []))),
+    settings: settingsOf(units),
+    pictures: Object.fromEntries(units.map(({ name, picture }) => [name, picture])),
+    edges: Object.fromEntries(units.flatMap(({ name, edges }) => (edges ? [[name, edges]] : []))),
   };
 }
 
 /** The options of `sdxl sample` that units come to, by their kind. */
-function settingsOf(units: readonly Unit[], nameOf: (unit: Unit) => string): Settings {
+function settingsOf(units: readonly Unit[]): Settings {
   const of = (kind: Followed['kind']) => units.filter((unit) => unit.kind === kind);
-  const scaled = (kind: Followed['kind']) => of(kind).map(({ file, weight }) => `${file}:${weight}`);
+  const scaled = (some: readonly Unit[]) => some.map(({ file, weight }) => `${file}:${weight}`);
+  const named = (some: readonly Unit[]) => some.map(({ name }) => name);
   const [nets, adapters, prompts] = [of('controlnet'), of('adapter'), of('ipAdapter')];
   const [factor = 1, ...others] = new Set(adapters.map(({ end }) => end));
   if (others.length > 0 || adapters.some(({ start }) => start > 0))
@@ -67,18 +69,18 @@ function settingsOf(units: readonly Unit[], nameOf: (unit: Unit) => string): Set
     throw new UserError('an IP-Adapter is followed in all steps: leave guidance_start and guidance_end out');
   return {
     ...(nets.length > 0 && {
-      controlnet: scaled('controlnet'),
-      controlImage: nets.map(nameOf),
+      controlnet: scaled(nets),
+      controlImage: named(nets),
       controlMode: nets.map(({ mode }) => mode),
       controlGuidanceStart: nets.map(({ start }) => start),
       controlGuidanceEnd: nets.map(({ end }) => end),
     }),
     ...(adapters.length > 0 && {
-      adapter: scaled('adapter'),
-      adapterImage: adapters.map(nameOf),
+      adapter: scaled(adapters),
+      adapterImage: named(adapters),
       adapterConditioningFactor: factor,
     }),
-    ...(prompts.length > 0 && { ipAdapter: scaled('ipAdapter'), ipAdapterImage: prompts.map(nameOf) }),
+    ...(prompts.length > 0 && { ipAdapter: scaled(prompts), ipAdapterImage: named(prompts) }),
   };
 }
 
@@ -91,7 +93,7 @@ const absent = {
   mask_image: only(''),
 };
 
-function unitOf(unit: Record<string, unknown>, { followed }: Served): Unit {
+function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit, 'name'> {
   const { control_mode = 0 } = unit;
   const [model, image] = [unit.model ?? '', unit.image ?? unit.input_image];
   readFields(unit, absent, () => {});
