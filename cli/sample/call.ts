@@ -1,6 +1,5 @@
 // What a call of `sdxl sample` comes to on the models that it names: how large, from which seed, in which steps. All that can be wrong
 // with it is found here, by the models' configs, before any weight is read.
-
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { checkInpainting } from '../../models/control/inpainting.ts';
 import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';

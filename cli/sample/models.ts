@@ -145,6 +145,7 @@ export const openPipeline = (
     };
   });
 
+/** What the text encoders say of all that is told. */
 function inEmbeddings(texts: Pipeline, groups: readonly Group[], { tell }: Caller): Encoded {
   const encodedOf = ({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }: Told) => {
     const { max_token_length, clip_skip, emphasis, guidance_scale } = others;
