@@ -43,4 +43,4 @@ export { locateUpscaler, type UpscalerSource } from './models/upscaler/rrdbnet_f
 export { openUpscaler, type Upscaler } from './models/upscaler/upscaler.ts';
 export { type Interpolation, interpolate } from './models/vae/interpolate.ts';
 export { type DecodedPicture, decodeLatents, type Latents } from './models/vae/latents.ts';
-export { defineRun, type Run, type RunInput } from './train/run.ts';
+export { defineRun, type Run, type RunInput } from './train/run/run.ts';

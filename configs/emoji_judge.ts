@@ -13,7 +13,7 @@ import { denoise, loadPipeline, type Pipeline } from '../models/pipeline.ts';
 import { TorchGenerator } from '../models/random/torch_random.ts';
 import { withPosterior } from '../models/vae/autoencoder.ts';
 import { toDevice, toHost } from '../models/vae/latents.ts';
-import { draws } from '../train/draws.ts';
+import { draws } from '../train/data/draws.ts';
 import { drawEmoji } from './emoji_data.ts';
 
 interface Judged {

@@ -9,7 +9,7 @@ import { type AdapterConfig, type Part, partsOf } from '../models/adapters/adapt
 import { type Adapter, addAdapters, parametersOf } from '../models/adapters/adapters.ts';
 import { channelsFirst, channelsLast } from '../models/checkpoint/checkpoint.ts';
 import { createOptimizer } from '../train/optimizers/create.ts';
-import { resolveRun } from '../train/resolve_run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
 import { type Assert, maxDifference } from './golden.ts';
 
 type Shape = readonly number[];

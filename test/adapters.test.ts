@@ -14,9 +14,9 @@ import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { parseTextConfig, placeTokens, textEncoder } from '../models/text/clip.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet/unet.ts';
 import { toDevice } from '../models/vae/latents.ts';
-import { clipGradients } from '../train/clip.ts';
-import { draws } from '../train/draws.ts';
+import { draws } from '../train/data/draws.ts';
 import { adamw } from '../train/optimizers/adamw.ts';
+import { clipGradients } from '../train/optimizers/clip.ts';
 import { optimize } from '../train/optimizers/rule.ts';
 import { allClose, type GoldenCase, goldenArea, goldenFolder, goldenLora, maxDifference } from './golden.ts';
 

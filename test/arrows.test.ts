@@ -33,24 +33,31 @@ test('imports go one way', (t) => {
   t.end();
 });
 
-// What a room of models/ is made of lies in the rooms before it; the pipeline, beside the rooms, is made of all of them.
-const rooms = [
-  ...['random', 'checkpoint', 'samplers', 'adapters', 'text', 'unet', 'vae'],
-  ...['control', 'ip_adapter', 'formats', 'lora', 'locate', 'upscaler'],
-];
+// What a room is made of lies in the rooms before it; the files beside the rooms are made of all of them.
+const rooms: Record<string, readonly string[]> = {
+  models: [
+    ...['random', 'checkpoint', 'samplers', 'adapters', 'text', 'unet', 'vae'],
+    ...['control', 'ip_adapter', 'formats', 'lora', 'locate', 'upscaler'],
+  ],
+  train: [
+    ...['data', 'log', 'optimizers', 'objective', 'run', 'passes'],
+    ...['pictures', 'parts', 'controls', 'methods', 'tasks'],
+  ],
+};
 
-test('rooms of models/ stand on each other in one order', (t) => {
-  const roomOf = (path: string): number => {
-    const [, room, file] = path.split('/');
-    return file ? rooms.indexOf(room) : rooms.length;
-  };
-  for (const [path, imports] of importsOf('models')) {
-    t.ok(roomOf(path) >= 0, `${path} is in a room of the list`);
-    for (const [target, from] of imports)
-      if (target.startsWith('models/')) t.ok(roomOf(target) <= roomOf(path), `${path} imports ${from}`);
-  }
-  t.end();
-});
+for (const [house, order] of Object.entries(rooms))
+  test(`rooms of ${house}/ stand on each other in one order`, (t) => {
+    const roomOf = (path: string): number => {
+      const [, room, file] = path.split('/');
+      return file ? order.indexOf(room) : order.length;
+    };
+    for (const [path, imports] of importsOf(house)) {
+      t.ok(roomOf(path) >= 0, `${path} is in a room of the list`);
+      for (const [target, from] of imports)
+        if (target.startsWith(`${house}/`)) t.ok(roomOf(target) <= roomOf(path), `${path} imports ${from}`);
+    }
+    t.end();
+  });
 
 // In the engine a tensor, its device and the ops know each other's types.
 test('no files import each other in a circle, outside the engine', (t) => {

@@ -10,8 +10,8 @@ import { blockCount, blockOf } from '../models/formats/unet_blocks.ts';
 import { parseUNetConfig, unet } from '../models/unet/unet.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { describe, planOf } from '../train/plan.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { basic, device, locate, model, resumes, run, silent } from './small_runs.ts';
 

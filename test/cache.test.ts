@@ -21,10 +21,10 @@ import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../models/pipeline.ts';
 import { encodePrompts } from '../models/text/conditioning.ts';
 import { withPosterior } from '../models/vae/autoencoder.ts';
-import { momentsCache, picturesAtOnce, shownPicture, textCache, type View } from '../train/cache.ts';
-import { geometryOf, preparePicture } from '../train/data/picture.ts';
 import { openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
+import { momentsCache, picturesAtOnce, shownPicture, textCache, type View } from '../train/pictures/cache.ts';
+import { geometryOf, preparePicture } from '../train/pictures/picture.ts';
 import { goldenFolder } from './golden.ts';
 
 const device = openDevice('cpu');

@@ -10,7 +10,7 @@ import { addServe } from '../cli/serve.ts';
 import { addTrain } from '../cli/train.ts';
 import * as sdxl from '../index.ts';
 import { createSampler } from '../models/samplers/registry.ts';
-import { resolveRun } from '../train/resolve_run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
 import { packageRoot } from './golden.ts';
 
 const text = readFileSync(join(packageRoot, 'docs', 'coming_from.md'), 'utf8');

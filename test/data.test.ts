@@ -8,10 +8,10 @@ import type { Picture } from '../io/pixels.ts';
 import { encodePng } from '../io/png.ts';
 import { keyOf, openDataset } from '../train/data/source.ts';
 import { survey } from '../train/data/survey.ts';
-import { fill } from '../train/fields.ts';
-import { openPictures } from '../train/pictures.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import { fields } from '../train/run_fields.ts';
+import { openPictures } from '../train/pictures/pictures.ts';
+import { fill } from '../train/run/fields.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import { fields } from '../train/run/run_fields.ts';
 
 /** What a run has that says nothing of its dataset. */
 const _defaults = fill(fields, {}, 'defaults').dataset;

@@ -4,12 +4,12 @@ import { test } from 'tap';
 import { decodePicture } from '../io/image.ts';
 import type { Picture } from '../io/pixels.ts';
 import type { Size } from '../models/text/conditioning.ts';
-import { bucketSizes, nearestBucket } from '../train/data/buckets.ts';
 import { allCaptions, captionOf } from '../train/data/caption.ts';
-import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/data/picture.ts';
-import { fill } from '../train/fields.ts';
-import { spread } from '../train/pictures.ts';
-import { fields } from '../train/run_fields.ts';
+import { bucketSizes, nearestBucket } from '../train/pictures/buckets.ts';
+import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../train/pictures/picture.ts';
+import { spread } from '../train/pictures/pictures.ts';
+import { fill } from '../train/run/fields.ts';
+import { fields } from '../train/run/run_fields.ts';
 
 /** What a run has that says nothing of its dataset. */
 const defaults = fill(fields, {}, 'defaults').dataset;

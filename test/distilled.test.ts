@@ -28,7 +28,7 @@ import type { Asked } from '../models/request.ts';
 import { parseUNetConfig, unet } from '../models/unet/unet.ts';
 import { toDevice } from '../models/vae/latents.ts';
 import { planOf } from '../train/plan.ts';
-import type { RunInput } from '../train/run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { refusesEach, sdxl } from './command_line.ts';
 import { configOf, numbers, picture, writeComponent } from './controlnet_golden.ts';
 import {

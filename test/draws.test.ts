@@ -1,7 +1,7 @@
 // Training's draws: Philox against the published known answers, the independence of keys, and the moments of what is drawn.
 import { test } from 'tap';
 import { philox } from '../engine/philox.ts';
-import { draws, streamOf } from '../train/draws.ts';
+import { draws, streamOf } from '../train/data/draws.ts';
 
 test('the known answers of Random123', (t) => {
   const answer = (counter: number[], key: number[]) => {

@@ -1,6 +1,6 @@
 // The keys of a run: what a value on the command line is read as, and what is refused at the edge of what may stand there.
 import { test } from 'tap';
-import { resolveRun } from '../train/resolve_run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
 import { refuses } from './io_helpers.ts';
 
 const resolved = (...assignments: string[]) => resolveRun({}, 'the file', 'test', assignments);

@@ -24,8 +24,8 @@ import { complete, type Request } from '../models/request.ts';
 import { crossAttentions, unet } from '../models/unet/unet.ts';
 import type { Latents } from '../models/vae/latents.ts';
 import { DRIVERS_SHARE } from '../train/fit.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { estimate } from '../train/session.ts';
 import { goldenFolder } from './golden.ts';
 

@@ -11,7 +11,7 @@ import { addAdapters, parametersOf } from '../models/adapters/adapters.ts';
 import { channelsLast, openModel } from '../models/checkpoint/checkpoint.ts';
 import { mergeLora } from '../models/lora/lora.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet/unet.ts';
-import type { RunInput } from '../train/run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { sdxl } from './command_line.ts';
 import { type GoldenCase, goldenArea, maxDifference } from './golden.ts';
 import { unetInputs } from './models_golden.ts';

@@ -19,7 +19,7 @@ import { newContextCache } from '../models/unet/context_cache.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet/unet.ts';
 import type { Schedule } from '../models/unet/unet_encoder.ts';
 import { toHost } from '../models/vae/latents.ts';
-import { draws } from '../train/draws.ts';
+import { draws } from '../train/data/draws.ts';
 import { type Assert, type GoldenArea, type GoldenCase, goldenArea, goldenFolder } from './golden.ts';
 import {
   checkActivations,

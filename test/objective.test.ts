@@ -8,8 +8,7 @@ import { sdxlScheduler } from '../models/formats/presets.ts';
 import { parseSchedulerConfig } from '../models/samplers/config.ts';
 import type { Conditioning } from '../models/unet/transformer.ts';
 import type { UNet } from '../models/unet/unet.ts';
-import { draws } from '../train/draws.ts';
-import { fill } from '../train/fields.ts';
+import { draws } from '../train/data/draws.ts';
 import {
   diffusionLoss,
   drawNoise,
@@ -19,10 +18,11 @@ import {
   noisedInputs,
   type ObjectiveSettings,
   objectiveOf,
-} from '../train/objective.ts';
-import { place } from '../train/pass.ts';
-import { fields } from '../train/run_fields.ts';
-import { vaeLoss } from '../train/vae_objective.ts';
+} from '../train/objective/objective.ts';
+import { vaeLoss } from '../train/objective/vae_objective.ts';
+import { place } from '../train/passes/pass.ts';
+import { fill } from '../train/run/fields.ts';
+import { fields } from '../train/run/run_fields.ts';
 import { allClose } from './golden.ts';
 
 const device = openDevice('auto');

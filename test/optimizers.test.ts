@@ -9,10 +9,10 @@ import { keep } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../io/dtype.ts';
 import { channelsLast } from '../models/checkpoint/checkpoint.ts';
-import { clipGradients } from '../train/clip.ts';
-import { ema } from '../train/ema.ts';
+import { clipGradients } from '../train/optimizers/clip.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
-import { resolveRun } from '../train/resolve_run.ts';
+import { ema } from '../train/optimizers/ema.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
 import { allClose } from './golden.ts';
 import { giveGradient } from './gradients.ts';
 

@@ -1,8 +1,8 @@
 // The order of training: what an epoch shows, in which updates and batches, and how epochs follow each other.
 import { test } from 'tap';
+import { draws } from '../train/data/draws.ts';
 import { type Placed, planEpoch, samplesPerEpoch, turnsFrom, updatesPerEpoch } from '../train/data/order.ts';
 import { keyOf } from '../train/data/source.ts';
-import { draws } from '../train/draws.ts';
 
 const placed = (count: number, buckets: number): Placed[] =>
   Array.from({ length: count }, (_, i) => ({ key: keyOf(`${i}`), bucket: (i * i) % buckets }));

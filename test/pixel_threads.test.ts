@@ -6,8 +6,8 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { UserError } from '../io/errors.ts';
 import { mostThreads } from '../io/threads.ts';
-import { geometryOf, readPixels } from '../train/data/picture.ts';
-import { readPixelsAside } from '../train/data/pixel_threads.ts';
+import { geometryOf, readPixels } from '../train/pictures/picture.ts';
+import { readPixelsAside } from '../train/pictures/pixel_threads.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
 
 const file = readFileSync(join(goldenFolder, 'png', 'input.png'));

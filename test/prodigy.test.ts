@@ -8,7 +8,7 @@ import { Parameter } from '../engine/module.ts';
 import { standInCuda } from '../engine/profile.ts';
 import { keep } from '../engine/scope.ts';
 import { empty } from '../engine/tensor.ts';
-import { readLog } from '../train/log.ts';
+import { readLog } from '../train/log/log.ts';
 import { createOptimizer } from '../train/optimizers/create.ts';
 import { allClose } from './golden.ts';
 import { giveGradient } from './gradients.ts';

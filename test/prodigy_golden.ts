@@ -7,9 +7,9 @@ import { Parameter } from '../engine/module.ts';
 import { keep } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import { type LrSchedule, learningRate } from '../train/lr_schedule.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
-import { resolveRun } from '../train/resolve_run.ts';
+import { type LrSchedule, learningRate } from '../train/optimizers/lr_schedule.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
 import { allClose, goldenLines } from './golden.ts';
 import { giveGradient } from './gradients.ts';
 

@@ -13,8 +13,8 @@ import { controlnet, parseControlNetConfig } from '../models/control/controlnet.
 import { controlNetJson, startFromUNet } from '../models/control/controlnet_start.ts';
 import { keepInQ8 } from '../models/unet/q8.ts';
 import { parseUNetConfig, type UNet, unet } from '../models/unet/unet.ts';
-import { draws } from '../train/draws.ts';
-import type { RunInput } from '../train/run.ts';
+import { draws } from '../train/data/draws.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { type GoldenCase, goldenArea } from './golden.ts';
 import { unetInputs } from './models_golden.ts';
 import { device, losses, model, resumes } from './small_runs.ts';

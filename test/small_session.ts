@@ -10,11 +10,18 @@ import { unscoped } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
 import type { MicroBatch, Turn } from '../train/data/order.ts';
 import { createOptimizer, type OptimizerSettings } from '../train/optimizers/create.ts';
-import { openReplicas } from '../train/replicas.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { Run } from '../train/run.ts';
+import { openReplicas } from '../train/passes/replicas.ts';
+import {
+  component,
+  copied,
+  type Substitute,
+  type Task,
+  trainedParameters,
+  twin,
+} from '../train/passes/task.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { Run } from '../train/run/run.ts';
 import type { Session } from '../train/session.ts';
-import { component, copied, type Substitute, type Task, trainedParameters, twin } from '../train/task.ts';
 import { makeUpdate, openFeed } from '../train/update.ts';
 
 const SIDE = 8;

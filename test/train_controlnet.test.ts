@@ -10,10 +10,10 @@ import { controlnet, parseControlNetConfig } from '../models/control/controlnet.
 import { controlNetJson } from '../models/control/controlnet_start.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
 import { openDataset } from '../train/data/source.ts';
-import { openPictures, readConditioning, readView, viewIn } from '../train/pictures.ts';
+import { openPictures, readConditioning, readView, viewIn } from '../train/pictures/pictures.ts';
 import { planOf } from '../train/plan.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';

@@ -10,10 +10,10 @@ import { readJsonObject } from '../io/files.ts';
 import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { presets } from '../models/formats/presets.ts';
 import { parseUNetConfig, unet } from '../models/unet/unet.ts';
-import { place } from '../train/pass.ts';
+import { place } from '../train/passes/pass.ts';
 import { describe, foreseen, planOf } from '../train/plan.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { writeDistilled } from './distilled_golden.ts';
 import { testGradients } from './frozen_golden.ts';
 import {

@@ -3,9 +3,9 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { fill } from '../train/fields.ts';
-import { addNoise, noiseBatch, objectiveOf } from '../train/objective.ts';
-import { fields } from '../train/run_fields.ts';
+import { addNoise, noiseBatch, objectiveOf } from '../train/objective/objective.ts';
+import { fill } from '../train/run/fields.ts';
+import { fields } from '../train/run/run_fields.ts';
 import { sdxl } from './command_line.ts';
 import { edmSchedulers, writeEDM } from './edm_golden.ts';
 import { goldenLines } from './golden.ts';

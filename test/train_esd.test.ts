@@ -3,8 +3,8 @@
 import { join } from 'node:path';
 import { test } from 'tap';
 import { describe, planOf } from '../train/plan.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { testGradients } from './frozen_golden.ts';
 import { basic, device, folder, losses, opened, resumes, run } from './small_runs.ts';
 

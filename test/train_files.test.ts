@@ -13,10 +13,10 @@ import { readPngText } from '../io/png.ts';
 import { writeSafetensors } from '../io/safetensors.ts';
 import { loadTokenizer } from '../models/text/tokenizer.ts';
 import { loadTensors } from '../train/checkpoint.ts';
-import { lossCurve } from '../train/curve.ts';
-import { rewindPreviews, writePreviews } from '../train/preview.ts';
-import { crc32c, openEventFile } from '../train/tensorboard.ts';
-import { learnVocabulary, writeTokenizers } from '../train/vocabulary.ts';
+import { learnVocabulary, writeTokenizers } from '../train/data/vocabulary.ts';
+import { lossCurve } from '../train/log/curve.ts';
+import { crc32c, openEventFile } from '../train/log/tensorboard.ts';
+import { rewindPreviews, writePreviews } from '../train/tasks/preview.ts';
 import { filesOpen } from './io_helpers.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-files-'));

@@ -8,10 +8,10 @@ import { mul } from '../engine/ops/binary.ts';
 import { scope } from '../engine/scope.ts';
 import { tensor } from '../engine/tensor.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
-import { measure, moveThrough } from '../train/fused.ts';
-import { readLog } from '../train/log.ts';
-import { resolveRun } from '../train/resolve_run.ts';
-import type { RunInput } from '../train/run.ts';
+import { readLog } from '../train/log/log.ts';
+import { measure, moveThrough } from '../train/passes/fused.ts';
+import { resolveRun } from '../train/run/resolve_run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { basic, control, device, digest, locate, losses, run, sessionOf, silent } from './small_runs.ts';
 

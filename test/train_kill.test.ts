@@ -10,7 +10,7 @@ import { test } from 'tap';
 import { writePng } from '../io/image.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { listCheckpoints, readState } from '../train/checkpoint.ts';
-import { draws } from '../train/draws.ts';
+import { draws } from '../train/data/draws.ts';
 import { goldenFolder, packageRoot } from './golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-kill-'));

@@ -6,7 +6,7 @@ import { test } from 'tap';
 import { MemoryError } from '../engine/memory.ts';
 import { writePng } from '../io/image.ts';
 import { listCheckpoints } from '../train/checkpoint.ts';
-import type { RunInput } from '../train/run.ts';
+import type { RunInput } from '../train/run/run.ts';
 import { picture } from './controlnet_golden.ts';
 import { basic, control, controlled, device, digest, folder, pictures, run } from './small_runs.ts';
 

@@ -10,9 +10,9 @@ import { listFolder, makeFolder, readJsonObject } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
-import { isRecord } from './fields.ts';
-import { previewFolder } from './preview.ts';
-import type { Run } from './run.ts';
+import { isRecord } from './run/fields.ts';
+import type { Run } from './run/run.ts';
+import { previewFolder } from './tasks/preview.ts';
 
 /** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
 export interface Position {

@@ -7,7 +7,7 @@ import { type Json, type ModelSource, openComponent } from '../models/checkpoint
 import { randomModel } from '../models/formats/random_weights.ts';
 import { readState } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
-import { trainedScheduler } from './objective.ts';
+import { trainedScheduler } from './objective/objective.ts';
 import type { Locate } from './session.ts';
 
 export interface CheckpointOptions {

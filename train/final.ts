@@ -17,10 +17,10 @@ import { pipelineIndex } from '../models/control/inpainting.ts';
 import { buildComponent } from '../models/formats/components.ts';
 import { textParts } from '../models/load_options.ts';
 import { listCheckpoints, type State, stateFile } from './checkpoint.ts';
-import { trainedScheduler } from './objective.ts';
-import type { Run } from './run.ts';
+import { trainedScheduler } from './objective/objective.ts';
+import { component, saved } from './passes/task.ts';
+import type { Run } from './run/run.ts';
 import type { Session } from './session.ts';
-import { component, saved } from './task.ts';
 
 const tokenizers = ['tokenizer', 'tokenizer_2'];
 

@@ -4,8 +4,8 @@ import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { gib, type Plan } from './plan.ts';
-import { resolveRun } from './resolve_run.ts';
-import type { Run } from './run.ts';
+import { resolveRun } from './run/resolve_run.ts';
+import type { Run } from './run/run.ts';
 import { estimate, type Materials } from './session.ts';
 
 export interface Fit {

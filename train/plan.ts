@@ -4,12 +4,12 @@ import { resolve } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
-import { blockRatesInWords } from './block_lr.ts';
-import { fill } from './fields.ts';
-import { objectiveOf } from './objective.ts';
-import { given } from './rules/owners.ts';
-import type { Run } from './run.ts';
-import { fields } from './run_fields.ts';
+import { objectiveOf } from './objective/objective.ts';
+import { blockRatesInWords } from './parts/block_lr.ts';
+import { fill } from './run/fields.ts';
+import { given } from './run/rules/owners.ts';
+import type { Run } from './run/run.ts';
+import { fields } from './run/run_fields.ts';
 import { estimate, type Materials } from './session.ts';
 
 /** What a run comes to. */

@@ -3,13 +3,14 @@
 // picture of 1024 x 1024 cost the host some 10 ms, in which the device would have nothing to do.
 import { setImmediate } from 'node:timers/promises';
 import type { Tensor } from '../engine/tensor.ts';
-import { type GradientNorms, type Gradients, queueNorms } from './clip.ts';
 import type { MicroBatch, Turn, Update } from './data/order.ts';
-import { measure, moveThrough, type Walked } from './fused.ts';
-import { boundNorms } from './max_norm.ts';
-import { firstBadTensor } from './nonfinite.ts';
+import type { PassInputs } from './objective/pass_inputs.ts';
+import { type GradientNorms, type Gradients, queueNorms } from './optimizers/clip.ts';
+import { boundNorms } from './parts/max_norm.ts';
+import { measure, moveThrough, type Walked } from './passes/fused.ts';
+import { firstBadTensor } from './passes/nonfinite.ts';
+import type { Task } from './passes/task.ts';
 import type { Session } from './session.ts';
-import type { PassInputs, Task } from './task.ts';
 
 export interface Made {
   /** The mean over the update's samples; of one that is not finite, that of its first bad pass. */

@@ -4,9 +4,9 @@
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import type { MicroBatch } from './data/order.ts';
-import { undropped } from './dropout.ts';
-import { place } from './pass.ts';
-import { spread } from './pictures.ts';
+import { undropped } from './parts/dropout.ts';
+import { place } from './passes/pass.ts';
+import { spread } from './pictures/pictures.ts';
 import type { Session } from './session.ts';
 
 /** The last number that keys of draws hold. */

@@ -13,8 +13,8 @@ import { unscoped } from '../../engine/scope.ts';
 import { sizeOf, tensor } from '../../engine/tensor.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { unet } from '../../models/unet/unet.ts';
-import { clipGradients } from '../../train/clip.ts';
-import { openPasses } from '../../train/pass.ts';
+import { clipGradients } from '../../train/optimizers/clip.ts';
+import { openPasses } from '../../train/passes/pass.ts';
 
 const DTYPE = 'bfloat16';
 

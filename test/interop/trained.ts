@@ -3,7 +3,7 @@
 import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { packageRoot } from '../../io/package_root.ts';
-import type { RunInput } from '../../train/run.ts';
+import type { RunInput } from '../../train/run/run.ts';
 import { argvOf, base, type Call, type Pictures } from './calls.ts';
 import type { Job } from './run.ts';
 

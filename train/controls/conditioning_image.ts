@@ -3,9 +3,9 @@ import { sizeOf } from '../../engine/tensor.ts';
 import { toGrey } from '../../io/image.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { joined } from '../../models/vae/latents.ts';
-import { readConditioning } from '../pictures.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import { readConditioning } from '../pictures/pictures.ts';
+import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 
 /** In colour, or as grey levels. */

@@ -5,10 +5,10 @@ import type { Picture } from '../../io/pixels.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import type { Asked } from '../../models/request.ts';
 import type { Size } from '../../models/text/conditioning.ts';
-import type { View } from '../cache.ts';
-import type { Network } from '../objective.ts';
-import type { Preview } from '../preview_prompts.ts';
-import type { PassInputs } from '../task.ts';
+import type { Network } from '../objective/objective.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import type { View } from '../pictures/cache.ts';
+import type { Preview } from '../run/preview_prompts.ts';
 
 /** What passes give the UNet beside what it is always given. */
 export interface Control {

@@ -14,8 +14,8 @@ import {
 import { controlNetJson, startFromUNet } from '../../models/control/controlnet_start.ts';
 import { loadControlNet, ofOneKind } from '../../models/control/multicontrolnet.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
-import type { Run } from '../run.ts';
-import { type Added, besideUNet, numbersOf } from '../twin.ts';
+import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import type { Run } from '../run/run.ts';
 import { shown } from './conditioning_image.ts';
 import type { Control } from './control.ts';
 

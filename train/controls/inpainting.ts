@@ -7,11 +7,11 @@ import { preprocess } from '../../io/image.ts';
 import { maskAt } from '../../models/control/inpainting.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import type { Size } from '../../models/text/conditioning.ts';
-import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from '../cache.ts';
+import { draws } from '../data/draws.ts';
 import { drawMask, type RandomMask } from '../data/random_mask.ts';
-import { draws } from '../draws.ts';
-import { readConditioning } from '../pictures.ts';
-import type { Run } from '../run.ts';
+import { drawLatents, type PictureMoments, type Shown, shownPicture, type View } from '../pictures/cache.ts';
+import { readConditioning } from '../pictures/pictures.ts';
+import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 import { seeing } from './seeing.ts';
 

@@ -4,10 +4,10 @@
 // something to compare with; of a caption the model's own unconditional remains, pooled too, as sampling has it.
 import { preprocess } from '../../io/image.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
-import { type PictureMoments, type Shown, shownPicture, type View } from '../cache.ts';
-import { draws } from '../draws.ts';
-import { besideView } from '../pictures.ts';
-import type { Run } from '../run.ts';
+import { draws } from '../data/draws.ts';
+import { type PictureMoments, type Shown, shownPicture, type View } from '../pictures/cache.ts';
+import { besideView } from '../pictures/pictures.ts';
+import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 import { seeing } from './seeing.ts';
 

@@ -25,12 +25,12 @@ import { newIPAdapterConfig, startIPAdapter } from '../../models/ip_adapter/ip_a
 import type { Pipeline } from '../../models/pipeline.ts';
 import { crossAttentions } from '../../models/unet/unet.ts';
 import { joined } from '../../models/vae/latents.ts';
-import type { Said } from '../cache.ts';
+import { draws } from '../data/draws.ts';
 import type { Sample } from '../data/survey.ts';
-import { draws } from '../draws.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
-import { type Added, besideUNet, numbersOf } from '../twin.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import type { Said } from '../pictures/cache.ts';
+import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 
 /** What a run's IP-Adapter is made from: a vision encoder, and the file of one to go on with. */

@@ -4,10 +4,10 @@
 import { sizeOf } from '../../engine/tensor.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { joined } from '../../models/vae/latents.ts';
-import type { View } from '../cache.ts';
-import { readConditioning, readView } from '../pictures.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import type { View } from '../pictures/cache.ts';
+import { readConditioning, readView } from '../pictures/pictures.ts';
+import type { Run } from '../run/run.ts';
 import { type Control, uncontrolled } from './control.ts';
 
 /** How much each latent counts, [h / ratio, w / ratio], by the first channel of an image [h, w, channels]. */

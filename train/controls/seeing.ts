@@ -11,9 +11,9 @@ import type { Size } from '../../models/text/conditioning.ts';
 import type { UNetConfig } from '../../models/unet/unet.ts';
 import { widened } from '../../models/unet/widened.ts';
 import { joined } from '../../models/vae/latents.ts';
-import type { View } from '../cache.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import type { View } from '../pictures/cache.ts';
+import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 
 /** Passes whose UNet sees `channels` beside the latents; `seenOf` gives those of a view, [h, w, channels] of latents' size. */

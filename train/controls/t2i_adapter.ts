@@ -15,8 +15,8 @@ import {
 } from '../../models/control/t2i_adapter.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { channelsFirst } from '../../models/vae/latents.ts';
-import type { Run } from '../run.ts';
-import { type Added, besideUNet, numbersOf } from '../twin.ts';
+import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import type { Run } from '../run/run.ts';
 import { shown } from './conditioning_image.ts';
 import type { Control } from './control.ts';
 

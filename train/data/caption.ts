@@ -1,6 +1,6 @@
 // The caption a sample is shown with in an epoch: one of its choices, its tags shuffled or thinned, or none at all. The
 // options' names are kohya's.
-import { draws } from '../draws.ts';
+import { draws } from './draws.ts';
 
 export interface CaptionOptions {
   /** Share of captions left away, so that guidance has something to compare with. */

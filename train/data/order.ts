@@ -2,7 +2,7 @@
 // function of seed, epoch and the samples' keys, and the update is cut before the batches are: batch 8 and batch 4 with two
 // accumulation steps see the same samples in the same update. An update is of one bucket where the bucket can fill it; what
 // is left over in all buckets is pooled, so no sample is dropped and only an epoch's last update can be short.
-import { draws } from '../draws.ts';
+import { draws } from './draws.ts';
 
 export interface MicroBatch {
   bucket: number;

@@ -3,7 +3,7 @@
 // diffengine's recipe), `irregular` strokes of a brush (Liu et al. 2018, MMagic's get_irregular_mask). MMagic's lengths are pixels of
 // pictures of 512 and 256 a side, and here parts of a side.
 import type { Size } from '../../models/text/conditioning.ts';
-import type { Draws } from '../draws.ts';
+import type { Draws } from './draws.ts';
 
 /** Fills a mask [h, w] of zeros with ones. */
 type Drawing = (size: Size, source: Draws) => Float32Array;

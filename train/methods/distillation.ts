@@ -8,8 +8,8 @@ import { add } from '../../engine/ops/binary.ts';
 import { cast, scale } from '../../engine/ops/unary.ts';
 import { keep, onFailure } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import { distance } from '../objective.ts';
-import type { Run } from '../run.ts';
+import { distance } from '../objective/objective.ts';
+import type { Run } from '../run/run.ts';
 import { type MakeMethod, plainDiffusion } from './method.ts';
 
 type Level = Run['distillation']['distill_level'];

@@ -8,7 +8,7 @@ import { slice } from '../../engine/ops/move.ts';
 import { sum } from '../../engine/ops/reduce.ts';
 import { cast, exp, relu, scale, square } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import type { Network } from '../objective.ts';
+import type { Network } from '../objective/objective.ts';
 import { type Asked, type MakeMethod, plainDiffusion } from './method.ts';
 
 export const dpo: MakeMethod = (run, objective) => ({

@@ -4,7 +4,7 @@
 // noise, which is the same where the model has drawn these pictures of the concept before: so passes are like all others.
 import { sub } from '../../engine/ops/binary.ts';
 import { cast, scale } from '../../engine/ops/unary.ts';
-import { diffusionLoss } from '../objective.ts';
+import { diffusionLoss } from '../objective/objective.ts';
 import { type MakeMethod, plainDiffusion } from './method.ts';
 
 export const esd: MakeMethod = (run, objective) => ({

@@ -16,11 +16,11 @@ import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { noised } from '../../models/samplers/tables.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';
-import { draws } from '../draws.ts';
-import type { LatentBatch, Network, Objective } from '../objective.ts';
-import { asksAverages } from '../rules/methods.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
+import { draws } from '../data/draws.ts';
+import type { LatentBatch, Network, Objective } from '../objective/objective.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import { asksAverages } from '../run/rules/methods.ts';
+import type { Run } from '../run/run.ts';
 import type { Asked, MakeMethod } from './method.ts';
 
 /** The data's standard deviation that the boundary condition is built on, as in models/samplers/lcm.ts. */

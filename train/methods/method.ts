@@ -12,9 +12,9 @@ import {
   noiseBatch,
   noisedInputs,
   type Objective,
-} from '../objective.ts';
-import type { Run } from '../run.ts';
-import type { PassInputs } from '../task.ts';
+} from '../objective/objective.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import type { Run } from '../run/run.ts';
 
 /** What a loss may ask, on the device of its pass. What is not asked costs nothing. */
 export interface Asked {

@@ -5,7 +5,7 @@ import { namedParameters } from '../../engine/module.ts';
 import { UserError } from '../../io/errors.ts';
 import { loadAndClose, type ModelSource, type WeightSource } from '../../models/checkpoint/checkpoint.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../../models/unet/unet.ts';
-import type { Run } from '../run.ts';
+import type { Run } from '../run/run.ts';
 
 /** What both UNets are given and give, and the widths of what they make on the way. */
 const alike = [

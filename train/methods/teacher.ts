@@ -11,7 +11,7 @@ import type { Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { parseUNetConfig, type UNet, type UNetConfig, unet } from '../../models/unet/unet.ts';
-import { type Component, copied, type Substitute, twin } from '../task.ts';
+import { type Component, copied, type Substitute, twin } from '../passes/task.ts';
 
 export interface Teacher {
   unet: UNet;

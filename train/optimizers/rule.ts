@@ -10,8 +10,8 @@ import { cast } from '../../engine/ops/unary.ts';
 import { built, scope, unscoped } from '../../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';
-import { type Gradients, gradientsOf } from '../clip.ts';
-import { streamOf } from '../draws.ts';
+import { streamOf } from '../data/draws.ts';
+import { type Gradients, gradientsOf } from './clip.ts';
 
 export type Slots = Record<string, Tensor>;
 

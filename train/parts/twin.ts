@@ -1,0 +1,281 @@
+// Twins: pipelines of a run's shape with other weights in what is trained and in what a pass reads beside it. Previews of the
+// moving averages are drawn by them, and further devices train on them. Adapters are put on here, as each twin has its own; a
+// ControlNet, T2I-Adapter or IP-Adapter (controls/) is put beside the UNet, and a token (textual_inversion.ts) into the text encoders.
+import { type AnyModule, namedParameters, type Parameter, placeOf, unload } from '../../engine/module.ts';
+import { built } from '../../engine/scope.ts';
+import { encodeNumbers } from '../../io/dtype.ts';
+import { UserError } from '../../io/errors.ts';
+import { isLarge, partsOf } from '../../models/adapters/adapter_kinds.ts';
+import { type Adapter, addAdapters, type Numbers } from '../../models/adapters/adapters.ts';
+import { peftEntries } from '../../models/adapters/peft_config.ts';
+import type { Json } from '../../models/checkpoint/checkpoint.ts';
+import { kohyaModel, kohyaModule } from '../../models/lora/export_lora.ts';
+import type { LoraTargets } from '../../models/lora/lora_file.ts';
+import { startFromLora } from '../../models/lora/lora_start.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { parseTextConfig, textEncoder } from '../../models/text/clip.ts';
+import { unet } from '../../models/unet/unet.ts';
+import { draws } from '../data/draws.ts';
+import { keyOf } from '../data/source.ts';
+import { type Component, component, type Substitute, type TrainedAdapter, twin } from '../passes/task.ts';
+import { type Run, trainsTexts } from '../run/run.ts';
+import { blockRates } from './block_lr.ts';
+
+/** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
+export interface Networks {
+  net: Component;
+  texts: readonly Component[];
+}
+
+/** What a run trains on a pipeline or beside it, of which the model itself has nothing. */
+export interface Added {
+  component: Component;
+  /** Where that is adapters. */
+  adapters?: readonly TrainedAdapter[];
+  /** The twin of a pipeline with the same on it, and its parameters by the component's keys. They are to be filled. */
+  putOn(twin: Pipeline): { other: Pipeline; parameters: ReadonlyMap<string, Parameter> };
+}
+
+/** What is trained beside the UNet, and what a pipeline has of it. */
+interface Beside<M extends AnyModule> {
+  /** Its component's. */
+  name: string;
+  config?: Json;
+  file?: string;
+  net: M;
+  /** Another, without weights. */
+  made(): M;
+  put(net: M): Partial<Pipeline>;
+}
+
+/** The pipeline with a network that a run trains beside the UNet. */
+export const besideUNet = <M extends AnyModule>(
+  pipeline: Pipeline,
+  { name, config, file, net, made, put }: Beside<M>,
+): { other: Pipeline; added: Added } => ({
+  other: {
+    ...pipeline,
+    ...put(net),
+    release() {
+      unload(net);
+      pipeline.release();
+    },
+  },
+  added: {
+    component: { ...component(name, config, net), file },
+    putOn(other) {
+      const own = made();
+      return { other: { ...other, ...put(own) }, parameters: namedParameters(own) };
+    },
+  },
+});
+
+/** What new weights are drawn from, each by its name. */
+export const numbersOf =
+  (seed: number): Numbers =>
+  (name, count, kind) => {
+    const source = draws(seed, 0, keyOf(name), 'weights');
+    return kind === 'normal'
+      ? source.normals(count)
+      : Float32Array.from({ length: count }, () => source.uniform());
+  };
+
+/**
+ * Adapters on the loaded pipeline. A LoRA has peft's keys, and its config in the file's metadata as diffusers reads it; the others
+ * have kohya's spelling of LyCORIS's, which tells alpha in a tensor.
+ */
+export function adapters(run: Run, pipeline: Pipeline, networks: Networks, resumed: boolean): Added {
+  const { lora } = run;
+  const put = adapt(run, pipeline, networks, numbersOf(run.seed));
+  const parameters = byKey(put);
+  if ((lora.conv_rank || lora.conv_alpha) && !put.some(({ adapter }) => isLarge(adapter.weight)))
+    throw new UserError(
+      'lora.conv_rank and lora.conv_alpha are of convolutions larger than 1x1, and lora.targets names none; add conv1, conv2 and conv to it, or leave them out',
+    );
+  // A resumed run has numbers of its own, and the file may be gone.
+  if (lora.network_weights && !resumed)
+    startFromLora(targetsOf(run, pipeline, networks), lora.network_weights, parameters, lora);
+  const spelled = lora.algo === 'lora' ? inPeft(run, pipeline, networks, put) : inLycoris(run, put);
+  const rates = new Map(put.flatMap(({ keys, lr }) => keys.map((key) => [key, lr] as const)));
+  return {
+    component: {
+      ...{ name: 'lora', ...spelled, parameters, trained: [...parameters.keys()] },
+      lr: (key) => rates.get(key),
+    },
+    adapters: put.map(({ adapter, keys }) => ({
+      // Its matrices' are the first. What begins with ones are lengths.
+      names: adapter.matrices.flatMap(({ start }, k) => (start === 'ones' ? [] : [`lora.${keys[k]}`])),
+      bounded: adapter.bounded,
+    })),
+    putOn: (other) => ({
+      other,
+      parameters: byKey(adapt(run, other, networks, (_, count) => new Float32Array(count))),
+    }),
+  };
+}
+
+const byKey = (put: readonly Put[]): Map<string, Parameter> =>
+  new Map(
+    put.flatMap(({ adapter, keys }) =>
+      partsOf(adapter).map(({ parameter }, k) => [keys[k], parameter] as const),
+    ),
+  );
+
+type Spelled = Pick<Component, 'metadata' | 'constants'>;
+
+function inPeft(run: Run, pipeline: Pipeline, networks: Networks, put: readonly Put[]): Spelled {
+  const config = placesOf(run, pipeline, networks).map(({ name, targets }) => {
+    const layers = put.flatMap(({ network, adapter }) => (network === name ? [adapter] : []));
+    const { use_dora } = run.lora;
+    const whole = run.optimizer.block_lr.length === 0;
+    const target_modules = whole ? targets : layers.map(({ path }) => path);
+    return peftEntries(name, layers, run.lora, { ...(use_dora && { use_dora }), target_modules });
+  });
+  return { metadata: { lora_adapter_metadata: JSON.stringify(Object.assign({}, ...config)) } };
+}
+
+/** Metadata as kohya's trainer has it. */
+function inLycoris({ lora }: Run, put: readonly Put[]): Spelled {
+  const { algo, rank, alpha, conv_rank, conv_alpha, factor, decompose_both, rescaled } = lora;
+  const more = { lora: {}, loha: {}, lokr: { factor, decompose_both }, oft: { rescaled } }[algo];
+  const theirs = algo === 'oft' ? 'diag-oft' : algo;
+  const args = { algo: theirs, conv_dim: conv_rank || rank, conv_alpha: conv_alpha || alpha, ...more };
+  return {
+    metadata: {
+      ...kohyaModel,
+      ss_network_module: 'lycoris.kohya',
+      ss_network_dim: `${rank}`,
+      ss_network_alpha: `${alpha}`,
+      ss_network_args: JSON.stringify(args),
+    },
+    constants: put.map(({ network, adapter: { path, alpha } }) => ({
+      name: `${kohyaModule(`${network}.${path}`)}.alpha`,
+      dtype: 'float32',
+      shape: [],
+      bytes: encodeNumbers([alpha], 'float32'),
+    })),
+  };
+}
+
+interface Place {
+  /** The network's component. */
+  name: string;
+  root: AnyModule;
+  targets: readonly string[];
+  option: string;
+  /** The learning rate of a layer that has another than the run's; 0 for one that gets no adapter. */
+  lr(path: string): number | undefined;
+}
+
+/** The networks that a run puts adapters on. */
+function placesOf(run: Run, { unet: root, unetConfig, text }: Pipeline, { texts }: Networks): Place[] {
+  const { lora, train, optimizer } = run;
+  const encoders = text.encoders.map(({ encoder }, i) => ({
+    name: texts[i].name,
+    root: encoder,
+    targets: lora.text_encoder_targets,
+    option: 'lora.text_encoder_targets',
+    lr: () => optimizer.text_encoder_lr || undefined,
+  }));
+  const rates = blockRates(run, unetConfig);
+  const own = {
+    ...{ name: 'unet', root, targets: lora.targets, option: 'lora.targets' },
+    lr: (path: string) => rates(`${path}.weight`),
+  };
+  return train.text_encoders ? [own, ...encoders] : [own];
+}
+
+/** The same as a LoRA file's names are matched against. */
+const targetsOf = (run: Run, pipeline: Pipeline, networks: Networks): LoraTargets => ({
+  unetConfig: pipeline.unetConfig,
+  ...(Object.fromEntries(placesOf(run, pipeline, networks).map(({ name, root }) => [name, root])) as {
+    unet: AnyModule;
+  }),
+});
+
+/** An adapter on a network, with the component's keys of its parts. */
+interface Put {
+  network: string;
+  adapter: Adapter;
+  lr: number | undefined;
+  keys: readonly string[];
+}
+
+function adapt(run: Run, pipeline: Pipeline, networks: Networks, numbers: Numbers): Put[] {
+  return placesOf(run, pipeline, networks).flatMap(({ name: network, root, targets, option, lr }) => {
+    // Layers of two encoders have the same names, but not the same numbers to begin with.
+    const drawn: Numbers = (key, ...rest) => numbers(network === 'unet' ? key : `${network}.${key}`, ...rest);
+    const put = addAdapters(root, { ...run.lora, targets }, drawn, {
+      option,
+      prefix: `${network}.`,
+      isChosen: (path) => lr(path) !== 0,
+    });
+    return put.map((adapter): Put => {
+      const layer = `${network}.${adapter.path}`;
+      const own = run.lora.algo === 'lora' ? layer : kohyaModule(layer);
+      return {
+        network,
+        adapter,
+        lr: lr(adapter.path),
+        keys: partsOf(adapter).map(({ key }) => `${own}.${key}`),
+      };
+    });
+  });
+}
+
+interface Twin {
+  other: Pipeline;
+  weights: ReadonlyMap<string, Parameter>;
+}
+
+/** The pipeline with other weights in the UNet and in what else is trained, and these by `component.key`. */
+export const twinPipeline = (...parts: Parameters<typeof makeTwin>): Twin => built(() => makeTwin(...parts));
+
+function makeTwin(
+  run: Run,
+  pipeline: Pipeline,
+  networks: Networks,
+  added: Added | undefined,
+  substitute: Substitute,
+): Twin {
+  const { gradient_checkpointing: gradientCheckpointing } = run.train;
+  const weights = new Map<string, Parameter>();
+  const replace = (from: Component, to: ReadonlyMap<string, Parameter>) => {
+    for (const [name, parameter] of twin(from, to, substitute)) weights.set(name, parameter);
+  };
+  const { net, texts } = networks;
+  const own = unet(pipeline.unetConfig, { gradientCheckpointing });
+  replace(net, namedParameters(own));
+  // Encoders in which nothing is trained are shared, but on another device, where a pass that runs them has them beside the rest.
+  const isElsewhere = placeOf(own).device !== pipeline.device;
+  const encoders = pipeline.text.encoders.map((pair, i) => {
+    const runs = trainsTexts(run) || (isElsewhere && isLoaded(pair.encoder));
+    if (!runs) return pair;
+    const encoder = textEncoder(parseTextConfig(texts[i].config as Json));
+    replace(texts[i], namedParameters(encoder));
+    return { ...pair, encoder };
+  });
+  const model = { ...pipeline, unet: own, text: { ...pipeline.text, encoders } };
+  if (!added) return { other: model, weights };
+  const { other, parameters } = added.putOn(model);
+  replace(added.component, parameters);
+  return { other, weights };
+}
+
+const isLoaded = (network: AnyModule): boolean =>
+  [...namedParameters(network).values()].every(({ loaded }) => loaded);
+
+export function releaseTwin(twin: Pipeline, owner: Pipeline): void {
+  if (twin === owner) return;
+  unload(twin.unet);
+  twin.text.encoders.forEach(({ encoder }, i) => {
+    if (encoder !== owner.text.encoders[i].encoder) unload(encoder);
+  });
+  const own = netsBeside(owner);
+  for (const net of netsBeside(twin)) if (!own.includes(net)) unload(net);
+}
+
+const netsBeside = ({ controlnet, adapter, ipAdapter }: Pipeline): AnyModule[] => [
+  ...controlnet,
+  ...[...adapter, ...ipAdapter].map(({ module }) => module),
+];

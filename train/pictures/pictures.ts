@@ -1,0 +1,161 @@
+// A run's pictures: which there are, the sizes they are cropped to, and what is done to each in an epoch.
+import { createHash } from 'node:crypto';
+import { UserError } from '../../io/errors.ts';
+import { readPicture } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import type { Size } from '../../models/text/conditioning.ts';
+import { keyOf, openDataset } from '../data/source.ts';
+import { readUnchanged, type Sample, survey } from '../data/survey.ts';
+import { templatesOf } from '../data/templates.ts';
+import type { Report } from '../passes/task.ts';
+import type { Run } from '../run/run.ts';
+import { bucketSizes, nearestBucket } from './buckets.ts';
+import type { View } from './cache.ts';
+import { geometryOf, type Reading } from './picture.ts';
+import { readPixelsAside } from './pixel_threads.ts';
+
+export interface Pictures {
+  samples: readonly Sample[];
+  buckets: readonly Size[];
+  /** By sample, the index of its bucket. */
+  bucketOf: readonly number[];
+  /** Names the samples and their contents: a resumed run must see the same ones. */
+  hash: string;
+  /** What previews follow, of a ControlNet, T2I-Adapter or IP-Adapter that is trained, or what an inpainting model paints in. */
+  validationImages: readonly Picture[];
+}
+
+/** Looks at every picture of a run. Sides will be multiples of `step`. @throws UserError */
+export async function openPictures(run: Run, step: number, report: Report): Promise<Pictures> {
+  const { path, resolution, aspect_ratio_buckets, broken } = run.dataset;
+  if (!path) throw new UserError('the run names no dataset; set dataset.path to a folder or a hub id');
+  if (resolution % step)
+    throw new UserError(
+      `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
+    );
+  const look = async (options: Parameters<typeof openDataset>[0], label: string): Promise<Sample[]> => {
+    const onProgress = (done: number, total: number) => report.progress(label, done, total);
+    const { samples, skipped } = await survey(await openDataset(options), { broken, onProgress });
+    for (const problem of skipped) report.line(`skipped: ${problem}`);
+    return samples;
+  };
+  const { learnable_property, placeholder_token } = run.textual_inversion;
+  const templates = templatesOf(learnable_property, placeholder_token);
+  const found = await look(
+    templates ? { ...run.dataset, instance_prompt: templates[0] } : run.dataset,
+    'looking at pictures',
+  );
+  const own = templates ? found.map((sample) => ({ ...sample, captions: templates })) : found;
+  const { class_data_dir, class_prompt } = run.dataset;
+  const prior = class_data_dir
+    ? await look(
+        {
+          ...run.dataset,
+          ...{ path: class_data_dir, instance_prompt: class_prompt, conditioning_image_column: '' },
+        },
+        'looking at pictures of the class',
+      )
+    : [];
+  const samples = [...own, ...prior.map(ofClass)].flatMap(
+    run.dataset.folder_repeats ? repeated : (each) => [each],
+  );
+  const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
+  const names = samples.map(({ id, hash, beside }) => [id, hash, ...(beside ? [beside.hash] : [])].join(' '));
+  return {
+    samples,
+    buckets,
+    bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
+    hash: createHash('sha256').update(names.join('\n')).digest('hex'),
+    validationImages: await Promise.all(run.previews.validation_image.map(readPicture)),
+  };
+}
+
+/** A picture for prior preservation, whose draws are not those of a picture of the same name. */
+function ofClass(sample: Sample): Sample {
+  const id = `class/${sample.id}`;
+  return { ...sample, id, key: keyOf(id), prior: true };
+}
+
+/** A picture as often as its topmost folder says, `10_name`: the same file, with draws of its own each time. */
+function repeated(sample: Sample): Sample[] {
+  const count = Number(/^(?:class\/)?([1-9]\d*)_[^/]*\//.exec(sample.id)?.[1] ?? 1);
+  return Array.from({ length: count }, (_, i) => {
+    const id = i === 0 ? sample.id : `${sample.id} (${i + 1})`;
+    return { ...sample, id, key: keyOf(id) };
+  });
+}
+
+/** Pixels that sides divide by: what the VAE shrinks by, times what the UNet halves where that is trained. */
+export function sideStep(
+  source: ModelSource,
+  vaeSource: ModelSource,
+  target: Run['train']['target'],
+): number {
+  const halvings = (component: string, from: ModelSource) =>
+    (from.config(component).block_out_channels as number[]).length - 1;
+  return 2 ** (halvings('vae', vaeSource) + (target === 'vae' ? 0 : halvings('unet', source)));
+}
+
+/** Pixels of a preview that names no size: the bucket of a square picture. */
+export function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictures) {
+  const [height, width] = buckets[nearestBucket([resolution, resolution], buckets)];
+  return { height, width };
+}
+
+/** How sample `index` is shown in an epoch: a run that prepares k versions of each picture shows them in turn. */
+export function viewIn(epoch: number, index: number, pictures: Pictures, run: Run): View {
+  const sample = pictures.samples[index];
+  const target = pictures.buckets[pictures.bucketOf[index]];
+  const variant = epoch % run.dataset.crops;
+  return {
+    ...{ sample, variant },
+    geometry: geometryOf(sample.size, target, run.dataset, { seed: run.seed, key: sample.key, variant }),
+  };
+}
+
+/** The view's pixels, [h, w, 3] in [-1, 1], or what else is to be read of its picture. */
+export const readView = async (
+  { sample, geometry }: View,
+  run: Run,
+  signal?: AbortSignal,
+  reading?: Reading,
+): Promise<Float32Array> =>
+  readPixelsAside(
+    {
+      ...{ file: await readUnchanged(sample), name: sample.id, geometry },
+      interpolation: run.dataset.interpolation,
+      reading,
+    },
+    signal,
+  );
+
+/** The conditioning image of the view's picture, done the same to: [h, w, 3] in [0, 1]. */
+export const readConditioning = async (
+  { sample, geometry }: View,
+  run: Run,
+  signal?: AbortSignal,
+): Promise<Float32Array> => {
+  const image = sample.beside as NonNullable<Sample['beside']>;
+  const { interpolation } = run.dataset;
+  const file = await readUnchanged(image);
+  return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
+};
+
+/** The view of the picture beside the view's own, cropped, mirrored and drawn for alike. */
+export function besideView(view: View): View {
+  const { id, hash, read } = view.sample.beside as NonNullable<Sample['beside']>;
+  return { ...view, sample: { ...view.sample, id, hash, read } };
+}
+
+/** Behind the views those of the pictures that were rejected for them, if any. */
+export const withRejected = (views: readonly View[]): View[] => [
+  ...views,
+  ...views.filter(({ sample }) => sample.beside?.kind === 'rejected picture').map(besideView),
+];
+
+/** `count` entries, evenly spread; all where there are no more. */
+export function spread<T>(values: readonly T[], count: number): T[] {
+  const length = Math.min(count, values.length);
+  return Array.from({ length }, (_, i) => values[Math.floor((i * values.length) / length)]);
+}

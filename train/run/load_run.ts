@@ -1,0 +1,66 @@
+// Loading a run file: TypeScript (or JavaScript) that needs no build step, run through jiti because Node before 22 does not
+// strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
+import { existsSync, statSync } from 'node:fs';
+import { basename, resolve } from 'node:path';
+import { UserError } from '../../io/errors.ts';
+import { presets } from '../../models/formats/presets.ts';
+import { resolveRun } from './resolve_run.ts';
+import { defineRun, type Run } from './run.ts';
+
+/** What a run file sees as the package. */
+const sdxl = { defineRun, presets, UserError };
+
+/**
+ * The runs of a file, in order, with defaults and `--set` assignments applied; that of the name `only` where it is given.
+ * @throws UserError
+ */
+export async function loadRuns(
+  path: string,
+  assignments: readonly string[] = [],
+  only?: string,
+): Promise<Run[]> {
+  if (!existsSync(path)) throw new UserError(`no run file ${path}; give a .ts file such as configs/emoji.ts`);
+  if (statSync(path).isDirectory())
+    throw new UserError(`${path} is a folder; give a run file such as configs/emoji.ts`);
+  const given = await evaluate(path);
+  const stages = Array.isArray(given) ? given : [given];
+  if (stages.length === 0 || stages[0] === undefined)
+    throw new UserError(`${path} exports no run; write export default defineRun({ ... })`);
+  const stem = basename(path).replace(/\.[^.]*$/, '');
+  const all = stages.map((stage, i) =>
+    resolveRun(stage, path, stages.length === 1 ? stem : `${stem}-${i + 1}`, assignments),
+  );
+  const runs = only === undefined ? all : all.filter(({ name }) => name === only);
+  if (runs.length === 0)
+    throw new UserError(
+      `--only ${only}: ${path} has no such run, it has ${all.map(({ name }) => name).join(', ')}`,
+    );
+  const twice = runs.find((run, i) =>
+    runs.some((other, j) => j < i && resolve(other.output) === resolve(run.output)),
+  );
+  if (twice) throw new UserError(`${path}: two runs write to ${twice.output}; give each its own name`);
+  return runs;
+}
+
+async function evaluate(path: string): Promise<unknown> {
+  // Loaded here, as only run files need it and every command would wait for it.
+  const { createJiti } = await import('jiti');
+  const jiti = createJiti(import.meta.url, {
+    virtualModules: { sdxl },
+    fsCache: false,
+    moduleCache: false,
+    tryNative: false,
+    interopDefault: false, // a default export and nothing else is a run
+  });
+  try {
+    const loaded = (await jiti.import(resolve(path))) as { default?: unknown };
+    return await loaded.default;
+  } catch (error) {
+    if (error instanceof UserError) throw error;
+    const reason = (error instanceof Error ? error.message : String(error))
+      .replace(/\s+/g, ' ')
+      .replace(/\(0 , \w+\.(\w+)\)/g, '$1') // how jiti calls what a file imports
+      .trim();
+    throw new UserError(`${path} cannot be loaded: ${reason}`);
+  }
+}

@@ -1,0 +1,132 @@
+// Training a VAE (Kingma & Welling 2013; Rombach et al. 2022, without their discriminator): pictures through encoder, one
+// draw of the posterior and decoder, and the loss of vae_objective.ts. At the end the latents' spread is measured over the
+// pictures and becomes scaling_factor, so that a UNet trained on them sees unit variance.
+import type { Device } from '../../engine/device.ts';
+import { noGrad } from '../../engine/grad.ts';
+import { holding } from '../../engine/memory.ts';
+import { namedParameters, unload } from '../../engine/module.ts';
+import type { Tensors } from '../../engine/op.ts';
+import { add, mul } from '../../engine/ops/binary.ts';
+import { cast, exp, scale } from '../../engine/ops/unary.ts';
+import { built, scope } from '../../engine/scope.ts';
+import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
+import { grid } from '../../io/grid.ts';
+import { toPictures } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { joined, toHost } from '../../models/vae/latents.ts';
+import { parseVaeConfig, type Vae, vae } from '../../models/vae/vae.ts';
+import { draws } from '../data/draws.ts';
+import type { PassInputs } from '../objective/pass_inputs.ts';
+import { vaeLoss } from '../objective/vae_objective.ts';
+import { component, copied, lent, type Substitute, type Task, twin, type Weights } from '../passes/task.ts';
+import { type Pictures, readView, spread, viewIn } from '../pictures/pictures.ts';
+import type { Run } from '../run/run.ts';
+
+/** Pictures shown in a preview, and measured for the scale. */
+const shown = 8;
+const measured = 256;
+
+export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSource, device: Device): Task {
+  const config = { ...source.config('vae') };
+  const coder = vae(parseVaeConfig(config));
+  holding('vae', () => source.load('vae', coder.module, device, run.dtype));
+  const trained = component('vae', config, coder.module);
+  const ratio = 2 ** (coder.config.block_out_channels.length - 1);
+  const shapes = (bucket: number, n: number) => {
+    const [h, w] = pictures.buckets[bucket];
+    return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
+  };
+  /** The VAE with other weights, to be unloaded. */
+  const twinOf = (substitute: Substitute) =>
+    built(() => {
+      const other = vae(coder.config);
+      return { other, weights: twin(trained, namedParameters(other.module), substitute) };
+    });
+  const lossOf = (used: Vae, { pictures: x, noise }: Tensors): Tensor => {
+    const moments = used.encode(x);
+    const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
+    return vaeLoss(run.vae_objective, used.decode(z), x, moments);
+  };
+  /** One picture's numbers from the VAE with other weights. */
+  const once = async <R>(
+    index: number,
+    weights: Weights,
+    fn: (vae: Vae, x: ReturnType<typeof tensor>) => R,
+  ): Promise<R> => {
+    const picture = await readView(viewIn(0, index, pictures, run), run);
+    const { other } = twinOf(lent(weights));
+    const { picture: shape } = shapes(pictures.bucketOf[index], 1);
+    try {
+      return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
+    } finally {
+      unload(other.module);
+    }
+  };
+  const all = pictures.samples.map((_, i) => i);
+  const { dtype } = run;
+  const inputs = (
+    shape: readonly number[],
+    pixels: Float32Array,
+    latent: readonly number[],
+    noise: Float32Array,
+  ): PassInputs => ({
+    pictures: { shape, values: pixels, dtype },
+    noise: { shape: latent, values: noise, dtype },
+  });
+  return {
+    components: [trained],
+    async prepare({ bucket, samples }, epoch, signal) {
+      const pixels = samples.map((i) => readView(viewIn(epoch, i, pictures, run), run, signal));
+      const { picture, latent } = shapes(bucket, samples.length);
+      const noise = samples.map((i) => {
+        const { key } = pictures.samples[i];
+        return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
+      });
+      return inputs(picture, joined(await Promise.all(pixels)), latent, joined(noise));
+    },
+    blank({ bucket, samples }) {
+      const { picture, latent } = shapes(bucket, samples.length);
+      const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
+      return inputs(picture, zeros(picture), latent, zeros(latent));
+    },
+    loss(inputs, weights) {
+      const used = weights ? twinOf(lent(weights)).other : coder;
+      try {
+        return lossOf(used, inputs);
+      } finally {
+        if (used !== coder) unload(used.module);
+      }
+    },
+    replicate(further) {
+      const { other, weights } = twinOf(copied(further));
+      return {
+        weights: new Map(weights),
+        loss: (inputs) => lossOf(other, inputs),
+        release: () => unload(other.module),
+      };
+    },
+    /** Columns of a picture above what the VAE makes of it. */
+    async preview(weights) {
+      const columns: Picture[] = [];
+      for (const i of spread(all, shown)) {
+        const pair = await once(i, weights, (other, x) =>
+          [x, other.decode(other.encode(x).mean)].map(toHost),
+        );
+        columns.push(grid(pair.map(({ data, shape }) => toPictures(data, shape))));
+      }
+      return columns;
+    },
+    async finish(weights) {
+      let [sum, squares, count] = [0, 0, 0];
+      for (const i of spread(all, measured)) {
+        const mean = await once(i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
+        for (const value of mean) [sum, squares, count] = [sum + value, squares + value * value, count + 1];
+      }
+      const variance = squares / count - (sum / count) ** 2;
+      config.scaling_factor = Number((1 / Math.sqrt(variance)).toPrecision(6));
+      for (const each of ['latents_mean', 'latents_std']) delete config[each]; // the former latents'
+    },
+    release: () => unload(coder.module),
+  };
+}
