@@ -6,7 +6,7 @@ import { slice } from '../engine/ops/move.ts';
 import { scope } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import type { GuidedModel } from './denoiser.ts';
+import type { GuidedModel } from './denoiser_inputs.ts';
 import {
   type Embeds,
   encodePrompts,

@@ -4,7 +4,7 @@ import { didYouMean, UserError } from '../io/errors.ts';
 import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';
 import type { ControlRequest } from './control/multicontrolnet.ts';
 import type { T2IAdapterRequest } from './control/t2i_adapter.ts';
-import type { GuidanceRequest } from './denoiser.ts';
+import type { GuidanceRequest } from './denoiser_inputs.ts';
 import type { IPAdapterRequest } from './ip_adapter/image_prompt.ts';
 import { listed, type Texts } from './prompts.ts';
 import { TorchGenerator } from './random/torch_random.ts';
@@ -153,6 +153,8 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
+  guidance_start: part,
+  guidance_stop: part,
   image_guidance_scale: atLeast0,
   pag_scale: atLeast0,
   pag_adaptive_scale: atLeast0,

@@ -89,3 +89,11 @@ test('a prompt that changes', (t) =>
     { num_inference_steps: 5, prompt: '[a red fox:a hare:1]', emphasis: 'original', guidance_scale: 1 },
     { recorded: 2, replays: 1 },
   ));
+
+test('guidance that ends, and with it the rows that it takes', (t) =>
+  records(
+    t,
+    'text2img',
+    { num_inference_steps: 6, guidance_scale: 5, guidance_stop: 0.5 },
+    { recorded: 2, replays: 2 },
+  ));

@@ -43,6 +43,8 @@ const plain = {
   num_inference_steps: 50,
   guidance_scale: 5,
   guidance_rescale: 0,
+  guidance_start: 0,
+  guidance_stop: 1,
   num_images_per_prompt: 1,
   emphasis: 'none',
   scheduler: { name: undefined, config: {} },
@@ -96,6 +98,7 @@ test('each flag reaches what it names', (t) => {
     ['--sigmas 14.6,3,0', { sigmas: [14.6, 3, 0], num_inference_steps: 2 }],
     ['--guidance-scale 1.5', { guidance_scale: 1.5 }],
     ['--guidance-rescale 0.7', { guidance_rescale: 0.7 }],
+    ['--guidance-start 0.2 --guidance-stop 0.8', { guidance_start: 0.2, guidance_stop: 0.8 }],
     ['--eta 0.25', { eta: 0.25 }],
     [
       '--scheduler euler --karras --timestep-spacing trailing',

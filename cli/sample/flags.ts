@@ -199,6 +199,18 @@ export const stepOptions = (command: Command): Command =>
       0,
     )
     .option(
+      '--guidance-start <F>',
+      'the part of the steps, 0 to 1, before which there is no guidance: such a step takes half as long',
+      fraction('--guidance-start'),
+      0,
+    )
+    .option(
+      '--guidance-stop <F>',
+      "the part after which there is none, such as 0.7: faster, and mostly much the same picture; the refiner's steps are not meant",
+      fraction('--guidance-stop'),
+      1,
+    )
+    .option(
       '--pag-scale <F>',
       'perturbed-attention guidance, such as 3: how far to leave what the model would draw without regard for structure; a step takes half as long again (default: 0, off)',
       number('--pag-scale', { min: 0 }),

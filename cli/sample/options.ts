@@ -11,6 +11,7 @@ import { createSampler } from '../../models/samplers/registry.ts';
 import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
+import { guidedCalls } from '../../models/unet/guidance.ts';
 import { scaledFile } from '../option_values.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
@@ -43,6 +44,8 @@ export interface SampleOptions
   sigmas?: number[];
   guidanceScale: number;
   guidanceRescale: number;
+  guidanceStart: number;
+  guidanceStop: number;
   imageGuidanceScale?: number;
   pagScale?: number;
   pagAdaptiveScale?: number;
@@ -191,6 +194,7 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--karras and --scheduler ${options.scheduler} lay out the noise levels, each in its way; give one of them`,
     );
+  guidedCalls({ guidance_start: options.guidanceStart, guidance_stop: options.guidanceStop }, 1);
   if (options.imageGuidanceScale !== undefined && !options.image)
     throw new UserError('--image-guidance-scale needs --image: the picture to keep to');
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');

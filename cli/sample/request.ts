@@ -142,6 +142,8 @@ export function baseRequests(
     num_inference_steps: stepsOf({ timesteps, sigmas, num_inference_steps: options.steps }) as number,
     guidance_scale: options.guidanceScale,
     guidance_rescale: options.guidanceRescale,
+    guidance_start: options.guidanceStart,
+    guidance_stop: options.guidanceStop,
     image_guidance_scale: options.imageGuidanceScale,
     pag_scale: options.pagScale,
     pag_adaptive_scale: options.pagAdaptiveScale,
@@ -238,6 +240,8 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
   return {
     ...base,
     guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
+    guidance_start: undefined,
+    guidance_stop: undefined,
     image: beside ? base.image : drawn,
     latents: beside ? drawn : undefined,
     image_guidance_scale: undefined,

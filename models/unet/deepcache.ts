@@ -56,6 +56,10 @@ export function deepCache(branch: number) {
         return kept;
       },
     } satisfies DeepFeature,
-    release: () => kept?.release(),
+    /** Forgets it: the next call has to be a whole one. */
+    release() {
+      kept?.release();
+      kept = undefined;
+    },
   };
 }

@@ -5,6 +5,27 @@ import { concat, slice } from '../../engine/ops/move.ts';
 import { broadcast } from '../../engine/ops/reduce.ts';
 import { scale } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
+import { UserError } from '../../io/errors.ts';
+
+/** In which calls classifier-free guidance holds (Kynkäänniemi et al. 2024); the names are those of diffusers' guiders, behind `guidance_`. */
+export interface GuidanceInterval {
+  /** The part of the calls before which there is none, 0 to 1; 0 where absent. A call without it is half as long. */
+  guidance_start?: number;
+  /** The part from which on there is none; 1 where absent. */
+  guidance_stop?: number;
+}
+
+/** The first of `calls` that is guided, and the first that is no longer. @throws UserError for a stop before the start */
+export function guidedCalls(
+  { guidance_start: start = 0, guidance_stop: stop = 1 }: GuidanceInterval,
+  calls: number,
+): [from: number, to: number] {
+  if (start > stop)
+    throw new UserError(
+      `guidance_start (--guidance-start) is ${start} and guidance_stop (--guidance-stop) ${stop}: give a stop behind the start`,
+    );
+  return [Math.trunc(start * calls), Math.trunc(stop * calls)];
+}
 
 export interface Guidance {
   /** Of classifier-free guidance; undefined without, and then there are no unconditional rows. */

@@ -1,11 +1,9 @@
 # Makes instruct_pix2pix.jsonl: python3 instruct_pix2pix.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Latents of
 # whole calls of diffusers' StableDiffusionXLInstructPix2PixPipeline over tiny-sdxl with a first convolution of eight channels; every fifth
 # number in float64, and `atol` twenty times what float32 is off.
-import diffusers
 import numpy as np
 import torch
-from formulas import weight
-from recorded import call, here, noted, picture, randn, write
+from recorded import call, instruct_pix2pix, noted, picture, randn, write
 
 SETTINGS = dict(prompt="a red fox in the snow", negative_prompt="rain", num_inference_steps=5, guidance_scale=5)
 # The seed, or a seed for each image, and the rest of the call; `noise` is the seed of latents that are given.
@@ -20,21 +18,10 @@ CALLS = [
 ]
 
 
-def pipeline_of(dtype):
-    unet = diffusers.UNet2DConditionModel.from_pretrained(f"{here}/tiny-sdxl", subfolder="unet", torch_dtype=torch.float32)
-    bias = unet.conv_in.bias
-    unet.conv_in = torch.nn.Conv2d(8, 16, 3, padding=1)
-    unet.conv_in.weight.copy_(weight("instruct_pix2pix", "conv_in.weight", [16, 8, 3, 3]))
-    unet.conv_in.bias.copy_(bias)
-    unet.register_to_config(in_channels=8)
-    kind = diffusers.StableDiffusionXLInstructPix2PixPipeline
-    return kind.from_pretrained(f"{here}/tiny-sdxl", unet=unet.to(dtype), torch_dtype=dtype).to(dtype)
-
-
 def drawn(seed, dtype, more):
     settings = {**SETTINGS, **more}
     noise = settings.pop("noise", None)
-    pipeline, settings = call(pipeline_of(dtype), settings)
+    pipeline, settings = call(instruct_pix2pix(dtype), settings)
     if noise is not None:
         settings["latents"] = randn(1, 4, 8, 8, generator=torch.Generator("cpu").manual_seed(noise)).to(dtype)
     made = [torch.Generator("cpu").manual_seed(each) for each in ([seed] if isinstance(seed, int) else seed)]

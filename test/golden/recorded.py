@@ -75,6 +75,18 @@ def with_ip_adapter(pipeline, folder, scale):
     return pipeline
 
 
+def instruct_pix2pix(dtype):
+    """Its pipeline over tiny-sdxl with a first convolution of eight channels."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(f"{here}/tiny-sdxl", subfolder="unet", torch_dtype=torch.float32)
+    bias = unet.conv_in.bias
+    unet.conv_in = torch.nn.Conv2d(8, 16, 3, padding=1)
+    unet.conv_in.weight.copy_(weight("instruct_pix2pix", "conv_in.weight", [16, 8, 3, 3]))
+    unet.conv_in.bias.copy_(bias)
+    unet.register_to_config(in_channels=8)
+    kind = diffusers.StableDiffusionXLInstructPix2PixPipeline
+    return kind.from_pretrained(f"{here}/tiny-sdxl", unet=unet.to(dtype), torch_dtype=dtype).to(dtype)
+
+
 def call(pipeline, settings):
     """The pipeline as settings want it, and what is left of them for its call."""
     settings = dict(settings)

@@ -1,0 +1,172 @@
+import type { Device } from '../engine/device.ts';
+import { concat, slice } from '../engine/ops/move.ts';
+import { keep } from '../engine/scope.ts';
+import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
+import type { FloatDType } from '../io/dtype.ts';
+import type { AnyControlNet, Control } from './control/multicontrolnet.ts';
+import { type Followed, featuresOf, type T2IAdapter } from './control/t2i_adapter.ts';
+import { type ImagePrompt, imageTokens } from './ip_adapter/image_prompt.ts';
+import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
+import { type Encoded, encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
+import type { Scheduled } from './text/prompt_schedule.ts';
+import type { Caching } from './unet/deepcache.ts';
+import type { GuidanceInterval } from './unet/guidance.ts';
+import type { PAG } from './unet/pag.ts';
+import type { ImageTokens } from './unet/transformer.ts';
+import type { UNet } from './unet/unet.ts';
+import { type Latents, toDevice } from './vae/latents.ts';
+
+/** The part of a request that says what to denoise towards, and how strongly. */
+export interface GuidanceRequest extends Prompts, GuidanceInterval {
+  /** How strongly to leave the unconditional prediction; 1 or less switches guidance off. */
+  guidance_scale: number;
+  /** The part, 0 to 1, by which the guided prediction is scaled back to the spread of the prompt's; 0 where absent. */
+  guidance_rescale?: number;
+  /** 1 where absent. Images of one prompt follow each other in the batch. */
+  num_images_per_prompt?: number;
+  /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */
+  last?: boolean;
+}
+
+/** The part of a pipeline that predicts from prompts. */
+export interface GuidedModel {
+  device: Device;
+  dtype: FloatDType;
+  text: TextStack;
+  unet: UNet;
+  /** What controls the UNet, if anything does. */
+  controlnet: readonly AnyControlNet[];
+  /** T2I-Adapters, which are asked but once. */
+  adapter: readonly T2IAdapter[];
+  /** What pictures to draw by go through, if any do. */
+  ipAdapter: readonly IPAdapter[];
+}
+
+/** What a denoiser is for, beside a request. */
+export interface DenoiserPlan {
+  /** Those of all calls. */
+  timesteps: Float32Array;
+  /** The latents' [n, c, h, w]. */
+  shape: readonly number[];
+  /** What each call is told of the request's prompts. */
+  told: Scheduled;
+  /** The rows of time ids. */
+  ids: number[][];
+  guided: boolean;
+  /** The guidance w that the UNet is told, where it is. */
+  embedded?: number;
+  pag?: PAG;
+  controls: readonly Control[];
+  followed: readonly Followed[];
+  /** In how many of the calls, from the first on, what T2I-Adapters give is added. */
+  followedCalls: number;
+  imagePrompts: readonly ImagePrompt[];
+  /** What an inpainting or an InstructPix2Pix model sees beside the latents. */
+  beside?: Latents;
+  /** Of an InstructPix2Pix model, which has a third part where it is guided, of the picture without the text. */
+  imageGuidanceScale?: number;
+  /** How many calls the controls' parts are parts of: those that a refiner will do count. */
+  calls: number;
+  /** In which calls all of the network runs, and how much of it in the others. */
+  caching: Caching;
+}
+
+/** As many rows for each part of a guided pass. */
+export const forParts = (x: Tensor, parts: number): Tensor =>
+  parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
+
+/** What a pass reads of its rows: as many of each part of a guided pass as there are images. */
+export interface Rows {
+  timeIds: Tensor;
+  /** [calls, rows]. */
+  times: Tensor;
+  guidance?: Tensor;
+  /** By text. */
+  texts: readonly Encoded[];
+  features?: readonly Tensor[];
+  seen?: Tensor;
+  tokens: readonly ImageTokens[];
+}
+
+/** `count` rows of all from the `first` on. */
+function someRows(all: Rows, first: number, count: number): Rows {
+  const some = (t: Tensor, axis = 0): Tensor => slice(t, axis, first, count);
+  return {
+    timeIds: some(all.timeIds),
+    times: some(all.times, 1),
+    texts: all.texts.map(({ context, pooled }) => ({ context: some(context), pooled: some(pooled) })),
+    features: all.features?.map((t) => some(t)),
+    seen: all.seen && some(all.seen),
+    tokens: all.tokens.map((each): ImageTokens => {
+      const entries = [...each].map(
+        ([at, [k, v, mask]]) => [at, [some(k), some(v), mask && some(mask)]] as const,
+      );
+      return new Map(entries);
+    }),
+  };
+}
+
+const tensorsOf = ({ timeIds, times, guidance, texts, features = [], seen, tokens }: Rows): Tensor[] => {
+  const images = tokens.flatMap((image) => [...image.values()].flat());
+  const others = [...texts.flatMap(({ context, pooled }) => [context, pooled]), ...features, ...images];
+  return [timeIds, times, guidance, seen, ...others].filter((t) => t !== undefined);
+};
+
+/** Encodes the prompts, pictures among them, and places and keeps what the steps read: where `isCut` its rows without guidance, too. */
+export function placeInputs(
+  { device, dtype, text, unet }: GuidedModel,
+  request: GuidanceRequest,
+  plan: DenoiserPlan,
+  { parts, isCut }: { parts: number; isCut: boolean },
+) {
+  const { timesteps, shape, ids, guided, embedded, pag, controls, imagePrompts, beside } = plan;
+  const [images] = shape;
+  const rows = parts * images;
+  const copies = request.num_images_per_prompt ?? 1;
+  const each = (time: number) => Array<number>(rows).fill(time);
+  const encoded = plan.told.prompts.map((prompts) =>
+    encodePrompts(text, prompts, { guided, copies, device, dtype }),
+  );
+  // Rows that are perturbed are of the text, once more.
+  const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
+  const byPicture = guided && plan.imageGuidanceScale !== undefined;
+  const withPicture = (t: Tensor) => (byPicture ? concat([t, slice(t, 0, 0, images)], 0) : t);
+  const placed = beside && toDevice(beside, device, dtype);
+  const inputs = {
+    latents: empty(shape, { device }),
+    step: empty([1], { device, dtype: 'int32' }),
+    pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
+  };
+  const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
+  const tokens = imagePrompts
+    .flatMap((each) => imageTokens(each, unet, { guided, shape, rows }))
+    .map((all): ImageTokens => {
+      const entries = [...all].map(
+        ([at, [k, v, mask]]) => [at, [withPerturbed(k), withPerturbed(v), mask]] as const,
+      );
+      return new Map(entries);
+    });
+  // Unconditional is without the picture, too.
+  const seen =
+    placed &&
+    (byPicture
+      ? concat([zeros(placed.shape, { device, dtype }), placed, placed], 0)
+      : forParts(placed, parts));
+  const all: Rows = {
+    timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
+    times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
+    guidance: embedded === undefined ? undefined : tensor(each(embedded), [rows], { device }),
+    texts: encoded.map(({ context, pooled }) => ({
+      context: withPicture(withPerturbed(context)),
+      pooled: withPicture(withPerturbed(pooled)),
+    })),
+    features: featuresOf(plan.followed, rows, device, dtype),
+    seen,
+    tokens,
+  };
+  // Without guidance the text's rows are left, and the perturbed ones behind them.
+  const unguided = isCut ? someRows(all, images, pag ? 2 * images : images) : all;
+  const kept = [...Object.values(inputs), ...pictures, ...tensorsOf(all), ...tensorsOf(unguided)].map(keep);
+  const truncated = [...new Set(encoded.flatMap((each) => each.truncated))];
+  return { ...inputs, pictures, rows: { guided: all, unguided }, kept, truncated };
+}
