@@ -3,6 +3,7 @@
 // each call's time. A pass is a step of the device, which a GPU replays from a recording; under DeepCache there are two, the whole one
 // and the shallow one. Where prompts change with the calls, or guidance holds in some of them, all of this is made anew with each change.
 import type { Step } from '../engine/capture.ts';
+import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
 import { update } from '../engine/op.ts';
@@ -13,11 +14,13 @@ import { type Tensor, tensor } from '../engine/tensor.ts';
 import { type PlacedControl, partsOf, residualsOf } from './control/multicontrolnet.ts';
 import {
   type DenoiserPlan,
-  forParts,
   type GuidanceRequest,
   type GuidedModel,
+  type Inputs,
   placeInputs,
+  predictionsOf,
   type Rows,
+  repeatedRows,
 } from './denoiser_inputs.ts';
 import type { Encoded } from './text/conditioning.ts';
 import { type ContextCache, newContextCache } from './unet/context_cache.ts';
@@ -25,115 +28,13 @@ import { deepCache } from './unet/deepcache.ts';
 import { guide, guidedCalls, rescaled } from './unet/guidance.ts';
 import { type DeepFeature, featuresMade } from './unet/unet.ts';
 import { channelsFirst, channelsLast } from './vae/latents.ts';
+
 export interface Denoiser {
   /** The network's output at latents x [n, c, h, w] and the i-th time, guided. */
   predict(x: Tensor, i: number): Tensor;
   /** Prompt text past the tokens that are read. */
   truncated: string[];
   release(): void;
-}
-
-/** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
-export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan: DenoiserPlan): Denoiser {
-  const { device, dtype, text, unet, adapter, ipAdapter } = model;
-  const { shape, pag, controls, calls, caching } = plan;
-  const [images] = shape;
-  const [from, to] = plan.guided ? guidedCalls(request, calls) : [0, 0];
-  const partsUnder = (guided: boolean) =>
-    1 + Number(guided) + Number(pag !== undefined) + Number(guided && plan.imageGuidanceScale !== undefined);
-  const rowsOf = { parts: partsUnder(plan.guided), isCut: plan.guided && (from > 0 || to < calls) };
-  const made = noGrad(() => scope(() => placeInputs(model, request, plan, rowsOf)));
-  if (request.last) {
-    for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
-    for (const { module } of [...adapter, ...ipAdapter]) unload(module);
-    device.memory.trim();
-  }
-  const { latents, step, pagScales } = made;
-  const perturbed = pag && { layers: pag.layers, rows: images };
-  const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: made.pictures[i] }));
-  const sideOf = (guided: boolean): Side => {
-    const rows = made.rows[guided ? 'guided' : 'unguided'];
-    const told = rows.texts.map((each): Told => ({ ...each, cache: newContextCache() }));
-    return { guided, rows, told, deep: caching.interval > 1 ? deepCache(caching.branch) : undefined };
-  };
-  const sides = [sideOf(true), sideOf(false)] as const;
-  const rescale = request.guidance_rescale ?? 0;
-  // The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
-  const pass = (
-    { on, within, told: { pooled, ...ofTexts }, side: { guided, rows } }: Parts,
-    deep?: DeepFeature,
-  ): Tensor => {
-    const { timeIds, guidance, seen, tokens } = rows;
-    const parts = partsUnder(guided);
-    const times = { times: rows.times, step };
-    const shared = { timeIds, guidance, images: tokens, perturbed };
-    const conditioning = { ...shared, ...ofTexts, textEmbeds: pooled };
-    const sample = forParts(cast(channelsLast(latents), dtype), parts);
-    const question = { sample, times, conditioning, count: featuresMade(deep) };
-    const residuals = {
-      ...residualsOf(on, question, guided),
-      down_intrablock_additional_residuals: within,
-    };
-    const all = seen ? concat([sample, seen], 3) : sample; // ControlNets see the latents alone
-    const said = unet(all, times, conditioning, residuals, deep);
-    const y = cast(channelsFirst(said), 'float32');
-    if (parts === 1) return y;
-    return guide(y, images, {
-      guidanceScale: guided ? request.guidance_scale : undefined,
-      imageGuidanceScale: guided ? plan.imageGuidanceScale : undefined,
-      pagScale: pag && embedding(step, pagScales),
-      withText: guided && rescale > 0,
-    });
-  };
-  const passUnder = (parts: Parts): Pass => {
-    const { deep } = parts.side;
-    // The whole pass and the shallow one take turns.
-    const reserve = deep && device.memory.openReserve();
-    const [whole, shallow] = [deep?.whole, deep?.shallow].map((each) =>
-      device.step(() => noGrad(() => pass(parts, each)), reserve),
-    );
-    return {
-      at: (i) => (i % caching.interval === 0 || !deep?.shallow.kept ? whole : shallow),
-      release() {
-        for (const each of [whole, shallow]) each.release();
-        reserve?.release();
-      },
-    };
-  };
-  const isGuided = (i: number): boolean => i >= from && i < to;
-  const partsAt = (i: number): Parts => {
-    const side = sides[isGuided(i) ? 0 : 1];
-    return {
-      on: partsOf(placed, i, calls),
-      within: i < plan.followedCalls ? side.rows.features : undefined,
-      told: side.told[plan.told.at[i]],
-      side,
-    };
-  };
-  const passes = passesOf(partsAt, passUnder);
-  return {
-    predict(x, i) {
-      update([copy(latents, x)]);
-      step.set([i]);
-      // The next pass writes where this one's output is.
-      return passes
-        .at(i)
-        .run((y) =>
-          isGuided(i) && rescale > 0
-            ? tensor(rescaled(y.floats(), images, rescale), shape, { device })
-            : slice(y, 0, 0, images),
-        );
-    },
-    truncated: made.truncated,
-    release() {
-      passes.release();
-      for (const { told, deep } of sides) {
-        deep?.release();
-        for (const { cache } of told) cache.release();
-      }
-      for (const t of made.kept) t.release();
-    },
-  };
 }
 
 /** The step of the i-th call. */
@@ -150,6 +51,8 @@ interface Told extends Encoded {
 /** A call as it is under guidance, or without. */
 interface Side {
   guided: boolean;
+  /** How many predictions a pass makes for each image. */
+  predictions: number;
   rows: Rows;
   /** By text. */
   told: readonly Told[];
@@ -162,6 +65,121 @@ interface Parts {
   within?: readonly Tensor[];
   told: Told;
   side: Side;
+}
+
+/** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
+export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan: DenoiserPlan): Denoiser {
+  const { device, text, adapter, ipAdapter } = model;
+  const { shape, controls, calls } = plan;
+  const [images] = shape;
+  const [from, to] = plan.guided ? guidedCalls(request, calls) : [0, 0];
+  const isCut = plan.guided && (from > 0 || to < calls);
+  const inputs = noGrad(() => scope(() => placeInputs(model, request, plan, isCut)));
+  if (request.last) {
+    for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
+    for (const { module } of [...adapter, ...ipAdapter]) unload(module);
+    device.memory.trim();
+  }
+  const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: inputs.pictures[i] }));
+  const [guided, unguided] = [sideOf(plan, inputs, true), sideOf(plan, inputs, false)];
+  const isGuided = (i: number): boolean => i >= from && i < to;
+  const partsAt = (i: number): Parts => {
+    const side = isGuided(i) ? guided : unguided;
+    return {
+      on: partsOf(placed, i, calls),
+      within: i < plan.followedCalls ? side.rows.features : undefined,
+      told: side.told[plan.told.at[i]],
+      side,
+    };
+  };
+  const pass = passOver(model, request, plan, inputs);
+  const passes = passesOf(partsAt, (parts) => stepsOf(device, plan, parts, pass));
+  const rescale = request.guidance_rescale ?? 0;
+  return {
+    predict(x, i) {
+      update([copy(inputs.latents, x)]);
+      inputs.step.set([i]);
+      // The next pass writes where this one's output is.
+      return passes
+        .at(i)
+        .run((y) =>
+          isGuided(i) && rescale > 0
+            ? tensor(rescaled(y.floats(), images, rescale), shape, { device })
+            : slice(y, 0, 0, images),
+        );
+    },
+    truncated: inputs.truncated,
+    release() {
+      passes.release();
+      for (const { told, deep } of [guided, unguided]) {
+        deep?.release();
+        for (const { cache } of told) cache.release();
+      }
+      for (const t of inputs.kept) t.release();
+    },
+  };
+}
+
+function sideOf(plan: DenoiserPlan, inputs: Inputs, guided: boolean): Side {
+  const { interval, branch } = plan.caching;
+  const rows = inputs.rows[guided ? 'guided' : 'unguided'];
+  return {
+    ...{ guided, rows, predictions: predictionsOf(plan, guided) },
+    told: rows.texts.map((each) => ({ ...each, cache: newContextCache() })),
+    deep: interval > 1 ? deepCache(branch) : undefined,
+  };
+}
+
+type MakePass = (parts: Parts, deep?: DeepFeature) => Tensor;
+
+/**
+ * What the network says at the inputs' latents and step, guided, [n, c, h, w] in float32; with the text's prediction after it where that
+ * is to rescale it. The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for
+ * the host.
+ */
+function passOver(
+  { dtype, unet }: GuidedModel,
+  { guidance_scale, guidance_rescale = 0 }: GuidanceRequest,
+  { shape: [images], pag, imageGuidanceScale }: DenoiserPlan,
+  { latents, step, pagScales }: Inputs,
+): MakePass {
+  const perturbed = pag && { layers: pag.layers, rows: images };
+  return ({ on, within, told: { pooled, ...ofTexts }, side: { guided, predictions, rows } }, deep) => {
+    const { timeIds, guidance, seen, tokens } = rows;
+    const times = { times: rows.times, step };
+    const conditioning = { timeIds, guidance, images: tokens, perturbed, ...ofTexts, textEmbeds: pooled };
+    const sample = repeatedRows(cast(channelsLast(latents), dtype), predictions);
+    const question = { sample, times, conditioning, count: featuresMade(deep) };
+    const residuals = {
+      ...residualsOf(on, question, guided),
+      down_intrablock_additional_residuals: within,
+    };
+    const all = seen ? concat([sample, seen], 3) : sample; // ControlNets see the latents alone
+    const y = cast(channelsFirst(unet(all, times, conditioning, residuals, deep)), 'float32');
+    if (predictions === 1) return y;
+    return guide(y, images, {
+      guidanceScale: guided ? guidance_scale : undefined,
+      imageGuidanceScale: guided ? imageGuidanceScale : undefined,
+      pagScale: pag && embedding(step, pagScales),
+      withText: guided && guidance_rescale > 0,
+    });
+  };
+}
+
+/** A pass with these parts as steps of the device: under DeepCache the whole one and the shallow one, which take turns. */
+function stepsOf(device: Device, { caching }: DenoiserPlan, parts: Parts, pass: MakePass): Pass {
+  const { deep } = parts.side;
+  const reserve = deep && device.memory.openReserve();
+  const [whole, shallow] = [deep?.whole, deep?.shallow].map((each) =>
+    device.step(() => noGrad(() => pass(parts, each)), reserve),
+  );
+  return {
+    at: (i) => (i % caching.interval === 0 || !deep?.shallow.kept ? whole : shallow),
+    release() {
+      for (const each of [whole, shallow]) each.release();
+      reserve?.release();
+    },
+  };
 }
 
 const isSame = (a: Parts, b: Parts): boolean =>

@@ -71,9 +71,13 @@ export interface DenoiserPlan {
   caching: Caching;
 }
 
-/** As many rows for each part of a guided pass. */
-export const forParts = (x: Tensor, parts: number): Tensor =>
-  parts > 1 ? concat(Array<Tensor>(parts).fill(x), 0) : x;
+/** How many predictions a pass makes for each image. */
+export const predictionsOf = ({ pag, imageGuidanceScale }: DenoiserPlan, guided: boolean): number =>
+  1 + Number(guided) + Number(pag !== undefined) + Number(guided && imageGuidanceScale !== undefined);
+
+/** All rows `times` times, one after the other. */
+export const repeatedRows = (x: Tensor, times: number): Tensor =>
+  times > 1 ? concat(Array<Tensor>(times).fill(x), 0) : x;
 
 /** What a pass reads of its rows: as many of each part of a guided pass as there are images. */
 export interface Rows {
@@ -112,16 +116,19 @@ const tensorsOf = ({ timeIds, times, guidance, texts, features = [], seen, token
   return [timeIds, times, guidance, seen, ...others].filter((t) => t !== undefined);
 };
 
+export type Inputs = ReturnType<typeof placeInputs>;
+
 /** Encodes the prompts, pictures among them, and places and keeps what the steps read: where `isCut` its rows without guidance, too. */
 export function placeInputs(
   { device, dtype, text, unet }: GuidedModel,
   request: GuidanceRequest,
   plan: DenoiserPlan,
-  { parts, isCut }: { parts: number; isCut: boolean },
+  isCut: boolean,
 ) {
   const { timesteps, shape, ids, guided, embedded, pag, controls, imagePrompts, beside } = plan;
   const [images] = shape;
-  const rows = parts * images;
+  const predictions = predictionsOf(plan, guided);
+  const rows = predictions * images;
   const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
   const encoded = plan.told.prompts.map((prompts) =>
@@ -151,7 +158,7 @@ export function placeInputs(
     placed &&
     (byPicture
       ? concat([zeros(placed.shape, { device, dtype }), placed, placed], 0)
-      : forParts(placed, parts));
+      : repeatedRows(placed, predictions));
   const all: Rows = {
     timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
     times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
