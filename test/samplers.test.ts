@@ -342,6 +342,7 @@ test('runs and parts of runs', (t) => {
     const part = sampler.plan(10, { strength: 0.3 });
     t.equal(part.begin, 7 * sampler.order, `${name} starts image-to-image at step 7`);
     if (isEDM(sampler.name)) continue; // without the timesteps that these are parts of
+    if (name.endsWith('linear_quadratic')) continue; // whose ten steps are all in the base's part
     const base = sampler.plan(10, { denoisingEnd: 0.6 });
     const refiner = sampler.plan(10, { denoisingStart: 0.6 });
     t.ok(

@@ -4,6 +4,18 @@
 import { didYouMean, UserError } from '../../io/errors.ts';
 import { isPositive } from '../checkpoint/config_values.ts';
 
+/**
+ * Ways to lay out the noise levels of a run: the two that EDM's classes name, diffusers' third (`use_beta_sigmas`), and those of A1111,
+ * Forge, ComfyUI and stable-diffusion.cpp that diffusers has not. sigma_schedules.ts has the formulas.
+ */
+export const sigmaSchedules = [
+  ...['karras', 'exponential', 'beta'],
+  ...['normal', 'simple', 'sgm_uniform', 'ddim_uniform', 'turbo', 'align_your_steps', 'ays', 'gits', 'lcm'],
+  ...['kl_optimal', 'kl_optimal_zero', 'beta_timesteps', 'linear_quadratic', 'smoothstep'],
+] as const;
+
+export type SigmaSchedule = (typeof sigmaSchedules)[number];
+
 export interface SchedulerConfig {
   num_train_timesteps: number;
   beta_start: number;
@@ -21,9 +33,10 @@ export interface SchedulerConfig {
   use_lu_lambdas: boolean;
   sigma_min: number | null;
   sigma_max: number | null;
-  /** EDM's classes alone have this and the next two: the spread of the data, which the network's input and output are scaled by. */
+  /** EDM's classes alone have this and rho: the spread of the data, which the network's input and output are scaled by. */
   sigma_data?: number;
-  sigma_schedule: 'karras' | 'exponential';
+  /** EDM's classes', with the first two; here also how the others lay out their levels, where that is none of diffusers' options. */
+  sigma_schedule?: SigmaSchedule;
   rho: number;
   final_sigmas_type: 'zero' | 'sigma_min';
   clip_sample: boolean;
@@ -181,7 +194,7 @@ const choices: Partial<Record<keyof SchedulerConfig, readonly (string | null)[]>
   timestep_spacing: ['linspace', 'leading', 'trailing'],
   interpolation_type: ['linear', 'log_linear'],
   final_sigmas_type: ['zero', 'sigma_min'],
-  sigma_schedule: ['karras', 'exponential'],
+  sigma_schedule: sigmaSchedules,
   variance_type: [
     ...['fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log'],
     ...['learned', 'learned_range', null],
@@ -258,6 +271,24 @@ const ofOtherProcesses = /^(FlowMatch|CosineDPM)/;
 /** Settings of the published format that change the mathematics and that no SDXL checkpoint is known to need. */
 const unsupported = ['thresholding', 'use_flow_sigmas', 'use_dynamic_shifting', 'lambda_min_clipped'];
 
+/** diffusers' options for some of the schedules, in the classes that have them. */
+export const layoutOptions = {
+  karras: 'use_karras_sigmas',
+  exponential: 'use_exponential_sigmas',
+  beta: 'use_beta_sigmas',
+} as const;
+
+/** Whether a class lays out its levels so when asked: DDIM and its kin have timesteps alone, and EDM's levels have no timesteps. */
+export const takesSchedule = (name: SchedulerClass, schedule: SigmaSchedule): boolean =>
+  isEDM(name)
+    ? schedule === 'karras' || schedule === 'exponential'
+    : 'use_karras_sigmas' in schedulerDefaults[name] || name === 'EulerAncestralDiscreteScheduler';
+
+/** Whether a class reads `sigma_schedule`, and not an option of diffusers for the same. */
+const readsSchedule = (name: SchedulerClass, schedule: SigmaSchedule): boolean =>
+  takesSchedule(name, schedule) &&
+  !(schedule in layoutOptions && 'use_karras_sigmas' in schedulerDefaults[name]);
+
 /** Bounds of spaced sigmas: diffusers' classes heed these of another class's config too, but for some layouts of three. */
 const limits = ['sigma_min', 'sigma_max'];
 const limited = (name: SchedulerClass, config: Partial<SchedulerConfig>): boolean => {
@@ -277,15 +308,18 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
   const strange: Partial<Record<string, readonly unknown[]>> = foreign(name);
   const known = Object.entries(given).filter(
     ([key, value]) =>
-      (key in defaults || (limits.includes(key) && limited(name, given))) &&
+      (key in defaults ||
+        (limits.includes(key) && limited(name, given)) ||
+        (key === 'sigma_schedule' && readsSchedule(name, value as SigmaSchedule))) &&
       value !== undefined &&
       !strange[key]?.includes(value),
   );
   const config = { ...defaults, ...Object.fromEntries(known) } as SchedulerConfig;
   const { use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, algorithm_type } = config;
-  if ([use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas].filter(Boolean).length > 1)
+  const named = !isEDM(name) && config.sigma_schedule;
+  if ([use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, named].filter(Boolean).length > 1)
     throw new UserError(
-      'the scheduler config sets several of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas: keep one',
+      'the scheduler config sets several of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and sigma_schedule: keep one',
     );
   if (config.solver_order > 3 && name !== 'UniPCMultistepScheduler')
     throw unlike('solver_order', config.solver_order, `1, 2 or 3 for ${name}`);
@@ -298,7 +332,10 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
 }
 
 /** @throws UserError for what EDM's classes have no formula of */
-function checkEDM(name: string, { prediction_type, algorithm_type, sigma_min, sigma_max }: SchedulerConfig) {
+function checkEDM(name: SchedulerClass, config: SchedulerConfig) {
+  const { prediction_type, algorithm_type, sigma_min, sigma_max, sigma_schedule = 'karras' } = config;
+  if (!takesSchedule(name, sigma_schedule))
+    throw unlike('sigma_schedule', sigma_schedule, `"karras" or "exponential" for ${name}`);
   if (prediction_type === 'sample')
     throw unlike('prediction_type', prediction_type, `"epsilon" or "v_prediction" for ${name}`);
   if (algorithm_type && !algorithm_type.endsWith('++'))

@@ -23,7 +23,7 @@ export function dpmSde(config: SchedulerConfig): Method {
       const timesteps = twice(levels.timesteps).map((t, i) =>
         i % 2 ? sigmaToTimestep(middle(i), table) : t,
       );
-      return sigmaSchedule(config, timesteps, [...sigmas, 0], inputs);
+      return sigmaSchedule(config, timesteps, [...sigmas, levels.last], inputs);
     },
     start(plan, remember) {
       const start = remember(1);
@@ -33,7 +33,7 @@ export function dpmSde(config: SchedulerConfig): Method {
         const sigma = plan.sigmas[second ? i - 1 : i];
         const next = plan.sigmas[second ? i : i + 1];
         const x0 = denoised(config, output, x, plan.inputSigmas![i]);
-        if (next === 0) return towards(x, x0, sigma, 0);
+        if (i === plan.timesteps.length - 1) return towards(x, x0, sigma, next);
         const { down, up } = ancestralLevels(sigma, second ? next : plan.inputSigmas![i + 1]);
         const moved = combine([down / sigma, first ?? x], [1 - down / sigma, x0], [up, draw()]);
         if (second) start.clear();

@@ -6,7 +6,7 @@ import type { Tensor } from '../../engine/tensor.ts';
 import { denoised, predictEpsilon, predictX0 } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { PlanOptions, Schedule } from './sampler.ts';
-import { hasSpacedSigmas, solverLevels } from './sigmas.ts';
+import { solverLevels } from './sigmas.ts';
 import { solverTimesteps } from './tables.ts';
 
 /** A noise level; lambda is log(alpha / sigma). */
@@ -87,10 +87,7 @@ export function solverUpdate(
   return combine(...sum);
 }
 
-/**
- * The schedule of a DPM-Solver-like method. Where it does not end at sigma 0, DPM-Solver itself ends at training's smallest,
- * its kin (which have no algorithm_type) at the last of spaced sigmas.
- */
+/** The schedule of a DPM-Solver-like method. */
 export function solverSchedule(
   config: SchedulerConfig,
   table: Float32Array,
@@ -100,9 +97,7 @@ export function solverSchedule(
 ): Schedule {
   const given = custom.timesteps ? Float64Array.from(custom.timesteps) : layout(config, steps);
   const levels = solverLevels(config, table, given);
-  const spaced = hasSpacedSigmas(config) && !config.algorithm_type;
-  const smallest = spaced ? levels.sigmas[levels.sigmas.length - 1] : table[0];
-  const sigmas = Float32Array.of(...levels.sigmas, config.final_sigmas_type === 'zero' ? 0 : smallest);
+  const sigmas = Float32Array.of(...levels.sigmas, levels.last);
   return {
     timesteps: Float32Array.from(levels.timesteps),
     sigmas,

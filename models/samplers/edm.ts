@@ -6,7 +6,7 @@ import { multistepStart } from './dpm_multistep.ts';
 import type { Level } from './dpm_solver.ts';
 import { eulerStart } from './euler.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
-import { exponentialSigmas, karrasSigmas } from './sigmas.ts';
+import { exponentialSigmas, karrasSigmas } from './sigma_schedules.ts';
 
 export const edmEuler = (config: SchedulerConfig): Method => ({
   order: 1,

@@ -68,6 +68,5 @@ function eulerSchedule(
     return sigmaSchedule(config, timesteps, given);
   }
   const levels = discreteLevels(config, table, steps, custom.timesteps);
-  const last = config.final_sigmas_type === 'sigma_min' ? table[0] : 0;
-  return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, last]);
+  return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, levels.last]);
 }

@@ -14,7 +14,7 @@ export function eulerAncestral(config: SchedulerConfig): Method {
     order: 1,
     schedule(steps, custom) {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
-      return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
+      return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, levels.last]);
     },
     start: (plan) => (output, x, i, draw) => {
       const sigma = plan.sigmas[i];

@@ -1,5 +1,5 @@
 // Heun's second-order method, Karras et al. 2022 (arXiv:2206.00364, algorithm 1): an Euler step to the next sigma, then
-// the step again with the mean of the derivatives at both ends. The last step, to sigma 0, is Euler's alone.
+// the step again with the mean of the derivatives at both ends. The last step, mostly to sigma 0, is Euler's alone.
 import { combine } from '../../engine/ops/combine.ts';
 import { clipSample, denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
@@ -14,7 +14,7 @@ export function heun(config: SchedulerConfig): Method {
     order: 2,
     schedule(steps, custom) {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
-      const sigmas = [...twice(levels.sigmas), 0];
+      const sigmas = [...twice(levels.sigmas), levels.last];
       return sigmaSchedule(config, twice(levels.timesteps), sigmas);
     },
     start(plan, remember) {

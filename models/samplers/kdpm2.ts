@@ -22,10 +22,10 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
     schedule(steps, custom) {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
       const whole = config.use_karras_sigmas ? levels.timesteps.map(roundHalfEven) : levels.timesteps;
-      const sigmas = Float32Array.from([...levels.sigmas, 0]);
+      const sigmas = Float32Array.from([...levels.sigmas, levels.last]);
       const between = (i: number) => Math.sqrt(sigmas[i - 1] * target(sigmas[i - 1], sigmas[i]).down);
       const inputs = Float32Array.from(twice(sigmas), (sigma, i) => (i % 2 ? between((i + 1) / 2) : sigma));
-      const calls = 2 * steps - 1;
+      const calls = 2 * levels.sigmas.length - 1;
       const timesteps = Array.from({ length: calls }, (_, i) =>
         i % 2 ? sigmaToTimestep(inputs[i], table) : whole[i / 2],
       );
@@ -38,8 +38,8 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
         const x0 = denoised(config, output, x, middle);
         const [from] = start.values;
         if (!from) {
-          // The last step, to sigma 0, has no middle and goes all the way.
-          const to = i + 1 < plan.timesteps.length ? plan.inputSigmas![i + 1] : 0;
+          // The last step, mostly to sigma 0, has no middle and goes all the way.
+          const to = i + 1 < plan.timesteps.length ? plan.inputSigmas![i + 1] : plan.sigmas[i + 1];
           start.add(x);
           return combine([to / middle, x], [1 - to / middle, x0]);
         }

@@ -14,7 +14,7 @@ export function lms(config: SchedulerConfig): Method {
     order: 1,
     schedule(steps, custom) {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
-      return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, 0]);
+      return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, levels.last]);
     },
     start(plan, remember) {
       const order = plan.settings.order ?? 4;

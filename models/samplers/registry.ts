@@ -3,10 +3,13 @@ import { didYouMean, UserError } from '../../io/errors.ts';
 import {
   completeConfig,
   isEDM,
+  layoutOptions,
   type SchedulerClass,
   type SchedulerConfig,
+  type SigmaSchedule,
   schedulerClasses,
-  schedulerDefaults,
+  sigmaSchedules,
+  takesSchedule,
 } from './config.ts';
 import { ddim } from './ddim.ts';
 import { ddpm } from './ddpm.ts';
@@ -54,13 +57,6 @@ interface Choice {
 
 const sde: Partial<SchedulerConfig> = { algorithm_type: 'sde-dpmsolver++' };
 
-/** What may follow a short name where its class has such options: how its noise levels are laid out. */
-const layouts = {
-  karras: 'use_karras_sigmas',
-  exponential: 'use_exponential_sigmas',
-  beta: 'use_beta_sigmas',
-} as const;
-
 const shortNames: Record<string, Choice> = {
   euler: { name: 'EulerDiscreteScheduler' },
   euler_a: { name: 'EulerAncestralDiscreteScheduler' },
@@ -86,51 +82,93 @@ const shortNames: Record<string, Choice> = {
   'edm_dpm++2m_sde': { name: 'EDMDPMSolverMultistepScheduler', config: sde },
 };
 
+/** A1111's further names of schedules. */
+const alike: Readonly<Record<string, SigmaSchedule>> = {
+  uniform: 'normal',
+  polyexponential: 'exponential', // with its rho, 1
+  ddim: 'ddim_uniform',
+};
+
+/** How the noise levels are laid out, by what may follow a scheduler's name. */
+const schedules: Readonly<Record<string, SigmaSchedule>> = {
+  ...Object.fromEntries(sigmaSchedules.map((name) => [name, name])),
+  ...alike,
+};
+
 /** One layout in place of what a model's config has: they exclude each other. */
-export const layoutOf = (layout: keyof typeof layouts): Partial<SchedulerConfig> => ({
-  ...Object.fromEntries(Object.entries(layouts).map(([each, key]) => [key, each === layout])),
-  ...(layout !== 'beta' && { sigma_schedule: layout }), // EDM's word for the same
+export const layoutOf = (layout: SigmaSchedule): Partial<SchedulerConfig> => ({
+  ...Object.fromEntries(Object.entries(layoutOptions).map(([each, key]) => [key, each === layout])),
+  sigma_schedule: layout,
 });
-
-const hasLayout = (name: SchedulerClass, layout: keyof typeof layouts): boolean =>
-  layouts[layout] in schedulerDefaults[name] || (isEDM(name) && layout !== 'beta');
-
-const laidOut = Object.entries(shortNames).flatMap(([short, { name, config }]) =>
-  (Object.keys(layouts) as (keyof typeof layouts)[])
-    .filter((layout) => hasLayout(name, layout))
-    .map((layout): [string, Choice] => [
-      `${short}_${layout}`,
-      { name, config: { ...config, ...layoutOf(layout) } },
-    ]),
-);
-
-const choices: Record<string, Choice> = { ...shortNames, ...Object.fromEntries(laidOut) };
 
 /** The short names, with nothing behind them. */
 export const shortSchedulerNames: readonly string[] = Object.keys(shortNames);
 
-/** The names to offer: short ones first, then diffusers' class names. */
-export const samplerNames: readonly string[] = [...Object.keys(choices), ...schedulerClasses];
+/** The names to offer: short ones first, plain and with each layout that they take, then diffusers' class names. */
+export const samplerNames: readonly string[] = [
+  ...shortSchedulerNames,
+  ...Object.entries(shortNames).flatMap(([short, { name }]) =>
+    sigmaSchedules.filter((each) => takesSchedule(name, each)).map((each) => `${short}_${each}`),
+  ),
+  ...schedulerClasses,
+];
+
+/** The scheduler of a plain spelling without a layout, diffusers' classes first. */
+function choiceOf(wanted: string): Choice | undefined {
+  const className = schedulerClasses.find((known) => plainSpelling(known) === wanted);
+  const short = shortSchedulerNames.find((known) => plainSpelling(known) === wanted);
+  return className ? { name: className } : short ? shortNames[short] : undefined;
+}
+
+/** What a name says: a scheduler, and the layout behind it, if any, which that scheduler may not take. */
+function readName(name: string): { choice: Choice; layout?: SigmaSchedule } | undefined {
+  const wanted = plainSpelling(name);
+  const plain = choiceOf(wanted);
+  if (plain) return { choice: plain };
+  for (const [each, layout] of Object.entries(schedules)) {
+    const end = plainSpelling(each);
+    const choice = wanted.endsWith(end) && choiceOf(wanted.slice(0, -end.length));
+    if (choice) return { choice, layout };
+  }
+  return undefined;
+}
+
+/** Whether `createSampler` knows the name, with the layout in it. */
+export function isSamplerName(name: string): boolean {
+  const { choice, layout } = readName(name) ?? {};
+  return choice !== undefined && (layout === undefined || takesSchedule(choice.name, layout));
+}
 
 /**
  * The sampler of that name, in any common spelling ('DPM++ 2M Karras', 'dpmpp_2m_karras'). `config` is what a
- * scheduler_config.json gives; a short name's own settings (layout of sigmas, SDE) override it.
- * @throws UserError for an unknown name, with the nearest known one
+ * scheduler_config.json gives; a name's own settings (layout of sigmas, SDE) override it.
+ * @throws UserError for an unknown name, with the nearest known one, and for a layout that the scheduler has not
  */
 export function createSampler(name: string, config: Partial<SchedulerConfig> = {}): Sampler {
-  const wanted = plainSpelling(name);
-  const className = schedulerClasses.find((known) => plainSpelling(known) === wanted);
-  const short = Object.keys(choices).find((known) => plainSpelling(known) === wanted);
-  const choice = className ? { name: className, config: {} } : short ? choices[short] : undefined;
-  if (!choice) {
-    const hint = Object.hasOwn(layouts, wanted)
-      ? `, but a layout of noise levels; put it behind a scheduler's name, as in dpm++2m_${wanted}`
+  const read = readName(name);
+  if (!read) {
+    const layout = Object.keys(schedules).find((each) => plainSpelling(each) === plainSpelling(name));
+    const hint = layout
+      ? `, but a layout of noise levels; put it behind a scheduler's name, as in dpm++2m_${layout}`
       : didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
     throw new UserError(`unknown scheduler "${name}"${hint}`);
   }
-  const complete = completeConfig(choice.name, { ...config, ...choice.config });
+  const { choice, layout } = read;
+  if (layout && !takesSchedule(choice.name, layout)) throw noSuchLayout(name, choice.name, layout);
+  const complete = completeConfig(choice.name, {
+    ...config,
+    ...choice.config,
+    ...(layout && layoutOf(layout)),
+  });
   return makeSampler(choice.name, complete, methods[choice.name](complete));
 }
+
+const noSuchLayout = (name: string, scheduler: SchedulerClass, layout: SigmaSchedule): UserError =>
+  new UserError(
+    isEDM(scheduler)
+      ? `scheduler "${name}": models under EDM's noise have no timesteps, from which ${layout} lays out its levels: take karras or exponential`
+      : `scheduler "${name}": ${scheduler} goes by timesteps and has no noise levels to lay out as ${layout}: leave that out, or take another, such as euler_${layout}`,
+  );
 
 /** Without case, spaces, punctuation, k-diffusion's `k_` and `Scheduler`; "++" and "pp" are one, "ancestral" is "a". */
 export function plainSpelling(name: string): string {
@@ -138,7 +176,7 @@ export function plainSpelling(name: string): string {
     .toLowerCase()
     .replaceAll('++', 'pp')
     .replace(/^k_/, '')
-    .replace(/scheduler$/, '')
-    .replace(/ancestral$/, 'a')
+    .replace('scheduler', '')
+    .replace('ancestral', 'a')
     .replace(/[^a-z0-9]/g, '');
 }

@@ -1,12 +1,14 @@
-// Ways to lay out the noise levels (sigmas) of a run between the largest and the smallest, and the way back from a sigma
-// to the timestep the network was trained on. Everything is computed in float64 and rounded once, at the end of a plan.
-import type { SchedulerConfig } from './config.ts';
+// The noise levels (sigmas) of a run, read at its timesteps or laid out between the largest and the smallest, and the way back from a
+// sigma to the timestep the network was trained on. Everything is computed in float64 and rounded once, at the end of a plan.
+import type { SchedulerConfig, SigmaSchedule } from './config.ts';
+import { betaSigmas, exponentialSigmas, karrasSigmas, scheduleLevels } from './sigma_schedules.ts';
 import { interpolate, linspace, roundHalfEven, spacedTimesteps } from './tables.ts';
 
 /** Whether the config lays out sigmas itself rather than reading them at the timesteps. */
 export function hasSpacedSigmas(config: SchedulerConfig): boolean {
   return Boolean(
-    config.use_karras_sigmas ||
+    config.sigma_schedule ||
+      config.use_karras_sigmas ||
       config.use_exponential_sigmas ||
       config.use_beta_sigmas ||
       config.use_lu_lambdas,
@@ -22,21 +24,6 @@ export function spacedSigmas(config: SchedulerConfig, max: number, min: number, 
   return exponentialSigmas(high, low, steps);
 }
 
-/** Even steps in log sigma. */
-export const exponentialSigmas = (max: number, min: number, steps: number): Float64Array =>
-  linspace(Math.log(max), Math.log(min), steps).map(Math.exp);
-
-/** Karras et al. 2022 (arXiv:2206.00364), equation 5. */
-export function karrasSigmas(max: number, min: number, steps: number, rho = 7): Float64Array {
-  const [high, low] = [max ** (1 / rho), min ** (1 / rho)];
-  return linspace(0, 1, steps).map((ramp) => (high + ramp * (low - high)) ** rho);
-}
-
-/** Quantiles of Beta(0.6, 0.6), which spends more steps at both ends, Lee et al. 2024 (arXiv:2407.12173). */
-function betaSigmas(max: number, min: number, steps: number): Float64Array {
-  return linspace(0, 1, steps).map((ramp) => min + betaQuantile(1 - ramp, 0.6) * (max - min));
-}
-
 /** The timestep (fractional) whose training sigma is `sigma`, linear in log sigma; clamped to the table. */
 export function sigmaToTimestep(sigma: number, sigmas: Float32Array): number {
   const wanted = Math.log(Math.max(sigma, 1e-10));
@@ -47,10 +34,27 @@ export function sigmaToTimestep(sigma: number, sigmas: Float32Array): number {
   return low + weight;
 }
 
-/** Noise levels and the timesteps that go with them, before the final sigma. */
+/** Noise levels and the timesteps that go with them, and the final sigma, which has none. */
 export interface Levels {
   timesteps: Float64Array;
   sigmas: Float64Array;
+  last: number;
+}
+
+/**
+ * Levels that a schedule lays out over the whole table, whatever the spacing, each with its own timestep, as k-diffusion has it. Where the
+ * config lets none end at 0, the last comes twice, as diffusers has it for Karras' in DEIS.
+ */
+function namedLevels(
+  schedule: SigmaSchedule,
+  table: Float32Array,
+  steps: number,
+  endsAtZero: boolean,
+): Levels {
+  const levels = scheduleLevels(schedule, table, steps);
+  const sigmas = levels.subarray(0, -1);
+  const last = levels[sigmas.length] || (endsAtZero ? 0 : sigmas[sigmas.length - 1]);
+  return { sigmas, timesteps: sigmas.map((sigma) => sigmaToTimestep(sigma, table)), last };
 }
 
 /**
@@ -64,48 +68,40 @@ export function discreteLevels(
   steps: number,
   own?: readonly number[],
 ): Levels {
+  const endsAtZero = config.final_sigmas_type !== 'sigma_min';
+  if (config.sigma_schedule) return namedLevels(config.sigma_schedule, table, steps, endsAtZero);
   const timesteps = Float64Array.from(own ?? spacedTimesteps(config, steps).map(Math.fround));
   const [lowest, highest] = [table[0], table[table.length - 1]];
   const sigmas =
     config.interpolation_type === 'log_linear'
       ? linspace(Math.log(highest), Math.log(lowest), timesteps.length + 1).map(Math.exp)
       : timesteps.map((t) => interpolate(table, t));
-  if (!hasSpacedSigmas(config)) return { timesteps, sigmas };
+  const last = endsAtZero ? 0 : table[0];
+  if (!hasSpacedSigmas(config)) return { timesteps, sigmas, last };
   const spaced = spacedSigmas(config, sigmas[0], sigmas[sigmas.length - 1], timesteps.length);
-  return { sigmas: spaced, timesteps: spaced.map((sigma) => sigmaToTimestep(sigma, table)) };
+  return { sigmas: spaced, timesteps: spaced.map((sigma) => sigmaToTimestep(sigma, table)), last };
 }
 
-/** Levels for the DPM-Solver family: spaced sigmas span the whole training table, and timesteps are whole numbers. */
+/**
+ * Levels for the DPM-Solver family: spaced sigmas span the whole training table, and timesteps are whole numbers. Where the last is not
+ * sigma 0, DPM-Solver itself ends at training's smallest, its kin (which have no algorithm_type) at the last of spaced sigmas.
+ */
 export function solverLevels(config: SchedulerConfig, table: Float32Array, timesteps: Float64Array): Levels {
-  if (!hasSpacedSigmas(config)) return { timesteps, sigmas: timesteps.map((t) => interpolate(table, t)) };
+  const endsAtZero = config.final_sigmas_type === 'zero';
+  if (config.sigma_schedule) return namedLevels(config.sigma_schedule, table, timesteps.length, endsAtZero);
+  if (!hasSpacedSigmas(config))
+    return {
+      timesteps,
+      sigmas: timesteps.map((t) => interpolate(table, t)),
+      last: endsAtZero ? 0 : table[0],
+    };
   const sigmas = spacedSigmas(config, table[table.length - 1], table[0], timesteps.length);
   const rounds =
     (config.use_karras_sigmas || config.use_lu_lambdas) && config.beta_schedule !== 'squaredcos_cap_v2';
   const whole = rounds ? roundHalfEven : Math.trunc;
-  return { sigmas, timesteps: sigmas.map((sigma) => whole(sigmaToTimestep(sigma, table))) };
-}
-
-/** The point below which Beta(shape, shape) has mass `probability`, by bisection. */
-function betaQuantile(probability: number, shape: number): number {
-  if (probability > 0.5) return 1 - betaQuantile(1 - probability, shape);
-  let [low, high] = [0, 0.5];
-  for (let i = 0; i < 200 && low < high; i++) {
-    const middle = (low + high) / 2;
-    if (betaMass(middle, shape) / betaMass(0.5, shape) < 2 * probability) low = middle;
-    else high = middle;
-  }
-  return (low + high) / 2;
-}
-
-/**
- * Mass of Beta(shape, shape) below x <= 1/2, up to a constant: the series of x^(shape-1) (1-x)^(shape-1) integrated term
- * by term.
- */
-function betaMass(x: number, shape: number): number {
-  let [sum, term] = [0, 1];
-  for (let k = 0; k < 100; k++) {
-    sum += term / (shape + k);
-    term *= ((k + 1 - shape) / (k + 1)) * x;
-  }
-  return x ** shape * sum;
+  return {
+    sigmas,
+    timesteps: sigmas.map((sigma) => whole(sigmaToTimestep(sigma, table))),
+    last: endsAtZero ? 0 : config.algorithm_type ? table[0] : sigmas[sigmas.length - 1],
+  };
 }
