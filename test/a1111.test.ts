@@ -3,7 +3,9 @@ import { test } from 'tap';
 import { readParameters, writeParameters } from '../cli/sample/a1111.ts';
 import type { SampleOptions } from '../cli/sample/options.ts';
 import { complete } from '../models/request.ts';
+import { sigmaSchedules } from '../models/samplers/config.ts';
 import { createSampler } from '../models/samplers/registry.ts';
+import type { Sampler } from '../models/samplers/sampler.ts';
 
 const read = (fields: string) => readParameters(`a fox\n${fields}`).settings;
 
@@ -13,12 +15,27 @@ test('samplers with their schedule types', (t) => {
     ['Steps: 20, Sampler: DPM++ 2M Karras, Seed: 1', 'DPM++ 2M Karras', 'linspace'], // before 1.9
     ['Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Exponential', 'DPM++ 2M SDE Exponential', 'linspace'],
     ['Steps: 20, Sampler: Euler, Schedule type: Beta', 'Euler Beta', 'linspace'],
-    ['Steps: 20, Sampler: Euler, Schedule type: Automatic', 'Euler', 'linspace'],
-    ['Steps: 20, Sampler: Euler a, Schedule type: SGM Uniform', 'Euler a', 'trailing'],
+    ['Steps: 20, Sampler: Euler, Schedule type: Automatic', 'Euler Uniform', 'linspace'],
+    ['Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic', 'DPM++ 2M SDE Exponential', 'linspace'],
+    ['Steps: 20, Sampler: DPM++ 2M', 'DPM++ 2M Uniform', 'linspace'],
+    ['Steps: 20, Sampler: Euler a, Schedule type: SGM Uniform', 'Euler a SGM Uniform', 'linspace'],
+    ['Steps: 20, Sampler: Euler a, Schedule type: Karras', 'Euler a Karras', 'linspace'],
+    ['Steps: 20, Sampler: UniPC, Schedule type: Karras, Version: v1.10.1', 'UniPC', undefined], // which does not heed it
     ['Steps: 20, Sampler: DDIM, Schedule type: Automatic', 'DDIM', undefined],
-    ['Steps: 20, Sampler: euler_a, Version: stable-diffusion.cpp', 'euler_a', 'linspace'],
-    ['Steps: 20, Sampler: euler_a discrete, Version: stable-diffusion.cpp', 'euler_a', 'linspace'],
-    ['Steps: 20, Sampler: dpm++2m sgm_uniform, Version: stable-diffusion.cpp', 'dpm++2m', 'trailing'],
+    ['Steps: 20, Sampler: euler_a, Version: stable-diffusion.cpp', 'euler_a Uniform', 'linspace'],
+    ['Steps: 20, Sampler: euler_a discrete, Version: stable-diffusion.cpp', 'euler_a normal', 'linspace'],
+    [
+      'Steps: 20, Sampler: dpm++2m sgm_uniform, Version: stable-diffusion.cpp',
+      'dpm++2m sgm_uniform',
+      'linspace',
+    ],
+    ['Steps: 20, Sampler: dpm++2m gits, Version: stable-diffusion.cpp', 'dpm++2m gits', 'linspace'],
+    [
+      'Steps: 20, Sampler: heun kl_optimal, Version: stable-diffusion.cpp',
+      'heun kl_optimal_zero',
+      'linspace',
+    ],
+    ['Steps: 20, Sampler: euler beta, Version: stable-diffusion.cpp', 'euler beta_timesteps', 'linspace'],
     ['Steps: 20, Sampler: dpm++2m karras, Version: stable-diffusion.cpp', 'dpm++2m karras', 'linspace'],
     ['Steps: 20, Sampler: Euler, Version: sdxl 0.1.0', 'Euler', undefined],
   ] as const) {
@@ -52,12 +69,11 @@ test('what else made a picture is told', (t) => {
     { text: 'Hires CFG Scale: 4', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
-  for (const [sampler, type] of [
-    ['Euler', 'Align Your Steps'],
-    ['DPM++ 2M', 'KL Optimal'],
-    ['Euler a', 'Karras'], // which diffusers' class has not
+  for (const [fields, sampler, type] of [
+    ['Sampler: Euler, Schedule type: Karras Exponential', 'Euler', 'Karras Exponential'],
+    ['Sampler: dpm++2m bong_tangent, Version: stable-diffusion.cpp', 'dpm++2m', 'bong_tangent'],
   ]) {
-    const said = `Steps: 20, Sampler: ${sampler}, Schedule type: ${type}`;
+    const said = `Steps: 20, ${fields}`;
     t.equal(read(said).scheduler, sampler, said);
     t.same(readParameters(`a fox\n${said}`).further, [
       { text: `Schedule type: ${type}`, option: 'scheduler' },
@@ -93,6 +109,35 @@ test('a second pass over the picture enlarged', (t) => {
   );
   t.equal(foreign.settings.hires, undefined, 'an upscaler that is none of ours is told of');
   t.same(foreign.further, [{ text: 'a second pass by the upscaler 4x-UltraSharp', option: 'hires' }]);
+  t.end();
+});
+
+test('schedule types there and back', (t) => {
+  const request = complete({ ratio: 8, sampleSize: 64 }, { prompt: ['a fox'] });
+  const config = { timestep_spacing: 'linspace' as const };
+  const written = (sampler: Sampler) =>
+    writeParameters({ rng: 'cuda', emphasis: 'none' } as SampleOptions, request, 3, sampler);
+  for (const name of ['euler', 'euler_a', 'dpm++2m', 'dpm++2s', 'unipc', 'deis'])
+    for (const schedule of sigmaSchedules) {
+      const sampler = createSampler(`${name}_${schedule}`, config);
+      const text = written(sampler);
+      const { settings, further } = readParameters(text);
+      t.same(further, [], text);
+      t.strictSame(
+        createSampler(settings.scheduler as string, config).config,
+        sampler.config,
+        `${name} ${text}`,
+      );
+    }
+  for (const [schedule, label] of [
+    ['normal', 'Uniform'],
+    ['sgm_uniform', 'SGM Uniform'],
+    ['align_your_steps', 'Align Your Steps'],
+    ['kl_optimal', 'KL Optimal'],
+    ['ddim_uniform', 'DDIM'],
+    ['kl_optimal_zero', 'kl_optimal_zero'], // which it has not
+  ])
+    t.match(written(createSampler(`euler_${schedule}`)), `Sampler: Euler, Schedule type: ${label}, `);
   t.end();
 });
 

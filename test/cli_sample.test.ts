@@ -99,11 +99,13 @@ test('a picture gives its settings back', async (t) => {
   t.match(text.parameters, /RNG: CPU/, 'and ours says that it is not');
   t.notMatch(readPngText(again).parameters, /RNG/);
 
-  const ays = fields.replace('Karras', 'Align Your Steps').replace(/, Model.*/, '');
-  writePng(foreign, a, { parameters: `a cat\n${ays}` });
+  const bare = fields.replace(/, Model.*/, '');
+  writePng(foreign, a, { parameters: `a cat\n${bare.replace('Karras', 'Align Your Steps')}` });
+  t.equal((await run('sample', '--from', foreign, '-m', model, '-o', again, '--quiet')).err, '');
+  t.match(readPngText(again).parameters, /Steps: 2, Sampler: DPM\+\+ 2M, Schedule type: Align Your Steps, /);
+  writePng(foreign, a, { parameters: `a cat\n${bare.replace('Karras', 'Bong Tangent')}` });
   const lacking = ['sample', '--from', foreign, '-m', model, '-o', again, '--quiet', '--steps', '1'];
-  const untaken =
-    /made with Schedule type: Align Your Steps, which --from does not take; there is --scheduler/;
+  const untaken = /made with Schedule type: Bong Tangent, which --from does not take; there is --scheduler/;
   t.match((await run(...lacking)).err, untaken);
   t.equal((await run(...lacking, '--scheduler', 'euler')).err, '', 'where the sampler is typed');
 

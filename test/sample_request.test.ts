@@ -284,6 +284,8 @@ test('values are bounded as they are read', (t) => {
     ['--lora absent.safetensors', /no LoRA at absent\.safetensors; give a/],
     ['--scheduler lms --karras --output x.jpg', /ends in \.png/],
     ['--scheduler euler_beta --karras', /--karras and --scheduler euler_beta lay out the noise levels/],
+    ['--scheduler euler_a_ays --karras', /--karras and --scheduler euler_a_ays lay out the noise levels/],
+    ['--scheduler ddim_ays', /"ddim_ays": DDIMScheduler goes by timesteps and has no noise levels/],
     ['--scheduler ddpm --karras', /--karras: DDPMScheduler has no Karras sigmas/],
   ] as const)
     t.throws(() => optionsOf(...argv.split(' ')), { name: 'UserError', message: says }, argv);

@@ -100,6 +100,10 @@ test('a server draws what sample draws', async (t) => {
     /Schedule type: Exponential/,
     "the sampler's own schedule type",
   );
+  const named = await server.post('/sdapi/v1/txt2img', {
+    ...{ ...fox, sampler_name: 'Euler a', scheduler: 'align_your_steps' },
+  });
+  t.match(JSON.parse(named.body.info).infotexts[0], /Sampler: Euler a, Schedule type: Align Your Steps, /);
   const larger = await server.post('/sdapi/v1/txt2img', {
     ...{
       ...fox,
@@ -141,7 +145,16 @@ test('a server changes prompts and varies noise', async (t) => {
       '--seed-resize-from-h',
       '96',
     ],
-    ...['--steps', '4', '--scheduler', 'Euler', '--timestep-spacing', 'linspace', '--emphasis', 'original'],
+    ...[
+      '--steps',
+      '4',
+      '--scheduler',
+      'Euler Uniform',
+      '--timestep-spacing',
+      'linspace',
+      '--emphasis',
+      'original',
+    ],
   );
   t.equal(maxDifference((await pixels(varied.body.images[1])).data, typed.picture.data), 0);
   const [plain, none] = [
@@ -339,7 +352,8 @@ test('lists that programs ask for before they draw', async (t) => {
   t.same(await names('/sdapi/v1/loras'), []);
   t.ok((await names('/sdapi/v1/upscalers')).includes('Lanczos'));
   t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
-  t.ok((await names('/sdapi/v1/schedulers')).includes('sgm_uniform'));
+  for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
+    t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);
   t.match(await (await fetch(server.url)).text(), /<title>sdxl/, 'a page');
 });
 

@@ -2,7 +2,8 @@
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
 import { basename } from 'node:path';
 import type { Request } from '../../models/request.ts';
-import { plainSpelling, samplerNames } from '../../models/samplers/registry.ts';
+import { layoutOptions, type SigmaSchedule, sigmaSchedules } from '../../models/samplers/config.ts';
+import { isSamplerName, plainSpelling } from '../../models/samplers/registry.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
 import { version } from '../about.ts';
 import { hiresUpscalers, usualHires } from './hires_options.ts';
@@ -22,6 +23,39 @@ export const samplerLabels: Readonly<Record<string, string>> = {
   PNDMScheduler: 'PLMS',
   UniPCMultistepScheduler: 'UniPC',
   LCMScheduler: 'LCM',
+};
+
+/** Its schedule types with our names of them. Two of them are others of its own, under further names. */
+const typesByLabel: Readonly<Record<string, SigmaSchedule>> = {
+  Uniform: 'normal',
+  Karras: 'karras',
+  Exponential: 'exponential',
+  Polyexponential: 'exponential',
+  'SGM Uniform': 'sgm_uniform',
+  'KL Optimal': 'kl_optimal',
+  'Align Your Steps': 'align_your_steps',
+  Simple: 'simple',
+  Normal: 'normal',
+  DDIM: 'ddim_uniform',
+  Beta: 'beta',
+  Turbo: 'turbo', // Forge's
+};
+
+/** The schedule types to offer: what stands for its choice, its own, and ours that it has not, under our names. */
+export const scheduleTypes: readonly string[] = [
+  'Automatic',
+  ...Object.keys(typesByLabel),
+  ...sigmaSchedules.filter((each) => !Object.values(typesByLabel).includes(each)),
+];
+
+/** The schedule types that its samplers take by themselves ("Automatic"), where it is not Uniform. */
+const ownTypes: Readonly<Record<string, string>> = {
+  'DPM++ 2M': 'Karras',
+  'DPM++ SDE': 'Karras',
+  'DPM++ 2M SDE': 'Exponential',
+  'DPM++ 2M SDE Heun': 'Exponential',
+  DPM2: 'Karras',
+  'DPM2 a': 'Karras',
 };
 
 /** Its samplers that have a schedule type; the others go by the model's timesteps. */
@@ -91,16 +125,20 @@ function samplerFields({ name, config }: Sampler): string[] {
   const sde = config.algorithm_type?.startsWith('sde') ? ' SDE' : '';
   const heun = sde && config.solver_type === 'heun' ? ' Heun' : '';
   const label = name in samplerLabels ? `${samplerLabels[name]}${sde}${heun}` : name;
-  const type = hasScheduleType(label) ? scheduleType(config) : undefined;
+  const type = scheduleType(config) ?? (hasScheduleType(label) ? spacingType(config) : undefined);
   return [`Sampler: ${label}`, ...(type ? [`Schedule type: ${type}`] : [])];
 }
 
-function scheduleType(config: Sampler['config']): string | undefined {
-  if (config.use_karras_sigmas) return 'Karras';
-  if (config.use_exponential_sigmas) return 'Exponential';
-  if (config.use_beta_sigmas) return 'Beta';
-  return { trailing: 'SGM Uniform', linspace: 'Uniform', leading: undefined }[config.timestep_spacing];
+function scheduleType({ sigma_data, sigma_schedule, ...config }: Sampler['config']): string | undefined {
+  if (sigma_data) return undefined; // EDM's are none of its
+  const options = Object.keys(layoutOptions) as (keyof typeof layoutOptions)[];
+  const schedule = sigma_schedule ?? options.find((each) => config[layoutOptions[each]]);
+  return Object.keys(typesByLabel).find((label) => typesByLabel[label] === schedule) ?? schedule;
 }
+
+/** The nearest to diffusers' spacings, from which it is a rounding away. */
+const spacingType = ({ timestep_spacing }: Sampler['config']): string | undefined =>
+  ({ trailing: 'SGM Uniform', linspace: 'Uniform', leading: undefined })[timestep_spacing];
 
 /** As it has it: where there is a bracket, and its default does not hold. */
 function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt: string): string[] {
@@ -108,9 +146,6 @@ function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt:
   const [first, ...rest] = emphasis.replace('-', ' ');
   return [`Emphasis: ${first.toUpperCase()}${rest.join('')}`];
 }
-
-/** Its schedule types that are a spacing of timesteps, and what stands for its choice. */
-const spacings = ['', 'Automatic', 'Uniform', 'SGM Uniform', 'Simple'];
 
 /** Fields that a picture depends on and that are not read, with our option for the same. */
 const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
@@ -184,8 +219,8 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
 }
 
 /**
- * The sampler with its layout of noise levels. Where it names none its samplers span the whole table, as `linspace` does,
- * and `ours` go by the model's spacing: SDXL's published scheduler begins lower.
+ * The sampler with its layout of noise levels behind it. Its samplers begin at the last training step, as from `linspace`, and where no
+ * type is said go evenly down from there; `ours` go by the model's spacing then: SDXL's published scheduler begins lower.
  */
 export function schedulerOf(
   text: string | undefined,
@@ -193,20 +228,23 @@ export function schedulerOf(
   ours = false,
 ): {
   scheduler?: string;
-  timestepSpacing?: 'trailing' | 'linspace';
+  timestepSpacing?: 'linspace';
   /** A type that is not there. */
   unheeded?: string;
 } {
   const [sampler, type = given] = withType(text);
-  if (sampler === undefined || !hasScheduleType(sampler)) return { scheduler: sampler };
-  if (ours && type === '') return { scheduler: sampler };
-  const layout = ['Karras', 'Exponential', 'Beta'].find((each) => each === type);
-  const named = layout && !sampler.endsWith(layout) ? `${sampler} ${layout}` : sampler;
-  const isKnown = samplerNames.map(plainSpelling).includes(plainSpelling(named));
+  if (sampler === undefined || !(ours ? type : hasScheduleType(sampler))) return { scheduler: sampler };
+  const label = Object.keys(ownTypes).find((each) => plainSpelling(each) === plainSpelling(sampler));
+  const own = type === 'Automatic' && label ? ownTypes[label] : 'Uniform';
+  const isSaid = !['', 'Automatic'].includes(type);
+  const named = `${sampler} ${isSaid ? type : own}`;
+  const isKnown = isSamplerName(named);
+  // Before 1.9 the sampler's name ended with the type.
+  const isUnheeded = isSaid && !isKnown && !sampler.endsWith(type);
   return {
     scheduler: isKnown ? named : sampler,
-    timestepSpacing: ['SGM Uniform', 'Simple'].includes(type) ? 'trailing' : 'linspace',
-    unheeded: (layout ? isKnown : spacings.includes(type)) ? undefined : type,
+    timestepSpacing: 'linspace',
+    unheeded: isUnheeded ? type : undefined,
   };
 }
 
@@ -237,11 +275,17 @@ function hiresOf(field: (name: string) => string | undefined) {
   };
 }
 
+/** stable-diffusion.cpp's names of layouts that are other levels here, or none. */
+const theirLayouts: Readonly<Record<string, string>> = {
+  discrete: 'normal',
+  kl_optimal: 'kl_optimal_zero',
+  beta: 'beta_timesteps',
+};
+
 /** stable-diffusion.cpp puts a layout behind its sampler, where it names one: `euler_a discrete`. */
 function withType(text: string | undefined): [sampler: string | undefined, type?: string] {
-  const [, sampler, layout] = /^(.*) (discrete|sgm_uniform|simple)$/.exec(text ?? '') ?? [];
-  if (sampler === undefined) return [text];
-  return [sampler, { discrete: 'Uniform', sgm_uniform: 'SGM Uniform', simple: 'Simple' }[layout]];
+  const [, sampler, layout] = /^([a-z0-9+_]+) (\w+)$/.exec(text ?? '') ?? [];
+  return sampler === undefined ? [text] : [sampler, theirLayouts[layout] ?? layout];
 }
 
 function splitLast(text: string): [string, string?] {

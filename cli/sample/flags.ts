@@ -1,6 +1,7 @@
 // The flags of `sdxl sample`, group by group: diffusers' words (other programs' are in aliases.ts). Values are read and bounded as
 // they are typed; options.ts says what they come to.
 import type { Command } from 'commander';
+import { sigmaSchedules } from '../../models/samplers/config.ts';
 import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
 import { emphases } from '../../models/text/emphasis.ts';
 import { devices, number, numbers, oneOf, pair, repeated, side, size } from '../option_values.ts';
@@ -15,8 +16,9 @@ import { addUpscaleOptions } from './upscale_options.ts';
 /** What --dtype and its like take. */
 const dtypes = ['auto', 'float32', 'bfloat16', 'float16'] as const;
 
-export const schedulersHelp = `Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by _karras, _exponential or _beta,
-and the spellings of other programs are taken, such as "DPM++ 2M Karras".`;
+export const schedulersHelp = `Schedulers: ${schedulerNames.join(', ')}; most of them may be followed by how their noise levels are laid
+out, _${sigmaSchedules.join(', _')},
+and the spellings of other programs are taken, such as "DPM++ 2M Karras" or "Euler a Align Your Steps".`;
 
 const examples = `
 Examples:

@@ -7,6 +7,7 @@ import { assertWritable, listFolder, readLines } from '../../io/files.ts';
 import { hubPath } from '../../io/hub.ts';
 import { locateAdapter } from '../../models/lora/lora_file.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
+import { takesSchedule } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
 import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
@@ -186,11 +187,12 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
   if (options.maxTokenLength !== undefined) mostChunks(options.maxTokenLength, '--max-token-length');
   const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
-  if (sampler && options.karras && !('use_karras_sigmas' in sampler.config))
+  if (sampler && options.karras && !takesSchedule(sampler.name, 'karras'))
     throw new UserError(
       `--karras: ${sampler.name} has no Karras sigmas; leave it out, or use dpm++2m or euler`,
     );
-  if (sampler && options.karras && (sampler.config.use_exponential_sigmas || sampler.config.use_beta_sigmas))
+  const { use_exponential_sigmas, use_beta_sigmas, sigma_schedule = 'karras' } = sampler?.config ?? {};
+  if (options.karras && (use_exponential_sigmas || use_beta_sigmas || sigma_schedule !== 'karras'))
     throw new UserError(
       `--karras and --scheduler ${options.scheduler} lay out the noise levels, each in its way; give one of them`,
     );

@@ -1,8 +1,8 @@
 // A1111's routes (`/sdapi/v1`) that clients draw with, and those that they ask what there is before they draw.
 import { pngText } from '../../io/png.ts';
-import { readParameters, samplerLabels } from '../sample/a1111.ts';
+import { readParameters, samplerLabels, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
-import { checkOverrides, orderOf, plain, scheduleTypes } from './a1111_order.ts';
+import { checkOverrides, orderOf, plain } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
 import { base64, pictureBytes } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';

@@ -3,7 +3,7 @@
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
 import { oneOf, side } from '../option_values.ts';
-import { schedulerOf } from '../sample/a1111.ts';
+import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { controlsIn } from './controlnet_api.ts';
 import {
@@ -20,26 +20,6 @@ import {
 } from './fields.ts';
 import type { Order, Settings } from './messages.ts';
 import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
-
-/** The schedule types that its samplers take by themselves ("Automatic"), where it is not one of timesteps. */
-const ownTypes: Readonly<Record<string, string>> = {
-  'DPM++ 2M': 'Karras',
-  'DPM++ SDE': 'Karras',
-  'DPM++ 2M SDE': 'Exponential',
-  'DPM++ 2M SDE Heun': 'Exponential',
-  DPM2: 'Karras',
-  'DPM2 a': 'Karras',
-};
-
-export const scheduleTypes = [
-  'Automatic',
-  'Uniform',
-  'Karras',
-  'Exponential',
-  'SGM Uniform',
-  'Simple',
-  'Beta',
-] as const;
 
 /** Its names and labels of one thing: `sgm_uniform` is "SGM Uniform". */
 export const plain = (name: string): string => name.toLowerCase().replace(/[^a-z0-9+]/g, '');
@@ -139,9 +119,7 @@ function samplerOf(body: Body): Settings {
     throw new UserError(
       `scheduler "${type}" is how a sampler's noise levels lie; give its sampler_name, too`,
     );
-  const label = Object.keys(ownTypes).find((each) => plain(each) === plain(name));
-  const own = label === undefined ? type : ownTypes[label];
-  const { unheeded: left, ...laidOut } = schedulerOf(name, type === 'Automatic' ? own : type);
+  const { unheeded: left, ...laidOut } = schedulerOf(name, type);
   if (left) throw new UserError(`scheduler "${left}" is not there for ${name}; take Automatic`);
   return laidOut;
 }

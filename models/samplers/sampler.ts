@@ -6,7 +6,7 @@ import { keep, scope, unscoped } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { denoised, predictX0 } from './arithmetic.ts';
-import type { SchedulerConfig } from './config.ts';
+import type { SchedulerClass, SchedulerConfig } from './config.ts';
 import { openMemory, type Remember } from './memory.ts';
 import { hasSpacedSigmas } from './sigmas.ts';
 import { roundHalfEven } from './tables.ts';
@@ -94,7 +94,7 @@ export interface StepResult {
 
 export interface Sampler {
   /** The diffusers class this follows. */
-  readonly name: string;
+  readonly name: SchedulerClass;
   readonly config: SchedulerConfig;
   readonly order: 1 | 2;
   /** Lays out `steps` steps and chooses the part to run. */
@@ -116,7 +116,7 @@ export interface Sampler {
   ): Generator<StepResult, Tensor, Tensor | undefined>;
 }
 
-export function makeSampler(name: string, config: SchedulerConfig, method: Method): Sampler {
+export function makeSampler(name: SchedulerClass, config: SchedulerConfig, method: Method): Sampler {
   const sampler: Sampler = {
     name,
     config,
