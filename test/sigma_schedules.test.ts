@@ -2,6 +2,7 @@
 // every scheduler that has levels; and pictures by them against diffusers' Euler given the same levels.
 import { join } from 'node:path';
 import { test } from 'tap';
+import { tensor } from '../engine/tensor.ts';
 import { decodeFloats } from '../io/dtype.ts';
 import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { denoiseToEnd, loadPipeline } from '../models/pipeline.ts';
@@ -25,8 +26,15 @@ interface Call {
   values: string;
 }
 
-const recorded = goldenLines<Line | Call>('sigma_schedules');
+interface Run {
+  run: string;
+  steps: number;
+  last: string;
+}
+
+const recorded = goldenLines<Line | Run | Call>('sigma_schedules');
 const lines = recorded.filter((line): line is Line => 'sigmas' in line);
+const runs = recorded.filter((line): line is Run => 'run' in line);
 const calls = recorded.filter((line): line is Call => 'call' in line);
 const unpacked = (text: string) => decodeFloats(Buffer.from(text, 'base64'), 'float32');
 
@@ -94,10 +102,37 @@ test('every scheduler that has levels takes them', (t) => {
     [true, undefined],
     'a name overrides',
   );
+  const same = createSampler('euler', { ...sdxl, sigma_schedule: 'karras' }).config;
+  t.strictSame(same, createSampler('euler_karras', sdxl).config, "diffusers' word and EDM's");
   const kept = createSampler('dpm++2m', { ...sdxl, sigma_schedule: 'ays' }).plan(6);
   t.same(kept.sigmas, createSampler('dpm++2m_ays', sdxl).plan(6).sigmas, "a model's config has it too");
   const least = createSampler('euler_ays', { ...sdxl, final_sigmas_type: 'sigma_min' }).plan(6).sigmas;
   t.equal(least[6], least[5], 'where the config lets it not end at 0');
+  t.end();
+});
+
+test("steps over them are k-diffusion's", (t) => {
+  const [device] = devices;
+  const onDevice = (values: Float32Array) => tensor(values, [1, 4], { device });
+  const noise = Float32Array.from({ length: 4 }, (_, i) => i - 1.5);
+  const said = (x: Float32Array, timestep: number) =>
+    x.map((value, i) => 0.1 * value + timestep / 100_000 + noise[i] / 4);
+  t.equal(runs.length, 4);
+  for (const { run, steps, last } of runs) {
+    const sampler = createSampler(run, sdxl);
+    const plan = sampler.plan(steps);
+    // Latents of DPM-Solver are those of k-diffusion at unit variance.
+    const start = plan.inputSigmas ? plan.sigmas[0] : plan.marginal(0).noise;
+    const loop = sampler.run(
+      plan,
+      () => onDevice(noise.map((value) => value * start)),
+      (x, timestep) => onDevice(said(x.floats(), timestep)),
+      () => onDevice(noise.map((_, i) => i / 2)),
+    );
+    let result: Float32Array = noise;
+    for (const { x } of loop) result = x.floats();
+    allClose(t, run, result, unpacked(last), { atol: 2e-5, rtol: 1e-5 });
+  }
   t.end();
 });
 

@@ -315,6 +315,8 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
       !strange[key]?.includes(value),
   );
   const config = { ...defaults, ...Object.fromEntries(known) } as SchedulerConfig;
+  const option = layoutOptions[given.sigma_schedule as keyof typeof layoutOptions];
+  if (option in defaults) config[option] = true; // diffusers' word for the same
   const { use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, algorithm_type } = config;
   const named = !isEDM(name) && config.sigma_schedule;
   if ([use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, named].filter(Boolean).length > 1)

@@ -1,7 +1,8 @@
-// Layouts of the noise levels of a run over a model's whole table: diffusers' three between its ends, and those by which A1111, Forge, ComfyUI
-// and stable-diffusion.cpp go. Where two of them mean different levels by one name, it is A1111's here: `beta`, whose quantiles are of sigmas,
-// where ComfyUI's are of timesteps; `kl_optimal`, which ends at the least level, as in the paper, where ComfyUI's goes on to 0. Levels between
-// timesteps are k-diffusion's, linear in log sigma (diffusers' linspace is linear in sigma, and trailing rounds, so neither is the same).
+// Layouts of the noise levels of a run over a model's whole table: diffusers' three between its ends, and those by which A1111, Forge,
+// ComfyUI and stable-diffusion.cpp go. Where two of them mean different levels by one name, it is A1111's here: `beta`, whose quantiles are
+// of sigmas, where ComfyUI's are of timesteps; `kl_optimal`, which ends at the least level, as in the paper, where ComfyUI's goes on to 0.
+// Levels between timesteps are k-diffusion's, linear in log sigma: diffusers' linspace is linear in sigma and trailing rounds, so neither
+// is the same.
 import type { SigmaSchedule } from './config.ts';
 import { linspace, roundHalfEven } from './tables.ts';
 
@@ -26,7 +27,7 @@ const through = (levels: readonly number[], count: number): number[] =>
 const evenly = (table: Float32Array, count: number): number[] =>
   Array.from(linspace(table.length - 1, 0, count), (at) => levelAt(table, at));
 
-/** A schedule that names its timesteps, as shares of the last or as they are. */
+/** The levels at whole timesteps, of which a formula has the i-th, and 0. */
 const atTimesteps =
   (timestepOf: (i: number, steps: number, count: number) => number): Layout =>
   (table, steps) => [...indices(steps).map((i) => table[Math.max(timestepOf(i, steps, table.length), 0)]), 0];
@@ -112,8 +113,8 @@ const layouts: Readonly<Record<SigmaSchedule, Layout>> = {
 };
 
 /**
- * The levels of `steps` steps over a table of sigmas, from the least on: falling, with the last one to end at. A level that would come twice
- * comes once, so that with many steps there may be fewer.
+ * The levels of `steps` steps over a table of sigmas, from the least on: falling, with the last one to end at. A level that would come
+ * twice comes once, so that with many steps there may be fewer.
  */
 export const scheduleLevels = (schedule: SigmaSchedule, table: Float32Array, steps: number): Float64Array =>
   Float64Array.from(new Set(layouts[schedule](table, steps)));

@@ -1,8 +1,9 @@
 # Makes sigma_schedules.jsonl: python3 sigma_schedules.py FORGE K_DIFFUSION COMFYUI STABLE_DIFFUSION_CPP, with torch, scipy, transformers, Pillow
 # and diffusers (PYTHONPATH counts). Levels by the programs' own functions over SDXL's table in float64 (float32 in base64): what A1111 has,
 # by Forge's modules/sd_schedulers.py and k-diffusion; ComfyUI's comfy/samplers.py and comfy_extras/nodes_align_your_steps.py; and
-# stable-diffusion.cpp's, whose formulas (src/runtime/denoiser.hpp) are told again here, but for its table gits_noise.h. Then latents of
-# whole calls over tiny-sdxl, of diffusers' Euler given the levels: every fifth number in float64, and `atol` twenty times what float32 is off.
+# stable-diffusion.cpp's, whose formulas (src/runtime/denoiser.hpp) are told again here, but for its table gits_noise.h. Then where
+# k-diffusion's own samplers come to over some of them in float64, with a formula for a network; and latents of whole calls over tiny-sdxl, of
+# diffusers' Euler given the levels: every fifth number in float64, and `atol` twenty times what float32 is off.
 import ast
 import functools
 import itertools
@@ -22,14 +23,12 @@ forge, k_diffusion, comfyui, stable_diffusion_cpp = sys.argv[1:5]
 torch.set_default_dtype(torch.float64)
 
 
-def taken(path, names=None, **more):
-    """The functions, classes and tables of a file, without what it imports, in a module of their own."""
+def taken(path, names, **more):
+    """Functions, classes and tables of a file, without what it imports."""
     with open(path) as file:
-        body = [
-            node
-            for node in ast.parse(file.read()).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign)) and (names is None or getattr(node, "name", None) in names)
-        ]
+        nodes = ast.parse(file.read()).body
+    named = [(node.targets[0] if isinstance(node, ast.Assign) else node, node) for node in nodes]
+    body = [node for holder, node in named if getattr(holder, "id", getattr(holder, "name", None)) in names]
     held = dict(torch=torch, nn=torch.nn, np=np, numpy=np, math=math, scipy=scipy, stats=scipy.stats, **more)
     exec(compile(ast.Module(body, []), path, "exec"), held)
     return SimpleNamespace(**held)
@@ -37,7 +36,13 @@ def taken(path, names=None, **more):
 
 sampling = taken(
     f"{k_diffusion}/k_diffusion/sampling.py",
-    ["append_zero", "get_sigmas_karras", "get_sigmas_exponential", "get_sigmas_polyexponential"],
+    [
+        *["append_zero", "get_sigmas_karras", "get_sigmas_exponential", "get_sigmas_polyexponential", "to_d", "get_ancestral_step"],
+        *["linear_multistep_coeff", "sample_euler_ancestral", "sample_heun", "sample_lms", "sample_dpmpp_2m"],
+    ],
+    integrate=scipy.integrate,
+    trange=lambda n, disable: range(n),
+    utils=SimpleNamespace(append_dims=lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]),
 )
 external = taken(f"{k_diffusion}/k_diffusion/external.py", ["DiscreteSchedule"], sampling=sampling)
 shared = SimpleNamespace(sd_model=SimpleNamespace(is_sdxl=True), opts=SimpleNamespace(beta_dist_alpha=0.6, beta_dist_beta=0.6))
@@ -52,7 +57,7 @@ webui = taken(
 comfy = taken(f"{comfyui}/comfy/samplers.py", [
     *["simple_scheduler", "ddim_scheduler", "normal_scheduler", "beta_scheduler", "linear_quadratic_schedule", "kl_optimal_scheduler"],
 ])
-nodes = taken(f"{comfyui}/comfy_extras/nodes_align_your_steps.py")
+nodes = taken(f"{comfyui}/comfy_extras/nodes_align_your_steps.py", ["loglinear_interp", "NOISE_LEVELS"])
 
 betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
 alphas = torch.cumprod(1 - betas, 0)
@@ -124,7 +129,7 @@ PROGRAMS = {
         "beta": ("beta_timesteps", of_comfy(comfy.beta_scheduler)),
         "linear_quadratic": ("linear_quadratic", of_comfy(comfy.linear_quadratic_schedule)),
         "kl_optimal": ("kl_optimal_zero", lambda n: comfy.kl_optimal_scheduler(n, least, greatest)),
-        "AlignYourStepsScheduler": ("ays", lambda n: nodes.AlignYourStepsScheduler().get_sigmas("SDXL", n, 1)[0]),
+        "AlignYourStepsScheduler": ("ays", lambda n: [*nodes.loglinear_interp(ays, n + 1)[:-1], 0.0]),
     },
     "stable-diffusion.cpp": {
         "discrete": ("normal", lambda n: at(max(999 - 999 / (n - 1) * i, 0) for i in range(n))),
@@ -152,6 +157,29 @@ for program, schedules in PROGRAMS.items():
             of = lines.setdefault(json.dumps(line), dict(line, names={}))["names"]
             of.setdefault(program, []).append(name)
 
+
+
+def last_of(sampler, levels, **more):
+    """From the first level times i - 1.5, of a network that says 0.1 x + t / 100000 + (i - 1.5) / 4."""
+    noise = torch.arange(4.0)[None] - 1.5
+
+    def denoiser(x, sigma):
+        return x - sigma * (0.1 * x / (sigma**2 + 1) ** 0.5 + model.sigma_to_t(sigma) / 100000 + noise / 4)
+
+    sigmas = torch.as_tensor(levels).double()
+    return packed(getattr(sampling, sampler)(denoiser, sigmas[0] * noise, sigmas, disable=True, **more))
+
+
+steady = dict(noise_sampler=lambda *_: torch.arange(4.0)[None] / 2)
+runs = [
+    dict(run=f"{ours}_{schedule}", steps=8, last=last_of(sampler, levels(8), **more))
+    for ours, sampler, (schedule, levels), more in [
+        ("dpm++2m", "sample_dpmpp_2m", PROGRAMS["A1111"]["SGM Uniform"], {}),
+        ("lms", "sample_lms", PROGRAMS["A1111"]["Align Your Steps"], {}),
+        ("heun", "sample_heun", PROGRAMS["stable-diffusion.cpp"]["gits"], {}),
+        ("euler_a", "sample_euler_ancestral", PROGRAMS["A1111"]["KL Optimal"], steady),
+    ]
+]
 torch.set_default_dtype(torch.float32)
 
 
@@ -169,4 +197,4 @@ for program, name, steps in [("A1111", "KL Optimal", 4), ("stable-diffusion.cpp"
     sigmas = [float(each) for each in levels(steps)]
     calls.append(dict(call=schedule, steps=steps, **noted(*(latents(sigmas, dtype) for dtype in (torch.float32, torch.float64)), 5)))
 
-write("sigma_schedules", [*lines.values(), *calls])
+write("sigma_schedules", [*lines.values(), *runs, *calls])
