@@ -1,8 +1,8 @@
 // Runs every test file but the kernels' through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
 // do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/ops.test.js`, or `--kernels`, for those alone.
 import { spawn } from 'node:child_process';
-import { readdirSync } from 'node:fs';
-import { availableParallelism } from 'node:os';
+import { existsSync, mkdtempSync, readdirSync, rmSync, statfsSync } from 'node:fs';
+import { availableParallelism, tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -23,6 +23,22 @@ const files = named.length
       .sort()
       .map((name) => join(here, name));
 
+/**
+ * What the tests write lies in memory, where that has room: it is flushed as a user's files are and gone a second later, so a disk would
+ * take a tenth of the time. That the program does flush, train_kill.test.js sees by its calls.
+ */
+function scratch(): string {
+  const memory = '/dev/shm';
+  const free = () => {
+    const { bavail, bsize } = statfsSync(memory);
+    return bavail * bsize;
+  };
+  return mkdtempSync(join(existsSync(memory) && free() > 4 * 2 ** 30 ? memory : tmpdir(), 'sdxl-test-'));
+}
+const temporary = scratch();
+process.on('exit', () => rmSync(temporary, { recursive: true, force: true }));
+for (const name of ['SIGINT', 'SIGTERM'] as const) process.on(name, () => process.exit(1));
+
 let passed = 0;
 let failed = 0;
 
@@ -31,7 +47,7 @@ function run(file: string): Promise<void> {
   return new Promise((resolve) => {
     const started = Date.now();
     // tap's own limit of 30 s per file would trip on a busy machine: whole models on the virtual GPU take minutes on a free one.
-    const env = { ...process.env, TAP_TIMEOUT: '1800' };
+    const env = { ...process.env, TAP_TIMEOUT: '1800', TMPDIR: temporary };
     const child = spawn(process.execPath, [file], { env, stdio: ['ignore', 'pipe', 'inherit'] });
     let output = '';
     child.stdout.on('data', (chunk: Buffer) => {
