@@ -31,15 +31,22 @@ export type AnySample = Sample<unknown>;
 
 /** Deterministic values in [-1.5, 1.5] away from zero, so that quotients and kinks stay differentiable. */
 export function values(count: number, seed: number): Float64Array {
-  const made = new Float64Array(count);
+  const longest = made.get(seed);
+  // A shorter list is the beginning of a longer one. What is given may be changed.
+  if (longest && longest.length >= count) return longest.slice(0, count);
+  const list = new Float64Array(count);
   let state = (seed * 2654435761 + 12345) >>> 0;
   for (let i = 0; i < count; i++) {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     const u = state / 2 ** 32;
-    made[i] = Math.fround((u < 0.5 ? -1 : 1) * (0.3 + 1.2 * ((u * 2) % 1)));
+    list[i] = Math.fround((u < 0.5 ? -1 : 1) * (0.3 + 1.2 * ((u * 2) % 1)));
   }
-  return made;
+  made.set(seed, list);
+  return list.slice();
 }
+
+/** By seed: every type and device asks for the same ones again. */
+const made = new Map<number, Float64Array>();
 
 /** A sample of which a test changes numbers: what is not finite, for one. */
 export type Planted = AnySample & { plant?(name: string, data: Float64Array): void };
