@@ -208,7 +208,7 @@ test('a batch and its halves see the same draws', async (t) => {
 test('the validation loss sees the same draws each time, with the averaged weights', async (t) => {
   for (const target of ['unet', 'vae'] as const) {
     const still = `still-${target}`;
-    const task: RunInput = { train: { target }, validation: { samples: 6, every_steps: 1 }, steps: 3 };
+    const task: RunInput = { train: { target }, validation: { samples: 6, every_steps: 1 }, steps: 2 };
     await run({ ...basic(still), ...task, optimizer: { lr: 0 } });
     const [first, ...others] = losses(join(folder, still));
     const same = others.every(([, , measured]) => measured === first[2]);
@@ -216,7 +216,7 @@ test('the validation loss sees the same draws each time, with the averaged weigh
     t.not(others[0][1], first[1], 'while the updates differ in theirs');
     const moved = async (output: string, decay: number) => {
       await run({ ...basic(output), ...task, ema: { decay } });
-      return losses(join(folder, output))[2];
+      return losses(join(folder, output))[1];
     };
     const [own, averaged] = [await moved(`own-${target}`, 0), await moved(`averaged-${target}`, 0.9)];
     t.equal(own[1], averaged[1], 'an average changes no update');
@@ -326,18 +326,26 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
     },
     'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
   };
-  const newest = (output: string) => digest(listCheckpoints(join(folder, output)).at(-1) as string);
+  // Every other's own test takes it up again on one device, from a checkpoint with these bytes.
+  const resumed = ['unet', 'all-bfloat16', 'texts', 'tags anew', 'vae'];
+  const saved = (output: string) => listCheckpoints(join(folder, output)).map(digest);
   for (const [name, task] of Object.entries(tasks)) {
     const steps = name === 'unet' ? 3 : 2;
-    const input = (ending: string): RunInput => ({ ...basic(`${name}-${ending}`), steps, ...task });
+    const checkpoints = { every_steps: 1, keep: 3 };
+    const input = (ending: string): RunInput => ({
+      ...{ ...basic(`${name}-${ending}`), steps, checkpoints },
+      ...task,
+    });
     await run(input('one'));
-    const { folder: checkpoint } = await run(input('two'), { until: 1, further });
+    const until = resumed.includes(name) ? 1 : undefined;
+    const { folder: checkpoint } = await run(input('two'), { until, further });
     if (name === 'unet') {
       await run(input('joined'), { checkpoint, further });
-      t.equal(newest('unet-joined'), newest('unet-one'), 'the second joins in again');
+      t.equal(saved('unet-joined').at(-1), saved('unet-one').at(-1), 'the second joins in again');
     }
-    await run(input('two'), { checkpoint });
-    t.equal(newest(`${name}-two`), newest(`${name}-one`), name);
+    if (until) await run(input('two'), { checkpoint });
+    t.equal(saved(`${name}-one`).length, steps);
+    t.same(saved(`${name}-two`), saved(`${name}-one`), name);
     t.same(losses(join(folder, `${name}-two`)), losses(join(folder, `${name}-one`)), `${name}: losses`);
   }
   t.same(held(), before, 'live tensors');
