@@ -109,7 +109,7 @@ test('each text has its own weights, and without any nothing changes', (t) => {
   const plain = of('a red fox');
   t.same(of('a red fox', { emphasis }), plain, 'to the bit');
   t.same(of('a [red] (fox:1.3)', { emphasis: 'ignore' }), plain);
-  t.notSame(of('a [red] fox'), plain, 'by default brackets are text');
+  t.ok(maxDifference(of('a [red] fox'), plain) > 0, 'by default brackets are text');
   t.same(of('a [red] fox', { emphasis: 'none' }), of('a [red] fox'));
 
   const weighted = of('a (red:1.5) fox', { emphasis });

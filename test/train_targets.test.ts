@@ -87,11 +87,8 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
     `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_${part}.weight`;
   const [a, b] = ['A', 'B'].map((part) => decodeFloats(file.read(key(part)), 'float32'));
   t.ok(b.some((x) => x !== 0) && a.some((x) => x !== 0), 'it has learnt');
-  t.notSame(
-    [...a],
-    [...decodeFloats(file.read(key('A').replace('encoder', 'encoder_2')), 'float32')],
-    'two encoders begin with other numbers',
-  );
+  const other = decodeFloats(file.read(key('A').replace('encoder', 'encoder_2')), 'float32');
+  t.ok(maxDifference(a, other) > 0, 'two encoders begin with other numbers');
   const last = [...file.tensors.keys()]
     .filter((name) => /^text_encoder\..*layers\.\d+\..*lora_B/.test(name))
     .at(-1) as string;

@@ -18,7 +18,7 @@ import type { RunInput } from '../train/run/run.ts';
 import { openMaterials, type Session } from '../train/session.ts';
 import { sdxl } from './command_line.ts';
 import { picture } from './controlnet_golden.ts';
-import { allClose, goldenFolder, goldenLines } from './golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from './golden.ts';
 import { refuses, runFile } from './run_files.ts';
 import {
   basic,
@@ -159,7 +159,7 @@ test('runs resume bit for bit, and what they made is drawn with, read and gone o
   file.close();
   const read = readTextualInversion(final);
   t.equal(read.token, token);
-  t.notSame(read.clip_l.values, floats(golden[0].begun), 'it has learnt');
+  t.ok(maxDifference(read.clip_l.values, floats(golden[0].begun)) > 0, 'it has learnt');
   t.match(inspect(final).kind, /^textual inversion/);
   const checkpoint = listCheckpoints(whole).at(-1) as string;
   t.match(inspect(checkpoint).kind, /^textual inversion/);
