@@ -96,8 +96,8 @@ test('a run tells d times lr, and goes on bit for bit', async (t) => {
   t.equal(told[1], Math.fround(1e-4), 'then d0');
   t.ok(told[2] >= 0.4 * told[1] && told[2] < 1, `${told[2]}`);
   t.same(
-    of('prodigy-broken').map((entry) => entry['d*lr']),
-    told,
+    of('prodigy-resumed').map((entry) => entry['d*lr']),
+    told.slice(1),
   );
   await run({ ...basic('adamw'), steps: 1 });
   t.notOk('d*lr' in of('adamw')[0], 'others find none');

@@ -15,10 +15,10 @@ import type { RunInput } from '../train/run/run.ts';
 import { openMaterials } from '../train/session.ts';
 import { basic, control, device, digest, locate, losses, run, sessionOf, silent } from './small_runs.ts';
 
-/** One pass to an update, three updates. */
+/** One pass to an update, two updates: the second finds moments and averages. */
 const input = (output: string, more: RunInput): RunInput => ({
   ...basic(output),
-  ...{ steps: 3, gradient_accumulation_steps: 1, lr_scheduler: {} },
+  ...{ steps: 2, gradient_accumulation_steps: 1, lr_scheduler: {} },
   ...more,
 });
 
