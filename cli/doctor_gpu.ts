@@ -13,7 +13,7 @@ export interface Finding {
   mend?: string;
 }
 
-/** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/gpu_memory.test.ts). */
+/** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/kernels/gpu_memory.test.ts). */
 const PICTURE_BYTES = 7.25 * 2 ** 30;
 
 export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;

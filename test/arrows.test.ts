@@ -3,7 +3,7 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { packageRoot } from './golden.ts';
+import { packageRoot } from './support/golden.ts';
 
 const allowed: Record<string, readonly string[]> = {
   io: ['io'],

@@ -17,7 +17,7 @@ import {
   permuted,
   type SingleFileRecipe,
   transposed,
-} from './golden.ts';
+} from './support/golden.ts';
 
 const [, , from] = process.argv;
 

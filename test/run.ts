@@ -1,5 +1,5 @@
-// Runs every test file but the kernels' through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
-// do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/ops.test.js`, or `--kernels`, for those alone.
+// Runs every test file but those of kernels/ through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
+// do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/engine/ops.test.js`, or `--kernels`, for those alone.
 import { spawn } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, rmSync, statfsSync } from 'node:fs';
 import { availableParallelism, tmpdir } from 'node:os';
@@ -13,15 +13,18 @@ const given = process.argv.slice(2);
  * their own: they take longer than all else together, and cuda.test.js, every kernel's proof, as long as the rest of them. A case of
  * a second or two on the virtual GPU stays with those of the other devices.
  */
-const forGpus = (name: string) => /^(cuda|gpu|lab|ptx|virtual_gpu)/.test(name);
-const wanted = given[0] === '--kernels' ? forGpus : (name: string) => !forGpus(name);
-const found = () => readdirSync(here).filter((name) => name.endsWith('.test.js') && wanted(name));
+const isOfGpus = (path: string): boolean => path.startsWith('kernels/');
+const wanted = given[0] === '--kernels' ? isOfGpus : (path: string) => !isOfGpus(path);
+const found = () =>
+  readdirSync(here, { recursive: true, encoding: 'utf8' }).filter(
+    (path) => path.endsWith('.test.js') && wanted(path),
+  );
 const named = given.filter((each) => each !== '--kernels');
 const files = named.length
   ? named
   : found()
       .sort()
-      .map((name) => join(here, name));
+      .map((path) => join(here, path));
 
 /**
  * What the tests write lies in memory, where that has room: it is flushed as a user's files are and gone a second later, so a disk would

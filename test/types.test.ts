@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import ts from 'typescript';
-import { packageRoot } from './golden.ts';
+import { packageRoot } from './support/golden.ts';
 
 const project = mkdtempSync(join(tmpdir(), 'sdxl-types-'));
 process.on('exit', () => rmSync(project, { recursive: true, force: true }));

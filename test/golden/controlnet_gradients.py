@@ -2,7 +2,7 @@
 
     PYTHONPATH=DIFFUSERS/src python test/golden/controlnet_gradients.py test/golden/tiny-sdxl/unet > test/golden/controlnet_gradients.jsonl
 
-Weights, inputs and pictures are the formulas of test/controlnet_golden.ts. The loss is mean((unet - target)^2), in float64. A first line
+Weights, inputs and pictures are the formulas of test/support/controlnet_golden.ts. The loss is mean((unet - target)^2), in float64. A first line
 for each ControlNet has its config as ControlNetModel.from_unet makes it, the loss, and how far float32's gradients are from float64's;
 each further line has a parameter's gradient: its norm, and its sum with the formula's numbers of that name as factors.
 """

@@ -1,5 +1,5 @@
 # Makes controlnet_union.jsonl: python3 controlnet_union.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Weights and
-# pictures are formulas, which test/controlnet_golden.ts has too; numbers are float64's, and `atol` twenty times what float32 is off.
+# pictures are formulas, which test/support/controlnet_golden.ts has too; numbers are float64's, and `atol` twenty times what float32 is off.
 import json
 
 import diffusers

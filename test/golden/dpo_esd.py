@@ -3,7 +3,7 @@ train_diffusion_dpo_sdxl.py has it, and of ESD as Gandikota et al. 2023 and diff
 
     PYTHONPATH=DIFFUSERS/src python test/golden/dpo_esd.py test/golden/tiny-sdxl > test/golden/dpo_esd.jsonl
 
-Inputs and what is trained are the formulas of test/controlnet_golden.ts. `lora`: adapters as the script puts them on, with A and B of
+Inputs and what is trained are the formulas of test/support/controlnet_golden.ts. `lora`: adapters as the script puts them on, with A and B of
 numbers(key) / 8 and / 16; `unet`: the UNet's own weights, times 1 + numbers(key) / 32, beside those it was loaded with. A first line for
 each method and target has the loss, in float64, and how far float32's gradients are off; each further line a parameter's gradient: its
 norm, and its sum with the formula's numbers of that name as factors. Of the parameters every STRIDE-th is told.

@@ -1,4 +1,4 @@
-# Numbers by the hash of a name, and weights, pictures and a mask that are formulas: test/controlnet_golden.ts has the same.
+# Numbers by the hash of a name, and weights, pictures and a mask that are formulas: test/support/controlnet_golden.ts has the same.
 import math
 
 import numpy as np

@@ -7,7 +7,7 @@ A line for each drawing has its picture's height and width, the mean and the sta
 which each of 4 x 4 evenly spread pixels is, of `count` masks. Functions are taken from the peers' files (OpenCV draws for MMagic's). Then of
 each model a line with the loss mean((unet - target)^2) in float64, and a line for some parameters: the gradient's norm, and its sum with the
 formula's numbers of that name as factors; of conv_in.weight for each input channel. Weights, inputs and pictures are the formulas of
-test/controlnet_golden.ts over tiny-sdxl, the first convolution as test/inpainting_golden.ts; latents of pictures are the posterior's mode.
+test/support/controlnet_golden.ts over tiny-sdxl, the first convolution as test/support/inpainting_golden.ts; latents of pictures are the posterior's mode.
 """
 import ast
 import json

@@ -1,5 +1,5 @@
 # Makes ip_adapter.jsonl: python3 ip_adapter.py, with torch, transformers, Pillow and diffusers (PYTHONPATH counts). Weights, pictures and
-# mask are formulas, which test/controlnet_golden.ts and test/ip_adapter_golden.ts have too; numbers are float64's, and `atol` twenty times
+# mask are formulas, which test/support/controlnet_golden.ts and test/support/ip_adapter_golden.ts have too; numbers are float64's, and `atol` twenty times
 # what float32 is off. DeepCache's own helper is wanted, too.
 import tempfile
 

@@ -5,7 +5,7 @@
 The solver, boundary conditions, the embedding of w and readings of the network are the scripts' own functions, the adapters peft's, all in
 float64. First lines have the solver's tables. Then, for each case, the loss, and of each trained weight its gradient's norm and sum with
 the formula's numbers of that name as factors; `noise` is how far float32's gradients are from these. Adapters, inputs, the layer that is
-told w and what the student (and its target) differ by from the teacher are formulas: `numbers` of test/controlnet_golden.ts. Last come
+told w and what the student (and its target) differ by from the teacher are formulas: `numbers` of test/support/controlnet_golden.ts. Last come
 latents of whole calls of diffusers' pipelines over a UNet that is told w, float64's, with `atol` twenty times what float32 is off.
 """
 import ast

@@ -8,12 +8,18 @@ import type { CudaDriver } from '../../engine/cuda/device.ts';
 import { storageTypes } from '../../engine/cuda/kernels.ts';
 import { openDevice } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
-import { packageRoot } from '../golden.ts';
-import type { AnyRecord, AnySample } from '../op_cases.ts';
-import { forwardOf, gpuErrors } from '../op_exact.ts';
+import { forwardOf, gpuErrors } from '../kernels/op_exact.ts';
+import {
+  modelErrors,
+  pipelineSteps,
+  replaysAndGradients,
+  trainingStep,
+  type Work,
+} from '../kernels/whole_models.ts';
+import { packageRoot } from '../support/golden.ts';
+import type { AnyRecord, AnySample } from '../support/op_cases.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 import { benchOn } from '../virtual-gpu/run_kernel.ts';
-import { modelErrors, pipelineSteps, replaysAndGradients, trainingStep, type Work } from '../whole_models.ts';
 import { type Gpu, openGpu } from './device.ts';
 import { type MicroKernel, microKernels } from './micro.ts';
 import { orderErrors, orderWorks, type Turns } from './order.ts';

@@ -2,7 +2,7 @@
 // has. A call is written in diffusers' words; its flags follow from them.
 import { join } from 'node:path';
 import { isEDM, schedulerClasses, schedulerDefaults } from '../../models/samplers/config.ts';
-import { goldenFolder as golden, goldenLora } from '../golden.ts';
+import { goldenFolder as golden, goldenLora } from '../support/golden.ts';
 
 export const base = join(golden, 'tiny-sdxl');
 const refiner = join(golden, 'tiny-sdxl-refiner');

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { brotliDecompressSync } from 'node:zlib';
 import type { Dim3, GpuApi, LaunchAttributes } from '../../engine/cuda/api.ts';
 import { type KernelArgument, packParameters, readManifest } from '../../engine/cuda/manifest.ts';
-import { packageRoot } from '../golden.ts';
+import { packageRoot } from '../support/golden.ts';
 import { openVirtualGpu, type VirtualGpu, type VirtualGpuOptions } from './gpu.ts';
 import type { Schedule } from './machine.ts';
 

@@ -1,0 +1,370 @@
+// `sdxl serve` on the tiny model: the pictures of `sdxl sample` by both of its languages, and what it refuses.
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { a1111Api } from '../../cli/serve/a1111_api.ts';
+import { openaiApi } from '../../cli/serve/openai_api.ts';
+import type { Queue } from '../../cli/serve/queue.ts';
+import { writePng } from '../../io/image.ts';
+import { maxDifference, packageRoot } from '../support/golden.ts';
+import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+const sampled = (...flags: string[]) => sampledTo(join(folder, 'sampled.png'), ...flags);
+
+/** For the tests that leave it as it was. */
+const shared = serve(...small);
+
+test('a server draws what sample draws', async (t) => {
+  const server = await shared;
+  const plain = await sampled(...small, '--prompt', 'a red fox', '--seed', '5');
+  const { status, body } = await server.post('/v1/images/generations', { ...fox, n: 2, size: '64x64' });
+  t.equal(status, 200);
+  t.same(
+    body.data.map(({ seed }: { seed: number }) => seed),
+    [5, 6],
+    'from the seeds that follow',
+  );
+  t.equal(maxDifference((await pixels(body.data[0].b64_json)).data, plain.picture.data), 0);
+
+  const kept = join(folder, 'kept.png');
+  writeFileSync(kept, Buffer.from(body.data[1].b64_json, 'base64'));
+  const again = await sampled('--from', kept);
+  t.equal(
+    maxDifference((await pixels(body.data[1].b64_json)).data, again.picture.data),
+    0,
+    'and --from draws it again',
+  );
+
+  const a1111 = await server.post('/sdapi/v1/txt2img', {
+    ...{
+      prompt: 'a (red:1.3) fox',
+      negative_prompt: 'rain',
+      seed: 7,
+      steps: 3,
+      cfg_scale: 4,
+      width: 72,
+      height: 64,
+    },
+    ...{
+      sampler_name: 'DPM++ 2M',
+      scheduler: 'karras',
+      batch_size: 2,
+      n_iter: 1,
+      restore_faces: false,
+      styles: [],
+    },
+  });
+  t.equal(a1111.status, 200, a1111.body.detail);
+  const info = JSON.parse(a1111.body.info);
+  t.same(info.all_seeds, [7, 8]);
+  t.match(
+    info.infotexts[0],
+    /a \(red:1.3\) fox\nNegative prompt: rain\nSteps: 3, Sampler: DPM\+\+ 2M, Schedule type: Karras/,
+  );
+  const typed = await sampled(
+    ...[
+      '--prompt',
+      'a (red:1.3) fox',
+      '--negative-prompt',
+      'rain',
+      '--seed',
+      '8',
+      '--steps',
+      '3',
+      '--cfg-scale',
+      '4',
+    ],
+    ...[
+      '--width',
+      '72',
+      '--height',
+      '64',
+      '--scheduler',
+      'DPM++ 2M Karras',
+      '--timestep-spacing',
+      'linspace',
+    ],
+    ...['--emphasis', 'original', '--max-token-length', '225'],
+  );
+  t.equal(maxDifference((await pixels(a1111.body.images[1])).data, typed.picture.data), 0);
+  const text = await server.post('/sdapi/v1/png-info', { image: a1111.body.images[0] });
+  t.equal(text.body.info, info.infotexts[0]);
+
+  const own = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DPM++ 2M SDE' });
+  t.match(
+    JSON.parse(own.body.info).infotexts[0],
+    /Schedule type: Exponential/,
+    "the sampler's own schedule type",
+  );
+  const named = await server.post('/sdapi/v1/txt2img', {
+    ...{ ...fox, sampler_name: 'Euler a', scheduler: 'align_your_steps' },
+  });
+  t.match(JSON.parse(named.body.info).infotexts[0], /Sampler: Euler a, Schedule type: Align Your Steps, /);
+  const larger = await server.post('/sdapi/v1/txt2img', {
+    ...{
+      ...fox,
+      enable_hr: true,
+      hr_scale: 1.5,
+      hr_upscaler: 'Latent',
+      hr_second_pass_steps: 0,
+      denoising_strength: 0.6,
+    },
+  });
+  const hires = await sampled(
+    ...[...small, '--prompt', 'a red fox', '--seed', '5', '--hires', '--hires-scale', '1.5'],
+    ...['--hires-denoising-strength', '0.6', '--emphasis', 'original', '--max-token-length', '225'],
+  );
+  t.equal(maxDifference((await pixels(larger.body.images[0])).data, hires.picture.data), 0, 'a second pass');
+});
+
+test('a server changes prompts and varies noise', async (t) => {
+  const server = await shared;
+  const asked = {
+    ...fox,
+    prompt: 'a [red|blue] fox',
+    negative_prompt: '[rain:snow:0.5]',
+    sampler_name: 'Euler',
+  };
+  const variation = { subseed: 9, subseed_strength: 0.3, seed_resize_from_w: 48, seed_resize_from_h: 96 };
+  const varied = await server.post('/sdapi/v1/txt2img', { ...asked, ...variation, steps: 4, batch_size: 2 });
+  t.equal(varied.status, 200, varied.body.detail);
+  t.match(JSON.parse(varied.body.info), { all_seeds: [5, 5], all_subseeds: [9, 10], subseed_strength: 0.3 });
+  const typed = await sampled(
+    ...[...small, '--prompt', asked.prompt, '--negative-prompt', asked.negative_prompt, '--seed', '5'],
+    ...[
+      '--subseed',
+      '10',
+      '--subseed-strength',
+      '0.3',
+      '--seed-resize-from-w',
+      '48',
+      '--seed-resize-from-h',
+      '96',
+    ],
+    ...[
+      '--steps',
+      '4',
+      '--scheduler',
+      'Euler Uniform',
+      '--timestep-spacing',
+      'linspace',
+      '--emphasis',
+      'original',
+    ],
+  );
+  t.equal(maxDifference((await pixels(varied.body.images[1])).data, typed.picture.data), 0);
+  const [plain, none] = [
+    {},
+    { subseed: 9, subseed_strength: 0, seed_resize_from_w: -1, seed_resize_from_h: 0 },
+  ];
+  const [want, got] = [
+    await server.post('/sdapi/v1/txt2img', { ...asked, ...plain }),
+    await server.post('/sdapi/v1/txt2img', { ...asked, ...none }),
+  ];
+  t.same(got.body.images, want.body.images, 'what clients send anyway');
+  t.same(JSON.parse(got.body.info).all_subseeds, [-1]);
+});
+
+test('a server draws over pictures', async (t) => {
+  const server = await shared;
+  const [image, mask] = [join(folder, 'image.png'), join(folder, 'mask.png')];
+  const ramp = (size: number) => Uint8Array.from({ length: size }, (_, i) => (i * 37) % 256);
+  writePng(image, { width: 64, height: 64, channels: 3, data: ramp(3 * 64 * 64) });
+  const painted = Uint8Array.from({ length: 64 * 64 }, (_, i) => (i % 64 < 32 ? 255 : 0));
+  writePng(mask, { width: 64, height: 64, channels: 1, data: painted });
+  const inBase64 = (path: string) => readFileSync(path).toString('base64');
+  const said = [...small, '--prompt', 'a red fox', '--seed', '5', '--image', image];
+
+  const over = await server.post('/sdapi/v1/img2img', {
+    ...{ inpainting_fill: 0, image_cfg_scale: 1.5 }, // as webuiapi sends without a mask, to any model
+    ...{ ...fox, init_images: [`data:image/png;base64,${inBase64(image)}`] },
+  });
+  const wanted = await sampled(...said, '--strength', '0.75');
+  t.equal(
+    maxDifference((await pixels(over.body.images[0])).data, wanted.picture.data),
+    0,
+    "A1111's strength",
+  );
+  t.notOk('init_images' in over.body.parameters, 'what was sent is not sent back');
+
+  const inPart = await server.post('/sdapi/v1/img2img', {
+    ...{ ...fox, init_images: [inBase64(image)], mask: inBase64(mask), denoising_strength: 1 },
+    ...{ inpaint_full_res: false, mask_blur: 4 },
+  });
+  const masked = await sampled(...said, '--mask', mask, '--strength', '1');
+  t.equal(maxDifference((await pixels(inPart.body.images[0])).data, masked.picture.data), 0, 'in a part');
+  const onlyMasked = await server.post('/sdapi/v1/img2img', {
+    ...{
+      ...fox,
+      init_images: [inBase64(image)],
+      mask: inBase64(mask),
+      denoising_strength: 1,
+      inpaint_full_res_padding: 8,
+    },
+  });
+  const cropped = await sampled(...said, '--mask', mask, '--strength', '1', '--padding-mask-crop', '8');
+  t.equal(
+    maxDifference((await pixels(onlyMasked.body.images[0])).data, cropped.picture.data),
+    0,
+    'only masked',
+  );
+
+  // OpenAI's mask is transparent where to paint: the red channel as an alpha channel, by another program's encoder.
+  const { default: sharp } = await import('sharp');
+  const transparent = await sharp(image)
+    .joinChannel(Buffer.from(painted.map((grey) => 255 - grey)), {
+      raw: { width: 64, height: 64, channels: 1 },
+    })
+    .png()
+    .toBuffer();
+  const form = new FormData();
+  form.set('image', new Blob([readFileSync(image)]), 'image.png');
+  form.set('mask', new Blob([transparent]), 'mask.png');
+  for (const [key, value] of Object.entries({ ...fox, strength: 1 })) form.set(key, String(value));
+  const edited = await fetch(`${server.url}/v1/images/edits`, { method: 'POST', body: form });
+  const { data } = (await edited.json()) as { data: { b64_json: string }[] };
+  t.equal(
+    maxDifference((await pixels(data[0].b64_json)).data, masked.picture.data),
+    0,
+    "an edit in OpenAI's words",
+  );
+});
+
+test('a request that cannot be drawn is told why, in one sentence', async (t) => {
+  const server = await shared;
+  const { default: sharp } = await import('sharp');
+  const huge = await sharp({ create: { width: 8192, height: 4096, channels: 3, background: 'red' } })
+    .png()
+    .toBuffer();
+  const cases: [string, Record<string, unknown>, RegExp][] = [
+    ['/v1/images/generations', {}, /prompt is not there/],
+    ['/v1/images/generations', { prompt: 3 }, /prompt takes a text, not 3/],
+    ['/v1/images/generations', { prompt: 'x', n: 17 }, /n takes a whole number from 1 to 16/],
+    ['/v1/images/generations', { prompt: 'x', size: '100x64' }, /not divisible by 8/],
+    ['/v1/images/generations', { prompt: 'x', size: '8192x64' }, /longest side is 4096/],
+    ['/v1/images/generations', { prompt: 'x', size: 'big' }, /WIDTHxHEIGHT/],
+    ['/v1/images/generations', { prompt: 'x', response_format: 'url' }, /b64_json alone/],
+    ['/v1/images/generations', { prompt: 'x', output_format: 'gif' }, /png, jpeg, webp/],
+    ['/v1/images/generations', { prompt: 'x', scheduler: 'eular' }, /unknown scheduler "eular".*euler/],
+    [
+      '/v1/images/generations',
+      { prompt: 'x', background: 'transparent' },
+      /background "transparent" is not there/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: '9'.repeat(1e6) }, /^steps takes .{488}\.\.\.$/],
+    ['/sdapi/v1/txt2img', { prompt: 'x'.repeat(10_001) }, /prompt has 10001 letters, and 10000 is the most/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: 'many' }, /steps takes a whole number/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', steps: 1000 }, /steps takes a whole number from 1 to 150/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', width: 5000 }, /width takes a number.* to 4096/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', subseed_strength: 2 },
+      /subseed_strength takes a number from 0 to 1/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', width: 65 }, /width 65 is not divisible by 8/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', batch_size: 8, n_iter: 8 }, /is 64, and 16 is the most/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', restore_faces: true }, /restore_faces true is not there/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x <lora:style:1>' },
+      /takes no <lora:style:1> here: .* --lora-model-dir/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', sampler_name: 'Euler b' }, /unknown scheduler/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', sampler_name: 'Euler', scheduler: 'spiral' },
+      /scheduler takes Automatic/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', override_settings: { sd_model_checkpoint: 'other' } },
+      /tiny-sdxl alone/,
+    ],
+    ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_scale: 80 }, /hr_scale takes/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', enable_hr: true, hr_resize_x: 1e6, hr_resize_y: 1e6 },
+      /1000000x1000000, which is more .* give smaller sides/,
+    ],
+    ['/sdapi/v1/img2img', { prompt: 'x' }, /init_images takes a list/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['?'] }, /file in base64/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: ['AAAA'] }, /init_images cannot be read as a picture/],
+    ['/sdapi/v1/img2img', { prompt: 'x', init_images: [huge.toString('base64')] }, /pixel limit/],
+    [
+      '/sdapi/v1/img2img',
+      { prompt: 'x', init_images: ['/etc/passwd'] },
+      /cannot be read as a picture|base64/,
+    ],
+    ['/sdapi/v1/options', { sd_vae: 'other.safetensors' }, /decodes by the VAE that it was started with/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', scheduler: 'karras' },
+      /scheduler "Karras" .* give its sampler_name/,
+    ],
+    ['/sdapi/v1/options', { sd_model_checkpoint: 'other' }, /tiny-sdxl alone/],
+    ['/sdapi/v1/png-info', { image: 'AAAA' }, /not a PNG/],
+  ];
+  for (const [path, body, sentence] of cases) {
+    const { status, body: answer } = await server.post(path, body);
+    t.equal(status, 400, `${path} ${JSON.stringify(body).slice(0, 80)}: ${answer.detail}`);
+    t.match(answer.detail, sentence);
+    t.equal(answer.detail.split('\n').length, 1);
+  }
+  const lenient = await server.post('/sdapi/v1/txt2img', {
+    ...{
+      ...fox,
+      hr_scale: 2,
+      hr_sampler_name: 'Euler',
+      hr_prompt: 'a fox',
+      denoising_strength: 0.7,
+      flavour: 1,
+    },
+    ...{ script_name: 'None', refiner_checkpoint: 'None', refiner_switch_at: 0.8 },
+    alwayson_scripts: { ADetailer: { args: [false] }, Sampler: { args: [] } },
+  });
+  t.equal(lenient.status, 200, 'what would only count for a second pass, and a key of another program');
+  t.match(server.said(), /"flavour" of a request says nothing/);
+  t.equal((await server.get('/healthz')).body.status, 'ok');
+});
+
+test('lists that programs ask for before they draw', async (t) => {
+  const server = await shared;
+  const names = async (path: string) =>
+    (await server.get(path)).body.map((each: { name: string }) => each.name);
+  t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
+  t.same((await server.get('/sdapi/v1/sd-models')).body[0].title, 'tiny-sdxl');
+  t.equal((await server.get('/sdapi/v1/options')).body.sd_model_checkpoint, 'tiny-sdxl');
+  t.equal(
+    (await server.post('/sdapi/v1/options', { sd_model_checkpoint: 'tiny-sdxl', sd_vae: 'Automatic' }))
+      .status,
+    200,
+  );
+  const samplers = await names('/sdapi/v1/samplers');
+  t.ok(samplers.includes('DPM++ 2M') && samplers.includes('Euler a'));
+  for (const sampler_name of samplers) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name });
+    t.equal(status, 200, `${sampler_name} ${body.detail ?? ''}`);
+  }
+  t.same(await names('/sdapi/v1/loras'), []);
+  t.ok((await names('/sdapi/v1/upscalers')).includes('Lanczos'));
+  t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
+  for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
+    t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);
+  t.match(await (await fetch(server.url)).text(), /<title>sdxl/, 'a page');
+});
+
+test('a page tells of every route', async (t) => {
+  const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
+  const served = { name: '', loras: () => [], followed: new Map(), texts: {}, tellIgnored() {} };
+  const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
+  for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
+});
+
+test('a service manager ends it', async (t) => {
+  t.equal(await (await shared).end(), 143);
+  await eventually(async () => drawers().length === 0);
+});

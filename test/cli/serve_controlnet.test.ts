@@ -1,0 +1,166 @@
+// What units of sd-webui-controlnet have a server follow: ControlNets, unions, T2I-Adapters and IP-Adapters, each as `sdxl sample` does.
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { writePng } from '../../io/image.ts';
+import { picture, writeControlNet, writeControlNetUnion } from '../support/controlnet_golden.ts';
+import { maxDifference } from '../support/golden.ts';
+import { writeEncoder, writeIPAdapter } from '../support/ip_adapter_golden.ts';
+import { fox, pixels, sampledTo, serve, small } from '../support/served.ts';
+import { writeT2IAdapter } from '../support/t2i_adapter_golden.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const at = (name: string) => join(folder, name);
+
+const [full, little] = ['full', 'small'].map((name) => writeControlNet(at(name), name));
+const union = writeControlNetUnion(at('union'), 'union');
+const edges = writeT2IAdapter(at('edges'), 'edges');
+const other = writeT2IAdapter(at('other'), 'edges');
+writeEncoder(at('image_encoder'));
+const plain = writeIPAdapter(at('plain.safetensors'), 'plain');
+const started = serve(
+  ...[...small, '--controlnet', full, '--controlnet', little, '--controlnet', union],
+  ...['--adapter', edges, '--adapter', other, '--ip-adapter', plain],
+);
+
+const file = at('seen.png');
+writePng(file, picture(1, 64, 64));
+const image = readFileSync(file).toString('base64');
+const units = (...args: Record<string, unknown>[]) => ({ alwayson_scripts: { ControlNet: { args } } });
+
+/** What `sdxl sample` draws, with A1111's habits. */
+async function sampled(...flags: string[]) {
+  const habits = ['--emphasis', 'original', '--max-token-length', '225'];
+  const asked = [...small, '--prompt', fox.prompt, '--seed', `${fox.seed}`];
+  return (await sampledTo(at('sampled.png'), ...asked, ...habits, ...flags)).picture;
+}
+
+test('what a unit names is followed, as by sample', async (t) => {
+  const server = await started;
+  const { model_list: names } = (await server.get('/controlnet/model_list')).body;
+  t.same(names, ['full', 'small', 'union', 'edges', 'other', 'plain']);
+  const cases: [what: string, args: Record<string, unknown>[], flags: string[]][] = [
+    [
+      'two ControlNets, and one that is not enabled',
+      [
+        {
+          ...{ model: 'small [1234abcd]', module: 'none', image, weight: 0.6, guidance_end: 0.5 },
+          ...{ pixel_perfect: true, effective_region_mask: null, advanced_weighting: null },
+        },
+        { enabled: false, model: 'absent', image },
+        { model: 'full', image: null, input_image: image, weight: 0.3, control_mode: 'Balanced' },
+      ],
+      [
+        ...['--controlnet', `${little}:0.6`, '--control-image', file, '--controlnet', `${full}:0.3`],
+        ...['--control-image', file, '--control-guidance-start', '0', '--control-guidance-start', '0'],
+        ...['--control-guidance-end', '0.5', '--control-guidance-end', '1'],
+      ],
+    ],
+    [
+      'a union twice, in the words of either, beside another',
+      [
+        { model: 'union', image, union_control_type: 'Hard Edge' },
+        { model: 'small', image, weight: 0.5, union_control_type: 'Depth' },
+        { model: 'union', image, union_control_type: 'depth' },
+      ],
+      [
+        ...['--controlnet', union, '--control-image', file, '--control-mode', 'canny'],
+        ...['--controlnet', `${little}:0.5`, '--control-image', file],
+        ...['--controlnet', union, '--control-image', file, '--control-mode', 'depth'],
+      ],
+    ],
+    [
+      "a T2I-Adapter along a picture's edges",
+      [{ model: 'edges', module: 'canny', threshold_a: 60, image, weight: 0.8, guidance_end: 0.5 }],
+      [
+        ...['--adapter', `${edges}:0.8`, '--adapter-image', file, '--canny', '60,200'],
+        ...['--adapter-conditioning-factor', '0.5'],
+      ],
+    ],
+    [
+      'an IP-Adapter beside a T2I-Adapter and a ControlNet',
+      [
+        { model: 'plain', module: 'ip-adapter-auto', image, weight: 0.7 },
+        { model: 'other', image },
+        { model: 'small', image },
+      ],
+      [
+        ...['--ip-adapter', `${plain}:0.7`, '--ip-adapter-image', file, '--adapter', other],
+        ...['--adapter-image', file, '--controlnet', little, '--control-image', file],
+      ],
+    ],
+  ];
+  const free = await sampled();
+  for (const [what, args, flags] of cases) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, ...units(...args) });
+    t.equal(status, 200, body.detail);
+    const wanted = await sampled(...flags);
+    t.equal(maxDifference((await pixels(body.images[0])).data, wanted.data), 0, what);
+    t.ok(maxDifference(wanted.data, free.data) > 0, `${what}: not what is drawn without`);
+  }
+  const { body } = await server.post('/sdapi/v1/txt2img', fox);
+  t.equal(
+    maxDifference((await pixels(body.images[0])).data, free.data),
+    0,
+    'and a request without units none',
+  );
+});
+
+test('a unit that cannot be followed is told of', async (t) => {
+  const server = await started;
+  const hostile = { toString: 1 }; // no text can be made of it
+  for (const [body, sentence] of [
+    [units({ image }), /names null, and this server has full, small, union/],
+    [units({ model: 'canny', image }), /names "canny", and this server has full/],
+    [
+      units({ model: 'full', module: 'depth_midas', image }),
+      /module "depth_midas", and there is canny alone/,
+    ],
+    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there is canny alone/],
+    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there is canny alone/],
+    [units({ model: 'full', control_mode: 2, image }), /control_mode takes Balanced alone/],
+    [units({ model: 'full' }), /image takes a picture's file/],
+    [units({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],
+    [units({ model: 'full', image, guidance_start: 0.8, guidance_end: 0.2 }), /nothing would be followed/],
+    [units({ model: 'full', image, effective_region_mask: image }), /effective_region_mask .* is not there/],
+    [
+      units({ model: 'union', image }),
+      /union is a ControlNet union: say what its picture is by union_control/,
+    ],
+    [
+      units({ model: 'union', image, union_control_type: 'Edges' }),
+      /union_control_type takes OpenPose, Depth/,
+    ],
+    [units({ model: 'union', image, union_control_type: 'tile' }), /control_mode 6 for a ControlNet union/],
+    [
+      units({ model: 'edges', image, guidance_start: 0.5 }),
+      /T2I-Adapters are followed from the first step on/,
+    ],
+    [units({ model: 'edges', image, guidance_end: 0.5 }, { model: 'other', image }), /the same guidance_end/],
+    [units({ model: 'plain', image, guidance_end: 0.5 }), /an IP-Adapter is followed in all steps/],
+    [units(...Array(11).fill({ model: 'full', image })), /11 ControlNet units are followed, and 10/],
+    [{ alwayson_scripts: { adetailer: { args: [true] } } }, /there is no script "adetailer"/],
+    [{ alwayson_scripts: { adetailer: {} } }, /there is no script "adetailer"/],
+    [{ alwayson_scripts: [] }, /takes an object/],
+    [
+      { alwayson_scripts: { controlnet: { args: { model: 'full', image } } } },
+      /"controlnet" takes an object with args, a list of units/,
+    ],
+    [units({ model: hostile, image }), /unit's model takes a text, not \{"toString":1\}/],
+    [units({ model: 'full', image, module: hostile }), /unit's module takes a text, not/],
+    [units({ model: 'union', image, union_control_type: hostile }), /union_control_type takes a text, not/],
+    [units({ model: 'full', image, weight: hostile }), /unit's weight takes a number from 0, not/],
+    [
+      units({ model: 'full', image, module: 'canny', threshold_a: hostile }),
+      /unit's threshold_a takes a number, not/,
+    ],
+    [{ enable_hr: true, hr_resize_x: hostile }, /hr_resize_x takes a number, not/],
+  ] as const) {
+    const { status, body: answer } = await server.post('/sdapi/v1/txt2img', { ...fox, ...body });
+    t.equal(status, 400, JSON.stringify(body).slice(0, 80));
+    t.match(answer.detail, sentence);
+  }
+  t.equal(await server.end(), 143);
+});

@@ -1,0 +1,216 @@
+// The second pass over a picture enlarged: torch's interpolate, and passes as A1111 makes them over diffusers' latents
+// (golden/hires.jsonl); pictures that give their settings back; enlarged pixels; mistakes.
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { hiresSize } from '../../cli/sample/hires_options.ts';
+import { decodeFloats } from '../../io/dtype.ts';
+import { writePng } from '../../io/image.ts';
+import { readPngText } from '../../io/png.ts';
+import { openSafetensors } from '../../io/safetensors.ts';
+import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
+import { refusesEach, sdxl } from '../support/command_line.ts';
+import { picture, writeControlNet } from '../support/controlnet_golden.ts';
+import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
+
+type Line = Interpolation & { values: string; shape: number[] } & (
+    | { kind: 'interpolate'; size: [number, number] }
+    | ({ kind: 'passes'; prompt: string; atol: number } & Record<
+        'seed' | 'size' | 'larger' | 'steps' | 'hires_steps' | 'strength',
+        number
+      >)
+  );
+const golden = goldenLines<Line>('hires');
+const valuesOf = ({ values }: Line) => new Float32Array(new Uint8Array(Buffer.from(values, 'base64')).buffer);
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-hires-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const at = (name: string): string => join(folder, name);
+const sample = (...argv: string[]) =>
+  sdxl('sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox', '--quiet', ...argv);
+
+test("torch's interpolate", (t) => {
+  for (const line of golden) {
+    if (line.kind !== 'interpolate') continue;
+    const { shape, size, mode, antialias } = line;
+    const count = shape.reduce((a, b) => a * b, 1);
+    const data = Float32Array.from({ length: count }, (_, i) => Math.sin(i * 1.7));
+    const made = interpolate({ shape, data }, size, { mode, antialias });
+    t.same(made.shape, [...shape.slice(0, 2), ...size]);
+    const label = `${shape} to ${size}, ${mode}${antialias ? ', antialiased' : ''}`;
+    allClose(t, label, made.data, valuesOf(line), { atol: 1e-6, rtol: 0 });
+  }
+  t.end();
+});
+
+function latentsOf(path: string): Float32Array {
+  const file = openSafetensors(path);
+  const values = decodeFloats(file.read('latents'), 'float32');
+  file.close();
+  return values;
+}
+
+const upscalerOf = ({ mode, antialias }: Interpolation): string => {
+  const words = [mode === 'bilinear' ? '' : mode, antialias ? 'antialiased' : ''].filter(
+    (word) => word !== '',
+  );
+  return words.length > 0 ? `Latent (${words.join(' ')})` : 'Latent';
+};
+
+test('passes as A1111 makes them, and the settings in the picture', async (t) => {
+  for (const line of golden) {
+    if (line.kind !== 'passes') continue;
+    const [output, saved] = [at(`${line.seed}.png`), at(`${line.seed}.safetensors`)];
+    const { status, err, out } = await sample(
+      ...[
+        '--negative-prompt',
+        'rain',
+        '--seed',
+        `${line.seed}`,
+        '--width',
+        `${line.size}`,
+        '--height',
+        `${line.size}`,
+      ],
+      ...['--steps', `${line.steps}`, '--hires', '--hires-steps', `${line.hires_steps}`],
+      ...['--hires-width', `${line.larger}`, '--hires-denoising-strength', `${line.strength}`],
+      ...['--hires-upscaler', upscalerOf(line), '--json', '--output', output, '--save-latents', saved],
+    );
+    t.equal(status, 0, err);
+    allClose(t, upscalerOf(line), latentsOf(saved), valuesOf(line), { atol: line.atol, rtol: 0 });
+    t.match(JSON.parse(out), { width: line.larger, height: line.larger });
+    const text = readPngText(output);
+    t.match(
+      text.parameters,
+      `Size: ${line.size}x${line.size}, Denoising strength: ${line.strength}, Hires resize: ${line.larger}x0, ` +
+        `Hires steps: ${line.hires_steps}, Hires upscaler: ${upscalerOf(line)}, RNG: CPU`,
+    );
+    const again = at('again.png');
+    t.equal((await sdxl('sample', '--from', output, '--output', again, '--quiet')).status, 0, '--from');
+    t.ok(readFileSync(again).equals(readFileSync(output)), 'the same file');
+  }
+});
+
+test('each of several pictures has its own second pass', async (t) => {
+  const say = ['--width', '64', '--height', '64', '--steps', '2', '--hires', '--hires-scale', '1.5'];
+  const drawn = async (name: string, ...more: string[]) => {
+    const saved = at(`${name}.safetensors`);
+    const { status, err } = await sample(
+      ...say,
+      ...more,
+      '--output',
+      at(`${name}.png`),
+      '--save-latents',
+      saved,
+    );
+    t.equal(status, 0, `${name} ${err}`);
+    return latentsOf(saved);
+  };
+  for (const upscaler of ['Latent', 'Lanczos', 'Nearest']) {
+    const both = await drawn('both', '--seed', '4', '--batch-count', '2', '--hires-upscaler', upscaler);
+    const [one, two] = [
+      await drawn('one', '--seed', '4', '--hires-upscaler', upscaler),
+      await drawn('two', '--seed', '5', '--hires-upscaler', upscaler),
+    ];
+    t.equal(maxDifference(both, [...one, ...two]), 0, upscaler);
+    t.equal(one.length, 4 * 12 * 12, 'half as large again');
+    const at_once = await drawn('at_once', '--seed', '4', '--num-images', '2', '--hires-upscaler', upscaler);
+    t.equal(at_once.length, 2 * one.length, 'two of one seed');
+  }
+  const [latent, lanczos] = [
+    await drawn('latent', '--seed', '4'),
+    await drawn('lanczos', '--seed', '4', '--hires-upscaler', 'Lanczos'),
+  ];
+  t.ok(maxDifference(latent, lanczos) > 0.1, 'pixels enlarged are others than latents');
+});
+
+test('ControlNets are followed as in the first pass', async (t) => {
+  const net = writeControlNet(at('net'), 'full');
+  writePng(at('control.png'), picture(1, 64, 64));
+  const drawn = async (scale: string) => {
+    const argv = [
+      '--width',
+      '64',
+      '--height',
+      '64',
+      '--steps',
+      '2',
+      '--seed',
+      '1',
+      '--hires',
+      '--hires-scale',
+      '1',
+    ];
+    const controlled = ['--controlnet', `${net}${scale}`, '--control-image', at('control.png')];
+    const saved = at('controlled.safetensors');
+    const { status, err } = await sample(
+      ...[...argv, ...controlled, '--output', at('controlled.png'), '--save-latents', saved],
+    );
+    t.equal(status, 0, err);
+    return latentsOf(saved);
+  };
+  const [plain, one, less] = [await drawn(''), await drawn(':1'), await drawn(':0.8')];
+  t.equal(maxDifference(plain, one), 0, 'by 1, and not by the 0.8 of pictures that are drawn over');
+  t.ok(maxDifference(plain, less) > 1e-3, 'which would show');
+});
+
+test('how large it is', (t) => {
+  const sizes = (width: number, height: number, options: object) =>
+    hiresSize({ hires: true, ...options }, { width, height }, 8);
+  t.same(sizes(832, 1216, {}), { width: 1664, height: 2432 });
+  t.same(sizes(832, 1216, { hiresHeight: 1824 }), { width: 1248, height: 1824 });
+  t.same(sizes(832, 1216, { hiresWidth: 1000 }), { width: 1000, height: 1456 }, 'cut to whole latents');
+  // No square of which a side was asked for may come out another shape, as 832 * (960 / 832) is below 960.
+  for (let from = 64; from <= 1536; from += 8)
+    for (let to = from; to <= 2048; to += 8) {
+      const both = { width: to, height: to };
+      for (const options of [{ hiresWidth: to }, { hiresHeight: to }]) {
+        const found = sizes(from, from, options);
+        if (found?.width !== to || found?.height !== to) t.same(found, both, `${from} to ${to}`);
+      }
+    }
+  t.end();
+});
+
+test('a size that is typed beside --from stands for the one in the picture', async (t) => {
+  const from = async (first: readonly string[], typed: readonly string[]) => {
+    const made = await sample(
+      ...['--width', '64', '--height', '64', '--steps', '1', '--hires', ...first],
+      ...['--output', at('first.png')],
+    );
+    t.equal(made.status, 0, made.err);
+    const argv = ['--from', at('first.png'), ...typed, '--output', at('second.png'), '--json', '--quiet'];
+    const { status, out, err } = await sdxl('sample', ...argv);
+    t.equal(status, 0, err);
+    return JSON.parse(out) as unknown;
+  };
+  t.match(await from(['--hires-scale', '2'], ['--hires-width', '80']), { width: 80, height: 80 });
+  t.match(
+    await from(['--hires-width', '96', '--hires-height', '72'], ['--hires-scale', '1.5']),
+    { width: 96, height: 96 },
+    'both sides give way',
+  );
+});
+
+test('mistakes', (t) =>
+  refusesEach(t, sample, [
+    [['--hires-scale', '2'], /--hires-scale needs --hires: a second pass/],
+    [['--hires', '--hires-scale', '2', '--hires-width', '128'], /--hires-scale says how large, and so do/],
+    [['--hires', '--hires-upscaler', 'Latnt'], /--hires-upscaler takes Latent, .*; did you mean "?Latent/],
+    [
+      ['--hires', '--hires-denoising-strength', '0'],
+      /--hires-denoising-strength takes a number from 0.01 to 1/,
+    ],
+    [
+      ['--hires', '--hires-steps', '20', '--hires-denoising-strength', '0.01'],
+      /at --hires-denoising-strength 0\.01 the 20 --hires-steps are of a schedule of 2000, and .* from 1 to 1000/,
+    ],
+    [
+      ['--hires', '--steps', '8', '--hires-denoising-strength', '0.1', '--scheduler', 'lcm'],
+      /at --hires-denoising-strength 0\.1 the 8 --hires-steps are of a schedule of 80, and .* more than the 50/,
+    ],
+    [['--hires', '--image', 'x.png'], /--hires draws from a prompt alone: over a picture give a larger/],
+    [['--hires', '--refiner', 'x'], /--hires draws from a prompt alone: leave out --refiner/],
+    [['--hires', '--sigmas', '3,0'], /--hires draws from a prompt alone: give --steps in place of --sigmas/],
+  ]));

@@ -1,0 +1,81 @@
+// Weights on their way from a file into a model: whatever type they are stored in, the numbers and the layout that the host
+// would make of them, and no memory left beside them.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../../engine/device.ts';
+import { module, namedParameters, parameter, unload } from '../../engine/module.ts';
+import { sizeOf } from '../../engine/tensor.ts';
+import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../../io/dtype.ts';
+import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
+import { channelsLast, loadAndClose, sourceOf } from '../../models/checkpoint/checkpoint.ts';
+import { values } from '../support/op_cases.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-load-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+const types: readonly FloatDType[] = ['float32', 'bfloat16', 'float16'];
+
+const net = module(
+  {
+    table: parameter([7, 5]),
+    bias: parameter([3]),
+    conv: parameter([4, 3, 3, 2], 'conv'),
+    pointwise: parameter([4, 3, 1, 1], 'conv'),
+  },
+  () => undefined,
+);
+const parameters = namedParameters(net);
+
+for (const name of ['cpu', 'reference']) {
+  const device = openDevice(name);
+  test(`every type into every type, on ${name}`, (t) => {
+    const before = device.memory.storages;
+    for (const stored of types) {
+      const file = join(folder, `${stored}.safetensors`);
+      const entries = [...parameters].map(([key, { shape }], i) => ({
+        ...{ name: key, dtype: stored, shape },
+        bytes: encodeNumbers(Float32Array.from(values(sizeOf(shape), i)), stored),
+      }));
+      writeSafetensors(file, entries);
+      for (const dtype of types) {
+        loadAndClose(net, sourceOf(file, [openSafetensors(file)]), device, dtype);
+        for (const { name: key, bytes } of entries) {
+          const p = parameters.get(key);
+          const cast = encodeNumbers(decodeFloats(bytes, stored), dtype);
+          const want = p?.layout === 'conv' ? channelsLast(cast, p.shape, bytesPerElement[dtype]) : cast;
+          t.same([...(p?.tensor.bytes() ?? [])], [...want], `${key}, ${stored} as ${dtype}`);
+          t.same(p?.tensor.shape, p?.memoryShape);
+        }
+        t.equal(device.memory.storages, before + 4, 'nothing but the weights');
+        t.equal(device.memory.held, device.memory.live, 'and nothing kept for later');
+        unload(net);
+      }
+    }
+    t.equal(device.memory.storages, before, 'live tensors');
+    t.end();
+  });
+
+  test(`what is not finite, on ${name}`, (t) => {
+    const file = join(folder, 'flaws.safetensors');
+    const load = (flaw: number) => {
+      const entries = [...parameters].map(([key, { shape }]) => {
+        const numbers = new Float32Array(sizeOf(shape)).fill(1);
+        if (key === 'bias') numbers[1] = flaw;
+        return { name: key, dtype: 'float32' as const, shape, bytes: encodeNumbers(numbers, 'float32') };
+      });
+      writeSafetensors(file, entries);
+      loadAndClose(net, sourceOf(file, [openSafetensors(file)]), device, 'float32');
+    };
+    for (const flaw of [Number.NaN, Infinity, -Infinity])
+      t.throws(() => load(flaw), /tensor bias holds NaN or infinity/, String(flaw));
+    load(1e30);
+    t.equal(
+      parameters.get('bias')?.tensor.floats()[1],
+      Math.fround(1e30),
+      'a number whose square is infinite',
+    );
+    unload(net);
+    t.end();
+  });
+}

@@ -1,0 +1,97 @@
+// How a run's steps are laid out, apart from diffusers' recorded ones: by a caller, and at counts where diffusers itself goes wrong.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../../engine/device.ts';
+import { combine } from '../../engine/ops/combine.ts';
+import { scope } from '../../engine/scope.ts';
+import { tensor } from '../../engine/tensor.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { createSampler } from '../../models/samplers/registry.ts';
+import { goldenFolder } from '../support/golden.ts';
+
+const sdxl = parseSchedulerConfig(
+  JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
+);
+
+test('sums of latents', (t) => {
+  const device = openDevice('auto');
+  const x = (...values: number[]) => tensor(values, [values.length], { device });
+  scope(() => {
+    const many = Array.from({ length: 9 }, (_, k) => [k + 1, x(k, -k)] as const);
+    t.same([...combine(...many).floats()], [240, -240], 'of more terms than a launch takes');
+    const wild = x(Number.POSITIVE_INFINITY, Number.NaN);
+    t.same([...combine([0, wild], [2, x(1, 2)]).floats()], [2, 4], 'what has no weight is left out');
+    t.same([...combine([0, wild], [0, wild]).floats()], [0, 0], 'all of it');
+    // 1e8 is even in float32: summed there the ones would be lost.
+    t.same([...combine([1, x(1e8)], [1, x(3)], [-1, x(1e8)]).floats()], [3], 'in float64');
+    t.throws(() => combine([1, x(1, 2)], [1, x(1)]), { message: /combine: \[2\] and \[1\] differ/ });
+  });
+  t.end();
+});
+
+test("a caller's own steps", (t) => {
+  const [euler, solver] = ['euler', 'dpm++2m'].map((name) => createSampler(name, sdxl));
+  t.same([...solver.plan(3, { timesteps: [999, 500, 10] }).timesteps], [999, 500, 10]);
+  for (const [sampler, options, says] of [
+    [euler, { timesteps: [500, 999] }, /timesteps are 500, 999: give whole numbers below 1000, each smaller/],
+    [euler, { timesteps: [1000] }, /give whole numbers below 1000/],
+    [euler, { timesteps: [9.5] }, /give whole numbers/],
+    [euler, { sigmas: [14, 14, 0] }, /sigmas are 14, 14, 0: give the noise levels/],
+    [euler, { sigmas: [14] }, /and the one to end at/],
+    [euler, { sigmas: [14, 0], timesteps: [999] }, /^timesteps and sigmas both lay out the steps: give one/],
+    [solver, { sigmas: [14, 0] }, /DPMSolverMultistepScheduler takes no sigmas of yours; Euler does/],
+    // These two step by an even share of the range, whatever timestep is next: a picture by others would be wrong.
+    [
+      createSampler('ddim', sdxl),
+      { timesteps: [999, 500] },
+      /DDIMScheduler takes no timesteps of yours; Euler/,
+    ],
+    [createSampler('plms', sdxl), { timesteps: [999, 500] }, /PNDMScheduler takes no timesteps of yours/],
+    [
+      createSampler('dpm++2m_karras', sdxl),
+      { timesteps: [999, 500] },
+      /^Karras, .* lay out the steps themselves/,
+    ],
+  ] as const)
+    t.throws(() => sampler.plan(1, options), { name: 'UserError', message: says });
+  t.end();
+});
+
+test('a part without steps, and what has chosen it', (t) => {
+  const euler = createSampler('euler', sdxl);
+  for (const [options, mend] of [
+    [{ strength: 0.05 }, 'raise strength, or give more steps'],
+    [{ denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
+    [{ strength: 1, denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
+    [{ strength: 0.5, denoisingEnd: 0.4 }, 'raise strength, or raise denoising_end, or give more steps'],
+    [{ denoisingStart: 0.999 }, 'lower denoising_start, or give more steps'],
+    [
+      { denoisingStart: 0.42, denoisingEnd: 0.48 },
+      'lower denoising_start, or raise denoising_end, or give more steps',
+    ],
+  ] as const)
+    t.throws(() => euler.plan(10, options), {
+      name: 'UserError',
+      message: `these settings leave none of the 10 steps to run: ${mend}`,
+    });
+  t.end();
+});
+
+test('trailing timesteps are as many as steps, and none lies past the training range', (t) => {
+  for (const name of ['euler', 'ddim', 'ddpm', 'dpm++2m']) {
+    const { plan } = createSampler(name, { ...sdxl, timestep_spacing: 'trailing' });
+    // numpy's arange, which diffusers has here, gives one more for each of these, at -1.
+    for (const steps of [61, 103, 121, 206, 999]) {
+      const { timesteps } = plan(steps);
+      t.equal(timesteps.length, steps, `${name}, ${steps} steps`);
+      t.ok(timesteps[0] === 999 && timesteps[steps - 1] >= 0);
+    }
+  }
+  const { plan } = createSampler('ddim', { ...sdxl, timestep_spacing: 'leading', steps_offset: 1 });
+  t.throws(() => plan(1000), {
+    message: /^1000 steps with this spacing begin past the last training timestep/,
+  });
+  t.same([...plan(999).timesteps.subarray(0, 2)], [999, 998]);
+  t.end();
+});
