@@ -2,6 +2,7 @@
 // out, drawn at the size that the model likes, and laid back over the picture. Integer for integer what diffusers'
 // VaeImageProcessor has Pillow do (get_crop_region, _resize_and_fill, apply_overlay), Pillow's roundings included. Where the mask is
 // grey the picture shows through: the model sees a mask of black and white, but what it drew is laid back by the grey one.
+import { by255, straight } from './alpha.ts';
 import { UserError } from './errors.ts';
 import type { Mask, Picture, Pixels } from './pixels.ts';
 import { resize, type Window } from './resize.ts';
@@ -132,13 +133,20 @@ export function overlay(picture: Picture, mask: Mask, window: Window, drawn: Pic
   return { ...picture, data };
 }
 
-/** Pillow's division by 255, rounded. */
-const by255 = (x: number): number => (((x + 128) >> 8) + x + 128) >> 8;
+/**
+ * `drawn`, of the picture's size, in it where `mask` marks, as A1111 where the whole picture is drawn: by shares of twice the mask's
+ * levels, so that from grey on all is new.
+ */
+export function layBack(picture: Picture, mask: Mask, drawn: Picture): Picture {
+  const doubled = mask.data.map((level) => Math.min(255, 2 * level));
+  const { width, height } = picture;
+  return overlay(picture, { ...mask, data: doubled }, { left: 0, top: 0, width, height }, drawn);
+}
 
 /** A level of a pixel of `alpha` over another: multiplied by alpha, divided by it again (rounded down), and then composed, as Pillow. */
 function composed(above: number, alpha: number, below: number): number {
   if (alpha === 0) return below;
-  const shown = alpha === 255 ? above : Math.min(255, Math.floor((255 * by255(above * alpha)) / alpha));
+  const shown = straight(by255(above * alpha), alpha);
   const sum = (shown * alpha + below * (255 - alpha)) * 128 + 0x4000;
   return ((sum >> 8) + sum) >> 15;
 }

@@ -9,7 +9,7 @@ import type { IPAdapterRequest } from './ip_adapter/image_prompt.ts';
 import { listed, type Texts } from './prompts.ts';
 import { TorchGenerator } from './random/torch_random.ts';
 import type { SchedulerConfig } from './samplers/config.ts';
-import type { StartRequest } from './start.ts';
+import { latentContents, type StartRequest } from './start.ts';
 import type { MicroConditioning } from './text/conditioning.ts';
 import { emphases } from './text/emphasis.ts';
 import type { CacheRequest } from './unet/deepcache.ts';
@@ -175,6 +175,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   ],
   image: pixels('preprocess'),
   mask: pixels('preprocessMask'),
+  masked_content: [
+    `one of ${latentContents.join(', ')}`,
+    (value) => latentContents.some((each) => each === value),
+  ],
   strength: anyNumber,
   latents: pixels('denoiseToEnd'),
   denoising_start: anyNumber,
@@ -238,6 +242,8 @@ function checked(asked: Asked): Asked {
   const request = Object.fromEntries(given) as unknown as Asked;
   if (request.mask && !request.image)
     throw new UserError('mask needs image: the picture to paint in, by preprocess');
+  if (request.masked_content && !request.mask)
+    throw new UserError('masked_content needs mask: where to paint anew, by preprocessMask');
   return request;
 }
 

@@ -17,6 +17,9 @@ import type { UNetConfig } from './unet/unet.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
 import { checkShape, encodeImage, joined, type Latents, stacked } from './vae/latents.ts';
 
+/** What A1111 has under a mask before drawing begins, besides pixels. */
+export const latentContents = ['latent-noise', 'latent-nothing'] as const;
+
 /** The part of a request that says where the loop begins. */
 export interface StartRequest {
   /** Pixels; over a picture its own size counts. */
@@ -28,6 +31,11 @@ export interface StartRequest {
   image?: Latents;
   /** [1, 1, h, w], 1 where to paint anew. */
   mask?: Latents;
+  /**
+   * What is under the mask in the picture's place when drawing begins: the seed's noise, with that of the first step above it, or
+   * zeros. At a strength of 1 it begins with noise anyway.
+   */
+  masked_content?: (typeof latentContents)[number];
   /** The part of the steps to do over a picture: 0.3 where absent, 0.8 under a ControlNet, 0.9999 with a mask. */
   strength?: number;
   /**
@@ -151,9 +159,8 @@ function paintingIn(
   const [known, noise, painted, kept] = scope(() => {
     const onDevice = (data: Float32Array) => tensor(data, shape, { device: coder.device });
     const noise = latents && !noisy ? onDevice(latents.data) : drawFirst();
-    const plane = maskAt(mask, shape.slice(2));
-    const painted = Float32Array.from({ length: sizeOf(shape) }, (_, i) => plane[i % plane.length]);
-    return [onDevice(picture), noise, onDevice(painted), onDevice(painted.map((part) => 1 - part))];
+    const { painted, kept } = partsOf(mask, shape, coder.device);
+    return [onDevice(picture), noise, painted, kept];
   }).map(keep);
   // Diffusers encodes the masked picture here too; with four channels only its draw remains.
   if (coder.vae.posterior && isPixels(image)) drawNoise(generators.slice(0, 1), sizeOf(shape.slice(1)));
@@ -162,15 +169,43 @@ function paintingIn(
   const knownAt = (i: number) => (i < plan.end ? sampler.addNoise(plan, known, noise, i) : known);
   return {
     ...{ shape, draw },
-    begin() {
-      if (noisy) return latents ? tensor(latents.data, shape, { device: coder.device }) : known.handle();
-      return pure ? combine([plan.initNoiseSigma, noise]) : sampler.addNoise(plan, known, noise);
-    },
+    begin: () =>
+      scope(() => {
+        if (noisy) return latents ? tensor(latents.data, shape, { device: coder.device }) : known.handle();
+        if (pure) return combine([plan.initNoiseSigma, noise]);
+        return sampler.addNoise(plan, contentOf(request, known, noise, { painted, kept }), noise);
+      }),
     afterStep: (x, index) => scope(() => add(mul(knownAt(index + 1), kept), mul(x, painted))),
     release() {
       for (const t of [known, noise, painted, kept]) t.release();
     },
   };
+}
+
+/** Ones where the mask marks and zeros elsewhere, for each of the latents, and the other way round. */
+function partsOf(mask: Latents, shape: readonly number[], device: Device) {
+  const plane = maskAt(mask, shape.slice(2));
+  const painted = Float32Array.from({ length: sizeOf(shape) }, (_, i) => plane[i % plane.length]);
+  return {
+    painted: tensor(painted, shape, { device }),
+    kept: tensor(
+      painted.map((part) => 1 - part),
+      shape,
+      { device },
+    ),
+  };
+}
+
+/** What drawing begins with, before its noise: the picture's latents, with what is asked for where they are painted anew. */
+function contentOf(
+  { masked_content: content }: StartRequest,
+  picture: Tensor,
+  noise: Tensor,
+  { painted, kept }: { painted: Tensor; kept: Tensor },
+): Tensor {
+  if (content === undefined) return picture;
+  const known = mul(picture, kept);
+  return content === 'latent-noise' ? add(known, mul(noise, painted)) : known;
 }
 
 /** Inpainting by a model for it. It begins as a plain UNet does; what it does not begin with is not encoded, nor drawn for. */
@@ -191,7 +226,9 @@ function seeing(
     const noise = latents && !noisy ? onDevice(latents.data) : drawFirst();
     const beginning = (): Tensor => {
       if (!from) return combine([plan.initNoiseSigma, noise]);
-      return noisy ? onDevice(from.data) : sampler.addNoise(plan, onDevice(from.data), noise);
+      if (noisy) return onDevice(from.data);
+      const parts = partsOf(request.mask, shape, coder.device);
+      return sampler.addNoise(plan, contentOf(request, onDevice(from.data), noise, parts), noise);
     };
     const drawBeside = (count: number) => drawNoise(generators.slice(0, 1), count);
     return { first: beginning(), beside: besideLatents(coder, request, shape, drawBeside) };

@@ -84,6 +84,7 @@ export function writeParameters(
     `Size: ${width}x${height}`,
     ...variationFields(options),
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
+    ...maskFields(options),
     ...hiresFields(options),
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
     ...emphasisField(options, prompt),
@@ -98,6 +99,20 @@ function variationFields(options: SampleOptions): string[] {
     ...(subseed === undefined ? [] : [`Variation seed: ${subseed}`]),
     ...(subseedStrength ? [`Variation seed strength: ${subseedStrength}`] : []),
     ...(w === undefined || h === undefined ? [] : [`Seed resize from: ${w}x${h}`]),
+  ];
+}
+
+function maskFields({ mask, invertMask, maskBlur, paddingMaskCrop, maskedContent }: SampleOptions): string[] {
+  if (!mask) return [];
+  return [
+    ...(invertMask ? ['Mask mode: Inpaint not masked'] : []),
+    ...(maskBlur ? [`Mask blur: ${maskBlur}`] : []),
+    ...(paddingMaskCrop === undefined
+      ? []
+      : ['Inpaint area: Only masked', `Masked area padding: ${paddingMaskCrop}`]),
+    ...(['original', undefined].includes(maskedContent)
+      ? []
+      : [`Masked content: ${maskedContent?.replace('-', ' ')}`]),
   ];
 }
 
@@ -153,6 +168,10 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   VAE: 'vae',
   Refiner: 'refiner',
   'Denoising strength': 'strength',
+  'Mask mode': 'invertMask',
+  'Mask blur': 'maskBlur',
+  'Masked area padding': 'paddingMaskCrop',
+  'Masked content': 'maskedContent',
   'ControlNet 0': 'controlnet',
   'Hires sampler': undefined,
   'Hires schedule type': undefined,

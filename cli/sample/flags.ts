@@ -9,6 +9,7 @@ import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
+import { addMaskOptions } from './mask_options.ts';
 import { usualScores } from './options.ts';
 import { addPreviewOptions } from './preview.ts';
 import { addUpscaleOptions } from './upscale_options.ts';
@@ -287,31 +288,23 @@ const microConditioningOptions = (command: Command): Command =>
     );
 
 const overPictureOptions = (command: Command): Command =>
-  command
-    .optionsGroup('Over a picture:')
-    .option(
-      '-i, --image <FILE>',
-      'start from this picture; an InstructPix2Pix model, such as diffusers/sdxl-instructpix2pix-768, edits it as --prompt tells',
-    )
-    .option(
-      '--image-guidance-scale <F>',
-      'of an InstructPix2Pix model: how strongly to keep to the picture, and below 1 no guidance at all (default: 1.5)',
-      number('--image-guidance-scale', { min: 0 }),
-    )
-    .option(
-      '--mask <FILE>',
-      'paint anew where this is white (needs --image); an inpainting model, such as diffusers/stable-diffusion-xl-1.0-inpainting-0.1, takes both',
-    )
-    .option(
-      '--padding-mask-crop <N>',
-      "draw only what is masked, with so many pixels around it, as large as --width and --height (default: the model's size), and lay it back over the picture",
-      number('--padding-mask-crop', { min: 0, whole: true }),
-    )
-    .option(
-      '--strength <F>',
-      "how far to leave the picture, 0 to 1 (default, as diffusers': 0.3; with --controlnet 0.8; with --mask 0.9999)",
-      fraction('--strength'),
-    );
+  addMaskOptions(
+    command
+      .optionsGroup('Over a picture:')
+      .option(
+        '-i, --image <FILE>',
+        'start from this picture; an InstructPix2Pix model, such as diffusers/sdxl-instructpix2pix-768, edits it as --prompt tells',
+      )
+      .option(
+        '--image-guidance-scale <F>',
+        'of an InstructPix2Pix model: how strongly to keep to the picture, and below 1 no guidance at all (default: 1.5)',
+        number('--image-guidance-scale', { min: 0 }),
+      ),
+  ).option(
+    '--strength <F>',
+    "how far to leave the picture, 0 to 1 (default, as diffusers': 0.3; with --controlnet 0.8; with --mask 0.9999)",
+    fraction('--strength'),
+  );
 
 export const refinerOptions = (command: Command): Command =>
   command

@@ -17,6 +17,7 @@ import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
+import { checkMask, type MaskOptions } from './mask_options.ts';
 import type { PreviewOptions } from './preview.ts';
 import { loraTags, type Prompt, readPrompts } from './prompt_loras.ts';
 import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
@@ -26,6 +27,7 @@ export interface SampleOptions
     AdapterOptions,
     IPAdapterOptions,
     HiresOptions,
+    MaskOptions,
     PreviewOptions,
     UpscaleOptions {
   model?: string;
@@ -74,8 +76,6 @@ export interface SampleOptions
   negativeCropsCoordsTopLeft?: [number, number];
   negativeTargetSize?: Size;
   image?: string;
-  mask?: string;
-  paddingMaskCrop?: number;
   strength?: number;
   refiner?: string;
   denoisingEnd?: number;
@@ -199,8 +199,7 @@ export function checkSample(options: SampleOptions): void {
   if (options.imageGuidanceScale !== undefined && !options.image)
     throw new UserError('--image-guidance-scale needs --image: the picture to keep to');
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
-  if (options.paddingMaskCrop !== undefined && !options.mask)
-    throw new UserError('--padding-mask-crop needs --mask: what to draw a part around');
+  checkMask(options);
   if (options.strength !== undefined && !options.image && !options.refiner)
     throw new UserError('--strength needs --image or --refiner');
   const start = options.denoisingStart !== undefined ? '--denoising-start' : '--denoising-end';

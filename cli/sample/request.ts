@@ -12,11 +12,13 @@ import { VariedGenerator } from '../../models/random/variation.ts';
 import { type Request, stepsOf } from '../../models/request.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { layoutOf } from '../../models/samplers/registry.ts';
+import { latentContents } from '../../models/start.ts';
 import type { Latents } from '../../models/vae/latents.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresSteps } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
+import { contentUnder, preparedMask, wholeUnder } from './mask_options.ts';
 import type { SampleOptions } from './options.ts';
 
 export interface Inputs extends IPAdapterInputs {
@@ -48,7 +50,7 @@ export async function readInputs(
   if (!options.image) return others;
   const image = await read(options.image);
   if (!options.mask) return { image, ...others };
-  const mask = toGrey(await read(options.mask));
+  const mask = preparedMask(options, toGrey(await read(options.mask)));
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,
@@ -93,9 +95,11 @@ export function canvasOf(
     throw new UserError(
       `${options.image ?? options.controlImage?.[0] ?? options.adapterImage?.[0]} is ${sized.width}x${sized.height} and ${options.adapter ? 'a T2I-Adapter sees squares of' : 'a latent'} ${whole}x${whole} pixels: give --width and --height`,
     );
-  if (padding === undefined || !image || !mask) {
-    const size = { width, height };
-    return { ...size, inputs, finish: (drawn) => drawn, written: size };
+  const size = { width, height };
+  if (!image || !mask) return { ...size, inputs, finish: (drawn) => drawn, written: size };
+  if (padding === undefined) {
+    const whole = wholeUnder(options, image, mask, width, height);
+    return { ...size, inputs: { ...inputs, ...whole.inputs }, finish: whole.finish, written: size };
   }
   const window = maskWindow(mask, width, height, padding);
   const part = <P extends Picture | Mask>(of: P): P => {
@@ -104,10 +108,11 @@ export function canvasOf(
       `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image, --adapter-image or --ip-adapter-mask is ${of.width}x${of.height}; make them the same size`,
     );
   };
+  const marked = part(mask);
   return {
-    ...{ width, height },
+    ...size,
     inputs: {
-      ...{ ...inputs, image: part(image), mask: part(mask) },
+      ...{ ...inputs, image: contentUnder(options, part(image), marked), mask: marked },
       ...{ controls: controls.map(part), adapterImages: adapterImages.map(part) },
       ipAdapterMasks: ipAdapterMasks.map(part),
     },
@@ -155,6 +160,7 @@ export function baseRequests(
     scheduler: { name: options.scheduler, config },
     image: image && preprocess(image, width, height),
     mask: mask && preprocessMask(mask, width, height),
+    masked_content: latentContents.find((each) => each === options.maskedContent),
     strength: options.strength,
     ...controlRequest(options, controls, width, height),
     ...adapterRequest(options, adapterImages),
@@ -244,6 +250,7 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
     guidance_stop: undefined,
     image: beside ? base.image : drawn,
     latents: beside ? drawn : undefined,
+    masked_content: undefined,
     image_guidance_scale: undefined,
     control_image: undefined,
     adapter_image: undefined,

@@ -54,7 +54,7 @@ test('what else made a picture is told', (t) => {
   const { settings, further } = readParameters(
     'a <lora:style:0.8> fox, red <lora:more:1>\nNegative prompt: rain\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, ' +
       'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Variation seed: 2, Variation seed strength: 0.4, ' +
-      'Seed resize from: 64x96, Denoising strength: 0.5, Hires CFG Scale: 4, ' +
+      'Seed resize from: 64x96, Denoising strength: 0.5, Mask blur: 4, Masked content: fill, Hires CFG Scale: 4, ' +
       'Lora hashes: "style: 1, more: 2", Version: v1.10.1',
   );
   t.match(settings, { prompt: 'a fox, red', negativePrompt: 'rain', width: '512', height: '768', seed: '3' });
@@ -66,6 +66,8 @@ test('what else made a picture is told', (t) => {
     { text: '<lora:more:1>', option: 'lora' },
     { text: 'Model: sd_xl_base_1.0', option: 'model' },
     { text: 'Denoising strength: 0.5', option: 'strength' },
+    { text: 'Mask blur: 4', option: 'maskBlur' },
+    { text: 'Masked content: fill', option: 'maskedContent' },
     { text: 'Hires CFG Scale: 4', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);

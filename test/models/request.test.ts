@@ -54,6 +54,11 @@ test('keys and values that no request has', (t) => {
     [{ image: 'photo.png' }, /^image is "photo\.png": give \{ data, shape \} as preprocess gives it/],
     [{ image: picture }, /^image is \{ width, height, channels, data \}: give/],
     [{ mask: numbers(1, 1, 8, 8) }, /^mask needs image/],
+    [{ masked_content: 'latent-noise' }, /^masked_content needs mask/],
+    [
+      { masked_content: 'fill' as 'latent-noise' },
+      /^masked_content is "fill": give one of latent-noise, latent-nothing/,
+    ],
     [{ latents: new Float32Array(9) }, /^latents is a Float32Array: give/],
     [{ control_image: numbers(1, 3, 8, 8) }, /^control_image is \{ shape, data \}: give a list/],
     [{ ip_adapter_image: picture }, /^ip_adapter_image is .*: give a list of pictures/],
