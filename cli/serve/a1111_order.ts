@@ -5,6 +5,7 @@ import { UserError } from '../../io/errors.ts';
 import { oneOf, side } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
+import { maskedContents } from '../sample/mask_options.ts';
 import { controlsIn } from './controlnet_api.ts';
 import {
   type Field,
@@ -51,13 +52,13 @@ const words = (text: string): string[] => text.trim().split(/\s+/);
 /** Keys that readers below take apart. */
 const taken = words(`
   sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength init_images mask
-  inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y
+  mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y
   subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
   save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id
-  include_init_images s_tmin s_tmax hr_additional_modules mask_blur mask_blur_x mask_blur_y mask_round clip_skip infotext script_args
+  include_init_images s_tmin s_tmax hr_additional_modules clip_skip infotext script_args
   refiner_switch_at`);
 
 /** Keys of what is not there, with what leaves it out. */
@@ -89,9 +90,8 @@ const absentOfHires: Readonly<Record<string, Field>> = {
 
 /** The same of a mask alone. */
 const absentOfMask: Readonly<Record<string, Field>> = {
-  inpainting_fill: only(1),
-  inpainting_mask_invert: only(0, false),
   latent_mask: only(''),
+  mask_round: only(true),
 };
 
 const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) => [key, unheeded]));
@@ -186,6 +186,34 @@ function hiresOf(body: Body): Settings {
   return Object.assign({ hires: true }, ...read);
 }
 
+/** How far a mask's edge is softened: one number for both of its ways. */
+function blurOf(body: Body): Settings {
+  const blur = numeric('maskBlur', { min: 0, max: 256, whole: true });
+  const given = (key: string, usual: unknown): Settings => blur(body[key] ?? usual, key);
+  if ((body.mask_blur ?? undefined) !== undefined) return given('mask_blur', undefined);
+  const [x, y] = [given('mask_blur_x', 4), given('mask_blur_y', 4)];
+  if (x.maskBlur === y.maskBlur) return x;
+  throw new UserError(
+    `mask_blur_x ${x.maskBlur} and mask_blur_y ${y.maskBlur} are one number here; give mask_blur`,
+  );
+}
+
+/** What is done under a mask and around it, with A1111's defaults for its routes. */
+function underMask(body: Body): Settings {
+  const number = (key: string, usual: number, max: number): number =>
+    numberOf(body[key] ?? usual, key, { min: 0, max, whole: true });
+  const invert = body.inpainting_mask_invert ?? 0;
+  if (![0, 1, false, true].includes(invert as number))
+    throw new UserError(`inpainting_mask_invert takes 0 or 1, not ${JSON.stringify(invert)}`);
+  const inFull = body.inpaint_full_res ?? true; // "only masked"
+  return {
+    ...blurOf(body),
+    maskedContent: maskedContents[number('inpainting_fill', 0, maskedContents.length - 1)],
+    ...(invert ? { invertMask: true } : {}),
+    ...(inFull ? { paddingMaskCrop: number('inpaint_full_res_padding', 0, mostSide) } : {}),
+  };
+}
+
 /** What is drawn over. */
 function overOf(body: Body): Order {
   const images = body.init_images;
@@ -196,14 +224,14 @@ function overOf(body: Body): Order {
     body.denoising_strength ?? 0.75,
     'denoising_strength',
   );
+  const over = { image: 'init_images', ...strength };
+  const made: Order['made'] = { init_images: { by: 'white' } };
   if ((body.mask ?? undefined) === undefined)
-    return { settings: { image: 'init_images', ...strength }, pictures: { init_images: image } };
-  const inFull = body.inpaint_full_res ?? true; // "only masked", its default
-  const padding = numeric('paddingMaskCrop', { min: 0, max: mostSide, whole: true });
-  const part = inFull ? padding(body.inpaint_full_res_padding ?? 0, 'inpaint_full_res_padding') : {};
+    return { settings: over, pictures: { init_images: image }, made };
   return {
-    settings: { image: 'init_images', mask: 'mask', ...strength, ...part },
+    settings: { ...over, mask: 'mask', ...underMask(body) },
     pictures: { init_images: image, mask: pictureBytes(body.mask, 'mask') },
+    made: { ...made, mask: { by: 'alpha' } },
   };
 }
 
@@ -241,6 +269,6 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   return {
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
-    edges: controls.edges,
+    made: { ...over.made, ...controls.made },
   };
 }

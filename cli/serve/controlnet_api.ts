@@ -1,14 +1,13 @@
 // The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet, a T2I-Adapter or an
-// IP-Adapter of those that the server was started with, and a picture that it follows as it is, or its edges: of all preprocessors there
-// is Canny's. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
-import type { Thresholds } from '../../io/canny.ts';
+// IP-Adapter of those that the server was started with, and a picture that it follows as it is, inverted, or its edges: of all
+// preprocessors there are these. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
 import { UserError } from '../../io/errors.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
 import { oneOf } from '../option_values.ts';
 import { numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
 import type { Routes } from './http.ts';
-import type { Order, Settings } from './messages.ts';
+import type { Made, Order, Settings } from './messages.ts';
 import type { Followed, Served } from './served.ts';
 
 interface Unit extends Followed {
@@ -18,8 +17,8 @@ interface Unit extends Followed {
   weight: number;
   start: number;
   end: number;
-  /** Of its edges, where these are followed. */
-  edges?: Thresholds;
+  /** What its preprocessor makes of it. */
+  made?: Made;
   /** What the picture is, for a union; -1 where it is not said. */
   mode: number;
 }
@@ -50,7 +49,7 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   return {
     settings: settingsOf(units),
     pictures: Object.fromEntries(units.map(({ name, picture }) => [name, picture])),
-    edges: Object.fromEntries(units.flatMap(({ name, edges }) => (edges ? [[name, edges]] : []))),
+    made: Object.fromEntries(units.flatMap(({ name, made }) => (made ? [[name, made]] : []))),
   };
 }
 
@@ -118,24 +117,29 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit,
     picture: pictureBytes(picture, "a ControlNet unit's image"),
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
-    edges: edgesOf(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
+    made: madeBy(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
   };
 }
 
+/** The preprocessors that there are. */
+const modules = ['none', 'canny', 'invert'];
+
 /** @throws UserError for another preprocessor; what sees an IP-Adapter's picture is none, but for faces */
-function edgesOf(module: string, unit: Record<string, unknown>, { kind }: Followed): Thresholds | undefined {
+function madeBy(module: string, unit: Record<string, unknown>, { kind }: Followed): Made | undefined {
   const sees = /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
   if (/^none$/i.test(module) || (kind === 'ipAdapter' && sees)) return undefined;
+  if (/^invert( \(from white bg & black line\))?$/i.test(module) && kind !== 'ipAdapter')
+    return { by: 'invert' };
   if (!/^canny$/i.test(module) || kind === 'ipAdapter')
     throw new UserError(
-      `a ControlNet unit has the module "${module}", and there is canny alone; send what it would make, with the module "none"`,
+      `a ControlNet unit has the module "${module}", and there are ${modules.slice(1).join(' and ')} alone; send what it would make, with the module "none"`,
     );
   const threshold = (key: string, usual: number): number => {
     const value = numberOf(unit[key] ?? usual, `a ControlNet unit's ${key}`);
     return value < 0 ? usual : value; // -1 is what it has by itself
   };
-  return [threshold('threshold_a', 100), threshold('threshold_b', 200)];
+  return { by: 'canny', thresholds: [threshold('threshold_a', 100), threshold('threshold_b', 200)] };
 }
 
 /** sd-webui-controlnet's words for what a union is shown, by diffusers'. */
@@ -158,5 +162,5 @@ function modeOf(type: unknown): number {
 
 export const controlnetApi = ({ followed }: Served): Routes => ({
   'GET /controlnet/model_list': () => ({ json: { model_list: [...followed.keys()] } }),
-  'GET /controlnet/module_list': () => ({ json: { module_list: ['none', 'canny'] } }),
+  'GET /controlnet/module_list': () => ({ json: { module_list: modules } }),
 });

@@ -2,9 +2,7 @@
 // would; for one that names other LoRAs what these change is read again. It ends with the server, when its pipe closes, and by itself after
 // an error that may have left the device broken.
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
-import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
-import { decodePicture } from '../../io/image.ts';
 import { unionConfigOf } from '../../models/control/controlnet_union.ts';
 import { isInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
 import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
@@ -31,6 +29,7 @@ import {
   type Standing,
   type ToDrawer,
 } from './messages.ts';
+import { readSent } from './sent_picture.ts';
 import { mostSide } from './served.ts';
 
 /** The models, open for good. */
@@ -61,15 +60,12 @@ async function open(options: Standing): Promise<Kept> {
 }
 
 /** Draws an order; says each step, and each picture as it is there. */
-async function draw(kept: Kept, id: number, { settings, pictures, edges = {} }: Order): Promise<void> {
+async function draw(kept: Kept, id: number, { settings, pictures, made = {} }: Order): Promise<void> {
   const { base, sources, options } = following(kept, heeded(settings, kept.sources));
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
-  const read = async (name: string) => {
-    const picture = await decodePicture(pictures[name], name, { mostPixels: mostSide ** 2 });
-    return edges[name] ? canny(picture, edges[name]) : picture;
-  };
+  const read = (name: string) => readSent(pictures[name], name, made[name]);
   const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);

@@ -6,13 +6,23 @@ import type { SampleOptions } from '../sample/options.ts';
 /** What a picture is asked for with, in `sdxl sample`'s options; the rest is as the server was started. */
 export type Settings = Partial<SampleOptions>;
 
+/** What is made of a picture that was sent before it is used. */
+export type Made =
+  /** What is transparent lies on white, as A1111's img2img has it. */
+  | { by: 'white' }
+  /** As A1111 reads a mask: its alpha in black and white, where anything is transparent, and else its levels. */
+  | { by: 'alpha' }
+  | { by: 'canny'; thresholds: Thresholds }
+  /** sd-webui-controlnet's `invert`: black lines of white ones. */
+  | { by: 'invert' };
+
 /** Options that name a picture (`image`, `mask`) say which of these is meant. */
 export interface Order {
   settings: Settings;
   /** Files as they were sent. */
   pictures: Readonly<Record<string, Uint8Array>>;
-  /** Of which of them the edges are meant. */
-  edges?: Readonly<Record<string, Thresholds>>;
+  /** What is made of them, where they do not count as they are. */
+  made?: Readonly<Record<string, Made>>;
 }
 
 /** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */

@@ -177,6 +177,13 @@ test('a server draws over pictures', async (t) => {
   const painted = Uint8Array.from({ length: 64 * 64 }, (_, i) => (i % 64 < 32 ? 255 : 0));
   writePng(mask, { width: 64, height: 64, channels: 1, data: painted });
   const inBase64 = (path: string) => readFileSync(path).toString('base64');
+  const { default: sharp } = await import('sharp');
+  /** The picture with an alpha channel, by another program's encoder. */
+  const asAlpha = async (alpha: Uint8Array): Promise<string> => {
+    const raw = { width: 64, height: 64, channels: 1 } as const;
+    const png = await sharp(image).joinChannel(Buffer.from(alpha), { raw }).png().toBuffer();
+    return png.toString('base64');
+  };
   const said = [...small, '--prompt', 'a red fox', '--seed', '5', '--image', image];
 
   const over = await server.post('/sdapi/v1/img2img', {
@@ -192,35 +199,43 @@ test('a server draws over pictures', async (t) => {
   t.notOk('init_images' in over.body.parameters, 'what was sent is not sent back');
 
   const inPart = await server.post('/sdapi/v1/img2img', {
-    ...{ ...fox, init_images: [inBase64(image)], mask: inBase64(mask), denoising_strength: 1 },
-    ...{ inpaint_full_res: false, mask_blur: 4 },
+    ...{ ...fox, init_images: [inBase64(image)], mask: inBase64(mask), denoising_strength: 0.5 },
+    ...{ inpaint_full_res: false, inpainting_fill: 2, inpainting_mask_invert: 1, mask_blur: 3 },
   });
+  const under = ['--masked-content', 'latent-noise', '--invert-mask', '--mask-blur', '3'];
+  const softened = await sampled(...said, '--mask', mask, '--strength', '0.5', ...under);
+  t.equal(inPart.status, 200, inPart.body.detail);
+  t.equal(maxDifference((await pixels(inPart.body.images[0])).data, softened.picture.data), 0, 'in a part');
+  t.match(JSON.parse(inPart.body.info).infotexts[0], /Mask blur: 3, Masked content: latent noise/);
   const masked = await sampled(...said, '--mask', mask, '--strength', '1');
-  t.equal(maxDifference((await pixels(inPart.body.images[0])).data, masked.picture.data), 0, 'in a part');
   const onlyMasked = await server.post('/sdapi/v1/img2img', {
     ...{
       ...fox,
       init_images: [inBase64(image)],
-      mask: inBase64(mask),
-      denoising_strength: 1,
+      mask: await asAlpha(painted),
       inpaint_full_res_padding: 8,
     },
   });
-  const cropped = await sampled(...said, '--mask', mask, '--strength', '1', '--padding-mask-crop', '8');
+  const usual = ['--mask-blur', '4', '--masked-content', 'fill', '--strength', '0.75'];
+  const cropped = await sampled(...said, '--mask', mask, ...usual, '--padding-mask-crop', '8');
   t.equal(
     maxDifference((await pixels(onlyMasked.body.images[0])).data, cropped.picture.data),
     0,
-    'only masked',
+    'only masked, with what A1111 has by itself, by a mask that is an alpha channel',
   );
-
-  // OpenAI's mask is transparent where to paint: the red channel as an alpha channel, by another program's encoder.
-  const { default: sharp } = await import('sharp');
-  const transparent = await sharp(image)
-    .joinChannel(Buffer.from(painted.map((grey) => 255 - grey)), {
-      raw: { width: 64, height: 64, channels: 1 },
-    })
+  const blank = await sharp({ create: { width: 64, height: 64, channels: 3, background: 'white' } })
     .png()
     .toBuffer();
+  const [clear, white] = await Promise.all(
+    [await asAlpha(new Uint8Array(64 * 64)), blank.toString('base64')].map((init) =>
+      server.post('/sdapi/v1/img2img', { ...fox, init_images: [init] }),
+    ),
+  );
+  const [got, want] = [await pixels(clear.body.images[0]), await pixels(white.body.images[0])];
+  t.equal(maxDifference(got.data, want.data), 0, 'what is transparent is white');
+
+  // OpenAI's mask is transparent where to paint.
+  const transparent = Buffer.from(await asAlpha(painted.map((grey) => 255 - grey)), 'base64');
   const form = new FormData();
   form.set('image', new Blob([readFileSync(image)]), 'image.png');
   form.set('mask', new Blob([transparent]), 'mask.png');

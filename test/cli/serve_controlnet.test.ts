@@ -26,7 +26,10 @@ const started = serve(
 );
 
 const file = at('seen.png');
-writePng(file, picture(1, 64, 64));
+const seen = picture(1, 64, 64);
+writePng(file, seen);
+const inverted = at('inverted.png');
+writePng(inverted, { ...seen, data: seen.data.map((level) => 255 - level) });
 const image = readFileSync(file).toString('base64');
 const units = (...args: Record<string, unknown>[]) => ({ alwayson_scripts: { ControlNet: { args } } });
 
@@ -80,6 +83,11 @@ test('what a unit names is followed, as by sample', async (t) => {
       ],
     ],
     [
+      'what is drawn in black on white',
+      [{ model: 'small', image, module: 'invert (from white bg & black line)' }],
+      ['--controlnet', little, '--control-image', inverted],
+    ],
+    [
       'an IP-Adapter beside a T2I-Adapter and a ControlNet',
       [
         { model: 'plain', module: 'ip-adapter-auto', image, weight: 0.7 },
@@ -116,10 +124,10 @@ test('a unit that cannot be followed is told of', async (t) => {
     [units({ model: 'canny', image }), /names "canny", and this server has full/],
     [
       units({ model: 'full', module: 'depth_midas', image }),
-      /module "depth_midas", and there is canny alone/,
+      /module "depth_midas", and there are canny and invert alone/,
     ],
-    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there is canny alone/],
-    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there is canny alone/],
+    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there are canny and invert alone/],
+    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there are canny and invert alone/],
     [units({ model: 'full', control_mode: 2, image }), /control_mode takes Balanced alone/],
     [units({ model: 'full' }), /image takes a picture's file/],
     [units({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],
