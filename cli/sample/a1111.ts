@@ -120,14 +120,33 @@ function hiresFields(options: SampleOptions): string[] {
   const { hires, hiresScale, hiresWidth, hiresHeight, hiresSteps } = options;
   if (!hires) return [];
   const isSized = hiresWidth !== undefined || hiresHeight !== undefined;
+  const { hiresPrompt, hiresNegativePrompt, hiresGuidanceScale } = options;
   return [
     `Denoising strength: ${options.hiresDenoisingStrength ?? usualHires.strength}`,
+    ...(hiresPrompt ? [`Hires prompt: ${quoted(hiresPrompt)}`] : []),
+    ...(hiresNegativePrompt ? [`Hires negative prompt: ${quoted(hiresNegativePrompt)}`] : []),
+    ...(hiresGuidanceScale === undefined ? [] : [`Hires CFG Scale: ${hiresGuidanceScale}`]),
     isSized
       ? `Hires resize: ${hiresWidth ?? 0}x${hiresHeight ?? 0}`
       : `Hires upscale: ${hiresScale ?? usualHires.scale}`,
     ...(hiresSteps === undefined ? [] : [`Hires steps: ${hiresSteps}`]),
     `Hires upscaler: ${upscalerName(options.hiresUpscaler ?? usualHires.upscaler)}`,
   ];
+}
+
+/** A text that could be taken for more fields is written as JSON. */
+const quoted = (text: string): string => (/[,:\n]/.test(text) ? JSON.stringify(text) : text);
+
+const quotedText = /"(?:[^"\\]|\\.)*"/g;
+
+/** What was written so; what is no JSON is the text itself. */
+function unquoted(text: string | undefined): string | undefined {
+  if (!text?.startsWith('"')) return text;
+  try {
+    return String(JSON.parse(text));
+  } catch {
+    return text;
+  }
 }
 
 /** A1111 calls a network by its file, without a comma, which would end the field. */
@@ -175,9 +194,6 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   'ControlNet 0': 'controlnet',
   'Hires sampler': undefined,
   'Hires schedule type': undefined,
-  'Hires CFG Scale': undefined,
-  'Hires prompt': undefined,
-  'Hires negative prompt': undefined,
 };
 
 export interface Parameters {
@@ -191,7 +207,14 @@ export interface Parameters {
 export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
   const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
-  const field = (name: string) => new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(last)?.[1];
+  // What is quoted may have commas, and what looks like fields.
+  const texts = last.match(quotedText) ?? [];
+  let count = 0;
+  const fields = last.replace(quotedText, () => `"${count++}"`);
+  const field = (name: string) => {
+    const value = new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(fields)?.[1];
+    return unquoted(value?.replace(/"(\d+)"/, (_, i) => texts[i]));
+  };
   const sides = (name: string) => (field(name) ?? '').split('x').map((side) => side || undefined);
   const [width, height] = sides('Size');
   const [seedResizeFromW, seedResizeFromH] = sides('Seed resize from');
@@ -290,6 +313,9 @@ function hiresOf(field: (name: string) => string | undefined) {
       hiresWidth: width,
       hiresHeight: height,
       hiresSteps: Number(steps) > 0 ? steps : undefined,
+      hiresPrompt: field('Hires prompt'),
+      hiresNegativePrompt: field('Hires negative prompt'),
+      hiresGuidanceScale: field('Hires CFG Scale'),
     },
   };
 }

@@ -44,6 +44,9 @@ export interface HiresOptions {
   hiresSteps?: number;
   hiresDenoisingStrength?: number;
   hiresUpscaler?: string;
+  hiresPrompt?: string;
+  hiresNegativePrompt?: string;
+  hiresGuidanceScale?: number;
 }
 
 export const addHiresOptions = (command: Command): Command =>
@@ -67,6 +70,13 @@ export const addHiresOptions = (command: Command): Command =>
       '--hires-upscaler <NAME>',
       `${hiresUpscalers.join(', ')} (default: Latent), or a network as --upscale-model takes; with Lanczos, Nearest and networks the picture is enlarged`,
       upscalerOf,
+    )
+    .option('--hires-prompt <TEXT>', 'what to draw in the second pass (default: the prompt)')
+    .option('--hires-negative-prompt <TEXT>', 'what not to draw in it (default: the negative prompt)')
+    .option(
+      '--hires-guidance-scale <F>',
+      'default: --guidance-scale',
+      number('--hires-guidance-scale', { min: 0 }),
     );
 
 /** @throws UserError for flags that say nothing or contradict each other */
@@ -78,6 +88,9 @@ export function checkHires(options: HiresOptions & HiresRivals): void {
     '--hires-steps': options.hiresSteps,
     '--hires-denoising-strength': options.hiresDenoisingStrength,
     '--hires-upscaler': options.hiresUpscaler,
+    '--hires-prompt': options.hiresPrompt,
+    '--hires-negative-prompt': options.hiresNegativePrompt,
+    '--hires-guidance-scale': options.hiresGuidanceScale,
   }).find(([, value]) => value !== undefined);
   if (!options.hires) {
     if (idle) throw new UserError(`${idle[0]} needs --hires: a second pass`);
@@ -120,6 +133,16 @@ export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio
   const floored = (pixels: number) => Math.floor(pixels) - (Math.floor(pixels) % ratio);
   return { width: hiresWidth ?? floored(larger(width)), height: hiresHeight ?? floored(larger(height)) };
 }
+
+/** What a second pass is told otherwise than the first. A text of its own is for both text encoders; an empty one says nothing. */
+export const hiresTexts = (
+  { hiresPrompt, hiresNegativePrompt, hiresGuidanceScale }: HiresOptions,
+  { prompt, guidance_scale }: Pick<Request, 'prompt' | 'guidance_scale'>,
+): Partial<Request> => ({
+  ...(hiresPrompt && { prompt: prompt?.map(() => hiresPrompt), prompt_2: undefined }),
+  ...(hiresNegativePrompt && { negative_prompt: [hiresNegativePrompt], negative_prompt_2: undefined }),
+  guidance_scale: hiresGuidanceScale ?? guidance_scale,
+});
 
 /** The steps that a second pass does, as A1111 lays them out. */
 export function hiresSteps(

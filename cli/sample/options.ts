@@ -148,7 +148,9 @@ export function checkScores(options: SampleOptions, taken: boolean): void {
 /** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
 export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): string[] {
   const { emphasis, prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
-  const texts = [...prompts.map(({ text }) => text), prompt2, negativePrompt, negativePrompt2];
+  const { hiresPrompt = '', hiresNegativePrompt = '' } = options;
+  const others = [prompt2, negativePrompt, negativePrompt2, hiresPrompt, hiresNegativePrompt];
+  const texts = [...prompts.map(({ text }) => text), ...others];
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
   const said = texts.join('\n').toLowerCase();
   const tags = [...new Set(texts.flatMap((text) => text.match(loraTags) ?? []))];

@@ -64,15 +64,17 @@ export function a1111Api(served: Served, queue: Queue): Routes {
         aliases: null,
       })),
     }),
-    'GET /sdapi/v1/upscalers': () => ({ json: upscalers((name) => !name.startsWith('Latent')) }),
-    'GET /sdapi/v1/latent-upscale-modes': () => ({ json: upscalers((name) => name.startsWith('Latent')) }),
+    'GET /sdapi/v1/upscalers': () => ({
+      json: upscalers(['None', ...hiresUpscalers.filter((name) => !name.startsWith('Latent'))]),
+    }),
+    'GET /sdapi/v1/latent-upscale-modes': () => ({
+      json: hiresUpscalers.filter((name) => name.startsWith('Latent')).map((name) => ({ name })),
+    }),
   };
 }
 
-const upscalers = (isOne: (name: string) => boolean) =>
-  hiresUpscalers
-    .filter(isOne)
-    .map((name) => ({ name, model_name: null, model_path: null, model_url: null, scale: 4 }));
+const upscalers = (names: readonly string[]) =>
+  names.map((name) => ({ name, model_name: null, model_path: null, model_url: null, scale: 4 }));
 
 /** How far the picture at work is; the newest look at it, and a wish for the next. */
 function progress(queue: Queue, withImage: boolean): Reply {

@@ -52,7 +52,7 @@ const words = (text: string): string[] => text.trim().split(/\s+/);
 /** Keys that readers below take apart. */
 const taken = words(`
   sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength init_images mask
-  mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y
+  mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y hr_prompt hr_negative_prompt hr_cfg
   subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
@@ -82,10 +82,6 @@ const absent: Readonly<Record<string, Field>> = {
 /** The same of the second pass alone. */
 const absentOfHires: Readonly<Record<string, Field>> = {
   hr_checkpoint_name: only('', 'Use same checkpoint'),
-  hr_sampler_name: only('', 'Use same sampler'),
-  hr_scheduler: only('', 'Use same scheduler'),
-  hr_prompt: only(''),
-  hr_negative_prompt: only(''),
 };
 
 /** The same of a mask alone. */
@@ -99,12 +95,21 @@ const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) =
 /** A request's JSON. */
 type Body = Readonly<Record<string, unknown>>;
 
-/** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
-const fieldsOf = ({ enable_hr, mask }: Body): Readonly<Record<string, Field>> => ({
-  ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
-  ...(enable_hr ? absentOfHires : nothing(Object.keys(absentOfHires))),
-  ...((mask ?? undefined) === undefined ? nothing(Object.keys(absentOfMask)) : absentOfMask),
+/** Ways of the second pass alone; that of the first is taken, by its name too. */
+const sameInHires = ({ sampler_name, scheduler }: Body): Readonly<Record<string, Field>> => ({
+  hr_sampler_name: only('', 'Use same sampler', sampler_name),
+  hr_scheduler: only('', 'Use same scheduler', scheduler),
 });
+
+/** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
+const fieldsOf = (body: Body): Readonly<Record<string, Field>> => {
+  const ofHires = { ...absentOfHires, ...sameInHires(body) };
+  return {
+    ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
+    ...(body.enable_hr ? ofHires : nothing(Object.keys(ofHires))),
+    ...((body.mask ?? undefined) === undefined ? nothing(Object.keys(absentOfMask)) : absentOfMask),
+  };
+};
 
 /** A text, or nothing where it is empty. */
 const said = (body: Body, key: string): string | undefined =>
@@ -154,7 +159,7 @@ function variationOf(body: Body): Settings {
   };
 }
 
-/** The second pass. A1111 takes 0 for what is not said. */
+/** The second pass. A1111 takes 0 for what is not said; of its upscalers "None" is a plain one, of the picture. */
 function hiresOf(body: Body): Settings {
   const { enable_hr = false } = body;
   if (typeof enable_hr !== 'boolean' && enable_hr !== null)
@@ -177,8 +182,13 @@ function hiresOf(body: Body): Settings {
     ],
     hr_upscaler: [
       said(body, 'hr_upscaler'),
-      (value, key) => ({ hiresUpscaler: labelled(key, String(value), hiresUpscalers) }),
+      (value, key) => ({
+        hiresUpscaler: value === 'None' ? 'Lanczos' : labelled(key, String(value), hiresUpscalers),
+      }),
     ],
+    hr_prompt: [said(body, 'hr_prompt'), text('hiresPrompt')],
+    hr_negative_prompt: [said(body, 'hr_negative_prompt'), text('hiresNegativePrompt')],
+    hr_cfg: [given('hr_cfg'), numeric('hiresGuidanceScale', { min: 0 })],
   };
   const read = Object.entries(keys).map(([key, [value, field]]) =>
     value === undefined ? {} : field(value, key),
@@ -251,16 +261,26 @@ export function checkOverrides(value: unknown, served: Served): void {
   }
 }
 
-/** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
-export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
-  const settings = readFields(body, fieldsOf(body), served.tellIgnored);
-  const unheededTag =
-    served.loraModelDir === undefined ? /<(lora|lyco|hypernet):[^<>]+>/ : /<hypernet:[^<>]+>/;
-  const [tag] = settings.prompt?.[0].match(unheededTag) ?? [];
+/** @throws UserError for what A1111 would take out of a prompt, and nobody takes here */
+function checkTags(body: Body, { loraModelDir }: Served): void {
+  const tagsOf = (key: string): string[] =>
+    String(body[key] ?? '').match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [];
+  const tag = tagsOf('prompt').find((each) => loraModelDir === undefined || each.startsWith('<hypernet:'));
   if (tag !== undefined)
     throw new UserError(
       `a prompt takes no ${tag} here: LoRAs are named where the server is started with --lora-model-dir, and hypernetworks are not there`,
     );
+  const [own] = body.enable_hr ? tagsOf('hr_prompt') : [];
+  if (own !== undefined)
+    throw new UserError(
+      `hr_prompt takes no ${own}: the LoRAs of prompt count in both passes; leave it out there`,
+    );
+}
+
+/** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
+export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
+  const settings = readFields(body, fieldsOf(body), served.tellIgnored);
+  checkTags(body, served);
   checkOverrides(body.override_settings, served);
   const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };
   const controls = controlsIn(body.alwayson_scripts, served);

@@ -54,7 +54,7 @@ test('what else made a picture is told', (t) => {
   const { settings, further } = readParameters(
     'a <lora:style:0.8> fox, red <lora:more:1>\nNegative prompt: rain\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, ' +
       'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Variation seed: 2, Variation seed strength: 0.4, ' +
-      'Seed resize from: 64x96, Denoising strength: 0.5, Mask blur: 4, Masked content: fill, Hires CFG Scale: 4, ' +
+      'Seed resize from: 64x96, Denoising strength: 0.5, Mask blur: 4, Masked content: fill, Hires sampler: Euler, ' +
       'Lora hashes: "style: 1, more: 2", Version: v1.10.1',
   );
   t.match(settings, { prompt: 'a fox, red', negativePrompt: 'rain', width: '512', height: '768', seed: '3' });
@@ -68,7 +68,7 @@ test('what else made a picture is told', (t) => {
     { text: 'Denoising strength: 0.5', option: 'strength' },
     { text: 'Mask blur: 4', option: 'maskBlur' },
     { text: 'Masked content: fill', option: 'maskedContent' },
-    { text: 'Hires CFG Scale: 4', option: undefined },
+    { text: 'Hires sampler: Euler', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
   for (const [fields, sampler, type] of [
@@ -96,6 +96,13 @@ test('a second pass over the picture enlarged', (t) => {
     [
       'Denoising strength: 0.7, Hires resize: 0x1536, Hires upscaler: Lanczos, Version: v1.10.1',
       { hiresScale: undefined, hiresWidth: undefined, hiresHeight: '1536', hiresUpscaler: 'Lanczos' },
+    ],
+    [
+      'Seed: 3, Denoising strength: 0.7, Hires prompt: "a \\"hare\\", Seed: 4, \\nin snow", Hires negative prompt: fog, Hires CFG Scale: 4, Hires upscale: 2',
+      {
+        ...{ hiresPrompt: 'a "hare", Seed: 4, \nin snow', hiresNegativePrompt: 'fog', seed: '3' },
+        ...{ hiresGuidanceScale: '4', hiresScale: '2' },
+      },
     ],
     [
       'Hires upscale: Latent, Hires scale: 2.000000, Hires resize: 0x0, Hires steps: 0, Denoising strength: 0.700000, Version: stable-diffusion.cpp',

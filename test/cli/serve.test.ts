@@ -112,11 +112,13 @@ test('a server draws what sample draws', async (t) => {
       hr_upscaler: 'Latent',
       hr_second_pass_steps: 0,
       denoising_strength: 0.6,
+      ...{ hr_prompt: 'a hare', hr_negative_prompt: 'fog', hr_cfg: 3, hr_sampler_name: 'Use same sampler' },
     },
   });
   const hires = await sampled(
     ...[...small, '--prompt', 'a red fox', '--seed', '5', '--hires', '--hires-scale', '1.5'],
     ...['--hires-denoising-strength', '0.6', '--emphasis', 'original', '--max-token-length', '225'],
+    ...['--hires-prompt', 'a hare', '--hires-negative-prompt', 'fog', '--hires-guidance-scale', '3'],
   );
   t.equal(maxDifference((await pixels(larger.body.images[0])).data, hires.picture.data), 0, 'a second pass');
 });
@@ -302,6 +304,16 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
     ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_scale: 80 }, /hr_scale takes/],
     [
       '/sdapi/v1/txt2img',
+      { prompt: 'x', enable_hr: true, hr_prompt: '<lora:a:1>' },
+      /hr_prompt takes no <lora:a:1>: the LoRAs of prompt count in both passes/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', sampler_name: 'Euler', enable_hr: true, hr_sampler_name: 'DDIM' },
+      /hr_sampler_name "DDIM" is not there/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
       { prompt: 'x', enable_hr: true, hr_resize_x: 1e6, hr_resize_y: 1e6 },
       /1000000x1000000, which is more .* give smaller sides/,
     ],
@@ -365,7 +377,7 @@ test('lists that programs ask for before they draw', async (t) => {
     t.equal(status, 200, `${sampler_name} ${body.detail ?? ''}`);
   }
   t.same(await names('/sdapi/v1/loras'), []);
-  t.ok((await names('/sdapi/v1/upscalers')).includes('Lanczos'));
+  t.same(await names('/sdapi/v1/upscalers'), ['None', 'Lanczos', 'Nearest']); // SillyTavern puts latent ones behind the first
   t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
   for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
     t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);

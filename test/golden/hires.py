@@ -30,7 +30,7 @@ for (n, c, h, w), size in [((2, 2, 5, 7), (8, 14)), ((1, 1, 6, 4), (9, 5)), ((1,
         lines.append(dict(kind="interpolate", shape=[n, c, h, w], size=size, mode=mode, antialias=antialias, values=told(y)))
 
 
-def passes(dtype, prompt, seed, size, larger, steps, hires_steps, strength, **how):
+def passes(dtype, prompt, seed, size, larger, steps, hires_steps, strength, again={}, **how):
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(f"{here}/tiny-sdxl", torch_dtype=dtype)
     base.set_progress_bar_config(disable=True)
     seeded = lambda: torch.Generator("cpu").manual_seed(seed)
@@ -54,12 +54,14 @@ def passes(dtype, prompt, seed, size, larger, steps, hires_steps, strength, **ho
 
     over.prepare_latents = prepare
     over.image_processor.preprocess = lambda image, *_, **__: image
-    return over(**say, image=enlarged, strength=strength, num_inference_steps=total).images
+    return over(**{**say, **again}, image=enlarged, strength=strength, num_inference_steps=total).images
 
 
 CASES = [
     dict(prompt="a red fox", seed=7, size=128, larger=192, steps=4, hires_steps=3, strength=0.7, mode="bilinear", antialias=False),
     dict(prompt="a red fox", seed=8, size=64, larger=128, steps=3, hires_steps=5, strength=0.55, mode="bicubic", antialias=True),
+    dict(prompt="a red fox", seed=9, size=64, larger=96, steps=3, hires_steps=2, strength=0.7, mode="nearest", antialias=False,
+         again=dict(prompt="a blue hare, in snow", negative_prompt="fog", guidance_scale=3.0)),
 ]
 for case in CASES:
     exact, rough = passes(torch.float64, **case), passes(torch.float32, **case)

@@ -14,9 +14,17 @@ import { refusesEach, sdxl } from '../support/command_line.ts';
 import { picture, writeControlNet } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
 
+/** What a second pass may be told otherwise, and what its picture then says. */
+const own = { prompt: 'a blue hare, in snow', negative_prompt: 'fog', guidance_scale: 3 };
+const ownFlags = [
+  ...['--hires-prompt', own.prompt, '--hires-negative-prompt', own.negative_prompt],
+  ...['--hires-guidance-scale', `${own.guidance_scale}`],
+];
+const ownText = 'Hires prompt: "a blue hare, in snow", Hires negative prompt: fog, Hires CFG Scale: 3, ';
+
 type Line = Interpolation & { values: string; shape: number[] } & (
     | { kind: 'interpolate'; size: [number, number] }
-    | ({ kind: 'passes'; prompt: string; atol: number } & Record<
+    | ({ kind: 'passes'; prompt: string; atol: number; again?: typeof own } & Record<
         'seed' | 'size' | 'larger' | 'steps' | 'hires_steps' | 'strength',
         number
       >)
@@ -76,14 +84,16 @@ test('passes as A1111 makes them, and the settings in the picture', async (t) =>
       ...['--steps', `${line.steps}`, '--hires', '--hires-steps', `${line.hires_steps}`],
       ...['--hires-width', `${line.larger}`, '--hires-denoising-strength', `${line.strength}`],
       ...['--hires-upscaler', upscalerOf(line), '--json', '--output', output, '--save-latents', saved],
+      ...(line.again ? ownFlags : []),
     );
+    t.same(line.again ?? own, own);
     t.equal(status, 0, err);
     allClose(t, upscalerOf(line), latentsOf(saved), valuesOf(line), { atol: line.atol, rtol: 0 });
     t.match(JSON.parse(out), { width: line.larger, height: line.larger });
     const text = readPngText(output);
     t.match(
       text.parameters,
-      `Size: ${line.size}x${line.size}, Denoising strength: ${line.strength}, Hires resize: ${line.larger}x0, ` +
+      `Size: ${line.size}x${line.size}, Denoising strength: ${line.strength}, ${line.again ? ownText : ''}Hires resize: ${line.larger}x0, ` +
         `Hires steps: ${line.hires_steps}, Hires upscaler: ${upscalerOf(line)}, RNG: CPU`,
     );
     const again = at('again.png');
@@ -196,6 +206,7 @@ test('a size that is typed beside --from stands for the one in the picture', asy
 test('mistakes', (t) =>
   refusesEach(t, sample, [
     [['--hires-scale', '2'], /--hires-scale needs --hires: a second pass/],
+    [['--hires-prompt', 'x'], /--hires-prompt needs --hires: a second pass/],
     [['--hires', '--hires-scale', '2', '--hires-width', '128'], /--hires-scale says how large, and so do/],
     [['--hires', '--hires-upscaler', 'Latnt'], /--hires-upscaler takes Latent, .*; did you mean "?Latent/],
     [
