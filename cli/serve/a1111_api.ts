@@ -2,22 +2,29 @@
 import { pngText } from '../../io/png.ts';
 import { readParameters, samplerLabels, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
-import { checkOverrides, orderOf, plain } from './a1111_order.ts';
+import { checkOverrides, flagKeys, orderOf, plain } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
 import { base64, pictureBytes } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Settings } from './messages.ts';
-import type { Queue } from './queue.ts';
+import { type Queue, tellingBy } from './queue.ts';
 import type { Served } from './served.ts';
 
-export function a1111Api(served: Served, queue: Queue): Routes {
+export function a1111Api(served: Served, orders: Queue): Routes {
+  const queue = tellingBy(flagKeys, orders);
   const draw = async ({ json, signal }: Asked, overPicture: boolean): Promise<Reply> => {
     const body = await json();
     const order = orderOf(body, overPicture, served);
     const drawn = await queue.draw(order, signal);
     const { init_images: _, mask: __, alwayson_scripts: ___, ...parameters } = body;
     const images = body.send_images === false ? [] : drawn.map(({ png }) => base64(png));
-    return { json: { images, parameters, info: JSON.stringify(infoOf(order.settings, drawn)) } };
+    return {
+      json: {
+        images,
+        parameters,
+        info: JSON.stringify(infoOf(order.settings, drawn, Number(body.subseed ?? -1))),
+      },
+    };
   };
   return {
     ...controlnetApi(served),
@@ -81,6 +88,7 @@ function progress(queue: Queue, withImage: boolean): Reply {
   const working = queue.working();
   if (withImage) queue.look();
   const share = working?.share ?? 0;
+  const job = working?.order.settings.image === undefined ? 'txt2img' : 'img2img';
   const seconds = working ? (performance.now() - working.began) / 1000 : 0;
   const jobs = queue.waiting() + Number(working !== undefined);
   return {
@@ -88,7 +96,7 @@ function progress(queue: Queue, withImage: boolean): Reply {
       progress: share,
       eta_relative: share > 0 ? (seconds / share) * (1 - share) : 0,
       state: {
-        ...{ skipped: false, interrupted: false, job: working ? 'txt2img' : '', job_count: jobs, job_no: 0 },
+        ...{ skipped: false, interrupted: false, job: working ? job : '', job_count: jobs, job_no: 0 },
         ...{ sampling_step: working?.step ?? 0, sampling_steps: working?.steps ?? 0 },
       },
       current_image: withImage && working?.preview ? base64(working.preview) : null,
@@ -97,13 +105,20 @@ function progress(queue: Queue, withImage: boolean): Reply {
   };
 }
 
-/** What A1111 tells of the pictures, of which clients read seeds and texts. */
+/**
+ * What A1111 tells of the pictures, of which clients read seeds and texts. A subseed that was `sent` without a strength counts for nothing,
+ * and comes back.
+ */
 function infoOf(
   { prompt: [prompt] = [''], negativePrompt = '', batchCount, subseedStrength = 0 }: Settings,
   drawn: readonly Drawn[],
+  sent: number,
 ) {
   const seeds = drawn.map(({ seed }) => seed);
-  const subseeds = drawn.map(({ parameters }) => Number(readParameters(parameters).settings.subseed ?? -1));
+  const read = drawn.map(({ parameters }) => readParameters(parameters).settings);
+  const subseeds = read.map(({ subseed }, i) => Number(subseed ?? (sent < 0 ? -1 : sent + i)));
+  const [{ steps, width, height, guidanceScale } = {}] = read;
+  const numbers = Object.entries({ steps, width, height, cfg_scale: guidanceScale });
   return {
     ...{ prompt, all_prompts: drawn.map(() => prompt) },
     ...{ negative_prompt: negativePrompt, all_negative_prompts: drawn.map(() => negativePrompt) },
@@ -114,6 +129,7 @@ function infoOf(
       all_subseeds: subseeds,
       subseed_strength: subseedStrength,
     },
+    ...Object.fromEntries(numbers.map(([key, value]) => [key, Number(value)])),
     ...{ batch_size: batchCount, index_of_first_image: 0 },
     infotexts: drawn.map(({ parameters }) => parameters),
   };

@@ -90,6 +90,30 @@ const absentOfMask: Readonly<Record<string, Field>> = {
   mask_round: only(true),
 };
 
+/** What a flag of `sdxl sample` is called here, for its messages. */
+export const flagKeys: Readonly<Record<string, string>> = {
+  ...{
+    '--prompt': 'prompt',
+    '--negative-prompt': 'negative_prompt',
+    '--width': 'width',
+    '--height': 'height',
+  },
+  ...{ '--steps': 'steps', '--guidance-scale': 'cfg_scale', '--scheduler': 'sampler_name', '--eta': 'eta' },
+  ...{ '--seed': 'seed', '--subseed': 'subseed', '--subseed-strength': 'subseed_strength' },
+  ...{ '--seed-resize-from-w': 'seed_resize_from_w', '--seed-resize-from-h': 'seed_resize_from_h' },
+  ...{
+    '--image': 'init_images',
+    '--strength': 'denoising_strength',
+    '--image-guidance-scale': 'image_cfg_scale',
+  },
+  ...{ '--mask': 'mask', '--padding-mask-crop': 'inpaint_full_res', '--mask-blur': 'mask_blur' },
+  ...{ '--hires': 'enable_hr', '--hires-scale': 'hr_scale', '--hires-steps': 'hr_second_pass_steps' },
+  ...{ '--hires-width': 'hr_resize_x', '--hires-height': 'hr_resize_y', '--hires-upscaler': 'hr_upscaler' },
+  ...{ '--hires-denoising-strength': 'denoising_strength', '--hires-guidance-scale': 'hr_cfg' },
+  ...{ '--control-image': "a unit's image", '--adapter-image': "a unit's image" },
+  ...{ '--control-guidance-start': 'guidance_start', '--control-guidance-end': 'guidance_end' },
+};
+
 const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) => [key, unheeded]));
 
 /** A request's JSON. */

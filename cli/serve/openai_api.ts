@@ -8,7 +8,7 @@ import { number, oneOf, side } from '../option_values.ts';
 import { base64, type Field, numeric, only, prompt, readFields, text, unheeded } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
-import type { Queue } from './queue.ts';
+import { type Queue, tellingBy } from './queue.ts';
 import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
 
 const size: Field = (value, key) => {
@@ -46,6 +46,14 @@ const fields: Readonly<Record<string, Field>> = {
       ...['model', 'quality', 'style', 'user', 'moderation', 'input_fidelity'],
     ].map((key) => [key, unheeded]),
   ),
+};
+
+/** What a flag of `sdxl sample` is called here. */
+const flagKeys: Readonly<Record<string, string>> = {
+  ...{ '--prompt': 'prompt', '--negative-prompt': 'negative_prompt', '--seed': 'seed' },
+  ...{ '--width': 'size', '--height': 'size', '--steps': 'num_inference_steps' },
+  ...{ '--guidance-scale': 'guidance_scale', '--scheduler': 'scheduler' },
+  ...{ '--image': 'image', '--mask': 'mask', '--strength': 'strength' },
 };
 
 type Body = Readonly<Record<string, unknown>>;
@@ -112,7 +120,8 @@ function events(queue: Queue, order: Order, answer: Answer, signal: AbortSignal,
   };
 }
 
-export function openaiApi(served: Served, queue: Queue): Routes {
+export function openaiApi(served: Served, orders: Queue): Routes {
+  const queue = tellingBy(flagKeys, orders);
   const draw = async (body: Body, over: Order, kind: string, signal: AbortSignal): Promise<Reply> => {
     const read = readFields(body, fields, served.tellIgnored);
     if (!read.prompt) throw new UserError('prompt is not there; say what to draw');

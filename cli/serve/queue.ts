@@ -1,5 +1,6 @@
 // The orders of a server, drawn one after the other in the order in which they came: a device that draws one picture as fast as it can
 // draws two no faster at once.
+import { UserError } from '../../io/errors.ts';
 import type { Drawer } from './drawer_process.ts';
 import { Refusal } from './http.ts';
 import type { Drawn, Order } from './messages.ts';
@@ -14,6 +15,7 @@ export interface Watch {
 
 /** The order at work. */
 export interface Working {
+  order: Order;
   /** The part that is done, 0 to 1. */
   share: number;
   step: number;
@@ -55,7 +57,7 @@ export function openQueue(drawer: Drawer, most: number): Queue {
   };
 
   async function work(order: Order, signal: AbortSignal, watch: Watch): Promise<Drawn[]> {
-    const told: Working = { share: 0, step: 0, steps: 0, began: performance.now() };
+    const told: Working = { order, share: 0, step: 0, steps: 0, began: performance.now() };
     const stop = new AbortController();
     const pictures: Drawn[] = [];
     const done = drawer.draw(
@@ -112,3 +114,16 @@ export function openQueue(drawer: Drawer, most: number): Queue {
     },
   };
 }
+
+/** A queue whose mistakes are told in other words than those of flags, where `keys` has any. */
+export const tellingBy = (keys: Readonly<Record<string, string>>, queue: Queue): Queue => ({
+  ...queue,
+  draw: (...order) =>
+    queue.draw(...order).catch((error) => {
+      if (!(error instanceof UserError)) throw error;
+      const told = error.message.replace(/--[a-z][a-z0-9-]*/g, (flag) =>
+        Object.hasOwn(keys, flag) ? keys[flag] : flag,
+      );
+      throw new UserError(told);
+    }),
+});

@@ -168,7 +168,8 @@ test('a server changes prompts and varies noise', async (t) => {
     await server.post('/sdapi/v1/txt2img', { ...asked, ...none }),
   ];
   t.same(got.body.images, want.body.images, 'what clients send anyway');
-  t.same(JSON.parse(got.body.info).all_subseeds, [-1]);
+  t.same(JSON.parse(got.body.info).all_subseeds, [9], 'what counts for nothing comes back');
+  t.match(JSON.parse(want.body.info), { all_subseeds: [-1], width: 64, height: 64, steps: 2, cfg_scale: 5 });
 });
 
 test('a server draws over pictures', async (t) => {
@@ -257,6 +258,14 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
   const huge = await sharp({ create: { width: 8192, height: 4096, channels: 3, background: 'red' } })
     .png()
     .toBuffer();
+  const [white, black] = await Promise.all(
+    ['white', 'black'].map(async (background) => {
+      const png = await sharp({ create: { width: 64, height: 64, channels: 3, background } })
+        .png()
+        .toBuffer();
+      return png.toString('base64');
+    }),
+  );
   const cases: [string, Record<string, unknown>, RegExp][] = [
     ['/v1/images/generations', {}, /prompt is not there/],
     ['/v1/images/generations', { prompt: 3 }, /prompt takes a text, not 3/],
@@ -325,6 +334,16 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       '/sdapi/v1/img2img',
       { prompt: 'x', init_images: ['/etc/passwd'] },
       /cannot be read as a picture|base64/,
+    ],
+    [
+      '/sdapi/v1/img2img',
+      { prompt: 'x', init_images: [white], mask: black, width: 64, height: 64 },
+      /^mask is all black: make white/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', steps: 8, enable_hr: true, denoising_strength: 0.1, sampler_name: 'LCM' },
+      /^at denoising_strength 0.1 the 8 hr_second_pass_steps are of/,
     ],
     ['/sdapi/v1/options', { sd_vae: 'other.safetensors' }, /decodes by the VAE that it was started with/],
     [
