@@ -1,8 +1,8 @@
-// A1111's routes (`/sdapi/v1`) that clients draw with, and those that they ask what there is before they draw.
+// A1111's routes (`/sdapi/v1`) that clients draw with; those that they ask what there is before they draw are in a1111_lists.ts.
 import { pngText } from '../../io/png.ts';
-import { readParameters, samplerLabels, scheduleTypes } from '../sample/a1111.ts';
-import { hiresUpscalers } from '../sample/hires_options.ts';
-import { checkOverrides, flagKeys, orderOf, plain } from './a1111_order.ts';
+import { readParameters } from '../sample/a1111.ts';
+import { a1111Lists } from './a1111_lists.ts';
+import { flagKeys, orderOf } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
 import { base64, pictureBytes } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
@@ -28,6 +28,7 @@ export function a1111Api(served: Served, orders: Queue): Routes {
   };
   return {
     ...controlnetApi(served),
+    ...a1111Lists(served),
     'POST /sdapi/v1/txt2img': (asked) => draw(asked, false),
     'POST /sdapi/v1/img2img': (asked) => draw(asked, true),
     'GET /sdapi/v1/progress': ({ url }) =>
@@ -36,52 +37,26 @@ export function a1111Api(served: Served, orders: Queue): Routes {
       queue.interrupt();
       return { json: {} };
     },
+    // A picture is all that there is to skip.
+    'POST /sdapi/v1/skip': () => {
+      queue.interrupt();
+      return { json: {} };
+    },
+    'POST /sdapi/v1/unload-checkpoint': () => {
+      queue.unload();
+      return { json: {} };
+    },
+    'POST /sdapi/v1/reload-checkpoint': async () => {
+      await queue.reload();
+      return { json: {} };
+    },
     'POST /sdapi/v1/png-info': async ({ json }) => {
       const { image } = await json();
       const items = pngText(pictureBytes(image, 'image'), 'image');
       return { json: { info: items.parameters ?? '', items, parameters: {} } };
     },
-    'GET /sdapi/v1/options': () => ({ json: { sd_model_checkpoint: served.name, samples_format: 'png' } }),
-    'POST /sdapi/v1/options': async ({ json }) => {
-      checkOverrides(await json(), served);
-      return { json: {} };
-    },
-    'GET /sdapi/v1/sd-models': () => ({
-      json: [
-        {
-          title: served.name,
-          model_name: served.name,
-          hash: null,
-          sha256: null,
-          filename: served.name,
-          config: null,
-        },
-      ],
-    }),
-    'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
-    'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
-    'POST /sdapi/v1/refresh-loras': () => ({ json: null }), // they are looked for at each asking
-    'GET /sdapi/v1/samplers': () => ({
-      json: Object.values(samplerLabels).map((name) => ({ name, aliases: [plain(name)], options: {} })),
-    }),
-    'GET /sdapi/v1/schedulers': () => ({
-      json: scheduleTypes.map((label) => ({
-        name: label.toLowerCase().replaceAll(' ', '_'),
-        label,
-        aliases: null,
-      })),
-    }),
-    'GET /sdapi/v1/upscalers': () => ({
-      json: upscalers(['None', ...hiresUpscalers.filter((name) => !name.startsWith('Latent'))]),
-    }),
-    'GET /sdapi/v1/latent-upscale-modes': () => ({
-      json: hiresUpscalers.filter((name) => name.startsWith('Latent')).map((name) => ({ name })),
-    }),
   };
 }
-
-const upscalers = (names: readonly string[]) =>
-  names.map((name) => ({ name, model_name: null, model_path: null, model_url: null, scale: 4 }));
 
 /** How far the picture at work is; the newest look at it, and a wish for the next. */
 function progress(queue: Queue, withImage: boolean): Reply {

@@ -160,7 +160,24 @@ function modeOf(type: unknown): number {
   return controlModeOf(unionTypes[word] ?? word) as number;
 }
 
-export const controlnetApi = ({ followed }: Served): Routes => ({
-  'GET /controlnet/model_list': () => ({ json: { model_list: [...followed.keys()] } }),
-  'GET /controlnet/module_list': () => ({ json: { module_list: modules } }),
-});
+export const controlnetApi = ({ followed }: Served): Routes => {
+  const models = [...followed.keys()];
+  return {
+    'GET /controlnet/version': () => ({ json: { version: 2 } }),
+    'GET /controlnet/settings': () => ({ json: { control_net_unit_count: mostUnits } }),
+    'GET /controlnet/model_list': () => ({ json: { model_list: models } }),
+    'GET /controlnet/module_list': () => ({ json: { module_list: modules, module_detail: {} } }),
+    'GET /controlnet/control_types': () => ({
+      json: {
+        control_types: {
+          All: {
+            module_list: modules,
+            model_list: models,
+            default_option: 'none',
+            default_model: models[0] ?? 'None',
+          },
+        },
+      },
+    }),
+  };
+};

@@ -41,6 +41,9 @@ export interface Queue {
   look(): void;
   /** Ends the order at work after its step. */
   interrupt(): void;
+  /** Frees the models' memory, where nothing is at work; the next order, or `reload`, opens them again. */
+  unload(): void;
+  reload(): Promise<void>;
   /** Refuses those that wait and whatever comes, and resolves when the one at work is done. */
   close(): Promise<void>;
 }
@@ -107,6 +110,12 @@ export function openQueue(drawer: Drawer, most: number): Queue {
     waiting: () => entries.length,
     look: () => drawer.look(),
     interrupt: () => current?.stop.abort(),
+    unload() {
+      if (!current) drawer.close();
+    },
+    async reload() {
+      await drawer.open();
+    },
     async close() {
       closed = true;
       for (const entry of entries.splice(0)) entry.refuse(leaving());

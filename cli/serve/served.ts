@@ -1,12 +1,13 @@
 // What the routes know of the server that they are of, and the bounds of what may be asked of it.
 import { basename } from 'node:path';
 import { UserError } from '../../io/errors.ts';
+import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { shippedModel } from '../model.ts';
 import { adapterOf } from '../sample/adapter_options.ts';
 import { controlnetOf } from '../sample/control_options.ts';
 import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { metadataOf, openLoraFolder } from '../sample/lora_folder.ts';
-import { loraOf } from '../sample/options.ts';
+import { loraOf, textualInversionOf } from '../sample/options.ts';
 import type { Settings, Standing } from './messages.ts';
 
 /** The longest side of a picture, sent or drawn. */
@@ -35,6 +36,8 @@ export interface Served {
   loraModelDir?: string;
   /** The LoRAs that there are: the folder's, or else those that are merged for good. */
   loras(): LoraTold[];
+  /** The textual inversions, by what calls them in prompts, with how many vectors each has. */
+  embeddings: ReadonlyMap<string, number>;
   /** What units of requests may follow, by their names. */
   followed: ReadonlyMap<string, Followed>;
   /** How prompts are read, where the flags say. */
@@ -83,6 +86,12 @@ export function servedOf(standing: Standing, texts: Settings, log: (line: string
         : openLoraFolder(loraModelDir)
             .all()
             .map((each) => ({ ...each, metadata: metadataOf(each.path) })),
+    embeddings: new Map(
+      (standing.textualInversion ?? [])
+        .map(textualInversionOf)
+        .map(({ file, token }) => readTextualInversion(file, token))
+        .map(({ token, clip_l }) => [token, clip_l.count]),
+    ),
     followed: byName(followedOf(standing)),
     texts,
     tellIgnored(key) {

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { a1111Api } from '../../cli/serve/a1111_api.ts';
+import type { Asked } from '../../cli/serve/http.ts';
 import { openaiApi } from '../../cli/serve/openai_api.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
 import { writePng } from '../../io/image.ts';
@@ -400,14 +401,41 @@ test('lists that programs ask for before they draw', async (t) => {
   t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
   for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
     t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);
+  for (const path of ['hypernetworks', 'face-restorers', 'prompt-styles', 'script-info', 'realesrgan-models'])
+    t.same((await server.get(`/sdapi/v1/${path}`)).body, []);
+  t.ok((await server.get('/sdapi/v1/memory')).body.ram.total > 0);
+  t.match((await server.get('/controlnet/control_types')).body.control_types, { All: { model_list: [] } });
   t.match(await (await fetch(server.url)).text(), /<title>sdxl/, 'a page');
+
+  const before = drawers();
+  t.equal((await server.post('/sdapi/v1/unload-checkpoint', {})).status, 200);
+  await eventually(async () => drawers().length === 0);
+  t.equal((await server.post('/sdapi/v1/reload-checkpoint', {})).status, 200);
+  t.equal(drawers().length, 1, 'the model is open again');
+  t.notSame(drawers(), before);
 });
 
 test('a page tells of every route', async (t) => {
   const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
-  const served = { name: '', loras: () => [], followed: new Map(), texts: {}, tellIgnored() {} };
+  const served = {
+    ...{ name: '', loras: () => [], embeddings: new Map([['toy', 3]]), followed: new Map() },
+    ...{ texts: {}, tellIgnored() {} },
+  };
   const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
   for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
+
+  const asked = { url: new URL('http://localhost/?skip_current_image=true') } as Asked;
+  const told = async (path: string, queue: Partial<Queue> = {}) =>
+    ((await a1111Api(served, queue as Queue)[`GET /sdapi/v1/${path}`](asked)) as { json: unknown }).json;
+  t.match(await told('embeddings'), { loaded: { toy: { vectors: 3 } }, skipped: {} });
+  for (const [settings, job] of [
+    [{}, 'txt2img'],
+    [{ image: 'init_images' }, 'img2img'],
+  ] as const) {
+    const working = { order: { settings, pictures: {} }, share: 0.5, step: 2, steps: 4, began: 0 };
+    const state = await told('progress', { working: () => working, waiting: () => 0 });
+    t.match(state, { progress: 0.5, state: { job, job_count: 1, sampling_step: 2 } });
+  }
 });
 
 test('a service manager ends it', async (t) => {

@@ -1,0 +1,79 @@
+// A1111's routes that tell what there is, which clients ask before they draw, some of them to know whether it is A1111 at all. What this
+// server has none of is an empty list.
+import { freemem, totalmem } from 'node:os';
+import { samplerLabels } from '../sample/a1111.ts';
+import { hiresUpscalers } from '../sample/hires_options.ts';
+import { checkOverrides, plain, scheduleTypes } from './a1111_order.ts';
+import type { Reply, Routes } from './http.ts';
+import type { Served } from './served.ts';
+
+/** Of things that are looked for when they are asked for, or that there are none of. */
+const toRefresh = ['refresh-loras', 'refresh-checkpoints', 'refresh-vae', 'refresh-embeddings'];
+const absent = ['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-styles', 'script-info'];
+
+const each = (paths: readonly string[], method: string, json: unknown): Routes =>
+  Object.fromEntries(paths.map((path) => [`${method} /sdapi/v1/${path}`, (): Reply => ({ json })]));
+
+export const a1111Lists = (served: Served): Routes => ({
+  ...each(toRefresh, 'POST', null),
+  ...each(absent, 'GET', []),
+  'GET /sdapi/v1/scripts': () => ({ json: { txt2img: ['controlnet'], img2img: ['controlnet'] } }),
+  'GET /sdapi/v1/cmd-flags': () => ({ json: {} }),
+  'GET /sdapi/v1/memory': () => ({
+    json: {
+      ram: { free: freemem(), used: totalmem() - freemem(), total: totalmem() },
+      cuda: { error: 'not told here' },
+    },
+  }),
+  'GET /sdapi/v1/embeddings': () => ({
+    json: {
+      loaded: Object.fromEntries(
+        [...served.embeddings].map(([name, vectors]) => [
+          name,
+          { step: null, sd_checkpoint: null, sd_checkpoint_name: null, shape: 2048, vectors },
+        ]),
+      ),
+      skipped: {},
+    },
+  }),
+  'GET /sdapi/v1/options': () => ({
+    json: { sd_model_checkpoint: served.name, sd_vae: 'Automatic', samples_format: 'png' },
+  }),
+  'POST /sdapi/v1/options': async ({ json }) => {
+    checkOverrides(await json(), served);
+    return { json: {} };
+  },
+  'GET /sdapi/v1/sd-models': () => ({
+    json: [
+      {
+        title: served.name,
+        model_name: served.name,
+        hash: null,
+        sha256: null,
+        filename: served.name,
+        config: null,
+      },
+    ],
+  }),
+  'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
+  'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
+  'GET /sdapi/v1/samplers': () => ({
+    json: Object.values(samplerLabels).map((name) => ({ name, aliases: [plain(name)], options: {} })),
+  }),
+  'GET /sdapi/v1/schedulers': () => ({
+    json: scheduleTypes.map((label) => ({
+      name: label.toLowerCase().replaceAll(' ', '_'),
+      label,
+      aliases: null,
+    })),
+  }),
+  'GET /sdapi/v1/upscalers': () => ({
+    json: upscalers(['None', ...hiresUpscalers.filter((name) => !name.startsWith('Latent'))]),
+  }),
+  'GET /sdapi/v1/latent-upscale-modes': () => ({
+    json: hiresUpscalers.filter((name) => name.startsWith('Latent')).map((name) => ({ name })),
+  }),
+});
+
+const upscalers = (names: readonly string[]) =>
+  names.map((name) => ({ name, model_name: null, model_path: null, model_url: null, scale: 4 }));
