@@ -1,6 +1,7 @@
 // What is asked of a pipeline, in the words of diffusers' SDXL pipelines. TypeScript holds a program to it while it is compiled; of
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
 import { didYouMean, UserError } from '../io/errors.ts';
+import { controlBalances } from './control/control_balance.ts';
 import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';
 import type { ControlRequest } from './control/multicontrolnet.ts';
 import type { T2IAdapterRequest } from './control/t2i_adapter.ts';
@@ -125,6 +126,7 @@ const each: Rule = [
   'a number, or a list of one for each',
   (value) => isNumber(value) || every(value, (one) => isNone(one) || isNumber(one)),
 ];
+const isBalance = (value: unknown): boolean => controlBalances.some((one) => one === value);
 /** What it holds is told of beside the UNet. */
 const isScaleOrNone = (value: unknown): boolean =>
   isNone(value) || isNumber(value) || isObject(value) || every(value, isNumber);
@@ -189,6 +191,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   control_guidance_start: each,
   control_guidance_end: each,
   guess_mode: flag,
+  control_balance: [
+    `one of ${controlBalances.join(', ')}, or a list of one for each`,
+    (value) => isBalance(value) || every(value, (one) => isNone(one) || isBalance(one)),
+  ],
   adapter_image: listOf('pictures as readPicture gives them', isPicture),
   adapter_conditioning_scale: each,
   adapter_conditioning_factor: part,

@@ -4,9 +4,10 @@ import { type Command, Option } from 'commander';
 import { didYouMean, UserError } from '../../io/errors.ts';
 import { preprocessControl } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
+import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import type { ControlRequest } from '../../models/control/multicontrolnet.ts';
-import { number, type Pair, pair, repeated, scaledFile } from '../option_values.ts';
+import { number, oneOf, type Pair, pair, repeated, scaledFile } from '../option_values.ts';
 
 export interface ControlOptions {
   controlnet?: string[];
@@ -17,6 +18,7 @@ export interface ControlOptions {
   controlGuidanceStart?: number[];
   controlGuidanceEnd?: number[];
   guessMode?: boolean;
+  controlBalance?: ControlBalance[];
 }
 
 export const addControlOptions = (command: Command): Command =>
@@ -55,7 +57,12 @@ export const addControlOptions = (command: Command): Command =>
       'the part of the steps after which it no longer is (default: 1)',
       repeated(number('--control-guidance-end', { min: 0, max: 1 })),
     )
-    .option('--guess-mode', "control the prompt's prediction alone, and early features less than late ones");
+    .option('--guess-mode', "control the prompt's prediction alone, and early features less than late ones")
+    .option(
+      '--control-balance <NAME>',
+      `what counts more, the prompt or what it follows, as control modes of A1111's ControlNets: ${controlBalances.join(', ')} (default: balanced); given once for all, or once for each`,
+      repeated(oneOf('--control-balance', controlBalances)),
+    );
 
 function mode(text: string): number {
   const named = controlModeOf(text);
@@ -91,6 +98,7 @@ export function checkControl(options: ControlOptions & { adapter?: string[] }): 
     ['--control-mode', options.controlMode],
     ['--control-guidance-start', controlGuidanceStart],
     ['--control-guidance-end', controlGuidanceEnd],
+    ['--control-balance', options.controlBalance],
     ['--guess-mode', options.guessMode ? nets.slice(0, 1) : undefined],
   ] as const) {
     if (list && nets.length === 0) throw new UserError(`${flag} needs --controlnet: something to follow`);
@@ -111,8 +119,8 @@ export function checkControl(options: ControlOptions & { adapter?: string[] }): 
   });
 }
 
-/** A number that is given once is for all. */
-export const oneOrAll = (list: number[] | undefined): number | number[] | undefined =>
+/** What is given once is for all. */
+export const oneOrAll = <T>(list: T[] | undefined): T | T[] | undefined =>
   list?.length === 1 ? list[0] : list;
 
 /** The part that ControlNets heed; nothing where there are none. A scale that is not typed is the pipeline's own. */
@@ -123,6 +131,7 @@ export function controlRequest(
     controlGuidanceStart: starts,
     controlGuidanceEnd: ends,
     guessMode,
+    controlBalance,
   }: ControlOptions,
   controls: readonly Picture[],
   width: number,
@@ -136,5 +145,6 @@ export function controlRequest(
     control_guidance_start: oneOrAll(starts),
     control_guidance_end: oneOrAll(ends),
     guess_mode: guessMode,
+    control_balance: oneOrAll(controlBalance),
   };
 }

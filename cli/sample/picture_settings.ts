@@ -30,6 +30,7 @@ const lists = [
   'controlMode',
   'controlGuidanceStart',
   'controlGuidanceEnd',
+  'controlBalance',
   'pagAppliedLayers',
 ];
 

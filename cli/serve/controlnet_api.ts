@@ -3,6 +3,7 @@
 // preprocessors there are these. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
 import { UserError } from '../../io/errors.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
+import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { isObject } from '../../models/request.ts';
 import { oneOf } from '../option_values.ts';
 import { numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
@@ -21,6 +22,7 @@ interface Unit extends Followed {
   made?: Made;
   /** What the picture is, for a union; -1 where it is not said. */
   mode: number;
+  balance: ControlBalance;
 }
 
 /** Each has a picture, which is small in a body and large in memory. */
@@ -73,6 +75,9 @@ function settingsOf(units: readonly Unit[]): Settings {
       controlMode: nets.map(({ mode }) => mode),
       controlGuidanceStart: nets.map(({ start }) => start),
       controlGuidanceEnd: nets.map(({ end }) => end),
+      ...(nets.some(({ balance }) => balance !== 'balanced') && {
+        controlBalance: nets.map(({ balance }) => balance),
+      }),
     }),
     ...(adapters.length > 0 && {
       adapter: scaled(adapters),
@@ -90,16 +95,12 @@ const absent = {
   ipadapter_input: only([]),
   mask: only(''),
   mask_image: only(''),
+  hr_option: only('Both'),
 };
 
 function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit, 'name'> {
-  const { control_mode = 0 } = unit;
   const [model, image] = [unit.model ?? '', unit.image ?? unit.input_image];
   readFields(unit, absent, () => {});
-  if (![0, 'Balanced', null].includes(control_mode as number))
-    throw new UserError(
-      `a ControlNet unit's control_mode takes Balanced alone, not ${JSON.stringify(control_mode)}`,
-    );
   // A1111 shows a name with a hash behind it.
   const name = textOf(model, "a ControlNet unit's model").replace(/ \[\w*\]$/, '');
   const found =
@@ -119,7 +120,26 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit,
     end: read('guidance_end', 1, { min: 0, max: 1 }),
     made: madeBy(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
+    balance: balanceOf(unit.control_mode ?? 0, found),
   };
+}
+
+/** sd-webui-controlnet's words for what counts more, by their numbers. */
+const modes = ['Balanced', 'My prompt is more important', 'ControlNet is more important'];
+
+/** @throws UserError; webuiapi sends the first as a list of one */
+function balanceOf(given: unknown, { kind }: Followed): ControlBalance {
+  const [mode] = Array.isArray(given) && given.length === 1 ? given : [given];
+  const i = typeof mode === 'number' ? mode : modes.indexOf(mode);
+  if (modes[i] === undefined)
+    throw new UserError(
+      `a ControlNet unit's control_mode takes ${modes.join(', ')}, or 0 to 2, not ${JSON.stringify(given)}`,
+    );
+  if (i > 0 && kind !== 'controlnet')
+    throw new UserError(
+      `a ControlNet unit's control_mode is "${modes[i]}", and T2I-Adapters and IP-Adapters are followed by "Balanced" alone`,
+    );
+  return controlBalances[i];
 }
 
 /** The preprocessors that there are. */

@@ -16,6 +16,7 @@ import { keepInQ8 } from '../unet/q8.ts';
 import type { AdditionalResiduals, UNetConfig } from '../unet/unet.ts';
 import type { Question } from '../unet/unet_encoder.ts';
 import type { Latents } from '../vae/latents.ts';
+import { balancesOf, type ControlBalance, type Weights, weights } from './control_balance.ts';
 import {
   additionalResiduals,
   type ControlNet,
@@ -53,6 +54,8 @@ export interface ControlRequest {
   control_guidance_end?: Each;
   /** Controls the prompt's prediction alone, not the negative one's, and early features less than late ones. */
   guess_mode?: boolean;
+  /** Whether each gives way to the prompt, or the prompt to it, as sd-webui-controlnet's control modes; balanced where absent. */
+  control_balance?: ControlBalance | readonly (ControlBalance | undefined)[];
 }
 
 /** A ControlNet of either kind. */
@@ -75,8 +78,9 @@ export interface Control {
   scale: number;
   start: number;
   end: number;
-  /** Takes its share of guess_mode. */
-  guess: boolean;
+  weights: Weights;
+  /** Whether the prompt's prediction alone is controlled, and the negative one's is not. */
+  promptAlone: boolean;
 }
 
 /** What is beside a UNet has to fit. */
@@ -209,13 +213,22 @@ export function controlsOf(
         `control_guidance_start is ${start} and control_guidance_end ${ends[i]}: give parts of the way, the end after the start`,
       );
   });
-  const controls = nets.map((net, i) => ({
-    ...{ net, mode: modes[i], image: images[i], scale: scales[i], start: starts[i], end: ends[i], guess },
-  }));
+  const balances = balancesOf(nets.length, request);
+  const controls = nets.map(
+    (net, i): Control => ({
+      ...{ net, mode: modes[i], image: images[i], scale: scales[i], start: starts[i], end: ends[i] },
+      weights: guess ? 'guessed' : balances[i] === 'balanced' ? 'alike' : 'soft',
+      promptAlone: guess || balances[i] === 'more_control',
+    }),
+  );
   const groups = [...byNet(controls).values()];
   for (const group of groups) {
     for (const { net, mode } of group)
       checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
+    if (isUnion(group[0].net) && new Set(group.map((each) => each.weights + each.promptAlone)).size > 1)
+      throw new UserError(
+        'a ControlNet union sees all of its pictures at once: give each the same control_balance (--control-balance)',
+      );
     if (groups.length > 1 && isUnion(group[0].net) && group.some(({ scale }) => scale !== group[0].scale))
       throw new UserError(
         'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
@@ -302,14 +315,23 @@ export function residualsOf(
   guided: boolean,
 ): AdditionalResiduals | undefined {
   if (on.length === 0) return undefined;
-  const [{ guess, net }] = on;
-  const asked = guess && guided ? ofPrompts(question) : question;
-  const groups = [...byNet(on)];
-  const given = groups.flatMap(([net, controls]) => givenBy(net, controls, asked, groups.length > 1));
-  const sums = given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
-  const all = asked === question ? sums : sums.map((x) => concat([scale(x, 0), x], 0));
-  return additionalResiduals(all, featuresOf(net));
+  const ofPrompt = (each: Control) => guided && each.promptAlone;
+  const [alone, others] = [on.filter(ofPrompt), on.filter((each) => !ofPrompt(each))];
+  const doubled = (x: Tensor): Tensor => concat([scale(x, 0), x], 0);
+  const isBeside = byNet(on).size > 1;
+  const sums = [
+    ...(alone.length > 0 ? [sumOf(alone, ofPrompts(question), isBeside).map(doubled)] : []),
+    ...(others.length > 0 ? [sumOf(others, question, isBeside)] : []),
+  ];
+  return additionalResiduals(added(sums), featuresOf(on[0].net));
 }
+
+const added = (given: readonly (readonly Tensor[])[]): readonly Tensor[] =>
+  given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
+
+/** What some of them give together; `beside` tells that there are other nets than one. */
+const sumOf = (controls: readonly PlacedControl[], question: Question, beside: boolean): readonly Tensor[] =>
+  added([...byNet(controls)].flatMap(([net, group]) => givenBy(net, group, question, beside)));
 
 /** How many features it adds to, beside the middle block's output. */
 const featuresOf = (net: AnyControlNet): number => net.children.controlnet_down_blocks.length;
@@ -321,8 +343,8 @@ function givenBy(
   question: Question,
   beside: boolean,
 ): Tensor[][] {
-  const weighed = (residuals: readonly Tensor[], { guess }: Control, factor: number) =>
-    residuals.map((x, i) => scaled(x, guess ? factor * 10 ** (i / featuresOf(net) - 1) : factor));
+  const weighed = (residuals: readonly Tensor[], control: Control, factor: number) =>
+    residuals.map((x, i) => scaled(x, factor * weights[control.weights](i, residuals.length)));
   if (!isUnion(net))
     return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
   // Of several pictures in a union alone the scales are theirs.
@@ -343,7 +365,7 @@ function ofPrompts({ sample, times, conditioning, count }: Question): Question {
     times: times instanceof Tensor ? later(times) : { ...times, times: later(times.times, 1) },
     conditioning: {
       ...{ context: later(context), textEmbeds: later(textEmbeds), timeIds: later(timeIds) },
-      cache,
+      cache: cache?.part,
     },
   };
 }

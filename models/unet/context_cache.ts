@@ -7,6 +7,13 @@ import type { Tensor } from '../../engine/tensor.ts';
 /** Tensors by what made them (a module), until release(). */
 export class ContextCache {
   #made = new Map<object, readonly Tensor[]>();
+  #part?: ContextCache;
+
+  /** Another one, for what is asked of some of the rows alone, by the same modules; it is released with this one. */
+  get part(): ContextCache {
+    this.#part ??= new ContextCache();
+    return this.#part;
+  }
 
   once(key: object, make: () => readonly Tensor[]): readonly Tensor[] {
     const made = this.#made.get(key) ?? make().map(keep);
@@ -17,6 +24,7 @@ export class ContextCache {
   release(): void {
     for (const tensors of this.#made.values()) for (const t of tensors) t.release();
     this.#made.clear();
+    this.#part?.release();
   }
 }
 

@@ -28,13 +28,18 @@ export function pagOf(
     pag_adaptive_scale: adaptive = 0,
     pag_applied_layers: given = 'mid',
     guess_mode,
-  }: PAGRequest & { guess_mode?: boolean },
+    control_balance,
+  }: PAGRequest & { guess_mode?: boolean; control_balance?: unknown },
   unet: UNet,
 ): PAG | undefined {
   if (scale === 0) return undefined;
   if (guess_mode)
     throw new UserError(
       'guess_mode (--guess-mode) and pag_scale (--pag-scale) do not go together: leave one of them out',
+    );
+  if ([control_balance].flat().includes('more_control'))
+    throw new UserError(
+      'control_balance (--control-balance) more_control and pag_scale (--pag-scale) do not go together: leave one of them out',
     );
   const all = selfAttentions(unet);
   const layers = [given].flat().flatMap((part) => {

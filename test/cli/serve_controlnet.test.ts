@@ -83,6 +83,18 @@ test('what a unit names is followed, as by sample', async (t) => {
       ],
     ],
     [
+      'one that is more important, beside one that is not',
+      [
+        { model: 'full', image, control_mode: 'ControlNet is more important', hr_option: 'Both' },
+        { model: 'small', image, control_mode: ['Balanced'], resize_mode: 'Resize and Fill' }, // as webuiapi sends
+        { model: 'small', image, control_mode: 1 },
+      ],
+      [
+        ...[full, little, little].flatMap((net) => ['--controlnet', net, '--control-image', file]),
+        ...['more_control', 'balanced', 'more_prompt'].flatMap((name) => ['--control-balance', name]),
+      ],
+    ],
+    [
       'what is drawn in black on white',
       [{ model: 'small', image, module: 'invert (from white bg & black line)' }],
       ['--controlnet', little, '--control-image', inverted],
@@ -128,7 +140,12 @@ test('a unit that cannot be followed is told of', async (t) => {
     ],
     [units({ model: 'full', module: 'ip-adapter-auto', image }), /there are canny and invert alone/],
     [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there are canny and invert alone/],
-    [units({ model: 'full', control_mode: 2, image }), /control_mode takes Balanced alone/],
+    [units({ model: 'full', control_mode: 3, image }), /control_mode takes Balanced, My prompt is more/],
+    [
+      units({ model: 'edges', control_mode: 1, image }),
+      /T2I-Adapters and IP-Adapters are followed by "Balanced"/,
+    ],
+    [units({ model: 'full', hr_option: 'High res only', image }), /hr_option "High res only" is not there/],
     [units({ model: 'full' }), /image takes a picture's file/],
     [units({ model: 'full', image, weight: -1 }), /weight takes a number from 0/],
     [units({ model: 'full', image, guidance_start: 0.8, guidance_end: 0.2 }), /nothing would be followed/],

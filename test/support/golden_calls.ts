@@ -1,5 +1,5 @@
-// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl, inpainting.jsonl and
-// instruct_pix2pix.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
+// Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl, inpainting.jsonl,
+// instruct_pix2pix.jsonl and control_balance.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -60,12 +60,22 @@ function modelOf(kind: Kind): string {
   return join(goldenFolder, kind === 'refiner' ? 'tiny-sdxl-refiner' : 'tiny-sdxl');
 }
 
-export const pipelineOf = (kind: Kind, device: Device, adapter: readonly ModelSource[] = []): Pipeline =>
+export const pipelineOf = (
+  kind: Kind,
+  device: Device,
+  adapter: readonly ModelSource[] = [],
+  controls = 1,
+): Pipeline =>
   loadPipeline(openModel(modelOf(kind)), {
     ...{ device, dtype: 'float32', adapter },
-    controlnet: isControlled(kind) ? [net] : [],
+    controlnet: isControlled(kind) ? Array(controls).fill(net) : [],
     ipAdapter: isAdapted(kind) ? [ipAdapter] : [],
   });
+
+const controlImages = [1, 3].map((seed) => preprocessControl(picture(seed, 64, 64)));
+/** How many pictures ControlNets follow. */
+const controlsOf = ({ control_balance: balances }: Call['settings']): number =>
+  Array.isArray(balances) ? balances.length : 1;
 
 function requestOf({ kind, adapters, settings: { scheduler, noise, ...settings }, seed }: Call): Asked {
   const masked = kind.startsWith('inpaint');
@@ -77,7 +87,7 @@ function requestOf({ kind, adapters, settings: { scheduler, noise, ...settings }
     image: begins ? preprocess(picture(4, 64, 64)) : undefined,
     mask: masked ? preprocessMask(disc()) : undefined,
     latents: given && { shape: [1, 4, 8, 8], data: given },
-    control_image: isControlled(kind) ? [preprocessControl(picture(1, 64, 64))] : undefined,
+    control_image: isControlled(kind) ? controlImages.slice(0, controlsOf(settings)) : undefined,
     adapter_image: adapters?.map(([, of]) => picture(...of)),
     adapter_conditioning_scale: adapters?.map(([, , scale]) => scale),
     ip_adapter_image: isAdapted(kind) ? [picture(1, 117, 149)] : undefined,
@@ -97,7 +107,7 @@ export function testCalls(calls: readonly Call[], count: number, slow: number): 
       t.equal(calls.length, count);
       for (const call of device.name === 'reference' ? [calls[slow]] : calls) {
         const adapters = call.adapters?.map(([name]) => openComponent(writeT2IAdapter(at(name), name)));
-        const pipeline = pipelineOf(call.kind, device, adapters);
+        const pipeline = pipelineOf(call.kind, device, adapters, controlsOf(call.settings));
         const some = (await latentsOf(pipeline, requestOf(call))).filter((_, i) => i % 5 === 0);
         const want = decodeFloats(Buffer.from(call.values, 'base64'), 'float32');
         const { kind, settings, atol } = call;
