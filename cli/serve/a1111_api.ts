@@ -28,7 +28,7 @@ export function a1111Api(served: Served, orders: Queue): Routes {
   };
   return {
     ...controlnetApi(served),
-    ...a1111Lists(served),
+    ...a1111Lists(served, queue),
     'POST /sdapi/v1/txt2img': (asked) => draw(asked, false),
     'POST /sdapi/v1/img2img': (asked) => draw(asked, true),
     'GET /sdapi/v1/progress': ({ url }) =>

@@ -5,7 +5,8 @@ import { samplerLabels } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { checkOverrides, plain, scheduleTypes } from './a1111_order.ts';
 import type { Reply, Routes } from './http.ts';
-import type { Served } from './served.ts';
+import type { Queue } from './queue.ts';
+import { edmSampler, type Served } from './served.ts';
 
 /** Of things that are looked for when they are asked for, or that there are none of. */
 const toRefresh = ['refresh-loras', 'refresh-checkpoints', 'refresh-vae', 'refresh-embeddings'];
@@ -14,7 +15,7 @@ const absent = ['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-
 const each = (paths: readonly string[], method: string, json: unknown): Routes =>
   Object.fromEntries(paths.map((path) => [`${method} /sdapi/v1/${path}`, (): Reply => ({ json })]));
 
-export const a1111Lists = (served: Served): Routes => ({
+export const a1111Lists = (served: Served, queue: Queue): Routes => ({
   ...each(toRefresh, 'POST', null),
   ...each(absent, 'GET', []),
   'GET /sdapi/v1/scripts': () => ({ json: { txt2img: ['controlnet'], img2img: ['controlnet'] } }),
@@ -58,7 +59,9 @@ export const a1111Lists = (served: Served): Routes => ({
   'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
   'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
   'GET /sdapi/v1/samplers': () => ({
-    json: Object.values(samplerLabels).map((name) => ({ name, aliases: [plain(name)], options: {} })),
+    json: Object.values(samplerLabels)
+      .filter((name) => !queue.model()?.edm || edmSampler(name) !== undefined)
+      .map((name) => ({ name, aliases: [plain(name)], options: {} })),
   }),
   'GET /sdapi/v1/schedulers': () => ({
     json: scheduleTypes.map((label) => ({

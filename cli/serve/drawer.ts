@@ -3,10 +3,12 @@
 // an error that may have left the device broken.
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { unionConfigOf } from '../../models/control/controlnet_union.ts';
 import { isInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
 import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
+import { isEDM } from '../../models/samplers/config.ts';
 import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
 import { encodeAside } from '../png_threads.ts';
 import { adapterOf } from '../sample/adapter_options.ts';
@@ -30,7 +32,7 @@ import {
   type ToDrawer,
 } from './messages.ts';
 import { readSent } from './sent_picture.ts';
-import { mostSide } from './served.ts';
+import { edmSampler, mostSide } from './served.ts';
 
 /** The models, open for good. */
 interface Kept {
@@ -89,8 +91,12 @@ async function draw(kept: Kept, id: number, { settings, pictures, made = {} }: O
   await Promise.all(sent);
 }
 
-/** Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any. */
-function heeded(settings: Settings, { source }: Sources): Settings {
+const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler')._class_name);
+
+/** Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any, and call samplers as of any. */
+function heeded(asked: Settings, { source }: Sources): Settings {
+  const own = isOfEDM(source) ? asked.scheduler && edmSampler(asked.scheduler) : undefined;
+  const settings = own ? { ...asked, scheduler: own } : asked;
   const { imageGuidanceScale, ...ofMost } = settings;
   if (!isInstructPix2Pix(source.config('unet'))) return ofMost;
   const { strength, ...ofEdits } = settings;
@@ -202,8 +208,8 @@ async function heed(message: ToDrawer): Promise<void> {
   if (message.kind === 'open') {
     try {
       kept = await open(message.options);
-      const { device, dtype } = kept.sources;
-      say({ kind: 'opened', told: { device: device.name, dtype } });
+      const { device, dtype, source } = kept.sources;
+      say({ kind: 'opened', told: { device: device.name, dtype, edm: isOfEDM(source) } });
     } catch (error) {
       fail(error);
     }

@@ -23,6 +23,8 @@ export interface Drawer {
   /** Asks for a preview of the order at work after its next step. */
   look(): void;
   /** `idle`: let go, and opened again by the next order. `lost`: not to be opened at the last try. */
+  /** What it was when it was last opened. */
+  told(): ModelTold | undefined;
   state(): 'opening' | 'open' | 'idle' | 'lost';
   close(): void;
 }
@@ -56,6 +58,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   let idle: NodeJS.Timeout | undefined;
   let ids = 0;
   let state: ReturnType<Drawer['state']> = 'idle';
+  let told: ModelTold | undefined;
   const send = (message: ToDrawer): void => {
     if (child?.connected) child.send(message);
   };
@@ -73,6 +76,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
       started.on('message', (message: FromDrawer) => {
         if (message.kind === 'opened') {
           state = 'open';
+          told = message.told;
           resolve(message.told);
         } else if (message.kind === 'failed' && message.id === undefined)
           lost = message.mistake ? new UserError(message.message) : lostWith(message.message);
@@ -131,9 +135,9 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
 
   return {
     async open() {
-      const told = await open();
+      const opened = await open();
       untilIdle();
-      return told;
+      return opened;
     },
     async draw(order, hearing, signal) {
       clearTimeout(idle);
@@ -156,6 +160,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
       }
     },
     look: () => work && send({ kind: 'look', id: work.id }),
+    told: () => told,
     state: () => state,
     close,
   };

@@ -35,6 +35,8 @@ export const nothingFollowed = { controlnet: undefined, adapter: undefined, ipAd
 export interface ModelTold {
   device: string;
   dtype: string;
+  /** Whether the model was trained under EDM's noise, which has samplers of its own. */
+  edm: boolean;
 }
 
 export interface Drawn {

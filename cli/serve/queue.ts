@@ -3,7 +3,7 @@
 import { UserError } from '../../io/errors.ts';
 import type { Drawer } from './drawer_process.ts';
 import { Refusal } from './http.ts';
-import type { Drawn, Order } from './messages.ts';
+import type { Drawn, ModelTold, Order } from './messages.ts';
 
 /** What is told of an order on its way. */
 export interface Watch {
@@ -35,6 +35,8 @@ export interface Queue {
   /** The pictures of an order, or those that were finished when `interrupt` ended it. An order whose `signal` aborts is given up. */
   draw(order: Order, signal: AbortSignal, watch?: Watch): Promise<Drawn[]>;
   working(): Working | undefined;
+  /** What is known of the model, once it was open. */
+  model(): ModelTold | undefined;
   /** How many wait. */
   waiting(): number;
   /** Asks for a preview of the order at work after its next step. */
@@ -107,6 +109,7 @@ export function openQueue(drawer: Drawer, most: number): Queue {
       });
     },
     working: () => current?.told,
+    model: () => drawer.told(),
     waiting: () => entries.length,
     look: () => drawer.look(),
     interrupt: () => current?.stop.abort(),

@@ -1,6 +1,7 @@
 // What the routes know of the server that they are of, and the bounds of what may be asked of it.
 import { basename } from 'node:path';
 import { UserError } from '../../io/errors.ts';
+import { plainSpelling, samplerNames } from '../../models/samplers/registry.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { shippedModel } from '../model.ts';
 import { adapterOf } from '../sample/adapter_options.ts';
@@ -15,6 +16,12 @@ export const mostSide = 4096;
 export const mostSteps = 150;
 /** Of one request. */
 export const mostPictures = 16;
+
+/** What a sampler is for models of EDM's noise, which A1111's samplers draw with under the names that they have for others. */
+export function edmSampler(name: string): string | undefined {
+  const wanted = plainSpelling(`edm_${name}`);
+  return samplerNames.find((each) => plainSpelling(each) === wanted);
+}
 
 /** Something that is put beside the UNet, by the option that names its file. */
 export interface Followed {

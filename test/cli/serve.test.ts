@@ -8,6 +8,7 @@ import type { Asked } from '../../cli/serve/http.ts';
 import { openaiApi } from '../../cli/serve/openai_api.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
 import { writePng } from '../../io/image.ts';
+import { writeEDM } from '../support/edm_golden.ts';
 import { maxDifference, packageRoot } from '../support/golden.ts';
 import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
 
@@ -441,4 +442,27 @@ test('a page tells of every route', async (t) => {
 test('a service manager ends it', async (t) => {
   t.equal(await (await shared).end(), 143);
   await eventually(async () => drawers().length === 0);
+});
+
+test('a model of EDM takes the samplers that there are for it by the names of others', async (t) => {
+  const server = await serve(...small, '--model', writeEDM(join(folder, 'playground'), 'playground'));
+  const samplers = (await server.get('/sdapi/v1/samplers')).body.map((each: { name: string }) => each.name);
+  t.same(samplers, ['Euler', 'DPM++ 2M']);
+  for (const [sampler_name, scheduler] of [
+    ['Euler', 'edm_euler'],
+    ['DPM++ 2M', 'edm_dpm++2m_karras'],
+    ['DPM++ 2M SDE', 'edm_dpm++2m_sde_exponential'],
+  ]) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name });
+    t.equal(status, 200, body.detail);
+    const typed = await sampled(
+      ...[...small, '--model', join(folder, 'playground'), '--prompt', fox.prompt, '--seed', '5'],
+      ...['--scheduler', scheduler, '--emphasis', 'original', '--max-token-length', '225'],
+    );
+    t.equal(maxDifference((await pixels(body.images[0])).data, typed.picture.data), 0, sampler_name);
+  }
+  const other = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DDIM' });
+  t.equal(other.status, 400);
+  t.match(other.body.detail, /DDIMScheduler draws nothing but noise/);
+  t.equal(await server.end(), 143);
 });

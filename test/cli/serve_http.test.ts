@@ -201,7 +201,8 @@ test('a page that may ask is told so, and another is not', async (t) => {
 function slowDrawer() {
   const begun: { order: Order; end(): void; fail(error: Error): void; signal: AbortSignal }[] = [];
   const drawer: Drawer = {
-    open: async () => ({ device: 'none', dtype: 'float32' }),
+    open: async () => ({ device: 'none', dtype: 'float32', edm: false }),
+    told: () => undefined,
     draw: (order, hearing, signal) =>
       new Promise((resolve, fail) => {
         const picture = {
