@@ -55,7 +55,7 @@ function cut<P extends Pixels>({ data, ...picture }: P, { left, top, width, heig
 }
 
 /** `from` laid on `onto` with its corner there; what does not fit is cut off. */
-function lay(onto: Pixels, from: Pixels, left: number, top: number): void {
+export function lay(onto: Pixels, from: Pixels, left: number, top: number): void {
   const { channels } = onto;
   const [first, last] = [Math.max(0, -left), Math.min(from.width, onto.width - left)];
   for (let y = Math.max(0, -top); y < Math.min(from.height, onto.height - top); y++) {

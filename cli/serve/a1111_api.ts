@@ -81,8 +81,8 @@ function progress(queue: Queue, withImage: boolean): Reply {
 }
 
 /**
- * What A1111 tells of the pictures, of which clients read seeds and texts. A subseed that was `sent` without a strength counts for nothing,
- * and comes back.
+ * What A1111 tells of the pictures, of which clients read seeds and texts. A subseed that was `sent` without a strength counts for
+ * nothing, and comes back.
  */
 function infoOf(
   { prompt: [prompt] = [''], negativePrompt = '', batchCount, subseedStrength = 0 }: Settings,

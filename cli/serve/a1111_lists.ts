@@ -1,9 +1,9 @@
 // A1111's routes that tell what there is, which clients ask before they draw, some of them to know whether it is A1111 at all. What this
 // server has none of is an empty list.
 import { freemem, totalmem } from 'node:os';
-import { samplerLabels } from '../sample/a1111.ts';
+import { samplerLabels, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
-import { checkOverrides, plain, scheduleTypes } from './a1111_order.ts';
+import { checkOverrides, plain } from './a1111_order.ts';
 import type { Reply, Routes } from './http.ts';
 import type { Queue } from './queue.ts';
 import { edmSampler, type Served } from './served.ts';

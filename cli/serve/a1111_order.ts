@@ -51,9 +51,10 @@ const words = (text: string): string[] => text.trim().split(/\s+/);
 
 /** Keys that readers below take apart. */
 const taken = words(`
-  sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength init_images mask
-  mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y hr_prompt hr_negative_prompt hr_cfg
-  subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
+  sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength
+  init_images mask mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res
+  inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y hr_prompt
+  hr_negative_prompt hr_cfg subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
@@ -314,5 +315,6 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
     made: { ...over.made, ...controls.made },
+    fits: controls.fits,
   };
 }

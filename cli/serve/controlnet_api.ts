@@ -2,13 +2,13 @@
 // IP-Adapter of those that the server was started with, and a picture that it follows as it is, inverted, or its edges: of all
 // preprocessors there are these. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
 import { UserError } from '../../io/errors.ts';
-import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
+import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
 import { oneOf } from '../option_values.ts';
 import { numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
 import type { Routes } from './http.ts';
-import type { Made, Order, Settings } from './messages.ts';
+import type { Fit, Made, Order, Settings } from './messages.ts';
 import type { Followed, Served } from './served.ts';
 
 interface Unit extends Followed {
@@ -20,6 +20,7 @@ interface Unit extends Followed {
   end: number;
   /** What its preprocessor makes of it. */
   made?: Made;
+  fit?: Fit;
   /** What the picture is, for a union; -1 where it is not said. */
   mode: number;
   balance: ControlBalance;
@@ -51,6 +52,7 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   return {
     settings: settingsOf(units),
     pictures: Object.fromEntries(units.map(({ name, picture }) => [name, picture])),
+    fits: Object.fromEntries(units.flatMap(({ name, fit }) => (fit ? [[name, fit]] : []))),
     made: Object.fromEntries(units.flatMap(({ name, made }) => (made ? [[name, made]] : []))),
   };
 }
@@ -120,8 +122,28 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit,
     end: read('guidance_end', 1, { min: 0, max: 1 }),
     made: madeBy(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
+    fit: fitOf(unit.resize_mode ?? 1, found),
     balance: balanceOf(unit.control_mode ?? 0, found),
   };
+}
+
+/** sd-webui-controlnet's words for how a picture is brought to the shape that is drawn, by their numbers, and older ones. */
+const resizeModes: readonly (readonly [fit: Fit | undefined, ...words: string[]])[] = [
+  [undefined, 'Just Resize'],
+  ['crop', 'Crop and Resize', 'Scale to Fit (Inner Fit)', 'Inner Fit (Scale to Fit)'],
+  ['fill', 'Resize and Fill', 'Envelope (Outer Fit)', 'Outer Fit (Shrink to Fit)'],
+];
+
+/** @throws UserError; an IP-Adapter's encoder has a way of its own */
+function fitOf(given: unknown, { kind }: Followed): Fit | undefined {
+  const mode = resizeModes.find(
+    ([, ...words], i) => i === given || (typeof given === 'string' && words.includes(given)),
+  );
+  if (!mode)
+    throw new UserError(
+      `a ControlNet unit's resize_mode takes ${resizeModes.map(([, word]) => word).join(', ')}, or 0 to 2, not ${JSON.stringify(given)}`,
+    );
+  return kind === 'ipAdapter' ? undefined : mode[0];
 }
 
 /** sd-webui-controlnet's words for what counts more, by their numbers. */

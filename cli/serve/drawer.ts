@@ -31,7 +31,7 @@ import {
   type Standing,
   type ToDrawer,
 } from './messages.ts';
-import { readSent } from './sent_picture.ts';
+import { fitted, readSent } from './sent_picture.ts';
 import { edmSampler, mostSide } from './served.ts';
 
 /** The models, open for good. */
@@ -62,12 +62,17 @@ async function open(options: Standing): Promise<Kept> {
 }
 
 /** Draws an order; says each step, and each picture as it is there. */
-async function draw(kept: Kept, id: number, { settings, pictures, made = {} }: Order): Promise<void> {
+async function draw(
+  kept: Kept,
+  id: number,
+  { settings, pictures, made = {}, fits = {} }: Order,
+): Promise<void> {
   const { base, sources, options } = following(kept, heeded(settings, kept.sources));
   checkSample(options);
   const prompts = promptsOf(options);
   for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
-  const read = (name: string) => readSent(pictures[name], name, made[name]);
+  const read = async (name: string) =>
+    fitted(await readSent(pictures[name], name, made[name]), fits[name], options);
   const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
@@ -93,7 +98,10 @@ async function draw(kept: Kept, id: number, { settings, pictures, made = {} }: O
 
 const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler')._class_name);
 
-/** Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any, and call samplers as of any. */
+/**
+ * Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any, and call samplers
+ * as of any.
+ */
 function heeded(asked: Settings, { source }: Sources): Settings {
   const own = isOfEDM(source) ? asked.scheduler && edmSampler(asked.scheduler) : undefined;
   const settings = own ? { ...asked, scheduler: own } : asked;

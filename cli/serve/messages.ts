@@ -16,6 +16,9 @@ export type Made =
   /** sd-webui-controlnet's `invert`: black lines of white ones. */
   | { by: 'invert' };
 
+/** How a picture of another shape than what is drawn is brought to it, its middle staying: cut, or with the colour of its edges around it. */
+export type Fit = 'crop' | 'fill';
+
 /** Options that name a picture (`image`, `mask`) say which of these is meant. */
 export interface Order {
   settings: Settings;
@@ -23,6 +26,8 @@ export interface Order {
   pictures: Readonly<Record<string, Uint8Array>>;
   /** What is made of them, where they do not count as they are. */
   made?: Readonly<Record<string, Made>>;
+  /** Those that are stretched are not in it. */
+  fits?: Readonly<Record<string, Fit>>;
 }
 
 /** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */

@@ -2,8 +2,9 @@
 // so a mask may be an alpha channel, and a ControlNet's picture one to be preprocessed.
 import { canny } from '../../io/canny.ts';
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
+import { lay } from '../../io/mask_crop.ts';
 import type { Mask, Picture } from '../../io/pixels.ts';
-import type { Made } from './messages.ts';
+import type { Fit, Made, Settings } from './messages.ts';
 import { mostSide } from './served.ts';
 
 /** A picture from its file, of which messages say `name`. @throws UserError */
@@ -24,4 +25,39 @@ function blackAndWhite({ data: alpha, ...size }: Mask): Picture {
     alpha[Math.floor(i / 3)] > 128 ? 255 : 0,
   );
   return { ...size, channels: 3, data };
+}
+
+/**
+ * A picture in the shape of `width` x `height`, where both are said, cut or filled up as sd-webui-controlnet does, but before it is resized:
+ * a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere.
+ */
+export function fitted(
+  picture: Picture,
+  fit: Fit | undefined,
+  { width, height, paddingMaskCrop }: Settings,
+): Picture {
+  if (!fit || !width || !height || paddingMaskCrop !== undefined) return picture;
+  const scales = [picture.width / width, picture.height / height];
+  const scale = fit === 'crop' ? Math.min(...scales) : Math.max(...scales);
+  const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+  if (w === picture.width && h === picture.height) return picture;
+  const background = fit === 'crop' ? [0, 0, 0] : edgeColour(picture);
+  const data = Uint8Array.from({ length: 3 * w * h }, (_, i) => background[i % 3]);
+  const out: Picture = { width: w, height: h, channels: 3, data };
+  lay(out, picture, Math.trunc((w - picture.width) / 2), Math.trunc((h - picture.height) / 2));
+  return out;
+}
+
+/** The median of the four edges, by channel, as numpy's cut to whole numbers. */
+function edgeColour({ width, height, data }: Picture): number[] {
+  const at = (x: number, y: number): number => 3 * (y * width + x);
+  const places = [
+    ...Array.from({ length: width }, (_, x) => [at(x, 0), at(x, height - 1)]),
+    ...Array.from({ length: height }, (_, y) => [at(0, y), at(width - 1, y)]),
+  ].flat();
+  return [0, 1, 2].map((c) => {
+    const levels = places.map((place) => data[place + c]).sort((a, b) => a - b);
+    const middle = levels.length / 2; // there are two of each
+    return Math.floor((levels[middle - 1] + levels[middle]) / 2);
+  });
 }

@@ -3,7 +3,9 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { fitted } from '../../cli/serve/sent_picture.ts';
 import { writePng } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
 import { picture, writeControlNet, writeControlNetUnion } from '../support/controlnet_golden.ts';
 import { maxDifference } from '../support/golden.ts';
 import { writeEncoder, writeIPAdapter } from '../support/ip_adapter_golden.ts';
@@ -30,6 +32,10 @@ const seen = picture(1, 64, 64);
 writePng(file, seen);
 const inverted = at('inverted.png');
 writePng(inverted, { ...seen, data: seen.data.map((level) => 255 - level) });
+const broad = picture(2, 20, 8);
+writePng(at('wide.png'), broad);
+writePng(at('cropped.png'), fitted(broad, 'crop', { width: 64, height: 64 })); // as it is by itself
+const wide = readFileSync(at('wide.png')).toString('base64');
 const image = readFileSync(file).toString('base64');
 const units = (...args: Record<string, unknown>[]) => ({ alwayson_scripts: { ControlNet: { args } } });
 
@@ -87,10 +93,11 @@ test('what a unit names is followed, as by sample', async (t) => {
       [
         { model: 'full', image, control_mode: 'ControlNet is more important', hr_option: 'Both' },
         { model: 'small', image, control_mode: ['Balanced'], resize_mode: 'Resize and Fill' }, // as webuiapi sends
-        { model: 'small', image, control_mode: 1 },
+        { model: 'small', image: wide, control_mode: 1 },
       ],
       [
-        ...[full, little, little].flatMap((net) => ['--controlnet', net, '--control-image', file]),
+        ...[full, little].flatMap((net) => ['--controlnet', net, '--control-image', file]),
+        ...['--controlnet', little, '--control-image', at('cropped.png')],
         ...['more_control', 'balanced', 'more_prompt'].flatMap((name) => ['--control-balance', name]),
       ],
     ],
@@ -128,6 +135,27 @@ test('what a unit names is followed, as by sample', async (t) => {
   );
 });
 
+test('pictures of other shapes are cut or filled up about their middle', (t) => {
+  const rows = (of: Picture, left: number, width: number) =>
+    Array.from({ length: of.height }, (_, y) => [
+      ...of.data.slice(3 * (y * of.width + left), 3 * (y * of.width + left + width)),
+    ]);
+  const size = { width: 64, height: 64 };
+  const cut = fitted(broad, 'crop', size);
+  t.same([cut.width, cut.height], [8, 8]);
+  t.same(rows(cut, 0, 8), rows(broad, 6, 8));
+  const filled = fitted(broad, 'fill', size);
+  t.same([filled.width, filled.height], [20, 20]);
+  t.same(rows(filled, 0, 20).slice(6, 14), rows(broad, 0, 20));
+  // numpy: np.median(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]), axis=0).astype(np.uint8)
+  const colour = [125, 134, 144];
+  t.same(rows(filled, 0, 20)[5], Array(20).fill(colour).flat());
+  t.equal(fitted(broad, 'crop', { ...size, paddingMaskCrop: 4 }), broad);
+  t.equal(fitted(broad, 'fill', { width: 80, height: 32 }), broad, 'one of the shape stays as it is');
+  t.equal(fitted(broad, undefined, size), broad);
+  t.end();
+});
+
 test('a unit that cannot be followed is told of', async (t) => {
   const server = await started;
   const hostile = { toString: 1 }; // no text can be made of it
@@ -140,6 +168,10 @@ test('a unit that cannot be followed is told of', async (t) => {
     ],
     [units({ model: 'full', module: 'ip-adapter-auto', image }), /there are canny and invert alone/],
     [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there are canny and invert alone/],
+    [
+      units({ model: 'full', resize_mode: 'Stretch', image }),
+      /resize_mode takes Just Resize, Crop and Resize/,
+    ],
     [units({ model: 'full', control_mode: 3, image }), /control_mode takes Balanced, My prompt is more/],
     [
       units({ model: 'edges', control_mode: 1, image }),
