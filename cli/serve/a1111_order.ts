@@ -77,7 +77,7 @@ const absent: Readonly<Record<string, Field>> = {
   firstphase_height: only(0),
   disable_extra_networks: only(false),
   lora: only([]), // stable-diffusion.cpp's server
-  resize_mode: only(0),
+  resize_mode: only(0, 1), // 1 is heeded below
 };
 
 /** The same of the second pass alone. */
@@ -261,12 +261,14 @@ function overOf(body: Body): Order {
   );
   const over = { image: 'init_images', ...strength };
   const made: Order['made'] = { init_images: { by: 'white' } };
+  const fits: Order['fits'] = body.resize_mode === 1 ? { init_images: 'crop', mask: 'crop' } : {};
   if ((body.mask ?? undefined) === undefined)
-    return { settings: over, pictures: { init_images: image }, made };
+    return { settings: over, pictures: { init_images: image }, made, fits };
   return {
     settings: { ...over, mask: 'mask', ...underMask(body) },
     pictures: { init_images: image, mask: pictureBytes(body.mask, 'mask') },
     made: { ...made, mask: { by: 'alpha' } },
+    fits,
   };
 }
 
@@ -315,6 +317,6 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
     made: { ...over.made, ...controls.made },
-    fits: controls.fits,
+    fits: { ...over.fits, ...controls.fits },
   };
 }

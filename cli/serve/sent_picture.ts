@@ -28,8 +28,8 @@ function blackAndWhite({ data: alpha, ...size }: Mask): Picture {
 }
 
 /**
- * A picture in the shape of `width` x `height`, where both are said, cut or filled up as sd-webui-controlnet does, but before it is resized:
- * a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere.
+ * A picture in the shape of `width` x `height`, where both are said, cut or filled up as A1111 and sd-webui-controlnet do, but before it is
+ * resized: a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere.
  */
 export function fitted(
   picture: Picture,

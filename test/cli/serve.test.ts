@@ -239,6 +239,19 @@ test('a server draws over pictures', async (t) => {
   const [got, want] = [await pixels(clear.body.images[0]), await pixels(white.body.images[0])];
   t.equal(maxDifference(got.data, want.data), 0, 'what is transparent is white');
 
+  const [broad, middle] = [join(folder, 'broad.png'), join(folder, 'middle.png')];
+  const noise = ramp(3 * 80 * 48);
+  writePng(broad, { width: 80, height: 48, channels: 3, data: noise });
+  const inner = noise.filter((_, i) => Math.floor(i / 3) % 80 >= 16 && Math.floor(i / 3) % 80 < 64);
+  writePng(middle, { width: 48, height: 48, channels: 3, data: inner });
+  const fit = { init_images: [inBase64(broad)], resize_mode: 1 };
+  const cut = await server.post('/sdapi/v1/img2img', { ...fox, ...fit });
+  const wide = await sampled(
+    ...small,
+    ...['--prompt', 'a red fox', '--seed', '5', '--strength', '0.75', '--image', middle],
+  );
+  t.equal(maxDifference((await pixels(cut.body.images[0])).data, wide.picture.data), 0, 'cut to the shape');
+
   // OpenAI's mask is transparent where to paint.
   const transparent = Buffer.from(await asAlpha(painted.map((grey) => 255 - grey)), 'base64');
   const form = new FormData();
