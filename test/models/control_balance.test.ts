@@ -3,12 +3,12 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { openDevice } from '../engine/device.ts';
-import { readPicture, writePng } from '../io/image.ts';
-import { refusesEach, sdxl } from './command_line.ts';
-import { picture } from './controlnet_golden.ts';
-import { goldenFolder, goldenLines, maxDifference } from './golden.ts';
-import { at, type Call, latentsOf, pipelineOf, testCalls } from './golden_calls.ts';
+import { openDevice } from '../../engine/device.ts';
+import { readPicture, writePng } from '../../io/image.ts';
+import { refusesEach, sdxl } from '../support/command_line.ts';
+import { picture } from '../support/controlnet_golden.ts';
+import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
+import { at, type Call, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
 
 testCalls(goldenLines<Call>('control_balance'), 4, 0);
 
