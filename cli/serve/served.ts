@@ -17,9 +17,12 @@ export const mostSteps = 150;
 /** Of one request. */
 export const mostPictures = 16;
 
-/** What a sampler is for models of EDM's noise, which A1111's samplers draw with under the names that they have for others. */
+/**
+ * What a sampler is for models of EDM's noise, which A1111's samplers draw with under the names that they have for others. Uniform, the type
+ * of those without one, is of timesteps, which such models have not.
+ */
 export function edmSampler(name: string): string | undefined {
-  const wanted = plainSpelling(`edm_${name}`);
+  const wanted = plainSpelling(`edm_${name.replace(/ Uniform$/, '')}`);
   return samplerNames.find((each) => plainSpelling(each) === wanted);
 }
 
