@@ -1,53 +1,37 @@
 // `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
-import { existsSync, realpathSync, statSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { openDevice } from '../engine/device.ts';
-import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { assertWritable, listFolder } from '../io/files.ts';
 import { inTurns } from '../io/turns.ts';
-import { type ModelSource, openModel } from '../models/checkpoint/checkpoint.ts';
+import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../models/checkpoint/weights_file.ts';
 import { componentConfigs } from '../models/formats/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/formats/export.ts';
-import { exportGguf, type GgufType, ggufTypes } from '../models/formats/export_gguf.ts';
+import { exportGguf, ggufTypes } from '../models/formats/export_gguf.ts';
 import { presets } from '../models/formats/presets.ts';
-import { type LocateOptions, locateModel } from '../models/locate/locate.ts';
-import { locateLora } from '../models/locate/locate_lora.ts';
-import { locateUNet, locateWithUNet, withUNet } from '../models/locate/locate_unet.ts';
+import { locateModel } from '../models/locate/locate.ts';
+import { locateUNet } from '../models/locate/locate_unet.ts';
 import { exportLora, type LoraFormat } from '../models/lora/export_lora.ts';
 import { type Extracted, extractLora } from '../models/lora/extract_lora.ts';
-import type { AdapterFile } from '../models/lora/lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora/lora_file.ts';
-import { type Merged, type MergedOptions, mergedModel, targetsIn, targetsOf } from '../models/lora/merged.ts';
-import { openCheckpoint } from '../train/checkpoint_source.ts';
-import { downloadsOn, locatorOf } from './model.ts';
+import { targetsIn, targetsOf } from '../models/lora/merged.ts';
+import {
+  type ExportOptions,
+  formats,
+  isOfLora,
+  namesOf,
+  refuseFurther,
+  refuseIdle,
+  refuseOccupied,
+  refuseUnsaved,
+} from './export/options.ts';
+import { isCheckpoint, openSource, withLoras } from './export/sources.ts';
+import { downloadsOn } from './model.ts';
 import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
 import { progressBar } from './progress.ts';
-import { loraOf } from './sample/options.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
-
-interface Options {
-  saveKeys?: string;
-  format: Format;
-  dtype?: FloatDType;
-  type?: GgufType;
-  maxShardSize: number;
-  ema?: boolean;
-  unet?: string;
-  configs?: string;
-  lora?: string[];
-  base?: string;
-  rank?: number;
-  convRank?: number;
-  device: string;
-  json?: boolean;
-  quiet?: boolean;
-}
-
-const formats = ['diffusers', 'single-file', 'gguf', 'lora-peft', 'lora-kohya'] as const;
-type Format = (typeof formats)[number];
 
 /** Of an extracted LoRA. */
 const RANK = 64;
@@ -119,67 +103,14 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--quiet', 'no progress')
     .addHelpText('after', examples)
     .allowExcessArguments() // told of here, as people put spaces between names
-    .action((from: string, out: string, options: Options) => {
+    .action((from: string, out: string, options: ExportOptions) => {
       refuseFurther(command.args.slice(2), options);
       refuseIdle(options, command.getOptionValueSource('maxShardSize') === 'cli');
       return run(from, out, options, terminal);
     });
 }
 
-function refuseFurther([further]: readonly string[], { saveKeys }: Options): void {
-  if (further === undefined) return;
-  const mend = saveKeys
-    ? `put commas between names: --save-keys ${saveKeys},...`
-    : 'put names with spaces in quotes';
-  throw new UserError(`sdxl export takes two places, and "${further}" is a third; ${mend}`);
-}
-
-/** What changes parts, none of which is saved. */
-function refuseUnsaved(
-  keys: readonly string[],
-  changes: Readonly<Record<string, ((name: string) => boolean) | undefined>>,
-): void {
-  if (keys.length === 0 || keys.includes('all')) return;
-  for (const [flag, isChanged] of Object.entries(changes))
-    if (isChanged && !keys.some(isChanged))
-      throw new UserError(
-        `${flag} changes nothing of what --save-keys names (${keys.join(', ')}); leave it out`,
-      );
-}
-
-/** What is asked for and would change nothing. */
-function refuseIdle(options: Options, sharded: boolean): void {
-  const { format, type, saveKeys, unet, lora, base } = options;
-  if (type && format !== 'gguf')
-    throw new UserError(
-      `--type is of GGUF, and this is ${format}; give --format gguf, or --dtype for the type`,
-    );
-  if (base !== undefined && !isOfLora(format))
-    throw new UserError(
-      `--base is for a LoRA that is extracted, and this is ${format}; give --format lora-kohya or lora-peft`,
-    );
-  for (const [flag, given] of [['--rank', options.rank] as const, ['--conv-rank', options.convRank] as const])
-    if (given !== undefined && base === undefined)
-      throw new UserError(
-        `${flag} is of a LoRA that is extracted; name the model it was tuned from with --base`,
-      );
-  const isAdapter = isOfLora(format) && base === undefined;
-  const idle = [
-    ['--max-shard-size', sharded && format !== 'diffusers'],
-    ['--save-keys', saveKeys !== undefined && isAdapter],
-    ['--unet', unet !== undefined && isAdapter],
-  ] as const;
-  if (lora && isAdapter)
-    throw new UserError(
-      '--lora is merged into a model, and without --base a LoRA is exported as it is; give the model that it is for, in its place and as --base',
-    );
-  for (const [flag, given] of idle)
-    if (given) throw new UserError(`${flag} is for a model's parts, and ${format} is one file; leave it out`);
-}
-
-const isOfLora = (format: Format): format is LoraFormat => format.startsWith('lora');
-
-async function run(from: string, out: string, options: Options, terminal: Terminal): Promise<void> {
+async function run(from: string, out: string, options: ExportOptions, terminal: Terminal): Promise<void> {
   const { format, dtype, type } = options;
   refuseOccupied(out, format);
   if (options.ema && !isCheckpoint(from))
@@ -217,29 +148,8 @@ const howNear = ({ retained, worst, others }: Extracted): string =>
     others ? `; ${others} norms, biases and embeddings differ too, which a LoRA does not hold` : ''
   }`;
 
-/** Nothing that exists is written over: an export is new, and a folder of somebody's may be large. */
-function refuseOccupied(out: string, format: Format): void {
-  if (format !== 'diffusers') {
-    // Programs know such a file, and this one a model in it, by its name.
-    const ending = format === 'gguf' ? '.gguf' : '.safetensors';
-    if (!out.endsWith(ending))
-      throw new UserError(`${format} is one file; give a name that ends in ${ending}, not ${out}`);
-    assertWritable(out);
-  }
-  if (!existsSync(out)) return;
-  if (!statSync(out).isDirectory() || listFolder(out).length > 0)
-    throw new UserError(`${out} exists; remove it, or name another place`);
-  // An empty folder gives way to the finished one.
-  const folder = realpathSync(out);
-  const isHere = folder === process.cwd();
-  if (isHere || statSync(folder).dev !== statSync(dirname(folder)).dev)
-    throw new UserError(
-      `${out} is ${isHere ? 'the folder you are in' : 'a mount point'}, and another folder cannot take its place; name a new one in it, such as ${join(out, 'model')}`,
-    );
-}
-
 /** The LoRA file that `path` is or, as a checkpoint or a finished run's folder, holds. */
-function adapterFile(path: string, { ema }: Options): string | undefined {
+function adapterFile(path: string, { ema }: ExportOptions): string | undefined {
   const found = adapterAt(path, { ema });
   if (!found) return undefined;
   const file = openWeightsFile(found);
@@ -248,10 +158,8 @@ function adapterFile(path: string, { ema }: Options): string | undefined {
   return adapter ? found : undefined;
 }
 
-const isCheckpoint = (path: string): boolean => existsSync(join(path, 'state.json'));
-
 /** Why there is no adapter to export. */
-function noAdapter(path: string, { ema }: Options): UserError {
+function noAdapter(path: string, { ema }: ExportOptions): UserError {
   if (ema && adapterAt(path))
     return new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const isModel = existsSync(join(path, 'model_index.json')) || isCheckpoint(path);
@@ -268,41 +176,11 @@ function loraTargets(configs: string | undefined): LoraTargets {
   return targetsOf('sdxl-base', (name) => published[name]);
 }
 
-function namesOf(text: string): string[] {
-  const names = text.split(',').map((name) => name.trim());
-  if (names.includes(''))
-    throw new UserError(`--save-keys takes names with commas between, such as unet,vae, not "${text}"`);
-  return names;
-}
-
-/** What is exported: a model or a checkpoint of training, perhaps with another UNet. */
-async function openSource(
-  from: string,
-  { ema = false, unet }: Options,
-  where: LocateOptions,
-): Promise<ModelSource> {
-  if (!isCheckpoint(from)) return locateWithUNet(from, unet, where);
-  const trained = await openCheckpoint(from, { ema, locate: locatorOf(where) });
-  return unet ? withUNet(trained, unet, where) : trained;
-}
-
-/** The model with what --lora names merged into it, where it names something. */
-async function withLoras(
-  source: ModelSource,
-  { lora = [] }: Options,
-  where: LocateOptions,
-  how: MergedOptions,
-): Promise<Merged | undefined> {
-  const files: AdapterFile[] = [];
-  for (const { file, scale } of lora.map(loraOf)) files.push({ path: await locateLora(file, where), scale });
-  return files.length > 0 ? mergedModel(source, files, how) : undefined;
-}
-
 async function extract(
   from: string,
   out: string,
   format: LoraFormat,
-  options: Options,
+  options: ExportOptions,
   terminal: Terminal,
 ): Promise<Extracted> {
   const quiet = options.quiet ?? false;
@@ -341,7 +219,7 @@ function heeded<R>(work: Generator<void, R>): Promise<R> {
 async function exportWeights(
   from: string,
   out: string,
-  options: Options,
+  options: ExportOptions,
   terminal: Terminal,
 ): Promise<Certificate> {
   const quiet = options.quiet ?? false;
