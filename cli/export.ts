@@ -26,8 +26,9 @@ import {
   refuseIdle,
   refuseOccupied,
   refuseUnsaved,
+  shareOf,
 } from './export/options.ts';
-import { isCheckpoint, openSource, withLoras } from './export/sources.ts';
+import { isCheckpoint, mergeRecipe, openSource, withMerges } from './export/sources.ts';
 import { downloadsOn } from './model.ts';
 import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
 import { progressBar } from './progress.ts';
@@ -44,6 +45,8 @@ Examples:
   sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
   sdxl export ./sdxl-base sdxl-q8_0.gguf --format gguf --type q8_0 --dtype float16
   sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
+  sdxl export realistic.safetensors mix.safetensors --format single-file --merge painted.safetensors:0.3 --merge ./other:0.1
+  sdxl export ./sdxl-inpainting ./my-inpainting --merge mine.safetensors:1 --merge-base ./sdxl-base
   sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
   sdxl export tuned.safetensors lora.safetensors --format lora-kohya --base ./sdxl-base --rank 64 --conv-rank 32
@@ -79,8 +82,17 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--ema', 'the moving averages instead of the last weights')
     .option('--unet <DIR|FILE|HUB_ID>', "another UNet than the model has, such as one of ComfyUI's in .gguf")
     .option(
+      '--merge <MODEL:RATIO>',
+      'a model, B, to be merged into this one, A: A (1 - RATIO) + B RATIO; may be given more than once, as several share what they leave of A. Two ratios with a comma between are of the text encoders and of the UNet, 20 of BASE, IN00 to IN08, M00, OUT00 to OUT08. The VAE stays',
+      repeated(shareOf),
+    )
+    .option(
+      '--merge-base <DIR|FILE|HUB_ID>',
+      'the model, C, whose difference from those of --merge is added: A + (B - C) RATIO',
+    )
+    .option(
       '--lora <FILE[:SCALE]>',
-      'an adapter to be merged into the weights for good, or its folder or hub id; may be given more than once',
+      'an adapter to be merged into the weights for good, after the models of --merge, or its folder or hub id; may be given more than once',
       repeated((text) => text),
     )
     .option(
@@ -96,7 +108,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
     .option(
       '--device <NAME>',
-      `where the forward passes run that are compared, or a LoRA is extracted: ${devices}`,
+      `where the forward passes run that are compared, models are merged, or a LoRA is extracted: ${devices}`,
       'auto',
     )
     .option('--json', 'one JSON object on stdout')
@@ -127,7 +139,10 @@ async function run(from: string, out: string, options: ExportOptions, terminal: 
       : isOfLora(format)
         ? await extract(from, out, format, options, terminal)
         : await exportWeights(from, out, options, terminal);
-  if (options.json) terminal.out(`${JSON.stringify({ out, format, dtype, type, ...report })}\n`);
+  if (options.json)
+    terminal.out(
+      `${JSON.stringify({ out, format, dtype, type, merge: mergeRecipe(from, options), ...report })}\n`,
+    );
   else if (!options.quiet) terminal.err(`${out}: ${told(report)}\n`);
 }
 
@@ -196,13 +211,13 @@ async function extract(
   const base = await located(options.base as string);
   const device = openDevice(options.device);
   // In float32, as what is merged is to be seen as it is.
-  const merged = await withLoras(tuned, options, where, { device, dtype: 'float32' });
+  const merged = await withMerges(tuned, options, where, { device, dtype: 'float32' });
   const bar = progressBar(terminal, 'weights', quiet);
   const onProgress = ({ done, total }: { done: number; total: number }) => bar.update(done, total);
   const request = { save_keys, rank, conv_rank, dtype, device, onProgress };
-  return heeded(extractLora(base, merged ?? tuned, out, format, request)).finally(() => {
+  return heeded(extractLora(base, merged, out, format, request)).finally(() => {
     bar.end();
-    merged?.close();
+    merged.close();
   });
 }
 
@@ -226,16 +241,17 @@ async function exportWeights(
   const where = { configs: options.configs, onProgress: downloadsOn(terminal, quiet) };
   const source = await openSource(from, options, where);
   const device = openDevice(options.device);
-  const merged = await withLoras(source, options, where, { device, dtype: options.dtype });
+  const merged = await withMerges(source, options, where, { device, dtype: options.dtype });
+  const recipe = mergeRecipe(from, options);
   const keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
   const isUNet = (name: string): boolean => name === 'unet';
   try {
     refuseUnsaved(keys, {
       '--unet': options.unet === undefined ? undefined : isUNet,
-      '--lora': merged?.changes,
+      ...merged.changes,
     });
   } catch (error) {
-    merged?.close();
+    merged.close();
     throw error;
   }
   const bar = progressBar(terminal, 'tensors', quiet);
@@ -243,14 +259,15 @@ async function exportWeights(
     save_keys: keys,
     dtype: options.dtype,
     type: options.type,
+    metadata: recipe && { sd_merge_recipe: JSON.stringify(recipe) },
     max_shard_size: options.maxShardSize,
     device,
     onProgress: ({ done, total }: { done: number; total: number }) => bar.update(done, total),
   };
   const written = { 'single-file': exportSingleFile, gguf: exportGguf, diffusers: exportFolder };
-  const work = written[options.format as keyof typeof written](merged ?? source, out, request);
+  const work = written[options.format as keyof typeof written](merged, out, request);
   return heeded(work).finally(() => {
     bar.end();
-    merged?.close();
+    merged.close();
   });
 }

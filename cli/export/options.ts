@@ -6,6 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { assertWritable, listFolder } from '../../io/files.ts';
 import type { GgufType } from '../../models/formats/export_gguf.ts';
 import type { LoraFormat } from '../../models/lora/export_lora.ts';
+import { numbers } from '../option_values.ts';
 
 export interface ExportOptions {
   saveKeys?: string;
@@ -16,6 +17,8 @@ export interface ExportOptions {
   ema?: boolean;
   unet?: string;
   configs?: string;
+  merge?: Share[];
+  mergeBase?: string;
   lora?: string[];
   base?: string;
   rank?: number;
@@ -25,8 +28,22 @@ export interface ExportOptions {
   quiet?: boolean;
 }
 
+/** A model to be merged, and how much of it. */
+export interface Share {
+  path: string;
+  ratios: readonly number[];
+}
+
 export const formats = ['diffusers', 'single-file', 'gguf', 'lora-peft', 'lora-kohya'] as const;
 export type Format = (typeof formats)[number];
+
+/** `FILE:RATIO` or `FILE:RATIO,RATIO,...` as typed after --merge. */
+export function shareOf(text: string): Share {
+  const [, path, ratios] = /^(.+):([^:/\\]*)$/s.exec(text) ?? [];
+  if (path === undefined || existsSync(text))
+    throw new UserError(`--merge takes a model and how much of it, such as ${text}:0.3`);
+  return { path, ratios: numbers('--merge FILE:RATIO')(ratios) };
+}
 
 export function refuseFurther([further]: readonly string[], { saveKeys }: ExportOptions): void {
   if (further === undefined) return;
@@ -51,7 +68,7 @@ export function refuseUnsaved(
 
 /** What is asked for and would change nothing. */
 export function refuseIdle(options: ExportOptions, sharded: boolean): void {
-  const { format, type, saveKeys, unet, lora, base } = options;
+  const { format, type, saveKeys, unet, merge, lora, base } = options;
   if (type && format !== 'gguf')
     throw new UserError(
       `--type is of GGUF, and this is ${format}; give --format gguf, or --dtype for the type`,
@@ -65,11 +82,16 @@ export function refuseIdle(options: ExportOptions, sharded: boolean): void {
       throw new UserError(
         `${flag} is of a LoRA that is extracted; name the model it was tuned from with --base`,
       );
+  if (options.mergeBase !== undefined && !merge)
+    throw new UserError(
+      '--merge-base is the model whose difference from others is added; name these with --merge FILE:RATIO',
+    );
   const isAdapter = isOfLora(format) && base === undefined;
   const idle = [
     ['--max-shard-size', sharded && format !== 'diffusers'],
     ['--save-keys', saveKeys !== undefined && isAdapter],
     ['--unet', unet !== undefined && isAdapter],
+    ['--merge', merge !== undefined && isAdapter],
   ] as const;
   if (lora && isAdapter)
     throw new UserError(

@@ -307,7 +307,7 @@ function listed(what: string, names: readonly string[]): string {
 }
 
 /** One piece of memory, for one weight after another: fresh memory for each costs more than reading the file into it. */
-function reusedRoom(): Room {
+export function reusedRoom(): Room {
   let memory = new Uint8Array(0);
   return (bytes) => {
     if (memory.byteLength < bytes) memory = new Uint8Array(bytes);

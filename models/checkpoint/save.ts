@@ -60,6 +60,7 @@ export function* saveShardsInTurns(
   component: string,
   entries: readonly TensorEntry[],
   maxShardSize: number,
+  metadata?: Readonly<Record<string, string>>,
 ): Generator<void, void> {
   const file = weightFile(component);
   const shards = shardsOf(entries, maxShardSize);
@@ -67,7 +68,7 @@ export function* saveShardsInTurns(
   const name = (i: number) =>
     shards.length === 1 ? file : file.replace('.', `-${number(i + 1)}-of-${number(shards.length)}.`);
   for (const [i, shard] of shards.entries())
-    yield* writeSafetensorsInTurns(join(folder, name(i)), shard, format);
+    yield* writeSafetensorsInTurns(join(folder, name(i)), shard, { ...format, ...metadata });
   if (shards.length === 1) return;
   writeJson(join(folder, `${file}.index.json`), {
     metadata: { total_size: entries.reduce((sum, entry) => sum + byteLength(entry), 0) },

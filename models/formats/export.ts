@@ -42,6 +42,8 @@ export interface ExportRequest {
   dtype?: FloatDType;
   /** Bytes of a weight file of a diffusers folder. */
   max_shard_size: number;
+  /** Of the files of weights, beside what readers ask for. */
+  metadata?: Readonly<Record<string, string>>;
   /** Where the forward passes run that are compared. */
   device: Device;
   onProgress?: (progress: { done: number; total: number }) => void;
@@ -71,7 +73,7 @@ function chooseComponents(source: ModelSource, keys: readonly string[]): string[
 }
 
 /** A single file has no folders for its scheduler and tokenizers, and lends or borrows them. */
-function hasComponent(source: ModelSource, name: string): boolean {
+export function hasComponent(source: ModelSource, name: string): boolean {
   if (source.has(name)) return true;
   try {
     if (name === 'scheduler') return source.config(name) !== undefined;
@@ -176,7 +178,7 @@ export function* exportFolder(
       for (const [name, entries] of plans) {
         writeJson(join(folder, name, 'config.json'), source.config(name));
         const noted = outgoing.noted(name, entries, count);
-        yield* saveShardsInTurns(join(folder, name), name, noted, request.max_shard_size);
+        yield* saveShardsInTurns(join(folder, name), name, noted, request.max_shard_size, request.metadata);
       }
       for (const name of chosen) copyPlain(source, name, join(folder, name));
       writeJson(join(folder, 'model_index.json'), indexOf(source, chosen));
@@ -257,7 +259,7 @@ export function* exportSingleFile(
     const entries = singleFileEntries(source, weighty, entriesOf, marksOf(source));
     const noted = outgoing.noted('', entries, entries.length);
     return yield* replaceInTurns(out, function* (temporary) {
-      yield* writeSafetensorsInTurns(temporary, noted, { format: 'pt' });
+      yield* writeSafetensorsInTurns(temporary, noted, { format: 'pt', ...request.metadata });
       yield* compareHashes(temporary, '', outgoing.hashes);
       const written = openSingleFile(temporary, { configs: source });
       return yield* certify(source, written, outgoing.hashes, weighty, request);

@@ -124,7 +124,10 @@ export function* exportGguf(
     });
     checkAny(source, laid, request);
     const noted = outgoing.noted('', laid, laid.length);
-    const metadata = alone ? unetMetadata(entries, laid, request) : new Map<string, GgufValue>();
+    const metadata = new Map<string, GgufValue>([
+      ...(alone ? unetMetadata(entries, laid, request) : []),
+      ...Object.entries(request.metadata ?? {}),
+    ]);
     return yield* replaceInTurns(out, function* (temporary) {
       yield* writeGgufInTurns(temporary, noted, metadata);
       yield* compareHashes(temporary, '', outgoing.hashes);

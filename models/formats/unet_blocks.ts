@@ -25,3 +25,13 @@ export function blockOf(key: string, config: Layout): number {
   if (first !== undefined) return first + Number(row);
   return part === 'out' ? blockCount(config) - 1 : 0;
 }
+
+/** Ratios that supermerger (MBW) has for such a UNet and what is beside it: BASE, IN00 and on, M00, OUT00 and on. */
+export const mergedBlockCount = (config: Layout): number => 2 * blocksOfWay(config) + 2;
+
+/** Which of these a diffusers key goes by: the embeddings by IN00, the middle by one, and what is behind the blocks by the last. */
+export function mergedBlockOf(key: string, config: Layout): number {
+  const [block, way] = [blockOf(key, config), blocksOfWay(config)];
+  if (block <= way) return Math.max(1, block);
+  return block <= way + MIDDLE ? way + 1 : Math.min(block + 1 - MIDDLE, mergedBlockCount(config) - 1);
+}

@@ -59,8 +59,8 @@ export function neededFiles(all: readonly string[], wanted?: string): string[] {
 export interface LocateOptions {
   /** Told of a download of what `path` names, by bytes. */
   onProgress?: (path: string, progress: HubProgress) => void;
-  /** A diffusers folder that lends its configs and tokenizers to a single file. */
-  configs?: string;
+  /** A diffusers folder, or a model, that lends its configs and tokenizers to a single file. */
+  configs?: string | ModelSource;
   /** Of a folder's or repository's weights, such as fp16. */
   variant?: string;
   /** A component whose weights are not downloaded, as another's stand in. */

@@ -28,6 +28,7 @@ import {
 } from '../checkpoint/checkpoint.ts';
 import { buildComponent } from '../formats/components.ts';
 import { encodeWeight } from '../formats/export.ts';
+import { otherShapes, shown } from '../formats/merge_models.ts';
 import { type LoraFormat, writeLora } from './export_lora.ts';
 import { targetsIn } from './merged.ts';
 
@@ -144,15 +145,11 @@ function refuseOtherShapes(
   component: string,
   ...[[base, ours], [tuned, theirs]]: (readonly [ModelSource, AnyModule])[]
 ): void {
-  const [mine, its] = [ours, theirs].map((each) => namedParameters(each));
-  const shown = (shape: readonly number[] | undefined) => (shape ? `[${shape}]` : 'absent');
-  for (const key of new Set([...mine.keys(), ...its.keys()])) {
-    const [own, other] = [mine, its].map((all) => shown(all.get(key)?.shape));
-    if (own !== other)
-      throw new UserError(
-        `${component}.${key} is ${other} in ${tuned.path} and ${own} in ${base.path}; give as --base the model that it was tuned from`,
-      );
-  }
+  const [differs] = otherShapes(ours, theirs);
+  if (differs)
+    throw new UserError(
+      `${component}.${differs.key} is ${shown(differs.other)} in ${tuned.path} and ${shown(differs.own)} in ${base.path}; give as --base the model that it was tuned from`,
+    );
 }
 
 interface Matrix {

@@ -1,13 +1,13 @@
 // `sdxl export --base`: LoRAs of what differs between two models. The judges are updates that are known, sums in float64, and the tuned
 // model's own picture; how near a product of a rank can come is low_rank.test.ts's. And mistakes, which leave nothing.
-import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
-import { decodeFloats, encodeNumbers, type FloatDType } from '../../io/dtype.ts';
+import { decodeFloats, type FloatDType } from '../../io/dtype.ts';
 import { readPicture } from '../../io/image.ts';
-import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
+import { openSafetensors } from '../../io/safetensors.ts';
 import { inTurns } from '../../io/turns.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { extractLora } from '../../models/lora/extract_lora.ts';
@@ -16,6 +16,7 @@ import { contents } from '../support/contents.ts';
 import { numbers } from '../support/controlnet_golden.ts';
 import { goldenFolder, goldenLora, maxDifference } from '../support/golden.ts';
 import { writeInpainting } from '../support/inpainting_golden.ts';
+import { tinyFiles, writeTiny } from '../support/tiny_model.ts';
 import { sizeOf } from '../support/weights_helpers.ts';
 
 const base = join(goldenFolder, 'tiny-sdxl');
@@ -24,34 +25,15 @@ const folder = mkdtempSync(join(tmpdir(), 'sdxl-extract-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 const at = (name: string): string => join(folder, name);
 
-const files = {
-  unet: 'diffusion_pytorch_model.safetensors',
-  text_encoder: 'model.safetensors',
-  text_encoder_2: 'model.safetensors',
-};
 /** What is added to a weight: nothing where it is undefined. */
 type Change = (path: string, shape: readonly number[]) => Float32Array | undefined;
 
 /** Writes the base as another model: with what `change` adds, in `dtype`. */
-function write(name: string, change: Change, dtype: FloatDType = 'float32'): string {
-  cpSync(base, at(name), { recursive: true, dereference: true });
-  for (const [component, file] of Object.entries(files)) {
-    const source = openSafetensors(join(base, component, file));
-    const entries = [...source.tensors.values()].map(({ name, shape, dtype: stored }) => {
-      const values = decodeFloats(source.read(name), stored);
-      const more = change(`${component}.${name.replace(/\.weight$/, '')}`, shape);
-      return {
-        name,
-        shape,
-        dtype,
-        bytes: encodeNumbers(more ? values.map((x, i) => x + more[i]) : values, dtype),
-      };
-    });
-    source.close();
-    writeSafetensors(join(at(name), component, file), entries);
-  }
-  return at(name);
-}
+const write = (name: string, change: Change, dtype: FloatDType = 'float32'): string =>
+  writeTiny(at(name), dtype, (path, shape, values) => {
+    const more = change(path.replace(/\.weight$/, ''), shape);
+    return more ? values.map((x, i) => x + more[i]) : values;
+  });
 
 /** Layers of every kind, and the rank of what is added to each. */
 const changed: Record<string, number> = {
@@ -290,7 +272,7 @@ test('single files, GGUF, UNets alone, and models in other types', async (t) => 
   const precise = write('precise', () => undefined);
   t.same(await made(single, precise, 'single', '--configs', base), want, 'a single file');
   t.same(await made(gguf, base, 'gguf', '--configs', base), want, 'GGUF');
-  const file = (of: string) => join(of, 'unet', files.unet);
+  const file = (of: string) => join(of, 'unet', tinyFiles.unet);
   const lone = await made(file(tuned), join(base, 'unet'), 'lone', '--save-keys', 'unet');
   const other = await made(base, base, 'other', '--unet', file(tuned));
   const whole = await made(gguf, file(base), 'part', '--save-keys', 'unet', '--configs', base);
