@@ -2,7 +2,7 @@
 // each storage type against the reference, whole models against `cpu`, and the golden tests, which hold float32 against
 // diffusers' numbers.
 import { spawnSync } from 'node:child_process';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { Case, Result, Section } from '../../bench/gpu/sections.ts';
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import { storageTypes } from '../../engine/cuda/kernels.ts';
@@ -99,10 +99,10 @@ export function checkSections({ device, pdl, limit, caseLimit }: CheckOptions): 
         Object.entries(orderWorks).map(([name, work]) => unless(virtual, orderCase(name, work, gpu))),
     },
     ...golden.map((file) => ({
-      name: `golden ${file.replace('models_', '')}`,
+      name: `golden ${basename(file, '.test.js').replace('models_', '')}`,
       cases: () => [
         unless(
-          virtual && file !== 'golden_ops',
+          virtual && file !== golden[0],
           goldenFile(file, device, () => Math.min(caseLimit, limit - performance.now() / 1000)),
         ),
       ],
@@ -182,28 +182,29 @@ const model = (name: string, work: Work, dtype: (typeof storageTypes)[number], g
   run: () => worst(modelErrors(gpu().device, openDevice('cpu'), work, dtype)),
 });
 
-const golden = [
-  'golden_ops',
-  'models_text',
-  'models_vae',
-  'models_unet',
-  'models_lora',
-  'lora_kinds',
-  'oft',
-  'pipeline',
-  'controlnet',
-  'ip_adapter',
-  'training',
-];
+/** Test files that compare with diffusers' numbers. */
+export const golden = [
+  'engine/golden_ops',
+  'models/models_text',
+  'models/models_vae',
+  'models/models_unet',
+  'models/models_lora',
+  'models/lora_kinds',
+  'models/oft',
+  'models/pipeline',
+  'models/controlnet',
+  'models/ip_adapter',
+  'train/training',
+].map((path) => `${path}.test.js`);
 
 const MARGIN = 2;
 
 /** A test file of its own, run on the device: its assertions are the cases. It ends before this process is ended. */
 const goldenFile = (file: string, device: string, left: () => number): CheckCase => ({
-  label: `${file}.test.js`,
+  label: basename(file),
   type: 'float32',
   run() {
-    const script = join(packageRoot, 'dist', 'test', `${file}.test.js`);
+    const script = join(packageRoot, 'dist', 'test', file);
     const env = { ...process.env, TAP_TIMEOUT: '600' };
     const timeout = Math.round(Math.max(1, left() - MARGIN) * 1000);
     const child = spawnSync(process.execPath, [script, `--device=${device}`], {
@@ -216,7 +217,7 @@ const goldenFile = (file: string, device: string, left: () => number): CheckCase
     const good = child.status === 0 && count('pass') > 0;
     const problem = good
       ? undefined
-      : `${file}.test.js ended with ${ended}: ${failed.join('; ') || child.stderr.slice(-500)}`;
+      : `${file} ended with ${ended}: ${failed.join('; ') || child.stderr.slice(-500)}`;
     return { error: count('fail'), bound: 0, count: count('pass') + count('fail'), problem };
   },
 });

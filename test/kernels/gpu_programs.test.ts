@@ -2,7 +2,7 @@
 // costs no other; what the time did not reach is told as not run; a wrong bit is a failure; and every instruction of our
 // kernels has its micro-kernel.
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -15,6 +15,7 @@ import { expectedFiles } from '../../engine/cuda/build.ts';
 import { readPtx } from '../../engine/cuda/kernels.ts';
 import { type Choice, type ProductKind, tilesOf } from '../../engine/cuda/plan_sm90.ts';
 import { sameBits, ulps, within } from '../gpu/agreement.ts';
+import { golden } from '../gpu/checks.ts';
 import { microKernels, opcodesOf } from '../gpu/micro.ts';
 import { packageRoot } from '../support/golden.ts';
 
@@ -55,6 +56,11 @@ async function outcomes(labels: string, limit = 60, caseLimit = 3, own?: number)
 
 const told = (all: readonly Outcome<Result>[]) =>
   all.map((each) => `${each.label} ${each.status}${each.status === 'ran' ? '' : `: ${each.problem}`}`);
+
+test('the tests that run on the device are there', (t) => {
+  for (const file of golden) t.ok(existsSync(join(packageRoot, 'dist', 'test', file)), file);
+  t.end();
+});
 
 test('a case that dies is named, and the others run', async (t) => {
   t.same(told(await outcomes('good,dies,bad,killed,good,lost,good')), [
