@@ -31,14 +31,18 @@ function kernel(sigma: number): number[] {
 }
 
 function blurLine(data: Uint8Array, first: number, step: number, length: number, weights: number[]): void {
-  const line = new Uint8Array(length);
-  for (let i = 0; i < length; i++) line[i] = data[first + i * step];
-  if (line.every((level) => level === line[0])) return;
   const reach = weights.length - 1;
-  for (let i = 0; i < length; i++) {
-    let sum = 0;
-    for (let k = -reach; k <= reach; k++) sum += weights[reach - Math.abs(k)] * line[mirrored(i + k, length)];
-    data[first + i * step] = (sum + 128) >> 8;
+  const line = new Uint8Array(length + 2 * reach);
+  for (let i = -reach; i < length + reach; i++) line[i + reach] = data[first + mirrored(i, length) * step];
+  // Where all that is reached is alike it stays so: the weights are 1 together.
+  let alike = 0;
+  for (let i = 0; i < line.length; i++) {
+    alike = i > 0 && line[i] === line[i - 1] ? alike + 1 : 1;
+    const at = i - 2 * reach;
+    if (at < 0 || alike > 2 * reach) continue;
+    let sum = weights[reach] * line[at + reach];
+    for (let k = 0; k < reach; k++) sum += weights[k] * (line[at + k] + line[i - k]);
+    data[first + at * step] = (sum + 128) >> 8;
   }
 }
 
