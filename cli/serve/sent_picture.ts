@@ -1,6 +1,7 @@
 // What is made of a picture that a request sends before it is used: each of A1111's clients sends what its own program had to do with it,
 // so a mask may be an alpha channel, and a ControlNet's picture one to be preprocessed.
 import { canny } from '../../io/canny.ts';
+import { UserError } from '../../io/errors.ts';
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
 import { lay } from '../../io/mask_crop.ts';
 import type { Mask, Picture } from '../../io/pixels.ts';
@@ -27,9 +28,13 @@ function blackAndWhite({ data: alpha, ...size }: Mask): Picture {
   return { ...size, channels: 3, data };
 }
 
+/** Pixels of a picture that is filled up: a line of them in a shape that lies across it would take all memory. */
+const mostFilled = 4 * mostSide ** 2;
+
 /**
  * A picture in the shape of `width` x `height`, where both are said, cut or filled up as A1111 and sd-webui-controlnet do, but before it is
- * resized: a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere.
+ * resized: a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere. @throws UserError for one that would
+ * be too large
  */
 export function fitted(
   picture: Picture,
@@ -41,6 +46,10 @@ export function fitted(
   const scale = fit === 'crop' ? Math.min(...scales) : Math.max(...scales);
   const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
   if (w === picture.width && h === picture.height) return picture;
+  if (w * h > mostFilled)
+    throw new UserError(
+      `a ControlNet unit's picture is ${picture.width}x${picture.height}, which resize_mode "Resize and Fill" brings to the shape of ${width}x${height} by ${w}x${h} pixels: send one that is nearer to it in shape`,
+    );
   const background = fit === 'crop' ? [0, 0, 0] : edgeColour(picture);
   const data = Uint8Array.from({ length: 3 * w * h }, (_, i) => background[i % 3]);
   const out: Picture = { width: w, height: h, channels: 3, data };

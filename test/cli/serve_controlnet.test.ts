@@ -153,6 +153,11 @@ test('pictures of other shapes are cut or filled up about their middle', (t) => 
   t.equal(fitted(broad, 'crop', { ...size, paddingMaskCrop: 4 }), broad);
   t.equal(fitted(broad, 'fill', { width: 80, height: 32 }), broad, 'one of the shape stays as it is');
   t.equal(fitted(broad, undefined, size), broad);
+  const line = picture(1, 4096, 1);
+  t.throws(
+    () => fitted(line, 'fill', { width: 8, height: 4096 }),
+    /is 4096x1, which resize_mode "Resize and Fill"/,
+  );
   t.end();
 });
 
