@@ -134,10 +134,11 @@ function hiresFields(options: SampleOptions): string[] {
   ];
 }
 
-/** A text that could be taken for more fields is written as JSON. */
-const quoted = (text: string): string => (/[,:\n]/.test(text) ? JSON.stringify(text) : text);
+/** A text that could be taken for more fields, or for quoted itself, is written as JSON. */
+const quoted = (text: string): string => (/[,:\n]|^"/.test(text) ? JSON.stringify(text) : text);
 
-const quotedText = /"(?:[^"\\]|\\.)*"/g;
+/** As all of a value: other texts may have quotation marks. */
+const quotedText = /(?<=: )"(?:[^"\\]|\\.)*"(?=,|$)/g;
 
 /** What was written so; what is no JSON is the text itself. */
 function unquoted(text: string | undefined): string | undefined {
@@ -175,8 +176,10 @@ const spacingType = ({ timestep_spacing }: Sampler['config']): string | undefine
   ({ trailing: 'SGM Uniform', linspace: 'Uniform', leading: undefined })[timestep_spacing];
 
 /** As it has it: where there is a bracket, and its default does not hold. */
-function emphasisField({ emphasis, negativePrompt = '' }: SampleOptions, prompt: string): string[] {
-  if (emphasis === 'original' || !/[([]/.test(prompt + negativePrompt)) return [];
+function emphasisField(options: SampleOptions, prompt: string): string[] {
+  const { emphasis, negativePrompt, hiresPrompt, hiresNegativePrompt } = options;
+  const texts = [prompt, negativePrompt, hiresPrompt, hiresNegativePrompt];
+  if (emphasis === 'original' || !/[([]/.test(texts.join('\n'))) return [];
   const [first, ...rest] = emphasis.replace('-', ' ');
   return [`Emphasis: ${first.toUpperCase()}${rest.join('')}`];
 }
@@ -213,7 +216,7 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
   const fields = last.replace(quotedText, () => `"${count++}"`);
   const field = (name: string) => {
     const value = new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(fields)?.[1];
-    return unquoted(value?.replace(/"(\d+)"/, (_, i) => texts[i]));
+    return unquoted(value?.replace(/^"(\d+)"$/, (_, i) => texts[i]));
   };
   const sides = (name: string) => (field(name) ?? '').split('x').map((side) => side || undefined);
   const [width, height] = sides('Size');

@@ -105,6 +105,10 @@ test('a second pass over the picture enlarged', (t) => {
       },
     ],
     [
+      'Hires prompt: "a" 5" and a "6" nail, Hires negative prompt: 7" board, Seed: 3, Hires upscale: 2',
+      { hiresPrompt: '"a" 5" and a "6" nail', hiresNegativePrompt: '7" board', seed: '3', hiresScale: '2' },
+    ],
+    [
       'Hires upscale: Latent, Hires scale: 2.000000, Hires resize: 0x0, Hires steps: 0, Denoising strength: 0.700000, Version: stable-diffusion.cpp',
       { hiresScale: '2.000000', hiresHeight: undefined, hiresSteps: undefined, hiresUpscaler: 'Latent' },
     ],
@@ -118,6 +122,11 @@ test('a second pass over the picture enlarged', (t) => {
   );
   t.equal(foreign.settings.hires, undefined, 'an upscaler that is none of ours is told of');
   t.same(foreign.further, [{ text: 'a second pass by the upscaler 4x-UltraSharp', option: 'hires' }]);
+  const request = complete({ ratio: 8, sampleSize: 64 }, { prompt: ['a fox'] });
+  const texts = { hires: true, hiresPrompt: '"big"', hiresNegativePrompt: '5" (fog) "' };
+  const told = { ...texts, rng: 'cuda', emphasis: 'none' } as SampleOptions;
+  const text = writeParameters(told, request, 3, createSampler('euler'));
+  t.match(readParameters(text).settings, { ...texts, emphasis: 'none' }, 'of brackets there alone, too');
   t.end();
 });
 
