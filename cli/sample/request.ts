@@ -102,19 +102,22 @@ export function canvasOf(
     return { ...size, inputs: { ...inputs, ...whole.inputs }, finish: whole.finish, written: size };
   }
   const window = maskWindow(mask, width, height, padding);
-  const part = <P extends Picture | Mask>(of: P): P => {
+  const part = <P extends Picture | Mask>(of: P, flag: string): P => {
     if (of.width === mask.width && of.height === mask.height) return cutAndFill(of, window, width, height);
     throw new UserError(
-      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and a --control-image, --adapter-image or --ip-adapter-mask is ${of.width}x${of.height}; make them the same size`,
+      `--padding-mask-crop cuts a part of ${mask.width}x${mask.height} pixels, and ${flag} is ${of.width}x${of.height}; make them the same size`,
     );
   };
-  const marked = part(mask);
+  const parts = <P extends Picture | Mask>(all: readonly P[], flag: string) =>
+    all.map((each) => part(each, flag));
+  const marked = part(mask, '--mask');
   return {
     ...size,
     inputs: {
-      ...{ ...inputs, image: contentUnder(options, part(image), marked), mask: marked },
-      ...{ controls: controls.map(part), adapterImages: adapterImages.map(part) },
-      ipAdapterMasks: ipAdapterMasks.map(part),
+      ...{ ...inputs, image: contentUnder(options, part(image, '--image'), marked), mask: marked },
+      controls: parts(controls, '--control-image'),
+      adapterImages: parts(adapterImages, '--adapter-image'),
+      ipAdapterMasks: parts(ipAdapterMasks, '--ip-adapter-mask'),
     },
     finish: (drawn) => overlay(image, mask, window, drawn),
     written: { width: image.width, height: image.height },
