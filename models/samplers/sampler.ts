@@ -276,7 +276,11 @@ function nothingLeft(
   { strength = 1, denoisingStart, denoisingEnd = 1 }: PlanOptions,
 ): UserError {
   const mends = [
-    ...(denoisingStart !== undefined ? ['lower denoising_start'] : strength < 1 ? ['raise strength'] : []),
+    ...(denoisingStart !== undefined
+      ? ['lower denoising_start']
+      : strength < 1
+        ? ['raise strength (--strength)']
+        : []),
     ...(denoisingEnd < 1 ? ['raise denoising_end'] : []),
     'give more steps',
   ];

@@ -61,10 +61,13 @@ test("a caller's own steps", (t) => {
 test('a part without steps, and what has chosen it', (t) => {
   const euler = createSampler('euler', sdxl);
   for (const [options, mend] of [
-    [{ strength: 0.05 }, 'raise strength, or give more steps'],
+    [{ strength: 0.05 }, 'raise strength (--strength), or give more steps'],
     [{ denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
     [{ strength: 1, denoisingEnd: 0.001 }, 'raise denoising_end, or give more steps'],
-    [{ strength: 0.5, denoisingEnd: 0.4 }, 'raise strength, or raise denoising_end, or give more steps'],
+    [
+      { strength: 0.5, denoisingEnd: 0.4 },
+      'raise strength (--strength), or raise denoising_end, or give more steps',
+    ],
     [{ denoisingStart: 0.999 }, 'lower denoising_start, or give more steps'],
     [
       { denoisingStart: 0.42, denoisingEnd: 0.48 },
