@@ -22,9 +22,9 @@ export interface Drawer {
   draw(order: Order, hearing: Hearing, signal: AbortSignal): Promise<void>;
   /** Asks for a preview of the order at work after its next step. */
   look(): void;
-  /** `idle`: let go, and opened again by the next order. `lost`: not to be opened at the last try. */
   /** What it was when it was last opened. */
   told(): ModelTold | undefined;
+  /** `idle`: let go, and opened again by the next order. `lost`: not to be opened at the last try. */
   state(): 'opening' | 'open' | 'idle' | 'lost';
   close(): void;
 }
