@@ -4,7 +4,7 @@ import { readParameters } from '../sample/a1111.ts';
 import { a1111Lists } from './a1111_lists.ts';
 import { flagKeys, orderOf } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
-import { base64, pictureBytes } from './fields.ts';
+import { base64, booleanOf, pictureBytes } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
@@ -15,9 +15,10 @@ export function a1111Api(served: Served, orders: Queue): Routes {
   const draw = async ({ json, signal }: Asked, overPicture: boolean): Promise<Reply> => {
     const body = await json();
     const order = orderOf(body, overPicture, served);
+    const isSent = booleanOf(body.send_images ?? true, 'send_images');
     const drawn = await queue.draw(order, signal);
     const { init_images: _, mask: __, alwayson_scripts: ___, ...parameters } = body;
-    const images = body.send_images === false ? [] : drawn.map(({ png }) => base64(png));
+    const images = isSent ? drawn.map(({ png }) => base64(png)) : [];
     return {
       json: {
         images,

@@ -2,12 +2,14 @@
 // schedule type takes A1111's own for it. What changes a picture there and is not here is refused unless it is as good as left out; what
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
+import { isObject } from '../../models/request.ts';
 import { oneOf, side } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { maskedContents } from '../sample/mask_options.ts';
 import { controlsIn } from './controlnet_api.ts';
 import {
+  booleanOf,
   type Field,
   numberOf,
   numeric,
@@ -186,10 +188,7 @@ function variationOf(body: Body): Settings {
 
 /** The second pass. A1111 takes 0 for what is not said; of its upscalers "None" is a plain one, of the picture. */
 function hiresOf(body: Body): Settings {
-  const { enable_hr = false } = body;
-  if (typeof enable_hr !== 'boolean' && enable_hr !== null)
-    throw new UserError(`enable_hr takes true or false, not ${JSON.stringify(enable_hr)}`);
-  if (!enable_hr) return {};
+  if (!booleanOf(body.enable_hr ?? false, 'enable_hr')) return {};
   const given = (key: string) => (body[key] === 0 ? undefined : (body[key] ?? undefined));
   const [width, height] = ['hr_resize_x', 'hr_resize_y'].map(given);
   const isSized = (width ?? height) !== undefined;
@@ -237,10 +236,8 @@ function blurOf(body: Body): Settings {
 function underMask(body: Body): Settings {
   const number = (key: string, usual: number, max: number): number =>
     numberOf(body[key] ?? usual, key, { min: 0, max, whole: true });
-  const invert = body.inpainting_mask_invert ?? 0;
-  if (![0, 1, false, true].includes(invert as number))
-    throw new UserError(`inpainting_mask_invert takes 0 or 1, not ${JSON.stringify(invert)}`);
-  const inFull = body.inpaint_full_res ?? true; // "only masked"
+  const invert = booleanOf(body.inpainting_mask_invert ?? false, 'inpainting_mask_invert');
+  const inFull = booleanOf(body.inpaint_full_res ?? true, 'inpaint_full_res'); // "only masked"
   return {
     ...blurOf(body),
     maskedContent: maskedContents[number('inpainting_fill', 0, maskedContents.length - 1)],
@@ -274,8 +271,9 @@ function overOf(body: Body): Order {
 
 /** Another checkpoint or VAE than those that are open cannot be had. @throws UserError */
 export function checkOverrides(value: unknown, served: Served): void {
-  const overrides = typeof value === 'object' && value !== null ? value : {};
-  for (const [key, wanted] of Object.entries(overrides)) {
+  if (!isObject(value ?? {}))
+    throw new UserError('override_settings takes an object, by the names of options');
+  for (const [key, wanted] of Object.entries(value ?? {})) {
     if (key === 'sd_model_checkpoint' && wanted !== null && wanted !== '' && wanted !== served.name)
       throw new UserError(
         `this server draws with ${served.name} alone; start another for ${JSON.stringify(wanted)}`,

@@ -6,13 +6,13 @@ import { type ControlBalance, controlBalances } from '../../models/control/contr
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { isObject } from '../../models/request.ts';
 import { oneOf } from '../option_values.ts';
-import { numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
+import { booleanOf, numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
 import type { Routes } from './http.ts';
 import type { Fit, Made, Order, Settings } from './messages.ts';
 import type { Followed, Served } from './served.ts';
 
 interface Unit extends Followed {
-  /** By which the order calls its picture. */
+  /** By which the order, and what is said of it, calls its picture. */
   name: string;
   picture: Buffer;
   weight: number;
@@ -43,10 +43,11 @@ export function controlsIn(scripts: unknown, served: Served): Order {
     if (isObject(script) && Array.isArray(script.args)) return script.args;
     throw new UserError(`alwayson_scripts: "${name}" takes an object with args, a list of units`);
   });
-  const units = sent
-    .filter(isObject)
-    .filter(({ enabled }) => enabled !== false)
-    .map((unit, i): Unit => ({ ...unitOf(unit, served), name: `controlnet_${i}` }));
+  const units = sent.flatMap((unit, i): Unit[] =>
+    isObject(unit) && booleanOf(unit.enabled ?? true, "a ControlNet unit's enabled")
+      ? [{ ...unitOf(unit, served), name: `the image of ControlNet unit ${i}` }]
+      : [],
+  );
   if (units.length > mostUnits)
     throw new UserError(`${units.length} ControlNet units are followed, and ${mostUnits} is the most`);
   return {

@@ -32,6 +32,13 @@ export function numberOf(value: unknown, key: string, bounds?: Bounds): number {
   return number(key, bounds)(isOne ? String(value) : JSON.stringify(value));
 }
 
+/** Python's clients have numbers for it, too. @throws UserError, also for a text: "false" would hold */
+export function booleanOf(value: unknown, key: string): boolean {
+  if (value === true || value === 1) return true;
+  if (value === false || value === 0) return false;
+  throw new UserError(`${key} takes true or false, not ${JSON.stringify(value)}`);
+}
+
 export const numeric =
   (option: keyof Settings, bounds: Bounds): Field =>
   (value, key) => ({ [option]: numberOf(value, key, bounds) });

@@ -177,6 +177,11 @@ test('a unit that cannot be followed is told of', async (t) => {
       units({ model: 'full', resize_mode: 'Stretch', image }),
       /resize_mode takes Just Resize, Crop and Resize/,
     ],
+    [
+      units({ enabled: false }, { model: 'full', image: 'AAAA' }),
+      /^the image of ControlNet unit 1 cannot be read as a picture/,
+    ],
+    [units({ model: 'full', enabled: 'false', image }), /unit's enabled takes true or false, not "false"/],
     [units({ model: 'full', control_mode: 3, image }), /control_mode takes Balanced, My prompt is more/],
     [
       units({ model: 'edges', control_mode: 1, image }),
