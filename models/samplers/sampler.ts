@@ -133,9 +133,11 @@ export function makeSampler(name: SchedulerClass, config: SchedulerConfig, metho
           'Karras, exponential, beta and lu sigmas lay out the steps themselves: leave them out, or the timesteps',
         );
       const schedule = method.schedule(options.timesteps?.length ?? steps, options);
+      // Levels of other programs may be fewer than the steps, or more.
+      const laid = Math.ceil(schedule.timesteps.length / method.order);
       const { begin, end } = chosenPart(
         schedule.timesteps,
-        steps,
+        config.sigma_schedule ? laid : steps,
         method.order,
         config.num_train_timesteps,
         options,

@@ -84,13 +84,13 @@ const layouts: Readonly<Record<SigmaSchedule, Layout>> = {
   turbo: atTimesteps((i, steps, count) =>
     Math.min(roundHalfEven(Math.fround(Math.fround(count / steps) * (steps - i)) - 1), count - 1),
   ),
-  // One step more than asked for where the count does not divide the table, as in A1111 and ComfyUI.
+  // More steps than asked for where the count does not divide the table, as in A1111 and ComfyUI.
   ddim_uniform: (table, steps) => {
     const ratio = Math.max(Math.floor(table.length / steps), 1);
     const levels = indices(Math.ceil((table.length - 1) / ratio)).map((i) => table[1 + i * ratio]);
     return [...levels.reverse(), 0];
   },
-  // The timesteps that latent consistency models are distilled on.
+  // The 50 timesteps that latent consistency models are distilled on.
   lcm: atTimesteps(
     (i, steps, count) => (50 - Math.floor((i * 50) / steps)) * Math.max(Math.floor(count / 50), 1) - 1,
   ),

@@ -179,6 +179,14 @@ test('names', (t) => {
   t.end();
 });
 
+test('a part of levels that are fewer than the steps is a part of them', (t) => {
+  for (const name of ['euler_lcm', 'heun_lcm', 'dpm++2m_lcm']) {
+    const { begin, timesteps } = createSampler(name, sdxl).plan(100, { strength: 0.3 });
+    t.ok(Math.abs(timesteps[begin] - 299) < 1, name);
+  }
+  t.end();
+});
+
 test("pictures by diffusers' Euler, given the levels", async (t) => {
   const [device] = devices;
   const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
