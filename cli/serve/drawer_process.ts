@@ -40,6 +40,7 @@ interface Work {
 
 /** Nothing that the order could have said otherwise. */
 const lostWith = (message: string) => new Refusal(500, message);
+const letGo = new Refusal(503, 'the models were unloaded while they were opened; ask again');
 
 export interface DrawerOptions {
   /** How long it is kept without work; for good where absent. */
@@ -83,9 +84,9 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
         else hear(message);
       });
       const ended = (how: string): void => {
+        if (child !== started) return reject(letGo); // closed by us
         lost ??= lostWith(`the process that draws has ended (${how})`);
         reject(lost);
-        if (child !== started) return; // closed by us
         const was = state;
         child = opening = undefined;
         state = 'lost';
@@ -126,6 +127,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   };
 
   function close(): void {
+    clearTimeout(idle);
     const closed = child;
     child = opening = undefined;
     state = 'idle';
@@ -135,6 +137,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
 
   return {
     async open() {
+      clearTimeout(idle);
       const opened = await open();
       untilIdle();
       return opened;

@@ -424,6 +424,10 @@ test('lists that programs ask for before they draw', async (t) => {
   const before = drawers();
   t.equal((await server.post('/sdapi/v1/unload-checkpoint', {})).status, 200);
   await eventually(async () => drawers().length === 0);
+  const reloading = server.post('/sdapi/v1/reload-checkpoint', {});
+  await eventually(async () => drawers().length === 1);
+  await server.post('/sdapi/v1/unload-checkpoint', {});
+  t.match(await reloading, { status: 503, body: { detail: /unloaded while they were opened/ } });
   t.equal((await server.post('/sdapi/v1/reload-checkpoint', {})).status, 200);
   t.equal(drawers().length, 1, 'the model is open again');
   t.notSame(drawers(), before);
