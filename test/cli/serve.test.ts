@@ -326,6 +326,14 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       /tiny-sdxl alone/,
     ],
     ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_scale: 80 }, /hr_scale takes/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: 'false' }, /enable_hr takes true or false, not "false"/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', send_images: 'no' }, /send_images takes true or false/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', override_settings: 'sd_vae' }, /override_settings takes an object/],
+    [
+      '/sdapi/v1/img2img',
+      { init_images: ['AAAA'], mask: 'AAAA', inpaint_full_res: 'false' },
+      /inpaint_full_res takes true or false/,
+    ],
     [
       '/sdapi/v1/txt2img',
       { prompt: 'x', enable_hr: true, hr_prompt: '<lora:a:1>' },
