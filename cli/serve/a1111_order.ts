@@ -123,10 +123,13 @@ const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) =
 type Body = Readonly<Record<string, unknown>>;
 
 /** Ways of the second pass alone; that of the first is taken, by its name too. */
-const sameInHires = ({ sampler_name, scheduler }: Body): Readonly<Record<string, Field>> => ({
-  hr_sampler_name: only('', 'Use same sampler', sampler_name),
-  hr_scheduler: only('', 'Use same scheduler', scheduler),
+const sameInHires = (body: Body): Readonly<Record<string, Field>> => ({
+  hr_sampler_name: only('', 'Use same sampler', body.sampler_name ?? body.sampler_index),
+  hr_scheduler: only('', 'Use same scheduler', body.scheduler ?? 'Automatic'),
 });
+
+/** An empty text is none, as there. */
+const hasMask = ({ mask }: Body): boolean => mask !== undefined && mask !== null && mask !== '';
 
 /** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
 const fieldsOf = (body: Body): Readonly<Record<string, Field>> => {
@@ -134,7 +137,7 @@ const fieldsOf = (body: Body): Readonly<Record<string, Field>> => {
   return {
     ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
     ...(body.enable_hr ? ofHires : nothing(Object.keys(ofHires))),
-    ...((body.mask ?? undefined) === undefined ? nothing(Object.keys(absentOfMask)) : absentOfMask),
+    ...(hasMask(body) ? absentOfMask : nothing(Object.keys(absentOfMask))),
   };
 };
 
@@ -259,8 +262,7 @@ function overOf(body: Body): Order {
   const over = { image: 'init_images', ...strength };
   const made: Order['made'] = { init_images: { by: 'white' } };
   const fits: Order['fits'] = body.resize_mode === 1 ? { init_images: 'crop', mask: 'crop' } : {};
-  if ((body.mask ?? undefined) === undefined)
-    return { settings: over, pictures: { init_images: image }, made, fits };
+  if (!hasMask(body)) return { settings: over, pictures: { init_images: image }, made, fits };
   return {
     settings: { ...over, mask: 'mask', ...underMask(body) },
     pictures: { init_images: image, mask: pictureBytes(body.mask, 'mask') },

@@ -115,6 +115,7 @@ test('a server draws what sample draws', async (t) => {
       hr_second_pass_steps: 0,
       denoising_strength: 0.6,
       ...{ hr_prompt: 'a hare', hr_negative_prompt: 'fog', hr_cfg: 3, hr_sampler_name: 'Use same sampler' },
+      hr_scheduler: 'Automatic', // as that of the first pass, which is not said
     },
   });
   const hires = await sampled(
@@ -192,7 +193,7 @@ test('a server draws over pictures', async (t) => {
   const said = [...small, '--prompt', 'a red fox', '--seed', '5', '--image', image];
 
   const over = await server.post('/sdapi/v1/img2img', {
-    ...{ inpainting_fill: 0, image_cfg_scale: 1.5 }, // as webuiapi sends without a mask, to any model
+    ...{ inpainting_fill: 0, image_cfg_scale: 1.5, mask: '' }, // as clients send without a mask, to any model
     ...{ ...fox, init_images: [`data:image/png;base64,${inBase64(image)}`] },
   });
   const wanted = await sampled(...said, '--strength', '0.75');
