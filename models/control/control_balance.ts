@@ -13,12 +13,12 @@ interface BalanceRequest {
 }
 
 /**
- * How much the i-th of `count` features counts, the middle block's being the last: all alike, early ones less by guess_mode of diffusers (from
- * a tenth on), or by sd-webui-controlnet's soft weights, which count thirteen features, those of the models before SDXL.
+ * How much the i-th feature counts, the middle block's being behind `count` others, of which DeepCache may have asked a few: all alike, early
+ * ones less by guess_mode of diffusers (from a tenth on), or by sd-webui-controlnet's soft weights, which count thirteen features, those of the models before SDXL.
  */
 export const weights = {
   alike: () => 1,
-  guessed: (i: number, count: number) => 10 ** (i / (count - 1) - 1),
+  guessed: (i: number, count: number) => 10 ** (i / count - 1),
   soft: (i: number) => 0.825 ** (12 - i),
 };
 export type Weights = keyof typeof weights;

@@ -344,7 +344,7 @@ function givenBy(
   beside: boolean,
 ): Tensor[][] {
   const weighed = (residuals: readonly Tensor[], control: Control, factor: number) =>
-    residuals.map((x, i) => scaled(x, factor * weights[control.weights](i, residuals.length)));
+    residuals.map((x, i) => scaled(x, factor * weights[control.weights](i, featuresOf(net))));
   if (!isUnion(net))
     return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
   // Of several pictures in a union alone the scales are theirs.
