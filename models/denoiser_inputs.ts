@@ -121,33 +121,22 @@ const tensorsOf = ({ timeIds, times, guidance, texts, features = [], seen, token
 
 export type Inputs = ReturnType<typeof placeInputs>;
 
-/** Encodes the prompts, pictures among them, and places and keeps what the steps read: where `isCut` its rows without guidance, too. */
-export function placeInputs(
-  { device, dtype, text, unet }: GuidedModel,
-  request: GuidanceRequest,
+/** The rows of a pass that is guided where the plan is, pictures that are prompts encoded among them. */
+function allRows(
+  { device, dtype, unet }: GuidedModel,
+  encoded: readonly Encoded[],
   plan: DenoiserPlan,
-  isCut: boolean,
-) {
-  const { timesteps, shape, ids, guided, embedded, pag, controls, imagePrompts, beside } = plan;
+): Rows {
+  const { timesteps, shape, ids, guided, embedded, pag, imagePrompts, beside } = plan;
   const [images] = shape;
   const predictions = predictionsOf(plan, guided);
   const rows = predictions * images;
-  const copies = request.num_images_per_prompt ?? 1;
   const each = (time: number) => Array<number>(rows).fill(time);
-  const encoded = plan.told.prompts.map((prompts) =>
-    encodePrompts(text, prompts, { guided, copies, device, dtype }),
-  );
   // Rows that are perturbed are of the text, once more.
   const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
   const byPicture = guided && plan.imageGuidanceScale !== undefined;
   const withPicture = (t: Tensor) => (byPicture ? concat([t, slice(t, 0, 0, images)], 0) : t);
   const placed = beside && toDevice(beside, device, dtype);
-  const inputs = {
-    latents: empty(shape, { device }),
-    step: empty([1], { device, dtype: 'int32' }),
-    pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
-  };
-  const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
   const tokens = imagePrompts
     .flatMap((each) => imageTokens(each, unet, { guided, shape, rows }))
     .map((all): ImageTokens => {
@@ -162,7 +151,7 @@ export function placeInputs(
     (byPicture
       ? concat([zeros(placed.shape, { device, dtype }), placed, placed], 0)
       : repeatedRows(placed, predictions));
-  const all: Rows = {
+  return {
     timeIds: tensor(ids.flat(), [ids.length, ids[0].length], { device }),
     times: tensor([...timesteps].flatMap(each), [timesteps.length, rows], { device }),
     guidance: embedded === undefined ? undefined : tensor(each(embedded), [rows], { device }),
@@ -174,6 +163,29 @@ export function placeInputs(
     seen,
     tokens,
   };
+}
+
+/** Encodes the prompts, pictures among them, and places and keeps what the steps read: where `isCut` its rows without guidance, too. */
+export function placeInputs(
+  model: GuidedModel,
+  request: GuidanceRequest,
+  plan: DenoiserPlan,
+  isCut: boolean,
+) {
+  const { device, dtype, text } = model;
+  const { timesteps, shape, guided, pag, controls } = plan;
+  const [images] = shape;
+  const copies = request.num_images_per_prompt ?? 1;
+  const encoded = plan.told.prompts.map((prompts) =>
+    encodePrompts(text, prompts, { guided, copies, device, dtype }),
+  );
+  const inputs = {
+    latents: empty(shape, { device }),
+    step: empty([1], { device, dtype: 'int32' }),
+    pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
+  };
+  const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
+  const all = allRows(model, encoded, plan);
   // Without guidance the text's rows are left, and the perturbed ones behind them.
   const unguided = isCut ? someRows(all, images, pag ? 2 * images : images) : all;
   const kept = [...Object.values(inputs), ...pictures, ...tensorsOf(all), ...tensorsOf(unguided)].map(keep);
