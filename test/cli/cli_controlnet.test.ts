@@ -18,7 +18,7 @@ import { readPicture, writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
-import { area, picture, writeControlNet } from '../support/controlnet_golden.ts';
+import { area, disc, picture, writeControlNet } from '../support/controlnet_golden.ts';
 import { allClose, type GoldenCase, goldenFolder, maxDifference } from '../support/golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-cli-controlnet-'));
@@ -186,6 +186,13 @@ test('mistakes', async (t) => {
       /holds a UNet2DConditionModel, not a ControlNet that sdxl runs \(ControlNetModel or ControlNetUnionModel or /,
     ],
   ];
+  const mask = at('mask.png');
+  writePng(mask, disc());
+  const inPart = ['--image', pictureFile(4, 64, 64), '--mask', mask, '--padding-mask-crop', '8'];
+  const smaller = ['--controlnet', at('full'), '--control-image', pictureFile(1, 40, 56)];
+  await refusesEach(t, (...argv) => sample(...size, ...argv, '--output', output), [
+    [[...inPart, ...smaller], /cuts a part of 64x64 pixels, and --control-image is 40x56/],
+  ]);
   await refusesEach(t, (...argv) => sample(...size, ...argv, '--output', output), cases);
   t.notOk(existsSync(output));
 });
