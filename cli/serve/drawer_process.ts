@@ -84,7 +84,10 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
         else hear(message);
       });
       const ended = (how: string): void => {
-        if (child !== started) return reject(letGo); // closed by us
+        if (child !== started) {
+          reject(letGo); // closed by us
+          return;
+        }
         lost ??= lostWith(`the process that draws has ended (${how})`);
         reject(lost);
         const was = state;
