@@ -182,11 +182,8 @@ function checkVariation({ subseed, subseedStrength, batchCount, ...options }: Sa
     throw new UserError('--seed-resize-from-w and --seed-resize-from-h are the sides of one size: give both');
 }
 
-/** What can be known to be wrong before anything is read. */
-export function checkSample(options: SampleOptions): void {
-  if (options.prompt === undefined && options.promptFile === undefined)
-    throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
-  if (options.maxTokenLength !== undefined) mostChunks(options.maxTokenLength, '--max-token-length');
+/** @throws UserError for steps that are laid out in two ways, or in one that the scheduler has not, and guidance that cannot hold */
+function checkSteps(options: SampleOptions): void {
   const sampler = options.scheduler ? createSampler(options.scheduler) : undefined;
   if (sampler && options.karras && !takesSchedule(sampler.name, 'karras'))
     throw new UserError(
@@ -197,7 +194,22 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--karras and --scheduler ${options.scheduler} lay out the noise levels, each in its way; give one of them`,
     );
+  if (options.timesteps && options.sigmas)
+    throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
   guidedCalls({ guidance_start: options.guidanceStart, guidance_stop: options.guidanceStop }, 1);
+  const idle = options.pagAdaptiveScale !== undefined ? '--pag-adaptive-scale' : '--pag-applied-layers';
+  if (options.pagScale === undefined && (options.pagAdaptiveScale ?? options.pagAppliedLayers) !== undefined)
+    throw new UserError(
+      `${idle} needs --pag-scale: how strongly to leave the perturbed prediction, such as 3`,
+    );
+  if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
+    throw new UserError(
+      '--cache-branch-id needs --cache-interval: how many steps there are to one that is done in full, such as 3',
+    );
+}
+
+/** @throws UserError for what needs a picture or a refiner, and for parts of the way that leave nothing to do */
+function checkStart(options: SampleOptions): void {
   if (options.imageGuidanceScale !== undefined && !options.image)
     throw new UserError('--image-guidance-scale needs --image: the picture to keep to');
   if (options.mask && !options.image) throw new UserError('--mask needs --image: the picture to paint in');
@@ -211,28 +223,26 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError('--refiner-guidance-scale needs --refiner; without one there is --guidance-scale');
   if (options.denoisingStart !== undefined && !options.image && !options.refiner)
     throw new UserError('--denoising-start needs --refiner or --image: something to go on from');
-  if (options.timesteps && options.sigmas)
-    throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
-  const idle = options.pagAdaptiveScale !== undefined ? '--pag-adaptive-scale' : '--pag-applied-layers';
-  if (options.pagScale === undefined && (options.pagAdaptiveScale ?? options.pagAppliedLayers) !== undefined)
-    throw new UserError(
-      `${idle} needs --pag-scale: how strongly to leave the perturbed prediction, such as 3`,
-    );
-  if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
-    throw new UserError(
-      '--cache-branch-id needs --cache-interval: how many steps there are to one that is done in full, such as 3',
-    );
-  if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
-    throw new UserError(
-      `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,
-    );
-  checkVariation(options);
   if (options.denoisingStart === 0 && options.refiner)
     throw new UserError(
       '--denoising-start 0 leaves the base nothing to do; give a part of the way such as 0.8',
     );
   if (options.denoisingEnd === 0)
     throw new UserError('--denoising-end 0 leaves nothing to do; give a part of the way such as 0.8');
+}
+
+/** What can be known to be wrong before anything is read. */
+export function checkSample(options: SampleOptions): void {
+  if (options.prompt === undefined && options.promptFile === undefined)
+    throw new UserError('no prompt given; say what to draw with --prompt "a red fox"');
+  if (options.maxTokenLength !== undefined) mostChunks(options.maxTokenLength, '--max-token-length');
+  checkSteps(options);
+  checkStart(options);
+  if ((options.seed ?? 0) > Number.MAX_SAFE_INTEGER - options.batchCount + 1)
+    throw new UserError(
+      `--seed ${options.seed} has no ${options.batchCount - 1} seeds after it; take a smaller one`,
+    );
+  checkVariation(options);
   checkControl(options);
   checkAdapters(options);
   checkIPAdapters(options);
