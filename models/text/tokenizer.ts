@@ -242,7 +242,8 @@ function specialMatcher(tokens: readonly SpecialToken[]): (text: string) => (str
     text.split(pattern).map((piece, i) => (i % 2 ? (found.get(piece) as readonly number[]) : piece));
 }
 
-const escapePattern = (text: string) => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
+/** A text as a pattern that it alone matches. */
+export const escapePattern = (text: string): string => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
 
 const contentOf = (setting: TokenSetting): string =>
   typeof setting === 'string' ? setting : setting.content;

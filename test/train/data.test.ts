@@ -191,6 +191,8 @@ test('of a folder for each split the one that is asked for', async (t) => {
   t.same(await chosen(path), ['train/a']);
   t.same(await chosen(path, 'test'), ['test/b']);
   t.same(await chosen(path, 'own'), ['own/c'], 'a split of its own, beside such');
+  const odd = folderOf(t, { ...captioned('train/a'), ...captioned('v(1.0/b'), ...captioned('v(1x0/c') });
+  t.same(await chosen(odd, 'v(1.0'), ['v(1.0/b'], 'a name is no pattern');
   const trains = folderOf(t, { ...captioned('train/a'), ...captioned('ship/b') });
   t.same(await chosen(trains), ['ship/b', 'train/a'], 'pictures of trains');
   const rows = ['train', 'test'].map((name) => `{"file_name": "${name}/a.png", "text": "${name}"}`);

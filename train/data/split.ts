@@ -1,6 +1,7 @@
 // Which files of a folder or a repository make up a dataset: its parquet files if it has any, else pictures with their
 // captions; of one split, where names tell splits apart as Hugging Face's datasets have them (train-00000-of-00002.parquet,
 // train/0000.parquet).
+import { escapePattern } from '../../models/text/tokenizer.ts';
 
 export interface Chosen {
   kind: 'parquet' | 'pictures';
@@ -11,7 +12,7 @@ const splits = ['train', 'test', 'validation', 'valid', 'val', 'dev', 'eval'];
 
 /** Whether `word` stands in `text` by itself. */
 const mentions = (text: string, word: string): boolean =>
-  new RegExp(`(^|[-_./ ])${word}([-_./ ]|$)`).test(text);
+  new RegExp(`(^|[-_./ ])${escapePattern(word)}([-_./ ]|$)`).test(text);
 
 const mentionsSplit = (text: string, own: string): boolean =>
   [...splits, own].some((word) => mentions(text, word));
