@@ -31,6 +31,7 @@ import { openDataset } from './data/source.ts';
 import { learnVocabulary, writeTokenizers } from './data/vocabulary.ts';
 import { asStudent } from './methods/student.ts';
 import { toldGuidance } from './methods/told_guidance.ts';
+import { queueNorms } from './optimizers/clip.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import { type Ema, ema as startEma } from './optimizers/ema.ts';
 import { learningRate } from './optimizers/lr_schedule.ts';
@@ -384,9 +385,10 @@ function rehearseUpdate(session: Session, devices: readonly Device[]): void {
   const rounds = passesOfUpdate(session) > devices.length ? 2 : 1;
   const losses = Array.from({ length: rounds * devices.length }, () => passes.queue(blank(), 1));
   passes.gather();
+  const norms = queueNorms(session.parameters);
   const { made } = optimizer.step(run.optimizer.lr);
   boundNorms(session);
-  for (const loss of losses) loss.release();
+  for (const held of [norms, ...losses]) held.release();
   passes.share();
   ema?.step(made);
 }

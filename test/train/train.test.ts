@@ -178,18 +178,24 @@ test('going back drops what was trained since once an update takes its place, an
 });
 
 test("a plan's memory is what a run takes, whose later passes find the gradients of earlier ones", async (t) => {
-  for (const gradient_accumulation_steps of [1, 2]) {
-    const { dataset } = basic('');
-    const input: RunInput = {
-      ...basic(`planned-${gradient_accumulation_steps}`),
-      ...{ train: { target: 'vae' }, dataset: { ...dataset, resolution: 64 }, gradient_accumulation_steps },
-    };
+  const { dataset } = basic('');
+  const vae: RunInput = { train: { target: 'vae' }, dataset: { ...dataset, resolution: 64 } };
+  const drawn: RunInput = { dataset: { ...dataset, shuffle_caption: true, caption_dropout_rate: 0.9 } };
+  for (const [i, more] of [
+    { ...vae, gradient_accumulation_steps: 1 },
+    { ...vae, gradient_accumulation_steps: 2 },
+    // Captions that go through the encoders in the pass, some of which are left away.
+    { ...drawn, gradient_accumulation_steps: 1 },
+    // Of a few weights, whose norms are more than nothing.
+    { train: { target: 'lora' as const }, gradient_accumulation_steps: 1 },
+  ].entries()) {
+    const input: RunInput = { ...basic(`planned-${i}`), ...more };
     const [planned] = planOf(await openMaterials(resolveRun(input, '', ''), locate, silent), [
       device,
     ]).memory_bytes;
     await run(input);
     const { peak } = device.memory;
-    t.ok(planned >= peak && planned < 1.01 * peak, `planned ${planned}, taken ${peak}`);
+    t.ok(planned >= peak && planned < 1.02 * peak, `planned ${planned}, taken ${peak}`);
   }
 });
 

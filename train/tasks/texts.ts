@@ -49,7 +49,8 @@ export const preparedTexts = (
 
 export const textsInPass = (pipeline: Pipeline): Texts => ({
   inputs: (chosen) => tokenInputs(pipeline, chosen),
-  blank: (n) => tokenInputs(pipeline, Array<string>(n).fill('')),
+  // Left away, as what that takes is the most.
+  blank: (n) => tokenInputs(pipeline, Array<undefined>(n).fill(undefined)),
   encoded: throughEncoders,
 });
 
