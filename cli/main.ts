@@ -81,7 +81,7 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof Stopped) return error.status;
     if (!(error instanceof UserError)) throw error;
-    terminal.err(`error: ${printable(error.message)}\n`);
+    terminal.err(`error: ${printable(error.message.replace(/\s*[\r\n]\s*/g, ' '))}\n`);
     return 2;
   }
 }

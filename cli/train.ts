@@ -23,7 +23,7 @@ import { train } from '../train/trainer.ts';
 import { downloadsOn, locatorOf } from './model.ts';
 import { bytes, devices } from './option_values.ts';
 import { type Bar, progressBar } from './progress.ts';
-import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
+import { heedingSignals, printable, Stopped, type Terminal } from './terminal.ts';
 
 interface Options {
   set?: string[];
@@ -107,7 +107,7 @@ async function planAll(file: string, options: PlanOptions, terminal: Terminal): 
       const plan = { ...made, run: given, model };
       const fit = vram === undefined ? undefined : fitInto(materials, planned, made, vram - DRIVERS_SHARE);
       const lines = [...describe(plan), ...(fit ? [`vram        ${tellFit(fit)}`] : [])];
-      terminal.out(`${options.json ? JSON.stringify({ ...plan, fit }) : lines.join('\n')}\n`);
+      terminal.out(`${options.json ? JSON.stringify({ ...plan, fit }) : printable(lines.join('\n'))}\n`);
     }
   } finally {
     rmSync(tokenizers, { recursive: true });
@@ -219,7 +219,7 @@ function tools(terminal: Terminal, quiet = false, json = false): { locate: Locat
     report: {
       line(text) {
         end();
-        terminal.err(`${text}\n`);
+        terminal.err(`${printable(text)}\n`);
       },
       progress(label, done, total, note) {
         if (bar?.label !== label) {

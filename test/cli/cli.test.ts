@@ -293,11 +293,11 @@ test('what would steer a screen is not printed of a file', async (t) => {
   const folder = scratch();
   const hostile = join(folder, 'hostile.safetensors');
   const bytes = encodeNumbers(new Float32Array(1), 'float32');
-  const name = 'lora_unet_\u001b]0;mine\u0007x.lora_up.weight';
+  const name = 'lora_unet_\u001b]0;mine\u0007x\nerror: y.lora_up.weight';
   writeSafetensors(hostile, [{ name, dtype: 'float32', shape: [1], bytes }], { title: 'a\u001b[2Jb' });
   const { out, err } = await run('inspect', hostile);
   t.match(out, /title: a\ufffd\[2Jb/);
-  t.match(err, /lora_unet_\ufffd\]0;mine\ufffdx/);
+  t.match(err, /lora_unet_\ufffd\]0;mine\ufffdx error: y/, 'and stays in its line');
   t.notMatch(out + err, /[^\P{Cc}\n]/u);
   rmSync(folder, { recursive: true });
 });
