@@ -2,7 +2,7 @@
 // they are text. Where a file has a page index, a row costs its page; where it has none, a row group is decoded whole and
 // the last two are kept, so that neighbours are free and memory stays small.
 import zlib from 'node:zlib';
-import type { FileMetaData } from 'hyparquet';
+import type { FileMetaData, RowGroup, SchemaTree } from 'hyparquet';
 import { UserError } from './errors.ts';
 import { asUserError } from './files.ts';
 
@@ -32,9 +32,12 @@ export async function openParquet(path: string): Promise<ParquetTable> {
       throw parquetError(error, path);
     }
   };
-  const { file, metadata } = await told(async () => {
+  const { file, metadata, columns } = await told(async () => {
     const opened = await asyncBufferFromFile(path);
-    return { file: opened, metadata: await parquetMetadataAsync(opened) };
+    const footer = await parquetMetadataAsync(opened);
+    const schema = parquetSchema(footer);
+    checkFooter(footer, schema);
+    return { file: opened, metadata: footer, columns: schema.children.map(({ element }) => element.name) };
   });
   const read = async (column: string, rowStart: number, rowEnd: number): Promise<unknown[]> => {
     const options = { file, metadata, rowStart, rowEnd, columns: [column], compressors, utf8: false };
@@ -54,7 +57,7 @@ export async function openParquet(path: string): Promise<ParquetTable> {
   const rows = Number(metadata.num_rows);
   return {
     path,
-    columns: parquetSchema(metadata).children.map(({ element }) => element.name),
+    columns,
     rows,
     readColumn: (column) => read(column, 0, rows),
     async readValue(column, row) {
@@ -64,6 +67,26 @@ export async function openParquet(path: string): Promise<ParquetTable> {
       return (await readGroup(column, group.start, group.end))[row - group.start];
     },
   };
+}
+
+/** The paths of a schema's columns. */
+const leavesOf = ({ path, children }: SchemaTree): string[] =>
+  children.length > 0 ? children.flatMap(leavesOf) : [path.join('.')];
+
+/**
+ * What hyparquet takes on trust. It begins to read whatever chunks a group has, and of those that are no column of the schema's, or one a
+ * second time, nobody hears an error, which then ends the program.
+ */
+function checkFooter({ num_rows, row_groups }: FileMetaData, schema: SchemaTree): void {
+  const leaves = new Set(leavesOf(schema));
+  const isSound = ({ columns }: RowGroup): boolean => {
+    const paths = columns.map(({ meta_data }) => meta_data?.path_in_schema.join('.') ?? '');
+    return new Set(paths).size === paths.length && paths.every((path) => leaves.has(path));
+  };
+  const rows = row_groups.reduce((sum, group) => sum + group.num_rows, 0n);
+  const isNamed = schema.children.every(({ element }) => typeof element.name === 'string');
+  if (rows !== num_rows || !isNamed || !row_groups.every(isSound))
+    throw new Error('its footer contradicts itself');
 }
 
 interface Group {

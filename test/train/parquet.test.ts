@@ -165,6 +165,28 @@ test('what is damaged is one sentence', async (t) => {
   await refused(t, openDataset({ path: at('lz4') }), /LZ4_RAW\): write it with another compression/);
 });
 
+test('a footer with any of its bytes damaged is one sentence, or none', async (t) => {
+  const bytes = readFileSync(at('lists'));
+  const path = join(t.testdir({}), 'damaged.parquet');
+  const columns = { image_column: 'img', caption_column: 'caption' };
+  let refusals = 0;
+  for (let i = bytes.length - 8 - bytes.readUInt32LE(bytes.length - 8); i < bytes.length - 8; i++) {
+    const damaged = Buffer.from(bytes);
+    damaged[i] ^= 1 + (i % 7);
+    writeFileSync(path, damaged);
+    const read = openDataset({ path, ...columns }).then((dataset) => survey(dataset, { broken: 'skip' }));
+    const error = await read.then(
+      () => undefined,
+      (reason: unknown) => reason,
+    );
+    if (error !== undefined) refusals++;
+    if (error && !(error instanceof UserError)) t.fail(`byte ${i}: ${error}`);
+  }
+  // An error that nobody hears fails the whole file.
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  t.ok(refusals > 50, `${refusals} were refused`);
+});
+
 test('the files of a split', (t) => {
   const names = ['README.md', 'data/train-00000-of-00001-ab.parquet', 'data/test-00000-of-00001.parquet'];
   t.strictSame(chooseFiles(names, 'train'), { kind: 'parquet', names: [names[1]] });
