@@ -165,13 +165,13 @@ const unread = (tensors: readonly Stored[]): string[] => [
 ];
 
 function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
-  const dtypes: Record<string, number> = {};
-  for (const { storedAs } of tensors) dtypes[storedAs] = (dtypes[storedAs] ?? 0) + 1;
+  const dtypes = new Map<string, number>();
+  for (const { storedAs } of tensors) dtypes.set(storedAs, (dtypes.get(storedAs) ?? 0) + 1);
   return {
     tensors: tensors.length,
     parameters: tensors.reduce((sum, { shape }) => sum + sizeOf(shape), 0),
     bytes: tensors.reduce((sum, { bytes }) => sum + bytes, 0),
-    dtypes,
+    dtypes: Object.fromEntries(dtypes),
   };
 }
 
