@@ -152,6 +152,7 @@ test('what does not fit is refused', (t) => {
     ['seed=9007199254740993', /"seed" takes a whole number from 0 to 9007199254740991/],
     ['previews.seed=1e300', /"previews\.seed" takes a whole number from 0 to 9007199254740991/],
     ['lora.rank=0', /"lora\.rank" takes a whole number from 1/],
+    ['dataset.caption_separator=', /"dataset\.caption_separator" takes a text that is not empty/],
     ['lora.rank=1e12', /"lora\.rank" takes a whole number from 1 to 16384/],
     ['lora.conv_rank=1e12', /"lora\.conv_rank" takes a whole number from 0 to 16384/],
     ['dataset.crops=1e12', /"dataset\.crops" takes a whole number from 1 to 1000/],

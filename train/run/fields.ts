@@ -69,6 +69,10 @@ export const countOrShare = (fallback: number): Field<number> =>
 export const text = (fallback: string): Field<string> =>
   field(fallback, 'a text', (value) => typeof value === 'string');
 
+/** A text that something stands in. */
+export const filled = (fallback: string): Field<string> =>
+  field(fallback, 'a text that is not empty', (value) => typeof value === 'string' && value !== '');
+
 export const flag = (fallback: boolean): Field<boolean> =>
   field(fallback, 'true or false', (value) => typeof value === 'boolean');
 
