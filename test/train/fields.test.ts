@@ -83,6 +83,11 @@ test('values under which nothing would be trained are refused', (t) => {
   refuses(t, /"lora\.alpha" is 0, .*kohya's 0 means the rank: set lora\.alpha to 8$/, () =>
     resolved(lora, 'lora.alpha=0'),
   );
+  for (const name of ['adamw', 'adamw8bit'])
+    refuses(t, /"optimizer\.eps" is 0, .* to NaN; .* such as 1e-8$/, () =>
+      resolved('optimizer.eps=0', `optimizer.name=${name}`),
+    );
+  t.doesNotThrow(() => resolved('optimizer.eps=0', 'optimizer.name=lion'), 'where it is not used');
   const huber = 'objective.loss=huber';
   refuses(t, /"objective\.huber_delta" is 0, /, () => resolved(huber, 'objective.huber_delta=0'));
   const weightless = ['l1', 'mse', 'kl'].map((term) => `vae_objective.${term}=0`);

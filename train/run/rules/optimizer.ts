@@ -18,6 +18,10 @@ export function refuseOptimizer(run: Run, where: string): void {
     throw new UserError(
       `${where}: "optimizer.lr" is 0, of which "optimizer.text_encoder_lr" is kept as a multiple, so nothing would be trained; give lr a small value`,
     );
+  if (optimizer.eps === 0 && /^adamw/.test(optimizer.name))
+    throw new UserError(
+      `${where}: "optimizer.eps" is 0, by which a weight without a gradient, as A of a LoRA at first, is moved by 0/0 to NaN; leave it out, or set it to a small value such as ${usual.optimizer.eps}`,
+    );
   refuseSchedule(run, where);
   refuseBlockRates(run, where);
   refuseRates(run, where);
