@@ -180,6 +180,7 @@ test('what does not fit is refused', (t) => {
   const circle: { rank?: unknown } = {};
   circle.rank = circle;
   for (const [given, says] of [
+    [{ dtype: Object.create(null) }, /"dtype" is \{\}; it takes "float32" or "bfloat16"$/],
     [{ steps: 10n }, /"steps" is 10n; it takes a whole number/],
     [{ lora: circle }, /"lora\.rank" is <ref \*1> \{ rank: \[Circular \*1\] \}; it takes a whole number/],
     // biome-ignore lint/suspicious/noSparseArray: what a comma too many makes

@@ -202,7 +202,7 @@ function* placesOf(table: object, key: string, path = ''): Generator<string> {
 }
 
 const nearChoice = ({ choices = [] }: Field<unknown>, value: unknown): string =>
-  didYouMean(String(value), choices);
+  typeof value === 'string' ? didYouMean(value, choices) : '';
 
 /**
  * Applies `key.key=value` over a filled run, in place. The value keeps the type of what stands there: a number stays a number, a list
