@@ -138,7 +138,7 @@ function parseHeader(path: string, bytes: Uint8Array, dataStart: number) {
   return { tensors, metadata: metadata as Record<string, string> };
 }
 
-const isRecord = (value: unknown): value is Record<string, unknown> =>
+export const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
 
 const isSizeList = (value: unknown): value is number[] =>

@@ -4,6 +4,7 @@ import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
+import { isRecord } from '../../io/safetensors.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
 
 /** What peft's own files put before each path. */
@@ -33,21 +34,46 @@ export function peftConfigs(file: TensorFile): (path: string) => PeftConfig {
     return (path) => {
       const prefix = `${path.split('.')[0]}.`;
       const mine = Object.entries(metadata).filter(([key]) => key.startsWith(prefix));
-      return Object.fromEntries(mine.map(([key, value]) => [key.slice(prefix.length), value]));
+      return checked(file, Object.fromEntries(mine.map(([key, value]) => [key.slice(prefix.length), value])));
     };
   }
   const beside = join(dirname(file.path), 'adapter_config.json');
   const peft = [...file.tensors.keys()].some((name) => peftRoot.test(name));
-  const config: PeftConfig = peft && existsSync(beside) ? readJsonObject(beside) : {};
+  const config = peft && existsSync(beside) ? checked(file, readJsonObject(beside)) : {};
   return () => config;
 }
 
 function parsed(file: TensorFile, text: string): Record<string, unknown> {
+  let found: unknown;
   try {
-    return JSON.parse(text) as Record<string, unknown>;
+    found = JSON.parse(text);
   } catch {
-    throw new UserError(`LoRA ${file.path}: its "lora_adapter_metadata" is not JSON; save the adapter again`);
+    // Told below.
   }
+  if (isRecord(found)) return found;
+  throw new UserError(
+    `LoRA ${file.path}: its "lora_adapter_metadata" is not a JSON object; save the adapter again`,
+  );
+}
+
+const isNumber = (value: unknown): boolean => typeof value === 'number';
+
+/** What its values are, where they are there. */
+const wanted: readonly (readonly [keys: readonly (keyof PeftConfig)[], is: (value: unknown) => boolean])[] = [
+  [['r', 'lora_alpha', 'alpha', 'oft_block_size', 'eps', 'num_cayley_neumann_terms'], isNumber],
+  [['rank_pattern', 'alpha_pattern'], (value) => isRecord(value) && Object.values(value).every(isNumber)],
+];
+
+/** The config without its nulls. @throws UserError for values of another kind, which would be taken for some number */
+function checked(file: TensorFile, config: Record<string, unknown>): PeftConfig {
+  const there = Object.fromEntries(Object.entries(config).filter(([, value]) => value !== null));
+  for (const [keys, is] of wanted)
+    for (const key of keys)
+      if (Object.hasOwn(there, key) && !is(there[key]))
+        throw new UserError(
+          `LoRA ${file.path}: "${key}" of its adapter's config is ${JSON.stringify(there[key])}, which is no number, or none by names; save the adapter again`,
+        );
+  return there;
 }
 
 /** peft's rule: the first pattern, a regular expression, that matches the path or an ending of it behind a dot. */

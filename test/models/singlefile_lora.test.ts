@@ -323,7 +323,8 @@ test('the alpha that peft keeps in the metadata', (t) => {
   allClose(t, 'alpha_pattern', gains(pattern), [2, 0.5], close);
   allClose(t, 'use_rslora', gains({ ...pattern, 'unet.use_rslora': true }), [4, 1], close);
   allClose(t, 'another part', gains({ 'text_encoder.lora_alpha': 8 }), [1, 1], close);
-  refuses(t, 'broken', () => gains('{'), /"lora_adapter_metadata" is not JSON/);
+  refuses(t, 'broken', () => gains('{'), /"lora_adapter_metadata" is not a JSON object/);
+  refuses(t, 'null', () => gains('null'), /"lora_adapter_metadata" is not a JSON object/);
   refuses(
     t,
     'infinite',
