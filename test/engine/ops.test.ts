@@ -44,7 +44,7 @@ function referenceForward(record: AnyRecord, sample: AnySample, inputs: RefTenso
 
 test('every file of ops is here', (t) => {
   const ops = join(packageRoot, 'engine', 'ops');
-  const here = readFileSync(join(packageRoot, 'test', 'op_cases.ts'), 'utf8');
+  const here = readFileSync(join(packageRoot, 'test', 'support', 'op_cases.ts'), 'utf8');
   for (const file of readdirSync(ops))
     if (readFileSync(join(ops, file), 'utf8').includes('defineOp')) t.ok(here.includes(`/${file}'`), file);
   t.end();
