@@ -56,7 +56,7 @@ for (const [what, before] of [
   ],
 ] as const)
   test(what, (t) => {
-    const module = join(packageRoot, 'dist', 'train', 'data', 'pixel_threads.js');
+    const module = join(packageRoot, 'dist', 'train', 'pictures', 'pixel_threads.js');
     const program = `
       const threads = require('node:worker_threads');
       ${before}

@@ -26,4 +26,4 @@ export const readQuestion = ({
  * What readPixels() reads of `file`. What is not begun when `signal` is aborted is left.
  * @throws UserError naming the picture
  */
-export const readPixelsAside = threads(['train', 'data', 'pixel_thread.js'], readQuestion);
+export const readPixelsAside = threads(['train', 'pictures', 'pixel_thread.js'], readQuestion);
