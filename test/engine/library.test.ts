@@ -40,3 +40,25 @@ test('a cache that cannot be written', (t) => {
   t.match(mends.kernels, /have XDG_CACHE_HOME name a folder that can be written/);
   t.end();
 });
+
+test('a program may end while threads of the library look for work', (t) => {
+  const [device, tensor, unary] = ['device', 'tensor', 'ops/unary'].map((name) =>
+    JSON.stringify(join(packageRoot, 'dist', 'engine', `${name}.js`)),
+  );
+  const program = `
+    import { openDevice } from ${device};
+    import { zeros } from ${tensor};
+    import { square } from ${unary};
+    const x = zeros([2 ** 20], { device: openDevice('cpu') });
+    for (let i = 0; i < 50; i++) square(x).release();`;
+  const ended = Array.from({ length: 20 }, () => {
+    const { status, signal, stderr } = spawnSync(
+      process.execPath,
+      ['--input-type=module', '--eval', program],
+      { encoding: 'utf8' },
+    );
+    return signal ?? (status === 0 ? 'well' : stderr);
+  });
+  t.same(ended, Array<string>(20).fill('well'));
+  t.end();
+});
