@@ -1,5 +1,6 @@
-// Runs every test file but those of kernels/ through tap and ends with the plain line `N passed, N failed`, which tap's own reporters
-// do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/engine/ops.test.js`, or `--kernels`, for those alone.
+// Runs every test file but those of kernels/ and programs/ through tap and ends with the plain line `N passed, N failed`, which tap's own
+// reporters do not print. Exit status is tap's. Arguments are files, as in `npm test -- dist/test/engine/ops.test.js`, or `--kernels` or
+// `--programs`, for those alone.
 import { spawn } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, rmSync, statfsSync } from 'node:fs';
 import { availableParallelism, tmpdir } from 'node:os';
@@ -9,17 +10,19 @@ import { fileURLToPath } from 'node:url';
 const here = dirname(fileURLToPath(import.meta.url));
 const given = process.argv.slice(2);
 /**
- * What a GPU does, on the virtual one, this itself, what it has memory for, and the programs for a machine that has one, are a suite of
- * their own: they take longer than all else together, and cuda.test.js, every kernel's proof, as long as the rest of them. A case of
- * a second or two on the virtual GPU stays with those of the other devices.
+ * Folders that are suites of their own, asked for by their names. What a GPU does, on the virtual one, this itself, what it has memory for,
+ * and the programs for a machine that has one, take longer than all else together, and cuda.test.js, every kernel's proof, as long as the
+ * rest of them. (A case of a second or two on the virtual GPU stays with those of the other devices.) Programs that are killed wherever
+ * it may hurt are started hundreds of times.
  */
-const isOfGpus = (path: string): boolean => path.startsWith('kernels/');
-const wanted = given[0] === '--kernels' ? isOfGpus : (path: string) => !isOfGpus(path);
+const suites = ['kernels', 'programs'];
+const suite = suites.find((name) => given[0] === `--${name}`);
+const suiteOf = (path: string) => suites.find((name) => path.startsWith(`${name}/`));
 const found = () =>
   readdirSync(here, { recursive: true, encoding: 'utf8' }).filter(
-    (path) => path.endsWith('.test.js') && wanted(path),
+    (path) => path.endsWith('.test.js') && suiteOf(path) === suite,
   );
-const named = given.filter((each) => each !== '--kernels');
+const named = given.filter((each) => each !== `--${suite}`);
 const files = named.length
   ? named
   : found()
