@@ -27,6 +27,10 @@ export function a1111Api(served: Served, orders: Queue): Routes {
       },
     };
   };
+  const interrupt = (): Reply => {
+    queue.interrupt();
+    return { json: {} };
+  };
   return {
     ...controlnetApi(served),
     ...a1111Lists(served, queue),
@@ -34,15 +38,8 @@ export function a1111Api(served: Served, orders: Queue): Routes {
     'POST /sdapi/v1/img2img': (asked) => draw(asked, true),
     'GET /sdapi/v1/progress': ({ url }) =>
       progress(queue, url.searchParams.get('skip_current_image') !== 'true'),
-    'POST /sdapi/v1/interrupt': () => {
-      queue.interrupt();
-      return { json: {} };
-    },
-    // A picture is all that there is to skip.
-    'POST /sdapi/v1/skip': () => {
-      queue.interrupt();
-      return { json: {} };
-    },
+    'POST /sdapi/v1/interrupt': interrupt,
+    'POST /sdapi/v1/skip': interrupt, // a picture is all that there is to skip
     'POST /sdapi/v1/unload-checkpoint': () => {
       queue.unload();
       return { json: {} };

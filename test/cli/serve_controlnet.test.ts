@@ -200,6 +200,13 @@ test('a unit that cannot be followed is told of', async (t) => {
       units({ model: 'union', image, union_control_type: 'Edges' }),
       /union_control_type takes OpenPose, Depth/,
     ],
+    [
+      units(
+        { model: 'union', image, union_control_type: 'Depth' },
+        { model: 'union', image, union_control_type: 'Depth', control_mode: 1 },
+      ),
+      /give each the same control_balance \(control_mode\)$/,
+    ],
     [units({ model: 'union', image, union_control_type: 'tile' }), /control_mode 6 for a ControlNet union/],
     [
       units({ model: 'edges', image, guidance_start: 0.5 }),
