@@ -1,0 +1,82 @@
+// What clients ask `sdxl serve` before they draw: lists of what there is, each of which can be drawn with, also of a model of EDM; and its
+// memory, which they free and take again.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { writeEDM } from '../support/edm_golden.ts';
+import { maxDifference } from '../support/golden.ts';
+import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-lists-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+test('lists that programs ask for before they draw', async (t) => {
+  const server = await serve(...small);
+  const names = async (path: string) =>
+    (await server.get(path)).body.map((each: { name: string }) => each.name);
+  t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
+  t.same((await server.get('/sdapi/v1/sd-models')).body[0].title, 'tiny-sdxl');
+  t.equal((await server.get('/sdapi/v1/options')).body.sd_model_checkpoint, 'tiny-sdxl');
+  t.equal(
+    (await server.post('/sdapi/v1/options', { sd_model_checkpoint: 'tiny-sdxl', sd_vae: 'Automatic' }))
+      .status,
+    200,
+  );
+  const samplers = await names('/sdapi/v1/samplers');
+  t.ok(samplers.includes('DPM++ 2M') && samplers.includes('Euler a'));
+  for (const sampler_name of samplers) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name });
+    t.equal(status, 200, `${sampler_name} ${body.detail ?? ''}`);
+  }
+  t.same(await names('/sdapi/v1/loras'), []);
+  t.same(await names('/sdapi/v1/upscalers'), ['None', 'Lanczos', 'Nearest']); // SillyTavern puts latent ones behind the first
+  t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
+  for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
+    t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);
+  for (const path of ['hypernetworks', 'face-restorers', 'prompt-styles', 'script-info', 'realesrgan-models'])
+    t.same((await server.get(`/sdapi/v1/${path}`)).body, []);
+  t.ok((await server.get('/sdapi/v1/memory')).body.ram.total > 0);
+  t.match((await server.get('/controlnet/control_types')).body.control_types, { All: { model_list: [] } });
+  t.match(await (await fetch(server.url)).text(), /<title>sdxl/, 'a page');
+  t.equal(await server.end(), 143);
+});
+
+test('models that are unloaded and opened again', async (t) => {
+  const server = await serve(...small);
+  const before = drawers();
+  t.equal((await server.post('/sdapi/v1/unload-checkpoint', {})).status, 200);
+  await eventually(async () => drawers().length === 0);
+  const reloading = server.post('/sdapi/v1/reload-checkpoint', {});
+  await eventually(async () => drawers().length === 1);
+  await server.post('/sdapi/v1/unload-checkpoint', {});
+  t.match(await reloading, { status: 503, body: { detail: /unloaded while they were opened/ } });
+  t.equal((await server.post('/sdapi/v1/reload-checkpoint', {})).status, 200);
+  t.equal(drawers().length, 1, 'the model is open again');
+  t.notSame(drawers(), before);
+  t.equal(await server.end(), 143);
+});
+
+test('a model of EDM takes the samplers that there are for it by the names of others', async (t) => {
+  const server = await serve(...small, '--model', writeEDM(join(folder, 'playground'), 'playground'));
+  const samplers = (await server.get('/sdapi/v1/samplers')).body.map((each: { name: string }) => each.name);
+  t.same(samplers, ['Euler', 'DPM++ 2M']);
+  for (const [sampler_name, scheduler] of [
+    ['Euler', 'edm_euler'],
+    ['DPM++ 2M', 'edm_dpm++2m_karras'],
+    ['DPM++ 2M SDE', 'edm_dpm++2m_sde_exponential'],
+  ]) {
+    const { status, body } = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name });
+    t.equal(status, 200, body.detail);
+    const typed = await sampledTo(
+      join(folder, 'sampled.png'),
+      ...[...small, '--model', join(folder, 'playground'), '--prompt', fox.prompt, '--seed', '5'],
+      ...['--scheduler', scheduler, '--emphasis', 'original', '--max-token-length', '225'],
+    );
+    t.equal(maxDifference((await pixels(body.images[0])).data, typed.picture.data), 0, sampler_name);
+  }
+  const other = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DDIM' });
+  t.equal(other.status, 400);
+  t.match(other.body.detail, /DDIMScheduler draws nothing but noise/);
+  t.equal(await server.end(), 143);
+});
