@@ -30,8 +30,8 @@ const files = named.length
       .map((path) => join(here, path));
 
 /**
- * What the tests write lies in memory, where that has room: it is flushed as a user's files are and gone a second later, so a disk would
- * take a tenth of the time. That the program does flush, train_kill.test.js sees by its calls.
+ * What the tests write lies in memory, where that has room: it is flushed as a user's files are and gone a second later; on a disk that was
+ * a fifth of train.test.js. That the program does flush, train_kill.test.js sees by its calls.
  */
 function scratch(): string {
   const memory = '/dev/shm';

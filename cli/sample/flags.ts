@@ -203,13 +203,13 @@ export const stepOptions = (command: Command): Command =>
     )
     .option(
       '--guidance-start <F>',
-      'the part of the steps, 0 to 1, before which there is no guidance: such a step takes half as long',
+      'the part of the steps, 0 to 1, before which there is no guidance: such a step does half the work',
       fraction('--guidance-start'),
       0,
     )
     .option(
       '--guidance-stop <F>',
-      "the part after which there is none, such as 0.7: faster, and mostly much the same picture; the refiner's steps are not meant",
+      "the part after which there is none, such as 0.7: faster, and another picture; the refiner's steps are not meant",
       fraction('--guidance-stop'),
       1,
     )

@@ -9,7 +9,7 @@ import { UserError } from '../../io/errors.ts';
 
 /** In which calls classifier-free guidance holds (Kynkäänniemi et al. 2024); the names are those of diffusers' guiders, behind `guidance_`. */
 export interface GuidanceInterval {
-  /** The part of the calls before which there is none, 0 to 1; 0 where absent. A call without it is half as long. */
+  /** The part of the calls before which there is none, 0 to 1; 0 where absent. A call without it has half the rows. */
   guidance_start?: number;
   /** The part from which on there is none; 1 where absent. */
   guidance_stop?: number;
