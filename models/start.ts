@@ -227,8 +227,11 @@ function seeing(
     const beginning = (): Tensor => {
       if (!from) return combine([plan.initNoiseSigma, noise]);
       if (noisy) return onDevice(from.data);
-      const parts = partsOf(request.mask, shape, coder.device);
-      return sampler.addNoise(plan, contentOf(request, onDevice(from.data), noise, parts), noise);
+      const picture = onDevice(from.data);
+      const content = request.masked_content
+        ? contentOf(request, picture, noise, partsOf(request.mask, shape, coder.device))
+        : picture;
+      return sampler.addNoise(plan, content, noise);
     };
     const drawBeside = (count: number) => drawNoise(generators.slice(0, 1), count);
     return { first: beginning(), beside: besideLatents(coder, request, shape, drawBeside) };
