@@ -223,11 +223,14 @@ function withoutBareNumbers(text: string): unknown {
   }
 }
 
+/** Whether a value is an object as JSON has them: no list, and not null. */
+export const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
+
 /** The JSON object in `path`. @throws UserError as `readJson`, and when it holds a list or a lone value */
 export function readJsonObject(path: string): Record<string, unknown> {
   const value = readJson(path);
-  if (typeof value === 'object' && value !== null && !Array.isArray(value))
-    return value as Record<string, unknown>;
+  if (isRecord(value)) return value;
   throw new UserError(`${path} does not hold a JSON object: download it again`);
 }
 

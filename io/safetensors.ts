@@ -4,7 +4,7 @@
 // checked before any of it is used.
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
-import { replaceInTurns, writeFully } from './files.ts';
+import { isRecord, replaceInTurns, writeFully } from './files.ts';
 import { float8E4M3, float8E5M2, float64, plain } from './stored_types.ts';
 import {
   checkedProduct,
@@ -137,9 +137,6 @@ function parseHeader(path: string, bytes: Uint8Array, dataStart: number) {
   const tensors = named.map(([name, entry]) => parseTensor(path, name, entry, dataStart));
   return { tensors, metadata: metadata as Record<string, string> };
 }
-
-export const isRecord = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);
 
 const isSizeList = (value: unknown): value is number[] =>
   Array.isArray(value) && value.every((size) => Number.isSafeInteger(size) && size >= 0);

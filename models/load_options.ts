@@ -2,10 +2,11 @@
 import type { Device } from '../engine/device.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
+import { isRecord } from '../io/files.ts';
 import type { ModelSource } from './checkpoint/checkpoint.ts';
 import type { IPAdapterSource } from './ip_adapter/ip_adapter.ts';
 import type { AdapterFile } from './lora/lora.ts';
-import { flag, isObject, type Rule, shown } from './request.ts';
+import { flag, type Rule, shown } from './request.ts';
 
 /** What a model's weights are of; a refiner has no text_encoder. */
 export const parts = ['text_encoder', 'text_encoder_2', 'unet', 'vae'] as const;
@@ -41,7 +42,7 @@ const list = (what: string, holds: (each: unknown) => boolean): Rule => [
   `a list of ${what}`,
   (value) => Array.isArray(value) && value.every(holds),
 ];
-const isSource = (value: unknown): boolean => isObject(value) && typeof value.load === 'function';
+const isSource = (value: unknown): boolean => isRecord(value) && typeof value.load === 'function';
 const dtype: Rule = ['float32, bfloat16 or float16', (value) => isFloat(value as FloatDType)];
 
 const rules: Readonly<Record<keyof LoadOptions, Rule>> = {
@@ -59,11 +60,11 @@ const rules: Readonly<Record<keyof LoadOptions, Rule>> = {
   adapter: list('what await locateT2IAdapter(PATH) gives', isSource),
   ipAdapter: list(
     'what await locateIPAdapter(PATH) gives',
-    (value) => isObject(value) && isSource(value.imageEncoder),
+    (value) => isRecord(value) && isSource(value.imageEncoder),
   ),
   lora: list(
     '{ path, scale }, path by await locateLora(PATH)',
-    (value) => isObject(value) && typeof value.path === 'string',
+    (value) => isRecord(value) && typeof value.path === 'string',
   ),
   q8: flag,
   gradientCheckpointing: flag,

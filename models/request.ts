@@ -1,6 +1,7 @@
 // What is asked of a pipeline, in the words of diffusers' SDXL pipelines. TypeScript holds a program to it while it is compiled; of
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
 import { didYouMean, UserError } from '../io/errors.ts';
+import { isRecord } from '../io/files.ts';
 import { controlBalances } from './control/control_balance.ts';
 import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';
 import type { ControlRequest } from './control/multicontrolnet.ts';
@@ -88,8 +89,6 @@ export type Rule = readonly [want: string, holds: (value: unknown) => boolean];
 
 const isText = (value: unknown): boolean => typeof value === 'string';
 const isNumber = (value: unknown): boolean => Number.isFinite(value);
-export const isObject = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);
 const every = (value: unknown, holds: (each: unknown) => boolean): boolean =>
   Array.isArray(value) && value.length > 0 && value.every(holds);
 const listOf = (what: string, holds: (each: unknown) => boolean): Rule => [
@@ -116,11 +115,11 @@ const pair = (words: string): Rule => [
 const size = pair('height, width');
 const corner = pair('top, left');
 const isLatents = (value: unknown): boolean =>
-  isObject(value) && value.data instanceof Float32Array && every(value.shape, Number.isInteger);
+  isRecord(value) && value.data instanceof Float32Array && every(value.shape, Number.isInteger);
 const pixels = (how: string): Rule => [`{ data, shape } as ${how} gives it`, isLatents];
 const embeds = pixels('encodePrompt');
 const isPicture = (value: unknown): boolean =>
-  isObject(value) && value.data instanceof Uint8Array && isNumber(value.width) && isNumber(value.height);
+  isRecord(value) && value.data instanceof Uint8Array && isNumber(value.width) && isNumber(value.height);
 const isNone = (value: unknown): boolean => (value ?? null) === null;
 const each: Rule = [
   'a number, or a list of one for each',
@@ -129,7 +128,7 @@ const each: Rule = [
 const isBalance = (value: unknown): boolean => controlBalances.some((one) => one === value);
 /** What it holds is told of beside the UNet. */
 const isScaleOrNone = (value: unknown): boolean =>
-  isNone(value) || isNumber(value) || isObject(value) || every(value, isNumber);
+  isNone(value) || isNumber(value) || isRecord(value) || every(value, isNumber);
 
 /** Numbers whose bounds depend on the scheduler are its own to tell. */
 const anyNumber: Rule = ['a number', (value) => typeof value === 'number'];
@@ -171,9 +170,9 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   scheduler: [
     '{ name, config }, each perhaps left out',
     (value) =>
-      isObject(value) &&
+      isRecord(value) &&
       (value.name === undefined || isText(value.name)) &&
-      (value.config === undefined || isObject(value.config)),
+      (value.config === undefined || isRecord(value.config)),
   ],
   image: pixels('preprocess'),
   mask: pixels('preprocessMask'),
@@ -204,7 +203,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   ),
   ip_adapter_scale: [
     'a number, or numbers by block such as { up: { block_0: [0, 1, 0] } }, or a list of one for each',
-    (value) => isNumber(value) || isObject(value) || every(value, isScaleOrNone),
+    (value) => isNumber(value) || isRecord(value) || every(value, isScaleOrNone),
   ],
   ip_adapter_masks: listOf(
     '{ data, shape } as preprocessMask gives it, or of lists of them',
@@ -232,7 +231,7 @@ const foreign: Readonly<Record<string, string>> = {
 
 /** What is given of a request. @throws UserError */
 function checked(asked: Asked): Asked {
-  if (!isObject(asked)) throw new UserError(`the request is ${shown(asked)}: give an object with a prompt`);
+  if (!isRecord(asked)) throw new UserError(`the request is ${shown(asked)}: give an object with a prompt`);
   // What encodePrompt gives may be spread into a request, the texts that it cut off beside the embeddings.
   const given = Object.entries(asked).filter(
     ([key, value]) => (value ?? null) !== null && key !== 'truncated',
@@ -256,7 +255,7 @@ function checked(asked: Asked): Asked {
 /** A value, in as many words as a sentence takes. */
 export function shown(value: unknown): string {
   if (typeof value === 'function') return 'a function';
-  if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
+  if (isRecord(value)) {
     const { name } = value.constructor ?? Object;
     return name === 'Object' ? cut(`{ ${Object.keys(value).join(', ')} }`) : `a ${name}`;
   }

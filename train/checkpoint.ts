@@ -6,11 +6,10 @@ import { existsSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
-import { listFolder, makeFolder, readJsonObject } from '../io/files.ts';
+import { isRecord, listFolder, makeFolder, readJsonObject } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
-import { isRecord } from './run/fields.ts';
 import type { Run } from './run/run.ts';
 import { previewFolder } from './tasks/preview.ts';
 

@@ -2,7 +2,7 @@
 // schedule type takes A1111's own for it. What changes a picture there and is not here is refused unless it is as good as left out; what
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
-import { isObject } from '../../models/request.ts';
+import { isRecord } from '../../io/files.ts';
 import { oneOf, side } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
@@ -110,6 +110,9 @@ export const flagKeys: Readonly<Record<string, string>> = {
     '--image-guidance-scale': 'image_cfg_scale',
   },
   ...{ '--mask': 'mask', '--padding-mask-crop': 'inpaint_full_res', '--mask-blur': 'mask_blur' },
+  ...{ '--masked-content': 'inpainting_fill', '--invert-mask': 'inpainting_mask_invert' },
+  ...{ '--hires-prompt': 'hr_prompt', '--hires-negative-prompt': 'hr_negative_prompt' },
+  ...{ '--control-balance': 'control_mode', '--control-mode': 'union_control_type' },
   ...{ '--hires': 'enable_hr', '--hires-scale': 'hr_scale', '--hires-steps': 'hr_second_pass_steps' },
   ...{ '--hires-width': 'hr_resize_x', '--hires-height': 'hr_resize_y', '--hires-upscaler': 'hr_upscaler' },
   ...{ '--hires-denoising-strength': 'denoising_strength', '--hires-guidance-scale': 'hr_cfg' },
@@ -273,7 +276,7 @@ function overOf(body: Body): Order {
 
 /** Another checkpoint or VAE than those that are open cannot be had. @throws UserError */
 export function checkOverrides(value: unknown, served: Served): void {
-  if (!isObject(value ?? {}))
+  if (!isRecord(value ?? {}))
     throw new UserError('override_settings takes an object, by the names of options');
   for (const [key, wanted] of Object.entries(value ?? {})) {
     if (key === 'sd_model_checkpoint' && wanted !== null && wanted !== '' && wanted !== served.name)

@@ -2,9 +2,9 @@
 // IP-Adapter of those that the server was started with, and a picture that it follows as it is, inverted, or its edges: of all
 // preprocessors there are these. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
 import { UserError } from '../../io/errors.ts';
+import { isRecord } from '../../io/files.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
-import { isObject } from '../../models/request.ts';
 import { oneOf } from '../option_values.ts';
 import { booleanOf, numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
 import type { Routes } from './http.ts';
@@ -31,20 +31,20 @@ const mostUnits = 10;
 
 /** What the scripts of a request come to. @throws UserError for other scripts than ControlNets */
 export function controlsIn(scripts: unknown, served: Served): Order {
-  if (!isObject(scripts ?? {}))
+  if (!isRecord(scripts ?? {}))
     throw new UserError('alwayson_scripts takes an object, by the names of scripts');
   const entries = Object.entries(scripts ?? {});
   const isOff = (script: unknown): boolean =>
-    isObject(script) && Array.isArray(script.args) && (script.args[0] ?? false) === false;
+    isRecord(script) && Array.isArray(script.args) && (script.args[0] ?? false) === false;
   const other = entries.find(([name, script]) => name.toLowerCase() !== 'controlnet' && !isOff(script));
   if (other) throw new UserError(`alwayson_scripts: there is no script "${other[0]}" here; leave it out`);
   const sent = entries.flatMap(([name, script]) => {
     if (name.toLowerCase() !== 'controlnet') return [];
-    if (isObject(script) && Array.isArray(script.args)) return script.args;
+    if (isRecord(script) && Array.isArray(script.args)) return script.args;
     throw new UserError(`alwayson_scripts: "${name}" takes an object with args, a list of units`);
   });
   const units = sent.flatMap((unit, i): Unit[] =>
-    isObject(unit) && booleanOf(unit.enabled ?? true, "a ControlNet unit's enabled")
+    isRecord(unit) && booleanOf(unit.enabled ?? true, "a ControlNet unit's enabled")
       ? [{ ...unitOf(unit, served), name: `the image of ControlNet unit ${i}` }]
       : [],
   );

@@ -2,7 +2,7 @@
 // server: there are a dozen fixed paths, and nothing of a framework would be used.
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { UserError } from '../../io/errors.ts';
-import { isObject } from '../../models/request.ts';
+import { isRecord } from '../../io/files.ts';
 import { inOneLine } from '../terminal.ts';
 import { type Rules, refusal } from './guard.ts';
 
@@ -147,7 +147,7 @@ async function jsonOf(request: IncomingMessage): Promise<Record<string, unknown>
     if (!(error instanceof SyntaxError)) throw error;
     throw new UserError(`the body is no JSON: ${error.message}`);
   }
-  if (!isObject(value))
+  if (!isRecord(value))
     throw new UserError('the body is no JSON object; send one such as {"prompt": "a red fox"}');
   if (isDeeper(value, MOST_DEPTH))
     throw new UserError(`the body has lists or objects more than ${MOST_DEPTH} deep; no key takes such`);

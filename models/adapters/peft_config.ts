@@ -3,8 +3,7 @@
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject } from '../../io/files.ts';
-import { isRecord } from '../../io/safetensors.ts';
+import { isRecord, readJsonObject } from '../../io/files.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
 
 /** What peft's own files put before each path. */

@@ -2,6 +2,7 @@
 // sides and blocks, where what is not named counts nothing. InstantStyle (Wang et al. 2024) found that of SDXL { up: { block_0: [0, 1, 0] } }
 // takes a picture's style alone, and { down: { block_2: [0, 1] } } its layout.
 import { didYouMean, UserError } from '../../io/errors.ts';
+import { isRecord } from '../../io/files.ts';
 import type { UNetConfig } from '../unet/unet.ts';
 
 /** One number, or under masks one for each picture of the adapter. */
@@ -81,7 +82,7 @@ export function layerScales(
   const scales = new Map<string, Scale>();
   for (const [side, value] of Object.entries(given as Record<string, unknown>)) {
     const own = blocks.filter((block) => block.side === side);
-    const byBlock = isTable(value) ? value : undefined;
+    const byBlock = isRecord(value) ? value : undefined;
     const unknown = Object.keys(byBlock ?? {}).find((key) => !own.some((block) => block.key === key));
     if (own.length === 0 || unknown !== undefined)
       throw noBlock(name, unknown === undefined ? side : `${side}.${unknown}`, blocks);
@@ -95,9 +96,6 @@ export function layerScales(
   }
   return scales;
 }
-
-const isTable = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);
 
 function noBlock(name: string, word: string, blocks: readonly Block[]): UserError {
   const names = [...new Set(blocks.flatMap((block) => [block.side, nameOf(block)]))];

@@ -3,6 +3,7 @@
 // meant, as far as that can be known, and every value of the wrong kind with its place.
 import { inspect } from 'node:util';
 import { didYouMean, UserError } from '../../io/errors.ts';
+import { isRecord } from '../../io/files.ts';
 import { foreignKeys } from './foreign_keys.ts';
 
 export interface Field<T> {
@@ -124,10 +125,6 @@ export const textOrRecord = <T extends object>(
       );
   },
 });
-
-export function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value);
-}
 
 const isField = (entry: unknown): entry is Field<unknown> => isRecord(entry) && entry.kind === 'field';
 
