@@ -3,6 +3,7 @@
 // and columns see different pairs, which makes four convolutions of 2x2 taps over x, and 16 products where there were 36
 // (Aitken et al. 2017, from the other end). Sums of taps are rounded to the weight's type.
 // Forward alone: for sampling.
+import { wrapped } from './circular.ts';
 import { add } from './ops/binary.ts';
 import { conv2d } from './ops/conv2d.ts';
 import { concat, joinQuarters, slice } from './ops/move.ts';
@@ -30,7 +31,8 @@ export const conv2dDoubled = (x: Tensor, taps: readonly Tensor[], bias?: Tensor)
     joinQuarters(
       taps.map((each, i) => {
         const [odd, right] = [i >> 1, i & 1];
-        return conv2d(x, each, bias, { padding: [1 - odd, 1 - right, odd, right] });
+        const { x: seen, padding } = wrapped(x, [1 - odd, 1 - right, odd, right]);
+        return conv2d(seen, each, bias, { padding });
       }),
     ),
   );

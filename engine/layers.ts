@@ -1,5 +1,6 @@
 // The modules that own weights: linear, convolution, the norms and lookup tables, with the children names (`weight`,
 // `bias`) that every checkpoint format uses.
+import { wrapped } from './circular.ts';
 import { conv2dDoubled } from './doubled.ts';
 import { type Module, module, type Parameter, parameter } from './module.ts';
 import { conv2d as conv2dOp, type Padding } from './ops/conv2d.ts';
@@ -38,7 +39,10 @@ export type Conv2d = Module<[x: Tensor, options?: ConvOptions], Tensor, Weights>
   readonly padding: Padding;
 };
 
-/** A square kernel over [n, h, w, c]. Padding is one number for all sides, or [top, left, bottom, right]. */
+/**
+ * A square kernel over [n, h, w, c]. Padding is one number for all sides, or [top, left, bottom, right]: zeros, or within withoutSeams()
+ * what lies on the other side.
+ */
 export function conv2d(
   inputs: number,
   outputs: number,
@@ -47,15 +51,19 @@ export function conv2d(
 ): Conv2d {
   const { stride = 1, padding = 0, bias = true } = options;
   const sides: Padding = typeof padding === 'number' ? [padding, padding, padding, padding] : padding;
+  const even = sides[0] === sides[2] && sides[1] === sides[3];
   const layer = module(
     {
       weight: parameter([outputs, inputs, kernel, kernel], 'conv'),
       bias: bias ? parameter([outputs]) : undefined,
     },
-    (m, x: Tensor, { doubled, ...options }: ConvOptions = {}) =>
-      doubled
-        ? conv2dDoubled(x, doubled, m.bias?.tensor)
-        : conv2dOp(x, m.weight.tensor, m.bias?.tensor, { stride, padding: sides, ...options }),
+    (m, image: Tensor, { doubled, skip, ...options }: ConvOptions = {}) => {
+      if (doubled) return conv2dDoubled(image, doubled, m.bias?.tensor);
+      const padded = (t: Tensor) => (even ? wrapped(t, sides) : { x: t, padding: sides });
+      const { x, padding } = padded(image);
+      const beside = { stride, padding, skip: skip && padded(skip).x };
+      return conv2dOp(x, m.weight.tensor, m.bias?.tensor, { ...beside, ...options });
+    },
   );
   return Object.assign(layer, { stride, padding: sides });
 }

@@ -3,6 +3,7 @@
 // each call's time. A pass is a step of the device, which a GPU replays from a recording; under DeepCache there are two, the whole one
 // and the shallow one. Where prompts change with the calls, or guidance holds in some of them, all of this is made anew with each change.
 import type { Step } from '../engine/capture.ts';
+import { withoutSeams } from '../engine/circular.ts';
 import type { Device } from '../engine/device.ts';
 import { noGrad } from '../engine/grad.ts';
 import { unload } from '../engine/module.ts';
@@ -74,7 +75,9 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   const [images] = shape;
   const [from, to] = plan.guided ? guidedCalls(request, calls) : [0, 0];
   const isCut = plan.guided && (from > 0 || to < calls);
-  const inputs = noGrad(() => scope(() => placeInputs(model, request, plan, isCut)));
+  const inputs = withoutSeams(plan.seamless, () =>
+    noGrad(() => scope(() => placeInputs(model, request, plan, isCut))),
+  );
   if (request.last) {
     for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
@@ -167,11 +170,11 @@ function passOver(
 }
 
 /** A pass with these parts as steps of the device: under DeepCache the whole one and the shallow one, which take turns. */
-function stepsOf(device: Device, { caching }: DenoiserPlan, parts: Parts, pass: MakePass): Pass {
+function stepsOf(device: Device, { caching, seamless }: DenoiserPlan, parts: Parts, pass: MakePass): Pass {
   const { deep } = parts.side;
   const reserve = deep && device.memory.openReserve();
   const [whole, shallow] = [deep?.whole, deep?.shallow].map((each) =>
-    device.step(() => noGrad(() => pass(parts, each)), reserve),
+    device.step(() => noGrad(() => withoutSeams(seamless, () => pass(parts, each))), reserve),
   );
   return {
     at: (i) => (i % caching.interval === 0 || !deep?.shallow.kept ? whole : shallow),

@@ -35,7 +35,13 @@ import { pagOf } from './unet/pag.ts';
 import { keepInQ8 } from './unet/q8.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet/unet.ts';
 import { type Autoencoder, autoencoder, pixelsPerLatent, vaeFor } from './vae/autoencoder.ts';
-import { type DecodedPicture, decodePictures, type Latents } from './vae/latents.ts';
+import {
+  checkVaeRequest,
+  type DecodedPicture,
+  decodePictures,
+  type Latents,
+  type VaeRequest,
+} from './vae/latents.ts';
 
 export interface Sizes {
   /** Pixels per latent. */
@@ -258,6 +264,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkPrompts(pipeline, request);
   checkInpainting(pipeline.unetConfig, request);
   checkInstructPix2Pix(pipeline.unetConfig, request);
+  checkVaeRequest(request);
   const caching = cachingOf(request, pipeline.unetConfig);
   const pag = pagOf(request, pipeline.unet);
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
@@ -286,6 +293,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
       followedCalls: Math.trunc(timesteps.length * (request.adapter_conditioning_factor ?? 1)),
       imagePrompts: imagePromptsOf(pipeline, request),
       calls: plan.timesteps.length - plan.begin,
+      seamless: request.seamless,
     });
     const latents = yield* steps(pipeline.device, sampler, plan, start, denoiser);
     if (request.last) for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
@@ -370,10 +378,10 @@ export const denoiseToEnd = (
   onStep?: (progress: Progress) => unknown,
 ): Promise<Denoised> => inTurns(denoise(pipeline, asked), onStep);
 
-/** Latents → pictures, with whether each is finite. */
-export function decode({ vae }: Pipeline, latents: Latents, tiling = false): DecodedPicture[] {
+/** Latents → pictures, with whether each is finite; as the request that they are of has its VAE run, which may be given itself. */
+export function decode({ vae }: Pipeline, latents: Latents, how: VaeRequest = {}): DecodedPicture[] {
   checkLoaded(vae.module);
-  return decodePictures(vae, latents, tiling);
+  return decodePictures(vae, latents, how);
 }
 
 /** Whether it begins at more than noise: diffusers' other pipelines. */

@@ -1,5 +1,6 @@
 // What is asked of a pipeline, in the words of diffusers' SDXL pipelines. TypeScript holds a program to it while it is compiled; of
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
+import { seamlessAxes } from '../engine/circular.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { isRecord } from '../io/files.ts';
 import { controlBalances } from './control/control_balance.ts';
@@ -218,6 +219,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   aesthetic_score: finite,
   negative_aesthetic_score: finite,
   vae_tiling: flag,
+  seamless: [`one of ${seamlessAxes.join(', ')}`, (value) => seamlessAxes.some((axes) => axes === value)],
   last: flag,
 };
 

@@ -15,13 +15,13 @@ import type { NoiseGenerator } from './random/generator.ts';
 import type { Draw, Plan, Sampler } from './samplers/sampler.ts';
 import type { UNetConfig } from './unet/unet.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
-import { checkShape, encodeImage, joined, type Latents, stacked } from './vae/latents.ts';
+import { checkShape, encodeImage, joined, type Latents, stacked, type VaeRequest } from './vae/latents.ts';
 
 /** What A1111 has under a mask before drawing begins, besides pixels. */
 export const latentContents = ['latent-noise', 'latent-nothing'] as const;
 
 /** The part of a request that says where the loop begins. */
-export interface StartRequest {
+export interface StartRequest extends VaeRequest {
   /** Pixels; over a picture its own size counts. */
   height: number;
   width: number;
@@ -44,7 +44,6 @@ export interface StartRequest {
    */
   latents?: Latents;
   denoising_start?: number;
-  vae_tiling?: boolean;
 }
 
 /** What a picture is encoded with, and for. `ratio` is pixels per latent. */
@@ -243,11 +242,8 @@ function seeing(
 const isPixels = ({ shape }: Latents): boolean => shape[1] === 3;
 
 /** A picture's latents, a row for each image; pixels are encoded. */
-function latentsOf(
-  coder: Coder,
-  { image, mask, generators, vae_tiling: tiling = false }: StartRequest & { image: Latents },
-  images: number,
-): Latents {
+function latentsOf(coder: Coder, request: StartRequest & { image: Latents }, images: number): Latents {
+  const { image, mask, generators } = request;
   const [n, , ...sides] = image.shape;
   const rows = (parts: Latents[]) =>
     stacked(parts.length === images ? parts : Array<Latents>(images).fill(parts[0]));
@@ -259,6 +255,6 @@ function latentsOf(
   // Of several generators each draws its own image's encoding, but inpainting encodes once, with the first.
   const encoders = mask ? generators.slice(0, 1) : generators;
   return rows(
-    encoders.map((own) => encodeImage(coder.vae, image, (count) => drawNoise([own], count), tiling)),
+    encoders.map((own) => encodeImage(coder.vae, image, (count) => drawNoise([own], count), request)),
   );
 }

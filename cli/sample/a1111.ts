@@ -86,6 +86,7 @@ export function writeParameters(
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
     ...maskFields(options),
     ...hiresFields(options),
+    ...(options.seamless === 'xy' ? ['Tiling: True'] : []),
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
     ...emphasisField(options, prompt),
     `Version: sdxl ${version}`,
@@ -251,6 +252,7 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
       ...scheduler,
       ...hires?.settings,
       ...{ width, height },
+      seamless: field('Tiling') === 'True' ? 'xy' : undefined,
     },
     further: [
       ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),

@@ -38,8 +38,8 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
   const { refiner, upscalers, stage, onTile, timed } = studio;
   let pipeline = studio.base;
   const finish = finishing(call, studio, (latents) =>
-    decode(pipeline, latents, options.vaeTiling).map(({ finite, ...drawn }) => ({
-      ...upscalers.finish(canvas.finish(drawn), onTile),
+    decode(pipeline, latents, requests[0]).map(({ finite, ...drawn }) => ({
+      ...upscalers.finish(canvas.finish(drawn), { seamless: options.seamless, onTile }),
       finite,
     })),
   );
@@ -50,7 +50,7 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
     let latents = await timed('sample', () => sampling(pipeline, request));
     if (larger) {
       const place = [seed, i, requests.length] as const;
-      const enlarging = { ...options, network: upscalers.hires, onTile };
+      const enlarging = { ...options, how: request, network: upscalers.hires, onTile };
       const second = () =>
         hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
           enlarged(pipeline, latents, larger, enlarging, draw),

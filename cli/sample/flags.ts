@@ -1,6 +1,7 @@
 // The flags of `sdxl sample`, group by group: diffusers' words (other programs' are in aliases.ts). Values are read and bounded as
 // they are typed; options.ts says what they come to.
 import type { Command } from 'commander';
+import { seamlessAxes } from '../../engine/circular.ts';
 import { sigmaSchedules } from '../../models/samplers/config.ts';
 import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
 import { emphases } from '../../models/text/emphasis.ts';
@@ -183,7 +184,12 @@ export const sizeOptions = (command: Command): Command =>
       oneOf('--rng', ['cpu', 'cuda']),
       'cpu',
     )
-    .option('--vae-tiling', 'decode in tiles, for large pictures');
+    .option('--vae-tiling', 'decode in tiles, for large pictures')
+    .option(
+      '--seamless <AXES>',
+      'draw a pattern that goes on at its other side: to the sides (x), up and down (y), or both (xy)',
+      oneOf('--seamless', seamlessAxes),
+    );
 
 export const stepOptions = (command: Command): Command =>
   command

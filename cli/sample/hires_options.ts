@@ -4,13 +4,14 @@
 import type { Command } from 'commander';
 import { UserError } from '../../io/errors.ts';
 import { preprocess } from '../../io/image.ts';
+import type { Picture } from '../../io/pixels.ts';
 import { resize } from '../../io/resize.ts';
 import { isWeightsFile } from '../../models/checkpoint/weights_file.ts';
 import { decode, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
-import { encodeImage, type Latents, stacked } from '../../models/vae/latents.ts';
+import { encodeImage, type Latents, stacked, type VaeRequest } from '../../models/vae/latents.ts';
 import { number, oneOf, side } from '../option_values.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
@@ -171,7 +172,7 @@ export function planSecondPass(options: HiresOptions, steps: number, plan: () =>
 
 /** What enlarges latents, and how: a network where one is named. */
 interface Enlarging extends Pick<HiresOptions, 'hiresUpscaler'> {
-  vaeTiling?: boolean;
+  how: VaeRequest;
   network?: Upscaler;
   onTile?(done: number, all: number): void;
 }
@@ -181,14 +182,14 @@ export function enlarged(
   pipeline: Pipeline,
   latents: Latents,
   { width, height }: Sides,
-  { hiresUpscaler = usualHires.upscaler, vaeTiling = false, network, onTile }: Enlarging,
+  { hiresUpscaler = usualHires.upscaler, how, network, onTile }: Enlarging,
   draw: (count: number) => Float32Array,
 ): Latents {
   const way = network ? 'lanczos' : upscalers[hiresUpscaler as keyof typeof upscalers];
   const { ratio, vae } = pipeline;
   if (typeof way === 'object') return interpolate(latents, [height / ratio, width / ratio], way);
-  const pictures = decode(pipeline, latents, vaeTiling).map((each) =>
-    resize(network ? enlargeTo(network, each, { width, height }, onTile) : each, width, height, way),
-  );
-  return stacked(pictures.map((each) => encodeImage(vae, preprocess(each, width, height), draw, vaeTiling)));
+  const enlarge = (each: Picture) =>
+    network ? enlargeTo(network, each, { width, height }, { seamless: how.seamless, onTile }) : each;
+  const pictures = decode(pipeline, latents, how).map((each) => resize(enlarge(each), width, height, way));
+  return stacked(pictures.map((each) => encodeImage(vae, preprocess(each, width, height), draw, how)));
 }

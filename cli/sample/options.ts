@@ -1,6 +1,7 @@
 // What the flags of `sdxl sample` (flags.ts) give. What can be known to be wrong with a request is refused here, before any
 // weight is read.
 import { existsSync } from 'node:fs';
+import type { Seamless } from '../../engine/circular.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { assertWritable, listFolder, readLines } from '../../io/files.ts';
@@ -12,6 +13,7 @@ import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { guidedCalls } from '../../models/unet/guidance.ts';
+import { checkVaeRequest } from '../../models/vae/latents.ts';
 import { scaledFile } from '../option_values.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
@@ -41,6 +43,7 @@ export interface SampleOptions
   negativePrompt2?: string;
   width?: number;
   height?: number;
+  seamless?: Seamless;
   steps: number;
   timesteps?: number[];
   sigmas?: number[];
@@ -248,6 +251,7 @@ export function checkSample(options: SampleOptions): void {
   checkIPAdapters(options);
   checkHires(options);
   checkUpscale(options);
+  checkVaeRequest({ vae_tiling: options.vaeTiling, seamless: options.seamless });
   for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
   if (options.loraModelDir !== undefined) listFolder(options.loraModelDir);
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))

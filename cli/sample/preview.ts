@@ -4,6 +4,7 @@
 // and what comes faster than that is passed over.
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
+import type { Seamless } from '../../engine/circular.ts';
 import type { Device } from '../../engine/device.ts';
 import { unload } from '../../engine/module.ts';
 import { built } from '../../engine/scope.ts';
@@ -29,6 +30,7 @@ export interface PreviewOptions {
   previewPath?: string;
   tae?: string;
   vaeTiling?: boolean;
+  seamless?: Seamless;
 }
 
 /** What a preview is made by. */
@@ -121,17 +123,18 @@ export interface Look {
 
 /** The look that the flags ask for, or none. */
 export function openLook(
-  { preview, vaeTiling = false }: PreviewOptions,
+  { preview, vaeTiling, seamless }: PreviewOptions,
   tae: ModelSource | undefined,
   place: { device: Device; dtype: FloatDType },
 ): Look | undefined {
   if (preview === 'none') return undefined;
   const coder = tae && loadTae(tae, place);
+  const how = { vae_tiling: vaeTiling, seamless };
   return {
     pictures(pipeline, latents) {
-      if (preview === 'vae') return previewPictures(pipeline.vae, latents, vaeTiling);
+      if (preview === 'vae') return previewPictures(pipeline.vae, latents, how);
       const asSdxl = asSdxlScales(pipeline.vae, latents);
-      if (coder) return previewPictures(coder, asSdxl, vaeTiling);
+      if (coder) return previewPictures(coder, asSdxl, how);
       const { data, shape } = latentRgb(asSdxl);
       return toPictures(data, shape);
     },

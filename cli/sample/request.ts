@@ -171,6 +171,7 @@ export function baseRequests(
     denoising_end: options.denoisingEnd ?? (options.refiner ? options.denoisingStart : undefined),
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
+    seamless: options.seamless,
     original_size: options.originalSize,
     crops_coords_top_left: options.cropsCoordsTopLeft,
     target_size: options.targetSize,

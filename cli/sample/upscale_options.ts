@@ -6,7 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { LocateOptions } from '../../models/locate/locate.ts';
 import { locateUpscaler, type UpscalerSource } from '../../models/upscaler/rrdbnet_file.ts';
-import { openUpscaler, scaleOf, type Upscaler } from '../../models/upscaler/upscaler.ts';
+import { type Enlarging, openUpscaler, scaleOf, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { number } from '../option_values.ts';
 import { type HiresOptions, namesNetwork, type Sides } from './hires_options.ts';
 
@@ -74,7 +74,7 @@ export function writtenSize(
 /** The networks, loaded. The caller releases them. */
 export interface Upscalers {
   /** The finished picture enlarged, or itself. */
-  finish(picture: Picture, onTile: (done: number, all: number) => void): Picture;
+  finish(picture: Picture, enlarging: Enlarging): Picture;
   hires?: Upscaler;
   release(): void;
 }
@@ -93,9 +93,9 @@ export function openUpscalers(
   };
   const last = open(finished);
   return {
-    finish(picture, onTile) {
+    finish(picture, enlarging) {
       let result = picture;
-      for (let i = 0; last && i < upscaleRepeats; i++) result = last.enlarge(result, onTile);
+      for (let i = 0; last && i < upscaleRepeats; i++) result = last.enlarge(result, enlarging);
       return result;
     },
     hires: open(hires),

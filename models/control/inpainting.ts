@@ -5,7 +5,7 @@ import { UserError } from '../../io/errors.ts';
 import type { Json, ModelSource } from '../checkpoint/checkpoint.ts';
 import type { UNetConfig } from '../unet/unet.ts';
 import type { Autoencoder } from '../vae/autoencoder.ts';
-import { checkShape, encodeImage, joined, type Latents, stacked } from '../vae/latents.ts';
+import { checkShape, encodeImage, joined, type Latents, stacked, type VaeRequest } from '../vae/latents.ts';
 import { isInstructPix2Pix } from './instruct_pix2pix.ts';
 
 type Channels = Pick<UNetConfig, 'in_channels' | 'out_channels'>;
@@ -53,7 +53,7 @@ export function checkInpainting(
  */
 export function besideLatents(
   { vae, ratio }: { vae: Autoencoder; ratio: number },
-  { image, mask, vae_tiling = false }: { image: Latents; mask: Latents; vae_tiling?: boolean },
+  { image, mask, ...how }: { image: Latents; mask: Latents } & VaeRequest,
   [n, , h, w]: readonly number[],
   draw: (count: number) => Float32Array,
 ): Latents {
@@ -61,7 +61,7 @@ export function besideLatents(
   checkShape('image', image, [1, 3, ...sides]);
   checkShape('mask', mask, [1, 1, ...sides]);
   const masked = image.data.map((value, i) => (mask.data[i % mask.data.length] < 0.5 ? value : 0));
-  const { data } = encodeImage(vae, { ...image, data: masked }, draw, vae_tiling);
+  const { data } = encodeImage(vae, { ...image, data: masked }, draw, how);
   const seen = joined([maskAt(mask, [h, w]), data]);
   return stacked(Array<Latents>(n).fill({ shape: [1, seen.length / (h * w), h, w], data: seen }));
 }

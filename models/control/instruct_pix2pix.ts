@@ -6,7 +6,7 @@
 import { UserError } from '../../io/errors.ts';
 import type { UNetConfig } from '../unet/unet.ts';
 import type { Autoencoder } from '../vae/autoencoder.ts';
-import { checkShape, encodeMode, type Latents, stacked } from '../vae/latents.ts';
+import { checkShape, encodeMode, type Latents, stacked, type VaeRequest } from '../vae/latents.ts';
 
 /** The part of a request that InstructPix2Pix models heed. */
 export interface InstructPix2PixRequest {
@@ -57,13 +57,13 @@ export function checkInstructPix2Pix(config: Channels, request: Asked): void {
 /** What the UNet sees beside latents of this shape, [n, c, h, w]: of pixels [1, 3, ...] their latents, or latents; `scaled`, or as they are. */
 export function originalLatents(
   { vae, ratio }: { vae: Autoencoder; ratio: number },
-  { image, scaled, vae_tiling = false }: { image: Latents; scaled: boolean; vae_tiling?: boolean },
+  { image, scaled, ...how }: { image: Latents; scaled: boolean } & VaeRequest,
   [n, c, h, w]: readonly number[],
 ): Latents {
   const isPixels = image.shape[1] === 3;
   const rows = !isPixels && image.shape[0] > 1 ? n : 1;
   checkShape('image', image, isPixels ? [1, 3, h * ratio, w * ratio] : [rows, c, h, w]);
-  const mode = isPixels ? encodeMode(vae, image, vae_tiling) : image;
+  const mode = isPixels ? encodeMode(vae, image, how) : image;
   const factor = scaled ? vae.config.scaling_factor : 1;
   const latents = { ...mode, data: mode.data.map((value) => value * factor) };
   return rows === n ? latents : stacked(Array<Latents>(n).fill(latents));

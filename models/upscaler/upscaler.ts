@@ -1,7 +1,9 @@
 // Pictures enlarged by a network (rrdbnet.ts), as A1111's and stable-diffusion.cpp's upscalers: in tiles, one after the other, so that
 // memory does not grow with the picture. A tile is computed with a margin of what lies around it, which is cut off again, as
-// Real-ESRGAN's own program does; where there is nothing around it the network's zero padding stands. Always in float32: bytes of
+// Real-ESRGAN's own program does; where there is nothing around it the network's zero padding stands, but for patterns, around which
+// their other side lies. Always in float32: bytes of
 // smooth skies would show bfloat16's steps.
+import type { Seamless } from '../../engine/circular.ts';
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
 import { unload } from '../../engine/module.ts';
@@ -16,11 +18,18 @@ import { loadAndClose } from '../checkpoint/checkpoint.ts';
 import { rrdbnet } from './rrdbnet.ts';
 import type { UpscalerSource } from './rrdbnet_file.ts';
 
+export interface Enlarging {
+  /** The axes along which the picture goes on at its other side. */
+  seamless?: Seamless;
+  /** Hears of each tile. */
+  onTile?(done: number, all: number): void;
+}
+
 export interface Upscaler {
   /** How many times as wide and high a picture becomes. */
   readonly scale: number;
-  /** `onTile` hears of each tile. @throws UserError where the network gives what is not finite */
-  enlarge(picture: Picture, onTile?: (done: number, all: number) => void): Picture;
+  /** @throws UserError where the network gives what is not finite */
+  enlarge(picture: Picture, enlarging?: Enlarging): Picture;
   release(): void;
 }
 
@@ -49,11 +58,11 @@ export function openUpscaler({ path, config, weights }: UpscalerSource, device: 
     );
   return {
     scale: times,
-    enlarge(picture, onTile) {
+    enlarge(picture, { seamless = '', onTile } = {}) {
       const width = picture.width * times;
       const data = new Uint8Array(picture.data.length * times ** 2);
-      const rows = spansOf(picture.height, config.unshuffle);
-      const columns = spansOf(picture.width, config.unshuffle);
+      const rows = spansOf(picture.height, config.unshuffle, seamless.includes('y'));
+      const columns = spansOf(picture.width, config.unshuffle, seamless.includes('x'));
       for (const [i, down] of rows.entries())
         for (const [j, across] of columns.entries()) {
           const tile = enlargeTile(picture, down, across);
@@ -79,12 +88,12 @@ export function enlargeTo(
   upscaler: Upscaler,
   picture: Picture,
   { width, height }: { width: number; height: number },
-  onTile?: (done: number, all: number) => void,
+  enlarging?: Enlarging,
 ): Picture {
-  let result = upscaler.enlarge(picture, onTile);
+  let result = upscaler.enlarge(picture, enlarging);
   const most = upscaler.scale > 1 ? 3 : 1;
   for (let i = 1; i < most && (result.width < width || result.height < height); i++)
-    result = upscaler.enlarge(result, onTile);
+    result = upscaler.enlarge(result, enlarging);
   return result;
 }
 
@@ -92,26 +101,30 @@ export function enlargeTo(
 interface Span {
   begin: number;
   end: number;
+  /** Of a pattern it may lie before the picture. */
   first: number;
-  /** May lie behind the picture's end, so that squares are whole. */
+  /** May lie behind the picture's end, of a pattern or so that squares are whole. */
   last: number;
+  /** Where of the picture lies what is beyond it. */
+  inside(at: number): number;
 }
 
-function spansOf(side: number, square: number): Span[] {
+function spansOf(side: number, square: number, wraps: boolean): Span[] {
   const length = Math.ceil(side / Math.ceil(side / LONGEST) / 4) * 4;
+  const mirrored = (at: number) => Math.max(0, at < side ? at : 2 * side - 2 - at);
+  const inside = wraps ? (at: number) => (at + side * MARGIN) % side : mirrored;
   return Array.from({ length: Math.ceil(side / length) }, (_, i) => {
     const [begin, end] = [i * length, Math.min(side, (i + 1) * length)];
-    const last = Math.ceil(Math.min(side, end + MARGIN) / square) * square;
-    return { begin, end, first: Math.max(0, begin - MARGIN), last };
+    const last = Math.ceil(Math.min(wraps ? Infinity : side, end + MARGIN) / square) * square;
+    return { begin, end, first: Math.max(wraps ? -Infinity : 0, begin - MARGIN), last, inside };
   });
 }
 
 /**
  * A tile in [0, 1], its squares of pixels as one with more channels, in torch's order (pixel_unshuffle): colour, row, column. Behind
- * the picture's end it is mirrored, without the last pixel again.
+ * the picture's end it is mirrored, without the last pixel again, or of a pattern begins anew.
  */
-function squaresOf({ width, height, data }: Picture, down: Span, across: Span, square: number) {
-  const inside = (at: number, side: number) => Math.max(0, at < side ? at : 2 * side - 2 - at);
+function squaresOf({ width, data }: Picture, down: Span, across: Span, square: number) {
   const shape = [
     1,
     (down.last - down.first) / square,
@@ -125,7 +138,7 @@ function squaresOf({ width, height, data }: Picture, down: Span, across: Span, s
       for (let colour = 0; colour < 3; colour++)
         for (let i = 0; i < square; i++)
           for (let j = 0; j < square; j++) {
-            const pixel = inside(y + i, height) * width + inside(x + j, width);
+            const pixel = down.inside(y + i) * width + across.inside(x + j);
             out[at++] = data[3 * pixel + colour] / 255;
           }
   return { data: out, shape };

@@ -1,5 +1,6 @@
 // Latents on the host: [n, c, h, w] float32 as torch draws and stores them, so that a seed means the same numbers. The
 // layout changes only on the way into and out of a model, on the device.
+import { type Seamless, withoutSeams } from '../../engine/circular.ts';
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
 import { namedParameters, placeOf } from '../../engine/module.ts';
@@ -73,6 +74,22 @@ export function unscaleLatents(
   return data.map((value, i) => (value * std[channel(i)]) / scaling_factor + mean[channel(i)]);
 }
 
+/** How a VAE is run. */
+export interface VaeRequest {
+  /** In overlapping tiles, for large pictures. */
+  vae_tiling?: boolean;
+  /** The axes along which pictures go on at their other side, "x", "y" or "xy": those of patterns. */
+  seamless?: Seamless;
+}
+
+/** @throws UserError for what excludes each other */
+export function checkVaeRequest({ vae_tiling, seamless }: VaeRequest): void {
+  if (vae_tiling && seamless)
+    throw new UserError(
+      '--vae-tiling (vae_tiling) codes tiles, which have edges of their own, and --seamless (seamless) wants none: give one of them',
+    );
+}
+
 /**
  * A picture in [-1, 1] → scaled latents: mean + std * noise, noise drawn by `draw` in the latents' shape. Where there is no
  * posterior nothing is drawn.
@@ -81,27 +98,29 @@ export function encodeImage(
   vae: Autoencoder,
   image: Latents,
   draw: (count: number) => Float32Array,
-  tiling: boolean,
+  how: VaeRequest,
 ): Latents {
-  const [mean, logvar] = encoded(vae, image, tiling);
+  const [mean, logvar] = encoded(vae, image, how);
   const sample = logvar ? samplePosterior(mean.data, logvar.data, draw(mean.data.length)) : mean.data;
   const [, , h, w] = mean.shape;
   return { shape: mean.shape, data: scaleLatents(vae.config, sample, h * w) };
 }
 
 /** The mode of what an encoder says of a picture in [-1, 1], not scaled. */
-export const encodeMode = (vae: Autoencoder, image: Latents, tiling: boolean): Latents =>
-  encoded(vae, image, tiling)[0];
+export const encodeMode = (vae: Autoencoder, image: Latents, how: VaeRequest): Latents =>
+  encoded(vae, image, how)[0];
 
 /** Mean and log-variance, or where there is no posterior the latents. */
-function encoded(vae: Autoencoder, image: Latents, tiling: boolean): Latents[] {
+function encoded(vae: Autoencoder, image: Latents, how: VaeRequest): Latents[] {
+  checkVaeRequest(how);
+  const { vae_tiling: tiling, seamless } = how;
   const encode: Run = (device, dtype) => {
     const x = toDevice(image, device, dtype);
     if (!vae.posterior) return [vae.encode(x, { tiling }).latents];
     const moments = vae.encode(x, { tiling });
     return [moments.mean, moments.logvar];
   };
-  return withoutOverflow(vae, encode, toHost);
+  return withoutSeams(seamless, () => withoutOverflow(vae, encode, toHost));
 }
 
 type Run = (device: Device, dtype: FloatDType) => Tensor[];
@@ -113,9 +132,11 @@ type Way = <R>(vae: Autoencoder, run: Run, bring: Bring<R>) => R[];
 /** One image at a time, to keep memory low. */
 const decodeBy =
   <R>(way: Way, bring: Bring<R>) =>
-  (vae: Autoencoder, latents: Latents, tiling: boolean): R[] => {
+  (vae: Autoencoder, latents: Latents, how: VaeRequest): R[] => {
     if (!Array.isArray(latents?.shape) || !(latents.data instanceof Float32Array))
       throw new UserError('what is to be decoded is no latents: of what denoiseToEnd gives take .latents');
+    checkVaeRequest(how);
+    const { vae_tiling: tiling, seamless } = how;
     const [n, c, h, w] = latents.shape;
     const ratio = 2 ** (vae.config.block_out_channels.length - 1);
     checkDecode(vae, { height: h * ratio, width: w * ratio }, tiling);
@@ -127,7 +148,7 @@ const decodeBy =
         const z = toDevice({ shape, data }, device, dtype);
         return [vae.decode(z, { tiling })];
       };
-      return way(vae, run, bring)[0];
+      return withoutSeams(seamless, () => way(vae, run, bring)[0]);
     });
   };
 
@@ -179,8 +200,8 @@ function toPicture(t: Tensor, finite = isWhollyFinite(t)): DecodedPicture {
 const decodeEach = decodeBy(withoutOverflow, toHost);
 
 /** Scaled latents → decoded values [n, 3, h, w], about [-1, 1]. */
-export const decodeLatents = (vae: Autoencoder, latents: Latents, tiling = false): Latents =>
-  stacked(decodeEach(vae, latents, tiling));
+export const decodeLatents = (vae: Autoencoder, latents: Latents, how: VaeRequest = {}): Latents =>
+  stacked(decodeEach(vae, latents, how));
 
 /** Scaled latents → pictures. */
 export const decodePictures = decodeBy(withoutOverflow, toPicture);

@@ -97,3 +97,11 @@ test('guidance that ends, and with it the rows that it takes', (t) =>
     { num_inference_steps: 6, guidance_scale: 5, guidance_stop: 0.5 },
     { recorded: 2, replays: 2 },
   ));
+
+test('a pattern without seams', (t) =>
+  records(
+    t,
+    'text2img',
+    { num_inference_steps: 3, guidance_scale: 5, seamless: 'xy' },
+    { recorded: 1, replays: 1 },
+  ));

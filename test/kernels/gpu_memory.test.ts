@@ -116,7 +116,7 @@ function draw(card: (typeof cards)[number], bytes: number, more: Partial<Request
   });
   let turn = loop.next();
   while (!turn.done) turn = loop.next();
-  decode(pipeline, turn.value.latents, more.vae_tiling);
+  decode(pipeline, turn.value.latents, more);
   pipeline.release();
   return device.memory.peak;
 }

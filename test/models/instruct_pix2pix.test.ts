@@ -71,7 +71,7 @@ test("latents in a picture's place, and DeepCache", async (t) => {
   const latents = { shape: [1, 4, 8, 8], data: new Float32Array(256).fill(0.5) };
   const pixels = preprocess(picture(4, 64, 64));
   const want = await given(pixels);
-  t.same(await given(encodeMode(pipeline.vae, pixels, false)), want);
+  t.same(await given(encodeMode(pipeline.vae, pixels, {})), want);
   t.notSame(await given(pixels, { cache_interval: 2 }), want);
   const two = await given(pixels, {
     num_images_per_prompt: 2,

@@ -155,18 +155,19 @@ test('a VAE runs in the type of the model, but in float32 where that is float16 
 
   const { vae, release } = strained();
   const wide = { shape: [1, 4, 16, 64], data: new Float32Array(4 * 16 * 64) };
-  decodeLatents(vae, wide, true);
+  const tiled = { vae_tiling: true };
+  decodeLatents(vae, wide, tiled);
   t.equal(placeOf(vae.module).dtype, 'float16', 'what is nothing does not overflow');
   for (let row = 0; row < 4 * 16; row++) wide.data.fill(1, row * 64 + 56, row * 64 + 64);
-  const [seen] = previewPictures(vae, wide, true);
+  const [seen] = previewPictures(vae, wide, tiled);
   t.notOk(seen.finite, 'a look on the way overflows');
   t.equal(placeOf(vae.module).dtype, 'float16', 'and changes nothing');
-  const fits = () => decodeLatents(vae, { ...wide, data: new Float32Array(wide.data.length) }, true).data;
+  const fits = () => decodeLatents(vae, { ...wide, data: new Float32Array(wide.data.length) }, tiled).data;
   const alone = fits();
-  const tiles = decodeLatents(vae, wide, true).data;
+  const tiles = decodeLatents(vae, wide, tiled).data;
   t.ok(tiles.every(Number.isFinite), 'nor does one in its last tile go unseen');
   t.equal(maxDifference(fits(), alone), 0, 'and the next picture is as it would be alone');
-  t.ok(decodePictures(vae, wide, true)[0].finite);
+  t.ok(decodePictures(vae, wide, tiled)[0].finite);
   release();
   t.equal(device.memory.storages, before, 'live tensors');
   t.end();
@@ -237,12 +238,7 @@ test('draws and defaults of calls that no golden covers', (t) => {
   const apart = Float32Array.of(...first, ...second);
   t.ok(maxDifference(together, apart) < 1e-4, 'each generator draws its image as if it were alone');
 
-  const known = encodeImage(
-    pipeline.vae,
-    image,
-    (n) => new TorchGenerator(1).randn(n) as Float32Array,
-    false,
-  );
+  const known = encodeImage(pipeline.vae, image, (n) => new TorchGenerator(1).randn(n) as Float32Array, {});
   const start = { denoising_start: 0.5 };
   const sides = { height: undefined, width: undefined };
   const went = maxDifference(latents({ image, ...start }), latents({ ...sides, latents: known, ...start }));

@@ -154,7 +154,7 @@ test('files in each spelling hold the same network', (t) => {
 test('tiles fit together', (t) => {
   const upscaler = openUpscaler(openUpscalerFile(written(t, 2)), openDevice('cpu'));
   const heard: number[][] = [];
-  const wide = upscaler.enlarge(pictureOf(771, 11), (...told) => heard.push(told));
+  const wide = upscaler.enlarge(pictureOf(771, 11), { onTile: (...told) => heard.push(told) });
   t.same(heard, [
     [1, 3],
     [2, 3],
@@ -173,6 +173,29 @@ test('tiles fit together', (t) => {
     const apart = Math.max(...got.map((value, i) => Math.abs(value - want[i])));
     t.ok(apart <= 1, `around column ${seam} they are ${apart} apart`);
   }
+  upscaler.release();
+  t.end();
+});
+
+test('a pattern enlarged is one', (t) => {
+  const upscaler = openUpscaler(openUpscalerFile(written(t, 2)), openDevice('cpu'));
+  // Beside itself on both sides, in one tile, it sees what a pattern sees, and farther than a margin.
+  const picture = pictureOf(100, 20);
+  const thrice = Uint8Array.from(
+    { length: 3 * picture.data.length },
+    (_, i) => picture.data[Math.floor(i / 900) * 300 + (i % 300)],
+  );
+  const wide = upscaler.enlarge({ ...picture, width: 300, data: thrice });
+  const apart = (seamless?: 'x') => {
+    const { data } = upscaler.enlarge(picture, { seamless });
+    return Math.max(
+      ...data.map((value, i) =>
+        Math.abs(value - wide.data[3 * (Math.floor(i / 600) * 600 + 200) + (i % 600)]),
+      ),
+    );
+  };
+  t.ok(apart('x') <= 1, `${apart('x')}`);
+  t.ok(apart() > 1, 'as it is not with edges');
   upscaler.release();
   t.end();
 });
