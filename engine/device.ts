@@ -122,7 +122,7 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
   const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
     (storage ? tensors[storage] : storageTensor(tensors)).dtype;
-  const launches = new Together(driver);
+  const launches = new Together(driver, () => memory.settle());
   memory.awaits = launches.awaits;
   let note: ((t: Tensor) => void) | undefined;
   const observe: Observe = (see, fn) => {

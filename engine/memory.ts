@@ -86,6 +86,8 @@ export class MemoryPool {
   readonly #driver: DriverMemory;
   readonly #free = new Lists();
   readonly #owned = new Map<string, number>();
+  /** Given back while a launch that is held back needs them. */
+  readonly #awaited: Block[] = [];
   /** The lists that a reserved block goes back to. */
   readonly #reserved = new Map<Block, Lists>();
   readonly #reserves = new Set<Reserved>();
@@ -124,6 +126,10 @@ export class MemoryPool {
   }
 
   give(block: Block): void {
+    if (this.awaits(block.address)) {
+      this.#awaited.push(block);
+      return;
+    }
     const { bytes, owner: holder = AT_WORK } = block;
     this.storages--;
     this.live -= bytes;
@@ -133,21 +139,20 @@ export class MemoryPool {
     (this.#reserved.get(block) ?? this.#free).push(block);
   }
 
-  /** Whether a launch that is held back still reads what was given back at an address. The device says. */
+  /** Whether a launch that is held back still needs what lies at an address. The device says. */
   awaits: (address: bigint) => boolean = () => false;
 
-  /** Returns every cached block to the driver, but those that a launch still reads. */
+  /** Takes back what was given while a launch that was held back needed it, and none does any more. */
+  settle(): void {
+    for (const block of this.#awaited.splice(0)) this.give(block);
+  }
+
+  /** Returns every cached block to the driver. */
   trim(): void {
-    const awaited: Block[] = [];
     for (const block of this.#free.drain()) {
-      if (this.awaits(block.address)) {
-        awaited.push(block);
-        continue;
-      }
       this.held -= block.bytes;
       this.#driver.free(block);
     }
-    for (const block of awaited) this.#free.push(block);
     this.#driver.trim?.();
   }
 

@@ -1,19 +1,23 @@
 // Launches that may become one: inside gather() calls of the same kernel are held back as long as none needs another's result,
 // and then go to the driver together, which may make a single launch of them (attention's three projections). Any other call
-// sends what is held first: launches keep the order of the calls, on which the reuse of memory relies.
+// sends what is held first: launches keep the order of the calls, on which the reuse of memory relies. What a held launch reads or
+// writes is given to nobody else until it is sent, even if it is given back (memory.ts): sending takes memory of its own.
 import type { Driver } from './driver.ts';
 
 type Args = readonly (bigint | number)[];
 
 export class Together {
   readonly #driver: Driver;
+  readonly #sent: () => void;
   #gathering = false;
   #symbol = '';
   #held: Args[] = [];
   #sending: readonly Args[] = [];
 
-  constructor(driver: Driver) {
+  /** `sent` is called when nothing is held any more. */
+  constructor(driver: Driver, sent: () => void = () => {}) {
     this.#driver = driver;
+    this.#sent = sent;
   }
 
   gather<R>(fn: () => R): R {
@@ -26,6 +30,7 @@ export class Together {
     } finally {
       this.#gathering = false;
       this.#held = []; // after an error
+      this.#sent();
     }
   }
 
@@ -47,7 +52,7 @@ export class Together {
 
   /** Whether a launch that the driver has not got yet reads or writes what begins at `address`. */
   awaits = (address: bigint): boolean =>
-    [...this.#held, ...this.#sending].some((args) => args.includes(address));
+    this.#held.some((args) => args.includes(address)) || this.#sending.some((args) => args.includes(address));
 
   #flush(): void {
     const held = this.#held;
@@ -58,6 +63,7 @@ export class Together {
       else if (held.length > 1) this.#driver.launchAll?.(this.#symbol, held);
     } finally {
       this.#sending = [];
+      this.#sent();
     }
   }
 }

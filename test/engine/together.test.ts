@@ -132,3 +132,32 @@ test('what a launch reads that is held back stays out of memory that is freed', 
   );
   t.end();
 });
+
+test('nor is it given to others, such as the sums of a product whose k is split', (t) => {
+  const api = standInApi({ bytes: 2 ** 32, capability: [8, 6], multiprocessors: 82 });
+  const pointers: bigint[][] = [];
+  const device = cudaDevice({
+    ...api,
+    cuLaunchKernel(...[, , , , , packed, offsets]) {
+      const view = new DataView(packed.buffer, packed.byteOffset);
+      pointers.push(offsets.slice(0, 4).map((at) => view.getBigUint64(at, true)));
+    },
+  });
+  noGrad(() =>
+    scope(() => {
+      const half = (...shape: number[]) => empty(shape, { device, dtype: 'bfloat16' });
+      const x = half(256, 1024);
+      const layer = () => scope(() => linear(x, half(64, 1024))); // whose weight is decoded for it
+      device.together(() => [layer(), layer()]);
+      device.together(() => {
+        layer();
+        t.throws(() => layer().reshape(1, 1));
+      });
+    }),
+  );
+  const products = pointers.filter(([, partial]) => partial !== 0n);
+  t.ok(products.length > 0, 'k is split');
+  for (const [, partial, a, b] of products) t.notOk([a, b].includes(partial), 'sums lie elsewhere');
+  t.equal(device.memory.storages, 0, 'and in the end all is given back');
+  t.end();
+});
