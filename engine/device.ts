@@ -162,6 +162,7 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
     },
     together: (fn) => launches.gather(fn),
     add(sum, a, b) {
+      if (note) for (const t of [sum, a, b]) note(t);
       const addresses = [sum, a, b].map(({ block }) => block.address);
       launches.launch(`add_forward_${sum.dtype}`, [...addresses, sum.size]);
     },

@@ -39,7 +39,7 @@ function rowChunks(rows: number, axis: number): number {
 
 function sumOfRows([y, x, rows, axis]: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const length = divideUp(Number(axis), rowChunks(Number(rows), Number(axis)));
-  const chunks = Math.max(1, divideUp(Number(axis), length));
+  const chunks = divideUp(Number(axis), length) || 1; // of an empty axis there is one, of nothing
   const launch = (entry: string, sums: number, args: LaunchArguments) =>
     walking('reduce', entry, sums * 32, THREADS, args, context); // a warp to each
   if (chunks === 1) return [launch('sum_rows', Number(rows), [y, x, rows, axis])];

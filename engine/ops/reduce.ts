@@ -47,6 +47,7 @@ const sumOp = defineOp<{ axis: number }>({
     { inputs: { x: [3, 17] }, attrs: { axis: 1 } },
     { inputs: { x: [3, 17] }, attrs: { axis: 0 } },
     { inputs: { x: [2, 9, 5] }, attrs: { axis: 1 } },
+    { inputs: { x: [3, 0] }, attrs: { axis: 1 } },
     ...awkwardSizes.map(([a, b, c], i) => ({ inputs: { x: [a, b, 1 + (c % 5)] }, attrs: { axis: i % 3 } })),
   ],
 });

@@ -1,6 +1,8 @@
 // The proof of the PTX kernels, one op in one storage type at a time: every sample runs on the virtual GPU under every
 // schedule, against the reference in float64 (op_exact.ts). cuda.test.ts shares the jobs out to threads
 // (kernel_worker.ts), and judges what it counts: which kernels met which shapes, and which of their blocks ran.
+import { divideUp } from '../../engine/cuda/plan.ts';
+import { type Choice, forced, type Size } from '../../engine/cuda/plan_matrix.ts';
 import { overrides, type ProductKind, tilesOf } from '../../engine/cuda/plan_sm90.ts';
 import { cudaDevice, type Device } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
@@ -51,9 +53,32 @@ export function machineOf({ multiprocessors, sharedBytes, hopper }: FurtherSampl
   return made;
 }
 
-/** Has every product on Hopper use the sample's tile, where its kind comes in it. */
-export function forceTile({ hopper: { tile, splits = 1, paired } = {} }: FurtherSample): void {
+/**
+ * Of the ways to cut a small product one that many large ones take: large tiles where they are enough for the multiprocessors, and as
+ * many splits of k as it takes to have two large ones or four small ones for each.
+ */
+const manyParts =
+  (multiprocessors: number) =>
+  ({ m, n, batch }: Size, choices: readonly Choice[]): Choice => {
+    const most = ({ tile: { side, name }, splits }: Choice): boolean => {
+      const tiles = divideUp(m, side) * divideUp(n, side) * batch;
+      return splits === 1 || splits * tiles <= (name === 'large' ? 2 : 4) * multiprocessors;
+    };
+    const [large, small] = ['large', 'small'].map((name) =>
+      choices.findLast((choice) => choice.tile.name === name && most(choice)),
+    );
+    const tiles = divideUp(m, 128) * divideUp(n, 128) * batch;
+    const isEnough = large && tiles * large.splits >= 0.75 * multiprocessors;
+    return (isEnough ? large : small) as Choice;
+  };
+
+/** Has every product be cut as its sample is for: on Hopper in the sample's tile, where its kind comes in it. */
+export function forceTile({
+  multiprocessors,
+  hopper: { tile, splits = 1, paired } = {},
+}: FurtherSample): void {
   overrides.version++;
+  forced.choose = manyParts(multiprocessors);
   overrides.get = (size) => {
     const own = tilesOf[size.split(' ')[0] as ProductKind];
     return tile && { tile: own.includes(tile) ? tile : own[0], splits, paired };
