@@ -248,6 +248,10 @@ export function promptsThrough(
   return scheduled(request, pass, calls);
 }
 
+/** Whether a step has a pass without the prompt; a model that is told its guidance needs none. */
+export const isGuided = (config: UNetConfig, request: Request): boolean =>
+  request.guidance_scale > 1 && (imageGuidanceOf(config, request) ?? 1) >= 1 && !config.time_cond_proj_dim;
+
 /** Whether the picture is begun with, and not edited by a model that sees it. */
 const beginsWith = ({ unetConfig }: Pick<Pipeline, 'unetConfig'>, { image }: Request): boolean =>
   image !== undefined && !isInstructPix2Pix(unetConfig);
@@ -270,9 +274,8 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
   const imageGuidanceScale = imageGuidanceOf(pipeline.unetConfig, request);
-  // A model that is told its guidance needs no pass without the prompt.
   const embedded = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
-  const guided = request.guidance_scale > 1 && (imageGuidanceScale ?? 1) >= 1 && embedded === undefined;
+  const guided = isGuided(pipeline.unetConfig, request);
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;

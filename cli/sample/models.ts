@@ -6,7 +6,7 @@ import type { FloatDType } from '../../io/dtype.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { type LoadOptions, type Part, parts, textParts } from '../../models/load_options.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';
-import { loadPipeline, type Pipeline, planOf, promptsThrough } from '../../models/pipeline.ts';
+import { isGuided, loadPipeline, type Pipeline, planOf, promptsThrough } from '../../models/pipeline.ts';
 import { encodePrompt } from '../../models/prompts.ts';
 import type { Request } from '../../models/request.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
@@ -79,7 +79,7 @@ export async function openFor(
   };
 }
 
-type Told = Prompts & Pick<Request, 'guidance_scale'>;
+type Told = Prompts & { guided: boolean };
 
 /** What the encoders say by the texts' keys, by the adapters that they say it with. */
 type Encoded = ReadonlyMap<string, ReadonlyMap<string, PromptEmbeds>>;
@@ -104,15 +104,20 @@ function toldBy(
   const none = { shape: [], data: new Float32Array() };
   const second = (request: Request) => hiresRequest(options, request, {}, request, [0, 0, 1], () => none);
   const asked = requests.map((request, i) => ({ request, lora: adapters[i] ?? [] }));
-  const once = new Map(asked.map((each) => [keyOf(each.lora) + textKey(each.request), each]));
+  const keyed = asked.map(
+    (each) => [keyOf(each.lora) + textKey(each.request, isGuided(unetConfig, each.request)), each] as const,
+  );
+  const once = new Map(keyed);
   if (once.size > MOST_AHEAD) return undefined;
   const groups = new Map<string, Group>();
   for (const { request, lora } of once.values()) {
     const group = groups.get(keyOf(lora)) ?? { lora, told: new Map() };
     groups.set(keyOf(lora), group);
-    for (const pass of options.hires ? [request, second(request)] : [request])
+    for (const pass of options.hires ? [request, second(request)] : [request]) {
+      const guided = isGuided(unetConfig, pass);
       for (const prompts of promptsThrough(pass, planOf({ scheduler, unetConfig }, pass)).prompts)
-        group.told.set(textKey(prompts), { ...prompts, guidance_scale: pass.guidance_scale });
+        group.told.set(textKey(prompts, guided), { ...prompts, guided });
+    }
   }
   const all = [...groups.values()];
   return all.reduce((sum, { told }) => sum + told.size, 0) > MOST_AHEAD ? undefined : all;
@@ -148,9 +153,8 @@ export const openPipeline = (
 /** What the text encoders say of all that is told. */
 function inEmbeddings(texts: Pipeline, groups: readonly Group[], { tell }: Caller): Encoded {
   const encodedOf = ({ prompt, prompt_2, negative_prompt, negative_prompt_2, ...others }: Told) => {
-    const { max_token_length, clip_skip, emphasis, guidance_scale } = others;
-    // Without guidance nobody reads the negative prompt, nor is the other as long as it.
-    const negative = guidance_scale > 1 ? { negative_prompt, negative_prompt_2 } : {};
+    const { max_token_length, clip_skip, emphasis, guided } = others;
+    const negative = guided ? { negative_prompt, negative_prompt_2 } : {};
     const { truncated, ...embeds } = encodePrompt(texts, {
       ...{ prompt, prompt_2, ...negative, max_token_length, clip_skip, emphasis },
     });

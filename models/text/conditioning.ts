@@ -77,13 +77,13 @@ export function promptCount({ prompt, prompt_embeds }: Prompts): number {
   throw new UserError('there is no prompt to draw: give prompt, or prompt_embeds with pooled_prompt_embeds');
 }
 
-/** All that the embeddings of texts come of. */
-export const textKey = (prompts: Prompts): string => {
+/** All that the embeddings of texts come of: without guidance nobody reads the negative one, nor is the other as long as it. */
+export const textKey = (prompts: Prompts, guided: boolean): string => {
   const { prompt, prompt_2, negative_prompt, negative_prompt_2 } = prompts;
   const { max_token_length, clip_skip, emphasis } = prompts;
   return JSON.stringify([
     ...[prompt, prompt_2, negative_prompt, negative_prompt_2],
-    ...[max_token_length, clip_skip, emphasis],
+    ...[max_token_length, clip_skip, emphasis, guided],
   ]);
 };
 
@@ -94,7 +94,7 @@ export function encodePrompts(
   { guided, copies, device, dtype }: { guided: boolean; copies: number; device: Device; dtype: FloatDType },
 ): Embeddings {
   const truncated: string[] = [];
-  const prompts = { ...asked, ...stack.encoded?.get(textKey(asked)) };
+  const prompts = { ...asked, ...stack.encoded?.get(textKey(asked, guided)) };
   const { emphasis = 'none', prompt = [], prompt_2 = prompt } = prompts;
   const read = (texts: readonly (readonly string[])[]) =>
     stack.encoders.map(({ tokenizer }, i) => texts[i].map((text) => readPrompt(tokenizer, text, emphasis)));

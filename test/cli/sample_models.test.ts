@@ -37,7 +37,7 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   };
   t.same(loaded(few), [false, false, true, true]);
   t.same(parts, ['load', 'sample', 'load']);
-  const [a, b, again] = asked.map((each) => few.text.encoded?.get(textKey(each)));
+  const [a, b, again] = asked.map((each) => few.text.encoded?.get(textKey(each, true)));
   t.ok(a && a === again && b && a !== b, 'each prompt is encoded');
   t.equal(few.text.encoded?.size, 2, 'the same one once');
   few.release();

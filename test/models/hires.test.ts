@@ -133,6 +133,9 @@ test('each of several pictures has its own second pass', async (t) => {
     await drawn('lanczos', '--seed', '4', '--hires-upscaler', 'Lanczos'),
   ];
   t.ok(maxDifference(latent, lanczos) > 0.1, 'pixels enlarged are others than latents');
+  const unguided = ['--seed', '4', '--hires-guidance-scale', '1'];
+  const [plain, dry] = [await drawn('plain', ...unguided), await drawn('dry', ...unguided, '-n', 'rain')];
+  t.ok(maxDifference(plain, dry) > 0, 'a negative prompt counts in the first pass, if not in the second');
 });
 
 test('ControlNets are followed as in the first pass', async (t) => {
