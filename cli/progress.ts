@@ -63,3 +63,15 @@ export function progressBar(terminal: Terminal, label: string, quiet: boolean): 
     },
   };
 }
+
+/** Adds up what the parts of a call take. */
+export function stopwatch() {
+  const seconds = { load: 0, sample: 0, decode: 0 };
+  const timed = async <R>(part: keyof typeof seconds, fn: () => R | Promise<R>): Promise<R> => {
+    const began = performance.now();
+    const result = await fn();
+    seconds[part] += (performance.now() - began) / 1000;
+    return result;
+  };
+  return { seconds, timed };
+}

@@ -7,12 +7,12 @@ import { denoiseToEnd, type Pipeline } from '../models/pipeline.ts';
 import type { Request } from '../models/request.ts';
 import type { Latents } from '../models/vae/latents.ts';
 import { shippedModel } from './model.ts';
-import { type Bar, progressBar } from './progress.ts';
+import { type Bar, progressBar, stopwatch } from './progress.ts';
 import { openAlbum } from './sample/album.ts';
 import { planCall } from './sample/call.ts';
 import { drawCall } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
-import { openFor } from './sample/models.ts';
+import { onceOf, openFor } from './sample/models.ts';
 import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from './sample/options.ts';
 import { applySettings } from './sample/picture_settings.ts';
 import { checkPreview, openPreviews, type Previews } from './sample/preview.ts';
@@ -66,12 +66,12 @@ async function draw(
   const warn = (line: string) => terminal.err(`warning: ${line}\n`);
   const tell = onceOf(warn);
   const place = { options, device, dtype, vaeSource, tell, timed };
-  const base = await openFor(source, requests, place, sources.under, call.adapters);
+  const base = await openFor(source, [call], place, sources.under);
   let pipeline = base;
   /** After the base is gone: together they would take twice the memory. */
   const openRefiner = async (from: ModelSource, refined: readonly Request[]) => {
     pipeline.release();
-    pipeline = await openFor(from, refined, place);
+    pipeline = await openFor(from, [{ options, requests: refined }], place);
     return pipeline;
   };
   let previews: Previews | undefined;
@@ -122,32 +122,6 @@ function onTileOf(terminal: Terminal, quiet: boolean) {
     bar.end();
     bar = undefined;
   };
-}
-
-/** Tells of text that is cut off, of each once for all models. */
-function onceOf(warn: (line: string) => void) {
-  const told = new Set<string>();
-  return (cut: readonly string[], before?: () => void): void => {
-    for (const text of cut.filter((each) => !told.has(each))) {
-      told.add(text);
-      before?.();
-      warn(
-        `the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"`,
-      );
-    }
-  };
-}
-
-/** Adds up what the parts of a call take. */
-function stopwatch() {
-  const seconds = { load: 0, sample: 0, decode: 0 };
-  const timed = async <R>(part: keyof typeof seconds, fn: () => R | Promise<R>): Promise<R> => {
-    const began = performance.now();
-    const result = await fn();
-    seconds[part] += (performance.now() - began) / 1000;
-    return result;
-  };
-  return { seconds, timed };
 }
 
 /** Drives the loop, with one bar for all requests of a stage. */

@@ -94,7 +94,7 @@ export function planCall(
 }
 
 /** A random one where none is given. */
-const seedFor = (asked = -1): number => (asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked);
+export const seedFor = (asked = -1): number => (asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked);
 
 /** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */
 function planned(from: ModelSource, asked: Request) {

@@ -70,21 +70,27 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
   }
 }
 
+/** The text that the pictures of a request carry. */
+export function textOf(
+  { options, requests, typed, seed, sampler }: SampleCall,
+  i: number,
+): Record<string, string> {
+  const drawn = { ...options, subseed: subseedOf(options, i) };
+  return pictureText(drawn, { ...requests[i], prompt: [typed[i]] }, seedOf(options, seed, i), sampler);
+}
+
 /**
  * Decodes the latents of a request and hands the pictures over; or has them wait for the last request, which frees the UNet, where there
  * is no memory to decode beside it.
  */
 function finishing(
-  { options, requests, typed, seed, sampler }: SampleCall,
+  call: SampleCall,
   { warn, add }: Studio,
   finished: (latents: Latents) => DecodedPicture[],
 ) {
-  const finish = (i: number, latents: Latents) => {
-    const own = seedOf(options, seed, i);
-    const drawn = { ...options, subseed: subseedOf(options, i) };
-    const text = pictureText(drawn, { ...requests[i], prompt: [typed[i]] }, own, sampler);
-    return add(finished(latents), latents, text, own);
-  };
+  const { options, requests, seed } = call;
+  const finish = (i: number, latents: Latents) =>
+    add(finished(latents), latents, textOf(call, i), seedOf(options, seed, i));
   const waiting: [number, Latents][] = [];
   return async (i: number, latents: Latents): Promise<void> => {
     const isLast = i === requests.length - 1;

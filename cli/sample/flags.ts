@@ -358,7 +358,7 @@ const fileOptions = (command: Command): Command =>
     .option('--quiet', 'no progress');
 
 /** Declares every flag on `command`; values are read and bounded here, before anything is loaded. */
-export function addSampleOptions(command: Command): Command {
+export function addSampleFlags(command: Command): Command {
   const groups = [
     ...[
       modelOptions,
@@ -380,7 +380,8 @@ export function addSampleOptions(command: Command): Command {
     ],
   ];
   for (const add of groups) add(command);
-  return command
-    .allowExcessArguments() // told of by the command, which knows what they are
-    .addHelpText('after', examples);
+  return command.allowExcessArguments(); // told of by the command, which knows what they are
 }
+
+export const addSampleOptions = (command: Command): Command =>
+  addSampleFlags(command).addHelpText('after', examples);

@@ -1,5 +1,5 @@
-// The models of a call of `sdxl sample` in turn: the text encoders say what they have to say of all prompts and leave the device, then the
-// UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
+// The models of calls of `sdxl sample` and `sdxl grid` in turn: the text encoders say what they have to say of all prompts and leave the device,
+// then the UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
 import type { Device } from '../../engine/device.ts';
 import { built } from '../../engine/scope.ts';
 import type { FloatDType } from '../../io/dtype.ts';
@@ -20,9 +20,12 @@ import { hiresRequest } from './request.ts';
 /** What a pipeline is loaded with beside its model. */
 export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'adapter' | 'ipAdapter' | 'lora'>>;
 
+/** The options by which a model is opened, once it is found. */
+export const openingOptions = ['vaeDtype', 'q8', 'fp8', 'textualInversion'] as const;
+
 /** Where a model is loaded, and how. */
 export interface Place {
-  options: SampleOptions;
+  options: Pick<SampleOptions, (typeof openingOptions)[number]>;
   device: Device;
   dtype: FloatDType;
   vaeSource?: ModelSource;
@@ -36,24 +39,44 @@ interface Caller {
   timed<R>(part: 'load' | 'sample', fn: () => R): Promise<R>;
 }
 
+/** Tells of text that is cut off, of each once for all models. */
+export function onceOf(warn: (line: string) => void) {
+  const told = new Set<string>();
+  return (cut: readonly string[], before?: () => void): void => {
+    for (const text of cut.filter((each) => !told.has(each))) {
+      told.add(text);
+      before?.();
+      warn(
+        `the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"`,
+      );
+    }
+  };
+}
+
 /** The most prompts that are encoded ahead: each takes 1.3 MB of the host's memory. For more the encoders stay. */
 const MOST_AHEAD = 1000;
 
+/** What a model is opened for: requests, perhaps with adapters for each, and what their second passes go by. */
+export interface Wanted {
+  options: SampleOptions;
+  requests: readonly Request[];
+  adapters?: readonly (readonly AdapterFile[])[];
+}
+
 /**
- * Opens a model for requests, with the adapters of the first where there are some for each: release its pipeline when done.
+ * Opens a model for calls, with the adapters of the first request where there are some for each: release its pipeline when done.
  * @throws UserError
  */
 export async function openFor(
   source: ModelSource,
-  requests: readonly Request[],
+  wanted: readonly Wanted[],
   place: Place & Caller,
   others: Under = {},
-  adapters: readonly (readonly AdapterFile[])[] = [],
 ): Promise<Pipeline> {
   const { timed } = place;
-  const [lora = []] = adapters;
+  const lora = wanted[0].adapters?.[0] ?? [];
   const under = { ...others, lora };
-  const told = toldBy(source, requests, adapters, place.options);
+  const told = toldBy(source, wanted);
   if (!told) return timed('load', () => openPipeline(source, place, under));
   const texts = await timed('load', () => openPipeline(source, place, { lora }, textParts(source)));
   let encoded: Encoded;
@@ -93,35 +116,34 @@ interface Group {
 }
 
 /** What a model is told in the passes of requests, once each; undefined where that is too much to be encoded ahead. */
-function toldBy(
-  source: ModelSource,
-  requests: readonly Request[],
-  adapters: readonly (readonly AdapterFile[])[],
-  options: SampleOptions,
-): Group[] | undefined {
+function toldBy(source: ModelSource, wanted: readonly Wanted[]): Group[] | undefined {
   const scheduler = parseSchedulerConfig(source.config('scheduler'));
   const unetConfig = parseUNetConfig(source.config('unet'));
-  const none = { shape: [], data: new Float32Array() };
-  const second = (request: Request) => hiresRequest(options, request, {}, request, [0, 0, 1], () => none);
-  const asked = requests.map((request, i) => ({ request, lora: adapters[i] ?? [] }));
-  const keyed = asked.map(
-    (each) => [keyOf(each.lora) + textKey(each.request, isGuided(unetConfig, each.request)), each] as const,
-  );
-  const once = new Map(keyed);
-  if (once.size > MOST_AHEAD) return undefined;
   const groups = new Map<string, Group>();
-  for (const { request, lora } of once.values()) {
-    const group = groups.get(keyOf(lora)) ?? { lora, told: new Map() };
-    groups.set(keyOf(lora), group);
-    for (const pass of options.hires ? [request, second(request)] : [request]) {
-      const guided = isGuided(unetConfig, pass);
-      for (const prompts of promptsThrough(pass, planOf({ scheduler, unetConfig }, pass)).prompts)
-        group.told.set(textKey(prompts, guided), { ...prompts, guided });
+  for (const { options, requests, adapters } of wanted) {
+    const asked = requests.map((request, i) => {
+      const lora = adapters?.[i] ?? [];
+      return [keyOf(lora) + textKey(request, isGuided(unetConfig, request)), { request, lora }] as const;
+    });
+    const once = new Map(asked);
+    if (once.size > MOST_AHEAD) return undefined;
+    for (const { request, lora } of once.values()) {
+      const group = groups.get(keyOf(lora)) ?? { lora, told: new Map() };
+      groups.set(keyOf(lora), group);
+      for (const pass of options.hires ? [request, secondOf(options, request)] : [request]) {
+        const guided = isGuided(unetConfig, pass);
+        for (const prompts of promptsThrough(pass, planOf({ scheduler, unetConfig }, pass)).prompts)
+          group.told.set(textKey(prompts, guided), { ...prompts, guided });
+      }
     }
   }
   const all = [...groups.values()];
   return all.reduce((sum, { told }) => sum + told.size, 0) > MOST_AHEAD ? undefined : all;
 }
+
+/** A second pass as far as its texts go. */
+const secondOf = (options: SampleOptions, request: Request): Request =>
+  hiresRequest(options, request, {}, request, [0, 0, 1], () => ({ shape: [], data: new Float32Array() }));
 
 /** A model as the flags want it, or `only` some parts of it. Release it when done. @throws UserError */
 export const openPipeline = (

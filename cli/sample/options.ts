@@ -137,7 +137,10 @@ export function checkSizes(options: SampleOptions): string[] {
 }
 
 /** @throws UserError for scores that nothing is told of; `taken` by the model itself, if it is a refiner */
-export function checkScores(options: SampleOptions, taken: boolean): void {
+export function checkScores(
+  options: Pick<SampleOptions, 'refiner' | 'aestheticScore' | 'negativeAestheticScore'>,
+  taken: boolean,
+): void {
   if (taken || options.refiner) return;
   const { aestheticScore, negativeAestheticScore } = options;
   for (const [flag, score, usual] of [

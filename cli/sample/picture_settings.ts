@@ -17,7 +17,7 @@ const local = [
 ];
 
 /** Options that may be given more than once and are kept as lists. */
-const lists = [
+export const listOptions = [
   'lora',
   'textualInversion',
   'adapter',
@@ -63,7 +63,7 @@ export function pictureText(
 
 /** A value as it is typed after its flag: sizes are kept as [height, width] and typed as WIDTHxHEIGHT. */
 function typed(name: string, value: unknown): unknown {
-  if (!Array.isArray(value) || lists.includes(name)) return value;
+  if (!Array.isArray(value) || listOptions.includes(name)) return value;
   return name.endsWith('Size') ? `${value[1]}x${value[0]}` : value.join(',');
 }
 
@@ -88,7 +88,7 @@ export function applySettings(command: Command, path: string): string[] {
     const texts = (Array.isArray(value) ? value : [value]).map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;
-    const first: unknown = lists.includes(name) ? [] : undefined;
+    const first: unknown = listOptions.includes(name) ? [] : undefined;
     const result =
       typeof value === 'boolean' ? value : texts.reduce((before, text) => read(text, before), first);
     command.setOptionValueWithSource(name, result, 'config');

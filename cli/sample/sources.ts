@@ -44,11 +44,16 @@ export interface Sources {
   };
 }
 
+/** The options by which they are found; two calls that agree in them have the same. */
+export const namingOptions = [
+  ...(['model', 'variant', 'configs', 'unet', 'vae', 'refiner', 'device', 'dtype', 'quiet'] as const),
+  ...(['lora', 'controlnet', 'adapter', 'ipAdapter', 'upscaleModel', 'hiresUpscaler'] as const),
+  ...(['preview', 'tae', 'aestheticScore', 'negativeAestheticScore'] as const),
+];
+type Naming = Pick<SampleOptions, (typeof namingOptions)[number]> & { model: string };
+
 /** Finds them, downloading what is on the hub. @throws UserError for one that is not there, or does not fit */
-export async function locateSources(
-  options: SampleOptions & { model: string },
-  terminal: Terminal,
-): Promise<Sources> {
+export async function locateSources(options: Naming, terminal: Terminal): Promise<Sources> {
   const { configs, variant, unet, quiet = false } = options;
   const warn = (line: string) => terminal.err(`warning: ${line}\n`);
   const device = openDevice(options.device, warn);

@@ -29,7 +29,7 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   const place = { options, device, dtype: 'float32' as const, tell() {}, timed };
   const request = (prompt: string): Request => complete({ ratio: 8, sampleSize: 64 }, { prompt });
   const asked = ['a fox', 'a hare', 'a fox'].map(request);
-  const few = await openFor(openModel(model), asked, place);
+  const few = await openFor(openModel(model), [{ options, requests: asked }], place);
   const loaded = ({ text, unet, vae }: typeof few) => {
     return [...text.encoders.map(({ encoder }) => encoder), unet, vae.module].map(
       (module) => [...namedParameters(module).values()][0].loaded,
@@ -42,7 +42,7 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   t.equal(few.text.encoded?.size, 2, 'the same one once');
   few.release();
   const many = Array.from({ length: 1001 }, (_, i) => request(`fox ${i}`));
-  const all = await openFor(openModel(model), many, place);
+  const all = await openFor(openModel(model), [{ options, requests: many }], place);
   t.same(loaded(all), [true, true, true, true]);
   t.equal(all.text.encoded, undefined);
   all.release();

@@ -171,7 +171,7 @@ test('several pictures of sdxl sample, whose text encoders are gone before the U
         ...complete({ ratio: 8, sampleSize: 1024 }, { prompt, num_inference_steps: 5 }),
         last: i === 1,
       }));
-      const pipeline = await openFor(source, asked, place);
+      const pipeline = await openFor(source, [{ options, requests: asked }], place);
       const drawn: Latents[] = [];
       for (const request of asked) drawn.push((await denoiseToEnd(pipeline, request)).latents);
       for (const latents of drawn) decode(pipeline, latents);
