@@ -10,18 +10,28 @@ export function grid(rows: readonly (readonly Picture[])[]): Picture {
   const down = (row: readonly Picture[]) => row.reduce((most, { height }) => Math.max(most, height), 0);
   const width = Math.max(gap, ...rows.map(across));
   const height = rows.reduce((sum, row) => sum + down(row) + gap, gap);
-  const sheet: Picture = { width, height, channels: 3, data: new Uint8Array(3 * width * height).fill(255) };
+  const sheet = whitePicture(width, height);
   let top = gap;
   for (const row of rows) {
     let left = gap;
     for (const picture of row) {
-      for (let y = 0; y < picture.height; y++) {
-        const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
-        sheet.data.set(line, 3 * ((top + y) * width + left));
-      }
+      lay(picture, sheet, left, top);
       left += picture.width + gap;
     }
     top += down(row) + gap;
   }
   return sheet;
+}
+
+export const whitePicture = (width: number, height: number): Picture => ({
+  ...{ width, height, channels: 3 },
+  data: new Uint8Array(3 * width * height).fill(255),
+});
+
+/** Copies a picture onto a larger one. */
+export function lay(picture: Picture, sheet: Picture, left: number, top: number): void {
+  for (let y = 0; y < picture.height; y++) {
+    const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
+    sheet.data.set(line, 3 * ((top + y) * sheet.width + left));
+  }
 }
