@@ -21,6 +21,11 @@ const commands: readonly CommandFile[] = [
     load: async () => (await import('./sample.ts')).addSample,
   },
   {
+    usage: 'grid',
+    description: 'draw pictures that differ in one to three settings, in one table',
+    load: async () => (await import('./grid.ts')).addGrid,
+  },
+  {
     usage: 'serve',
     description: 'keep a model loaded and draw for other programs, by HTTP, and for people, on a page',
     load: async () => (await import('./serve.ts')).addServe,
@@ -73,7 +78,7 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (command.name() === called) (await load())(command, terminal);
   }
   try {
-    await program.parseAsync(['sample', 'serve'].includes(argv[0]) ? spelledOut(argv) : [...argv], {
+    await program.parseAsync(['sample', 'grid', 'serve'].includes(argv[0]) ? spelledOut(argv) : [...argv], {
       from: 'user',
     });
     return 0;

@@ -5,6 +5,7 @@ import { Command } from 'commander';
 import { test } from 'tap';
 import { spelledOut } from '../../cli/aliases.ts';
 import { addExport } from '../../cli/export.ts';
+import { addGrid } from '../../cli/grid.ts';
 import { addSampleOptions } from '../../cli/sample/flags.ts';
 import { addServe } from '../../cli/serve.ts';
 import { addTrain } from '../../cli/train.ts';
@@ -30,7 +31,7 @@ const named = (cell: string): string[] => [...cell.matchAll(/`([^`]+)`/g)].map((
 
 const sampling = addSampleOptions(new Command('sample'));
 const terminal = { out() {}, err() {}, live: false };
-const flags = [addTrain, addExport, addServe].flatMap((add) => {
+const flags = [addTrain, addExport, addServe, addGrid].flatMap((add) => {
   const command = new Command();
   add(command, terminal);
   return command.options;
