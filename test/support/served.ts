@@ -1,6 +1,7 @@
 // A server of the tiny model in a test's own process, which draws in another, asked as programs ask.
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { t as file } from 'tap';
 import { main } from '../../cli/main.ts';
 import { decodePicture } from '../../io/image.ts';
 import { sdxl } from './command_line.ts';
@@ -26,7 +27,7 @@ export interface Running {
   end(): Promise<number>;
 }
 
-/** Starts one. */
+/** Starts one, which ends with the file's tests at the latest, also where one of them has failed and did not end it. */
 export async function serve(...flags: string[]): Promise<Running> {
   let [err, out] = ['', ''];
   let ready = () => {};
@@ -42,6 +43,19 @@ export async function serve(...flags: string[]): Promise<Running> {
     live: false,
   };
   const done = main(['serve', '--model', model, '--listen-port', '0', '--json', ...flags], terminal);
+  const end = () => {
+    process.emit('SIGTERM', 'SIGTERM');
+    return done;
+  };
+  let ended = false;
+  void done.then(() => {
+    ended = true;
+  });
+  file.teardown(() => {
+    if (ended) return;
+    for (const pid of drawers()) process.kill(pid, 'SIGKILL'); // a picture at work would be finished
+    return end();
+  });
   await Promise.race([isReady, done]);
   if (out === '') throw new Error(`no server: ${err}`);
   const { url } = JSON.parse(out);
@@ -58,10 +72,7 @@ export async function serve(...flags: string[]): Promise<Running> {
       }),
     get: (path) => ask(path, {}),
     said: () => err,
-    async end() {
-      process.emit('SIGTERM', 'SIGTERM');
-      return done;
-    },
+    end,
   };
 }
 
