@@ -7,7 +7,7 @@ import { oneOf, side } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { maskedContents } from '../sample/mask_options.ts';
-import { controlsIn } from './controlnet_api.ts';
+import { controlsIn, initImage } from './controlnet_api.ts';
 import {
   booleanOf,
   type Field,
@@ -262,13 +262,13 @@ function overOf(body: Body): Order {
     body.denoising_strength ?? 0.75,
     'denoising_strength',
   );
-  const over = { image: 'init_images', ...strength };
-  const made: Order['made'] = { init_images: { by: 'white' } };
-  const fits: Order['fits'] = body.resize_mode === 1 ? { init_images: 'crop', mask: 'crop' } : {};
-  if (!hasMask(body)) return { settings: over, pictures: { init_images: image }, made, fits };
+  const over = { image: initImage, ...strength };
+  const made: Order['made'] = { [initImage]: { by: 'white' } };
+  const fits: Order['fits'] = body.resize_mode === 1 ? { [initImage]: 'crop', mask: 'crop' } : {};
+  if (!hasMask(body)) return { settings: over, pictures: { [initImage]: image }, made, fits };
   return {
     settings: { ...over, mask: 'mask', ...underMask(body) },
-    pictures: { init_images: image, mask: pictureBytes(body.mask, 'mask') },
+    pictures: { [initImage]: image, mask: pictureBytes(body.mask, 'mask') },
     made: { ...made, mask: { by: 'alpha' } },
     fits,
   };
@@ -313,12 +313,13 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   checkTags(body, served);
   checkOverrides(body.override_settings, served);
   const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };
-  const controls = controlsIn(body.alwayson_scripts, served);
+  const controls = controlsIn(body.alwayson_scripts, over, served);
   const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
   const drawn = { ...samplerOf(body), ...countOf(body), ...variationOf(body) };
   return {
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
+    same: controls.same,
     made: { ...over.made, ...controls.made },
     fits: { ...over.fits, ...controls.fits },
   };

@@ -14,12 +14,13 @@ import type { Followed, Served } from './served.ts';
 interface Unit extends Followed {
   /** By which the order, and what is said of it, calls its picture. */
   name: string;
-  picture: Buffer;
+  /** The init image's where absent. */
+  picture?: Buffer;
   weight: number;
   start: number;
   end: number;
   /** What its preprocessor makes of it. */
-  made?: Made;
+  made: Made;
   fit?: Fit;
   /** What the picture is, for a union; -1 where it is not said. */
   mode: number;
@@ -29,8 +30,11 @@ interface Unit extends Followed {
 /** Each has a picture, which is small in a body and large in memory. */
 const mostUnits = 10;
 
-/** What the scripts of a request come to. @throws UserError for other scripts than ControlNets */
-export function controlsIn(scripts: unknown, served: Served): Order {
+/**
+ * What the scripts of a request come to, which draws over a picture or not: one is followed by units without a picture, cut as the request
+ * says. @throws UserError for other scripts than ControlNets
+ */
+export function controlsIn(scripts: unknown, over: Order, served: Served): Order {
   if (!isRecord(scripts ?? {}))
     throw new UserError('alwayson_scripts takes an object, by the names of scripts');
   const entries = Object.entries(scripts ?? {});
@@ -45,16 +49,17 @@ export function controlsIn(scripts: unknown, served: Served): Order {
   });
   const units = sent.flatMap((unit, i): Unit[] =>
     isRecord(unit) && booleanOf(unit.enabled ?? true, "a ControlNet unit's enabled")
-      ? [{ ...unitOf(unit, served), name: `the image of ControlNet unit ${i}` }]
+      ? [{ ...unitOf(unit, over, served), name: `the image of ControlNet unit ${i}` }]
       : [],
   );
   if (units.length > mostUnits)
     throw new UserError(`${units.length} ControlNet units are followed, and ${mostUnits} is the most`);
   return {
     settings: settingsOf(units),
-    pictures: Object.fromEntries(units.map(({ name, picture }) => [name, picture])),
+    pictures: Object.fromEntries(units.flatMap(({ name, picture }) => (picture ? [[name, picture]] : []))),
+    same: Object.fromEntries(units.flatMap(({ name, picture }) => (picture ? [] : [[name, initImage]]))),
     fits: Object.fromEntries(units.flatMap(({ name, fit }) => (fit ? [[name, fit]] : []))),
-    made: Object.fromEntries(units.flatMap(({ name, made }) => (made ? [[name, made]] : []))),
+    made: Object.fromEntries(units.map(({ name, made }) => [name, made])),
   };
 }
 
@@ -101,8 +106,11 @@ const absent = {
   hr_option: only('Both'),
 };
 
-function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit, 'name'> {
-  const [model, image] = [unit.model ?? '', unit.image ?? unit.input_image];
+/** By which an order calls what it draws over. */
+export const initImage = 'init_images';
+
+function unitOf(unit: Record<string, unknown>, over: Order, { followed }: Served): Omit<Unit, 'name'> {
+  const model = unit.model ?? '';
   readFields(unit, absent, () => {});
   // A1111 shows a name with a hash behind it.
   const name = textOf(model, "a ControlNet unit's model").replace(/ \[\w*\]$/, '');
@@ -114,18 +122,36 @@ function unitOf(unit: Record<string, unknown>, { followed }: Served): Omit<Unit,
     );
   const read = (key: string, usual: number, bounds: Parameters<typeof numberOf>[2]): number =>
     numberOf(unit[key] ?? usual, `a ControlNet unit's ${key}`, bounds);
-  const picture = typeof image === 'object' && image !== null && 'image' in image ? image.image : image;
+  const picture = pictureOf(unit, over, found);
+  const fit = fitOf(unit.resize_mode ?? 1, found);
   return {
     ...found,
     weight: read('weight', 1, { min: 0 }),
-    picture: pictureBytes(picture, "a ControlNet unit's image"),
+    picture,
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
     made: madeBy(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
-    fit: fitOf(unit.resize_mode ?? 1, found),
+    fit: picture || found.kind === 'ipAdapter' ? fit : over.fits?.[initImage],
     balance: balanceOf(unit.control_mode ?? 0, found),
   };
+}
+
+/** A unit's own picture; undefined where it follows the one that is drawn over. @throws UserError where there is neither */
+function pictureOf(
+  { image, input_image }: Record<string, unknown>,
+  { pictures, settings }: Order,
+  { kind }: Followed,
+): Buffer | undefined {
+  const given = image ?? input_image;
+  const picture = isRecord(given) && 'image' in given ? given.image : given;
+  const isNone = picture === undefined || picture === null || picture === '';
+  if (!isNone || !(initImage in pictures)) return pictureBytes(picture, "a ControlNet unit's image");
+  if (kind === 'ipAdapter' && settings.paddingMaskCrop !== undefined)
+    throw new UserError(
+      'an IP-Adapter sees no part of init_images that inpaint_full_res draws: send it, as the image of its unit',
+    );
+  return undefined;
 }
 
 /** sd-webui-controlnet's words for how a picture is brought to the shape that is drawn, by their numbers, and older ones. */
@@ -169,9 +195,9 @@ function balanceOf(given: unknown, { kind }: Followed): ControlBalance {
 const modules = ['none', 'canny', 'invert'];
 
 /** @throws UserError for another preprocessor; what sees an IP-Adapter's picture is none, but for faces */
-function madeBy(module: string, unit: Record<string, unknown>, { kind }: Followed): Made | undefined {
+function madeBy(module: string, unit: Record<string, unknown>, { kind }: Followed): Made {
   const sees = /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
-  if (/^none$/i.test(module) || (kind === 'ipAdapter' && sees)) return undefined;
+  if (/^none$/i.test(module) || (kind === 'ipAdapter' && sees)) return { by: 'white' };
   if (/^invert( \(from white bg & black line\))?$/i.test(module) && kind !== 'ipAdapter')
     return { by: 'invert' };
   if (!/^canny$/i.test(module) || kind === 'ipAdapter')

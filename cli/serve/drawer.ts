@@ -3,10 +3,11 @@
 // an error that may have left the device broken.
 import { CudaError, isOutOfMemory } from '../../engine/cuda/errors.ts';
 import { UserError } from '../../io/errors.ts';
+import type { Picture } from '../../io/pixels.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { unionConfigOf } from '../../models/control/controlnet_union.ts';
 import { isInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
-import { denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
+import { denoiseToEnd, type Pipeline, sizesOf } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import { isEDM } from '../../models/samplers/config.ts';
 import type { DecodedPicture, Latents } from '../../models/vae/latents.ts';
@@ -19,7 +20,7 @@ import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { openPipeline } from '../sample/models.ts';
 import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample/options.ts';
 import { type Look, openLook } from '../sample/preview.ts';
-import { readInputs } from '../sample/request.ts';
+import { canvasOf, readInputs } from '../sample/request.ts';
 import { locateSources, type Sources } from '../sample/sources.ts';
 import { openUpscalers, type Upscalers } from '../sample/upscale_options.ts';
 import {
@@ -62,17 +63,13 @@ async function open(options: Standing): Promise<Kept> {
 }
 
 /** Draws an order; says each step, and each picture as it is there. */
-async function draw(
-  kept: Kept,
-  id: number,
-  { settings, pictures, made = {}, fits = {} }: Order,
-): Promise<void> {
-  const { base, sources, options } = following(kept, heeded(settings, kept.sources));
-  checkSample(options);
-  const prompts = promptsOf(options);
-  for (const line of [...checkTexts(options, prompts), ...checkSizes(options)]) warn(line);
-  const read = async (name: string) =>
-    fitted(await readSent(pictures[name], name, made[name]), fits[name], options);
+async function draw(kept: Kept, id: number, order: Order): Promise<void> {
+  const { base, sources, options: asked } = following(kept, heeded(order.settings, kept.sources));
+  checkSample(asked);
+  const prompts = promptsOf(asked);
+  for (const line of [...checkTexts(asked, prompts), ...checkSizes(asked)]) warn(line);
+  const options = await sized(asked, sources, order);
+  const read = async (name: string) => fitted(await readOf(order, name), order.fits?.[name], options);
   const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
@@ -94,6 +91,20 @@ async function draw(
     },
   });
   await Promise.all(sent);
+}
+
+const readOf = ({ pictures, same = {}, made = {} }: Order, name: string): Promise<Picture> =>
+  readSent(pictures[same[name] ?? name], name, made[name]);
+
+/**
+ * Options that say how large it is drawn: where an order does not, as the picture that is drawn over, or the model's size. Pictures that
+ * are followed are fitted to that, and have no say in it, as none has in A1111.
+ */
+async function sized(options: Standing, { source, vaeSource }: Sources, order: Order) {
+  const isSaid = options.width !== undefined && options.height !== undefined;
+  const image = options.image === undefined || isSaid ? undefined : await readOf(order, options.image);
+  const { width, height } = canvasOf(options, sizesOf(source, vaeSource), { image });
+  return { ...options, width, height };
 }
 
 const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler')._class_name);

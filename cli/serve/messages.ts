@@ -8,7 +8,7 @@ export type Settings = Partial<SampleOptions>;
 
 /** What is made of a picture that was sent before it is used. */
 export type Made =
-  /** What is transparent lies on white, as A1111's img2img has it. */
+  /** What is transparent lies on white, as A1111's img2img has it; so it does in what is made of it by those that follow, but for masks. */
   | { by: 'white' }
   /** As A1111 reads a mask: its alpha in black and white, where anything is transparent, and else its levels. */
   | { by: 'alpha' }
@@ -24,6 +24,8 @@ export interface Order {
   settings: Settings;
   /** Files as they were sent. */
   pictures: Readonly<Record<string, Uint8Array>>;
+  /** Pictures that are files of others, by their names: what is made of them may differ. */
+  same?: Readonly<Record<string, string>>;
   /** What is made of them, where they do not count as they are. */
   made?: Readonly<Record<string, Made>>;
   /** Those that are stretched are not in it. */

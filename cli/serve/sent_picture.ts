@@ -5,6 +5,7 @@ import { UserError } from '../../io/errors.ts';
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
 import { lay } from '../../io/mask_crop.ts';
 import type { Mask, Picture } from '../../io/pixels.ts';
+import type { Sides } from '../sample/hires_options.ts';
 import type { Fit, Made, Settings } from './messages.ts';
 import { mostSide } from './served.ts';
 
@@ -15,7 +16,7 @@ export async function readSent(file: Uint8Array, name: string, made: Made | unde
     const alpha = await decodeAlpha(file, name, bounds);
     if (alpha.data.some((opacity) => opacity < 255)) return blackAndWhite(alpha);
   }
-  const onWhite = made?.by === 'white' || made?.by === 'invert';
+  const onWhite = made !== undefined && made.by !== 'alpha';
   const picture = await decodePicture(file, name, { ...bounds, onWhite });
   if (made?.by === 'canny') return canny(picture, made.thresholds);
   return made?.by === 'invert' ? { ...picture, data: picture.data.map((level) => 255 - level) } : picture;
@@ -32,16 +33,15 @@ function blackAndWhite({ data: alpha, ...size }: Mask): Picture {
 const mostFilled = 4 * mostSide ** 2;
 
 /**
- * A picture in the shape of `width` x `height`, where both are said, cut or filled up as A1111 and sd-webui-controlnet do, but before it is
- * resized: a second pass is larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere. @throws UserError for one that would
- * be too large
+ * A picture in the shape of what is drawn, cut or filled up as A1111 and sd-webui-controlnet do, but before it is resized: a second pass is
+ * larger. What is drawn in a part (--padding-mask-crop) is cut elsewhere. @throws UserError for one that would be too large
  */
 export function fitted(
   picture: Picture,
   fit: Fit | undefined,
-  { width, height, paddingMaskCrop }: Settings,
+  { width, height, paddingMaskCrop }: Sides & Pick<Settings, 'paddingMaskCrop'>,
 ): Picture {
-  if (!fit || !width || !height || paddingMaskCrop !== undefined) return picture;
+  if (!fit || paddingMaskCrop !== undefined) return picture;
   const scales = [picture.width / width, picture.height / height];
   const scale = fit === 'crop' ? Math.min(...scales) : Math.max(...scales);
   const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));

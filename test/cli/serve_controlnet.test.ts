@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { fitted } from '../../cli/serve/sent_picture.ts';
+import { canny } from '../../io/canny.ts';
 import { writePng } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { picture, writeControlNet, writeControlNetUnion } from '../support/controlnet_golden.ts';
@@ -135,6 +136,52 @@ test('what a unit names is followed, as by sample', async (t) => {
   );
 });
 
+test('a unit without a picture follows the one that is drawn over, as that is cut', async (t) => {
+  const server = await started;
+  const edged = at('edged.png');
+  writePng(edged, fitted(canny(broad, [100, 200]), 'crop', { width: 64, height: 64 }));
+  for (const [unit, flags] of [
+    [
+      { model: 'small', resize_mode: 'Resize and Fill' },
+      ['--controlnet', little, '--control-image', at('cropped.png')],
+    ],
+    [{ model: 'small', module: 'canny', image: null }, ['--controlnet', little, '--control-image', edged]],
+    [{ model: 'edges', input_image: '' }, ['--adapter', edges, '--adapter-image', at('cropped.png')]],
+    [{ model: 'plain' }, ['--ip-adapter', plain, '--ip-adapter-image', at('wide.png')]],
+  ] as [Record<string, unknown>, string[]][]) {
+    const over = { init_images: [wide], resize_mode: 1, denoising_strength: 0.6 };
+    const { status, body } = await server.post('/sdapi/v1/img2img', {
+      ...fox,
+      ...over,
+      ...units({ weight: 1, ...unit }),
+    });
+    t.equal(status, 200, body.detail);
+    const [kind, file, ...rest] = flags;
+    const wanted = await sampled(
+      '--image',
+      at('cropped.png'),
+      '--strength',
+      '0.6',
+      kind,
+      `${file}:1`,
+      ...rest,
+    );
+    t.equal(maxDifference((await pixels(body.images[0])).data, wanted.data), 0, JSON.stringify(unit));
+  }
+  const inPart = { init_images: [image], mask: image, inpaint_full_res_padding: 4, denoising_strength: 0.6 };
+  const { body } = await server.post('/sdapi/v1/img2img', {
+    ...fox,
+    ...inPart,
+    ...units({ model: 'small' }),
+  });
+  const part = ['--mask', file, '--mask-blur', '4', '--masked-content', 'fill', '--padding-mask-crop', '4'];
+  const followed = ['--controlnet', `${little}:1`, '--control-image', file];
+  const wanted = await sampled('--image', file, '--strength', '0.6', ...part, ...followed);
+  t.equal(maxDifference((await pixels(body.images[0])).data, wanted.data), 0, 'in a part');
+  const unseen = await server.post('/sdapi/v1/img2img', { ...fox, ...inPart, ...units({ model: 'plain' }) });
+  t.match(unseen.body.detail, /an IP-Adapter sees no part of init_images that inpaint_full_res draws/);
+});
+
 test('pictures of other shapes are cut or filled up about their middle', (t) => {
   const rows = (of: Picture, left: number, width: number) =>
     Array.from({ length: of.height }, (_, y) => [
@@ -235,6 +282,23 @@ test('a unit that cannot be followed is told of', async (t) => {
     const { status, body: answer } = await server.post('/sdapi/v1/txt2img', { ...fox, ...body });
     t.equal(status, 400, JSON.stringify(body).slice(0, 80));
     t.match(answer.detail, sentence);
+  }
+  t.equal(await server.end(), 143);
+});
+
+test('where nobody says how large, the model does, or what is drawn over', async (t) => {
+  const server = await serve('--steps', '1', '--controlnet', little);
+  const asked = { ...fox, ...units({ image: wide }) };
+  const flags = ['--controlnet', `${little}:1`, '--control-image', at('cropped.png'), '--steps', '1'];
+  for (const [path, over, side, more] of [
+    ['txt2img', {}, '128', []], // the model's size
+    ['img2img', { init_images: [image], denoising_strength: 1 }, '64', ['--image', file, '--strength', '1']],
+  ] as const) {
+    const { body } = await server.post(`/sdapi/v1/${path}`, { ...asked, ...over });
+    const wanted = await sampled(...flags, '--width', side, '--height', side, ...more);
+    const drawn = await pixels(body.images[0]);
+    t.equal(drawn.width, Number(side), path);
+    t.equal(maxDifference(drawn.data, wanted.data), 0, `${path}: what is followed is cut to its shape`);
   }
   t.equal(await server.end(), 143);
 });
