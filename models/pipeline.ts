@@ -227,8 +227,10 @@ export function samplerFor(
 /** The steps that a request comes to. @throws UserError where the scheduler cannot do them, or none are left */
 export function planOf(pipeline: Pick<Pipeline, 'scheduler' | 'unetConfig'>, request: Request) {
   const sampler = samplerFor(pipeline, request);
+  const { base_scheduler: base } = request;
+  const { order } = base ? samplerFor(pipeline, { scheduler: base }) : sampler;
   const options = planOptions(request, beginsWith(pipeline, request));
-  return { sampler, plan: sampler.plan(request.num_inference_steps, options) };
+  return { sampler, plan: sampler.plan(request.num_inference_steps, options), baseOrder: order };
 }
 
 /**
@@ -237,14 +239,14 @@ export function planOf(pipeline: Pick<Pipeline, 'scheduler' | 'unetConfig'>, req
  */
 export function promptsThrough(
   request: Request,
-  { sampler: { order }, plan }: ReturnType<typeof planOf>,
+  { sampler: { order }, plan, baseOrder }: ReturnType<typeof planOf>,
 ): Scheduled {
   const { base_steps, denoising_start, num_inference_steps } = request;
   const { begin, steps } = plan;
   const first = denoising_start === undefined ? 0 : begin;
   const calls = Array.from({ length: steps }, (_, i) => first + i);
   if (base_steps === undefined) return scheduled(request, { calls: num_inference_steps * order }, calls);
-  const pass = { calls: Math.ceil(steps / order) * order, before: base_steps * order };
+  const pass = { calls: Math.ceil(steps / order) * order, before: base_steps * baseOrder };
   return scheduled(request, pass, calls);
 }
 

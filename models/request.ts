@@ -32,6 +32,8 @@ export interface Request
   num_inference_steps: number;
   /** Of a second pass: the steps of the first, after which numbers in prompts that are edited count on, as A1111's. */
   base_steps?: number;
+  /** The first pass's, where that of the second is another, which may call the network once in a step where the other does twice. */
+  base_scheduler?: Request['scheduler'];
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
   timesteps?: readonly number[];
   /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
@@ -134,6 +136,14 @@ const isScaleOrNone = (value: unknown): boolean =>
 /** Numbers whose bounds depend on the scheduler are its own to tell. */
 const anyNumber: Rule = ['a number', (value) => typeof value === 'number'];
 
+const schedulerRule: Rule = [
+  '{ name, config }, each perhaps left out',
+  (value) =>
+    isRecord(value) &&
+    (value.name === undefined || isText(value.name)) &&
+    (value.config === undefined || isRecord(value.config)),
+];
+
 const rules: Readonly<Record<keyof Asked, Rule>> = {
   prompt: texts,
   prompt_2: texts,
@@ -168,13 +178,8 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
     'a list of TorchGenerator or CudaGenerator',
     (value) => Array.isArray(value) && value.every((one) => typeof one?.randn === 'function'),
   ],
-  scheduler: [
-    '{ name, config }, each perhaps left out',
-    (value) =>
-      isRecord(value) &&
-      (value.name === undefined || isText(value.name)) &&
-      (value.config === undefined || isRecord(value.config)),
-  ],
+  base_scheduler: schedulerRule,
+  scheduler: schedulerRule,
   image: pixels('preprocess'),
   mask: pixels('preprocessMask'),
   masked_content: [

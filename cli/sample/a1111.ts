@@ -74,6 +74,7 @@ export function writeParameters(
   }: Request,
   seed: number,
   sampler: Sampler,
+  hiresSampler?: Sampler,
 ): string {
   const negative = options.negativePrompt ? `\nNegative prompt: ${options.negativePrompt}` : '';
   const fields = [
@@ -86,6 +87,7 @@ export function writeParameters(
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
     ...maskFields(options),
     ...hiresFields(options),
+    ...hiresSamplerFields(sampler, hiresSampler),
     ...(options.seamless === 'xy' ? ['Tiling: True'] : []),
     ...(options.rng === 'cpu' ? ['RNG: CPU'] : []), // its own is a GPU's
     ...emphasisField(options, prompt),
@@ -133,6 +135,14 @@ function hiresFields(options: SampleOptions): string[] {
     ...(hiresSteps === undefined ? [] : [`Hires steps: ${hiresSteps}`]),
     `Hires upscaler: ${upscalerName(options.hiresUpscaler ?? usualHires.upscaler)}`,
   ];
+}
+
+/** What a second pass's has otherwise than the first's. */
+function hiresSamplerFields(first: Sampler, second?: Sampler): string[] {
+  const before = samplerFields(first);
+  return (second ? samplerFields(second) : [])
+    .filter((field) => !before.includes(field))
+    .map((field) => `Hires ${field[0].toLowerCase()}${field.slice(1)}`);
 }
 
 /** A text that could be taken for more fields, or for quoted itself, is written as JSON. */
@@ -196,8 +206,7 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   'Masked area padding': 'paddingMaskCrop',
   'Masked content': 'maskedContent',
   'ControlNet 0': 'controlnet',
-  'Hires sampler': undefined,
-  'Hires schedule type': undefined,
+  'Hires checkpoint': undefined,
 };
 
 export interface Parameters {
@@ -226,16 +235,13 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
   // In its negative prompt they are words; out of the other it takes them, and the file's fields have their hashes.
   const untaken = keepsLoras ? / ?<hypernet:[^<>]+>/g : / ?<(lora|lyco|hypernet):[^<>]+>/g;
   const adapters = [...new Set(prompt.match(untaken)?.map((tag) => tag.trim()))];
-  const hires = hiresOf(field);
+  const ours = /^sdxl /.test(field('Version') ?? '');
+  const hires = hiresOf(field, ours);
   const others = Object.entries(unread)
     .filter(([name]) => !hires || name !== 'Denoising strength')
     .map(([name, option]) => ({ name, option, value: field(name) }));
   const type = field('Schedule type');
-  const { unheeded, ...scheduler } = schedulerOf(
-    field('Sampler'),
-    type,
-    /^sdxl /.test(field('Version') ?? ''),
-  );
+  const { unheeded, ...scheduler } = schedulerOf(field('Sampler'), type, ours);
   return {
     settings: {
       prompt: prompt.replace(untaken, '').trim(),
@@ -258,6 +264,9 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
       ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),
       ...(hires?.untaken ? [{ text: hires.untaken, option: 'hires' as const }] : []),
       ...(unheeded ? [{ text: `Schedule type: ${unheeded}`, option: 'scheduler' as const }] : []),
+      ...(hires?.unheeded
+        ? [{ text: `Hires schedule type: ${hires.unheeded}`, option: 'hiresScheduler' as const }]
+        : []),
       ...others
         .filter(({ value }) => value !== undefined)
         .map(({ name, option, value }) => ({ text: `${name}: ${value}`, option })),
@@ -299,7 +308,7 @@ export function schedulerOf(
  * Its second pass over the picture enlarged. Where it names no upscaler it is a plain one of latents; stable-diffusion.cpp has the
  * upscaler's name in the scale's place, and zeros for what is not said.
  */
-function hiresOf(field: (name: string) => string | undefined) {
+function hiresOf(field: (name: string) => string | undefined, ours: boolean) {
   const [upscale, resize] = [field('Hires upscale'), field('Hires resize')];
   if ((upscale ?? resize) === undefined) return undefined;
   const named = upscale !== undefined && !/^[\d.]+$/.test(upscale);
@@ -309,7 +318,9 @@ function hiresOf(field: (name: string) => string | undefined) {
     return { untaken: `a second pass by the upscaler ${upscaler}` };
   const [width, height] = (resize ?? '').split('x').map((text) => (Number(text) > 0 ? text : undefined));
   const steps = field('Hires steps');
+  const own = hiresSchedulerOf(field, ours);
   return {
+    unheeded: own.unheeded,
     settings: {
       hires: true as const,
       hiresUpscaler: upscaler,
@@ -321,8 +332,20 @@ function hiresOf(field: (name: string) => string | undefined) {
       hiresPrompt: field('Hires prompt'),
       hiresNegativePrompt: field('Hires negative prompt'),
       hiresGuidanceScale: field('Hires CFG Scale'),
+      hiresScheduler: own.scheduler,
+      hiresTimestepSpacing: own.timestepSpacing,
     },
   };
+}
+
+/** The sampler of a second pass that has its own, or its own schedule type: what is not said is as in the first. */
+function hiresSchedulerOf(
+  field: (name: string) => string | undefined,
+  ours: boolean,
+): ReturnType<typeof schedulerOf> {
+  const [sampler, type] = [field('Hires sampler'), field('Hires schedule type')];
+  if ((sampler ?? type) === undefined) return {};
+  return schedulerOf(sampler ?? field('Sampler'), type ?? field('Schedule type'), ours);
 }
 
 /** stable-diffusion.cpp's names of layouts that are other levels here, or none. */

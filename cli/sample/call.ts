@@ -7,7 +7,7 @@ import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';
-import { planOf, sizesOf } from '../../models/pipeline.ts';
+import { planOf, samplerFor, sizesOf } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
@@ -51,6 +51,8 @@ export interface SampleCall {
   seed: number;
   /** The one that runs. */
   sampler: Sampler;
+  /** That of the second pass, where it has its own. */
+  hiresSampler?: Sampler;
 }
 
 /** @throws UserError for what the models cannot do */
@@ -79,15 +81,12 @@ export function planCall(
   const none: Latents = { shape: [], data: new Float32Array() };
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  if (larger)
-    planSecondPass(options, first.num_inference_steps, () => {
-      planned(
-        source,
-        hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none),
-      );
-    });
+  const second = larger && hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none);
+  const scheduler = parseSchedulerConfig(source.config('scheduler'));
+  const hiresSampler = second?.base_scheduler && samplerFor({ scheduler }, second);
+  if (second) planSecondPass(options, first.num_inference_steps, () => void planned(source, second));
   return {
-    ...{ options, requests, canvas, larger, written, seed, sampler },
+    ...{ options, requests, canvas, larger, written, seed, sampler, hiresSampler },
     typed: named.map(({ typed }) => typed),
     adapters: named.map(({ lora }) => [...under.lora, ...lora]),
   };

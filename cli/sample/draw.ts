@@ -72,11 +72,12 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
 
 /** The text that the pictures of a request carry. */
 export function textOf(
-  { options, requests, typed, seed, sampler }: SampleCall,
+  { options, requests, typed, seed, sampler, hiresSampler }: SampleCall,
   i: number,
 ): Record<string, string> {
   const drawn = { ...options, subseed: subseedOf(options, i) };
-  return pictureText(drawn, { ...requests[i], prompt: [typed[i]] }, seedOf(options, seed, i), sampler);
+  const own = seedOf(options, seed, i);
+  return pictureText(drawn, { ...requests[i], prompt: [typed[i]] }, own, sampler, hiresSampler);
 }
 
 /**

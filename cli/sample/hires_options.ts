@@ -9,6 +9,8 @@ import { resize } from '../../io/resize.ts';
 import { isWeightsFile } from '../../models/checkpoint/weights_file.ts';
 import { decode, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
+import type { SchedulerConfig } from '../../models/samplers/config.ts';
+import { createSampler } from '../../models/samplers/registry.ts';
 import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
 import { encodeImage, type Latents, stacked, type VaeRequest } from '../../models/vae/latents.ts';
@@ -48,6 +50,8 @@ export interface HiresOptions {
   hiresPrompt?: string;
   hiresNegativePrompt?: string;
   hiresGuidanceScale?: number;
+  hiresScheduler?: string;
+  hiresTimestepSpacing?: SchedulerConfig['timestep_spacing'];
 }
 
 export const addHiresOptions = (command: Command): Command =>
@@ -78,6 +82,15 @@ export const addHiresOptions = (command: Command): Command =>
       '--hires-guidance-scale <F>',
       'default: --guidance-scale',
       number('--hires-guidance-scale', { min: 0 }),
+    )
+    .option(
+      '--hires-scheduler <NAME>',
+      'of the second pass, named as --scheduler; --karras and --timestep-spacing are not meant then (default: that of the first)',
+    )
+    .option(
+      '--hires-timestep-spacing <NAME>',
+      'and its leading, trailing or linspace',
+      oneOf('--hires-timestep-spacing', ['leading', 'trailing', 'linspace']),
     );
 
 /** @throws UserError for flags that say nothing or contradict each other */
@@ -92,6 +105,8 @@ export function checkHires(options: HiresOptions & HiresRivals): void {
     '--hires-prompt': options.hiresPrompt,
     '--hires-negative-prompt': options.hiresNegativePrompt,
     '--hires-guidance-scale': options.hiresGuidanceScale,
+    '--hires-scheduler': options.hiresScheduler,
+    '--hires-timestep-spacing': options.hiresTimestepSpacing,
   }).find(([, value]) => value !== undefined);
   if (!options.hires) {
     if (idle) throw new UserError(`${idle[0]} needs --hires: a second pass`);
@@ -100,6 +115,11 @@ export function checkHires(options: HiresOptions & HiresRivals): void {
   if (options.hiresScale !== undefined && (options.hiresWidth ?? options.hiresHeight) !== undefined)
     throw new UserError(
       '--hires-scale says how large, and so do --hires-width and --hires-height; give one of them',
+    );
+  if (options.hiresScheduler !== undefined) createSampler(options.hiresScheduler);
+  else if (options.hiresTimestepSpacing !== undefined)
+    throw new UserError(
+      '--hires-timestep-spacing needs --hires-scheduler: the same one again has the spacing of the first pass',
     );
   const rival = rivals.find(([name]) => options[name] !== undefined);
   if (rival) throw new UserError(`--hires draws from a prompt alone: ${rival[1]}`);
@@ -144,6 +164,15 @@ export const hiresTexts = (
   ...(hiresNegativePrompt && { negative_prompt: [hiresNegativePrompt], negative_prompt_2: undefined }),
   guidance_scale: hiresGuidanceScale ?? guidance_scale,
 });
+
+/** The scheduler of a second pass that has its own. */
+export const hiresScheduler = (
+  { hiresScheduler: name, hiresTimestepSpacing: spacing }: HiresOptions,
+  { scheduler: base_scheduler }: Pick<Request, 'scheduler'>,
+): Partial<Request> =>
+  name === undefined
+    ? {}
+    : { scheduler: { name, config: spacing ? { timestep_spacing: spacing } : {} }, base_scheduler };
 
 /** The steps that a second pass does, as A1111 lays them out. */
 export function hiresSteps(

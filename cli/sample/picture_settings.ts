@@ -40,12 +40,13 @@ const ways = [
   ['hiresScale', 'hiresWidth', 'hiresHeight'],
 ];
 
-/** The texts to put into the PNG. `sampler` is the one that ran. */
+/** The texts to put into the PNG. `sampler` is the one that ran, and `hiresSampler` that of a second pass, where it was another. */
 export function pictureText(
   options: SampleOptions,
   request: Request,
   seed: number,
   sampler: Sampler,
+  hiresSampler?: Sampler,
 ): Record<string, string> {
   const { prompt: [prompt] = [''], width, height } = request;
   // A folder that no prompt asks for need not be there when the picture is drawn again.
@@ -56,7 +57,7 @@ export function pictureText(
     // In one order, so that settings read back with --from give the same file.
     .sort(([a], [b]) => (a < b ? -1 : 1));
   return {
-    parameters: writeParameters(options, request, seed, sampler),
+    parameters: writeParameters(options, request, seed, sampler, hiresSampler),
     sdxl: JSON.stringify(Object.fromEntries(settings)),
   };
 }

@@ -16,7 +16,7 @@ import { latentContents } from '../../models/start.ts';
 import type { Latents } from '../../models/vae/latents.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
-import { hiresSteps, hiresTexts } from './hires_options.ts';
+import { hiresScheduler, hiresSteps, hiresTexts } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
 import { contentUnder, preparedMask, wholeUnder } from './mask_options.ts';
 import type { SampleOptions } from './options.ts';
@@ -225,6 +225,7 @@ export function hiresRequest(
     ...base,
     ...{ width, height },
     ...hiresTexts(options, base),
+    ...hiresScheduler(options, base),
     ...hiresSteps(options, base.num_inference_steps),
     base_steps: base.num_inference_steps,
     image: enlarge((n) => generator.randn(n)),

@@ -56,7 +56,7 @@ const taken = words(`
   sampler_name sampler_index scheduler batch_size n_iter override_settings send_images alwayson_scripts denoising_strength
   init_images mask mask_blur mask_blur_x mask_blur_y inpainting_fill inpainting_mask_invert inpaint_full_res
   inpaint_full_res_padding enable_hr hr_scale hr_upscaler hr_second_pass_steps hr_resize_x hr_resize_y hr_prompt
-  hr_negative_prompt hr_cfg subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
+  hr_negative_prompt hr_cfg hr_sampler_name hr_scheduler subseed subseed_strength seed_resize_from_w seed_resize_from_h`);
 
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
@@ -112,6 +112,7 @@ export const flagKeys: Readonly<Record<string, string>> = {
   ...{ '--mask': 'mask', '--padding-mask-crop': 'inpaint_full_res', '--mask-blur': 'mask_blur' },
   ...{ '--masked-content': 'inpainting_fill', '--invert-mask': 'inpainting_mask_invert' },
   ...{ '--hires-prompt': 'hr_prompt', '--hires-negative-prompt': 'hr_negative_prompt' },
+  '--hires-scheduler': 'hr_sampler_name',
   ...{ '--control-balance': 'control_mode', '--control-mode': 'union_control_type' },
   ...{ '--hires': 'enable_hr', '--hires-scale': 'hr_scale', '--hires-steps': 'hr_second_pass_steps' },
   ...{ '--hires-width': 'hr_resize_x', '--hires-height': 'hr_resize_y', '--hires-upscaler': 'hr_upscaler' },
@@ -125,41 +126,53 @@ const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) =
 /** A request's JSON. */
 type Body = Readonly<Record<string, unknown>>;
 
-/** Ways of the second pass alone; that of the first is taken, by its name too. */
-const sameInHires = (body: Body): Readonly<Record<string, Field>> => ({
-  hr_sampler_name: only('', 'Use same sampler', body.sampler_name ?? body.sampler_index),
-  hr_scheduler: only('', 'Use same scheduler', body.scheduler ?? 'Automatic'),
-});
-
 /** An empty text is none, as there. */
 const hasMask = ({ mask }: Body): boolean => mask !== undefined && mask !== null && mask !== '';
 
 /** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
-const fieldsOf = (body: Body): Readonly<Record<string, Field>> => {
-  const ofHires = { ...absentOfHires, ...sameInHires(body) };
-  return {
-    ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
-    ...(body.enable_hr ? ofHires : nothing(Object.keys(ofHires))),
-    ...(hasMask(body) ? absentOfMask : nothing(Object.keys(absentOfMask))),
-  };
-};
+const fieldsOf = (body: Body): Readonly<Record<string, Field>> => ({
+  ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
+  ...(body.enable_hr ? absentOfHires : nothing(Object.keys(absentOfHires))),
+  ...(hasMask(body) ? absentOfMask : nothing(Object.keys(absentOfMask))),
+});
 
 /** A text, or nothing where it is empty. */
 const said = (body: Body, key: string): string | undefined =>
   body[key] === null || body[key] === undefined ? undefined : textOf(body[key], key) || undefined;
 
-/** The sampler and how its noise levels lie. */
-function samplerOf(body: Body): Settings {
-  const name = said(body, 'sampler_name') ?? said(body, 'sampler_index');
-  const type = labelled('scheduler', said(body, 'scheduler') ?? 'Automatic', scheduleTypes);
+/** A sampler, and how its noise levels lie, which a request's `key` says. */
+function laidOut(name: string | undefined, typed: string | undefined, key: string): Settings {
+  const type = labelled(key, typed ?? 'Automatic', scheduleTypes);
   if (name === undefined && type === 'Automatic') return {};
   if (name === undefined)
-    throw new UserError(
-      `scheduler "${type}" is how a sampler's noise levels lie; give its sampler_name, too`,
-    );
-  const { unheeded: left, ...laidOut } = schedulerOf(name, type);
-  if (left) throw new UserError(`scheduler "${left}" is not there for ${name}; take Automatic`);
-  return laidOut;
+    throw new UserError(`${key} "${type}" is how a sampler's noise levels lie; give its sampler_name, too`);
+  const { unheeded: left, ...scheduler } = schedulerOf(name, type);
+  if (left) throw new UserError(`${key} "${left}" is not there for ${name}; take Automatic`);
+  return scheduler;
+}
+
+/** The names of a request's sampler and of its schedule type. */
+const namesOf = (body: Body) => ({
+  name: said(body, 'sampler_name') ?? said(body, 'sampler_index'),
+  type: said(body, 'scheduler'),
+});
+
+function samplerOf(body: Body): Settings {
+  const { name, type } = namesOf(body);
+  return laidOut(name, type, 'scheduler');
+}
+
+/** That of a second pass which has another, or lays its noise levels out otherwise. */
+function hiresSamplerOf(body: Body): Settings {
+  const own = (key: string, same: string) => (body[key] === same ? undefined : said(body, key));
+  const { name, type } = namesOf(body);
+  const { scheduler, timestepSpacing } = laidOut(
+    own('hr_sampler_name', 'Use same sampler') ?? name,
+    own('hr_scheduler', 'Use same scheduler') ?? type,
+    'hr_scheduler',
+  );
+  if (scheduler === laidOut(name, type, 'scheduler').scheduler) return {};
+  return { hiresScheduler: scheduler, hiresTimestepSpacing: timestepSpacing };
 }
 
 /** So many pictures, from the seeds that follow. */
@@ -223,7 +236,7 @@ function hiresOf(body: Body): Settings {
   const read = Object.entries(keys).map(([key, [value, field]]) =>
     value === undefined ? {} : field(value, key),
   );
-  return Object.assign({ hires: true }, ...read);
+  return Object.assign({ hires: true, ...hiresSamplerOf(body) }, ...read);
 }
 
 /** How far a mask's edge is softened: one number for both of its ways. */

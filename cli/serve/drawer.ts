@@ -114,8 +114,13 @@ const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler
  * as of any.
  */
 function heeded(asked: Settings, { source }: Sources): Settings {
-  const own = isOfEDM(source) ? asked.scheduler && edmSampler(asked.scheduler) : undefined;
-  const settings = own ? { ...asked, scheduler: own } : asked;
+  const own = (name: string | undefined) => (name && isOfEDM(source) && edmSampler(name)) || name;
+  const { scheduler, hiresScheduler } = asked;
+  const settings = {
+    ...asked,
+    ...(scheduler && { scheduler: own(scheduler) }),
+    ...(hiresScheduler && { hiresScheduler: own(hiresScheduler) }),
+  };
   const { imageGuidanceScale, ...ofMost } = settings;
   if (!isInstructPix2Pix(source.config('unet'))) return ofMost;
   const { strength, ...ofEdits } = settings;

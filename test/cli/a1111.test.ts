@@ -54,7 +54,7 @@ test('what else made a picture is told', (t) => {
   const { settings, further } = readParameters(
     'a <lora:style:0.8> fox, red <lora:more:1>\nNegative prompt: rain\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, ' +
       'Size: 512x768, Model hash: 31e35c80fc, Model: sd_xl_base_1.0, Variation seed: 2, Variation seed strength: 0.4, ' +
-      'Seed resize from: 64x96, Denoising strength: 0.5, Mask blur: 4, Masked content: fill, Hires sampler: Euler, ' +
+      'Seed resize from: 64x96, Denoising strength: 0.5, Mask blur: 4, Masked content: fill, Hires checkpoint: other, ' +
       'Lora hashes: "style: 1, more: 2", Version: v1.10.1',
   );
   t.match(settings, { prompt: 'a fox, red', negativePrompt: 'rain', width: '512', height: '768', seed: '3' });
@@ -68,7 +68,7 @@ test('what else made a picture is told', (t) => {
     { text: 'Denoising strength: 0.5', option: 'strength' },
     { text: 'Mask blur: 4', option: 'maskBlur' },
     { text: 'Masked content: fill', option: 'maskedContent' },
-    { text: 'Hires sampler: Euler', option: undefined },
+    { text: 'Hires checkpoint: other', option: undefined },
   ]);
   t.same(readParameters('a fox\nSteps: 20, Seed: 1').further, []);
   for (const [fields, sampler, type] of [
@@ -105,6 +105,22 @@ test('a second pass over the picture enlarged', (t) => {
       },
     ],
     [
+      'Hires upscale: 2, Hires sampler: DPM++ 2M, Hires schedule type: Karras, Version: v1.10.1',
+      { scheduler: 'Euler Uniform', hiresScheduler: 'DPM++ 2M Karras', hiresTimestepSpacing: 'linspace' },
+    ],
+    [
+      'Schedule type: Beta, Hires upscale: 2, Hires sampler: Euler a, Version: v1.10.1',
+      { scheduler: 'Euler Beta', hiresScheduler: 'Euler a Beta', hiresTimestepSpacing: 'linspace' },
+    ],
+    [
+      'Hires upscale: 2, Hires schedule type: Karras, Version: v1.10.1',
+      { hiresScheduler: 'Euler Karras', hiresTimestepSpacing: 'linspace' },
+    ],
+    [
+      'Hires upscale: 2, Hires sampler: DDIM, Version: v1.10.1',
+      { timestepSpacing: 'linspace', hiresScheduler: 'DDIM', hiresTimestepSpacing: undefined },
+    ],
+    [
       'Hires prompt: "a" 5" and a "6" nail, Hires negative prompt: 7" board, Seed: 3, Hires upscale: 2',
       { hiresPrompt: '"a" 5" and a "6" nail', hiresNegativePrompt: '7" board', seed: '3', hiresScale: '2' },
     ],
@@ -117,6 +133,10 @@ test('a second pass over the picture enlarged', (t) => {
     t.match(found, { hires: true, ...settings }, fields);
     t.same(further, [], 'nothing else');
   }
+  const unheeded = 'Hires schedule type: Bong Tangent';
+  t.same(readParameters(`a fox\nSteps: 20, Sampler: Euler, Hires upscale: 2, ${unheeded}`).further, [
+    { text: unheeded, option: 'hiresScheduler' },
+  ]);
   const foreign = readParameters(
     'a fox\nSteps: 20, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: 4x-UltraSharp',
   );
@@ -127,6 +147,21 @@ test('a second pass over the picture enlarged', (t) => {
   const told = { ...texts, rng: 'cuda', emphasis: 'none' } as SampleOptions;
   const text = writeParameters(told, request, 3, createSampler('euler'));
   t.match(readParameters(text).settings, { ...texts, emphasis: 'none' }, 'of brackets there alone, too');
+  const config = { timestep_spacing: 'linspace' as const };
+  for (const [name, fields] of [
+    ['euler_karras', 'Hires schedule type: Karras'],
+    ['dpm++2m_normal', 'Hires sampler: DPM++ 2M'],
+    ['euler', ''],
+  ]) {
+    const second = writeParameters(
+      told,
+      request,
+      3,
+      createSampler('euler', config),
+      createSampler(name, config),
+    );
+    t.equal(/Hires s(ampler|chedule).*(?=, Emphasis)/.exec(second)?.[0] ?? '', fields, name);
+  }
   t.end();
 });
 

@@ -71,7 +71,7 @@ test('a picture gives its settings back', async (t) => {
 
   const foreign = join(folder, 'foreign.png');
   const fields =
-    'Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x64, Model: x, Hires sampler: Euler';
+    'Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x64, Model: x, Hires checkpoint: y';
   writePng(foreign, a, { parameters: `a cat\nand a dog\nNegative prompt: rain\n${fields}` });
   const a1111 = await run(
     'sample',
@@ -87,7 +87,7 @@ test('a picture gives its settings back', async (t) => {
     '6',
   );
   t.equal(a1111.status, 0, `from A1111's text ${a1111.err}`);
-  t.equal(a1111.err, `warning: ${foreign} was made with Hires sampler: Euler, which --from does not take\n`);
+  t.equal(a1111.err, `warning: ${foreign} was made with Hires checkpoint: y, which --from does not take\n`);
   t.same([JSON.parse(a1111.out).steps, JSON.parse(a1111.out).seed], [2, 6], 'a typed flag goes before');
   t.match(
     readPngText(again).parameters,

@@ -3,12 +3,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { a1111Api } from '../../cli/serve/a1111_api.ts';
-import type { Asked } from '../../cli/serve/http.ts';
-import { openaiApi } from '../../cli/serve/openai_api.ts';
-import type { Queue } from '../../cli/serve/queue.ts';
 import { writePng } from '../../io/image.ts';
-import { maxDifference, packageRoot } from '../support/golden.ts';
+import { maxDifference } from '../support/golden.ts';
 import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-'));
@@ -95,9 +91,9 @@ test('a server draws what sample draws', async (t) => {
   const text = await server.post('/sdapi/v1/png-info', { image: a1111.body.images[0] });
   t.equal(text.body.info, info.infotexts[0]);
 
-  const own = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DPM++ 2M SDE' });
+  const automatic = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DPM++ 2M SDE' });
   t.match(
-    JSON.parse(own.body.info).infotexts[0],
+    JSON.parse(automatic.body.info).infotexts[0],
     /Schedule type: Exponential/,
     "the sampler's own schedule type",
   );
@@ -123,6 +119,31 @@ test('a server draws what sample draws', async (t) => {
     ...['--hires-prompt', 'a hare', '--hires-negative-prompt', 'fog', '--hires-guidance-scale', '3'],
   );
   t.equal(maxDifference((await pixels(larger.body.images[0])).data, hires.picture.data), 0, 'a second pass');
+  const other = await server.post('/sdapi/v1/txt2img', {
+    ...{ ...fox, sampler_name: 'DDIM', enable_hr: true, hr_scale: 1, denoising_strength: 0.6 },
+    ...{ hr_sampler_name: 'DPM++ 2M', hr_scheduler: 'Use same scheduler' },
+  });
+  const own = await sampled(
+    ...[
+      ...small,
+      '--prompt',
+      'a red fox',
+      '--seed',
+      '5',
+      '--hires',
+      '--hires-scale',
+      '1',
+      '--scheduler',
+      'ddim',
+    ],
+    ...['--hires-denoising-strength', '0.6', '--emphasis', 'original', '--max-token-length', '225'],
+    ...['--hires-scheduler', 'DPM++ 2M Karras', '--hires-timestep-spacing', 'linspace'],
+  );
+  t.equal(
+    maxDifference((await pixels(other.body.images[0])).data, own.picture.data),
+    0,
+    'by another sampler',
+  );
 });
 
 test('a server changes prompts and varies noise', async (t) => {
@@ -341,8 +362,23 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
     ],
     [
       '/sdapi/v1/txt2img',
-      { prompt: 'x', sampler_name: 'Euler', enable_hr: true, hr_sampler_name: 'DDIM' },
-      /hr_sampler_name "DDIM" is not there/,
+      { prompt: 'x', sampler_name: 'Euler', enable_hr: true, hr_sampler_name: 'Euler b' },
+      /unknown scheduler "Euler b/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', sampler_name: 'Euler', enable_hr: true, hr_scheduler: 'spiral' },
+      /hr_scheduler takes Automatic/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', enable_hr: true, hr_sampler_name: 7 },
+      /hr_sampler_name takes a text/,
+    ],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', enable_hr: true, hr_scheduler: 'karras' },
+      /hr_scheduler "Karras" .* give its sampler_name/,
     ],
     [
       '/sdapi/v1/txt2img',
@@ -398,29 +434,6 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
   t.equal(lenient.status, 200, 'what would only count for a second pass, and a key of another program');
   t.match(server.said(), /"flavour" of a request says nothing/);
   t.equal((await server.get('/healthz')).body.status, 'ok');
-});
-
-test('a page tells of every route', async (t) => {
-  const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
-  const served = {
-    ...{ name: '', loras: () => [], embeddings: new Map([['toy', 3]]), followed: new Map() },
-    ...{ texts: {}, tellIgnored() {} },
-  };
-  const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
-  for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
-
-  const asked = { url: new URL('http://localhost/?skip_current_image=true') } as Asked;
-  const told = async (path: string, queue: Partial<Queue> = {}) =>
-    ((await a1111Api(served, queue as Queue)[`GET /sdapi/v1/${path}`](asked)) as { json: unknown }).json;
-  t.match(await told('embeddings'), { loaded: { toy: { vectors: 3 } }, skipped: {} });
-  for (const [settings, job] of [
-    [{}, 'txt2img'],
-    [{ image: 'init_images' }, 'img2img'],
-  ] as const) {
-    const working = { order: { settings, pictures: {} }, share: 0.5, step: 2, steps: 4, began: 0 };
-    const state = await told('progress', { working: () => working, waiting: () => 0 });
-    t.match(state, { progress: 0.5, state: { job, job_count: 1, sampling_step: 2 } });
-  }
 });
 
 test('a service manager ends it', async (t) => {

@@ -1,11 +1,15 @@
 // What clients ask `sdxl serve` before they draw: lists of what there is, each of which can be drawn with, also of a model of EDM; and its
 // memory, which they free and take again.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { a1111Api } from '../../cli/serve/a1111_api.ts';
+import type { Asked } from '../../cli/serve/http.ts';
+import { openaiApi } from '../../cli/serve/openai_api.ts';
+import type { Queue } from '../../cli/serve/queue.ts';
 import { writeEDM } from '../support/edm_golden.ts';
-import { maxDifference } from '../support/golden.ts';
+import { maxDifference, packageRoot } from '../support/golden.ts';
 import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-lists-'));
@@ -79,4 +83,27 @@ test('a model of EDM takes the samplers that there are for it by the names of ot
   t.equal(other.status, 400);
   t.match(other.body.detail, /DDIMScheduler draws nothing but noise/);
   t.equal(await server.end(), 143);
+});
+
+test('a page tells of every route', async (t) => {
+  const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
+  const served = {
+    ...{ name: '', loras: () => [], embeddings: new Map([['toy', 3]]), followed: new Map() },
+    ...{ texts: {}, tellIgnored() {} },
+  };
+  const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
+  for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
+
+  const asked = { url: new URL('http://localhost/?skip_current_image=true') } as Asked;
+  const told = async (path: string, queue: Partial<Queue> = {}) =>
+    ((await a1111Api(served, queue as Queue)[`GET /sdapi/v1/${path}`](asked)) as { json: unknown }).json;
+  t.match(await told('embeddings'), { loaded: { toy: { vectors: 3 } }, skipped: {} });
+  for (const [settings, job] of [
+    [{}, 'txt2img'],
+    [{ image: 'init_images' }, 'img2img'],
+  ] as const) {
+    const working = { order: { settings, pictures: {} }, share: 0.5, step: 2, steps: 4, began: 0 };
+    const state = await told('progress', { working: () => working, waiting: () => 0 });
+    t.match(state, { progress: 0.5, state: { job, job_count: 1, sampling_step: 2 } });
+  }
 });

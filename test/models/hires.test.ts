@@ -5,10 +5,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { hiresSize } from '../../cli/sample/hires_options.ts';
+import { openDevice } from '../../engine/device.ts';
 import { decodeFloats } from '../../io/dtype.ts';
 import { writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
+import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
+import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { picture, writeControlNet } from '../support/controlnet_golden.ts';
@@ -100,6 +104,56 @@ test('passes as A1111 makes them, and the settings in the picture', async (t) =>
     t.equal((await sdxl('sample', '--from', output, '--output', again, '--quiet')).status, 0, '--from');
     t.ok(readFileSync(again).equals(readFileSync(output)), 'the same file');
   }
+});
+
+test('a second pass by a sampler of its own is image to image by that', async (t) => {
+  const [output, saved, again] = [at('own.png'), at('own.safetensors'), at('again.png')];
+  const asked = { prompt: 'a red fox', width: 64, height: 64, num_inference_steps: 3 };
+  const { status, err } = await sample(
+    ...[
+      '--width',
+      '64',
+      '--height',
+      '64',
+      '--steps',
+      '3',
+      '--seed',
+      '8',
+      '--scheduler',
+      'DPM++ 2M',
+      '--karras',
+    ],
+    ...[
+      '--hires',
+      '--hires-scale',
+      '1',
+      '--hires-denoising-strength',
+      '0.5',
+      '--hires-scheduler',
+      'Heun SGM Uniform',
+    ],
+    ...['--hires-timestep-spacing', 'linspace', '--output', output, '--save-latents', saved],
+  );
+  t.equal(status, 0, err);
+  const device = openDevice('cpu');
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  t.teardown(() => pipeline.release());
+  const noise = () => [new TorchGenerator(8)];
+  const first = await denoiseToEnd(pipeline, {
+    ...{ ...asked, scheduler: { name: 'dpm++2m_karras' }, generators: noise() },
+  });
+  const second = await denoiseToEnd(pipeline, {
+    ...{ ...asked, image: first.latents, generators: noise(), num_inference_steps: 6, strength: 3.5 / 6 },
+    scheduler: { name: 'heun_sgm_uniform', config: { timestep_spacing: 'linspace' } },
+  });
+  t.equal(maxDifference(latentsOf(saved), second.latents.data), 0);
+  const text = readPngText(output);
+  t.match(
+    text.parameters,
+    /Sampler: DPM\+\+ 2M, Schedule type: Karras, .* Hires sampler: Heun, Hires schedule type: SGM Uniform, /,
+  );
+  t.equal((await sdxl('sample', '--from', output, '--output', again, '--quiet')).status, 0, '--from');
+  t.ok(readFileSync(again).equals(readFileSync(output)), 'the same file');
 });
 
 test('each of several pictures has its own second pass', async (t) => {
@@ -224,6 +278,10 @@ test('mistakes', (t) =>
       ['--hires', '--steps', '8', '--hires-denoising-strength', '0.1', '--scheduler', 'lcm'],
       /at --hires-denoising-strength 0\.1 the 8 --hires-steps are of a schedule of 80, and .* more than the 50/,
     ],
+    [['--hires-scheduler', 'euler'], /--hires-scheduler needs --hires: a second pass/],
+    [['--hires', '--hires-timestep-spacing', 'trailing'], /--hires-timestep-spacing needs --hires-scheduler/],
+    [['--hires', '--hires-scheduler', 'eular'], /unknown scheduler "eular".*euler/],
+    [['--hires', '--hires-scheduler', 'edm_euler'], /^error: EDMEulerScheduler draws with models that were/],
     [['--hires', '--image', 'x.png'], /--hires draws from a prompt alone: over a picture give a larger/],
     [['--hires', '--refiner', 'x'], /--hires draws from a prompt alone: leave out --refiner/],
     [['--hires', '--sigmas', '3,0'], /--hires draws from a prompt alone: give --steps in place of --sigmas/],

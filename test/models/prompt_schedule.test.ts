@@ -45,8 +45,8 @@ test('a prompt that is all brackets takes no longer than it is long', (t) => {
   t.end();
 });
 
-/** The prompts of the calls, in a word each. */
-function through(name: string, asked: Partial<Asked> & PlanOptions): string {
+/** The prompts of the calls, in a word each; of a second pass after one by the sampler `base`. */
+function through(name: string, asked: Partial<Asked> & PlanOptions, base = name): string {
   const { denoisingStart, denoisingEnd, strength, ...rest } = asked;
   const prompt = rest.prompt ?? '[a:b:0.5]';
   const request = complete(
@@ -55,7 +55,8 @@ function through(name: string, asked: Partial<Asked> & PlanOptions): string {
   );
   const sampler = createSampler(name);
   const plan = sampler.plan(request.num_inference_steps, { denoisingStart, denoisingEnd, strength });
-  const { prompts, at } = promptsThrough(request, { sampler, plan });
+  const baseOrder = createSampler(base).order;
+  const { prompts, at } = promptsThrough(request, { sampler, plan, baseOrder });
   return at.map((i) => prompts[i].prompt?.join('')).join('');
 }
 
@@ -89,13 +90,19 @@ test('which call sees what', (t) => {
   t.equal(through('euler', { ...second, prompt: '[a:b:1.5]' }), 'aaaabb');
   t.equal(through('euler', { ...second, prompt: '[a:b:22]' }), 'aaabbb');
   t.equal(through('heun', { ...second, prompt: '[a:b:42]' }), 'aaabbbbbbbb');
+  t.equal(
+    through('euler', { ...second, prompt: '[a:b:42]' }, 'heun'),
+    'aaabbb',
+    'calls of the first sampler',
+  );
+  t.equal(through('heun', { ...second, prompt: '[a:b:22]' }, 'euler'), 'aaabbbbbbbb');
   t.equal(through('euler', { ...steps, emphasis: 'none' }), '[a:b:0.5]'.repeat(6));
   const { prompts } = promptsThrough(
     complete(
       { ratio: 8, sampleSize: 64 },
       { ...steps, emphasis: 'no-norm', prompt: ['a', '[a:b:1]'], prompt_2: 'x', negative_prompt: '[y:2]' },
     ),
-    { sampler: createSampler('euler'), plan: createSampler('euler').plan(6) },
+    { sampler: createSampler('euler'), plan: createSampler('euler').plan(6), baseOrder: 1 },
   );
   t.same(
     prompts.map(({ prompt, prompt_2, negative_prompt }) => [prompt, prompt_2, negative_prompt].join(' ')),
