@@ -245,9 +245,8 @@ function logged(queue: Queue, log: (line: string) => void): Queue {
       try {
         const drawn = await queue.draw(order, signal, watch);
         const seconds = ((performance.now() - began) / 1000).toFixed(1);
-        log(
-          `${drawn.length} drawn in ${seconds} s, from ${drawn.map(({ seed }) => `seed ${seed}`).join(', ')}`,
-        );
+        const from = `from ${drawn.map(({ seed }) => `seed ${seed}`).join(', ')}`;
+        log(`${drawn.length} ${order.remade ? `made in ${seconds} s` : `drawn in ${seconds} s, ${from}`}`);
         return drawn;
       } catch (error) {
         log(`not drawn: ${(error as Error).message}`);

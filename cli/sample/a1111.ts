@@ -162,7 +162,7 @@ function unquoted(text: string | undefined): string | undefined {
 }
 
 /** A1111 calls a network by its file, without a comma, which would end the field. */
-const upscalerName = (upscaler: string): string =>
+export const upscalerName = (upscaler: string): string =>
   basename(upscaler)
     .replace(/\.\w+$/, '')
     .replaceAll(',', ' ');

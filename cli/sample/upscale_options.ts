@@ -75,6 +75,8 @@ export function writtenSize(
 export interface Upscalers {
   /** The finished picture enlarged, or itself. */
   finish(picture: Picture, enlarging: Enlarging): Picture;
+  /** What does that. */
+  finished?: Upscaler;
   hires?: Upscaler;
   release(): void;
 }
@@ -98,6 +100,7 @@ export function openUpscalers(
       for (let i = 0; last && i < upscaleRepeats; i++) result = last.enlarge(result, enlarging);
       return result;
     },
+    finished: last,
     hires: open(hires),
     release() {
       for (const each of opened.values()) each.release();

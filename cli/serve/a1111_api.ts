@@ -1,6 +1,7 @@
 // A1111's routes (`/sdapi/v1`) that clients draw with; those that they ask what there is before they draw are in a1111_lists.ts.
 import { pngText } from '../../io/png.ts';
 import { readParameters } from '../sample/a1111.ts';
+import { a1111Extras } from './a1111_extras.ts';
 import { a1111Lists } from './a1111_lists.ts';
 import { flagKeys, orderOf } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
@@ -32,8 +33,9 @@ export function a1111Api(served: Served, orders: Queue): Routes {
     return { json: {} };
   };
   return {
-    ...controlnetApi(served),
+    ...controlnetApi(served, queue),
     ...a1111Lists(served, queue),
+    ...a1111Extras(served, queue),
     'POST /sdapi/v1/txt2img': (asked) => draw(asked, false),
     'POST /sdapi/v1/img2img': (asked) => draw(asked, true),
     'GET /sdapi/v1/progress': ({ url }) =>
@@ -61,7 +63,8 @@ function progress(queue: Queue, withImage: boolean): Reply {
   const working = queue.working();
   if (withImage) queue.look();
   const share = working?.share ?? 0;
-  const job = working?.order.settings.image === undefined ? 'txt2img' : 'img2img';
+  const { settings, remade } = working?.order ?? { settings: {} };
+  const job = remade ? 'extras' : settings.image === undefined ? 'txt2img' : 'img2img';
   const seconds = working ? (performance.now() - working.began) / 1000 : 0;
   const jobs = queue.waiting() + Number(working !== undefined);
   return {

@@ -3,6 +3,7 @@
 import { freemem, totalmem } from 'node:os';
 import { samplerLabels, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
+import { upscalerNames } from './a1111_extras.ts';
 import { checkOverrides, plain } from './a1111_order.ts';
 import type { Reply, Routes } from './http.ts';
 import type { Queue } from './queue.ts';
@@ -71,12 +72,11 @@ export const a1111Lists = (served: Served, queue: Queue): Routes => ({
     })),
   }),
   'GET /sdapi/v1/upscalers': () => ({
-    json: upscalers(['None', ...hiresUpscalers.filter((name) => !name.startsWith('Latent'))]),
+    json: ['None', ...upscalerNames(served)].map((name) => ({
+      ...{ name, model_name: null, model_path: served.networks.get(name) ?? null, model_url: null, scale: 4 },
+    })),
   }),
   'GET /sdapi/v1/latent-upscale-modes': () => ({
     json: hiresUpscalers.filter((name) => name.startsWith('Latent')).map((name) => ({ name })),
   }),
 });
-
-const upscalers = (names: readonly string[]) =>
-  names.map((name) => ({ name, model_name: null, model_path: null, model_url: null, scale: 4 }));

@@ -26,7 +26,7 @@ import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
 
 /** Its names and labels of one thing: `sgm_uniform` is "SGM Uniform". */
 export const plain = (name: string): string => name.toLowerCase().replace(/[^a-z0-9+]/g, '');
-const labelled = <T extends string>(key: string, value: string, labels: readonly T[]): T =>
+export const labelled = <T extends string>(key: string, value: string, labels: readonly T[]): T =>
   labels.find((label) => plain(label) === plain(value)) ?? oneOf(key, labels)(value);
 
 const sideOf =
@@ -205,8 +205,14 @@ function variationOf(body: Body): Settings {
   };
 }
 
+/** A network's file, or the name of another way. */
+function upscalerOf(key: string, value: string, networks: Served['networks']): string {
+  const name = labelled(key, value, [...hiresUpscalers, ...networks.keys()]);
+  return networks.get(name) ?? name;
+}
+
 /** The second pass. A1111 takes 0 for what is not said; of its upscalers "None" is a plain one, of the picture. */
-function hiresOf(body: Body): Settings {
+function hiresOf(body: Body, { networks }: Served): Settings {
   if (!booleanOf(body.enable_hr ?? false, 'enable_hr')) return {};
   const given = (key: string) => (body[key] === 0 ? undefined : (body[key] ?? undefined));
   const [width, height] = ['hr_resize_x', 'hr_resize_y'].map(given);
@@ -226,7 +232,7 @@ function hiresOf(body: Body): Settings {
     hr_upscaler: [
       said(body, 'hr_upscaler'),
       (value, key) => ({
-        hiresUpscaler: value === 'None' ? 'Lanczos' : labelled(key, String(value), hiresUpscalers),
+        hiresUpscaler: value === 'None' ? 'Lanczos' : upscalerOf(key, String(value), networks),
       }),
     ],
     hr_prompt: [said(body, 'hr_prompt'), text('hiresPrompt')],
@@ -325,7 +331,7 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   const settings = readFields(body, fieldsOf(body), served.tellIgnored);
   checkTags(body, served);
   checkOverrides(body.override_settings, served);
-  const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body), pictures: {} };
+  const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body, served), pictures: {} };
   const controls = controlsIn(body.alwayson_scripts, over, served);
   const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
   const drawn = { ...samplerOf(body), ...countOf(body), ...variationOf(body) };

@@ -1,15 +1,17 @@
 // The units of sd-webui-controlnet, which A1111's clients send under `alwayson_scripts`: each has a ControlNet, a T2I-Adapter or an
-// IP-Adapter of those that the server was started with, and a picture that it follows as it is, inverted, or its edges: of all
-// preprocessors there are these. (An IP-Adapter's is what its vision encoder is called, which comes with it.)
+// IP-Adapter of those that the server was started with, and a picture that it follows, as a preprocessor makes it (preprocessors.ts). An
+// IP-Adapter's is what its vision encoder is called, which comes with it.
 import { UserError } from '../../io/errors.ts';
 import { isRecord } from '../../io/files.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { oneOf } from '../option_values.ts';
-import { booleanOf, numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
-import type { Routes } from './http.ts';
+import { base64, booleanOf, numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
+import type { Asked, Reply, Routes } from './http.ts';
 import type { Fit, Made, Order, Settings } from './messages.ts';
-import type { Followed, Served } from './served.ts';
+import { madeBy, moduleDetail, modules } from './preprocessors.ts';
+import type { Queue } from './queue.ts';
+import { type Followed, mostPictures, type Served } from './served.ts';
 
 interface Unit extends Followed {
   /** By which the order, and what is said of it, calls its picture. */
@@ -130,7 +132,7 @@ function unitOf(unit: Record<string, unknown>, over: Order, { followed }: Served
     picture,
     start: read('guidance_start', 0, { min: 0, max: 1 }),
     end: read('guidance_end', 1, { min: 0, max: 1 }),
-    made: madeBy(textOf(unit.module ?? 'none', "a ControlNet unit's module"), unit, found),
+    made: moduleOf(unit, found),
     mode: modeOf(unit.union_control_type ?? 'Unknown'),
     fit: picture || found.kind === 'ipAdapter' ? fit : over.fits?.[initImage],
     balance: balanceOf(unit.control_mode ?? 0, found),
@@ -191,24 +193,17 @@ function balanceOf(given: unknown, { kind }: Followed): ControlBalance {
   return controlBalances[i];
 }
 
-/** The preprocessors that there are. */
-const modules = ['none', 'canny', 'invert'];
-
 /** @throws UserError for another preprocessor; what sees an IP-Adapter's picture is none, but for faces */
-function madeBy(module: string, unit: Record<string, unknown>, { kind }: Followed): Made {
+function moduleOf(unit: Record<string, unknown>, { kind }: Followed): Made {
+  const module = textOf(unit.module ?? 'none', "a ControlNet unit's module");
   const sees = /ip-?adapter/i.test(module) && !/face|pulid/i.test(module);
-  if (/^none$/i.test(module) || (kind === 'ipAdapter' && sees)) return { by: 'white' };
-  if (/^invert( \(from white bg & black line\))?$/i.test(module) && kind !== 'ipAdapter')
-    return { by: 'invert' };
-  if (!/^canny$/i.test(module) || kind === 'ipAdapter')
-    throw new UserError(
-      `a ControlNet unit has the module "${module}", and there are ${modules.slice(1).join(' and ')} alone; send what it would make, with the module "none"`,
-    );
-  const threshold = (key: string, usual: number): number => {
-    const value = numberOf(unit[key] ?? usual, `a ControlNet unit's ${key}`);
-    return value < 0 ? usual : value; // -1 is what it has by itself
-  };
-  return { by: 'canny', thresholds: [threshold('threshold_a', 100), threshold('threshold_b', 200)] };
+  if (kind === 'ipAdapter' && sees) return { by: 'white' };
+  const { threshold_a, threshold_b } = unit;
+  const made = madeBy(module, { threshold_a, threshold_b }, 'a ControlNet unit');
+  if (kind !== 'ipAdapter' || made.by === 'white') return made;
+  throw new UserError(
+    `a ControlNet unit has the module "${module}", and an IP-Adapter sees pictures as they are; leave it out`,
+  );
 }
 
 /** sd-webui-controlnet's words for what a union is shown, by diffusers'. */
@@ -229,13 +224,36 @@ function modeOf(type: unknown): number {
   return controlModeOf(unionTypes[word] ?? word) as number;
 }
 
-export const controlnetApi = ({ followed }: Served): Routes => {
+/** What a preprocessor makes of pictures. */
+async function detect({ json, signal }: Asked, queue: Queue): Promise<Reply> {
+  const body = await json();
+  const made = madeBy(
+    textOf(body.controlnet_module ?? 'none', 'controlnet_module'),
+    { threshold_a: body.controlnet_threshold_a, threshold_b: body.controlnet_threshold_b },
+    'controlnet_module',
+  );
+  const images = body.controlnet_input_images;
+  if (!Array.isArray(images) || images.length === 0 || images.length > mostPictures)
+    throw new UserError(`controlnet_input_images takes a list of 1 to ${mostPictures} pictures in base64`);
+  const names = images.map((_, i) => `picture ${i} of controlnet_input_images`);
+  const order: Order = {
+    settings: {},
+    pictures: Object.fromEntries(names.map((name, i) => [name, pictureBytes(images[i], name)])),
+    made: Object.fromEntries(names.map((name) => [name, made])),
+    remade: {},
+  };
+  const drawn = await queue.draw(order, signal);
+  return { json: { info: 'Success', images: drawn.map(({ png }) => base64(png)) } };
+}
+
+export const controlnetApi = ({ followed }: Served, queue: Queue): Routes => {
   const models = [...followed.keys()];
   return {
     'GET /controlnet/version': () => ({ json: { version: 2 } }),
     'GET /controlnet/settings': () => ({ json: { control_net_unit_count: mostUnits } }),
     'GET /controlnet/model_list': () => ({ json: { model_list: models } }),
-    'GET /controlnet/module_list': () => ({ json: { module_list: modules, module_detail: {} } }),
+    'GET /controlnet/module_list': () => ({ json: { module_list: modules, module_detail: moduleDetail } }),
+    'POST /controlnet/detect': (asked) => detect(asked, queue),
     'GET /controlnet/control_types': () => ({
       json: {
         control_types: {

@@ -16,6 +16,7 @@ import { adapterOf } from '../sample/adapter_options.ts';
 import { planCall } from '../sample/call.ts';
 import { controlnetOf } from '../sample/control_options.ts';
 import { drawCall } from '../sample/draw.ts';
+import { namesNetwork } from '../sample/hires_options.ts';
 import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { openPipeline } from '../sample/models.ts';
 import { checkSample, checkSizes, checkTexts, promptsOf } from '../sample/options.ts';
@@ -23,6 +24,7 @@ import { type Look, openLook } from '../sample/preview.ts';
 import { canvasOf, readInputs } from '../sample/request.ts';
 import { locateSources, type Sources } from '../sample/sources.ts';
 import { openUpscalers, type Upscalers } from '../sample/upscale_options.ts';
+import { enlarged, keptText, mostPixels } from './enlarge.ts';
 import {
   type Drawn,
   type FromDrawer,
@@ -74,7 +76,12 @@ async function draw(kept: Kept, id: number, order: Order): Promise<void> {
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
   const { requests } = call;
-  const { refiner, upscalers } = kept;
+  const { refiner } = kept;
+  // A second pass takes the network that the server has, where it takes one.
+  const upscalers = {
+    ...kept.upscalers,
+    hires: namesNetwork(options.hiresUpscaler) ? kept.upscalers.finished : undefined,
+  };
   const sent: Promise<void>[] = [];
   await drawCall(call, {
     ...{ upscalers, warn, base },
@@ -105,6 +112,37 @@ async function sized(options: Standing, { source, vaeSource }: Sources, order: O
   const image = options.image === undefined || isSaid ? undefined : await readOf(order, options.image);
   const { width, height } = canvasOf(options, sizesOf(source, vaeSource), { image });
   return { ...options, width, height };
+}
+
+/** Gives pictures back as they are made and enlarged, with the settings that they carry. */
+async function remake({ upscalers }: Kept, id: number, order: Order): Promise<void> {
+  const enlarging = order.remade?.enlarging;
+  const names = Object.keys(order.pictures);
+  // There is one.
+  const network = (name: string) => (namesNetwork(name) ? upscalers.finished : undefined);
+  let pixels = 0;
+  for (const [i, name] of names.entries()) {
+    leaveIfUnwanted();
+    const sent = await readOf(order, name);
+    const onTile = (step: number, steps: number) => {
+      leaveIfUnwanted();
+      say({ kind: 'step', id, share: (i + step / steps) / names.length, step, steps });
+    };
+    const { picture, told } = enlarging
+      ? enlarged(sent, name, enlarging, network, onTile)
+      : { picture: sent, told: '' };
+    pixels += picture.width * picture.height;
+    if (pixels > mostPixels)
+      throw new UserError(
+        `the pictures have more than ${mostPixels / 2 ** 20} megapixels together; send fewer of them`,
+      );
+    const kept = enlarging ? keptText(order.pictures[name], name) : {};
+    const png = await encodeAside({
+      pictures: [picture],
+      text: told ? { ...kept, postprocessing: told } : kept,
+    });
+    say({ kind: 'picture', id, drawn: { png, seed: -1, parameters: told } });
+  }
 }
 
 const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler')._class_name);
@@ -246,7 +284,7 @@ async function heed(message: ToDrawer): Promise<void> {
   if (kind !== 'draw' || !kept) return;
   current = { id, unwanted: false, watched: false };
   try {
-    await draw(kept, id, message.order);
+    await (message.order.remade ? remake : draw)(kept, id, message.order);
     say({ kind: 'done', id });
   } catch (error) {
     if (error instanceof NoLongerWanted) say({ kind: 'done', id });

@@ -14,10 +14,23 @@ export type Made =
   | { by: 'alpha' }
   | { by: 'canny'; thresholds: Thresholds }
   /** sd-webui-controlnet's `invert`: black lines of white ones. */
-  | { by: 'invert' };
+  | { by: 'invert' }
+  /** White where all channels lie above this level, and else black. */
+  | { by: 'threshold'; above: number }
+  /** So many times smaller. */
+  | { by: 'shrink'; rate: number };
 
 /** How a picture of another shape than what is drawn is brought to it, its middle staying: cut, or with the colour of its edges around it. */
 export type Fit = 'crop' | 'fill';
+
+/** A1111's upscaling of extras. */
+export interface Enlarging {
+  /** Plain ones by their names, networks by their files; a second is blended over the first, as far as it is visible. */
+  upscalers: readonly [first: string] | readonly [first: string, second: string];
+  visibility: number;
+  /** So many times, or until both sides are as long, after which what is past them may be cut off. */
+  size: { by: number } | { width: number; height: number; crop: boolean };
+}
 
 /** Options that name a picture (`image`, `mask`) say which of these is meant. */
 export interface Order {
@@ -30,6 +43,8 @@ export interface Order {
   made?: Readonly<Record<string, Made>>;
   /** Those that are stretched are not in it. */
   fits?: Readonly<Record<string, Fit>>;
+  /** Nothing is drawn: the pictures come back in their order, as they are made, and perhaps enlarged. */
+  remade?: { enlarging?: Enlarging };
 }
 
 /** The server's own options, with those of `sdxl sample` that stand where an order says nothing. */

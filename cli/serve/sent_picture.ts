@@ -1,12 +1,12 @@
 // What is made of a picture that a request sends before it is used: each of A1111's clients sends what its own program had to do with it,
 // so a mask may be an alpha channel, and a ControlNet's picture one to be preprocessed.
-import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
 import { lay } from '../../io/mask_crop.ts';
 import type { Mask, Picture } from '../../io/pixels.ts';
 import type { Sides } from '../sample/hires_options.ts';
 import type { Fit, Made, Settings } from './messages.ts';
+import { preprocessed } from './preprocessors.ts';
 import { mostSide } from './served.ts';
 
 /** A picture from its file, of which messages say `name`. @throws UserError */
@@ -18,8 +18,7 @@ export async function readSent(file: Uint8Array, name: string, made: Made | unde
   }
   const onWhite = made !== undefined && made.by !== 'alpha';
   const picture = await decodePicture(file, name, { ...bounds, onWhite });
-  if (made?.by === 'canny') return canny(picture, made.thresholds);
-  return made?.by === 'invert' ? { ...picture, data: picture.data.map((level) => 255 - level) } : picture;
+  return made ? preprocessed(picture, made) : picture;
 }
 
 function blackAndWhite({ data: alpha, ...size }: Mask): Picture {

@@ -50,6 +50,8 @@ export interface Served {
   embeddings: ReadonlyMap<string, number>;
   /** What units of requests may follow, by their names. */
   followed: ReadonlyMap<string, Followed>;
+  /** The networks that enlarge pictures, by their names: their files. */
+  networks: ReadonlyMap<string, string>;
   /** How prompts are read, where the flags say. */
   texts: Settings;
   /** Hears of keys that change nothing. */
@@ -86,7 +88,7 @@ function byName(followed: readonly Followed[]): Served['followed'] {
 /** Of a server with these options; `texts` are those of prompts that were typed. @throws UserError for names that two have */
 export function servedOf(standing: Standing, texts: Settings, log: (line: string) => void): Served {
   const told = new Set<string>();
-  const { lora = [], loraModelDir } = standing;
+  const { lora = [], loraModelDir, upscaleModel } = standing;
   return {
     name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
     loraModelDir,
@@ -103,6 +105,7 @@ export function servedOf(standing: Standing, texts: Settings, log: (line: string
         .map(({ token, clip_l }) => [token, clip_l.count]),
     ),
     followed: byName(followedOf(standing)),
+    networks: new Map(upscaleModel === undefined ? [] : [[nameOf(upscaleModel), upscaleModel]]),
     texts,
     tellIgnored(key) {
       if (told.has(key) || told.size === mostTold) return;

@@ -216,10 +216,16 @@ test('a unit that cannot be followed is told of', async (t) => {
     [units({ model: 'canny', image }), /names "canny", and this server has full/],
     [
       units({ model: 'full', module: 'depth_midas', image }),
-      /module "depth_midas", and there are canny and invert alone/,
+      /module "depth_midas", and there are canny, invert, threshold, tile_resample alone/,
     ],
-    [units({ model: 'full', module: 'ip-adapter-auto', image }), /there are canny and invert alone/],
-    [units({ model: 'plain', module: 'ip-adapter_face_id', image }), /there are canny and invert alone/],
+    [
+      units({ model: 'full', module: 'ip-adapter-auto', image }),
+      /there are canny, invert, threshold, tile_resample alone/,
+    ],
+    [
+      units({ model: 'plain', module: 'ip-adapter_face_id', image }),
+      /there are canny, invert, threshold, tile_resample alone/,
+    ],
     [
       units({ model: 'full', resize_mode: 'Stretch', image }),
       /resize_mode takes Just Resize, Crop and Resize/,

@@ -88,7 +88,13 @@ test('a model of EDM takes the samplers that there are for it by the names of ot
 test('a page tells of every route', async (t) => {
   const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
   const served = {
-    ...{ name: '', loras: () => [], embeddings: new Map([['toy', 3]]), followed: new Map() },
+    ...{
+      name: '',
+      loras: () => [],
+      embeddings: new Map([['toy', 3]]),
+      followed: new Map(),
+      networks: new Map(),
+    },
     ...{ texts: {}, tellIgnored() {} },
   };
   const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
