@@ -51,9 +51,9 @@ Examples:
 
 ${schedulersHelp}
 
-Routes: / (a page), /v1/images/generations, /v1/images/edits, /v1/models, /sdapi/v1/txt2img, img2img, progress, interrupt, png-info,
-options, samplers, schedulers, sd-models, loras, refresh-loras, upscalers, /controlnet/model_list, and /healthz. docs/serve.md tells what
-they take.`;
+Routes: / (a page), /v1/images/generations, /v1/images/edits, /v1/models, /sdapi/v1/txt2img, img2img, extra-single-image,
+extra-batch-images, progress, interrupt, png-info, options, samplers, schedulers, sd-models, loras, refresh-loras, upscalers,
+/controlnet/model_list, /controlnet/detect, and /healthz. docs/serve.md tells what they take.`;
 
 export function addServe(command: Command, terminal: Terminal): void {
   modelOptions(command);
