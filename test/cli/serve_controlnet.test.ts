@@ -40,6 +40,17 @@ const wide = readFileSync(at('wide.png')).toString('base64');
 const image = readFileSync(file).toString('base64');
 const units = (...args: Record<string, unknown>[]) => ({ alwayson_scripts: { ControlNet: { args } } });
 
+/** A picture that is transparent; what it is on white is white.png. */
+async function clear(): Promise<string> {
+  writePng(at('white.png'), { ...seen, data: new Uint8Array(seen.data.length).fill(255) });
+  const { default: sharp } = await import('sharp');
+  const raw = { width: 64, height: 64, channels: 1 } as const;
+  const png = sharp(file)
+    .joinChannel(Buffer.alloc(64 * 64), { raw })
+    .png();
+  return (await png.toBuffer()).toString('base64');
+}
+
 /** What `sdxl sample` draws, with A1111's habits. */
 async function sampled(...flags: string[]) {
   const habits = ['--emphasis', 'original', '--max-token-length', '225'];
@@ -101,6 +112,11 @@ test('what a unit names is followed, as by sample', async (t) => {
         ...['--controlnet', little, '--control-image', at('cropped.png')],
         ...['more_control', 'balanced', 'more_prompt'].flatMap((name) => ['--control-balance', name]),
       ],
+    ],
+    [
+      'what is transparent, on white',
+      [{ model: 'small', image: await clear() }],
+      ['--controlnet', little, '--control-image', at('white.png')],
     ],
     [
       'what is drawn in black on white',
