@@ -56,7 +56,7 @@ function by(
         `${name} would be enlarged by way of ${next.width}x${next.height} pixels; send a smaller one`,
       );
     made = network
-      ? network.enlarge(made, onTile)
+      ? network.enlarge(made, { onTile })
       : resize(made, next.width, next.height, upscaler === 'Nearest' ? 'nearest' : 'lanczos');
     if (made.width === width && made.height === height) break;
   }

@@ -105,3 +105,28 @@ test('a pattern without seams', (t) =>
     { num_inference_steps: 3, guidance_scale: 5, seamless: 'xy' },
     { recorded: 1, replays: 1 },
   ));
+
+test('a second pass by a sampler of its own, in the same pipeline', (t) => {
+  const passes = (device: Device): Float32Array => {
+    const pipeline = pipelineOf('text2img', device);
+    const small = { prompt: 'a red fox', width: 16, height: 16, guidance_scale: 5 };
+    const drawn = (asked: Partial<Asked>) => {
+      let latents = { shape: [1, 4, 2, 2], data: new Float32Array() };
+      for (const progress of denoise(pipeline, { ...small, ...asked, generators: [new TorchGenerator(3)] }))
+        latents = { shape: [...progress.latents.shape], data: Float32Array.from(progress.latents.data) };
+      return latents;
+    };
+    const scheduler = { name: 'euler_karras' };
+    const image = drawn({ num_inference_steps: 3, scheduler });
+    const second = { image, num_inference_steps: 3, strength: 0.9, base_steps: 3, base_scheduler: scheduler };
+    const { data } = drawn({ ...second, scheduler: { name: 'heun' } });
+    pipeline.release();
+    return data;
+  };
+  const failing = failingGpu(openVirtualGpu({ arenaBytes: 2 ** 26, races: false }));
+  const recorded = passes(cudaDevice(failing.api));
+  t.equal(failing.made('cuStreamBeginCapture'), 2, 'a graph for each');
+  const error = relativeError(recorded, passes(openDevice('cpu')));
+  t.ok(error < 1e-5, `from the CPU's: ${error}`);
+  t.end();
+});
