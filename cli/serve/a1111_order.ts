@@ -47,6 +47,7 @@ const picture: Readonly<Record<string, Field>> = {
   width: sideOf('width'),
   height: sideOf('height'),
   eta: numeric('eta', { min: 0, max: 1 }),
+  tiling: (value, key) => (booleanOf(value, key) ? { seamless: 'xy' } : {}),
 };
 
 const words = (text: string): string[] => text.trim().split(/\s+/);
@@ -67,7 +68,6 @@ const idle = words(`
 /** Keys of what is not there, with what leaves it out. */
 const absent: Readonly<Record<string, Field>> = {
   restore_faces: only(false, 0),
-  tiling: only(false, 0),
   styles: only([]),
   s_churn: only(0),
   s_noise: only(1),
@@ -112,7 +112,7 @@ export const flagKeys: Readonly<Record<string, string>> = {
   ...{ '--mask': 'mask', '--padding-mask-crop': 'inpaint_full_res', '--mask-blur': 'mask_blur' },
   ...{ '--masked-content': 'inpainting_fill', '--invert-mask': 'inpainting_mask_invert' },
   ...{ '--hires-prompt': 'hr_prompt', '--hires-negative-prompt': 'hr_negative_prompt' },
-  '--hires-scheduler': 'hr_sampler_name',
+  ...{ '--hires-scheduler': 'hr_sampler_name', '--seamless': 'tiling' },
   ...{ '--control-balance': 'control_mode', '--control-mode': 'union_control_type' },
   ...{ '--hires': 'enable_hr', '--hires-scale': 'hr_scale', '--hires-steps': 'hr_second_pass_steps' },
   ...{ '--hires-width': 'hr_resize_x', '--hires-height': 'hr_resize_y', '--hires-upscaler': 'hr_upscaler' },
