@@ -2,6 +2,7 @@
 // network's name, and peft in a file beside its own.
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
+import { type Context, createContext, Script } from 'node:vm';
 import { UserError } from '../../io/errors.ts';
 import { isRecord, readJsonObject } from '../../io/files.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
@@ -77,14 +78,28 @@ function checked(file: TensorFile, config: Record<string, unknown>): PeftConfig 
 
 /** peft's rule: the first pattern, a regular expression, that matches the path or an ending of it behind a dot. */
 export function byPattern(patterns: Record<string, number> | undefined, path: string): number | undefined {
-  const found = Object.entries(patterns ?? {}).find(([pattern]) => {
-    try {
-      return new RegExp(`^(.*\\.)?(${pattern})$`).test(path);
-    } catch {
-      throw new UserError(`"${pattern}" in the adapter's alpha_pattern or rank_pattern is no pattern`);
-    }
-  });
-  return found?.[1];
+  return Object.entries(patterns ?? {}).find(([pattern]) => matches(pattern, path))?.[1];
+}
+
+/** More than any pattern takes that comes to an end. */
+const mostMilliseconds = 1000;
+const match = new Script('new RegExp(source).test(path)');
+let aside: Context | undefined;
+
+/** Patterns are a stranger's, and one such as (a+)+! may take years: what is more than a name runs as a script, which a clock can stop. */
+function matches(pattern: string, path: string): boolean {
+  const source = `^(.*\\.)?(${pattern})$`;
+  if (/^[\w.]*$/.test(pattern)) return new RegExp(source).test(path);
+  aside ??= createContext();
+  try {
+    Object.assign(aside, { source, path });
+    return match.runInContext(aside, { timeout: mostMilliseconds });
+  } catch (error) {
+    const isSlow = (error as NodeJS.ErrnoException).code === 'ERR_SCRIPT_EXECUTION_TIMEOUT';
+    throw new UserError(
+      `"${pattern}" in the adapter's alpha_pattern or rank_pattern ${isSlow ? 'takes too long to match' : 'is no pattern'}: write the names of layers there`,
+    );
+  }
 }
 
 /** A layer by its path in the network. */

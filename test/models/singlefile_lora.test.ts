@@ -322,6 +322,13 @@ test('the alpha that peft keeps in the metadata', (t) => {
   const pattern = { ...plain, 'unet.alpha_pattern': { 'attn2.to_q': 2 } };
   allClose(t, 'alpha_pattern', gains(pattern), [2, 0.5], close);
   allClose(t, 'use_rslora', gains({ ...pattern, 'unet.use_rslora': true }), [4, 1], close);
+  const expression = { ...plain, 'unet.alpha_pattern': { '.*(attn|ff)2(\\.\\w+)+': 2 } };
+  allClose(t, 'a regular expression', gains(expression), [2, 0.5], close);
+  for (const [word, says] of [
+    ['(.*)*x', /"\(\.\*\)\*x" in .* takes too long to match: write the names of layers there/],
+    ['(', /"\(" in .* is no pattern/],
+  ] as const)
+    refuses(t, word, () => gains({ ...plain, 'unet.alpha_pattern': { [word]: 2 } }), says);
   allClose(t, 'another part', gains({ 'text_encoder.lora_alpha': 8 }), [1, 1], close);
   refuses(t, 'broken', () => gains('{'), /"lora_adapter_metadata" is not a JSON object/);
   refuses(t, 'null', () => gains('null'), /"lora_adapter_metadata" is not a JSON object/);
