@@ -287,6 +287,11 @@ test('what is wrong with a dataset is one sentence', async (t) => {
     }),
   });
   t.match((await both).problems, [/has metadata\.csv and metadata\.jsonl, of which one counts/]);
+  await refused(
+    t,
+    meta('metadata.csv', 'file_name,text,,, text\na.png,a,,,b\n'),
+    /csv names the column "text" twice/,
+  );
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,red, fox\n'), /:2 has 3 fields.*names 2/);
   await refused(t, meta('metadata.csv', 'file_name,text\na.png,"red\n'), /:2 has a quote that does not end/);
   const long = 'file_name,text\na.png,"red\n'.padEnd(2 ** 24, 'word ');

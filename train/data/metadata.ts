@@ -84,14 +84,18 @@ function csvRecords(text: string, path: string): Located[] {
   const [header, ...rows] = csvRows(text, path);
   if (!header)
     throw new UserError(`${path} is empty: write a line of column names and a line for each picture`);
+  const columns = header.fields.map((name) => name.trim());
+  const twice = columns.find((name, i) => name !== '' && columns.indexOf(name) < i); // as spreadsheets end lines
+  if (twice !== undefined)
+    throw new UserError(`${path} names the column "${twice}" twice: remove one, or give it another name`);
   return rows.map(({ fields, line }) => {
-    if (fields.length !== header.fields.length) {
+    if (fields.length !== columns.length) {
       throw new UserError(
-        `${path}:${line} has ${fields.length} fields where the first line names ${header.fields.length}: ` +
+        `${path}:${line} has ${fields.length} fields where the first line names ${columns.length}: ` +
           'put texts that hold commas in quotes',
       );
     }
-    return { record: Object.fromEntries(header.fields.map((name, i) => [name.trim(), fields[i]])), line };
+    return { record: Object.fromEntries(columns.map((name, i) => [name, fields[i]])), line };
   });
 }
 
