@@ -2,6 +2,7 @@
 // 0 done, 2 a mistake that the user can mend, 130 interrupted. Anything else is a bug and shows its stack.
 import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
+import { asUserError } from '../io/files.ts';
 import { version } from './about.ts';
 import { spelledOut } from './aliases.ts';
 import { ownTerminal, printable, Stopped, type Terminal } from './terminal.ts';
@@ -85,8 +86,9 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof Stopped) return error.status;
-    if (!(error instanceof UserError)) throw error;
-    terminal.err(`error: ${printable(error.message.replace(/\s*[\r\n]\s*/g, ' '))}\n`);
+    const told = asUserError(error, 'a file');
+    if (!(told instanceof UserError)) throw error;
+    terminal.err(`error: ${printable(told.message.replace(/\s*[\r\n]\s*/g, ' '))}\n`);
     return 2;
   }
 }

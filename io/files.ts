@@ -15,9 +15,11 @@ import {
   realpathSync,
   renameSync,
   rmSync,
+  type Stats,
   statSync,
   writeSync,
 } from 'node:fs';
+import { readFile } from 'node:fs/promises';
 import { constants as os } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from './errors.ts';
@@ -165,10 +167,44 @@ export function writeFileAtomic(path: string, bytes: Uint8Array | string): void 
   replaceAtomically(path, (_temporary, fd) => writeFully(fd, data));
 }
 
+/**
+ * Refuses what is no file before anybody opens it: a pipe would be waited for, and a device may never end. The shell's own pipes, of
+ * <(command) and of standard input, end with the program that writes into them.
+ * @throws UserError where it is not there, or something else
+ */
+export function assertFile(path: string): Stats {
+  const found = statSync(path);
+  const isShells = found.isFIFO() && /^\/dev\/(stdin|fd\/\d+)$/.test(path);
+  if (found.isFile() || found.isDirectory() || isShells) return found;
+  throw new UserError(`${path} is no file but a pipe, a socket or a device: give the path of a file`);
+}
+
+/** More than any picture or text has that is held whole in memory; a string can be no longer. */
+const mostBytes = 2 ** 29;
+
+function assertShort(path: string): void {
+  const { size } = assertFile(path);
+  if (size > mostBytes)
+    throw new UserError(
+      `${path} has ${size} bytes, more than the ${mostBytes} of any file of its kind: give another`,
+    );
+}
+
 /** The bytes of `path`. @throws UserError when it cannot be read */
 export function readBytes(path: string): Buffer {
   try {
+    assertShort(path);
     return readFileSync(path);
+  } catch (error) {
+    throw asUserError(error, path);
+  }
+}
+
+/** `readBytes`, while other work goes on. */
+export async function readBytesAside(path: string): Promise<Buffer> {
+  try {
+    assertShort(path);
+    return await readFile(path);
   } catch (error) {
     throw asUserError(error, path);
   }
@@ -283,6 +319,7 @@ const reasons: Record<string, (path: string) => string> = {
   ENAMETOOLONG: (path) => `the name of ${path} is too long: choose a shorter one`,
   ELOOP: (path) => `${path} is a symbolic link that leads back to itself: mend the link`,
   EMFILE: (path) => `too many files are open to open ${path}: raise the limit with "ulimit -n"`,
+  ENFILE: (path) => `the system has too many files open to open ${path}: end other programs`,
   EIO: (path) => `the disk failed at ${path}: check the disk`,
 };
 
@@ -298,9 +335,15 @@ export function asUserError(error: unknown, path: string, temporaryPath?: string
     const said = meant(error.message);
     return said === error.message ? error : new UserError(said);
   }
-  const { code, path: source, dest } = error as NodeJS.ErrnoException & { dest?: string };
+  const { code, syscall, path: source, dest } = error as NodeJS.ErrnoException & { dest?: string };
+  if (code === undefined) return error;
   // Of a copy, what is read comes first.
-  const named = code && isOfWriting.test(code) ? (dest ?? source) : source;
-  const reason = code === undefined ? undefined : reasons[code];
-  return reason ? new UserError(reason(named === undefined ? path : meant(named))) : error;
+  const named = (isOfWriting.test(code) ? (dest ?? source) : source) ?? path;
+  const reason = reasons[code]?.(named);
+  if (reason !== undefined) return new UserError(meant(reason));
+  // EBADF is a mistake of ours.
+  if (syscall === undefined || code === 'EBADF') return error;
+  return new UserError(
+    meant(`the system refused to ${syscall} ${named} (${code}): check the path and the disk`),
+  );
 }

@@ -16,7 +16,7 @@ import {
 } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import koffi from 'koffi';
-import { asUserError, listFolder, makeFolder, sync, temporaryBeside } from './files.ts';
+import { assertFile, asUserError, listFolder, makeFolder, sync, temporaryBeside } from './files.ts';
 
 /**
  * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it, and flushes all of that to
@@ -84,7 +84,10 @@ export function copyFolder(from: string, to: string): void {
     const [source, target] = [join(from, name), join(to, name)];
     try {
       if (statSync(source).isDirectory()) copyFolder(source, target);
-      else copyFileSync(source, target);
+      else {
+        assertFile(source);
+        copyFileSync(source, target);
+      }
     } catch (error) {
       throw asUserError(error, target);
     }

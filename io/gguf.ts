@@ -5,6 +5,7 @@
 // of the K types, and says in the metadata what shape they had.
 import { closeSync, openSync, readSync } from 'node:fs';
 import { UserError } from './errors.ts';
+import { assertFile } from './files.ts';
 import { ggmlTypes } from './ggml_types.ts';
 import {
   checkedProduct,
@@ -29,6 +30,7 @@ const again = 'the file is damaged, download it again';
 export function isGguf(path: string): boolean {
   let fd: number | undefined;
   try {
+    assertFile(path);
     fd = openSync(path, 'r');
     const start = Buffer.alloc(4);
     return readSync(fd, start, 0, 4, 0) === 4 && start.toString('latin1') === 'GGUF';

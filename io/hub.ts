@@ -2,20 +2,11 @@
 // finds what the other downloaded: models--owner--name/{blobs/<hash>, refs/<revision>,
 // snapshots/<commit>/<file> → ../../blobs/<hash>}. The standard variables count: HF_HOME, HF_HUB_CACHE,
 // HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and their older names, and those that name a proxy.
-import {
-  copyFileSync,
-  existsSync,
-  lstatSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  symlinkSync,
-} from 'node:fs';
+import { copyFileSync, existsSync, lstatSync, readdirSync, renameSync, rmSync, symlinkSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 import { UserError } from './errors.ts';
-import { asUserError, makeFolder, writeFileAtomic } from './files.ts';
+import { asUserError, makeFolder, readBytes, writeFileAtomic } from './files.ts';
 import { downloadBlob, NetworkError, networkError, type RemoteFile } from './hub_download.ts';
 import { fetchOf } from './proxy.ts';
 
@@ -311,5 +302,5 @@ function accessToken(): string | undefined {
 
 function readText(path: string): string | undefined {
   if (!lstatSync(path, { throwIfNoEntry: false })) return undefined;
-  return readFileSync(path, 'utf8').trim();
+  return readBytes(path).toString().trim();
 }

@@ -4,7 +4,7 @@
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
-import { asUserError, largestTransfer } from './files.ts';
+import { assertFile, asUserError, largestTransfer } from './files.ts';
 
 /** How a format keeps elements: blocks of `elements`, each of `bytes`. */
 export interface StoredType {
@@ -73,10 +73,10 @@ export function openTensorFile(
 ): TensorFile {
   let fd: number | undefined;
   try {
+    if (assertFile(path).isDirectory())
+      throw new UserError(`${path} is a folder: give the path of a ${kind} file`);
     fd = openSync(path, 'r');
-    const status = fstatSync(fd);
-    if (status.isDirectory()) throw new UserError(`${path} is a folder: give the path of a ${kind} file`);
-    return tensorFile(path, fd, readHeader(path, fd, status.size));
+    return tensorFile(path, fd, readHeader(path, fd, fstatSync(fd).size));
   } catch (error) {
     if (fd !== undefined) closeSync(fd);
     throw asUserError(error, path);

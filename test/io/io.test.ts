@@ -1,6 +1,14 @@
 // The io folder's types and files: halves to the bit, and files that are written whole or not at all.
 import { spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  chmodSync,
+  existsSync,
+  readdirSync,
+  readFileSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import {
@@ -16,14 +24,20 @@ import {
   asUserError,
   listFolder,
   makeFolder,
+  readBytes,
+  readBytesAside,
   readJson,
   readJsonObject,
   readLines,
   replaceAtomically,
   writeFileAtomic,
 } from '../../io/files.ts';
+import { copyFolder } from '../../io/folders.ts';
+import { isGguf, openGguf } from '../../io/gguf.ts';
 import { lockFolder } from '../../io/lock.ts';
-import { allClose } from '../support/golden.ts';
+import { readPngText } from '../../io/png.ts';
+import { openSafetensors } from '../../io/safetensors.ts';
+import { allClose, packageRoot } from '../support/golden.ts';
 import { at, exact, filesOpen, folder, messageOf, randomNumbers, refuses } from '../support/io_helpers.ts';
 
 test('half types: every bit pattern survives', (t) => {
@@ -212,6 +226,11 @@ test('files: what is in a folder, and which of two files could not be written', 
   const told = (code: string) => (asUserError(copying(code), 'the folder') as Error).message;
   t.match(told('ENOSPC'), /disk is full while writing \/to:/);
   t.match(told('EACCES'), /no permission for \/from:/);
+  const stale = { code: 'ESTALE', syscall: 'open', path: '/far/x' };
+  const others = /^the system refused to open \/far\/x \(ESTALE\): check the path and the disk$/;
+  t.match((asUserError(Object.assign(new Error(), stale), 'it') as Error).message, others);
+  const ours = Object.assign(new Error(), { ...stale, code: 'EBADF' });
+  t.equal(asUserError(ours, 'it'), ours, 'a mistake of ours keeps its stack');
   t.end();
 });
 
@@ -292,4 +311,26 @@ test('files: assertWritable and readJson', (t) => {
   refuses(t, /does not exist/, () => readJson(at('absent.json')));
   refuses(t, /is a folder/, () => readJson(folder));
   t.end();
+});
+
+test('a pipe is not waited for, a device is not read to its end, and a file not into all memory', {
+  skip: process.platform === 'win32' && 'no pipes among files',
+}, async (t) => {
+  makeFolder(at('odd'));
+  spawnSync('mkfifo', [at('odd/pipe')]);
+  for (const path of [at('odd/pipe'), '/dev/zero']) {
+    const says = new RegExp(`${path} is no file but a pipe, a socket or a device: give the path of a file`);
+    for (const read of [readBytes, readJson, readLines, readPngText, openSafetensors, openGguf])
+      refuses(t, says, () => read(path));
+    await t.rejects(readBytesAside(path), { name: 'UserError', message: says });
+    t.notOk(isGguf(path));
+  }
+  refuses(t, /odd\/pipe is no file/, () => copyFolder(at('odd'), at('odd-copy')));
+  const lines = `import { readLines } from './dist/io/files.js'; console.log(readLines('/dev/stdin'));`;
+  const shell = `printf 'a\\nb\\n' | "$0" --input-type=module -e "$1"`;
+  const { stdout } = spawnSync('sh', ['-c', shell, process.execPath, lines], { cwd: packageRoot });
+  t.equal(String(stdout), "[ 'a', 'b' ]\n", "but the shell's own pipes are");
+  writeFileSync(at('large'), '');
+  truncateSync(at('large'), 2 ** 29 + 1);
+  refuses(t, /large has 536870913 bytes, more than the 536870912/, () => readBytes(at('large')));
 });

@@ -4,10 +4,9 @@
 // Conditioning images, or rejected pictures, are named in their column of the metadata; where there is none, that of NAME.png lies
 // beside it as NAME.conditioning_image.png, if the column is called so.
 import { type Dirent, readdirSync, statSync } from 'node:fs';
-import { readFile } from 'node:fs/promises';
 import { join, normalize, relative, sep } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { asUserError, readLines } from '../../io/files.ts';
+import { asUserError, readBytesAside, readLines } from '../../io/files.ts';
 import { besideOf, type Dataset, type DatasetOptions, type Example } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
@@ -136,12 +135,7 @@ function problemOf(
   return captions.length === 0 ? `${file_name} has no caption` : undefined;
 }
 
-const readerOf = (folder: string, id: string) => async (): Promise<Uint8Array> => {
-  const path = join(folder, id);
-  return readFile(path).catch((error: unknown) => {
-    throw asUserError(error, path);
-  });
-};
+const readerOf = (folder: string, id: string) => () => readBytesAside(join(folder, id));
 
 /** The lines that say something, or what is wrong with the file. */
 function captionLines(path: string): string[] | string {

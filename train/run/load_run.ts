@@ -1,8 +1,9 @@
 // Loading a run file: TypeScript (or JavaScript) that needs no build step, run through jiti because Node before 22 does not
 // strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
-import { existsSync, statSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
 import { UserError } from '../../io/errors.ts';
+import { assertFile } from '../../io/files.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { resolveRun } from './resolve_run.ts';
 import { defineRun, type Run } from './run.ts';
@@ -20,7 +21,7 @@ export async function loadRuns(
   only?: string,
 ): Promise<Run[]> {
   if (!existsSync(path)) throw new UserError(`no run file ${path}; give a .ts file such as configs/emoji.ts`);
-  if (statSync(path).isDirectory())
+  if (assertFile(path).isDirectory())
     throw new UserError(`${path} is a folder; give a run file such as configs/emoji.ts`);
   const given = await evaluate(path);
   const stages = Array.isArray(given) ? given : [given];
