@@ -168,7 +168,11 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
   const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));
   const shards = wanted.filter((name) => !whole.includes(name)).sort();
   if (whole.length > 0) return [whole.sort()[0]];
-  const count = Number(/-of-(\d{5})\./.exec(shards[0])?.[1]);
+  const [count, other] = new Set(shards.map((name) => Number(/-of-(\d{5})\./.exec(name)?.[1])));
+  if (other !== undefined)
+    throw new UserError(
+      `${folder} has shards of ${count} and of ${other}, which are not of one model; remove those that are not its own`,
+    );
   if (shards.length !== count) {
     throw new UserError(`${folder} has ${shards.length} of ${count} shards; download the missing ones`);
   }
@@ -178,7 +182,15 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
 /** Several files seen as one set of names. */
 export function sourceOf(where: string, files: readonly TensorFile[]): WeightSource {
   const holder = new Map<string, TensorFile>();
-  for (const file of files) for (const name of file.tensors.keys()) holder.set(name, file);
+  for (const file of files)
+    for (const name of file.tensors.keys()) {
+      const other = holder.get(name);
+      if (other) {
+        for (const each of files) each.close();
+        throw new UserError(`${other.path} and ${file.path} both have tensor ${name}; download them again`);
+      }
+      holder.set(name, file);
+    }
   const fileOf = (name: string): TensorFile => {
     const file = holder.get(name);
     if (!file) throw new UserError(`${where} has no tensor ${name}`);

@@ -41,6 +41,19 @@ const firstNumber = (name: string, value: number) =>
     return { ...entry, dtype: 'float32', bytes: encodeNumbers(values, 'float32') };
   });
 
+const shard = (i: number, count: number) =>
+  UNET.replace('.safetensors', `-0000${i}-of-0000${count}.safetensors`);
+
+/** As shards: the first has the whole UNet, and the others what `more` says. */
+const sharded =
+  (more: Readonly<Record<string, TensorEntry[]>>) =>
+  (model: string): void => {
+    renameSync(join(model, UNET), join(model, shard(1, 2)));
+    for (const [name, entries] of Object.entries(more)) writeSafetensors(join(model, name), entries);
+  };
+
+const bias = { name: 'conv_out.bias', dtype: 'float32', shape: [4], bytes: new Uint8Array(16) } as const;
+
 type Header = Record<string, { data_offsets: [number, number] }>;
 
 /** The UNet's file with another header before the same data. */
@@ -161,6 +174,17 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
         writeFileSync(path, JSON.stringify({ ...readJsonObject(path), model_max_length: 248 }));
       },
       [/tokenizer_2 makes 248 tokens of a prompt, and its text encoder takes 77: correct model_max_length/],
+    ],
+    ['a shard is missing', sharded({}), [/unet has 1 of 2 shards; download the missing ones/]],
+    [
+      'shards of two models',
+      sharded({ [shard(2, 2)]: [], [shard(3, 3)]: [] }),
+      [/unet has shards of 2 and of 3, .*; remove those that are not its own/],
+    ],
+    [
+      'a tensor in two shards',
+      sharded({ [shard(2, 2)]: [bias] }),
+      [/1-of-00002.safetensors and .*2-of-00002.safetensors both have tensor conv_out\.bias; download/],
     ],
     [
       'no config',
