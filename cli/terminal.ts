@@ -14,14 +14,16 @@ export interface Terminal {
 
 /**
  * The process's own streams. A reader who has left (`sdxl ... | head -1`) ends nothing: the rest goes nowhere, and training
- * goes on. A result that cannot be written for another reason is an error, and comes last of a command.
+ * goes on. So it does where a result cannot be written for another reason, which is an error, though: the status says so in the end.
  */
 export function ownTerminal(): Terminal {
+  let told = false;
   process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-    if (error.code === 'EPIPE') return;
+    if (error.code === 'EPIPE' || told) return;
+    told = true;
     const { message } = asUserError(error, 'the standard output') as Error;
     process.stderr.write(`error: ${message}\n`);
-    process.exit(2);
+    process.exitCode = 2;
   });
   process.stderr.on('error', () => {});
   return {

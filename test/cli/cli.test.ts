@@ -1,5 +1,5 @@
 // The command line in process: a good run gives diffusers' picture; each mistake gives one sentence, status 2, no file.
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
 import {
   closeSync,
@@ -24,6 +24,7 @@ import { packageRoot } from '../../io/package_root.ts';
 import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
 import { sdxl as run } from '../support/command_line.ts';
 import { goldenFolder, goldenLora, goldenSingleFile } from '../support/golden.ts';
+import { runFile } from '../support/run_files.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
 const refiner = join(goldenFolder, 'tiny-sdxl-refiner');
@@ -258,10 +259,10 @@ test('an interrupt leaves whole files or none', async (t) => {
   rmSync(folder, { recursive: true });
 });
 
-test('a reader who leaves ends nothing, a result that cannot be written is an error', async (t) => {
-  const ended = async (stdout: 'pipe' | number, left?: 'stdout' | 'stderr') => {
+test('a reader who leaves ends nothing, a result that cannot be written is an error and ends nothing either', async (t) => {
+  const ended = async (stdout: 'pipe' | number, left?: 'stdout' | 'stderr', argv = ['inspect', model]) => {
     const program = join(packageRoot, 'bin', 'sdxl.js');
-    const child = spawn(process.execPath, [program, 'inspect', model], { stdio: ['ignore', stdout, 'pipe'] });
+    const child = spawn(process.execPath, [program, ...argv], { stdio: ['ignore', stdout, 'pipe'] });
     if (left) child[left]?.destroy();
     let err = '';
     child.stderr?.on('data', (text) => void (err += text));
@@ -273,9 +274,14 @@ test('a reader who leaves ends nothing, a result that cannot be written is an er
   if (process.platform === 'linux') {
     const full = openSync('/dev/full', 'w');
     const { code, err } = await ended(full);
-    closeSync(full);
+    const told = /^error: the disk is full while writing the standard output: .*$/gm;
     t.equal(code, 2);
-    t.match(err, /^error: the disk is full while writing the standard output: .*\n$/);
+    t.equal(err.replace(told, ''), '\n', err);
+    const trained = await ended(full, undefined, ['train', runFile('full', {}), '--json', '--quiet']);
+    closeSync(full);
+    t.equal(trained.code, 2);
+    t.equal(trained.err.match(told)?.length, 1);
+    t.match(trained.err, /done: (.*full-out.final)\n/, 'what is trained is saved');
   }
 });
 
@@ -300,4 +306,19 @@ test('what would steer a screen is not printed of a file', async (t) => {
   t.match(err, /lora_unet_\ufffd\]0;mine\ufffdx error: y/, 'and stays in its line');
   t.notMatch(out + err, /[^\P{Cc}\n]/u);
   rmSync(folder, { recursive: true });
+});
+
+test('too few files are told of from the first on', (t) => {
+  const argv = [
+    '-c',
+    'ulimit -n 48; "$0" "$@"',
+    process.execPath,
+    join(packageRoot, 'bin', 'sdxl.js'),
+    'train',
+    'x.ts',
+  ];
+  const { status, stderr } = spawnSync('sh', argv, { encoding: 'utf8' });
+  t.equal(status, 2);
+  t.match(stderr, /^error: too many files are open to open .*: raise the limit with "ulimit -n"\n$/);
+  t.end();
 });
