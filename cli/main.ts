@@ -74,11 +74,11 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   const called = argv[0] === 'help' ? argv[1] : argv[0];
-  for (const { usage, description, load } of commands) {
-    const command = program.command(usage).description(description);
-    if (command.name() === called) (await load())(command, terminal);
-  }
   try {
+    for (const { usage, description, load } of commands) {
+      const command = program.command(usage).description(description);
+      if (command.name() === called) (await load())(command, terminal);
+    }
     await program.parseAsync(['sample', 'grid', 'serve'].includes(argv[0]) ? spelledOut(argv) : [...argv], {
       from: 'user',
     });
