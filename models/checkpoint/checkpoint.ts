@@ -170,9 +170,7 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
   if (whole.length > 0) return [whole.sort()[0]];
   const [count, other] = new Set(shards.map((name) => Number(/-of-(\d{5})\./.exec(name)?.[1])));
   if (other !== undefined)
-    throw new UserError(
-      `${folder} has shards of ${count} and of ${other}, which are not of one model; remove those that are not its own`,
-    );
+    throw new UserError(`${folder} has shards of ${count} and of ${other}; remove what is not its own`);
   if (shards.length !== count) {
     throw new UserError(`${folder} has ${shards.length} of ${count} shards; download the missing ones`);
   }
