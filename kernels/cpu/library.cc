@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <sys/mman.h>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -78,8 +79,12 @@ struct Job {
 // Workers spin briefly before they sleep: consecutive kernels arrive within microseconds of each other.
 class Pool {
 public:
+  // A system that gives no more threads (a container's limit, too little memory for a stack) leaves the work to those that are there.
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; i++) std::thread([this, i] { work(i + 1); }).detach();
+    try {
+      for (int i = 0; i < workers; i++) std::thread([this, i] { work(i + 1); }).detach();
+    } catch (const std::system_error &) {
+    }
   }
 
   void run(Job &job, int helpers) {

@@ -41,24 +41,48 @@ test('a cache that cannot be written', (t) => {
   t.end();
 });
 
-test('a program may end while threads of the library look for work', (t) => {
+/** How a program ends that squares ones on the CPU, with what it says. */
+function squaring(times: number, env: NodeJS.ProcessEnv = {}, before = '') {
   const [device, tensor, unary] = ['device', 'tensor', 'ops/unary'].map((name) =>
     JSON.stringify(join(packageRoot, 'dist', 'engine', `${name}.js`)),
   );
   const program = `
     import { openDevice } from ${device};
-    import { zeros } from ${tensor};
+    import { tensor } from ${tensor};
     import { square } from ${unary};
-    const x = zeros([2 ** 20], { device: openDevice('cpu') });
-    for (let i = 0; i < 50; i++) square(x).release();`;
-  const ended = Array.from({ length: 20 }, () => {
-    const { status, signal, stderr } = spawnSync(
-      process.execPath,
-      ['--input-type=module', '--eval', program],
-      { encoding: 'utf8' },
-    );
-    return signal ?? (status === 0 ? 'well' : stderr);
-  });
-  t.same(ended, Array<string>(20).fill('well'));
+    ${before}
+    const x = tensor(new Float32Array(2 ** 20).fill(3), [2 ** 20], { device: openDevice('cpu') });
+    for (let i = 0; i < ${times}; i++) square(x).release();
+    console.log(square(x).floats().every((y) => y === 9));`;
+  const { status, signal, stdout, stderr } = spawnSync(
+    process.execPath,
+    ['--input-type=module', '--eval', program],
+    { encoding: 'utf8', env: { ...process.env, ...env } },
+  );
+  return signal ?? (status === 0 ? stdout.trim() : stderr);
+}
+
+test('a program may end while threads of the library look for work', (t) => {
+  const ended = Array.from({ length: 20 }, () => squaring(50));
+  t.same(ended, Array<string>(20).fill('true'));
+  t.end();
+});
+
+test('without further threads the work is done by one', (t) => {
+  const [source, none] = [join(folder, 'none.c'), join(folder, 'none.so')];
+  writeFileSync(
+    source,
+    `#define _GNU_SOURCE
+    #include <dlfcn.h>
+    #include <errno.h>
+    #include <stdlib.h>
+    int pthread_create(void *thread, void *attributes, void *run, void *argument) {
+      int (*real)(void *, void *, void *, void *) = dlsym(RTLD_NEXT, "pthread_create");
+      return getenv("NO_MORE_THREADS") ? EAGAIN : real(thread, attributes, run, argument);
+    }`,
+  );
+  const { status } = spawnSync('g++', ['-x', 'c', '-shared', '-fPIC', '-w', '-o', none, source]);
+  t.equal(status, 0);
+  t.equal(squaring(3, { LD_PRELOAD: none }, "process.env.NO_MORE_THREADS = '1';"), 'true');
   t.end();
 });
