@@ -19,6 +19,7 @@ import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models
 import { targetsIn, targetsOf } from '../models/lora/merged.ts';
 import {
   type ExportOptions,
+  formatFor,
   formats,
   isOfLora,
   namesOf,
@@ -33,6 +34,9 @@ import { downloadsOn } from './model.ts';
 import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
 import { progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
+
+/** A format that is not typed is told by the name of what is written. */
+type Typed = Omit<ExportOptions, 'format'> & Partial<Pick<ExportOptions, 'format'>>;
 
 /** Of an extracted LoRA. */
 const RANK = 64;
@@ -63,7 +67,11 @@ export function addExport(command: Command, terminal: Terminal): void {
       '--save-keys <NAMES>',
       'components, with commas between: unet,vae,text_encoder,... or all (default: all)',
     )
-    .option('--format <NAME>', formats.join(', '), oneOf('--format', formats), 'diffusers')
+    .option(
+      '--format <NAME>',
+      `${formats.join(', ')} (default: by the ending of OUT: gguf, single-file for .safetensors, else diffusers, a folder)`,
+      oneOf('--format', formats),
+    )
     .option(
       '--dtype <NAME>',
       'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised; in GGUF of a UNet alone 16 bits, as ComfyUI-GGUF)',
@@ -115,7 +123,8 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option('--quiet', 'no progress')
     .addHelpText('after', examples)
     .allowExcessArguments() // told of here, as people put spaces between names
-    .action((from: string, out: string, options: ExportOptions) => {
+    .action((from: string, out: string, typed: Typed) => {
+      const options = { ...typed, format: formatFor(out, typed.format) };
       refuseFurther(command.args.slice(2), options);
       refuseIdle(options, command.getOptionValueSource('maxShardSize') === 'cli');
       return run(from, out, options, terminal);

@@ -1,6 +1,6 @@
 // What `sdxl export` is told, and what of it cannot be or would change nothing: refused before anything is read.
 import { existsSync, realpathSync, statSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { dirname, extname, join } from 'node:path';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { assertWritable, listFolder } from '../../io/files.ts';
@@ -36,6 +36,22 @@ export interface Share {
 
 export const formats = ['diffusers', 'single-file', 'gguf', 'lora-peft', 'lora-kohya'] as const;
 export type Format = (typeof formats)[number];
+
+/** What is written under a name: as typed, or else as its ending says. @throws UserError for a folder with the name of a file */
+export function formatFor(out: string, typed?: Format): Format {
+  const ending = extname(out).toLowerCase();
+  const meant = typed ?? byEnding[ending] ?? 'diffusers';
+  if (meant === 'diffusers' && [...Object.keys(byEnding), ...pickles].includes(ending))
+    throw new UserError(
+      `${out} is the name of a file, and diffusers is a folder; give a name without ${ending}, or ${byEnding[ending] ? `--format ${byEnding[ending]}` : 'one that ends in .safetensors or .gguf'}`,
+    );
+  return meant;
+}
+
+const byEnding: Readonly<Record<string, Format>> = { '.safetensors': 'single-file', '.gguf': 'gguf' };
+
+/** Endings of weights that PyTorch pickles, which nothing here writes. */
+const pickles = ['.ckpt', '.pt', '.pth', '.bin'];
 
 /** `FILE:RATIO` or `FILE:RATIO,RATIO,...` as typed after --merge. */
 export function shareOf(text: string): Share {

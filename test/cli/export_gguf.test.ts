@@ -248,7 +248,7 @@ test('Ctrl-C amid an export to GGUF leaves nothing', async (t) => {
       const [, done, total] = /tensors (\d+)\/(\d+)/.exec(text) ?? [];
       if (done && Number(done) >= share * Number(total)) process.emit('SIGINT', 'SIGINT');
     };
-    const argv = ['export', model, join(folder, 'x.gguf'), '--format', 'gguf', '--type', 'q4_1'];
+    const argv = ['export', model, join(folder, 'x.gguf'), '--type', 'q4_1'];
     t.equal(await main(argv, { live: true, out: () => {}, err }), 130);
     t.same(readdirSync(folder), [], `${share}`);
   }

@@ -153,6 +153,16 @@ test('mistakes leave nothing behind', async (t) => {
     ],
     ['unknown format', [golden('tiny-sdxl'), out, '--format', 'diffuser'], /did you mean "diffusers"/],
     ['unknown type', [golden('tiny-sdxl'), out, '--dtype', 'fp16'], /--dtype takes/],
+    [
+      'a folder with the name of a file',
+      [golden('tiny-sdxl'), `${out}.gguf`, '--format', 'diffusers'],
+      /out\.gguf is the name of a file, and diffusers is a folder; give a name without \.gguf, or --format gguf/,
+    ],
+    [
+      'a pickle',
+      [golden('tiny-sdxl'), `${out}.ckpt`],
+      /diffusers is a folder; .* or one that ends in \.safetensors or \.gguf/,
+    ],
     ['a size that is none', [golden('tiny-sdxl'), out, '--max-shard-size', 'big'], /--max-shard-size takes/],
     ['something in the way', [golden('tiny-sdxl'), lacking], /exists; remove it/],
     [
