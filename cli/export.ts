@@ -25,6 +25,7 @@ import {
   namesOf,
   refuseFurther,
   refuseIdle,
+  refuseIdleConfigs,
   refuseOccupied,
   refuseUnsaved,
   shareOf,
@@ -137,6 +138,7 @@ async function run(from: string, out: string, options: ExportOptions, terminal: 
   if (options.ema && !isCheckpoint(from))
     throw new UserError(`${from} is no training checkpoint and has no moving averages; leave out --ema`);
   const adapter = adapterFile(from, options);
+  refuseIdleConfigs(from, options, adapter !== undefined);
   if (adapter && options.base !== undefined)
     throw new UserError(`${from} is a LoRA, and --base is beside a whole tuned model; leave it out`);
   if (adapter && !isOfLora(format))

@@ -1,5 +1,7 @@
 // Models as commands ask for them: with downloads shown on the terminal.
+import { existsSync, statSync } from 'node:fs';
 import { join } from 'node:path';
+import { hubPath } from '../io/hub.ts';
 import { packageRoot } from '../io/package_root.ts';
 import {
   type LocateOptions,
@@ -15,6 +17,12 @@ import type { Terminal } from './terminal.ts';
 
 /** The small model in the package: what is drawn from when none is named. */
 export const shippedModel = join(packageRoot, 'assets', 'emoji');
+
+/** Whether a model is of many files, in a folder or on the hub, and so has its own configs. */
+export function isFolderOrId(path: string): boolean {
+  const hub = hubPath(path);
+  return hub ? hub.inner === undefined : existsSync(path) && statSync(path).isDirectory();
+}
 
 /** A bar for each download. */
 export function downloadsOn(terminal: Terminal, quiet: boolean): LocateOptions['onProgress'] {

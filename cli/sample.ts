@@ -12,6 +12,7 @@ import { openAlbum } from './sample/album.ts';
 import { planCall } from './sample/call.ts';
 import { drawCall } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
+import { type IsTyped, refuseEta, refuseIdle } from './sample/idle_flags.ts';
 import { onceOf, openFor } from './sample/models.ts';
 import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from './sample/options.ts';
 import { applySettings } from './sample/picture_settings.ts';
@@ -28,13 +29,16 @@ export function addSample(command: Command, terminal: Terminal): void {
       throw new UserError(`"${stray}" belongs to no flag; put the whole prompt in quotes after --prompt`);
     const notes = options.from ? applySettings(command, options.from) : [];
     for (const note of notes) terminal.err(`warning: ${note}\n`);
-    await draw(await prepare(command.opts<SampleOptions>(), terminal), terminal);
+    await draw(await prepare(command, terminal), terminal);
   });
 }
 
 /** All of a request but the weights, checked. */
-async function prepare(given: SampleOptions, terminal: Terminal) {
+async function prepare(command: Command, terminal: Terminal) {
+  const given = command.opts<SampleOptions>();
+  const isTyped: IsTyped = (name) => command.getOptionValueSource(name) === 'cli';
   checkSample(given);
+  refuseIdle(given, isTyped);
   const { quiet = false, model = shippedModel } = given;
   const options = { ...given, model };
   if (!given.model && !quiet)
@@ -50,7 +54,9 @@ async function prepare(given: SampleOptions, terminal: Terminal) {
   checkPreview(options, album.paths);
   const inputs = await readInputs(options);
   const sources = await locateSources(options, terminal);
-  return { options, album, sources, call: planCall(options, sources, inputs, prompts) };
+  const call = planCall(options, sources, inputs, prompts);
+  refuseEta(call.sampler.name, isTyped);
+  return { options, album, sources, call };
 }
 
 /** Loads the models, one after the other, and draws. */

@@ -6,6 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { assertWritable, listFolder } from '../../io/files.ts';
 import type { GgufType } from '../../models/formats/export_gguf.ts';
 import type { LoraFormat } from '../../models/lora/export_lora.ts';
+import { isFolderOrId } from '../model.ts';
 import { numbers } from '../option_values.ts';
 
 export interface ExportOptions {
@@ -115,6 +116,17 @@ export function refuseIdle(options: ExportOptions, sharded: boolean): void {
     );
   for (const [flag, given] of idle)
     if (given) throw new UserError(`${flag} is for a model's parts, and ${format} is one file; leave it out`);
+}
+
+/** Configs that nothing is lent: only a single file, and a LoRA of its model's shapes, have none. @throws UserError */
+export function refuseIdleConfigs(from: string, options: ExportOptions, isAdapter: boolean): void {
+  const { configs, merge = [], mergeBase, base } = options;
+  const places = [from, mergeBase, base, ...merge.map(({ path }) => path)];
+  if (configs === undefined || isAdapter || !places.every((path) => path === undefined || isFolderOrId(path)))
+    return;
+  throw new UserError(
+    `--configs ${configs} is for a model that is a single file, or for a LoRA, and a folder has its own; leave it out`,
+  );
 }
 
 export const isOfLora = (format: Format): format is LoraFormat => format.startsWith('lora');

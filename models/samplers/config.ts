@@ -284,6 +284,10 @@ export const takesSchedule = (name: SchedulerClass, schedule: SigmaSchedule): bo
     ? schedule === 'karras' || schedule === 'exponential'
     : 'use_karras_sigmas' in schedulerDefaults[name] || name === 'EulerAncestralDiscreteScheduler';
 
+/** Whether a class has a use for `eta`. */
+export const takesEta = (name: SchedulerClass): boolean =>
+  name === 'DDIMScheduler' || name === 'TCDScheduler';
+
 /** Whether a class reads `sigma_schedule`, and not an option of diffusers for the same. */
 const readsSchedule = (name: SchedulerClass, schedule: SigmaSchedule): boolean =>
   takesSchedule(name, schedule) &&

@@ -7,7 +7,7 @@ import { test } from 'tap';
 import { readPicture, writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
 import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
-import { sdxl as run } from '../support/command_line.ts';
+import { refusesEach, sdxl as run } from '../support/command_line.ts';
 import { goldenFolder, goldenSingleFile, maxDifference } from '../support/golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
@@ -137,6 +137,31 @@ test('typed steps stand for all that a picture says of them', async (t) => {
   t.equal(await stepsOf(), 3);
   t.equal(await stepsOf('--steps', '2'), 2);
   t.equal(await stepsOf('--sigmas', '14,1,0', '--scheduler', 'euler'), 2);
+  rmSync(folder, { recursive: true });
+});
+
+test('what is typed and does nothing is refused, and of a picture read back', async (t) => {
+  const folder = scratch();
+  const [first, again] = [join(folder, 'first.png'), join(folder, 'again.png')];
+  const args = ['sample', '-m', model, '-p', 'x', '-W', '64', '-H', '64', '-s', '1', '--quiet', '-o', again];
+  await refusesEach(t, (...argv) => run(...args, ...argv), [
+    [['--denoising-end', '0.8'], /half denoised, for a refiner to finish; give --refiner, or --save-latents/],
+    [['--subseed', '3', '--subseed-strength', '0'], /--subseed does nothing at --subseed-strength 0; give/],
+    [['--steps', '2', '--timesteps', '999,500'], /--steps and --timesteps both lay out the steps/],
+    [['--steps', '2', '--sigmas', '14,0', '--scheduler', 'euler'], /--steps and --sigmas both lay out/],
+    [['--configs', model], /--configs .* is for a model that is a single file, and a folder has its own/],
+    [['--eta', '0.5', '--scheduler', 'unipc'], /--eta: UniPCMultistepScheduler takes none; .* ddim or tcd/],
+    [['--eta', '0.5'], /--eta: EulerDiscreteScheduler takes none/],
+  ]);
+  t.notOk(existsSync(again));
+  const latents = ['--save-latents', join(folder, 'half.safetensors')];
+  const made = await run(...args, '-o', first, '--steps', '2', '--denoising-end', '0.5', ...latents);
+  t.equal(made.status, 0, made.err);
+  t.equal((await run('sample', '--from', first, '-o', again, '--quiet')).err, '', 'read back');
+  t.ok(readFileSync(first).equals(readFileSync(again)));
+  const ddim = ['--eta', '0.5', '--scheduler', 'ddim', '--steps', '2'];
+  t.equal((await run(...args, ...ddim, '-o', first)).status, 0);
+  t.equal((await run('sample', '--from', first, '--scheduler', 'euler', '-o', again, '--quiet')).err, '');
   rmSync(folder, { recursive: true });
 });
 

@@ -170,6 +170,11 @@ test('mistakes leave nothing behind', async (t) => {
       [golden('tiny-sdxl'), '.'],
       /\. is the folder you are in, .* name a new one in it, such as model\n/,
     ],
+    [
+      'configs for what has its own',
+      [golden('tiny-sdxl'), out, '--configs', golden('tiny-sdxl')],
+      /--configs .* is for a model that is a single file, or for a LoRA, and a folder has its own; leave/,
+    ],
     ['no source', [join(folder, 'absent'), out], /no model at/],
     ['--ema of a model', [golden('tiny-sdxl'), out, '--ema'], /no moving averages/],
     [

@@ -1,0 +1,40 @@
+// Flags of `sdxl sample` that were typed and would do nothing, or half of what is wanted: refused, where a picture's own settings
+// (--from) and what clients send to `sdxl serve` are passed over, as these say all that they have.
+import { UserError } from '../../io/errors.ts';
+import { type SchedulerClass, takesEta } from '../../models/samplers/config.ts';
+import { createSampler } from '../../models/samplers/registry.ts';
+import { isFolderOrId } from '../model.ts';
+import type { SampleOptions } from './options.ts';
+
+/** Whether an option was typed. */
+export type IsTyped = (name: keyof SampleOptions) => boolean;
+
+/** What can be told before anything is read. @throws UserError */
+export function refuseIdle(options: SampleOptions, isTyped: IsTyped): void {
+  const { denoisingEnd = 1, refiner, saveLatents, subseedStrength, timesteps, sigmas, scheduler } = options;
+  if (isTyped('denoisingEnd') && denoisingEnd < 1 && !refiner && !saveLatents)
+    throw new UserError(
+      '--denoising-end leaves the picture half denoised, for a refiner to finish; give --refiner, or --save-latents to keep its latents',
+    );
+  if (isTyped('subseed') && subseedStrength === 0)
+    throw new UserError(
+      '--subseed does nothing at --subseed-strength 0; give a strength up to 1, such as 0.2, or leave both out',
+    );
+  if (isTyped('steps') && (timesteps ?? sigmas))
+    throw new UserError(
+      `--steps and ${timesteps ? '--timesteps' : '--sigmas'} both lay out the steps; give one of them`,
+    );
+  const { model, vae, configs } = options;
+  const lendsNothing = [model, refiner, vae].every((path) => path === undefined || isFolderOrId(path));
+  if (isTyped('configs') && lendsNothing)
+    throw new UserError(
+      `--configs ${configs} is for a model that is a single file, and a folder has its own; leave it out`,
+    );
+  if (scheduler) refuseEta(createSampler(scheduler).name, isTyped);
+}
+
+/** The same of the scheduler that runs, which may be the model's. @throws UserError */
+export function refuseEta(scheduler: SchedulerClass, isTyped: IsTyped): void {
+  if (isTyped('eta') && !takesEta(scheduler))
+    throw new UserError(`--eta: ${scheduler} takes none; leave it out, or use --scheduler ddim or tcd`);
+}
