@@ -12,9 +12,16 @@ import { openAlbum } from './sample/album.ts';
 import { planCall } from './sample/call.ts';
 import { drawCall } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
-import { type IsTyped, refuseEta, refuseIdle } from './sample/idle_flags.ts';
+import { type IsTyped, refuseEta, refuseIdle, unreadWeights } from './sample/idle_flags.ts';
 import { onceOf, openFor } from './sample/models.ts';
-import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from './sample/options.ts';
+import {
+  checkSample,
+  checkSizes,
+  checkTexts,
+  promptsOf,
+  type SampleOptions,
+  textsOf,
+} from './sample/options.ts';
 import { applySettings } from './sample/picture_settings.ts';
 import { checkPreview, openPreviews, type Previews } from './sample/preview.ts';
 import { readInputs } from './sample/request.ts';
@@ -44,7 +51,12 @@ async function prepare(command: Command, terminal: Terminal) {
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);
-  for (const line of [...checkTexts(options, prompts), ...checkSizes(options)])
+  const unread = command.getOptionValueSource('emphasis') === 'default' && textsOf(options, prompts);
+  for (const line of [
+    ...checkTexts(options, prompts),
+    ...checkSizes(options),
+    ...unreadWeights(unread || []),
+  ])
     terminal.err(`warning: ${line}\n`);
   const album = openAlbum(
     options.output,

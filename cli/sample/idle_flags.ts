@@ -38,3 +38,15 @@ export function refuseEta(scheduler: SchedulerClass, isTyped: IsTyped): void {
   if (isTyped('eta') && !takesEta(scheduler))
     throw new UserError(`--eta: ${scheduler} takes none; leave it out, or use --scheduler ddim or tcd`);
 }
+
+const weight = /\([^()[\]]*:\s*[+-]?[.\d]+\s*\)/;
+const change = /\[[^[\]]*:\s*[.\d]+\s*\]/;
+
+/** A warning of weights or changes in texts that are read as words, which A1111 and others do not. */
+export function unreadWeights(texts: readonly string[]): string[] {
+  const [first] = texts.flatMap((text) => (weight.exec(text) ?? change.exec(text) ?? []).slice(0, 1));
+  if (first === undefined) return [];
+  return [
+    `"${first}" is drawn as words; give --emphasis original to have weights and changes in prompts read as in A1111, or --emphasis none to mean the words`,
+  ];
+}

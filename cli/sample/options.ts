@@ -151,12 +151,18 @@ export function checkScores(
       throw new UserError(`${flag} is told to a refiner, and there is none: give --refiner, or leave it out`);
 }
 
-/** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
-export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): string[] {
-  const { emphasis, prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
+/** All that is told to the text encoders. */
+export function textsOf(options: SampleOptions, prompts: readonly Prompt[]): string[] {
+  const { prompt2 = '', negativePrompt = '', negativePrompt2 = '' } = options;
   const { hiresPrompt = '', hiresNegativePrompt = '' } = options;
   const others = [prompt2, negativePrompt, negativePrompt2, hiresPrompt, hiresNegativePrompt];
-  const texts = [...prompts.map(({ text }) => text), ...others];
+  return [...prompts.map(({ text }) => text), ...others];
+}
+
+/** Warnings of a request's texts. @throws UserError for a weight that is no number, where weights are read */
+export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): string[] {
+  const { emphasis } = options;
+  const texts = textsOf(options, prompts);
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
   const said = texts.join('\n').toLowerCase();
   const tags = [...new Set(texts.flatMap((text) => text.match(loraTags) ?? []))];

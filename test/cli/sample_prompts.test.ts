@@ -149,11 +149,14 @@ test('weights in prompts: drawn, kept in the picture and read back, from A1111 t
   const prompt = 'a (red:1.5) fox, [snow]';
   const draw = async (name: string, ...argv: string[]) => {
     const { status, err } = await sample('--output', at(name), ...argv);
-    t.equal(status, 0, err);
+    t.same([status, err], [0, '']);
     return readFileSync(at(name));
   };
+  const unread = await sample('--output', at('unread.png'), '--prompt', 'a fox', '-n', 'a [cat:dog:0.5]');
+  t.match(unread.err, /^warning: "\[cat:dog:0\.5\]" is drawn as words; give --emphasis original .*\n$/);
+  t.match((await sample('--output', at('unread.png'), '--prompt', prompt)).err, /"\(red:1\.5\)" is drawn as/);
   const [plain, original, noNorm, ignored] = [
-    await draw('text.png', '--prompt', prompt),
+    await draw('text.png', '--prompt', prompt, '--emphasis', 'none'),
     await draw('original.png', '--prompt', prompt, '--emphasis', 'original'),
     await draw('no-norm.png', '--prompt', prompt, '--emphasis', 'no-norm'),
     await draw('ignore.png', '--prompt', prompt, '--emphasis', 'ignore'),
