@@ -12,7 +12,7 @@ import { openAlbum } from './sample/album.ts';
 import { planCall } from './sample/call.ts';
 import { drawCall } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
-import { type IsTyped, refuseEta, refuseIdle, unreadWeights } from './sample/idle_flags.ts';
+import { checkIdle, type IsTyped, refuseEta, unreadWeights } from './sample/idle_flags.ts';
 import { onceOf, openFor } from './sample/models.ts';
 import {
   checkSample,
@@ -45,7 +45,7 @@ async function prepare(command: Command, terminal: Terminal) {
   const given = command.opts<SampleOptions>();
   const isTyped: IsTyped = (name) => command.getOptionValueSource(name) === 'cli';
   checkSample(given);
-  refuseIdle(given, isTyped);
+  const idle = checkIdle(given, isTyped);
   const { quiet = false, model = shippedModel } = given;
   const options = { ...given, model };
   if (!given.model && !quiet)
@@ -53,6 +53,7 @@ async function prepare(command: Command, terminal: Terminal) {
   const prompts = promptsOf(options);
   const unread = command.getOptionValueSource('emphasis') === 'default' && textsOf(options, prompts);
   for (const line of [
+    ...idle,
     ...checkTexts(options, prompts),
     ...checkSizes(options),
     ...unreadWeights(unread || []),

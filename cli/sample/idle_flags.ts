@@ -9,16 +9,12 @@ import type { SampleOptions } from './options.ts';
 /** Whether an option was typed. */
 export type IsTyped = (name: keyof SampleOptions) => boolean;
 
-/** What can be told before anything is read. @throws UserError */
-export function refuseIdle(options: SampleOptions, isTyped: IsTyped): void {
+/** What can be told before anything is read; gives warnings of what may be meant so. @throws UserError */
+export function checkIdle(options: SampleOptions, isTyped: IsTyped): string[] {
   const { denoisingEnd = 1, refiner, saveLatents, subseedStrength, timesteps, sigmas, scheduler } = options;
   if (isTyped('denoisingEnd') && denoisingEnd < 1 && !refiner && !saveLatents)
     throw new UserError(
       '--denoising-end leaves the picture half denoised, for a refiner to finish; give --refiner, or --save-latents to keep its latents',
-    );
-  if (isTyped('subseed') && subseedStrength === 0)
-    throw new UserError(
-      '--subseed does nothing at --subseed-strength 0; give a strength up to 1, such as 0.2, or leave both out',
     );
   if (isTyped('steps') && (timesteps ?? sigmas))
     throw new UserError(
@@ -31,6 +27,9 @@ export function refuseIdle(options: SampleOptions, isTyped: IsTyped): void {
       `--configs ${configs} is for a model that is a single file, and a folder has its own; leave it out`,
     );
   if (scheduler) refuseEta(createSampler(scheduler).name, isTyped);
+  return isTyped('subseed') && subseedStrength === 0
+    ? ['--subseed does nothing at --subseed-strength 0; give more, up to 1, such as 0.2']
+    : [];
 }
 
 /** The same of the scheduler that runs, which may be the model's. @throws UserError */

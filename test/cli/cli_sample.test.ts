@@ -146,7 +146,6 @@ test('what is typed and does nothing is refused, and of a picture read back', as
   const args = ['sample', '-m', model, '-p', 'x', '-W', '64', '-H', '64', '-s', '1', '--quiet', '-o', again];
   await refusesEach(t, (...argv) => run(...args, ...argv), [
     [['--denoising-end', '0.8'], /half denoised, for a refiner to finish; give --refiner, or --save-latents/],
-    [['--subseed', '3', '--subseed-strength', '0'], /--subseed does nothing at --subseed-strength 0; give/],
     [['--steps', '2', '--timesteps', '999,500'], /--steps and --timesteps both lay out the steps/],
     [['--steps', '2', '--sigmas', '14,0', '--scheduler', 'euler'], /--steps and --sigmas both lay out/],
     [['--configs', model], /--configs .* is for a model that is a single file, and a folder has its own/],
@@ -159,6 +158,11 @@ test('what is typed and does nothing is refused, and of a picture read back', as
   t.equal(made.status, 0, made.err);
   t.equal((await run('sample', '--from', first, '-o', again, '--quiet')).err, '', 'read back');
   t.ok(readFileSync(first).equals(readFileSync(again)));
+  const subseed = ['--steps', '1', '--subseed', '3', '--subseed-strength', '0'];
+  t.match(
+    (await run(...args, ...subseed)).err,
+    /^warning: --subseed does nothing at --subseed-strength 0; .*\n$/,
+  );
   const ddim = ['--eta', '0.5', '--scheduler', 'ddim', '--steps', '2'];
   t.equal((await run(...args, ...ddim, '-o', first)).status, 0);
   t.equal((await run('sample', '--from', first, '--scheduler', 'euler', '-o', again, '--quiet')).err, '');

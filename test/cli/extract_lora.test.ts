@@ -307,7 +307,7 @@ test('mistakes', async (t) => {
     [[broken, ...kohya], /conv_out\.weight holds NaN or infinity; the file is damaged/],
     [
       [tuned, '--base', base],
-      /--base is for a LoRA .* this is diffusers; give --format lora-kohya or lora-peft/,
+      /--base is for a LoRA .* this is single-file; give --format lora-kohya or lora-peft/,
     ],
     [
       [tuned, '--format', 'lora-kohya'],

@@ -175,10 +175,12 @@ test("a UNet alone, as ComfyUI-GGUF's", async (t) => {
 });
 
 const draw = async (name: string, ...argv: string[]) => {
-  const asked = ['--prompt', 'a fox', '--steps', '2', '--seed', '1', '--quiet', '--configs', model];
+  const lent = argv.some((word, i) => word !== model && ['--model', '--vae'].includes(argv[i - 1]));
+  const asked = ['--prompt', 'a fox', '--steps', '2', '--seed', '1', '--quiet'];
   const said = await sdxl(
     'sample',
     ...asked,
+    ...(lent ? ['--configs', model] : []),
     '--output',
     at(`${name}.png`),
     '--save-latents',
