@@ -10,7 +10,7 @@ import { shippedModel } from './model.ts';
 import { type Bar, progressBar, stopwatch } from './progress.ts';
 import { openAlbum } from './sample/album.ts';
 import { planCall } from './sample/call.ts';
-import { drawCall } from './sample/draw.ts';
+import { drawCall, type Origin } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
 import { checkIdle, type IsTyped, refuseEta, unreadWeights } from './sample/idle_flags.ts';
 import { onceOf, openFor } from './sample/models.ts';
@@ -93,6 +93,7 @@ async function draw(
     pipeline = await openFor(from, [{ options, requests: refined }], place);
     return pipeline;
   };
+  const pictures: ({ file: string } & Origin)[] = [];
   let previews: Previews | undefined;
   let upscalers: Upscalers | undefined;
   try {
@@ -109,11 +110,17 @@ async function draw(
       refiner: refinerSource && ((refined) => openRefiner(refinerSource, refined)),
       stage: stages(requests.length, options, previews, terminal, tell),
       onTile: onTileOf(terminal, quiet),
-      add: album.add,
+      async add(drawn, latents, text, origin) {
+        const before = album.files.length;
+        await album.add(drawn, latents, text);
+        pictures.push(...album.files.slice(before).map((file) => ({ file, ...origin })));
+      },
     });
     await timed('decode', () => album.close());
     report(options, terminal, {
       files: album.files,
+      pictures,
+      latents: options.saveLatents,
       ...{ seed, subseed, ...written, steps },
       ...{ model, dtype, device: device.name, seconds },
       peak_bytes: device.memory.peak,

@@ -24,13 +24,20 @@ export interface Studio {
   warn(line: string): void;
   /** Adds up what the parts take. */
   timed<R>(part: 'load' | 'sample' | 'decode', work: () => R | Promise<R>): Promise<R>;
-  /** Takes the pictures of a request as they are finished, from its seed, with the text that their files carry. */
+  /** Takes the pictures of a request as they are finished, with the text that their files carry. */
   add(
     pictures: readonly DecodedPicture[],
     latents: Latents,
     text: Record<string, string>,
-    seed: number,
+    origin: Origin,
   ): Promise<void>;
+}
+
+/** What pictures are drawn from. */
+export interface Origin {
+  seed: number;
+  subseed?: number;
+  prompt: string;
 }
 
 export async function drawCall(call: SampleCall, studio: Studio): Promise<void> {
@@ -89,9 +96,11 @@ function finishing(
   { warn, add }: Studio,
   finished: (latents: Latents) => DecodedPicture[],
 ) {
-  const { options, requests, seed } = call;
-  const finish = (i: number, latents: Latents) =>
-    add(finished(latents), latents, textOf(call, i), seedOf(options, seed, i));
+  const { options, requests, typed, seed } = call;
+  const finish = (i: number, latents: Latents) => {
+    const origin = { seed: seedOf(options, seed, i), subseed: subseedOf(options, i), prompt: typed[i] };
+    return add(finished(latents), latents, textOf(call, i), origin);
+  };
   const waiting: [number, Latents][] = [];
   return async (i: number, latents: Latents): Promise<void> => {
     const isLast = i === requests.length - 1;

@@ -354,7 +354,7 @@ const fileOptions = (command: Command): Command =>
       '--save-latents <FILE>',
       'also write the final latents, as diffusers gives them with output_type="latent"',
     )
-    .option('--json', 'one JSON object on stdout: files, seed, size, seconds, peak memory')
+    .option('--json', 'one JSON object on stdout: pictures (file, seed, prompt), size, seconds, peak memory')
     .option('--quiet', 'no progress');
 
 /** Declares every flag on `command`; values are read and bounded here, before anything is loaded. */

@@ -89,7 +89,7 @@ async function draw(kept: Kept, id: number, order: Order): Promise<void> {
     stage: stages(kept, id, requests.length * (1 + Number(!!call.larger) + Number(!!refiner))),
     onTile: leaveIfUnwanted,
     timed: async (_, work) => work(),
-    add: async (finished, _, text, seed) => {
+    add: async (finished, _, text, { seed }) => {
       for (const each of finished) {
         const sending = sendPicture(id, each, text, seed);
         sending.catch(() => {}); // told of below, where all are waited for

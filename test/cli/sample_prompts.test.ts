@@ -77,7 +77,10 @@ test('batches are the pictures of the seeds that follow', async (t) => {
     at('b.png'),
     '--json',
   );
-  t.same(JSON.parse(out).files, [at('b-0.png'), at('b-1.png')]);
+  t.same(
+    JSON.parse(out).pictures,
+    [5, 6].map((seed, i) => ({ file: at(`b-${i}.png`), seed, prompt: prompts[0] })),
+  );
   await sample('--prompt', prompts[0], '--seed', '6', '--output', at('one.png'));
   t.ok(readFileSync(at('b-1.png')).equals(readFileSync(at('one.png'))), 'with its own seed in it');
   const random = JSON.parse(
@@ -92,7 +95,8 @@ test('batches are the pictures of the seeds that follow', async (t) => {
 test('several pictures of several prompts, numbered in their order, with all latents', async (t) => {
   const [output, latents] = [at('many.png'), at('latents.safetensors')];
   const more = ['--num-images', '2', '--output', output, '--save-latents', latents];
-  await sample('--prompt', prompts[0], '--prompt', prompts[1], ...more);
+  const { out } = await sample('--prompt', prompts[0], '--prompt', prompts[1], '--json', ...more);
+  t.equal(JSON.parse(out).latents, latents);
   const told = [0, 1, 2, 3].map((i) => JSON.parse(readPngText(at(`many-${i}.png`)).sdxl).prompt);
   t.same(told, [prompts[0], prompts[0], prompts[1], prompts[1]]);
   const saved = openSafetensors(latents);
@@ -109,7 +113,11 @@ test('several pictures of several prompts, numbered in their order, with all lat
     ],
   ] as const) {
     const { out } = await sample('--from', at('many-2.png'), '--output', at('own.png'), '--json', ...more);
-    const { files } = JSON.parse(out) as { files: string[] };
+    const { files, pictures } = JSON.parse(out) as { files: string[]; pictures: unknown[] };
+    t.same(
+      pictures,
+      files.map((file, i) => ({ file, seed: 5, prompt: drawn[i >> 1] })),
+    );
     const told = files.map((each) => JSON.parse(readPngText(each).sdxl).prompt);
     t.same(
       told,
