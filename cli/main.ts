@@ -71,6 +71,7 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     .showHelpAfterError(
       "(run with --help to see every option; docs/coming_from.md has other programs' words for them)",
     )
+    .configureHelp({ minWidthToWrap: 30 }) // beside the longest flag, in 80 columns
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
   const called = argv[0] === 'help' ? argv[1] : argv[0];

@@ -15,8 +15,8 @@ export interface AdapterOptions {
 export const addAdapterOptions = (command: Command): Command =>
   command
     .option(
-      '--adapter <DIR|FILE|HUB_ID[:SCALE]>',
-      "a T2I-Adapter of diffusers' (lighter than a ControlNet, run once a picture), and how strongly to follow it (default: 1); may be given more than once",
+      '--adapter <PATH[:SCALE]>',
+      "a T2I-Adapter of diffusers' (lighter than a ControlNet, run once a picture): a folder, a file or a hub id, and how strongly to follow it (default: 1); may be given more than once",
       repeated((text) => text),
     )
     .option(

@@ -25,8 +25,8 @@ export const addControlOptions = (command: Command): Command =>
   command
     .optionsGroup('Control (the base alone; several ControlNets and T2I-Adapters add up):')
     .option(
-      '--controlnet <DIR|FILE|HUB_ID[:SCALE]>',
-      "a ControlNet of diffusers' (on the hub perhaps one file of several: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
+      '--controlnet <PATH[:SCALE]>',
+      "a ControlNet of diffusers': a folder, a file or a hub id (perhaps one file of several there: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
       repeated((text) => text),
     )
     .option(

@@ -272,8 +272,8 @@ const microConditioningOptions = (command: Command): Command =>
       size('--original-size'),
     )
     .option(
-      '--crops-coords-top-left <TOP,LEFT>',
-      'where it was cropped (default: 0,0)',
+      '--crops-coords-top-left <Y,X>',
+      'where it was cropped: TOP,LEFT (default: 0,0)',
       pair('--crops-coords-top-left', 'TOP,LEFT such as 0,0'),
     )
     .option('--target-size <WxH>', "its size after (default: the picture's)", size('--target-size'))
@@ -283,7 +283,7 @@ const microConditioningOptions = (command: Command): Command =>
       size('--negative-original-size'),
     )
     .option(
-      '--negative-crops-coords-top-left <TOP,LEFT>',
+      '--negative-crops-coords-top-left <Y,X>',
       'the same for the negative prompt',
       pair('--negative-crops-coords-top-left', 'TOP,LEFT such as 0,0'),
     )

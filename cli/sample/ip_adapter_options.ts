@@ -25,8 +25,8 @@ export const addIPAdapterOptions = (command: Command): Command =>
   command
     .optionsGroup('Pictures as prompts (the base alone; several IP-Adapters add up):')
     .option(
-      '--ip-adapter <FILE|DIR|HUB_ID/FILE[:SCALE]>',
-      'an IP-Adapter, plain or plus, with the image_encoder beside it or in ../models, and how strongly its picture counts: a number (default: 1), or numbers for parts of the UNet, where the others count 0, as InstantStyle: FILE:up.block_0=0,1,0 takes the style, FILE:down.block_2=0,1 the layout, FILE:up.block_0=0,1,0:down.block_2=0,1 both, and mid=1 is the middle; may be given more than once',
+      '--ip-adapter <PATH[:SCALE]>',
+      'an IP-Adapter, plain or plus: a file, a folder or HUB_ID/FILE, with the image_encoder beside it or in ../models, and how strongly its picture counts: a number (default: 1), or numbers for parts of the UNet, where the others count 0, as InstantStyle: FILE:up.block_0=0,1,0 takes the style, FILE:down.block_2=0,1 the layout, FILE:up.block_0=0,1,0:down.block_2=0,1 both, and mid=1 is the middle; may be given more than once',
       repeated((text) => text),
     )
     .option(

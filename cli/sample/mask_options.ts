@@ -27,7 +27,7 @@ export const addMaskOptions = (command: Command): Command =>
   command
     .option(
       '--mask <FILE>',
-      'paint anew where this is white (needs --image); an inpainting model, such as diffusers/stable-diffusion-xl-1.0-inpainting-0.1, takes both',
+      'paint anew where this is white (needs --image); an inpainting model sees both while it draws',
     )
     .option('--invert-mask', 'paint anew where it is black')
     .option(

@@ -48,12 +48,7 @@ export const lookOptions = (command: Command, usual: PreviewOptions['preview']):
     );
 
 export const addPreviewOptions = (command: Command): Command =>
-  lookOptions(
-    command.optionsGroup(
-      'Preview (what the picture will be, in a file that is replaced while it is sampled):',
-    ),
-    'none',
-  )
+  lookOptions(command.optionsGroup('Preview (a file that is replaced while the picture is drawn):'), 'none')
     .option(
       '--preview-interval <N>',
       'steps from one preview to the next (default: 1)',

@@ -292,6 +292,12 @@ test('help and doctor', async (t) => {
     help.out.includes('--denoising-end') && help.out.includes('Examples:'),
     'help lists flags and examples',
   );
+  const flags = help.out.slice(0, help.out.indexOf('Examples:')).split('\n');
+  t.same(
+    flags.filter((line) => line.length > 80),
+    [],
+    'in 80 columns',
+  );
   t.ok(JSON.parse((await run('doctor', '--json')).out).node, 'doctor reports');
 });
 
