@@ -1,8 +1,6 @@
 // The files of a call of `sdxl sample`: pictures, written as they are there, and in the end all latents if they are wanted. PNGs are
 // encoded on other threads while the device draws on; a picture that cannot be written ends the call at the next one, or at its end.
-import { resolve } from 'node:path';
 import { encodeNumbers } from '../../io/dtype.ts';
-import { UserError } from '../../io/errors.ts';
 import { assertWritable, writeFileAtomic } from '../../io/files.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { writeSafetensors } from '../../io/safetensors.ts';
@@ -16,10 +14,6 @@ export function openAlbum(output: string, saveLatents: string | undefined, count
   const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
   const planned = Array.from({ length: count }, (_, i) => fileOf(i));
   for (const file of planned) assertWritable(file);
-  if (saveLatents && planned.some((file) => resolve(file) === resolve(saveLatents)))
-    throw new UserError(
-      `--save-latents ${saveLatents} is the name of a picture; give the latents one of their own`,
-    );
   const files: string[] = [];
   const spoilt: string[] = [];
   const all: Latents[] = [];

@@ -127,7 +127,7 @@ export const textOptions = (command: Command): Command =>
     )
     .option(
       '--emphasis <NAME>',
-      'weights in prompts, as (word:1.2), (word) or [word], and BREAK: original or no-norm, as A1111 applies them; ignore, read and not applied; none, text as it stands, as diffusers. But for none a prompt may change: [from:to:0.5] after half of the steps, [to:10] after ten, [from::0.5], and [a|b] from step to step',
+      'how brackets in prompts are read. none: as plain text, as diffusers does. original: as A1111 does: (word:1.2), (word) and [word] are weights, BREAK begins a new chunk, and the prompt may change: [from:to:0.5] after half of the steps, [to:10] and [from::10] after ten, [a|b] at every step. no-norm: the same, without scaling the mean back. ignore: the weights are taken out and not applied',
       oneOf('--emphasis', emphases),
       'none',
     )
@@ -141,7 +141,7 @@ const pictureOptions = (command: Command): Command =>
   sizeOptions(command.optionsGroup('Picture:'))
     .option(
       '-s, --seed <N>',
-      'default, or -1: random, and printed',
+      'what the noise is made from: the same seed and settings give the same picture (default, or -1: a random one, which is printed)',
       number('--seed', { min: -1, max: Number.MAX_SAFE_INTEGER, whole: true }),
     )
     .option(
@@ -162,13 +162,13 @@ const pictureOptions = (command: Command): Command =>
     .option('--seed-resize-from-h <N>', 'and so high', side('--seed-resize-from-h'))
     .option(
       '-b, --batch-count <N>',
-      'so many times, one after the other, each from the next seed, or with --subseed-strength from the next subseed',
+      'how many pictures of each prompt to draw, one after the other, each from the next seed, or with --subseed-strength from the next subseed',
       number('--batch-count', { min: 1, max: 10000, whole: true }),
       1,
     )
     .option(
       '--num-images <N>',
-      'pictures at once from one seed, as num_images_per_prompt',
+      "how many pictures to draw at once from one seed, as diffusers' num_images_per_prompt: faster on a GPU, and takes more memory",
       number('--num-images', { min: 1, max: 64, whole: true }),
       1,
     );
@@ -194,7 +194,12 @@ export const sizeOptions = (command: Command): Command =>
 export const stepOptions = (command: Command): Command =>
   command
     .optionsGroup('Steps:')
-    .option('--steps <N>', 'num_inference_steps', number('--steps', { min: 1, max: 1000, whole: true }), 50)
+    .option(
+      '--steps <N>',
+      'denoising steps: 20 to 50 for most models, 1 to 8 for distilled ones (LCM, TCD, Lightning)',
+      number('--steps', { min: 1, max: 1000, whole: true }),
+      50,
+    )
     .option(
       '--guidance-scale <F>',
       'how closely to follow the prompt; 1 or less switches guidance off',
@@ -235,10 +240,13 @@ export const stepOptions = (command: Command): Command =>
       repeated((text) => text),
     )
     .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
-    .option('--karras', 'use_karras_sigmas, as in DPM++ 2M Karras')
+    .option(
+      '--karras',
+      "lay out the noise levels as Karras et al. do (diffusers' use_karras_sigmas, A1111's DPM++ 2M Karras)",
+    )
     .option(
       '--timestep-spacing <NAME>',
-      'leading, trailing or linspace',
+      "where in the model's 1000 training timesteps the steps lie: leading, trailing (for most distilled models) or linspace (default: as the model's scheduler says)",
       oneOf('--timestep-spacing', ['leading', 'trailing', 'linspace']),
     )
     .option(
@@ -331,7 +339,7 @@ export const refinerOptions = (command: Command): Command =>
     )
     .option(
       '--refiner-guidance-scale <F>',
-      'default: --guidance-scale',
+      'how closely the refiner follows the prompt (default: as --guidance-scale)',
       number('--refiner-guidance-scale', { min: 0 }),
     )
     .option('--aesthetic-score <F>', 'told to the refiner', number('--aesthetic-score'), usualScores[0])
@@ -352,7 +360,7 @@ const fileOptions = (command: Command): Command =>
     .option('-o, --output <FILE>', 'PNG to write; several pictures are numbered', 'out.png')
     .option(
       '--save-latents <FILE>',
-      'also write the final latents, as diffusers gives them with output_type="latent"',
+      'also write the final latents to this .safetensors file: one float32 tensor "latents", as diffusers gives them with output_type="latent"',
     )
     .option('--json', 'one JSON object on stdout: pictures (file, seed, prompt), size, seconds, peak memory')
     .option('--quiet', 'no progress');

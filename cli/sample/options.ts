@@ -1,6 +1,7 @@
 // What the flags of `sdxl sample` (flags.ts) give. What can be known to be wrong with a request is refused here, before any
 // weight is read.
 import { existsSync } from 'node:fs';
+import { extname } from 'node:path';
 import type { Seamless } from '../../engine/circular.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
@@ -269,5 +270,10 @@ export function checkSample(options: SampleOptions): void {
     throw new UserError(
       `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,
     );
-  if (options.saveLatents) assertWritable(options.saveLatents);
+  if (options.saveLatents === undefined) return;
+  if (!/^(\.safetensors)?$/i.test(extname(options.saveLatents)))
+    throw new UserError(
+      `--save-latents ${options.saveLatents}: latents are written as safetensors; give a name that ends in .safetensors`,
+    );
+  assertWritable(options.saveLatents);
 }

@@ -137,7 +137,7 @@ test('mistakes', async (t) => {
     [
       'latents over the picture',
       ['--model', model, '--save-latents', join(folder, 'result.png')],
-      /is the name of a picture/,
+      /latents are written as safetensors; give a name that ends in \.safetensors/,
     ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     [

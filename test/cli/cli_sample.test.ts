@@ -169,16 +169,6 @@ test('what is typed and does nothing is refused, and of a picture read back', as
   rmSync(folder, { recursive: true });
 });
 
-test('latents are not written over a picture of the same call', async (t) => {
-  const folder = scratch();
-  const output = join(folder, 'x.png');
-  for (const [latents, ...argv] of [[output], [join(folder, 'x-1.png'), '--num-images', '2']]) {
-    const { status, err } = await run(...small('x'), '-o', output, '--save-latents', latents, ...argv);
-    t.ok(status === 2 && /is the name of a picture; give the latents one of their own/.test(err), err);
-  }
-  rmSync(folder, { recursive: true });
-});
-
 test('a VAE in one file, under either spelling, is the folder it came from', async (t) => {
   const folder = scratch();
   const draw = async (name: string, ...argv: string[]) => {
