@@ -12,12 +12,22 @@ import { version } from './about.ts';
 import { type Finding, gib, gpus } from './doctor_gpu.ts';
 import type { Terminal } from './terminal.ts';
 
+const examples = `
+Examples:
+  sdxl doctor
+  sdxl doctor --json
+
+A line with "!" before it tells of something amiss, and the line below it what to do.`;
+
 export function addDoctor(command: Command, terminal: Terminal): void {
-  command.option('--json', 'one JSON object on stdout').action(({ json }: { json?: boolean }) => {
-    const findings = examine();
-    if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
-    else for (const finding of findings) terminal.out(asLine(finding));
-  });
+  command
+    .option('--json', 'one JSON object on stdout')
+    .addHelpText('after', examples)
+    .action(({ json }: { json?: boolean }) => {
+      const findings = examine();
+      if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
+      else for (const finding of findings) terminal.out(asLine(finding));
+    });
 }
 
 const asLine = ({ name, value, mend }: Finding): string =>

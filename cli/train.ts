@@ -9,6 +9,7 @@ import { standInCuda, standInDevice } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import { asUserError } from '../io/files.ts';
 import { lockFolder } from '../io/lock.ts';
+import { packageRoot } from '../io/package_root.ts';
 import { clearOutput, listCheckpoints, readState } from '../train/checkpoint.ts';
 import { finalOf, isFinished } from '../train/final.ts';
 import { DRIVERS_SHARE, fitInto, tellFit } from '../train/fit.ts';
@@ -39,11 +40,35 @@ interface PlanOptions extends Omit<Options, 'device'> {
   vram?: number;
 }
 
+/** Where the keys are told that a run file may have. */
+const keys = `A run file may have the keys of the type Run, which an editor shows at defineRun:
+${join(packageRoot, 'dist', 'train', 'run', 'run.d.ts')}
+sdxl plan RUN.ts --json prints all keys of a run with their values. Recipes to begin with:
+${join(packageRoot, 'configs')}`;
+
+const trainExamples = `
+Examples:
+  sdxl train configs/lora.ts --set dataset.path=pictures
+  sdxl train configs/lora.ts --set dataset.path=pictures --set steps=2000 --resume
+  sdxl train configs/controlnet.ts --set dataset.path=pictures --device cuda:0,cuda:1
+  sdxl train configs/emoji.ts --only emoji-vae
+
+${keys}`;
+
+const planExamples = `
+Examples:
+  sdxl plan configs/lora.ts --set dataset.path=pictures
+  sdxl plan configs/lora.ts --set dataset.path=pictures --vram 12GiB
+  sdxl plan configs/ssd-1b.ts --set dataset.path=pictures --device cuda:0,cuda:1 --json
+
+${keys}`;
+
 export function addTrain(command: Command, terminal: Terminal): void {
   addShared(command)
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
     .option('--device <NAME>', `${devices}; or several GPUs of this machine, as cuda:0,cuda:1`, 'auto')
     .option('--json', "the log's lines on stdout as they come, and a last one that says what was written")
+    .addHelpText('after', trainExamples)
     .action((file: string, options: Options) => trainAll(file, options, terminal));
 }
 
@@ -62,6 +87,7 @@ export function addPlan(command: Command, terminal: Terminal): void {
       '--json',
       'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
     )
+    .addHelpText('after', planExamples)
     .action((file: string, options: PlanOptions) => planAll(file, options, terminal));
 }
 

@@ -298,6 +298,11 @@ test('help and doctor', async (t) => {
     [],
     'in 80 columns',
   );
+  for (const command of ['train', 'plan']) {
+    const { out } = await run(command, '--help');
+    const [keys = ''] = /\/.*run\.d\.ts$/m.exec(out) ?? [];
+    t.ok(out.includes('Examples:') && existsSync(keys), `${command} tells where a run's keys are: ${keys}`);
+  }
   t.ok(JSON.parse((await run('doctor', '--json')).out).node, 'doctor reports');
 });
 
