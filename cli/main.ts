@@ -1,8 +1,10 @@
 // The `sdxl` program: parses the command line, runs a command, and turns errors into one sentence and an exit status:
 // 0 done, 2 a mistake that the user can mend, 130 interrupted. Anything else is a bug and shows its stack.
+import { join } from 'node:path';
 import { Command, CommanderError } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { asUserError } from '../io/files.ts';
+import { packageRoot } from '../io/package_root.ts';
 import { version } from './about.ts';
 import { spelledOut } from './aliases.ts';
 import { ownTerminal, printable, Stopped, type Terminal } from './terminal.ts';
@@ -63,14 +65,15 @@ const commands: readonly CommandFile[] = [
   },
 ];
 
+/** Commands whose options docs/coming_from.md has under other programs' names. */
+const translated = ['sample', 'grid', 'serve', 'train', 'export'];
+
 /** Runs one command line and returns the exit status. */
 export async function main(argv: readonly string[], terminal: Terminal = ownTerminal()): Promise<number> {
   const program = new Command('sdxl')
     .description('Stable Diffusion XL in TypeScript: sample it, train it, export it, without Python.')
     .version(version, '--version')
-    .showHelpAfterError(
-      "(run with --help to see every option; docs/coming_from.md has other programs' words for them)",
-    )
+    .showHelpAfterError('(run with --help to see every option)')
     .configureHelp({ minWidthToWrap: 30 }) // beside the longest flag, in 80 columns
     .exitOverride()
     .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
@@ -85,7 +88,11 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     });
     return 0;
   } catch (error) {
-    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+    if (error instanceof CommanderError) {
+      if (error.code === 'commander.unknownOption' && translated.includes(argv[0]))
+        terminal.err(`(${join(packageRoot, 'docs', 'coming_from.md')} has other programs' words for them)\n`);
+      return error.exitCode === 0 ? 0 : 2;
+    }
     if (error instanceof Stopped) return error.status;
     const told = asUserError(error, 'a file');
     if (!(told instanceof UserError)) throw error;

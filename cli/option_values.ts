@@ -7,14 +7,21 @@ import type { Size } from '../models/text/conditioning.ts';
 /** What --device takes, for the help. */
 export const devices = 'auto, cpu, cuda[:N] or reference';
 
+/** Other programs' short words for types. */
+const shortTypes = new Map([
+  ['fp16', 'float16'],
+  ['bf16', 'bfloat16'],
+  ['fp32', 'float32'],
+]);
+
 /** One of a few words. */
 export const oneOf =
   <T extends string>(flag: string, choices: readonly T[]) =>
   (text: string): T => {
     const found = choices.find((choice) => choice === text);
-    if (!found)
-      throw new UserError(`${flag} takes ${choices.join(', ')}, not "${text}"${didYouMean(text, choices)}`);
-    return found;
+    if (found) return found;
+    const hint = didYouMean(shortTypes.get(text.toLowerCase()) ?? text, choices);
+    throw new UserError(`${flag} takes ${choices.join(', ')}, not "${text}"${hint}`);
   };
 
 interface Bounds {

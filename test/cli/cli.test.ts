@@ -169,6 +169,10 @@ test('mistakes', async (t) => {
   t.match(unwritable.err, /out does not exist.*create the folder\n$/, 'unwritable output: one sentence');
   t.equal((await run('sample', '--model', model)).status, 2, 'missing prompt');
   t.equal((await run('sampel')).status, 2, 'unknown command');
+  const words = new RegExp(`\\(${join(packageRoot, 'docs', 'coming_from.md')} has other programs' words`);
+  t.match((await run('train', '--max_train_steps', '5', 'x.ts')).err, words, 'an unknown option');
+  t.notMatch((await run('plan', '--rank', '5', 'x.ts')).err, /coming_from/);
+  t.notMatch((await run('train')).err, /coming_from/, 'a missing argument');
   t.notOk(
     readdirSync(folder).some((name) => name.includes('.tmp')),
     'no temporary file is left',

@@ -152,7 +152,11 @@ test('mistakes leave nothing behind', async (t) => {
       /tensor conv_out\.bias is int32, not a float type/,
     ],
     ['unknown format', [golden('tiny-sdxl'), out, '--format', 'diffuser'], /did you mean "diffusers"/],
-    ['unknown type', [golden('tiny-sdxl'), out, '--dtype', 'fp16'], /--dtype takes/],
+    [
+      'unknown type',
+      [golden('tiny-sdxl'), out, '--dtype', 'fp32'],
+      /--dtype takes .*; did you mean "float32"/,
+    ],
     [
       'a folder with the name of a file',
       [golden('tiny-sdxl'), `${out}.gguf`, '--format', 'diffusers'],

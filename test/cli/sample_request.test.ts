@@ -280,6 +280,8 @@ test('values are bounded as they are read', (t) => {
     ['--target-size 10', /--target-size takes WIDTHxHEIGHT such as 1024x768, not "10"/],
     ['--crops-coords-top-left 1', /--crops-coords-top-left takes TOP,LEFT such as 0,0, not "1"/],
     ['--dtype float23', /--dtype takes .*not "float23".*did you mean "float32"/],
+    ['--dtype fp16', /--dtype takes .*not "fp16"; did you mean "float16"\?/],
+    ['--vae-dtype bf16', /; did you mean "bfloat16"\?/],
     ['--timestep-spacing even', /--timestep-spacing takes leading, trailing, linspace, not "even"/],
     ['--strength 0.5', /--strength needs --image or --refiner/],
     ['--denoising-start 0.5', /--denoising-start needs --refiner or --image/],
