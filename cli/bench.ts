@@ -7,7 +7,7 @@ import { openDevice } from '../engine/device.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/formats/presets.ts';
-import { devices, number, side } from './option_values.ts';
+import { devices, number, oneOf, side } from './option_values.ts';
 import { progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -33,22 +33,20 @@ Examples:
   sdxl bench ops --preset sdxl-base --width 512 --height 512 --op attention --json`;
 
 export function addBench(bench: Command, terminal: Terminal): void {
-  const choice = (flags: string, text: string, values: readonly string[]) =>
-    new Option(flags, text).choices(values);
   bench.addHelpText('after', examples);
   for (const subject of [...subjectNames, 'train', 'ops'] as const) {
     const command = bench
       .command(subject)
       .description(descriptions[subject])
-      .addOption(choice('--preset <NAME>', 'the model', Object.keys(presets)).default('sdxl-base'))
-      .option('--batch <N>', 'images', number('--batch', { min: 1, max: 64, whole: true }), 1)
       .addOption(
-        choice('--dtype <NAME>', 'auto is bfloat16 on cpu, float32 for tiny and the VAE', [
-          'auto',
-          'float32',
-          'bfloat16',
-          'float16',
-        ]).default('auto'),
+        new Option('--preset <NAME>', 'the model').choices(Object.keys(presets)).default('sdxl-base'),
+      )
+      .option('--batch <N>', 'images', number('--batch', { min: 1, max: 64, whole: true }), 1)
+      .option(
+        '--dtype <NAME>',
+        'auto, float32, bfloat16 or float16; auto is bfloat16, but float32 for tiny, the VAE and the reference device',
+        oneOf('--dtype', ['auto', 'float32', 'bfloat16', 'float16']),
+        'auto',
       )
       .option('--device <NAME>', devices, 'auto')
       .option('--json', 'one JSON object on stdout')
