@@ -80,6 +80,19 @@ export const size =
     return [Number(match[2]), Number(match[1])];
   };
 
+/** What `read` gives of a file; an error names the `flag` that named it. @throws UserError */
+export function readFor<R>(flag: string, read: () => R): R {
+  const named = (error: unknown): never => {
+    throw error instanceof UserError ? new UserError(`${flag}: ${error.message}`) : error;
+  };
+  try {
+    const result = read();
+    return result instanceof Promise ? (result.catch(named) as R) : result;
+  } catch (error) {
+    return named(error);
+  }
+}
+
 /** Two whole numbers with a comma between. */
 export type Pair = [number, number];
 

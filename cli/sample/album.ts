@@ -6,6 +6,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { writeSafetensors } from '../../io/safetensors.ts';
 import { mostThreads } from '../../io/threads.ts';
 import { type DecodedPicture, type Latents, stacked } from '../../models/vae/latents.ts';
+import { readFor } from '../option_values.ts';
 import { encodeAside } from '../png_threads.ts';
 
 /** @throws UserError for a file that cannot be written */
@@ -13,7 +14,7 @@ export function openAlbum(output: string, saveLatents: string | undefined, count
   const [, stem, extension] = /^(.*)(\.png)$/is.exec(output) as RegExpExecArray;
   const fileOf = (i: number) => (count === 1 ? output : `${stem}-${i}${extension}`);
   const planned = Array.from({ length: count }, (_, i) => fileOf(i));
-  for (const file of planned) assertWritable(file);
+  for (const file of planned) readFor('--output', () => assertWritable(file));
   const files: string[] = [];
   const spoilt: string[] = [];
   const all: Latents[] = [];

@@ -15,7 +15,7 @@ import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
 import { guidedCalls } from '../../models/unet/guidance.ts';
 import { checkVaeRequest } from '../../models/vae/latents.ts';
-import { scaledFile } from '../option_values.ts';
+import { readFor, scaledFile } from '../option_values.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
@@ -121,7 +121,7 @@ export function textualInversionOf(text: string): { file: string; token?: string
 
 /** All prompts, in the order they come. @throws UserError */
 export function promptsOf({ prompt = [], promptFile, loraModelDir }: SampleOptions): Prompt[] {
-  const lines = promptFile === undefined ? [] : readLines(promptFile);
+  const lines = promptFile === undefined ? [] : readFor('--prompt-file', () => readLines(promptFile));
   if (promptFile !== undefined && lines.length === 0)
     throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
   return readPrompts([...prompt, ...lines], loraModelDir);
@@ -263,17 +263,18 @@ export function checkSample(options: SampleOptions): void {
   checkUpscale(options);
   checkVaeRequest({ vae_tiling: options.vaeTiling, seamless: options.seamless });
   for (const { file } of (options.lora ?? []).map(loraOf)) if (!hubPath(file)) locateAdapter(file);
-  if (options.loraModelDir !== undefined) listFolder(options.loraModelDir);
+  const { loraModelDir, saveLatents } = options;
+  if (loraModelDir !== undefined) readFor('--lora-model-dir', () => listFolder(loraModelDir));
   for (const { file } of (options.textualInversion ?? []).map(textualInversionOf))
     if (!existsSync(file)) throw new UserError(`--textual-inversion: no file ${file}`);
   if (!/\.png$/i.test(options.output))
     throw new UserError(
       `--output ${options.output}: pictures are written as PNG; give a name that ends in .png`,
     );
-  if (options.saveLatents === undefined) return;
-  if (!/^(\.safetensors)?$/i.test(extname(options.saveLatents)))
+  if (saveLatents === undefined) return;
+  if (!/^(\.safetensors)?$/i.test(extname(saveLatents)))
     throw new UserError(
-      `--save-latents ${options.saveLatents}: latents are written as safetensors; give a name that ends in .safetensors`,
+      `--save-latents ${saveLatents}: latents are written as safetensors; give a name that ends in .safetensors`,
     );
-  assertWritable(options.saveLatents);
+  readFor('--save-latents', () => assertWritable(saveLatents));
 }

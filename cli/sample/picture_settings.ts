@@ -6,6 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { readPngText } from '../../io/png.ts';
 import type { Request } from '../../models/request.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
+import { readFor } from '../option_values.ts';
 import { type Parameters, readParameters, writeParameters } from './a1111.ts';
 import type { SampleOptions } from './options.ts';
 import { loraTags } from './prompt_loras.ts';
@@ -76,7 +77,7 @@ export function applySettings(command: Command, path: string): string[] {
   const isTyped = (name: string): boolean =>
     ![undefined, 'default'].includes(command.getOptionValueSource(name)) ||
     (name === 'prompt' && isTyped('promptFile'));
-  const { settings, further } = readSettings(path, isTyped('loraModelDir'));
+  const { settings, further } = readFor('--from', () => readSettings(path, isTyped('loraModelDir')));
   // Asked now, as what is set below counts as typed.
   const said = ways.filter((names) => names.some(isTyped)).flat();
   const untaken = further.filter(({ option }) => option === undefined || !isTyped(option));

@@ -14,6 +14,7 @@ import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { layoutOf } from '../../models/samplers/registry.ts';
 import { latentContents } from '../../models/start.ts';
 import type { Latents } from '../../models/vae/latents.ts';
+import { readFor } from '../option_values.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
 import { hiresScheduler, hiresSteps, hiresTexts } from './hires_options.ts';
@@ -30,27 +31,29 @@ export interface Inputs extends IPAdapterInputs {
   adapterImages?: readonly Picture[];
 }
 
+const readFile = (path: string, flag: string): Promise<Picture> => readFor(flag, () => readPicture(path));
+
 /** Reads the pictures that the options name, each by `read`. @throws UserError */
 export async function readInputs(
   options: SampleOptions,
-  read: (path: string) => Promise<Picture> = readPicture,
+  read: (path: string, flag: string) => Promise<Picture> = readFile,
 ): Promise<Inputs> {
-  const readAll = async (paths: readonly string[] = []): Promise<Picture[]> => {
+  const readAll = async (flag: string, paths: readonly string[] = []): Promise<Picture[]> => {
     const pictures: Picture[] = [];
-    for (const path of paths) pictures.push(await read(path));
+    for (const path of paths) pictures.push(await read(path, flag));
     return pictures;
   };
   const { canny: thresholds } = options;
   const followed = (picture: Picture) => (thresholds ? canny(picture, thresholds) : picture);
-  const controls = (await readAll(options.controlImage)).map(followed);
-  const adapterImages = (await readAll(options.adapterImage)).map(followed);
-  const ipAdapterImages = await readAll(options.ipAdapterImage);
-  const ipAdapterMasks = await readAll(options.ipAdapterMask);
+  const controls = (await readAll('--control-image', options.controlImage)).map(followed);
+  const adapterImages = (await readAll('--adapter-image', options.adapterImage)).map(followed);
+  const ipAdapterImages = await readAll('--ip-adapter-image', options.ipAdapterImage);
+  const ipAdapterMasks = await readAll('--ip-adapter-mask', options.ipAdapterMask);
   const others = { controls, adapterImages, ipAdapterImages, ipAdapterMasks };
   if (!options.image) return others;
-  const image = await read(options.image);
+  const image = await read(options.image, '--image');
   if (!options.mask) return { image, ...others };
-  const mask = preparedMask(options, toGrey(await read(options.mask)));
+  const mask = preparedMask(options, toGrey(await read(options.mask, '--mask')));
   if (mask.width !== image.width || mask.height !== image.height) {
     throw new UserError(
       `${options.mask} is ${mask.width}x${mask.height} and ${options.image} is ${image.width}x${image.height}; make them the same size`,

@@ -139,6 +139,12 @@ test('mistakes', async (t) => {
       ['--model', model, '--save-latents', join(folder, 'result.png')],
       /latents are written as safetensors; give a name that ends in \.safetensors/,
     ],
+    ['no picture', ['--model', model, '--image', 'nope.png'], /error: --image: nope\.png does not exist/],
+    [
+      'no prompts',
+      ['--model', model, '--prompt-file', 'nope.txt'],
+      /--prompt-file: nope\.txt does not exist/,
+    ],
     ['unknown VAE', ['--model', model, '--vae', join(folder, 'absent')], /no VAE at/],
     [
       'more pixels than can be decoded whole',
@@ -166,7 +172,11 @@ test('mistakes', async (t) => {
   }
   const unwritable = await run('sample', '--model', model, '--prompt', 'x', '--quiet', '--output', output);
   t.equal(unwritable.status, 2, 'unwritable output');
-  t.match(unwritable.err, /out does not exist.*create the folder\n$/, 'unwritable output: one sentence');
+  t.match(
+    unwritable.err,
+    /--output: .*out does not exist.*create the folder\n$/,
+    'unwritable output: one sentence',
+  );
   t.equal((await run('sample', '--model', model)).status, 2, 'missing prompt');
   t.equal((await run('sampel')).status, 2, 'unknown command');
   const words = new RegExp(`\\(${join(packageRoot, 'docs', 'coming_from.md')} has other programs' words`);
