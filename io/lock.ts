@@ -1,6 +1,7 @@
 // A folder that one program at a time may work in: the system's own lock (flock) on the folder, which ends with the program
 // however that ends, so that nothing is left behind to be cleared away. Where a system has none, nothing is locked.
 import { closeSync, existsSync, fstatSync, openSync, rmdirSync, statSync } from 'node:fs';
+import { dirname, resolve } from 'node:path';
 import koffi from 'koffi';
 import { UserError } from './errors.ts';
 import { asUserError, makeFolder } from './files.ts';
@@ -9,11 +10,11 @@ import { asUserError, makeFolder } from './files.ts';
 const exclusive = 2 | 4;
 
 /**
- * Makes the folder `path` if need be and locks it. What is returned unlocks it, and removes a folder that was made and stayed empty.
+ * Makes the folder `path` if need be and locks it. What is returned unlocks it, and removes folders that were made and stayed empty.
  * @throws UserError when another program has it
  */
 export function lockFolder(path: string): () => void {
-  const isNew = !existsSync(path);
+  const made = absentFolders(resolve(path));
   makeFolder(path);
   let fd: number;
   try {
@@ -33,10 +34,14 @@ export function lockFolder(path: string): () => void {
     return lockFolder(path);
   }
   return () => {
-    if (isNew) removeEmpty(path); // while nobody else has the lock
+    made.forEach(removeEmpty); // while nobody else has the lock
     closeSync(fd);
   };
 }
+
+/** Those of a folder and the ones above it that are not there, the innermost first. */
+const absentFolders = (path: string): string[] =>
+  existsSync(path) ? [] : [path, ...absentFolders(dirname(path))];
 
 /** Whether `path` still is the folder that is open. */
 function isAt(path: string, fd: number): boolean {

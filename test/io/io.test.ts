@@ -273,6 +273,8 @@ test('a lock is on the folder that has the name, and holds until an empty one is
   refuses(t, /another program is at work in .*locked/, () => lockFolder(at('locked')));
   t.equal(filesOpen(), before);
   unlock();
+  lockFolder(at('runs/mine'))();
+  t.notOk(existsSync(at('runs')), 'nor does the folder above stay');
   t.end();
 });
 
