@@ -120,7 +120,7 @@ async function planAll(file: string, options: PlanOptions, terminal: Terminal): 
   const { vram, device = vram === undefined ? 'cpu' : 'cuda' } = options;
   const planned = deviceNames(device).map(standIn);
   const runs = await chosenRuns(file, options, planned.length);
-  // A plan leaves nothing behind.
+  // A plan leaves nothing in the run's folder.
   const tokenizers = temporaryFolder();
   try {
     const earlier: Run[] = [];
