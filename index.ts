@@ -1,8 +1,7 @@
 // The library's public face: what `import ... from 'sdxl'` gives. The one file that gathers others.
-export { openDevice } from './engine/device.ts';
+export { type Device, openDevice } from './engine/device.ts';
 export { canny } from './io/canny.ts';
 export { UserError } from './io/errors.ts';
-export { resolveHub } from './io/hub.ts';
 export {
   preprocess,
   preprocessControl,
@@ -13,15 +12,23 @@ export {
   writePng,
 } from './io/image.ts';
 export { cutAndFill, maskWindow, overlay } from './io/mask_crop.ts';
-export { openComponent, openComponentFile, openModel } from './models/checkpoint/checkpoint.ts';
+export type { Mask, Picture } from './io/pixels.ts';
+export type { ModelSource } from './models/checkpoint/checkpoint.ts';
 export type { ModelPreset } from './models/formats/presets.ts';
 export { presets } from './models/formats/presets.ts';
-export { openSingleFile } from './models/formats/singlefile.ts';
-export { locateControlNet, locateModel, locateT2IAdapter, locateVae } from './models/locate/locate.ts';
+export type { IPAdapterSource } from './models/ip_adapter/ip_adapter.ts';
+export type { LoadOptions } from './models/load_options.ts';
+export {
+  type LocateOptions,
+  locateControlNet,
+  locateModel,
+  locateT2IAdapter,
+  locateVae,
+} from './models/locate/locate.ts';
 export { locateIPAdapter } from './models/locate/locate_ip_adapter.ts';
 export { locateLora } from './models/locate/locate_lora.ts';
 export { withUNet } from './models/locate/locate_unet.ts';
-export { mergeLora } from './models/lora/lora.ts';
+export { type AdapterFile, mergeLora } from './models/lora/lora.ts';
 export {
   type Denoised,
   decode,

@@ -16,11 +16,14 @@ export type Part = (typeof parts)[number];
 export const textParts = (source: ModelSource): ('text_encoder' | 'text_encoder_2')[] =>
   (['text_encoder', 'text_encoder_2'] as const).filter((name) => source.has(name));
 
+/** How a pipeline is loaded, and with what beside its model. */
 export interface LoadOptions {
   device: Device;
+  /** Of weights and activations: 'bfloat16' for full-size models, 'float32' for small ones. */
   dtype: FloatDType;
   /** The parts whose weights are read, all where absent. The others are built without, and only what needs none of theirs can be done. */
   only?: readonly Part[];
+  /** Another VAE than the model's. */
   vaeSource?: ModelSource;
   /** The VAE's own type; `dtype` where it is not given, but float32 for one that overflows in float16 (force_upcast). */
   vaeDtype?: FloatDType;

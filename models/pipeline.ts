@@ -52,6 +52,7 @@ export interface Sizes {
   sampleWidth?: number;
 }
 
+/** A loaded model: what `denoise` and `decode` draw with. It holds the device's memory until `release`. */
 export interface Pipeline extends GuidedModel, Sizes {
   unetConfig: UNetConfig;
   vae: Autoencoder;
@@ -186,6 +187,7 @@ function checkChannels(path: string, unetConfig: UNetConfig, { config }: Autoenc
     );
 }
 
+/** What `denoise` tells after each call of the UNet. */
 export interface Progress {
   /** Counted from 1. */
   step: number;
@@ -199,9 +201,13 @@ export interface Progress {
   truncated: readonly string[];
 }
 
+/** What comes of a request, for `decode`. */
 export interface Denoised {
+  /** Scaled, [n, c, h, w]. */
   latents: Latents;
+  /** What the UNet was told of sizes, a row for each row of the batch. */
   timeIds: number[][];
+  /** Those of the steps that were done. */
   timesteps: Float32Array;
 }
 

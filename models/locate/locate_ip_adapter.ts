@@ -19,7 +19,11 @@ import { download as fromHub, type LocateOptions, ofClass, weightsOf } from './l
 const mend =
   "an IP-Adapter's .safetensors file, its folder, or a hub id and file such as h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors";
 
-/** @throws UserError where there is none, it is a pickle, or has no vision encoder with it */
+/**
+ * An IP-Adapter with its vision encoder, for `loadPipeline`: a .safetensors file, the folder of one, or OWNER/NAME/FILE on the hub, which is
+ * downloaded first.
+ * @throws UserError where there is none, it is a pickle, or has no vision encoder with it
+ */
 export async function locateIPAdapter(path: string, options: LocateOptions = {}): Promise<IPAdapterSource> {
   if (!existsSync(path)) return locateOnHub(path, options);
   if (!statSync(path).isDirectory()) return withEncoder(path, options);

@@ -4,7 +4,9 @@
 import type { NoiseGenerator } from './generator.ts';
 import { TorchGenerator } from './torch_random.ts';
 
+/** How a first noise differs from its seed's. */
 export interface Variation {
+  /** Whose noise lies at the other end. */
   subseed?: number;
   /** How far to go to the subseed's noise, 0 to 1; 0 where absent. */
   subseed_strength?: number;

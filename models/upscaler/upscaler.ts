@@ -18,6 +18,7 @@ import { loadAndClose } from '../checkpoint/checkpoint.ts';
 import { rrdbnet } from './rrdbnet.ts';
 import type { UpscalerSource } from './rrdbnet_file.ts';
 
+/** How a picture is enlarged. */
 export interface Enlarging {
   /** The axes along which the picture goes on at its other side. */
   seamless?: Seamless;
@@ -25,6 +26,7 @@ export interface Enlarging {
   onTile?(done: number, all: number): void;
 }
 
+/** A network that enlarges pictures, loaded. It holds the device's memory until `release`. */
 export interface Upscaler {
   /** How many times as wide and high a picture becomes. */
   readonly scale: number;

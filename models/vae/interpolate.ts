@@ -6,7 +6,9 @@ import type { Latents } from './latents.ts';
 
 export type InterpolationMode = 'nearest' | 'nearest-exact' | 'bilinear' | 'bicubic';
 
+/** How latents are made larger or smaller, in torch's words. */
 export interface Interpolation {
+  /** 'bilinear' where absent. */
   mode?: InterpolationMode;
   /** Of bilinear and bicubic. */
   antialias?: boolean;

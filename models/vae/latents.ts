@@ -16,6 +16,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { type Autoencoder, checkDecode } from './autoencoder.ts';
 import type { VaeConfig } from './vae.ts';
 
+/** Pictures as the VAE's encoder has them, on the host. */
 export interface Latents {
   /** [n, c, h, w]. */
   shape: readonly number[];
