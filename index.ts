@@ -45,7 +45,6 @@ export { type Variation, VariedGenerator } from './models/random/variation.ts';
 export type { Asked } from './models/request.ts';
 export type { Embeds, PromptEmbeds } from './models/text/conditioning.ts';
 export { loadTextualInversion } from './models/text/textual_inversion.ts';
-export { feedForwardToFp8 } from './models/unet/fp8.ts';
 export { locateUpscaler, type UpscalerSource } from './models/upscaler/rrdbnet_file.ts';
 export { openUpscaler, type Upscaler } from './models/upscaler/upscaler.ts';
 export { type Interpolation, interpolate } from './models/vae/interpolate.ts';

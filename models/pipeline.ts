@@ -26,11 +26,11 @@ import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/co
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
 import { type Start, startOf, strengthOf } from './start.ts';
-import { parseTextConfig, type TextConfig, textEncoder } from './text/clip.ts';
+import { parseTextConfig, type TextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
 import { promptCount, type Size, timeIds } from './text/conditioning.ts';
 import { type Scheduled, scheduled } from './text/prompt_schedule.ts';
-import { loadTokenizer, type Tokenizer } from './text/tokenizer.ts';
 import { cachingOf } from './unet/deepcache.ts';
+import { feedForwardToFp8 } from './unet/fp8.ts';
 import { pagOf } from './unet/pag.ts';
 import { keepInQ8 } from './unet/q8.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet/unet.ts';
@@ -85,7 +85,7 @@ export function loadPipeline(source: ModelSource, options: LoadOptions): Pipelin
 }
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {
-  const { device, dtype, vaeSource = source, gradientCheckpointing, q8, only } = options;
+  const { device, dtype, vaeSource = source, gradientCheckpointing, q8, fp8, only } = options;
   const components = textParts(source);
   if (!components.includes('text_encoder_2'))
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
@@ -107,7 +107,7 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   const adapter = loadT2IAdapters(options.adapter ?? [], fitting, device, dtype);
   const encoders = components.map((name, i) => ({
     encoder: textEncoder(textConfigs[i]),
-    tokenizer: tokenizerFor(textConfigs[i], source.folder(name.replace('text_encoder', 'tokenizer'))),
+    tokenizer: tokenizerFor(source.folder(name.replace('text_encoder', 'tokenizer')), textConfigs[i]),
   }));
   const denoiser = unet(unetConfig, { gradientCheckpointing });
   if (q8) keepInQ8(denoiser);
@@ -125,10 +125,14 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
       some ? loadAndClose(module, from.weights(name), device, as, some) : from.load(name, module, device, as),
     );
   };
-  const setAdapters = adapterSetter({ ...texts, unet: denoiser, unetConfig }, (some) => {
+  const merge = adapterSetter({ ...texts, unet: denoiser, unetConfig }, (some) => {
     components.forEach((name, i) => void read(source, name, encoders[i].encoder, dtype, some));
     read(source, 'unet', denoiser, dtype, some);
   });
+  const setAdapters = (files: readonly AdapterFile[]): void => {
+    merge(files);
+    if (fp8 && (only ?? ['unet']).includes('unet')) feedForwardToFp8(denoiser);
+  };
   setAdapters(options.lora ?? []);
   read(vaeSource, 'vae', coder.module, vaeDtype);
   return {
@@ -152,14 +156,6 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
-}
-
-function tokenizerFor({ max_position_embeddings: most }: TextConfig, folder: string): Tokenizer {
-  const tokenizer = loadTokenizer(folder);
-  if (tokenizer.modelMaxLength <= most) return tokenizer;
-  throw new UserError(
-    `${folder} makes ${tokenizer.modelMaxLength} tokens of a prompt, and its text encoder takes ${most}: correct model_max_length in tokenizer_config.json to ${most}`,
-  );
 }
 
 /** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */

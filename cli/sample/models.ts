@@ -12,7 +12,6 @@ import type { Request } from '../../models/request.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
 import { type PromptEmbeds, type Prompts, textKey } from '../../models/text/conditioning.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
-import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { parseUNetConfig } from '../../models/unet/unet.ts';
 import { type SampleOptions, textualInversionOf } from './options.ts';
 import { hiresRequest } from './request.ts';
@@ -155,21 +154,13 @@ export const openPipeline = (
   built(() => {
     const vaeDtype = options.vaeDtype === 'auto' ? undefined : options.vaeDtype;
     const pipeline = loadPipeline(source, {
-      ...{ device, dtype, only, vaeSource, vaeDtype, q8: options.q8 },
+      ...{ device, dtype, only, vaeSource, vaeDtype, q8: options.q8, fp8: options.fp8 },
       ...under,
     });
-    const inFewBits = () => options.fp8 && only.includes('unet') && feedForwardToFp8(pipeline.unet);
-    inFewBits();
     if (only.includes('text_encoder_2'))
       for (const { file, token } of (options.textualInversion ?? []).map(textualInversionOf))
         loadTextualInversion(pipeline, file, token);
-    return {
-      ...pipeline,
-      setAdapters(files) {
-        pipeline.setAdapters(files);
-        inFewBits();
-      },
-    };
+    return pipeline;
   });
 
 /** What the text encoders say of all that is told. */

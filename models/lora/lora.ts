@@ -74,7 +74,7 @@ export function mergeLora(into: LoraTargets & { text?: TextStack }, path: string
       throw new UserError(`LoRA ${path} changes weights that are released by now: load the pipeline again`);
     if (changes.some(([parameter]) => parameter.fp8))
       throw new UserError(
-        `LoRA ${path} changes weights that are in 8-bit floats by now: merge it before feedForwardToFp8`,
+        `LoRA ${path} changes weights that are in 8-bit floats: give it to loadPipeline as lora, or to setAdapters`,
       );
     noGrad(() => {
       for (const [parameter, change] of changes)

@@ -11,6 +11,7 @@ import { keep, scope } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { encoderLayers, type LayerConfig, numberIn, parseLayerConfig } from './clip_layers.ts';
+import { loadTokenizer, type Tokenizer } from './tokenizer.ts';
 
 export interface TextConfig extends LayerConfig {
   vocab_size: number;
@@ -31,6 +32,15 @@ export function parseTextConfig(json: Record<string, unknown>): TextConfig {
     eos_token_id: number('eos_token_id', 2),
     projection_dim: projected ? number('projection_dim') : undefined,
   };
+}
+
+/** The tokenizer in `folder`, of an encoder. @throws UserError for one whose prompts are longer than the encoder takes */
+export function tokenizerFor(folder: string, { max_position_embeddings: most }: TextConfig): Tokenizer {
+  const tokenizer = loadTokenizer(folder);
+  if (tokenizer.modelMaxLength <= most) return tokenizer;
+  throw new UserError(
+    `${folder} makes ${tokenizer.modelMaxLength} tokens of a prompt, and its text encoder takes ${most}: correct model_max_length in tokenizer_config.json to ${most}`,
+  );
 }
 
 export interface TextStates {

@@ -1,6 +1,6 @@
 // A UNet whose feed-forward layers are in 8-bit floats: they hold 42 % of a step's operations, and their weights are read
 // once each. Attention's projections stay as they are: three of them share an input, and rounding it would cost what the
-// smaller product saves. For sampling; LoRA must be merged before.
+// smaller product saves. For sampling; adapters are merged before.
 import { noGrad } from '../../engine/grad.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { fp8Weight } from '../../engine/ops/fp8.ts';

@@ -14,7 +14,6 @@ import { type ModelSource, openModel } from '../../models/checkpoint/checkpoint.
 import type { LoadOptions } from '../../models/load_options.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';
 import { loadPipeline, type Pipeline } from '../../models/pipeline.ts';
-import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { goldenFolder, goldenLora } from '../support/golden.ts';
 import { writeAdapter } from '../support/tiny_adapter.ts';
 
@@ -54,32 +53,29 @@ test('one set after another is as loaded with each', (t) => {
     [{ path: other, scale: 0.3, textEncoderScale: 0 }],
     [],
   ];
-  const ways: [string, Partial<LoadOptions>, fp8?: boolean][] = [
+  const ways: [string, Partial<LoadOptions>][] = [
     ['bfloat16', {}],
     ['float32', { dtype: 'float32' as FloatDType }],
     ['8-bit integers', { q8: true }],
     ['the UNet alone', { only: ['unet', 'vae'] }],
     ['the text encoders alone', { only: ['text_encoder', 'text_encoder_2'] }],
-    ['8-bit floats', { only: ['unet'] }, true],
+    ['8-bit floats', { only: ['unet'], fp8: true }],
   ];
-  for (const [name, options, fp8] of ways) {
+  for (const [name, options] of ways) {
     const before = device.memory.storages;
     const made = (lora: readonly AdapterFile[]): string => {
       const fresh = load(lora, options);
-      if (fp8) feedForwardToFp8(fresh.unet);
       const weights = weightsOf(fresh);
       fresh.release();
       return weights;
     };
     const pipeline = load(sets[1], options);
-    if (fp8) feedForwardToFp8(pipeline.unet);
     const held = device.memory.storages;
     for (const [i, lora] of sets.slice(0, name === 'bfloat16' ? undefined : 3).entries()) {
       const { memory } = device;
       memory.peak = memory.live;
       pipeline.setAdapters(lora);
       t.ok(memory.peak - memory.live < memory.live / 10, 'a tensor at a time');
-      if (fp8) feedForwardToFp8(pipeline.unet);
       t.equal(weightsOf(pipeline), made(lora), `${name}, set ${i}`);
       t.equal(device.memory.storages, held, 'live tensors');
     }
