@@ -32,7 +32,7 @@ import {
 } from './export/options.ts';
 import { isCheckpoint, mergeRecipe, openSource, withMerges } from './export/sources.ts';
 import { downloadsOn } from './model.ts';
-import { bytes, devices, number, oneOf, repeated } from './option_values.ts';
+import { bytes, devices, number, oneOf, repeated, texts } from './option_values.ts';
 import { progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
@@ -102,7 +102,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter to be merged into the weights for good, after the models of --merge, or its folder or hub id; may be given more than once',
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--base <DIR|FILE|HUB_ID>',

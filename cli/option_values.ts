@@ -53,6 +53,9 @@ export const number =
     return value;
   };
 
+/** A part of a whole. */
+export const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
+
 /** Numbers with commas between. */
 export const numbers =
   (flag: string) =>
@@ -120,6 +123,9 @@ export const bytes =
 export const repeated =
   <T>(read: (text: string) => T) =>
   (text: string, all: readonly T[] = []): T[] => [...all, read(text)];
+
+/** A list of texts, of a flag that may be given more than once. */
+export const texts = repeated((text) => text);
 
 /** `FILE:SCALE` as typed after `flag`. What is there by the whole name is no file with a scale. */
 export function scaledFile(flag: string, text: string): { file: string; scale?: number } {

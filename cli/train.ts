@@ -22,7 +22,7 @@ import type { Run } from '../train/run/run.ts';
 import { type Locate, type Materials, openMaterials, stateOf } from '../train/session.ts';
 import { train } from '../train/trainer.ts';
 import { downloadsOn, locatorOf } from './model.ts';
-import { bytes, devices } from './option_values.ts';
+import { bytes, devices, texts } from './option_values.ts';
 import { type Bar, progressBar } from './progress.ts';
 import { heedingSignals, printable, Stopped, type Terminal } from './terminal.ts';
 
@@ -96,7 +96,7 @@ const addShared = (command: Command): Command =>
     .option(
       '--set <KEY=VALUE>',
       'override a key of the run, such as optimizer.lr=5e-6; may be given more than once',
-      (text, all: string[] = []) => [...all, text],
+      texts,
     )
     .option('--only <NAME>', 'of several runs in the file, this one')
     .option('--quiet', 'no progress');

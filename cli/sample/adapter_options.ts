@@ -3,7 +3,7 @@ import type { Command } from 'commander';
 import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { T2IAdapterRequest } from '../../models/control/t2i_adapter.ts';
-import { number, repeated, scaledFile } from '../option_values.ts';
+import { fraction, scaledFile, texts } from '../option_values.ts';
 
 export interface AdapterOptions {
   adapter?: string[];
@@ -17,17 +17,17 @@ export const addAdapterOptions = (command: Command): Command =>
     .option(
       '--adapter <PATH[:SCALE]>',
       "a T2I-Adapter of diffusers' (lighter than a ControlNet, run once a picture): a folder, a file or a hub id, and how strongly to follow it (default: 1); may be given more than once",
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--adapter-image <FILE>',
       'what it follows, taken as --control-image is; one for each --adapter, in their order',
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--adapter-conditioning-factor <F>',
       'the part of the steps after which no --adapter is followed any more (default: 1)',
-      number('--adapter-conditioning-factor', { min: 0, max: 1 }),
+      fraction('--adapter-conditioning-factor'),
     );
 
 /** `PATH:SCALE` as typed after --adapter. */

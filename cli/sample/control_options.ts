@@ -7,7 +7,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import type { ControlRequest } from '../../models/control/multicontrolnet.ts';
-import { number, oneOf, type Pair, pair, repeated, scaledFile } from '../option_values.ts';
+import { fraction, oneOf, type Pair, pair, repeated, scaledFile, texts } from '../option_values.ts';
 
 export interface ControlOptions {
   controlnet?: string[];
@@ -27,12 +27,12 @@ export const addControlOptions = (command: Command): Command =>
     .option(
       '--controlnet <PATH[:SCALE]>',
       "a ControlNet of diffusers': a folder, a file or a hub id (perhaps one file of several there: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--control-image <FILE>',
       'what it follows (edges, depth, ... as it was trained on), taken as it is; one for each --controlnet, in their order',
-      repeated((text) => text),
+      texts,
     )
     .addOption(
       new Option(
@@ -50,12 +50,12 @@ export const addControlOptions = (command: Command): Command =>
     .option(
       '--control-guidance-start <F>',
       'the part of the steps from which on it is followed, 0 to 1 (default: 0); given once for all, or once for each',
-      repeated(number('--control-guidance-start', { min: 0, max: 1 })),
+      repeated(fraction('--control-guidance-start')),
     )
     .option(
       '--control-guidance-end <F>',
       'the part of the steps after which it no longer is (default: 1)',
-      repeated(number('--control-guidance-end', { min: 0, max: 1 })),
+      repeated(fraction('--control-guidance-end')),
     )
     .option('--guess-mode', "control the prompt's prediction alone, and early features less than late ones")
     .option(

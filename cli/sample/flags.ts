@@ -5,7 +5,7 @@ import { seamlessAxes } from '../../engine/circular.ts';
 import { sigmaSchedules } from '../../models/samplers/config.ts';
 import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
 import { emphases } from '../../models/text/emphasis.ts';
-import { devices, number, numbers, oneOf, pair, repeated, side, size } from '../option_values.ts';
+import { devices, fraction, number, numbers, oneOf, pair, side, size, texts } from '../option_values.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
 import { addHiresOptions } from './hires_options.ts';
@@ -44,8 +44,6 @@ ${schedulersHelp}
 
 The same seed gives the picture that diffusers gives with a CPU generator, or with --rng cuda with one on a GPU.`;
 
-const fraction = (flag: string) => number(flag, { min: 0, max: 1 });
-
 export const modelOptions = (command: Command): Command =>
   command
     .optionsGroup('Model:')
@@ -69,7 +67,7 @@ export const modelOptions = (command: Command): Command =>
     .option(
       '--lora <FILE[:SCALE]>',
       'an adapter (LoRA, DoRA, LoHa, LoKr, OFT or whole differences) merged into the weights, such as style.safetensors:0.8, or the folder or hub id of one; may be given more than once',
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--lora-model-dir <DIR>',
@@ -78,7 +76,7 @@ export const modelOptions = (command: Command): Command =>
     .option(
       '--textual-inversion <FILE[:TOKEN]>',
       "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script or of a run), called by TOKEN in prompts (default: the file's name); may be given more than once",
-      repeated((text) => text),
+      texts,
     )
     .option('--device <NAME>', devices, 'auto')
     .option(
@@ -109,7 +107,7 @@ const promptOptions = (command: Command): Command =>
       .option(
         '-p, --prompt <TEXT>',
         'what to draw, up to 77 tokens (but see --max-token-length); given more than once, a picture of each, all from one seed',
-        repeated((text) => text),
+        texts,
       )
       .option('--prompt-file <FILE>', 'more prompts, one a line')
       .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
@@ -237,7 +235,7 @@ export const stepOptions = (command: Command): Command =>
     .option(
       '--pag-applied-layers <NAME>',
       'the layers that it perturbs, by a part of their names in diffusers, such as mid, up or down_blocks.2 (default: mid); may be given more than once',
-      repeated((text) => text),
+      texts,
     )
     .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
     .option(

@@ -5,7 +5,7 @@ import { preprocessMask } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { IPAdapterRequest } from '../../models/ip_adapter/image_prompt.ts';
 import type { Scale, ScalesByBlock } from '../../models/ip_adapter/ip_adapter_scale.ts';
-import { numbers, repeated, scaledFile } from '../option_values.ts';
+import { numbers, scaledFile, texts } from '../option_values.ts';
 
 export interface IPAdapterOptions {
   ipAdapter?: string[];
@@ -27,17 +27,17 @@ export const addIPAdapterOptions = (command: Command): Command =>
     .option(
       '--ip-adapter <PATH[:SCALE]>',
       'an IP-Adapter, plain or plus: a file, a folder or HUB_ID/FILE, with the image_encoder beside it or in ../models, and how strongly its picture counts: a number (default: 1), or numbers for parts of the UNet, where the others count 0, as InstantStyle: FILE:up.block_0=0,1,0 takes the style, FILE:down.block_2=0,1 the layout, FILE:up.block_0=0,1,0:down.block_2=0,1 both, and mid=1 is the middle; may be given more than once',
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--ip-adapter-image <FILE>',
       'the picture to draw by, whose middle square is seen; one for each --ip-adapter, in their order, or several for one alone',
-      repeated((text) => text),
+      texts,
     )
     .option(
       '--ip-adapter-mask <FILE>',
       'where that picture counts: where this is white, stretched over what is drawn; one for each --ip-adapter-image, in their order (FILE:0.8,0.5 of an --ip-adapter is then a number for each of its pictures)',
-      repeated((text) => text),
+      texts,
     );
 
 /** `PATH:SCALE` as typed after --ip-adapter, with one number, one for each picture, or `PATH:BLOCK=N,...:BLOCK=N,...`. */
