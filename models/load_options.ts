@@ -1,12 +1,17 @@
-// What a pipeline is loaded with. TypeScript holds a program to it; of JavaScript each key is held here, as of a request (request.ts).
+// What a pipeline is loaded with, and whether a model's parts fit each other. TypeScript holds a program to the options; of JavaScript each
+// key is held here, as of a request (request.ts).
 import type { Device } from '../engine/device.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { isRecord } from '../io/files.ts';
 import type { ModelSource } from './checkpoint/checkpoint.ts';
+import { latentChannelsOf } from './control/inpainting.ts';
 import type { IPAdapterSource } from './ip_adapter/ip_adapter.ts';
 import type { AdapterFile } from './lora/lora.ts';
 import { flag, type Rule, shown } from './request.ts';
+import type { TextConfig } from './text/clip.ts';
+import type { UNetConfig } from './unet/unet.ts';
+import type { Autoencoder } from './vae/autoencoder.ts';
 
 /** What a model's weights are of; a refiner has no text_encoder. */
 export const parts = ['text_encoder', 'text_encoder_2', 'unet', 'vae'] as const;
@@ -99,4 +104,29 @@ export function checkedLoad(source: ModelSource, given: Partial<LoadOptions> = {
     if (!holds(value)) throw new UserError(`loadPipeline's ${key} is ${shown(value)}: give ${want}`);
   }
   return options as LoadOptions;
+}
+
+/** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */
+export function checkTexts(
+  source: ModelSource,
+  { cross_attention_dim: taken }: UNetConfig,
+  configs: readonly TextConfig[],
+): void {
+  const given = configs.reduce((sum, { hidden_size }) => sum + hidden_size, 0);
+  if (given === taken) return;
+  const { path } = source;
+  throw new UserError(
+    source.has('text_encoder')
+      ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
+      : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
+  );
+}
+
+/** @throws UserError for a VAE whose latents the UNet does not take */
+export function checkChannels(path: string, unetConfig: UNetConfig, { config }: Autoencoder): void {
+  const taken = latentChannelsOf(unetConfig);
+  if (taken !== config.latent_channels)
+    throw new UserError(
+      `the UNet of ${path} takes latents of ${taken} channels and the VAE gives ${config.latent_channels}; use the VAE that the model was made for`,
+    );
 }

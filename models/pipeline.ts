@@ -10,7 +10,7 @@ import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
 import { loadAndClose, type ModelSource } from './checkpoint/checkpoint.ts';
-import { checkInpainting, latentChannelsOf } from './control/inpainting.ts';
+import { checkInpainting } from './control/inpainting.ts';
 import { checkInstructPix2Pix, imageGuidanceOf, isInstructPix2Pix } from './control/instruct_pix2pix.ts';
 import { controlsOf, loadControlNets } from './control/multicontrolnet.ts';
 import { followedOf, loadT2IAdapters } from './control/t2i_adapter.ts';
@@ -18,7 +18,14 @@ import { type Denoiser, openDenoiser } from './denoiser.ts';
 import type { GuidedModel } from './denoiser_inputs.ts';
 import { imagePromptsOf } from './ip_adapter/image_prompt.ts';
 import { loadIPAdapters } from './ip_adapter/ip_adapter.ts';
-import { checkedLoad, type LoadOptions, type Part, textParts } from './load_options.ts';
+import {
+  checkChannels,
+  checkedLoad,
+  checkTexts,
+  type LoadOptions,
+  type Part,
+  textParts,
+} from './load_options.ts';
 import { type AdapterFile, adapterSetter } from './lora/lora.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { type Asked, complete, type Request } from './request.ts';
@@ -26,7 +33,7 @@ import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/co
 import { createSampler } from './samplers/registry.ts';
 import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
 import { type Start, startOf, strengthOf } from './start.ts';
-import { parseTextConfig, type TextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
+import { parseTextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
 import { promptCount, type Size, timeIds } from './text/conditioning.ts';
 import { type Scheduled, scheduled } from './text/prompt_schedule.ts';
 import { cachingOf } from './unet/deepcache.ts';
@@ -156,31 +163,6 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
-}
-
-/** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */
-function checkTexts(
-  source: ModelSource,
-  { cross_attention_dim: taken }: UNetConfig,
-  configs: readonly TextConfig[],
-): void {
-  const given = configs.reduce((sum, { hidden_size }) => sum + hidden_size, 0);
-  if (given === taken) return;
-  const { path } = source;
-  throw new UserError(
-    source.has('text_encoder')
-      ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
-      : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
-  );
-}
-
-/** @throws UserError for a VAE whose latents the UNet does not take */
-function checkChannels(path: string, unetConfig: UNetConfig, { config }: Autoencoder): void {
-  const taken = latentChannelsOf(unetConfig);
-  if (taken !== config.latent_channels)
-    throw new UserError(
-      `the UNet of ${path} takes latents of ${taken} channels and the VAE gives ${config.latent_channels}; use the VAE that the model was made for`,
-    );
 }
 
 /** What `denoise` tells after each call of the UNet. */
