@@ -5,14 +5,22 @@ import { UserError } from '../../io/errors.ts';
 import { readPicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { shippedModel } from '../model.ts';
-import { oneOf } from '../option_values.ts';
+import { oneOf, readFor } from '../option_values.ts';
 import { adapterOf } from '../sample/adapter_options.ts';
 import { planCall, type SampleCall, seedFor } from '../sample/call.ts';
 import { controlnetOf } from '../sample/control_options.ts';
 import { addSampleFlags } from '../sample/flags.ts';
+import { unreadWeights } from '../sample/idle_flags.ts';
 import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { openingOptions } from '../sample/models.ts';
-import { checkSample, checkSizes, checkTexts, promptsOf, type SampleOptions } from '../sample/options.ts';
+import {
+  checkSample,
+  checkSizes,
+  checkTexts,
+  promptsOf,
+  type SampleOptions,
+  textsOf,
+} from '../sample/options.ts';
 import { applySettings } from '../sample/picture_settings.ts';
 import { readInputs } from '../sample/request.ts';
 import { locateSources, namingOptions, type Sources } from '../sample/sources.ts';
@@ -86,7 +94,7 @@ function planner(typed: Command, terminal: Terminal) {
   const tell = (line: string) => told(line, () => terminal.err(`${line}\n`));
   const shared = { seed: seedFor(), subseed: seedFor() };
   return async (chosen: readonly Choice[]): Promise<Omit<Cell, 'at'>> => {
-    const { notes, given } = optionsOf(typed, chosen);
+    const { notes, given, meansWords } = optionsOf(typed, chosen);
     const { model = shippedModel, subseedStrength, quiet = false } = given;
     const fixed = (name: 'seed' | 'subseed') => ((given[name] ?? -1) < 0 ? shared[name] : given[name]);
     const seeds = { seed: fixed('seed'), subseed: subseedStrength ? fixed('subseed') : given.subseed };
@@ -99,9 +107,12 @@ function planner(typed: Command, terminal: Terminal) {
       throw new UserError(
         `a cell shows one picture, and there are ${prompts.length} prompts: give one --prompt, and none where an axis has them`,
       );
-    for (const line of [...notes, ...checkTexts(options, prompts), ...checkSizes(options)])
+    const unread = unreadWeights(meansWords ? [] : textsOf(options, prompts));
+    for (const line of [...notes, ...checkTexts(options, prompts), ...checkSizes(options), ...unread])
       tell(`warning: ${line}`);
-    const inputs = await readInputs(options, (path) => read(path, () => readPicture(path)));
+    const inputs = await readInputs(options, (path, flag) =>
+      read(path, () => readFor(flag, () => readPicture(path))),
+    );
     const naming = JSON.stringify(namingOptions.map((name) => options[name]));
     const sources = await found(naming, () => locateSources(options, terminal));
     const again = () => planCall(options, sources, inputs, prompts);
@@ -110,7 +121,14 @@ function planner(typed: Command, terminal: Terminal) {
 }
 
 /** What `sdxl sample` would have been told. */
-function optionsOf(typed: Command, chosen: readonly Choice[]): { given: SampleOptions; notes: string[] } {
+interface Told {
+  given: SampleOptions;
+  notes: string[];
+  /** Whether it is said that brackets in prompts are no weights. */
+  meansWords: boolean;
+}
+
+function optionsOf(typed: Command, chosen: readonly Choice[]): Told {
   const cell = addSampleFlags(new Command('sample'));
   for (const option of cell.options) {
     const name = option.attributeName();
@@ -129,7 +147,8 @@ function optionsOf(typed: Command, chosen: readonly Choice[]): { given: SampleOp
   }
   const { from } = cell.opts<SampleOptions>();
   const notes = from ? applySettings(cell, from) : [];
-  return { notes, given: replaced.reduce(replacedIn, cell.opts<SampleOptions>()) };
+  const meansWords = cell.getOptionValueSource('emphasis') !== 'default';
+  return { notes, meansWords, given: replaced.reduce(replacedIn, cell.opts<SampleOptions>()) };
 }
 
 /** As A1111, in the prompt and the negative prompt. */

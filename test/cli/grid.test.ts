@@ -237,6 +237,12 @@ test('values as A1111 reads them', (t) => {
   t.end();
 });
 
+test('weights that are drawn as words are told of once', async (t) => {
+  const grid = ['--x', 'steps=1,2', ...small, '--prompt', 'a (red:1.5) fox', '--output', at('words.png')];
+  t.match((await sdxl('grid', ...grid)).err, /^warning: "\(red:1\.5\)" is drawn as words; [^\n]*\n$/);
+  t.equal((await sdxl('grid', ...grid, '--emphasis', 'none')).err, '');
+});
+
 test('mistakes', async (t) => {
   const asked = (...argv: string[]) =>
     sdxl('grid', ...argv, ...small, '--prompt', 'a fox', '--output', at('none.png'));
@@ -249,6 +255,7 @@ test('mistakes', async (t) => {
     [['--x', 'steps=1-2', '--y', 'lora=none.safetensors'], /^error: --y lora=none.safetensors: no LoRA at/],
     [['--x', 'width=8', '--y', 'height=8', '--seed', 'x'], /^error: --seed takes/],
     [['--x', 'steps=1', '--strength', '1'], /^error: --strength needs --image/],
+    [['--x', 'steps=1', '--image', 'absent.png'], /error: --image: absent\.png does not exist/],
     [['--x', 'steps=1', '--y', 'steps=2'], /^error: --x and --y both say steps/],
     [['--x', 'steps=1-9999'], /^error: --x: 1-9999 is a range of more than 1000 values/],
     [['--x', 'steps=1-5 (-1)'], /is a range of no values/],
