@@ -47,10 +47,10 @@ const examples = `
 Examples:
   sdxl export runs/pokemon-blip/checkpoints/step-00010400 ./pokemon --save-keys unet --dtype float16
   sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
-  sdxl export ./sdxl-base model.safetensors --format single-file --dtype float16
-  sdxl export ./sdxl-base sdxl-q8_0.gguf --format gguf --type q8_0 --dtype float16
+  sdxl export ./sdxl-base model.safetensors --dtype float16
+  sdxl export ./sdxl-base sdxl-q8_0.gguf --type q8_0 --dtype float16
   sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
-  sdxl export realistic.safetensors mix.safetensors --format single-file --merge painted.safetensors:0.3 --merge ./other:0.1
+  sdxl export realistic.safetensors mix.safetensors --merge painted.safetensors:0.3 --merge ./other:0.1
   sdxl export ./sdxl-inpainting ./my-inpainting --merge mine.safetensors:1 --merge-base ./sdxl-base
   sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
   sdxl export adapter.safetensors kohya.safetensors --format lora-kohya

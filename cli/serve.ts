@@ -16,6 +16,7 @@ import {
   stepOptions,
   textOptions,
 } from './sample/flags.ts';
+import { refuseHalfDone } from './sample/idle_flags.ts';
 import { checkSample, type SampleOptions } from './sample/options.ts';
 import { checkLook, lookOptions } from './sample/preview.ts';
 import { addUpscaleOptions } from './sample/upscale_options.ts';
@@ -224,6 +225,7 @@ function standingOf(
     output: 'out.png',
   };
   checkSample({ ...standing, ...nothingFollowed, prompt: [''] }); // a request has their pictures
+  refuseHalfDone(standing);
   checkLook(standing);
   return standing;
 }

@@ -11,11 +11,8 @@ export type IsTyped = (name: keyof SampleOptions) => boolean;
 
 /** What can be told before anything is read; gives warnings of what may be meant so. @throws UserError */
 export function checkIdle(options: SampleOptions, isTyped: IsTyped): string[] {
-  const { denoisingEnd = 1, refiner, saveLatents, subseedStrength, timesteps, sigmas, scheduler } = options;
-  if (isTyped('denoisingEnd') && denoisingEnd < 1 && !refiner && !saveLatents)
-    throw new UserError(
-      '--denoising-end leaves the picture half denoised, for a refiner to finish; give --refiner, or --save-latents to keep its latents',
-    );
+  const { refiner, subseedStrength, timesteps, sigmas, scheduler } = options;
+  if (isTyped('denoisingEnd') && options.saveLatents === undefined) refuseHalfDone(options);
   if (isTyped('steps') && (timesteps ?? sigmas))
     throw new UserError(
       `--steps and ${timesteps ? '--timesteps' : '--sigmas'} both lay out the steps; give one of them`,
@@ -30,6 +27,14 @@ export function checkIdle(options: SampleOptions, isTyped: IsTyped): string[] {
   return isTyped('subseed') && subseedStrength === 0
     ? ['--subseed does nothing at --subseed-strength 0; give more, up to 1, such as 0.2']
     : [];
+}
+
+/** Pictures that nobody finishes. @throws UserError */
+export function refuseHalfDone({ denoisingEnd = 1, refiner }: SampleOptions): void {
+  if (denoisingEnd < 1 && !refiner)
+    throw new UserError(
+      '--denoising-end leaves the picture half denoised, for a refiner to finish; give --refiner, or --save-latents to sdxl sample',
+    );
 }
 
 /** The same of the scheduler that runs, which may be the model's. @throws UserError */

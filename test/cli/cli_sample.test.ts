@@ -145,7 +145,10 @@ test('what is typed and does nothing is refused, and of a picture read back', as
   const [first, again] = [join(folder, 'first.png'), join(folder, 'again.png')];
   const args = ['sample', '-m', model, '-p', 'x', '-W', '64', '-H', '64', '-s', '1', '--quiet', '-o', again];
   await refusesEach(t, (...argv) => run(...args, ...argv), [
-    [['--denoising-end', '0.8'], /half denoised, for a refiner to finish; give --refiner, or --save-latents/],
+    [
+      ['--denoising-end', '0.8'],
+      /half denoised, for a refiner to finish; give --refiner, or --save-latents to/,
+    ],
     [['--steps', '2', '--timesteps', '999,500'], /--steps and --timesteps both lay out the steps/],
     [['--steps', '2', '--sigmas', '14,0', '--scheduler', 'euler'], /--steps and --sigmas both lay out/],
     [['--configs', model], /--configs .* is for a model that is a single file, and a folder has its own/],

@@ -127,6 +127,7 @@ test('a server that cannot begin says why', async (t) => {
     [['--model', join(folder, 'none'), '--listen-port', '0'], /none/],
     [['--cache-branch-id', '1'], /needs --cache-interval/],
     [['--preview', 'tae'], /needs --tae/],
+    [['--denoising-end', '0.8'], /half denoised, for a refiner to finish/],
     [['--prompt', 'x'], /unknown option '--prompt'/],
     [['--queue', '0'], /--queue takes/],
     [['--cors', 'https://example.org/'], /--cors takes an origin/],
