@@ -166,7 +166,7 @@ const pictureOptions = (command: Command): Command =>
     )
     .option(
       '--num-images <N>',
-      "how many pictures to draw at once from one seed, as diffusers' num_images_per_prompt: faster on a GPU, and takes more memory",
+      "how many pictures to draw at once from one seed, as diffusers' num_images_per_prompt, which takes more memory",
       number('--num-images', { min: 1, max: 64, whole: true }),
       1,
     );
@@ -244,7 +244,7 @@ export const stepOptions = (command: Command): Command =>
     )
     .option(
       '--timestep-spacing <NAME>',
-      "where in the model's 1000 training timesteps the steps lie: leading, trailing (for most distilled models) or linspace (default: as the model's scheduler says)",
+      "where in the model's 1000 training timesteps the steps lie: leading, trailing (for SDXL Lightning and Turbo) or linspace (default: as the model's scheduler says)",
       oneOf('--timestep-spacing', ['leading', 'trailing', 'linspace']),
     )
     .option(
