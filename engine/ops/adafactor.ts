@@ -17,12 +17,12 @@ export interface AdafactorAttrs extends StepAttrs {
   step: number;
 }
 
-/** A weight in memory as matrices [outer, rows, columns, inner]; undefined for a vector. */
+/** A weight in memory as matrices [outer, rows, columns, inner], of which a convolution has kh x kw for each i; undefined for a vector. */
 function matricesOf(shape: readonly number[]): readonly [number, number, number, number] | undefined {
   if (shape.length < 2) return undefined;
   if (shape.length === 2) return [1, shape[0], shape[1], 1];
-  const [o, kh, kw, i] = shape;
-  return [o, kh, kw, i];
+  const [outer, rows, columns, inner = 1] = shape;
+  return [outer, rows, columns, inner];
 }
 
 /** The shapes of the factored moments, [outer, rows, inner] and [outer, columns, inner]. */
@@ -118,6 +118,7 @@ function samples(): Sample<AdafactorAttrs>[] {
     ...awkwardSizes.map(([a, b, c], i) => [[a], [a, b], [a % 8 || 1, 3, 3, c], [a, 1, 1, c]][i % 4]),
     [300, 200],
     [20_000],
+    [5, 3, 40],
     [5, 3, 2, 40],
   ];
   return shapes.map(adafactorSample);

@@ -1,5 +1,5 @@
 // Optimizers that golden data lacks, against numbers from transformers' Adafactor and float64; bfloat16 weights with
-// masters and with stochastic rounding; clipping. Three steps on a matrix, a convolution and a vector each time.
+// masters and with stochastic rounding; clipping. Three steps on a matrix, a convolution, a vector and matrices each time.
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { clearGrad, requireGrad } from '../../engine/grad.ts';
@@ -22,7 +22,7 @@ const settings: OptimizerSettings = {
   betas: [0.9, 0.99],
   weight_decay: 0.1,
 };
-const shapes = [[3, 4], [2, 2, 3, 3], [5]];
+const shapes = [[3, 4], [2, 2, 3, 3], [5], [2, 3, 2]];
 const sizeOf = (shape: readonly number[]) => shape.reduce((a, b) => a * b, 1);
 
 /** Numbers in the checkpoint's order as a tensor of the parameter. */
@@ -120,6 +120,7 @@ const adafactorAt1 = [
   -0.5651686, 0.0983681, 0.7279446, 0.9749826, 0.7996743, 0.2249439, -0.4388739, -0.9163398, -0.9468529, -0.5369024, 0.1251754, 0.7041185,
   1.0068774, 0.7783132, 0.2068867, -0.4538424, -0.8902158, -0.9399056, -0.5193058, 0.1302674, 0.7446666, 0.9549139, 0.7810821, 0.2137297,
   -1.0129271, -0.8532694, -0.284397, 0.3479695, 0.8805966,
+  -0.6285183, -0.0258078, 0.5457893, 0.9676486, 0.8591118, 0.3122468, -0.3423416, -0.9006943, -0.9384086, -0.6356151, -0.0104563, 0.6613274,
 ];
 // biome-ignore format: a table of numbers
 const adafactorAtHalf = [
@@ -128,6 +129,7 @@ const adafactorAtHalf = [
   -0.5589706, 0.1006951, 0.7189922, 0.9788469, 0.7965453, 0.2281632, -0.4391461, -0.9101455, -0.9452302, -0.5380673, 0.1221706, 0.7127941,
   0.9954786, 0.7809549, 0.2109098, -0.4541494, -0.9002097, -0.9391307, -0.522276, 0.1327543, 0.7385644, 0.9699328, 0.7774553, 0.2062254,
   -0.993866, -0.8457587, -0.2941873, 0.3607051, 0.8776309,
+  -0.6370311, -0.0188618, 0.5871705, 0.9683978, 0.8569961, 0.3254172, -0.3379626, -0.8749834, -0.9536866, -0.6339901, -0.0038691, 0.6504029,
 ];
 
 test('Adafactor takes the steps that transformers takes', (t) => {
