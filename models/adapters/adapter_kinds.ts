@@ -187,7 +187,8 @@ function oftMatrices([o, ...rest]: Shape, rank: number, { rescaled }: AdapterCon
 /** What OFT makes of a weight, less the weight itself. */
 function turned([given, rescale]: readonly Tensor[], { tensor }: Parameter): Tensor {
   const weight = tensor.reshape(tensor.shape[0], -1);
-  const blocks = cast(given, 'float32');
+  // A product of its own, as it is read twice: the gradient of what is trained then comes whole.
+  const blocks = scale(cast(given, 'float32'), 1);
   const rotation = cayley(sub(blocks, permute(blocks, [0, 2, 1])));
   const delta = turnedOutputs(weight, cast(rotation, weight.dtype));
   return rescale ? stretched(delta, weight, rescale) : delta;

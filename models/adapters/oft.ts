@@ -29,11 +29,13 @@ export function rotated(parts: Parts, weight: Tensor, read: Read, config: PeftCo
   return stretched(turned, matrix, factors).reshape(...weight.shape);
 }
 
-/** What makes rows of the weight and its difference longer by float32 factors, less the weight: factor (W + D) - W. */
+/**
+ * What makes rows of the weight and its difference longer by float32 factors, less the weight: factor (W + D) - W. Written as D +
+ * (factor - 1) (W + D), which reads the factors once: where they are trained, their gradient comes whole.
+ */
 export function stretched(difference: Tensor, weight: Tensor, factors: Tensor): Tensor {
-  const column = factors.reshape(weight.shape[0], 1);
-  const longer = mul(weight, cast(scale(column, 1, -1), weight.dtype));
-  return add(mul(difference, cast(column, weight.dtype)), longer);
+  const more = cast(scale(factors.reshape(weight.shape[0], 1), 1, -1), weight.dtype);
+  return add(difference, mul(add(weight, difference), more));
 }
 
 /** (R - I)^T W of a matrix [o, n] and a rotation's R - I [blocks, b, b]. */

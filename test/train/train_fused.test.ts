@@ -34,9 +34,25 @@ const input = (output: string, more: RunInput): RunInput => ({
 
 const rounding = { lr: 1e-3, stochastic_rounding: true } as const;
 
+/** Every kind of adapter, of a layer of each sort; factors and magnitudes beside it. */
+const adapters = (
+  [
+    { use_dora: true },
+    { algo: 'loha' },
+    { algo: 'lokr', decompose_both: true },
+    { algo: 'oft', rescaled: true },
+  ] as const
+).flatMap((lora) =>
+  (['float32', 'bfloat16'] as const).map((dtype): [string, RunInput] => [
+    `${Object.values(lora)} in ${dtype}`,
+    { dtype, train: { target: 'lora' }, lora: { ...lora, rank: 4, targets: ['to_q', 'conv1'] } },
+  ]),
+);
+
 test('an update has the bits of one that keeps its gradients', async (t) => {
   const before = device.memory.storages;
   const kinds: Record<string, RunInput> = {
+    ...Object.fromEntries(adapters),
     plain: {},
     checkpointed: { train: { gradient_checkpointing: true } },
     unclipped: { optimizer: { lr: 1e-3, max_grad_norm: 0 } },
