@@ -11,7 +11,7 @@ import {
 } from '../models/locate/locate.ts';
 import { locateImageEncoder, locateIPAdapter } from '../models/locate/locate_ip_adapter.ts';
 import { locateUNet, locateWithUNet } from '../models/locate/locate_unet.ts';
-import type { Locate } from '../train/session.ts';
+import type { Locate } from '../train/materials.ts';
 import { type Bar, progressBar } from './progress.ts';
 import type { Terminal } from './terminal.ts';
 

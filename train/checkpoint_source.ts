@@ -7,8 +7,8 @@ import { type Json, type ModelSource, openComponent } from '../models/checkpoint
 import { randomModel } from '../models/formats/random_weights.ts';
 import { readState } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
+import type { Locate } from './materials.ts';
 import { trainedScheduler } from './objective/objective.ts';
-import type { Locate } from './session.ts';
 
 export interface CheckpointOptions {
   /** The moving averages where the checkpoint has them, instead of the last weights. */

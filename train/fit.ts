@@ -3,10 +3,11 @@
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
+import type { Materials } from './materials.ts';
 import { gib, type Plan } from './plan.ts';
+import { estimate } from './rehearsal.ts';
 import { resolveRun } from './run/resolve_run.ts';
 import type { Run } from './run/run.ts';
-import { estimate, type Materials } from './session.ts';
 
 export interface Fit {
   /** As --set takes them; empty where the run fits as it is. */

@@ -4,13 +4,14 @@ import { resolve } from 'node:path';
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
+import { type Materials, mostPasses } from './materials.ts';
 import { objectiveOf } from './objective/objective.ts';
 import { blockRatesInWords } from './parts/block_lr.ts';
+import { estimate } from './rehearsal.ts';
 import { fill } from './run/fields.ts';
 import { given } from './run/rules/owners.ts';
 import type { Run } from './run/run.ts';
 import { fields } from './run/run_fields.ts';
-import { estimate, type Materials } from './session.ts';
 
 /** What a run comes to. */
 export interface Plan {
@@ -24,6 +25,8 @@ export interface Plan {
   buckets: { width: number; height: number; images: number }[];
   /** Pictures in an update. */
   effective_batch_size: number;
+  /** The most that one can have: pictures of several sizes share none. */
+  passes_per_update: number;
   updates: number;
   updates_per_epoch: number;
   /** What the network predicts, which the model's scheduler may decide; undefined where a VAE is trained. */
@@ -90,6 +93,7 @@ export function planOf(materials: Materials, devices?: readonly Device[]): Plan 
       counts[i] ? [{ width, height, images: counts[i] }] : [],
     ),
     effective_batch_size: run.batch_size * run.gradient_accumulation_steps,
+    passes_per_update: mostPasses(materials),
     updates: total,
     updates_per_epoch: updatesPerEpoch,
     prediction_type:
@@ -207,18 +211,10 @@ const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
   train.text_encoders && text_encoder_lr ? ` (text encoders ${text_encoder_lr})` : '';
 
 /** How GPUs share an update, and what that takes between them: each sends all but its own share of gradients. */
-function dealing({
-  run,
-  images,
-  class_images,
-  effective_batch_size,
-  trained_parameters,
-  memory_bytes,
-}: Plan): string {
-  const of_epoch = images + Math.min(class_images, images);
-  const passes = Math.ceil(Math.min(effective_batch_size, of_epoch) / run.batch_size);
+function dealing({ run, buckets, passes_per_update, trained_parameters, memory_bytes }: Plan): string {
   const bytes = trained_parameters * bytesPerElement[run.dtype] * (1 - 1 / memory_bytes.length);
-  return `for an update's ${passes} passes in turn; each then sends ${(bytes / 1e6).toFixed(1)} MB of gradients and as much of weights`;
+  const passes = `${buckets.length > 1 ? 'up to ' : ''}${passes_per_update} passes`;
+  return `for an update's ${passes} in turn; each then sends ${(bytes / 1e6).toFixed(1)} MB of gradients and as much of weights`;
 }
 
 /** What is taken of the first GPU, which has the whole model, and of the others. */

@@ -24,9 +24,9 @@ import { complete, type Request } from '../../models/request.ts';
 import { crossAttentions, unet } from '../../models/unet/unet.ts';
 import type { Latents } from '../../models/vae/latents.ts';
 import { DRIVERS_SHARE } from '../../train/fit.ts';
+import { estimate } from '../../train/rehearsal.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { estimate } from '../../train/session.ts';
 import { goldenFolder } from '../support/golden.ts';
 
 const GIB = 2 ** 30;

@@ -12,16 +12,11 @@ import { locateImageEncoder, locateIPAdapter } from '../../models/locate/locate_
 import { locateUNet, withUNet } from '../../models/locate/locate_unet.ts';
 import { listCheckpoints, readState } from '../../train/checkpoint.ts';
 import { readLog } from '../../train/log/log.ts';
+import { type Locate, type Materials, openMaterials } from '../../train/materials.ts';
 import type { Report } from '../../train/passes/task.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import {
-  type Locate,
-  type Materials,
-  openMaterials,
-  openSession,
-  type Session,
-} from '../../train/session.ts';
+import { openSession, type Session } from '../../train/session.ts';
 import { type Prepared, prepare } from '../../train/tasks/preparation.ts';
 import { type Outcome, train } from '../../train/trainer.ts';
 import { sdxl } from './command_line.ts';

@@ -9,10 +9,10 @@ import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { blockCount, blockOf } from '../../models/formats/unet_blocks.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { describe, planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { basic, device, locate, model, resumes, run, silent } from '../support/small_runs.ts';
 
 const source = openModel(model);

@@ -16,10 +16,10 @@ import { exportLora } from '../../models/lora/export_lora.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { describe, planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import {
   adaptedLayer,
   checkLayer,

@@ -10,13 +10,13 @@ import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import { decodeFloats } from '../../io/dtype.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import type { TensorInfo } from '../../io/tensor_file.ts';
+import { openMaterials } from '../../train/materials.ts';
 import type { PassInputs } from '../../train/objective/pass_inputs.ts';
 import { dropoutOf, undropped } from '../../train/parts/dropout.ts';
 import { boundNorms } from '../../train/parts/max_norm.ts';
 import { place } from '../../train/passes/pass.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { validationLoss } from '../../train/validation.ts';
 import {
   adaptedLayer,

@@ -21,11 +21,11 @@ import { exportLora, kohyaModule } from '../../models/lora/export_lora.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { numbersOf } from '../../train/parts/twin.ts';
 import { describe, planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { Run, RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import {
   adaptedLayer,
   checkLayer,

@@ -6,9 +6,9 @@ import sharp from 'sharp';
 import { type Test, test } from 'tap';
 import { writePng } from '../../io/image.ts';
 import { latentMask } from '../../train/controls/mask.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { basic, folder, locate, losses, resumes, run, sessionOf, silent } from '../support/small_runs.ts';
 

@@ -3,6 +3,7 @@ import { test } from 'tap';
 import { draws } from '../../train/data/draws.ts';
 import {
   type Placed,
+  passesPerUpdate,
   planEpoch,
   samplesPerEpoch,
   turnsFrom,
@@ -164,5 +165,26 @@ test('turns are the updates of one epoch after another', (t) => {
     want.slice(2),
   );
   t.equal(want.length, 12, 'each epoch ends with a short one');
+  t.end();
+});
+
+test('no update has more passes than are foreseen, and some have as many', (t) => {
+  for (const [counts, batch, accumulation] of [
+    [[3, 1], 2, 2],
+    [[1, 1, 1], 4, 1],
+    [[9], 2, 3],
+    [[5, 4, 1], 1, 4],
+    [[5, 1], 2, 4],
+    [[2], 4, 2],
+  ] as const) {
+    const samples = counts.flatMap((count, bucket) =>
+      Array.from({ length: count }, (_, i) => ({ key: keyOf(`${bucket}-${i}`), bucket })),
+    );
+    const most = passesPerUpdate(samples.length, counts.length, { batch, accumulation });
+    const passes = Array.from({ length: 20 }, (_, epoch) =>
+      planEpoch(samples, { seed: 1, epoch, batch, accumulation }).map((update) => update.length),
+    );
+    t.equal(Math.max(...passes.flat()), most, `${counts} pictures of a size, ${batch} x ${accumulation}`);
+  }
   t.end();
 });

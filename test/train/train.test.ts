@@ -22,11 +22,11 @@ import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { isFinished } from '../../train/final.ts';
 import { readLog } from '../../train/log/log.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { planOf } from '../../train/plan.ts';
 import { loadRuns } from '../../train/run/load_run.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { packageRoot } from '../support/golden.ts';
 import { writeEncoder } from '../support/ip_adapter_golden.ts';
 import {

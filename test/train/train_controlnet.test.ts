@@ -10,11 +10,11 @@ import { controlnet, parseControlNetConfig } from '../../models/control/controln
 import { controlNetJson } from '../../models/control/controlnet_start.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { openDataset } from '../../train/data/source.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { openPictures, readConditioning, readView, viewIn } from '../../train/pictures/pictures.ts';
 import { planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { sdxl } from '../support/command_line.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { goldenFolder } from '../support/golden.ts';

@@ -9,10 +9,10 @@ import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { readLog } from '../../train/log/log.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { measure, moveThrough } from '../../train/passes/fused.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import {
   basic,
   control,

@@ -10,10 +10,10 @@ import { t2iAdapter, t2iAdapterConfig } from '../../models/control/t2i_adapter.t
 import type { Pipeline } from '../../models/pipeline.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { adapted } from '../../train/controls/t2i_adapter.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { frozenUNet, type Gradient, holdGradients, pixelShape } from '../support/beside_gradients.ts';
 import { sdxl } from '../support/command_line.ts';
 import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';

@@ -1,9 +1,9 @@
 // Twins of a model, with the averages for its weights: whatever fails while one is made or used, nothing of it is left.
 import { test } from 'tap';
 import type { Driver } from '../../engine/driver.ts';
+import { openMaterials } from '../../train/materials.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { openMaterials } from '../../train/session.ts';
 import { validationLoss } from '../../train/validation.ts';
 import { basic, control, device, locate, sessionOf, silent } from '../support/small_runs.ts';
 

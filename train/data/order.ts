@@ -111,3 +111,14 @@ function split(update: readonly number[], samples: readonly Placed[], batch: num
 /** How many optimizer steps an epoch has. */
 export const updatesPerEpoch = (samples: number, batch: number, accumulation: number): number =>
   Math.ceil(samples / (batch * accumulation));
+
+/** The most passes that an update can have: of pictures of each size there may be one, and beside them batches that are full. */
+export function passesPerUpdate(
+  samples: number,
+  sizes: number,
+  { batch, accumulation }: Pick<Sizes, 'batch' | 'accumulation'>,
+): number {
+  const all = Math.min(batch * accumulation, samples);
+  const alone = Math.min(sizes, all);
+  return alone + Math.floor((all - alone) / batch);
+}
