@@ -4,6 +4,7 @@
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
 import type { MicroBatch } from './data/order.ts';
+import type { PassInputs } from './objective/pass_inputs.ts';
 import { undropped } from './parts/dropout.ts';
 import { place } from './passes/pass.ts';
 import { spread } from './pictures/pictures.ts';
@@ -13,19 +14,22 @@ import type { Session } from './session.ts';
 const HELD_OUT_EPOCH = 2 ** 32 - 1;
 
 /** The mean loss over the run's validation samples, with the averaged weights where there are any. */
-export async function validationLoss({ run, pictures, task, ema, device }: Session): Promise<number> {
+export async function validationLoss(session: Session): Promise<number> {
+  const { run, pictures, task } = session;
   const chosen = spread(
     pictures.samples.flatMap(({ prior }, i) => (prior ? [] : [i])),
     run.validation.samples,
   );
   let sum = 0;
   for (const pass of batches(chosen, pictures.bucketOf, run.batch_size)) {
-    const inputs = undropped(await task.prepare(pass, HELD_OUT_EPOCH));
-    const loss = noGrad(() => scope(() => task.loss(place(inputs, device), ema?.weights).floats()[0]));
-    sum += pass.samples.length * loss;
+    sum += pass.samples.length * measuredLoss(session, await task.prepare(pass, HELD_OUT_EPOCH));
   }
   return sum / chosen.length;
 }
+
+/** The loss of a pass from which nothing is learnt. */
+export const measuredLoss = ({ task, ema, device }: Session, inputs: PassInputs): number =>
+  noGrad(() => scope(() => task.loss(place(undropped(inputs), device), ema?.weights).floats()[0]));
 
 /** Samples in batches of one bucket each. */
 function batches(samples: readonly number[], bucketOf: readonly number[], size: number): MicroBatch[] {

@@ -181,6 +181,11 @@ test("a plan's memory is what a run takes, whose later passes find the gradients
   const { dataset } = basic('');
   const vae: RunInput = { train: { target: 'vae' }, dataset: { ...dataset, resolution: 64 } };
   const drawn: RunInput = { dataset: { ...dataset, shuffle_caption: true, caption_dropout_rate: 0.9 } };
+  const lean: RunInput = {
+    dtype: 'bfloat16',
+    train: { fused_backward_pass: true, gradient_checkpointing: true },
+  };
+  const validation: RunInput = { validation: { samples: 2, every_steps: 1 } };
   for (const [i, more] of [
     { ...vae, gradient_accumulation_steps: 1 },
     { ...vae, gradient_accumulation_steps: 2 },
@@ -188,6 +193,13 @@ test("a plan's memory is what a run takes, whose later passes find the gradients
     { ...drawn, gradient_accumulation_steps: 1 },
     // Of a few weights, whose norms are more than nothing.
     { train: { target: 'lora' as const }, gradient_accumulation_steps: 1 },
+    // Previews that are larger than passes, and find no gradients.
+    {
+      gradient_accumulation_steps: 1,
+      previews: { prompts: [{ prompt: 'a', width: 192, height: 192 }], num_inference_steps: 1 },
+    },
+    // A validation by weights that the averages lend.
+    { ...lean, ...validation, gradient_accumulation_steps: 1 },
   ].entries()) {
     const input: RunInput = { ...basic(`planned-${i}`), ...more };
     const [planned] = planOf(await openMaterials(resolveRun(input, '', ''), locate, silent), [
