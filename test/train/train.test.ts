@@ -200,6 +200,8 @@ test("a plan's memory is what a run takes, whose later passes find the gradients
     },
     // A validation by weights that the averages lend.
     { ...lean, ...validation, gradient_accumulation_steps: 1 },
+    // Averages that nobody asks to be lent.
+    { ...lean, gradient_accumulation_steps: 1 },
   ].entries()) {
     const input: RunInput = { ...basic(`planned-${i}`), ...more };
     const [planned] = planOf(await openMaterials(resolveRun(input, '', ''), locate, silent), [

@@ -138,6 +138,7 @@ export function diffusionTask(
       }
     },
     rehearsePreviews(weights) {
+      if (previews.length === 0) return;
       const other = averaged(weights);
       rehearsePreviews(other, previews, said?.previews, shown);
       releaseTwin(other, pipeline);
