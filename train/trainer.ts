@@ -45,7 +45,7 @@ interface Standing {
   failures: number;
   /** Whether updates were made that no checkpoint has. */
   unsaved: boolean;
-  /** Whether an update is being made: a device that fails then may have moved some of the weights. */
+  /** Whether weights are being moved: a device that fails then may have moved some of them. */
   moving: boolean;
 }
 
@@ -112,14 +112,16 @@ async function trainFrom(
   const turns = turnsFrom(placed, sizes, at.position);
   const begun = at.position.step;
   if (begun > 0 && (begun === total || isDue(run.previews.every_steps, begun, at.position.update === 0)))
-    await journal.catchUp(begun, stop);
+    await journal.aside(() => journal.catchUp(begun, stop));
   if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
   for (let turn = turns.next().value, next = turn; at.position.step < total; turn = next) {
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
     if (!done) next = turns.next().value;
-    at.moving = true;
-    const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next);
+    const moving = () => {
+      at.moving = true;
+    };
+    const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next, moving);
     at.moving = false;
     if (at.position.step === begun) dropLater(run.output, begun);
     const { update, endsEpoch } = turn;
@@ -129,13 +131,20 @@ async function trainFrom(
     const { step } = at.position;
     const measured =
       run.validation.samples > 0 && (done || isDue(run.validation.every_steps, step, endsEpoch));
-    journal.note(at.position, lr, made, update, measured ? await validationLoss(session) : undefined);
+    journal.note(
+      at.position,
+      lr,
+      made,
+      update,
+      measured ? await journal.aside(() => validationLoss(session)) : undefined,
+    );
     if (made.skipped) report.line(`step ${step} skipped: ${made.skipped}`);
     if (at.failures >= run.max_nonfinite) throw gaveUp(made, at);
     // Not while updates fail: these weights may lead to NaN.
-    if (done || (at.failures === 0 && isDue(run.checkpoints.every_steps, step, endsEpoch))) save(session, at);
+    if (done || (at.failures === 0 && isDue(run.checkpoints.every_steps, step, endsEpoch)))
+      await journal.aside(() => save(session, at));
     if (!stop.asked && (done || isDue(run.previews.every_steps, step, endsEpoch)))
-      await journal.preview(step, stop);
+      await journal.aside(() => journal.preview(step, stop));
     // Asked during the update, or during the previews after it.
     if (stop.asked && at.unsaved) save(session, at);
     if (stop.asked && !done) return { position: at.position, folder: at.folder, stopped: true };
@@ -200,10 +209,16 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     const sheet = await writePreviews(run.output, step, pictures, promptsOf(run.previews));
     const { path, width, height } = sheet;
     events.image(step, 'previews', readFileSync(path), width, height);
-    since = performance.now(); // the rate is of training alone
   };
   return {
     preview,
+    /** Work whose time is none of training's, of which the rate is. */
+    async aside<R>(work: () => R | Promise<R>): Promise<R> {
+      const began = performance.now();
+      const result = await work();
+      since += performance.now() - began;
+      return result;
+    },
     /** A run that ended after it had saved and before its previews were whole has them yet to draw. */
     catchUp: (step: number, stop: Stop): Promise<unknown> =>
       hasPreviews(run.output, step) ? writeSheet(run.output, promptsOf(run.previews)) : preview(step, stop),

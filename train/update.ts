@@ -59,7 +59,8 @@ async function makeFused(
   feed: Feed,
   { update: [pass], epoch }: Turn,
   lr: number,
-  next?: Turn,
+  next: Turn | undefined,
+  moving: () => void,
 ): Promise<Made> {
   const { run, optimizer, ema } = session;
   const inputs = await feed.take(pass, epoch);
@@ -71,6 +72,7 @@ async function makeFused(
   if (failed) return failed;
   let begun: ReturnType<typeof optimizer.begin> | undefined;
   const move = (part: Gradients) => {
+    moving();
     begun ??= optimizer.begin(lr, measured?.scale);
     begun.move(part);
   };
@@ -82,7 +84,7 @@ async function makeFused(
 
 /**
  * Makes an update at learning rate `lr`; `next` follows it. A loss or gradient that is not finite leaves the weights. After an
- * error the session can only be released.
+ * error the session can only be saved, if `moving` was not called by then, and released.
  */
 export async function makeUpdate(
   session: Session,
@@ -90,8 +92,9 @@ export async function makeUpdate(
   turn: Turn,
   lr: number,
   next?: Turn,
+  moving: () => void = () => undefined,
 ): Promise<Made> {
-  if (session.run.train.fused_backward_pass) return makeFused(session, feed, turn, lr, next);
+  if (session.run.train.fused_backward_pass) return makeFused(session, feed, turn, lr, next, moving);
   const { update, epoch } = turn;
   const { passes, parameters } = session;
   const shares = sharesOf(update);
@@ -108,7 +111,7 @@ export async function makeUpdate(
       }
       await setImmediate();
     }
-    const made = await step(session, turn, lr, losses, norms as GradientNorms);
+    const made = await step(session, turn, lr, losses, norms as GradientNorms, moving);
     passes.clear();
     return made;
   } finally {
@@ -130,6 +133,7 @@ async function step(
   lr: number,
   losses: readonly Tensor[],
   norms: GradientNorms,
+  moving: () => void,
 ): Promise<Made> {
   const { run, passes, optimizer, ema } = session;
   const values = losses.map((loss) => loss.floats()[0]);
@@ -139,6 +143,7 @@ async function step(
   const clipping = norms.read(run.optimizer.max_grad_norm);
   const failed = await whySkipped(session, update[Math.max(0, bad)], epoch, { loss, ...clipping });
   if (failed) return failed;
+  moving();
   const { made, dlr } = optimizer.step(lr, clipping.scale);
   boundNorms(session);
   passes.share();

@@ -1,4 +1,4 @@
-// What a run writes for other programs and people: TensorBoard's records, the loss curve, the vocabulary.
+// What a run writes for other programs and people: TensorBoard's records, the log's rate, the loss curve, the vocabulary.
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -15,9 +15,12 @@ import { loadTokenizer } from '../../models/text/tokenizer.ts';
 import { loadTensors } from '../../train/checkpoint.ts';
 import { learnVocabulary, writeTokenizers } from '../../train/data/vocabulary.ts';
 import { lossCurve } from '../../train/log/curve.ts';
+import { readLog } from '../../train/log/log.ts';
 import { crc32c, openEventFile } from '../../train/log/tensorboard.ts';
+import type { RunInput } from '../../train/run/run.ts';
 import { rewindPreviews, writePreviews } from '../../train/tasks/preview.ts';
 import { filesOpen } from '../support/io_helpers.ts';
+import { basic, run } from '../support/small_runs.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-files-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
@@ -80,6 +83,20 @@ test('the loss curve', (t) => {
   t.equal(validation[1].split(' ').length, 4, 'a line through what was measured');
   t.match(lossCurve([], 'nothing yet'), /<svg/, 'no entries, no error');
   t.end();
+});
+
+test('the pictures a second that are told are those of training alone', async (t) => {
+  const input: RunInput = {
+    ...{ ...basic('rate'), log_every: 5, checkpoints: { every_steps: 100 } },
+    previews: { prompts: ['a'], num_inference_steps: 1, every_steps: 4 },
+  };
+  // Five updates of 16 pictures, with four rests of 50 ms between: a last update alone takes some 10 ms.
+  const meanwhile = (label: string) => {
+    if (label === 'training') Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 50);
+  };
+  await run(input, { meanwhile });
+  const [{ images_per_second: rate }] = readLog(join(input.output as string, 'log.jsonl'));
+  t.ok(rate <= 16 / 0.2, `${rate}`);
 });
 
 test('the axes of the loss curve, by hand', (t) => {

@@ -85,28 +85,31 @@ test('a picture that has changed since it was looked at is not trained on', asyn
   }
 });
 
-test('previews that find no memory cost no update', async (t) => {
-  const prompts = ['a'];
-  const hurt = {
-    ...basic('no-memory'),
-    checkpoints: { every_steps: 100 },
-    previews: { prompts, every_steps: 3 },
-  };
-  const { execute } = device;
-  // As drawing is told of, after the third update.
-  const meanwhile = (label: string, done: number) => {
-    if (label !== 'training' || done !== 3) return;
-    device.execute = () => {
-      throw new MemoryError('out of memory: tensors at work');
+test('previews and passes that find no memory cost no update', async (t) => {
+  const once = { gradient_accumulation_steps: 1 };
+  const fused = { ...once, train: { fused_backward_pass: true } };
+  for (const [name, more, whole] of [
+    ['drawing', { previews: { prompts: ['a'], every_steps: 3 } }, {}],
+    ['passing', {}, {}],
+    ['fused', fused, once],
+  ] as [string, RunInput, RunInput][]) {
+    const hurt = { ...basic(`no-memory-${name}`), checkpoints: { every_steps: 100 }, ...more };
+    const { execute } = device;
+    // After the third update.
+    const meanwhile = (label: string, done: number) => {
+      if (label !== 'training' || done !== 3) return;
+      device.execute = () => {
+        throw new MemoryError('out of memory: tensors at work');
+      };
     };
-  };
-  await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError' });
-  device.execute = execute;
-  const [saved] = listCheckpoints(hurt.output as string);
-  t.match(saved, /step-00000003$/, 'updates until then are saved');
-  const whole = { ...basic('with-memory'), checkpoints: { every_steps: 3 } };
-  await run(whole);
-  t.equal(digest(saved), digest(listCheckpoints(whole.output as string)[0]));
+    await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError' }, name);
+    device.execute = execute;
+    const [saved] = listCheckpoints(hurt.output as string);
+    t.match(saved, /step-00000003$/, 'updates until then are saved');
+    const unhurt = { ...basic(`with-memory-${name}`), checkpoints: { every_steps: 3 }, ...whole };
+    await run(unhurt);
+    t.equal(digest(saved), digest(listCheckpoints(unhurt.output as string)[0]));
+  }
 });
 
 test('stopped while updates fail, a run keeps what it saved before', async (t) => {
