@@ -4,6 +4,7 @@ import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
 import { UserError } from '../io/errors.ts';
 import type { Materials } from './materials.ts';
+import { requirePasses } from './passes/replicas.ts';
 import { gib, type Plan } from './plan.ts';
 import { estimate } from './rehearsal.ts';
 import { resolveRun } from './run/resolve_run.ts';
@@ -21,7 +22,7 @@ export interface Fit {
 export const DRIVERS_SHARE = 0.75 * 2 ** 30;
 
 /** What saves memory, a step at a time. */
-function savings({ batch_size, gradient_accumulation_steps: passes }: Run): string[][] {
+function savings({ batch_size, gradient_accumulation_steps: passes, previews }: Run): string[][] {
   const halves: string[][] = [];
   for (let batch = batch_size / 2, times = 2; Number.isInteger(batch); batch /= 2, times *= 2)
     halves.push([`batch_size=${batch}`, `gradient_accumulation_steps=${passes * times}`]);
@@ -31,7 +32,7 @@ function savings({ batch_size, gradient_accumulation_steps: passes }: Run): stri
     ['train.fused_backward_pass=true'],
     // The same draws.
     ...halves,
-    ['previews.prompts=[]'],
+    ['previews.prompts=[]', ...(previews.validation_image.length ? ['previews.validation_image=[]'] : [])],
     // Less exact.
     ['dtype=bfloat16'],
     ['train.q8=true'],
@@ -57,9 +58,10 @@ export function fitInto(
   const taken = (set: readonly string[]): number => {
     try {
       const run = resolveRun(materials.run, 'the run', materials.run.name, set);
+      requirePasses(run, devices.length);
       return Math.max(...estimate({ ...materials, run }, devices.map(standInFor)).bytes);
     } catch (error) {
-      // What does not go together, or would not fit this model, is no way.
+      // What does not go together, would not fit this model, or leaves a GPU without a pass, is no way.
       if (error instanceof UserError) return Number.POSITIVE_INFINITY;
       throw error;
     }

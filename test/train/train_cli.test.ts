@@ -261,6 +261,17 @@ test('a plan tells what to set for a run to fit', async (t) => {
   const hopeless = await sdxl('plan', file, '--vram', '0.75GiB', '--quiet');
   t.match(hopeless.out, /vram +it does not fit; the least it takes is 0\.\d\d GiB, with --set [a-z]/);
   t.match((await sdxl('plan', file, '--vram', '12GB', '--quiet')).out, /vram +it fits\n/);
+  const two = [
+    '--device',
+    'cuda:0,cuda:1',
+    '--set',
+    'batch_size=3',
+    '--set',
+    'gradient_accumulation_steps=2',
+  ];
+  const { set } = (await planned(share, ...two)).fit;
+  const flags = (set as string[]).flatMap((each) => ['--set', each]);
+  t.equal((await sdxl('plan', file, '--quiet', ...two, ...flags)).status, 0, `two GPUs have passes: ${set}`);
   await refuses(t, 'no size', /--vram takes a size such as 10GB, not "much"/, 'plan', file, '--vram', 'much');
 });
 

@@ -10,6 +10,7 @@ import { controlnet, parseControlNetConfig } from '../../models/control/controln
 import { controlNetJson } from '../../models/control/controlnet_start.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { openDataset } from '../../train/data/source.ts';
+import { fitInto } from '../../train/fit.ts';
 import { openMaterials } from '../../train/materials.ts';
 import { openPictures, readConditioning, readView, viewIn } from '../../train/pictures/pictures.ts';
 import { planOf } from '../../train/plan.ts';
@@ -29,6 +30,7 @@ import {
   locate,
   losses,
   model,
+  opened,
   resumes,
   run,
   sessionOf,
@@ -144,6 +146,20 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
     /final holds a ControlNet, which sdxl sample takes as --controlnet /,
     ...['sample', '--model', final, '--prompt', 'x', '--output', join(folder, 'x.png')],
   );
+});
+
+test('where previews are the most of a run, it fits without them and what they follow', async (t) => {
+  const one = { ...controlRun('fits'), gradient_accumulation_steps: 1 };
+  const prompts = [{ prompt: 'stripes', width: 256, height: 256 }];
+  const previews = { prompts, validation_image: [join(controlled, '1.conditioning_image.png')] };
+  const [{ memory_bytes: without }, materials] = [
+    planOf(await opened(one)),
+    await opened({ ...one, previews }),
+  ];
+  const plan = planOf(materials);
+  const { set, fits } = fitInto(materials, [device], plan, without[0]);
+  t.ok(plan.memory_bytes[0] > 1.1 * without[0] && fits, `${plan.memory_bytes} to ${without}`);
+  t.same(set, ['previews.prompts=[]', 'previews.validation_image=[]']);
 });
 
 test('a run that went on with a ControlNet resumes without it', async (t) => {
