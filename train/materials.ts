@@ -22,7 +22,7 @@ import { learningRate } from './optimizers/lr_schedule.ts';
 import type { Report } from './passes/task.ts';
 import { openPictures, type Pictures, sideStep } from './pictures/pictures.ts';
 import { followed } from './run/rules/optimizer.ts';
-import { usual } from './run/rules/owners.ts';
+import { usual, withoutForeign } from './run/rules/owners.ts';
 import type { Run } from './run/run.ts';
 import type { Sources } from './tasks/trained_parts.ts';
 
@@ -170,7 +170,10 @@ export function stateOf(run: Run, checkpoint: string): State {
   const { step, epoch, update } = state;
   if (![step, epoch, update].every(Number.isInteger))
     throw new UserError(`${checkpoint} does not say where the run stood, so it is damaged; take another`);
-  const then = { ...state.run, lr_scheduler: followed({ ...usual.lr_scheduler, ...state.run.lr_scheduler }) };
+  const then = {
+    ...withoutForeign(state.run),
+    lr_scheduler: followed({ ...usual.lr_scheduler, ...state.run.lr_scheduler }),
+  };
   const differs = difference(then, run, usual);
   if (differs) {
     throw new UserError(

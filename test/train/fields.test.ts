@@ -33,7 +33,7 @@ test('a written value is read as its key takes it', (t) => {
     ['ema.decay=1', 1],
     ['ema.decay=0', 0],
     ['lora.rank=1', 1],
-    ['vae_objective.mse=0', 0],
+    ['objective.prior_loss_weight=0', 0],
   ] as const)
     t.strictSame(at(assignment), want, assignment);
   t.end();
@@ -93,8 +93,9 @@ test('values under which nothing would be trained are refused', (t) => {
   const weightless = ['l1', 'mse', 'kl'].map((term) => `vae_objective.${term}=0`);
   refuses(t, /"vae_objective" has only weights of 0/, () => resolved('train.target=vae', ...weightless));
   t.doesNotThrow(() => resolved('train.target=vae', ...weightless.slice(1)), 'one term is enough');
-  t.doesNotThrow(() => resolved(...weightless), 'where no VAE is trained');
-  t.doesNotThrow(() => resolved('lora.alpha=0', 'objective.huber_delta=0'), 'where they are not used');
+  t.doesNotThrow(() => resolved('lora.alpha=0'), 'where it is not used');
+  const adafactor = 'optimizer.name=adafactor';
+  refuses(t, /"optimizer\.clip_threshold" is 0, /, () => resolved(adafactor, 'optimizer.clip_threshold=0'));
   for (const [key, value, name] of [
     ['warmup_steps', '100', 'constant_with_warmup'],
     ['num_cycles', '3', 'cosine_with_restarts'],
@@ -124,7 +125,42 @@ test('what Prodigy cannot find a learning rate with is refused', (t) => {
   ] as const)
     refuses(t, says, () => resolved(...prodigy, ...assignments));
   refuses(t, /"optimizer\.lr" is 0\.00001, /, () => resolved('optimizer.name=prodigy'));
-  t.doesNotThrow(() => resolved('optimizer.d0=0', 'optimizer.d_coef=0'), 'others do not use them');
+  t.end();
+});
+
+test('keys that would do nothing are refused, with what they are for', (t) => {
+  const vae = 'train.target=vae';
+  for (const [key, value, of, owner, ...more] of [
+    ['optimizer.d_coef', '2', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.d0', '1e-5', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.beta3', '0.9', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.growth_rate', '2', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.use_bias_correction', 'true', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.safeguard_warmup', 'true', 'Prodigy', 'optimizer.name=prodigy', 'optimizer.lr=1'],
+    ['optimizer.clip_threshold', '2', 'Adafactor', 'optimizer.name=adafactor'],
+    ['optimizer.decay_rate', '-0.5', 'Adafactor', 'optimizer.name=adafactor'],
+    ['objective.huber_delta', '0.1', 'the Huber loss', 'objective.loss=huber'],
+    ['lcm.huber_c', '0.1', 'the pseudo-Huber loss', 'lcm.loss_type=huber', 'train.method=lcm'],
+    ['vae_objective.kl', '0', 'a VAE', vae],
+  ]) {
+    const [by, name] = owner.split('=');
+    const mend = new RegExp(
+      `"${key}" is of ${of}, and "${by}" is "\\w+"; leave it out, or set "${by}" to "${name}"$`,
+    );
+    const others = key.startsWith('lcm') ? more : [];
+    refuses(t, mend, () => resolved(`${key}=${value}`, ...others));
+    t.doesNotThrow(() => resolved(`${key}=${value}`, owner, ...more), key);
+  }
+  for (const [key, value] of [
+    ['objective.snr_gamma', '5'],
+    ['objective.loss', 'huber'],
+    ['train.gradient_checkpointing', 'true'],
+  ]) {
+    refuses(t, new RegExp(`"${key}" is of a UNet, and "train.target" is "vae"; leave it out$`), () =>
+      resolved(vae, `${key}=${value}`),
+    );
+    t.doesNotThrow(() => resolved(`${key}=${value}`), key);
+  }
   t.end();
 });
 

@@ -388,7 +388,8 @@ test('a run goes on from a checkpoint of a program that did not know all of its 
   const state = JSON.parse(readFileSync(file, 'utf8')) as { run: Record<string, Record<string, unknown>> };
   delete state.run.lora;
   delete state.run.objective.min_timestep;
-  state.run.lr_scheduler.power = 3; // which this schedule does not follow, and an older program passed over
+  // Which this schedule does not follow and this optimizer does not have, and an older program passed over.
+  [state.run.lr_scheduler.power, state.run.optimizer.d_coef] = [3, 2];
   writeFileSync(file, JSON.stringify(state));
   await t.rejects(
     run({ ...input, objective: { min_timestep: 5 } }, { checkpoint: stopped.folder }),

@@ -22,6 +22,10 @@ export function refuseOptimizer(run: Run, where: string): void {
     throw new UserError(
       `${where}: "optimizer.eps" is 0, by which a weight without a gradient, as A of a LoRA at first, is moved by 0/0 to NaN; leave it out, or set it to a small value such as ${usual.optimizer.eps}`,
     );
+  if (optimizer.clip_threshold === 0 && optimizer.name === 'adafactor')
+    throw new UserError(
+      `${where}: "optimizer.clip_threshold" is 0, the most that an update may be, so nothing would be trained; leave it out`,
+    );
   refuseSchedule(run, where);
   refuseBlockRates(run, where);
   refuseRates(run, where);

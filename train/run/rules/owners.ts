@@ -17,44 +17,83 @@ export const given = <G extends Group>(run: Run, group: G): (keyof Run[G] & stri
     (key) => String(run[group][key]) !== String(usual[group][key]),
   );
 
+/** Keys that say whose others are. */
+const deciders = {
+  'train.target': ({ train }: Run) => train.target,
+  'train.method': ({ train }: Run) => train.method,
+  'optimizer.name': ({ optimizer }: Run) => optimizer.name,
+  'objective.loss': ({ objective }: Run) => objective.loss,
+  'lcm.loss_type': ({ lcm }: Run) => lcm.loss_type,
+};
+
+type Decider = keyof typeof deciders;
+
 interface Owned {
   group: Group;
   /** Which of its keys; all by default. */
   keys?: RegExp;
   /** What they are of, in words. */
   of: string;
-  by: 'target' | 'method';
-  owner: Run['train']['target'] | Run['train']['method'];
+  by: Decider;
+  /** The value of `by` that they are for, or the one that has no use for them. */
+  owner?: string;
+  stranger?: string;
 }
 
+/** Keys of a group that are for one value of another key. */
+const row = (group: Group, keys: RegExp | undefined, of: string, by: Decider, owner: string): Owned => ({
+  ...{ group, keys, of, by, owner },
+});
+
+// What every adapter has may stay where none is trained: a run may be tried with and without.
+const ofAdapters = /^(?!(rank|alpha|targets|text_encoder_targets)$)/;
+const ofProdigy = /^(d_coef|d0|beta3|growth_rate|use_bias_correction|safeguard_warmup)$/;
+
 const owned: readonly Owned[] = [
-  // What every adapter has may stay where none is trained: a run may be tried with and without.
-  {
-    ...{ group: 'lora', keys: /^(?!(rank|alpha|targets|text_encoder_targets)$)/ },
-    ...{ of: 'adapters', by: 'target', owner: 'lora' },
-  },
-  { group: 'controlnet', of: 'a ControlNet', by: 'target', owner: 'controlnet' },
-  { group: 't2i_adapter', of: 'a T2I-Adapter', by: 'target', owner: 't2i_adapter' },
-  { group: 'ip_adapter', of: 'an IP-Adapter', by: 'target', owner: 'ip_adapter' },
-  { group: 'textual_inversion', of: "a token's vectors", by: 'target', owner: 'textual_inversion' },
-  { group: 'lcm', of: 'latent consistency distillation', by: 'method', owner: 'lcm' },
-  { group: 'distillation', of: 'distillation into a smaller UNet', by: 'method', owner: 'distillation' },
-  { group: 'dpo', of: 'Diffusion-DPO', by: 'method', owner: 'dpo' },
-  {
-    ...{ group: 'dataset', keys: /^(rejected_image|label)_column$/ },
-    ...{ of: 'Diffusion-DPO', by: 'method', owner: 'dpo' },
-  },
-  { group: 'esd', of: 'ESD', by: 'method', owner: 'esd' },
+  row('lora', ofAdapters, 'adapters', 'train.target', 'lora'),
+  row('controlnet', undefined, 'a ControlNet', 'train.target', 'controlnet'),
+  row('t2i_adapter', undefined, 'a T2I-Adapter', 'train.target', 't2i_adapter'),
+  row('ip_adapter', undefined, 'an IP-Adapter', 'train.target', 'ip_adapter'),
+  row('textual_inversion', undefined, "a token's vectors", 'train.target', 'textual_inversion'),
+  row('vae_objective', undefined, 'a VAE', 'train.target', 'vae'),
+  // masked_loss is told by what it is for (images.ts).
+  { group: 'objective', keys: /^(?!masked_loss$)/, of: 'a UNet', by: 'train.target', stranger: 'vae' },
+  { group: 'train', keys: /^gradient_checkpointing$/, of: 'a UNet', by: 'train.target', stranger: 'vae' },
+  row('lcm', undefined, 'latent consistency distillation', 'train.method', 'lcm'),
+  row('distillation', undefined, 'distillation into a smaller UNet', 'train.method', 'distillation'),
+  row('dpo', undefined, 'Diffusion-DPO', 'train.method', 'dpo'),
+  row('dataset', /^(rejected_image|label)_column$/, 'Diffusion-DPO', 'train.method', 'dpo'),
+  row('esd', undefined, 'ESD', 'train.method', 'esd'),
+  row('objective', /^huber_delta$/, 'the Huber loss', 'objective.loss', 'huber'),
+  row('lcm', /^huber_c$/, 'the pseudo-Huber loss', 'lcm.loss_type', 'huber'),
+  // Moments' betas and eps may stay: most optimizers have them, and a run may be tried with one or another.
+  row('optimizer', /^(clip_threshold|decay_rate)$/, 'Adafactor', 'optimizer.name', 'adafactor'),
+  row('optimizer', ofProdigy, 'Prodigy', 'optimizer.name', 'prodigy'),
 ];
+
+/** What is another's in a run. */
+const foreignTo = (run: Run): Owned[] =>
+  owned.filter(({ by, owner, stranger }) => {
+    const own = deciders[by](run);
+    return owner === undefined ? own === stranger : own !== owner;
+  });
 
 /** @throws UserError for the first key that is another's; `where` names the file */
 export function refuseForeign(run: Run, where: string): void {
-  for (const { group, keys = /./, of, by, owner } of owned) {
-    const own = run.train[by];
-    const key = own === owner ? undefined : given(run, group).find((each) => keys.test(each));
+  for (const { group, keys = /./, of, by, owner } of foreignTo(run)) {
+    const key = given(run, group).find((each) => keys.test(each));
+    const mend = owner === undefined ? 'leave it out' : `leave it out, or set "${by}" to "${owner}"`;
     if (key)
       throw new UserError(
-        `${where}: "${group}.${key}" is of ${of}, and "train.${by}" is "${own}"; leave it out, or set "train.${by}" to "${owner}"`,
+        `${where}: "${group}.${key}" is of ${of}, and "${by}" is "${deciders[by](run)}"; ${mend}`,
       );
   }
+}
+
+/** A run without what is another's, which earlier programs passed over, so that checkpoints may have it. */
+export function withoutForeign(run: Run): Run {
+  const own: Record<string, unknown> = { ...usual, ...run };
+  for (const { group, keys = /./ } of foreignTo(own as unknown as Run))
+    own[group] = Object.fromEntries(Object.entries(own[group] as object).filter(([key]) => !keys.test(key)));
+  return own as unknown as Run;
 }
