@@ -26,6 +26,8 @@ export interface State extends Position {
   run: Run;
   /** Names the samples: a resumed run must see the same ones. */
   dataset: string;
+  /** Names the captions, of which a resumed run may see others; absent where an older program wrote it. */
+  captions?: string;
 }
 
 /** A trained component, with averaged weights too where there is an EMA. */

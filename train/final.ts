@@ -66,14 +66,14 @@ export async function writeFinal(session: Session, checkpoint: string): Promise<
   return folder;
 }
 
-/** Whether a run's finished model is that of its newest checkpoint, and no other number of updates is asked for. */
+/** Whether a run's finished model is that of its newest checkpoint, and has the updates that are asked for. */
 export function isFinished({ output, steps, epochs }: Run): boolean {
   const made = join(finalOf(output), 'run.json');
   if (!existsSync(made)) return false;
   const newest = listCheckpoints(output).at(-1);
   if (newest && !readFileSync(made).equals(readFileSync(stateFile(newest)))) return false;
-  const { run } = readJsonObject(made) as unknown as State;
-  return run.steps === steps && run.epochs === epochs;
+  const { step, epoch, update } = readJsonObject(made) as unknown as State;
+  return steps > 0 ? step === steps : epoch === epochs && update === 0;
 }
 
 /** Removes the finished model where it is of a later step. */

@@ -13,6 +13,7 @@ import { autoencoder, withPosterior } from '../models/vae/autoencoder.ts';
 import { difference, readState, type State } from './checkpoint.ts';
 import type { IPAdapterBegin } from './controls/ip_adapter.ts';
 import { asSeeing } from './controls/seeing.ts';
+import { hashOfCaptions } from './data/caption.ts';
 import { passesPerUpdate, samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { learnVocabulary, writeTokenizers } from './data/vocabulary.ts';
@@ -77,19 +78,37 @@ export async function openMaterials(
   const ipAdapter = await openIPAdapter(run, locate);
   withPosterior(autoencoder(vaeSource.config('vae')), vaeSource.path); // refused before pictures are read
   const pictures = await openPictures(run, sideStep(source, vaeSource, run.train.target), report);
-  if (checkpoint && stateOf(run, checkpoint).dataset !== pictures.hash)
-    throw new UserError(
-      `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
-    );
   const perEpoch = updatesPerEpoch(
     samplesPerEpoch(pictures.samples),
     run.batch_size,
     run.gradient_accumulation_steps,
   );
   const total = run.steps || run.epochs * perEpoch;
+  if (checkpoint) checkFollows(checkpoint, { run, pictures, total }, report);
   learningRate(run.lr_scheduler, run.optimizer.lr, 0, total); // refuses what cannot be followed, before any work
   const sources = { source, vaeSource, teacherSource, controlSource, ipAdapter, checkpoint };
   return { run, ...sources, pictures, updatesPerEpoch: perEpoch, total };
+}
+
+/** Tells of captions that are others now. @throws UserError where the run cannot go on from there */
+function checkFollows(
+  checkpoint: string,
+  { run, pictures, total }: Pick<Materials, 'run' | 'pictures' | 'total'>,
+  report: Report,
+): void {
+  const { step, dataset, captions } = stateOf(run, checkpoint);
+  if (dataset !== pictures.hash)
+    throw new UserError(
+      `${checkpoint} was trained on other pictures than ${run.dataset.path} holds now; put them back, or start anew with another output`,
+    );
+  if (step > total)
+    throw new UserError(
+      `${checkpoint} has ${step} updates behind it, and the run is to have ${total}; ask for more with steps or epochs, or resume from an earlier checkpoint`,
+    );
+  if (run.train.target !== 'vae' && captions !== undefined && captions !== hashOfCaptions(pictures.samples))
+    report.line(
+      `warning: ${checkpoint} was trained with other captions than ${run.dataset.path} holds now; the run goes on with these`,
+    );
 }
 
 /** The ControlNet or T2I-Adapter to go on with. A checkpoint has the whole of it, and what the run began with may be gone. */

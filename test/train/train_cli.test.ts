@@ -52,6 +52,15 @@ test('a finished run goes on where more is asked of it, at another learning rate
     'or before the last checkpoint',
   );
   t.ok(made.equals(weights(final)));
+  const fewer = ['train', file, '--resume', '--set', 'steps=3'];
+  await refuses(
+    t,
+    'less than is made',
+    /step-00000004 has 4 updates behind it, and the run is to have 3;/,
+    ...fewer,
+  );
+  const otherwise = await sdxl('train', file, '--resume', ...more, '--set', 'epochs=7');
+  t.match(otherwise.err, /^longer is finished/, 'steps say when it ends');
   rmSync(join(output, 'checkpoints'), { recursive: true });
   t.match(await again(), /^longer is finished: .*final\n$/, 'whatever became of the checkpoints');
   await refuses(

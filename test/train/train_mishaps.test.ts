@@ -6,9 +6,22 @@ import { test } from 'tap';
 import { MemoryError } from '../../engine/memory.ts';
 import { writePng } from '../../io/image.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
+import { openMaterials } from '../../train/materials.ts';
+import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { picture } from '../support/controlnet_golden.ts';
-import { basic, control, controlled, device, digest, folder, pictures, run } from '../support/small_runs.ts';
+import {
+  basic,
+  control,
+  controlled,
+  device,
+  digest,
+  folder,
+  locate,
+  pictures,
+  run,
+  silent,
+} from '../support/small_runs.ts';
 
 test('a run draws the previews that it had saved before and was ended at', async (t) => {
   const previews = { prompts: ['a', 'b'], num_inference_steps: 2, every_steps: 1 };
@@ -83,6 +96,24 @@ test('a picture that has changed since it was looked at is not trained on', asyn
     await t.rejects(run(input, { meanwhile }), { name: 'UserError', message }, target);
     t.equal(listCheckpoints(input.output as string).length, 1, 'what was trained until then is saved');
   }
+});
+
+test('a run that goes on with other captions says so', async (t) => {
+  const path = join(folder, 'retold');
+  cpSync(pictures, path, { recursive: true });
+  const input: RunInput = { ...basic('retold'), dataset: { path, resolution: 32 } };
+  const { folder: checkpoint } = await run(input, { until: 1 });
+  const told = async (): Promise<string[]> => {
+    const lines: string[] = [];
+    const report = { ...silent, line: (text: string) => void lines.push(text) };
+    await openMaterials(resolveRun(input, 'test', 'test'), locate, report, { checkpoint });
+    return lines;
+  };
+  t.same(await told(), []);
+  writeFileSync(join(path, '3.txt'), 'a plain caption\n');
+  const [line, ...others] = await told();
+  t.match(line, /step-00000001 was trained with other captions than .*retold holds now; the run goes on/);
+  t.same(others, []);
 });
 
 test('previews and passes that find no memory cost no update', async (t) => {

@@ -1,6 +1,8 @@
 // The caption a sample is shown with in an epoch: one of its choices, its tags shuffled or thinned, or none at all. The
 // options' names are kohya's.
+import { createHash } from 'node:crypto';
 import { draws } from './draws.ts';
+import type { Sample } from './survey.ts';
 
 export interface CaptionOptions {
   /** Share of captions left away, so that guidance has something to compare with. */
@@ -49,3 +51,9 @@ export function allCaptions(
   if (options.shuffle_caption || options.caption_tag_dropout_rate > 0) return undefined;
   return [...new Set(samples.flatMap(({ captions }) => captions))];
 }
+
+/** Names the captions of all samples, each with whom it is of. */
+export const hashOfCaptions = (samples: readonly Pick<Sample, 'id' | 'captions'>[]): string =>
+  createHash('sha256')
+    .update(JSON.stringify(samples.map(({ id, captions }) => [id, captions])))
+    .digest('hex');
