@@ -2,8 +2,8 @@
 // in textual_inversion/), the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json,
 // which says where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are
 // removed.
-import { existsSync } from 'node:fs';
-import { basename, join } from 'node:path';
+import { existsSync, realpathSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import type { Tensor } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { isRecord, listFolder, makeFolder, readJsonObject } from '../io/files.ts';
@@ -40,6 +40,10 @@ const folderPattern = /^step-(\d{8})$/;
 const checkpointsOf = (output: string): string => join(output, 'checkpoints');
 
 export const stateFile = (checkpoint: string): string => join(checkpoint, 'state.json');
+
+/** Where a run from random weights keeps the tokenizers that it learnt: beside its checkpoints, whatever way one of these is named. */
+export const tokenizersOf = (checkpoint: string): string =>
+  join(dirname(dirname(realpathSync(checkpoint))), 'tokenizers');
 
 /** The complete checkpoints of a run, oldest first. A folder that was being written has another name. */
 export function listCheckpoints(output: string): string[] {

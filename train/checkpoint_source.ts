@@ -1,11 +1,11 @@
 // A training checkpoint seen as a model: what was trained comes from it, everything else from the model that the run began
 // with, as in the run's own final folder. Reading needs no knowledge of the optimizer.
 import { existsSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { type Json, type ModelSource, openComponent } from '../models/checkpoint/checkpoint.ts';
 import { randomModel } from '../models/formats/random_weights.ts';
-import { readState } from './checkpoint.ts';
+import { readState, tokenizersOf } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
 import type { Locate } from './materials.ts';
 import { trainedScheduler } from './objective/objective.ts';
@@ -37,8 +37,7 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
   if (ema && !existsSync(join(path, 'ema')))
     throw new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const preset = typeof run.model !== 'string';
-  // runs/NAME/checkpoints/step-N: a run from random weights learnt its tokenizers beside its checkpoints.
-  const tokenizers = join(dirname(dirname(path)), 'tokenizers');
+  const tokenizers = tokenizersOf(path);
   const origin =
     typeof run.model === 'string'
       ? await locate.model(run.model, run.unet)

@@ -1,6 +1,6 @@
 // What a run is made of before any weight is on a device: its pictures looked at, and its models found, or begun at random; of a
 // resumed run, what its checkpoint says of them.
-import { existsSync, realpathSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
@@ -10,7 +10,7 @@ import { randomModel } from '../models/formats/random_weights.ts';
 import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
 import { parseTextConfig } from '../models/text/clip.ts';
 import { autoencoder, withPosterior } from '../models/vae/autoencoder.ts';
-import { difference, readState, type State } from './checkpoint.ts';
+import { difference, readState, type State, tokenizersOf } from './checkpoint.ts';
 import type { IPAdapterBegin } from './controls/ip_adapter.ts';
 import { asSeeing } from './controls/seeing.ts';
 import { hashOfCaptions } from './data/caption.ts';
@@ -166,7 +166,7 @@ async function openSource(
 
 /** A resumed run keeps the tokenizers that its weights were trained with, whatever the captions are now. @throws UserError */
 function keepTokenizers(tokenizers: string, checkpoint: string): void {
-  const theirs = join(dirname(dirname(realpathSync(checkpoint))), 'tokenizers');
+  const theirs = tokenizersOf(checkpoint);
   if (!existsSync(theirs))
     throw new UserError(
       `${theirs} is gone, by which ${checkpoint} was trained; put it back, or start anew with another output`,
