@@ -63,11 +63,16 @@ const write = (folder: string, i: number, salt: number) =>
 
 async function viewsOf(path: string, crops = 2): Promise<View[]> {
   const { samples } = await survey(await openDataset({ path }), { broken: 'fatal' });
-  const options = { center_crop: false, random_flip: false };
+  const options = { center_crop: false };
   return samples.flatMap((sample) =>
     Array.from({ length: crops }, (_, variant) => ({
       ...{ sample, variant },
-      geometry: geometryOf(sample.size, [32, 32], options, { seed: 1, key: sample.key, variant }),
+      geometry: geometryOf(sample.size, [32, 32], options, {
+        seed: 1,
+        key: sample.key,
+        variant,
+        flip: false,
+      }),
     })),
   );
 }

@@ -7,8 +7,9 @@ import type { Size } from '../../models/text/conditioning.ts';
 import { allCaptions, captionOf } from '../../train/data/caption.ts';
 import { bucketSizes, nearestBucket } from '../../train/pictures/buckets.ts';
 import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../../train/pictures/picture.ts';
-import { spread } from '../../train/pictures/pictures.ts';
+import { spread, viewIn, viewsOf } from '../../train/pictures/pictures.ts';
 import { fill } from '../../train/run/fields.ts';
+import { resolveRun } from '../../train/run/resolve_run.ts';
 import { fields } from '../../train/run/run_fields.ts';
 
 /** What a run has that says nothing of its dataset. */
@@ -58,7 +59,7 @@ test('what is transparent lies on white', async (t) => {
   const { data } = await decodePicture(grey, 'grey', { onWhite: true });
   t.strictSame([...data], [40, 40, 40, 255, 255, 255], 'grey with alpha');
   const center = { ...defaults, center_crop: true };
-  const whole = geometryOf([1, 4], [1, 4], center, { seed: 0, key: 0, variant: 0 });
+  const whole = geometryOf([1, 4], [1, 4], center, { seed: 0, key: 0, variant: 0, flip: false });
   const pixels = await readPixels(files[0][1], 'as a model sees it', whole, 'bilinear');
   t.strictSame([...pixels.subarray(3, 6)], [1, 1, 1], 'and so do the pixels for the VAE');
 });
@@ -77,8 +78,8 @@ test('alpha is shown as the picture is, and the colours beneath with it', async 
   const colours = await drop((pixel, c) => 4 * pixel + c);
   const alpha = await drop((pixel) => 4 * pixel + 3);
   for (let key = 0; key < 4; key++) {
-    const options = { ...defaults, random_flip: true };
-    const geometry = geometryOf([30, 40], [16, 16], options, { seed: 1, key, variant: 0 });
+    const place = { seed: 1, key, variant: 0, flip: key % 2 === 1 };
+    const geometry = geometryOf([30, 40], [16, 16], defaults, place);
     const beneath = await readPixels(file, 'rgba', geometry, 'lanczos', 'colours');
     t.strictSame(beneath, await readPixels(colours, 'rgb', geometry, 'lanczos'), `colours, ${geometry.flip}`);
     const grey = await readPixels(alpha, 'alpha as grey', geometry, 'lanczos', 'conditioning');
@@ -92,7 +93,7 @@ test('alpha is shown as the picture is, and the colours beneath with it', async 
   t.end();
 });
 
-const where = { seed: 7, key: 11, variant: 0 };
+const where = { seed: 7, key: 11, variant: 0, flip: false };
 
 test('geometry covers the target and nothing more', (t) => {
   const center = { ...defaults, center_crop: true };
@@ -168,30 +169,52 @@ test('geometry covers the target and nothing more', (t) => {
       flip: false,
     });
   }
-  let flips = 0;
   const lefts = new Set<number>();
-  for (let key = 0; key < 4000; key++) {
-    const { crop, flip } = geometryOf(
-      [64, 72],
-      [64, 64],
-      { center_crop: false, random_flip: true },
-      { ...where, key },
-    );
-    if (flip) flips++;
+  for (let key = 0; key < 400; key++) {
+    const { crop } = geometryOf([64, 72], [64, 64], { center_crop: false }, { ...where, key });
     lefts.add(crop[1]);
     if (crop[0] !== 0) t.fail(`a crop at ${crop}`);
   }
-  t.ok(Math.abs(flips - 2000) < 130, `${flips} of 4000 are mirrored`);
   t.strictSame([...lefts].sort(), [0, 1, 2, 3, 4, 5, 6, 7, 8], 'every place is reached');
+  t.end();
+});
+
+test('each epoch draws anew which pictures are mirrored, of a single crop too', (t) => {
+  const read = () => Promise.reject(new Error('no pixels are read'));
+  const samples = Array.from({ length: 40 }, (_, key) => ({
+    ...{ id: `${key}`, key, hash: '', captions: [''], size: [64, 72] as const, read },
+  }));
+  const pictures = { samples, buckets: [[64, 64]] as Size[], bucketOf: samples.map(() => 0), hash: '' };
+  for (const [crops, random_flip] of [
+    [1, true],
+    [3, true],
+    [3, false],
+  ] as const) {
+    const own = resolveRun({ dataset: { crops, random_flip } }, 'test', 'test');
+    const all = { ...pictures, validationImages: [] };
+    const prepared = new Set(viewsOf(all, own).map((view) => JSON.stringify(view)));
+    t.equal(prepared.size, 40 * crops * (random_flip ? 2 : 1));
+    let flips = 0;
+    for (let epoch = 0; epoch < 100; epoch++)
+      for (const i of samples.keys()) {
+        const view = viewIn(epoch, i, all, own);
+        if (!prepared.has(JSON.stringify(view))) t.fail(`epoch ${epoch} shows what is not prepared`);
+        if (view.geometry.flip) flips++;
+      }
+    // Of 4000 draws; for each picture, of 100.
+    t.ok(random_flip ? Math.abs(flips - 2000) < 130 : flips === 0, `${flips} of 4000 are mirrored`);
+    const ofOne = Array.from({ length: 100 }, (_, epoch) => viewIn(epoch, 7, all, own).geometry.flip);
+    const times = ofOne.filter((flip) => flip).length;
+    t.ok(random_flip ? Math.abs(times - 50) < 17 : times === 0, `${times} of 100 epochs mirror a picture`);
+  }
   t.end();
 });
 
 test('time ids tell of the crop that is seen', (t) => {
   const picture = patterned(20, 12);
-  const options = { center_crop: false, random_flip: true };
-  let [mirrored, plain] = [0, 0];
+  const options = { center_crop: false };
   for (let key = 0; key < 40; key++) {
-    const geometry = geometryOf([12, 20], [8, 8], options, { ...where, key });
+    const geometry = geometryOf([12, 20], [8, 8], options, { ...where, key, flip: key % 2 === 1 });
     const same = { ...geometry, resized: [12, 20] as Size }; // no resizing, so that pixels can be named
     const got = preparePicture(picture, same, 'bilinear');
     const [h, w, top, left, targetH, targetW] = timeIdsOf(same);
@@ -205,10 +228,8 @@ test('time ids tell of the crop that is seen', (t) => {
       got.every((value, i) => value === want[i]),
       `${same.flip ? 'mirrored' : 'plain'}, left ${left}`,
     );
-    same.flip ? mirrored++ : plain++;
   }
-  t.ok(mirrored > 5 && plain > 5);
-  const geometry = geometryOf([100, 50], [64, 64], { ...options, random_flip: false }, where);
+  const geometry = geometryOf([100, 50], [64, 64], options, where);
   t.strictSame(timeIdsOf(geometry, 6), [100, 50, geometry.crop[0], 0, 6], 'the refiner takes a score');
   t.end();
 });

@@ -18,29 +18,22 @@ export interface Geometry {
   flip: boolean;
 }
 
-interface PictureOptions {
-  /** Crop at the centre rather than at random. */
-  center_crop: boolean;
-  /** Mirror every second picture, at random. */
-  random_flip: boolean;
-}
-
 /**
- * The geometry of a picture's `variant`-th version. A run that caches k versions of each picture takes the epoch modulo k
- * for the variant; one that caches none takes the epoch itself.
+ * The geometry of a picture's `variant`-th crop, mirrored or not. A run takes the epoch modulo `dataset.crops` for the variant, and draws
+ * for each epoch whether it mirrors (pictures.ts).
  */
 export function geometryOf(
   original: Size,
   target: Size,
-  options: PictureOptions,
-  { seed, key, variant }: { seed: number; key: number; variant: number },
+  /** Crop at the centre rather than at random. */
+  { center_crop }: { center_crop: boolean },
+  { seed, key, variant, flip }: { seed: number; key: number; variant: number; flip: boolean },
 ): Geometry {
   const resized = coveringSize(original, target);
   const room = [resized[0] - target[0], resized[1] - target[1]];
   const place = draws(seed, variant, key, 'crop');
-  const begin = (side: number) => (options.center_crop ? halfOf(side) : place.integer(side + 1));
+  const begin = (side: number) => (center_crop ? halfOf(side) : place.integer(side + 1));
   const crop = [begin(room[0]), begin(room[1])] as const;
-  const flip = options.random_flip && draws(seed, variant, key, 'flip').uniform() < 0.5;
   return { original, resized, crop, target, flip };
 }
 

@@ -5,6 +5,7 @@ import { readPicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Size } from '../../models/text/conditioning.ts';
+import { draws } from '../data/draws.ts';
 import { keyOf, openDataset } from '../data/source.ts';
 import { readUnchanged, type Sample, survey } from '../data/survey.ts';
 import { templatesOf } from '../data/templates.ts';
@@ -103,15 +104,29 @@ export function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictu
   return { height, width };
 }
 
-/** How sample `index` is shown in an epoch: a run that prepares k versions of each picture shows them in turn. */
-export function viewIn(epoch: number, index: number, pictures: Pictures, run: Run): View {
+function viewOf(index: number, pictures: Pictures, run: Run, variant: number, flip: boolean): View {
   const sample = pictures.samples[index];
   const target = pictures.buckets[pictures.bucketOf[index]];
-  const variant = epoch % run.dataset.crops;
-  return {
-    ...{ sample, variant },
-    geometry: geometryOf(sample.size, target, run.dataset, { seed: run.seed, key: sample.key, variant }),
-  };
+  const place = { seed: run.seed, key: sample.key, variant, flip };
+  return { sample, variant, geometry: geometryOf(sample.size, target, run.dataset, place) };
+}
+
+/** How sample `index` is shown in an epoch: its crops in turn, and mirrored as the epoch draws. */
+export function viewIn(epoch: number, index: number, pictures: Pictures, run: Run): View {
+  const { crops, random_flip } = run.dataset;
+  const { key } = pictures.samples[index];
+  const flip = random_flip && draws(run.seed, epoch, key, 'flip').uniform() < 0.5;
+  return viewOf(index, pictures, run, epoch % crops, flip);
+}
+
+/** All views that epochs may show. */
+export function viewsOf(pictures: Pictures, run: Run): View[] {
+  const { crops, random_flip } = run.dataset;
+  return Array.from({ length: crops }, (_, variant) =>
+    (random_flip ? [false, true] : [false]).map((flip) =>
+      pictures.samples.map((_, i) => viewOf(i, pictures, run, variant, flip)),
+    ),
+  ).flat(2);
 }
 
 /** The view's pixels, [h, w, 3] in [-1, 1], or what else is to be read of its picture. */

@@ -207,8 +207,9 @@ export interface Run {
     aspect_ratio_buckets: boolean;
     /** Crop at the centre rather than at random. */
     center_crop: boolean;
-    /** Versions of one picture that are prepared, where crop, flip or a mask are drawn. */
+    /** Crops of one picture that are prepared, where crop or a mask are drawn: epochs show them in turn. */
     crops: number;
+    /** Mirror pictures at random, in each epoch anew: each crop is prepared both ways. */
     random_flip: boolean;
     interpolation: 'lanczos' | 'bilinear';
     /** Tokens of a caption that are read, in chunks of 75: the further ones as `sdxl sample --max-token-length` reads them. */

@@ -35,7 +35,7 @@ import {
   textCache,
   type View,
 } from '../pictures/cache.ts';
-import { type Pictures, previewSize, viewIn, withRejected } from '../pictures/pictures.ts';
+import { type Pictures, previewSize, viewsOf, withRejected } from '../pictures/pictures.ts';
 import { previewsOf } from '../run/preview_prompts.ts';
 import { type Run, trainsTexts } from '../run/run.ts';
 
@@ -132,9 +132,7 @@ async function preparePictures(
     const coder = withPosterior(pipeline.vae, vaeSource.path);
     const cacheOf = (shown: Shown) => momentsCache(cacheFolder(run), coder, shown);
     const cache = cacheOf(shownPicture(interpolation, alpha_mask ? 'colours' : 'picture'));
-    const views = Array.from({ length: run.dataset.crops }, (_, variant) =>
-      pictures.samples.map((_, i) => viewIn(variant, i, pictures, run)),
-    ).flat();
+    const views = viewsOf(pictures, run);
     await cache.fill(withRejected(views), heard('encoding pictures'));
     const edits = run.dataset.original_image_column !== '';
     if (!edits && !run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
