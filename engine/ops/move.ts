@@ -1,9 +1,12 @@
 // Ops that move elements: concat and slice along an axis, permute, nearest upsampling, row lookup. Tensors are always
 // contiguous, so each of these copies, once; reshape (tensor.ts) is the only view.
+import type { DType } from '../../io/dtype.ts';
+import { noGrad } from '../grad.ts';
 import { apply, defineOp, type Numbers, sameFloat, type Tensors, type Update, updateOf } from '../op.ts';
 import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { around, resolveAxis } from './reduce.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
+import { cast } from './unary.ts';
 
 const partsOf = <T>(t: Record<string, T>, prefix: string, count: number): (T | undefined)[] =>
   Array.from({ length: count }, (_, i) => t[`${prefix}${i}`]);
@@ -152,6 +155,10 @@ export function slice(x: Tensor, axis: number, start: number, length: number): T
   const at = resolveAxis('slice', axis, x.shape.length);
   return apply(sliceOp, { x }, { axis: at, start, length });
 }
+
+/** A copy in storage of its own, off the tape; in another floating-point type where one is told. */
+export const duplicate = (x: Tensor, dtype: DType = x.dtype): Tensor =>
+  noGrad(() => (dtype === x.dtype ? slice(x, 0, 0, x.shape[0]) : cast(x, dtype)));
 
 const copyOp = defineOp<Record<string, never>>({
   name: 'copy',

@@ -2,12 +2,10 @@
 // what is not trained, so beside adapters it costs no memory. What is trained it copies, before a checkpoint or an update moves that. Or it
 // is another model's UNet, whole on each device.
 import type { Device } from '../../engine/device.ts';
-import { noGrad } from '../../engine/grad.ts';
 import { holding } from '../../engine/memory.ts';
 import { namedParameters, type Parameter, unload } from '../../engine/module.ts';
-import { scale } from '../../engine/ops/unary.ts';
-import { built, scope } from '../../engine/scope.ts';
-import type { Tensor } from '../../engine/tensor.ts';
+import { duplicate } from '../../engine/ops/move.ts';
+import { built } from '../../engine/scope.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { parseUNetConfig, type UNet, type UNetConfig, unet } from '../../models/unet/unet.ts';
@@ -67,5 +65,3 @@ const makerOf =
       twin({ name: 'teacher', parameters }, namedParameters(own), substitute);
       return own;
     });
-
-const duplicate = (weight: Tensor): Tensor => noGrad(() => scope(() => scale(weight, 1)));

@@ -1,13 +1,11 @@
 // The exponential moving average of the trained weights, in float32, as diffusers' EMAModel: its decay rises with the
 // number of updates, so that early averages forget the start.
-
-import { noGrad } from '../../engine/grad.ts';
 import { holding } from '../../engine/memory.ts';
 import { update } from '../../engine/op.ts';
+import { duplicate } from '../../engine/ops/move.ts';
 import { emaStep } from '../../engine/ops/optimizer.ts';
-import { cast } from '../../engine/ops/unary.ts';
 import { built, unscoped } from '../../engine/scope.ts';
-import { type Tensor, zeros } from '../../engine/tensor.ts';
+import type { Tensor } from '../../engine/tensor.ts';
 
 export interface Ema {
   /** The averages by name. */
@@ -29,7 +27,7 @@ function startEma(names: Iterable<string>, weightOf: (name: string) => Tensor, d
   for (const name of names)
     weights.set(
       name,
-      unscoped(() => copy(weightOf(name))),
+      unscoped(() => duplicate(weightOf(name), 'float32')),
     );
   return {
     weights,
@@ -42,9 +40,4 @@ function startEma(names: Iterable<string>, weightOf: (name: string) => Tensor, d
       for (const t of weights.values()) t.release();
     },
   };
-}
-
-function copy(weight: Tensor): Tensor {
-  if (weight.dtype !== 'float32') return noGrad(() => cast(weight, 'float32'));
-  return zeros(weight.shape, { device: weight.device }).upload(weight.bytes());
 }

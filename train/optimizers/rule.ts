@@ -1,12 +1,10 @@
 // What the optimizers share: state tensors per parameter, float32 masters or stochastic rounding for bfloat16 weights and state, and
 // the loop over parameters. An optimizer itself is a rule: which tensors it keeps for a parameter, and one step on it, or on all.
-import { noGrad } from '../../engine/grad.ts';
 import { holding } from '../../engine/memory.ts';
 import type { Parameter } from '../../engine/module.ts';
 import { type Update, update } from '../../engine/op.ts';
-import { slice } from '../../engine/ops/move.ts';
+import { duplicate } from '../../engine/ops/move.ts';
 import type { StepAttrs, StepInputs } from '../../engine/ops/optimizer.ts';
-import { cast } from '../../engine/ops/unary.ts';
 import { built, scope, unscoped } from '../../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';
@@ -106,7 +104,7 @@ function startOptimizer(
   }
   const items = [...parameters].map(([name, parameter]) => {
     const halves = parameter.tensor.dtype !== 'float32';
-    const master = halves && !stochastic_rounding ? masterOf(parameter.tensor) : undefined;
+    const master = halves && !stochastic_rounding ? copyOf(parameter.tensor, 'float32') : undefined;
     if (master) state.set(`master.${name}`, master);
     const slots: Slots = {};
     for (const [slot, kind] of Object.entries(rule.slots(parameter))) {
@@ -153,9 +151,7 @@ function startOptimizer(
   };
 }
 
+const copyOf = (weight: Tensor, dtype?: DType): Tensor => unscoped(() => duplicate(weight, dtype));
+
 const emptySlot = ({ device }: Tensor, { shape, dtype }: Slot): Tensor =>
   unscoped(() => zeros(shape, { device, dtype }));
-
-const copyOf = (weight: Tensor): Tensor => noGrad(() => unscoped(() => slice(weight, 0, 0, weight.shape[0])));
-
-const masterOf = (weight: Tensor): Tensor => noGrad(() => unscoped(() => cast(weight, 'float32')));
