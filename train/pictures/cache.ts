@@ -51,11 +51,20 @@ export const shownPicture = (interpolation: ResizeFilter, reading: Reading = 'pi
     ...{ picture: sample.hash, geometry, interpolation },
     ...(reading !== 'picture' && { reading }),
   }),
-  read: async ({ sample, geometry }, signal) => {
-    const file = await readUnchanged(sample);
-    return readPixelsAside({ file, name: sample.id, geometry, interpolation, reading }, signal);
-  },
+  read: (view, signal) => readShown(view, interpolation, reading, signal),
 });
+
+/** A view's pixels, or what else is to be read of its file. @throws UserError where the file is another by now */
+export const readShown = async (
+  { sample, geometry }: View,
+  interpolation: ResizeFilter,
+  reading?: Reading,
+  signal?: AbortSignal,
+): Promise<Float32Array> =>
+  readPixelsAside(
+    { file: await readUnchanged(sample), name: sample.id, geometry, interpolation, reading },
+    signal,
+  );
 
 /** What the VAE gives for one view: [h, w, c] each, neither scaled nor clamped. */
 export interface PictureMoments {

@@ -7,14 +7,13 @@ import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { draws } from '../data/draws.ts';
 import { keyOf, openDataset } from '../data/source.ts';
-import { readUnchanged, type Sample, survey } from '../data/survey.ts';
+import { type Sample, survey } from '../data/survey.ts';
 import { templatesOf } from '../data/templates.ts';
 import type { Report } from '../passes/task.ts';
 import type { Run } from '../run/run.ts';
 import { bucketSizes, nearestBucket } from './buckets.ts';
-import type { View } from './cache.ts';
+import { readShown, type View } from './cache.ts';
 import { geometryOf, type Reading } from './picture.ts';
-import { readPixelsAside } from './pixel_threads.ts';
 
 export interface Pictures {
   samples: readonly Sample[];
@@ -130,32 +129,16 @@ export function viewsOf(pictures: Pictures, run: Run): View[] {
 }
 
 /** The view's pixels, [h, w, 3] in [-1, 1], or what else is to be read of its picture. */
-export const readView = async (
-  { sample, geometry }: View,
-  run: Run,
+export const readView = (
+  view: View,
+  { dataset }: Run,
   signal?: AbortSignal,
   reading?: Reading,
-): Promise<Float32Array> =>
-  readPixelsAside(
-    {
-      ...{ file: await readUnchanged(sample), name: sample.id, geometry },
-      interpolation: run.dataset.interpolation,
-      reading,
-    },
-    signal,
-  );
+): Promise<Float32Array> => readShown(view, dataset.interpolation, reading, signal);
 
 /** The conditioning image of the view's picture, done the same to: [h, w, 3] in [0, 1]. */
-export const readConditioning = async (
-  { sample, geometry }: View,
-  run: Run,
-  signal?: AbortSignal,
-): Promise<Float32Array> => {
-  const image = sample.beside as NonNullable<Sample['beside']>;
-  const { interpolation } = run.dataset;
-  const file = await readUnchanged(image);
-  return readPixelsAside({ file, name: image.id, geometry, interpolation, reading: 'conditioning' }, signal);
-};
+export const readConditioning = (view: View, run: Run, signal?: AbortSignal): Promise<Float32Array> =>
+  readView(besideView(view), run, signal, 'conditioning');
 
 /** The view of the picture beside the view's own, cropped, mirrored and drawn for alike. */
 export function besideView(view: View): View {
