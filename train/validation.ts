@@ -3,7 +3,7 @@
 // change, it falls smoothly.
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
-import type { MicroBatch } from './data/order.ts';
+import { split } from './data/order.ts';
 import type { PassInputs } from './objective/pass_inputs.ts';
 import { undropped } from './parts/dropout.ts';
 import { place } from './passes/pass.ts';
@@ -21,7 +21,7 @@ export async function validationLoss(session: Session): Promise<number> {
     run.validation.samples,
   );
   let sum = 0;
-  for (const pass of batches(chosen, pictures.bucketOf, run.batch_size)) {
+  for (const pass of split(chosen, pictures.bucketOf, run.batch_size)) {
     sum += pass.samples.length * measuredLoss(session, await task.prepare(pass, HELD_OUT_EPOCH));
   }
   return sum / chosen.length;
@@ -30,14 +30,3 @@ export async function validationLoss(session: Session): Promise<number> {
 /** The loss of a pass from which nothing is learnt. */
 export const measuredLoss = ({ task, ema, device }: Session, inputs: PassInputs): number =>
   noGrad(() => scope(() => task.loss(place(undropped(inputs), device), ema?.weights).floats()[0]));
-
-/** Samples in batches of one bucket each. */
-function batches(samples: readonly number[], bucketOf: readonly number[], size: number): MicroBatch[] {
-  const all: MicroBatch[] = [];
-  for (const bucket of new Set(samples.map((i) => bucketOf[i]))) {
-    const members = samples.filter((i) => bucketOf[i] === bucket);
-    for (let at = 0; at < members.length; at += size)
-      all.push({ bucket, samples: members.slice(at, at + size) });
-  }
-  return all;
-}

@@ -73,7 +73,8 @@ export function planEpoch(
   // A bucket's updates fill up late where it is rare; shuffled anew, rare sizes are not kept for the end.
   full.sort((a, b) => places[a[0]].update - places[b[0]].update);
   if (left.length > 0) full.push(left);
-  return full.map((update) => split(update, samples, batch));
+  const bucketOf = samples.map(({ bucket }) => bucket);
+  return full.map((update) => split(update, bucketOf, batch));
 }
 
 /** How many of the samples an epoch has: all, but no more for prior preservation than others. */
@@ -95,10 +96,10 @@ function membersOf(samples: readonly Placed[], seed: number, epoch: number): num
   return [...own, ...Array.from({ length: count }, (_, i) => prior[(epoch * count + i) % prior.length])];
 }
 
-/** An update's samples, by bucket and then by batch, in the order they come. */
-function split(update: readonly number[], samples: readonly Placed[], batch: number): Update {
+/** Samples by bucket and then by batch, in the order they come. */
+export function split(samples: readonly number[], bucketOf: readonly number[], batch: number): MicroBatch[] {
   const byBucket = new Map<number, number[]>();
-  for (const i of update) byBucket.set(samples[i].bucket, [...(byBucket.get(samples[i].bucket) ?? []), i]);
+  for (const i of samples) byBucket.set(bucketOf[i], [...(byBucket.get(bucketOf[i]) ?? []), i]);
   return [...byBucket].flatMap(([bucket, members]) => {
     const count = Math.ceil(members.length / batch);
     return Array.from({ length: count }, (_, k) => ({
