@@ -32,8 +32,9 @@ export interface Plan {
   /** What the network predicts, which the model's scheduler may decide; undefined where a VAE is trained. */
   prediction_type?: string;
   trained_parameters: number;
+  /** All those of the networks that have some trained: of adapters theirs alone. */
   parameters: number;
-  /** The most that an update or a preview takes, by device; estimated. */
+  /** The most that preparation, an update, validation or previews take, by device; estimated. */
   memory_bytes: number[];
 }
 
@@ -108,7 +109,7 @@ export function planOf(materials: Materials, devices?: readonly Device[]): Plan 
 
 /** The plan in lines, with what `devices` have of the memory. */
 export function describe(plan: Plan, devices?: readonly Device[]): string[] {
-  const { run, updates, updates_per_epoch, trained_parameters, memory_bytes } = plan;
+  const { run, updates, updates_per_epoch, memory_bytes } = plan;
   const buckets = plan.buckets.map(({ width, height, images }) => `${width}x${height} (${images})`);
   const epochs = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
   return [
@@ -118,7 +119,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
-    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofSeeing(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${count(trained_parameters)} of ${count(plan.parameters)} parameters`,
+    `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofSeeing(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${counted(plan)}`,
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...ofObjective(run)].join(', ')}`]
       : []),
@@ -233,6 +234,10 @@ function there(devices: readonly Device[] = []): string {
 }
 
 export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+
+/** Of how many parameters those are that are trained, where they are not all. */
+const counted = ({ trained_parameters: trained, parameters: all }: Plan): string =>
+  `${count(trained)}${trained < all ? ` of ${count(all)}` : ''} parameters`;
 
 const count = (n: number): string =>
   n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(2)} M` : `${n}`;

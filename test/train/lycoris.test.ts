@@ -201,7 +201,8 @@ for (const [k, lora] of kinds.entries())
     );
     const plan = planOf(materials);
     t.equal(plan.trained_parameters, plan.parameters);
-    t.match(describe(plan).join('\n'), new RegExp(`trained +lora \\(${lora.algo}, rank ${lora.rank}`));
+    const counted = `${lora.algo}, rank ${lora.rank}.*\\): ${plan.trained_parameters} parameters\\n`;
+    t.match(describe(plan).join('\n'), new RegExp(`trained +lora \\(${counted}`));
     t.equal(device.memory.storages, before, 'live tensors');
   });
 
