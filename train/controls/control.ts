@@ -1,7 +1,9 @@
 // What passes give the UNet beside noised latents, captions and sizes, by what a run trains: images to follow, pictures as prompts, what it
 // sees beside the latents, or the mask of its loss. Each is a record of inputs, the network that they make, and what previews are given.
 import type { Tensors } from '../../engine/op.ts';
+import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import type { Asked } from '../../models/request.ts';
 import type { Size } from '../../models/text/conditioning.ts';
@@ -29,3 +31,11 @@ export const uncontrolled: Control = {
   network: ({ unet }) => unet,
   preview: () => ({}),
 };
+
+/** @throws UserError for a refiner, beside which none of these is trained */
+export function refuseRefiner({ aesthetic }: Pipeline, { path }: ModelSource, what: string): void {
+  if (aesthetic)
+    throw new UserError(
+      `${path} is a refiner, which takes no ${what}; train one for the base model, with another "model"`,
+    );
+}

@@ -2,7 +2,6 @@
 // picture's conditioning image, and the loss is that of the UNet under it. Nothing of the UNet is trained, so gradients run through
 // its way up alone, to where the ControlNet's features are added.
 import { holding } from '../../engine/memory.ts';
-import { UserError } from '../../io/errors.ts';
 import { preprocessControl } from '../../io/image.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
@@ -17,7 +16,7 @@ import type { Pipeline } from '../../models/pipeline.ts';
 import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
 import type { Run } from '../run/run.ts';
 import { shown } from './conditioning_image.ts';
-import type { Control } from './control.ts';
+import { type Control, refuseRefiner } from './control.ts';
 
 /** Conditioning images, for the pipeline's ControlNet. */
 export const controlled = (run: Run): Control =>
@@ -43,10 +42,7 @@ export function withControlNet(
   source: ModelSource,
   given?: ModelSource,
 ): { other: Pipeline; added: Added } {
-  if (pipeline.aesthetic)
-    throw new UserError(
-      `${source.path} is a refiner, which takes no ControlNet; train one for the base model, with another "model"`,
-    );
+  refuseRefiner(pipeline, source, 'ControlNet');
   const { gradient_checkpointing: gradientCheckpointing } = run.train;
   const { unet, unetConfig, ratio, device, dtype } = pipeline;
   const json = given

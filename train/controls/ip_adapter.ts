@@ -6,7 +6,6 @@ import { holding } from '../../engine/memory.ts';
 import { unload } from '../../engine/module.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
-import { UserError } from '../../io/errors.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
   parseVisionConfig,
@@ -31,7 +30,7 @@ import type { PassInputs } from '../objective/pass_inputs.ts';
 import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
 import type { Said } from '../pictures/cache.ts';
 import type { Run } from '../run/run.ts';
-import type { Control } from './control.ts';
+import { type Control, refuseRefiner } from './control.ts';
 
 /** What a run's IP-Adapter is made from: a vision encoder, and the file of one to go on with. */
 export interface IPAdapterBegin {
@@ -96,10 +95,7 @@ export function withIPAdapter(
   source: ModelSource,
   begin: IPAdapterBegin,
 ): { other: Pipeline; added: Added } {
-  if (pipeline.aesthetic)
-    throw new UserError(
-      `${source.path} is a refiner, which takes no IP-Adapter; train one for the base model, with another "model"`,
-    );
+  refuseRefiner(pipeline, source, 'IP-Adapter');
   const { device, dtype, unet } = pipeline;
   const { imageEncoder, path } = begin;
   const isSeen = run.previews.prompts.length > 0;

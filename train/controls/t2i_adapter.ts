@@ -3,7 +3,6 @@
 import { holding } from '../../engine/memory.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { unscoped } from '../../engine/scope.ts';
-import { UserError } from '../../io/errors.ts';
 import { begun } from '../../models/adapters/layer_init.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import {
@@ -18,7 +17,7 @@ import { channelsFirst } from '../../models/vae/latents.ts';
 import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
 import type { Run } from '../run/run.ts';
 import { shown } from './conditioning_image.ts';
-import type { Control } from './control.ts';
+import { type Control, refuseRefiner } from './control.ts';
 
 /** Conditioning images, for the pipeline's T2I-Adapter. */
 export const adapted = (run: Run, { adapter: [{ config }] }: Pipeline): Control =>
@@ -46,10 +45,7 @@ export function withT2IAdapter(
   source: ModelSource,
   given?: ModelSource,
 ): { other: Pipeline; added: Added } {
-  if (pipeline.aesthetic)
-    throw new UserError(
-      `${source.path} is a refiner, which takes no T2I-Adapter; train one for the base model, with another "model"`,
-    );
+  refuseRefiner(pipeline, source, 'T2I-Adapter');
   const { unetConfig: unet, ratio, device, dtype } = pipeline;
   const config = given ? given.config('adapter') : t2iAdapterJson({ unet, ratio });
   const parsed = parseT2IAdapterConfig(config, given?.path ?? 'the new T2I-Adapter');

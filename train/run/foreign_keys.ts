@@ -1,5 +1,5 @@
 // What other trainers call the keys of a run: kohya's sd-scripts, diffusers' scripts and peft. Told to whoever writes one of
-// these; a run file takes our own names alone, so that each thing has one.
+// these; a run file takes our own names alone, so that each thing has one. What is called alike and only lies elsewhere is found without.
 
 /** Where a word means another key by the script it is of, all of them. */
 export const foreignKeys: Readonly<Record<string, string | readonly string[]>> = {
@@ -9,7 +9,6 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   output_name: 'name',
   mixed_precision: 'dtype',
   full_bf16: 'dtype',
-  fused_backward_pass: 'train.fused_backward_pass',
   network_train_unet_only: 'train.text_encoders',
   train_text_encoder: 'train.text_encoders',
   network_dim: 'lora.rank',
@@ -68,9 +67,6 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   ip_noise_gamma: 'objective.input_perturbation',
   multires_noise_discount: 'objective.pyramid_noise',
   multires_noise_iterations: 'objective.pyramid_noise',
-  min_timestep: 'objective.min_timestep',
-  max_timestep: 'objective.max_timestep',
-  network_weights: 'lora.network_weights',
   timestep_bias_strategy: 'objective.timesteps',
   timestep_bias_portion: 'objective.timestep_bias',
   optimizer_type: 'optimizer.name',
