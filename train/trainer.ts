@@ -101,20 +101,18 @@ async function trainFrom(
   stop: Stop,
   at: Standing,
 ): Promise<Outcome> {
-  const { run, pictures, total, device } = session;
+  const { run, total, device } = session;
   makeFolder(run.output);
   if (at.folder) at.position = resumeSession(session, at.folder);
   device.memory.peak = device.memory.live; // what is told of it is of training
   await othersTurn();
-  if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
+  if (stop.asked) return stoppedAt(at);
   const journal = openJournal(session, report);
-  const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
-  const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
-  const turns = turnsFrom(placed, sizes, at.position);
+  const turns = turnsOf(session, at.position);
   const begun = at.position.step;
   if (begun > 0 && (begun === total || isDue(run.previews.every_steps, begun, at.position.update === 0)))
     await journal.aside(() => journal.catchUp(begun, stop));
-  if (stop.asked) return { position: at.position, folder: at.folder, stopped: true };
+  if (stop.asked) return stoppedAt(at);
   for (let turn = turns.next().value, next = turn; at.position.step < total; turn = next) {
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
@@ -125,36 +123,55 @@ async function trainFrom(
     const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next, moving);
     at.moving = false;
     if (at.position.step === begun) dropLater(run.output, begun);
-    const { update, endsEpoch } = turn;
-    at.position = after(at.position, endsEpoch);
+    at.position = after(at.position, turn.endsEpoch);
     at.failures = made.skipped ? at.failures + 1 : 0;
     at.unsaved = true;
-    const { step } = at.position;
-    const measured =
-      run.validation.samples > 0 && (done || isDue(run.validation.every_steps, step, endsEpoch));
-    journal.note(
-      at.position,
-      lr,
-      made,
-      update,
-      measured ? await journal.aside(() => validationLoss(session)) : undefined,
-    );
-    if (made.skipped) report.line(`step ${step} skipped: ${made.skipped}`);
+    const due = (every: number) => done || isDue(every, at.position.step, turn.endsEpoch);
+    const measured = run.validation.samples > 0 && due(run.validation.every_steps);
+    const loss = measured ? await journal.aside(() => validationLoss(session)) : undefined;
+    journal.note(at.position, lr, made, turn.update, loss);
+    if (made.skipped) report.line(`step ${at.position.step} skipped: ${made.skipped}`);
     if (at.failures >= run.max_nonfinite) throw gaveUp(made, at);
-    // Not while updates fail: these weights may lead to NaN.
-    if (done || (at.failures === 0 && isDue(run.checkpoints.every_steps, step, endsEpoch)))
-      await journal.aside(() => save(session, at));
-    if (!stop.asked && (done || isDue(run.previews.every_steps, step, endsEpoch)))
-      await journal.aside(() => journal.preview(step, stop));
-    // Asked during the update, or during the previews after it.
-    if (stop.asked && at.unsaved) save(session, at);
-    if (stop.asked && !done) return { position: at.position, folder: at.folder, stopped: true };
+    await saveAndDraw(session, journal, at, { due, done }, stop);
+    if (stop.asked && !done) return stoppedAt(at);
     await othersTurn();
   }
+  return finish(session, at);
+}
+
+const stoppedAt = ({ position, folder }: Standing): Outcome => ({ position, folder, stopped: true });
+
+/** All updates from there on. */
+function turnsOf({ run, pictures }: Session, position: Position): ReturnType<typeof turnsFrom> {
+  const placed = pictures.samples.map(({ key, prior }, i) => ({ key, prior, bucket: pictures.bucketOf[i] }));
+  const sizes = { seed: run.seed, batch: run.batch_size, accumulation: run.gradient_accumulation_steps };
+  return turnsFrom(placed, sizes, position);
+}
+
+/** Makes the checkpoint and the previews that are due after an update. */
+async function saveAndDraw(
+  session: Session,
+  journal: ReturnType<typeof openJournal>,
+  at: Standing,
+  { due, done }: { due: (every: number) => boolean; done: boolean },
+  stop: Stop,
+): Promise<void> {
+  const { checkpoints, previews } = session.run;
+  // Not while updates fail: these weights may lead to NaN.
+  if (done || (at.failures === 0 && due(checkpoints.every_steps)))
+    await journal.aside(() => save(session, at));
+  if (!stop.asked && due(previews.every_steps))
+    await journal.aside(() => journal.preview(at.position.step, stop));
+  // Asked during the update, or during the previews after it.
+  if (stop.asked && at.unsaved) save(session, at);
+}
+
+/** Writes what a run ends with. */
+async function finish(session: Session, at: Standing): Promise<Outcome> {
+  const { run } = session;
   // Where no update was left to make, later lines are still there.
   const entries = readLog(logFile(run.output)).filter(({ step }) => step <= at.position.step);
-  const curve = lossCurve(entries, `${run.name}: loss`);
-  writeFileAtomic(join(run.output, 'loss.svg'), curve);
+  writeFileAtomic(join(run.output, 'loss.svg'), lossCurve(entries, `${run.name}: loss`));
   return { position: at.position, folder: await writeFinal(session, at.folder), stopped: false };
 }
 

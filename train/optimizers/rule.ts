@@ -102,15 +102,10 @@ function startOptimizer(
     shared[name] = unscoped(() => tensor(numbers, [numbers.length], { device: first.device }));
     state.set(name, shared[name]);
   }
-  const items = [...parameters].map(([name, parameter]) => {
-    const halves = parameter.tensor.dtype !== 'float32';
-    const master = halves && !stochastic_rounding ? copyOf(parameter.tensor, 'float32') : undefined;
+  const items = [...parameters].map(([name, parameter]): Item => {
+    const { master, slots } = keptFor(parameter, rule, stochastic_rounding);
     if (master) state.set(`master.${name}`, master);
-    const slots: Slots = {};
-    for (const [slot, kind] of Object.entries(rule.slots(parameter))) {
-      slots[slot] = kind === 'weight' ? copyOf(parameter.tensor) : emptySlot(parameter.tensor, kind);
-      state.set(`${slot}.${name}`, slots[slot]);
-    }
+    for (const [slot, kept] of Object.entries(slots)) state.set(`${slot}.${name}`, kept);
     const kept = [master ?? parameter.tensor, ...Object.values(slots)];
     const rounds = kept.some(({ dtype }) => dtype === 'bfloat16');
     return { name, parameter, master, slots, rounds, factor: lrFactor(name) };
@@ -149,6 +144,31 @@ function startOptimizer(
       for (const t of state.values()) t.release();
     },
   };
+}
+
+/** A parameter, and what is kept for it. */
+interface Item {
+  name: string;
+  parameter: Parameter;
+  master?: Tensor;
+  slots: Slots;
+  /** Whether a step rounds at random. */
+  rounds: boolean;
+  /** What its learning rate is multiplied by. */
+  factor: number;
+}
+
+function keptFor(
+  parameter: Parameter,
+  rule: Rule | JointRule,
+  stochastic_rounding: boolean,
+): Pick<Item, 'master' | 'slots'> {
+  const { tensor } = parameter;
+  const master = tensor.dtype !== 'float32' && !stochastic_rounding ? copyOf(tensor, 'float32') : undefined;
+  const slots: Slots = {};
+  for (const [slot, kind] of Object.entries(rule.slots(parameter)))
+    slots[slot] = kind === 'weight' ? copyOf(tensor) : emptySlot(tensor, kind);
+  return { master, slots };
 }
 
 const copyOf = (weight: Tensor, dtype?: DType): Tensor => unscoped(() => duplicate(weight, dtype));
