@@ -329,9 +329,13 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
     );
   if (config.solver_order > 3 && name !== 'UniPCMultistepScheduler')
     throw unlike('solver_order', config.solver_order, `1, 2 or 3 for ${name}`);
-  if (algorithm_type && !algorithm_type.endsWith('++') && config.final_sigmas_type === 'zero')
+  const epsilons =
+    algorithm_type && !algorithm_type.endsWith('++')
+      ? `algorithm_type "${algorithm_type}"`
+      : config.predict_x0 !== undefined && !config.predict_x0 && 'predict_x0 false';
+  if (epsilons && config.final_sigmas_type === 'zero')
     throw new UserError(
-      `the scheduler config's algorithm_type "${algorithm_type}" cannot step to sigma 0: set final_sigmas_type to "sigma_min"`,
+      `the scheduler config's ${epsilons} cannot step to sigma 0: set final_sigmas_type to "sigma_min"`,
     );
   if (isEDM(name)) checkEDM(name, config);
   return config;

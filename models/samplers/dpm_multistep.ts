@@ -44,13 +44,15 @@ export const multistepStart =
   };
 
 /**
- * The order to use at call i: short runs end with lower orders, and a step to sigma 0 is always of first order. Under EDM so is the last to
- * sigma_min, which is there already: its length would be a divisor, as it is in diffusers.
+ * The order to use at call i: short runs end with lower orders, and a step to sigma 0 is always of first order. So is the last to sigma_min
+ * where the level before is that already, as under EDM and of spaced sigmas: its length, which is 0, would be a divisor, as it is in diffusers.
  */
 function stepOrder(config: SchedulerConfig, plan: Plan, i: number): number {
   const left = plan.timesteps.length - i;
   const lowers = config.lower_order_final && plan.timesteps.length < 15;
-  const isFirst = config.euler_at_final || lowers || config.final_sigmas_type === 'zero' || config.sigma_data;
+  const toZero = config.final_sigmas_type === 'zero';
+  const stays = config.sigma_data || plan.sigmas[i + 1] === plan.sigmas[i];
+  const isFirst = config.euler_at_final || lowers || toZero || stays;
   if (left === 1 && isFirst) return 1;
   return left === 2 && lowers ? 2 : config.solver_order;
 }

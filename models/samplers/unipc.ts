@@ -23,13 +23,22 @@ export function unipc(config: SchedulerConfig): Method {
         const latest = predict(config.prediction_type, output, x, alpha, sigma);
         if (taken > 0 && !config.disable_corrector.includes(i - 1))
           x = unifiedUpdate(config, plan, i - 1, previous.values[0], outputs.values, order, latest);
-        const left = config.lower_order_final ? plan.timesteps.length - i : config.solver_order;
-        order = Math.min(config.solver_order, left, ++taken);
+        order = Math.min(stepOrder(config, plan, i), ++taken);
         previous.add(x);
         return unifiedUpdate(config, plan, i, x, outputs.add(latest), order);
       };
     },
   };
+}
+
+/**
+ * The order to use at call i: a run ends with lower orders, unless it is told not to. The last step to sigma 0, or to the level that x is at,
+ * is of first order even then: in diffusers it comes to no number.
+ */
+function stepOrder({ lower_order_final, solver_order }: SchedulerConfig, plan: Plan, i: number): number {
+  const left = plan.timesteps.length - i;
+  const [from, to] = plan.sigmas.subarray(i, i + 2);
+  return lower_order_final || to === 0 || to === from ? Math.min(left, solver_order) : solver_order;
 }
 
 /**

@@ -6,7 +6,7 @@ import { openDevice } from '../../engine/device.ts';
 import { combine } from '../../engine/ops/combine.ts';
 import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig, type SchedulerConfig } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
 import { goldenFolder } from '../support/golden.ts';
 
@@ -96,5 +96,53 @@ test('trailing timesteps are as many as steps, and none lies past the training r
     message: /^1000 steps with this spacing begin past the last training timestep/,
   });
   t.same([...plan(999).timesteps.subarray(0, 2)], [999, 998]);
+  t.end();
+});
+
+/** Latents before and after the last step, and x_0 then, of a run whose network says something of its input and timestep. */
+function lastStep(name: string, config: Partial<SchedulerConfig>, steps: number): Float32Array[] {
+  const device = openDevice('auto');
+  const x = (values: ArrayLike<number>) => tensor(Float32Array.from(values), [1, 2], { device });
+  const sampler = createSampler(name, { ...sdxl, ...config });
+  const loop = sampler.run(
+    sampler.plan(steps),
+    () => x([1, -0.5]),
+    (input, timestep) => x([...input.floats()].map((value, i) => 0.3 * value + 0.1 * i + timestep / 1e4)),
+    () => x([0.3, -0.2]),
+  );
+  let seen: Float32Array[] = [];
+  for (const result of loop) seen = [seen[1], result.x.floats(), result.predOriginalSample().floats()];
+  return seen;
+}
+
+test('a last step that goes nowhere leaves the latents, and one to 0 ends at x_0', (t) => {
+  // diffusers has NaN for each of these, or the infinite: the step's length is a divisor there.
+  const toLeast = { final_sigmas_type: 'sigma_min', lower_order_final: false } as const;
+  for (const [name, config] of [
+    ['dpm++2m_sde', { solver_type: 'heun' }],
+    ['dpm++2m', { solver_type: 'heun' }],
+    ['dpm++2m', { solver_order: 3 }],
+    ['unipc', { solver_order: 3 }],
+    ['unipc', { solver_order: 3, predict_x0: false }],
+  ] as const)
+    for (const schedule of ['karras', 'exponential', 'normal', 'simple', 'ays', 'beta'] as const) {
+      const given = { ...toLeast, ...config, sigma_schedule: schedule };
+      // UniPC corrects the step before with the last output, so its last latents differ by that.
+      const corrector = name === 'unipc' ? { disable_corrector: [0, 1, 2, 3, 4] } : {};
+      const [before, last] = lastStep(name, { ...given, ...corrector }, 6);
+      t.same(last, before, `${name} ${JSON.stringify(config)} ${schedule}`);
+    }
+  const lowers = { ...toLeast, solver_order: 3, lower_order_final: true, sigma_schedule: 'karras' } as const;
+  const [before, last] = lastStep('dpm++2m', lowers, 16);
+  t.same(last, before, 'from 15 steps on no order is lowered');
+  for (const solver_order of [2, 3]) {
+    const [, end, x0] = lastStep('unipc', { solver_order, lower_order_final: false }, 6);
+    t.same(end, x0, `unipc of order ${solver_order}`);
+  }
+  t.throws(() => createSampler('unipc', { predict_x0: false }), {
+    name: 'UserError',
+    message:
+      /^the scheduler config's predict_x0 false cannot step to sigma 0: set final_sigmas_type to "sigma_/,
+  });
   t.end();
 });
