@@ -159,12 +159,12 @@ export async function locateVae(path: string, options: LocateOptions = {}): Prom
   if (inner !== undefined) return vaeOfFile(inner, options);
   if (!existsSync(path) && !looksLikeHubId(path))
     throw new UserError(`no VAE at ${path}; give its folder, its file or a hub id`);
-  const folder = existsSync(path)
-    ? path
-    : await resolveHub(path, { files: ['config.json', 'diffusion_pytorch_model.safetensors'] });
+  const { variant } = options;
+  const folder = existsSync(path) ? path : await download(path, partFiles('VAE', 'vae', variant), options);
   const own = [folder, join(folder, 'vae')].find((each) => existsSync(join(each, 'config.json')));
-  if (!own) return locateModel(folder, { ...options, variant: undefined });
-  return ofClass(openComponent(own), autoencoders, "SDXL's VAE", "a VAE's folder or file");
+  if (!own && existsSync(path)) return locateModel(path, { ...options, variant: undefined });
+  if (!own) throw new UserError(`${path} has no VAE in it; give its folder, its file or a hub id`);
+  return ofClass(openComponent(own, { variant }), autoencoders, "SDXL's VAE", "a VAE's folder or file");
 }
 
 const autoencoders = ['AutoencoderKL', 'AutoencoderTiny'];
@@ -260,6 +260,16 @@ export function componentFiles(all: readonly string[], what: string, variant?: s
     );
   return ['config.json', ...weightsOf(weights, variant)];
 }
+
+/** Of a repository those of one part: of a whole model what is in its folder, else a lone component's. */
+export const partFiles =
+  (what: string, folder: string, variant: string | undefined) =>
+  (all: readonly string[]): string[] =>
+    all.includes('model_index.json')
+      ? neededFiles(all, variant).filter(
+          (name) => name.startsWith(`${folder}/`) || name === 'model_index.json',
+        )
+      : componentFiles(all, what, variant);
 
 /** Downloads the chosen files of a hub id; gives the folder that they are in. @throws UserError */
 export const download = (

@@ -6,15 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { hubPath } from '../../io/hub.ts';
 import { type ModelSource, openComponent } from '../checkpoint/checkpoint.ts';
 import { openUNetFile } from '../formats/unet_file.ts';
-import {
-  componentFiles,
-  download,
-  hubFile,
-  type LocateOptions,
-  locateModel,
-  neededFiles,
-  ofClass,
-} from './locate.ts';
+import { download, hubFile, type LocateOptions, locateModel, ofClass, partFiles } from './locate.ts';
 
 const mend =
   "a UNet's .gguf or .safetensors file, its folder, or a hub id, perhaps with a file such as ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors";
@@ -65,11 +57,7 @@ export async function locateUNet(
   if (inner !== undefined) return openUNetFile(inner, model);
   if (!existsSync(path) && (!hub || hub.inner)) throw new UserError(`no UNet at ${path}; give ${mend}`);
   if (!hub && !statSync(path).isDirectory()) return openUNetFile(path, model);
-  const files = (all: readonly string[]) =>
-    all.includes('model_index.json')
-      ? neededFiles(all, variant).filter((name) => /^(unet\/|model_index\.json$)/.test(name))
-      : componentFiles(all, 'UNet', variant);
-  const folder = hub ? await download(hub.id, files, options) : path;
+  const folder = hub ? await download(hub.id, partFiles('UNet', 'unet', variant), options) : path;
   const own = [folder, join(folder, 'unet')].find((each) => existsSync(join(each, 'config.json')));
   if (!own) throw new UserError(`${path} has no config.json of a UNet; give ${mend}`);
   return ofClass(openComponent(own, { variant }), ['UNet2DConditionModel'], "SDXL's UNet", mend);

@@ -120,6 +120,36 @@ test('one file of a repository, for a model, a VAE and a UNet', async (t) => {
   }
 });
 
+test('a VAE on the hub, alone in its variant or inside a model, with its progress', async (t) => {
+  const coder = join(goldenFolder, 'tiny-sdxl', 'vae');
+  const weights = (variant: string) => `diffusion_pytorch_model${variant}.safetensors`;
+  const half = t.testdir({ repo: {}, whole: { repo: { 'model_index.json': '{}', unet: {}, vae: {} } } });
+  const whole = join(half, 'whole');
+  for (const [from, to] of [
+    ['config.json', join('repo', 'config.json')],
+    [weights(''), join('repo', weights('.fp16'))],
+    ['config.json', join('whole', 'repo', 'vae', 'config.json')],
+    [weights(''), join('whole', 'repo', 'vae', weights(''))],
+    [weights(''), join('whole', 'repo', 'vae', weights('.fp16'))],
+    [weights(''), join('whole', 'repo', 'unet', weights('.fp16'))],
+  ])
+    copyFileSync(join(coder, from), join(half, to));
+  for (const [folder, variant, wanted] of [
+    [half, undefined, ['config.json', weights('.fp16')]],
+    [half, 'fp16', ['config.json', weights('.fp16')]],
+    [whole, undefined, ['model_index.json', 'vae/config.json', `vae/${weights('')}`]],
+    [whole, 'fp16', ['model_index.json', 'vae/config.json', `vae/${weights('.fp16')}`]],
+  ] as const) {
+    rmSync(join(folder, 'cache'), { recursive: true, force: true });
+    const asked = await hubOf(t, folder);
+    const told = new Set<string>();
+    const source = await locateVae('o/n', { variant, onProgress: (path) => told.add(path) });
+    t.same(asked.sort(), wanted);
+    t.same([...told], ['o/n'], 'progress is told');
+    t.ok(source.has('vae'));
+  }
+});
+
 test("a folder's variant", async (t) => {
   const folder = mkdtempSync(join(tmpdir(), 'sdxl-variant-'));
   const [model, half, output] = ['model', 'half', 'x.png'].map((name) => join(folder, name));
