@@ -15,7 +15,7 @@ import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '.
 import { UserError } from '../../io/errors.ts';
 import { listFolder, readJsonObject } from '../../io/files.ts';
 import type { Room, TensorFile } from '../../io/tensor_file.ts';
-import { openWeightsFile } from './weights_file.ts';
+import { openWeightsFile, openWeightsFiles } from './weights_file.ts';
 
 export type Json = Record<string, unknown>;
 
@@ -143,10 +143,8 @@ function folderSource(
 export function openWeights(folder: string, variant?: string): WeightSource {
   if (!existsSync(folder))
     throw new UserError(`no folder ${folder}; the model is incomplete, download it again`);
-  const files = pickFiles(folder, weightFiles(folder), variant).map((name) =>
-    openWeightsFile(join(folder, name)),
-  );
-  return sourceOf(folder, files);
+  const names = pickFiles(folder, weightFiles(folder), variant);
+  return sourceOf(folder, openWeightsFiles(names.map((name) => join(folder, name))));
 }
 
 const weightFiles = (folder: string): string[] =>

@@ -20,6 +20,18 @@ export function openWeightsFile(path: string): TensorFile {
   }
 }
 
+/** Several, none of which stays open where one cannot be opened. @throws UserError */
+export function openWeightsFiles(paths: readonly string[]): TensorFile[] {
+  const open: TensorFile[] = [];
+  try {
+    for (const path of paths) open.push(openWeightsFile(path));
+    return open;
+  } catch (error) {
+    for (const file of open) file.close();
+    throw error;
+  }
+}
+
 /** As it was named until 2025, and since. */
 const scaleName = /^(.+)\.(scale_weight|weight_scale)$/;
 const beside = /(^|\.)(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)$/;

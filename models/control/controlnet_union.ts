@@ -107,8 +107,9 @@ export function asWeightsTell(config: Json, weights: WeightSource): Json {
 
 /** The same of a ControlNet. */
 export function asItsWeightsTell(source: ModelSource): ModelSource {
+  const own = source.config('controlnet');
   const weights = source.weights('controlnet');
-  const config = asWeightsTell(source.config('controlnet'), weights);
+  const config = asWeightsTell(own, weights);
   weights.close();
   return { ...source, config: () => config };
 }

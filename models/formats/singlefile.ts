@@ -3,7 +3,6 @@
 // or those of a folder.
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
-import type { AnyModule } from '../../engine/module.ts';
 import { bytesPerElement, type DType, decodeFloats } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
@@ -19,9 +18,9 @@ import {
 } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
-import { markedIn } from './marks.ts';
-import { presets, sdxlVae } from './presets.ts';
-import { layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
+import { type Marked, markedIn } from './marks.ts';
+import { type ModelPreset, presets, sdxlVae } from './presets.ts';
+import { type Layout, layoutOf, loneUNet, type Origin, sgmOrigin, vaeKeyInSgm } from './sgm_keys.ts';
 import { openTinyFile, tinyPart } from './taesd_file.ts';
 import { toldIn } from './unet_told.ts';
 
@@ -34,59 +33,20 @@ export function openSingleFile(
   path: string,
   { configs, tokenizers }: { configs?: string | ModelSource; tokenizers?: string } = {},
 ): ModelSource {
-  const file = openWeightsFile(path);
-  const layout = layoutOf(file.tensors);
-  const convIn = file.tensors.get('model.diffusion_model.input_blocks.0.0.weight');
-  if (!layout || !convIn) {
-    file.close();
-    if (loneUNet(file.tensors))
-      throw new UserError(
-        `${path} holds a UNet alone: give a whole model as --model, and this beside it as --unet of sdxl sample or export`,
-      );
-    throw new UserError(
-      `${path} is not an SDXL checkpoint in one file (no UNet or no OpenCLIP under the original keys); ` +
-        'give an SDXL base or refiner file, or a diffusers folder',
-    );
-  }
-  const marked = orClosed(file, markedIn);
-  const { refiner, prefixes } = layout;
-  const preset = presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
-  const [width] = preset.unet.block_out_channels;
+  const table = tableOf(path);
+  const { layout, scheduler } = table;
   const lender = typeof configs === 'string' ? openModel(configs) : configs;
   // Base and refiner are named in one call, and only the tokenizer is the same in both.
-  const folder =
-    lender && (lender.modelIndex.requires_aesthetics_score === true) === refiner ? lender : undefined;
-  if (!folder && convIn.shape[0] !== width) {
-    file.close();
-    throw new UserError(
-      `${path}: its UNet begins with ${convIn.shape[0]} channels, SDXL's with ${width}; ` +
-        'name a diffusers folder with its configs',
-    );
-  }
-  const published = componentConfigs(preset);
-  const told = (found: Json) => toldIn(file.tensors, { prefix: prefixes.unet, original: true }, found);
-  const has = (component: string): boolean =>
-    component in prefixes && [...file.tensors.keys()].some((name) => name.startsWith(prefixes[component]));
-  const config = (component: string): Json => {
-    if (component === 'vae' && !has(component))
-      throw new UserError(
-        `${path} has no VAE in it: give one with --vae, such as madebyollin/sdxl-vae-fp16-fix`,
-      );
-    const found = folder?.config(component) ?? published[component];
-    if (!found) throw new UserError(`${path} has no ${component}`);
-    // An inpainting model's, a distilled one's, or one that is told its guidance, whoever lends the rest.
-    if (component === 'unet') return { ...found, in_channels: convIn.shape[1], ...told(found) };
-    if (component === 'vae') return { ...found, ...marked.vae };
-    if (component !== 'scheduler') return found;
-    return { ...(!marked.scheduler._class_name && found), ...marked.scheduler };
-  };
+  const isAlike = lender && (lender.modelIndex.requires_aesthetics_score === true) === layout.refiner;
+  const alike = isAlike ? lender : undefined;
+  const config = configsOf(path, table, alike);
   const source: ModelSource = {
     path,
     modelIndex: {
-      ...(folder?.modelIndex ?? modelIndex(preset)),
-      ...(marked.scheduler._class_name ? { scheduler: ['diffusers', marked.scheduler._class_name] } : {}),
+      ...(alike?.modelIndex ?? modelIndex(presetOf(layout))),
+      ...(scheduler._class_name ? { scheduler: ['diffusers', scheduler._class_name] } : {}),
     },
-    has,
+    has: (component) => hasComponent(table, component),
     config,
     folder(component) {
       // Who lends a tokenizer has text encoders, too, which are others.
@@ -97,12 +57,71 @@ export function openSingleFile(
         `${path} holds weights only, no ${component}: name a diffusers folder that has one`,
       );
     },
-    weights: (component) => translated(openWeightsFile(path), sgmOrigin(component, config, layout)),
-    load: (component, module: AnyModule, device, dtype) =>
+    weights(component) {
+      const origin = sgmOrigin(component, config, layout);
+      return translated(openWeightsFile(path), origin);
+    },
+    load: (component, module, device, dtype) =>
       loadAndClose(module, source.weights(component), device, dtype),
   };
-  file.close();
   return source;
+}
+
+/** What is read of such a file as it is opened: its header, and its marks of the noise. */
+interface Table extends Marked {
+  tensors: TensorFile['tensors'];
+  layout: Layout;
+  /** Of the UNet's first layer. */
+  width: number;
+  in_channels: number;
+}
+
+function tableOf(path: string): Table {
+  const file = openWeightsFile(path);
+  try {
+    const { tensors } = file;
+    const layout = layoutOf(tensors);
+    const [width, in_channels] = tensors.get('model.diffusion_model.input_blocks.0.0.weight')?.shape ?? [];
+    if (layout && width !== undefined) return { tensors, layout, width, in_channels, ...markedIn(file) };
+    throw new UserError(
+      loneUNet(tensors)
+        ? `${path} holds a UNet alone: give a whole model as --model, and this beside it as --unet of sdxl sample or export`
+        : `${path} is not an SDXL checkpoint in one file (no UNet or no OpenCLIP under the original keys); give an SDXL base or refiner file, or a diffusers folder`,
+    );
+  } finally {
+    file.close();
+  }
+}
+
+const presetOf = ({ refiner }: Layout): ModelPreset => presets[refiner ? 'sdxl-refiner' : 'sdxl-base'];
+
+const hasComponent = ({ tensors, layout: { prefixes } }: Table, component: string): boolean =>
+  component in prefixes && [...tensors.keys()].some((name) => name.startsWith(prefixes[component]));
+
+/** The configs of `alike`, or else the published ones, with what the file itself tells. @throws UserError for a UNet of neither */
+function configsOf(path: string, table: Table, alike: ModelSource | undefined): ModelSource['config'] {
+  const { tensors, layout, width, in_channels, vae, scheduler } = table;
+  const preset = presetOf(layout);
+  const [usual] = preset.unet.block_out_channels;
+  if (!alike && width !== usual)
+    throw new UserError(
+      `${path}: its UNet begins with ${width} channels, SDXL's with ${usual}; name a diffusers folder with its configs`,
+    );
+  const published = componentConfigs(preset);
+  const told = (found: Json) => toldIn(tensors, { prefix: layout.prefixes.unet, original: true }, found);
+  return (component) => {
+    if (component === 'vae' && !hasComponent(table, component))
+      throw new UserError(
+        `${path} has no VAE in it: give one with --vae, such as madebyollin/sdxl-vae-fp16-fix`,
+      );
+    const found = alike?.config(component) ?? published[component];
+    if (!found) throw new UserError(`${path} has no ${component}`);
+    // An inpainting model's, a distilled one's, or one that is told its guidance, whoever lends the rest.
+    if (component === 'unet') return { ...found, in_channels, ...told(found) };
+    if (component === 'vae') return { ...found, ...vae };
+    if (component !== 'scheduler') return found;
+    return { ...(!scheduler._class_name && found), ...scheduler };
+  };
 }
 
 /** What the original keys of a lone VAE may begin with: some are cut out of a whole model as they stand there. */
@@ -141,15 +160,6 @@ export function openVaeFile(path: string): ModelSource {
     weights,
     load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
   };
-}
-
-function orClosed<R>(file: TensorFile, read: (file: TensorFile) => R): R {
-  try {
-    return read(file);
-  } catch (error) {
-    file.close();
-    throw error;
-  }
 }
 
 /** The file under diffusers' names and shapes. It lists no names: what nobody asks for is passed over. */

@@ -13,7 +13,7 @@ import {
   sourceOf,
   type WeightSource,
 } from '../checkpoint/checkpoint.ts';
-import { openWeightsFile } from '../checkpoint/weights_file.ts';
+import { openWeightsFile, openWeightsFiles } from '../checkpoint/weights_file.ts';
 import { taesdxlJson } from '../vae/autoencoder_tiny.ts';
 
 type Half = 'encoder' | 'decoder';
@@ -59,7 +59,7 @@ function otherHalf(path: string, part: Half): string {
 /** Both halves under diffusers' keys. */
 function paired(path: string, part: Half): WeightSource {
   const other = otherHalf(path, part);
-  const [encoder, decoder] = (part === 'encoder' ? [path, other] : [other, path]).map(openWeightsFile);
+  const [encoder, decoder] = openWeightsFiles(part === 'encoder' ? [path, other] : [other, path]);
   const inDiffusers = (half: Half, file: TensorFile, clamps: number): TensorFile =>
     renamed(
       file,

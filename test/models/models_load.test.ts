@@ -1,6 +1,6 @@
 // Weights on their way from a file into a model: whatever type they are stored in, the numbers and the layout that the host
 // would make of them, and no memory left beside them.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
@@ -9,7 +9,18 @@ import { module, namedParameters, parameter, unload } from '../../engine/module.
 import { sizeOf } from '../../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../../io/dtype.ts';
 import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
-import { channelsLast, loadAndClose, sourceOf } from '../../models/checkpoint/checkpoint.ts';
+import {
+  channelsLast,
+  loadAndClose,
+  openComponent,
+  openWeights,
+  sourceOf,
+} from '../../models/checkpoint/checkpoint.ts';
+import { asItsWeightsTell } from '../../models/control/controlnet_union.ts';
+import { openSingleFile } from '../../models/formats/singlefile.ts';
+import { openTinyFile } from '../../models/formats/taesd_file.ts';
+import { goldenSingleFile } from '../support/golden.ts';
+import { filesOpen } from '../support/io_helpers.ts';
 import { values } from '../support/op_cases.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-load-'));
@@ -79,3 +90,31 @@ for (const name of ['cpu', 'reference']) {
     t.end();
   });
 }
+
+test('what cannot be opened leaves no file open', (t) => {
+  const at = (name: string) => join(folder, name);
+  const good = (name: string) =>
+    writeSafetensors(at(name), [
+      { name: '0.weight', dtype: 'float32', shape: [1], bytes: new Uint8Array(4) },
+    ]);
+  mkdirSync(at('shards'));
+  good('shards/x-00001-of-00002.safetensors');
+  good('taesdxl_encoder.safetensors');
+  mkdirSync(at('union'));
+  good('union/diffusion_pytorch_model.safetensors');
+  for (const name of ['shards/x-00002-of-00002.safetensors', 'taesdxl_decoder.safetensors'])
+    writeFileSync(at(name), 'damaged');
+  const single = goldenSingleFile('tiny-sdxl');
+  const before = filesOpen();
+  for (const [open, message] of [
+    [() => openWeights(at('shards')), /00002-of-00002/],
+    [() => openTinyFile(at('taesdxl_encoder.safetensors'), 'encoder').weights('vae'), /taesdxl_decoder/],
+    [() => asItsWeightsTell(openComponent(at('union'))), /has no controlnet\/config\.json/],
+    [() => openSingleFile(single), /its UNet begins with 16 channels, SDXL's with 320; name a diffusers/],
+    [() => openSingleFile(single, { configs: at('nowhere') }), /no model at .*nowhere/],
+    [() => openSingleFile(at('taesdxl_encoder.safetensors')), /is not an SDXL checkpoint in one file/],
+  ] as const)
+    t.throws(open, { name: 'UserError', message });
+  t.equal(filesOpen(), before);
+  t.end();
+});
