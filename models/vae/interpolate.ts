@@ -14,6 +14,8 @@ export interface Interpolation {
   antialias?: boolean;
 }
 
+const f32 = Math.fround;
+
 /** What an output takes: weights of inputs. */
 type Mixture = readonly (readonly [at: number, weight: number])[];
 
@@ -54,8 +56,13 @@ function mixtureOf(
 ): Mixture {
   const scale = input / output;
   const inside = (at: number) => Math.min(input - 1, Math.max(0, at));
-  if (mode === 'nearest') return [[inside(Math.floor(i * scale)), 1]];
-  if (mode === 'nearest-exact') return [[inside(Math.floor((i + 0.5) * scale)), 1]];
+  // In float32, as torch has them: where a place falls on a border the rounding decides.
+  const rough = f32(scale);
+  if (mode === 'nearest') return [[inside(Math.floor(f32(i * rough))), 1]];
+  if (mode === 'nearest-exact') {
+    const place = f32((i + 0.5) * rough - 0.5);
+    return [[inside(Math.floor(f32(Math.max(0, place) + 0.5))), 1]];
+  }
   if (antialias) {
     const { first, weights } = mixOf(i, input, output, mode);
     return weights.map((weight, k) => [first + k, weight]);
