@@ -10,6 +10,11 @@ import { UserError } from './errors.ts';
 
 const mostRedirects = 10;
 
+/** How long a connection may be silent, in milliseconds: as long as fetch waits. */
+const patience = 300_000;
+
+const stalled = (wait: number): Error => new Error(`nothing came for ${wait / 1000} s`);
+
 /** The proxy for `url`; undefined where it is reached directly. */
 function proxyFor(url: URL): URL | undefined {
   const variable = (name: string) => process.env[name.toLowerCase()] || process.env[name.toUpperCase()];
@@ -36,13 +41,17 @@ function isDirect({ hostname, port, protocol }: URL, list: string): boolean {
 }
 
 /** A GET as fetch makes it, redirects followed, through the proxy where there is one. */
-export async function fetchOf(address: string, headers: Record<string, string>): Promise<Response> {
+export async function fetchOf(
+  address: string,
+  headers: Record<string, string>,
+  wait = patience,
+): Promise<Response> {
   let url = new URL(address);
   let sent = headers;
   for (let turn = 0; turn < mostRedirects; turn++) {
     const proxy = proxyFor(url);
     if (!proxy) return fetch(url, { headers: sent });
-    const answer = await get(url, sent, proxy);
+    const answer = await get(url, sent, proxy, wait);
     const { statusCode = 0, headers: received } = answer;
     const location = received.location;
     if (statusCode < 300 || statusCode >= 400 || !location) return asResponse(answer);
@@ -56,27 +65,38 @@ export async function fetchOf(address: string, headers: Record<string, string>):
   throw new Error(`more than ${mostRedirects} redirects`);
 }
 
-async function get(url: URL, headers: Record<string, string>, proxy: URL): Promise<http.IncomingMessage> {
-  const socket = await tunnel(url, proxy);
+async function get(
+  url: URL,
+  headers: Record<string, string>,
+  proxy: URL,
+  wait: number,
+): Promise<http.IncomingMessage> {
+  const socket = await tunnel(url, proxy, wait);
   const secure = url.protocol === 'https:';
   const createConnection = () => (secure ? connectTls({ socket, servername: url.hostname }) : socket);
   // Without it Node would write the port as well, and a signed address may hold for the bare host alone.
   const all = { host: url.host, ...headers };
   return new Promise((resolve, reject) => {
-    const request = (secure ? https : http).get(url, { headers: all, createConnection }, resolve);
+    const request = (secure ? https : http).get(url, { headers: all, createConnection });
+    let answer: http.IncomingMessage | undefined;
+    request.on('response', (begun) => resolve((answer = begun)));
     request.on('error', reject);
+    request.setTimeout(wait, () => (answer ?? request).destroy(stalled(wait)));
   });
 }
 
 /** A connection to `url`'s host that the proxy has made. */
-function tunnel(url: URL, proxy: URL): Promise<Socket> {
+function tunnel(url: URL, proxy: URL, wait: number): Promise<Socket> {
   const path = `${url.hostname}:${url.port || (url.protocol === 'https:' ? 443 : 80)}`;
   const account = [proxy.username, proxy.password].map(decodeURIComponent).join(':');
   const login = `Basic ${Buffer.from(account).toString('base64')}`;
   const headers = proxy.username ? { host: path, 'proxy-authorization': login } : { host: path };
+  const host = proxy.hostname.replace(/^\[(.+)\]$/, '$1'); // an IPv6 address stands in brackets in URLs alone
   return new Promise((resolve, reject) => {
     const { request } = proxy.protocol === 'https:' ? https : http;
-    request({ host: proxy.hostname, port: proxy.port, method: 'CONNECT', path, headers, agent: false })
+    const asked = request({ host, port: proxy.port, method: 'CONNECT', path, headers, agent: false });
+    asked
+      .setTimeout(wait, () => asked.destroy(stalled(wait)))
       .on('connect', ({ statusCode }, socket) => {
         if (statusCode === 200) return resolve(socket);
         socket.destroy();
