@@ -45,6 +45,7 @@ export function answering<Question, Answer>(
 export function threads<Question, Answer>(program: readonly string[], work: Work<Question, Answer>) {
   type Asked = Job<Question, Answer>;
   const idle: Worker[] = [];
+  const busy = new Map<Worker, Asked>();
   const waiting: Asked[] = [];
   let started = 0;
   let here: Promise<void> = Promise.resolve();
@@ -71,6 +72,9 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
     try {
       const thread = new Worker(join(packageRoot, 'dist', ...program));
       started++;
+      thread.on('message', (reply: Reply<Answer>) => done(thread, reply));
+      thread.on('error', () => undefined); // its exit follows
+      thread.on('exit', () => lost(thread));
       return thread;
     } catch {
       return undefined;
@@ -83,25 +87,29 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
   }
 
   function give(thread: Worker, job: Asked): void {
-    const { question, resolve, reject } = job;
+    busy.set(thread, job);
     thread.ref();
-    const onMessage = (reply: Reply<Answer>): void => {
-      thread.off('error', onError);
-      thread.unref();
-      idle.push(thread);
-      if ('answer' in reply) resolve(reply.answer);
-      else reject(reply.isUserError ? new UserError(reply.message) : new Error(reply.message));
-      assign();
-    };
-    const onError = (): void => {
-      thread.off('message', onMessage);
-      started--;
-      doHere(job);
-      assign();
-    };
-    thread.once('message', onMessage);
-    thread.once('error', onError);
-    thread.postMessage(question);
+    thread.postMessage(job.question);
+  }
+
+  function done(thread: Worker, reply: Reply<Answer>): void {
+    const job = busy.get(thread);
+    busy.delete(thread);
+    thread.unref();
+    idle.push(thread);
+    if ('answer' in reply) job?.resolve(reply.answer);
+    else job?.reject(reply.isUserError ? new UserError(reply.message) : new Error(reply.message));
+    assign();
+  }
+
+  /** However it ended, and whether it had work or none. */
+  function lost(thread: Worker): void {
+    started--;
+    if (idle.includes(thread)) idle.splice(idle.indexOf(thread), 1);
+    const job = busy.get(thread);
+    busy.delete(thread);
+    if (job) doHere(job);
+    assign();
   }
 
   return (question: Question, signal?: AbortSignal): Promise<Answer> =>

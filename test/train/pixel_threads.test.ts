@@ -52,12 +52,25 @@ test('what is left before it is begun', async (t) => {
   t.equal((await readPixelsAside(questions[0])).length, 64 * 40 * 3, 'others go on');
 });
 
+/** Has every thread run another program. */
+const running = (program: string): string =>
+  `const { Worker } = threads; threads.Worker = class extends Worker { constructor() { super(${JSON.stringify(program)}, { eval: true }); } };`;
+
 for (const [what, before] of [
   ['threads without work do not keep a program', ''],
   ['where no thread starts', 'threads.Worker = class { constructor() { throw new Error("EAGAIN"); } };'],
+  ['where threads die', running('throw 1')],
+  ['where threads end without a word', running('process.exit(0)')],
   [
-    'where threads die',
-    'const { Worker } = threads; threads.Worker = class extends Worker { constructor() { super("throw 1", { eval: true }); } };',
+    'where threads die when they have nothing to do',
+    running(`
+      let death;
+      const { parentPort } = require('node:worker_threads');
+      parentPort.on('message', () => {
+        clearTimeout(death);
+        parentPort.postMessage({ answer: new Uint8Array(${64 * 40 * 3}) });
+        death = setTimeout(() => { throw 1; }, 20);
+      });`),
   ],
 ] as const)
   test(what, (t) => {
@@ -70,7 +83,10 @@ for (const [what, before] of [
       const question = ${JSON.stringify({ ...questions[0], file: undefined })};
       const file = Buffer.from(${JSON.stringify(file.toString('base64'))}, 'base64');
       const all = Array.from({ length: 12 }, () => readPixelsAside({ ...question, file }));
-      Promise.all(all).then((each) => console.log(each.length, each[11].length));`;
+      Promise.all(all)
+        .then(() => new Promise((later) => setTimeout(later, 100)))
+        .then(() => readPixelsAside({ ...question, file }))
+        .then((pixels) => console.log(all.length, pixels.length));`;
     const { status, stdout, stderr } = spawnSync(process.execPath, ['-e', program], {
       encoding: 'utf8',
       timeout: 60_000,
