@@ -154,7 +154,11 @@ class HubRepo {
     if (!existsSync(blob)) {
       const path = file.name.split('/').map(encodeURIComponent).join('/');
       const open = (_: RemoteFile, start: number) =>
-        this.#request(`${this.#page}/resolve/${sha}/${path}`, start > 0 ? { range: `bytes=${start}-` } : {});
+        this.#request(
+          `${this.#page}/resolve/${sha}/${path}`,
+          start > 0 ? { range: `bytes=${start}-` } : {},
+          file.name,
+        );
       await downloadBlob(file, blob, open, report);
     }
     linkAtomically(blob, join(snapshot, file.name));
@@ -183,7 +187,7 @@ class HubRepo {
     return listing;
   }
 
-  async #request(url: string, headers: Record<string, string>): Promise<Response> {
+  async #request(url: string, headers: Record<string, string>, file?: string): Promise<Response> {
     const token = accessToken();
     const authorization: Record<string, string> = token ? { authorization: `Bearer ${token}` } : {};
     // Identity: a compressed body would not match its size, nor a range of it.
@@ -197,11 +201,11 @@ class HubRepo {
     if (response.ok) return response;
     await response.body?.cancel();
     if (response.status >= 500) throw new NetworkError(`the hub answers ${response.status}`);
-    throw this.#refusal(response, token !== undefined);
+    throw this.#refusal(response, token !== undefined, file);
   }
 
   // The hub also says 401 for models that do not exist, so as not to tell which private ones do.
-  #refusal(response: Response, hadToken: boolean): UserError {
+  #refusal(response: Response, hadToken: boolean, file?: string): UserError {
     const code = response.headers.get('x-error-code');
     const { status } = response;
     const { id, revision } = this;
@@ -215,6 +219,8 @@ class HubRepo {
       return new UserError(`${id} has no revision "${revision}": check its name`);
     if (status === 429)
       return new UserError(`${endpoint()} refuses more requests for now: wait some minutes and run again`);
+    if (status === 404 && file !== undefined)
+      return new UserError(`${id} on the hub lists ${file}, but does not give it (404): try again later`);
     if (status === 401 || status === 404) {
       const mend = hadToken
         ? 'whether your HF_TOKEN is valid and may read it'

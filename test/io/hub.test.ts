@@ -276,6 +276,13 @@ test('tokens and refusals', async (t) => {
   process.env.HF_TOKEN = HF_TOKEN;
   status(404, 'RevisionNotFound');
   await refused(t, resolveHub('o/n', { ...wanted, revision: 'v9' }), /no revision "v9"/);
+  hub.intercept = (request, response) =>
+    Boolean(request.url?.includes('/resolve/') && response.writeHead(404).end());
+  await refused(
+    t,
+    resolveHub('o/n', wanted),
+    /^o\/n on the hub lists unet\/model\.safetensors, but does not/,
+  );
   hub.intercept = (_, response) => Boolean(response.end('<html>'));
   await refused(t, resolveHub('o/n', wanted), /does not answer like the Hugging Face hub/);
   const siblings = [{ rfilename: '../../evil', size: 1, blobId: sha1 }];
