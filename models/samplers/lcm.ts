@@ -43,5 +43,6 @@ export function distilledTimesteps(config: SchedulerConfig, steps: number): numb
       `${steps} steps are more than the ${count} this sampler was distilled on (original_inference_steps): give fewer`,
     );
   const ratio = Math.floor(config.num_train_timesteps / count);
-  return Array.from({ length: steps }, (_, i) => (count - Math.floor((i * count) / steps)) * ratio - 1);
+  // As numpy's linspace has it: a step first, whose rounding counts where i of them should come to a whole number.
+  return Array.from({ length: steps }, (_, i) => (count - Math.floor(i * (count / steps))) * ratio - 1);
 }

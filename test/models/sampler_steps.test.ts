@@ -99,6 +99,18 @@ test('trailing timesteps are as many as steps, and none lies past the training r
   t.end();
 });
 
+test("timesteps that students were distilled on, by numpy's rounding", (t) => {
+  for (const name of ['lcm', 'tcd']) {
+    const { timesteps } = createSampler(name, { ...sdxl, original_inference_steps: 1000 }).plan(76);
+    t.same(
+      [18, 19, 20, 38, 75].map((i) => timesteps[i]),
+      [763, 750, 736, 500, 13],
+      `${name}, as in diffusers`,
+    );
+  }
+  t.end();
+});
+
 /** Latents before and after the last step, and x_0 then, of a run whose network says something of its input and timestep. */
 function lastStep(name: string, config: Partial<SchedulerConfig>, steps: number): Float32Array[] {
   const device = openDevice('auto');
