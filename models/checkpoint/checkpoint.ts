@@ -99,16 +99,24 @@ export function openComponentFile(path: string, config?: Json): ModelSource {
   const folder = dirname(path);
   if (!config && !existsSync(join(folder, 'config.json')))
     throw new UserError(`${path} holds weights only: put the config.json that belongs to it into ${folder}`);
-  const weights = () => sourceOf(path, [openWeightsFile(path)]);
-  return {
-    ...openComponent(folder),
-    ...(config && { config: () => config }),
-    path,
-    folder: noFolder(path),
-    weights,
-    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
-  };
+  return loneSource(path, {
+    has: () => true,
+    config: () => config ?? readJsonObject(join(folder, 'config.json')),
+    weights: () => sourceOf(path, [openWeightsFile(path)]),
+  });
 }
+
+/** A lone component in one file, seen as a model that has only it. */
+export const loneSource = (
+  path: string,
+  component: Pick<ModelSource, 'has' | 'config' | 'weights'>,
+): ModelSource => loading({ path, modelIndex: {}, folder: noFolder(path), ...component });
+
+/** A source whose components are loaded from what `weights` gives. */
+export const loading = <S extends Omit<ModelSource, 'load'>>(source: S): S & ModelSource => ({
+  ...source,
+  load: (component, module, device, dtype) => loadAndClose(module, source.weights(component), device, dtype),
+});
 
 function folderSource(
   path: string,
@@ -116,7 +124,7 @@ function folderSource(
   folderOf: (component: string) => string,
   variant?: string,
 ): ModelSource {
-  const source: ModelSource = {
+  return loading({
     path,
     modelIndex,
     has: (component) => existsSync(folderOf(component)),
@@ -133,10 +141,7 @@ function folderSource(
     },
     folder: folderOf,
     weights: (component) => openWeights(folderOf(component), variant),
-    load: (component, module, device, dtype) =>
-      loadAndClose(module, source.weights(component), device, dtype),
-  };
-  return source;
+  });
 }
 
 /** The weight files of a component folder: one file, or shards named by an index. */

@@ -14,7 +14,7 @@ import { type DType, type FloatDType, isFloat } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import {
   allFinite,
-  loadAndClose,
+  loading,
   type ModelSource,
   matchParameters,
   misfit,
@@ -79,12 +79,7 @@ export function mergedModels(
       throw error;
     }
   };
-  return {
-    ...model,
-    weights,
-    load: (component, module, device, dtype) => loadAndClose(module, weights(component), device, dtype),
-    merges: (component) => used.has(component),
-  };
+  return loading({ ...model, weights, merges: (component: string) => used.has(component) });
 }
 
 /** Weights of one model that count in a component's, by what at each key. */

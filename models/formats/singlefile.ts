@@ -9,7 +9,8 @@ import { readJsonObject } from '../../io/files.ts';
 import type { Room, TensorFile } from '../../io/tensor_file.ts';
 import {
   type Json,
-  loadAndClose,
+  loading,
+  loneSource,
   type ModelSource,
   noFolder,
   openModel,
@@ -40,7 +41,7 @@ export function openSingleFile(
   const isAlike = lender && (lender.modelIndex.requires_aesthetics_score === true) === layout.refiner;
   const alike = isAlike ? lender : undefined;
   const config = configsOf(path, table, alike);
-  const source: ModelSource = {
+  return loading({
     path,
     modelIndex: {
       ...(alike?.modelIndex ?? modelIndex(presetOf(layout))),
@@ -61,10 +62,7 @@ export function openSingleFile(
       const origin = sgmOrigin(component, config, layout);
       return translated(openWeightsFile(path), origin);
     },
-    load: (component, module, device, dtype) =>
-      loadAndClose(module, source.weights(component), device, dtype),
-  };
-  return source;
+  });
 }
 
 /** What is read of such a file as it is opened: its header, and its marks of the noise. */
@@ -133,16 +131,12 @@ const vaePrefixes = ['', 'first_stage_model.', 'vae.'];
  */
 export function openVaeFile(path: string): ModelSource {
   const file = openWeightsFile(path);
+  file.close();
   const part = tinyPart(file);
-  if (part) {
-    file.close();
-    return openTinyFile(path, part);
-  }
+  if (part) return openTinyFile(path, part);
   const prefix = vaePrefixes.find((each) => file.tensors.has(`${each}decoder.up.0.block.0.conv1.weight`));
-  if (prefix === undefined && !file.tensors.has('decoder.up_blocks.0.resnets.0.conv1.weight')) {
-    file.close();
+  if (prefix === undefined && !file.tensors.has('decoder.up_blocks.0.resnets.0.conv1.weight'))
     throw new UserError(`${path} is not a VAE in one file; give a VAE's folder or file, or a whole model`);
-  }
   const beside = join(dirname(path), 'config.json');
   const config = (): Json => (existsSync(beside) ? readJsonObject(beside) : vaeJson(sdxlVae));
   const levels = () => (config().block_out_channels as number[]).length;
@@ -150,16 +144,7 @@ export function openVaeFile(path: string): ModelSource {
     prefix === undefined
       ? sourceOf(path, [openWeightsFile(path)])
       : translated(openWeightsFile(path), (key) => ({ name: prefix + vaeKeyInSgm(key, levels()) }));
-  file.close();
-  return {
-    path,
-    modelIndex: {},
-    has: (component) => component === 'vae',
-    config,
-    folder: noFolder(path),
-    weights,
-    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
-  };
+  return loneSource(path, { has: (component) => component === 'vae', config, weights });
 }
 
 /** The file under diffusers' names and shapes. It lists no names: what nobody asks for is passed over. */

@@ -6,13 +6,7 @@ import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
 import { renamed, type TensorFile } from '../../io/tensor_file.ts';
-import {
-  loadAndClose,
-  type ModelSource,
-  noFolder,
-  sourceOf,
-  type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+import { loneSource, type ModelSource, sourceOf, type WeightSource } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile, openWeightsFiles } from '../checkpoint/weights_file.ts';
 import { taesdxlJson } from '../vae/autoencoder_tiny.ts';
 
@@ -33,15 +27,7 @@ export function openTinyFile(path: string, part: 'whole' | Half): ModelSource {
   if (part !== 'whole') otherHalf(path, part); // told now, and not when weights are read
   const weights = (): WeightSource =>
     part === 'whole' ? sourceOf(path, [openWeightsFile(path)]) : paired(path, part);
-  return {
-    path,
-    modelIndex: {},
-    has: (component) => component === 'vae',
-    config: () => config,
-    folder: noFolder(path),
-    weights,
-    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
-  };
+  return loneSource(path, { has: (component) => component === 'vae', config: () => config, weights });
 }
 
 /** Where taesdxl_encoder.safetensors lies for taesdxl_decoder.safetensors, and the other way round. */

@@ -5,7 +5,7 @@ import { dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
 import type { TensorInfo } from '../../io/tensor_file.ts';
-import { type Json, loadAndClose, type ModelSource, noFolder } from '../checkpoint/checkpoint.ts';
+import { type Json, loneSource, type ModelSource } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { parseUNetConfig } from '../unet/unet.ts';
 import { classOf } from './components.ts';
@@ -37,15 +37,7 @@ export function openUNetFile(path: string, model?: ModelSource): ModelSource {
   const layout = parseUNetConfig(config);
   const origin = (key: string) => ({ name: prefix + (original ? unetKeyInSgm(key, layout) : key) });
   const weights = () => translated(openWeightsFile(path), origin);
-  return {
-    path,
-    modelIndex: {},
-    has: (component) => component === 'unet',
-    config: () => config,
-    folder: noFolder(path),
-    weights,
-    load: (_, module, device, dtype) => loadAndClose(module, weights(), device, dtype),
-  };
+  return loneSource(path, { has: (component) => component === 'unet', config: () => config, weights });
 }
 
 function configOf(path: string, width: number, model: ModelSource | undefined): Json {

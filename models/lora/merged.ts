@@ -11,7 +11,7 @@ import {
   channelsFirst,
   channelsLast,
   type Json,
-  loadAndClose,
+  loading,
   type ModelSource,
   matchParameters,
   type WeightSource,
@@ -52,18 +52,17 @@ export function mergedModel(
     const module = targets[component as keyof Modules];
     return module ? merging(stored, module, byParameter, options) : stored;
   };
-  return {
+  return loading({
     ...source,
     weights,
-    load: (component, module, device, dtype) => loadAndClose(module, weights(component), device, dtype),
-    changes(component) {
+    changes(component: string) {
       const module = targets[component as keyof Modules];
       return (
         module !== undefined && [...namedParameters(module).values()].some((own) => byParameter.has(own))
       );
     },
     close,
-  };
+  });
 }
 
 type Modules = Omit<LoraTargets, 'unetConfig'>;
