@@ -15,7 +15,7 @@ import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '.
 import { UserError } from '../../io/errors.ts';
 import { listFolder, readJsonObject } from '../../io/files.ts';
 import type { Room, TensorFile } from '../../io/tensor_file.ts';
-import { openWeightsFile, openWeightsFiles } from './weights_file.ts';
+import { openWeightsFile, openWeightsFiles, refusePickle } from './weights_file.ts';
 
 export type Json = Record<string, unknown>;
 
@@ -160,12 +160,8 @@ function pickFiles(folder: string, present: readonly string[], variant: string |
   const choices = [variant, undefined].map((each) => present.filter((name) => variantOf(name) === each));
   const wanted = choices.find((names) => names.length > 0) ?? present;
   if (wanted.length === 0) {
-    const pickled = listFolder(folder).find((name) => /\.(bin|ckpt|pt|pth)$/.test(name));
-    if (pickled) {
-      throw new UserError(
-        `${join(folder, pickled)} is a pickle, which can run code when read and is refused; use the model's .safetensors files`,
-      );
-    }
+    for (const name of listFolder(folder))
+      refusePickle(join(folder, name), "use the model's .safetensors files");
     throw new UserError(`${folder} has no .safetensors file; the model is incomplete, download it again`);
   }
   const whole = wanted.filter((name) => !/-\d{5}-of-\d{5}\./.test(name));

@@ -9,9 +9,20 @@ import type { TensorFile, TensorInfo } from '../../io/tensor_file.ts';
 /** Whether a path is named as such a file. */
 export const isWeightsFile = (path: string): boolean => /\.(safetensors|gguf)$/i.test(path);
 
+/** @throws UserError for a file that is named as PyTorch's are, with a `mend` */
+export function refusePickle(
+  path: string,
+  mend = `give ${path.replace(/\.\w+$/, '.safetensors')}, which is often published beside it`,
+): void {
+  if (/\.(bin|ckpt|pt|pth)$/i.test(path))
+    throw new UserError(`${path} is a pickle, which can run code when read and is refused; ${mend}`);
+}
+
 /** @throws UserError saying what is wrong with the file */
 export function openWeightsFile(path: string): TensorFile {
-  const file = /\.gguf$/i.test(path) || isGguf(path) ? openGguf(path) : openSafetensors(path);
+  const gguf = /\.gguf$/i.test(path) || isGguf(path);
+  if (!gguf) refusePickle(path);
+  const file = gguf ? openGguf(path) : openSafetensors(path);
   try {
     return scaled(file);
   } catch (error) {

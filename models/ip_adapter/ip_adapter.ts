@@ -16,6 +16,7 @@ import {
   sourceOf,
   type WeightSource,
 } from '../checkpoint/checkpoint.ts';
+import { refusePickle } from '../checkpoint/weights_file.ts';
 import { crossAttentions, type UNet, type UNetConfig } from '../unet/unet.ts';
 import { parseVisionConfig, type VisionConfig, type VisionEncoder, visionEncoder } from './clip_vision.ts';
 import { HEAD, imageProjection, type ProjectionConfig } from './image_projection.ts';
@@ -89,14 +90,6 @@ function projectionIn(
       feedForward: shapeOf('layers.0.1.1.weight')[0],
     },
   };
-}
-
-/** @throws UserError that names the file to give in its place */
-export function refusePickle(path: string): void {
-  if (/\.(bin|ckpt|pt|pth)$/.test(path))
-    throw new UserError(
-      `${path} is a pickle, which can run code when read and is refused; give ${path.replace(/\.\w+$/, '.safetensors')}, which is published beside it`,
-    );
 }
 
 /** Reads a file's header. @throws UserError as parseIPAdapter, and for a pickle */

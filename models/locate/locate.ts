@@ -13,7 +13,7 @@ import {
   variantNames,
   variantOf,
 } from '../checkpoint/checkpoint.ts';
-import { isWeightsFile, openWeightsFile } from '../checkpoint/weights_file.ts';
+import { isWeightsFile, openWeightsFile, refusePickle } from '../checkpoint/weights_file.ts';
 import { asItsWeightsTell } from '../control/controlnet_union.ts';
 import { openT2IAdapterFile, t2iAdapterConfig } from '../control/t2i_adapter.ts';
 import { classOf } from '../formats/components.ts';
@@ -88,11 +88,7 @@ export async function locateModel(path: string, where: LocateOptions = {}): Prom
       const source = openSingleFile(path, { configs });
       return configs ? source : openSingleFile(path, { tokenizers: await publishedTokenizers(path) });
     }
-    if (/\.(ckpt|pt|pth|bin)$/.test(path)) {
-      throw new UserError(
-        `${path} is a pickle, which can run code when read and is refused; use a .safetensors or .gguf file`,
-      );
-    }
+    refusePickle(path, 'use a .safetensors or .gguf file');
     throw new UserError(
       `${path} is not a model: give a diffusers folder, a .safetensors or .gguf file or a hub id`,
     );

@@ -6,14 +6,9 @@ import { UserError } from '../../io/errors.ts';
 import { listFolder, readJsonObject } from '../../io/files.ts';
 import { hubPath, NothingWantedError, resolveHub } from '../../io/hub.ts';
 import { type ModelSource, openComponent } from '../checkpoint/checkpoint.ts';
+import { refusePickle } from '../checkpoint/weights_file.ts';
 import { parseVisionConfig } from '../ip_adapter/clip_vision.ts';
-import {
-  type IPAdapterSource,
-  openIPAdapter,
-  readIPAdapter,
-  refusePickle,
-  widthRead,
-} from '../ip_adapter/ip_adapter.ts';
+import { type IPAdapterSource, openIPAdapter, readIPAdapter, widthRead } from '../ip_adapter/ip_adapter.ts';
 import { download as fromHub, type LocateOptions, ofClass, weightsOf } from './locate.ts';
 
 const mend =

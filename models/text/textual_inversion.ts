@@ -9,6 +9,7 @@ import { listFolder } from '../../io/files.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
 import { allFinite } from '../checkpoint/checkpoint.ts';
+import { refusePickle } from '../checkpoint/weights_file.ts';
 import type { TextStack } from './conditioning.ts';
 
 /** What one encoder reads: `values` are [count, width]. */
@@ -37,10 +38,7 @@ const learned = ['learned_embeds.safetensors', 'learned_embeds_2.safetensors'] a
  * @throws UserError for what is no textual inversion for SDXL
  */
 export function readTextualInversion(path: string, token?: string): TextualInversion {
-  if (/\.(pt|bin|ckpt|pth)$/i.test(path))
-    throw new UserError(
-      `${path} is a pickle, which can run code when read and is refused; convert it to .safetensors with the keys clip_l and clip_g`,
-    );
+  refusePickle(path, 'convert it to .safetensors with the keys clip_l and clip_g');
   const isFolder = existsSync(path) && statSync(path).isDirectory();
   const file = isFolder ? inversionIn(path) : path;
   const read = file === undefined ? readFolder(path) : readFile(file);

@@ -5,7 +5,7 @@ import { existsSync, statSync } from 'node:fs';
 import { UserError } from '../../io/errors.ts';
 import { renamed, type TensorFile } from '../../io/tensor_file.ts';
 import { matchParameters, sourceOf, type WeightSource } from '../checkpoint/checkpoint.ts';
-import { isWeightsFile, openWeightsFile } from '../checkpoint/weights_file.ts';
+import { isWeightsFile, openWeightsFile, refusePickle } from '../checkpoint/weights_file.ts';
 import { hubFile, type LocateOptions } from '../locate/locate.ts';
 import { type RRDBNetConfig, rrdbnet } from './rrdbnet.ts';
 
@@ -22,8 +22,7 @@ const mend =
 /** The network at `path`, or in a file of a repository, downloaded if it has to be. @throws UserError where there is none */
 export async function locateUpscaler(path: string, options: LocateOptions = {}): Promise<UpscalerSource> {
   const file = (await hubFile(path, options)) ?? path;
-  if (/\.(ckpt|pt|pth|bin)$/.test(file))
-    throw new UserError(`${file} is a pickle, which can run code when read and is refused; give ${mend}`);
+  refusePickle(file, `give ${mend}`);
   if (!existsSync(file) || statSync(file).isDirectory() || !isWeightsFile(file))
     throw new UserError(`no upscaler at ${path}; give ${mend}`);
   return openUpscalerFile(file);

@@ -89,6 +89,11 @@ test('mistakes', async (t) => {
     ['folder without model_index.json', ['--model', noIndex], /model_index\.json/],
     ['truncated weights', ['--model', damaged], /unet.*download it again/],
     ['pickle', ['--model', pickle], /pickle/],
+    [
+      'pickle of a LoRA',
+      ['--model', model, '--lora', pickle],
+      /model\.ckpt is a pickle, .* give .*\.safetensors/,
+    ],
     ['pickle by another name', ['--model', disguised], /disguised.* is a PyTorch pickle, which can run/],
     ['a whole model that is a LoRA', ['--model', lora], /not an SDXL checkpoint in one file/],
     [
@@ -241,6 +246,9 @@ test('inspect tells what a checkpoint is', async (t) => {
   t.equal(status, 2);
   t.match(JSON.parse(out).problems.join(), /vae is named.*missing.*unet: missing .*unexpected stray/);
   t.match(err, /2 more problems/);
+  const pickle = join(folder, 'x.ckpt');
+  writeFileSync(pickle, Buffer.alloc(100, 0xb6));
+  t.match((await run('inspect', pickle)).err, /x\.ckpt is a pickle, which can run code when read/);
   rmSync(folder, { recursive: true });
 });
 
