@@ -42,7 +42,7 @@ export interface Component {
   bytes: number;
   /** Tensors by stored type, as the file spells it. */
   dtypes: Record<string, number>;
-  problems: string[];
+  problems: readonly string[];
 }
 
 export interface Inspection {
@@ -52,7 +52,7 @@ export interface Inspection {
   /** Of an adapter: layers by kind, its ranks, and how many layers of which model it changes. */
   lora?: { kinds: Record<string, number>; ranks: number[]; layers: Record<string, number> };
   metadata: Record<string, string>;
-  problems: string[];
+  problems: readonly string[];
 }
 
 /** @throws UserError when the path is neither a model's folder nor a file of weights */
@@ -101,7 +101,12 @@ function inspectPipeline(path: string): Inspection {
     else if (/^(unet|vae|text_encoder(_2)?)$/.test(name)) {
       components.push(inspectComponent(name, source.config(name), () => source.weights(name)));
     } else if (name === 'scheduler')
-      problems.push(...problemOf(() => (noise = noiseOf(parseSchedulerConfig(source.config(name))))));
+      problems.push(
+        ...problemsIn(() => {
+          noise = noiseOf(parseSchedulerConfig(source.config(name)));
+          return [];
+        }),
+      );
   }
   if (components.length === 0) problems.push('model_index.json names no component that SDXL has');
   const { requires_aesthetics_score, _class_name = 'unknown pipeline' } = source.modelIndex;
@@ -120,11 +125,10 @@ function inspectPipeline(path: string): Inspection {
 const noiseOf = ({ _class_name: name }: { _class_name?: unknown }): string =>
   isEDM(name) ? `, trained under EDM's noise (${name})` : '';
 
-/** What keeps `read` from its end, if anything does. */
-function problemOf(read: () => unknown): string[] {
+/** The problems that `read` finds, or the one that keeps it from its end. */
+function problemsIn(read: () => readonly string[]): readonly string[] {
   try {
-    read();
-    return [];
+    return read();
   } catch (error) {
     if (!(error instanceof UserError)) throw error;
     return [error.message];
@@ -133,24 +137,24 @@ function problemOf(read: () => unknown): string[] {
 
 /** Holds a component's weights against what its config asks for; a config or file that cannot be read is a problem. */
 function inspectComponent(name: string, told: Json, open: () => WeightSource): Component {
-  let found = { name, class: classOf(told) };
-  let weights: WeightSource | undefined;
-  try {
-    weights = open();
-    const config = asWeightsTell(told, weights);
-    found = { name, class: classOf(config) };
-    const built = buildComponent(config);
-    const problems = built
-      ? matchParameters(built.module, weights).problems
-      : [`class ${found.class} is not one that SDXL has`];
-    const stored = weights.names.map((key) => infoOf(weights as WeightSource, key));
-    return { ...found, ...summary(stored), problems: [...problems, ...unread(stored)] };
-  } catch (error) {
-    if (!(error instanceof UserError)) throw error;
-    return { ...found, ...summary([]), problems: [error.message] };
-  } finally {
-    weights?.close();
-  }
+  let found = { name, class: classOf(told), ...summary([]) };
+  const problems = problemsIn(() => {
+    const weights = open();
+    try {
+      const config = asWeightsTell(told, weights);
+      found = { ...found, class: classOf(config) };
+      const built = buildComponent(config);
+      const unfit = built
+        ? matchParameters(built.module, weights).problems
+        : [`class ${found.class} is not one that SDXL has`];
+      const stored = weights.names.map((key) => infoOf(weights, key));
+      found = { ...found, ...summary(stored) };
+      return [...unfit, ...unread(stored)];
+    } finally {
+      weights.close();
+    }
+  });
+  return { ...found, problems };
 }
 
 type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes' | 'mend'>;
@@ -189,7 +193,11 @@ function inspectFile(path: string): Inspection {
     const problems = unread(tensors);
     const components = [{ name: 'tensors', ...summary(tensors), problems }];
     const opened = (kind: string, name: string, open: (path: string) => ModelSource) => {
-      const problems = problemsOfLone(path, name, open);
+      // Of a half of a tiny autoencoder, those of the pair.
+      const problems = problemsIn(() => {
+        const source = open(path);
+        return inspectComponent(name, source.config(name), () => source.weights(name)).problems;
+      });
       return { ...base, kind, components: [{ ...components[0], name, problems }], problems };
     };
     const coder = kindOfCoder(file);
@@ -229,17 +237,6 @@ function kindOfCoder(file: TensorFile): string | undefined {
     : undefined;
 }
 
-/** Of a half of a tiny autoencoder, those of the pair. */
-function problemsOfLone(path: string, name: string, open: (path: string) => ModelSource): string[] {
-  try {
-    const source = open(path);
-    return inspectComponent(name, source.config(name), () => source.weights(name)).problems;
-  } catch (error) {
-    if (!(error instanceof UserError)) throw error;
-    return [error.message];
-  }
-}
-
 const kindOfComponent = (names: readonly string[], config: boolean): string => {
   const beside = config ? '; give its folder to hold it against its config' : '';
   if (names.includes('controlnet_mid_block.weight'))
@@ -269,41 +266,30 @@ function inspectSingleFile(
     const mine = all.filter((tensor) => owner(tensor.name) === name);
     return { name, ...summary(mine), problems: name === 'other' ? [] : unread(mine) };
   });
-  const problems = problemsOf(components);
-  try {
+  const unfit = problemsIn(() => {
     kind += noiseOf(markedIn(file).scheduler);
     const source = openSingleFile(file.path);
-    for (const component of components.filter(({ name }) => name !== 'other')) {
-      const { name } = component;
-      const checked = inspectComponent(name, source.config(name), () => source.weights(name));
-      component.problems.push(...checked.problems);
-      problems.push(...checked.problems.map((problem) => `${component.name}: ${problem}`));
-    }
-  } catch (error) {
-    if (!(error instanceof UserError)) throw error;
-    problems.push(error.message);
-  }
+    for (const { name, problems } of components)
+      if (name !== 'other')
+        problems.push(...inspectComponent(name, source.config(name), () => source.weights(name)).problems);
+    return [];
+  });
+  const problems = [...problemsOf(components), ...unfit];
   return { kind: `original single file: SDXL ${kind}`, components, problems };
 }
 
 function inspectIPAdapter(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {
   const weights = sourceOf(file.path, [file]);
-  const found = { name: 'ip_adapter', ...summary([...file.tensors.values()]) };
-  try {
+  let kind = 'IP-Adapter';
+  const problems = problemsIn(() => {
     const config = parseIPAdapter(weights);
     const { tokens, cross_attention_dim, inputs, resampler, widths } = config;
-    const { problems } = matchParameters(ipAdapter(config), weights);
     const read = `${resampler ? 'hidden states' : 'an embedding'} of width ${inputs}`;
-    return {
-      kind: `IP-Adapter${resampler ? ' plus' : ''}: ${read} as ${tokens} tokens of width ${cross_attention_dim}, for ${widths.length} layers`,
-      components: [{ ...found, problems }],
-      problems,
-    };
-  } catch (error) {
-    if (!(error instanceof UserError)) throw error;
-    const problems = [error.message];
-    return { kind: 'IP-Adapter', components: [{ ...found, problems }], problems };
-  }
+    kind += `${resampler ? ' plus' : ''}: ${read} as ${tokens} tokens of width ${cross_attention_dim}, for ${widths.length} layers`;
+    return matchParameters(ipAdapter(config), weights).problems;
+  });
+  const components = [{ name: 'ip_adapter', ...summary([...file.tensors.values()]), problems }];
+  return { kind, components, problems };
 }
 
 function inspectLora(file: TensorFile): Omit<Inspection, 'path' | 'metadata'> {
