@@ -5,10 +5,11 @@ import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { isRecord } from '../io/files.ts';
 import type { ModelSource } from './checkpoint/checkpoint.ts';
+import { flag, listOf, type Rule } from './checkpoint/config_values.ts';
 import { latentChannelsOf } from './control/inpainting.ts';
 import type { IPAdapterSource } from './ip_adapter/ip_adapter.ts';
 import type { AdapterFile } from './lora/lora.ts';
-import { flag, type Rule, shown } from './request.ts';
+import { shown } from './request.ts';
 import type { TextConfig } from './text/clip.ts';
 import type { UNetConfig } from './unet/unet.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
@@ -48,10 +49,6 @@ export interface LoadOptions {
   gradientCheckpointing?: boolean;
 }
 
-const list = (what: string, holds: (each: unknown) => boolean): Rule => [
-  `a list of ${what}`,
-  (value) => Array.isArray(value) && value.every(holds),
-];
 const isSource = (value: unknown): boolean => isRecord(value) && typeof value.load === 'function';
 const dtype: Rule = ['float32, bfloat16 or float16', (value) => isFloat(value as FloatDType)];
 
@@ -61,18 +58,18 @@ const rules: Readonly<Record<keyof LoadOptions, Rule>> = {
     (value) => typeof (value as Device | undefined)?.memory === 'object',
   ],
   dtype,
-  only: list(`${parts.slice(0, -1).join(', ')} and ${parts.at(-1)}`, (value) =>
+  only: listOf(`${parts.slice(0, -1).join(', ')} and ${parts.at(-1)}`, (value) =>
     parts.some((part) => part === value),
   ),
   vaeSource: ['what await locateVae(PATH) gives', isSource],
   vaeDtype: dtype,
-  controlnet: list('what await locateControlNet(PATH) gives', isSource),
-  adapter: list('what await locateT2IAdapter(PATH) gives', isSource),
-  ipAdapter: list(
+  controlnet: listOf('what await locateControlNet(PATH) gives', isSource),
+  adapter: listOf('what await locateT2IAdapter(PATH) gives', isSource),
+  ipAdapter: listOf(
     'what await locateIPAdapter(PATH) gives',
     (value) => isRecord(value) && isSource(value.imageEncoder),
   ),
-  lora: list(
+  lora: listOf(
     '{ path, scale }, path by await locateLora(PATH)',
     (value) => isRecord(value) && typeof value.path === 'string',
   ),

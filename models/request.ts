@@ -3,6 +3,7 @@
 import { seamlessAxes } from '../engine/circular.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
 import { isRecord } from '../io/files.ts';
+import { flag, listOf, type Rule, whole } from './checkpoint/config_values.ts';
 import { controlBalances } from './control/control_balance.ts';
 import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';
 import type { ControlRequest } from './control/multicontrolnet.ts';
@@ -36,7 +37,7 @@ export interface Request
   base_scheduler?: Request['scheduler'];
   /** Own timesteps, falling whole numbers, in place of the scheduler's and of `num_inference_steps`. */
   timesteps?: readonly number[];
-  /** The same by noise level, ending with the level after the last step, mostly 0; Euler alone takes them. */
+  /** The same by noise level, ending with the level after the last step, mostly 0; Euler and EDM's two take them. */
   sigmas?: readonly number[];
   /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
@@ -87,17 +88,11 @@ export const stepsOf = ({
 }: Partial<Pick<Request, 'timesteps' | 'sigmas' | 'num_inference_steps'>>): number | undefined =>
   timesteps?.length ?? (sigmas && sigmas.length - 1) ?? num_inference_steps;
 
-/** What a key holds, in words, and whether a value is that. */
-export type Rule = readonly [want: string, holds: (value: unknown) => boolean];
-
 const isText = (value: unknown): boolean => typeof value === 'string';
 const isNumber = (value: unknown): boolean => Number.isFinite(value);
 const every = (value: unknown, holds: (each: unknown) => boolean): boolean =>
   Array.isArray(value) && value.length > 0 && value.every(holds);
-const listOf = (what: string, holds: (each: unknown) => boolean): Rule => [
-  `a list of ${what}`,
-  (value) => every(value, holds),
-];
+const some = (what: string, holds: (each: unknown) => boolean): Rule => listOf(what, holds, 1);
 
 const texts: Rule = ['a text, or a list of texts', (value) => isText(value) || every(value, isText)];
 const finite: Rule = ['a number', isNumber];
@@ -106,11 +101,6 @@ const part: Rule = [
   'a number from 0 to 1',
   (value) => isNumber(value) && Number(value) >= 0 && Number(value) <= 1,
 ];
-const whole = (from: number): Rule => [
-  `a whole number from ${from}`,
-  (value) => Number.isInteger(value) && (value as number) >= from,
-];
-export const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];
 const pair = (words: string): Rule => [
   `[${words}]`,
   (value) => every(value, isNumber) && (value as unknown[]).length === 2,
@@ -123,6 +113,7 @@ const pixels = (how: string): Rule => [`{ data, shape } as ${how} gives it`, isL
 const embeds = pixels('encodePrompt');
 const isPicture = (value: unknown): boolean =>
   isRecord(value) && value.data instanceof Uint8Array && isNumber(value.width) && isNumber(value.height);
+const isGenerator = (value: unknown): boolean => isRecord(value) && typeof value.randn === 'function';
 const isNone = (value: unknown): boolean => (value ?? null) === null;
 const each: Rule = [
   'a number, or a list of one for each',
@@ -160,8 +151,8 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   height: anyNumber,
   num_inference_steps: anyNumber,
   base_steps: whole(1),
-  timesteps: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
-  sigmas: ['a list of numbers', (value) => Array.isArray(value) && value.every(isNumber)],
+  timesteps: listOf('numbers', isNumber),
+  sigmas: listOf('numbers', isNumber),
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
@@ -174,10 +165,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   cache_interval: whole(1),
   cache_branch_id: whole(0),
   num_images_per_prompt: whole(1),
-  generators: [
-    'a list of TorchGenerator or CudaGenerator',
-    (value) => Array.isArray(value) && value.every((one) => typeof one?.randn === 'function'),
-  ],
+  generators: listOf('TorchGenerator or CudaGenerator', isGenerator),
   base_scheduler: schedulerRule,
   scheduler: schedulerRule,
   image: pixels('preprocess'),
@@ -190,7 +178,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   latents: pixels('denoiseToEnd'),
   denoising_start: anyNumber,
   denoising_end: anyNumber,
-  control_image: listOf('{ data, shape } as preprocessControl gives it', isLatents),
+  control_image: some('{ data, shape } as preprocessControl gives it', isLatents),
   control_mode: each,
   controlnet_conditioning_scale: each,
   control_guidance_start: each,
@@ -200,10 +188,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
     `one of ${controlBalances.join(', ')}, or a list of one for each`,
     (value) => isBalance(value) || every(value, (one) => isNone(one) || isBalance(one)),
   ],
-  adapter_image: listOf('pictures as readPicture gives them', isPicture),
+  adapter_image: some('pictures as readPicture gives them', isPicture),
   adapter_conditioning_scale: each,
   adapter_conditioning_factor: part,
-  ip_adapter_image: listOf(
+  ip_adapter_image: some(
     'pictures as readPicture gives them, or of lists of them',
     (one) => isPicture(one) || (Array.isArray(one) && one.every(isPicture)),
   ),
@@ -211,7 +199,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
     'a number, or numbers by block such as { up: { block_0: [0, 1, 0] } }, or a list of one for each',
     (value) => isNumber(value) || isRecord(value) || every(value, isScaleOrNone),
   ],
-  ip_adapter_masks: listOf(
+  ip_adapter_masks: some(
     '{ data, shape } as preprocessMask gives it, or of lists of them',
     (one) => isNone(one) || isLatents(one) || every(one, isLatents),
   ),

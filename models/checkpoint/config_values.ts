@@ -1,4 +1,20 @@
-// What the numbers in a component's config.json may be.
+// What the values of a component's config.json may be, and rules that tell it in words, for requests too.
+
+/** What a key must hold, in words, and whether a value is that. */
+export type Rule = readonly [want: string, holds: (value: unknown) => boolean];
+
+export const whole = (from: number): Rule => [
+  `a whole number from ${from}`,
+  (value) => Number.isInteger(value) && (value as number) >= from,
+];
+
+export const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];
+
+/** A list of at least so many. */
+export const listOf = (what: string, holds: (each: unknown) => boolean, least = 0): Rule => [
+  `a list of ${what}`,
+  (value) => Array.isArray(value) && value.length >= least && value.every(holds),
+];
 
 /** A width, or a number of layers, heads or groups. */
 export const isCount = (value: unknown): boolean => Number.isInteger(value) && (value as number) > 0;

@@ -2,7 +2,8 @@
 // own set of options and its own defaults; an option that a class does not have is dropped, as diffusers'
 // `Class.from_config(other.config)` does, so one file serves every sampler.
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { isPositive } from '../checkpoint/config_values.ts';
+import { isRecord } from '../../io/files.ts';
+import { flag, isPositive, listOf, type Rule, whole } from '../checkpoint/config_values.ts';
 
 /**
  * Ways to lay out the noise levels of a run: the two that EDM's classes name, diffusers' third (`use_beta_sigmas`), and those of A1111,
@@ -43,7 +44,7 @@ export interface SchedulerConfig {
   clip_sample_range: number;
   set_alpha_to_one: boolean;
   skip_prk_steps: boolean;
-  variance_type: 'fixed_small' | 'fixed_large' | null;
+  variance_type: 'fixed_small' | 'fixed_small_log' | 'fixed_large' | null;
   algorithm_type: 'dpmsolver' | 'dpmsolver++' | 'sde-dpmsolver' | 'sde-dpmsolver++';
   solver_type: 'midpoint' | 'heun' | 'bh1' | 'bh2';
   solver_order: number;
@@ -209,13 +210,6 @@ const foreign = (name: SchedulerClass): Partial<Record<keyof SchedulerConfig, re
   solver_type: ['logrho', ...(name === 'UniPCMultistepScheduler' ? ['midpoint', 'heun'] : ['bh1', 'bh2'])],
 });
 
-/** What a key must hold, in words, and whether a value is that. */
-type Rule = readonly [want: string, holds: (value: unknown) => boolean];
-
-const whole = (from: number): Rule => [
-  `a whole number of at least ${from}`,
-  (value) => Number.isInteger(value) && (value as number) >= from,
-];
 const positive: Rule = ['a number above 0', isPositive];
 const beta: Rule = ['a number between 0 and 1', (value) => isPositive(value) && (value as number) < 1];
 const nothingOr = ([want, holds]: Rule): Rule => [
@@ -223,11 +217,7 @@ const nothingOr = ([want, holds]: Rule): Rule => [
   (value) => value === null || holds(value),
 ];
 /** Python takes its None for false. */
-const flag: Rule = ['true or false', (value) => value === null || typeof value === 'boolean'];
-const listOf = (what: string, holds: (value: unknown) => boolean): Rule => [
-  `a list of ${what}`,
-  (value) => Array.isArray(value) && value.every(holds),
-];
+const flagOrNone: Rule = [flag[0], (value) => value === null || flag[1](value)];
 
 /** What the options that are no choices of a few words may be, in any class. */
 const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
@@ -239,23 +229,23 @@ const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
     listOf('numbers from 0 to 1', (value) => value === 0 || value === 1 || beta[1](value)),
   ),
   steps_offset: whole(0),
-  rescale_betas_zero_snr: flag,
-  use_karras_sigmas: flag,
-  use_exponential_sigmas: flag,
-  use_beta_sigmas: flag,
-  use_lu_lambdas: flag,
+  rescale_betas_zero_snr: flagOrNone,
+  use_karras_sigmas: flagOrNone,
+  use_exponential_sigmas: flagOrNone,
+  use_beta_sigmas: flagOrNone,
+  use_lu_lambdas: flagOrNone,
   sigma_min: nothingOr(positive),
   sigma_max: nothingOr(positive),
   sigma_data: positive,
   rho: positive,
-  clip_sample: flag,
+  clip_sample: flagOrNone,
   clip_sample_range: positive,
-  set_alpha_to_one: flag,
-  skip_prk_steps: flag,
+  set_alpha_to_one: flagOrNone,
+  skip_prk_steps: flagOrNone,
   solver_order: whole(1),
-  lower_order_final: flag,
-  euler_at_final: flag,
-  predict_x0: flag,
+  lower_order_final: flagOrNone,
+  euler_at_final: flagOrNone,
+  predict_x0: flagOrNone,
   disable_corrector: listOf('whole numbers', Number.isInteger),
   original_inference_steps: whole(1),
   timestep_scaling: positive,
@@ -369,9 +359,9 @@ export function parseSchedulerConfig(
   json: unknown,
   where = 'scheduler_config.json',
 ): Partial<SchedulerConfig> & { _class_name?: string } {
-  if (typeof json !== 'object' || json === null || Array.isArray(json))
+  if (!isRecord(json))
     throw new UserError(`${where} does not hold a JSON object: take the file from a diffusers folder`);
-  const given = json as Record<string, unknown>;
+  const given = json;
   const bad = (key: string, want: string) => unlike(key, given[key], want, where);
   for (const [key, allowed] of Object.entries(choices)) {
     const value = given[key] as string | null | undefined;

@@ -1,7 +1,7 @@
 // The rows of metadata.jsonl and metadata.csv: a file name and one or more captions each. CSV is RFC 4180's: quoted
 // fields may hold commas, doubled quotes and line breaks; lines may end as in any system's texts.
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { readText } from '../../io/files.ts';
+import { isRecord, readText } from '../../io/files.ts';
 
 export interface MetadataRow {
   file_name: string;
@@ -74,9 +74,8 @@ function jsonLines(text: string, path: string): Located[] {
     } catch {
       record = undefined;
     }
-    if (typeof record !== 'object' || record === null || Array.isArray(record))
-      throw new UserError(`${path}:${i + 1} is not a JSON object: correct the line`);
-    return [{ record: record as Record<string, unknown>, line: i + 1 }];
+    if (!isRecord(record)) throw new UserError(`${path}:${i + 1} is not a JSON object: correct the line`);
+    return [{ record, line: i + 1 }];
   });
 }
 
