@@ -6,7 +6,7 @@ import { basename, dirname, join } from 'node:path';
 import { sizeOf } from '../engine/tensor.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
-import type { TensorFile, TensorInfo } from '../io/tensor_file.ts';
+import type { TensorFile } from '../io/tensor_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './adapters/lora_kinds.ts';
 import {
   type Json,
@@ -15,6 +15,7 @@ import {
   openModel,
   openWeights,
   sourceOf,
+  type WeightInfo,
   type WeightSource,
 } from './checkpoint/checkpoint.ts';
 import { openWeightsFile } from './checkpoint/weights_file.ts';
@@ -147,7 +148,7 @@ function inspectComponent(name: string, told: Json, open: () => WeightSource): C
       const unfit = built
         ? matchParameters(built.module, weights).problems
         : [`class ${found.class} is not one that SDXL has`];
-      const stored = weights.names.map((key) => infoOf(weights, key));
+      const stored = weights.names.flatMap((key) => weights.info(key) ?? []);
       found = { ...found, ...summary(stored) };
       return [...unfit, ...unread(stored)];
     } finally {
@@ -157,18 +158,14 @@ function inspectComponent(name: string, told: Json, open: () => WeightSource): C
   return { ...found, problems };
 }
 
-type Stored = Pick<TensorInfo, 'storedAs' | 'shape' | 'bytes' | 'mend'>;
-
-const infoOf = (weights: WeightSource, name: string): Stored => weights.info(name) as TensorInfo;
-
 /** A problem for each type of tensors that cannot be read. */
-const unread = (tensors: readonly Stored[]): string[] => [
+const unread = (tensors: readonly WeightInfo[]): string[] => [
   ...new Set(
     tensors.flatMap(({ storedAs, mend }) => (mend ? [`has tensors of type ${storedAs}: ${mend}`] : [])),
   ),
 ];
 
-function summary(tensors: readonly Stored[]): Omit<Component, 'name' | 'problems'> {
+function summary(tensors: readonly WeightInfo[]): Omit<Component, 'name' | 'problems'> {
   const dtypes = new Map<string, number>();
   for (const { storedAs } of tensors) dtypes.set(storedAs, (dtypes.get(storedAs) ?? 0) + 1);
   return {
@@ -211,7 +208,7 @@ function inspectFile(path: string): Inspection {
 }
 
 /** A UNet alone, as ComfyUI has it. */
-function inspectUNet(path: string, tensors: readonly Stored[]): Omit<Inspection, 'path' | 'metadata'> {
+function inspectUNet(path: string, tensors: readonly WeightInfo[]): Omit<Inspection, 'path' | 'metadata'> {
   const source = openUNetFile(path);
   const problems = [
     ...unread(tensors),

@@ -14,17 +14,20 @@ import { empty, type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { listFolder, readJsonObject } from '../../io/files.ts';
-import type { Room, TensorFile } from '../../io/tensor_file.ts';
+import type { Room, TensorFile, TensorInfo } from '../../io/tensor_file.ts';
 import { openWeightsFile, openWeightsFiles, refusePickle } from './weights_file.ts';
 
 export type Json = Record<string, unknown>;
+
+/** What is told of a weight without reading it. */
+export type WeightInfo = Pick<TensorInfo, 'dtype' | 'shape' | 'storedAs' | 'bytes' | 'mend'>;
 
 /** Weights by name, wherever they lie: `read` returns raw bytes in the checkpoint's own layout. */
 export interface WeightSource {
   /** What error messages call it. */
   readonly where: string;
   readonly names: readonly string[];
-  info(name: string): { dtype: string; shape: readonly number[] } | undefined;
+  info(name: string): WeightInfo | undefined;
   floats(name: string): Float32Array;
   /** In fresh memory, or in `room` where that saves a copy. */
   bytes(name: string, room?: Room): Uint8Array;
@@ -351,8 +354,8 @@ function fillParameter(
 /** A weight as it is stored, or in float32 what is stored as no float. */
 export function storedTensor(source: WeightSource, name: string, device: Device, room?: Room): Tensor {
   const { dtype = 'float32', shape = [] } = source.info(name) ?? {};
-  return isFloat(dtype as DType)
-    ? empty(shape, { device, dtype: dtype as FloatDType }).upload(source.bytes(name, room))
+  return isFloat(dtype)
+    ? empty(shape, { device, dtype }).upload(source.bytes(name, room))
     : tensor(source.floats(name), shape, { device });
 }
 
@@ -366,9 +369,9 @@ export function notFinite(source: WeightSource, name: string, dtype: FloatDType)
 }
 
 /** NaN and infinities are told by the exponent bits alone: all ones. */
-export function allFinite(raw: Uint8Array, dtype: string | undefined): boolean {
-  const mask = { float32: 0x7f800000, bfloat16: 0x7f80, float16: 0x7c00 }[dtype ?? ''];
-  if (mask === undefined) return true;
+export function allFinite(raw: Uint8Array, dtype: DType | undefined): boolean {
+  if (!dtype || !isFloat(dtype)) return true;
+  const mask = { float32: 0x7f800000, bfloat16: 0x7f80, float16: 0x7c00 }[dtype];
   const bits = typedView(raw, dtype === 'float32' ? 'int32' : 'float16') as Int32Array | Uint16Array;
   for (let i = 0; i < bits.length; i++) if ((bits[i] & mask) === mask) return false;
   return true;

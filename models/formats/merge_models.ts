@@ -10,7 +10,7 @@ import { concat, slice } from '../../engine/ops/move.ts';
 import { cast } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
-import { type DType, type FloatDType, isFloat } from '../../io/dtype.ts';
+import { type FloatDType, isFloat } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import {
   allFinite,
@@ -221,7 +221,7 @@ function merging(
   const keys = new Map([...matchParameters(module, own).stored].map(([key, name]) => [name, key]));
   const info: WeightSource['info'] = (name) => {
     const found = own.info(name);
-    const isMerged = found && keys.has(name) && isFloat(found.dtype as DType);
+    const isMerged = found && keys.has(name) && isFloat(found.dtype);
     return isMerged ? { ...found, dtype: dtype ?? found.dtype } : found;
   };
   /** What `read` takes of the sum. */
@@ -232,8 +232,8 @@ function merging(
     return made;
   };
   const bytes: WeightSource['bytes'] = (name, room) => {
-    const [key, to] = [keys.get(name), info(name)?.dtype as DType];
-    if (key === undefined || !isFloat(to)) return own.bytes(name, room);
+    const [key, to] = [keys.get(name), info(name)?.dtype];
+    if (key === undefined || !to || !isFloat(to)) return own.bytes(name, room);
     return merged(name, key, (sum) => {
       const raw = cast(sum, to).bytes();
       if (allFinite(raw, to)) return raw;

@@ -170,7 +170,7 @@ export function translated(file: TensorFile, origin: (key: string) => Origin): W
     names: [],
     info(key) {
       const found = find(key);
-      return found && { dtype: found.stored.dtype, shape: found.shape };
+      return found && { ...found.stored, shape: found.shape };
     },
     bytes,
     floats: (key) => decodeFloats(bytes(key), find(key)?.stored.dtype ?? 'float32'),

@@ -12,7 +12,12 @@ import { readJson } from '../../io/files.ts';
 import { quantisers } from '../../io/ggml_quantise.ts';
 import { openGguf } from '../../io/gguf.ts';
 import { inTurns } from '../../io/turns.ts';
-import { type ModelSource, openModel, type WeightSource } from '../../models/checkpoint/checkpoint.ts';
+import {
+  type ModelSource,
+  openModel,
+  type WeightInfo,
+  type WeightSource,
+} from '../../models/checkpoint/checkpoint.ts';
 import { buildComponent, type Component } from '../../models/formats/components.ts';
 import { exportGguf, ggufTypes } from '../../models/formats/export_gguf.ts';
 import { presets } from '../../models/formats/presets.ts';
@@ -183,11 +188,7 @@ test('what reads back or computes other than it should is not kept', async (t) =
     ...plain,
     weights(component) {
       const weights = plain.weights(component);
-      const info = (name: string) => ({
-        ...weights.info(name),
-        dtype: 'int32' as const,
-        shape: weights.info(name)?.shape ?? [],
-      });
+      const info = (name: string) => ({ ...(weights.info(name) as WeightInfo), dtype: 'int32' as const });
       return { ...weights, info };
     },
   };
@@ -220,7 +221,10 @@ function narrowModel(): ModelSource {
     const floats = (name: string) => new Float32Array(sizeOf(parameters.get(name)?.shape ?? []));
     return {
       ...{ where: base.path, names: [...parameters.keys()], floats, close() {} },
-      info: (name) => ({ dtype: 'float32', shape: parameters.get(name)?.shape ?? [] }),
+      info: (name) => ({
+        ...{ dtype: 'float32', storedAs: 'F32', bytes: 4 * floats(name).length },
+        shape: parameters.get(name)?.shape ?? [],
+      }),
       bytes: (name) => encodeNumbers(floats(name), 'float32'),
     };
   };

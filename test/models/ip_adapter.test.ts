@@ -283,7 +283,8 @@ test('what is refused', async (t) => {
   // Every tensor has the same shape.
   const shaped = (shape: number[], ...names: string[]) => ({
     ...{ where: 'x', names, floats: () => new Float32Array(), bytes: () => new Uint8Array(), close() {} },
-    info: (name: string) => (names.includes(name) ? { dtype: 'float16', shape } : undefined),
+    info: (name: string) =>
+      names.includes(name) ? { dtype: 'float16' as const, storedAs: 'F16', bytes: 0, shape } : undefined,
   });
   const named = (...names: string[]) => shaped([80, 80], ...names);
   const pair = 'ip_adapter.1.to_k_ip.weight';
