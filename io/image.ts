@@ -214,36 +214,20 @@ export function preprocessMask(
   };
 }
 
-/** Decoded values [n, 3, h, w] to [n, h, w, 3] in [0, 1]: z / 2 + 0.5, clamped. */
-export function postprocess(z: Float32Array, shape: readonly number[]): Float32Array {
-  return interleaved(z, shape, new Float32Array(z.length), 1);
-}
-
-/** The same `times` as much, in float32 step by step, and as `out` rounds. */
-function interleaved<T extends Float32Array | Uint8ClampedArray>(
-  z: Float32Array,
-  [n, channels, height, width]: readonly number[],
-  out: T,
-  times: number,
-): T {
+/** Decoded values [n, 3, h, w] as n pictures: 255 (z / 2 + 0.5), in float32 step by step, clamped and rounded half to even. */
+export function toPictures(z: Float32Array, [n, channels, height, width]: readonly number[]): Picture[] {
+  if (channels !== 3) throw new Error(`a picture has 3 channels, not ${channels}`);
   const area = height * width;
-  for (let plane = 0; plane < n * channels; plane++) {
-    const first = Math.floor(plane / channels) * area * channels + (plane % channels);
+  const size = 3 * area;
+  // Filling a clamped array rounds halves to even, as numpy does.
+  const bytes = new Uint8ClampedArray(z.length);
+  for (let plane = 0; plane < 3 * n; plane++) {
+    const first = Math.floor(plane / 3) * size + (plane % 3);
     for (let i = 0; i < area; i++) {
       const value = Math.fround(z[plane * area + i] * 0.5 + 0.5);
-      out[first + i * channels] = Math.fround(times * Math.min(1, Math.max(0, value)));
+      bytes[first + 3 * i] = Math.fround(255 * Math.min(1, Math.max(0, value)));
     }
   }
-  return out;
-}
-
-/** Decoded values [n, 3, h, w] as n pictures, 255 v rounded half to even. */
-export function toPictures(z: Float32Array, shape: readonly number[]): Picture[] {
-  const [n, channels, height, width] = shape;
-  if (channels !== 3) throw new Error(`a picture has 3 channels, not ${channels}`);
-  const size = 3 * height * width;
-  // Filling a clamped array rounds halves to even, as numpy does.
-  const bytes = interleaved(z, shape, new Uint8ClampedArray(z.length), 255);
   return Array.from({ length: n }, (_, image) => ({
     width,
     height,

@@ -24,7 +24,7 @@ import {
   repeatedRows,
 } from './denoiser_inputs.ts';
 import type { Encoded } from './text/conditioning.ts';
-import { type ContextCache, newContextCache } from './unet/context_cache.ts';
+import { ContextCache } from './unet/context_cache.ts';
 import { deepCache } from './unet/deepcache.ts';
 import { guide, guidedCalls, rescaled } from './unet/guidance.ts';
 import { type DeepFeature, featuresMade } from './unet/unet.ts';
@@ -128,7 +128,7 @@ function sideOf(plan: DenoiserPlan, inputs: Inputs, guided: boolean): Side {
   const rows = inputs.rows[guided ? 'guided' : 'unguided'];
   return {
     ...{ guided, rows, predictions: predictionsOf(plan, guided) },
-    told: rows.texts.map((each) => ({ ...each, cache: newContextCache() })),
+    told: rows.texts.map((each) => ({ ...each, cache: new ContextCache() })),
     deep: interval > 1 ? deepCache(branch) : undefined,
   };
 }

@@ -14,7 +14,7 @@ import { type ModelPreset, presets } from '../../models/formats/presets.ts';
 import { randomModel } from '../../models/formats/random_weights.ts';
 import { decode, denoise, loadPipeline, type Pipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
-import { newContextCache } from '../../models/unet/context_cache.ts';
+import { ContextCache } from '../../models/unet/context_cache.ts';
 import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { keepInQ8 } from '../../models/unet/q8.ts';
 import { unet } from '../../models/unet/unet.ts';
@@ -125,7 +125,7 @@ function replayed(
       if (weights === 'fp8') feedForwardToFp8(module);
       const sizes = { width: scale.side, height: scale.side, batch: 2 };
       const { sample, times, conditioning, release } = unetInputs(preset, sizes, device, 'bfloat16');
-      const cache = cached ? newContextCache() : undefined;
+      const cache = cached ? new ContextCache() : undefined;
       const first = unscoped(() => tensor([0], [1], { device, dtype: 'int32' }));
       const when = cached ? { times: times.reshape(1, 2), step: first } : times;
       const step = device.step(() => noGrad(() => module(sample, when, { ...conditioning, cache })));

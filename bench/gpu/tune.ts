@@ -19,7 +19,7 @@ import { scope } from '../../engine/scope.ts';
 import { empty } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { type ModelPreset, presets } from '../../models/formats/presets.ts';
-import { newContextCache } from '../../models/unet/context_cache.ts';
+import { ContextCache } from '../../models/unet/context_cache.ts';
 import { unet } from '../../models/unet/unet.ts';
 import { casesOf, type OpCase } from '../ops.ts';
 import { fillRandom } from '../pool_weights.ts';
@@ -75,7 +75,7 @@ const sampledCalls = (model: ModelPreset, side: number): OpCase[] =>
     const module = unet(model.unet);
     fillRandom(module, device, DTYPE);
     const { sample, times, conditioning } = unetInputs(model, sizesOf(side, SAMPLED), device, DTYPE);
-    noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache: newContextCache() })));
+    noGrad(() => scope(() => void module(sample, times, { ...conditioning, cache: new ContextCache() })));
   });
 
 /** Tensors for each of the calls that are made together. */

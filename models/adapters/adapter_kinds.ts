@@ -7,7 +7,7 @@ import { type Parameter, parameter } from '../../engine/module.ts';
 import { sub } from '../../engine/ops/binary.ts';
 import { matmul } from '../../engine/ops/linear.ts';
 import { permute } from '../../engine/ops/move.ts';
-import { cast, scale } from '../../engine/ops/unary.ts';
+import { cast, scaled } from '../../engine/ops/unary.ts';
 import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import { cayley } from './cayley.ts';
 import { kinds, type Shape } from './lora_kinds.ts';
@@ -230,6 +230,3 @@ function channelsLast(tensor: Tensor, { layout }: Parameter, [, inputs, ...kerne
   if (layout === 'conv' || taps === 1) return tensor.reshape(rank, -1);
   return permute(tensor.reshape(rank, inputs, taps), [0, 2, 1]).reshape(rank, -1);
 }
-
-/** Spares the two launches of a factor of 1, which every adapter has where alpha is the rank. */
-export const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));

@@ -11,18 +11,12 @@ import { add } from '../../engine/ops/binary.ts';
 import { conv2d } from '../../engine/ops/conv2d.ts';
 import { type Activation, activate, linear } from '../../engine/ops/linear.ts';
 import { upsampleNearest } from '../../engine/ops/move.ts';
+import { scaled } from '../../engine/ops/unary.ts';
 import { weightNorm } from '../../engine/ops/weight_norm.ts';
 import { unscoped } from '../../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import { didYouMean, UserError } from '../../io/errors.ts';
-import {
-  type AdapterConfig,
-  type Matrices,
-  type Matrix,
-  matricesFor,
-  partsOf,
-  scaled,
-} from './adapter_kinds.ts';
+import { type AdapterConfig, type Matrices, type Matrix, matricesFor, partsOf } from './adapter_kinds.ts';
 import { adaptedLengths, beginMagnitude } from './dora.ts';
 
 export interface AdaptersConfig extends AdapterConfig {

@@ -9,7 +9,7 @@ import type { Numbers } from './adapters.ts';
 export type Init = { constant: number } | { uniform: number } | { normal: number };
 
 /** nn.Linear and nn.Conv2d: uniform within 1/sqrt(fan in), biases too; norms 1 and 0. `weight` is that of the parameter's layer. */
-export function standard(name: string, _: Parameter, weight: Parameter): Init {
+export function standard(name: string, weight: Parameter): Init {
   if (weight.shape.length === 1) return { constant: name.endsWith('.weight') ? 1 : 0 };
   return { uniform: 1 / Math.sqrt(weight.size / weight.shape[0]) };
 }
@@ -23,7 +23,7 @@ export function begun(
 ): Tensor {
   const parameter = all.get(key) as Parameter;
   const { size, memoryShape } = parameter;
-  const init = standard(key, parameter, all.get(key.replace(/\.bias$/, '.weight')) as Parameter);
+  const init = standard(key, all.get(key.replace(/\.bias$/, '.weight')) as Parameter);
   const values =
     'uniform' in init
       ? numbers(key, size, 'uniform').map((u) => (2 * u - 1) * init.uniform)

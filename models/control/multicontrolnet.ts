@@ -6,7 +6,7 @@ import type { Device } from '../../engine/device.ts';
 import { holding } from '../../engine/memory.ts';
 import { add } from '../../engine/ops/binary.ts';
 import { concat, slice } from '../../engine/ops/move.ts';
-import { scale } from '../../engine/ops/unary.ts';
+import { scale, scaled } from '../../engine/ops/unary.ts';
 import { Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
@@ -353,8 +353,6 @@ function givenBy(
   const first = controls.find(({ scale }) => scale !== 0) ?? controls[0];
   return [weighed(net(question, seen), first, own ? 1 : first.scale)];
 }
-
-const scaled = (x: Tensor, factor: number): Tensor => (factor === 1 ? x : scale(x, factor));
 
 /** The half of the rows that follows the negative prompts'. */
 function ofPrompts({ sample, times, conditioning, count }: Question): Question {

@@ -46,11 +46,11 @@ export function randomModel(
   };
 }
 
-type InitRule = (name: string, parameter: Parameter, weight: Parameter) => Init;
+/** Of a parameter's name, and the weight of its layer. */
+type InitRule = (name: string, weight: Parameter) => Init;
 
 const initOf = (component: string, preset: ModelPreset): InitRule => {
-  if (component === 'unet')
-    return (name, p, weight) => (zeroed.test(name) ? zero : standard(name, p, weight));
+  if (component === 'unet') return (name, weight) => (zeroed.test(name) ? zero : standard(name, weight));
   if (component === 'text_encoder' || component === 'text_encoder_2')
     return clipInit(preset[component] as TextConfig);
   return standard;
@@ -70,9 +70,9 @@ function clipInit({ hidden_size: c, num_hidden_layers: depth }: TextConfig): Ini
     [/fc2\.weight$/, 1 / Math.sqrt(c * 2 * depth)],
     [/text_projection\.weight$/, 1 / Math.sqrt(c)],
   ];
-  return (name, parameter, weight) => {
+  return (name, weight) => {
     const normal = deviations.find(([pattern]) => pattern.test(name))?.[1];
-    return normal === undefined ? standard(name, parameter, weight) : { normal };
+    return normal === undefined ? standard(name, weight) : { normal };
   };
 }
 
@@ -86,8 +86,8 @@ function randomise(module: AnyModule, init: InitRule, seed: number, device: Devi
   }
   for (const [name, parameter] of parameters) {
     const weight = parameters.get(name.replace(/\.bias$/, '.weight')) as Parameter;
-    const rule = init(name, parameter, weight);
-    const biasOfNormal = name.endsWith('.bias') && 'normal' in init(weight.path, weight, weight);
+    const rule = init(name, weight);
+    const biasOfNormal = name.endsWith('.bias') && 'normal' in init(weight.path, weight);
     const values = draw(biasOfNormal ? zero : rule, parameter.size, generator);
     const laid =
       parameter.layout === 'conv'

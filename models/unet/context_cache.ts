@@ -28,8 +28,6 @@ export class ContextCache {
   }
 }
 
-export const newContextCache = (): ContextCache => new ContextCache();
-
 /** What `make` makes: the first time of an image, or where there is no cache each time. */
 export const once = (
   cache: ContextCache | undefined,

@@ -9,7 +9,7 @@ import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { isCount, isListOf, isPositive } from '../checkpoint/config_values.ts';
 import { downsample, type NormConfig, type Resnet, resnet, upsample } from '../unet/blocks.ts';
-import { type ContextCache, newContextCache } from '../unet/context_cache.ts';
+import { ContextCache } from '../unet/context_cache.ts';
 import { blendTiles, tilesOf } from './tiles.ts';
 
 export interface VaeConfig {
@@ -234,7 +234,7 @@ export function vae(config: VaeConfig): Vae {
       }),
     decode: (z, { tiling = false } = {}) =>
       scope(() => {
-        const cache = newContextCache();
+        const cache = new ContextCache();
         const picture = (part: Tensor) => m.decoder(m.post_quant_conv?.(part) ?? part, cache);
         const fits = Math.max(z.shape[1], z.shape[2]) <= latentTile;
         try {

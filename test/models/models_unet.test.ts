@@ -15,7 +15,7 @@ import { empty, sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { resnet } from '../../models/unet/blocks.ts';
-import { newContextCache } from '../../models/unet/context_cache.ts';
+import { ContextCache } from '../../models/unet/context_cache.ts';
 import { parseUNetConfig, type UNet, unet } from '../../models/unet/unet.ts';
 import type { Schedule } from '../../models/unet/unet_encoder.ts';
 import { toHost } from '../../models/vae/latents.ts';
@@ -86,7 +86,7 @@ function scheduled(
     device,
   });
   const step = tensor([1], [1], { device, dtype: 'int32' });
-  const cache = newContextCache();
+  const cache = new ContextCache();
   const outputs = [1, 2].map(() => model(sample, { times, step }, { ...conditioning, cache }));
   cache.release();
   return outputs;
@@ -165,7 +165,7 @@ test("an image's schedule: what follows from the time alone is made once, and a 
     const sample = empty([2, 128, 128, 4], { device, dtype });
     /** Ops and launches of an image's second step. */
     const second = (times: Tensor | Schedule) => {
-      const cache = newContextCache();
+      const cache = new ContextCache();
       const step = () => noGrad(() => scope(() => void model(sample, times, { ...conditioning, cache })));
       step();
       launches = 0;

@@ -8,7 +8,7 @@ import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { addAdapters, parametersOf } from '../../models/adapters/adapters.ts';
 import { upsample } from '../../models/unet/blocks.ts';
-import { newContextCache } from '../../models/unet/context_cache.ts';
+import { ContextCache } from '../../models/unet/context_cache.ts';
 import { values } from './op_cases.ts';
 
 export const reference = openDevice('reference');
@@ -38,7 +38,7 @@ export function upsampled(
     const added = parametersOf(addAdapters(model, { rank: 4, alpha: 4, targets: ['conv'] }, uniforms));
     for (const [name, p] of added) if (name.endsWith('lora_B.weight')) p.tensor = fill(7, p.memoryShape, 0.5);
   }
-  const cache = how.cached ? newContextCache() : undefined;
+  const cache = how.cached ? new ContextCache() : undefined;
   const y = scope(() => {
     const x = fill(3, shape, 1);
     const twice = () => model(x, 2 * h, 2 * w, cache).floats();
