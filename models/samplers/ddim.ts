@@ -22,7 +22,7 @@ export function ddim(config: SchedulerConfig): Method {
       const [alpha, sigma] = [Math.sqrt(abar), Math.sqrt(1 - abar)];
       const x0 = clipSample(config, predictX0(config.prediction_type, output, x, alpha, sigma));
       const epsilon = predictEpsilon(config.prediction_type, output, x, alpha, sigma);
-      const eta = plan.settings.eta ?? 0;
+      const eta = plan.eta ?? 0;
       const spread = eta * Math.sqrt(((1 - before) / (1 - abar)) * (1 - abar / before));
       // From pure noise (zero terminal SNR) with eta 1 nothing is left for epsilon, and rounding may fall below zero.
       const along = Math.sqrt(Math.max(1 - before - spread * spread, 0));

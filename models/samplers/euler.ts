@@ -1,6 +1,4 @@
-// Euler's method on dx/dsigma = (x - x_0(x; sigma)) / sigma, with the optional churn of noise of Karras et al. 2022
-// (arXiv:2206.00364, algorithm 2); the scheduler that SDXL's checkpoints name.
-import { combine } from '../../engine/ops/combine.ts';
+// Euler's method on dx/dsigma = (x - x_0(x; sigma)) / sigma, without churn of noise; the scheduler that SDXL's checkpoints name.
 import { denoised, towards } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
 import type { Method, PlanOptions, Schedule } from './sampler.ts';
@@ -21,16 +19,9 @@ export function euler(config: SchedulerConfig): Method {
 export const eulerStart =
   (config: SchedulerConfig): Method['start'] =>
   (plan) =>
-  (output, x, i, draw) => {
-    const sigma = plan.sigmas[i];
-    const { s_churn = 0, s_tmin = 0, s_tmax = Number.POSITIVE_INFINITY, s_noise = 1 } = plan.settings;
-    const churns = s_churn > 0 && sigma >= s_tmin && sigma <= s_tmax;
-    const gamma = churns ? Math.min(s_churn / (plan.sigmas.length - 1), Math.SQRT2 - 1) : 0;
-    const hat = sigma * (gamma + 1);
-    if (gamma > 0) x = combine([1, x], [s_noise * Math.sqrt(hat * hat - sigma * sigma), draw()]);
-    // v was trained at sigma, not at the churned level: diffusers keeps sigma there, but not under EDM.
-    const level = config.prediction_type === 'v_prediction' && !config.sigma_data ? sigma : hat;
-    return towards(x, denoised(config, output, x, level), hat, plan.sigmas[i + 1]);
+  (output, x, i) => {
+    const [from, to] = plan.sigmas.subarray(i, i + 2);
+    return towards(x, denoised(config, output, x, from), from, to);
   };
 
 /** Standard deviation to start from: with leading spacing the first sigma is below the last training step's. */

@@ -1,5 +1,5 @@
-// Linear multistep (Adams-Bashforth on uneven sigmas), after k-diffusion: the polynomial through the last `order`
-// derivatives dx/dsigma is integrated over the step.
+// Linear multistep (Adams-Bashforth on uneven sigmas), after k-diffusion: the polynomial through the last four derivatives
+// dx/dsigma is integrated over the step.
 import { combine, type Term } from '../../engine/ops/combine.ts';
 import { denoised } from './arithmetic.ts';
 import type { SchedulerConfig } from './config.ts';
@@ -7,6 +7,8 @@ import { sigmaSchedule } from './euler.ts';
 import type { Method } from './sampler.ts';
 import { discreteLevels } from './sigmas.ts';
 import { finiteSigmas } from './tables.ts';
+
+const ORDER = 4;
 
 export function lms(config: SchedulerConfig): Method {
   const table = finiteSigmas(config);
@@ -17,15 +19,14 @@ export function lms(config: SchedulerConfig): Method {
       return sigmaSchedule(config, levels.timesteps, [...levels.sigmas, levels.last]);
     },
     start(plan, remember) {
-      const order = plan.settings.order ?? 4;
-      const derivatives = remember(order);
+      const derivatives = remember(ORDER);
       return (output, x, i) => {
         const sigma = plan.sigmas[i];
         const x0 = denoised(config, output, x, sigma);
         const latest = derivatives.add(combine([1 / sigma, x], [-1 / sigma, x0]));
         // The polynomial's degree counts steps from the start of the schedule, also when a run begins in the middle, as
         // diffusers has it; coefficients of derivatives that were never taken are then dropped.
-        const nodes = Array.from({ length: Math.min(i + 1, order) }, (_, k) => plan.sigmas[i - k]);
+        const nodes = Array.from({ length: Math.min(i + 1, ORDER) }, (_, k) => plan.sigmas[i - k]);
         const weights = latest.map(
           (values, k): Term => [integratedBasis(nodes, k, sigma, plan.sigmas[i + 1]), values],
         );

@@ -15,13 +15,6 @@ import { roundHalfEven } from './tables.ts';
 export interface StepSettings {
   /** DDIM: 0 deterministic to 1 as noisy as DDPM (default 0). TCD: gamma, 0 to 1 (default 0.3). */
   eta?: number;
-  /** Euler: stochasticity of Karras et al. 2022, algorithm 2. */
-  s_churn?: number;
-  s_tmin?: number;
-  s_tmax?: number;
-  s_noise?: number;
-  /** LMS: how many past derivatives to use (default 4). */
-  order?: number;
 }
 
 export interface PlanOptions extends StepSettings {
@@ -31,8 +24,6 @@ export interface PlanOptions extends StepSettings {
   denoisingStart?: number;
   /** Stop at this part of the training range, 0 to 1 (base of an ensemble). */
   denoisingEnd?: number;
-  /** First index into timesteps, in place of `strength` and `denoisingStart`. */
-  begin?: number;
   /** Own timesteps, falling, in place of the spacing. */
   timesteps?: readonly number[];
   /** Own sigmas, falling and ending with the final one (Euler and EDM's only). */
@@ -56,12 +47,11 @@ export interface Schedule {
   marginal(i: number): { signal: number; noise: number };
 }
 
-export interface Plan extends Schedule {
+export interface Plan extends Schedule, StepSettings {
   /** Calls of the network: end - begin. */
   steps: number;
   begin: number;
   end: number;
-  settings: StepSettings;
 }
 
 export type Draw = () => Tensor;
@@ -142,9 +132,7 @@ export function makeSampler(name: SchedulerClass, config: SchedulerConfig, metho
         config.num_train_timesteps,
         options,
       );
-      const { eta, s_churn, s_tmin, s_tmax, s_noise, order } = options;
-      const settings = { eta, s_churn, s_tmin, s_tmax, s_noise, order };
-      return { ...schedule, steps: end - begin, begin, end, settings };
+      return { ...schedule, steps: end - begin, begin, end, eta: options.eta };
     },
     addNoise(plan, x0, noise, i = plan.begin) {
       const weights = plan.marginal(i);
@@ -255,7 +243,7 @@ function chosenPart(
   options: PlanOptions,
 ): { begin: number; end: number } {
   const cutoff = (part: number) => roundHalfEven(total - part * total);
-  let [begin, end] = [options.begin ?? 0, timesteps.length];
+  let [begin, end] = [0, timesteps.length];
   if (options.denoisingStart !== undefined) {
     const bound = cutoff(options.denoisingStart);
     let left = timesteps.filter((t) => t < bound).length;

@@ -15,7 +15,7 @@ export function tcd(config: SchedulerConfig): Method {
     schedule: (steps, custom) =>
       varianceSchedule(alphasCumprod, custom.timesteps ?? distilledTimesteps(config, steps)),
     start: (plan) => (output, x, i, draw) => {
-      const eta = plan.settings.eta ?? 0.3;
+      const eta = plan.eta ?? 0.3;
       const next = plan.timesteps[i + 1] ?? 0;
       const abar = alphasCumprod[plan.timesteps[i]];
       const target = alphasCumprod[Math.floor((1 - eta) * next)];
