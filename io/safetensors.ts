@@ -95,7 +95,7 @@ function refuseOtherFormats(path: string, start: Uint8Array): void {
   const text = new TextDecoder('latin1').decode(start);
   if (!isSafetensors && text.startsWith('GGUF')) {
     throw new UserError(
-      `${path} is a GGUF file, which only models, LoRA files, ControlNets and T2I-Adapters are read from: use a .safetensors version of it`,
+      `${path} is a GGUF file, which this is not read from: use a .safetensors version of it`,
     );
   }
   if (text.startsWith('version https://git-lfs')) {

@@ -106,74 +106,70 @@ export interface Sampler {
   ): Generator<StepResult, Tensor, Tensor | undefined>;
 }
 
-export function makeSampler(name: SchedulerClass, config: SchedulerConfig, method: Method): Sampler {
-  const sampler: Sampler = {
-    name,
-    config,
-    order: method.order,
-    plan(steps, options = {}) {
-      checkOptions(steps, config, options);
-      if (config.sigma_data) checkEDM(name, options);
-      if (options.sigmas && !method.takesSigmas)
-        throw new UserError(`${name} takes no sigmas of yours; Euler does`);
-      if (options.timesteps && method.evenSteps)
-        throw new UserError(`${name} takes no timesteps of yours; Euler, DPM++ 2M and most others do`);
-      if (options.timesteps && hasSpacedSigmas(config))
-        throw new UserError(
-          'Karras, exponential, beta and lu sigmas lay out the steps themselves: leave them out, or the timesteps',
-        );
-      const schedule = method.schedule(options.timesteps?.length ?? steps, options);
-      // Levels of other programs may be fewer than the steps, or more.
-      const laid = Math.ceil(schedule.timesteps.length / method.order);
-      const { begin, end } = chosenPart(
-        schedule.timesteps,
-        config.sigma_schedule ? laid : steps,
-        method.order,
-        config.num_train_timesteps,
-        options,
+export const makeSampler = (name: SchedulerClass, config: SchedulerConfig, method: Method): Sampler => ({
+  name,
+  config,
+  order: method.order,
+  plan(steps, options = {}) {
+    checkOptions(steps, config, options);
+    if (config.sigma_data) checkEDM(name, options);
+    checkOwn(name, config, method, options);
+    const schedule = method.schedule(options.timesteps?.length ?? steps, options);
+    // Levels of other programs may be fewer than the steps, or more.
+    const laid = config.sigma_schedule ? Math.ceil(schedule.timesteps.length / method.order) : steps;
+    const total = config.num_train_timesteps;
+    const { begin, end } = chosenPart(schedule.timesteps, laid, method.order, total, options);
+    return { ...schedule, steps: end - begin, begin, end, eta: options.eta };
+  },
+  addNoise(plan, x0, noise, i = plan.begin) {
+    const weights = plan.marginal(i);
+    return combine([weights.signal, x0], [weights.noise, noise]);
+  },
+  scaleModelInput: (plan, x, i) => scaledInput(config, plan, x, i),
+  run: (plan, begin, denoise, draw) => run(config, method, plan, begin, denoise, draw),
+});
+
+function scaledInput({ sigma_data: data = 1 }: SchedulerConfig, { inputSigmas }: Plan, x: Tensor, i: number) {
+  if (!inputSigmas) return x;
+  return combine([1 / Math.sqrt(inputSigmas[i] * inputSigmas[i] + data * data), x]);
+}
+
+/** Sampler.run. */
+function* run(
+  config: SchedulerConfig,
+  method: Method,
+  plan: Plan,
+  begin: () => Tensor,
+  denoise: Denoise,
+  draw: Draw,
+): ReturnType<Sampler['run']> {
+  const memory = openMemory();
+  const results: Tensor[][] = [];
+  try {
+    const step = method.start(plan, memory.remember);
+    let before = keep(begin());
+    for (let i = plan.begin; i < plan.end; i++) {
+      const timestep = plan.timesteps[i];
+      const from = before;
+      const result = [from];
+      results.push(result);
+      if (results.length > 2) release(results.shift());
+      const [output, after] = unscoped(() =>
+        scope(() => {
+          const output = denoise(scaledInput(config, plan, from, i), timestep, i).handle();
+          return [output, step(output, from, i, draw)];
+        }),
       );
-      return { ...schedule, steps: end - begin, begin, end, eta: options.eta };
-    },
-    addNoise(plan, x0, noise, i = plan.begin) {
-      const weights = plan.marginal(i);
-      return combine([weights.signal, x0], [weights.noise, noise]);
-    },
-    scaleModelInput(plan, x, i) {
-      if (!plan.inputSigmas) return x;
-      const [sigma, { sigma_data: data = 1 }] = [plan.inputSigmas[i], config];
-      return combine([1 / Math.sqrt(sigma * sigma + data * data), x]);
-    },
-    *run(plan, begin, denoise, draw) {
-      const memory = openMemory();
-      const results: Tensor[][] = [];
-      try {
-        const step = method.start(plan, memory.remember);
-        let before = keep(begin());
-        for (let i = plan.begin; i < plan.end; i++) {
-          const timestep = plan.timesteps[i];
-          const from = before;
-          const result = [from];
-          results.push(result);
-          if (results.length > 2) release(results.shift());
-          const [output, after] = unscoped(() =>
-            scope(() => {
-              const output = denoise(sampler.scaleModelInput(plan, from, i), timestep, i).handle();
-              return [output, step(output, from, i, draw)];
-            }),
-          );
-          result.push(output, after);
-          const predOriginalSample = () => originalSample(config, plan, output, from, i);
-          const next = (yield { index: i, timestep, x: after, predOriginalSample }) ?? after;
-          before = keep(next.handle());
-        }
-        return before;
-      } finally {
-        for (const result of results) release(result);
-        memory.release();
-      }
-    },
-  };
-  return sampler;
+      result.push(output, after);
+      const predOriginalSample = () => originalSample(config, plan, output, from, i);
+      const next = (yield { index: i, timestep, x: after, predOriginalSample }) ?? after;
+      before = keep(next.handle());
+    }
+    return before;
+  } finally {
+    for (const result of results) release(result);
+    memory.release();
+  }
 }
 
 const release = (tensors: readonly Tensor[] = []): void => {
@@ -216,6 +212,18 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
   if (denoising_start !== undefined && denoising_start >= denoising_end)
     throw new UserError(
       `denoising_start ${denoising_start} is not below denoising_end ${denoising_end}, so nothing is left to do: lower the start, such as 0.8 for a refiner`,
+    );
+}
+
+/** @throws UserError for steps of a caller's own that the method does not take */
+function checkOwn(name: string, config: SchedulerConfig, method: Method, options: PlanOptions): void {
+  if (options.sigmas && !method.takesSigmas)
+    throw new UserError(`${name} takes no sigmas of yours; Euler does`);
+  if (options.timesteps && method.evenSteps)
+    throw new UserError(`${name} takes no timesteps of yours; Euler, DPM++ 2M and most others do`);
+  if (options.timesteps && hasSpacedSigmas(config))
+    throw new UserError(
+      'Karras, exponential, beta and lu sigmas lay out the steps themselves: leave them out, or the timesteps',
     );
 }
 
