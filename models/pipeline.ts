@@ -93,17 +93,7 @@ export function loadPipeline(source: ModelSource, options: LoadOptions): Pipelin
 
 function load(source: ModelSource, options: LoadOptions): Pipeline {
   const { device, dtype, vaeSource = source, gradientCheckpointing, q8, fp8, only } = options;
-  const components = textParts(source);
-  if (!components.includes('text_encoder_2'))
-    throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
-  const unetConfig = parseUNetConfig(source.config('unet'));
-  const textConfigs = components.map((name) => parseTextConfig(source.config(name)));
-  checkTexts(source, unetConfig, textConfigs);
-  const aesthetic = source.modelIndex.requires_aesthetics_score === true;
-  if (aesthetic && options.ipAdapter?.length)
-    throw new UserError(
-      `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,
-    );
+  const { components, textConfigs, unetConfig, aesthetic } = checkedParts(source, options);
   const coder = autoencoder(vaeFor(source, vaeSource));
   const overflows = coder.config.force_upcast && dtype === 'float16';
   const { vaeDtype = overflows ? 'float32' : dtype } = options;
@@ -120,49 +110,61 @@ function load(source: ModelSource, options: LoadOptions): Pipeline {
   if (q8) keepInQ8(denoiser);
   const texts = Object.fromEntries(components.map((name, i) => [name, encoders[i].encoder]));
   const ipAdapter = loadIPAdapters(options.ipAdapter ?? [], { unet: denoiser, unetConfig }, device, dtype);
-  const read = (
-    from: ModelSource,
-    name: Part,
-    module: AnyModule,
-    as: FloatDType,
-    some?: ReadonlySet<Parameter>,
-  ) => {
-    if (only && !only.includes(name)) return;
-    holding(name, () =>
-      some ? loadAndClose(module, from.weights(name), device, as, some) : from.load(name, module, device, as),
-    );
-  };
   const merge = adapterSetter({ ...texts, unet: denoiser, unetConfig }, (some) => {
-    components.forEach((name, i) => void read(source, name, encoders[i].encoder, dtype, some));
-    read(source, 'unet', denoiser, dtype, some);
+    components.forEach((name, i) => void readPart(source, name, encoders[i].encoder, options, dtype, some));
+    readPart(source, 'unet', denoiser, options, dtype, some);
   });
   const setAdapters = (files: readonly AdapterFile[]): void => {
     merge(files);
     if (fp8 && (only ?? ['unet']).includes('unet')) feedForwardToFp8(denoiser);
   };
   setAdapters(options.lora ?? []);
-  read(vaeSource, 'vae', coder.module, vaeDtype);
+  readPart(vaeSource, 'vae', coder.module, options, vaeDtype);
   return {
-    device,
-    dtype,
+    ...{ device, dtype, unet: denoiser, unetConfig, controlnet, adapter, ipAdapter, vae: coder, aesthetic },
     text: { encoders, forceZeros: source.modelIndex.force_zeros_for_empty_prompt !== false },
-    unet: denoiser,
-    unetConfig,
-    controlnet,
-    adapter,
-    ipAdapter,
-    vae: coder,
-    aesthetic,
     scheduler: parseSchedulerConfig(source.config('scheduler')),
     ...sizes,
     setAdapters,
     release() {
-      for (const { encoder } of encoders) unload(encoder);
-      for (const { encoder } of ipAdapter) unload(encoder);
+      for (const { encoder } of [...encoders, ...ipAdapter]) unload(encoder);
       for (const { module } of [...adapter, ...ipAdapter]) unload(module);
       for (const module of [denoiser, ...controlnet, coder.module]) unload(module);
     },
   };
+}
+
+/** What a model's configs say, before any weight is read. @throws UserError for no SDXL model, or one that IP-Adapters are not for */
+function checkedParts(source: ModelSource, { ipAdapter }: LoadOptions) {
+  const components = textParts(source);
+  if (!components.includes('text_encoder_2'))
+    throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
+  const unetConfig = parseUNetConfig(source.config('unet'));
+  const textConfigs = components.map((name) => parseTextConfig(source.config(name)));
+  checkTexts(source, unetConfig, textConfigs);
+  const aesthetic = source.modelIndex.requires_aesthetics_score === true;
+  if (aesthetic && ipAdapter?.length)
+    throw new UserError(
+      `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,
+    );
+  return { components, textConfigs, unetConfig, aesthetic };
+}
+
+/** A part's weights, all or `some`, where the part is one that is asked for. */
+function readPart(
+  from: ModelSource,
+  name: Part,
+  module: AnyModule,
+  { device, only }: LoadOptions,
+  dtype: FloatDType,
+  some?: ReadonlySet<Parameter>,
+): void {
+  if (only && !only.includes(name)) return;
+  holding(name, () =>
+    some
+      ? loadAndClose(module, from.weights(name), device, dtype, some)
+      : from.load(name, module, device, dtype),
+  );
 }
 
 /** What `denoise` tells after each call of the UNet. */

@@ -181,32 +181,16 @@ type NumbersOf = 'controlnet_conditioning_scale' | 'control_guidance_start' | 'c
 export function controlsOf(
   nets: readonly AnyControlNet[],
   request: ControlRequest & { image?: Latents; mask?: Latents },
-  [height, width]: Size,
+  size: Size,
 ): Control[] {
   const { control_image: images = [], guess_mode: guess = false, image, mask } = request;
   if (nets.length === 0 && images.length === 0) return [];
-  if (images.length !== nets.length)
-    throw new UserError(
-      `control_image has ${images.length} pictures for ${nets.length} ControlNets: give one to each`,
-    );
-  for (const { shape } of images)
-    if (shape.join() !== [1, 3, height, width].join())
-      throw new UserError(
-        `a picture in control_image is [${shape}], not [1,3,${height},${width}]: resize it`,
-      );
-  const forEach = (key: NumbersOf, otherwise: number): readonly number[] => {
-    const given = request[key] ?? otherwise;
-    const list = typeof given === 'number' ? nets.map(() => given) : given;
-    if (list.length !== nets.length)
-      throw new UserError(
-        `${key} has ${list.length} numbers for ${nets.length} ControlNets: give one, or one to each`,
-      );
-    return list.map((each) => each ?? otherwise);
-  };
-  const scales = forEach('controlnet_conditioning_scale', image && !mask ? 0.8 : 1);
+  checkImages(images, nets.length, size);
+  const each = (key: NumbersOf, otherwise: number) => numbersOf(key, request[key], nets.length, otherwise);
+  const scales = each('controlnet_conditioning_scale', image && !mask ? 0.8 : 1);
   const modes = modesOf(nets.map(isUnion), request.control_mode);
-  const starts = forEach('control_guidance_start', 0);
-  const ends = forEach('control_guidance_end', 1);
+  const starts = each('control_guidance_start', 0);
+  const ends = each('control_guidance_end', 1);
   starts.forEach((start, i) => {
     if (!(start >= 0 && start < ends[i] && ends[i] <= 1))
       throw new UserError(
@@ -222,19 +206,50 @@ export function controlsOf(
     }),
   );
   const groups = [...byNet(controls).values()];
-  for (const group of groups) {
-    for (const { net, mode } of group)
-      checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
-    if (isUnion(group[0].net) && new Set(group.map((each) => each.weights + each.promptAlone)).size > 1)
-      throw new UserError(
-        'a ControlNet union sees all of its pictures at once: give each the same control_balance (--control-balance)',
-      );
-    if (groups.length > 1 && isUnion(group[0].net) && group.some(({ scale }) => scale !== group[0].scale))
-      throw new UserError(
-        'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
-      );
-  }
+  for (const group of groups) checkGroup(group, groups.length === 1);
   return controls;
+}
+
+/** @throws UserError where there is not one of the size to each ControlNet */
+function checkImages(images: readonly Latents[], nets: number, [height, width]: Size): void {
+  if (images.length !== nets)
+    throw new UserError(
+      `control_image has ${images.length} pictures for ${nets} ControlNets: give one to each`,
+    );
+  for (const { shape } of images)
+    if (shape.join() !== [1, 3, height, width].join())
+      throw new UserError(
+        `a picture in control_image is [${shape}], not [1,3,${height},${width}]: resize it`,
+      );
+}
+
+/** A number for each ControlNet. @throws UserError where there are others than one, or one to each */
+function numbersOf(
+  key: NumbersOf,
+  given: Each | undefined,
+  nets: number,
+  otherwise: number,
+): readonly number[] {
+  const said = given ?? otherwise;
+  const list = typeof said === 'number' ? Array<number>(nets).fill(said) : said;
+  if (list.length === nets) return list.map((each) => each ?? otherwise);
+  throw new UserError(`${key} has ${list.length} numbers for ${nets} ControlNets: give one, or one to each`);
+}
+
+/** @throws UserError for what one ControlNet cannot be asked of its pictures */
+function checkGroup(group: readonly Control[], isAlone: boolean): void {
+  const [{ net, scale, weights, promptAlone }] = group;
+  for (const { mode } of group)
+    checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
+  if (!isUnion(net)) return;
+  if (group.some((each) => each.weights !== weights || each.promptAlone !== promptAlone))
+    throw new UserError(
+      'a ControlNet union sees all of its pictures at once: give each the same control_balance (--control-balance)',
+    );
+  if (!isAlone && group.some((each) => each.scale !== scale))
+    throw new UserError(
+      'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
+    );
 }
 
 /** What can be told of modes before weights are read. @throws UserError where a union's picture has none, or another's has one */
