@@ -8,16 +8,8 @@ import { UserError } from '../io/errors.ts';
 import { listFolder, readJsonObject } from '../io/files.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './adapters/lora_kinds.ts';
-import {
-  type Json,
-  type ModelSource,
-  matchParameters,
-  openModel,
-  openWeights,
-  sourceOf,
-  type WeightInfo,
-  type WeightSource,
-} from './checkpoint/checkpoint.ts';
+import { type Json, type ModelSource, openModel, openWeights } from './checkpoint/checkpoint.ts';
+import { matchParameters, sourceOf, type WeightInfo, type WeightSource } from './checkpoint/weights.ts';
 import { openWeightsFile } from './checkpoint/weights_file.ts';
 import { asWeightsTell } from './control/controlnet_union.ts';
 import { kindOf } from './control/inpainting.ts';

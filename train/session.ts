@@ -8,7 +8,8 @@ import { built } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { channelsLast, openWeights } from '../models/checkpoint/checkpoint.ts';
+import { openWeights } from '../models/checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../models/checkpoint/weights.ts';
 import { loadTensors, type Position } from './checkpoint.ts';
 import { type Materials, mostPasses, stateOf } from './materials.ts';
 import { createOptimizer } from './optimizers/create.ts';
@@ -156,7 +157,7 @@ function loadTrained(
         );
       }
       const bytes = source.bytes(key);
-      tensor.upload(layout === 'conv' ? channelsLast(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
+      tensor.upload(layout === 'conv' ? toMemoryLayout(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
     }
   } finally {
     source.close();

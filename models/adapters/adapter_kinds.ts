@@ -217,14 +217,14 @@ function differenceOf(
       const small = k === 0 ? scaled(first, factor) : first;
       const rows = small.reshape(small.shape[0], -1);
       const other = matrix(right);
-      return other ? matmul(rows, channelsLast(...other, shapes[k])) : rows;
+      return other ? matmul(rows, inMemoryOrder(...other, shapes[k])) : rows;
     });
     return kind.join(factors, shapes);
   };
 }
 
 /** A product's right matrix as [rank, taps * i]. */
-function channelsLast(tensor: Tensor, { layout }: Parameter, [, inputs, ...kernel]: Shape): Tensor {
+function inMemoryOrder(tensor: Tensor, { layout }: Parameter, [, inputs, ...kernel]: Shape): Tensor {
   const rank = tensor.shape[0];
   const taps = sizeOf(kernel);
   if (layout === 'conv' || taps === 1) return tensor.reshape(rank, -1);

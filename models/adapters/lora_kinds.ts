@@ -14,7 +14,7 @@ import { matmul } from '../../engine/ops/linear.ts';
 import { permute } from '../../engine/ops/move.ts';
 import { empty, sizeOf, type Tensor } from '../../engine/tensor.ts';
 import type { TensorInfo } from '../../io/tensor_file.ts';
-import { channelsLast } from '../checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../checkpoint/weights.ts';
 
 export type Shape = readonly number[];
 
@@ -258,7 +258,7 @@ function factorOf(factor: Factor, parts: Parts, target: Shape, read: Read, devic
   /** [rows, i, taps] of a file as [rows, taps * i]. */
   const load = (part: TensorInfo | undefined, rows: number, inputs: number, taps: number): Tensor => {
     const bytes = new Uint8Array(read(part as TensorInfo).buffer);
-    return empty([rows, taps * inputs], { device }).upload(channelsLast(bytes, [rows, inputs, taps, 1], 4));
+    return empty([rows, taps * inputs], { device }).upload(toMemoryLayout(bytes, [rows, inputs, taps, 1], 4));
   };
   const [whole, left, right, core] = (['whole', 'left', 'right', 'core'] as const).map(
     (place) => parts[factor[place] ?? ''],

@@ -6,7 +6,8 @@ import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import { bytesPerElement } from '../../io/dtype.ts';
 import { makeFolder, writeFileAtomic } from '../../io/files.ts';
 import { type TensorEntry, writeSafetensors, writeSafetensorsInTurns } from '../../io/safetensors.ts';
-import { channelsFirst, type Json } from './checkpoint.ts';
+import type { Json } from './checkpoint.ts';
+import { toStoredLayout } from './weights.ts';
 
 /** The name of a component's weight file: transformers' for text encoders, diffusers' for adapters and the rest. */
 export function weightFile(component: string): string {
@@ -24,7 +25,7 @@ export function weightEntries(
     const { dtype } = tensor;
     const bytes = () =>
       parameter.layout === 'conv'
-        ? channelsFirst(tensor.bytes(), parameter.shape, bytesPerElement[dtype])
+        ? toStoredLayout(tensor.bytes(), parameter.shape, bytesPerElement[dtype])
         : tensor.bytes();
     return { name, dtype, shape: parameter.shape, bytes };
   });

@@ -13,7 +13,8 @@ import { broadcast, sum } from '../../engine/ops/reduce.ts';
 import { cast, scale } from '../../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import type { Json, ModelSource, WeightSource } from '../checkpoint/checkpoint.ts';
+import type { Json, ModelSource } from '../checkpoint/checkpoint.ts';
+import type { WeightSource } from '../checkpoint/weights.ts';
 import { once } from '../unet/context_cache.ts';
 import {
   embeddingMlp,

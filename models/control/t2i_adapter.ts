@@ -17,14 +17,9 @@ import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
 import { preprocessAdapter } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
-import {
-  type Json,
-  type ModelSource,
-  openComponentFile,
-  sourceOf,
-  type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+import { type Json, type ModelSource, openComponentFile } from '../checkpoint/checkpoint.ts';
 import { isCount, isListOf } from '../checkpoint/config_values.ts';
+import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import type { Size } from '../text/conditioning.ts';
 import { times } from '../unet/unet_encoder.ts';

@@ -13,15 +13,9 @@ import { replaceInTurns } from '../../io/files.ts';
 import { copyFolder, newFolderInTurns } from '../../io/folders.ts';
 import { isGguf, openGguf } from '../../io/gguf.ts';
 import { bytesOf, openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../../io/safetensors.ts';
-import {
-  type Json,
-  type ModelSource,
-  matchParameters,
-  misfit,
-  openModel,
-  type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+import { type Json, type ModelSource, openModel } from '../checkpoint/checkpoint.ts';
 import { saveShardsInTurns, writeJson } from '../checkpoint/save.ts';
+import { matchParameters, misfit, type WeightSource } from '../checkpoint/weights.ts';
 import { pipelineIndex } from '../control/inpainting.ts';
 import { isInstructPix2Pix } from '../control/instruct_pix2pix.ts';
 import { isEDM } from '../samplers/config.ts';

@@ -12,10 +12,9 @@ import { scope } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { type FloatDType, isFloat } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
+import { loading, type ModelSource } from '../checkpoint/checkpoint.ts';
 import {
   allFinite,
-  loading,
-  type ModelSource,
   matchParameters,
   misfit,
   notFinite,
@@ -23,7 +22,7 @@ import {
   storedTensor,
   trimMemory,
   type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+} from '../checkpoint/weights.ts';
 import { kindOf, latentChannelsOf } from '../control/inpainting.ts';
 import { isEDM } from '../samplers/config.ts';
 import { parseUNetConfig } from '../unet/unet.ts';

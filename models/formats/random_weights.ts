@@ -9,7 +9,8 @@ import { empty, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { type Init, standard } from '../adapters/layer_init.ts';
-import { channelsLast, type Json, type ModelSource } from '../checkpoint/checkpoint.ts';
+import type { Json, ModelSource } from '../checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../checkpoint/weights.ts';
 import { TorchGenerator } from '../random/torch_random.ts';
 import type { TextConfig } from '../text/clip.ts';
 import { componentConfigs, modelIndex } from './diffusers_config.ts';
@@ -91,7 +92,7 @@ function randomise(module: AnyModule, init: InitRule, seed: number, device: Devi
     const values = draw(biasOfNormal ? zero : rule, parameter.size, generator);
     const laid =
       parameter.layout === 'conv'
-        ? new Float32Array(channelsLast(new Uint8Array(values.buffer), parameter.shape, 4).buffer)
+        ? new Float32Array(toMemoryLayout(new Uint8Array(values.buffer), parameter.shape, 4).buffer)
         : values;
     parameter.tensor = unscoped(() => tensor(laid, parameter.memoryShape, { device, dtype }));
   }

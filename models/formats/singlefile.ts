@@ -14,9 +14,8 @@ import {
   type ModelSource,
   noFolder,
   openModel,
-  sourceOf,
-  type WeightSource,
 } from '../checkpoint/checkpoint.ts';
+import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { componentConfigs, modelIndex, vaeJson } from './diffusers_config.ts';
 import { type Marked, markedIn } from './marks.ts';

@@ -6,7 +6,8 @@ import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { readJsonObject } from '../../io/files.ts';
 import { renamed, type TensorFile } from '../../io/tensor_file.ts';
-import { loneSource, type ModelSource, sourceOf, type WeightSource } from '../checkpoint/checkpoint.ts';
+import { loneSource, type ModelSource } from '../checkpoint/checkpoint.ts';
+import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { openWeightsFile, openWeightsFiles } from '../checkpoint/weights_file.ts';
 import { taesdxlJson } from '../vae/autoencoder_tiny.ts';
 

@@ -9,13 +9,8 @@ import type { Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
-import {
-  loadAndClose,
-  type ModelSource,
-  openComponent,
-  sourceOf,
-  type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+import { type ModelSource, openComponent } from '../checkpoint/checkpoint.ts';
+import { loadAndClose, sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { refusePickle } from '../checkpoint/weights_file.ts';
 import { crossAttentions, type UNet, type UNetConfig } from '../unet/unet.ts';
 import { parseVisionConfig, type VisionConfig, type VisionEncoder, visionEncoder } from './clip_vision.ts';

@@ -17,15 +17,15 @@ import type { TensorFile, TensorInfo } from '../../io/tensor_file.ts';
 import { isLarge } from '../adapters/adapter_kinds.ts';
 import { layersOf } from '../adapters/adapters.ts';
 import { lowRank } from '../adapters/low_rank.ts';
+import type { ModelSource } from '../checkpoint/checkpoint.ts';
 import {
-  type ModelSource,
   matchParameters,
   misfit,
   notFinite,
   storedTensor,
   trimMemory,
   type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+} from '../checkpoint/weights.ts';
 import { buildComponent } from '../formats/components.ts';
 import { encodeWeight } from '../formats/export.ts';
 import { otherShapes, shown } from '../formats/merge_models.ts';

@@ -22,8 +22,8 @@ import {
   unsupportedKind,
 } from '../adapters/lora_kinds.ts';
 import { byPattern, type PeftConfig, peftConfigs, peftRoot } from '../adapters/peft_config.ts';
-import { allFinite } from '../checkpoint/checkpoint.ts';
 import { weightFile } from '../checkpoint/save.ts';
+import { allFinite } from '../checkpoint/weights.ts';
 import { isWeightsFile } from '../checkpoint/weights_file.ts';
 import { unetKeyInSgm } from '../formats/sgm_keys.ts';
 import { isIPAdapter } from '../ip_adapter/ip_adapter.ts';

@@ -8,7 +8,7 @@ import type { TensorFile, TensorInfo } from '../../io/tensor_file.ts';
 import { type AdapterConfig, isLarge, sizesFor } from '../adapters/adapter_kinds.ts';
 import { lengthsOf } from '../adapters/dora.ts';
 import { kindOf, magnitudeAxis, magnitudeOf } from '../adapters/lora_kinds.ts';
-import { channelsLast } from '../checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../checkpoint/weights.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { complain, floatsOf, type LoraTargets, locateAdapter, type Update, updatesOf } from './lora_file.ts';
 
@@ -86,7 +86,7 @@ function fill(parameter: Parameter, file: TensorFile, from: TensorInfo, factor: 
   const { shape } = parameter;
   parameter.tensor.set(
     shape.length === 4
-      ? new Float32Array(channelsLast(new Uint8Array(values.buffer), shape, 4).buffer)
+      ? new Float32Array(toMemoryLayout(new Uint8Array(values.buffer), shape, 4).buffer)
       : values,
   );
 }

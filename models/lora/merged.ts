@@ -7,15 +7,8 @@ import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
 import { decodeFloats, type FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import {
-  channelsFirst,
-  channelsLast,
-  type Json,
-  loading,
-  type ModelSource,
-  matchParameters,
-  type WeightSource,
-} from '../checkpoint/checkpoint.ts';
+import { type Json, loading, type ModelSource } from '../checkpoint/checkpoint.ts';
+import { matchParameters, toMemoryLayout, toStoredLayout, type WeightSource } from '../checkpoint/weights.ts';
 import { buildComponent } from '../formats/components.ts';
 import { encodeWeight } from '../formats/export.ts';
 import { parseUNetConfig } from '../unet/unet.ts';
@@ -127,7 +120,7 @@ function changedBy(
   changes: readonly Change[],
   device: Device,
 ): Float32Array {
-  const turned = (turn: typeof channelsLast, floats: Float32Array): Float32Array => {
+  const turned = (turn: typeof toMemoryLayout, floats: Float32Array): Float32Array => {
     if (layout !== 'conv') return floats;
     const { buffer, byteOffset, byteLength } = turn(
       new Uint8Array(floats.buffer, floats.byteOffset, floats.byteLength),
@@ -138,8 +131,8 @@ function changedBy(
   };
   return noGrad(() =>
     scope(() => {
-      const laid = tensor(turned(channelsLast, values), memoryShape, { device });
-      return turned(channelsFirst, changes.reduce((weight, change) => change(weight), laid).floats());
+      const laid = tensor(turned(toMemoryLayout, values), memoryShape, { device });
+      return turned(toStoredLayout, changes.reduce((weight, change) => change(weight), laid).floats());
     }),
   );
 }

@@ -8,7 +8,7 @@ import { UserError } from '../../io/errors.ts';
 import { listFolder } from '../../io/files.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
-import { allFinite } from '../checkpoint/checkpoint.ts';
+import { allFinite } from '../checkpoint/weights.ts';
 import { refusePickle } from '../checkpoint/weights_file.ts';
 import type { TextStack } from './conditioning.ts';
 

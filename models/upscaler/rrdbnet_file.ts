@@ -4,7 +4,7 @@
 import { existsSync, statSync } from 'node:fs';
 import { UserError } from '../../io/errors.ts';
 import { renamed, type TensorFile } from '../../io/tensor_file.ts';
-import { matchParameters, sourceOf, type WeightSource } from '../checkpoint/checkpoint.ts';
+import { matchParameters, sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { isWeightsFile, openWeightsFile, refusePickle } from '../checkpoint/weights_file.ts';
 import { hubFile, type LocateOptions } from '../locate/locate.ts';
 import { type RRDBNetConfig, rrdbnet } from './rrdbnet.ts';

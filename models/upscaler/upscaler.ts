@@ -14,7 +14,7 @@ import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
-import { loadAndClose } from '../checkpoint/checkpoint.ts';
+import { loadAndClose } from '../checkpoint/weights.ts';
 import { rrdbnet } from './rrdbnet.ts';
 import type { UpscalerSource } from './rrdbnet_file.ts';
 

@@ -12,12 +12,8 @@ import { readJson } from '../../io/files.ts';
 import { quantisers } from '../../io/ggml_quantise.ts';
 import { openGguf } from '../../io/gguf.ts';
 import { inTurns } from '../../io/turns.ts';
-import {
-  type ModelSource,
-  openModel,
-  type WeightInfo,
-  type WeightSource,
-} from '../../models/checkpoint/checkpoint.ts';
+import { type ModelSource, openModel } from '../../models/checkpoint/checkpoint.ts';
+import type { WeightInfo, WeightSource } from '../../models/checkpoint/weights.ts';
 import { buildComponent, type Component } from '../../models/formats/components.ts';
 import { exportGguf, ggufTypes } from '../../models/formats/export_gguf.ts';
 import { presets } from '../../models/formats/presets.ts';

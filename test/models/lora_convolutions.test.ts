@@ -8,7 +8,8 @@ import { scope } from '../../engine/scope.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import { addAdapters, parametersOf } from '../../models/adapters/adapters.ts';
-import { channelsLast, openModel } from '../../models/checkpoint/checkpoint.ts';
+import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../../models/checkpoint/weights.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
 import { parseUNetConfig, type UNet, unet } from '../../models/unet/unet.ts';
 import type { RunInput } from '../../train/run/run.ts';
@@ -78,7 +79,8 @@ function mergedByHand(path: string): UNet {
       return (alpha / rank) * sum;
     });
     const bytes = new Uint8Array(gain.buffer);
-    const placed = shape.length === 4 ? new Float32Array(channelsLast(bytes, shape, 4).slice().buffer) : gain;
+    const placed =
+      shape.length === 4 ? new Float32Array(toMemoryLayout(bytes, shape, 4).slice().buffer) : gain;
     tensor.set(tensor.floats().map((w, i) => w + placed[i]));
   }
   return own;
@@ -93,7 +95,7 @@ function adaptedBy(path: string): UNet {
   )) {
     const { values } = tensors.get(`unet.${name}`) as { values: Float32Array };
     const bytes = encodeNumbers(values, 'float32');
-    tensor.upload(shape.length === 4 ? channelsLast(bytes, shape, 4) : bytes);
+    tensor.upload(shape.length === 4 ? toMemoryLayout(bytes, shape, 4) : bytes);
   }
   return own;
 }

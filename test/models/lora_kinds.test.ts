@@ -8,7 +8,8 @@ import { type AnyModule, namedParameters, type Parameter, unload } from '../../e
 import { encodeNumbers } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { writeSafetensors } from '../../io/safetensors.ts';
-import { channelsFirst, openModel } from '../../models/checkpoint/checkpoint.ts';
+import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { toStoredLayout } from '../../models/checkpoint/weights.ts';
 import { inspect } from '../../models/inspect.ts';
 import { exportLora } from '../../models/lora/export_lora.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
@@ -89,7 +90,7 @@ function write(t: Test, { keys, metadata, config }: Pick<Golden, 'keys' | 'metad
 function weightOf(parameter: Parameter): Float32Array {
   const { tensor, layout, shape } = parameter;
   const bytes = tensor.bytes();
-  return new Float32Array((layout === 'conv' ? channelsFirst(bytes, shape, 4) : bytes).buffer);
+  return new Float32Array((layout === 'conv' ? toStoredLayout(bytes, shape, 4) : bytes).buffer);
 }
 
 function compare(t: Test, models: LoraTargets, golden: Golden): void {

@@ -9,13 +9,8 @@ import { module, namedParameters, parameter, unload } from '../../engine/module.
 import { sizeOf } from '../../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../../io/dtype.ts';
 import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
-import {
-  channelsLast,
-  loadAndClose,
-  openComponent,
-  openWeights,
-  sourceOf,
-} from '../../models/checkpoint/checkpoint.ts';
+import { openComponent, openWeights } from '../../models/checkpoint/checkpoint.ts';
+import { loadAndClose, sourceOf, toMemoryLayout } from '../../models/checkpoint/weights.ts';
 import { asItsWeightsTell } from '../../models/control/controlnet_union.ts';
 import { openSingleFile } from '../../models/formats/singlefile.ts';
 import { openTinyFile } from '../../models/formats/taesd_file.ts';
@@ -54,7 +49,7 @@ for (const name of ['cpu', 'reference']) {
         for (const { name: key, bytes } of entries) {
           const p = parameters.get(key);
           const cast = encodeNumbers(decodeFloats(bytes, stored), dtype);
-          const want = p?.layout === 'conv' ? channelsLast(cast, p.shape, bytesPerElement[dtype]) : cast;
+          const want = p?.layout === 'conv' ? toMemoryLayout(cast, p.shape, bytesPerElement[dtype]) : cast;
           t.same([...(p?.tensor.bytes() ?? [])], [...want], `${key}, ${stored} as ${dtype}`);
           t.same(p?.tensor.shape, p?.memoryShape);
         }

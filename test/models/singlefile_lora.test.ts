@@ -18,12 +18,8 @@ import {
 import { encodeNumbers } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import { type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
-import {
-  loadParameters,
-  type ModelSource,
-  openModel,
-  openWeights,
-} from '../../models/checkpoint/checkpoint.ts';
+import { type ModelSource, openModel, openWeights } from '../../models/checkpoint/checkpoint.ts';
+import { loadParameters } from '../../models/checkpoint/weights.ts';
 import { clipBigG, clipL, sdxlBase, sdxlRefiner, sdxlVae } from '../../models/formats/presets.ts';
 import { unetKeyInSgm } from '../../models/formats/sgm_keys.ts';
 import { openSingleFile } from '../../models/formats/singlefile.ts';

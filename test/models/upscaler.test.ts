@@ -14,7 +14,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { readPngText } from '../../io/png.ts';
 import { resize } from '../../io/resize.ts';
 import { type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
-import { loadAndClose } from '../../models/checkpoint/checkpoint.ts';
+import { loadAndClose } from '../../models/checkpoint/weights.ts';
 import { type RRDBNetConfig, rrdbnet } from '../../models/upscaler/rrdbnet.ts';
 import { openUpscalerFile } from '../../models/upscaler/rrdbnet_file.ts';
 import { enlargeTo, openUpscaler } from '../../models/upscaler/upscaler.ts';

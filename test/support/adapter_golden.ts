@@ -7,7 +7,7 @@ import { scope, unscoped } from '../../engine/scope.ts';
 import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import { type AdapterConfig, type Part, partsOf } from '../../models/adapters/adapter_kinds.ts';
 import { type Adapter, addAdapters, parametersOf } from '../../models/adapters/adapters.ts';
-import { channelsFirst, channelsLast } from '../../models/checkpoint/checkpoint.ts';
+import { toMemoryLayout, toStoredLayout } from '../../models/checkpoint/weights.ts';
 import { createOptimizer } from '../../train/optimizers/create.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import { type Assert, maxDifference } from './golden.ts';
@@ -41,12 +41,12 @@ export const numbers = (shape: Shape, k: number): Float32Array =>
 export const unpacked = (text: string): Float32Array =>
   new Float32Array(new Uint8Array(Buffer.from(text, 'base64')).buffer);
 
-const turned = (turn: typeof channelsLast, values: Float32Array, shape: Shape): Float32Array =>
+const turned = (turn: typeof toMemoryLayout, values: Float32Array, shape: Shape): Float32Array =>
   shape.length === 4 ? new Float32Array(turn(new Uint8Array(values.buffer), shape, 4).buffer) : values;
 
 /** Numbers in torch's order as they lie here, and back. */
-export const toMemory = (values: Float32Array, shape: Shape) => turned(channelsLast, values, shape);
-export const fromMemory = (values: Float32Array, shape: Shape) => turned(channelsFirst, values, shape);
+export const toMemory = (values: Float32Array, shape: Shape) => turned(toMemoryLayout, values, shape);
+export const fromMemory = (values: Float32Array, shape: Shape) => turned(toStoredLayout, values, shape);
 
 const memoryShape = (shape: Shape): number[] => {
   const [n, c, h, w] = shape;

@@ -8,7 +8,7 @@ import { dynamicMap } from '../../engine/ops/adamw_8bit.ts';
 import { keep } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { bytesPerElement, decodeFloats, encodeNumbers, type FloatDType } from '../../io/dtype.ts';
-import { channelsLast } from '../../models/checkpoint/checkpoint.ts';
+import { toMemoryLayout } from '../../models/checkpoint/weights.ts';
 import { clipGradients } from '../../train/optimizers/clip.ts';
 import { createOptimizer, type OptimizerSettings } from '../../train/optimizers/create.ts';
 import { ema } from '../../train/optimizers/ema.ts';
@@ -30,7 +30,7 @@ function laid(p: Parameter, values: Float32Array, dtype: FloatDType): Tensor {
   const bytes = new Uint8Array(values.buffer);
   const floats =
     p.layout === 'conv'
-      ? new Float32Array(channelsLast(bytes, p.shape, bytesPerElement.float32).buffer)
+      ? new Float32Array(toMemoryLayout(bytes, p.shape, bytesPerElement.float32).buffer)
       : values;
   return keep(tensor(floats, p.memoryShape, { device, dtype }));
 }

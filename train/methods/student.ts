@@ -3,7 +3,8 @@
 // transformers the last on the way up is the teacher's last, whose skip connection is as wide (BK-SDM, Kim et al. 2023).
 import { namedParameters } from '../../engine/module.ts';
 import { UserError } from '../../io/errors.ts';
-import { loadAndClose, type ModelSource, type WeightSource } from '../../models/checkpoint/checkpoint.ts';
+import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { loadAndClose, type WeightSource } from '../../models/checkpoint/weights.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../../models/unet/unet.ts';
 import type { Run } from '../run/run.ts';
 
