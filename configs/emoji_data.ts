@@ -8,7 +8,8 @@ import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import sharp from 'sharp';
 import { UserError } from '../io/errors.ts';
-import { readJson, writeFileAtomic } from '../io/files.ts';
+import { writeFileAtomic } from '../io/files.ts';
+import { readJson } from '../io/json.ts';
 import { coloursOf, colourWords } from './emoji_colours.ts';
 
 /** Raise when pictures or captions change, so that folders drawn before are drawn anew. */

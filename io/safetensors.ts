@@ -4,7 +4,8 @@
 // checked before any of it is used.
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
-import { isRecord, replaceInTurns, writeFully } from './files.ts';
+import { replaceInTurns, writeFully } from './files.ts';
+import { isRecord } from './json.ts';
 import { float8E4M3, float8E5M2, float64, plain } from './stored_types.ts';
 import {
   checkedProduct,

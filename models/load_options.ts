@@ -3,7 +3,7 @@
 import type { Device } from '../engine/device.ts';
 import { type FloatDType, isFloat } from '../io/dtype.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
-import { isRecord } from '../io/files.ts';
+import { isRecord } from '../io/json.ts';
 import type { ModelSource } from './checkpoint/checkpoint.ts';
 import { flag, listOf, type Rule } from './checkpoint/config_values.ts';
 import { latentChannelsOf } from './control/inpainting.ts';

@@ -2,7 +2,7 @@
 // JavaScript each key is held here, as one that is misspelt, or a text for a number, would be passed over or draw another picture.
 import { seamlessAxes } from '../engine/circular.ts';
 import { didYouMean, UserError } from '../io/errors.ts';
-import { isRecord } from '../io/files.ts';
+import { isRecord } from '../io/json.ts';
 import { flag, listOf, type Rule, whole } from './checkpoint/config_values.ts';
 import { controlBalances } from './control/control_balance.ts';
 import type { InstructPix2PixRequest } from './control/instruct_pix2pix.ts';

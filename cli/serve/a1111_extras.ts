@@ -1,6 +1,6 @@
 // A1111's routes that enlarge pictures which are there, one or some. Faces are not restored.
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { labelled } from './a1111_order.ts';
 import { base64, booleanOf, numberOf, only, pictureBytes, readFields, textOf, unheeded } from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';

@@ -2,7 +2,7 @@
 // schedule type takes A1111's own for it. What changes a picture there and is not here is refused unless it is as good as left out; what
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { oneOf, side } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';

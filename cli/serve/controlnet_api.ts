@@ -2,7 +2,7 @@
 // IP-Adapter of those that the server was started with, and a picture that it follows, as a preprocessor makes it (preprocessors.ts). An
 // IP-Adapter's is what its vision encoder is called, which comes with it.
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { oneOf } from '../option_values.ts';

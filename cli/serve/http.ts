@@ -2,7 +2,7 @@
 // server: there are a dozen fixed paths, and nothing of a framework would be used.
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { inOneLine } from '../terminal.ts';
 import { type Rules, refusal } from './guard.ts';
 

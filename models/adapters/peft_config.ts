@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { type Context, createContext, Script } from 'node:vm';
 import { UserError } from '../../io/errors.ts';
-import { isRecord, readJsonObject } from '../../io/files.ts';
+import { isRecord, readJsonObject } from '../../io/json.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
 
 /** What peft's own files put before each path. */

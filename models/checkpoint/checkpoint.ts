@@ -6,7 +6,8 @@ import type { Device } from '../../engine/device.ts';
 import type { AnyModule } from '../../engine/module.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import { listFolder, readJsonObject } from '../../io/files.ts';
+import { listFolder } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { loadAndClose, sourceOf, type WeightSource } from './weights.ts';
 import { openWeightsFile, openWeightsFiles, refusePickle } from './weights_file.ts';
 

@@ -5,7 +5,7 @@ import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { bytesPerElement, type DType, decodeFloats } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import type { Room, TensorFile } from '../../io/tensor_file.ts';
 import {
   type Json,

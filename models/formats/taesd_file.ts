@@ -4,7 +4,7 @@
 import { existsSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { renamed, type TensorFile } from '../../io/tensor_file.ts';
 import { loneSource, type ModelSource } from '../checkpoint/checkpoint.ts';
 import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';

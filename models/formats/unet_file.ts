@@ -3,7 +3,7 @@
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import type { TensorInfo } from '../../io/tensor_file.ts';
 import { type Json, loneSource, type ModelSource } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';

@@ -2,7 +2,7 @@
 // sides and blocks, where what is not named counts nothing. InstantStyle (Wang et al. 2024) found that of SDXL { up: { block_0: [0, 1, 0] } }
 // takes a picture's style alone, and { down: { block_2: [0, 1] } } its layout.
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import type { UNetConfig } from '../unet/unet.ts';
 
 /** One number, or under masks one for each picture of the adapter. */

@@ -3,8 +3,8 @@
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join, posix } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject } from '../../io/files.ts';
 import { type HubProgress, hubPath, looksLikeHubId, NothingWantedError, resolveHub } from '../../io/hub.ts';
+import { readJsonObject } from '../../io/json.ts';
 import {
   type ModelSource,
   openComponent,

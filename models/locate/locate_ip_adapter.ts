@@ -3,8 +3,9 @@
 import { existsSync, statSync } from 'node:fs';
 import { dirname, join, posix, relative } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { listFolder, readJsonObject } from '../../io/files.ts';
+import { listFolder } from '../../io/files.ts';
 import { hubPath, NothingWantedError, resolveHub } from '../../io/hub.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { type ModelSource, openComponent } from '../checkpoint/checkpoint.ts';
 import { refusePickle } from '../checkpoint/weights_file.ts';
 import { parseVisionConfig } from '../ip_adapter/clip_vision.ts';

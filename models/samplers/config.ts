@@ -2,7 +2,7 @@
 // own set of options and its own defaults; an option that a class does not have is dropped, as diffusers'
 // `Class.from_config(other.config)` does, so one file serves every sampler.
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { flag, isPositive, listOf, type Rule, whole } from '../checkpoint/config_values.ts';
 
 /**

@@ -6,7 +6,8 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
-import { readJsonObject, readText } from '../../io/files.ts';
+import { readText } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { BytePairEncoder, bytesOfToken, characterOfByte } from './byte_pairs.ts';
 
 /** The ids of a prompt, in pieces that stand between a BOS and an EOS each. */

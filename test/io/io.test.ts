@@ -26,14 +26,13 @@ import {
   makeFolder,
   readBytes,
   readBytesAside,
-  readJson,
-  readJsonObject,
   readLines,
   replaceAtomically,
   writeFileAtomic,
 } from '../../io/files.ts';
 import { copyFolder } from '../../io/folders.ts';
 import { isGguf, openGguf } from '../../io/gguf.ts';
+import { readJson, readJsonObject } from '../../io/json.ts';
 import { lockFolder } from '../../io/lock.ts';
 import { readPngText } from '../../io/png.ts';
 import { openSafetensors } from '../../io/safetensors.ts';

@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { encodeNumbers } from '../../io/dtype.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { sdxl } from '../support/command_line.ts';
 import { goldenFolder } from '../support/golden.ts';

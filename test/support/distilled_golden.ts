@@ -4,7 +4,7 @@ import { mkdirSync, readdirSync, symlinkSync } from 'node:fs';
 import { join } from 'node:path';
 import { type AnyModule, namedParameters } from '../../engine/module.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { parseUNetConfig, type UNetConfig, unet } from '../../models/unet/unet.ts';
 import { numbers, writeComponent } from './controlnet_golden.ts';

@@ -6,7 +6,7 @@ import { test } from 'tap';
 import { noGrad } from '../../engine/grad.ts';
 import { parameterCount } from '../../engine/module.ts';
 import { scope } from '../../engine/scope.ts';
-import { readJsonObject } from '../../io/files.ts';
+import { readJsonObject } from '../../io/json.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';

@@ -1,7 +1,8 @@
 // The rows of metadata.jsonl and metadata.csv: a file name and one or more captions each. CSV is RFC 4180's: quoted
 // fields may hold commas, doubled quotes and line breaks; lines may end as in any system's texts.
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { isRecord, readText } from '../../io/files.ts';
+import { readText } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 
 export interface MetadataRow {
   file_name: string;

@@ -3,7 +3,7 @@
 // meant, as far as that can be known, and every value of the wrong kind with its place.
 import { inspect } from 'node:util';
 import { didYouMean, UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 import { foreignKeys } from './foreign_keys.ts';
 
 export interface Field<T> {

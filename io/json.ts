@@ -1,0 +1,43 @@
+// JSON as files hold it, Python's with its infinities too, which JSON itself has not.
+import { UserError } from './errors.ts';
+import { readText } from './files.ts';
+
+/** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
+export function readJson(path: string): unknown {
+  const text = readText(path);
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    const value = withoutBareNumbers(text);
+    if (value !== undefined) return value;
+    const reason = (error as Error).message.replace(/\s+/g, ' ');
+    throw new UserError(`${path} is not valid JSON (${reason}): correct it, or download it again`);
+  }
+}
+
+/**
+ * JSON as Python writes it, with infinities and NaN as bare words (diffusers' DPM-Solver has "lambda_min_clipped":
+ * -Infinity); keys that have such a value are left out. Undefined for what is not JSON even so.
+ */
+function withoutBareNumbers(text: string): unknown {
+  // Texts are matched so as to be passed over; 1e999 is how JSON can say Infinity.
+  const plain = text.replace(/"(?:[^"\\]|\\.)*"|-?Infinity|NaN/g, (word) =>
+    word.startsWith('"') ? word : '1e999',
+  );
+  try {
+    return JSON.parse(plain, (_, value) => (value === Infinity ? undefined : value));
+  } catch {
+    return undefined;
+  }
+}
+
+/** Whether a value is an object as JSON has them: no list, and not null. */
+export const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
+
+/** The JSON object in `path`. @throws UserError as `readJson`, and when it holds a list or a lone value */
+export function readJsonObject(path: string): Record<string, unknown> {
+  const value = readJson(path);
+  if (isRecord(value)) return value;
+  throw new UserError(`${path} does not hold a JSON object: download it again`);
+}
