@@ -7,7 +7,7 @@ import { type Parameter, parameter } from '../../engine/module.ts';
 import { sub } from '../../engine/ops/binary.ts';
 import { matmul } from '../../engine/ops/linear.ts';
 import { permute } from '../../engine/ops/move.ts';
-import { cast, scaled } from '../../engine/ops/unary.ts';
+import { cast, scale, scaled } from '../../engine/ops/unary.ts';
 import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import { cayley } from './cayley.ts';
 import { kinds, type Shape } from './lora_kinds.ts';
