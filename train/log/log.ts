@@ -1,5 +1,5 @@
-// The log of a run as JSON lines, one for every log_every updates, and for those that were skipped or measured. A resumed run drops the lines past its checkpoint, so that
-// the log reads as if the run had never stopped.
+// The log of a run as JSON lines, one for every log_every updates, and for those that were skipped or measured. A resumed run drops the
+// lines past its checkpoint, so that the log reads as if the run had never stopped.
 import { appendFileSync, existsSync } from 'node:fs';
 import { asUserError, readBytes, writeFileAtomic } from '../../io/files.ts';
 
