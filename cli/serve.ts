@@ -77,7 +77,7 @@ export function addServe(command: Command, terminal: Terminal): void {
   sizeOptions(textOptions(command.optionsGroup('Pictures, where a request says nothing:')));
   stepOptions(command);
   refinerOptions(command);
-  lookOptions(command.optionsGroup('Preview (while a picture is drawn, for who asks):'), 'proj');
+  lookOptions(command.optionsGroup('Preview (while a picture is drawn, for clients that ask):'), 'proj');
   command
     .optionsGroup('Server:')
     .option('--listen-ip <ADDRESS>', 'who reaches it: 0.0.0.0 is everyone, with a key', '127.0.0.1')
@@ -104,7 +104,7 @@ export function addServe(command: Command, terminal: Terminal): void {
     )
     .option(
       '--keep-alive <MINUTES>',
-      'free all memory when nobody has asked for so long, and load the model again for who does (default: keep it)',
+      'free all memory when nobody has asked for so long, and load the model again for the next request (default: keep it)',
       number('--keep-alive', { min: 0 }),
     )
     .option('--json', 'one JSON object on stdout when it is ready: url, model, device, dtype')
@@ -267,7 +267,7 @@ function health(drawer: Drawer, queue: Queue) {
   return { json: { status: 'ok', state, waiting: queue.waiting() } };
 }
 
-/** Once what is being answered is, or in five seconds for who does not read it. */
+/** Once what is being answered is, or in five seconds where nobody reads it. */
 function closed(server: Server): Promise<void> {
   const patience = setTimeout(() => server.closeAllConnections(), 5000);
   return new Promise((resolve) => {

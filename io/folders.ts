@@ -94,7 +94,7 @@ export function copyFolder(from: string, to: string): void {
   }
 }
 
-/** Removes a folder, all of it at once for who looks for it by its name. @throws UserError */
+/** Removes a folder, all of it at once for those who look for it by its name. @throws UserError */
 export function removeFolder(path: string): void {
   const temporary = temporaryBeside(path);
   try {

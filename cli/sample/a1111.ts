@@ -216,7 +216,7 @@ export interface Parameters {
   further: { text: string; option?: keyof SampleOptions }[];
 }
 
-/** What a text says; `keepsLoras` leaves what names them in the prompt, for who can heed it. */
+/** What a text says; `keepsLoras` leaves what names them in the prompt, for callers that heed it. */
 export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
   const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);

@@ -30,7 +30,7 @@ export interface Place {
   vaeSource?: ModelSource;
 }
 
-/** Who loads it for a call. */
+/** What loads it for a call. */
 interface Caller {
   /** Hears of text past the tokens that are read. */
   tell(cut: readonly string[]): void;

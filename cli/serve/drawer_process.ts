@@ -8,7 +8,7 @@ import { inOneLine } from '../terminal.ts';
 import { Refusal } from './http.ts';
 import type { Drawn, FromDrawer, ModelTold, Order, Standing, ToDrawer } from './messages.ts';
 
-/** Who has asked for an order hears of it. */
+/** Whoever has asked for an order hears of it. */
 export interface Hearing {
   step?(share: number, step: number, steps: number): void;
   preview?(png: Uint8Array): void;

@@ -48,7 +48,7 @@ export interface HttpOptions extends Rules {
 }
 
 export function httpServer(routes: Routes, options: HttpOptions): Server {
-  // Who sends slowly holds a connection up, not the server: ten seconds for the header, a minute for the body.
+  // A slow client holds its connection up, not the server: ten seconds for the header, a minute for the body.
   const limits = { headersTimeout: 10_000, requestTimeout: 60_000, connectionsCheckingInterval: 2_000 };
   const server = createServer(limits, (request, response) => void answer(request, response, routes, options));
   server.maxConnections = 256;
