@@ -1,5 +1,5 @@
 // Several pictures as one.
-import type { Picture } from './pixels.ts';
+import { lay, type Picture } from './pixels.ts';
 
 /** Pixels between pictures. */
 const gap = 4;
@@ -15,7 +15,7 @@ export function grid(rows: readonly (readonly Picture[])[]): Picture {
   for (const row of rows) {
     let left = gap;
     for (const picture of row) {
-      lay(picture, sheet, left, top);
+      lay(sheet, picture, left, top);
       left += picture.width + gap;
     }
     top += down(row) + gap;
@@ -27,11 +27,3 @@ export const whitePicture = (width: number, height: number): Picture => ({
   ...{ width, height, channels: 3 },
   data: new Uint8Array(3 * width * height).fill(255),
 });
-
-/** Copies a picture onto a larger one. */
-export function lay(picture: Picture, sheet: Picture, left: number, top: number): void {
-  for (let y = 0; y < picture.height; y++) {
-    const line = picture.data.subarray(3 * y * picture.width, 3 * (y + 1) * picture.width);
-    sheet.data.set(line, 3 * ((top + y) * sheet.width + left));
-  }
-}

@@ -4,7 +4,7 @@
 // grey the picture shows through: the model sees a mask of black and white, but what it drew is laid back by the grey one.
 import { by255, straight } from './alpha.ts';
 import { UserError } from './errors.ts';
-import type { Mask, Picture, Pixels } from './pixels.ts';
+import { lay, type Mask, type Picture, type Pixels } from './pixels.ts';
 import { resize, type Window } from './resize.ts';
 
 /**
@@ -52,16 +52,6 @@ function cut<P extends Pixels>({ data, ...picture }: P, { left, top, width, heig
     out.set(data.subarray(from, from + width * channels), y * width * channels);
   }
   return { width, height, channels, data: out };
-}
-
-/** `from` laid on `onto` with its corner there; what does not fit is cut off. */
-export function lay(onto: Pixels, from: Pixels, left: number, top: number): void {
-  const { channels } = onto;
-  const [first, last] = [Math.max(0, -left), Math.min(from.width, onto.width - left)];
-  for (let y = Math.max(0, -top); y < Math.min(from.height, onto.height - top); y++) {
-    const row = from.data.subarray((y * from.width + first) * channels, (y * from.width + last) * channels);
-    onto.data.set(row, ((top + y) * onto.width + left + first) * channels);
-  }
 }
 
 /** `window` of a picture, resized by Lanczos to fit into `width` x `height`; its edges fill what that leaves at two sides. */

@@ -1,9 +1,9 @@
 // The picture of `sdxl grid`: a table with the values of x over its columns and those of y beside its rows; grids of z stand side by side,
 // as A1111's, and share the labels of the rows. Cells may be of several sizes, and stay as they are.
 import { UserError } from '../../io/errors.ts';
-import { lay, whitePicture } from '../../io/grid.ts';
+import { whitePicture } from '../../io/grid.ts';
 import { letterWidth, lineHeight, linesOf, writeLines } from '../../io/letters.ts';
-import type { Picture } from '../../io/pixels.ts';
+import { lay, type Picture } from '../../io/pixels.ts';
 
 interface Sized {
   at: readonly [x: number, y: number, z: number];
@@ -90,7 +90,7 @@ export function openSheet({ columns, rows, grids }: Labels, cells: readonly Size
     picture,
     place(drawn, at) {
       const [x, y] = [middleOf(across[columnOf(at)]), middleOf(down[at[1]])];
-      lay(drawn, picture, Math.floor(x - drawn.width / 2), Math.floor(y - drawn.height / 2));
+      lay(picture, drawn, Math.floor(x - drawn.width / 2), Math.floor(y - drawn.height / 2));
     },
   };
 }

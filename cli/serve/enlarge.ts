@@ -1,8 +1,7 @@
 // A1111's upscaling of extras, to the pixel: both sides come to multiples of 8 below what is asked for, whatever enlarges, and where a
 // size is asked for what lies past it may be cut off, with black where there is too little.
 import { UserError } from '../../io/errors.ts';
-import { lay } from '../../io/mask_crop.ts';
-import type { Picture } from '../../io/pixels.ts';
+import { lay, type Picture } from '../../io/pixels.ts';
 import { pngText } from '../../io/png.ts';
 import { resize } from '../../io/resize.ts';
 import type { Upscaler } from '../../models/upscaler/upscaler.ts';

@@ -2,8 +2,7 @@
 // so a mask may be an alpha channel, and a ControlNet's picture one to be preprocessed.
 import { UserError } from '../../io/errors.ts';
 import { decodeAlpha, decodePicture } from '../../io/image.ts';
-import { lay } from '../../io/mask_crop.ts';
-import type { Mask, Picture } from '../../io/pixels.ts';
+import { lay, type Mask, type Picture } from '../../io/pixels.ts';
 import type { Sides } from '../sample/hires_options.ts';
 import type { Fit, Made, Settings } from './messages.ts';
 import { preprocessed } from './preprocessors.ts';
