@@ -10,7 +10,7 @@ import { adapterOf } from '../sample/adapter_options.ts';
 import { planCall, type SampleCall, seedFor } from '../sample/call.ts';
 import { controlnetOf } from '../sample/control_options.ts';
 import { addSampleFlags } from '../sample/flags.ts';
-import { unreadWeights } from '../sample/idle_flags.ts';
+import { refuseHalfDone, unreadWeights } from '../sample/idle_flags.ts';
 import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { openingOptions } from '../sample/models.ts';
 import {
@@ -100,6 +100,7 @@ function planner(typed: Command, terminal: Terminal) {
     const seeds = { seed: fixed('seed'), subseed: subseedStrength ? fixed('subseed') : given.subseed };
     const options = { ...given, ...seeds, model, numImages: 1 };
     checkSample(options);
+    refuseHalfDone(options);
     if (!given.model && !quiet)
       tell('using the emoji model that comes with sdxl (64x64 pixels); name another with --model');
     const prompts = promptsOf(options);

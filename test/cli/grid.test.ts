@@ -260,6 +260,10 @@ test('mistakes', async (t) => {
     [['--x', 'steps=1-9999'], /^error: --x: 1-9999 is a range of more than 1000 values/],
     [['--x', 'steps=1-5 (-1)'], /is a range of no values/],
     [['--x', 'scheduler="euler" a'], /a quote stands alone/],
+    [
+      ['--x', 'denoising-end=0.5,0.8'],
+      /^error: --x denoising-end=0.5: --denoising-end leaves the picture half/,
+    ],
     [['--x', 'karras=yes'], /^error: --x karras=yes: --karras takes on, off, not "yes"/],
     [
       ['--x', 'prompt-sr=dog,cat'],
