@@ -70,8 +70,9 @@ async function draw(kept: Kept, id: number, order: Order): Promise<void> {
   checkSample(asked);
   const prompts = promptsOf(asked);
   for (const line of [...checkTexts(asked, prompts), ...checkSizes(asked)]) warn(line);
-  const options = await sized(asked, sources, order);
-  const read = async (name: string) => fitted(await readOf(order, name), order.fits?.[name], options);
+  const given = picturesOf(order);
+  const options = await sized(asked, sources, given);
+  const read = async (name: string) => fitted(await given(name), order.fits?.[name], options);
   const call = planCall(options, sources, await readInputs(options, read), prompts);
   for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
@@ -103,13 +104,27 @@ async function draw(kept: Kept, id: number, order: Order): Promise<void> {
 const readOf = ({ pictures, same = {}, made = {} }: Order, name: string): Promise<Picture> =>
   readSent(pictures[same[name] ?? name], name, made[name]);
 
+/** What gives an order's pictures by their names, each read once. */
+function picturesOf(order: Order): (name: string) => Promise<Picture> {
+  const read = new Map<string, Promise<Picture>>();
+  return (name) => {
+    const picture = read.get(name) ?? readOf(order, name);
+    read.set(name, picture);
+    return picture;
+  };
+}
+
 /**
  * Options that say how large it is drawn: where an order does not, as the picture that is drawn over, or the model's size. Pictures that
  * are followed are fitted to that, and have no say in it, as none has in A1111.
  */
-async function sized(options: Standing, { source, vaeSource }: Sources, order: Order) {
+async function sized(
+  options: Standing,
+  { source, vaeSource }: Sources,
+  given: (name: string) => Promise<Picture>,
+) {
   const isSaid = options.width !== undefined && options.height !== undefined;
-  const image = options.image === undefined || isSaid ? undefined : await readOf(order, options.image);
+  const image = options.image === undefined || isSaid ? undefined : await given(options.image);
   const { width, height } = canvasOf(options, sizesOf(source, vaeSource), { image });
   return { ...options, width, height };
 }
