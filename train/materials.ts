@@ -13,7 +13,6 @@ import { autoencoder, withPosterior } from '../models/vae/autoencoder.ts';
 import { difference, readState, type State, tokenizersOf } from './checkpoint.ts';
 import type { IPAdapterBegin } from './controls/ip_adapter.ts';
 import { asSeeing } from './controls/seeing.ts';
-import { hashOfCaptions } from './data/caption.ts';
 import { passesPerUpdate, samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
 import { openDataset } from './data/source.ts';
 import { learnVocabulary, writeTokenizers } from './data/vocabulary.ts';
@@ -105,7 +104,7 @@ function checkFollows(
     throw new UserError(
       `${checkpoint} has ${step} updates behind it, and the run is to have ${total}; ask for more with steps or epochs, or resume from an earlier checkpoint`,
     );
-  if (run.train.target !== 'vae' && captions !== undefined && captions !== hashOfCaptions(pictures.samples))
+  if (run.train.target !== 'vae' && captions !== undefined && captions !== pictures.captionsHash)
     report.line(
       `warning: ${checkpoint} was trained with other captions than ${run.dataset.path} holds now; the run goes on with these`,
     );

@@ -8,7 +8,6 @@ import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, removeLater, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
-import { hashOfCaptions } from './data/caption.ts';
 import { turnsFrom, type Update } from './data/order.ts';
 import { removeLaterFinal, writeFinal } from './final.ts';
 import { lossCurve } from './log/curve.ts';
@@ -210,8 +209,8 @@ function save({ run, task, pictures, optimizer, ema }: Session, at: Standing): v
       ema: ema && saved(component, ema.weights).weights,
     }),
   );
-  const captions = hashOfCaptions(pictures.samples);
-  const state = { ...at.position, run, dataset: pictures.hash, captions };
+  const { hash: dataset, captionsHash: captions } = pictures;
+  const state = { ...at.position, run, dataset, captions };
   // Weights that lead to NaN take no sound ones' place.
   const keep = at.failures === 0 ? run.checkpoints.keep : Infinity;
   at.unsaved = false; // nor is it tried again where it fails

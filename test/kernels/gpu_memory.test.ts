@@ -203,6 +203,7 @@ function trainOn(
     buckets,
     bucketOf: [0, 1, 2],
     hash: '',
+    captionsHash: '',
     validationImages: [],
   };
   const ipAdapter =

@@ -184,7 +184,13 @@ test('each epoch draws anew which pictures are mirrored, of a single crop too', 
   const samples = Array.from({ length: 40 }, (_, key) => ({
     ...{ id: `${key}`, key, hash: '', captions: [''], size: [64, 72] as const, read },
   }));
-  const pictures = { samples, buckets: [[64, 64]] as Size[], bucketOf: samples.map(() => 0), hash: '' };
+  const pictures = {
+    samples,
+    buckets: [[64, 64]] as Size[],
+    bucketOf: samples.map(() => 0),
+    hash: '',
+    captionsHash: '',
+  };
   for (const [crops, random_flip] of [
     [1, true],
     [3, true],

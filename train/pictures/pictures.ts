@@ -5,6 +5,7 @@ import { readPicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Size } from '../../models/text/conditioning.ts';
+import { hashOfCaptions } from '../data/caption.ts';
 import { draws } from '../data/draws.ts';
 import { keyOf, openDataset } from '../data/source.ts';
 import { type Sample, survey } from '../data/survey.ts';
@@ -22,6 +23,8 @@ export interface Pictures {
   bucketOf: readonly number[];
   /** Names the samples and their contents: a resumed run must see the same ones. */
   hash: string;
+  /** Names their captions, of which it may see others. */
+  captionsHash: string;
   /** What previews follow, of a ControlNet, T2I-Adapter or IP-Adapter that is trained, or what an inpainting model paints in. */
   validationImages: readonly Picture[];
 }
@@ -67,6 +70,7 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     buckets,
     bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
     hash: createHash('sha256').update(names.join('\n')).digest('hex'),
+    captionsHash: hashOfCaptions(samples),
     validationImages: await Promise.all(run.previews.validation_image.map(readPicture)),
   };
 }
