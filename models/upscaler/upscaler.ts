@@ -1,8 +1,7 @@
 // Pictures enlarged by a network (rrdbnet.ts), as A1111's and stable-diffusion.cpp's upscalers: in tiles, one after the other, so that
 // memory does not grow with the picture. A tile is computed with a margin of what lies around it, which is cut off again, as
 // Real-ESRGAN's own program does; where there is nothing around it the network's zero padding stands, but for patterns, around which
-// their other side lies. Always in float32: bytes of
-// smooth skies would show bfloat16's steps.
+// their other side lies. Always in float32: bytes of smooth skies would show bfloat16's steps.
 import type { Seamless } from '../../engine/circular.ts';
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
