@@ -1,15 +1,6 @@
-// `sdxl train` and `sdxl plan` from the command line: what a run tells and leaves, and that what was there before stays as it was.
+// `sdxl train` from the command line: what a run tells and leaves, and that what was there before stays as it was.
 import { spawnSync } from 'node:child_process';
-import {
-  cpSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  statSync,
-} from 'node:fs';
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { test } from 'tap';
 import { findLibrary } from '../../engine/cpu/build.ts';
@@ -17,7 +8,6 @@ import { CudaError } from '../../engine/cuda/errors.ts';
 import { adopt, nativeDevice } from '../../engine/device.ts';
 import { readPicture } from '../../io/image.ts';
 import { lockFolder } from '../../io/lock.ts';
-import { presets } from '../../models/formats/presets.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { sdxl } from '../support/command_line.ts';
 import { packageRoot } from '../support/golden.ts';
@@ -184,126 +174,6 @@ test('previews sample as the model is trained to predict, like the finished mode
     const preview = join(output, 'previews', 'step-00000001', `${i}.png`);
     t.same(await readPicture(preview), await readPicture(drawn), flags);
   }
-});
-
-test('plan', async (t) => {
-  const { status, out } = await sdxl(
-    'plan',
-    runFile('plan', { batch_size: 2, gradient_accumulation_steps: 2 }),
-    '--quiet',
-  );
-  t.equal(status, 0);
-  for (const line of [
-    /images +4 /,
-    /batch +4 \(2 x 2/,
-    /updates +2: 1 an epoch, 2 epochs/,
-    /trained +unet: 714660/,
-    /objective +epsilon, mse\n/,
-    /memory +0\.\d+ GiB/,
-  ])
-    t.match(out, line);
-  const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
-  const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
-  t.match(told.out, /trained +lora \(rank 8, alpha 8\): /);
-  t.match(told.out, /objective +epsilon, mse, snr_gamma 5, noise_offset 0\.05, timesteps later\n/);
-  const rounding = { name: 'adamw', lr: 1e-4, moments_dtype: 'bfloat16' };
-  const halved = await sdxl('plan', runFile('plan', { optimizer: rounding }), '--quiet');
-  t.match(halved.out, /optimizer +adamw \(moments in bfloat16\), lr 0\.0001 /);
-  const locon = { rank: 4, alpha: 2, conv_rank: 3, targets: ['to_q', 'conv1'] };
-  const divided = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, lora: locon }), '--quiet');
-  t.match(divided.out, /lora \(rank 4, alpha 2, convolutions larger than 1x1 rank 3, alpha 2\): /);
-  const memory = async (...prompts: object[]) => {
-    const told = await sdxl('plan', runFile('plan', { previews: { prompts } }), '--quiet', '--json');
-    return JSON.parse(told.out).memory_bytes[0];
-  };
-  const [small, large] = [
-    { width: 32, height: 32 },
-    { width: 512, height: 512 },
-  ].map((size) => ({
-    ...{ prompt: 'a cat', guidance_scale: 1 },
-    ...size,
-  }));
-  const { size: vae } = statSync(join(model, 'vae', 'diffusion_pytorch_model.safetensors'));
-  t.ok((await memory(small)) > (await memory()) + 0.9 * vae, 'previews take a VAE, which nothing else does');
-  t.ok((await memory(small, large)) > 2 * (await memory(small)), 'the largest counts');
-  const json = await sdxl('plan', runFile('plan', { batch_size: 2 }), '--quiet', '--json');
-  const { run, memory_bytes, ...rest } = JSON.parse(json.out);
-  t.match(rest, {
-    ...{ images: 4, effective_batch_size: 2, updates: 2, updates_per_epoch: 2, prediction_type: 'epsilon' },
-    ...{ trained_parameters: 714660, buckets: [{ images: 4 }] },
-  });
-  t.equal(run.batch_size, 2, 'all keys of the run, with what it left to defaults');
-  t.ok(memory_bytes.length === 1 && memory_bytes[0] > 2 ** 20);
-  const gpu = await sdxl('plan', runFile('plan', {}), '--quiet', '--device', 'cuda');
-  t.match(gpu.out, /memory +0\.\d+ GiB at the most, estimated\n/, 'on a GPU, without one');
-  // Its tokenizers are learnt from the captions, which training leaves beside its checkpoints.
-  const scratch = await sdxl('plan', runFile('plan-preset', { model: presets.tiny }), '--quiet');
-  t.equal(scratch.status, 0, scratch.err);
-  t.notOk(existsSync(join(folder, 'plan-preset-out')), 'a plan leaves nothing behind');
-});
-
-test('a plan tells what to set for a run to fit', async (t) => {
-  const file = runFile('fit', { batch_size: 4 });
-  const planned = async (vram: number, ...more: string[]) => {
-    const { out, err } = await sdxl('plan', file, '--vram', `${vram}`, '--json', '--quiet', ...more);
-    t.equal(err, '');
-    return JSON.parse(out);
-  };
-  const share = 0.75 * 2 ** 30;
-  const { memory_bytes, fit } = await planned(2 ** 30);
-  const [bytes] = memory_bytes;
-  t.same(fit, { set: [], bytes, fits: true });
-  for (const part of [0.9, 0.75, 0.6]) {
-    const room = Math.floor(part * bytes);
-    const { set, bytes: least, fits } = (await planned(share + room)).fit;
-    t.ok(fits && least <= room, `${part}: ${set}`);
-    const flags = (set as string[]).flatMap((each) => ['--set', each]);
-    const { memory_bytes: then, effective_batch_size } = await planned(2 ** 30, ...flags);
-    t.equal(then[0], least, 'what it tells is so');
-    t.equal(effective_batch_size, 4, 'of as many pictures an update');
-    for (const i of set.keys()) {
-      const fewer = flags.filter((_, k) => k >> 1 !== i);
-      if (!/batch_size|accumulation/.test(set[i]))
-        t.ok((await planned(2 ** 30, ...fewer)).memory_bytes[0] > room, `${set[i]} is needed`);
-    }
-  }
-  const hopeless = await sdxl('plan', file, '--vram', '0.75GiB', '--quiet');
-  t.match(hopeless.out, /vram +it does not fit; the least it takes is 0\.\d\d GiB, with --set [a-z]/);
-  t.match((await sdxl('plan', file, '--vram', '12GB', '--quiet')).out, /vram +it fits\n/);
-  const two = [
-    '--device',
-    'cuda:0,cuda:1',
-    '--set',
-    'batch_size=3',
-    '--set',
-    'gradient_accumulation_steps=2',
-  ];
-  const { set } = (await planned(share, ...two)).fit;
-  const flags = (set as string[]).flatMap((each) => ['--set', each]);
-  t.equal((await sdxl('plan', file, '--quiet', ...two, ...flags)).status, 0, `two GPUs have passes: ${set}`);
-  await refuses(t, 'no size', /--vram takes a size such as 10GB, not "much"/, 'plan', file, '--vram', 'much');
-});
-
-test('a run that takes more than is free is begun, with a word of what would help', async (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return;
-  const device = adopt(nativeDevice(library.path));
-  const told = async (free: number, name: string, ...more: string[]) => {
-    device.driver.room = () => ({ free, total: free });
-    const file = runFile(name, { steps: 1, batch_size: 4 });
-    const { status, err } = await sdxl('train', file, '--device', 'cpu', ...more);
-    t.equal(status, 0, err);
-    return err;
-  };
-  const warning = /warning: that is more than is free; it fits with --set [a-z]/;
-  t.match(await told(10e6, 'tight'), warning);
-  t.notMatch(
-    await told(10e6, 'tight', '--resume', '--set', 'steps=2'),
-    /warning/,
-    'a run that goes on stays what it is',
-  );
-  t.notMatch(await told(1e9, 'roomy'), /warning/);
-  adopt(nativeDevice(library.path));
 });
 
 test('runs that begin with what an earlier one of their file makes', async (t) => {
