@@ -12,7 +12,6 @@ import { main } from '../../cli/main.ts';
 import { addSampleFlags } from '../../cli/sample/flags.ts';
 import { findLibrary } from '../../engine/cpu/build.ts';
 import { adopt, nativeDevice } from '../../engine/device.ts';
-import { MemoryError } from '../../engine/memory.ts';
 import { whitePicture } from '../../io/grid.ts';
 import { readPicture, writePng } from '../../io/image.ts';
 import { linesOf, writeLines } from '../../io/letters.ts';
@@ -20,6 +19,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { readPngText } from '../../io/png.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { writeControlNet } from '../support/controlnet_golden.ts';
+import { watchMemory } from '../support/crowded_memory.ts';
 import { goldenFolder } from '../support/golden.ts';
 import { writeAdapter } from '../support/tiny_adapter.ts';
 
@@ -114,24 +114,18 @@ test('what is open draws all that it can', async (t) => {
 test('where there is no memory to decode beside the UNet, each cell has the model to itself', async (t) => {
   const library = findLibrary();
   if ('reason' in library) return;
-  const { memory } = adopt(nativeDevice(library.path));
+  const device = adopt(nativeDevice(library.path));
   const draw = async (name: string) => {
     const size = ['--model', model, '--width', '128', '--height', '128', '--device', 'cpu'];
     const flags = ['--x', 'steps=1,2', ...fox, ...size, '--output', at(name), '--quiet'];
     return { ...(await sdxl('grid', ...flags)), file: readFileSync(at(name)) };
   };
-  const take = memory.take.bind(memory);
-  const alive: number[] = [];
-  let room = Number.POSITIVE_INFINITY;
-  memory.take = (bytes) => {
-    if (bytes >= 2 ** 20) alive.push(memory.live);
-    if (bytes >= 2 ** 20 && memory.live > room) throw new MemoryError('out of memory');
-    return take(bytes);
-  };
+  const watched = watchMemory(device);
   const whole = await draw('whole.png');
   // The last cell is decoded without the UNet.
-  room = Math.max(...alive.slice(-alive.length / 2));
-  t.ok(room < Math.max(...alive) - 1e6);
+  const { alive } = watched;
+  watched.room = Math.max(...alive.slice(-alive.length / 2));
+  t.ok(watched.room < Math.max(...alive) - 1e6);
   const alone = await draw('alone.png');
   adopt(nativeDevice(library.path));
   t.equal(alone.status, 0, alone.err);

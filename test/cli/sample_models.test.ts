@@ -7,12 +7,12 @@ import { openFor } from '../../cli/sample/models.ts';
 import type { SampleOptions } from '../../cli/sample/options.ts';
 import { findLibrary } from '../../engine/cpu/build.ts';
 import { adopt, nativeDevice, openDevice } from '../../engine/device.ts';
-import { MemoryError } from '../../engine/memory.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { complete, type Request } from '../../models/request.ts';
 import { textKey } from '../../models/text/conditioning.ts';
 import { sdxl } from '../support/command_line.ts';
+import { watchMemory } from '../support/crowded_memory.ts';
 import { goldenFolder } from '../support/golden.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
@@ -83,20 +83,13 @@ test('where there is no memory to decode beside the UNet, pictures come when all
     );
     return { status, err, pictures: [0, 1, 2].map((i) => readFileSync(join(folder, `${name}-${i}.png`))) };
   };
-  const { memory } = device;
-  const take = memory.take.bind(memory);
-  // What is alive when the VAE's largest tensors are wanted: for the last of three pictures without the UNet.
-  const alive: number[] = [];
-  let room = Number.POSITIVE_INFINITY;
-  memory.take = (bytes) => {
-    if (bytes >= 2 ** 20) alive.push(memory.live);
-    if (bytes >= 2 ** 20 && memory.live > room) throw new MemoryError('out of memory');
-    return take(bytes);
-  };
+  const watched = watchMemory(device);
   const whole = await draw('whole');
   t.notMatch(whole.err, /no memory/);
-  room = Math.max(...alive.slice((-1 / 3) * alive.length));
-  t.ok(room < Math.max(...alive) - 1e6, 'by then the UNet has gone');
+  // What is alive when the VAE's largest tensors are wanted: for the last of three pictures without the UNet.
+  const { alive } = watched;
+  watched.room = Math.max(...alive.slice((-1 / 3) * alive.length));
+  t.ok(watched.room < Math.max(...alive) - 1e6, 'by then the UNet has gone');
   const waiting = await draw('waiting');
   t.equal(waiting.status, 0, waiting.err);
   t.equal(
