@@ -1,5 +1,5 @@
-// The models of calls of `sdxl sample` and `sdxl grid` in turn: the text encoders say what they have to say of all prompts and leave the device,
-// then the UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
+// The models of calls of `sdxl sample` and `sdxl grid` in turn: the text encoders say what they have to say of all prompts and leave the
+// device, then the UNet and the VAE come. So a call shares its memory with none of the encoders' 1.5 GiB, however many pictures it draws.
 import type { Device } from '../../engine/device.ts';
 import { built } from '../../engine/scope.ts';
 import type { FloatDType } from '../../io/dtype.ts';
