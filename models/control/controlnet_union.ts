@@ -163,61 +163,75 @@ export interface UnionControl {
   weight: number;
 }
 
-/** As controlnet(), of several pictures: what has a weight of 0 is still told of by its kind. */
-export function controlnetUnion(config: ControlNetUnionConfig) {
+/** The modules, under diffusers' names: `transformer_layes` is spelt so there. */
+function modulesOf(config: ControlNetUnionConfig) {
   const [width] = config.block_out_channels;
   const { num_control_type: kinds, addition_time_embed_dim: dim } = config;
-  return module(
-    {
-      ...encoder(config),
-      controlnet_cond_embedding: conditioningEmbedding(config.conditioning_embedding_out_channels, width),
-      task_embedding: parameter([kinds, width]),
-      transformer_layes: Array.from({ length: config.num_trans_layer }, () =>
-        transformerLayer(width, config.num_trans_head),
-      ),
-      spatial_ch_projs: linear(width, width),
-      control_add_embedding: embeddingMlp(kinds * dim, timeWidth(config)),
-      ...controlBlocks(config),
-    },
-    (m, question: Question, controls: readonly UnionControl[]): Tensor[] => {
-      const { sample, conditioning } = question;
-      const [rows] = sample.shape;
-      const features = once(conditioning.cache, m.controlnet_cond_embedding, () =>
-        controls.map(({ picture }) => m.controlnet_cond_embedding(picture)),
-      );
-      const fuse = (h: Tensor): Tensor => {
-        const told = features.map((x, i) => {
-          const { mode, weight } = controls[i];
-          return scale(
-            asRows(add(meanOverPixels(x), slice(m.task_embedding.tensor, 0, mode, 1)), rows),
-            weight,
-          );
-        });
-        let x = concat(
-          [...told, meanOverPixels(h)].map((each) => each.reshape(1, rows, width)),
-          0,
-        );
-        for (const layer of m.transformer_layes) x = layer(x);
-        const [, height, across] = h.shape;
-        const shifts = m.spatial_ch_projs(x);
-        return features.reduce((sum, feature, i) => {
-          const shift = broadcast(slice(shifts, 0, i, 1).reshape(rows, width), 1, height * across);
-          const more = add(asRows(feature, rows), shift.reshape(rows, height, across, width));
-          return add(sum, scale(more, controls[i].weight));
-        }, h);
-      };
-      const more = (): Tensor => {
-        const told = Array.from({ length: kinds }, (_, kind) =>
-          Number(controls.some(({ mode }) => mode === kind)),
-        );
-        const types = tensor(Array(rows).fill(told).flat(), [rows, kinds], { device: sample.device });
-        return m.control_add_embedding(
-          cast(timestepEmbedding(types, dim).reshape(rows, kinds * dim), sample.dtype),
-        );
-      };
-      return residualsFrom(m, encode(m, config, { ...question, fuse, more }));
-    },
-  );
+  return {
+    ...encoder(config),
+    controlnet_cond_embedding: conditioningEmbedding(config.conditioning_embedding_out_channels, width),
+    task_embedding: parameter([kinds, width]),
+    transformer_layes: Array.from({ length: config.num_trans_layer }, () =>
+      transformerLayer(width, config.num_trans_head),
+    ),
+    spatial_ch_projs: linear(width, width),
+    control_add_embedding: embeddingMlp(kinds * dim, timeWidth(config)),
+    ...controlBlocks(config),
+  };
 }
+
+type Modules = ReturnType<typeof modulesOf>;
+
+/**
+ * The image h [n, h, w, c] with the embedded pictures added, each moved by what a transformer makes of the means of all: a token for each
+ * picture, to which its kind is added, and one for the image.
+ */
+function fused(
+  m: Modules,
+  h: Tensor,
+  pictures: readonly Tensor[],
+  controls: readonly UnionControl[],
+): Tensor {
+  const [n, height, width, c] = h.shape;
+  const tokens = pictures.map((x, i) => {
+    const { mode, weight } = controls[i];
+    return scale(asRows(add(meanOverPixels(x), slice(m.task_embedding.tensor, 0, mode, 1)), n), weight);
+  });
+  let x = concat(
+    [...tokens, meanOverPixels(h)].map((each) => each.reshape(1, n, c)),
+    0,
+  );
+  for (const layer of m.transformer_layes) x = layer(x);
+  const shifts = m.spatial_ch_projs(x);
+  return pictures.reduce((sum, picture, i) => {
+    const shift = broadcast(slice(shifts, 0, i, 1).reshape(n, c), 1, height * width);
+    const more = add(asRows(picture, n), shift.reshape(n, height, width, c));
+    return add(sum, scale(more, controls[i].weight));
+  }, h);
+}
+
+/** What is added to the embedded time: which kinds of pictures there are, a one or a zero for each. */
+function embeddedKinds(
+  m: Modules,
+  { num_control_type: kinds, addition_time_embed_dim: dim }: ControlNetUnionConfig,
+  { sample: { shape, device, dtype } }: Question,
+  controls: readonly UnionControl[],
+): Tensor {
+  const [n] = shape;
+  const told = Array.from({ length: kinds }, (_, kind) => Number(controls.some(({ mode }) => mode === kind)));
+  const types = tensor(Array(n).fill(told).flat(), [n, kinds], { device });
+  return m.control_add_embedding(cast(timestepEmbedding(types, dim).reshape(n, kinds * dim), dtype));
+}
+
+/** As controlnet(), of several pictures: what has a weight of 0 is still told of by its kind. */
+export const controlnetUnion = (config: ControlNetUnionConfig) =>
+  module(modulesOf(config), (m, question: Question, controls: readonly UnionControl[]): Tensor[] => {
+    const pictures = once(question.conditioning.cache, m.controlnet_cond_embedding, () =>
+      controls.map(({ picture }) => m.controlnet_cond_embedding(picture)),
+    );
+    const fuse = (h: Tensor): Tensor => fused(m, h, pictures, controls);
+    const more = (): Tensor => embeddedKinds(m, config, question, controls);
+    return residualsFrom(m, encode(m, config, { ...question, fuse, more }));
+  });
 
 export type ControlNetUnion = ReturnType<typeof controlnetUnion>;
