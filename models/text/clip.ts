@@ -74,28 +74,29 @@ export type TextEncoder = Module<
   addedTokens(): Parameter | undefined;
 };
 
-/**
- * `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
- * SDXL uses); `pooled` also runs the rest of the layers and the projection.
- */
-export function textEncoder(config: TextConfig): TextEncoder {
-  const { hidden_size: c, num_hidden_layers: depth, projection_dim: projection } = config;
-  const textModel = module(
+/** The vectors of tokens and of their places, and of tokens that were added to these. */
+const tokenEmbeddings = ({ vocab_size, max_position_embeddings, hidden_size: c }: TextConfig) =>
+  module(
     {
-      embeddings: module(
-        {
-          token_embedding: embedding(config.vocab_size, c),
-          position_embedding: embedding(config.max_position_embeddings, c),
-          added: undefined as Parameter | undefined,
-        },
-        (m, { ids, places }: Pick<Tokens, 'ids' | 'places'>) => {
-          const positions = m.position_embedding.children.weight.tensor;
-          const known = m.token_embedding(ids);
-          const words =
-            places && m.added ? rowsAt(places, concat([known.reshape(-1, c), m.added.tensor], 0)) : known;
-          return add(words, slice(positions, 0, 0, ids.shape[1]));
-        },
-      ),
+      token_embedding: embedding(vocab_size, c),
+      position_embedding: embedding(max_position_embeddings, c),
+      added: undefined as Parameter | undefined,
+    },
+    (m, { ids, places }: Pick<Tokens, 'ids' | 'places'>) => {
+      const positions = m.position_embedding.children.weight.tensor;
+      const known = m.token_embedding(ids);
+      const words =
+        places && m.added ? rowsAt(places, concat([known.reshape(-1, c), m.added.tensor], 0)) : known;
+      return add(words, slice(positions, 0, 0, ids.shape[1]));
+    },
+  );
+
+/** What goes into the layer of this number, and, if `pooled`, what the last one gives, normed. */
+function clipTextModel(config: TextConfig) {
+  const { hidden_size: c, num_hidden_layers: depth } = config;
+  return module(
+    {
+      embeddings: tokenEmbeddings(config),
       encoder: encoderLayers(config, { causal: true }),
       final_layer_norm: layerNorm(c, { eps: config.layer_norm_eps }),
     },
@@ -112,6 +113,15 @@ export function textEncoder(config: TextConfig): TextEncoder {
       return { hidden, final: rest && m.final_layer_norm(rest) };
     },
   );
+}
+
+/**
+ * `layer` indexes hidden_states as Python would (0 is the embeddings, -1 the last layer, -2 what
+ * SDXL uses); `pooled` also runs the rest of the layers and the projection.
+ */
+export function textEncoder(config: TextConfig): TextEncoder {
+  const { hidden_size: c, projection_dim: projection, eos_token_id, vocab_size } = config;
+  const textModel = clipTextModel(config);
   const text_projection = projection === undefined ? undefined : linear(c, projection, { bias: false });
   const encoder = module(
     { text_model: textModel, text_projection },
@@ -120,10 +130,9 @@ export function textEncoder(config: TextConfig): TextEncoder {
       return { hidden, pooled: final && m.text_projection?.(rowsAt(tokens.ends, final.reshape(-1, c))) };
     },
   );
-  const { eos_token_id, hidden_size, vocab_size } = config;
   const { children: embeddings } = textModel.children.embeddings;
   return Object.assign(encoder, {
-    ...{ eos_token_id, hidden_size, vocab_size },
+    ...{ eos_token_id, hidden_size: c, vocab_size },
     addedTokens: () => embeddings.added,
     addTokens(rows: Float32Array): number {
       const { added: before } = embeddings;
