@@ -12,7 +12,7 @@ import { inTurns } from '../io/turns.ts';
 import type { ModelSource } from './checkpoint/checkpoint.ts';
 import { loadAndClose } from './checkpoint/weights.ts';
 import { checkInpainting } from './control/inpainting.ts';
-import { checkInstructPix2Pix, imageGuidanceOf, isInstructPix2Pix } from './control/instruct_pix2pix.ts';
+import { checkInstructPix2Pix, imageGuidanceOf } from './control/instruct_pix2pix.ts';
 import { controlsOf, loadControlNets } from './control/multicontrolnet.ts';
 import { followedOf, loadT2IAdapters } from './control/t2i_adapter.ts';
 import { type Denoiser, openDenoiser } from './denoiser.ts';
@@ -28,15 +28,14 @@ import {
   textParts,
 } from './load_options.ts';
 import { type AdapterFile, adapterSetter } from './lora/lora.ts';
+import { type Planned, planOf, promptsThrough } from './plan.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { type Asked, complete, type Request } from './request.ts';
-import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
-import { createSampler } from './samplers/registry.ts';
-import type { Denoise, Plan, Sampler } from './samplers/sampler.ts';
-import { type Start, startOf, strengthOf } from './start.ts';
+import { parseSchedulerConfig } from './samplers/config.ts';
+import type { Denoise, Plan, Sampler, StepResult } from './samplers/sampler.ts';
+import { type Start, startOf } from './start.ts';
 import { parseTextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
 import { promptCount, type Size, timeIds } from './text/conditioning.ts';
-import { type Scheduled, scheduled } from './text/prompt_schedule.ts';
 import { cachingOf } from './unet/deepcache.ts';
 import { feedForwardToFp8 } from './unet/fp8.ts';
 import { pagOf } from './unet/pag.ts';
@@ -61,12 +60,10 @@ export interface Sizes {
 }
 
 /** A loaded model: what `denoise` and `decode` draw with. It holds the device's memory until `release`. */
-export interface Pipeline extends GuidedModel, Sizes {
-  unetConfig: UNetConfig;
+export interface Pipeline extends GuidedModel, Planned, Sizes {
   vae: Autoencoder;
   /** Wants an aesthetic score instead of the target size: the refiner. */
   aesthetic: boolean;
-  scheduler: Partial<SchedulerConfig> & { _class_name?: string };
   /**
    * Has these adapters in place of the ones that it was loaded with, or that were set last: what either change is read from the model
    * again, a tensor at a time. What mergeLora has merged may be lost.
@@ -192,58 +189,9 @@ export interface Denoised {
   timesteps: Float32Array;
 }
 
-/** The sampler that a request names, over the checkpoint's scheduler config. @throws UserError for one of another noise than the model's */
-export function samplerFor(
-  pipeline: Pick<Pipeline, 'scheduler'>,
-  request: Pick<Request, 'scheduler'>,
-): Sampler {
-  const { _class_name: own = 'EulerDiscreteScheduler', ...config } = pipeline.scheduler;
-  const asked = parseSchedulerConfig(request.scheduler?.config ?? {}, "the request's scheduler.config");
-  const sampler = createSampler(request.scheduler?.name ?? own, { ...config, ...asked });
-  if (isEDM(own) && !isEDM(sampler.name))
-    throw new UserError(
-      `the model was trained under EDM's noise (${own}), from which ${sampler.name} draws nothing but noise: leave the scheduler out, or take edm_euler, edm_dpm++2m or edm_dpm++2m_sde`,
-    );
-  if (isEDM(sampler.name) && !isEDM(own))
-    throw new UserError(
-      `${sampler.name} draws with models that were trained under EDM's noise, such as Playground v2.5 and CosXL, and this is none: leave the scheduler out, or take another, such as euler`,
-    );
-  return sampler;
-}
-
-/** The steps that a request comes to. @throws UserError where the scheduler cannot do them, or none are left */
-export function planOf(pipeline: Pick<Pipeline, 'scheduler' | 'unetConfig'>, request: Request) {
-  const sampler = samplerFor(pipeline, request);
-  const { base_scheduler: base } = request;
-  const { order } = base ? samplerFor(pipeline, { scheduler: base }) : sampler;
-  const options = planOptions(request, beginsWith(pipeline, request));
-  return { sampler, plan: sampler.plan(request.num_inference_steps, options), baseOrder: order };
-}
-
-/**
- * What each call of a plan is told of a request's prompts. Calls count from the first one done, as A1111 counts them, and a refiner's go
- * on from the base's.
- */
-export function promptsThrough(
-  request: Request,
-  { sampler: { order }, plan, baseOrder }: ReturnType<typeof planOf>,
-): Scheduled {
-  const { base_steps, denoising_start, num_inference_steps } = request;
-  const { begin, steps } = plan;
-  const first = denoising_start === undefined ? 0 : begin;
-  const calls = Array.from({ length: steps }, (_, i) => first + i);
-  if (base_steps === undefined) return scheduled(request, { calls: num_inference_steps * order }, calls);
-  const pass = { calls: Math.ceil(steps / order) * order, before: base_steps * baseOrder };
-  return scheduled(request, pass, calls);
-}
-
 /** Whether a step has a pass without the prompt; a model that is told its guidance needs none. */
 export const isGuided = (config: UNetConfig, request: Request): boolean =>
   request.guidance_scale > 1 && (imageGuidanceOf(config, request) ?? 1) >= 1 && !config.time_cond_proj_dim;
-
-/** Whether the picture is begun with, and not edited by a model that sees it. */
-const beginsWith = ({ unetConfig }: Pick<Pipeline, 'unetConfig'>, { image }: Request): boolean =>
-  image !== undefined && !isInstructPix2Pix(unetConfig);
 
 /**
  * Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode().
@@ -303,49 +251,59 @@ function* steps(
   start: Start,
   { predict, truncated, release }: Denoiser,
 ): Generator<Progress, Latents> {
-  const { shape } = start;
   const denoiseAt: Denoise = (x, _, i) => predict(x, i - plan.begin);
   const loop = sampler.run(plan, start.begin, denoiseAt, start.draw);
   try {
     let turn = loop.next();
     while (!turn.done) {
-      const { index, timestep, x: made, predOriginalSample } = turn.value;
+      const { x: made, index } = turn.value;
       const x = keep(start.afterStep?.(made, index) ?? made.handle());
-      const step = index - plan.begin + 1;
-      let past = false;
-      const told = (make: () => Tensor): Latents => {
-        if (!past) return { shape, data: scope(() => make().floats()) };
-        throw new UserError(
-          `step ${step} is past: read what it tells of before the loop goes on, and keep that`,
-        );
-      };
       try {
         // A GPU is at the next step while the caller looks at this one.
         const landed = device.driver.mark?.();
         const next = landed && index + 1 < plan.end ? loop.next(x) : undefined;
         landed?.();
-        yield {
-          ...{ step, steps: plan.steps, timestep, truncated },
-          get latents() {
-            return told(() => x);
-          },
-          predOriginalSample: () => told(predOriginalSample),
-        };
+        yield* told({ ...turn.value, x }, plan, start.shape, truncated);
         turn = next ?? loop.next(x);
       } finally {
-        past = true;
         x.release();
       }
     }
     const last = turn.value;
     try {
-      return { shape, data: last.floats() };
+      return { shape: start.shape, data: last.floats() };
     } finally {
       last.release();
     }
   } finally {
     loop.return(undefined as never);
     release();
+  }
+}
+
+/** Tells of one step, whose tensors may be read until the caller goes on. */
+function* told(
+  { index, timestep, x, predOriginalSample }: StepResult,
+  plan: Plan,
+  shape: readonly number[],
+  truncated: readonly string[],
+): Generator<Progress, void> {
+  const step = index - plan.begin + 1;
+  let past = false;
+  const read = (make: () => Tensor): Latents => {
+    if (!past) return { shape, data: scope(() => make().floats()) };
+    throw new UserError(`step ${step} is past: read what it tells of before the loop goes on, and keep that`);
+  };
+  try {
+    yield {
+      ...{ step, steps: plan.steps, timestep, truncated },
+      get latents() {
+        return read(() => x);
+      },
+      predOriginalSample: () => read(predOriginalSample),
+    };
+  } finally {
+    past = true;
   }
 }
 
@@ -379,15 +337,3 @@ export function decode({ vae }: Pipeline, latents: Latents, how: VaeRequest = {}
 /** Whether it begins at more than noise: diffusers' other pipelines. */
 const goesOn = ({ image, denoising_start }: Request): boolean =>
   image !== undefined || denoising_start !== undefined;
-
-function planOptions(request: Request, begun: boolean) {
-  return {
-    strength: begun && request.denoising_start === undefined ? strengthOf(request) : undefined,
-    denoisingStart: request.denoising_start,
-    denoisingEnd: request.denoising_end,
-    timesteps: request.timesteps,
-    sigmas: request.sigmas,
-    // Diffusers' pipelines hand every sampler that takes eta a 0, and so overrule TCD's own default of 0.3.
-    eta: request.eta ?? 0,
-  };
-}

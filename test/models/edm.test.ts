@@ -13,7 +13,8 @@ import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/sa
 import { openComponent, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { openSingleFile } from '../../models/formats/singlefile.ts';
 import { inspect } from '../../models/inspect.ts';
-import { decode, denoiseToEnd, loadPipeline, samplerFor } from '../../models/pipeline.ts';
+import { decode, denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
+import { samplerFor } from '../../models/plan.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Request } from '../../models/request.ts';
 import { completeConfig, parseSchedulerConfig, type SchedulerConfig } from '../../models/samplers/config.ts';

@@ -11,14 +11,8 @@ import { readPicture, writePng } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { resize } from '../../io/resize.ts';
 import { checkSquares } from '../../models/control/t2i_adapter.ts';
-import {
-  type Denoised,
-  decode,
-  denoise,
-  denoiseToEnd,
-  type Pipeline,
-  samplerFor,
-} from '../../models/pipeline.ts';
+import { type Denoised, decode, denoise, denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
+import { samplerFor } from '../../models/plan.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import type { PromptEmbeds } from '../../models/text/conditioning.ts';
