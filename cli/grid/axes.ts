@@ -121,7 +121,7 @@ export function labelsOf({ name, option, values }: Axis): string[] {
     .map((each) => each.slice(0, each.lastIndexOf('/') + 1));
   const shared = folders.reduce((a, b) => {
     let folder = a;
-    while (!b.startsWith(folder)) folder = folder.slice(0, folder.lastIndexOf('/', folder.length - 2) + 1);
+    while (!b.startsWith(folder)) folder = folder.slice(0, folder.slice(0, -1).lastIndexOf('/') + 1);
     return folder;
   }, folders[0] ?? '');
   const cut = /FILE|DIR/.test(option.flags) ? shared.length : 0;

@@ -227,6 +227,7 @@ test('values as A1111 reads them', (t) => {
     'no lora',
     'lora: 200/x.safetensors:0.5',
   ]);
+  t.same(labelsOf(read('model=/models/a,b')), ['model: /models/a', 'model: b'], 'none shared');
   t.same(labelsOf(read('scheduler=a/b')), ['scheduler: a/b']);
   t.end();
 });
