@@ -102,7 +102,7 @@ function configsOf(path: string, table: Table, alike: ModelSource | undefined): 
   const [usual] = preset.unet.block_out_channels;
   if (!alike && width !== usual)
     throw new UserError(
-      `${path}: its UNet begins with ${width} channels, SDXL's with ${usual}; name a diffusers folder with its configs`,
+      `${path}: its UNet begins with ${width} channels, SDXL's with ${usual}; name a diffusers folder with its configs (--configs)`,
     );
   const published = componentConfigs(preset);
   const told = (found: Json) => toldIn(tensors, { prefix: layout.prefixes.unet, original: true }, found);

@@ -21,7 +21,13 @@ import { dataset, folder, model, refuses, runFile } from '../support/run_files.t
 import { writeTiny } from '../support/tiny_autoencoder.ts';
 
 test('run files', async (t) => {
-  await refuses(t, 'no file', /no run file .*nothing\.ts/, 'train', join(folder, 'nothing.ts'));
+  await refuses(
+    t,
+    'no file',
+    /nothing\.ts; there are some in .*configs/,
+    'train',
+    join(folder, 'nothing.ts'),
+  );
   const file = (name: string, keys: object, text?: string) => ['train', runFile(name, keys, text)];
   await refuses(
     t,

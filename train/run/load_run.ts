@@ -1,9 +1,10 @@
 // Loading a run file: TypeScript (or JavaScript) that needs no build step, run through jiti because Node before 22 does not
 // strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
 import { existsSync } from 'node:fs';
-import { basename, resolve } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { assertFile } from '../../io/files.ts';
+import { packageRoot } from '../../io/package_root.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { resolveRun } from './resolve_run.ts';
 import { defineRun, type Run } from './run.ts';
@@ -20,9 +21,10 @@ export async function loadRuns(
   assignments: readonly string[] = [],
   only?: string,
 ): Promise<Run[]> {
-  if (!existsSync(path)) throw new UserError(`no run file ${path}; give a .ts file such as configs/emoji.ts`);
+  const recipes = join(packageRoot, 'configs');
+  if (!existsSync(path)) throw new UserError(`no run file ${path}; there are some in ${recipes}`);
   if (assertFile(path).isDirectory())
-    throw new UserError(`${path} is a folder; give a run file such as configs/emoji.ts`);
+    throw new UserError(`${path} is a folder; give a run file, such as one of ${recipes}`);
   const given = await evaluate(path);
   const stages = Array.isArray(given) ? given : [given];
   if (stages.length === 0 || stages[0] === undefined)
