@@ -149,6 +149,8 @@ test('captions in files of another ending', async (t) => {
     );
     t.match(problems, [/b\.png has no caption$/]);
   }
+  const other = openDataset({ path, caption_extension: 'tags' });
+  await refused(t, other, /a\.png has no caption, but there is a\.caption: see dataset\.caption_extension/);
 });
 
 test('folders that say how often their pictures are shown', async (t) => {

@@ -28,6 +28,9 @@ test('run files', async (t) => {
     'train',
     join(folder, 'nothing.ts'),
   );
+  const toml = join(folder, 'kohya.toml');
+  writeFileSync(toml, 'network_dim = 8');
+  await refuses(t, "another program's", /kohya\.toml is no \.ts file; .*coming_from/, 'train', toml);
   const file = (name: string, keys: object, text?: string) => ['train', runFile(name, keys, text)];
   await refuses(
     t,

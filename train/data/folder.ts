@@ -91,7 +91,9 @@ export function openFolder(
       const choices = own.length > 0 ? own : otherwise;
       if (typeof choices === 'string') problems.push(choices);
       else if (choices.length === 0)
-        problems.push(`${join(path, name)} has no caption${text === undefined ? '' : ` in ${text}`}`);
+        problems.push(
+          `${join(path, name)} has no caption${text === undefined ? otherwiseNamed(name, files) : ` in ${text}`}`,
+        );
       else if (column && !beside)
         problems.push(`${join(path, name)} has no ${kind} ${stem(name)}.${column}.png beside it`);
       else add(join(path, name), choices, beside && join(path, beside));
@@ -118,6 +120,12 @@ export function openFolder(
 /** What the name of a picture's file of captions ends in, in small letters, with a dot. */
 export const captionEnding = (caption_extension: string): string =>
   `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
+
+/** What may be said of a picture without captions: that there are some under an ending of other trainers. */
+function otherwiseNamed(picture: string, files: readonly string[]): string {
+  const other = files.find((file) => stem(file) === stem(picture) && /\.(caption|txt|tags)$/i.test(file));
+  return other ? `, but there is ${other}: see dataset.caption_extension` : '';
+}
 
 const stem = (name: string) => name.replace(/\.[^.]*$/, '');
 

@@ -25,6 +25,10 @@ export async function loadRuns(
   if (!existsSync(path)) throw new UserError(`no run file ${path}; there are some in ${recipes}`);
   if (assertFile(path).isDirectory())
     throw new UserError(`${path} is a folder; give a run file, such as one of ${recipes}`);
+  if (/\.(toml|ya?ml|py)$/i.test(path))
+    throw new UserError(
+      `${path} is no .ts file; write a run as those in ${recipes} (docs/coming_from.md has other programs' keys)`,
+    );
   const given = await evaluate(path);
   const stages = Array.isArray(given) ? given : [given];
   if (stages.length === 0 || stages[0] === undefined)
