@@ -36,8 +36,8 @@ export const page = `<!doctype html>
   <button id="draw">Draw</button>
   <button id="stop" type="button" hidden>Stop</button>
 </form>
-<progress id="progress" max="1" value="0" hidden></progress>
-<p id="told" role="status"></p>
+<progress id="progress" aria-label="How far it is" max="1" value="0" hidden></progress>
+<p id="told" role="alert"></p>
 <div id="pictures"></div>
 <script>
   const at = (id) => document.getElementById(id);
@@ -50,10 +50,11 @@ export const page = `<!doctype html>
     },
     body: body && JSON.stringify(body),
   });
-  const show = (png, caption) => {
+  const show = (png, prompt, caption) => {
     const figure = document.createElement('figure');
     const image = figure.appendChild(document.createElement('img'));
-    image.src = 'data:image/png;base64,' + png;
+    image.alt = prompt;
+    if (png) image.src = 'data:image/png;base64,' + png;
     figure.appendChild(document.createElement('figcaption')).textContent = caption;
     return figure;
   };
@@ -73,23 +74,28 @@ export const page = `<!doctype html>
       if (current_image) figure.firstChild.src = 'data:image/png;base64,' + current_image;
     }
   }
+  // A size is both sides or neither.
+  const [width, height] = [form.elements.width, form.elements.height];
+  for (const [one, other] of [[width, height], [height, width]])
+    one.addEventListener('input', () => { other.required = one.value !== ''; });
   form.addEventListener('submit', async (event) => {
     event.preventDefault();
     const state = { done: false };
-    const figure = show('', 'on its way');
+    const request = requestOf();
+    const figure = show('', request.prompt, 'on its way');
     at('told').textContent = '';
     at('draw').disabled = true;
     at('stop').hidden = at('progress').hidden = false;
     at('progress').value = 0;
     at('pictures').prepend(figure);
     try {
-      const asked = ask('/v1/images/generations', requestOf());
+      const asked = ask('/v1/images/generations', request);
       watch(state, figure).catch(() => {});
       const response = await asked;
       const answer = await response.json();
       if (response.status === 401) at('keyed').hidden = false;
       if (!response.ok) throw new Error(answer.error.message);
-      for (const { b64_json, seed } of answer.data) at('pictures').prepend(show(b64_json, 'seed ' + seed));
+      for (const { b64_json, seed } of answer.data) at('pictures').prepend(show(b64_json, request.prompt, 'seed ' + seed));
     } catch (error) {
       at('told').textContent = error.message;
     }
