@@ -31,6 +31,7 @@ import {
   shareOf,
 } from './export/options.ts';
 import { isCheckpoint, mergeRecipe, openSource, withMerges } from './export/sources.ts';
+import { below } from './help.ts';
 import { downloadsOn } from './model.ts';
 import { bytes, devices, number, oneOf, repeated, texts } from './option_values.ts';
 import { progressBar } from './progress.ts';
@@ -122,7 +123,7 @@ export function addExport(command: Command, terminal: Terminal): void {
     )
     .option('--json', 'one JSON object on stdout')
     .option('--quiet', 'no progress')
-    .addHelpText('after', examples)
+    .addHelpText('after', below(examples))
     .allowExcessArguments() // told of here, as people put spaces between names
     .action((from: string, out: string, typed: Typed) => {
       const options = { ...typed, format: formatFor(out, typed.format) };

@@ -8,6 +8,7 @@ import { type Axes, labelsOf, notOfGrids, readAxes, typedAs } from './grid/axes.
 import { type Cell, planCells } from './grid/cells.ts';
 import { drawAll, type Hand, workOf } from './grid/draw.ts';
 import { openSheet } from './grid/sheet.ts';
+import { below } from './help.ts';
 import { encodeAside } from './png_threads.ts';
 import { progressBar, stopwatch } from './progress.ts';
 import type { SampleCall } from './sample/call.ts';
@@ -50,7 +51,7 @@ export function addGrid(command: Command, terminal: Terminal): void {
     .option('--z <NAME=VALUES>', 'from grid to grid, which stand side by side')
     .option('--sub-images', 'write each cell too, numbered row by row: grid-0.png')
     .configureHelp({ visibleOptions: ({ options }) => options.slice(own) })
-    .addHelpText('after', help)
+    .addHelpText('after', below(help))
     .action(async (options: GridOptions) => {
       const [stray] = command.args;
       if (stray !== undefined)

@@ -6,6 +6,7 @@ import type { AddressInfo } from 'node:net';
 import type { Command } from 'commander';
 import { UserError } from '../io/errors.ts';
 import { readLines } from '../io/files.ts';
+import { below } from './help.ts';
 import { shippedModel } from './model.ts';
 import { number, repeated } from './option_values.ts';
 import {
@@ -109,7 +110,7 @@ export function addServe(command: Command, terminal: Terminal): void {
     )
     .option('--json', 'one JSON object on stdout when it is ready: url, model, device, dtype')
     .option('--quiet', 'no line for each request')
-    .addHelpText('after', examples)
+    .addHelpText('after', below(examples))
     .action((options: ServeOptions) => serve(options, command, terminal));
 }
 

@@ -21,6 +21,7 @@ import { loadRuns } from '../train/run/load_run.ts';
 import { requireAverages } from '../train/run/rules/methods.ts';
 import type { Run } from '../train/run/run.ts';
 import { train } from '../train/trainer.ts';
+import { below } from './help.ts';
 import { downloadsOn, locatorOf } from './model.ts';
 import { bytes, devices, texts } from './option_values.ts';
 import { type Bar, progressBar } from './progress.ts';
@@ -42,9 +43,9 @@ interface PlanOptions extends Omit<Options, 'device'> {
 
 /** Where the keys are told that a run file may have. */
 const keys = `A run file may have the keys of the type Run, which an editor shows at defineRun:
-${join(packageRoot, 'dist', 'train', 'run', 'run.d.ts')}
+  ${join(packageRoot, 'dist', 'train', 'run', 'run.d.ts')}
 sdxl plan RUN.ts --json prints all keys of a run with their values. Recipes to begin with:
-${join(packageRoot, 'configs')}`;
+  ${join(packageRoot, 'configs')}`;
 
 const trainExamples = `
 Examples:
@@ -68,7 +69,7 @@ export function addTrain(command: Command, terminal: Terminal): void {
     .option('--resume [CHECKPOINT]', "continue from a checkpoint (default: the run's newest)")
     .option('--device <NAME>', `${devices}; or several GPUs of this machine, as cuda:0,cuda:1`, 'auto')
     .option('--json', "the log's lines on stdout as they come, and a last one that says what was written")
-    .addHelpText('after', trainExamples)
+    .addHelpText('after', below(trainExamples))
     .action((file: string, options: Options) => trainAll(file, options, terminal));
 }
 
@@ -87,7 +88,7 @@ export function addPlan(command: Command, terminal: Terminal): void {
       '--json',
       'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
     )
-    .addHelpText('after', planExamples)
+    .addHelpText('after', below(planExamples))
     .action((file: string, options: PlanOptions) => planAll(file, options, terminal));
 }
 

@@ -5,6 +5,7 @@ import { seamlessAxes } from '../../engine/circular.ts';
 import { sigmaSchedules } from '../../models/samplers/config.ts';
 import { shortSchedulerNames as schedulerNames } from '../../models/samplers/registry.ts';
 import { emphases } from '../../models/text/emphasis.ts';
+import { below } from '../help.ts';
 import { devices, fraction, number, numbers, oneOf, pair, side, size, texts } from '../option_values.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
@@ -390,4 +391,4 @@ export function addSampleFlags(command: Command): Command {
 }
 
 export const addSampleOptions = (command: Command): Command =>
-  addSampleFlags(command).addHelpText('after', examples);
+  addSampleFlags(command).addHelpText('after', below(examples));

@@ -320,6 +320,11 @@ test('help and doctor', async (t) => {
     [],
     'in 80 columns',
   );
+  for (const command of ['sample', 'grid', 'serve', 'export', 'train']) {
+    const { out } = await run(command, '--help');
+    const wide = out.split('\n').filter((line) => line.length > 80 && !line.startsWith(' '));
+    t.same(wide, [], `what ${command} says below its flags, too`);
+  }
   for (const command of ['train', 'plan']) {
     const { out } = await run(command, '--help');
     const [keys = ''] = /\/.*run\.d\.ts$/m.exec(out) ?? [];
