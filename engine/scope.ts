@@ -79,6 +79,17 @@ export function scope<R>(fn: () => R): R {
   }
 }
 
+/** What layers make of x, one after the other. What lies between two of them is freed when the second has run. */
+export function through(x: Tensor, layers: Iterable<(x: Tensor) => Tensor>): Tensor {
+  let y = x;
+  for (const layer of layers) {
+    const before = y;
+    y = layer(before);
+    if (before !== x && before !== y) before.release();
+  }
+  return y;
+}
+
 /** The tensors in a value, its arrays, the values of its maps, and its plain objects. */
 export function* tensorsIn(value: unknown): Generator<Tensor> {
   if (typeof value !== 'object' || value === null) return;

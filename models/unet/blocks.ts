@@ -6,6 +6,7 @@ import { conv2d, groupNorm, type Linear, linear } from '../../engine/layers.ts';
 import { type Module, module } from '../../engine/module.ts';
 import type { Padding } from '../../engine/ops/conv2d.ts';
 import { concat, embedding, upsampleNearest } from '../../engine/ops/move.ts';
+import { scope } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
 
@@ -48,9 +49,10 @@ export const resnet = (cin: number, cout: number, { groups, eps }: NormConfig, c
     },
     (m, x: Tensor, { time, skip }: { time?: Time; skip?: Tensor } = {}) => {
       const shift = m.time_emb_proj && time && atTime(m.time_emb_proj, time, x.shape[0]);
-      const h = m.conv1(m.norm1(x, { skip }), { shift });
+      // What one layer alone reads is freed with it, and the way past comes late: in the VAE each is up to 512 MiB.
+      const h = scope(() => m.norm2(scope(() => m.conv1(m.norm1(x, { skip }), { shift }))));
       const past = m.conv_shortcut?.(x, { skip }) ?? (skip ? concat([x, skip], 3) : x);
-      return m.conv2(m.norm2(h), { residual: past });
+      return m.conv2(h, { residual: past });
     },
   );
 

@@ -4,7 +4,7 @@ import { conv2d, groupNorm, linear } from '../../engine/layers.ts';
 import { type AnyModule, module } from '../../engine/module.ts';
 import { attention } from '../../engine/ops/attention.ts';
 import { slice } from '../../engine/ops/move.ts';
-import { scope } from '../../engine/scope.ts';
+import { scope, through } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { isCount, isListOf, isPositive } from '../checkpoint/config_values.ts';
@@ -110,7 +110,7 @@ export const pixelAttention = (c: number, { groups, eps }: NormConfig) =>
 const middle = (c: number, norm: NormConfig) =>
   module(
     { resnets: [resnet(c, c, norm), resnet(c, c, norm)], attentions: [pixelAttention(c, norm)] },
-    (m, x: Tensor) => m.resnets[1](m.attentions[0](m.resnets[0](x))),
+    (m, x: Tensor) => through(x, [m.resnets[0], m.attentions[0], m.resnets[1]]),
   );
 
 const resnets = (count: number, inputs: number, outputs: number, norm: NormConfig): Resnet[] =>
@@ -123,10 +123,7 @@ const downLevel = (layers: number, inputs: number, outputs: number, norm: NormCo
       // Zeros only right and below, as the original model was trained.
       downsamplers: last ? undefined : [downsample(outputs, [0, 0, 1, 1])],
     },
-    (m, x: Tensor) => {
-      const h = m.resnets.reduce((y, block) => block(y), x);
-      return m.downsamplers?.[0](h) ?? h;
-    },
+    (m, x: Tensor) => through(x, [...m.resnets, ...(m.downsamplers ?? [])]),
   );
 
 const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConfig, last: boolean) =>
@@ -136,8 +133,9 @@ const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConf
       upsamplers: last ? undefined : [upsample(outputs)],
     },
     (m, x: Tensor, cache: ContextCache) => {
-      const h = m.resnets.reduce((y, block) => block(y), x);
-      return m.upsamplers?.[0](h, 2 * h.shape[1], 2 * h.shape[2], cache) ?? h;
+      const [, h, w] = x.shape;
+      const doubled = m.upsamplers?.map((up) => (y: Tensor) => up(y, 2 * h, 2 * w, cache)) ?? [];
+      return through(x, [...m.resnets, ...doubled]);
     },
   );
 
@@ -155,10 +153,7 @@ const encoder = (config: VaeConfig) => {
       conv_norm_out: groupNorm(norm.groups, last, { eps: norm.eps, silu: true }),
       conv_out: conv2d(last, 2 * latent, 3, { padding: 1 }),
     },
-    (m, x: Tensor) => {
-      const h = m.down_blocks.reduce((y, block) => block(y), m.conv_in(x));
-      return m.conv_out(m.conv_norm_out(m.mid_block(h)));
-    },
+    (m, x: Tensor) => through(x, [m.conv_in, ...m.down_blocks, m.mid_block, m.conv_norm_out, m.conv_out]),
   );
 };
 
@@ -178,8 +173,8 @@ const decoder = (config: VaeConfig) => {
       conv_out: conv2d(last, config.out_channels, 3, { padding: 1 }),
     },
     (m, z: Tensor, cache: ContextCache) => {
-      const h = m.up_blocks.reduce((y, block) => block(y, cache), m.mid_block(m.conv_in(z)));
-      return m.conv_out(m.conv_norm_out(h));
+      const up = m.up_blocks.map((block) => (y: Tensor) => block(y, cache));
+      return through(z, [m.conv_in, m.mid_block, ...up, m.conv_norm_out, m.conv_out]);
     },
   );
 };
