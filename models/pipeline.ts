@@ -236,7 +236,10 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
       seamless: request.seamless,
     });
     const latents = yield* steps(pipeline.device, sampler, plan, start, denoiser);
-    if (request.last) for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
+    if (request.last) {
+      for (const module of [pipeline.unet, ...pipeline.controlnet]) unload(module);
+      pipeline.device.memory.trim(); // decoding takes other sizes, and a GPU may be another program's too
+    }
     return { latents, timeIds: ids, timesteps };
   } finally {
     start.release();

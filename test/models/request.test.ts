@@ -170,6 +170,19 @@ test('what is called at each step is waited for, and ends the work where it fail
   pipeline.release();
 });
 
+test('after the last call nothing of the UNet is kept from others', async (t) => {
+  const device = openDevice('auto');
+  const { memory } = device;
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  const { live } = memory;
+  const asked = { prompt: 'a fox', width: 64, height: 64, num_inference_steps: 2, last: true };
+  await denoiseToEnd(pipeline, asked);
+  t.ok(memory.live < live / 2, `${memory.live} of ${live} bytes live`);
+  const idle = memory.held - memory.live;
+  t.ok(idle < 2 ** 16, `${idle} bytes idle`);
+  pipeline.release();
+});
+
 test('an adapter comes before 8-bit floats, or not at all', (t) => {
   const device = openDevice('auto');
   const load = { device, dtype: 'float32', fp8: true } as const;
