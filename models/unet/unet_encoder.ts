@@ -5,8 +5,9 @@
 import { conv2d, linear } from '../../engine/layers.ts';
 import { module } from '../../engine/module.ts';
 import { add } from '../../engine/ops/binary.ts';
-import { concat, timestepEmbedding } from '../../engine/ops/move.ts';
+import { concat } from '../../engine/ops/move.ts';
 import { broadcast } from '../../engine/ops/reduce.ts';
+import { timestepEmbedding } from '../../engine/ops/timestep_embedding.ts';
 import { cast, scale, silu } from '../../engine/ops/unary.ts';
 import { Tensor } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';

@@ -6,16 +6,10 @@ import { add } from '../../engine/ops/binary.ts';
 import { conv2d } from '../../engine/ops/conv2d.ts';
 import { linear, matmul } from '../../engine/ops/linear.ts';
 import { huber, mse } from '../../engine/ops/loss.ts';
-import {
-  concat,
-  embedding,
-  permute,
-  slice,
-  timestepEmbedding,
-  upsampleNearest,
-} from '../../engine/ops/move.ts';
+import { concat, embedding, permute, slice, upsampleNearest } from '../../engine/ops/move.ts';
 import { groupNorm, layerNorm } from '../../engine/ops/norm.ts';
 import { sum } from '../../engine/ops/reduce.ts';
+import { timestepEmbedding } from '../../engine/ops/timestep_embedding.ts';
 import { standInDevice } from '../../engine/profile.ts';
 import { scope } from '../../engine/scope.ts';
 import { empty, ShapeError, type Tensor, tensor } from '../../engine/tensor.ts';
