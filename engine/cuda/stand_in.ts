@@ -26,14 +26,34 @@ const sharedKiB: Record<string, number> = {
 export const mostShared = ([major, minor]: StandInGpu['capability']): number =>
   1024 * (sharedKiB[`${major}.${minor}`] ?? 99);
 
-export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): GpuApi {
-  const sizes = new Map<bigint, number>();
-  let used = 0;
+const nothing = (): void => {};
+
+export function standInApi(gpu: StandInGpu): GpuApi {
   let handles = 0n;
   const handle = (): bigint => ++handles;
-  // Plans ask where a tensor begins: on a multiple of 256, as on a GPU.
-  let next = 1n << 30n;
-  const nothing = (): void => {};
+  return {
+    ...deviceCalls(gpu, handle),
+    ...memoryCalls(gpu, handle),
+    ...kernelCalls(gpu, handle),
+    cuStreamCreate: handle,
+    cuStreamDestroy: nothing,
+    cuStreamSynchronize: nothing,
+    cuStreamWaitEvent: nothing,
+    cuEventCreate: handle,
+    cuEventDestroy: nothing,
+    cuEventRecord: nothing,
+    cuEventSynchronize: nothing,
+    cuEventElapsedTime: () => 0,
+    cuStreamBeginCapture: nothing,
+    cuStreamEndCapture: handle,
+    cuGraphInstantiate: handle,
+    cuGraphLaunch: nothing,
+    cuGraphExecDestroy: nothing,
+    cuGraphDestroy: nothing,
+  };
+}
+
+function deviceCalls({ bytes, capability, multiprocessors }: StandInGpu, handle: () => bigint) {
   const attributes: Record<number, number> = {
     [DeviceAttribute.MULTIPROCESSOR_COUNT]: multiprocessors,
     [DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN]: mostShared(capability),
@@ -52,6 +72,16 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuDevicePrimaryCtxRelease: nothing,
     cuCtxSetCurrent: nothing,
     cuCtxSynchronize: nothing,
+  } satisfies Partial<GpuApi>;
+}
+
+/** Memory that is counted, and copies that are not made. */
+function memoryCalls({ bytes }: StandInGpu, handle: () => bigint) {
+  const sizes = new Map<bigint, number>();
+  let used = 0;
+  // Plans ask where a tensor begins: on a multiple of 256, as on a GPU.
+  let next = 1n << 30n;
+  return {
     cuMemGetInfo: () => ({ free: bytes - used, total: bytes }),
     cuDeviceGetDefaultMemPool: handle,
     cuMemPoolSetAttribute: nothing,
@@ -79,6 +109,12 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
     cuMemcpyDtoDAsync: nothing,
     cuMemcpyPeerAsync: nothing,
     cuMemsetD8Async: nothing,
+  } satisfies Partial<GpuApi>;
+}
+
+/** Launches and tensor maps, which are looked at alone. */
+function kernelCalls({ capability }: StandInGpu, handle: () => bigint) {
+  return {
     cuModuleLoadData: handle,
     cuModuleUnload: nothing,
     cuModuleGetFunction: handle,
@@ -100,15 +136,6 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
       const what = `a grid [${x},${y},${z}] of ${threads} threads with ${shared} bytes of shared memory${together}`;
       throw new CudaError('CUDA_ERROR_INVALID_VALUE', 'cuLaunchKernel', what);
     },
-    cuStreamCreate: handle,
-    cuStreamDestroy: nothing,
-    cuStreamSynchronize: nothing,
-    cuStreamWaitEvent: nothing,
-    cuEventCreate: handle,
-    cuEventDestroy: nothing,
-    cuEventRecord: nothing,
-    cuEventSynchronize: nothing,
-    cuEventElapsedTime: () => 0,
     cuTensorMapEncodeTiled(map) {
       checkTiled(map);
       return new Uint8Array(128);
@@ -117,11 +144,5 @@ export function standInApi({ bytes, capability, multiprocessors }: StandInGpu): 
       checkIm2col(map);
       return new Uint8Array(128);
     },
-    cuStreamBeginCapture: nothing,
-    cuStreamEndCapture: handle,
-    cuGraphInstantiate: handle,
-    cuGraphLaunch: nothing,
-    cuGraphExecDestroy: nothing,
-    cuGraphDestroy: nothing,
-  };
+  } satisfies Partial<GpuApi>;
 }
