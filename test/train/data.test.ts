@@ -153,6 +153,15 @@ test('captions in files of another ending', async (t) => {
   await refused(t, other, /a\.png has no caption, but there is a\.caption: see dataset\.caption_extension/);
 });
 
+test('images beside pictures whose column has a dot in its name', async (t) => {
+  const path = folderOf(t, { 'a.b.png': png(), 'a.b.txt': 'a fox', 'a.b.depth.v2.png': png(8, 8, 1) });
+  const { examples, problems } = await openDataset({ path, conditioning_image_column: 'depth.v2' });
+  t.strictSame(
+    [examples.map(({ id, beside }) => [id, beside?.id]), problems],
+    [[['a.b.png', 'a.b.depth.v2.png']], []],
+  );
+});
+
 test('folders that say how often their pictures are shown', async (t) => {
   const path = folderOf(t, {
     '3_ohwx man/a.png': png(),

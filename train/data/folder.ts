@@ -14,107 +14,139 @@ const pictureName = /\.(png|jpe?g|webp)$/i;
 const otherPictureName = /\.(gif|bmp|tiff?|avif|heic|jxl|svg)$/i;
 const metadataName = /^metadata\.(jsonl|csv)$/;
 
+type FolderOptions = Omit<DatasetOptions, 'path' | 'revision' | 'split'>;
+
+/** What is looked for. */
+interface Wanted extends ReturnType<typeof besideOf> {
+  captionColumn: string;
+  /** What files of captions end in. */
+  extension: string;
+  /** The captions of pictures that have none of their own. */
+  otherwise: readonly string[];
+}
+
+/** A picture that is named once more, and what is beside it, by their paths. */
+interface Named {
+  path: string;
+  captions: readonly string[];
+  beside?: string;
+}
+
+/** What is named in a folder, and, as sentences, what is wrong there. */
+type Findings = Generator<Named | string>;
+
 /** Lists a folder's pictures and captions. @throws UserError when it cannot be read or its metadata is damaged */
-export function openFolder(
-  folder: string,
-  options: Omit<DatasetOptions, 'path' | 'revision' | 'split'>,
-): Dataset {
-  const { caption_column, caption_extension, instance_prompt } = options;
-  const { column, kind } = besideOf(options);
-  const extension = captionEnding(caption_extension);
+export function openFolder(folder: string, options: FolderOptions): Dataset {
+  const { caption_column: captionColumn, caption_extension, instance_prompt } = options;
   const otherwise = instance_prompt ? [instance_prompt] : [];
+  const extension = captionEnding(caption_extension);
+  const wanted = { captionColumn, extension, otherwise, ...besideOf(options) };
+  return joined(folder, visit(folder, wanted), wanted);
+}
+
+/** Joins what is said of a picture in several places. */
+function joined(folder: string, findings: Findings, { kind }: Wanted): Dataset {
+  const idOf = (path: string) => relative(folder, path).replaceAll(sep, '/');
+  const fileOf = (id: string) => ({ id, read: () => readBytesAside(join(folder, id)) });
   const captions = new Map<string, string[]>();
-  const seconds = new Map<string, string>();
+  const images = new Map<string, string>();
   const problems: string[] = [];
-  visit(folder);
-  const fileOf = (id: string) => ({ id, read: readerOf(folder, id) });
+  for (const found of findings) {
+    if (typeof found === 'string') {
+      problems.push(found);
+      continue;
+    }
+    const id = idOf(found.path);
+    const image = found.beside && idOf(found.beside);
+    const before = images.get(id);
+    if (before !== undefined && before !== image)
+      problems.push(`${found.path} has two ${kind}s, ${before} and ${image}: copy it to another name`);
+    if (image) images.set(id, image);
+    captions.set(id, [...(captions.get(id) ?? []), ...found.captions]);
+  }
   const examples = [...captions].map(([id, choices]): Example => {
-    const beside = seconds.get(id);
-    return {
-      ...fileOf(id),
-      captions: choices,
-      ...(beside !== undefined && { beside: { ...fileOf(beside), kind } }),
-    };
+    const image = images.get(id);
+    const beside = image === undefined ? {} : { beside: { ...fileOf(image), kind } };
+    return { ...fileOf(id), captions: choices, ...beside };
   });
   return { examples, problems };
+}
 
-  function visit(path: string): void {
-    const [metadata, other] = list(path).files.filter((name) => metadataName.test(name));
-    if (other) problems.push(`${path} has ${metadata} and ${other}, of which one counts: leave one there`);
-    if (metadata) fromMetadata(path, join(path, metadata));
-    else fromSidecars(path);
-  }
+function* visit(path: string, wanted: Wanted): Findings {
+  const [metadata, other] = list(path).files.filter((name) => metadataName.test(name));
+  if (other) yield `${path} has ${metadata} and ${other}, of which one counts: leave one there`;
+  if (metadata) yield* fromMetadata(path, join(path, metadata), wanted);
+  else yield* fromSidecars(path, wanted);
+}
 
-  function fromMetadata(path: string, file: string): void {
-    const named = new Set<string>();
-    const present = new Set(filesBelow(path));
-    // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
-    const plain = (name: string) => normalize(name).replaceAll('\\', '/');
-    for (const row of readMetadata(file, caption_column, column, !instance_prompt)) {
-      const name = plain(row.file_name);
-      const beside = row.beside && plain(row.beside);
-      for (const each of [name, beside]) if (each) named.add(each);
-      const captions = row.captions.length ? row.captions : otherwise;
-      const problem = problemOf({ ...row, captions }, (file) => present.has(plain(file)), column, kind);
-      if (problem) problems.push(`${file}:${row.line}: ${problem}`);
-      else add(join(path, name), captions, beside && join(path, beside));
-    }
-    for (const name of present) {
-      if (!pictureName.test(name) || named.has(name)) continue;
-      if (instance_prompt && !column) add(join(path, name), otherwise);
-      else problems.push(`${join(path, name)} has no row in ${file}`);
-    }
+function* fromMetadata(path: string, file: string, wanted: Wanted): Findings {
+  const { captionColumn, column, kind, otherwise } = wanted;
+  const named = new Set<string>();
+  const present = new Set(filesBelow(path));
+  // Metadata comes from strangers too: a name that leads out of the folder is as good as absent.
+  const plain = (name: string) => normalize(name).replaceAll('\\', '/');
+  for (const row of readMetadata(file, captionColumn, column, otherwise.length === 0)) {
+    const name = plain(row.file_name);
+    const beside = row.beside && plain(row.beside);
+    for (const each of [name, beside]) if (each) named.add(each);
+    const captions = row.captions.length ? row.captions : [...otherwise];
+    const problem = problemOf({ ...row, captions }, (each) => present.has(plain(each)), column, kind);
+    if (problem) yield `${file}:${row.line}: ${problem}`;
+    else yield { path: join(path, name), captions, beside: beside && join(path, beside) };
   }
+  for (const name of present) {
+    if (!pictureName.test(name) || named.has(name)) continue;
+    if (otherwise.length > 0 && !column) yield { path: join(path, name), captions: otherwise };
+    else yield `${join(path, name)} has no row in ${file}`;
+  }
+}
 
-  function fromSidecars(path: string): void {
-    const { files, folders, linked } = list(path);
-    const all = files.filter((name) => pictureName.test(name));
-    const isBeside = (name: string) => column !== '' && stem(name).endsWith(`.${column}`);
-    const pictures = all.filter((name) => !isBeside(name));
-    const stems = new Set(pictures.map(stem));
-    const texts = new Map(
-      files
-        .filter((name) => name.toLowerCase().endsWith(extension))
-        .map((name) => [name.slice(0, -extension.length), name]),
-    );
-    const images = new Map(all.filter(isBeside).map((name) => [stem(stem(name)), name]));
-    for (const name of files.filter((file) => otherPictureName.test(file))) {
-      problems.push(`${join(path, name)} is neither PNG, JPEG nor WebP`);
-    }
-    for (const name of linked)
-      problems.push(
-        `${join(path, name)} is a link to a folder, and such are not followed: move the folder here`,
-      );
-    for (const name of pictures) {
-      const [text, beside] = [texts.get(stem(name)), images.get(stem(name))];
-      const own = text === undefined ? [] : captionLines(join(path, text));
-      const choices = own.length > 0 ? own : otherwise;
-      if (typeof choices === 'string') problems.push(choices);
-      else if (choices.length === 0)
-        problems.push(
-          `${join(path, name)} has no caption${text === undefined ? otherwiseNamed(name, files) : ` in ${text}`}`,
-        );
-      else if (column && !beside)
-        problems.push(`${join(path, name)} has no ${kind} ${stem(name)}.${column}.png beside it`);
-      else add(join(path, name), choices, beside && join(path, beside));
-    }
-    for (const [key, name] of [...texts, ...images]) {
-      const what = texts.get(key) === name ? 'caption' : kind;
-      if (!stems.has(key)) problems.push(`${join(path, name)} is a ${what} without a picture`);
-    }
-    for (const name of folders) visit(join(path, name));
+function* fromSidecars(path: string, wanted: Wanted): Findings {
+  const { files, folders, linked } = list(path);
+  const { pictures, texts, images } = sorted(files, wanted);
+  for (const name of files.filter((file) => otherPictureName.test(file)))
+    yield `${join(path, name)} is neither PNG, JPEG nor WebP`;
+  for (const name of linked)
+    yield `${join(path, name)} is a link to a folder, and such are not followed: move the folder here`;
+  for (const name of pictures) {
+    const own = { text: texts.get(stem(name)), beside: images.get(stem(name)), files };
+    yield captioned(path, name, own, wanted);
   }
+  const stems = new Set(pictures.map(stem));
+  for (const [key, name] of [...texts, ...images]) {
+    const what = texts.get(key) === name ? 'caption' : wanted.kind;
+    if (!stems.has(key)) yield `${join(path, name)} is a ${what} without a picture`;
+  }
+  for (const name of folders) yield* visit(join(path, name), wanted);
+}
 
-  function add(path: string, choices: readonly string[], beside?: string): void {
-    const idOf = (file: string) => relative(folder, file).replaceAll(sep, '/');
-    const id = idOf(path);
-    const image = beside && idOf(beside);
-    const before = seconds.get(id);
-    if (before !== undefined && before !== image)
-      problems.push(`${path} has two ${kind}s, ${before} and ${image}: copy it to another name`);
-    if (image) seconds.set(id, image);
-    captions.set(id, [...(captions.get(id) ?? []), ...choices]);
-  }
+/** A folder's pictures; what lies beside them by its picture's name without the ending: files of captions, and images. */
+function sorted(files: readonly string[], { extension, column }: Wanted) {
+  const ending = `.${column}`;
+  const all = files.filter((name) => pictureName.test(name));
+  const isBeside = (name: string) => column !== '' && stem(name).endsWith(ending);
+  const texts = files.filter((name) => name.toLowerCase().endsWith(extension));
+  return {
+    pictures: all.filter((name) => !isBeside(name)),
+    texts: new Map(texts.map((name) => [name.slice(0, -extension.length), name])),
+    images: new Map(all.filter(isBeside).map((name) => [stem(name).slice(0, -ending.length), name])),
+  };
+}
+
+/** The picture of that name with what lies beside it, or what it lacks. */
+function captioned(
+  path: string,
+  name: string,
+  { text, beside, files }: { text?: string; beside?: string; files: readonly string[] },
+  { otherwise, column, kind }: Wanted,
+): Named | string {
+  const own = text === undefined ? [] : captionLines(join(path, text));
+  if (typeof own === 'string') return own;
+  const captions = own.length > 0 ? own : otherwise;
+  if (captions.length === 0)
+    return `${join(path, name)} has no caption${text === undefined ? otherEnding(name, files) : ` in ${text}`}`;
+  if (column && !beside) return `${join(path, name)} has no ${kind} ${stem(name)}.${column}.png beside it`;
+  return { path: join(path, name), captions, beside: beside && join(path, beside) };
 }
 
 /** What the name of a picture's file of captions ends in, in small letters, with a dot. */
@@ -122,7 +154,7 @@ export const captionEnding = (caption_extension: string): string =>
   `.${caption_extension.toLowerCase().replace(/^\./, '')}`;
 
 /** What may be said of a picture without captions: that there are some under an ending of other trainers. */
-function otherwiseNamed(picture: string, files: readonly string[]): string {
+function otherEnding(picture: string, files: readonly string[]): string {
   const other = files.find((file) => stem(file) === stem(picture) && /\.(caption|txt|tags)$/i.test(file));
   return other ? `, but there is ${other}: see dataset.caption_extension` : '';
 }
@@ -142,8 +174,6 @@ function problemOf(
   }
   return captions.length === 0 ? `${file_name} has no caption` : undefined;
 }
-
-const readerOf = (folder: string, id: string) => () => readBytesAside(join(folder, id));
 
 /** The lines that say something, or what is wrong with the file. */
 function captionLines(path: string): string[] | string {
