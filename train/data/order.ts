@@ -99,7 +99,11 @@ function membersOf(samples: readonly Placed[], seed: number, epoch: number): num
 /** Samples by bucket and then by batch, in the order they come. */
 export function split(samples: readonly number[], bucketOf: readonly number[], batch: number): MicroBatch[] {
   const byBucket = new Map<number, number[]>();
-  for (const i of samples) byBucket.set(bucketOf[i], [...(byBucket.get(bucketOf[i]) ?? []), i]);
+  for (const i of samples) {
+    const members = byBucket.get(bucketOf[i]);
+    if (members) members.push(i);
+    else byBucket.set(bucketOf[i], [i]);
+  }
   return [...byBucket].flatMap(([bucket, members]) => {
     const count = Math.ceil(members.length / batch);
     return Array.from({ length: count }, (_, k) => ({

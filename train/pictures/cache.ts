@@ -156,7 +156,9 @@ function equalSizes(views: readonly View[]): View[][] {
   const bySize = new Map<string, View[]>();
   for (const view of views) {
     const size = view.geometry.target.join();
-    bySize.set(size, [...(bySize.get(size) ?? []), view]);
+    const same = bySize.get(size);
+    if (same) same.push(view);
+    else bySize.set(size, [view]);
   }
   return [...bySize.values()].flatMap((same) => {
     const [height, width] = same[0].geometry.target;
