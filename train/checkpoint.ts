@@ -156,6 +156,7 @@ const free = [
   'dataset.cache',
   'dataset.broken',
   'dataset.path',
+  'dataset.class_data_dir',
 ];
 
 /** Of a key that may change but in a part, that part: which blocks are not trained. */

@@ -221,6 +221,12 @@ test('prior preservation: pictures of the class beside, weighed by prior_loss_we
   t.not(pictures.samples[prior].key, pictures.samples[own].key, 'of one name, but with other draws');
   session.release();
   await resumes(t, 'prior', more);
+  const begun = { ...basic('prior-moved'), ...more };
+  const { folder: checkpoint } = await run(begun, { until: 1 });
+  const class_data_dir = join(folder, 'class-moved');
+  renameSync(classes, class_data_dir);
+  const { stopped } = await run({ ...begun, dataset: { ...begun.dataset, class_data_dir } }, { checkpoint });
+  t.notOk(stopped, 'a class is compared by its pictures, not by its path');
 });
 
 test('chosen parts in bfloat16 with float32 masters', async (t) => {
