@@ -163,37 +163,13 @@ function spellings({ unet, unetConfig, text_encoder, text_encoder_2 }: LoraTarge
 export function updatesOf(file: TensorFile, targets: LoraTargets): Map<string, Update> {
   const known = spellings(targets);
   const { layers, unknown } = layersIn(file);
-  if (file.tensors.size === 0)
-    throw new UserError(`LoRA ${file.path} holds no tensors; it was not saved right, download it again`);
-  if (isIPAdapter(unknown))
-    throw new UserError(
-      `${file.path} is an IP-Adapter, which sdxl sample takes as --ip-adapter ${file.path}`,
-    );
-  refuseUnsupported(file, unknown);
+  refuseOthers(file, unknown);
   const unmatched = [...layers].flatMap(([module, parts]) =>
     known.has(module) ? [] : Object.values(parts).map((info) => info?.name ?? ''),
   );
   complain(file, 'match no weight of this model', [...unknown, ...unmatched]);
-  const lacks = [...layers].map(([module, parts]) => [module, lackOf(parts)] as const);
-  complain(
-    file,
-    'have not all the tensors of one adapter',
-    lacks.flatMap(([module, lack]) => (lack ? `${module} (${lack})` : [])),
-    'the file is damaged, or of a kind that is not known here',
-  );
   const paired = [...layers].map(([module, parts]) => [module, known.get(module) as Target, parts] as const);
-  const misfits = paired.filter(([, target, parts]) => !fitsTarget(target, parts));
-  complain(
-    file,
-    'have another shape than the model',
-    misfits.map(([module]) => module),
-  );
-  complain(
-    file,
-    'have NaN or infinity in their tensors',
-    paired.filter(([, , parts]) => !isSound(file, parts)).map(([module]) => module),
-    'the file is damaged, download it again',
-  );
+  refuseDamaged(file, paired);
   const configOf = peftConfigs(file);
   return new Map(
     paired.map(([module, target, parts]) => {
@@ -219,12 +195,45 @@ const fitsTarget = ({ weight, bias }: Target, parts: Parts): boolean =>
   (!parts.diff_b || parts.diff_b.shape.join() === bias?.shape.join()) &&
   (!magnitudeOf(parts) || magnitudeAxis(parts, weight.shape) !== undefined);
 
-function refuseUnsupported(file: TensorFile, unknown: readonly string[]): void {
+/** A file that is no adapter, or is of a kind that cannot be read. */
+function refuseOthers(file: TensorFile, unknown: readonly string[]): void {
+  if (file.tensors.size === 0)
+    throw new UserError(`LoRA ${file.path} holds no tensors; it was not saved right, download it again`);
+  if (isIPAdapter(unknown))
+    throw new UserError(
+      `${file.path} is an IP-Adapter, which sdxl sample takes as --ip-adapter ${file.path}`,
+    );
   const name = unknown.find(unsupportedKind);
   if (name === undefined) return;
   throw new UserError(
     `LoRA ${file.path}: ${name} is a tensor of ${unsupportedKind(name)}, which is not supported; ` +
       `${kinds.map((kind) => kind.name).join(', ')} and DoRA are`,
+  );
+}
+
+/** Adapters that lack something, fit no layer, or hold what is no number. */
+function refuseDamaged(
+  file: TensorFile,
+  paired: readonly (readonly [module: string, target: Target, parts: Parts])[],
+): void {
+  const lacks = paired.map(([module, , parts]) => [module, lackOf(parts)] as const);
+  complain(
+    file,
+    'have not all the tensors of one adapter',
+    lacks.flatMap(([module, lack]) => (lack ? `${module} (${lack})` : [])),
+    'the file is damaged, or of a kind that is not known here',
+  );
+  const misfits = paired.filter(([, target, parts]) => !fitsTarget(target, parts));
+  complain(
+    file,
+    'have another shape than the model',
+    misfits.map(([module]) => module),
+  );
+  complain(
+    file,
+    'have NaN or infinity in their tensors',
+    paired.filter(([, , parts]) => !isSound(file, parts)).map(([module]) => module),
+    'the file is damaged, download it again',
   );
 }
 

@@ -26,43 +26,7 @@ export function startFromLora(
   const file = openWeightsFile(locateAdapter(path));
   try {
     const updates = [...updatesOf(file, targets)];
-    const named = (is: (update: Update) => boolean) =>
-      updates.filter(([, update]) => is(update)).map(([module]) => module);
-    complain(
-      file,
-      'are of no plain LoRA',
-      named(({ parts }) => !isPlain(parts)),
-      'train on with a plain one, or begin anew',
-    );
-    complain(
-      file,
-      'are of a DoRA',
-      sizes.use_dora ? [] : named(({ parts }) => magnitudeOf(parts) !== undefined),
-      'set lora.use_dora',
-    );
-    complain(
-      file,
-      'have lengths of columns, as LyCORIS trains DoRAs without wd_on_out, where the run trains those of rows',
-      named(
-        ({ parts, target }) =>
-          magnitudeOf(parts) !== undefined && magnitudeAxis(parts, target.weight.shape) !== 'rows',
-      ),
-      'train on with a DoRA of rows, or begin anew',
-    );
-    for (const [module, { target, rank: its }] of updates) {
-      const { rank } = sizesFor(target.weight.shape, sizes);
-      if (its === rank) continue;
-      const key = isLarge(target.weight.shape) ? 'conv_rank' : 'rank';
-      throw new UserError(
-        `LoRA ${file.path}: ${module} has rank ${its}, and the run ${rank}; set lora.${key} to that`,
-      );
-    }
-    complain(
-      file,
-      'are of layers that the run puts no adapter on',
-      named(({ target }) => !parameters.has(`${target.path}.lora_A.weight`)),
-      'name their layers in lora.targets, and of text encoders in lora.text_encoder_targets with train.text_encoders, and give their blocks a rate where optimizer.block_lr has some',
-    );
+    refuseUnfit(file, updates, parameters, sizes);
     for (const [, update] of updates) {
       const { target, parts, ...own } = update;
       const load = (part: string, from: TensorInfo | undefined, factor: number) =>
@@ -76,6 +40,52 @@ export function startFromLora(
   } finally {
     file.close();
   }
+}
+
+/** @throws UserError for another kind or rank than the run's, and layers that have no adapter */
+function refuseUnfit(
+  file: TensorFile,
+  updates: readonly (readonly [module: string, update: Update])[],
+  parameters: ReadonlyMap<string, Parameter>,
+  sizes: AdapterConfig,
+): void {
+  const named = (is: (update: Update) => boolean) =>
+    updates.filter(([, update]) => is(update)).map(([module]) => module);
+  complain(
+    file,
+    'are of no plain LoRA',
+    named(({ parts }) => !isPlain(parts)),
+    'train on with a plain one, or begin anew',
+  );
+  complain(
+    file,
+    'are of a DoRA',
+    sizes.use_dora ? [] : named(({ parts }) => magnitudeOf(parts) !== undefined),
+    'set lora.use_dora',
+  );
+  complain(
+    file,
+    'have lengths of columns, as LyCORIS trains DoRAs without wd_on_out, where the run trains those of rows',
+    named(
+      ({ parts, target }) =>
+        magnitudeOf(parts) !== undefined && magnitudeAxis(parts, target.weight.shape) !== 'rows',
+    ),
+    'train on with a DoRA of rows, or begin anew',
+  );
+  for (const [module, { target, rank: its }] of updates) {
+    const { rank } = sizesFor(target.weight.shape, sizes);
+    if (its === rank) continue;
+    const key = isLarge(target.weight.shape) ? 'conv_rank' : 'rank';
+    throw new UserError(
+      `LoRA ${file.path}: ${module} has rank ${its}, and the run ${rank}; set lora.${key} to that`,
+    );
+  }
+  complain(
+    file,
+    'are of layers that the run puts no adapter on',
+    named(({ target }) => !parameters.has(`${target.path}.lora_A.weight`)),
+    'name their layers in lora.targets, and of text encoders in lora.text_encoder_targets with train.text_encoders, and give their blocks a rate where optimizer.block_lr has some',
+  );
 }
 
 const isPlain = (parts: Update['parts']): boolean =>
