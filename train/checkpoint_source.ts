@@ -9,6 +9,7 @@ import { readState, tokenizersOf } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
 import type { Locate } from './materials.ts';
 import { trainedScheduler } from './objective/objective.ts';
+import type { Run } from './run/run.ts';
 
 export interface CheckpointOptions {
   /** The moving averages where the checkpoint has them, instead of the last weights. */
@@ -19,21 +20,7 @@ export interface CheckpointOptions {
 /** @throws UserError when the folder is no checkpoint or has no moving averages */
 export async function openCheckpoint(path: string, { ema, locate }: CheckpointOptions): Promise<ModelSource> {
   const { run } = readState(path);
-  const { target } = run.train;
-  if (target === 'controlnet' || target === 't2i_adapter') {
-    const [name, kind] = target === 'controlnet' ? ['controlnet', 'ControlNet'] : ['adapter', 'T2I-Adapter'];
-    throw new UserError(
-      `${path} is a ${kind}'s, which diffusers and sdxl sample --${name} read as it is: take ${join(path, name)}, or its averages in ${join(path, 'ema', name)}`,
-    );
-  }
-  if (target === 'ip_adapter')
-    throw new UserError(
-      `${path} is an IP-Adapter's, which diffusers and sdxl sample --ip-adapter read as it is: take ${join(path, 'ip_adapter', ipAdapterFile)}, or its averages in ${join(path, 'ema', 'ip_adapter')}, and put the image_encoder of the finished one beside it`,
-    );
-  if (target === 'textual_inversion')
-    throw new UserError(
-      `${path} is a textual inversion's, which A1111, ComfyUI and sdxl sample --textual-inversion read as it is: take the file in ${join(path, 'textual_inversion')}, or its averages in ${join(path, 'ema', 'textual_inversion')}`,
-    );
+  refuseAdded(path, run);
   if (ema && !existsSync(join(path, 'ema')))
     throw new UserError(`${path} has no moving averages, as its run kept none; leave out --ema`);
   const preset = typeof run.model !== 'string';
@@ -67,4 +54,22 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
     weights: (component) => sourceOf(component).weights(component),
     load: (component, module, device, dtype) => sourceOf(component).load(component, module, device, dtype),
   };
+}
+
+/** What is trained beside the model or into it is read as it lies in the checkpoint. @throws UserError that tells where */
+function refuseAdded(path: string, { train: { target } }: Run): void {
+  if (target === 'controlnet' || target === 't2i_adapter') {
+    const [name, kind] = target === 'controlnet' ? ['controlnet', 'ControlNet'] : ['adapter', 'T2I-Adapter'];
+    throw new UserError(
+      `${path} is a ${kind}'s, which diffusers and sdxl sample --${name} read as it is: take ${join(path, name)}, or its averages in ${join(path, 'ema', name)}`,
+    );
+  }
+  if (target === 'ip_adapter')
+    throw new UserError(
+      `${path} is an IP-Adapter's, which diffusers and sdxl sample --ip-adapter read as it is: take ${join(path, 'ip_adapter', ipAdapterFile)}, or its averages in ${join(path, 'ema', 'ip_adapter')}, and put the image_encoder of the finished one beside it`,
+    );
+  if (target === 'textual_inversion')
+    throw new UserError(
+      `${path} is a textual inversion's, which A1111, ComfyUI and sdxl sample --textual-inversion read as it is: take the file in ${join(path, 'textual_inversion')}, or its averages in ${join(path, 'ema', 'textual_inversion')}`,
+    );
 }

@@ -12,7 +12,7 @@ import { completeConfig, isEDM, parseSchedulerConfig } from '../../models/sample
 import { type EDMTables, edmTables } from '../../models/samplers/edm.ts';
 import { noised, signalToNoise, trainingTables, velocity, weighted } from '../../models/samplers/tables.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';
-import { draws } from '../data/draws.ts';
+import { type Draws, draws } from '../data/draws.ts';
 import type { HostTensor, PassInputs } from './pass_inputs.ts';
 
 export interface ObjectiveSettings {
@@ -118,6 +118,18 @@ export function objectiveOf(
       `${asker} needs objective.prediction_type "v_prediction": at the last timestep there is nothing but noise, so predicting it teaches nothing`,
     );
   }
+  refuseTogether(settings);
+  const { alphasCumprod } = edm ?? trainingTables(scheduler);
+  const [first, last] = drawable(settings, alphasCumprod.length);
+  if (last > alphasCumprod.length || first >= last)
+    throw new UserError(
+      `objective.min_timestep ${settings.min_timestep} and objective.max_timestep ${settings.max_timestep} leave none of the schedule's ${alphasCumprod.length} timesteps; begin below the end, and end at ${alphasCumprod.length} at most`,
+    );
+  return { settings: { ...settings, prediction_type }, alphasCumprod, edm };
+}
+
+/** @throws UserError for settings that contradict each other, whatever the model */
+function refuseTogether(settings: ObjectiveSettings): void {
   if (settings.snr_gamma > 0 && settings.debiased)
     throw new UserError('objective.snr_gamma and objective.debiased are two weightings; choose one');
   if (settings.masked_loss && settings.loss === 'huber')
@@ -129,13 +141,6 @@ export function objectiveOf(
     throw new UserError(
       `objective.timestep_range begins at ${begin} and ends at ${end}; write the smaller share first`,
     );
-  const { alphasCumprod } = edm ?? trainingTables(scheduler);
-  const [first, last] = drawable(settings, alphasCumprod.length);
-  if (last > alphasCumprod.length || first >= last)
-    throw new UserError(
-      `objective.min_timestep ${settings.min_timestep} and objective.max_timestep ${settings.max_timestep} leave none of the schedule's ${alphasCumprod.length} timesteps; begin below the end, and end at ${alphasCumprod.length} at most`,
-    );
-  return { settings: { ...settings, prediction_type }, alphasCumprod, edm };
 }
 
 /** Draws timesteps and noise for a batch and makes what the network sees and what it should say. */
@@ -262,7 +267,7 @@ export function drawNoise(
     const offset = draws(seed, epoch, sample, 'offset').normals(c);
     for (let i = 0; i < noise.length; i++) noise[i] += noise_offset * offset[i % c];
   }
-  if (pyramid_noise > 0) addPyramid(noise, shape, pyramid_noise, seed, epoch, sample);
+  if (pyramid_noise > 0) addPyramid(noise, shape, pyramid_noise, draws(seed, epoch, sample, 'pyramid'));
   return noise;
 }
 
@@ -278,16 +283,13 @@ function addPyramid(
   noise: Float32Array,
   [h, w, c]: readonly [number, number, number],
   discount: number,
-  seed: number,
-  epoch: number,
-  sample: number,
+  source: Draws,
 ): void {
-  const source = draws(seed, epoch, sample, 'pyramid');
   for (let level = 1; level <= PYRAMID_LEVELS; level++) {
     const ratio = (2 + 2 * source.uniform()) ** level;
     const [rows, columns] = [Math.max(1, Math.floor(h / ratio)), Math.max(1, Math.floor(w / ratio))];
-    const coarse = source.normals(rows * columns * c);
-    addEnlarged(noise, [h, w, c], coarse, rows, columns, discount ** level);
+    const values = source.normals(rows * columns * c);
+    addEnlarged(noise, [h, w, c], { values, rows, columns }, discount ** level);
     if (rows === 1 || columns === 1) break;
   }
   const mean = noise.reduce((sum, x) => sum + x, 0) / noise.length;
@@ -295,13 +297,18 @@ function addPyramid(
   for (let i = 0; i < noise.length; i++) noise[i] /= spread;
 }
 
+/** An image [rows, columns, c]. */
+interface Coarse {
+  values: Float32Array;
+  rows: number;
+  columns: number;
+}
+
 /** y += factor * x enlarged bilinearly to y's size, pixel centres aligned at the borders (torch's align_corners false). */
 function addEnlarged(
   y: Float32Array,
   [h, w, c]: readonly [number, number, number],
-  x: Float32Array,
-  rows: number,
-  columns: number,
+  { values: x, rows, columns }: Coarse,
   factor: number,
 ): void {
   const place = (i: number, big: number, small: number): [number, number, number] => {
