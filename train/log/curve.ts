@@ -7,40 +7,24 @@ const [left, right, top, bottom] = [64, 16, 32, 40];
 /** Points drawn; more would not be seen. */
 const mostPoints = 2000;
 
+/** Where things are drawn. */
+interface Chart {
+  x(step: number): number;
+  y(value: number): number;
+}
+
 /** The curve's SVG text. */
 export function lossCurve(entries: readonly LogEntry[], title: string): string {
   const sound = entries.filter(({ loss }) => Number.isFinite(loss) && loss > 0);
-  const smooth = runningMean(sound.map(({ loss }) => loss));
+  const losses = sound.map(({ loss }) => loss);
+  const smooth = runningMean(losses);
   const last = Math.max(1, sound.at(-1)?.step ?? 1);
   const measured = entries.filter(({ validation_loss: value = 0 }) => value > 0);
   const validation = measured.map(({ validation_loss }) => validation_loss as number);
-  const [low, high] = bounds([...smooth, ...validation]);
-  const logarithmic = high / low > 10;
-  const scale = (value: number) => (logarithmic ? Math.log10(value) : value);
-  const [floor, ceiling] = [scale(low), scale(high)];
-  const x = (step: number) => left + ((width - left - right) * step) / last;
-  const y = (value: number) => {
-    const share = (scale(value) - floor) / (ceiling - floor);
-    return top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, share)));
-  };
-  const line = (values: readonly number[], style: string, at = sound) => {
-    const stride = Math.max(1, Math.ceil(at.length / mostPoints));
-    const points = at.flatMap(({ step }, i) =>
-      i % stride ? [] : [`${x(step).toFixed(1)},${y(values[i]).toFixed(1)}`],
-    );
-    return `<polyline fill="none" ${style} points="${points.join(' ')}"/>`;
-  };
-  const rows = ticks(floor, ceiling).map((tick) => {
-    const value = logarithmic ? 10 ** tick : tick;
-    const at = y(value).toFixed(1);
-    return (
-      `<line x1="${left}" x2="${width - right}" y1="${at}" y2="${at}" stroke="#ddd"/>` +
-      `<text x="${left - 8}" y="${at}" dy="4" text-anchor="end">${Number(value.toPrecision(3))}</text>`
-    );
-  });
+  const { chart, rows } = chartOf(bounds([...smooth, ...validation]), last);
   const columns = ticks(0, last).map(
     (step) =>
-      `<text x="${x(step).toFixed(1)}" y="${height - bottom + 18}" text-anchor="middle">${step}</text>`,
+      `<text x="${chart.x(step).toFixed(1)}" y="${height - bottom + 18}" text-anchor="middle">${step}</text>`,
   );
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" font-family="sans-serif" font-size="12">`,
@@ -50,20 +34,52 @@ export function lossCurve(entries: readonly LogEntry[], title: string): string {
     ...rows,
     ...columns,
     `<text x="${width - right}" y="${height - 6}" text-anchor="end">updates</text>`,
-    line(
-      sound.map(({ loss }) => loss),
-      'stroke="#1f77b4" stroke-opacity="0.25"',
-    ),
-    line(smooth, 'stroke="#1f77b4" stroke-width="2"'),
+    lineOf(chart, sound, losses, 'stroke="#1f77b4" stroke-opacity="0.25"'),
+    lineOf(chart, sound, smooth, 'stroke="#1f77b4" stroke-width="2"'),
     ...(measured.length > 0
       ? [
-          line(validation, 'stroke="#d62728" stroke-width="2"', measured),
+          lineOf(chart, measured, validation, 'stroke="#d62728" stroke-width="2"'),
           `<text x="${width - right}" y="20" text-anchor="end" fill="#d62728">validation</text>`,
         ]
       : []),
     '</svg>',
     '',
   ].join('\n');
+}
+
+/** A chart of values between these and of steps up to `last`, and its lines across, each with its value. */
+function chartOf([low, high]: readonly [number, number], last: number): { chart: Chart; rows: string[] } {
+  const logarithmic = high / low > 10;
+  const scale = (value: number) => (logarithmic ? Math.log10(value) : value);
+  const [floor, ceiling] = [scale(low), scale(high)];
+  const x = (step: number) => left + ((width - left - right) * step) / last;
+  const y = (value: number) => {
+    const share = (scale(value) - floor) / (ceiling - floor);
+    return top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, share)));
+  };
+  const rows = ticks(floor, ceiling).map((tick) => {
+    const value = logarithmic ? 10 ** tick : tick;
+    const at = y(value).toFixed(1);
+    return (
+      `<line x1="${left}" x2="${width - right}" y1="${at}" y2="${at}" stroke="#ddd"/>` +
+      `<text x="${left - 8}" y="${at}" dy="4" text-anchor="end">${Number(value.toPrecision(3))}</text>`
+    );
+  });
+  return { chart: { x, y }, rows };
+}
+
+/** A line through the values at these steps. */
+function lineOf(
+  { x, y }: Chart,
+  at: readonly Pick<LogEntry, 'step'>[],
+  values: readonly number[],
+  style: string,
+): string {
+  const stride = Math.max(1, Math.ceil(at.length / mostPoints));
+  const points = at.flatMap(({ step }, i) =>
+    i % stride ? [] : [`${x(step).toFixed(1)},${y(values[i]).toFixed(1)}`],
+  );
+  return `<polyline fill="none" ${style} points="${points.join(' ')}"/>`;
 }
 
 /** An exponential mean over about a fiftieth of the run, so that a long run's curve is as smooth as a short one's. */
