@@ -96,32 +96,21 @@ function startOptimizer(
 ): Optimizer {
   const [{ tensor: first }] = parameters.values();
   const counter = unscoped(() => zeros([1], { device: first.device, dtype: 'int32' }));
-  const state = new Map([['step', counter]]);
-  const shared: Slots = {};
-  for (const [name, numbers] of Object.entries('shared' in rule ? rule.shared : {})) {
-    shared[name] = unscoped(() => tensor(numbers, [numbers.length], { device: first.device }));
-    state.set(name, shared[name]);
-  }
+  const shared = sharedBy(rule, first);
   const items = [...parameters].map(([name, parameter]): Item => {
     const { master, slots } = keptFor(parameter, rule, stochastic_rounding);
-    if (master) state.set(`master.${name}`, master);
-    for (const [slot, kept] of Object.entries(slots)) state.set(`${slot}.${name}`, kept);
     const kept = [master ?? parameter.tensor, ...Object.values(slots)];
     const rounds = kept.some(({ dtype }) => dtype === 'bfloat16');
     return { name, parameter, master, slots, rounds, factor: lrFactor(name) };
   });
+  const state = new Map([['step', counter], ...Object.entries(shared), ...items.flatMap(stateOf)]);
   const begin = (lr: number, gradientScale = 1) => {
     const step = counter.floats()[0] + 1;
     counter.upload(new Uint8Array(Int32Array.of(step).buffer));
+    const context = { lr, weightDecay: weight_decay, gradientScale, step };
     const move = (gradients: Gradients): number | undefined =>
       scope(() => {
-        const moves = items.flatMap(({ name, parameter, master, slots, rounds, factor }, index): Move[] => {
-          const gradient = gradients.get(name);
-          if (!gradient) return [];
-          const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
-          const context = { lr: lr * factor, weightDecay: weight_decay, gradientScale, step, rounding };
-          return [{ tensors: { weight: parameter.tensor, gradient, master }, slots, context }];
-        });
+        const moves = movesOf(items, gradients, context, seed);
         if ('stepAll' in rule) return rule.stepAll(moves, shared, lr);
         update(moves.map(({ tensors, slots, context }) => rule.step(tensors, slots, context)));
         return undefined;
@@ -144,6 +133,37 @@ function startOptimizer(
       for (const t of state.values()) t.release();
     },
   };
+}
+
+/** What a rule keeps for all parameters, where the first one lies. */
+const sharedBy = (rule: Rule | JointRule, { device }: Tensor): Slots =>
+  Object.fromEntries(
+    Object.entries('shared' in rule ? rule.shared : {}).map(([name, numbers]) => [
+      name,
+      unscoped(() => tensor(numbers, [numbers.length], { device })),
+    ]),
+  );
+
+/** What is kept for a parameter, by the names of an optimizer's state. */
+const stateOf = ({ name, master, slots }: Item): [string, Tensor][] => [
+  ...(master ? [[`master.${name}`, master] as [string, Tensor]] : []),
+  ...Object.entries(slots).map(([slot, kept]): [string, Tensor] => [`${slot}.${name}`, kept]),
+];
+
+/** Of the parameters those that have a gradient. `lr` is that of one with no factor, and `seed` keys how each is rounded. */
+function movesOf(
+  items: readonly Item[],
+  gradients: Gradients,
+  { lr, weightDecay, gradientScale, step }: StepContext,
+  seed: number,
+): Move[] {
+  return items.flatMap(({ name, parameter, master, slots, rounds, factor }, index): Move[] => {
+    const gradient = gradients.get(name);
+    if (!gradient) return [];
+    const rounding = rounds ? streamOf(seed, step, index, 'rounding') : undefined;
+    const context = { lr: lr * factor, weightDecay, gradientScale, step, rounding };
+    return [{ tensors: { weight: parameter.tensor, gradient, master }, slots, context }];
+  });
 }
 
 /** A parameter, and what is kept for it. */
