@@ -228,6 +228,17 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     const { path, width, height } = sheet;
     events.image(step, 'previews', readFileSync(path), width, height);
   };
+  /** A line of the log, with the rate since the one before. */
+  const log = ({ step, epoch }: Position, scalars: Scalars, skipped?: string): void => {
+    rate = (1000 * seen) / Math.max(1, performance.now() - since);
+    [since, seen] = [performance.now(), 0];
+    const { validation_loss, ...ofUpdate } = scalars;
+    const all = { ...ofUpdate, images_per_second: rate, validation_loss };
+    const entry: LogEntry = { step, epoch, ...all, skipped };
+    appendLog(logFile(run.output), entry);
+    report.entry?.(entry);
+    events.scalars(step, all);
+  };
   return {
     preview,
     /** Work whose time is none of training's, of which the rate is. */
@@ -240,30 +251,27 @@ function openJournal({ run, task, ema, device, total }: Session, report: Report)
     /** A run that ended after it had saved and before its previews were whole has them yet to draw. */
     catchUp: (step: number, stop: Stop): Promise<unknown> =>
       hasPreviews(run.output, step) ? writeSheet(run.output, promptsOf(run.previews)) : preview(step, stop),
-    note(
-      { step, epoch }: Position,
-      lr: number,
-      { loss, grad_norm, dlr, skipped }: Made,
-      update: Update,
-      validation_loss?: number,
-    ): void {
+    /** An update that has been made at that rate, and what was measured after it. */
+    note(at: Position, lr: number, made: Made, update: Update, validation_loss?: number): void {
+      const { loss, grad_norm, dlr, skipped } = made;
       seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
-      if (step % run.log_every === 0 || step === total || skipped || validation_loss !== undefined) {
-        rate = (1000 * seen) / Math.max(1, performance.now() - since);
-        [since, seen] = [performance.now(), 0];
-        const scalars = { loss, lr, 'd*lr': dlr, grad_norm, images_per_second: rate, validation_loss };
-        const entry: LogEntry = { step, epoch, ...scalars, skipped };
-        appendLog(logFile(run.output), entry);
-        report.entry?.(entry);
-        events.scalars(step, scalars);
-      }
-      const told = [
-        `loss ${loss.toFixed(4)}`,
-        dlr === undefined ? `lr ${Number(lr.toPrecision(3))}` : `d*lr ${Number(dlr.toPrecision(3))}`,
-        Number.isNaN(rate) ? '' : `${rate.toFixed(1)} images/s`,
-        `peak ${(device.memory.peak / 2 ** 30).toFixed(2)} GiB`,
-      ];
-      report.progress('training', step, total, told.filter(Boolean).join(', '));
+      if (at.step % run.log_every === 0 || at.step === total || skipped || validation_loss !== undefined)
+        log(at, { loss, lr, 'd*lr': dlr, grad_norm, validation_loss }, skipped);
+      report.progress('training', at.step, total, told({ loss, lr, dlr }, rate, device.memory.peak));
     },
   };
 }
+
+/** What of an update is logged, but for its rate. */
+type Scalars = Omit<LogEntry, 'step' | 'epoch' | 'images_per_second' | 'skipped'>;
+
+/** An update in the words of the progress line. */
+const told = ({ loss, lr, dlr }: Pick<Made, 'loss' | 'dlr'> & { lr: number }, rate: number, peak: number) =>
+  [
+    `loss ${loss.toFixed(4)}`,
+    dlr === undefined ? `lr ${Number(lr.toPrecision(3))}` : `d*lr ${Number(dlr.toPrecision(3))}`,
+    Number.isNaN(rate) ? '' : `${rate.toFixed(1)} images/s`,
+    `peak ${(peak / 2 ** 30).toFixed(2)} GiB`,
+  ]
+    .filter(Boolean)
+    .join(', ');
