@@ -1,7 +1,6 @@
 // Files that are never half-written: bytes go to a temporary file in the same folder, are flushed to the
 // disk, and take the target's name in one rename. The system's error codes become sentences that say what to
 // do.
-import { randomBytes } from 'node:crypto';
 import {
   accessSync,
   closeSync,
@@ -23,6 +22,7 @@ import { readFile } from 'node:fs/promises';
 import { constants as os } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { UserError } from './errors.ts';
+import { temporaryBeside } from './temporary.ts';
 import { atOnce } from './turns.ts';
 
 /** Linux moves at most 2^31 - 4096 bytes per call; larger transfers are cut into pieces of this size. */
@@ -75,10 +75,6 @@ export function* replaceInTurns<R>(
     throw asUserError(error, path, temporary);
   }
 }
-
-/** Not derived from the target's name, which may already be as long as the file system allows. */
-export const temporaryBeside = (path: string): string =>
-  join(dirname(path), `.sdxl-${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 
 /**
  * Ctrl-C (and what a service manager sends, or a terminal that is closed) ends a program at once, which is what people want,

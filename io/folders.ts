@@ -16,7 +16,8 @@ import {
 } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import koffi from 'koffi';
-import { assertFile, asUserError, listFolder, makeFolder, sync, temporaryBeside } from './files.ts';
+import { assertFile, asUserError, listFolder, makeFolder, sync } from './files.ts';
+import { isAlive, removeUnfinished, temporaryBeside, unfinishedIn } from './temporary.ts';
 
 /**
  * Makes the folder `path` (or replaces it) from what `write` puts into a temporary folder beside it, and flushes all of that to
@@ -114,28 +115,17 @@ function removeAll(path: string): void {
 }
 
 /**
- * Clears away what killed programs left half-written in a folder; what one had moved aside takes its name again. What a program
- * that runs is writing there, such as an export, stays.
+ * Clears away what killed programs left half-written in a folder where this program alone works (lock.ts), whatever machine they ran on:
+ * in a container, a program that is started again has another name for its machine, and at times its number. What a program that runs
+ * is writing there, such as an export, stays.
  * @throws UserError
  */
 export function clearUnfinished(folder: string): void {
-  for (const name of listFolder(folder)) {
-    const [, writer, aside] = /^\.sdxl-(\d+)-[0-9a-f]+\.tmp(\.old)?$/.exec(name) ?? [];
-    if (writer === undefined || isAtWork(Number(writer))) continue;
-    const left = join(folder, name);
-    for (const former of aside ? listFolder(left) : [])
-      if (!existsSync(join(folder, former))) renameSync(join(left, former), join(folder, former));
-    removeAll(left);
-  }
-}
-
-/** Whether another program has this number now: in a container, a later one has ours at times. */
-function isAtWork(pid: number): boolean {
-  if (pid === process.pid) return false;
   try {
-    return process.kill(pid, 0);
+    for (const each of unfinishedIn(folder))
+      if (each.pid === process.pid || !isAlive(each.pid)) removeUnfinished(each);
   } catch (error) {
-    return (error as NodeJS.ErrnoException).code === 'EPERM';
+    throw asUserError(error, folder);
   }
 }
 

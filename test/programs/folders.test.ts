@@ -197,16 +197,64 @@ test('a copy can be written to, whatever it is of', (t) => {
 
 test('what is being written stays', (t) => {
   const parent = at('shared');
-  const unfinished = (pid: number) => join(parent, `.sdxl-${pid}-00ff.tmp`);
+  const unfinished = (pid: number) => join(parent, `.sdxl-0123abcd-${pid}-00ff00ff00ff.tmp`);
   for (const pid of [process.pid, process.ppid, 99999999]) mkdirSync(unfinished(pid), { recursive: true });
-  for (const name of ['.sdxl-x-00ff.tmp', '.sdxl-99999999-00ff.tmp.more'])
+  for (const name of ['.sdxl-x-00ff.tmp', '.sdxl-0123abcd-99999999-00ff00ff00ff.tmp.more'])
     writeFileSync(join(parent, name), '');
   clearUnfinished(parent);
   t.same(
     readdirSync(parent).sort(),
-    [basename(unfinished(process.ppid)), '.sdxl-99999999-00ff.tmp.more', '.sdxl-x-00ff.tmp'].sort(),
+    [
+      basename(unfinished(process.ppid)),
+      '.sdxl-0123abcd-99999999-00ff00ff00ff.tmp.more',
+      '.sdxl-x-00ff.tmp',
+    ].sort(),
     'by a program that runs, or under a name that is not of ours',
   );
+  t.end();
+});
+
+/** Begins to write in a process of its own, which is then killed; gives the hidden name that is left. */
+function killedWriting(parent: string, write: string): string {
+  const program = `
+    import { writeFileSync } from 'node:fs';
+    const io = (name) => import(new URL(name, ${JSON.stringify(new URL('../../io/', import.meta.url).href)}).href);
+    const [files, folders] = [await io('files.js'), await io('folders.js')];
+    ${write}`;
+  const before = readdirSync(parent);
+  const { signal, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', program], {
+    cwd: packageRoot,
+    encoding: 'utf8',
+  });
+  if (signal !== 'SIGKILL') throw new Error(stderr);
+  const [left, ...more] = readdirSync(parent).filter((name) => !before.includes(name));
+  if (left === undefined || more.length > 0)
+    throw new Error(`one name should be left, not ${[left, ...more]}`);
+  return left;
+}
+
+test('the next write beside it clears what a killed one left, and nothing that may be of a living one', (t) => {
+  const kinds = {
+    file: 'files.replaceAtomically(PATH, (temporary) => { writeFileSync(temporary, "half"); process.kill(process.pid, "SIGKILL"); });',
+    folder:
+      'folders.replaceFolderAtomically(PATH, (temporary) => { writeFileSync(temporary + "/a", "half"); process.kill(process.pid, "SIGKILL"); });',
+  };
+  for (const [kind, write] of Object.entries(kinds)) {
+    const parent = at(`left-${kind}`);
+    mkdirSync(parent);
+    const path = join(parent, 'made');
+    const left = killedWriting(parent, write.replace('PATH', JSON.stringify(path)));
+    const [machine, pid] = left.replace('.sdxl-', '').split('-');
+    const kept = [
+      left.replace(`-${pid}-`, `-${process.ppid}-`), // of a program that runs
+      left.replace(`-${pid}-`, `-${process.pid}-`), // of this one
+      left.replace(machine, machine === '0123abcd' ? '0123abce' : '0123abcd'), // of a machine whose programs nobody here knows
+      left.replace('.tmp', '.more'),
+    ];
+    for (const name of kept) writeFileSync(join(parent, name), 'at work');
+    writeFileAtomic(path, 'whole');
+    t.same(readdirSync(parent).sort(), [...kept, 'made'].sort(), kind);
+  }
   t.end();
 });
 
