@@ -18,15 +18,15 @@ import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
 import type { Latents } from '../../models/vae/latents.ts';
 import { oneOrAll } from './control_options.ts';
-import { hiresSize, planSecondPass, type Sides } from './hires_options.ts';
+import { hiresSize, type Larger, planSecondPass, type Sides } from './hires_options.ts';
 import type { SampleOptions } from './options.ts';
 import type { Prompt } from './prompt_loras.ts';
 import {
   baseRequests,
   type Canvas,
   canvasOf,
-  hiresRequest,
   type Inputs,
+  plannedSecond,
   promptAt,
   refinerRequest,
   wholeSide,
@@ -45,7 +45,7 @@ export interface SampleCall {
   adapters: readonly (readonly AdapterFile[])[];
   canvas: Canvas;
   /** The size of the second pass, where there is one. */
-  larger?: Sides;
+  larger?: Larger;
   /** The size of the files. */
   written: Sides;
   /** That of the first picture. */
@@ -82,7 +82,7 @@ export function planCall(
   const none: Latents = { shape: [], data: new Float32Array() };
   const { sampler } = planned(source, first);
   if (refinerSource) planned(refinerSource, refinerRequest(options, first, none));
-  const second = larger && hiresRequest(options, larger, {}, first, [seed, 0, 0], () => none);
+  const second = larger && plannedSecond(options, first, larger);
   const scheduler = parseSchedulerConfig(source.config('scheduler'));
   const hiresSampler = second?.base_scheduler && samplerFor({ scheduler }, second);
   if (second) planSecondPass(options, first.num_inference_steps, () => void planned(source, second));

@@ -56,10 +56,9 @@ export async function drawCall(call: SampleCall, studio: Studio): Promise<void> 
     await timed('load', () => pipeline.setAdapters(adapters[i]));
     let latents = await timed('sample', () => sampling(pipeline, request));
     if (larger) {
-      const place = [seed, i, requests.length] as const;
       const enlarging = { ...options, how: request, network: upscalers.hires, onTile };
       const second = () =>
-        hiresRequest(options, larger, canvas.inputs, request, place, (draw) =>
+        hiresRequest({ options, larger, inputs: canvas.inputs, seed }, requests, i, (draw) =>
           enlarged(pipeline, latents, larger, enlarging, draw),
         );
       latents = await timed('sample', () => again(pipeline, second()));

@@ -4,7 +4,7 @@
 import type { Command } from 'commander';
 import { UserError } from '../../io/errors.ts';
 import { preprocess } from '../../io/image.ts';
-import type { Picture } from '../../io/pixels.ts';
+import type { Picture, Pixels } from '../../io/pixels.ts';
 import { resize } from '../../io/resize.ts';
 import { isWeightsFile } from '../../models/checkpoint/weights_file.ts';
 import { decode, type Pipeline } from '../../models/pipeline.ts';
@@ -13,7 +13,7 @@ import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
 import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
-import { encodeImage, type Latents, stacked, type VaeRequest } from '../../models/vae/latents.ts';
+import { encodeImage, type Latents, middleOf, stacked, type VaeRequest } from '../../models/vae/latents.ts';
 import { number, oneOf, side } from '../option_values.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
@@ -60,7 +60,11 @@ export const addHiresOptions = (command: Command): Command =>
     .option('--hires', 'draw as usual, enlarge, and draw over it')
     .option('--hires-scale <F>', 'how much larger (default: 2)', number('--hires-scale', { min: 1, max: 8 }))
     .option('--hires-width <N>', 'or how wide; alone it keeps the shape', side('--hires-width'))
-    .option('--hires-height <N>', 'or how high', side('--hires-height'))
+    .option(
+      '--hires-height <N>',
+      'or how high; what both leave of another shape is cut off at its sides',
+      side('--hires-height'),
+    )
     .option(
       '--hires-steps <N>',
       'steps of the second pass (default: --steps)',
@@ -140,10 +144,22 @@ export interface Sides {
   height: number;
 }
 
-/** How large the second pass is, cut to whole latents; undefined where there is none. */
-export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio: number): Sides | undefined {
+/** The size of the second pass. */
+export interface Larger extends Sides {
+  /** That of the picture enlarged, whose middle is drawn over where it has another shape. */
+  uncut: Sides;
+}
+
+/** How large the second pass is, cut to whole latents; undefined where there is none. @throws UserError */
+export function hiresSize(
+  options: HiresOptions,
+  { width, height }: Sides,
+  ratio: number,
+): Larger | undefined {
   const { hires, hiresScale = usualHires.scale, hiresWidth, hiresHeight } = options;
   if (!hires) return undefined;
+  if (hiresWidth !== undefined && hiresHeight !== undefined)
+    return cutFrom({ width, height }, { width: hiresWidth, height: hiresHeight });
   // The product first: a quotient that is rounded could come out below a whole number, and lose a latent's pixels.
   const larger = (pixels: number): number =>
     hiresWidth !== undefined
@@ -152,7 +168,35 @@ export function hiresSize(options: HiresOptions, { width, height }: Sides, ratio
         ? (pixels * hiresHeight) / height
         : pixels * hiresScale;
   const floored = (pixels: number) => Math.floor(pixels) - (Math.floor(pixels) % ratio);
-  return { width: hiresWidth ?? floored(larger(width)), height: hiresHeight ?? floored(larger(height)) };
+  const size = {
+    width: hiresWidth ?? floored(larger(width)),
+    height: hiresHeight ?? floored(larger(height)),
+  };
+  return { ...size, uncut: size };
+}
+
+/** As A1111 does it: the picture is enlarged in its own shape until it covers what is asked for. @throws UserError for a thin strip */
+function cutFrom({ width, height }: Sides, asked: Sides): Larger {
+  const isHigher = height * asked.width > width * asked.height; // than what is asked for
+  const uncut = isHigher
+    ? { width: asked.width, height: Math.floor((asked.width * height) / width) }
+    : { width: Math.floor((asked.height * width) / height), height: asked.height };
+  if (uncut.width * uncut.height > 4 * asked.width * asked.height)
+    throw new UserError(
+      `--hires-width and --hires-height would leave less than a quarter of a picture of ${width}x${height}, enlarged to ${uncut.width}x${uncut.height}: give sides nearer to its shape`,
+    );
+  return { ...asked, uncut };
+}
+
+/** The part of a picture that is followed, or of a mask, that a second pass has. */
+export function shownOf<P extends Pixels>(picture: P, { width, height, uncut }: Larger): P {
+  const window = {
+    width: Math.max(1, Math.round((picture.width * width) / uncut.width)),
+    height: Math.max(1, Math.round((picture.height * height) / uncut.height)),
+  };
+  const left = Math.floor((picture.width - window.width) / 2);
+  const top = Math.floor((picture.height - window.height) / 2);
+  return resize(picture, picture.width, picture.height, 'nearest', { ...window, left, top });
 }
 
 /** What a second pass is told otherwise than the first. A text of its own is for both text encoders; an empty one says nothing. */
@@ -206,19 +250,27 @@ interface Enlarging extends Pick<HiresOptions, 'hiresUpscaler'> {
   onTile?(done: number, all: number): void;
 }
 
-/** What the second pass begins with: latents of the larger size. `draw` is for the VAE's encoder, where there is one to ask. */
+/** What the second pass begins with: latents of the larger size, A1111's to the row where they are cut. `draw` is for the VAE's encoder, where there is one to ask. */
 export function enlarged(
   pipeline: Pipeline,
   latents: Latents,
-  { width, height }: Sides,
+  { width, height, uncut }: Larger,
   { hiresUpscaler = usualHires.upscaler, how, network, onTile }: Enlarging,
   draw: (count: number) => Float32Array,
 ): Latents {
   const way = network ? 'lanczos' : upscalers[hiresUpscaler as keyof typeof upscalers];
   const { ratio, vae } = pipeline;
-  if (typeof way === 'object') return interpolate(latents, [height / ratio, width / ratio], way);
+  const rows = Math.floor(uncut.height / ratio);
+  const columns = Math.floor(uncut.width / ratio);
+  const cut = (whole: Latents) => middleOf(whole, [height / ratio, width / ratio]);
+  if (typeof way === 'object') return cut(interpolate(latents, [rows, columns], way));
   const enlarge = (each: Picture) =>
-    network ? enlargeTo(network, each, { width, height }, { seamless: how.seamless, onTile }) : each;
-  const pictures = decode(pipeline, latents, how).map((each) => resize(enlarge(each), width, height, way));
-  return stacked(pictures.map((each) => encodeImage(vae, preprocess(each, width, height), draw, how)));
+    network ? enlargeTo(network, each, uncut, { seamless: how.seamless, onTile }) : each;
+  const coded = { left: 0, top: 0, width: columns * ratio, height: rows * ratio };
+  const pictures = decode(pipeline, latents, how).map((each) =>
+    resize(enlarge(each), uncut.width, uncut.height, way, coded),
+  );
+  return cut(
+    stacked(pictures.map((each) => encodeImage(vae, preprocess(each, coded.width, coded.height), draw, how))),
+  );
 }

@@ -15,7 +15,7 @@ import { type PromptEmbeds, type Prompts, textKey } from '../../models/text/cond
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { parseUNetConfig } from '../../models/unet/unet.ts';
 import { type SampleOptions, textualInversionOf } from './options.ts';
-import { hiresRequest } from './request.ts';
+import { plannedSecond } from './request.ts';
 
 /** What a pipeline is loaded with beside its model. */
 export type Under = Partial<Pick<LoadOptions, 'controlnet' | 'adapter' | 'ipAdapter' | 'lora'>>;
@@ -130,7 +130,7 @@ function toldBy(source: ModelSource, wanted: readonly Wanted[]): Group[] | undef
     for (const { request, lora } of once.values()) {
       const group = groups.get(keyOf(lora)) ?? { lora, told: new Map() };
       groups.set(keyOf(lora), group);
-      for (const pass of options.hires ? [request, secondOf(options, request)] : [request]) {
+      for (const pass of options.hires ? [request, plannedSecond(options, request, request)] : [request]) {
         const guided = isGuided(unetConfig, pass);
         for (const prompts of promptsThrough(pass, planOf({ scheduler, unetConfig }, pass)).prompts)
           group.told.set(textKey(prompts, guided), { ...prompts, guided });
@@ -140,10 +140,6 @@ function toldBy(source: ModelSource, wanted: readonly Wanted[]): Group[] | undef
   const all = [...groups.values()];
   return all.reduce((sum, { told }) => sum + told.size, 0) > MOST_AHEAD ? undefined : all;
 }
-
-/** A second pass as far as its texts go. */
-const secondOf = (options: SampleOptions, request: Request): Request =>
-  hiresRequest(options, request, {}, request, [0, 0, 1], () => ({ shape: [], data: new Float32Array() }));
 
 /** A model as the flags want it, or `only` some parts of it. Release it when done. @throws UserError */
 export const openPipeline = (

@@ -3,7 +3,7 @@ import { canny } from '../../io/canny.ts';
 import { UserError } from '../../io/errors.ts';
 import { preprocess, preprocessMask, readPicture, toGrey } from '../../io/image.ts';
 import { cutAndFill, maskWindow, overlay } from '../../io/mask_crop.ts';
-import type { Mask, Picture } from '../../io/pixels.ts';
+import type { Mask, Picture, Pixels } from '../../io/pixels.ts';
 import type { Sizes } from '../../models/pipeline.ts';
 import { CudaGenerator } from '../../models/random/cuda_random.ts';
 import type { NoiseGenerator } from '../../models/random/generator.ts';
@@ -17,7 +17,7 @@ import type { Latents } from '../../models/vae/latents.ts';
 import { readFor } from '../option_values.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
-import { hiresScheduler, hiresSteps, hiresTexts } from './hires_options.ts';
+import { hiresScheduler, hiresSteps, hiresTexts, type Larger, type Sides, shownOf } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
 import { contentUnder, preparedMask, wholeUnder } from './mask_options.ts';
 import type { SampleOptions } from './options.ts';
@@ -214,30 +214,49 @@ function generatorOf(options: SampleOptions, seed: number, i: number): NoiseGene
   return new VariedGenerator(own, variation, Kind);
 }
 
+/** The second pass of a request, but for what it is drawn over and follows. */
+export const plannedSecond = (options: SampleOptions, base: Request, { width, height }: Sides): Request => ({
+  ...base,
+  ...{ width, height },
+  ...hiresTexts(options, base),
+  ...hiresScheduler(options, base),
+  ...hiresSteps(options, base.num_inference_steps),
+  base_steps: base.num_inference_steps,
+  image: { shape: [], data: new Float32Array() },
+});
+
+/** What second passes have in common. */
+export interface SecondPasses {
+  options: SampleOptions;
+  larger: Larger;
+  /** As for the first. */
+  inputs: Inputs;
+  seed: number;
+}
+
 /** The second pass of the i-th request: over what `enlarge` makes of its latents, at the larger size and from its seed anew. */
 export function hiresRequest(
-  options: SampleOptions,
-  { width, height }: { width: number; height: number },
-  inputs: Inputs,
-  base: Request,
-  [seed, i, count]: readonly [seed: number, i: number, count: number],
+  { options, larger, inputs, seed }: SecondPasses,
+  requests: readonly Request[],
+  i: number,
   enlarge: (draw: (count: number) => Float32Array) => Latents,
 ): Request {
   const generator = generatorOf(options, seed, i);
+  const { width, height } = larger;
+  const shown = <P extends Pixels>(pictures: readonly P[] = []) =>
+    pictures.map((each) => shownOf(each, larger));
+  const { ipAdapterImages, ipAdapterMasks } = inputs;
+  const prompted = { ipAdapterImages, ipAdapterMasks: shown(ipAdapterMasks) };
   return {
-    ...base,
-    ...{ width, height },
-    ...hiresTexts(options, base),
-    ...hiresScheduler(options, base),
-    ...hiresSteps(options, base.num_inference_steps),
-    base_steps: base.num_inference_steps,
+    ...plannedSecond(options, requests[i], larger),
     image: enlarge((n) => generator.randn(n)),
     generators: [generator],
-    ...controlRequest(options, inputs.controls ?? [], width, height),
-    ...ipAdapterRequest(options, inputs, width, height),
+    ...controlRequest(options, shown(inputs.controls), width, height),
+    ...adapterRequest(options, shown(inputs.adapterImages)),
+    ...ipAdapterRequest(options, prompted, width, height),
     // As in the first pass: what is drawn over is no picture of the user's, over which ControlNets are followed less.
     controlnet_conditioning_scale: options.controlnet?.map((text) => controlnetOf(text).scale ?? 1),
-    last: i === count - 1,
+    last: i === requests.length - 1,
   };
 }
 

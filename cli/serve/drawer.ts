@@ -74,8 +74,10 @@ async function draw(kept: Kept, id: number, order: Order): Promise<void> {
   const options = await sized(asked, sources, given);
   const read = async (name: string) => fitted(await given(name), order.fits?.[name], options);
   const call = planCall(options, sources, await readInputs(options, read), prompts);
-  for (const side of [...Object.values(call.larger ?? call.canvas.written), ...Object.values(call.written)])
+  for (const { width, height } of [call.larger ?? call.canvas.written, call.written]) {
+    const side = Math.max(width, height);
     if (side > mostSide) throw new UserError(`a side of ${side} pixels is more than the ${mostSide} served`);
+  }
   const { requests } = call;
   const { refiner } = kept;
   // A second pass takes the network that the server has, where it takes one.

@@ -217,6 +217,22 @@ export function stacked(parts: readonly Latents[]): Latents {
   return { shape: [parts.length * n, ...rest], data: joined(parts.map(({ data }) => data)) };
 }
 
+/** The middle of each plane, [n, c, rows, columns]; of an odd row too many it keeps the one before it. */
+export function middleOf(
+  { shape: [n, c, h, w], data }: Latents,
+  [rows, columns]: readonly [rows: number, columns: number],
+): Latents {
+  const top = Math.floor((h - rows) / 2);
+  const left = Math.floor((w - columns) / 2);
+  const out = new Float32Array(n * c * rows * columns);
+  for (let plane = 0; plane < n * c; plane++)
+    for (let y = 0; y < rows; y++) {
+      const from = (plane * h + top + y) * w + left;
+      out.set(data.subarray(from, from + columns), (plane * rows + y) * columns);
+    }
+  return { shape: [n, c, rows, columns], data: out };
+}
+
 /** Arrays end to end. */
 export function joined(parts: readonly Float32Array[]): Float32Array {
   const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));

@@ -213,7 +213,8 @@ test('masks of IP-Adapters are as large as what each pass draws, and cut as it i
     [[1, 1, 32, 48]],
   );
   const latents = { shape: [1, 4, 4, 6], data: new Float32Array(96) };
-  const second = hiresRequest(options, { width: 96, height: 64 }, inputs, first, [5, 0, 1], () => latents);
+  const larger = { width: 96, height: 64, uncut: { width: 96, height: 64 } };
+  const second = hiresRequest({ options, larger, inputs, seed: 5 }, [first], 0, () => latents);
   t.same(
     masksOf(second).map(({ shape }) => shape),
     [[1, 1, 64, 96]],

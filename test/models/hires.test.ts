@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { hiresSize } from '../../cli/sample/hires_options.ts';
+import { hiresSize, shownOf } from '../../cli/sample/hires_options.ts';
 import { openDevice } from '../../engine/device.ts';
 import { decodeFloats } from '../../io/dtype.ts';
 import { writePng } from '../../io/image.ts';
@@ -14,6 +14,7 @@ import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
+import { middleOf } from '../../models/vae/latents.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { picture, writeControlNet } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
@@ -225,9 +226,9 @@ test('ControlNets are followed as in the first pass', async (t) => {
 test('how large it is', (t) => {
   const sizes = (width: number, height: number, options: object) =>
     hiresSize({ hires: true, ...options }, { width, height }, 8);
-  t.same(sizes(832, 1216, {}), { width: 1664, height: 2432 });
-  t.same(sizes(832, 1216, { hiresHeight: 1824 }), { width: 1248, height: 1824 });
-  t.same(sizes(832, 1216, { hiresWidth: 1000 }), { width: 1000, height: 1456 }, 'cut to whole latents');
+  t.match(sizes(832, 1216, {}), { width: 1664, height: 2432 });
+  t.match(sizes(832, 1216, { hiresHeight: 1824 }), { width: 1248, height: 1824 });
+  t.match(sizes(832, 1216, { hiresWidth: 1000 }), { width: 1000, height: 1456 }, 'cut to whole latents');
   // No square of which a side was asked for may come out another shape, as 832 * (960 / 832) is below 960.
   for (let from = 64; from <= 1536; from += 8)
     for (let to = from; to <= 2048; to += 8) {
@@ -238,6 +239,75 @@ test('how large it is', (t) => {
       }
     }
   t.end();
+});
+
+/** A1111's hr_upscale_to_x and _y, and the first row and column that its truncate_y and _x leave, by hand from its formulas. */
+const cuts = [
+  { from: [832, 1216], to: [1024, 1024], uncut: [1024, 1496], first: [0, 29] }, // 1024 * 1216 // 832; 187 rows, of which (1496 - 1024) // 8 = 59 go
+  { from: [1216, 832], to: [1024, 1024], uncut: [1496, 1024], first: [29, 0] },
+  { from: [1024, 1024], to: [1536, 1152], uncut: [1536, 1536], first: [0, 24] },
+  { from: [896, 1152], to: [1344, 1728], uncut: [1344, 1728], first: [0, 0] },
+  { from: [64, 72], to: [96, 96], uncut: [96, 108], first: [0, 0] }, // 13 rows, of which the last goes
+];
+
+test('to another shape it is cut as by A1111', (t) => {
+  for (const { from, to, uncut, first } of cuts) {
+    const [[width, height], [hiresWidth, hiresHeight], [w, h]] = [from, to, uncut];
+    const larger = hiresSize({ hires: true, hiresWidth, hiresHeight }, { width, height }, 8);
+    t.same(larger, { width: hiresWidth, height: hiresHeight, uncut: { width: w, height: h } }, `${from}`);
+    const [rows, columns] = [Math.floor(h / 8), Math.floor(w / 8)];
+    const places = Float32Array.from({ length: rows * columns }, (_, i) => i);
+    const cut = middleOf({ shape: [1, 1, rows, columns], data: places }, [hiresHeight / 8, hiresWidth / 8]);
+    t.same(cut.shape, [1, 1, hiresHeight / 8, hiresWidth / 8]);
+    const [x, y] = first;
+    const last = (y + hiresHeight / 8 - 1) * columns + x + hiresWidth / 8 - 1;
+    t.same([cut.data[0], cut.data.at(-1)], [y * columns + x, last]);
+  }
+  const third = { width: 64, height: 32, uncut: { width: 64, height: 96 } };
+  const lines = Uint8Array.from({ length: 2 * 30 }, (_, i) => Math.floor(i / 2));
+  const shown = shownOf({ width: 2, height: 30, channels: 1, data: lines }, third);
+  t.same([...shown.data], [...lines.subarray(20, 40)], 'and so is what is followed');
+  t.end();
+});
+
+test('a second pass of another shape is drawn over the middle', async (t) => {
+  const sides = ['--width', '64', '--height', '64', '--steps', '2', '--seed', '8', '--hires'];
+  const strength = ['--hires-denoising-strength', '0.5'];
+  const saved = at('wide.safetensors');
+  const drawn = (...argv: string[]) =>
+    sample(...sides, ...strength, ...argv, '--output', at('wide.png'), '--save-latents', saved, '--json');
+  const wide = await drawn(
+    '--hires-width',
+    '128',
+    '--hires-height',
+    '96',
+    '--hires-upscaler',
+    'Latent (nearest)',
+  );
+  t.match(JSON.parse(wide.out), { width: 128, height: 96 }, wide.err);
+  const device = openDevice('cpu');
+  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'float32' });
+  t.teardown(() => pipeline.release());
+  const asked = { prompt: 'a red fox', width: 64, height: 64, num_inference_steps: 2 };
+  const noise = () => [new TorchGenerator(8)];
+  const { latents } = await denoiseToEnd(pipeline, { ...asked, generators: noise() });
+  // Each latent is 2x2, and of 16 rows two go at the top and two at the bottom.
+  const data = Float32Array.from({ length: 4 * 12 * 16 }, (_, i) => {
+    const [plane, y, x] = [Math.floor(i / 192), Math.floor(i / 16) % 12, i % 16];
+    return latents.data[plane * 64 + Math.floor((y + 2) / 2) * 8 + Math.floor(x / 2)];
+  });
+  const second = await denoiseToEnd(pipeline, {
+    ...{ ...asked, width: 128, height: 96, image: { shape: [1, 4, 12, 16], data }, generators: noise() },
+    ...{ num_inference_steps: 4, strength: 2.5 / 4 },
+  });
+  t.equal(maxDifference(latentsOf(saved), second.latents.data), 0);
+  for (const upscaler of ['Nearest', 'Lanczos']) {
+    const { out, err } = await sample(
+      ...['--width', '64', '--height', '72', '--steps', '1', '--hires', '--hires-width', '96'],
+      ...['--hires-height', '96', '--hires-upscaler', upscaler, '--output', at('odd.png'), '--json'],
+    );
+    t.match(JSON.parse(out || '{}'), { width: 96, height: 96 }, `${upscaler} ${err}`);
+  }
 });
 
 test('a size that is typed beside --from stands for the one in the picture', async (t) => {
@@ -265,6 +335,10 @@ test('mistakes', (t) =>
     [['--hires-scale', '2'], /--hires-scale needs --hires: a second pass/],
     [['--hires-prompt', 'x'], /--hires-prompt needs --hires: a second pass/],
     [['--hires', '--hires-scale', '2', '--hires-width', '128'], /--hires-scale says how large, and so do/],
+    [
+      ['--width', '64', '--height', '512', '--hires', '--hires-width', '512', '--hires-height', '128'],
+      /--hires-width and --hires-height would leave less than a quarter of a picture of 64x512, enlarged to 512x4096/,
+    ],
     [['--hires', '--hires-upscaler', 'Latnt'], /--hires-upscaler takes Latent, .*; did you mean "?Latent/],
     [
       ['--hires', '--hires-denoising-strength', '0'],
