@@ -17,7 +17,7 @@ import type { Json, ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Pipeline, Progress } from '../../models/pipeline.ts';
 import { type Autoencoder, autoencoder } from '../../models/vae/autoencoder.ts';
 import { latentRgb, latentRgbChannels } from '../../models/vae/latent_rgb.ts';
-import { type Latents, previewPictures, unscaleLatents } from '../../models/vae/latents.ts';
+import { type Latents, previewPictures, unscaleLatents, type VaeRequest } from '../../models/vae/latents.ts';
 import { sdxlScalingFactor } from '../../models/vae/vae.ts';
 import { number, oneOf } from '../option_values.ts';
 import { encodeAside } from '../png_threads.ts';
@@ -111,22 +111,22 @@ export interface Previews {
 
 /** What latents on their way look like. */
 export interface Look {
-  pictures(pipeline: Pipeline, latents: Latents): readonly Picture[];
+  /** `how` is the request's: of a pattern the edges go on in a preview, too. */
+  pictures(pipeline: Pipeline, latents: Latents, how: VaeRequest): readonly Picture[];
   /** Frees the tiny autoencoder. */
   release(): void;
 }
 
 /** The look that the flags ask for, or none. */
 export function openLook(
-  { preview, vaeTiling, seamless }: PreviewOptions,
+  { preview }: PreviewOptions,
   tae: ModelSource | undefined,
   place: { device: Device; dtype: FloatDType },
 ): Look | undefined {
   if (preview === 'none') return undefined;
   const coder = tae && loadTae(tae, place);
-  const how = { vae_tiling: vaeTiling, seamless };
   return {
-    pictures(pipeline, latents) {
+    pictures(pipeline, latents, how) {
       if (preview === 'vae') return previewPictures(pipeline.vae, latents, how);
       const asSdxl = asSdxlScales(pipeline.vae, latents);
       if (coder) return previewPictures(coder, asSdxl, how);
@@ -148,11 +148,12 @@ export function openPreviews(
 ): Previews {
   const look = openLook(options, tae, place);
   if (!look) return { show() {}, close: async () => {} };
-  const { previewInterval = 1 } = options;
+  const { previewInterval = 1, vaeTiling: vae_tiling, seamless } = options;
+  const how = { vae_tiling, seamless };
   const file = openFile(pathOf(options), told);
   return {
     show(pipeline, { step, predOriginalSample }) {
-      if (step % previewInterval === 0) file.replace(look.pictures(pipeline, predOriginalSample()));
+      if (step % previewInterval === 0) file.replace(look.pictures(pipeline, predOriginalSample(), how));
     },
     async close() {
       look.release();

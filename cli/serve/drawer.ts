@@ -262,7 +262,7 @@ function stages({ look }: Kept, id: number, runs: number) {
       say({ kind: 'step', id, share: (before + step / steps) / runs, step, steps });
       if (!look || !current?.watched) return;
       current.watched = false;
-      const pictures = look.pictures(pipeline, progress.predOriginalSample());
+      const pictures = look.pictures(pipeline, progress.predOriginalSample(), request);
       void encodeAside({ pictures }).then((png) => say({ kind: 'preview', id, png }));
     });
     before++;

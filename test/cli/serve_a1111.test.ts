@@ -3,15 +3,21 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
+import { openDevice } from '../../engine/device.ts';
+import type { Picture } from '../../io/pixels.ts';
+import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
+import { TorchGenerator } from '../../models/random/torch_random.ts';
+import { previewPictures } from '../../models/vae/latents.ts';
 import { maxDifference } from '../support/golden.ts';
-import { fox, pixels, sampledTo, serve, small } from '../support/served.ts';
+import { fox, model, pixels, sampledTo, serve, small } from '../support/served.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-a1111-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 
 const sampled = (...flags: string[]) => sampledTo(join(folder, 'sampled.png'), ...flags);
 
-const shared = serve(...small);
+const shared = serve(...small, '--preview', 'vae');
 
 test('a second pass, by the sampler of the first or another', async (t) => {
   const server = await shared;
@@ -57,6 +63,36 @@ test('a pattern', async (t) => {
     ...['--emphasis', 'original', '--max-token-length', '225'],
   );
   t.equal(maxDifference((await pixels(body.images[0])).data, own.picture.data), 0);
+});
+
+test('a preview of a pattern has no edges either', async (t) => {
+  const server = await shared;
+  const steps = 40; // so that one is seen on its way
+  const drawn = server.post('/sdapi/v1/txt2img', { ...fox, steps, tiling: true });
+  let ended = false;
+  void drawn.then(() => {
+    ended = true;
+  });
+  let seen: string | null = null;
+  while (!seen && !ended) seen = (await server.get('/sdapi/v1/progress')).body.current_image;
+  t.equal((await drawn).status, 200);
+  const pipeline = loadPipeline(openModel(model), { device: openDevice('cpu'), dtype: 'float32' });
+  t.teardown(() => pipeline.release());
+  const asked = { prompt: fox.prompt, width: 64, height: 64, num_inference_steps: steps };
+  const texts = { emphasis: 'original', max_token_length: 225 } as const;
+  const [patterns, edged]: string[][] = [[], []];
+  const told = (pictures: readonly Picture[]) => Buffer.from(pictures[0].data).toString('base64');
+  await denoiseToEnd(
+    pipeline,
+    { ...asked, ...texts, seamless: 'xy', generators: [new TorchGenerator(fox.seed)] },
+    ({ predOriginalSample }) => {
+      const latents = predOriginalSample();
+      patterns.push(told(previewPictures(pipeline.vae, latents, { seamless: 'xy' })));
+      edged.push(told(previewPictures(pipeline.vae, latents, {})));
+    },
+  );
+  const preview = told([await pixels(seen ?? '')]);
+  t.ok(patterns.includes(preview) && !edged.includes(preview), 'one of its steps, decoded as a pattern');
 });
 
 test('a server changes prompts and varies noise', async (t) => {
