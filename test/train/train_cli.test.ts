@@ -79,10 +79,10 @@ test('one program at a time trains into a folder', async (t) => {
   const absent = runFile('absent', { model: join(folder, 'nowhere') });
   await refuses(t, 'no model', /no model/, 'train', absent);
   t.notOk(existsSync(join(folder, 'absent-out')), 'a run that never began leaves nothing');
-  mkdirSync(join(output, '.sdxl-9999999-00ff.tmp'), { recursive: true });
+  mkdirSync(join(output, '.sdxl-0123abcd-9999999-00ff00ff00ff.tmp'), { recursive: true });
   t.equal((await sdxl('train', runFile('shared', {}), '--quiet')).status, 0);
   t.notOk(
-    existsSync(join(output, '.sdxl-9999999-00ff.tmp')),
+    existsSync(join(output, '.sdxl-0123abcd-9999999-00ff00ff00ff.tmp')),
     'what a killed run left half-written is removed',
   );
 });
