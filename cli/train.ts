@@ -164,46 +164,58 @@ async function trainAll(file: string, options: Options, terminal: Terminal): Pro
       `--resume ${options.resume}: ${file} has several runs; say with --only which one it belongs to`,
     );
   const opened = names.map((name) => openDevice(name, (line) => terminal.err(`warning: ${line}\n`)));
-  const { locate, report } = tools(terminal, options.quiet, options.json);
-  const tell = ({ name }: Run, folder: string, stopped: boolean): void => {
-    if (options.json) terminal.out(`${JSON.stringify({ name, folder, stopped })}\n`);
-  };
-  const trainOne = async (run: Run): Promise<void> => {
-    clearOutput(run.output);
-    if (options.resume === true && isFinished(run)) {
-      report.line(`${run.name} is finished: ${finalOf(run.output)}`);
-      tell(run, finalOf(run.output), false);
-      return;
-    }
-    const checkpoint = startOf(run, options.resume);
-    const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
-    const materials = await openMaterials(run, locate, report, { checkpoint });
-    const plan = planOf(materials, opened);
-    for (const line of describe(plan, opened)) report.line(line);
-    warnOfMemory(plan, materials, opened, report);
-    const { lr } = run.optimizer;
-    if (checkpoint)
-      report.line(
-        `resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`,
-      );
-    const stop: { asked: boolean; by?: NodeJS.Signals } = { asked: false };
-    const ask = (signal: NodeJS.Signals): void => {
-      Object.assign(stop, { asked: true, by: signal });
-      report.line('stopping after this update and saving; once more to leave at once');
-    };
-    const { folder, stopped } = await heedingSignals(ask, () => train(materials, opened, report, stop));
-    report.line(
-      folder
-        ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
-        : 'stopped before the first update; what is prepared is kept',
-    );
-    tell(run, folder, stopped);
-    if (stop.by) throw new Stopped(stop.by);
-  };
+  const told = tools(terminal, options.quiet, options.json);
   for (const run of runs) {
     const unlock = lockFolder(run.output);
-    await trainOne(run).finally(unlock);
+    try {
+      const { by, ...made } = await trainOne(run, options, opened, told);
+      if (options.json) terminal.out(`${JSON.stringify({ name: run.name, ...made })}\n`);
+      if (by) throw new Stopped(by);
+    } finally {
+      unlock();
+    }
   }
+}
+
+/** What comes of a run: a folder, if it has saved one, and whether it was stopped, by which signal. */
+interface Trained {
+  folder?: string;
+  stopped: boolean;
+  by?: NodeJS.Signals;
+}
+
+async function trainOne(
+  run: Run,
+  { resume }: Options,
+  devices: readonly Device[],
+  { locate, report }: ReturnType<typeof tools>,
+): Promise<Trained> {
+  clearOutput(run.output);
+  if (resume === true && isFinished(run)) {
+    report.line(`${run.name} is finished: ${finalOf(run.output)}`);
+    return { folder: finalOf(run.output), stopped: false };
+  }
+  const checkpoint = startOf(run, resume);
+  const before = checkpoint && stateOf(run, checkpoint).run.optimizer.lr;
+  const materials = await openMaterials(run, locate, report, { checkpoint });
+  const plan = planOf(materials, devices);
+  for (const line of describe(plan, devices)) report.line(line);
+  warnOfMemory(plan, materials, devices, report);
+  const { lr } = run.optimizer;
+  if (checkpoint)
+    report.line(`resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`);
+  const stop: { asked: boolean; by?: NodeJS.Signals } = { asked: false };
+  const ask = (signal: NodeJS.Signals): void => {
+    Object.assign(stop, { asked: true, by: signal });
+    report.line('stopping after this update and saving; once more to leave at once');
+  };
+  const { folder, stopped } = await heedingSignals(ask, () => train(materials, devices, report, stop));
+  report.line(
+    folder
+      ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
+      : 'stopped before the first update; what is prepared is kept',
+  );
+  return { folder, stopped, by: stop.by };
 }
 
 /** Tells what would help where a run that begins takes more than is free: it may end before its first update. */

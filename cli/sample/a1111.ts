@@ -216,18 +216,22 @@ export interface Parameters {
   further: { text: string; option?: keyof SampleOptions }[];
 }
 
+/** What gives the values of a line's fields. What is quoted may have commas, and what looks like fields. */
+function fieldsOf(line: string): (name: string) => string | undefined {
+  const texts = line.match(quotedText) ?? [];
+  let count = 0;
+  const fields = line.replace(quotedText, () => `"${count++}"`);
+  return (name) => {
+    const value = new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(fields)?.[1];
+    return unquoted(value?.replace(/^"(\d+)"$/, (_, i) => texts[i]));
+  };
+}
+
 /** What a text says; `keepsLoras` leaves what names them in the prompt, for callers that heed it. */
 export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
   const [prompt, negative] = body.split(/\n?Negative prompt: /, 2);
-  // What is quoted may have commas, and what looks like fields.
-  const texts = last.match(quotedText) ?? [];
-  let count = 0;
-  const fields = last.replace(quotedText, () => `"${count++}"`);
-  const field = (name: string) => {
-    const value = new RegExp(`(?:^|, )${name}: ([^,]+)`).exec(fields)?.[1];
-    return unquoted(value?.replace(/^"(\d+)"$/, (_, i) => texts[i]));
-  };
+  const field = fieldsOf(last);
   const sides = (name: string) => (field(name) ?? '').split('x').map((side) => side || undefined);
   const [width, height] = sides('Size');
   const [seedResizeFromW, seedResizeFromH] = sides('Seed resize from');

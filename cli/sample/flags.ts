@@ -191,8 +191,11 @@ export const sizeOptions = (command: Command): Command =>
     );
 
 export const stepOptions = (command: Command): Command =>
+  cachingOptions(scheduleOptions(guidanceOptions(command.optionsGroup('Steps:'))));
+
+/** How many steps, and what each is guided by. */
+const guidanceOptions = (command: Command): Command =>
   command
-    .optionsGroup('Steps:')
     .option(
       '--steps <N>',
       'denoising steps: 20 to 50 for most models, 1 to 8 for distilled ones (LCM, TCD, Lightning)',
@@ -237,7 +240,11 @@ export const stepOptions = (command: Command): Command =>
       '--pag-applied-layers <NAME>',
       'the layers that it perturbs, by a part of their names in diffusers, such as mid, up or down_blocks.2 (default: mid); may be given more than once',
       texts,
-    )
+    );
+
+/** Where the steps lie. */
+const scheduleOptions = (command: Command): Command =>
+  command
     .option('--scheduler <NAME>', "diffusers class or a short name of those below (default: the model's)")
     .option(
       '--karras',
@@ -257,7 +264,11 @@ export const stepOptions = (command: Command): Command =>
       '--sigmas <F,...>',
       "the same as noise levels, with the last one to end at (Euler and EDM's alone)",
       numbers('--sigmas'),
-    )
+    );
+
+/** What of a step is left out, and its noise. */
+const cachingOptions = (command: Command): Command =>
+  command
     .option(
       '--cache-interval <N>',
       'DeepCache: run all of the UNet in every N-th step alone, and its first and last layers in the others; faster, and another picture (default: 1, off)',

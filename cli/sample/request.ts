@@ -130,15 +130,30 @@ export function canvasOf(
 /** The base's requests, `batchCount` for each prompt, which share the pictures. */
 export function baseRequests(
   options: SampleOptions,
-  { width, height, inputs }: Canvas,
+  canvas: Canvas,
   prompts: readonly string[],
   seed: number,
 ): Request[] {
+  const shared = sharedRequest(options, canvas);
+  const count = prompts.length * options.batchCount;
+  return Array.from({ length: count }, (_, i) => ({
+    ...shared,
+    prompt: [prompts[promptAt(options, i)]],
+    generators: [generatorOf(options, seed, i)],
+    last: i === count - 1 && !options.hires,
+  }));
+}
+
+/** All of a request but its prompt and its noise. */
+function sharedRequest(
+  options: SampleOptions,
+  { width, height, inputs }: Canvas,
+): Omit<Request, 'prompt' | 'generators'> {
   const { image, mask, controls = [], adapterImages = [] } = inputs;
   const config: Partial<SchedulerConfig> = options.karras ? layoutOf('karras') : {};
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   const { timesteps, sigmas } = options;
-  const shared = {
+  return {
     // An empty text is no second prompt, and yet a negative prompt.
     prompt_2: options.prompt2 ? [options.prompt2] : undefined,
     negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
@@ -184,13 +199,6 @@ export function baseRequests(
     aesthetic_score: options.aestheticScore,
     negative_aesthetic_score: options.negativeAestheticScore,
   };
-  const count = prompts.length * options.batchCount;
-  return Array.from({ length: count }, (_, i) => ({
-    ...shared,
-    prompt: [prompts[promptAt(options, i)]],
-    generators: [generatorOf(options, seed, i)],
-    last: i === count - 1 && !options.hires,
-  }));
 }
 
 /** Which of the prompts the i-th request is of. */

@@ -51,6 +51,51 @@ export interface DrawerOptions {
   onLost(): void;
 }
 
+/** Who hears of a process that draws. */
+interface Ears {
+  tell(text: string): void;
+  hear(message: OfOrder): void;
+  opened(model: ModelTold): void;
+  ended(lost: Error): void;
+}
+
+/** Starts a process, which opens the models. */
+function startProcess(options: Standing, { tell, hear, opened, ended }: Ears): ChildProcess {
+  const started = fork(join(packageRoot, 'dist', 'cli', 'serve', 'drawer.js'), {
+    serialization: 'advanced',
+    stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
+  });
+  started.stderr?.setEncoding('utf8').on('data', tell);
+  let lost: Error | undefined;
+  started.on('message', (message: FromDrawer) => {
+    if (message.kind === 'opened') opened(message.told);
+    else if (message.kind === 'warning') tell(`warning: ${inOneLine(message.line)}\n`);
+    else if (message.kind === 'failed' && message.id === undefined) lost = errorOf(message);
+    else hear(message);
+  });
+  const gone = (how: string): void => ended(lost ?? lostWith(`the process that draws has ended (${how})`));
+  started.on('exit', (status, signal) => gone(signal ?? `status ${status}`));
+  started.on('error', (error) => {
+    // One that could not be started has no exit; of the others this is a message that came too late.
+    if (started.pid === undefined) gone(error.message);
+  });
+  const first: ToDrawer = { kind: 'open', options };
+  if (started.connected) started.send(first);
+  return started;
+}
+
+const errorOf = ({ mistake, message }: { mistake: boolean; message: string }): Error =>
+  mistake ? new UserError(message) : lostWith(message);
+
+/** Hands on what is said of an order. */
+function heed(message: OfOrder, { hearing, resolve, reject }: Work): void {
+  if (message.kind === 'step') hearing.step?.(message.share, message.step, message.steps);
+  if (message.kind === 'preview') hearing.preview?.(message.png);
+  if (message.kind === 'picture') hearing.picture(message.drawn);
+  if (message.kind === 'done') resolve();
+  if (message.kind === 'failed') reject(errorOf(message));
+}
+
 export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOptions): Drawer {
   let child: ChildProcess | undefined;
   let opening: Promise<ModelTold> | undefined;
@@ -65,58 +110,33 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
   };
 
   function start(): Promise<ModelTold> {
-    const started = fork(join(packageRoot, 'dist', 'cli', 'serve', 'drawer.js'), {
-      serialization: 'advanced',
-      stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
-    });
-    child = started;
     state = 'opening';
-    started.stderr?.setEncoding('utf8').on('data', tell);
     return new Promise((resolve, reject) => {
-      let lost: Error | undefined;
-      started.on('message', (message: FromDrawer) => {
-        if (message.kind === 'opened') {
+      const started = startProcess(options, {
+        tell,
+        hear: (message) => {
+          if (work && work.id === message.id) heed(message, work);
+        },
+        opened(model) {
           state = 'open';
-          told = message.told;
-          resolve(message.told);
-        } else if (message.kind === 'failed' && message.id === undefined)
-          lost = message.mistake ? new UserError(message.message) : lostWith(message.message);
-        else hear(message);
+          told = model;
+          resolve(model);
+        },
+        ended(lost) {
+          if (child !== started) {
+            reject(letGo); // closed by us
+            return;
+          }
+          reject(lost);
+          const was = state;
+          child = opening = undefined;
+          state = 'lost';
+          work?.reject(lost);
+          if (was === 'open') onLost();
+        },
       });
-      const ended = (how: string): void => {
-        if (child !== started) {
-          reject(letGo); // closed by us
-          return;
-        }
-        lost ??= lostWith(`the process that draws has ended (${how})`);
-        reject(lost);
-        const was = state;
-        child = opening = undefined;
-        state = 'lost';
-        work?.reject(lost);
-        if (was === 'open') onLost();
-      };
-      started.on('exit', (status, signal) => ended(signal ?? `status ${status}`));
-      started.on('error', (error) => {
-        // One that could not be started has no exit; of the others this is a message that came too late.
-        if (started.pid === undefined) ended(error.message);
-      });
-      send({ kind: 'open', options });
+      child = started;
     });
-  }
-
-  function hear(message: OfOrder | { kind: 'warning'; line: string }): void {
-    if (message.kind === 'warning') tell(`warning: ${inOneLine(message.line)}\n`);
-    else if (work && work.id === message.id) heed(message, work);
-  }
-
-  function heed(message: OfOrder, { hearing, resolve, reject }: Work): void {
-    if (message.kind === 'step') hearing.step?.(message.share, message.step, message.steps);
-    if (message.kind === 'preview') hearing.preview?.(message.png);
-    if (message.kind === 'picture') hearing.picture(message.drawn);
-    if (message.kind === 'done') resolve();
-    if (message.kind === 'failed')
-      reject(message.mistake ? new UserError(message.message) : lostWith(message.message));
   }
 
   const open = (): Promise<ModelTold> => {

@@ -1,7 +1,7 @@
 // The orders of a server, drawn one after the other in the order in which they came: a device that draws one picture as fast as it can
 // draws two no faster at once.
 import { UserError } from '../../io/errors.ts';
-import type { Drawer } from './drawer_process.ts';
+import type { Drawer, Hearing } from './drawer_process.ts';
 import { Refusal } from './http.ts';
 import type { Drawn, ModelTold, Order } from './messages.ts';
 
@@ -50,6 +50,19 @@ export interface Queue {
   close(): Promise<void>;
 }
 
+/** Notes what is told of the order at work, and tells it on. */
+const noting = (told: Working, watch: Watch, pictures: Drawn[]): Hearing => ({
+  step(share, step, steps) {
+    Object.assign(told, { share, step, steps });
+    watch.step?.(share);
+  },
+  preview(png) {
+    told.preview = png;
+    watch.preview?.(png);
+  },
+  picture: (drawn) => pictures.push(drawn),
+});
+
 /** `most` may wait; further ones are refused. */
 export function openQueue(drawer: Drawer, most: number): Queue {
   const entries: Entry[] = [];
@@ -65,21 +78,8 @@ export function openQueue(drawer: Drawer, most: number): Queue {
     const told: Working = { order, share: 0, step: 0, steps: 0, began: performance.now() };
     const stop = new AbortController();
     const pictures: Drawn[] = [];
-    const done = drawer.draw(
-      order,
-      {
-        step(share, step, steps) {
-          Object.assign(told, { share, step, steps });
-          watch.step?.(share);
-        },
-        preview(png) {
-          told.preview = png;
-          watch.preview?.(png);
-        },
-        picture: (drawn) => pictures.push(drawn),
-      },
-      AbortSignal.any([signal, stop.signal]),
-    );
+    const hearing = noting(told, watch, pictures);
+    const done = drawer.draw(order, hearing, AbortSignal.any([signal, stop.signal]));
     current = { told, stop, done };
     try {
       await done;
