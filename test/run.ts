@@ -47,8 +47,9 @@ for (const name of ['SIGINT', 'SIGTERM'] as const) process.on(name, () => proces
 
 let passed = 0;
 let failed = 0;
+let skipped = 0;
 
-/** One test file in its own process: counts its assertions, shows only what failed and a line of summary. */
+/** One test file in its own process: counts its assertions, shows only what failed or was skipped and a line of summary. */
 function run(file: string): Promise<void> {
   return new Promise((resolve) => {
     const started = Date.now();
@@ -64,12 +65,15 @@ function run(file: string): Promise<void> {
       const count = (word: string) => Number(new RegExp(`${word}: (\\d+)`).exec(total)?.[1] ?? 0);
       const crashed = total === '' || (status !== 0 && count('fail') === 0);
       passed += count('pass');
+      skipped += count('skip');
       failed += count('fail') + (crashed ? 1 : 0);
       const telling = output.split('\n').filter((line) => /^\s*not ok|# (SKIP|TODO)/.test(line));
       for (const line of telling) console.log(line.trim());
       if (crashed) console.log(`${file} ended with status ${status}:\n${output.slice(-3000)}`);
       const seconds = ((Date.now() - started) / 1000).toFixed(1);
-      console.log(`# ${basename(file)}: ${count('pass')} passed, ${count('fail')} failed, ${seconds} s`);
+      const counts = [`${count('pass')} passed`, `${count('fail')} failed`];
+      if (count('skip') > 0) counts.push(`${count('skip')} skipped`);
+      console.log(`# ${basename(file)}: ${counts.join(', ')}, ${seconds} s`);
       resolve();
     });
   });
@@ -81,5 +85,6 @@ async function runQueue(): Promise<void> {
   for (let file = queue.shift(); file; file = queue.shift()) await run(file);
 }
 await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, runQueue));
+if (skipped > 0) console.log(`# skipped, and so not proved here: ${skipped}`);
 console.log(`${passed} passed, ${failed} failed`);
 process.exitCode = failed === 0 && passed > 0 ? 0 : 1;

@@ -10,8 +10,7 @@ import { groupsOf, planCells } from '../../cli/grid/cells.ts';
 import { openSheet } from '../../cli/grid/sheet.ts';
 import { main } from '../../cli/main.ts';
 import { addSampleFlags } from '../../cli/sample/flags.ts';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { adopt, nativeDevice } from '../../engine/device.ts';
+import { adopt } from '../../engine/device.ts';
 import { whitePicture } from '../../io/grid.ts';
 import { readPicture, writePng } from '../../io/image.ts';
 import { linesOf, writeLines } from '../../io/letters.ts';
@@ -21,6 +20,7 @@ import { refusesEach, sdxl } from '../support/command_line.ts';
 import { writeControlNet } from '../support/controlnet_golden.ts';
 import { watchMemory } from '../support/crowded_memory.ts';
 import { goldenFolder } from '../support/golden.ts';
+import { noLibrary, ownDevice } from '../support/native_library.ts';
 import { writeAdapter } from '../support/tiny_adapter.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
@@ -111,10 +111,10 @@ test('what is open draws all that it can', async (t) => {
   );
 });
 
-test('where there is no memory to decode beside the UNet, each cell has the model to itself', async (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return;
-  const device = adopt(nativeDevice(library.path));
+test('where there is no memory to decode beside the UNet, each cell has the model to itself', {
+  skip: noLibrary,
+}, async (t) => {
+  const device = adopt(ownDevice());
   const draw = async (name: string) => {
     const size = ['--model', model, '--width', '128', '--height', '128', '--device', 'cpu'];
     const flags = ['--x', 'steps=1,2', ...fox, ...size, '--output', at(name), '--quiet'];
@@ -127,7 +127,7 @@ test('where there is no memory to decode beside the UNet, each cell has the mode
   watched.room = Math.max(...alive.slice(-alive.length / 2));
   t.ok(watched.room < Math.max(...alive) - 1e6);
   const alone = await draw('alone.png');
-  adopt(nativeDevice(library.path));
+  adopt(ownDevice());
   t.equal(alone.status, 0, alone.err);
   t.equal(
     alone.err,

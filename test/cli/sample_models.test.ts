@@ -5,8 +5,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openFor } from '../../cli/sample/models.ts';
 import type { SampleOptions } from '../../cli/sample/options.ts';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { adopt, nativeDevice, openDevice } from '../../engine/device.ts';
+import { adopt, openDevice } from '../../engine/device.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { complete, type Request } from '../../models/request.ts';
@@ -14,6 +13,7 @@ import { textKey } from '../../models/text/conditioning.ts';
 import { sdxl } from '../support/command_line.ts';
 import { watchMemory } from '../support/crowded_memory.ts';
 import { goldenFolder } from '../support/golden.ts';
+import { noLibrary, ownDevice } from '../support/native_library.ts';
 
 const model = join(goldenFolder, 'tiny-sdxl');
 
@@ -49,10 +49,10 @@ test('the text encoders are gone before the UNet comes, unless there are too man
   t.equal(device.memory.storages, before, 'live tensors');
 });
 
-test('where there is no memory to decode beside the UNet, pictures come when all are sampled', async (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return;
-  const device = adopt(nativeDevice(library.path));
+test('where there is no memory to decode beside the UNet, pictures come when all are sampled', {
+  skip: noLibrary,
+}, async (t) => {
+  const device = adopt(ownDevice());
   const folder = mkdtempSync(join(tmpdir(), 'sdxl-waiting-'));
   const draw = async (name: string, ...more: string[]) => {
     const { status, err } = await sdxl(
@@ -98,6 +98,6 @@ test('where there is no memory to decode beside the UNet, pictures come when all
     'told once',
   );
   t.same(waiting.pictures, whole.pictures);
-  adopt(nativeDevice(library.path));
+  adopt(ownDevice());
   rmSync(folder, { recursive: true });
 });

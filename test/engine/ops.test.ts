@@ -4,13 +4,12 @@
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { openCpuDriver } from '../../engine/cpu/driver.ts';
-import { type Device, nativeDevice, openDevice } from '../../engine/device.ts';
+import { type Device, openDevice } from '../../engine/device.ts';
 import { type RefTensors, registry, type Spec } from '../../engine/op.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import type { DType, FloatDType } from '../../io/dtype.ts';
 import { packageRoot } from '../../io/package_root.ts';
+import { instructionSets, noLibrary, ownDevice, runnable } from '../support/native_library.ts';
 import {
   type AnyRecord,
   type AnySample,
@@ -122,16 +121,11 @@ const tolerance: Record<FloatDType, number> & Partial<Record<DType, number>> = {
   float16: 1e-3,
 };
 
-/** A device for each instruction set of the library that this machine can run. */
-function nativeDevices(path: string): (readonly [arch: string, device: Device])[] {
-  const all = ['avx512', 'avx2', 'portable'];
-  return all.slice(all.indexOf(openCpuDriver(path).arch)).map((arch) => [arch, nativeDevice(path, arch)]);
-}
-
-const library = findLibrary();
-test('cpu kernels against the reference', { skip: 'reason' in library && library.reason }, (t) => {
+test('cpu kernels against the reference', { skip: noLibrary }, (t) => {
   const reference = openDevice('reference');
-  const natives = 'path' in library ? nativeDevices(library.path) : [];
+  const natives = runnable().map((arch) => [arch, ownDevice(arch)] as const);
+  for (const arch of instructionSets.slice(0, -natives.length))
+    t.pass(arch, { skip: 'this processor has none' });
   for (const record of registry.values()) {
     for (const dtype of ['float32', 'bfloat16', 'float16'] as const) {
       const faults: string[] = [];

@@ -1,13 +1,12 @@
 // Arguments that do not fit a kernel are refused where they are packed or passed on: neither C nor a GPU would notice.
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { openCpuDriver } from '../../engine/cpu/driver.ts';
 import { packParameters, structLayout } from '../../engine/cuda/manifest.ts';
 import { silu } from '../../engine/ops/unary.ts';
 import { standInCuda } from '../../engine/profile.ts';
 import { scope } from '../../engine/scope.ts';
 import { checkArguments } from '../../engine/signature.ts';
 import { empty } from '../../engine/tensor.ts';
+import { noLibrary, openNative } from '../support/native_library.ts';
 
 test('a call has to fit its signature', (t) => {
   const check = (args: readonly (bigint | number)[]) => () => checkArguments('scale_forward', 'ppif', args);
@@ -22,10 +21,8 @@ test('a call has to fit its signature', (t) => {
   t.end();
 });
 
-test('the CPU library is not called with other arguments than it has', (t) => {
-  const found = findLibrary();
-  if (!('path' in found)) return void t.end();
-  const driver = openCpuDriver(found.path);
+test('the CPU library is not called with other arguments than it has', { skip: noLibrary }, (t) => {
+  const driver = openNative();
   t.throws(() => driver.launch('silu_forward_float32', [0n, 0n]), { message: /takes \(ppi\), got \(pp\)/ });
   t.throws(() => driver.launch('nothing_float32', []), { message: /has no kernel nothing_float32/ });
   t.end();

@@ -3,12 +3,11 @@
 // at three shapes or more, under three schedules, and with nearly all of its text.
 import { Worker } from 'node:worker_threads';
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { openCpuDriver } from '../../engine/cpu/driver.ts';
 import { expectedFiles } from '../../engine/cuda/build.ts';
 import { forHopper, readPtx, storageTypes } from '../../engine/cuda/kernels.ts';
 import { readManifest } from '../../engine/cuda/manifest.ts';
 import { plans } from '../../engine/cuda/plans.ts';
+import { noLibrary, openNative } from '../support/native_library.ts';
 import { type Coverage, mergeCoverage } from '../virtual-gpu/coverage.ts';
 import { schedules } from '../virtual-gpu/run_kernel.ts';
 import { type Check, type Job, provableOps, type Summary } from './kernel_proof.ts';
@@ -90,13 +89,11 @@ test('every op and every kernel on the virtual GPU', async (t) => {
   t.end();
 });
 
-test('every kernel of the CPU library is planned, with the same parameters', (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return t.end();
+test('every kernel of the CPU library is planned, with the same parameters', { skip: noLibrary }, (t) => {
   const entries = new Map(
     expectedFiles().flatMap(({ family, dtype }) => [...readManifest(readPtx(family, dtype))]),
   );
-  for (const [symbol, signature] of openCpuDriver(library.path).symbols) {
+  for (const [symbol, signature] of openNative().symbols) {
     const plan = plans.get(symbol.slice(0, symbol.lastIndexOf('_')));
     const own = entries
       .get(symbol)

@@ -3,15 +3,14 @@
 // more.
 import { test } from 'tap';
 import { fma32 } from '../../engine/cephes_float.ts';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { openCpuDriver } from '../../engine/cpu/driver.ts';
-import { cudaDevice, nativeDevice, openDevice } from '../../engine/device.ts';
+import { cudaDevice, openDevice } from '../../engine/device.ts';
 import { torchNormal } from '../../engine/ops/random.ts';
 import { scope } from '../../engine/scope.ts';
 import { empty, tensor } from '../../engine/tensor.ts';
 import { CudaGenerator } from '../../models/random/cuda_random.ts';
 import { type RandomDType, TorchGenerator } from '../../models/random/torch_random.ts';
 import { allClose, type GoldenCase, goldenArea, maxDifference } from '../support/golden.ts';
+import { noLibrary, ownDevice, runnable } from '../support/native_library.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 
 const area = goldenArea('rng');
@@ -78,11 +77,8 @@ test('seeds and arguments', async (t) => {
 });
 
 test('devices make the same normals of the words, to the bit', (t) => {
-  const library = findLibrary();
-  const natives =
-    'path' in library
-      ? ['portable', openCpuDriver(library.path).arch].map((arch) => nativeDevice(library.path, arch))
-      : [];
+  const natives = noLibrary ? [] : runnable().map(ownDevice);
+  if (noLibrary) t.pass('the native library', { skip: noLibrary });
   for (const device of [openDevice('reference'), ...natives, cudaDevice(openVirtualGpu())])
     for (const n of [16, 4096]) {
       const [own, other] = [new TorchGenerator(7), new TorchGenerator(7)];

@@ -2,10 +2,10 @@
 import { existsSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { adopt, nativeDevice } from '../../engine/device.ts';
+import { adopt } from '../../engine/device.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { sdxl } from '../support/command_line.ts';
+import { noLibrary, ownDevice } from '../support/native_library.ts';
 import { folder, model, refuses, runFile } from '../support/run_files.ts';
 
 test('plan', async (t) => {
@@ -106,10 +106,10 @@ test('a plan tells what to set for a run to fit', async (t) => {
   await refuses(t, 'no size', /--vram takes a size such as 10GB, not "much"/, 'plan', file, '--vram', 'much');
 });
 
-test('a run that takes more than is free is begun, with a word of what would help', async (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return;
-  const device = adopt(nativeDevice(library.path));
+test('a run that takes more than is free is begun, with a word of what would help', {
+  skip: noLibrary,
+}, async (t) => {
+  const device = adopt(ownDevice());
   const told = async (free: number, name: string, ...more: string[]) => {
     device.driver.room = () => ({ free, total: free });
     const file = runFile(name, { steps: 1, batch_size: 4 });
@@ -125,5 +125,5 @@ test('a run that takes more than is free is begun, with a word of what would hel
     'a run that goes on stays what it is',
   );
   t.notMatch(await told(1e9, 'roomy'), /warning/);
-  adopt(nativeDevice(library.path));
+  adopt(ownDevice());
 });

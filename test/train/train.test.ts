@@ -12,8 +12,7 @@ import {
 } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
-import { type Device, nativeDevice, openDevice } from '../../engine/device.ts';
+import { type Device, openDevice } from '../../engine/device.ts';
 import type { Driver, Exchange } from '../../engine/driver.ts';
 import { readPicture } from '../../io/image.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
@@ -29,6 +28,7 @@ import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { packageRoot } from '../support/golden.ts';
 import { writeEncoder } from '../support/ip_adapter_golden.ts';
+import { noLibrary, ownDevice } from '../support/native_library.ts';
 import {
   basic,
   control,
@@ -257,8 +257,7 @@ test('a run stopped while it prepares leaves what is prepared, and nothing else'
 
 /** A second device, between which and the first tensors are copied by the host. */
 function another(): Device {
-  const library = findLibrary();
-  const other = 'path' in library ? nativeDevice(library.path) : openDevice('reference');
+  const other = noLibrary ? openDevice('reference') : ownDevice();
   const exchanges = new Map<Exchange, Driver>();
   for (const { driver } of [device, other]) {
     const exchange: Exchange = {

@@ -3,15 +3,15 @@ import { spawnSync } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { test } from 'tap';
-import { findLibrary } from '../../engine/cpu/build.ts';
 import { CudaError } from '../../engine/cuda/errors.ts';
-import { adopt, nativeDevice } from '../../engine/device.ts';
+import { adopt } from '../../engine/device.ts';
 import { readPicture } from '../../io/image.ts';
 import { lockFolder } from '../../io/lock.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { sdxl } from '../support/command_line.ts';
 import { packageRoot } from '../support/golden.ts';
 import { writeEncoder } from '../support/ip_adapter_golden.ts';
+import { noLibrary, ownDevice } from '../support/native_library.ts';
 import { folder, model, refuses, runFile, sound } from '../support/run_files.ts';
 
 test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
@@ -292,10 +292,10 @@ test('several GPUs', async (t) => {
   );
 });
 
-test('a device that fails amid an update or a checkpoint leaves the last checkpoint whole', async (t) => {
-  const library = findLibrary();
-  if ('reason' in library) return;
-  const device = adopt(nativeDevice(library.path));
+test('a device that fails amid an update or a checkpoint leaves the last checkpoint whole', {
+  skip: noLibrary,
+}, async (t) => {
+  const device = adopt(ownDevice());
   const { launch, download } = device.driver;
   /** Calls so far of each kind, and which call of one kind fails. */
   const calls = { launch: 0, download: 0 };
