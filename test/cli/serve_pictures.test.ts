@@ -4,10 +4,12 @@ import { createHash } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import sharp from 'sharp';
 import { test } from 'tap';
 import { enlarged } from '../../cli/serve/enlarge.ts';
 import type { Enlarging } from '../../cli/serve/messages.ts';
 import { madeBy, preprocessed } from '../../cli/serve/preprocessors.ts';
+import { readSent } from '../../cli/serve/sent_picture.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
@@ -238,4 +240,17 @@ test('a server makes pictures of those that it is sent', async (t) => {
   }
   t.equal((await server.get('/healthz')).body.status, 'ok');
   t.equal(await server.end(), 143);
+});
+
+test("a mask of opacities is cut at 128 as A1111's, where any is below 255", async (t) => {
+  const levels = async (...alphas: number[]) => {
+    const data = Buffer.from(alphas.flatMap((alpha) => [10, 20, 30, alpha]));
+    const file = await sharp(data, { raw: { width: alphas.length, height: 1, channels: 4 } })
+      .png()
+      .toBuffer();
+    return [...(await readSent(file, 'mask', { by: 'alpha' })).data].filter((_, i) => i % 3 === 0);
+  };
+  t.same(await levels(0, 128, 129, 255), [0, 0, 255, 255]);
+  t.same(await levels(254, 255), [255, 255]);
+  t.same(await levels(255, 255), [10, 10], 'and is a picture otherwise');
 });

@@ -1,7 +1,9 @@
 // The tape: gradients that are dy itself share its storage on the way, and are each leaf's own at the end.
 import { test } from 'tap';
+import { checkpointed } from '../../engine/checkpointing.ts';
 import { openDevice } from '../../engine/device.ts';
 import { backward, clearGrad, gradOf, requireGrad } from '../../engine/grad.ts';
+import { module, parameter } from '../../engine/module.ts';
 import { add, mul, sub } from '../../engine/ops/binary.ts';
 import { linear } from '../../engine/ops/linear.ts';
 import { scale } from '../../engine/ops/unary.ts';
@@ -95,6 +97,30 @@ test('asking again for a gradient that is wanted already changes nothing', (t) =
     backward(add(a, a), tensor([1, 1], [2], { device }));
     t.same(gradient(requireGrad(a)), [2, 2]);
   });
+  t.end();
+});
+
+test('a checkpointed module trains its weights, whether its input wants a gradient or not', (t) => {
+  const weight = parameter([2]);
+  const layer = checkpointed(module({ weight }, (own, x: Tensor) => mul(x, own.weight.tensor)));
+  scope(() => {
+    weight.tensor = leaf(3, 4);
+    const [x, wanted] = [tensor([5, 6], [2], { device }), leaf(5, 6)];
+    t.same(
+      gradients([weight.tensor], () => layer(x), [1, 2]),
+      [[5, 12]],
+    );
+    const both = [
+      [5, 12],
+      [3, 8],
+    ];
+    t.same(
+      gradients([weight.tensor, wanted], () => layer(wanted), [1, 2]),
+      both,
+    );
+    t.equal(device.memory.storages, 3, 'live tensors');
+  });
+  t.equal(device.memory.storages, 0);
   t.end();
 });
 

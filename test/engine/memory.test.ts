@@ -121,6 +121,10 @@ test('a reserve is for its recordings alone, and may be shared by them', (t) => 
   const second = reserve.record(demand, nothing, () => taken(2));
   t.same(new Set(second), new Set(first), 'another recording has the same');
   for (const block of second) pool.give(block);
+  const spare = pool.take(8 * KIB);
+  pool.give(spare);
+  reserve.record(demand, nothing, () => t.same([...pool.makeRoom()], [], 'none has to be waited for'));
+  t.ok(held.has(spare), 'so that what is idle stays while a recording is made');
   const size = held.size;
   const [lent, others] = reserve.borrow(() => [pool.take(KIB), pool.take(4 * KIB)]);
   t.ok(pool.isReserved(lent), 'lent by its leave');

@@ -45,6 +45,16 @@ for (const golden of cases) {
   });
 }
 
+test('an odd number of columns more: one more of them on the right, as diffusers', (t) => {
+  const white = (i: number) => i % 20 >= 8 && i % 20 < 11 && i >= 40 && i < 140;
+  const data = Uint8Array.from({ length: 200 }, (_, i) => (white(i) ? 255 : 0));
+  // crop_x1 -= 7 // 2; crop_x2 += 7 - 7 // 2
+  t.same(maskWindow({ width: 20, height: 10, channels: 1, data }, 64, 32, 0), {
+    ...{ left: 5, top: 2, width: 10, height: 5 },
+  });
+  t.end();
+});
+
 test('sdxl sample draws the part, and leaves the rest of the picture as it is', async (t) => {
   const folder = mkdtempSync(join(tmpdir(), 'sdxl-part-'));
   const [image, mask, output, again] = ['image', 'mask', 'x', 'y'].map((name) => join(folder, `${name}.png`));

@@ -9,7 +9,7 @@ import { preprocess, preprocessMask, writePng } from '../../io/image.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { inspect } from '../../models/inspect.ts';
-import { encodeMode } from '../../models/vae/latents.ts';
+import { encodeMode, stacked } from '../../models/vae/latents.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { contents } from '../support/contents.ts';
 import { disc, picture } from '../support/controlnet_golden.ts';
@@ -78,6 +78,19 @@ test("latents in a picture's place, and DeepCache", async (t) => {
     latents: { shape: [2, 4, 8, 8], data: new Float32Array(512).fill(0.5) },
   });
   allClose(t, 'the first of two', two.slice(0, 256), want, { atol: 1e-4, rtol: 0 });
+  const pair = [pixels, preprocess(picture(5, 64, 64))];
+  const own = pair.map((each) => encodeMode(pipeline.vae, each, {}));
+  const both = await given(stacked(own), {
+    num_images_per_prompt: 2,
+    latents: { shape: [2, 4, 8, 8], data: new Float32Array(512).fill(0.5) },
+  });
+  const alone = [want, await given(own[1])];
+  t.notSame(alone[0], alone[1]);
+  for (const [i, each] of alone.entries())
+    allClose(t, `a picture's own latents, ${i}`, both.slice(256 * i, 256 * (i + 1)), each, {
+      atol: 1e-4,
+      rtol: 0,
+    });
   pipeline.release();
 });
 

@@ -18,6 +18,7 @@ import { sdxlVae } from '../../models/formats/presets.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
 import { decodeLatents, posteriorStd, samplePosterior, toHost } from '../../models/vae/latents.ts';
+import { blendTiles } from '../../models/vae/tiles.ts';
 import { type Moments, parseVaeConfig, type Vae, vae } from '../../models/vae/vae.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, permuted } from '../support/golden.ts';
 import {
@@ -154,5 +155,25 @@ test('what a layer has read is freed before the next ones run', (t) => {
   const encoded = most([1, 1024, 1024, 3], (x) => void coder.encode(x));
   t.ok(encoded < 4 + 0.1, `encoding: ${encoded}`);
   unload(coder.module);
+  t.end();
+});
+
+test('a tile that is shorter than the blend fades over all of itself, as diffusers (blend_v)', (t) => {
+  const tile = (...data: number[]) => ({ shape: [1, data.length, 1, 1], data: Float32Array.from(data) });
+  t.same([...blendTiles([[tile(1, 2)], [tile(10, 20)]], 4, 2).data], [1, 2, 1, (2 + 20) / 2]);
+  t.same(
+    [...blendTiles([[tile(1, 2, 3)], [tile(10)]], 2, 3).data],
+    [1, 2, 3, 3],
+    'the last row of the one above',
+  );
+  t.end();
+});
+
+test('log-variances are clamped to [-30, 20]', (t) => {
+  const std = posteriorStd(Float32Array.of(-100, -30, 20, 100));
+  t.same(
+    [...std],
+    [-15, -15, 10, 10].map((half) => Math.fround(Math.exp(half))),
+  );
   t.end();
 });

@@ -158,3 +158,28 @@ test('a last step that goes nowhere leaves the latents, and one to 0 ends at x_0
   });
   t.end();
 });
+
+test("Karras' levels over squared cosines: timesteps cut to whole numbers, as diffusers, and of other betas rounded", (t) => {
+  const bar = (x: number) => Math.cos((((x + 0.008) / 1.008) * Math.PI) / 2) ** 2;
+  let product = 1;
+  const sigmas = Array.from({ length: 1000 }, (_, i) => {
+    product *= 1 - Math.min(1 - bar((i + 1) / 1000) / bar(i / 1000), 0.999);
+    return Math.sqrt((1 - product) / product);
+  });
+  const [low, high] = [sigmas[0], sigmas[999]].map((sigma) => sigma ** (1 / 7));
+  const wanted = Array.from({ length: 8 }, (_, i) => {
+    const level = (high + (i / 7) * (low - high)) ** 7;
+    const above = Math.max(
+      1,
+      sigmas.findIndex((sigma, k) => sigma >= level || k === 999),
+    );
+    const [a, b, x] = [sigmas[above - 1], sigmas[above], level].map(Math.log);
+    return above - 1 + (x - a) / (b - a);
+  });
+  const config = { ...sdxl, use_karras_sigmas: true, beta_schedule: 'squaredcos_cap_v2' } as const;
+  const { timesteps } = createSampler('DPMSolverMultistepScheduler', config).plan(8);
+  const inner = (list: Iterable<number>) => [...list].slice(1, -1); // the ends are whole, but for rounding
+  t.same(inner(timesteps), inner(wanted).map(Math.trunc));
+  t.notSame(inner(timesteps), inner(wanted).map(Math.round), 'of which some would go up');
+  t.end();
+});

@@ -114,6 +114,9 @@ test('timesteps: each policy has its own spread', (t) => {
       [0, second, third, 0].map((x) => x / (second + third)),
       near,
     );
+  const noisy = quarters({ timesteps: 'cubic', min_timestep: 500 });
+  const upper = [0, 0, cubic[2], cubic[3]].map((x) => x / (cubic[2] + cubic[3]));
+  allClose(t, 'cubic from the half on', noisy, upper, near);
   const late = quarters({ timesteps: 'later', timestep_bias: 0.5, min_timestep: 250 });
   allClose(t, 'later from 250 on', late, [0, 1 / 11, 5 / 11, 5 / 11], near);
   const only = objectiveOf({ ...plain, min_timestep: 700, max_timestep: 701 }, scheduler);

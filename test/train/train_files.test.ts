@@ -125,6 +125,10 @@ test('the axes of the loss curve, by hand', (t) => {
     ],
     'a logarithmic axis',
   );
+  // 10.5 / 0.95 is above ten, 9.45 / 0.95 is not.
+  t.same(drawn(10, 5, 1).rows.slice(0, 3), ['1', '3.16', '10'], 'from ten times on');
+  t.same(drawn(9, 5, 1).rows.slice(0, 4), ['2', '4', '6', '8'], 'a linear axis');
+  t.same(drawn(10, 0, 1).lines[1].length, 2, 'a loss of 0 has no place on it');
   t.same(falls.lines[0], falls.lines[1], 'of so few updates no mean is taken');
   t.same(
     [falls.rows, falls.columns],

@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { writePng } from '../../io/image.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { loadPipeline } from '../../models/pipeline.ts';
 import { maskOf, paintingIn, shownMasked } from '../../train/controls/inpainting.ts';
 import { draws } from '../../train/data/draws.ts';
 import { drawMask } from '../../train/data/random_mask.ts';
@@ -167,10 +168,30 @@ test('each version of a picture has a mask of its own, which its name in the cac
   t.same(masks[2], masks[0], 'dataset.crops is 2');
   const names = (run: typeof own) => views.map((view) => JSON.stringify(shownMasked(run).nameOf(view)));
   t.equal(new Set(names(own)).size, 2);
+  const [place] = views;
+  const versions = [0, 1].map((variant) => JSON.stringify(shownMasked(own).nameOf({ ...place, variant })));
+  t.not(versions[0], versions[1], 'also where both show the same part of the picture');
   const other = resolveRun({ ...settings, seed: 4 }, 'test', 'test');
   t.ok(names(other).every((name) => !names(own).includes(name)));
   const plan = planOf(await openMaterials(own, locate, silent));
   t.match(describe(plan).join('\n'), /trained +unet, an inpainting model \(irregular masks\)/);
+});
+
+test('a preview paints in part of a picture, and all where there is none', (t) => {
+  const own = resolveRun({ ...basic('look'), inpainting: { mask_mode: 'bbox' } }, 'test', 'test');
+  const pipeline = loadPipeline(openModel(painter), { device, dtype: 'float32' });
+  const { preview } = paintingIn(own, pipeline, () => {
+    throw new Error('no latents are asked for');
+  });
+  const marked = (image?: ReturnType<typeof picture>) => {
+    const { mask } = preview({ width: 64, height: 64, seed: 3 } as Parameters<typeof preview>[0], image);
+    return mask?.data.reduce((sum, x) => sum + x, 0) ?? 0;
+  };
+  t.equal(marked(), 64 * 64);
+  const part = marked(picture(4, 64, 64));
+  t.ok(part > 0 && part < 64 * 64, `${part} of ${64 * 64} pixels`);
+  pipeline.release();
+  t.end();
 });
 
 test('mistakes', async (t) => {
