@@ -7,6 +7,7 @@ import { update } from '../../engine/op.ts';
 import { adamw8bitStep, dynamicMap } from '../../engine/ops/adamw_8bit.ts';
 import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
+import { allClose } from '../support/golden.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
 
 const BLOCK = 256;
@@ -115,3 +116,27 @@ for (const [name, device] of Object.entries(devices)) {
     t.end();
   });
 }
+
+test('the values that bytes stand for are those of bitsandbytes', (t) => {
+  const at = [0, 1, 64, 126, 127, 128, 129, 190, 254, 255];
+  // From create_dynamic_map's formula in torch.
+  const signed = [-0.9929687, -0.9789063, -0.09859375, -5.5e-7, 0, 5.5e-7, 3.25e-6, 0.09859375, 0.9929687, 1];
+  const unsigned = [
+    0, 3.25e-7, 0.012109376, 0.09929688, 0.10351563, 0.11054687, 0.11757813, 0.54648435, 0.99648438, 1,
+  ];
+  allClose(
+    t,
+    'signed',
+    at.map((i) => maps.signed[i]),
+    signed,
+    { atol: 0, rtol: 1e-6 },
+  );
+  allClose(
+    t,
+    'unsigned',
+    at.map((i) => maps.unsigned[i]),
+    unsigned,
+    { atol: 0, rtol: 1e-6 },
+  );
+  t.end();
+});
