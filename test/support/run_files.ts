@@ -1,5 +1,5 @@
-// Run files in a folder that is gone at the end, and what holds of every mistake in one: status 2 and one sentence. train_cli.test.ts
-// and train_mistakes.test.ts and resume_mistakes.test.ts share them.
+// Run files in a folder that is gone at the end, and what holds of every mistake in one: status 2 and one sentence. train_cli.test.ts,
+// train_mistakes.test.ts and resume_mistakes.test.ts share them.
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
