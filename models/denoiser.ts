@@ -142,7 +142,7 @@ type MakePass = (parts: Parts, deep?: DeepFeature) => Tensor;
  */
 function passOver(
   { dtype, unet }: GuidedModel,
-  { guidance_scale, guidance_rescale = 0 }: GuidanceRequest,
+  { guidance_scale, guidance_rescale = 0, freeu }: GuidanceRequest,
   { shape: [images], pag, imageGuidanceScale }: DenoiserPlan,
   { latents, step, pagScales }: Inputs,
 ): MakePass {
@@ -150,7 +150,15 @@ function passOver(
   return ({ on, within, told: { pooled, ...ofTexts }, side: { guided, predictions, rows } }, deep) => {
     const { timeIds, guidance, seen, tokens } = rows;
     const times = { times: rows.times, step };
-    const conditioning = { timeIds, guidance, images: tokens, perturbed, ...ofTexts, textEmbeds: pooled };
+    const conditioning = {
+      timeIds,
+      guidance,
+      images: tokens,
+      perturbed,
+      freeu,
+      ...ofTexts,
+      textEmbeds: pooled,
+    };
     const sample = repeatedRows(cast(channelsLast(latents), dtype), predictions);
     const question = { sample, times, conditioning, count: featuresMade(deep) };
     const residuals = {

@@ -14,6 +14,7 @@ import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
 import { type Encoded, encodePrompts, type Prompts, type TextStack } from './text/conditioning.ts';
 import type { Scheduled } from './text/prompt_schedule.ts';
 import type { Caching } from './unet/deepcache.ts';
+import type { FreeU } from './unet/freeu.ts';
 import type { GuidanceInterval } from './unet/guidance.ts';
 import type { PAG } from './unet/pag.ts';
 import type { ImageTokens } from './unet/transformer.ts';
@@ -26,6 +27,8 @@ export interface GuidanceRequest extends Prompts, GuidanceInterval {
   guidance_scale: number;
   /** The part, 0 to 1, by which the guided prediction is scaled back to the spread of the prompt's; 0 where absent. */
   guidance_rescale?: number;
+  /** FreeU's four numbers, as diffusers' enable_freeu takes them; without it where absent. */
+  freeu?: FreeU;
   /** 1 where absent. Images of one prompt follow each other in the batch. */
   num_images_per_prompt?: number;
   /** The pipeline denoises nothing after this: text encoders are freed when the prompts are encoded, the UNet at the end. */

@@ -17,6 +17,7 @@ import { latentContents, type StartRequest } from './start.ts';
 import type { MicroConditioning } from './text/conditioning.ts';
 import { emphases } from './text/emphasis.ts';
 import type { CacheRequest } from './unet/deepcache.ts';
+import { freeUNumbers } from './unet/freeu.ts';
 import type { PAGRequest } from './unet/pag.ts';
 
 /** What to draw, in the words of diffusers' SDXL pipelines. */
@@ -119,6 +120,9 @@ const each: Rule = [
   'a number, or a list of one for each',
   (value) => isNumber(value) || every(value, (one) => isNone(one) || isNumber(one)),
 ];
+const isFreeU = (value: object): boolean =>
+  Object.keys(value).sort().join() === [...freeUNumbers].sort().join() &&
+  Object.values(value).every((one) => atLeast0[1](one));
 const isBalance = (value: unknown): boolean => controlBalances.some((one) => one === value);
 /** What it holds is told of beside the UNet. */
 const isScaleOrNone = (value: unknown): boolean =>
@@ -162,6 +166,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   pag_scale: atLeast0,
   pag_adaptive_scale: atLeast0,
   pag_applied_layers: texts,
+  freeu: [
+    `{ ${freeUNumbers.join(', ')} }, each a number from 0`,
+    (value) => isRecord(value) && isFreeU(value),
+  ],
   cache_interval: whole(1),
   cache_branch_id: whole(0),
   num_images_per_prompt: whole(1),

@@ -207,6 +207,7 @@ const unread: Readonly<Record<string, keyof SampleOptions | undefined>> = {
   'Masked content': 'maskedContent',
   'ControlNet 0': 'controlnet',
   'Hires checkpoint': undefined,
+  freeu_enabled: 'freeu', // Forge's, which is FreeU's second version
 };
 
 export interface Parameters {

@@ -9,6 +9,7 @@ import { below } from '../help.ts';
 import { devices, fraction, number, numbers, oneOf, pair, side, size, texts } from '../option_values.ts';
 import { addAdapterOptions } from './adapter_options.ts';
 import { addControlOptions } from './control_options.ts';
+import { addGuidanceOptions } from './guidance_options.ts';
 import { addHiresOptions } from './hires_options.ts';
 import { addIPAdapterOptions } from './ip_adapter_options.ts';
 import { addMaskOptions } from './mask_options.ts';
@@ -191,56 +192,15 @@ export const sizeOptions = (command: Command): Command =>
     );
 
 export const stepOptions = (command: Command): Command =>
-  cachingOptions(scheduleOptions(guidanceOptions(command.optionsGroup('Steps:'))));
+  cachingOptions(scheduleOptions(addGuidanceOptions(stepsOption(command.optionsGroup('Steps:')))));
 
-/** How many steps, and what each is guided by. */
-const guidanceOptions = (command: Command): Command =>
-  command
-    .option(
-      '--steps <N>',
-      'denoising steps: 20 to 50 for most models, 1 to 8 for distilled ones (LCM, TCD, Lightning)',
-      number('--steps', { min: 1, max: 1000, whole: true }),
-      50,
-    )
-    .option(
-      '--guidance-scale <F>',
-      'how closely to follow the prompt; 1 or less switches guidance off',
-      number('--guidance-scale', { min: 0 }),
-      5,
-    )
-    .option(
-      '--guidance-rescale <F>',
-      'against overexposure at high guidance, 0 to 1',
-      fraction('--guidance-rescale'),
-      0,
-    )
-    .option(
-      '--guidance-start <F>',
-      'the part of the steps, 0 to 1, before which there is no guidance: such a step does half the work',
-      fraction('--guidance-start'),
-      0,
-    )
-    .option(
-      '--guidance-stop <F>',
-      "the part after which there is none, such as 0.7: faster, and another picture; the refiner's steps are not meant",
-      fraction('--guidance-stop'),
-      1,
-    )
-    .option(
-      '--pag-scale <F>',
-      'perturbed-attention guidance, such as 3: how far to leave what the model would draw without regard for structure; a step takes half as long again (default: 0, off)',
-      number('--pag-scale', { min: 0 }),
-    )
-    .option(
-      '--pag-adaptive-scale <F>',
-      'how much that scale falls with each timestep below 1000, such as 0.005 (default: 0)',
-      number('--pag-adaptive-scale', { min: 0 }),
-    )
-    .option(
-      '--pag-applied-layers <NAME>',
-      'the layers that it perturbs, by a part of their names in diffusers, such as mid, up or down_blocks.2 (default: mid); may be given more than once',
-      texts,
-    );
+const stepsOption = (command: Command): Command =>
+  command.option(
+    '--steps <N>',
+    'denoising steps: 20 to 50 for most models, 1 to 8 for distilled ones (LCM, TCD, Lightning)',
+    number('--steps', { min: 1, max: 1000, whole: true }),
+    50,
+  );
 
 /** Where the steps lie. */
 const scheduleOptions = (command: Command): Command =>

@@ -13,11 +13,11 @@ import { createSampler } from '../../models/samplers/registry.ts';
 import { mostChunks, type Size } from '../../models/text/conditioning.ts';
 import { type Emphasis, parsePromptAttention } from '../../models/text/emphasis.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
-import { guidedCalls } from '../../models/unet/guidance.ts';
 import { checkVaeRequest } from '../../models/vae/latents.ts';
 import { readFor, scaledFile } from '../option_values.ts';
 import { type AdapterOptions, checkAdapters } from './adapter_options.ts';
 import { type ControlOptions, checkControl } from './control_options.ts';
+import { checkGuidance, type GuidanceOptions } from './guidance_options.ts';
 import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { checkMask, type MaskOptions } from './mask_options.ts';
@@ -28,6 +28,7 @@ import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 export interface SampleOptions
   extends ControlOptions,
     AdapterOptions,
+    GuidanceOptions,
     IPAdapterOptions,
     HiresOptions,
     MaskOptions,
@@ -48,14 +49,6 @@ export interface SampleOptions
   steps: number;
   timesteps?: number[];
   sigmas?: number[];
-  guidanceScale: number;
-  guidanceRescale: number;
-  guidanceStart: number;
-  guidanceStop: number;
-  imageGuidanceScale?: number;
-  pagScale?: number;
-  pagAdaptiveScale?: number;
-  pagAppliedLayers?: string[];
   cacheInterval?: number;
   cacheBranchId?: number;
   scheduler?: string;
@@ -209,12 +202,7 @@ function checkSteps(options: SampleOptions): void {
     );
   if (options.timesteps && options.sigmas)
     throw new UserError('--timesteps and --sigmas both lay out the steps; give one of them');
-  guidedCalls({ guidance_start: options.guidanceStart, guidance_stop: options.guidanceStop }, 1);
-  const idle = options.pagAdaptiveScale !== undefined ? '--pag-adaptive-scale' : '--pag-applied-layers';
-  if (options.pagScale === undefined && (options.pagAdaptiveScale ?? options.pagAppliedLayers) !== undefined)
-    throw new UserError(
-      `${idle} needs --pag-scale: how strongly to leave the perturbed prediction, such as 3`,
-    );
+  checkGuidance(options);
   if (options.cacheBranchId !== undefined && options.cacheInterval === undefined)
     throw new UserError(
       '--cache-branch-id needs --cache-interval: how many steps there are to one that is done in full, such as 3',

@@ -17,6 +17,7 @@ import type { Latents } from '../../models/vae/latents.ts';
 import { readFor } from '../option_values.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
+import { guidanceRequest } from './guidance_options.ts';
 import { hiresScheduler, hiresSteps, hiresTexts, type Larger, type Sides, shownOf } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
 import { contentUnder, preparedMask, wholeUnder } from './mask_options.ts';
@@ -166,14 +167,7 @@ function sharedRequest(
     timesteps,
     sigmas,
     num_inference_steps: stepsOf({ timesteps, sigmas, num_inference_steps: options.steps }) as number,
-    guidance_scale: options.guidanceScale,
-    guidance_rescale: options.guidanceRescale,
-    guidance_start: options.guidanceStart,
-    guidance_stop: options.guidanceStop,
-    image_guidance_scale: options.imageGuidanceScale,
-    pag_scale: options.pagScale,
-    pag_adaptive_scale: options.pagAdaptiveScale,
-    pag_applied_layers: options.pagAppliedLayers,
+    ...guidanceRequest(options),
     cache_interval: options.cacheInterval,
     cache_branch_id: options.cacheBranchId,
     num_images_per_prompt: options.numImages,
@@ -274,7 +268,7 @@ const handover = (options: SampleOptions): number | undefined =>
 
 /**
  * The refiner goes on from the base's latents, with the same generator and scheduler, or noises those of the finished
- * picture again. Beside half-finished ones a mask's picture stays what the mask keeps.
+ * picture again. Beside half-finished ones a mask's picture stays what the mask keeps. FreeU is the base's alone.
  */
 export function refinerRequest(options: SampleOptions, base: Request, drawn: Latents): Request {
   const denoising_start = handover(options);
@@ -284,6 +278,7 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
     guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
     guidance_start: undefined,
     guidance_stop: undefined,
+    freeu: undefined,
     image: beside ? base.image : drawn,
     latents: beside ? drawn : undefined,
     masked_content: undefined,

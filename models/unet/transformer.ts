@@ -10,6 +10,7 @@ import { add, mul } from '../../engine/ops/binary.ts';
 import { concat, slice } from '../../engine/ops/move.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
+import type { FreeU } from './freeu.ts';
 
 /**
  * A picture as keys and values [n, tokens, width] for the UNet's attentions over the prompt, or some of them, and perhaps what their result
@@ -30,6 +31,8 @@ export interface Conditioning {
   images?: readonly ImageTokens[];
   /** Self-attentions that are the identity for the last `rows` of the pass; a ControlNet's are not among them. */
   perturbed?: { layers: ReadonlySet<Attention['children']>; rows: number };
+  /** What the way up makes of its skip connections; a ControlNet has none. */
+  freeu?: FreeU;
   cache?: ContextCache;
 }
 

@@ -9,6 +9,7 @@ import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { isCount, isListOf } from '../checkpoint/config_values.ts';
 import { type Resnet, resnet, type Time, upsample } from './blocks.ts';
+import { applyFreeU } from './freeu.ts';
 import type { Conditioning, Transformer, Wrap } from './transformer.ts';
 import {
   areDepths,
@@ -96,7 +97,7 @@ interface Ascent {
 
 /** A level on the way up: each resnet takes a feature, from the `last` on down; upsampling aims at the size of the next. */
 const upBlock = (
-  last: number,
+  { level, last }: { level: number; last: number },
   resnets: Resnet[],
   attentions: (Transformer | undefined)[],
   upsamplers: ReturnType<typeof upsample>[],
@@ -104,18 +105,21 @@ const upBlock = (
   module(
     { resnets, attentions, upsamplers },
     (m, x: Tensor, { features, from, to, time, conditioning }: Ascent): Tensor => {
+      const { freeu, cache } = conditioning;
       const has = (feature: number) => feature < from && feature >= to;
       const next = last - m.resnets.length;
       let h = x;
       m.resnets.forEach((resnet, i) => {
         if (!has(last - i)) return;
-        h = resnet(h, { time, skip: features[last - i] });
+        const taken = { x: h, skip: features[last - i] };
+        const { x, skip } = freeu ? applyFreeU(freeu, level, taken, { layer: resnet, cache }) : taken;
+        h = resnet(x, { time, skip });
         h = m.attentions[i]?.(h, conditioning) ?? h;
       });
       if (!has(next + 1)) return h;
       for (const up of m.upsamplers) {
         const [, height, width] = features[next].shape;
-        h = up(h, height, width, conditioning.cache);
+        h = up(h, height, width, cache);
       }
       return h;
     },
@@ -138,7 +142,7 @@ function upBlocks(config: UNetConfig, wrap: Wrap) {
     });
     const attentions = attentionsOf(config, { level, type: config.up_block_types[i], count, wrap });
     const last = skips.length + count - 1;
-    return upBlock(last, resnets, attentions, i < levels.length - 1 ? [upsample(c)] : []);
+    return upBlock({ level: i, last }, resnets, attentions, i < levels.length - 1 ? [upsample(c)] : []);
   });
 }
 

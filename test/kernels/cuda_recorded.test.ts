@@ -98,11 +98,14 @@ test('guidance that ends, and with it the rows that it takes', (t) =>
     { recorded: 2, replays: 2 },
   ));
 
-test('a pattern without seams', (t) =>
+test('a pattern without seams, under FreeU', (t) =>
   records(
     t,
     'text2img',
-    { num_inference_steps: 3, guidance_scale: 5, seamless: 'xy' },
+    {
+      ...{ num_inference_steps: 3, guidance_scale: 5, seamless: 'xy' },
+      freeu: { s1: 0.9, s2: 0.2, b1: 1.3, b2: 1.4 },
+    },
     { recorded: 1, replays: 1 },
   ));
 

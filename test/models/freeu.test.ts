@@ -1,0 +1,122 @@
+// FreeU against diffusers' pipelines (golden/freeu.jsonl): whole calls. Its filter against one by Fourier transforms; that it goes with
+// DeepCache and half precision, that ones change nothing, and `sdxl sample`. Recorded steps: cuda_recorded.test.ts.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { test } from 'tap';
+import { openDevice } from '../../engine/device.ts';
+import { decodeFloats } from '../../io/dtype.ts';
+import { openSafetensors } from '../../io/safetensors.ts';
+import { openModel } from '../../models/checkpoint/checkpoint.ts';
+import { loadPipeline } from '../../models/pipeline.ts';
+import { TorchGenerator } from '../../models/random/torch_random.ts';
+import type { Asked } from '../../models/request.ts';
+import { lowestWaves } from '../../models/unet/freeu.ts';
+import { refusesEach, sdxl } from '../support/command_line.ts';
+import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
+import { at, type Call, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
+import { relativeError } from '../support/op_cases.ts';
+
+testCalls(goldenLines<Call>('freeu'), 6, 0);
+
+const freeu = { s1: 0.9, s2: 0.2, b1: 1.3, b2: 1.4 };
+const seeded = (more: Partial<Asked> = {}): Asked => ({
+  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
+  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
+  ...more,
+});
+
+test('the waves are those of the frequencies -1 and 0 of both axes', (t) => {
+  for (const [h, w, rank] of [
+    [1, 1, 1],
+    [1, 4, 3],
+    [2, 2, 4],
+    [3, 2, 6],
+    [5, 6, 7],
+  ]) {
+    const waves = lowestWaves(h, w);
+    t.equal(waves.length, rank, `${h}x${w}`);
+    let apart = 0;
+    for (let p = 0; p < h * w; p++)
+      for (let q = 0; q < h * w; q++) {
+        const [dy, dx] = [Math.floor(p / w) - Math.floor(q / w), (p % w) - (q % w)];
+        // The real part of each frequency's share in what the inverse transform makes of a transform.
+        const rows = h > 1 ? [0, -1] : [0];
+        const columns = w > 1 ? [0, -1] : [0];
+        const want = rows.flatMap((ky) =>
+          columns.map((kx) => Math.cos(2 * Math.PI * ((ky * dy) / h + (kx * dx) / w))),
+        );
+        const got = waves.map((wave) => wave[p] * wave[q]);
+        const sum = (values: number[]) => values.reduce((a, b) => a + b, 0);
+        apart = Math.max(apart, Math.abs(sum(got) - sum(want)));
+      }
+    t.ok(apart < 1e-12, `${h}x${w}: ${apart}`);
+  }
+  t.end();
+});
+
+test('ones change nothing, and it goes with DeepCache', async (t) => {
+  const device = openDevice('cpu');
+  const before = device.memory.storages;
+  const pipeline = pipelineOf('text2img', device);
+  const plain = await latentsOf(pipeline, seeded());
+  const ones = await latentsOf(pipeline, seeded({ freeu: { s1: 1, s2: 1, b1: 1, b2: 1 } }));
+  t.equal(maxDifference(ones, plain), 0);
+  const freed = await latentsOf(pipeline, seeded({ freeu }));
+  // A shallow step takes what the deep layers gave before it was scaled, so one in which all layers run is a whole one.
+  const caching = { cache_interval: 2, cache_branch_id: 8 };
+  const cached = await latentsOf(pipeline, seeded({ freeu, ...caching }));
+  t.ok(maxDifference(cached, freed) < maxDifference(cached, plain));
+  t.ok(maxDifference(cached, await latentsOf(pipeline, seeded(caching))) > 1e-3, 'each has its part');
+  pipeline.release();
+  t.equal(device.memory.storages, before, 'live tensors');
+});
+
+test('in bfloat16 it is no further from float32 than the model is', async (t) => {
+  const drawn = async (dtype: 'float32' | 'bfloat16', more: Partial<Asked>) => {
+    const source = openModel(join(goldenFolder, 'tiny-sdxl'));
+    const pipeline = loadPipeline(source, { device: openDevice('cpu'), dtype, vaeDtype: 'float32' });
+    const latents = await latentsOf(pipeline, seeded({ num_inference_steps: 2, ...more }));
+    pipeline.release();
+    return latents;
+  };
+  const error = async (more: Partial<Asked>) =>
+    relativeError(await drawn('bfloat16', more), await drawn('float32', more));
+  const [freed, plain] = [await error({ freeu }), await error({})];
+  t.ok(freed < 2 * plain, `${freed} where the model has ${plain}`);
+});
+
+const sample = (...argv: string[]) =>
+  sdxl(
+    ...['sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox in the snow'],
+    ...['--width', '64', '--height', '64', '--steps', '4', '--seed', '3', '--quiet', ...argv],
+  );
+
+test('sdxl sample', async (t) => {
+  const [drawn, saved] = [at('drawn.png'), at('drawn.safetensors')];
+  const { status, err } = await sample(
+    ...['--negative-prompt', 'rain', '--freeu', '--freeu-b1', '1.1', '--output', drawn],
+    ...['--save-latents', saved],
+  );
+  t.equal(status, 0, err);
+  const pipeline = pipelineOf('text2img', openDevice('cpu'));
+  const own = await latentsOf(pipeline, seeded({ freeu: { ...freeu, b1: 1.1 } }));
+  pipeline.release();
+  const latents = decodeFloats(openSafetensors(saved).read('latents'), 'float32');
+  t.equal(maxDifference(latents, own), 0, "as a program's, with the authors' numbers for SDXL");
+  const again = at('again.png');
+  t.equal((await sdxl('sample', '--from', drawn, '--output', again, '--quiet')).status, 0);
+  t.ok(readFileSync(again).equals(readFileSync(drawn)), 'the same picture and settings');
+});
+
+test('mistakes', async (t) => {
+  await refusesEach(t, sample, [
+    [['--freeu-s1', '0.9'], /--freeu-s1 needs --freeu/],
+    [['--freeu', '--freeu-b2', '-1'], /--freeu-b2 takes a number from 0/],
+  ]);
+  const pipeline = pipelineOf('text2img', openDevice('cpu'));
+  for (const wrong of [{ s1: 1 }, { ...freeu, b3: 1 }, { ...freeu, s1: -1 }, true])
+    await t.rejects(latentsOf(pipeline, seeded({ freeu: wrong as typeof freeu })), {
+      message: /^freeu is .*: give \{ s1, s2, b1, b2 \}, each a number from 0/,
+    });
+  pipeline.release();
+});
