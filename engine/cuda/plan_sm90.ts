@@ -1,7 +1,7 @@
 // Plans of the matrix products on Hopper (gemm_sm90.cu, conv2d_sm90.cu, conv2d_backward_sm90.cu): which tile, how k is cut, whether
-// blocks work in pairs, and the tensor maps of the operands. The half types only, and only where TMA can walk the tensors: rows that
-// begin on 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says better. The model's
-// rate of products is the hardware's; most of its other numbers are fitted to what one H200 found the fastest.
+// blocks work in pairs, and the tensor maps of the operands. The half types, float32 as pairs of them, and only where TMA can walk the
+// tensors: rows that begin on 16-byte boundaries. A small model of the time picks the tile; `overrides` holds what a measurement says
+// better. The model's rate of products is the hardware's; most of its other numbers are fitted to what one H200 found the fastest.
 import { TensorMapDataType, TensorMapSwizzle } from './api.ts';
 import type { KernelArgument } from './manifest.ts';
 import { MEASURED_MULTIPROCESSORS, measured } from './measured_sm90.ts';

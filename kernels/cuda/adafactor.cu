@@ -61,12 +61,7 @@ template <int N> DEVICE void move(const Row &row, const Weights &weights, uint32
   weights.round(i, w);
   if constexpr (N == 1) weights.weight[i] = from_float<T>(w[0]);
   else if constexpr (sizeof(T) == 4) write_floats(weights.weight + i, w);
-  else {
-    uint32_t words[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) words[k] = from_float<T>(w[2 * k]).bits | uint32_t(from_float<T>(w[2 * k + 1]).bits) << 16;
-    *reinterpret_cast<uint4 *>(weights.weight + i) = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  else put_wide(weights.weight + i, w);
 }
 
 // ---- linear layers: a chunk is a tile of TILE rows and columns

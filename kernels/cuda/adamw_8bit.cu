@@ -119,14 +119,7 @@ DEVICE Codes some_codes(const uint8_t *p, int count, uint32_t zero) {
 template <class S> DEVICE void write(S *p, int count, const float (&x)[N]) {
   if (count >= N)
 #pragma unroll
-    for (int k = 0; k < N; k += WIDE<S>) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        if constexpr (sizeof(S) == 4) words[j] = __float_as_uint(x[k + j]);
-        else words[j] = from_float<S>(x[2 * j]).bits | uint32_t(from_float<S>(x[2 * j + 1]).bits) << 16;
-      *reinterpret_cast<uint4 *>(p + k) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    for (int k = 0; k < N; k += WIDE<S>) put_wide(p + k, x + k);
   else
 #pragma unroll
     for (int j = 0; j < N; j++)

@@ -1,4 +1,4 @@
-// What a convolution of few channels needs beside a plain matrix product (engine/cuda/plan_conv2d.ts): its taps laid out as
+// What a convolution of few channels needs beside a plain matrix product (engine/cuda/plan_im2col.ts): its taps laid out as
 // columns before it (im2col), or summed after it (col2im). With few channels a pixel of one tap is no 16 bytes, which is what
 // the matrix kernels read; all taps of a pixel are. And dy spread as far apart as strides left it.
 // im2col's columns are [kh][kw][channels], what an output pixel sees of x; or `turned`: [channels][kh][kw], as the rows of a

@@ -1,5 +1,5 @@
-// Building blocks of the kernels for Hopper alone (families that end in _sm90, half types): programmatic dependent
-// launch, mbarriers, TMA copies between tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg.
+// Building blocks of the kernels for Hopper alone (families that end in _sm90): programmatic dependent launch,
+// mbarriers, TMA copies between tensors and shared memory, clusters, wgmma and its descriptors, setmaxnreg.
 // Shared memory is named by its 32-bit address (shared_address of tile.cuh). A loaded tile is rows of one swizzle span
 // (128, 64 or 32 bytes), 64, 32 or 16 elements: an operand "along k" (K-major) has a row of 64 k per m or n, one
 // "across k" (MN-major) a row of m or n per k, in as many chunks of rows as its width has spans. Operand chunks start
@@ -112,12 +112,6 @@ DEVICE void prefetch_box(const TensorMap &map, int x, int y, int z) {
 // The same for the line of 128 bytes that p lies in.
 DEVICE void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)) : "memory"); }
 
-DEVICE void load_box(uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
 DEVICE void load_box(uint32_t to, const TensorMap &map, uint32_t barrier, int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
@@ -162,18 +156,9 @@ DEVICE void load_pixels_to(uint16_t blocks, uint32_t to, const TensorMap &map, u
       : "memory");
 }
 
-DEVICE void store_box(const TensorMap &map, uint32_t from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(from), "r"(x), "r"(y)
-               : "memory");
-}
 DEVICE void store_box(const TensorMap &map, uint32_t from, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from), "r"(x),
                "r"(y), "r"(z)
-               : "memory");
-}
-DEVICE void store_box(const TensorMap &map, uint32_t from, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(from), "r"(x),
-               "r"(y), "r"(z), "r"(w)
                : "memory");
 }
 DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -239,8 +224,7 @@ DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor
 #define WGMMA_5 WGMMA_4 WGMMA_R4
 #define WGMMA_8 WGMMA_5 WGMMA_R5 WGMMA_R6 WGMMA_R7
 #define WGMMA_10 WGMMA_8 WGMMA_R8 WGMMA_R9
-#define WGMMA_12 WGMMA_10 WGMMA_R10 WGMMA_R11
-#define WGMMA_16 WGMMA_12 WGMMA_R12 WGMMA_R13 WGMMA_R14 WGMMA_R15
+#define WGMMA_16 WGMMA_10 WGMMA_R10 WGMMA_R11 WGMMA_R12 WGMMA_R13 WGMMA_R14 WGMMA_R15
 #define WGMMA_D1(g) \
   "+f"(d[8 * g]), "+f"(d[8 * g + 1]), "+f"(d[8 * g + 2]), "+f"(d[8 * g + 3]), "+f"(d[8 * g + 4]), "+f"(d[8 * g + 5]), \
       "+f"(d[8 * g + 6]), "+f"(d[8 * g + 7])
@@ -248,8 +232,7 @@ DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor
 #define WGMMA_D5 WGMMA_D4, WGMMA_D1(4)
 #define WGMMA_D8 WGMMA_D5, WGMMA_D1(5), WGMMA_D1(6), WGMMA_D1(7)
 #define WGMMA_D10 WGMMA_D8, WGMMA_D1(8), WGMMA_D1(9)
-#define WGMMA_D12 WGMMA_D10, WGMMA_D1(10), WGMMA_D1(11)
-#define WGMMA_D16 WGMMA_D12, WGMMA_D1(12), WGMMA_D1(13), WGMMA_D1(14), WGMMA_D1(15)
+#define WGMMA_D16 WGMMA_D10, WGMMA_D1(10), WGMMA_D1(11), WGMMA_D1(12), WGMMA_D1(13), WGMMA_D1(14), WGMMA_D1(15)
 
 // d (+)= a b; without `accumulate` d is overwritten. A_ACROSS, B_ACROSS: which operand lies across k.
 template <int N, bool A_ACROSS, bool B_ACROSS> struct Wgmma;
@@ -287,7 +270,6 @@ WGMMA(64, 4, "32", "33", "34", "35", "36", "37", "38")
 WGMMA(80, 5, "40", "41", "42", "43", "44", "45", "46")
 WGMMA(128, 8, "64", "65", "66", "67", "68", "69", "70")
 WGMMA(160, 10, "80", "81", "82", "83", "84", "85", "86")
-WGMMA(192, 12, "96", "97", "98", "99", "100", "101", "102")
 WGMMA(256, 16, "128", "129", "130", "131", "132", "133", "134")
 
 template <bool A_ACROSS, bool B_ACROSS, int COUNT> DEVICE void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {

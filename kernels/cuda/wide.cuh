@@ -1,5 +1,5 @@
-// 16 bytes of a tensor in one load: four floats or eight of the half types. They stay as they lie until they are read, so that
-// a thread can have many of them on their way.
+// 16 bytes of a tensor in one load or store: four floats or eight of the half types. What is loaded stays as it lies until it is
+// read, so that a thread can have much of it on its way.
 #pragma once
 #include "common.cuh"
 
@@ -31,3 +31,13 @@ template <class S> struct Neighbours<S, 1> {
   __device__ void clear_unless(bool kept) { only = kept ? only : 0.f; }
   __device__ float at(int) const { return only; }
 };
+
+// WIDE<S> values to a boundary of as many elements.
+template <class S> DEVICE void put_wide(S *p, const float *x) {
+  uint32_t words[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    if constexpr (sizeof(S) == 4) words[j] = __float_as_uint(x[j]);
+    else words[j] = from_float<S>(x[2 * j]).bits | uint32_t(from_float<S>(x[2 * j + 1]).bits) << 16;
+  *reinterpret_cast<uint4 *>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+}
