@@ -82,11 +82,6 @@ DEVICE void store_pair(float *p, float low, float high, int at, int end) {
                : "memory");
 }
 
-DEVICE float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // x times the normal distribution's Phi(z), by Abramowitz and Stegun 7.1.26 (error of Phi below 1e-7): no branch, so that a
 // hundred of them in a row stay short.
 DEVICE float times_cdf(float x, float z) {

@@ -215,11 +215,34 @@ template <class S> struct Sums {
 
 // ---- output
 
+// x times the normal distribution's Phi(z).
+#if defined(T_FLOAT32)
+DEVICE float times_cdf(float x, float z) { return x * gelu_cdf(z); }
+#else
+// Phi(-|z|) = t 2^(q(t) - z^2 log2(e) / 2) with t = 1 / (1 + |z| / sqrt(8)), and q fitted for |z| up to 14: a relative error of 5e-8
+// there beside that of float's sums, in 19 instructions where erfcf takes 50. Rounded to halves the tails are as true as erfcf's.
+DEVICE float times_cdf(float x, float z) {
+  const float t = fast_reciprocal(1.f + 0.35355339f * fabsf(z));
+  float q = 0.204022056f;
+  q = q * t - 0.954767409f;
+  q = q * t + 1.60464949f;
+  q = q * t - 0.919871775f;
+  q = q * t - 0.184953451f;
+  q = q * t + 0.0379925172f;
+  q = q * t + 0.0378585457f;
+  q = q * t + 0.560268676f;
+  q = q * t + 1.44044367f;
+  q = q * t - 2.82564226f;
+  const float tail = t * exp2_of(q - 0.72134752f * z * z);
+  return x * (z < 0.f ? tail : 1.f - tail);
+}
+#endif
+
 // GELU and GEGLU are one product: the value or its gate with the normal distribution of it.
 DEVICE float activate(float x, float gate, int activation) {
   if (activation == NONE) return x;
   const float z = activation == GEGLU ? gate : x;
-  if (activation == GELU || activation == GEGLU) return (activation == GEGLU ? x * z : z) * gelu_cdf(z);
+  if (activation == GELU || activation == GEGLU) return times_cdf(activation == GEGLU ? x * z : z, z);
   return x / (1.f + expf(activation == SILU ? -x : -1.702f * x));
 }
 
