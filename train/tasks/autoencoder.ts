@@ -43,11 +43,6 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       const other = vae(coder.config);
       return { other, weights: twin(trained, namedParameters(other.module), substitute) };
     });
-  const lossOf = (used: Vae, { pictures: x, noise }: Tensors): Tensor => {
-    const moments = used.encode(x);
-    const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
-    return vaeLoss(run.vae_objective, used.decode(z), x, moments);
-  };
   /** One picture's numbers from the VAE with other weights. */
   const once = async <R>(
     index: number,
@@ -93,7 +88,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
     loss(inputs, weights) {
       const used = weights ? twinOf(lent(weights)).other : coder;
       try {
-        return lossOf(used, inputs);
+        return lossOf(run, used, inputs);
       } finally {
         if (used !== coder) unload(used.module);
       }
@@ -102,7 +97,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       const { other, weights } = twinOf(copied(further));
       return {
         weights: new Map(weights),
-        loss: (inputs) => lossOf(other, inputs),
+        loss: (inputs) => lossOf(run, other, inputs),
         release: () => unload(other.module),
       };
     },
@@ -118,15 +113,32 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       return columns;
     },
     async finish(weights) {
-      let [sum, squares, count] = [0, 0, 0];
-      for (const i of spread(all, measured)) {
-        const mean = await once(i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
-        for (const value of mean) [sum, squares, count] = [sum + value, squares + value * value, count + 1];
-      }
-      const variance = squares / count - (sum / count) ** 2;
-      config.scaling_factor = Number((1 / Math.sqrt(variance)).toPrecision(6));
+      const meanOf = (i: number) =>
+        once(i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
+      config.scaling_factor = await scalingFactor(spread(all, measured), meanOf);
       for (const each of ['latents_mean', 'latents_std']) delete config[each]; // the former latents'
     },
     release: () => unload(coder.module),
   };
+}
+
+/** The loss of pictures that go through a VAE, by a draw of what it makes of them. */
+function lossOf({ vae_objective }: Run, used: Vae, given: Tensors): Tensor {
+  const { pictures, noise } = given;
+  const moments = used.encode(pictures);
+  const z = add(moments.mean, mul(exp(scale(moments.logvar, 0.5)), noise));
+  return vaeLoss(vae_objective, used.decode(z), pictures, moments);
+}
+
+/** What brings the latents of these pictures to a variance of 1. */
+async function scalingFactor(
+  pictures: readonly number[],
+  meanOf: (index: number) => Promise<Float32Array | Int32Array>,
+): Promise<number> {
+  let [sum, squares, count] = [0, 0, 0];
+  for (const i of pictures)
+    for (const value of await meanOf(i))
+      [sum, squares, count] = [sum + value, squares + value * value, count + 1];
+  const variance = squares / count - (sum / count) ** 2;
+  return Number((1 / Math.sqrt(variance)).toPrecision(6));
 }
