@@ -81,6 +81,12 @@ test('the loss curve', (t) => {
   const measured = entries.map((entry, i) => (i % 100 ? entry : { ...entry, validation_loss: 1 - i / 500 }));
   const [validation] = [...lossCurve(measured, 'both').matchAll(/d62728" [^>]*points="([^"]+)"/g)];
   t.equal(validation[1].split(' ').length, 4, 'a line through what was measured');
+  const [early, late] = [entries[0], { ...entries[1], step: 500, loss: Number.NaN, validation_loss: 1 }];
+  t.match(
+    lossCurve([early, late], 'late'),
+    /points="784\.0,/,
+    'measured after the last finite loss, at the right edge',
+  );
   t.match(lossCurve([], 'nothing yet'), /<svg/, 'no entries, no error');
   t.end();
 });

@@ -18,8 +18,8 @@ export function lossCurve(entries: readonly LogEntry[], title: string): string {
   const sound = entries.filter(({ loss }) => Number.isFinite(loss) && loss > 0);
   const losses = sound.map(({ loss }) => loss);
   const smooth = runningMean(losses);
-  const last = Math.max(1, sound.at(-1)?.step ?? 1);
   const measured = entries.filter(({ validation_loss: value = 0 }) => value > 0);
+  const last = Math.max(1, sound.at(-1)?.step ?? 1, measured.at(-1)?.step ?? 1);
   const validation = measured.map(({ validation_loss }) => validation_loss as number);
   const { chart, rows } = chartOf(bounds([...smooth, ...validation]), last);
   const columns = ticks(0, last).map(
