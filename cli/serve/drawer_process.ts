@@ -118,6 +118,7 @@ export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOp
           if (work && work.id === message.id) heed(message, work);
         },
         opened(model) {
+          if (child !== started) return; // closed by us: it will end
           state = 'open';
           told = model;
           resolve(model);
