@@ -1,19 +1,21 @@
-// FreeU against diffusers' pipelines (golden/freeu.jsonl): whole calls. Its filter against one by Fourier transforms; that it goes with
-// DeepCache and half precision, that ones change nothing, and `sdxl sample`. Recorded steps: cuda_recorded.test.ts.
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
-import { decodeFloats } from '../../io/dtype.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { lowestWaves } from '../../models/unet/freeu.ts';
-import { refusesEach, sdxl } from '../support/command_line.ts';
+import { refusesEach } from '../support/command_line.ts';
 import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
-import { at, type Call, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
+import {
+  type Call,
+  latentsOf,
+  pipelineOf,
+  sampleSmall,
+  testCalls,
+  testSample,
+} from '../support/golden_calls.ts';
 import { relativeError } from '../support/op_cases.ts';
 
 testCalls(goldenLines<Call>('freeu'), 6, 0);
@@ -85,31 +87,13 @@ test('in bfloat16 it is no further from float32 than the model is', async (t) =>
   t.ok(freed < 2 * plain, `${freed} where the model has ${plain}`);
 });
 
-const sample = (...argv: string[]) =>
-  sdxl(
-    ...['sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox in the snow'],
-    ...['--width', '64', '--height', '64', '--steps', '4', '--seed', '3', '--quiet', ...argv],
-  );
-
-test('sdxl sample', async (t) => {
-  const [drawn, saved] = [at('drawn.png'), at('drawn.safetensors')];
-  const { status, err } = await sample(
-    ...['--negative-prompt', 'rain', '--freeu', '--freeu-b1', '1.1', '--output', drawn],
-    ...['--save-latents', saved],
-  );
-  t.equal(status, 0, err);
-  const pipeline = pipelineOf('text2img', openDevice('cpu'));
-  const own = await latentsOf(pipeline, seeded({ freeu: { ...freeu, b1: 1.1 } }));
-  pipeline.release();
-  const latents = decodeFloats(openSafetensors(saved).read('latents'), 'float32');
-  t.equal(maxDifference(latents, own), 0, "as a program's, with the authors' numbers for SDXL");
-  const again = at('again.png');
-  t.equal((await sdxl('sample', '--from', drawn, '--output', again, '--quiet')).status, 0);
-  t.ok(readFileSync(again).equals(readFileSync(drawn)), 'the same picture and settings');
-});
+testSample(
+  ['--negative-prompt', 'rain', '--freeu', '--freeu-b1', '1.1'],
+  seeded({ freeu: { ...freeu, b1: 1.1 } }), // its authors' numbers for SDXL, but for the one that is typed
+);
 
 test('mistakes', async (t) => {
-  await refusesEach(t, sample, [
+  await refusesEach(t, sampleSmall, [
     [['--freeu-s1', '0.9'], /--freeu-s1 needs --freeu/],
     [['--freeu', '--freeu-b2', '-1'], /--freeu-b2 takes a number from 0/],
   ]);

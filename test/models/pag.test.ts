@@ -1,16 +1,17 @@
-// Perturbed-attention guidance against diffusers' pipelines that have it (golden/pag.jsonl): whole calls. That it goes with
-// DeepCache, and `sdxl sample`. Recorded steps: cuda_recorded.test.ts.
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
-import { decodeFloats } from '../../io/dtype.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
-import { refusesEach, sdxl } from '../support/command_line.ts';
-import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
-import { at, type Call, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
+import { refusesEach } from '../support/command_line.ts';
+import { goldenLines, maxDifference } from '../support/golden.ts';
+import {
+  type Call,
+  latentsOf,
+  pipelineOf,
+  sampleSmall,
+  testCalls,
+  testSample,
+} from '../support/golden_calls.ts';
 
 testCalls(goldenLines<Call>('pag'), 12, 0);
 
@@ -37,33 +38,16 @@ test('a scale of 0 leaves every bit as it is', async (t) => {
   pipeline.release();
 });
 
-const sample = (...argv: string[]) =>
-  sdxl(
-    ...['sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox in the snow'],
-    ...['--width', '64', '--height', '64', '--steps', '4', '--seed', '3', '--quiet', ...argv],
-  );
-
-test('sdxl sample', async (t) => {
-  const [drawn, saved] = [at('drawn.png'), at('drawn.safetensors')];
-  const { status, err } = await sample(
+testSample(
+  [
     ...['--negative-prompt', 'rain', '--pag-scale', '3', '--pag-adaptive-scale', '0.001'],
     ...['--pag-applied-layers', 'mid', '--pag-applied-layers', 'up_blocks.0'],
-    ...['--output', drawn, '--save-latents', saved],
-  );
-  t.equal(status, 0, err);
-  const pipeline = pipelineOf('text2img', openDevice('cpu'));
-  const layers = { pag_applied_layers: ['mid', 'up_blocks.0'] };
-  const own = await latentsOf(pipeline, seeded({ pag_scale: 3, pag_adaptive_scale: 0.001, ...layers }));
-  pipeline.release();
-  const latents = decodeFloats(openSafetensors(saved).read('latents'), 'float32');
-  t.equal(maxDifference(latents, own), 0, "as a program's");
-  const again = at('again.png');
-  t.equal((await sdxl('sample', '--from', drawn, '--output', again, '--quiet')).status, 0);
-  t.ok(readFileSync(again).equals(readFileSync(drawn)), 'the same picture and settings');
-});
+  ],
+  seeded({ pag_scale: 3, pag_adaptive_scale: 0.001, pag_applied_layers: ['mid', 'up_blocks.0'] }),
+);
 
 test('mistakes', async (t) => {
-  await refusesEach(t, sample, [
+  await refusesEach(t, sampleSmall, [
     [['--pag-scale', '-1'], /--pag-scale/],
     [['--pag-adaptive-scale', '0.1'], /--pag-adaptive-scale needs --pag-scale/],
     [['--pag-applied-layers', 'mid'], /--pag-applied-layers needs --pag-scale/],

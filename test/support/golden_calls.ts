@@ -1,19 +1,21 @@
 // Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl, inpainting.jsonl,
 // instruct_pix2pix.jsonl and control_balance.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import type { Device } from '../../engine/device.ts';
+import { type Device, openDevice } from '../../engine/device.ts';
 import { decodeFloats } from '../../io/dtype.ts';
 import { preprocess, preprocessControl, preprocessMask } from '../../io/image.ts';
+import { openSafetensors } from '../../io/safetensors.ts';
 import { type ModelSource, openComponent, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { openIPAdapter } from '../../models/ip_adapter/ip_adapter.ts';
 import { denoiseToEnd, loadPipeline, type Pipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
+import { type Said, sdxl } from './command_line.ts';
 import { disc, picture, writeControlNet } from './controlnet_golden.ts';
-import { allClose, goldenFolder } from './golden.ts';
+import { allClose, goldenFolder, maxDifference } from './golden.ts';
 import { writeInpainting, writeInstructPix2Pix } from './inpainting_golden.ts';
 import { type Of, writeEncoder, writeIPAdapter } from './ip_adapter_golden.ts';
 import { devices } from './models_golden.ts';
@@ -117,3 +119,25 @@ export function testCalls(calls: readonly Call[], count: number, slow: number): 
       t.equal(device.memory.storages, before, 'live tensors');
     });
 }
+
+/** `sdxl sample` of a small picture by the tiny model. */
+export const sampleSmall = (...argv: string[]): Promise<Said> =>
+  sdxl(
+    ...['sample', '--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a red fox in the snow'],
+    ...['--width', '64', '--height', '64', '--steps', '4', '--seed', '3', '--quiet', ...argv],
+  );
+
+/** Under these flags it draws what a program draws that asks for the same, and by `--from` the same file again. */
+export const testSample = (flags: readonly string[], asked: Asked): void =>
+  void test('sdxl sample', async (t) => {
+    const [drawn, saved, again] = [at('drawn.png'), at('drawn.safetensors'), at('again.png')];
+    const { status, err } = await sampleSmall(...flags, '--output', drawn, '--save-latents', saved);
+    t.equal(status, 0, err);
+    const pipeline = pipelineOf('text2img', openDevice('cpu'));
+    const own = await latentsOf(pipeline, asked);
+    pipeline.release();
+    const latents = decodeFloats(openSafetensors(saved).read('latents'), 'float32');
+    t.equal(maxDifference(latents, own), 0, "as a program's");
+    t.equal((await sdxl('sample', '--from', drawn, '--output', again, '--quiet')).status, 0);
+    t.ok(readFileSync(again).equals(readFileSync(drawn)), 'the same picture and settings');
+  });
