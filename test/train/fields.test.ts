@@ -164,16 +164,6 @@ test('keys that would do nothing are refused, with what they are for', (t) => {
   t.end();
 });
 
-test("Lion's betas are its authors', unless told", (t) => {
-  const betas = (...given: string[]) => resolved(...given).optimizer.betas;
-  t.same(betas('optimizer.name=lion'), [0.9, 0.99], 'algorithm 2 of Chen et al. 2023');
-  t.same(betas(), [0.9, 0.999], "AdamW's");
-  t.same(betas('optimizer.name=lion', 'optimizer.betas=0.9,0.999'), [0.9, 0.999]);
-  const told = { optimizer: { name: 'lion', betas: [0.95, 0.98] } };
-  t.same(resolveRun(told, 'the file', 'test').optimizer.betas, [0.95, 0.98]);
-  t.end();
-});
-
 test('moments in bfloat16 are for AdamW', (t) => {
   const bfloat16 = 'optimizer.moments_dtype=bfloat16';
   for (const given of [[], ['dtype=bfloat16'], ['dtype=bfloat16', 'optimizer.stochastic_rounding=true']])

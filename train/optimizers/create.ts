@@ -9,7 +9,6 @@ import { type JointRule, type Optimizer, optimize, type Rule } from './rule.ts';
 
 export interface OptimizerSettings extends ProdigyOptions {
   name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion' | 'prodigy';
-  /** 0.9 and 0.999 where a run file is silent, for Lion 0.9 and 0.99. */
   betas: readonly [number, number];
   eps: number;
   /** What AdamW's moments are kept in; bfloat16 ones are rounded up or down at random. */

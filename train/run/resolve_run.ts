@@ -1,7 +1,6 @@
 // A run file's value as the run that will be trained: defaults filled in, `--set` applied, and what it may say key by key but not
 // together refused in a sentence before any work is begun.
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/json.ts';
 import { mostChunks } from '../../models/text/conditioning.ts';
 import { fill, override } from './fields.ts';
 import { refuseLines } from './preview_prompts.ts';
@@ -24,7 +23,6 @@ export function resolveRun(
 ): Run {
   const run = fill(fields, given, where);
   for (const assignment of assignments) override(fields, run, assignment);
-  if (run.optimizer.name === 'lion' && !saysBetas(given, assignments)) run.optimizer.betas = lionBetas;
   run.name ||= name;
   if (!run.output && !/^[^/\\]+$/.test(run.name.replace(/^\.+$/, '')))
     throw new UserError(
@@ -39,13 +37,6 @@ export function resolveRun(
   mostChunks(run.dataset.max_token_length, `${where}: "dataset.max_token_length"`); // refuses what is no multiple of a chunk
   return run;
 }
-
-/** Its authors' (Chen et al. 2023), where the others have Adam's. */
-const lionBetas = [0.9, 0.99] as const;
-
-const saysBetas = (given: unknown, assignments: readonly string[]): boolean =>
-  (isRecord(given) && isRecord(given.optimizer) && given.optimizer.betas !== undefined) ||
-  assignments.some((each) => each.startsWith('optimizer.betas='));
 
 /** @throws UserError for what does not go together; `where` names the file */
 function refuseUnfit(run: Run, where: string): void {
