@@ -116,10 +116,13 @@ async function trainFrom(
     const lr = learningRate(run.lr_scheduler, run.optimizer.lr, at.position.step, total);
     const done = at.position.step + 1 === total;
     if (!done) next = turns.next().value;
-    const moving = () => {
-      at.moving = true;
-    };
-    const made = await makeUpdate(session, feed, turn, lr, done ? undefined : next, moving);
+    const made = await makeUpdate(session, feed, turn, {
+      lr,
+      next: done ? undefined : next,
+      moving() {
+        at.moving = true;
+      },
+    });
     at.moving = false;
     if (at.position.step === begun) dropLater(run.output, begun);
     at.position = after(at.position, turn.endsEpoch);

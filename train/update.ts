@@ -22,6 +22,14 @@ export interface Made {
   skipped?: string;
 }
 
+export interface UpdateOptions {
+  lr: number;
+  /** The update that follows, whose first pass is prepared meanwhile. */
+  next?: Turn;
+  /** Called before weights move: where an update fails after that, they are of no update, and not to be saved. */
+  moving?(): void;
+}
+
 /** Inputs of passes, one of them made ahead. */
 export interface Feed {
   /** Begins to prepare a pass, which is to be taken next. */
@@ -58,9 +66,7 @@ async function makeFused(
   session: Session,
   feed: Feed,
   { update: [pass], epoch }: Turn,
-  lr: number,
-  next: Turn | undefined,
-  moving: () => void,
+  { lr, next, moving }: UpdateOptions,
 ): Promise<Made> {
   const { run, optimizer, ema } = session;
   const inputs = await feed.take(pass, epoch);
@@ -72,7 +78,7 @@ async function makeFused(
   if (failed) return failed;
   let begun: ReturnType<typeof optimizer.begin> | undefined;
   const move = (part: Gradients) => {
-    moving();
+    moving?.();
     begun ??= optimizer.begin(lr, measured?.scale);
     begun.move(part);
   };
@@ -83,19 +89,18 @@ async function makeFused(
 }
 
 /**
- * Makes an update at learning rate `lr`; `next` follows it. A loss or gradient that is not finite leaves the weights. After an
- * error the session can only be saved, if `moving` was not called by then, and released.
+ * Makes an update. A loss or gradient that is not finite leaves the weights. After an error the session can only be saved, if weights had
+ * not begun to move, and released.
  */
 export async function makeUpdate(
   session: Session,
   feed: Feed,
   turn: Turn,
-  lr: number,
-  next?: Turn,
-  moving: () => void = () => undefined,
+  options: UpdateOptions,
 ): Promise<Made> {
-  if (session.run.train.fused_backward_pass) return makeFused(session, feed, turn, lr, next, moving);
+  if (session.run.train.fused_backward_pass) return makeFused(session, feed, turn, options);
   const { update, epoch } = turn;
+  const { next } = options;
   const { passes, parameters } = session;
   const shares = sharesOf(update);
   const losses: Tensor[] = [];
@@ -111,7 +116,7 @@ export async function makeUpdate(
       }
       await setImmediate();
     }
-    const made = await step(session, turn, lr, losses, norms as GradientNorms, moving);
+    const made = await step(session, turn, { losses, norms: norms as GradientNorms }, options);
     passes.clear();
     return made;
   } finally {
@@ -126,14 +131,18 @@ function sharesOf(update: Update): number[] {
   return update.map((pass) => pass.samples.length / samples);
 }
 
+/** What the passes of an update have queued: the loss of each, and the norms of the gradients of all. */
+interface Queued {
+  losses: readonly Tensor[];
+  norms: GradientNorms;
+}
+
 /** Waits for losses and norms, and moves the weights if all are finite. */
 async function step(
   session: Session,
   { update, epoch }: Turn,
-  lr: number,
-  losses: readonly Tensor[],
-  norms: GradientNorms,
-  moving: () => void,
+  { losses, norms }: Queued,
+  { lr, moving }: UpdateOptions,
 ): Promise<Made> {
   const { run, passes, optimizer, ema } = session;
   const values = losses.map((loss) => loss.floats()[0]);
@@ -143,7 +152,7 @@ async function step(
   const clipping = norms.read(run.optimizer.max_grad_norm);
   const failed = await whySkipped(session, update[Math.max(0, bad)], epoch, { loss, ...clipping });
   if (failed) return failed;
-  moving();
+  moving?.();
   const { made, dlr } = optimizer.step(lr, clipping.scale);
   boundNorms(session);
   passes.share();

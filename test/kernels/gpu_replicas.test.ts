@@ -94,9 +94,9 @@ test('a loss or gradient on another GPU that is not finite leaves the weights', 
     release,
   } = open(devices, { names: ['weight', 'second'] });
   const feed = openFeed(session.task);
-  const made = await makeUpdate(session, feed, turn(pass(1), pass(Number.NaN)), 0.1);
+  const made = await makeUpdate(session, feed, turn(pass(1), pass(Number.NaN)), { lr: 0.1 });
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
-  const huge = await makeUpdate(session, feed, turn(pass(1), pass(1e15)), 0.1);
+  const huge = await makeUpdate(session, feed, turn(pass(1), pass(1e15)), { lr: 0.1 });
   t.match(huge.skipped, /the gradient of net.weight is not finite/);
   t.ok(weight.tensor.floats().every((w) => w === 0));
   release();

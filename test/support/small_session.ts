@@ -119,7 +119,8 @@ export async function trained(
   const feed = openFeed(session.task);
   const after: string[] = [];
   for (const [k, update] of updates.entries()) {
-    await makeUpdate(session, feed, turn(...update), 0.1, updates[k + 1] && turn(...updates[k + 1]));
+    const next = updates[k + 1] && turn(...updates[k + 1]);
+    await makeUpdate(session, feed, turn(...update), { lr: 0.1, next });
     after.push(Buffer.concat(weights.map(({ tensor }) => tensor.bytes())).toString('hex'));
     between?.(k);
   }

@@ -27,7 +27,10 @@ test('the host prepares while the device works', async (t) => {
   };
   try {
     const next = { update: [pass(3)], epoch: 1 };
-    const { loss, grad_norm } = await makeUpdate(session, feed, turn(pass(1, 1, 1), pass(2)), 0.1, next);
+    const { loss, grad_norm } = await makeUpdate(session, feed, turn(pass(1, 1, 1), pass(2)), {
+      lr: 0.1,
+      next,
+    });
     const queued = ['prepare 1,1,1', 'queue', 'prepare 2', 'queue', 'prepare 3'];
     t.same(
       events.slice(0, 6),
@@ -37,7 +40,7 @@ test('the host prepares while the device works', async (t) => {
     t.equal(loss, (3 * 1 + 4) / 4, 'losses weigh as their samples');
     t.equal(grad_norm, (2 * (3 * 1 + 4)) / 4, 'and so do gradients');
     events.length = 0;
-    await makeUpdate(session, feed, next, 0.1);
+    await makeUpdate(session, feed, next, { lr: 0.1 });
     t.equal(events[0], 'queue', 'what was prepared is not prepared again');
   } finally {
     driver.download = download;
@@ -53,7 +56,7 @@ test('between passes others have their turn, when the next pass is prepared alre
     events.push('others');
     others = setImmediate(again);
   });
-  await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(2), pass(3)), 0.1);
+  await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(2), pass(3)), { lr: 0.1 });
   clearImmediate(others);
   const told = events.filter((event, i) => event !== 'others' || events[i - 1] !== 'others');
   const between = ['queue', 'prepare 2', 'others', 'queue', 'prepare 3', 'others', 'queue'];
@@ -84,14 +87,16 @@ test('a pass whose loss is not finite leaves the weights', async (t) => {
     weights: [weight],
     release,
   } = open([cpu]);
-  const made = await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(Number.NaN)), 0.1);
+  const made = await makeUpdate(session, openFeed(session.task), turn(pass(1), pass(Number.NaN)), {
+    lr: 0.1,
+  });
   t.match(made.skipped, /the loss is NaN; the first tensor that is not finite is the input x of linear/);
   t.ok(weight.tensor.floats().every((w) => w === 0));
-  const huge = await makeUpdate(session, openFeed(session.task), turn(pass(1e15)), 0.1);
+  const huge = await makeUpdate(session, openFeed(session.task), turn(pass(1e15)), { lr: 0.1 });
   t.match(huge.skipped, /the gradient of net.weight is not finite/, 'its square is beyond float32');
   t.ok(weight.tensor.floats().every((w) => w === 0));
   weight.tensor.set(Array<number>(64).fill(Number.POSITIVE_INFINITY));
-  const worn = await makeUpdate(session, openFeed(session.task), turn(pass(1)), 0.1);
+  const worn = await makeUpdate(session, openFeed(session.task), turn(pass(1)), { lr: 0.1 });
   t.match(worn.skipped, /the first tensor that is not finite is the weight net\.weight$/);
   release();
   t.equal(cpu.memory.storages, before, 'live tensors');
@@ -118,7 +123,7 @@ test('what cannot be prepared ahead is told when its turn comes', async (t) => {
   const { session, release } = open([cpu]);
   const feed = openFeed(session.task);
   const next = turn(pass(-1));
-  await makeUpdate(session, feed, turn(pass(1)), 0.1, next);
-  await t.rejects(makeUpdate(session, feed, next, 0.1), /no such picture/);
+  await makeUpdate(session, feed, turn(pass(1)), { lr: 0.1, next });
+  await t.rejects(makeUpdate(session, feed, next, { lr: 0.1 }), /no such picture/);
   release();
 });
