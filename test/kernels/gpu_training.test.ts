@@ -13,7 +13,7 @@ import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { distillation } from '../../train/methods/distillation.ts';
 import { consistencyLoss } from '../../train/methods/lcm.ts';
-import type { Asked } from '../../train/methods/method.ts';
+import type { LossContext } from '../../train/methods/method.ts';
 import { objectiveOf } from '../../train/objective/objective.ts';
 import { openPasses } from '../../train/passes/pass.ts';
 import { lent } from '../../train/passes/task.ts';
@@ -134,7 +134,7 @@ test("prodigyopt's d and weights over 60 steps", { timeout: 120_000 }, (t) => {
   t.end();
 });
 
-type LossOf = (asked: Asked, inputs: Tensors) => Tensor;
+type LossOf = (context: LossContext, inputs: Tensors) => Tensor;
 
 /** Losses and gradients of three passes through networks that are a product. */
 function passesOn(device: Device, lossOf: LossOf): number[] {
@@ -149,7 +149,7 @@ function passesOn(device: Device, lossOf: LossOf): number[] {
   const [{ net: student, weight }, other] = [product('weight'), product('other')];
   requireGrad(weight.tensor);
   const average = tensor(numbers('average', [4, 4]), [4, 4], { device, dtype: 'bfloat16' });
-  const asked: Omit<Asked, 'conditioning' | 'unconditional'> = {
+  const asked: Omit<LossContext, 'conditioning' | 'unconditional'> = {
     student,
     // As a twin has an average of another type: cast in the pass, and let go.
     target(x) {

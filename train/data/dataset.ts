@@ -11,11 +11,11 @@ export interface Example extends PictureFile {
   /** The choices for its caption, at least one. */
   captions: string[];
   /** A second picture that belongs to it, where that is asked for. */
-  beside?: Beside;
+  beside?: PictureBeside;
 }
 
 /** What a ControlNet or T2I-Adapter is shown with a picture, or its mask; or the one that people like less. */
-export interface Beside extends PictureFile {
+export interface PictureBeside extends PictureFile {
   kind: 'conditioning image' | 'rejected picture';
 }
 
@@ -64,7 +64,7 @@ export const besideOf = ({
   rejected_image_column,
 }: Pick<DatasetOptions, 'conditioning_image_column' | 'rejected_image_column'>): {
   column: string;
-  kind: Beside['kind'];
+  kind: PictureBeside['kind'];
 } =>
   rejected_image_column
     ? { column: rejected_image_column, kind: 'rejected picture' }

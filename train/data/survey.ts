@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import type { Size } from '../../models/text/conditioning.ts';
-import type { Beside, Dataset, Example, PictureFile } from './dataset.ts';
+import type { Dataset, Example, PictureBeside, PictureFile } from './dataset.ts';
 import { keyOf } from './source.ts';
 
 export interface Sample extends Example {
@@ -13,7 +13,7 @@ export interface Sample extends Example {
   key: number;
   /** SHA-256 of the file's bytes. */
   hash: string;
-  beside?: Beside & { hash: string };
+  beside?: PictureBeside & { hash: string };
   /** Upright, as the picture is seen. */
   size: Size;
   /** Of the subject's class, not of what is to be learnt: for prior preservation. */
@@ -72,7 +72,7 @@ async function decoded({ id, read }: PictureFile): Promise<{ hash: string; size:
  * What is beside a picture, with which it is resized and cropped. A rejected picture may be larger or smaller, as another model's is.
  * @throws UserError where it is of another size or shape
  */
-async function lookBeside(image: Beside, picture: Pick<Sample, 'id' | 'size'>) {
+async function lookBeside(image: PictureBeside, picture: Pick<Sample, 'id' | 'size'>) {
   const { hash, size } = await decoded(image);
   const told = ([height, width]: Size): string => `${width}x${height}`;
   const [[height, width], [ownHeight, ownWidth]] = [size, picture.size];

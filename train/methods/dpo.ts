@@ -9,16 +9,16 @@ import { sum } from '../../engine/ops/reduce.ts';
 import { cast, exp, relu, scale, square } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import type { Network } from '../objective/objective.ts';
-import { type Asked, type MakeMethod, plainDiffusion } from './method.ts';
+import { type LossContext, type MakeMethod, plainDiffusion } from './method.ts';
 
 export const dpo: MakeMethod = (run, objective) => ({
   ...plainDiffusion(run, objective),
   asks: { teacher: true },
-  loss: (asked, inputs) => dpoLoss(asked, inputs, run.dpo.beta_dpo),
+  loss: (context, inputs) => dpoLoss(context, inputs, run.dpo.beta_dpo),
 });
 
 function dpoLoss(
-  { student, teacher, conditioning }: Pick<Asked, 'student' | 'teacher' | 'conditioning'>,
+  { student, teacher, conditioning }: Pick<LossContext, 'student' | 'teacher' | 'conditioning'>,
   { sample, timesteps, target, weights }: Tensors,
   beta: number,
 ): Tensor {

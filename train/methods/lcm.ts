@@ -21,7 +21,7 @@ import type { LatentBatch, Network, Objective } from '../objective/objective.ts'
 import type { PassInputs } from '../objective/pass_inputs.ts';
 import { asksAverages } from '../run/rules/methods.ts';
 import type { Run } from '../run/run.ts';
-import type { Asked, MakeMethod } from './method.ts';
+import type { LossContext, MakeMethod } from './method.ts';
 
 /** The data's standard deviation that the boundary condition is built on, as in models/samplers/lcm.ts. */
 const SIGMA_DATA = 0.5;
@@ -109,7 +109,7 @@ export const latentConsistency: MakeMethod = (run, objective) => {
       const [timesteps, factors] = [rows(), rows(FACTORS)];
       return inputsOf(shape, { sample: rows(...shape.slice(1)), timesteps, ends: timesteps, factors });
     },
-    loss: (asked, inputs) => consistencyLoss(asked, inputs, lcm, dtype),
+    loss: (context, inputs) => consistencyLoss(context, inputs, lcm, dtype),
   };
 };
 
@@ -164,7 +164,7 @@ function inputsOf(
 
 /** The distance of the student's x_0 from the target's. All but what networks see is float32. */
 export function consistencyLoss(
-  { student, teacher, target, conditioning, unconditional }: Asked,
+  { student, teacher, target, conditioning, unconditional }: LossContext,
   { sample, timesteps, ends, factors, weights }: Tensors,
   settings: Pick<Run['lcm'], 'loss_type' | 'huber_c'>,
   dtype: FloatDType,

@@ -17,7 +17,7 @@ import type { PassInputs } from '../objective/pass_inputs.ts';
 import type { Run } from '../run/run.ts';
 
 /** What a loss may ask, on the device of its pass. What is not asked costs nothing. */
-export interface Asked {
+export interface LossContext {
   /** The network that is trained. A tape may have it once: with `train.fused_backward_pass` a weight's gradient comes whole. */
   student: Network;
   /** The model as it was loaded, without adapters, off the tape: for methods that have it in `asks`. */
@@ -40,7 +40,7 @@ export interface Method {
   /** Inputs of the shapes that latents [n, h, w, c] have, without their numbers. */
   blank(shape: readonly number[]): PassInputs;
   /** The mean loss of a batch, [1] float32, on the tape. By ops alone, the same ones for the same shapes of inputs. */
-  loss(asked: Asked, inputs: Tensors): Tensor;
+  loss(context: LossContext, inputs: Tensors): Tensor;
 }
 
 /** @throws UserError for what does not go together, or with the model */

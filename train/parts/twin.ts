@@ -37,7 +37,7 @@ export interface Added {
 }
 
 /** What is trained beside the UNet, and what a pipeline has of it. */
-interface Beside<M extends AnyModule> {
+interface NetworkBeside<M extends AnyModule> {
   /** Its component's. */
   name: string;
   config?: Json;
@@ -51,7 +51,7 @@ interface Beside<M extends AnyModule> {
 /** The pipeline with a network that a run trains beside the UNet. */
 export const besideUNet = <M extends AnyModule>(
   pipeline: Pipeline,
-  { name, config, file, net, made, put }: Beside<M>,
+  { name, config, file, net, made, put }: NetworkBeside<M>,
 ): { other: Pipeline; added: Added } => ({
   other: {
     ...pipeline,

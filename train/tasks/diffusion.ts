@@ -24,9 +24,9 @@ import { type Component, copied, lent, type Substitute, type Task, type Weights 
 import { type Pictures, previewSize } from '../pictures/pictures.ts';
 import { previewsOf } from '../run/preview_prompts.ts';
 import type { Run } from '../run/run.ts';
-import { askedOf, type Side } from './asked.ts';
 import { controlOf } from './control_of.ts';
 import { diffusionInputs } from './diffusion_inputs.ts';
+import { lossContext, type Side } from './loss_context.ts';
 import { openParts, type Prepared } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, samplePreviews } from './preview.ts';
 import { aside, blankEmbeddings, preparedTexts, textsInPass } from './texts.ts';
@@ -83,7 +83,7 @@ export function diffusionTask(
     const { model } = side;
     const followed = () => (model === pipeline ? averaged(averages) : model);
     return dropout.during(inputs, () =>
-      method.loss(askedOf(side, inputs, control, encoded, followed), inputs),
+      method.loss(lossContext(side, inputs, control, encoded, followed), inputs),
     );
   };
   /** A pass without numbers. Encoders that are not trained are on the device alone, and have nothing to drop. */

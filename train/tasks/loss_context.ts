@@ -6,7 +6,7 @@ import type { Pipeline } from '../../models/pipeline.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';
 import type { UNet } from '../../models/unet/unet.ts';
 import type { Control } from '../controls/control.ts';
-import type { Asked } from '../methods/method.ts';
+import type { LossContext } from '../methods/method.ts';
 import type { Network } from '../objective/objective.ts';
 import { releaseTwin } from '../parts/twin.ts';
 import { fromAside, type Texts } from './texts.ts';
@@ -18,13 +18,13 @@ export interface Side {
 }
 
 /** `averaged` makes a twin with the moving averages, where the method asks them, or gives the model itself. */
-export function askedOf(
+export function lossContext(
   { model, teacher }: Side,
   inputs: Tensors,
   control: Control,
   encoded: Texts['encoded'],
   averaged: () => Pipeline,
-): Asked {
+): LossContext {
   const told = (given: Tensors): Conditioning => {
     const { context, pooled } = encoded(model, given);
     return { context, textEmbeds: pooled, timeIds: inputs.timeIds };
