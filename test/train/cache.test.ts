@@ -21,7 +21,6 @@ import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
 import { encodePrompts } from '../../models/text/conditioning.ts';
 import { withPosterior } from '../../models/vae/autoencoder.ts';
-import { openDataset } from '../../train/data/source.ts';
 import { survey } from '../../train/data/survey.ts';
 import {
   momentsCache,
@@ -31,6 +30,7 @@ import {
   type View,
 } from '../../train/pictures/cache.ts';
 import { geometryOf, preparePicture } from '../../train/pictures/picture.ts';
+import { openDataset } from '../support/datasets.ts';
 import { goldenFolder } from '../support/golden.ts';
 
 const device = openDevice('cpu');

@@ -6,15 +6,11 @@ import { type Test, test } from 'tap';
 import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { encodePng } from '../../io/png.ts';
-import { keyOf, openDataset } from '../../train/data/source.ts';
+import { keyOf } from '../../train/data/source.ts';
 import { survey } from '../../train/data/survey.ts';
 import { openPictures } from '../../train/pictures/pictures.ts';
-import { fill } from '../../train/run/fields.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
-import { fields } from '../../train/run/run_fields.ts';
-
-/** What a run has that says nothing of its dataset. */
-const _defaults = fill(fields, {}, 'defaults').dataset;
+import { openDataset } from '../support/datasets.ts';
 
 /** A picture in which every pixel differs from its neighbours. */
 function patterned(width: number, height: number, salt = 0): Picture {

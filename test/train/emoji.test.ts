@@ -4,8 +4,8 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { colourName, coloursOf } from '../../configs/emoji_colours.ts';
 import { allEmoji, drawEmoji, isFlagOrFruit } from '../../configs/emoji_data.ts';
-import { openDataset } from '../../train/data/source.ts';
 import { survey } from '../../train/data/survey.ts';
+import { openDataset } from '../support/datasets.ts';
 
 test('colours have their names', (t) => {
   const known: Record<string, string[]> = {

@@ -10,9 +10,9 @@ import { type Test, test } from 'tap';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import { openParquet } from '../../io/parquet.ts';
-import { openDataset } from '../../train/data/source.ts';
 import { chooseFiles } from '../../train/data/split.ts';
 import { survey } from '../../train/data/survey.ts';
+import { openDataset } from '../support/datasets.ts';
 import { packageRoot } from '../support/golden.ts';
 
 const folder = join(packageRoot, 'test', 'golden', 'parquet');

@@ -9,7 +9,6 @@ import { openModel, openWeights } from '../../models/checkpoint/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../../models/control/controlnet.ts';
 import { controlNetJson } from '../../models/control/controlnet_start.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
-import { openDataset } from '../../train/data/source.ts';
 import { fitInto } from '../../train/fit.ts';
 import { openMaterials } from '../../train/materials.ts';
 import { openPictures, readConditioning, readView, viewIn } from '../../train/pictures/pictures.ts';
@@ -18,6 +17,7 @@ import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { sdxl } from '../support/command_line.ts';
 import { picture } from '../support/controlnet_golden.ts';
+import { openDataset } from '../support/datasets.ts';
 import { goldenFolder } from '../support/golden.ts';
 import {
   basic,

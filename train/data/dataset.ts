@@ -46,17 +46,8 @@ export interface DatasetOptions {
   instance_prompt: string;
 }
 
-export const datasetDefaults: Omit<DatasetOptions, 'path'> = {
-  revision: 'main',
-  split: 'train',
-  image_column: 'image',
-  caption_column: 'text',
-  caption_extension: '.txt',
-  conditioning_image_column: '',
-  rejected_image_column: '',
-  label_column: '',
-  instance_prompt: '',
-};
+/** The revision of a run that names none. */
+export const mainRevision = 'main';
 
 /** The column of what is beside each picture, empty where nothing is, and its kind. */
 export const besideOf = ({

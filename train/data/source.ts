@@ -13,17 +13,16 @@ import {
   OutOfReachError,
   resolveHub,
 } from '../../io/hub.ts';
-import { besideOf, type Dataset, type DatasetOptions, datasetDefaults } from './dataset.ts';
+import { besideOf, type Dataset, type DatasetOptions, mainRevision } from './dataset.ts';
 import { captionEnding, filesBelow, openFolder } from './folder.ts';
 import { openParquetDataset } from './parquet.ts';
 import { chooseFiles, hasFolderOf, isAbove } from './split.ts';
 
 /** Lists the examples of a dataset. @throws UserError when it is missing, has no example, or its metadata is damaged */
 export async function openDataset(
-  given: Partial<DatasetOptions> & { path: string },
+  options: DatasetOptions,
   onProgress?: (progress: HubProgress) => void,
 ): Promise<Dataset> {
-  const options = { ...datasetDefaults, ...given };
   const { path } = options;
   const place = looksLikeHubId(path) ? await download(options, onProgress) : path;
   if (!existsSync(place)) {
@@ -69,7 +68,7 @@ async function download(
     const folder = await get(revision).catch((error: unknown) => {
       // The hub itself keeps datasets of other formats as parquet files, on a branch of their own. Offline that may be all there is here.
       const elsewhere = error instanceof NothingWantedError || error instanceof OutOfReachError;
-      if (!elsewhere || revision !== datasetDefaults.revision) throw error;
+      if (!elsewhere || revision !== mainRevision) throw error;
       return get('refs/convert/parquet').catch(() => {
         throw error;
       });

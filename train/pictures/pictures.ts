@@ -6,6 +6,7 @@ import type { Picture } from '../../io/pixels.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { hashOfCaptions } from '../data/caption.ts';
+import type { DatasetOptions } from '../data/dataset.ts';
 import { draws } from '../data/draws.ts';
 import { keyOf, openDataset } from '../data/source.ts';
 import { type Sample, survey } from '../data/survey.ts';
@@ -37,7 +38,7 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     throw new UserError(
       `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
     );
-  const look = async (options: Parameters<typeof openDataset>[0], label: string): Promise<Sample[]> => {
+  const look = async (options: DatasetOptions, label: string): Promise<Sample[]> => {
     const onProgress = (done: number, total: number) => report.progress(label, done, total);
     const { samples, skipped } = await survey(await openDataset(options), { broken, onProgress });
     for (const problem of skipped) report.line(`skipped: ${problem}`);

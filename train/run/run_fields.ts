@@ -1,6 +1,7 @@
 // The keys of a run once more: for each its default and what may stand there. It names those of the interface (run.ts), or does not compile.
 import { algos } from '../../models/adapters/adapter_kinds.ts';
 import type { ModelPreset } from '../../models/formats/presets.ts';
+import { mainRevision } from '../data/dataset.ts';
 import { randomMasks } from '../data/random_mask.ts';
 import {
   choice,
@@ -104,7 +105,7 @@ export const fields: Fields<Run> = {
   },
   dataset: {
     path: text(''),
-    revision: text('main'),
+    revision: text(mainRevision),
     split: text('train'),
     image_column: text('image'),
     caption_column: text('text'),
