@@ -3,7 +3,7 @@
 // change, it falls smoothly.
 import { noGrad } from '../engine/grad.ts';
 import { scope } from '../engine/scope.ts';
-import { split } from './data/order.ts';
+import { passesOf } from './data/order.ts';
 import type { PassInputs } from './objective/pass_inputs.ts';
 import { undropped } from './parts/dropout.ts';
 import { place } from './passes/pass.ts';
@@ -21,7 +21,7 @@ export async function validationLoss(session: Session): Promise<number> {
     run.validation.samples,
   );
   let sum = 0;
-  for (const pass of split(chosen, pictures.bucketOf, run.batch_size)) {
+  for (const pass of passesOf(chosen, pictures.bucketOf, run.batch_size)) {
     sum += pass.samples.length * measuredLoss(session, await task.prepare(pass, HELD_OUT_EPOCH));
   }
   return sum / chosen.length;

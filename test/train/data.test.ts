@@ -6,7 +6,7 @@ import { type Test, test } from 'tap';
 import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { encodePng } from '../../io/png.ts';
-import { keyOf } from '../../train/data/source.ts';
+import { keyOf } from '../../train/data/draws.ts';
 import { survey } from '../../train/data/survey.ts';
 import { openPictures } from '../../train/pictures/pictures.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';

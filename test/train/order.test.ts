@@ -1,6 +1,6 @@
 // The order of training: what an epoch shows, in which updates and batches, and how epochs follow each other.
 import { test } from 'tap';
-import { draws } from '../../train/data/draws.ts';
+import { draws, keyOf } from '../../train/data/draws.ts';
 import {
   type Placed,
   passesPerUpdate,
@@ -9,7 +9,6 @@ import {
   turnsFrom,
   updatesPerEpoch,
 } from '../../train/data/order.ts';
-import { keyOf } from '../../train/data/source.ts';
 
 const placed = (count: number, buckets: number): Placed[] =>
   Array.from({ length: count }, (_, i) => ({ key: keyOf(`${i}`), bucket: (i * i) % buckets }));

@@ -1,6 +1,7 @@
 // Every random choice of training, drawn from a counter (Philox4x32-10, Salmon et al. 2011) and not from a running state:
 // the key is (seed, epoch, sample, purpose), so splitting a batch, accumulating, adding workers or resuming changes no
 // draw. The key becomes a stream of kernels/cpu/random.cc by one Philox call, and the numbers are that kernel's own.
+import { createHash } from 'node:crypto';
 import { philox, type Stream } from '../../engine/philox.ts';
 
 /** What a draw is for. The place in this list is part of the key: append only. */
@@ -39,6 +40,12 @@ export interface Draws {
   /** `count` standard normals. Each call starts at an even word of the stream. */
   normals(count: number): Float32Array;
 }
+
+/**
+ * The number under which is drawn what has this name: a sample's id, a weight's key. It hangs on the name alone, so another picture added
+ * or taken away changes no draw of this one.
+ */
+export const keyOf = (name: string): number => createHash('sha256').update(name).digest().readUInt32LE(0);
 
 /** The stream of a key. `sample` and `epoch` are whole numbers below 2^32; where a purpose has none, 0. */
 export function streamOf(seed: number, epoch: number, sample: number, purpose: Purpose): Stream {

@@ -2,6 +2,7 @@
 // function of seed, epoch and the samples' keys, and the update is cut before the batches are: batch 8 and batch 4 with two
 // accumulation steps see the same samples in the same update. An update is of one bucket where the bucket can fill it; what
 // is left over in all buckets is pooled, so no sample is dropped and only an epoch's last update can be short.
+import { grouped, slices } from './batches.ts';
 import { draws } from './draws.ts';
 
 export interface MicroBatch {
@@ -74,7 +75,7 @@ export function planEpoch(
   full.sort((a, b) => places[a[0]].update - places[b[0]].update);
   if (left.length > 0) full.push(left);
   const bucketOf = samples.map(({ bucket }) => bucket);
-  return full.map((update) => split(update, bucketOf, batch));
+  return full.map((update) => passesOf(update, bucketOf, batch));
 }
 
 /** How many of the samples an epoch has: all, but no more for prior preservation than others. */
@@ -97,21 +98,14 @@ function membersOf(samples: readonly Placed[], seed: number, epoch: number): num
 }
 
 /** Samples by bucket and then by batch, in the order they come. */
-export function split(samples: readonly number[], bucketOf: readonly number[], batch: number): MicroBatch[] {
-  const byBucket = new Map<number, number[]>();
-  for (const i of samples) {
-    const members = byBucket.get(bucketOf[i]);
-    if (members) members.push(i);
-    else byBucket.set(bucketOf[i], [i]);
-  }
-  return [...byBucket].flatMap(([bucket, members]) => {
-    const count = Math.ceil(members.length / batch);
-    return Array.from({ length: count }, (_, k) => ({
-      bucket,
-      samples: members.slice(k * batch, (k + 1) * batch),
-    }));
-  });
-}
+export const passesOf = (
+  samples: readonly number[],
+  bucketOf: readonly number[],
+  batch: number,
+): MicroBatch[] =>
+  [...grouped(samples, (i) => bucketOf[i])].flatMap(([bucket, members]) =>
+    slices(members, batch).map((samples) => ({ bucket, samples })),
+  );
 
 /** How many optimizer steps an epoch has. */
 export const updatesPerEpoch = (samples: number, batch: number, accumulation: number): number =>

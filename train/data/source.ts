@@ -1,7 +1,6 @@
 // Where captioned pictures come from: a folder, parquet files, or a dataset of the Hugging Face hub. A dataset is a list
 // of examples that can be read one by one, so its pixels are never in memory together, and a list of what is wrong with
 // it: whether that is fatal is the run's decision (survey.ts).
-import { createHash } from 'node:crypto';
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
@@ -94,9 +93,3 @@ function emptyDataset(options: DatasetOptions, problems: readonly string[]): Use
       `put pictures there with a metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each, or give them all one caption with dataset.instance_prompt${beside}`,
   );
 }
-
-/**
- * The number under which an example's random draws are made. It hangs on the id alone, so another picture added or taken
- * away changes no draw of this one.
- */
-export const keyOf = (id: string): number => createHash('sha256').update(id).digest().readUInt32LE(0);

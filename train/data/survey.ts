@@ -6,7 +6,7 @@ import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import type { Dataset, Example, PictureBeside, PictureFile } from './dataset.ts';
-import { keyOf } from './source.ts';
+import { keyOf } from './draws.ts';
 
 export interface Sample extends Example {
   /** Names the sample in the keys of random draws. */

@@ -21,6 +21,7 @@ import type { VisionEncoder } from '../../models/ip_adapter/clip_vision.ts';
 import { encodePrompts, type TextStack } from '../../models/text/conditioning.ts';
 import { type LatentScale, samplePosterior, scaleLatents, toDevice } from '../../models/vae/latents.ts';
 import type { Vae } from '../../models/vae/vae.ts';
+import { grouped, slices } from '../data/batches.ts';
 import { draws } from '../data/draws.ts';
 import { readUnchanged, type Sample } from '../data/survey.ts';
 import type { Geometry, Reading } from './picture.ts';
@@ -152,22 +153,11 @@ export const picturesAtOnce = (height: number, width: number, count: number): nu
 export const captionsAtOnce = 16;
 
 /** Batches of one size each. */
-function equalSizes(views: readonly View[]): View[][] {
-  const bySize = new Map<string, View[]>();
-  for (const view of views) {
-    const size = view.geometry.target.join();
-    const same = bySize.get(size);
-    if (same) same.push(view);
-    else bySize.set(size, [view]);
-  }
-  return [...bySize.values()].flatMap((same) => {
+const equalSizes = (views: readonly View[]): View[][] =>
+  [...grouped(views, ({ geometry }) => geometry.target.join()).values()].flatMap((same) => {
     const [height, width] = same[0].geometry.target;
     return slices(same, picturesAtOnce(height, width, same.length));
   });
-}
-
-const slices = <T>(items: readonly T[], size: number): T[][] =>
-  Array.from({ length: Math.ceil(items.length / size) }, (_, i) => items.slice(i * size, (i + 1) * size));
 
 /** A signal that is aborted once `progress`, asked by `heard`, says false. */
 function leaving(progress: () => unknown) {
