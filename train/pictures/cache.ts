@@ -1,21 +1,13 @@
-// What the frozen models say of the data, kept on disk: the VAE's moments of each picture (mean and log-variance, so that
-// latents are drawn anew each epoch), the text encoders' embeddings of each caption and, for an IP-Adapter, a vision encoder's of
-// each picture. An entry's name is the hash of all it depends on, so an entry that is there is right: an edited picture or caption
-// has another name, and only its own entry is made. Entries are whole or absent; the folder can be deleted at any time.
-import { createHash } from 'node:crypto';
-import { existsSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+// What the frozen models say of the data, kept on disk (cache_entries.ts): the VAE's moments of each picture (mean and log-variance, so
+// that latents are drawn anew each epoch), the text encoders' embeddings of each caption and, for an IP-Adapter, a vision encoder's of
+// each picture.
 import { noGrad } from '../../engine/grad.ts';
-import { type AnyModule, namedParameters, placeOf } from '../../engine/module.ts';
+import { placeOf } from '../../engine/module.ts';
 import { scope } from '../../engine/scope.ts';
 import { type Tensor, tensor, zeros } from '../../engine/tensor.ts';
-import { decodeFloats } from '../../io/dtype.ts';
-import { UserError } from '../../io/errors.ts';
-import { makeFolder } from '../../io/files.ts';
 import { decodePicture, preprocessClip } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { ResizeFilter } from '../../io/resize.ts';
-import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
 import { mostThreads } from '../../io/threads.ts';
 import type { VisionEncoder } from '../../models/ip_adapter/clip_vision.ts';
 import { encodePrompts, type TextStack } from '../../models/text/conditioning.ts';
@@ -24,11 +16,9 @@ import type { Vae } from '../../models/vae/vae.ts';
 import { grouped, slices } from '../data/batches.ts';
 import { draws } from '../data/draws.ts';
 import { readUnchanged, type Sample } from '../data/survey.ts';
+import { entryPath, modelHash, readEntry, withoutEntry, writeEntry } from './cache_entries.ts';
 import type { Geometry, Reading } from './picture.ts';
 import { readPixelsAside } from './pixel_threads.ts';
-
-/** Raise when an entry of the same name would hold something else. */
-const edition = 1;
 
 /** One picture, as it is shown in some epoch. */
 export interface View {
@@ -111,9 +101,7 @@ export function momentsCache(folder: string, vae: Vae, shown: Shown): Cache<View
   return {
     read: (view) => readEntry(pathOf(view), ['mean', 'logvar'], view.sample.id),
     async fill(views, onProgress) {
-      const missing = [...new Map(views.map((view) => [pathOf(view), view]))].filter(
-        ([path]) => !isWhole(path),
-      );
+      const missing = withoutEntry(views, pathOf);
       const batches = equalSizes(missing.map(([, view]) => view));
       const ahead: Promise<Float32Array[]>[] = [];
       const { abort, signal, heard } = leaving(() => onProgress?.(done, missing.length));
@@ -230,10 +218,7 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
     },
     async fill(texts, onProgress) {
       // The empty text is always there: what is left away takes at least its shape.
-      const all = ['', ...texts.map((text) => text ?? '')];
-      const missing = [...new Map(all.map((text) => [pathOf(text), text]))].filter(
-        ([path]) => !isWhole(path),
-      );
+      const missing = withoutEntry(['', ...texts.map((text) => text ?? '')], pathOf);
       let done = 0;
       for (const batch of slices(missing, captionsAtOnce)) {
         encodeTexts(
@@ -280,8 +265,7 @@ export function imageCache(
   return {
     read: (sample) => readEntry(pathOf(sample), ['said'], nameOf(sample)).said,
     async fill(samples, onProgress) {
-      const all = [...new Map([undefined, ...samples].map((sample) => [pathOf(sample), sample]))];
-      const missing = all.filter(([path]) => !isWhole(path));
+      const missing = withoutEntry([undefined, ...samples], pathOf);
       let done = 0;
       for (const [path, sample] of missing) {
         const picture =
@@ -319,69 +303,4 @@ function rowsOf(t: Tensor): Float32Array[] {
   const values = t.floats();
   const size = values.length / t.shape[0];
   return Array.from({ length: t.shape[0] }, (_, i) => values.slice(i * size, (i + 1) * size));
-}
-
-/** SHA-256 of a model's config, and its weights' names, types and bytes. Reads every weight: compute it once. */
-function modelHash(module: AnyModule, config: unknown): string {
-  const hash = createHash('sha256').update(JSON.stringify(config));
-  for (const [name, { shape, tensor: weight }] of namedParameters(module)) {
-    hash.update(`${name} ${weight.dtype} ${shape.join()}\n`).update(weight.bytes());
-  }
-  return hash.digest('hex');
-}
-
-function entryPath(folder: string, kind: string, dependsOn: object): string {
-  const name = createHash('sha256')
-    .update(JSON.stringify({ edition, ...dependsOn }))
-    .digest('hex');
-  return join(folder, kind, name.slice(0, 2), `${name.slice(2, 40)}.safetensors`);
-}
-
-/** Whether the entry is there and as long as it says it is; a damaged one is made anew. */
-function isWhole(path: string): boolean {
-  if (!existsSync(path)) return false;
-  try {
-    openSafetensors(path).close();
-    return true;
-  } catch (error) {
-    if (error instanceof UserError) return false;
-    throw error;
-  }
-}
-
-function readEntry<N extends string>(
-  path: string,
-  names: readonly N[],
-  what: string,
-): Record<N, Float32Array> {
-  if (!existsSync(path))
-    throw new UserError(
-      `${path}, prepared from ${what}, is gone from the cache: start again, to make it anew`,
-    );
-  const file = openSafetensors(path);
-  try {
-    const entries = names.map((name) => [name, decodeFloats(file.read(name), 'float32')]);
-    return Object.fromEntries(entries) as Record<N, Float32Array>;
-  } finally {
-    file.close();
-  }
-}
-
-function writeEntry(path: string, values: object, what: string): void {
-  const entries = Object.entries(values as Record<string, Float32Array>);
-  for (const [, data] of entries) {
-    if (!data.every(Number.isFinite))
-      throw new UserError(`${what} are not finite: run that model in float32, or use the fp16-fix VAE`);
-  }
-  makeFolder(dirname(path));
-  writeSafetensors(
-    path,
-    entries.map(([name, data]) => ({
-      name,
-      dtype: 'float32',
-      shape: [data.length],
-      bytes: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
-    })),
-    { of: what },
-  );
 }
