@@ -188,6 +188,29 @@ test('folders that say how often their pictures are shown', async (t) => {
   ]);
 });
 
+test('pictures at several resolutions', async (t) => {
+  const path = folderOf(t, { 'a.png': png(40, 20), 'b.png': png(16, 16, 1) });
+  const dataset = { path, resolution: [16, 32], instance_prompt: 'x' };
+  const sizing = { aspect_ratio_buckets: true, bucket_no_upscale: true };
+  const open = (more: object) =>
+    openPictures(resolveRun({ dataset: { ...dataset, ...more } }, 'a run', 'x'), 8, {
+      line() {},
+      progress() {},
+    });
+  const { samples, buckets, bucketOf } = await open(sizing);
+  t.strictSame(
+    samples.map(({ id }, i) => [id, buckets[bucketOf[i]].join('x')]),
+    [
+      ['a.png', '16x24'],
+      ['a.png at 16x40', '16x40'],
+      ['b.png', '16x16'],
+    ],
+  );
+  t.equal(new Set(samples.map(({ key }) => key)).size, 3, 'each with draws of its own');
+  t.same((await open({})).bucketOf.length, 4, 'and enlarged');
+  await t.rejects(open({ resolution: [16, 20] }), /dataset\.resolution 20 is not divisible by 8/);
+});
+
 test('of a folder for each split the one that is asked for', async (t) => {
   const captioned = (name: string) => ({ [`${name}.png`]: png(), [`${name}.txt`]: name });
   const path = folderOf(t, { ...captioned('train/a'), ...captioned('test/b'), ...captioned('own/c') });

@@ -5,7 +5,7 @@ import { decodePicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { allCaptions, captionOf } from '../../train/data/caption.ts';
-import { bucketSizes, nearestBucket } from '../../train/pictures/buckets.ts';
+import { bucketSizes, nearestSize, openBuckets } from '../../train/pictures/buckets.ts';
 import { geometryOf, preparePicture, readPixels, timeIdsOf } from '../../train/pictures/picture.ts';
 import { spread, viewIn, viewsOf } from '../../train/pictures/pictures.ts';
 import { fill } from '../../train/run/fields.ts';
@@ -244,7 +244,7 @@ test('buckets', (t) => {
   const sizes = bucketSizes(1024, true, 32);
   t.equal(sizes.length, 40, "the paper's forty");
   t.ok(sizes.every(([h, w]) => h % 64 === 0 && w % 64 === 0 && h * w >= 0.89 * 2 ** 20 && h * w <= 2 ** 20));
-  const nearest = (h: number, w: number) => sizes[nearestBucket([h, w], sizes)];
+  const nearest = (h: number, w: number) => nearestSize([h, w], sizes);
   t.strictSame(nearest(3000, 3000), [1024, 1024]);
   t.strictSame(nearest(100, 1000), [512, 2048]);
   t.strictSame(nearest(1000, 100), [2048, 512]);
@@ -255,6 +255,36 @@ test('buckets', (t) => {
   const small = bucketSizes(64, true, 8);
   t.ok(small.every(([h, w]) => h % 8 === 0 && w % 8 === 0 && h * w <= 80 * 64));
   t.equal(new Set(small.map(String)).size, small.length, 'no size twice');
+  t.end();
+});
+
+test('sizes of their own for pictures that would be enlarged', (t) => {
+  const sizing = { resolution: 1024, aspect_ratio_buckets: true, bucket_no_upscale: true };
+  const shown = (size: Size, of = sizing as Parameters<typeof openBuckets>[0]) => {
+    const { buckets, bucketsOf } = openBuckets(of, 32);
+    return bucketsOf(size).map((bucket) => buckets[bucket]);
+  };
+  t.strictSame(shown([1024, 1024]), [[1024, 1024]], 'one that is as large as its bucket is not enlarged');
+  t.strictSame(shown([3000, 2000]), [[1216, 832]]);
+  t.strictSame(shown([1215, 832]), [[1184, 832]], 'one row too few');
+  t.strictSame(shown([700, 500]), [[672, 480]]);
+  t.strictSame(shown([20, 70]), [[32, 64]], 'a side below a step');
+  // 500 x 3000 has 1.43 times the area: 418.01 x 2508.05.
+  t.strictSame(shown([500, 3000]), [[416, 2496]], 'a narrow one has no more pixels than others');
+  const enlarging = { ...sizing, bucket_no_upscale: false };
+  t.strictSame(shown([500, 3000], enlarging), [[512, 2048]]);
+  const several = { ...sizing, resolution: [1024, 512] };
+  t.strictSame(
+    shown([3000, 2000], several),
+    [
+      [1216, 832],
+      [608, 416],
+    ],
+    'one for each resolution',
+  );
+  t.strictSame(shown([450, 450], several), [[448, 448]], 'but none twice');
+  const { buckets } = openBuckets(several, 32);
+  t.equal(new Set(buckets.map(String)).size, buckets.length, 'no size is listed twice');
   t.end();
 });
 

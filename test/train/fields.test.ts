@@ -28,6 +28,8 @@ test('a written value is read as its key takes it', (t) => {
     ['train.parts=["a,b"]', ['a,b']],
     ['previews.prompts=', []],
     ['controlnet.transformer_layers_per_block=', []],
+    ['dataset.resolution=512', 512],
+    ['dataset.resolution=1024, 512', [1024, 512]],
     ['optimizer.betas=0.8,0', [0.8, 0]],
     ['optimizer.betas=[0.8,0.9]', [0.8, 0.9]],
     ['ema.decay=1', 1],
@@ -88,6 +90,13 @@ test('values under which nothing would be trained are refused', (t) => {
       resolved('optimizer.eps=0', `optimizer.name=${name}`),
     );
   t.doesNotThrow(() => resolved('optimizer.eps=0', 'optimizer.name=lion'), 'where it is not used');
+  for (const value of ['', '1024,4', '[]', '1024.5'])
+    refuses(t, /"dataset\.resolution" takes a whole number from 8, or a list of such$/, () =>
+      resolved(`dataset.resolution=${value}`),
+    );
+  const own = 'dataset.bucket_no_upscale=true';
+  refuses(t, /"dataset\.bucket_no_upscale" gives .*; set that too, or leave it out$/, () => resolved(own));
+  t.doesNotThrow(() => resolved(own, 'dataset.aspect_ratio_buckets=true'));
   const huber = 'objective.loss=huber';
   refuses(t, /"objective\.huber_delta" is 0, /, () => resolved(huber, 'objective.huber_delta=0'));
   const weightless = ['l1', 'mse', 'kl'].map((term) => `vae_objective.${term}=0`);

@@ -1,6 +1,6 @@
 // Aspect-ratio buckets: the sizes that pictures are cropped to. At 1024 they are the forty of SDXL (Podell et al. 2023,
 // appendix I); at another resolution the same sides are scaled. A picture goes to the size nearest in aspect ratio by
-// logarithm, so that wide and tall ones are treated alike.
+// logarithm, so that wide and tall ones are treated alike. One that would be enlarged may have a size of its own.
 import type { Size } from '../../models/text/conditioning.ts';
 
 /** [height, width]. The first, 704 x 1344, is the one wide size to which the paper has no tall twin. */
@@ -45,8 +45,55 @@ export function bucketSizes(resolution: number, aspectRatios: boolean, step: num
   return [...new Map(scaled.map((size) => [size.join(), size])).values()];
 }
 
-/** The index of the bucket nearest in aspect ratio; the first of equals. */
-export function nearestBucket([height, width]: Size, buckets: readonly Size[]): number {
+/** The size nearest in aspect ratio; the first of equals. */
+export function nearestSize([height, width]: Size, sizes: readonly Size[]): Size {
   const distance = ([h, w]: Size) => Math.abs(Math.log(w / h) - Math.log(width / height));
-  return buckets.reduce((best, size, i) => (distance(size) < distance(buckets[best]) ? i : best), 0);
+  return sizes.reduce((best, size) => (distance(size) < distance(best) ? size : best));
+}
+
+/**
+ * A picture's own size, cut to multiples of `step`: for one that its bucket would enlarge. Where that is more than the area of
+ * `resolution`, as of a narrow one, it is shrunk to it first, as kohya's trainer does. A side shorter than `step` becomes that.
+ */
+export function ownSize([height, width]: Size, resolution: number, step: number): Size {
+  const scale = Math.min(1, resolution / Math.sqrt(height * width));
+  const side = (length: number) => Math.max(1, Math.floor((length * scale) / step)) * step;
+  return [side(height), side(width)];
+}
+
+/** What a dataset says of sizes (run.ts). */
+export interface Sizing {
+  resolution: number | readonly number[];
+  aspect_ratio_buckets: boolean;
+  bucket_no_upscale: boolean;
+}
+
+/** The resolutions of a dataset that names one or several. */
+export const resolutionsOf = ({ resolution }: Pick<Sizing, 'resolution'>): readonly number[] =>
+  [resolution].flat();
+
+/** All sizes that pictures may be cropped to, and of a picture those that it is: one for each resolution, but none twice. */
+export function openBuckets(sizing: Sizing, step: number) {
+  const { aspect_ratio_buckets, bucket_no_upscale } = sizing;
+  const levels = resolutionsOf(sizing).map((resolution) => ({
+    resolution,
+    sizes: bucketSizes(resolution, aspect_ratio_buckets, step),
+  }));
+  const buckets: Size[] = [];
+  const places = new Map<string, number>();
+  const placeOf = (size: Size): number => {
+    const place = places.get(size.join()) ?? buckets.push(size) - 1;
+    places.set(size.join(), place);
+    return place;
+  };
+  for (const { sizes } of levels) sizes.forEach(placeOf);
+  const bucketsOf = (size: Size): number[] => {
+    const found = levels.map(({ resolution, sizes }) => {
+      const nearest = nearestSize(size, sizes);
+      const enlarges = nearest[0] > size[0] || nearest[1] > size[1];
+      return placeOf(bucket_no_upscale && enlarges ? ownSize(size, resolution, step) : nearest);
+    });
+    return [...new Set(found)];
+  };
+  return { buckets, bucketsOf };
 }

@@ -13,7 +13,7 @@ import { type Sample, survey } from '../data/survey.ts';
 import { templatesOf } from '../data/templates.ts';
 import type { Report } from '../passes/task.ts';
 import type { Run } from '../run/run.ts';
-import { bucketSizes, nearestBucket } from './buckets.ts';
+import { openBuckets, resolutionsOf } from './buckets.ts';
 import { readShown, type View } from './cache.ts';
 import { geometryOf, type Reading } from './picture.ts';
 
@@ -32,12 +32,13 @@ export interface Pictures {
 
 /** Looks at every picture of a run. Sides will be multiples of `step`. @throws UserError */
 export async function openPictures(run: Run, step: number, report: Report): Promise<Pictures> {
-  const { path, resolution, aspect_ratio_buckets, broken } = run.dataset;
+  const { path, broken } = run.dataset;
   if (!path) throw new UserError('the run names no dataset; set dataset.path to a folder or a hub id');
-  if (resolution % step)
-    throw new UserError(
-      `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
-    );
+  for (const resolution of resolutionsOf(run.dataset))
+    if (resolution % step)
+      throw new UserError(
+        `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
+      );
   const look = async (options: DatasetOptions, label: string): Promise<Sample[]> => {
     const onProgress = (done: number, total: number) => report.progress(label, done, total);
     const { samples, skipped } = await survey(await openDataset(options), { broken, onProgress });
@@ -61,15 +62,22 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
         'looking at pictures of the class',
       )
     : [];
-  const samples = [...own, ...prior.map(ofClass)].flatMap(
+  const shown = [...own, ...prior.map(ofClass)].flatMap(
     run.dataset.folder_repeats ? repeated : (each) => [each],
   );
-  const buckets = bucketSizes(resolution, aspect_ratio_buckets, step);
+  const { buckets, bucketsOf } = openBuckets(run.dataset, step);
+  const placed = shown.flatMap((sample) =>
+    bucketsOf(sample.size).map((bucket, i) => ({
+      bucket,
+      sample: i === 0 ? sample : again(sample, `at ${buckets[bucket].join('x')}`),
+    })),
+  );
+  const samples = placed.map(({ sample }) => sample);
   const names = samples.map(({ id, hash, beside }) => [id, hash, ...(beside ? [beside.hash] : [])].join(' '));
   return {
     samples,
     buckets,
-    bucketOf: samples.map(({ size }) => nearestBucket(size, buckets)),
+    bucketOf: placed.map(({ bucket }) => bucket),
     hash: createHash('sha256').update(names.join('\n')).digest('hex'),
     captionsHash: hashOfCaptions(samples),
     validationImages: await Promise.all(run.previews.validation_image.map(readPicture)),
@@ -85,10 +93,13 @@ function ofClass(sample: Sample): Sample {
 /** A picture as often as its topmost folder says, `10_name`: the same file, with draws of its own each time. */
 function repeated(sample: Sample): Sample[] {
   const count = Number(/^(?:class\/)?([1-9]\d*)_[^/]*\//.exec(sample.id)?.[1] ?? 1);
-  return Array.from({ length: count }, (_, i) => {
-    const id = i === 0 ? sample.id : `${sample.id} (${i + 1})`;
-    return { ...sample, id, key: keyOf(id) };
-  });
+  return Array.from({ length: count }, (_, i) => (i === 0 ? sample : again(sample, `(${i + 1})`)));
+}
+
+/** A picture once more, with draws of its own. */
+function again(sample: Sample, time: string): Sample {
+  const id = `${sample.id} ${time}`;
+  return { ...sample, id, key: keyOf(id) };
 }
 
 /** Pixels that sides divide by: what the VAE shrinks by, times what the UNet halves where that is trained. */
@@ -102,10 +113,10 @@ export function sideStep(
   return 2 ** (halvings('vae', vaeSource) + (target === 'vae' ? 0 : halvings('unet', source)));
 }
 
-/** Pixels of a preview that names no size: the bucket of a square picture. */
-export function previewSize({ dataset: { resolution } }: Run, { buckets }: Pictures) {
-  const [height, width] = buckets[nearestBucket([resolution, resolution], buckets)];
-  return { height, width };
+/** Pixels of a preview that names no size: the square of the run's resolution, of several the largest. */
+export function previewSize({ dataset }: Run) {
+  const side = Math.max(...resolutionsOf(dataset));
+  return { height: side, width: side };
 }
 
 function viewOf(index: number, pictures: Pictures, run: Run, variant: number, flip: boolean): View {

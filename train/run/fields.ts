@@ -98,6 +98,14 @@ export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly
     }),
 });
 
+/** What passes `entry`, or a list of such, which is not empty. */
+export const oneOrMore = <T>(fallback: T, entry: Field<T>): Field<T | readonly T[]> =>
+  field<T | readonly T[]>(
+    fallback,
+    `${entry.wants}, or a list of such`,
+    (value) => [value].flat().length > 0 && entriesOf([value].flat()).every(entry.accepts),
+  );
+
 /** Two entries that both pass `entry`. */
 export const pair = <T>(fallback: readonly [T, T], entry: Field<T>): Field<readonly [T, T]> =>
   field(

@@ -201,10 +201,12 @@ export interface Run {
     class_data_dir: string;
     /** The caption of those that have none. */
     class_prompt: string;
-    /** Pixels of the square whose area all pictures take. */
-    resolution: number;
+    /** Pixels of the square whose area all pictures take. Of several resolutions an epoch has each picture at each. */
+    resolution: number | readonly number[];
     /** Group pictures by aspect ratio into SDXL's sizes; otherwise all are cropped to the square. */
     aspect_ratio_buckets: boolean;
+    /** A picture that its size would enlarge has one of its own instead: its pixels, cut to whole multiples of what the model divides by. */
+    bucket_no_upscale: boolean;
     /** Crop at the centre rather than at random. */
     center_crop: boolean;
     /** Crops of one picture that are prepared, where crop or a mask are drawn: epochs show them in turn. */

@@ -50,7 +50,7 @@ export function diffusionTask(
 ): Task {
   const { source } = sources;
   const { moments, texts: said } = prepared;
-  const previews = previewsOf(run.previews, previewSize(run, pictures));
+  const previews = previewsOf(run.previews, previewSize(run));
   const needed = [
     ...(said ? [] : textParts(source)),
     'unet' as const,

@@ -185,8 +185,8 @@ async function prepareImages(
 const cacheFolder = ({ dataset, output }: Run): string => dataset.cache || join(output, 'cache');
 
 /** What the previews' prompts are to the text encoders, and what they are not to show. */
-const previewEmbeds = ({ run, pictures }: Subject, pipeline: Pipeline): PromptEmbeds[] =>
-  previewsOf(run.previews, previewSize(run, pictures)).map(({ prompt, negative_prompt }) => {
+const previewEmbeds = ({ run }: Subject, pipeline: Pipeline): PromptEmbeds[] =>
+  previewsOf(run.previews, previewSize(run)).map(({ prompt, negative_prompt }) => {
     const asked = { prompt, negative_prompt: negative_prompt || undefined };
     const { truncated: _, ...embeds } = encodePrompt(pipeline, asked);
     return embeds;

@@ -19,6 +19,10 @@ export function refuseImages(run: Run, where: string): void {
     throw new UserError(
       `${where}: "objective.masked_loss" is for the targets "unet", "lora" and "textual_inversion", and "train.target" is "${target}"; leave it out`,
     );
+  if (dataset.bucket_no_upscale && !dataset.aspect_ratio_buckets)
+    throw new UserError(
+      `${where}: "dataset.bucket_no_upscale" gives small pictures sizes of their own, and without "dataset.aspect_ratio_buckets" all have one; set that too, or leave it out`,
+    );
   refuseClass(run, where);
   refuseAlphaMask(run, where);
   if (dataset.conditioning_image_column && !conditioned(run))
