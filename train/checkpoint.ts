@@ -143,7 +143,6 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
 const free = [
   'train.fused_backward_pass',
   'optimizer.lr',
-  'optimizer.text_encoder_lr',
   'name',
   'output',
   'epochs',
@@ -159,10 +158,15 @@ const free = [
   'dataset.class_data_dir',
 ];
 
-/** Of a key that may change but in a part, that part: which blocks are not trained. */
+/** Of a key that may change but in a part, that part: which blocks and text encoders are not trained. */
 const held: Readonly<Record<string, (value: unknown) => unknown>> = {
-  'optimizer.block_lr': (rates) => (rates as number[]).flatMap((rate, block) => (rate === 0 ? [block] : [])),
+  'optimizer.block_lr': (rates) => zerosOf(rates as number[]),
+  // Of one rate 0 is that of the run.
+  'optimizer.text_encoder_lr': (rates) => (Array.isArray(rates) && rates.length > 1 ? zerosOf(rates) : []),
 };
+
+const zerosOf = (rates: readonly number[]): number[] =>
+  rates.flatMap((rate, place) => (rate === 0 ? [place] : []));
 
 /**
  * The first key in which two runs would train differently, with both values; undefined where there is none. A key that the first lacks,

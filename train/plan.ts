@@ -6,7 +6,7 @@ import { standInFor } from '../engine/profile.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { type Materials, mostPasses } from './materials.ts';
 import { objectiveOf } from './objective/objective.ts';
-import { blockRatesInWords } from './parts/block_lr.ts';
+import { blockRatesInWords } from './parts/rates.ts';
 import { estimate } from './rehearsal.ts';
 import { fill } from './run/fields.ts';
 import { given } from './run/rules/owners.ts';
@@ -209,7 +209,12 @@ const ofMoments = ({ optimizer: { moments_dtype } }: Run): string =>
 
 /** The text encoders' learning rate, where it is another. */
 const ofTexts = ({ train, optimizer: { text_encoder_lr } }: Run): string =>
-  train.text_encoders && text_encoder_lr ? ` (text encoders ${text_encoder_lr})` : '';
+  train.text_encoders && text_encoder_lr
+    ? ` (text encoders ${[text_encoder_lr]
+        .flat()
+        .map((rate) => rate || 'frozen')
+        .join(' and ')})`
+    : '';
 
 /** How GPUs share an update, and what that takes between them: each sends all but its own share of gradients. */
 function dealing({ run, buckets, passes_per_update, trained_parameters, memory_bytes }: Plan): string {

@@ -94,6 +94,12 @@ test('values under which nothing would be trained are refused', (t) => {
     refuses(t, /"dataset\.resolution" takes a whole number from 8, or a list of such$/, () =>
       resolved(`dataset.resolution=${value}`),
     );
+  refuses(t, /text_encoder_lr" takes a number from 0, or a list of up to 2 such$/, () =>
+    resolved('train.text_encoders=true', 'optimizer.text_encoder_lr=1,2,3'),
+  );
+  refuses(t, /text_encoder_lr" is 0 for both text encoders, .* to false instead$/, () =>
+    resolved('train.text_encoders=true', 'optimizer.text_encoder_lr=0,0'),
+  );
   const own = 'dataset.bucket_no_upscale=true';
   refuses(t, /"dataset\.bucket_no_upscale" gives .*; set that too, or leave it out$/, () => resolved(own));
   t.doesNotThrow(() => resolved(own, 'dataset.aspect_ratio_buckets=true'));
@@ -123,10 +129,12 @@ test('values under which nothing would be trained are refused', (t) => {
 test('what Prodigy cannot find a learning rate with is refused', (t) => {
   const prodigy = ['optimizer.name=prodigy', 'optimizer.lr=1'];
   t.doesNotThrow(() => resolved(...prodigy, 'optimizer.growth_rate=1.02', 'train.text_encoders=true'));
+  t.doesNotThrow(() => resolved(...prodigy, 'train.text_encoders=true', 'optimizer.text_encoder_lr=1,0'));
   const texts = ['train.text_encoders=true', 'optimizer.text_encoder_lr=0.5'];
   for (const [says, ...assignments] of [
     [/"optimizer\.lr" is 0\.00001, and Prodigy takes .*; set it to 1$/, 'optimizer.lr=0.00001'],
     [/"optimizer\.text_encoder_lr" is 0\.5, and Prodigy has one/, ...texts],
+    [/"optimizer\.text_encoder_lr" is 2, /, texts[0], 'optimizer.text_encoder_lr=1,2'],
     [/"optimizer\.d0" is 0, with which Prodigy finds no/, 'optimizer.d0=0'],
     [/"optimizer\.d_coef" is 0, /, 'optimizer.d_coef=0'],
     [/"optimizer\.eps" is 0, /, 'optimizer.eps=0'],

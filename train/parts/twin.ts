@@ -18,7 +18,7 @@ import { unet } from '../../models/unet/unet.ts';
 import { draws, keyOf } from '../data/draws.ts';
 import { type Component, component, type Substitute, type TrainedAdapter, twin } from '../passes/task.ts';
 import { type Run, trainsTexts } from '../run/run.ts';
-import { blockRates } from './block_lr.ts';
+import { blockRates, textEncoderRate } from './rates.ts';
 
 /** What a run may train of a pipeline, in the order of its text encoders; each with the weights that the model was loaded with. */
 export interface Networks {
@@ -168,20 +168,18 @@ interface Place {
 
 /** The networks that a run puts adapters on. */
 function placesOf(run: Run, { unet: root, unetConfig, text }: Pipeline, { texts }: Networks): Place[] {
-  const { lora, train, optimizer } = run;
-  const encoders = text.encoders.map(({ encoder }, i) => ({
-    name: texts[i].name,
-    root: encoder,
-    targets: lora.text_encoder_targets,
-    option: 'lora.text_encoder_targets',
-    lr: () => optimizer.text_encoder_lr || undefined,
-  }));
+  const { lora, train } = run;
+  const encoders = text.encoders.map(({ encoder: root }, i) => {
+    const { name } = texts[i];
+    const option = 'lora.text_encoder_targets';
+    return { name, root, targets: lora.text_encoder_targets, option, lr: () => textEncoderRate(run, name) };
+  });
   const rates = blockRates(run, unetConfig);
   const own = {
     ...{ name: 'unet', root, targets: lora.targets, option: 'lora.targets' },
     lr: (path: string) => rates(`${path}.weight`),
   };
-  return train.text_encoders ? [own, ...encoders] : [own];
+  return train.text_encoders ? [own, ...encoders.filter(({ lr }) => lr() !== 0)] : [own];
 }
 
 /** The same as a LoRA file's names are matched against. */

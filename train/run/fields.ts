@@ -98,12 +98,15 @@ export const list = <T>(fallback: readonly T[], entry: Field<T>): Field<readonly
     }),
 });
 
-/** What passes `entry`, or a list of such, which is not empty. */
-export const oneOrMore = <T>(fallback: T, entry: Field<T>): Field<T | readonly T[]> =>
+/** What passes `entry`, or a list of `most` such at the most, which is not empty. */
+export const oneOrMore = <T>(fallback: T, entry: Field<T>, most = Infinity): Field<T | readonly T[]> =>
   field<T | readonly T[]>(
     fallback,
-    `${entry.wants}, or a list of such`,
-    (value) => [value].flat().length > 0 && entriesOf([value].flat()).every(entry.accepts),
+    `${entry.wants}, or a list of ${most === Infinity ? '' : `up to ${most} `}such`,
+    (value) => {
+      const entries = entriesOf([value].flat());
+      return entries.length > 0 && entries.length <= most && entries.every(entry.accepts);
+    },
   );
 
 /** Two entries that both pass `entry`. */

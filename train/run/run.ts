@@ -252,8 +252,11 @@ export interface Run {
   };
   optimizer: OptimizerSettings & {
     lr: number;
-    /** The text encoders' learning rate, where they are trained; 0 for `lr`. It goes by the same schedule. */
-    text_encoder_lr: number;
+    /**
+     * The text encoders' learning rate, where they are trained; 0 for `lr`. Two are the first's and the second's, of which one may be 0: that
+     * one is not trained. They go by the same schedule.
+     */
+    text_encoder_lr: number | readonly number[];
     /**
      * The learning rates of the UNet's blocks, for targets `unet` and `lora`, as kohya numbers them: 0 the embeddings of time and sizes,
      * 1 to 9 the way down, 10 to 12 the middle, 13 to 21 the way up, 22 the last layers. They go by the same schedule, and 0 trains

@@ -166,7 +166,7 @@ export const fields: Fields<Run> = {
   optimizer: {
     name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
     lr: number(1e-5, { min: 0 }),
-    text_encoder_lr: number(0, { min: 0 }),
+    text_encoder_lr: oneOrMore(0, number(0, { min: 0 }), 2),
     block_lr: list([], number(0, { min: 0 })),
     betas: pair([0.9, 0.999], number(0, { min: 0, below: 1 })),
     eps: number(1e-8, { min: 0 }),

@@ -6,7 +6,7 @@ import type { Pipeline } from '../../models/pipeline.ts';
 import { withControlNet } from '../controls/controlnet.ts';
 import { type IPAdapterBegin, withIPAdapter } from '../controls/ip_adapter.ts';
 import { withT2IAdapter } from '../controls/t2i_adapter.ts';
-import { blockRates } from '../parts/block_lr.ts';
+import { blockRates, textEncoderRate } from '../parts/rates.ts';
 import { withToken } from '../parts/textual_inversion.ts';
 import { type Added, adapters, type Networks } from '../parts/twin.ts';
 import { type Component, component } from '../passes/task.ts';
@@ -52,12 +52,14 @@ export function trainedParts(
   const isTrained = (key: string) =>
     lr(key) !== 0 && (parts.length === 0 || parts.some((part) => key.includes(part)));
   const net = component('unet', source.config('unet'), pipeline.unet, { isTrained, lr });
-  const ofTexts = { lr: () => run.optimizer.text_encoder_lr || undefined };
   const texts = encoders.map(({ encoder }, i) =>
-    component(names[i], source.config(names[i]), encoder, ofTexts),
+    component(names[i], source.config(names[i]), encoder, { lr: () => textEncoderRate(run, names[i]) }),
   );
   const networks = { net, texts };
-  if (target === 'unet') return { pipeline, networks, components: [net, ...(text_encoders ? texts : [])] };
+  if (target === 'unet') {
+    const along = text_encoders ? texts.filter(({ name }) => textEncoderRate(run, name) !== 0) : [];
+    return { pipeline, networks, components: [net, ...along] };
+  }
   // Made last: what is listed above is the model alone.
   if (target === 'controlnet' || target === 't2i_adapter') {
     const put = target === 'controlnet' ? withControlNet : withT2IAdapter;

@@ -10,6 +10,11 @@ export function refuseOptimizer(run: Run, where: string): void {
     throw new UserError(
       `${where}: "optimizer.moments_dtype" is for AdamW's moments, and "optimizer.name" is "${optimizer.name}"; leave it out, or set "optimizer.name" to "adamw"`,
     );
+  const ofTexts = [optimizer.text_encoder_lr].flat();
+  if (ofTexts.length > 1 && ofTexts.every((rate) => rate === 0))
+    throw new UserError(
+      `${where}: "optimizer.text_encoder_lr" is 0 for both text encoders, so neither would be trained; set "train.text_encoders" to false instead`,
+    );
   if (optimizer.text_encoder_lr && !train.text_encoders)
     throw new UserError(
       `${where}: "optimizer.text_encoder_lr" is the text encoders' learning rate, and they are not trained; set "train.text_encoders", or leave it out`,
@@ -90,9 +95,10 @@ function refuseRates({ optimizer, train, lora }: Run, where: string): void {
     throw new UserError(
       `${where}: "optimizer.lr" is ${lr}, and Prodigy takes the learning rate that it finds times that, so nothing would be learnt; set it to 1`,
     );
-  if (train.text_encoders && text_encoder_lr && text_encoder_lr !== lr)
+  const ofTexts = [text_encoder_lr].flat().find((rate) => rate !== 0 && rate !== lr);
+  if (train.text_encoders && ofTexts !== undefined)
     throw new UserError(
-      `${where}: "optimizer.text_encoder_lr" is ${text_encoder_lr}, and Prodigy has one learning rate for all weights; leave it out`,
+      `${where}: "optimizer.text_encoder_lr" is ${ofTexts}, and Prodigy has one learning rate for all weights; leave it out`,
     );
   const other = block_lr.find((rate) => rate !== 0 && rate !== lr);
   if (other !== undefined)

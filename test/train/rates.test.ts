@@ -156,6 +156,48 @@ for (const algo of ['lora', 'loha'] as const)
     file.close();
   });
 
+test('of two rates of text encoders each has its own, and none is trained by 0', async (t) => {
+  const train = { text_encoders: true };
+  const parts = ['text_encoder', 'text_encoder_2'];
+  for (const text_encoder_lr of [
+    [1e-4, 0],
+    [1e-4, 3e-4],
+  ]) {
+    const own = { ...once, optimizer: { ...optimizer, block_lr: [], text_encoder_lr } };
+    const name = `texts-${text_encoder_lr[1]}`;
+    const { folder } = await run({ ...basic(name), ...own, train });
+    for (const [i, part] of parts.entries()) {
+      const rate = text_encoder_lr[i];
+      const [before, after] = [model, folder].map((at) =>
+        openSafetensors(join(at, part, 'model.safetensors')),
+      );
+      const moved = [...before.tensors].flatMap(([key, { dtype }]) => {
+        if (/position_ids$/.test(key)) return [];
+        const [a, b] = [before, after].map((file) => decodeFloats(file.read(key), dtype as 'float32'));
+        return [...a.map((x, k) => Math.abs(x - b[k]))];
+      });
+      const most = moved.reduce((a, b) => Math.max(a, b));
+      t.ok(rate === 0 ? most === 0 : Math.abs(most / rate - 1) < 1e-2, `${part}: ${most}, rate ${rate}`);
+      for (const file of [before, after]) file.close();
+    }
+    const lora: RunInput = { ...basic(`${name}-lora`), ...own, train: { ...train, target: 'lora' } };
+    const file = openSafetensors(join((await run(lora)).folder, 'pytorch_lora_weights.safetensors'));
+    const most = (part: string): number =>
+      [...file.tensors.keys()]
+        .filter((key) => key.startsWith(`${part}.`) && /lora_B/.test(key))
+        .flatMap((key) => [...decodeFloats(file.read(key), 'float32').map(Math.abs)])
+        .reduce((a, b) => Math.max(a, b), -1);
+    for (const [i, part] of parts.entries()) {
+      const rate = text_encoder_lr[i];
+      t.ok(
+        rate === 0 ? most(part) === -1 : Math.abs(most(part) / rate - 1) < 1e-2,
+        `adapters of ${part}: ${most(part)}, rate ${rate}`,
+      );
+    }
+    file.close();
+  }
+});
+
 test('runs resume, with other rates too, but with no other blocks', async (t) => {
   for (const [name, more] of Object.entries({
     unet: { optimizer: { ...optimizer, name: 'adafactor' } },
@@ -176,6 +218,17 @@ test('runs resume, with other rates too, but with no other blocks', async (t) =>
     message: /is of another run: optimizer\.block_lr was \[/,
   });
   await t.resolves(run(others(block_lr.map((rate) => rate / 2)), { checkpoint }), 'lower rates');
+  const train = { text_encoders: true };
+  const texts = (...text_encoder_lr: number[]): RunInput => ({
+    ...{ ...basic('texts-other'), steps: 3, train },
+    optimizer: { lr: 1e-4, text_encoder_lr },
+  });
+  const begun = await run(texts(1e-4, 0), { until: 1 });
+  await t.rejects(run(texts(1e-4, 1e-5), { checkpoint: begun.folder }), {
+    name: 'UserError',
+    message: /is of another run: optimizer\.text_encoder_lr was \[/,
+  });
+  await t.resolves(run(texts(1e-5, 0), { checkpoint: begun.folder }), 'a lower rate of the first');
   t.equal(device.memory.storages, 0, 'live tensors');
 });
 
