@@ -1,14 +1,13 @@
 // The inputs of the UNet's passes: latents drawn anew each epoch from their cached moments, captions chosen each epoch, time ids from the
 // true crop, and what the method (methods/) and the run (controls/) add. A caption that is left away becomes what the model is given
 // without a prompt: zeros (the base model), or the embedding of an empty text.
-
 import type { Pipeline } from '../../models/pipeline.ts';
 import { joined } from '../../models/vae/latents.ts';
 import type { Control } from '../controls/control.ts';
 import { captionOf } from '../data/caption.ts';
-import type { MicroBatch } from '../data/order.ts';
 import type { Method } from '../methods/method.ts';
-import type { HostTensor, PassInputs } from '../objective/pass_inputs.ts';
+import type { HostTensor } from '../objective/pass_inputs.ts';
+import type { Dropout } from '../parts/dropout.ts';
 import type { Task } from '../passes/task.ts';
 import { drawLatents, type PictureMoments, type View } from '../pictures/cache.ts';
 import { timeIdsOf } from '../pictures/picture.ts';
@@ -24,17 +23,11 @@ interface Makers {
   method: Method;
   texts: Texts;
   control: Control;
+  dropout: Dropout;
 }
 
-interface DiffusionInputs {
-  /** Those of a pass, and the keys of its pictures' draws. */
-  prepare(...pass: Parameters<Task['prepare']>): Promise<{ inputs: PassInputs; ids: readonly number[] }>;
-  /** Of the same shapes, without numbers, and how many pictures. */
-  blank(batch: MicroBatch): { inputs: PassInputs; n: number };
-}
-
-export function diffusionInputs(makers: Makers): DiffusionInputs {
-  const { run, pictures, pipeline, moments, method, texts, control } = makers;
+export function diffusionInputs(makers: Makers): Pick<Task, 'prepare' | 'blank'> {
+  const { run, pictures, pipeline, moments, method, texts, control, dropout } = makers;
   const { seed } = run;
   const hasPrior = pictures.samples.some(({ prior }) => prior);
   const captionIn = (view: View, epoch: number): string | undefined => {
@@ -59,7 +52,7 @@ export function diffusionInputs(makers: Makers): DiffusionInputs {
         ...(method.asks.unconditional && aside(texts.inputs(views.map(() => undefined)))),
         ...(await control.inputs(views, epoch, signal)),
       };
-      return { inputs, ids };
+      return { ...inputs, ...dropout.inputs(inputs, ids, epoch) };
     },
     blank({ bucket, samples }) {
       const n = samples.length * (run.dataset.rejected_image_column ? 2 : 1);
@@ -74,7 +67,7 @@ export function diffusionInputs(makers: Makers): DiffusionInputs {
         ...(method.asks.unconditional && aside(texts.blank(n))),
         ...control.blank(n, size),
       };
-      return { inputs, n };
+      return { ...inputs, ...dropout.blank(inputs, n) };
     },
   };
 }

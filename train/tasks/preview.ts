@@ -25,15 +25,10 @@ const cell = 192;
 /** What ends a preview that the user no longer waits for. */
 class Left extends Error {}
 
-/**
- * One picture a prompt, or none at all once `stop.asked`. `embeds` are the prompts', where the text encoders are gone. `more` is what
- * each is given besides.
- */
+/** One picture a preview, or none at all once `stop.asked`. */
 export async function samplePreviews(
   pipeline: Pipeline,
-  previews: readonly Preview[],
-  embeds: readonly PromptEmbeds[] | undefined,
-  more: readonly Partial<Asked>[],
+  requests: readonly Asked[],
   stop: Stop,
 ): Promise<Picture[]> {
   const pictures: Picture[] = [];
@@ -41,7 +36,7 @@ export async function samplePreviews(
     if (stop.asked) throw new Left();
   };
   try {
-    for (const request of requestsOf(previews, embeds, more)) {
+    for (const request of requests) {
       const { latents } = await denoiseToEnd(pipeline, request, leave);
       pictures.push(...decode(pipeline, latents));
     }
@@ -52,11 +47,14 @@ export async function samplePreviews(
   return pictures;
 }
 
-/** Previews as requests. */
-const requestsOf = (
+/**
+ * Previews as requests, for one time: generators go on. `embeds` are the prompts', where the text encoders are gone. `more` is what each
+ * is given besides.
+ */
+export const requestsOf = (
   previews: readonly Preview[],
-  embeds: readonly PromptEmbeds[] | undefined,
-  more: readonly Partial<Asked>[],
+  embeds?: readonly PromptEmbeds[],
+  more: readonly Partial<Asked>[] = [],
 ): Asked[] =>
   previews.map(({ seed, scheduler, prompt, negative_prompt, ...preview }, i) => ({
     ...preview,
@@ -75,7 +73,7 @@ export function checkPreviews(
   const { ratio, adapter } = pipeline;
   samplerFor(pipeline, { scheduler: { name: name || undefined } });
   previews.forEach((preview, i) => {
-    samplerFor(pipeline, requestsOf([preview], undefined, [])[0]).plan(preview.num_inference_steps);
+    samplerFor(pipeline, requestsOf([preview])[0]).plan(preview.num_inference_steps);
     for (const side of ['width', 'height'] as const)
       if (preview[side] % ratio)
         throw new UserError(
@@ -86,18 +84,8 @@ export function checkPreviews(
 }
 
 /** The most memory that previews take, each kind of them done for a step on a device without numbers. */
-export function rehearsePreviews(
-  pipeline: Pipeline,
-  previews: readonly Preview[],
-  embeds: readonly PromptEmbeds[] | undefined,
-  more: readonly Partial<Asked>[],
-): void {
-  const kinds = new Map(
-    requestsOf(previews, embeds, more).map((each) => [
-      `${[each.width, each.height, each.guidance_scale]}`,
-      each,
-    ]),
-  );
+export function rehearsePreviews(pipeline: Pipeline, requests: readonly Asked[]): void {
+  const kinds = new Map(requests.map((each) => [`${[each.width, each.height, each.guidance_scale]}`, each]));
   for (const request of kinds.values()) {
     const loop = denoise(pipeline, request);
     const { value } = loop.next();

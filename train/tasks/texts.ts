@@ -10,6 +10,7 @@ import { parseTextConfig } from '../../models/text/clip.ts';
 import { type Encoded, encodeTokens, tokensOf } from '../../models/text/conditioning.ts';
 import { joined } from '../../models/vae/latents.ts';
 import type { HostTensor, PassInputs } from '../objective/pass_inputs.ts';
+import type { Networks } from '../parts/twin.ts';
 import type { TextEmbeddings } from '../pictures/cache.ts';
 import type { PreparedTexts } from './preparation.ts';
 
@@ -36,15 +37,10 @@ export const fromAside = (inputs: Tensors): Tensors =>
     ),
   );
 
-/** `configs` are the encoders'. */
-export const preparedTexts = (
-  pipeline: Pipeline,
-  { read }: PreparedTexts,
-  configs: readonly Json[],
-): Texts => ({
+export const preparedTexts = (pipeline: Pipeline, { read }: PreparedTexts, networks: Networks): Texts => ({
   inputs: (chosen) => embeddedInputs(pipeline, chosen.map(read)),
-  blank: (n) => blankEmbeddings(pipeline, configs, n),
-  encoded: (_, { context, pooled }) => ({ context, pooled }),
+  blank: (n) => blankEmbeddings(pipeline, networks, n),
+  encoded: fromEmbeddings,
 });
 
 export const textsInPass = (pipeline: Pipeline): Texts => ({
@@ -53,6 +49,9 @@ export const textsInPass = (pipeline: Pipeline): Texts => ({
   blank: (n) => tokenInputs(pipeline, Array<undefined>(n).fill(undefined)),
   encoded: throughEncoders,
 });
+
+/** Captions that are inputs as embeddings. */
+export const fromEmbeddings: Texts['encoded'] = (_, { context, pooled }) => ({ context, pooled });
 
 /** What the cache has of captions, as inputs [n, 77, c] and [n, p]. */
 function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmbeddings[]): PassInputs {
@@ -69,11 +68,11 @@ function embeddedInputs({ dtype, unetConfig }: Pipeline, found: readonly TextEmb
 /** Inputs of their shapes without a caption. */
 export function blankEmbeddings(
   { text, dtype, unetConfig }: Pipeline,
-  configs: readonly Json[],
+  { texts }: Networks,
   n: number,
 ): PassInputs {
   const tokens = tokensOf(text.encoders[0], [''], text.chunks).ids.values.length;
-  const { projection_dim = 0 } = parseTextConfig(configs[configs.length - 1]);
+  const { projection_dim = 0 } = parseTextConfig(texts[texts.length - 1].config as Json);
   const blank = (...shape: number[]): HostTensor => ({
     shape,
     values: new Float32Array(sizeOf(shape)),
