@@ -17,9 +17,17 @@ import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { joined, toHost } from '../../models/vae/latents.ts';
 import { parseVaeConfig, type Vae, vae } from '../../models/vae/vae.ts';
 import { draws } from '../data/draws.ts';
-import type { PassInputs } from '../objective/pass_inputs.ts';
 import { vaeLoss } from '../objective/vae_objective.ts';
-import { component, copied, lent, type Substitute, type Task, twin, type Weights } from '../passes/task.ts';
+import {
+  type Component,
+  component,
+  copied,
+  lent,
+  type Substitute,
+  type Task,
+  twin,
+  type Weights,
+} from '../passes/task.ts';
 import { type Pictures, readView, spread, viewIn } from '../pictures/pictures.ts';
 import type { Run } from '../run/run.ts';
 
@@ -27,66 +35,31 @@ import type { Run } from '../run/run.ts';
 const shown = 8;
 const measured = 256;
 
+/** What a run trains, and on what. */
+interface Trained {
+  run: Run;
+  pictures: Pictures;
+  coder: Vae;
+  component: Component;
+  device: Device;
+}
+
 export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSource, device: Device): Task {
   const config = { ...source.config('vae') };
   const coder = vae(parseVaeConfig(config));
   holding('vae', () => source.load('vae', coder.module, device, run.dtype));
-  const trained = component('vae', config, coder.module);
-  const ratio = 2 ** (coder.config.block_out_channels.length - 1);
-  const shapes = (bucket: number, n: number) => {
-    const [h, w] = pictures.buckets[bucket];
-    return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, coder.config.latent_channels] };
+  const trained: Trained = {
+    run,
+    pictures,
+    coder,
+    component: component('vae', config, coder.module),
+    device,
   };
-  /** The VAE with other weights, to be unloaded. */
-  const twinOf = (substitute: Substitute) =>
-    built(() => {
-      const other = vae(coder.config);
-      return { other, weights: twin(trained, namedParameters(other.module), substitute) };
-    });
-  /** One picture's numbers from the VAE with other weights. */
-  const once = async <R>(
-    index: number,
-    weights: Weights,
-    fn: (vae: Vae, x: ReturnType<typeof tensor>) => R,
-  ): Promise<R> => {
-    const picture = await readView(viewIn(0, index, pictures, run), run);
-    const { other } = twinOf(lent(weights));
-    const { picture: shape } = shapes(pictures.bucketOf[index], 1);
-    try {
-      return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
-    } finally {
-      unload(other.module);
-    }
-  };
-  const all = pictures.samples.map((_, i) => i);
-  const { dtype } = run;
-  const inputs = (
-    shape: readonly number[],
-    pixels: Float32Array,
-    latent: readonly number[],
-    noise: Float32Array,
-  ): PassInputs => ({
-    pictures: { shape, values: pixels, dtype },
-    noise: { shape: latent, values: noise, dtype },
-  });
   return {
-    components: [trained],
-    async prepare({ bucket, samples }, epoch, signal) {
-      const pixels = samples.map((i) => readView(viewIn(epoch, i, pictures, run), run, signal));
-      const { picture, latent } = shapes(bucket, samples.length);
-      const noise = samples.map((i) => {
-        const { key } = pictures.samples[i];
-        return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
-      });
-      return inputs(picture, joined(await Promise.all(pixels)), latent, joined(noise));
-    },
-    blank({ bucket, samples }) {
-      const { picture, latent } = shapes(bucket, samples.length);
-      const zeros = (shape: readonly number[]) => new Float32Array(sizeOf(shape));
-      return inputs(picture, zeros(picture), latent, zeros(latent));
-    },
+    components: [trained.component],
+    ...inputsOf(trained),
     loss(inputs, weights) {
-      const used = weights ? twinOf(lent(weights)).other : coder;
+      const used = weights ? twinOf(trained, lent(weights)).other : coder;
       try {
         return lossOf(run, used, inputs);
       } finally {
@@ -94,32 +67,93 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
       }
     },
     replicate(further) {
-      const { other, weights } = twinOf(copied(further));
+      const { other, weights } = twinOf(trained, copied(further));
       return {
         weights: new Map(weights),
         loss: (inputs) => lossOf(run, other, inputs),
         release: () => unload(other.module),
       };
     },
-    /** Columns of a picture above what the VAE makes of it. */
-    async preview(weights) {
-      const columns: Picture[] = [];
-      for (const i of spread(all, shown)) {
-        const pair = await once(i, weights, (other, x) =>
-          [x, other.decode(other.encode(x).mean)].map(toHost),
-        );
-        columns.push(grid(pair.map(({ data, shape }) => toPictures(data, shape))));
-      }
-      return columns;
-    },
+    preview: (weights) => beforeAndAfter(trained, weights),
     async finish(weights) {
       const meanOf = (i: number) =>
-        once(i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
-      config.scaling_factor = await scalingFactor(spread(all, measured), meanOf);
+        throughVae(trained, i, weights, (other, x) => cast(other.encode(x).mean, 'float32').floats());
+      config.scaling_factor = await scalingFactor(spread(placesOf(pictures), measured), meanOf);
       for (const each of ['latents_mean', 'latents_std']) delete config[each]; // the former latents'
     },
     release: () => unload(coder.module),
   };
+}
+
+/** The VAE with other weights, to be unloaded. */
+const twinOf = ({ coder, component }: Trained, substitute: Substitute) =>
+  built(() => {
+    const other = vae(coder.config);
+    return { other, weights: twin(component, namedParameters(other.module), substitute) };
+  });
+
+/** Of `n` pictures of a bucket. */
+function shapesOf({ pictures, coder: { config } }: Trained, bucket: number, n: number) {
+  const [h, w] = pictures.buckets[bucket];
+  const ratio = 2 ** (config.block_out_channels.length - 1);
+  return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, config.latent_channels] };
+}
+
+/** Pictures, and the noise by which their latents are drawn. */
+function inputsOf(trained: Trained): Pick<Task, 'prepare' | 'blank'> {
+  const { run, pictures } = trained;
+  const { dtype } = run;
+  return {
+    async prepare({ bucket, samples }, epoch, signal) {
+      const pixels = samples.map((i) => readView(viewIn(epoch, i, pictures, run), run, signal));
+      const { picture, latent } = shapesOf(trained, bucket, samples.length);
+      const noise = samples.map((i) => {
+        const { key } = pictures.samples[i];
+        return draws(run.seed, epoch, key, 'moments').normals(sizeOf(latent) / samples.length);
+      });
+      return {
+        pictures: { shape: picture, values: joined(await Promise.all(pixels)), dtype },
+        noise: { shape: latent, values: joined(noise), dtype },
+      };
+    },
+    blank({ bucket, samples }) {
+      const { picture, latent } = shapesOf(trained, bucket, samples.length);
+      const zeros = (shape: readonly number[]) => ({ shape, values: new Float32Array(sizeOf(shape)), dtype });
+      return { pictures: zeros(picture), noise: zeros(latent) };
+    },
+  };
+}
+
+/** What `fn` makes of one picture and the VAE, with other weights where these are given. */
+async function throughVae<R>(
+  trained: Trained,
+  index: number,
+  weights: Weights,
+  fn: (vae: Vae, x: Tensor) => R,
+): Promise<R> {
+  const { run, pictures, device } = trained;
+  const picture = await readView(viewIn(0, index, pictures, run), run);
+  const { other } = twinOf(trained, lent(weights));
+  const { picture: shape } = shapesOf(trained, pictures.bucketOf[index], 1);
+  try {
+    return noGrad(() => scope(() => fn(other, tensor(picture, shape, { device, dtype: run.dtype }))));
+  } finally {
+    unload(other.module);
+  }
+}
+
+const placesOf = ({ samples }: Pictures): number[] => samples.map((_, i) => i);
+
+/** Columns of a picture above what the VAE makes of it. */
+async function beforeAndAfter(trained: Trained, weights: Weights): Promise<Picture[]> {
+  const columns: Picture[] = [];
+  for (const i of spread(placesOf(trained.pictures), shown)) {
+    const pair = await throughVae(trained, i, weights, (other, x) =>
+      [x, other.decode(other.encode(x).mean)].map(toHost),
+    );
+    columns.push(grid(pair.map(({ data, shape }) => toPictures(data, shape))));
+  }
+  return columns;
 }
 
 /** The loss of pictures that go through a VAE, by a draw of what it makes of them. */
