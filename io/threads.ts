@@ -43,12 +43,11 @@ export function answering<Question, Answer>(
  * begun when `signal` is aborted is left.
  */
 export function threads<Question, Answer>(program: readonly string[], work: Work<Question, Answer>) {
-  type Asked = Job<Question, Answer>;
   const idle: Worker[] = [];
-  const busy = new Map<Worker, Asked>();
-  const waiting: Asked[] = [];
+  const busy = new Map<Worker, Job<Question, Answer>>();
+  const waiting: Job<Question, Answer>[] = [];
+  const doHere = inTurn(work);
   let started = 0;
-  let here: Promise<void> = Promise.resolve();
 
   /** Gives jobs to threads while there are both. */
   function assign(): void {
@@ -58,8 +57,11 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
         continue;
       }
       const thread = idle.pop() ?? start();
-      if (thread) give(thread, job);
-      else if (started === 0) doHere(job);
+      if (thread) {
+        busy.set(thread, job);
+        thread.ref();
+        thread.postMessage(job.question);
+      } else if (started === 0) doHere(job);
       else {
         waiting.unshift(job); // until a thread has done its own
         return;
@@ -69,27 +71,9 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
 
   function start(): Worker | undefined {
     if (started === mostThreads) return undefined;
-    try {
-      const thread = new Worker(join(packageRoot, 'dist', ...program));
-      started++;
-      thread.on('message', (reply: Reply<Answer>) => done(thread, reply));
-      thread.on('error', () => undefined); // its exit follows
-      thread.on('exit', () => lost(thread));
-      return thread;
-    } catch {
-      return undefined;
-    }
-  }
-
-  /** One after another, as each may hold a picture. */
-  function doHere({ question, resolve, reject }: Asked): void {
-    here = here.then(async () => work(question)).then(resolve, reject);
-  }
-
-  function give(thread: Worker, job: Asked): void {
-    busy.set(thread, job);
-    thread.ref();
-    thread.postMessage(job.question);
+    const thread = startThread<Answer>(program, done, lost);
+    if (thread) started++;
+    return thread;
   }
 
   function done(thread: Worker, reply: Reply<Answer>): void {
@@ -97,8 +81,7 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
     busy.delete(thread);
     thread.unref();
     idle.push(thread);
-    if ('answer' in reply) job?.resolve(reply.answer);
-    else job?.reject(reply.isUserError ? new UserError(reply.message) : new Error(reply.message));
+    if (job) settle(job, reply);
     assign();
   }
 
@@ -117,4 +100,34 @@ export function threads<Question, Answer>(program: readonly string[], work: Work
       waiting.push({ question, signal, resolve, reject });
       assign();
     });
+}
+
+/** A thread at work on `program`; undefined where the system gives none. */
+function startThread<Answer>(
+  program: readonly string[],
+  done: (thread: Worker, reply: Reply<Answer>) => void,
+  lost: (thread: Worker) => void,
+): Worker | undefined {
+  try {
+    const thread = new Worker(join(packageRoot, 'dist', ...program));
+    thread.on('message', (reply: Reply<Answer>) => done(thread, reply));
+    thread.on('error', () => undefined); // its exit follows
+    thread.on('exit', () => lost(thread));
+    return thread;
+  } catch {
+    return undefined;
+  }
+}
+
+function settle<Answer>({ resolve, reject }: Job<unknown, Answer>, reply: Reply<Answer>): void {
+  if ('answer' in reply) resolve(reply.answer);
+  else reject(reply.isUserError ? new UserError(reply.message) : new Error(reply.message));
+}
+
+/** Does jobs on this thread, one after another, as each may hold a picture. */
+function inTurn<Question, Answer>(work: Work<Question, Answer>) {
+  let last: Promise<void> = Promise.resolve();
+  return ({ question, resolve, reject }: Job<Question, Answer>): void => {
+    last = last.then(async () => work(question)).then(resolve, reject);
+  };
 }
