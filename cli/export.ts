@@ -1,7 +1,7 @@
 // `sdxl export`: a training checkpoint or a model in one format to a model in another, certified before it takes its name.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { type Command, Option } from 'commander';
+import type { Command } from 'commander';
 import { openDevice } from '../engine/device.ts';
 import { UserError } from '../io/errors.ts';
 import { inTurns } from '../io/turns.ts';
@@ -9,7 +9,7 @@ import { openModel } from '../models/checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../models/checkpoint/weights_file.ts';
 import { componentConfigs } from '../models/formats/diffusers_config.ts';
 import { type Certificate, exportFolder, exportSingleFile } from '../models/formats/export.ts';
-import { exportGguf, ggufTypes } from '../models/formats/export_gguf.ts';
+import { exportGguf } from '../models/formats/export_gguf.ts';
 import { presets } from '../models/formats/presets.ts';
 import { locateModel } from '../models/locate/locate.ts';
 import { locateUNet } from '../models/locate/locate_unet.ts';
@@ -17,10 +17,10 @@ import { exportLora, type LoraFormat } from '../models/lora/export_lora.ts';
 import { type Extracted, extractLora } from '../models/lora/extract_lora.ts';
 import { adapterAt, isAdapter, type LoraTargets, locateAdapter } from '../models/lora/lora_file.ts';
 import { targetsIn, targetsOf } from '../models/lora/merged.ts';
+import { addExportOptions } from './export/flags.ts';
 import {
   type ExportOptions,
   formatFor,
-  formats,
   isOfLora,
   namesOf,
   refuseFurther,
@@ -28,109 +28,23 @@ import {
   refuseIdleConfigs,
   refuseOccupied,
   refuseUnsaved,
-  shareOf,
+  usualRank,
 } from './export/options.ts';
 import { isCheckpoint, mergeRecipe, openSource, withMerges } from './export/sources.ts';
-import { below } from './help.ts';
 import { downloadsOn } from './model.ts';
-import { bytes, devices, number, oneOf, repeated, texts } from './option_values.ts';
 import { progressBar } from './progress.ts';
 import { heedingSignals, Stopped, type Terminal } from './terminal.ts';
 
 /** A format that is not typed is told by the name of what is written. */
 type Typed = Omit<ExportOptions, 'format'> & Partial<Pick<ExportOptions, 'format'>>;
 
-/** Of an extracted LoRA. */
-const RANK = 64;
-const rank = (flag: string) => number(flag, { min: 1, whole: true });
-
-const examples = `
-Examples:
-  sdxl export runs/pokemon-blip/checkpoints/step-00010400 ./pokemon --save-keys unet --dtype float16
-  sdxl export runs/emoji/checkpoints/step-00020000 ./emoji --ema
-  sdxl export ./sdxl-base model.safetensors --dtype float16
-  sdxl export ./sdxl-base sdxl-q8_0.gguf --type q8_0 --dtype float16
-  sdxl export ./sdxl-base ./fused --lora style.safetensors:0.8 --lora detail.safetensors
-  sdxl export realistic.safetensors mix.safetensors --merge painted.safetensors:0.3 --merge ./other:0.1
-  sdxl export ./sdxl-inpainting ./my-inpainting --merge mine.safetensors:1 --merge-base ./sdxl-base
-  sdxl export sdxl-q8_0.gguf ./model --dtype bfloat16
-  sdxl export adapter.safetensors kohya.safetensors --format lora-kohya
-  sdxl export tuned.safetensors lora.safetensors --format lora-kohya --base ./sdxl-base --rank 64 --conv-rank 32
-  sdxl export ./sdxl-base both.safetensors --format lora-kohya --base ./sdxl-base --lora style.safetensors:0.8 --lora detail.safetensors
-
-Weights are streamed, read back and compared; one forward pass through the result equals the source's, or in GGUF is near it.
-GGUF is laid out as stable-diffusion.cpp's convert does, and with --save-keys unet as ComfyUI-GGUF's tools do.
-A LoRA is extracted of all linear layers and convolutions of the UNet and the text encoders that differ, with alpha its rank. Of a model and
-itself with --lora it is one of several adapters, or one of another rank.`;
-
 export function addExport(command: Command, terminal: Terminal): void {
-  command
-    .option(
-      '--save-keys <NAMES>',
-      'components, with commas between: unet,vae,text_encoder,... or all (default: all)',
-    )
-    .option(
-      '--format <NAME>',
-      `${formats.join(', ')} (default: by the ending of OUT: gguf, single-file for .safetensors, else diffusers, a folder)`,
-      oneOf('--format', formats),
-    )
-    .option(
-      '--dtype <NAME>',
-      'float32, bfloat16 or float16 (default: as it is stored; float32 for what is quantised; in GGUF of a UNet alone 16 bits, as ComfyUI-GGUF)',
-      oneOf('--dtype', ['float32', 'bfloat16', 'float16']),
-    )
-    .option(
-      '--type <NAME>',
-      `in GGUF, of the weights that take it: ${ggufTypes.join(', ')} (the rest, or all without it: see --dtype)`,
-      oneOf('--type', ggufTypes),
-    )
-    .addOption(
-      new Option('--max-shard-size <SIZE>', 'of a weight file in a folder')
-        .argParser(bytes('--max-shard-size'))
-        .default(10e9, '10GB'),
-    )
-    .option('--ema', 'the moving averages instead of the last weights')
-    .option('--unet <DIR|FILE|HUB_ID>', "another UNet than the model has, such as one of ComfyUI's in .gguf")
-    .option(
-      '--merge <MODEL:RATIO>',
-      'a model, B, to be merged into this one, A: A (1 - RATIO) + B RATIO; may be given more than once, as several share what they leave of A. Two ratios with a comma between are of the text encoders and of the UNet, 20 of BASE, IN00 to IN08, M00, OUT00 to OUT08. The VAE stays',
-      repeated(shareOf),
-    )
-    .option(
-      '--merge-base <DIR|FILE|HUB_ID>',
-      'the model, C, whose difference from those of --merge is added: A + (B - C) RATIO',
-    )
-    .option(
-      '--lora <FILE[:SCALE]>',
-      'an adapter to be merged into the weights for good, after the models of --merge, or its folder or hub id; may be given more than once',
-      texts,
-    )
-    .option(
-      '--base <DIR|FILE|HUB_ID>',
-      'the model that this one was tuned from: a LoRA is extracted of what differs (--format lora-kohya, lora-peft)',
-    )
-    .option('--rank <N>', `of an extracted LoRA, which is its alpha too (default: ${RANK})`, rank('--rank'))
-    .option(
-      '--conv-rank <N>',
-      'of its convolutions larger than 1x1 (default: as the others)',
-      rank('--conv-rank'),
-    )
-    .option('--configs <DIR>', 'diffusers folder that lends its configs to a single file or a LoRA')
-    .option(
-      '--device <NAME>',
-      `where the forward passes run that are compared, models are merged, or a LoRA is extracted: ${devices}`,
-      'auto',
-    )
-    .option('--json', 'one JSON object on stdout')
-    .option('--quiet', 'no progress')
-    .addHelpText('after', below(examples))
-    .allowExcessArguments() // told of here, as people put spaces between names
-    .action((from: string, out: string, typed: Typed) => {
-      const options = { ...typed, format: formatFor(out, typed.format) };
-      refuseFurther(command.args.slice(2), options);
-      refuseIdle(options, command.getOptionValueSource('maxShardSize') === 'cli');
-      return run(from, out, options, terminal);
-    });
+  addExportOptions(command).action((from: string, out: string, typed: Typed) => {
+    const options = { ...typed, format: formatFor(out, typed.format) };
+    refuseFurther(command.args.slice(2), options);
+    refuseIdle(options, command.getOptionValueSource('maxShardSize') === 'cli');
+    return run(from, out, options, terminal);
+  });
 }
 
 async function run(from: string, out: string, options: ExportOptions, terminal: Terminal): Promise<void> {
@@ -211,7 +125,7 @@ async function extract(
   terminal: Terminal,
 ): Promise<Extracted> {
   const quiet = options.quiet ?? false;
-  const { configs, rank = RANK, convRank: conv_rank, dtype } = options;
+  const { configs, rank = usualRank, convRank: conv_rank, dtype } = options;
   const where = { configs, onProgress: downloadsOn(terminal, quiet) };
   const save_keys = options.saveKeys === undefined ? [] : namesOf(options.saveKeys);
   // Where nothing else is compared, either may be a UNet alone.

@@ -29,6 +29,9 @@ export interface ExportOptions {
   quiet?: boolean;
 }
 
+/** Of an extracted LoRA. */
+export const usualRank = 64;
+
 /** A model to be merged, and how much of it. */
 export interface Share {
   path: string;
