@@ -18,51 +18,64 @@ export function openAlbum(output: string, saveLatents: string | undefined, count
   const files: string[] = [];
   const spoilt: string[] = [];
   const all: Latents[] = [];
-  const onTheirWay = new Set<Promise<void>>();
-  let failure: unknown;
-  const write = (file: string, picture: Picture, text: Record<string, string>) => {
-    const written: Promise<void> = encodeAside({ pictures: [picture], text })
-      .then((png) => writeFileAtomic(file, png))
-      .catch((error) => {
-        failure ??= error;
-      })
-      .finally(() => onTheirWay.delete(written));
-    onTheirWay.add(written);
-  };
+  const writer = openWriter();
   return {
     /** All that will be written. */
     paths: [...planned, ...(saveLatents ? [saveLatents] : [])],
     files,
     /** Those that overflow has left black, in whole or in part. */
     spoilt,
-    /** Has pictures written; waits for others where more are on their way than there are threads. */
+    /** Has pictures written. @throws what kept an earlier one from it */
     async add(
       pictures: readonly DecodedPicture[],
       latents: Latents,
       text: Record<string, string>,
     ): Promise<void> {
       for (const { finite, ...picture } of pictures) {
-        while (onTheirWay.size > mostThreads) await Promise.race(onTheirWay);
         const file = fileOf(files.length);
-        write(file, picture, text);
+        await writer.write(file, picture, text);
         files.push(file);
         if (!finite) spoilt.push(file);
       }
       all.push(latents);
-      if (failure) throw failure;
+      writer.check();
+    },
+    settle: writer.settle,
+    /** Waits for what is on its way, and writes the latents. @throws what kept a picture from being written */
+    async close(): Promise<void> {
+      await writer.settle();
+      writer.check();
+      if (!saveLatents) return;
+      const { data, shape } = stacked(all);
+      const bytes = encodeNumbers(data, 'float32');
+      writeSafetensors(saveLatents, [{ name: 'latents', dtype: 'float32', shape, bytes }]);
+    },
+  };
+}
+
+/** Writes pictures that other threads encode. What fails is kept until it is asked for. */
+function openWriter() {
+  const onTheirWay = new Set<Promise<void>>();
+  let failure: unknown;
+  return {
+    /** Begins to write one; waits before where more are on their way than there are threads. */
+    async write(file: string, picture: Picture, text: Record<string, string>): Promise<void> {
+      while (onTheirWay.size > mostThreads) await Promise.race(onTheirWay);
+      const written: Promise<void> = encodeAside({ pictures: [picture], text })
+        .then((png) => writeFileAtomic(file, png))
+        .catch((error) => {
+          failure ??= error;
+        })
+        .finally(() => onTheirWay.delete(written));
+      onTheirWay.add(written);
     },
     /** Waits for what is on its way. */
     async settle(): Promise<void> {
       await Promise.all(onTheirWay);
     },
-    /** The same, and writes the latents. @throws what kept a picture from being written */
-    async close(): Promise<void> {
-      await this.settle();
+    /** @throws the first that kept a picture from being written */
+    check(): void {
       if (failure) throw failure;
-      if (!saveLatents) return;
-      const { data, shape } = stacked(all);
-      const bytes = encodeNumbers(data, 'float32');
-      writeSafetensors(saveLatents, [{ name: 'latents', dtype: 'float32', shape, bytes }]);
     },
   };
 }
