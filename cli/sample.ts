@@ -9,7 +9,7 @@ import type { Latents } from '../models/vae/latents.ts';
 import { shippedModel } from './model.ts';
 import { type Bar, progressBar, stopwatch } from './progress.ts';
 import { openAlbum } from './sample/album.ts';
-import { planCall } from './sample/call.ts';
+import { planCall, type SampleCall } from './sample/call.ts';
 import { drawCall, type Origin } from './sample/draw.ts';
 import { addSampleOptions } from './sample/flags.ts';
 import { checkIdle, type IsTyped, refuseEta, unreadWeights } from './sample/idle_flags.ts';
@@ -72,15 +72,16 @@ async function prepare(command: Command, terminal: Terminal) {
   return { options, album, sources, call };
 }
 
+/** A picture that is written, and what it was drawn from. */
+type Drawn = { file: string } & Origin;
+
+type Prepared = Awaited<ReturnType<typeof prepare>>;
+
 /** Loads the models, one after the other, and draws. */
-async function draw(
-  { options, album, sources, call }: Awaited<ReturnType<typeof prepare>>,
-  terminal: Terminal,
-): Promise<void> {
+async function draw(prepared: Prepared, terminal: Terminal): Promise<void> {
+  const { options, album, sources, call } = prepared;
   const { device, dtype, source, refinerSource, vaeSource, taeSource } = sources;
-  const { requests, larger, written, seed } = call;
-  const { quiet = false, model } = options;
-  const [{ width, height, num_inference_steps: steps }] = requests;
+  const { quiet = false } = options;
   const { seconds, timed } = stopwatch();
   const warn = (line: string) => terminal.err(`warning: ${line}\n`);
   const tell = onceOf(warn);
@@ -93,22 +94,17 @@ async function draw(
     pipeline = await openFor(from, [{ options, requests: refined }], place);
     return pipeline;
   };
-  const pictures: ({ file: string } & Origin)[] = [];
+  const pictures: Drawn[] = [];
   let previews: Previews | undefined;
   let upscalers: Upscalers | undefined;
   try {
     upscalers = await timed('load', () => openUpscalers(sources.upscalers, options, device));
     previews = await timed('load', () => openPreviews(options, taeSource, { device, dtype }, warn));
-    const sizes = [{ width, height }, ...(larger ? [larger] : [])].map(
-      (each) => `${each.width}x${each.height}`,
-    );
-    const { subseed } = call.options;
-    const seeds = [`seed ${seed}`, ...(subseed === undefined ? [] : [`subseed ${subseed}`])].join(', ');
-    if (!quiet) terminal.err(`${seeds}, ${sizes.join(', then ')}, ${dtype} on ${device.name}\n`);
+    if (!quiet) terminal.err(`${headOf(call)}, ${dtype} on ${device.name}\n`);
     await drawCall(call, {
       ...{ base, upscalers, warn, timed },
       refiner: refinerSource && ((refined) => openRefiner(refinerSource, refined)),
-      stage: stages(requests.length, options, previews, terminal, tell),
+      stage: stages(call.requests.length, options, previews, terminal, tell),
       onTile: onTileOf(terminal, quiet),
       async add(drawn, latents, text, origin) {
         const before = album.files.length;
@@ -117,15 +113,7 @@ async function draw(
       },
     });
     await timed('decode', () => album.close());
-    report(options, terminal, {
-      files: album.files,
-      pictures,
-      latents: options.saveLatents,
-      ...{ seed, subseed, ...written, steps },
-      ...{ model, dtype, device: device.name, seconds },
-      peak_bytes: device.memory.peak,
-      peak_process_bytes: process.resourceUsage().maxRSS * 1024,
-    });
+    report(prepared, terminal, { pictures, seconds });
     if (album.spoilt.length > 0)
       throw new UserError(
         `${album.spoilt.join(', ')} shows nothing, as the model gave values that are not finite: lower --guidance-scale, or use --dtype float32`,
@@ -136,6 +124,12 @@ async function draw(
     await album.settle();
     await previews?.close();
   }
+}
+
+/** From which seed, and how large. */
+function headOf({ requests: [first], larger, options: { subseed }, seed }: SampleCall): string {
+  const sizes = [first, ...(larger ? [larger] : [])].map(({ width, height }) => `${width}x${height}`);
+  return `seed ${seed}${subseed === undefined ? '' : `, subseed ${subseed}`}, ${sizes.join(', then ')}`;
 }
 
 /** A bar for each picture that a network enlarges. */
@@ -179,12 +173,22 @@ function stages(
 
 /** The result as JSON, or for a person where it lies and how long it took. */
 function report(
-  { json, quiet }: SampleOptions,
+  { options, album: { files }, sources: { device, dtype }, call }: Prepared,
   terminal: Terminal,
-  result: Readonly<Record<string, unknown>> & { files: readonly string[]; seconds: Record<string, number> },
+  { pictures, seconds }: { pictures: readonly Drawn[]; seconds: Record<string, number> },
 ): void {
-  const { files, seconds } = result;
+  const { seed, written, requests } = call;
+  const { subseed } = call.options;
+  const result = {
+    files,
+    pictures,
+    latents: options.saveLatents,
+    ...{ seed, subseed, ...written, steps: requests[0].num_inference_steps },
+    ...{ model: options.model, dtype, device: device.name, seconds },
+    peak_bytes: device.memory.peak,
+    peak_process_bytes: process.resourceUsage().maxRSS * 1024,
+  };
   const total = Object.values(seconds).reduce((sum, part) => sum + part, 0);
-  if (json) terminal.out(`${JSON.stringify(result)}\n`);
-  else if (!quiet) terminal.err(`${files.join(', ')} in ${total.toFixed(1)} s\n`);
+  if (options.json) terminal.out(`${JSON.stringify(result)}\n`);
+  else if (!options.quiet) terminal.err(`${files.join(', ')} in ${total.toFixed(1)} s\n`);
 }
