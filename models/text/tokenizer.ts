@@ -2,7 +2,6 @@
 // lower case), cut out special tokens, split into words, merge byte pairs by rank, and lay out BOS, text,
 // EOS, padding. The padding token is a special token like the others: in SDXL's second tokenizer it is "!",
 // so every "!" in a prompt is id 0 there, as in diffusers.
-
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
@@ -169,22 +168,8 @@ function clipTokenizer(
 ): Tokenizer {
   const { bos, eos, pad, length } = layout;
   const inside = length - 2; // BOS and EOS stand around each chunk
-  const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
-  const normalised = specialMatcher(tokens.filter((token) => token.normalized));
+  const tokenize = tokenizing(encoder, tokens);
   const spans = new Map(tokens.map(({ ids }) => [ids[0], ids.length]));
-  const tokenize = (prompt: string): number[] => {
-    const ids: number[] = [];
-    for (const piece of asWritten(prompt)) {
-      if (typeof piece !== 'string') ids.push(...piece);
-      else {
-        for (const part of normalised(normalise(piece))) {
-          if (typeof part !== 'string') ids.push(...part);
-          else for (const [word] of part.matchAll(wordPattern)) encoder.encode(word, ids);
-        }
-      }
-    }
-    return ids;
-  };
   const chunksOf = (prompt: string): number[][] => {
     const ids = tokenize(prompt);
     const count = Math.max(1, Math.ceil(ids.length / inside));
@@ -213,6 +198,25 @@ function clipTokenizer(
       for (const [i, name] of names.entries()) longer[ids[i]] = `${charactersOf(name)}</w>`;
       return clipTokenizer(encoder, [...tokens, ...added], layout, longer);
     },
+  };
+}
+
+/** A text's ids: of special tokens as it is written, of those in what is normalised, and of the words between. */
+function tokenizing(encoder: BytePairEncoder, tokens: readonly SpecialToken[]): (prompt: string) => number[] {
+  const asWritten = specialMatcher(tokens.filter((token) => !token.normalized));
+  const normalised = specialMatcher(tokens.filter((token) => token.normalized));
+  return (prompt) => {
+    const ids: number[] = [];
+    for (const piece of asWritten(prompt)) {
+      if (typeof piece !== 'string') ids.push(...piece);
+      else {
+        for (const part of normalised(normalise(piece))) {
+          if (typeof part !== 'string') ids.push(...part);
+          else for (const [word] of part.matchAll(wordPattern)) encoder.encode(word, ids);
+        }
+      }
+    }
+    return ids;
   };
 }
 

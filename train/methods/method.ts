@@ -1,7 +1,6 @@
 // What a run makes of its pictures (`train.method`): what a pass is given beside captions and sizes, and the loss over it. Plain
 // diffusion teaches the network its own target. Other methods ask networks, too: a teacher that stays as the model was loaded,
 // or is another one (teacher.ts), or the student itself off the tape.
-
 import type { Tensors } from '../../engine/op.ts';
 import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';

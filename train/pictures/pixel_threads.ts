@@ -1,6 +1,5 @@
 // readPixels() on threads of their own. A photo of 12 megapixels takes one some 0.4 s, most of it for resizing as Pillow does:
 // ten times what a GPU's VAE needs for the result, so several work at once and none is the thread that drives the GPU.
-
 import type { ResizeFilter } from '../../io/resize.ts';
 import { threads } from '../../io/threads.ts';
 import { type Geometry, type Reading, readPixels } from './picture.ts';
