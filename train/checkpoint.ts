@@ -4,13 +4,18 @@
 // removed.
 import { existsSync, realpathSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
+import type { Parameter } from '../engine/module.ts';
 import type { Tensor } from '../engine/tensor.ts';
+import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { listFolder, makeFolder } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { isRecord, readJsonObject } from '../io/json.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
+import { openWeights } from '../models/checkpoint/checkpoint.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
+import { toMemoryLayout } from '../models/checkpoint/weights.ts';
+import type { Component } from './passes/task.ts';
 import type { Run } from './run/run.ts';
 import { previewFolder } from './tasks/preview.ts';
 
@@ -122,12 +127,7 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
   const file = openSafetensors(path);
   try {
     for (const [name, tensor] of into) {
-      const info = file.tensors.get(name);
-      if (!info || info.dtype !== tensor.dtype || info.shape.join() !== tensor.shape.join()) {
-        throw new UserError(
-          `${path} does not fit this run: ${name} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${tensor.shape}]; resume with the run that wrote it`,
-        );
-      }
+      requireFit(path, name, file.tensors.get(name), tensor);
       tensor.upload(file.read(name));
     }
   } finally {
@@ -135,55 +135,33 @@ export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): vo
   }
 }
 
-/**
- * Keys that may change between the run that saved and the run that resumes: they touch no number of the training, but that
- * another end gives a schedule that falls another shape from there on, and that a rate which led to NaN may be lowered. Pictures
- * are compared by content, not by path.
- */
-const free = [
-  'train.fused_backward_pass',
-  'optimizer.lr',
-  'name',
-  'output',
-  'epochs',
-  'steps',
-  'checkpoints',
-  'previews',
-  'validation',
-  'log_every',
-  'max_nonfinite',
-  'dataset.cache',
-  'dataset.broken',
-  'dataset.path',
-  'dataset.class_data_dir',
-];
-
-/** Of a key that may change but in a part, that part: which blocks and text encoders are not trained. */
-const held: Readonly<Record<string, (value: unknown) => unknown>> = {
-  'optimizer.block_lr': (rates) => zerosOf(rates as number[]),
-  // Of one rate 0 is that of the run.
-  'optimizer.text_encoder_lr': (rates) => (Array.isArray(rates) && rates.length > 1 ? zerosOf(rates) : []),
-};
-
-const zerosOf = (rates: readonly number[]): number[] =>
-  rates.flatMap((rate, place) => (rate === 0 ? [place] : []));
-
-/**
- * The first key in which two runs would train differently, with both values; undefined where there is none. A key that the first lacks,
- * as an older program knew it not, has its `usual` value.
- */
-export function difference(then: unknown, b: unknown, usual: unknown, path = ''): string | undefined {
-  if (free.includes(path)) return undefined;
-  const a = then === undefined ? usual : then;
-  if (isRecord(a) && isRecord(b)) {
-    for (const key of new Set([...Object.keys(a), ...Object.keys(b)])) {
-      const own = isRecord(usual) ? usual[key] : undefined;
-      const found = difference(a[key], b[key], own, path ? `${path}.${key}` : key);
-      if (found) return found;
+/** Fills the tensors that `tensorOf` gives for a component's trained weights from its folder. @throws UserError when names or sizes differ */
+export function loadTrained(
+  { trained, parameters }: Component,
+  folder: string,
+  tensorOf: (key: string) => Tensor,
+): void {
+  const source = openWeights(folder);
+  try {
+    for (const key of trained) {
+      const { layout, shape } = parameters.get(key) as Parameter;
+      const tensor = tensorOf(key);
+      requireFit(folder, key, source.info(key), { dtype: tensor.dtype, shape });
+      const bytes = source.bytes(key);
+      tensor.upload(layout === 'conv' ? toMemoryLayout(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
     }
-    return undefined;
+  } finally {
+    source.close();
   }
-  const part = held[path] ?? ((value) => value);
-  if (JSON.stringify(part(a)) === JSON.stringify(part(b))) return undefined;
-  return `${path} was ${JSON.stringify(a)} and is ${JSON.stringify(b)}`;
+}
+
+type Kind = Pick<TensorEntry, 'shape'> & { dtype: string };
+
+/** @throws UserError where what a checkpoint has under a name is not what the run wants */
+function requireFit(path: string, name: string, found: Kind | undefined, wanted: Kind): void {
+  const told = ({ dtype, shape }: Kind): string => `${dtype} [${shape}]`;
+  if (found && told(found) === told(wanted)) return;
+  throw new UserError(
+    `${path} does not fit this run: ${name} is ${found ? told(found) : 'missing'}, not ${told(wanted)}; resume with the run that wrote it`,
+  );
 }

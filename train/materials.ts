@@ -10,7 +10,7 @@ import { randomModel } from '../models/formats/random_weights.ts';
 import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
 import { parseTextConfig } from '../models/text/clip.ts';
 import { autoencoder, withPosterior } from '../models/vae/autoencoder.ts';
-import { difference, readState, type State, tokenizersOf } from './checkpoint.ts';
+import { readState, type State, tokenizersOf } from './checkpoint.ts';
 import type { IPAdapterBegin } from './controls/ip_adapter.ts';
 import { asSeeing } from './controls/seeing.ts';
 import { passesPerUpdate, samplesPerEpoch, updatesPerEpoch } from './data/order.ts';
@@ -21,8 +21,7 @@ import { toldGuidance } from './methods/told_guidance.ts';
 import { learningRate } from './optimizers/lr_schedule.ts';
 import type { Report } from './passes/task.ts';
 import { openPictures, type Pictures, sideStep } from './pictures/pictures.ts';
-import { followed } from './run/rules/optimizer.ts';
-import { usual, withoutForeign } from './run/rules/owners.ts';
+import { differenceFrom } from './run/rules/resuming.ts';
 import type { Run } from './run/run.ts';
 import type { Sources } from './tasks/trained_parts.ts';
 
@@ -188,11 +187,7 @@ export function stateOf(run: Run, checkpoint: string): State {
   const { step, epoch, update } = state;
   if (![step, epoch, update].every(Number.isInteger))
     throw new UserError(`${checkpoint} does not say where the run stood, so it is damaged; take another`);
-  const then = {
-    ...withoutForeign(state.run),
-    lr_scheduler: followed({ ...usual.lr_scheduler, ...state.run.lr_scheduler }),
-  };
-  const differs = difference(then, run, usual);
+  const differs = differenceFrom(state.run, run);
   if (differs) {
     throw new UserError(
       `${checkpoint} is of another run: ${differs}; resume with the run file that wrote it, or start anew with another output`,

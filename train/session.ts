@@ -6,11 +6,8 @@ import { requireGrad } from '../engine/grad.ts';
 import type { Parameter } from '../engine/module.ts';
 import { built } from '../engine/scope.ts';
 import type { Tensor } from '../engine/tensor.ts';
-import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { openWeights } from '../models/checkpoint/checkpoint.ts';
-import { toMemoryLayout } from '../models/checkpoint/weights.ts';
-import { loadTensors, type Position } from './checkpoint.ts';
+import { loadTensors, loadTrained, type Position } from './checkpoint.ts';
 import { type Materials, mostPasses, stateOf } from './materials.ts';
 import { createOptimizer } from './optimizers/create.ts';
 import { type Ema, ema as startEma } from './optimizers/ema.ts';
@@ -138,28 +135,4 @@ export function resumeSession(session: Session, checkpoint: string): Position {
   passes.share();
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
   return { step: state.step, epoch: state.epoch, update: state.update };
-}
-
-/** Uploads what a checkpoint has of a component's trained weights into the tensors that `tensorOf` gives. */
-function loadTrained(
-  { trained, parameters }: Component,
-  folder: string,
-  tensorOf: (key: string) => Tensor,
-): void {
-  const source = openWeights(folder);
-  try {
-    for (const key of trained) {
-      const { layout, shape } = parameters.get(key) as Parameter;
-      const [tensor, info] = [tensorOf(key), source.info(key)];
-      if (info?.dtype !== tensor.dtype || info.shape.join() !== shape.join()) {
-        throw new UserError(
-          `${folder} does not fit this run: ${key} is ${info ? `${info.dtype} [${info.shape}]` : 'missing'}, not ${tensor.dtype} [${shape}]; resume with the run that wrote it`,
-        );
-      }
-      const bytes = source.bytes(key);
-      tensor.upload(layout === 'conv' ? toMemoryLayout(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
-    }
-  } finally {
-    source.close();
-  }
 }
