@@ -8,10 +8,8 @@ import { type Materials, mostPasses } from './materials.ts';
 import { objectiveOf } from './objective/objective.ts';
 import { blockRatesInWords } from './parts/rates.ts';
 import { estimate } from './rehearsal.ts';
-import { fill } from './run/fields.ts';
 import { given } from './run/rules/owners.ts';
 import type { Run } from './run/run.ts';
-import { fields } from './run/run_fields.ts';
 
 /** What a run comes to. */
 export interface Plan {
@@ -121,7 +119,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
     `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofSeeing(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${counted(plan)}`,
     ...(plan.prediction_type
-      ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...ofObjective(run)].join(', ')}`]
+      ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...furtherOf(run, 'objective')].join(', ')}`]
       : []),
     `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${blockRatesInWords(run)}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
@@ -156,19 +154,20 @@ function ofMethod({ train, objective, distillation, dpo, esd, lcm }: Run): strin
   return [train.method, loss_type, `w ${w_min} to ${w_max}`, `${num_ddim_timesteps} DDIM timesteps`];
 }
 
-/** What of the objective is not as by default, but for what other lines tell. */
-function ofObjective({ objective }: Run): string[] {
-  const usual = fill(fields, {}, 'the defaults').objective;
-  const told = ['prediction_type', 'loss', 'prior_loss_weight'];
-  return Object.entries(objective)
-    .filter(
-      ([key, value]) => !told.includes(key) && String(value) !== String(usual[key as keyof typeof usual]),
-    )
-    .map(([key, value]) => (value === true ? key : `${key} ${value}`));
-}
+/** Keys that are told otherwise, or not at all. */
+const toldElsewhere = {
+  objective: /^(prediction_type|loss|prior_loss_weight)$/,
+  lora: /^(algo|rank|alpha|conv_.*|targets|text_encoder_targets|network_weights)$/,
+};
 
-/** Keys of adapters that are told otherwise, or not at all. */
-const told = /^(algo|rank|alpha|conv_.*|targets|text_encoder_targets|network_weights)$/;
+/** What else of a group is not as by default. */
+const furtherOf = (run: Run, group: keyof typeof toldElsewhere): string[] =>
+  given(run, group)
+    .filter((key) => !toldElsewhere[group].test(key))
+    .map((key) => {
+      const value = (run[group] as Readonly<Record<string, unknown>>)[key];
+      return value === true ? key : `${key} ${value}`;
+    });
 
 function ofLora(run: Run): string {
   const { train, lora } = run;
@@ -182,10 +181,7 @@ function ofLora(run: Run): string {
       ? [`convolutions larger than 1x1 ${sizes(conv_rank || rank, conv_alpha || alpha)}`]
       : [];
   const begun = network_weights ? [`from ${network_weights}`] : [];
-  const others = given(run, 'lora')
-    .filter((key) => !told.test(key))
-    .map((key) => (lora[key] === true ? key : `${key} ${lora[key]}`));
-  return ` (${[...kind, sizes(rank, alpha), ...larger, ...others, ...begun].join(', ')})`;
+  return ` (${[...kind, sizes(rank, alpha), ...larger, ...furtherOf(run, 'lora'), ...begun].join(', ')})`;
 }
 
 function ofSeeing({ inpainting: { mask_mode, full_mask_rate }, dataset }: Run): string {
