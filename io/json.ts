@@ -17,7 +17,7 @@ export function readJson(path: string): unknown {
 
 /**
  * JSON as Python writes it, with infinities and NaN as bare words (diffusers' DPM-Solver has "lambda_min_clipped":
- * -Infinity); keys that have such a value are left out. Undefined for what is not JSON even so.
+ * -Infinity); keys that have such a value are left out, and in a list null stands for it. Undefined for what is not JSON even so.
  */
 function withoutBareNumbers(text: string): unknown {
   // Texts are matched so as to be passed over; 1e999 is how JSON can say Infinity.
@@ -25,7 +25,10 @@ function withoutBareNumbers(text: string): unknown {
     word.startsWith('"') ? word : '1e999',
   );
   try {
-    return JSON.parse(plain, (_, value) => (value === Infinity ? undefined : value));
+    return JSON.parse(plain, function (this: unknown, _, value) {
+      if (value !== Infinity) return value;
+      return Array.isArray(this) ? null : undefined;
+    });
   } catch {
     return undefined;
   }

@@ -140,7 +140,7 @@ function inspectComponent(name: string, told: Json, open: () => WeightSource): C
       const built = buildComponent(config);
       const unfit = built
         ? matchParameters(built.module, weights).problems
-        : [`class ${found.class} is not one that SDXL has`];
+        : [found.class ? `class ${found.class} is not one that SDXL has` : 'its config names no class'];
       const stored = weights.names.flatMap((key) => weights.info(key) ?? []);
       found = { ...found, ...summary(stored) };
       return [...unfit, ...unread(stored)];

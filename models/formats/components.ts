@@ -24,8 +24,10 @@ export interface Component {
 }
 
 /** The class that a config names. */
-export const classOf = (config: Json): string | undefined =>
-  (config._class_name as string | undefined) ?? (config.architectures as string[] | undefined)?.[0];
+export function classOf({ _class_name, architectures }: Json): string | undefined {
+  const name = _class_name ?? (Array.isArray(architectures) ? architectures[0] : undefined);
+  return typeof name === 'string' ? name : undefined;
+}
 
 /** Undefined for a class that SDXL has not. @throws UserError for a config that asks for what is not built */
 export function buildComponent(config: Json): Component | undefined {

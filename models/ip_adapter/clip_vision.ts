@@ -30,7 +30,7 @@ export function parseVisionConfig(json: Record<string, unknown>): VisionConfig {
     projection_dim: number('projection_dim', 512),
   };
   if (number('num_channels', 3) !== 3)
-    throw new UserError(`${what} config.json: "num_channels" is ${json.num_channels}, not 3`);
+    throw new UserError(`${what} config.json: "num_channels" is ${JSON.stringify(json.num_channels)}, not 3`);
   return config;
 }
 

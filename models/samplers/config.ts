@@ -302,7 +302,7 @@ export function completeConfig(name: SchedulerClass, given: Partial<SchedulerCon
   const strange: Partial<Record<string, readonly unknown[]>> = foreign(name);
   const known = Object.entries(given).filter(
     ([key, value]) =>
-      (key in defaults ||
+      (Object.hasOwn(defaults, key) ||
         (limits.includes(key) && limited(name, given)) ||
         (key === 'sigma_schedule' && readsSchedule(name, value as SigmaSchedule))) &&
       value !== undefined &&

@@ -46,7 +46,8 @@ export class BytePairEncoder {
    */
   constructor(vocab: Record<string, number>, merges: string, unknown: number, where: string) {
     const ids = new Map(Object.entries(vocab));
-    this.#pairBase = 1 + [...ids.values()].reduce((largest, id) => Math.max(largest, id), 0);
+    const larger = (a: number, b: number) => (Number.isInteger(b) ? Math.max(a, b) : Number.NaN);
+    this.#pairBase = 1 + [...ids.values()].reduce(larger, 0);
     if (!Number.isSafeInteger(this.#pairBase ** 2)) {
       throw new UserError(
         `${where} has ids in vocab.json that are no token ids: download the tokenizer again`,

@@ -143,7 +143,7 @@ function checkTokens(config: TokenizerConfig, where: string): void {
 
 // Published configs without a limit hold 10^30 instead.
 function lengthOf({ model_max_length: length = clipLength }: TokenizerConfig, where: string): number {
-  if (length > 1e20) return clipLength;
+  if (typeof length === 'number' && length > 1e20) return clipLength;
   // BOS and EOS take two, and something of a prompt must fit between them.
   if (Number.isInteger(length) && length >= 3) return length;
   throw new UserError(

@@ -46,6 +46,13 @@ test('values that no scheduler can use', (t) => {
   t.end();
 });
 
+test('keys that every object has are none of a scheduler', (t) => {
+  const odd = { toString: 1, constructor: 'x', hasOwnProperty: [] };
+  const plain = completeConfig('EulerDiscreteScheduler', sdxl);
+  t.same(completeConfig('EulerDiscreteScheduler', { ...sdxl, ...odd }), plain);
+  t.end();
+});
+
 test('values at the edge of what they can', (t) => {
   const betas = Array<number>(1000).fill(0.01);
   for (const [key, values] of [
