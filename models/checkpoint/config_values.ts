@@ -16,8 +16,13 @@ export const listOf = (what: string, holds: (each: unknown) => boolean, least = 
   (value) => Array.isArray(value) && value.length >= least && value.every(holds),
 ];
 
-/** A width, or a number of layers, heads or groups. */
+/** A width, or a number of heads or groups. */
 export const isCount = (value: unknown): boolean => Number.isInteger(value) && (value as number) > 0;
+
+/** Layers that follow each other: more than any model has. The descriptions of a million would fill all memory. */
+export const mostLayers = 100;
+
+export const isLayerCount = (value: unknown): boolean => isCount(value) && (value as number) <= mostLayers;
 
 export const isPositive = (value: unknown): boolean => Number.isFinite(value) && (value as number) > 0;
 

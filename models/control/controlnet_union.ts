@@ -68,13 +68,8 @@ export function parseControlNetUnionConfig(json: Json, file: string): ControlNet
   const config = parseConfig<ControlNetUnionConfig & { num_proj_channel: number }>(json, {
     ...controlnetRules(file),
     what: "a ControlNet union of diffusers' for SDXL",
-    counts: [
-      'num_control_type',
-      'num_trans_channel',
-      'num_trans_head',
-      'num_trans_layer',
-      'num_proj_channel',
-    ],
+    counts: ['num_control_type', 'num_trans_channel', 'num_trans_head', 'num_proj_channel'],
+    layers: ['num_trans_layer'],
     defaults: {
       ...{ conditioning_embedding_out_channels: [48, 96, 192, 384], num_control_type: 6 },
       ...{ num_trans_channel: 320, num_trans_head: 8, num_trans_layer: 1, num_proj_channel: 320 },

@@ -18,7 +18,7 @@ import { preprocessAdapter } from '../../io/image.ts';
 import { readJsonObject } from '../../io/json.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { type Json, type ModelSource, openComponentFile } from '../checkpoint/checkpoint.ts';
-import { isCount, isListOf } from '../checkpoint/config_values.ts';
+import { isCount, isLayerCount, isListOf, mostLayers } from '../checkpoint/config_values.ts';
 import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import type { Size } from '../text/conditioning.ts';
@@ -48,7 +48,7 @@ export function parseT2IAdapterConfig(json: Json, where: string): T2IAdapterConf
   const rules: [key: string, holds: boolean, want: string][] = [
     ['in_channels', [1, 3].includes(config.in_channels), '3 (a picture in colour) or 1 (grey)'],
     ['channels', isListOf(isCount, channels, 4), 'a list of four widths'],
-    ['num_res_blocks', isCount(config.num_res_blocks), 'a whole number of at least 1'],
+    ['num_res_blocks', isLayerCount(config.num_res_blocks), `a whole number from 1 to ${mostLayers}`],
     ['downscale_factor', isCount(config.downscale_factor), 'a whole number of at least 1'],
   ];
   for (const [key, holds, want] of rules)

@@ -5,6 +5,7 @@ import { module } from '../../engine/module.ts';
 import { attention } from '../../engine/ops/attention.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
+import { isLayerCount, mostLayers } from '../checkpoint/config_values.ts';
 
 export interface LayerConfig {
   hidden_size: number;
@@ -28,13 +29,18 @@ export const numberIn =
 /** @throws UserError naming a field that is absent or not supported */
 export function parseLayerConfig(json: Record<string, unknown>, what: string): LayerConfig {
   const number = numberIn(json, what);
+  const depth = number('num_hidden_layers');
+  if (!isLayerCount(depth))
+    throw new UserError(
+      `${what} config.json: "num_hidden_layers" is ${depth}, not a whole number from 1 to ${mostLayers}; is this a model of SDXL's?`,
+    );
   const act = json.hidden_act ?? 'quick_gelu';
   if (act !== 'quick_gelu' && act !== 'gelu')
-    throw new UserError(`${what} config.json: hidden_act "${act}" is not supported`);
+    throw new UserError(`${what} config.json: hidden_act ${JSON.stringify(act)} is not supported`);
   return {
     hidden_size: number('hidden_size'),
     intermediate_size: number('intermediate_size'),
-    num_hidden_layers: number('num_hidden_layers'),
+    num_hidden_layers: depth,
     num_attention_heads: number('num_attention_heads'),
     hidden_act: act,
     layer_norm_eps: number('layer_norm_eps', 1e-5),

@@ -7,7 +7,7 @@ import { module } from '../../engine/module.ts';
 import { add } from '../../engine/ops/binary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { isCount, isListOf } from '../checkpoint/config_values.ts';
+import { isCount, isListOf, mostLayers } from '../checkpoint/config_values.ts';
 import { type Resnet, resnet, type Time, upsample } from './blocks.ts';
 import { applyFreeU } from './freeu.ts';
 import type { Conditioning, Transformer, Wrap } from './transformer.ts';
@@ -74,7 +74,7 @@ function refuseDepths({ transformer_layers_per_block: down, ...config }: UNetCon
     throw refusal(
       key,
       up,
-      `a list of ${levels} whole numbers of at least 0 or lists of ${layers}${up === null ? ', which lists in "transformer_layers_per_block" ask for' : ''}`,
+      `a list of ${levels} whole numbers from 0 to ${mostLayers} or lists of ${layers}${up === null ? ', which lists in "transformer_layers_per_block" ask for' : ''}`,
     );
 }
 

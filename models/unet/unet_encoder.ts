@@ -12,7 +12,7 @@ import { cast, scale, silu } from '../../engine/ops/unary.ts';
 import { Tensor } from '../../engine/tensor.ts';
 import type { DType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import { isCount, isListOf, isPositive } from '../checkpoint/config_values.ts';
+import { isCount, isLayerCount, isListOf, isPositive, mostLayers } from '../checkpoint/config_values.ts';
 import { downsample, type NormConfig, type Resnet, resnet, type Time } from './blocks.ts';
 import { type ContextCache, once } from './context_cache.ts';
 import { type Conditioning, type Level, type Transformer, transformer, type Wrap } from './transformer.ts';
@@ -54,7 +54,7 @@ const fixed: Record<string, unknown> = {
 };
 
 /** A level without transformers may say so by a depth of 0. */
-const isDepth = (value: unknown): boolean => value === 0 || isCount(value);
+const isDepth = (value: unknown): boolean => value === 0 || isLayerCount(value);
 const isType = (value: unknown): boolean => typeof value === 'string';
 
 /** What a model's config.json has beside the fields of this half, and how errors tell of it. */
@@ -70,6 +70,8 @@ export interface ConfigRules {
   widths?: readonly string[];
   blockTypes?: readonly string[];
   counts?: readonly string[];
+  /** Fields that are numbers of layers. */
+  layers?: readonly string[];
   defaults: Readonly<Record<string, unknown>>;
 }
 
@@ -97,11 +99,13 @@ export function parseConfig<C extends EncoderConfig>(json: Record<string, unknow
   for (const key of [...counts, ...(rules.counts ?? [])])
     if (!isCount(config[key])) throw complain(key, 'a whole number of at least 1');
   const depths = 'transformer_layers_per_block';
+  for (const key of ['layers_per_block', ...(rules.layers ?? [])])
+    if (!isLayerCount(config[key])) throw complain(key, `a whole number from 1 to ${mostLayers}`);
   const layers = config.layers_per_block as number;
   if (!isDepth(config[depths]) && !areDepths(config[depths], levels, layers))
     throw complain(
       depths,
-      `a whole number of at least 0, a list of ${levels}, or one with lists of ${layers} in it`,
+      `a whole number from 0 to ${mostLayers}, a list of ${levels}, or one with lists of ${layers} in it`,
     );
   if (!isPositive(config.norm_eps)) throw complain('norm_eps', 'a number above 0');
   return config as unknown as C;
@@ -114,7 +118,6 @@ export const areDepths = (value: unknown, levels: number, layers: number): boole
 const defaults = { norm_num_groups: 32, norm_eps: 1e-5, layers_per_block: 2 };
 const counts = [
   'in_channels',
-  'layers_per_block',
   'norm_num_groups',
   'cross_attention_dim',
   'addition_time_embed_dim',

@@ -8,7 +8,7 @@ import { relu, scale, tanh } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { isCount, isListOf, isPositive } from '../checkpoint/config_values.ts';
+import { isCount, isLayerCount, isListOf, isPositive, mostLayers } from '../checkpoint/config_values.ts';
 import { paintTiles, tilesOf } from './tiles.ts';
 
 export interface AutoencoderTinyConfig {
@@ -63,9 +63,11 @@ export function parseAutoencoderTinyConfig(json: Record<string, unknown>): Autoe
     const [want, holds] =
       key === 'scaling_factor'
         ? ['a number above 0', isPositive(config[key])]
-        : Array.isArray(defaults[key])
-          ? ['a list of whole numbers of at least 1', isListOf(isCount, config[key])]
-          : ['a whole number of at least 1', isCount(config[key])];
+        : key.startsWith('num_')
+          ? [`a list of whole numbers from 1 to ${mostLayers}`, isListOf(isLayerCount, config[key])]
+          : Array.isArray(defaults[key])
+            ? ['a list of whole numbers of at least 1', isListOf(isCount, config[key])]
+            : ['a whole number of at least 1', isCount(config[key])];
     if (!holds)
       throw new UserError(
         `the AutoencoderTiny's config.json: "${key}" is ${JSON.stringify(config[key])}, not ${want}; use another, such as madebyollin/taesdxl`,

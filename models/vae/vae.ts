@@ -7,7 +7,7 @@ import { slice } from '../../engine/ops/move.ts';
 import { scope, through } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { isCount, isListOf, isPositive } from '../checkpoint/config_values.ts';
+import { isCount, isLayerCount, isListOf, isPositive, mostLayers } from '../checkpoint/config_values.ts';
 import { downsample, type NormConfig, type Resnet, resnet, upsample } from '../unet/blocks.ts';
 import { ContextCache } from '../unet/context_cache.ts';
 import { blendTiles, tilesOf } from './tiles.ts';
@@ -69,6 +69,8 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
       `vae/config.json: "${key}" is ${JSON.stringify(config[key])}, not ${want}; is this an SDXL VAE's?`,
     );
   for (const key of counts) if (!isCount(config[key])) throw wanted(key, 'a whole number of at least 1');
+  if (!isLayerCount(config.layers_per_block))
+    throw wanted('layers_per_block', `a whole number from 1 to ${mostLayers}`);
   if (!isListOf(isCount, config.block_out_channels)) throw wanted('block_out_channels', 'a list of widths');
   if (!isPositive(config.scaling_factor)) throw wanted('scaling_factor', 'a number above 0');
   const { latents_mean: mean, latents_std: std, latent_channels } = config;
@@ -82,10 +84,7 @@ export function parseVaeConfig(json: Record<string, unknown>): VaeConfig {
   return sized as unknown as VaeConfig;
 }
 
-const counts = [
-  ...['in_channels', 'out_channels', 'latent_channels'],
-  ...['layers_per_block', 'norm_num_groups', 'sample_size'],
-];
+const counts = ['in_channels', 'out_channels', 'latent_channels', 'norm_num_groups', 'sample_size'];
 
 const normOf = (config: VaeConfig): NormConfig => ({ groups: config.norm_num_groups, eps: 1e-6 });
 

@@ -8,6 +8,7 @@ import { test } from 'tap';
 import { encodeNumbers } from '../../io/dtype.ts';
 import { readJsonObject } from '../../io/json.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
+import { inspect } from '../../models/inspect.ts';
 import { sdxl } from '../support/command_line.ts';
 import { goldenFolder } from '../support/golden.ts';
 
@@ -54,6 +55,14 @@ const sharded =
 
 const bias = { name: 'conv_out.bias', dtype: 'float32', shape: [4], bytes: new Uint8Array(16) } as const;
 
+/** Keys of a JSON file with other values. */
+const telling =
+  (name: string, keys: object) =>
+  (model: string): void => {
+    const path = join(model, name);
+    writeFileSync(path, JSON.stringify({ ...readJsonObject(path), ...keys }));
+  };
+
 type Header = Record<string, { data_offsets: [number, number] }>;
 
 /** The UNet's file with another header before the same data. */
@@ -96,6 +105,39 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
       'a schedule in words',
       writing('scheduler/scheduler_config.json', '{"beta_end": "small"}'),
       [/beta_end is "small", but must be a number/],
+    ],
+    [
+      'a billion layers of a UNet',
+      telling('unet/config.json', { transformer_layers_per_block: [1, 1e9, 2] }),
+      [/"transformer_layers_per_block" is \[1,1000000000,2\], not a whole number from 0 to 100/],
+    ],
+    [
+      'a billion layers of a text encoder',
+      telling('text_encoder/config.json', { num_hidden_layers: 1e9 }),
+      [/"num_hidden_layers" is 1000000000, not a whole number from 1 to 100/],
+    ],
+    [
+      'a width that is infinite',
+      (model) => {
+        const path = join(model, 'vae/config.json');
+        writeFileSync(path, readFileSync(path, 'utf8').replace(/16(?=,)/, 'Infinity'));
+      },
+      [/"block_out_channels" is \[null,24,32,32\], not a list of widths/],
+    ],
+    [
+      'an activation that is no text',
+      telling('text_encoder/config.json', { hidden_act: { toString: 1 } }),
+      [/hidden_act \{"toString":1\} is not supported/],
+    ],
+    [
+      'a token whose id is no number',
+      telling('tokenizer/vocab.json', { ied: { toString: 1 } }),
+      [/tokenizer has ids in vocab\.json that are no token ids/],
+    ],
+    [
+      'a length that is no number',
+      telling('tokenizer/tokenizer_config.json', { model_max_length: { toString: 1 } }),
+      [/tokenizer has model_max_length \{"toString":1\}: correct it/],
     ],
     ['header longer than the file', claimed(50_000_000n), [/unet/, /ends inside its header/, /download/]],
     ['header of impossible length', claimed(2n ** 62n), [/unet/, /claims a header of/, /download/]],
@@ -169,10 +211,7 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
     ],
     [
       'a tokenizer of longer prompts',
-      (model) => {
-        const path = join(model, 'tokenizer_2', 'tokenizer_config.json');
-        writeFileSync(path, JSON.stringify({ ...readJsonObject(path), model_max_length: 248 }));
-      },
+      telling('tokenizer_2/tokenizer_config.json', { model_max_length: 248 }),
       [/tokenizer_2 makes 248 tokens of a prompt, and its text encoder takes 77: correct model_max_length/],
     ],
     ['a shard is missing', sharded({}), [/unet has 1 of 2 shards; download the missing ones/]],
@@ -208,4 +247,12 @@ test('damaged checkpoints', async (t) => {
     t.equal(readdirSync(folder).join(), 'model', `${flaw}: no file is left`);
     rmSync(folder, { recursive: true });
   }
+});
+
+test('a class that is no text', (t) => {
+  const model = t.testdir({});
+  cpSync(join(goldenFolder, 'tiny-sdxl', 'text_encoder'), model, { recursive: true });
+  telling('config.json', { architectures: [5] })(model);
+  t.match(inspect(model).problems, ['its config names no class']);
+  t.end();
 });
