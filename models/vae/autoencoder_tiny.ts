@@ -5,7 +5,7 @@ import { conv2dDoubled, doubledTaps } from '../../engine/doubled.ts';
 import { conv2d } from '../../engine/layers.ts';
 import { type AnyModule, type Module, module, parameter } from '../../engine/module.ts';
 import { relu, scale, tanh } from '../../engine/ops/unary.ts';
-import { scope } from '../../engine/scope.ts';
+import { scope, through } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
 import { isCount, isLayerCount, isListOf, isPositive, mostLayers } from '../checkpoint/config_values.ts';
@@ -95,7 +95,8 @@ const activation = (): Layer => module({}, (_, x: Tensor) => relu(x));
 const block = (c: number): Layer =>
   module({ conv: [conv(c, c), undefined, conv(c, c), undefined, conv(c, c)] as const }, (m, x: Tensor) => {
     const [first, , second, , third] = m.conv;
-    const hidden = [first, second].reduce((y, layer) => scope(() => relu(layer(y))), x);
+    const activated = (layer: Layer) => (y: Tensor) => scope(() => relu(layer(y)));
+    const hidden = through(x, [activated(first), activated(second)]);
     return relu(third(hidden, { residual: x }));
   });
 
@@ -107,8 +108,9 @@ const upsampled = (c: number): Layer =>
 
 const blocks = (count: number, c: number): Layer[] => Array.from({ length: count }, () => block(c));
 
-const through = (layers: readonly (Layer | undefined)[], x: Tensor): Tensor =>
-  layers.reduce((y: Tensor, layer) => layer?.(y) ?? y, x);
+/** Without the places in diffusers' list that have no weights. */
+const present = (layers: readonly (Layer | undefined)[]): Layer[] =>
+  layers.filter((layer) => layer !== undefined);
 
 const encoder = ({
   in_channels,
@@ -127,7 +129,7 @@ const encoder = ({
       ],
     },
     // [-1, 1] → [0, 1].
-    (m, x: Tensor) => through(m.layers, scale(x, 0.5, 0.5)),
+    (m, x: Tensor) => through(scale(x, 0.5, 0.5), present(m.layers)),
   );
 
 const decoder = ({
@@ -148,7 +150,7 @@ const decoder = ({
       ],
     },
     // A soft clamp of the latents to ±3 before, [0, 1] → [-1, 1] after.
-    (m, z: Tensor) => scale(through(m.layers, scale(tanh(scale(z, 1 / 3)), 3)), 2, -1),
+    (m, z: Tensor) => scale(through(scale(tanh(scale(z, 1 / 3)), 3), present(m.layers)), 2, -1),
   );
 
 export interface AutoencoderTiny {

@@ -115,6 +115,7 @@ const middle = (c: number, norm: NormConfig) =>
 const resnets = (count: number, inputs: number, outputs: number, norm: NormConfig): Resnet[] =>
   Array.from({ length: count }, (_, i) => resnet(i === 0 ? inputs : outputs, outputs, norm));
 
+/** A level's layers, for the coder's own row: so what the level is given is freed as soon as its first layer has read it. */
 const downLevel = (layers: number, inputs: number, outputs: number, norm: NormConfig, last: boolean) =>
   module(
     {
@@ -122,7 +123,7 @@ const downLevel = (layers: number, inputs: number, outputs: number, norm: NormCo
       // Zeros only right and below, as the original model was trained.
       downsamplers: last ? undefined : [downsample(outputs, [0, 0, 1, 1])],
     },
-    (m, x: Tensor) => through(x, [...m.resnets, ...(m.downsamplers ?? [])]),
+    (m) => [...m.resnets, ...(m.downsamplers ?? [])],
   );
 
 const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConfig, last: boolean) =>
@@ -131,10 +132,12 @@ const upLevel = (layers: number, inputs: number, outputs: number, norm: NormConf
       resnets: resnets(layers, inputs, outputs, norm),
       upsamplers: last ? undefined : [upsample(outputs)],
     },
-    (m, x: Tensor, cache: ContextCache) => {
-      const [, h, w] = x.shape;
-      const doubled = m.upsamplers?.map((up) => (y: Tensor) => up(y, 2 * h, 2 * w, cache)) ?? [];
-      return through(x, [...m.resnets, ...doubled]);
+    (m, cache: ContextCache) => {
+      const doubled = m.upsamplers?.map((up) => (y: Tensor) => {
+        const [, h, w] = y.shape;
+        return up(y, 2 * h, 2 * w, cache);
+      });
+      return [...m.resnets, ...(doubled ?? [])];
     },
   );
 
@@ -152,7 +155,10 @@ const encoder = (config: VaeConfig) => {
       conv_norm_out: groupNorm(norm.groups, last, { eps: norm.eps, silu: true }),
       conv_out: conv2d(last, 2 * latent, 3, { padding: 1 }),
     },
-    (m, x: Tensor) => through(x, [m.conv_in, ...m.down_blocks, m.mid_block, m.conv_norm_out, m.conv_out]),
+    (m, x: Tensor) => {
+      const down = m.down_blocks.flatMap((level) => level());
+      return through(x, [m.conv_in, ...down, m.mid_block, m.conv_norm_out, m.conv_out]);
+    },
   );
 };
 
@@ -172,7 +178,7 @@ const decoder = (config: VaeConfig) => {
       conv_out: conv2d(last, config.out_channels, 3, { padding: 1 }),
     },
     (m, z: Tensor, cache: ContextCache) => {
-      const up = m.up_blocks.map((block) => (y: Tensor) => block(y, cache));
+      const up = m.up_blocks.flatMap((level) => level(cache));
       return through(z, [m.conv_in, m.mid_block, ...up, m.conv_norm_out, m.conv_out]);
     },
   );
