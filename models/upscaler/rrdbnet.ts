@@ -7,6 +7,7 @@ import { module } from '../../engine/module.ts';
 import { combine } from '../../engine/ops/combine.ts';
 import { concat } from '../../engine/ops/move.ts';
 import { leakyRelu } from '../../engine/ops/unary.ts';
+import { scope, through } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { times } from '../unet/unet_encoder.ts';
 
@@ -37,11 +38,10 @@ const denseBlock = (c: number, grow: number) =>
       conv5: conv(c + 4 * grow, c),
     },
     ({ conv1, conv2, conv3, conv4, conv5 }, x: Tensor) => {
-      const seen = [conv1, conv2, conv3, conv4].reduce(
-        (before, layer) => concat([before, leakyRelu(layer(before))], 3),
-        x,
+      const beside = [conv1, conv2, conv3, conv4].map(
+        (layer) => (before: Tensor) => scope(() => concat([before, leakyRelu(layer(before))], 3)),
       );
-      return withFifth(x, conv5(seen));
+      return withFifth(x, through(x, [...beside, conv5]));
     },
   );
 
@@ -49,7 +49,7 @@ const denseBlock = (c: number, grow: number) =>
 const rrdb = (c: number, grow: number) =>
   module(
     { rdb1: denseBlock(c, grow), rdb2: denseBlock(c, grow), rdb3: denseBlock(c, grow) },
-    (m, x: Tensor) => withFifth(x, m.rdb3(m.rdb2(m.rdb1(x)))),
+    (m, x: Tensor) => withFifth(x, through(x, [m.rdb1, m.rdb2, m.rdb3])),
   );
 
 /** x [n, h, w, 3 unshuffle^2] → [n, 2^doublings h, 2^doublings w, 3], not clamped. */
@@ -65,12 +65,15 @@ export function rrdbnet({ num_feat: c, num_block, num_grow_ch, doublings, unshuf
       conv_last: conv(c, 3),
     },
     (m, x: Tensor): Tensor => {
-      const first = m.conv_first(x);
-      const trunk = m.body.reduce((h, block) => block(h), first);
-      let h = m.conv_body(trunk, { residual: first });
-      for (const up of Object.values(ups))
-        h = leakyRelu(up(h, { doubled: doubledTaps(up.children.weight.tensor) }));
-      return m.conv_last(leakyRelu(m.conv_hr(h)));
+      const trunk = scope(() => {
+        const first = m.conv_first(x);
+        return m.conv_body(through(first, m.body), { residual: first });
+      });
+      const enlarged = Object.values(ups).map(
+        (up) => (h: Tensor) =>
+          scope(() => leakyRelu(up(h, { doubled: doubledTaps(up.children.weight.tensor) }))),
+      );
+      return through(trunk, [...enlarged, m.conv_hr, leakyRelu, m.conv_last]);
     },
   );
 }

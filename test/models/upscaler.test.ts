@@ -6,8 +6,9 @@ import { type Test, test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
 import { namedParameters } from '../../engine/module.ts';
-import { scope } from '../../engine/scope.ts';
-import { sizeOf, tensor } from '../../engine/tensor.ts';
+import { standInDevice } from '../../engine/profile.ts';
+import { scope, unscoped } from '../../engine/scope.ts';
+import { empty, sizeOf, tensor } from '../../engine/tensor.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
 import { readPicture } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
@@ -314,4 +315,18 @@ test('what is refused', async (t) => {
     ],
     [['--hires', '--hires-upscaler', 'Lanczoz'], /--hires-upscaler takes Latent, .*; did you mean "?Lanczos/],
   ]);
+});
+
+test('what a layer has read is freed before the next ones run', (t) => {
+  const device = standInDevice();
+  const side = 416;
+  const model = rrdbnet({ num_feat: 64, num_block: 23, num_grow_ch: 32, doublings: 2, unshuffle: 1 });
+  for (const p of namedParameters(model).values())
+    p.tensor = unscoped(() => empty(p.memoryShape, { device }));
+  const before = device.memory.live;
+  noGrad(() => scope(() => void model(empty([1, side, side, 3], { device }))));
+  const tile = (device.memory.peak - before) / (4 * 64 * side ** 2);
+  // The second doubling: what it enlarges, sixteen times that in quarters, and in one.
+  t.ok(tile < 4 + 16 + 16 + 4, `${tile} times the trunk's features`);
+  t.end();
 });
