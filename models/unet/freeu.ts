@@ -57,17 +57,18 @@ function factorsFor({ shape, device }: Tensor, b: number): Tensor[] {
   return [tensor(factors, [c], { device }), tensor(new Float32Array(c).fill(1), [c], { device })];
 }
 
-/** What a layer of the `level`-th level takes, of its image and the skip connection beside it, both [n, h, w, c]. */
+/** What a layer of the `level`-th level, `block`, takes, of its image and the skip connection beside it, both [n, h, w, c]. */
 export function applyFreeU(
   { s1, s2, b1, b2 }: FreeU,
   level: number,
   { x, skip }: { x: Tensor; skip: Tensor },
-  { layer, cache }: { layer: object; cache?: ContextCache },
+  { block, layer, cache }: { block: object; layer: object; cache?: ContextCache },
 ): { x: Tensor; skip: Tensor } {
   if (level > 1) return { x, skip };
   const [s, b] = level === 0 ? [s1, b1] : [s2, b2];
-  const made = () => [...factorsFor(x, b), ...filterFor(skip, s)];
-  const [factors, ones, down, up] = once(cache, layer, made);
+  // A level's images have one size, and different numbers of channels.
+  const [down, up] = once(cache, block, () => filterFor(skip, s));
+  const [factors, ones] = once(cache, layer, () => factorsFor(x, b));
   const [n, h, w, c] = skip.shape;
   const image = skip.reshape(n, h * w, c);
   return {

@@ -112,7 +112,8 @@ const upBlock = (
       m.resnets.forEach((resnet, i) => {
         if (!has(last - i)) return;
         const taken = { x: h, skip: features[last - i] };
-        const { x, skip } = freeu ? applyFreeU(freeu, level, taken, { layer: resnet, cache }) : taken;
+        const whose = { block: m, layer: resnet, cache };
+        const { x, skip } = freeu ? applyFreeU(freeu, level, taken, whose) : taken;
         h = resnet(x, { time, skip });
         h = m.attentions[i]?.(h, conditioning) ?? h;
       });
