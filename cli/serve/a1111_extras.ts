@@ -1,8 +1,18 @@
 // A1111's routes that enlarge pictures which are there, one or some. Faces are not restored.
 import { UserError } from '../../io/errors.ts';
 import { isRecord } from '../../io/json.ts';
-import { labelled } from './a1111_order.ts';
-import { base64, booleanOf, numberOf, only, pictureBytes, readFields, textOf, unheeded } from './fields.ts';
+import {
+  type Body,
+  base64,
+  booleanOf,
+  labelled,
+  numberOf,
+  only,
+  pictureBytes,
+  readFields,
+  textOf,
+  unheeded,
+} from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Enlarging, Order } from './messages.ts';
 import type { Queue } from './queue.ts';
@@ -10,8 +20,6 @@ import { mostPictures, mostSide, type Served } from './served.ts';
 
 /** Names of what enlarges finished pictures. */
 export const upscalerNames = ({ networks }: Served): string[] => ['Lanczos', 'Nearest', ...networks.keys()];
-
-type Body = Readonly<Record<string, unknown>>;
 
 /** Keys that are read below, or say nothing here. */
 const taken = [

@@ -4,7 +4,8 @@ import { freemem, totalmem } from 'node:os';
 import { samplerLabels, scheduleTypes } from '../sample/a1111.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { upscalerNames } from './a1111_extras.ts';
-import { checkOverrides, plain } from './a1111_order.ts';
+import { checkOverrides } from './a1111_order.ts';
+import { plain } from './fields.ts';
 import type { Reply, Routes } from './http.ts';
 import type { Queue } from './queue.ts';
 import { edmSampler, type Served } from './served.ts';
@@ -39,7 +40,10 @@ export const a1111Lists = (served: Served, queue: Queue): Routes => ({
     },
   }),
   'GET /sdapi/v1/options': () => ({
-    json: { sd_model_checkpoint: served.name, sd_vae: 'Automatic', samples_format: 'png' },
+    json: {
+      ...{ sd_model_checkpoint: served.name, sd_vae: 'Automatic', samples_format: 'png' },
+      ...{ CLIP_stop_at_last_layers: 1, inpainting_mask_weight: 1 },
+    },
   }),
   'POST /sdapi/v1/options': async ({ json }) => {
     checkOverrides(await json(), served);

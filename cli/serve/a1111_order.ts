@@ -3,31 +3,28 @@
 // only says what to keep on its disk is passed over.
 import { UserError } from '../../io/errors.ts';
 import { isRecord } from '../../io/json.ts';
-import { oneOf, side } from '../option_values.ts';
-import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
+import { side } from '../option_values.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { maskedContents } from '../sample/mask_options.ts';
+import { hiresSamplerOf, samplerOf } from './a1111_samplers.ts';
 import { controlsIn, initImage } from './controlnet_api.ts';
 import {
+  type Body,
   booleanOf,
   type Field,
+  labelled,
   numberOf,
   numeric,
   only,
   pictureBytes,
   prompt,
   readFields,
+  said,
   text,
-  textOf,
   unheeded,
 } from './fields.ts';
 import type { Order, Settings } from './messages.ts';
 import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
-
-/** Its names and labels of one thing: `sgm_uniform` is "SGM Uniform". */
-export const plain = (name: string): string => name.toLowerCase().replace(/[^a-z0-9+]/g, '');
-export const labelled = <T extends string>(key: string, value: string, labels: readonly T[]): T =>
-  labels.find((label) => plain(label) === plain(value)) ?? oneOf(key, labels)(value);
 
 const sideOf =
   (option: 'width' | 'height' | 'seedResizeFromW' | 'seedResizeFromH'): Field =>
@@ -62,7 +59,7 @@ const taken = words(`
 /** Keys that say nothing of the picture here, or that only what is refused below would heed. */
 const idle = words(`
   save_images do_not_save_samples do_not_save_grid override_settings_restore_afterwards comments force_task_id
-  include_init_images s_tmin s_tmax hr_additional_modules clip_skip infotext script_args
+  include_init_images s_tmin s_tmax s_noise hr_additional_modules clip_skip script_args
   refiner_switch_at`);
 
 /** Keys of what is not there, with what leaves it out. */
@@ -70,7 +67,6 @@ const absent: Readonly<Record<string, Field>> = {
   restore_faces: only(false, 0),
   styles: only([]),
   s_churn: only(0),
-  s_noise: only(1),
   s_min_uncond: only(0),
   initial_noise_multiplier: only(1),
   script_name: only('', 'None'),
@@ -78,6 +74,7 @@ const absent: Readonly<Record<string, Field>> = {
   firstphase_width: only(0),
   firstphase_height: only(0),
   disable_extra_networks: only(false),
+  infotext: only(''),
   lora: only([]), // stable-diffusion.cpp's server
   resize_mode: only(0, 1), // 1 is heeded below
 };
@@ -85,6 +82,7 @@ const absent: Readonly<Record<string, Field>> = {
 /** The same of the second pass alone. */
 const absentOfHires: Readonly<Record<string, Field>> = {
   hr_checkpoint_name: only('', 'Use same checkpoint'),
+  firstpass_image: only(''),
 };
 
 /** The same of a mask alone. */
@@ -123,9 +121,6 @@ export const flagKeys: Readonly<Record<string, string>> = {
 
 const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) => [key, unheeded]));
 
-/** A request's JSON. */
-type Body = Readonly<Record<string, unknown>>;
-
 /** An empty text is none, as there. */
 const hasMask = ({ mask }: Body): boolean => mask !== undefined && mask !== null && mask !== '';
 
@@ -135,45 +130,6 @@ const fieldsOf = (body: Body): Readonly<Record<string, Field>> => ({
   ...(body.enable_hr ? absentOfHires : nothing(Object.keys(absentOfHires))),
   ...(hasMask(body) ? absentOfMask : nothing(Object.keys(absentOfMask))),
 });
-
-/** A text, or nothing where it is empty. */
-const said = (body: Body, key: string): string | undefined =>
-  body[key] === null || body[key] === undefined ? undefined : textOf(body[key], key) || undefined;
-
-/** A sampler, and how its noise levels lie, which a request's `key` says. */
-function laidOut(name: string | undefined, typed: string | undefined, key: string): Settings {
-  const type = labelled(key, typed ?? 'Automatic', scheduleTypes);
-  if (name === undefined && type === 'Automatic') return {};
-  if (name === undefined)
-    throw new UserError(`${key} "${type}" is how a sampler's noise levels lie; give its sampler_name, too`);
-  const { unheeded: left, ...scheduler } = schedulerOf(name, type);
-  if (left) throw new UserError(`${key} "${left}" is not there for ${name}; take Automatic`);
-  return scheduler;
-}
-
-/** The names of a request's sampler and of its schedule type. */
-const namesOf = (body: Body) => ({
-  name: said(body, 'sampler_name') ?? said(body, 'sampler_index'),
-  type: said(body, 'scheduler'),
-});
-
-function samplerOf(body: Body): Settings {
-  const { name, type } = namesOf(body);
-  return laidOut(name, type, 'scheduler');
-}
-
-/** That of a second pass which has another, or lays its noise levels out otherwise. */
-function hiresSamplerOf(body: Body): Settings {
-  const own = (key: string, same: string) => (body[key] === same ? undefined : said(body, key));
-  const { name, type } = namesOf(body);
-  const { scheduler, timestepSpacing } = laidOut(
-    own('hr_sampler_name', 'Use same sampler') ?? name,
-    own('hr_scheduler', 'Use same scheduler') ?? type,
-    'hr_scheduler',
-  );
-  if (scheduler === laidOut(name, type, 'scheduler').scheduler) return {};
-  return { hiresScheduler: scheduler, hiresTimestepSpacing: timestepSpacing };
-}
 
 /** So many pictures, from the seeds that follow. */
 function countOf(body: Body): Settings {
@@ -293,6 +249,9 @@ function overOf(body: Body): Order {
   };
 }
 
+/** Options that are checked, or that clients set to what holds here. */
+const knownOptions = words('sd_model_checkpoint CLIP_stop_at_last_layers sd_vae samples_format');
+
 /** Another checkpoint or VAE than those that are open cannot be had. @throws UserError */
 export function checkOverrides(value: unknown, served: Served): void {
   if (!isRecord(value ?? {}))
@@ -306,7 +265,7 @@ export function checkOverrides(value: unknown, served: Served): void {
       throw new UserError(
         `this server decodes by the VAE that it was started with; start another for ${JSON.stringify(wanted)} (--vae)`,
       );
-    if (!['sd_model_checkpoint', 'CLIP_stop_at_last_layers', 'sd_vae'].includes(key)) served.tellIgnored(key);
+    if (!knownOptions.includes(key)) served.tellIgnored(key);
   }
 }
 

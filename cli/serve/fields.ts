@@ -1,8 +1,11 @@
 // A request's keys, read one by one into options of `sdxl sample`, whatever other program's words they are in. Each value goes through
 // the reader of the flag, so that a number is bounded alike wherever it comes from.
 import { UserError } from '../../io/errors.ts';
-import { number } from '../option_values.ts';
+import { number, oneOf } from '../option_values.ts';
 import type { Settings } from './messages.ts';
+
+/** A request's keys. */
+export type Body = Readonly<Record<string, unknown>>;
 
 /** What a key's value comes to, or a sentence's error. */
 export type Field = (value: unknown, key: string) => Settings;
@@ -23,6 +26,15 @@ export const text =
   (value, key) => ({ [option]: textOf(value, key) });
 
 export const prompt: Field = (value, key) => ({ prompt: [textOf(value, key)] });
+
+/** A text, or nothing where it is empty. */
+export const said = (body: Body, key: string): string | undefined =>
+  body[key] === null || body[key] === undefined ? undefined : textOf(body[key], key) || undefined;
+
+/** Names and labels of one thing: `sgm_uniform` is "SGM Uniform". */
+export const plain = (name: string): string => name.toLowerCase().replace(/[^a-z0-9+]/g, '');
+export const labelled = <T extends string>(key: string, value: string, labels: readonly T[]): T =>
+  labels.find((label) => plain(label) === plain(value)) ?? oneOf(key, labels)(value);
 
 type Bounds = Parameters<typeof number>[1];
 
@@ -46,26 +58,50 @@ export const numeric =
 /** Says nothing of the picture, or only what holds here anyway. */
 export const unheeded: Field = () => ({});
 
+/** Someone wants what is not there. */
+class NotThere extends UserError {
+  /** The key with its value. */
+  readonly wanted: string;
+
+  constructor(wanted: string, key: string) {
+    super(`${wanted} is not there; leave ${key} out`);
+    this.wanted = wanted;
+  }
+}
+
 /** Something that is not there: only what means that it is not wanted is taken. */
 export const only =
   (...neutral: readonly unknown[]): Field =>
   (value, key) => {
     if (neutral.some((each) => JSON.stringify(each) === JSON.stringify(value))) return {};
-    throw new UserError(`${key} ${JSON.stringify(value)?.slice(0, 60)} is not there; leave ${key} out`);
+    throw new NotThere(`${key} ${JSON.stringify(value)?.slice(0, 60)}`, key);
   };
 
-/** The keys of `body` by a table; null is what is left out. `unknown` hears of keys that are in no table, which change nothing. */
+/**
+ * The keys of `body` by a table; null is what is left out. `unknown` hears of keys that are in no table, which change nothing. All that is
+ * not there is told of at once: a body may be an example that has every key.
+ */
 export function readFields(
-  body: Readonly<Record<string, unknown>>,
+  body: Body,
   fields: Readonly<Record<string, Field>>,
   unknown: (key: string) => void,
 ): Settings {
+  const absent: NotThere[] = [];
   const read = Object.entries(body).map(([key, value]): Settings => {
     if (value === null || value === undefined) return {};
-    if (Object.hasOwn(fields, key)) return fields[key](value, key);
+    try {
+      if (Object.hasOwn(fields, key)) return fields[key](value, key);
+    } catch (error) {
+      if (!(error instanceof NotThere)) throw error;
+      absent.push(error);
+      return {};
+    }
     unknown(key);
     return {};
   });
+  if (absent.length === 1) throw absent[0];
+  if (absent.length > 1)
+    throw new UserError(`${absent.map(({ wanted }) => wanted).join(', ')} are not there; leave them out`);
   return Object.assign({}, ...read);
 }
 

@@ -5,7 +5,17 @@ import { UserError } from '../../io/errors.ts';
 import { decodeAlpha } from '../../io/image.ts';
 import { encodePng } from '../../io/png.ts';
 import { number, oneOf, side } from '../option_values.ts';
-import { base64, type Field, numeric, only, prompt, readFields, text, unheeded } from './fields.ts';
+import {
+  type Body,
+  base64,
+  type Field,
+  numeric,
+  only,
+  prompt,
+  readFields,
+  text,
+  unheeded,
+} from './fields.ts';
 import type { Asked, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
@@ -55,8 +65,6 @@ const flagKeys: Readonly<Record<string, string>> = {
   ...{ '--guidance-scale': 'guidance_scale', '--scheduler': 'scheduler' },
   ...{ '--image': 'image', '--mask': 'mask', '--strength': 'strength' },
 };
-
-type Body = Readonly<Record<string, unknown>>;
 
 /** How the pictures are handed over. */
 function answerOf(body: Body) {

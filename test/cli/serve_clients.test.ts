@@ -1,0 +1,174 @@
+// Bodies that other programs send to A1111's routes, with all that they put in by themselves: they draw, or are told in one
+// sentence what is in the way.
+import { test } from 'tap';
+import { orderOf } from '../../cli/serve/a1111_order.ts';
+import { fox, pixels, serve, small } from '../support/served.ts';
+
+const served = {
+  ...{ name: 'tiny-sdxl', loras: () => [], embeddings: new Map(), followed: new Map(), networks: new Map() },
+  ...{ texts: {}, tellIgnored() {} },
+};
+const settingsOf = (body: Record<string, unknown>) => orderOf({ ...fox, ...body }, false, served).settings;
+
+/** What A1111's page of its API shows as an example. */
+const example = {
+  ...{ prompt: '', negative_prompt: '', styles: ['string'], seed: -1, subseed: -1, subseed_strength: 0 },
+  ...{ seed_resize_from_h: -1, seed_resize_from_w: -1, sampler_name: 'string', scheduler: 'string' },
+  ...{ batch_size: 1, n_iter: 1, steps: 50, cfg_scale: 7, width: 512, height: 512, restore_faces: true },
+  ...{ tiling: true, do_not_save_samples: false, do_not_save_grid: false, eta: 0, denoising_strength: 0 },
+  ...{ s_min_uncond: 0, s_churn: 0, s_tmax: 0, s_tmin: 0, s_noise: 0, override_settings: {} },
+  ...{ override_settings_restore_afterwards: true, refiner_checkpoint: 'string', refiner_switch_at: 0 },
+  ...{ disable_extra_networks: false, firstpass_image: 'string', comments: {}, enable_hr: false },
+  ...{ firstphase_width: 0, firstphase_height: 0, hr_scale: 2, hr_upscaler: 'string' },
+  ...{ hr_second_pass_steps: 0, hr_resize_x: 0, hr_resize_y: 0, hr_checkpoint_name: 'string' },
+  ...{ hr_sampler_name: 'string', hr_scheduler: 'string', hr_prompt: '', hr_negative_prompt: '' },
+  ...{ force_task_id: 'string', sampler_index: 'Euler', script_name: 'string', script_args: [] },
+  ...{ send_images: true, save_images: false, alwayson_scripts: {}, infotext: 'string' },
+};
+
+test("A1111's example draws without what it only names", (t) => {
+  t.throws(() => settingsOf(example), {
+    message:
+      'styles ["string"], restore_faces true, refiner_checkpoint "string", script_name "string", infotext "string" are not there; leave them out',
+  });
+  const { styles, restore_faces, refiner_checkpoint, infotext, script_name, ...rest } = example;
+  t.throws(() => settingsOf(rest), /scheduler takes Automatic.* not "string"/);
+  const { scheduler, ...named } = rest;
+  t.throws(() => settingsOf(named), /^sampler_name "string": unknown scheduler "string"/);
+  const { sampler_name, ...taken } = named;
+  t.match(settingsOf(taken), { scheduler: 'Euler Uniform', steps: 50, seamless: 'xy', width: 512 });
+  t.throws(
+    () => settingsOf({ ...taken, enable_hr: true, hr_upscaler: 'Latent' }),
+    /^firstpass_image "string", hr_checkpoint_name "string" are not there/,
+  );
+  t.end();
+});
+
+test('noise in each step is as much as A1111 puts there, or a sampler without is drawn with', (t) => {
+  const same = (body: Record<string, unknown>, other: Record<string, unknown>) =>
+    t.same(settingsOf(body), { ...settingsOf(other), eta: body.eta }, JSON.stringify(body));
+  // By get_ancestral_step of k-diffusion no noise is left at 0, and a step goes where Euler's goes.
+  same({ eta: 0, sampler_name: 'Euler a' }, { sampler_name: 'Euler' });
+  same({ eta: 0, sampler_name: 'k_euler_ancestral' }, { sampler_name: 'Euler' });
+  same(
+    { eta: 0, sampler_name: 'Euler a', scheduler: 'karras' },
+    { sampler_name: 'Euler', scheduler: 'karras' },
+  );
+  same({ eta: 0, sampler_name: 'DPM2 a Karras' }, { sampler_name: 'DPM2 Karras' });
+  same({ eta: 1, sampler_name: 'Euler a' }, { sampler_name: 'Euler a' });
+  same({ eta: 0, sampler_name: 'Euler Align Your Steps' }, { sampler_name: 'Euler Align Your Steps' });
+  same({ eta: 0.5, sampler_name: 'DDIM' }, { sampler_name: 'DDIM' });
+  const second = { enable_hr: true, sampler_name: 'Euler', hr_sampler_name: 'Euler a' };
+  t.equal(settingsOf({ ...second, eta: 0 }).hiresScheduler, undefined, 'as the first pass');
+  t.equal(settingsOf(second).hiresScheduler, 'Euler a Uniform');
+  for (const sampler_name of ['Euler', 'Euler a', 'Heun', 'DPM++ 2M', 'DDIM', undefined])
+    t.same(
+      settingsOf({ sampler_name, s_noise: 0 }),
+      settingsOf({ sampler_name }),
+      's_noise is not read there',
+    );
+  for (const [body, sentence] of [
+    [
+      { eta: 0.5, sampler_name: 'Euler a' },
+      'sampler_name "Euler a": eta 0.5 is not there; leave eta out, or take eta 0',
+    ],
+    [
+      { eta: 0, sampler_index: 'DPM++ 2M SDE' },
+      'sampler_index "DPM++ 2M SDE": eta 0 is not there; leave eta out, or take DPM++ 2M',
+    ],
+    [
+      { s_noise: 0, sampler_name: 'DPM++ SDE' },
+      'sampler_name "DPM++ SDE": s_noise 0 is not there; leave s_noise out',
+    ],
+    [
+      { ...second, eta: 0, hr_sampler_name: 'DPM++ SDE' },
+      'hr_sampler_name "DPM++ SDE": eta 0 is not there; leave eta out, or take DPM++ 2M',
+    ],
+  ] as const)
+    t.throws(() => settingsOf(body), { message: sentence });
+  t.end();
+});
+
+const size = { width: 64, height: 64, steps: 2 };
+
+test('programs draw with what they send by themselves', async (t) => {
+  const server = await serve(...small);
+  const options = (await server.get('/sdapi/v1/options')).body;
+  const bodies: Record<string, Record<string, unknown>> = {
+    SillyTavern: {
+      ...{
+        ...size,
+        url: server.url,
+        auth: '',
+        prompt: 'a red fox',
+        negative_prompt: '',
+        sampler_name: 'DDIM',
+      },
+      ...{ scheduler: 'normal', cfg_scale: 7, restore_faces: false, enable_hr: false, hr_upscaler: 'Latent' },
+      ...{ hr_scale: 2, denoising_strength: 0.7, hr_second_pass_steps: 0, clip_skip: 1, save_images: true },
+      ...{ override_settings: { CLIP_stop_at_last_layers: 1 }, override_settings_restore_afterwards: true },
+      ...{ send_images: true, do_not_save_grid: false, do_not_save_samples: false },
+    },
+    'KoboldAI Lite': {
+      ...{
+        ...size,
+        ...fox,
+        sampler_name: 'Euler a',
+        batch_size: 1,
+        n_iter: 1,
+        cfg_scale: 7,
+        negative_prompt: '',
+      },
+      ...{
+        do_not_save_samples: true,
+        do_not_save_grid: true,
+        enable_hr: false,
+        eta: 0,
+        s_churn: 0,
+        s_tmax: 0,
+      },
+      ...{ s_tmin: 0, s_noise: 1, scheduler: 'sgm_uniform' },
+      override_settings: {
+        ...{ sd_model_checkpoint: options.sd_model_checkpoint, eta_noise_seed_delta: 0 },
+        ...{ CLIP_stop_at_last_layers: 1, ddim_discretize: 'uniform', img2img_fix_steps: false },
+        ...{ sd_hypernetwork: 'None', inpainting_mask_weight: 1, initial_noise_multiplier: 1 },
+      },
+    },
+    'Auto-Photoshop': {
+      ...{
+        ...size,
+        alwayson_scripts: {},
+        prompt: 'a red fox',
+        negative_prompt: '',
+        original_prompt: 'a red fox',
+      },
+      ...{ clip_skip: 1, sampler_index: 'Euler a', denoising_strength: 0.5, batch_size: 1, cfg_scale: 7 },
+      ...{
+        seed: '5',
+        mask_blur: 4,
+        use_sharp_mask: 'none',
+        use_prompt_shortcut: false,
+        restore_faces: false,
+      },
+      ...{ prompt_shortcut_ui_dict: {}, uniqueDocumentId: 'a', mode: 'txt2img', tiling: false },
+    },
+    StableStudio: {
+      ...{ ...size, seed: -1, cfgScale: 7, sampler_name: '', sampler_index: '', prompt: 'a red fox' },
+      ...{ negative_prompt: '', batch_size: 1, save_images: true },
+    },
+  };
+  for (const [name, body] of Object.entries(bodies)) {
+    const answer = await server.post('/sdapi/v1/txt2img', body);
+    t.equal(answer.status, 200, `${name} ${answer.body.detail ?? ''}`);
+    t.equal((await pixels(answer.body.images[0])).width, 64);
+    const told = (await server.post('/sdapi/v1/png-info', { image: answer.body.images[0] })).body.info;
+    t.match(told.split('\n').at(-1), /^Steps: 2, .*, Seed: \d+, /);
+  }
+  t.same(
+    (await server.post('/sdapi/v1/options', { ...options, sd_model_checkpoint: '' })).status,
+    200,
+    'Open WebUI gives all options back',
+  );
+  t.ok('samples_format' in options, 'by which KoboldAI Lite knows them');
+  t.equal(await server.end(), 143);
+});
