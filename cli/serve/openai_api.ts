@@ -68,15 +68,13 @@ const flagKeys: Readonly<Record<string, string>> = {
 
 /** How the pictures are handed over. */
 function answerOf(body: Body) {
-  if ((body.response_format ?? 'b64_json') !== 'b64_json')
-    throw new UserError(
-      'response_format takes b64_json alone: this server keeps no pictures that a URL could name',
-    );
+  const kind = oneOf('response_format', ['b64_json', 'url'])(String(body.response_format ?? 'b64_json'));
   const format = oneOf('output_format', formats)(String(body.output_format ?? 'png'));
   const whole = (key: string, usual: number, max: number): number =>
     number(key, { min: 0, max, whole: true })(String(body[key] ?? usual));
   return {
     format,
+    isUrl: kind === 'url',
     quality: Math.max(1, whole('output_compression', 100, 100)),
     partials: whole('partial_images', 0, 3),
     stream: body.stream === true || body.stream === 'true',
@@ -97,7 +95,12 @@ const now = (): number => Math.floor(Date.now() / 1000);
 async function whole(queue: Queue, order: Order, answer: Answer, signal: AbortSignal): Promise<Reply> {
   const drawn = await queue.draw(order, signal);
   const data = await Promise.all(
-    drawn.map(async (each) => ({ b64_json: await encoded(each, answer), seed: each.seed })),
+    drawn.map(async (each) => {
+      const file = await encoded(each, answer);
+      // The server keeps no pictures: a URL is the picture itself.
+      const given = answer.isUrl ? { url: `data:image/${answer.format};base64,${file}` } : { b64_json: file };
+      return { ...given, seed: each.seed };
+    }),
   );
   return { json: { created: now(), output_format: answer.format, data } };
 }

@@ -217,7 +217,11 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
     ['/v1/images/generations', { prompt: 'x', size: '100x64' }, /not divisible by 8/],
     ['/v1/images/generations', { prompt: 'x', size: '8192x64' }, /longest side is 4096/],
     ['/v1/images/generations', { prompt: 'x', size: 'big' }, /WIDTHxHEIGHT/],
-    ['/v1/images/generations', { prompt: 'x', response_format: 'url' }, /b64_json alone/],
+    [
+      '/v1/images/generations',
+      { prompt: 'x', response_format: 'png' },
+      /response_format takes b64_json, url/,
+    ],
     ['/v1/images/generations', { prompt: 'x', output_format: 'gif' }, /png, jpeg, webp/],
     ['/v1/images/generations', { prompt: 'x', scheduler: 'eular' }, /unknown scheduler "eular".*euler/],
     [

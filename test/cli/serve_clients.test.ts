@@ -1,4 +1,4 @@
-// Bodies that other programs send to A1111's routes, with all that they put in by themselves: they draw, or are told in one
+// Bodies that other programs send to A1111's routes and OpenAI's, with all that they put in by themselves: they draw, or are told in one
 // sentence what is in the way.
 import { test } from 'tap';
 import { orderOf } from '../../cli/serve/a1111_order.ts';
@@ -170,5 +170,15 @@ test('programs draw with what they send by themselves', async (t) => {
     'Open WebUI gives all options back',
   );
   t.ok('samples_format' in options, 'by which KoboldAI Lite knows them');
+
+  const asked = { model: 'dall-e-3', ...fox, n: 1, size: '64x64', quality: 'standard', style: 'vivid' };
+  const [url, file] = await Promise.all(
+    ['url', 'b64_json'].map(async (response_format) => {
+      const { body } = await server.post('/v1/images/generations', { ...asked, response_format });
+      return body.data[0];
+    }),
+  );
+  t.equal(url.url, `data:image/png;base64,${file.b64_json}`, 'a URL is the picture itself');
+  t.equal(url.b64_json, undefined);
   t.equal(await server.end(), 143);
 });
