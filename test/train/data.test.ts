@@ -188,6 +188,25 @@ test('folders that say how often their pictures are shown', async (t) => {
   ]);
 });
 
+test('what stands around captions, but those of the class', async (t) => {
+  const path = folderOf(t, {
+    'own/a.png': png(),
+    'own/a.txt': 'a fox\nit runs',
+    'class/b.png': png(8, 8, 1),
+  });
+  const [own, class_data_dir] = ['own', 'class'].map((name) => join(path, name));
+  const affixes = { caption_prefix: 'ohwx,', caption_suffix: 'in a wood' };
+  const dataset = { path: own, resolution: 8, class_data_dir, class_prompt: 'animal', ...affixes };
+  const { samples } = await openPictures(resolveRun({ dataset }, 'a run', 'x'), 8, {
+    line() {},
+    progress() {},
+  });
+  t.strictSame(
+    samples.map(({ captions }) => captions),
+    [['ohwx, a fox in a wood', 'ohwx, it runs in a wood'], ['animal']],
+  );
+});
+
 test('pictures at several resolutions', async (t) => {
   const path = folderOf(t, { 'a.png': png(40, 20), 'b.png': png(16, 16, 1) });
   const dataset = { path, resolution: [16, 32], instance_prompt: 'x' };

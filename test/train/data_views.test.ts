@@ -318,6 +318,17 @@ test('captions', (t) => {
     ['a; b', 'a', 'b', ''].every((text) => Math.abs((thinned.get(text) ?? 0) - 750) < 100),
     'tags fall out',
   );
+  const kept = { shuffle_caption: true, keep_tokens: 5, keep_tokens_separator: '|||' };
+  t.strictSame(
+    [...counted(kept, ['a, b ||| c, d,||| e']).keys()].sort(),
+    ['a, b, c, d, e', 'a, b, d, c, e'],
+    'what stands before and behind the separators stays',
+  );
+  t.strictSame([...counted(kept, ['a, b']).keys()], ['a, b'], 'a caption without one has its first tags');
+  const separated = { ...defaults, keep_tokens_separator: '|||' };
+  const shown = 'a, b, c, d';
+  t.equal(captionOf(['a, b ||| c|||d'], separated, { seed: 3, epoch: 5, key: 9 }), shown);
+  t.strictSame(allCaptions([{ captions: ['a, b ||| c|||d', 'e'] }], separated), [shown, 'e']);
   const at = { seed: 3, epoch: 5, key: 9 };
   const written = ' a ,b,, c';
   t.equal(captionOf([written], defaults, at), written, 'what is not drawn from stays as it is written');

@@ -1,5 +1,5 @@
 // The caption a sample is shown with in an epoch: one of its choices, its tags shuffled or thinned, or none at all. The
-// options' names are kohya's.
+// options' names are kohya's, whose ", " between tags is here the separator and a space.
 import { createHash } from 'node:crypto';
 import { draws } from './draws.ts';
 import type { Sample } from './survey.ts';
@@ -13,6 +13,8 @@ export interface CaptionOptions {
   shuffle_caption: boolean;
   /** How many tags at the front are neither moved nor left away. */
   keep_tokens: number;
+  /** What stands around the tags that are moved or left away, in captions that have it, in place of keep_tokens; empty for none. */
+  keep_tokens_separator: string;
   caption_separator: string;
 }
 
@@ -27,20 +29,44 @@ export function captionOf(
 ): string | undefined {
   if (draws(seed, epoch, key, 'dropout').uniform() < options.caption_dropout_rate) return undefined;
   const caption = captions[draws(seed, epoch, key, 'caption').integer(captions.length)];
-  const { shuffle_caption, caption_tag_dropout_rate, keep_tokens, caption_separator } = options;
-  if (!shuffle_caption && caption_tag_dropout_rate === 0) return caption;
-  const tags = caption
-    .split(caption_separator)
-    .map((tag) => tag.trim())
-    .filter((tag) => tag !== '');
+  if (!drawsTags(options)) return undrawn(caption, options);
+  const { shuffle_caption, caption_tag_dropout_rate } = options;
+  const { before, movable, behind } = tagsOf(caption, options);
   const random = draws(seed, epoch, key, 'tags');
   // A random number for each movable tag decides both its fate and its place.
-  const movable = tags
-    .slice(keep_tokens)
-    .map((tag) => ({ tag, fate: random.uniform(), place: random.uniform() }));
-  const kept = movable.filter(({ fate }) => fate >= caption_tag_dropout_rate);
+  const fated = movable.map((tag) => ({ tag, fate: random.uniform(), place: random.uniform() }));
+  const kept = fated.filter(({ fate }) => fate >= caption_tag_dropout_rate);
   if (shuffle_caption) kept.sort((a, b) => a.place - b.place);
-  return [...tags.slice(0, keep_tokens), ...kept.map(({ tag }) => tag)].join(`${caption_separator} `);
+  return joined([...before, ...kept.map(({ tag }) => tag), ...behind], options);
+}
+
+const drawsTags = ({ shuffle_caption, caption_tag_dropout_rate }: CaptionOptions): boolean =>
+  shuffle_caption || caption_tag_dropout_rate > 0;
+
+const joined = (tags: readonly string[], { caption_separator }: CaptionOptions): string =>
+  tags.join(`${caption_separator} `);
+
+/** A caption as it is written, but for separators of what is kept, which no model should see. */
+function undrawn(caption: string, options: CaptionOptions): string {
+  const { keep_tokens_separator: separator } = options;
+  if (!separator || !caption.includes(separator)) return caption;
+  return joined(Object.values(tagsOf(caption, options)).flat(), options);
+}
+
+/** The tags of a caption that may be moved or left away, those before them and those behind. */
+function tagsOf(caption: string, options: CaptionOptions) {
+  const { keep_tokens, keep_tokens_separator, caption_separator } = options;
+  const split = (text: string) =>
+    text
+      .split(caption_separator)
+      .map((tag) => tag.trim())
+      .filter((tag) => tag !== '');
+  if (keep_tokens_separator && caption.includes(keep_tokens_separator)) {
+    const [before, movable, ...behind] = caption.split(keep_tokens_separator).map(split);
+    return { before, movable, behind: behind.flat() };
+  }
+  const tags = split(caption);
+  return { before: tags.slice(0, keep_tokens), movable: tags.slice(keep_tokens), behind: [] };
 }
 
 /** Every text the samples can be shown with, when they are few enough to be cached; undefined when tags are drawn. */
@@ -48,8 +74,10 @@ export function allCaptions(
   samples: readonly { captions: readonly string[] }[],
   options: CaptionOptions,
 ): string[] | undefined {
-  if (options.shuffle_caption || options.caption_tag_dropout_rate > 0) return undefined;
-  return [...new Set(samples.flatMap(({ captions }) => captions))];
+  if (drawsTags(options)) return undefined;
+  return [
+    ...new Set(samples.flatMap(({ captions }) => captions.map((caption) => undrawn(caption, options)))),
+  ];
 }
 
 /** Names the captions of all samples, each with whom it is of. */

@@ -51,8 +51,13 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
     templates ? { ...run.dataset, instance_prompt: templates[0] } : run.dataset,
     'looking at pictures',
   );
-  const own = templates ? found.map((sample) => ({ ...sample, captions: templates })) : found;
-  const { class_data_dir, class_prompt } = run.dataset;
+  const { class_data_dir, class_prompt, caption_prefix, caption_suffix } = run.dataset;
+  const affixed = (caption: string) =>
+    [caption_prefix, caption, caption_suffix].filter((text) => text !== '').join(' ');
+  const own = found.map((sample) => ({
+    ...sample,
+    captions: (templates ?? sample.captions).map(affixed),
+  }));
   const prior = class_data_dir
     ? await look(
         {

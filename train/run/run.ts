@@ -192,6 +192,9 @@ export interface Run {
     alpha_mask: boolean;
     /** The caption of pictures that have none; empty where each must have its own. */
     instance_prompt: string;
+    /** What stands before and behind each caption, and a space between: but for those of the class. */
+    caption_prefix: string;
+    caption_suffix: string;
     /** An epoch has the pictures of a folder `10_name` ten times, as kohya's trainer. */
     folder_repeats: boolean;
     /**
@@ -221,6 +224,7 @@ export interface Run {
     caption_tag_dropout_rate: number;
     shuffle_caption: boolean;
     keep_tokens: number;
+    keep_tokens_separator: string;
     caption_separator: string;
     /** What becomes of pictures that cannot be read, and of captions without a picture and the reverse. */
     broken: 'skip' | 'fatal';
