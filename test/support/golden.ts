@@ -258,12 +258,14 @@ export function allClose(
   t.ok(worst < 0 || worstExcess <= 0, `${label}${worstExcess <= 0 ? '' : detail}`);
 }
 
-/** Largest |got - want|, for messages and for comparisons relative to a maximum. */
+/** Largest |got - want|, for messages and for comparisons. What cannot be compared throws: it would pass for different. */
 export function maxDifference(got: ArrayLike<number>, want: ArrayLike<number>): number {
-  let worst = got.length === want.length ? 0 : Number.POSITIVE_INFINITY;
+  if (got.length !== want.length) throw new Error(`${got.length} elements beside ${want.length}`);
+  let worst = 0;
   for (let i = 0; i < want.length; i++) {
     const difference = Math.abs(got[i] - want[i]);
-    if (!(difference <= worst)) worst = Number.isNaN(difference) ? Number.POSITIVE_INFINITY : difference;
+    if (Number.isNaN(difference)) throw new Error(`element ${i}: ${got[i]} beside ${want[i]}`);
+    if (difference > worst) worst = difference;
   }
   return worst;
 }
