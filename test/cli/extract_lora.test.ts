@@ -16,6 +16,7 @@ import { contents } from '../support/contents.ts';
 import { numbers } from '../support/controlnet_golden.ts';
 import { goldenFolder, goldenLora, maxDifference } from '../support/golden.ts';
 import { writeInpainting } from '../support/inpainting_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 import { tinyFiles, writeTiny } from '../support/tiny_model.ts';
 import { sizeOf } from '../support/weights_helpers.ts';
 
@@ -93,7 +94,7 @@ function layersOf(path: string): Map<string, Layer> {
     found.set(layer, { alpha, down, up, product, dtype });
   }
   file.close();
-  return found;
+  return new Map(nonEmpty(found));
 }
 
 const run = (...argv: string[]) => sdxl('export', ...argv);

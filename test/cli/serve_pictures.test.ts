@@ -186,7 +186,7 @@ test('a server makes pictures of those that it is sent', async (t) => {
     ],
   );
   for (const { body } of edges) {
-    t.equal(body.info, 'Success');
+    t.match(body, { info: 'Success', images: { length: 2 } });
     for (const each of body.images) t.equal(hashOf(await pixels(each)), '20x12 24d2ee01c256ef70');
   }
   const { module_list, module_detail } = (await server.get('/controlnet/module_list')).body;

@@ -42,6 +42,7 @@ import {
   writeIPAdapter,
 } from '../support/ip_adapter_golden.ts';
 import { devices } from '../support/models_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-ip-adapter-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
@@ -63,7 +64,9 @@ const callOf = (id: string) => calls.find(({ call }) => call === id) as (typeof 
 const exact = { rtol: 0 };
 
 test('pictures as CLIPImageProcessor makes them, to the bit', (t) => {
-  for (const { picture: of, size, stride, values } of golden.filter((each) => each.size !== undefined)) {
+  for (const { picture: of, size, stride, values } of nonEmpty(
+    golden.filter((each) => each.size !== undefined),
+  )) {
     const { data, shape } = preprocessClip(picture(...of), size as number);
     t.same(shape, [1, 3, size, size]);
     const some = Float32Array.from({ length: values.length }, (_, i) => data[i * stride]);
@@ -85,13 +88,15 @@ for (const device of devices) {
       toDevice(preprocessClip(picture(...of), 56), device, 'float32');
     noGrad(() =>
       scope(() => {
-        for (const { encoder: config, picture: of, of: what, values, atol } of golden) {
-          if (!config) continue;
+        for (const { picture: of, of: what, values, atol } of nonEmpty(
+          golden.filter((each) => each.encoder),
+        )) {
           const got = encoder(pixelsOf(of), what as 'penultimate' | 'image_embeds');
           allClose(t, `${what}`, got.floats(), values, { atol, ...exact });
         }
-        for (const { adapter: name, picture: of, values, atol } of golden) {
-          if (!name) continue;
+        for (const { adapter: name = '', picture: of, values, atol } of nonEmpty(
+          golden.filter((each) => each.adapter),
+        )) {
           const adapter = ipAdapter(configs[name]);
           loadAndClose(adapter, weightsOf(name), device, 'float32');
           const [x, zeros] = [pixelsOf(of), scale(pixelsOf(of), 0)];
@@ -134,7 +139,7 @@ for (const device of devices) {
   const some = device.name === 'reference' ? ['no_guidance'] : calls.map(({ call }) => call);
   test(`whole calls on ${device.name}`, { timeout: 300_000 }, async (t) => {
     const before = device.memory.storages;
-    for (const c of calls.filter(({ call }) => some.includes(call))) {
+    for (const c of nonEmpty(calls.filter(({ call }) => some.includes(call)))) {
       const pipeline = pipelineOf(
         c.adapters.map(([name]) => name),
         device,

@@ -15,6 +15,7 @@ import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { digestOf } from '../support/contents.ts';
 import { type Assert, type GoldenCase, goldenArea, goldenFolder, goldenLora } from '../support/golden.ts';
 import { compareSample, devices } from '../support/models_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 
 const area = goldenArea('lora');
 
@@ -41,7 +42,9 @@ function check(t: Assert, c: GoldenCase, device: Device): void {
 for (const device of devices) {
   test(`merged LoRAs on ${device.name}`, (t) => {
     const before = device.memory.storages;
-    for (const c of area.cases.filter(({ call }) => call === 'unet forward after load_lora_weights'))
+    for (const c of nonEmpty(
+      area.cases.filter(({ call }) => call === 'unet forward after load_lora_weights'),
+    ))
       check(t, c, device);
     t.equal(device.memory.storages, before, 'live tensors');
     t.end();

@@ -29,6 +29,7 @@ import {
   plain,
   scaleParameters,
 } from '../support/models_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 
 const area = goldenArea('text');
 const NORMED = 'text_model.final_layer_norm';
@@ -178,7 +179,7 @@ test('long prompts in chunks: each as if it were alone, and the pooled vector of
 for (const device of devices) {
   test(`text encoders on ${device.name}`, (t) => {
     const before = device.memory.storages;
-    for (const c of area.cases.filter(({ call }) => /^text_encoder/.test(call as string))) {
+    for (const c of nonEmpty(area.cases.filter(({ call }) => /^text_encoder/.test(call as string)))) {
       const [, component, kind] = /^(text_encoder(?:_2)?)_(.*)$/.exec(c.id) as RegExpExecArray;
       checkEncoder(t, c, component, kind, device);
     }
@@ -191,7 +192,8 @@ for (const device of devices) {
     const cases = area.cases.filter(({ call }) => call === 'encode_prompt');
     for (const name of ['tiny-sdxl', 'tiny-sdxl-refiner']) {
       const pipeline = loadPipeline(openModel(join(goldenFolder, name)), { device, dtype: 'float32' });
-      for (const c of cases.filter((each) => each.pipeline === name)) checkEncodePrompt(t, c, pipeline);
+      for (const c of nonEmpty(cases.filter((each) => each.pipeline === name)))
+        checkEncodePrompt(t, c, pipeline);
       pipeline.release();
     }
     t.equal(device.memory.storages, before, 'live tensors');

@@ -9,6 +9,7 @@ import { readPrompt } from '../../models/text/emphasis.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { type Assert, allClose, goldenLines } from '../support/golden.ts';
 import { devices } from '../support/models_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 import { embed, embeddings, open, vectors, write } from '../support/textual_inversions.ts';
 
 /** Contexts are float32 in base64, [77, channels], of some channels; pooled vectors are their beginnings. */
@@ -56,7 +57,8 @@ for (const device of devices) {
       const pipeline = open(device, name);
       t.equal(loadTextualInversion(pipeline, toy), '<toy>');
       t.equal(loadTextualInversion(pipeline, style), 'mystyle');
-      for (const golden of cases.filter((each) => each.pipeline === name)) check(t, pipeline, golden);
+      for (const golden of nonEmpty(cases.filter((each) => each.pipeline === name)))
+        check(t, pipeline, golden);
       pipeline.release();
     }
     t.equal(device.memory.storages, before, 'live tensors');

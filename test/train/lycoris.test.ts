@@ -38,6 +38,7 @@ import {
 } from '../support/adapter_golden.ts';
 import { goldenLines, maxDifference } from '../support/golden.ts';
 import { devices } from '../support/models_golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 import { basic, device, folder, locate, losses, model, resumes, run, silent } from '../support/small_runs.ts';
 
 interface Starts {
@@ -78,8 +79,8 @@ test('shapes, results and gradients are those of LyCORIS and peft', (t) => {
 });
 
 test('they begin as in LyCORIS, and change nothing', (t) => {
-  for (const { by, starts, weight, ...config } of lines.filter(
-    (line): line is Starts => line.by === 'starts',
+  for (const { by, starts, weight, ...config } of nonEmpty(
+    lines.filter((line): line is Starts => line.by === 'starts'),
   )) {
     const golden = { ...config, by, weight, alpha: 1, padding: 1 } as unknown as LayerCase;
     const { matrices } = matricesFor(weight, { ...config, alpha: 1 });
@@ -120,10 +121,10 @@ test('they begin as in LyCORIS, and change nothing', (t) => {
 });
 
 test('sides are divided as LyCORIS does', (t) => {
-  const golden = lines.find((line): line is Divided => line.by === 'factorization');
-  for (const [i, side] of golden?.sides.entries() ?? [])
-    for (const [k, factor] of golden?.factors.entries() ?? [])
-      t.same(factorization(side, factor), golden?.divided[i][k], `${side} by ${factor}`);
+  const golden = lines.find((line): line is Divided => line.by === 'factorization') as Divided;
+  for (const [i, side] of golden.sides.entries())
+    for (const [k, factor] of golden.factors.entries())
+      t.same(factorization(side, factor), golden.divided[i][k], `${side} by ${factor}`);
   t.end();
 });
 

@@ -17,6 +17,7 @@ import type { RunInput } from '../../train/run/run.ts';
 import { frozenUNet, type Gradient, holdGradients, pixelShape } from '../support/beside_gradients.ts';
 import { writeControlNet } from '../support/controlnet_golden.ts';
 import { goldenLines, permuted } from '../support/golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 import { basic, control, device, folder, locate, model, sessionOf, silent } from '../support/small_runs.ts';
 
 const source = openModel(model);
@@ -82,7 +83,7 @@ test("a new one has diffusers' config, and is the UNet's half behind zeros", asy
     const [{ parameters }] = session.task.components;
     const copies = [...parameters].filter(([key]) => given.info(key));
     t.ok(
-      copies.every(([key, p]) => {
+      nonEmpty(copies).every(([key, p]) => {
         const values = scope(() => p.tensor.floats());
         const laid = p.layout === 'conv' ? permuted(values, p.memoryShape, [0, 3, 1, 2]) : values;
         return Buffer.from(laid.buffer).equals(Buffer.from(given.floats(key).buffer));

@@ -37,6 +37,7 @@ import type { RunInput } from '../../train/run/run.ts';
 import { sdxl } from '../support/command_line.ts';
 import { writeComponent } from '../support/controlnet_golden.ts';
 import { goldenFolder, maxDifference } from '../support/golden.ts';
+import { nonEmpty } from '../support/non_empty.ts';
 import {
   basic,
   device,
@@ -88,7 +89,9 @@ test('LoRA on the text encoders too, as diffusers and sdxl sample read it', asyn
   const [a, b] = ['A', 'B'].map((part) => decodeFloats(file.read(key(part)), 'float32'));
   t.ok(b.some((x) => x !== 0) && a.some((x) => x !== 0), 'it has learnt');
   const other = decodeFloats(file.read(key('A').replace('encoder', 'encoder_2')), 'float32');
-  t.ok(maxDifference(a, other) > 0, 'two encoders begin with other numbers');
+  const draws = (values: Float32Array, width: number) =>
+    values.slice(0, a.length).map((x) => x * width ** 0.5);
+  t.ok(maxDifference(draws(a, 32), draws(other, 48)) > 0.5, 'two encoders begin with other numbers');
   const last = [...file.tensors.keys()]
     .filter((name) => /^text_encoder\..*layers\.\d+\..*lora_B/.test(name))
     .at(-1) as string;
@@ -336,7 +339,7 @@ test('what is not trained comes from the files that a run names, and not from wh
   ] as const) {
     const [want, made] = [from, openModel(final)].map((each) => each.weights(name));
     t.ok(
-      made.names.every((key) => maxDifference(made.floats(key), want.floats(key)) === 0),
+      nonEmpty(made.names).every((key) => maxDifference(made.floats(key), want.floats(key)) === 0),
       name,
     );
     for (const each of [want, made]) each.close();
