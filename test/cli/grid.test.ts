@@ -293,6 +293,16 @@ test('cells of several sizes, in the middle of columns and rows', (t) => {
   t.end();
 });
 
+test('grids of z stand further apart than their columns', (t) => {
+  const cells = [0, 1].flatMap((z) => [0, 1].map((x) => ({ at: [x, 0, z] as const, width: 8, height: 8 })));
+  const { picture, place } = openSheet({ columns: ['', ''], rows: [''], grids: ['', ''] }, cells);
+  for (const { at } of cells) place({ ...whitePicture(8, 8), data: new Uint8Array(3 * 8 * 8) }, at);
+  const across = Array.from({ length: picture.width }, (_, x) => picture.data[3 * (8 * picture.width + x)]);
+  const bands = across.map((value) => (value ? '.' : '#')).join('');
+  t.equal(bands, '....########....########................########....########....');
+  t.end();
+});
+
 test('letters', (t) => {
   const picture = whitePicture(18, 11);
   writeLines(picture, ['Ag\u00df'], [9, 5.5], 1);

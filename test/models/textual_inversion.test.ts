@@ -103,6 +103,15 @@ test('names, in capitals, weighted, and cut off', (t) => {
       `${words}: one chunk has all of it, as in A1111`,
     );
   t.same(sizes(`${'a '.repeat(73)}mytoy a`, 'none'), [75, 2]);
+  const both = [32, 48].map((width) => vectors(80, width, 3));
+  const long = write(
+    join(toy, 'long.safetensors'),
+    ['clip_l', [80, 32], both[0]],
+    ['clip_g', [80, 48], both[1]],
+  );
+  loadTextualInversion(pipeline, long);
+  t.same(sizes('long a', 'ignore'), [75, 6], 'more than a chunk has: no empty one before it');
+  t.same(sizes('a long', 'ignore'), [1, 75, 5]);
 
   const refused = (path: string, token: string | undefined, message: RegExp) => {
     try {
