@@ -23,7 +23,8 @@ export interface Span {
 const BREAK: Readonly<Span> = { text: 'BREAK', weight: -1 };
 
 const marks = /\\[()[\]\\]?|[([\])]|:([+-]?[.\d]+)\)|[^\\()[\]:]+|:/g;
-const breaks = /\s*(?<![\p{L}\p{N}_])BREAK(?![\p{L}\p{N}_])\s*/u;
+// Spaces are looked at from their first on alone: from each of them the rest would be read again.
+const breaks = /(?:(?<!\s)\s+)?(?<![\p{L}\p{N}_])BREAK(?![\p{L}\p{N}_])\s*/u;
 
 /**
  * A prompt's spans: `(a)` has weight 1.1, `[a]` 1 / 1.1, `(a:1.3)` 1.3, nested ones their product; what is never closed goes on to

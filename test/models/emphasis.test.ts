@@ -58,6 +58,16 @@ test('spans of prompts', async (t) => {
   });
 });
 
+test('a long run of spaces is read once', (t) => {
+  const spaces = ' '.repeat(100_000);
+  const began = process.cpuUsage().user;
+  const spans = parsePromptAttention(`a${spaces}(b:1.2)${spaces}BREAK${spaces}BREAK c`);
+  t.ok(process.cpuUsage().user - began < 3e6, 'from each of them it would take half a minute');
+  const texts = spans.map(({ text }) => text.trim());
+  t.same(texts, ['a', 'b', '', 'BREAK', '', 'BREAK', 'c']);
+  t.end();
+});
+
 test('chunks of weighted prompts', async (t) => {
   const tokenizer = loadTokenizer(join(tiny, 'tokenizer'));
   const [the, comma] = ['the', ','].map((text) => tokenizer.tokenize(text)[0]);
