@@ -3,9 +3,9 @@
 /** What a key must hold, in words, and whether a value is that. */
 export type Rule = readonly [want: string, holds: (value: unknown) => boolean];
 
-export const whole = (from: number): Rule => [
-  `a whole number from ${from}`,
-  (value) => Number.isInteger(value) && (value as number) >= from,
+export const whole = (from: number, to = Number.POSITIVE_INFINITY): Rule => [
+  `a whole number from ${from}${Number.isFinite(to) ? ` to ${to}` : ''}`,
+  (value) => Number.isInteger(value) && (value as number) >= from && (value as number) <= to,
 ];
 
 export const flag: Rule = ['true or false', (value) => typeof value === 'boolean'];

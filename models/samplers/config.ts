@@ -222,7 +222,7 @@ const flagOrNone: Rule = [flag[0], (value) => value === null || flag[1](value)];
 /** What the options that are no choices of a few words may be, in any class. */
 const rules: Partial<Record<keyof SchedulerConfig | '_class_name', Rule>> = {
   _class_name: ["the name of a scheduler's class", (value) => typeof value === 'string'],
-  num_train_timesteps: whole(2),
+  num_train_timesteps: whole(2, 1e6), // tables have as many rows
   beta_start: beta,
   beta_end: beta,
   trained_betas: nothingOr(

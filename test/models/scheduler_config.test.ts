@@ -22,7 +22,11 @@ test('values that no scheduler can use', (t) => {
   const short = Array<number>(999).fill(0.5);
   for (const [json, message] of [
     [{ _class_name: 5 }, /^scheduler_config\.json: _class_name is 5, but must be the name of a scheduler/],
-    [{ num_train_timesteps: 0 }, /num_train_timesteps is 0, but must be a whole number from 2/],
+    [{ num_train_timesteps: 0 }, /num_train_timesteps is 0, but must be a whole number from 2 to/],
+    [
+      { num_train_timesteps: 1e9 },
+      /num_train_timesteps is 1000000000, but must be a whole number from 2 to 1000000/,
+    ],
     [{ beta_start: 5 }, /beta_start is 5, but must be a number between 0 and 1/],
     [{ beta_end: null }, /beta_end is null, but must be a number between/],
     [{ trained_betas: 'x' }, /trained_betas is "x", but must be a list of numbers from 0 to 1, or null/],
