@@ -5,7 +5,7 @@ import { combine } from '../../engine/ops/combine.ts';
 import { keep, scope, unscoped } from '../../engine/scope.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
-import { denoised, predictX0 } from './arithmetic.ts';
+import { clipSample, denoised, predictX0 } from './arithmetic.ts';
 import type { SchedulerClass, SchedulerConfig } from './config.ts';
 import { openMemory, type Remember } from './memory.ts';
 import { hasSpacedSigmas } from './sigmas.ts';
@@ -176,7 +176,7 @@ const release = (tensors: readonly Tensor[] = []): void => {
   for (const t of tensors) t.release();
 };
 
-/** x_0 by the level that the network was told of. */
+/** x_0 by the level that the network was told of, within the range that the config may set. */
 function originalSample(
   config: SchedulerConfig,
   { inputSigmas, marginal }: Plan,
@@ -184,9 +184,9 @@ function originalSample(
   x: Tensor,
   i: number,
 ): Tensor {
-  if (inputSigmas) return denoised(config, output, x, inputSigmas[i]);
+  if (inputSigmas) return clipSample(config, denoised(config, output, x, inputSigmas[i]));
   const { signal, noise } = marginal(i);
-  return predictX0(config.prediction_type, output, x, signal, noise);
+  return clipSample(config, predictX0(config.prediction_type, output, x, signal, noise));
 }
 
 function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptions): void {

@@ -19,8 +19,8 @@ export function hasSpacedSigmas(config: SchedulerConfig): boolean {
 export function spacedSigmas(config: SchedulerConfig, max: number, min: number, steps: number): Float64Array {
   const [high, low] = [config.sigma_max ?? max, config.sigma_min ?? min];
   if (config.use_karras_sigmas) return karrasSigmas(high, low, steps);
-  if (config.use_beta_sigmas) return betaSigmas(high, low, steps);
-  // use_lu_lambdas (Lu et al. 2022, arXiv:2206.00927) names the same layout.
+  // use_lu_lambdas (Lu et al. 2022, arXiv:2206.00927) names the exponential layout, and comes before beta's.
+  if (config.use_beta_sigmas && !config.use_lu_lambdas) return betaSigmas(high, low, steps);
   return exponentialSigmas(high, low, steps);
 }
 

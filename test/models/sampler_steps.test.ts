@@ -183,3 +183,22 @@ test("Karras' levels over squared cosines: timesteps cut to whole numbers, as di
   t.notSame(inner(timesteps), inner(wanted).map(Math.round), 'of which some would go up');
   t.end();
 });
+
+test('lu lambdas come before beta sigmas, as in diffusers', (t) => {
+  const config = { ...sdxl, use_lu_lambdas: true, use_beta_sigmas: true };
+  const { timesteps, sigmas } = createSampler('DPMSolverMultistepScheduler', config).plan(5);
+  t.same([...timesteps], [999, 681, 233, 20, 0]);
+  const theirs = [14.6146, 3.089, 0.6529, 0.138, 0.0292, 0];
+  t.ok(theirs.every((sigma, i) => Math.abs(sigma - sigmas[i]) < 1e-4));
+  t.end();
+});
+
+test('x_0 is told within the range that the config sets, as in diffusers', (t) => {
+  const [, x, x0] = lastStep('ddim', { clip_sample: true, clip_sample_range: 0.5 }, 4);
+  for (const [got, theirs] of [
+    [x, [0.5042, -0.4552]],
+    [x0, [0.5, -0.4543]],
+  ] as const)
+    t.ok(theirs.every((value, i) => Math.abs(value - got[i]) < 1e-4));
+  t.end();
+});
