@@ -8,14 +8,15 @@ import {
   DISABLE_TIMING,
   type Event,
   type GpuApi,
+  type MemPool,
   RELEASE_THRESHOLD,
   type Stream,
 } from './api.ts';
-import { CudaError, isOutOfMemory } from './errors.ts';
+import { CudaError, type CudaResult, isOutOfMemory } from './errors.ts';
 import { openExchange } from './exchange.ts';
-import { recordGraph } from './graph.ts';
+import { Recorder } from './graph.ts';
 import { guarded } from './guard.ts';
-import { type Launcher, openLauncher } from './launcher.ts';
+import { Launcher } from './launcher.ts';
 import { openStaging } from './staging.ts';
 
 export interface CudaDriver extends Driver {
@@ -47,7 +48,7 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   const label = count > 1 ? `cuda:${ordinal}` : undefined;
   const api: GpuApi = guarded(unguarded, {
     gpu: label,
-    lastKernel: () => launcher?.last(),
+    lastKernel: () => launcher?.last,
     enter,
     makeRoom: () => (queue as Queue).memory.makeRoom(),
   });
@@ -58,27 +59,12 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
       `${count} GPU${count === 1 ? '' : 's'} visible`,
       `cuda:${ordinal}`,
     );
-  const attribute = (name: keyof typeof DeviceAttribute) =>
-    api.cuDeviceGetAttribute(DeviceAttribute[name], ordinal);
-  const capability = 10 * attribute('COMPUTE_CAPABILITY_MAJOR') + attribute('COMPUTE_CAPABILITY_MINOR');
-  if (capability < 80) {
-    const found = `${api.cuDeviceGetName(ordinal)} has compute capability ${capability / 10}`;
-    throw new CudaError('CUDA_ERROR_NO_BINARY_FOR_GPU', 'cuDeviceGetAttribute', found, label);
-  }
-  if (!attribute('MEMORY_POOLS_SUPPORTED'))
-    throw new CudaError(
-      'CUDA_ERROR_NOT_SUPPORTED',
-      'cuDeviceGetAttribute',
-      'the GPU has no memory pools',
-      label,
-    );
-  const multiprocessors = attribute('MULTIPROCESSOR_COUNT');
-  const sharedBytes = attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN');
+  const { capability, multiprocessors, sharedBytes } = checkedGpu(api, ordinal, label);
   context = api.cuDevicePrimaryCtxRetain(ordinal);
   try {
     queue = openQueue(api, ordinal, context, label);
     const gpu = { multiprocessors, sharedBytes, hopper: capability === 90 };
-    launcher = openLauncher(api, gpu, queue);
+    launcher = new Launcher(api, gpu, queue);
     const { launch, launchAll } = launcher;
     const name = api.cuDeviceGetName(ordinal);
     return { ...queue, name, capability, multiprocessors, launch, launchAll };
@@ -88,75 +74,56 @@ export function openCudaDriver(unguarded: GpuApi, ordinal = 0): CudaDriver {
   }
 }
 
+/** What plans have to know of a GPU. @throws CudaError for one that the kernels are not for */
+function checkedGpu(api: GpuApi, ordinal: number, label: string | undefined) {
+  const attribute = (name: keyof typeof DeviceAttribute) =>
+    api.cuDeviceGetAttribute(DeviceAttribute[name], ordinal);
+  const refused = (result: CudaResult, why: string) =>
+    new CudaError(result, 'cuDeviceGetAttribute', why, label);
+  const capability = 10 * attribute('COMPUTE_CAPABILITY_MAJOR') + attribute('COMPUTE_CAPABILITY_MINOR');
+  if (capability < 80) {
+    const found = `${api.cuDeviceGetName(ordinal)} has compute capability ${capability / 10}`;
+    throw refused('CUDA_ERROR_NO_BINARY_FOR_GPU', found);
+  }
+  if (!attribute('MEMORY_POOLS_SUPPORTED'))
+    throw refused('CUDA_ERROR_NOT_SUPPORTED', 'the GPU has no memory pools');
+  return {
+    capability,
+    multiprocessors: attribute('MULTIPROCESSOR_COUNT'),
+    sharedBytes: attribute('MAX_SHARED_MEMORY_PER_BLOCK_OPTIN'),
+  };
+}
+
 /** All of a driver but its kernels: a stream, the memory that goes with it, and copies and recordings in it. */
 export type Queue = Pick<CudaDriver, 'context' | 'stream' | 'memory'> &
   Omit<Driver, 'launch' | 'launchAll'> & { synchronize(): void };
 
 function openQueue(api: GpuApi, ordinal: number, context: Context, label: string | undefined): Queue {
-  // Freed memory stays in the driver's pool until trim(): it would else go back to the system at each synchronization.
   const pool = api.cuDeviceGetDefaultMemPool(ordinal);
-  api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
   const stream = api.cuStreamCreate(1); // CU_STREAM_NON_BLOCKING
   const staging = openStaging(api, stream);
+  const recorder = new Recorder(api, stream);
   let marked: Event | undefined;
-  let capturing = false;
-  const notInCapture = (what: string): void => {
-    if (capturing) throw new Error(`${what} in a step that is being captured`);
-  };
-
-  const exchange = openExchange({ api, ordinal, context, pool, stream }, () =>
-    notInCapture('tensors were copied'),
-  );
-  const allocate = (bytes: number): Block | undefined => {
-    notInCapture('memory was allocated');
-    try {
-      return { bytes, address: api.cuMemAllocAsync(bytes, stream) };
-    } catch (error) {
-      if (isOutOfMemory(error)) return undefined;
-      throw error;
-    }
-  };
-
   const queue: Omit<Queue, 'memory'> = {
     label,
     context,
     stream,
-    allocate,
-    free: (block) => api.cuMemFreeAsync(block.address, stream),
-    trim() {
-      // Frees are in stream order: only what the stream has passed can go.
-      api.cuStreamSynchronize(stream);
-      api.cuMemPoolTrimTo(pool, 0);
-    },
-    room: () => api.cuMemGetInfo(),
+    ...allocations(api, pool, stream, recorder),
     upload(block, offset, source) {
-      notInCapture('bytes were uploaded');
+      recorder.refuse('bytes were uploaded');
       staging.upload(block.address + BigInt(offset), source);
     },
     download(block, offset, target) {
-      notInCapture('a tensor was read');
+      recorder.refuse('a tensor was read');
       staging.download(target, block.address + BigInt(offset));
     },
-    exchange,
+    exchange: openExchange({ api, ordinal, context, pool, stream }, () =>
+      recorder.refuse('tensors were copied'),
+    ),
     clear(block, bytes) {
       if (bytes > 0) api.cuMemsetD8Async(block.address, 0, bytes, stream);
     },
-    capture(launches) {
-      notInCapture('another capture was begun');
-      const replay = recordGraph(api, stream, () => {
-        capturing = true;
-        try {
-          launches();
-        } finally {
-          capturing = false;
-        }
-      });
-      const launch = () => {
-        notInCapture('a step was replayed');
-        replay.launch();
-      };
-      return { ...replay, launch };
-    },
+    capture: (launches) => recorder.record(launches),
     synchronize: () => api.cuStreamSynchronize(stream),
     mark() {
       const event = (marked ??= api.cuEventCreate(DISABLE_TIMING));
@@ -165,4 +132,28 @@ function openQueue(api: GpuApi, ordinal: number, context: Context, label: string
     },
   };
   return { ...queue, memory: new MemoryPool(queue) };
+}
+
+/** Memory in the order of the stream. What is freed stays in the driver's pool until trim(). */
+function allocations(api: GpuApi, pool: MemPool, stream: Stream, recorder: Recorder) {
+  // It would else go back to the system at each synchronization.
+  api.cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, 2n ** 64n - 1n);
+  return {
+    allocate(bytes: number): Block | undefined {
+      recorder.refuse('memory was allocated');
+      try {
+        return { bytes, address: api.cuMemAllocAsync(bytes, stream) };
+      } catch (error) {
+        if (isOutOfMemory(error)) return undefined;
+        throw error;
+      }
+    },
+    free: (block: Block) => api.cuMemFreeAsync(block.address, stream),
+    trim() {
+      // Frees are in stream order: only what the stream has passed can go.
+      api.cuStreamSynchronize(stream);
+      api.cuMemPoolTrimTo(pool, 0);
+    },
+    room: () => api.cuMemGetInfo(),
+  };
 }

@@ -4,20 +4,51 @@ import { MemoryError } from '../memory.ts';
 import type { GpuApi, Graph, Stream } from './api.ts';
 import { isOutOfMemory } from './errors.ts';
 
-/** Records what `queue` launches on the stream. @throws MemoryError where the graph does not fit, at a launch of it too */
-export function recordGraph(api: GpuApi, stream: Stream, queue: () => void): Replay {
-  return fitting(() => {
-    const graph = capture(api, stream, queue);
+/** Records launches on a stream, and refuses what cannot be recorded. */
+export class Recorder {
+  readonly #api: GpuApi;
+  readonly #stream: Stream;
+  #recording = false;
+
+  constructor(api: GpuApi, stream: Stream) {
+    this.#api = api;
+    this.#stream = stream;
+  }
+
+  /** Throws while launches are recorded. */
+  refuse(what: string): void {
+    if (this.#recording) throw new Error(`${what} in a step that is being captured`);
+  }
+
+  /** Records what `queue` launches. @throws MemoryError where the graph does not fit, at a launch of it too */
+  record(queue: () => void): Replay {
+    this.refuse('another capture was begun');
+    const [api, stream] = [this.#api, this.#stream];
+    return fitting(() => {
+      const graph = capture(api, stream, () => this.#during(queue));
+      try {
+        const exec = api.cuGraphInstantiate(graph);
+        return {
+          launch: () => {
+            this.refuse('a step was replayed');
+            fitting(() => api.cuGraphLaunch(exec, stream));
+          },
+          release: () => api.cuGraphExecDestroy(exec),
+        };
+      } finally {
+        api.cuGraphDestroy(graph);
+      }
+    });
+  }
+
+  #during(queue: () => void): void {
+    this.#recording = true;
     try {
-      const exec = api.cuGraphInstantiate(graph);
-      return {
-        launch: () => fitting(() => api.cuGraphLaunch(exec, stream)),
-        release: () => api.cuGraphExecDestroy(exec),
-      };
+      queue();
     } finally {
-      api.cuGraphDestroy(graph);
+      this.#recording = false;
     }
-  });
+  }
 }
 
 function fitting<R>(fn: () => R): R {

@@ -14,94 +14,113 @@ type Planner = (op: string, context: PlanContext) => Iterable<KernelLaunch>;
 /** Calls together that are worth remembering. */
 const FEW = 8;
 
-export interface Launcher extends Required<Pick<Driver, 'launch' | 'launchAll'>> {
-  /** The kernel that was queued last. */
-  last(): string | undefined;
-}
+type Gpu = Pick<PlanContext, 'multiprocessors' | 'sharedBytes' | 'hopper'>;
+type QueuePart = Pick<Queue, 'memory' | 'stream' | 'upload'>;
 
-export function openLauncher(
-  api: GpuApi,
-  gpu: Pick<PlanContext, 'multiprocessors' | 'sharedBytes' | 'hopper'>,
-  { memory, stream, upload }: Pick<Queue, 'memory' | 'stream' | 'upload'>,
-): Launcher {
-  const kernels = new KernelTable(api);
-  const memo = new PlanMemo();
-  let last: string | undefined;
+export class Launcher implements Required<Pick<Driver, 'launch' | 'launchAll'>> {
+  readonly #api: GpuApi;
+  readonly #gpu: Gpu;
+  readonly #queue: QueuePart;
+  readonly #kernels: KernelTable;
+  readonly #memo = new PlanMemo();
+  /** The kernel that was queued last. */
+  last: string | undefined;
+
+  constructor(api: GpuApi, gpu: Gpu, queue: QueuePart) {
+    this.#api = api;
+    this.#gpu = gpu;
+    this.#queue = queue;
+    this.#kernels = new KernelTable(api);
+  }
+
+  launch = (symbol: string, args: LaunchArguments): void =>
+    this.#remembered(symbol, [args], (op, context) => planned(op, args, context));
+
+  launchAll = (symbol: string, calls: readonly LaunchArguments[]): void => {
+    const plan: Planner = (op, context) => plannedTogether(op, calls, context);
+    // Updates of all weights bring a table to the device, which is another each time.
+    if (calls.length > FEW) this.#run(symbol, plan);
+    else this.#remembered(symbol, calls, plan);
+  };
 
   /** Queues a symbol's launches for these calls, which are planned if they were not before. */
-  function remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
-    if (queueAgain(memo.find(symbol, calls))) return;
-    const made = run(symbol, plan);
-    if (made) memo.keep(symbol, calls, made);
+  #remembered(symbol: string, calls: readonly LaunchArguments[], plan: Planner): void {
+    if (this.#again(this.#memo.find(symbol, calls))) return;
+    const made = this.#run(symbol, plan);
+    if (made) this.#memo.keep(symbol, calls, made);
   }
-  function queue(launch: ReadyLaunch): void {
-    kernels.queue(launch, stream);
-    last = launch.name;
+
+  #send(launch: ReadyLaunch): void {
+    this.#kernels.queue(launch, this.#queue.stream);
+    this.last = launch.name;
   }
+
   /** Queues a call's launches as they were made before, if their workspaces lie where they lay in one of these. */
-  function queueAgain(known: readonly Remembered[]): boolean {
+  #again(known: readonly Remembered[]): boolean {
     if (known.length === 0) return false;
+    const { memory } = this.#queue;
     const taken: Block[] = [];
     try {
       for (const { bytes } of known[0].workspaces) taken.push(memory.take(bytes));
       const same = known.find(({ workspaces }) => workspaces.every((w, i) => w.address === taken[i].address));
-      for (const launch of same?.launches ?? []) queue(launch);
+      for (const launch of same?.launches ?? []) this.#send(launch);
       return same !== undefined;
     } finally {
       for (const block of taken) memory.give(block);
     }
   }
+
   /**
    * Makes a symbol's launches and queues them; their workspaces go back to the pool.
    * @returns what can be queued again; undefined where bytes were uploaded for it
    */
-  function run(symbol: string, plan: Planner): Remembered | undefined {
+  #run(symbol: string, plan: Planner): Remembered | undefined {
     const [op, dtype] = splitSymbol(symbol);
-    const used: Block[] = [];
-    const workspaces: { bytes: number; address: bigint }[] = [];
+    const workspaces: Workspace[] = [];
     const launches: ReadyLaunch[] = [];
-    let uploaded = false;
-    const workspace = (bytes: number): Block => {
-      const taken = memory.take(bytes);
-      used.push(taken);
-      workspaces.push({ bytes, address: taken.address });
-      return taken;
-    };
-    const context: PlanContext = {
-      dtype: dtype as PlanContext['dtype'],
-      elementBytes: dtype === 'float32' ? 4 : 2,
-      ...gpu,
-      tiledMap: (map) => api.cuTensorMapEncodeTiled(map),
-      im2colMap: (map) => api.cuTensorMapEncodeIm2col(map),
-      workspace: (bytes) => workspace(bytes).address,
-      upload(bytes) {
-        const block = workspace(bytes.byteLength);
-        upload(block, 0, bytes);
-        uploaded = true;
-        return block.address;
-      },
-    };
     try {
-      for (const launch of plan(op, context)) {
-        const ready = kernels.ready(launch, dtype);
-        queue(ready);
+      for (const launch of plan(op, this.#context(dtype, workspaces))) {
+        const ready = this.#kernels.ready(launch, dtype);
+        this.#send(ready);
         launches.push(ready);
       }
     } finally {
-      for (const taken of used) memory.give(taken);
+      for (const { block } of workspaces) this.#queue.memory.give(block);
     }
-    return uploaded ? undefined : { launches, workspaces };
+    if (workspaces.some(({ uploaded }) => uploaded)) return undefined;
+    return { launches, workspaces: workspaces.map(({ bytes, block: { address } }) => ({ bytes, address })) };
   }
-  return {
-    last: () => last,
-    launch: (symbol, args) => remembered(symbol, [args], (op, context) => planned(op, args, context)),
-    launchAll(symbol, calls) {
-      const plan: Planner = (op, context) => plannedTogether(op, calls, context);
-      // Updates of all weights bring a table to the device, which is another each time.
-      if (calls.length > FEW) run(symbol, plan);
-      else remembered(symbol, calls, plan);
-    },
-  };
+
+  /** What a plan sees of the GPU; what it takes of the pool goes into `workspaces`. */
+  #context(dtype: string, workspaces: Workspace[]): PlanContext {
+    const { memory, upload } = this.#queue;
+    const take = (bytes: number, uploaded: boolean): Block => {
+      const block = memory.take(bytes);
+      workspaces.push({ bytes, block, uploaded });
+      return block;
+    };
+    return {
+      dtype: dtype as PlanContext['dtype'],
+      elementBytes: dtype === 'float32' ? 4 : 2,
+      ...this.#gpu,
+      tiledMap: (map) => this.#api.cuTensorMapEncodeTiled(map),
+      im2colMap: (map) => this.#api.cuTensorMapEncodeIm2col(map),
+      workspace: (bytes) => take(bytes, false).address,
+      upload(bytes) {
+        const block = take(bytes.byteLength, true);
+        upload(block, 0, bytes);
+        return block.address;
+      },
+    };
+  }
+}
+
+/** A block that a plan uses between its launches. */
+interface Workspace {
+  /** As many as the plan asked for. */
+  readonly bytes: number;
+  readonly block: Block;
+  readonly uploaded: boolean;
 }
 
 /** `silu_forward_bfloat16` as `silu_forward` and `bfloat16`. */

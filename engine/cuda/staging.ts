@@ -27,33 +27,12 @@ export interface Staging {
 }
 
 export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTES): Staging {
-  let buffers: readonly Buffer[] | undefined;
-  let turn = 0;
-  /** A buffer with room for so many bytes behind `used`; undefined where the system has no memory to pin. */
-  const withRoom = (bytes: number): Buffer | undefined => {
-    buffers ??= pin(api, pieceBytes);
-    if (buffers.length === 0) return undefined;
-    if (buffers[turn].used + bytes > pieceBytes) {
-      turn = (turn + 1) % buffers.length;
-      free(buffers[turn]);
-    }
-    return buffers[turn];
-  };
-  const free = (buffer: Buffer): void => {
-    if (buffer.busy) api.cuEventSynchronize(buffer.done);
-    buffer.busy = false;
-    buffer.used = 0;
-  };
-  const queued = (buffer: Buffer, end: number): void => {
-    api.cuEventRecord(buffer.done, stream);
-    buffer.busy = true;
-    buffer.used = Math.ceil(end / ALIGNMENT) * ALIGNMENT;
-  };
+  const buffers = new Buffers(api, stream, pieceBytes);
   return {
     upload(target, source) {
       for (let at = 0; at < source.byteLength; at += pieceBytes) {
         const piece = source.subarray(at, at + pieceBytes);
-        const buffer = withRoom(piece.byteLength);
+        const buffer = buffers.withRoom(piece.byteLength);
         if (!buffer) {
           api.cuMemcpyHtoDAsync(target + BigInt(at), piece, stream);
           api.cuStreamSynchronize(stream);
@@ -61,7 +40,7 @@ export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTE
           const [begin, end] = [buffer.used, buffer.used + piece.byteLength];
           buffer.bytes.set(piece, begin);
           api.cuMemcpyHtoDAsync(target + BigInt(at), buffer.bytes.subarray(begin, end), stream);
-          queued(buffer, end);
+          buffers.queued(buffer, end);
         }
       }
     },
@@ -70,16 +49,16 @@ export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTE
       const arrive = (): void => {
         if (!onItsWay) return;
         const { buffer, at, length } = onItsWay;
-        free(buffer);
+        buffers.free(buffer);
         target.set(buffer.bytes.subarray(0, length), at);
       };
       for (let at = 0; at < target.byteLength; at += pieceBytes) {
         const length = Math.min(pieceBytes, target.byteLength - at);
-        const buffer = target.byteLength > DIRECT_BYTES ? withRoom(pieceBytes) : undefined;
+        const buffer = target.byteLength > DIRECT_BYTES ? buffers.withRoom(pieceBytes) : undefined;
         if (!buffer) api.cuMemcpyDtoHAsync(target.subarray(at, at + length), source + BigInt(at), stream);
         else {
           api.cuMemcpyDtoHAsync(buffer.bytes.subarray(0, length), source + BigInt(at), stream);
-          queued(buffer, pieceBytes);
+          buffers.queued(buffer, pieceBytes);
           arrive();
           onItsWay = { buffer, at, length };
         }
@@ -88,6 +67,46 @@ export function openStaging(api: GpuApi, stream: Stream, pieceBytes = PIECE_BYTE
       else api.cuStreamSynchronize(stream);
     },
   };
+}
+
+/** The two that take turns, pinned when first asked for. */
+class Buffers {
+  readonly #api: GpuApi;
+  readonly #stream: Stream;
+  readonly #bytes: number;
+  #pinned: readonly Buffer[] | undefined;
+  #turn = 0;
+
+  constructor(api: GpuApi, stream: Stream, bytes: number) {
+    this.#api = api;
+    this.#stream = stream;
+    this.#bytes = bytes;
+  }
+
+  /** One with room for so many bytes behind `used`; undefined where the system has no memory to pin. */
+  withRoom(bytes: number): Buffer | undefined {
+    const pinned = (this.#pinned ??= pin(this.#api, this.#bytes));
+    if (pinned.length === 0) return undefined;
+    if (pinned[this.#turn].used + bytes > this.#bytes) {
+      this.#turn = (this.#turn + 1) % pinned.length;
+      this.free(pinned[this.#turn]);
+    }
+    return pinned[this.#turn];
+  }
+
+  /** Waits for the copies that use it. */
+  free(buffer: Buffer): void {
+    if (buffer.busy) this.#api.cuEventSynchronize(buffer.done);
+    buffer.busy = false;
+    buffer.used = 0;
+  }
+
+  /** A copy that uses its bytes up to `end` is on its way. */
+  queued(buffer: Buffer, end: number): void {
+    this.#api.cuEventRecord(buffer.done, this.#stream);
+    buffer.busy = true;
+    buffer.used = Math.ceil(end / ALIGNMENT) * ALIGNMENT;
+  }
 }
 
 /** Two buffers, or none where the system has no memory to pin. */
