@@ -43,16 +43,10 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
   let state: 'new' | 'warm' | 'replayed' | 'eager' | 'released' = 'new';
   const drop = () => {
     if (!recorded) return;
-    const { replay, result, inputs, replays } = recorded;
+    const dropped = recorded;
     recorded = undefined;
-    state = replays < PAYS ? 'eager' : 'warm';
-    try {
-      device.driver.synchronize?.(); // it may still be running
-    } catch {
-      // The device is lost: nothing runs there, and whoever lost it has told.
-    }
-    replay.release();
-    for (const t of [result, ...inputs]) t.release();
+    state = dropped.replays < PAYS ? 'eager' : 'warm';
+    release(device, dropped);
   };
   /** Only the step borrows: what `read` makes may outlive it, and the next recording would write over it. */
   const runEagerly = <R>(read: (y: Tensor) => R): R => scope(() => read(reserve.borrow(() => scope(fn))));
@@ -91,6 +85,16 @@ export function recordedStep(device: Device, observe: Observe, fn: () => Tensor,
       if (!shared) reserve.release();
     },
   };
+}
+
+function release({ driver }: Device, { replay, result, inputs }: Recorded): void {
+  try {
+    driver.synchronize?.(); // it may still be running
+  } catch {
+    // The device is lost: nothing runs there, and whoever lost it has told.
+  }
+  replay.release();
+  for (const t of [result, ...inputs]) t.release();
 }
 
 /** Replays it, where there is memory for it. */

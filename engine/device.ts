@@ -1,5 +1,6 @@
 // A device: a driver, its memory pool, and how an op record runs on it. `cpu` launches the native kernels, `cuda:N` PTX on
 // the N-th NVIDIA GPU; `reference` runs the record's own loops in TypeScript and needs no compiler.
+import type { DType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { eagerStep, type Observe, recordedStep, type Step } from './capture.ts';
 import { findLibrary } from './cpu/build.ts';
@@ -118,10 +119,6 @@ export function cudaDevice(api: GpuApi, ordinal = 0): Device {
 
 /** A device that launches kernels by symbol. */
 function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Device {
-  const address = (argument: Argument): bigint | number =>
-    argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
-  const typeOf = ({ storage }: { storage?: string }, tensors: Tensors) =>
-    (storage ? tensors[storage] : storageTensor(tensors)).dtype;
   const launches = new Together(driver, () => memory.settle());
   memory.awaits = launches.awaits;
   let note: ((t: Tensor) => void) | undefined;
@@ -169,9 +166,10 @@ function kernelDevice(name: DeviceName, driver: Driver, memory: MemoryPool): Dev
   };
 }
 
-/** The tensor whose dtype is in a kernel's name: the main input (mean, rstd and losses are float32 beside it). */
-function storageTensor(tensors: Tensors): Tensor {
-  return (
-    tensors.x ?? tensors.q ?? tensors.a ?? tensors.x0 ?? tensors.prediction ?? tensors.weight ?? tensors.dy
-  );
+const address = (argument: Argument): bigint | number =>
+  argument === undefined ? 0n : typeof argument === 'number' ? argument : argument.block.address;
+
+/** The type in a kernel's name: the main input's, where a record names no other (mean, rstd and losses are float32 beside it). */
+function typeOf({ storage }: { storage?: string }, t: Tensors): DType {
+  return (storage ? t[storage] : (t.x ?? t.q ?? t.a ?? t.x0 ?? t.prediction ?? t.weight ?? t.dy)).dtype;
 }

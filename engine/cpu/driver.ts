@@ -29,6 +29,15 @@ function prototypeOf(signature: string): TypeObject {
   return made;
 }
 
+/** The library's kernels for an instruction set, with their signatures. */
+const symbolsOf = (manifest: string): Map<string, string> =>
+  new Map(
+    manifest
+      .trim()
+      .split('\n')
+      .map((line) => line.split(' ') as [string, string]),
+  );
+
 /** Loads the library at `path` for the best instruction set of this machine, or for `arch`. */
 export function openCpuDriver(path: string, arch?: string): CpuDriver {
   const library = koffi.load(path);
@@ -39,13 +48,8 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
   const zero = library.func('void sdxl_zero(void *target, int64_t bytes)') as Native;
   const lookup = library.func('void *sdxl_kernel(const char *arch, const char *symbol)') as Native;
   const chosen = arch ?? String((library.func('const char *sdxl_best_arch()') as Native)());
-  const manifest = String((library.func('const char *sdxl_manifest(const char *arch)') as Native)(chosen));
-  const symbols = new Map(
-    manifest
-      .trim()
-      .split('\n')
-      .map((line) => line.split(' ') as [string, string]),
-  );
+  const manifest = library.func('const char *sdxl_manifest(const char *arch)') as Native;
+  const symbols = symbolsOf(String(manifest(chosen)));
   const kernels = new Map<string, Native>();
 
   const kernel = (symbol: string, signature: string): Native => {

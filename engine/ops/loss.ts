@@ -1,6 +1,6 @@
 // Training losses over [n, ...]: the mean over images of weight_i times the mean over elements, so that per-image
 // weights such as min-SNR multiply what an unweighted mean would give. The result has shape [1], float32.
-import { apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
+import { type Argument, apply, defineOp, type RefTensors, sameFloat, type Tensors } from '../op.ts';
 import { ShapeError, sizeOf, type Tensor } from '../tensor.ts';
 import { awkwardSizes } from './samples.ts';
 
@@ -18,57 +18,54 @@ const huberFormula: Loss = {
   df: (r, delta) => Math.max(-delta, Math.min(delta, r)),
 };
 
+const dims = (shape: readonly number[]): [number, number] => [shape[0], sizeOf(shape.slice(1))];
+
+function checkInputs(name: string, t: Tensors): void {
+  const { prediction, target, weights } = t;
+  if (prediction.shape.join() !== target.shape.join())
+    throw new ShapeError(`${name}: prediction [${prediction.shape}] and target [${target.shape}] differ`);
+  if (weights && (weights.size !== prediction.shape[0] || weights.dtype !== 'float32'))
+    throw new ShapeError(
+      `${name}: weights are ${weights.dtype} [${weights.shape}], not a float32 for each of ${prediction.shape[0]} images`,
+    );
+  sameFloat(name, t, 'prediction', 'target');
+}
+
+function eachDifference(t: RefTensors, visit: (i: number, share: number, difference: number) => void): void {
+  const [n, inner] = dims(t.prediction.shape);
+  for (let i = 0; i < n * inner; i++) {
+    const weight = t.weights ? t.weights.data[Math.floor(i / inner)] : 1;
+    visit(i, weight / (n * inner), t.prediction.data[i] - t.target.data[i]);
+  }
+}
+
 function defineLoss(name: 'mse' | 'huber', { f, df }: Loss) {
-  const tail = ({ delta }: LossAttrs) => (name === 'huber' ? [delta] : []);
-  const dims = (shape: readonly number[]): [number, number] => [shape[0], sizeOf(shape.slice(1))];
-  const each = (t: RefTensors, visit: (i: number, share: number, difference: number) => void) => {
-    const [n, inner] = dims(t.prediction.shape);
-    for (let i = 0; i < n * inner; i++) {
-      const weight = t.weights ? t.weights.data[Math.floor(i / inner)] : 1;
-      visit(i, weight / (n * inner), t.prediction.data[i] - t.target.data[i]);
-    }
+  const inputs = ({ prediction, target, weights }: Tensors, { delta }: LossAttrs): Argument[] => {
+    const sizes = [...dims(prediction.shape), ...(name === 'huber' ? [delta] : [])];
+    return [prediction, target, weights, ...sizes];
   };
   return defineOp<LossAttrs>({
     name,
-    outputs(t: Tensors) {
-      if (t.prediction.shape.join() !== t.target.shape.join()) {
-        throw new ShapeError(
-          `${name}: prediction [${t.prediction.shape}] and target [${t.target.shape}] differ`,
-        );
-      }
-      const { weights } = t;
-      if (weights && (weights.size !== t.prediction.shape[0] || weights.dtype !== 'float32'))
-        throw new ShapeError(
-          `${name}: weights are ${weights.dtype} [${weights.shape}], not a float32 for each of ${t.prediction.shape[0]} images`,
-        );
-      sameFloat(name, t, 'prediction', 'target');
+    outputs(t) {
+      checkInputs(name, t);
       return { y: { shape: [1], dtype: 'float32' } };
     },
     saves: ['prediction', 'target', 'weights'],
-    forward: (t, a, launch) =>
-      launch(`${name}_forward`, [
-        t.y,
-        t.prediction,
-        t.target,
-        t.weights,
-        ...dims(t.prediction.shape),
-        ...tail(a),
-      ]),
+    forward: (t, a, launch) => launch(`${name}_forward`, [t.y, ...inputs(t, a)]),
     backward(t, a, launch) {
       if (t.dtarget || t.dweights) throw new Error(`${name}: only the prediction has a gradient`);
-      const inputs = [t.prediction, t.target, t.weights];
-      launch(`${name}_backward`, [t.dprediction, t.dy, ...inputs, ...dims(t.prediction.shape), ...tail(a)]);
+      launch(`${name}_backward`, [t.dprediction, t.dy, ...inputs(t, a)]);
     },
     reference: {
       forward(t, { delta }) {
         let total = 0;
-        each(t, (_, share, r) => {
+        eachDifference(t, (_, share, r) => {
           total += share * f(r, delta);
         });
         t.y.data[0] = total;
       },
       backward(t, { delta }) {
-        each(t, (i, share, r) => {
+        eachDifference(t, (i, share, r) => {
           t.dprediction.data[i] = t.dy.data[0] * share * df(r, delta);
         });
       },
